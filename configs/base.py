@@ -1,0 +1,104 @@
+"""Every setting and its value; overlays say what differs."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Online GRPO on drawn problems, for one TPU host of any kind."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  config.data = ml_collections.ConfigDict()
+  config.data.kind = "online"
+  config.data.dir = ""  # Draws the synthetic set under the workdir.
+  config.data.synthetic = ml_collections.ConfigDict()
+  config.data.synthetic.num_problems = 10_000
+  config.data.synthetic.seed = 0
+  config.data.synthetic.difficulty = 2
+  config.data.synthetic.kinds = ("bars", "clock", "color", "count", "dots")
+  config.data.synthetic.image_size = 96
+  config.data.synthetic.multi_choice_share = 0.25
+  config.data.synthetic.min_options = 2
+  config.data.synthetic.max_options = 8
+  config.data.synthetic_eval_fraction = 0.1
+  config.data.train_split = "train"
+  config.data.eval_split = "eval"
+  config.data.prompts_per_step = 64
+  config.data.prompt_buckets = (384, 512, 1024, 2048)
+  config.data.accept_mathvista_training_terms = False
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "tiny"
+  config.model.weights = "random:0"
+  config.model.param_dtype = "float32"
+  config.model.compute_dtype = "bfloat16"
+  config.model.remat = True
+  config.model.train_vision = False
+  config.model.logits_chunk = 1024
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.replica = 1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.rollout = ml_collections.ConfigDict()
+  config.rollout.num_generations = 8
+  config.rollout.max_new_tokens = 1024
+  config.rollout.temperature = 1.0
+
+  config.rewards = ml_collections.ConfigDict()
+  config.rewards.accuracy = 1.0
+  config.rewards.format = 0.1
+  # Heuristics alone prefer the wrong answer half the time: they weigh little.
+  config.rewards.length = 0.02
+  config.rewards.reasoning_words = 0.02
+  config.rewards.coherence = 0.02
+  config.rewards.gate_heuristics = True
+
+  # None takes the preset's value.
+  config.objective = ml_collections.ConfigDict()
+  config.objective.preset = "dapo"
+  config.objective.advantage_scale = config_dict.placeholder(str)
+  config.objective.advantage_baseline = "mean"
+  config.objective.aggregation = config_dict.placeholder(str)
+  config.objective.importance = config_dict.placeholder(str)
+  config.objective.surrogate = config_dict.placeholder(str)
+  config.objective.epsilon_low = config_dict.placeholder(float)
+  config.objective.epsilon_high = config_dict.placeholder(float)
+  config.objective.dual_clip = config_dict.placeholder(float)
+  config.objective.beta = config_dict.placeholder(float)
+  config.objective.kl_estimator = config_dict.placeholder(str)
+  config.objective.kl_gradient = config_dict.placeholder(str)
+  config.objective.tis_cap = config_dict.placeholder(float)
+  config.objective.max_completion_length = config_dict.placeholder(int)
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 1e-6
+  config.optimizer.schedule = "constant"
+  config.optimizer.warmup_steps = 0
+  config.optimizer.end_fraction = 0.1
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.99
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.max_grad_norm = 1.0
+
+  config.train = ml_collections.ConfigDict()
+  config.train.num_steps = 1000
+  config.train.num_iterations = 1
+  config.train.microbatch_bundles = 8
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_steps = 50
+  config.checkpoint.keep = 3
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every_steps = 50
+  config.eval.num_problems = 1000
+  config.eval.batch_size = 64
+
+  config.samples = ml_collections.ConfigDict()
+  config.samples.every_steps = 10
+  config.samples.count = 4
+  return config

@@ -1,0 +1,44 @@
+"""A tiny Gemma 3 that learns to see, on a CPU, in minutes.
+
+`configs/smoke.py` is online GRPO; `configs/smoke.py:warm_start` the supervised
+run on worked answers that `launch/smoke.sh` puts before it.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
+  """Settings of one of the two stages, "warm_start" or "grpo"."""
+  config = base.get_config()
+  config.data.synthetic.num_problems = 12_000
+  config.data.synthetic.kinds = ("color", "count")
+  config.data.synthetic.image_size = 64
+  config.data.synthetic.multi_choice_share = 0.0
+  # The drawn prompts fit the first; real questions need the others.
+  config.data.prompt_buckets = (80, 256, 512, 1024)
+  config.model.compute_dtype = "float32"
+  config.model.remat = False
+  config.model.train_vision = True
+  config.rollout.max_new_tokens = 12
+  config.eval.num_problems = 512
+  config.eval.batch_size = 256
+  config.samples.every_steps = 20
+  config.checkpoint.every_steps = 25
+  if stage == "warm_start":
+    config.data.kind = "demonstrations"
+    config.data.prompts_per_step = 64
+    config.train.microbatch_bundles = 64
+    config.train.num_steps = 400
+    config.eval.every_steps = 400
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 20
+  else:
+    config.data.prompts_per_step = 32
+    config.train.microbatch_bundles = 32
+    config.train.num_steps = 300
+    config.eval.every_steps = 50
+    config.optimizer.learning_rate = 3e-4
+  return config

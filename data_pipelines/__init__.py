@@ -1,0 +1,1 @@
+"""MathVista-style problems: sources, prompts, and honest scoring."""

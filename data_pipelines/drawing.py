@@ -1,0 +1,208 @@
+"""A canvas for drawn problems: randomness, colors, shapes and digits.
+
+Knows nothing of questions. No font file is read, for fonts differ between
+machines: the few digits that a picture needs come from a bitmap.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+  "red": (220, 40, 40),
+  "blue": (40, 80, 220),
+  "green": (30, 150, 60),
+  "yellow": (240, 210, 20),
+  "purple": (140, 50, 170),
+  "orange": (245, 125, 30),
+  "black": (20, 20, 20),
+  "brown": (125, 75, 35),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+INK, FAINT, WHITE = (40, 40, 40), (200, 200, 200), (255, 255, 255)
+
+# Each glyph is five rows of three pixels, top row first, as octal digits.
+_GLYPHS = {
+  "0": "75557",
+  "1": "26227",
+  "2": "71747",
+  "3": "71717",
+  "4": "55711",
+  "5": "74717",
+  "6": "74757",
+  "7": "71111",
+  "8": "75757",
+  "9": "75717",
+  ".": "00002",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """What a difficulty means."""
+
+  num_colors: int
+  num_shapes: int  # Shapes in a picture of different shapes.
+  max_count: int  # Objects to count.
+  num_distractors: int  # Objects not to count, at most.
+  max_value: int  # Of a bar or a table's cell.
+  num_rows: int  # Bars, or rows of a table.
+  minute_step: int
+  max_side: int  # Rows and columns of a dot grid.
+  max_shade: int  # How far a color strays, in grey levels.
+  wordings: int  # Ways to ask one thing, at most.
+  counts_by: tuple[str, ...]  # What tells the counted objects from others.
+
+
+LEVELS = {
+  1: Level(4, 1, 4, 0, 5, 3, 15, 4, 0, 1, ("shape",)),
+  2: Level(5, 2, 5, 3, 9, 3, 15, 5, 5, 1, ("color",)),
+  3: Level(6, 3, 7, 5, 12, 4, 10, 6, 10, 2, ("color", "shape")),
+  4: Level(7, 4, 9, 7, 20, 5, 5, 7, 15, 2, ("color", "shape")),
+  5: Level(8, 5, 12, 12, 30, 6, 1, 8, 20, 3, ("color", "shape")),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+  """A picture in the making, and what it is made by.
+
+  Attributes:
+    image: The square picture.
+    draw: PIL's pen on it.
+    rng: All randomness of the picture and of what is asked about it.
+    level: How difficult both should be.
+  """
+
+  image: Image.Image
+  draw: ImageDraw.ImageDraw
+  rng: np.random.Generator
+  level: Level
+
+  @property
+  def size(self) -> int:
+    """The side of the picture, in pixels."""
+    return self.image.width
+
+  def below(self, high: int) -> int:
+    """One of 0 .. high - 1."""
+    return int(self.rng.integers(high))
+
+  def between(self, low: int, high: int) -> int:
+    """One of low .. high."""
+    return int(self.rng.integers(low, high + 1))
+
+  def pick(self, items: Sequence[Any], count: int) -> list[Any]:
+    """`count` different items in random order."""
+    return [items[i] for i in self.rng.permutation(len(items))[:count]]
+
+  def wording(self, *texts: str) -> str:
+    """One of as many of the texts as the level knows."""
+    return texts[self.below(min(len(texts), self.level.wordings))]
+
+  def colors(self, count: int) -> list[str]:
+    """Different names among the colors that the level knows."""
+    return self.pick(list(COLORS)[: self.level.num_colors], count)
+
+  def shade(self, color: str) -> tuple[int, ...]:
+    """The color, astray as far as the level lets it."""
+    most = self.level.max_shade
+    if not most:
+      return COLORS[color]
+    stray = self.rng.integers(-most, most + 1, 3)
+    return tuple(np.clip(COLORS[color] + stray, 0, 255).tolist())
+
+
+def make_canvas(
+  rng: np.random.Generator, *, size: int, difficulty: int
+) -> Canvas:
+  """An empty page of `size` pixels squared."""
+  # A tint of its own tells pictures of few objects apart.
+  image = Image.new("RGB", (size, size), tuple(rng.integers(236, 256, 3)))
+  return Canvas(image, ImageDraw.Draw(image), rng, LEVELS[difficulty])
+
+
+def draw_shape(
+  canvas: Canvas, *, shape: str, color: str, cell: int, side: int
+) -> None:
+  """A shape of random size somewhere in a cell of a side x side grid."""
+  width = canvas.size / side
+  radius = max(2, canvas.between(round(0.26 * width), round(0.42 * width)))
+  # One pixel stays free, so that neighbors never melt into one.
+  slack = max(0, int(width) - 2 * radius - 2)
+  x = int(cell % side * width) + radius + canvas.between(0, slack)
+  y = int(cell // side * width) + radius + canvas.between(0, slack)
+  left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+  fill = canvas.shade(color)
+  if shape == "circle":
+    canvas.draw.ellipse((left, top, right, bottom), fill)
+  elif shape == "square":
+    canvas.draw.rectangle((left, top, right, bottom), fill)
+  elif shape == "triangle":
+    canvas.draw.polygon([(x, top), (right, bottom), (left, bottom)], fill)
+  elif shape == "diamond":
+    corners = [(x, top), (right, y), (x, bottom), (left, y)]
+    canvas.draw.polygon(corners, fill)
+  else:
+    arm = max(1, radius // 3)
+    canvas.draw.rectangle((x - arm, top, x + arm, bottom), fill)
+    canvas.draw.rectangle((left, y - arm, right, y + arm), fill)
+
+
+def draw_number(
+  canvas: Canvas, text: str, *, x: int, y: int, scale: int
+) -> None:
+  """Digits of 3 x 5 pixels times scale, with their corner at (x, y)."""
+  for i, character in enumerate(text):
+    at = (x + 4 * scale * i, y)
+    canvas.draw.bitmap(at, _glyph(character, scale), INK)
+
+
+def draw_rows(canvas: Canvas, colors: list[str], cells: list[str]) -> None:
+  """A table of two columns: a swatch of the color, and a number."""
+  size, height = canvas.size, canvas.size // len(cells)
+  widest = max(len(cell) for cell in cells)
+  scale = max(1, min(height // 8, size // 2 // (4 * widest)))
+  middle = size // 2 - 1
+  canvas.draw.line((middle - 2, 0, middle - 2, size), FAINT)
+  for i, (color, cell) in enumerate(zip(colors, cells, strict=True)):
+    top = i * height
+    swatch = (2, top + 1, middle - 5, top + height - 2)
+    canvas.draw.rectangle(swatch, canvas.shade(color))
+    if i:
+      canvas.draw.line((0, top - 1, size, top - 1), FAINT)
+    y = top + max(0, (height - 5 * scale) // 2)
+    draw_number(canvas, cell, x=middle, y=y, scale=scale)
+
+
+def draw_bars(
+  canvas: Canvas, colors: list[str], values: list[int], *, most: int
+) -> None:
+  """Bars of whole pixels per unit over a ruled ground of 0 to most."""
+  size = canvas.size
+  unit, floor, scale = (size - 4) // most, size - 2, max(1, size // 64)
+  margin = scale * 4 * len(str(most)) + 1
+  step = next(step for step in (1, 2, 5, 10) if step * unit > 6 * scale)
+  for tick in range(0, most + 1, step):
+    y = floor - tick * unit
+    canvas.draw.line((margin, y, size, y), FAINT)
+    top = min(max(0, y - 2 * scale), size - 5 * scale)
+    draw_number(canvas, str(tick), x=0, y=top, scale=scale)
+  slot = (size - margin) / len(values)
+  for i, (color, value) in enumerate(zip(colors, values, strict=True)):
+    x = margin + int(slot * (i + 0.15))
+    box = (x, floor - value * unit, x + int(0.7 * slot), floor)
+    canvas.draw.rectangle(box, canvas.shade(color))
+
+
+@functools.cache
+def _glyph(character: str, scale: int) -> Image.Image:
+  rows = [int(digit) for digit in _GLYPHS[character]]
+  bits = [[row >> shift & 1 for shift in (2, 1, 0)] for row in rows]
+  return Image.fromarray(
+    np.kron(bits, np.full((scale, scale), 255)).astype(np.uint8)
+  )

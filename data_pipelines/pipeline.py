@@ -1,0 +1,464 @@
+"""Batches for training and evaluation, in an order that seed and step fix.
+
+Step s asks the records `order[s * B : (s + 1) * B]` of one endless shuffled
+sequence. A shard builds its own contiguous rows of that batch and no others,
+so neither the number of shards nor a restart changes what a step holds, and
+the step is the whole position. A record that cannot be used becomes a masked
+row, never a gap. Knows nothing of devices, sampling or rewards.
+
+References:
+  Grain: https://github.com/google/grain
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+from absl import logging
+
+from data_pipelines import images, preferences, prompts, records
+from data_pipelines import tokenizer as tokens
+
+KINDS = ("online", "demonstrations", "preference")
+# Completions that come with each prompt.
+_COMPLETIONS = {"online": 0, "demonstrations": 1, "preference": 2} | {
+  "evaluation": 0
+}
+# In place of a prompt's length.
+_UNUSABLE, _PADDING = 0, -1
+# Four threads keep ahead of any training step; each holds one batch.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+# What a source raises on a damaged record; a bug raises something else.
+_UNREADABLE = (ValueError, OSError)
+
+
+class Source(Protocol):
+  """Random access to problems: the same index is always the same problem."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> records.Problem: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """The rows of one step that one shard holds, as NumPy arrays.
+
+  Attributes:
+    prompt_ids: int32 [B, P], padded on the right with `PAD`.
+    prompt_length: int32 [B].
+    images: uint8 [B, I, H, H, 3]; I = 0 for models that cannot see.
+    prompt_index: int32 [B], the row's place in the batch of all shards; in an
+      evaluation, its place among all problems.
+    valid: bool [B]. False marks a stand-in: a record that is damaged or too
+      long, or padding. Such a row is well-formed and must not count.
+    problems: The B problems. A damaged one is empty but for a pid that names
+      its index; one that is too long is itself; padding has the pid "".
+    completion_ids: int32 [B, C, T], or None for kind "online". C = 1 for
+      "demonstrations"; 2, the chosen and the rejected, for "preference".
+    completion_mask: bool [B, C, T]: real tokens, the end of turn included.
+  """
+
+  prompt_ids: np.ndarray
+  prompt_length: np.ndarray
+  images: np.ndarray
+  prompt_index: np.ndarray
+  valid: np.ndarray
+  problems: tuple[records.Problem, ...]
+  completion_ids: np.ndarray | None
+  completion_mask: np.ndarray | None
+
+
+def make_pipeline(
+  source: Source,
+  tokenizer: tokens.Tokenizer,
+  *,
+  kind: str,
+  seed: int,
+  prompts_per_step: int,
+  prompt_buckets: tuple[int, ...],
+  max_new_tokens: int,
+  image_size: int,
+  soft_tokens: int,
+  num_images: int,
+  shard_index: int,
+  shard_count: int,
+  start_step: int,
+) -> Iterator[Batch]:
+  """The endless batches of one shard, from `start_step` on.
+
+  Args:
+    source: The problems of the training split.
+    tokenizer: What spells them.
+    kind: "online", "demonstrations" or "preference"; see `Batch`.
+    seed: Of the order, and of the rejected answers of "preference".
+    prompts_per_step: Rows of a step over all shards.
+    prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+      A step takes the smallest that holds its longest prompt on any shard.
+    max_new_tokens: T; a longer completion masks its row.
+    image_size: H, in pixels.
+    soft_tokens: Placeholders for each picture.
+    num_images: Pictures in a prompt: 0 or 1.
+    shard_index: This shard's place along the mesh's data axis.
+    shard_count: How many shards share a step.
+    start_step: The first step to yield.
+
+  Returns:
+    An iterator whose n-th batch is that of step `start_step + n`.
+
+  Raises:
+    ValueError: A setting breaks a rule, or no record can be used.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"data.kind ({kind!r}) must be one of {KINDS}.")
+  rows = _Rows(
+    source=source,
+    tokenizer=tokenizer,
+    kind=kind,
+    seed=seed,
+    prompt_buckets=prompt_buckets,
+    max_new_tokens=max_new_tokens,
+    image_size=image_size,
+    soft_tokens=soft_tokens,
+    num_images=num_images,
+    shard_index=shard_index,
+    shard_count=shard_count,
+  )
+  rows.check_batch_size("data.prompts_per_step", prompts_per_step)
+  lengths = rows.prompt_lengths(len(source))
+  if not lengths.any():
+    raise ValueError(
+      f"none of the {len(source)} records can be used for training: the "
+      "warnings above say why; raise data.prompt_buckets or prepare the data "
+      "again."
+    )
+
+  def batch(step: int, indices: np.ndarray) -> Batch:
+    return rows.batch(indices, lengths[indices], step=step, first_row=0)
+
+  steps = (
+    grain.MapDataset.range(len(source))
+    .shuffle(seed=seed)
+    .repeat()
+    .batch(prompts_per_step, drop_remainder=True)
+    .map_with_index(batch)
+  )
+  return iter(steps[start_step:].to_iter_dataset(_READ_OPTIONS))
+
+
+def make_eval_batches(
+  source: Source,
+  tokenizer: tokens.Tokenizer,
+  *,
+  num_problems: int,
+  batch_size: int,
+  prompt_buckets: tuple[int, ...],
+  image_size: int,
+  soft_tokens: int,
+  num_images: int,
+  shard_index: int,
+  shard_count: int,
+) -> "EvalBatches":
+  """One shard's batches of the first problems of `source`, in its order.
+
+  Args:
+    source: The problems of the split.
+    tokenizer: What spells them.
+    num_problems: How many; all of them if there are fewer.
+    batch_size: Rows of a batch over all shards.
+    prompt_buckets: As for `make_pipeline`.
+    image_size: As for `make_pipeline`.
+    soft_tokens: As for `make_pipeline`.
+    num_images: As for `make_pipeline`.
+    shard_index: As for `make_pipeline`.
+    shard_count: As for `make_pipeline`.
+
+  Returns:
+    Batches of equal size, built when they are asked for; the last one is
+    filled up with padding rows. A row counts as a problem, answered or not,
+    if its problem has a pid.
+
+  Raises:
+    ValueError: A setting breaks a rule.
+  """
+  rows = _Rows(
+    source=source,
+    tokenizer=tokenizer,
+    kind="evaluation",
+    seed=0,
+    prompt_buckets=prompt_buckets,
+    max_new_tokens=0,
+    image_size=image_size,
+    soft_tokens=soft_tokens,
+    num_images=num_images,
+    shard_index=shard_index,
+    shard_count=shard_count,
+  )
+  rows.check_batch_size("eval.batch_size", batch_size)
+  lengths = rows.prompt_lengths(min(num_problems, len(source)))
+  return EvalBatches(rows, lengths, batch_size)
+
+
+class EvalBatches:
+  """Batches in a fixed order, to be gone through as often as needed."""
+
+  def __init__(self, rows: "_Rows", lengths: np.ndarray, batch_size: int):
+    self._rows, self._lengths, self._size = rows, lengths, batch_size
+
+  def __len__(self) -> int:
+    return -(-len(self._lengths) // self._size)
+
+  def __getitem__(self, index: int) -> Batch:
+    if not 0 <= index < len(self):
+      raise IndexError(f"batch {index} of {len(self)}")
+    first = index * self._size
+    lengths = self._lengths[first : first + self._size]
+    missing = self._size - len(lengths)
+    return self._rows.batch(
+      np.arange(first, first + self._size),
+      np.append(lengths, np.full(missing, _PADDING)),
+      step=0,
+      first_row=first,
+    )
+
+  def __iter__(self) -> Iterator[Batch]:
+    return iter(grain.MapDataset.source(self).to_iter_dataset(_READ_OPTIONS))
+
+
+class _Row(NamedTuple):
+  """One prompt with its completions, before it is padded."""
+
+  prompt: list[int]
+  completions: list[list[int]]
+  images: np.ndarray
+  valid: bool
+  problem: records.Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+  """How one shard's rows are built from records."""
+
+  source: Source
+  tokenizer: tokens.Tokenizer
+  kind: str
+  seed: int
+  prompt_buckets: tuple[int, ...]
+  max_new_tokens: int
+  image_size: int
+  soft_tokens: int
+  num_images: int
+  shard_index: int
+  shard_count: int
+
+  def __post_init__(self):
+    if self.num_images not in (0, 1):
+      raise ValueError(
+        f"num_images ({self.num_images}) must be 0 or 1: a problem has one "
+        "picture."
+      )
+    shortest = len(self._prompt(_stand_in("")))
+    if (
+      list(self.prompt_buckets) != sorted(set(self.prompt_buckets))
+      or max(self.prompt_buckets, default=0) < shortest
+    ):
+      raise ValueError(
+        f"data.prompt_buckets ({self.prompt_buckets}) must ascend to at least "
+        f"{shortest}, the length of a prompt that asks nothing."
+      )
+    if not 0 <= self.shard_index < self.shard_count:
+      raise ValueError(
+        f"shard_index ({self.shard_index}) must be at least 0 and below "
+        f"shard_count ({self.shard_count})."
+      )
+
+  def check_batch_size(self, setting: str, batch_size: int) -> None:
+    """Holds that the shards can share a batch evenly."""
+    if batch_size < 1 or batch_size % self.shard_count:
+      raise ValueError(
+        f"{setting} ({batch_size}) must be a positive multiple of the number "
+        f"of data shards ({self.shard_count})."
+      )
+
+  def prompt_lengths(self, count: int) -> np.ndarray:
+    """The prompt lengths of the first records; 0 for one that is masked.
+
+    Every shard surveys every record, so that all of them know how far a
+    step's prompts must be padded without asking each other.
+    """
+    lengths = np.full(count, _UNUSABLE, np.int32)
+    for index in range(count):
+      try:
+        problem = self.source[index]
+        lengths[index] = self._usable_length(problem)
+      except _UNREADABLE as error:
+        _warn(index, error)
+        continue
+      if self.kind != "evaluation" and not problem.has_answer:
+        raise ValueError(
+          f"problem {problem.pid} has no public answer, and training needs "
+          "one for every problem; train on another split."
+        )
+    logging.info(
+      "%d of %d records can be used.", np.count_nonzero(lengths), count
+    )
+    return lengths
+
+  def batch(
+    self,
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    step: int,
+    first_row: int,
+  ) -> Batch:
+    """This shard's rows of a batch.
+
+    Args:
+      indices: The record of each row of all shards.
+      lengths: Their prompts' lengths, `_UNUSABLE` or `_PADDING`.
+      step: What draws the rejected answers, with the row.
+      first_row: The `prompt_index` of the first row.
+    """
+    count = len(indices) // self.shard_count
+    start = self.shard_index * count
+    rows = [
+      self._row(int(indices[i]), int(lengths[i]), [step, first_row + i])
+      for i in range(start, start + count)
+    ]
+    longest = max(int(lengths.max()), len(self._prompt(_stand_in(""))))
+    bucket = next(size for size in self.prompt_buckets if size >= longest)
+    ids, mask = self._padded_completions([row.completions for row in rows])
+    return Batch(
+      prompt_ids=_padded([row.prompt for row in rows], bucket),
+      prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
+      images=np.stack([row.images for row in rows]),
+      prompt_index=np.arange(start, start + count, dtype=np.int32) + first_row,
+      valid=np.array([row.valid for row in rows]),
+      problems=tuple(row.problem for row in rows),
+      completion_ids=ids,
+      completion_mask=mask,
+    )
+
+  def _row(self, index: int, length: int, place: list[int]) -> _Row:
+    """The row of a record, or one of the same shape that must not count."""
+    problem = _stand_in("" if length == _PADDING else f"unreadable:{index}")
+    if length != _PADDING:
+      try:
+        problem = self.source[index]
+        if length != _UNUSABLE:
+          return _Row(
+            prompt=self._prompt(problem),
+            completions=self._completions(problem, place),
+            images=self._images(problem),
+            valid=True,
+            problem=problem,
+          )
+      except _UNREADABLE as error:
+        _warn(index, error)
+    return _Row(
+      prompt=self._prompt(_stand_in("")),
+      completions=[[]] * _COMPLETIONS[self.kind],
+      images=np.zeros(self._image_shape, np.uint8),
+      valid=False,
+      problem=problem,
+    )
+
+  @property
+  def _image_shape(self) -> tuple[int, int, int, int]:
+    return (self.num_images, self.image_size, self.image_size, 3)
+
+  def _prompt(self, problem: records.Problem) -> list[int]:
+    return prompts.encode_prompt(
+      problem,
+      self.tokenizer,
+      num_images=self.num_images,
+      soft_tokens=self.soft_tokens,
+    )
+
+  def _usable_length(self, problem: records.Problem) -> int:
+    """The prompt's length, if it and what comes with it are short enough."""
+    length = len(self._prompt(problem))
+    if length > self.prompt_buckets[-1]:
+      raise records.BadRecord(
+        "prompt_too_long",
+        f"the prompt of {problem.pid} has {length} tokens, more than the "
+        f"largest of data.prompt_buckets ({self.prompt_buckets[-1]})",
+      )
+    if self.kind == "demonstrations":
+      self._completions(problem, [])
+    return length
+
+  def _completions(
+    self, problem: records.Problem, place: list[int]
+  ) -> list[list[int]]:
+    """The ids of the completions that come with the prompt."""
+    texts: tuple[str, ...] = ()
+    if self.kind == "demonstrations":
+      texts = (prompts.demonstration(problem),)
+    elif self.kind == "preference":
+      rng = np.random.default_rng([self.seed, *place])
+      texts = preferences.pair(problem, rng)
+    ids = [prompts.encode_completion(text, self.tokenizer) for text in texts]
+    longest = max(map(len, ids), default=0)
+    if longest > self.max_new_tokens:
+      raise records.BadRecord(
+        "completion_too_long",
+        f"a completion of {problem.pid} has {longest} tokens, more than "
+        f"rollout.max_new_tokens ({self.max_new_tokens})",
+      )
+    return ids
+
+  def _padded_completions(
+    self, completions: list[list[list[int]]]
+  ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Ids and mask, [B, C, T]; None without completions."""
+    if not _COMPLETIONS[self.kind]:
+      return None, None
+    flat = [ids for row in completions for ids in row]
+    shape = (len(completions), -1, self.max_new_tokens)
+    lengths = np.array([len(ids) for ids in flat])
+    mask = np.arange(self.max_new_tokens) < lengths[:, None]
+    ids = _padded(flat, self.max_new_tokens)
+    return ids.reshape(shape), mask.reshape(shape)
+
+  def _images(self, problem: records.Problem) -> np.ndarray:
+    if not self.num_images:
+      return np.zeros(self._image_shape, np.uint8)
+    image = images.decode(problem.image_bytes)
+    return images.resize(image, self.image_size)[None]
+
+
+def _warn(index: int, error: Exception) -> None:
+  """Says so a few times; `Batch.valid` counts the rest."""
+  message = "Record %d is masked: %s"
+  logging.log_first_n(logging.WARNING, message, 20, index, error)
+
+
+def _stand_in(pid: str) -> records.Problem:
+  """A problem that asks nothing."""
+  return records.Problem(
+    pid=pid,
+    question="",
+    image_path="",
+    image_bytes=b"",
+    choices=(),
+    unit="",
+    precision=-1,
+    answer="",
+    question_type="free_form",
+    answer_type="integer",
+    query="",
+    solution="",
+    metadata={},
+  )
+
+
+def _padded(rows: list[list[int]], width: int) -> np.ndarray:
+  """The rows as int32 [len(rows), width], `PAD` after each."""
+  padded = np.full((len(rows), width), tokens.PAD, np.int32)
+  for row, ids in zip(padded, rows, strict=True):
+    row[: len(ids)] = ids
+  return padded

@@ -1,0 +1,491 @@
+"""Makes a data dir out of a MathVista snapshot or of drawn problems.
+
+    python -m data_pipelines.prepare --source=synthetic --data_dir=DIR
+
+A data dir holds the problems as ArrayRecord (splits `train`, `eval` and, where
+the source has unanswered ones, `test`), `tokenizer.model` trained on them,
+`rejects.jsonl`, and `manifest.json`. It appears whole or not at all, and is
+used as it stands when asked for again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from data_pipelines import (
+  images,
+  mathvista,
+  prompts,
+  records,
+  splits,
+  synthetic,
+  tokenizer,
+  verifier,
+)
+
+# Raise it when the same request would give other bytes.
+FORMAT = 1
+_SYNTHETIC = "synthetic"
+_MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
+_TOKENIZER = "tokenizer.model"
+_OURS = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
+_MAX_TOKENIZER_TEXTS = 20_000
+_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
+
+# A problem that has been drawn, or a row of a parquet file.
+_Raw = records.Problem | Mapping[str, Any]
+# By the source's own splits, what reads their records from the start.
+_Readers = Mapping[str, Callable[[], Iterable[_Raw]]]
+
+
+class RequestError(ValueError):
+  """What was asked for cannot be made; the message names what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to make, and where.
+
+  Attributes:
+    source: Problems to draw, or the folder of a snapshot.
+    data_dir: The folder to make.
+    seed: Another seed is another division into train and eval.
+    eval_fraction: Expected share of the answered pictures that `eval` gets;
+      0 makes no `eval`, 1 no `train`.
+    vocab_size: Of the tokenizer, at most.
+    max_reject_fraction: Above this share of unusable records none is kept.
+  """
+
+  source: synthetic.Spec | str
+  data_dir: str
+  seed: int
+  eval_fraction: float
+  vocab_size: int
+  max_reject_fraction: float
+
+  def __post_init__(self):
+    for name, holds, rule in (
+      ("data_dir", self.data_dir != "", "the folder to make"),
+      ("seed", self.seed >= 0, "at least 0"),
+      ("eval_fraction", 0 <= self.eval_fraction <= 1, "0 to 1"),
+      ("max_reject_fraction", 0 <= self.max_reject_fraction < 1, "0 up to 1"),
+    ):
+      if not holds:
+        raise RequestError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
+
+
+def prepare(request: Request) -> dict[str, Any]:
+  """Makes the data dir, unless it is there already.
+
+  Two processes may ask for the same one: the second waits and reuses it.
+
+  Returns:
+    The manifest: `source`, `terms` (whose terms forbid training on it, or ""),
+    `counts` by split, `rejects` by reason, `fingerprint` of all records
+    whatever their order, `salt` of the division, `tokenizer`, `files`.
+
+  Raises:
+    RequestError: The request, the source or the folder must change first.
+  """
+  readers = _readers(request.source)
+  wanted = _wanted(request)
+  data_dir = pathlib.Path(request.data_dir).resolve()
+  building = data_dir.with_name(f".{data_dir.name}.building")
+  retired = data_dir.with_name(f".{data_dir.name}.retired")
+  with _locked(data_dir):
+    manifest = _reusable(data_dir, wanted)
+    if manifest is not None:
+      logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
+      return manifest
+    # Left behind by a process that was killed.
+    for leftover in (building, retired):
+      shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir()
+    try:
+      manifest = _build(request, readers, wanted, building)
+      if data_dir.exists():
+        data_dir.rename(retired)
+      building.rename(data_dir)
+    finally:
+      for leftover in (building, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+  logging.info("Prepared %s: %s.", data_dir, manifest["counts"])
+  return manifest
+
+
+def _readers(source: synthetic.Spec | str) -> _Readers:
+  if isinstance(source, synthetic.Spec):
+    drawn = functools.cache(lambda: list(synthetic.problems(source)))
+    return {_SYNTHETIC: drawn}
+  return {
+    split: functools.partial(mathvista.rows, paths)
+    for split, paths in _shards(source).items()
+  }
+
+
+def _shards(folder: str) -> dict[str, list[pathlib.Path]]:
+  try:
+    return mathvista.shards(folder)
+  except ValueError as error:
+    raise RequestError(str(error)) from error
+
+
+def _wanted(request: Request) -> dict[str, Any]:
+  """What a finished data dir must have been made from to be reused."""
+  wanted = dataclasses.asdict(request)
+  del wanted["data_dir"]
+  if isinstance(request.source, str):
+    # Not where they lie: a snapshot may be moved.
+    wanted["source"] = [
+      [path.name, path.stat().st_size]
+      for paths in _shards(request.source).values()
+      for path in paths
+    ]
+  # As JSON gives it back: with lists for tuples.
+  return json.loads(json.dumps({"format": FORMAT, **wanted}))
+
+
+@contextlib.contextmanager
+def _locked(data_dir: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process is making this data dir."""
+  try:
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(data_dir.with_name(f".{data_dir.name}.lock"), "w")
+  except OSError as error:
+    raise RequestError(
+      f"data_dir ({str(data_dir)!r}) must be a folder that can be made: "
+      f"{error}; name another."
+    ) from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _reusable(
+  data_dir: pathlib.Path, wanted: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """The manifest of a whole data dir that was made from the same request.
+
+  Raises:
+    RequestError: The folder holds what is not ours to replace.
+  """
+  if not data_dir.exists():
+    return None
+  if not data_dir.is_dir():
+    raise RequestError(
+      f"data_dir ({str(data_dir)!r}) must be a folder, not a file."
+    )
+  foreign = sorted({path.name for path in data_dir.iterdir()} - _OURS)
+  if foreign:
+    raise RequestError(
+      f"data_dir ({str(data_dir)!r}) must be new, empty or made by prepare, "
+      f"but holds {', '.join(foreign[:3])}; name another."
+    )
+  try:
+    manifest = json.loads((data_dir / _MANIFEST).read_text())
+    if manifest["request"] == wanted and manifest["files"] == _sizes(data_dir):
+      return manifest
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    logging.warning("Making %s anew, its manifest: %s", data_dir, error)
+  return None
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+  """Bytes of every file under the folder but the manifest."""
+  return {
+    path.relative_to(folder).as_posix(): path.stat().st_size
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name != _MANIFEST
+  }
+
+
+def _build(
+  request: Request,
+  readers: _Readers,
+  wanted: dict[str, Any],
+  folder: pathlib.Path,
+) -> dict[str, Any]:
+  """Writes a data dir into an empty folder."""
+  kept, rejects = _sift(readers)
+  _hold_rejects(request, len(kept), rejects)
+  salt = f"seed-{request.seed}"
+  placed = _placed(kept, salt=salt, eval_fraction=request.eval_fraction)
+  counts = collections.Counter(placed.values())
+  if 0 < request.eval_fraction < 1 and 0 < counts["train"] + counts["eval"]:
+    for split in ("train", "eval"):
+      if not counts[split]:
+        raise RequestError(
+          f"eval_fraction ({request.eval_fraction}) must leave pictures to "
+          f"both train and eval, but of {counts} {split} gets none; move it "
+          "towards 0.5 or give more problems."
+        )
+  problems = {
+    split: _Chosen(readers, placed, split)
+    for split in ("train", "eval", "test")
+    if counts[split]
+  }
+  _train_tokenizer(
+    next(iter(problems.values())), folder / _TOKENIZER, request.vocab_size
+  )
+  mathvista.write(problems, folder)
+  with open(folder / _REJECTS, "w") as file:
+    file.writelines(json.dumps(reject) + "\n" for reject in rejects)
+  drawn = isinstance(request.source, synthetic.Spec)
+  trained = tokenizer.Tokenizer(folder / _TOKENIZER)
+  reasons = collections.Counter(reject["reason"] for reject in rejects)
+  manifest = {
+    "source": _SYNTHETIC if drawn else request.source,
+    "terms": mathvista.terms(collections.Counter(k.source for k in kept)),
+    "counts": {split: counts[split] for split in problems},
+    "rejects": dict(sorted(reasons.items())),
+    "fingerprint": _fingerprint(kept, placed),
+    "salt": salt,
+    "tokenizer": {
+      "fingerprint": trained.fingerprint,
+      "vocab_size": trained.vocab_size,
+    },
+    "files": _sizes(folder),
+    "request": wanted,
+  }
+  (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+  return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+  """What must be remembered of a usable record to place it."""
+
+  at: tuple[str, int]  # The source's split, and the place in it.
+  group: str
+  has_answer: bool
+  source: str
+  digest: str
+
+
+def _sift(readers: _Readers) -> tuple[list[_Kept], list[dict[str, Any]]]:
+  """The usable records, and why the others are not."""
+  kept: list[_Kept] = []
+  rejects: list[dict[str, Any]] = []
+  pids: set[str] = set()
+  for split, reader in readers.items():
+    for index, raw in enumerate(reader()):
+      pid = raw.pid if isinstance(raw, records.Problem) else raw.get("pid")
+      try:
+        problem = _problem(raw)
+        group = _group(problem)
+        if problem.pid in pids:
+          raise records.BadRecord("duplicate_pid", "another record has its pid")
+      except records.BadRecord as error:
+        why = {"reason": error.reason, "detail": error.detail}
+        rejects.append({"split": split, "index": index, "pid": pid, **why})
+        continue
+      pids.add(problem.pid)
+      source = str(problem.metadata.get("source", ""))
+      at, digest = (split, index), _digest(problem)
+      kept.append(_Kept(at, group, problem.has_answer, source, digest))
+  return kept, rejects
+
+
+def _problem(raw: _Raw) -> records.Problem:
+  return raw if isinstance(raw, records.Problem) else records.from_row(raw)
+
+
+def _group(problem: records.Problem) -> str:
+  """The hash of a usable problem's picture; problems may share one.
+
+  Raises:
+    BadRecord: The problem cannot be asked, shown or scored.
+  """
+  records.validate(problem)
+  group = images.pixel_hash(images.decode(problem.image_bytes))
+  if problem.has_answer:
+    answer = verifier.final_answer(problem)
+    if not verifier.verify(f"<answer>{answer}</answer>", problem).correct:
+      raise records.BadRecord(
+        "answer_fails_verifier", f"{answer!r} is not found right"
+      )
+  return group
+
+
+def _digest(problem: records.Problem) -> str:
+  example = records.to_example(problem)
+  digest = hashlib.sha256(example.pop("image_bytes"))
+  digest.update(json.dumps(example, sort_keys=True).encode())
+  return digest.hexdigest()
+
+
+def _fingerprint(
+  kept: Sequence[_Kept], placed: Mapping[tuple[str, int], str]
+) -> str:
+  """One hash of all records and their splits, whatever their order."""
+  lines = sorted(f"{placed[record.at]} {record.digest}\n" for record in kept)
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _hold_rejects(
+  request: Request, num_kept: int, rejects: Sequence[Mapping[str, Any]]
+) -> None:
+  total = num_kept + len(rejects)
+  if not total:
+    raise RequestError(f"source ({request.source!r}) must hold some record.")
+  share = len(rejects) / total
+  if num_kept and share <= request.max_reject_fraction:
+    return
+  reasons = collections.Counter(reject["reason"] for reject in rejects)
+  counted = ", ".join(f"{n} {why}" for why, n in sorted(reasons.items()))
+  first = rejects[0]
+  raise RequestError(
+    f"max_reject_fraction ({request.max_reject_fraction}) must not be passed, "
+    f"but {len(rejects)} of {total} records cannot be used ({counted}; the "
+    f"first: pid {first['pid']} of {first['split']}, {first['detail']}); mend "
+    "the source or raise it."
+  )
+
+
+def _placed(
+  kept: Sequence[_Kept], *, salt: str, eval_fraction: float
+) -> dict[tuple[str, int], str]:
+  """The split of every record; no picture is in `train` and another split."""
+  unanswered = {
+    record.at
+    for record in kept
+    if record.at[0] == "test" or not record.has_answer
+  }
+  shown = {record.group for record in kept if record.at in unanswered}
+  placed = {}
+  for record in kept:
+    if record.at in unanswered:
+      placed[record.at] = "test"
+    elif record.group in shown:
+      placed[record.at] = "eval"
+    else:
+      placed[record.at] = splits.split_of(
+        record.group, salt=salt, eval_fraction=eval_fraction
+      )
+  return placed
+
+
+class _Chosen:
+  """The problems of one split, read from the source again on each pass."""
+
+  def __init__(
+    self,
+    readers: _Readers,
+    placed: Mapping[tuple[str, int], str],
+    split: str,
+  ):
+    self._readers, self._placed, self._split = readers, placed, split
+
+  def __iter__(self) -> Iterator[records.Problem]:
+    for source_split, reader in self._readers.items():
+      for index, raw in enumerate(reader()):
+        if self._placed.get((source_split, index)) == self._split:
+          yield _problem(raw)
+
+
+def _train_tokenizer(
+  problems: Iterable[records.Problem], path: pathlib.Path, vocab_size: int
+) -> None:
+  texts = (prompts.chat_text(problem) for problem in problems)
+  try:
+    tokenizer.train(
+      itertools.islice(texts, _MAX_TOKENIZER_TEXTS), path, vocab_size
+    )
+  except ValueError as error:
+    raise RequestError(str(error)) from error
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  """The flags of the command; for its importers there are none."""
+  flags.DEFINE_string(
+    "source",
+    _SYNTHETIC,
+    "'synthetic' for drawn problems, or the folder of a MathVista snapshot "
+    "(testmini-*.parquet, test-*.parquet), itself or its data/.",
+  )
+  flags.DEFINE_string("data_dir", "", "The folder to make.")
+  flags.DEFINE_integer("seed", 0, "Of the drawing and of the division.")
+  flags.DEFINE_float(
+    "eval_fraction", 0.2, "Expected share of answered pictures for eval."
+  )
+  flags.DEFINE_integer("vocab_size", 1024, "Of the tokenizer, at most.")
+  flags.DEFINE_float(
+    "max_reject_fraction", 0.01, "Fail above this share of bad records."
+  )
+  flags.DEFINE_integer("num_problems", 10_000, "How many to draw.")
+  flags.DEFINE_integer("difficulty", 1, "Of drawn problems, 1 to 5.")
+  flags.DEFINE_list(
+    "kinds", list(synthetic.KINDS), "Of drawn problems, each equally often."
+  )
+  flags.DEFINE_integer("image_size", 96, "Side of drawn pictures, in pixels.")
+  flags.DEFINE_float(
+    "multi_choice_share", 0.2, "Share of drawn number questions with options."
+  )
+  flags.DEFINE_integer("min_options", 2, "Fewest options of a drawn question.")
+  flags.DEFINE_integer("max_options", 8, "Most options of a drawn question.")
+
+
+def _request() -> Request:
+  source: synthetic.Spec | str = FLAGS.source
+  if source == _SYNTHETIC:
+    try:
+      source = synthetic.Spec(
+        num_problems=FLAGS.num_problems,
+        seed=FLAGS.seed,
+        difficulty=FLAGS.difficulty,
+        kinds=tuple(FLAGS.kinds),
+        image_size=FLAGS.image_size,
+        multi_choice_share=FLAGS.multi_choice_share,
+        min_options=FLAGS.min_options,
+        max_options=FLAGS.max_options,
+      )
+    except ValueError as error:
+      raise RequestError(str(error)) from error
+  return Request(
+    source=source,
+    data_dir=FLAGS.data_dir,
+    seed=FLAGS.seed,
+    eval_fraction=FLAGS.eval_fraction,
+    vocab_size=FLAGS.vocab_size,
+    max_reject_fraction=FLAGS.max_reject_fraction,
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Makes what the flags ask for; exits 64 where they cannot be followed."""
+  try:
+    if len(argv) > 1:
+      raise RequestError(f"arguments ({argv[1:]}) must be flags; see --help.")
+    prepare(_request())
+  except RequestError as error:
+    logging.error("%s", error)
+    sys.exit(_BAD_REQUEST)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    return FLAGS(argv)
+  except flags.Error as error:
+    logging.error("%s; see --help.", error)
+    sys.exit(_BAD_REQUEST)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  logging.set_verbosity(logging.INFO)
+  app.run(main, flags_parser=_parse_flags)

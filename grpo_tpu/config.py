@@ -1,0 +1,473 @@
+"""The settings of a run: frozen, typed, checked before a device is touched.
+
+No setting has a default here; `configs/base.py` gives every value. Below
+`main` nobody sees a ConfigDict.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_pipelines import pipeline, synthetic
+from grpo_tpu import objective, optimizer
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.rewards import scoring
+
+_DTYPES = ("float32", "bfloat16")
+_WEIGHTS = ("random", "run")
+
+
+class SettingError(ValueError):
+  """A setting, flag or data set that must change before a run can start."""
+
+
+@contextlib.contextmanager
+def refutable() -> Iterator[None]:
+  """Around what checks settings: its ValueErrors are the user's to mend."""
+  try:
+    yield
+  except ValueError as error:
+    raise SettingError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where problems come from, and how they reach the model.
+
+  Attributes:
+    kind: "online" samples completions; "preference" and "demonstrations" take
+      those that the data pipeline writes.
+    dir: What `data_pipelines.prepare` wrote; "" draws the synthetic set once,
+      under the workdir.
+    synthetic: What that set is made of.
+    synthetic_eval_fraction: Share of its pictures that is held out.
+    train_split: Problems to train on.
+    eval_split: Problems held out.
+    prompts_per_step: Prompts of a step, over all hosts (`B`).
+    prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+    accept_mathvista_training_terms: MathVista's licence prohibits training on
+      it; True says that you have read it and may.
+  """
+
+  kind: str
+  dir: str
+  synthetic: synthetic.Spec
+  synthetic_eval_fraction: float
+  train_split: str
+  eval_split: str
+  prompts_per_step: int
+  prompt_buckets: tuple[int, ...]
+  accept_mathvista_training_terms: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """Which Gemma 3, from which weights, run how.
+
+  Attributes:
+    name: A key of `gemma3.config.CONFIGS`.
+    weights: "random:SEED", or "run:WORKDIR[@STEP]" for another run's newest (or
+      given) checkpoint.
+    param_dtype: Of the decoder's parameters.
+    compute_dtype: Of its matrix products.
+    remat: Recompute layers in the backward pass instead of storing them.
+    train_vision: Train the image tower too.
+    logits_chunk: Tokens whose logits exist at a time.
+  """
+
+  name: str
+  weights: str
+  param_dtype: str
+  compute_dtype: str
+  remat: bool
+  train_vision: bool
+  logits_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many ways each mesh axis cuts; the product is the device count."""
+
+  replica: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """How completions are sampled.
+
+  Attributes:
+    num_generations: Completions per prompt (`G`).
+    max_new_tokens: Tokens per completion at most (`T`).
+    temperature: Logits are divided by it, in training too.
+  """
+
+  num_generations: int
+  max_new_tokens: int
+  temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings:
+  """A preset, and what is to differ from it; None takes the preset's value.
+
+  Attributes beyond `preset` and the two of the advantages are the fields of
+  `objective.ObjectiveConfig`.
+
+  Attributes:
+    preset: A key of `objective.PRESETS`.
+    advantage_scale: Of `objective.group_advantages`.
+    advantage_baseline: Of `objective.group_advantages`.
+  """
+
+  preset: str
+  advantage_scale: str | None
+  advantage_baseline: str
+  aggregation: str | None
+  importance: str | None
+  surrogate: str | None
+  epsilon_low: float | None
+  epsilon_high: float | None
+  dual_clip: float | None
+  beta: float | None
+  kl_estimator: str | None
+  kl_gradient: str | None
+  tis_cap: float | None
+  max_completion_length: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """The fields of `optimizer.OptimizerConfig` but `num_steps`."""
+
+  learning_rate: float
+  schedule: str
+  warmup_steps: int
+  end_fraction: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  max_grad_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """How long, and in what parts.
+
+  Attributes:
+    num_steps: Batches of prompts.
+    num_iterations: Updates on each batch.
+    microbatch_bundles: Prompts, over all hosts, whose activations exist at a
+      time; divides `data.prompts_per_step`.
+  """
+
+  num_steps: int
+  num_iterations: int
+  microbatch_bundles: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save, and how many to keep."""
+
+  every_steps: int
+  keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Greedy evaluation on the held-out split.
+
+  Attributes:
+    every_steps: Also before the first step and after the last; 0 for never.
+    num_problems: The first so many of the split.
+    batch_size: Problems decoded together.
+  """
+
+  every_steps: int
+  num_problems: int
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+  """Completions to look at: how often, and how many."""
+
+  every_steps: int
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run. `from_config_dict` reads it; each section says what it holds."""
+
+  seed: int
+  data: DataConfig
+  model: ModelSettings
+  mesh: MeshConfig
+  rollout: RolloutConfig
+  rewards: scoring.RewardConfig
+  objective: ObjectiveSettings
+  optimizer: OptimizerSettings
+  train: TrainConfig
+  checkpoint: CheckpointConfig
+  eval: EvalConfig
+  samples: SamplesConfig
+
+  def __post_init__(self):
+    _check_numbers(self)
+    _check_names(self)
+    _check_divisions(self)
+    # Each part checks its own settings when it is made.
+    _ = self.objective_config, self.optimizer_config
+
+  @property
+  def model_config(self) -> gemma3_config.ModelConfig:
+    """The model's sizes."""
+    return gemma3_config.CONFIGS[self.model.name]
+
+  @property
+  def objective_config(self) -> objective.ObjectiveConfig:
+    """The preset with this run's changes."""
+    changes = {
+      field.name: getattr(self.objective, field.name)
+      for field in dataclasses.fields(objective.ObjectiveConfig)
+    }
+    if changes["max_completion_length"] is None:
+      changes["max_completion_length"] = self.rollout.max_new_tokens
+    changes = {k: v for k, v in changes.items() if v is not None}
+    preset = objective.PRESETS[self.objective.preset]
+    return dataclasses.replace(preset, **changes)
+
+  @property
+  def advantage_scale(self) -> str:
+    """The setting, or what goes with the preset."""
+    preset = objective.ADVANTAGE_SCALES[self.objective.preset]
+    return self.objective.advantage_scale or preset
+
+  @property
+  def optimizer_config(self) -> optimizer.OptimizerConfig:
+    """The settings, with the number of updates of this run."""
+    return optimizer.OptimizerConfig(
+      num_steps=self.train.num_steps * self.train.num_iterations,
+      **dataclasses.asdict(self.optimizer),
+    )
+
+  @property
+  def num_microbatches(self) -> int:
+    """Parts that a step's batch is cut into."""
+    return self.data.prompts_per_step // self.train.microbatch_bundles
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested plain values, as `run.json` holds them."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_config_dict(cls, values: Mapping[str, Any]) -> "Config":
+    """The settings in `values`, an `ml_collections.ConfigDict` or the like.
+
+    Raises:
+      ValueError: A setting is missing, unknown, of the wrong type, or breaks a
+        rule; the message names setting, value, rule and remedy.
+    """
+    return _build(cls, values, "")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+  """A dataclass from a mapping, sections within sections."""
+  if not isinstance(values, Mapping) and not hasattr(values, "items"):
+    raise ValueError(
+      f"{where.rstrip('.')} ({values!r}) must be a section of settings; set "
+      f"one of its parts, as in {where}{dataclasses.fields(cls)[0].name}=..."
+    )
+  hints = typing.get_type_hints(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  given = dict(values.items())
+  for name in given:
+    if name not in names:
+      close = difflib.get_close_matches(name, names, n=1) or names[:1]
+      raise ValueError(
+        f"{where}{name} ({given[name]!r}) is not a setting; did you mean "
+        f"{where}{close[0]}?"
+      )
+  for name in names:
+    if name not in given:
+      raise ValueError(
+        f"{where}{name} is missing; start the config from configs/base.py, "
+        "which gives every setting a value."
+      )
+  return cls(
+    **{
+      name: _value(hints[name], given[name], f"{where}{name}")
+      for name in names
+    }
+  )
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    return _build(typing.cast(type, hint), value, f"{name}.")
+  if isinstance(hint, types.UnionType):
+    if value is None and types.NoneType in hint.__args__:
+      return None
+    hint = next(x for x in hint.__args__ if x is not types.NoneType)
+  if typing.get_origin(hint) is tuple:
+    item = typing.get_args(hint)[0]
+    if isinstance(value, list | tuple):
+      return tuple(_value(item, x, name) for x in value)
+    wanted = f"a tuple of {item.__name__}"
+  else:
+    if hint is float and type(value) is int:
+      return float(value)
+    # bool is an int to Python, but True is not a number of steps.
+    if type(value) is hint:
+      return value
+    wanted = hint.__name__
+  raise ValueError(
+    f"{name} ({value!r}) must be of type {wanted}, not "
+    f"{type(value).__name__}; write it as the value in configs/base.py is."
+  )
+
+
+def _require(holds: bool, name: str, value: Any, rule: str, remedy: str):
+  if not holds:
+    raise ValueError(f"{name} ({value!r}) must {rule}; {remedy}.")
+
+
+def _check_numbers(config: Config) -> None:
+  for name, least in (
+    ("seed", 0),
+    ("data.prompts_per_step", 1),
+    ("model.logits_chunk", 1),
+    ("mesh.replica", 1),
+    ("mesh.fsdp", 1),
+    ("mesh.tensor", 1),
+    ("rollout.num_generations", 1),
+    ("rollout.max_new_tokens", 1),
+    ("train.num_steps", 1),
+    ("train.num_iterations", 1),
+    ("train.microbatch_bundles", 1),
+    ("checkpoint.every_steps", 1),
+    ("checkpoint.keep", 1),
+    ("eval.every_steps", 0),
+    ("eval.num_problems", 1),
+    ("eval.batch_size", 1),
+    ("samples.every_steps", 0),
+    ("samples.count", 0),
+  ):
+    value = config
+    for part in name.split("."):
+      value = getattr(value, part)
+    _require(
+      typing.cast(int, value) >= least,
+      name,
+      value,
+      f"be at least {least}",
+      f"set {name}={max(least, 1)}",
+    )
+  _require(
+    config.seed < 2**31,
+    "seed",
+    config.seed,
+    "fit in 31 bits",
+    "choose a smaller one",
+  )
+  _require(
+    0 < config.rollout.temperature < float("inf"),
+    "rollout.temperature",
+    config.rollout.temperature,
+    "be above 0 and finite, for training needs the odds of what was sampled",
+    "set rollout.temperature=1.0",
+  )
+  _require(
+    0 < config.data.synthetic_eval_fraction < 1,
+    "data.synthetic_eval_fraction",
+    config.data.synthetic_eval_fraction,
+    "be between 0 and 1",
+    "set data.synthetic_eval_fraction=0.1",
+  )
+  buckets = config.data.prompt_buckets
+  _require(
+    bool(buckets)
+    and buckets[0] > 0
+    and all(a < b for a, b in zip(buckets, buckets[1:], strict=False)),
+    "data.prompt_buckets",
+    buckets,
+    "be ascending lengths in tokens",
+    "set data.prompt_buckets=(128, 512)",
+  )
+
+
+def _check_names(config: Config) -> None:
+  for name, value, choices in (
+    ("data.kind", config.data.kind, pipeline.KINDS),
+    ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
+    ("model.param_dtype", config.model.param_dtype, _DTYPES),
+    ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
+    ("objective.preset", config.objective.preset, tuple(objective.PRESETS)),
+    (
+      "objective.advantage_scale",
+      config.advantage_scale if config.objective.preset in objective.PRESETS
+      else "group",
+      ("group", "batch", "none"),
+    ),
+    (
+      "objective.advantage_baseline",
+      config.objective.advantage_baseline,
+      ("mean", "leave_one_out"),
+    ),
+  ):
+    close = difflib.get_close_matches(value, choices, n=1) or choices[:1]
+    _require(
+      value in choices,
+      name,
+      value,
+      f"be one of {', '.join(choices)}",
+      f"set {name}={close[0]}",
+    )
+  scheme, colon, rest = config.model.weights.partition(":")
+  _require(
+    scheme in _WEIGHTS
+    and bool(colon and rest)
+    and (scheme != "random" or rest.isdecimal()),
+    "model.weights",
+    config.model.weights,
+    "be random:SEED or run:WORKDIR[@STEP]",
+    "set model.weights=random:0",
+  )
+
+
+def _check_divisions(config: Config) -> None:
+  shards = config.mesh.replica * config.mesh.fsdp
+  for name, value in (
+    ("data.prompts_per_step", config.data.prompts_per_step),
+    ("train.microbatch_bundles", config.train.microbatch_bundles),
+    ("eval.batch_size", config.eval.batch_size),
+  ):
+    _require(
+      value % shards == 0,
+      name,
+      value,
+      f"be a multiple of mesh.replica * mesh.fsdp ({shards})",
+      f"set {name}={max(1, round(value / shards)) * shards}",
+    )
+  _require(
+    config.data.prompts_per_step % config.train.microbatch_bundles == 0,
+    "train.microbatch_bundles",
+    config.train.microbatch_bundles,
+    f"divide data.prompts_per_step ({config.data.prompts_per_step})",
+    f"set train.microbatch_bundles={config.data.prompts_per_step}",
+  )
+  _require(
+    config.data.kind != "online" or config.rollout.num_generations >= 2,
+    "rollout.num_generations",
+    config.rollout.num_generations,
+    "be at least 2, for an advantage compares completions of one prompt",
+    "set rollout.num_generations=8",
+  )

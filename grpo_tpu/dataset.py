@@ -1,0 +1,149 @@
+"""A run's problems and tokenizer, opened and checked before any device.
+
+Draws the synthetic set under the workdir where no data dir is named.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipelines import mathvista, pipeline, prepare
+from data_pipelines import tokenizer as tokens
+from grpo_tpu import config as run_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What a run reads.
+
+  Attributes:
+    tokenizer: What spells prompts and reads completions.
+    train: Problems to train on.
+    eval: Problems held out.
+    identity: What another run must share to go on from this one's checkpoints:
+      fingerprints of the records and of the tokenizer.
+  """
+
+  tokenizer: tokens.Tokenizer
+  train: mathvista.Source
+  eval: mathvista.Source
+  identity: dict[str, str]
+
+  def train_batches(
+    self,
+    config: run_config.Config,
+    *,
+    shard_index: int,
+    shard_count: int,
+    start_step: int,
+  ) -> Iterator[pipeline.Batch]:
+    """This shard's batches from a step on, without end."""
+    return pipeline.make_pipeline(
+      self.train,
+      self.tokenizer,
+      kind=config.data.kind,
+      seed=config.seed,
+      prompts_per_step=config.data.prompts_per_step,
+      max_new_tokens=config.rollout.max_new_tokens,
+      shard_index=shard_index,
+      shard_count=shard_count,
+      start_step=start_step,
+      **_prompt_shape(config),
+    )
+
+  def eval_batches(
+    self, config: run_config.Config, *, shard_index: int, shard_count: int
+  ) -> pipeline.EvalBatches:
+    """This shard's batches of held-out problems, in a fixed order."""
+    return pipeline.make_eval_batches(
+      self.eval,
+      self.tokenizer,
+      num_problems=config.eval.num_problems,
+      batch_size=config.eval.batch_size,
+      shard_index=shard_index,
+      shard_count=shard_count,
+      **_prompt_shape(config),
+    )
+
+
+def _prompt_shape(config: run_config.Config) -> dict[str, Any]:
+  vision = config.model_config.vision
+  return {
+    "prompt_buckets": config.data.prompt_buckets,
+    "image_size": vision.image_size if vision else 0,
+    "soft_tokens": vision.soft_tokens if vision else 0,
+    "num_images": int(vision is not None),
+  }
+
+
+def open_dataset(config: run_config.Config, workdir: str) -> Dataset:
+  """Opens the data dir of a run, making the synthetic one if none is named.
+
+  Raises:
+    ValueError: There is no such data, or it may not or cannot be used so.
+  """
+  folder = pathlib.Path(config.data.dir or pathlib.Path(workdir) / "data")
+  if config.data.dir:
+    manifest = _manifest(folder)
+  else:
+    manifest = prepare.prepare(
+      prepare.Request(
+        source=config.data.synthetic,
+        data_dir=str(folder),
+        seed=config.data.synthetic.seed,
+        eval_fraction=config.data.synthetic_eval_fraction,
+        vocab_size=config.model_config.vocab_size,
+        max_reject_fraction=0.0,
+      )
+    )
+  _check(config, manifest)
+  return Dataset(
+    tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
+    train=mathvista.source(folder, config.data.train_split),
+    eval=mathvista.source(folder, config.data.eval_split),
+    identity={
+      "records": manifest["fingerprint"],
+      "tokenizer": manifest["tokenizer"]["fingerprint"],
+    },
+  )
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads((folder / "manifest.json").read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"data.dir ({str(folder)!r}) must be a folder that "
+      f"data_pipelines.prepare has made: {error}; run python -m "
+      f"data_pipelines.prepare --data_dir={folder} first."
+    ) from error
+
+
+def _check(config: run_config.Config, manifest: dict[str, Any]) -> None:
+  for setting in ("train_split", "eval_split"):
+    split = getattr(config.data, setting)
+    if split not in manifest["counts"]:
+      raise ValueError(
+        f"data.{setting} ({split!r}) must be one of the splits of the data "
+        f"dir, {', '.join(manifest['counts'])}; set data.{setting}."
+      )
+  if config.data.train_split == "test":
+    raise ValueError(
+      "data.train_split ('test') must hold answers, and those of test are not "
+      "public; set data.train_split=train."
+    )
+  if manifest["terms"] and not config.data.accept_mathvista_training_terms:
+    raise ValueError(
+      "data.accept_mathvista_training_terms (False) must be True to train on "
+      "MathVista, whose licence prohibits using it as a training set; train "
+      "on other data in its schema, or set it once you have read the licence."
+    )
+  size = manifest["tokenizer"]["vocab_size"]
+  if size > config.model_config.vocab_size:
+    raise ValueError(
+      f"model.name ({config.model.name!r}) has {config.model_config.vocab_size}"
+      f" embeddings, which must hold the {size} pieces of the data dir's "
+      "tokenizer; prepare the data with a smaller --vocab_size."
+    )

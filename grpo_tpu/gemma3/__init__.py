@@ -1,0 +1,1 @@
+"""Gemma 3: its arithmetic over a stacked parameter tree."""

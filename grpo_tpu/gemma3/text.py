@@ -1,0 +1,346 @@
+"""The decoder over bundles: a prompt computed once, with its C completions.
+
+Three passes share one layer: `bundle_states` (training and scoring),
+`prefill` and `decode` (rollout). All scan over a stacked parameter tree, so
+compile time does not grow with depth. Logits are not made here; states are
+turned into log-probabilities by `logprobs` and into tokens by `sampling`.
+
+References:
+  Gemma 3 Technical Report (arXiv:2503.19786), section 2.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from data_pipelines import tokenizer
+from grpo_tpu.gemma3 import attention, vision
+from grpo_tpu.gemma3 import config as gemma3_config
+
+_NO_WINDOW = 2**30
+_RMS_EPSILON = 1e-6
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys and values of a bundle, rotated, layers stacked in front.
+
+  The prompt's part stands once per bundle, whatever the number of completions.
+  """
+
+  prompt_k: Float[Array, "layers U P K H"]
+  prompt_v: Float[Array, "layers U P K H"]
+  k: Float[Array, "layers U C T K H"]
+  v: Float[Array, "layers U C T K H"]
+
+
+class _Layers(NamedTuple):
+  """What differs between layers, stacked for the scan."""
+
+  params: dict
+  index: Int[Array, " layers"]
+  window: Int[Array, " layers"]
+  is_global: Int[Array, " layers"]
+
+
+def prompt_states(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: UInt8[Array, "U I height width 3"],
+  *,
+  dtype: jnp.dtype,
+) -> tuple[Float[Array, "U P D"], Array, Array]:
+  """Final states of every prompt position, with the keys and values.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`.
+    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
+    prompt_length: Ids before the padding.
+    images: One per block of placeholders, in order; `I` may be 0.
+    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
+
+  Returns:
+    The states, and keys and values `[layers, U, P, K, H]`.
+  """
+  x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
+  tables = _rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
+
+  def layer(x, stack):
+    mask = attention.prompt_mask(blocks, prompt_length, stack.window)
+    x, k, v = _layer(config, stack, x, tables, mask)
+    return x, (k[:, 0], v[:, 0])
+
+  x, (k, v) = jax.lax.scan(layer, x, _layers(config, params))
+  return _rms_norm(params["final_norm"], x)[:, 0], k, v
+
+
+def bundle_states(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: UInt8[Array, "U I height width 3"],
+  completion_ids: Int[Array, "U C T"],
+  *,
+  dtype: jnp.dtype,
+  remat: bool,
+) -> Float[Array, "U C T D"]:
+  """The states that predict each completion token.
+
+  Position `t` holds the state from which completion token `t` is predicted:
+  the prompt's last token for the first, completion token `t - 1` after. Equal,
+  with its gradient, to `C` separate rows that repeat prompt and image.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`; carries the gradient.
+    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
+    prompt_length: Ids before the padding.
+    images: One per block of placeholders, in order; `I` may be 0.
+    completion_ids: Right-padded ids of the completions of each prompt.
+    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
+    remat: Recompute each layer in the backward pass instead of storing it.
+  """
+  num_prompt, num_own = prompt_ids.shape[1], completion_ids.shape[2]
+  x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
+  y = _embedded(config, params, completion_ids, dtype)
+  t = jnp.arange(num_own)
+  prompt_tables = _rope_tables(config, jnp.arange(num_prompt)[None])
+  tables = _rope_tables(config, prompt_length[:, None] + t[None])
+
+  def layer(carry, stack):
+    x, y = carry
+    mask = attention.prompt_mask(blocks, prompt_length, stack.window)
+    x, k, v = _layer(config, stack, x, prompt_tables, mask)
+    to_prompt, own = attention.completion_masks(
+      prompt_length, num_prompt, t, num_own, stack.window
+    )
+    y, _, _ = _layer(
+      config, stack, y, tables, own, prompt=(k[:, 0], v[:, 0], to_prompt)
+    )
+    return (x, y), None
+
+  if remat:
+    layer = jax.checkpoint(layer, prevent_cse=False)
+  (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
+  first = _last(x[:, 0], prompt_length)[:, None, None]
+  first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
+  states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
+  return _rms_norm(params["final_norm"], states)
+
+
+def prefill(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: UInt8[Array, "U I height width 3"],
+  *,
+  num_completions: int,
+  max_new_tokens: int,
+  dtype: jnp.dtype,
+) -> tuple[Float[Array, "U D"], Cache]:
+  """The state that predicts the first token, and a cache to decode from."""
+  states, k, v = prompt_states(
+    config, params, prompt_ids, prompt_length, images, dtype=dtype
+  )
+  layers, u, _, kv_heads, head_dim = k.shape
+  empty = jnp.zeros(
+    (layers, u, num_completions, max_new_tokens, kv_heads, head_dim), k.dtype
+  )
+  return _last(states, prompt_length), Cache(k, v, empty, empty)
+
+
+def decode(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  cache: Cache,
+  prompt_length: Int[Array, " U"],
+  ids: Int[Array, "U C"],
+  t: Int[Array, ""],
+  *,
+  dtype: jnp.dtype,
+) -> tuple[Float[Array, "U C D"], Cache]:
+  """Reads completion token `t` of every row; returns what predicts the next.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`.
+    cache: Written at index `t` of every layer.
+    prompt_length: Ids of each prompt before its padding.
+    ids: Token `t` of each row.
+    t: Index of these tokens in their completions.
+    dtype: Of the matrix products.
+  """
+  x = _embedded(config, params, ids[:, :, None], dtype)
+  tables = _rope_tables(config, (prompt_length + t)[:, None])
+  num_prompt, num_own = cache.prompt_k.shape[2], cache.k.shape[3]
+
+  def layer(carry, scanned):
+    x, keys, values = carry
+    stack, prompt_k, prompt_v = scanned
+    to_prompt, own = attention.completion_masks(
+      prompt_length, num_prompt, t[None], num_own, stack.window
+    )
+    q, k, v = _queries_keys_values(config, stack, x, tables)
+    # The caches ride in the carry and are updated in place.
+    keys = _put(keys, k, stack.index, t)
+    values = _put(values, v, stack.index, t)
+    read = attention.attend(
+      q,
+      keys[stack.index],
+      values[stack.index],
+      own,
+      prompt_k=prompt_k,
+      prompt_v=prompt_v,
+      prompt_mask=to_prompt,
+    )
+    return (_after_attention(stack.params, x, read), keys, values), None
+
+  (x, keys, values), _ = jax.lax.scan(
+    layer,
+    (x, cache.k, cache.v),
+    (_layers(config, params), cache.prompt_k, cache.prompt_v),
+  )
+  states = _rms_norm(params["final_norm"], x)[:, :, 0]
+  return states, cache.replace(k=keys, v=values)
+
+
+def _put(cache: Array, new: Array, layer: Array, t: Array) -> Array:
+  """Writes `new [U, C, 1, K, H]` at a layer and a token of the cache."""
+  zero = jnp.zeros_like(layer)
+  start = (layer, zero, zero, t.astype(layer.dtype), zero, zero)
+  return jax.lax.dynamic_update_slice(cache, new[None], start)
+
+
+def _layers(config: gemma3_config.ModelConfig, params: dict) -> _Layers:
+  is_global = np.array(config.global_layers)
+  return _Layers(
+    params=params["layers"],
+    index=jnp.arange(config.num_layers),
+    window=jnp.asarray(
+      np.where(is_global, _NO_WINDOW, config.sliding_window), jnp.int32
+    ),
+    is_global=jnp.asarray(is_global, jnp.int32),
+  )
+
+
+def _layer(config, stack, x, tables, mask, *, prompt=None):
+  """One block on `x [U, C, t, D]`; returns the keys and values it made."""
+  q, k, v = _queries_keys_values(config, stack, x, tables)
+  prompt_k, prompt_v, prompt_mask = prompt or (None, None, None)
+  read = attention.attend(
+    q,
+    k,
+    v,
+    mask,
+    prompt_k=prompt_k,
+    prompt_v=prompt_v,
+    prompt_mask=prompt_mask,
+  )
+  return _after_attention(stack.params, x, read), k, v
+
+
+def _queries_keys_values(config, stack, x, tables):
+  attn = stack.params["attn"]
+  y = _rms_norm(stack.params["pre_attention_norm"], x)
+  q = jnp.einsum("uctd,qdh->uctqh", y, attn["q_einsum"].astype(y.dtype))
+  k, v = jnp.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"].astype(y.dtype))
+  sin, cos = (table[stack.is_global] for table in tables)
+  q = _rotate(_rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
+  k = _rotate(_rms_norm(attn["key_norm"], k), sin, cos)
+  return q, k, v
+
+
+def _after_attention(params: dict, x: Array, read: Array) -> Array:
+  """Output projection, gated MLP, and their residuals."""
+  w = params["attn"]["attn_vec_einsum"]
+  y = jnp.einsum("uctqh,qhd->uctd", read, w.astype(read.dtype))
+  x = x + _rms_norm(params["post_attention_norm"], y)
+  y = _rms_norm(params["pre_ffw_norm"], x)
+  gate, up = jnp.einsum(
+    "uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"].astype(y.dtype)
+  )
+  y = jax.nn.gelu(gate, approximate=True) * up
+  y = jnp.einsum("uctf,fd->uctd", y, params["mlp"]["linear"].astype(y.dtype))
+  return x + _rms_norm(params["post_ffw_norm"], y)
+
+
+def _rms_norm(params: dict, x: Array) -> Array:
+  y = x.astype(jnp.float32)
+  y *= jax.lax.rsqrt(
+    jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _RMS_EPSILON
+  )
+  scale = params["scale"].astype(jnp.float32)
+  return (y * (1 + jnp.expand_dims(scale, range(x.ndim - 1)))).astype(x.dtype)
+
+
+def _rope_tables(
+  config: gemma3_config.ModelConfig, positions: Int[Array, "#U t"]
+) -> tuple[Float[Array, "2 #U t h"], Float[Array, "2 #U t h"]]:
+  """Sines and cosines of local (0) and global (1) layers."""
+  exponent = np.arange(config.head_dim // 2) * (2.0 / config.head_dim)
+  frequency = np.stack(
+    [
+      config.local_rope_base**-exponent,
+      config.global_rope_base**-exponent / config.global_rope_factor,
+    ]
+  )
+  angle = positions.astype(jnp.float32)[None, :, :, None] * jnp.asarray(
+    frequency[:, None, None], jnp.float32
+  )
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def _rotate(x: Array, sin: Array, cos: Array) -> Array:
+  """Applies RoPE to `x [U, C, t, heads, H]` with tables `[#U, t, H / 2]`."""
+  sin, cos = sin[:, None, :, None], cos[:, None, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
+    x.dtype
+  )
+
+
+def _embedded(config, params, ids: Array, dtype) -> Array:
+  table = params["embedder"]["input_embedding"]
+  # The factor is rounded to the table's type, as in the released models.
+  scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
+  return table[ids].astype(dtype) * scale
+
+
+def _embedded_prompt(config, params, prompt_ids, images, dtype):
+  """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
+  is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
+  x = _embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
+  starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
+  blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
+  if images.shape[1]:
+    soft = _projected(config, params, images, dtype)
+    slot = jnp.maximum(jnp.cumsum(is_soft, axis=1) - 1, 0)
+    merged = jnp.take_along_axis(soft, slot[..., None], axis=1)
+    x = jnp.where(is_soft[..., None], merged, x)
+  return x[:, None], blocks
+
+
+def _projected(config, params, images, dtype) -> Float[Array, "U S D"]:
+  """Soft tokens of all images of a prompt, in a row."""
+  soft = vision.soft_tokens(
+    config.vision, params["vision_encoder"], images, dtype=dtype
+  )
+  embedder = params["embedder"]
+  soft = _rms_norm(embedder["mm_soft_embedding_norm"], soft)
+  soft = soft @ embedder["mm_input_projection"].astype(soft.dtype)
+  return soft.reshape(soft.shape[0], -1, soft.shape[-1])
+
+
+@functools.partial(jax.named_call, name="last_prompt_state")
+def _last(x: Float[Array, "U P D"], length: Int[Array, " U"]) -> Array:
+  return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,104 @@
+"""The image tower: pixels to soft tokens in the text model's embedding space.
+
+SigLIP (pre-LayerNorm ViT with learned positions), average pooling to a fixed
+number of tokens, RMSNorm and a linear projection. Knows nothing of prompts.
+
+References:
+  Zhai et al., "Sigmoid Loss for Language Image Pre-Training"
+  (arXiv:2303.15343); Gemma 3 Technical Report (arXiv:2503.19786), section 2.1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from grpo_tpu.gemma3 import config as gemma3_config
+
+_LAYER_NORM_EPSILON = 1e-6
+
+
+def soft_tokens(
+  config: gemma3_config.VisionConfig,
+  params: dict,
+  images: UInt8[Array, "*batch H W 3"],
+  *,
+  dtype: jnp.dtype,
+) -> Float[Array, "*batch S width"]:
+  """The pooled output of the tower, before the projector.
+
+  Args:
+    config: The tower's sizes.
+    params: The tree under `vision_encoder`.
+    images: RGB, already resized to `config.image_size`.
+    dtype: Of the matrix products; norms and softmax stay in fp32.
+  """
+  batch = images.shape[:-3]
+  x = _patches(config, images.reshape(-1, *images.shape[-3:]))
+  # [n, N, patch * patch * 3] @ [patch * patch * 3, width]
+  kernel = params["embedding"]["kernel"].reshape(-1, config.width)
+  x = x.astype(dtype) @ kernel.astype(dtype)
+  # The bias [width] is folded into the positions [1, N, width].
+  offset = params["pos_embedding"] + _like(params["embedding"]["bias"], x)
+  x = x + offset.astype(dtype)
+
+  def block(x, layer):
+    return _block(config, layer, x), None
+
+  x, _ = jax.lax.scan(block, x, params["layers"])
+  x = _layer_norm(params["norm"], x)
+  return _pool(x, config.soft_tokens).reshape(
+    *batch, config.soft_tokens, config.width
+  )
+
+
+def _patches(config, images: Array) -> Array:
+  """Cuts images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
+  side, patch = config.image_size // config.patch_size, config.patch_size
+  x = images.astype(jnp.float32) / 127.5 - 1.0
+  x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(-1, side * side, patch * patch * 3)
+
+
+def _block(config, params: dict, x: Array) -> Array:
+  y = _layer_norm(params["attention_norm"], x)
+  q, k, v = (
+    jnp.einsum("ntd,dqh->ntqh", y, params[name]["kernel"].astype(y.dtype))
+    + params[name]["bias"][None, None].astype(y.dtype)
+    for name in ("query", "key", "value")
+  )
+  scores = jnp.einsum("ntqh,nsqh->nqts", q * q.shape[-1] ** -0.5, k)
+  weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+  y = jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+  out = params["out"]
+  x += jnp.einsum("ntqh,qhd->ntd", y, out["kernel"].astype(y.dtype))
+  x += _like(out["bias"], x).astype(x.dtype)
+  y = _layer_norm(params["mlp_norm"], x)
+  y = jax.nn.gelu(_dense(params["mlp_in"], y), approximate=True)
+  return x + _dense(params["mlp_out"], y)
+
+
+def _dense(params: dict, x: Array) -> Array:
+  bias = _like(params["bias"], x).astype(x.dtype)
+  return x @ params["kernel"].astype(x.dtype) + bias
+
+
+def _like(vector: Array, x: Array) -> Array:
+  """A vector along the last axis of `x`, at its rank."""
+  return jnp.expand_dims(vector, range(x.ndim - 1))
+
+
+def _layer_norm(params: dict, x: Array) -> Array:
+  y = x.astype(jnp.float32)
+  y = y - y.mean(axis=-1, keepdims=True)
+  variance = jnp.square(y).mean(axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(variance + _LAYER_NORM_EPSILON)
+  y = y * _like(params["scale"], y) + _like(params["bias"], y)
+  return y.astype(x.dtype)
+
+
+def _pool(x: Array, num_tokens: int) -> Array:
+  """Averages square windows of `[n, side * side, d]` to `num_tokens`."""
+  side, pooled = round(x.shape[1] ** 0.5), round(num_tokens**0.5)
+  window = side // pooled
+  x = x.reshape(-1, pooled, window, pooled, window, x.shape[-1])
+  return x.mean(axis=(2, 4)).reshape(-1, num_tokens, x.shape[-1])

@@ -1,0 +1,77 @@
+"""Log-probabilities of given tokens, without ever holding all their logits.
+
+One code path serves the policy, the old policy and the reference: taken any
+other way, rounding alone would move their ratio away from one.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def per_token_logps(
+  states: Float[Array, "*batch D"],
+  ids: Int[Array, "*batch"],
+  embedding: Float[Array, "V D"],
+  *,
+  temperature: float,
+  chunk_size: int,
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+  """Log-probability of each id, and the entropy of its distribution, in fp32.
+
+  Logits of `chunk_size` tokens exist at a time, in the backward pass too,
+  where they are recomputed.
+
+  Args:
+    states: Final states that predict `ids`; carries the gradient.
+    ids: The tokens whose log-probability is wanted.
+    embedding: The tied output embedding; carries the gradient.
+    temperature: Logits are divided by it, as they were when sampling.
+    chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
+
+  Returns:
+    Log-probabilities and entropies, in nats.
+  """
+  num_tokens = math.prod(ids.shape)
+  chunk_size = min(chunk_size, num_tokens)
+  padding = -num_tokens % chunk_size
+  flat_states = jnp.pad(
+    states.reshape(num_tokens, -1), ((0, padding), (0, 0))
+  ).reshape(-1, chunk_size, states.shape[-1])
+  flat_ids = jnp.pad(ids.reshape(-1), (0, padding)).reshape(-1, chunk_size)
+
+  @jax.checkpoint
+  def chunk(states, ids):
+    logits = logits_of(states, embedding, temperature=temperature)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
+    mean_logit = jnp.sum(
+      jnp.exp(logits - log_normalizer[:, None]) * logits, axis=-1
+    )
+    return chosen - log_normalizer, log_normalizer - mean_logit
+
+  logps, entropies = jax.lax.map(
+    lambda x: chunk(*x), (flat_states, flat_ids)
+  )
+  return (
+    logps.reshape(-1)[:num_tokens].reshape(ids.shape),
+    entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
+  )
+
+
+def logits_of(
+  states: Float[Array, "*batch D"],
+  embedding: Float[Array, "V D"],
+  *,
+  temperature: float,
+) -> Float[Array, "*batch V"]:
+  """Logits in fp32, whatever the type of states and embedding."""
+  logits = jnp.einsum(
+    "...d,vd->...v",
+    states,
+    embedding.astype(states.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return logits / temperature

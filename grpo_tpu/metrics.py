@@ -1,0 +1,466 @@
+"""Every number a run reports: what it is called, and where it is written.
+
+`METRICS` is the one place where a metric gets its name, unit and meaning. A
+`Writer` puts a step's scalars into `metrics.jsonl` (every digit, one line a
+step) and into TensorBoard's event files, and sample completions beside them.
+It knows nothing of how a number comes about.
+
+A line of `metrics.jsonl` is `{"step": 7, "train/loss": -0.1, ...}`, the names
+in the order of `METRICS`; a number that is not finite is `null`, since JSON has
+no NaN. The file never holds a step twice: a resumed run takes back the steps
+after the checkpoint it starts from.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pathlib
+import re
+import time
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+from absl import logging
+
+from grpo_tpu import event_files
+
+type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """One row of the table. `{slice}` in a name stands for any one word."""
+
+  name: str
+  unit: str
+  meaning: str
+
+
+_REWARDS = ("accuracy", "format", "length", "reasoning_words", "coherence")
+
+METRICS = (
+  # What the update did. Means are over the tokens the loss is taken over.
+  Metric("train/loss", "1", "what the gradient descends"),
+  Metric("train/kl", "nats", "the KL term before beta"),
+  Metric("train/kl_k1", "nats", "policy from reference, by estimator k1"),
+  Metric("train/kl_k2", "nats", "the same by k2"),
+  Metric("train/kl_k3", "nats", "the same by k3"),
+  Metric("train/old_kl", "nats", "policy from the one that sampled, by k3"),
+  Metric("train/entropy", "nats", "of the policy's next token"),
+  Metric("train/ratio", "1", "policy over the one that sampled"),
+  Metric("train/sampler_weight", "1", "correction for the sampler, capped"),
+  Metric("train/clip_fraction", "share", "of tokens that the clip holds"),
+  Metric("train/clip_fraction_low", "share", "held from below"),
+  Metric("train/clip_fraction_high", "share", "held from above"),
+  Metric("train/clip_fraction_dual", "share", "held by the dual clip"),
+  Metric("train/grad_norm", "1", "of all gradients, before clipping"),
+  Metric("train/learning_rate", "1", "of this update"),
+  Metric("train/tokens", "tokens", "that the loss is taken over"),
+  Metric("train/nll", "nats", "of demonstrations"),
+  Metric("train/token_accuracy", "share", "of demonstrations' tokens, top-1"),
+  Metric("train/preference_accuracy", "share", "chosen paid more; ties half"),
+  Metric("train/implicit_preference_accuracy", "share", "chosen gained more"),
+  Metric("train/implicit_preference_margin", "nats", "by how much more"),
+  # What the policy sampled.
+  Metric("rollout/reward", "1", "weighted total, mean over completions"),
+  Metric("rollout/reward_std", "1", "within a group, mean over groups"),
+  Metric("rollout/accuracy", "share", "of completions that are right"),
+  Metric("rollout/unanimous_fraction", "share", "of groups all paid the same"),
+  Metric("rollout/all_right_fraction", "share", "of groups all right"),
+  Metric("rollout/all_wrong_fraction", "share", "of groups all wrong"),
+  Metric("rollout/mixed_fraction", "share", "of groups neither"),
+  Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
+  Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
+  Metric("rollout/truncated_fraction", "share", "of completions cut off"),
+  Metric("rollout/sampler_logp_difference_mean", "nats", "from the trainer's"),
+  Metric("rollout/sampler_logp_difference_max", "nats", "of the worst token"),
+  # What each reward said of the completions, before its weight.
+  *(
+    Metric(f"reward/{reward}_{statistic}", "1", f"{statistic} of `{reward}`")
+    for reward in _REWARDS
+    for statistic in ("mean", "std")
+  ),
+  Metric("reward/errors", "count", "completions that a reward failed on"),
+  # How the policy does on held-out problems, decoded greedily.
+  Metric("eval/accuracy", "share", "of problems answered rightly"),
+  Metric("eval/accuracy/{slice}", "share", "the same of one sort of problem"),
+  Metric("eval/format", "share", "of completions in the format asked for"),
+  Metric("eval/reward", "1", "weighted total, mean over completions"),
+  Metric("eval/completion_length", "tokens", "mean, end of turn included"),
+  Metric("eval/truncated_fraction", "share", "of completions cut off"),
+  Metric("eval/nll", "nats", "of worked answers, per token"),
+  Metric("eval/token_accuracy", "share", "of worked answers' tokens, top-1"),
+  Metric("eval/preference_accuracy", "share", "chosen paid more; ties half"),
+  Metric("eval/implicit_preference_accuracy", "share", "chosen gained more"),
+  Metric("eval/implicit_preference_margin", "nats", "by how much more"),
+  # Where in the data the run is.
+  Metric("data/epoch", "epochs", "passes over the training split begun"),
+  Metric("data/skipped", "count", "records of this step that were unusable"),
+  # Wall-clock time: these alone differ between two runs of one seed.
+  Metric("perf/step_seconds", "s", "the whole step"),
+  Metric("perf/data_seconds", "s", "waiting for the batch"),
+  Metric("perf/rollout_seconds", "s", "sampling"),
+  Metric("perf/reward_seconds", "s", "scoring completions"),
+  Metric("perf/update_seconds", "s", "gradients and optimizer"),
+  Metric("perf/eval_seconds", "s", "evaluating"),
+  Metric("perf/checkpoint_block_seconds", "s", "training held up by a save"),
+  Metric("perf/tokens_per_second", "tokens/s", "completion tokens, whole step"),
+  Metric("perf/compile_seconds", "s", "compiling, in this step"),
+  Metric("perf/compilations", "count", "programs compiled in this step"),
+  Metric("checkpoint/save_failures", "count", "since this process started"),
+)
+
+# Where TensorBoard shows a sample: its words and its picture need a tag each.
+_SAMPLE_TEXT = "samples/{split}/{index}/text"
+_SAMPLE_IMAGE = "samples/{split}/{index}/image"
+
+# The progress line: which metrics, under which words.
+_PROGRESS = (
+  ("rollout/reward", "reward {:.2f}"),
+  ("rollout/accuracy", "accuracy {:.2f}"),
+  ("train/nll", "nll {:.3f}"),
+  ("train/implicit_preference_accuracy", "preference {:.2f}"),
+  ("eval/accuracy", "held-out accuracy {:.3f}"),
+  ("eval/preference_accuracy", "held-out preference {:.3f}"),
+  ("perf/tokens_per_second", "{:.0f} tokens/s"),
+)
+_SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A completion to look at.
+
+  Attributes:
+    pid: Of the problem.
+    prompt: As the model read it.
+    completion: As the model wrote it.
+    answer: The right one.
+    reward: The weighted total.
+    rewards: Each reward by name, before its weight.
+    image: uint8 [H, W, 3], or None for a problem without one. It goes into the
+      event file alone; in the JSON line the pid stands for it.
+  """
+
+  pid: str
+  prompt: str
+  completion: str
+  answer: str
+  reward: float
+  rewards: Mapping[str, float]
+  image: np.ndarray | None
+
+
+class Writer:
+  """Writes a run's numbers under `workdir`; on hosts but one, nothing.
+
+  Use as a context manager: leaving it waits until all is written.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    is_writer: bool,
+    resume_step: int | None,
+  ) -> None:
+    """Opens the files, and takes back what a resumed run will write again.
+
+    Args:
+      workdir: Of the run, made if missing.
+      is_writer: True on process 0. The others check names and write nothing.
+      resume_step: The step of the restored checkpoint: what was written after
+        it is dropped, as is a last line cut short by a kill. None for a run
+        from the start: what an earlier one left is removed.
+    """
+    self._lines: dict[str, _JsonLines] = {}
+    self._events: event_files.EventFiles | None = None
+    self._last_step = -1 if resume_step is None else resume_step
+    self._progress_start: tuple[int, float] | None = None
+    self._progress_time = -math.inf
+    self._scalars: dict[str, int | float] = {}
+    if is_writer:
+      workdir = pathlib.Path(workdir)
+      (workdir / "samples").mkdir(parents=True, exist_ok=True)
+      for name in ("metrics", "samples/train", "samples/eval"):
+        self._lines[name] = _JsonLines(
+          workdir / f"{name}.jsonl", resume_step=resume_step
+        )
+      self._events = event_files.EventFiles(workdir, resume_step=resume_step)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    self.close()
+
+  def write(self, step: int, scalars: Mapping[str, Scalar]) -> None:
+    """Writes everything there is to say about `step`: called once for each.
+
+    Args:
+      step: Greater than every step before.
+      scalars: By the names of `METRICS`. Device arrays are fetched, at once.
+
+    Raises:
+      ValueError: A name that is not in `METRICS`, a value that is not one
+        number, or a step already written.
+    """
+    order = {name: _declared(name) for name in scalars}
+    if step <= self._last_step:
+      raise ValueError(
+        f"step {step} is written after step {self._last_step}: merge what there"
+        " is to say about a step into one call."
+      )
+    self._last_step = step
+    if self._events is None:
+      return
+    fetched = jax.device_get(dict(scalars))
+    self._scalars = {
+      name: _number(name, fetched[name])
+      for name in sorted(scalars, key=lambda name: (order[name], name))
+    }
+    self._lines["metrics"].append({"step": step} | self._scalars)
+    self._events.write(
+      lambda events, scalars=self._scalars: events.write_scalars(step, scalars)
+    )
+
+  def write_samples(
+    self,
+    step: int,
+    samples: Sequence[Sample],
+    *,
+    split: Literal["train", "eval"],
+  ) -> None:
+    """Writes completions to `samples/<split>.jsonl` and the event files."""
+    if self._events is None:
+      return
+    for sample in samples:
+      self._lines[f"samples/{split}"].append(
+        {
+          "step": step,
+          "pid": sample.pid,
+          "prompt": sample.prompt,
+          "completion": sample.completion,
+          "answer": sample.answer,
+          "reward": sample.reward,
+          "rewards": dict(sample.rewards),
+        }
+      )
+    texts = {
+      _SAMPLE_TEXT.format(split=split, index=index): sample_text(sample)
+      for index, sample in enumerate(samples)
+    }
+    images = {
+      _SAMPLE_IMAGE.format(split=split, index=index): sample.image[None]
+      for index, sample in enumerate(samples)
+      if sample.image is not None
+    }
+    self._events.write(lambda events: events.write_texts(step, texts))
+    self._events.write(lambda events: events.write_images(step, images))
+
+  def write_config(self, config: Mapping[str, Any]) -> None:
+    """Puts the run's settings, nested as they are, into the event files."""
+    if self._events is None:
+      return
+    step = max(self._last_step, 0)
+    text = _as_code(json.dumps(config, indent=2, default=str))
+    hparams = dict(_flat(config))
+    self._events.write(
+      lambda events: events.write_texts(step, {"config": text})
+    )
+    self._events.write(lambda events: events.write_hparams(hparams))
+
+  def progress(self, num_steps: int) -> None:
+    """Logs a line about the step just written, unless one was logged just now.
+
+    Always logs the first step, the last, and those that were evaluated.
+    """
+    if self._events is None:
+      return
+    step, now = self._last_step, time.monotonic()
+    if step > 0 and self._progress_start is None:
+      # Step 0 trains nothing, and the first after it compiles.
+      self._progress_start = (step, now)
+    is_due = (
+      now - self._progress_time >= _SECONDS_BETWEEN_PROGRESS_LINES
+      or step >= num_steps
+      or any(name.startswith("eval/") for name in self._scalars)
+    )
+    if not is_due:
+      return
+    self._progress_time = now
+    first_step, start = self._progress_start or (step, now)
+    eta_seconds = None
+    if step > first_step:
+      eta_seconds = (num_steps - step) * (now - start) / (step - first_step)
+    logging.info(
+      "%s",
+      progress_line(step, num_steps, self._scalars, eta_seconds=eta_seconds),
+    )
+
+  def flush(self) -> None:
+    """Returns when all is on disk; what went wrong with events is logged."""
+    if self._events is not None:
+      self._events.flush()
+
+  def close(self) -> None:
+    """Flushes and closes; nothing can be written after."""
+    for lines in self._lines.values():
+      lines.close()
+    if self._events is not None:
+      self._events.close()
+
+
+def progress_line(
+  step: int,
+  num_steps: int,
+  scalars: Mapping[str, float],
+  *,
+  eta_seconds: float | None,
+) -> str:
+  """One line to watch a run by, of those `scalars` that are worth a look.
+
+  Args:
+    step: The one just done.
+    num_steps: How many there are.
+    scalars: Of this step, by the names of `METRICS`.
+    eta_seconds: Until the last step is done; None while unknown.
+  """
+  parts = [f"step {step}/{num_steps}"]
+  parts += [
+    words.format(scalars[name]) for name, words in _PROGRESS if name in scalars
+  ]
+  if eta_seconds is not None:
+    minutes, seconds = divmod(round(eta_seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+    parts.append(f"ETA {clock}:{seconds:02}")
+  return "  ".join(parts)
+
+
+def sample_text(sample: Sample) -> str:
+  """A sample as the Markdown that TensorBoard shows."""
+  rewards = ", ".join(f"{k} {v:.2f}" for k, v in sample.rewards.items())
+  return "\n\n".join(
+    (
+      f"**{sample.pid}**: reward {sample.reward:.3f} ({rewards})",
+      "right answer:",
+      _as_code(sample.answer),
+      "completion:",
+      _as_code(sample.completion),
+      "prompt:",
+      _as_code(sample.prompt),
+    )
+  )
+
+
+class _JsonLines:
+  """A file of one JSON object a line, each with the step it belongs to."""
+
+  def __init__(self, path: pathlib.Path, *, resume_step: int | None) -> None:
+    _rewind(path, resume_step)
+    # Unbuffered: a line is one write, so a kill leaves at most the last torn.
+    self._file = path.open("ab", buffering=0)
+
+  def append(self, row: Mapping[str, Any]) -> None:
+    line = json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+    num_written = self._file.write(line)
+    if num_written != len(line):
+      raise OSError(
+        f"{self._file.name}: only {num_written} of {len(line)} bytes of a line"
+        " could be written; is the disk full?"
+      )
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
+  """Leaves the whole lines up to `resume_step` in the file; none if None."""
+  kept = []
+  if resume_step is not None and path.exists():
+    for line in path.read_bytes().splitlines(keepends=True):
+      try:
+        step = json.loads(line)["step"]
+      except ValueError:
+        step = None
+      if step is None or not line.endswith(b"\n"):
+        logging.warning("%s: dropped a broken line: %r", path, line[:80])
+      elif step <= resume_step:
+        kept.append(line)
+  # Beside, then renamed: a kill in between leaves the file as it was.
+  beside = path.with_name(f"{path.name}.tmp")
+  with beside.open("wb") as file:
+    file.writelines(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  beside.replace(path)
+
+
+_ORDER = {metric.name: index for index, metric in enumerate(METRICS)}
+_TEMPLATES = tuple(
+  (re.compile(re.escape(name).replace(r"\{slice\}", r"[\w.-]+")), index)
+  for name, index in _ORDER.items()
+  if "{slice}" in name
+)
+
+
+def _declared(name: str) -> int:
+  """Where in `METRICS` a name stands."""
+  if name in _ORDER and "{" not in name:
+    return _ORDER[name]
+  for template, index in _TEMPLATES:
+    if template.fullmatch(name):
+      return index
+  close = difflib.get_close_matches(name, _ORDER, n=1)
+  raise ValueError(
+    f"metric {name!r} is not declared: give it a row in"
+    " grpo_tpu/metrics.py:METRICS"
+    + (f", or write {close[0]!r}." if close else ".")
+  )
+
+
+def _number(name: str, value: Any) -> int | float:
+  array = np.asarray(value)
+  number = array.item() if array.ndim == 0 else None
+  if not isinstance(number, int | float):
+    raise ValueError(
+      f"metric {name!r} must be one number, not {array.dtype}{array.shape}:"
+      " reduce it before it is written."
+    )
+  return int(number) if isinstance(number, bool) else number
+
+
+def _finite(value: Any) -> Any:
+  """The same, with null for every number that JSON cannot hold."""
+  if isinstance(value, Mapping):
+    return {key: _finite(each) for key, each in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _flat(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+  """Dotted names and what the hparams tab can show: numbers and text."""
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      for rest, each in _flat(value):
+        yield f"{name}.{rest}", each
+    else:
+      is_plain = isinstance(value, bool | int | float | str)
+      yield name, value if is_plain else str(value)
+
+
+def _as_code(text: str) -> str:
+  """Markdown that shows `text` as it is, tags and fences included."""
+  return "\n".join(f"    {line}" for line in text.split("\n"))

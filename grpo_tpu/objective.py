@@ -1,0 +1,519 @@
+"""The GRPO objective: rewards to advantages, log-probabilities to one loss.
+
+Pure functions of arrays, in float32, safe under jit, vmap and scan. It knows
+nothing of models, texts, devices or how a batch is cut: a caller that sees a
+part passes the whole batch's `denominator` and `num_tokens`, and adds up.
+
+References:
+  GRPO: Shao et al., DeepSeekMath, arXiv:2402.03300
+  Dr. GRPO: Liu et al., arXiv:2503.20783
+  DAPO: Yu et al., arXiv:2503.14476
+  GSPO: Zheng et al., arXiv:2507.18071
+  CISPO: MiniMax-M1, arXiv:2506.13585
+  KL estimators: Schulman, http://joschu.net/blog/kl-approx.html
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+Metrics = dict[str, Float[Array, ""]]
+
+# exp(60) and its products with a beta, an advantage and a token count fit in
+# float32; a log-ratio beyond it says that something else is broken.
+_MAX_EXPONENT = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """What the loss is; docs/objective.md has each choice as a formula.
+
+  Attributes:
+    aggregation: What the sum over tokens is divided by. "token_mean": the
+      number of unmasked tokens. "sequence_mean": each row's own number of
+      tokens, then the number of rows. "constant": the number of rows times
+      `max_completion_length`. Always that of the whole optimizer batch.
+    importance: "token": each token has its own ratio. "sequence": a row has
+      one, exp of its mean log-ratio, and the gradient flows through the mean.
+    surrogate: "clip": the pessimistic minimum of ratio and clipped ratio.
+      "cispo": REINFORCE weighted by the stopped ratio, capped.
+    epsilon_low: How far below 1 the ratio may go, in (0, 1]. Unused by
+      "cispo", which has no lower bound.
+    epsilon_high: How far above 1 the ratio may go; for "cispo" the cap of the
+      ratio itself, 1 or more.
+    dual_clip: Upper cap of the ratio whatever the sign of the advantage, above
+      1; None for off.
+    beta: Weight of the KL term; 0 for none.
+    kl_estimator: The value of the term: "k1", "k2" or "k3".
+    kl_gradient: "estimator": the derivative of the estimator as written (of k1
+      it is pure noise, of k3 the forward KL's). "importance_weighted": that of
+      estimator times ratio. "reverse": the reverse KL's, importance corrected,
+      whatever the value.
+    tis_cap: Upper cap of the sampler weights; None leaves them as they come.
+    max_completion_length: In tokens; only "constant" reads it. None where no
+      run has set it yet.
+  """
+
+  aggregation: str
+  importance: str
+  surrogate: str
+  epsilon_low: float | int
+  epsilon_high: float | int
+  dual_clip: float | int | None
+  beta: float | int
+  kl_estimator: str
+  kl_gradient: str
+  tis_cap: float | int | None
+  max_completion_length: int | None
+
+  def __post_init__(self):
+    for field, choices in _CHOICES.items():
+      value = getattr(self, field)
+      _require(value in choices, field, value, _one_of(choices), choices[0])
+    cispo, length = self.surrogate == "cispo", self.max_completion_length
+    for field, holds, rule, remedy in (
+      ("epsilon_low", 0 < self.epsilon_low <= 1, "be above 0, at most 1", 0.2),
+      ("epsilon_high", 0 < self.epsilon_high < math.inf, "be above 0", 0.28),
+      (
+        "epsilon_high",
+        self.epsilon_high >= 1 or not cispo,
+        "be at least 1 for cispo, where it is the cap of the ratio itself",
+        5.0,
+      ),
+      (
+        "dual_clip",
+        self.dual_clip is None or not cispo,
+        "be None for cispo, where epsilon_high is the cap",
+        None,
+      ),
+      (
+        "dual_clip",
+        self.dual_clip is None or self.dual_clip > 1,
+        "be above 1, or a policy that has not moved is cut",
+        3.0,
+      ),
+      ("beta", 0 <= self.beta < math.inf, "be 0 or a positive weight", 0.0),
+      ("tis_cap", self.tis_cap is None or self.tis_cap > 0, "be above 0", 2.0),
+      (
+        "max_completion_length",
+        length is None or length >= 1,
+        "be at least 1 token",
+        "(rollout.max_new_tokens)",
+      ),
+    ):
+      _require(holds, field, getattr(self, field), rule, remedy)
+
+
+_CHOICES = {
+  "aggregation": ("token_mean", "sequence_mean", "constant"),
+  "importance": ("token", "sequence"),
+  "surrogate": ("clip", "cispo"),
+  "kl_estimator": ("k3", "k1", "k2"),
+  "kl_gradient": ("reverse", "importance_weighted", "estimator"),
+}
+
+
+def _one_of(choices):
+  return f"be one of {', '.join(choices)}"
+
+
+def _require(holds, field, value, rule, remedy):
+  if not holds:
+    raise ValueError(
+      f"objective.{field} ({value!r}) must {rule}; "
+      f"set objective.{field}={remedy}."
+    )
+
+
+_DAPO = ObjectiveConfig(
+  aggregation="token_mean",
+  importance="token",
+  surrogate="clip",
+  epsilon_low=0.2,
+  epsilon_high=0.28,
+  dual_clip=None,
+  beta=0.0,
+  kl_estimator="k3",
+  kl_gradient="reverse",
+  tis_cap=None,
+  max_completion_length=None,
+)
+
+# Give a run's own length with dataclasses.replace(preset,
+# max_completion_length=...): "constant" refuses to guess it.
+PRESETS: dict[str, ObjectiveConfig] = {
+  "grpo": dataclasses.replace(
+    _DAPO, aggregation="sequence_mean", epsilon_high=0.2
+  ),
+  "dr_grpo": dataclasses.replace(
+    _DAPO, aggregation="constant", epsilon_high=0.2
+  ),
+  "dapo": _DAPO,
+  "bnpo": dataclasses.replace(_DAPO, epsilon_high=0.2),
+  "gspo": dataclasses.replace(
+    _DAPO,
+    aggregation="sequence_mean",
+    importance="sequence",
+    epsilon_low=3e-4,
+    epsilon_high=4e-4,
+  ),
+  "cispo": dataclasses.replace(
+    _DAPO, surrogate="cispo", epsilon_low=1.0, epsilon_high=5.0
+  ),
+}
+
+# The `scale` of `group_advantages` that each preset's paper goes with.
+ADVANTAGE_SCALES = {
+  name: "none" if name == "dr_grpo" else "group" for name in PRESETS
+}
+
+
+def group_advantages(
+  rewards: Num[ArrayLike, " N"],
+  *,
+  num_generations: int,
+  scale: str = "group",
+  baseline: str = "mean",
+  epsilon: float = 1e-4,
+  valid: Bool[ArrayLike, " N"] | None = None,
+) -> Float[Array, " N"]:
+  """How much better each completion did than the others of its prompt.
+
+  A group whose valid rewards are all equal, or that has one valid row or none,
+  gets exactly 0.
+
+  Args:
+    rewards: One per completion, the completions of a prompt side by side.
+    num_generations: Completions per prompt; divides N.
+    scale: "group" divides by the group's standard deviation (unbiased),
+      "batch" by that of all valid rewards of the batch, "none" by nothing.
+    baseline: "mean" subtracts the group's mean, "leave_one_out" the mean of
+      the group's other valid rows.
+    epsilon: Added to the standard deviation.
+    valid: False where the reward could not be had. Such rows, and those whose
+      reward is not finite, stay out of the statistics and get 0. None means
+      all.
+
+  Raises:
+    ValueError: On an unknown `scale` or `baseline`, or where N is not a
+      multiple of `num_generations`.
+  """
+  for field, value, choices in (
+    ("advantage_scale", scale, ("group", "batch", "none")),
+    ("advantage_baseline", baseline, ("mean", "leave_one_out")),
+  ):
+    _require(value in choices, field, value, _one_of(choices), choices[0])
+  rewards = jnp.asarray(rewards, jnp.float32)
+  if num_generations < 1 or rewards.shape[0] % num_generations:
+    raise ValueError(
+      f"rollout.num_generations ({num_generations}) must divide the number of "
+      f"rewards ({rewards.shape[0]}); pass whole groups."
+    )
+  groups = rewards.reshape(-1, num_generations)
+  counted = jnp.isfinite(groups)
+  if valid is not None:
+    counted &= jnp.asarray(valid).reshape(-1, num_generations)
+  groups = jnp.where(counted, groups, 0.0)
+
+  count = counted.sum(axis=1, keepdims=True)
+  mean = groups.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
+  centred = jnp.where(counted, groups - mean, 0.0)
+  # r - mean of the others = (r - mean of all) * n / (n - 1).
+  advantages = centred
+  if baseline == "leave_one_out":
+    advantages = centred * count / jnp.maximum(count - 1, 1)
+  if scale == "group":
+    variance = jnp.square(centred).sum(axis=1, keepdims=True)
+    variance /= jnp.maximum(count - 1, 1)
+    advantages = advantages / (jnp.sqrt(variance) + epsilon)
+  elif scale == "batch":
+    total = counted.sum()
+    spread = groups - groups.sum() / jnp.maximum(total, 1)
+    variance = jnp.square(jnp.where(counted, spread, 0.0)).sum()
+    variance /= jnp.maximum(total - 1, 1)
+    advantages = advantages / (jnp.sqrt(variance) + epsilon)
+
+  # The mean of equal numbers is not always that number once rounded, and a
+  # small epsilon would blow the difference up.
+  highest = jnp.where(counted, groups, -jnp.inf).max(axis=1, keepdims=True)
+  lowest = jnp.where(counted, groups, jnp.inf).min(axis=1, keepdims=True)
+  return jnp.where(highest > lowest, advantages, 0.0).reshape(-1)
+
+
+def group_health(
+  correct: Bool[ArrayLike, "B G"],
+  *,
+  valid: Bool[ArrayLike, "B G"] | None = None,
+) -> Metrics:
+  """The shares of groups that were all right, all wrong, and mixed.
+
+  Only mixed groups teach. The three add up to 1 over the groups with a valid
+  row, and are 0 where there is none.
+
+  Args:
+    correct: Whether each completion's answer was right.
+    valid: False where that is not known; None means all are.
+  """
+  correct = jnp.asarray(correct)
+  counted = jnp.ones_like(correct) if valid is None else jnp.asarray(valid)
+  some_right = (correct & counted).any(axis=1)
+  some_wrong = (~correct & counted).any(axis=1)
+  num_groups = jnp.maximum(counted.any(axis=1).sum(), 1)
+  return {
+    "all_right": (some_right & ~some_wrong).sum() / num_groups,
+    "all_wrong": (some_wrong & ~some_right).sum() / num_groups,
+    "mixed": (some_right & some_wrong).sum() / num_groups,
+  }
+
+
+def denominator(
+  completion_mask: Bool[ArrayLike, "N T"], config: ObjectiveConfig
+) -> Float[Array, ""]:
+  """What the loss over these rows is divided by; that of parts adds up.
+
+  It is the number of unmasked tokens for "token_mean", of rows (empty ones
+  too) for "sequence_mean", and of rows times `config.max_completion_length`
+  for "constant".
+
+  Raises:
+    ValueError: For "constant" without a `max_completion_length`.
+  """
+  completion_mask = jnp.asarray(completion_mask)
+  if config.aggregation == "token_mean":
+    return completion_mask.sum(dtype=jnp.float32)
+  num_rows = completion_mask.shape[0]
+  if config.aggregation == "sequence_mean":
+    return jnp.float32(num_rows)
+  if config.max_completion_length is None:
+    raise ValueError(
+      "objective.max_completion_length (None) must be set where "
+      "objective.aggregation is constant; set it to rollout.max_new_tokens."
+    )
+  return jnp.float32(num_rows * config.max_completion_length)
+
+
+def policy_loss(
+  per_token_logps: Float[ArrayLike, "N T"],
+  old_per_token_logps: Float[ArrayLike, "N T"] | None,
+  ref_per_token_logps: Float[ArrayLike, "N T"] | None,
+  advantages: Float[ArrayLike, " N"],
+  completion_mask: Bool[ArrayLike, "N T"],
+  *,
+  config: ObjectiveConfig,
+  denominator: Num[ArrayLike, ""] | None = None,
+  num_tokens: Num[ArrayLike, ""] | None = None,
+  sampler_weights: Float[ArrayLike, "N T"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+  """The clipped GRPO objective plus the KL term, negated: lower is better.
+
+  Over the microbatches of one optimizer batch the losses, their gradients and
+  the metrics ADD UP to those of the whole, if every call is given the whole
+  batch's `denominator` and `num_tokens`.
+
+  Args:
+    per_token_logps: Log-probabilities under the policy being trained. The
+      gradient flows through these alone.
+    old_per_token_logps: The same tokens under the policy that sampled them.
+      None means the current ones, stopped: the ratio is 1.
+    ref_per_token_logps: The same tokens under the frozen reference. None means
+      the current ones, stopped.
+    advantages: One per completion, from `group_advantages`.
+    completion_mask: True on sampled tokens up to and including the end of
+      turn; False on padding, where anything may stand in the other arrays.
+    config: Which loss; see `ObjectiveConfig`.
+    denominator: The whole batch's `objective.denominator`. None means that
+      this call sees the whole batch.
+    num_tokens: The whole batch's number of unmasked tokens, which the metrics
+      are averaged over. None means `denominator` for "token_mean", and
+      otherwise this call's own number.
+    sampler_weights: exp(old - sampler log-probability), to correct for a
+      sampler that is not quite the old policy; capped at `config.tis_cap`. They
+      weigh the surrogate and not the KL. None means 1.
+
+  Returns:
+    The loss, averaged as `config.aggregation` says, and metrics averaged over
+    tokens: `kl` (the value of the KL term before beta), `kl_k1`, `kl_k2`,
+    `kl_k3` (each estimator), `ratio`, `old_kl` (k3 of old against current),
+    `sampler_weight` (after the cap), and the shares of tokens that the clip
+    holds: `clip_fraction_low`, `clip_fraction_high`, their sum
+    `clip_fraction`, and `clip_fraction_dual`.
+  """
+  mask = jnp.asarray(completion_mask)
+
+  # Padding is zeroed before exp, not after: inf * 0 would poison the gradient.
+  def masked(values):
+    return jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
+
+  def stopped(values):
+    return jax.lax.stop_gradient(logps if values is None else masked(values))
+
+  logps = masked(per_token_logps)
+  log_ratio = logps - stopped(old_per_token_logps)
+  token_ratio = ratio = _ratio(log_ratio)
+  if config.importance == "sequence":
+    row_ratio = _ratio(_row_means(log_ratio, mask))
+    ratio = jnp.broadcast_to(row_ratio[:, None], logps.shape)
+  weights = jnp.ones_like(logps)
+  if sampler_weights is not None:
+    weights = stopped(sampler_weights)
+    if config.tis_cap is not None:
+      weights = jnp.minimum(weights, config.tis_cap)
+  advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+  advantages = advantages[:, None]
+
+  estimators = _kl_estimators(logps - stopped(ref_per_token_logps))
+  kl = _kl_term(estimators, logps, ratio, token_ratio, config)
+  per_token_loss = -weights * _surrogate(ratio, logps, advantages, config)
+  if config.beta:
+    per_token_loss += config.beta * kl
+  loss = _aggregate(masked(per_token_loss), mask, config, denominator)
+
+  if num_tokens is None:
+    whole = config.aggregation == "token_mean" and denominator is not None
+    num_tokens = denominator if whole else mask.sum()
+  per_token_metrics = {
+    "kl": kl,
+    **{f"kl_{name}": value for name, value in estimators.items()},
+    "ratio": ratio,
+    "old_kl": _k3(-log_ratio),
+    "sampler_weight": weights,
+    **_clip_fractions(ratio, advantages, config),
+  }
+  metrics = {
+    name: masked(jax.lax.stop_gradient(value)).sum() / _at_least_one(num_tokens)
+    for name, value in per_token_metrics.items()
+  }
+  return loss, metrics
+
+
+def preference_accuracy(
+  chosen: Num[ArrayLike, " B"], rejected: Num[ArrayLike, " B"]
+) -> Float[Array, ""]:
+  """The share of pairs whose chosen side scores higher; a tie is half."""
+  difference = jnp.asarray(chosen) - jnp.asarray(rejected)
+  return 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32))).mean()
+
+
+def preference_metrics(
+  chosen_logps: Float[ArrayLike, " B"],
+  rejected_logps: Float[ArrayLike, " B"],
+  ref_chosen_logps: Float[ArrayLike, " B"],
+  ref_rejected_logps: Float[ArrayLike, " B"],
+  *,
+  beta: float | int,
+) -> Metrics:
+  """What the policy itself prefers, measured against the reference.
+
+  A completion's implicit reward is beta times its log-ratio to the reference.
+
+  Args:
+    chosen_logps: Log-probability of each whole chosen completion under the
+      policy: the sum over its tokens, or, for a measure that length does not
+      enter, their mean; the same in all four.
+    rejected_logps: The same of the rejected completion.
+    ref_chosen_logps: The chosen completion under the reference.
+    ref_rejected_logps: The rejected completion under the reference.
+    beta: Scale of the implicit reward; it moves no accuracy.
+
+  Returns:
+    Means over pairs: `implicit_preference_accuracy` (ties count half),
+    `chosen_reward`, `rejected_reward`, and their difference
+    `implicit_preference_margin`.
+  """
+  chosen = jnp.asarray(chosen_logps) - jnp.asarray(ref_chosen_logps)
+  rejected = jnp.asarray(rejected_logps) - jnp.asarray(ref_rejected_logps)
+  return {
+    "implicit_preference_accuracy": preference_accuracy(chosen, rejected),
+    "chosen_reward": beta * chosen.mean(),
+    "rejected_reward": beta * rejected.mean(),
+    "implicit_preference_margin": beta * (chosen - rejected).mean(),
+  }
+
+
+def _ratio(log_ratio):
+  return jnp.exp(jnp.minimum(log_ratio, _MAX_EXPONENT))
+
+
+def _at_least_one(count):
+  return jnp.maximum(count, 1.0)
+
+
+def _row_means(per_token, mask):
+  """Each row's mean over its unmasked tokens; `per_token` is 0 elsewhere."""
+  return per_token.sum(axis=1) / _at_least_one(mask.sum(axis=1))
+
+
+def _aggregate(per_token_loss, mask, config, divisor):
+  if divisor is None:
+    divisor = denominator(mask, config)
+  if config.aggregation == "sequence_mean":
+    total = _row_means(per_token_loss, mask).sum()
+  else:
+    total = per_token_loss.sum()
+  return total / _at_least_one(divisor)
+
+
+def _surrogate(ratio, logps, advantages, config):
+  if config.surrogate == "cispo":
+    capped = jnp.minimum(ratio, config.epsilon_high)
+    return jax.lax.stop_gradient(capped) * advantages * logps
+  clipped = jnp.clip(ratio, 1 - config.epsilon_low, 1 + config.epsilon_high)
+  if config.dual_clip is not None:
+    ratio = jnp.minimum(ratio, config.dual_clip)
+  return jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def _clip_fractions(ratio, advantages, config):
+  """Which tokens have their gradient stopped, or for cispo shrunk, and why."""
+  if config.surrogate == "cispo":
+    high = ratio > config.epsilon_high
+    low = jnp.zeros_like(high)
+  else:
+    high = (ratio > 1 + config.epsilon_high) & (advantages > 0)
+    low = (ratio < 1 - config.epsilon_low) & (advantages < 0)
+  dual = jnp.zeros_like(high)
+  if config.dual_clip is not None:
+    dual = (ratio > config.dual_clip) & (advantages < 0)
+  return {
+    "clip_fraction": low | high,
+    "clip_fraction_low": low,
+    "clip_fraction_high": high,
+    "clip_fraction_dual": dual,
+  }
+
+
+def _k3(log_ratio):
+  """exp(-x) - 1 + x, which is never below 0."""
+  return jnp.expm1(jnp.minimum(-log_ratio, _MAX_EXPONENT)) + log_ratio
+
+
+def _kl_estimators(log_ratio):
+  """Three values whose mean under the policy is KL(policy || reference).
+
+  Exactly for k1 and k3, nearly for k2; `log_ratio` is policy over reference.
+  """
+  return {
+    "k1": log_ratio,
+    "k2": 0.5 * jnp.square(log_ratio),
+    "k3": _k3(log_ratio),
+  }
+
+
+def _kl_term(estimators, logps, ratio, token_ratio, config):
+  value = estimators[config.kl_estimator]
+  if config.kl_gradient == "estimator":
+    return value
+  if config.kl_gradient == "importance_weighted":
+    # Two capped exponentials: their product would overflow.
+    return jnp.minimum(ratio * value, math.exp(_MAX_EXPONENT))
+  # grad KL(policy || ref) = E_old[ratio * log(policy / ref) * grad log policy],
+  # with the token's own ratio: that of a row is no importance weight.
+  direction = jax.lax.stop_gradient(token_ratio * estimators["k1"]) * logps
+  # The second bracket is 0: it lends the value that gradient.
+  return jax.lax.stop_gradient(value) + (
+    direction - jax.lax.stop_gradient(direction)
+  )

@@ -1,0 +1,90 @@
+"""`run.json`: what a workdir is a run of.
+
+Written when a run starts, read when it goes on: a run is not continued on other
+data or with another model, and weights that were "the newest of that run" stay
+those they were.
+"""
+
+import json
+import os
+import pathlib
+from importlib import metadata
+from typing import Any
+
+from grpo_tpu import config as run_config
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def read(workdir: str) -> dict[str, Any] | None:
+  """The card of the run in `workdir`, or None where there is none."""
+  try:
+    return json.loads((pathlib.Path(workdir) / "run.json").read_text())
+  except FileNotFoundError:
+    return None
+
+
+def check(
+  card: dict[str, Any] | None,
+  config: run_config.Config,
+  identity: dict[str, str],
+  workdir: str,
+) -> None:
+  """Refuses to go on with a run of other data, seed or model.
+
+  Raises:
+    ValueError: Naming what differs.
+  """
+  if card is None:
+    return
+  wanted = _essence(config, identity)
+  for name, value in wanted.items():
+    if card["essence"].get(name) != value:
+      raise ValueError(
+        f"{name} ({value!r}) must stay what the run in {workdir} was started "
+        f"with ({card['essence'].get(name)!r}); set it back, or name an empty "
+        "--workdir."
+      )
+
+
+def write(
+  workdir: str,
+  config: run_config.Config,
+  identity: dict[str, str],
+  weights: str,
+) -> None:
+  """Writes the card whole.
+
+  Args:
+    workdir: Of the run.
+    config: Its settings.
+    identity: Of its data.
+    weights: `model.weights` with its step spelt out.
+  """
+  card = {
+    "essence": _essence(config, identity),
+    "weights": weights,
+    "accepted_mathvista_training_terms": (
+      config.data.accept_mathvista_training_terms
+    ),
+    "config": config.to_dict(),
+    "versions": {name: metadata.version(name) for name in _PACKAGES},
+  }
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  unfinished = folder / ".run.json.tmp"
+  unfinished.write_text(json.dumps(card, indent=2) + "\n")
+  os.replace(unfinished, folder / "run.json")
+
+
+def _essence(
+  config: run_config.Config, identity: dict[str, str]
+) -> dict[str, Any]:
+  return {
+    "seed": config.seed,
+    "model.name": config.model.name,
+    "model.weights": config.model.weights,
+    "data.kind": config.data.kind,
+    "data.prompts_per_step": config.data.prompts_per_step,
+    **{f"data.dir: its {name}": value for name, value in identity.items()},
+  }

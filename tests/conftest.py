@@ -1,0 +1,26 @@
+"""Eight virtual CPU devices for every test, and where the fixtures are."""
+
+import os
+import pathlib
+
+import pytest
+
+# Before any backend starts, and for the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> pathlib.Path:
+  """The folder of shared fixtures: `$GRPO_TPU_FIXTURES`, or beside the repo."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  folder = pathlib.Path(
+    os.environ.get("GRPO_TPU_FIXTURES", root.parent / "shared" / "fixtures")
+  )
+  if not folder.is_dir():
+    pytest.skip(f"no fixtures folder at {folder}; set GRPO_TPU_FIXTURES")
+  return folder

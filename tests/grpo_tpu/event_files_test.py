@@ -1,0 +1,150 @@
+"""Laws of the event files: written behind, in order, and never in the way."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from grpo_tpu import event_files, metrics
+
+
+class MemoryEvents:
+  """Stands in for CLU's writer, which takes TensorFlow's import to make."""
+
+  def __init__(self):
+    self.calls = []
+
+  def flush(self):
+    self.calls.append("flush")
+
+  def close(self):
+    self.calls.append("close")
+
+
+@pytest.fixture
+def opening(monkeypatch):
+  """Lets the test say when the import is over, and with what writer."""
+  events, is_over = MemoryEvents(), threading.Event()
+
+  def open_events(*_):
+    assert is_over.wait(timeout=60)
+    return events
+
+  monkeypatch.setattr(event_files, "_open_events", open_events)
+  return events, is_over
+
+
+def test_nothing_waits_for_the_import_and_nothing_is_lost(tmp_path, opening):
+  events, is_over = opening
+  files = event_files.EventFiles(tmp_path, resume_step=None)
+  for step in range(100):
+    files.write(lambda events, step=step: events.calls.append(step))
+  assert events.calls == []
+  is_over.set()
+  files.close()
+  calls = [call for call in events.calls if call != "flush"]
+  assert calls == [*range(100), "close"]
+
+
+def test_numbers_are_on_disk_while_the_import_lasts(tmp_path, opening):
+  _, is_over = opening
+  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
+    writer.write(1, {"train/loss": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    is_over.set()
+  assert text == '{"step": 1, "train/loss": 0.5}\n'
+
+
+def test_flush_returns_when_all_before_it_is_flushed(tmp_path, opening):
+  events, is_over = opening
+  is_over.set()
+  files = event_files.EventFiles(tmp_path, resume_step=None)
+  for step in range(3):
+    files.write(lambda events, step=step: events.calls.append(step))
+  files.flush()
+  assert events.calls[-1] == "flush"
+  assert [call for call in events.calls if call != "flush"] == [0, 1, 2]
+  files.close()
+
+
+def test_a_failed_call_is_logged_and_the_next_one_made(
+  tmp_path, opening, caplog
+):
+  events, is_over = opening
+  is_over.set()
+  files = event_files.EventFiles(tmp_path, resume_step=None)
+  for _ in range(2):
+    files.write(lambda events: events.no_such_call())
+  files.write(lambda events: events.calls.append("next"))
+  files.flush()
+  assert "next" in events.calls
+  (record,) = caplog.records
+  assert "2 calls failed, first with AttributeError" in record.getMessage()
+  files.close()
+  assert len(caplog.records) == 1
+
+
+def test_a_run_goes_on_where_the_files_cannot_be_opened(
+  tmp_path, monkeypatch, caplog
+):
+  def open_events(*_):
+    raise ImportError("no TensorFlow here")
+
+  monkeypatch.setattr(event_files, "_open_events", open_events)
+  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
+    writer.write(1, {"train/loss": 0.5})
+    writer.flush()
+    writer.write(2, {"train/loss": 0.5})
+  (record,) = caplog.records
+  assert (
+    "1 calls failed, first with ImportError('no TensorFlow" in record.message
+  )
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  image = np.zeros((2, 2, 3), np.uint8)
+
+  def run(steps, loss, resume_step):
+    with metrics.Writer(
+      tmp_path, is_writer=True, resume_step=resume_step
+    ) as writer:
+      writer.write_config({"seed": 1, "mesh": {"fsdp": 4}})
+      for step in steps:
+        sample = metrics.Sample("p", "?", f"at {loss}", "3", 1.0, {}, image)
+        writer.write(step, {"train/loss": loss})
+        writer.write_samples(step, [sample], split="train")
+
+  def read(tag):
+    accumulator = event_accumulator.EventAccumulator(
+      str(tmp_path), size_guidance={"tensors": 0}
+    )
+    accumulator.Reload()
+    return [
+      (event.step, tensor_util.make_ndarray(event.tensor_proto))
+      for event in accumulator.Tensors(tag)
+    ]
+
+  run(range(3), 9.0, None)  # An earlier run, of which nothing may be left.
+  run(range(1, 7), 1.0, None)
+  (path,) = tmp_path.glob("events.out.tfevents.*")
+  path.write_bytes(path.read_bytes()[:-3])
+  run(range(5, 9), 2.0, 4)
+
+  losses = [(step, float(loss)) for step, loss in read("train/loss")]
+  assert losses == [(s, 1.0 if s <= 4 else 2.0) for s in range(1, 9)]
+  texts = [text.item().decode() for _, text in read("samples/train/0/text")]
+  assert ["at 1.0" in text for text in texts] == [True] * 4 + [False] * 4
+  images = read("samples/train/0/image")
+  assert [step for step, _ in images] == list(range(1, 9))
+  assert b"PNG" in images[0][1][2]
+  assert '"fsdp": 4' in read("config")[0][1].item().decode()
+  assert sorted(each.name.split(".")[0] for each in tmp_path.iterdir()) == [
+    "events",
+    "events",
+    "metrics",
+    "samples",
+  ]

@@ -1,0 +1,432 @@
+"""The decoder against the gemma library, and bundles against separate rows."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines import tokenizer
+from grpo_tpu import logprobs
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import text, weights
+
+SOFT = tokenizer.IMAGE_PLACEHOLDER
+VOCAB = 300
+# Windows shorter than a prompt, several key-value heads, and layers on either
+# side of a global one.
+CONFIG = gemma3_config.ModelConfig(
+  vocab_size=VOCAB,
+  num_layers=7,
+  embed_dim=32,
+  hidden_dim=48,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  sliding_window=6,
+  query_scale=16**-0.5,
+  local_rope_base=10_000.0,
+  global_rope_base=1_000_000.0,
+  global_rope_factor=8.0,
+  vision=gemma3_config.VisionConfig(
+    image_size=32,
+    patch_size=8,
+    width=32,
+    depth=2,
+    mlp_dim=64,
+    num_heads=2,
+    soft_tokens=4,
+  ),
+)
+
+
+def random_params(config, seed=0, std=0.2):
+  """Every leaf random, norms included, so that no factor can hide."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(
+      rng.normal(0, std, x.shape) + (x if x.ndim < 3 else 0), x.dtype
+    ),
+    weights.random_params(config, seed, jnp.float32),
+  )
+
+
+def image_block():
+  """As the library expands one picture; it clamps ids to the vocabulary."""
+  top = VOCAB - 1
+  return [108, top, *[SOFT] * 4, top, 108]
+
+
+def library_logits(config, params, ids, images):
+  """Logits of the `gemma` library at text positions."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from gemma import gm
+    from gemma.gm.nn.vision import _vision, _vision_utils
+
+    vision = config.vision
+    tower = _vision.SigLiPFromPatches(
+      siglip_encoder=_vision_utils.ViTModel(
+        patch_size=(vision.patch_size, vision.patch_size),
+        width=vision.width,
+        depth=vision.depth,
+        mlp_dim=vision.mlp_dim,
+        num_heads=vision.num_heads,
+      ),
+      siglip_exit=_vision.VisionExit(output_length=vision.soft_tokens),
+      num_mm_tokens_per_image_prepool=(
+        vision.image_size // vision.patch_size
+      ) ** 2,
+      num_mm_tokens_per_image=vision.soft_tokens,
+      image_height=vision.image_size,
+      image_width=vision.image_size,
+    )
+    library = gm.nn.config
+    model = gm.nn.Transformer(
+      config=library.TransformerConfig(
+        num_embed=config.vocab_size,
+        embed_dim=config.embed_dim,
+        hidden_dim=config.hidden_dim,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_kv_heads=config.num_kv_heads,
+        final_logit_softcap=None,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        use_qk_norm=True,
+        attention_types=library.make_attention_layers_types(
+          library.GEMMA3_ATTENTION_PATTERN, num_layers=config.num_layers
+        ),
+        sliding_window_size=config.sliding_window,
+        transpose_gating_einsum=True,
+        local_base_frequency=10_000,
+        global_base_frequency=1_000_000,
+        global_scale_factor=config.global_rope_factor,
+        vision_encoder=tower,
+      ),
+      dtype=jnp.float32,
+    )
+    with jax.numpy_rank_promotion("allow"):
+      return model.apply(
+        {"params": library_params(config, params)}, ids, images=images
+      ).logits
+
+
+def library_params(config, params):
+  """Our stacked tree, unstacked under the library's names."""
+
+  def layer(i):
+    p = jax.tree.map(lambda x: x[i], params["layers"])
+    attn = p["attn"]
+    return {
+      "pre_attention_norm": p["pre_attention_norm"],
+      "post_attention_norm": p["post_attention_norm"],
+      "pre_ffw_norm": p["pre_ffw_norm"],
+      "post_ffw_norm": p["post_ffw_norm"],
+      "attn": {
+        "q_einsum": {"w": attn["q_einsum"]},
+        "kv_einsum": {"w": attn["kv_einsum"]},
+        "attn_vec_einsum": {"w": attn["attn_vec_einsum"]},
+        "_query_norm": attn["query_norm"],
+        "_key_norm": attn["key_norm"],
+      },
+      "mlp": p["mlp"],
+    }
+
+  def encoder_block(i):
+    p = jax.tree.map(lambda x: x[i], params["vision_encoder"]["layers"])
+    return {
+      "LayerNorm_0": p["attention_norm"],
+      "MultiHeadDotProductAttention_0": {
+        name: p[name] for name in ("query", "key", "value", "out")
+      },
+      "LayerNorm_1": p["mlp_norm"],
+      "MlpBlock_0": {"Dense_0": p["mlp_in"], "Dense_1": p["mlp_out"]},
+    }
+
+  vision, embedder = params["vision_encoder"], params["embedder"]
+  return {
+    "embedder": {
+      "input_embedding": embedder["input_embedding"],
+      "mm_soft_embedding_norm": embedder["mm_soft_embedding_norm"],
+      "mm_input_projection": {"w": embedder["mm_input_projection"]},
+    },
+    "final_norm": params["final_norm"],
+    "vision_encoder": {
+      "siglip_encoder": {
+        "embedding": vision["embedding"],
+        "pos_embedding": vision["pos_embedding"],
+        "Transformer": {
+          "encoder_norm": vision["norm"],
+          **{
+            f"encoderblock_{i}": encoder_block(i)
+            for i in range(config.vision.depth)
+          },
+        },
+      }
+    },
+    **{f"layer_{i}": layer(i) for i in range(config.num_layers)},
+  }
+
+
+def pictures(rng, *shape):
+  side = CONFIG.vision.image_size
+  return rng.integers(0, 256, (*shape, side, side, 3), dtype=np.uint8)
+
+
+@pytest.mark.peers
+def test_logits_equal_the_gemma_library_on_text_and_images():
+  """Rows with two pictures and with one, padded, in fp32."""
+  rng = np.random.default_rng(1)
+  params = random_params(CONFIG)
+  start = 255_999
+  words = rng.integers(110, VOCAB - 1, (2, 20))
+  # The library wants one marker per picture, and pads what it expands.
+  rows = np.stack(
+    [
+      [2, *words[0, :5], start, *words[0, 5:8], start, *words[0, 8:14]],
+      [2, *words[1, :3], start, *words[1, 3:14], 0],
+    ]
+  ).astype(np.int32)
+  images = pictures(rng, 2, 2)
+  expected = library_logits(CONFIG, params, rows, images)
+
+  ours, length, at = [], [], []
+  for row in rows:
+    ids, positions = [], []
+    for token in row:
+      positions.append(len(ids))
+      ids += image_block() if token == start else [token]
+    ours.append(ids + [0] * (40 - len(ids)))
+    length.append(len(ids) - int(row[-1] == 0))
+    at.append(positions)
+  states, _, _ = text.prompt_states(
+    CONFIG,
+    params,
+    jnp.asarray(ours),
+    jnp.asarray(length),
+    images,
+    dtype=jnp.float32,
+  )
+  actual = logprobs.logits_of(
+    states, params["embedder"]["input_embedding"], temperature=1.0
+  )
+  for row, positions, got, want in zip(rows, at, actual, expected, strict=True):
+    real = row != 0
+    np.testing.assert_allclose(
+      got[np.array(positions)][real], want[real], atol=1e-4, rtol=1e-4
+    )
+
+
+def bundle(seed=0, completions=3, num_images=1):
+  """Prompts of mixed lengths with pictures, longer than the window."""
+  rng = np.random.default_rng(seed)
+  prompts = np.zeros((4, 26), np.int32)
+  lengths = np.array([17, 26, 22, 19])
+  for row, length in zip(prompts, lengths, strict=True):
+    body = [2, *image_block() * num_images]
+    words = rng.integers(110, VOCAB, length - len(body))
+    row[:length] = [*body, *words]
+  ids = rng.integers(110, VOCAB, (4, completions, 9)).astype(np.int32)
+  return (
+    jnp.asarray(prompts),
+    jnp.asarray(lengths),
+    jnp.asarray(pictures(rng, 4, num_images)),
+    jnp.asarray(ids),
+  )
+
+
+def row_states(params, prompts, lengths, images, completions):
+  """The slow twin: every row repeats its prompt and its pictures."""
+  num_own = completions.shape[2]
+  ids, index, pictures_of = [], [], []
+  for prompt, length, picture, rows in zip(
+    np.asarray(prompts),
+    np.asarray(lengths),
+    images,
+    np.asarray(completions),
+    strict=True,
+  ):
+    for row in rows:
+      padding = [0] * (prompts.shape[1] - length)
+      ids.append([*prompt[:length], *row, *padding])
+      index.append(length - 1 + np.arange(num_own))
+      pictures_of.append(picture)
+  states, _, _ = text.prompt_states(
+    CONFIG,
+    params,
+    jnp.asarray(ids),
+    jnp.repeat(lengths + num_own, completions.shape[1]),
+    jnp.stack(pictures_of),
+    dtype=jnp.float32,
+  )
+  states = jnp.take_along_axis(states, jnp.asarray(index)[..., None], axis=1)
+  return states.reshape(*completions.shape, -1)
+
+
+@pytest.mark.parametrize(
+  ("num_images", "remat"), [(0, False), (1, True), (2, False)]
+)
+def test_bundle_loss_and_gradient_equal_those_of_separate_rows(
+  num_images, remat
+):
+  params = random_params(CONFIG)
+  prompts, lengths, images, completions = bundle(num_images=num_images)
+  weight = jax.random.normal(jax.random.key(3), completions.shape)
+
+  def loss(states, params):
+    logps, _ = logprobs.per_token_logps(
+      states,
+      completions,
+      params["embedder"]["input_embedding"],
+      temperature=0.7,
+      chunk_size=10,
+    )
+    return jnp.mean(weight * logps)
+
+  def bundle_loss(params):
+    states = text.bundle_states(
+      CONFIG,
+      params,
+      prompts,
+      lengths,
+      images,
+      completions,
+      dtype=jnp.float32,
+      remat=remat,
+    )
+    return loss(states, params)
+
+  def rows_loss(params):
+    states = row_states(params, prompts, lengths, images, completions)
+    return loss(states, params)
+
+  actual, gradient = jax.jit(jax.value_and_grad(bundle_loss))(params)
+  expected, rows_gradient = jax.jit(jax.value_and_grad(rows_loss))(params)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  for (path, got), want in zip(
+    jax.tree_util.tree_leaves_with_path(gradient),
+    jax.tree.leaves(rows_gradient),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      got, want, atol=1e-5, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+def test_padding_of_prompts_and_completions_changes_nothing():
+  params = random_params(CONFIG)
+  prompts, lengths, images, completions = bundle()
+
+  def states(prompts, completions):
+    return text.bundle_states(
+      CONFIG,
+      params,
+      prompts,
+      lengths,
+      images,
+      completions,
+      dtype=jnp.float32,
+      remat=False,
+    )
+
+  expected = states(prompts, completions)
+  wider = jnp.pad(prompts, ((0, 0), (0, 7)), constant_values=5)
+  longer = jnp.pad(completions, ((0, 0), (0, 0), (0, 4)), constant_values=9)
+  actual = states(wider, longer)[:, :, : completions.shape[2]]
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_an_image_is_seen_both_ways_and_only_by_its_own_prompt():
+  params = random_params(CONFIG)
+  prompts, lengths, images, _ = bundle()
+
+  def states(images, prompts=prompts):
+    return text.prompt_states(
+      CONFIG, params, prompts, lengths, images, dtype=jnp.float32
+    )[0]
+
+  first_soft, last_soft = 3, 6
+  before = states(images)
+  changed = images.at[1, 0, -1, -1].add(128)
+  moved = jnp.abs(states(changed) - before).max(axis=-1) > 1e-6
+  assert moved[1, first_soft : last_soft + 1].all()
+  assert not moved[1, :first_soft].any()
+  assert not moved[jnp.array([0, 2, 3])].any()
+  later_word = prompts.at[1, last_soft + 3].add(-1)
+  moved = jnp.abs(states(images, later_word) - before).max(axis=-1) > 1e-6
+  assert not moved[1, : last_soft + 3].any()
+
+
+def test_decoding_from_the_cache_equals_the_training_pass():
+  """Teacher-forced: the state before token t is that of `bundle_states`."""
+  params = random_params(CONFIG)
+  prompts, lengths, images, completions = bundle()
+  expected = text.bundle_states(
+    CONFIG,
+    params,
+    prompts,
+    lengths,
+    images,
+    completions,
+    dtype=jnp.float32,
+    remat=False,
+  )
+  state, cache = text.prefill(
+    CONFIG,
+    params,
+    prompts,
+    lengths,
+    images,
+    num_completions=completions.shape[1],
+    max_new_tokens=completions.shape[2],
+    dtype=jnp.float32,
+  )
+  np.testing.assert_allclose(state, expected[:, 0, 0], atol=1e-5)
+  decode = jax.jit(
+    lambda cache, ids, t: text.decode(
+      CONFIG, params, cache, lengths, ids, t, dtype=jnp.float32
+    )
+  )
+  for t in range(completions.shape[2] - 1):
+    state, cache = decode(cache, completions[:, :, t], jnp.asarray(t))
+    np.testing.assert_allclose(state, expected[:, :, t + 1], atol=1e-5)
+
+
+def test_compile_cost_is_flat_in_depth():
+  """Twice the layers, the same program but for sizes."""
+
+  def operations(num_layers):
+    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+    abstract = weights.abstract_params(config, jnp.float32)
+    prompts, lengths, images, completions = bundle()
+    traced = jax.make_jaxpr(
+      lambda params: text.bundle_states(
+        config,
+        params,
+        prompts,
+        lengths,
+        images,
+        completions,
+        dtype=jnp.float32,
+        remat=False,
+      )
+    )(abstract)
+    return len(str(traced).splitlines())
+
+  assert operations(12) == operations(24)
+
+
+def test_random_params_draw_each_leaf_by_its_own_name():
+  params = weights.random_params(CONFIG, 0, jnp.float32)
+  again = weights.random_params(
+    dataclasses.replace(CONFIG, vocab_size=10), 0, jnp.float32
+  )
+  other = weights.random_params(CONFIG, 1, jnp.float32)
+  q = ("layers", "attn", "q_einsum")
+  leaf = lambda tree: tree[q[0]][q[1]][q[2]]  # noqa: E731
+  np.testing.assert_array_equal(leaf(params), leaf(again))
+  assert not np.array_equal(leaf(params), leaf(other))
+  assert np.std(leaf(params)) == pytest.approx(32**-0.5, rel=0.05)

@@ -1,0 +1,346 @@
+"""Laws of what a run writes: declared names, every digit, no step twice."""
+
+import json
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_tpu import event_files, metrics
+
+SCALARS = {
+  "train/loss": -0.25,
+  "rollout/reward": 0.1 + 0.2,
+  "eval/accuracy": 0.5,
+  "eval/accuracy/free_form": 0.25,
+  "eval/accuracy/multi_choice": 0.75,
+  "perf/step_seconds": 1.5,
+}
+
+
+class MemoryEvents:
+  """Stands in for CLU's writer, which takes TensorFlow's import to make."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __getattr__(self, name):
+    return lambda *args: self.calls.append((name, *args))
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch):
+  events = MemoryEvents()
+  monkeypatch.setattr(event_files, "_open_events", lambda *_: events)
+  return events
+
+
+def open_writer(path, *, is_writer=True, resume_step=None):
+  return metrics.Writer(path, is_writer=is_writer, resume_step=resume_step)
+
+
+def rows_of(path):
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+  lines = path.read_text().splitlines()
+  return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
+  return metrics.Sample(
+    pid=pid,
+    prompt="How many?",
+    completion=completion,
+    answer="3",
+    reward=0.9,
+    rewards={"format": 1.0, "coherence": math.nan},
+    image=image,
+  )
+
+
+def test_each_metric_is_declared_once_with_a_unit_and_a_meaning():
+  names = [metric.name for metric in metrics.METRICS]
+  assert len(set(names)) == len(names)
+  groups = "train|rollout|reward|eval|perf|data|checkpoint"
+  for metric in metrics.METRICS:
+    assert re.fullmatch(rf"({groups})/[a-z0-9_]+(/{{slice}})?", metric.name)
+    assert metric.unit and metric.meaning
+
+
+def test_a_line_has_its_names_in_declared_order_whatever_the_dicts(tmp_path):
+  with open_writer(tmp_path) as writer:
+    writer.write(1, SCALARS)
+    writer.write(2, dict(reversed(SCALARS.items())))
+  rows = rows_of(tmp_path / "metrics.jsonl")
+  assert [list(row) for row in rows] == [["step", *SCALARS]] * 2
+
+
+def test_a_line_is_on_disk_when_write_returns(tmp_path):
+  with open_writer(tmp_path) as writer:
+    for step in (0, 1):
+      writer.write(step, {"train/loss": step / 3})
+      assert rows_of(tmp_path / "metrics.jsonl")[-1] == {
+        "step": step,
+        "train/loss": step / 3,
+      }
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_digit_is_kept(tmp_path_factory, value):
+  path = tmp_path_factory.mktemp("run")
+  with open_writer(path) as writer:
+    writer.write(1, {"train/loss": value})
+  (row,) = rows_of(path / "metrics.jsonl")
+  assert math.copysign(1, row["train/loss"]) == math.copysign(1, value)
+  assert row["train/loss"] == value
+
+
+@pytest.mark.parametrize(
+  ("value", "expected"),
+  [
+    (jnp.float32(0.1), float(np.float32(0.1))),
+    (jnp.bfloat16(0.1), 0.10009765625),  # 205 / 2048.
+    (np.float64(0.1), 0.1),
+    (np.ones(()), 1.0),
+    (jnp.int32(3), 3),
+    (True, 1),
+    (math.nan, None),
+    (jnp.float32(-jnp.inf), None),
+  ],
+)
+def test_a_number_of_any_make_is_written_as_json(tmp_path, value, expected):
+  with open_writer(tmp_path) as writer:
+    writer.write(1, {"train/loss": value})
+  (row,) = rows_of(tmp_path / "metrics.jsonl")
+  assert row == {"step": 1, "train/loss": expected}
+  assert type(row["train/loss"]) is type(expected)
+
+
+def test_the_event_files_get_the_number_itself_even_if_not_finite(
+  tmp_path, events
+):
+  with open_writer(tmp_path) as writer:
+    writer.write(1, {"train/loss": jnp.float32(jnp.inf)})
+  assert ("write_scalars", 1, {"train/loss": math.inf}) in events.calls
+
+
+def test_device_scalars_are_fetched_together(tmp_path, monkeypatch):
+  fetched = []
+  device_get = jax.device_get
+  monkeypatch.setattr(
+    jax, "device_get", lambda tree: fetched.append(tree) or device_get(tree)
+  )
+  with open_writer(tmp_path) as writer:
+    writer.write(1, {"train/loss": jnp.float32(1), "train/kl": jnp.float32(2)})
+  assert [sorted(tree) for tree in fetched] == [["train/kl", "train/loss"]]
+
+
+@pytest.mark.parametrize("is_writer", [True, False])
+@pytest.mark.parametrize(
+  "name", ["train/los", "eval/accuracy/{slice}", "eval/accuracy/a/b", "loss"]
+)
+def test_an_undeclared_name_is_refused_on_every_host(tmp_path, name, is_writer):
+  with open_writer(tmp_path, is_writer=is_writer) as writer:
+    with pytest.raises(
+      ValueError, match=re.escape(f"{name!r} is not declared")
+    ):
+      writer.write(1, {"train/kl": 0.0, name: 1.0})
+
+
+def test_a_misspelt_name_is_told_the_right_one(tmp_path):
+  with open_writer(tmp_path) as writer:
+    with pytest.raises(ValueError, match="or write 'train/loss'"):
+      writer.write(1, {"train/los": 1.0})
+
+
+@pytest.mark.parametrize("value", [jnp.zeros(1), np.zeros((2, 3)), "1.0"])
+def test_what_is_not_one_number_is_refused(tmp_path, value):
+  with open_writer(tmp_path) as writer:
+    with pytest.raises(ValueError, match="'train/loss' must be one number"):
+      writer.write(1, {"train/loss": value})
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_a_step_cannot_be_written_twice(tmp_path, step, is_writer):
+  with open_writer(tmp_path, is_writer=is_writer) as writer:
+    writer.write(2, {"train/loss": 0.0})
+    with pytest.raises(ValueError, match=f"step {step} .* after step 2"):
+      writer.write(step, {"train/kl": 0.0})
+
+
+def test_the_restored_step_cannot_be_written_again(tmp_path):
+  with open_writer(tmp_path, resume_step=7) as writer:
+    with pytest.raises(ValueError, match="step 7 .* after step 7"):
+      writer.write(7, {"train/loss": 0.0})
+
+
+def test_hosts_but_one_write_nothing(tmp_path):
+  with open_writer(tmp_path / "run", is_writer=False) as writer:
+    writer.write(1, SCALARS)
+    writer.write_samples(1, [make_sample()], split="train")
+    writer.write_config({"seed": 0})
+    writer.progress(1)
+    writer.flush()
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("killed_after", [3, 4, 6])
+@pytest.mark.parametrize("num_torn_bytes", [0, 1, 9])
+def test_a_resumed_run_ends_with_the_lines_of_the_unbroken_one(
+  tmp_path, killed_after, num_torn_bytes
+):
+  """Restored from step 3, whatever the kill had left after it."""
+
+  def run(path, steps, resume_step):
+    with open_writer(path, resume_step=resume_step) as writer:
+      for step in steps:
+        writer.write(step, {"train/loss": 1 / (step + 1)})
+        writer.write_samples(step, [make_sample(f"p{step}")] * 2, split="eval")
+
+  run(tmp_path / "unbroken", range(9), None)
+  run(tmp_path / "broken", range(killed_after + 1), None)
+  for name in ("metrics.jsonl", "samples/eval.jsonl"):
+    path = tmp_path / "broken" / name
+    torn = path.read_bytes().splitlines(keepends=True)[-1][:num_torn_bytes]
+    path.write_bytes(path.read_bytes() + torn)
+  run(tmp_path / "broken", range(4, 9), 3)
+  for name in ("metrics.jsonl", "samples/eval.jsonl"):
+    expected = (tmp_path / "unbroken" / name).read_bytes()
+    assert (tmp_path / "broken" / name).read_bytes() == expected
+
+
+def test_a_whole_line_without_its_end_counts_as_torn(tmp_path):
+  """Or the next line would be written onto the end of it."""
+  with open_writer(tmp_path) as writer:
+    for step in (1, 2):
+      writer.write(step, {"train/loss": 0.5})
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(path.read_bytes()[:-1])
+  with open_writer(tmp_path, resume_step=2) as writer:
+    writer.write(3, {"train/loss": 0.5})
+  assert [row["step"] for row in rows_of(path)] == [1, 3]
+
+
+def test_a_run_from_the_start_removes_what_an_earlier_one_left(tmp_path):
+  for _ in range(2):
+    with open_writer(tmp_path) as writer:
+      writer.write(0, {"eval/accuracy": 0.5})
+      writer.write_samples(0, [make_sample()], split="train")
+  assert len(rows_of(tmp_path / "metrics.jsonl")) == 1
+  assert len(rows_of(tmp_path / "samples" / "train.jsonl")) == 1
+
+
+def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
+  image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+  samples = [make_sample("a"), make_sample("b", image=image)]
+  with open_writer(tmp_path) as writer:
+    writer.write_samples(5, samples, split="eval")
+  rows = rows_of(tmp_path / "samples" / "eval.jsonl")
+  assert [row["pid"] for row in rows] == ["a", "b"]
+  assert rows[0] == {
+    "step": 5,
+    "pid": "a",
+    "prompt": "How many?",
+    "completion": "<answer>3</answer>",
+    "answer": "3",
+    "reward": 0.9,
+    "rewards": {"format": 1.0, "coherence": None},
+  }
+  assert rows_of(tmp_path / "samples" / "train.jsonl") == []
+  calls = {name: args for name, *args in events.calls}
+  step, texts = calls["write_texts"]
+  assert (step, list(texts)) == (
+    5,
+    ["samples/eval/0/text", "samples/eval/1/text"],
+  )
+  step, images = calls["write_images"]
+  assert (step, list(images)) == (5, ["samples/eval/1/image"])
+  np.testing.assert_array_equal(images["samples/eval/1/image"], [image])
+
+
+def test_whatever_a_model_writes_stays_one_line(tmp_path):
+  completion = "a\nb\r\u2028c\x00\u00e9\U0001f600"
+  with open_writer(tmp_path) as writer:
+    writer.write_samples(1, [make_sample(completion=completion)], split="train")
+  (row,) = rows_of(tmp_path / "samples" / "train.jsonl")
+  assert row["completion"] == completion
+
+
+def test_a_sample_text_shows_tags_and_fences_as_they_are():
+  sample = make_sample(completion="```\n<answer>\n\n3</answer>")
+  lines = metrics.sample_text(sample).split("\n")
+  code = [line for line in lines if line.startswith("    ")]
+  for line in ("```", "<answer>", "", "3</answer>", "How many?"):
+    assert f"    {line}" in code
+  assert not [line for line in lines if line not in code and "<" in line]
+
+
+def test_the_config_is_shown_nested_and_compared_flat(tmp_path, events):
+  config = {"seed": 1, "mesh": {"fsdp": 4}, "buckets": (64, 128), "dir": None}
+  with open_writer(tmp_path) as writer:
+    writer.write_config(config)
+  calls = {name: args for name, *args in events.calls}
+  assert '"fsdp": 4' in calls["write_texts"][1]["config"]
+  assert calls["write_hparams"] == [
+    {"seed": 1, "mesh.fsdp": 4, "buckets": "(64, 128)", "dir": "None"}
+  ]
+
+
+def test_a_progress_line_says_how_it_goes():
+  scalars = {
+    "perf/tokens_per_second": 411.7,
+    "rollout/accuracy": 0.675,
+    "rollout/reward": 0.714,
+    "train/loss": 3.0,
+  }
+  line = metrics.progress_line(120, 300, scalars, eta_seconds=79.6)
+  assert line == (
+    "step 120/300  reward 0.71  accuracy 0.68  412 tokens/s  ETA 1:20"
+  )
+
+
+@pytest.mark.parametrize(
+  ("eta_seconds", "words"),
+  [
+    (None, ""),
+    (0.4, "  ETA 0:00"),
+    (59.6, "  ETA 1:00"),
+    (3599.4, "  ETA 59:59"),
+    (3661.0, "  ETA 1:01:01"),
+    (90061.0, "  ETA 25:01:01"),
+  ],
+)
+def test_the_time_left_reads_as_a_clock(eta_seconds, words):
+  line = metrics.progress_line(1, 2, {}, eta_seconds=eta_seconds)
+  assert line == f"step 1/2{words}"
+
+
+def test_progress_is_logged_now_and_then_and_where_it_matters(
+  tmp_path, monkeypatch, caplog
+):
+  """A minute to compile, then two seconds a step."""
+  clock = iter([0.0, *(60.0 + 2 * step for step in range(10))])
+  monkeypatch.setattr(
+    metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+  )
+  with caplog.at_level("INFO", logger="absl"), open_writer(tmp_path) as writer:
+    for step in range(10):
+      scalars = {"eval/accuracy": 0.5} if step in (0, 5) else {}
+      writer.write(step, scalars)
+      writer.progress(9)
+  assert [record.getMessage() for record in caplog.records] == [
+    "step 0/9  held-out accuracy 0.500",
+    "step 1/9",
+    "step 4/9  ETA 0:10",
+    "step 5/9  held-out accuracy 0.500  ETA 0:08",
+    "step 8/9  ETA 0:02",
+    "step 9/9  ETA 0:00",
+  ]

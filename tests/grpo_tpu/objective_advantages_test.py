@@ -1,0 +1,140 @@
+"""The laws of advantages and preferences: twins, ties, failed rewards."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_tpu import objective
+
+
+def twin_advantages(rewards, valid, size, scale, baseline, epsilon):
+  known = [r for r, v in zip(rewards, valid, strict=True) if v]
+  spread_of_batch = np.std(known, ddof=1)
+  result = np.zeros(len(rewards))
+  for start in range(0, len(rewards), size):
+    rows = [i for i in range(start, start + size) if valid[i]]
+    values = [float(rewards[i]) for i in rows]
+    if len(set(values)) < 2:
+      continue
+    for i in rows:
+      others = [float(rewards[j]) for j in rows if j != i]
+      level = np.mean(values if baseline == "mean" else others)
+      spread = {
+        "group": np.std(values, ddof=1) + epsilon,
+        "batch": spread_of_batch + epsilon,
+        "none": 1.0,
+      }[scale]
+      result[i] = (rewards[i] - level) / spread
+  return result
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_equal_those_of_the_slow_twin(scale, baseline, size):
+  rng = np.random.default_rng(size)
+  rewards = np.float32(rng.choice([0.0, 0.3, 1.0], size=48))
+  valid = rng.random(48) < 0.8
+  valid[:size] = False
+  rewards[:3] = np.nan
+  advantages = objective.group_advantages(
+    rewards,
+    num_generations=size,
+    scale=scale,
+    baseline=baseline,
+    epsilon=1e-3,
+    valid=valid,
+  )
+  expected = twin_advantages(rewards, valid, size, scale, baseline, 1e-3)
+  np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_unanimous_group_has_no_advantage(scale):
+  """Three times 0.1 do not have the mean 0.1 in float32."""
+  rewards = jnp.array([0.1, 0.1, 0.1, 0.0, 0.5, 1.0])
+  advantages = objective.group_advantages(
+    rewards, num_generations=3, scale=scale, epsilon=1e-9
+  )
+  np.testing.assert_array_equal(advantages[:3], 0.0)
+  assert (advantages[jnp.array([3, 5])] != 0).all()
+
+
+@pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, 7.0])
+def test_a_failed_reward_leaves_a_group_of_the_others(failed):
+  """What is not finite is left out even where nobody said it failed."""
+  valid = jnp.array([True, failed != 7.0, True, True])
+  with_failed = objective.group_advantages(
+    jnp.array([0.0, failed, 1.0, 0.2]), num_generations=4, valid=valid
+  )
+  of_three = objective.group_advantages(
+    jnp.array([0.0, 1.0, 0.2]), num_generations=3
+  )
+  np.testing.assert_allclose(with_failed[jnp.array([0, 2, 3])], of_three)
+  assert with_failed[1] == 0
+
+
+def test_advantages_ignore_a_shift_and_a_scale_of_the_rewards():
+  rewards = jnp.array([0.0, 1.0, 0.2, 0.7])
+  plain, other = (
+    objective.group_advantages(r, num_generations=4, epsilon=0.0)
+    for r in (rewards, 3 * rewards + 2)
+  )
+  np.testing.assert_allclose(other, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("setting", "wrong"),
+  [
+    ("advantage_scale", {"scale": "std"}),
+    ("advantage_baseline", {"baseline": "median"}),
+    ("num_generations", {"num_generations": 5}),
+  ],
+)
+def test_advantages_refuse_a_wrong_setting(setting, wrong):
+  with pytest.raises(ValueError, match=setting):
+    objective.group_advantages(jnp.zeros(8), **{"num_generations": 4} | wrong)
+
+
+def test_group_health_counts_groups_with_a_known_answer():
+  correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
+  valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
+  health = objective.group_health(correct, valid=valid)
+  # The fourth group knows one answer, a right one; the fifth knows none.
+  assert health == {"all_right": 0.5, "all_wrong": 0.25, "mixed": 0.25}
+  assert objective.group_health(correct)["mixed"] == jnp.float32(0.6)
+
+
+# --- Preferences.
+
+
+def test_preference_accuracy_counts_a_tie_as_half():
+  chosen, rejected = jnp.array([1.0, 0.0, 0.5, 0.5]), jnp.full(4, 0.5)
+  assert objective.preference_accuracy(chosen, rejected) == 0.5
+  assert objective.preference_accuracy(chosen[2:], rejected[2:]) == 0.5
+
+
+def test_equal_completions_have_no_margin():
+  logps = jnp.array([-3.0, -9.0])
+  metrics = objective.preference_metrics(
+    logps, logps, 2 * logps, 2 * logps, beta=0.1
+  )
+  assert metrics["implicit_preference_margin"] == 0
+  assert metrics["implicit_preference_accuracy"] == 0.5
+
+
+def test_implicit_reward_is_the_log_ratio_to_the_reference():
+  metrics = objective.preference_metrics(
+    jnp.array([-3.0, -5.0]),
+    jnp.array([-1.0, -2.0]),
+    jnp.array([-4.0, -5.0]),
+    jnp.array([-1.0, -4.0]),
+    beta=0.5,
+  )
+  # Log-ratios: chosen 1 and 0, rejected 0 and 2.
+  assert metrics == {
+    "implicit_preference_accuracy": 0.5,
+    "chosen_reward": 0.25,
+    "rejected_reward": 0.5,
+    "implicit_preference_margin": -0.25,
+  }

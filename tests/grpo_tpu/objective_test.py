@@ -1,0 +1,517 @@
+"""The laws of the loss: a slow twin, exact enumeration, cuts, extremes."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_tpu import objective
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+KL_GRADIENTS = ("estimator", "importance_weighted", "reverse")
+DAPO = objective.PRESETS["dapo"]
+
+
+def config_of(**changes):
+  return dataclasses.replace(DAPO, max_completion_length=9, **changes)
+
+
+def random_batch(seed, num_rows=12, num_tokens=6):
+  """Arrays of `policy_loss` by name; holes in the mask, row 1 is empty."""
+  rng = np.random.default_rng(seed)
+  shape = (num_rows, num_tokens)
+  logps = -rng.exponential(1.0, shape)
+  mask = rng.random(shape) < 0.7
+  mask[0] = True
+  mask[1] = False
+  return {
+    "per_token_logps": np.float32(logps),
+    "old_per_token_logps": np.float32(logps + rng.normal(0, 0.4, shape)),
+    "ref_per_token_logps": np.float32(logps + rng.normal(0, 0.4, shape)),
+    "advantages": np.float32(rng.normal(size=num_rows)),
+    "completion_mask": mask,
+    "sampler_weights": np.float32(rng.uniform(0.3, 3.0, shape)),
+  }
+
+
+def loss_and_gradient(batch, **kwargs):
+  def loss_of(logps):
+    return objective.policy_loss(**batch | {"per_token_logps": logps}, **kwargs)
+
+  logps = jnp.asarray(batch["per_token_logps"])
+  (loss, metrics), grad = jax.value_and_grad(loss_of, has_aux=True)(logps)
+  return loss, grad, metrics
+
+
+# --- The twin: one token at a time, in float64.
+
+
+def twin_loss(logps, batch, config):
+  """The loss at `logps`; what carries no gradient is taken from the batch."""
+  at = batch["per_token_logps"].astype(np.float64)
+  old = batch["old_per_token_logps"].astype(np.float64)
+  reference = batch["ref_per_token_logps"].astype(np.float64)
+  mask = batch["completion_mask"]
+  total = 0.0
+  for n, row in enumerate(mask):
+    tokens = np.flatnonzero(row)
+    if not tokens.size:
+      continue
+    row_ratio = math.exp(np.mean((logps - old)[n, tokens]))
+    share = tokens.size if config.aggregation == "sequence_mean" else 1
+    for t in tokens:
+      own_ratio = math.exp(logps[n, t] - old[n, t])
+      ratio = own_ratio if config.importance == "token" else row_ratio
+      advantage = float(batch["advantages"][n])
+      weight = float(batch["sampler_weights"][n, t])
+      if config.tis_cap is not None:
+        weight = min(weight, config.tis_cap)
+      if config.surrogate == "cispo":
+        fixed = np.mean((at - old)[n, tokens])
+        if config.importance == "token":
+          fixed = at[n, t] - old[n, t]
+        gain = min(math.exp(fixed), config.epsilon_high)
+        gain *= advantage * logps[n, t]
+      else:
+        low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
+        capped = min(ratio, config.dual_clip or math.inf)
+        gain = min(capped * advantage, min(max(ratio, low), high) * advantage)
+      term = twin_kl(config, logps[n, t], at[n, t], old[n, t], reference[n, t])
+      if config.kl_gradient == "importance_weighted":
+        term *= ratio
+      total += (-weight * gain + config.beta * term) / share
+  return (
+    total
+    / {
+      "token_mean": mask.sum(),
+      "sequence_mean": len(mask),
+      "constant": len(mask) * 9,
+    }[config.aggregation]
+  )
+
+
+def twin_kl(config, logp, at, old, reference):
+  estimators = {
+    "k1": lambda x: x - reference,
+    "k2": lambda x: (x - reference) ** 2 / 2,
+    "k3": lambda x: math.exp(reference - x) - 1 - (reference - x),
+  }
+  if config.kl_gradient == "reverse":
+    slope = math.exp(at - old) * (at - reference)
+    return estimators[config.kl_estimator](at) + slope * (logp - at)
+  return estimators[config.kl_estimator](logp)
+
+
+TWIN_CONFIGS = [
+  config_of(
+    aggregation=aggregation,
+    importance=importance,
+    surrogate=surrogate,
+    epsilon_high=1.3 if surrogate == "cispo" else 0.28,
+    dual_clip=1.4 if surrogate == "clip" and i % 2 else None,
+    beta=0.3,
+    kl_estimator=("k1", "k2", "k3")[i % 3],
+    kl_gradient=KL_GRADIENTS[i // 3 % 3],
+    tis_cap=2.0 if i % 2 else None,
+  )
+  for i, (surrogate, importance, aggregation) in enumerate(
+    itertools.product(("clip", "cispo"), ("token", "sequence"), AGGREGATIONS)
+  )
+] + [
+  config_of(beta=0.3, kl_estimator=estimator, kl_gradient=gradient)
+  for estimator in ("k1", "k2", "k3")
+  for gradient in KL_GRADIENTS
+]
+
+
+@pytest.mark.parametrize("seed", range(len(TWIN_CONFIGS)))
+def test_loss_and_gradient_equal_those_of_the_slow_twin(seed):
+  config, batch = TWIN_CONFIGS[seed], random_batch(seed)
+  loss, grad, _ = loss_and_gradient(batch, config=config)
+  logps = batch["per_token_logps"].astype(np.float64)
+  np.testing.assert_allclose(
+    loss, twin_loss(logps, batch, config), rtol=1e-5, atol=1e-6
+  )
+  rng = np.random.default_rng([seed, 1])
+  for _ in range(3):
+    direction = rng.normal(size=logps.shape)
+    ahead = twin_loss(logps + 1e-5 * direction, batch, config)
+    behind = twin_loss(logps - 1e-5 * direction, batch, config)
+    np.testing.assert_allclose(
+      np.vdot(grad, direction), (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-6
+    )
+
+
+# --- Cuts, devices, transformations.
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_any_cut_of_the_batch_gives_one_loss_gradient_and_metrics(aggregation):
+  config = config_of(
+    aggregation=aggregation, beta=0.1, importance="sequence", tis_cap=2.0
+  )
+  batch = random_batch(0)
+  whole = loss_and_gradient(batch, config=config)
+  num_tokens = batch["completion_mask"].sum()
+  part_of = jax.jit(
+    lambda part, divisor: loss_and_gradient(
+      part, config=config, denominator=divisor, num_tokens=num_tokens
+    )
+  )
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    sizes = rng.choice([2, 4], size=6)
+    ends = np.cumsum(sizes)
+    rows = np.split(rng.permutation(12), ends[ends < 12])
+    parts = [{k: v[index] for k, v in batch.items()} for index in rows]
+    divisor = sum(
+      float(objective.denominator(part["completion_mask"], config))
+      for part in parts
+    )
+    results = jax.device_get([part_of(part, divisor) for part in parts])
+    losses, grads, metrics = zip(*results, strict=True)
+    grad = np.empty_like(batch["per_token_logps"])
+    for index, part_grad in zip(rows, grads, strict=True):
+      grad[index] = part_grad
+    np.testing.assert_allclose(sum(losses), whole[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(grad, whole[1], rtol=1e-6, atol=1e-6)
+    for name, value in whole[2].items():
+      total = sum(part[name] for part in metrics)
+      np.testing.assert_allclose(total, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_batch_over_eight_devices_gives_the_same_gradient(aggregation):
+  config = config_of(aggregation=aggregation, beta=0.1)
+  batch = random_batch(3, num_rows=16)
+  run = jax.jit(lambda batch: loss_and_gradient(batch, config=config))
+  _, expected, _ = run(batch)
+  sharding = jax.NamedSharding(
+    jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)),
+    jax.sharding.PartitionSpec("fsdp"),
+  )
+  _, grad, _ = run(jax.device_put(batch, sharding))
+  np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scan_over_microbatches_adds_up_to_the_whole():
+  batch, config = random_batch(4), config_of(beta=0.1)
+  whole, _ = objective.policy_loss(**batch, config=config)
+  cut = jax.tree.map(lambda x: x.reshape(4, 3, *x.shape[1:]), batch)
+  divisor = objective.denominator(batch["completion_mask"], config)
+
+  def add(total, part):
+    loss, metrics = objective.policy_loss(
+      **part, config=config, denominator=divisor
+    )
+    return total + loss, metrics["ratio"]
+
+  total, ratios = jax.jit(lambda cut: jax.lax.scan(add, 0.0, cut))(cut)
+  np.testing.assert_allclose(total, whole, rtol=1e-6)
+  np.testing.assert_allclose(ratios.sum(), 1.0, atol=0.3)
+
+
+def test_more_padding_changes_nothing():
+  batch, config = random_batch(5), config_of(aggregation="constant", beta=0.1)
+  wider = {
+    k: np.pad(v, ((0, 0), (0, 3))) if v.ndim == 2 else v
+    for k, v in batch.items()
+  }
+  loss, _, _ = loss_and_gradient(batch, config=config)
+  wider_loss, wider_grad, _ = loss_and_gradient(wider, config=config)
+  np.testing.assert_allclose(wider_loss, loss, rtol=1e-6)
+  np.testing.assert_array_equal(wider_grad[:, 6:], 0)
+
+
+# --- What each setting does to the gradient.
+
+
+@pytest.mark.parametrize("preset", objective.PRESETS)
+def test_on_policy_every_preset_is_policy_gradient(preset):
+  """At ratio 1 the gradient is -A per token, over the divisor."""
+  config = dataclasses.replace(
+    objective.PRESETS[preset], max_completion_length=9
+  )
+  batch = random_batch(6) | {
+    "old_per_token_logps": None,
+    "ref_per_token_logps": None,
+    "sampler_weights": None,
+  }
+  mask = batch["completion_mask"]
+  _, grad, metrics = loss_and_gradient(batch, config=config)
+  expected = -batch["advantages"][:, None] * mask
+  if config.aggregation == "sequence_mean":
+    expected = expected / np.maximum(mask.sum(axis=1, keepdims=True), 1)
+  expected = expected / objective.denominator(mask, config)
+  np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-6)
+  assert metrics["clip_fraction"] == metrics["old_kl"] == metrics["kl"] == 0
+  assert metrics["sampler_weight"] == 1
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0], ids=["better", "worse"])
+def test_clipping_stops_the_gradient_once_the_policy_has_moved(advantage):
+  """A token already pushed past epsilon is pushed no further that way."""
+  old = jnp.full((1, 3), -1.0)
+  moved = old + jnp.array([[0.0, 0.1, 0.3]]) * advantage
+  batch = {
+    "per_token_logps": moved,
+    "old_per_token_logps": old,
+    "ref_per_token_logps": None,
+    "advantages": jnp.array([advantage]),
+    "completion_mask": jnp.ones((1, 3), bool),
+  }
+  config = config_of(epsilon_high=0.2)
+  _, grad, metrics = loss_and_gradient(batch, config=config)
+  np.testing.assert_array_equal(grad != 0, [[True, True, False]])
+  side = "high" if advantage > 0 else "low"
+  np.testing.assert_allclose(metrics["clip_fraction"], 1 / 3)
+  np.testing.assert_allclose(metrics[f"clip_fraction_{side}"], 1 / 3)
+
+
+def test_dual_clip_stops_a_worse_token_that_has_become_likely():
+  batch = {
+    "per_token_logps": jnp.log(jnp.array([[1.0, 2.0, 4.0]])),
+    "old_per_token_logps": jnp.zeros((1, 3)),
+    "ref_per_token_logps": None,
+    "advantages": jnp.array([-1.0]),
+    "completion_mask": jnp.ones((1, 3), bool),
+  }
+  loss, grad, metrics = loss_and_gradient(batch, config=config_of(dual_clip=3))
+  np.testing.assert_allclose(loss, 2.0, rtol=1e-6)  # (1 + 2 + 3) / 3.
+  np.testing.assert_allclose(3 * grad, [[1.0, 2.0, 0.0]], rtol=1e-6)
+  np.testing.assert_allclose(metrics["clip_fraction_dual"], 1 / 3)
+
+
+def test_cispo_keeps_the_gradient_of_a_token_past_the_cap():
+  batch = {
+    "per_token_logps": jnp.log(jnp.array([[1.0, 2.0, 9.0]])),
+    "old_per_token_logps": jnp.zeros((1, 3)),
+    "ref_per_token_logps": None,
+    "advantages": jnp.array([1.0]),
+    "completion_mask": jnp.ones((1, 3), bool),
+  }
+  config = config_of(surrogate="cispo", epsilon_high=5)
+  _, grad, metrics = loss_and_gradient(batch, config=config)
+  np.testing.assert_allclose(3 * grad, [[-1.0, -2.0, -5.0]], rtol=1e-6)
+  np.testing.assert_allclose(metrics["clip_fraction"], 1 / 3)
+  np.testing.assert_allclose(metrics["clip_fraction_high"], 1 / 3)
+
+
+def test_sampler_weights_weigh_the_surrogate_and_not_the_kl():
+  batch = random_batch(7)
+  config = config_of(beta=0.5, tis_cap=2.0)
+  nothing = batch | {"sampler_weights": np.zeros_like(batch["sampler_weights"])}
+  loss, _, metrics = loss_and_gradient(nothing, config=config)
+  np.testing.assert_allclose(loss, 0.5 * metrics["kl"], rtol=1e-6)
+  huge = batch | {
+    "sampler_weights": np.full_like(batch["sampler_weights"], 9.0)
+  }
+  _, _, metrics = loss_and_gradient(huge, config=config)
+  np.testing.assert_allclose(metrics["sampler_weight"], 2.0, rtol=1e-6)
+
+
+def kl_gradient(logits, old_logits, ref_logits, config):
+  """The exact mean over all tokens of the KL term's gradient in the logits."""
+  reference = jax.nn.log_softmax(ref_logits)
+  old = jax.nn.log_softmax(old_logits)
+
+  def loss_of_token(logits, token):
+    loss, _ = objective.policy_loss(
+      jax.nn.log_softmax(logits)[token][None, None],
+      old[token][None, None],
+      reference[token][None, None],
+      jnp.zeros(1),
+      jnp.ones((1, 1), bool),
+      config=config,
+    )
+    return loss
+
+  tokens = jnp.arange(logits.size)
+  grads = jax.vmap(jax.grad(loss_of_token), in_axes=(None, 0))(logits, tokens)
+  return jnp.exp(old) @ grads
+
+
+def mean_under(logits, of):
+  return jnp.exp(jax.nn.log_softmax(logits)) @ of(jax.nn.log_softmax(logits))
+
+
+@pytest.mark.parametrize(
+  ("gradient", "policy"),
+  [
+    ("estimator", "on"),  # Nothing is promised of it off-policy.
+    ("importance_weighted", "on"),
+    ("importance_weighted", "off"),
+    ("reverse", "on"),
+    ("reverse", "off"),
+  ],
+)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_expected_kl_gradient_is_the_documented_one(
+  estimator, gradient, policy
+):
+  """The table of docs/objective.md, over a vocabulary of six."""
+  rng = np.random.default_rng(8)
+  logits, old, ref = jnp.float32(rng.normal(size=(3, 6)))
+  if policy == "on":
+    old = logits
+  log_ref = jax.nn.log_softmax(ref)
+
+  def reverse_kl(x):
+    return mean_under(x, lambda logps: logps - log_ref)
+
+  def forward_kl(x):
+    return jnp.exp(log_ref) @ (log_ref - jax.nn.log_softmax(x))
+
+  def mean_k2(x):
+    return mean_under(x, lambda logps: (logps - log_ref) ** 2 / 2)
+
+  expected = {
+    ("estimator", "k1"): lambda x: 0.0 * x.sum(),
+    ("estimator", "k3"): forward_kl,
+    ("importance_weighted", "k2"): mean_k2,
+  }.get((gradient, estimator), reverse_kl)
+  config = config_of(beta=1.0, kl_estimator=estimator, kl_gradient=gradient)
+  np.testing.assert_allclose(
+    kl_gradient(logits, old, ref, config),
+    jax.grad(expected)(logits),
+    rtol=1e-4,
+    atol=1e-6,
+  )
+
+
+def test_all_three_estimators_are_logged_and_the_chosen_one_is_kl():
+  batch = random_batch(9)
+  mask = batch["completion_mask"]
+  k1 = (batch["per_token_logps"] - batch["ref_per_token_logps"])[mask]
+  expected = {
+    "k1": k1.mean(),
+    "k2": (k1**2).mean() / 2,
+    "k3": (np.exp(-k1) - 1 + k1).mean(),
+  }
+  for name in expected:
+    _, metrics = objective.policy_loss(
+      **batch, config=config_of(kl_estimator=name)
+    )
+    np.testing.assert_allclose(metrics["kl"], expected[name], rtol=1e-5)
+    np.testing.assert_allclose(metrics[f"kl_{name}"], expected[name], rtol=1e-5)
+
+
+def test_old_kl_and_ratio_are_means_over_tokens():
+  batch = random_batch(10)
+  mask = batch["completion_mask"]
+  moved = (batch["per_token_logps"] - batch["old_per_token_logps"])[mask]
+  _, metrics = objective.policy_loss(
+    **batch, config=config_of(aggregation="sequence_mean")
+  )
+  ratio = np.exp(moved)
+  np.testing.assert_allclose(metrics["ratio"], ratio.mean(), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["old_kl"], (ratio - 1 - moved).mean(), rtol=1e-5
+  )
+
+
+# --- What must not break it.
+
+
+@pytest.mark.parametrize("gradient", KL_GRADIENTS)
+@pytest.mark.parametrize("preset", objective.PRESETS)
+def test_gaps_of_fifty_nats_keep_loss_and_gradient_finite(preset, gradient):
+  config = dataclasses.replace(
+    objective.PRESETS[preset],
+    beta=0.1,
+    kl_gradient=gradient,
+    max_completion_length=9,
+  )
+  row_signs = np.array(list(itertools.product((-1, 0, 1), repeat=2)) * 2)
+  shape = (len(row_signs), 6)
+  batch = {
+    "per_token_logps": np.full(shape, -60.0, np.float32),
+    "old_per_token_logps": np.full(shape, -60.0, np.float32)
+    + np.float32(50 * row_signs[:, :1]),
+    "ref_per_token_logps": np.float32([-110.0, -60.0, -10.0] * 36).reshape(
+      shape
+    ),
+    "advantages": np.float32(row_signs[:, 1]),
+    "completion_mask": np.ones(shape, bool),
+  }
+  loss, grad, metrics = loss_and_gradient(batch, config=config)
+  assert np.isfinite(loss)
+  assert np.isfinite(grad).all()
+  assert np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("preset", objective.PRESETS)
+def test_what_stands_on_padding_enters_nothing(preset, junk):
+  config = dataclasses.replace(
+    objective.PRESETS[preset], beta=0.1, max_completion_length=9, tis_cap=2.0
+  )
+  clean = random_batch(11)
+  soiled = {
+    k: np.where(clean["completion_mask"], v, junk).astype(v.dtype)
+    if k.endswith(("logps", "weights"))
+    else v
+    for k, v in clean.items()
+  }
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loss_and_gradient(soiled, config=config),
+    loss_and_gradient(clean, config=config),
+  )
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_batch_without_tokens_has_zero_loss_and_gradient(aggregation):
+  batch = random_batch(12)
+  batch["completion_mask"] = np.zeros_like(batch["completion_mask"])
+  config = config_of(aggregation=aggregation, beta=0.1)
+  loss, grad, metrics = loss_and_gradient(batch, config=config)
+  assert loss == 0
+  np.testing.assert_array_equal(grad, 0)
+  assert all(value == 0 for value in metrics.values())
+
+
+def test_constant_will_not_guess_its_length():
+  batch = random_batch(13)
+  with pytest.raises(ValueError, match="objective.max_completion_length"):
+    objective.policy_loss(**batch, config=objective.PRESETS["dr_grpo"])
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("aggregation", "mean"),
+    ("importance", "row"),
+    ("surrogate", "ppo"),
+    ("epsilon_low", 0.0),
+    ("epsilon_low", 1.5),
+    ("epsilon_high", -0.1),
+    ("epsilon_high", math.nan),
+    ("dual_clip", 0.9),
+    ("beta", -0.01),
+    ("beta", math.nan),
+    ("kl_estimator", "k4"),
+    ("kl_gradient", "forward"),
+    ("tis_cap", 0.0),
+    ("max_completion_length", 0),
+  ],
+)
+def test_a_wrong_setting_is_refused_by_name_value_and_remedy(field, value):
+  with pytest.raises(
+    ValueError, match=rf"objective\.{field} \(.*must .*;"
+  ) as e:
+    dataclasses.replace(DAPO, **{field: value})
+  assert str(value) in str(e.value)
+
+
+@pytest.mark.parametrize("field", ["epsilon_high", "dual_clip"])
+def test_cispo_refuses_a_cap_below_one_and_a_second_cap(field):
+  changes = {"epsilon_high": 5.0, "dual_clip": None}
+  changes[field] = {"epsilon_high": 0.28, "dual_clip": 3.0}[field]
+  with pytest.raises(ValueError, match=rf"objective\.{field} .* cispo"):
+    config_of(surrogate="cispo", **changes)
