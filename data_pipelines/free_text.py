@@ -15,7 +15,7 @@ from data_pipelines import options as options_lib
 _REACH = 400
 # Nor does a sentence argue with more numbers.
 _MOST_NUMBERS = 100
-_MARK = r"\(\s*([A-Z])\s*\)"
+_MARK = re.compile(r"\(\s*([A-Z])\s*\)")
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _CUE = re.compile(
@@ -48,8 +48,12 @@ _REFUSED = re.compile(
   re.IGNORECASE,
 )
 _LISTED_OPTION = re.compile(r"[ \t]*\(?[A-H][).:][^\n]*")
+# Chinese characters are word characters, yet a letter may touch them.
 _LETTER = re.compile(
-  r"\(\s*([A-Z])\s*\)|(?<![\w'(\u4e00-\u9fff])([A-Z])(?![\w'])|(?<=[\u4e00-\u9fff])([A-Z])(?![\w'])|(?<![\w'])([A-Z])(?=[\u4e00-\u9fff])"
+  r"\(\s*([A-Z])\s*\)"
+  r"|(?<![\w'(\u4e00-\u9fff])([A-Z])(?![\w'])"
+  r"|(?<=[\u4e00-\u9fff])([A-Z])(?![\w'])"
+  r"|(?<![\w'])([A-Z])(?=[\u4e00-\u9fff])"
 )
 _LEADING = re.compile(
   r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\s*[).:](?=\s|\Z)|\s*\n))"
@@ -92,23 +96,28 @@ def choice(text: str, options: options_lib.Options) -> tuple[str | None, str]:
       named = _first_named(after, options)
     if named is not None:
       return named, "cue"
+  letters = _marked(sentences, options)
   match = _LEADING.match(text)
-  if match:
+  if match and len(letters) < 2 and not _DENIED.search(sentences[0]):
     named = _with_text(match[1] or match[2], text[match.end() :], options)
     if named is not None:
       return named, "letter"
-  letters = {
-    match[1]
-    for sentence in sentences
-    if not _DENIED.search(sentence)
-    for match in re.finditer(_MARK, sentence)
-    if match[1] in options.letters
-  }
   if len(letters) == 1:
     return options.letters[letters.pop()], "letter"
   if letters:
     return None, "none"
   return _stated(text, sentences, options)
+
+
+def _marked(sentences: list[str], options: options_lib.Options) -> set[str]:
+  """The letters that stand in brackets, but for those that are denied."""
+  return {
+    match[1]
+    for sentence in sentences
+    if not _DENIED.search(sentence)
+    for match in _MARK.finditer(sentence)
+    if match[1] in options.letters
+  }
 
 
 def _affirmed(sentence: str, options: options_lib.Options) -> str | None:
@@ -194,7 +203,8 @@ def _yes_or_no(
     return options.folded[opener[1].casefold()], "statement"
   if len(said) == 1:
     return said[0], "statement"
-  if len(sentences) > 3 or _REFUSED.search(" ".join(sentences)):
+  text = " ".join(sentences)
+  if len(sentences) > 3 or _REFUSED.search(text) or _CUE.search(text):
     return None, "none"
   if len(sentences[0].split()) < 4 or not _ASSERTED.search(sentences[0]):
     return None, "none"

@@ -58,6 +58,10 @@ SOURCES = frozenset(
 )
 
 
+class SnapshotError(ValueError):
+  """A folder that holds no snapshot, or a damaged one."""
+
+
 def terms(problems_per_source: Mapping[str, int]) -> str:
   """Whose terms forbid to train on such a mixture: "mathvista", or "".
 
@@ -77,7 +81,7 @@ def shards(folder: str | os.PathLike[str]) -> dict[str, list[pathlib.Path]]:
   never by the hash at the end; in the folder itself or in `data/` under it.
 
   Raises:
-    ValueError: There are none.
+    SnapshotError: There are none.
   """
   root = pathlib.Path(folder)
   for place in (root, root / "data"):
@@ -86,7 +90,7 @@ def shards(folder: str | os.PathLike[str]) -> dict[str, list[pathlib.Path]]:
       found.setdefault(path.name.partition("-")[0], []).append(path)
     if found:
       return found
-  raise ValueError(
+  raise SnapshotError(
     f"source ({os.fspath(folder)!r}) must be a folder with files such as "
     "testmini-*.parquet, itself or in its data/; get one with "
     "'hf download AI4Math/MathVista --repo-type dataset --local-dir DIR'."
@@ -94,14 +98,25 @@ def shards(folder: str | os.PathLike[str]) -> dict[str, list[pathlib.Path]]:
 
 
 def rows(paths: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
-  """The rows of the files, in order, for `records.from_row`."""
+  """The rows of the files, in order, for `records.from_row`.
+
+  Raises:
+    SnapshotError: A file is damaged or no parquet file.
+  """
+  import pyarrow as pa  # Here, for reading ArrayRecord goes without.
   import pyarrow.parquet as pq
 
   for path in paths:
-    with pq.ParquetFile(path) as file:
-      # Few at a time: a row carries a whole picture.
-      for batch in file.iter_batches(batch_size=64):
-        yield from batch.to_pylist()
+    try:
+      with pq.ParquetFile(path) as file:
+        # Few at a time: a row carries a whole picture.
+        for batch in file.iter_batches(batch_size=64):
+          yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+      raise SnapshotError(
+        f"source file ({path}) must be a whole parquet file: {error}; fetch it "
+        "again."
+      ) from error
 
 
 def _features() -> tfds.features.FeaturesDict:

@@ -1,10 +1,88 @@
-"""Placeholder until the pairs are in."""
+"""Pairs of replies to one problem, of which the verifier pays just one.
+
+Both replies reason in the same words and end in a tag, so that length and
+style say nothing of which is which. Knows nothing of tokens or batches.
+"""
+
+import decimal
+import re
 
 import numpy as np
 
-from data_pipelines import records
+from data_pipelines import numerals, prompts, records, verifier
+
+# Draws before a problem is given up: rounding may undo a small change.
+_TRIES = 8
 
 
 def pair(problem: records.Problem, rng: np.random.Generator) -> tuple[str, str]:
-  """A right and a wrong reply."""
-  raise records.BadRecord("no_pair", "not built yet")
+  """A right and a wrong reply, chosen first.
+
+  Args:
+    problem: Has a public answer.
+    rng: What draws the wrong answer, and nothing else.
+
+  Returns:
+    The demonstration, and the same with a wrong answer: another option, or a
+    number that is no spelling of the right one.
+
+  Raises:
+    records.BadRecord: The problem has no wrong answer to offer, or its own
+      answer does not verify.
+  """
+  chosen = prompts.demonstration(problem)
+  if not verifier.verify(chosen, problem).correct:
+    raise records.BadRecord(
+      "answer_not_verified", f"{problem.answer!r} of {problem.pid}"
+    )
+  for _ in range(_TRIES):
+    wrong = _wrong_answer(problem, rng)
+    if wrong is None:
+      break
+    rejected = prompts.with_answer(problem, wrong)
+    verdict = verifier.verify(rejected, problem)
+    if verdict.answer is not None and not verdict.correct:
+      return chosen, rejected
+  raise records.BadRecord(
+    "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
+  )
+
+
+def _wrong_answer(
+  problem: records.Problem, rng: np.random.Generator
+) -> str | None:
+  """An answer that looks like the right one; None if there is none."""
+  if problem.question_type == "multi_choice":
+    right = problem.answer.strip()
+    others = [text for text in problem.choices if text.strip() != right]
+    return others[rng.integers(len(others))] if others else None
+  matches = list(re.finditer(r"-?\d[\d,]*\.?\d*|-?\.\d+", problem.answer))
+  if not matches:
+    return None
+  match = matches[rng.integers(len(matches))]
+  value = numerals.only_number(match[0])
+  if value is None:
+    return None
+  changed = _perturbed(value, _unit_in_last_place(problem), rng)
+  return (
+    problem.answer[: match.start()] + changed + problem.answer[match.end() :]
+  )
+
+
+def _unit_in_last_place(problem: records.Problem) -> decimal.Decimal:
+  places = problem.precision if problem.answer_type == "float" else 0
+  return decimal.Decimal(1).scaleb(-max(places, 0))
+
+
+def _perturbed(
+  value: decimal.Decimal, unit: decimal.Decimal, rng: np.random.Generator
+) -> str:
+  """A number that a slip would give: off by a few, tenfold, sign, digits."""
+  slips = [value + unit, value - unit, value + 2 * unit, value * 10, -value]
+  digits = f"{abs(value):f}"
+  if len(digits) > 1 and "." not in digits:
+    slips.append(decimal.Decimal(digits[::-1]))
+  if value > 0:
+    # A count is rarely answered below nought; nor is the wrong one.
+    slips = [slip for slip in slips if slip >= 0]
+  return numerals.canonical(slips[rng.integers(len(slips))])

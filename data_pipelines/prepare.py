@@ -13,26 +13,23 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
 from data_pipelines import (
-  images,
+  intake,
   mathvista,
   prompts,
   records,
-  splits,
   synthetic,
   tokenizer,
-  verifier,
 )
 
 # Raise it when the same request would give other bytes.
@@ -41,13 +38,8 @@ _SYNTHETIC = "synthetic"
 _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
 _OURS = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
-_MAX_TOKENIZER_TEXTS = 20_000
+_MAX_TOKENIZER_TEXTS = 3_000
 _BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
-
-# A problem that has been drawn, or a row of a parquet file.
-_Raw = records.Problem | Mapping[str, Any]
-# By the source's own splits, what reads their records from the start.
-_Readers = Mapping[str, Callable[[], Iterable[_Raw]]]
 
 
 class RequestError(ValueError):
@@ -77,7 +69,7 @@ class Request:
 
   def __post_init__(self):
     for name, holds, rule in (
-      ("data_dir", self.data_dir != "", "the folder to make"),
+      ("data_dir", self.data_dir != "", "the path of a folder"),
       ("seed", self.seed >= 0, "at least 0"),
       ("eval_fraction", 0 <= self.eval_fraction <= 1, "0 to 1"),
       ("max_reject_fraction", 0 <= self.max_reject_fraction < 1, "0 up to 1"),
@@ -104,6 +96,7 @@ def prepare(request: Request) -> dict[str, Any]:
   data_dir = pathlib.Path(request.data_dir).resolve()
   building = data_dir.with_name(f".{data_dir.name}.building")
   retired = data_dir.with_name(f".{data_dir.name}.retired")
+  _hold_replaceable(data_dir)
   with _locked(data_dir):
     manifest = _reusable(data_dir, wanted)
     if manifest is not None:
@@ -125,7 +118,7 @@ def prepare(request: Request) -> dict[str, Any]:
   return manifest
 
 
-def _readers(source: synthetic.Spec | str) -> _Readers:
+def _readers(source: synthetic.Spec | str) -> intake.Readers:
   if isinstance(source, synthetic.Spec):
     drawn = functools.cache(lambda: list(synthetic.problems(source)))
     return {_SYNTHETIC: drawn}
@@ -138,7 +131,7 @@ def _readers(source: synthetic.Spec | str) -> _Readers:
 def _shards(folder: str) -> dict[str, list[pathlib.Path]]:
   try:
     return mathvista.shards(folder)
-  except ValueError as error:
+  except mathvista.SnapshotError as error:
     raise RequestError(str(error)) from error
 
 
@@ -155,6 +148,22 @@ def _wanted(request: Request) -> dict[str, Any]:
     ]
   # As JSON gives it back: with lists for tuples.
   return json.loads(json.dumps({"format": FORMAT, **wanted}))
+
+
+def _hold_replaceable(data_dir: pathlib.Path) -> None:
+  """Refuses a folder that holds what is not ours to replace."""
+  if not data_dir.exists():
+    return
+  if not data_dir.is_dir():
+    raise RequestError(
+      f"data_dir ({str(data_dir)!r}) must be a folder, not a file."
+    )
+  foreign = sorted({path.name for path in data_dir.iterdir()} - _OURS)
+  if foreign:
+    raise RequestError(
+      f"data_dir ({str(data_dir)!r}) must be new, empty or made by prepare, "
+      f"but holds {', '.join(foreign[:3])}; name another."
+    )
 
 
 @contextlib.contextmanager
@@ -176,29 +185,16 @@ def _locked(data_dir: pathlib.Path) -> Iterator[None]:
 def _reusable(
   data_dir: pathlib.Path, wanted: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-  """The manifest of a whole data dir that was made from the same request.
-
-  Raises:
-    RequestError: The folder holds what is not ours to replace.
-  """
-  if not data_dir.exists():
+  """The manifest of a whole data dir that was made from the same request."""
+  if not (data_dir / _MANIFEST).exists():
     return None
-  if not data_dir.is_dir():
-    raise RequestError(
-      f"data_dir ({str(data_dir)!r}) must be a folder, not a file."
-    )
-  foreign = sorted({path.name for path in data_dir.iterdir()} - _OURS)
-  if foreign:
-    raise RequestError(
-      f"data_dir ({str(data_dir)!r}) must be new, empty or made by prepare, "
-      f"but holds {', '.join(foreign[:3])}; name another."
-    )
   try:
     manifest = json.loads((data_dir / _MANIFEST).read_text())
     if manifest["request"] == wanted and manifest["files"] == _sizes(data_dir):
       return manifest
   except (OSError, ValueError, KeyError, TypeError) as error:
-    logging.warning("Making %s anew, its manifest: %s", data_dir, error)
+    logging.warning("Cannot read the manifest of %s: %r", data_dir, error)
+  logging.info("Making %s anew: damaged, or of another request.", data_dir)
   return None
 
 
@@ -213,26 +209,27 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _build(
   request: Request,
-  readers: _Readers,
+  readers: intake.Readers,
   wanted: dict[str, Any],
   folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Writes a data dir into an empty folder."""
-  kept, rejects = _sift(readers)
+  try:
+    kept, rejects = intake.sift(readers)
+  except mathvista.SnapshotError as error:
+    raise RequestError(str(error)) from error
   _hold_rejects(request, len(kept), rejects)
   salt = f"seed-{request.seed}"
-  placed = _placed(kept, salt=salt, eval_fraction=request.eval_fraction)
+  placed = intake.placed(kept, salt=salt, eval_fraction=request.eval_fraction)
   counts = collections.Counter(placed.values())
-  if 0 < request.eval_fraction < 1 and 0 < counts["train"] + counts["eval"]:
-    for split in ("train", "eval"):
-      if not counts[split]:
-        raise RequestError(
-          f"eval_fraction ({request.eval_fraction}) must leave pictures to "
-          f"both train and eval, but of {counts} {split} gets none; move it "
-          "towards 0.5 or give more problems."
-        )
+  if 0 < request.eval_fraction < 1 and not _both_sided(counts):
+    raise RequestError(
+      f"eval_fraction ({request.eval_fraction}) must leave pictures to both "
+      f"sides, but train gets {counts['train']} problems and eval "
+      f"{counts['eval']}; move it towards 0.5 or give more problems."
+    )
   problems = {
-    split: _Chosen(readers, placed, split)
+    split: intake.Chosen(readers, placed, split)
     for split in ("train", "eval", "test")
     if counts[split]
   }
@@ -241,7 +238,9 @@ def _build(
   )
   mathvista.write(problems, folder)
   with open(folder / _REJECTS, "w") as file:
-    file.writelines(json.dumps(reject) + "\n" for reject in rejects)
+    file.writelines(
+      json.dumps(reject, default=str) + "\n" for reject in rejects
+    )
   drawn = isinstance(request.source, synthetic.Spec)
   trained = tokenizer.Tokenizer(folder / _TOKENIZER)
   reasons = collections.Counter(reject["reason"] for reject in rejects)
@@ -250,7 +249,7 @@ def _build(
     "terms": mathvista.terms(collections.Counter(k.source for k in kept)),
     "counts": {split: counts[split] for split in problems},
     "rejects": dict(sorted(reasons.items())),
-    "fingerprint": _fingerprint(kept, placed),
+    "fingerprint": intake.fingerprint(kept, placed),
     "salt": salt,
     "tokenizer": {
       "fingerprint": trained.fingerprint,
@@ -263,75 +262,9 @@ def _build(
   return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-  """What must be remembered of a usable record to place it."""
-
-  at: tuple[str, int]  # The source's split, and the place in it.
-  group: str
-  has_answer: bool
-  source: str
-  digest: str
-
-
-def _sift(readers: _Readers) -> tuple[list[_Kept], list[dict[str, Any]]]:
-  """The usable records, and why the others are not."""
-  kept: list[_Kept] = []
-  rejects: list[dict[str, Any]] = []
-  pids: set[str] = set()
-  for split, reader in readers.items():
-    for index, raw in enumerate(reader()):
-      pid = raw.pid if isinstance(raw, records.Problem) else raw.get("pid")
-      try:
-        problem = _problem(raw)
-        group = _group(problem)
-        if problem.pid in pids:
-          raise records.BadRecord("duplicate_pid", "another record has its pid")
-      except records.BadRecord as error:
-        why = {"reason": error.reason, "detail": error.detail}
-        rejects.append({"split": split, "index": index, "pid": pid, **why})
-        continue
-      pids.add(problem.pid)
-      source = str(problem.metadata.get("source", ""))
-      at, digest = (split, index), _digest(problem)
-      kept.append(_Kept(at, group, problem.has_answer, source, digest))
-  return kept, rejects
-
-
-def _problem(raw: _Raw) -> records.Problem:
-  return raw if isinstance(raw, records.Problem) else records.from_row(raw)
-
-
-def _group(problem: records.Problem) -> str:
-  """The hash of a usable problem's picture; problems may share one.
-
-  Raises:
-    BadRecord: The problem cannot be asked, shown or scored.
-  """
-  records.validate(problem)
-  group = images.pixel_hash(images.decode(problem.image_bytes))
-  if problem.has_answer:
-    answer = verifier.final_answer(problem)
-    if not verifier.verify(f"<answer>{answer}</answer>", problem).correct:
-      raise records.BadRecord(
-        "answer_fails_verifier", f"{answer!r} is not found right"
-      )
-  return group
-
-
-def _digest(problem: records.Problem) -> str:
-  example = records.to_example(problem)
-  digest = hashlib.sha256(example.pop("image_bytes"))
-  digest.update(json.dumps(example, sort_keys=True).encode())
-  return digest.hexdigest()
-
-
-def _fingerprint(
-  kept: Sequence[_Kept], placed: Mapping[tuple[str, int], str]
-) -> str:
-  """One hash of all records and their splits, whatever their order."""
-  lines = sorted(f"{placed[record.at]} {record.digest}\n" for record in kept)
-  return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _both_sided(counts: Mapping[str, int]) -> bool:
+  """Whether train and eval both got problems, or there were none to divide."""
+  return (counts["train"] > 0) == (counts["eval"] > 0)
 
 
 def _hold_rejects(
@@ -352,47 +285,6 @@ def _hold_rejects(
     f"first: pid {first['pid']} of {first['split']}, {first['detail']}); mend "
     "the source or raise it."
   )
-
-
-def _placed(
-  kept: Sequence[_Kept], *, salt: str, eval_fraction: float
-) -> dict[tuple[str, int], str]:
-  """The split of every record; no picture is in `train` and another split."""
-  unanswered = {
-    record.at
-    for record in kept
-    if record.at[0] == "test" or not record.has_answer
-  }
-  shown = {record.group for record in kept if record.at in unanswered}
-  placed = {}
-  for record in kept:
-    if record.at in unanswered:
-      placed[record.at] = "test"
-    elif record.group in shown:
-      placed[record.at] = "eval"
-    else:
-      placed[record.at] = splits.split_of(
-        record.group, salt=salt, eval_fraction=eval_fraction
-      )
-  return placed
-
-
-class _Chosen:
-  """The problems of one split, read from the source again on each pass."""
-
-  def __init__(
-    self,
-    readers: _Readers,
-    placed: Mapping[tuple[str, int], str],
-    split: str,
-  ):
-    self._readers, self._placed, self._split = readers, placed, split
-
-  def __iter__(self) -> Iterator[records.Problem]:
-    for source_split, reader in self._readers.items():
-      for index, raw in enumerate(reader()):
-        if self._placed.get((source_split, index)) == self._split:
-          yield _problem(raw)
 
 
 def _train_tokenizer(

@@ -19,7 +19,12 @@ def prompt_text(problem: records.Problem) -> str:
 
 def demonstration(problem: records.Problem) -> str:
   """A right reply: the worked solution, if any, and the tagged answer."""
-  tagged = f"<answer>{verifier.final_answer(problem)}</answer>"
+  return with_answer(problem, verifier.final_answer(problem))
+
+
+def with_answer(problem: records.Problem, answer: str) -> str:
+  """The worked solution, if any, ending in this answer, right or wrong."""
+  tagged = f"<answer>{answer}</answer>"
   return f"{problem.solution} {tagged}" if problem.solution else tagged
 
 

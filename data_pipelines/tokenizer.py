@@ -168,6 +168,11 @@ def train(
     character_coverage=1.0,
     byte_fallback=True,
     split_digits=True,
+    # Pieces may span words: the hint that opens each prompt becomes one or
+    # two, which halves what a small model has to read.
+    split_by_whitespace=False,
+    split_by_unicode_script=False,
+    max_sentencepiece_length=128,
     normalization_rule_name="identity",
     add_dummy_prefix=False,
     remove_extra_whitespaces=False,

@@ -30,8 +30,8 @@ class Verdict:
   Attributes:
     answer: The answer in one spelling: the text of the option, or the number
       or list written plainly. None if the response gives no answer.
-    how: Which rule read it: "tag", "boxed", "bare", "cue", "letter",
-      "statement" or "none".
+    how: Which rule read it: "tag", "boxed", "bare", "bold", "cue",
+      "letter", "statement" or "none".
     correct: Whether the answer is the problem's.
   """
 

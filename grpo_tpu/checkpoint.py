@@ -110,15 +110,14 @@ class Checkpoints:
       Exception: Whatever made two saves in a row fail.
     """
     newest = self._manager.latest_step()
-    is_due = force or self._manager.should_save(step)
-    if step == newest or not is_due:
-      return False
     if newest is not None and step < newest:
       raise ValueError(
         f"step {step} is older than the newest checkpoint ({newest}) in"
         f" {self._directory}: resume from the newest, or move the newer ones"
         " away."
       )
+    if step == newest or not (force or self._manager.should_save(step)):
+      return False
     try:
       self.wait()
       self._is_retrying = False
@@ -222,9 +221,7 @@ def restore_params(
 
 def _find(directory: epath.Path, step: int | None) -> tuple[epath.Path, int]:
   """The folder of a finished step, and its number; the newest if None."""
-  found = {}
-  if directory.is_dir():
-    found = {each.step: each.path for each in _STEP_NAMES.find_all(directory)}
+  found = {each.step: each.path for each in _STEP_NAMES.find_all(directory)}
   if not found:
     raise ValueError(
       f"no checkpoint in {directory}: give the workdir of a run that has saved"
@@ -300,3 +297,12 @@ def _check_leaves(
     + "\nSet the model, optimizer and dtype settings to those it was saved"
     " with, or start in an empty workdir."
   )
+
+
+def newest_step(directory: epath.PathLike) -> int:
+  """The newest finished step in another run's checkpoints.
+
+  Raises:
+    ValueError: There is none.
+  """
+  return _find(epath.Path(directory).resolve(), None)[1]

@@ -30,6 +30,7 @@ from absl import logging
 from grpo_tpu import event_files
 
 type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
+type Scalars = dict[str, Scalar]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,8 +253,8 @@ class Writer:
           "prompt": sample.prompt,
           "completion": sample.completion,
           "answer": sample.answer,
-          "reward": sample.reward,
-          "rewards": dict(sample.rewards),
+          "reward": float(sample.reward),
+          "rewards": {k: float(v) for k, v in sample.rewards.items()},
         }
       )
     texts = {

@@ -42,6 +42,7 @@ class Policy:
       remat=self.config.model.remat,
       temperature=self.config.rollout.temperature,
       chunk_size=self.config.model.logits_chunk,
+      train_vision=self.config.model.train_vision,
     )
 
   def abstract_params(self) -> dict:

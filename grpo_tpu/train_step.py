@@ -56,6 +56,7 @@ class Model:
     remat: Recompute layers in the backward pass.
     temperature: Of the policy.
     chunk_size: Tokens whose logits exist at a time.
+    train_vision: Whether gradients reach the image tower.
   """
 
   config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)
@@ -63,6 +64,7 @@ class Model:
   remat: bool = flax.struct.field(pytree_node=False)
   temperature: float = flax.struct.field(pytree_node=False)
   chunk_size: int = flax.struct.field(pytree_node=False)
+  train_vision: bool = flax.struct.field(pytree_node=False)
 
 
 def token_logps(
@@ -129,6 +131,9 @@ def make_train_step(
   """
 
   def loss(params, micro, totals):
+    if not model.train_vision and "vision_encoder" in params:
+      frozen = jax.lax.stop_gradient(params["vision_encoder"])
+      params = params | {"vision_encoder": frozen}
     logps, entropy = token_logps(model, params, micro)
     shape = (-1, logps.shape[-1])
     mask = micro.completion_mask
@@ -151,6 +156,7 @@ def make_train_step(
       config=config,
       denominator=totals["denominator"],
       num_tokens=num_tokens,
+      sampler_weights=_sampler_weights(micro, logps, config, shape),
     )
     return loss, metrics | loss_metrics
 
@@ -168,7 +174,8 @@ def make_train_step(
       (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
         state.params, micro, totals
       )
-      return value, metrics, gradient
+      # Parts add up in fp32, whatever the parameters' type.
+      return value, metrics, optax.tree.cast(gradient, jnp.float32)
 
     def accumulate(sums, micro):
       return jax.tree.map(jnp.add, sums, terms(micro)), None
@@ -201,3 +208,13 @@ def _cut(bundles: Bundles, num_microbatches: int) -> Bundles:
 
 def _rows(logps: Array | None, shape: tuple[int, int]) -> Array | None:
   return None if logps is None else logps.reshape(shape)
+
+
+def _sampler_weights(micro, logps, config, shape) -> Array | None:
+  """Odds of the old policy over the sampler's, where they are to be capped."""
+  if config.tis_cap is None or micro.sampler_logps is None:
+    return None
+  old = micro.old_per_token_logps
+  old = jax.lax.stop_gradient(logps) if old is None else old
+  gap = jnp.where(micro.completion_mask, old - micro.sampler_logps, 0.0)
+  return jnp.exp(gap).reshape(shape)

@@ -6,8 +6,9 @@ English and Chinese; a Chinese character counts as a word.
 """
 
 import collections
+import itertools
 import re
-from collections.abc import Sequence
+from typing import NamedTuple
 
 MAX_LENGTH, MAX_REASONING_WORDS, MAX_COHERENCE = 0.5, 0.3, 0.2
 
@@ -21,10 +22,6 @@ _WORDS_PER_CONNECTIVE = 4
 _MOST_USES = 4
 _SENTENCE_WORDS = (4, 60)
 
-_CONNECTIVES = frozenset(
-  "because since therefore thus hence so if then first second next finally "
-  "however so consequently given implies means".split()
-)
 _CHINESE_CONNECTIVES = (
   "\u56e0\u4e3a",  # Because.
   "\u6240\u4ee5",  # So.
@@ -35,6 +32,10 @@ _CHINESE_CONNECTIVES = (
   "\u6700\u540e",  # Finally.
   "\u5982\u679c",  # If.
 )
+_CONNECTIVES = frozenset(
+  "because since therefore thus hence so if then first second next finally "
+  "however consequently given implies means".split()
+).union(_CHINESE_CONNECTIVES)
 _WORD = re.compile(
   "|".join(_CHINESE_CONNECTIVES)
   + r"|[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:'[a-z]+)?"
@@ -46,13 +47,28 @@ _SENTENCE = re.compile(
 _ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
 
-def length(reasoning: str) -> float:
+class Reasoning(NamedTuple):
+  """A reasoning, cut into sentences and those into words once."""
+
+  sentences: list[str]
+  words: list[list[str]]
+
+
+def read(text: str) -> Reasoning:
+  """The sentences and words of what stands outside the tag."""
+  found = (sentence.strip() for sentence in _SENTENCE.findall(text))
+  sentences = [sentence for sentence in found if sentence]
+  words = [_WORD.findall(sentence.casefold()) for sentence in sentences]
+  return Reasoning(sentences, words)
+
+
+def length(reasoning: Reasoning) -> float:
   """Up to 0.5 for saying enough, measured in trigrams not said before.
 
   A trigram said again takes back what one earned, and what goes on too long
   fades to nothing.
   """
-  words = _words(reasoning)
+  words = list(itertools.chain.from_iterable(reasoning.words))
   if not words:
     return 0.0
   grams = list(zip(words, words[1:], words[2:], strict=False)) or [tuple(words)]
@@ -62,56 +78,46 @@ def length(reasoning: str) -> float:
   return MAX_LENGTH * min(1.0, earned) * max(0.0, 1.0 - overlong)
 
 
-def reasoning_words(reasoning: str) -> float:
+def reasoning_words(reasoning: Reasoning) -> float:
   """Up to 0.3 for different connectives that each join a few other words."""
   uses: collections.Counter[str] = collections.Counter()
   joining: set[str] = set()
-  for sentence in _sentences(reasoning):
-    words = _words(sentence)
-    connectives = [word for word in words if _is_connective(word)]
+  for words in reasoning.words:
+    connectives = [word for word in words if word in _CONNECTIVES]
     uses.update(connectives)
     others = len(set(words)) - len(set(connectives))
     if others >= _WORDS_PER_CONNECTIVE * len(connectives):
       joining.update(connectives)
-  earned = sum(uses[word] <= _MOST_USES for word in sorted(joining))
+  earned = sum(uses[word] <= _MOST_USES for word in joining)
   return MAX_REASONING_WORDS * min(1.0, earned / _ENOUGH_CONNECTIVES)
 
 
-def coherence(reasoning: str) -> float:
+def coherence(reasoning: Reasoning) -> float:
   """Up to 0.2 for the share of sentences that are whole and said once.
 
   A whole sentence opens with a capital, a digit or a Chinese character, ends
   with its mark, and has a few words, most of them different. A broken or a
   repeated one takes back what a whole one earned.
   """
-  sentences = _sentences(reasoning)
-  if not sentences:
+  if not reasoning.sentences:
     return 0.0
-  whole = sum(map(_is_whole, {sentence.casefold(): sentence for sentence in sentences}.values()))
-  earned = max(0, 2 * whole - len(sentences))
-  return MAX_COHERENCE * earned / len(sentences)
+  said = {
+    tuple(words): sentence
+    for sentence, words in zip(
+      reasoning.sentences, reasoning.words, strict=True
+    )
+  }
+  whole = sum(_is_whole(sentence, words) for words, sentence in said.items())
+  total = len(reasoning.sentences)
+  return MAX_COHERENCE * max(0, 2 * whole - total) / total
 
 
-def _words(text: str) -> list[str]:
-  return _WORD.findall(text.casefold())
-
-
-def _sentences(text: str) -> list[str]:
-  found = (sentence.strip() for sentence in _SENTENCE.findall(text))
-  return [sentence for sentence in found if sentence]
-
-
-def _is_connective(word: str) -> bool:
-  return word in _CONNECTIVES or word in _CHINESE_CONNECTIVES
-
-
-def _is_whole(sentence: str) -> bool:
-  words: Sequence[str] = _words(sentence)
+def _is_whole(sentence: str, words: tuple[str, ...]) -> bool:
+  first = sentence[0]
   fewest, most = _SENTENCE_WORDS
-  different = {word for word in words if not _is_connective(word)}
-  opens = sentence[0].isupper() or sentence[0].isdigit() or sentence[0] >= "\u3400"
+  different = set(words) - _CONNECTIVES
   return (
-    opens
+    (first.isupper() or first.isdigit() or first >= "\u3400")
     and sentence.endswith(_ENDS)
     and fewest <= len(words) <= most
     and len(different) >= fewest - 1

@@ -70,7 +70,7 @@ class Scores:
 @dataclasses.dataclass(frozen=True)
 class _Completion:
   text: str
-  reasoning: str
+  reasoning: heuristics.Reasoning
   verdict: verifier.Verdict
 
 
@@ -108,12 +108,50 @@ def score(
   ):
     answer, values[:, row], failed[:, row] = _score_one(text, problem, config)
     answers.append(answer)
-  weights = np.array([getattr(config, name) for name in COMPONENTS], np.float32)
+  total = np.zeros(len(completions), np.float32)
+  # Row by row, so that a total does not depend on the rows beside it.
+  for name, component in zip(COMPONENTS, values, strict=True):
+    total += np.float32(getattr(config, name)) * component
   valid = ~failed.any(axis=0)
   return Scores(
-    total=np.where(valid, weights @ values, np.float32(0)),
+    total=np.where(valid, total, np.float32(0)),
     components=dict(zip(COMPONENTS, values, strict=True)),
     valid=valid,
     errors=dict(zip(COMPONENTS, failed.sum(axis=1).tolist(), strict=True)),
     answers=answers,
   )
+
+
+def _score_one(
+  text: str, problem: records.Problem, config: RewardConfig
+) -> tuple[str | None, list[float], list[bool]]:
+  """The answer of one completion, its components, and which of them failed."""
+  values = [0.0] * len(COMPONENTS)
+  failed = [False] * len(COMPONENTS)
+  try:
+    verdict = verifier.verify(text, problem)
+  except Exception as error:
+    _warn("accuracy", problem, error)
+    failed[COMPONENTS.index("accuracy")] = True
+    return None, values, failed
+  reasoning = heuristics.read(accuracy.reasoning(text))
+  row = _Completion(text, reasoning, verdict)
+  gated = config.gate_heuristics and verdict.answer is None
+  for i, name in enumerate(COMPONENTS):
+    if gated and name in _HEURISTICS:
+      continue
+    try:
+      value = float(_REWARDS[name](row))
+      if not math.isfinite(value):
+        raise ValueError(f"a reward must be a finite number, not {value}")
+      values[i] = value
+    except Exception as error:
+      _warn(name, problem, error)
+      failed[i] = True
+  return verdict.answer, values, failed
+
+
+def _warn(name: str, problem: records.Problem, error: Exception) -> None:
+  """Says so a few times; `Scores.errors` counts the rest."""
+  message = "Reward %s failed on a completion of %s: %r"
+  logging.log_first_n(logging.WARNING, message, 20, name, problem.pid, error)

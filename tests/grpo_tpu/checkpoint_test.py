@@ -158,11 +158,12 @@ def test_a_step_saved_already_is_left_alone(tmp_path):
   assert_trees_equal(restored[0], make_state(seed=1))
 
 
-def test_a_step_older_than_the_newest_is_refused(tmp_path):
+@pytest.mark.parametrize("force", [True, False])
+def test_a_step_older_than_the_newest_is_refused(tmp_path, force):
   save_one(tmp_path, make_state(), step=4)
   with open_checkpoints(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=r"step 3 .* newest checkpoint \(4\)"):
-      checkpoints.save(3, make_state(), META, force=True)
+      checkpoints.save(3, make_state(), META, force=force)
     assert checkpoints.latest_step() == 4
 
 
@@ -284,8 +285,8 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_older_step(
     restored = checkpoints.restore(expected)
     assert restored is not None and restored[1] == {"is": 1}
     assert_trees_equal(restored[0], expected)
-    assert checkpoints.save(2, expected, {})
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "00000002"]
+    assert checkpoints.save(3, expected, {})
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "00000003"]
 
 
 def test_one_failed_save_is_counted_and_the_next_one_stands_in(tmp_path):
@@ -315,6 +316,25 @@ def test_a_success_between_two_failures_forgives_the_first(tmp_path):
         assert checkpoints.save(step, state, META)
       assert checkpoints.latest_step() == 4
   assert checkpoints.failures == 2
+
+
+def test_a_step_that_was_not_saved_is_never_the_latest(tmp_path):
+  with files_no_larger_than(4096), open_checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.save(1, large_state(), META)
+    with pytest.raises(Exception, match="writing"):
+      checkpoints.latest_step()
+    assert checkpoints.latest_step() is None
+
+
+def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):
+  small = {"w": jnp.zeros(4)}
+  steps = ((1, small), (2, small), (3, large_state()), (4, small))
+  with files_no_larger_than(1 << 16):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+      for step, state in steps:
+        assert checkpoints.save(step, state, META)
+  names = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
+  assert names == {"00000002", "00000004"}
 
 
 def test_a_failed_last_save_is_raised_on_leaving(tmp_path):

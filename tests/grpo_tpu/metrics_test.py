@@ -60,7 +60,7 @@ def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
     completion=completion,
     answer="3",
     reward=0.9,
-    rewards={"format": 1.0, "coherence": math.nan},
+    rewards={"format": np.float32(1), "coherence": math.nan},
     image=image,
   )
 

@@ -51,8 +51,8 @@ def test_advantages_equal_those_of_the_slow_twin(scale, baseline, size):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_unanimous_group_has_no_advantage(scale):
-  """Three times 0.1 do not have the mean 0.1 in float32."""
-  rewards = jnp.array([0.1, 0.1, 0.1, 0.0, 0.5, 1.0])
+  """Three times 0.9 do not have the mean 0.9 in float32."""
+  rewards = jnp.array([0.9, 0.9, 0.9, 0.0, 0.5, 1.0])
   advantages = objective.group_advantages(
     rewards, num_generations=3, scale=scale, epsilon=1e-9
   )

@@ -115,7 +115,7 @@ TWIN_CONFIGS = [
     dual_clip=1.4 if surrogate == "clip" and i % 2 else None,
     beta=0.3,
     kl_estimator=("k1", "k2", "k3")[i % 3],
-    kl_gradient=KL_GRADIENTS[i // 3 % 3],
+    kl_gradient=KL_GRADIENTS[(i + i // 3) % 3],
     tis_cap=2.0 if i % 2 else None,
   )
   for i, (surrogate, importance, aggregation) in enumerate(
@@ -315,75 +315,6 @@ def test_sampler_weights_weigh_the_surrogate_and_not_the_kl():
   np.testing.assert_allclose(metrics["sampler_weight"], 2.0, rtol=1e-6)
 
 
-def kl_gradient(logits, old_logits, ref_logits, config):
-  """The exact mean over all tokens of the KL term's gradient in the logits."""
-  reference = jax.nn.log_softmax(ref_logits)
-  old = jax.nn.log_softmax(old_logits)
-
-  def loss_of_token(logits, token):
-    loss, _ = objective.policy_loss(
-      jax.nn.log_softmax(logits)[token][None, None],
-      old[token][None, None],
-      reference[token][None, None],
-      jnp.zeros(1),
-      jnp.ones((1, 1), bool),
-      config=config,
-    )
-    return loss
-
-  tokens = jnp.arange(logits.size)
-  grads = jax.vmap(jax.grad(loss_of_token), in_axes=(None, 0))(logits, tokens)
-  return jnp.exp(old) @ grads
-
-
-def mean_under(logits, of):
-  return jnp.exp(jax.nn.log_softmax(logits)) @ of(jax.nn.log_softmax(logits))
-
-
-@pytest.mark.parametrize(
-  ("gradient", "policy"),
-  [
-    ("estimator", "on"),  # Nothing is promised of it off-policy.
-    ("importance_weighted", "on"),
-    ("importance_weighted", "off"),
-    ("reverse", "on"),
-    ("reverse", "off"),
-  ],
-)
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_expected_kl_gradient_is_the_documented_one(
-  estimator, gradient, policy
-):
-  """The table of docs/objective.md, over a vocabulary of six."""
-  rng = np.random.default_rng(8)
-  logits, old, ref = jnp.float32(rng.normal(size=(3, 6)))
-  if policy == "on":
-    old = logits
-  log_ref = jax.nn.log_softmax(ref)
-
-  def reverse_kl(x):
-    return mean_under(x, lambda logps: logps - log_ref)
-
-  def forward_kl(x):
-    return jnp.exp(log_ref) @ (log_ref - jax.nn.log_softmax(x))
-
-  def mean_k2(x):
-    return mean_under(x, lambda logps: (logps - log_ref) ** 2 / 2)
-
-  expected = {
-    ("estimator", "k1"): lambda x: 0.0 * x.sum(),
-    ("estimator", "k3"): forward_kl,
-    ("importance_weighted", "k2"): mean_k2,
-  }.get((gradient, estimator), reverse_kl)
-  config = config_of(beta=1.0, kl_estimator=estimator, kl_gradient=gradient)
-  np.testing.assert_allclose(
-    kl_gradient(logits, old, ref, config),
-    jax.grad(expected)(logits),
-    rtol=1e-4,
-    atol=1e-6,
-  )
-
-
 def test_all_three_estimators_are_logged_and_the_chosen_one_is_kl():
   batch = random_batch(9)
   mask = batch["completion_mask"]
@@ -418,9 +349,10 @@ def test_old_kl_and_ratio_are_means_over_tokens():
 # --- What must not break it.
 
 
+@pytest.mark.parametrize("nats", [50, 500])
 @pytest.mark.parametrize("gradient", KL_GRADIENTS)
-@pytest.mark.parametrize("preset", objective.PRESETS)
-def test_gaps_of_fifty_nats_keep_loss_and_gradient_finite(preset, gradient):
+@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
+def test_far_off_policy_loss_and_gradient_are_finite(preset, gradient, nats):
   config = dataclasses.replace(
     objective.PRESETS[preset],
     beta=0.1,
@@ -430,11 +362,12 @@ def test_gaps_of_fifty_nats_keep_loss_and_gradient_finite(preset, gradient):
   row_signs = np.array(list(itertools.product((-1, 0, 1), repeat=2)) * 2)
   shape = (len(row_signs), 6)
   batch = {
-    "per_token_logps": np.full(shape, -60.0, np.float32),
-    "old_per_token_logps": np.full(shape, -60.0, np.float32)
-    + np.float32(50 * row_signs[:, :1]),
-    "ref_per_token_logps": np.float32([-110.0, -60.0, -10.0] * 36).reshape(
-      shape
+    "per_token_logps": np.full(shape, -600.0, np.float32),
+    "old_per_token_logps": np.float32(
+      -600 + nats * row_signs[:, :1] + np.zeros(shape)
+    ),
+    "ref_per_token_logps": np.float32(
+      -600 + nats * np.resize([-1, 0, 1], shape)
     ),
     "advantages": np.float32(row_signs[:, 1]),
     "completion_mask": np.ones(shape, bool),

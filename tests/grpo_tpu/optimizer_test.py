@@ -38,7 +38,7 @@ def vision(path):
 
 
 def params_of(dtype=jnp.float32):
-  """Two stacked layers, and a vision tower."""
+  """Two stacked layers, a vector, and a vision tower."""
   return {
     "layers": {
       "mlp": {"kernel": jnp.ones((2, 3, 3), dtype)},
@@ -48,6 +48,7 @@ def params_of(dtype=jnp.float32):
         "bias": jnp.ones((2, 3), dtype),
       },
     },
+    "temperature": jnp.ones(3, dtype),
     "vision": {"mlp": {"kernel": jnp.ones((2, 3, 3), dtype)}},
   }
 
@@ -119,6 +120,7 @@ def test_only_matrices_decay():
       "norm": {"scale": False},
       "out": {"kernel": True, "bias": False},
     },
+    "temperature": False,
     "vision": {"mlp": {"kernel": True}},
   }
 
@@ -129,7 +131,7 @@ def test_a_frozen_subtree_has_no_state_no_update_and_no_say():
   tx = optimizer.make_optimizer(CONFIG, is_frozen=vision)
   state = tx.init(params)
   moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
-  assert sum(leaf.size for leaf in moments) == 2 * (18 + 6 + 18 + 6)
+  assert sum(leaf.size for leaf in moments) == 2 * (18 + 6 + 18 + 6 + 3)
 
   grads = jax.tree.map(lambda x: 0.01 * x, params)
   loud = grads | {"vision": {"mlp": {"kernel": jnp.full((2, 3, 3), 1e6)}}}

@@ -1,0 +1,33 @@
+# The program with its pinned set, for a TPU host. Nothing of Google's or of
+# MathVista's is inside: weights and data are mounted or read from a bucket.
+#
+#   docker build -t grpo_tpu .
+#   docker run --privileged --net=host grpo_tpu --config=configs/base.py \
+#     --workdir=gs://BUCKET/RUN
+#
+# With `--build-arg EXTRAS=dev` instead of `tpu` it runs, and is tested, on CPU.
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+FROM ${BASE_IMAGE}
+
+ARG EXTRAS=tpu
+WORKDIR /opt/grpo_tpu
+ENV PIP_NO_CACHE_DIR=1 \
+  PIP_DISABLE_PIP_VERSION_CHECK=1 \
+  PYTHONUNBUFFERED=1 \
+  TF_CPP_MIN_LOG_LEVEL=3
+
+# The pinned set first: a layer that a change of the code leaves alone.
+COPY setup.py constraints.txt ./
+RUN python -m pip install --constraint constraints.txt setuptools wheel \
+  && python -m pip install --constraint constraints.txt \
+    --no-build-isolation ".[${EXTRAS}]"
+
+# Then the code, which runs from here: `configs` is no installed package.
+COPY data_pipelines data_pipelines
+COPY grpo_tpu grpo_tpu
+COPY configs configs
+COPY LICENSE README.md ./
+
+RUN useradd --create-home --uid 10001 grpo
+USER grpo
+ENTRYPOINT ["python", "-m", "grpo_tpu.main"]

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Every check that CI makes, on a machine that has Python and nothing else:
+#
+#   bash launch/test.sh                  formatting, linting, types, all tests
+#   bash launch/test.sh tests/a_test.py  pytest alone, with these arguments
+#
+# Stops at the first check that fails, with its exit code.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+ensure_venv
+cd "$root"
+bin=$venv/bin
+
+if (($# == 0)); then
+  "$bin/ruff" format --check .
+  "$bin/ruff" check .
+  "$bin/pyright" --pythonpath "$bin/python"
+  "$bin/shellcheck" --external-sources launch/*.sh .ci/run
+fi
+exec "$bin/python" -m pytest -m "not tpu" "$@"

@@ -1,0 +1,195 @@
+import concurrent.futures
+import io
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageOps
+
+from data_pipelines import images, records
+
+
+def encoded(image, format="PNG", **options):
+  file = io.BytesIO()
+  image.save(file, format, **options)
+  return file.getvalue()
+
+
+def picture(height=12, width=20, seed=0):
+  """Pixels without any symmetry."""
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def one_pixel(mode, color):
+  return images.decode(encoded(Image.new(mode, (1, 1), color)))[0, 0].tolist()
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "TIFF"])
+def test_lossless_pictures_come_back_to_the_pixel(format):
+  data = encoded(Image.fromarray(picture()), format, lossless=True)
+  decoded = images.decode(data)
+  np.testing.assert_array_equal(decoded, picture())
+  assert decoded.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+  "mode, color, expected",
+  [
+    ("L", 77, [77, 77, 77]),
+    ("1", 1, [255, 255, 255]),
+    ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
+    ("RGBA", (10, 20, 30, 0), [255, 255, 255]),
+    # Half of 255 and half of the color: 0.502 * 10 + 0.498 * 255 = 132.
+    ("RGBA", (10, 20, 30, 128), [132, 137, 142]),
+    ("LA", (10, 0), [255, 255, 255]),
+    ("LA", (10, 128), [132, 132, 132]),
+    ("I;16", 0, [0, 0, 0]),
+    ("I;16", 256, [0, 0, 0]),  # 65535 / 255 = 257.
+    ("I;16", 257 * 77, [77, 77, 77]),
+    ("I;16", 65535, [255, 255, 255]),
+  ],
+)
+def test_every_mode_is_shown_as_on_a_white_page(mode, color, expected):
+  assert one_pixel(mode, color) == expected
+
+
+def test_a_palette_may_have_a_transparent_color():
+  image = Image.new("P", (2, 1))
+  image.putpalette([10, 20, 30, 40, 50, 60])
+  image.putpixel((1, 0), 1)
+  assert images.decode(encoded(image)).tolist() == [
+    [[10, 20, 30], [40, 50, 60]]
+  ]
+  for transparency in (1, bytes([255, 0])):
+    shown = images.decode(encoded(image, transparency=transparency))
+    assert shown.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_ink_is_subtracted_from_white():
+  image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+  cyan = images.decode(encoded(image, "TIFF"))
+  np.testing.assert_array_equal(cyan[0, 0], [0, 255, 255])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(orientation, format):
+  image = Image.fromarray(picture())
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encoded(image, format, exif=exif)
+  upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+  np.testing.assert_array_equal(
+    images.decode(data), np.asarray(upright.convert("RGB"))
+  )
+
+
+def header_only_png(width, height):
+  """A PNG that claims a size, and data of which nothing follows."""
+  chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  crc = struct.pack(">I", zlib.crc32(chunk))
+  data = struct.pack(">I", 100) + b"IDAT"
+  return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + crc + data
+
+
+@pytest.mark.parametrize(
+  "width, height, reason",
+  [
+    (10_000, 5_000, "undecodable_image"),  # 50 Mpx may be tried.
+    (10_000, 5_001, "image_too_large"),
+    (12_000, 9_000, "image_too_large"),  # PIL would warn.
+    (30_000, 30_000, "image_too_large"),  # PIL would raise.
+  ],
+)
+def test_a_huge_picture_is_refused_by_its_header(width, height, reason):
+  with pytest.raises(records.BadRecord) as caught:
+    images.decode(header_only_png(width, height))
+  assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_a_truncated_picture_is_bad(format):
+  data = encoded(Image.fromarray(picture(64, 64)), format)
+  for kept in (0, 1, 10, len(data) // 4, len(data) // 2):
+    with pytest.raises(records.BadRecord, match="undecodable_image"):
+      images.decode(data[:kept])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "BMP"])
+def test_damage_is_a_bad_record_or_a_picture_never_another_error(format):
+  data = np.frombuffer(encoded(Image.fromarray(picture()), format), np.uint8)
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    damaged = data.copy()
+    at = rng.integers(len(data), size=4)
+    damaged[at] = rng.integers(0, 256, 4)
+    try:
+      assert images.decode(damaged.tobytes()).shape[2] == 3
+    except records.BadRecord as error:
+      assert error.reason in ("undecodable_image", "image_too_large")
+
+
+def test_damaged_metadata_does_not_cost_the_picture():
+  data = encoded(
+    Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\0\0\0junk"
+  )
+  assert images.decode(data).shape == (12, 20, 3)
+
+
+def test_threads_may_decode_at_once_and_leave_warnings_as_they_were(
+  monkeypatch,
+):
+  data = encoded(Image.fromarray(picture()))
+  before = list(warnings.filters)
+  # Threads change over inside the header, where a race would show.
+  monkeypatch.setattr(
+    images.Image,
+    "open",
+    lambda file, open=Image.open: time.sleep(0) or open(file),
+  )
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    decoded = list(pool.map(images.decode, [data] * 200))
+  assert list(warnings.filters) == before
+  assert all(np.array_equal(image, picture()) for image in decoded)
+
+
+def test_pictures_of_the_snapshot_have_the_size_it_says(fixtures):
+  modes = set()
+  folder = fixtures / "mathvista_schema" / "data"
+  for path in sorted(folder.glob("testmini-*.parquet")):
+    columns = ["decoded_image", "metadata"]
+    for row in pq.read_table(path, columns=columns).to_pylist():
+      data = row["decoded_image"]["bytes"]
+      size = row["metadata"]["img_height"], row["metadata"]["img_width"]
+      assert images.decode(data).shape == (*size, 3)
+      modes.add(Image.open(io.BytesIO(data)).mode)
+  assert modes == {"RGB", "RGBA", "L", "P"}
+
+
+def test_resizing_squashes_the_whole_picture():
+  image = np.zeros((10, 40, 3), np.uint8)
+  image[:, 20:] = 255
+  square = images.resize(image, 8)
+  assert square.shape == (8, 8, 3) and square.dtype == np.uint8
+  assert (square[:, :3] == 0).all() and (square[:, 5:] == 255).all()
+  np.testing.assert_array_equal(images.resize(square, 8), square)
+
+
+def test_the_hash_is_of_pixels_and_shape_not_of_bytes():
+  image = Image.fromarray(picture())
+  hashes = {
+    images.pixel_hash(images.decode(encoded(image, format)))
+    for format in ("PNG", "BMP")
+  }
+  assert len(hashes) == 1
+  other = picture()
+  other[0, 0, 0] ^= 1
+  flat = picture().reshape(6, 40, 3)
+  hashes |= {images.pixel_hash(other), images.pixel_hash(flat)}
+  hashes.add(images.pixel_hash(picture()[:, ::-1]))
+  assert len(hashes) == 4

@@ -1,0 +1,151 @@
+"""Numbers in text: every spelling read, nothing else taken for one."""
+
+import decimal
+import time
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from data_pipelines import numerals
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [
+    ("5", "5"),
+    ("5.0", "5"),
+    ("5.", "5"),
+    (".5", "0.5"),
+    ("-3", "-3"),
+    ("\u22123", "-3"),
+    ("+3", "3"),
+    ("1,234,567", "1234567"),
+    ("1{,}234", "1234"),
+    ("3/4", "0.75"),
+    (r"\frac{3}{4}", "0.75"),
+    (r"$\dfrac{3}{4}$", "0.75"),
+    ("1e3", "1000"),
+    ("2 \u00d7 10^3", "2000"),
+    (r"2 \times 10^{-2}", "0.02"),
+    ("$7.50", "7.50"),
+    ("30 %", "30"),
+    (r"30\%", "30"),
+    ("5 cm", "5"),
+    ("5 cm^2", "5"),
+    (r"145^\circ", "145"),
+    (r"$145^{\circ}$", "145"),
+    ("145 degrees", "145"),
+    ("x = 5 cm", "5"),
+    ("about 5", "5"),
+    ("five", "5"),
+    ("Twelve apples", "12"),
+    ("2 thousand", "2000"),
+    ("5\u4e2a", "5"),
+    ("\u06f5\u066b\u06f2", "5.2"),  # Persian.
+    ("\u0665", "5"),  # Arabic-Indic.
+    ("\uff15\uff12", "52"),  # Full width.
+  ],
+)
+def test_a_number_reads_the_same_however_it_is_written(text, value):
+  assert numerals.only_number(text) == decimal.Decimal(value)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "A",
+    "N/A",
+    "nan",
+    "NaN",
+    "inf",
+    "-Infinity",
+    "1e999",
+    "1e99999",
+    "1/0",
+    "5 or 6",
+    "1 2",
+    "10-12",
+    "5, 6",
+    "3:2",
+    "1.2.3",
+    "2^5",
+    "5\u221a3",
+    "3\u03c0",
+    "\u221a3",
+    "A1",
+    "five or six",
+    "I see 5",
+    "9" * 50,
+    "9" * 1_000_000,
+  ],
+)
+def test_what_is_not_one_finite_number_is_none(text):
+  assert numerals.only_number(text) is None
+
+
+@hypothesis.given(
+  strategies.decimals(
+    allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9)
+  ).filter(lambda value: abs(value) < 10**9)
+)
+def test_the_canonical_spelling_reads_back_as_the_same_number(value):
+  assert numerals.only_number(numerals.canonical(value)) == value
+
+
+@pytest.mark.parametrize(
+  ("value", "spelling"),
+  [("5.00", "5"), ("1E+3", "1000"), ("-0.0", "0"), ("2.50", "2.5")],
+)
+def test_equal_values_have_one_spelling(value, spelling):
+  assert numerals.canonical(decimal.Decimal(value)) == spelling
+
+
+def values(text):
+  return [number.value for number in numerals.numerals(numerals.plain(text))]
+
+
+@pytest.mark.parametrize(
+  ("text", "found"),
+  [
+    ("From 10-12 it is -3.", [10, 12, -3]),
+    ("2 + 3 = 5", [2, 3, 5]),
+    ("a ratio of 3:2", []),
+    ("in cm^2", []),
+    ("model B2", []),
+    ("\u957f\u5ea6\u4e3a5\u5398\u7c73", [5]),
+    ("S13 + 4", [4]),
+  ],
+)
+def test_numbers_are_found_and_labels_are_not(text, found):
+  assert values(text) == found
+
+
+@hypothesis.given(strategies.text())
+@hypothesis.settings(deadline=None)
+def test_no_text_raises(text):
+  numerals.only_number(text)
+  list(numerals.number_words(text))
+  values(text)
+
+
+@hypothesis.given(
+  strategies.lists(
+    strategies.sampled_from(
+      [r"\frac{", "}", "{", r"\sqrt{", "2", r"\text{", "$", "**", "\u221a("]
+    )
+  ).map("".join)
+)
+def test_plain_text_stays_as_it_is(text):
+  """So text may be made plain where it is not known whether it was."""
+  hypothesis.assume(text.count("{") < 4)
+  plain = numerals.plain(text)
+  assert numerals.plain(plain) == plain
+
+
+def test_a_megabyte_of_digits_costs_little():
+  start = time.process_time()
+  for text in ("9" * 1_000_000, "1," * 500_000, "1/" * 500_000):
+    next(iter(numerals.numerals(text))).value  # noqa: B018
+  assert time.process_time() - start < 0.5

@@ -1,0 +1,369 @@
+"""The stream of batches: one order, whoever reads it and from wherever."""
+
+import dataclasses
+import io
+import itertools
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data_pipelines import pipeline, prompts, records
+from data_pipelines import tokenizer as tokens
+
+NUM_PROBLEMS = 13
+SOFT_TOKENS = 3
+IMAGE_SIZE = 8
+
+
+def picture(index):
+  file = io.BytesIO()
+  colour = (index * 19 % 256, 255 - index, 7)
+  PIL.Image.new("RGB", (12, 10), colour).save(file, "PNG")
+  return file.getvalue()
+
+
+def make_problem(index):
+  # Every digit is a token, so prompts differ in length by up to 8.
+  question = f"Which digit follows {'7' * (2 * index % 10)} in {index}?"
+  return records.Problem(
+    pid=f"p{index}",
+    question=question,
+    image_path="",
+    image_bytes=picture(index),
+    choices=(),
+    unit="",
+    precision=-1,
+    answer=str(index + 1),
+    question_type="free_form",
+    answer_type="integer",
+    query=f"Question: {question}",
+    solution="One by one.",
+    metadata={},
+  )
+
+
+PROBLEMS = [make_problem(index) for index in range(NUM_PROBLEMS)]
+
+
+class FailingSource:
+  """Reads every record but the bad ones."""
+
+  def __init__(self, problems, unreadable):
+    self.problems, self.unreadable = problems, unreadable
+
+  def __len__(self):
+    return len(self.problems)
+
+  def __getitem__(self, index, /):
+    if index in self.unreadable:
+      raise records.BadRecord("truncated", "the record ends too soon")
+    return self.problems[index]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  tokens.train(map(prompts.chat_text, PROBLEMS), path, vocab_size=512)
+  return tokens.Tokenizer(path)
+
+
+def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
+  settings = dict(
+    kind="online",
+    seed=5,
+    prompts_per_step=4,
+    prompt_buckets=(34, 36, 64),
+    max_new_tokens=24,
+    image_size=IMAGE_SIZE,
+    soft_tokens=SOFT_TOKENS,
+    num_images=1,
+    shard_index=0,
+    shard_count=1,
+    start_step=0,
+  )
+  stream = pipeline.make_pipeline(source, tokenizer, **settings | changes)
+  return list(itertools.islice(stream, steps))
+
+
+def eval_batches(tokenizer, source=PROBLEMS, **changes):
+  settings = dict(
+    num_problems=10,
+    batch_size=4,
+    prompt_buckets=(36, 64),
+    image_size=IMAGE_SIZE,
+    soft_tokens=SOFT_TOKENS,
+    num_images=1,
+    shard_index=0,
+    shard_count=1,
+  )
+  return pipeline.make_eval_batches(source, tokenizer, **settings | changes)
+
+
+def joined(shards):
+  """The batch that shards hold together."""
+  values = {}
+  for field in dataclasses.fields(pipeline.Batch):
+    parts = [getattr(shard, field.name) for shard in shards]
+    if field.name == "problems":
+      values[field.name] = sum(parts, ())
+    else:
+      values[field.name] = None if parts[0] is None else np.concatenate(parts)
+  return pipeline.Batch(**values)
+
+
+def assert_same(left, right):
+  for field in dataclasses.fields(pipeline.Batch):
+    np.testing.assert_equal(
+      getattr(left, field.name), getattr(right, field.name), field.name
+    )
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("shard_count", [2, 4])
+def test_shards_together_hold_the_rows_of_one_shard(
+  tokenizer, kind, shard_count
+):
+  alone = batches(tokenizer, kind=kind)
+  shards = [
+    batches(tokenizer, kind=kind, shard_index=index, shard_count=shard_count)
+    for index in range(shard_count)
+  ]
+  for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
+    assert_same(whole, joined(parts))
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("start_step", [1, 3, 7])
+def test_a_restart_at_any_step_goes_on_as_before(tokenizer, kind, start_step):
+  unbroken = batches(tokenizer, kind=kind)
+  resumed = batches(
+    tokenizer, kind=kind, start_step=start_step, steps=8 - start_step
+  )
+  for left, right in zip(unbroken[start_step:], resumed, strict=True):
+    assert_same(left, right)
+
+
+def test_a_restart_may_change_the_number_of_shards(tokenizer):
+  unbroken = batches(tokenizer)[5]
+  shards = [
+    batches(tokenizer, start_step=5, steps=1, shard_index=index, shard_count=2)[
+      0
+    ]
+    for index in range(2)
+  ]
+  assert_same(unbroken, joined(shards))
+
+
+def test_an_epoch_asks_each_problem_once_and_the_next_in_another_order(
+  tokenizer,
+):
+  asked = [
+    problem.pid
+    for batch in batches(tokenizer, steps=2 * NUM_PROBLEMS // 4 + 1)
+    for problem in batch.problems
+  ]
+  first, second = asked[:NUM_PROBLEMS], asked[NUM_PROBLEMS : 2 * NUM_PROBLEMS]
+  assert sorted(first) == sorted(problem.pid for problem in PROBLEMS)
+  assert sorted(second) == sorted(first)
+  assert first != second
+
+
+def test_another_seed_is_another_order(tokenizer):
+  left, right = (
+    [p.pid for batch in batches(tokenizer, seed=seed) for p in batch.problems]
+    for seed in (0, 1)
+  )
+  assert left != right
+
+
+def test_a_row_is_its_problem(tokenizer):
+  for batch in batches(tokenizer):
+    np.testing.assert_array_equal(batch.prompt_index, range(4))
+    assert batch.valid.all()
+    for row, problem in enumerate(batch.problems):
+      ids = prompts.encode_prompt(
+        problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
+      )
+      length = batch.prompt_length[row]
+      assert batch.prompt_ids[row, :length].tolist() == ids
+      assert (batch.prompt_ids[row, length:] == tokens.PAD).all()
+      index = int(problem.pid[1:])
+      expected = np.array([index * 19 % 256, 255 - index, 7])
+      np.testing.assert_array_equal(
+        batch.images[row],
+        np.broadcast_to(expected, (1, IMAGE_SIZE, IMAGE_SIZE, 3)),
+      )
+
+
+def test_prompts_are_padded_to_the_smallest_bucket_that_holds_the_step(
+  tokenizer,
+):
+  widths = set()
+  for batch in batches(tokenizer, steps=12):
+    width, longest = batch.prompt_ids.shape[1], batch.prompt_length.max()
+    assert width == min(size for size in (34, 36, 64) if size >= longest)
+    widths.add(width)
+  assert len(widths) > 1
+
+
+def test_a_model_that_cannot_see_gets_no_images(tokenizer):
+  (batch,) = batches(tokenizer, num_images=0, soft_tokens=0, steps=1)
+  assert batch.images.shape == (4, 0, IMAGE_SIZE, IMAGE_SIZE, 3)
+  assert tokens.IMAGE_PLACEHOLDER not in batch.prompt_ids
+
+
+def test_demonstrations_come_with_the_worked_answer(tokenizer):
+  for batch in batches(tokenizer, kind="demonstrations"):
+    assert batch.completion_ids.shape == (4, 1, 24)
+    for ids, mask, problem in zip(
+      batch.completion_ids, batch.completion_mask, batch.problems, strict=True
+    ):
+      expected = prompts.encode_completion(
+        prompts.demonstration(problem), tokenizer
+      )
+      assert ids[0][mask[0]].tolist() == expected
+      assert (ids[0][~mask[0]] == tokens.PAD).all()
+      assert mask[0].sum() == len(expected)
+
+
+def test_preferences_come_as_the_right_and_a_wrong_reply(tokenizer):
+  for batch in batches(tokenizer, kind="preference"):
+    assert batch.completion_ids.shape == (4, 2, 24)
+    for ids, problem in zip(batch.completion_ids, batch.problems, strict=True):
+      chosen, rejected = map(tokenizer.decode, ids)
+      assert chosen == prompts.demonstration(problem)
+      assert rejected != chosen
+
+
+def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
+  rejected = {
+    tokenizer.decode(batch.completion_ids[row, 1])
+    for batch in batches(tokenizer, kind="preference", steps=13)
+    for row, problem in enumerate(batch.problems)
+    if problem.pid == "p5"
+  }
+  assert len(rejected) > 1
+
+
+def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
+  """Unreadable, too long to ask, and with a picture that does not decode."""
+  long = dataclasses.replace(PROBLEMS[4], query="7" * 90)
+  torn = dataclasses.replace(PROBLEMS[6], image_bytes=b"no picture")
+  problems = [*PROBLEMS]
+  problems[4], problems[6] = long, torn
+  source = FailingSource(problems, unreadable={2})
+  asked = {}
+  for good, bad in zip(
+    batches(tokenizer), batches(tokenizer, source), strict=True
+  ):
+    for row, problem in enumerate(good.problems):
+      if problem.pid in ("p2", "p4", "p6"):
+        assert not bad.valid[row]
+        asked[problem.pid] = bad.problems[row].pid
+        frame = bad.prompt_ids[row, : bad.prompt_length[row]]
+        assert (frame == tokens.IMAGE_PLACEHOLDER).sum() == SOFT_TOKENS
+        assert not bad.images[row].any()
+      else:
+        assert bad.valid[row]
+        assert bad.problems[row] == problem
+        np.testing.assert_array_equal(bad.images[row], good.images[row])
+  assert asked == {"p2": "unreadable:2", "p4": "p4", "p6": "p6"}
+
+
+def test_a_bad_record_looks_the_same_to_every_shard(tokenizer):
+  source = FailingSource(PROBLEMS, unreadable={0, 1, 2, 3})
+  whole = batches(tokenizer, source)
+  halves = [
+    batches(tokenizer, source, shard_index=index, shard_count=2)
+    for index in range(2)
+  ]
+  for batch, parts in zip(whole, zip(*halves, strict=True), strict=True):
+    assert_same(batch, joined(parts))
+
+
+def test_a_completion_that_does_not_fit_masks_its_row(tokenizer):
+  long = dataclasses.replace(PROBLEMS[0], solution="7" * 24)
+  problems = [long, *PROBLEMS[1:]]
+  for batch in batches(tokenizer, problems, kind="demonstrations"):
+    for row, problem in enumerate(batch.problems):
+      assert batch.valid[row] == (problem.pid != "p0")
+      assert batch.completion_mask[row].any() == batch.valid[row]
+
+
+def test_a_step_of_nothing_but_bad_records_keeps_its_shape(tokenizer):
+  source = FailingSource(PROBLEMS, unreadable=set(range(NUM_PROBLEMS)) - {3})
+  for batch in batches(tokenizer, source, prompts_per_step=1):
+    assert batch.prompt_ids.shape[0] == 1
+    assert batch.valid[0] == (batch.problems[0].pid == "p3")
+
+
+def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):
+  found = list(eval_batches(tokenizer))
+  assert [len(batch.problems) for batch in found] == [4, 4, 4]
+  asked = [problem.pid for batch in found for problem in batch.problems]
+  assert asked == [f"p{index}" for index in range(10)] + ["", ""]
+  valid = np.concatenate([batch.valid for batch in found])
+  np.testing.assert_array_equal(valid, [True] * 10 + [False] * 2)
+  places = np.concatenate([batch.prompt_index for batch in found])
+  np.testing.assert_array_equal(places, range(12))
+
+
+def test_evaluation_can_be_gone_through_again(tokenizer):
+  evaluation = eval_batches(tokenizer)
+  assert len(evaluation) == 3
+  for left, right in zip(evaluation, evaluation, strict=True):
+    assert_same(left, right)
+
+
+def test_evaluation_shards_together_hold_every_row(tokenizer):
+  shards = [
+    eval_batches(tokenizer, shard_index=index, shard_count=2)
+    for index in range(2)
+  ]
+  for whole, *parts in zip(eval_batches(tokenizer), *shards, strict=True):
+    assert_same(whole, joined(parts))
+
+
+def test_evaluation_of_fewer_problems_than_asked_ends_with_the_source(
+  tokenizer,
+):
+  found = list(eval_batches(tokenizer, num_problems=99))
+  asked = [p.pid for batch in found for p in batch.problems if p.pid]
+  assert asked == [problem.pid for problem in PROBLEMS]
+
+
+def test_evaluation_takes_problems_without_answers_and_training_does_not(
+  tokenizer,
+):
+  hidden = [dataclasses.replace(p, answer="") for p in PROBLEMS]
+  assert all(
+    b.valid[: len(b.problems)].any() for b in eval_batches(tokenizer, hidden)
+  )
+  with pytest.raises(ValueError, match="no public answer"):
+    batches(tokenizer, hidden)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(kind="offline"), r"data.kind \('offline'\) must be one of"),
+    (dict(prompts_per_step=3, shard_count=2), r"prompts_per_step \(3\) must"),
+    (dict(prompts_per_step=0), r"prompts_per_step \(0\) must"),
+    (dict(prompt_buckets=(64, 32)), "must ascend"),
+    (dict(prompt_buckets=(8,)), "must ascend to at least"),
+    (dict(prompt_buckets=()), "must ascend to at least"),
+    (dict(num_images=2), r"num_images \(2\) must be 0 or 1"),
+    (dict(shard_index=1), r"shard_index \(1\) must"),
+    (dict(prompt_buckets=(24,)), "none of the 13 records"),
+    (dict(kind="demonstrations", max_new_tokens=4), "none of the 13 records"),
+  ],
+)
+def test_a_setting_that_breaks_a_rule_is_refused(tokenizer, changes, message):
+  with pytest.raises(ValueError, match=message):
+    batches(tokenizer, **changes)
+
+
+def test_no_records_are_refused(tokenizer):
+  with pytest.raises(ValueError, match="none of the 0 records"):
+    batches(tokenizer, [])

@@ -1,0 +1,502 @@
+"""The verifier: what is paid, what is not, and how well it agrees."""
+
+import dataclasses
+import gzip
+import json
+import time
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from data_pipelines import records, verifier
+
+COLOURS = ("red", "blue", "dark green", "18")
+JUNK = [
+  "",
+  " ",
+  "\n\n",
+  "?",
+  "...",
+  "N/A",
+  "n/a",
+  "none",
+  "unknown",
+  "NaN",
+  "nan",
+  "inf",
+  "-inf",
+  "Infinity",
+  "1e999",
+  "9" * 1000,
+  "hello",
+  "the the the",
+  "lorem ipsum dolor sit amet",
+  "I cannot answer",
+  "I'm sorry, but I cannot answer this question.",
+  "It cannot be determined from the picture.",
+  "Please provide more information.",
+  "The answer is",
+  "answer answer answer",
+  "ABCD",
+  "A B C D",
+  "A, B, C, D",
+  "A/B/C/D",
+  "A or B",
+  "(A) (B) (C) (D)",
+  "The answer is (A) or (B).",
+  "The answer is A, B, C or D",
+  "red, blue, dark green, 18",
+  "(A) red (B) blue (C) dark green (D) 18",
+  "(A) red\n(B) blue\n(C) dark green\n(D) 18",
+  "The answer is red or blue.",
+  "0 1 2 3 4 5 6 7 8 9",
+  "1, 2, 3, 4, 5",
+  "4 or 5 or 6",
+  "yes no",
+  "Yes or No",
+  "<answer>",
+  "</answer>",
+  "[]",
+  r"\boxed{}",
+  r"\boxed{A, B, C, D}",
+  "**A** **B**",
+]
+
+
+def make_problem(answer, choices=(), answer_type="integer", precision=-1):
+  return records.Problem(
+    pid="1",
+    question="",
+    image_path="",
+    image_bytes=b"",
+    choices=choices,
+    unit="",
+    precision=precision,
+    answer=answer,
+    question_type="multi_choice" if choices else "free_form",
+    answer_type="text" if choices else answer_type,
+    query="",
+    solution="",
+    metadata={},
+  )
+
+
+FIVE = make_problem("5")
+BLUE = make_problem("blue", COLOURS)
+YES = make_problem("Yes", ("Yes", "No"))
+FLOAT = make_problem("1.25", answer_type="float", precision=2)
+LIST = make_problem("[1, 2.5]", answer_type="list")
+
+
+def is_right(response, problem):
+  return verifier.verify(response, problem).correct
+
+
+@pytest.mark.parametrize("response", JUNK)
+@pytest.mark.parametrize("wrap", ["{}", "<answer>{}</answer>"])
+@pytest.mark.parametrize(
+  "problem",
+  [
+    FIVE,
+    FLOAT,
+    LIST,
+    YES,
+    *(make_problem(text, COLOURS) for text in COLOURS),
+    *(make_problem(text, ("Yes", "No")) for text in ("Yes", "No")),
+  ],
+  ids=lambda problem: problem.answer,
+)
+def test_junk_is_paid_nothing(response, wrap, problem):
+  assert not is_right(wrap.format(response), problem)
+
+
+@pytest.mark.parametrize(
+  "response",
+  [
+    "5",
+    "5.0",
+    " 5 ",
+    "five",
+    "5 apples",
+    "There are 5 apples.",
+    "There are five bars that are lower than 40.",
+    "I count 3 on the left and 2 on the right. So 3 + 2 = 5.",
+    "The answer is 5.",
+    "The answer is: 5",
+    "**Answer:** 5",
+    "It is **5**. The bars are 4 and 6 high.",
+    r"So we get \boxed{5}, which is less than 6.",
+    r"\boxed{\text{5}}",
+    "The answer is 2 + 3 = 5.",
+    "\u7b54\u6848\u662f5\u3002",
+    "I see 6. <answer>5</answer>",
+    "<answer>6</answer> No: <answer>5</answer>",
+    "<answer> $5$ </answer>",
+    "<answer>x = 5</answer>",
+  ],
+)
+def test_a_right_number_is_found(response):
+  assert is_right(response, FIVE)
+
+
+@pytest.mark.parametrize(
+  "response",
+  [
+    "6",
+    "-5",
+    "5.4",
+    "50",
+    "1,5",
+    "5/6",
+    "15",
+    "The answer is 6, not 5.",
+    "There are between 5 and 7.",
+    "Around 5-7.",
+    "It is greater than 5.",
+    "The ratio is 5:2.",
+    "5 <answer>6</answer>",
+    "5 <answer></answer>",
+    "5 <answer>unclear</answer>",
+    "<answer>4, 5</answer>",
+    "<answer>5 or 6</answer>",
+    "<answer>I think that it may be 5 or so but I do not know</answer>",
+    "I cannot answer, but 5 is a number.",
+  ],
+)
+def test_a_wrong_or_uncertain_number_is_not(response):
+  assert not is_right(response, FIVE)
+
+
+@pytest.mark.parametrize(
+  "response",
+  [
+    "B",
+    "(B)",
+    "B.",
+    "B) blue",
+    "(B) blue",
+    "blue",
+    "Blue.",
+    "The answer is B.",
+    "The answer is (B) blue.",
+    "The correct option is (B), since (A) is too bright.",
+    "(A) is incorrect. So (B).",
+    "Option B is correct.",
+    "The circle is blue.",
+    "If the red one goes, the blue one stays.",
+    "(A) red\n(B) blue\n(C) dark green\nThe answer is B",
+    "\u7b54\u6848\u9009B",
+    "\u56e0\u6b64,\u9009\u9879B\u662f\u6b63\u786e\u7b54\u6848",
+    r"\boxed{B}",
+    r"\boxed{\text{(B) blue}}",
+    "**(B) blue** and not red",
+    "red? <answer>blue</answer>",
+    "<answer>B</answer>",
+    "<answer>(b)</answer>",
+    "<answer>B. blue</answer>",
+    "<answer>Option B</answer>",
+  ],
+)
+def test_a_right_option_is_found_by_letter_or_text(response):
+  assert is_right(response, BLUE)
+
+
+@pytest.mark.parametrize(
+  "response",
+  [
+    "A",
+    "red",
+    "bluebell",
+    "light-blueish",
+    "b",
+    "<answer>b</answer>",
+    "E",
+    "<answer>A. blue</answer>",
+    "<answer>B. red</answer>",
+    "<answer>(B) and (C)</answer>",
+    "<answer>not blue</answer>",
+    "Is it red or blue?",
+    "blue <answer>red</answer>",
+  ],
+)
+def test_a_wrong_or_conflicting_option_is_not(response):
+  assert not is_right(response, BLUE)
+
+
+def test_any_letter_of_an_equal_text_is_right():
+  problem = make_problem("18", ("12", "18", "18"))
+  assert is_right("<answer>B</answer>", problem)
+  assert is_right("<answer>C</answer>", problem)
+  assert is_right("<answer>18</answer>", problem)
+  assert not is_right("<answer>A</answer>", problem)
+
+
+def test_the_text_of_an_option_beats_its_reading_as_a_letter():
+  problem = make_problem("(b)", ("(c)", "(a)", "(b)"))
+  assert is_right("<answer>(b)</answer>", problem)
+  assert is_right("<answer>C</answer>", problem)
+  swapped = make_problem("A", ("B", "A"))
+  assert is_right("<answer>A</answer>", swapped)
+
+
+def test_an_option_is_known_by_its_value():
+  problem = make_problem("145\u00b0", ("135\u00b0", "145\u00b0"))
+  for text in ("145", "145 degrees", r"$145^\circ$", "The angle is 145\u00b0."):
+    assert is_right(text, problem)
+  assert not is_right("1450", problem)
+
+
+def test_short_options_do_not_hide_in_longer_ones():
+  problem = make_problem("5m", ("5m", "5\u221a{3}m", "15m"))
+  assert not is_right(r"The height is $5\sqrt{3}$m.", problem)
+  assert not is_right("The height is 15m.", problem)
+  assert is_right("The height is 5m.", problem)
+
+
+@pytest.mark.parametrize(
+  ("response", "answer"),
+  [
+    ("Yes, it is.", "Yes"),
+    ("No.", "No"),
+    ("The red bar is not the highest.", "No"),
+    ("The red bar is the highest of them.", "Yes"),
+    ("<answer>yes</answer>", "Yes"),
+    ("A: No, the bar is low.", "No"),
+  ],
+)
+def test_yes_and_no_are_read_from_what_is_said(response, answer):
+  assert verifier.verify(response, YES).answer == answer
+
+
+@pytest.mark.parametrize(
+  ("response", "right"),
+  [
+    ("1.25", True),
+    ("1.2451", True),
+    ("1.2549", True),
+    ("1.255", True),  # A half rounds either way.
+    ("1.2551", False),
+    ("1.24", False),
+    ("1.3", False),
+    ("5/4", True),
+    ("<answer>1.25 m</answer>", True),
+  ],
+)
+def test_a_float_is_right_when_it_rounds_to_the_answer(response, right):
+  assert is_right(response, FLOAT) == right
+
+
+@pytest.mark.parametrize(
+  ("response", "right"),
+  [
+    ("[1, 2.5]", True),
+    ("[1.0,2.50]", True),
+    ("The answer is [1, 2.5].", True),
+    ("<answer>1, 2.5</answer>", True),
+    ("<answer>(1, 2.5)</answer>", True),
+    ("[2.5, 1]", False),
+    ("[1, 2.5, 3]", False),
+    ("[1]", False),
+    ("[[1, 2.5]]", False),
+    ("[1, 2.5", False),
+  ],
+)
+def test_a_list_is_right_element_by_element(response, right):
+  assert is_right(response, LIST) == right
+
+
+def test_integers_past_the_range_of_floats_are_told_apart():
+  problem = make_problem("9007199254740993")
+  assert is_right("<answer>9007199254740993</answer>", problem)
+  assert not is_right("<answer>9007199254740992.0</answer>", problem)
+
+
+@pytest.mark.parametrize("problem", [FIVE, BLUE, FLOAT, LIST])
+def test_without_a_public_answer_nothing_is_right(problem):
+  hidden = dataclasses.replace(problem, answer="")
+  verdict = verifier.verify(f"<answer>{problem.answer}</answer>", hidden)
+  assert verdict.answer is not None
+  assert not verdict.correct
+  assert not is_right("", hidden)
+
+
+@pytest.mark.parametrize(
+  ("response", "how"),
+  [
+    ("<answer>5</answer>", "tag"),
+    (r"\boxed{5}", "boxed"),
+    ("5", "bare"),
+    ("I get **5** here", "bold"),
+    ("I get 6, so the answer is 5 here", "cue"),
+    ("I think that we get 5", "statement"),
+    ("I do not know", "none"),
+  ],
+)
+def test_a_verdict_says_which_rule_read_it(response, how):
+  verdict = verifier.verify(response, FIVE)
+  assert verdict.how == how
+  assert verdict.answer == (None if how == "none" else "5")
+
+
+PIECES = [
+  "<answer>",
+  "</answer>",
+  "5",
+  "-5",
+  "1,",
+  "1/",
+  "blue",
+  "(A) ",
+  "A ",
+  "the answer is ",
+  "answer ",
+  r"\boxed{",
+  r"\frac{1}{",
+  "{",
+  "}",
+  "[1,",
+  "**",
+  "\n",
+  " ",
+  ". ",
+  "if ",
+  "not ",
+  "yes ",
+  "1 to ",
+  "\u7b54\u6848",
+  "\u221a(",
+  "one ",
+  "there are ",
+]
+PROBLEMS = [FIVE, BLUE, YES, FLOAT, LIST]
+
+
+@hypothesis.given(
+  strategies.lists(strategies.sampled_from(PIECES)).map("".join)
+  | strategies.text()
+)
+@hypothesis.settings(deadline=None)
+def test_no_response_raises(response):
+  for problem in PROBLEMS:
+    verdict = verifier.verify(response, problem)
+    assert not (verdict.correct and verdict.answer is None)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_hostile_megabyte_costs_little(piece):
+  """CPU time; the bound is loose, a quadratic rule takes minutes."""
+  response = piece * (1_000_000 // len(piece))
+  start = time.process_time()
+  for problem in PROBLEMS:
+    verifier.verify(response, problem)
+    verifier.verify(f"<answer>{response}</answer>", problem)
+  assert time.process_time() - start < 0.1 * 2 * len(PROBLEMS)
+
+
+# Against the official labels of other models' responses.
+
+
+@pytest.fixture(scope="module")
+def responses(fixtures):
+  path = fixtures / "mathvista_responses" / "responses.jsonl.gz"
+  with gzip.open(path, "rt") as file:
+    return [json.loads(line) for line in file]
+
+
+def problem_of(row):
+  return dataclasses.replace(
+    make_problem(
+      row["answer"],
+      tuple(row["choices"] or ()),
+      row["answer_type"],
+      int(row["precision"] or -1),
+    ),
+    pid=row["pid"],
+  )
+
+
+def test_verdicts_agree_with_the_official_labels(responses):
+  """Labels are noisy: about half of the disagreements are their errors."""
+  agreed, free_form, wrong_paid = [], [], []
+  start = time.process_time()
+  for row in responses:
+    if row["flags"]:
+      continue
+    correct = is_right(row["response"], problem_of(row))
+    agreed.append(correct == row["official_true_false"])
+    if row["question_type"] == "free_form":
+      free_form.append(agreed[-1])
+    if not row["official_true_false"]:
+      wrong_paid.append(correct)
+  assert time.process_time() - start < 1e-3 * len(agreed)
+  assert len(agreed) == 7483
+  assert sum(agreed) / len(agreed) >= 0.979
+  assert sum(free_form) / len(free_form) >= 0.991
+  assert sum(wrong_paid) / len(wrong_paid) <= 0.0095
+
+
+RENDERINGS = {
+  "bare": "{answer}",
+  "cue": "The answer is {answer}.",
+  "boxed": r"So we get \boxed{{{answer}}}",
+  "tag": "Counting gives <answer>{answer}</answer>",
+  "bold": "It is **{answer}**.",
+  "letter": "{letter}",
+  "letter cue": "The correct option is ({letter}).",
+  "letter tag": "<answer>{letter}</answer>",
+  "letter and text": "({letter}) {answer}",
+  "thousands": "{thousands}",
+}
+
+
+@pytest.mark.parametrize("rendering", RENDERINGS.values(), ids=RENDERINGS)
+def test_the_right_answer_is_right_however_it_is_rendered(responses, rendering):
+  problems = {row["pid"]: problem_of(row) for row in responses}
+  assert len(problems) == 1000
+  missed = []
+  for pid, problem in problems.items():
+    letter, thousands = problem.answer, problem.answer
+    if problem.choices:
+      letter = chr(65 + problem.choices.index(problem.answer))
+    elif problem.answer_type == "integer":
+      thousands = f"{int(problem.answer):,}"
+    response = rendering.format(
+      answer=problem.answer, letter=letter, thousands=thousands
+    )
+    if problem.choices or "{letter}" not in rendering:
+      if not is_right(response, problem):
+        missed.append(pid)
+  assert not missed
+
+
+def test_no_listing_of_all_options_is_paid(responses):
+  problems = {
+    row["pid"]: problem_of(row) for row in responses if row["choices"]
+  }
+  for pid, problem in problems.items():
+    texts = problem.choices
+    letters = [chr(65 + i) for i in range(len(texts))]
+    both = [f"({a}) {b}" for a, b in zip(letters, texts, strict=True)]
+    for named in (texts, letters, both):
+      if len(set(texts)) == 1:
+        continue
+      for joiner in (" ", ", ", "\n"):
+        for wrap in ("{}", "<answer>{}</answer>"):
+          response = wrap.format(joiner.join(named))
+          assert not is_right(response, problem), (pid, response)
+
+
+@pytest.mark.parametrize(
+  "response", [text for text in JUNK if "red" not in text]
+)
+def test_junk_earns_nothing_on_real_problems(responses, response):
+  problems = {row["pid"]: problem_of(row) for row in responses[:1000:4]}
+  assert len(problems) == 250
+  for wrap in ("{}", "<answer>{}</answer>"):
+    paid = [
+      pid
+      for pid, problem in problems.items()
+      if is_right(wrap.format(response), problem)
+    ]
+    assert not paid

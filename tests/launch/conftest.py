@@ -1,0 +1,93 @@
+"""A checkout with stand-ins for Python and pip: set-up takes no time."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# What `launch/` needs beside bash: nothing here finds the machine's Pythons.
+COMMANDS = ("bash", "cat", "dirname", "flock", "mkdir", "mv", "rm", "setpriv")
+
+
+class Checkout:
+  """A copy of `launch/` in a folder of its own, and a machine around it."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.root = folder / "a checkout"
+    self.path = folder / "on path"
+    self.home = folder / "home"
+    self.calls = folder / "calls"
+    self.environment: dict[str, str] = {}
+    tools = folder / "tools"
+    for made in (self.root, self.path, self.home, tools):
+      made.mkdir()
+    shutil.copytree(ROOT / "launch", self.root / "launch")
+    (self.root / "setup.py").write_text("setup")
+    (self.root / "constraints.txt").write_text("a==1")
+    self.calls.touch()
+    for command in COMMANDS:
+      if found := shutil.which(command):
+        (tools / command).symlink_to(found)
+    self.tools = tools
+
+  def add(self, path: pathlib.Path, script: str) -> pathlib.Path:
+    """An executable of this content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+  def add_python(
+    self,
+    path: pathlib.Path,
+    version: str = "3.12",
+    lacks: tuple[str, ...] = (),
+  ) -> pathlib.Path:
+    """A Python that claims to be this version and to lack these modules."""
+    pretend = ROOT / "tests" / "launch" / "pretend_python.py"
+    words = (sys.executable, "-IS", pretend, path, version)
+    line = " ".join(f"'{word}'" for word in (*words, ",".join(lacks)))
+    return self.add(path, f'#!/bin/bash\nexec {line} "$@"\n')
+
+  def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Bash on a line that sees nothing of this machine but its tools."""
+    return subprocess.Popen(
+      ["bash", "-c", script, "bash", *arguments],
+      cwd=self.home,
+      env={
+        "PATH": f"{self.path}{os.pathsep}{self.tools}",
+        "HOME": str(self.home),
+        "CALLS": str(self.calls),
+        "EXITS": "",
+        **self.environment,
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def run(
+    self, script: str, *arguments: str
+  ) -> subprocess.CompletedProcess[str]:
+    """The same, waited for."""
+    process = self.start(script, *arguments)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(
+      process.args, process.returncode, out, err
+    )
+
+  def called(self) -> list[str]:
+    """What Python was asked since the last time, a line each."""
+    lines = self.calls.read_text().splitlines()
+    self.calls.write_text("")
+    return lines
+
+
+@pytest.fixture
+def checkout(tmp_path: pathlib.Path) -> Checkout:
+  return Checkout(tmp_path)

@@ -1,0 +1,223 @@
+"""One Python is found or one error said; a venv is whole or is made again."""
+
+import ast
+import pathlib
+import re
+import shutil
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+SOURCE = 'set -euo pipefail; source "../a checkout/launch/setup.sh"; '
+FIND = SOURCE + "find_python"
+ENSURE = SOURCE + 'ensure_venv; echo "ready: $venv"'
+
+BROKEN_SHIM = "#!/bin/bash\necho 'pyenv: command not found' >&2\nexit 127\n"
+
+
+def test_the_version_that_the_pins_were_made_on_is_preferred(checkout):
+  checkout.add_python(checkout.path / "python3", "3.13")
+  best = checkout.add_python(checkout.path / "python3.12", "3.12")
+  assert checkout.run(FIND).stdout == f"{best}\n"
+
+
+def test_a_shim_that_does_not_start_is_passed_over(checkout):
+  checkout.add(checkout.path / "python3.12", BROKEN_SHIM)
+  good = checkout.add_python(checkout.path / "python", "3.13")
+  assert checkout.run(FIND).stdout == f"{good}\n"
+
+
+def test_a_name_that_path_holds_twice_is_tried_twice(checkout):
+  """The shim comes first on PATH; the system's own stands behind it."""
+  checkout.add(checkout.path / "python3.12", BROKEN_SHIM)
+  good = checkout.add_python(checkout.tools / "python3.12")
+  assert checkout.run(FIND).stdout == f"{good}\n"
+
+
+@pytest.mark.parametrize("variable", ["PYENV_ROOT", "HOME"])
+def test_pyenv_is_searched_although_no_shim_is_on_path(checkout, variable):
+  folder = checkout.home / (".pyenv" if variable == "HOME" else "other env")
+  checkout.environment["PYENV_ROOT"] = str(checkout.home / "other env")
+  checkout.add_python(folder / "versions" / "3.11.9" / "bin" / "python")
+  good = checkout.add_python(folder / "versions/3.12.10/bin/python")
+  assert checkout.run(FIND).stdout == f"{good}\n"
+
+
+def test_a_python_that_uv_keeps_is_found(checkout):
+  good = checkout.add_python(checkout.home / "kept" / "python", "3.13")
+  checkout.add(
+    checkout.path / "uv",
+    f'#!/bin/bash\n[[ "$*" == "python find --no-project 3.13" ]] && '
+    f'echo "{good}"\n',
+  )
+  assert checkout.run(FIND).stdout == f"{good}\n"
+
+
+def test_every_python_that_will_not_do_is_named_with_its_reason(checkout):
+  checkout.add_python(checkout.path / "python3", "3.11")
+  checkout.add_python(checkout.path / "python", "3.14")
+  checkout.add_python(checkout.path / "python3.12", lacks=("ensurepip",))
+  checkout.add(checkout.path / "python3.13", BROKEN_SHIM)
+  result = checkout.run(ENSURE)
+  assert (result.returncode, result.stdout) == (64, "")
+  for reason in (
+    "python3 is Python 3.11\n",
+    "python is Python 3.14\n",
+    "python3.12 has no module ensurepip\n",
+    "python3.13 does not start\n",
+  ):
+    assert f"  {checkout.path}/{reason}" in result.stderr
+
+
+def test_a_machine_without_python_is_told_what_to_install(checkout):
+  result = checkout.run(ENSURE)
+  assert result.returncode == 64
+  assert "needs Python 3.12 or 3.13" in result.stderr
+  assert "no Python at all" in result.stderr
+  assert "apt install python3.12-venv" in result.stderr
+
+
+def test_the_first_run_installs_the_pinned_set_with_its_build_tools(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  result = checkout.run(ENSURE)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == f"ready: {checkout.root}/.venv\n"
+  venv, tools, packages = checkout.called()
+  assert venv == f"-m venv --clear {checkout.root}/.venv"
+  assert tools.endswith("--constraint constraints.txt setuptools wheel")
+  assert packages.endswith(
+    "--constraint constraints.txt --no-build-isolation --editable .[dev]"
+  )
+
+
+def ready(checkout) -> None:
+  """Sets up once and forgets how."""
+  checkout.add_python(checkout.path / "python3.12")
+  result = checkout.run(ENSURE)
+  assert result.returncode == 0, result.stderr
+  checkout.called()
+
+
+def test_the_second_run_asks_nobody_anything(checkout):
+  ready(checkout)
+  (checkout.path / "python3.12").unlink()
+  result = checkout.run(ENSURE)
+  assert (result.returncode, result.stderr) == (0, "")
+  assert checkout.called() == []
+
+
+def is_made_again(checkout) -> bool:
+  result = checkout.run(ENSURE)
+  assert result.returncode == 0, result.stderr
+  asked = checkout.called()
+  assert len(asked) in (0, 3)
+  return len(asked) == 3
+
+
+def vanished_python(root: pathlib.Path) -> None:
+  python = root / ".venv" / "bin" / "python"
+  python.unlink()
+  python.symlink_to("/nowhere/python3.12")
+
+
+DAMAGE = {
+  "killed before the stamp": lambda root: (
+    root / ".venv" / "complete.stamp"
+  ).unlink(),
+  "stamp cut short": lambda root: (
+    root / ".venv" / "complete.stamp"
+  ).write_text("a1"),
+  "its Python vanished": vanished_python,
+  "only a folder": lambda root: (
+    shutil.rmtree(root / ".venv"),
+    (root / ".venv").mkdir(),
+  ),
+  "a requirement added": lambda root: (root / "setup.py").write_text("more"),
+  "a pin moved": lambda root: (root / "constraints.txt").write_text("a==2"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_venv_that_is_not_whole_or_not_current_is_made_again(
+  checkout, damage
+):
+  ready(checkout)
+  damage(checkout.root)
+  assert is_made_again(checkout)
+  assert not is_made_again(checkout)
+
+
+def test_another_python_in_its_place_makes_the_venv_again(checkout):
+  ready(checkout)
+  checkout.add_python(checkout.root / ".venv" / "bin" / "python", "3.13")
+  assert is_made_again(checkout)
+
+
+def test_a_checkout_that_moved_makes_its_venv_again(checkout):
+  """A venv and an editable install both hold absolute paths."""
+  ready(checkout)
+  checkout.root.rename(checkout.root.with_name("moved"))
+  checkout.run(ENSURE.replace("a checkout", "moved"))
+  assert len(checkout.called()) == 3
+
+
+def test_pip_that_fails_fails_the_script_and_the_next_run_repairs(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  checkout.environment["EXITS"] = ".[dev]=2"
+  result = checkout.run(ENSURE)
+  assert (result.returncode, result.stdout) == (1, "")
+  assert "pip could not install" in result.stderr
+  checkout.called()
+  checkout.environment["EXITS"] = ""
+  assert is_made_again(checkout)
+
+
+def test_a_set_up_killed_inside_pip_is_repaired(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  checkout.environment["PIP"] = "kill"
+  assert checkout.run(ENSURE).returncode == 137
+  checkout.called()
+  checkout.environment["PIP"] = ""
+  assert is_made_again(checkout)
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock here")
+def test_two_first_runs_at_once_set_up_once(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  checkout.environment["PIP"] = "sleep"
+  both = [checkout.start(ENSURE) for _ in range(2)]
+  errors = [process.communicate(timeout=60)[1] for process in both]
+  assert [process.returncode for process in both] == [0, 0]
+  assert len(checkout.called()) == 3
+  assert sum("Waiting for another set-up" in error for error in errors) == 1
+
+
+def test_pip_obeys_the_user_but_installs_into_the_venv(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  checkout.environment |= {"PIP_INDEX_URL": "here", "PIP_TARGET": "/there"}
+  checkout.environment["PIP"] = "tell"
+  assert checkout.run(ENSURE).returncode == 0
+  told = [line for line in checkout.called() if "told" in line]
+  assert len(told) == 2
+  assert all("('PIP_INDEX_URL', 'here')" in line for line in told)
+  assert all("PIP_TARGET" not in line for line in told)
+
+
+def canonical(name: str) -> str:
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_requirement_is_pinned():
+  tree = ast.parse((ROOT / "setup.py").read_text())
+  lists = [node for node in ast.walk(tree) if isinstance(node, ast.List)]
+  required = {
+    canonical(re.split(r"[^\w.-]", element.value)[0])
+    for node in lists
+    for element in node.elts
+    if isinstance(element, ast.Constant)
+  } - {"data-pipelines", "grpo-tpu"}
+  pins = (ROOT / "constraints.txt").read_text()
+  pinned = set(re.findall(r"^([\w.-]+)==\d", pins, re.MULTILINE))
+  assert {"jax", "ruff", "gguf"} <= required <= pinned
+  assert {"setuptools", "wheel"} <= pinned

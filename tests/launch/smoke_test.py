@@ -1,0 +1,145 @@
+"""The smoke run's stages: in order, with the user's settings, and resumable."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMOKE = 'exec bash "../a checkout/launch/smoke.sh" "$@"'
+METRICS = [
+  {"step": 0, "eval/accuracy": 0.5},
+  {"step": 1, "reward/accuracy/mean": 0.9},
+  {"step": 2, "eval/accuracy": 0.75, "reward/accuracy/mean": 0.8},
+  {"step": 3, "reward/accuracy/mean": 0.7},
+]
+
+
+def write_metrics(workdir: pathlib.Path, rows: list[dict[str, float]]) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (workdir / "metrics.jsonl").write_text(lines)
+
+
+def stages(checkout, *arguments: str) -> tuple[int, list[str]]:
+  """The exit code, and what each stage was started with."""
+  result = checkout.run(SMOKE, *arguments)
+  return result.returncode, [
+    call.removeprefix("-m ")
+    for call in checkout.called()
+    if call.startswith(("-m data_pipelines", "-m grpo_tpu"))
+  ]
+
+
+@pytest.fixture
+def machine(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  return checkout
+
+
+def test_three_stages_run_in_order_each_on_what_the_one_before_wrote(machine):
+  workdir = machine.root / "runs" / "smoke"
+  _, (prepare, warm_start, grpo) = stages(machine)
+  data = f"--config.data.dir={workdir}/data"
+  assert prepare.startswith("data_pipelines.prepare --source=synthetic")
+  assert f"--data_dir={workdir}/data" in prepare
+  assert warm_start == (
+    "grpo_tpu.main --config=configs/smoke.py:warm_start"
+    f" --workdir={workdir}/warm_start {data}"
+  )
+  assert grpo == (
+    "grpo_tpu.main --config=configs/smoke.py"
+    f" --config.model.weights=run:{workdir}/warm_start"
+    f" --workdir={workdir} {data}"
+  )
+
+
+def test_settings_reach_both_trainings_and_the_seed_the_data_too(machine):
+  settings = ["--config.seed=7", "--config.objective.beta=0.1"]
+  _, (prepare, *trainings) = stages(machine, *settings)
+  assert "--seed=7 " in prepare
+  assert all(call.endswith(" ".join(settings)) for call in trainings)
+
+
+def test_a_workdir_is_relative_to_where_the_user_stands(machine):
+  _, (_, _, grpo) = stages(machine, "--workdir=my runs/1")
+  assert f" --workdir={machine.home}/my runs/1 " in grpo
+
+
+@pytest.mark.parametrize(
+  "argument", ["--workdir", "--workdir=", "5", "--seed=1"]
+)
+def test_an_unknown_argument_is_refused_before_anything_is_made(
+  machine, argument
+):
+  result = machine.run(SMOKE, argument)
+  assert result.returncode == 64
+  assert f"'{argument}'" in result.stderr and "--workdir=DIR" in result.stderr
+  assert machine.called() == []
+
+
+@pytest.mark.parametrize(
+  "word, ran",
+  [("data_pipelines.prepare", 1), ("--config=configs/smoke.py", 3)],
+)
+def test_a_stage_that_fails_ends_the_run_with_its_exit_code(machine, word, ran):
+  machine.environment["EXITS"] = f"{word}=64"
+  code, calls = stages(machine)
+  assert (code, len(calls)) == (64, ran)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")
+def test_a_stage_does_not_outlive_a_killed_script(machine):
+  """It would go on writing what the next start resumes."""
+  machine.environment["HANGS"] = "grpo_tpu.main"
+  process = machine.start(SMOKE)
+  while "grpo_tpu.main" not in machine.calls.read_text():
+    assert process.poll() is None
+    time.sleep(0.05)
+  process.kill()
+  process.communicate(timeout=10)  # Ends when the stage lets go of the pipe.
+
+
+def test_two_runs_do_not_share_a_workdir(machine):
+  machine.run(SMOKE)
+  line = 'exec 7>"$1/.smoke.lock"; flock 7; shift; ' + SMOKE
+  result = machine.run(line, f"{machine.root}/runs/smoke")
+  assert result.returncode == 64
+  assert "its own --workdir=DIR" in result.stderr
+
+
+def summarise(workdir: pathlib.Path) -> subprocess.CompletedProcess[str]:
+  script = ROOT / "launch" / "smoke_summary.py"
+  return subprocess.run(
+    [sys.executable, "-IS", str(script), str(workdir), "12"],
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_summary_compares_before_the_first_update_with_the_end(tmp_path):
+  workdir = tmp_path / "a run"
+  write_metrics(workdir, METRICS)
+  result = summarise(workdir)
+  assert result.returncode == 0, result.stderr
+  assert json.loads((workdir / "smoke.json").read_text()) == {
+    "warm_start_accuracy": 0.5,
+    "final_accuracy": 0.75,
+    "wall_seconds": 12,
+    "steps": 3,
+  }
+  assert "0.500 before GRPO, 0.750 after 3 steps" in result.stdout
+  assert f"tensorboard --logdir='{workdir}'" in result.stdout
+
+
+@pytest.mark.parametrize("rows", [METRICS[:2], METRICS[1:]])
+def test_a_run_scored_once_has_no_summary(tmp_path, rows):
+  """Either end alone would be reported as if nothing had been learned."""
+  write_metrics(tmp_path, rows)
+  result = summarise(tmp_path)
+  assert result.returncode == 1 and "eval/accuracy" in result.stderr
+  assert not (tmp_path / "smoke.json").exists()
