@@ -5,11 +5,11 @@
 #   docker run --privileged --net=host grpo_tpu --config=configs/base.py \
 #     --workdir=gs://BUCKET/RUN
 #
-# With `--build-arg EXTRAS=dev` instead of `tpu` it runs, and is tested, on CPU.
+# With `--build-arg EXTRAS=` (no extra) the image is one for CPUs.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 FROM ${BASE_IMAGE}
 
-ARG EXTRAS=tpu
+ARG EXTRAS=[tpu]
 WORKDIR /opt/grpo_tpu
 ENV PIP_NO_CACHE_DIR=1 \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -20,7 +20,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 COPY setup.py constraints.txt ./
 RUN python -m pip install --constraint constraints.txt setuptools wheel \
   && python -m pip install --constraint constraints.txt \
-    --no-build-isolation ".[${EXTRAS}]"
+    --no-build-isolation ".${EXTRAS}"
 
 # Then the code, which runs from here: `configs` is no installed package.
 COPY data_pipelines data_pipelines
@@ -29,5 +29,5 @@ COPY configs configs
 COPY LICENSE README.md ./
 
 RUN useradd --create-home --uid 10001 grpo
-USER grpo
+USER 10001
 ENTRYPOINT ["python", "-m", "grpo_tpu.main"]

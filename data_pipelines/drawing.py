@@ -133,7 +133,7 @@ def draw_shape(
   width = canvas.size / side
   radius = max(2, canvas.between(round(0.26 * width), round(0.42 * width)))
   # One pixel stays free, so that neighbors never melt into one.
-  slack = max(0, int(width) - 2 * radius + 1)
+  slack = max(0, int(width) - 2 * radius - 2)
   x = int(cell % side * width) + radius + canvas.between(0, slack)
   y = int(cell // side * width) + radius + canvas.between(0, slack)
   left, top, right, bottom = x - radius, y - radius, x + radius, y + radius

@@ -9,10 +9,11 @@ import re
 
 import numpy as np
 
-from data_pipelines import numerals, prompts, records, verifier
+from data_pipelines import prompts, records, verifier
 
 # Draws before a problem is given up: rounding may undo a small change.
 _TRIES = 8
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
 def pair(problem: records.Problem, rng: np.random.Generator) -> tuple[str, str]:
@@ -56,14 +57,11 @@ def _wrong_answer(
     right = problem.answer.strip()
     others = [text for text in problem.choices if text.strip() != right]
     return others[rng.integers(len(others))] if others else None
-  matches = list(re.finditer(r"-?\d[\d,]*\.?\d*|-?\.\d+", problem.answer))
+  matches = list(_NUMBER.finditer(problem.answer))
   if not matches:
     return None
   match = matches[rng.integers(len(matches))]
-  value = numerals.only_number(match[0])
-  if value is None:
-    return None
-  changed = _perturbed(value, _unit_in_last_place(problem), rng)
+  changed = _perturbed(match[0], _unit_in_last_place(problem), rng)
   return (
     problem.answer[: match.start()] + changed + problem.answer[match.end() :]
   )
@@ -75,14 +73,15 @@ def _unit_in_last_place(problem: records.Problem) -> decimal.Decimal:
 
 
 def _perturbed(
-  value: decimal.Decimal, unit: decimal.Decimal, rng: np.random.Generator
+  number: str, unit: decimal.Decimal, rng: np.random.Generator
 ) -> str:
-  """A number that a slip would give: off by a few, tenfold, sign, digits."""
+  """What a slip makes of a number: off by a few, tenfold, sign, digits."""
+  value = decimal.Decimal(number)
   slips = [value + unit, value - unit, value + 2 * unit, value * 10, -value]
-  digits = f"{abs(value):f}"
-  if len(digits) > 1 and "." not in digits:
-    slips.append(decimal.Decimal(digits[::-1]))
-  if value > 0:
-    # A count is rarely answered below nought; nor is the wrong one.
-    slips = [slip for slip in slips if slip >= 0]
-  return numerals.canonical(slips[rng.integers(len(slips))])
+  if number.isdecimal():
+    slips.append(decimal.Decimal(number[::-1]))
+  # A count is rarely answered below nought; nor is the wrong one.
+  lowest = min(value * 10, decimal.Decimal(0))
+  slips = [slip for slip in slips if slip != value and slip >= lowest]
+  places = len(number.partition(".")[2])
+  return f"{slips[rng.integers(len(slips))]:.{places}f}"

@@ -273,8 +273,8 @@ def _hold_rejects(
   total = num_kept + len(rejects)
   if not total:
     raise RequestError(f"source ({request.source!r}) must hold some record.")
-  share = len(rejects) / total
-  if num_kept and share <= request.max_reject_fraction:
+  # Below 1, so that some record is kept.
+  if len(rejects) / total <= request.max_reject_fraction:
     return
   reasons = collections.Counter(reject["reason"] for reject in rejects)
   counted = ", ".join(f"{n} {why}" for why, n in sorted(reasons.items()))

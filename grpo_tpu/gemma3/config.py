@@ -162,13 +162,13 @@ CONFIGS = {
     global_rope_base=1_000_000.0,
     global_rope_factor=8.0,
     vision=VisionConfig(
-      image_size=64,
+      image_size=48,
       patch_size=8,
       width=64,
       depth=2,
       mlp_dim=192,
       num_heads=2,
-      soft_tokens=16,
+      soft_tokens=9,
     ),
   ),
   "gemma3_270m": _released(

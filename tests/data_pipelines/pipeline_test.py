@@ -291,6 +291,28 @@ def test_a_completion_that_does_not_fit_masks_its_row(tokenizer):
       assert batch.completion_mask[row].any() == batch.valid[row]
 
 
+def test_a_completion_of_exactly_the_most_tokens_fits(tokenizer):
+  longest = max(
+    len(prompts.encode_completion(prompts.demonstration(problem), tokenizer))
+    for problem in PROBLEMS
+  )
+  for spare in (0, 1):
+    found = batches(
+      tokenizer, kind="demonstrations", max_new_tokens=longest - spare
+    )
+    assert all(batch.valid.all() for batch in found) == (spare == 0)
+
+
+def test_every_row_of_a_step_draws_its_own_wrong_reply(tokenizer):
+  """Twelve copies of one problem, whose wrong answers are six."""
+  found = batches(
+    tokenizer, PROBLEMS[:1] * 12, kind="preference", prompts_per_step=12
+  )
+  drawn = [tuple(map(bytes, batch.completion_ids[:, 1])) for batch in found]
+  assert len(set(drawn[0])) > 1
+  assert len(set(drawn)) == len(drawn)
+
+
 def test_a_step_of_nothing_but_bad_records_keeps_its_shape(tokenizer):
   source = FailingSource(PROBLEMS, unreadable=set(range(NUM_PROBLEMS)) - {3})
   for batch in batches(tokenizer, source, prompts_per_step=1):

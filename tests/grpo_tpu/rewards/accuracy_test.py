@@ -1,0 +1,49 @@
+"""The tag: where it must be, and what lies outside of it."""
+
+import pytest
+
+from data_pipelines import verifier
+from grpo_tpu.rewards import accuracy
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_accuracy_is_the_verdict(correct):
+  verdict = verifier.Verdict(answer="5", how="tag", correct=correct)
+  assert accuracy.accuracy(verdict) == float(correct)
+
+
+@pytest.mark.parametrize(
+  ("completion", "paid"),
+  [
+    ("<answer>5</answer>", 1.0),
+    ("I count.\n<answer> red </answer>\n", 1.0),
+    ("<answer>\u4e94</answer>", 1.0),
+    ("", 0.0),
+    ("5", 0.0),
+    ("<answer>5", 0.0),
+    ("5</answer>", 0.0),
+    ("</answer>5<answer>", 0.0),
+    ("<answer></answer>", 0.0),
+    ("<answer> </answer>", 0.0),
+    ("<answer>...</answer>", 0.0),
+    ("<answer>4</answer> <answer>5</answer>", 0.0),
+    ("<answer><answer>5</answer>", 0.0),
+    ("<answer>5</answer></answer>", 0.0),
+    ("<Answer>5</Answer>", 0.0),
+  ],
+)
+def test_format_is_exactly_one_tag_that_holds_something(completion, paid):
+  assert accuracy.well_formed(completion) == paid
+
+
+@pytest.mark.parametrize(
+  ("completion", "outside"),
+  [
+    ("One. <answer>5</answer> Two.", "One. \n Two."),
+    ("One.", "One."),
+    ("One. <answer>5", "One. "),
+    ("<answer>5</answer>", "\n"),
+  ],
+)
+def test_reasoning_is_what_stands_outside_the_tag(completion, outside):
+  assert accuracy.reasoning(completion) == outside

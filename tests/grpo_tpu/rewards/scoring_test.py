@@ -1,0 +1,170 @@
+"""Scores: the sum, the gate, and rows on which a reward fails."""
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+import pytest
+
+from data_pipelines import records, verifier
+from grpo_tpu.rewards import heuristics, scoring
+
+CONFIG = scoring.RewardConfig(
+  accuracy=1.0,
+  format=0.5,
+  length=0.25,
+  reasoning_words=0.125,
+  coherence=2.0,
+  gate_heuristics=True,
+)
+REASONED = (
+  "I see three red circles and two blue squares in the picture. Because three "
+  "and two make five, there are five shapes. <answer>{}</answer>"
+)
+
+
+def make_problem(answer="5"):
+  return records.Problem(
+    pid="1",
+    question="",
+    image_path="",
+    image_bytes=b"",
+    choices=(),
+    unit="",
+    precision=-1,
+    answer=answer,
+    question_type="free_form",
+    answer_type="integer",
+    query="",
+    solution="",
+    metadata={},
+  )
+
+
+def scores(*completions, config=CONFIG, answer="5"):
+  problems = [make_problem(answer)] * len(completions)
+  return scoring.score(completions, problems, config)
+
+
+def test_the_total_is_the_weighted_sum_of_the_components():
+  found = scores(REASONED.format(5), REASONED.format(6), "5", "")
+  expected = sum(
+    getattr(CONFIG, name) * values for name, values in found.components.items()
+  )
+  np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+  assert found.total.dtype == np.float32
+  assert len(set(found.total.tolist())) == 4
+
+
+def test_components_stand_in_a_fixed_order():
+  names = ("accuracy", "format", "length", "reasoning_words", "coherence")
+  assert scoring.COMPONENTS == names
+  assert tuple(scores("").components) == names
+  fields = [field.name for field in dataclasses.fields(scoring.RewardConfig)]
+  assert tuple(fields[:-1]) == names
+
+
+def test_a_right_tagged_answer_earns_accuracy_and_format():
+  found = scores("<answer>5</answer>", "The answer is 5.", "<answer>6</answer>")
+  np.testing.assert_array_equal(found.components["accuracy"], [1, 1, 0])
+  np.testing.assert_array_equal(found.components["format"], [1, 0, 1])
+  assert found.answers == ["5", "5", "6"]
+  np.testing.assert_array_equal(found.valid, [True] * 3)
+
+
+def test_heuristics_are_paid_only_beside_an_answer():
+  unanswered = REASONED.format("unclear")
+  for gate in (True, False):
+    config = dataclasses.replace(CONFIG, gate_heuristics=gate)
+    found = scores(REASONED.format(5), unanswered, config=config)
+    for name in ("length", "reasoning_words", "coherence"):
+      paid = found.components[name]
+      assert paid[0] > 0
+      assert paid[1] == (0 if gate else paid[0])
+    np.testing.assert_array_equal(found.components["format"], [1, 1])
+
+
+def test_a_weight_of_nought_logs_without_paying():
+  config = dataclasses.replace(CONFIG, accuracy=0.0)
+  found = scores("<answer>5</answer>", config=config)
+  assert found.components["accuracy"][0] == 1
+  assert found.total[0] == CONFIG.format
+
+
+def test_the_heuristics_do_not_see_the_answer():
+  """A long answer is no reasoning."""
+  found = scores(f"<answer>5 {'apples ' * 2}</answer>", "<answer>5</answer>")
+  assert found.components["length"][0] == found.components["length"][1] == 0
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+  texts = [REASONED.format(i) for i in range(7)] + ["5", "", "nonsense"]
+  together = scores(*texts)
+  alone = [scores(text) for text in texts]
+  for i, single in enumerate(alone):
+    assert together.total[i] == single.total[0]
+    for name, values in together.components.items():
+      assert values[i] == single.components[name][0]
+
+
+@pytest.mark.parametrize("failure", ["raise", "nan", "inf", "text"])
+def test_a_reward_that_fails_excludes_its_row_and_is_counted(
+  monkeypatch, failure
+):
+  length = heuristics.length
+
+  def sometimes(reasoning):
+    if "Trap" not in reasoning.sentences[0]:
+      return length(reasoning)
+    if failure == "raise":
+      raise RuntimeError("out of order")
+    return {"nan": math.nan, "inf": math.inf, "text": "much"}[failure]
+
+  texts = [REASONED.format(5), "Trap " + REASONED.format(5), "I say 6 here."]
+  expected = scores(*texts)
+  monkeypatch.setattr(heuristics, "length", sometimes)
+  found = scores(*texts)
+  np.testing.assert_array_equal(found.valid, [True, False, True])
+  assert found.errors == dict.fromkeys(scoring.COMPONENTS, 0) | {"length": 1}
+  np.testing.assert_array_equal(found.total[[0, 2]], expected.total[[0, 2]])
+  assert found.total[1] == 0
+  assert all(np.isfinite(values).all() for values in found.components.values())
+
+
+def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
+  def failing(response, problem):
+    raise RecursionError(response)
+
+  monkeypatch.setattr(verifier, "verify", failing)
+  found = scores("5", "6")
+  assert not found.valid.any()
+  assert found.errors["accuracy"] == 2
+  assert found.answers == [None, None]
+
+
+def test_nothing_scores_to_nothing():
+  found = scores()
+  assert found.total.shape == (0,)
+  assert found.valid.shape == (0,)
+
+
+def test_completions_and_problems_must_pair_up():
+  with pytest.raises(ValueError, match="shorter|longer"):
+    scoring.score(["5", "5"], [make_problem()], CONFIG)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_must_be_finite(weight):
+  with pytest.raises(ValueError, match=r"rewards.coherence \("):
+    dataclasses.replace(CONFIG, coherence=weight)
+
+
+def test_a_batch_of_completions_costs_little():
+  """CPU time of a loaded machine; 15 ms on a quiet one."""
+  texts = [REASONED.format(5)] * 256 + ["<answer>5</answer>"] * 256
+  problems = [make_problem()] * 512
+  scoring.score(texts, problems, CONFIG)
+  start = time.process_time()
+  scoring.score(texts, problems, CONFIG)
+  assert time.process_time() - start < 0.1
