@@ -14,18 +14,18 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config = base.get_config()
   config.data.synthetic.num_problems = 12_000
   config.data.synthetic.kinds = ("color", "count")
-  config.data.synthetic.image_size = 64
+  config.data.synthetic.image_size = 48
   config.data.synthetic.multi_choice_share = 0.0
+  config.data.synthetic.max_options = 4
   # The drawn prompts fit the first; real questions need the others.
-  config.data.prompt_buckets = (80, 256, 512, 1024)
+  config.data.prompt_buckets = (44, 256, 512, 1024)
   config.model.compute_dtype = "float32"
-  config.model.remat = False
   config.model.train_vision = True
-  config.rollout.max_new_tokens = 12
+  config.rollout.max_new_tokens = 8
   config.eval.num_problems = 512
   config.eval.batch_size = 256
   config.samples.every_steps = 20
-  config.checkpoint.every_steps = 25
+  config.checkpoint.every_steps = 50
   if stage == "warm_start":
     config.data.kind = "demonstrations"
     config.data.prompts_per_step = 64

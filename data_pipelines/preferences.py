@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines import prompts, records, verifier
 
 # Draws before a problem is given up: rounding may undo a small change.
-_TRIES = 8
+_TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 

@@ -17,7 +17,7 @@ import re
 from data_pipelines import free_text, numerals, options, records
 
 # Of a longer response the first and the last characters are read.
-_HEAD, _TAIL = 2_000, 6_000
+_HEAD, _TAIL = 1_000, 4_000
 # No answer is longer; a tag that holds an essay holds none.
 _MAX_ANSWER = 400
 _ORDINARY_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)

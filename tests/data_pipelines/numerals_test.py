@@ -90,6 +90,7 @@ def test_what_is_not_one_finite_number_is_none(text):
     allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9)
   ).filter(lambda value: abs(value) < 10**9)
 )
+@hypothesis.settings(deadline=None, derandomize=True)
 def test_the_canonical_spelling_reads_back_as_the_same_number(value):
   assert numerals.only_number(numerals.canonical(value)) == value
 
@@ -123,7 +124,7 @@ def test_numbers_are_found_and_labels_are_not(text, found):
 
 
 @hypothesis.given(strategies.text())
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(deadline=None, derandomize=True)
 def test_no_text_raises(text):
   numerals.only_number(text)
   list(numerals.number_words(text))
@@ -137,6 +138,7 @@ def test_no_text_raises(text):
     )
   ).map("".join)
 )
+@hypothesis.settings(deadline=None, derandomize=True)
 def test_plain_text_stays_as_it_is(text):
   """So text may be made plain where it is not known whether it was."""
   hypothesis.assume(text.count("{") < 4)

@@ -373,7 +373,7 @@ PROBLEMS = [FIVE, BLUE, YES, FLOAT, LIST]
   strategies.lists(strategies.sampled_from(PIECES)).map("".join)
   | strategies.text()
 )
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(deadline=None, derandomize=True)
 def test_no_response_raises(response):
   for problem in PROBLEMS:
     verdict = verifier.verify(response, problem)

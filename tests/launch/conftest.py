@@ -1,5 +1,6 @@
 """A checkout with stand-ins for Python and pip: set-up takes no time."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -81,11 +82,11 @@ class Checkout:
       process.args, process.returncode, out, err
     )
 
-  def called(self) -> list[str]:
-    """What Python was asked since the last time, a line each."""
+  def called(self) -> list[list[str]]:
+    """The words of each request to a Python since the last time."""
     lines = self.calls.read_text().splitlines()
     self.calls.write_text("")
-    return lines
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture

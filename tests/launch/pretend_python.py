@@ -3,12 +3,13 @@
     pretend_python.py ITSELF MAJOR.MINOR MISSING_MODULES ARGUMENT...
 
 `-c CODE` runs as it would on that version. `-m venv` makes a venv of copies of
-ITSELF. All else becomes a line of $CALLS; then pip sleeps ($PIP=sleep), kills
-its caller ($PIP=kill) or writes down its settings ($PIP=tell). At last it ends
-with the code that $EXITS has for one of its words ("word=code word=code"), or
-hangs if $HANGS is one of them.
+ITSELF. All else becomes a line of $CALLS, a list in JSON; then pip sleeps
+($PIP=sleep), kills its caller ($PIP=kill) or writes down its settings
+($PIP=tell). At last it ends with the code that $EXITS has for one of its words
+("word=code word=code"), or hangs if $HANGS is one of them.
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -36,9 +37,9 @@ def make_venv(itself: str, folder: pathlib.Path) -> None:
   shutil.copy(itself, folder / "bin" / "python")
 
 
-def write_down(line: str) -> None:
+def write_down(words: list[str]) -> None:
   with open(os.environ["CALLS"], "a", encoding="utf-8") as calls:
-    calls.write(line + "\n")
+    calls.write(json.dumps(words) + "\n")
 
 
 ORIGINAL = list(sys.argv)
@@ -46,7 +47,7 @@ _, itself, version, missing, *arguments = ORIGINAL
 if "-c" in arguments:
   run_code(itself, version, missing)
   sys.exit()
-write_down(" ".join(arguments))
+write_down(arguments)
 if arguments[:2] == ["-m", "venv"]:
   make_venv(itself, pathlib.Path(arguments[-1]))
 if arguments[:2] == ["-m", "pip"]:
@@ -57,10 +58,11 @@ if arguments[:2] == ["-m", "pip"]:
     os.kill(os.getppid(), signal.SIGKILL)
   elif what == "tell":
     settings = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
-    write_down(f"pip is told {sorted(settings.items())}")
+    write_down(["pip is told", *map("=".join, settings.items())])
 for entry in os.environ.get("EXITS", "").split():
   word, _, code = entry.rpartition("=")
   if word in arguments:
     sys.exit(int(code))
 if os.environ.get("HANGS") in arguments:
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   time.sleep(60)

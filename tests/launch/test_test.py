@@ -20,14 +20,14 @@ def machine(checkout):
 def test_without_arguments_every_check_runs(machine):
   assert machine.run(TEST).returncode == 0
   calls = machine.called()
-  assert [call.split(" ")[0] for call in calls] == [
+  assert [call[0] for call in calls] == [
     "format",
     "check",
     "--pythonpath",
     "--external-sources",
     "-m",
   ]
-  assert calls[-1] == "-m pytest -m not tpu"
+  assert calls[-1] == ["-m", "pytest", "-m", "not tpu"]
   for script in ("launch/setup.sh", "launch/smoke.sh", "launch/test.sh"):
     assert script in calls[-2]
 
@@ -44,4 +44,4 @@ def test_the_first_check_that_fails_gives_the_exit_code(machine, word, ran):
 
 def test_arguments_are_for_pytest_which_then_runs_alone(machine):
   assert machine.run(TEST, "-k", "a b").returncode == 0
-  assert machine.called() == ["-m pytest -m not tpu -k a b"]
+  assert machine.called() == [["-m", "pytest", "-m", "not tpu", "-k", "a b"]]
