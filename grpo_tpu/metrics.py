@@ -62,6 +62,9 @@ METRICS = (
   Metric("train/grad_norm", "1", "of all gradients, before clipping"),
   Metric("train/learning_rate", "1", "of this update"),
   Metric("train/tokens", "tokens", "that the loss is taken over"),
+  Metric(
+    "train/sampler_logp_difference_mean", "nats", "from the sampler's, absolute"
+  ),
   Metric("train/nll", "nats", "of demonstrations"),
   Metric("train/token_accuracy", "share", "of demonstrations' tokens, top-1"),
   Metric("train/preference_accuracy", "share", "chosen paid more; ties half"),
@@ -78,8 +81,6 @@ METRICS = (
   Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
   Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
   Metric("rollout/truncated_fraction", "share", "of completions cut off"),
-  Metric("rollout/sampler_logp_difference_mean", "nats", "from the trainer's"),
-  Metric("rollout/sampler_logp_difference_max", "nats", "of the worst token"),
   # What each reward said of the completions, before its weight.
   *(
     Metric(f"reward/{reward}_{statistic}", "1", f"{statistic} of `{reward}`")
