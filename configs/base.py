@@ -16,7 +16,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.synthetic.num_problems = 10_000
   config.data.synthetic.seed = 0
   config.data.synthetic.difficulty = 2
-  config.data.synthetic.kinds = ("bars", "clock", "color", "count", "dots")
+  config.data.synthetic.kinds = (
+    *("color", "shape", "count", "bar_value", "bar_max", "table_value"),
+    *("clock_time", "dot_total"),
+  )
   config.data.synthetic.image_size = 96
   config.data.synthetic.multi_choice_share = 0.25
   config.data.synthetic.min_options = 2

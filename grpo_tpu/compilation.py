@@ -12,10 +12,10 @@ class Counter:
     self._count, self._seconds = 0, 0.0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, duration: float, **_) -> None:
+  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
     if event == _EVENT:
       self._count += 1
-      self._seconds += duration
+      self._seconds += duration_secs
 
   def scalars(self) -> dict[str, float]:
     """By the names of `metrics`, since the last call."""

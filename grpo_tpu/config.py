@@ -302,12 +302,18 @@ def _build(cls: type, values: Any, where: str) -> Any:
         f"{where}{name} is missing; start the config from configs/base.py, "
         "which gives every setting a value."
       )
-  return cls(
-    **{
-      name: _value(hints[name], given[name], f"{where}{name}")
-      for name in names
-    }
-  )
+  settings = {
+    name: _value(hints[name], given[name], f"{where}{name}") for name in names
+  }
+  try:
+    return cls(**settings)
+  except ValueError as error:
+    if str(error).startswith(where):
+      raise
+    # A part that others use too does not know which section it is.
+    raise ValueError(
+      f"{where}{error} configs/base.py has a value that is."
+    ) from error
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -413,7 +419,8 @@ def _check_names(config: Config) -> None:
     ("objective.preset", config.objective.preset, tuple(objective.PRESETS)),
     (
       "objective.advantage_scale",
-      config.advantage_scale if config.objective.preset in objective.PRESETS
+      config.advantage_scale
+      if config.objective.preset in objective.PRESETS
       else "group",
       ("group", "batch", "none"),
     ),

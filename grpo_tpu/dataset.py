@@ -78,8 +78,16 @@ def _prompt_shape(config: run_config.Config) -> dict[str, Any]:
   }
 
 
-def open_dataset(config: run_config.Config, workdir: str) -> Dataset:
+def open_dataset(
+  config: run_config.Config, workdir: str, *, for_training: bool
+) -> Dataset:
   """Opens the data dir of a run, making the synthetic one if none is named.
+
+  Args:
+    config: The run's settings.
+    workdir: Of the run.
+    for_training: Whether the train split will be learnt from; terms and
+      missing answers do not stop an evaluation.
 
   Raises:
     ValueError: There is no such data, or it may not or cannot be used so.
@@ -88,17 +96,10 @@ def open_dataset(config: run_config.Config, workdir: str) -> Dataset:
   if config.data.dir:
     manifest = _manifest(folder)
   else:
-    manifest = prepare.prepare(
-      prepare.Request(
-        source=config.data.synthetic,
-        data_dir=str(folder),
-        seed=config.data.synthetic.seed,
-        eval_fraction=config.data.synthetic_eval_fraction,
-        vocab_size=config.model_config.vocab_size,
-        max_reject_fraction=0.0,
-      )
-    )
+    manifest = prepare.prepare(synthetic_request(config, str(folder)))
   _check(config, manifest)
+  if for_training:
+    _check_training(config, manifest)
   return Dataset(
     tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
     train=mathvista.source(folder, config.data.train_split),
@@ -107,6 +108,20 @@ def open_dataset(config: run_config.Config, workdir: str) -> Dataset:
       "records": manifest["fingerprint"],
       "tokenizer": manifest["tokenizer"]["fingerprint"],
     },
+  )
+
+
+def synthetic_request(
+  config: run_config.Config, data_dir: str
+) -> prepare.Request:
+  """What is drawn for a run that names no data dir."""
+  return prepare.Request(
+    source=config.data.synthetic,
+    data_dir=data_dir,
+    seed=config.data.synthetic.seed,
+    eval_fraction=config.data.synthetic_eval_fraction,
+    vocab_size=config.model_config.vocab_size,
+    max_reject_fraction=0.0,
   )
 
 
@@ -129,6 +144,18 @@ def _check(config: run_config.Config, manifest: dict[str, Any]) -> None:
         f"data.{setting} ({split!r}) must be one of the splits of the data "
         f"dir, {', '.join(manifest['counts'])}; set data.{setting}."
       )
+  size = manifest["tokenizer"]["vocab_size"]
+  if size > config.model_config.vocab_size:
+    raise ValueError(
+      f"model.name ({config.model.name!r}) has {config.model_config.vocab_size}"
+      f" embeddings, which must hold the {size} pieces of the data dir's "
+      "tokenizer; prepare the data with a smaller --vocab_size."
+    )
+
+
+def _check_training(
+  config: run_config.Config, manifest: dict[str, Any]
+) -> None:
   if config.data.train_split == "test":
     raise ValueError(
       "data.train_split ('test') must hold answers, and those of test are not "
@@ -139,11 +166,4 @@ def _check(config: run_config.Config, manifest: dict[str, Any]) -> None:
       "data.accept_mathvista_training_terms (False) must be True to train on "
       "MathVista, whose licence prohibits using it as a training set; train "
       "on other data in its schema, or set it once you have read the licence."
-    )
-  size = manifest["tokenizer"]["vocab_size"]
-  if size > config.model_config.vocab_size:
-    raise ValueError(
-      f"model.name ({config.model.name!r}) has {config.model_config.vocab_size}"
-      f" embeddings, which must hold the {size} pieces of the data dir's "
-      "tokenizer; prepare the data with a smaller --vocab_size."
     )

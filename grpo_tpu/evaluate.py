@@ -176,6 +176,7 @@ def _records(batch, texts, scores) -> dict[str, dict[str, Any]]:
       "query": problem.query,
       "response": texts[row][0] if batch.valid[row] else "",
       "extraction": scores.answers[row] if batch.valid[row] else None,
+      "prediction": scores.answers[row] if batch.valid[row] else None,
       "true_false": bool(
         batch.valid[row] and scores.components["accuracy"][row] > 0.5
       ),

@@ -122,11 +122,14 @@ def offline(policy: policies.Policy, batch: pipeline.Batch) -> Experience:
     baseline=config.objective.advantage_baseline,
   )
   chosen, rejected = rewards["total"][:, 0], rewards["total"][:, 1]
+  is_pair = valid.all(axis=1)
   statistics["train/preference_accuracy"] = objective.preference_accuracy(
-    chosen, rejected
+    chosen, rejected, valid=is_pair
   )
   return Experience(
-    bundles.replace(advantages=advantages), scalars | statistics, []
+    bundles.replace(advantages=advantages, is_pair=is_pair),
+    scalars | statistics,
+    [],
   )
 
 

@@ -52,9 +52,7 @@ def per_token_logps(
     )
     return chosen - log_normalizer, log_normalizer - mean_logit
 
-  logps, entropies = jax.lax.map(
-    lambda x: chunk(*x), (flat_states, flat_ids)
-  )
+  logps, entropies = jax.lax.map(lambda x: chunk(*x), (flat_states, flat_ids))
   return (
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo_tpu import config as run_config
+from grpo_tpu import logs
 
 _BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 
@@ -38,34 +39,53 @@ def main(argv: Sequence[str]) -> None:
       # Heavy imports wait until the settings are known to be good.
       from grpo_tpu import dataset, distributed, evaluate, train
 
-      data = dataset.open_dataset(config, _WORKDIR.value)
+      data = dataset.open_dataset(
+        config, _WORKDIR.value, for_training=_MODE.value == "train"
+      )
     distributed.initialize()
     if _MODE.value == "train":
       train.train(config, _WORKDIR.value, data)
     else:
       evaluate.run(config, _WORKDIR.value, data)
   except run_config.SettingError as error:
-    _refuse(error)
+    _refuse(str(error))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """The flags, or the exit code of a bad request where absl would take 1."""
+  logs.silence_libraries()
   flags.mark_flags_as_required(["config", "workdir"])
   try:
-    return flags.FLAGS(list(argv))
-  except (
-    flags.Error,
-    AttributeError,  # An override of a setting there is none of,
-    KeyError,
-    TypeError,  # of a section,
-    ValueError,  # with a value of another type;
-    OSError,  # a config file that is not there.
-  ) as error:
-    _refuse(error)
+    arguments = flags.FLAGS(list(argv))
+    # A config file that is not there raises when it is first looked into.
+    _CONFIG.value.items()
+    return arguments
+  except Exception as error:  # Of whatever kind: this only reads settings.
+    # Or absl would say that it is too early to log.
+    flags.FLAGS.mark_as_parsed()
+    _refuse(_in_full(error, argv))
 
 
-def _refuse(error: Exception) -> NoReturn:
-  logging.error("%s", error)
+def _in_full(error: Exception, argv: Sequence[str]) -> str:
+  """What is wrong with the flags, of which the libraries say only a part."""
+  if isinstance(error, OSError):
+    reason = str(error).splitlines()[-1].strip()
+    return f"--config must name a file, such as configs/smoke.py: {reason}."
+  if isinstance(error, flags.Error):
+    # A config file's own error comes with its trace, whose end says it all.
+    flag, _, trace = str(error).partition("Error whilst parsing config file")
+    return flag + "".join(trace.splitlines()[-1:])
+  cause = error.args[0] if error.args else error
+  reason = " ".join(str(getattr(cause, "args", [cause])[0]).split())
+  overrides = " ".join(x for x in argv if x.startswith("--config."))
+  return (
+    f"{overrides} must name settings of configs/base.py, but not all do: "
+    f"{reason}"
+  )
+
+
+def _refuse(message: str) -> NoReturn:
+  logging.error("%s", message)
   sys.exit(_BAD_REQUEST)
 
 

@@ -391,11 +391,21 @@ def policy_loss(
 
 
 def preference_accuracy(
-  chosen: Num[ArrayLike, " B"], rejected: Num[ArrayLike, " B"]
+  chosen: Num[ArrayLike, " B"],
+  rejected: Num[ArrayLike, " B"],
+  *,
+  valid: Bool[ArrayLike, " B"] | None = None,
 ) -> Float[Array, ""]:
-  """The share of pairs whose chosen side scores higher; a tie is half."""
+  """The share of pairs whose chosen side scores higher; a tie is half.
+
+  Args:
+    chosen: One score a pair.
+    rejected: One score a pair.
+    valid: False on pairs that do not count; None means that all do.
+  """
   difference = jnp.asarray(chosen) - jnp.asarray(rejected)
-  return 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32))).mean()
+  wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
+  return _mean_over(wins, valid)
 
 
 def preference_metrics(
@@ -405,6 +415,7 @@ def preference_metrics(
   ref_rejected_logps: Float[ArrayLike, " B"],
   *,
   beta: float | int,
+  valid: Bool[ArrayLike, " B"] | None = None,
 ) -> Metrics:
   """What the policy itself prefers, measured against the reference.
 
@@ -418,6 +429,7 @@ def preference_metrics(
     ref_chosen_logps: The chosen completion under the reference.
     ref_rejected_logps: The rejected completion under the reference.
     beta: Scale of the implicit reward; it moves no accuracy.
+    valid: False on pairs that do not count; None means that all do.
 
   Returns:
     Means over pairs: `implicit_preference_accuracy` (ties count half),
@@ -427,11 +439,21 @@ def preference_metrics(
   chosen = jnp.asarray(chosen_logps) - jnp.asarray(ref_chosen_logps)
   rejected = jnp.asarray(rejected_logps) - jnp.asarray(ref_rejected_logps)
   return {
-    "implicit_preference_accuracy": preference_accuracy(chosen, rejected),
-    "chosen_reward": beta * chosen.mean(),
-    "rejected_reward": beta * rejected.mean(),
-    "implicit_preference_margin": beta * (chosen - rejected).mean(),
+    "implicit_preference_accuracy": preference_accuracy(
+      chosen, rejected, valid=valid
+    ),
+    "chosen_reward": beta * _mean_over(chosen, valid),
+    "rejected_reward": beta * _mean_over(rejected, valid),
+    "implicit_preference_margin": beta * _mean_over(chosen - rejected, valid),
   }
+
+
+def _mean_over(values, valid):
+  """The mean of the valid ones, 0 where there is none."""
+  if valid is None:
+    return values.mean()
+  valid = jnp.asarray(valid)
+  return jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def _ratio(log_ratio):

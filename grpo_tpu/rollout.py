@@ -17,8 +17,7 @@ from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import text
 
 
-@flax.struct.dataclass
-class Completions:
+class Completions(flax.struct.PyTreeNode):
   """What was sampled.
 
   Attributes:

@@ -17,11 +17,21 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """The card of the run in `workdir`, or None where there is none."""
+  """The card of the run in `workdir`, or None where there is none.
+
+  Raises:
+    ValueError: It is damaged.
+  """
+  path = pathlib.Path(workdir) / "run.json"
   try:
-    return json.loads((pathlib.Path(workdir) / "run.json").read_text())
+    return json.loads(path.read_text())
   except FileNotFoundError:
     return None
+  except ValueError as error:
+    raise ValueError(
+      f"{path} must be a run's card, but cannot be read: {error}; bring it "
+      "back, or name an empty --workdir."
+    ) from error
 
 
 def check(

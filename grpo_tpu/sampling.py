@@ -41,10 +41,10 @@ def sample(
   """
   uniform = jax.vmap(jax.vmap(lambda key: _uniform(key, t)))(keys)
   weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  below = jnp.cumsum(weights, axis=-1)
-  # A token of weight zero leaves the sum where it was, so is never first
-  # above the threshold; the threshold lies below the total.
-  threshold = uniform[..., None] * below[..., -1:]
+  # A parallel sum is not monotone in its last bits: a token of weight zero is
+  # ruled out by hand, and the threshold lies below the highest that is left.
+  below = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+  threshold = uniform[..., None] * below.max(axis=-1, keepdims=True)
   return jnp.argmax(below > threshold, axis=-1).astype(jnp.int32)
 
 

@@ -22,13 +22,19 @@ RULES = (
   (r"embedder/input_embedding", P("tensor", "fsdp")),  # [V, D]
   (r"embedder/mm_input_projection", P("fsdp", None)),  # [width, D]
   (r"attn/q_einsum", P(None, "tensor", "fsdp", None)),  # [layers, Q, D, H]
-  (r"attn/kv_einsum", P(None, None, "tensor", "fsdp", None)),  # [.., 2, K, D, H]
+  (
+    r"attn/kv_einsum",
+    P(None, None, "tensor", "fsdp", None),
+  ),  # [.., 2, K, D, H]
   (r"attn/attn_vec_einsum", P(None, "tensor", None, "fsdp")),  # [.., Q, H, D]
   (r"mlp/gating_einsum", P(None, None, "tensor", "fsdp")),  # [layers, 2, F, D]
   (r"mlp/linear", P(None, "tensor", "fsdp")),  # [layers, F, D]
   (r"vision_encoder/embedding/kernel", P()),  # [patch, patch, 3, width]
   (r"vision_encoder/pos_embedding", P()),  # [1, N, width]
-  (r"(query|key|value)/kernel", P(None, "fsdp", None, None)),  # [.., width, q, h]
+  (
+    r"(query|key|value)/kernel",
+    P(None, "fsdp", None, None),
+  ),  # [.., width, q, h]
   (r"out/kernel", P(None, None, None, "fsdp")),  # [layers, q, h, width]
   (r"mlp_in/kernel", P(None, "fsdp", None)),  # [layers, width, F]
   (r"mlp_out/kernel", P(None, None, "fsdp")),  # [layers, F, width]

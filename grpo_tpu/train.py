@@ -6,6 +6,7 @@ on as if it had not been.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -54,6 +55,9 @@ def train(
   ):
     with run_config.refutable():
       state, start = run.restored_or_new(checkpoints)
+      batches = run.batches(start or 0)
+    # Not before: a run that was refused has not started.
+    run.write_card()
     with metrics.Writer(
       workdir, is_writer=jax.process_index() == 0, resume_step=start
     ) as writer:
@@ -62,13 +66,14 @@ def train(
         writer.write(0, run.evaluated(state, 0, writer))
         writer.progress(config.train.num_steps)
         checkpoints.save(0, state, data.identity, force=True)
-      _loop(run, state, start or 0, writer, checkpoints)
+      _loop(run, state, start or 0, batches, writer, checkpoints)
 
 
 def _loop(
   run: "_Run",
   state: train_state.TrainState,
   start: int,
+  batches: Iterator[pipeline.Batch],
   writer: metrics.Writer,
   checkpoints: checkpoint.Checkpoints,
 ) -> None:
@@ -76,7 +81,6 @@ def _loop(
   if start >= num_steps:
     logging.info("Nothing left to do: step %d of %d.", start, num_steps)
     return
-  batches = run.batches(start)
   compilations = compilation.Counter()
   for step in range(start + 1, num_steps + 1):
     started = time.perf_counter()
@@ -115,8 +119,9 @@ class _Run:
     card = run_card.read(workdir)
     run_card.check(card, config, data.identity, workdir)
     weights = card["weights"] if card else policies.resolved_weights(config)
-    if jax.process_index() == 0:
-      run_card.write(workdir, config, data.identity, weights)
+    self._write_card = functools.partial(
+      run_card.write, workdir, config, data.identity, weights
+    )
     settings = dataclasses.replace(config.model, weights=weights)
     self.config = dataclasses.replace(config, model=settings)
     self.data = data
@@ -149,6 +154,11 @@ class _Run:
       self.policy.initial_params() if self._has_reference else None
     )
 
+  def write_card(self) -> None:
+    """Says in the workdir what it is a run of."""
+    if jax.process_index() == 0:
+      self._write_card()
+
   def restored_or_new(
     self, checkpoints: checkpoint.Checkpoints
   ) -> tuple[train_state.TrainState, int | None]:
@@ -167,18 +177,16 @@ class _Run:
     return train_state.TrainState(step, params, init(params)), None
 
   def _abstract_state(self) -> train_state.TrainState:
-    params = self.policy.abstract_params()
-    opt_state = jax.eval_shape(self._tx.init, params)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    return self.policy.placed_shapes(
-      train_state.TrainState(step, params, opt_state)
-    )
+    def new(params):
+      step = jnp.zeros((), jnp.int32)
+      return train_state.TrainState(step, params, self._tx.init(params))
+
+    abstract = jax.eval_shape(new, self.policy.abstract_params())
+    return self.policy.placed_shapes(abstract)
 
   def batches(self, start: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches of step `start + 1` and on."""
-    return self.data.train_batches(
-      self.config, start_step=start, **self._shard
-    )
+    return self.data.train_batches(self.config, start_step=start, **self._shard)
 
   def experience(
     self, state: train_state.TrainState, batch: pipeline.Batch, step: int
@@ -218,7 +226,7 @@ class _Run:
       bundles = bundles.replace(old_per_token_logps=old)
     first_update = (step - 1) * self.config.train.num_iterations
     scalars: dict[str, metrics.Scalar] = {
-      "train/learning_rate": self._schedule(first_update)
+      "train/learning_rate": jnp.asarray(self._schedule(first_update))
     }
     for _ in range(self.config.train.num_iterations):
       state, update = self._update(state, bundles)

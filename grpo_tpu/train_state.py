@@ -1,12 +1,12 @@
 """What an update changes, and a checkpoint holds."""
 
-import flax.struct
-from jaxtyping import Array, Int
 from typing import Any
 
+import flax.struct
+from jaxtyping import Array, Int
 
-@flax.struct.dataclass
-class TrainState:
+
+class TrainState(flax.struct.PyTreeNode):
   """The policy and its optimizer.
 
   Attributes:

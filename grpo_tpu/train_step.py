@@ -18,8 +18,7 @@ from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import text
 
 
-@flax.struct.dataclass
-class Bundles:
+class Bundles(flax.struct.PyTreeNode):
   """Prompts, each with its completions; every array has the prompts first.
 
   Attributes:
@@ -33,6 +32,8 @@ class Bundles:
     ref_per_token_logps: Under the frozen reference; None means the current.
     sampler_logps: As the sampler saw them, to be compared with ours; None
       compares nothing.
+    is_pair: Which bundles are a chosen and a rejected completion, in this
+      order, to be measured against the reference; None measures nothing.
   """
 
   prompt_ids: Int[Array, "U P"]
@@ -44,10 +45,10 @@ class Bundles:
   old_per_token_logps: Float[Array, "U C T"] | None = None
   ref_per_token_logps: Float[Array, "U C T"] | None = None
   sampler_logps: Float[Array, "U C T"] | None = None
+  is_pair: Bool[Array, " U"] | None = None
 
 
-@flax.struct.dataclass
-class Model:
+class Model(flax.struct.PyTreeNode):
   """How the network is run; static under jit.
 
   Attributes:
@@ -138,12 +139,12 @@ def make_train_step(
     shape = (-1, logps.shape[-1])
     mask = micro.completion_mask
     num_tokens = totals["num_tokens"]
-    metrics = {
-      "entropy": jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens
-    }
+    metrics = {"entropy": jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens}
     if micro.sampler_logps is not None:
       gap = jnp.where(mask, jnp.abs(micro.sampler_logps - logps), 0.0)
       metrics["sampler_logp_difference_mean"] = gap.sum() / num_tokens
+    if micro.is_pair is not None:
+      metrics |= _implicit_preference(micro, logps, totals["num_pairs"])
     if config is None:
       nll = -jnp.sum(jnp.where(mask, logps, 0.0)) / num_tokens
       return nll, metrics | {"nll": nll}
@@ -165,6 +166,8 @@ def make_train_step(
     mask = bundles.completion_mask
     num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
     totals = {"num_tokens": num_tokens}
+    if bundles.is_pair is not None:
+      totals["num_pairs"] = jnp.maximum(bundles.is_pair.sum(), 1)
     if config is not None:
       totals["denominator"] = jnp.maximum(
         objective.denominator(mask.reshape(-1, mask.shape[-1]), config), 1.0
@@ -187,7 +190,7 @@ def make_train_step(
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     metrics |= {
       "loss": value,
-      "grad_norm": optax.global_norm(gradient),
+      "grad_norm": optax.tree.norm(gradient),
       "tokens": mask.sum(dtype=jnp.float32),
     }
     params = optax.apply_updates(state.params, updates)
@@ -200,7 +203,9 @@ def _cut(bundles: Bundles, num_microbatches: int) -> Bundles:
   """`[U, ...]` to `[M, U / M, ...]`, every device keeping its own rows."""
 
   def cut(x):
-    x = x.reshape(-1, num_microbatches, *x.shape[1:])
+    # No -1 here: the images of a text model have no elements.
+    rows = x.shape[0] // num_microbatches
+    x = x.reshape(rows, num_microbatches, *x.shape[1:])
     return x.swapaxes(0, 1)
 
   return jax.tree.map(cut, bundles)
@@ -208,6 +213,21 @@ def _cut(bundles: Bundles, num_microbatches: int) -> Bundles:
 
 def _rows(logps: Array | None, shape: tuple[int, int]) -> Array | None:
   return None if logps is None else logps.reshape(shape)
+
+
+def _implicit_preference(micro, logps, num_pairs) -> dict[str, Array]:
+  """Which of a pair the policy gained on, in parts that add up."""
+  gained = logps - micro.ref_per_token_logps
+  gained = jnp.where(micro.completion_mask, gained, 0.0).sum(-1)
+  zeros = jnp.zeros_like(gained[:, 0])
+  metrics = objective.preference_metrics(
+    gained[:, 0], gained[:, 1], zeros, zeros, beta=1, valid=micro.is_pair
+  )
+  share = micro.is_pair.sum() / num_pairs
+  return {
+    name: metrics[name] * share
+    for name in ("implicit_preference_accuracy", "implicit_preference_margin")
+  }
 
 
 def _sampler_weights(micro, logps, config, shape) -> Array | None:

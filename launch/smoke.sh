@@ -47,15 +47,20 @@ if setpriv --pdeathsig KILL bash -c : 2>/dev/null; then
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
-# What the data is like: the words of `python -m data_pipelines.prepare --help`.
+# What configs/smoke.py would draw by itself, one set for both stages.
 prepare=(
   --source=synthetic
   --seed="$seed"
   --num_problems=12000
   --difficulty=1
-  --kinds="color,count"
-  --image_size=64
+  --kinds="bar_max,color"
+  --image_size=48
   --multi_choice_share=0
+  --min_options=2
+  --max_options=4
+  --eval_fraction=0.1
+  --vocab_size=1024
+  --max_reject_fraction=0
   --data_dir="$workdir/data"
 )
 common=(--config.data.dir="$workdir/data" ${overrides[@]+"${overrides[@]}"})

@@ -22,6 +22,7 @@ FLOORS = {
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
+    "grpo_tpu.logs",
     "grpo_tpu.objective",
     "grpo_tpu.train_state",
   },

@@ -24,7 +24,7 @@ def attend(
   *,
   prompt_k: Float[Array, "U P K H"] | None = None,
   prompt_v: Float[Array, "U P K H"] | None = None,
-  prompt_mask: Bool[Array, "U #C t P"] | None = None,
+  prompt_mask: Bool[Array, "#U #C t P"] | None = None,
 ) -> Float[Array, "U C t Q H"]:
   """What each query reads from its own row and from its bundle's prompt.
 
@@ -59,9 +59,7 @@ def attend(
 
 def _masked(scores: Array, mask: Array | None) -> Array:
   assert mask is not None
-  return jnp.where(
-    mask[:, :, None, None], scores.astype(jnp.float32), _MASKED
-  )
+  return jnp.where(mask[:, :, None, None], scores.astype(jnp.float32), _MASKED)
 
 
 def prompt_mask(

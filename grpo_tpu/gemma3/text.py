@@ -26,8 +26,7 @@ _NO_WINDOW = 2**30
 _RMS_EPSILON = 1e-6
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
   """Keys and values of a bundle, rotated, layers stacked in front.
 
   The prompt's part stands once per bundle, whatever the number of completions.
@@ -43,7 +42,7 @@ class _Layers(NamedTuple):
   """What differs between layers, stacked for the scan."""
 
   params: dict
-  index: Int[Array, " layers"]
+  number: Int[Array, " layers"]
   window: Int[Array, " layers"]
   is_global: Int[Array, " layers"]
 
@@ -192,12 +191,12 @@ def decode(
     )
     q, k, v = _queries_keys_values(config, stack, x, tables)
     # The caches ride in the carry and are updated in place.
-    keys = _put(keys, k, stack.index, t)
-    values = _put(values, v, stack.index, t)
+    keys = _put(keys, k, stack.number, t)
+    values = _put(values, v, stack.number, t)
     read = attention.attend(
       q,
-      keys[stack.index],
-      values[stack.index],
+      keys[stack.number],
+      values[stack.number],
       own,
       prompt_k=prompt_k,
       prompt_v=prompt_v,
@@ -225,7 +224,7 @@ def _layers(config: gemma3_config.ModelConfig, params: dict) -> _Layers:
   is_global = np.array(config.global_layers)
   return _Layers(
     params=params["layers"],
-    index=jnp.arange(config.num_layers),
+    number=jnp.arange(config.num_layers),
     window=jnp.asarray(
       np.where(is_global, _NO_WINDOW, config.sliding_window), jnp.int32
     ),
@@ -304,9 +303,9 @@ def _rotate(x: Array, sin: Array, cos: Array) -> Array:
   """Applies RoPE to `x [U, C, t, heads, H]` with tables `[#U, t, H / 2]`."""
   sin, cos = sin[:, None, :, None], cos[:, None, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
-    x.dtype
-  )
+  return jnp.concatenate(
+    [a * cos - b * sin, b * cos + a * sin], axis=-1
+  ).astype(x.dtype)
 
 
 def _embedded(config, params, ids: Array, dtype) -> Array:

@@ -24,9 +24,7 @@ def abstract_params(
     dtype: Of the decoder. The tower and projector stay in fp32, as released.
   """
   text = _text_shapes(config)
-  shapes = {
-    name: _cast_shapes(tree, dtype) for name, tree in text.items()
-  }
+  shapes = {name: _cast_shapes(tree, dtype) for name, tree in text.items()}
   if config.vision:
     shapes |= {"vision_encoder": _vision_shapes(config.vision)}
     shapes["embedder"] |= {
@@ -65,9 +63,7 @@ def random_params(
       shape.dtype
     )
 
-  return jax.tree_util.tree_map_with_path(
-    draw, abstract_params(config, dtype)
-  )
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype))
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:

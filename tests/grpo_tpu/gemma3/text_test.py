@@ -76,9 +76,8 @@ def library_logits(config, params, ids, images):
         num_heads=vision.num_heads,
       ),
       siglip_exit=_vision.VisionExit(output_length=vision.soft_tokens),
-      num_mm_tokens_per_image_prepool=(
-        vision.image_size // vision.patch_size
-      ) ** 2,
+      num_mm_tokens_per_image_prepool=(vision.image_size // vision.patch_size)
+      ** 2,
       num_mm_tokens_per_image=vision.soft_tokens,
       image_height=vision.image_size,
       image_width=vision.image_size,

@@ -1,0 +1,91 @@
+"""Every config loads and holds; launch/smoke.sh draws what its config says."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from data_pipelines import prepare, synthetic
+from grpo_tpu import config as run_config
+from grpo_tpu import dataset
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+STAGES = ("warm_start", "grpo")
+# Prints the words of the array that smoke.sh hands to prepare, one a line.
+PREPARE_WORDS = r"""
+seed=0 workdir=W
+eval "$(sed -n '/^prepare=($/,/^)$/p' launch/smoke.sh)"
+printf '%s\n' "${prepare[@]}"
+"""
+# In a process of its own, for absl's flags are one set to a process.
+REQUEST_OF_FLAGS = """
+import dataclasses, json, sys
+from data_pipelines import prepare
+prepare._define_flags()
+prepare.FLAGS(sys.argv)
+print(json.dumps(dataclasses.asdict(prepare._request())))
+"""
+
+
+def settings(path, *stage):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*stage)
+
+
+def validated(path, *stage):
+  return run_config.Config.from_config_dict(settings(path, *stage))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+  config = validated(path)
+  # The data section stands for a data set that can be asked for.
+  assert isinstance(
+    dataset.synthetic_request(config, "DIR").source, synthetic.Spec
+  )
+
+
+def test_the_two_smoke_stages_read_the_same_prompts_with_the_same_model():
+  warm_start, grpo = (
+    validated(ROOT / "configs" / "smoke.py", stage) for stage in STAGES
+  )
+  assert (warm_start.data.kind, grpo.data.kind) == ("demonstrations", "online")
+  assert warm_start.model == grpo.model
+  shared = ("synthetic", "synthetic_eval_fraction", "prompt_buckets")
+  for name in (*shared, "train_split", "eval_split"):
+    assert getattr(warm_start.data, name) == getattr(grpo.data, name)
+  # Held-out accuracy before and after is of the same problems.
+  assert warm_start.eval.num_problems == grpo.eval.num_problems
+
+
+def test_an_unknown_smoke_stage_is_refused():
+  with pytest.raises(ValueError, match="stage.*'warmup'.*warm_start or grpo"):
+    settings(ROOT / "configs" / "smoke.py", "warmup")
+
+
+def test_the_smoke_script_draws_what_the_config_would():
+  words = subprocess.run(
+    ["bash", "-c", PREPARE_WORDS],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.splitlines()
+  said = subprocess.run(
+    [sys.executable, "-c", REQUEST_OF_FLAGS, *words],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  wanted: prepare.Request = dataset.synthetic_request(
+    validated(ROOT / "configs" / "smoke.py"), "W/data"
+  )
+  assert json.loads(said) == json.loads(json.dumps(dataclasses.asdict(wanted)))

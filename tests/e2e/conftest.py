@@ -1,0 +1,196 @@
+"""The program as users start it, in processes of its own, at a tiny size."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# A start compiles for half a minute, on a machine that may be busy.
+TIMEOUT_SECONDS = 400
+
+TINY = (
+  "--config=configs/smoke.py",
+  "--config.data.prompts_per_step=8",
+  "--config.data.prompt_buckets=(64,)",
+  "--config.train.num_steps=6",
+  "--config.train.microbatch_bundles=4",
+  "--config.rollout.num_generations=4",
+  "--config.rollout.max_new_tokens=8",
+  # Pays whatever is written, so that no step is without a gradient.
+  "--config.rewards.length=0.5",
+  "--config.rewards.gate_heuristics=False",
+  "--config.optimizer.learning_rate=3e-4",
+  "--config.optimizer.schedule=constant",
+  "--config.eval.num_problems=32",
+  "--config.eval.batch_size=16",
+  "--config.eval.every_steps=3",
+  "--config.samples.every_steps=2",
+  "--config.checkpoint.every_steps=2",
+)
+
+
+class Program:
+  """Starts `python -m MODULE` on one CPU device, from the checkout."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._logs = folder / "logs"
+    self._logs.mkdir()
+    self._environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    # The tests' own eight devices are not what a user has.
+    self._environment.pop("XLA_FLAGS", None)
+
+  def run(self, module: str, *arguments: str) -> None:
+    """Runs it to its end, which must be a good one."""
+    process, log = self._start(module, arguments)
+    try:
+      code = process.wait(timeout=TIMEOUT_SECONDS)
+    finally:
+      process.kill()
+    assert code == 0, log.read_text()[-4000:]
+
+  def kill_when(
+    self, reached: Callable[[], bool], module: str, *arguments: str
+  ) -> None:
+    """Sends it SIGKILL, which it cannot notice, as soon as `reached`."""
+    process, log = self._start(module, arguments)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+      while not reached():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.002)
+    finally:
+      process.kill()
+    assert process.wait() < 0, "it was done before it could be killed"
+
+  def _start(
+    self, module: str, arguments: tuple[str, ...]
+  ) -> tuple[subprocess.Popen, pathlib.Path]:
+    log = self._logs / f"{len(list(self._logs.iterdir()))}.txt"
+    with log.open("wb") as file:
+      process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=self._environment,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+      )
+    return process, log
+
+
+class Run:
+  """A workdir, the settings of what trains there, and what it has written."""
+
+  def __init__(
+    self, program: Program, workdir: pathlib.Path, *settings: str
+  ) -> None:
+    self.workdir = workdir
+    self._program = program
+    self._arguments = ("grpo_tpu.main", f"--workdir={workdir}", *settings)
+
+  def start(self, *more: str) -> "Run":
+    """Trains to the end, from wherever the workdir stands."""
+    self._program.run(*self._arguments, *more)
+    return self
+
+  def kill_at(self, step: int) -> None:
+    """Starts it, and kills it once this start has written down `step`."""
+    metrics = self.workdir / "metrics.jsonl"
+    # A start puts a new file in the place of the one it finds.
+    before = metrics.stat().st_ino if metrics.exists() else None
+
+    def reached() -> bool:
+      if not metrics.exists() or metrics.stat().st_ino == before:
+        return False
+      return b'{"step": %d,' % step in metrics.read_bytes()
+
+    self._program.kill_when(reached, *self._arguments)
+
+  def kill_once_saved(self, step: int) -> None:
+    """Starts it, and kills it once the checkpoint of `step` is there."""
+    folder = self.workdir / "checkpoints" / f"{step:08}"
+    assert not folder.exists()
+    self._program.kill_when(folder.exists, *self._arguments)
+
+  def rows(self) -> list[dict]:
+    """The lines of `metrics.jsonl`."""
+    text = (self.workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+  def column(self, name: str) -> list[float]:
+    """One metric, over the steps that have it."""
+    return [row[name] for row in self.rows() if name in row]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> Program:
+  """One for the session: what was compiled once is kept for later starts."""
+  return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="session")
+def drawn(program, tmp_path_factory) -> pathlib.Path:
+  """A data dir of a few hundred drawn problems."""
+  folder = tmp_path_factory.mktemp("drawn") / "data"
+  program.run(
+    "data_pipelines.prepare",
+    "--source=synthetic",
+    f"--data_dir={folder}",
+    "--num_problems=300",
+    "--kinds=color,count",
+    "--image_size=48",
+    "--multi_choice_share=0",
+  )
+  return folder
+
+
+@pytest.fixture(scope="session")
+def new_run(program, drawn, tmp_path_factory) -> Callable[..., Run]:
+  """Makes a tiny run on drawn problems, in a workdir of its own."""
+
+  def new(*settings: str) -> Run:
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    return Run(program, workdir, *TINY, f"--config.data.dir={drawn}", *settings)
+
+  return new
+
+
+@pytest.fixture(scope="session")
+def unbroken(new_run) -> Run:
+  """GRPO from its first step to its last in one go."""
+  return new_run().start()
+
+
+@pytest.fixture(scope="session")
+def resumed(new_run) -> Run:
+  """The same as `unbroken`, killed three times."""
+  run = new_run()
+  run.kill_once_saved(2)
+  # Evaluated, and newer than the newest checkpoint.
+  run.kill_at(3)
+  assert run.rows()[-1]["step"] >= 3
+  # The save of this step has just begun.
+  run.kill_at(4)
+  return run.start()
+
+
+@pytest.fixture(scope="session")
+def evaluation(program, drawn, unbroken) -> Run:
+  """The end of `unbroken` on the held-out problems, by --mode=evaluate."""
+  workdir = unbroken.workdir.with_name("evaluation")
+  settings = (
+    f"--config.data.dir={drawn}",
+    f"--config.model.weights=run:{unbroken.workdir}",
+    "--mode=evaluate",
+  )
+  return Run(program, workdir, *TINY, *settings).start()

@@ -1,0 +1,67 @@
+"""What a run can start from and learn from, and what it leaves behind."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def test_grpo_goes_on_from_where_the_warm_start_ended(new_run):
+  warm_start = new_run(
+    "--config=configs/smoke.py:warm_start",
+    "--config.data.prompts_per_step=32",
+    "--config.train.microbatch_bundles=32",
+    "--config.train.num_steps=20",
+    "--config.eval.every_steps=20",
+    "--config.optimizer.warmup_steps=2",
+    "--config.checkpoint.every_steps=20",
+  ).start()
+  nll = warm_start.column("train/nll")
+  assert np.mean(nll[-3:]) < nll[0] / 2
+  first, last = warm_start.column("eval/accuracy")
+  grpo = new_run(
+    f"--config.model.weights=run:{warm_start.workdir}",
+    "--config.train.num_steps=1",
+  ).start()
+  assert grpo.column("eval/accuracy")[0] == last
+  # Equal because it is the same policy, not because both know nothing.
+  assert (
+    grpo.column("eval/reward")[0]
+    == warm_start.column("eval/reward")[-1]
+    > warm_start.column("eval/reward")[0]
+  )
+  assert last >= first
+
+
+def test_preference_pairs_teach_the_policy_to_prefer(new_run):
+  run = new_run(
+    "--config.data.kind=preference",
+    "--config.train.num_steps=12",
+    "--config.optimizer.learning_rate=3e-3",
+    "--config.eval.every_steps=0",
+    "--config.checkpoint.every_steps=50",
+  ).start()
+  assert run.column("data/skipped") == [0] * 12
+  assert run.column("train/preference_accuracy") == [1.0] * 12
+  accuracy = run.column("train/implicit_preference_accuracy")
+  margin = run.column("train/implicit_preference_margin")
+  # Before the first update the policy is the reference: every pair is a tie.
+  assert (accuracy[0], margin[0]) == (0.5, 0.0)
+  assert np.mean(accuracy[-4:]) > 0.7
+  assert np.mean(margin[-4:]) > 0
+
+
+def test_evaluate_finds_what_training_found_last(evaluation, unbroken):
+  folder = evaluation.workdir / "eval"
+  scores = json.loads((folder / "scores.json").read_text())
+  last = unbroken.rows()[-1]
+  assert scores["eval/accuracy"] == last["eval/accuracy"]
+  assert scores == {
+    name: value for name, value in last.items() if name.startswith("eval/")
+  }
+  answers = json.loads((folder / "output_eval.json").read_text())
+  assert len(answers) == 32
+  right = [answer["true_false"] for answer in answers.values()]
+  assert np.mean(right) == scores["eval/accuracy"]

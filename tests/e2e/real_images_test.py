@@ -1,0 +1,52 @@
+"""Pictures as people make them: RGBA, grey, palette, PNGs named .jpg."""
+
+import io
+
+import PIL.Image
+import pytest
+
+from data_pipelines import mathvista
+
+pytestmark = pytest.mark.e2e
+
+NUM_STEPS, PROMPTS_PER_STEP = 5, 64
+
+
+def test_grpo_trains_on_every_picture_of_a_mathvista_snapshot(
+  program, new_run, fixtures, tmp_path
+):
+  data = tmp_path / "data"
+  program.run(
+    "data_pipelines.prepare",
+    f"--source={fixtures / 'mathvista_schema'}",
+    f"--data_dir={data}",
+  )
+  problems = mathvista.source(data, "train")
+  # An epoch is done before the last step is.
+  assert len(problems) <= NUM_STEPS * PROMPTS_PER_STEP
+  pictures = [
+    PIL.Image.open(io.BytesIO(problems[i].image_bytes))
+    for i in range(len(problems))
+  ]
+  assert {picture.mode for picture in pictures} == {"RGB", "RGBA", "L", "P"}
+  assert {
+    picture.format
+    for picture, i in zip(pictures, range(len(problems)), strict=True)
+    if problems[i].image_path.endswith(".jpg")
+  } == {"JPEG", "PNG"}
+
+  run = new_run(
+    f"--config.data.dir={data}",
+    "--config.data.prompt_buckets=(384,)",
+    f"--config.data.prompts_per_step={PROMPTS_PER_STEP}",
+    "--config.train.microbatch_bundles=16",
+    "--config.rollout.num_generations=2",
+    f"--config.train.num_steps={NUM_STEPS}",
+    "--config.eval.every_steps=5",
+    "--config.checkpoint.every_steps=50",
+  ).start()
+  assert [row["step"] for row in run.rows()] == list(range(NUM_STEPS + 1))
+  assert run.column("data/skipped") == [0] * NUM_STEPS
+  assert run.column("reward/errors") == [0] * NUM_STEPS
+  assert all(norm > 0 for norm in run.column("train/grad_norm"))
+  assert len(run.column("eval/accuracy")) == 2

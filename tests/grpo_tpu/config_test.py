@@ -1,0 +1,286 @@
+"""Settings: every one is asked for, typed, and held to its rule by name."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from configs import base
+from grpo_tpu import config as run_config
+from grpo_tpu import objective
+
+
+def section_of(values, name):
+  """The section that a dotted name ends in, and the last of its parts."""
+  *sections, last = name.split(".")
+  for part in sections:
+    values = values[part]
+  return values, last
+
+
+def built(changes=None):
+  """The base config with changes, by dotted name."""
+  # Plain dicts, for a ConfigDict has checks of types of its own.
+  values = base.get_config().to_dict()
+  for name, value in (changes or {}).items():
+    section, last = section_of(values, name)
+    section[last] = value
+  return run_config.Config.from_config_dict(values)
+
+
+def names_of_fields(cls, where=""):
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(hints[field.name]):
+      yield from names_of_fields(hints[field.name], f"{where}{field.name}.")
+    else:
+      yield f"{where}{field.name}"
+
+
+def names_of_values(values, where=""):
+  for name, value in values.items(preserve_field_references=False):
+    if hasattr(value, "items"):
+      yield from names_of_values(value, f"{where}{name}.")
+    else:
+      yield f"{where}{name}"
+
+
+FIELDS = sorted(names_of_fields(run_config.Config))
+
+
+def test_base_gives_every_setting_a_value_and_no_other():
+  assert sorted(names_of_values(base.get_config())) == FIELDS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_setting_is_named(name):
+  values = base.get_config()
+  section, last = section_of(values, name)
+  del section[last]
+  with pytest.raises(ValueError, match="is missing.*configs/base.py") as caught:
+    run_config.Config.from_config_dict(values)
+  assert str(caught.value).startswith(f"{name} ")
+
+
+@pytest.mark.parametrize(
+  ("name", "meant"),
+  [
+    ("sed", "seed"),
+    ("train.num_stepz", "train.num_steps"),
+    ("data.synthetic.image_sise", "data.synthetic.image_size"),
+    ("objective.betta", "objective.beta"),
+    ("rewards.acuracy", "rewards.accuracy"),
+  ],
+)
+def test_a_misspelt_setting_is_named_with_the_one_meant(name, meant):
+  with pytest.raises(ValueError) as caught:
+    built({name: 7})
+  assert str(caught.value) == (
+    f"{name} (7) is not a setting; did you mean {meant}?"
+  )
+
+
+WRONG_TYPES = {
+  "seed": ["0", 0.0, True, None],
+  "train.num_steps": [1e3, "10", True],
+  "rollout.temperature": ["1", True, None],
+  "data.dir": [3, None],
+  "data.kind": [("online",), None],
+  "data.prompt_buckets": [64, "64", (64.0,), ("a",), (True,)],
+  "data.synthetic.kinds": ["color", (3,)],
+  "model.remat": [1, "yes", None],
+  "rewards.accuracy": ["1", False],
+  "rewards.gate_heuristics": [0, "no"],
+  "objective.beta": ["0.1", True],
+  "objective.preset": [None, 3],
+  "objective.max_completion_length": [8.0, True],
+  "optimizer.learning_rate": ["1e-3", None],
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [(k, v) for k, values in WRONG_TYPES.items() for v in values]
+)
+def test_a_value_of_another_type_is_refused(name, value):
+  with pytest.raises(ValueError, match="must be of type .*, not ") as caught:
+    built({name: value})
+  wrong = value[0] if isinstance(value, tuple) and name != "data.kind" else value
+  assert str(caught.value).startswith(f"{name} ({wrong!r})")
+  assert "configs/base.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["data", "data.synthetic", "optimizer"])
+def test_a_value_in_place_of_a_section_is_refused(name):
+  with pytest.raises(ValueError, match=rf"^{name} \(3\) must be a section"):
+    built({name: 3})
+
+
+BROKEN_RULES = {
+  "seed": [-1, 2**31],
+  "data.kind": ["onlin", ""],
+  "data.prompts_per_step": [0, -8],
+  "data.prompt_buckets": [(), (0,), (64, 64), (64, 32), (-1, 3)],
+  "data.synthetic_eval_fraction": [0.0, 1.0, -0.1, float("nan")],
+  "data.synthetic.difficulty": [0, 6],
+  "data.synthetic.kinds": [(), ("colour",), ("color", "color")],
+  "data.synthetic.image_size": [8],
+  "data.synthetic.num_problems": [0],
+  "data.synthetic.max_options": [9],
+  "model.name": ["gemma3_5b"],
+  "model.weights": [
+    "random", "random:", "random:x", "random:-1", "run:", "hub:x", "", ":3",
+  ],
+  "model.param_dtype": ["float16"],
+  "model.compute_dtype": ["bf16"],
+  "model.logits_chunk": [0],
+  "mesh.replica": [0],
+  "mesh.fsdp": [0],
+  "mesh.tensor": [-1],
+  "rollout.num_generations": [0, 1],
+  "rollout.max_new_tokens": [0],
+  "rollout.temperature": [0.0, -1.0, float("inf"), float("nan")],
+  "rewards.accuracy": [float("nan"), float("inf")],
+  "objective.preset": ["ppo", "dapoo"],
+  "objective.advantage_scale": ["std"],
+  "objective.advantage_baseline": ["median"],
+  "objective.aggregation": ["mean"],
+  "objective.surrogate": ["clipped"],
+  "objective.kl_estimator": ["k4"],
+  "objective.epsilon_low": [0.0, 1.5],
+  "objective.beta": [-0.1],
+  "objective.dual_clip": [1.0],
+  "objective.tis_cap": [0.0],
+  "objective.max_completion_length": [0],
+  "optimizer.learning_rate": [-1e-6],
+  "optimizer.schedule": ["cosin"],
+  "optimizer.warmup_steps": [-1, 1000],
+  "train.num_steps": [0],
+  "train.num_iterations": [0],
+  "train.microbatch_bundles": [0, 5, 128],
+  "checkpoint.every_steps": [0],
+  "checkpoint.keep": [0],
+  "eval.every_steps": [-1],
+  "eval.num_problems": [0],
+  "eval.batch_size": [0],
+  "samples.every_steps": [-1],
+  "samples.count": [-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [(k, v) for k, values in BROKEN_RULES.items() for v in values],
+)
+def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(name, value):
+  with pytest.raises(ValueError, match="must ") as caught:
+    built({name: value})
+  said = str(caught.value)
+  assert said.startswith(f"{name} (")
+  assert repr(value) in said or str(value) in said
+
+
+def test_a_remedy_given_for_a_misspelt_name_is_the_nearest_one():
+  with pytest.raises(ValueError, match="set data.kind=preference"):
+    built({"data.kind": "preferences"})
+
+
+@pytest.mark.parametrize(
+  ("changes", "name"),
+  [
+    ({"mesh.fsdp": 3}, "data.prompts_per_step"),
+    ({"mesh.fsdp": 16}, "train.microbatch_bundles"),
+    ({"mesh.replica": 2, "mesh.fsdp": 4, "eval.batch_size": 12},
+     "eval.batch_size"),
+  ],
+)  # fmt: skip
+def test_what_is_sharded_must_divide_among_the_shards(changes, name):
+  with pytest.raises(ValueError, match=r"multiple of mesh.replica \* mesh.fs"):
+    try:
+      built(changes)
+    except ValueError as error:
+      assert str(error).startswith(name)
+      raise
+
+
+def test_tensor_shards_do_not_divide_the_batch():
+  assert built({"mesh.tensor": 7}).mesh.tensor == 7
+
+
+def test_one_completion_is_enough_where_none_is_sampled():
+  one = {"rollout.num_generations": 1, "data.kind": "demonstrations"}
+  assert built(one).rollout.num_generations == 1
+
+
+def test_an_int_serves_as_a_float_and_a_list_as_a_tuple():
+  config = built({"rollout.temperature": 1, "data.prompt_buckets": [32, 64]})
+  assert type(config.rollout.temperature) is float
+  assert config.data.prompt_buckets == (32, 64)
+
+
+@pytest.mark.parametrize("preset", sorted(objective.PRESETS))
+def test_placeholders_take_the_presets_values(preset):
+  config = built({"objective.preset": preset})
+  wanted = dataclasses.replace(
+    objective.PRESETS[preset],
+    max_completion_length=config.rollout.max_new_tokens,
+  )
+  assert config.objective_config == wanted
+  scale = "none" if preset == "dr_grpo" else "group"
+  assert config.advantage_scale == scale
+
+
+def test_what_is_set_overrides_the_preset():
+  config = built(
+    {
+      "objective.preset": "dr_grpo",
+      "objective.beta": 0.25,
+      "objective.epsilon_high": 0.5,
+      "objective.max_completion_length": 77,
+      "objective.advantage_scale": "batch",
+    }
+  )
+  assert config.advantage_scale == "batch"
+  assert config.objective_config == dataclasses.replace(
+    objective.PRESETS["dr_grpo"],
+    beta=0.25,
+    epsilon_high=0.5,
+    max_completion_length=77,
+  )
+
+
+def test_an_override_of_zero_is_not_taken_for_none():
+  config = built({"objective.preset": "dapo", "objective.beta": 0.0})
+  assert config.objective.beta == 0.0
+  assert config.objective_config.beta == 0.0
+
+
+def test_the_schedule_counts_every_update_of_every_step():
+  config = built({"train.num_steps": 30, "train.num_iterations": 3})
+  assert config.optimizer_config.num_steps == 90
+
+
+def test_microbatches_are_parts_of_a_step():
+  sizes = {"data.prompts_per_step": 48, "train.microbatch_bundles": 16}
+  assert built(sizes).num_microbatches == 3
+
+
+def test_a_config_is_frozen_down_to_its_sections():
+  config = built()
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.seed = 1
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.data.dir = "x"
+
+
+def test_the_dict_of_a_config_builds_it_again():
+  config = built({"objective.beta": 0.1, "data.synthetic.image_size": 64})
+  assert run_config.Config.from_config_dict(config.to_dict()) == config
+
+
+def test_only_errors_of_settings_are_the_users():
+  with pytest.raises(run_config.SettingError, match="seed"):
+    with run_config.refutable():
+      raise ValueError("seed")
+  with pytest.raises(ZeroDivisionError):
+    with run_config.refutable():
+      _ = 1 / 0

@@ -1,0 +1,71 @@
+"""One tiny model, and prompts for it, for the tests that run a network."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines import tokenizer
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+  """Windows shorter than a prompt, a global layer, one key-value head."""
+
+  config: gemma3_config.ModelConfig
+  params: dict
+
+  def prompts(
+    self, num_prompts: int, *, seed: int = 0, num_images: int = 1
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids, lengths and pictures; no two prompts alike, lengths mixed."""
+    rng = np.random.default_rng(seed)
+    vision = self.config.vision
+    assert vision is not None
+    block = [108, *[tokenizer.IMAGE_PLACEHOLDER] * vision.soft_tokens, 108]
+    ids = np.zeros((num_prompts, 14), np.int32)
+    lengths = rng.integers(10, 15, num_prompts)
+    lengths[:2] = 14, 10
+    for row, length in zip(ids, lengths, strict=True):
+      head = [tokenizer.BOS, *block * num_images]
+      words = rng.integers(110, self.config.vocab_size, length - len(head))
+      row[:length] = [*head, *words]
+    side = vision.image_size
+    shape = (num_prompts, num_images, side, side, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    return jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(images)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+  config = gemma3_config.ModelConfig(
+    vocab_size=130,
+    num_layers=6,
+    embed_dim=16,
+    hidden_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    sliding_window=6,
+    query_scale=8**-0.5,
+    local_rope_base=10_000.0,
+    global_rope_base=1_000_000.0,
+    global_rope_factor=8.0,
+    vision=gemma3_config.VisionConfig(
+      image_size=16,
+      patch_size=8,
+      width=16,
+      depth=1,
+      mlp_dim=24,
+      num_heads=2,
+      soft_tokens=4,
+    ),
+  )
+  params = weights.random_params(config, 0, jnp.float32)
+  # Long vectors: now and then a stop token is much the likeliest.
+  params["embedder"]["input_embedding"][list(tokenizer.STOP_IDS)] *= 2
+  return Tiny(config, jax.tree.map(jnp.asarray, params))

@@ -1,0 +1,150 @@
+"""A run's data: drawn once where none is named, refused where it may not be."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from configs import base
+from grpo_tpu import config as run_config
+from grpo_tpu import dataset
+
+
+def settings(**data):
+  values = base.get_config()
+  values.data.synthetic.num_problems = 40
+  values.data.synthetic.image_size = 32
+  values.data.synthetic.kinds = ("color", "count")
+  values.data.synthetic_eval_fraction = 0.3
+  values.data.prompts_per_step = 8
+  values.eval.num_problems = 5
+  values.eval.batch_size = 4
+  values.data.update(data)
+  return run_config.Config.from_config_dict(values)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  dataset.open_dataset(settings(), str(folder), for_training=True)
+  return folder
+
+
+@pytest.fixture
+def data_dir(workdir, tmp_path):
+  """A copy of the data dir to do harm to, and its manifest."""
+  shutil.copytree(workdir / "data", tmp_path / "data")
+  return tmp_path / "data"
+
+
+def edit_manifest(data_dir: pathlib.Path, **changes) -> None:
+  path = data_dir / "manifest.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def opened(config, workdir="/no/such/workdir", for_training=True):
+  return dataset.open_dataset(config, str(workdir), for_training=for_training)
+
+
+def test_a_set_is_drawn_under_the_workdir_once(workdir):
+  manifest = workdir / "data" / "manifest.json"
+  before = manifest.stat()
+  data = opened(settings(), workdir)
+  assert manifest.stat().st_mtime_ns == before.st_mtime_ns
+  assert manifest.stat().st_ino == before.st_ino
+  assert len(data.train) + len(data.eval) == 40
+  assert len(data.eval) > 0
+
+
+def test_a_data_dir_that_is_named_needs_no_workdir(workdir):
+  data = opened(settings(dir=str(workdir / "data")))
+  assert data.identity == opened(settings(), workdir).identity
+
+
+def test_identity_is_that_of_records_and_tokenizer(workdir, data_dir):
+  data = opened(settings(dir=str(data_dir)))
+  assert data.identity["tokenizer"] == data.tokenizer.fingerprint
+  edit_manifest(data_dir, fingerprint="others")
+  others = opened(settings(dir=str(data_dir)))
+  assert others.identity == data.identity | {"records": "others"}
+
+
+def test_training_on_mathvista_needs_its_terms_accepted(data_dir):
+  edit_manifest(data_dir, terms="mathvista")
+  config = settings(dir=str(data_dir))
+  with pytest.raises(
+    ValueError, match=r"^data.accept_mathvista_training_terms \(False\).*licen"
+  ):
+    opened(config)
+  accepted = dataclasses.replace(
+    config.data, accept_mathvista_training_terms=True
+  )
+  opened(dataclasses.replace(config, data=accepted))
+  # The licence allows what only evaluates.
+  opened(config, for_training=False)
+
+
+def test_a_tokenizer_larger_than_the_models_is_refused(data_dir):
+  edit_manifest(data_dir, tokenizer={"vocab_size": 1025, "fingerprint": "x"})
+  with pytest.raises(ValueError, match=r"^model.name \('tiny'\) has 1024 .*1025"):
+    opened(settings(dir=str(data_dir)))
+  edit_manifest(data_dir, tokenizer={"vocab_size": 1024, "fingerprint": "x"})
+  opened(settings(dir=str(data_dir)))
+
+
+@pytest.mark.parametrize("name", ["train_split", "eval_split"])
+def test_a_split_that_is_not_there_is_refused(data_dir, name):
+  with pytest.raises(
+    ValueError, match=rf"^data.{name} \('tset'\).*train, eval"
+  ):
+    opened(settings(dir=str(data_dir), **{name: "tset"}))
+
+
+def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
+  edit_manifest(data_dir, counts={"train": 1, "eval": 1, "test": 1})
+  for path in (data_dir / "mathvista" / "1.0.0").glob("*-eval.*"):
+    shutil.copy(path, path.with_name(path.name.replace("-eval.", "-test.")))
+  with pytest.raises(ValueError, match=r"^data.train_split \('test'\).*answers"):
+    opened(settings(dir=str(data_dir), train_split="test"))
+  opened(settings(dir=str(data_dir), eval_split="test"))
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{"])
+def test_a_folder_that_prepare_has_not_finished_is_refused(tmp_path, manifest):
+  if manifest is not None:
+    (tmp_path / "manifest.json").write_text(manifest)
+  with pytest.raises(ValueError, match="^data.dir .*data_pipelines.prepare"):
+    opened(settings(dir=str(tmp_path)))
+
+
+def test_shards_share_the_rows_of_a_step_and_of_an_evaluation(workdir):
+  config = settings()
+  data = opened(config, workdir)
+
+  def pids(shard_count):
+    rows = []
+    for shard in range(shard_count):
+      place = {"shard_index": shard, "shard_count": shard_count}
+      train = next(data.train_batches(config, start_step=1, **place))
+      rows += train.problems
+    evaluated = [
+      row
+      for batches in zip(
+        *(
+          data.eval_batches(config, shard_index=shard, shard_count=shard_count)
+          for shard in range(shard_count)
+        ),
+        strict=True,
+      )
+      for batch in batches
+      for row in batch.problems
+    ]
+    return [row.pid for row in rows], [row.pid for row in evaluated]
+
+  assert pids(1) == pids(2)
+  train, evaluated = pids(1)
+  assert len(set(train)) == 8
+  # Five problems fill two batches of four, with three rows of padding.
+  assert len(evaluated) == 8 and evaluated.count("") == 3

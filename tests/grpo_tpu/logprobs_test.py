@@ -1,0 +1,116 @@
+"""Chunked log-probabilities against a plain log-softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_tpu import logprobs
+
+SHAPE, WIDTH, VOCAB = (2, 2, 3), 5, 17
+TEMPERATURE = 0.7
+
+
+def inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  return (
+    jnp.asarray(rng.normal(0, 1, (*SHAPE, WIDTH)), jnp.float32),
+    jnp.asarray(rng.integers(0, VOCAB, SHAPE), jnp.int32),
+    jnp.asarray(rng.normal(0, 1, (VOCAB, WIDTH)), jnp.float32),
+  )
+
+
+def chunked(states, ids, embedding, chunk_size, temperature=TEMPERATURE):
+  return logprobs.per_token_logps(
+    states, ids, embedding, temperature=temperature, chunk_size=chunk_size
+  )
+
+
+def plain(states, ids, embedding, temperature=TEMPERATURE):
+  """The twin: every logit at once."""
+  logps = jax.nn.log_softmax(states @ embedding.T / temperature, axis=-1)
+  entropies = -(jnp.exp(logps) * logps).sum(axis=-1)
+  return jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0], entropies
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 12, 100])
+def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
+  """Chunks that divide the twelve tokens, that do not, and one that is more."""
+  states, ids, embedding = inputs()
+  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+
+  def scalar(function):
+    def weighed(states, embedding):
+      outputs = function(states, ids, embedding)
+      return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
+
+    return jax.grad(weighed, argnums=(0, 1))(states, embedding)
+
+  def ours(*args):
+    return chunked(*args, chunk_size)
+
+  for got, want in zip(
+    (*ours(states, ids, embedding), *scalar(ours)),
+    (*plain(states, ids, embedding), *scalar(plain)),
+    strict=True,
+  ):
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_uniform_logits_have_the_log_of_the_vocabulary_for_entropy():
+  _, ids, embedding = inputs()
+  logps, entropies = chunked(jnp.zeros((*SHAPE, WIDTH)), ids, embedding, 4)
+  np.testing.assert_allclose(logps, -np.log(VOCAB), rtol=1e-6)
+  np.testing.assert_allclose(entropies, np.log(VOCAB), rtol=1e-6)
+
+
+def test_temperature_divides_the_logits():
+  states, ids, embedding = inputs()
+  for got, want in zip(
+    chunked(states, ids, embedding, 5, temperature=2.0),
+    chunked(states / 2, ids, embedding, 5, temperature=1.0),
+    strict=True,
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_half_precision_states_and_embedding_give_fp32_logits():
+  states, ids, embedding = inputs()
+  states = states.astype(jnp.bfloat16)
+  logps, entropies = chunked(states, ids, embedding, 5)
+  expected, _ = plain(
+    states.astype(jnp.float32),
+    ids,
+    embedding.astype(jnp.bfloat16).astype(jnp.float32),
+  )
+  assert logps.dtype == entropies.dtype == jnp.float32
+  np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def sizes(jaxpr):
+  """Of every array that a program holds, inner programs included."""
+  for equation in jaxpr.eqns:
+    yield from (x.aval.size for x in equation.outvars)
+    for value in jax.tree.leaves(
+      equation.params, is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from sizes(inner)
+
+
+def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
+  """Beside them nothing is larger than the states and the embedding."""
+  vocab, tokens, chunk_size = 64, 96, 8
+  states = jnp.zeros((tokens, 4))
+  ids = jnp.zeros(tokens, jnp.int32)
+
+  def loss(states, embedding):
+    logps, entropies = chunked(states, ids, embedding, chunk_size)
+    return jnp.sum(logps + entropies)
+
+  program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(
+    states, jnp.zeros((vocab, 4))
+  )
+  assert max(sizes(program.jaxpr)) == chunk_size * vocab

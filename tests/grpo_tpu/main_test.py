@@ -1,0 +1,79 @@
+"""The command line: what cannot be done is refused before anything is begun."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = "--config=configs/smoke.py"
+WORKDIR = "--workdir=WORKDIR"
+
+
+def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
+  """What the program says as it refuses; it must leave no trace."""
+  workdir = tmp_path / "run"
+  result = subprocess.run(
+    [sys.executable, "-m", "grpo_tpu.main"]
+    + [x.replace("WORKDIR", str(workdir)) for x in arguments],
+    cwd=ROOT,
+    # Whoever asks JAX for its devices now fails, and not with 64.
+    env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 64, result.stderr
+  assert "Traceback" not in result.stderr
+  # One line of absl's, and no complaint that it is too early to log.
+  assert result.stderr.count("\n") == 1 and result.stderr.startswith("E")
+  assert not result.stdout
+  assert not workdir.exists()
+  return result.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "named"),
+  [
+    ([CONFIG, WORKDIR, "--wrokdir=x"], ["wrokdir"]),
+    (
+      [CONFIG, WORKDIR, "--config.train.num_stepz=7"],
+      ["--config.train.num_stepz=7", 'Did you mean "num_steps"'],
+    ),
+    (
+      [CONFIG, WORKDIR, "--config.train.num_steps=many"],
+      ["--config.train.num_steps=many", "int"],
+    ),
+    (["--config=configs/no_such.py", WORKDIR], ["configs/no_such.py"]),
+    ([CONFIG], ["--workdir"]),
+    (
+      [CONFIG, WORKDIR, "--config.rollout.temperature=0.0"],
+      ["rollout.temperature (0.0) must be above 0", "rollout.temperature=1.0"],
+    ),
+    (
+      [CONFIG, WORKDIR, "--config.data.dir=/no/such/dir"],
+      ["data.dir ('/no/such/dir')", "data_pipelines.prepare"],
+    ),
+    (
+      ["--config=configs/smoke.py:warmup", WORKDIR],
+      ["stage ('warmup') must be warm_start or grpo"],
+    ),
+  ],
+  ids=[
+    "unknown flag",
+    "unknown setting",
+    "wrong type",
+    "no such config",
+    "no workdir",
+    "rule broken",
+    "no such data",
+    "unknown stage",
+  ],
+)
+def test_a_bad_request_exits_64_and_says_why_before_devices_start(
+  tmp_path, arguments, named
+):
+  said = refusal(tmp_path, *arguments)
+  for words in named:
+    assert words in said

@@ -1,0 +1,145 @@
+"""The rollout against a loop without a cache, and against the trainer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines import tokenizer
+from grpo_tpu import logprobs, rollout
+from grpo_tpu.gemma3 import text
+
+KEY = jax.random.key(11)
+GREEDY_SEED = 4
+NUM_COMPLETIONS, NUM_TOKENS = 3, 12
+PROMPTS = 4
+
+
+def sampled(
+  tiny,
+  prompts,
+  prompt_index,
+  *,
+  num_completions=NUM_COMPLETIONS,
+  temperature=0.7,
+):
+  completions = rollout.rollout(
+    tiny.params,
+    *prompts,
+    jnp.asarray(prompt_index),
+    KEY,
+    config=tiny.config,
+    num_completions=num_completions,
+    max_new_tokens=NUM_TOKENS,
+    temperature=temperature,
+    dtype=jnp.float32,
+  )
+  return jax.device_get(completions)
+
+
+def bundle_states(tiny, prompts, ids):
+  return text.bundle_states(
+    tiny.config, tiny.params, *prompts, ids, dtype=jnp.float32, remat=False
+  )
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+  return tiny.prompts(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def completions(tiny, prompts):
+  return sampled(tiny, prompts, np.arange(PROMPTS))
+
+
+def slow_greedy(tiny, prompts):
+  """The twin: the whole prompt and completion anew for every token."""
+  embedding = tiny.params["embedder"]["input_embedding"]
+
+  @jax.jit
+  def likeliest(ids, t):
+    state = bundle_states(tiny, prompts, ids)[:, 0, t]
+    logits = logprobs.logits_of(state, embedding, temperature=1.0)
+    return jnp.argmax(logits, axis=-1)
+
+  ids = np.full((PROMPTS, 1, NUM_TOKENS), tokenizer.PAD, np.int32)
+  stopped = np.zeros(PROMPTS, bool)
+  for t in range(NUM_TOKENS):
+    drawn = np.asarray(likeliest(ids, t))
+    ids[~stopped, 0, t] = drawn[~stopped]
+    stopped |= np.isin(drawn, [1, 106])
+  return ids[:, 0], stopped
+
+
+def test_greedy_equals_a_loop_that_starts_anew_for_every_token(tiny):
+  prompts = tiny.prompts(PROMPTS, seed=GREEDY_SEED)
+  expected, stopped = slow_greedy(tiny, prompts)
+  assert 0 < stopped.sum() < PROMPTS, "both endings must be seen"
+  actual = sampled(
+    tiny, prompts, np.arange(PROMPTS), num_completions=2, temperature=0.0
+  )
+  for g in range(2):
+    np.testing.assert_array_equal(actual.ids[:, g], expected)
+    np.testing.assert_array_equal(actual.stopped[:, g], stopped)
+
+
+def test_a_row_ends_with_its_first_stop_token_or_is_truncated(completions):
+  assert set(completions.stopped.ravel()) == {True, False}
+  for ids, mask, logps, stopped in zip(
+    completions.ids.reshape(-1, NUM_TOKENS),
+    completions.mask.reshape(-1, NUM_TOKENS),
+    completions.logps.reshape(-1, NUM_TOKENS),
+    completions.stopped.ravel(),
+    strict=True,
+  ):
+    stops = np.flatnonzero(np.isin(ids, [1, 106]))
+    assert stopped == (len(stops) > 0)
+    length = stops[0] + 1 if stopped else NUM_TOKENS
+    np.testing.assert_array_equal(mask, np.arange(NUM_TOKENS) < length)
+    assert (ids[length:] == tokenizer.PAD).all()
+    assert (logps[length:] == 0).all()
+    assert (logps[:length] < 0).all()
+
+
+def test_the_samplers_logps_are_the_trainers(tiny, prompts, completions):
+  """Prompts of mixed lengths with pictures, at the sampling temperature."""
+  expected, _ = logprobs.per_token_logps(
+    jax.jit(lambda ids: bundle_states(tiny, prompts, ids))(completions.ids),
+    jnp.asarray(completions.ids),
+    tiny.params["embedder"]["input_embedding"],
+    temperature=0.7,
+    chunk_size=7,
+  )
+  mask = completions.mask
+  np.testing.assert_allclose(
+    completions.logps[mask], np.asarray(expected)[mask], atol=1e-4, rtol=0
+  )
+
+
+def test_rows_of_a_group_differ(completions):
+  for group in completions.ids:
+    assert len(np.unique(group, axis=0)) > 1
+
+
+def test_what_a_row_samples_does_not_depend_on_its_batch(
+  tiny, prompts, completions
+):
+  """Other mates in another order, and fewer of both prompts and rows."""
+  ids = completions.ids
+  others = tiny.prompts(PROMPTS, seed=5)
+  mixed = jax.tree.map(
+    lambda ours, other: jnp.stack([other[0], ours[2], other[1], ours[0]]),
+    prompts,
+    others,
+  )
+  actual = sampled(tiny, mixed, [9, 2, 7, 0])
+  np.testing.assert_array_equal(actual.ids[[1, 3]], ids[[2, 0]])
+  part = jax.tree.map(lambda x: x[1:3], prompts)
+  actual = sampled(tiny, part, [1, 2], num_completions=2)
+  np.testing.assert_array_equal(actual.ids, ids[1:3, :2])
+
+
+def test_the_place_in_the_step_decides_what_is_drawn(tiny, prompts, completions):
+  elsewhere = sampled(tiny, prompts, np.arange(PROMPTS) + PROMPTS)
+  assert (elsewhere.ids != completions.ids).any(axis=(1, 2)).all()

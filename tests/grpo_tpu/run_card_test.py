@@ -1,0 +1,119 @@
+"""A workdir stays the run it was started as."""
+
+import dataclasses
+import json
+import os
+import re
+
+import pytest
+
+from configs import base
+from grpo_tpu import config as run_config
+from grpo_tpu import run_card
+
+CONFIG = run_config.Config.from_config_dict(base.get_config())
+IDENTITY = {"records": "aaaa", "tokenizer": "bbbb"}
+WEIGHTS = "run:/runs/warm@40"
+
+
+def changed(section, **settings):
+  part = dataclasses.replace(getattr(CONFIG, section), **settings)
+  return dataclasses.replace(CONFIG, **{section: part})
+
+
+@pytest.fixture
+def card(tmp_path):
+  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  return run_card.read(str(tmp_path))
+
+
+def test_a_workdir_without_a_card_is_free_for_any_run(tmp_path):
+  assert run_card.read(str(tmp_path)) is None
+  run_card.check(None, CONFIG, IDENTITY, str(tmp_path))
+
+
+def test_a_card_that_was_written_lets_the_same_run_go_on(card):
+  run_card.check(card, CONFIG, IDENTITY, "W")
+  assert card["weights"] == WEIGHTS
+  # As JSON has it: tuples are lists there.
+  assert card["config"] == json.loads(json.dumps(CONFIG.to_dict()))
+  assert card["accepted_mathvista_training_terms"] is False
+  assert card["versions"]["jax"]
+
+
+@pytest.mark.parametrize(
+  ("config", "identity", "name", "now", "before"),
+  [
+    (dataclasses.replace(CONFIG, seed=7), {}, "seed", 7, 0),
+    (
+      changed("model", name="gemma3_1b"),
+      {},
+      "model.name",
+      "'gemma3_1b'",
+      "'tiny'",
+    ),
+    (
+      changed("model", weights="random:1"),
+      {},
+      "model.weights",
+      "'random:1'",
+      "'random:0'",
+    ),
+    (
+      changed("data", kind="preference"),
+      {},
+      "data.kind",
+      "'preference'",
+      "'online'",
+    ),
+    (
+      changed("data", prompts_per_step=128),
+      {},
+      "data.prompts_per_step",
+      128,
+      64,
+    ),
+    (CONFIG, {"records": "cc"}, "data.dir: its records", "'cc'", "'aaaa'"),
+    (CONFIG, {"tokenizer": "cc"}, "data.dir: its tokenizer", "'cc'", "'bbbb'"),
+  ],
+  ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_run_is_refused_with_both_values(
+  card, config, identity, name, now, before
+):
+  with pytest.raises(ValueError) as caught:
+    run_card.check(card, config, IDENTITY | identity, "/runs/1")
+  said = str(caught.value)
+  assert said.startswith(f"{name} ({now}) must stay")
+  assert f"({before})" in said and "/runs/1" in said and "--workdir" in said
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    changed("optimizer", learning_rate=0.5),
+    changed("train", num_steps=9),
+    changed("eval", every_steps=3),
+  ],
+)
+def test_a_run_may_go_on_with_another_plan(card, config):
+  run_card.check(card, config, IDENTITY, "W")
+
+
+def test_a_kill_while_writing_leaves_the_card_before(tmp_path, monkeypatch):
+  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+
+  def killed(*paths):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, "replace", killed)
+  with pytest.raises(KeyboardInterrupt):
+    run_card.write(str(tmp_path), CONFIG, IDENTITY, "random:9")
+  card = run_card.read(str(tmp_path))
+  assert card is not None and card["weights"] == WEIGHTS
+
+
+def test_a_torn_card_is_an_error_that_names_it(tmp_path):
+  (tmp_path / "run.json").write_text('{"essence": {')
+  with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
+    run_card.read(str(tmp_path))

@@ -1,0 +1,209 @@
+"""A mesh changes where arrays lie, and nothing that is computed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from grpo_tpu import objective, rollout, sharding, train_state, train_step
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import weights
+
+PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 8, 2, 5
+MESHES = {"fsdp": (1, 8, 1), "fsdp_and_tensor": (1, 4, 2)}
+TX = optax.sgd(1.0)  # The change of the parameters is the gradient.
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What one step made of the model."""
+
+  completions: rollout.Completions
+  params: dict
+  metrics: dict
+
+
+def step_of(tiny, place_params, place_batch):
+  """Samples and updates, with the arrays where they are placed."""
+  params = place_params(tiny.params)
+  prompts = tiny.prompts(PROMPTS)
+  *prompts, prompt_index, advantages = place_batch(
+    [
+      *map(np.asarray, prompts),
+      np.arange(PROMPTS),
+      np.linspace(-1, 1, PROMPTS * NUM_COMPLETIONS, dtype=np.float32).reshape(
+        PROMPTS, NUM_COMPLETIONS
+      ),
+    ]
+  )
+  completions = rollout.rollout(
+    params,
+    *prompts,
+    prompt_index,
+    jax.random.key(3),
+    config=tiny.config,
+    num_completions=NUM_COMPLETIONS,
+    max_new_tokens=NUM_TOKENS,
+    temperature=0.7,
+    dtype=jnp.float32,
+  )
+  update = train_step.make_train_step(
+    train_step.Model(
+      config=tiny.config,
+      dtype=jnp.float32,
+      remat=True,
+      temperature=0.7,
+      chunk_size=16,
+      train_vision=True,
+    ),
+    TX,
+    config=objective.PRESETS["dapo"],
+    num_microbatches=1,
+  )
+  bundles = train_step.Bundles(
+    *prompts,
+    completion_ids=completions.ids,
+    completion_mask=completions.mask,
+    advantages=advantages,
+    sampler_logps=completions.logps,
+  )
+  params = jax.tree.map(jnp.copy, params)  # The update eats its state.
+  state = train_state.TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, opt_state=TX.init(params)
+  )
+  state, metrics = update(state, bundles)
+  return Step(completions, state.params, metrics)
+
+
+@pytest.fixture(scope="module")
+def unsharded(tiny):
+  return step_of(tiny, lambda x: x, functools.partial(jax.tree.map, jnp.array))
+
+
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+def test_a_step_on_a_mesh_equals_one_on_a_single_device(
+  tiny, unsharded, shape
+):
+  mesh = sharding.make_mesh(*shape)
+  with jax.set_mesh(mesh):
+    actual = step_of(
+      tiny,
+      lambda x: jax.device_put(x, sharding.shardings(mesh, x)),
+      functools.partial(sharding.put_batch, mesh),
+    )
+  assert len(actual.completions.ids.sharding.device_set) == 8
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (actual.completions.ids, actual.completions.mask),
+    (unsharded.completions.ids, unsharded.completions.mask),
+  )
+  for got, want in (
+    (actual.completions.logps, unsharded.completions.logps),
+    (actual.params, unsharded.params),
+    (actual.metrics, unsharded.metrics),
+  ):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5),
+      got,
+      want,
+    )
+
+
+def shard_sizes(mesh, tree):
+  """Elements of a tree, and of what one device holds of it."""
+  places = sharding.shardings(mesh, tree)
+  whole = held = 0
+  for leaf, place in zip(
+    jax.tree.leaves(tree), jax.tree.leaves(places), strict=True
+  ):
+    whole += np.prod(leaf.shape)
+    held += np.prod(place.shard_shape(leaf.shape))
+  return whole, held
+
+
+@pytest.mark.parametrize("name", gemma3_config.CONFIGS)
+def test_a_device_holds_no_more_than_its_share_of_every_model(name):
+  """An eighth of all matrices under fsdp; what is replicated is small."""
+  tree = weights.abstract_params(gemma3_config.CONFIGS[name], jnp.float32)
+  whole, held = shard_sizes(sharding.make_mesh(1, 8, 1), tree)
+  # Norms and biases, and of the tower the patches and positions.
+  assert held < whole * (1 / 8 + (0.15 if name == "tiny" else 0.003))
+
+
+def test_tensor_shares_cut_the_decoder_as_fsdp_shares_do():
+  tree = weights.abstract_params(
+    gemma3_config.CONFIGS["gemma3_12b"], jnp.float32
+  )
+  del tree["vision_encoder"], tree["embedder"]["mm_input_projection"]
+  whole, held = shard_sizes(sharding.make_mesh(1, 1, 8), tree)
+  assert held < whole / 8 * 1.001
+
+
+def test_moments_lie_where_their_parameters_do(tiny):
+  mesh = sharding.make_mesh(1, 4, 2)
+  places = sharding.shardings(mesh, tiny.params)
+  state = train_state.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=tiny.params,
+    opt_state=optax.adam(1e-3).init(tiny.params),
+  )
+  placed = sharding.shardings(mesh, state)
+  adam = placed.opt_state[0]
+  assert placed.params == adam.mu == adam.nu == places
+  assert adam.count.spec == placed.step.spec == P()
+
+
+def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):
+  attn = {"attn": {"kv_einsum": jax.ShapeDtypeStruct((6, 2, 1, 16, 8), float)}}
+  mesh = sharding.make_mesh(1, 4, 2)
+  spec = sharding.shardings(mesh, attn)["attn"]["kv_einsum"].spec
+  assert spec == P(None, None, None, "fsdp", None)
+  attn["attn"]["kv_einsum"] = jax.ShapeDtypeStruct((6, 2, 2, 16, 8), float)
+  spec = sharding.shardings(mesh, attn)["attn"]["kv_einsum"].spec
+  assert spec == P(None, None, "tensor", "fsdp", None)
+
+
+@pytest.mark.parametrize(
+  "path", ["adapter", "q_einsum_adapter", "other_q_einsum"]
+)
+def test_a_parameter_that_no_rule_knows_is_refused_by_name(path):
+  tree = {"layers": {"attn": {path: jnp.zeros((1, 8, 8, 8))}}}
+  with pytest.raises(ValueError, match=f"layers/attn/{path}"):
+    sharding.shardings(sharding.make_mesh(1, 8, 1), tree)
+
+
+def test_a_size_that_the_mesh_does_not_divide_is_refused_with_its_axis():
+  mesh = sharding.make_mesh(1, 4, 2)
+  for shape, message in (
+    ((1, 8, 6), r"mesh\.fsdp \(4\) must divide axis 2 of mlp/linear.*of 6\."),
+    ((1, 7, 8), r"mesh\.tensor \(2\) must divide axis 1 of mlp/linear.*of 7\."),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sharding.shardings(mesh, {"mlp": {"linear": jnp.zeros(shape)}})
+
+
+def test_a_mesh_of_other_than_all_devices_is_refused_with_the_remedy():
+  with pytest.raises(ValueError) as error:
+    sharding.make_mesh(2, 2, 1)
+  assert str(error.value) == (
+    "mesh.replica * mesh.fsdp * mesh.tensor (2 * 2 * 1) must equal the 8 "
+    "devices there are; set mesh.fsdp=8 to shard over all of them."
+  )
+
+
+def test_a_batch_comes_back_from_the_mesh_as_it_went():
+  mesh = sharding.make_mesh(2, 2, 2)
+  batch = {
+    "ids": np.arange(24, dtype=np.int32).reshape(8, 3),
+    "images": np.zeros((8, 0, 4, 4, 3), np.uint8),
+  }
+  placed = sharding.put_batch(mesh, batch)
+  assert placed["ids"].sharding.shard_shape((8, 3)) == (2, 3)
+  back = sharding.local_rows(mesh, placed)
+  jax.tree.map(np.testing.assert_array_equal, back, batch)
+  assert sharding.data_shard(mesh) == (0, 1)
