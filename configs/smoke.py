@@ -43,7 +43,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 10
   else:
-    config.train.num_steps = 150
+    config.train.num_steps = 200
     config.eval.every_steps = 25
     config.optimizer.learning_rate = 4e-4
   return config

@@ -103,7 +103,8 @@ def write(result: Result, workdir: str, split: str) -> None:
     ("scores.json", scalars),
   ):
     (folder / name).write_text(
-      json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+      json.dumps(value, indent=2, ensure_ascii=False) + "\n",
+      encoding="utf-8",
     )
 
 

@@ -15,7 +15,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 400
 
 TINY = (
-  "--config=configs/smoke.py",
   "--config.data.prompts_per_step=8",
   "--config.data.prompt_buckets=(64,)",
   "--config.train.num_steps=6",
@@ -158,9 +157,10 @@ def drawn(program, tmp_path_factory) -> pathlib.Path:
 def new_run(program, drawn, tmp_path_factory) -> Callable[..., Run]:
   """Makes a tiny run on drawn problems, in a workdir of its own."""
 
-  def new(*settings: str) -> Run:
+  def new(*settings: str, config: str = "configs/smoke.py") -> Run:
     workdir = tmp_path_factory.mktemp("run") / "workdir"
-    return Run(program, workdir, *TINY, f"--config.data.dir={drawn}", *settings)
+    data = f"--config.data.dir={drawn}"
+    return Run(program, workdir, f"--config={config}", *TINY, data, *settings)
 
   return new
 
@@ -189,6 +189,7 @@ def evaluation(program, drawn, unbroken) -> Run:
   """The end of `unbroken` on the held-out problems, by --mode=evaluate."""
   workdir = unbroken.workdir.with_name("evaluation")
   settings = (
+    "--config=configs/smoke.py",
     f"--config.data.dir={drawn}",
     f"--config.model.weights=run:{unbroken.workdir}",
     "--mode=evaluate",

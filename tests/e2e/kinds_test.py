@@ -10,13 +10,14 @@ pytestmark = pytest.mark.e2e
 
 def test_grpo_goes_on_from_where_the_warm_start_ended(new_run):
   warm_start = new_run(
-    "--config=configs/smoke.py:warm_start",
     "--config.data.prompts_per_step=32",
     "--config.train.microbatch_bundles=32",
     "--config.train.num_steps=20",
     "--config.eval.every_steps=20",
     "--config.optimizer.warmup_steps=2",
     "--config.checkpoint.every_steps=20",
+    "--config.optimizer.learning_rate=2e-3",
+    config="configs/smoke.py:warm_start",
   ).start()
   nll = warm_start.column("train/nll")
   assert np.mean(nll[-3:]) < nll[0] / 2

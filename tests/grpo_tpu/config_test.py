@@ -99,12 +99,15 @@ WRONG_TYPES = {
 
 
 @pytest.mark.parametrize(
-  ("name", "value"), [(k, v) for k, values in WRONG_TYPES.items() for v in values]
+  ("name", "value"),
+  [(k, v) for k, values in WRONG_TYPES.items() for v in values],
 )
 def test_a_value_of_another_type_is_refused(name, value):
   with pytest.raises(ValueError, match="must be of type .*, not ") as caught:
     built({name: value})
-  wrong = value[0] if isinstance(value, tuple) and name != "data.kind" else value
+  wrong = (
+    value[0] if isinstance(value, tuple) and name != "data.kind" else value
+  )
   assert str(caught.value).startswith(f"{name} ({wrong!r})")
   assert "configs/base.py" in str(caught.value)
 

@@ -69,3 +69,12 @@ def tiny() -> Tiny:
   # Long vectors: now and then a stop token is much the likeliest.
   params["embedder"]["input_embedding"][list(tokenizer.STOP_IDS)] *= 2
   return Tiny(config, jax.tree.map(jnp.asarray, params))
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """For programs that run once: half the compile time, the same results."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

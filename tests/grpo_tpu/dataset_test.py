@@ -88,7 +88,9 @@ def test_training_on_mathvista_needs_its_terms_accepted(data_dir):
 
 def test_a_tokenizer_larger_than_the_models_is_refused(data_dir):
   edit_manifest(data_dir, tokenizer={"vocab_size": 1025, "fingerprint": "x"})
-  with pytest.raises(ValueError, match=r"^model.name \('tiny'\) has 1024 .*1025"):
+  with pytest.raises(
+    ValueError, match=r"^model.name \('tiny'\) has 1024 .*1025"
+  ):
     opened(settings(dir=str(data_dir)))
   edit_manifest(data_dir, tokenizer={"vocab_size": 1024, "fingerprint": "x"})
   opened(settings(dir=str(data_dir)))
@@ -106,7 +108,9 @@ def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
   edit_manifest(data_dir, counts={"train": 1, "eval": 1, "test": 1})
   for path in (data_dir / "mathvista" / "1.0.0").glob("*-eval.*"):
     shutil.copy(path, path.with_name(path.name.replace("-eval.", "-test.")))
-  with pytest.raises(ValueError, match=r"^data.train_split \('test'\).*answers"):
+  with pytest.raises(
+    ValueError, match=r"^data.train_split \('test'\).*answers"
+  ):
     opened(settings(dir=str(data_dir), train_split="test"))
   opened(settings(dir=str(data_dir), eval_split="test"))
 

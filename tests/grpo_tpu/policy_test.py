@@ -62,8 +62,10 @@ def test_weights_come_in_the_type_and_places_asked_for(policy_of):
   policy = policy_of("random:0", param_dtype="bfloat16")
   got, wanted = policy.initial_params(), policy.abstract_params()
   jax.tree.map(
-    lambda x, w: (x.shape, x.dtype, x.sharding) == (w.shape, w.dtype, w.sharding)
-    or pytest.fail(f"{x.sharding} {x.dtype} for {w}"),
+    lambda x, w: (
+      (x.shape, x.dtype, x.sharding) == (w.shape, w.dtype, w.sharding)
+      or pytest.fail(f"{x.sharding} {x.dtype} for {w}")
+    ),
     got,
     wanted,
   )

@@ -9,6 +9,7 @@ from data_pipelines import tokenizer
 from grpo_tpu import logprobs, rollout
 from grpo_tpu.gemma3 import text
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(11)
 GREEDY_SEED = 4
 NUM_COMPLETIONS, NUM_TOKENS = 3, 12

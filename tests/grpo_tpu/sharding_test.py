@@ -14,6 +14,7 @@ from grpo_tpu import objective, rollout, sharding, train_state, train_step
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 8, 2, 5
 MESHES = {"fsdp": (1, 8, 1), "fsdp_and_tensor": (1, 4, 2)}
 TX = optax.sgd(1.0)  # The change of the parameters is the gradient.

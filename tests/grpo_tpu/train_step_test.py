@@ -1,7 +1,8 @@
 """An update is the same however its batch is cut, and learns from what counts.
 
 The optimizer is plain descent with a rate of 1, so that the change of the
-parameters is the gradient.
+parameters is the gradient. Laws of the batch are held with a bigram in place
+of the network, which compiles at once; the rest with the network.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import objective, rollout, train_state, train_step
+from grpo_tpu import logprobs, objective, rollout, train_state, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6
 TX = optax.sgd(1.0)
 OBJECTIVES = {
@@ -24,7 +26,7 @@ OBJECTIVES = {
 }
 
 
-def make_model(tiny, *, train_vision=True):
+def make_model(tiny, *, train_vision):
   return train_step.Model(
     config=tiny.config,
     dtype=jnp.float32,
@@ -35,72 +37,77 @@ def make_model(tiny, *, train_vision=True):
   )
 
 
-@pytest.fixture(scope="module")
-def model(tiny):
-  return make_model(tiny)
-
-
-@pytest.fixture(scope="module")
-def sampled(tiny):
-  """As the rollout draws them; without pictures, as for the text sizes."""
-  prompts = tiny.prompts(PROMPTS, num_images=0)
-  completions = rollout.rollout(
-    tiny.params,
-    *prompts,
-    jnp.arange(PROMPTS),
-    jax.random.key(3),
-    config=tiny.config,
-    num_completions=NUM_COMPLETIONS,
-    max_new_tokens=NUM_TOKENS,
-    temperature=0.7,
-    dtype=jnp.float32,
-  )
-  return train_step.Bundles(
-    *prompts,
-    completion_ids=completions.ids,
-    completion_mask=completions.mask,
-    advantages=jax.random.normal(
-      jax.random.key(4), (PROMPTS, NUM_COMPLETIONS)
-    ),
-    sampler_logps=completions.logps,
+def bigram_logps(model, params, bundles):
+  """As `token_logps`, of a model that sees one token back."""
+  embedding = params["embedder"]["input_embedding"]
+  last = bundles.prompt_length[:, None] - 1
+  first = jnp.take_along_axis(bundles.prompt_ids, last, axis=1)[:, None]
+  ids = bundles.completion_ids
+  first = jnp.broadcast_to(first, (*ids.shape[:2], 1))
+  previous = jnp.concatenate([first, ids[..., :-1]], axis=-1)
+  return logprobs.per_token_logps(
+    embedding[previous] @ params["mix"],
+    ids,
+    embedding,
+    temperature=model.temperature,
+    chunk_size=model.chunk_size,
   )
 
 
 @pytest.fixture(scope="module")
-def bundles(sampled):
-  """Off policy, far from sampler and reference, with ragged masks."""
-  shape = sampled.completion_mask.shape
-  old, ref, sampler = 0.2 * jax.random.normal(jax.random.key(5), (3, *shape))
-  lengths = jnp.array([[6, 1], [3, 5], [0, 2], [4, 6]])
-  return sampled.replace(
-    completion_mask=jnp.arange(NUM_TOKENS)[None, None] < lengths[..., None],
-    old_per_token_logps=sampled.sampler_logps + old,
-    ref_per_token_logps=sampled.sampler_logps + ref,
-    sampler_logps=sampled.sampler_logps + sampler,
+def bigram():
+  rng = np.random.default_rng(0)
+  return {
+    "embedder": {
+      "input_embedding": jnp.asarray(rng.normal(0, 1, (130, 8)), jnp.float32)
+    },
+    "mix": jnp.asarray(rng.normal(0, 0.3, (8, 8)), jnp.float32),
+  }
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny, bigram):
+  """Off policy, no pictures, masks that are ragged and leave a row empty."""
+  rng = np.random.default_rng(1)
+  shape = (PROMPTS, NUM_COMPLETIONS, NUM_TOKENS)
+  lengths = np.array([[6, 1], [3, 5], [0, 2], [4, 6]])
+  bundles = train_step.Bundles(
+    *tiny.prompts(PROMPTS, num_images=0),
+    completion_ids=jnp.asarray(rng.integers(0, 130, shape), jnp.int32),
+    completion_mask=jnp.asarray(np.arange(NUM_TOKENS) < lengths[..., None]),
+    advantages=jnp.asarray(rng.normal(0, 1, shape[:2]), jnp.float32),
+  )
+  logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, bundles)
+  near = lambda: logps + 0.2 * rng.normal(0, 1, shape).astype(np.float32)  # noqa: E731
+  return bundles.replace(
+    old_per_token_logps=near(),
+    ref_per_token_logps=near(),
+    sampler_logps=near(),
   )
 
 
 @pytest.fixture(scope="module")
-def update(tiny, model):
-  """`update(objective, parts, bundles)`: new parameters and metrics."""
+def update(tiny, bigram):
+  """`update(objective, parts, bundles)`: the bigram after, and metrics."""
+  model = make_model(tiny, train_vision=True)
 
   @functools.cache
-  def compiled(name, num_microbatches):
+  def made(name, num_microbatches):
     return train_step.make_train_step(
       model, TX, config=OBJECTIVES[name], num_microbatches=num_microbatches
     )
 
   def run(name, num_microbatches, bundles):
-    state, metrics = compiled(name, num_microbatches)(
-      new_state(tiny), bundles
-    )
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train_step, "token_logps", bigram_logps)
+      state, metrics = made(name, num_microbatches)(new_state(bigram), bundles)
     return state.params, metrics
 
   return run
 
 
-def new_state(tiny):
-  params = jax.tree.map(jnp.copy, tiny.params)  # The update eats its state.
+def new_state(params):
+  params = jax.tree.map(jnp.copy, params)  # The update eats its state.
   return train_state.TrainState(
     step=jnp.zeros((), jnp.int32), params=params, opt_state=TX.init(params)
   )
@@ -117,10 +124,8 @@ def assert_trees_close(actual, expected, atol):
     )
 
 
-@pytest.mark.parametrize(
-  ("name", "num_microbatches"),
-  [("dapo", 2), ("dapo", 4), ("grpo", 2)],
-)
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_cutting_the_batch_changes_nothing(
   update, bundles, name, num_microbatches
 ):
@@ -131,25 +136,25 @@ def test_cutting_the_batch_changes_nothing(
 
 
 def test_demonstrations_cost_their_mean_negative_logp(
-  tiny, model, update, bundles
+  tiny, bigram, update, bundles
 ):
   """And descent along the gradient of that."""
   mask = bundles.completion_mask
 
-  @jax.jit
   @jax.value_and_grad
   def nll(params):
-    logps, _ = train_step.token_logps(model, params, bundles)
+    model = make_model(tiny, train_vision=True)
+    logps, _ = bigram_logps(model, params, bundles)
     return -jnp.mean(logps, where=mask)
 
-  value, gradient = nll(tiny.params)  # Of the whole batch at once.
+  value, gradient = nll(bigram)
   params, metrics = update("demonstrations", 2, bundles)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
   np.testing.assert_allclose(metrics["nll"], value, rtol=1e-5)
   np.testing.assert_allclose(
     metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4
   )
-  expected = jax.tree.map(jnp.subtract, tiny.params, gradient)
+  expected = jax.tree.map(jnp.subtract, bigram, gradient)
   assert_trees_close(params, expected, atol=1e-5)
   assert metrics["tokens"] == mask.sum()
 
@@ -175,41 +180,13 @@ def test_what_stands_in_a_masked_row_changes_nothing(update, bundles, name):
   assert_trees_close(metrics, expected_metrics, atol=1e-6)
 
 
-def test_a_batch_of_nothing_leaves_the_parameters_alone(tiny, update, bundles):
+def test_a_batch_of_nothing_leaves_the_parameters_alone(bigram, update, bundles):
   nothing = bundles.replace(
     completion_mask=jnp.zeros_like(bundles.completion_mask)
   )
   params, metrics = update("dapo", 1, nothing)
-  assert_trees_close(params, tiny.params, atol=0)
+  assert_trees_close(params, bigram, atol=0)
   assert metrics["loss"] == metrics["tokens"] == metrics["entropy"] == 0
-
-
-def test_scores_are_the_logps_of_the_update(tiny, model, sampled):
-  expected, _ = jax.jit(train_step.token_logps)(model, tiny.params, sampled)
-  scores = train_step.score(model, tiny.params, sampled, num_microbatches=2)
-  np.testing.assert_allclose(scores, expected, atol=1e-5)
-  mask = np.asarray(sampled.completion_mask)
-  np.testing.assert_allclose(
-    np.asarray(scores)[mask], sampled.sampler_logps[mask], atol=1e-4
-  )
-
-
-def test_the_first_update_on_sampled_bundles_is_on_policy(
-  tiny, model, update, sampled
-):
-  scores = train_step.score(model, tiny.params, sampled, num_microbatches=2)
-  scored = sampled.replace(
-    old_per_token_logps=scores, ref_per_token_logps=scores
-  )
-  params, metrics = update("grpo", 1, scored)
-  np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-5)
-  assert metrics["clip_fraction"] == 0
-  assert metrics["kl"] < 1e-8
-  assert metrics["sampler_logp_difference_mean"] < 1e-4
-  implied = sampled.replace(old_per_token_logps=None, ref_per_token_logps=None)
-  same, metrics = update("grpo", 1, implied)
-  assert_trees_close(same, params, atol=1e-5)
-  assert metrics["ratio"] == 1
 
 
 def test_sampler_weights_are_the_odds_of_old_and_sampler_up_to_the_cap(
@@ -222,33 +199,123 @@ def test_sampler_weights_are_the_odds_of_old_and_sampler_up_to_the_cap(
   np.testing.assert_allclose(metrics["sampler_weight"], expected, rtol=1e-5)
 
 
-def test_a_frozen_tower_neither_moves_nor_counts(tiny, sampled):
-  """The rest moves as it does beside a tower that is trained."""
-  ids, length, images = tiny.prompts(PROMPTS, num_images=1)
-  bundles = sampled.replace(
-    prompt_ids=ids, prompt_length=length, images=images, sampler_logps=None
-  )
+@dataclasses.dataclass(frozen=True)
+class Updates:
+  """What one batch of pictures made of the network, tower trained or not."""
 
-  def moved(train_vision):
+  bundles: train_step.Bundles
+  trained: train_state.TrainState
+  trained_metrics: dict
+  frozen: train_state.TrainState
+  frozen_metrics: dict
+
+
+@pytest.fixture(scope="module")
+def updates(tiny):
+  """As online: sampled, scored in parts, updated."""
+  prompts = tiny.prompts(PROMPTS)
+  completions = rollout.rollout(
+    tiny.params,
+    *prompts,
+    jnp.arange(PROMPTS),
+    jax.random.key(3),
+    config=tiny.config,
+    num_completions=NUM_COMPLETIONS,
+    max_new_tokens=NUM_TOKENS,
+    temperature=0.7,
+    dtype=jnp.float32,
+  )
+  advantages = np.random.default_rng(2).normal(0, 1, (PROMPTS, NUM_COMPLETIONS))
+  bundles = train_step.Bundles(
+    *prompts,
+    completion_ids=completions.ids,
+    completion_mask=completions.mask,
+    advantages=jnp.asarray(advantages, jnp.float32),
+    sampler_logps=completions.logps,
+  )
+  scores = train_step.score(
+    make_model(tiny, train_vision=True),
+    tiny.params,
+    bundles,
+    num_microbatches=2,
+  )
+  bundles = bundles.replace(
+    old_per_token_logps=scores, ref_per_token_logps=scores
+  )
+  results = []
+  for train_vision in (True, False):
     step = train_step.make_train_step(
       make_model(tiny, train_vision=train_vision),
       TX,
-      config=OBJECTIVES["dapo"],
+      config=OBJECTIVES["grpo"],
       num_microbatches=2,
     )
-    state = new_state(tiny)
-    after, metrics = step(state, bundles)
-    assert state.params["final_norm"]["scale"].is_deleted()
-    change = jax.tree.map(jnp.subtract, after.params, tiny.params)
-    tower = change.pop("vision_encoder")
-    return change, tower, metrics["grad_norm"]
+    results += step(new_state(tiny.params), bundles)
+  return Updates(bundles, *results)
 
-  frozen, tower, norm = moved(train_vision=False)
+
+def test_scores_are_the_samplers_logps(updates):
+  mask = np.asarray(updates.bundles.completion_mask)
+  np.testing.assert_allclose(
+    np.asarray(updates.bundles.old_per_token_logps)[mask],
+    np.asarray(updates.bundles.sampler_logps)[mask],
+    atol=1e-4,
+  )
+
+
+def test_the_first_update_on_sampled_bundles_is_on_policy(updates):
+  metrics = updates.trained_metrics
+  np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-5)
+  assert metrics["clip_fraction"] == 0
+  assert metrics["kl"] < 1e-8
+  assert metrics["sampler_logp_difference_mean"] < 1e-4
+
+
+def test_no_old_or_reference_logps_mean_the_current_ones(
+  tiny, bigram, update, bundles
+):
+  model = make_model(tiny, train_vision=True)
+  logps, _ = bigram_logps(model, bigram, bundles)
+  given = bundles.replace(old_per_token_logps=logps, ref_per_token_logps=logps)
+  implied = bundles.replace(old_per_token_logps=None, ref_per_token_logps=None)
+  expected, expected_metrics = update("dapo", 2, given)
+  actual, metrics = update("dapo", 2, implied)
+  assert_trees_close(actual, expected, atol=1e-5)
+  assert_trees_close(metrics, expected_metrics, atol=1e-5)
+
+
+def test_a_frozen_tower_neither_moves_nor_counts(tiny, updates):
+  """The rest moves as it does beside a tower that is trained."""
+
+  def change(state):
+    change = jax.tree.map(jnp.subtract, state.params, tiny.params)
+    return change, change.pop("vision_encoder")
+
+  frozen, tower = change(updates.frozen)
   assert optax.tree.norm(tower) == 0
-  np.testing.assert_allclose(norm, optax.tree.norm(frozen), rtol=1e-4)
+  np.testing.assert_allclose(
+    updates.frozen_metrics["grad_norm"], optax.tree.norm(frozen), rtol=1e-4
+  )
   assert jnp.abs(frozen["embedder"]["mm_input_projection"]).max() > 0
-  trained, tower, norm = moved(train_vision=True)
+  trained, tower = change(updates.trained)
   assert_trees_close(frozen, trained, atol=1e-6)
-  assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(tower))
-  everything = optax.tree.norm((trained, tower))
-  np.testing.assert_allclose(norm, everything, rtol=1e-4)
+  assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(tower["layers"]))
+  np.testing.assert_allclose(
+    updates.trained_metrics["grad_norm"],
+    optax.tree.norm((trained, tower)),
+    rtol=1e-4,
+  )
+
+
+def test_the_update_donates_its_state(tiny, bigram, bundles):
+  step = train_step.make_train_step(
+    make_model(tiny, train_vision=True),
+    TX,
+    config=OBJECTIVES["dapo"],
+    num_microbatches=1,
+  )
+  state = new_state(bigram)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train_step, "token_logps", bigram_logps)
+    step(state, bundles)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.params))

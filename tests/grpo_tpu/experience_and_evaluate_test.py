@@ -1,0 +1,489 @@
+"""What scripted completions are worth, in a training step and held out."""
+
+import collections
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from configs import base
+from data_pipelines import pipeline, prompts, records
+from data_pipelines import tokenizer as tokens
+from grpo_tpu import config as run_config
+from grpo_tpu import evaluate, experience, metrics, rollout, sharding
+from grpo_tpu import policy as policies
+from grpo_tpu.rewards import scoring
+
+MAX_NEW_TOKENS = 24
+SOFT_TOKENS = 4
+IMAGE_SIZE = 8
+# Of each problem: its type, its answer, and what the greedy policy writes.
+SCRIPT = (
+  ("integer", "3", "<answer>3</answer>"),
+  ("integer", "4", "<answer>5</answer>"),
+  ("float", "1.5", "<answer>1.5</answer>"),
+  ("text", "blue", "<answer>blue</answer>"),
+  ("text", "blue", "<answer>red</answer>"),
+  ("list", "[1, 2]", "<answer>[1, 2]</answer>"),
+  ("integer", "7", "6 " * MAX_NEW_TOKENS),  # Cut off: no end of turn.
+  ("integer", "8", "<answer>8</answer>"),  # UNREADABLE: is never asked.
+  ("float", "2.5", "<answer>2.5</answer>"),  # TOO_LONG: neither is this.
+  ("integer", "9", "π <answer>9</answer>"),
+  ("text", "red", "<answer>red</answer>"),
+)
+UNREADABLE, TOO_LONG = 7, 8
+RIGHT = (0, 2, 3, 5, 9, 10)
+ASKED = tuple(i for i in range(len(SCRIPT)) if i not in (UNREADABLE, TOO_LONG))
+
+
+def make_problem(index):
+  answer_type, answer, _ = SCRIPT[index]
+  is_choice = answer_type == "text"
+  question = "7" * 300 if index == TOO_LONG else "What?"
+  file = io.BytesIO()
+  PIL.Image.new("RGB", (9, 7), (index * 20, 5, 9)).save(file, "PNG")
+  return records.Problem(
+    pid=f"p{index}",
+    question=question,
+    image_path=f"images/{index}.png",
+    image_bytes=file.getvalue(),
+    choices=("red", "blue") if is_choice else (),
+    unit="",
+    precision=1 if answer_type == "float" else -1,
+    answer=answer,
+    question_type="multi_choice" if is_choice else "free_form",
+    answer_type=answer_type,
+    query=question,
+    solution="",
+    metadata={"source": "drawn", "skills": ["arithmetic"]},
+  )
+
+
+PROBLEMS = [make_problem(index) for index in range(len(SCRIPT))]
+
+
+class Source:
+  """The problems, of which one cannot be read."""
+
+  def __init__(self, indices):
+    self.indices = list(indices)
+
+  def __len__(self):
+    return len(self.indices)
+
+  def __getitem__(self, index, /):
+    if self.indices[index] == UNREADABLE:
+      raise records.BadRecord("truncated", "the record ends too soon")
+    return PROBLEMS[self.indices[index]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  tokens.train(map(prompts.chat_text, PROBLEMS), path, 512)
+  return tokens.Tokenizer(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(policies.Policy):
+  """Writes what it is told to: `replies[pid][g]`, "?" to all the others."""
+
+  replies: dict[str, list[str]]
+
+  def sample(self, params, batch, step_key, *, num_completions, temperature):
+    shape = (len(batch.problems), num_completions)
+    ids = np.zeros((*shape, MAX_NEW_TOKENS), np.int32)
+    lengths = np.zeros(shape, np.int32)
+    stopped = np.zeros(shape, bool)
+    for row, column in np.ndindex(*shape):
+      told = self.replies.get(batch.problems[row].pid, ["?"] * num_completions)
+      reply = prompts.encode_completion(told[column], self.tokenizer)
+      stopped[row, column] = len(reply) <= MAX_NEW_TOKENS
+      reply = reply[:MAX_NEW_TOKENS]
+      ids[row, column, : len(reply)] = reply
+      lengths[row, column] = len(reply)
+    mask = np.arange(MAX_NEW_TOKENS) < lengths[..., None]
+    return sharding.put_batch(
+      self.mesh,
+      rollout.Completions(
+        ids, mask, np.where(mask, np.float32(-1), 0), stopped
+      ),
+    )
+
+
+def mesh_of(num_devices):
+  devices = np.array(jax.devices()[:num_devices]).reshape(1, num_devices, 1)
+  return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture
+def policy_of(tokenizer):
+  def policy(replies, *, num_devices=1, kind="online", **objective):
+    values = base.get_config()
+    values.data.kind = kind
+    values.rollout.num_generations = 4
+    values.rollout.max_new_tokens = MAX_NEW_TOKENS
+    values.objective.update(objective)
+    config = run_config.Config.from_config_dict(values)
+    return Scripted(config, mesh_of(num_devices), tokenizer, replies)
+
+  return policy
+
+
+def batches_of(tokenizer, *, batch_size, indices=range(len(SCRIPT))):
+  return pipeline.make_eval_batches(
+    Source(indices),
+    tokenizer,
+    num_problems=len(SCRIPT),
+    batch_size=batch_size,
+    prompt_buckets=(96,),
+    image_size=IMAGE_SIZE,
+    soft_tokens=SOFT_TOKENS,
+    num_images=1,
+    shard_index=0,
+    shard_count=1,
+  )
+
+
+GREEDY = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
+
+
+@pytest.fixture
+def evaluated(policy_of, tokenizer):
+  def result(batch_size=len(SCRIPT), num_devices=1, num_samples=0):
+    return evaluate.evaluate(
+      policy_of(GREEDY, num_devices=num_devices),
+      {},
+      batches_of(tokenizer, batch_size=batch_size),
+      num_samples=num_samples,
+    )
+
+  return result
+
+
+def test_problems_that_cannot_be_asked_count_as_wrong(evaluated):
+  scalars = evaluated().scalars
+  assert scalars["eval/accuracy"] == len(RIGHT) / len(SCRIPT)
+  # All that is asked but the one cut off has the format.
+  assert scalars["eval/format"] == pytest.approx(8 / 11)
+  assert scalars["eval/truncated_fraction"] == pytest.approx(1 / 9)
+
+
+def test_lengths_are_of_what_was_written(evaluated, tokenizer):
+  lengths = [
+    min(len(tokenizer.encode(SCRIPT[i][2])) + 1, MAX_NEW_TOKENS) for i in ASKED
+  ]
+  got = evaluated().scalars["eval/completion_length"]
+  assert got == pytest.approx(np.mean(lengths))
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "num_devices"), [(4, 1), (6, 1), (16, 1), (8, 8)]
+)
+def test_neither_batch_size_nor_padding_nor_devices_change_a_scalar(
+  evaluated, batch_size, num_devices
+):
+  wanted, got = evaluated(), evaluated(batch_size, num_devices)
+  assert got.scalars == pytest.approx(wanted.scalars, rel=1e-6)
+  assert got.records == wanted.records
+
+
+def test_slices_add_up_to_the_whole(evaluated):
+  scalars = evaluated().scalars
+  # What cannot be read stands in as a free-form integer.
+  slices = {
+    "multi_choice": (2, 3),
+    "free_form": (4, 8),
+    "integer": (2, 5),
+    "float": (1, 2),
+    "text": (2, 3),
+    "list": (1, 1),
+  }
+  got = {k: v for k, v in scalars.items() if k.startswith("eval/accuracy/")}
+  assert got == pytest.approx(
+    {f"eval/accuracy/{name}": a / b for name, (a, b) in slices.items()}
+  )
+  for names in (
+    ("multi_choice", "free_form"),
+    ("integer", "float", "text", "list"),
+  ):
+    right, count = np.sum([slices[name] for name in names], axis=0)
+    assert scalars["eval/accuracy"] == right / count
+
+
+def test_a_slice_without_problems_is_left_out(policy_of, tokenizer):
+  batches = batches_of(tokenizer, batch_size=4, indices=[0, 1])
+  scalars = evaluate.evaluate(
+    policy_of(GREEDY), {}, batches, num_samples=0
+  ).scalars
+  assert scalars["eval/accuracy/integer"] == 0.5
+  assert "eval/accuracy/multi_choice" not in scalars
+
+
+def test_records_are_in_mathvistas_results_format(evaluated):
+  results = evaluated(batch_size=4).records
+  assert set(results) == {
+    "unreadable:7" if i == UNREADABLE else f"p{i}" for i in range(len(SCRIPT))
+  }
+  # As the benchmark's own scorer reads and leaves them.
+  keys = (
+    "question image choices unit precision answer question_type answer_type "
+    "pid metadata query response extraction prediction true_false"
+  )
+  for pid, record in results.items():
+    assert set(record) == set(keys.split())
+    assert record["pid"] == pid
+  assert {pid for pid, record in results.items() if record["true_false"]} == {
+    f"p{i}" for i in RIGHT
+  }
+  choice, number, unasked = results["p4"], results["p2"], results["p8"]
+  assert choice["choices"] == ["red", "blue"] and choice["precision"] is None
+  assert choice["extraction"] == choice["prediction"] == "red"
+  assert choice["response"] == "<answer>red</answer>"
+  assert number["choices"] is None and number["precision"] == 1
+  assert number["unit"] is None and number["answer"] == "1.5"
+  assert (unasked["response"], unasked["extraction"]) == ("", None)
+  assert unasked["metadata"] == {"source": "drawn", "skills": ["arithmetic"]}
+
+
+def test_what_is_written_reads_back(evaluated, tmp_path):
+  result = evaluated()
+  evaluate.write(result, str(tmp_path), "testmini")
+  folder = tmp_path / "eval"
+
+  def read(name):
+    return json.loads(
+      (folder / name).read_text("utf-8"), parse_constant=pytest.fail
+    )
+
+  assert read("output_testmini.json") == result.records
+  assert "π" in (folder / "output_testmini.json").read_text("utf-8")
+  assert read("scores.json") == pytest.approx(result.scalars)
+  assert sorted(x.name for x in folder.iterdir()) == [
+    "output_testmini.json",
+    "scores.json",
+  ]
+
+
+@pytest.mark.parametrize("batch_size", [2, len(SCRIPT)])
+def test_samples_are_the_first_usable_problems(evaluated, batch_size):
+  samples = evaluated(batch_size, num_samples=8).samples
+  assert [s.pid for s in samples] == [f"p{i}" for i in ASKED[:8]]
+  assert samples[7].completion == SCRIPT[9][2]
+
+
+def test_evaluation_names_are_declared(evaluated, tmp_path):
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, evaluated().scalars)
+
+
+def group_of(index, right):
+  """Four replies to a problem; those at `right` are right."""
+  wrong = "<answer>1000</answer>" if index not in (3, 4, 10) else "none"
+  gold = f"<answer>{SCRIPT[index][1]}</answer>"
+  return [gold if column in right else wrong for column in range(4)]
+
+
+GROUPS = {
+  f"p{i}": group_of(i, right)
+  for i, right in enumerate(
+    [(0,), (1, 2), (), (0, 1, 2, 3), (3,), (0, 2)] + [(0, 1)] * 5
+  )
+}
+
+
+def online(policy, tokenizer, indices=range(len(SCRIPT)), num_samples=0):
+  (batch,) = batches_of(tokenizer, batch_size=len(indices), indices=indices)
+  return batch, experience.online(
+    policy, {}, batch, jax.random.key(0), num_samples=num_samples
+  )
+
+
+def lasting(scalars):
+  """Those that are not wall-clock time."""
+  return {
+    name: float(value)
+    for name, value in scalars.items()
+    if not name.startswith("perf/")
+  }
+
+
+def test_unusable_prompts_leave_no_mark_on_what_is_learnt(policy_of, tokenizer):
+  policy = policy_of(GROUPS)
+  _, whole = online(policy, tokenizer)
+  _, usable = online(policy, tokenizer, ASKED)
+  rows = list(ASKED)
+  for name in ("completion_mask", "advantages"):
+    got = np.asarray(getattr(whole.bundles, name))
+    np.testing.assert_array_equal(
+      got[rows], np.asarray(getattr(usable.bundles, name)), err_msg=name
+    )
+    assert not got[[UNREADABLE, TOO_LONG]].any()
+  got, wanted = lasting(whole.scalars), lasting(usable.scalars)
+  assert (got.pop("data/skipped"), wanted.pop("data/skipped")) == (2, 0)
+  assert got == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_compare_the_completions_of_one_prompt(
+  policy_of, tokenizer, scale
+):
+  policy = policy_of(GROUPS, advantage_scale=scale)
+  batch, found = online(policy, tokenizer, ASKED)
+  rewards = np.array(
+    [
+      scoring.score(
+        GROUPS[problem.pid], [problem] * 4, policy.config.rewards
+      ).total
+      for problem in batch.problems
+    ]
+  )
+  centred = rewards - rewards.mean(1, keepdims=True)
+  divisor = {
+    "group": rewards.std(1, ddof=1, keepdims=True) + 1e-4,
+    "batch": rewards.std(ddof=1) + 1e-4,
+    "none": 1.0,
+  }[scale]
+  np.testing.assert_allclose(
+    np.asarray(found.bundles.advantages), centred / divisor, atol=2e-4
+  )
+  scalars = lasting(found.scalars)
+  assert scalars["rollout/reward"] == pytest.approx(rewards.mean(), rel=1e-5)
+  assert scalars["rollout/reward_std"] == pytest.approx(
+    rewards.std(1, ddof=1).mean(), rel=1e-4
+  )
+
+
+def test_statistics_are_those_worked_by_hand(policy_of, tokenizer):
+  _, found = online(policy_of(GROUPS), tokenizer, [0, 1, 2, 3])
+  scalars = lasting(found.scalars)
+  # One, two, none and four of four are right.
+  assert scalars["rollout/accuracy"] == pytest.approx(7 / 16)
+  assert scalars["reward/accuracy_mean"] == pytest.approx(7 / 16)
+  assert scalars["reward/accuracy_std"] == pytest.approx(
+    np.sqrt(7 / 16 * 9 / 16)
+  )
+  assert scalars["rollout/all_right_fraction"] == 0.25
+  assert scalars["rollout/all_wrong_fraction"] == 0.25
+  assert scalars["rollout/unanimous_fraction"] == 0.5
+  assert scalars["rollout/truncated_fraction"] == 0.0
+
+
+def test_truncation_and_lengths_count_completions_of_usable_prompts(
+  policy_of, tokenizer
+):
+  replies = {"p0": ["7 " * MAX_NEW_TOKENS, "7", "7", "7"]}
+  policy = policy_of(replies)
+  batch, found = online(policy, tokenizer, [0, UNREADABLE])
+  scalars = lasting(found.scalars)
+  short = len(tokenizer.encode("7")) + 1
+  assert scalars["rollout/truncated_fraction"] == 0.25
+  assert scalars["rollout/completion_length"] == pytest.approx(
+    (MAX_NEW_TOKENS + 3 * short) / 4
+  )
+  assert scalars["rollout/prompt_length"] == batch.prompt_length[0]
+
+
+def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
+  policy_of, tokenizer, monkeypatch
+):
+  score = scoring.score
+
+  def failing(completions, problems, config):
+    scores = score(completions, problems, config)
+    valid, total = scores.valid.copy(), scores.total.copy()
+    valid[1], total[1] = False, 0.0
+    return dataclasses.replace(
+      scores, valid=valid, total=total, errors=scores.errors | {"format": 1}
+    )
+
+  monkeypatch.setattr(scoring, "score", failing)
+  _, found = online(policy_of(GROUPS), tokenizer, [0, 1])
+  mask = np.asarray(found.bundles.completion_mask)
+  assert not mask[0, 1].any() and mask[0, [0, 2, 3]].any(axis=-1).all()
+  advantages = np.asarray(found.bundles.advantages)
+  assert advantages[0, 1] == 0
+  # One of the three that are left is right.
+  assert lasting(found.scalars)["rollout/accuracy"] == pytest.approx(3 / 7)
+  assert lasting(found.scalars)["reward/errors"] == 1
+  assert advantages[0, 0] > 0 > advantages[0, 2]
+
+
+def test_samples_carry_the_rewards_of_their_own_completion(
+  policy_of, tokenizer
+):
+  policy = policy_of(GROUPS)
+  batch, found = online(policy, tokenizer, num_samples=99)
+  assert [s.pid for s in found.samples] == [f"p{i}" for i in ASKED]
+  for sample, row in zip(found.samples, ASKED, strict=True):
+    scores = scoring.score(
+      [GROUPS[sample.pid][0]], [batch.problems[row]], policy.config.rewards
+    )
+    assert sample.reward == pytest.approx(scores.total[0])
+    assert sample.rewards == pytest.approx(
+      {name: value[0] for name, value in scores.components.items()}
+    )
+    assert sample.completion == GROUPS[sample.pid][0]
+    np.testing.assert_array_equal(sample.image, batch.images[row, 0])
+
+
+def test_names_of_a_step_are_declared(policy_of, tokenizer, tmp_path):
+  _, found = online(policy_of(GROUPS), tokenizer)
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, found.scalars)
+
+
+def offline(policy, tokenizer):
+  config = policy.config
+  batch = next(
+    pipeline.make_pipeline(
+      Source(range(len(SCRIPT))),
+      tokenizer,
+      kind=config.data.kind,
+      seed=0,
+      prompts_per_step=len(SCRIPT),
+      prompt_buckets=(96,),
+      max_new_tokens=MAX_NEW_TOKENS,
+      image_size=IMAGE_SIZE,
+      soft_tokens=SOFT_TOKENS,
+      num_images=1,
+      shard_index=0,
+      shard_count=1,
+      start_step=0,
+    )
+  )
+  return batch, experience.offline(policy, batch)
+
+
+def test_demonstrations_are_learnt_from_where_they_are_usable(
+  policy_of, tokenizer
+):
+  batch, found = offline(policy_of({}, kind="demonstrations"), tokenizer)
+  assert collections.Counter(batch.valid.tolist()) == {True: 9, False: 2}
+  mask = np.asarray(found.bundles.completion_mask)
+  np.testing.assert_array_equal(mask.any(axis=(1, 2)), batch.valid)
+  np.testing.assert_array_equal(
+    np.asarray(found.bundles.completion_ids), batch.completion_ids
+  )
+  assert lasting(found.scalars) == {"data/skipped": 2.0}
+  assert not found.samples
+
+
+def test_the_chosen_completion_of_a_pair_is_preferred(
+  policy_of, tokenizer, tmp_path
+):
+  batch, found = offline(policy_of({}, kind="preference"), tokenizer)
+  advantages = np.asarray(found.bundles.advantages)
+  assert (advantages[batch.valid, 0] > 0).all()
+  assert (advantages[batch.valid, 1] < 0).all()
+  assert not advantages[~batch.valid].any()
+  scalars = lasting(found.scalars)
+  assert scalars["train/preference_accuracy"] == 1.0
+  assert scalars["data/skipped"] == (~batch.valid).sum() == 2
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, found.scalars)
