@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipelines import pipeline, synthetic
-from grpo_tpu import objective, optimizer
+from grpo_tpu import objective as objectives
+from grpo_tpu import optimizer as optimizers
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.rewards import scoring
 
@@ -233,28 +234,28 @@ class Config:
     return gemma3_config.CONFIGS[self.model.name]
 
   @property
-  def objective_config(self) -> objective.ObjectiveConfig:
+  def objective_config(self) -> objectives.ObjectiveConfig:
     """The preset with this run's changes."""
     changes = {
       field.name: getattr(self.objective, field.name)
-      for field in dataclasses.fields(objective.ObjectiveConfig)
+      for field in dataclasses.fields(objectives.ObjectiveConfig)
     }
     if changes["max_completion_length"] is None:
       changes["max_completion_length"] = self.rollout.max_new_tokens
     changes = {k: v for k, v in changes.items() if v is not None}
-    preset = objective.PRESETS[self.objective.preset]
+    preset = objectives.PRESETS[self.objective.preset]
     return dataclasses.replace(preset, **changes)
 
   @property
   def advantage_scale(self) -> str:
     """The setting, or what goes with the preset."""
-    preset = objective.ADVANTAGE_SCALES[self.objective.preset]
+    preset = objectives.ADVANTAGE_SCALES[self.objective.preset]
     return self.objective.advantage_scale or preset
 
   @property
-  def optimizer_config(self) -> optimizer.OptimizerConfig:
+  def optimizer_config(self) -> optimizers.OptimizerConfig:
     """The settings, with the number of updates of this run."""
-    return optimizer.OptimizerConfig(
+    return optimizers.OptimizerConfig(
       num_steps=self.train.num_steps * self.train.num_iterations,
       **dataclasses.asdict(self.optimizer),
     )
@@ -416,11 +417,11 @@ def _check_names(config: Config) -> None:
     ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
-    ("objective.preset", config.objective.preset, tuple(objective.PRESETS)),
+    ("objective.preset", config.objective.preset, tuple(objectives.PRESETS)),
     (
       "objective.advantage_scale",
       config.advantage_scale
-      if config.objective.preset in objective.PRESETS
+      if config.objective.preset in objectives.PRESETS
       else "group",
       ("group", "batch", "none"),
     ),

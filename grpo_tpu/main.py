@@ -19,7 +19,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Settings of the run.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run keeps all it writes."
+  "workdir", None, "Where the run keeps all it writes.", required=True
 )
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
   """The flags, or the exit code of a bad request where absl would take 1."""
   logs.silence_libraries()
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("config")
   try:
     arguments = flags.FLAGS(list(argv))
     # A config file that is not there raises when it is first looked into.

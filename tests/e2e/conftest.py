@@ -21,6 +21,8 @@ TINY = (
   "--config.train.microbatch_bundles=4",
   "--config.rollout.num_generations=4",
   "--config.rollout.max_new_tokens=8",
+  # Half of the time goes into compiling, and this is less to compile.
+  "--config.model.remat=False",
   # Pays whatever is written, so that no step is without a gradient.
   "--config.rewards.length=0.5",
   "--config.rewards.gate_heuristics=False",

@@ -36,6 +36,7 @@ SCRIPT = (
   ("integer", "9", "π <answer>9</answer>"),
   ("text", "red", "<answer>red</answer>"),
 )
+EVERY = range(len(SCRIPT))
 UNREADABLE, TOO_LONG = 7, 8
 RIGHT = (0, 2, 3, 5, 9, 10)
 ASKED = tuple(i for i in range(len(SCRIPT)) if i not in (UNREADABLE, TOO_LONG))
@@ -135,7 +136,7 @@ def policy_of(tokenizer):
   return policy
 
 
-def batches_of(tokenizer, *, batch_size, indices=range(len(SCRIPT))):
+def batches_of(tokenizer, *, batch_size, indices=EVERY):
   return pipeline.make_eval_batches(
     Source(indices),
     tokenizer,
@@ -155,7 +156,7 @@ GREEDY = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
 
 @pytest.fixture
 def evaluated(policy_of, tokenizer):
-  def result(batch_size=len(SCRIPT), num_devices=1, num_samples=0):
+  def result(batch_size=11, num_devices=1, num_samples=0):
     return evaluate.evaluate(
       policy_of(GREEDY, num_devices=num_devices),
       {},
@@ -297,7 +298,7 @@ GROUPS = {
 }
 
 
-def online(policy, tokenizer, indices=range(len(SCRIPT)), num_samples=0):
+def online(policy, tokenizer, indices=EVERY, num_samples=0):
   (batch,) = batches_of(tokenizer, batch_size=len(indices), indices=indices)
   return batch, experience.online(
     policy, {}, batch, jax.random.key(0), num_samples=num_samples

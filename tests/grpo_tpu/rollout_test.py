@@ -141,6 +141,8 @@ def test_what_a_row_samples_does_not_depend_on_its_batch(
   np.testing.assert_array_equal(actual.ids, ids[1:3, :2])
 
 
-def test_the_place_in_the_step_decides_what_is_drawn(tiny, prompts, completions):
+def test_the_place_in_the_step_decides_what_is_drawn(
+  tiny, prompts, completions
+):
   elsewhere = sampled(tiny, prompts, np.arange(PROMPTS) + PROMPTS)
   assert (elsewhere.ids != completions.ids).any(axis=(1, 2)).all()

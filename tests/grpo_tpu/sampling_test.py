@@ -45,7 +45,9 @@ def test_a_rows_draw_depends_on_its_own_key_and_logits_alone():
 def test_each_token_of_a_row_has_a_number_of_its_own():
   keys = sampling.row_keys(KEY, jnp.arange(8), 8)
   logits = jnp.zeros((8, 8, 1000))
-  first, second = (sampling.sample(logits, keys, jnp.asarray(t)) for t in (0, 1))
+  first, second = (
+    sampling.sample(logits, keys, jnp.asarray(t)) for t in (0, 1)
+  )
   assert (first != second).mean() > 0.9
 
 

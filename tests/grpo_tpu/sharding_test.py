@@ -87,9 +87,7 @@ def unsharded(tiny):
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
-def test_a_step_on_a_mesh_equals_one_on_a_single_device(
-  tiny, unsharded, shape
-):
+def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
   mesh = sharding.make_mesh(*shape)
   with jax.set_mesh(mesh):
     actual = step_of(

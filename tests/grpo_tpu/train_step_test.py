@@ -38,15 +38,16 @@ def make_model(tiny, *, train_vision):
 
 
 def bigram_logps(model, params, bundles):
-  """As `token_logps`, of a model that sees one token back."""
+  """As `token_logps`, of a model that sees one token and a constant tower."""
   embedding = params["embedder"]["input_embedding"]
   last = bundles.prompt_length[:, None] - 1
   first = jnp.take_along_axis(bundles.prompt_ids, last, axis=1)[:, None]
   ids = bundles.completion_ids
   first = jnp.broadcast_to(first, (*ids.shape[:2], 1))
   previous = jnp.concatenate([first, ids[..., :-1]], axis=-1)
+  tower = params["vision_encoder"]["bias"][None, None, None]
   return logprobs.per_token_logps(
-    embedding[previous] @ params["mix"],
+    embedding[previous] @ params["mix"] + tower,
     ids,
     embedding,
     temperature=model.temperature,
@@ -62,6 +63,7 @@ def bigram():
       "input_embedding": jnp.asarray(rng.normal(0, 1, (130, 8)), jnp.float32)
     },
     "mix": jnp.asarray(rng.normal(0, 0.3, (8, 8)), jnp.float32),
+    "vision_encoder": {"bias": jnp.full(8, 0.1)},
   }
 
 
@@ -78,7 +80,10 @@ def bundles(tiny, bigram):
     advantages=jnp.asarray(rng.normal(0, 1, shape[:2]), jnp.float32),
   )
   logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, bundles)
-  near = lambda: logps + 0.2 * rng.normal(0, 1, shape).astype(np.float32)  # noqa: E731
+
+  def near():
+    return logps + 0.2 * rng.normal(0, 1, shape).astype(np.float32)
+
   return bundles.replace(
     old_per_token_logps=near(),
     ref_per_token_logps=near(),
@@ -89,19 +94,27 @@ def bundles(tiny, bigram):
 @pytest.fixture(scope="module")
 def update(tiny, bigram):
   """`update(objective, parts, bundles)`: the bigram after, and metrics."""
-  model = make_model(tiny, train_vision=True)
 
   @functools.cache
-  def made(name, num_microbatches):
+  def made(name, num_microbatches, train_vision):
     return train_step.make_train_step(
-      model, TX, config=OBJECTIVES[name], num_microbatches=num_microbatches
+      make_model(tiny, train_vision=train_vision),
+      TX,
+      config=OBJECTIVES[name],
+      num_microbatches=num_microbatches,
     )
 
-  def run(name, num_microbatches, bundles):
+  def run(name, num_microbatches, bundles, *, train_vision=True):
+    state = new_state(bigram)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(train_step, "token_logps", bigram_logps)
-      state, metrics = made(name, num_microbatches)(new_state(bigram), bundles)
-    return state.params, metrics
+      after, metrics = made(name, num_microbatches, train_vision)(
+        state, bundles
+      )
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params)), (
+      "the update did not take the state's memory over"
+    )
+    return after.params, metrics
 
   return run
 
@@ -180,7 +193,9 @@ def test_what_stands_in_a_masked_row_changes_nothing(update, bundles, name):
   assert_trees_close(metrics, expected_metrics, atol=1e-6)
 
 
-def test_a_batch_of_nothing_leaves_the_parameters_alone(bigram, update, bundles):
+def test_a_batch_of_nothing_leaves_the_parameters_alone(
+  bigram, update, bundles
+):
   nothing = bundles.replace(
     completion_mask=jnp.zeros_like(bundles.completion_mask)
   )
@@ -199,20 +214,9 @@ def test_sampler_weights_are_the_odds_of_old_and_sampler_up_to_the_cap(
   np.testing.assert_allclose(metrics["sampler_weight"], expected, rtol=1e-5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Updates:
-  """What one batch of pictures made of the network, tower trained or not."""
-
-  bundles: train_step.Bundles
-  trained: train_state.TrainState
-  trained_metrics: dict
-  frozen: train_state.TrainState
-  frozen_metrics: dict
-
-
 @pytest.fixture(scope="module")
-def updates(tiny):
-  """As online: sampled, scored in parts, updated."""
+def online(tiny):
+  """Bundles with pictures, sampled and scored; the network's update."""
   prompts = tiny.prompts(PROMPTS)
   completions = rollout.rollout(
     tiny.params,
@@ -242,33 +246,42 @@ def updates(tiny):
   bundles = bundles.replace(
     old_per_token_logps=scores, ref_per_token_logps=scores
   )
-  results = []
-  for train_vision in (True, False):
-    step = train_step.make_train_step(
-      make_model(tiny, train_vision=train_vision),
-      TX,
-      config=OBJECTIVES["grpo"],
-      num_microbatches=2,
-    )
-    results += step(new_state(tiny.params), bundles)
-  return Updates(bundles, *results)
+  update = train_step.make_train_step(
+    make_model(tiny, train_vision=True),
+    TX,
+    config=OBJECTIVES["grpo"],
+    num_microbatches=2,
+  )
+  return bundles, *update(new_state(tiny.params), bundles)
 
 
-def test_scores_are_the_samplers_logps(updates):
-  mask = np.asarray(updates.bundles.completion_mask)
+def test_scores_are_the_samplers_logps(online):
+  bundles, _, _ = online
+  mask = np.asarray(bundles.completion_mask)
   np.testing.assert_allclose(
-    np.asarray(updates.bundles.old_per_token_logps)[mask],
-    np.asarray(updates.bundles.sampler_logps)[mask],
+    np.asarray(bundles.old_per_token_logps)[mask],
+    np.asarray(bundles.sampler_logps)[mask],
     atol=1e-4,
   )
 
 
-def test_the_first_update_on_sampled_bundles_is_on_policy(updates):
-  metrics = updates.trained_metrics
+def test_the_first_update_on_sampled_bundles_is_on_policy(online):
+  _, _, metrics = online
   np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-5)
   assert metrics["clip_fraction"] == 0
   assert metrics["kl"] < 1e-8
   assert metrics["sampler_logp_difference_mean"] < 1e-4
+
+
+def test_an_update_reaches_every_parameter_of_the_network(tiny, online):
+  _, state, metrics = online
+  change = jax.tree.map(
+    lambda x, y: np.asarray(x) - np.asarray(y), state.params, tiny.params
+  )
+  for path, leaf in jax.tree_util.tree_leaves_with_path(change):
+    assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+  norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(change)))
+  np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
 
 
 def test_no_old_or_reference_logps_mean_the_current_ones(
@@ -284,38 +297,19 @@ def test_no_old_or_reference_logps_mean_the_current_ones(
   assert_trees_close(metrics, expected_metrics, atol=1e-5)
 
 
-def test_a_frozen_tower_neither_moves_nor_counts(tiny, updates):
+def test_a_frozen_tower_neither_moves_nor_counts(bigram, update, bundles):
   """The rest moves as it does beside a tower that is trained."""
 
-  def change(state):
-    change = jax.tree.map(jnp.subtract, state.params, tiny.params)
-    return change, change.pop("vision_encoder")
+  def change(train_vision):
+    params, metrics = update("dapo", 2, bundles, train_vision=train_vision)
+    change = jax.tree.map(jnp.subtract, params, bigram)
+    return change, change.pop("vision_encoder"), metrics["grad_norm"]
 
-  frozen, tower = change(updates.frozen)
+  frozen, tower, norm = change(train_vision=False)
   assert optax.tree.norm(tower) == 0
-  np.testing.assert_allclose(
-    updates.frozen_metrics["grad_norm"], optax.tree.norm(frozen), rtol=1e-4
-  )
-  assert jnp.abs(frozen["embedder"]["mm_input_projection"]).max() > 0
-  trained, tower = change(updates.trained)
+  np.testing.assert_allclose(norm, optax.tree.norm(frozen), rtol=1e-4)
+  trained, tower, norm = change(train_vision=True)
+  assert optax.tree.norm(tower) > 0
   assert_trees_close(frozen, trained, atol=1e-6)
-  assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(tower["layers"]))
-  np.testing.assert_allclose(
-    updates.trained_metrics["grad_norm"],
-    optax.tree.norm((trained, tower)),
-    rtol=1e-4,
-  )
-
-
-def test_the_update_donates_its_state(tiny, bigram, bundles):
-  step = train_step.make_train_step(
-    make_model(tiny, train_vision=True),
-    TX,
-    config=OBJECTIVES["dapo"],
-    num_microbatches=1,
-  )
-  state = new_state(bigram)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_step, "token_logps", bigram_logps)
-    step(state, bundles)
-  assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+  everything = optax.tree.norm((trained, tower))
+  np.testing.assert_allclose(norm, everything, rtol=1e-4)
