@@ -19,6 +19,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.data.synthetic.kinds = ("bar_max", "color")
   config.data.synthetic.image_size = 48
   config.data.synthetic.multi_choice_share = 0.0
+  config.data.synthetic.min_options = 3
   config.data.synthetic.max_options = 4
   # The drawn prompts fit the first; real questions need the others.
   config.data.prompt_buckets = (44, 256, 512, 1024)
@@ -38,8 +39,8 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.train.microbatch_bundles = 64
   if stage == "warm_start":
     config.data.kind = "demonstrations"
-    config.train.num_steps = 30
-    config.eval.every_steps = 30
+    config.train.num_steps = 28
+    config.eval.every_steps = 28
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 10
   else:

@@ -190,10 +190,12 @@ def resumed(new_run) -> Run:
 def evaluation(program, drawn, unbroken) -> Run:
   """The end of `unbroken` on the held-out problems, by --mode=evaluate."""
   workdir = unbroken.workdir.with_name("evaluation")
-  settings = (
+  return Run(
+    program,
+    workdir,
+    "--mode=evaluate",
     "--config=configs/smoke.py",
+    *TINY,
     f"--config.data.dir={drawn}",
     f"--config.model.weights=run:{unbroken.workdir}",
-    "--mode=evaluate",
-  )
-  return Run(program, workdir, *TINY, *settings).start()
+  ).start()
