@@ -434,7 +434,7 @@ class _Rows:
 def _warn(index: int, error: Exception) -> None:
   """Says so a few times; `Batch.valid` counts the rest."""
   message = "Record %d is masked: %s"
-  logging.log_first_n(logging.WARNING, message, 20, index, error)
+  logging.log_first_n(logging.WARNING, message, 3, index, error)
 
 
 def _stand_in(pid: str) -> records.Problem:

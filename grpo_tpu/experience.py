@@ -232,6 +232,7 @@ def _advantages(rewards, valid, *, scale, baseline):
     / num_groups,
     "rollout/all_right_fraction": health["all_right"],
     "rollout/all_wrong_fraction": health["all_wrong"],
+    "rollout/mixed_fraction": health["mixed"],
   }
   for name, values in rewards.items():
     if name == "total":
