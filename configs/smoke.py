@@ -39,10 +39,10 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.train.microbatch_bundles = 64
   if stage == "warm_start":
     config.data.kind = "demonstrations"
-    config.train.num_steps = 28
-    config.eval.every_steps = 28
+    config.train.num_steps = 20
+    config.eval.every_steps = 20
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 10
+    config.optimizer.warmup_steps = 5
   else:
     config.train.num_steps = 200
     config.eval.every_steps = 25
