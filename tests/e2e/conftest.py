@@ -42,8 +42,8 @@ class Program:
     self._logs.mkdir()
     self._environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
-      # Not the tests' own eight devices, which a user does not have; and most of
-      # the time is compilation, of which this leaves half.
+      # Not the tests' own eight devices, which a user does not have. Most of
+      # the time goes into compiling, of which this leaves half.
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
       "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
