@@ -28,7 +28,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.rollout.max_new_tokens = 6
   config.eval.num_problems = 512
   config.eval.batch_size = 256
-  config.samples.every_steps = 15
+  config.samples.every_steps = 20
   config.checkpoint.every_steps = 50
   # A group that is all right would be told apart by heuristics alone.
   config.rewards.length = 0.0
@@ -39,12 +39,12 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.train.microbatch_bundles = 64
   if stage == "warm_start":
     config.data.kind = "demonstrations"
-    config.train.num_steps = 15
-    config.eval.every_steps = 15
+    config.train.num_steps = 22
+    config.eval.every_steps = 22
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
-    config.train.num_steps = 200
+    config.train.num_steps = 300
     config.eval.every_steps = 25
-    config.optimizer.learning_rate = 4e-4
+    config.optimizer.learning_rate = 3e-4
   return config
