@@ -44,7 +44,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
-    config.train.num_steps = 200
+    config.train.num_steps = 250
     config.eval.every_steps = 25
     config.optimizer.learning_rate = 3e-4
   return config
