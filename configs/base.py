@@ -29,6 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_split = "eval"
   config.data.prompts_per_step = 64
   config.data.prompt_buckets = (384, 512, 1024, 2048)
+  # Of kind "preference"; without a file, one right reply and wrong ones.
+  config.data.preference_completions = 2
+  config.data.preference_file = ""
+  config.data.preference_rewards = "functions"
   config.data.accept_mathvista_training_terms = False
 
   config.model = ml_collections.ConfigDict()
@@ -75,6 +79,16 @@ def get_config() -> ml_collections.ConfigDict:
   config.objective.kl_gradient = config_dict.placeholder(str)
   config.objective.tis_cap = config_dict.placeholder(float)
   config.objective.max_completion_length = config_dict.placeholder(int)
+
+  config.shaping = ml_collections.ConfigDict()
+  config.shaping.truncated = "keep"
+  config.shaping.soft_tokens = 128
+  config.shaping.zero_variance = "keep"
+  config.shaping.max_batches = 3
+  config.shaping.advantage_clip = config_dict.placeholder(float)
+  config.shaping.top_entropy_share = 1.0
+  config.shaping.entropy_bonus = 0.0
+  config.shaping.sampler_correction = "token"
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.learning_rate = 1e-6

@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -22,10 +23,6 @@ from data_pipelines import images, preferences, prompts, records
 from data_pipelines import tokenizer as tokens
 
 KINDS = ("online", "demonstrations", "preference")
-# Completions that come with each prompt.
-_COMPLETIONS = {"online": 0, "demonstrations": 1, "preference": 2} | {
-  "evaluation": 0
-}
 # In place of a prompt's length.
 _UNUSABLE, _PADDING = 0, -1
 # Four threads keep ahead of any training step; each holds one batch.
@@ -57,8 +54,11 @@ class Batch:
     problems: The B problems. A damaged one is empty but for a pid that names
       its index; one that is too long is itself; padding has the pid "".
     completion_ids: int32 [B, C, T], or None for kind "online". C = 1 for
-      "demonstrations"; 2, the chosen and the rejected, for "preference".
-    completion_mask: bool [B, C, T]: real tokens, the end of turn included.
+      "demonstrations", and `num_replies` for "preference".
+    completion_mask: bool [B, C, T]: real tokens, the end of turn included; all
+      False for a reply that is not there.
+    labels: float32 [B, C] for "preference", higher for what is preferred, NaN
+      for a reply that is not there; otherwise None.
   """
 
   prompt_ids: np.ndarray
@@ -69,6 +69,7 @@ class Batch:
   problems: tuple[records.Problem, ...]
   completion_ids: np.ndarray | None
   completion_mask: np.ndarray | None
+  labels: np.ndarray | None
 
 
 def make_pipeline(
@@ -86,6 +87,8 @@ def make_pipeline(
   shard_index: int,
   shard_count: int,
   start_step: int,
+  replies: preferences.Source | None = None,
+  num_replies: int = 2,
 ) -> Iterator[Batch]:
   """The endless batches of one shard, from `start_step` on.
 
@@ -104,6 +107,9 @@ def make_pipeline(
     shard_index: This shard's place along the mesh's data axis.
     shard_count: How many shards share a step.
     start_step: The first step to yield.
+    replies: What "preference" learns from; None draws a right reply and wrong
+      ones.
+    num_replies: How many of them.
 
   Returns:
     An iterator whose n-th batch is that of step `start_step + n`.
@@ -125,6 +131,8 @@ def make_pipeline(
     num_images=num_images,
     shard_index=shard_index,
     shard_count=shard_count,
+    replies=replies or preferences.drawn(num_replies),
+    num_replies=num_replies,
   )
   rows.check_batch_size("data.prompts_per_step", prompts_per_step)
   lengths = rows.prompt_lengths(len(source))
@@ -160,6 +168,9 @@ def make_eval_batches(
   num_images: int,
   shard_index: int,
   shard_count: int,
+  max_new_tokens: int = 0,
+  replies: preferences.Source | None = None,
+  num_replies: int = 0,
 ) -> "EvalBatches":
   """One shard's batches of the first problems of `source`, in its order.
 
@@ -174,6 +185,10 @@ def make_eval_batches(
     num_images: As for `make_pipeline`.
     shard_index: As for `make_pipeline`.
     shard_count: As for `make_pipeline`.
+    max_new_tokens: T of the replies.
+    replies: Labelled completions to bring along with each problem; None for
+      prompts alone.
+    num_replies: How many of them.
 
   Returns:
     Batches of equal size, built when they are asked for; the last one is
@@ -186,15 +201,18 @@ def make_eval_batches(
   rows = _Rows(
     source=source,
     tokenizer=tokenizer,
-    kind="evaluation",
+    kind="preference" if replies else "online",
     seed=0,
     prompt_buckets=prompt_buckets,
-    max_new_tokens=0,
+    max_new_tokens=max_new_tokens,
     image_size=image_size,
     soft_tokens=soft_tokens,
     num_images=num_images,
     shard_index=shard_index,
     shard_count=shard_count,
+    replies=replies or preferences.drawn(2),
+    num_replies=num_replies,
+    is_evaluation=True,
   )
   rows.check_batch_size("eval.batch_size", batch_size)
   lengths = rows.prompt_lengths(min(num_problems, len(source)))
@@ -232,6 +250,7 @@ class _Row(NamedTuple):
 
   prompt: list[int]
   completions: list[list[int]]
+  labels: list[float]
   images: np.ndarray
   valid: bool
   problem: records.Problem
@@ -252,6 +271,9 @@ class _Rows:
   num_images: int
   shard_index: int
   shard_count: int
+  replies: preferences.Source
+  num_replies: int
+  is_evaluation: bool = False
 
   def __post_init__(self):
     if self.num_images not in (0, 1):
@@ -296,7 +318,7 @@ class _Rows:
       except _UNREADABLE as error:
         _warn(index, error)
         continue
-      if self.kind != "evaluation" and not problem.has_answer:
+      if not self.is_evaluation and not problem.has_answer:
         raise ValueError(
           f"problem {problem.pid} has no public answer, and training needs "
           "one for every problem; train on another split."
@@ -340,6 +362,9 @@ class _Rows:
       problems=tuple(row.problem for row in rows),
       completion_ids=ids,
       completion_mask=mask,
+      labels=np.array([row.labels for row in rows], np.float32)
+      if self.kind == "preference"
+      else None,
     )
 
   def _row(self, index: int, length: int, place: list[int]) -> _Row:
@@ -349,9 +374,11 @@ class _Rows:
       try:
         problem = self.source[index]
         if length != _UNUSABLE:
+          completions, labels = self._completions(problem, place)
           return _Row(
             prompt=self._prompt(problem),
-            completions=self._completions(problem, place),
+            completions=completions,
+            labels=labels,
             images=self._images(problem),
             valid=True,
             problem=problem,
@@ -360,11 +387,18 @@ class _Rows:
         _warn(index, error)
     return _Row(
       prompt=self._prompt(_stand_in("")),
-      completions=[[]] * _COMPLETIONS[self.kind],
+      completions=[[]] * self._num_completions,
+      labels=[math.nan] * self._num_completions,
       images=np.zeros(self._image_shape, np.uint8),
       valid=False,
       problem=problem,
     )
+
+  @property
+  def _num_completions(self) -> int:
+    """Completions that come with each prompt."""
+    kinds = {"online": 0, "demonstrations": 1, "preference": self.num_replies}
+    return kinds[self.kind]
 
   @property
   def _image_shape(self) -> tuple[int, int, int, int]:
@@ -393,15 +427,17 @@ class _Rows:
 
   def _completions(
     self, problem: records.Problem, place: list[int]
-  ) -> list[list[int]]:
-    """The ids of the completions that come with the prompt."""
-    texts: tuple[str, ...] = ()
+  ) -> tuple[list[list[int]], list[float]]:
+    """The ids and labels of the completions that come with the prompt."""
+    replies: tuple[preferences.Reply, ...] = ()
     if self.kind == "demonstrations":
-      texts = (prompts.demonstration(problem),)
+      replies = (preferences.Reply(prompts.demonstration(problem), 1.0),)
     elif self.kind == "preference":
       rng = np.random.default_rng([self.seed, *place])
-      texts = preferences.pair(problem, rng)
-    ids = [prompts.encode_completion(text, self.tokenizer) for text in texts]
+      replies = self.replies(problem, rng)
+    ids = [
+      prompts.encode_completion(reply.text, self.tokenizer) for reply in replies
+    ]
     longest = max(map(len, ids), default=0)
     if longest > self.max_new_tokens:
       raise records.BadRecord(
@@ -409,13 +445,15 @@ class _Rows:
         f"a completion of {problem.pid} has {longest} tokens, more than "
         f"rollout.max_new_tokens ({self.max_new_tokens})",
       )
-    return ids
+    missing = self._num_completions - len(ids)
+    labels = [reply.label for reply in replies]
+    return ids + [[]] * missing, labels + [math.nan] * missing
 
   def _padded_completions(
     self, completions: list[list[list[int]]]
   ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Ids and mask, [B, C, T]; None without completions."""
-    if not _COMPLETIONS[self.kind]:
+    if not self._num_completions:
       return None, None
     flat = [ids for row in completions for ids in row]
     shape = (len(completions), -1, self.max_new_tokens)

@@ -1,11 +1,21 @@
-"""Pairs of replies to one problem, of which the verifier pays just one.
+"""Labelled replies to one problem, to learn from without sampling.
 
-Both replies reason in the same words and end in a tag, so that length and
+They are made, one right and the others wrong by the verifier, or read from a
+file. Those made reason in the same words and end in a tag, so that length and
 style say nothing of which is which. Knows nothing of tokens or batches.
+
+A line of a file is
+`{"pid": "12", "completions": [{"text": "...", "label": 1.0}, ...]}`: two
+completions or more of the problem of that pid, the better with higher labels.
 """
 
 import decimal
+import json
+import math
+import os
 import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,37 +26,116 @@ _TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
-def pair(problem: records.Problem, rng: np.random.Generator) -> tuple[str, str]:
-  """A right and a wrong reply, chosen first.
+class Reply(NamedTuple):
+  """What was written, and how good it is said to be."""
 
-  Args:
-    problem: Has a public answer.
-    rng: What draws the wrong answer, and nothing else.
+  text: str
+  label: float
 
-  Returns:
-    The demonstration, and the same with a wrong answer: another option, or a
-    number that is no spelling of the right one.
+
+# From a problem and what draws: its replies, best first.
+type Source = Callable[
+  [records.Problem, np.random.Generator], tuple[Reply, ...]
+]
+
+
+def drawn(count: int) -> Source:
+  """Replies made from the problem: a right one, and `count - 1` wrong ones.
+
+  Fewer where the problem has not so many different wrong answers to offer.
+  """
+
+  def replies(
+    problem: records.Problem, rng: np.random.Generator
+  ) -> tuple[Reply, ...]:
+    return _drawn(problem, rng, count)
+
+  return replies
+
+
+def from_file(path: str | os.PathLike[str], count: int) -> Source:
+  """The first `count` replies that a file has for the problem, as they stand.
 
   Raises:
-    records.BadRecord: The problem has no wrong answer to offer, or its own
-      answer does not verify.
+    ValueError: The file is missing, or a line is not as it should be.
   """
+  by_pid = _read(path)
+
+  def replies(
+    problem: records.Problem, rng: np.random.Generator
+  ) -> tuple[Reply, ...]:
+    del rng
+    if problem.pid not in by_pid:
+      raise records.BadRecord(
+        "no_completions", f"none for {problem.pid} in {path}"
+      )
+    return by_pid[problem.pid][:count]
+
+  return replies
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Reply, ...]]:
+  by_pid: dict[str, tuple[Reply, ...]] = {}
+  rule = (
+    'be {"pid": "...", "completions": [{"text": "...", "label": 1.0}, ...]} '
+    "with two completions or more, each pid once"
+  )
+  try:
+    with open(path, encoding="utf-8") as file:
+      lines = list(file)
+  except OSError as error:
+    raise ValueError(
+      f"data.preference_file ({str(path)!r}) must be a file of labelled "
+      f"completions: {error}; name one, or leave it empty."
+    ) from error
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      replies = tuple(
+        Reply(str(each["text"]), float(each["label"]))
+        for each in row["completions"]
+      )
+      pid = str(row["pid"])
+      if (
+        len(replies) < 2
+        or pid in by_pid
+        or not all(math.isfinite(reply.label) for reply in replies)
+      ):
+        raise ValueError("too few, not finite or twice")
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"data.preference_file ({str(path)!r}) line {number} must {rule}, not "
+        f"{line.strip()[:80]!r} ({error}); mend the line."
+      ) from error
+    by_pid[pid] = replies
+  return by_pid
+
+
+def _drawn(
+  problem: records.Problem, rng: np.random.Generator, count: int
+) -> tuple[Reply, ...]:
   chosen = prompts.demonstration(problem)
   if not verifier.verify(chosen, problem).correct:
     raise records.BadRecord(
       "answer_not_verified", f"{problem.answer!r} of {problem.pid}"
     )
-  for _ in range(_TRIES):
+  rejected: list[str] = []
+  for _ in range(_TRIES * (count - 1)):
     wrong = _wrong_answer(problem, rng)
     if wrong is None:
       break
-    rejected = prompts.with_answer(problem, wrong)
-    verdict = verifier.verify(rejected, problem)
-    if verdict.answer is not None and not verdict.correct:
-      return chosen, rejected
-  raise records.BadRecord(
-    "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
-  )
+    text = prompts.with_answer(problem, wrong)
+    verdict = verifier.verify(text, problem)
+    if verdict.answer is None or verdict.correct or text in rejected:
+      continue
+    rejected.append(text)
+    if len(rejected) == count - 1:
+      break
+  if not rejected:
+    raise records.BadRecord(
+      "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
+    )
+  return (Reply(chosen, 1.0), *(Reply(text, 0.0) for text in rejected))
 
 
 def _wrong_answer(

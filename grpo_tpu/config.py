@@ -15,6 +15,7 @@ from typing import Any
 from data_pipelines import pipeline, synthetic
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
+from grpo_tpu import shaping as shapings
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.rewards import scoring
 
@@ -50,6 +51,12 @@ class DataConfig:
     eval_split: Problems held out.
     prompts_per_step: Prompts of a step, over all hosts (`B`).
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+    preference_completions: Labelled completions of a prompt, for kind
+      "preference".
+    preference_file: JSON lines of labelled completions, see
+      `data_pipelines.preferences`; "" makes a right one and wrong ones.
+    preference_rewards: "functions" pays labelled completions as sampled ones
+      are paid, "labels" takes the labels for rewards.
     accept_mathvista_training_terms: MathVista's licence prohibits training on
       it; True says that you have read it and may.
   """
@@ -62,6 +69,9 @@ class DataConfig:
   eval_split: str
   prompts_per_step: int
   prompt_buckets: tuple[int, ...]
+  preference_completions: int
+  preference_file: str
+  preference_rewards: str
   accept_mathvista_training_terms: bool
 
 
@@ -215,6 +225,7 @@ class Config:
   rollout: RolloutConfig
   rewards: scoring.RewardConfig
   objective: ObjectiveSettings
+  shaping: shapings.ShapingConfig
   optimizer: OptimizerSettings
   train: TrainConfig
   checkpoint: CheckpointConfig
@@ -351,6 +362,7 @@ def _check_numbers(config: Config) -> None:
   for name, least in (
     ("seed", 0),
     ("data.prompts_per_step", 1),
+    ("data.preference_completions", 2),
     ("model.logits_chunk", 1),
     ("mesh.replica", 1),
     ("mesh.fsdp", 1),
@@ -378,6 +390,21 @@ def _check_numbers(config: Config) -> None:
       f"be at least {least}",
       f"set {name}={max(least, 1)}",
     )
+  _require(
+    config.shaping.soft_tokens <= config.rollout.max_new_tokens
+    or config.shaping.truncated != "penalise",
+    "shaping.soft_tokens",
+    config.shaping.soft_tokens,
+    f"be at most rollout.max_new_tokens ({config.rollout.max_new_tokens})",
+    f"set shaping.soft_tokens={max(1, config.rollout.max_new_tokens // 4)}",
+  )
+  _require(
+    config.data.kind == "online" or config.shaping.zero_variance != "resample",
+    "shaping.zero_variance",
+    config.shaping.zero_variance,
+    "not be resample where completions come with the data",
+    "set shaping.zero_variance=drop",
+  )
   _require(
     config.seed < 2**31,
     "seed",
@@ -414,6 +441,11 @@ def _check_numbers(config: Config) -> None:
 def _check_names(config: Config) -> None:
   for name, value, choices in (
     ("data.kind", config.data.kind, pipeline.KINDS),
+    (
+      "data.preference_rewards",
+      config.data.preference_rewards,
+      ("functions", "labels"),
+    ),
     ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),

@@ -4,12 +4,13 @@ Draws the synthetic set under the workdir where no data dir is named.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines import mathvista, pipeline, prepare
+from data_pipelines import mathvista, pipeline, preferences, prepare
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
 
@@ -22,13 +23,16 @@ class Dataset:
     tokenizer: What spells prompts and reads completions.
     train: Problems to train on.
     eval: Problems held out.
+    replies: The labelled completions of kind "preference"; None for others.
     identity: What another run must share to go on from this one's checkpoints:
-      fingerprints of the records and of the tokenizer.
+      fingerprints of the records, of the tokenizer, and of the file of labelled
+      completions if there is one.
   """
 
   tokenizer: tokens.Tokenizer
   train: mathvista.Source
   eval: mathvista.Source
+  replies: preferences.Source | None
   identity: dict[str, str]
 
   def train_batches(
@@ -50,6 +54,8 @@ class Dataset:
       shard_index=shard_index,
       shard_count=shard_count,
       start_step=start_step,
+      replies=self.replies,
+      num_replies=config.data.preference_completions,
       **_prompt_shape(config),
     )
 
@@ -64,6 +70,9 @@ class Dataset:
       batch_size=config.eval.batch_size,
       shard_index=shard_index,
       shard_count=shard_count,
+      max_new_tokens=config.rollout.max_new_tokens,
+      replies=self.replies,
+      num_replies=config.data.preference_completions,
       **_prompt_shape(config),
     )
 
@@ -100,14 +109,24 @@ def open_dataset(
   _check(config, manifest)
   if for_training:
     _check_training(config, manifest)
+  identity = {
+    "records": manifest["fingerprint"],
+    "tokenizer": manifest["tokenizer"]["fingerprint"],
+  }
+  replies = None
+  if config.data.kind == "preference":
+    replies = preferences.drawn(config.data.preference_completions)
+    if file := config.data.preference_file:
+      replies = preferences.from_file(file, config.data.preference_completions)
+      identity["preferences"] = hashlib.sha256(
+        pathlib.Path(file).read_bytes()
+      ).hexdigest()
   return Dataset(
     tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
     train=mathvista.source(folder, config.data.train_split),
     eval=mathvista.source(folder, config.data.eval_split),
-    identity={
-      "records": manifest["fingerprint"],
-      "tokenizer": manifest["tokenizer"]["fingerprint"],
-    },
+    replies=replies,
+    identity=identity,
   )
 
 

@@ -8,47 +8,112 @@ batch, whatever the number of hosts.
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu import metrics, objective, sharding, train_step
+from grpo_tpu import config as run_config
+from grpo_tpu import health, metrics, objective, shaping, sharding, train_step
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-  """What one batch gave.
+  """What one step learns from.
 
   Attributes:
     bundles: For the update, on the mesh.
     scalars: By the names of `metrics`.
     samples: Some completions of this host, to look at.
+    num_batches: How many batches of prompts it took.
   """
 
   bundles: train_step.Bundles
   scalars: dict[str, metrics.Scalar]
   samples: list[metrics.Sample]
+  num_batches: int
+
+
+class _Groups(flax.struct.PyTreeNode):
+  """Completions of a batch of prompts, and what they were paid.
+
+  Attributes:
+    bundles: Without advantages.
+    rewards: By name, before weights; "total" and "heuristics" are weighted.
+    valid: Which rows count: well-formed, and paid without error.
+  """
+
+  bundles: train_step.Bundles
+  rewards: dict[str, Float[Array, "U C"]]
+  valid: Bool[Array, "U C"]
 
 
 def online(
   policy: policies.Policy,
   params: dict,
-  batch: pipeline.Batch,
-  step_key: jax.Array,
+  batches: Iterator[pipeline.Batch],
+  key: jax.Array,
   *,
+  position: int,
   num_samples: int,
 ) -> Experience:
-  """Samples `num_generations` completions of each prompt and pays them."""
+  """Samples `num_generations` completions of each prompt and pays them.
+
+  With `shaping.zero_variance` at "resample" it goes on to further batches until
+  every group of the step has rewards that differ, or the budget is spent; the
+  groups that do, in the order of the data, stand first. The metrics are means
+  over all batches sampled, kept or not.
+
+  Args:
+    policy: What samples.
+    params: Its parameters.
+    batches: The data from `position` on; as many are taken as are needed.
+    key: Of the run; a batch's own is folded from it and the batch's number.
+    position: Batches that the run took before.
+    num_samples: Completions to hand out for people to look at.
+  """
+  shaping_config = policy.config.shaping
+  resamples = shaping_config.zero_variance == "resample"
+  limit = shaping_config.max_batches if resamples else 1
+  groups, scalars, seen = None, [], []
+  for number in range(position + 1, position + limit + 1):
+    batch_key = jax.random.fold_in(key, number)
+    new, statistics, some = _sampled(
+      policy, params, batches, batch_key, num_samples=num_samples - len(seen)
+    )
+    scalars.append(statistics)
+    seen += some
+    groups = new if groups is None else _merged(policy, groups, new)
+    if number < position + limit and bool(_all_teach(groups)):
+      break
+  assert groups is not None
+  bundles, statistics = _with_advantages(policy, groups)
+  return Experience(
+    bundles=bundles,
+    scalars=_over_batches(scalars) | statistics,
+    samples=seen,
+    num_batches=len(scalars),
+  )
+
+
+def _sampled(
+  policy, params, batches, key, *, num_samples
+) -> tuple[_Groups, dict[str, metrics.Scalar], list[metrics.Sample]]:
+  """One batch of prompts with sampled completions, paid."""
   config = policy.config
+  waited = time.perf_counter()
+  batch = next(batches)
   start = time.perf_counter()
   completions = policy.sample(
     params,
     batch,
-    step_key,
+    key,
     num_completions=config.rollout.num_generations,
     temperature=config.rollout.temperature,
   )
@@ -56,52 +121,159 @@ def online(
   sampled = time.perf_counter()
   scores = _scores(texts, batch, config.rewards)
   rewards, valid = sharding.put_batch(
-    policy.mesh, _by_group(scores, batch, config.rollout.num_generations)
+    policy.mesh, _by_group(scores, batch, config)
   )
   paid = time.perf_counter()
-  bundles = _bundles(
-    policy, batch, completions.ids, completions.mask & valid[..., None]
+  mask = completions.mask & valid[..., None]
+  bundles = _bundles(policy, batch, completions.ids, mask)
+  statistics = _sampled_statistics(
+    mask, completions.stopped, valid, bundles.prompt_length
   )
-  advantages, scalars = _advantages(
-    rewards,
-    valid,
-    scale=config.advantage_scale,
-    baseline=config.objective.advantage_baseline,
+  if config.shaping.truncated == "penalise":
+    rewards, statistics["rollout/length_penalty"] = _penalised(
+      rewards,
+      mask,
+      valid,
+      max_length=config.rollout.max_new_tokens,
+      soft_tokens=config.shaping.soft_tokens,
+    )
+  elif config.shaping.truncated == "mask":
+    mask &= completions.stopped[..., None]
+  bundles = bundles.replace(
+    completion_mask=mask, sampler_logps=completions.logps
   )
-  scalars |= _sampled_statistics(
-    bundles.completion_mask, completions.stopped, valid, bundles.prompt_length
-  )
-  return Experience(
-    bundles=bundles.replace(
-      advantages=advantages, sampler_logps=completions.logps
-    ),
-    scalars=scalars
+  return (
+    _Groups(bundles, rewards, valid),
+    statistics
+    | _reward_statistics(rewards, valid)
     | {
       "reward/errors": sum(scores.errors.values()),
       "data/skipped": int((~batch.valid).sum()),
+      "perf/data_seconds": start - waited,
       "perf/rollout_seconds": sampled - start,
       "perf/reward_seconds": paid - sampled,
     },
-    samples=samples(policy, batch, texts, scores, num_samples),
+    samples(policy, batch, texts, scores, num_samples),
   )
 
 
-def offline(policy: policies.Policy, batch: pipeline.Batch) -> Experience:
-  """Takes the completions that came with the batch.
+_ADD_UP = {"reward/errors", "data/skipped"}
 
-  Demonstrations carry no advantage. The completions of a preference pair are
-  paid by the reward functions, as sampled ones are.
+
+def _over_batches(
+  scalars: list[dict[str, metrics.Scalar]],
+) -> dict[str, metrics.Scalar]:
+  """Sums of seconds and counts, means of the rest."""
+  merged: dict[str, metrics.Scalar] = {"rollout/batches": len(scalars)}
+  if len(scalars) == 1:
+    return merged | scalars[0]
+  fetched = jax.device_get(scalars)
+  for name in scalars[0]:
+    values = np.array([batch[name] for batch in fetched], np.float32)
+    adds_up = name in _ADD_UP or name.startswith("perf/")
+    merged[name] = values.sum() if adds_up else values.mean()
+  return merged
+
+
+@jax.jit
+def _all_teach(groups: _Groups) -> Bool[Array, ""]:
+  return shaping.has_spread(groups.rewards["total"], groups.valid).all()
+
+
+def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
+  """As many groups as `first` has: those that teach, then the others."""
+  width = max(x.bundles.prompt_ids.shape[1] for x in (first, more))
+  first, more = (_prompts_padded(x, width) for x in (first, more))
+  return _merge(sharding.batch(policy.mesh), first, more)
+
+
+def _prompts_padded(groups: _Groups, width: int) -> _Groups:
+  ids = groups.bundles.prompt_ids
+  ids = jnp.pad(ids, ((0, 0), (0, width - ids.shape[1])))
+  return groups.replace(bundles=groups.bundles.replace(prompt_ids=ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merge(place, first: _Groups, more: _Groups) -> _Groups:
+  count = first.valid.shape[0]
+  both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, more)
+  teaches = shaping.has_spread(both.rewards["total"], both.valid)
+  order = jnp.argsort(~teaches, stable=True)[:count]
+  return jax.tree.map(
+    lambda x: jax.lax.with_sharding_constraint(x[order], place), both
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("max_length", "soft_tokens"))
+def _penalised(rewards, mask, valid, *, max_length, soft_tokens):
+  """Rewards less what length costs, and the mean of that."""
+  penalty = shaping.length_penalty(
+    mask.sum(axis=-1), max_length=max_length, soft_tokens=soft_tokens
+  )
+  rewards = rewards | {"total": rewards["total"] + penalty}
+  return rewards, _mean(penalty, valid)
+
+
+def _with_advantages(
+  policy: policies.Policy, groups: _Groups
+) -> tuple[train_step.Bundles, dict[str, metrics.Scalar]]:
+  config = policy.config
+  return _advantages(
+    groups,
+    scale=config.advantage_scale,
+    baseline=config.objective.advantage_baseline,
+    clip=config.shaping.advantage_clip,
+    drops=config.shaping.zero_variance != "keep",
+  )
+
+
+def offline(
+  policy: policies.Policy, batches: Iterator[pipeline.Batch]
+) -> Experience:
+  """Takes the completions that come with the next batch.
+
+  Demonstrations carry no advantage. The completions of a preference group are
+  paid by the reward functions, as sampled ones are, or by their labels.
   """
   config = policy.config
+  start = time.perf_counter()
+  batch = next(batches)
+  scalars: dict[str, metrics.Scalar] = {
+    "data/skipped": int((~batch.valid).sum()),
+    "perf/data_seconds": time.perf_counter() - start,
+  }
+  if config.data.kind == "demonstrations":
+    return Experience(given(policy, batch), scalars, [], 1)
+  groups, preferred = preferences(policy, batch)
+  bundles, statistics = _with_advantages(policy, groups)
+  total = groups.rewards["total"]
+  chosen, rejected, is_pair = objective.pairs(total, preferred)
+  accuracy = objective.preference_accuracy(chosen, rejected, valid=is_pair)
+  statistics |= _reward_statistics(groups.rewards, groups.valid)
+  statistics["train/preference_accuracy"] = accuracy
+  bundles = bundles.replace(preferred=preferred)
+  return Experience(bundles, scalars | statistics, [], 1)
+
+
+def given(policy: policies.Policy, batch: pipeline.Batch) -> train_step.Bundles:
+  """The prompts of a batch with the completions that came with them."""
   assert batch.completion_ids is not None and batch.completion_mask is not None
   mask = batch.completion_mask & batch.valid[:, None, None]
   ids, mask = sharding.put_batch(policy.mesh, (batch.completion_ids, mask))
-  bundles = _bundles(policy, batch, ids, mask)
-  scalars: dict[str, metrics.Scalar] = {
-    "data/skipped": int((~batch.valid).sum())
-  }
-  if config.data.kind == "demonstrations":
-    return Experience(bundles, scalars, [])
+  return _bundles(policy, batch, ids, mask)
+
+
+def preferences(
+  policy: policies.Policy, batch: pipeline.Batch
+) -> tuple[_Groups, Bool[Array, "U C C"]]:
+  """The labelled completions of a batch, paid, and which is preferred to which.
+
+  Where `data.preference_rewards` is "labels", a label is the whole reward.
+  """
+  config = policy.config
+  bundles = given(policy, batch)
+  assert batch.completion_ids is not None
+  assert batch.completion_mask is not None and batch.labels is not None
   texts = [
     [
       policy.tokenizer.decode(row[kept].tolist())
@@ -112,25 +284,19 @@ def offline(policy: policies.Policy, batch: pipeline.Batch) -> Experience:
     )
   ]
   scores = _scores(texts, batch, config.rewards)
-  rewards, valid = sharding.put_batch(
-    policy.mesh, _by_group(scores, batch, mask.shape[1])
+  rewards, valid = _by_group(scores, batch, config)
+  valid &= np.isfinite(batch.labels)
+  if config.data.preference_rewards == "labels":
+    rewards["total"] = np.where(valid, batch.labels, 0).astype(np.float32)
+    rewards["heuristics"] = np.zeros_like(rewards["total"])
+  better = batch.labels[:, :, None] > batch.labels[:, None, :]
+  preferred = better & valid[:, :, None] & valid[:, None, :]
+  rewards, valid, preferred = sharding.put_batch(
+    policy.mesh, (rewards, valid, preferred)
   )
-  advantages, statistics = _advantages(
-    rewards,
-    valid,
-    scale=config.advantage_scale,
-    baseline=config.objective.advantage_baseline,
-  )
-  chosen, rejected = rewards["total"][:, 0], rewards["total"][:, 1]
-  is_pair = valid.all(axis=1)
-  statistics["train/preference_accuracy"] = objective.preference_accuracy(
-    chosen, rejected, valid=is_pair
-  )
-  return Experience(
-    bundles.replace(advantages=advantages, is_pair=is_pair),
-    scalars | statistics,
-    [],
-  )
+  mask = bundles.completion_mask & valid[..., None]
+  bundles = bundles.replace(completion_mask=mask)
+  return _Groups(bundles, rewards, valid), preferred
 
 
 def samples(
@@ -178,16 +344,20 @@ def _scores(
 
 
 def _by_group(
-  scores: scoring.Scores, batch: pipeline.Batch, num_completions: int
+  scores: scoring.Scores, batch: pipeline.Batch, config: run_config.Config
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Rewards `{name: [U, C]}`, the total among them, and which rows count."""
-  shape = (-1, num_completions)
+  """Rewards `{name: [U, C]}` as in `_Groups`, and which rows count."""
+  shape = (len(batch.valid), -1)
+  heuristics = sum(
+    getattr(config.rewards, name) * scores.components[name]
+    for name in scoring.HEURISTICS
+  )
+  named = scores.components | {"total": scores.total, "heuristics": heuristics}
   rewards = {
     name: np.asarray(values, np.float32).reshape(shape)
-    for name, values in (scores.components | {"total": scores.total}).items()
+    for name, values in named.items()
   }
-  valid = scores.valid.reshape(shape) & batch.valid[:, None]
-  return rewards, valid
+  return rewards, scores.valid.reshape(shape) & batch.valid[:, None]
 
 
 def _bundles(policy, batch, ids, mask) -> train_step.Bundles:
@@ -203,10 +373,13 @@ def _bundles(policy, batch, ids, mask) -> train_step.Bundles:
   )
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "baseline"))
-def _advantages(rewards, valid, *, scale, baseline):
-  """Advantages `[U, C]`, and what the rewards were."""
-  total = rewards["total"]
+@functools.partial(
+  jax.jit, static_argnames=("scale", "baseline", "clip", "drops")
+)
+def _advantages(groups: _Groups, *, scale, baseline, clip, drops):
+  """Bundles with advantages `[U, C]`, and what these rest on."""
+  total, valid = groups.rewards["total"], groups.valid
+  bundles = groups.bundles
   advantages = objective.group_advantages(
     total.reshape(-1),
     num_generations=total.shape[1],
@@ -214,7 +387,28 @@ def _advantages(rewards, valid, *, scale, baseline):
     baseline=baseline,
     valid=valid.reshape(-1),
   ).reshape(total.shape)
-  health = objective.group_health(rewards["accuracy"] > 0.5, valid=valid)
+  scalars = {
+    "rollout/effective_sample_size": health.effective_sample_size(advantages),
+    "rollout/heuristic_advantage_share": health.advantage_share(
+      groups.rewards["heuristics"], total, advantages, valid=valid
+    ),
+  }
+  if clip is not None:
+    advantages = jnp.clip(advantages, -clip, clip)
+  if drops:
+    kept = shaping.has_spread(total, valid)[:, None]
+    bundles = bundles.replace(
+      completion_mask=bundles.completion_mask & kept[..., None],
+      counted=jnp.broadcast_to(kept, total.shape),
+    )
+  return bundles.replace(advantages=advantages), scalars
+
+
+@jax.jit
+def _reward_statistics(rewards, valid):
+  """What the rewards were, and how they lie within groups."""
+  total = rewards["total"]
+  correctness = health.group_health(rewards["accuracy"] > 0.5, valid=valid)
   counted = jnp.maximum(valid.sum(axis=1), 1)
   centred = total - (jnp.where(valid, total, 0.0).sum(1) / counted)[:, None]
   spread = jnp.sqrt(
@@ -222,27 +416,23 @@ def _advantages(rewards, valid, *, scale, baseline):
   )
   groups = valid.any(axis=1)
   num_groups = jnp.maximum(groups.sum(), 1)
-  highest = jnp.where(valid, total, -jnp.inf).max(1)
-  lowest = jnp.where(valid, total, jnp.inf).min(1)
+  unanimous = groups & ~shaping.has_spread(total, valid)
   scalars = {
     "rollout/reward": _mean(total, valid),
     "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,
     "rollout/accuracy": _mean(rewards["accuracy"], valid),
-    "rollout/unanimous_fraction": (groups & (highest <= lowest)).sum()
-    / num_groups,
-    "rollout/all_right_fraction": health["all_right"],
-    "rollout/all_wrong_fraction": health["all_wrong"],
-    "rollout/mixed_fraction": health["mixed"],
+    "rollout/unanimous_fraction": unanimous.sum() / num_groups,
+    "rollout/all_right_fraction": correctness["all_right"],
+    "rollout/all_wrong_fraction": correctness["all_wrong"],
+    "rollout/mixed_fraction": correctness["mixed"],
   }
-  for name, values in rewards.items():
-    if name == "total":
-      continue
-    mean = _mean(values, valid)
+  for name in scoring.COMPONENTS:
+    mean = _mean(rewards[name], valid)
     scalars[f"reward/{name}_mean"] = mean
     scalars[f"reward/{name}_std"] = jnp.sqrt(
-      _mean(jnp.square(values - mean), valid)
+      _mean(jnp.square(rewards[name] - mean), valid)
     )
-  return advantages, scalars
+  return scalars
 
 
 @jax.jit

@@ -55,6 +55,11 @@ METRICS = (
   Metric("train/entropy", "nats", "of the policy's next token"),
   Metric("train/ratio", "1", "policy over the one that sampled"),
   Metric("train/sampler_weight", "1", "correction for the sampler, capped"),
+  Metric(
+    "train/effective_sample_share",
+    "share",
+    "of tokens that the ratios' spread leaves (Kish)",
+  ),
   Metric("train/clip_fraction", "share", "of tokens that the clip holds"),
   Metric("train/clip_fraction_low", "share", "held from below"),
   Metric("train/clip_fraction_high", "share", "held from above"),
@@ -65,8 +70,9 @@ METRICS = (
   Metric(
     "train/sampler_logp_difference_mean", "nats", "from the sampler's, absolute"
   ),
+  Metric("train/sampler_logp_difference_max", "nats", "of any token"),
+  Metric("train/sampler_kl", "nats", "sampler from policy, by k3"),
   Metric("train/nll", "nats", "of demonstrations"),
-  Metric("train/token_accuracy", "share", "of demonstrations' tokens, top-1"),
   Metric("train/preference_accuracy", "share", "chosen paid more; ties half"),
   Metric("train/implicit_preference_accuracy", "share", "chosen gained more"),
   Metric("train/implicit_preference_margin", "nats", "by how much more"),
@@ -81,6 +87,18 @@ METRICS = (
   Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
   Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
   Metric("rollout/truncated_fraction", "share", "of completions cut off"),
+  Metric("rollout/length_penalty", "1", "added to the reward, mean"),
+  Metric("rollout/batches", "count", "sampled to fill the step's groups"),
+  Metric(
+    "rollout/effective_sample_size",
+    "completions",
+    "that the advantages rest on (Kish)",
+  ),
+  Metric(
+    "rollout/heuristic_advantage_share",
+    "share",
+    "of the advantages that the heuristic rewards make",
+  ),
   # What each reward said of the completions, before its weight.
   *(
     Metric(f"reward/{reward}_{statistic}", "1", f"{statistic} of `{reward}`")
@@ -95,10 +113,18 @@ METRICS = (
   Metric("eval/reward", "1", "weighted total, mean over completions"),
   Metric("eval/completion_length", "tokens", "mean, end of turn included"),
   Metric("eval/truncated_fraction", "share", "of completions cut off"),
-  Metric("eval/nll", "nats", "of worked answers, per token"),
-  Metric("eval/token_accuracy", "share", "of worked answers' tokens, top-1"),
   Metric("eval/preference_accuracy", "share", "chosen paid more; ties half"),
   Metric("eval/implicit_preference_accuracy", "share", "chosen gained more"),
+  Metric(
+    "eval/implicit_preference_accuracy/{slice}",
+    "share",
+    "the same of pairs whose rewards are that far apart",
+  ),
+  Metric(
+    "eval/implicit_preference_accuracy_per_token",
+    "share",
+    "the same by the mean over tokens, which length does not enter",
+  ),
   Metric("eval/implicit_preference_margin", "nats", "by how much more"),
   # Where in the data the run is.
   Metric("data/epoch", "epochs", "passes over the training split begun"),
@@ -128,7 +154,7 @@ _PROGRESS = (
   ("train/nll", "nll {:.3f}"),
   ("train/implicit_preference_accuracy", "preference {:.2f}"),
   ("eval/accuracy", "held-out accuracy {:.3f}"),
-  ("eval/preference_accuracy", "held-out preference {:.3f}"),
+  ("eval/implicit_preference_accuracy", "held-out preference {:.3f}"),
   ("perf/tokens_per_second", "{:.0f} tokens/s"),
 )
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0

@@ -10,6 +10,7 @@ References:
   DAPO: Yu et al., arXiv:2503.14476
   GSPO: Zheng et al., arXiv:2507.18071
   CISPO: MiniMax-M1, arXiv:2506.13585
+  SAPO: Gao et al., arXiv:2511.20347
   KL estimators: Schulman, http://joschu.net/blog/kl-approx.html
 """
 
@@ -26,6 +27,12 @@ Metrics = dict[str, Float[Array, ""]]
 # exp(60) and its products with a beta, an advantage and a token count fit in
 # float32; a log-ratio beyond it says that something else is broken.
 _MAX_EXPONENT = 60.0
+# Its square, summed over a batch, fits too.
+_MAX_RATIO = 1e15
+
+# How steeply "sapo" fades tokens out, for positive and negative advantages
+# (SAPO, section 5.1: worse tokens a little sooner).
+_SAPO_TEMPERATURES = (1.0, 1.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +47,13 @@ class ObjectiveConfig:
     importance: "token": each token has its own ratio. "sequence": a row has
       one, exp of its mean log-ratio, and the gradient flows through the mean.
     surrogate: "clip": the pessimistic minimum of ratio and clipped ratio.
-      "cispo": REINFORCE weighted by the stopped ratio, capped.
-    epsilon_low: How far below 1 the ratio may go, in (0, 1]. Unused by
-      "cispo", which has no lower bound.
+      "cispo": REINFORCE weighted by the stopped ratio, capped. "sapo": a
+      sigmoid of the ratio in place of the clip, so that no token's gradient is
+      cut off.
+    epsilon_low: How far below 1 the ratio may go, in (0, 1]. Only "clip" has a
+      lower bound.
     epsilon_high: How far above 1 the ratio may go; for "cispo" the cap of the
-      ratio itself, 1 or more.
+      ratio itself, 1 or more. Unused by "sapo".
     dual_clip: Upper cap of the ratio whatever the sign of the advantage, above
       1; None for off.
     beta: Weight of the KL term; 0 for none.
@@ -86,8 +95,8 @@ class ObjectiveConfig:
       ),
       (
         "dual_clip",
-        self.dual_clip is None or not cispo,
-        "be None for cispo, where epsilon_high is the cap",
+        self.dual_clip is None or self.surrogate == "clip",
+        "be None where the surrogate is not clip",
         None,
       ),
       (
@@ -111,7 +120,7 @@ class ObjectiveConfig:
 _CHOICES = {
   "aggregation": ("token_mean", "sequence_mean", "constant"),
   "importance": ("token", "sequence"),
-  "surrogate": ("clip", "cispo"),
+  "surrogate": ("clip", "cispo", "sapo"),
   "kl_estimator": ("k3", "k1", "k2"),
   "kl_gradient": ("reverse", "importance_weighted", "estimator"),
 }
@@ -244,34 +253,11 @@ def group_advantages(
   return jnp.where(highest > lowest, advantages, 0.0).reshape(-1)
 
 
-def group_health(
-  correct: Bool[ArrayLike, "B G"],
-  *,
-  valid: Bool[ArrayLike, "B G"] | None = None,
-) -> Metrics:
-  """The shares of groups that were all right, all wrong, and mixed.
-
-  Only mixed groups teach. The three add up to 1 over the groups with a valid
-  row, and are 0 where there is none.
-
-  Args:
-    correct: Whether each completion's answer was right.
-    valid: False where that is not known; None means all are.
-  """
-  correct = jnp.asarray(correct)
-  counted = jnp.ones_like(correct) if valid is None else jnp.asarray(valid)
-  some_right = (correct & counted).any(axis=1)
-  some_wrong = (~correct & counted).any(axis=1)
-  num_groups = jnp.maximum(counted.any(axis=1).sum(), 1)
-  return {
-    "all_right": (some_right & ~some_wrong).sum() / num_groups,
-    "all_wrong": (some_wrong & ~some_right).sum() / num_groups,
-    "mixed": (some_right & some_wrong).sum() / num_groups,
-  }
-
-
 def denominator(
-  completion_mask: Bool[ArrayLike, "N T"], config: ObjectiveConfig
+  completion_mask: Bool[ArrayLike, "N T"],
+  config: ObjectiveConfig,
+  *,
+  counted: Bool[ArrayLike, " N"] | None = None,
 ) -> Float[Array, ""]:
   """What the loss over these rows is divided by; that of parts adds up.
 
@@ -279,21 +265,29 @@ def denominator(
   too) for "sequence_mean", and of rows times `config.max_completion_length`
   for "constant".
 
+  Args:
+    completion_mask: True on the tokens that the loss is taken over.
+    config: Which loss.
+    counted: False on rows that are no part of the batch, all of whose tokens
+      are masked. None means that all are.
+
   Raises:
     ValueError: For "constant" without a `max_completion_length`.
   """
   completion_mask = jnp.asarray(completion_mask)
   if config.aggregation == "token_mean":
     return completion_mask.sum(dtype=jnp.float32)
-  num_rows = completion_mask.shape[0]
+  num_rows = jnp.float32(completion_mask.shape[0])
+  if counted is not None:
+    num_rows = jnp.asarray(counted).sum(dtype=jnp.float32)
   if config.aggregation == "sequence_mean":
-    return jnp.float32(num_rows)
+    return num_rows
   if config.max_completion_length is None:
     raise ValueError(
       "objective.max_completion_length (None) must be set where "
       "objective.aggregation is constant; set it to rollout.max_new_tokens."
     )
-  return jnp.float32(num_rows * config.max_completion_length)
+  return num_rows * config.max_completion_length
 
 
 def policy_loss(
@@ -307,6 +301,7 @@ def policy_loss(
   denominator: Num[ArrayLike, ""] | None = None,
   num_tokens: Num[ArrayLike, ""] | None = None,
   sampler_weights: Float[ArrayLike, "N T"] | None = None,
+  token_weights: Num[ArrayLike, "N T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """The clipped GRPO objective plus the KL term, negated: lower is better.
 
@@ -333,14 +328,16 @@ def policy_loss(
     sampler_weights: exp(old - sampler log-probability), to correct for a
       sampler that is not quite the old policy; capped at `config.tis_cap`. They
       weigh the surrogate and not the KL. None means 1.
+    token_weights: What else the surrogate of a token is multiplied by, as by 0
+      where only some tokens are to teach; uncapped. None means 1.
 
   Returns:
     The loss, averaged as `config.aggregation` says, and metrics averaged over
     tokens: `kl` (the value of the KL term before beta), `kl_k1`, `kl_k2`,
-    `kl_k3` (each estimator), `ratio`, `old_kl` (k3 of old against current),
-    `sampler_weight` (after the cap), and the shares of tokens that the clip
-    holds: `clip_fraction_low`, `clip_fraction_high`, their sum
-    `clip_fraction`, and `clip_fraction_dual`.
+    `kl_k3` (each estimator), `ratio`, `ratio_squared`, `old_kl` (k3 of old
+    against current), `sampler_weight` (after the cap), and the shares of
+    tokens that the clip holds: `clip_fraction_low`, `clip_fraction_high`,
+    their sum `clip_fraction`, and `clip_fraction_dual`.
   """
   mask = jnp.asarray(completion_mask)
 
@@ -368,6 +365,8 @@ def policy_loss(
   estimators = _kl_estimators(logps - stopped(ref_per_token_logps))
   kl = _kl_term(estimators, logps, ratio, token_ratio, config)
   per_token_loss = -weights * _surrogate(ratio, logps, advantages, config)
+  if token_weights is not None:
+    per_token_loss *= stopped(token_weights)
   if config.beta:
     per_token_loss += config.beta * kl
   loss = _aggregate(masked(per_token_loss), mask, config, denominator)
@@ -379,6 +378,7 @@ def policy_loss(
     "kl": kl,
     **{f"kl_{name}": value for name, value in estimators.items()},
     "ratio": ratio,
+    "ratio_squared": jnp.square(jnp.minimum(ratio, _MAX_RATIO)),
     "old_kl": _k3(-log_ratio),
     "sampler_weight": weights,
     **_clip_fractions(ratio, advantages, config),
@@ -388,6 +388,26 @@ def policy_loss(
     for name, value in per_token_metrics.items()
   }
   return loss, metrics
+
+
+def pairs(
+  scores: Num[ArrayLike, "U C"], preferred: Bool[ArrayLike, "U C C"]
+) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
+  """Every two completions of a group, as chosen and rejected.
+
+  Args:
+    scores: One per completion.
+    preferred: [u, i, j]: whether completion i is preferred to j.
+
+  Returns:
+    For each of the U C C ordered pairs: the score of the chosen, of the
+    rejected, and whether it is a pair that counts.
+  """
+  scores, preferred = jnp.asarray(scores), jnp.asarray(preferred)
+  shape = preferred.shape
+  chosen = jnp.broadcast_to(scores[:, :, None], shape).ravel()
+  rejected = jnp.broadcast_to(scores[:, None, :], shape).ravel()
+  return chosen, rejected, preferred.ravel()
 
 
 def preference_accuracy(
@@ -483,6 +503,10 @@ def _surrogate(ratio, logps, advantages, config):
   if config.surrogate == "cispo":
     capped = jnp.minimum(ratio, config.epsilon_high)
     return jax.lax.stop_gradient(capped) * advantages * logps
+  if config.surrogate == "sapo":
+    temperature = jnp.where(advantages > 0, *_SAPO_TEMPERATURES)
+    gate = jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+    return gate * advantages
   clipped = jnp.clip(ratio, 1 - config.epsilon_low, 1 + config.epsilon_high)
   if config.dual_clip is not None:
     ratio = jnp.minimum(ratio, config.dual_clip)
@@ -494,6 +518,8 @@ def _clip_fractions(ratio, advantages, config):
   if config.surrogate == "cispo":
     high = ratio > config.epsilon_high
     low = jnp.zeros_like(high)
+  elif config.surrogate == "sapo":
+    low = high = jnp.zeros(ratio.shape, bool)
   else:
     high = (ratio > 1 + config.epsilon_high) & (advantages > 0)
     low = (ratio < 1 - config.epsilon_low) & (advantages < 0)

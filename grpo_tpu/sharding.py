@@ -39,7 +39,7 @@ RULES = (
   (r"mlp_in/kernel", P(None, "fsdp", None)),  # [layers, width, F]
   (r"mlp_out/kernel", P(None, None, "fsdp")),  # [layers, F, width]
   (r"scale|bias", P()),
-  (r"count|step", P()),  # Scalars of the optimizer and the state.
+  (r"count|step|position", P()),  # Scalars of the optimizer and the state.
 )
 
 
@@ -105,11 +105,16 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
+def batch(mesh: Mesh) -> NamedSharding:
+  """Rows shared out over the data axes, batch axis first."""
+  return NamedSharding(mesh, BATCH)
+
+
 def put_batch(mesh: Mesh, tree: Any) -> Any:
   """Device arrays from this process's rows of each array, batch axis first."""
-  sharding = NamedSharding(mesh, BATCH)
+  place = batch(mesh)
   return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree
+    lambda rows: jax.make_array_from_process_local_data(place, rows), tree
   )
 
 

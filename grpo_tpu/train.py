@@ -18,13 +18,16 @@ from jax.sharding import Mesh
 
 from data_pipelines import pipeline
 from grpo_tpu import (
+  alarms,
   checkpoint,
   compilation,
   dataset,
   evaluate,
+  evaluate_preferences,
   metrics,
   optimizer,
   run_card,
+  shaping,
   sharding,
   train_state,
   train_step,
@@ -55,7 +58,7 @@ def train(
   ):
     with run_config.refutable():
       state, start = run.restored_or_new(checkpoints)
-      batches = run.batches(start or 0)
+      batches = run.batches(int(state.position))
     # Not before: a run that was refused has not started.
     run.write_card()
     with metrics.Writer(
@@ -82,23 +85,26 @@ def _loop(
     logging.info("Nothing left to do: step %d of %d.", start, num_steps)
     return
   compilations = compilation.Counter()
+  # Labelled completions are far from the policy as soon as it learns from them.
+  is_preference = run.config.data.kind == "preference"
+  watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
   for step in range(start + 1, num_steps + 1):
     started = time.perf_counter()
-    batch = next(batches)
-    read = time.perf_counter()
-    experience = run.experience(state, batch, step)
+    experience = run.experience(state, batches, step)
     prepared = time.perf_counter()
     state, scalars = run.updated(state, experience, step)
     done = time.perf_counter()
     scalars |= experience.scalars
     scalars |= {
-      "perf/data_seconds": read - started,
       "perf/update_seconds": done - prepared,
       "perf/step_seconds": done - started,
       "perf/tokens_per_second": float(scalars["train/tokens"])
       / (done - started),
     }
     scalars |= run.evaluated(state, step, writer)
+    scalars = jax.device_get(scalars)
+    if jax.process_index() == 0:
+      watch.check(step, scalars)
     writer.write_samples(step, experience.samples, split="train")
     writer.write(step, scalars | compilations.scalars())
     writer.progress(num_steps)
@@ -141,6 +147,8 @@ class _Run:
       config=None
       if config.data.kind == "demonstrations"
       else config.objective_config,
+      entropy_bonus=config.shaping.entropy_bonus,
+      sampler_correction=config.shaping.sampler_correction,
       num_microbatches=config.num_microbatches,
     )
     shard_index, shard_count = sharding.data_shard(mesh)
@@ -173,33 +181,44 @@ class _Run:
       self._tx.init,
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
     )
-    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-    return train_state.TrainState(step, params, init(params)), None
+    # Two arrays, for an update takes over the memory of each.
+    step, position = (
+      jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+      for _ in range(2)
+    )
+    state = train_state.TrainState(step, position, params, init(params))
+    return state, None
 
   def _abstract_state(self) -> train_state.TrainState:
     def new(params):
-      step = jnp.zeros((), jnp.int32)
-      return train_state.TrainState(step, params, self._tx.init(params))
+      zero = jnp.zeros((), jnp.int32)
+      return train_state.TrainState(zero, zero, params, self._tx.init(params))
 
     abstract = jax.eval_shape(new, self.policy.abstract_params())
     return self.policy.placed_shapes(abstract)
 
-  def batches(self, start: int) -> Iterator[pipeline.Batch]:
-    """This process's part of the batches of step `start + 1` and on."""
-    return self.data.train_batches(self.config, start_step=start, **self._shard)
+  def batches(self, position: int) -> Iterator[pipeline.Batch]:
+    """This process's part of the batches after the first `position`."""
+    return self.data.train_batches(
+      self.config, start_step=position, **self._shard
+    )
 
   def experience(
-    self, state: train_state.TrainState, batch: pipeline.Batch, step: int
+    self,
+    state: train_state.TrainState,
+    batches: Iterator[pipeline.Batch],
+    step: int,
   ) -> experiences.Experience:
     """What the step learns from."""
     if self.config.data.kind != "online":
-      return experiences.offline(self.policy, batch)
+      return experiences.offline(self.policy, batches)
     every = self.config.samples.every_steps
     return experiences.online(
       self.policy,
       state.params,
-      batch,
-      jax.random.fold_in(self._key, step),
+      batches,
+      self._key,
+      position=int(state.position),
       num_samples=self.config.samples.count
       if every and step % every == 0
       else 0,
@@ -212,18 +231,7 @@ class _Run:
     step: int,
   ) -> tuple[train_state.TrainState, metrics.Scalars]:
     """The state after `num_iterations` updates on one batch."""
-    bundles = experience.bundles
-    if self._reference is not None:
-      frozen = self._score(self._reference, bundles)
-      is_preference = self.config.data.kind == "preference"
-      bundles = bundles.replace(
-        ref_per_token_logps=frozen,
-        # The frozen start stands for whoever wrote the completions.
-        old_per_token_logps=frozen if is_preference else None,
-      )
-    if self._is_off_policy:
-      old = self._score(state.params, bundles)
-      bundles = bundles.replace(old_per_token_logps=old)
+    bundles = self._compared(state, experience.bundles)
     first_update = (step - 1) * self.config.train.num_iterations
     scalars: dict[str, metrics.Scalar] = {
       "train/learning_rate": jnp.asarray(self._schedule(first_update))
@@ -231,11 +239,40 @@ class _Run:
     for _ in range(self.config.train.num_iterations):
       state, update = self._update(state, bundles)
       scalars |= {f"train/{name}": value for name, value in update.items()}
-    state = state.replace(step=state.step + 1)
+    state = state.replace(
+      step=state.step + 1, position=state.position + experience.num_batches
+    )
     jax.block_until_ready(state)
     return state, scalars
 
-  def _score(self, params: dict, bundles: train_step.Bundles) -> jax.Array:
+  def _compared(
+    self, state: train_state.TrainState, bundles: train_step.Bundles
+  ) -> train_step.Bundles:
+    """Bundles with what other policies, or this one now, say of them."""
+    kind, share = self.config.data.kind, self.config.shaping.top_entropy_share
+    if self._reference is not None:
+      frozen, _ = self._score(self._reference, bundles)
+      bundles = bundles.replace(
+        ref_per_token_logps=frozen,
+        # The frozen start stands for whoever wrote the completions.
+        old_per_token_logps=frozen if kind == "preference" else None,
+      )
+    is_narrowed = share < 1 and kind != "demonstrations"
+    if self._is_off_policy or is_narrowed:
+      old, entropy = self._score(state.params, bundles)
+      if self._is_off_policy:
+        bundles = bundles.replace(old_per_token_logps=old)
+      if is_narrowed:
+        bundles = bundles.replace(
+          token_weights=_top_entropy_weights(
+            entropy, bundles.completion_mask, share=share
+          )
+        )
+    return bundles
+
+  def _score(
+    self, params: dict, bundles: train_step.Bundles
+  ) -> tuple[jax.Array, jax.Array]:
     return train_step.score(
       self.policy.model,
       params,
@@ -259,4 +296,17 @@ class _Run:
       num_samples=self.config.samples.count,
     )
     writer.write_samples(step, result.samples, split="eval")
-    return result.scalars | {"perf/eval_seconds": time.perf_counter() - start}
+    scalars = result.scalars
+    if self.config.data.kind == "preference":
+      assert self._reference is not None
+      scalars |= evaluate_preferences.evaluate(
+        self.policy, state.params, self._reference, self._eval_batches
+      )
+    return scalars | {"perf/eval_seconds": time.perf_counter() - start}
+
+
+@functools.partial(jax.jit, static_argnames=("share",))
+def _top_entropy_weights(
+  entropy: jax.Array, mask: jax.Array, *, share: float
+) -> jax.Array:
+  return shaping.top_entropy(entropy, mask, share=share).astype(jnp.float32)

@@ -10,12 +10,14 @@ class TrainState(flax.struct.PyTreeNode):
   """The policy and its optimizer.
 
   Attributes:
-    step: GRPO steps done; the data's position and the sampler's key follow
-      from it.
+    step: GRPO steps done.
+    position: Batches of prompts taken from the data, which the sampler's keys
+      follow too; the steps done, where none was resampled.
     params: Of the policy.
     opt_state: Of the optimizer.
   """
 
   step: Int[Array, ""]
+  position: Int[Array, ""]
   params: dict
   opt_state: Any

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from grpo_tpu import logprobs, objective, train_state
+from grpo_tpu import logprobs, objective, shaping, train_state
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import text
 
@@ -32,8 +32,11 @@ class Bundles(flax.struct.PyTreeNode):
     ref_per_token_logps: Under the frozen reference; None means the current.
     sampler_logps: As the sampler saw them, to be compared with ours; None
       compares nothing.
-    is_pair: Which bundles are a chosen and a rejected completion, in this
-      order, to be measured against the reference; None measures nothing.
+    token_weights: What a token's surrogate is multiplied by; None means 1.
+    counted: Which completions are part of the batch, masked ones too; None
+      means all are.
+    preferred: [u, i, j]: whether completion i is labelled better than j, to be
+      measured against the reference; None measures nothing.
   """
 
   prompt_ids: Int[Array, "U P"]
@@ -45,7 +48,9 @@ class Bundles(flax.struct.PyTreeNode):
   old_per_token_logps: Float[Array, "U C T"] | None = None
   ref_per_token_logps: Float[Array, "U C T"] | None = None
   sampler_logps: Float[Array, "U C T"] | None = None
-  is_pair: Bool[Array, " U"] | None = None
+  token_weights: Float[Array, "U C T"] | None = None
+  counted: Bool[Array, "U C"] | None = None
+  preferred: Bool[Array, "U C C"] | None = None
 
 
 class Model(flax.struct.PyTreeNode):
@@ -97,14 +102,15 @@ def token_logps(
 @functools.partial(jax.jit, static_argnames=("num_microbatches",))
 def score(
   model: Model, params: dict, bundles: Bundles, *, num_microbatches: int
-) -> Float[Array, "U C T"]:
-  """Log-probabilities of a batch under given parameters, without gradient."""
+) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+  """`token_logps` of a whole batch under given parameters, without gradient."""
 
-  def logps(_, micro):
-    return None, token_logps(model, params, micro)[0]
+  def scored(_, micro):
+    return None, token_logps(model, params, micro)
 
-  _, parts = jax.lax.scan(logps, None, _cut(bundles, num_microbatches))
-  return parts.swapaxes(0, 1).reshape(bundles.completion_ids.shape)
+  _, parts = jax.lax.scan(scored, None, _cut(bundles, num_microbatches))
+  shape = bundles.completion_ids.shape
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(shape), parts)
 
 
 def make_train_step(
@@ -112,6 +118,8 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   config: objective.ObjectiveConfig | None,
+  entropy_bonus: float = 0.0,
+  sampler_correction: str = "token",
   num_microbatches: int,
 ) -> Callable[
   [train_state.TrainState, Bundles],
@@ -124,6 +132,8 @@ def make_train_step(
     tx: The optimizer.
     config: The GRPO objective; None for the mean negative log-probability of
       demonstrations.
+    entropy_bonus: As in `shaping.ShapingConfig`.
+    sampler_correction: As in `shaping.ShapingConfig`.
     num_microbatches: Parts that a batch is cut into; divides its prompts.
 
   Returns:
@@ -137,17 +147,25 @@ def make_train_step(
       params = params | {"vision_encoder": frozen}
     logps, entropy = token_logps(model, params, micro)
     shape = (-1, logps.shape[-1])
-    mask = micro.completion_mask
-    num_tokens = totals["num_tokens"]
-    metrics = {"entropy": jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens}
+    mask, num_tokens = micro.completion_mask, totals["num_tokens"]
+    entropy = jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens
+    metrics, maxima = {"entropy": entropy}, {}
     if micro.sampler_logps is not None:
-      gap = jnp.where(mask, jnp.abs(micro.sampler_logps - logps), 0.0)
-      metrics["sampler_logp_difference_mean"] = gap.sum() / num_tokens
-    if micro.is_pair is not None:
+      sums, maxima = _sampler_mismatch(micro, logps)
+      metrics |= {name: value / num_tokens for name, value in sums.items()}
+    if micro.preferred is not None:
       metrics |= _implicit_preference(micro, logps, totals["num_pairs"])
     if config is None:
       nll = -jnp.sum(jnp.where(mask, logps, 0.0)) / num_tokens
-      return nll, metrics | {"nll": nll}
+      return nll, (metrics | {"nll": nll}, maxima)
+    weights = None
+    if config.tis_cap is not None and micro.sampler_logps is not None:
+      weights = shaping.sampler_weights(
+        _old_logps(micro, logps),
+        micro.sampler_logps,
+        mask,
+        correction=sampler_correction,
+      )
     loss, loss_metrics = objective.policy_loss(
       logps.reshape(shape),
       _rows(micro.old_per_token_logps, shape),
@@ -157,38 +175,53 @@ def make_train_step(
       config=config,
       denominator=totals["denominator"],
       num_tokens=num_tokens,
-      sampler_weights=_sampler_weights(micro, logps, config, shape),
+      sampler_weights=_rows(weights, shape),
+      token_weights=_rows(micro.token_weights, shape),
     )
-    return loss, metrics | loss_metrics
+    loss -= entropy_bonus * entropy
+    return loss, (metrics | loss_metrics, maxima)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state, bundles):
     mask = bundles.completion_mask
     num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
     totals = {"num_tokens": num_tokens}
-    if bundles.is_pair is not None:
-      totals["num_pairs"] = jnp.maximum(bundles.is_pair.sum(), 1)
+    if bundles.preferred is not None:
+      totals["num_pairs"] = jnp.maximum(bundles.preferred.sum(), 1)
     if config is not None:
-      totals["denominator"] = jnp.maximum(
-        objective.denominator(mask.reshape(-1, mask.shape[-1]), config), 1.0
+      divisor = objective.denominator(
+        mask.reshape(-1, mask.shape[-1]),
+        config,
+        counted=None if bundles.counted is None else bundles.counted.ravel(),
       )
+      totals["denominator"] = jnp.maximum(divisor, 1.0)
 
     def terms(micro):
-      (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-        state.params, micro, totals
-      )
+      (value, (metrics, maxima)), gradient = jax.value_and_grad(
+        loss, has_aux=True
+      )(state.params, micro, totals)
       # Parts add up in fp32, whatever the parameters' type.
-      return value, metrics, optax.tree.cast(gradient, jnp.float32)
+      gradient = optax.tree.cast(gradient, jnp.float32)
+      return (value, metrics, gradient), maxima
 
-    def accumulate(sums, micro):
-      return jax.tree.map(jnp.add, sums, terms(micro)), None
+    def accumulate(carry, micro):
+      (sums, maxima), (new_sums, new_maxima) = carry, terms(micro)
+      sums = jax.tree.map(jnp.add, sums, new_sums)
+      return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
 
     parts = _cut(bundles, num_microbatches)
     shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+    # None of the maxima is ever below 0.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (value, metrics, gradient), _ = jax.lax.scan(accumulate, zeros, parts)
+    (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
+    value, metrics, gradient = sums
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    metrics |= {
+    if "ratio_squared" in metrics:
+      squared = jnp.square(metrics["ratio"])
+      metrics["effective_sample_share"] = squared / jnp.maximum(
+        metrics.pop("ratio_squared"), jnp.finfo(jnp.float32).tiny
+      )
+    metrics |= maxima | {
       "loss": value,
       "grad_norm": optax.tree.norm(gradient),
       "tokens": mask.sum(dtype=jnp.float32),
@@ -215,26 +248,35 @@ def _rows(logps: Array | None, shape: tuple[int, int]) -> Array | None:
   return None if logps is None else logps.reshape(shape)
 
 
+def _old_logps(micro, logps) -> Array:
+  """Under the policy that sampled, as training computes them."""
+  old = micro.old_per_token_logps
+  return jax.lax.stop_gradient(logps if old is None else old)
+
+
+def _sampler_mismatch(micro, logps) -> tuple[dict[str, Array], dict]:
+  """How far the sampler is from the old policy: sums over tokens, maxima."""
+  gap = _old_logps(micro, logps) - micro.sampler_logps
+  gap = jnp.where(micro.completion_mask, gap, 0.0)
+  sums = {
+    "sampler_logp_difference_mean": jnp.abs(gap).sum(),
+    # KL(sampler, old) by k3.
+    "sampler_kl": (jnp.expm1(jnp.minimum(gap, 60.0)) - gap).sum(),
+  }
+  return sums, {"sampler_logp_difference_max": jnp.abs(gap).max()}
+
+
 def _implicit_preference(micro, logps, num_pairs) -> dict[str, Array]:
   """Which of a pair the policy gained on, in parts that add up."""
   gained = logps - micro.ref_per_token_logps
   gained = jnp.where(micro.completion_mask, gained, 0.0).sum(-1)
-  zeros = jnp.zeros_like(gained[:, 0])
+  chosen, rejected, valid = objective.pairs(gained, micro.preferred)
+  zeros = jnp.zeros_like(chosen)
   metrics = objective.preference_metrics(
-    gained[:, 0], gained[:, 1], zeros, zeros, beta=1, valid=micro.is_pair
+    chosen, rejected, zeros, zeros, beta=1, valid=valid
   )
-  share = micro.is_pair.sum() / num_pairs
+  share = valid.sum() / num_pairs
   return {
     name: metrics[name] * share
     for name in ("implicit_preference_accuracy", "implicit_preference_margin")
   }
-
-
-def _sampler_weights(micro, logps, config, shape) -> Array | None:
-  """Odds of the old policy over the sampler's, where they are to be capped."""
-  if config.tis_cap is None or micro.sampler_logps is None:
-    return None
-  old = micro.old_per_token_logps
-  old = jax.lax.stop_gradient(logps) if old is None else old
-  gap = jnp.where(micro.completion_mask, old - micro.sampler_logps, 0.0)
-  return jnp.exp(gap).reshape(shape)

@@ -19,11 +19,14 @@ PACKAGES = ("data_pipelines", "grpo_tpu")
 FLOORS = {
   1: {
     "data_pipelines",
+    "grpo_tpu.alarms",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
+    "grpo_tpu.health",
     "grpo_tpu.logs",
     "grpo_tpu.objective",
+    "grpo_tpu.shaping",
     "grpo_tpu.train_state",
   },
   2: {"grpo_tpu.logprobs", "grpo_tpu.rewards", "grpo_tpu.sharding"},
@@ -37,7 +40,7 @@ FLOORS = {
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
   6: {"grpo_tpu.dataset", "grpo_tpu.policy", "grpo_tpu.run_card"},
   7: {"grpo_tpu.experience"},
-  8: {"grpo_tpu.evaluate"},
+  8: {"grpo_tpu.evaluate", "grpo_tpu.evaluate_preferences"},
   9: {"grpo_tpu.train"},
   10: {"grpo_tpu.main"},
 }

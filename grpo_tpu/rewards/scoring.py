@@ -82,7 +82,7 @@ _REWARDS: Mapping[str, Callable[[_Completion], float]] = {
   "coherence": lambda row: heuristics.coherence(row.reasoning),
 }
 COMPONENTS = tuple(_REWARDS)
-_HEURISTICS = ("length", "reasoning_words", "coherence")
+HEURISTICS = ("length", "reasoning_words", "coherence")
 
 
 def score(
@@ -138,7 +138,7 @@ def _score_one(
   row = _Completion(text, reasoning, verdict)
   gated = config.gate_heuristics and verdict.answer is None
   for i, name in enumerate(COMPONENTS):
-    if gated and name in _HEURISTICS:
+    if gated and name in HEURISTICS:
       continue
     try:
       value = float(_REWARDS[name](row))

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import pipeline, prompts, records
+from data_pipelines import pipeline, preferences, prompts, records
 from data_pipelines import tokenizer as tokens
 
 NUM_PROBLEMS = 13
@@ -236,6 +236,56 @@ def test_preferences_come_as_the_right_and_a_wrong_reply(tokenizer):
       assert rejected != chosen
 
 
+def test_preferences_alone_come_with_labels(tokenizer):
+  for batch in batches(tokenizer, kind="preference"):
+    assert batch.labels.dtype == np.float32
+    np.testing.assert_array_equal(batch.labels, [[1, 0]] * 4)
+  for kind in ("online", "demonstrations"):
+    assert all(batch.labels is None for batch in batches(tokenizer, kind=kind))
+
+
+def test_a_group_of_three_is_three_different_replies(tokenizer):
+  for batch in batches(tokenizer, kind="preference", num_replies=3):
+    np.testing.assert_array_equal(batch.labels, [[1, 0, 0]] * 4)
+    assert batch.completion_ids.shape == (4, 3, 24)
+    for ids in batch.completion_ids:
+      assert len(set(map(tokenizer.decode, ids))) == 3
+
+
+def own_replies(problem, rng):
+  """Two to most problems, one that is too long or none at all to some."""
+  if problem.pid == "p1":
+    raise records.BadRecord("no_completions", "none for p1")
+  last = "7" * 24 if problem.pid == "p2" else f"not {problem.pid}"
+  return preferences.Reply(problem.pid, -0.5), preferences.Reply(last, 3.0)
+
+
+def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):
+  found = batches(tokenizer, kind="preference", replies=own_replies)
+  for batch in found:
+    np.testing.assert_array_equal(
+      batch.valid, [p.pid not in ("p1", "p2") for p in batch.problems]
+    )
+    for row in np.flatnonzero(batch.valid):
+      pid = batch.problems[row].pid
+      texts = [tokenizer.decode(ids) for ids in batch.completion_ids[row]]
+      assert texts == [pid, f"not {pid}"]
+      np.testing.assert_array_equal(batch.labels[row], [-0.5, 3.0])
+  assert not all(batch.valid.all() for batch in found)
+
+
+def test_a_reply_that_is_not_there_has_no_label_and_no_tokens(tokenizer):
+  """The third of every group of two, and all of an invalid row."""
+  source = FailingSource(PROBLEMS, unreadable={3})
+  for batch in batches(
+    tokenizer, source, kind="preference", replies=own_replies, num_replies=3
+  ):
+    there = batch.valid[:, None] & [True, True, False]
+    np.testing.assert_array_equal(np.isnan(batch.labels), ~there)
+    np.testing.assert_array_equal(batch.completion_mask.any(-1), there)
+    assert (batch.completion_ids[~there] == tokens.PAD).all()
+
+
 def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
   rejected = {
     tokenizer.decode(batch.completion_ids[row, 1])
@@ -331,20 +381,50 @@ def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):
   np.testing.assert_array_equal(places, range(12))
 
 
-def test_evaluation_can_be_gone_through_again(tokenizer):
-  evaluation = eval_batches(tokenizer)
+REPLIES = dict(max_new_tokens=24, replies=preferences.drawn(3), num_replies=3)
+
+
+@pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])
+def test_evaluation_can_be_gone_through_again(tokenizer, replies):
+  evaluation = eval_batches(tokenizer, **replies)
   assert len(evaluation) == 3
   for left, right in zip(evaluation, evaluation, strict=True):
     assert_same(left, right)
 
 
-def test_evaluation_shards_together_hold_every_row(tokenizer):
+@pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])
+def test_evaluation_shards_together_hold_every_row(tokenizer, replies):
   shards = [
-    eval_batches(tokenizer, shard_index=index, shard_count=2)
+    eval_batches(tokenizer, shard_index=index, shard_count=2, **replies)
     for index in range(2)
   ]
-  for whole, *parts in zip(eval_batches(tokenizer), *shards, strict=True):
+  alone = eval_batches(tokenizer, **replies)
+  for whole, *parts in zip(alone, *shards, strict=True):
     assert_same(whole, joined(parts))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_evaluation_compares_the_same_replies_whatever_the_batches(
+  tokenizer, batch_size
+):
+  def compared(size):
+    found = list(eval_batches(tokenizer, batch_size=size, **REPLIES))
+    return [
+      np.concatenate([getattr(batch, name) for batch in found])[:10]
+      for name in ("completion_ids", "completion_mask", "labels")
+    ]
+
+  ids, mask, labels = compared(batch_size)
+  np.testing.assert_equal([ids, mask, labels], compared(2))
+  np.testing.assert_array_equal(labels, [[1, 0, 0]] * 10)
+  assert ids.shape == mask.shape == (10, 3, 24)
+
+
+def test_evaluation_without_replies_has_no_completions(tokenizer):
+  for batch in eval_batches(tokenizer):
+    assert batch.completion_ids is None
+    assert batch.completion_mask is None
+    assert batch.labels is None
 
 
 def test_evaluation_of_fewer_problems_than_asked_ends_with_the_source(

@@ -36,22 +36,58 @@ def test_grpo_goes_on_from_where_the_warm_start_ended(new_run):
   assert last >= first
 
 
-def test_preference_pairs_teach_the_policy_to_prefer(new_run):
-  run = new_run(
-    "--config.data.kind=preference",
+PREFERENCE = (
+  "--config.data.kind=preference",
+  "--config.data.preference_completions=3",
+  "--config.optimizer.learning_rate=3e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def preference(new_run):
+  return new_run(
+    *PREFERENCE,
     "--config.train.num_steps=12",
-    "--config.optimizer.learning_rate=3e-3",
-    "--config.eval.every_steps=0",
+    "--config.eval.every_steps=12",
     "--config.checkpoint.every_steps=50",
   ).start()
-  assert run.column("data/skipped") == [0] * 12
-  assert run.column("train/preference_accuracy") == [1.0] * 12
-  accuracy = run.column("train/implicit_preference_accuracy")
-  margin = run.column("train/implicit_preference_margin")
+
+
+def test_labelled_completions_teach_the_policy_to_prefer(preference):
+  assert preference.column("data/skipped") == [0] * 12
+  assert preference.column("train/preference_accuracy") == [1.0] * 12
+  accuracy = preference.column("train/implicit_preference_accuracy")
+  margin = preference.column("train/implicit_preference_margin")
   # Before the first update the policy is the reference: every pair is a tie.
   assert (accuracy[0], margin[0]) == (0.5, 0.0)
   assert np.mean(accuracy[-4:]) > 0.7
   assert np.mean(margin[-4:]) > 0
+
+
+def test_what_is_preferred_is_preferred_on_held_out_problems_too(preference):
+  assert preference.column("eval/preference_accuracy") == [1.0, 1.0]
+  first, last = preference.column("eval/implicit_preference_accuracy")
+  assert first == 0.5 and last > 0.7
+  first, last = preference.column("eval/implicit_preference_margin")
+  assert first == 0.0 and last > 0
+
+
+def test_a_checkpoint_moves_from_preference_to_online_and_back(
+  new_run, preference
+):
+  online = new_run(
+    f"--config.model.weights=run:{preference.workdir}",
+    "--config.train.num_steps=1",
+  ).start()
+  back = new_run(
+    *PREFERENCE,
+    f"--config.model.weights=run:{online.workdir}",
+    "--config.train.num_steps=1",
+  ).start()
+  for later, earlier in ((online, preference), (back, online)):
+    assert later.column("eval/reward")[0] == earlier.column("eval/reward")[-1]
+  # It is measured against where this run began, not the first one.
+  assert back.column("eval/implicit_preference_accuracy")[0] == 0.5
 
 
 def test_evaluate_finds_what_training_found_last(evaluation, unbroken):

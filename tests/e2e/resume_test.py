@@ -52,8 +52,8 @@ def test_a_finished_run_is_left_as_it_is(unbroken):
   assert (unbroken.workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_optimizer_and_reference_survive_a_kill(new_run):
-  """Two updates a step, a schedule, and a KL from where the run began."""
+def test_optimizer_reference_and_position_survive_a_kill(new_run):
+  """Two updates a step, a schedule, a KL, and steps of several batches."""
   settings = (
     "--config.train.num_steps=4",
     "--config.train.num_iterations=2",
@@ -61,6 +61,11 @@ def test_optimizer_and_reference_survive_a_kill(new_run):
     "--config.optimizer.schedule=cosine",
     "--config.optimizer.warmup_steps=1",
     "--config.eval.every_steps=0",
+    # Of two completions, some are paid the same.
+    "--config.rollout.num_generations=2",
+    "--config.shaping.zero_variance=resample",
+    "--config.shaping.top_entropy_share=0.5",
+    "--config.shaping.entropy_bonus=0.01",
   )
   unbroken = new_run(*settings).start()
   resumed = new_run(*settings)
@@ -71,3 +76,4 @@ def test_optimizer_and_reference_survive_a_kill(new_run):
   assert unbroken.column("train/kl")[-1] > 0
   assert unbroken.column("train/old_kl")[-1] > 0
   assert len(set(unbroken.column("train/learning_rate"))) > 2
+  assert sum(unbroken.column("rollout/batches")[:2]) > 2

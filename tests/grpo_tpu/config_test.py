@@ -69,6 +69,7 @@ def test_a_missing_setting_is_named(name):
     ("train.num_stepz", "train.num_steps"),
     ("data.synthetic.image_sise", "data.synthetic.image_size"),
     ("objective.betta", "objective.beta"),
+    ("shaping.entropy_bonuss", "shaping.entropy_bonus"),
     ("rewards.acuracy", "rewards.accuracy"),
   ],
 )
@@ -94,6 +95,11 @@ WRONG_TYPES = {
   "objective.beta": ["0.1", True],
   "objective.preset": [None, 3],
   "objective.max_completion_length": [8.0, True],
+  "data.preference_completions": [2.0, True, None],
+  "data.preference_file": [None, 3],
+  "shaping.soft_tokens": [2.0, True],
+  "shaping.advantage_clip": ["1", True],
+  "shaping.top_entropy_share": [None, "1"],
   "optimizer.learning_rate": ["1e-3", None],
 }
 
@@ -123,6 +129,8 @@ BROKEN_RULES = {
   "data.kind": ["onlin", ""],
   "data.prompts_per_step": [0, -8],
   "data.prompt_buckets": [(), (0,), (64, 64), (64, 32), (-1, 3)],
+  "data.preference_completions": [0, 1],
+  "data.preference_rewards": ["label", ""],
   "data.synthetic_eval_fraction": [0.0, 1.0, -0.1, float("nan")],
   "data.synthetic.difficulty": [0, 6],
   "data.synthetic.kinds": [(), ("colour",), ("color", "color")],
@@ -154,6 +162,14 @@ BROKEN_RULES = {
   "objective.dual_clip": [1.0],
   "objective.tis_cap": [0.0],
   "objective.max_completion_length": [0],
+  "shaping.truncated": ["penalize", ""],
+  "shaping.soft_tokens": [0],
+  "shaping.zero_variance": ["resampled"],
+  "shaping.max_batches": [0],
+  "shaping.advantage_clip": [0.0, -1.0, float("nan")],
+  "shaping.top_entropy_share": [0.0, 1.5, float("nan")],
+  "shaping.entropy_bonus": [-0.1, float("inf"), float("nan")],
+  "shaping.sampler_correction": ["row"],
   "optimizer.learning_rate": [-1e-6],
   "optimizer.schedule": ["cosin"],
   "optimizer.warmup_steps": [-1, 1000],
@@ -203,6 +219,51 @@ def test_what_is_sharded_must_divide_among_the_shards(changes, name):
     except ValueError as error:
       assert str(error).startswith(name)
       raise
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "said"),
+  [
+    ("truncated", "cut", "must be one of keep, mask, penalise; set {}=keep."),
+    ("advantage_clip", 0.0, "must be above 0 or None; set {}=None."),
+    ("max_batches", 0, "must be at least 2 to resample, and 1 otherwise; "
+     "set {}=3."),
+  ],
+)  # fmt: skip
+def test_a_refused_shaping_says_setting_value_rule_and_remedy_once(
+  name, value, said
+):
+  name = f"shaping.{name}"
+  with pytest.raises(ValueError) as caught:
+    built({name: value})
+  assert str(caught.value) == f"{name} ({value!r}) " + said.format(name)
+
+
+def test_a_length_penalty_must_fit_into_the_completion():
+  settings = {"rollout.max_new_tokens": 100, "shaping.truncated": "penalise"}
+  for soft_tokens in (1, 100):
+    built(settings | {"shaping.soft_tokens": soft_tokens})
+  with pytest.raises(ValueError) as caught:
+    built(settings | {"shaping.soft_tokens": 101})
+  assert str(caught.value) == (
+    "shaping.soft_tokens (101) must be at most rollout.max_new_tokens (100); "
+    "set shaping.soft_tokens=25."
+  )
+  # Where it is not asked for, its length is of no matter.
+  built(settings | {"shaping.soft_tokens": 101, "shaping.truncated": "mask"})
+
+
+@pytest.mark.parametrize("kind", ["preference", "demonstrations"])
+def test_what_comes_with_the_data_cannot_be_sampled_again(kind):
+  resample = {"shaping.zero_variance": "resample"}
+  built(resample)
+  with pytest.raises(ValueError) as caught:
+    built(resample | {"data.kind": kind})
+  assert str(caught.value) == (
+    "shaping.zero_variance ('resample') must not be resample where "
+    "completions come with the data; set shaping.zero_variance=drop."
+  )
+  built({"shaping.zero_variance": "drop", "data.kind": kind})
 
 
 def test_tensor_shards_do_not_divide_the_batch():

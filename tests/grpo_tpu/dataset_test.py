@@ -1,13 +1,16 @@
 """A run's data: drawn once where none is named, refused where it may not be."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 from configs import base
+from data_pipelines import pipeline
 from grpo_tpu import config as run_config
 from grpo_tpu import dataset
 
@@ -69,6 +72,87 @@ def test_identity_is_that_of_records_and_tokenizer(workdir, data_dir):
   edit_manifest(data_dir, fingerprint="others")
   others = opened(settings(dir=str(data_dir)))
   assert others.identity == data.identity | {"records": "others"}
+
+
+def write_replies(path, pids, rejected="no"):
+  """A file in which every problem has the same three replies."""
+  completions = [
+    {"text": text, "label": label}
+    for text, label in (("yes", 2), (rejected, -1), ("maybe", 1))
+  ]
+  path.write_text(
+    "".join(
+      json.dumps({"pid": pid, "completions": completions}) + "\n"
+      for pid in pids
+    )
+  )
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+def test_replies_come_to_a_run_on_preferences_alone(workdir, kind):
+  config = settings(kind=kind, preference_completions=3)
+  data = opened(config, workdir)
+  assert (data.replies is None) == (kind != "preference")
+  place = {"shard_index": 0, "shard_count": 1}
+  for batch in (
+    next(data.train_batches(config, start_step=0, **place)),
+    data.eval_batches(config, **place)[0],
+  ):
+    if kind == "preference":
+      assert batch.labels is not None
+      assert (np.nansum(batch.labels, axis=1) == batch.valid).all()
+      assert np.isfinite(batch.labels[:, 2]).any()
+    else:
+      assert batch.labels is None
+  # Nothing but a file of replies is read besides the records.
+  assert data.identity == opened(settings(), workdir).identity
+
+
+def test_a_file_of_replies_is_what_batches_bring(workdir, tmp_path):
+  path = tmp_path / "replies.jsonl"
+  config = settings(kind="preference", preference_file=str(path))
+  asked = opened(settings(), workdir)
+  write_replies(
+    path, [row.pid for rows in (asked.train, asked.eval) for row in rows]
+  )
+  data, place = opened(config, workdir), {"shard_index": 0, "shard_count": 1}
+  for batch in (
+    next(data.train_batches(config, start_step=0, **place)),
+    data.eval_batches(config, **place)[0],
+  ):
+    assert batch.valid.all() and batch.completion_ids is not None
+    assert (batch.labels == [2, -1]).all()
+    for ids in batch.completion_ids:
+      assert [data.tokenizer.decode(x) for x in ids] == ["yes", "no"]
+
+
+def test_identity_has_the_hash_of_a_file_of_replies(workdir, tmp_path):
+  path = tmp_path / "replies.jsonl"
+  config = settings(kind="preference", preference_file=str(path))
+  hashes = []
+  for rejected in ("no", "no", "perhaps"):
+    write_replies(path, ["1"], rejected)
+    identity = opened(config, workdir).identity
+    hashes.append(identity["preferences"])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert identity == opened(settings(), workdir).identity | {
+      "preferences": digest
+    }
+  assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("written", [None, "{"])
+def test_a_bad_file_of_replies_is_refused_when_the_data_is_opened(
+  workdir, tmp_path, written
+):
+  path = tmp_path / "replies.jsonl"
+  if written is not None:
+    path.write_text(written)
+  config = settings(kind="preference", preference_file=str(path))
+  with pytest.raises(ValueError, match="^data.preference_file .*replies.jsonl"):
+    opened(config, workdir)
+  # Of the other kinds, none reads it.
+  opened(settings(preference_file=str(path)), workdir)
 
 
 def test_training_on_mathvista_needs_its_terms_accepted(data_dir):

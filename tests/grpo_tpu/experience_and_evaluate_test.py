@@ -2,153 +2,41 @@
 
 import collections
 import dataclasses
-import io
+import functools
 import json
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
-from jax.sharding import AxisType, Mesh
 
-from configs import base
-from data_pipelines import pipeline, prompts, records
-from data_pipelines import tokenizer as tokens
-from grpo_tpu import config as run_config
-from grpo_tpu import evaluate, experience, metrics, rollout, sharding
-from grpo_tpu import policy as policies
+from data_pipelines import pipeline
+from grpo_tpu import evaluate, experience, metrics
 from grpo_tpu.rewards import scoring
-
-MAX_NEW_TOKENS = 24
-SOFT_TOKENS = 4
-IMAGE_SIZE = 8
-# Of each problem: its type, its answer, and what the greedy policy writes.
-SCRIPT = (
-  ("integer", "3", "<answer>3</answer>"),
-  ("integer", "4", "<answer>5</answer>"),
-  ("float", "1.5", "<answer>1.5</answer>"),
-  ("text", "blue", "<answer>blue</answer>"),
-  ("text", "blue", "<answer>red</answer>"),
-  ("list", "[1, 2]", "<answer>[1, 2]</answer>"),
-  ("integer", "7", "6 " * MAX_NEW_TOKENS),  # Cut off: no end of turn.
-  ("integer", "8", "<answer>8</answer>"),  # UNREADABLE: is never asked.
-  ("float", "2.5", "<answer>2.5</answer>"),  # TOO_LONG: neither is this.
-  ("integer", "9", "π <answer>9</answer>"),
-  ("text", "red", "<answer>red</answer>"),
+from tests.grpo_tpu import scripted
+from tests.grpo_tpu.scripted import (
+  ASKED,
+  EVERY,
+  GROUPS,
+  IMAGE_SIZE,
+  MAX_NEW_TOKENS,
+  RIGHT,
+  SCRIPT,
+  SOFT_TOKENS,
+  TOO_LONG,
+  UNREADABLE,
+  Source,
+  batches_of,
 )
-EVERY = range(len(SCRIPT))
-UNREADABLE, TOO_LONG = 7, 8
-RIGHT = (0, 2, 3, 5, 9, 10)
-ASKED = tuple(i for i in range(len(SCRIPT)) if i not in (UNREADABLE, TOO_LONG))
-
-
-def make_problem(index):
-  answer_type, answer, _ = SCRIPT[index]
-  is_choice = answer_type == "text"
-  question = "7" * 300 if index == TOO_LONG else "What?"
-  file = io.BytesIO()
-  PIL.Image.new("RGB", (9, 7), (index * 20, 5, 9)).save(file, "PNG")
-  return records.Problem(
-    pid=f"p{index}",
-    question=question,
-    image_path=f"images/{index}.png",
-    image_bytes=file.getvalue(),
-    choices=("red", "blue") if is_choice else (),
-    unit="",
-    precision=1 if answer_type == "float" else -1,
-    answer=answer,
-    question_type="multi_choice" if is_choice else "free_form",
-    answer_type=answer_type,
-    query=question,
-    solution="",
-    metadata={"source": "drawn", "skills": ["arithmetic"]},
-  )
-
-
-PROBLEMS = [make_problem(index) for index in range(len(SCRIPT))]
-
-
-class Source:
-  """The problems, of which one cannot be read."""
-
-  def __init__(self, indices):
-    self.indices = list(indices)
-
-  def __len__(self):
-    return len(self.indices)
-
-  def __getitem__(self, index, /):
-    if self.indices[index] == UNREADABLE:
-      raise records.BadRecord("truncated", "the record ends too soon")
-    return PROBLEMS[self.indices[index]]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-  tokens.train(map(prompts.chat_text, PROBLEMS), path, 512)
-  return tokens.Tokenizer(path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scripted(policies.Policy):
-  """Writes what it is told to: `replies[pid][g]`, "?" to all the others."""
-
-  replies: dict[str, list[str]]
-
-  def sample(self, params, batch, step_key, *, num_completions, temperature):
-    shape = (len(batch.problems), num_completions)
-    ids = np.zeros((*shape, MAX_NEW_TOKENS), np.int32)
-    lengths = np.zeros(shape, np.int32)
-    stopped = np.zeros(shape, bool)
-    for row, column in np.ndindex(*shape):
-      told = self.replies.get(batch.problems[row].pid, ["?"] * num_completions)
-      reply = prompts.encode_completion(told[column], self.tokenizer)
-      stopped[row, column] = len(reply) <= MAX_NEW_TOKENS
-      reply = reply[:MAX_NEW_TOKENS]
-      ids[row, column, : len(reply)] = reply
-      lengths[row, column] = len(reply)
-    mask = np.arange(MAX_NEW_TOKENS) < lengths[..., None]
-    return sharding.put_batch(
-      self.mesh,
-      rollout.Completions(
-        ids, mask, np.where(mask, np.float32(-1), 0), stopped
-      ),
-    )
-
-
-def mesh_of(num_devices):
-  devices = np.array(jax.devices()[:num_devices]).reshape(1, num_devices, 1)
-  return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  return scripted.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def policy_of(tokenizer):
-  def policy(replies, *, num_devices=1, kind="online", **objective):
-    values = base.get_config()
-    values.data.kind = kind
-    values.rollout.num_generations = 4
-    values.rollout.max_new_tokens = MAX_NEW_TOKENS
-    values.objective.update(objective)
-    config = run_config.Config.from_config_dict(values)
-    return Scripted(config, mesh_of(num_devices), tokenizer, replies)
-
-  return policy
-
-
-def batches_of(tokenizer, *, batch_size, indices=EVERY):
-  return pipeline.make_eval_batches(
-    Source(indices),
-    tokenizer,
-    num_problems=len(SCRIPT),
-    batch_size=batch_size,
-    prompt_buckets=(96,),
-    image_size=IMAGE_SIZE,
-    soft_tokens=SOFT_TOKENS,
-    num_images=1,
-    shard_index=0,
-    shard_count=1,
-  )
+  return functools.partial(scripted.make_policy, tokenizer)
 
 
 GREEDY = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
@@ -283,25 +171,15 @@ def test_evaluation_names_are_declared(evaluated, tmp_path):
     writer.write(1, evaluated().scalars)
 
 
-def group_of(index, right):
-  """Four replies to a problem; those at `right` are right."""
-  wrong = "<answer>1000</answer>" if index not in (3, 4, 10) else "none"
-  gold = f"<answer>{SCRIPT[index][1]}</answer>"
-  return [gold if column in right else wrong for column in range(4)]
-
-
-GROUPS = {
-  f"p{i}": group_of(i, right)
-  for i, right in enumerate(
-    [(0,), (1, 2), (), (0, 1, 2, 3), (3,), (0, 2)] + [(0, 1)] * 5
-  )
-}
-
-
 def online(policy, tokenizer, indices=EVERY, num_samples=0):
   (batch,) = batches_of(tokenizer, batch_size=len(indices), indices=indices)
   return batch, experience.online(
-    policy, {}, batch, jax.random.key(0), num_samples=num_samples
+    policy,
+    {},
+    iter([batch]),
+    jax.random.key(0),
+    position=0,
+    num_samples=num_samples,
   )
 
 
@@ -458,7 +336,7 @@ def offline(policy, tokenizer):
       start_step=0,
     )
   )
-  return batch, experience.offline(policy, batch)
+  return batch, experience.offline(policy, iter([batch]))
 
 
 def test_demonstrations_are_learnt_from_where_they_are_usable(

@@ -96,15 +96,6 @@ def test_advantages_refuse_a_wrong_setting(setting, wrong):
     objective.group_advantages(jnp.zeros(8), **{"num_generations": 4} | wrong)
 
 
-def test_group_health_counts_groups_with_a_known_answer():
-  correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
-  valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
-  health = objective.group_health(correct, valid=valid)
-  # The fourth group knows one answer, a right one; the fifth knows none.
-  assert health == {"all_right": 0.5, "all_wrong": 0.25, "mixed": 0.25}
-  assert objective.group_health(correct)["mixed"] == jnp.float32(0.6)
-
-
 # --- Preferences.
 
 
@@ -112,6 +103,34 @@ def test_preference_accuracy_counts_a_tie_as_half():
   chosen, rejected = jnp.array([1.0, 0.0, 0.5, 0.5]), jnp.full(4, 0.5)
   assert objective.preference_accuracy(chosen, rejected) == 0.5
   assert objective.preference_accuracy(chosen[2:], rejected[2:]) == 0.5
+
+
+def test_pairs_are_those_of_a_loop_over_every_two_of_a_group():
+  rng = np.random.default_rng(0)
+  scores, preferred = rng.normal(size=(4, 3)), rng.random((4, 3, 3)) < 0.4
+  chosen, rejected, valid = objective.pairs(np.float32(scores), preferred)
+  assert valid.shape == (4 * 3 * 3,)
+  expected = [
+    (scores[u, i], scores[u, j])
+    for u, i, j in np.ndindex(4, 3, 3)
+    if preferred[u, i, j]
+  ]
+  actual = np.stack([chosen, rejected], axis=1)[np.asarray(valid)]
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 0])
+def test_pairs_that_do_not_count_enter_no_preference_metric(count):
+  logps = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
+  valid = np.arange(5) < count
+  metrics = objective.preference_metrics(
+    *np.where(valid, logps, np.nan), beta=0.5, valid=valid
+  )
+  expected = dict.fromkeys(metrics, 0.0)
+  if count:
+    expected = objective.preference_metrics(*logps[:, :count], beta=0.5)
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
 def test_equal_completions_have_no_margin():

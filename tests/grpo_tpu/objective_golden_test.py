@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import objective
+from grpo_tpu import objective, shaping
 
 TRL_CASES = (
   "bnpo_beta0",
@@ -43,6 +43,7 @@ TRL_CASES = (
   "gspo_wide_beta0",
   "gspo_wide_beta0.04",
   "luspo",
+  "sapo",
 )
 TUNIX_CASES = (
   "dapo",
@@ -74,7 +75,7 @@ TUNIX_CASES = (
   "gspo-token_wide_beta0.04",
 )
 # Why, stands in docs/objective.md.
-NOT_REPRODUCED = {"trl": {"sapo"}, "tunix": {"grpo_kl_clamped"}}
+NOT_REPRODUCED = {"trl": set(), "tunix": {"grpo_kl_clamped"}}
 
 # TRL's names of losses, and Tunix's of aggregations: ours, and the length that
 # "constant" divides each row's sum by.
@@ -85,12 +86,14 @@ AGGREGATIONS = {
   "cispo": ("token_mean", None),
   "dr_grpo": ("constant", 16),
   "luspo": ("constant", 1),
+  "sapo": ("sequence_mean", None),
   "sequence-mean-token-mean": ("sequence_mean", None),
   "token-mean": ("token_mean", None),
   "sequence-mean-token-scale": ("constant", 12),  # The padded width.
   "seq-mean-token-sum": ("constant", 1),
   "sequence-mean-token-sum-norm": ("constant", 1),
 }
+WITHOUT_CLIP = ("cispo", "sapo")  # TRL has no clip metric of these.
 KL_ESTIMATORS = {"kl": "k1", "mse_kl": "k2", "low_var_kl": "k3"}
 
 
@@ -155,13 +158,13 @@ def assert_close(ours, theirs):
 
 
 def trl_config(settings):
-  aggregation, length = AGGREGATIONS[settings["loss_type"]]
+  loss_type = settings["loss_type"]
+  aggregation, length = AGGREGATIONS[loss_type]
   is_corrected = settings["use_bias_correction_kl"]
-  is_cispo = settings["loss_type"] == "cispo"
   return objective.ObjectiveConfig(
     aggregation=aggregation,
     importance=settings.get("importance_sampling_level", "token"),
-    surrogate="cispo" if is_cispo else "clip",
+    surrogate=loss_type if loss_type in WITHOUT_CLIP else "clip",
     epsilon_low=settings["epsilon"],
     epsilon_high=settings.get("epsilon_high", settings["epsilon"]),
     dual_clip=settings.get("delta"),
@@ -191,18 +194,14 @@ def tunix_config(settings):
   )
 
 
-def top_entropy_weights(entropy, mask, quantile):
-  threshold = np.quantile(entropy[mask], 1 - quantile)
-  return jnp.float32((entropy >= threshold) & mask)
-
-
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_loss_and_gradient_are_those_of_trl(trl, case):
   settings, expected = trl.settings(case), trl.expected(case)
   entropy, mask = trl.inputs["entropy"], trl.mask(case)
   kwargs = {}
-  if quantile := settings.get("top_entropy_quantile"):
-    kwargs["sampler_weights"] = top_entropy_weights(entropy, mask, quantile)
+  if share := settings.get("top_entropy_quantile"):
+    chosen = shaping.top_entropy(entropy, mask, share=share)
+    kwargs["token_weights"] = chosen.astype(jnp.float32)
   loss, metrics, grad = trl.loss(case, trl_config(settings), **kwargs)
   bonus = settings.get("entropy_coef", 0.0) * entropy[mask].mean()
   assert_close(loss - bonus, expected["loss"])
@@ -212,8 +211,7 @@ def test_loss_and_gradient_are_those_of_trl(trl, case):
 
 
 @pytest.mark.parametrize(
-  "case",
-  [c for c in TRL_CASES if c != "cispo"],  # It has no clip metric.
+  "case", [c for c in TRL_CASES if c not in WITHOUT_CLIP]
 )
 def test_clip_fractions_are_those_of_trl(trl, case):
   """TRL counts the rows, and not their tokens, where a row has one ratio."""

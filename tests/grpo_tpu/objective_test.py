@@ -14,6 +14,9 @@ from grpo_tpu import objective
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 KL_GRADIENTS = ("estimator", "importance_weighted", "reverse")
 DAPO = objective.PRESETS["dapo"]
+SURROGATES = objective.PRESETS | {
+  "sapo": dataclasses.replace(DAPO, surrogate="sapo")
+}
 
 
 def config_of(**changes):
@@ -35,6 +38,7 @@ def random_batch(seed, num_rows=12, num_tokens=6):
     "advantages": np.float32(rng.normal(size=num_rows)),
     "completion_mask": mask,
     "sampler_weights": np.float32(rng.uniform(0.3, 3.0, shape)),
+    "token_weights": np.float32(rng.choice([0.0, 1.0, 4.0], shape)),
   }
 
 
@@ -52,46 +56,56 @@ def loss_and_gradient(batch, **kwargs):
 
 def twin_loss(logps, batch, config):
   """The loss at `logps`; what carries no gradient is taken from the batch."""
+  mask = batch["completion_mask"]
+  rows = (twin_row(n, logps, batch, config) for n in range(len(mask)))
+  return sum(rows) / twin_divisor(mask, config)
+
+
+def twin_divisor(mask, config):
+  return {
+    "token_mean": mask.sum(),
+    "sequence_mean": len(mask),
+    "constant": len(mask) * 9,
+  }[config.aggregation]
+
+
+def twin_row(n, logps, batch, config):
   at = batch["per_token_logps"].astype(np.float64)
   old = batch["old_per_token_logps"].astype(np.float64)
   reference = batch["ref_per_token_logps"].astype(np.float64)
-  mask = batch["completion_mask"]
+  tokens = np.flatnonzero(batch["completion_mask"][n])
+  if not tokens.size:
+    return 0.0
+  advantage = float(batch["advantages"][n])
+  row_ratio = math.exp(np.mean((logps - old)[n, tokens]))
   total = 0.0
-  for n, row in enumerate(mask):
-    tokens = np.flatnonzero(row)
-    if not tokens.size:
-      continue
-    row_ratio = math.exp(np.mean((logps - old)[n, tokens]))
-    share = tokens.size if config.aggregation == "sequence_mean" else 1
-    for t in tokens:
-      own_ratio = math.exp(logps[n, t] - old[n, t])
-      ratio = own_ratio if config.importance == "token" else row_ratio
-      advantage = float(batch["advantages"][n])
-      weight = float(batch["sampler_weights"][n, t])
-      if config.tis_cap is not None:
-        weight = min(weight, config.tis_cap)
-      if config.surrogate == "cispo":
-        fixed = np.mean((at - old)[n, tokens])
-        if config.importance == "token":
-          fixed = at[n, t] - old[n, t]
-        gain = min(math.exp(fixed), config.epsilon_high)
-        gain *= advantage * logps[n, t]
-      else:
-        low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
-        capped = min(ratio, config.dual_clip or math.inf)
-        gain = min(capped * advantage, min(max(ratio, low), high) * advantage)
-      term = twin_kl(config, logps[n, t], at[n, t], old[n, t], reference[n, t])
-      if config.kl_gradient == "importance_weighted":
-        term *= ratio
-      total += (-weight * gain + config.beta * term) / share
-  return (
-    total
-    / {
-      "token_mean": mask.sum(),
-      "sequence_mean": len(mask),
-      "constant": len(mask) * 9,
-    }[config.aggregation]
-  )
+  for t in tokens:
+    own_ratio = math.exp(logps[n, t] - old[n, t])
+    ratio = own_ratio if config.importance == "token" else row_ratio
+    weight = float(batch["sampler_weights"][n, t])
+    if config.tis_cap is not None:
+      weight = min(weight, config.tis_cap)
+    weight *= float(batch["token_weights"][n, t])
+    if config.surrogate == "cispo":
+      fixed = np.mean((at - old)[n, tokens])
+      if config.importance == "token":
+        fixed = at[n, t] - old[n, t]
+      gain = min(math.exp(fixed), config.epsilon_high)
+      gain *= advantage * logps[n, t]
+    elif config.surrogate == "sapo":
+      steepness = 1.0 if advantage > 0 else 1.05
+      # Half of 1 + tanh(x / 2) is the sigmoid of x.
+      gate = (1 + math.tanh(steepness * (ratio - 1) / 2)) / 2
+      gain = 4 / steepness * gate * advantage
+    else:
+      low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
+      capped = min(ratio, config.dual_clip or math.inf)
+      gain = min(capped * advantage, min(max(ratio, low), high) * advantage)
+    term = twin_kl(config, logps[n, t], at[n, t], old[n, t], reference[n, t])
+    if config.kl_gradient == "importance_weighted":
+      term *= ratio
+    total += -weight * gain + config.beta * term
+  return total / (tokens.size if config.aggregation == "sequence_mean" else 1)
 
 
 def twin_kl(config, logp, at, old, reference):
@@ -119,7 +133,9 @@ TWIN_CONFIGS = [
     tis_cap=2.0 if i % 2 else None,
   )
   for i, (surrogate, importance, aggregation) in enumerate(
-    itertools.product(("clip", "cispo"), ("token", "sequence"), AGGREGATIONS)
+    itertools.product(
+      ("clip", "cispo", "sapo"), ("token", "sequence"), AGGREGATIONS
+    )
   )
 ] + [
   config_of(beta=0.3, kl_estimator=estimator, kl_gradient=gradient)
@@ -157,21 +173,19 @@ def test_any_cut_of_the_batch_gives_one_loss_gradient_and_metrics(aggregation):
   batch = random_batch(0)
   whole = loss_and_gradient(batch, config=config)
   num_tokens = batch["completion_mask"].sum()
+  divisor_of = jax.jit(lambda mask: objective.denominator(mask, config))
   part_of = jax.jit(
     lambda part, divisor: loss_and_gradient(
       part, config=config, denominator=divisor, num_tokens=num_tokens
     )
   )
   rng = np.random.default_rng(0)
-  for _ in range(20):
+  for _ in range(70):
     sizes = rng.choice([2, 4], size=6)
     ends = np.cumsum(sizes)
     rows = np.split(rng.permutation(12), ends[ends < 12])
     parts = [{k: v[index] for k, v in batch.items()} for index in rows]
-    divisor = sum(
-      float(objective.denominator(part["completion_mask"], config))
-      for part in parts
-    )
+    divisor = sum(divisor_of(part["completion_mask"]) for part in parts)
     results = jax.device_get([part_of(part, divisor) for part in parts])
     losses, grads, metrics = zip(*results, strict=True)
     grad = np.empty_like(batch["per_token_logps"])
@@ -196,6 +210,30 @@ def test_a_batch_over_eight_devices_gives_the_same_gradient(aggregation):
   )
   _, grad, _ = run(jax.device_put(batch, sharding))
   np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_rows_not_counted_leave_the_batch_as_it_is_without_them(aggregation):
+  """While row 1, which is empty and counted, stays a row."""
+  config = config_of(aggregation=aggregation, beta=0.1)
+  counted = np.isin(np.arange(12), [2, 5, 6], invert=True)
+  batch = random_batch(1)
+  batch["completion_mask"] &= counted[:, None]
+  loss, grad, metrics = loss_and_gradient(
+    batch,
+    config=config,
+    denominator=objective.denominator(
+      batch["completion_mask"], config, counted=counted
+    ),
+  )
+  expected, expected_grad, expected_metrics = loss_and_gradient(
+    {k: v[counted] for k, v in batch.items()}, config=config
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(grad[counted], expected_grad, rtol=1e-6)
+  np.testing.assert_array_equal(grad[~counted], 0)
+  for name, value in expected_metrics.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_scan_over_microbatches_adds_up_to_the_whole():
@@ -230,16 +268,15 @@ def test_more_padding_changes_nothing():
 # --- What each setting does to the gradient.
 
 
-@pytest.mark.parametrize("preset", objective.PRESETS)
-def test_on_policy_every_preset_is_policy_gradient(preset):
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_on_policy_every_surrogate_is_policy_gradient(surrogate):
   """At ratio 1 the gradient is -A per token, over the divisor."""
-  config = dataclasses.replace(
-    objective.PRESETS[preset], max_completion_length=9
-  )
+  config = dataclasses.replace(SURROGATES[surrogate], max_completion_length=9)
   batch = random_batch(6) | {
     "old_per_token_logps": None,
     "ref_per_token_logps": None,
     "sampler_weights": None,
+    "token_weights": None,
   }
   mask = batch["completion_mask"]
   _, grad, metrics = loss_and_gradient(batch, config=config)
@@ -249,6 +286,7 @@ def test_on_policy_every_preset_is_policy_gradient(preset):
   expected = expected / objective.denominator(mask, config)
   np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-6)
+  np.testing.assert_allclose(metrics["ratio_squared"], 1.0, rtol=1e-6)
   assert metrics["clip_fraction"] == metrics["old_kl"] == metrics["kl"] == 0
   assert metrics["sampler_weight"] == 1
 
@@ -302,17 +340,48 @@ def test_cispo_keeps_the_gradient_of_a_token_past_the_cap():
   np.testing.assert_allclose(metrics["clip_fraction_high"], 1 / 3)
 
 
-def test_sampler_weights_weigh_the_surrogate_and_not_the_kl():
-  batch = random_batch(7)
-  config = config_of(beta=0.5, tis_cap=2.0)
-  nothing = batch | {"sampler_weights": np.zeros_like(batch["sampler_weights"])}
-  loss, _, metrics = loss_and_gradient(nothing, config=config)
-  np.testing.assert_allclose(loss, 0.5 * metrics["kl"], rtol=1e-6)
-  huge = batch | {
-    "sampler_weights": np.full_like(batch["sampler_weights"], 9.0)
+def test_sapo_keeps_a_gradient_wherever_the_clip_would_cut_it_off():
+  batch = {
+    "per_token_logps": jnp.log(jnp.array([[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]])),
+    "old_per_token_logps": jnp.zeros((2, 3)),
+    "ref_per_token_logps": None,
+    "advantages": jnp.array([1.0, -1.0]),
+    "completion_mask": jnp.ones((2, 3), bool),
   }
-  _, _, metrics = loss_and_gradient(huge, config=config)
-  np.testing.assert_allclose(metrics["sampler_weight"], 2.0, rtol=1e-6)
+  _, grad, metrics = loss_and_gradient(batch, config=SURROGATES["sapo"])
+  ratio = np.array([0.5, 1.0, 2.0])
+  for sign, row, steepness in ((1, 0, 1.0), (-1, 1, 1.05)):
+    # 4 s (1 - s) = 1 / cosh^2(x / 2), times the ratio's own derivative.
+    slope = ratio / np.cosh(steepness * (ratio - 1) / 2) ** 2
+    np.testing.assert_allclose(6 * grad[row], -sign * slope, rtol=1e-5)
+  assert metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("weights", ["sampler_weights", "token_weights"])
+def test_weights_weigh_the_surrogate_and_not_the_kl(weights):
+  batch, config = random_batch(7), config_of(beta=0.5, tis_cap=2.0)
+  nothing = batch | {weights: np.zeros_like(batch[weights])}
+  loss, grad, metrics = loss_and_gradient(nothing, config=config)
+  np.testing.assert_allclose(loss, 0.5 * metrics["kl"], rtol=1e-6)
+  _, of_kl, _ = loss_and_gradient(
+    batch | {"advantages": np.zeros_like(batch["advantages"])}, config=config
+  )
+  np.testing.assert_allclose(grad, of_kl, rtol=1e-6)
+
+
+def test_the_cap_holds_the_samplers_weights_and_not_those_of_tokens():
+  batch = {
+    "per_token_logps": jnp.zeros((1, 2)),
+    "old_per_token_logps": None,
+    "ref_per_token_logps": None,
+    "advantages": jnp.ones(1),
+    "completion_mask": jnp.ones((1, 2), bool),
+    "sampler_weights": jnp.array([[9.0, 0.5]]),
+    "token_weights": jnp.array([[5.0, 5.0]]),
+  }
+  _, grad, metrics = loss_and_gradient(batch, config=config_of(tis_cap=2.0))
+  np.testing.assert_allclose(grad, [[-5.0, -1.25]])  # 5 min(w, 2) / 2.
+  np.testing.assert_allclose(metrics["sampler_weight"], 1.25)
 
 
 def test_all_three_estimators_are_logged_and_the_chosen_one_is_kl():
@@ -342,6 +411,9 @@ def test_old_kl_and_ratio_are_means_over_tokens():
   ratio = np.exp(moved)
   np.testing.assert_allclose(metrics["ratio"], ratio.mean(), rtol=1e-5)
   np.testing.assert_allclose(
+    metrics["ratio_squared"], (ratio**2).mean(), rtol=1e-5
+  )
+  np.testing.assert_allclose(
     metrics["old_kl"], (ratio - 1 - moved).mean(), rtol=1e-5
   )
 
@@ -351,10 +423,10 @@ def test_old_kl_and_ratio_are_means_over_tokens():
 
 @pytest.mark.parametrize("nats", [50, 500])
 @pytest.mark.parametrize("gradient", KL_GRADIENTS)
-@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo", "sapo"])
 def test_far_off_policy_loss_and_gradient_are_finite(preset, gradient, nats):
   config = dataclasses.replace(
-    objective.PRESETS[preset],
+    SURROGATES[preset],
     beta=0.1,
     kl_gradient=gradient,
     max_completion_length=9,
@@ -378,11 +450,55 @@ def test_far_off_policy_loss_and_gradient_are_finite(preset, gradient, nats):
   assert np.isfinite(list(metrics.values())).all()
 
 
+@pytest.mark.parametrize(
+  ("estimator", "gradient"), [("k3", "estimator"), ("k1", "reverse")]
+)
+@pytest.mark.parametrize(("size", "num_tokens"), [(1, 1), (3, 7), (16, 4)])
+@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo", "sapo"])
+def test_fifty_nats_off_the_loss_and_gradient_are_the_twins(
+  preset, size, num_tokens, estimator, gradient
+):
+  """Groups of any size, some without a reward, on masks with holes."""
+  config = dataclasses.replace(
+    SURROGATES[preset],
+    beta=0.1,
+    kl_estimator=estimator,
+    kl_gradient=gradient,
+    tis_cap=2.0,
+  )
+  batch = random_batch(size, num_rows=3 * size, num_tokens=num_tokens)
+  rng = np.random.default_rng([size, 1])
+  rewards = np.float32(rng.normal(size=3 * size))
+  rewards[: size + 1] = np.nan
+  batch["advantages"] = np.asarray(
+    objective.group_advantages(rewards, num_generations=size)
+  )
+  for which in ("old", "ref"):
+    gap = rng.choice([-50.0, 0.5, 50.0], 3 * size).astype(np.float32)
+    batch[f"{which}_per_token_logps"] += gap[:, None]
+  loss, grad, _ = loss_and_gradient(batch, config=config)
+  logps = batch["per_token_logps"].astype(np.float64)
+  expected = twin_loss(logps, batch, config)
+  np.testing.assert_allclose(loss, expected, rtol=2e-5)
+  step = 1e-5 * rng.normal(size=logps.shape)
+  for n in range(3 * size):
+    # Row by row, or the largest gap would hide the others.
+    ahead, behind = (
+      twin_row(n, logps + sign * step, batch, config) for sign in (1, -1)
+    )
+    expected = (
+      (ahead - behind) / 2 / twin_divisor(batch["completion_mask"], config)
+    )
+    np.testing.assert_allclose(
+      np.vdot(grad[n], step[n]), expected, rtol=1e-4, atol=1e-11
+    )
+
+
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("preset", objective.PRESETS)
+@pytest.mark.parametrize("preset", SURROGATES)
 def test_what_stands_on_padding_enters_nothing(preset, junk):
   config = dataclasses.replace(
-    objective.PRESETS[preset], beta=0.1, max_completion_length=9, tis_cap=2.0
+    SURROGATES[preset], beta=0.1, max_completion_length=9, tis_cap=2.0
   )
   clean = random_batch(11)
   soiled = {
@@ -442,9 +558,12 @@ def test_a_wrong_setting_is_refused_by_name_value_and_remedy(field, value):
   assert str(value) in str(e.value)
 
 
-@pytest.mark.parametrize("field", ["epsilon_high", "dual_clip"])
-def test_cispo_refuses_a_cap_below_one_and_a_second_cap(field):
-  changes = {"epsilon_high": 5.0, "dual_clip": None}
-  changes[field] = {"epsilon_high": 0.28, "dual_clip": 3.0}[field]
-  with pytest.raises(ValueError, match=rf"objective\.{field} .* cispo"):
-    config_of(surrogate="cispo", **changes)
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+def test_a_dual_clip_without_a_clip_is_refused(surrogate):
+  with pytest.raises(ValueError, match=r"objective\.dual_clip \(3\.0\) .*None"):
+    config_of(surrogate=surrogate, epsilon_high=5.0, dual_clip=3.0)
+
+
+def test_cispo_refuses_a_cap_below_one():
+  with pytest.raises(ValueError, match=r"objective\.epsilon_high .* cispo"):
+    config_of(surrogate="cispo", epsilon_high=0.28)

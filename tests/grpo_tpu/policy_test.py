@@ -45,7 +45,8 @@ def save(workdir, policy, scales, steps=(1,)):
     for scale, step in zip(scales, steps, strict=True):
       scaled = jax.tree.map(functools.partial(jnp.multiply, scale), params)
       at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
-      checkpoints.save(step, train_state.TrainState(at, scaled, ()), {})
+      state = train_state.TrainState(at, at, scaled, ())
+      checkpoints.save(step, state, {})
   return leaves(params)
 
 

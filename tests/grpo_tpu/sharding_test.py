@@ -75,7 +75,10 @@ def step_of(tiny, place_params, place_batch):
   )
   params = jax.tree.map(jnp.copy, params)  # The update eats its state.
   state = train_state.TrainState(
-    step=jnp.zeros((), jnp.int32), params=params, opt_state=TX.init(params)
+    step=jnp.zeros((), jnp.int32),
+    position=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=TX.init(params),
   )
   state, metrics = update(state, bundles)
   return Step(completions, state.params, metrics)
@@ -148,13 +151,14 @@ def test_moments_lie_where_their_parameters_do(tiny):
   places = sharding.shardings(mesh, tiny.params)
   state = train_state.TrainState(
     step=jnp.zeros((), jnp.int32),
+    position=jnp.zeros((), jnp.int32),
     params=tiny.params,
     opt_state=optax.adam(1e-3).init(tiny.params),
   )
   placed = sharding.shardings(mesh, state)
   adam = placed.opt_state[0]
   assert placed.params == adam.mu == adam.nu == places
-  assert adam.count.spec == placed.step.spec == P()
+  assert adam.count.spec == placed.step.spec == placed.position.spec == P()
 
 
 def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):

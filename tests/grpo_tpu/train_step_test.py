@@ -1,8 +1,9 @@
 """An update is the same however its batch is cut, and learns from what counts.
 
 The optimizer is plain descent with a rate of 1, so that the change of the
-parameters is the gradient. Laws of the batch are held with a bigram in place
-of the network, which compiles at once; the rest with the network.
+parameters is the gradient; it keeps the gradient too, not rounded against the
+parameters. Laws of the batch are held with a bigram in place of the network,
+which compiles at once; the rest with the network.
 """
 
 import dataclasses
@@ -14,11 +15,18 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import logprobs, objective, rollout, train_state, train_step
+from grpo_tpu import (
+  health,
+  logprobs,
+  objective,
+  rollout,
+  train_state,
+  train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6
-TX = optax.sgd(1.0)
+TX = optax.sgd(1.0, momentum=0.0)
 OBJECTIVES = {
   "dapo": dataclasses.replace(objective.PRESETS["dapo"], tis_cap=1.1),
   "grpo": dataclasses.replace(objective.PRESETS["grpo"], beta=0.1),
@@ -67,19 +75,17 @@ def bigram():
   }
 
 
-@pytest.fixture(scope="module")
-def bundles(tiny, bigram):
-  """Off policy, no pictures, masks that are ragged and leave a row empty."""
-  rng = np.random.default_rng(1)
-  shape = (PROMPTS, NUM_COMPLETIONS, NUM_TOKENS)
-  lengths = np.array([[6, 1], [3, 5], [0, 2], [4, 6]])
+def make_bundles(tiny, params, seed, num_prompts, lengths):
+  """Off policy, no pictures, with masks as long as `lengths` says."""
+  rng = np.random.default_rng(seed)
+  shape = (num_prompts, len(lengths[0]), NUM_TOKENS)
   bundles = train_step.Bundles(
-    *tiny.prompts(PROMPTS, num_images=0),
+    *tiny.prompts(num_prompts, num_images=0),
     completion_ids=jnp.asarray(rng.integers(0, 130, shape), jnp.int32),
     completion_mask=jnp.asarray(np.arange(NUM_TOKENS) < lengths[..., None]),
     advantages=jnp.asarray(rng.normal(0, 1, shape[:2]), jnp.float32),
   )
-  logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, bundles)
+  logps, _ = bigram_logps(make_model(tiny, train_vision=True), params, bundles)
 
   def near():
     return logps + 0.2 * rng.normal(0, 1, shape).astype(np.float32)
@@ -92,29 +98,73 @@ def bundles(tiny, bigram):
 
 
 @pytest.fixture(scope="module")
-def update(tiny, bigram):
-  """`update(objective, parts, bundles)`: the bigram after, and metrics."""
+def bundles(tiny, bigram):
+  """Masks are ragged and leave a row empty."""
+  lengths = np.array([[6, 1], [3, 5], [0, 2], [4, 6]])
+  return make_bundles(tiny, bigram, 1, PROMPTS, lengths)
+
+
+@pytest.fixture(scope="module")
+def groups(tiny, bigram):
+  """Twelve groups of three with everything that bundles can hold."""
+  rng = np.random.default_rng(4)
+  bundles = make_bundles(tiny, bigram, 5, 12, rng.integers(0, 7, (12, 3)))
+  counted = jnp.arange(12) % 5 != 0
+  return bundles.replace(
+    completion_mask=bundles.completion_mask & counted[:, None, None],
+    token_weights=jnp.asarray(rng.uniform(0, 2, (12, 3, 6)), jnp.float32),
+    counted=jnp.broadcast_to(counted[:, None], (12, 3)),
+    preferred=jnp.asarray(rng.random((12, 3, 3)) < 0.3),
+  )
+
+
+@pytest.fixture(scope="module")
+def step(tiny, bigram):
+  """`step(objective, parts, bundles)`: the state after, and metrics."""
 
   @functools.cache
-  def made(name, num_microbatches, train_vision):
+  def made(name, num_microbatches, train_vision, **settings):
     return train_step.make_train_step(
       make_model(tiny, train_vision=train_vision),
       TX,
       config=OBJECTIVES[name],
       num_microbatches=num_microbatches,
+      **settings,
     )
 
-  def run(name, num_microbatches, bundles, *, train_vision=True):
+  def run(name, num_microbatches, bundles, *, train_vision=True, **settings):
     state = new_state(bigram)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(train_step, "token_logps", bigram_logps)
-      after, metrics = made(name, num_microbatches, train_vision)(
+      after, metrics = made(name, num_microbatches, train_vision, **settings)(
         state, bundles
       )
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params)), (
       "the update did not take the state's memory over"
     )
+    return after, metrics
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def update(step):
+  """As `step`, of the parameters alone."""
+
+  def run(*args, **kwargs):
+    after, metrics = step(*args, **kwargs)
     return after.params, metrics
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def gradient(step):
+  """As `step`, of the gradient."""
+
+  def run(*args, **kwargs):
+    after, metrics = step(*args, **kwargs)
+    return optax.tree.get(after.opt_state, "trace"), metrics
 
   return run
 
@@ -122,7 +172,10 @@ def update(tiny, bigram):
 def new_state(params):
   params = jax.tree.map(jnp.copy, params)  # The update eats its state.
   return train_state.TrainState(
-    step=jnp.zeros((), jnp.int32), params=params, opt_state=TX.init(params)
+    step=jnp.zeros((), jnp.int32),
+    position=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=TX.init(params),
   )
 
 
@@ -137,15 +190,25 @@ def assert_trees_close(actual, expected, atol):
     )
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_cutting_the_batch_changes_nothing(
-  update, bundles, name, num_microbatches
+def test_two_hundred_random_cuts_give_one_gradient_and_metrics(
+  gradient, groups, name
 ):
-  whole, whole_metrics = update(name, 1, bundles)
-  parts, metrics = update(name, num_microbatches, bundles)
-  assert_trees_close(parts, whole, atol=1e-5)
-  assert_trees_close(metrics, whole_metrics, atol=1e-5)
+  expected, expected_metrics = jax.device_get(gradient(name, 1, groups))
+  groups = jax.device_get(groups)
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    order = rng.permutation(12)
+    shuffled = jax.tree.map(lambda x, order=order: x[order], groups)
+    num_microbatches = int(rng.choice([1, 3, 12]))
+    actual, metrics = jax.device_get(gradient(name, num_microbatches, shuffled))
+    error = jax.tree.map(np.subtract, actual, expected)
+    assert tree_norm(error) < 1e-5 * tree_norm(expected)
+    assert_trees_close(metrics, expected_metrics, atol=1e-6)
+
+
+def tree_norm(tree):
+  return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
 
 
 def test_demonstrations_cost_their_mean_negative_logp(
@@ -204,14 +267,139 @@ def test_a_batch_of_nothing_leaves_the_parameters_alone(
   assert metrics["loss"] == metrics["tokens"] == metrics["entropy"] == 0
 
 
-def test_sampler_weights_are_the_odds_of_old_and_sampler_up_to_the_cap(
-  update, bundles
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_scores_come_back_in_the_order_of_the_bundles(
+  tiny, bigram, bundles, monkeypatch, num_microbatches
 ):
-  _, metrics = update("dapo", 1, bundles)
+  model = make_model(tiny, train_vision=True)
+  monkeypatch.setattr(train_step, "token_logps", bigram_logps)
+  scores = train_step.score(
+    model, bigram, bundles, num_microbatches=num_microbatches
+  )
+  expected = bigram_logps(model, bigram, bundles)
+  assert_trees_close(scores, expected, atol=1e-6)
+
+
+def test_bundles_not_counted_leave_the_batch_as_it_is_without_them(
+  gradient, bundles
+):
+  """Under "grpo", which divides by the number of rows."""
+  kept = np.array([0, 2])
+  mask = bundles.completion_mask.at[np.array([1, 3])].set(False)
+  counted = jnp.zeros(mask.shape[:2], bool).at[kept].set(True)
+  bundles = bundles.replace(completion_mask=mask, counted=counted)
+  actual, metrics = gradient("grpo", 2, bundles)
+  without = jax.tree.map(lambda x: x[kept], bundles.replace(counted=None))
+  expected, expected_metrics = gradient("grpo", 1, without)
+  assert_trees_close(actual, expected, atol=1e-7)
+  assert_trees_close(metrics, expected_metrics, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo"])
+def test_tokens_of_no_weight_leave_the_gradient_of_the_kl(
+  gradient, bundles, name
+):
+  weightless = bundles.replace(
+    token_weights=jnp.zeros(bundles.completion_mask.shape)
+  )
+  indifferent = bundles.replace(advantages=jnp.zeros_like(bundles.advantages))
+  actual, metrics = gradient(name, 2, weightless)
+  expected, _ = gradient(name, 2, indifferent)
+  assert_trees_close(actual, expected, atol=1e-7)
+  beta = OBJECTIVES[name].beta
+  assert (metrics["grad_norm"] > 0) == (beta > 0)
+
+
+def test_the_entropy_bonus_descends_along_the_mean_entropy(
+  tiny, bigram, gradient, bundles
+):
+  bonus = 0.3
+
+  @jax.value_and_grad
+  def entropy(params):
+    model = make_model(tiny, train_vision=True)
+    _, entropies = bigram_logps(model, params, bundles)
+    return jnp.mean(entropies, where=bundles.completion_mask)
+
+  value, expected = entropy(bigram)
+  plain, plain_metrics = gradient("grpo", 2, bundles)
+  actual, metrics = gradient("grpo", 2, bundles, entropy_bonus=bonus)
+  np.testing.assert_allclose(metrics["entropy"], value, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["loss"], plain_metrics["loss"] - bonus * value, rtol=1e-5
+  )
+  added = jax.tree.map(jnp.subtract, actual, plain)
+  expected = jax.tree.map(lambda x: -bonus * x, expected)
+  assert_trees_close(added, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_sampler_weights_are_the_odds_of_old_and_sampler_up_to_the_cap(
+  update, bundles, correction
+):
+  """Of each token, or of a row's geometric mean for all of its tokens."""
+  _, metrics = update("dapo", 1, bundles, sampler_correction=correction)
+  mask = np.asarray(bundles.completion_mask)
+  gap = np.asarray(bundles.old_per_token_logps - bundles.sampler_logps)
+  if correction == "sequence":
+    gap = gap.copy()
+    for row in np.ndindex(gap.shape[:2]):
+      gap[row] = gap[row][mask[row]].mean() if mask[row].any() else 0
+  expected = np.minimum(np.exp(gap[mask]), 1.1).mean()
+  np.testing.assert_allclose(metrics["sampler_weight"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+@pytest.mark.parametrize("name", ["dapo", "demonstrations"])
+def test_the_samplers_mismatch_is_measured_over_the_whole_batch(
+  update, bundles, name, num_microbatches
+):
+  _, metrics = update(name, num_microbatches, bundles)
   mask = np.asarray(bundles.completion_mask)
   gap = np.asarray(bundles.old_per_token_logps - bundles.sampler_logps)[mask]
-  expected = np.minimum(np.exp(gap), 1.1).mean()
-  np.testing.assert_allclose(metrics["sampler_weight"], expected, rtol=1e-5)
+  for metric, expected in {
+    "sampler_logp_difference_mean": np.abs(gap).mean(),
+    "sampler_logp_difference_max": np.abs(gap).max(),
+    "sampler_kl": (np.exp(gap) - 1 - gap).mean(),
+  }.items():
+    np.testing.assert_allclose(metrics[metric], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_the_effective_sample_share_is_that_of_the_batchs_ratios(
+  tiny, bigram, update, bundles, num_microbatches
+):
+  _, metrics = update("dapo", num_microbatches, bundles)
+  logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, bundles)
+  ratio = jnp.exp(logps - bundles.old_per_token_logps)[bundles.completion_mask]
+  expected = health.effective_sample_size(ratio) / ratio.size
+  np.testing.assert_allclose(
+    metrics["effective_sample_share"], expected, rtol=1e-5
+  )
+  assert "ratio_squared" not in metrics
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3, 12])
+def test_implicit_preference_is_that_of_a_loop_over_ordered_pairs(
+  tiny, bigram, update, groups, num_microbatches
+):
+  _, metrics = update("demonstrations", num_microbatches, groups)
+  logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, groups)
+  gained = np.asarray(logps - groups.ref_per_token_logps)
+  gained = np.sum(gained, axis=-1, where=np.asarray(groups.completion_mask))
+  margins = [
+    gained[u, i] - gained[u, j]
+    for u, i, j in np.ndindex(12, 3, 3)
+    if groups.preferred[u, i, j]
+  ]
+  np.testing.assert_allclose(
+    metrics["implicit_preference_margin"], np.mean(margins), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    metrics["implicit_preference_accuracy"],
+    np.mean([0.5 + 0.5 * np.sign(margin) for margin in margins]),
+    rtol=1e-5,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +425,7 @@ def online(tiny):
     advantages=jnp.asarray(advantages, jnp.float32),
     sampler_logps=completions.logps,
   )
-  scores = train_step.score(
+  scores, _ = train_step.score(
     make_model(tiny, train_vision=True),
     tiny.params,
     bundles,

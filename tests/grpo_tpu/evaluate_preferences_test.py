@@ -1,0 +1,137 @@
+"""What held-out pairs say of a policy whose log-probabilities are known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines import pipeline, preferences
+from grpo_tpu import evaluate_preferences, metrics, train_step
+from tests.grpo_tpu import scripted
+
+# Problems 0 to 4 with three labelled completions each, one of them two.
+REPLIES = {
+  0: (("<answer>3</answer>", 1.0), ("<answer>5</answer>", 0.0), ("3", 0.5)),
+  1: (("<answer>4</answer>", 1.0), ("<answer>5</answer>", 0.0)),
+  2: (("no", 0.0), ("<answer>1.5</answer>", 0.9), ("<answer>9</answer>", 0.2)),
+  3: (("<answer>red</answer>", 0.4), ("<answer>red</answer>", 0.4)),
+  4: (("<answer>blue</answer>", 0.1), ("<answer>red</answer>", 0.6)),
+}
+
+
+def replies(problem, rng):
+  del rng
+  given = REPLIES[int(problem.pid.removeprefix("p"))]
+  return tuple(preferences.Reply(*each) for each in given)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return scripted.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def evaluated(tokenizer, monkeypatch):
+  """Accuracies where each policy's log-probability of an id is known."""
+
+  def score(model, params, bundles, *, num_microbatches):
+    del model, num_microbatches
+    return params[bundles.completion_ids], None
+
+  monkeypatch.setattr(train_step, "score", score)
+
+  def scalars(params, reference, *, batch_size=5, rewards="labels"):
+    policy = scripted.make_policy(tokenizer, {}, kind="preference")
+    object.__setattr__(policy.config.data, "preference_rewards", rewards)
+    batches = pipeline.make_eval_batches(
+      scripted.Source(range(5)),
+      tokenizer,
+      num_problems=5,
+      batch_size=batch_size,
+      prompt_buckets=(96,),
+      image_size=scripted.IMAGE_SIZE,
+      soft_tokens=scripted.SOFT_TOKENS,
+      num_images=1,
+      shard_index=0,
+      shard_count=1,
+      max_new_tokens=scripted.MAX_NEW_TOKENS,
+      replies=replies,
+      num_replies=3,
+    )
+    result = evaluate_preferences.evaluate(policy, params, reference, batches)
+    return {name: float(value) for name, value in result.items()}
+
+  return scalars
+
+
+def logps(seed):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(-1, 1, 512), jnp.float32)
+
+
+def worked_by_hand(tokenizer, gain):
+  """A loop over every two completions of one problem."""
+  rows = []
+  for each in REPLIES.values():
+    for chosen, high in each:
+      for rejected, low in each:
+        if high > low:
+          sums, means = [], []
+          for text in (chosen, rejected):
+            ids = [*tokenizer.encode(text), 106]
+            sums.append(gain[ids].sum())
+            means.append(gain[ids].mean())
+          rows.append((high - low, sums[0] - sums[1], means[0] - means[1]))
+  return np.array(rows).T
+
+
+def test_accuracies_and_margins_are_those_worked_by_hand(evaluated, tokenizer):
+  params, reference = logps(0), logps(1)
+  got = evaluated(params, reference)
+  apart, sums, means = worked_by_hand(
+    tokenizer, np.asarray(params - reference, np.float64)
+  )
+  assert len(apart) == 8
+  assert got["eval/implicit_preference_margin"] == pytest.approx(
+    sums.mean(), rel=1e-5
+  )
+  name = "eval/implicit_preference_accuracy"
+  assert got[name] == pytest.approx((sums > 0).mean())
+  assert got[f"{name}_per_token"] == pytest.approx((means > 0).mean())
+  assert got["eval/preference_accuracy"] == 1.0
+  edges = [0, 0.25, 0.5, 0.75, np.inf]
+  labels = ["0.0_to_0.25", "0.25_to_0.5", "0.5_to_0.75", "0.75_and_more"]
+  buckets = {}
+  for label, low, high in zip(labels, edges, edges[1:], strict=False):
+    inside = (np.float32(apart) >= low) & (np.float32(apart) < high)
+    if inside.any():
+      buckets[f"{name}/margin_{label}"] = (sums[inside] > 0).mean()
+  assert len(buckets) == 3
+  assert {
+    k: v for k, v in got.items() if k.startswith(f"{name}/")
+  } == pytest.approx(buckets)
+
+
+def test_a_policy_that_has_not_moved_prefers_nothing(evaluated):
+  """Whatever the lengths of chosen and rejected."""
+  got = evaluated(logps(0), logps(0))
+  assert got["eval/implicit_preference_accuracy"] == 0.5
+  assert got["eval/implicit_preference_accuracy_per_token"] == 0.5
+  assert got["eval/implicit_preference_margin"] == 0
+
+
+def test_batches_change_nothing(evaluated):
+  wanted = evaluated(logps(0), logps(1))
+  for batch_size in (1, 2, 8):
+    got = evaluated(logps(0), logps(1), batch_size=batch_size)
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_reward_functions_may_contradict_the_labels(evaluated):
+  """Of the 8 pairs they pay 1-5, 1-3 and 4-5 as labelled."""
+  got = evaluated(logps(0), logps(1), rewards="functions")
+  assert 0 < got["eval/preference_accuracy"] < 1
+
+
+def test_names_are_declared(evaluated, tmp_path):
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, evaluated(logps(0), logps(1)))
