@@ -156,7 +156,9 @@ def _records(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
     yield record
 
 
-def _parsed(text: str, path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
+def _parsed(
+  text: str, path: str | os.PathLike[str]
+) -> Sequence[Mapping[str, Any]]:
   try:
     try:
       parsed = json.loads(text)

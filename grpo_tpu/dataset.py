@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines import mathvista, pipeline, preferences, prepare
+from data_pipelines import mathvista, pipeline, preferences, prepare, prompts
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
 
@@ -56,7 +56,8 @@ class Dataset:
       start_step=start_step,
       replies=self.replies,
       num_replies=config.data.preference_completions,
-      **_prompt_shape(config),
+      shuffle_options=config.data.shuffle_options,
+      **_prompt_settings(config),
     )
 
   def eval_batches(
@@ -73,17 +74,18 @@ class Dataset:
       max_new_tokens=config.rollout.max_new_tokens,
       replies=self.replies,
       num_replies=config.data.preference_completions,
-      **_prompt_shape(config),
+      **_prompt_settings(config),
     )
 
 
-def _prompt_shape(config: run_config.Config) -> dict[str, Any]:
+def _prompt_settings(config: run_config.Config) -> dict[str, Any]:
   vision = config.model_config.vision
   return {
     "prompt_buckets": config.data.prompt_buckets,
     "image_size": vision.image_size if vision else 0,
     "soft_tokens": vision.soft_tokens if vision else 0,
     "num_images": int(vision is not None),
+    "template": prompts.TEMPLATES[config.data.prompt_template],
   }
 
 
@@ -115,7 +117,11 @@ def open_dataset(
   }
   replies = None
   if config.data.kind == "preference":
-    replies = preferences.drawn(config.data.preference_completions)
+    replies = preferences.drawn(
+      config.data.preference_completions,
+      kinds=config.data.preference_kinds,
+      template=prompts.TEMPLATES[config.data.prompt_template],
+    )
     if file := config.data.preference_file:
       replies = preferences.from_file(file, config.data.preference_completions)
       identity["preferences"] = hashlib.sha256(
