@@ -29,9 +29,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_split = "eval"
   config.data.prompts_per_step = 64
   config.data.prompt_buckets = (384, 512, 1024, 2048)
+  config.data.prompt_template = "tagged"
+  config.data.shuffle_options = False
   # Of kind "preference"; without a file, one right reply and wrong ones.
   config.data.preference_completions = 2
   config.data.preference_file = ""
+  config.data.preference_kinds = ("distractor", "perturbation")
   config.data.preference_rewards = "functions"
   config.data.accept_mathvista_training_terms = False
 

@@ -19,7 +19,13 @@ import grain
 import numpy as np
 from absl import logging
 
-from data_pipelines import images, preferences, prompts, records
+from data_pipelines import (
+  images,
+  option_order,
+  preferences,
+  prompts,
+  records,
+)
 from data_pipelines import tokenizer as tokens
 
 KINDS = ("online", "demonstrations", "preference")
@@ -89,6 +95,8 @@ def make_pipeline(
   start_step: int,
   replies: preferences.Source | None = None,
   num_replies: int = 2,
+  template: prompts.Template = prompts.TAGGED,
+  shuffle_options: bool = False,
 ) -> Iterator[Batch]:
   """The endless batches of one shard, from `start_step` on.
 
@@ -96,7 +104,8 @@ def make_pipeline(
     source: The problems of the training split.
     tokenizer: What spells them.
     kind: "online", "demonstrations" or "preference"; see `Batch`.
-    seed: Of the order, and of the rejected answers of "preference".
+    seed: Of the order, of the rejected answers of "preference", and of the
+      order of options.
     prompts_per_step: Rows of a step over all shards.
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
       A step takes the smallest that holds its longest prompt on any shard.
@@ -110,6 +119,9 @@ def make_pipeline(
     replies: What "preference" learns from; None draws a right reply and wrong
       ones.
     num_replies: How many of them.
+    template: How prompts ask for a reply, and demonstrations give it.
+    shuffle_options: Whether a row asks with its options in an order of its
+      own, where `option_order` can change it. `Batch.problems` are as asked.
 
   Returns:
     An iterator whose n-th batch is that of step `start_step + n`.
@@ -131,8 +143,10 @@ def make_pipeline(
     num_images=num_images,
     shard_index=shard_index,
     shard_count=shard_count,
-    replies=replies or preferences.drawn(num_replies),
+    replies=replies or preferences.drawn(num_replies, template=template),
     num_replies=num_replies,
+    template=template,
+    shuffle_options=shuffle_options,
   )
   rows.check_batch_size("data.prompts_per_step", prompts_per_step)
   lengths = rows.prompt_lengths(len(source))
@@ -171,6 +185,7 @@ def make_eval_batches(
   max_new_tokens: int = 0,
   replies: preferences.Source | None = None,
   num_replies: int = 0,
+  template: prompts.Template = prompts.TAGGED,
 ) -> "EvalBatches":
   """One shard's batches of the first problems of `source`, in its order.
 
@@ -189,6 +204,7 @@ def make_eval_batches(
     replies: Labelled completions to bring along with each problem; None for
       prompts alone.
     num_replies: How many of them.
+    template: How prompts ask for a reply.
 
   Returns:
     Batches of equal size, built when they are asked for; the last one is
@@ -212,6 +228,8 @@ def make_eval_batches(
     shard_count=shard_count,
     replies=replies or preferences.drawn(2),
     num_replies=num_replies,
+    template=template,
+    shuffle_options=False,
     is_evaluation=True,
   )
   rows.check_batch_size("eval.batch_size", batch_size)
@@ -273,6 +291,8 @@ class _Rows:
   shard_count: int
   replies: preferences.Source
   num_replies: int
+  template: prompts.Template
+  shuffle_options: bool
   is_evaluation: bool = False
 
   def __post_init__(self):
@@ -311,6 +331,7 @@ class _Rows:
     step's prompts must be padded without asking each other.
     """
     lengths = np.full(count, _UNUSABLE, np.int32)
+    num_choices = num_fixed = 0
     for index in range(count):
       try:
         problem = self.source[index]
@@ -318,6 +339,9 @@ class _Rows:
       except _UNREADABLE as error:
         _warn(index, error)
         continue
+      if self.shuffle_options and problem.choices:
+        num_choices += 1
+        num_fixed += option_order.is_fixed(problem)
       if not self.is_evaluation and not problem.has_answer:
         raise ValueError(
           f"problem {problem.pid} has no public answer, and training needs "
@@ -326,6 +350,12 @@ class _Rows:
     logging.info(
       "%d of %d records can be used.", np.count_nonzero(lengths), count
     )
+    if self.shuffle_options:
+      logging.info(
+        "Options are shuffled, but for %d of %d problems that refer to them.",
+        num_fixed,
+        num_choices,
+      )
     return lengths
 
   def batch(
@@ -341,17 +371,17 @@ class _Rows:
     Args:
       indices: The record of each row of all shards.
       lengths: Their prompts' lengths, `_UNUSABLE` or `_PADDING`.
-      step: What draws the rejected answers, with the row.
+      step: What draws rejected answers and orders, with the row.
       first_row: The `prompt_index` of the first row.
     """
     count = len(indices) // self.shard_count
     start = self.shard_index * count
-    rows = [
-      self._row(int(indices[i]), int(lengths[i]), [step, first_row + i])
-      for i in range(start, start + count)
-    ]
     longest = max(int(lengths.max()), len(self._prompt(_stand_in(""))))
     bucket = next(size for size in self.prompt_buckets if size >= longest)
+    rows = [
+      self._row(int(indices[i]), int(lengths[i]), [step, first_row + i], bucket)
+      for i in range(start, start + count)
+    ]
     ids, mask = self._padded_completions([row.completions for row in rows])
     return Batch(
       prompt_ids=_padded([row.prompt for row in rows], bucket),
@@ -367,13 +397,16 @@ class _Rows:
       else None,
     )
 
-  def _row(self, index: int, length: int, place: list[int]) -> _Row:
+  def _row(
+    self, index: int, length: int, place: list[int], bucket: int
+  ) -> _Row:
     """The row of a record, or one of the same shape that must not count."""
     problem = _stand_in("" if length == _PADDING else f"unreadable:{index}")
     if length != _PADDING:
       try:
         problem = self.source[index]
         if length != _UNUSABLE:
+          problem = self._as_asked(problem, place, bucket)
           completions, labels = self._completions(problem, place)
           return _Row(
             prompt=self._prompt(problem),
@@ -410,7 +443,23 @@ class _Rows:
       self.tokenizer,
       num_images=self.num_images,
       soft_tokens=self.soft_tokens,
+      template=self.template,
     )
+
+  def _as_asked(
+    self, problem: records.Problem, place: list[int], bucket: int
+  ) -> records.Problem:
+    """The problem, its options in the row's order if that is wanted.
+
+    All shards have settled on the bucket by the prompts as they are; an order
+    that is spelt in more tokens than it holds is not taken.
+    """
+    if not self.shuffle_options:
+      return problem
+    # The last number tells this from what draws replies; 0 would not.
+    rng = np.random.default_rng([self.seed, *place, 1])
+    changed = option_order.shuffled(problem, rng)
+    return changed if len(self._prompt(changed)) <= bucket else problem
 
   def _usable_length(self, problem: records.Problem) -> int:
     """The prompt's length, if it and what comes with it are short enough."""
@@ -431,7 +480,8 @@ class _Rows:
     """The ids and labels of the completions that come with the prompt."""
     replies: tuple[preferences.Reply, ...] = ()
     if self.kind == "demonstrations":
-      replies = (preferences.Reply(prompts.demonstration(problem), 1.0),)
+      reply = prompts.demonstration(problem, template=self.template)
+      replies = (preferences.Reply(reply, 1.0),)
     elif self.kind == "preference":
       rng = np.random.default_rng([self.seed, *place])
       replies = self.replies(problem, rng)

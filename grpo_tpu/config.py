@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines import pipeline, synthetic
+from data_pipelines import pipeline, preferences, prompts, synthetic
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -51,10 +51,15 @@ class DataConfig:
     eval_split: Problems held out.
     prompts_per_step: Prompts of a step, over all hosts (`B`).
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+    prompt_template: A key of `prompts.TEMPLATES`: how prompts, in training and
+      in evaluation, ask for a reply, and how the replies made here give it.
+    shuffle_options: Ask each training row with its options in an order of its
+      own; evaluation never does.
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
       `data_pipelines.preferences`; "" makes a right one and wrong ones.
+    preference_kinds: Which wrong ones, of `preferences.KINDS`.
     preference_rewards: "functions" pays labelled completions as sampled ones
       are paid, "labels" takes the labels for rewards.
     accept_mathvista_training_terms: MathVista's licence prohibits training on
@@ -69,8 +74,11 @@ class DataConfig:
   eval_split: str
   prompts_per_step: int
   prompt_buckets: tuple[int, ...]
+  prompt_template: str
+  shuffle_options: bool
   preference_completions: int
   preference_file: str
+  preference_kinds: tuple[str, ...]
   preference_rewards: str
   accept_mathvista_training_terms: bool
 
@@ -442,6 +450,11 @@ def _check_names(config: Config) -> None:
   for name, value, choices in (
     ("data.kind", config.data.kind, pipeline.KINDS),
     (
+      "data.prompt_template",
+      config.data.prompt_template,
+      tuple(prompts.TEMPLATES),
+    ),
+    (
       "data.preference_rewards",
       config.data.preference_rewards,
       ("functions", "labels"),
@@ -471,6 +484,35 @@ def _check_names(config: Config) -> None:
       f"be one of {', '.join(choices)}",
       f"set {name}={close[0]}",
     )
+  kinds = config.data.preference_kinds
+  _require(
+    bool(kinds)
+    and set(kinds) <= set(preferences.KINDS)
+    and len(set(kinds)) == len(kinds),
+    "data.preference_kinds",
+    kinds,
+    f"be one or more of {', '.join(preferences.KINDS)}, each once",
+    f"set data.preference_kinds={preferences.DEFAULT_KINDS}",
+  )
+  _require(
+    not (config.data.shuffle_options and config.data.preference_file),
+    "data.shuffle_options",
+    config.data.shuffle_options,
+    "be False with a data.preference_file, whose completions name options by "
+    "the letters they had",
+    "set data.shuffle_options=False",
+  )
+  _require(
+    config.data.kind != "online"
+    or not config.rewards.format
+    or "<answer>" in prompts.TEMPLATES[config.data.prompt_template].instruction,
+    "rewards.format",
+    config.rewards.format,
+    "be 0 where data.prompt_template "
+    f"({config.data.prompt_template!r}) does not ask for the <answer> that it "
+    "pays",
+    "set rewards.format=0.0, or data.prompt_template=tagged",
+  )
   scheme, colon, rest = config.model.weights.partition(":")
   _require(
     scheme in _WEIGHTS

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines import mathvista, pipeline, preferences, prepare
+from data_pipelines import mathvista, pipeline, preferences, prepare, prompts
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
 
@@ -56,7 +56,8 @@ class Dataset:
       start_step=start_step,
       replies=self.replies,
       num_replies=config.data.preference_completions,
-      **_prompt_shape(config),
+      shuffle_options=config.data.shuffle_options,
+      **_prompt_settings(config),
     )
 
   def eval_batches(
@@ -70,7 +71,7 @@ class Dataset:
       batch_size=config.eval.batch_size,
       shard_index=shard_index,
       shard_count=shard_count,
-      **_prompt_shape(config),
+      **_prompt_settings(config),
     )
 
   def preference_batches(
@@ -87,17 +88,18 @@ class Dataset:
       max_new_tokens=config.rollout.max_new_tokens,
       replies=self.replies,
       num_replies=config.data.preference_completions,
-      **_prompt_shape(config),
+      **_prompt_settings(config),
     )
 
 
-def _prompt_shape(config: run_config.Config) -> dict[str, Any]:
+def _prompt_settings(config: run_config.Config) -> dict[str, Any]:
   vision = config.model_config.vision
   return {
     "prompt_buckets": config.data.prompt_buckets,
     "image_size": vision.image_size if vision else 0,
     "soft_tokens": vision.soft_tokens if vision else 0,
     "num_images": int(vision is not None),
+    "template": prompts.TEMPLATES[config.data.prompt_template],
   }
 
 
@@ -146,7 +148,12 @@ def _replies(
     return None, {}
   count, file = config.data.preference_completions, config.data.preference_file
   if not file:
-    return preferences.drawn(count), {}
+    drawn = preferences.drawn(
+      count,
+      kinds=config.data.preference_kinds,
+      template=prompts.TEMPLATES[config.data.prompt_template],
+    )
+    return drawn, {}
   replies = preferences.from_file(file, count)
   digest = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
   return replies, {"data.preference_file: its contents": digest}

@@ -11,6 +11,7 @@ import pathlib
 from importlib import metadata
 from typing import Any
 
+from data_pipelines import prompts
 from grpo_tpu import config as run_config
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -40,7 +41,7 @@ def check(
   identity: dict[str, str],
   workdir: str,
 ) -> None:
-  """Refuses to go on with a run of other data, seed or model.
+  """Refuses to go on with a run of other data, prompts, seed or model.
 
   Raises:
     ValueError: Naming what differs.
@@ -90,11 +91,16 @@ def write(
 def _essence(
   config: run_config.Config, identity: dict[str, str]
 ) -> dict[str, Any]:
+  template = prompts.TEMPLATES[config.data.prompt_template]
   return {
     "seed": config.seed,
     "model.name": config.model.name,
     "model.weights": config.model.weights,
     "data.kind": config.data.kind,
     "data.prompts_per_step": config.data.prompts_per_step,
+    "data.prompt_template": config.data.prompt_template,
+    # By its text too, which a later version may word in another way.
+    "data.prompt_template: its text": template.fingerprint,
+    "data.shuffle_options": config.data.shuffle_options,
     **identity,
   }

@@ -8,7 +8,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import pipeline, preferences, prompts, records
+from data_pipelines import (
+  option_order,
+  pipeline,
+  preferences,
+  prompts,
+  records,
+  verifier,
+)
 from data_pipelines import tokenizer as tokens
 
 NUM_PROBLEMS = 13
@@ -368,6 +375,201 @@ def test_a_step_of_nothing_but_bad_records_keeps_its_shape(tokenizer):
   for batch in batches(tokenizer, source, prompts_per_step=1):
     assert batch.prompt_ids.shape[0] == 1
     assert batch.valid[0] == (batch.problems[0].pid == "p3")
+
+
+COLOURS = ("red", "blue", "green", "black", "white")
+
+
+def make_choice(index, choices=COLOURS):
+  """A problem with options, the first of them right."""
+  problem = dataclasses.replace(
+    make_problem(index),
+    choices=choices,
+    answer=choices[0],
+    question_type="multi_choice",
+    answer_type="text",
+  )
+  query = records.official_query(
+    question=problem.question,
+    choices=choices,
+    unit="",
+    precision=-1,
+    question_type="multi_choice",
+    answer_type="text",
+  )
+  return dataclasses.replace(problem, query=query)
+
+
+# One of them refers to its options, and keeps them.
+CHOICES = [make_choice(index) for index in range(NUM_PROBLEMS - 1)]
+CHOICES.append(make_choice(NUM_PROBLEMS - 1, ("A", "B", "C")))
+SHUFFLED = dict(
+  shuffle_options=True, prompt_buckets=(256, 1024), max_new_tokens=64
+)
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+def test_shuffled_rows_ask_what_the_reward_will_see(tokenizer, kind):
+  orders = set()
+  for batch in batches(tokenizer, CHOICES, kind=kind, **SHUFFLED):
+    assert batch.valid.all()
+    for row, problem in enumerate(batch.problems):
+      original = CHOICES[int(problem.pid[1:])]
+      if original.choices == COLOURS:
+        orders.add(problem.choices)
+      else:
+        assert problem == original
+      assert problem.answer == original.answer
+      letter = chr(65 + problem.choices.index(problem.answer))
+      assert verifier.verify(f"<answer>{letter}</answer>", problem).correct
+      ids = prompts.encode_prompt(
+        problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
+      )
+      length = batch.prompt_length[row]
+      assert batch.prompt_ids[row, :length].tolist() == ids
+      line = f"({letter}) {problem.answer}"
+      assert line in tokenizer.decode([i for i in ids if i not in (106,)])
+  # Of 120 orders, about thirty rows draw hardly any twice.
+  assert len(orders) > 20
+
+
+def test_a_problem_asked_again_has_another_order_each_time(tokenizer):
+  """Twelve copies in a step, and again in the next: no row is like another."""
+  found = batches(
+    tokenizer,
+    CHOICES[:1] * 12,
+    prompts_per_step=12,
+    steps=2,
+    **SHUFFLED,
+  )
+  orders = [problem.choices for batch in found for problem in batch.problems]
+  assert len(set(orders)) > 18
+
+
+def test_another_seed_draws_other_orders(tokenizer):
+  left, right = (
+    batches(
+      tokenizer,
+      CHOICES[:1] * 4,
+      steps=1,
+      seed=seed,
+      **SHUFFLED,
+    )[0]
+    for seed in (0, 1)
+  )
+  assert [p.choices for p in left.problems] != [
+    p.choices for p in right.problems
+  ]
+
+
+@pytest.mark.parametrize("kind", pipeline.KINDS)
+def test_shuffled_shards_together_hold_the_rows_of_one(tokenizer, kind):
+  """After a restart too."""
+  alone = batches(tokenizer, CHOICES, kind=kind, **SHUFFLED)[5:]
+  shards = [
+    batches(
+      tokenizer,
+      CHOICES,
+      kind=kind,
+      steps=3,
+      start_step=5,
+      shard_index=index,
+      shard_count=2,
+      **SHUFFLED,
+    )
+    for index in range(2)
+  ]
+  for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
+    assert_same(whole, joined(parts))
+
+
+def test_shuffling_changes_neither_the_order_of_problems_nor_the_widths(
+  tokenizer,
+):
+  """Nor anything at all where there are no options."""
+  for source in (CHOICES, PROBLEMS):
+    plain = batches(tokenizer, source, **SHUFFLED | dict(shuffle_options=False))
+    mixed = batches(tokenizer, source, **SHUFFLED)
+    for left, right in zip(plain, mixed, strict=True):
+      assert left.prompt_ids.shape == right.prompt_ids.shape
+      assert [p.pid for p in left.problems] == [p.pid for p in right.problems]
+      if source is PROBLEMS:
+        assert_same(left, right)
+
+
+def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
+  """The bucket is that of the published order, which every shard knows."""
+  path = tmp_path / "tokenizer.model"
+  tokens.train([prompts.chat_text(CHOICES[0])] * 2, path, vocab_size=512)
+  # Spells one order in few pieces, and others in more or fewer of them.
+  tokenizer = tokens.Tokenizer(path)
+
+  def length(problem):
+    return len(
+      prompts.encode_prompt(problem, tokenizer, num_images=1, soft_tokens=3)
+    )
+
+  orders = [
+    option_order.shuffled(CHOICES[0], np.random.default_rng(seed))
+    for seed in range(40)
+  ]
+  problem = sorted(orders, key=length)[10]
+  bucket = length(problem)
+  assert max(map(length, orders)) > bucket
+  is_published = []
+  for batch in batches(
+    tokenizer,
+    [problem] * 4,
+    steps=10,
+    shuffle_options=True,
+    prompt_buckets=(bucket, 1024),
+  ):
+    assert batch.valid.all() and batch.prompt_ids.shape[1] == bucket
+    is_published += [asked == problem for asked in batch.problems]
+  # Of 120 orders one is drawn once in 40 rows at most, by its own right.
+  assert 10 < sum(is_published) < 40
+
+
+def test_evaluation_never_shuffles(tokenizer):
+  found = list(eval_batches(tokenizer, CHOICES, prompt_buckets=(256,)))
+  asked = [p for batch in found for p in batch.problems if p.pid]
+  assert asked == CHOICES[:10]
+
+
+@pytest.mark.parametrize("name", prompts.TEMPLATES)
+def test_prompts_and_replies_follow_the_template(tokenizer, name):
+  template = prompts.TEMPLATES[name]
+  wide = dict(template=template, prompt_buckets=(256,), max_new_tokens=96)
+
+  def ids_of(problem):
+    return prompts.encode_prompt(
+      problem,
+      tokenizer,
+      num_images=1,
+      soft_tokens=SOFT_TOKENS,
+      template=template,
+    )
+
+  training = [
+    batches(tokenizer, kind=kind, steps=1, **wide)[0] for kind in pipeline.KINDS
+  ]
+  held_out = eval_batches(tokenizer, template=template, prompt_buckets=(256,))[
+    0
+  ]
+  for batch in (*training, held_out):
+    assert batch.valid.all()
+    for row, problem in enumerate(batch.problems):
+      length = batch.prompt_length[row]
+      assert batch.prompt_ids[row, :length].tolist() == ids_of(problem)
+  for batch in training:
+    for row, problem in enumerate(batch.problems):
+      if batch.completion_ids is not None:
+        first = tokenizer.decode(batch.completion_ids[row, 0])
+        assert first == prompts.demonstration(problem, template=template)
+      if batch.labels is not None:
+        wrong = tokenizer.decode(batch.completion_ids[row, 1])
+        opened, closed = template.answer
+        assert opened in wrong and wrong.endswith(closed)
 
 
 def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):

@@ -7,7 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from data_pipelines import preferences, records, verifier
+from data_pipelines import (
+  mathvista,
+  preferences,
+  prompts,
+  records,
+  synthetic,
+  verifier,
+)
 
 
 def make_problem(answer, choices=(), answer_type="integer", precision=-1):
@@ -132,6 +139,166 @@ def test_a_group_is_one_right_reply_and_as_many_wrong_as_there_are(name):
     for text, _ in others:
       assert verifier.verify(text, problem).answer is not None
       assert not verifier.verify(text, problem).correct
+
+
+# As they were drawn before there were other kinds and templates.
+DRAWN = {
+  "integer": ("12", "21", "11", "14"),
+  "float": ("1.25", "12.50", "1.24", "1.27"),
+  "list": ("[1, 2.5, 3]", "[1, 2.5, 2]", "[1, 4.5, 3]", "[1, 3.5, 3]"),
+  "options": ("blue", "green", "red"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_is_drawn_by_default_stays_what_it_was(name):
+  rng = np.random.default_rng([5, 7, 2])
+  assert [text for text, _ in preferences.drawn(4)(PROBLEMS[name], rng)] == [
+    f"One by one. <answer>{answer}</answer>" for answer in DRAWN[name]
+  ]
+
+
+@pytest.fixture(scope="module")
+def problems(fixtures):
+  """Published problems with an answer, and drawn ones, some of them solved."""
+  paths = mathvista.shards(fixtures / "mathvista_schema")["testmini"]
+  published = [records.from_row(row) for row in mathvista.rows(paths)]
+  spec = synthetic.Spec(
+    num_problems=150,
+    seed=0,
+    difficulty=3,
+    kinds=synthetic.KINDS,
+    image_size=32,
+    multi_choice_share=0.3,
+    min_options=2,
+    max_options=8,
+  )
+  return [*published[:150], *synthetic.problems(spec)]
+
+
+# The share of problems that have such a wrong reply, and how much longer it is
+# than the right one, in characters: on average, and in size on average. As
+# measured, rounded up. One that refuses is longer than an answer of a digit.
+SHARES_AND_LENGTHS = {
+  "distractor": (0.4, 0.5, 2.0),
+  "perturbation": (0.5, 0.5, 0.5),
+  "refusal": (0.99, 3.0, 4.5),
+  "conflict": (0.4, 0.5, 2.0),
+  "truncation": (0.97, 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+@pytest.mark.parametrize("kind", preferences.KINDS)
+def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
+  problems, kind, template
+):
+  share, mean, mean_size = SHARES_AND_LENGTHS[kind]
+  replies = preferences.drawn(
+    2, kinds=(kind,), template=prompts.TEMPLATES[template]
+  )
+  differences = []
+  for index, problem in enumerate(problems):
+    try:
+      (better, label), (worse, no_label) = replies(
+        problem, np.random.default_rng(index)
+      )
+    except records.BadRecord as error:
+      assert error.reason in ("no_wrong_answer", "answer_not_verified")
+      continue
+    assert (label, no_label) == (1.0, 0.0)
+    assert verifier.verify(better, problem).correct
+    assert not verifier.verify(worse, problem).correct
+    differences.append(len(worse) - len(better))
+  assert len(differences) >= share * len(problems)
+  assert abs(np.mean(differences)) <= mean
+  assert np.mean(np.abs(differences)) <= mean_size
+
+
+def drawn_wrong(problem, *kinds, count=2, seeds=30, template="tagged"):
+  """Every wrong reply of some draws."""
+  replies = preferences.drawn(
+    count, kinds=kinds, template=prompts.TEMPLATES[template]
+  )
+  return {
+    text
+    for seed in range(seeds)
+    for text, _ in replies(problem, np.random.default_rng(seed))[1:]
+  }
+
+
+def test_a_refusal_gives_no_answer_where_the_answer_belongs():
+  for problem in (PROBLEMS["integer"], PROBLEMS["options"]):
+    found = drawn_wrong(problem, "refusal")
+    assert len(found) == 3
+    for text in found:
+      assert verifier.verify(text, problem).answer is None
+      assert re.search("<answer>.*[a-zA-Z]{3}.*</answer>|N/A", text)
+
+
+def test_the_words_of_a_refusal_come_out_of_the_reasoning():
+  """Whole words: of "One by one." a part is left, or nothing."""
+  kept = {
+    text.partition("<answer>")[0]
+    for text in drawn_wrong(PROBLEMS["integer"], "refusal")
+  }
+  assert kept <= {"", "One ", "One by ", "One by one. "} and len(kept) > 1
+
+
+def test_a_conflict_is_a_letter_with_the_text_of_another_option():
+  problem = dataclasses.replace(PROBLEMS["options"], solution="")
+  wrong = drawn_wrong(problem, "conflict", seeds=60)
+  pairs = [("A", "blue"), ("C", "blue"), ("B", "red"), ("B", "green")]
+  assert wrong == {f"<answer>({x}) {y}</answer>" for x, y in pairs}
+
+
+def test_where_conflicts_are_drawn_every_reply_has_its_letter():
+  """Or the letter alone would tell a conflict."""
+  problem = dataclasses.replace(PROBLEMS["options"], solution="")
+  replies = preferences.drawn(3, kinds=("distractor", "conflict"))
+  found = set()
+  for seed in range(40):
+    (chosen, _), *others = replies(problem, np.random.default_rng(seed))
+    assert chosen == "<answer>(B) blue</answer>"
+    found |= {text for text, _ in others}
+  assert {"<answer>(A) red</answer>", "<answer>(C) green</answer>"} < found
+  assert len(found) == 6
+
+
+def test_a_truncation_is_cut_before_its_answer():
+  problem = dataclasses.replace(PROBLEMS["integer"], question="How many?")
+  assert drawn_wrong(problem, "truncation") == {
+    # As long as "One by one. <answer>12</answer>", but for a space.
+    "One by one. One by one. One by",
+    "How many? How many? How many? H",
+  }
+  (text, other) = sorted(
+    drawn_wrong(problem, "truncation", template="reasoned")
+  )
+  assert text.startswith("<reasoning>How many? How")
+  assert other.startswith("<reasoning>One by one. One")
+
+
+def test_kinds_are_drawn_alike_and_only_those_that_are_wanted():
+  problem = dataclasses.replace(PROBLEMS["integer"], question="How many?")
+  kinds = ("perturbation", "refusal", "truncation")
+  replies, counts = preferences.drawn(2, kinds=kinds), dict.fromkeys("pr", 0)
+  for seed in range(600):
+    text = replies(problem, np.random.default_rng(seed))[1].text
+    if "<answer>" in text:
+      numeric = verifier.verify(text, problem).answer is not None
+      counts["p" if numeric else "r"] += 1
+  assert all(150 < count < 250 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize(
+  ("name", "kinds"),
+  [("integer", ("distractor", "conflict")), ("options", ("perturbation",))],
+)
+def test_a_problem_that_has_no_reply_of_the_kinds_says_so(name, kinds):
+  with pytest.raises(records.BadRecord) as error:
+    preferences.drawn(2, kinds=kinds)(PROBLEMS[name], np.random.default_rng(0))
+  assert error.value.reason == "no_wrong_answer"
 
 
 def line_of(pid="1", labels=(0.5, 2.0, -1.0)):

@@ -1,8 +1,10 @@
 """Chat turns: the layout, the image block's place, the official query."""
 
+import dataclasses
+
 import pytest
 
-from data_pipelines import prompts, records
+from data_pipelines import prompts, records, verifier
 from data_pipelines import tokenizer as tokens
 
 
@@ -98,6 +100,95 @@ def test_the_official_query_comes_first_and_unaltered():
   text = prompts.prompt_text(problem)
   assert text.startswith(problem.query + "\n")
   assert "<answer>" in text.removeprefix(problem.query)
+
+
+def test_the_default_prompt_and_reply_are_what_they_always_were(tokenizer):
+  problem = make_problem("What colour?", "red", "Like a rose.", ("red", "blue"))
+  text = (
+    "Hint: Please answer the question and provide the correct option letter, "
+    "e.g., A, B, C, D, at the end.\nQuestion: What colour?\nChoices:\n(A) red\n"
+    "(B) blue\nWrite the final answer as <answer>...</answer>."
+  )
+  reply = "Like a rose. <answer>red</answer>"
+  assert prompts.prompt_text(problem) == text
+  assert prompts.demonstration(problem) == reply
+  assert prompts.chat_text(problem) == f"user\n{text}\nmodel\n{reply}"
+  ids = prompts.encode_prompt(problem, tokenizer, num_images=0, soft_tokens=0)
+  assert ids == [
+    *[2, 105, *tokenizer.encode("user\n"), *tokenizer.encode(text)],
+    *[106, 107, 105, *tokenizer.encode("model\n")],
+  ]
+  # Runs that were started with this text go on with no other.
+  assert prompts.TEMPLATES["tagged"].fingerprint.startswith("ebb09a92f1252e32")
+
+
+PROMPTS_AND_REPLIES = {
+  "tagged": (
+    "\nWrite the final answer as <answer>...</answer>.",
+    "2 + 3 = 5. <answer>5</answer>",
+    "<answer>5</answer>",
+  ),
+  "boxed": (
+    "\nWrite the final answer as \\boxed{...}.",
+    "2 + 3 = 5. \\boxed{5}",
+    "\\boxed{5}",
+  ),
+  "plain": ("", "2 + 3 = 5. The answer is 5.", "The answer is 5."),
+  "reasoned": (
+    "\nWrite your reasoning as <reasoning>...</reasoning>, then the final "
+    "answer as <answer>...</answer>.",
+    "<reasoning>2 + 3 = 5.</reasoning> <answer>5</answer>",
+    "<answer>5</answer>",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", prompts.TEMPLATES)
+def test_a_template_is_how_to_reply_as_asked_and_as_done(tokenizer, name):
+  template = prompts.TEMPLATES[name]
+  asked, worked, bare = PROMPTS_AND_REPLIES[name]
+  problem = make_problem()
+  text = prompts.prompt_text(problem, template=template)
+  assert text == problem.query + asked
+  ids = prompts.encode_prompt(
+    problem, tokenizer, num_images=0, soft_tokens=0, template=template
+  )
+  spelt = tokenizer.encode(text)
+  assert ids[2:].index(106) == len(tokenizer.encode("user\n")) + len(spelt)
+  assert prompts.demonstration(problem, template=template) == bare
+  solved = make_problem(solution="2 + 3 = 5.")
+  assert prompts.demonstration(solved, template=template) == worked
+  assert prompts.chat_text(solved) == (
+    f"user\n{prompts.prompt_text(solved)}\nmodel\n2 + 3 = 5. <answer>5</answer>"
+  )
+
+
+@pytest.mark.parametrize("name", prompts.TEMPLATES)
+def test_the_verifier_reads_the_replies_of_every_template(name):
+  template = prompts.TEMPLATES[name]
+  for problem in (
+    make_problem(),
+    make_problem(solution="2 + 3 = 5."),
+    make_problem(answer="blue", choices=("red", "blue")),
+    make_problem(answer="$\\frac{1}{2}$", choices=("2", "$\\frac{1}{2}$")),
+  ):
+    reply = prompts.demonstration(problem, template=template)
+    assert verifier.verify(reply, problem).correct
+  for wrong in ("4", "50", "-5"):
+    reply = prompts.with_answer("", wrong, template=template)
+    assert not verifier.verify(reply, make_problem()).correct
+
+
+def test_a_fingerprint_is_of_the_text_alone_and_all_of_it():
+  template = prompts.TEMPLATES["reasoned"]
+  assert dataclasses.replace(template).fingerprint == template.fingerprint
+  changed = [
+    dataclasses.replace(template, instruction="Think."),
+    dataclasses.replace(template, reasoning=("", "")),
+    dataclasses.replace(template, answer=("", "")),
+    *prompts.TEMPLATES.values(),
+  ]
+  assert len({each.fingerprint for each in changed}) == len(changed)
 
 
 def test_a_demonstration_ends_in_the_tagged_answer():

@@ -6,8 +6,10 @@ import typing
 import pytest
 
 from configs import base
+from data_pipelines import prompts
 from grpo_tpu import config as run_config
 from grpo_tpu import objective
+from grpo_tpu.rewards import accuracy
 
 
 def section_of(values, name):
@@ -97,6 +99,9 @@ WRONG_TYPES = {
   "objective.max_completion_length": [8.0, True],
   "data.preference_completions": [2.0, True, None],
   "data.preference_file": [None, 3],
+  "data.preference_kinds": [(3,), "refusal"],
+  "data.prompt_template": [None, 3],
+  "data.shuffle_options": [1, "True"],
   "shaping.soft_tokens": [2.0, True],
   "shaping.advantage_clip": ["1", True],
   "shaping.top_entropy_share": [None, "1"],
@@ -130,7 +135,11 @@ BROKEN_RULES = {
   "data.prompts_per_step": [0, -8],
   "data.prompt_buckets": [(), (0,), (64, 64), (64, 32), (-1, 3)],
   "data.preference_completions": [0, 1],
+  "data.preference_kinds": [
+    (), ("refusals",), ("refusal", "conflict", "refusal"),
+  ],
   "data.preference_rewards": ["label", ""],
+  "data.prompt_template": ["tag", ""],
   "data.synthetic_eval_fraction": [0.0, 1.0, -0.1, float("nan")],
   "data.synthetic.difficulty": [0, 6],
   "data.synthetic.kinds": [(), ("colour",), ("color", "color")],
@@ -201,6 +210,35 @@ def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(name, value):
 def test_a_remedy_given_for_a_misspelt_name_is_the_nearest_one():
   with pytest.raises(ValueError, match="set data.kind=preference"):
     built({"data.kind": "preferences"})
+
+
+def test_letters_of_a_file_of_replies_are_those_of_the_published_order():
+  kind = {"data.kind": "preference", "data.preference_file": "replies.jsonl"}
+  built(kind)
+  with pytest.raises(
+    ValueError, match=r"^data.shuffle_options \(True\).*preference_file"
+  ):
+    built(kind | {"data.shuffle_options": True})
+  built({"data.kind": "preference", "data.shuffle_options": True})
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+def test_a_tag_is_paid_only_where_the_prompt_asks_for_it(template):
+  """Where completions are sampled; the others learn from what they are given.
+
+  The rule fits the reward: a reply of a template that may be paid is paid.
+  """
+  reply = prompts.with_answer("", "5", template=prompts.TEMPLATES[template])
+  changes = {"data.prompt_template": template}
+  if accuracy.well_formed(reply):
+    built(changes)
+  else:
+    with pytest.raises(
+      ValueError, match=rf"^rewards.format \(0.1\).*'{template}'.*=0.0"
+    ):
+      built(changes)
+  built(changes | {"rewards.format": 0})
+  built(changes | {"data.kind": "demonstrations"})
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,35 @@ def test_a_bad_file_of_replies_is_refused_when_the_data_is_opened(
   opened(settings(preference_file=str(path)), workdir)
 
 
+def test_the_settings_reach_prompts_and_replies(workdir):
+  """A template in both splits; shuffling in training; the kinds drawn."""
+  place = {"shard_index": 0, "shard_count": 1}
+
+  def first_batches(**changes):
+    config = settings(kind="preference", **changes)
+    data = opened(config, workdir)
+    train = next(data.train_batches(config, start_step=0, **place))
+    texts = [
+      data.tokenizer.decode(ids)
+      for batch in (train, data.eval_batches(config, **place)[0])
+      for ids in batch.prompt_ids
+    ]
+    wrong = [data.tokenizer.decode(ids[1]) for ids in train.completion_ids]
+    return train, texts, [text for text in wrong if text]
+
+  plain, texts, wrong = first_batches()
+  assert all("<answer>...</answer>" in text for text in texts[:8])
+  boxed, texts, _ = first_batches(prompt_template="boxed")
+  assert sum(r"\boxed{...}" in text for text in texts) >= 8 + 4
+  assert not any("<answer>" in text for text in texts[:8])
+  mixed, _, _ = first_batches(shuffle_options=True)
+  for other in (boxed, mixed):
+    assert [p.pid for p in other.problems] == [p.pid for p in plain.problems]
+  assert boxed.problems == plain.problems != mixed.problems
+  _, _, refusals = first_batches(preference_kinds=("refusal",))
+  assert len(refusals) == 8 and not set(refusals) & set(wrong)
+
+
 def test_training_on_mathvista_needs_its_terms_accepted(data_dir):
   edit_manifest(data_dir, terms="mathvista")
   config = settings(dir=str(data_dir))

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from configs import base
+from data_pipelines import prompts
 from grpo_tpu import config as run_config
 from grpo_tpu import run_card
 
@@ -77,6 +78,20 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
       64,
     ),
     (
+      changed("data", prompt_template="reasoned"),
+      {},
+      "data.prompt_template",
+      "'reasoned'",
+      "'tagged'",
+    ),
+    (
+      changed("data", shuffle_options=True),
+      {},
+      "data.shuffle_options",
+      True,
+      False,
+    ),
+    (
       CONFIG,
       {"data.dir: its records": "cc"},
       "data.dir: its records",
@@ -101,6 +116,17 @@ def test_another_run_is_refused_with_both_values(
   said = str(caught.value)
   assert said.startswith(f"{name} ({now}) must stay")
   assert f"({before})" in said and "/runs/1" in said and "--workdir" in said
+
+
+def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
+  """The hash of its text is in the card, not its name alone."""
+  before = prompts.TEMPLATES["tagged"]
+  assert before.fingerprint in json.dumps(card)
+  now = dataclasses.replace(before, instruction="Tag the final answer.")
+  monkeypatch.setitem(prompts.TEMPLATES, "tagged", now)
+  with pytest.raises(ValueError, match="^data.prompt_template: its text") as e:
+    run_card.check(card, CONFIG, IDENTITY, "W")
+  assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
 
 @pytest.mark.parametrize(
