@@ -3,7 +3,7 @@
 Started by `pool` as `python -m grpo_tpu.rewards.worker FD`. It imports neither
 jax nor TensorFlow, nor the program that started it: many of it start in a
 second. It ends by itself when that program is gone, whether idle (the pipe
-ends) or hanging (an alarm, which no code that hangs can hold up).
+ends) or hanging (an alarm, which no code can hold up).
 """
 
 import signal
@@ -32,7 +32,7 @@ def serve(pipe: connection.Connection) -> None:
   pipe.send(None)
   while True:
     path, completions, problems = pipe.recv()
-    # The default action, without Python: even a regex that hangs is ended.
+    # The default action, without Python: even a loop in C is ended.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _ALONE_AFTER_SECONDS)
     answer = custom.call(functions[path], completions, problems)
