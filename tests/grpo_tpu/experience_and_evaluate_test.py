@@ -420,3 +420,14 @@ def test_the_chosen_completion_of_a_pair_is_preferred(
   assert scalars["data/skipped"] == (~batch.valid).sum() == 2
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
     writer.write(1, found.scalars)
+
+
+def test_over_batches_counts_add_up_and_means_are_averaged():
+  batches = [
+    {"reward/own_errors": n, "reward/own_mean": float(n)} for n in (1, 4)
+  ]
+  assert experience._over_batches(batches) == {
+    "rollout/batches": 2,
+    "reward/own_errors": 5,
+    "reward/own_mean": 2.5,
+  }

@@ -172,6 +172,16 @@ def test_scoring_imports_neither_jax_nor_tensorflow():
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_workers_find_what_this_process_finds(tmp_path, monkeypatch):
+  (tmp_path / "found_here.py").write_text(
+    "def one(completions, problems):\n  return [1.0] * len(completions)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  config = config_of("brevity", num_workers=1)
+  config = dataclasses.replace(config, custom=("found_here:one",))
+  np.testing.assert_array_equal(score(TEXTS, config).total, [2.0] * 6)
+
+
 def test_without_workers_a_reward_runs_in_this_process():
   found = score(TEXTS, config_of("process"))
   assert set(found.components["process"]) == {np.float32(os.getpid())}
