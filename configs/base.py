@@ -58,15 +58,22 @@ def get_config() -> ml_collections.ConfigDict:
   config.rollout.temperature = 1.0
 
   config.rewards = ml_collections.ConfigDict()
-  config.rewards.accuracy = 1.0
-  config.rewards.format = 0.1
-  # Heuristics alone prefer the wrong answer half the time: they weigh little.
-  config.rewards.length = 0.02
-  config.rewards.reasoning_words = 0.02
-  config.rewards.coherence = 0.02
-  config.rewards.gate_heuristics = True
+  # None takes the preset's value, here and in the objective.
+  config.rewards.preset = "gated"
+  config.rewards.accuracy = config_dict.placeholder(float)
+  config.rewards.format = config_dict.placeholder(float)
+  config.rewards.length = config_dict.placeholder(float)
+  config.rewards.reasoning_words = config_dict.placeholder(float)
+  config.rewards.coherence = config_dict.placeholder(float)
+  config.rewards.gate_heuristics = config_dict.placeholder(bool)
+  config.rewards.custom = ()  # As in ("package.module:function",).
+  config.rewards.custom_weights = ()
+  config.rewards.num_workers = 4
+  config.rewards.rows_per_call = 16
+  config.rewards.timeout_seconds = 5.0
+  config.rewards.max_error_fraction = 0.1
+  config.rewards.error_window = 1000
 
-  # None takes the preset's value.
   config.objective = ml_collections.ConfigDict()
   config.objective.preset = "dapo"
   config.objective.advantage_scale = config_dict.placeholder(str)

@@ -115,7 +115,8 @@ def _sums(batch, scores, mask, stopped) -> dict[str, float]:
   """What adds up over batches and hosts, in one order whatever the data."""
   # Padding has no pid; a damaged record has one, and counts as wrong.
   counts = np.array([bool(p.pid) for p in batch.problems])
-  asked = counts & batch.valid & scores.valid
+  # A user's reward that fails says nothing about the answer.
+  asked = counts & batch.valid & ~scores.failed["accuracy"]
   accuracy = np.where(asked, scores.components["accuracy"], 0.0)
   sums = {
     "problems": counts.sum(),

@@ -146,8 +146,8 @@ def _sampled(
     _Groups(bundles, rewards, valid),
     statistics
     | _reward_statistics(rewards, valid)
+    | _error_counts(scores)
     | {
-      "reward/errors": sum(scores.errors.values()),
       "data/skipped": int((~batch.valid).sum()),
       "perf/data_seconds": start - waited,
       "perf/rollout_seconds": sampled - start,
@@ -171,6 +171,7 @@ def _over_batches(
   for name in scalars[0]:
     values = np.array([batch[name] for batch in fetched], np.float32)
     adds_up = name in _ADD_UP or name.startswith("perf/")
+    adds_up |= name.endswith("_errors")
     merged[name] = values.sum() if adds_up else values.mean()
   return merged
 
@@ -244,12 +245,12 @@ def offline(
   }
   if config.data.kind == "demonstrations":
     return Experience(given(policy, batch), scalars, [], 1)
-  groups, preferred = preferences(policy, batch)
+  groups, preferred, errors = preferences(policy, batch)
   bundles, statistics = _with_advantages(policy, groups)
   total = groups.rewards["total"]
   chosen, rejected, is_pair = objective.pairs(total, preferred)
   accuracy = objective.preference_accuracy(chosen, rejected, valid=is_pair)
-  statistics |= _reward_statistics(groups.rewards, groups.valid)
+  statistics |= _reward_statistics(groups.rewards, groups.valid) | errors
   statistics["train/preference_accuracy"] = accuracy
   bundles = bundles.replace(preferred=preferred)
   return Experience(bundles, scalars | statistics, [], 1)
@@ -265,8 +266,10 @@ def given(policy: policies.Policy, batch: pipeline.Batch) -> train_step.Bundles:
 
 def preferences(
   policy: policies.Policy, batch: pipeline.Batch
-) -> tuple[_Groups, Bool[Array, "U C C"]]:
+) -> tuple[_Groups, Bool[Array, "U C C"], dict[str, metrics.Scalar]]:
   """The labelled completions of a batch, paid, and which is preferred to which.
+
+  The last is how many completions each reward failed on, by metric.
 
   Where `data.preference_rewards` is "labels", a label is the whole reward.
   """
@@ -296,7 +299,7 @@ def preferences(
   )
   mask = bundles.completion_mask & valid[..., None]
   bundles = bundles.replace(completion_mask=mask)
-  return _Groups(bundles, rewards, valid), preferred
+  return _Groups(bundles, rewards, valid), preferred, _error_counts(scores)
 
 
 def samples(
@@ -349,7 +352,7 @@ def _by_group(
   """Rewards `{name: [U, C]}` as in `_Groups`, and which rows count."""
   shape = (len(batch.valid), -1)
   heuristics = sum(
-    getattr(config.rewards, name) * scores.components[name]
+    config.rewards.weights[name] * scores.components[name]
     for name in scoring.HEURISTICS
   )
   named = scores.components | {"total": scores.total, "heuristics": heuristics}
@@ -426,13 +429,21 @@ def _reward_statistics(rewards, valid):
     "rollout/all_wrong_fraction": correctness["all_wrong"],
     "rollout/mixed_fraction": correctness["mixed"],
   }
-  for name in scoring.COMPONENTS:
+  for name in sorted(rewards.keys() - {"total", "heuristics"}):
     mean = _mean(rewards[name], valid)
     scalars[f"reward/{name}_mean"] = mean
     scalars[f"reward/{name}_std"] = jnp.sqrt(
       _mean(jnp.square(rewards[name] - mean), valid)
     )
   return scalars
+
+
+def _error_counts(scores: scoring.Scores) -> dict[str, metrics.Scalar]:
+  """Failures of each reward, and of all, on this host's completions."""
+  counts: dict[str, metrics.Scalar] = {
+    f"reward/{name}_errors": count for name, count in scores.errors.items()
+  }
+  return counts | {"reward/errors": sum(scores.errors.values())}
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from grpo_tpu import config as run_config
 from grpo_tpu import logs
+from grpo_tpu.rewards import scoring
 
 _BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
       evaluate.run(config, _WORKDIR.value, data)
   except run_config.SettingError as error:
     _refuse(str(error))
+  finally:
+    scoring.close()
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

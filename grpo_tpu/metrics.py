@@ -105,7 +105,12 @@ METRICS = (
     for reward in _REWARDS
     for statistic in ("mean", "std")
   ),
-  Metric("reward/errors", "count", "completions that a reward failed on"),
+  *(
+    Metric(f"reward/{{slice}}_{statistic}", "1", f"{statistic} of a user's")
+    for statistic in ("mean", "std")
+  ),
+  Metric("reward/errors", "count", "failures of any reward"),
+  Metric("reward/{slice}_errors", "count", "completions that it failed on"),
   # How the policy does on held-out problems, decoded greedily.
   Metric("eval/accuracy", "share", "of problems answered rightly"),
   Metric("eval/accuracy/{slice}", "share", "the same of one sort of problem"),

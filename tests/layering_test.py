@@ -38,7 +38,12 @@ FLOORS = {
     "grpo_tpu.sampling",
   },
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
-  6: {"grpo_tpu.dataset", "grpo_tpu.policy", "grpo_tpu.run_card"},
+  6: {
+    "grpo_tpu.dataset",
+    "grpo_tpu.policy",
+    "grpo_tpu.rescore",
+    "grpo_tpu.run_card",
+  },
   7: {"grpo_tpu.experience"},
   8: {"grpo_tpu.evaluate", "grpo_tpu.evaluate_preferences"},
   9: {"grpo_tpu.train"},

@@ -1,10 +1,12 @@
 """From completions to rewards: every component of every row, and their sum.
 
-A reward that raises, or that is no finite number, says nothing of its row:
-the row is excluded and counted, never paid 0. Knows nothing of groups,
-advantages or tokens.
+A reward that raises, hangs, or is no finite number says nothing of its row: the
+row is excluded and counted, never paid 0; one that does so too often ends the
+run. Built-in rewards are linear in the completion and run in this process,
+users' (`custom`) in workers. Knows nothing of groups, advantages or tokens.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +15,38 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import records, verifier
-from grpo_tpu.rewards import accuracy, heuristics
+from grpo_tpu.rewards import accuracy, calls, custom, heuristics
+
+HEURISTICS = ("length", "reasoning_words", "coherence")
+# Weights, and whether heuristics are gated. Alone the heuristics prefer the
+# wrong answer half the time, so they weigh little unless asked to.
+PRESETS: Mapping[str, Mapping[str, float | bool]] = {
+  name: {
+    "accuracy": 1.0,
+    "format": 0.1,
+    **dict.fromkeys(HEURISTICS, weight),
+    "gate_heuristics": True,
+  }
+  for name, weight in (
+    ("answer", 0.0),  # Logs the heuristics only.
+    ("gated", 0.02),
+    ("full", 1.0),  # Up to 0.5, 0.3 and 0.2.
+  )
+}
+
+
+class RewardError(RuntimeError):
+  """A reward failed on more completions than `max_error_fraction` allows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
   """What each component weighs in the total; 0 computes and logs it only.
 
+  None takes the preset's value.
+
   Attributes:
+    preset: A key of `PRESETS`.
     accuracy: Weight of the right answer (0 or 1).
     format: Weight of exactly one <answer> tag (0 or 1).
     length: Weight of the length heuristic (0 to 0.5).
@@ -28,23 +54,111 @@ class RewardConfig:
     coherence: Weight of the sentences heuristic (0 to 0.2).
     gate_heuristics: Whether the three heuristics are 0 for a completion that
       gives no answer. Without it spam can earn as much as a right answer.
+    custom: Users' rewards as "package.module:function", see `custom`; the
+      function's name is the component's.
+    custom_weights: Their weights, in the same order.
+    num_workers: Processes that call them. With 0 they are called in this one,
+      and one that hangs holds up the run.
+    rows_per_call: Completions that a call gets, at most. A call that fails is
+      repeated row by row; a row that fails alone is excluded.
+    timeout_seconds: After which a worker's call, of one row or several, has
+      failed.
+    max_error_fraction: Ends the run once a component has failed on more than
+      this share of `error_window`; 1 for never.
+    error_window: Of the last so many rows failures are counted. While there
+      have been fewer, the rest pass for rows that did not fail.
   """
 
-  accuracy: float
-  format: float
-  length: float
-  reasoning_words: float
-  coherence: float
-  gate_heuristics: bool
+  preset: str
+  accuracy: float | None
+  format: float | None
+  length: float | None
+  reasoning_words: float | None
+  coherence: float | None
+  gate_heuristics: bool | None
+  custom: tuple[str, ...]
+  custom_weights: tuple[float, ...]
+  num_workers: int
+  rows_per_call: int
+  timeout_seconds: float
+  max_error_fraction: float
+  error_window: int
 
   def __post_init__(self):
-    for name in COMPONENTS:
-      weight = getattr(self, name)
+    if self.preset not in PRESETS:
+      raise ValueError(
+        f"rewards.preset ({self.preset!r}) must be one of "
+        f"{', '.join(PRESETS)}; set rewards.preset=gated."
+      )
+    for name, holds, rule, remedy in (
+      ("num_workers", self.num_workers >= 0, "not be negative", 4),
+      ("rows_per_call", self.rows_per_call >= 1, "be at least 1", 16),
+      (
+        "timeout_seconds",
+        0 < self.timeout_seconds < math.inf,
+        "be above 0 and finite",
+        5.0,
+      ),
+      (
+        "max_error_fraction",
+        0 <= self.max_error_fraction <= 1,
+        "be from 0 to 1",
+        0.1,
+      ),
+      ("error_window", self.error_window >= 1, "be at least 1", 1000),
+      (
+        "custom_weights",
+        len(self.custom_weights) == len(self.custom),
+        f"hold one weight for each of rewards.custom {self.custom}",
+        (1.0,) * len(self.custom),
+      ),
+    ):
+      if not holds:
+        raise ValueError(
+          f"rewards.{name} ({getattr(self, name)!r}) must {rule}; set "
+          f"rewards.{name}={remedy}."
+        )
+    self._check_custom()
+    weights = [(name, self.weights[name]) for name in COMPONENTS]
+    weights += [("custom_weights", weight) for weight in self.custom_weights]
+    for name, weight in weights:
       if not math.isfinite(weight):
         raise ValueError(
           f"rewards.{name} ({weight}) must be a finite number; 0 logs the "
           "component without paying for it."
         )
+
+  def _check_custom(self) -> None:
+    taken = {*COMPONENTS, "total", "heuristics"}
+    for path in self.custom:
+      custom.resolve(path)
+      name = custom.name(path)
+      if name in taken:
+        raise ValueError(
+          f"rewards.custom ({path!r}) must name functions whose names differ "
+          f"from each other's and from {', '.join(COMPONENTS)}, total and "
+          f"heuristics; give {name} another name."
+        )
+      taken.add(name)
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """What each component weighs, by name, in a fixed order."""
+    preset = PRESETS[self.preset]
+    own = {name: getattr(self, name) for name in COMPONENTS}
+    named = {
+      name: float(preset[name] if weight is None else weight)
+      for name, weight in own.items()
+    }
+    paths = map(custom.name, self.custom)
+    return named | dict(zip(paths, self.custom_weights, strict=True))
+
+  @property
+  def is_gated(self) -> bool:
+    """Whether a completion without an answer earns nothing by heuristics."""
+    if self.gate_heuristics is None:
+      return bool(PRESETS[self.preset]["gate_heuristics"])
+    return self.gate_heuristics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +168,26 @@ class Scores:
   Attributes:
     total: float32 [N], the weighted sum; 0 where not valid.
     components: Name to float32 [N], before weights, in the order of
-      `COMPONENTS`; a heuristic that is gated away is 0.
-    valid: bool [N]. False where a component failed: the row must be left out.
-    errors: Name to the number of rows on which the component failed.
+      `RewardConfig.weights`; 0 for a heuristic that is gated away, and where
+      the component failed.
+    failed: Name to bool [N], where the component failed.
     answers: The answer read from each completion, or None.
   """
 
   total: np.ndarray
   components: dict[str, np.ndarray]
-  valid: np.ndarray
-  errors: dict[str, int]
+  failed: dict[str, np.ndarray]
   answers: list[str | None]
+
+  @property
+  def valid(self) -> np.ndarray:
+    """bool [N]. False where a component failed: the row must be left out."""
+    return ~np.any(list(self.failed.values()), axis=0)
+
+  @property
+  def errors(self) -> dict[str, int]:
+    """Name to the number of rows on which the component failed."""
+    return {name: int(failed.sum()) for name, failed in self.failed.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +205,6 @@ _REWARDS: Mapping[str, Callable[[_Completion], float]] = {
   "coherence": lambda row: heuristics.coherence(row.reasoning),
 }
 COMPONENTS = tuple(_REWARDS)
-HEURISTICS = ("length", "reasoning_words", "coherence")
 
 
 def score(
@@ -99,59 +221,143 @@ def score(
 
   Returns:
     The scores, row by row; no completion raises.
+
+  Raises:
+    RewardError: A reward has failed too often, here and in earlier calls.
+    RuntimeError: A worker cannot be started.
   """
-  values = np.zeros((len(COMPONENTS), len(completions)), np.float32)
+  if len(completions) != len(problems):
+    raise ValueError(
+      f"{len(completions)} completions must have as many problems, not "
+      f"{len(problems)}."
+    )
+  if config not in _SESSIONS:
+    _SESSIONS[config] = _Session(config)
+  session = _SESSIONS[config]
+  # Workers first, so that they are busy while this process is.
+  paid = session.calls.start(completions, problems)
+  values = np.zeros((len(config.weights), len(completions)), np.float32)
   failed = np.zeros(values.shape, bool)
   answers: list[str | None] = []
+  builtin = len(COMPONENTS)
   for row, (text, problem) in enumerate(
     zip(completions, problems, strict=True)
   ):
-    answer, values[:, row], failed[:, row] = _score_one(text, problem, config)
+    answer, values[:builtin, row], faults = _score_one(text, problem, config)
     answers.append(answer)
+    for component, name in enumerate(COMPONENTS):
+      fault = faults.get(name)
+      failed[component, row] = fault is not None
+      session.judge(name, problem, fault)
+  for component, path in enumerate(config.custom, start=builtin):
+    for row, earned in enumerate(paid(path)):
+      values[component, row], fault = _checked(earned)
+      failed[component, row] = fault is not None
+      session.judge(custom.name(path), problems[row], fault)
   total = np.zeros(len(completions), np.float32)
   # Row by row, so that a total does not depend on the rows beside it.
-  for name, component in zip(COMPONENTS, values, strict=True):
-    total += np.float32(getattr(config, name)) * component
-  valid = ~failed.any(axis=0)
+  for weight, component in zip(config.weights.values(), values, strict=True):
+    total += np.float32(weight) * component
   return Scores(
-    total=np.where(valid, total, np.float32(0)),
-    components=dict(zip(COMPONENTS, values, strict=True)),
-    valid=valid,
-    errors=dict(zip(COMPONENTS, failed.sum(axis=1).tolist(), strict=True)),
+    total=np.where(failed.any(axis=0), np.float32(0), total),
+    components=dict(zip(config.weights, values, strict=True)),
+    failed=dict(zip(config.weights, failed, strict=True)),
     answers=answers,
   )
 
 
+def close() -> None:
+  """Ends the workers of every config, and forgets what failed so far."""
+  while _SESSIONS:
+    _SESSIONS.popitem()[1].calls.close()
+
+
+class _Session:
+  """What lasts from one batch to the next: workers, and recent failures."""
+
+  def __init__(self, config: RewardConfig):
+    self.calls = calls.Calls(
+      config.custom,
+      num_workers=config.num_workers,
+      rows_per_call=config.rows_per_call,
+      timeout_seconds=config.timeout_seconds,
+    )
+    self._config = config
+    self._recent: dict[str, collections.deque[bool]] = {
+      name: collections.deque(maxlen=config.error_window)
+      for name in config.weights
+    }
+    self._num_failed = dict.fromkeys(config.weights, 0)
+    self._num_logged = dict.fromkeys(config.weights, 0)
+
+  def judge(
+    self, name: str, problem: records.Problem, fault: str | None
+  ) -> None:
+    """Counts one row of one reward, in the order of the rows.
+
+    Raises:
+      RewardError: That was one failure too many.
+    """
+    recent = self._recent[name]
+    if len(recent) == recent.maxlen:
+      self._num_failed[name] -= recent[0]
+    recent.append(fault is not None)
+    if fault is None:
+      return
+    self._num_failed[name] += 1
+    # Says so a few times; `Scores.errors` counts the rest.
+    self._num_logged[name] += 1
+    if self._num_logged[name] <= _MOST_LOGGED:
+      message = "Reward %s failed on a completion of %s: %s"
+      logging.warning(message, name, problem.pid, fault)
+    limit = self._config.max_error_fraction * self._config.error_window
+    if self._num_failed[name] > limit:
+      raise RewardError(
+        f"reward {name} failed on {self._num_failed[name]} of the last "
+        f"{len(recent)} completions, and rewards.max_error_fraction "
+        f"({self._config.max_error_fraction:g}) allows {limit:g} of "
+        f"{self._config.error_window}; last on one of problem {problem.pid}: "
+        f"{fault}. Mend the reward; if it is only slow, raise "
+        "rewards.timeout_seconds."
+      )
+
+
+_MOST_LOGGED = 10
+_SESSIONS: dict[RewardConfig, _Session] = {}
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _checked(value: float | str) -> tuple[float, str | None]:
+  """A value as it is paid, and None; or 0, and what is wrong with it."""
+  if isinstance(value, str):
+    return 0.0, value
+  if abs(value) <= _LARGEST:  # Never true of NaN.
+    return value, None
+  return 0.0, f"a reward must be a finite float32, not {value}"
+
+
 def _score_one(
   text: str, problem: records.Problem, config: RewardConfig
-) -> tuple[str | None, list[float], list[bool]]:
-  """The answer of one completion, its components, and which of them failed."""
+) -> tuple[str | None, list[float], dict[str, str]]:
+  """The answer of one completion, its components, and why some failed."""
   values = [0.0] * len(COMPONENTS)
-  failed = [False] * len(COMPONENTS)
   try:
     verdict = verifier.verify(text, problem)
   except Exception as error:
-    _warn("accuracy", problem, error)
-    failed[COMPONENTS.index("accuracy")] = True
-    return None, values, failed
+    return None, values, {"accuracy": custom.said(error)}
+  faults: dict[str, str] = {}
   reasoning = heuristics.read(accuracy.reasoning(text))
   row = _Completion(text, reasoning, verdict)
-  gated = config.gate_heuristics and verdict.answer is None
+  gated = config.is_gated and verdict.answer is None
   for i, name in enumerate(COMPONENTS):
     if gated and name in HEURISTICS:
       continue
     try:
-      value = float(_REWARDS[name](row))
-      if not math.isfinite(value):
-        raise ValueError(f"a reward must be a finite number, not {value}")
-      values[i] = value
+      values[i], fault = _checked(float(_REWARDS[name](row)))
     except Exception as error:
-      _warn(name, problem, error)
-      failed[i] = True
-  return verdict.answer, values, failed
-
-
-def _warn(name: str, problem: records.Problem, error: Exception) -> None:
-  """Says so a few times; `Scores.errors` counts the rest."""
-  message = "Reward %s failed on a completion of %s: %r"
-  logging.log_first_n(logging.WARNING, message, 20, name, problem.pid, error)
+      fault = custom.said(error)
+    if fault is not None:
+      faults[name] = fault
+  return verdict.answer, values, faults

@@ -275,10 +275,10 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
 
   def failing(completions, problems, config):
     scores = score(completions, problems, config)
-    valid, total = scores.valid.copy(), scores.total.copy()
-    valid[1], total[1] = False, 0.0
+    failed, total = scores.failed["format"].copy(), scores.total.copy()
+    failed[1], total[1] = True, 0.0
     return dataclasses.replace(
-      scores, valid=valid, total=total, errors=scores.errors | {"format": 1}
+      scores, total=total, failed=scores.failed | {"format": failed}
     )
 
   monkeypatch.setattr(scoring, "score", failing)
@@ -290,7 +290,61 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
   # One of the three that are left is right.
   assert lasting(found.scalars)["rollout/accuracy"] == pytest.approx(3 / 7)
   assert lasting(found.scalars)["reward/errors"] == 1
+  assert lasting(found.scalars)["reward/format_errors"] == 1
   assert advantages[0, 0] > 0 > advantages[0, 2]
+
+
+@pytest.fixture
+def spoken_of_policy(policy_of):
+  """With a user's reward that fails on replies that say "none"."""
+
+  def make(replies):
+    policy = policy_of(replies)
+    rewards = dataclasses.replace(
+      policy.config.rewards,
+      custom=("tests.grpo_tpu.rewards.user_rewards:without_none",),
+      custom_weights=(0.5,),
+      num_workers=0,
+    )
+    config = dataclasses.replace(policy.config, rewards=rewards)
+    return dataclasses.replace(policy, config=config)
+
+  yield make
+  scoring.close()
+
+
+def test_a_users_reward_pays_and_where_it_fails_nothing_is_learnt(
+  spoken_of_policy, tokenizer, tmp_path
+):
+  """Four wrong, four right, and of the last four three that say none."""
+  _, found = online(spoken_of_policy(GROUPS), tokenizer, [2, 3, 4])
+  scalars = lasting(found.scalars)
+  assert scalars["reward/without_none_errors"] == 3
+  assert scalars["reward/errors"] == 3
+  assert scalars["reward/accuracy_errors"] == 0
+  # Five right, four wrong; each earns what the function pays.
+  assert scalars["rollout/accuracy"] == pytest.approx(5 / 9)
+  assert scalars["reward/without_none_mean"] == pytest.approx(2.0)
+  assert scalars["reward/without_none_std"] == pytest.approx(0.0)
+  paid = 5 / 9 + 0.1 + 0.5 * 2.0
+  assert scalars["rollout/reward"] == pytest.approx(paid, rel=1e-6)
+  mask = np.asarray(found.bundles.completion_mask).any(axis=-1)
+  np.testing.assert_array_equal(
+    mask, [[True] * 4, [True] * 4, [False, False, False, True]]
+  )
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, found.scalars)
+
+
+def test_a_users_reward_that_fails_makes_no_answer_wrong(
+  spoken_of_policy, tokenizer
+):
+  replies = {pid: [f"none {reply[0]}"] for pid, reply in GREEDY.items()}
+  batches = batches_of(tokenizer, batch_size=4, indices=[0, 2, 5])
+  scalars = evaluate.evaluate(
+    spoken_of_policy(replies), {}, batches, num_samples=0
+  ).scalars
+  assert scalars["eval/accuracy"] == 1.0
 
 
 def test_samples_carry_the_rewards_of_their_own_completion(
@@ -366,3 +420,14 @@ def test_the_chosen_completion_of_a_pair_is_preferred(
   assert scalars["data/skipped"] == (~batch.valid).sum() == 2
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
     writer.write(1, found.scalars)
+
+
+def test_over_batches_counts_add_up_and_means_are_averaged():
+  batches = [
+    {"reward/own_errors": n, "reward/own_mean": float(n)} for n in (1, 4)
+  ]
+  assert experience._over_batches(batches) == {
+    "rollout/batches": 2,
+    "reward/own_errors": 5,
+    "reward/own_mean": 2.5,
+  }

@@ -56,6 +56,15 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
       ["data.dir ('/no/such/dir')", "data_pipelines.prepare"],
     ),
     (
+      [
+        CONFIG,
+        WORKDIR,
+        "--config.rewards.custom=('math:no_such',)",
+        "--config.rewards.custom_weights=(1.0,)",
+      ],
+      ["rewards.custom ('math:no_such')", "correct the name"],
+    ),
+    (
       ["--config=configs/smoke.py:warmup", WORKDIR],
       ["stage ('warmup') must be warm_start or grpo"],
     ),
@@ -68,6 +77,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "no workdir",
     "rule broken",
     "no such data",
+    "no such reward",
     "unknown stage",
   ],
 )

@@ -11,12 +11,20 @@ from data_pipelines import records, verifier
 from grpo_tpu.rewards import heuristics, scoring
 
 CONFIG = scoring.RewardConfig(
+  preset="gated",
   accuracy=1.0,
   format=0.5,
   length=0.25,
   reasoning_words=0.125,
   coherence=2.0,
   gate_heuristics=True,
+  custom=(),
+  custom_weights=(),
+  num_workers=0,
+  rows_per_call=16,
+  timeout_seconds=5.0,
+  max_error_fraction=1.0,
+  error_window=1000,
 )
 REASONED = (
   "I see three red circles and two blue squares in the picture. Because three "
@@ -61,8 +69,22 @@ def test_components_stand_in_a_fixed_order():
   names = ("accuracy", "format", "length", "reasoning_words", "coherence")
   assert scoring.COMPONENTS == names
   assert tuple(scores("").components) == names
-  fields = [field.name for field in dataclasses.fields(scoring.RewardConfig)]
-  assert tuple(fields[:-1]) == names
+  assert tuple(CONFIG.weights) == names
+
+
+def test_a_preset_gives_the_weights_that_are_not_set():
+  """In full, the heuristics of a completion add up to 1 at the most."""
+  unset = dict.fromkeys((*scoring.COMPONENTS, "gate_heuristics"))
+  full = dataclasses.replace(CONFIG, **unset, preset="full")
+  assert list(full.weights.values()) == [1.0, 0.1, 1.0, 1.0, 1.0]
+  assert full.is_gated
+  assert scores(REASONED.format(5), config=full).total[0] > 1.5
+  assert scores(REASONED.format("unclear"), config=full).total[0] < 0.11
+  gated = dataclasses.replace(full, preset="gated", length=0.0)
+  assert list(gated.weights.values()) == [1.0, 0.1, 0.0, 0.02, 0.02]
+  answer = dataclasses.replace(full, preset="answer", gate_heuristics=False)
+  assert list(answer.weights.values()) == [1.0, 0.1, 0.0, 0.0, 0.0]
+  assert not answer.is_gated
 
 
 def test_a_right_tagged_answer_earns_accuracy_and_format():
@@ -150,7 +172,7 @@ def test_nothing_scores_to_nothing():
 
 
 def test_completions_and_problems_must_pair_up():
-  with pytest.raises(ValueError, match="shorter|longer"):
+  with pytest.raises(ValueError, match="2 completions .* not 1"):
     scoring.score(["5", "5"], [make_problem()], CONFIG)
 
 

@@ -1,0 +1,153 @@
+"""Saved samples, paid once more: the same by the same rewards."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipelines import mathvista
+from grpo_tpu import metrics, rescore
+from grpo_tpu.rewards import scoring
+from tests.grpo_tpu.rewards.custom_test import config_of
+from tests.grpo_tpu.scripted import PROBLEMS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+REPLIES = ("<answer>3</answer>", "I say 3.", "", "Trap <answer>3</answer>")
+CONFIG = config_of()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """As prepare leaves one, with two splits."""
+  folder = tmp_path_factory.mktemp("rescore") / "data"
+  mathvista.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
+  manifest = {"counts": {"train": 2, "eval": 2}}
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+  return str(folder)
+
+
+def samples_of(config):
+  """What a run with these rewards hands to its writer."""
+  problems = [PROBLEMS[i % 3] for i in range(len(REPLIES))]
+  scores = scoring.score(REPLIES, problems, config)
+  return [
+    metrics.Sample(
+      pid=problem.pid,
+      prompt="What?",
+      completion=reply,
+      answer=problem.answer,
+      reward=float(scores.total[i]),
+      rewards={k: float(v[i]) for k, v in scores.components.items()},
+      image=None,
+    )
+    for i, (problem, reply) in enumerate(zip(problems, REPLIES, strict=True))
+  ]
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """The file that a run writes."""
+  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
+    writer.write_samples(1, samples_of(CONFIG), split="train")
+  return str(tmp_path / "samples" / "train.jsonl")
+
+
+def paid_again(saved, data_dir, config):
+  rows = rescore.read_samples(saved)
+  problems = rescore.problems_of({row["pid"] for row in rows}, data_dir)
+  return rescore.rescored(rows, problems, config)
+
+
+def test_the_rewards_of_the_run_change_nothing(saved, data_dir):
+  result = paid_again(saved, data_dir, CONFIG)
+  assert result.num_changed == 0
+  rows = rescore.read_samples(saved)
+  assert [row | {"failed": []} for row in rows] == result.rows
+
+
+def test_other_weights_change_what_they_weigh(saved, data_dir):
+  """Two of four have the format; one of them is right."""
+  config = dataclasses.replace(CONFIG, format=0.5)
+  result = paid_again(saved, data_dir, config)
+  assert [row["reward"] for row in result.rows] == [1.5, 0.0, 0.0, 1.5]
+  assert result.num_changed == 2
+  lines = [line.split() for line in result.table.splitlines()]
+  assert lines[2] == ["format", "0.5", "0.5000", "0.5000", "0.5000", "0"]
+  assert lines[-1] == ["total", "0.7500", "0.7500", "0.5500", "0"]
+
+
+def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
+  result = paid_again(saved, data_dir, config_of("raising"))
+  scoring.close()
+  assert [row["failed"] for row in result.rows] == [[], [], [], ["raising"]]
+  assert result.rows[3]["reward"] == 0.0
+  lines = [line.split() for line in result.table.splitlines()]
+  paid = [1 / (1 + len(reply)) for reply in REPLIES[:3]]
+  mean, spread = f"{np.mean(paid):.4f}", f"{np.std(paid):.4f}"
+  assert lines[-2] == ["raising", "2", mean, spread, "-", "1"]
+  # Of the three that are left, one is right.
+  assert lines[1][:3] == ["accuracy", "1", "0.3333"]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(saved):
+  path = pathlib.Path(saved)
+  whole = rescore.read_samples(saved)
+  path.write_bytes(path.read_bytes()[:-5])
+  assert rescore.read_samples(saved) == whole[:-1]
+
+
+@pytest.mark.parametrize("line", ["{", '{"pid": "p0"}', "3"])
+def test_what_is_no_sample_is_refused_by_its_line(saved, line):
+  with open(saved, "a") as file:
+    file.write(line + "\n")
+  with pytest.raises(ValueError, match=r"^--samples \(.* line 5 "):
+    rescore.read_samples(saved)
+
+
+def test_problems_that_are_not_there_are_named(data_dir, tmp_path):
+  with pytest.raises(ValueError, match=r"^--data_dir .* 1 are not.*'p7'"):
+    rescore.problems_of({"p0", "p7"}, data_dir)
+  with pytest.raises(ValueError, match="manifest.json"):
+    rescore.problems_of({"p0"}, str(tmp_path))
+
+
+def command(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "grpo_tpu.rescore", "--config=configs/smoke.py"]
+    + list(arguments),
+    cwd=ROOT,
+    # Whoever asks JAX for its devices fails.
+    env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_command_touches_no_device(saved, data_dir, tmp_path):
+  out = tmp_path / "out.jsonl"
+  result = command(
+    f"--samples={saved}",
+    f"--data_dir={data_dir}",
+    f"--out={out}",
+    "--config.rewards.custom=('tests.grpo_tpu.rewards.user_rewards:brevity',)",
+    "--config.rewards.custom_weights=(1,)",
+    "--config.rewards.num_workers=1",
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.endswith("4 of 4 totals differ from those saved.\n")
+  rows = rescore.read_samples(str(out))
+  assert [row["rewards"]["brevity"] for row in rows] == pytest.approx(
+    [1 / (1 + len(reply)) for reply in REPLIES]
+  )
+
+
+def test_the_command_refuses_what_it_cannot_follow():
+  result = command("--samples=/no/such", "--data_dir=/no/such")
+  assert result.returncode == 64
+  assert "--samples ('/no/such')" in result.stderr
+  assert "Traceback" not in result.stderr and not result.stdout

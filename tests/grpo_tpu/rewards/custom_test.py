@@ -1,0 +1,334 @@
+"""Users' rewards: good ones are paid, bad ones cost their own rows alone."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data_pipelines import records
+from grpo_tpu.rewards import custom, pool, scoring
+from tests.grpo_tpu.rewards import user_rewards
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+HERE = "tests.grpo_tpu.rewards.user_rewards"
+TEXTS = [f"I say {'very ' * i}little" for i in range(6)]
+TRAPPED = TEXTS[:2] + ["Trap"] + TEXTS[2:] + ["A Trap"]
+ROW_FAILS = [text in ("Trap", "A Trap") for text in TRAPPED]
+
+
+def config_of(*names, **changes):
+  config = scoring.RewardConfig(
+    preset="answer",
+    accuracy=None,
+    format=None,
+    length=None,
+    reasoning_words=None,
+    coherence=None,
+    gate_heuristics=None,
+    custom=tuple(f"{HERE}:{name}" for name in names),
+    custom_weights=(2.0,) * len(names),
+    num_workers=0,
+    rows_per_call=4,
+    timeout_seconds=20.0,
+    max_error_fraction=1.0,
+    error_window=100,
+  )
+  return dataclasses.replace(config, **changes)
+
+
+def make_problem(index=0):
+  values = dict.fromkeys(records.FIELDS, "") | {
+    "pid": f"p{index}",
+    "image_bytes": b"picture",
+    "choices": (),
+    "precision": -1,
+    "answer": str(index),
+    "question_type": "free_form",
+    "answer_type": "integer",
+    "metadata": {"skills": ["arithmetic"]},
+  }
+  return records.Problem(**values)
+
+
+def score(texts, config):
+  return scoring.score(
+    texts, [make_problem(i) for i in range(len(texts))], config
+  )
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+  yield
+  scoring.close()
+
+
+def is_alive(pid):
+  """Whether a process runs; one that nobody has waited for does not."""
+  if not pathlib.Path("/proc/self/stat").exists():
+    pytest.skip("no /proc that tells a process that has ended")
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+  return state.split()[0] not in "ZX"
+
+
+def await_end(pid, seconds=20.0):
+  deadline = time.monotonic() + seconds
+  while is_alive(pid):
+    assert time.monotonic() < deadline, f"process {pid} is still there"
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_workers", "reason"),
+  [
+    ("sleeping", 2, "longer than 1 seconds"),
+    ("stuck", 2, "longer than 1 seconds"),
+    ("dying", 2, "exit code 3"),
+    ("leaving", 2, "exit code 4"),
+    ("raising", 2, "RuntimeError: out of order"),
+    ("raising", 0, "RuntimeError: out of order"),
+    ("unsendable", 2, "_Unsendable: strange"),
+    ("nan", 2, "not nan"),
+    ("nan", 0, "not nan"),
+    ("infinite", 0, "finite float32"),
+    ("text", 0, "ValueError"),
+    ("nothing", 0, "TypeError"),
+    ("short", 2, "0 rewards for 1 completions"),
+    ("short", 0, "0 rewards for 1 completions"),
+    ("long", 0, "2 rewards for 1 completions"),
+  ],
+)
+def test_a_reward_that_fails_costs_its_row_alone_and_the_run_goes_on(
+  name, num_workers, reason, caplog
+):
+  config = config_of(
+    name,
+    "brevity",
+    num_workers=num_workers,
+    timeout_seconds=1.0 if "longer" in reason else 20.0,
+  )
+  for _ in range(1 if "longer" in reason else 2):
+    found = score(TRAPPED, config)
+    np.testing.assert_array_equal(found.failed[name], ROW_FAILS)
+    np.testing.assert_array_equal(found.valid, np.logical_not(ROW_FAILS))
+    nought = dict.fromkeys(scoring.COMPONENTS, 0) | {"brevity": 0}
+    assert found.errors == nought | {name: 2}
+    paid = np.float32(user_rewards.brevity(TRAPPED, None))
+    np.testing.assert_array_equal(found.components["brevity"], paid)
+    paid[ROW_FAILS] = 0
+    np.testing.assert_array_equal(found.components[name], paid)
+    np.testing.assert_array_equal(found.total, 4 * paid)
+  assert reason in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_what_a_row_earns_depends_on_no_worker_and_no_timing(num_workers):
+  """In order, too: each is paid by its own problem."""
+  texts = [str(i) for i in range(50)]
+  names = ("of_problem", "brevity")
+  plain = score(texts, config_of(*names))
+  np.testing.assert_array_equal(plain.components["of_problem"], range(50))
+  for rows_per_call in (1, 7):
+    found = score(
+      texts,
+      config_of(*names, num_workers=num_workers, rows_per_call=rows_per_call),
+    )
+    assert list(found.components) == [*scoring.COMPONENTS, *names]
+    np.testing.assert_array_equal(found.total, plain.total)
+
+
+def test_a_row_of_one_prompt_is_sent_with_its_picture(tmp_path):
+  """The whole problem is there, and no more than rows_per_call at a time."""
+  calls = []
+
+  def reward(completions, problems):
+    calls.append(len(completions))
+    assert all(problem == make_problem(2) for problem in problems)
+    return [0.0] * len(completions)
+
+  assert custom.call(reward, ["a", "b"], [make_problem(2)] * 2) == [0.0, 0.0]
+  assert calls == [2]
+
+
+def test_workers_start_without_jax_and_tensorflow():
+  found = score(TEXTS, config_of("is_light", num_workers=1))
+  np.testing.assert_array_equal(found.components["is_light"], np.ones(6))
+
+
+def test_scoring_imports_neither_jax_nor_tensorflow():
+  code = (
+    "import sys, grpo_tpu.rewards.scoring\n"
+    "assert {'jax', 'tensorflow', 'multiprocessing.managers'}"
+    ".isdisjoint(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_workers_find_what_this_process_finds(tmp_path, monkeypatch):
+  (tmp_path / "found_here.py").write_text(
+    "def one(completions, problems):\n  return [1.0] * len(completions)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  config = config_of("brevity", num_workers=1)
+  config = dataclasses.replace(config, custom=("found_here:one",))
+  np.testing.assert_array_equal(score(TEXTS, config).total, [2.0] * 6)
+
+
+def test_without_workers_a_reward_runs_in_this_process():
+  found = score(TEXTS, config_of("process"))
+  assert set(found.components["process"]) == {np.float32(os.getpid())}
+
+
+def test_a_process_lasts_until_it_hangs_and_all_end_when_closed(tmp_path):
+  """What a reward has started ends with it."""
+  config = config_of("announced", num_workers=1, timeout_seconds=1.0)
+  config = dataclasses.replace(config, rows_per_call=1)
+  first, again = (
+    int(score(["x"], config).components["announced"][0]) for _ in range(2)
+  )
+  assert first == again != os.getpid()
+  path = tmp_path / "pids"
+  found = score([f"Trap {path}", "x"], config)
+  assert found.valid.tolist() == [False, True]
+  hung, child = map(int, path.read_text().split())
+  assert hung == first
+  await_end(hung)
+  await_end(child)
+  second = int(found.components["announced"][1])
+  assert second != first and is_alive(second)
+  scoring.close()
+  assert not is_alive(second)
+
+
+def test_closing_ends_a_reward_that_hangs_at_once(tmp_path):
+  config = config_of("announced")
+  path = tmp_path / "pids"
+  workers = pool.Pool(config.custom, num_workers=1, timeout_seconds=500.0)
+  call = workers.submit(config.custom[0], [f"Trap {path}"], [make_problem()])
+  while not path.exists():
+    time.sleep(0.01)
+  start = time.monotonic()
+  workers.close()
+  assert time.monotonic() - start < 10
+  assert "exit code -9" in call.result()
+  await_end(int(path.read_text().split()[0]))
+
+
+ORPHANING = """
+import sys
+from tests.grpo_tpu.rewards import custom_test
+idle = custom_test.config_of("process", num_workers=1)
+print(*custom_test.score(["x"], idle).components["process"], flush=True)
+hangs = custom_test.config_of("announced", num_workers=1, timeout_seconds=2.0)
+custom_test.score([f"Trap {sys.argv[1]}"], hangs)
+"""
+
+
+def test_no_process_outlives_a_trainer_that_is_killed(tmp_path):
+  """Neither an idle worker nor one whose reward hangs."""
+  path = tmp_path / "pids"
+  trainer = subprocess.Popen(
+    [sys.executable, "-c", ORPHANING, str(path)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert trainer.stdout is not None
+  idle = int(float(trainer.stdout.readline()))
+  while not path.exists():
+    assert trainer.poll() is None
+    time.sleep(0.01)
+  hung = int(path.read_text().split()[0])
+  assert is_alive(idle) and is_alive(hung)
+  trainer.send_signal(signal.SIGKILL)
+  trainer.wait()
+  trainer.stdout.close()
+  await_end(idle)
+  await_end(hung)
+  os.kill(int(path.read_text().split()[1]), signal.SIGKILL)
+
+
+def test_a_worker_that_cannot_start_ends_the_run(monkeypatch):
+  config = config_of("brevity", num_workers=1)
+  monkeypatch.setattr(sys, "path", [x for x in sys.path if "nowhere" in x])
+  monkeypatch.chdir("/")
+  with pytest.raises(RuntimeError, match="user_rewards.*cannot be started"):
+    score(TEXTS, config)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_failure_too_many_ends_the_run(num_workers):
+  """0.1 of 30 rows is 3; of a batch of 8, two fail."""
+  config = config_of(
+    "raising",
+    num_workers=num_workers,
+    max_error_fraction=0.1,
+    error_window=30,
+  )
+  score(TRAPPED, config)
+  score(TEXTS, config)
+  with pytest.raises(
+    scoring.RewardError, match=r"raising failed on 4 of the last 22 .*out of or"
+  ):
+    score(TRAPPED, config)
+
+
+def test_failures_are_forgotten_after_the_window():
+  """At most 2 of 10 rows: 8 rows with 2 failures, then 6 good ones, again."""
+  config = config_of("raising", max_error_fraction=0.2, error_window=10)
+  for _ in range(5):
+    score(TRAPPED, config)
+    score(TEXTS, config)
+
+
+def test_rewards_fail_each_on_its_own_account():
+  config = config_of(
+    "raising", "nan", "short", max_error_fraction=0.2, error_window=10
+  )
+  assert sum(score(TRAPPED, config).errors.values()) == 6
+
+
+@pytest.mark.parametrize(
+  ("paths", "said"),
+  [
+    (["user_rewards.brevity"], "package.module:function"),
+    ([f"{HERE}:brevity()"], "package.module:function"),
+    (["tests.no_such:brevity"], "No module named 'tests.no_such'"),
+    ([f"{HERE}:no_such"], "has no 'no_such'"),
+    ([f"{HERE}:not_callable"], "has no 'not_callable' that can be called"),
+    ([f"{HERE}:of_one"], "too many positional arguments"),
+    ([f"{HERE}:accuracy"], "give accuracy another name"),
+    ([f"{HERE}:nan", f"{HERE}:nan"], "give nan another name"),
+  ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_by_name(paths, said):
+  with pytest.raises(ValueError, match=r"^rewards.custom \('") as refused:
+    config_of(custom=tuple(paths), custom_weights=(1.0,) * len(paths))
+  assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("preset", "generous"),
+    ("num_workers", -1),
+    ("rows_per_call", 0),
+    ("timeout_seconds", 0.0),
+    ("timeout_seconds", float("inf")),
+    ("max_error_fraction", 1.1),
+    ("error_window", 0),
+    ("custom_weights", (1.0, 2.0)),
+    ("custom_weights", (float("nan"),)),
+  ],
+)
+def test_a_setting_that_breaks_its_rule_is_named(name, value):
+  with pytest.raises(ValueError, match=rf"^rewards.{name} \("):
+    config_of("brevity", **{name: value})
