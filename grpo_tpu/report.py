@@ -31,6 +31,8 @@ _OUTCOMES = {
   "cut off": "cut off before an answer",
   "not asked": "not asked: damaged, or too long",
 }
+# Beside an option, for those who do not see its colour.
+_MARKS = {"right": " \u2713", "wrong": " \u2717", "given": " \u2190", "": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _view(scores, worst, examples) -> dict[str, Any]:
       )
       for name, note, figures in (
         ("pass", "at least one is right", sampled["pass_at_k"]),
-        ("maj", "most agree on the right one", sampled["maj_at_k"]),
+        ("maj", "the commonest answer is right", sampled["maj_at_k"]),
       ):
         # With one sample both are its accuracy.
         rows += [
@@ -126,6 +128,7 @@ def _view(scores, worst, examples) -> dict[str, Any]:
     "worst": worst,
     "slices": slices,
     "outcomes": _OUTCOMES,
+    "marks": _MARKS,
     "examples": [_shown(example) for example in examples],
   }
 
@@ -142,12 +145,12 @@ def _shown(example: Example) -> dict[str, Any]:
     "choices": [
       {
         "text": f"({chr(65 + place)}) {text}",
-        "expected": text == record["answer"],
-        "got": text == record["extraction"],
+        "mark": _mark(text, record),
       }
       for place, text in enumerate(choices)
     ],
     "expected": record["answer"],
+    "is_graded": record["true_false"] is not None,
     "got": record["extraction"],
     "response": response[:_MAX_TEXT]
     + (f"\n[... {rest} more characters]" if rest > 0 else ""),
@@ -165,6 +168,15 @@ def _shown(example: Example) -> dict[str, Any]:
     "samples_right": example.samples_right,
     "picture": example.picture,
   }
+
+
+def _mark(text: str, record: Mapping[str, Any]) -> str:
+  """What an option is: the right one, the one given, or neither."""
+  if record["answer"] and text == record["answer"]:
+    return "right"
+  if text == record["extraction"]:
+    return "given" if record["true_false"] is None else "wrong"
+  return ""
 
 
 def _percent(share: float) -> str:
@@ -305,19 +317,21 @@ Their pictures are in `report.html`.
 {% for choice in x.choices %}
 {{ choice.text | code }}
 {% endfor %}
+{% if x.is_graded %}
 
 Expected:
 
 {{ x.expected | code }}
+{% endif %}
 
-Got ({{ x.reason }}):
+Got{{ " (" ~ x.reason ~ ")" if x.is_graded }}:
 
-{{ x.got | code }}
+{{ (x.got or "nothing") | code }}
 
 Written:
 
 {{ x.response | code }}
-{% if x.num_samples %}
+{% if x.num_samples and x.is_graded %}
 
 {{ x.samples_right }} of {{ x.num_samples }} samples are right.
 {% endif %}
@@ -521,27 +535,27 @@ without it alone <span class="faint">({{ x.p_value | p_value }})</span>.</p>
 <div>{% if x.picture %}<img src="{{ x.picture }}" alt="">{% else %}
 <p class="faint">no picture can be shown</p>{% endif %}</div>
 <div>
-<span class="reason">{{ x.reason if scores.accuracy }}</span>
+<span class="reason">{{ x.reason if x.is_graded }}</span>
 <h3>{{ x.pid }}</h3>
 <p class="text">{{ x.question }}
 {{- " (in " ~ x.unit ~ ")" if x.unit }}</p>
 {% if x.choices %}
 <ul class="options">
 {% for choice in x.choices %}
-<li class="{{ "right" if choice.expected else "wrong" if choice.got }}">
+<li class="{{ choice.mark }}">
 {{- choice.text }}
-{{- " \u2713" if choice.expected else " \u2717" if choice.got }}</li>
+{{- marks[choice.mark] }}</li>
 {% endfor %}
 </ul>
 {% endif %}
 <dl>
-{% if scores.accuracy %}
+{% if x.is_graded %}
 <dt>expected</dt><dd class="text right">{{ x.expected }}</dd>
 {% endif %}
 <dt>got</dt>
-<dd class="text {{ "wrong" if scores.accuracy }}">
+<dd class="text {{ "wrong" if x.is_graded }}">
 {{- "nothing" if x.got is none else x.got }}</dd>
-{% if x.num_samples %}
+{% if x.num_samples and x.is_graded %}
 <dt>samples</dt><dd>{{ x.samples_right }} of {{ x.num_samples }} right</dd>
 {% endif %}
 </dl>

@@ -193,6 +193,27 @@ def test_an_example_shows_what_was_asked_expected_and_got():
   assert "img" not in {tag for tag, _ in page.tags}
 
 
+def test_what_is_not_graded_is_called_neither_right_nor_wrong():
+  shown = example(
+    *(PICTURE, 8, 0), choices=["2", "4"], answer="", true_false=None
+  )
+  found = {
+    **{"split": "test", "model": "tiny", "weights": "random:0"},
+    **{"problems": 1, "asked": 1, "graded": 0, "accuracy": None, "note": "No."},
+  }
+  text, page = pages(found, (), [shown])
+  for words in (text, page.text.split("Answers")[1]):
+    assert "(B) 4" in words and "drawn" in words
+    for word in ("right", "wrong", "xpected", "\u2713", "\u2717", "%"):
+      assert word not in words
+  assert "(B) 4 \u2190" in page.text
+  assert not {"right", "wrong"} & {
+    name
+    for _, attributes in page.tags
+    for name in (attributes.get("class") or "").split()
+  }
+
+
 def test_worst_slices_come_as_they_are_given():
   found = scores()
   given = [
