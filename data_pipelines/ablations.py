@@ -68,10 +68,8 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
       f" but {longest} of {len(keys)} show the same one; leave 'shuffled' out, "
       "or raise eval.num_problems."
     )
-  rng = np.random.default_rng(seed)
-  order = np.lexsort(
-    (rng.permutation(len(keys)), rng.permutation(len(names))[run])
-  )
+  ranks = np.random.default_rng(seed).permutation(len(names))
+  order = np.argsort(ranks[run], kind="stable")
   givers = np.empty(len(keys), np.int64)
   givers[order] = np.roll(order, -longest)
   return givers

@@ -132,7 +132,10 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
   with run_config.refutable():
     blind = _ablated_sources(config, data)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    # What is named in the report is what was read, while a run goes on.
     weights = policies.resolved_weights(config)
+    settings = dataclasses.replace(config.model, weights=weights)
+    config = dataclasses.replace(config, model=settings)
     policy = policies.Policy(config, mesh, data.tokenizer)
     params = policy.initial_params()
     shard_index, shard_count = sharding.data_shard(mesh)
@@ -142,7 +145,7 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
   with jax.set_mesh(mesh):
     found = everything(policy, params, batches, blind)
   if jax.process_index() == 0:
-    write(found, workdir, config, weights, data.eval)
+    write(found, workdir, config, data.eval)
 
 
 def everything(
@@ -180,7 +183,6 @@ def write(
   found: Evaluation,
   workdir: str,
   config: run_config.Config,
-  weights: str,
   problems: pipeline.Source,
 ) -> None:
   """Writes answers, scores and reports under `workdir`/eval.
@@ -188,8 +190,7 @@ def write(
   Args:
     found: What there is to say.
     workdir: Of the run.
-    config: Its settings.
-    weights: `model.weights` with its step spelt out.
+    config: Its settings, the step in `model.weights` spelt out.
     problems: The split, whose pictures the report shows.
   """
   folder = pathlib.Path(workdir) / "eval"
@@ -202,8 +203,9 @@ def write(
     _write_json(folder / f"output_{split}_{name}.json", _results(answers))
   scores = {
     "split": split,
+    "split_size": len(problems),
     "model": config.model.name,
-    "weights": weights,
+    "weights": config.model.weights,
     "seed": config.seed,
     "temperature": settings.temperature if found.samples else 0.0,
   }
@@ -224,7 +226,14 @@ def write(
     ("report.html", report.html(scores, worst, examples)),
   ):
     (folder / name).write_text(text, encoding="utf-8")
-  logging.info("%s; the report is %s", report.line(scores), folder)
+  logging.info("%s; the report is in %s", report.line(scores), folder)
+  if len(problems) > len(found.greedy):
+    logging.warning(
+      "eval.num_problems (%d) leaves out %d problems of %s.",
+      settings.num_problems,
+      len(problems) - len(found.greedy),
+      split,
+    )
 
 
 def _ablated_sources(

@@ -248,8 +248,9 @@ options alone would give {{ scores.chance | percent }}.
 {{ scores.note }}
 {% endif %}
 
-Weights `{{ scores.weights | cell }}`; {{ scores.problems }} problems,
-{{ scores.asked }} asked, {{ scores.graded }} graded.
+Weights `{{ scores.weights | cell }}`; {{ scores.problems }} of
+{{ scores.split_size }} problems, {{ scores.asked }} asked,
+{{ scores.graded }} graded.
 {% if scores.accuracy %}
 Intervals are Wilson's, 95 %.
 
@@ -442,8 +443,8 @@ pre { margin: .6rem 0 0; padding: .7rem .9rem; max-height: 16rem;
 <body>
 <h1>{{ scores.split }}</h1>
 <p class="faint">{{ scores.model }}, weights {{ scores.weights }}.
-{{ scores.problems }} problems, {{ scores.asked }} asked,
-{{ scores.graded }} graded.</p>
+{{ scores.problems }} of {{ scores.split_size }} problems,
+{{ scores.asked }} asked, {{ scores.graded }} graded.</p>
 {% if not scores.accuracy %}
 <p class="card">{{ scores.note }}</p>
 {% else %}

@@ -109,6 +109,12 @@ def test_an_interval_is_never_a_point_and_holds_the_share(right, n):
   assert got.high - got.low > 0.2
 
 
+def test_an_interval_of_a_sum_of_chances_is_that_of_the_nearest_count():
+  for right, count in ((3.6, 4), (4.4, 4)):
+    got, wanted = statistics.share(right, 10), statistics.share(count, 10)
+    assert (got.low, got.high) == (wanted.low, wanted.high)
+
+
 def record(question_type, task=None, skills=(), **metadata):
   return {
     "question_type": question_type,

@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from jax.experimental import multihost_utils
 
 from grpo_tpu import config as run_config
@@ -248,9 +249,7 @@ def read(path: pathlib.Path):
 
 def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
   policy = policy_of(Dicing, tokenizer)
-  evaluate.write(
-    everything, str(tmp_path), policy.config, "run:x@6", Source(EVERY)
-  )
+  evaluate.write(everything, str(tmp_path), policy.config, Source(EVERY))
   folder = tmp_path / "eval"
   assert sorted(str(x.relative_to(folder)) for x in folder.rglob("*.*")) == [
     "output_eval.json",
@@ -271,7 +270,7 @@ def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
     assert list(results) == [x.record["pid"] for x in answers]
   assert "π" in (folder / "output_eval.json").read_text("utf-8")
   scores = read(folder / "scores.json")
-  assert scores["weights"] == "run:x@6"
+  assert (scores["weights"], scores["split_size"]) == ("random:0", len(SCRIPT))
   assert (scores["split"], scores["temperature"]) == ("eval", 0.7)
   assert scores["scalars"] == pytest.approx(everything.scalars)
   assert scores["accuracy"]["share"] == scores["scalars"]["eval/accuracy"]
@@ -294,7 +293,7 @@ def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
     for x in everything.greedy
   ]
   unknown = evaluate.Evaluation({"eval/format": 1.0}, hidden, [hidden], {})
-  evaluate.write(unknown, str(tmp_path), policy.config, "random:0", source)
+  evaluate.write(unknown, str(tmp_path), policy.config, source)
   scores = read(tmp_path / "eval" / "scores.json")
   assert scores["accuracy"] is None and scores["graded"] == 0
   assert scores["note"] == scorecard.NO_ANSWERS
@@ -315,3 +314,17 @@ def test_a_damaged_picture_costs_the_report_its_picture_alone(everything):
   whole = evaluate._example(everything.greedy[1], [], Source(EVERY))
   assert whole.picture.startswith("data:image/")
   assert everything.greedy[TOO_LONG].outcome == "not asked"
+
+
+def test_problems_that_are_left_out_are_mentioned(
+  everything, tokenizer, tmp_path, caplog
+):
+  config = policy_of(Dicing, tokenizer, num_problems=11).config
+  logging.set_verbosity(logging.WARNING)
+  evaluate.write(everything, str(tmp_path), config, Source(EVERY))
+  assert not caplog.messages
+  more = Source([*EVERY, 0, 1])
+  evaluate.write(everything, str(tmp_path), config, more)
+  assert caplog.messages == [
+    "eval.num_problems (11) leaves out 2 problems of eval."
+  ]

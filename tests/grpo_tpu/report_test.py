@@ -54,6 +54,7 @@ def scores(split="testmini", model="tiny", **changes):
     "split": split,
     "model": model,
     "weights": "run:x@6",
+    "split_size": 5141,
     **scorecard.scores(
       answers,
       samples=[answers] * 4,
@@ -175,6 +176,7 @@ def test_every_figure_is_on_both_pages():
       assert f"{100 * figure['low']:.1f} to {100 * figure['high']:.1f}" in text
     for words in ("pass@4", "maj@4", "Picture removed", "plain grey", "drawn"):
       assert words in text
+    assert "8 of 5141 problems" in " ".join(text.split())
     assert "+0.0 points" in text and "p = 1.000" in text
 
 
@@ -199,6 +201,7 @@ def test_what_is_not_graded_is_called_neither_right_nor_wrong():
   )
   found = {
     **{"split": "test", "model": "tiny", "weights": "random:0"},
+    "split_size": 5141,
     **{"problems": 1, "asked": 1, "graded": 0, "accuracy": None, "note": "No."},
   }
   text, page = pages(found, (), [shown])
