@@ -420,7 +420,7 @@ details.card { margin: .7rem 0 }
 summary { cursor: pointer; font-weight: 600 }
 .example { display: grid; gap: 1.4rem; margin: 1rem 0;
   grid-template-columns: minmax(0, 17rem) minmax(0, 1fr) }
-.example img { max-width: 100%; border-radius: 6px;
+.example img { max-width: 100%; min-width: 8rem; border-radius: 6px;
   border: 1px solid var(--edge); background: white }
 .tag { display: inline-block; border: 1px solid var(--edge);
   border-radius: 99px; padding: 0 .6rem; margin: .2rem .2rem 0 0;
