@@ -124,6 +124,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.every_steps = 50
   config.eval.num_problems = 1000
   config.eval.batch_size = 64
+  # The rest is for --mode=evaluate alone. Samples share the memory of a batch.
+  config.eval.num_samples = 0
+  config.eval.temperature = 1.0
+  config.eval.ks = (1, 8)
+  config.eval.ablations = ("removed", "shuffled")
+  config.eval.num_examples = 24
 
   config.samples = ml_collections.ConfigDict()
   config.samples.every_steps = 10

@@ -243,6 +243,11 @@ class EvalBatches:
   def __init__(self, rows: "_Rows", lengths: np.ndarray, batch_size: int):
     self._rows, self._lengths, self._size = rows, lengths, batch_size
 
+  def with_source(self, source: Source) -> "EvalBatches":
+    """The same batches of another source, whose texts are the same."""
+    rows = dataclasses.replace(self._rows, source=source)
+    return EvalBatches(rows, self._lengths, self._size)
+
   def __len__(self) -> int:
     return -(-len(self._lengths) // self._size)
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines import pipeline, preferences, prompts, synthetic
+from data_pipelines import ablations, pipeline, preferences, prompts, synthetic
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -201,17 +201,29 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Greedy evaluation on the held-out split.
+  """Evaluation on the held-out split: greedy in training, more by itself.
 
   Attributes:
     every_steps: Also before the first step and after the last; 0 for never.
     num_problems: The first so many of the split.
     batch_size: Problems decoded together.
+    num_samples: Completions that --mode=evaluate samples of each problem, all
+      at a time, beside the greedy one; 0 for none.
+    temperature: Their logits are divided by it.
+    ks: Of pass@k and maj@k, none above `num_samples`; of no matter without.
+    ablations: Of `ablations.KINDS`: what --mode=evaluate does to the pictures
+      in evaluations of their own.
+    num_examples: Failures that its report shows.
   """
 
   every_steps: int
   num_problems: int
   batch_size: int
+  num_samples: int
+  temperature: float
+  ks: tuple[int, ...]
+  ablations: tuple[str, ...]
+  num_examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +256,7 @@ class Config:
     _check_numbers(self)
     _check_names(self)
     _check_divisions(self)
+    _check_evaluation(self.eval)
     # Each part checks its own settings when it is made.
     _ = self.objective_config, self.optimizer_config
 
@@ -385,6 +398,8 @@ def _check_numbers(config: Config) -> None:
     ("eval.every_steps", 0),
     ("eval.num_problems", 1),
     ("eval.batch_size", 1),
+    ("eval.num_samples", 0),
+    ("eval.num_examples", 0),
     ("samples.every_steps", 0),
     ("samples.count", 0),
   ):
@@ -443,6 +458,35 @@ def _check_numbers(config: Config) -> None:
     buckets,
     "be ascending lengths in tokens",
     "set data.prompt_buckets=(128, 512)",
+  )
+
+
+def _check_evaluation(settings: EvalConfig) -> None:
+  _require(
+    0 < settings.temperature < float("inf"),
+    "eval.temperature",
+    settings.temperature,
+    "be above 0 and finite; the greedy answer is always asked for besides",
+    "set eval.temperature=1.0",
+  )
+  most = settings.num_samples or float("inf")
+  _require(
+    list(settings.ks) == sorted({k for k in settings.ks if 1 <= k <= most}),
+    "eval.ks",
+    settings.ks,
+    f"ascend from at least 1 to at most eval.num_samples "
+    f"({settings.num_samples})",
+    f"set eval.ks=(1, {settings.num_samples})"
+    if settings.num_samples > 1
+    else "set eval.ks=(1,)",
+  )
+  kinds = settings.ablations
+  _require(
+    set(kinds) <= set(ablations.KINDS) and len(set(kinds)) == len(kinds),
+    "eval.ablations",
+    kinds,
+    f"be different ones of {', '.join(ablations.KINDS)}",
+    f"set eval.ablations={ablations.KINDS}",
   )
 
 

@@ -1,4 +1,9 @@
-"""Greedy answers to held-out problems, and what they are worth."""
+"""Answers to held-out problems, and what they are worth.
+
+`evaluate` is the cheap look that training takes: greedy answers alone. `run`,
+for --mode=evaluate, also samples, takes the pictures away, and writes all of
+it down.
+"""
 
 import collections
 import dataclasses
@@ -13,27 +18,48 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from data_pipelines import pipeline
+from data_pipelines import ablations, images, pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset, experience, metrics, sharding
+from grpo_tpu import dataset, experience, metrics, report, scorecard, sharding
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
+
+# Slices in the list of the worst; smaller ones say too little to be listed.
+_WORST_SLICES, _MIN_PROBLEMS = 10, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What an evaluation found.
+  """What a greedy evaluation found.
 
   Attributes:
     scalars: By the names of `metrics`; a problem that could not be asked counts
-      as one answered wrongly.
+      as one answered wrongly. Nothing is said of what public answers alone
+      could tell where there are none.
     samples: Some completions of this host.
-    records: This host's answers in MathVista's results format, by pid.
+    answers: This host's, in the order of the split.
   """
 
   scalars: dict[str, metrics.Scalar]
   samples: list[metrics.Sample]
-  records: dict[str, dict[str, Any]]
+  answers: list[scorecard.Answer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Everything that is said of a policy on a split, by all hosts.
+
+  Attributes:
+    scalars: As `Result` has them.
+    greedy: The likeliest answers.
+    samples: Sampled ones, draw by draw.
+    ablated: The likeliest ones, by the ablation of their pictures.
+  """
+
+  scalars: dict[str, metrics.Scalar]
+  greedy: list[scorecard.Answer]
+  samples: list[list[scorecard.Answer]]
+  ablated: dict[str, list[scorecard.Answer]]
 
 
 def evaluate(
@@ -45,7 +71,7 @@ def evaluate(
 ) -> Result:
   """Decodes one greedy completion for each problem and scores it."""
   sums: collections.Counter[str] = collections.Counter()
-  samples, records = [], {}
+  samples, answers = [], []
   for batch in batches:
     completions = policy.sample(
       params, batch, jax.random.key(0), num_completions=1, temperature=0.0
@@ -58,54 +84,237 @@ def evaluate(
       policy.mesh, (completions.mask, completions.stopped)
     )
     sums.update(_sums(batch, scores, mask, stopped))
-    records |= _records(batch, texts, scores)
+    answers += _answers(batch, [x[0] for x in texts], scores, stopped[:, 0])
     samples += experience.samples(
       policy, batch, texts, scores, num_samples - len(samples)
     )
   totals = _over_hosts(sums)
-  return Result(_scalars(totals), samples, records)
+  return Result(_scalars(totals), samples, answers)
+
+
+def sampled(
+  policy: policies.Policy,
+  params: dict,
+  batches: Iterable[pipeline.Batch],
+  *,
+  num_samples: int,
+  temperature: float,
+) -> list[list[scorecard.Answer]]:
+  """This host's answers, `num_samples` draws of one to each problem.
+
+  A draw depends on the run's seed, the problem's place in the split and the
+  draw's number alone.
+  """
+  draws: list[list[scorecard.Answer]] = [[] for _ in range(num_samples)]
+  for batch in batches:
+    completions = policy.sample(
+      params,
+      batch,
+      jax.random.key(policy.config.seed),
+      num_completions=num_samples,
+      temperature=temperature,
+    )
+    texts = policy.texts(completions)
+    stopped = sharding.local_rows(policy.mesh, completions.stopped)
+    for number, draw in enumerate(draws):
+      column = [group[number] for group in texts]
+      scores = scoring.score(column, batch.problems, policy.config.rewards)
+      draw += _answers(batch, column, scores, stopped[:, number])
+  return draws
 
 
 def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
   """Evaluates `model.weights` on the held-out split and writes what it found.
 
   Raises:
-    SettingError: A setting that only devices or the weights can refute.
+    SettingError: A setting that only the data, devices or weights can refute.
   """
   with run_config.refutable():
+    blind = _ablated_sources(config, data)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    # What is named in the report is what was read, while a run goes on.
+    weights = policies.resolved_weights(config)
+    settings = dataclasses.replace(config.model, weights=weights)
+    config = dataclasses.replace(config, model=settings)
     policy = policies.Policy(config, mesh, data.tokenizer)
     params = policy.initial_params()
-  shard_index, shard_count = sharding.data_shard(mesh)
+    shard_index, shard_count = sharding.data_shard(mesh)
+    batches = data.eval_batches(
+      config, shard_index=shard_index, shard_count=shard_count
+    )
   with jax.set_mesh(mesh):
-    result = evaluate(
+    found = everything(policy, params, batches, blind)
+  if jax.process_index() == 0:
+    write(found, workdir, config, data.eval)
+
+
+def everything(
+  policy: policies.Policy,
+  params: dict,
+  batches: pipeline.EvalBatches,
+  blind: dict[str, pipeline.Source],
+) -> Evaluation:
+  """Greedy answers, sampled ones, and greedy ones to the sources in `blind`."""
+  settings = policy.config.eval
+  greedy = evaluate(policy, params, batches, num_samples=0)
+  draws, ablated = [], {}
+  if settings.num_samples:
+    draws = sampled(
       policy,
       params,
-      data.eval_batches(
-        config, shard_index=shard_index, shard_count=shard_count
-      ),
-      num_samples=0,
+      batches,
+      num_samples=settings.num_samples,
+      temperature=settings.temperature,
     )
-  if jax.process_index() == 0:
-    write(result, workdir, config.data.eval_split)
-  logging.info(
-    "%s: accuracy %.4f", config.data.eval_split, result.scalars["eval/accuracy"]
+  for name, source in blind.items():
+    result = evaluate(
+      policy, params, batches.with_source(source), num_samples=0
+    )
+    ablated[name] = _of_all_hosts(result.answers)
+  return Evaluation(
+    scalars=greedy.scalars,
+    greedy=_of_all_hosts(greedy.answers),
+    samples=[_of_all_hosts(draw) for draw in draws],
+    ablated=ablated,
   )
 
 
-def write(result: Result, workdir: str, split: str) -> None:
-  """Writes `eval/output_<split>.json` and `eval/scores.json`."""
+def write(
+  found: Evaluation,
+  workdir: str,
+  config: run_config.Config,
+  problems: pipeline.Source,
+) -> None:
+  """Writes answers, scores and reports under `workdir`/eval.
+
+  Args:
+    found: What there is to say.
+    workdir: Of the run.
+    config: Its settings, the step in `model.weights` spelt out.
+    problems: The split, whose pictures the report shows.
+  """
   folder = pathlib.Path(workdir) / "eval"
-  folder.mkdir(parents=True, exist_ok=True)
-  scalars = {k: float(v) for k, v in result.scalars.items()}
-  for name, value in (
-    (f"output_{split}.json", result.records),
-    ("scores.json", scalars),
+  split, settings = config.data.eval_split, config.eval
+  _write_json(folder / f"output_{split}.json", _results(found.greedy))
+  for number, draw in enumerate(found.samples):
+    name = f"output_{split}_{number:03}.json"
+    _write_json(folder / "samples" / name, _results(draw))
+  for name, answers in found.ablated.items():
+    _write_json(folder / f"output_{split}_{name}.json", _results(answers))
+  scores = {
+    "split": split,
+    "split_size": len(problems),
+    "model": config.model.name,
+    "weights": config.model.weights,
+    "seed": config.seed,
+    "temperature": settings.temperature if found.samples else 0.0,
+  }
+  scores |= scorecard.scores(
+    found.greedy, samples=found.samples, ks=settings.ks, ablated=found.ablated
+  )
+  scores["scalars"] = {k: float(v) for k, v in found.scalars.items()}
+  _write_json(folder / "scores.json", scores)
+  worst = scorecard.worst_slices(
+    scores, count=_WORST_SLICES, min_problems=_MIN_PROBLEMS
+  )
+  examples = [
+    _example(answer, found.samples, problems)
+    for answer in scorecard.examples(found.greedy, settings.num_examples)
+  ]
+  for name, text in (
+    ("report.md", report.markdown(scores, worst, examples)),
+    ("report.html", report.html(scores, worst, examples)),
   ):
-    (folder / name).write_text(
-      json.dumps(value, indent=2, ensure_ascii=False) + "\n",
-      encoding="utf-8",
+    (folder / name).write_text(text, encoding="utf-8")
+  logging.info("%s; the report is in %s", report.line(scores), folder)
+  if len(problems) > len(found.greedy):
+    logging.warning(
+      "eval.num_problems (%d) leaves out %d problems of %s.",
+      settings.num_problems,
+      len(problems) - len(found.greedy),
+      split,
     )
+
+
+def _ablated_sources(
+  config: run_config.Config, data: dataset.Dataset
+) -> dict[str, pipeline.Source]:
+  """What to ask beside the real problems, by the name of the ablation."""
+  if not config.eval.ablations:
+    return {}
+  if config.model_config.vision is None:
+    logging.info("eval.ablations: %s sees no pictures.", config.model.name)
+    return {}
+  count = min(config.eval.num_problems, len(data.eval))
+  if not _any_answers(data.eval, count):
+    logging.info("eval.ablations: without answers there is no accuracy.")
+    return {}
+  return {
+    name: ablations.source(
+      name, data.eval, num_problems=count, seed=config.seed
+    )
+    for name in config.eval.ablations
+  }
+
+
+def _any_answers(problems: pipeline.Source, count: int) -> bool:
+  for index in range(count):
+    try:
+      if problems[index].has_answer:
+        return True
+    except (ValueError, OSError):
+      continue
+  return False
+
+
+def _example(
+  answer: scorecard.Answer,
+  draws: list[list[scorecard.Answer]],
+  problems: pipeline.Source,
+) -> report.Example:
+  """An answer with its picture, and how often a sampled one is right."""
+  try:
+    image = images.decode(problems[answer.index].image_bytes)
+    picture = report.picture_uri(image)
+  except (ValueError, OSError):
+    picture = ""
+  others = [x for draw in draws for x in draw if x.index == answer.index]
+  return report.Example(
+    record=answer.record,
+    outcome=answer.outcome,
+    num_samples=len(others),
+    samples_right=sum(x.is_right for x in others),
+    picture=picture,
+  )
+
+
+def _results(answers: list[scorecard.Answer]) -> dict[str, dict[str, Any]]:
+  return {answer.record["pid"]: answer.record for answer in answers}
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(value, indent=2, ensure_ascii=False)
+  path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
+  """The answers of every host, in the order of the split."""
+  local = json.dumps([dataclasses.asdict(x) for x in answers]).encode()
+  lengths = np.asarray(
+    multihost_utils.process_allgather(np.array([len(local)], np.int32))
+  ).reshape(-1)
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: len(local)] = np.frombuffer(local, np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  found = [
+    scorecard.Answer(**fields)
+    for row, length in zip(
+      rows.reshape(len(lengths), -1), lengths.tolist(), strict=True
+    )
+    for fields in json.loads(row[:length].tobytes())
+  ]
+  return sorted(found, key=lambda answer: answer.index)
 
 
 _SLICES = ("multi_choice", "free_form", "integer", "float", "text", "list")
@@ -117,23 +326,36 @@ def _sums(batch, scores, mask, stopped) -> dict[str, float]:
   counts = np.array([bool(p.pid) for p in batch.problems])
   # A user's reward that fails says nothing about the answer.
   asked = counts & batch.valid & ~scores.failed["accuracy"]
-  accuracy = np.where(asked, scores.components["accuracy"], 0.0)
+  public = np.array([p.has_answer for p in batch.problems])
+  graded = counts & (public | ~_is_read(batch))
+  accuracy = np.where(graded, _is_right(batch, scores), 0.0)
   sums = {
     "problems": counts.sum(),
+    "public": public.sum(),
+    "graded": graded.sum(),
     "asked": asked.sum(),
     "accuracy": accuracy.sum(),
     "format": np.where(asked, scores.components["format"], 0.0).sum(),
-    "reward": np.where(asked, scores.total, 0.0).sum(),
+    "reward": np.where(asked & graded, scores.total, 0.0).sum(),
     "completion_length": mask[:, 0].sum(-1)[asked].sum(),
     "truncated_fraction": (~stopped[:, 0])[asked].sum(),
   }
   for name in _SLICES:
-    inside = counts & np.array(
+    inside = graded & np.array(
       [name in (p.question_type, p.answer_type) for p in batch.problems]
     )
-    sums[f"problems/{name}"] = inside.sum()
+    sums[f"graded/{name}"] = inside.sum()
     sums[f"accuracy/{name}"] = accuracy[inside].sum()
   return {name: float(value) for name, value in sums.items()}
+
+
+def _is_read(batch: pipeline.Batch) -> np.ndarray:
+  """Which rows hold a problem, and not a stand-in for a damaged record."""
+  return np.array([bool(p.question) for p in batch.problems])
+
+
+def _is_right(batch: pipeline.Batch, scores: scoring.Scores) -> np.ndarray:
+  return batch.valid & (scores.components["accuracy"] > 0.5)
 
 
 def _over_hosts(sums: collections.Counter[str]) -> dict[str, float]:
@@ -147,42 +369,68 @@ def _over_hosts(sums: collections.Counter[str]) -> dict[str, float]:
 def _scalars(totals: dict[str, float]) -> dict[str, metrics.Scalar]:
   problems, asked = max(totals["problems"], 1), max(totals["asked"], 1)
   scalars: dict[str, metrics.Scalar] = {
-    "eval/accuracy": totals["accuracy"] / problems,
     "eval/format": totals["format"] / problems,
-    "eval/reward": totals["reward"] / problems,
     "eval/completion_length": totals["completion_length"] / asked,
     "eval/truncated_fraction": totals["truncated_fraction"] / asked,
   }
+  if not totals["public"]:
+    return scalars
+  scalars["eval/accuracy"] = totals["accuracy"] / totals["graded"]
+  scalars["eval/reward"] = totals["reward"] / totals["graded"]
   for name in _SLICES:
-    if totals[f"problems/{name}"]:
+    if totals[f"graded/{name}"]:
       scalars[f"eval/accuracy/{name}"] = (
-        totals[f"accuracy/{name}"] / totals[f"problems/{name}"]
+        totals[f"accuracy/{name}"] / totals[f"graded/{name}"]
       )
   return scalars
 
 
-def _records(batch, texts, scores) -> dict[str, dict[str, Any]]:
+def _answers(
+  batch: pipeline.Batch,
+  texts: list[str],
+  scores: scoring.Scores,
+  stopped: np.ndarray,
+) -> list[scorecard.Answer]:
+  """What one completion of each problem says, padding left out."""
+  is_right, is_read = _is_right(batch, scores), _is_read(batch)
+  answers = []
+  for row, problem in enumerate(batch.problems):
+    if not problem.pid:
+      continue
+    asked = bool(batch.valid[row])
+    graded = problem.has_answer or not is_read[row]
+    record = _record(
+      problem,
+      response=texts[row] if asked else "",
+      answer=scores.answers[row] if asked else None,
+    )
+    record["true_false"] = bool(is_right[row]) if graded else None
+    answers.append(
+      scorecard.Answer(
+        index=int(batch.prompt_index[row]),
+        record=record,
+        asked=asked,
+        stopped=bool(stopped[row]),
+      )
+    )
+  return answers
+
+
+def _record(problem, *, response: str, answer: str | None) -> dict[str, Any]:
   """MathVista's results format, its image left out."""
   return {
-    problem.pid: {
-      "pid": problem.pid,
-      "question": problem.question,
-      "image": problem.image_path,
-      "choices": list(problem.choices) or None,
-      "unit": problem.unit or None,
-      "precision": problem.precision if problem.precision >= 0 else None,
-      "answer": problem.answer,
-      "question_type": problem.question_type,
-      "answer_type": problem.answer_type,
-      "metadata": dict(problem.metadata),
-      "query": problem.query,
-      "response": texts[row][0] if batch.valid[row] else "",
-      "extraction": scores.answers[row] if batch.valid[row] else None,
-      "prediction": scores.answers[row] if batch.valid[row] else None,
-      "true_false": bool(
-        batch.valid[row] and scores.components["accuracy"][row] > 0.5
-      ),
-    }
-    for row, problem in enumerate(batch.problems)
-    if problem.pid
+    "pid": problem.pid,
+    "question": problem.question,
+    "image": problem.image_path,
+    "choices": list(problem.choices) or None,
+    "unit": problem.unit or None,
+    "precision": problem.precision if problem.precision >= 0 else None,
+    "answer": problem.answer,
+    "question_type": problem.question_type,
+    "answer_type": problem.answer_type,
+    "metadata": dict(problem.metadata),
+    "query": problem.query,
+    "response": response,
+    "extraction": answer,
+    "prediction": answer,
   }

@@ -26,10 +26,16 @@ FLOORS = {
     "grpo_tpu.health",
     "grpo_tpu.logs",
     "grpo_tpu.objective",
+    "grpo_tpu.report",
     "grpo_tpu.shaping",
     "grpo_tpu.train_state",
   },
-  2: {"grpo_tpu.logprobs", "grpo_tpu.rewards", "grpo_tpu.sharding"},
+  2: {
+    "grpo_tpu.logprobs",
+    "grpo_tpu.rewards",
+    "grpo_tpu.scorecard",
+    "grpo_tpu.sharding",
+  },
   3: {"grpo_tpu.gemma3"},
   4: {
     "grpo_tpu.checkpoint",

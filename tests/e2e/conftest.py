@@ -197,4 +197,6 @@ def evaluation(program, drawn, unbroken) -> Run:
     *TINY,
     f"--config.data.dir={drawn}",
     f"--config.model.weights=run:{unbroken.workdir}",
+    "--config.eval.num_samples=2",
+    "--config.eval.ks=(1, 2)",
   ).start()

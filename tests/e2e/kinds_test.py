@@ -94,11 +94,21 @@ def test_evaluate_finds_what_training_found_last(evaluation, unbroken):
   folder = evaluation.workdir / "eval"
   scores = json.loads((folder / "scores.json").read_text())
   last = unbroken.rows()[-1]
-  assert scores["eval/accuracy"] == last["eval/accuracy"]
-  assert scores == {
+  assert scores["scalars"] == {
     name: value for name, value in last.items() if name.startswith("eval/")
   }
-  answers = json.loads((folder / "output_eval.json").read_text())
-  assert len(answers) == 32
-  right = [answer["true_false"] for answer in answers.values()]
-  assert np.mean(right) == scores["eval/accuracy"]
+  assert scores["weights"] == f"run:{unbroken.workdir}@6"
+
+  def accuracy(name):
+    answers = json.loads((folder / name).read_text())
+    assert len(answers) == 32
+    return np.mean([answer["true_false"] for answer in answers.values()])
+
+  assert scores["scalars"]["eval/accuracy"] == accuracy("output_eval.json")
+  assert scores["accuracy"]["share"] == accuracy("output_eval.json")
+  for name, found in scores["ablations"].items():
+    assert found["accuracy"]["share"] == accuracy(f"output_eval_{name}.json")
+  assert scores["sampled"]["accuracy"]["share"] == pytest.approx(
+    np.mean([accuracy(f"samples/output_eval_00{i}.json") for i in range(2)])
+  )
+  assert "data:image/" in (folder / "report.html").read_text()

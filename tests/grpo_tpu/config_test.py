@@ -190,6 +190,11 @@ BROKEN_RULES = {
   "eval.every_steps": [-1],
   "eval.num_problems": [0],
   "eval.batch_size": [0],
+  "eval.num_samples": [-1],
+  "eval.temperature": [0.0, -1.0, float("inf"), float("nan")],
+  "eval.ks": [(0,), (2, 1), (1, 1), (-1, 2)],
+  "eval.ablations": [("blurred",), ("removed", "removed")],
+  "eval.num_examples": [-1],
   "samples.every_steps": [-1],
   "samples.count": [-1],
 }  # fmt: skip
@@ -302,6 +307,21 @@ def test_what_comes_with_the_data_cannot_be_sampled_again(kind):
     "completions come with the data; set shaping.zero_variance=drop."
   )
   built({"shaping.zero_variance": "drop", "data.kind": kind})
+
+
+def test_no_more_samples_can_be_asked_for_than_are_drawn():
+  for settings in (
+    {"eval.num_samples": 8, "eval.ks": (1, 8)},
+    {"eval.num_samples": 0, "eval.ks": (1, 99)},
+    {"eval.num_samples": 4, "eval.ks": ()},
+  ):
+    built(settings)
+  with pytest.raises(ValueError) as caught:
+    built({"eval.num_samples": 4, "eval.ks": (1, 5)})
+  assert str(caught.value) == (
+    "eval.ks ((1, 5)) must ascend from at least 1 to at most eval.num_samples "
+    "(4); set eval.ks=(1, 4)."
+  )
 
 
 def test_tensor_shards_do_not_divide_the_batch():

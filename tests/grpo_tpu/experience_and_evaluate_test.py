@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 
 import jax
 import numpy as np
@@ -79,7 +78,7 @@ def test_neither_batch_size_nor_padding_nor_devices_change_a_scalar(
 ):
   wanted, got = evaluated(), evaluated(batch_size, num_devices)
   assert got.scalars == pytest.approx(wanted.scalars, rel=1e-6)
-  assert got.records == wanted.records
+  assert got.answers == wanted.answers
 
 
 def test_slices_add_up_to_the_whole(evaluated):
@@ -115,7 +114,7 @@ def test_a_slice_without_problems_is_left_out(policy_of, tokenizer):
 
 
 def test_records_are_in_mathvistas_results_format(evaluated):
-  results = evaluated(batch_size=4).records
+  results = {x.record["pid"]: x.record for x in evaluated(4).answers}
   assert set(results) == {
     "unreadable:7" if i == UNREADABLE else f"p{i}" for i in range(len(SCRIPT))
   }
@@ -140,23 +139,41 @@ def test_records_are_in_mathvistas_results_format(evaluated):
   assert unasked["metadata"] == {"source": "drawn", "skills": ["arithmetic"]}
 
 
-def test_what_is_written_reads_back(evaluated, tmp_path):
-  result = evaluated()
-  evaluate.write(result, str(tmp_path), "testmini")
-  folder = tmp_path / "eval"
-
-  def read(name):
-    return json.loads(
-      (folder / name).read_text("utf-8"), parse_constant=pytest.fail
+def unanswered(batches, indices):
+  """The batches, with the answers of some problems kept from the public."""
+  for batch in batches:
+    problems = tuple(
+      dataclasses.replace(problem, answer="")
+      if problem.pid in {f"p{i}" for i in indices}
+      else problem
+      for problem in batch.problems
     )
+    yield dataclasses.replace(batch, problems=problems)
 
-  assert read("output_testmini.json") == result.records
-  assert "π" in (folder / "output_testmini.json").read_text("utf-8")
-  assert read("scores.json") == pytest.approx(result.scalars)
-  assert sorted(x.name for x in folder.iterdir()) == [
-    "output_testmini.json",
-    "scores.json",
-  ]
+
+def test_without_public_answers_nothing_is_graded(policy_of, tokenizer):
+  batches = unanswered(batches_of(tokenizer, batch_size=4), EVERY)
+  result = evaluate.evaluate(policy_of(GREEDY), {}, batches, num_samples=0)
+  assert set(result.scalars) == {
+    "eval/format",
+    "eval/completion_length",
+    "eval/truncated_fraction",
+  }
+  asked = [x for x in result.answers if x.asked]
+  assert [x.record["true_false"] for x in asked] == [None] * len(ASKED)
+  assert asked[0].record["prediction"] == "3"
+
+
+def test_accuracy_is_of_the_problems_that_can_be_graded(policy_of, tokenizer):
+  hidden = [0, 1, 4, TOO_LONG]
+  batches = unanswered(batches_of(tokenizer, batch_size=4), hidden)
+  result = evaluate.evaluate(policy_of(GREEDY), {}, batches, num_samples=0)
+  # Of 11 problems 7 are left, a damaged one among them; of 6 right ones 5.
+  assert result.scalars["eval/accuracy"] == pytest.approx(5 / 7)
+  assert result.scalars["eval/accuracy/integer"] == pytest.approx(1 / 3)
+  right = [x.record["true_false"] for x in result.answers]
+  assert [i for i in EVERY if right[i] is None] == hidden
+  assert [i for i in EVERY if right[i]] == [2, 3, 5, 9, 10]
 
 
 @pytest.mark.parametrize("batch_size", [2, len(SCRIPT)])

@@ -1,0 +1,263 @@
+"""Pages that say what was found, and do nothing that was written into them."""
+
+import base64
+import html.parser
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from grpo_tpu import report, scorecard
+
+EVIL = (
+  "<script>alert(1)</script></pre></style><img src=x onerror=alert(1)>"
+  '"\' onload="x" {{ 7 * 7 }} | `a` **b** [c](javascript:alert(1))\n\n'
+  "    # head\r\n```\u2028<script>"
+)
+PICTURE = report.picture_uri(np.full((3, 4, 3), 200, np.uint8))
+
+
+def record(**changes):
+  return {
+    "pid": "17",
+    "question": "How many?",
+    "unit": None,
+    "choices": None,
+    "precision": None,
+    "answer": "3",
+    "question_type": "free_form",
+    "answer_type": "integer",
+    "metadata": {"task": "counting", "source": "drawn"},
+    "response": "I see <answer>4</answer>",
+    "extraction": "4",
+    "true_false": False,
+  } | changes
+
+
+def example(picture=PICTURE, num_samples=0, samples_right=0, **changes):
+  return report.Example(
+    record=record(**changes),
+    outcome="wrong",
+    num_samples=num_samples,
+    samples_right=samples_right,
+    picture=picture,
+  )
+
+
+def scores(split="testmini", model="tiny", **changes):
+  answers = [
+    scorecard.Answer(i, record(true_false=i < 3, **changes), True, True)
+    for i in range(8)
+  ]
+  return {
+    "split": split,
+    "model": model,
+    "weights": "run:x@6",
+    "split_size": 5141,
+    **scorecard.scores(
+      answers,
+      samples=[answers] * 4,
+      ks=(1, 4),
+      ablated={"removed": answers[::-1]},
+    ),
+  }
+
+
+class Page(html.parser.HTMLParser):
+  """The tags of a page, and its text outside of the style."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.text = [], ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def pages(found, worst=(), examples=()):
+  return (
+    report.markdown(found, worst, examples),
+    Page(report.html(found, worst, examples)),
+  )
+
+
+EVERYWHERE = {
+  "split": EVIL,
+  "model": EVIL,
+  "pid": EVIL,
+  "question": EVIL,
+  "unit": EVIL,
+  "choices": [EVIL, "3"],
+  "answer": EVIL,
+  "response": EVIL,
+  "extraction": EVIL,
+  "metadata": {"task": EVIL, "source": EVIL, "skills": [EVIL]},
+}
+
+
+def evil_page(examples):
+  found = scores(
+    EVIL,
+    EVIL,
+    metadata=EVERYWHERE["metadata"],
+  ) | {"weights": EVIL}
+  changes = {
+    k: EVERYWHERE[k] for k in EVERYWHERE if k not in ("split", "model")
+  }
+  shown = [example(**changes)] * examples
+  return pages(found, found["slices"], shown)
+
+
+def test_what_is_written_into_the_page_is_text_to_it():
+  _, page = evil_page(1)
+  _, tame = pages(scores(), (), [example()])
+  assert "script" not in {tag for tag, _ in page.tags}
+  assert {tag for tag, _ in page.tags} <= {tag for tag, _ in tame.tags} | {
+    *("ul", "li"),
+  }
+  for tag, attributes in page.tags:
+    assert not [name for name in attributes if name.startswith("on")]
+    assert not {"href", "style", "srcdoc"} & set(attributes), tag
+    assert attributes.get("src", PICTURE) == PICTURE
+  # Once in each place, letter by letter, and evaluated in none.
+  assert page.text.count("<script>alert(1)</script>") > 10
+  assert "49" not in page.text
+
+
+def test_the_page_forbids_what_it_does_not_need_and_needs_nothing():
+  _, page = pages(scores(), (), [example()])
+  policies = [
+    attributes["content"]
+    for tag, attributes in page.tags
+    if tag == "meta" and attributes.get("http-equiv")
+  ]
+  assert policies == [
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+  ]
+  assert "http" not in report.html(scores(), (), [example()]).replace(
+    "http-equiv", ""
+  )
+
+
+def test_in_markdown_foreign_text_is_code_or_escaped():
+  text, _ = evil_page(2)
+  for row in text.splitlines():
+    if row.startswith("    "):
+      continue  # An indented block, where nothing has a meaning.
+    assert "<script" not in row.replace("\\<", "")
+    assert "](javascript" not in row.replace("\\]", "")
+  # A row of a table has the columns of its head, whatever is in its cells.
+  rows = text.replace("\\|", "").splitlines()
+  for above, row in zip(rows, rows[1:], strict=False):
+    if above.startswith("|") and row.startswith("|"):
+      assert row.count("|") == above.count("|")
+  # Before each block there is an empty line, or it would be a paragraph's.
+  for above, row in zip(rows, rows[1:], strict=False):
+    if row.startswith("    "):
+      assert above.startswith("    ") or not above.strip()
+
+
+def test_every_figure_is_on_both_pages():
+  found = scores()
+  for text in (pages(found)[0], pages(found)[1].text):
+    for figure in (
+      found["accuracy"],
+      found["ablations"]["removed"]["accuracy"],
+      found["sampled"]["pass_at_k"]["4"],
+      found["sampled"]["maj_at_k"]["4"],
+      *found["slices"],
+    ):
+      assert f"{100 * figure['share']:.1f} %" in text
+      assert f"{100 * figure['low']:.1f} to {100 * figure['high']:.1f}" in text
+    for words in ("pass@4", "maj@4", "Picture removed", "plain grey", "drawn"):
+      assert words in text
+    assert "8 of 5141 problems" in " ".join(text.split())
+    assert "+0.0 points" in text and "p = 1.000" in text
+
+
+def test_an_example_shows_what_was_asked_expected_and_got():
+  shown = example(
+    choices=["2", "3", "4"], unit="cm", num_samples=8, samples_right=5
+  )
+  text, page = pages(scores(), (), [shown])
+  for words in ("How many?", "(B) 3", "counting", "wrong", "I see <answer>4"):
+    assert words in text and words in page.text
+  assert "(B) 3 \u2713" in page.text and "(C) 4 \u2717" in page.text
+  assert "(A) 2 " not in page.text and "in cm" in page.text
+  assert "5 of 8 right" in page.text and "5 of 8 samples are right" in text
+  _, page = pages(scores(), (), [example(extraction=None, picture="")])
+  assert "nothing" in page.text and "no picture" in page.text
+  assert "img" not in {tag for tag, _ in page.tags}
+
+
+def test_what_is_not_graded_is_called_neither_right_nor_wrong():
+  shown = example(
+    *(PICTURE, 8, 0), choices=["2", "4"], answer="", true_false=None
+  )
+  found = {
+    **{"split": "test", "model": "tiny", "weights": "random:0"},
+    "split_size": 5141,
+    **{"problems": 1, "asked": 1, "graded": 0, "accuracy": None, "note": "No."},
+  }
+  text, page = pages(found, (), [shown])
+  for words in (text, page.text.split("Answers")[1]):
+    assert "(B) 4" in words and "drawn" in words
+    for word in ("right", "wrong", "xpected", "\u2713", "\u2717", "%"):
+      assert word not in words
+  assert "(B) 4 \u2190" in page.text
+  assert not {"right", "wrong"} & {
+    name
+    for _, attributes in page.tags
+    for name in (attributes.get("class") or "").split()
+  }
+
+
+def test_worst_slices_come_as_they_are_given():
+  found = scores()
+  given = [
+    dict(found["slices"][0], name=name) for name in ("zebra", "aardvark")
+  ]
+  for text in (pages(found, given)[0], pages(found, given)[1].text):
+    assert (
+      0
+      < text.index("zebra")
+      < text.index("aardvark")
+      < text.index("All slices")
+    )
+  for text in (pages(found)[0], pages(found)[1].text):
+    assert "None is surely worse" in text
+
+
+def test_a_long_response_is_cut_and_says_so():
+  text = report.html(scores(), (), [example(response="x" * 10_000)])
+  assert "xx\n[... 6000 more characters]" in text
+  assert text.count("x" * 4_000) == 1 and "x" * 4_001 not in text
+
+
+@pytest.mark.parametrize("kind", ["flat", "noisy"])
+def test_a_picture_is_shrunk_and_kept_in_the_better_format(kind):
+  image = np.full((700, 960, 3), 77, np.uint8)
+  if kind == "noisy":
+    image = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
+  uri = report.picture_uri(image)
+  wanted = {"flat": "png", "noisy": "jpeg"}[kind]
+  head = f"data:image/{wanted};base64,"
+  assert uri.startswith(head)
+  picture = PIL.Image.open(io.BytesIO(base64.b64decode(uri[len(head) :])))
+  assert picture.size == (480, 350)
+  mean = np.asarray(picture).mean()
+  assert mean == pytest.approx(image.mean(), abs=1)
+  assert report.picture_uri(image) == uri
+
+
+def test_a_line_says_the_result():
+  assert report.line(scores()) == (
+    "testmini: greedy accuracy 37.5 % (13.7 to 69.4; 8 problems)"
+  )
+  hidden = {"split": "test", "accuracy": None, "note": "No."}
+  assert report.line(hidden) == "test: No."
