@@ -25,11 +25,10 @@ _OPENING, _CLOSING = 'The answer is "', '".'
 def extraction(response: str, problem: records.Problem) -> str:
   """The answer in a response, where finding it needs no language model.
 
-  What the published program would send to one is its own extraction here: the
-  normaliser then reads a bracketed letter anywhere in it, else its spelling.
+  What the published program would send to one is its own extraction here, as
+  is an option's text: the normaliser then reads a bracketed letter anywhere in
+  it, else its spelling.
   """
-  if not response or response in problem.choices:
-    return response
   try:
     if problem.answer_type == "integer":
       return str(int(response))

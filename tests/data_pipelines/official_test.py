@@ -87,6 +87,7 @@ def test_an_option_that_looks_like_another_letter_is_taken_for_it():
     (RED, "red", "red"),
     (RED, "It is (B).", "It is (B)."),
     (RED, 'So\nThe answer is "B". It is "C".\n', 'B". It is "C'),
+    (RED, 'The answer is "B\nC".', 'The answer is "B\nC".'),
     (RED, 'The answer is "B"', 'The answer is "B"'),
     (FIVE, " 5 ", "5"),
     (FIVE, "5.0", "5.0"),
