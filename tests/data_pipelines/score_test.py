@@ -21,7 +21,7 @@ def command(*args):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
 
 
@@ -155,6 +155,7 @@ def record(pid, response, answer="5", **changes):
 
 
 COLOURS = ["red", "blue", "green", "grey"]
+NEAREST = ["N/A?", "tan", "grey", "green"]
 HAND = [
   record(
     "1",
@@ -163,10 +164,12 @@ HAND = [
   ),
   record("2", "5.7", metadata={"task": "a", "skills": ["y"]}),
   # The empty response is nearest to the shortest option.
-  record("3", None, "red", choices=COLOURS, metadata={"task": "b"}),
+  record("3", None, "tan", choices=NEAREST, metadata={"task": "b"}),
   record("4", "(B)", "blue", choices=COLOURS, metadata={"task": "b"}),
   record("5", "B", "No", choices=["Yes", "No"], true_false=False),
-  record("6", "Yes", "No", choices=["Yes", "No"], true_false=True),
+  record(
+    "6", "Yes", "No", choices=["Yes", "No"], true_false=True, extraction=""
+  ),
   record("7", "<answer>8</answer>", ""),
   record("unreadable:3", "", ""),
   record("9", "no idea", extraction="5.2", true_false=True),
@@ -197,7 +200,7 @@ def test_each_way_of_scoring_by_hand(scored):
     "scored": 8,
     "no_answer": 1,
     "no_response": 1,
-    "stored_extractions": 1,
+    "stored_extractions": 2,
     "agreement": {
       "labelled": 3,
       "right": 2,
@@ -225,13 +228,13 @@ def test_each_way_of_scoring_by_hand(scored):
     for x in found["rows"]
   }
   # The official rules cannot find the 5 in a sentence, cut 5.7 off to 5, take
-  # nothing for red, and read the stored extraction.
+  # nothing for tan, and read stored extractions, even empty ones.
   assert rows == {
-    ("overall", "all"): [(3, 8), (5, 8), (2, 3)],
+    ("overall", "all"): [(3, 8), (6, 8), (2, 3)],
     ("question_type", "free_form"): [(1, 3), (2, 3), (1, 1)],
-    ("question_type", "multi_choice"): [(2, 4), (3, 4), (1, 2)],
+    ("question_type", "multi_choice"): [(2, 4), (4, 4), (1, 2)],
     ("answer_type", "integer"): [(1, 3), (2, 3), (1, 1)],
-    ("answer_type", "text"): [(2, 4), (3, 4), (1, 2)],
+    ("answer_type", "text"): [(2, 4), (4, 4), (1, 2)],
     ("task", "a"): [(1, 2), (1, 2), None],
     ("task", "b"): [(1, 2), (2, 2), None],
     ("source", "S"): [(1, 1), (0, 1), None],
@@ -278,11 +281,11 @@ def test_every_figure_is_printed_in_percent(scored):
   _, _, printed = scored(HAND)
   lines = printed.splitlines()
   assert lines[0].startswith("8 of 9 records scored (1 have no public answer)")
-  assert "1 stored extractions and 7 responses" in lines[1]
+  assert "2 stored extractions and 6 responses" in lines[1]
   assert "3 stored labels: right for 1 of 1 labelled wrong" in lines[2]
   whole = lines[lines.index("overall") + 1]
   assert " ".join(whole.split()) == (
-    "all 8 37.5 [ 13.7, 69.4] 62.5 [ 30.6, 86.3] 66.7 [ 20.8, 93.9] "
+    "all 8 37.5 [ 13.7, 69.4] 75.0 [ 40.9, 92.9] 66.7 [ 20.8, 93.9] "
     "20.0 [-36.0, 76.0]"
   )
   slices = [" ".join(line.split()) for line in lines]
