@@ -170,7 +170,7 @@ HAND = [
   record(
     "6", "Yes", "No", choices=["Yes", "No"], true_false=True, extraction=""
   ),
-  record("7", "<answer>8</answer>", ""),
+  record("7", "<answer>8</answer>", "", extraction="8"),
   record("unreadable:3", "", ""),
   record("9", "no idea", extraction="5.2", true_false=True),
 ]
