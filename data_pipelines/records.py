@@ -157,11 +157,22 @@ def from_row(row: Mapping[str, Any]) -> Problem:
     raise BadRecord(
       "missing_image", "decoded_image.bytes holds no encoded picture"
     )
+  return dataclasses.replace(from_result(row), image_bytes=image_bytes)
+
+
+def from_result(row: Mapping[str, Any]) -> Problem:
+  """The problem in one record of a results file, which has no picture.
+
+  As `from_row`, but the `image_bytes` are empty.
+
+  Raises:
+    BadRecord: A field holds a value of another kind.
+  """
   problem = Problem(
     pid=_text(row, "pid"),
     question=_text(row, "question"),
     image_path=_text(row, "image"),
-    image_bytes=image_bytes,
+    image_bytes=b"",
     choices=_texts(row, "choices"),
     unit=_text(row, "unit"),
     precision=_precision(row.get("precision")),
@@ -199,6 +210,16 @@ def validate(problem: Problem) -> None:
     raise BadRecord("empty_question", "question is empty")
   if not problem.image_bytes:
     raise BadRecord("missing_image", "image_bytes is empty")
+  validate_types(problem)
+
+
+def validate_types(problem: Problem) -> None:
+  """Passes every problem whose answer could be checked, asked or not.
+
+  Raises:
+    BadRecord: The types, the options, the precision or the answer do not fit
+      each other.
+  """
   if problem.question_type not in QUESTION_TYPES:
     raise BadRecord(
       "unknown_question_type",

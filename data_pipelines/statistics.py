@@ -184,7 +184,7 @@ def slices(graded: Iterable[tuple[Mapping[str, Any], bool]]) -> list[Slice]:
   """
   counts: dict[tuple[int, str], list[int]] = {}
   for record, is_right in graded:
-    for key in dict.fromkeys(_places(record)):
+    for key in dict.fromkeys(places(record)):
       count = counts.setdefault(key, [0, 0])
       count[0] += is_right
       count[1] += 1
@@ -194,7 +194,7 @@ def slices(graded: Iterable[tuple[Mapping[str, Any], bool]]) -> list[Slice]:
   ]
 
 
-def _places(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+def places(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
   """Where a problem belongs: the index of a dimension, and a name in it."""
   metadata = record.get("metadata") or {}
   for index, dimension in enumerate(DIMENSIONS):

@@ -1,8 +1,6 @@
 """The verifier: what is paid, what is not, and how well it agrees."""
 
 import dataclasses
-import gzip
-import json
 import time
 
 import hypothesis
@@ -392,13 +390,6 @@ def test_a_hostile_megabyte_costs_little(piece):
 
 
 # Against the official labels of other models' responses.
-
-
-@pytest.fixture(scope="module")
-def responses(fixtures):
-  path = fixtures / "mathvista_responses" / "responses.jsonl.gz"
-  with gzip.open(path, "rt") as file:
-    return [json.loads(line) for line in file]
 
 
 def problem_of(row):

@@ -1,0 +1,38 @@
+"""What --mode=evaluate writes is worth the same to the scoring command."""
+
+import json
+
+import pytest
+
+from data_pipelines import score
+from grpo_tpu import evaluate, scorecard
+from tests.grpo_tpu import scripted
+
+
+def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
+  """A problem that was not asked is wrong to both, readable or not."""
+  tokenizer = scripted.make_tokenizer(tmp_path)
+  replies = {f"p{i}": [x[2]] for i, x in enumerate(scripted.SCRIPT)}
+  policy = scripted.make_policy(tokenizer, replies)
+  batches = scripted.batches_of(tokenizer, batch_size=11)
+  result = evaluate.evaluate(policy, {}, batches, num_samples=0)
+  path, out = tmp_path / "output.json", tmp_path / "out.json"
+  path.write_text(
+    json.dumps({x.record["pid"]: x.record for x in result.answers})
+  )
+  scores = tmp_path / "scores.json"
+  score.run(str(path), out=str(out), scores=str(scores))
+  for record in json.loads(out.read_text()).values():
+    assert record["strict_true_false"] == record["true_false"]
+    assert record["strict_answer"] == record["extraction"]
+  found = json.loads(scores.read_text())
+  assert found["records"] == found["scored"] == len(scripted.SCRIPT)
+  whole, *rows = found["rows"]
+  wanted = scorecard.scores(result.answers, samples=(), ks=(), ablated={})
+  assert whole["strict"] == wanted["accuracy"]
+  assert whole["strict"]["share"] == pytest.approx(
+    float(result.scalars["eval/accuracy"])
+  )
+  assert [
+    {"dimension": x["dimension"], "name": x["name"]} | x["strict"] for x in rows
+  ] == wanted["slices"]
