@@ -10,12 +10,12 @@ or palette copy, another quality or another size. Looking alike takes all of
   code alone finds a chart with one other bar the same.
 
 Measured on the 365 distinct pictures of the MathVista-like fixture: its one
-grey twin is found and no other pair, the next in bits standing at 10 with such
-a ratio. Of copies made of each picture, found are 99.7 % as JPEG of quality 50,
-98.4 % of quality 20, 98.9 % in 16 colors, 96.7 % at half size. Of 1,400
+grey twin is found and no other pair, the next in bits standing at 10 with a
+like ratio. Of copies made of each picture, found are 99.7 % as JPEG of quality
+50, 98.4 % of quality 20, 98.9 % in 16 colors, 96.7 % at half size. Of 1,400
 distinct drawn pictures, which are alike by design, the largest group is 10 at
-48 pixels and 2 at 224; by the code alone it would be 311 and 134. A crop of 2 %
-is found less than half of the time, and a mirrored picture never.
+48 pixels and 2 at 224; by the code alone it would be 311 and 133. A crop of 2 %
+is found one time in five, and a mirrored picture never.
 
 References:
   The code is pHash's: Zauner, Implementation and Benchmarking of Perceptual
@@ -75,8 +75,7 @@ def look(image: np.ndarray) -> Look:
 def pairs(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
   """The places of every two that look alike.
 
-  Compares all with all: 6,000 pictures take a fraction of a second, 100,000
-  about half a minute.
+  Compares all with all: 0.2 s for 6,000 pictures, 1.3 s for 30,000.
   """
   codes = np.array([look.code for look in looks], np.uint64)
   ratios = np.log([look.ratio for look in looks])
