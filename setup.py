@@ -44,6 +44,7 @@ setuptools.setup(
   extras_require={
     "dev": [
       "beartype",
+      "datasets",  # The oracle of what a snapshot holds; six small wheels.
       "hypothesis",
       "pre-commit",
       "pyright[nodejs]",  # Its own Node, so nothing is fetched at run time.

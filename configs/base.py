@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.synthetic_eval_fraction = 0.1
   config.data.train_split = "train"
   config.data.eval_split = "eval"
+  config.data.worker_processes = 0
   config.data.prompts_per_step = 64
   config.data.prompt_buckets = (384, 512, 1024, 2048)
   config.data.prompt_template = "tagged"

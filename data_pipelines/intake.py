@@ -7,15 +7,22 @@ remembers a few words of each record, later ones pick by them.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import images, records, splits, verifier
+from data_pipelines import (
+  images,
+  mathvista,
+  records,
+  sources,
+  splits,
+  synthetic,
+  twins,
+  verifier,
+)
 
-# A problem that has been drawn, or a row of a parquet file.
-Raw = records.Problem | Mapping[str, Any]
-# By the source's own splits, what reads their records from the start.
-Readers = Mapping[str, Callable[[], Iterable[Raw]]]
+# The side of what a twin in `eval` or `test` keeps from being learnt.
+WITHHELD = "withheld"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,55 +30,84 @@ class Kept:
   """What must be remembered of a usable record to place it."""
 
   at: tuple[str, int]  # The source's split, and the place in it.
-  group: str
+  pid: str
+  picture: str  # The hash of its pixels.
+  group: str  # The pictures that are twins, by the smallest hash of them.
   has_answer: bool
-  source: str
+  is_mathvista: bool
   digest: str
 
 
-def sift(readers: Readers) -> tuple[list[Kept], list[dict[str, Any]]]:
+def sift(readers: sources.Readers) -> tuple[list[Kept], list[dict[str, Any]]]:
   """The usable records, and why the others are not."""
   kept: list[Kept] = []
   rejects: list[dict[str, Any]] = []
+  looks: dict[str, twins.Look | None] = {}
   pids: set[str] = set()
   for split, reader in readers.items():
     for index, raw in enumerate(reader()):
-      pid = raw.pid if isinstance(raw, records.Problem) else raw.get("pid")
       try:
         problem = _problem(raw)
-        group = _group(problem)
+        picture, look = _seen(problem)
         if problem.pid in pids:
           raise records.BadRecord("duplicate_pid", "another record has its pid")
       except records.BadRecord as error:
         why = {"reason": error.reason, "detail": error.detail}
-        rejects.append({"split": split, "index": index, "pid": pid, **why})
+        rejects.append(
+          {"split": split, "index": index, "pid": _pid(raw), **why}
+        )
         continue
       pids.add(problem.pid)
-      source = str(problem.metadata.get("source", ""))
-      at, digest = (split, index), _digest(problem)
-      kept.append(Kept(at, group, problem.has_answer, source, digest))
-  return kept, rejects
+      if look is not None or picture not in looks:
+        looks[picture] = look
+      kept.append(
+        Kept(
+          at=(split, index),
+          pid=problem.pid,
+          picture=picture,
+          group=picture,
+          has_answer=problem.has_answer,
+          is_mathvista=mathvista.is_original(problem.metadata),
+          digest=_digest(problem),
+        )
+      )
+  groups = twins.groups(looks)
+  return [
+    dataclasses.replace(record, group=groups[record.picture]) for record in kept
+  ], rejects
 
 
-def _problem(raw: Raw) -> records.Problem:
+def _problem(raw: sources.Raw) -> records.Problem:
+  if isinstance(raw, records.BadRecord):
+    raise raw
   return raw if isinstance(raw, records.Problem) else records.from_row(raw)
 
 
-def _group(problem: records.Problem) -> str:
-  """The hash of a usable problem's picture; problems may share one.
+def _pid(raw: sources.Raw) -> Any:
+  if isinstance(raw, Mapping):
+    return raw.get("pid")
+  return raw.pid if isinstance(raw, records.Problem) else None
+
+
+def _seen(problem: records.Problem) -> tuple[str, twins.Look | None]:
+  """The picture of a usable problem.
+
+  Drawn pictures look alike by design and differ in their answers, so that
+  only equal pixels make them twins.
 
   Raises:
     BadRecord: The problem cannot be asked, shown or scored.
   """
   records.validate(problem)
-  group = images.pixel_hash(images.decode(problem.image_bytes))
+  image = images.decode(problem.image_bytes)
   if problem.has_answer:
     answer = verifier.final_answer(problem)
     if not verifier.verify(f"<answer>{answer}</answer>", problem).correct:
       raise records.BadRecord(
         "answer_fails_verifier", f"{answer!r} is not found right"
       )
-  return group
+  look = None if synthetic.is_drawn(problem) else twins.look(image)
+  return images.pixel_hash(image), look
 
 
 def _digest(problem: records.Problem) -> str:
@@ -92,23 +128,26 @@ def fingerprint(
 def placed(
   kept: Sequence[Kept], *, salt: str, eval_fraction: float
 ) -> dict[tuple[str, int], str]:
-  """The split of every record; no picture is in `train` and another split."""
-  unanswered = {
-    record.at
-    for record in kept
-    if record.at[0] == "test" or not record.has_answer
-  }
-  shown = {record.group for record in kept if record.at in unanswered}
+  """The split of every record; no picture of `train` has a twin in another.
+
+  A record draws its side by its own picture alone, so that no other record
+  can move it. Where its group is not of one mind, or is shown in `test`, those
+  that drew `train` are "withheld", a split that nobody writes.
+  """
   placed = {}
+  held_out = set()
   for record in kept:
-    if record.at in unanswered:
+    if record.at[0] == "test" or not record.has_answer:
       placed[record.at] = "test"
-    elif record.group in shown:
-      placed[record.at] = "eval"
     else:
       placed[record.at] = splits.split_of(
-        record.group, salt=salt, eval_fraction=eval_fraction
+        record.picture, salt=salt, eval_fraction=eval_fraction
       )
+    if placed[record.at] != "train":
+      held_out.add(record.group)
+  for record in kept:
+    if placed[record.at] == "train" and record.group in held_out:
+      placed[record.at] = WITHHELD
   return placed
 
 
@@ -117,7 +156,7 @@ class Chosen:
 
   def __init__(
     self,
-    readers: Readers,
+    readers: sources.Readers,
     placed: Mapping[tuple[str, int], str],
     split: str,
   ):

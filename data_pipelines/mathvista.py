@@ -11,12 +11,14 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
+from etils import epath
 
 from data_pipelines import records
 
@@ -62,42 +64,56 @@ class SnapshotError(ValueError):
   """A folder that holds no snapshot, or a damaged one."""
 
 
-def terms(problems_per_source: Mapping[str, int]) -> str:
+def is_original(metadata: Mapping[str, Any]) -> bool:
+  """Whether a record looks like MathVista's own, whose terms forbid training.
+
+  A record of one of its sources does, unless its `split` is one that MathVista
+  does not have: Geometry3K's training split is Geometry3K's.
+  """
+  split = metadata.get("split") or "testmini"
+  return metadata.get("source") in SOURCES and split in ("testmini", "test")
+
+
+def terms(num_original: int, num_problems: int) -> str:
   """Whose terms forbid to train on such a mixture: "mathvista", or "".
 
-  Args:
-    problems_per_source: How many problems name each `metadata.source`.
+  One original in twenty is enough. A few prove nothing, for data sets in this
+  schema may have drawn on the same sources.
   """
-  theirs = sum(
-    count for source, count in problems_per_source.items() if source in SOURCES
-  )
-  return "mathvista" if 2 * theirs > sum(problems_per_source.values()) else ""
+  return "mathvista" if 20 * num_original > num_problems else ""
 
 
-def shards(folder: str | os.PathLike[str]) -> dict[str, list[pathlib.Path]]:
-  """The snapshot's parquet files by split, each in order.
+def shards(folder: epath.PathLike) -> dict[str, list[epath.Path]]:
+  """The snapshot's parquet files by split, each in order; {} without any.
 
   They are known by what stands before the first dash, `testmini-*.parquet`,
   never by the hash at the end; in the folder itself or in `data/` under it.
 
+  Args:
+    folder: A local path, or one of another file system that `etils.epath`
+      knows, such as gs://.
+
   Raises:
-    SnapshotError: There are none.
+    SnapshotError: One of the files of a split is not there.
   """
-  root = pathlib.Path(folder)
+  root = epath.Path(folder)
+  found: dict[str, list[epath.Path]] = {}
   for place in (root, root / "data"):
-    found: dict[str, list[pathlib.Path]] = {}
-    for path in sorted(place.glob("*-*.parquet")):
+    for path in sorted(place.glob("*-*.parquet")) if not found else ():
       found.setdefault(path.name.partition("-")[0], []).append(path)
-    if found:
-      return found
-  raise SnapshotError(
-    f"source ({os.fspath(folder)!r}) must be a folder with files such as "
-    "testmini-*.parquet, itself or in its data/; get one with "
-    "'hf download AI4Math/MathVista --repo-type dataset --local-dir DIR'."
-  )
+  for paths in found.values():
+    # What has no number, as in train-all.parquet, is taken as it comes.
+    counts = [re.search(r"-of-(\d+)\b", path.name) for path in paths]
+    if any(count and int(count[1]) != len(paths) for count in counts):
+      raise SnapshotError(
+        f"source ({os.fspath(folder)!r}) must have all files of a split, but "
+        f"besides {paths[0].name} some are missing or there is another set; "
+        "fetch it again into an empty folder."
+      )
+  return found
 
 
-def rows(paths: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
+def rows(paths: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
   """The rows of the files, in order, for `records.from_row`.
 
   Raises:
@@ -108,7 +124,10 @@ def rows(paths: Iterable[pathlib.Path]) -> Iterator[dict[str, Any]]:
 
   for path in paths:
     try:
-      with pq.ParquetFile(path) as file:
+      # What epath opens elsewhere is no file to Arrow, so it comes whole.
+      remote = "://" in os.fspath(path)
+      opened = pa.BufferReader(path.read_bytes()) if remote else path
+      with pq.ParquetFile(opened) as file:
         # Few at a time: a row carries a whole picture.
         for batch in file.iter_batches(batch_size=64):
           yield from batch.to_pylist()
@@ -195,12 +214,12 @@ class Source:
   """
 
   def __init__(self, paths: Sequence[pathlib.Path]):
-    self._paths = [os.fspath(path) for path in paths]
+    self.paths = [os.fspath(path) for path in paths]
     self._open()
     self._length = len(self._reader)
 
   def _open(self) -> None:
-    self._reader = array_record_data_source.ArrayRecordDataSource(self._paths)
+    self._reader = array_record_data_source.ArrayRecordDataSource(self.paths)
     self._features = _features()
 
   def __len__(self) -> int:
@@ -213,40 +232,56 @@ class Source:
     return records.from_example(example)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"_paths": self._paths, "_length": self._length}
+    return {"paths": self.paths, "_length": self._length}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._open()
 
   def __repr__(self) -> str:
-    return f"Source({self._paths})"
+    return f"Source({self.paths})"
+
+
+def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
+  """Every split that `write` wrote; {} where it has not written.
+
+  Args:
+    data_dir: What `write` was given, or the folder of the files themselves.
+
+  Raises:
+    SnapshotError: A file of a split is missing.
+  """
+  root = pathlib.Path(data_dir)
+  files: dict[str, list[pathlib.Path]] = {}
+  for folder in (root / MathVista.name / str(MathVista.VERSION), root):
+    found = sorted(folder.glob(f"{MathVista.name}-*.array_record-*"))
+    for path in found if not files else ():
+      files.setdefault(path.name.split("-")[1].split(".")[0], []).append(path)
+  for split, paths in files.items():
+    if not paths[-1].name.endswith(f"-of-{len(paths):05d}"):
+      raise SnapshotError(
+        f"split ({split!r}) must have all its files in {paths[0].parent}; some "
+        "are missing, so make them again with 'python -m "
+        "data_pipelines.prepare'."
+      )
+  return {split: Source(paths) for split, paths in files.items()}
 
 
 def source(data_dir: str | os.PathLike[str], split: str) -> Source:
-  """Random access to the problems that `write` wrote.
+  """Random access to the problems of a split that `write` wrote.
 
   Raises:
     ValueError: Nothing has been written there, or no such split.
   """
-  folder = pathlib.Path(data_dir) / MathVista.name / str(MathVista.VERSION)
-  files: dict[str, list[pathlib.Path]] = {}
-  for path in sorted(folder.glob(f"{MathVista.name}-*.array_record-*")):
-    files.setdefault(path.name.split("-")[1].split(".")[0], []).append(path)
-  if not files:
+  found = sources(data_dir)
+  if not found:
     raise ValueError(
       f"data dir ({os.fspath(data_dir)!r}) must hold prepared problems; make "
       "them with 'python -m data_pipelines.prepare'."
     )
-  if split not in files:
+  if split not in found:
     raise ValueError(
-      f"split ({split!r}) must be one of {sorted(files)} in "
+      f"split ({split!r}) must be one of {sorted(found)} in "
       f"{os.fspath(data_dir)}; a split that got no problem is not written."
     )
-  paths = files[split]
-  if not paths[-1].name.endswith(f"-of-{len(paths):05d}"):
-    raise ValueError(
-      f"split ({split!r}) must have all its files in {folder}; some are "
-      "missing, so make them again with 'python -m data_pipelines.prepare'."
-    )
-  return Source(paths)
+  return found[split]

@@ -93,6 +93,7 @@ def make_pipeline(
   shard_index: int,
   shard_count: int,
   start_step: int,
+  worker_processes: int = 0,
   replies: preferences.Source | None = None,
   num_replies: int = 2,
   template: prompts.Template = prompts.TAGGED,
@@ -116,6 +117,9 @@ def make_pipeline(
     shard_index: This shard's place along the mesh's data axis.
     shard_count: How many shards share a step.
     start_step: The first step to yield.
+    worker_processes: Processes that build batches; 0 builds them in threads of
+      this one. What they build is the same. Needs parsed absl flags, which
+      Grain reads, and a `__main__` that can be imported again.
     replies: What "preference" learns from; None draws a right reply and wrong
       ones.
     num_replies: How many of them.
@@ -167,7 +171,14 @@ def make_pipeline(
     .batch(prompts_per_step, drop_remainder=True)
     .map_with_index(batch)
   )
-  return iter(steps[start_step:].to_iter_dataset(_READ_OPTIONS))
+  # Cut before workers share it out: their own positions would only do for the
+  # same number of them, and the step is to be the whole position.
+  stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
+  if worker_processes:
+    stream = stream.mp_prefetch(
+      grain.multiprocessing.MultiprocessingOptions(num_workers=worker_processes)
+    )
+  return iter(stream)
 
 
 def make_eval_batches(

@@ -1,4 +1,4 @@
-"""Makes a data dir out of a MathVista snapshot or of drawn problems.
+"""Makes a data dir out of MathVista, of its like, or of drawn problems.
 
     python -m data_pipelines.prepare --source=synthetic --data_dir=DIR
 
@@ -28,12 +28,13 @@ from data_pipelines import (
   mathvista,
   prompts,
   records,
+  sources,
   synthetic,
   tokenizer,
 )
 
 # Raise it when the same request would give other bytes.
-FORMAT = 1
+FORMAT = 2
 _SYNTHETIC = "synthetic"
 _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
@@ -51,7 +52,7 @@ class Request:
   """What to make, and where.
 
   Attributes:
-    source: Problems to draw, or the folder of a snapshot.
+    source: Problems to draw, or a folder as `sources` knows them.
     data_dir: The folder to make.
     seed: Another seed is another division into train and eval.
     eval_fraction: Expected share of the answered pictures that `eval` gets;
@@ -85,14 +86,14 @@ def prepare(request: Request) -> dict[str, Any]:
 
   Returns:
     The manifest: `source`, `terms` (whose terms forbid training on it, or ""),
-    `counts` by split, `rejects` by reason, `fingerprint` of all records
-    whatever their order, `salt` of the division, `tokenizer`, `files`.
+    `counts` by split, `rejects` by reason, `withheld` pids that are in no
+    split (see `intake.placed`), `fingerprint` of all records whatever their
+    order, `salt` of the division, `tokenizer`, `files`.
 
   Raises:
     RequestError: The request, the source or the folder must change first.
   """
-  readers = _readers(request.source)
-  wanted = _wanted(request)
+  readers, wanted = _opened(request)
   data_dir = pathlib.Path(request.data_dir).resolve()
   building = data_dir.with_name(f".{data_dir.name}.building")
   retired = data_dir.with_name(f".{data_dir.name}.retired")
@@ -118,36 +119,23 @@ def prepare(request: Request) -> dict[str, Any]:
   return manifest
 
 
-def _readers(source: synthetic.Spec | str) -> intake.Readers:
-  if isinstance(source, synthetic.Spec):
-    drawn = functools.cache(lambda: list(synthetic.problems(source)))
-    return {_SYNTHETIC: drawn}
-  return {
-    split: functools.partial(mathvista.rows, paths)
-    for split, paths in _shards(source).items()
-  }
-
-
-def _shards(folder: str) -> dict[str, list[pathlib.Path]]:
-  try:
-    return mathvista.shards(folder)
-  except mathvista.SnapshotError as error:
-    raise RequestError(str(error)) from error
-
-
-def _wanted(request: Request) -> dict[str, Any]:
-  """What a finished data dir must have been made from to be reused."""
+def _opened(request: Request) -> tuple[sources.Readers, dict[str, Any]]:
+  """What reads the source, and what a data dir of the request must match."""
   wanted = dataclasses.asdict(request)
   del wanted["data_dir"]
-  if isinstance(request.source, str):
+  if isinstance(request.source, synthetic.Spec):
+    spec = request.source
+    drawn = functools.cache(lambda: list(synthetic.problems(spec)))
+    readers: sources.Readers = {_SYNTHETIC: drawn}
+  else:
+    try:
+      folder = sources.find(request.source)
+    except mathvista.SnapshotError as error:
+      raise RequestError(str(error)) from error
     # Not where they lie: a snapshot may be moved.
-    wanted["source"] = [
-      [path.name, path.stat().st_size]
-      for paths in _shards(request.source).values()
-      for path in paths
-    ]
+    readers, wanted["source"] = folder.readers, folder.files
   # As JSON gives it back: with lists for tuples.
-  return json.loads(json.dumps({"format": FORMAT, **wanted}))
+  return readers, json.loads(json.dumps({"format": FORMAT, **wanted}))
 
 
 def _hold_replaceable(data_dir: pathlib.Path) -> None:
@@ -209,7 +197,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _build(
   request: Request,
-  readers: intake.Readers,
+  readers: sources.Readers,
   wanted: dict[str, Any],
   folder: pathlib.Path,
 ) -> dict[str, Any]:
@@ -246,9 +234,10 @@ def _build(
   reasons = collections.Counter(reject["reason"] for reject in rejects)
   manifest = {
     "source": _SYNTHETIC if drawn else request.source,
-    "terms": mathvista.terms(collections.Counter(k.source for k in kept)),
+    "terms": mathvista.terms(sum(k.is_mathvista for k in kept), len(kept)),
     "counts": {split: counts[split] for split in problems},
     "rejects": dict(sorted(reasons.items())),
+    "withheld": sorted(k.pid for k in kept if placed[k.at] == intake.WITHHELD),
     "fingerprint": intake.fingerprint(kept, placed),
     "salt": salt,
     "tokenizer": {
@@ -307,8 +296,9 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "source",
     _SYNTHETIC,
-    "'synthetic' for drawn problems, or the folder of a MathVista snapshot "
-    "(testmini-*.parquet, test-*.parquet), itself or its data/.",
+    "'synthetic' for drawn problems, or a folder: a MathVista snapshot "
+    "(testmini-*.parquet, also on gs://), the GitHub layout (testmini.json and "
+    "images/), or what prepare has made.",
   )
   flags.DEFINE_string("data_dir", "", "The folder to make.")
   flags.DEFINE_integer("seed", 0, "Of the drawing and of the division.")

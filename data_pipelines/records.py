@@ -155,7 +155,8 @@ def from_row(row: Mapping[str, Any]) -> Problem:
   image_bytes = picture.get("bytes") if isinstance(picture, Mapping) else None
   if not isinstance(image_bytes, bytes) or not image_bytes:
     raise BadRecord(
-      "missing_image", "decoded_image.bytes holds no encoded picture"
+      "missing_image",
+      f"decoded_image.bytes holds no encoded picture of {row.get('image')!r}",
     )
   return dataclasses.replace(from_result(row), image_bytes=image_bytes)
 

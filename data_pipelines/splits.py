@@ -1,7 +1,8 @@
 """Divides problems into train and eval so that no picture is in both.
 
 A pure function of the picture's hash: it holds no list, so adding or removing
-records never moves another record.
+records never moves another record. What `intake` makes of twins stands in
+docs/adr/0005.
 """
 
 import hashlib

@@ -17,6 +17,7 @@ from data_pipelines import drawing, records, scenes
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
 _SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
 KINDS = tuple(_SCENE_OF)
+SOURCE = "synthetic/"  # Begins `metadata.source`; the kind follows.
 # One problem in so many asks something else about the picture before it.
 _REPEAT_EVERY = 16
 
@@ -72,6 +73,11 @@ class Spec:
         raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
 
 
+def is_drawn(problem: records.Problem) -> bool:
+  """Whether a problem says that it was drawn here."""
+  return str(problem.metadata.get("source", "")).startswith(SOURCE)
+
+
 def problems(spec: Spec) -> Iterator[records.Problem]:
   """All problems of the set, in order."""
   return (problem(spec, index) for index in range(spec.num_problems))
@@ -110,7 +116,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
       "img_width": spec.image_size,
       "language": "english",
       "skills": list(scene.skills),
-      "source": f"synthetic/{kind}",
+      "source": f"{SOURCE}{kind}",
       "split": "synthetic",
       "task": scene.task,
     },

@@ -49,6 +49,8 @@ class DataConfig:
     synthetic_eval_fraction: Share of its pictures that is held out.
     train_split: Problems to train on.
     eval_split: Problems held out.
+    worker_processes: Processes on each host that build training batches; 0 is
+      threads, which keep up unless pictures are huge. The batches are the same.
     prompts_per_step: Prompts of a step, over all hosts (`B`).
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
     prompt_template: A key of `prompts.TEMPLATES`: how prompts, in training and
@@ -72,6 +74,7 @@ class DataConfig:
   synthetic_eval_fraction: float
   train_split: str
   eval_split: str
+  worker_processes: int
   prompts_per_step: int
   prompt_buckets: tuple[int, ...]
   prompt_template: str
@@ -382,6 +385,7 @@ def _require(holds: bool, name: str, value: Any, rule: str, remedy: str):
 def _check_numbers(config: Config) -> None:
   for name, least in (
     ("seed", 0),
+    ("data.worker_processes", 0),
     ("data.prompts_per_step", 1),
     ("data.preference_completions", 2),
     ("model.logits_chunk", 1),

@@ -21,7 +21,7 @@ class Dataset:
 
   Attributes:
     tokenizer: What spells prompts and reads completions.
-    train: Problems to train on.
+    train: Problems to train on; None where the run does not train.
     eval: Problems held out.
     replies: The labelled completions of kind "preference"; None for others.
     identity: What another run must share to go on from this one's checkpoints:
@@ -30,7 +30,7 @@ class Dataset:
   """
 
   tokenizer: tokens.Tokenizer
-  train: mathvista.Source
+  train: mathvista.Source | None
   eval: mathvista.Source
   replies: preferences.Source | None
   identity: dict[str, str]
@@ -44,6 +44,7 @@ class Dataset:
     start_step: int,
   ) -> Iterator[pipeline.Batch]:
     """This shard's batches from a step on, without end."""
+    assert self.train is not None, "opened for evaluation alone"
     return pipeline.make_pipeline(
       self.train,
       self.tokenizer,
@@ -54,6 +55,7 @@ class Dataset:
       shard_index=shard_index,
       shard_count=shard_count,
       start_step=start_step,
+      worker_processes=config.data.worker_processes,
       replies=self.replies,
       num_replies=config.data.preference_completions,
       shuffle_options=config.data.shuffle_options,
@@ -124,12 +126,14 @@ def open_dataset(
     manifest = _manifest(folder)
   else:
     manifest = prepare.prepare(synthetic_request(config, str(folder)))
-  _check(config, manifest)
+  _check(config, manifest, for_training)
   if for_training:
     _check_training(config, manifest)
   return Dataset(
     tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
-    train=mathvista.source(folder, config.data.train_split),
+    train=mathvista.source(folder, config.data.train_split)
+    if for_training
+    else None,
     eval=mathvista.source(folder, config.data.eval_split),
     replies=replies,
     identity={
@@ -184,8 +188,11 @@ def _manifest(folder: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def _check(config: run_config.Config, manifest: dict[str, Any]) -> None:
-  for setting in ("train_split", "eval_split"):
+def _check(
+  config: run_config.Config, manifest: dict[str, Any], for_training: bool
+) -> None:
+  read = ["train_split", "eval_split"] if for_training else ["eval_split"]
+  for setting in read:
     split = getattr(config.data, setting)
     if split not in manifest["counts"]:
       raise ValueError(

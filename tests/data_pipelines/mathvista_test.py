@@ -7,6 +7,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
 from data_pipelines import mathvista, records
 
@@ -127,14 +128,28 @@ def test_shards_are_found_by_their_split_not_their_hash(tmp_path):
     }
 
 
-def test_a_folder_without_shards_says_how_to_get_them(tmp_path):
+def test_a_folder_without_shards_has_none(tmp_path):
   for folder in (tmp_path, tmp_path / "missing"):
-    with pytest.raises(mathvista.SnapshotError, match="hf download"):
-      mathvista.shards(folder)
+    assert mathvista.shards(folder) == {}
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ["test-00000-of-00002-aaaa.parquet"],
+    ["test-00000-of-00001-a.parquet", "test-00000-of-00001-b.parquet"],
+  ],
+  ids=["one missing", "two sets"],
+)
+def test_shards_that_are_no_whole_set_are_refused(tmp_path, names):
+  for name in names:
+    (tmp_path / name).touch()
+  with pytest.raises(mathvista.SnapshotError, match="all files of a split"):
+    mathvista.shards(tmp_path)
 
 
 def test_rows_come_in_the_order_of_the_files(tmp_path):
-  paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+  paths = [epath.Path(tmp_path / name) for name in ("a.parquet", "b.parquet")]
   for path, pids in zip(paths, (range(100), range(100, 130)), strict=True):
     pq.write_table(pa.table({"pid": [str(pid) for pid in pids]}), path)
   pids = [row["pid"] for row in mathvista.rows(paths)]
@@ -142,15 +157,29 @@ def test_rows_come_in_the_order_of_the_files(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-  path = tmp_path / "a.parquet"
+  path = epath.Path(tmp_path / "a.parquet")
   pq.write_table(pa.table({"pid": ["1"]}), path)
   path.write_bytes(path.read_bytes()[:-20])
   with pytest.raises(mathvista.SnapshotError, match=str(path)):
     list(mathvista.rows([path]))
 
 
-def test_terms_follow_the_larger_part():
+@pytest.mark.parametrize(
+  "metadata, is_original",
+  [
+    ({"source": "GeoQA+", "split": "testmini"}, True),
+    ({"source": "GeoQA+", "split": "test"}, True),
+    ({"source": "GeoQA+"}, True),
+    ({"source": "GeoQA+", "split": "train"}, False),
+    ({"source": "mine", "split": "testmini"}, False),
+    ({}, False),
+  ],
+)
+def test_what_is_mathvistas_own_is_known(metadata, is_original):
   assert len(mathvista.SOURCES) == 31
-  assert mathvista.terms({"GeoQA+": 6, "VQA2.0": 5, "mine": 10}) == "mathvista"
-  assert mathvista.terms({"GeoQA+": 5, "VQA2.0": 5, "mine": 10}) == ""
-  assert mathvista.terms({"synthetic/color": 3}) == ""
+  assert mathvista.is_original(metadata) == is_original
+
+
+def test_one_original_in_twenty_puts_all_under_its_terms():
+  assert mathvista.terms(2, 40) == mathvista.terms(0, 5) == ""
+  assert mathvista.terms(3, 59) == mathvista.terms(1, 1) == "mathvista"

@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import PIL.Image
 import pytest
+from absl import flags
 
 from data_pipelines import (
+  mathvista,
   option_order,
   pipeline,
   preferences,
@@ -148,6 +150,32 @@ def test_a_restart_at_any_step_goes_on_as_before(tokenizer, kind, start_step):
     tokenizer, kind=kind, start_step=start_step, steps=8 - start_step
   )
   for left, right in zip(unbroken[start_step:], resumed, strict=True):
+    assert_same(left, right)
+
+
+@pytest.fixture
+def parsed_flags():
+  """Grain reads absl flags, which a program has parsed and pytest has not."""
+  was_parsed = flags.FLAGS.is_parsed()
+  flags.FLAGS.mark_as_parsed()
+  yield
+  if not was_parsed:
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.multiprocess
+def test_worker_processes_give_the_batches_of_none(
+  tokenizer, tmp_path, parsed_flags
+):
+  """From the files of a data dir, for a shard of two, started at step 3."""
+  mathvista.write({"train": PROBLEMS}, tmp_path)
+  source = mathvista.source(tmp_path, "train")
+  place = dict(kind="preference", shard_index=1, shard_count=2)
+  unbroken = batches(tokenizer, source, **place)
+  found = batches(
+    tokenizer, source, **place, start_step=3, steps=5, worker_processes=2
+  )
+  for left, right in zip(unbroken[3:], found, strict=True):
     assert_same(left, right)
 
 

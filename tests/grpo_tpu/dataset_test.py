@@ -249,6 +249,29 @@ def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
   opened(settings(dir=str(data_dir), eval_split="test"))
 
 
+def test_an_evaluation_needs_no_split_to_train_on(data_dir):
+  """As `prepare --eval_fraction=1` makes it, for all of testmini."""
+  edit_manifest(data_dir, counts={"eval": 1})
+  for path in (data_dir / "mathvista" / "1.0.0").glob("*-train.*"):
+    path.unlink()
+  config = settings(dir=str(data_dir))
+  data = opened(config, for_training=False)
+  assert data.train is None and len(data.eval) > 0
+  with pytest.raises(ValueError, match=r"^data.train_split \('train'\)"):
+    opened(config)
+
+
+def test_worker_processes_are_those_of_the_settings(workdir, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    pipeline, "make_pipeline", lambda *_, **given: seen.append(given)
+  )
+  config = settings(worker_processes=3)
+  place = {"shard_index": 0, "shard_count": 1}
+  opened(config, workdir).train_batches(config, start_step=0, **place)
+  assert [given["worker_processes"] for given in seen] == [3]
+
+
 @pytest.mark.parametrize("manifest", [None, "", "{"])
 def test_a_folder_that_prepare_has_not_finished_is_refused(tmp_path, manifest):
   if manifest is not None:

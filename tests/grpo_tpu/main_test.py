@@ -1,5 +1,6 @@
 """The command line: what cannot be done is refused before anything is begun."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -87,3 +88,30 @@ def test_a_bad_request_exits_64_and_says_why_before_devices_start(
   said = refusal(tmp_path, *arguments)
   for words in named:
     assert words in said
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ([], "data.accept_mathvista_training_terms (False) must be True"),
+    (
+      [
+        "--config.data.train_split=test",
+        "--config.data.accept_mathvista_training_terms=True",
+      ],
+      "data.train_split ('test') must hold answers",
+    ),
+  ],
+  ids=["terms", "no answers"],
+)
+def test_training_on_mathvista_is_refused_with_64(tmp_path, changes, named):
+  manifest = {
+    "terms": "mathvista",
+    "counts": {"train": 1, "eval": 1, "test": 1},
+    "tokenizer": {"vocab_size": 512, "fingerprint": "x"},
+    "fingerprint": "y",
+  }
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+  data = f"--config.data.dir={tmp_path / 'data'}"
+  assert named in refusal(tmp_path, CONFIG, WORKDIR, data, *changes)
