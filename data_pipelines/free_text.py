@@ -6,45 +6,26 @@ and guesses at several answers settle on nothing.
 """
 
 import decimal
+import itertools
 import re
 
-from data_pipelines import numerals
+from data_pipelines import numerals, phrases
 from data_pipelines import options as options_lib
 
 # No answer is further from its announcement.
 _REACH = 400
 # Nor does a sentence argue with more numbers.
 _MOST_NUMBERS = 100
+_MOST_MARKS = 50
 _MARK = re.compile(r"\(\s*([A-Z])\s*\)")
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_CUE = re.compile(
-  r"\b(?:answer|final value|final result"
-  r"|(?:correct|right|best) (?:option|choice|letter|value|one))\b"
-  r"[^\n:=]{0,80}?(?:\bis\b|\bare\b|\bwould be\b|\bmust be\b|:|=)"
-  r"|\b(?:option|choice) (?:is|would be)\b"
-  r"|答案(?:选项)?(?:应该|应)?(?:是|为|选|:)|选项(?:应该|应)?(?:是|为|:)?|[故应]选|选择",
-  re.IGNORECASE,
-)
-_AFFIRMED = re.compile(
-  r"(?:\(\s*([A-Z])\s*\)|\b(?:[Oo]ption|[Cc]hoice|选项)\s*([A-Z])\b|\A([A-Z])\b)"
-  r"[^\n]{0,60}?(?:\bis (?:the )?(?:correct|right|best)\b|正确)"
-)
-_DENIED = re.compile(
-  r"\bincorrect\b|\bnot (?:the )?(?:correct|right)\b|\bwrong\b|\bcannot be the"
-  r"|\A\s*if\b|\brule[sd]? out\b|\beliminated?\b|错误|不正确",
-  re.IGNORECASE,
-)
-_REFUSED = re.compile(
-  r"\b(?:can(?:not|'t| not)|could not|couldn't|unable to|impossible to"
-  r"|not possible to|difficult to|no way to|don't|do not)"
-  r" (?:\w+ )?(?:be (?:\w+ )?)?"
-  r"(?:determine|answer|tell|provide|calculate|identify|say|see|find|know"
-  r"|compute|infer|have enough|have (?:\w+ )?information)"
-  r"|\bplease provide\b|\b(?:i'm |i am )?sorry\b|\bapologi[sz]e\b"
-  r"|\b(?:not|n't) (?:\w+ )?(?:enough|sufficient) (?:information|context)"
-  r"|\binsufficient information\b|\bwithout (?:more|further|additional)\b"
-  r"|\bmore (?:information|context)\b|\bn/a\b|无法|不能确定",
+# What a writer settles on with a last word: "so it is B", "I choose (B)".
+_SETTLED = re.compile(
+  r"(?:\b(?:it is|it's|is|be|choose|pick|select|with|option|choice|so|hence"
+  r"|thus|therefore|think|guess|probably|definitely|likely|result|conclusion"
+  r"|selection|assistant|choice)|∴)[,:]?\s+(?:that )?(?:the )?"
+  r"(?:it is |it's )?(?:option |choice |letter )?"
+  r"[(\[\"]?([A-Z])[)\]\"]?\W{0,3}\Z",
   re.IGNORECASE,
 )
 _LISTED_OPTION = re.compile(r"[ \t]*\(?[A-H][).:][^\n]*")
@@ -65,7 +46,10 @@ def without_listed_options(text: str) -> str:
   if "\n" not in text:
     return text
   lines = text.split("\n")
-  listed = [bool(_LISTED_OPTION.fullmatch(line)) for line in lines]
+  listed = [
+    bool(_LISTED_OPTION.fullmatch(line)) and not phrases.affirmed(line)
+    for line in lines
+  ]
   kept = [
     line
     for i, line in enumerate(lines)
@@ -76,67 +60,92 @@ def without_listed_options(text: str) -> str:
   return "\n".join(kept)
 
 
-def _sentences(text: str) -> list[str]:
-  """Sentences in order, without what a response ends them with."""
-  text = text.removesuffix("</s>")
-  return [part for part in _SENTENCE.split(text) if part and part.strip()]
+class _Conflict(Exception):
+  """A letter stands beside the text of another option."""
 
 
 def choice(text: str, options: options_lib.Options) -> tuple[str | None, str]:
   """The option that a free text settles on."""
   if options.names_several(text):
     return None, "none"
-  sentences = _sentences(text)
+  sentences = phrases.sentences(text)
+  try:
+    return (
+      _cued(sentences, options)
+      or _settled(text, sentences, options)
+      or _lettered(text, sentences, options)
+      or _stated(text, sentences, options)
+    )
+  except _Conflict:
+    return None, "none"
+
+
+def _cued(
+  sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """What the last sentence says that announces an answer."""
   for i in range(len(sentences) - 1, -1, -1):
-    named = _affirmed(sentences[i], options)
-    after = _announced(sentences, i) if named is None else None
+    named, after = None, None
+    affirmed = phrases.affirmed(sentences[i])
+    if affirmed is not None:
+      named = _with_text(*affirmed, options)
+    if named is None:
+      after = phrases.announced(sentences, i)
     if after is not None:
       if options.names_several(after):
         return None, "none"
       named = _first_named(after, options)
     if named is not None:
       return named, "cue"
+  return None
+
+
+def _settled(
+  text: str, sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """The letter that the last sentence ends on, or the last line's answer."""
+  if sentences and phrases.is_assertion(sentences[-1]):
+    end = sentences[-1][-80:]
+    match = _SETTLED.search(end)
+    letter = match[1] if match else None
+    others = {m[1] for m in _MARK.finditer(sentences[-1])} - {letter}
+    if match and letter in options.letters and not others:
+      if not options_lib.is_denied(end, match.start(1)):
+        return options.letters[match[1]], "cue"
+  _, line_end, last_line = text.rstrip().rpartition("\n")
+  named = options.only(last_line) if line_end else None
+  return None if named is None else (named, "letter")
+
+
+def _lettered(
+  text: str, sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """The letter that opens the text, or the only one in brackets."""
   letters = _marked(sentences, options)
   match = _LEADING.match(text)
-  if match and len(letters) < 2 and not _DENIED.search(sentences[0]):
-    named = _with_text(match[1] or match[2], text[match.end() :], options)
+  if match and len(letters) < 2 and not phrases.is_denial(sentences[0]):
+    rest = text[match.end() :]
+    said = _OPENER.match(rest) if options.are_yes_and_no else None
+    if said and text[match.end(2) :].startswith(":"):  # "A: No" is an answer.
+      return options.folded[said[1].casefold()], "letter"
+    named = _with_text(match[1] or match[2], rest, options)
     if named is not None:
       return named, "letter"
-  if len(letters) == 1:
-    return options.letters[letters.pop()], "letter"
-  if letters:
-    return None, "none"
-  return _stated(text, sentences, options)
+  if not letters:
+    return None
+  return (letters.pop() if len(letters) == 1 else None), "letter"
 
 
 def _marked(sentences: list[str], options: options_lib.Options) -> set[str]:
-  """The letters that stand in brackets, but for those that are denied."""
+  """The options whose letters stand in brackets, but for the denied ones."""
   return {
-    match[1]
+    _with_text(match[1], sentence[match.end() :], options) or ""
     for sentence in sentences
-    if not _DENIED.search(sentence)
-    for match in _MARK.finditer(sentence)
+    if "(" in sentence and not phrases.is_denial(sentence)
+    for match in itertools.islice(_MARK.finditer(sentence), _MOST_MARKS)
     if match[1] in options.letters
+    and not options_lib.is_denied(sentence, match.start())
   }
-
-
-def _affirmed(sentence: str, options: options_lib.Options) -> str | None:
-  """The option of which a sentence says that it is the right one."""
-  match = _AFFIRMED.search(sentence)
-  if not match or _DENIED.search(sentence):
-    return None
-  return options.letters.get(match[1] or match[2] or match[3])
-
-
-def _announced(sentences: list[str], i: int) -> str | None:
-  """What sentence i, or the next one, says after "the answer is"."""
-  cues = list(_CUE.finditer(sentences[i]))
-  if not cues or _DENIED.search(sentences[i]):
-    return None
-  after = sentences[i][cues[-1].end() :]
-  if not after.strip(" :*\"'") and i + 1 < len(sentences):
-    after = sentences[i + 1]
-  return after
 
 
 def _first_named(after: str, options: options_lib.Options) -> str | None:
@@ -146,23 +155,35 @@ def _first_named(after: str, options: options_lib.Options) -> str | None:
     return only
   for match in _LETTER.finditer(after[:_REACH]):
     letter = match[1] or match[2] or match[3] or match[4]
-    # "A" opens many a sentence as an article.
-    article = letter == "A" and re.match(r"\s+[a-z]", after[match.end() :])
+    if options_lib.is_denied(after[:_REACH], match.start()):
+      continue
+    # After a colon "A" may open a sentence, as an article.
+    article = match[2] == "A" and _ARTICLE.match(after)
     if letter in options.letters and not article:
       return _with_text(letter, after[match.end() :], options)
   mentioned = options.mentioned(after)
   return mentioned[0] if mentioned else None
 
 
+_ARTICLE = re.compile(
+  r"[\s*]*A\s+(?!because|since|as|is|and|with|based|due|for|which|where|in)[a-z]"
+)
+
+
 def _with_text(
   letter: str, rest: str, options: options_lib.Options
 ) -> str | None:
-  """What a letter names, unless the text beside it is another option."""
-  if letter not in options.letters:
-    return None
+  """What a letter names.
+
+  Raises:
+    _Conflict: The text beside it is another option's.
+  """
+  named = options.letters.get(letter)
   beside = rest.split("\n", 1)[0][:_REACH].strip(" .)*:,")
   other = options.written_as(beside) or options.opens(beside)
-  return options.letters[letter] if other is None else other
+  if named is not None and other not in (None, named):
+    raise _Conflict
+  return named
 
 
 def _stated(
@@ -171,7 +192,7 @@ def _stated(
   """The one option that a text without letters speaks of."""
   if options.are_yes_and_no:
     return _yes_or_no(sentences, options)
-  if _REFUSED.search(text):
+  if phrases.is_refusal(text) or _NONE_OF.search(text):
     return None, "none"
   sentences = [_CONDITION.sub("", sentence) for sentence in sentences]
   for part in (sentences[-1:], sentences[:1], sentences):
@@ -183,6 +204,11 @@ def _stated(
   return (named, "statement") if named else (None, "none")
 
 
+_NONE_OF = re.compile(
+  r"\bnone of (?:the|these) (?:(?:above|given|listed|provided) )?"
+  r"(?:options|choices|answers)\b",
+  re.IGNORECASE,
+)
 # What is supposed restates the question; it is not the answer.
 _CONDITION = re.compile(r"\A\s*if\b[^,]{1,160},", re.IGNORECASE)
 _ASSERTED = re.compile(
@@ -191,20 +217,25 @@ _ASSERTED = re.compile(
 _NEGATED = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't\b", re.IGNORECASE)
 
 
+_OPTION = re.compile(r"\b(?:options?|choices?)\b", re.IGNORECASE)
+
+
 def _yes_or_no(
   sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str]:
   """Yes or no by the word itself, or by whether a short reply denies."""
   if not sentences:
     return None, "none"
-  opener = re.match(r"\W*(yes|no)\b", sentences[0], re.IGNORECASE)
+  opener = _OPENER.match(sentences[0])
   said = options.mentioned(sentences[-1])
   if opener:
     return options.folded[opener[1].casefold()], "statement"
-  if len(said) == 1:
+  if len(said) == 1 and not phrases.is_refusal(sentences[-1]):
     return said[0], "statement"
   text = " ".join(sentences)
-  if len(sentences) > 3 or _REFUSED.search(text) or _CUE.search(text):
+  if _OPTION.search(text) or phrases.is_refusal(text) or phrases.has_cue(text):
+    return None, "none"
+  if len(sentences) > 3 or not phrases.is_assertion(sentences[0]):
     return None, "none"
   if len(sentences[0].split()) < 4 or not _ASSERTED.search(sentences[0]):
     return None, "none"
@@ -212,9 +243,18 @@ def _yes_or_no(
   return options.folded[word], "statement"
 
 
+# "No image was given" and "Yes?" open nothing.
+_OPENER = re.compile(
+  r"\W*(yes|no)\b(?!\s*\?|\s(?:image|picture|photo|answer|comment|idea"
+  r"|information|one|further|other|more|way)\b)",
+  re.IGNORECASE,
+)
+
+
 _VERB = re.compile(
   r"(?:\b(?:is|are|was|were|be|been|equals?|has|have|had|to|gives?|of"
-  r"|approximately|about|around|get|makes?|leaves?|left with)\b"
+  r"|approximately|about|around|get|makes?|making|leaves?|leaving|giving"
+  r"|totall?ing|left with)\b"
   r"|[=\u2248]|为|是|有)"
   r"[\s(]*(?:(?:a|an|the|total|of|only|about|approximately|around|exactly"
   r"|still|now|be|equal|to)\s+){0,4}[\s(]*\Z",
@@ -228,25 +268,40 @@ _THERE_ARE = re.compile(
 
 def quantity(text: str) -> tuple[str | None, str]:
   """The number that a free text settles on."""
-  sentences = _sentences(text)
+  sentences = phrases.sentences(text)
+  if sentences and _THEREFORE.match(sentences[-1]):
+    chosen = _concluded(sentences[-1])
+    if chosen is not None and not phrases.has_cue(sentences[-1]):
+      return _spelt(chosen, "statement")
   for i in range(len(sentences) - 1, -1, -1):
-    after = _announced(sentences, i)
+    after = phrases.announced(sentences, i)
     if after is None:
       continue
-    if _REFUSED.search(after):
+    if phrases.is_refusal(after):
       return None, "none"
+    only = numerals.only_number(after)
+    if only is not None:
+      return numerals.canonical(only), "cue"
     found = _numbers(after.rsplit("=", 1)[-1]) or _numbers(after)
+    found = [n for n in found[:_MOST_NUMBERS] if not _before(n, _THRESHOLD)]
     if found:
       return _spelt(found[0], "cue")
-  if _REFUSED.search(text):
+  if phrases.is_refusal(text):
     return None, "none"
   for sentence in reversed(sentences):
+    if "|" in sentence:  # A row of a table concludes nothing.
+      continue
     chosen = _concluded(sentence)
     if chosen is not None:
       return _spelt(chosen, "statement")
+    if _RANGE.search(sentence):
+      return None, "none"
   return None, "none"
 
 
+_THEREFORE = re.compile(
+  r"\W{0,3}(?:therefore|thus|hence|so|in conclusion|因此|所以)\b", re.IGNORECASE
+)
 _MERE_NUMBERS = re.compile(r"(?:[-+\d.,;:/%$\s]|\bor\b|\band\b)*+")
 
 
@@ -254,7 +309,8 @@ def lists_numbers(text: str) -> bool:
   """Whether a text is nothing but several different numbers."""
   if not _MERE_NUMBERS.fullmatch(text):
     return False
-  return len({number.value for number in numerals.numerals(text)}) > 1
+  found = itertools.islice(numerals.numerals(text), _MOST_NUMBERS)
+  return len({number.value for number in found}) > 1
 
 
 def _spelt(number: numerals.Numeral, how: str) -> tuple[str | None, str]:
@@ -262,16 +318,40 @@ def _spelt(number: numerals.Numeral, how: str) -> tuple[str | None, str]:
   return (None, "none") if value is None else (numerals.canonical(value), how)
 
 
+# "There are 4 red and 3 blue ones, so there are 7."
+_SO = re.compile(r",? (?:so|therefore|thus|hence|which means)\b", re.IGNORECASE)
+_PAST = re.compile(
+  r"(?:\b(?:in|after|before|since|by|year|from|during|until) |\()\Z"
+)
+
+
+def _is_year(number: numerals.Numeral) -> bool:
+  """Whether a number stands where a year does, and looks like one."""
+  return re.fullmatch("1[0-9]{3}|20[0-9]{2}", number.match[0]) is not None and (
+    _before(number, _PAST)
+  )
+
+
 def _concluded(sentence: str) -> numerals.Numeral | None:
   """The number that a sentence is about."""
+  if len(_MARK.findall(sentence)) > 1:
+    return None
+  parts = _SO.split(sentence)
+  if len(parts) > 1 and _numbers(parts[-1]):
+    sentence = parts[-1]
   found = _numbers(sentence)
-  if "=" not in sentence and _THERE_ARE.match(sentence):
-    counts = [*found, *numerals.number_words(sentence)]
+  found = found[:_MOST_NUMBERS] + found[_MOST_NUMBERS:][-_MOST_NUMBERS:]
+  counted = [n for n in found if not (_is_year(n) or _before(n, _THRESHOLD))]
+  found = counted or found
+  there_are = "=" not in sentence and _THERE_ARE.match(sentence)
+  if there_are:
+    words = itertools.islice(numerals.number_words(sentence), _MOST_NUMBERS)
+    counts = [*found, *words]
+    counts = [n for n in counts if n.start >= there_are.end()]
     counts.sort(key=lambda number: number.start)
-    counts = counts[:_MOST_NUMBERS]
     return next((n for n in counts if not _before(n, _THRESHOLD)), None)
   last = None
-  for number in reversed(found[-_MOST_NUMBERS:]):
+  for number in reversed(found):
     if _before(number, _THRESHOLD):
       continue
     if _before(number, _VERB):
@@ -286,13 +366,19 @@ def _before(number: numerals.Numeral, pattern: re.Pattern[str]) -> bool:
   return pattern.search(text) is not None
 
 
+# Compared with, or denied.
 _THRESHOLD = re.compile(
-  r"\b(?:than|below|above|under|over|at least|at most|exceed(?:s|ing)?|out of"
-  r"|between|exactly)\s*\Z",
+  r"(?:\b(?:than|below|above|under|over|at least|at most|exceed(?:s|ing)?"
+  r"|out of|between|exactly|up to|half of|twice|double|rather than|instead of"
+  r"|not(?: equal to| just| only)?)|n't|不是|[<>≤≥≠]=?|!=)\s*\Z",
   re.IGNORECASE,
 )
 _RANGE = re.compile(
-  r"\d%?\s?(?:-|\bto\b|\bor\b)\s?\d[\d.,]*|\bbetween \d[\d.,%]* and \d[\d.,]*"
+  r"(?<![\d.,])\d[\d.,]{0,30}%?\s?"
+  r"(?:[-~或至到]|\b(?:to|and|or(?: maybe| perhaps| even)?)\b)\s?\d[\d.,]*"
+  r"|\d[\d.]{0,30}(?:,\s\d[\d.]{0,30}){2,30}(?:,?\s(?:and|or)\s\d[\d.]{0,30})?"
+  r"|\(\s?-?\d[\d.]{0,30}\s?,\s?-?\d[\d.]{0,30}\s?\)"
+  r"|\bbetween \d[\d.,%]* and \d[\d.,]*"
 )
 
 

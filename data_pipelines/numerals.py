@@ -25,10 +25,27 @@ WORDS = {
 } | {
   word: 10 * value
   for value, word in enumerate(
-    "thirty forty fifty sixty seventy eighty ninety hundred".split(), start=3
+    "thirty forty fifty sixty seventy eighty ninety".split(), start=3
   )
 }
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+_SCALES = {
+  "dozen": 12,
+  "hundred": 100,
+  "thousand": 10**3,
+  "k": 10**3,
+  "million": 10**6,
+  "billion": 10**9,
+  "trillion": 10**12,
+  "\u4e07": 10**4,
+  "\u4ebf": 10**8,
+}
+_HAN_DIGITS = {
+  char: value
+  for value, char in enumerate(
+    "\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d"
+  )
+} | {"\u4e24": 2, "\u3007": 0}
+_HAN_TENS = {"\u5341": 10, "\u767e": 100, "\u5343": 1000}
 
 _SINGLE = (
   {ord("\u06f0") + i: str(i) for i in range(10)}  # Persian digits.
@@ -38,7 +55,8 @@ _SINGLE = (
   | {ord(char): " " for char in "\u00a0\u2009\u202f\u2007\u3000"}
   | {ord(char): '"' for char in "\u201c\u201d"}
   | {ord(char): "'" for char in "\u2018\u2019"}
-  | {ord(char): None for char in "\u200b\u200c\u200d\u200e\u200f\ufeff"}
+  | {ord("\u00bc"): " 1/4", ord("\u00bd"): " 1/2", ord("\u00be"): " 3/4"}
+  | {ord(char): None for char in "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"}
   | {
     ord("\u066b"): ".",  # Arabic decimal separator.
     ord("\u066c"): ",",  # Arabic thousands separator.
@@ -46,40 +64,57 @@ _SINGLE = (
     ord("\u00ba"): "\u00b0",
     ord("\u02da"): "\u00b0",
     ord("\u3002"): ". ",
-    ord("\u221a"): "\u221a",
   }
 )
+_SINGLES = re.compile(f"[{re.escape(''.join(map(chr, _SINGLE)))}]")
+_RAISED = str.maketrans(
+  "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b",
+  "0123456789-",
+)
+_RAISED_RUN = re.compile(
+  "[\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b]+"
+)
+# What a rule has to see before it is tried, the rule, and what it puts there.
 _LATEX = tuple(
-  (re.compile(pattern), replacement)
-  for pattern, replacement in (
-    (r"\\(?:left|right|displaystyle|,|!)", ""),
-    (r"\{,\}", ","),
-    (r"\^\s?\{?\s?\\circ\s?\}?|\\degree|\\deg\b", "\u00b0"),
+  (sign, re.compile(pattern), replacement)
+  for sign, pattern, replacement in (
+    ("\\", r"\\(?:(?:left|right|displaystyle)(?![A-Za-z])|,|!)", ""),
+    ("{,}", r"\{,\}", ","),
+    ("\\circ", r"\^\s?\{?\s?\\circ\s?\}?", "\u00b0"),
+    ("\\deg", r"\\degree|\\deg\b", "\u00b0"),
     (
+      "\\",
       r"\\(?:text|mathrm|mathbf|textbf|mathit|textit|operatorname)"
       r"\s?\{([^{}]{0,200})\}",
       r"\1",
     ),
-    (r"\\sqrt\s?\{([^{}]{1,60})\}", "\u221a\\1"),
+    ("\\sqrt", r"\\sqrt\s?\{([^{}]{1,60})\}", "\u221a\\1"),
+    ("frac", r"(\d)\s?(?=\\[dt]?frac)", r"\1 "),
+    ("frac", r"\\[dt]?frac\s?(\d)(\d)", r"\1/\2"),
     (
+      "frac",
       r"\\[dt]?frac\s?\{([^{}]{1,60})\}\s?\{([^{}]{1,60})\}",
       r"\1/\2",
     ),
-    (r"\\sqrt\s?", "\u221a"),
-    (r"\u221a\s?[({]([^(){}]{1,60})[)}]", "\u221a\\1"),
-    ("\\*\\s?\u00b0", "\u00b0"),
-    (r"\\(?:times|cdot)\b\s?", "\u00d7"),
-    (r"\\pi\b", "\u03c0"),
-    (r"\\approx\b", "\u2248"),
-    (r"\\%", "%"),
-    (r"\\[()\[\];:]|\\\\|\\q?quad\b|~", " "),
+    ("box", r"\\(?:boxed|fbox)\s?\{([^{}]{0,200})\}", r"\1"),
+    ("\\sqrt", r"\\sqrt\s?", "\u221a"),
+    ("\u221a", r"\u221a\s?[({]([^(){}]{1,60})[)}]", "\u221a\\1"),
+    ("\u00b0", "\\*\\s?\u00b0", "\u00b0"),
+    ("\\times", r"\\times\b\s?", "\u00d7"),
+    ("\\cdot", r"\\cdot\b\s?", "\u00d7"),
+    ("\\pi", r"\\pi\b", "\u03c0"),
+    ("\\pm", r"\\pm\b", "\u00b1"),
+    ("\\approx", r"\\approx\b", "\u2248"),
+    ("\\%", r"\\%", "%"),
+    ("\\", r"\\[()\[\];:]|\\\\|\\q?quad\b", " "),
+    ("~", "~", " "),
   )
 )
 
 _NUMBER = re.compile(
   r"""
-  (?P<sign>(?<![\w.)\]}%\u00b0])[-+])?
-  (?<![A-Za-z0-9_.^\u221a])(?<!\d:)
+  (?P<sign>(?<![\w.)\]}%\u00b0^])[-+])?
+  (?<![A-Za-z0-9_.^\u221a])(?<!\d:)(?<!\^-)(?<!\u00b1)(?<!\u00b1[ ])
   (?>
     (?P<whole>\d{1,3}(?:,\d{3})++(?!\d)|\d++)
     (?:\.(?P<part>\d++))?
@@ -89,18 +124,46 @@ _NUMBER = re.compile(
   (?:\s?[\u00d7x*]\s?10\s?\^\s?\{?(?P<power>-?\d{1,3})\}?
     | [eE](?P<exponent>[-+]?\d{1,3})(?![\w.])
     | \s?/\s?(?P<divisor>\d{1,30}(?:\.\d{1,30})?)
+    | [ ](?P<numerator>\d{1,3})/(?P<denominator>\d{1,3})(?![\d./])
+    | (?P<scale>k(?![\w])
+      | \s?(?i:dozen|hundred|thousand|million|billion|trillion)(?i:s?)\b
+      | \s?[\u4e07\u4ebf])
   )?
-  (?![\^\u221a\u03c0]|[eE][-+]?\d|:\d)
+  (?![\^\u221a\u03c0]|[eE][-+]?\d|:\d|\+(?:\s*\Z|\s+[A-Za-z])
+    |[xyzin]\b|\s?(?:[<>\u2264\u2265\u2260]|or[ ](?:more|fewer|less)\b
+    |at[ ](?:most|least)\b|squared\b|cubed\b))
   """,
   re.VERBOSE | re.ASCII,
 )
-_WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
+_BIG = "hundred|thousand|million|billion|trillion"
+_UNITS = "|".join(sorted(WORDS, key=len, reverse=True))
+# "One" is no count in "no one", "which one", "one can see".
+_ONE = (
+  r"(?<!\bno )(?<!\bany )(?<!\bthe )(?<!\bthis )(?<!\bthat )(?<!\beach )"
+  r"(?<!\bwhich )(?<!\bevery )one\b"
+  r"(?!\s(?:can|could|may|might|must|should|would|another|who|which|that|of)\b)"
+)
+_WORD = re.compile(
+  rf"(?<![-\w])(?P<minus>-)?(?:hundred\b|{_ONE}|(?!one\b)(?:{_UNITS})\b)"
+  r"(?![-\s](?:half|third|quarter|fourth|fifth)s?\b)"
+  rf"(?:(?:[\s-]{{1,2}}|(?<=hundred) and )(?:{_UNITS}|{_BIG})\b){{0,9}}"
+  r"(?:\s(?P<dozen>dozen)\b)?",
+  re.IGNORECASE,
+)
+_HAN = re.compile(
+  rf"[{''.join(_HAN_DIGITS)}{''.join(_HAN_TENS)}]{{1,9}}"
+  r"(?![\u5206\u4e07\u4ebf])"
+)
 _UNIT = re.compile(
+  # Letters that are rather variables, or words that change the number.
+  r"(?!\s?(?:[xyzin](?![\w'\"])|(?:or|and|to|at|than|times|squared|cubed|plus"
+  r"|minus|over)\b|in\s))"
   r"\s?(?:%|\u00b0\s?[CF]?|[A-Za-z\u00b5\u03a9\u4e00-\u9fff][^\d,;:()=\n]{0,40}"
   r"(?:\^\{?-?[23]\}?|\u00b2|\u00b3)?)?\s?[.!]?\s*\Z"
 )
 _NAME = re.compile(
-  r"\s*(?:[^\d=\n]{0,40}[=\u2248])?\s*(?:about |approximately |~)?"
+  r"\s*(?:[^\d=\n<>!\u2260\u2264\u2265]{0,40}[=\u2248])?\s*"
+  r"(?:about |approximately |~)?"
   r"[$\u00a3\u20ac\u00a5]?\s*"
 )
 
@@ -123,23 +186,67 @@ class Numeral(NamedTuple):
 
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, and its LaTeX and markup undone."""
+  if "<" in text:
+    text = _TOKEN.sub("", text)
   if not text.isascii():
-    text = text.translate(_SINGLE)
+    text = _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
+    text = _SINGLES.sub(lambda m: _SINGLE[ord(m[0])] or "", text)
+  text = text.replace("\\$", "").replace("$", "").replace("`", "")
+  text = text.replace("**", "")
+  if "S" in text:
+    text = _OCR_DOLLAR.sub("", text)
   if "\\" in text or "{,}" in text or "\u221a" in text:
     before = None
     for _ in range(_MAX_NESTING):
       if text == before:
         break
       before = text
-      for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-  return text.replace("$", "").replace("**", "").replace("`", "")
+      for sign, pattern, replacement in _LATEX:
+        if sign in text:
+          text = pattern.sub(replacement, text)
+  if "#" in text:
+    text = _HEADING.sub(_answer_heading, text)
+  if "- " in text:
+    text = _APART.sub(r"\1-", text)
+  if "inus" in text or "egative" in text or "\u8d1f" in text:
+    text = _MINUS.sub("-", text)
+  return text
+
+
+# Captions read by machine say "S24" for "$24"; "S1 = 5" names something.
+_OCR_DOLLAR = re.compile(
+  r"S(?<![\w\\]S)(?=\d{1,9}(?:\.\d{1,9})?(?![\d\w])(?!\s?=))"
+)
+# What tokenizers of several models end a text with, or put around an answer.
+_TOKEN = re.compile(
+  r"<\|\w{1,30}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>"
+)
+_HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]{0,200})", re.MULTILINE)
+# "x = - 3", but not "10 - 3" nor an item of a list.
+_APART = re.compile(r"([=\u2248]\s?)-[ ](?=\d)")
+_MINUS = re.compile(
+  r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
+  r"minus[ ]|\bnegative[ ]|\u8d1f[ ]?)"
+  rf"(?=\d|\.\d|(?:{'|'.join(WORDS)})\b)",
+  re.IGNORECASE,
+)
+
+
+def _answer_heading(match: re.Match[str]) -> str:
+  """The text of a heading; one that says just "Answer" announces one."""
+  text = match[1].strip(" \t*#")
+  return f"{text}:" if text.casefold() in _ANSWER_HEADINGS else match[1]
+
+
+_ANSWER_HEADINGS = ("answer", "final answer", "the answer", "correct answer")
 
 
 _DRESSING = re.compile(
   r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?"
-  r"(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice)"
-  r"(?:\s+is\b|\s*[:=])?\s*|答案(?:是|为|:)?\s*",
+  r"(?:(?:my|final|correct|right|best)\s+){0,2}(?:answer|ans|option|choice)"
+  r"(?:\s+is\b|\s*[:=.])?\s*"
+  r"|\u3010?(?:\u7b54\u6848|\u7b54)\u3011?(?:\u662f|\u4e3a|:)?\s*"
+  r"|(?:\u067e\u0627\u0633\u062e|\u062c\u0648\u0627\u0628)\s*:?\s*",
   re.IGNORECASE,
 )
 
@@ -150,7 +257,7 @@ def undressed(text: str) -> str:
   match = _DRESSING.match(text)
   if match and match.end() < len(text):
     text = text[match.end() :]
-  return text.strip(" \t\n\"'*_").removesuffix("</s>")
+  return text.strip(" \t\n\"'*_")
 
 
 def numerals(text: str) -> Iterator[Numeral]:
@@ -169,23 +276,34 @@ def only_number(text: str) -> decimal.Decimal | None:
   "5", "-1,000.0", "x = 5 cm", "about $7.50", "3/4", "five apples"; None for
   anything with two numbers in it, and for what is no finite number.
   """
-  text = plain(text[:200]) if len(text) <= 200 else ""
+  text = plain(text).strip() if len(text) <= 200 else ""
+  if _SPACED_THOUSANDS.fullmatch(text):
+    text = text.replace(" ", "")
+  if text[:2] == "- ":
+    text = f"-{text[2:]}"
+  text = _ASIDE.sub("", text)
   name = _NAME.match(text)
-  match = _NUMBER.match(text, name.end()) if name else None
+  match = name and (
+    _NUMBER.match(text, name.end()) or _WORD.match(text, name.end())
+  )
   if match:
-    value, rest = _value(match), text[match.end() :]
+    value = _value(match)
   else:
-    match = _WORD.match(text.lstrip())
-    if not match:
-      return None
-    value, rest = _value(match), text.lstrip()[match.end() :]
-  if value is None or not _UNIT.match(rest):
+    match = _HAN.match(text)
+    value = _han_value(match[0]) if match else None
+  if match is None or value is None:
     return None
-  words = rest.split()
-  if len(words) > 4 or _WORD.search(rest):
+  rest = text[match.end() :]
+  if not _UNIT.match(rest) or len(rest.split()) > 4 or _WORD.search(rest):
     return None
-  scale = _SCALES.get(words[0].casefold(), 0) if words else 0
-  return value.scaleb(scale)
+  return value
+
+
+_SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
+# "7 (seven)", "7 (3 + 4)": how it was found, not a second answer.
+_ASIDE = re.compile(
+  r"(?<=\w) \((?:[^()\d]{0,80}|[^()=]{1,40}[-+*/\u00d7][^()=]{1,40})\)\.?\Z"
+)
 
 
 def canonical(value: decimal.Decimal) -> str:
@@ -200,7 +318,7 @@ def canonical(value: decimal.Decimal) -> str:
 def _value(match: re.Match[str]) -> decimal.Decimal | None:
   """The value of a match of `_NUMBER` or `_WORD`."""
   if match.re is _WORD:
-    return decimal.Decimal(WORDS[match[0].casefold()])
+    return _worded(match)
   whole = (match["whole"] or "0").replace(",", "")
   part = match["part"] or match["bare_part"] or ""
   if len(whole) + len(part) > _MAX_DIGITS:
@@ -212,4 +330,61 @@ def _value(match: re.Match[str]) -> decimal.Decimal | None:
   if match["divisor"] is not None:
     divisor = decimal.Decimal(match["divisor"])
     return value / divisor if divisor else None
+  if match["denominator"] is not None:
+    above, below = int(match["numerator"]), int(match["denominator"])
+    if part or above >= below:
+      return None
+    fraction = decimal.Decimal(above) / below
+    return value - fraction if match["sign"] == "-" else value + fraction
+  if match["scale"] is not None:
+    scale = match["scale"].strip().casefold()
+    return value * _SCALES[scale.removesuffix("s")]
   return value.scaleb(exponent)
+
+
+def _worded(match: re.Match[str]) -> decimal.Decimal | None:
+  """What number words are worth together; None for a mere row of them."""
+  total, group, above = 0, None, 10**15
+  words = re.split(r"[\s-]+", match[0].casefold().strip("-"))
+  for word in words:
+    if word == "and" or word == "dozen":
+      continue
+    scale = _SCALES.get(word)
+    if scale == 100:
+      if group is not None and not 0 < group < 100:
+        return None
+      group = 100 * (group or 1)
+    elif scale is not None:
+      if group is None or scale >= above:
+        return None
+      total, group, above = total + group * scale, None, scale
+    else:
+      value = WORDS[word]
+      room = 100 if group is not None and not group % 100 else 10
+      if group is not None and (
+        not group
+        or not value
+        or value >= room
+        or group % room
+        or group % 100 == 10
+      ):
+        return None
+      group = value + (group or 0)
+  total += group or 0
+  if match["dozen"]:
+    total *= 12
+  return decimal.Decimal(-total if match["minus"] else total)
+
+
+def _han_value(text: str) -> decimal.Decimal | None:
+  """What Chinese numerals below ten thousand are worth."""
+  total, digit = 0, None
+  for char in text:
+    if char in _HAN_TENS:
+      total += _HAN_TENS[char] * (1 if digit is None else digit)
+      digit = None
+    elif digit:
+      return None
+    else:
+      digit = _HAN_DIGITS[char]
+  return decimal.Decimal(total + (digit or 0))

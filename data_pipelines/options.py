@@ -6,6 +6,7 @@ part of a response names the answer is found elsewhere.
 
 import decimal
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -13,11 +14,36 @@ from data_pipelines import numerals
 
 # What stands beside a letter is looked at so far.
 _MAX_BESIDE = 400
+# Nor are more mentions in one text.
+_MOST = 200
 
 _LETTERED = re.compile(
-  r"\(?\s*([A-Za-z])\s*(?:[).:,]+|\Z|(?=\s))\)?\s*", re.ASCII
+  r"[(\[]?\s*([A-Za-z])\s*(?:[)\].:,]+|\Z|(?=\s))\)?[:-]?\s*", re.ASCII
 )
-_LOW_LETTER = re.compile(r"\(?\s*([a-z])(?![\w'])\s*\)?")
+# Before an option: it is denied, or the far end of a comparison.
+_DENIED = re.compile(
+  r"(?:\b(?:not|no|cannot(?: be(?: that)?)?|neither|nor|rather than|instead of"
+  r"|never|unlikely(?: to)?|(?:all|anything|everything) but|except(?: for)?)"
+  r"|n't|\u4e0d\u662f|\u4e0d\u9009|\u5e76\u975e)"
+  r"\s?(?:[^\s,.;]{1,20} (?:or|nor|and) )?"
+  r"(?:(?:the|an?|option|choice|equal to|just|simply) ){0,3}['\"(]?\Z"
+)
+_COMPARED = re.compile(
+  r"(?:[<>\u2264\u2265\u2260]=?|!=|\b(?:than|below|above|under|over|at least"
+  r"|at most|up to|out of|between|between \S{1,20} and))\s?\Z"
+)
+_YES = (
+  "\u662f",
+  "\u662f\u7684",
+  "\u5bf9",
+  "\u6b63\u786e",
+  "\u0628\u0644\u0647",
+)
+_NO = ("\u5426", "\u4e0d\u662f", "\u4e0d", "\u4e0d\u5bf9", "\u062e\u06cc\u0631")
+_LOW_LETTER = re.compile(
+  r"(?:\(\s*)?(?P<letter>[a-z])"
+  r"(?:\s*\)|(?![\w'])(?!(?<=a) (?!or |and )[a-z]{2}))\s*"
+)
 _JOINED = re.compile(r"(?:or|and|nor|then)\b\s*|或|和|、")
 
 
@@ -45,12 +71,12 @@ class Options:
     # A lone letter is a letter, and "a" an article: neither is a mention.
     spaced = {_spaced(t) for t in choices if not re.fullmatch("[A-Za-z]", t)}
     ranked = sorted(spaced - {""}, key=lambda t: (-len(t), t))
-    self.mention = re.compile(
-      "|".join(rf"(?<![\w\u221a.]){re.escape(t)}(?![\w\u221a])" for t in ranked)
-      or r"(?!)"
-    )
+    self.mention = re.compile("|".join(map(_mention, ranked)) or r"(?!)")
     self.spaced = _unambiguous((_spaced(text), text) for text in choices)
     self.are_yes_and_no = set(self.folded) == {"yes", "no"}
+    if self.are_yes_and_no:
+      self.folded |= dict.fromkeys(_YES, self.folded["yes"])
+      self.folded |= dict.fromkeys(_NO, self.folded["no"])
     self.longest = _MAX_BESIDE + max(map(len, choices), default=0)
 
   def only(self, text: str) -> str | None:
@@ -82,9 +108,13 @@ class Options:
     return self.folded.get(_folded(text)) if text else None
 
   def mentioned(self, text: str) -> list[str]:
-    """The different options whose texts stand in a plain text, in order."""
+    """The different options that a plain text asserts, in order."""
+    spaced = _spaced(text)
     found = (
-      self.spaced.get(m[0]) for m in self.mention.finditer(_spaced(text))
+      self.spaced.get(match[0])
+      for match in itertools.islice(self.mention.finditer(spaced), _MOST)
+      if not is_denied(spaced, match.start())
+      and not (match[0][0].isdigit() and _is_compared(spaced, match.start()))
     )
     return list(dict.fromkeys(option for option in found if option))
 
@@ -101,11 +131,15 @@ class Options:
       rest = rest[joined.end() :] if joined else rest
       lettered = _LOW_LETTER.match(rest)
       mention = self.mention.match(rest)
+      if mention and named and self.are_yes_and_no and not joined:
+        # "Yes, no other bar is higher."
+        if re.match(r"\s+\w", rest[mention.end() :]):
+          break
       if mention and not (lettered and lettered.end() > mention.end()):
         named.append(self.spaced.get(mention[0], mention[0]))
         rest = rest[mention.end() :]
-      elif lettered and lettered[1].upper() in self.letters:
-        letter = self.letters[lettered[1].upper()]
+      elif lettered and lettered["letter"].upper() in self.letters:
+        letter = self.letters[lettered["letter"].upper()]
         rest = rest[lettered.end() :].lstrip(" ):.,")
         beside = self.mention.match(rest)
         rest = rest[beside.end() :] if beside else rest
@@ -129,10 +163,33 @@ class Options:
     return None if value is None else self.values.get(value)
 
 
+def is_denied(text: str, start: int) -> bool:
+  """Whether the words before `start` deny what stands there."""
+  before = text[max(0, start - 60) : start]
+  return _DENIED.search(before.casefold()) is not None
+
+
+def _is_compared(text: str, start: int) -> bool:
+  return _COMPARED.search(text[max(0, start - 20) : start]) is not None
+
+
+def _mention(text: str) -> str:
+  """The pattern of an option's text where it is a whole word or number."""
+  pattern = rf"(?<![\w\u221a.]){re.escape(text)}(?![\w\u221a])"
+  if text[0].isdigit() or text[0] == "\u221a":
+    pattern = rf"(?<![-/^])(?<!- ){pattern}"
+  if text[-1].isalnum():
+    pattern = rf"{pattern}(?!\.\d|,\d{{3}}(?!\d))"
+  if "\u221a" in text or text[-1].isdigit():
+    pattern = rf"{pattern}(?!\s?[/^]\s?[\d\u221a])"
+  return pattern
+
+
 def _spaced(text: str) -> str:
   """A plain text as options are looked for in it."""
   text = numerals.plain(text).casefold()
   text = re.sub(r"\s?degrees?\b", "\u00b0", text)
+  text = re.sub(r"\b(?:will|would)(?: likely| also)? ", "", text)
   return " ".join(text.split()).strip(" .")
 
 

@@ -2,7 +2,7 @@
 
 A pure function of the picture's hash: it holds no list, so adding or removing
 records never moves another record. What `intake` makes of twins stands in
-docs/adr/0005.
+docs/adr/0006.
 """
 
 import hashlib

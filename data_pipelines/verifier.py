@@ -14,12 +14,14 @@ import dataclasses
 import decimal
 import re
 
-from data_pipelines import free_text, numerals, options, records
+from data_pipelines import free_text, numerals, options, phrases, records
 
 # Of a longer response the first and the last characters are read.
-_HEAD, _TAIL = 1_000, 4_000
+_HEAD, _TAIL = 1_000, 3_000
 # No answer is longer; a tag that holds an essay holds none.
 _MAX_ANSWER = 400
+# More tags than this are noise.
+_MAX_TAGS = 16
 _ORDINARY_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
@@ -30,7 +32,7 @@ class Verdict:
   Attributes:
     answer: The answer in one spelling: the text of the option, or the number
       or list written plainly. None if the response gives no answer.
-    how: Which rule read it: "tag", "boxed", "bare", "bold", "cue",
+    how: Which rule read it: "tag", "json", "boxed", "bare", "bold", "cue",
       "letter", "statement" or "none".
     correct: Whether the answer is the problem's.
   """
@@ -51,7 +53,9 @@ def final_answer(problem: records.Problem) -> str:
 def verify(response: str, problem: records.Problem) -> Verdict:
   """The answer that `response` gives to `problem`, and whether it is right.
 
-  A response with an <answer> tag is judged by its last tag alone.
+  What a model thinks between <think> tags answers nothing. A response with an
+  <answer> tag is judged by its last tag alone, and only if no other tag holds
+  a different answer and none stays open.
 
   Args:
     response: What a model wrote, from nothing at all to a megabyte of noise.
@@ -60,10 +64,11 @@ def verify(response: str, problem: records.Problem) -> Verdict:
   Returns:
     The verdict; no response raises.
   """
-  tagged = tagged_answer(response)
-  if tagged is not None:
-    answer = _read(tagged, problem)
-    how = "tag"
+  response = response[response.rfind("</think>") + 1 :].removeprefix("/think>")
+  if "<think>" in response:  # Cut off while it thought.
+    return _NOTHING
+  if "<answer>" in response:
+    answer, how = _tagged(response, problem), "tag"
   else:
     answer, how = _search(_clipped(response), problem)
   if answer is None:
@@ -71,11 +76,21 @@ def verify(response: str, problem: records.Problem) -> Verdict:
   return Verdict(answer=answer, how=how, correct=_equal(answer, problem))
 
 
-def tagged_answer(response: str) -> str | None:
-  """What the last complete <answer> tag holds; None without one."""
-  end = response.rfind("</answer>")
-  start = response.rfind("<answer>", 0, end) if end >= 0 else -1
-  return response[start + len("<answer>") : end] if start >= 0 else None
+def _tagged(response: str, problem: records.Problem) -> str | None:
+  """The answer that all readable tags agree on, the last among them."""
+  end = len(response)
+  texts: list[str] = []
+  while (start := response.rfind("<answer>", 0, end)) >= 0:
+    close = response.find("</answer>", start, end)
+    if close < 0 or len(texts) == _MAX_TAGS:
+      return None
+    texts.append(response[start + len("<answer>") : close])
+    end = start
+  # A tag within a tag, or one closed twice.
+  if response.count("</answer>") != len(texts):
+    return None
+  last, *others = [_read(text, problem) for text in dict.fromkeys(texts)]
+  return last if not set(others) - {last, None} else None
 
 
 def _clipped(response: str) -> str:
@@ -119,6 +134,14 @@ def _read(text: str, problem: records.Problem) -> str | None:
 
 def _search(response: str, problem: records.Problem) -> tuple[str | None, str]:
   """The answer in free text, and the rule that found it."""
+  response = _HINT.sub("", response)
+  odd = _ODD_TAG.findall(response)
+  if odd:
+    return _read(odd[-1], problem), "tag"
+  fields = [match[match.lastgroup or 0] for match in _FIELD.finditer(response)]
+  if fields:
+    answers = {_read(field, problem) for field in fields}
+    return (answers.pop() if len(answers) == 1 else None), "json"
   boxed = _boxed(response)
   if boxed is not None:
     answer = _read(boxed, problem)
@@ -127,7 +150,12 @@ def _search(response: str, problem: records.Problem) -> tuple[str | None, str]:
   answer = _read(response, problem)
   if answer is not None:
     return answer, "bare"
-  bold = {_read(part, problem) for part in _BOLD.findall(response)} - {None}
+  bold = {
+    _read(part, problem)
+    for line in response.split("\n")
+    if "**" in line and phrases.is_assertion(line)
+    for part in _BOLD.findall(line)
+  } - {None}
   if len(bold) == 1:
     return bold.pop(), "bold"
   text = free_text.without_listed_options(numerals.plain(response))
@@ -140,13 +168,28 @@ def _search(response: str, problem: records.Problem) -> tuple[str | None, str]:
   return free_text.quantity(text)
 
 
+# The official prompts, repeated.
+_HINT = re.compile(r"Hint: Please answer[^\n]{0,300}")
+_ODD_TAG = re.compile(
+  r"<answer>([^<>]{0,400})</answer>",
+  re.IGNORECASE,
+)
+_FIELD = re.compile(
+  r"""["'](?:final[_ ]?|correct[_ ]?)?answer\d?["']\s{0,9}:\s{0,9}(?:"""
+  r""""(?P<double>[^"\n]{0,400})"|'(?P<single>[^'\n]{0,400})'"""
+  r"""|(?P<list>\[[^\[\]]{0,400}\])|(?P<value>[^,}\n"'\[]{1,100}))""",
+  re.IGNORECASE,
+)
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
+
+
+_OTHER_BOX = re.compile(r"\}\s?\$?\s?(?:or|and|,|/)\s?\$?\s?\Z")
 
 
 def _boxed(response: str) -> str | None:
   r"""What the last \boxed{...} holds, braces balanced."""
   start = response.rfind(r"\boxed{")
-  if start < 0:
+  if start < 0 or _OTHER_BOX.search(response[max(0, start - 40) : start]):
     return None
   depth, start = 1, start + len(r"\boxed{")
   for i in range(start, min(len(response), start + _MAX_ANSWER)):
@@ -185,12 +228,15 @@ def _list(text: str) -> str | None:
       return None
     spelt = core.casefold() if value is None else numerals.canonical(value)
     items.append(
-      item.replace(core, spelt).translate({32: None, 34: None, 39: None})
+      item.replace(core, spelt).translate(dict.fromkeys(map(ord, " \t\n\r'\"")))
     )
   return f"[{','.join(items)}]"
 
 
+_ROUND = re.compile(r"\((?:[^(),]{1,30},){1,20}[^(),]{1,30}\)")
+
+
 def _last_list(text: str) -> tuple[str | None, str]:
-  found = _BRACKETED.findall(text)
+  found = _BRACKETED.findall(text) or _ROUND.findall(text)
   answer = _list(found[-1]) if found else None
   return (answer, "statement") if answer else (None, "none")

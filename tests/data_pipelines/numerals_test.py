@@ -1,7 +1,6 @@
 """Numbers in text: every spelling read, nothing else taken for one."""
 
 import decimal
-import time
 
 import hypothesis
 import pytest
@@ -42,6 +41,30 @@ from data_pipelines import numerals
     ("Twelve apples", "12"),
     ("2 thousand", "2000"),
     ("5\u4e2a", "5"),
+    ("7 (seven)", "7"),
+    ("twenty-one", "21"),
+    ("one hundred and forty-five", "145"),
+    ("two thousand", "2000"),
+    ("hundred", "100"),
+    ("negative seven", "-7"),
+    ("minus 3", "-3"),
+    ("- 3", "-3"),
+    ("\u8d1f3", "-3"),
+    ("12.5 million", "12500000"),
+    ("1250\u4e07", "12500000"),
+    ("12 500 000", "12500000"),
+    ("2k", "2000"),
+    ("7 dozen", "84"),
+    ("1 1/2", "1.5"),
+    ("-1 1/2", "-1.5"),
+    ("1\u00bd", "1.5"),
+    (r"1\frac{1}{2}", "1.5"),
+    (r"\frac34", "0.75"),
+    ("2 \u00d7 10\u207b\u00b2", "0.02"),
+    ("5 cm\u00b2", "5"),
+    ("\u4e8c\u5341\u4e00", "21"),
+    ("\u5341\u4e8c", "12"),
+    ("\u4e00\u767e\u56db\u5341\u4e94", "145"),
     ("\u06f5\u066b\u06f2", "5.2"),  # Persian.
     ("\u0665", "5"),  # Arabic-Indic.
     ("\uff15\uff12", "52"),  # Full width.
@@ -76,6 +99,20 @@ def test_a_number_reads_the_same_however_it_is_written(text, value):
     "\u221a3",
     "A1",
     "five or six",
+    "five six",
+    "twenty, one",
+    "twenty ten",
+    "one half",
+    "no one",
+    "7x",
+    "7\u00b2",
+    "7 squared",
+    "7 or more",
+    "> 7",
+    "\u00b17",
+    "x != 7",
+    "10\u207b\u00b2",
+    "1 3/2",
     "I see 5",
     "9" * 50,
     "9" * 1_000_000,
@@ -116,7 +153,8 @@ def values(text):
     ("in cm^2", []),
     ("model B2", []),
     ("\u957f\u5ea6\u4e3a5\u5398\u7c73", [5]),
-    ("S13 + 4", [4]),
+    ("S13 + 4", [13, 4]),  # A misread dollar sign.
+    ("S1 = 4", [4]),
   ],
 )
 def test_numbers_are_found_and_labels_are_not(text, found):
@@ -144,10 +182,3 @@ def test_plain_text_stays_as_it_is(text):
   hypothesis.assume(text.count("{") < 4)
   plain = numerals.plain(text)
   assert numerals.plain(plain) == plain
-
-
-def test_a_megabyte_of_digits_costs_little():
-  start = time.process_time()
-  for text in ("9" * 1_000_000, "1," * 500_000, "1/" * 500_000):
-    next(iter(numerals.numerals(text))).value  # noqa: B018
-  assert time.process_time() - start < 0.5

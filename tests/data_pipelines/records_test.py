@@ -184,3 +184,40 @@ def test_an_example_holds_the_whole_problem(problem):
   }
   as_read["choices"] = [choice.encode() for choice in example["choices"]]
   assert records.from_example(as_read) == problem
+
+
+NOISE = st.recursive(
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | st.text(max_size=5)
+  | st.binary(max_size=5),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+  ),
+  max_leaves=5,
+)
+
+
+@hypothesis.given(
+  st.dictionaries(st.sampled_from(sorted(ROW)), NOISE, max_size=3)
+)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=300)
+def test_whatever_a_row_holds_it_is_a_problem_or_a_bad_record(change):
+  row = {**ROW, **change}
+
+  def outcome():
+    try:
+      problem = records.from_row(row)
+      records.validate(problem)
+    except records.BadRecord as error:
+      return error.reason
+    return problem
+
+  first = outcome()
+  assert repr(first) == repr(outcome())
+  if not isinstance(first, str):
+    problem = records.from_example(records.to_example(first))
+    assert records.to_example(problem) == records.to_example(first)

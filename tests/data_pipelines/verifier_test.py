@@ -1,9 +1,11 @@
 """The verifier: what is paid, what is not, and how well it agrees."""
 
 import dataclasses
+import re
 import time
 
 import hypothesis
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies
 
@@ -60,6 +62,58 @@ JUNK = [
   r"\boxed{}",
   r"\boxed{A, B, C, D}",
   "**A** **B**",
+  "\u200b",
+  "\u200b\u2060\ufeff",
+  "\U0001f600",
+  "-",
+  "--",
+  "-1e999",
+  "<answer/>",
+  "<answer>5",
+  "<answer>blue",
+  "<answer>Yes",
+  "<answer>No",
+  "<answer>5 blue Yes",
+  "<answer><answer>5</answer></answer>",
+  "<answer><answer>blue</answer></answer>",
+  "<answer>5</answer><answer>6</answer>",
+  "<answer>6</answer> No, <answer>5</answer>",
+  "<answer>red</answer><answer>blue</answer>",
+  "<answer>Yes</answer><answer>No</answer>",
+  "<answer>No</answer><answer>Yes</answer>",
+  "<answer>5</answer> or <answer>",
+  "<answer>5</answer>" * 100,
+  "<think>5 blue Yes",
+  "<think>The answer is 5.</think>",
+  "<think>The answer is blue.</think>",
+  "(A)(B)(C)(D)",
+  "A to D",
+  "The options are A, B, C and D. I can't tell.",
+  "Choices: (A) Yes (B) No",
+  "All of the above",
+  "None of the options match blue.",
+  "The answer is between 4 and 6.",
+  "I'm unable to view images.",
+  "No image was provided.",
+  "The image is not visible to me, nor blue, nor 5.",
+  "Unfortunately, the picture is missing.",
+  "The question is unclear.",
+  "Please upload the picture so that I can help.",
+  "There is not enough information to answer.",
+  "I have no idea.",
+  "As an AI language model, I am not able to process images.",
+  "I'm not sure if it is 5.",
+  "Could the answer be B?",
+  "Not yes.",
+  "\u65e0\u6cd5\u786e\u5b9a",
+  "\u62b1\u6b49\uff0c\u6211\u4e0d\u80fd\u56de\u7b54",
+  '{"answer": null}',
+  '{"answer": "A or B"}',
+  '{"answer": [5, 6]}',
+  "Hint: Please answer the question and provide the correct option letter, "
+  "e.g., A, B, C, D, at the end.",
+  "Hint: Please answer the question requiring an integer answer and provide "
+  "the final value, e.g., 3, 4, 5, at the end.",
 ]
 
 
@@ -122,9 +176,36 @@ def test_junk_is_paid_nothing(response):
     "The answer is 2 + 3 = 5.",
     "\u7b54\u6848\u662f5\u3002",
     "I see 6. <answer>5</answer>",
-    "<answer>6</answer> No: <answer>5</answer>",
+    "<answer>5</answer> Again: <answer>5.0</answer>",
     "<answer> $5$ </answer>",
     "<answer>x = 5</answer>",
+    "<answer>\\boxed{5}</answer>",
+    "<ANSWER>5</ANSWER>",
+    "<think>The answer is 6.</think>5",
+    "<think>6? <answer>6</answer></think><answer>5</answer>",
+    '{"answer": 5}',
+    '```json\n{"final_answer": "5 cm", "confidence": 0.9}\n```',
+    "### Final Answer\n5",
+    "**Answer**\n\n5",
+    "The final answer is $\\boxed{5}$. I hope it is correct.",
+    "Final Answer: 5 years",
+    "5 (five)",
+    "5 (2 + 3)",
+    "5<|im_end|>",
+    "5<end_of_turn>",
+    "The answer is 5, not 6.",
+    "It is not 6. It is 5.",
+    "The answer is 6. Wait, I missed none. The answer is 5.",
+    "The difference is 10 - 5, i.e., 5.",
+    "There are 2 red balls and 3 blue ones, so there are 5 balls.",
+    "In 2007, there are 5 schools.",
+    "In the picture, 5 were born after the war (1945).",
+    "The most is 5.\n\nBar | Height\n--- | ---\nA | 5\nB | 4",
+    "The lamp costs S5.",
+    "\u06f5",
+    "\u067e\u0627\u0633\u062e: \u06f5",
+    "\u7b54\u6848\uff1a\u4e94",
+    "\u56e0\u6b64\uff0c\u7b54\u6848\u662f5\u4e2a\u3002",
   ],
 )
 def test_a_right_number_is_found(response):
@@ -153,6 +234,31 @@ def test_a_right_number_is_found(response):
     "<answer>5 or 6</answer>",
     "<answer>I think that it may be 5 or so but I do not know</answer>",
     "I cannot answer, but 5 is a number.",
+    "It's not 5.",
+    "The answer is not 5.",
+    "\u7b54\u6848\u4e0d\u662f5",
+    "\u7b54\u6848\u662f5\u62166",
+    "minus five",
+    "negative 5",
+    "twenty-five",
+    "one hundred and five",
+    "5 thousand",
+    "5 million",
+    "5 dozen",
+    "5x",
+    "5\u00b2",
+    "5 or more",
+    "x > 5",
+    "\u00b15",
+    "5~7",
+    "(0, 5)",
+    "5 to 6",
+    "4 or maybe 5",
+    "half of 5",
+    "1, 2, 3, 4 and 5",
+    r"\boxed{6} or \boxed{5}",
+    '{"answer": 6}',
+    "<answer>5</answer> <answer>6",
   ],
 )
 def test_a_wrong_or_uncertain_number_is_not(response):
@@ -187,6 +293,31 @@ def test_a_wrong_or_uncertain_number_is_not(response):
     "<answer>(b)</answer>",
     "<answer>B. blue</answer>",
     "<answer>Option B</answer>",
+    "### Answer\nB",
+    '{"reasoning": "(A) is red", "answer": "B"}',
+    "<think>Maybe (A)?</think>\n\nB",
+    "The picture shows it clearly.\n\nB",
+    "The answer is (B) because (A) is too bright.",
+    "The answer is B, not A.",
+    "The answer is A. Wait, I looked at the wrong ball. The answer is B.",
+    "(A) red is incorrect.\n(B) blue is correct.\n(C) dark green is incorrect.",
+    "The ball is blue, not red.",
+    "Looking at it, B is the best choice.",
+    "Given the options, I would choose B.",
+    "This corresponds to option B.",
+    "So it is B.",
+    "B is the answer.",
+    "[B] blue",
+    r"Final answer: $\boxed{\text{B}}$",
+    r"\boxed{\textbf{(B)}\ blue}",
+    "\u6545\u9009\uff1aB",
+    "\u6240\u4ee5\u9009 B\u3002",
+    "\u3010\u7b54\u6848\u3011B",
+    "\u7b54\u6848\u662fB\uff0c\u4e0d\u662fC",
+    # Persian: "The right answer is option B."
+    "\u067e\u0627\u0633\u062e \u0635\u062d\u06cc\u062d"
+    " \u06af\u0632\u06cc\u0646\u0647 B \u0627\u0633\u062a.",
+    "B<|endoftext|>",
   ],
 )
 def test_a_right_option_is_found_by_letter_or_text(response):
@@ -209,6 +340,25 @@ def test_a_right_option_is_found_by_letter_or_text(response):
     "<answer>not blue</answer>",
     "Is it red or blue?",
     "blue <answer>red</answer>",
+    "The answer is not B.",
+    "It's not (B).",
+    "(B) is not the answer.",
+    "**B** is wrong",
+    "The answer is not (B) but (C).",
+    "The ball is not blue.",
+    "neither red nor blue",
+    "anything but blue",
+    "every colour except blue",
+    "It cannot be blue.",
+    "The answer is A (blue).",
+    "A. blue",
+    "The correct option is (A) blue.",
+    "I think it's either A or B.",
+    "The answer is B and C.",
+    "\u4e0d\u9009B",
+    "\u9009\u9879B\u4e0d\u6b63\u786e",
+    "As an AI, I cannot view images. Option B says blue.",
+    '{"answer": "B", "answer2": "C"}',
   ],
 )
 def test_a_wrong_or_conflicting_option_is_not(response):
@@ -242,6 +392,8 @@ def test_short_options_do_not_hide_in_longer_ones():
   problem = make_problem("5m", ("5m", "5\u221a{3}m", "15m"))
   assert not is_right(r"The height is $5\sqrt{3}$m.", problem)
   assert not is_right("The height is 15m.", problem)
+  assert not is_right("The height is -5m.", problem)
+  assert not is_right("The height is more than 5m.", problem)
   assert is_right("The height is 5m.", problem)
 
 
@@ -254,6 +406,12 @@ def test_short_options_do_not_hide_in_longer_ones():
     ("The red bar is the highest of them.", "Yes"),
     ("<answer>yes</answer>", "Yes"),
     ("A: No, the bar is low.", "No"),
+    ("Yes, no other bar is higher.", "Yes"),
+    ("Yes. No further words are needed.", "Yes"),
+    ("Yes? No.", "No"),
+    ("At first yes, but the answer is no.", "No"),
+    ("\u662f\u7684", "Yes"),
+    ("\u5426", "No"),
   ],
 )
 def test_yes_and_no_are_read_from_what_is_said(response, answer):
@@ -272,6 +430,13 @@ def test_yes_and_no_are_read_from_what_is_said(response, answer):
     ("1.3", False),
     ("5/4", True),
     ("<answer>1.25 m</answer>", True),
+    ("1 1/4", True),
+    ("1\u00bc", True),
+    (r"1\frac14", True),
+    ("\u2248 1.25 m/s\u00b2", True),
+    ("1.25 \u00d7 10\u00b3", False),
+    ("1.25 million", False),
+    ("11/4", False),
   ],
 )
 def test_a_float_is_right_when_it_rounds_to_the_answer(response, right):
@@ -291,6 +456,9 @@ def test_a_float_is_right_when_it_rounds_to_the_answer(response, right):
     ("[1]", False),
     ("[[1, 2.5]]", False),
     ("[1, 2.5", False),
+    ("[\n  1,\n  2.5\n]", True),
+    ("The answer is (1, 2.5).", True),
+    ('{"answer": [1, 2.5]}', True),
   ],
 )
 def test_a_list_is_right_element_by_element(response, right):
@@ -326,6 +494,7 @@ def test_a_hidden_answer_is_not_the_empty_option():
     ("I get 6, so the answer is 5 here", "cue"),
     ("I think that we get 5", "statement"),
     ("I do not know", "none"),
+    ('{"answer": 5}', "json"),
   ],
 )
 def test_a_verdict_says_which_rule_read_it(response, how):
@@ -376,17 +545,92 @@ def test_no_response_raises(response):
   for problem in PROBLEMS:
     verdict = verifier.verify(response, problem)
     assert not (verdict.correct and verdict.answer is None)
+    assert verdict == verifier.verify(response, problem)
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_a_hostile_megabyte_costs_little(piece):
-  """CPU time; the bound is loose, a quadratic rule takes minutes."""
-  response = piece * (1_000_000 // len(piece))
+def cpu(response):
   start = time.process_time()
   for problem in PROBLEMS:
     verifier.verify(response, problem)
-    verifier.verify(f"<answer>{response}</answer>", problem)
-  assert time.process_time() - start < 0.1 * 2 * len(PROBLEMS)
+  return time.process_time() - start
+
+
+@pytest.mark.parametrize("form", ["{}", "<answer>{}</answer>"])
+def test_twice_a_hostile_text_costs_about_twice(form):
+  """A quadratic rule makes it four times, and minutes at a megabyte.
+
+  What it costs outright is printed by benchmarks/verifier.py.
+  """
+  for piece in PIECES:
+    half = form.format(piece * (250_000 // len(piece)))
+    whole = form.format(piece * (500_000 // len(piece)))
+    half_cost, whole_cost = cpu(half), cpu(whole)
+    # Timers are coarse, and other work disturbs the caches.
+    assert whole_cost <= 3 * 2 * half_cost + 0.2, piece
+
+
+RESPONSES = strategies.lists(strategies.sampled_from(PIECES)).map("".join)
+SPACE = strategies.text(" \n\t", max_size=4)
+
+
+@hypothesis.given(RESPONSES, SPACE, SPACE)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
+def test_space_around_a_response_changes_nothing(response, before, after):
+  for problem in PROBLEMS:
+    verdict = verifier.verify(response.strip(), problem)
+    padded = f"{before}{response.strip()}{after}"
+    assert verifier.verify(padded, problem) == verdict
+
+
+WRITTEN = (
+  "{}",
+  "The answer is {}.",
+  "**Answer: {}**",
+  "So x = {}",
+  "It is {} cm long.",
+  r"Thus $\boxed{{{}}}$",
+  "<answer>{}</answer>",
+  '{{"answer": "{}"}}',
+  "\u7b54\u6848\u662f{}\u3002",
+)
+
+
+@hypothesis.given(
+  strategies.integers(-(10**9), 10**9), strategies.integers(-(10**9), 10**9)
+)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
+def test_the_right_number_alone_is_right_however_it_is_written(right, other):
+  hypothesis.assume(right != other)
+  problem = make_problem(str(right))
+  for form in WRITTEN:
+    for spelt in ("{}", "{:,}", "{}.0"):
+      assert is_right(form.format(spelt.format(right)), problem)
+      assert not is_right(form.format(spelt.format(other)), problem)
+
+
+@hypothesis.given(
+  strategies.lists(
+    strategies.from_regex(r"[a-z]{3,8}( [a-z]{3,8})?", fullmatch=True),
+    min_size=2,
+    max_size=6,
+    unique=True,
+  ),
+  strategies.data(),
+)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
+def test_the_right_option_alone_is_right_however_it_is_named(choices, data):
+  right = data.draw(strategies.sampled_from(choices))
+  problem = make_problem(right, tuple(choices))
+  for letter, text in zip("ABCDEF", choices, strict=False):
+    for response in (
+      letter,
+      f"({letter}) {text}",
+      f"The answer is {letter}.",
+      f"Therefore, the correct option is ({letter}) {text}.",
+      f"<answer>{letter}</answer>",
+      f"<answer>{text}</answer>",
+    ):
+      assert is_right(response, problem) == (text == right), response
 
 
 # Against the official labels of other models' responses.
@@ -407,7 +651,6 @@ def problem_of(row):
 def test_verdicts_agree_with_the_official_labels(responses):
   """Labels are noisy: about half of the disagreements are their errors."""
   agreed, free_form, wrong_paid = [], [], []
-  start = time.process_time()
   for row in responses:
     if row["flags"]:
       continue
@@ -417,11 +660,10 @@ def test_verdicts_agree_with_the_official_labels(responses):
       free_form.append(agreed[-1])
     if not row["official_true_false"]:
       wrong_paid.append(correct)
-  assert time.process_time() - start < 1e-3 * len(agreed)
   assert len(agreed) == 7483
-  assert sum(agreed) / len(agreed) >= 0.979
-  assert sum(free_form) / len(free_form) >= 0.991
-  assert sum(wrong_paid) / len(wrong_paid) <= 0.0095
+  assert sum(agreed) / len(agreed) >= 0.980
+  assert sum(free_form) / len(free_form) >= 0.992
+  assert sum(wrong_paid) / len(wrong_paid) <= 0.0085
 
 
 RENDERINGS = {
@@ -439,9 +681,19 @@ RENDERINGS = {
 
 
 @pytest.mark.parametrize("rendering", RENDERINGS.values(), ids=RENDERINGS)
-def test_the_right_answer_is_right_however_it_is_rendered(responses, rendering):
+def test_the_right_answer_is_right_however_it_is_rendered(
+  fixtures, responses, rendering
+):
   problems = {row["pid"]: problem_of(row) for row in responses}
   assert len(problems) == 1000
+  for path in sorted(
+    (fixtures / "mathvista_schema" / "data").glob("*.parquet")
+  ):
+    for row in pq.read_table(path).to_pylist():
+      problem = records.from_row(row)
+      if problem.has_answer:
+        problems[f"schema {problem.pid}"] = problem
+  assert len(problems) == 1323
   missed = []
   for pid, problem in problems.items():
     letter, thousands = problem.answer, problem.answer
@@ -475,9 +727,10 @@ def test_no_listing_of_all_options_is_paid(responses):
           assert not is_right(response, problem), (pid, response)
 
 
-@pytest.mark.parametrize(
-  "response", [text for text in JUNK if "red" not in text]
-)
+COLOURLESS = [text for text in JUNK if not re.search("red|blue|[<{]", text)]
+
+
+@pytest.mark.parametrize("response", COLOURLESS)
 def test_junk_earns_nothing_on_real_problems(responses, response):
   problems = {row["pid"]: problem_of(row) for row in responses[:1000:4]}
   assert len(problems) == 250

@@ -1,0 +1,117 @@
+"""How long the verifier takes: hostile megabytes, and real responses.
+
+Prints CPU time, which other work on the machine disturbs little:
+
+  python benchmarks/verifier.py [responses.jsonl.gz]
+
+The file has one response a line, with the problem's fields beside it, as
+`tests/data_pipelines/verifier_test.py` reads it. What is aimed at: a hostile
+megabyte under 50 ms, a real response under 1 ms.
+"""
+
+import gzip
+import json
+import pathlib
+import sys
+import time
+
+# Run as a script, it finds the packages of its own checkout.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_pipelines import records, verifier  # noqa: E402
+
+PIECES = (
+  "(", ")", "[", "]", "{", "}", "<", "<answer>", "</answer>",
+  "<answer>5</answer>", "<answer>A</answer>\n", "<answer><answer>",
+  "<ANSWER>", "<think>", "</think>", "<think></think>", r"\boxed{",
+  r"\boxed{5}", r"\fbox{", r"\frac{", r"\frac{1}{2}", r"\sqrt{", r"\text{",
+  "\\", "\\text{\\frac{", "9", "1,", "1,000,", "1 ", "1. ", "1/", "1/1/1/",
+  "1/2 ", "1 1/2 ", "1-", "1 to ", "1 or ", "-", "- ", "1e9", "5 x 10^",
+  "10^-", "minus ", "negative ", "S1 ", "\u00b1", ",", ", ", " ", "\n", "\t",
+  "\r\n", "\u200b", "\u3000", "answer is ", "The answer is ", "answer: ",
+  "answer ", "the answer is not ", '"answer": ', '{"answer": "', "'answer':",
+  "A ", "A, ", "(A) ", "(A) or ", "A\n", "A. red\n", "(A) red\n(B) blue\n",
+  "red ", "red or ", "not red ", "not ", "no ", "yes ", "Yes, no ", "if ",
+  "\u7b54\u6848", "\u7b54\u6848\u662f", "\u9009", "\u4e00", "\u5341",
+  "\u4e07", "\u067e\u0627\u0633\u062e", "\u06f1", "\u221a(", "\u00b2",
+  "\u207b", "\U0001f600", "\x00", "one ", "one hundred ", "twenty-", "dozen ",
+  "there are ", "so ", "therefore ", "is the right ", "cannot ",
+  "it cannot be determined ", "[1,", "[[1], ", "[1, 2] ", "(1, 2) ", "**",
+  "**5** ", "**A** **", "# ", "# answer\n", "|", "Hint: Please answer ",
+  "$", "$$", "`", "~", "=", "x = ", "= 5 ", "\u2248", "%", "5% ", "5 cm ",
+  "! ", "? ", ". ", "'", '"', "<|im_end|>", "</s>", "<|", "|>", "a", "AB",
+  "I'd choose ", "option ", "option B ", "Final Answer: ", "1, 2, 3, and ",
+)  # fmt: skip
+
+
+def problem(answer: str, kind: str, *choices: str) -> records.Problem:
+  """A problem of which the verifier needs no more than this."""
+  return records.Problem(
+    pid="1",
+    question="?",
+    image_path="",
+    image_bytes=b"",
+    choices=choices,
+    unit="",
+    precision=2 if kind == "float" else -1,
+    answer=answer,
+    question_type="multi_choice" if choices else "free_form",
+    answer_type=kind,
+    query="",
+    solution="",
+    metadata={},
+  )
+
+
+PROBLEMS = (
+  problem("5", "integer"),
+  problem("1.25", "float"),
+  problem("[1, 2.5]", "list"),
+  problem("blue", "text", "red", "blue", "dark green", "18"),
+  problem("Yes", "text", "Yes", "No"),
+)
+
+
+def cost(response: str, problem: records.Problem) -> float:
+  """Milliseconds of CPU time, the better of two."""
+  times = []
+  for _ in range(2):
+    start = time.process_time()
+    verifier.verify(response, problem)
+    times.append(time.process_time() - start)
+  return 1e3 * min(times)
+
+
+def hostile() -> None:
+  """Prints the dearest of many megabytes of one thing."""
+  costs = []
+  for piece in PIECES:
+    text = piece * (1_000_000 // len(piece))
+    for form in (text, f"<answer>{text}</answer>", f"The answer is {text}"):
+      for asked in PROBLEMS:
+        costs.append((cost(form, asked), form[:40], asked.answer))
+  costs.sort(reverse=True)
+  print(f"{len(costs)} hostile megabytes, ms of CPU, the dearest:")
+  for milliseconds, text, answer in costs[:12]:
+    print(f"  {milliseconds:8.2f}  {text!r} asked for {answer!r}")
+
+
+def real(path: str) -> None:
+  """Prints what the responses of a file cost."""
+  costs = []
+  with gzip.open(path, "rt") as file:
+    for line in file:
+      row = json.loads(line)
+      asked = problem(row["answer"], row["answer_type"], *row["choices"] or ())
+      costs.append((cost(row["response"], asked), len(row["response"])))
+  costs.sort(reverse=True)
+  mean = sum(milliseconds for milliseconds, _ in costs) / len(costs)
+  print(f"{len(costs)} real responses: mean {mean:.3f} ms of CPU")
+  for milliseconds, length in costs[:5]:
+    print(f"  {milliseconds:8.2f}  of {length} characters")
+
+
+if __name__ == "__main__":
+  hostile()
+  for name in sys.argv[1:]:
+    real(name)
