@@ -44,7 +44,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
-    config.train.num_steps = 125
+    config.train.num_steps = 110
     config.eval.every_steps = 25
     # A prompt and its picture are computed once, so more completions are cheap,
     # and they make the advantages far less noisy.

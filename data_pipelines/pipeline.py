@@ -470,8 +470,8 @@ class _Rows:
         f"the prompt of {problem.pid} has {length} tokens, more than the "
         f"largest of data.prompt_buckets ({self.prompt_buckets[-1]})",
       )
-    if self.kind == "demonstrations":
-      self._completions(problem, [])
+    if self._num_completions:
+      self._completions(problem, [0, 0])
     return length
 
   def _completions(

@@ -20,7 +20,6 @@ completions or more of the problem of that pid, the better with higher labels.
 import dataclasses
 import decimal
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +63,7 @@ class Reply(NamedTuple):
   label: float
 
 
-# From a problem and what draws: its replies, best first.
+# From a problem and what draws: its replies, no more than are asked for.
 type Source = Callable[
   [records.Problem, np.random.Generator], tuple[Reply, ...]
 ]
@@ -121,39 +120,47 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Reply, ...]]:
   by_pid: dict[str, tuple[Reply, ...]] = {}
-  rule = (
-    'be {"pid": "...", "completions": [{"text": "...", "label": 1.0}, ...]} '
-    "with two completions or more, each pid once"
-  )
   try:
     with open(path, encoding="utf-8") as file:
       lines = list(file)
-  except OSError as error:
+  except (OSError, UnicodeDecodeError) as error:
     raise ValueError(
       f"data.preference_file ({str(path)!r}) must be a file of labelled "
       f"completions: {error}; name one, or leave it empty."
     ) from error
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
-      replies = tuple(
-        Reply(str(each["text"]), float(each["label"]))
-        for each in row["completions"]
-      )
-      pid = str(row["pid"])
-      if (
-        len(replies) < 2
-        or pid in by_pid
-        or not all(math.isfinite(reply.label) for reply in replies)
-      ):
-        raise ValueError("too few, not finite or twice")
+      pid, replies = _parsed(line)
+      if pid in by_pid:
+        raise ValueError("the pid has a line already")
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
-        f"data.preference_file ({str(path)!r}) line {number} must {rule}, not "
+        f"data.preference_file ({str(path)!r}) line {number} must be "
+        '{"pid": "...", "completions": [{"text": "...", "label": 1.0}, ...]} '
+        "with two completions or more, each pid once, not "
         f"{line.strip()[:80]!r} ({error}); mend the line."
       ) from error
     by_pid[pid] = replies
   return by_pid
+
+
+def _parsed(line: str) -> tuple[str, tuple[Reply, ...]]:
+  row = json.loads(line)
+  replies = tuple(
+    Reply(each["text"], each["label"]) for each in row["completions"]
+  )
+  if len(replies) < 2:
+    raise ValueError("too few completions")
+  for reply in replies:
+    number = isinstance(reply.label, int | float)
+    if not isinstance(reply.text, str) or not number:
+      raise TypeError("a text must be a string, and a label a number")
+    # What float32 can hold.
+    if not abs(reply.label) < 1e38:
+      raise ValueError("a label must be finite")
+  if not isinstance(row["pid"], str | int):
+    raise TypeError("a pid must be a string")
+  return str(row["pid"]), replies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,20 @@ class Dataset:
       batch_size=config.eval.batch_size,
       shard_index=shard_index,
       shard_count=shard_count,
+      **_prompt_settings(config),
+    )
+
+  def preference_batches(
+    self, config: run_config.Config, *, shard_index: int, shard_count: int
+  ) -> pipeline.EvalBatches:
+    """The same with labelled completions, which not every problem may have."""
+    return pipeline.make_eval_batches(
+      self.eval,
+      self.tokenizer,
+      num_problems=config.eval.num_problems,
+      batch_size=config.eval.batch_size,
+      shard_index=shard_index,
+      shard_count=shard_count,
       max_new_tokens=config.rollout.max_new_tokens,
       replies=self.replies,
       num_replies=config.data.preference_completions,
@@ -103,6 +117,8 @@ def open_dataset(
   Raises:
     ValueError: There is no such data, or it may not or cannot be used so.
   """
+  # Before anything is drawn for a run that must be refused.
+  replies, their_identity = _replies(config)
   folder = pathlib.Path(config.data.dir or pathlib.Path(workdir) / "data")
   if config.data.dir:
     manifest = _manifest(folder)
@@ -111,29 +127,36 @@ def open_dataset(
   _check(config, manifest)
   if for_training:
     _check_training(config, manifest)
-  identity = {
-    "records": manifest["fingerprint"],
-    "tokenizer": manifest["tokenizer"]["fingerprint"],
-  }
-  replies = None
-  if config.data.kind == "preference":
-    replies = preferences.drawn(
-      config.data.preference_completions,
-      kinds=config.data.preference_kinds,
-      template=prompts.TEMPLATES[config.data.prompt_template],
-    )
-    if file := config.data.preference_file:
-      replies = preferences.from_file(file, config.data.preference_completions)
-      identity["preferences"] = hashlib.sha256(
-        pathlib.Path(file).read_bytes()
-      ).hexdigest()
   return Dataset(
     tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
     train=mathvista.source(folder, config.data.train_split),
     eval=mathvista.source(folder, config.data.eval_split),
     replies=replies,
-    identity=identity,
+    identity={
+      "data.dir: its records": manifest["fingerprint"],
+      "data.dir: its tokenizer": manifest["tokenizer"]["fingerprint"],
+    }
+    | their_identity,
   )
+
+
+def _replies(
+  config: run_config.Config,
+) -> tuple[preferences.Source | None, dict[str, str]]:
+  """The labelled completions of a run, and what to know a file of them by."""
+  if config.data.kind != "preference":
+    return None, {}
+  count, file = config.data.preference_completions, config.data.preference_file
+  if not file:
+    drawn = preferences.drawn(
+      count,
+      kinds=config.data.preference_kinds,
+      template=prompts.TEMPLATES[config.data.prompt_template],
+    )
+    return drawn, {}
+  replies = preferences.from_file(file, count)
+  digest = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  return replies, {"data.preference_file: its contents": digest}
 
 
 def synthetic_request(

@@ -377,7 +377,7 @@ def policy_loss(
   per_token_metrics = {
     "kl": kl,
     **{f"kl_{name}": value for name, value in estimators.items()},
-    "ratio": ratio,
+    "ratio": jnp.minimum(ratio, _MAX_RATIO),
     "ratio_squared": jnp.square(jnp.minimum(ratio, _MAX_RATIO)),
     "old_kl": _k3(-log_ratio),
     "sampler_weight": weights,

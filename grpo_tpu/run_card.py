@@ -48,13 +48,13 @@ def check(
   """
   if card is None:
     return
-  wanted = _essence(config, identity)
-  for name, value in wanted.items():
-    if card["essence"].get(name) != value:
+  wanted, saved = _essence(config, identity), card["essence"]
+  for name in wanted | saved:
+    if saved.get(name) != wanted.get(name):
       raise ValueError(
-        f"{name} ({value!r}) must stay what the run in {workdir} was started "
-        f"with ({card['essence'].get(name)!r}); set it back, or name an empty "
-        "--workdir."
+        f"{name} ({wanted.get(name)!r}) must stay what the run in {workdir} "
+        f"was started with ({saved.get(name)!r}); set it back, or name an "
+        "empty --workdir."
       )
 
 
@@ -102,5 +102,5 @@ def _essence(
     # By its text too, which a later version may word in another way.
     "data.prompt_template: its text": template.fingerprint,
     "data.shuffle_options": config.data.shuffle_options,
-    **{f"data.dir: its {name}": value for name, value in identity.items()},
+    **identity,
   }

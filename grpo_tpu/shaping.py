@@ -136,11 +136,12 @@ def top_entropy(
 ) -> Bool[Array, "*batch"]:
   """The `share` of the unmasked tokens whose entropy is highest.
 
-  Those at or above the (1 - share) quantile of the whole batch, interpolated as
-  NumPy's default does; equal entropies at the threshold all count.
+  Those at or above the (1 - share) quantile of the whole batch; equal entropies
+  at the threshold all count.
   """
   entropy = jnp.where(mask, jnp.asarray(entropy, jnp.float32), jnp.nan)
-  threshold = jnp.nanquantile(entropy, 1.0 - share)
+  # Not interpolated: rounding could lift it above those that it lies between.
+  threshold = jnp.nanquantile(entropy, 1.0 - share, method="higher")
   return jnp.where(mask, entropy >= threshold, False)
 
 
@@ -164,4 +165,5 @@ def sampler_weights(
     count = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     gap = jnp.broadcast_to(gap.sum(axis=-1, keepdims=True) / count, gap.shape)
   # As in the loss: a gap beyond it says that something else is broken.
-  return jax.lax.stop_gradient(jnp.exp(jnp.minimum(gap, 60.0)))
+  weights = jnp.where(mask, jnp.exp(jnp.minimum(gap, 60.0)), 1.0)
+  return jax.lax.stop_gradient(weights)

@@ -154,6 +154,11 @@ class _Run:
     shard_index, shard_count = sharding.data_shard(mesh)
     self._shard = {"shard_index": shard_index, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shard)
+    self._preference_batches = (
+      data.preference_batches(self.config, **self._shard)
+      if config.data.kind == "preference"
+      else None
+    )
     self._is_off_policy = config.train.num_iterations > 1 and is_online
     self._has_reference = config.data.kind == "preference" or (
       is_online and config.objective_config.beta > 0
@@ -297,10 +302,10 @@ class _Run:
     )
     writer.write_samples(step, result.samples, split="eval")
     scalars = result.scalars
-    if self.config.data.kind == "preference":
+    if self._preference_batches is not None:
       assert self._reference is not None
       scalars |= evaluate_preferences.evaluate(
-        self.policy, state.params, self._reference, self._eval_batches
+        self.policy, state.params, self._reference, self._preference_batches
       )
     return scalars | {"perf/eval_seconds": time.perf_counter() - start}
 

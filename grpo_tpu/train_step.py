@@ -157,7 +157,7 @@ def make_train_step(
       metrics |= _implicit_preference(micro, logps, totals["num_pairs"])
     if config is None:
       nll = -jnp.sum(jnp.where(mask, logps, 0.0)) / num_tokens
-      return nll, (metrics | {"nll": nll}, maxima)
+      return nll - entropy_bonus * entropy, (metrics | {"nll": nll}, maxima)
     weights = None
     if config.tis_cap is not None and micro.sampler_logps is not None:
       weights = shaping.sampler_weights(
@@ -217,9 +217,9 @@ def make_train_step(
     value, metrics, gradient = sums
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     if "ratio_squared" in metrics:
-      squared = jnp.square(metrics["ratio"])
-      metrics["effective_sample_share"] = squared / jnp.maximum(
-        metrics.pop("ratio_squared"), jnp.finfo(jnp.float32).tiny
+      squared = metrics.pop("ratio_squared")
+      metrics["effective_sample_share"] = jnp.where(
+        squared > 0, jnp.square(metrics["ratio"]) / squared, 1.0
       )
     metrics |= maxima | {
       "loss": value,

@@ -355,6 +355,10 @@ BAD_LINES = {
   "endless": line_of("1", (float("inf"), 0.0)),
   "a word": line_of("1", (1.0, "bad")),
   "null": line_of("1", (1.0, None)),
+  "a quoted number": line_of("1", (1.0, "1")),
+  "huge": line_of("1", (1.0, 10**400)),
+  "no string": line_of().replace('"a"', "null"),
+  "no name": line_of().replace('"1"', "null"),
 }
 
 

@@ -68,10 +68,10 @@ def test_a_data_dir_that_is_named_needs_no_workdir(workdir):
 
 def test_identity_is_that_of_records_and_tokenizer(workdir, data_dir):
   data = opened(settings(dir=str(data_dir)))
-  assert data.identity["tokenizer"] == data.tokenizer.fingerprint
+  assert data.identity["data.dir: its tokenizer"] == data.tokenizer.fingerprint
   edit_manifest(data_dir, fingerprint="others")
   others = opened(settings(dir=str(data_dir)))
-  assert others.identity == data.identity | {"records": "others"}
+  assert others.identity == data.identity | {"data.dir: its records": "others"}
 
 
 def write_replies(path, pids, rejected="no"):
@@ -96,7 +96,7 @@ def test_replies_come_to_a_run_on_preferences_alone(workdir, kind):
   place = {"shard_index": 0, "shard_count": 1}
   for batch in (
     next(data.train_batches(config, start_step=0, **place)),
-    data.eval_batches(config, **place)[0],
+    data.preference_batches(config, **place)[0],
   ):
     if kind == "preference":
       assert batch.labels is not None
@@ -118,12 +118,33 @@ def test_a_file_of_replies_is_what_batches_bring(workdir, tmp_path):
   data, place = opened(config, workdir), {"shard_index": 0, "shard_count": 1}
   for batch in (
     next(data.train_batches(config, start_step=0, **place)),
-    data.eval_batches(config, **place)[0],
+    data.preference_batches(config, **place)[0],
   ):
     assert batch.valid.all() and batch.completion_ids is not None
     assert (batch.labels == [2, -1]).all()
     for ids in batch.completion_ids:
       assert [data.tokenizer.decode(x) for x in ids] == ["yes", "no"]
+
+
+def test_problems_are_asked_whether_or_not_a_file_has_replies(
+  workdir, tmp_path
+):
+  path = tmp_path / "replies.jsonl"
+  write_replies(path, ["no such pid"])
+  config = settings(kind="preference", preference_file=str(path))
+  data, place = opened(config, workdir), {"shard_index": 0, "shard_count": 1}
+  batch = data.eval_batches(config, **place)[0]
+  assert batch.valid.all() and batch.labels is None
+  assert not data.preference_batches(config, **place)[0].valid.any()
+  with pytest.raises(ValueError, match="^none of the .* can be used"):
+    data.train_batches(config, start_step=0, **place)
+
+
+def test_nothing_is_drawn_for_a_run_whose_file_of_replies_is_bad(tmp_path):
+  config = settings(kind="preference", preference_file=str(tmp_path / "none"))
+  with pytest.raises(ValueError, match="^data.preference_file"):
+    opened(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
 
 
 def test_identity_has_the_hash_of_a_file_of_replies(workdir, tmp_path):
@@ -133,10 +154,10 @@ def test_identity_has_the_hash_of_a_file_of_replies(workdir, tmp_path):
   for rejected in ("no", "no", "perhaps"):
     write_replies(path, ["1"], rejected)
     identity = opened(config, workdir).identity
-    hashes.append(identity["preferences"])
+    hashes.append(identity["data.preference_file: its contents"])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert identity == opened(settings(), workdir).identity | {
-      "preferences": digest
+      "data.preference_file: its contents": digest
     }
   assert hashes[0] == hashes[1] != hashes[2]
 

@@ -13,7 +13,10 @@ from grpo_tpu import config as run_config
 from grpo_tpu import run_card
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())
-IDENTITY = {"records": "aaaa", "tokenizer": "bbbb"}
+IDENTITY = {
+  "data.dir: its records": "aaaa",
+  "data.dir: its tokenizer": "bbbb",
+}
 WEIGHTS = "run:/runs/warm@40"
 
 
@@ -88,8 +91,20 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
       True,
       False,
     ),
-    (CONFIG, {"records": "cc"}, "data.dir: its records", "'cc'", "'aaaa'"),
-    (CONFIG, {"tokenizer": "cc"}, "data.dir: its tokenizer", "'cc'", "'bbbb'"),
+    (
+      CONFIG,
+      {"data.dir: its records": "cc"},
+      "data.dir: its records",
+      "'cc'",
+      "'aaaa'",
+    ),
+    (
+      CONFIG,
+      {"data.dir: its tokenizer": "cc"},
+      "data.dir: its tokenizer",
+      "'cc'",
+      "'bbbb'",
+    ),
   ],
   ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -143,3 +158,12 @@ def test_a_torn_card_is_an_error_that_names_it(tmp_path):
   (tmp_path / "run.json").write_text('{"essence": {')
   with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
     run_card.read(str(tmp_path))
+
+
+def test_a_run_is_not_continued_without_the_file_it_was_started_with(tmp_path):
+  file = {"data.preference_file: its contents": "dddd"}
+  run_card.write(str(tmp_path), CONFIG, IDENTITY | file, WEIGHTS)
+  card = run_card.read(str(tmp_path))
+  run_card.check(card, CONFIG, IDENTITY | file, "W")
+  with pytest.raises(ValueError, match="preference_file.*'dddd'"):
+    run_card.check(card, CONFIG, IDENTITY, "W")

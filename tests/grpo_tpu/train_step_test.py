@@ -501,3 +501,10 @@ def test_a_frozen_tower_neither_moves_nor_counts(bigram, update, bundles):
   assert_trees_close(frozen, trained, atol=1e-6)
   everything = optax.tree.norm((trained, tower))
   np.testing.assert_allclose(norm, everything, rtol=1e-4)
+
+
+def test_far_off_the_effective_sample_share_stays_a_share(update, bundles):
+  old = bundles.old_per_token_logps.at[0, 0, 0].add(-50.0)
+  _, metrics = update("dapo", 1, bundles.replace(old_per_token_logps=old))
+  share = metrics["effective_sample_share"]
+  np.testing.assert_allclose(share, 1 / metrics["tokens"], rtol=1e-3)
