@@ -213,7 +213,7 @@ def _drawn(
   for _ in range(_TRIES * (count - 1)):
     if not left or len(rejected) == count - 1:
       break
-    kind = left[rng.integers(len(left))] if len(left) > 1 else left[0]
+    kind = left[rng.integers(len(left))]
     text = _MAKERS[kind](writer, rng)
     if text is None:
       left.remove(kind)

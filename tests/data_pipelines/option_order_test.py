@@ -140,6 +140,7 @@ def test_every_order_is_as_likely_as_another():
     make_problem(question="选项A是什么颜色?"),
     make_problem(solution="It is red, so the answer is A."),
     make_problem(solution="Therefore B."),
+    make_problem(solution="Option A is right."),
     make_problem(solution="It is red. A"),
     make_problem(choices=("A", "B", "C")),
     make_problem(choices=("B)", "A)", "C)")),

@@ -208,7 +208,14 @@ def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
       continue
     assert (label, no_label) == (1.0, 0.0)
     assert verifier.verify(better, problem).correct
-    assert not verifier.verify(worse, problem).correct
+    verdict = verifier.verify(worse, problem)
+    assert not verdict.correct
+    if kind in preferences.DEFAULT_KINDS:
+      assert verdict.answer is not None
+    if kind != "conflict":
+      assert better == prompts.demonstration(
+        problem, template=prompts.TEMPLATES[template]
+      )
     differences.append(len(worse) - len(better))
   assert len(differences) >= share * len(problems)
   assert abs(np.mean(differences)) <= mean
