@@ -162,7 +162,7 @@ HAND = [
     "The answer is 5.",
     metadata={"task": "a", "skills": ["x", "y", "x"], "source": "S"},
   ),
-  record("2", "5.7", metadata={"task": "a", "skills": ["y"]}),
+  record("2", "5.7", true_false="?", metadata={"task": "a", "skills": ["y"]}),
   # The empty response is nearest to the shortest option.
   record("3", None, "tan", choices=NEAREST, metadata={"task": "b"}),
   record("4", "(B)", "blue", choices=COLOURS, metadata={"task": "b"}),
