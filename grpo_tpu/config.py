@@ -552,10 +552,10 @@ def _check_names(config: Config) -> None:
   )
   _require(
     config.data.kind != "online"
-    or not config.rewards.format
+    or not config.rewards.weights["format"]
     or "<answer>" in prompts.TEMPLATES[config.data.prompt_template].instruction,
     "rewards.format",
-    config.rewards.format,
+    config.rewards.weights["format"],
     "be 0 where data.prompt_template "
     f"({config.data.prompt_template!r}) does not ask for the <answer> that it "
     "pays",

@@ -17,5 +17,6 @@ if (($# == 0)); then
   "$bin/ruff" check .
   "$bin/pyright" --pythonpath "$bin/python"
   "$bin/shellcheck" --external-sources launch/*.sh .ci/run
+  set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 fi
 exec "$bin/python" -m pytest -m "not tpu" "$@"
