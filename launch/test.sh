@@ -17,6 +17,7 @@ if (($# == 0)); then
   "$bin/ruff" check .
   "$bin/pyright" --pythonpath "$bin/python"
   "$bin/shellcheck" --external-sources launch/*.sh .ci/run
-  set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+  # A file's tests share what it made once.
+  set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 fi
 exec "$bin/python" -m pytest -m "not tpu" "$@"

@@ -28,17 +28,3 @@ def fixtures() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f"no fixtures folder at {folder}; set GRPO_TPU_FIXTURES")
   return folder
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """One worker has all tests of a file, and one all that train to the end.
-
-  For these share what was made or trained once, and begin first.
-  """
-  items.sort(key=lambda item: item.path.parent.name != "e2e")
-  for item in items:
-    trains = item.path.parent.name == "e2e"
-    item.add_marker(
-      pytest.mark.xdist_group("e2e" if trains else item.path.name)
-    )
