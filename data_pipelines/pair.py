@@ -16,15 +16,19 @@ import collections
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-from data_pipelines import mathvista, preferences, records, verifier
+from data_pipelines import (
+  command_line,
+  mathvista,
+  preferences,
+  records,
+  verifier,
+)
 
-_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 _MANIFEST = "manifest.json"
 
 
@@ -251,21 +255,12 @@ def main(argv: Sequence[str]) -> None:
       )
     counts = write(argv[1:], FLAGS.out, data_dir=FLAGS.data_dir)
   except RequestError as error:
-    logging.error("%s", error)
-    sys.exit(_BAD_REQUEST)
+    command_line.refuse(error)
   said = ", ".join(f"{name} {count}" for name, count in counts.items())
   logging.info("Wrote %s: %s.", FLAGS.out, said)
-
-
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-  try:
-    return FLAGS(argv)
-  except flags.Error as error:
-    logging.error("%s; see --help.", error)
-    sys.exit(_BAD_REQUEST)
 
 
 if __name__ == "__main__":
   _define_flags()
   logging.set_verbosity(logging.INFO)
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=command_line.parse)

@@ -17,13 +17,13 @@ import itertools
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
 from data_pipelines import (
+  command_line,
   intake,
   mathvista,
   prompts,
@@ -40,7 +40,6 @@ _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
 _OURS = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
 _MAX_TOKENIZER_TEXTS = 3_000
-_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 
 
 class RequestError(ValueError):
@@ -355,19 +354,10 @@ def main(argv: Sequence[str]) -> None:
       raise RequestError(f"arguments ({argv[1:]}) must be flags; see --help.")
     prepare(_request())
   except RequestError as error:
-    logging.error("%s", error)
-    sys.exit(_BAD_REQUEST)
-
-
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-  try:
-    return FLAGS(argv)
-  except flags.Error as error:
-    logging.error("%s; see --help.", error)
-    sys.exit(_BAD_REQUEST)
+    command_line.refuse(error)
 
 
 if __name__ == "__main__":
   _define_flags()
   logging.set_verbosity(logging.INFO)
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=command_line.parse)

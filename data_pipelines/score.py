@@ -17,15 +17,13 @@ shown above chance: 0 is what guessing earns, 100 is all right.
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from data_pipelines import grading, results
+from data_pipelines import command_line, grading, results
 
-_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 _HEADINGS = ("", "problems", "strict", "official", "stored", "above chance")
 
 
@@ -156,18 +154,9 @@ def main(argv: Sequence[str]) -> None:
       )
     print(run(argv[1], out=FLAGS.out, scores=FLAGS.scores))
   except results.ResultsError as error:
-    logging.error("%s", error)
-    sys.exit(_BAD_REQUEST)
-
-
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-  try:
-    return FLAGS(argv)
-  except flags.Error as error:
-    logging.error("%s; see --help.", error)
-    sys.exit(_BAD_REQUEST)
+    command_line.refuse(error)
 
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=command_line.parse)

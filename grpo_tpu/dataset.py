@@ -66,30 +66,32 @@ class Dataset:
     self, config: run_config.Config, *, shard_index: int, shard_count: int
   ) -> pipeline.EvalBatches:
     """This shard's batches of held-out problems, in a fixed order."""
-    return pipeline.make_eval_batches(
-      self.eval,
-      self.tokenizer,
-      num_problems=config.eval.num_problems,
-      batch_size=config.eval.batch_size,
-      shard_index=shard_index,
-      shard_count=shard_count,
-      **_prompt_settings(config),
+    return self._held_out(
+      config, shard_index=shard_index, shard_count=shard_count
     )
 
   def preference_batches(
     self, config: run_config.Config, *, shard_index: int, shard_count: int
   ) -> pipeline.EvalBatches:
     """The same with labelled completions, which not every problem may have."""
-    return pipeline.make_eval_batches(
-      self.eval,
-      self.tokenizer,
-      num_problems=config.eval.num_problems,
-      batch_size=config.eval.batch_size,
+    return self._held_out(
+      config,
       shard_index=shard_index,
       shard_count=shard_count,
       max_new_tokens=config.rollout.max_new_tokens,
       replies=self.replies,
       num_replies=config.data.preference_completions,
+    )
+
+  def _held_out(
+    self, config: run_config.Config, **settings: Any
+  ) -> pipeline.EvalBatches:
+    return pipeline.make_eval_batches(
+      self.eval,
+      self.tokenizer,
+      num_problems=config.eval.num_problems,
+      batch_size=config.eval.batch_size,
+      **settings,
       **_prompt_settings(config),
     )
 

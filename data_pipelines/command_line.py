@@ -1,0 +1,26 @@
+"""How the commands of this package read their flags, and refuse bad ones."""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags, logging
+
+_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """What is left of `argv` without its flags, for `app.run(flags_parser=)`.
+
+  A flag that cannot be read ends the program with exit code 64.
+  """
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    refuse(f"{error}; see --help.")
+
+
+def refuse(message: object) -> NoReturn:
+  """Says why, and ends the program with exit code 64."""
+  logging.error("%s", message)
+  sys.exit(_BAD_REQUEST)
