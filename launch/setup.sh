@@ -115,8 +115,9 @@ make_venv() {
   unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   rm -f "$stamp"
-  # Cleared, not removed: .venv may be a link to a larger disk.
-  "$python" -m venv --clear "$venv" || exit
+  # Cleared, not removed: .venv may be a link to a larger disk (which the venv
+  # module clears and then refuses, unless it gets the folder itself).
+  "$python" -m venv --clear "$(readlink -f "$venv")" || exit
   cd "$root" || exit
   # The build tools are pinned too, so they are not fetched anew per package.
   install setuptools wheel
