@@ -199,7 +199,7 @@ def _stated(
     mentioned = options.mentioned(" ".join(part))
     if len(mentioned) == 1:
       return mentioned[0], "statement"
-  value, _ = quantity(text)
+  value, _ = quantity(text) if options.are_numbers else (None, "none")
   named = options.worth(decimal.Decimal(value)) if value else None
   return (named, "statement") if named else (None, "none")
 
@@ -341,15 +341,20 @@ def _concluded(sentence: str) -> numerals.Numeral | None:
     sentence = parts[-1]
   found = _numbers(sentence)
   found = found[:_MOST_NUMBERS] + found[_MOST_NUMBERS:][-_MOST_NUMBERS:]
-  counted = [n for n in found if not (_is_year(n) or _before(n, _THRESHOLD))]
-  found = counted or found
+  dated_too, found = found, [n for n in found if not _is_year(n)]
   there_are = "=" not in sentence and _THERE_ARE.match(sentence)
   if there_are:
+    found = [n for n in found if not _before(n, _THRESHOLD)] or dated_too
     words = itertools.islice(numerals.number_words(sentence), _MOST_NUMBERS)
     counts = [*found, *words]
     counts = [n for n in counts if n.start >= there_are.end()]
     counts.sort(key=lambda number: number.start)
     return next((n for n in counts if not _before(n, _THRESHOLD)), None)
+  return _last_said(found) or _last_said(dated_too)
+
+
+def _last_said(found: list[numerals.Numeral]) -> numerals.Numeral | None:
+  """The last number that something is, or else the last at all."""
   last = None
   for number in reversed(found):
     if _before(number, _THRESHOLD):

@@ -64,15 +64,19 @@ class Options:
     self.folded = _unambiguous((_folded(text), text) for text in choices)
     values = [(numerals.only_number(text), text) for text in choices]
     self.values = _unambiguous((v, text) for v, text in values if v is not None)
+    self.are_numbers = len(self.values) == len(self.exact)
     self.direct = {}
     for letter, text in self.letters.items():
       self.direct |= {letter: text, f"({letter})": text}
     self.direct |= self.exact
     # A lone letter is a letter, and "a" an article: neither is a mention.
-    spaced = {_spaced(t) for t in choices if not re.fullmatch("[A-Za-z]", t)}
+    plain = {text: numerals.plain(text) for text in choices}
+    spaced = {
+      _spaced(plain[t]) for t in choices if not re.fullmatch("[A-Za-z]", t)
+    }
     ranked = sorted(spaced - {""}, key=lambda t: (-len(t), t))
     self.mention = re.compile("|".join(map(_mention, ranked)) or r"(?!)")
-    self.spaced = _unambiguous((_spaced(text), text) for text in choices)
+    self.spaced = _unambiguous((_spaced(plain[t]), t) for t in choices)
     self.are_yes_and_no = set(self.folded) == {"yes", "no"}
     if self.are_yes_and_no:
       self.folded |= dict.fromkeys(_YES, self.folded["yes"])
@@ -155,8 +159,7 @@ class Options:
 
   def worth(self, value: decimal.Decimal) -> str | None:
     """The option of a value, if every option is a number."""
-    numeric = len(self.values) == len(self.exact)
-    return self.values.get(value) if numeric else None
+    return self.values.get(value) if self.are_numbers else None
 
   def _of_value(self, text: str) -> str | None:
     value = numerals.only_number(text)
@@ -175,9 +178,13 @@ def _is_compared(text: str, start: int) -> bool:
 
 def _mention(text: str) -> str:
   """The pattern of an option's text where it is a whole word or number."""
-  pattern = rf"(?<![\w\u221a.]){re.escape(text)}(?![\w\u221a])"
+  # What stands before is looked back at from behind the first character, so
+  # that a search can leap to where an option may start.
+  first, rest = re.escape(text[0]), re.escape(text[1:])
+  before = rf"(?<![\w\u221a.]{first})"
   if text[0].isdigit() or text[0] == "\u221a":
-    pattern = rf"(?<![-/^])(?<!- ){pattern}"
+    before += rf"(?<![-/^]{first})(?<!- {first})"
+  pattern = rf"{first}{before}{rest}(?![\w\u221a])"
   if text[-1].isalnum():
     pattern = rf"{pattern}(?!\.\d|,\d{{3}}(?!\d))"
   if "\u221a" in text or text[-1].isdigit():
@@ -187,10 +194,16 @@ def _mention(text: str) -> str:
 
 def _spaced(text: str) -> str:
   """A plain text as options are looked for in it."""
-  text = numerals.plain(text).casefold()
-  text = re.sub(r"\s?degrees?\b", "\u00b0", text)
-  text = re.sub(r"\b(?:will|would)(?: likely| also)? ", "", text)
+  text = text.casefold()
+  if "degree" in text:
+    text = _DEGREES.sub("\u00b0", text)
+  if "will" in text or "would" in text:
+    text = _WILL.sub("", text)
   return " ".join(text.split()).strip(" .")
+
+
+_DEGREES = re.compile(r"\s?degrees?\b")
+_WILL = re.compile(r"\b(?:will|would)(?: likely| also)? ")
 
 
 def _unambiguous(pairs: Iterable[tuple]) -> dict:

@@ -18,17 +18,18 @@ _CUE = re.compile(
   r"|选(?<!不选)(?!项|[一-龥])|[故应]选|选择"
   r"|(?:پاسخ|جواب)(?: (?:صحیح|درست|نهایی))?(?: گزینه|:|(?= ))|گزینه"
 )
-_CUE_WORDS = (
-  "answer ans final correct right best selected chosen option choice "
-  "答 选 پاسخ جواب گزینه"
-).split()
+# Without one of these no cue is found: quick to look for.
+_CUE_WORD = re.compile(
+  "ans|final|correct|right|best|selected|chosen|option|choice"
+  "|答|选|پاسخ|جواب|گزینه"
+)
 _AFFIRMED = re.compile(
   r"(?:\(\s*([A-Z])\s*\)|\b(?:[Oo]ption|[Cc]hoice|选项)\s*([A-Z])\b"
   r"|(?:\A|(?<=, )|(?<=\b[Ss]o )|(?<=\b[Hh]ence )|(?<=\b[Tt]hus ))([A-Z])\b)"
   r"[^\n]{0,60}?(?:\bis (?:therefore |thus |clearly )?(?:the )?"
   r"(?:(?:correct|right|best)\b|(?:final )?answer\b)|正确)"
 )
-_PRAISE = ("correct", "right", "best", "answer", "正确")
+_PRAISE = re.compile("correct|right|best|answer|正确")
 _DENIED = re.compile(
   r"\b(?:incorrect\b|not (?:the |an? )?(?:correct|right|answer)\b|wrong\b"
   r"|cannot be (?:the|right|correct)\b|rul(?:e[sd]?|ing) out\b"
@@ -89,7 +90,7 @@ def has_cue(text: str) -> bool:
 def announced(parts: list[str], i: int) -> str | None:
   """What sentence i, or the next one, says after "the answer is"."""
   low = lowered(parts[i])
-  if not any(word in low for word in _CUE_WORDS):
+  if not _CUE_WORD.search(low):
     return None
   end = None
   for match in _CUE.finditer(low):
@@ -104,7 +105,7 @@ def announced(parts: list[str], i: int) -> str | None:
 
 def affirmed(sentence: str) -> tuple[str, str] | None:
   """The letter that a sentence calls right, and what follows the letter."""
-  if not any(word in sentence for word in _PRAISE):
+  if not _PRAISE.search(sentence):
     return None
   match = _AFFIRMED.search(sentence)
   if not match or is_denial(sentence):
