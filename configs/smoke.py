@@ -35,9 +35,11 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.rewards.num_workers = 0
   config.optimizer.schedule = "linear"
   config.data.prompts_per_step = 64
-  config.train.microbatch_bundles = 64
+  config.train.microbatch_bundles = 16
   if stage == "warm_start":
     config.data.kind = "demonstrations"
+    # The answers alone: they are all that max_new_tokens has room for.
+    config.data.worked_solutions = False
     config.train.num_steps = 22
     config.eval.every_steps = 22
     config.optimizer.learning_rate = 2e-3

@@ -74,11 +74,15 @@ def prompt_text(
 
 
 def demonstration(
-  problem: records.Problem, *, template: Template = TAGGED
+  problem: records.Problem,
+  *,
+  template: Template = TAGGED,
+  worked: bool = True,
 ) -> str:
-  """A right reply: the worked solution, if any, and the answer."""
+  """A right reply: the worked solution, if any and wanted, and the answer."""
   answer = verifier.final_answer(problem)
-  return with_answer(problem.solution, answer, template=template)
+  reasoning = problem.solution if worked else ""
+  return with_answer(reasoning, answer, template=template)
 
 
 def with_answer(

@@ -248,14 +248,16 @@ def test_a_model_that_cannot_see_gets_no_images(tokenizer):
   assert tokens.IMAGE_PLACEHOLDER not in batch.prompt_ids
 
 
-def test_demonstrations_come_with_the_worked_answer(tokenizer):
-  for batch in batches(tokenizer, kind="demonstrations"):
+@pytest.mark.parametrize("worked", [True, False])
+def test_demonstrations_come_with_the_worked_answer(tokenizer, worked):
+  options = dict(kind="demonstrations", worked_solutions=worked)
+  for batch in batches(tokenizer, **options):
     assert batch.completion_ids.shape == (4, 1, 24)
     for ids, mask, problem in zip(
       batch.completion_ids, batch.completion_mask, batch.problems, strict=True
     ):
       expected = prompts.encode_completion(
-        prompts.demonstration(problem), tokenizer
+        prompts.demonstration(problem, worked=worked), tokenizer
       )
       assert ids[0][mask[0]].tolist() == expected
       assert (ids[0][~mask[0]] == tokens.PAD).all()
