@@ -31,7 +31,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.prompts_per_step = 64
   config.data.prompt_buckets = (384, 512, 1024, 2048)
   config.data.prompt_template = "tagged"
-  config.data.worked_solutions = True
   config.data.shuffle_options = False
   # Of kind "preference"; without a file, one right reply and wrong ones.
   config.data.preference_completions = 2

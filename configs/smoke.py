@@ -30,22 +30,23 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.eval.batch_size = 256
   config.samples.every_steps = 20
   config.checkpoint.every_steps = 50
-  # A group that is all right would be told apart by heuristics alone.
+  # A group that is all right or all wrong would be told apart by its style
+  # alone, and scaled up to a whole advantage: well-written wrong answers would
+  # crowd out those that are still rare.
   config.rewards.preset = "answer"
+  config.rewards.format = 0.0
   config.rewards.num_workers = 0
   config.optimizer.schedule = "linear"
   config.data.prompts_per_step = 64
   config.train.microbatch_bundles = 16
   if stage == "warm_start":
     config.data.kind = "demonstrations"
-    # The answers alone: they are all that max_new_tokens has room for.
-    config.data.worked_solutions = False
     config.train.num_steps = 22
     config.eval.every_steps = 22
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
-    config.train.num_steps = 110
+    config.train.num_steps = 100
     config.eval.every_steps = 25
     # A prompt and its picture are computed once, so more completions are cheap,
     # and they make the advantages far less noisy.

@@ -97,7 +97,6 @@ def make_pipeline(
   replies: preferences.Source | None = None,
   num_replies: int = 2,
   template: prompts.Template = prompts.TAGGED,
-  worked_solutions: bool = True,
   shuffle_options: bool = False,
 ) -> Iterator[Batch]:
   """The endless batches of one shard, from `start_step` on.
@@ -125,8 +124,6 @@ def make_pipeline(
       ones.
     num_replies: How many of them.
     template: How prompts ask for a reply, and demonstrations give it.
-    worked_solutions: Whether demonstrations show how an answer is found, where
-      the problem says it.
     shuffle_options: Whether a row asks with its options in an order of its
       own, where `option_order` can change it. `Batch.problems` are as asked.
 
@@ -153,7 +150,6 @@ def make_pipeline(
     replies=replies or preferences.drawn(num_replies, template=template),
     num_replies=num_replies,
     template=template,
-    worked_solutions=worked_solutions,
     shuffle_options=shuffle_options,
   )
   rows.check_batch_size("data.prompts_per_step", prompts_per_step)
@@ -244,7 +240,6 @@ def make_eval_batches(
     replies=replies or preferences.drawn(2),
     num_replies=num_replies,
     template=template,
-    worked_solutions=True,
     shuffle_options=False,
     is_evaluation=True,
   )
@@ -313,7 +308,6 @@ class _Rows:
   replies: preferences.Source
   num_replies: int
   template: prompts.Template
-  worked_solutions: bool
   shuffle_options: bool
   is_evaluation: bool = False
 
@@ -502,9 +496,7 @@ class _Rows:
     """The ids and labels of the completions that come with the prompt."""
     replies: tuple[preferences.Reply, ...] = ()
     if self.kind == "demonstrations":
-      reply = prompts.demonstration(
-        problem, template=self.template, worked=self.worked_solutions
-      )
+      reply = prompts.demonstration(problem, template=self.template)
       replies = (preferences.Reply(reply, 1.0),)
     elif self.kind == "preference":
       rng = np.random.default_rng([self.seed, *place])

@@ -74,15 +74,11 @@ def prompt_text(
 
 
 def demonstration(
-  problem: records.Problem,
-  *,
-  template: Template = TAGGED,
-  worked: bool = True,
+  problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
-  """A right reply: the worked solution, if any and wanted, and the answer."""
+  """A right reply: the worked solution, if any, and the answer."""
   answer = verifier.final_answer(problem)
-  reasoning = problem.solution if worked else ""
-  return with_answer(reasoning, answer, template=template)
+  return with_answer(problem.solution, answer, template=template)
 
 
 def with_answer(

@@ -55,8 +55,6 @@ class DataConfig:
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
     prompt_template: A key of `prompts.TEMPLATES`: how prompts, in training and
       in evaluation, ask for a reply, and how the replies made here give it.
-    worked_solutions: Whether demonstrations show how an answer is found, where
-      the data say it, or the answer alone.
     shuffle_options: Ask each training row with its options in an order of its
       own; evaluation never does.
     preference_completions: Labelled completions of a prompt, for kind
@@ -80,7 +78,6 @@ class DataConfig:
   prompts_per_step: int
   prompt_buckets: tuple[int, ...]
   prompt_template: str
-  worked_solutions: bool
   shuffle_options: bool
   preference_completions: int
   preference_file: str

@@ -58,7 +58,6 @@ class Dataset:
       worker_processes=config.data.worker_processes,
       replies=self.replies,
       num_replies=config.data.preference_completions,
-      worked_solutions=config.data.worked_solutions,
       shuffle_options=config.data.shuffle_options,
       **_prompt_settings(config),
     )

@@ -101,7 +101,6 @@ def _essence(
     "data.prompt_template": config.data.prompt_template,
     # By its text too, which a later version may word in another way.
     "data.prompt_template: its text": template.fingerprint,
-    "data.worked_solutions": config.data.worked_solutions,
     "data.shuffle_options": config.data.shuffle_options,
     **identity,
   }

@@ -248,16 +248,14 @@ def test_a_model_that_cannot_see_gets_no_images(tokenizer):
   assert tokens.IMAGE_PLACEHOLDER not in batch.prompt_ids
 
 
-@pytest.mark.parametrize("worked", [True, False])
-def test_demonstrations_come_with_the_worked_answer(tokenizer, worked):
-  options = dict(kind="demonstrations", worked_solutions=worked)
-  for batch in batches(tokenizer, **options):
+def test_demonstrations_come_with_the_worked_answer(tokenizer):
+  for batch in batches(tokenizer, kind="demonstrations"):
     assert batch.completion_ids.shape == (4, 1, 24)
     for ids, mask, problem in zip(
       batch.completion_ids, batch.completion_mask, batch.problems, strict=True
     ):
       expected = prompts.encode_completion(
-        prompts.demonstration(problem, worked=worked), tokenizer
+        prompts.demonstration(problem), tokenizer
       )
       assert ids[0][mask[0]].tolist() == expected
       assert (ids[0][~mask[0]] == tokens.PAD).all()

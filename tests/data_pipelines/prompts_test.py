@@ -158,8 +158,6 @@ def test_a_template_is_how_to_reply_as_asked_and_as_done(tokenizer, name):
   assert prompts.demonstration(problem, template=template) == bare
   solved = make_problem(solution="2 + 3 = 5.")
   assert prompts.demonstration(solved, template=template) == worked
-  answer = prompts.demonstration(solved, template=template, worked=False)
-  assert answer == bare
   assert prompts.chat_text(solved) == (
     f"user\n{prompts.prompt_text(solved)}\nmodel\n2 + 3 = 5. <answer>5</answer>"
   )

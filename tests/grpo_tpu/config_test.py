@@ -101,7 +101,6 @@ WRONG_TYPES = {
   "data.preference_file": [None, 3],
   "data.preference_kinds": [(3,), "refusal"],
   "data.prompt_template": [None, 3],
-  "data.worked_solutions": [1, "True"],
   "data.shuffle_options": [1, "True"],
   "shaping.soft_tokens": [2.0, True],
   "shaping.advantage_clip": ["1", True],

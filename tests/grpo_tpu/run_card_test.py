@@ -85,13 +85,6 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
       "'tagged'",
     ),
     (
-      changed("data", worked_solutions=False),
-      {},
-      "data.worked_solutions",
-      False,
-      True,
-    ),
-    (
       changed("data", shuffle_options=True),
       {},
       "data.shuffle_options",
