@@ -1,4 +1,4 @@
-"""The parameter tree: its shapes, and how it is drawn.
+"""The parameter tree: its shapes, how it is drawn, and how it is loaded.
 
 The decoder's layers are stacked along a leading axis, as are the tower's, so
 that one scan runs them all. Names and axes within a layer are those of the
@@ -6,11 +6,14 @@ that one scan runs them all. Names and axes within a layer are those of the
 """
 
 import math
+import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_tpu.gemma3 import assembly, gguf
 from grpo_tpu.gemma3 import config as gemma3_config
 
 
@@ -64,6 +67,32 @@ def random_params(
     )
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype))
+
+
+def from_gguf(
+  path: str | os.PathLike[str],
+  *,
+  config: gemma3_config.ModelConfig | None = None,
+  dtype: Any = jnp.float32,
+  place: assembly.Place = assembly.on_one_device,
+) -> tuple[gemma3_config.ModelConfig, dict]:
+  """The model of a GGUF file, of a text size; see `gguf.File`.
+
+  Args:
+    path: The file, on this machine.
+    config: What the file must hold; None takes what it says.
+    dtype: Of the decoder.
+    place: Gives the shapes of the tree their shardings.
+
+  Returns:
+    The sizes, and the tree on its devices.
+
+  Raises:
+    ValueError: The file cannot be read as that model; lists every fault.
+  """
+  file = gguf.File(path, config)
+  abstract = place(abstract_params(file.config, jnp.dtype(dtype)))
+  return file.config, assembly.assembled(abstract, file.read)
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:
