@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from grpo_tpu.gemma3 import assembly, gguf
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import huggingface, huggingface_config
 
@@ -144,6 +145,32 @@ def to_hf(
     dtype=None if dtype is None else np.dtype(dtype),
     tokenizer_dir=tokenizer_dir,
   )
+
+
+def from_gguf(
+  path: str | os.PathLike[str],
+  *,
+  config: gemma3_config.ModelConfig | None = None,
+  dtype: Any = jnp.float32,
+  place: assembly.Place = assembly.on_one_device,
+) -> tuple[gemma3_config.ModelConfig, dict]:
+  """The model of a GGUF file, of a text size; see `gguf.File`.
+
+  Args:
+    path: The file, on this machine.
+    config: What the file must hold; None takes what it says.
+    dtype: Of the decoder.
+    place: Gives the shapes of the tree their shardings.
+
+  Returns:
+    The sizes, and the tree on its devices.
+
+  Raises:
+    ValueError: The file cannot be read as that model; lists every fault.
+  """
+  file = gguf.File(path, config)
+  abstract = place(abstract_params(file.config, jnp.dtype(dtype)))
+  return file.config, assembly.assembled(abstract, file.read)
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:
