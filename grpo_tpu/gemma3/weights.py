@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from grpo_tpu.gemma3 import assembly, gguf
+from grpo_tpu.gemma3 import assembly, gguf, huggingface, huggingface_config
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import huggingface, huggingface_config
 
 
 def abstract_params(
