@@ -46,6 +46,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.compute_dtype = "bfloat16"
   config.model.remat = True
   config.model.train_vision = False
+  config.model.lora = ml_collections.ConfigDict()
+  config.model.lora.rank = 0  # Trains the whole model.
+  config.model.lora.alpha = 32.0
+  config.model.lora.targets = (
+    *("q", "kv", "output", "gating", "linear", "projector"),
+  )
   config.model.logits_chunk = 1024
 
   config.mesh = ml_collections.ConfigDict()

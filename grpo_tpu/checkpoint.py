@@ -219,6 +219,17 @@ def restore_params(
   return params, step
 
 
+def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
+  """The `meta` that a step of another run was saved with.
+
+  Raises:
+    ValueError: No such step.
+  """
+  path, _ = _find(epath.Path(directory).resolve(), step)
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    return _read_record(reader, path)["meta"]
+
+
 def _find(directory: epath.Path, step: int | None) -> tuple[epath.Path, int]:
   """The folder of a finished step, and its number; the newest if None."""
   found = {each.step: each.path for each in _STEP_NAMES.find_all(directory)}

@@ -17,6 +17,7 @@ from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import lora
 from grpo_tpu.rewards import scoring
 
 _DTYPES = ("float32", "bfloat16")
@@ -98,6 +99,7 @@ class ModelSettings:
     compute_dtype: Of its matrix products.
     remat: Recompute layers in the backward pass instead of storing them.
     train_vision: Train the image tower too.
+    lora: Adapters to train in place of the parameters; off at rank 0.
     logits_chunk: Tokens whose logits exist at a time.
   """
 
@@ -107,6 +109,7 @@ class ModelSettings:
   compute_dtype: str
   remat: bool
   train_vision: bool
+  lora: lora.LoraConfig
   logits_chunk: int
 
 
@@ -260,6 +263,7 @@ class Config:
     _check_names(self)
     _check_divisions(self)
     _check_evaluation(self.eval)
+    _check_lora(self)
     # Each part checks its own settings when it is made.
     _ = self.objective_config, self.optimizer_config
 
@@ -267,6 +271,11 @@ class Config:
   def model_config(self) -> gemma3_config.ModelConfig:
     """The model's sizes."""
     return gemma3_config.CONFIGS[self.model.name]
+
+  @property
+  def lora(self) -> lora.LoraConfig | None:
+    """What the adapters are like, or None where the whole model is trained."""
+    return self.model.lora if self.model.lora.rank else None
 
   @property
   def objective_config(self) -> objectives.ObjectiveConfig:
@@ -492,6 +501,20 @@ def _check_evaluation(settings: EvalConfig) -> None:
     f"be different ones of {', '.join(ablations.KINDS)}",
     f"set eval.ablations={ablations.KINDS}",
   )
+
+
+def _check_lora(config: Config) -> None:
+  if config.lora is None:
+    return
+  _require(
+    not config.model.train_vision,
+    "model.train_vision",
+    config.model.train_vision,
+    f"be False with adapters (model.lora.rank={config.lora.rank}), which leave "
+    "the tower as it is",
+    "set model.train_vision=False, or model.lora.rank=0",
+  )
+  lora.abstract_adapters(config.model_config, config.lora)
 
 
 def _check_names(config: Config) -> None:

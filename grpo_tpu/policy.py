@@ -16,7 +16,7 @@ from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import checkpoint, rollout, sharding, train_step
 from grpo_tpu import config as run_config
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.gemma3 import lora, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,9 @@ class Policy:
     scheme, _, rest = self.config.model.weights.partition(":")
     abstract = self.abstract_params()
     if scheme == "run":
+      adapters = self.saved_adapters()
+      if adapters:
+        return self._merged(*adapters)
       workdir, step = _run_and_step(rest)
       params, _ = checkpoint.restore_params(
         f"{workdir}/checkpoints", step, abstract
@@ -79,13 +82,67 @@ class Policy:
       int(rest),
       np.dtype(self.config.model.param_dtype),
     )
-    return jax.tree.map(
-      lambda x, shape: jax.make_array_from_callback(
-        x.shape, shape.sharding, lambda index, x=x: x[index]
-      ),
-      values,
-      abstract,
+    return _on_mesh(values, abstract)
+
+  def abstract_adapters(self, settings: lora.LoraConfig) -> dict:
+    """Shapes, types and places of adapters."""
+    return self.placed_shapes(
+      lora.abstract_adapters(self.config.model_config, settings)
     )
+
+  def initial_adapters(self, settings: lora.LoraConfig) -> dict:
+    """Adapters that change nothing yet, drawn from the run's seed."""
+    values = lora.initial_adapters(
+      self.config.model_config, settings, self.config.seed
+    )
+    return _on_mesh(values, self.abstract_adapters(settings))
+
+  def saved_adapters(self) -> tuple[dict, lora.LoraConfig, str] | None:
+    """Adapters that `model.weights` names, and what they belong to.
+
+    Returns:
+      The adapters, what they are like, and the weights under them in the words
+      of `model.weights`; None where these name a whole model.
+
+    Raises:
+      ValueError: The run named has no such checkpoint, or one of another model.
+    """
+    scheme, _, rest = resolved_weights(self.config).partition(":")
+    workdir, step = _run_and_step(rest)
+    if scheme != "run" or step is None:
+      return None
+    folder = f"{workdir}/checkpoints"
+    saved = checkpoint.read_meta(folder, step).get("lora")
+    if saved is None:
+      return None
+    under = saved.pop("weights")
+    settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
+    adapters, _ = checkpoint.restore_params(
+      folder, step, self.abstract_adapters(settings)
+    )
+    return adapters, settings, under
+
+  def _merged(
+    self, adapters: dict, settings: lora.LoraConfig, under: str
+  ) -> dict:
+    """The parameters `under` some adapters, with these in them."""
+    model = dataclasses.replace(self.config.model, weights=under)
+    config = dataclasses.replace(self.config, model=model)
+    try:
+      params = dataclasses.replace(self, config=config).initial_params()
+    except (OSError, ValueError) as error:
+      raise ValueError(
+        f"model.weights ({self.config.model.weights!r}) is a run that saved "
+        f"adapters alone, and {under!r}, which they belong to, cannot be read: "
+        f"{error}"
+      ) from error
+    merge = jax.jit(
+      lora.merged,
+      static_argnums=2,
+      donate_argnums=0,
+      out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_params()),
+    )
+    return merge(params, adapters, settings)
 
   def sample(
     self,
@@ -129,6 +186,17 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+def _on_mesh(values: dict, abstract: dict) -> dict:
+  """Arrays of this host's memory, in the places of the shapes."""
+  return jax.tree.map(
+    lambda x, shape: jax.make_array_from_callback(
+      x.shape, shape.sharding, lambda index, x=x: x[index]
+    ),
+    values,
+    abstract,
+  )
 
 
 def resolved_weights(config: run_config.Config) -> str:

@@ -102,5 +102,17 @@ def _essence(
     # By its text too, which a later version may word in another way.
     "data.prompt_template: its text": template.fingerprint,
     "data.shuffle_options": config.data.shuffle_options,
+    **_adapters(config),
     **identity,
+  }
+
+
+def _adapters(config: run_config.Config) -> dict[str, Any]:
+  """What the adapters of a run are like; nothing where there are none."""
+  if config.lora is None:
+    return {}
+  return {
+    "model.lora.rank": config.lora.rank,
+    "model.lora.alpha": config.lora.alpha,
+    "model.lora.targets": list(config.lora.targets),
   }

@@ -29,6 +29,20 @@ RULES = (
   (r"attn/attn_vec_einsum", P(None, "tensor", None, "fsdp")),  # [.., Q, H, D]
   (r"mlp/gating_einsum", P(None, None, "tensor", "fsdp")),  # [layers, 2, F, D]
   (r"mlp/linear", P(None, "tensor", "fsdp")),  # [layers, F, D]
+  # Adapters are cut along the axes that their weights are; r is the rank.
+  (r"mm_input_projection/lora_a", P("fsdp", None)),  # [width, r]
+  (r"mm_input_projection/lora_b", P()),  # [r, D]
+  (r"q_einsum/lora_a", P(None, "fsdp", None)),  # [layers, D, r]
+  (r"q_einsum/lora_b", P(None, None, "tensor", None)),  # [layers, r, Q, H]
+  (r"(kv|gating)_einsum/lora_a", P(None, None, "fsdp", None)),  # [.., 2, D, r]
+  (
+    r"kv_einsum/lora_b",
+    P(None, None, None, "tensor", None),
+  ),  # [.., 2, r, K, H]
+  (r"gating_einsum/lora_b", P(None, None, None, "tensor")),  # [.., 2, r, F]
+  (r"attn_vec_einsum/lora_a", P(None, "tensor", None, None)),  # [.., Q, H, r]
+  (r"linear/lora_a", P(None, "tensor", None)),  # [layers, F, r]
+  (r"(attn_vec_einsum|linear)/lora_b", P(None, None, "fsdp")),  # [.., r, D]
   (r"vision_encoder/embedding/kernel", P()),  # [patch, patch, 3, width]
   (r"vision_encoder/pos_embedding", P()),  # [1, N, width]
   (
@@ -83,7 +97,7 @@ def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
   for index, axis in enumerate(axes):
     if axis is None or shape[index] % mesh.shape[axis] == 0:
       continue
-    if axis == "tensor" and name.endswith("kv_einsum"):
+    if axis == "tensor" and "/kv_einsum" in f"/{name}":
       axes[index] = None  # One key-value head, as in 270M and 1B, is copied.
       continue
     raise ValueError(

@@ -10,6 +10,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from grpo_tpu import (
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
 from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import lora
 
 
 def train(
@@ -68,7 +70,7 @@ def train(
       if start is None:
         writer.write(0, run.evaluated(state, 0, writer))
         writer.progress(config.train.num_steps)
-        checkpoints.save(0, state, data.identity, force=True)
+        checkpoints.save(0, state, run.checkpoint_meta, force=True)
       _loop(run, state, start or 0, batches, writer, checkpoints)
 
 
@@ -108,7 +110,7 @@ def _loop(
     writer.write_samples(step, experience.samples, split="train")
     writer.write(step, scalars | compilations.scalars())
     writer.progress(num_steps)
-    checkpoints.save(step, state, run.data.identity, force=step == num_steps)
+    checkpoints.save(step, state, run.checkpoint_meta, force=step == num_steps)
 
 
 class _Run:
@@ -150,6 +152,7 @@ class _Run:
       entropy_bonus=config.shaping.entropy_bonus,
       sampler_correction=config.shaping.sampler_correction,
       num_microbatches=config.num_microbatches,
+      lora=config.lora,
     )
     shard_index, shard_count = sharding.data_shard(mesh)
     self._shard = {"shard_index": shard_index, "shard_count": shard_count}
@@ -163,9 +166,25 @@ class _Run:
     self._has_reference = config.data.kind == "preference" or (
       is_online and config.objective_config.beta > 0
     )
-    self._reference = (
-      self.policy.initial_params() if self._has_reference else None
+    start = (
+      self.policy.initial_params()
+      if self._has_reference or config.lora
+      else None
     )
+    # Under adapters lies the reference itself, and no second copy of it.
+    self._frozen = start if config.lora else None
+    self._reference = start if self._has_reference else None
+
+  @property
+  def checkpoint_meta(self) -> dict[str, Any]:
+    """What a checkpoint says beside the state: of adapters, whose they are."""
+    config = self.config
+    if config.lora is None:
+      return self.data.identity
+    whose = {"weights": config.model.weights}
+    return self.data.identity | {
+      "lora": dataclasses.asdict(config.lora) | whose
+    }
 
   def write_card(self) -> None:
     """Says in the workdir what it is a run of."""
@@ -181,7 +200,12 @@ class _Run:
       state, _ = restored
       return state, int(state.step)
     abstract = self._abstract_state()
-    params = self.policy.initial_params()
+    lora_config = self.config.lora
+    params = (
+      self.policy.initial_adapters(lora_config)
+      if lora_config
+      else self.policy.initial_params()
+    )
     init = jax.jit(
       self._tx.init,
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
@@ -199,8 +223,21 @@ class _Run:
       zero = jnp.zeros((), jnp.int32)
       return train_state.TrainState(zero, zero, params, self._tx.init(params))
 
-    abstract = jax.eval_shape(new, self.policy.abstract_params())
+    lora_config = self.config.lora
+    trained = (
+      self.policy.abstract_adapters(lora_config)
+      if lora_config
+      else self.policy.abstract_params()
+    )
+    abstract = jax.eval_shape(new, trained)
     return self.policy.placed_shapes(abstract)
+
+  def _params(self, state: train_state.TrainState) -> dict:
+    """What runs the network: of a state with adapters, these where they go."""
+    if self.config.lora is None:
+      return state.params
+    assert self._frozen is not None
+    return lora.adapted(self._frozen, state.params, self.config.lora)
 
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
@@ -220,7 +257,7 @@ class _Run:
     every = self.config.samples.every_steps
     return experiences.online(
       self.policy,
-      state.params,
+      self._params(state),
       batches,
       self._key,
       position=int(state.position),
@@ -242,7 +279,7 @@ class _Run:
       "train/learning_rate": jnp.asarray(self._schedule(first_update))
     }
     for _ in range(self.config.train.num_iterations):
-      state, update = self._update(state, bundles)
+      state, update = self._update(state, bundles, self._frozen)
       scalars |= {f"train/{name}": value for name, value in update.items()}
     state = state.replace(
       step=state.step + 1, position=state.position + experience.num_batches
@@ -264,7 +301,7 @@ class _Run:
       )
     is_narrowed = share < 1 and kind != "demonstrations"
     if self._is_off_policy or is_narrowed:
-      old, entropy = self._score(state.params, bundles)
+      old, entropy = self._score(self._params(state), bundles)
       if self._is_off_policy:
         bundles = bundles.replace(old_per_token_logps=old)
       if is_narrowed:
@@ -294,9 +331,10 @@ class _Run:
     if not every or (step % every and not is_last):
       return {}
     start = time.perf_counter()
+    params = self._params(state)
     result = evaluate.evaluate(
       self.policy,
-      state.params,
+      params,
       self._eval_batches,
       num_samples=self.config.samples.count,
     )
@@ -305,7 +343,7 @@ class _Run:
     if self._preference_batches is not None:
       assert self._reference is not None
       scalars |= evaluate_preferences.evaluate(
-        self.policy, state.params, self._reference, self._preference_batches
+        self.policy, params, self._reference, self._preference_batches
       )
     return scalars | {"perf/eval_seconds": time.perf_counter() - start}
 

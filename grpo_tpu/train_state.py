@@ -13,7 +13,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: GRPO steps done.
     position: Batches of prompts taken from the data, which the sampler's keys
       follow too; the steps done, where none was resampled.
-    params: Of the policy.
+    params: Of the policy; of a run with LoRA, the adapters alone.
     opt_state: Of the optimizer.
   """
 

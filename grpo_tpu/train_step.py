@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from grpo_tpu import logprobs, objective, shaping, train_state
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import lora as loras
 from grpo_tpu.gemma3 import text
 
 
@@ -121,8 +122,9 @@ def make_train_step(
   entropy_bonus: float = 0.0,
   sampler_correction: str = "token",
   num_microbatches: int,
+  lora: loras.LoraConfig | None = None,
 ) -> Callable[
-  [train_state.TrainState, Bundles],
+  ...,
   tuple[train_state.TrainState, dict[str, Float[Array, ""]]],
 ]:
   """An update, jitted, that donates the state it is given.
@@ -135,16 +137,21 @@ def make_train_step(
     entropy_bonus: As in `shaping.ShapingConfig`.
     sampler_correction: As in `shaping.ShapingConfig`.
     num_microbatches: Parts that a batch is cut into; divides its prompts.
+    lora: Of the adapters that a state holds; None where it holds the whole
+      model.
 
   Returns:
-    The update. It leaves `state.step` to its caller, which may call it several
-    times on one batch. Its metrics have the names of `metrics`, without group.
+    The update of a state on bundles; where the state holds adapters, the frozen
+    parameters are its third argument. It leaves `state.step` to its caller,
+    which may call it several times on one batch. Its metrics have the names of
+    `metrics`, without group.
   """
 
-  def loss(params, micro, totals):
+  def loss(trained, frozen, micro, totals):
+    params = loras.adapted(frozen, trained, lora) if lora else trained
     if not model.train_vision and "vision_encoder" in params:
-      frozen = jax.lax.stop_gradient(params["vision_encoder"])
-      params = params | {"vision_encoder": frozen}
+      tower = jax.lax.stop_gradient(params["vision_encoder"])
+      params = params | {"vision_encoder": tower}
     logps, entropy = token_logps(model, params, micro)
     shape = (-1, logps.shape[-1])
     mask, num_tokens = micro.completion_mask, totals["num_tokens"]
@@ -182,7 +189,7 @@ def make_train_step(
     return loss, (metrics | loss_metrics, maxima)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, bundles):
+  def train_step(state, bundles, frozen=None):
     mask = bundles.completion_mask
     num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
     totals = {"num_tokens": num_tokens}
@@ -199,7 +206,7 @@ def make_train_step(
     def terms(micro):
       (value, (metrics, maxima)), gradient = jax.value_and_grad(
         loss, has_aux=True
-      )(state.params, micro, totals)
+      )(state.params, frozen, micro, totals)
       # Parts add up in fp32, whatever the parameters' type.
       gradient = optax.tree.cast(gradient, jnp.float32)
       return (value, metrics, gradient), maxima

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
-from grpo_tpu.gemma3 import attention, vision
+from grpo_tpu.gemma3 import attention, lora, vision
 from grpo_tpu.gemma3 import config as gemma3_config
 
 _NO_WINDOW = 2**30
@@ -60,7 +60,7 @@ def prompt_states(
 
   Args:
     config: The model's sizes.
-    params: The stacked tree of `weights`.
+    params: The stacked tree of `weights`, which `lora` may have adapted.
     prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
     prompt_length: Ids before the padding.
     images: One per block of placeholders, in order; `I` may be 0.
@@ -330,8 +330,8 @@ def _layer(config, stack, x, tables, mask, *, prompt=None):
 def _queries_keys_values(config, stack, x, tables):
   attn = stack.params["attn"]
   y = _rms_norm(stack.params["pre_attention_norm"], x)
-  q = jnp.einsum("uctd,qdh->uctqh", y, attn["q_einsum"].astype(y.dtype))
-  k, v = jnp.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"].astype(y.dtype))
+  q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
+  k, v = lora.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"])
   sin, cos = (table[stack.is_global] for table in tables)
   q = _rotate(_rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
   k = _rotate(_rms_norm(attn["key_norm"], k), sin, cos)
@@ -340,15 +340,12 @@ def _queries_keys_values(config, stack, x, tables):
 
 def _after_attention(params: dict, x: Array, read: Array) -> Array:
   """Output projection, gated MLP, and their residuals."""
-  w = params["attn"]["attn_vec_einsum"]
-  y = jnp.einsum("uctqh,qhd->uctd", read, w.astype(read.dtype))
+  y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + _rms_norm(params["post_attention_norm"], y)
   y = _rms_norm(params["pre_ffw_norm"], x)
-  gate, up = jnp.einsum(
-    "uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"].astype(y.dtype)
-  )
+  gate, up = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
   y = jax.nn.gelu(gate, approximate=True) * up
-  y = jnp.einsum("uctf,fd->uctd", y, params["mlp"]["linear"].astype(y.dtype))
+  y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return x + _rms_norm(params["post_ffw_norm"], y)
 
 
@@ -415,7 +412,7 @@ def _projected(config, params, images, dtype) -> Float[Array, "U S D"]:
   )
   embedder = params["embedder"]
   soft = _rms_norm(embedder["mm_soft_embedding_norm"], soft)
-  soft = soft @ embedder["mm_input_projection"].astype(soft.dtype)
+  soft = lora.einsum("uisw,wd->uisd", soft, embedder["mm_input_projection"])
   return soft.reshape(soft.shape[0], -1, soft.shape[-1])
 
 

@@ -92,6 +92,9 @@ WRONG_TYPES = {
   "data.prompt_buckets": [64, "64", (64.0,), ("a",), (True,)],
   "data.synthetic.kinds": ["color", (3,)],
   "model.remat": [1, "yes", None],
+  "model.lora.rank": [8.0, "8", True, None],
+  "model.lora.alpha": ["32", True, None],
+  "model.lora.targets": ["q", (3,), None],
   "rewards.accuracy": ["1", False],
   "rewards.gate_heuristics": [0, "no"],
   "objective.beta": ["0.1", True],
@@ -152,6 +155,9 @@ BROKEN_RULES = {
   ],
   "model.param_dtype": ["float16"],
   "model.compute_dtype": ["bf16"],
+  "model.lora.rank": [-1],
+  "model.lora.alpha": [0.0, -1.0, float("inf"), float("nan")],
+  "model.lora.targets": [(), ("attention",), ("q", "kv", "q")],
   "model.logits_chunk": [0],
   "mesh.replica": [0],
   "mesh.fsdp": [0],
@@ -215,6 +221,22 @@ def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(name, value):
 def test_a_remedy_given_for_a_misspelt_name_is_the_nearest_one():
   with pytest.raises(ValueError, match="set data.kind=preference"):
     built({"data.kind": "preferences"})
+
+
+def test_adapters_leave_the_tower_and_need_a_weight_to_adapt():
+  on = {"model.lora.rank": 8}
+  assert built().lora is None
+  adapted = built(on).lora
+  assert adapted is not None and adapted.scale == 32.0 / 8
+  with pytest.raises(
+    ValueError, match=r"^model.train_vision \(True\).*model.lora.rank=8"
+  ):
+    built(on | {"model.train_vision": True})
+  built({"model.train_vision": True})
+  projector = on | {"model.lora.targets": ("projector",)}
+  built(projector)
+  with pytest.raises(ValueError, match=r"^model.lora.targets \(.*no projector"):
+    built(projector | {"model.name": "gemma3_270m"})
 
 
 def test_letters_of_a_file_of_replies_are_those_of_the_published_order():

@@ -12,6 +12,7 @@ from configs import base
 from grpo_tpu import checkpoint, sharding, train_state
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import lora
 
 BASE = run_config.Config.from_config_dict(base.get_config())
 
@@ -120,6 +121,73 @@ def test_another_models_checkpoint_is_refused_leaf_by_leaf(policy_of, tmp_path):
   larger = policy_of(f"run:{tmp_path}", name="gemma3_270m")
   with pytest.raises(ValueError, match="(?s)input_embedding: saved .*model"):
     larger.initial_params()
+
+
+LORA = lora.LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
+
+
+def save_adapters(workdir, policy, under, *, step=3):
+  """A checkpoint as a run with LoRA writes it, its second factors drawn."""
+  rng = np.random.default_rng(step)
+  adapters = jax.tree.map(
+    lambda x: jax.device_put(
+      rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding
+    ),
+    policy.initial_adapters(LORA),
+  )
+  at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
+  meta = {"lora": dataclasses.asdict(LORA) | {"weights": under}}
+  with checkpoint.Checkpoints(
+    workdir / "checkpoints", every_steps=1, keep=10
+  ) as checkpoints:
+    state = train_state.TrainState(at, at, adapters, ())
+    checkpoints.save(step, state, meta)
+  return adapters
+
+
+def test_a_run_with_adapters_goes_on_as_the_model_they_made(
+  policy_of, tmp_path
+):
+  """And its heir's adapters are merged onto that, whatever stands in its."""
+  random = policy_of("random:2")
+  first = save_adapters(tmp_path / "a", random, "random:2")
+  under = f"run:{tmp_path}/a@3"
+  second = save_adapters(tmp_path / "b", random, under, step=4)
+  expected = random.initial_params()
+  for name, adapters in (("a", first), ("b", second)):
+    expected = lora.merged(expected, adapters, LORA)
+    policy = policy_of(f"run:{tmp_path}/{name}")
+    got = policy.initial_params()
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      got,
+      expected,
+    )
+    places = jax.tree.map(lambda x: x.sharding, policy.abstract_params())
+    assert jax.tree.map(lambda x: x.sharding, got) == places
+
+
+def test_saved_adapters_come_with_what_they_belong_to(policy_of, tmp_path):
+  random = policy_of("random:2")
+  assert random.saved_adapters() is None
+  saved = save_adapters(tmp_path / "a", random, "random:2")
+  found = policy_of(f"run:{tmp_path}/a").saved_adapters()
+  assert found is not None
+  adapters, settings, under = found
+  assert (settings, under) == (LORA, "random:2")
+  jax.tree.map(np.testing.assert_array_equal, adapters, saved)
+  save(tmp_path / "whole", random, (1.0,))
+  assert policy_of(f"run:{tmp_path}/whole").saved_adapters() is None
+
+
+def test_adapters_whose_base_is_gone_are_refused_with_its_name(
+  policy_of, tmp_path
+):
+  under = f"run:{tmp_path}/gone@7"
+  save_adapters(tmp_path / "a", policy_of("random:2"), under)
+  with pytest.raises(ValueError, match=r"/a'\).*adapters alone.*/gone@7'") as e:
+    policy_of(f"run:{tmp_path}/a").initial_params()
+  assert "no checkpoint" in str(e.value)
 
 
 @pytest.mark.parametrize("step", ["", "@8"])

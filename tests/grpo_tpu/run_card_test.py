@@ -118,6 +118,24 @@ def test_another_run_is_refused_with_both_values(
   assert f"({before})" in said and "/runs/1" in said and "--workdir" in said
 
 
+def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
+  """A run that has none says nothing of them, as cards of before do."""
+  assert not [name for name in card["essence"] if "lora" in name]
+  settings = dataclasses.replace(CONFIG.model.lora, rank=4)
+  config = changed("model", lora=settings)
+  with pytest.raises(ValueError, match=r"^model.lora.rank \(4\) must stay"):
+    run_card.check(card, config, IDENTITY, "W")
+  run_card.write(str(tmp_path), config, IDENTITY, WEIGHTS)
+  adapted = run_card.read(str(tmp_path))
+  run_card.check(adapted, config, IDENTITY, "W")
+  with pytest.raises(ValueError, match=r"^model.lora.rank \(None\) must stay"):
+    run_card.check(adapted, CONFIG, IDENTITY, "W")
+  for name, value in (("alpha", 8.0), ("targets", ("q",))):
+    other = dataclasses.replace(settings, **{name: value})
+    with pytest.raises(ValueError, match=rf"^model.lora.{name} \("):
+      run_card.check(adapted, changed("model", lora=other), IDENTITY, "W")
+
+
 def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   """The hash of its text is in the card, not its name alone."""
   before = prompts.TEMPLATES["tagged"]
