@@ -47,18 +47,11 @@ class Policy:
 
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
-    tree = weights.abstract_params(
-      self.config.model_config, jnp.dtype(self.config.model.param_dtype)
-    )
-    return self.placed_shapes(tree)
+    return abstract_params(self.config, self.mesh)
 
   def placed_shapes(self, tree: Any) -> Any:
     """The shapes of a tree with the places that the rules give them."""
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree,
-      sharding.shardings(self.mesh, tree),
-    )
+    return _placed_shapes(self.mesh, tree)
 
   def initial_params(self) -> dict:
     """The parameters that `model.weights` names, on the mesh.
@@ -66,26 +59,7 @@ class Policy:
     Raises:
       ValueError: The run named has no such checkpoint, or one of another model.
     """
-    scheme, _, rest = self.config.model.weights.partition(":")
-    abstract = self.abstract_params()
-    if scheme == "run":
-      workdir, step = _run_and_step(rest)
-      params, _ = checkpoint.restore_params(
-        f"{workdir}/checkpoints", step, abstract
-      )
-      return params
-    values = weights.random_params(
-      self.config.model_config,
-      int(rest),
-      np.dtype(self.config.model.param_dtype),
-    )
-    return jax.tree.map(
-      lambda x, shape: jax.make_array_from_callback(
-        x.shape, shape.sharding, lambda index, x=x: x[index]
-      ),
-      values,
-      abstract,
-    )
+    return initial_params(self.config, self.mesh)
 
   def sample(
     self,
@@ -129,6 +103,50 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+def abstract_params(config: run_config.Config, mesh: Mesh) -> dict:
+  """Shapes, types and places of a run's parameters."""
+  tree = weights.abstract_params(
+    config.model_config, jnp.dtype(config.model.param_dtype)
+  )
+  return _placed_shapes(mesh, tree)
+
+
+def initial_params(config: run_config.Config, mesh: Mesh) -> dict:
+  """The parameters that `model.weights` names, on the mesh.
+
+  Raises:
+    ValueError: The files or the run named are not there, or of another model.
+  """
+  scheme, _, rest = config.model.weights.partition(":")
+  abstract = abstract_params(config, mesh)
+  if scheme == "run":
+    workdir, step = _run_and_step(rest)
+    params, _ = checkpoint.restore_params(
+      f"{workdir}/checkpoints", step, abstract
+    )
+    return params
+  if scheme in weights.OPENERS:
+    return weights.OPENERS[scheme](config.model_config, rest).load(abstract)
+  values = weights.random_params(
+    config.model_config, int(rest), np.dtype(config.model.param_dtype)
+  )
+  return jax.tree.map(
+    lambda x, shape: jax.make_array_from_callback(
+      x.shape, shape.sharding, lambda index, x=x: x[index]
+    ),
+    values,
+    abstract,
+  )
+
+
+def _placed_shapes(mesh: Mesh, tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.shardings(mesh, tree),
+  )
 
 
 def resolved_weights(config: run_config.Config) -> str:
