@@ -141,4 +141,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.samples = ml_collections.ConfigDict()
   config.samples.every_steps = 10
   config.samples.count = 4
+
+  # For --mode=export alone.
+  config.export = ml_collections.ConfigDict()
+  config.export.step = config_dict.placeholder(int)
+  config.export.dtype = "bfloat16"
+  config.export.tokenizer_dir = ""
   return config

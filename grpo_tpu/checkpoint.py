@@ -317,3 +317,11 @@ def newest_step(directory: epath.PathLike) -> int:
     ValueError: There is none.
   """
   return _find(epath.Path(directory).resolve(), None)[1]
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+  """The finished steps in another run's checkpoints, ascending."""
+  folder = epath.Path(directory).resolve()
+  if not folder.is_dir():
+    return []
+  return sorted(each.step for each in _STEP_NAMES.find_all(folder))

@@ -17,11 +17,15 @@ from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import lora
+from grpo_tpu.gemma3 import lora, weights
 from grpo_tpu.rewards import scoring
 
 _DTYPES = ("float32", "bfloat16")
-_WEIGHTS = ("random", "run")
+_WEIGHTS = {
+  "random": "random:SEED",
+  "run": "run:WORKDIR[@STEP]",
+  "hf": "hf:DIR",
+}
 
 
 class SettingError(ValueError):
@@ -93,8 +97,9 @@ class ModelSettings:
 
   Attributes:
     name: A key of `gemma3.config.CONFIGS`.
-    weights: "random:SEED", or "run:WORKDIR[@STEP]" for another run's newest (or
-      given) checkpoint.
+    weights: "random:SEED"; "run:WORKDIR[@STEP]" for another run's newest (or
+      given) checkpoint; or "hf:DIR" for a local Hugging Face checkpoint, with
+      config.json and *.safetensors.
     param_dtype: Of the decoder's parameters.
     compute_dtype: Of its matrix products.
     remat: Recompute layers in the backward pass instead of storing them.
@@ -241,6 +246,23 @@ class SamplesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+  """What --mode=export writes.
+
+  Attributes:
+    step: Of the workdir's checkpoints; None for the newest, or for
+      `model.weights` where there is none.
+    dtype: Of all tensors.
+    tokenizer_dir: Whose tokenizer and processor files go along; "" takes those
+      of an "hf:DIR" in `model.weights`, if it is one.
+  """
+
+  step: int | None
+  dtype: str
+  tokenizer_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run. `from_config_dict` reads it; each section says what it holds."""
 
@@ -257,10 +279,12 @@ class Config:
   checkpoint: CheckpointConfig
   eval: EvalConfig
   samples: SamplesConfig
+  export: ExportConfig
 
   def __post_init__(self):
     _check_numbers(self)
     _check_names(self)
+    _check_weights(self)
     _check_divisions(self)
     _check_evaluation(self.eval)
     _check_lora(self)
@@ -442,6 +466,13 @@ def _check_numbers(config: Config) -> None:
     "set shaping.zero_variance=drop",
   )
   _require(
+    config.export.step is None or config.export.step >= 0,
+    "export.step",
+    config.export.step,
+    "be a step that was saved, or None for the newest",
+    "leave it out",
+  )
+  _require(
     config.seed < 2**31,
     "seed",
     config.seed,
@@ -533,6 +564,7 @@ def _check_names(config: Config) -> None:
     ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
+    ("export.dtype", config.export.dtype, _DTYPES),
     ("objective.preset", config.objective.preset, tuple(objectives.PRESETS)),
     (
       "objective.advantage_scale",
@@ -584,6 +616,10 @@ def _check_names(config: Config) -> None:
     "pays",
     "set rewards.format=0.0, or data.prompt_template=tagged",
   )
+
+
+def _check_weights(config: Config) -> None:
+  """Whether the scheme is one, and its files are those of the model named."""
   scheme, colon, rest = config.model.weights.partition(":")
   _require(
     scheme in _WEIGHTS
@@ -591,9 +627,18 @@ def _check_names(config: Config) -> None:
     and (scheme != "random" or rest.isdecimal()),
     "model.weights",
     config.model.weights,
-    "be random:SEED or run:WORKDIR[@STEP]",
+    f"be one of {', '.join(_WEIGHTS.values())}",
     "set model.weights=random:0",
   )
+  if scheme in weights.OPENERS:
+    try:
+      weights.OPENERS[scheme](config.model_config, rest)
+    except ValueError as error:
+      raise ValueError(
+        f"model.weights ({config.model.weights!r}) must be a checkpoint of "
+        f"model.name ({config.model.name!r}): {error} Set either to what the "
+        "other is."
+      ) from error
 
 
 def _check_divisions(config: Config) -> None:

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 64 a bad setting, flag or data set; 1 anything else.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,8 +26,9 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "evaluate"],
-  "train to train.num_steps; evaluate model.weights on data.eval_split.",
+  ["train", "evaluate", "export"],
+  "train to train.num_steps; evaluate model.weights on data.eval_split; export"
+  " the workdir's newest checkpoint, or model.weights, for Hugging Face.",
 )
 
 
@@ -38,16 +40,20 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
       config = run_config.Config.from_config_dict(_CONFIG.value)
       # Heavy imports wait until the settings are known to be good.
-      from grpo_tpu import dataset, distributed, evaluate, train
+      from grpo_tpu import dataset, distributed, evaluate, export, train
 
-      data = dataset.open_dataset(
-        config, _WORKDIR.value, for_training=_MODE.value == "train"
-      )
+      mode, workdir = _MODE.value, _WORKDIR.value
+      if mode == "export":
+        export.check(config, workdir)
+        run = functools.partial(export.run, config, workdir)
+      else:
+        data = dataset.open_dataset(
+          config, workdir, for_training=mode == "train"
+        )
+        act = train.train if mode == "train" else evaluate.run
+        run = functools.partial(act, config, workdir, data)
     distributed.initialize()
-    if _MODE.value == "train":
-      train.train(config, _WORKDIR.value, data)
-    else:
-      evaluate.run(config, _WORKDIR.value, data)
+    run()
   except run_config.SettingError as error:
     _refuse(str(error))
   finally:

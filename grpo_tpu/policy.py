@@ -47,18 +47,11 @@ class Policy:
 
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
-    tree = weights.abstract_params(
-      self.config.model_config, jnp.dtype(self.config.model.param_dtype)
-    )
-    return self.placed_shapes(tree)
+    return abstract_params(self.config, self.mesh)
 
   def placed_shapes(self, tree: Any) -> Any:
     """The shapes of a tree with the places that the rules give them."""
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree,
-      sharding.shardings(self.mesh, tree),
-    )
+    return _placed_shapes(self.mesh, tree)
 
   def initial_params(self) -> dict:
     """The parameters that `model.weights` names, on the mesh.
@@ -66,23 +59,7 @@ class Policy:
     Raises:
       ValueError: The run named has no such checkpoint, or one of another model.
     """
-    scheme, _, rest = self.config.model.weights.partition(":")
-    abstract = self.abstract_params()
-    if scheme == "run":
-      adapters = self.saved_adapters()
-      if adapters:
-        return self._merged(*adapters)
-      workdir, step = _run_and_step(rest)
-      params, _ = checkpoint.restore_params(
-        f"{workdir}/checkpoints", step, abstract
-      )
-      return params
-    values = weights.random_params(
-      self.config.model_config,
-      int(rest),
-      np.dtype(self.config.model.param_dtype),
-    )
-    return _on_mesh(values, abstract)
+    return initial_params(self.config, self.mesh)
 
   def abstract_adapters(self, settings: lora.LoraConfig) -> dict:
     """Shapes, types and places of adapters."""
@@ -96,53 +73,6 @@ class Policy:
       self.config.model_config, settings, self.config.seed
     )
     return _on_mesh(values, self.abstract_adapters(settings))
-
-  def saved_adapters(self) -> tuple[dict, lora.LoraConfig, str] | None:
-    """Adapters that `model.weights` names, and what they belong to.
-
-    Returns:
-      The adapters, what they are like, and the weights under them in the words
-      of `model.weights`; None where these name a whole model.
-
-    Raises:
-      ValueError: The run named has no such checkpoint, or one of another model.
-    """
-    scheme, _, rest = resolved_weights(self.config).partition(":")
-    workdir, step = _run_and_step(rest)
-    if scheme != "run" or step is None:
-      return None
-    folder = f"{workdir}/checkpoints"
-    saved = checkpoint.read_meta(folder, step).get("lora")
-    if saved is None:
-      return None
-    under = saved.pop("weights")
-    settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
-    adapters, _ = checkpoint.restore_params(
-      folder, step, self.abstract_adapters(settings)
-    )
-    return adapters, settings, under
-
-  def _merged(
-    self, adapters: dict, settings: lora.LoraConfig, under: str
-  ) -> dict:
-    """The parameters `under` some adapters, with these in them."""
-    model = dataclasses.replace(self.config.model, weights=under)
-    config = dataclasses.replace(self.config, model=model)
-    try:
-      params = dataclasses.replace(self, config=config).initial_params()
-    except (OSError, ValueError) as error:
-      raise ValueError(
-        f"model.weights ({self.config.model.weights!r}) is a run that saved "
-        f"adapters alone, and {under!r}, which they belong to, cannot be read: "
-        f"{error}"
-      ) from error
-    merge = jax.jit(
-      lora.merged,
-      static_argnums=2,
-      donate_argnums=0,
-      out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_params()),
-    )
-    return merge(params, adapters, settings)
 
   def sample(
     self,
@@ -186,6 +116,101 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+def abstract_params(config: run_config.Config, mesh: Mesh) -> dict:
+  """Shapes, types and places of a run's parameters."""
+  tree = weights.abstract_params(
+    config.model_config, jnp.dtype(config.model.param_dtype)
+  )
+  return _placed_shapes(mesh, tree)
+
+
+def initial_params(config: run_config.Config, mesh: Mesh) -> dict:
+  """The parameters that `model.weights` names, on the mesh.
+
+  Raises:
+    ValueError: The files or the run named are not there, or of another model.
+  """
+  scheme, _, rest = config.model.weights.partition(":")
+  abstract = abstract_params(config, mesh)
+  if scheme == "run":
+    adapters = saved_adapters(config, mesh)
+    if adapters:
+      return _merged(config, mesh, *adapters)
+    workdir, step = _run_and_step(rest)
+    params, _ = checkpoint.restore_params(
+      f"{workdir}/checkpoints", step, abstract
+    )
+    return params
+  if scheme in weights.OPENERS:
+    return weights.OPENERS[scheme](config.model_config, rest).load(abstract)
+  values = weights.random_params(
+    config.model_config, int(rest), np.dtype(config.model.param_dtype)
+  )
+  return _on_mesh(values, abstract)
+
+
+def saved_adapters(
+  config: run_config.Config, mesh: Mesh
+) -> tuple[dict, lora.LoraConfig, str] | None:
+  """Adapters that `model.weights` names, and what they belong to.
+
+  Returns:
+    The adapters, what they are like, and the weights under them in the words of
+    `model.weights`; None where these name a whole model.
+
+  Raises:
+    ValueError: The run named has no such checkpoint, or one of another model.
+  """
+  scheme, _, rest = resolved_weights(config).partition(":")
+  workdir, step = _run_and_step(rest)
+  if scheme != "run" or step is None:
+    return None
+  folder = f"{workdir}/checkpoints"
+  saved = checkpoint.read_meta(folder, step).get("lora")
+  if saved is None:
+    return None
+  under = saved.pop("weights")
+  settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
+  shapes = lora.abstract_adapters(config.model_config, settings)
+  adapters, _ = checkpoint.restore_params(
+    folder, step, _placed_shapes(mesh, shapes)
+  )
+  return adapters, settings, under
+
+
+def _merged(
+  config: run_config.Config,
+  mesh: Mesh,
+  adapters: dict,
+  settings: lora.LoraConfig,
+  under: str,
+) -> dict:
+  """The parameters `under` some adapters, with these in them."""
+  model = dataclasses.replace(config.model, weights=under)
+  try:
+    params = initial_params(dataclasses.replace(config, model=model), mesh)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"model.weights ({config.model.weights!r}) is a run that saved adapters "
+      f"alone, and {under!r}, which they belong to, cannot be read: {error}"
+    ) from error
+  merge = jax.jit(
+    lora.merged,
+    static_argnums=2,
+    donate_argnums=0,
+    out_shardings=jax.tree.map(lambda x: x.sharding, params),
+  )
+  return merge(params, adapters, settings)
+
+
+def _placed_shapes(mesh: Mesh, tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.shardings(mesh, tree),
+  )
 
 
 def _on_mesh(values: dict, abstract: dict) -> dict:

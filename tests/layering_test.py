@@ -50,7 +50,7 @@ FLOORS = {
     "grpo_tpu.rescore",
     "grpo_tpu.run_card",
   },
-  7: {"grpo_tpu.experience"},
+  7: {"grpo_tpu.experience", "grpo_tpu.export"},
   8: {"grpo_tpu.evaluate", "grpo_tpu.evaluate_preferences"},
   9: {"grpo_tpu.train"},
   10: {"grpo_tpu.main"},

@@ -295,10 +295,9 @@ def _are_equal(a: _Tensor, b: _Tensor) -> bool:
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   rows = max(1, _CHUNK_BYTES // (4 * math.prod(a.shape[1:])))
-  return all(
-    np.array_equal(a.read((slice(i, i + rows),)), b.read((slice(i, i + rows),)))
-    for i in range(0, a.shape[0], rows)
-  )
+  starts = range(0, a.shape[0], rows)
+  parts = [(slice(i, min(i + rows, a.shape[0])),) for i in starts]
+  return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
 
 
 def _part(
@@ -396,14 +395,20 @@ def _filled(
 
   if not num_stacked:
     return piece(())
-  leaf = jax.jit(
-    lambda: jnp.zeros(wanted.shape, wanted.dtype), out_shardings=place
-  )()
+  leaf = _zeros(wanted.shape, wanted.dtype, place)()
   put = _put(place)
   for stacked in np.ndindex(*wanted.shape[:num_stacked]):
     # Waited for, or pieces would queue up in the host's memory.
     leaf = put(leaf, piece(stacked), np.array(stacked)).block_until_ready()
   return leaf
+
+
+# Cached, so that leaves alike are compiled for once.
+@functools.cache
+def _zeros(
+  shape: tuple[int, ...], dtype: np.dtype, place: Sharding
+) -> Callable[[], jax.Array]:
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
 
 
 @functools.cache

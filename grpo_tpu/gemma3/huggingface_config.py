@@ -93,19 +93,16 @@ def read(
   text = values.get("text_config") or {} if has_vision else values
   faults = _broken(text, _TEXT_RULES, "text_config." if has_vision else "")
   faults += _broken(values, _TOP_RULES, "") if has_vision else []
-  vision = None
   if has_vision:
     tower = values.get("vision_config") or {}
     faults += _broken(tower, _VISION_RULES, "vision_config.")
-  faults += _faults_of_layers(text) + _faults_of_rope(text)
-  if faults:
-    raise ValueError(_refusal(path, faults))
   try:
-    if has_vision:
-      vision = _vision(values)
-    return _model(text, vision)
+    faults += _faults_of_layers(text) + _faults_of_rope(text)
+    if not faults:
+      return _model(text, _vision(values) if has_vision else None)
   except (TypeError, ValueError) as error:
-    raise ValueError(_refusal(path, [str(error)])) from error
+    faults.append(str(error))
+  raise ValueError(_refusal(path, faults))
 
 
 def differences(

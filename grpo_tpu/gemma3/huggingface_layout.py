@@ -134,12 +134,13 @@ LAYOUTS = {
   },
 }
 
-# Prefixes of the released checkpoints and of what transformers has saved since.
+# Prefixes of the released checkpoints and of what transformers has saved since;
+# the first that fits.
 _PREFIXES = (
-  (r"(model\.language_model|language_model\.model|model)\.", "text."),
   (r"(model\.)?vision_tower\.(vision_model\.)?", "vision."),
   (r"(model\.)?multi_modal_projector\.", "projector."),
   (r"(language_model\.)?lm_head\.", "lm_head."),
+  (r"(model\.language_model|language_model\.model|model)\.", "text."),
 )
 HEAD = "lm_head.weight"
 EMBEDDING = "text.embed_tokens.weight"

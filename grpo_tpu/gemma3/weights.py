@@ -117,6 +117,11 @@ def open_hf(
   )
 
 
+# By the scheme of `model.weights`, what opens the files it names: it refuses
+# those of another model before a device is touched, and its `load` reads.
+OPENERS = {"hf": open_hf}
+
+
 def to_hf(
   config: gemma3_config.ModelConfig,
   params: dict,
