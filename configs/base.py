@@ -52,6 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.lora.targets = (
     *("q", "kv", "output", "gating", "linear", "projector"),
   )
+  # Of the frozen copy that a KL is measured against; None is param_dtype.
+  config.model.reference_dtype = config_dict.placeholder(str)
+  config.model.reference_memory = "device"
   config.model.logits_chunk = 1024
 
   config.mesh = ml_collections.ConfigDict()

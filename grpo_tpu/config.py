@@ -21,6 +21,7 @@ from grpo_tpu.gemma3 import lora, weights
 from grpo_tpu.rewards import scoring
 
 _DTYPES = ("float32", "bfloat16")
+_MEMORIES = ("device", "pinned_host")
 _WEIGHTS = {
   "random": "random:SEED",
   "run": "run:WORKDIR[@STEP]",
@@ -105,6 +106,11 @@ class ModelSettings:
     remat: Recompute layers in the backward pass instead of storing them.
     train_vision: Train the image tower too.
     lora: Adapters to train in place of the parameters; off at rank 0.
+    reference_dtype: Of the matrices of the frozen copy that the whole model is
+      compared with; None is `param_dtype`. With compute in bfloat16 a copy in
+      bfloat16 scores alike. With adapters there is no copy.
+    reference_memory: Where that copy lies: "device", or "pinned_host", from
+      where it visits the devices to score.
     logits_chunk: Tokens whose logits exist at a time.
   """
 
@@ -115,6 +121,8 @@ class ModelSettings:
   remat: bool
   train_vision: bool
   lora: lora.LoraConfig
+  reference_dtype: str | None
+  reference_memory: str
   logits_chunk: int
 
 
@@ -545,6 +553,18 @@ def _check_lora(config: Config) -> None:
     "the tower as it is",
     "set model.train_vision=False, or model.lora.rank=0",
   )
+  for name, value, plain in (
+    ("model.reference_dtype", config.model.reference_dtype, None),
+    ("model.reference_memory", config.model.reference_memory, "device"),
+  ):
+    _require(
+      value == plain,
+      name,
+      value,
+      f"be {plain} with adapters (model.lora.rank={config.lora.rank}), for the "
+      "reference is what lies under them and no copy of it",
+      f"set {name}={plain}, or model.lora.rank=0",
+    )
   lora.abstract_adapters(config.model_config, config.lora)
 
 
@@ -565,6 +585,12 @@ def _check_names(config: Config) -> None:
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
     ("export.dtype", config.export.dtype, _DTYPES),
+    (
+      "model.reference_dtype",
+      config.model.reference_dtype or config.model.param_dtype,
+      _DTYPES,
+    ),
+    ("model.reference_memory", config.model.reference_memory, _MEMORIES),
     ("objective.preset", config.objective.preset, tuple(objectives.PRESETS)),
     (
       "objective.advantage_scale",

@@ -61,6 +61,46 @@ class Policy:
     """
     return initial_params(self.config, self.mesh)
 
+  def reference(self, params: dict) -> dict:
+    """Parameters to be kept as the frozen reference, as the settings want it.
+
+    Norms and the tower stay as they are: they are small, and computed in fp32.
+
+    Raises:
+      ValueError: The devices have no such memory.
+    """
+    settings = self.config.model
+    kind = settings.reference_memory
+    kinds = {m.kind for m in self.mesh.local_devices[0].addressable_memories()}
+    if kind not in kinds:
+      raise ValueError(
+        f"model.reference_memory ({kind!r}) must be a memory of the devices, "
+        f"which have {', '.join(sorted(kinds))}; set "
+        "model.reference_memory=device."
+      )
+    dtype = jnp.dtype(settings.reference_dtype or settings.param_dtype)
+
+    def cast(path, x):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      is_kept = name.endswith("scale") or name.startswith("vision_encoder")
+      return x if is_kept else x.astype(dtype)
+
+    if dtype != settings.param_dtype:
+      params = jax.tree_util.tree_map_with_path(cast, params)
+    if kind == "device":
+      return params
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), params)
+    return jax.device_put(params, places)
+
+  def on_device(self, reference: dict) -> dict:
+    """A reference where the network runs; itself if it lies there."""
+    if self.config.model.reference_memory == "device":
+      return reference
+    places = jax.tree.map(
+      lambda x: x.sharding.with_memory_kind("device"), reference
+    )
+    return jax.device_put(reference, places)
+
   def abstract_adapters(self, settings: lora.LoraConfig) -> dict:
     """Shapes, types and places of adapters."""
     return self.placed_shapes(

@@ -173,6 +173,8 @@ class _Run:
     )
     # Under adapters lies the reference itself, and no second copy of it.
     self._frozen = start if config.lora else None
+    if start is not None and not config.lora:
+      start = self.policy.reference(start)
     self._reference = start if self._has_reference else None
 
   @property
@@ -293,7 +295,8 @@ class _Run:
     """Bundles with what other policies, or this one now, say of them."""
     kind, share = self.config.data.kind, self.config.shaping.top_entropy_share
     if self._reference is not None:
-      frozen, _ = self._score(self._reference, bundles)
+      reference = self.policy.on_device(self._reference)
+      frozen, _ = self._score(reference, bundles)
       bundles = bundles.replace(
         ref_per_token_logps=frozen,
         # The frozen start stands for whoever wrote the completions.
@@ -343,7 +346,10 @@ class _Run:
     if self._preference_batches is not None:
       assert self._reference is not None
       scalars |= evaluate_preferences.evaluate(
-        self.policy, params, self._reference, self._preference_batches
+        self.policy,
+        params,
+        self.policy.on_device(self._reference),
+        self._preference_batches,
       )
     return scalars | {"perf/eval_seconds": time.perf_counter() - start}
 

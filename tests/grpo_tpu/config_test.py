@@ -158,6 +158,8 @@ BROKEN_RULES = {
   "model.lora.rank": [-1],
   "model.lora.alpha": [0.0, -1.0, float("inf"), float("nan")],
   "model.lora.targets": [(), ("attention",), ("q", "kv", "q")],
+  "model.reference_dtype": ["float16"],
+  "model.reference_memory": ["host", ""],
   "model.logits_chunk": [0],
   "mesh.replica": [0],
   "mesh.fsdp": [0],
@@ -233,6 +235,13 @@ def test_adapters_leave_the_tower_and_need_a_weight_to_adapt():
   ):
     built(on | {"model.train_vision": True})
   built({"model.train_vision": True})
+  for name, value in (
+    ("model.reference_dtype", "bfloat16"),
+    ("model.reference_memory", "pinned_host"),
+  ):
+    built({name: value})
+    with pytest.raises(ValueError, match=f"^{name} .*no copy"):
+      built(on | {name: value})
   projector = on | {"model.lora.targets": ("projector",)}
   built(projector)
   with pytest.raises(ValueError, match=r"^model.lora.targets \(.*no projector"):

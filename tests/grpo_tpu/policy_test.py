@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from grpo_tpu import checkpoint, sharding, train_state
+from grpo_tpu import checkpoint, sharding, train_state, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.gemma3 import lora
@@ -123,6 +123,85 @@ def test_another_models_checkpoint_is_refused_leaf_by_leaf(policy_of, tmp_path):
     larger.initial_params()
 
 
+def test_a_reference_in_bfloat16_keeps_norms_and_the_tower(policy_of):
+  """What the network casts to bf16 anyhow is kept so, and nothing else."""
+  policy = policy_of("random:1", reference_dtype="bfloat16")
+  params = policy.initial_params()
+  kept = 0
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(params),
+    jax.tree.leaves(policy.reference(params)),
+    strict=True,
+  ):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_kept = "vision_encoder" in name or name.endswith("scale")
+    kept += is_kept
+    assert y.dtype == (jnp.float32 if is_kept else jnp.bfloat16), name
+    assert y.sharding == x.sharding, name
+    np.testing.assert_array_equal(x.astype(y.dtype), y)
+  assert 0 < kept < len(jax.tree.leaves(params))
+  same = policy_of("random:1")
+  assert same.reference(params) is params is same.on_device(params)
+
+
+def test_a_reference_in_bfloat16_scores_alike_under_compute_in_bfloat16(
+  policy_of,
+):
+  """To the bit: the network casts the same numbers, only later."""
+  policy = policy_of(
+    "random:1", reference_dtype="bfloat16", compute_dtype="bfloat16"
+  )
+  params = policy.initial_params()
+  # Norms that bf16 cannot hold, for drawn ones are zeros and ones.
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: x + 0.001234 if path[-1].key == "scale" else x, params
+  )
+  ids = np.random.default_rng(0).integers(110, 900, (1, 2, 6))
+  bundles = train_step.Bundles(
+    prompt_ids=jnp.asarray(ids[:, 0], jnp.int32),
+    prompt_length=jnp.array([6]),
+    images=jnp.zeros((1, 0, 48, 48, 3), jnp.uint8),
+    completion_ids=jnp.asarray(ids, jnp.int32),
+    completion_mask=jnp.ones(ids.shape, bool),
+  )
+  whole, kept = (
+    train_step.score(
+      policy.model,
+      jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree),
+      bundles,
+      num_microbatches=1,
+    )
+    for tree in (params, policy.reference(params))
+  )
+  jax.tree.map(np.testing.assert_array_equal, whole, kept)
+
+
+def test_a_reference_in_host_memory_comes_back_to_the_devices(policy_of):
+  policy = policy_of("random:1", reference_memory="pinned_host")
+  params = policy.initial_params()
+  reference = policy.reference(params)
+  for x, away, back in zip(
+    *map(jax.tree.leaves, (params, reference, policy.on_device(reference))),
+    strict=True,
+  ):
+    assert away.sharding.memory_kind == "pinned_host"
+    assert back.sharding.memory_kind == "device"
+    assert back.sharding.spec == x.sharding.spec
+    np.testing.assert_array_equal(back, x)
+
+
+def test_a_memory_that_the_devices_lack_is_refused(policy_of, monkeypatch):
+  """Before anything is placed."""
+  policy = policy_of("random:1", reference_memory="pinned_host")
+  device = type("Device", (), {"addressable_memories": lambda _: []})()
+  mesh = type("Mesh", (), {"local_devices": [device]})()
+  policy = dataclasses.replace(policy, mesh=mesh)
+  with pytest.raises(
+    ValueError, match=r"^model.reference_memory \('pinned_host'\) must"
+  ):
+    policy.reference({})
+
+
 LORA = lora.LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
 
 
@@ -167,17 +246,21 @@ def test_a_run_with_adapters_goes_on_as_the_model_they_made(
     assert jax.tree.map(lambda x: x.sharding, got) == places
 
 
+def saved(policy):
+  return policies.saved_adapters(policy.config, policy.mesh)
+
+
 def test_saved_adapters_come_with_what_they_belong_to(policy_of, tmp_path):
   random = policy_of("random:2")
-  assert random.saved_adapters() is None
+  assert saved(random) is None
   saved = save_adapters(tmp_path / "a", random, "random:2")
-  found = policy_of(f"run:{tmp_path}/a").saved_adapters()
+  found = saved(policy_of(f"run:{tmp_path}/a"))
   assert found is not None
   adapters, settings, under = found
   assert (settings, under) == (LORA, "random:2")
   jax.tree.map(np.testing.assert_array_equal, adapters, saved)
   save(tmp_path / "whole", random, (1.0,))
-  assert policy_of(f"run:{tmp_path}/whole").saved_adapters() is None
+  assert saved(policy_of(f"run:{tmp_path}/whole")) is None
 
 
 def test_adapters_whose_base_is_gone_are_refused_with_its_name(
