@@ -152,7 +152,10 @@ BROKEN_RULES = {
   "model.name": ["gemma3_5b"],
   "model.weights": [
     "random", "random:", "random:x", "random:-1", "run:", "hub:x", "", ":3",
+    "hf:", "hf:/no/such",
   ],
+  "export.dtype": ["float16"],
+  "export.step": [-1],
   "model.param_dtype": ["float16"],
   "model.compute_dtype": ["bf16"],
   "model.lora.rank": [-1],

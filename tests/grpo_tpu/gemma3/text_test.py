@@ -218,6 +218,38 @@ def test_logits_equal_the_gemma_library_on_text_and_images():
       got[np.array(positions)][real], want[real], atol=1e-4, rtol=1e-4
     )
 
+  whole = text.logits(CONFIG, params, rows, images)
+  np.testing.assert_allclose(
+    whole[rows != 0], expected[rows != 0], atol=1e-4, rtol=1e-4
+  )
+
+
+def test_logits_of_rows_do_not_depend_on_batch_mates_or_spare_images():
+  """A row without images, and one with one of two, against rows alone."""
+  rng = np.random.default_rng(2)
+  params = random_params(CONFIG)
+  start = CONFIG.vision.start_of_image
+  words = rng.integers(110, VOCAB, (2, 12))
+  rows = np.array([[*words[0, :9], 0, 0], [2, start, *words[1, :9]]])
+  images = pictures(rng, 2, 2)
+  together = text.logits(CONFIG, params, rows, images)
+  assert together.shape == (2, 11, VOCAB) and together.dtype == jnp.float32
+  alone = text.logits(CONFIG, params, rows[:1, :9])
+  np.testing.assert_allclose(together[:1, :9], alone, atol=1e-5)
+  alone = text.logits(CONFIG, params, rows[1:], images[1:, :1])
+  np.testing.assert_allclose(together[1:], alone, atol=1e-5)
+
+
+def test_logits_refuse_more_markers_than_images_and_images_without_a_tower():
+  params = random_params(CONFIG)
+  rows = np.array([[2, CONFIG.vision.start_of_image, 111] * 2])
+  images = np.zeros((1, 1, 32, 32, 3), np.uint8)
+  with pytest.raises(ValueError, match="name 2 images in a row, .* has 1"):
+    text.logits(CONFIG, params, rows, images)
+  blind = dataclasses.replace(CONFIG, vision=None)
+  with pytest.raises(ValueError, match="without a vision tower"):
+    text.logits(blind, params, rows, images)
+
 
 def bundle(seed=0, completions=3, num_images=1):
   """Prompts of mixed lengths with pictures, longer than the window."""

@@ -1,0 +1,91 @@
+"""--mode=export, and starting from what it wrote: `model.weights=hf:DIR`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from grpo_tpu import checkpoint, export, sharding, train_state
+from grpo_tpu import config as run_config
+from grpo_tpu import policy as policies
+
+
+def changed(**sections):
+  values = base.get_config().to_dict()
+  values["mesh"]["fsdp"] = 8
+  for section, settings in sections.items():
+    values[section] |= settings
+  return run_config.Config.from_config_dict(values)
+
+
+def save(workdir, *steps):
+  """Checkpoints whose parameters are the seed's, times the step."""
+  config = changed(model={"weights": "random:1"})
+  mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
+  params = policies.initial_params(config, mesh)
+  with checkpoint.Checkpoints(
+    workdir / "checkpoints", every_steps=1, keep=9
+  ) as checkpoints:
+    for step in steps:
+      scaled = jax.tree.map(lambda x, step=step: x * step, params)
+      at = jax.device_put(jnp.int32(step), sharding.replicated(mesh))
+      state = train_state.TrainState(at, at, scaled, ())
+      checkpoints.save(step, state, {})
+  return params, mesh
+
+
+def assert_equal(actual, expected, factor):
+  for got, want in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(got, np.asarray(want) * factor)
+
+
+def test_the_newest_or_a_given_step_goes_out_and_can_be_started_from(tmp_path):
+  params, mesh = save(tmp_path, 2, 3)
+  for step, factor in ((None, 3), (2, 2)):
+    config = changed(export={"dtype": "float32", "step": step})
+    export.check(config, str(tmp_path))
+    export.run(config, str(tmp_path))
+    there = tmp_path / f"export_{step}"
+    (tmp_path / "export").rename(there)
+    # As many rows as the model has ids, and no placeholder's.
+    start = changed(model={"weights": f"hf:{there}"})
+    assert_equal(policies.initial_params(start, mesh), params, factor)
+    assert policies.resolved_weights(start) == f"hf:{there}"
+
+
+def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
+  config = changed(model={"weights": "random:1"})
+  assert export.source(config, str(tmp_path)) == "random:1"
+
+
+def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
+  (tmp_path / "checkpoints" / "00000007").mkdir(parents=True)
+  workdir = str(tmp_path)
+  config = changed(export={"step": 5})
+  with pytest.raises(ValueError, match=r"export.step \(5\).*7"):
+    export.check(config, workdir)
+  config = changed(export={"tokenizer_dir": "/no/such"})
+  with pytest.raises(ValueError, match="export.tokenizer_dir .'/no/such'"):
+    export.check(config, workdir)
+  (tmp_path / "export").mkdir()
+  (tmp_path / "export" / "config.json").touch()
+  with pytest.raises(ValueError, match="export must not hold a checkpoint"):
+    export.check(changed(), workdir)
+
+
+def test_weights_of_another_model_are_refused_with_the_settings(tmp_path):
+  config = changed(model={"weights": "random:1"})
+  export.run(config, str(tmp_path))
+  weights = {"weights": f"hf:{tmp_path}/export"}
+  changed(model=weights)  # Of the model that it is.
+  named = r"model.weights \('hf:.*model.name \('gemma3_4b'\).*embed_dim \(64, "
+  with pytest.raises(ValueError, match=named):
+    changed(model=weights | {"name": "gemma3_4b"})
+  (tmp_path / "export" / "model.safetensors").unlink()
+  with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
+    changed(model=weights)
+  with pytest.raises(ValueError, match="no/such/config.json cannot be read"):
+    changed(model={"weights": "hf:no/such"})
