@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_tpu.gemma3 import assembly, gguf
+from grpo_tpu.gemma3 import assembly, gguf, released
 from grpo_tpu.gemma3 import config as gemma3_config
 
 
@@ -67,6 +67,34 @@ def random_params(
     )
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype))
+
+
+def from_gemma(
+  path: str | os.PathLike[str],
+  *,
+  config: gemma3_config.ModelConfig | None = None,
+  dtype: Any = jnp.float32,
+  place: assembly.Place = assembly.on_one_device,
+) -> tuple[gemma3_config.ModelConfig, dict]:
+  """The model of a `gemma` library checkpoint; see `released.Checkpoint`.
+
+  Args:
+    path: The checkpoint's folder, here or on gs://.
+    config: What it must hold; None finds the released size that it is.
+    dtype: Of the decoder.
+    place: Gives the shapes of the tree their shardings.
+
+  Returns:
+    The sizes, and the tree on its devices.
+
+  Raises:
+    ValueError: It cannot be read as that model; lists every fault.
+  """
+  checkpoint = released.Checkpoint(path, config)
+  abstract = abstract_params(checkpoint.config, jnp.dtype(dtype))
+  checkpoint.check(abstract)
+  tree = assembly.assembled(place(abstract), checkpoint.read)
+  return checkpoint.config, tree
 
 
 def from_gguf(
