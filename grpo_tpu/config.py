@@ -20,7 +20,13 @@ from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.rewards import scoring
 
 _DTYPES = ("float32", "bfloat16")
-_WEIGHTS = ("random", "run")
+# What may stand before the colon of `model.weights`, and what stands after.
+_WEIGHTS = {
+  "random": "SEED",
+  "run": "WORKDIR[@STEP]",
+  "gemma": "DIR",
+  "gguf": "FILE",
+}
 
 
 class SettingError(ValueError):
@@ -45,6 +51,8 @@ class DataConfig:
       those that the data pipeline writes.
     dir: What `data_pipelines.prepare` wrote; "" draws the synthetic set once,
       under the workdir.
+    tokenizer: The model's own, as `data_pipelines.tokenizer.Tokenizer` finds
+      it; "" takes the small one that lies in the data dir.
     synthetic: What that set is made of.
     synthetic_eval_fraction: Share of its pictures that is held out.
     train_split: Problems to train on.
@@ -72,6 +80,7 @@ class DataConfig:
 
   kind: str
   dir: str
+  tokenizer: str
   synthetic: synthetic.Spec
   synthetic_eval_fraction: float
   train_split: str
@@ -95,8 +104,9 @@ class ModelSettings:
 
   Attributes:
     name: A key of `gemma3.config.CONFIGS`.
-    weights: "random:SEED", or "run:WORKDIR[@STEP]" for another run's newest (or
-      given) checkpoint.
+    weights: "random:SEED"; "run:WORKDIR[@STEP]" for another run's newest (or
+      given) checkpoint; "gemma:DIR" for a checkpoint in the layout of the
+      `gemma` library, here or on gs://; "gguf:FILE" for a text size.
     param_dtype: Of the decoder's parameters.
     compute_dtype: Of its matrix products.
     remat: Recompute layers in the backward pass instead of storing them.
@@ -571,7 +581,7 @@ def _check_names(config: Config) -> None:
     and (scheme != "random" or rest.isdecimal()),
     "model.weights",
     config.model.weights,
-    "be random:SEED or run:WORKDIR[@STEP]",
+    "be one of " + ", ".join(f"{k}:{v}" for k, v in _WEIGHTS.items()),
     "set model.weights=random:0",
   )
 

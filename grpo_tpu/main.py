@@ -38,8 +38,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
       config = run_config.Config.from_config_dict(_CONFIG.value)
       # Heavy imports wait until the settings are known to be good.
-      from grpo_tpu import dataset, distributed, evaluate, train
+      from grpo_tpu import dataset, distributed, evaluate, policy, train
 
+      policy.check_weights(config)
       data = dataset.open_dataset(
         config, _WORKDIR.value, for_training=_MODE.value == "train"
       )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
@@ -17,6 +18,11 @@ from data_pipelines import tokenizer as tokens
 from grpo_tpu import checkpoint, rollout, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu.gemma3 import weights
+
+# What reads released weights, by the scheme of `model.weights`.
+_LOADERS = {"gemma": weights.from_gemma, "gguf": weights.from_gguf}
+# What must be where they point.
+_MARKS = {"gemma": "_METADATA", "gguf": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Policy:
     """The parameters that `model.weights` names, on the mesh.
 
     Raises:
-      ValueError: The run named has no such checkpoint, or one of another model.
+      ValueError: The run or file named has no such checkpoint, or one of
+        another model.
     """
     scheme, _, rest = self.config.model.weights.partition(":")
     abstract = self.abstract_params()
@@ -72,6 +79,14 @@ class Policy:
       workdir, step = _run_and_step(rest)
       params, _ = checkpoint.restore_params(
         f"{workdir}/checkpoints", step, abstract
+      )
+      return params
+    if scheme in _LOADERS:
+      _, params = _LOADERS[scheme](
+        rest,
+        config=self.config.model_config,
+        dtype=self.config.model.param_dtype,
+        place=self.placed_shapes,
       )
       return params
     values = weights.random_params(
@@ -129,6 +144,21 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+def check_weights(config: run_config.Config) -> None:
+  """Refuses released weights that are not there, before a device is touched.
+
+  Raises:
+    ValueError: Naming the path.
+  """
+  scheme, _, rest = config.model.weights.partition(":")
+  mark = _MARKS.get(scheme)
+  if mark is not None and not (epath.Path(rest) / mark).exists():
+    raise ValueError(
+      f"model.weights ({config.model.weights!r}) must name what exists, and "
+      f"{epath.Path(rest) / mark} does not; set model.weights={scheme}:PATH."
+    )
 
 
 def resolved_weights(config: run_config.Config) -> str:

@@ -150,6 +150,7 @@ BROKEN_RULES = {
   "model.name": ["gemma3_5b"],
   "model.weights": [
     "random", "random:", "random:x", "random:-1", "run:", "hub:x", "", ":3",
+    "gemma:", "gguf:", "gguf",
   ],
   "model.param_dtype": ["float16"],
   "model.compute_dtype": ["bf16"],

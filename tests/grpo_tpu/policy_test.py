@@ -6,12 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
 from grpo_tpu import checkpoint, sharding, train_state
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import assembly, released
 
 BASE = run_config.Config.from_config_dict(base.get_config())
 
@@ -120,6 +122,52 @@ def test_another_models_checkpoint_is_refused_leaf_by_leaf(policy_of, tmp_path):
   larger = policy_of(f"run:{tmp_path}", name="gemma3_270m")
   with pytest.raises(ValueError, match="(?s)input_embedding: saved .*model"):
     larger.initial_params()
+
+
+def test_released_weights_lie_where_the_rules_say(policy_of, tmp_path):
+  """The same numbers in the places that drawn ones get."""
+  drawn = policy_of("random:2").initial_params()
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "gemma", in_the_librarys_layout(drawn))
+  policy = policy_of(f"gemma:{tmp_path / 'gemma'}", param_dtype="bfloat16")
+  policies.check_weights(policy.config)
+  loaded = policy.initial_params()
+  for x, want, value in zip(
+    jax.tree.leaves(loaded),
+    jax.tree.leaves(policy.abstract_params()),
+    leaves(drawn),
+    strict=True,
+  ):
+    assert x.dtype == want.dtype
+    assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+    np.testing.assert_array_equal(x, value.astype(want.dtype))
+
+
+def in_the_librarys_layout(params):
+  """By the names that the loader reads, which its own tests hold."""
+  wanted = {
+    released._library_name(path, layer): (path, layer)
+    for path, layer, _ in assembly.pieces(params)
+  }
+  found = assembly.by_path(params)
+  tree = {}
+  for name, (path, layer) in wanted.items():
+    *parents, last = name.split("/")
+    inner = tree
+    for parent in parents:
+      inner = inner.setdefault(parent, {})
+    leaf = np.asarray(found[path])
+    inner[last] = leaf if layer is None else leaf[layer]
+  return tree
+
+
+@pytest.mark.parametrize("scheme", ["gemma", "gguf"])
+def test_released_weights_that_are_not_there_are_refused(
+  policy_of, tmp_path, scheme
+):
+  policy = policy_of(f"{scheme}:{tmp_path}/none")
+  with pytest.raises(ValueError, match="model.weights .* must name what exist"):
+    policies.check_weights(policy.config)
 
 
 @pytest.mark.parametrize("step", ["", "@8"])
