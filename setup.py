@@ -45,6 +45,7 @@ setuptools.setup(
   extras_require={
     "dev": [
       "beartype",
+      "gguf",  # Writes the files that tests of its readers read.
       "datasets",  # The oracle of what a snapshot holds; six small wheels.
       "hypothesis",
       "pre-commit",

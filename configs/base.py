@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.kind = "online"
   config.data.dir = ""  # Draws the synthetic set under the workdir.
+  config.data.tokenizer = ""  # The small one of the data dir.
   config.data.synthetic = ml_collections.ConfigDict()
   config.data.synthetic.num_problems = 10_000
   config.data.synthetic.seed = 0

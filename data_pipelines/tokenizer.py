@@ -1,8 +1,9 @@
 """Text to token ids and back, in the layout of Gemma's vocabulary.
 
 One class reads Gemma's own SentencePiece file and the small ones that `train`
-makes; everything that needs a special token finds it here. Knows nothing of
-chat turns or images beyond the names of their tokens.
+makes, or builds the former from what other formats keep of it; everything that
+needs a special token finds it here. Knows nothing of chat turns or images
+beyond the names of their tokens.
 
 References:
   SentencePiece: https://arxiv.org/abs/1808.06226
@@ -17,7 +18,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
+from etils import epath
 
+from data_pipelines import vocabulary
+
+# Stands for the file that the `gemma` library reads, in the folder where it
+# looks for it.
+GEMMA = "gemma"
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
 NEWLINE, BLANK_LINE = 107, 108
@@ -38,6 +45,9 @@ _NAMED = {
 }
 _START_OF_IMAGE, _END_OF_IMAGE = "<start_of_image>", "<end_of_image>"
 _UNUSED = 99
+# Gemma 3's own vocabulary, and where it has the two.
+GEMMA_VOCAB_SIZE = 262_144
+_GEMMA_IMAGE_IDS = (255_999, 256_000)
 
 
 class Tokenizer:
@@ -50,20 +60,25 @@ class Tokenizer:
     fingerprint: SHA-256 of the model file, in hexadecimal.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
-    """Reads the model file at `path`.
+  def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
+    """Reads the file at `path`, here or on gs://.
+
+    Args:
+      path: A SentencePiece model; a GGUF file, of which the metadata are read;
+        a `tokenizer.json` of Hugging Face's; or "gemma" for
+        `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`.
+      model: The SentencePiece model that was made of it, if it was read before.
 
     Raises:
-      ValueError: The file is no SentencePiece model, or its special tokens
-        stand elsewhere than Gemma's.
+      ValueError: There is no such file, or its special tokens stand elsewhere
+        than Gemma's.
     """
     self._path = os.fspath(path)
-    with open(self._path, "rb") as file:
-      model = file.read()
-    self.fingerprint = hashlib.sha256(model).hexdigest()
+    self._model = _model(self._path) if model is None else model
+    self.fingerprint = hashlib.sha256(self._model).hexdigest()
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model)
+      self._processor.LoadFromSerializedProto(self._model)
     except RuntimeError as error:
       raise ValueError(
         f"tokenizer file {self._path} is not a SentencePiece model; give "
@@ -81,8 +96,8 @@ class Tokenizer:
     self._control_names = re.compile("|".join(map(re.escape, names)))
 
   def __reduce__(self):
-    """Pickles as the path, so that a worker process reads the file again."""
-    return type(self), (self._path,)
+    """Pickles with the model, so that a worker process need not find it."""
+    return type(self), (self._path, self._model)
 
   def encode(self, text: str) -> list[int]:
     """The ids of plain text: no id of a control token is ever among them.
@@ -125,6 +140,40 @@ class Tokenizer:
           f"tokenizer file {self._path} has no {name}; give Gemma 3's "
           "tokenizer.model or one made by data_pipelines.prepare."
         )
+    if self.vocab_size <= _GEMMA_IMAGE_IDS[1]:
+      return
+    for name, token in zip(
+      (_START_OF_IMAGE, _END_OF_IMAGE), _GEMMA_IMAGE_IDS, strict=True
+    ):
+      found = self._processor.PieceToId(name)
+      if found != token:
+        raise ValueError(
+          f"tokenizer file {self._path} has {name} at id {found}, and must "
+          f"have it at {token} as Gemma 3's does; give Gemma 3's "
+          "tokenizer.model."
+        )
+
+
+def _model(path: str) -> bytes:
+  """The SentencePiece model that a file is, or that its vocabulary makes."""
+  folder = os.environ.get("GEMMA_CACHE_DIR", "~/.gemma")
+  file = epath.Path(path)
+  if path == GEMMA:
+    file = epath.Path(folder) / "tokenizer" / "tokenizer_gemma3.model"
+  file = file.expanduser()
+  try:
+    if file.suffix == ".gguf":
+      return vocabulary.of_gguf(file)
+    content = file.read_bytes()
+  except OSError as error:
+    raise ValueError(
+      f"tokenizer file {file} must be a file that can be read: {error}; give "
+      "Gemma 3's tokenizer.model, a .gguf file, a tokenizer.json, or gemma for "
+      "the library's own in $GEMMA_CACHE_DIR."
+    ) from error
+  if file.suffix == ".json":
+    return vocabulary.of_tokenizer_json(content, str(file))
+  return content
 
 
 def train(

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from etils import epath
+
 from data_pipelines import ablations, pipeline, preferences, prompts, synthetic
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
@@ -26,6 +28,8 @@ _WEIGHTS = {
   "random": "random:SEED",
   "run": "run:WORKDIR[@STEP]",
   "hf": "hf:DIR",
+  "gemma": "gemma:DIR",
+  "gguf": "gguf:FILE",
 }
 
 
@@ -51,6 +55,8 @@ class DataConfig:
       those that the data pipeline writes.
     dir: What `data_pipelines.prepare` wrote; "" draws the synthetic set once,
       under the workdir.
+    tokenizer: The model's own, as `data_pipelines.tokenizer.Tokenizer` finds
+      it; "" takes the small one that lies in the data dir.
     synthetic: What that set is made of.
     synthetic_eval_fraction: Share of its pictures that is held out.
     train_split: Problems to train on.
@@ -76,6 +82,7 @@ class DataConfig:
 
   kind: str
   dir: str
+  tokenizer: str
   synthetic: synthetic.Spec
   synthetic_eval_fraction: float
   train_split: str
@@ -99,8 +106,9 @@ class ModelSettings:
   Attributes:
     name: A key of `gemma3.config.CONFIGS`.
     weights: "random:SEED"; "run:WORKDIR[@STEP]" for another run's newest (or
-      given) checkpoint; or "hf:DIR" for a local Hugging Face checkpoint, with
-      config.json and *.safetensors.
+      given) checkpoint; "hf:DIR" for a local Hugging Face checkpoint, with
+      config.json and *.safetensors; "gemma:DIR" for a checkpoint in the layout
+      of the `gemma` library, here or on gs://; "gguf:FILE" for a text size.
     param_dtype: Of the decoder's parameters.
     compute_dtype: Of its matrix products.
     remat: Recompute layers in the backward pass instead of storing them.
@@ -656,7 +664,16 @@ def _check_weights(config: Config) -> None:
     f"be one of {', '.join(_WEIGHTS.values())}",
     "set model.weights=random:0",
   )
-  if scheme in weights.OPENERS:
+  if scheme == "gemma":
+    # No more than this, for Orbax reads with the devices' help.
+    _require(
+      (epath.Path(rest) / "_METADATA").exists(),
+      "model.weights",
+      config.model.weights,
+      "name the folder of a checkpoint, with its _METADATA",
+      "set model.weights=gemma:DIR",
+    )
+  elif scheme in weights.OPENERS:
     try:
       weights.OPENERS[scheme](config.model_config, rest)
     except ValueError as error:

@@ -25,8 +25,8 @@ class Dataset:
     eval: Problems held out.
     replies: The labelled completions of kind "preference"; None for others.
     identity: What another run must share to go on from this one's checkpoints:
-      fingerprints of the records, of the tokenizer, and of the file of labelled
-      completions if there is one.
+      fingerprints of the records, of the tokenizers, and of the file of
+      labelled completions if there is one.
   """
 
   tokenizer: tokens.Tokenizer
@@ -124,6 +124,7 @@ def open_dataset(
   # Before anything is drawn for a run that must be refused.
   replies, their_identity = _replies(config)
   folder = pathlib.Path(config.data.dir or pathlib.Path(workdir) / "data")
+  given = _given_tokenizer(config)
   if config.data.dir:
     manifest = _manifest(folder)
   else:
@@ -132,7 +133,7 @@ def open_dataset(
   if for_training:
     _check_training(config, manifest)
   return Dataset(
-    tokenizer=tokens.Tokenizer(folder / "tokenizer.model"),
+    tokenizer=given or tokens.Tokenizer(folder / "tokenizer.model"),
     train=mathvista.source(folder, config.data.train_split)
     if for_training
     else None,
@@ -142,6 +143,7 @@ def open_dataset(
       "data.dir: its records": manifest["fingerprint"],
       "data.dir: its tokenizer": manifest["tokenizer"]["fingerprint"],
     }
+    | ({"data.tokenizer: its contents": given.fingerprint} if given else {})
     | their_identity,
   )
 
@@ -179,6 +181,38 @@ def synthetic_request(
   )
 
 
+def _given_tokenizer(config: run_config.Config) -> tokens.Tokenizer | None:
+  """The model's own tokenizer, where one is named.
+
+  Raises:
+    ValueError: It is not the model's, or none is named for released weights.
+  """
+  name, size = config.data.tokenizer, config.model_config.vocab_size
+  if name:
+    try:
+      tokenizer = tokens.Tokenizer(name)
+    except ValueError as error:
+      raise ValueError(
+        f"data.tokenizer ({name!r}) must be the model's own: {error}"
+      ) from error
+    if tokenizer.vocab_size != size:
+      raise ValueError(
+        f"data.tokenizer ({name!r}) has {tokenizer.vocab_size} pieces, which "
+        f"must be as many as model.name ({config.model.name!r}) has embeddings "
+        f"({size}); name that of the model."
+      )
+    return tokenizer
+  scheme = config.model.weights.partition(":")[0]
+  if scheme not in ("random", "run") and size == tokens.GEMMA_VOCAB_SIZE:
+    raise ValueError(
+      "data.tokenizer ('') must name Gemma's tokenizer where model.weights "
+      f"({config.model.weights!r}) are released ones, to which the ids of the "
+      "data dir's small one mean other text; set data.tokenizer to a "
+      "tokenizer.model, a tokenizer.json or a .gguf file, or to gemma."
+    )
+  return None
+
+
 def _manifest(folder: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads((folder / "manifest.json").read_text())
@@ -202,7 +236,7 @@ def _check(
         f"dir, {', '.join(manifest['counts'])}; set data.{setting}."
       )
   size = manifest["tokenizer"]["vocab_size"]
-  if size > config.model_config.vocab_size:
+  if not config.data.tokenizer and size > config.model_config.vocab_size:
     raise ValueError(
       f"model.name ({config.model.name!r}) has {config.model_config.vocab_size}"
       f" embeddings, which must hold the {size} pieces of the data dir's "

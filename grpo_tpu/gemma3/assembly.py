@@ -7,7 +7,7 @@ Knows nothing of file formats.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,17 @@ def by_path(tree: Any) -> dict[str, Any]:
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def pieces(
+  abstract: dict,
+) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+  """Path, layer (None outside of stacks) and shape of all that is read."""
+  for path, leaf in by_path(abstract).items():
+    if _stack_of(path) is None:
+      yield path, None, leaf.shape
+    else:
+      yield from ((path, i, leaf.shape[1:]) for i in range(leaf.shape[0]))
 
 
 def _stack_of(path: str) -> str | None:

@@ -7,14 +7,20 @@ that one scan runs them all. Names and axes within a layer are those of the
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from grpo_tpu.gemma3 import assembly, gguf, huggingface, huggingface_config
+from grpo_tpu.gemma3 import (
+  assembly,
+  gguf,
+  huggingface,
+  huggingface_config,
+  released,
+)
 from grpo_tpu.gemma3 import config as gemma3_config
 
 
@@ -117,11 +123,6 @@ def open_hf(
   )
 
 
-# By the scheme of `model.weights`, what opens the files it names: it refuses
-# those of another model before a device is touched, and its `load` reads.
-OPENERS = {"hf": open_hf}
-
-
 def to_hf(
   config: gemma3_config.ModelConfig,
   params: dict,
@@ -151,6 +152,34 @@ def to_hf(
   )
 
 
+def from_gemma(
+  path: str | os.PathLike[str],
+  *,
+  config: gemma3_config.ModelConfig | None = None,
+  dtype: Any = jnp.float32,
+  place: assembly.Place = assembly.on_one_device,
+) -> tuple[gemma3_config.ModelConfig, dict]:
+  """The model of a `gemma` library checkpoint; see `released.Checkpoint`.
+
+  Args:
+    path: The checkpoint's folder, here or on gs://.
+    config: What it must hold; None finds the released size that it is.
+    dtype: Of the decoder.
+    place: Gives the shapes of the tree their shardings.
+
+  Returns:
+    The sizes, and the tree on its devices.
+
+  Raises:
+    ValueError: It cannot be read as that model; lists every fault.
+  """
+  checkpoint = released.Checkpoint(path, config)
+  abstract = abstract_params(checkpoint.config, jnp.dtype(dtype))
+  checkpoint.check(abstract)
+  tree = assembly.assembled(place(abstract), checkpoint.read)
+  return checkpoint.config, tree
+
+
 def from_gguf(
   path: str | os.PathLike[str],
   *,
@@ -175,6 +204,35 @@ def from_gguf(
   file = gguf.File(path, config)
   abstract = place(abstract_params(file.config, jnp.dtype(dtype)))
   return file.config, assembly.assembled(abstract, file.read)
+
+
+class _Opened(NamedTuple):
+  """Files that have been checked, to be read a piece at a time."""
+
+  read: assembly.Read
+
+  def load(self, abstract: dict) -> dict:
+    """The tree of these shapes, types and places."""
+    return assembly.assembled(abstract, self.read)
+
+
+def _open_gemma(
+  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> _Opened:
+  checkpoint = released.Checkpoint(path, config)
+  checkpoint.check(abstract_params(config, jnp.dtype(jnp.float32)))
+  return _Opened(checkpoint.read)
+
+
+def _open_gguf(
+  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> _Opened:
+  return _Opened(gguf.File(path, config).read)
+
+
+# By the scheme of `model.weights`, what opens the files it names: it refuses
+# those of another model before a device is touched, and its `load` reads.
+OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:

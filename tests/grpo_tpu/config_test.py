@@ -152,7 +152,8 @@ BROKEN_RULES = {
   "model.name": ["gemma3_5b"],
   "model.weights": [
     "random", "random:", "random:x", "random:-1", "run:", "hub:x", "", ":3",
-    "hf:", "hf:/no/such",
+    "hf:", "hf:/no/such", "gemma:", "gguf:", "gguf",
+    "gemma:/no/such", "gguf:/no/such",
   ],
   "export.dtype": ["float16"],
   "export.step": [-1],

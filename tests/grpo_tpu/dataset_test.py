@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from data_pipelines import pipeline
+from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
 from grpo_tpu import dataset
 
@@ -72,6 +73,40 @@ def test_identity_is_that_of_records_and_tokenizer(workdir, data_dir):
   edit_manifest(data_dir, fingerprint="others")
   others = opened(settings(dir=str(data_dir)))
   assert others.identity == data.identity | {"data.dir: its records": "others"}
+
+
+def test_the_models_own_tokenizer_stands_in_for_the_data_dirs(
+  workdir, tmp_path
+):
+  """Gemma's own, were the model one of the released sizes."""
+  texts = [f"{i:x} of {i * 7919:x} is {i * 104729:b}" for i in range(3000)]
+  tokens.train(texts, tmp_path / "own.model", vocab_size=1024)
+  own = tokens.Tokenizer(tmp_path / "own.model")
+  assert own.vocab_size == 1024
+  without = opened(settings(), workdir)
+  data = opened(settings(tokenizer=str(tmp_path / "own.model")), workdir)
+  assert data.tokenizer.fingerprint == own.fingerprint
+  assert data.identity == without.identity | {
+    "data.tokenizer: its contents": own.fingerprint
+  }
+
+
+def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):
+  tokens.train(["one two three"] * 9, tmp_path / "own.model", vocab_size=512)
+  pattern = r"data.tokenizer \('.*own.model'\) has \d+ pieces.*\(1024\)"
+  with pytest.raises(ValueError, match=pattern):
+    opened(settings(tokenizer=str(tmp_path / "own.model")), workdir)
+  with pytest.raises(ValueError, match="data.tokenizer .* must be the model's"):
+    opened(settings(tokenizer=str(tmp_path / "none.model")), workdir)
+
+
+def test_released_weights_want_their_own_tokenizer(workdir):
+  config = settings()
+  model = dataclasses.replace(
+    config.model, name="gemma3_270m", weights="gguf:270m.gguf"
+  )
+  with pytest.raises(ValueError, match=r"data.tokenizer \(''\) must name"):
+    opened(dataclasses.replace(config, model=model), workdir)
 
 
 def write_replies(path, pids, rejected="no"):

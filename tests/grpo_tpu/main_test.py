@@ -66,6 +66,10 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
       ["rewards.custom ('math:no_such')", "correct the name"],
     ),
     (
+      [CONFIG, WORKDIR, "--config.model.weights=gguf:/no/such.gguf"],
+      ["model.weights ('gguf:/no/such.gguf') must name what exists"],
+    ),
+    (
       ["--config=configs/smoke.py:warmup", WORKDIR],
       ["stage ('warmup') must be warm_start or grpo"],
     ),
@@ -79,6 +83,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "rule broken",
     "no such data",
     "no such reward",
+    "no such weights",
     "unknown stage",
   ],
 )

@@ -6,13 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
 from grpo_tpu import checkpoint, sharding, train_state, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
-from grpo_tpu.gemma3 import lora
+from grpo_tpu.gemma3 import assembly, lora, released
 
 BASE = run_config.Config.from_config_dict(base.get_config())
 
@@ -271,6 +272,42 @@ def test_adapters_whose_base_is_gone_are_refused_with_its_name(
   with pytest.raises(ValueError, match=r"/a'\).*adapters alone.*/gone@7'") as e:
     policy_of(f"run:{tmp_path}/a").initial_params()
   assert "no checkpoint" in str(e.value)
+
+
+def test_released_weights_lie_where_the_rules_say(policy_of, tmp_path):
+  """The same numbers in the places that drawn ones get."""
+  drawn = policy_of("random:2").initial_params()
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "gemma", in_the_librarys_layout(drawn))
+  policy = policy_of(f"gemma:{tmp_path / 'gemma'}", param_dtype="bfloat16")
+  loaded = policy.initial_params()
+  for x, want, value in zip(
+    jax.tree.leaves(loaded),
+    jax.tree.leaves(policy.abstract_params()),
+    leaves(drawn),
+    strict=True,
+  ):
+    assert x.dtype == want.dtype
+    assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+    np.testing.assert_array_equal(x, value.astype(want.dtype))
+
+
+def in_the_librarys_layout(params):
+  """By the names that the loader reads, which its own tests hold."""
+  wanted = {
+    released._library_name(path, layer): (path, layer)
+    for path, layer, _ in assembly.pieces(params)
+  }
+  found = assembly.by_path(params)
+  tree = {}
+  for name, (path, layer) in wanted.items():
+    *parents, last = name.split("/")
+    inner = tree
+    for parent in parents:
+      inner = inner.setdefault(parent, {})
+    leaf = np.asarray(found[path])
+    inner[last] = leaf if layer is None else leaf[layer]
+  return tree
 
 
 @pytest.mark.parametrize("step", ["", "@8"])

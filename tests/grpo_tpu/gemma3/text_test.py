@@ -170,26 +170,41 @@ def library_params(config, params):
   }
 
 
+def save_with_library(params, path):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from gemma import gm
+
+    tree = library_params(CONFIG, params)
+    gm.ckpts.save_params(tree, path, wait_until_finished=True)
+
+
 def pictures(rng, *shape):
   side = CONFIG.vision.image_size
   return rng.integers(0, 256, (*shape, side, side, 3), dtype=np.uint8)
 
 
 @pytest.mark.peers
-def test_logits_equal_the_gemma_library_on_text_and_images():
-  """Rows with two pictures and with one, padded, in fp32."""
+def test_logits_equal_the_gemma_library_on_text_and_images(tmp_path):
+  """Rows with two pictures, one and none, padded, in fp32.
+
+  From a checkpoint that the library has written.
+  """
   rng = np.random.default_rng(1)
   params = random_params(CONFIG)
+  save_with_library(params, tmp_path / "saved")
+  _, params = weights.from_gemma(tmp_path / "saved", config=CONFIG)
   start = 255_999
-  words = rng.integers(110, VOCAB - 1, (2, 20))
+  words = rng.integers(110, VOCAB - 1, (3, 20))
   # The library wants one marker per picture, and pads what it expands.
   rows = np.stack(
     [
       [2, *words[0, :5], start, *words[0, 5:8], start, *words[0, 8:14]],
       [2, *words[1, :3], start, *words[1, 3:14], 0],
+      [2, *words[2, :14], 0, 0],
     ]
   ).astype(np.int32)
-  images = pictures(rng, 2, 2)
+  images = pictures(rng, 3, 2)
   expected = library_logits(CONFIG, params, rows, images)
 
   ours, length, at = [], [], []
@@ -199,7 +214,7 @@ def test_logits_equal_the_gemma_library_on_text_and_images():
       positions.append(len(ids))
       ids += image_block() if token == start else [token]
     ours.append(ids + [0] * (40 - len(ids)))
-    length.append(len(ids) - int(row[-1] == 0))
+    length.append(len(ids) - int((row == 0).sum()))
     at.append(positions)
   states, _, _ = text.prompt_states(
     CONFIG,

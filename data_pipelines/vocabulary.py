@@ -1,0 +1,169 @@
+"""Gemma's vocabulary out of formats that keep its pieces but not its file.
+
+A SentencePiece model is put together again: pieces, the order in which pairs
+are joined, and what kind each piece is. What it leaves out is what encoding
+does not read. Knows nothing of what single ids mean.
+
+References:
+  SentencePiece: https://github.com/google/sentencepiece
+  GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+  tokenizer.json: https://huggingface.co/docs/tokenizers
+"""
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# The kinds of SentencePiece, which GGUF numbers alike.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_SPACE = "\u2581"
+_PAD, _EOS, _BOS, _UNK = range(4)
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+# What transformers adds after the vocabulary; it is no piece of it.
+_SOFT_TOKEN = "<image_soft_token>"
+
+
+class _Piece(NamedTuple):
+  text: str
+  score: float
+  kind: int
+
+
+def of_gguf(path: str | os.PathLike[str]) -> bytes:
+  """The SentencePiece model in the metadata of a GGUF file.
+
+  Raises:
+    ValueError: The `gguf` package is missing, or there is no such vocabulary.
+  """
+  try:
+    import gguf
+  except ImportError as error:
+    raise ValueError(
+      f"tokenizer file {path} must be read with the gguf package, which is not "
+      'installed; run pip install "grpo_tpu[export]".'
+    ) from error
+  try:
+    fields = gguf.GGUFReader(os.fspath(path)).fields
+    read = {
+      name: fields[f"tokenizer.ggml.{name}"].contents()
+      for name in ("model", "tokens", "scores", "token_type")
+    }
+  # Whatever a file of noise, or one cut short, makes of its reader.
+  except (ValueError, IndexError, KeyError, OverflowError) as error:
+    raise ValueError(
+      f"tokenizer file {path} must be a GGUF file with a vocabulary, but "
+      f"cannot be read: {error!r}; give that of a Gemma 3."
+    ) from error
+  if read["model"] != "llama":
+    raise ValueError(
+      f"tokenizer file {path} has tokenizer.ggml.model {read['model']!r}, "
+      "which must be 'llama' as in every Gemma 3; give such a file."
+    )
+  kinds = [
+    # Only GGUF calls <start_of_turn> and its like controls, which encoding
+    # would spell out in pieces.
+    _USER_DEFINED if kind == _CONTROL else kind
+    for kind in read["token_type"]
+  ]
+  return _model(
+    [
+      _Piece(_escaped(text) if kind == _USER_DEFINED else text, score, kind)
+      for text, score, kind in zip(
+        read["tokens"], read["scores"], kinds, strict=True
+      )
+    ]
+  )
+
+
+def of_tokenizer_json(content: bytes, name: str) -> bytes:
+  """The SentencePiece model that a Hugging Face tokenizer was made from.
+
+  Args:
+    content: Of the file.
+    name: Of the file, for messages.
+
+  Raises:
+    ValueError: It is not such a file, or not one of byte-pair merges with
+      bytes to fall back on.
+  """
+  try:
+    tokenizer = json.loads(content)
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    ids = dict(model["vocab"]) | {x["content"]: x["id"] for x in added}
+    merges = [_pair(merge) for merge in model["merges"]]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"tokenizer file {name} must be a tokenizer.json of byte-pair merges, "
+      f"but cannot be read: {error!r}; give that of a Gemma 3."
+    ) from error
+  if model.get("type") != "BPE" or not model.get("byte_fallback"):
+    raise ValueError(
+      f"tokenizer file {name} has a model of type {model.get('type')!r}, which "
+      "must be 'BPE' with byte_fallback as in every Gemma 3; give such a file."
+    )
+  ids.pop(_SOFT_TOKEN, None)
+  texts = sorted(ids, key=ids.__getitem__)
+  if [ids[text] for text in texts] != list(range(len(texts))):
+    raise ValueError(
+      f"tokenizer file {name} must give its {len(texts)} pieces the ids from 0 "
+      "on, each once; give that of a Gemma 3."
+    )
+  # Pairs are joined in the order of what they make.
+  rank: dict[str, int] = {}
+  for left, right in merges:
+    rank.setdefault(left + right, len(rank))
+  whole = {x["content"] for x in added}
+
+  def piece(text: str) -> _Piece:
+    if text in whole:
+      return _Piece(_escaped(text), 0.0, _USER_DEFINED)
+    if _BYTE_NAME.fullmatch(text):
+      return _Piece(text, 0.0, _BYTE)
+    return _Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
+
+  return _model([piece(text) for text in texts])
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+  """A merge, which older files write as one string."""
+  left, right = merge.split(" ") if isinstance(merge, str) else merge
+  return left, right
+
+
+def _escaped(text: str) -> str:
+  return text.replace(" ", _SPACE)
+
+
+def _model(pieces: Sequence[_Piece]) -> bytes:
+  """The file of SentencePiece's with these pieces."""
+  # Made at run time, so that no type checker sees what is in it.
+  format = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+  proto = format.ModelProto()
+  for number, (text, score, kind) in enumerate(pieces):
+    if number in (_PAD, _EOS, _BOS):
+      kind = _CONTROL
+    elif number == _UNK:
+      kind = _UNKNOWN
+    proto.pieces.add(piece=text, score=score, type=kind)
+  names = [piece.text for piece in pieces[: _UNK + 1]]
+  trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+  trainer.model_type = 2  # BPE.
+  trainer.vocab_size = len(pieces)
+  trainer.byte_fallback = True
+  for key, number in (
+    ("pad", _PAD),
+    ("eos", _EOS),
+    ("bos", _BOS),
+    ("unk", _UNK),
+  ):
+    setattr(trainer, f"{key}_id", number)
+    if number < len(names):
+      setattr(trainer, f"{key}_piece", names[number])
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = False
+  normalizer.remove_extra_whitespaces = False
+  normalizer.escape_whitespaces = True
+  return proto.SerializeToString()
