@@ -12,7 +12,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines import ablations, pipeline, preferences, prompts, synthetic
+from data_pipelines import (
+  ablations,
+  images,
+  pipeline,
+  preferences,
+  prompts,
+  synthetic,
+)
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -59,6 +66,8 @@ class DataConfig:
       the data say it, or the answer alone.
     shuffle_options: Ask each training row with its options in an order of its
       own; evaluation never does.
+    pan_and_scan: Whether long pictures are shown again in crops, in training
+      and in evaluation; each costs the tokens of a picture.
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
@@ -82,6 +91,7 @@ class DataConfig:
   prompt_template: str
   worked_solutions: bool
   shuffle_options: bool
+  pan_and_scan: images.PanAndScan
   preference_completions: int
   preference_file: str
   preference_kinds: tuple[str, ...]
@@ -535,6 +545,14 @@ def _check_names(config: Config) -> None:
       f"be one of {', '.join(choices)}",
       f"set {name}={close[0]}",
     )
+  _require(
+    not config.data.pan_and_scan.enabled
+    or config.model_config.vision is not None,
+    "data.pan_and_scan.enabled",
+    config.data.pan_and_scan.enabled,
+    f"be False for {config.model.name}, which sees no pictures",
+    "set data.pan_and_scan.enabled=False",
+  )
   kinds = config.data.preference_kinds
   _require(
     bool(kinds)
