@@ -241,6 +241,8 @@ def test_each_number_of_pan_and_scan_is_a_setting():
   assert boxes(330, 1838, max_num_crops=3) == across(330, 0, 613, 1226, 1838)
   assert boxes(300, 510, min_crop_size=255) == across(300, 0, 255, 510)
   assert boxes(1000, 1200, min_ratio_to_activate=1.21) == []
+  # A square is cut as a wide picture is.
+  assert boxes(600, 600, min_ratio_to_activate=1.0) == across(600, 0, 300, 600)
 
 
 def test_crops_cover_the_picture_and_are_never_empty():

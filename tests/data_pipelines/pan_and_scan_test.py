@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import images, pipeline, prompts, records
+from data_pipelines import images, option_order, pipeline, prompts, records
 from data_pipelines import tokenizer as tokens
 
 SOFT_TOKENS, IMAGE_SIZE = 3, 8
@@ -177,20 +177,32 @@ def with_pictures(size):
   ]
 
 
-def test_pictures_that_grew_under_the_run_are_masked(tokenizer):
+@pytest.fixture
+def reasons(monkeypatch):
+  """Why rows were masked."""
+  seen = []
+  monkeypatch.setattr(
+    pipeline, "_warn", lambda index, error: seen.append(error.reason)
+  )
+  return seen
+
+
+def test_pictures_that_grew_under_the_run_are_masked(tokenizer, reasons):
   source = ChangingSource(with_pictures((10, 10)), with_pictures((20, 10)))
   for batch in batches(tokenizer, source):
     assert not batch.valid.any()
     assert batch.images.shape[1] == 1 and not batch.images.any()
+  assert set(reasons) == {"image_count"}
 
 
 def test_a_header_that_lies_about_its_picture_masks_the_row(
-  tokenizer, monkeypatch
+  tokenizer, monkeypatch, reasons
 ):
   monkeypatch.setattr(images, "num_crops", lambda data, settings: 2)
   for batch in batches(tokenizer):
     told = [num_shown(problem) == 3 for problem in batch.problems]
     np.testing.assert_array_equal(batch.valid, told)
+  assert set(reasons) == {"image_count"}
 
 
 def test_an_unreadable_header_masks_its_row(tokenizer):
@@ -203,6 +215,25 @@ def test_an_unreadable_header_masks_its_row(tokenizer):
   for batch in batches(tokenizer, damaged):
     told = [problem.pid not in ("p5", "p8") for problem in batch.problems]
     np.testing.assert_array_equal(batch.valid, told)
+
+
+def test_options_are_shuffled_only_where_crops_leave_room(
+  tokenizer, monkeypatch
+):
+  """The longest prompt fills its bucket; the others have room for words."""
+  longest = max(b.prompt_length.max() for b in batches(tokenizer))
+
+  def wordier(problem, rng):
+    return dataclasses.replace(problem, query=problem.query + "?" * 8)
+
+  monkeypatch.setattr(option_order, "shuffled", wordier)
+  options = dict(shuffle_options=True, prompt_buckets=(int(longest),))
+  for batch in batches(tokenizer, **options):
+    for problem, length in zip(
+      batch.problems, batch.prompt_length, strict=True
+    ):
+      added = problem.query.endswith("????????")
+      assert added == (num_shown(problem) < 5), (problem.pid, length)
 
 
 def test_a_model_that_cannot_see_reads_no_header(tokenizer):
