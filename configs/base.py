@@ -33,6 +33,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.prompt_buckets = (384, 512, 1024, 2048)
   config.data.prompt_template = "tagged"
   config.data.shuffle_options = False
+  config.data.pan_and_scan = ml_collections.ConfigDict()
+  config.data.pan_and_scan.enabled = False
+  config.data.pan_and_scan.min_crop_size = 256
+  config.data.pan_and_scan.max_num_crops = 4
+  config.data.pan_and_scan.min_ratio_to_activate = 1.2
   # Of kind "preference"; without a file, one right reply and wrong ones.
   config.data.preference_completions = 2
   config.data.preference_file = ""

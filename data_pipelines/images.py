@@ -1,12 +1,18 @@
 """Published picture bytes to RGB pixels, the same on every host.
 
-Knows nothing of models: what a vision tower does with pixel values is its own
-affair.
+The pixels are those of transformers' Gemma3ImageProcessorPil, pan-and-scan
+included; a test holds them together. Knows nothing of models: what a vision
+tower does with pixel values is its own affair.
+
+References:
+  Gemma 3 Technical Report (arXiv:2503.19786), section 2.1: pan and scan.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -29,6 +35,51 @@ _UPRIGHT = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PanAndScan:
+  """Whether long pictures are shown again in pieces, and which ones.
+
+  The numbers are those of transformers' Gemma3ImageProcessor, there named
+  `pan_and_scan_min_crop_size` and so on.
+
+  Attributes:
+    enabled: False shows each picture whole and no more.
+    min_crop_size: Pixels of a crop's shorter side; a picture whose crops would
+      fall below it has none.
+    max_num_crops: Most crops of a picture; each costs what a picture does.
+    min_ratio_to_activate: Longer side by shorter side from which there are any.
+  """
+
+  enabled: bool
+  min_crop_size: int
+  max_num_crops: int
+  min_ratio_to_activate: float
+
+  def __post_init__(self):
+    for name, holds, rule in (
+      ("max_num_crops", self.max_num_crops >= 2, "at least 2"),
+      (
+        # Or the last crop of a small picture could be empty.
+        "min_crop_size",
+        self.min_crop_size >= self.max_num_crops,
+        f"at least max_num_crops ({self.max_num_crops})",
+      ),
+      (
+        "min_ratio_to_activate",
+        1 <= self.min_ratio_to_activate < math.inf,
+        "at least 1 and finite",
+      ),
+    ):
+      if not holds:
+        raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
+
+
+# With transformers' numbers.
+WHOLE = PanAndScan(
+  enabled=False, min_crop_size=256, max_num_crops=4, min_ratio_to_activate=1.2
+)
 
 
 def decode(image_bytes: bytes) -> np.ndarray:
@@ -58,9 +109,7 @@ def decode(image_bytes: bytes) -> np.ndarray:
     raise
   # On damaged bytes PIL's decoders raise nearly every kind of exception.
   except Exception as error:
-    raise records.BadRecord(
-      "undecodable_image", f"{type(error).__name__}: {error}"
-    ) from error
+    raise _undecodable(error) from error
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -71,11 +120,79 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
   return np.asarray(square)
 
 
+def crop_boxes(
+  height: int, width: int, settings: PanAndScan
+) -> list[tuple[int, int, int, int]]:
+  """Where a picture is cut along its longer side; empty where it is not.
+
+  As many crops as come closest to squares, none smaller than allowed. They are
+  of one size, but for the last, which ends where the picture does.
+
+  Args:
+    height: Of the picture, in pixels.
+    width: Of the picture, in pixels.
+    settings: When to cut, and into how many.
+
+  Returns:
+    Top, left, bottom and right of each crop, from the picture's top left on.
+  """
+  longer, shorter = max(height, width), min(height, width)
+  if not settings.enabled or longer / shorter < settings.min_ratio_to_activate:
+    return []
+  # Halves are rounded up, where Python's round would take the even number.
+  count = math.floor(longer / shorter + 0.5)
+  count = max(2, min(count, longer // settings.min_crop_size))
+  count = min(count, settings.max_num_crops)
+  step = math.ceil(longer / count)
+  if min(step, shorter) < settings.min_crop_size:
+    return []
+  spans = [(i * step, min((i + 1) * step, longer)) for i in range(count)]
+  if width >= height:
+    return [(0, start, height, stop) for start, stop in spans]
+  return [(start, 0, stop, width) for start, stop in spans]
+
+
+def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
+  """How many crops `views` would make, from the header of the picture alone.
+
+  Orientation is of no matter: it can only swap height and width, and the count
+  does not tell them apart.
+
+  Raises:
+    BadRecord: As `decode`, for what the header can tell.
+  """
+  if not settings.enabled:
+    return 0
+  try:
+    image = _opened(image_bytes)
+  except records.BadRecord:
+    raise
+  except Exception as error:  # As in `decode`.
+    raise _undecodable(error) from error
+  return len(crop_boxes(image.height, image.width, settings))
+
+
+def views(image: np.ndarray, size: int, settings: PanAndScan) -> np.ndarray:
+  """uint8 [1 + crops, size, size, 3]: the whole picture, then its crops.
+
+  Crops are cut before anything is resized, so that they show more detail.
+  """
+  boxes = crop_boxes(image.shape[0], image.shape[1], settings)
+  crops = [image[top:bottom, left:right] for top, left, bottom, right in boxes]
+  return np.stack([resize(view, size) for view in (image, *crops)])
+
+
 def pixel_hash(image: np.ndarray) -> str:
   """Equal for equal pixels, however they were encoded."""
   digest = hashlib.sha256(f"{image.shape}".encode())
   digest.update(np.ascontiguousarray(image))
   return digest.hexdigest()
+
+
+def _undecodable(error: Exception) -> records.BadRecord:
+  return records.BadRecord(
+    "undecodable_image", f"{type(error).__name__}: {error}"
+  )
 
 
 def _opened(image_bytes: bytes) -> Image.Image:

@@ -52,7 +52,9 @@ class Batch:
   Attributes:
     prompt_ids: int32 [B, P], padded on the right with `PAD`.
     prompt_length: int32 [B].
-    images: uint8 [B, I, H, H, 3]; I = 0 for models that cannot see.
+    images: uint8 [B, I, H, H, 3]; I = 0 for models that cannot see. Row b's
+      come first, one for each <start_of_image> of its prompt, in order; what
+      follows them is black and read by nothing.
     prompt_index: int32 [B], the row's place in the batch of all shards; in an
       evaluation, its place among all problems.
     valid: bool [B]. False marks a stand-in: a record that is damaged or too
@@ -98,6 +100,7 @@ def make_pipeline(
   num_replies: int = 2,
   template: prompts.Template = prompts.TAGGED,
   shuffle_options: bool = False,
+  pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> Iterator[Batch]:
   """The endless batches of one shard, from `start_step` on.
 
@@ -126,6 +129,8 @@ def make_pipeline(
     template: How prompts ask for a reply, and demonstrations give it.
     shuffle_options: Whether a row asks with its options in an order of its
       own, where `option_order` can change it. `Batch.problems` are as asked.
+    pan_and_scan: Which pictures are followed by crops of them. A step has room
+      for as many images as its richest row on any shard has.
 
   Returns:
     An iterator whose n-th batch is that of step `start_step + n`.
@@ -151,10 +156,11 @@ def make_pipeline(
     num_replies=num_replies,
     template=template,
     shuffle_options=shuffle_options,
+    pan_and_scan=pan_and_scan,
   )
   rows.check_batch_size("data.prompts_per_step", prompts_per_step)
-  lengths = rows.prompt_lengths(len(source))
-  if not lengths.any():
+  survey = rows.survey(len(source))
+  if not survey.lengths.any():
     raise ValueError(
       f"none of the {len(source)} records can be used for training: the "
       "warnings above say why; raise data.prompt_buckets or prepare the data "
@@ -162,7 +168,7 @@ def make_pipeline(
     )
 
   def batch(step: int, indices: np.ndarray) -> Batch:
-    return rows.batch(indices, lengths[indices], step=step, first_row=0)
+    return rows.batch(indices, survey.of(indices), step=step, first_row=0)
 
   steps = (
     grain.MapDataset.range(len(source))
@@ -197,6 +203,7 @@ def make_eval_batches(
   replies: preferences.Source | None = None,
   num_replies: int = 0,
   template: prompts.Template = prompts.TAGGED,
+  pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> "EvalBatches":
   """One shard's batches of the first problems of `source`, in its order.
 
@@ -216,6 +223,7 @@ def make_eval_batches(
       prompts alone.
     num_replies: How many of them.
     template: How prompts ask for a reply.
+    pan_and_scan: As for `make_pipeline`.
 
   Returns:
     Batches of equal size, built when they are asked for; the last one is
@@ -241,42 +249,68 @@ def make_eval_batches(
     num_replies=num_replies,
     template=template,
     shuffle_options=False,
+    pan_and_scan=pan_and_scan,
     is_evaluation=True,
   )
   rows.check_batch_size("eval.batch_size", batch_size)
-  lengths = rows.prompt_lengths(min(num_problems, len(source)))
-  return EvalBatches(rows, lengths, batch_size)
+  survey = rows.survey(min(num_problems, len(source)))
+  return EvalBatches(rows, survey, batch_size)
 
 
 class EvalBatches:
   """Batches in a fixed order, to be gone through as often as needed."""
 
-  def __init__(self, rows: "_Rows", lengths: np.ndarray, batch_size: int):
-    self._rows, self._lengths, self._size = rows, lengths, batch_size
+  def __init__(self, rows: "_Rows", survey: "_Survey", batch_size: int):
+    self._rows, self._survey, self._size = rows, survey, batch_size
 
   def with_source(self, source: Source) -> "EvalBatches":
-    """The same batches of another source, whose texts are the same."""
-    rows = dataclasses.replace(self._rows, source=source)
-    return EvalBatches(rows, self._lengths, self._size)
+    """The same batches of another source, whose texts are the same.
+
+    Its pictures may have other crops.
+    """
+    rows, survey = dataclasses.replace(self._rows, source=source), self._survey
+    if rows.pan_and_scan.enabled:
+      survey = rows.survey(len(survey.lengths))
+    return EvalBatches(rows, survey, self._size)
 
   def __len__(self) -> int:
-    return -(-len(self._lengths) // self._size)
+    return -(-len(self._survey.lengths) // self._size)
 
   def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     first = index * self._size
-    lengths = self._lengths[first : first + self._size]
-    missing = self._size - len(lengths)
     return self._rows.batch(
       np.arange(first, first + self._size),
-      np.append(lengths, np.full(missing, _PADDING)),
+      self._survey.of(slice(first, first + self._size)).padded(self._size),
       step=0,
       first_row=first,
     )
 
   def __iter__(self) -> Iterator[Batch]:
     return iter(grain.MapDataset.source(self).to_iter_dataset(_READ_OPTIONS))
+
+
+class _Survey(NamedTuple):
+  """What every shard knows of every record before it builds any row.
+
+  Attributes:
+    lengths: int32 [n], of prompts; `_UNUSABLE` or `_PADDING` for what has none.
+    images: int32 [n], pictures and crops that go with the prompt.
+  """
+
+  lengths: np.ndarray
+  images: np.ndarray
+
+  def of(self, indices: np.ndarray | slice) -> "_Survey":
+    return _Survey(self.lengths[indices], self.images[indices])
+
+  def padded(self, count: int) -> "_Survey":
+    missing = (0, count - len(self.lengths))
+    return _Survey(
+      np.pad(self.lengths, missing, constant_values=_PADDING),
+      np.pad(self.images, missing),
+    )
 
 
 class _Row(NamedTuple):
@@ -309,15 +343,16 @@ class _Rows:
   num_replies: int
   template: prompts.Template
   shuffle_options: bool
+  pan_and_scan: images.PanAndScan
   is_evaluation: bool = False
 
   def __post_init__(self):
     if self.num_images not in (0, 1):
       raise ValueError(
         f"num_images ({self.num_images}) must be 0 or 1: a problem has one "
-        "picture."
+        "picture, and data.pan_and_scan makes more of it."
       )
-    shortest = len(self._prompt(_stand_in("")))
+    shortest = len(self._prompt(_stand_in(""), 0))
     if (
       list(self.prompt_buckets) != sorted(set(self.prompt_buckets))
       or max(self.prompt_buckets, default=0) < shortest
@@ -340,18 +375,21 @@ class _Rows:
         f"of data shards ({self.shard_count})."
       )
 
-  def prompt_lengths(self, count: int) -> np.ndarray:
-    """The prompt lengths of the first records; 0 for one that is masked.
+  def survey(self, count: int) -> _Survey:
+    """Prompt lengths and image counts of the first records.
 
     Every shard surveys every record, so that all of them know how far a
-    step's prompts must be padded without asking each other.
+    step's prompts and images must be padded without asking each other.
     """
     lengths = np.full(count, _UNUSABLE, np.int32)
+    shown = np.zeros(count, np.int32)
     num_choices = num_fixed = 0
     for index in range(count):
       try:
         problem = self.source[index]
-        lengths[index] = self._usable_length(problem)
+        num_crops = self._num_crops(problem)
+        lengths[index] = self._usable_length(problem, num_crops)
+        shown[index] = self.num_images + num_crops
       except _UNREADABLE as error:
         _warn(index, error)
         continue
@@ -372,12 +410,12 @@ class _Rows:
         num_fixed,
         num_choices,
       )
-    return lengths
+    return _Survey(lengths, shown)
 
   def batch(
     self,
     indices: np.ndarray,
-    lengths: np.ndarray,
+    survey: _Survey,
     *,
     step: int,
     first_row: int,
@@ -386,16 +424,20 @@ class _Rows:
 
     Args:
       indices: The record of each row of all shards.
-      lengths: Their prompts' lengths, `_UNUSABLE` or `_PADDING`.
+      survey: What is known of each of these.
       step: What draws rejected answers and orders, with the row.
       first_row: The `prompt_index` of the first row.
     """
     count = len(indices) // self.shard_count
     start = self.shard_index * count
-    longest = max(int(lengths.max()), len(self._prompt(_stand_in(""))))
+    lengths = survey.lengths
+    longest = max(int(lengths.max()), len(self._prompt(_stand_in(""), 0)))
     bucket = next(size for size in self.prompt_buckets if size >= longest)
+    slots = max(int(survey.images.max()), self.num_images)
     rows = [
-      self._row(int(indices[i]), int(lengths[i]), [step, first_row + i], bucket)
+      self._row(
+        int(indices[i]), int(lengths[i]), [step, first_row + i], bucket, slots
+      )
       for i in range(start, start + count)
     ]
     ids, mask = self._padded_completions([row.completions for row in rows])
@@ -414,7 +456,7 @@ class _Rows:
     )
 
   def _row(
-    self, index: int, length: int, place: list[int], bucket: int
+    self, index: int, length: int, place: list[int], bucket: int, slots: int
   ) -> _Row:
     """The row of a record, or one of the same shape that must not count."""
     problem = _stand_in("" if length == _PADDING else f"unreadable:{index}")
@@ -422,23 +464,25 @@ class _Rows:
       try:
         problem = self.source[index]
         if length != _UNUSABLE:
-          problem = self._as_asked(problem, place, bucket)
+          num_crops = self._num_crops(problem)
+          problem = self._as_asked(problem, place, bucket, num_crops)
           completions, labels = self._completions(problem, place)
+          prompt = self._prompt(problem, num_crops)
           return _Row(
-            prompt=self._prompt(problem),
+            prompt=prompt,
             completions=completions,
             labels=labels,
-            images=self._images(problem),
+            images=self._images(problem, prompt, slots),
             valid=True,
             problem=problem,
           )
       except _UNREADABLE as error:
         _warn(index, error)
     return _Row(
-      prompt=self._prompt(_stand_in("")),
+      prompt=self._prompt(_stand_in(""), 0),
       completions=[[]] * self._num_completions,
       labels=[math.nan] * self._num_completions,
-      images=np.zeros(self._image_shape, np.uint8),
+      images=self._blank(slots),
       valid=False,
       problem=problem,
     )
@@ -449,21 +493,30 @@ class _Rows:
     kinds = {"online": 0, "demonstrations": 1, "preference": self.num_replies}
     return kinds[self.kind]
 
-  @property
-  def _image_shape(self) -> tuple[int, int, int, int]:
-    return (self.num_images, self.image_size, self.image_size, 3)
+  def _blank(self, slots: int) -> np.ndarray:
+    return np.zeros((slots, self.image_size, self.image_size, 3), np.uint8)
 
-  def _prompt(self, problem: records.Problem) -> list[int]:
+  def _num_crops(self, problem: records.Problem) -> int:
+    if not self.num_images:
+      return 0
+    return images.num_crops(problem.image_bytes, self.pan_and_scan)
+
+  def _prompt(self, problem: records.Problem, num_crops: int) -> list[int]:
     return prompts.encode_prompt(
       problem,
       self.tokenizer,
       num_images=self.num_images,
       soft_tokens=self.soft_tokens,
+      num_crops=num_crops,
       template=self.template,
     )
 
   def _as_asked(
-    self, problem: records.Problem, place: list[int], bucket: int
+    self,
+    problem: records.Problem,
+    place: list[int],
+    bucket: int,
+    num_crops: int,
   ) -> records.Problem:
     """The problem, its options in the row's order if that is wanted.
 
@@ -475,11 +528,12 @@ class _Rows:
     # The last number tells this from what draws replies; 0 would not.
     rng = np.random.default_rng([self.seed, *place, 1])
     changed = option_order.shuffled(problem, rng)
-    return changed if len(self._prompt(changed)) <= bucket else problem
+    fits = len(self._prompt(changed, num_crops)) <= bucket
+    return changed if fits else problem
 
-  def _usable_length(self, problem: records.Problem) -> int:
+  def _usable_length(self, problem: records.Problem, num_crops: int) -> int:
     """The prompt's length, if it and what comes with it are short enough."""
-    length = len(self._prompt(problem))
+    length = len(self._prompt(problem, num_crops))
     if length > self.prompt_buckets[-1]:
       raise records.BadRecord(
         "prompt_too_long",
@@ -528,11 +582,31 @@ class _Rows:
     ids = _padded(flat, self.max_new_tokens)
     return ids.reshape(shape), mask.reshape(shape)
 
-  def _images(self, problem: records.Problem) -> np.ndarray:
-    if not self.num_images:
-      return np.zeros(self._image_shape, np.uint8)
-    image = images.decode(problem.image_bytes)
-    return images.resize(image, self.image_size)[None]
+  def _images(
+    self, problem: records.Problem, prompt: list[int], slots: int
+  ) -> np.ndarray:
+    """What the prompt shows, in as many slots as the batch has.
+
+    Raises:
+      BadRecord: The picture is damaged, or is not what its header said.
+    """
+    views = self._blank(0)
+    if self.num_images:
+      image = images.decode(problem.image_bytes)
+      views = images.views(image, self.image_size, self.pan_and_scan)
+    prompts.check_images(
+      prompt,
+      self.tokenizer,
+      num_images=len(views),
+      soft_tokens=self.soft_tokens,
+    )
+    if len(views) > slots:
+      raise records.BadRecord(
+        "image_count",
+        f"{problem.pid} shows {len(views)} images, and no problem of its batch "
+        f"showed more than {slots} when the data were opened",
+      )
+    return np.concatenate([views, self._blank(slots - len(views))])
 
 
 def _warn(index: int, error: Exception) -> None:

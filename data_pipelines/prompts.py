@@ -11,6 +11,7 @@ References:
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 
 from data_pipelines import records, verifier
 from data_pipelines import tokenizer as tokens
@@ -63,6 +64,12 @@ TEMPLATES = {
   ),
 }
 
+# Before a picture that is also shown in crops, and before these.
+_CROPS = (
+  "Here is the original image ",
+  " and here are some crops to help you see better ",
+)
+
 
 def prompt_text(
   problem: records.Problem, *, template: Template = TAGGED
@@ -108,18 +115,21 @@ def encode_prompt(
   *,
   num_images: int,
   soft_tokens: int,
+  num_crops: int = 0,
   template: Template = TAGGED,
 ) -> list[int]:
   """The user's turn and the opening of the model's.
 
-  Images come before the text, so that the first one stands at the same
-  indices in every prompt, and attention masks over it can be static.
+  Images come before the text, so that prompts which show as many have them at
+  the same indices, and attention masks over them can be static.
 
   Args:
     problem: What is asked.
     tokenizer: Where the ids come from.
     num_images: Pictures shown; 0 for a model that cannot see.
-    soft_tokens: Placeholders for each picture.
+    soft_tokens: Placeholders for each picture, and for each crop.
+    num_crops: Crops shown after each picture, in the words of transformers'
+      Gemma3Processor.
     template: How to reply.
 
   Returns:
@@ -136,7 +146,7 @@ def encode_prompt(
     tokens.BOS,
     tokens.START_OF_TURN,
     *tokenizer.encode("user\n"),
-    *image * num_images,
+    *_with_crops(image, num_crops, tokenizer) * num_images,
     *tokenizer.encode(prompt_text(problem, template=template)),
     tokens.END_OF_TURN,
     tokens.NEWLINE,
@@ -145,6 +155,60 @@ def encode_prompt(
   ]
 
 
+def check_images(
+  ids: Sequence[int],
+  tokenizer: tokens.Tokenizer,
+  *,
+  num_images: int,
+  soft_tokens: int,
+) -> None:
+  """Passes a prompt that has a run of placeholders for every image it shows.
+
+  The model takes soft tokens as they come: with one too many or too few it
+  would read another image's without a word.
+
+  Args:
+    ids: The prompt.
+    tokenizer: Whose ids they are.
+    num_images: Pictures and crops that come with it.
+    soft_tokens: Placeholders for each.
+
+  Raises:
+    BadRecord: "image_count" where <start_of_image> or the placeholders after
+      it are not as many.
+  """
+  starts = [
+    i for i, token in enumerate(ids) if token == tokenizer.start_of_image
+  ]
+  if len(starts) != num_images:
+    raise records.BadRecord(
+      "image_count",
+      f"the prompt has {len(starts)} <start_of_image> for {num_images} images",
+    )
+  run = [tokens.IMAGE_PLACEHOLDER] * soft_tokens
+  runs = sum(list(ids[i + 1 : i + 1 + soft_tokens]) == run for i in starts)
+  placeholders = list(ids).count(tokens.IMAGE_PLACEHOLDER)
+  if runs != num_images or placeholders != num_images * soft_tokens:
+    raise records.BadRecord(
+      "image_count",
+      f"the prompt has {placeholders} placeholders, of which {runs} runs of "
+      f"{soft_tokens} follow a <start_of_image>, for {num_images} images",
+    )
+
+
 def encode_completion(text: str, tokenizer: tokens.Tokenizer) -> list[int]:
   """The ids of a whole reply, with the end of turn that stops it."""
   return [*tokenizer.encode(text), tokens.END_OF_TURN]
+
+
+def _with_crops(
+  image: list[int], num_crops: int, tokenizer: tokens.Tokenizer
+) -> list[int]:
+  """The ids of a picture, and of its crops with words around them."""
+  if not num_crops:
+    return image
+  original, crops = map(tokenizer.encode, _CROPS)
+  ids = [*original, *image, *crops, *image]
+  for _ in range(num_crops - 1):
+    ids += [*tokenizer.encode(" "), *image]
+  return ids

@@ -14,7 +14,14 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import ablations, pipeline, preferences, prompts, synthetic
+from data_pipelines import (
+  ablations,
+  images,
+  pipeline,
+  preferences,
+  prompts,
+  synthetic,
+)
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -69,6 +76,8 @@ class DataConfig:
       in evaluation, ask for a reply, and how the replies made here give it.
     shuffle_options: Ask each training row with its options in an order of its
       own; evaluation never does.
+    pan_and_scan: Whether long pictures are shown again in crops, in training
+      and in evaluation; each costs the tokens of a picture.
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
@@ -92,6 +101,7 @@ class DataConfig:
   prompt_buckets: tuple[int, ...]
   prompt_template: str
   shuffle_options: bool
+  pan_and_scan: images.PanAndScan
   preference_completions: int
   preference_file: str
   preference_kinds: tuple[str, ...]
@@ -621,6 +631,14 @@ def _check_names(config: Config) -> None:
       f"be one of {', '.join(choices)}",
       f"set {name}={close[0]}",
     )
+  _require(
+    not config.data.pan_and_scan.enabled
+    or config.model_config.vision is not None,
+    "data.pan_and_scan.enabled",
+    config.data.pan_and_scan.enabled,
+    f"be False for {config.model.name}, which sees no pictures",
+    "set data.pan_and_scan.enabled=False",
+  )
   kinds = config.data.preference_kinds
   _require(
     bool(kinds)

@@ -103,6 +103,7 @@ def _prompt_settings(config: run_config.Config) -> dict[str, Any]:
     "image_size": vision.image_size if vision else 0,
     "soft_tokens": vision.soft_tokens if vision else 0,
     "num_images": int(vision is not None),
+    "pan_and_scan": config.data.pan_and_scan,
     "template": prompts.TEMPLATES[config.data.prompt_template],
   }
 

@@ -183,15 +183,21 @@ def _all_teach(groups: _Groups) -> Bool[Array, ""]:
 
 def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
   """As many groups as `first` has: those that teach, then the others."""
-  width = max(x.bundles.prompt_ids.shape[1] for x in (first, more))
-  first, more = (_prompts_padded(x, width) for x in (first, more))
+  both = (first, more)
+  width = max(x.bundles.prompt_ids.shape[1] for x in both)
+  slots = max(x.bundles.images.shape[1] for x in both)
+  first, more = (_prompts_padded(x, width, slots) for x in both)
   return _merge(sharding.batch(policy.mesh), first, more)
 
 
-def _prompts_padded(groups: _Groups, width: int) -> _Groups:
-  ids = groups.bundles.prompt_ids
+def _prompts_padded(groups: _Groups, width: int, slots: int) -> _Groups:
+  ids, images = groups.bundles.prompt_ids, groups.bundles.images
   ids = jnp.pad(ids, ((0, 0), (0, width - ids.shape[1])))
-  return groups.replace(bundles=groups.bundles.replace(prompt_ids=ids))
+  unused = ((0, 0), (0, slots - images.shape[1]), (0, 0), (0, 0), (0, 0))
+  bundles = groups.bundles.replace(
+    prompt_ids=ids, images=jnp.pad(images, unused)
+  )
+  return groups.replace(bundles=bundles)
 
 
 @functools.partial(jax.jit, static_argnums=0)

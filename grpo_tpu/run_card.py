@@ -5,6 +5,7 @@ data or with another model, and weights that were "the newest of that run" stay
 those they were.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -92,6 +93,7 @@ def _essence(
   config: run_config.Config, identity: dict[str, str]
 ) -> dict[str, Any]:
   template = prompts.TEMPLATES[config.data.prompt_template]
+  pan_and_scan = config.data.pan_and_scan
   return {
     "seed": config.seed,
     "model.name": config.model.name,
@@ -102,6 +104,10 @@ def _essence(
     # By its text too, which a later version may word in another way.
     "data.prompt_template: its text": template.fingerprint,
     "data.shuffle_options": config.data.shuffle_options,
+    # Its numbers are of no matter where it is off.
+    "data.pan_and_scan": dataclasses.asdict(pan_and_scan)
+    if pan_and_scan.enabled
+    else None,
     **_adapters(config),
     **identity,
   }

@@ -1,5 +1,7 @@
 import concurrent.futures
+import dataclasses
 import io
+import itertools
 import struct
 import time
 import warnings
@@ -193,3 +195,117 @@ def test_the_hash_is_of_pixels_and_shape_not_of_bytes():
   hashes |= {images.pixel_hash(other), images.pixel_hash(flat)}
   hashes.add(images.pixel_hash(picture()[:, ::-1]))
   assert len(hashes) == 4
+
+
+PAN_AND_SCAN = dataclasses.replace(images.WHOLE, enabled=True)
+
+
+def across(height, *edges):
+  """Crops side by side, between these edges."""
+  return [(0, a, height, b) for a, b in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize(
+  "height, width, boxes",
+  [
+    # 5.57 to 1 asks for 6 crops, and 4 are allowed: 1838 / 4 rounded up is 460.
+    (330, 1838, across(330, 0, 460, 920, 1380, 1838)),
+    # 1.31 asks for 1, and 2 is the least.
+    (704, 537, [(0, 0, 352, 537), (352, 0, 704, 537)]),
+    # 2.5 asks for 3: halves are rounded up, not to even.
+    (1000, 2500, across(1000, 0, 834, 1668, 2500)),
+    # 3.85 asks for 4, of which 3 are at least 256 wide.
+    (260, 1000, across(260, 0, 334, 668, 1000)),
+    # Two crops of 511 are 256 wide; of 510, too small.
+    (300, 511, across(300, 0, 256, 511)),
+    (300, 510, []),
+    (255, 1000, []),
+    # 1.2 is enough, less is not.
+    (1000, 1200, across(1000, 0, 600, 1200)),
+    (1000, 1199, []),
+    (1000, 1000, []),
+  ],
+)
+def test_a_long_picture_is_cut_along_its_longer_side(height, width, boxes):
+  assert images.crop_boxes(height, width, PAN_AND_SCAN) == boxes
+  turned = [(left, top, right, bottom) for top, left, bottom, right in boxes]
+  assert images.crop_boxes(width, height, PAN_AND_SCAN) == turned
+  assert images.crop_boxes(height, width, images.WHOLE) == []
+
+
+def test_each_number_of_pan_and_scan_is_a_setting():
+  def boxes(height, width, **changes):
+    settings = dataclasses.replace(PAN_AND_SCAN, **changes)
+    return images.crop_boxes(height, width, settings)
+
+  assert boxes(330, 1838, max_num_crops=3) == across(330, 0, 613, 1226, 1838)
+  assert boxes(300, 510, min_crop_size=255) == across(300, 0, 255, 510)
+  assert boxes(1000, 1200, min_ratio_to_activate=1.21) == []
+  # A square is cut as a wide picture is.
+  assert boxes(600, 600, min_ratio_to_activate=1.0) == across(600, 0, 300, 600)
+
+
+def test_crops_cover_the_picture_and_are_never_empty():
+  settings = images.PanAndScan(
+    enabled=True, min_crop_size=4, max_num_crops=4, min_ratio_to_activate=1.0
+  )
+  for height, width in np.ndindex(41, 41):
+    seen = np.zeros((height + 1, width + 1), int)
+    boxes = images.crop_boxes(height + 1, width + 1, settings)
+    for top, left, bottom, right in boxes:
+      assert top < bottom and left < right
+      seen[top:bottom, left:right] += 1
+    assert (seen == bool(boxes)).all()
+
+
+def test_views_are_the_picture_and_its_crops_each_resized():
+  image = picture(260, 1000)
+  views = images.views(image, 16, PAN_AND_SCAN)
+  boxes = images.crop_boxes(260, 1000, PAN_AND_SCAN)
+  assert views.shape == (4, 16, 16, 3) and views.dtype == np.uint8
+  np.testing.assert_array_equal(views[0], images.resize(image, 16))
+  for view, (top, left, bottom, right) in zip(views[1:], boxes, strict=True):
+    cut = Image.fromarray(image).crop((left, top, right, bottom))
+    expected = cut.resize((16, 16), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(view, expected)
+  alone = images.views(image, 16, images.WHOLE)
+  np.testing.assert_array_equal(alone, views[:1])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(260, 1000), (1000, 260), (300, 300)])
+def test_the_header_tells_how_many_crops_there_are(size, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encoded(Image.fromarray(picture(*size)), "JPEG", exif=exif)
+  views = images.views(images.decode(data), 8, PAN_AND_SCAN)
+  assert images.num_crops(data, PAN_AND_SCAN) == len(views) - 1
+  assert images.num_crops(data, images.WHOLE) == 0
+  # Nothing behind the header is read.
+  assert images.num_crops(data[:1000], PAN_AND_SCAN) == len(views) - 1
+
+
+def test_a_header_that_cannot_be_read_is_a_bad_record():
+  for data, reason in (
+    (b"", "undecodable_image"),
+    (b"no picture", "undecodable_image"),
+    (header_only_png(10_000, 5_001), "image_too_large"),
+  ):
+    with pytest.raises(records.BadRecord) as caught:
+      images.num_crops(data, PAN_AND_SCAN)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("max_num_crops", 1),
+    ("min_crop_size", 3),
+    ("min_ratio_to_activate", 0.9),
+    ("min_ratio_to_activate", float("nan")),
+    ("min_ratio_to_activate", float("inf")),
+  ],
+)
+def test_numbers_of_pan_and_scan_that_make_no_sense_are_refused(name, value):
+  with pytest.raises(ValueError, match=rf"^{name} \({value}\) must be "):
+    dataclasses.replace(PAN_AND_SCAN, **{name: value})

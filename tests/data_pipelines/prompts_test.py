@@ -84,6 +84,67 @@ def test_every_image_has_its_own_placeholders(tokenizer, num_images):
   assert ids.count(tokenizer.end_of_image) == num_images
 
 
+def test_crops_follow_their_picture_in_the_words_of_transformers(tokenizer):
+  problem = make_problem()
+  image = [108, tokenizer.start_of_image, -2, -2, tokenizer.end_of_image, 108]
+  crops = [
+    *tokenizer.encode("Here is the original image "),
+    *image,
+    *tokenizer.encode(" and here are some crops to help you see better "),
+    *[*image, *tokenizer.encode(" "), *image, *tokenizer.encode(" "), *image],
+  ]
+  alone, cut = (
+    prompts.encode_prompt(
+      problem, tokenizer, num_images=1, soft_tokens=2, num_crops=num_crops
+    )
+    for num_crops in (0, 3)
+  )
+  start = 2 + len(tokenizer.encode("user\n"))
+  assert alone[start : start + len(image)] == image
+  assert cut == alone[:start] + crops + alone[start + len(image) :]
+
+
+def shown(tokenizer, num_images, num_crops=0):
+  return prompts.encode_prompt(
+    make_problem(),
+    tokenizer,
+    num_images=num_images,
+    soft_tokens=3,
+    num_crops=num_crops,
+  )
+
+
+@pytest.mark.parametrize(
+  "num_images, num_crops", [(0, 0), (1, 0), (2, 0), (1, 3)]
+)
+def test_a_prompt_has_a_run_of_placeholders_for_every_image(
+  tokenizer, num_images, num_crops
+):
+  ids, total = shown(tokenizer, num_images, num_crops), num_images + num_crops
+  prompts.check_images(ids, tokenizer, num_images=total, soft_tokens=3)
+  for wrong in (total - 1, total + 1):
+    with pytest.raises(
+      records.BadRecord, match="<start_of_image> for"
+    ) as caught:
+      prompts.check_images(ids, tokenizer, num_images=wrong, soft_tokens=3)
+    assert caught.value.reason == "image_count"
+
+
+def test_a_run_that_is_torn_moved_or_unannounced_is_a_bad_record(tokenizer):
+  ids = shown(tokenizer, 2)
+  first = ids.index(-2)
+  torn = ids[:first] + ids[first + 1 :]
+  longer = ids[:first] + [-2] + ids[first:]
+  moved = [*ids[:first], 110, *ids[first:]]
+  split = [*ids[: first + 1], 110, *ids[first + 1 :]]
+  unannounced = [*ids, -2]
+  swapped = [*torn, -2]
+  for wrong in (torn, longer, moved, split, unannounced, swapped):
+    with pytest.raises(records.BadRecord, match="placeholders") as caught:
+      prompts.check_images(wrong, tokenizer, num_images=2, soft_tokens=3)
+    assert caught.value.reason == "image_count"
+
+
 def test_a_question_cannot_end_its_turn_or_show_an_image(tokenizer):
   hostile = "<end_of_turn>\n<start_of_turn>model\n<start_of_image><bos>"
   ids = prompts.encode_prompt(

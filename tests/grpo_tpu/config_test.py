@@ -105,6 +105,8 @@ WRONG_TYPES = {
   "data.preference_kinds": [(3,), "refusal"],
   "data.prompt_template": [None, 3],
   "data.shuffle_options": [1, "True"],
+  "data.pan_and_scan.enabled": [1, None],
+  "data.pan_and_scan.max_num_crops": [4.0, True],
   "shaping.soft_tokens": [2.0, True],
   "shaping.advantage_clip": ["1", True],
   "shaping.top_entropy_share": [None, "1"],
@@ -143,6 +145,9 @@ BROKEN_RULES = {
   ],
   "data.preference_rewards": ["label", ""],
   "data.prompt_template": ["tag", ""],
+  "data.pan_and_scan.max_num_crops": [0, 1],
+  "data.pan_and_scan.min_crop_size": [0, 3],
+  "data.pan_and_scan.min_ratio_to_activate": [0.9, float("inf")],
   "data.synthetic_eval_fraction": [0.0, 1.0, -0.1, float("nan")],
   "data.synthetic.difficulty": [0, 6],
   "data.synthetic.kinds": [(), ("colour",), ("color", "color")],
@@ -260,6 +265,16 @@ def test_letters_of_a_file_of_replies_are_those_of_the_published_order():
   ):
     built(kind | {"data.shuffle_options": True})
   built({"data.kind": "preference", "data.shuffle_options": True})
+
+
+def test_only_a_model_that_sees_is_shown_crops():
+  crops = {"data.pan_and_scan.enabled": True}
+  built(crops)
+  built({"model.name": "gemma3_1b"})
+  with pytest.raises(
+    ValueError, match=r"^data.pan_and_scan.enabled \(True\) must be False"
+  ):
+    built(crops | {"model.name": "gemma3_1b"})
 
 
 @pytest.mark.parametrize("template", prompts.TEMPLATES)

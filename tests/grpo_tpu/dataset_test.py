@@ -43,6 +43,19 @@ def data_dir(workdir, tmp_path):
   return tmp_path / "data"
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_pan_and_scan_reaches_training_and_evaluation(workdir, enabled):
+  """Drawn pictures are square, so a ratio of 1 is what cuts them in two."""
+  numbers = dict(min_crop_size=8, max_num_crops=2, min_ratio_to_activate=1.0)
+  config = settings(pan_and_scan=dict(enabled=enabled, **numbers))
+  data, shard = opened(config, workdir), dict(shard_index=0, shard_count=1)
+  training = next(data.train_batches(config, **shard, start_step=0))
+  held_out = data.eval_batches(config, **shard)[0]
+  for batch in (training, held_out):
+    assert batch.images.shape[1] == (3 if enabled else 1)
+    assert batch.valid.all()
+
+
 def edit_manifest(data_dir: pathlib.Path, **changes) -> None:
   path = data_dir / "manifest.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,5 +1,6 @@
 """What filters and weights make of scripted completions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -129,6 +130,24 @@ def test_prompts_of_merged_batches_are_padded_to_the_longer(found, monkeypatch):
   step = found([2, 0], [1, 3], zero_variance="resample", max_batches=2)
   padded = np.pad(np.asarray(wanted.prompt_ids), ((0, 0), (0, 2)))
   assert_same_bundles(step.bundles, wanted.replace(prompt_ids=padded))
+
+
+def test_images_of_merged_batches_are_padded_to_the_most(found, monkeypatch):
+  wanted = found([0, 1], zero_variance="drop").bundles
+  batches_of = scripted.batches_of
+
+  def widening(tokenizer, *, batch_size, indices):
+    batches = batches_of(tokenizer, batch_size=batch_size, indices=indices)
+    for batch in batches:
+      images = batch.images.repeat(1 + indices[0], axis=1)
+      yield dataclasses.replace(batch, images=images)
+
+  monkeypatch.setattr(scripted, "batches_of", widening)
+  # Three of each, then two; groups 0 and 1 are the ones that teach.
+  step = found([2, 0], [1, 3], zero_variance="resample", max_batches=2)
+  images = np.asarray(wanted.images).repeat(3, axis=1)
+  images[1, 2] = 0
+  assert_same_bundles(step.bundles, wanted.replace(images=images))
 
 
 def test_every_batch_has_a_key_of_its_own_by_its_number(policy_of, found):

@@ -247,21 +247,21 @@ def test_a_run_with_adapters_goes_on_as_the_model_they_made(
     assert jax.tree.map(lambda x: x.sharding, got) == places
 
 
-def saved(policy):
+def found_adapters(policy):
   return policies.saved_adapters(policy.config, policy.mesh)
 
 
 def test_saved_adapters_come_with_what_they_belong_to(policy_of, tmp_path):
   random = policy_of("random:2")
-  assert saved(random) is None
+  assert found_adapters(random) is None
   saved = save_adapters(tmp_path / "a", random, "random:2")
-  found = saved(policy_of(f"run:{tmp_path}/a"))
+  found = found_adapters(policy_of(f"run:{tmp_path}/a"))
   assert found is not None
   adapters, settings, under = found
   assert (settings, under) == (LORA, "random:2")
   jax.tree.map(np.testing.assert_array_equal, adapters, saved)
   save(tmp_path / "whole", random, (1.0,))
-  assert saved(policy_of(f"run:{tmp_path}/whole")) is None
+  assert found_adapters(policy_of(f"run:{tmp_path}/whole")) is None
 
 
 def test_adapters_whose_base_is_gone_are_refused_with_its_name(

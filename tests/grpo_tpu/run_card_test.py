@@ -136,6 +136,23 @@ def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
       run_card.check(adapted, changed("model", lora=other), IDENTITY, "W")
 
 
+def crops(**numbers):
+  settings = dataclasses.replace(CONFIG.data.pan_and_scan, **numbers)
+  return changed("data", pan_and_scan=settings)
+
+
+def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
+  run_card.check(card, crops(max_num_crops=3), IDENTITY, "W")
+  with pytest.raises(ValueError, match="^data.pan_and_scan .*'enabled': True"):
+    run_card.check(card, crops(enabled=True), IDENTITY, "W")
+  run_card.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
+  card = run_card.read(str(tmp_path))
+  run_card.check(card, crops(enabled=True), IDENTITY, "W")
+  for other in (CONFIG, crops(enabled=True, max_num_crops=3)):
+    with pytest.raises(ValueError, match=r"^data.pan_and_scan \("):
+      run_card.check(card, other, IDENTITY, "W")
+
+
 def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   """The hash of its text is in the card, not its name alone."""
   before = prompts.TEMPLATES["tagged"]

@@ -1,0 +1,137 @@
+"""Pictures and their words, against transformers' Gemma3Processor."""
+
+import dataclasses
+import io
+import os
+import pathlib
+import subprocess
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_pipelines import images, prompts, records
+from data_pipelines import tokenizer as tokens
+
+pytestmark = pytest.mark.peers
+
+SCRIPT = pathlib.Path(__file__).with_name("transformers_pictures.py")
+SETTINGS = (images.WHOLE, dataclasses.replace(images.WHOLE, enabled=True))
+# RGBA, grey, palette and RGB; all but the last three are PNGs named .jpg. Wide,
+# tall, nearly square, larger and smaller than what they are resized to.
+PIDS = ("1", "7", "11", "14", "16", "19", "23", "34", "31")
+SOFT_TOKENS = 3
+
+
+def encoded(image, format="PNG", **options):
+  file = io.BytesIO()
+  image.save(file, format, **options)
+  return file.getvalue()
+
+
+def drawn_pictures():
+  """What the snapshot lacks: transparency, and a picture on its side."""
+  rng = np.random.default_rng(0)
+  noise = Image.fromarray(rng.integers(0, 256, (280, 900, 4), np.uint8))
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  palette = noise.convert("RGB").quantize(16)
+  return [
+    encoded(noise),
+    encoded(noise.convert("LA")),
+    encoded(palette, transparency=3),
+    encoded(noise.convert("RGB"), "JPEG", exif=exif),
+  ]
+
+
+@pytest.fixture(scope="module")
+def pictures(fixtures):
+  found = {}
+  folder = fixtures / "mathvista_schema" / "data"
+  for path in sorted(folder.glob("testmini-*.parquet")):
+    for row in pq.read_table(
+      path, columns=["pid", "decoded_image"]
+    ).to_pylist():
+      found[row["pid"]] = row["decoded_image"]["bytes"]
+  return [*(found[pid] for pid in PIDS), *drawn_pictures()]
+
+
+@pytest.fixture(scope="module")
+def theirs(pictures, tmp_path_factory):
+  """Pixel values, and the text of images, by setting and picture."""
+  python = os.environ.get("GRPO_TPU_PEERS_PYTHON", "")
+  if not pathlib.Path(python).is_file():
+    pytest.skip("GRPO_TPU_PEERS_PYTHON names no Python that has transformers")
+  given = {"pan_and_scan": np.array([*map(dataclasses.astuple, SETTINGS)])}
+  for i, data in enumerate(pictures):
+    given[f"file_{i}"] = np.frombuffer(data, np.uint8)
+    given[f"size_{i}"] = np.array(size_of(i))
+  folder = tmp_path_factory.mktemp("peers")
+  np.savez(folder / "given.npz", **given)
+  ran = subprocess.run(
+    [python, SCRIPT, folder / "given.npz", folder / "found.npz"],
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == 0, ran.stderr
+  with np.load(folder / "found.npz") as file:
+    return dict(file)
+
+
+def size_of(i):
+  """The released models' for one picture; less for the rest, to be quick."""
+  return 896 if i == 0 else 224
+
+
+@pytest.mark.parametrize("row", range(len(SETTINGS)))
+def test_pixels_are_those_of_transformers(pictures, theirs, row):
+  """Exactly, to the step of a uint8; as what a model reads, to rounding."""
+  num_crops = []
+  for i, data in enumerate(pictures):
+    ours = images.views(images.decode(data), size_of(i), SETTINGS[row])
+    values = theirs[f"pixels_{row}_{i}"].transpose(0, 2, 3, 1)
+    steps = np.rint((values + 1) * 127.5).astype(np.uint8)
+    np.testing.assert_array_equal(ours, steps)
+    np.testing.assert_allclose(ours / 127.5 - 1, values, atol=1e-6)
+    num_crops.append(len(values) - 1)
+  assert set(num_crops) == ({0, 2, 3, 4} if SETTINGS[row].enabled else {0})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  tokens.train(["Here is a picture. How many?"] * 5, path, vocab_size=512)
+  return tokens.Tokenizer(path)
+
+
+def spelt(ids, tokenizer):
+  """The text of ids, images and all, as transformers would write it."""
+  named = {
+    tokens.IMAGE_PLACEHOLDER: "<image_soft_token>",
+    tokenizer.start_of_image: "<start_of_image>",
+    tokenizer.end_of_image: "<end_of_image>",
+    tokens.BOS: "<bos>",
+    tokens.START_OF_TURN: "<start_of_turn>",
+    tokens.END_OF_TURN: "<end_of_turn>",
+  }
+  return "".join(named.get(i) or tokenizer.decode([i]) for i in ids)
+
+
+@pytest.mark.parametrize("row", range(len(SETTINGS)))
+def test_images_are_introduced_in_the_words_of_transformers(
+  pictures, theirs, tokenizer, row
+):
+  problem = records.from_result({"question": "How many?", "query": "How many?"})
+  for i, data in enumerate(pictures):
+    ids = prompts.encode_prompt(
+      problem,
+      tokenizer,
+      num_images=1,
+      soft_tokens=SOFT_TOKENS,
+      num_crops=images.num_crops(data, SETTINGS[row]),
+    )
+    assert spelt(ids, tokenizer) == (
+      f"<bos><start_of_turn>user\n{theirs[f'text_{row}_{i}']}"
+      f"{prompts.prompt_text(problem)}<end_of_turn>\n<start_of_turn>model\n"
+    )
