@@ -16,6 +16,7 @@ from data_pipelines import ablations, pipeline, preferences, prompts, synthetic
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
+from grpo_tpu.gemma3 import attention, remat
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.rewards import scoring
 
@@ -99,8 +100,13 @@ class ModelSettings:
       given) checkpoint.
     param_dtype: Of the decoder's parameters.
     compute_dtype: Of its matrix products.
-    remat: Recompute layers in the backward pass instead of storing them.
+    attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
+      TPUs and einsum elsewhere.
+    remat: What the decoder's layers keep for the backward pass: "none"
+      recomputes nothing, "dots" all but the products with weights, "full"
+      everything.
     train_vision: Train the image tower too.
+    vision_remat: The same of the image tower, where it is trained.
     logits_chunk: Tokens whose logits exist at a time.
   """
 
@@ -108,8 +114,10 @@ class ModelSettings:
   weights: str
   param_dtype: str
   compute_dtype: str
-  remat: bool
+  attention: str
+  remat: str
   train_vision: bool
+  vision_remat: str
   logits_chunk: int
 
 
@@ -513,6 +521,9 @@ def _check_names(config: Config) -> None:
     ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
+    ("model.attention", config.model.attention, attention.KINDS),
+    ("model.remat", config.model.remat, remat.POLICIES),
+    ("model.vision_remat", config.model.vision_remat, remat.POLICIES),
     ("objective.preset", config.objective.preset, tuple(objectives.PRESETS)),
     (
       "objective.advantage_scale",

@@ -16,7 +16,7 @@ from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import checkpoint, rollout, sharding, train_step
 from grpo_tpu import config as run_config
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.gemma3 import attention, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Policy:
       temperature=self.config.rollout.temperature,
       chunk_size=self.config.model.logits_chunk,
       train_vision=self.config.model.train_vision,
+      vision_remat=self.config.model.vision_remat,
+      attention=attention.implementation(
+        self.config.model.attention, self.mesh.devices.flat[0].platform
+      ),
     )
 
   def abstract_params(self) -> dict:
@@ -115,6 +119,7 @@ class Policy:
       max_new_tokens=self.config.rollout.max_new_tokens,
       temperature=temperature,
       dtype=self.model.dtype,
+      attention=self.model.attention,
     )
 
   def texts(self, completions: rollout.Completions) -> list[list[str]]:

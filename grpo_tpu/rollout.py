@@ -41,6 +41,7 @@ class Completions(flax.struct.PyTreeNode):
     "max_new_tokens",
     "temperature",
     "dtype",
+    "attention",
   ),
 )
 def rollout(
@@ -56,6 +57,7 @@ def rollout(
   max_new_tokens: int,
   temperature: float,
   dtype: jnp.dtype,
+  attention: str = "einsum",
 ) -> Completions:
   """Samples `num_completions` completions of each prompt.
 
@@ -71,6 +73,8 @@ def rollout(
     max_new_tokens: Tokens per row at most (`T`).
     temperature: Logits are divided by it; 0 takes the likeliest token.
     dtype: Of the matrix products.
+    attention: Of the prompts, from `gemma3.attention.implementation`; a token
+      at a time reads the cache by einsum.
   """
   embedding = params["embedder"]["input_embedding"]
   keys = sampling.row_keys(step_key, prompt_index, num_completions)
@@ -83,6 +87,7 @@ def rollout(
     num_completions=num_completions,
     max_new_tokens=max_new_tokens,
     dtype=dtype,
+    implementation=attention,
   )
   state = jnp.broadcast_to(state[:, None], (*keys.shape, state.shape[-1]))
 

@@ -40,7 +40,7 @@ def sampled(
 
 def bundle_states(tiny, prompts, ids):
   return text.bundle_states(
-    tiny.config, tiny.params, *prompts, ids, dtype=jnp.float32, remat=False
+    tiny.config, tiny.params, *prompts, ids, dtype=jnp.float32, remat="none"
   )
 
 

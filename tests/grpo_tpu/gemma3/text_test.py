@@ -11,6 +11,7 @@ import pytest
 from data_pipelines import tokenizer
 from grpo_tpu import logprobs
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import remat as remats
 from grpo_tpu.gemma3 import text, weights
 
 SOFT = tokenizer.IMAGE_PLACEHOLDER
@@ -266,7 +267,7 @@ def row_states(params, prompts, lengths, images, completions):
 
 
 @pytest.mark.parametrize(
-  ("num_images", "remat"), [(0, False), (1, True), (2, False)]
+  ("num_images", "remat"), [(0, "none"), (1, "full"), (2, "dots")]
 )
 def test_bundle_loss_and_gradient_equal_those_of_separate_rows(
   num_images, remat
@@ -328,7 +329,7 @@ def test_padding_of_prompts_and_completions_changes_nothing():
       images,
       completions,
       dtype=jnp.float32,
-      remat=False,
+      remat="none",
     )
 
   expected = states(prompts, completions)
@@ -371,7 +372,7 @@ def test_decoding_from_the_cache_equals_the_training_pass():
     images,
     completions,
     dtype=jnp.float32,
-    remat=False,
+    remat="none",
   )
   state, cache = text.prefill(
     CONFIG,
@@ -410,7 +411,7 @@ def test_compile_cost_is_flat_in_depth():
         images,
         completions,
         dtype=jnp.float32,
-        remat=False,
+        remat="none",
       )
     )(abstract)
     return len(str(traced).splitlines())
@@ -429,3 +430,56 @@ def test_random_params_draw_each_leaf_by_its_own_name():
   np.testing.assert_array_equal(leaf(params), leaf(again))
   assert not np.array_equal(leaf(params), leaf(other))
   assert np.std(leaf(params)) == pytest.approx(32**-0.5, rel=0.05)
+
+
+def kept_for_the_backward_pass(num_layers, **remat):
+  """Numbers that the forward pass leaves behind for the gradient."""
+  config = dataclasses.replace(CONFIG, num_layers=num_layers)
+  prompts, lengths, images, completions = bundle()
+
+  def backward(params):
+    return jax.vjp(
+      lambda params: text.bundle_states(
+        config,
+        params,
+        prompts,
+        lengths,
+        images,
+        completions,
+        dtype=jnp.float32,
+        **remat,
+      ),
+      params,
+    )[1]
+
+  abstract = weights.abstract_params(config, jnp.float32)
+  return sum(
+    x.size for x in jax.tree.leaves(jax.eval_shape(backward, abstract))
+  )
+
+
+def test_full_remat_keeps_the_input_of_each_layer_alone():
+  prompts, _, _, completions = bundle()
+  layer = sum(
+    x.size // 12
+    for x in jax.tree.leaves(
+      weights.abstract_params(
+        dataclasses.replace(CONFIG, num_layers=12), jnp.float32
+      )["layers"]
+    )
+  )
+  states = (prompts.size + completions.size) * CONFIG.embed_dim
+  more, less = (kept_for_the_backward_pass(n, remat="full") for n in (12, 6))
+  number_window_and_kind = 3
+  beside = (more - less) / 6 - layer - states
+  assert 0 <= beside <= number_window_and_kind
+
+
+@pytest.mark.parametrize("part", ["remat", "vision_remat"])
+def test_each_policy_keeps_less_than_the_one_before(part):
+  others = {"remat": "full", "vision_remat": "full"}
+  kept = [
+    kept_for_the_backward_pass(6, **others | {part: policy})
+    for policy in remats.POLICIES
+  ]
+  assert kept[0] > 1.1 * kept[1] > 1.1 * 1.1 * kept[2]
