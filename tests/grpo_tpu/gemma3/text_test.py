@@ -12,7 +12,7 @@ from data_pipelines import tokenizer
 from grpo_tpu import logprobs
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
-from grpo_tpu.gemma3 import text, weights
+from grpo_tpu.gemma3 import text, vision, weights
 
 SOFT = tokenizer.IMAGE_PLACEHOLDER
 VOCAB = 300
@@ -358,6 +358,50 @@ def test_an_image_is_seen_both_ways_and_only_by_its_own_prompt():
   later_word = prompts.at[1, last_soft + 3].add(-1)
   moved = jnp.abs(states(images, later_word) - before).max(axis=-1) > 1e-6
   assert not moved[1, : last_soft + 3].any()
+
+
+def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
+  """With a tower whose tokens know only a corner each, by states and cache."""
+  params = random_params(CONFIG)
+  prompts, lengths, images, _ = bundle(num_images=2)
+  width = CONFIG.vision.width
+
+  def corners(config, params, images, *, dtype, remat):
+    half = images.shape[-2] // 2
+    pixels = images[..., ::half, ::half, 0].reshape(*images.shape[:2], 4, 1)
+    return pixels.astype(dtype) / 255 + jnp.arange(width, dtype=dtype).reshape(
+      1, 1, 1, width
+    )
+
+  monkeypatch.setattr(vision, "soft_tokens", corners)
+
+  @jax.jit
+  def seen(prompts, images):
+    args = CONFIG, params, prompts, lengths, images
+    states, _, _ = text.prompt_states(*args, dtype=jnp.float32)
+    _, cache = text.prefill(
+      *args, num_completions=1, max_new_tokens=1, dtype=jnp.float32
+    )
+    keys = cache.prompt_k[1].reshape(*prompts.shape, -1)  # Of layer 2.
+    return jnp.stack([states[..., :32], keys])
+
+  def moved(prompts, images):
+    change = jnp.abs(seen(prompts, images) - before).max(axis=-1)
+    return change[:, 1] > 1e-6
+
+  before = seen(prompts, images)
+  first, second = np.arange(3, 7), np.arange(11, 15)
+  half = images.shape[-2] // 2
+  last_token = moved(prompts, images.at[1, 0, half, half, 0].add(128))
+  assert last_token[:, first].all()
+  assert not last_token[:, : first[0]].any()
+  last_token = moved(prompts, images.at[1, 1, half, half, 0].add(128))
+  assert last_token[:, second].all()
+  assert not last_token[:, : second[0]].any()
+  # No word after an image moves any of its tokens.
+  later_word = moved(prompts.at[1, 19].add(-1), images)
+  assert later_word[:, 19].all()
+  assert not later_word[:, :19].any()
 
 
 def test_decoding_from_the_cache_equals_the_training_pass():
