@@ -44,10 +44,22 @@ class Policy:
       chunk_size=self.config.model.logits_chunk,
       train_vision=self.config.model.train_vision,
       vision_remat=self.config.model.vision_remat,
+      banned_ids=self.banned_ids,
       attention=attention.implementation(
         self.config.model.attention, self.mesh.devices.flat[0].platform
       ),
     )
+
+  @property
+  def banned_ids(self) -> tuple[int, ...]:
+    """What may not be written: the marks around an image's placeholders.
+
+    The placeholder itself is outside the vocabulary, so it is never drawn, and
+    a drawn mark changes no merge here: completions are looked up in the
+    embedding, whatever their ids. Programs that expand a mark to an image would
+    read such a completion as another one.
+    """
+    return (self.tokenizer.start_of_image, self.tokenizer.end_of_image)
 
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
@@ -120,6 +132,7 @@ class Policy:
       temperature=temperature,
       dtype=self.model.dtype,
       attention=self.model.attention,
+      banned_ids=self.banned_ids,
     )
 
   def texts(self, completions: rollout.Completions) -> list[list[str]]:

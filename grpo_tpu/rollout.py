@@ -42,6 +42,7 @@ class Completions(flax.struct.PyTreeNode):
     "temperature",
     "dtype",
     "attention",
+    "banned_ids",
   ),
 )
 def rollout(
@@ -58,6 +59,7 @@ def rollout(
   temperature: float,
   dtype: jnp.dtype,
   attention: str = "einsum",
+  banned_ids: tuple[int, ...] = (),
 ) -> Completions:
   """Samples `num_completions` completions of each prompt.
 
@@ -75,6 +77,7 @@ def rollout(
     dtype: Of the matrix products.
     attention: Of the prompts, from `gemma3.attention.implementation`; a token
       at a time reads the cache by einsum.
+    banned_ids: Never drawn, and in no probability; see `logprobs.logits_of`.
   """
   embedding = params["embedder"]["input_embedding"]
   keys = sampling.row_keys(step_key, prompt_index, num_completions)
@@ -94,7 +97,10 @@ def rollout(
   def extend(completions: Completions, state, t) -> Completions:
     """Draws token `t` of every row that has not stopped."""
     logits = logprobs.logits_of(
-      state, embedding, temperature=temperature or 1.0
+      state,
+      embedding,
+      temperature=temperature or 1.0,
+      banned_ids=banned_ids,
     )
     ids = (
       sampling.sample(logits, keys, t)

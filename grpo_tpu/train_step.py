@@ -65,6 +65,7 @@ class Model(flax.struct.PyTreeNode):
     train_vision: Whether gradients reach the image tower.
     vision_remat: What its blocks keep for the backward pass.
     attention: From `gemma3.attention.implementation`.
+    banned_ids: Of probability 0, as in the rollout.
   """
 
   config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)
@@ -75,6 +76,7 @@ class Model(flax.struct.PyTreeNode):
   train_vision: bool = flax.struct.field(pytree_node=False)
   vision_remat: str = flax.struct.field(pytree_node=False, default="full")
   attention: str = flax.struct.field(pytree_node=False, default="einsum")
+  banned_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def token_logps(
@@ -102,6 +104,7 @@ def token_logps(
     params["embedder"]["input_embedding"],
     temperature=model.temperature,
     chunk_size=model.chunk_size,
+    banned_ids=model.banned_ids,
   )
 
 
