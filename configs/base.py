@@ -50,8 +50,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.weights = "random:0"
   config.model.param_dtype = "float32"
   config.model.compute_dtype = "bfloat16"
-  config.model.remat = True
+  config.model.attention = "auto"
+  config.model.remat = "full"
   config.model.train_vision = False
+  config.model.vision_remat = "full"
   config.model.lora = ml_collections.ConfigDict()
   config.model.lora.rank = 0  # Trains the whole model.
   config.model.lora.alpha = 32.0

@@ -25,6 +25,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.data.prompt_buckets = (44, 256, 512, 1024)
   config.model.compute_dtype = "float32"
   config.model.train_vision = True
+  config.model.vision_remat = "none"  # All of it is small.
   config.rollout.max_new_tokens = 6
   config.eval.num_problems = 512
   config.eval.batch_size = 256

@@ -25,8 +25,8 @@ from data_pipelines import (
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
+from grpo_tpu.gemma3 import attention, lora, remat, weights
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import lora, weights
 from grpo_tpu.rewards import scoring
 
 _DTYPES = ("float32", "bfloat16")
@@ -121,8 +121,13 @@ class ModelSettings:
       of the `gemma` library, here or on gs://; "gguf:FILE" for a text size.
     param_dtype: Of the decoder's parameters.
     compute_dtype: Of its matrix products.
-    remat: Recompute layers in the backward pass instead of storing them.
+    attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
+      TPUs and einsum elsewhere.
+    remat: What the decoder's layers keep for the backward pass: "none"
+      recomputes nothing, "dots" all but the products with weights, "full"
+      everything.
     train_vision: Train the image tower too.
+    vision_remat: The same of the image tower, where it is trained.
     lora: Adapters to train in place of the parameters; off at rank 0.
     reference_dtype: Of the matrices of the frozen copy that the whole model is
       compared with; None is `param_dtype`. With compute in bfloat16 a copy in
@@ -136,8 +141,10 @@ class ModelSettings:
   weights: str
   param_dtype: str
   compute_dtype: str
-  remat: bool
+  attention: str
+  remat: str
   train_vision: bool
+  vision_remat: str
   lora: lora.LoraConfig
   reference_dtype: str | None
   reference_memory: str
@@ -602,6 +609,9 @@ def _check_names(config: Config) -> None:
     ("model.name", config.model.name, tuple(gemma3_config.CONFIGS)),
     ("model.param_dtype", config.model.param_dtype, _DTYPES),
     ("model.compute_dtype", config.model.compute_dtype, _DTYPES),
+    ("model.attention", config.model.attention, attention.KINDS),
+    ("model.remat", config.model.remat, remat.POLICIES),
+    ("model.vision_remat", config.model.vision_remat, remat.POLICIES),
     ("export.dtype", config.export.dtype, _DTYPES),
     (
       "model.reference_dtype",

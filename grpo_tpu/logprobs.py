@@ -4,11 +4,16 @@ One code path serves the policy, the old policy and the reference: taken any
 other way, rounding alone would move their ratio away from one.
 """
 
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+# Finite, for the entropy multiplies it by a probability of 0.
+_IMPOSSIBLE = -1.0e30
 
 
 def per_token_logps(
@@ -18,6 +23,7 @@ def per_token_logps(
   *,
   temperature: float,
   chunk_size: int,
+  banned_ids: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
@@ -30,6 +36,7 @@ def per_token_logps(
     embedding: The tied output embedding; carries the gradient.
     temperature: Logits are divided by it, as they were when sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
+    banned_ids: As in `logits_of`, and as they were when sampling.
 
   Returns:
     Log-probabilities and entropies, in nats.
@@ -44,7 +51,9 @@ def per_token_logps(
 
   @jax.checkpoint
   def chunk(states, ids):
-    logits = logits_of(states, embedding, temperature=temperature)
+    logits = logits_of(
+      states, embedding, temperature=temperature, banned_ids=banned_ids
+    )
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
     mean_logit = jnp.sum(
@@ -64,12 +73,30 @@ def logits_of(
   embedding: Float[Array, "V D"],
   *,
   temperature: float,
+  banned_ids: tuple[int, ...] = (),
 ) -> Float[Array, "*batch V"]:
-  """Logits in fp32, whatever the type of states and embedding."""
+  """Logits in fp32, whatever the type of states and embedding.
+
+  Sampler and trainer both make theirs here, so a banned id is in neither's
+  softmax: what is drawn has the probability that is trained. In one of the two
+  alone, the ratio would start off 1 by the banned probability.
+
+  Args:
+    states: Final states.
+    embedding: The tied output embedding.
+    temperature: Logits are divided by it.
+    banned_ids: Ids of probability 0.
+  """
   logits = jnp.einsum(
     "...d,vd->...v",
     states,
     embedding.astype(states.dtype),
     preferred_element_type=jnp.float32,
   )
-  return logits / temperature
+  logits = logits / temperature
+  if not banned_ids:
+    return logits
+  ids = jnp.arange(embedding.shape[0])
+  banned = functools.reduce(operator.or_, (ids == i for i in banned_ids))
+  banned = jnp.expand_dims(banned, range(logits.ndim - 1))
+  return jnp.where(banned, _IMPOSSIBLE, logits)

@@ -16,7 +16,7 @@ from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import checkpoint, rollout, sharding, train_step
 from grpo_tpu import config as run_config
-from grpo_tpu.gemma3 import lora, weights
+from grpo_tpu.gemma3 import attention, lora, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,23 @@ class Policy:
       temperature=self.config.rollout.temperature,
       chunk_size=self.config.model.logits_chunk,
       train_vision=self.config.model.train_vision,
+      vision_remat=self.config.model.vision_remat,
+      banned_ids=self.banned_ids,
+      attention=attention.implementation(
+        self.config.model.attention, self.mesh.devices.flat[0].platform
+      ),
     )
+
+  @property
+  def banned_ids(self) -> tuple[int, ...]:
+    """What may not be written: the marks around an image's placeholders.
+
+    The placeholder itself is outside the vocabulary, so it is never drawn, and
+    a drawn mark changes no merge here: completions are looked up in the
+    embedding, whatever their ids. Programs that expand a mark to an image would
+    read such a completion as another one.
+    """
+    return (self.tokenizer.start_of_image, self.tokenizer.end_of_image)
 
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
@@ -142,6 +158,8 @@ class Policy:
       max_new_tokens=self.config.rollout.max_new_tokens,
       temperature=temperature,
       dtype=self.model.dtype,
+      attention=self.model.attention,
+      banned_ids=self.banned_ids,
     )
 
   def texts(self, completions: rollout.Completions) -> list[list[str]]:

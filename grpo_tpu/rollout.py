@@ -41,6 +41,8 @@ class Completions(flax.struct.PyTreeNode):
     "max_new_tokens",
     "temperature",
     "dtype",
+    "attention",
+    "banned_ids",
   ),
 )
 def rollout(
@@ -56,6 +58,8 @@ def rollout(
   max_new_tokens: int,
   temperature: float,
   dtype: jnp.dtype,
+  attention: str = "einsum",
+  banned_ids: tuple[int, ...] = (),
 ) -> Completions:
   """Samples `num_completions` completions of each prompt.
 
@@ -71,6 +75,9 @@ def rollout(
     max_new_tokens: Tokens per row at most (`T`).
     temperature: Logits are divided by it; 0 takes the likeliest token.
     dtype: Of the matrix products.
+    attention: Of the prompts, from `gemma3.attention.implementation`; a token
+      at a time reads the cache by einsum.
+    banned_ids: Never drawn, and in no probability; see `logprobs.logits_of`.
   """
   embedding = params["embedder"]["input_embedding"]
   keys = sampling.row_keys(step_key, prompt_index, num_completions)
@@ -83,13 +90,17 @@ def rollout(
     num_completions=num_completions,
     max_new_tokens=max_new_tokens,
     dtype=dtype,
+    implementation=attention,
   )
   state = jnp.broadcast_to(state[:, None], (*keys.shape, state.shape[-1]))
 
   def extend(completions: Completions, state, t) -> Completions:
     """Draws token `t` of every row that has not stopped."""
     logits = logprobs.logits_of(
-      state, embedding, temperature=temperature or 1.0
+      state,
+      embedding,
+      temperature=temperature or 1.0,
+      banned_ids=banned_ids,
     )
     ids = (
       sampling.sample(logits, keys, t)

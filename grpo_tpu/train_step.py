@@ -60,18 +60,24 @@ class Model(flax.struct.PyTreeNode):
   Attributes:
     config: Its sizes.
     dtype: Of the matrix products.
-    remat: Recompute layers in the backward pass.
+    remat: What layers keep for the backward pass, of `remat.POLICIES`.
     temperature: Of the policy.
     chunk_size: Tokens whose logits exist at a time.
     train_vision: Whether gradients reach the image tower.
+    vision_remat: What its blocks keep for the backward pass.
+    attention: From `gemma3.attention.implementation`.
+    banned_ids: Of probability 0, as in the rollout.
   """
 
   config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)
   dtype: jnp.dtype = flax.struct.field(pytree_node=False)
-  remat: bool = flax.struct.field(pytree_node=False)
+  remat: str = flax.struct.field(pytree_node=False)
   temperature: float = flax.struct.field(pytree_node=False)
   chunk_size: int = flax.struct.field(pytree_node=False)
   train_vision: bool = flax.struct.field(pytree_node=False)
+  vision_remat: str = flax.struct.field(pytree_node=False, default="full")
+  attention: str = flax.struct.field(pytree_node=False, default="einsum")
+  banned_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def token_logps(
@@ -90,6 +96,8 @@ def token_logps(
     bundles.completion_ids,
     dtype=model.dtype,
     remat=model.remat,
+    vision_remat=model.vision_remat,
+    implementation=model.attention,
   )
   return logprobs.per_token_logps(
     states,
@@ -97,6 +105,7 @@ def token_logps(
     params["embedder"]["input_embedding"],
     temperature=model.temperature,
     chunk_size=model.chunk_size,
+    banned_ids=model.banned_ids,
   )
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from data_pipelines import tokenizer
 from grpo_tpu.gemma3 import attention, lora, vision
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import remat as remats
 
 _NO_WINDOW = 2**30
 _RMS_EPSILON = 1e-6
@@ -55,6 +56,7 @@ def prompt_states(
   images: UInt8[Array, "U I height width 3"],
   *,
   dtype: jnp.dtype,
+  implementation: str = "einsum",
 ) -> tuple[Float[Array, "U P D"], Array, Array]:
   """Final states of every prompt position, with the keys and values.
 
@@ -65,6 +67,7 @@ def prompt_states(
     prompt_length: Ids before the padding.
     images: One per block of placeholders, in order; `I` may be 0.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
+    implementation: Of attention, from `attention.implementation`.
 
   Returns:
     The states, and keys and values `[layers, U, P, K, H]`.
@@ -73,8 +76,8 @@ def prompt_states(
   tables = _rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
 
   def layer(x, stack):
-    mask = attention.prompt_mask(blocks, prompt_length, stack.window)
-    x, k, v = _layer(config, stack, x, tables, mask)
+    sight = _sight(config, stack, prompt_length, blocks)
+    x, k, v = _layer(config, stack, x, tables, sight, implementation)
     return x, (k[:, 0], v[:, 0])
 
   x, (k, v) = jax.lax.scan(layer, x, _layers(config, params))
@@ -169,7 +172,9 @@ def bundle_states(
   completion_ids: Int[Array, "U C T"],
   *,
   dtype: jnp.dtype,
-  remat: bool,
+  remat: str,
+  vision_remat: str = "full",
+  implementation: str = "einsum",
 ) -> Float[Array, "U C T D"]:
   """The states that predict each completion token.
 
@@ -185,10 +190,15 @@ def bundle_states(
     images: One per block of placeholders, in order; `I` may be 0.
     completion_ids: Right-padded ids of the completions of each prompt.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
-    remat: Recompute each layer in the backward pass instead of storing it.
+    remat: What layers keep for the backward pass, of `remat.POLICIES`.
+    vision_remat: What the blocks of the image tower keep; of no matter where
+      it carries no gradient.
+    implementation: Of attention, from `attention.implementation`.
   """
   num_prompt, num_own = prompt_ids.shape[1], completion_ids.shape[2]
-  x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
+  x, blocks = _embedded_prompt(
+    config, params, prompt_ids, images, dtype, vision_remat
+  )
   y = _embedded(config, params, completion_ids, dtype)
   t = jnp.arange(num_own)
   prompt_tables = _rope_tables(config, jnp.arange(num_prompt)[None])
@@ -196,18 +206,20 @@ def bundle_states(
 
   def layer(carry, stack):
     x, y = carry
-    mask = attention.prompt_mask(blocks, prompt_length, stack.window)
-    x, k, v = _layer(config, stack, x, prompt_tables, mask)
-    to_prompt, own = attention.completion_masks(
-      prompt_length, num_prompt, t, num_own, stack.window
-    )
+    sight = _sight(config, stack, prompt_length, blocks)
+    x, k, v = _layer(config, stack, x, prompt_tables, sight, implementation)
     y, _, _ = _layer(
-      config, stack, y, tables, own, prompt=(k[:, 0], v[:, 0], to_prompt)
+      config,
+      stack,
+      y,
+      tables,
+      sight,
+      implementation,
+      prompt=(k[:, 0], v[:, 0]),
     )
     return (x, y), None
 
-  if remat:
-    layer = jax.checkpoint(layer, prevent_cse=False)
+  layer = remats.rematerialised(layer, remat)
   (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
   first = _last(x[:, 0], prompt_length)[:, None, None]
   first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
@@ -225,10 +237,17 @@ def prefill(
   num_completions: int,
   max_new_tokens: int,
   dtype: jnp.dtype,
+  implementation: str = "einsum",
 ) -> tuple[Float[Array, "U D"], Cache]:
   """The state that predicts the first token, and a cache to decode from."""
   states, k, v = prompt_states(
-    config, params, prompt_ids, prompt_length, images, dtype=dtype
+    config,
+    params,
+    prompt_ids,
+    prompt_length,
+    images,
+    dtype=dtype,
+    implementation=implementation,
   )
   layers, u, _, kv_heads, head_dim = k.shape
   empty = jnp.zeros(
@@ -260,14 +279,10 @@ def decode(
   """
   x = _embedded(config, params, ids[:, :, None], dtype)
   tables = _rope_tables(config, (prompt_length + t)[:, None])
-  num_prompt, num_own = cache.prompt_k.shape[2], cache.k.shape[3]
 
   def layer(carry, scanned):
     x, keys, values = carry
     stack, prompt_k, prompt_v = scanned
-    to_prompt, own = attention.completion_masks(
-      prompt_length, num_prompt, t[None], num_own, stack.window
-    )
     q, k, v = _queries_keys_values(config, stack, x, tables)
     # The caches ride in the carry and are updated in place.
     keys = _put(keys, k, stack.number, t)
@@ -276,10 +291,9 @@ def decode(
       q,
       keys[stack.number],
       values[stack.number],
-      own,
-      prompt_k=prompt_k,
-      prompt_v=prompt_v,
-      prompt_mask=to_prompt,
+      _sight(config, stack, prompt_length),
+      prompt=(prompt_k, prompt_v),
+      t=t[None],
     )
     return (_after_attention(stack.params, x, read), keys, values), None
 
@@ -311,18 +325,22 @@ def _layers(config: gemma3_config.ModelConfig, params: dict) -> _Layers:
   )
 
 
-def _layer(config, stack, x, tables, mask, *, prompt=None):
+def _sight(config, stack, prompt_length, blocks=None) -> attention.Sight:
+  return attention.Sight(
+    prompt_length=prompt_length,
+    window=stack.window,
+    is_global=stack.is_global,
+    local_window=config.sliding_window,
+    soft_tokens=config.soft_tokens,
+    image_block=blocks,
+  )
+
+
+def _layer(config, stack, x, tables, sight, implementation, *, prompt=None):
   """One block on `x [U, C, t, D]`; returns the keys and values it made."""
   q, k, v = _queries_keys_values(config, stack, x, tables)
-  prompt_k, prompt_v, prompt_mask = prompt or (None, None, None)
   read = attention.attend(
-    q,
-    k,
-    v,
-    mask,
-    prompt_k=prompt_k,
-    prompt_v=prompt_v,
-    prompt_mask=prompt_mask,
+    q, k, v, sight, prompt=prompt, implementation=implementation
   )
   return _after_attention(stack.params, x, read), k, v
 
@@ -391,24 +409,28 @@ def _embedded(config, params, ids: Array, dtype) -> Array:
   return table[ids].astype(dtype) * scale
 
 
-def _embedded_prompt(config, params, prompt_ids, images, dtype):
+def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
   """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
   is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
   x = _embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
   starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
   blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
   if images.shape[1]:
-    soft = _projected(config, params, images, dtype)
+    soft = _projected(config, params, images, dtype, remat)
     slot = jnp.maximum(jnp.cumsum(is_soft, axis=1) - 1, 0)
     merged = jnp.take_along_axis(soft, slot[..., None], axis=1)
     x = jnp.where(is_soft[..., None], merged, x)
   return x[:, None], blocks
 
 
-def _projected(config, params, images, dtype) -> Float[Array, "U S D"]:
+def _projected(config, params, images, dtype, remat) -> Float[Array, "U S D"]:
   """Soft tokens of all images of a prompt, in a row."""
   soft = vision.soft_tokens(
-    config.vision, params["vision_encoder"], images, dtype=dtype
+    config.vision,
+    params["vision_encoder"],
+    images,
+    dtype=dtype,
+    remat=remat,
   )
   embedder = params["embedder"]
   soft = _rms_norm(embedder["mm_soft_embedding_norm"], soft)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import remat as remats
 
 _LAYER_NORM_EPSILON = 1e-6
 
@@ -23,6 +24,7 @@ def soft_tokens(
   images: UInt8[Array, "*batch H W 3"],
   *,
   dtype: jnp.dtype,
+  remat: str,
 ) -> Float[Array, "*batch S width"]:
   """The pooled output of the tower, before the projector.
 
@@ -31,6 +33,7 @@ def soft_tokens(
     params: The tree under `vision_encoder`.
     images: RGB, already resized to `config.image_size`.
     dtype: Of the matrix products; norms and softmax stay in fp32.
+    remat: What blocks keep for the backward pass, of `remat.POLICIES`.
   """
   batch = images.shape[:-3]
   x = _patches(config, images.reshape(-1, *images.shape[-3:]))
@@ -44,6 +47,7 @@ def soft_tokens(
   def block(x, layer):
     return _block(config, layer, x), None
 
+  block = remats.rematerialised(block, remat)
   x, _ = jax.lax.scan(block, x, params["layers"])
   x = _layer_norm(params["norm"], x)
   return _pool(x, config.soft_tokens).reshape(

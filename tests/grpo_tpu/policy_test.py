@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,12 @@ def policy_of(mesh):
     return policies.Policy(config, mesh, None)  # No text is read or written.
 
   return policy
+
+
+def test_the_marks_of_an_image_are_banned_where_tokens_are_scored(mesh):
+  tokenizer = types.SimpleNamespace(start_of_image=7, end_of_image=9)
+  policy = policies.Policy(BASE, mesh, tokenizer)
+  assert policy.model.banned_ids == policy.banned_ids == (7, 9)
 
 
 def leaves(tree):

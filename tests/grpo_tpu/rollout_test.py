@@ -1,12 +1,14 @@
 """The rollout against a loop without a cache, and against the trainer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data_pipelines import tokenizer
-from grpo_tpu import logprobs, rollout
+from grpo_tpu import logprobs, objective, rollout, train_step
 from grpo_tpu.gemma3 import text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -23,9 +25,11 @@ def sampled(
   *,
   num_completions=NUM_COMPLETIONS,
   temperature=0.7,
+  params=None,
+  banned_ids=(),
 ):
   completions = rollout.rollout(
-    tiny.params,
+    params or tiny.params,
     *prompts,
     jnp.asarray(prompt_index),
     KEY,
@@ -34,13 +38,14 @@ def sampled(
     max_new_tokens=NUM_TOKENS,
     temperature=temperature,
     dtype=jnp.float32,
+    banned_ids=banned_ids,
   )
   return jax.device_get(completions)
 
 
 def bundle_states(tiny, prompts, ids):
   return text.bundle_states(
-    tiny.config, tiny.params, *prompts, ids, dtype=jnp.float32, remat=False
+    tiny.config, tiny.params, *prompts, ids, dtype=jnp.float32, remat="none"
   )
 
 
@@ -103,18 +108,90 @@ def test_a_row_ends_with_its_first_stop_token_or_is_truncated(completions):
     assert (logps[:length] < 0).all()
 
 
-def test_the_samplers_logps_are_the_trainers(tiny, prompts, completions):
-  """Prompts of mixed lengths with pictures, at the sampling temperature."""
-  expected, _ = logprobs.per_token_logps(
-    jax.jit(lambda ids: bundle_states(tiny, prompts, ids))(completions.ids),
-    jnp.asarray(completions.ids),
-    tiny.params["embedder"]["input_embedding"],
-    temperature=0.7,
+def trainer_logps(tiny, prompts, ids, temperature, banned_ids=(), params=None):
+  """Of the sampled tokens, as an update computes them."""
+  model = train_step.Model(
+    config=tiny.config,
+    dtype=jnp.float32,
+    remat="full",
+    temperature=temperature,
     chunk_size=7,
+    train_vision=True,
+    banned_ids=banned_ids,
+  )
+  bundles = train_step.Bundles(*prompts, jnp.asarray(ids), jnp.asarray(ids > 0))
+  logps, entropy = jax.jit(train_step.token_logps)(
+    model, params or tiny.params, bundles
+  )
+  assert np.isfinite(entropy).all()
+  return np.asarray(logps)
+
+
+def with_and_without_images(tiny):
+  """Prompts of mixed lengths; every other one holds no placeholder."""
+  ids, length, images = tiny.prompts(PROMPTS)
+  text_ids, text_length, _ = tiny.prompts(PROMPTS, num_images=0, seed=2)
+  odd = np.arange(PROMPTS) % 2 == 1
+  return (
+    jnp.where(odd[:, None], text_ids, ids),
+    jnp.where(odd, text_length, length),
+    images,
+  )
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_samplers_logps_are_the_trainers(tiny, temperature):
+  """Text rows among rows with pictures; and so the first ratio is 1."""
+  prompts = with_and_without_images(tiny)
+  completions = sampled(
+    tiny, prompts, np.arange(PROMPTS), temperature=temperature
+  )
+  logps = trainer_logps(tiny, prompts, completions.ids, temperature)
+  mask = completions.mask
+  np.testing.assert_allclose(
+    completions.logps[mask], logps[mask], atol=1e-4, rtol=0
+  )
+  rows = (-1, NUM_TOKENS)
+  _, metrics = objective.policy_loss(
+    jnp.asarray(logps.reshape(rows)),
+    jnp.asarray(completions.logps.reshape(rows)),
+    None,
+    jnp.linspace(-1.0, 1.0, PROMPTS * NUM_COMPLETIONS),
+    jnp.asarray(mask.reshape(rows)),
+    config=objective.PRESETS["dapo"],
+  )
+  assert metrics["ratio"] == pytest.approx(1.0, abs=1e-4)
+  assert metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_banned_token_is_never_drawn_and_has_no_probability(
+  tiny, prompts, temperature
+):
+  """Long vectors make the banned ones likeliest wherever they are not worst."""
+  banned = (109, 110)
+  embedding = tiny.params["embedder"]["input_embedding"]
+  rigged = tiny.params | {
+    "embedder": tiny.params["embedder"]
+    | {"input_embedding": embedding.at[jnp.array(banned)].multiply(20.0)}
+  }
+  draw = functools.partial(
+    sampled,
+    tiny,
+    prompts,
+    np.arange(PROMPTS),
+    temperature=temperature,
+    params=rigged,
+  )
+  assert np.isin(draw().ids, banned).mean() > 0.2
+  completions = draw(banned_ids=banned)
+  assert not np.isin(completions.ids, banned).any()
+  logps = trainer_logps(
+    tiny, prompts, completions.ids, temperature or 1.0, banned, rigged
   )
   mask = completions.mask
   np.testing.assert_allclose(
-    completions.logps[mask], np.asarray(expected)[mask], atol=1e-4, rtol=0
+    completions.logps[mask], logps[mask], atol=1e-4, rtol=0
   )
 
 

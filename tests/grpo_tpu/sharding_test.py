@@ -57,7 +57,7 @@ def step_of(tiny, place_params, place_batch):
     train_step.Model(
       config=tiny.config,
       dtype=jnp.float32,
-      remat=True,
+      remat="full",
       temperature=0.7,
       chunk_size=16,
       train_vision=True,

@@ -38,7 +38,7 @@ def make_model(tiny, *, train_vision):
   return train_step.Model(
     config=tiny.config,
     dtype=jnp.float32,
-    remat=True,
+    remat="full",
     temperature=0.7,
     chunk_size=10,
     train_vision=train_vision,

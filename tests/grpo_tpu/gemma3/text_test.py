@@ -11,7 +11,8 @@ import pytest
 from data_pipelines import tokenizer
 from grpo_tpu import logprobs
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import text, weights
+from grpo_tpu.gemma3 import remat as remats
+from grpo_tpu.gemma3 import text, vision, weights
 
 SOFT = tokenizer.IMAGE_PLACEHOLDER
 VOCAB = 300
@@ -313,7 +314,7 @@ def row_states(params, prompts, lengths, images, completions):
 
 
 @pytest.mark.parametrize(
-  ("num_images", "remat"), [(0, False), (1, True), (2, False)]
+  ("num_images", "remat"), [(0, "none"), (1, "full"), (2, "dots")]
 )
 def test_bundle_loss_and_gradient_equal_those_of_separate_rows(
   num_images, remat
@@ -375,7 +376,7 @@ def test_padding_of_prompts_and_completions_changes_nothing():
       images,
       completions,
       dtype=jnp.float32,
-      remat=False,
+      remat="none",
     )
 
   expected = states(prompts, completions)
@@ -406,6 +407,50 @@ def test_an_image_is_seen_both_ways_and_only_by_its_own_prompt():
   assert not moved[1, : last_soft + 3].any()
 
 
+def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
+  """With a tower whose tokens know only a corner each, by states and cache."""
+  params = random_params(CONFIG)
+  prompts, lengths, images, _ = bundle(num_images=2)
+  width = CONFIG.vision.width
+
+  def corners(config, params, images, *, dtype, remat):
+    half = images.shape[-2] // 2
+    pixels = images[..., ::half, ::half, 0].reshape(*images.shape[:2], 4, 1)
+    return pixels.astype(dtype) / 255 + jnp.arange(width, dtype=dtype).reshape(
+      1, 1, 1, width
+    )
+
+  monkeypatch.setattr(vision, "soft_tokens", corners)
+
+  @jax.jit
+  def seen(prompts, images):
+    args = CONFIG, params, prompts, lengths, images
+    states, _, _ = text.prompt_states(*args, dtype=jnp.float32)
+    _, cache = text.prefill(
+      *args, num_completions=1, max_new_tokens=1, dtype=jnp.float32
+    )
+    keys = cache.prompt_k[1].reshape(*prompts.shape, -1)  # Of layer 2.
+    return jnp.stack([states[..., :32], keys])
+
+  def moved(prompts, images):
+    change = jnp.abs(seen(prompts, images) - before).max(axis=-1)
+    return change[:, 1] > 1e-6
+
+  before = seen(prompts, images)
+  first, second = np.arange(3, 7), np.arange(11, 15)
+  half = images.shape[-2] // 2
+  last_token = moved(prompts, images.at[1, 0, half, half, 0].add(128))
+  assert last_token[:, first].all()
+  assert not last_token[:, : first[0]].any()
+  last_token = moved(prompts, images.at[1, 1, half, half, 0].add(128))
+  assert last_token[:, second].all()
+  assert not last_token[:, : second[0]].any()
+  # No word after an image moves any of its tokens.
+  later_word = moved(prompts.at[1, 19].add(-1), images)
+  assert later_word[:, 19].all()
+  assert not later_word[:, :19].any()
+
+
 def test_decoding_from_the_cache_equals_the_training_pass():
   """Teacher-forced: the state before token t is that of `bundle_states`."""
   params = random_params(CONFIG)
@@ -418,7 +463,7 @@ def test_decoding_from_the_cache_equals_the_training_pass():
     images,
     completions,
     dtype=jnp.float32,
-    remat=False,
+    remat="none",
   )
   state, cache = text.prefill(
     CONFIG,
@@ -457,7 +502,7 @@ def test_compile_cost_is_flat_in_depth():
         images,
         completions,
         dtype=jnp.float32,
-        remat=False,
+        remat="none",
       )
     )(abstract)
     return len(str(traced).splitlines())
@@ -476,3 +521,56 @@ def test_random_params_draw_each_leaf_by_its_own_name():
   np.testing.assert_array_equal(leaf(params), leaf(again))
   assert not np.array_equal(leaf(params), leaf(other))
   assert np.std(leaf(params)) == pytest.approx(32**-0.5, rel=0.05)
+
+
+def kept_for_the_backward_pass(num_layers, **remat):
+  """Numbers that the forward pass leaves behind for the gradient."""
+  config = dataclasses.replace(CONFIG, num_layers=num_layers)
+  prompts, lengths, images, completions = bundle()
+
+  def backward(params):
+    return jax.vjp(
+      lambda params: text.bundle_states(
+        config,
+        params,
+        prompts,
+        lengths,
+        images,
+        completions,
+        dtype=jnp.float32,
+        **remat,
+      ),
+      params,
+    )[1]
+
+  abstract = weights.abstract_params(config, jnp.float32)
+  return sum(
+    x.size for x in jax.tree.leaves(jax.eval_shape(backward, abstract))
+  )
+
+
+def test_full_remat_keeps_the_input_of_each_layer_alone():
+  prompts, _, _, completions = bundle()
+  layer = sum(
+    x.size // 12
+    for x in jax.tree.leaves(
+      weights.abstract_params(
+        dataclasses.replace(CONFIG, num_layers=12), jnp.float32
+      )["layers"]
+    )
+  )
+  states = (prompts.size + completions.size) * CONFIG.embed_dim
+  more, less = (kept_for_the_backward_pass(n, remat="full") for n in (12, 6))
+  number_window_and_kind = 3
+  beside = (more - less) / 6 - layer - states
+  assert 0 <= beside <= number_window_and_kind
+
+
+@pytest.mark.parametrize("part", ["remat", "vision_remat"])
+def test_each_policy_keeps_less_than_the_one_before(part):
+  others = {"remat": "full", "vision_remat": "full"}
+  kept = [
+    kept_for_the_backward_pass(6, **others | {part: policy})
+    for policy in remats.POLICIES
+  ]
+  assert kept[0] > 1.1 * kept[1] > 1.1 * 1.1 * kept[2]
