@@ -1,5 +1,6 @@
 """The kernel for TPUs, interpreted, against the einsum that serves the rest."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from grpo_tpu import sharding
 from grpo_tpu.gemma3 import attention
+from grpo_tpu.gemma3 import config as gemma3_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Several of the kernel's blocks, none of them filled by a row.
@@ -121,3 +123,13 @@ def test_on_a_mesh_each_device_computes_its_bundles_and_heads():
     actual = out(of_row, prompt, "interpreted_splash")
   assert actual.sharding.shard_shape(actual.shape)[0] == 1
   np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_an_image_longer_than_the_window_is_refused():
+  """One as long as the window is not: its ends are a window less one apart."""
+  tiny = gemma3_config.CONFIGS["tiny"]
+  dataclasses.replace(tiny, sliding_window=9)
+  with pytest.raises(
+    ValueError, match=r"vision.soft_tokens \(9\).*sliding_window \(8\)"
+  ):
+    dataclasses.replace(tiny, sliding_window=8)
