@@ -107,6 +107,9 @@ details in $log. Once it is mended, start again."
   exit 1
 }
 
+# The folder itself, if it is there, where a link to it is given.
+real_folder() { (cd "$1" 2>/dev/null && pwd -P) || printf '%s\n' "$1"; }
+
 make_venv() {
   local python
   python=$(find_python) || exit
@@ -117,7 +120,7 @@ make_venv() {
   rm -f "$stamp"
   # Cleared, not removed: .venv may be a link to a larger disk (which the venv
   # module clears and then refuses, unless it gets the folder itself).
-  "$python" -m venv --clear "$(readlink -f "$venv")" || exit
+  "$python" -m venv --clear "$(real_folder "$venv")" || exit
   cd "$root" || exit
   # The build tools are pinned too, so they are not fetched anew per package.
   install setuptools wheel

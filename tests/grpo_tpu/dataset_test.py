@@ -14,6 +14,7 @@ from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
 from grpo_tpu import dataset
+from grpo_tpu.gemma3 import weights
 
 
 def settings(**data):
@@ -113,7 +114,8 @@ def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):
     opened(settings(tokenizer=str(tmp_path / "none.model")), workdir)
 
 
-def test_released_weights_want_their_own_tokenizer(workdir):
+def test_released_weights_want_their_own_tokenizer(workdir, monkeypatch):
+  monkeypatch.setitem(weights.OPENERS, "gguf", lambda config, path: None)
   config = settings()
   model = dataclasses.replace(
     config.model, name="gemma3_270m", weights="gguf:270m.gguf"

@@ -63,7 +63,7 @@ def run(tiny):
   model = train_step.Model(
     config=tiny.config,
     dtype=jnp.float32,
-    remat=False,
+    remat="none",
     temperature=1.0,
     chunk_size=16,
     train_vision=False,

@@ -67,7 +67,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     ),
     (
       [CONFIG, WORKDIR, "--config.model.weights=gguf:/no/such.gguf"],
-      ["model.weights ('gguf:/no/such.gguf') must name what exists"],
+      ["model.weights ('gguf:/no/such.gguf') must be a checkpoint"],
     ),
     (
       ["--config=configs/smoke.py:warmup", WORKDIR],

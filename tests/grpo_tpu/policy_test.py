@@ -30,7 +30,9 @@ def policy_of(mesh):
   def policy(weights, **model):
     settings = dataclasses.replace(BASE.model, weights=weights, **model)
     config = dataclasses.replace(BASE, model=settings)
-    return policies.Policy(config, mesh, None)  # No text is read or written.
+    # No text is read or written.
+    marks = types.SimpleNamespace(start_of_image=1000, end_of_image=1001)
+    return policies.Policy(config, mesh, marks)
 
   return policy
 

@@ -91,7 +91,7 @@ def states_of(config, params, bundles):
     bundles.images,
     bundles.completion_ids,
     dtype=jnp.float32,
-    remat=False,
+    remat="none",
   )
 
 
