@@ -53,9 +53,7 @@ def train(
   with (
     jax.set_mesh(mesh),
     checkpoint.Checkpoints(
-      pathlib.Path(workdir) / "checkpoints",
-      every_steps=config.checkpoint.every_steps,
-      keep=config.checkpoint.keep,
+      pathlib.Path(workdir) / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
     with run_config.refutable():
@@ -68,9 +66,12 @@ def train(
     ) as writer:
       writer.write_config(config.to_dict())
       if start is None:
-        writer.write(0, run.evaluated(state, 0, writer))
+        scalars = jax.device_get(run.evaluated(state, 0, writer))
+        writer.write(0, scalars)
         writer.progress(config.train.num_steps)
-        checkpoints.save(0, state, run.checkpoint_meta, force=True)
+        checkpoints.save(
+          0, state, run.checkpoint_meta, metrics=scalars, force=True
+        )
       _loop(run, state, start or 0, batches, writer, checkpoints)
 
 
@@ -108,9 +109,16 @@ def _loop(
     if jax.process_index() == 0:
       watch.check(step, scalars)
     writer.write_samples(step, experience.samples, split="train")
-    writer.write(step, scalars | compilations.scalars())
+    scalars |= compilations.scalars() | checkpoints.scalars()
+    writer.write(step, scalars)
     writer.progress(num_steps)
-    checkpoints.save(step, state, run.checkpoint_meta, force=step == num_steps)
+    checkpoints.save(
+      step,
+      state,
+      run.checkpoint_meta,
+      metrics=scalars,
+      force=step == num_steps,
+    )
 
 
 class _Run:
@@ -199,8 +207,7 @@ class _Run:
     """The newest state and its step; a new one and None if there is none."""
     restored = checkpoints.restore(self._abstract_state())
     if restored:
-      state, _ = restored
-      return state, int(state.step)
+      return restored.state, restored.step
     abstract = self._abstract_state()
     lora_config = self.config.lora
     params = (

@@ -19,14 +19,18 @@ PACKAGES = ("data_pipelines", "grpo_tpu")
 FLOORS = {
   1: {
     "data_pipelines",
+    "grpo_tpu.agreement",
     "grpo_tpu.alarms",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
     "grpo_tpu.health",
+    "grpo_tpu.lockfile",
     "grpo_tpu.logs",
+    "grpo_tpu.manifest",
     "grpo_tpu.objective",
     "grpo_tpu.report",
+    "grpo_tpu.retention",
     "grpo_tpu.shaping",
     "grpo_tpu.train_state",
   },
