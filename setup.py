@@ -31,6 +31,7 @@ setuptools.setup(
     "optax",
     "orbax-checkpoint",
     "pillow",
+    "psutil",
     "pyarrow",
     "safetensors",
     "scipy",
