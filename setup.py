@@ -22,6 +22,7 @@ setuptools.setup(
     "clu",
     "flax",
     "gemma",
+    "google-crc32c",
     "grain",
     "jax",
     "jaxtyping",

@@ -145,7 +145,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 50
+  config.checkpoint.every_minutes = 0.0  # Steps alone decide.
   config.checkpoint.keep = 3
+  config.checkpoint.best_metric = ""  # As in "eval/accuracy".
+  config.checkpoint.best_mode = "max"
+  config.checkpoint.keep_best = 1
+  config.checkpoint.max_failures = 3
+  config.checkpoint.timeout_seconds = 600
+  config.checkpoint.accept_changes = False  # Of other settings or data.
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 50

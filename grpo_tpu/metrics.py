@@ -172,7 +172,10 @@ METRICS = (
   ),
   Metric("perf/run_seconds", "s", "since the run was first started"),
   Metric("perf/unix_seconds", "s", "since 1970, when the line was written"),
-  Metric("checkpoint/save_failures", "count", "since this process started"),
+  # Of this process since it started: these differ between two runs too.
+  Metric("checkpoint/save_failures", "count", "saves that came to nothing"),
+  Metric("checkpoint/refused_not_finite", "count", "of them, of a NaN state"),
+  Metric("checkpoint/quarantined", "count", "damaged ones, moved aside"),
 )
 
 # Where TensorBoard shows a sample: its words and its picture need a tag each.
@@ -519,6 +522,12 @@ _TEMPLATES = tuple(
   for name, index in _ORDER.items()
   if "{slice}" in name
 )
+
+
+def is_declared(name: str) -> bool:
+  """Whether `METRICS` has a row for it."""
+  is_sliced = any(template.fullmatch(name) for template, _ in _TEMPLATES)
+  return is_sliced or (name in _ORDER and "{" not in name)
 
 
 def _declared(name: str) -> int:

@@ -72,9 +72,7 @@ def train(
     ) as watch,
     jax.set_mesh(mesh),
     checkpoint.Checkpoints(
-      folder / "checkpoints",
-      every_steps=config.checkpoint.every_steps,
-      keep=config.checkpoint.keep,
+      folder / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
     with run_config.refutable():
@@ -311,8 +309,7 @@ class _Run:
     """The newest state and its step; a new one and None if there is none."""
     restored = checkpoints.restore(self._abstract_state())
     if restored:
-      state, _ = restored
-      return state, int(state.step)
+      return restored.state, restored.step
     abstract = self._abstract_state()
     lora_config = self.config.lora
     params = (
