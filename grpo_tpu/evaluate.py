@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,15 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import ablations, images, pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset, experience, metrics, report, scorecard, sharding
+from grpo_tpu import (
+  dataset,
+  experience,
+  metrics,
+  report,
+  rollout,
+  scorecard,
+  sharding,
+)
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
@@ -68,13 +76,27 @@ def evaluate(
   batches: Iterable[pipeline.Batch],
   *,
   num_samples: int,
+  poll: Callable[[], None] = rollout.no_poll,
 ) -> Result:
-  """Decodes one greedy completion for each problem and scores it."""
+  """Decodes one greedy completion for each problem and scores it.
+
+  Args:
+    policy: What answers.
+    params: Its parameters.
+    batches: The problems.
+    num_samples: Completions to hand out for people to look at.
+    poll: As in `Policy.sample`.
+  """
   sums: collections.Counter[str] = collections.Counter()
   samples, answers = [], []
   for batch in batches:
     completions = policy.sample(
-      params, batch, jax.random.key(0), num_completions=1, temperature=0.0
+      params,
+      batch,
+      jax.random.key(0),
+      num_completions=1,
+      temperature=0.0,
+      poll=poll,
     )
     texts = policy.texts(completions)
     scores = scoring.score(

@@ -8,7 +8,7 @@ batch, whatever the number of hosts.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -18,7 +18,15 @@ from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import health, metrics, objective, shaping, sharding, train_step
+from grpo_tpu import (
+  health,
+  metrics,
+  objective,
+  rollout,
+  shaping,
+  sharding,
+  train_step,
+)
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
@@ -66,6 +74,7 @@ def online(
   *,
   position: int,
   num_samples: int,
+  poll: Callable[[], None] = rollout.no_poll,
 ) -> Experience:
   """Samples `num_generations` completions of each prompt and pays them.
 
@@ -81,6 +90,7 @@ def online(
     key: Of the run; a batch's own is folded from it and the batch's number.
     position: Batches that the run took before.
     num_samples: Completions to hand out for people to look at.
+    poll: As in `Policy.sample`.
   """
   shaping_config = policy.config.shaping
   resamples = shaping_config.zero_variance == "resample"
@@ -89,7 +99,12 @@ def online(
   for number in range(position + 1, position + limit + 1):
     batch_key = jax.random.fold_in(key, number)
     new, statistics, some = _sampled(
-      policy, params, batches, batch_key, num_samples=num_samples - len(seen)
+      policy,
+      params,
+      batches,
+      batch_key,
+      num_samples=num_samples - len(seen),
+      poll=poll,
     )
     scalars.append(statistics)
     seen += some
@@ -107,7 +122,7 @@ def online(
 
 
 def _sampled(
-  policy, params, batches, key, *, num_samples
+  policy, params, batches, key, *, num_samples, poll
 ) -> tuple[_Groups, dict[str, metrics.Scalar], list[metrics.Sample]]:
   """One batch of prompts with sampled completions, paid."""
   config = policy.config
@@ -120,6 +135,7 @@ def _sampled(
     key,
     num_completions=config.rollout.num_generations,
     temperature=config.rollout.temperature,
+    poll=poll,
   )
   texts = policy.texts(completions)
   sampled = time.perf_counter()

@@ -92,7 +92,7 @@ class Scripted(policies.Policy):
 
   replies: dict[str, list[str]]
 
-  def sample(self, params, batch, step_key, *, num_completions, temperature):
+  def sample(self, params, batch, step_key, *, num_completions, **_):
     shape = (len(batch.problems), num_completions)
     ids = np.zeros((*shape, MAX_NEW_TOKENS), np.int32)
     lengths = np.zeros(shape, np.int32)
