@@ -47,6 +47,10 @@ class Experience:
   samples: list[metrics.Sample]
   num_batches: int
 
+  def seconds(self, phase: str) -> float:
+    """What it took to wait for "data", or for "reward"; 0 where it had none."""
+    return float(self.scalars.get(f"perf/{phase}_seconds", 0.0))
+
 
 class _Groups(flax.struct.PyTreeNode):
   """Completions of a batch of prompts, and what they were paid.
