@@ -6,7 +6,9 @@ A launcher says how many there are; a program started alone is one process.
 import os
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 
 def initialize() -> None:
@@ -29,3 +31,15 @@ def initialize() -> None:
     jax.device_count(),
     jax.devices()[0].device_kind,
   )
+
+
+def gathered(local: bytes) -> list[bytes]:
+  """What each process has to say, in their order; all of them must ask."""
+  lengths = multihost_utils.process_allgather(np.array([len(local)], np.int32))
+  lengths = np.ravel(lengths).tolist()
+  padded = np.zeros(max(lengths), np.uint8)
+  padded[: len(local)] = np.frombuffer(local, np.uint8)
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)
+  ]

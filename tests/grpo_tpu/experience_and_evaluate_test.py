@@ -402,7 +402,7 @@ def offline(policy, tokenizer):
       image_size=IMAGE_SIZE,
       soft_tokens=SOFT_TOKENS,
       num_images=1,
-      shard_index=0,
+      shards=(0,),
       shard_count=1,
       start_step=0,
     )
