@@ -307,11 +307,11 @@ class _Run:
       num_microbatches=config.num_microbatches,
       lora=config.lora,
     )
-    shard_index, shard_count = sharding.data_shard(mesh)
-    self._shard = {"shard_index": shard_index, "shard_count": shard_count}
-    self._eval_batches = data.eval_batches(self.config, **self._shard)
+    shards, shard_count = sharding.data_shards(mesh)
+    self._shards = {"shards": shards, "shard_count": shard_count}
+    self._eval_batches = data.eval_batches(self.config, **self._shards)
     self._preference_batches = (
-      data.preference_batches(self.config, **self._shard)
+      data.preference_batches(self.config, **self._shards)
       if config.data.kind == "preference"
       else None
     )
@@ -404,7 +404,7 @@ class _Run:
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
     return self.data.train_batches(
-      self.config, start_step=position, **self._shard
+      self.config, start_step=position, **self._shards
     )
 
   def experience(
