@@ -59,6 +59,7 @@ class Ending:
 
   def of_run(self, workdir: pathlib.Path) -> None:
     """From here on it is the end of a run in this folder."""
+    self.clock.listen_to_compiler()
     self._workdir = workdir
 
   def stuck(self, reason: str) -> None:
