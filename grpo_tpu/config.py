@@ -288,11 +288,14 @@ class ExportConfig:
     dtype: Of all tensors.
     tokenizer_dir: Whose tokenizer and processor files go along; "" takes those
       of an "hf:DIR" in `model.weights`, if it is one.
+    adapter: Whether a run's adapters go out alone, in fp32 and for peft, rather
+      than merged into what they belong to.
   """
 
   step: int | None
   dtype: str
   tokenizer_dir: str
+  adapter: bool
 
 
 @dataclasses.dataclass(frozen=True)
