@@ -12,8 +12,6 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from etils import epath
-
 from data_pipelines import (
   ablations,
   images,
@@ -695,16 +693,7 @@ def _check_weights(config: Config) -> None:
     f"be one of {', '.join(_WEIGHTS.values())}",
     "set model.weights=random:0",
   )
-  if scheme == "gemma":
-    # No more than this, for Orbax reads with the devices' help.
-    _require(
-      (epath.Path(rest) / "_METADATA").exists(),
-      "model.weights",
-      config.model.weights,
-      "name the folder of a checkpoint, with its _METADATA",
-      "set model.weights=gemma:DIR",
-    )
-  elif scheme in weights.OPENERS:
+  if scheme in weights.OPENERS:
     try:
       weights.OPENERS[scheme](config.model_config, rest)
     except ValueError as error:
