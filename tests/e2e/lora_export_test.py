@@ -47,6 +47,7 @@ def folder(peers_python, new_run, tmp_path_factory):
   run = new_run(
     f"--config.model.weights=hf:{folder}/start",
     f"--config.model.lora.rank={RANK}",
+    "--config.model.train_vision=False",
     "--config.train.num_steps=2",
     "--config.optimizer.learning_rate=3e-2",
     "--config.eval.every_steps=2",
