@@ -21,6 +21,8 @@ FLOORS = {
     "data_pipelines",
     "grpo_tpu.agreement",
     "grpo_tpu.alarms",
+    "grpo_tpu.chips",
+    "grpo_tpu.flops",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
