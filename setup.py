@@ -32,6 +32,7 @@ setuptools.setup(
     "optax",
     "orbax-checkpoint",
     "pillow",
+    "psutil",
     "pyarrow",
     "safetensors",
     "scipy",

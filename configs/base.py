@@ -70,6 +70,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  config.distributed = ml_collections.ConfigDict()
+  config.distributed.initialization_timeout_seconds = 300
+  config.distributed.heartbeat_timeout_seconds = 60
+  config.distributed.shutdown_timeout_seconds = 60
+  config.distributed.preflight_timeout_seconds = 120
+  config.distributed.watchdog_seconds = 1800.0
+  config.distributed.watchdog_start_seconds = 3600.0
+
   config.rollout = ml_collections.ConfigDict()
   config.rollout.num_generations = 8
   config.rollout.max_new_tokens = 1024
@@ -133,6 +141,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.num_steps = 1000
   config.train.num_iterations = 1
   config.train.microbatch_bundles = 8
+  config.train.max_skipped_updates = 10
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 50

@@ -30,6 +30,18 @@ def gathered(words: str) -> list[str]:
   return [_text(row) for row in multihost_utils.process_allgather(row)]
 
 
+def gathered_bytes(data: bytes) -> list[bytes]:
+  """What each process has, of any length, in the order of their indices."""
+  if num_processes() == 1:
+    return [data]
+  sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))
+  sizes = np.ravel(sizes).tolist()
+  # Doubled from a block on, so that few sizes are ever compiled.
+  width = _BLOCK << max(0, -(-max(sizes) // _BLOCK) - 1).bit_length()
+  rows = multihost_utils.process_allgather(_bytes(data, width))
+  return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
 def from_first(words: str) -> str:
   """What the first process says; the words of the others are of no matter."""
   if num_processes() == 1:

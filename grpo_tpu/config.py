@@ -22,7 +22,7 @@ from data_pipelines import (
   prompts,
   synthetic,
 )
-from grpo_tpu import metrics, retention
+from grpo_tpu import distributed, metrics, retention
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -229,11 +229,14 @@ class TrainConfig:
     num_iterations: Updates on each batch.
     microbatch_bundles: Prompts, over all hosts, whose activations exist at a
       time; divides `data.prompts_per_step`.
+    max_skipped_updates: In a row, for gradients that were not finite, until the
+      run is given up.
   """
 
   num_steps: int
   num_iterations: int
   microbatch_bundles: int
+  max_skipped_updates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +299,7 @@ class Config:
   data: DataConfig
   model: ModelSettings
   mesh: MeshConfig
+  distributed: distributed.DistributedConfig
   rollout: RolloutConfig
   rewards: scoring.RewardConfig
   objective: ObjectiveSettings
@@ -465,6 +469,7 @@ def _check_numbers(config: Config) -> None:
     ("train.num_steps", 1),
     ("train.num_iterations", 1),
     ("train.microbatch_bundles", 1),
+    ("train.max_skipped_updates", 1),
     ("eval.every_steps", 0),
     ("eval.num_problems", 1),
     ("eval.batch_size", 1),
