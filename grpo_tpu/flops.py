@@ -33,9 +33,7 @@ def count(fun: Callable, *args: Any, **kwargs: Any) -> float:
   return count_jaxpr(jax.make_jaxpr(fun)(*args, **kwargs))
 
 
-def count_jaxpr(
-  closed: core.ClosedJaxpr, while_trips: int | None = None
-) -> float:
+def count_jaxpr(closed: Any, while_trips: int | None = None) -> float:
   """Operations of a traced program, over all devices.
 
   Args:
@@ -79,16 +77,13 @@ def _of_equation(equation, trips: int | None) -> float:
       return mesh.size * _count(_inner(params["jaxpr"]), trips)
     case "pallas_call":
       return _of_kernel(equation)
-  return sum(
-    _count(_inner(value), trips)
-    for entry in params.values()
-    for value in (entry if isinstance(entry, tuple | list) else (entry,))
-    if isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-  )
+  inner = core.jaxprs_in_params(params)
+  return sum(_count(_inner(jaxpr), trips) for jaxpr in inner)
 
 
-def _inner(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
-  return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+def _inner(jaxpr: Any) -> core.Jaxpr:
+  """The program itself, closed over its constants or not."""
+  return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _of_product(equation) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("replica", "fsdp", "tensor")
@@ -112,7 +112,7 @@ def make_mesh(
   return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
   """The sharding of each leaf of a tree of parameters or optimizer state.
 
   Raises:
@@ -130,7 +130,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
+def _fitted(
+  mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], spec: P
+) -> P:
   """The rule, less the head axis of keys and values with fewer heads."""
   axes = list(spec)
   for index, axis in enumerate(axes):
