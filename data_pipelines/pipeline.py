@@ -1,7 +1,7 @@
 """Batches for training and evaluation, in an order that seed and step fix.
 
 Step s asks the records `order[s * B : (s + 1) * B]` of one endless shuffled
-sequence. A shard builds its own contiguous rows of that batch and no others,
+sequence. A reader builds the rows of its shards of that batch and no others,
 so neither the number of shards nor a restart changes what a step holds, and
 the step is the whole position. A record that cannot be used becomes a masked
 row, never a gap. Knows nothing of devices, sampling or rewards.
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """The rows of one step that one shard holds, as NumPy arrays.
+  """The rows of one step that one reader holds, as NumPy arrays.
 
   Attributes:
     prompt_ids: int32 [B, P], padded on the right with `PAD`.
@@ -92,7 +92,7 @@ def make_pipeline(
   image_size: int,
   soft_tokens: int,
   num_images: int,
-  shard_index: int,
+  shards: tuple[int, ...],
   shard_count: int,
   start_step: int,
   worker_processes: int = 0,
@@ -102,7 +102,7 @@ def make_pipeline(
   shuffle_options: bool = False,
   pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> Iterator[Batch]:
-  """The endless batches of one shard, from `start_step` on.
+  """The endless batches of one reader, from `start_step` on.
 
   Args:
     source: The problems of the training split.
@@ -117,8 +117,9 @@ def make_pipeline(
     image_size: H, in pixels.
     soft_tokens: Placeholders for each picture.
     num_images: Pictures in a prompt: 0 or 1.
-    shard_index: This shard's place along the mesh's data axis.
-    shard_count: How many shards share a step.
+    shards: Which parts of a step are read here; ascending, and not always one
+      beside the other.
+    shard_count: How many equal parts a step is cut into.
     start_step: The first step to yield.
     worker_processes: Processes that build batches; 0 builds them in threads of
       this one. What they build is the same. Needs parsed absl flags, which
@@ -150,7 +151,7 @@ def make_pipeline(
     image_size=image_size,
     soft_tokens=soft_tokens,
     num_images=num_images,
-    shard_index=shard_index,
+    shards=shards,
     shard_count=shard_count,
     replies=replies or preferences.drawn(num_replies, template=template),
     num_replies=num_replies,
@@ -197,7 +198,7 @@ def make_eval_batches(
   image_size: int,
   soft_tokens: int,
   num_images: int,
-  shard_index: int,
+  shards: tuple[int, ...],
   shard_count: int,
   max_new_tokens: int = 0,
   replies: preferences.Source | None = None,
@@ -205,7 +206,7 @@ def make_eval_batches(
   template: prompts.Template = prompts.TAGGED,
   pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> "EvalBatches":
-  """One shard's batches of the first problems of `source`, in its order.
+  """One reader's batches of the first problems of `source`, in its order.
 
   Args:
     source: The problems of the split.
@@ -216,7 +217,7 @@ def make_eval_batches(
     image_size: As for `make_pipeline`.
     soft_tokens: As for `make_pipeline`.
     num_images: As for `make_pipeline`.
-    shard_index: As for `make_pipeline`.
+    shards: As for `make_pipeline`.
     shard_count: As for `make_pipeline`.
     max_new_tokens: T of the replies.
     replies: Labelled completions to bring along with each problem; None for
@@ -243,7 +244,7 @@ def make_eval_batches(
     image_size=image_size,
     soft_tokens=soft_tokens,
     num_images=num_images,
-    shard_index=shard_index,
+    shards=shards,
     shard_count=shard_count,
     replies=replies or preferences.drawn(2),
     num_replies=num_replies,
@@ -292,7 +293,7 @@ class EvalBatches:
 
 
 class _Survey(NamedTuple):
-  """What every shard knows of every record before it builds any row.
+  """What every reader knows of every record before it builds any row.
 
   Attributes:
     lengths: int32 [n], of prompts; `_UNUSABLE` or `_PADDING` for what has none.
@@ -326,7 +327,7 @@ class _Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
-  """How one shard's rows are built from records."""
+  """How one reader's rows are built from records."""
 
   source: Source
   tokenizer: tokens.Tokenizer
@@ -337,7 +338,7 @@ class _Rows:
   image_size: int
   soft_tokens: int
   num_images: int
-  shard_index: int
+  shards: tuple[int, ...]
   shard_count: int
   replies: preferences.Source
   num_replies: int
@@ -361,10 +362,12 @@ class _Rows:
         f"data.prompt_buckets ({self.prompt_buckets}) must ascend to at least "
         f"{shortest}, the length of a prompt that asks nothing."
       )
-    if not 0 <= self.shard_index < self.shard_count:
+    if not self.shards or list(self.shards) != sorted(
+      set(self.shards) & set(range(self.shard_count))
+    ):
       raise ValueError(
-        f"shard_index ({self.shard_index}) must be at least 0 and below "
-        f"shard_count ({self.shard_count})."
+        f"shards ({self.shards}) must be one or more places, ascending from at "
+        f"least 0 to below shard_count ({self.shard_count})."
       )
 
   def check_batch_size(self, setting: str, batch_size: int) -> None:
@@ -378,7 +381,7 @@ class _Rows:
   def survey(self, count: int) -> _Survey:
     """Prompt lengths and image counts of the first records.
 
-    Every shard surveys every record, so that all of them know how far a
+    Every reader surveys every record, so that all of them know how far a
     step's prompts and images must be padded without asking each other.
     """
     lengths = np.full(count, _UNUSABLE, np.int32)
@@ -420,7 +423,7 @@ class _Rows:
     step: int,
     first_row: int,
   ) -> Batch:
-    """This shard's rows of a batch.
+    """This reader's rows of a batch.
 
     Args:
       indices: The record of each row of all shards.
@@ -428,8 +431,8 @@ class _Rows:
       step: What draws rejected answers and orders, with the row.
       first_row: The `prompt_index` of the first row.
     """
-    count = len(indices) // self.shard_count
-    start = self.shard_index * count
+    size = len(indices) // self.shard_count
+    places = [i for n in self.shards for i in range(n * size, (n + 1) * size)]
     lengths = survey.lengths
     longest = max(int(lengths.max()), len(self._prompt(_stand_in(""), 0)))
     bucket = next(size for size in self.prompt_buckets if size >= longest)
@@ -438,14 +441,14 @@ class _Rows:
       self._row(
         int(indices[i]), int(lengths[i]), [step, first_row + i], bucket, slots
       )
-      for i in range(start, start + count)
+      for i in places
     ]
     ids, mask = self._padded_completions([row.completions for row in rows])
     return Batch(
       prompt_ids=_padded([row.prompt for row in rows], bucket),
       prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
       images=np.stack([row.images for row in rows]),
-      prompt_index=np.arange(start, start + count, dtype=np.int32) + first_row,
+      prompt_index=np.array(places, np.int32) + first_row,
       valid=np.array([row.valid for row in rows]),
       problems=tuple(row.problem for row in rows),
       completion_ids=ids,

@@ -7,8 +7,9 @@ batch, whatever the number of hosts.
 
 import dataclasses
 import functools
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -17,8 +18,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
+from grpo_tpu import (
+  agreement,
+  health,
+  metrics,
+  objective,
+  rollout,
+  shaping,
+  sharding,
+  train_step,
+)
 from grpo_tpu import config as run_config
-from grpo_tpu import health, metrics, objective, shaping, sharding, train_step
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
@@ -30,7 +40,7 @@ class Experience:
   Attributes:
     bundles: For the update, on the mesh.
     scalars: By the names of `metrics`.
-    samples: Some completions of this host, to look at.
+    samples: Some completions to look at.
     num_batches: How many batches of prompts it took.
   """
 
@@ -38,6 +48,10 @@ class Experience:
   scalars: dict[str, metrics.Scalar]
   samples: list[metrics.Sample]
   num_batches: int
+
+  def seconds(self, phase: str) -> float:
+    """What it took to wait for "data", or for "reward"; 0 where it had none."""
+    return float(self.scalars.get(f"perf/{phase}_seconds", 0.0))
 
 
 class _Groups(flax.struct.PyTreeNode):
@@ -62,6 +76,7 @@ def online(
   *,
   position: int,
   num_samples: int,
+  poll: Callable[[], None] = rollout.no_poll,
 ) -> Experience:
   """Samples `num_generations` completions of each prompt and pays them.
 
@@ -77,6 +92,7 @@ def online(
     key: Of the run; a batch's own is folded from it and the batch's number.
     position: Batches that the run took before.
     num_samples: Completions to hand out for people to look at.
+    poll: As in `Policy.sample`.
   """
   shaping_config = policy.config.shaping
   resamples = shaping_config.zero_variance == "resample"
@@ -85,7 +101,12 @@ def online(
   for number in range(position + 1, position + limit + 1):
     batch_key = jax.random.fold_in(key, number)
     new, statistics, some = _sampled(
-      policy, params, batches, batch_key, num_samples=num_samples - len(seen)
+      policy,
+      params,
+      batches,
+      batch_key,
+      num_samples=num_samples - len(seen),
+      poll=poll,
     )
     scalars.append(statistics)
     seen += some
@@ -103,7 +124,7 @@ def online(
 
 
 def _sampled(
-  policy, params, batches, key, *, num_samples
+  policy, params, batches, key, *, num_samples, poll
 ) -> tuple[_Groups, dict[str, metrics.Scalar], list[metrics.Sample]]:
   """One batch of prompts with sampled completions, paid."""
   config = policy.config
@@ -116,10 +137,11 @@ def _sampled(
     key,
     num_completions=config.rollout.num_generations,
     temperature=config.rollout.temperature,
+    poll=poll,
   )
   texts = policy.texts(completions)
   sampled = time.perf_counter()
-  scores = _scores(texts, batch, config.rewards)
+  scores = scored(policy, texts, batch)
   rewards, valid = sharding.put_batch(
     policy.mesh, _by_group(scores, batch, config)
   )
@@ -148,7 +170,7 @@ def _sampled(
     | _reward_statistics(rewards, valid)
     | _error_counts(scores)
     | {
-      "data/skipped": int((~batch.valid).sum()),
+      "data/skipped": _num_skipped(policy, batch),
       "perf/data_seconds": start - waited,
       "perf/rollout_seconds": sampled - start,
       "perf/reward_seconds": paid - sampled,
@@ -246,7 +268,7 @@ def offline(
   start = time.perf_counter()
   batch = next(batches)
   scalars: dict[str, metrics.Scalar] = {
-    "data/skipped": int((~batch.valid).sum()),
+    "data/skipped": _num_skipped(policy, batch),
     "perf/data_seconds": time.perf_counter() - start,
   }
   if config.data.kind == "demonstrations":
@@ -292,7 +314,7 @@ def preferences(
       batch.completion_ids, batch.completion_mask, strict=True
     )
   ]
-  scores = _scores(texts, batch, config.rewards)
+  scores = scored(policy, texts, batch)
   rewards, valid = _by_group(scores, batch, config)
   valid &= np.isfinite(batch.labels)
   if config.data.preference_rewards == "labels":
@@ -315,11 +337,19 @@ def samples(
   scores: scoring.Scores,
   count: int,
 ) -> list[metrics.Sample]:
-  """The first completion of each of the first `count` usable prompts."""
+  """The first completion of each of the first `count` usable prompts.
+
+  The same on every process, except that only the one that writes is sure to
+  have their pictures.
+  """
+  if not count:
+    return []
+  usable = sharding.all_rows(policy.mesh, batch.valid)
+  rows = sharding.rows_of(policy.mesh, len(usable), jax.process_index())
+  chosen = np.flatnonzero(usable)[:count].tolist()
   width = len(texts[0])
-  chosen = [i for i in range(len(texts)) if batch.valid[i]][:count]
-  return [
-    metrics.Sample(
+  found = {
+    row: metrics.Sample(
       pid=batch.problems[i].pid,
       prompt=prompts_text(batch, i),
       completion=texts[i][0],
@@ -331,16 +361,31 @@ def samples(
       },
       image=batch.images[i, 0] if batch.images.shape[1] else None,
     )
-    for i in chosen
-  ]
+    for i, row in enumerate(rows)
+    if row in chosen
+  }
+  # Pictures are large, and the writer mostly holds the rows itself.
+  held = sharding.rows_of(policy.mesh, len(usable), 0)
+  sent = {
+    row: dataclasses.replace(sample, image=None) if row in held else sample
+    for row, sample in found.items()
+  }
+  everywhere = {
+    row: sample
+    for host in agreement.gathered_bytes(pickle.dumps(sent))
+    for row, sample in pickle.loads(host).items()
+  }
+  return [(everywhere | found)[row] for row in chosen]
 
 
-def _scores(
-  texts: list[list[str]],
-  batch: pipeline.Batch,
-  config: scoring.RewardConfig,
+def scored(
+  policy: policies.Policy, texts: list[list[str]], batch: pipeline.Batch
 ) -> scoring.Scores:
-  """Pays every completion of this process's rows."""
+  """Pays every completion of this process's rows.
+
+  Raises:
+    RewardError: A reward has failed too often, over all processes.
+  """
   return scoring.score(
     [text for group in texts for text in group],
     [
@@ -348,7 +393,8 @@ def _scores(
       for problem, group in zip(batch.problems, texts, strict=True)
       for _ in group
     ],
-    config,
+    policy.config.rewards,
+    gather=functools.partial(sharding.all_rows, policy.mesh),
   )
 
 
@@ -444,8 +490,12 @@ def _reward_statistics(rewards, valid):
   return scalars
 
 
+def _num_skipped(policy: policies.Policy, batch: pipeline.Batch) -> int:
+  return int((~sharding.all_rows(policy.mesh, batch.valid)).sum())
+
+
 def _error_counts(scores: scoring.Scores) -> dict[str, metrics.Scalar]:
-  """Failures of each reward, and of all, on this host's completions."""
+  """Failures of each reward, and of all."""
   counts: dict[str, metrics.Scalar] = {
     f"reward/{name}_errors": count for name, count in scores.errors.items()
   }

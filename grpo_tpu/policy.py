@@ -5,6 +5,7 @@ same programs.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,8 +139,20 @@ class Policy:
     *,
     num_completions: int,
     temperature: float,
+    poll: Callable[[], None] = rollout.no_poll,
   ) -> rollout.Completions:
-    """Completions of this process's prompts, as global arrays."""
+    """Completions of this process's prompts, as global arrays.
+
+    Args:
+      params: The policy.
+      batch: This process's prompts.
+      step_key: What the rows' keys are folded from.
+      num_completions: Rows per prompt.
+      temperature: Logits are divided by it; 0 takes the likeliest token.
+      poll: Called on every process, equally often, while there is sampling to
+        be done. It may raise, which abandons the rollout.
+    """
+    poll()
     arrays = sharding.put_batch(
       self.mesh,
       (

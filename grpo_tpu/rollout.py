@@ -33,6 +33,10 @@ class Completions(flax.struct.PyTreeNode):
   stopped: Bool[Array, "U C"]
 
 
+def no_poll() -> None:
+  """For callers that nothing can interrupt."""
+
+
 @functools.partial(
   jax.jit,
   static_argnames=(

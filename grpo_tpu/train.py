@@ -23,15 +23,20 @@ from grpo_tpu import (
   checkpoint,
   compilation,
   dataset,
+  distributed,
+  endings,
   evaluate,
   evaluate_preferences,
   metrics,
   optimizer,
+  preemption,
+  preflight,
   run_card,
   shaping,
   sharding,
   train_state,
   train_step,
+  watchdog,
 )
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
@@ -40,77 +45,182 @@ from grpo_tpu.gemma3 import lora
 
 
 def train(
-  config: run_config.Config, workdir: str, data: dataset.Dataset
+  config: run_config.Config,
+  workdir: str,
+  data: dataset.Dataset,
+  ending: endings.Ending,
 ) -> None:
   """Trains to `train.num_steps`, from the workdir's newest checkpoint if any.
 
   Raises:
     SettingError: A setting that only devices or the workdir can refute.
+    Preempted: This machine will be taken away; all that was done is saved.
+    Exception: Whatever else ended it, on a run of one process; of several, this
+      one ends at once.
   """
+  folder = pathlib.Path(workdir)
   with run_config.refutable():
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     run = _Run(config, workdir, data, mesh)
+  ending.of_run(folder)
   with (
+    watchdog.Watchdog(
+      folder / f"stacks.{jax.process_index()}.txt",
+      seconds=config.distributed.watchdog_seconds,
+      start_seconds=config.distributed.watchdog_start_seconds,
+      report=ending.stuck,
+    ) as watch,
     jax.set_mesh(mesh),
     checkpoint.Checkpoints(
-      pathlib.Path(workdir) / "checkpoints",
-      every_steps=config.checkpoint.every_steps,
-      keep=config.checkpoint.keep,
+      folder / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
     with run_config.refutable():
       state, start = run.restored_or_new(checkpoints)
+      preflight.check(
+        "restored",
+        {"checkpoint": {"step": start, "position": int(state.position)}},
+        timeout_seconds=config.distributed.preflight_timeout_seconds,
+      )
       batches = run.batches(int(state.position))
     # Not before: a run that was refused has not started.
     run.write_card()
+    if start is not None:
+      ending.clock.carry_on(folder / "metrics.jsonl", start)
     with metrics.Writer(
       workdir, is_writer=jax.process_index() == 0, resume_step=start
     ) as writer:
       writer.write_config(config.to_dict())
-      if start is None:
-        writer.write(0, run.evaluated(state, 0, writer))
-        writer.progress(config.train.num_steps)
-        checkpoints.save(0, state, run.checkpoint_meta, force=True)
-      _loop(run, state, start or 0, batches, writer, checkpoints)
+      loop = _Loop(run, writer, checkpoints, watch, ending)
+      with ending.at_once_if_others_wait():
+        if start is None:
+          loop.begin(state)
+        loop.go_on(state, start or 0, batches)
+  ending.done()
 
 
-def _loop(
-  run: "_Run",
-  state: train_state.TrainState,
-  start: int,
-  batches: Iterator[pipeline.Batch],
-  writer: metrics.Writer,
-  checkpoints: checkpoint.Checkpoints,
-) -> None:
-  num_steps = run.config.train.num_steps
-  if start >= num_steps:
-    logging.info("Nothing left to do: step %d of %d.", start, num_steps)
-    return
-  compilations = compilation.Counter()
-  # Labelled completions are far from the policy as soon as it learns from them.
-  is_preference = run.config.data.kind == "preference"
-  watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
-  for step in range(start + 1, num_steps + 1):
-    started = time.perf_counter()
-    experience = run.experience(state, batches, step)
-    prepared = time.perf_counter()
-    state, scalars = run.updated(state, experience, step)
-    done = time.perf_counter()
-    scalars |= experience.scalars
-    scalars |= {
-      "perf/update_seconds": done - prepared,
-      "perf/step_seconds": done - started,
-      "perf/tokens_per_second": float(scalars["train/tokens"])
-      / (done - started),
-    }
-    scalars |= run.evaluated(state, step, writer)
-    scalars = jax.device_get(scalars)
-    if jax.process_index() == 0:
-      watch.check(step, scalars)
-    writer.write_samples(step, experience.samples, split="train")
-    writer.write(step, scalars | compilations.scalars())
-    writer.progress(num_steps)
-    checkpoints.save(step, state, run.checkpoint_meta, force=step == num_steps)
+class _Loop:
+  """The steps of a run, and what watches over them."""
+
+  def __init__(
+    self,
+    run: "_Run",
+    writer: metrics.Writer,
+    checkpoints: checkpoint.Checkpoints,
+    watch: watchdog.Watchdog,
+    ending: endings.Ending,
+  ):
+    self._run, self._config = run, run.config
+    self._writer, self._checkpoints = writer, checkpoints
+    self._watch, self._ending, self._clock = watch, ending, ending.clock
+    self._poll = preemption.Poll(on_poll=watch.mark)
+    self._skipped_in_a_row = 0
+
+  def begin(self, state: train_state.TrainState) -> None:
+    """What there is to say and to save before the first step."""
+    self._clock.begin()
+    scalars = self._evaluated(state, 0)
+    self._writer.write(0, scalars | self._clock.scalars())
+    self._writer.progress(self._config.train.num_steps)
+    self._save(0, state, force=True)
+
+  def go_on(
+    self,
+    state: train_state.TrainState,
+    start: int,
+    batches: Iterator[pipeline.Batch],
+  ) -> None:
+    """The steps after `start`."""
+    num_steps = self._config.train.num_steps
+    self._ending.step = start
+    if start >= num_steps:
+      logging.info("Nothing left to do: step %d of %d.", start, num_steps)
+      return
+    self._clock.begin()
+    compilations = compilation.Counter()
+    # Labelled completions are far from the policy as soon as it learns from
+    # them.
+    is_preference = self._config.data.kind == "preference"
+    watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
+    for step in range(start + 1, num_steps + 1):
+      started = time.perf_counter()
+      try:
+        self._poll()
+        with self._clock.phase("rollout"):
+          experience = self._run.experience(state, batches, step)
+      except preemption.Preempted:
+        self._save(step - 1, state, force=True)
+        raise
+      self._clock.move("rollout", "data", experience.seconds("data"))
+      self._clock.move("rollout", "reward", experience.seconds("reward"))
+      prepared = time.perf_counter()
+      with self._clock.phase("update"):
+        state, scalars = self._run.updated(state, experience, step)
+      done = time.perf_counter()
+      scalars |= experience.scalars
+      scalars |= {
+        "perf/update_seconds": done - prepared,
+        "perf/step_seconds": done - started,
+        "perf/tokens_per_second": float(scalars["train/tokens"])
+        / (done - started),
+      }
+      self._give_up_if_skipped_too_often(step, scalars)
+      scalars |= self._evaluated(state, step)
+      scalars |= distributed.straggler(self._clock.alone_seconds())
+      scalars |= compilations.scalars() | self._clock.scalars()
+      scalars = jax.device_get(scalars)
+      if jax.process_index() == 0:
+        watch.check(step, scalars)
+      self._writer.write_samples(step, experience.samples, split="train")
+      self._writer.write(
+        step, scalars | {"perf/write_failures": self._writer.failures}
+      )
+      self._writer.progress(num_steps)
+      self._ending.step = step
+      self._watch.started()
+      self._save(step, state, force=step == num_steps)
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.wait()
+
+  def _give_up_if_skipped_too_often(
+    self, step: int, scalars: metrics.Scalars
+  ) -> None:
+    count = int(scalars["train/skipped_updates"])
+    if not count:
+      self._skipped_in_a_row = 0
+      return
+    self._ending.skipped_updates += count
+    self._skipped_in_a_row += count
+    limit = self._config.train.max_skipped_updates
+    logging.warning(
+      "Step %d skipped %d updates, whose gradients were not finite: %d in a row"
+      " of the %d that train.max_skipped_updates allows.",
+      step,
+      count,
+      self._skipped_in_a_row,
+      limit,
+    )
+    if self._skipped_in_a_row >= limit:
+      raise FloatingPointError(
+        f"{self._skipped_in_a_row} updates in a row had gradients that were not"
+        f" finite, up to step {step}, and train.max_skipped_updates ({limit})"
+        " allows no more. The state is as it was before them: lower"
+        " optimizer.learning_rate, or look at the samples of these steps."
+      )
+
+  def _evaluated(
+    self, state: train_state.TrainState, step: int
+  ) -> metrics.Scalars:
+    with self._clock.phase("evaluate"):
+      return self._run.evaluated(state, step, self._writer)
+
+  def _save(
+    self, step: int, state: train_state.TrainState, *, force: bool
+  ) -> None:
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.save(
+        step, state, self._run.checkpoint_meta, force=force
+      )
 
 
 class _Run:
@@ -154,11 +264,11 @@ class _Run:
       num_microbatches=config.num_microbatches,
       lora=config.lora,
     )
-    shard_index, shard_count = sharding.data_shard(mesh)
-    self._shard = {"shard_index": shard_index, "shard_count": shard_count}
-    self._eval_batches = data.eval_batches(self.config, **self._shard)
+    shards, shard_count = sharding.data_shards(mesh)
+    self._shards = {"shards": shards, "shard_count": shard_count}
+    self._eval_batches = data.eval_batches(self.config, **self._shards)
     self._preference_batches = (
-      data.preference_batches(self.config, **self._shard)
+      data.preference_batches(self.config, **self._shards)
       if config.data.kind == "preference"
       else None
     )
@@ -199,8 +309,7 @@ class _Run:
     """The newest state and its step; a new one and None if there is none."""
     restored = checkpoints.restore(self._abstract_state())
     if restored:
-      state, _ = restored
-      return state, int(state.step)
+      return restored.state, restored.step
     abstract = self._abstract_state()
     lora_config = self.config.lora
     params = (
@@ -244,7 +353,7 @@ class _Run:
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
     return self.data.train_batches(
-      self.config, start_step=position, **self._shard
+      self.config, start_step=position, **self._shards
     )
 
   def experience(
@@ -280,9 +389,12 @@ class _Run:
     scalars: dict[str, metrics.Scalar] = {
       "train/learning_rate": jnp.asarray(self._schedule(first_update))
     }
+    skipped = jnp.zeros(())
     for _ in range(self.config.train.num_iterations):
       state, update = self._update(state, bundles, self._frozen)
+      skipped += update["skipped_updates"]
       scalars |= {f"train/{name}": value for name, value in update.items()}
+    scalars["train/skipped_updates"] = skipped
     state = state.replace(
       step=state.step + 1, position=state.position + experience.num_batches
     )

@@ -42,7 +42,9 @@ SETTINGS = {
 class Dicing(scripted.Scripted):
   """Greedily as the script says; a sample is right as the key's die falls."""
 
-  def sample(self, params, batch, step_key, *, num_completions, temperature):
+  def sample(
+    self, params, batch, step_key, *, num_completions, temperature, **_
+  ):
     replies = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
     if temperature:
       assert temperature == SETTINGS["temperature"]

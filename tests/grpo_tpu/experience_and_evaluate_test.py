@@ -290,8 +290,8 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
 ):
   score = scoring.score
 
-  def failing(completions, problems, config):
-    scores = score(completions, problems, config)
+  def failing(completions, problems, config, **settings):
+    scores = score(completions, problems, config, **settings)
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
@@ -402,7 +402,7 @@ def offline(policy, tokenizer):
       image_size=IMAGE_SIZE,
       soft_tokens=SOFT_TOKENS,
       num_images=1,
-      shard_index=0,
+      shards=(0,),
       shard_count=1,
       start_step=0,
     )

@@ -92,7 +92,7 @@ class Scripted(policies.Policy):
 
   replies: dict[str, list[str]]
 
-  def sample(self, params, batch, step_key, *, num_completions, temperature):
+  def sample(self, params, batch, step_key, *, num_completions, **_):
     shape = (len(batch.problems), num_completions)
     ids = np.zeros((*shape, MAX_NEW_TOKENS), np.int32)
     lengths = np.zeros(shape, np.int32)
@@ -141,7 +141,7 @@ def batches_of(tokenizer, *, batch_size, indices=EVERY):
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
-    shard_index=0,
+    shards=(0,),
     shard_count=1,
   )
 
