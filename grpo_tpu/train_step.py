@@ -228,11 +228,15 @@ def make_train_step(
       sums = jax.tree.map(jnp.add, sums, new_sums)
       return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
 
-    parts = _cut(bundles, num_microbatches)
-    shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
-    # None of the maxima is ever below 0.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
+    if num_microbatches == 1:
+      # No second gradient to add this one to.
+      sums, maxima = terms(bundles)
+    else:
+      parts = _cut(bundles, num_microbatches)
+      shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+      # None of the maxima is ever below 0.
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
     value, metrics, gradient = sums
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     if "ratio_squared" in metrics:

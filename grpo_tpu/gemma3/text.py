@@ -350,7 +350,8 @@ def _queries_keys_values(config, stack, x, tables):
   attn = stack.params["attn"]
   y = _rms_norm(stack.params["pre_attention_norm"], x)
   q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
-  k, v = lora.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"])
+  kv = lora.einsum("uctd,nkdh->uctnkh", y, attn["kv_einsum"])
+  k, v = kv[:, :, :, 0], kv[:, :, :, 1]
   sin, cos = (table[stack.is_global] for table in tables)
   q = _rotate(_rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
   k = _rotate(_rms_norm(attn["key_norm"], k), sin, cos)
@@ -363,8 +364,8 @@ def _after_attention(params: dict, x: Array, read: Array) -> Array:
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + _rms_norm(params["post_attention_norm"], y)
   y = _rms_norm(params["pre_ffw_norm"], x)
-  gate, up = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
-  y = jax.nn.gelu(gate, approximate=True) * up
+  y = lora.einsum("uctd,nfd->uctnf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[..., 0, :], approximate=True) * y[..., 1, :]
   y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return sharding.activation(
