@@ -116,7 +116,9 @@ def test_another_run_is_refused_with_both_values(
   said = str(caught.value)
   assert said.startswith("--workdir (/runs/1) must be given")
   changes = [line for line in said.splitlines() if line.startswith("  ")]
-  assert changes == [f"  {name}: was {before}, is {now}"]
+  # A template brings its text with it.
+  assert changes[0] == f"  {name}: was {before}, is {now}"
+  assert all(line.startswith(f"  {name}") for line in changes)
   assert "checkpoint.accept_changes=True" in said
 
 
@@ -145,13 +147,17 @@ def crops(**numbers):
 
 def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
   run_card.check(card, crops(max_num_crops=3), IDENTITY, "W")
-  with pytest.raises(ValueError, match="  data.pan_and_scan.enabled: was None, is T"):
+  with pytest.raises(
+    ValueError, match="  data.pan_and_scan.enabled: was None, is T"
+  ):
     run_card.check(card, crops(enabled=True), IDENTITY, "W")
   run_card.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
   card = run_card.read(str(tmp_path))
   run_card.check(card, crops(enabled=True), IDENTITY, "W")
   for other in (CONFIG, crops(enabled=True, max_num_crops=3)):
-    with pytest.raises(ValueError, match="  data.pan_and_scan.max_num_crops: was "):
+    with pytest.raises(
+      ValueError, match="  data.pan_and_scan.max_num_crops: was "
+    ):
       run_card.check(card, other, IDENTITY, "W")
 
 
@@ -161,7 +167,9 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   assert before.fingerprint in json.dumps(card)
   now = dataclasses.replace(before, instruction="Tag the final answer.")
   monkeypatch.setitem(prompts.TEMPLATES, "tagged", now)
-  with pytest.raises(ValueError, match="  data.prompt_template: its text: was") as e:
+  with pytest.raises(
+    ValueError, match="  data.prompt_template: its text: was"
+  ) as e:
     run_card.check(card, CONFIG, IDENTITY, "W")
   assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
