@@ -4,7 +4,8 @@
 float32 numbers, 16 leaves, as a run does, and prints a table and, last, the
 same as one line of JSON. "blocks" is the time that `save` takes before the run
 may go on, and "blocks, CPU" what of it this process worked; hashing for the
-manifest comes after it, and `verify` is a part of `restore`. On an accelerator the copy to the host is in "blocks" too.
+manifest comes after it, and `verify` is a part of `restore`. On an accelerator
+the copy to the host is in "blocks" too.
 """
 
 import json

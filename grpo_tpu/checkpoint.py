@@ -537,6 +537,16 @@ def steps(directory: epath.PathLike) -> list[int]:
   ]
 
 
+def newest_path(directory: epath.PathLike) -> epath.Path | None:
+  """The newest whole checkpoint, of an unfinished step too; None without one.
+
+  By the looks of it: nothing of it is verified.
+  """
+  folder = epath.Path(directory).resolve()
+  whole = [entry for entry in _entries(folder) if entry.is_whole]
+  return folder / whole[-1].name if whole else None
+
+
 def _newest_whole(folder: epath.Path) -> str:
   for step in reversed(steps(folder)):
     path = folder / retention.Entry(step).name
