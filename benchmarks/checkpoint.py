@@ -2,7 +2,7 @@
 
 `python benchmarks/checkpoint.py [--gib=1] [--repeats=5]` saves a state of random
 float32 numbers, 16 leaves, as a run does, and prints a table and, last, the
-same as one line of JSON. "blocks" is the time that `save` takes before the run
+same as a line of JSON. "blocks" is the time that `save` takes before the run
 may go on, and "blocks, CPU" what of it this process worked; hashing for the
 manifest comes after it, and `verify` is a part of `restore`. On an accelerator
 the copy to the host is in "blocks" too.
