@@ -1,6 +1,6 @@
 """What a checkpoint costs: the time training is held up, and all the rest.
 
-`python benchmarks/checkpoint.py [--gib=1] [--repeats=5]` saves a state of random
+`python benchmarks/checkpoint.py [--gib=1] [--repeats=5]` saves a state of drawn
 float32 numbers, 16 leaves, as a run does, and prints a table and, last, the
 same as a line of JSON. "blocks" is the time that `save` takes before the run
 may go on, and "blocks, CPU" what of it this process worked; hashing for the
