@@ -278,6 +278,12 @@ class _Run:
     """Names the run; keeps the policy it starts from where that is of use."""
     card = run_card.read(workdir)
     run_card.check(card, config, data.identity, workdir)
+    self._check_data = functools.partial(
+      run_card.check_data,
+      config=config,
+      identity=data.identity,
+      workdir=workdir,
+    )
     weights = card["weights"] if card else policies.resolved_weights(config)
     self._write_card = functools.partial(
       run_card.write, workdir, config, data.identity, weights
@@ -340,6 +346,7 @@ class _Run:
       self.policy.abstract_state(), unfinished_sharding=place
     )
     if restored:
+      self._check_data(restored.meta)
       unfinished = restored.unfinished
       begun = unfinished and begun_step.BegunStep.of(unfinished, place)
       return restored.state, restored.step, begun
