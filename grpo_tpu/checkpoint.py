@@ -390,8 +390,10 @@ class Checkpoints:
     if _RUNNING in complaints:
       return
     self._pending = self._pending_entry = None
-    host = next((i for i, each in enumerate(complaints) if each), None)
-    if host is not None:
+    failed = [i for i, each in enumerate(complaints) if each]
+    if failed:
+      # Those that only waited for the one at fault say so.
+      host = min(failed, key=lambda i: complaints[i].startswith("TimeoutError"))
       # The disk may be full of it.
       self._remove_later([entry])
       self._fail(f"{entry.name}, by process {host}: {complaints[host]}")
