@@ -114,7 +114,6 @@ class Hosts:
         time.sleep(0.01)
     finally:
       self.kill()
-    print("ENDS", [p.returncode for p in self.processes], seconds)
     return End([p.returncode for p in self.processes], seconds, self.said())
 
   def signal(self, host: int, number: signal.Signals) -> None:
