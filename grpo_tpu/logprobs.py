@@ -10,7 +10,9 @@ import operator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from data_pipelines import tokenizer
 
 # Finite, for the entropy multiplies it by a probability of 0.
 _IMPOSSIBLE = -1.0e30
@@ -24,6 +26,7 @@ def per_token_logps(
   temperature: float,
   chunk_size: int,
   banned_ids: tuple[int, ...] = (),
+  is_early: Bool[Array, "*batch"] | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
@@ -37,6 +40,7 @@ def per_token_logps(
     temperature: Logits are divided by it, as they were when sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
     banned_ids: As in `logits_of`, and as they were when sampling.
+    is_early: As in `unstoppable`, likewise; None where no token is.
 
   Returns:
     Log-probabilities and entropies, in nats.
@@ -48,12 +52,18 @@ def per_token_logps(
     states.reshape(num_tokens, -1), ((0, padding), (0, 0))
   ).reshape(-1, chunk_size, states.shape[-1])
   flat_ids = jnp.pad(ids.reshape(-1), (0, padding)).reshape(-1, chunk_size)
+  flat_early = None
+  if is_early is not None:
+    flat_early = jnp.pad(is_early.reshape(-1), (0, padding))
+    flat_early = flat_early.reshape(-1, chunk_size)
 
   @jax.checkpoint
-  def chunk(states, ids):
+  def chunk(states, ids, is_early):
     logits = logits_of(
       states, embedding, temperature=temperature, banned_ids=banned_ids
     )
+    if is_early is not None:
+      logits = unstoppable(logits, is_early)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
     mean_logit = jnp.sum(
@@ -61,7 +71,9 @@ def per_token_logps(
     )
     return chosen - log_normalizer, log_normalizer - mean_logit
 
-  logps, entropies = jax.lax.map(lambda x: chunk(*x), (flat_states, flat_ids))
+  logps, entropies = jax.lax.map(
+    lambda x: chunk(*x), (flat_states, flat_ids, flat_early)
+  )
   return (
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
@@ -100,3 +112,16 @@ def logits_of(
   banned = functools.reduce(operator.or_, (ids == i for i in banned_ids))
   banned = jnp.expand_dims(banned, range(logits.ndim - 1))
   return jnp.where(banned, _IMPOSSIBLE, logits)
+
+
+def unstoppable(
+  logits: Float[Array, "*batch V"], is_early: Bool[Array, "*batch"]
+) -> Float[Array, "*batch V"]:
+  """Logits without the stop tokens, where a row is too short to end.
+
+  Like banned ids, they are in neither softmax, the sampler's or the trainer's.
+  """
+  ids = jnp.arange(logits.shape[-1])
+  stops = functools.reduce(operator.or_, (ids == i for i in tokenizer.STOP_IDS))
+  stops = jnp.expand_dims(stops, range(logits.ndim - 1))
+  return jnp.where(stops & is_early[..., None], _IMPOSSIBLE, logits)

@@ -40,7 +40,14 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
       config = run_config.Config.from_config_dict(_CONFIG.value)
       # Heavy imports wait until the settings are known to be good.
-      from grpo_tpu import dataset, distributed, evaluate, export, train
+      from grpo_tpu import (
+        compilation,
+        dataset,
+        distributed,
+        evaluate,
+        export,
+        train,
+      )
 
       mode, workdir = _MODE.value, _WORKDIR.value
       if mode == "export":
@@ -52,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
         )
         act = train.train if mode == "train" else evaluate.run
         run = functools.partial(act, config, workdir, data)
+    compilation.keep_in(config.compilation_cache_dir)
     distributed.initialize()
     run()
   except run_config.SettingError as error:

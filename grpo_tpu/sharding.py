@@ -119,6 +119,11 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
+def num_data_shards(mesh: Mesh) -> int:
+  """Parts that the data axes cut a batch into."""
+  return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
 def batch(mesh: Mesh) -> NamedSharding:
   """Rows shared out over the data axes, batch axis first."""
   return NamedSharding(mesh, BATCH)
@@ -136,6 +141,16 @@ def local_rows(mesh: Mesh, tree: Any) -> Any:
   """This process's rows of each array as NumPy, batch axis first."""
   rows = multihost_utils.global_array_to_host_local_array(tree, mesh, BATCH)
   return jax.device_get(rows)
+
+
+def put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
+  """Device arrays from NumPy ones that every process has whole."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, NamedSharding(mesh, place), lambda index: x[index]
+    ),
+    tree,
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

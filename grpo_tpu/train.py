@@ -255,7 +255,7 @@ class _Run:
   ) -> experiences.Experience:
     """What the step learns from."""
     if self.config.data.kind != "online":
-      return experiences.offline(self.policy, batches)
+      return experiences.offline(self.policy, self._params(state), batches)
     every = self.config.samples.every_steps
     return experiences.online(
       self.policy,

@@ -20,6 +20,7 @@ FLOORS = {
   1: {
     "data_pipelines",
     "grpo_tpu.alarms",
+    "grpo_tpu.compaction",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
@@ -27,6 +28,7 @@ FLOORS = {
     "grpo_tpu.logs",
     "grpo_tpu.objective",
     "grpo_tpu.report",
+    "grpo_tpu.sampling",
     "grpo_tpu.shaping",
     "grpo_tpu.train_state",
   },
@@ -39,9 +41,10 @@ FLOORS = {
   3: {"grpo_tpu.gemma3"},
   4: {
     "grpo_tpu.checkpoint",
+    "grpo_tpu.generation",
     "grpo_tpu.metrics",
     "grpo_tpu.optimizer",
-    "grpo_tpu.sampling",
+    "grpo_tpu.pictures",
   },
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
   6: {

@@ -288,17 +288,17 @@ def test_truncation_and_lengths_count_completions_of_usable_prompts(
 def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
   policy_of, tokenizer, monkeypatch
 ):
-  score = scoring.score
+  settle = scoring.settle
 
-  def failing(completions, problems, config):
-    scores = score(completions, problems, config)
+  def failing(paid, config):
+    scores = settle(paid, config)
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
       scores, total=total, failed=scores.failed | {"format": failed}
     )
 
-  monkeypatch.setattr(scoring, "score", failing)
+  monkeypatch.setattr(scoring, "settle", failing)
   _, found = online(policy_of(GROUPS), tokenizer, [0, 1])
   mask = np.asarray(found.bundles.completion_mask)
   assert not mask[0, 1].any() and mask[0, [0, 2, 3]].any(axis=-1).all()
@@ -407,7 +407,7 @@ def offline(policy, tokenizer):
       start_step=0,
     )
   )
-  return batch, experience.offline(policy, iter([batch]))
+  return batch, experience.offline(policy, {}, iter([batch]))
 
 
 def test_demonstrations_are_learnt_from_where_they_are_usable(

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipelines import tokenizer
-from grpo_tpu import logprobs, objective, rollout, train_step
+from grpo_tpu import (
+  logprobs,
+  objective,
+  train_step,
+)
 from grpo_tpu.gemma3 import text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -18,27 +22,10 @@ NUM_COMPLETIONS, NUM_TOKENS = 3, 12
 PROMPTS = 4
 
 
-def sampled(
-  tiny,
-  prompts,
-  prompt_index,
-  *,
-  num_completions=NUM_COMPLETIONS,
-  temperature=0.7,
-  params=None,
-  banned_ids=(),
-):
-  completions = rollout.rollout(
-    params or tiny.params,
-    *prompts,
-    jnp.asarray(prompt_index),
-    KEY,
-    config=tiny.config,
-    num_completions=num_completions,
-    max_new_tokens=NUM_TOKENS,
-    temperature=temperature,
-    dtype=jnp.float32,
-    banned_ids=banned_ids,
+def sampled(tiny, prompts, prompt_index, **settings):
+  defaults = {"num_completions": NUM_COMPLETIONS, "max_new_tokens": NUM_TOKENS}
+  completions, _ = tiny.sampled(
+    prompts, prompt_index, KEY, **defaults | settings
   )
   return jax.device_get(completions)
 
