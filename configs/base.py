@@ -71,6 +71,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
+  config.distributed = ml_collections.ConfigDict()
+  config.distributed.initialization_timeout_seconds = 300
+  config.distributed.heartbeat_timeout_seconds = 60
+  config.distributed.shutdown_timeout_seconds = 60
+  config.distributed.preflight_timeout_seconds = 120
+  config.distributed.watchdog_seconds = 1800.0
+  config.distributed.watchdog_start_seconds = 3600.0
+
   config.rollout = ml_collections.ConfigDict()
   config.rollout.num_generations = 8
   config.rollout.max_new_tokens = 1024
@@ -139,10 +147,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.num_steps = 1000
   config.train.num_iterations = 1
   config.train.microbatch_bundles = 8
+  config.train.max_skipped_updates = 10
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 50
+  config.checkpoint.every_minutes = 0.0  # Steps alone decide.
   config.checkpoint.keep = 3
+  config.checkpoint.best_metric = ""  # As in "eval/accuracy".
+  config.checkpoint.best_mode = "max"
+  config.checkpoint.keep_best = 1
+  config.checkpoint.max_failures = 3
+  config.checkpoint.timeout_seconds = 600
+  config.checkpoint.accept_changes = False  # Of other settings or data.
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every_steps = 50

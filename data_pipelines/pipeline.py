@@ -1,7 +1,7 @@
 """Batches for training and evaluation, in an order that seed and step fix.
 
 Step s asks the records `order[s * B : (s + 1) * B]` of one endless shuffled
-sequence. A shard builds its own contiguous rows of that batch and no others,
+sequence. A reader builds the rows of its shards of that batch and no others,
 so neither the number of shards nor a restart changes what a step holds, and
 the step is the whole position. A record that cannot be used becomes a masked
 row, never a gap. Knows nothing of devices, sampling or rewards.
@@ -12,7 +12,7 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import grain
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """The rows of one step that one shard holds, as NumPy arrays.
+  """The rows of one step that one reader holds, as NumPy arrays.
 
   Attributes:
     prompt_ids: int32 [B, P], padded on the right with `PAD`.
@@ -92,7 +92,7 @@ def make_pipeline(
   image_size: int,
   soft_tokens: int,
   num_images: int,
-  shard_index: int,
+  shards: tuple[int, ...],
   shard_count: int,
   start_step: int,
   worker_processes: int = 0,
@@ -101,8 +101,8 @@ def make_pipeline(
   template: prompts.Template = prompts.TAGGED,
   shuffle_options: bool = False,
   pan_and_scan: images.PanAndScan = images.WHOLE,
-) -> Iterator[Batch]:
-  """The endless batches of one shard, from `start_step` on.
+) -> "TrainBatches":
+  """The endless batches of one reader, from `start_step` on.
 
   Args:
     source: The problems of the training split.
@@ -117,8 +117,9 @@ def make_pipeline(
     image_size: H, in pixels.
     soft_tokens: Placeholders for each picture.
     num_images: Pictures in a prompt: 0 or 1.
-    shard_index: This shard's place along the mesh's data axis.
-    shard_count: How many shards share a step.
+    shards: Which parts of a step are read here; ascending, and not always one
+      beside the other.
+    shard_count: How many equal parts a step is cut into.
     start_step: The first step to yield.
     worker_processes: Processes that build batches; 0 builds them in threads of
       this one. What they build is the same. Needs parsed absl flags, which
@@ -150,7 +151,7 @@ def make_pipeline(
     image_size=image_size,
     soft_tokens=soft_tokens,
     num_images=num_images,
-    shard_index=shard_index,
+    shards=shards,
     shard_count=shard_count,
     replies=replies or preferences.drawn(num_replies, template=template),
     num_replies=num_replies,
@@ -170,13 +171,13 @@ def make_pipeline(
   def batch(step: int, indices: np.ndarray) -> Batch:
     return rows.batch(indices, survey.of(indices), step=step, first_row=0)
 
-  steps = (
+  order = (
     grain.MapDataset.range(len(source))
     .shuffle(seed=seed)
     .repeat()
     .batch(prompts_per_step, drop_remainder=True)
-    .map_with_index(batch)
   )
+  steps = order.map_with_index(batch)
   # Cut before workers share it out: their own positions would only do for the
   # same number of them, and the step is to be the whole position.
   stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
@@ -184,7 +185,29 @@ def make_pipeline(
     stream = stream.mp_prefetch(
       grain.multiprocessing.MultiprocessingOptions(num_workers=worker_processes)
     )
-  return iter(stream)
+  return TrainBatches(
+    iter(stream),
+    lambda step: rows.shape(survey.of(np.asarray(order[start_step + step]))),
+  )
+
+
+class TrainBatches:
+  """Batches without end, and what is known of those to come."""
+
+  def __init__(
+    self, stream: Iterator[Batch], shape_of: Callable[[int], tuple[int, int]]
+  ):
+    self._stream, self._shape_of = stream, shape_of
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._stream)
+
+  def shapes(self, num_steps: int) -> set[tuple[int, int]]:
+    """Padded lengths of prompts, and images of each, in the first batches."""
+    return {self._shape_of(step) for step in range(num_steps)}
 
 
 def make_eval_batches(
@@ -197,7 +220,7 @@ def make_eval_batches(
   image_size: int,
   soft_tokens: int,
   num_images: int,
-  shard_index: int,
+  shards: tuple[int, ...],
   shard_count: int,
   max_new_tokens: int = 0,
   replies: preferences.Source | None = None,
@@ -205,7 +228,7 @@ def make_eval_batches(
   template: prompts.Template = prompts.TAGGED,
   pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> "EvalBatches":
-  """One shard's batches of the first problems of `source`, in its order.
+  """One reader's batches of the first problems of `source`, in its order.
 
   Args:
     source: The problems of the split.
@@ -216,7 +239,7 @@ def make_eval_batches(
     image_size: As for `make_pipeline`.
     soft_tokens: As for `make_pipeline`.
     num_images: As for `make_pipeline`.
-    shard_index: As for `make_pipeline`.
+    shards: As for `make_pipeline`.
     shard_count: As for `make_pipeline`.
     max_new_tokens: T of the replies.
     replies: Labelled completions to bring along with each problem; None for
@@ -243,7 +266,7 @@ def make_eval_batches(
     image_size=image_size,
     soft_tokens=soft_tokens,
     num_images=num_images,
-    shard_index=shard_index,
+    shards=shards,
     shard_count=shard_count,
     replies=replies or preferences.drawn(2),
     num_replies=num_replies,
@@ -276,13 +299,22 @@ class EvalBatches:
   def __len__(self) -> int:
     return -(-len(self._survey.lengths) // self._size)
 
+  def shapes(self) -> set[tuple[int, int]]:
+    """Padded lengths of prompts, and images of each, in any of the batches."""
+    return {self._rows.shape(self._surveyed(i)) for i in range(len(self))}
+
+  def _surveyed(self, index: int) -> "_Survey":
+    first = index * self._size
+    part = self._survey.of(slice(first, first + self._size))
+    return part.padded(self._size)
+
   def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     first = index * self._size
     return self._rows.batch(
       np.arange(first, first + self._size),
-      self._survey.of(slice(first, first + self._size)).padded(self._size),
+      self._surveyed(index),
       step=0,
       first_row=first,
     )
@@ -292,7 +324,7 @@ class EvalBatches:
 
 
 class _Survey(NamedTuple):
-  """What every shard knows of every record before it builds any row.
+  """What every reader knows of every record before it builds any row.
 
   Attributes:
     lengths: int32 [n], of prompts; `_UNUSABLE` or `_PADDING` for what has none.
@@ -326,7 +358,7 @@ class _Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
-  """How one shard's rows are built from records."""
+  """How one reader's rows are built from records."""
 
   source: Source
   tokenizer: tokens.Tokenizer
@@ -337,7 +369,7 @@ class _Rows:
   image_size: int
   soft_tokens: int
   num_images: int
-  shard_index: int
+  shards: tuple[int, ...]
   shard_count: int
   replies: preferences.Source
   num_replies: int
@@ -361,10 +393,12 @@ class _Rows:
         f"data.prompt_buckets ({self.prompt_buckets}) must ascend to at least "
         f"{shortest}, the length of a prompt that asks nothing."
       )
-    if not 0 <= self.shard_index < self.shard_count:
+    if not self.shards or list(self.shards) != sorted(
+      set(self.shards) & set(range(self.shard_count))
+    ):
       raise ValueError(
-        f"shard_index ({self.shard_index}) must be at least 0 and below "
-        f"shard_count ({self.shard_count})."
+        f"shards ({self.shards}) must be one or more places, ascending from at "
+        f"least 0 to below shard_count ({self.shard_count})."
       )
 
   def check_batch_size(self, setting: str, batch_size: int) -> None:
@@ -378,7 +412,7 @@ class _Rows:
   def survey(self, count: int) -> _Survey:
     """Prompt lengths and image counts of the first records.
 
-    Every shard surveys every record, so that all of them know how far a
+    Every reader surveys every record, so that all of them know how far a
     step's prompts and images must be padded without asking each other.
     """
     lengths = np.full(count, _UNUSABLE, np.int32)
@@ -412,6 +446,17 @@ class _Rows:
       )
     return _Survey(lengths, shown)
 
+  def shape(self, survey: _Survey) -> tuple[int, int]:
+    """What the prompts of a batch are padded to, and images of each.
+
+    Args:
+      survey: What is known of the batch's records.
+    """
+    shortest = len(self._prompt(_stand_in(""), 0))
+    longest = max(int(survey.lengths.max()), shortest)
+    bucket = next(size for size in self.prompt_buckets if size >= longest)
+    return bucket, max(int(survey.images.max()), self.num_images)
+
   def batch(
     self,
     indices: np.ndarray,
@@ -420,7 +465,7 @@ class _Rows:
     step: int,
     first_row: int,
   ) -> Batch:
-    """This shard's rows of a batch.
+    """This reader's rows of a batch.
 
     Args:
       indices: The record of each row of all shards.
@@ -428,24 +473,22 @@ class _Rows:
       step: What draws rejected answers and orders, with the row.
       first_row: The `prompt_index` of the first row.
     """
-    count = len(indices) // self.shard_count
-    start = self.shard_index * count
+    size = len(indices) // self.shard_count
+    places = [i for n in self.shards for i in range(n * size, (n + 1) * size)]
     lengths = survey.lengths
-    longest = max(int(lengths.max()), len(self._prompt(_stand_in(""), 0)))
-    bucket = next(size for size in self.prompt_buckets if size >= longest)
-    slots = max(int(survey.images.max()), self.num_images)
+    bucket, slots = self.shape(survey)
     rows = [
       self._row(
         int(indices[i]), int(lengths[i]), [step, first_row + i], bucket, slots
       )
-      for i in range(start, start + count)
+      for i in places
     ]
     ids, mask = self._padded_completions([row.completions for row in rows])
     return Batch(
       prompt_ids=_padded([row.prompt for row in rows], bucket),
       prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
       images=np.stack([row.images for row in rows]),
-      prompt_index=np.arange(start, start + count, dtype=np.int32) + first_row,
+      prompt_index=np.array(places, np.int32) + first_row,
       valid=np.array([row.valid for row in rows]),
       problems=tuple(row.problem for row in rows),
       completion_ids=ids,

@@ -1,66 +1,125 @@
 """Checkpoints of a run: saved while training goes on, restored onto any mesh.
 
 Knows nothing of what a state is made of: any tree of jax arrays, typed keys
-among them. Orbax writes beside the newest good step and renames when all is
-there, so a process killed in the middle of a save leaves the older step as it
-was. What Orbax lets pass in silence is an error here: it casts a leaf whose
-dtype has changed, it declines to save a step that is not newer than the last,
-and it tells of a failed save only when the next one is asked for.
+among them. Orbax writes beside the newest good checkpoint and renames when all
+is there; a manifest of sizes and checksums follows, and older checkpoints go
+only after it. So a process killed at any point leaves a checkpoint to go on
+from, and one that was damaged since is known before a number of it is used.
+
+All processes of a run call every method, in the same order: what one of them
+met, they all know. Which methods look at the devices follows from that alone.
+
+What Orbax lets pass in silence is an error here: it restores a flipped byte,
+casts a leaf whose dtype has changed, and tells of a failed save only when the
+next one is asked for. Its `CheckpointManager` is not used: it deletes older
+steps before a manifest could be written, and it polls the preemption notice
+with the number of the step, which would throw the run's own polls off.
 
 References:
   Orbax, https://orbax.readthedocs.io/en/latest/guides/checkpoint/
 """
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import time
 import types
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-# How long the hosts wait for each other to commit one save.
-_COMMIT_TIMEOUT_SECONDS = 600
+from grpo_tpu import agreement, lockfile, manifest, retention
+
 _MISMATCHES_SHOWN = 10
-_STEP_NAMES = ocp.path.step.standard_name_format(step_format_fixed_length=8)
+_RUNNING = "..."
+
+
+class CheckpointError(RuntimeError):
+  """Checkpoints that could not be written, or not be trusted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+  """A step that was left between two of its updates.
+
+  Attributes:
+    updates_done: Of the step's updates, at least 1.
+    arrays: Global arrays that the rest of the step needs, by name; each is laid
+      out by its first axis alone.
+    record: What else it needs, as JSON would hold it.
+  """
+
+  updates_done: int
+  arrays: dict[str, jax.Array]
+  record: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint as it was saved.
+
+  Attributes:
+    step: Steps done.
+    state: The arrays.
+    meta: What was saved beside them.
+    unfinished: Of the step after `step`; None where none had been begun.
+  """
+
+  step: int
+  state: Any
+  meta: dict[str, Any]
+  unfinished: Unfinished | None
 
 
 class Checkpoints:
   """The checkpoints under one directory, which one run at a time may write.
 
-  Use as a context manager: leaving it waits for the save on its way.
+  Use as a context manager: leaving it waits for the save on its way, unless
+  an error of one of several processes ends the run.
 
   Attributes:
-    failures: How many saves of this process have failed so far.
+    failures: How many saves have failed since this was opened, refused ones
+      among them.
+    refusals: How many of them would have saved a state that is not finite.
+    quarantined: How many damaged checkpoints were moved aside.
   """
 
   def __init__(
-    self, directory: epath.PathLike, *, every_steps: int, keep: int
+    self, directory: epath.PathLike, config: retention.CheckpointConfig
   ) -> None:
     """Opens `directory`, making it if missing and clearing unfinished saves.
 
-    Args:
-      directory: Where the steps lie, one folder each.
-      every_steps: A step that is a multiple of this is due to be saved.
-      keep: How many of the newest steps stay on disk.
+    Raises:
+      CheckpointError: It cannot be written, or another run is writing there.
     """
-    self.failures = 0
-    # True from a failed save until a later one is known to have succeeded.
-    self._is_retrying = False
+    self.failures = self.refusals = self.quarantined = 0
+    self._failures_in_row = 0
+    self._last_failure = ""
+    self._block_seconds = 0.0
+    self._config = config
     self._directory = epath.Path(directory).resolve()
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(
-          every_steps
-        ),
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-        step_name_format=_STEP_NAMES,
-        cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT_SECONDS),
-      ),
+    self._lock = lockfile.Lock(self._directory)
+    self._writer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
     )
+    self._thread = concurrent.futures.ThreadPoolExecutor(
+      1, thread_name_prefix="checkpoints"
+    )
+    self._pending: concurrent.futures.Future[None] | None = None
+    self._pending_entry: retention.Entry | None = None
+    self._removal: concurrent.futures.Future[None] | None = None
+    self._save_time = time.monotonic()
+    complaint = self._claim() if agreement.is_first() else ""
+    if complaint := agreement.from_first(complaint):
+      raise CheckpointError(complaint)
+    self._entries = _listed(self._directory, config)
 
   def __enter__(self) -> Self:
     return self
@@ -72,13 +131,20 @@ class Checkpoints:
     traceback: types.TracebackType | None,
   ) -> None:
     try:
-      self.wait()
-    except Exception:
-      # The error that ended the run is the one to show; `wait` has logged ours.
       if error is None:
-        raise
+        self.wait()
+      elif self._pending is not None and agreement.num_processes() == 1:
+        # Where there are more, they may be anywhere: nobody can be waited for.
+        # The error that ended the run is the one to show, and a failed save
+        # has been logged.
+        concurrent.futures.wait([self._pending])
     finally:
-      self._manager.close()
+      is_over = error is None or agreement.num_processes() == 1
+      self._thread.shutdown(wait=is_over)
+      if is_over:
+        with contextlib.suppress(Exception):  # `wait` has raised it.
+          self._writer.close()
+      self._lock.release()
 
   def save(
     self,
@@ -86,110 +152,297 @@ class Checkpoints:
     state: Any,
     meta: Mapping[str, Any],
     *,
+    metrics: Mapping[str, Any] | None = None,
+    unfinished: Unfinished | None = None,
     force: bool = False,
   ) -> bool:
-    """Starts to save `state` as `step`, if the step is due or `force` is set.
+    """Starts to save `state`, if the step is due or `force` is set.
+
+    To be called after every step: it is here that a failed save is met. It is
+    logged and counted, and this step stands in for it, due or not.
 
     Returns when the values have been copied, so the caller may donate `state`
     at once; writing goes on behind. A second save waits for the first.
 
-    A save that failed is met here, at the next one: it is logged and counted,
-    and this save stands in for it. If this one fails too, the next call raises.
-
     Args:
-      step: Newer than every step saved before.
+      step: Steps done. With `unfinished` the state is some updates further.
       state: Any tree of jax arrays.
       meta: What else a resumed run has to know, as JSON would hold it.
-      force: Save though `step` is not due. A step saved already is left alone.
+      metrics: Of this step, among which the one that says which is best.
+      unfinished: What was begun of the step after `step`. It is always saved.
+      force: Save though the step is not due. One saved already is left alone.
 
     Returns:
       Whether a save was started.
 
     Raises:
       ValueError: An older step than the newest saved one.
-      Exception: Whatever made two saves in a row fail.
+      CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
-    newest = self._manager.latest_step()
-    if newest is not None and step < newest:
-      raise ValueError(
-        f"step {step} is older than the newest checkpoint ({newest}) in"
-        f" {self._directory}: resume from the newest, or move the newer ones"
-        " away."
-      )
-    if step == newest or not (force or self._manager.should_save(step)):
-      return False
+    start = time.perf_counter()
     try:
-      self.wait()
-      self._is_retrying = False
-    except Exception:
-      if self._is_retrying:
-        raise
-      self._is_retrying = True
-      logging.warning("Step %d is saved in place of the one that failed.", step)
-    record = {"step": step, "leaves": _leaves(state), "meta": dict(meta)}
-    is_started = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record)
-      ),
-      force=force,
-    )
-    if not is_started:
-      raise RuntimeError(
-        f"Orbax declined to save step {step} in {self._directory}, where the"
-        f" newest is {newest}."
+      entry = retention.Entry(
+        step,
+        unfinished.updates_done if unfinished else 0,
+        score=retention.score(metrics or {}, self._config),
       )
-    return True
+      self._settle(is_blocking=False)
+      newest = self._newest()
+      if newest is not None and entry < newest:
+        raise ValueError(
+          f"step {step} is older than the newest checkpoint ({newest.step}) in"
+          f" {self._directory}: resume from the newest, or move the newer ones"
+          " away."
+        )
+      is_due = force or unfinished is not None or self._is_due(entry)
+      if entry == newest or not is_due:
+        return False
+      self._settle(is_blocking=True)
+      return self._start(entry, state, meta, unfinished)
+    finally:
+      self._block_seconds += time.perf_counter() - start
 
   def wait(self) -> None:
-    """Returns once the save on its way is on disk, or raises its error."""
-    try:
-      self._manager.wait_until_finished()
-    except Exception:
-      self.failures += 1
-      # Orbax has struck the failed step and those it was to displace off its
-      # list; the latter are still on disk.
-      self._manager.reload()
-      logging.exception(
-        "A checkpoint in %s could not be saved. The newest good one is step"
-        " %s.",
-        self._directory,
-        self._manager.latest_step(),
-      )
-      raise
+    """Returns once what was saved last is on disk and has its manifest.
 
-  def latest_step(self) -> int | None:
-    """The newest step on disk, after waiting for the one on its way."""
-    self.wait()
-    return self._manager.latest_step()
+    Raises:
+      CheckpointError: It is not.
+    """
+    self._settle(is_blocking=True)
+    if self._failures_in_row:
+      raise CheckpointError(
+        f"the last checkpoint could not be saved: {self._last_failure}. "
+        f"{self._standing()}"
+      )
+    if self._removal is not None:
+      self._removal.result()
+
+  def scalars(self) -> dict[str, float]:
+    """By the names of `metrics`; the seconds are those since the last call."""
+    seconds, self._block_seconds = self._block_seconds, 0.0
+    return {
+      "checkpoint/save_failures": self.failures,
+      "checkpoint/refused_not_finite": self.refusals,
+      "checkpoint/quarantined": self.quarantined,
+      "perf/checkpoint_block_seconds": seconds,
+    }
 
   def restore(
-    self, abstract_state: Any, step: int | None = None
-  ) -> tuple[Any, dict[str, Any]] | None:
-    """The state and meta of a step, laid out as `abstract_state` says.
+    self,
+    abstract_state: Any,
+    *,
+    unfinished_sharding: jax.sharding.Sharding | None = None,
+  ) -> Restored | None:
+    """The newest checkpoint that is whole, laid out as `abstract_state` says.
+
+    A damaged one that is newer is moved into `quarantine/` and counted.
 
     Args:
       abstract_state: The tree wanted: leaves with shape, dtype and sharding
         (`jax.ShapeDtypeStruct` or arrays). The mesh need not be the one that
         the checkpoint was saved from.
-      step: The newest one if None.
+      unfinished_sharding: Of the arrays of an unfinished step.
 
     Returns:
-      State and meta, or None where nothing has been saved yet.
+      None where nothing has been saved yet.
 
     Raises:
-      ValueError: No such step, or its leaves differ from those wanted.
+      ValueError: The leaves of the newest differ from those wanted.
+      CheckpointError: There are checkpoints, and none is whole.
     """
-    self.wait()
-    if step is None and self._manager.latest_step() is None:
-      return None
-    path, _ = _find(self._directory, step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-      record = _read_record(reader, path)
-      _check_leaves(record["leaves"], _leaves(abstract_state), path)
-      state = _read_state(reader, path, abstract_state)
-    logging.info("Restored %s.", path)
-    return state, record["meta"]
+    self._settle(is_blocking=True)
+    while self._entries:
+      entry = self._entries[-1]
+      path = self._directory / entry.name
+      damage = _agreed_damage(path)
+      if not damage:
+        restored = _read(path, abstract_state, unfinished_sharding)
+        logging.info("Restored %s.", path)
+        return restored
+      self._quarantine(entry, damage)
+    lost = agreement.from_first(
+      ", ".join(_lost_steps(self._directory)) if agreement.is_first() else ""
+    )
+    if lost:
+      raise CheckpointError(
+        f"no checkpoint in {self._directory} is whole: {lost}. Look into its"
+        " quarantine folder, bring a good copy back, or name an empty workdir;"
+        " a run is never silently started again."
+      )
+    return None
+
+  def _claim(self) -> str:
+    """Makes the directory this run's own; what stands against it, or ""."""
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._lock.acquire()
+      for path in self._directory.iterdir():
+        is_cut_off = ocp.utils.TMP_DIR_SUFFIX in path.name
+        if is_cut_off or path.name.endswith(manifest.UNFINISHED_SUFFIX):
+          logging.info("Removing %s, a save that was cut off.", path)
+          _remove(path)
+    except OSError as error:
+      return f"checkpoints cannot be written in {self._directory}: {error}"
+    return ""
+
+  def _newest(self) -> retention.Entry | None:
+    """The newest one, on its way or on disk."""
+    return self._pending_entry or (self._entries[-1] if self._entries else None)
+
+  def _is_due(self, entry: retention.Entry) -> bool:
+    if self._failures_in_row or entry.score is not None:
+      return True
+    if entry.step % self._config.every_steps == 0:
+      return True
+    if not self._config.every_minutes:
+      return False
+    seconds = time.monotonic() - self._save_time
+    return bool(
+      agreement.from_first("y" * (seconds >= self._config.every_minutes * 60))
+    )
+
+  def _start(
+    self,
+    entry: retention.Entry,
+    state: Any,
+    meta: Mapping[str, Any],
+    unfinished: Unfinished | None,
+  ) -> bool:
+    if not _is_finite(state):
+      self.refusals += 1
+      self._fail(f"the state of {entry.name} has numbers that are not finite")
+      return False
+    if self._removal is not None:
+      self._removal.result()
+    items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
+    record = {
+      "step": entry.step,
+      "leaves": _leaves(state),
+      "meta": dict(meta),
+      "unfinished": None,
+    }
+    if unfinished is not None:
+      record["unfinished"] = {
+        "updates_done": unfinished.updates_done,
+        "leaves": _leaves(unfinished.arrays),
+        "record": unfinished.record,
+      }
+      items["unfinished"] = ocp.args.PyTreeSave(unfinished.arrays)
+    items["meta"] = ocp.args.JsonSave(record)
+    path = self._directory / entry.name
+    self._save_time = time.monotonic()
+    self._pending_entry = entry
+    try:
+      self._writer.save(path, args=ocp.args.Composite(**items))
+    except Exception as error:
+      logging.exception("%s could not be saved.", path)
+      self._pending = concurrent.futures.Future()
+      self._pending.set_exception(error)
+    else:
+      self._pending = self._thread.submit(self._finish, entry)
+    return True
+
+  def _finish(self, entry: retention.Entry) -> None:
+    """Sees the save to its end, in a thread."""
+    path = self._directory / entry.name
+    try:
+      self._writer.wait_until_finished()
+      if agreement.is_first():
+        manifest.write(path, {"score": entry.score})
+    except Exception:
+      # At once, though the other hosts may not know before they have waited.
+      logging.exception("%s could not be saved.", path)
+      raise
+
+  def _settle(self, *, is_blocking: bool) -> None:
+    """Takes note of how the save on its way has ended, if it has on all hosts.
+
+    Raises:
+      CheckpointError: As many in a row as are allowed have failed.
+    """
+    pending, entry = self._pending, self._pending_entry
+    if pending is None or entry is None:
+      return
+    if is_blocking:
+      concurrent.futures.wait([pending])
+    complaint = _RUNNING
+    if pending.done():
+      error = pending.exception()
+      complaint = f"{type(error).__name__}: {error}" if error else ""
+    complaints = agreement.gathered(complaint)
+    if _RUNNING in complaints:
+      return
+    self._pending = self._pending_entry = None
+    host = next((i for i, each in enumerate(complaints) if each), None)
+    if host is not None:
+      # The disk may be full of it.
+      self._remove_later([entry])
+      self._fail(f"{entry.name}, by process {host}: {complaints[host]}")
+      return
+    self._failures_in_row = 0
+    self._entries.append(entry)
+    doomed = retention.doomed(self._entries, self._config)
+    self._entries = [each for each in self._entries if each not in doomed]
+    self._remove_later(doomed)
+
+  def _fail(self, reason: str) -> None:
+    self.failures += 1
+    self._failures_in_row += 1
+    self._last_failure = reason
+    limit = self._config.max_failures
+    logging.error(
+      "A checkpoint could not be saved (%d in a row, of checkpoint.max_failures"
+      "=%d): %s. %s",
+      self._failures_in_row,
+      limit,
+      reason,
+      self._standing(),
+    )
+    if self._failures_in_row >= limit:
+      raise CheckpointError(
+        f"{self._failures_in_row} saves in a row have failed, and "
+        f"checkpoint.max_failures ({limit}) allows no more: {reason}. "
+        f"{self._standing()}"
+      )
+
+  def _standing(self) -> str:
+    whole = [entry.name for entry in self._entries if entry.is_whole]
+    newest = whole[-1] if whole else "none"
+    return f"The newest good one in {self._directory} is {newest}."
+
+  def _remove_later(self, entries: list[retention.Entry]) -> None:
+    if entries and agreement.is_first():
+      names = [entry.name for entry in entries]
+      self._removal = self._thread.submit(_remove_steps, self._directory, names)
+
+  def _quarantine(self, entry: retention.Entry, damage: str) -> None:
+    """Moves a damaged checkpoint, and its manifest, out of the way."""
+    self._entries.remove(entry)
+    self.quarantined += 1
+    path = self._directory / entry.name
+    target = self._directory / "quarantine" / _label(entry.name, damage)
+    logging.error(
+      "CHECKPOINT %s IS DAMAGED: %s. It is moved to %s, and the run goes on"
+      " from an older one.",
+      path,
+      damage,
+      target,
+    )
+    complaint = ""
+    if agreement.is_first():
+      try:
+        target = _unused(target)
+        target.parent.mkdir(exist_ok=True)
+        for source, goal in (
+          (manifest.path_of(path), manifest.path_of(target)),
+          (path, target),
+        ):
+          if source.exists():
+            source.rename(goal)
+      except OSError as error:
+        complaint = f"{path} is damaged, and cannot be moved aside: {error}"
+    if complaint := agreement.from_first(complaint):
+      raise CheckpointError(complaint)
 
 
 def restore_params(
@@ -202,19 +455,23 @@ def restore_params(
 
   Args:
     directory: The other run's checkpoints.
-    step: The newest one if None.
+    step: The newest whole one if None.
     abstract_params: As in `Checkpoints.restore`, for the `params` of the state.
 
   Raises:
-    ValueError: No such step, or its leaves differ from those wanted.
+    ValueError: No such step, a damaged one, or its leaves differ from those
+      wanted.
   """
-  path, step = _find(epath.Path(directory).resolve(), step)
+  if step is None:
+    step = newest_step(directory)
+  path = _found(directory, step)
+  if damage := _agreed_damage(path):
+    raise ValueError(_damaged(path, damage))
   wanted = {"params": abstract_params}
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    saved = _read_record(reader, path)["leaves"]
-    saved = {k: v for k, v in saved.items() if k.startswith("params/")}
-    _check_leaves(saved, _leaves(wanted), path)
-    params = _read_state(reader, path, wanted, is_partial=True)["params"]
+  saved = _read_record(path)["leaves"]
+  saved = {k: v for k, v in saved.items() if k.startswith("params/")}
+  _check_leaves(saved, _leaves(wanted), path)
+  params = _read_arrays(path / "state", wanted, is_partial=True)["params"]
   logging.info("Read the parameters of %s.", path)
   return params, step
 
@@ -223,58 +480,227 @@ def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
   """The `meta` that a step of another run was saved with.
 
   Raises:
-    ValueError: No such step.
+    ValueError: No such step, or a damaged one.
   """
-  path, _ = _find(epath.Path(directory).resolve(), step)
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    return _read_record(reader, path)["meta"]
+  path = _found(directory, step)
+  if damage := manifest.damage(path, under="meta/"):
+    raise ValueError(_damaged(path, damage))
+  return _read_record(path)["meta"]
 
 
-def _find(directory: epath.Path, step: int | None) -> tuple[epath.Path, int]:
-  """The folder of a finished step, and its number; the newest if None."""
-  found = {each.step: each.path for each in _STEP_NAMES.find_all(directory)}
-  if not found:
+def newest_step(directory: epath.PathLike) -> int:
+  """The newest step that is whole in another run's checkpoints.
+
+  The first process decides: the other run may be saving one just now.
+
+  Raises:
+    ValueError: There is none.
+  """
+  folder = epath.Path(directory).resolve()
+  said = agreement.from_first(
+    _newest_whole(folder) if agreement.is_first() else ""
+  )
+  if not said:
     raise ValueError(
-      f"no checkpoint in {directory}: give the workdir of a run that has saved"
-      " one."
+      f"no checkpoint in {folder} is whole: give the workdir of a run that has"
+      " saved one."
     )
-  if step is None:
-    step = max(found)
-  if step not in found:
+  return int(said)
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+  """The steps in another run's checkpoints, whole or not, ascending."""
+  return [
+    entry.step
+    for entry in _entries(epath.Path(directory).resolve())
+    if not entry.updates
+  ]
+
+
+def _newest_whole(folder: epath.Path) -> str:
+  for step in reversed(steps(folder)):
+    path = folder / retention.Entry(step).name
+    damage = manifest.damage(path)
+    if not damage:
+      return str(step)
+    logging.warning("%s is damaged: %s. An older one is tried.", path, damage)
+  return ""
+
+
+def _found(directory: epath.PathLike, step: int) -> epath.Path:
+  """The folder of a step that another run has finished."""
+  folder = epath.Path(directory).resolve()
+  there = steps(folder)
+  path = folder / retention.Entry(step).name
+  if step not in there:
     raise ValueError(
-      f"no checkpoint of step {step} in {directory}: there are"
-      f" {', '.join(map(str, sorted(found)))}."
+      f"no checkpoint of step {step} in {folder}: there are"
+      f" {', '.join(map(str, there)) or 'none'}."
     )
-  return found[step], step
+  return path
 
 
-def _read_record(reader: ocp.Checkpointer, path: epath.Path) -> dict[str, Any]:
-  args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-  return reader.restore(path, args=args).meta
+def _damaged(path: epath.Path, damage: str) -> str:
+  return (
+    f"checkpoint {path} is damaged: {damage}; name another step, or none for"
+    " the newest whole one."
+  )
 
 
-def _read_state(
-  reader: ocp.Checkpointer,
+def _agreed_damage(path: epath.Path) -> str:
+  """What is wrong with a checkpoint, each process looking at its share."""
+  parts = agreement.num_processes()
+  part = jax.process_index() if parts > 1 else 0
+  return agreement.first_complaint(
+    manifest.damage(path, part=part, parts=parts)
+  )
+
+
+def _listed(
+  directory: epath.Path, config: retention.CheckpointConfig
+) -> list[retention.Entry]:
+  """What the first process finds there, ascending, told to all."""
+  rows = (
+    [[e.step, e.updates, e.is_whole, e.score] for e in _entries(directory)]
+    if agreement.is_first()
+    else []
+  )
+  rows = json.loads(agreement.from_first(json.dumps(rows)))
+  return [retention.Entry(*row) for row in rows]
+
+
+def _entries(directory: epath.Path) -> list[retention.Entry]:
+  """All that is there, ascending; of a name that is left alone, its manifest.
+
+  A folder that went while its manifest stayed is a checkpoint that was lost.
+  """
+  names = (
+    [path.name for path in directory.iterdir()] if directory.exists() else []
+  )
+  found = set()
+  for name in names:
+    entry = retention.Entry.of_name(name.removesuffix(manifest.SUFFIX))
+    if entry is None:
+      continue
+    try:
+      facts = manifest.read(directory / entry.name)
+      entry = dataclasses.replace(entry, score=facts["score"])
+    except manifest.Damaged:
+      entry = dataclasses.replace(entry, is_whole=False)
+    found.add(entry)
+  return sorted(found)
+
+
+def _lost_steps(directory: epath.Path) -> list[str]:
+  """What lies in quarantine, but for step 0, which is the run's very start."""
+  folder = directory / "quarantine"
+  names = [path.name for path in folder.iterdir()] if folder.exists() else []
+  return sorted(n for n in names if not n.startswith(f"{0:08}-"))
+
+
+def _label(name: str, damage: str) -> str:
+  return f"{name}-{damage.partition(':')[0].replace(' ', '-')}"
+
+
+def _unused(path: epath.Path) -> epath.Path:
+  number, free = 1, path
+  while free.exists() or manifest.path_of(free).exists():
+    number += 1
+    free = path.with_name(f"{path.name}-{number}")
+  return free
+
+
+def _remove_steps(directory: epath.Path, names: list[str]) -> None:
+  """Deletes checkpoints, and what a save of them has left behind."""
+  try:
+    for name in names:
+      # First, for without it the rest is not taken for a checkpoint.
+      manifest.path_of(directory / name).unlink(missing_ok=True)
+    for path in directory.iterdir():
+      if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
+        _remove(path)
+  except OSError:
+    logging.exception("Could not delete %s in %s.", names, directory)
+
+
+def _remove(path: epath.Path) -> None:
+  path.rmtree() if path.is_dir() else path.unlink()
+
+
+def _read(
   path: epath.Path,
   abstract_state: Any,
-  *,
-  is_partial: bool = False,
+  unfinished_sharding: jax.sharding.Sharding | None,
+) -> Restored:
+  record = _read_record(path)
+  _check_leaves(record["leaves"], _leaves(abstract_state), path)
+  state = _read_arrays(path / "state", abstract_state)
+  return Restored(
+    record["step"],
+    state,
+    record["meta"],
+    _read_unfinished(path, record["unfinished"], unfinished_sharding),
+  )
+
+
+def _read_unfinished(
+  path: epath.Path,
+  saved: dict[str, Any] | None,
+  sharding: jax.sharding.Sharding | None,
+) -> Unfinished | None:
+  if saved is None:
+    return None
+  assert sharding is not None, "an unfinished step has to be laid out"
+  wanted = {}
+  for name, leaf in saved["leaves"].items():
+    dtype, _, shape = leaf.removesuffix("]").partition("[")
+    sizes = tuple(int(size) for size in shape.split(",") if size)
+    wanted[name] = jax.ShapeDtypeStruct(
+      sizes, jnp.dtype(dtype), sharding=sharding
+    )
+  arrays = _read_arrays(path / "unfinished", wanted)
+  return Unfinished(saved["updates_done"], arrays, saved["record"])
+
+
+def _read_record(path: epath.Path) -> dict[str, Any]:
+  # The handlers alone: a `Checkpointer` would have the hosts meet after each
+  # item, where one that has failed never comes.
+  return dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
+
+
+def _read_arrays(
+  path: epath.Path, abstract: Any, *, is_partial: bool = False
 ) -> Any:
-  """The arrays of `abstract_state`; of a larger saved tree if `is_partial`."""
+  """The arrays of `abstract`; of a larger saved tree if `is_partial`."""
   # Without one Orbax would lay a leaf out as the mesh of the save had it.
-  assert all(leaf.sharding for leaf in jax.tree.leaves(abstract_state))
-  abstract_state = jax.tree.map(
+  assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
+  abstract = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=leaf.sharding
     ),
-    abstract_state,
+    abstract,
   )
   args = ocp.args.PyTreeRestore(
-    abstract_state,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+    abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=is_partial,
   )
-  return reader.restore(path, args=ocp.args.Composite(state=args)).state
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+    return reader.restore(path, args=args)
+
+
+def _is_finite(state: Any) -> bool:
+  numbers = [
+    leaf
+    for leaf in jax.tree.leaves(state)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return not numbers or bool(_all_finite(numbers))
+
+
+@jax.jit
+def _all_finite(numbers: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.isfinite(each).all() for each in numbers]).all()
 
 
 def _leaves(tree: Any) -> dict[str, str]:
@@ -291,37 +717,34 @@ def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
   """Raises one error that lists the leaves in which the two trees differ."""
-  mismatches = [
-    f"  {name}: saved {saved.get(name, 'nothing')},"
-    f" wanted {wanted.get(name, 'nothing')}"
+  names = [
+    name
     for name in sorted(saved.keys() | wanted.keys())
     if saved.get(name) != wanted.get(name)
   ]
-  if not mismatches:
+  if not names:
     return
-  shown = mismatches[:_MISMATCHES_SHOWN]
-  if len(mismatches) > len(shown):
-    shown.append(f"  and {len(mismatches) - len(shown)} more")
+  shown = [
+    f"  {name}: saved {saved.get(name, 'nothing')},"
+    f" wanted {wanted.get(name, 'nothing')}"
+    for name in names[:_MISMATCHES_SHOWN]
+  ]
+  if len(names) > len(shown):
+    shown.append(f"  and {len(names) - len(shown)} more")
+  is_only_dtype = all(
+    saved.get(name, "").partition("[")[2]
+    == wanted.get(name, "").partition("[")[2]
+    for name in names
+  )
+  if is_only_dtype:
+    settings = "model.param_dtype"
+  elif any(name.startswith("params/") for name in names):
+    settings = "model.name and model.lora"
+  else:
+    settings = "model.train_vision, model.lora and optimizer"
   raise ValueError(
     f"checkpoint {path} holds another state than the one wanted:\n"
     + "\n".join(shown)
-    + "\nSet the model, optimizer and dtype settings to those it was saved"
-    " with, or start in an empty workdir."
+    + f"\nSet {settings} to what it was saved with, or start in an empty"
+    " workdir."
   )
-
-
-def newest_step(directory: epath.PathLike) -> int:
-  """The newest finished step in another run's checkpoints.
-
-  Raises:
-    ValueError: There is none.
-  """
-  return _find(epath.Path(directory).resolve(), None)[1]
-
-
-def steps(directory: epath.PathLike) -> list[int]:
-  """The finished steps in another run's checkpoints, ascending."""
-  folder = epath.Path(directory).resolve()
-  if not folder.is_dir():
-    return []
-  return sorted(each.step for each in _STEP_NAMES.find_all(folder))

@@ -22,6 +22,7 @@ from data_pipelines import (
   prompts,
   synthetic,
 )
+from grpo_tpu import distributed, metrics, retention
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -242,19 +243,14 @@ class TrainConfig:
     num_iterations: Updates on each batch.
     microbatch_bundles: Prompts, over all hosts, whose activations exist at a
       time; divides `data.prompts_per_step`.
+    max_skipped_updates: In a row, for gradients that were not finite, until the
+      run is given up.
   """
 
   num_steps: int
   num_iterations: int
   microbatch_bundles: int
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-  """When to save, and how many to keep."""
-
-  every_steps: int
-  keep: int
+  max_skipped_updates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,13 +324,14 @@ class Config:
   data: DataConfig
   model: ModelSettings
   mesh: MeshConfig
+  distributed: distributed.DistributedConfig
   rollout: RolloutConfig
   rewards: scoring.RewardConfig
   objective: ObjectiveSettings
   shaping: shapings.ShapingConfig
   optimizer: OptimizerSettings
   train: TrainConfig
-  checkpoint: CheckpointConfig
+  checkpoint: retention.CheckpointConfig
   eval: EvalConfig
   samples: SamplesConfig
   export: ExportConfig
@@ -345,6 +342,7 @@ class Config:
     _check_weights(self)
     _check_divisions(self)
     _check_evaluation(self.eval)
+    _check_best(self)
     _check_lora(self)
     # Each part checks its own settings when it is made.
     _ = self.objective_config, self.optimizer_config
@@ -492,8 +490,7 @@ def _check_numbers(config: Config) -> None:
     ("train.num_steps", 1),
     ("train.num_iterations", 1),
     ("train.microbatch_bundles", 1),
-    ("checkpoint.every_steps", 1),
-    ("checkpoint.keep", 1),
+    ("train.max_skipped_updates", 1),
     ("eval.every_steps", 0),
     ("eval.num_problems", 1),
     ("eval.batch_size", 1),
@@ -622,6 +619,18 @@ def _check_evaluation(settings: EvalConfig) -> None:
     kinds,
     f"be different ones of {', '.join(ablations.KINDS)}",
     f"set eval.ablations={ablations.KINDS}",
+  )
+
+
+def _check_best(config: Config) -> None:
+  metric = config.checkpoint.best_metric
+  _require(
+    not metric or (config.eval.every_steps > 0 and metrics.is_declared(metric)),
+    "checkpoint.best_metric",
+    metric,
+    "be empty, or a metric of grpo_tpu/metrics.py, with eval.every_steps "
+    f"({config.eval.every_steps}) above 0",
+    "set checkpoint.best_metric=eval/accuracy",
   )
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from data_pipelines import mathvista, pipeline, preferences, prepare, prompts
@@ -39,11 +38,11 @@ class Dataset:
     self,
     config: run_config.Config,
     *,
-    shard_index: int,
+    shards: tuple[int, ...],
     shard_count: int,
     start_step: int,
-  ) -> Iterator[pipeline.Batch]:
-    """This shard's batches from a step on, without end."""
+  ) -> pipeline.TrainBatches:
+    """This process's batches from a step on, without end."""
     assert self.train is not None, "opened for evaluation alone"
     return pipeline.make_pipeline(
       self.train,
@@ -52,7 +51,7 @@ class Dataset:
       seed=config.seed,
       prompts_per_step=config.data.prompts_per_step,
       max_new_tokens=config.rollout.max_new_tokens,
-      shard_index=shard_index,
+      shards=shards,
       shard_count=shard_count,
       start_step=start_step,
       worker_processes=config.data.worker_processes,
@@ -63,20 +62,26 @@ class Dataset:
     )
 
   def eval_batches(
-    self, config: run_config.Config, *, shard_index: int, shard_count: int
+    self,
+    config: run_config.Config,
+    *,
+    shards: tuple[int, ...],
+    shard_count: int,
   ) -> pipeline.EvalBatches:
-    """This shard's batches of held-out problems, in a fixed order."""
-    return self._held_out(
-      config, shard_index=shard_index, shard_count=shard_count
-    )
+    """This process's batches of held-out problems, in a fixed order."""
+    return self._held_out(config, shards=shards, shard_count=shard_count)
 
   def preference_batches(
-    self, config: run_config.Config, *, shard_index: int, shard_count: int
+    self,
+    config: run_config.Config,
+    *,
+    shards: tuple[int, ...],
+    shard_count: int,
   ) -> pipeline.EvalBatches:
     """The same with labelled completions, which not every problem may have."""
     return self._held_out(
       config,
-      shard_index=shard_index,
+      shards=shards,
       shard_count=shard_count,
       max_new_tokens=config.rollout.max_new_tokens,
       replies=self.replies,

@@ -9,18 +9,16 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from data_pipelines import ablations, images, pipeline
-from grpo_tpu import config as run_config
 from grpo_tpu import (
+  agreement,
   dataset,
   experience,
   metrics,
@@ -29,6 +27,7 @@ from grpo_tpu import (
   scorecard,
   sharding,
 )
+from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
@@ -99,19 +98,17 @@ def evaluate(
       poll=poll,
     ).completions
     texts = policy.texts(completions)
-    scores = scoring.score(
-      [group[0] for group in texts], batch.problems, policy.config.rewards
-    )
+    scores = experience.scored(policy, texts, batch)
     mask, stopped = sharding.local_rows(
       policy.mesh, (completions.mask, completions.stopped)
     )
-    sums.update(_sums(batch, scores, mask, stopped))
+    columns = _columns(batch, scores, mask, stopped)
+    sums.update(_sums(sharding.all_rows(policy.mesh, columns)))
     answers += _answers(batch, [x[0] for x in texts], scores, stopped[:, 0])
     samples += experience.samples(
       policy, batch, texts, scores, num_samples - len(samples)
     )
-  totals = _over_hosts(sums)
-  return Result(_scalars(totals), samples, answers)
+  return Result(_scalars(sums), samples, answers)
 
 
 def sampled(
@@ -141,9 +138,11 @@ def sampled(
     texts = policy.texts(completions)
     stopped = sharding.local_rows(policy.mesh, completions.stopped)
     for number, draw in enumerate(draws):
-      column = [group[number] for group in texts]
-      scores = scoring.score(column, batch.problems, policy.config.rewards)
-      draw += _answers(batch, column, scores, stopped[:, number])
+      column = [group[number : number + 1] for group in texts]
+      scores = experience.scored(policy, column, batch)
+      draw += _answers(
+        batch, [x[0] for x in column], scores, stopped[:, number]
+      )
   return draws
 
 
@@ -162,10 +161,8 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
     config = dataclasses.replace(config, model=settings)
     policy = policies.Policy(config, mesh, data.tokenizer)
     params = policy.initial_params()
-    shard_index, shard_count = sharding.data_shard(mesh)
-    batches = data.eval_batches(
-      config, shard_index=shard_index, shard_count=shard_count
-    )
+    shards, shard_count = sharding.data_shards(mesh)
+    batches = data.eval_batches(config, shards=shards, shard_count=shard_count)
   with jax.set_mesh(mesh):
     found = everything(policy, params, batches, blind)
   if jax.process_index() == 0:
@@ -324,53 +321,51 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
   """The answers of every host, in the order of the split."""
-  local = json.dumps([dataclasses.asdict(x) for x in answers]).encode()
-  lengths = np.asarray(
-    multihost_utils.process_allgather(np.array([len(local)], np.int32))
-  ).reshape(-1)
-  padded = np.zeros(int(lengths.max()), np.uint8)
-  padded[: len(local)] = np.frombuffer(local, np.uint8)
-  rows = np.asarray(multihost_utils.process_allgather(padded))
-  found = [
-    scorecard.Answer(**fields)
-    for row, length in zip(
-      rows.reshape(len(lengths), -1), lengths.tolist(), strict=True
-    )
-    for fields in json.loads(row[:length].tobytes())
-  ]
-  return sorted(found, key=lambda answer: answer.index)
+  local = json.dumps([dataclasses.asdict(x) for x in answers])
+  # Hosts that a tensor axis spans have the same rows.
+  once = {
+    fields["index"]: scorecard.Answer(**fields)
+    for host in agreement.gathered_bytes(local.encode())
+    for fields in json.loads(host)
+  }
+  return [once[index] for index in sorted(once)]
 
 
 _SLICES = ("multi_choice", "free_form", "integer", "float", "text", "list")
 
 
-def _sums(batch, scores, mask, stopped) -> dict[str, float]:
-  """What adds up over batches and hosts, in one order whatever the data."""
+def _columns(batch, scores, mask, stopped) -> dict[str, np.ndarray]:
+  """What adds up over rows, batches and hosts, a number for each row."""
   # Padding has no pid; a damaged record has one, and counts as wrong.
   counts = np.array([bool(p.pid) for p in batch.problems])
   # A user's reward that fails says nothing about the answer.
   asked = counts & batch.valid & ~scores.failed["accuracy"]
   public = np.array([p.has_answer for p in batch.problems])
   graded = counts & (public | ~_is_read(batch))
-  accuracy = np.where(graded, _is_right(batch, scores), 0.0)
-  sums = {
-    "problems": counts.sum(),
-    "public": public.sum(),
-    "graded": graded.sum(),
-    "asked": asked.sum(),
-    "accuracy": accuracy.sum(),
-    "format": np.where(asked, scores.components["format"], 0.0).sum(),
-    "reward": np.where(asked & graded, scores.total, 0.0).sum(),
-    "completion_length": mask[:, 0].sum(-1)[asked].sum(),
-    "truncated_fraction": (~stopped[:, 0])[asked].sum(),
+  accuracy = graded & _is_right(batch, scores)
+  columns = {
+    "problems": counts,
+    "public": public,
+    "graded": graded,
+    "asked": asked,
+    "accuracy": accuracy,
+    "format": np.where(asked, scores.components["format"], 0.0),
+    "reward": np.where(asked & graded, scores.total, 0.0),
+    "completion_length": np.where(asked, mask[:, 0].sum(-1), 0),
+    "truncated_fraction": asked & ~stopped[:, 0],
   }
   for name in _SLICES:
     inside = graded & np.array(
       [name in (p.question_type, p.answer_type) for p in batch.problems]
     )
-    sums[f"graded/{name}"] = inside.sum()
-    sums[f"accuracy/{name}"] = accuracy[inside].sum()
-  return {name: float(value) for name, value in sums.items()}
+    columns[f"graded/{name}"] = inside
+    columns[f"accuracy/{name}"] = accuracy & inside
+  return {name: rows.astype(np.float32) for name, rows in columns.items()}
+
+
+def _sums(columns: dict[str, np.ndarray]) -> dict[str, float]:
+  """Of all rows, in their order: the same on any number of hosts."""
+  return {name: rows.sum(dtype=float) for name, rows in columns.items()}
 
 
 def _is_read(batch: pipeline.Batch) -> np.ndarray:
@@ -382,15 +377,7 @@ def _is_right(batch: pipeline.Batch, scores: scoring.Scores) -> np.ndarray:
   return batch.valid & (scores.components["accuracy"] > 0.5)
 
 
-def _over_hosts(sums: collections.Counter[str]) -> dict[str, float]:
-  names = list(sums)
-  local = jnp.asarray([sums[name] for name in names], jnp.float32)
-  gathered = np.asarray(multihost_utils.process_allgather(local))
-  totals = gathered.reshape(-1, len(names)).sum(axis=0)
-  return dict(zip(names, totals.tolist(), strict=True))
-
-
-def _scalars(totals: dict[str, float]) -> dict[str, metrics.Scalar]:
+def _scalars(totals: Mapping[str, float]) -> dict[str, metrics.Scalar]:
   problems, asked = max(totals["problems"], 1), max(totals["asked"], 1)
   scalars: dict[str, metrics.Scalar] = {
     "eval/format": totals["format"] / problems,

@@ -11,14 +11,21 @@ References:
 import pathlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
+_SECONDS_BETWEEN_REPORTS = 60.0
+
 
 class EventFiles:
-  """The event files in one folder. Trouble with them never stops the run."""
+  """The event files in one folder. Trouble with them never stops the run.
+
+  Attributes:
+    failures: How many calls have failed so far.
+  """
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int | None) -> None:
     """Starts the thread, which opens the files.
@@ -29,7 +36,10 @@ class EventFiles:
         the run starts anew, and files that are there are removed.
     """
     self._workdir = workdir
-    self._errors: list[Exception] = []
+    self.failures = 0
+    # Since the last report: how many, the first of them, and when that was.
+    self._num_failures, self._first_error = 0, None
+    self._reported = time.monotonic()
     # What the thread is to do; an `Event` to set once all before it is on disk;
     # None to end.
     self._queue: queue.SimpleQueue[
@@ -43,6 +53,8 @@ class EventFiles:
   def write(self, call: Callable[[Any], None]) -> None:
     """Has `call` made with the CLU writer, in its turn."""
     self._queue.put(call)
+    if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
+      self._report()
 
   def flush(self) -> None:
     """Returns when all is on disk; logs what went wrong."""
@@ -75,17 +87,21 @@ class EventFiles:
     try:
       return call(*args)
     except Exception as error:
-      self._errors.append(error)
+      self.failures += 1
+      self._num_failures += 1
+      self._first_error = self._first_error or error
       return None
 
   def _report(self) -> None:
-    errors, self._errors = self._errors, []
-    if errors:
+    count, error = self._num_failures, self._first_error
+    self._num_failures, self._first_error = 0, None
+    self._reported = time.monotonic()
+    if count:
       logging.warning(
         "The event files in %s lack something: %d calls failed, first with %r.",
         self._workdir,
-        len(errors),
-        errors[0],
+        count,
+        error,
       )
 
 

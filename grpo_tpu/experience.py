@@ -7,6 +7,7 @@ batch, whatever the number of hosts.
 
 import dataclasses
 import functools
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -19,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu import config as run_config
 from grpo_tpu import (
+  agreement,
   health,
   metrics,
   objective,
@@ -29,6 +30,7 @@ from grpo_tpu import (
   sharding,
   train_step,
 )
+from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
 
@@ -40,7 +42,7 @@ class Experience:
   Attributes:
     bundles: For the update, on the mesh.
     scalars: By the names of `metrics`.
-    samples: Some completions of this host, to look at.
+    samples: Some completions to look at.
     num_batches: How many batches of prompts it took.
   """
 
@@ -48,6 +50,10 @@ class Experience:
   scalars: dict[str, metrics.Scalar]
   samples: list[metrics.Sample]
   num_batches: int
+
+  def seconds(self, phase: str) -> float:
+    """What it took to wait for "data", or for "reward"; 0 where it had none."""
+    return float(self.scalars.get(f"perf/{phase}_seconds", 0.0))
 
 
 class _Groups(flax.struct.PyTreeNode):
@@ -127,7 +133,7 @@ def _sampled(
   waited = time.perf_counter()
   batch = next(batches)
   start = time.perf_counter()
-  with _Payday(batch, config.rewards) as payday:
+  with _Payday(policy, batch) as payday:
     sampled = policy.sample(
       params,
       batch,
@@ -169,7 +175,8 @@ def _sampled(
     | _reward_statistics(rewards, valid)
     | _error_counts(scores)
     | {
-      "data/skipped": int((~batch.valid).sum()),
+      "data/skipped": _num_skipped(policy, batch),
+      "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
       "perf/data_seconds": start - waited,
       "perf/rollout_seconds": rolled_out - start,
       "perf/reward_seconds": paid - rolled_out,
@@ -280,7 +287,7 @@ def offline(
   start = time.perf_counter()
   batch = next(batches)
   scalars: dict[str, metrics.Scalar] = {
-    "data/skipped": int((~batch.valid).sum()),
+    "data/skipped": _num_skipped(policy, batch),
     "perf/data_seconds": time.perf_counter() - start,
   }
   if config.data.kind == "demonstrations":
@@ -328,7 +335,7 @@ def preferences(
       batch.completion_ids, batch.completion_mask, strict=True
     )
   ]
-  scores = _scores(texts, batch, config.rewards)
+  scores = scored(policy, texts, batch)
   rewards, valid = _by_group(scores, batch, config)
   valid &= np.isfinite(batch.labels)
   if config.data.preference_rewards == "labels":
@@ -351,11 +358,19 @@ def samples(
   scores: scoring.Scores,
   count: int,
 ) -> list[metrics.Sample]:
-  """The first completion of each of the first `count` usable prompts."""
+  """The first completion of each of the first `count` usable prompts.
+
+  The same on every process, except that only the one that writes is sure to
+  have their pictures.
+  """
+  if not count:
+    return []
+  usable = sharding.all_rows(policy.mesh, batch.valid)
+  rows = sharding.rows_of(policy.mesh, len(usable), jax.process_index())
+  chosen = np.flatnonzero(usable)[:count].tolist()
   width = len(texts[0])
-  chosen = [i for i in range(len(texts)) if batch.valid[i]][:count]
-  return [
-    metrics.Sample(
+  found = {
+    row: metrics.Sample(
       pid=batch.problems[i].pid,
       prompt=prompts_text(batch, i),
       completion=texts[i][0],
@@ -367,8 +382,21 @@ def samples(
       },
       image=batch.images[i, 0] if batch.images.shape[1] else None,
     )
-    for i in chosen
-  ]
+    for i, row in enumerate(rows)
+    if row in chosen
+  }
+  # Pictures are large, and the writer mostly holds the rows itself.
+  held = sharding.rows_of(policy.mesh, len(usable), 0)
+  sent = {
+    row: dataclasses.replace(sample, image=None) if row in held else sample
+    for row, sample in found.items()
+  }
+  everywhere = {
+    row: sample
+    for host in agreement.gathered_bytes(pickle.dumps(sent))
+    for row, sample in pickle.loads(host).items()
+  }
+  return [(everywhere | found)[row] for row in chosen]
 
 
 class _Payday:
@@ -378,8 +406,9 @@ class _Payday:
   does not depend on when that was, and failures count in the batch's order.
   """
 
-  def __init__(self, batch: pipeline.Batch, config: scoring.RewardConfig):
-    self._problems, self._config = batch.problems, config
+  def __init__(self, policy: policies.Policy, batch: pipeline.Batch):
+    self._problems, self._config = batch.problems, policy.config.rewards
+    self._gather = functools.partial(sharding.all_rows, policy.mesh)
     self._paid: dict[int, futures.Future[scoring.Paid]] = {}
     self._spans: list[tuple[float, float]] = []
 
@@ -404,7 +433,7 @@ class _Payday:
     rest = [x for x in range(len(texts)) if x not in self._paid]
     self.begin({prompt: texts[prompt] for prompt in rest})
     paid = [self._paid[prompt].result() for prompt in range(len(texts))]
-    return scoring.settle(paid, self._config)
+    return scoring.settle(paid, self._config, gather=self._gather)
 
   def seconds_before(self, time_point: float) -> float:
     """How long completions had been paid by then."""
@@ -418,12 +447,14 @@ class _Payday:
     return paid
 
 
-def _scores(
-  texts: list[list[str]],
-  batch: pipeline.Batch,
-  config: scoring.RewardConfig,
+def scored(
+  policy: policies.Policy, texts: list[list[str]], batch: pipeline.Batch
 ) -> scoring.Scores:
-  """Pays every completion of this process's rows."""
+  """Pays every completion of this process's rows.
+
+  Raises:
+    RewardError: A reward has failed too often, over all processes.
+  """
   return scoring.score(
     [text for group in texts for text in group],
     [
@@ -431,7 +462,8 @@ def _scores(
       for problem, group in zip(batch.problems, texts, strict=True)
       for _ in group
     ],
-    config,
+    policy.config.rewards,
+    gather=functools.partial(sharding.all_rows, policy.mesh),
   )
 
 
@@ -532,8 +564,12 @@ def _reward_statistics(rewards, valid):
   return scalars
 
 
+def _num_skipped(policy: policies.Policy, batch: pipeline.Batch) -> int:
+  return int((~sharding.all_rows(policy.mesh, batch.valid)).sum())
+
+
 def _error_counts(scores: scoring.Scores) -> dict[str, metrics.Scalar]:
-  """Failures of each reward, and of all, on this host's completions."""
+  """Failures of each reward, and of all."""
   counts: dict[str, metrics.Scalar] = {
     f"reward/{name}_errors": count for name, count in scores.errors.items()
   }

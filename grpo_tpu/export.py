@@ -66,15 +66,17 @@ def source(config: run_config.Config, workdir: str) -> str:
   """
   folder, step = f"{workdir}/checkpoints", config.export.step
   saved = checkpoint.steps(folder)
-  if step is None and not saved:
+  if not saved and step is None:
     return policies.resolved_weights(config)
-  if step is not None and step not in saved:
+  if step is None:
+    step = checkpoint.newest_step(folder)
+  elif step not in saved:
     there = ", ".join(map(str, saved)) or "none"
     raise ValueError(
       f"export.step ({step}) must be one of the steps in {folder} ({there}); "
-      "leave it out for the newest."
+      "leave it out for the newest whole one."
     )
-  return f"run:{workdir}@{saved[-1] if step is None else step}"
+  return f"run:{workdir}@{step}"
 
 
 def _folder(workdir: str) -> pathlib.Path:

@@ -162,8 +162,8 @@ class Programs:
     )
     shape = limit.shape
     keys = sampling.row_keys(step_key, prompts.index, shape[1])
-    data = sharding.num_data_shards(self._mesh)
-    number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // data)
+    _, shards = sharding.data_shards(self._mesh)
+    number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
     rows = Rows(
       number=number.reshape(shape),
       ids=jnp.full(shape, tokenizer.PAD, jnp.int32),

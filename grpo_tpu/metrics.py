@@ -11,6 +11,7 @@ no NaN. The file never holds a step twice: a resumed run takes back the steps
 after the checkpoint it starts from.
 """
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -66,6 +67,11 @@ METRICS = (
   Metric("train/clip_fraction_dual", "share", "held by the dual clip"),
   Metric("train/grad_norm", "1", "of all gradients, before clipping"),
   Metric("train/learning_rate", "1", "of this update"),
+  Metric(
+    "train/skipped_updates",
+    "count",
+    "of this step, whose gradient was not finite",
+  ),
   Metric("train/tokens", "tokens", "that the loss is taken over"),
   Metric(
     "train/sampler_logp_difference_mean", "nats", "from the sampler's, absolute"
@@ -85,6 +91,7 @@ METRICS = (
   Metric("rollout/all_wrong_fraction", "share", "of groups all wrong"),
   Metric("rollout/mixed_fraction", "share", "of groups neither"),
   Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
+  Metric("rollout/padded_prompt_length", "tokens", "of the step's bucket"),
   Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
   Metric("rollout/truncated_fraction", "share", "of completions cut off"),
   Metric("rollout/length_penalty", "1", "added to the reward, mean"),
@@ -161,7 +168,31 @@ METRICS = (
   Metric("perf/tokens_per_second", "tokens/s", "completion tokens, whole step"),
   Metric("perf/compile_seconds", "s", "compiling, in this step"),
   Metric("perf/compilations", "count", "programs compiled in this step"),
-  Metric("checkpoint/save_failures", "count", "since this process started"),
+  Metric("perf/slowest_host", "index", "whose own work took longest"),
+  Metric("perf/straggler_seconds", "s", "by which it exceeds the median host"),
+  Metric("perf/write_failures", "count", "since this process started"),
+  # Shares of `perf/run_seconds`, the run's wall time over all its restarts.
+  *(
+    Metric(f"perf/goodput_{phase}", "share", meaning)
+    for phase, meaning in (
+      ("data", "waiting for a batch"),
+      ("rollout", "sampling"),
+      ("reward", "scoring completions"),
+      ("update", "gradients and optimizer"),
+      ("compile", "compiling"),
+      ("evaluate", "evaluating"),
+      ("checkpoint", "held up by a save"),
+      ("restart", "from a process's last step to the next one's first"),
+      ("lost", "steps that a later process did again"),
+      ("other", "none of these"),
+    )
+  ),
+  Metric("perf/run_seconds", "s", "since the run was first started"),
+  Metric("perf/unix_seconds", "s", "since 1970, when the line was written"),
+  # Of this process since it started: these differ between two runs too.
+  Metric("checkpoint/save_failures", "count", "saves that came to nothing"),
+  Metric("checkpoint/refused_not_finite", "count", "of them, of a NaN state"),
+  Metric("checkpoint/quarantined", "count", "damaged ones, moved aside"),
 )
 
 # Where TensorBoard shows a sample: its words and its picture need a tag each.
@@ -179,6 +210,8 @@ _PROGRESS = (
   ("perf/tokens_per_second", "{:.0f} tokens/s"),
 )
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+_SECONDS_BETWEEN_COMPLAINTS = 60.0
+_MAX_WAITING_LINES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +240,9 @@ class Sample:
 
 class Writer:
   """Writes a run's numbers under `workdir`; on hosts but one, nothing.
+
+  Once it is open, no disk that is full and no file that may not be written
+  stops the run: failures are counted, and logged now and then.
 
   Use as a context manager: leaving it waits until all is written.
   """
@@ -357,8 +393,16 @@ class Writer:
       progress_line(step, num_steps, self._scalars, eta_seconds=eta_seconds),
     )
 
+  @property
+  def failures(self) -> int:
+    """How many writes have failed so far, which never stops a run."""
+    if self._events is None:
+      return 0
+    lines = sum(each.failures for each in self._lines.values())
+    return lines + self._events.failures
+
   def flush(self) -> None:
-    """Returns when all is on disk; what went wrong with events is logged."""
+    """Returns when all is on disk that can be written."""
     if self._events is not None:
       self._events.flush()
 
@@ -414,21 +458,54 @@ def sample_text(sample: Sample) -> str:
 
 
 class _JsonLines:
-  """A file of one JSON object a line, each with the step it belongs to."""
+  """A file of one JSON object a line, each with the step it belongs to.
+
+  What cannot be written now waits and is tried again before the next line.
+
+  Attributes:
+    failures: How often something could not be written.
+  """
 
   def __init__(self, path: pathlib.Path, *, resume_step: int | None) -> None:
     _rewind(path, resume_step)
     # Unbuffered: a line is one write, so a kill leaves at most the last torn.
     self._file = path.open("ab", buffering=0)
+    self._size = os.fstat(self._file.fileno()).st_size
+    self._waiting: collections.deque[bytes] = collections.deque(
+      maxlen=_MAX_WAITING_LINES
+    )
+    self.failures = 0
 
   def append(self, row: Mapping[str, Any]) -> None:
     line = json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+    self._waiting.append(line)
+    try:
+      while self._waiting:
+        self._write(self._waiting[0])
+        self._waiting.popleft()
+    except OSError as error:
+      self.failures += 1
+      logging.log_every_n_seconds(
+        logging.WARNING,
+        "%s: %d lines wait to be written: %s",
+        _SECONDS_BETWEEN_COMPLAINTS,
+        self._file.name,
+        len(self._waiting),
+        error,
+      )
+
+  def _write(self, line: bytes) -> None:
+    """Writes a line whole, or raises OSError and leaves none of it for long."""
+    descriptor = self._file.fileno()
+    if os.fstat(descriptor).st_size != self._size:
+      os.ftruncate(descriptor, self._size)  # Part of a line that failed.
     num_written = self._file.write(line)
     if num_written != len(line):
       raise OSError(
-        f"{self._file.name}: only {num_written} of {len(line)} bytes of a line"
-        " could be written; is the disk full?"
+        f"only {num_written} of {len(line)} bytes of a line could be written;"
+        " is the disk full?"
       )
+    self._size += len(line)
 
   def close(self) -> None:
     self._file.close()
@@ -462,6 +539,12 @@ _TEMPLATES = tuple(
   for name, index in _ORDER.items()
   if "{slice}" in name
 )
+
+
+def is_declared(name: str) -> bool:
+  """Whether `METRICS` has a row for it."""
+  is_sliced = any(template.fullmatch(name) for template, _ in _TEMPLATES)
+  return is_sliced or (name in _ORDER and "{" not in name)
 
 
 def _declared(name: str) -> int:

@@ -77,7 +77,7 @@ class Pictures:
 
   def prepare(self, params: dict) -> None:
     """Compiles what encodes, for parameters given as shapes."""
-    shape = self._pixels(sharding.num_data_shards(self._mesh))
+    shape = self._pixels(sharding.data_shards(self._mesh)[1])
     pixels = jax.ShapeDtypeStruct(
       shape, np.uint8, sharding=sharding.batch(self._mesh)
     )
@@ -85,8 +85,7 @@ class Pictures:
 
   def _encoded(self, params: dict, pictures: list[np.ndarray]) -> list:
     """Results for this process's pictures, in order."""
-    _, num_processes = sharding.data_shard(self._mesh)
-    shards = sharding.num_data_shards(self._mesh) // num_processes
+    shards = len(sharding.data_shards(self._mesh)[0])
     at_once = shards * self._per_shard
     # All take part in every call, so they must agree how many there are.
     needed = np.asarray(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
@@ -161,7 +160,7 @@ class _Rollout:
     self._params, self._prompts = params, prompts
     self._settings, self._mesh, self._stops = settings, mesh, stops
     self._programs = generation.Programs(settings, mesh)
-    shards = sharding.num_data_shards(mesh)
+    self._shards, shards = sharding.data_shards(mesh)
     per_shard = prompts.ids.shape[0] // shards
     self._grid = compaction.first_grid(
       shards, per_shard, settings.num_completions
@@ -224,7 +223,7 @@ class _Rollout:
       found = self._stops.cut(ids[at][: length[at]].tolist(), int(known[at]))
       if found is not None:
         cut[at] = found
-    everyones = np.asarray(multihost_utils.process_allgather(cut))
+    everyones = sharding.all_rows(self._mesh, cut)
     self._cut = everyones.reshape(self._cut.shape)
     self._live &= self._cut > self._length
 
@@ -272,10 +271,8 @@ class _Rollout:
 
   def _mine(self, by_shard: np.ndarray) -> np.ndarray:
     """This process's part of `[shards, u, ...]`, shards laid end to end."""
-    index, count = sharding.data_shard(self._mesh)
-    flat = by_shard.reshape(-1, *by_shard.shape[2:])
-    size = len(flat) // count
-    return flat[index * size : (index + 1) * size].copy()
+    mine = by_shard[list(self._shards)]
+    return mine.reshape(-1, *mine.shape[2:])
 
   def _put(self, by_shard: np.ndarray) -> jax.Array:
     """A global array of `[shards, u, ...]`, which every process has whole."""
@@ -336,7 +333,7 @@ def prepare(
     mesh: Where arrays lie.
   """
   programs = generation.Programs(settings, mesh)
-  place, shards = sharding.batch(mesh), sharding.num_data_shards(mesh)
+  place, (_, shards) = sharding.batch(mesh), sharding.data_shards(mesh)
   per_shard = prompts.ids.shape[0] // shards
 
   def array(dtype, bundles, *width):

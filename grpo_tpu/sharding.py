@@ -4,12 +4,14 @@ Mesh axes: `replica` (slices, over the data-centre network), `fsdp` (shards of
 parameters and of the batch), `tensor` (heads and hidden widths).
 """
 
+import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,20 +59,57 @@ RULES = (
 )
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
-  """The device mesh.
+def make_mesh(
+  replica: int,
+  fsdp: int,
+  tensor: int,
+  *,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """The device mesh: neighbours in a slice are neighbours in the mesh.
+
+  Where the devices are of several slices, `replica` alone goes from one to the
+  next, over the data-centre network.
+
+  Args:
+    replica: Copies of the parameters.
+    fsdp: Shards of parameters and of each copy's part of the batch.
+    tensor: Shards of heads and hidden widths.
+    devices: All there are, unless some are given.
 
   Raises:
-    ValueError: The axes do not multiply out to the devices there are.
+    ValueError: The axes do not multiply out to the devices there are, or cannot
+      be laid over their slices.
   """
+  devices = jax.devices() if devices is None else devices
   shape = (replica, fsdp, tensor)
-  if np.prod(shape) != jax.device_count():
+  if np.prod(shape) != len(devices):
     raise ValueError(
       f"mesh.replica * mesh.fsdp * mesh.tensor ({replica} * {fsdp} * {tensor}) "
-      f"must equal the {jax.device_count()} devices there are; set "
-      f"mesh.fsdp={jax.device_count()} to shard over all of them."
+      f"must equal the {len(devices)} devices there are; set "
+      f"mesh.fsdp={len(devices)} to shard over all of them."
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+  # CPU and GPU devices need not say.
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if replica % slices:
+    raise ValueError(
+      f"mesh.replica ({replica}) must be a multiple of the {slices} slices "
+      "there are, for no other axis may span the network between them; set "
+      f"mesh.replica={slices}."
+    )
+  layout = (
+    mesh_utils.create_hybrid_device_mesh(
+      (replica // slices, fsdp, tensor),
+      (slices, 1, 1),
+      devices,
+      allow_split_physical_axes=True,
+    )
+    if slices > 1
+    else mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  )
+  return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -107,21 +146,35 @@ def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
   return P(*axes)
 
 
-def data_shard(mesh: Mesh) -> tuple[int, int]:
-  """Which of how many equal parts of each batch this process reads."""
-  if mesh.shape["tensor"] > 1 and jax.process_count() > 1:
-    per_process = jax.local_device_count()
-    if per_process % mesh.shape["tensor"]:
-      raise ValueError(
-        f"mesh.tensor ({mesh.shape['tensor']}) must divide the {per_process} "
-        "devices of a process, so that each process holds whole rows."
-      )
-  return jax.process_index(), jax.process_count()
+def data_shards(
+  mesh: Mesh, process_index: int | None = None
+) -> tuple[tuple[int, ...], int]:
+  """Which of how many equal parts of each batch a process reads.
+
+  Part `i` lies on the devices at place `i` of the batch axes, and whoever holds
+  one of these reads it: processes that `tensor` spans read the same rows, and
+  the parts of a process need not stand side by side.
+
+  Args:
+    mesh: Of the run.
+    process_index: This process where None.
+  """
+  if process_index is None:
+    process_index = jax.process_index()
+  places = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  mine = [
+    place
+    for place, devices in enumerate(places)
+    if any(device.process_index == process_index for device in devices)
+  ]
+  return tuple(mine), len(places)
 
 
-def num_data_shards(mesh: Mesh) -> int:
-  """Parts that the data axes cut a batch into."""
-  return mesh.shape["replica"] * mesh.shape["fsdp"]
+def rows_of(mesh: Mesh, num_rows: int, process_index: int) -> list[int]:
+  """Which rows of a whole batch a process reads."""
+  shards, count = data_shards(mesh, process_index)
+  size = num_rows // count
+  return [row for i in shards for row in range(i * size, (i + 1) * size)]
 
 
 def batch(mesh: Mesh) -> NamedSharding:
@@ -130,16 +183,44 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Device arrays from this process's rows of each array, batch axis first."""
-  place = batch(mesh)
-  return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(place, rows), tree
-  )
+  """Device arrays from this process's rows of each array, batch axis first.
+
+  The rows are those of `data_shards`, in its order.
+  """
+  place, (shards, count) = batch(mesh), data_shards(mesh)
+
+  def put(rows):
+    rows = np.asarray(rows)
+    size = len(rows) // len(shards)
+
+    def part(index):
+      start = shards.index((index[0].start or 0) // size) * size
+      return rows[start : start + size]
+
+    shape = (size * count, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, place, part)
+
+  return jax.tree.map(put, tree)
 
 
 def local_rows(mesh: Mesh, tree: Any) -> Any:
-  """This process's rows of each array as NumPy, batch axis first."""
-  rows = multihost_utils.global_array_to_host_local_array(tree, mesh, BATCH)
+  """This process's rows of each array as NumPy, as `put_batch` takes them."""
+
+  def rows(x):
+    parts = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([parts[start].data for start in sorted(parts)])
+
+  return jax.tree.map(rows, _laid_out(tree, batch(mesh)))
+
+
+def all_rows(mesh: Mesh, tree: Any) -> Any:
+  """Every process's rows of each array as NumPy, in the order of the batch.
+
+  Args:
+    mesh: Where the batch would lie.
+    tree: This process's rows, as `put_batch` takes them.
+  """
+  rows = _laid_out(put_batch(mesh, tree), replicated(mesh))
   return jax.device_get(rows)
 
 
@@ -151,6 +232,11 @@ def put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
     ),
     tree,
   )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _laid_out(tree, place):
+  return jax.lax.with_sharding_constraint(tree, place)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,15 +23,20 @@ from grpo_tpu import (
   checkpoint,
   compilation,
   dataset,
+  distributed,
+  endings,
   evaluate,
   evaluate_preferences,
   metrics,
   optimizer,
+  preemption,
+  preflight,
   run_card,
   shaping,
   sharding,
   train_state,
   train_step,
+  watchdog,
 )
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
@@ -40,77 +45,183 @@ from grpo_tpu.gemma3 import lora
 
 
 def train(
-  config: run_config.Config, workdir: str, data: dataset.Dataset
+  config: run_config.Config,
+  workdir: str,
+  data: dataset.Dataset,
+  ending: endings.Ending,
 ) -> None:
   """Trains to `train.num_steps`, from the workdir's newest checkpoint if any.
 
   Raises:
     SettingError: A setting that only devices or the workdir can refute.
+    Preempted: This machine will be taken away; all that was done is saved.
+    Exception: Whatever else ended it, on a run of one process; of several, this
+      one ends at once.
   """
+  folder = pathlib.Path(workdir)
   with run_config.refutable():
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     run = _Run(config, workdir, data, mesh)
+  ending.of_run(folder)
   with (
+    watchdog.Watchdog(
+      folder / f"stacks.{jax.process_index()}.txt",
+      seconds=config.distributed.watchdog_seconds,
+      start_seconds=config.distributed.watchdog_start_seconds,
+      report=ending.stuck,
+    ) as watch,
     jax.set_mesh(mesh),
     checkpoint.Checkpoints(
-      pathlib.Path(workdir) / "checkpoints",
-      every_steps=config.checkpoint.every_steps,
-      keep=config.checkpoint.keep,
+      folder / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
     with run_config.refutable():
       state, start = run.restored_or_new(checkpoints)
+      preflight.check(
+        "restored",
+        {"checkpoint": {"step": start, "position": int(state.position)}},
+        timeout_seconds=config.distributed.preflight_timeout_seconds,
+      )
       batches = run.batches(int(state.position))
     # Not before: a run that was refused has not started.
     run.write_card()
+    if start is not None:
+      ending.clock.carry_on(folder / "metrics.jsonl", start)
     with metrics.Writer(
       workdir, is_writer=jax.process_index() == 0, resume_step=start
     ) as writer:
       writer.write_config(config.to_dict())
-      if start is None:
-        writer.write(0, run.evaluated(state, 0, writer))
-        writer.progress(config.train.num_steps)
-        checkpoints.save(0, state, run.checkpoint_meta, force=True)
-      _loop(run, state, start or 0, batches, writer, checkpoints)
+      loop = _Loop(run, writer, checkpoints, watch, ending)
+      with ending.at_once_if_others_wait():
+        run.compile_ahead(state)
+        if start is None:
+          loop.begin(state)
+        loop.go_on(state, start or 0, batches)
+  ending.done()
 
 
-def _loop(
-  run: "_Run",
-  state: train_state.TrainState,
-  start: int,
-  batches: Iterator[pipeline.Batch],
-  writer: metrics.Writer,
-  checkpoints: checkpoint.Checkpoints,
-) -> None:
-  num_steps = run.config.train.num_steps
-  if start >= num_steps:
-    logging.info("Nothing left to do: step %d of %d.", start, num_steps)
-    return
-  compilations = compilation.Counter()
-  # Labelled completions are far from the policy as soon as it learns from them.
-  is_preference = run.config.data.kind == "preference"
-  watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
-  for step in range(start + 1, num_steps + 1):
-    started = time.perf_counter()
-    experience = run.experience(state, batches, step)
-    prepared = time.perf_counter()
-    state, scalars = run.updated(state, experience, step)
-    done = time.perf_counter()
-    scalars |= experience.scalars
-    scalars |= {
-      "perf/update_seconds": done - prepared,
-      "perf/step_seconds": done - started,
-      "perf/tokens_per_second": float(scalars["train/tokens"])
-      / (done - started),
-    }
-    scalars |= run.evaluated(state, step, writer)
-    scalars = jax.device_get(scalars)
-    if jax.process_index() == 0:
-      watch.check(step, scalars)
-    writer.write_samples(step, experience.samples, split="train")
-    writer.write(step, scalars | compilations.scalars())
-    writer.progress(num_steps)
-    checkpoints.save(step, state, run.checkpoint_meta, force=step == num_steps)
+class _Loop:
+  """The steps of a run, and what watches over them."""
+
+  def __init__(
+    self,
+    run: "_Run",
+    writer: metrics.Writer,
+    checkpoints: checkpoint.Checkpoints,
+    watch: watchdog.Watchdog,
+    ending: endings.Ending,
+  ):
+    self._run, self._config = run, run.config
+    self._writer, self._checkpoints = writer, checkpoints
+    self._watch, self._ending, self._clock = watch, ending, ending.clock
+    self._poll = preemption.Poll(on_poll=watch.mark)
+    self._skipped_in_a_row = 0
+
+  def begin(self, state: train_state.TrainState) -> None:
+    """What there is to say and to save before the first step."""
+    self._clock.begin()
+    scalars = self._evaluated(state, 0)
+    self._writer.write(0, scalars | self._clock.scalars())
+    self._writer.progress(self._config.train.num_steps)
+    self._save(0, state, force=True)
+
+  def go_on(
+    self,
+    state: train_state.TrainState,
+    start: int,
+    batches: Iterator[pipeline.Batch],
+  ) -> None:
+    """The steps after `start`."""
+    num_steps = self._config.train.num_steps
+    self._ending.step = start
+    if start >= num_steps:
+      logging.info("Nothing left to do: step %d of %d.", start, num_steps)
+      return
+    self._clock.begin()
+    compilations = compilation.Counter()
+    # Labelled completions are far from the policy as soon as it learns from
+    # them.
+    is_preference = self._config.data.kind == "preference"
+    watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
+    for step in range(start + 1, num_steps + 1):
+      started = time.perf_counter()
+      try:
+        self._poll()
+        with self._clock.phase("rollout"):
+          experience = self._run.experience(state, batches, step)
+      except preemption.Preempted:
+        self._save(step - 1, state, force=True)
+        raise
+      self._clock.move("rollout", "data", experience.seconds("data"))
+      self._clock.move("rollout", "reward", experience.seconds("reward"))
+      prepared = time.perf_counter()
+      with self._clock.phase("update"):
+        state, scalars = self._run.updated(state, experience, step)
+      done = time.perf_counter()
+      scalars |= experience.scalars
+      scalars |= {
+        "perf/update_seconds": done - prepared,
+        "perf/step_seconds": done - started,
+        "perf/tokens_per_second": float(scalars["train/tokens"])
+        / (done - started),
+      }
+      self._give_up_if_skipped_too_often(step, scalars)
+      scalars |= self._evaluated(state, step)
+      scalars |= distributed.straggler(self._clock.alone_seconds())
+      scalars |= compilations.scalars() | self._clock.scalars()
+      scalars = jax.device_get(scalars)
+      if jax.process_index() == 0:
+        watch.check(step, scalars)
+      self._writer.write_samples(step, experience.samples, split="train")
+      self._writer.write(
+        step, scalars | {"perf/write_failures": self._writer.failures}
+      )
+      self._writer.progress(num_steps)
+      self._ending.step = step
+      self._watch.started()
+      self._save(step, state, force=step == num_steps)
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.wait()
+
+  def _give_up_if_skipped_too_often(
+    self, step: int, scalars: metrics.Scalars
+  ) -> None:
+    count = int(scalars["train/skipped_updates"])
+    if not count:
+      self._skipped_in_a_row = 0
+      return
+    self._ending.skipped_updates += count
+    self._skipped_in_a_row += count
+    limit = self._config.train.max_skipped_updates
+    logging.warning(
+      "Step %d skipped %d updates, whose gradients were not finite: %d in a row"
+      " of the %d that train.max_skipped_updates allows.",
+      step,
+      count,
+      self._skipped_in_a_row,
+      limit,
+    )
+    if self._skipped_in_a_row >= limit:
+      raise FloatingPointError(
+        f"{self._skipped_in_a_row} updates in a row had gradients that were not"
+        f" finite, up to step {step}, and train.max_skipped_updates ({limit})"
+        " allows no more. The state is as it was before them: lower"
+        " optimizer.learning_rate, or look at the samples of these steps."
+      )
+
+  def _evaluated(
+    self, state: train_state.TrainState, step: int
+  ) -> metrics.Scalars:
+    with self._clock.phase("evaluate"):
+      return self._run.evaluated(state, step, self._writer)
+
+  def _save(
+    self, step: int, state: train_state.TrainState, *, force: bool
+  ) -> None:
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.save(
+        step, state, self._run.checkpoint_meta, force=force
+      )
 
 
 class _Run:
@@ -143,22 +254,34 @@ class _Run:
     )
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     is_online = config.data.kind == "online"
-    self._update = train_step.make_train_step(
-      self.policy.model,
-      self._tx,
-      config=None
-      if config.data.kind == "demonstrations"
-      else config.objective_config,
-      entropy_bonus=config.shaping.entropy_bonus,
-      sampler_correction=config.shaping.sampler_correction,
-      num_microbatches=config.num_microbatches,
-      lora=config.lora,
+    model, num_microbatches = self.policy.model, config.num_microbatches
+    self._scoring = compilation.Ahead(
+      jax.jit(
+        lambda params, bundles: train_step.score(
+          model, params, bundles, num_microbatches=num_microbatches
+        )
+      )
     )
-    shard_index, shard_count = sharding.data_shard(mesh)
-    self._shard = {"shard_index": shard_index, "shard_count": shard_count}
-    self._eval_batches = data.eval_batches(self.config, **self._shard)
+    # Of the batches to come, until what they need is compiled.
+    self._shapes: set[tuple[int, int]] = set()
+    self._update = compilation.Ahead(
+      train_step.make_train_step(
+        self.policy.model,
+        self._tx,
+        config=None
+        if config.data.kind == "demonstrations"
+        else config.objective_config,
+        entropy_bonus=config.shaping.entropy_bonus,
+        sampler_correction=config.shaping.sampler_correction,
+        num_microbatches=config.num_microbatches,
+        lora=config.lora,
+      )
+    )
+    shards, shard_count = sharding.data_shards(mesh)
+    self._shards = {"shards": shards, "shard_count": shard_count}
+    self._eval_batches = data.eval_batches(self.config, **self._shards)
     self._preference_batches = (
-      data.preference_batches(self.config, **self._shard)
+      data.preference_batches(self.config, **self._shards)
       if config.data.kind == "preference"
       else None
     )
@@ -199,8 +322,7 @@ class _Run:
     """The newest state and its step; a new one and None if there is none."""
     restored = checkpoints.restore(self._abstract_state())
     if restored:
-      state, _ = restored
-      return state, int(state.step)
+      return restored.state, restored.step
     abstract = self._abstract_state()
     lora_config = self.config.lora
     params = (
@@ -243,9 +365,54 @@ class _Run:
 
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
-    return self.data.train_batches(
-      self.config, start_step=position, **self._shard
+    batches = self.data.train_batches(
+      self.config, start_step=position, **self._shards
     )
+    shaping_config, num_steps = self.config.shaping, self.config.train.num_steps
+    if shaping_config.zero_variance == "resample":
+      num_steps *= shaping_config.max_batches
+    self._shapes = batches.shapes(max(num_steps - position, 1))
+    return batches
+
+  def compile_ahead(self, state: train_state.TrainState) -> None:
+    """Compiles what samples, for every shape of prompts that is to come.
+
+    An update is compiled for those that the first one has not, after it.
+    """
+    params, config = self._params(state), self.config
+    if config.data.kind == "online":
+      self.policy.prepare_sampling(
+        params,
+        self._shapes,
+        num_prompts=config.data.prompts_per_step,
+        num_completions=config.rollout.num_generations,
+        temperature=config.rollout.temperature,
+      )
+    if config.eval.every_steps:
+      self.policy.prepare_sampling(
+        params,
+        self._eval_batches.shapes(),
+        num_prompts=config.eval.batch_size,
+        num_completions=1,
+        temperature=0.0,
+      )
+
+  def _prepare(
+    self,
+    program: compilation.Ahead,
+    first: Any,
+    bundles: train_step.Bundles,
+    *rest: Any,
+  ) -> None:
+    """Compiles what runs on bundles like these, for all shapes to come."""
+    ids, images = bundles.prompt_ids, bundles.images
+    for width, slots in sorted(
+      self._shapes - {(ids.shape[1], images.shape[1])}
+    ):
+      other = _abstract(bundles).replace(
+        prompt_ids=_resized(ids, width), images=_resized(images, slots)
+      )
+      program.prepare(_abstract(first), other, *_abstract(rest))
 
   def experience(
     self,
@@ -280,9 +447,14 @@ class _Run:
     scalars: dict[str, metrics.Scalar] = {
       "train/learning_rate": jnp.asarray(self._schedule(first_update))
     }
+    skipped = jnp.zeros(())
     for _ in range(self.config.train.num_iterations):
       state, update = self._update(state, bundles, self._frozen)
+      self._prepare(self._update, state, bundles, self._frozen)
+      skipped += update["skipped_updates"]
       scalars |= {f"train/{name}": value for name, value in update.items()}
+    self._shapes = set()  # The first step has prepared all there are.
+    scalars["train/skipped_updates"] = skipped
     state = state.replace(
       step=state.step + 1, position=state.position + experience.num_batches
     )
@@ -318,12 +490,9 @@ class _Run:
   def _score(
     self, params: dict, bundles: train_step.Bundles
   ) -> tuple[jax.Array, jax.Array]:
-    return train_step.score(
-      self.policy.model,
-      params,
-      bundles,
-      num_microbatches=self.config.num_microbatches,
-    )
+    scored = self._scoring(params, bundles)
+    self._prepare(self._scoring, params, bundles)
+    return scored
 
   def evaluated(
     self, state: train_state.TrainState, step: int, writer: metrics.Writer
@@ -352,6 +521,22 @@ class _Run:
         self._preference_batches,
       )
     return scalars | {"perf/eval_seconds": time.perf_counter() - start}
+
+
+def _abstract(tree: Any) -> Any:
+  """The shapes and places of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding if x.committed else None
+    ),
+    tree,
+  )
+
+
+def _resized(x: jax.Array, width: int) -> Any:
+  """The shape and place of an array, its second axis another."""
+  shape = (x.shape[0], width, *x.shape[2:])
+  return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("share",))

@@ -166,8 +166,9 @@ def make_train_step(
   Returns:
     The update of a state on bundles; where the state holds adapters, the frozen
     parameters are its third argument. It leaves `state.step` to its caller,
-    which may call it several times on one batch. Its metrics have the names of
-    `metrics`, without group.
+    which may call it several times on one batch. A gradient that is not finite
+    changes nothing of the state. Its metrics have the names of `metrics`,
+    without group.
   """
 
   def loss(trained, frozen, micro, totals):
@@ -251,12 +252,21 @@ def make_train_step(
       metrics["effective_sample_share"] = jnp.where(
         squared > 0, jnp.square(metrics["ratio"]) / squared, 1.0
       )
+    grad_norm = optax.tree.norm(gradient)
+    # Of the sum over all devices, so that all of them decide alike.
+    is_finite = jnp.isfinite(grad_norm)
     metrics |= maxima | {
       "loss": value,
-      "grad_norm": optax.tree.norm(gradient),
+      "grad_norm": grad_norm,
       "tokens": mask.sum(dtype=jnp.float32),
+      "skipped_updates": 1.0 - is_finite.astype(jnp.float32),
     }
     params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(is_finite, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
     return state.replace(params=params, opt_state=opt_state), metrics
 
   return train_step

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -39,4 +40,13 @@ def peers_python() -> str:
   )
   if not pathlib.Path(python).is_file():
     pytest.skip(f"no {python}; run benchmarks/setup_peers.sh")
+  code = (
+    "from importlib.util import find_spec\n"
+    "wanted = 'torch', 'transformers', 'peft', 'gguf'\n"
+    "print(*(name for name in wanted if not find_spec(name)))"
+  )
+  ran = subprocess.run([python, "-c", code], capture_output=True, text=True)
+  if ran.returncode or ran.stdout.strip():
+    lacks = ran.stdout.strip() or ran.stderr
+    pytest.skip(f"{python} lacks {lacks}; run benchmarks/setup_peers.sh")
   return python

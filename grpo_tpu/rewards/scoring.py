@@ -171,23 +171,21 @@ class Scores:
       `RewardConfig.weights`; 0 for a heuristic that is gated away, and where
       the component failed.
     failed: Name to bool [N], where the component failed.
+    errors: Name to the number of rows on which the component failed, those of
+      other processes included.
     answers: The answer read from each completion, or None.
   """
 
   total: np.ndarray
   components: dict[str, np.ndarray]
   failed: dict[str, np.ndarray]
+  errors: dict[str, int]
   answers: list[str | None]
 
   @property
   def valid(self) -> np.ndarray:
     """bool [N]. False where a component failed: the row must be left out."""
     return ~np.any(list(self.failed.values()), axis=0)
-
-  @property
-  def errors(self) -> dict[str, int]:
-    """Name to the number of rows on which the component failed."""
-    return {name: int(failed.sum()) for name, failed in self.failed.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +234,8 @@ def score(
   completions: Sequence[str],
   problems: Sequence[records.Problem],
   config: RewardConfig,
+  *,
+  gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
   """Every reward of every completion of the problem beside it.
 
@@ -243,15 +243,19 @@ def score(
     completions: Decoded text, without the end of turn.
     problems: What each of them answers.
     config: The weights.
+    gather: Gives the rows of all processes for those of this one, the same in
+      each: so they count the same failures, and end together.
 
   Returns:
     The scores, row by row; no completion raises.
 
   Raises:
-    RewardError: A reward has failed too often, here and in earlier calls.
+    RewardError: A reward has failed too often, here and in earlier calls, on
+      all processes together.
     RuntimeError: A worker cannot be started.
   """
-  return settle([pay(completions, problems, config)], config)
+  paid = pay(completions, problems, config)
+  return settle([paid], config, gather=gather)
 
 
 def pay(
@@ -288,19 +292,26 @@ def pay(
   return Paid(problems, answers, values, faults)
 
 
-def settle(paid: Sequence[Paid], config: RewardConfig) -> Scores:
+def settle(
+  paid: Sequence[Paid],
+  config: RewardConfig,
+  *,
+  gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Scores:
   """The scores of all these rows, whose failures count in this order.
 
   Raises:
     RewardError: As `score` does.
   """
   session, names = _session(config), list(config.weights)
-  for component, name in enumerate(names):
-    for part in paid:
-      for row, problem in enumerate(part.problems):
-        session.judge(name, problem, part.faults.get((component, row)))
+  for part in paid:
+    for (component, row), fault in part.faults.items():
+      session.log(names[component], part.problems[row], fault)
   values = np.concatenate([part.values for part in paid], axis=1)
   failed = np.concatenate([part.failed for part in paid], axis=1)
+  everywhere = dict(zip(names, gather(failed.T).T, strict=True))
+  for name, rows in everywhere.items():
+    session.judge(name, rows)
   total = np.zeros(values.shape[1], np.float32)
   # Row by row, so that a total does not depend on the rows beside it.
   for weight, component in zip(config.weights.values(), values, strict=True):
@@ -309,6 +320,7 @@ def settle(paid: Sequence[Paid], config: RewardConfig) -> Scores:
     total=np.where(failed.any(axis=0), np.float32(0), total),
     components=dict(zip(names, values, strict=True)),
     failed=dict(zip(names, failed, strict=True)),
+    errors={name: int(rows.sum()) for name, rows in everywhere.items()},
     answers=[answer for part in paid for answer in part.answers],
   )
 
@@ -342,37 +354,37 @@ class _Session:
     }
     self._num_failed = dict.fromkeys(config.weights, 0)
     self._num_logged = dict.fromkeys(config.weights, 0)
+    self._last = dict.fromkeys(config.weights, "see the other hosts' logs")
 
-  def judge(
-    self, name: str, problem: records.Problem, fault: str | None
-  ) -> None:
-    """Counts one row of one reward, in the order of the rows.
-
-    Raises:
-      RewardError: That was one failure too many.
-    """
-    recent = self._recent[name]
-    if len(recent) == recent.maxlen:
-      self._num_failed[name] -= recent[0]
-    recent.append(fault is not None)
-    if fault is None:
-      return
-    self._num_failed[name] += 1
-    # Says so a few times; `Scores.errors` counts the rest.
+  def log(self, name: str, problem: records.Problem, fault: str) -> None:
+    """Says so a few times; `Scores.errors` counts the rest."""
+    self._last[name] = f"last on one of problem {problem.pid}: {fault}"
     self._num_logged[name] += 1
     if self._num_logged[name] <= _MOST_LOGGED:
       message = "Reward %s failed on a completion of %s: %s"
       logging.warning(message, name, problem.pid, fault)
+
+  def judge(self, name: str, failed: np.ndarray) -> None:
+    """Counts the rows of one reward, in their order.
+
+    Raises:
+      RewardError: One of them was one failure too many.
+    """
+    recent = self._recent[name]
     limit = self._config.max_error_fraction * self._config.error_window
-    if self._num_failed[name] > limit:
-      raise RewardError(
-        f"reward {name} failed on {self._num_failed[name]} of the last "
-        f"{len(recent)} completions, and rewards.max_error_fraction "
-        f"({self._config.max_error_fraction:g}) allows {limit:g} of "
-        f"{self._config.error_window}; last on one of problem {problem.pid}: "
-        f"{fault}. Mend the reward; if it is only slow, raise "
-        "rewards.timeout_seconds."
-      )
+    for has_failed in failed.tolist():
+      if len(recent) == recent.maxlen:
+        self._num_failed[name] -= recent[0]
+      recent.append(has_failed)
+      self._num_failed[name] += has_failed
+      if has_failed and self._num_failed[name] > limit:
+        raise RewardError(
+          f"reward {name} failed on {self._num_failed[name]} of the last "
+          f"{len(recent)} completions, and rewards.max_error_fraction "
+          f"({self._config.max_error_fraction:g}) allows {limit:g} of "
+          f"{self._config.error_window}; {self._last[name]}. Mend the reward; "
+          "if it is only slow, raise rewards.timeout_seconds."
+        )
 
 
 _MOST_LOGGED = 10

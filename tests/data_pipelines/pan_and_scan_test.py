@@ -63,7 +63,7 @@ SHARED = dict(
   image_size=IMAGE_SIZE,
   soft_tokens=SOFT_TOKENS,
   num_images=1,
-  shard_index=0,
+  shards=(0,),
   shard_count=1,
   pan_and_scan=SETTINGS,
 )
@@ -122,7 +122,7 @@ def test_a_row_shows_its_picture_then_its_crops_then_nothing(tokenizer):
 
 def test_every_shard_has_the_slots_of_the_whole_step(tokenizer):
   shards = [
-    batches(tokenizer, shard_index=index, shard_count=2) for index in range(2)
+    batches(tokenizer, shards=(index,), shard_count=2) for index in range(2)
   ]
   for whole, *parts in zip(batches(tokenizer), *shards, strict=True):
     for name in ("images", "prompt_ids", "prompt_length"):

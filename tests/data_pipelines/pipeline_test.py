@@ -87,7 +87,7 @@ def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
-    shard_index=0,
+    shards=(0,),
     shard_count=1,
     start_step=0,
   )
@@ -103,7 +103,7 @@ def eval_batches(tokenizer, source=PROBLEMS, **changes):
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
-    shard_index=0,
+    shards=(0,),
     shard_count=1,
   )
   return pipeline.make_eval_batches(source, tokenizer, **settings | changes)
@@ -135,7 +135,7 @@ def test_shards_together_hold_the_rows_of_one_shard(
 ):
   alone = batches(tokenizer, kind=kind)
   shards = [
-    batches(tokenizer, kind=kind, shard_index=index, shard_count=shard_count)
+    batches(tokenizer, kind=kind, shards=(index,), shard_count=shard_count)
     for index in range(shard_count)
   ]
   for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
@@ -170,7 +170,7 @@ def test_worker_processes_give_the_batches_of_none(
   """From the files of a data dir, for a shard of two, started at step 3."""
   mathvista.write({"train": PROBLEMS}, tmp_path)
   source = mathvista.source(tmp_path, "train")
-  place = dict(kind="preference", shard_index=1, shard_count=2)
+  place = dict(kind="preference", shards=(1,), shard_count=2)
   unbroken = batches(tokenizer, source, **place)
   found = batches(
     tokenizer, source, **place, start_step=3, steps=5, worker_processes=2
@@ -182,9 +182,7 @@ def test_worker_processes_give_the_batches_of_none(
 def test_a_restart_may_change_the_number_of_shards(tokenizer):
   unbroken = batches(tokenizer)[5]
   shards = [
-    batches(tokenizer, start_step=5, steps=1, shard_index=index, shard_count=2)[
-      0
-    ]
+    batches(tokenizer, start_step=5, steps=1, shards=(index,), shard_count=2)[0]
     for index in range(2)
   ]
   assert_same(unbroken, joined(shards))
@@ -360,7 +358,7 @@ def test_a_bad_record_looks_the_same_to_every_shard(tokenizer):
   source = FailingSource(PROBLEMS, unreadable={0, 1, 2, 3})
   whole = batches(tokenizer, source)
   halves = [
-    batches(tokenizer, source, shard_index=index, shard_count=2)
+    batches(tokenizer, source, shards=(index,), shard_count=2)
     for index in range(2)
   ]
   for batch, parts in zip(whole, zip(*halves, strict=True), strict=True):
@@ -501,7 +499,7 @@ def test_shuffled_shards_together_hold_the_rows_of_one(tokenizer, kind):
       kind=kind,
       steps=3,
       start_step=5,
-      shard_index=index,
+      shards=(index,),
       shard_count=2,
       **SHUFFLED,
     )
@@ -625,7 +623,7 @@ def test_evaluation_can_be_gone_through_again(tokenizer, replies):
 @pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])
 def test_evaluation_shards_together_hold_every_row(tokenizer, replies):
   shards = [
-    eval_batches(tokenizer, shard_index=index, shard_count=2, **replies)
+    eval_batches(tokenizer, shards=(index,), shard_count=2, **replies)
     for index in range(2)
   ]
   alone = eval_batches(tokenizer, **replies)
@@ -686,7 +684,7 @@ def test_evaluation_takes_problems_without_answers_and_training_does_not(
     (dict(prompt_buckets=(8,)), "must ascend to at least"),
     (dict(prompt_buckets=()), "must ascend to at least"),
     (dict(num_images=2), r"num_images \(2\) must be 0 or 1"),
-    (dict(shard_index=1), r"shard_index \(1\) must"),
+    (dict(shards=(1,)), r"shards \(\(1,\)\) must"),
     (dict(prompt_buckets=(24,)), "none of the 13 records"),
     (dict(kind="demonstrations", max_new_tokens=4), "none of the 13 records"),
   ],

@@ -1,6 +1,6 @@
 """Pictures and prompts as transformers' Gemma3Processor makes them.
 
-Run by a Python that has transformers, `$GRPO_TPU_PEERS_PYTHON`:
+Run by the Python of the peers' venv:
 `python transformers_pictures.py IN.npz OUT.npz`. IN holds `file_0`, `file_1`,
 ... (encoded pictures), `size_0`, ... and the rows of `pan_and_scan`: enabled,
 minimal size, most crops, minimal ratio. OUT holds, of row r and picture i,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 import pathlib
 import subprocess
 
@@ -58,11 +57,8 @@ def pictures(fixtures):
 
 
 @pytest.fixture(scope="module")
-def theirs(pictures, tmp_path_factory):
+def theirs(pictures, peers_python, tmp_path_factory):
   """Pixel values, and the text of images, by setting and picture."""
-  python = os.environ.get("GRPO_TPU_PEERS_PYTHON", "")
-  if not pathlib.Path(python).is_file():
-    pytest.skip("GRPO_TPU_PEERS_PYTHON names no Python that has transformers")
   given = {"pan_and_scan": np.array([*map(dataclasses.astuple, SETTINGS)])}
   for i, data in enumerate(pictures):
     given[f"file_{i}"] = np.frombuffer(data, np.uint8)
@@ -70,7 +66,7 @@ def theirs(pictures, tmp_path_factory):
   folder = tmp_path_factory.mktemp("peers")
   np.savez(folder / "given.npz", **given)
   ran = subprocess.run(
-    [python, SCRIPT, folder / "given.npz", folder / "found.npz"],
+    [peers_python, SCRIPT, folder / "given.npz", folder / "found.npz"],
     capture_output=True,
     text=True,
   )

@@ -2,10 +2,6 @@
 
 import contextlib
 import resource
-import signal
-import subprocess
-import sys
-import textwrap
 
 import flax.struct
 import jax
@@ -16,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_tpu import checkpoint
+from tests.grpo_tpu import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
 
@@ -67,12 +64,17 @@ def assert_trees_equal(tree, expected):
     np.testing.assert_array_equal(leaf, other)
 
 
-def open_checkpoints(path, *, every_steps=1, keep=5):
-  return checkpoint.Checkpoints(path, every_steps=every_steps, keep=keep)
+def names(path):
+  """Of the checkpoints there, each of which has its manifest beside it."""
+  names = sorted(each.name for each in path.iterdir() if each.name != "lock")
+  manifests = [name for name in names if name.endswith(".json")]
+  folders = [name for name in names if not name.endswith(".json")]
+  assert manifests == [f"{name}.manifest.json" for name in folders]
+  return folders
 
 
 def save_one(path, state, step=1):
-  with open_checkpoints(path) as checkpoints:
+  with checkpointing.opened(path) as checkpoints:
     assert checkpoints.save(step, state, META)
 
 
@@ -94,11 +96,12 @@ def files_no_larger_than(num_bytes):
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
   state = make_state(jax.make_mesh((4, 2), ("fsdp", "tensor")))
   save_one(tmp_path, state)
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     restored = checkpoints.restore(state)
   assert restored is not None
-  assert_trees_equal(restored[0], state)
-  assert restored[1] == META
+  assert_trees_equal(restored.state, state)
+  assert (restored.step, restored.meta) == (1, META)
+  assert restored.unfinished is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (8, 1)])
@@ -114,64 +117,59 @@ def test_a_state_is_restored_onto_another_mesh(tmp_path, shape):
     ),
     expected,
   )
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     restored = checkpoints.restore(abstract)
   assert restored is not None
-  assert_trees_equal(restored[0], expected)
+  assert_trees_equal(restored.state, expected)
 
 
 def test_an_empty_directory_restores_nothing(tmp_path):
-  with open_checkpoints(tmp_path / "new") as checkpoints:
-    assert checkpoints.latest_step() is None
+  with checkpointing.opened(tmp_path / "new") as checkpoints:
     assert checkpoints.restore(make_state()) is None
 
 
-def test_the_newest_step_is_restored_unless_one_is_named(tmp_path):
-  with open_checkpoints(tmp_path) as checkpoints:
+def test_the_newest_step_is_restored(tmp_path):
+  with checkpointing.opened(tmp_path) as checkpoints:
     for step in (1, 2, 10):
       checkpoints.save(step, make_state(seed=step), {"is": step})
     newest = checkpoints.restore(make_state())
-    named = checkpoints.restore(make_state(), step=2)
-    with pytest.raises(ValueError, match="no checkpoint of step 3 .* 1, 2, 10"):
-      checkpoints.restore(make_state(), step=3)
-  assert newest is not None and named is not None
-  assert_trees_equal(newest[0], make_state(seed=10))
-  assert_trees_equal(named[0], make_state(seed=2))
-  assert (newest[1], named[1]) == ({"is": 10}, {"is": 2})
+  assert newest is not None
+  assert_trees_equal(newest.state, make_state(seed=10))
+  assert (newest.step, newest.meta) == (10, {"is": 10})
 
 
 def test_only_due_and_forced_steps_are_saved(tmp_path):
   state = make_state()
-  with open_checkpoints(tmp_path, every_steps=3) as checkpoints:
+  with checkpointing.opened(tmp_path, every_steps=3) as checkpoints:
     saved = [step for step in range(1, 8) if checkpoints.save(step, state, {})]
     assert saved == [3, 6]
     assert checkpoints.save(8, state, {}, force=True)
-    assert checkpoints.latest_step() == 8
+  assert checkpoint.steps(tmp_path) == [3, 6, 8]
 
 
 def test_a_step_saved_already_is_left_alone(tmp_path):
-  with open_checkpoints(tmp_path, every_steps=2) as checkpoints:
+  with checkpointing.opened(tmp_path, every_steps=2) as checkpoints:
     assert checkpoints.save(2, make_state(seed=1), META)
     assert not checkpoints.save(2, make_state(seed=2), META, force=True)
     restored = checkpoints.restore(make_state())
   assert restored is not None
-  assert_trees_equal(restored[0], make_state(seed=1))
+  assert_trees_equal(restored.state, make_state(seed=1))
 
 
 @pytest.mark.parametrize("force", [True, False])
 def test_a_step_older_than_the_newest_is_refused(tmp_path, force):
   save_one(tmp_path, make_state(), step=4)
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=r"step 3 .* newest checkpoint \(4\)"):
       checkpoints.save(3, make_state(), META, force=force)
-    assert checkpoints.latest_step() == 4
+  assert checkpoint.steps(tmp_path) == [4]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-  with open_checkpoints(tmp_path, keep=2) as checkpoints:
+  with checkpointing.opened(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 3, 4):
       checkpoints.save(step, make_state(), META)
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004"]
+  assert names(tmp_path) == ["00000003", "00000004"]
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -180,14 +178,14 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
   overwrite = jax.jit(
     lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0
   )
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     checkpoints.save(1, state, META)
     params = overwrite(state.params)
     for _ in range(5):
       params = overwrite(params)
     restored = checkpoints.restore(expected)
   assert restored is not None
-  assert_trees_equal(restored[0], expected)
+  assert_trees_equal(restored.state, expected)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +216,14 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 )
 def test_a_leaf_that_differs_is_named(tmp_path, wanted, complaint):
   save_one(tmp_path, make_state())
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=complaint):
       checkpoints.restore(wanted())
 
 
 def test_a_long_list_of_differing_leaves_is_cut(tmp_path):
   save_one(tmp_path, {"w": jnp.zeros(2)})
-  with open_checkpoints(tmp_path) as checkpoints:
+  with checkpointing.opened(tmp_path) as checkpoints:
     with pytest.raises(ValueError) as error:
       checkpoints.restore([jnp.zeros(2)] * 30)
   assert str(error.value).count("wanted float32[2]") == 10
@@ -256,94 +254,5 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
     checkpoint.restore_params(
       tmp_path, None, {"attention": make_state().params["attention"]}
     )
-  with pytest.raises(ValueError, match="no checkpoint in .*elsewhere"):
+  with pytest.raises(ValueError, match="no checkpoint in .*elsewhere is whole"):
     checkpoint.restore_params(tmp_path / "elsewhere", None, wanted)
-
-
-def test_a_process_killed_in_the_middle_of_a_save_leaves_the_older_step(
-  tmp_path,
-):
-  program = """
-    import os, signal, sys
-    import jax.numpy as jnp
-    from grpo_tpu import checkpoint
-    with checkpoint.Checkpoints(sys.argv[1], every_steps=1, keep=2) as it:
-      it.save(1, {"w": jnp.arange(1 << 20)}, {"is": 1})
-      it.wait()
-      it.save(2, {"w": jnp.arange(1 << 26)}, {"is": 2})
-      os.kill(os.getpid(), signal.SIGKILL)
-  """
-  process = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
-    timeout=120,
-    check=False,
-  )
-  assert process.returncode == -signal.SIGKILL
-  assert [p for p in tmp_path.iterdir() if p.name.startswith("00000002.")]
-  expected = {"w": jnp.arange(1 << 20)}
-  with open_checkpoints(tmp_path) as checkpoints:
-    restored = checkpoints.restore(expected)
-    assert restored is not None and restored[1] == {"is": 1}
-    assert_trees_equal(restored[0], expected)
-    assert checkpoints.save(3, expected, {})
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "00000003"]
-
-
-def test_one_failed_save_is_counted_and_the_next_one_stands_in(tmp_path):
-  state = large_state()
-  with open_checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state, META)
-    checkpoints.wait()
-    with files_no_larger_than(4096):
-      assert checkpoints.save(2, state, META)
-      assert checkpoints.save(3, state, META)  # Meets the failure of step 2.
-      assert checkpoints.failures == 1
-      with pytest.raises(Exception, match="writing"):
-        checkpoints.save(4, state, META)
-    assert checkpoints.failures == 2
-    assert checkpoints.latest_step() == 1
-    for step in (5, 6):
-      assert checkpoints.save(step, state, META)
-    assert checkpoints.latest_step() == 6
-    assert checkpoints.failures == 2
-
-
-def test_a_success_between_two_failures_forgives_the_first(tmp_path):
-  small, large = {"w": jnp.zeros(4)}, large_state()
-  with files_no_larger_than(1 << 16):
-    with open_checkpoints(tmp_path) as checkpoints:
-      for step, state in enumerate((large, small, large, small), start=1):
-        assert checkpoints.save(step, state, META)
-      assert checkpoints.latest_step() == 4
-  assert checkpoints.failures == 2
-
-
-def test_a_step_that_was_not_saved_is_never_the_latest(tmp_path):
-  with files_no_larger_than(4096), open_checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.save(1, large_state(), META)
-    with pytest.raises(Exception, match="writing"):
-      checkpoints.latest_step()
-    assert checkpoints.latest_step() is None
-
-
-def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):
-  small = {"w": jnp.zeros(4)}
-  steps = ((1, small), (2, small), (3, large_state()), (4, small))
-  with files_no_larger_than(1 << 16):
-    with open_checkpoints(tmp_path, keep=2) as checkpoints:
-      for step, state in steps:
-        assert checkpoints.save(step, state, META)
-  names = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
-  assert names == {"00000002", "00000004"}
-
-
-def test_a_failed_last_save_is_raised_on_leaving(tmp_path):
-  state = large_state()
-  with files_no_larger_than(4096):
-    with pytest.raises(Exception, match="writing"):
-      with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, META)
-    with pytest.raises(KeyError, match="the first error"):
-      with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, META)
-        raise KeyError("the first error")

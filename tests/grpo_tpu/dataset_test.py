@@ -49,7 +49,7 @@ def test_pan_and_scan_reaches_training_and_evaluation(workdir, enabled):
   """Drawn pictures are square, so a ratio of 1 is what cuts them in two."""
   numbers = dict(min_crop_size=8, max_num_crops=2, min_ratio_to_activate=1.0)
   config = settings(pan_and_scan=dict(enabled=enabled, **numbers))
-  data, shard = opened(config, workdir), dict(shard_index=0, shard_count=1)
+  data, shard = opened(config, workdir), dict(shards=(0,), shard_count=1)
   training = next(data.train_batches(config, **shard, start_step=0))
   held_out = data.eval_batches(config, **shard)[0]
   for batch in (training, held_out):
@@ -143,7 +143,7 @@ def test_replies_come_to_a_run_on_preferences_alone(workdir, kind):
   config = settings(kind=kind, preference_completions=3)
   data = opened(config, workdir)
   assert (data.replies is None) == (kind != "preference")
-  place = {"shard_index": 0, "shard_count": 1}
+  place = {"shards": (0,), "shard_count": 1}
   for batch in (
     next(data.train_batches(config, start_step=0, **place)),
     data.preference_batches(config, **place)[0],
@@ -165,7 +165,7 @@ def test_a_file_of_replies_is_what_batches_bring(workdir, tmp_path):
   write_replies(
     path, [row.pid for rows in (asked.train, asked.eval) for row in rows]
   )
-  data, place = opened(config, workdir), {"shard_index": 0, "shard_count": 1}
+  data, place = opened(config, workdir), {"shards": (0,), "shard_count": 1}
   for batch in (
     next(data.train_batches(config, start_step=0, **place)),
     data.preference_batches(config, **place)[0],
@@ -182,7 +182,7 @@ def test_problems_are_asked_whether_or_not_a_file_has_replies(
   path = tmp_path / "replies.jsonl"
   write_replies(path, ["no such pid"])
   config = settings(kind="preference", preference_file=str(path))
-  data, place = opened(config, workdir), {"shard_index": 0, "shard_count": 1}
+  data, place = opened(config, workdir), {"shards": (0,), "shard_count": 1}
   batch = data.eval_batches(config, **place)[0]
   assert batch.valid.all() and batch.labels is None
   assert not data.preference_batches(config, **place)[0].valid.any()
@@ -228,7 +228,7 @@ def test_a_bad_file_of_replies_is_refused_when_the_data_is_opened(
 
 def test_the_settings_reach_prompts_and_replies(workdir):
   """A template in both splits; shuffling in training; the kinds drawn."""
-  place = {"shard_index": 0, "shard_count": 1}
+  place = {"shards": (0,), "shard_count": 1}
 
   def first_batches(**changes):
     config = settings(kind="preference", **changes)
@@ -317,7 +317,7 @@ def test_worker_processes_are_those_of_the_settings(workdir, monkeypatch):
     pipeline, "make_pipeline", lambda *_, **given: seen.append(given)
   )
   config = settings(worker_processes=3)
-  place = {"shard_index": 0, "shard_count": 1}
+  place = {"shards": (0,), "shard_count": 1}
   opened(config, workdir).train_batches(config, start_step=0, **place)
   assert [given["worker_processes"] for given in seen] == [3]
 
@@ -337,14 +337,14 @@ def test_shards_share_the_rows_of_a_step_and_of_an_evaluation(workdir):
   def pids(shard_count):
     rows = []
     for shard in range(shard_count):
-      place = {"shard_index": shard, "shard_count": shard_count}
+      place = {"shards": (shard,), "shard_count": shard_count}
       train = next(data.train_batches(config, start_step=1, **place))
       rows += train.problems
     evaluated = [
       row
       for batches in zip(
         *(
-          data.eval_batches(config, shard_index=shard, shard_count=shard_count)
+          data.eval_batches(config, shards=(shard,), shard_count=shard_count)
           for shard in range(shard_count)
         ),
         strict=True,

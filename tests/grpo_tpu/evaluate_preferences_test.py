@@ -51,7 +51,7 @@ def evaluated(tokenizer, monkeypatch):
       image_size=scripted.IMAGE_SIZE,
       soft_tokens=scripted.SOFT_TOKENS,
       num_images=1,
-      shard_index=0,
+      shards=(0,),
       shard_count=1,
       max_new_tokens=scripted.MAX_NEW_TOKENS,
       replies=replies,

@@ -290,12 +290,15 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
 ):
   settle = scoring.settle
 
-  def failing(paid, config):
-    scores = settle(paid, config)
+  def failing(paid, config, **settings):
+    scores = settle(paid, config, **settings)
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
-      scores, total=total, failed=scores.failed | {"format": failed}
+      scores,
+      total=total,
+      failed=scores.failed | {"format": failed},
+      errors=scores.errors | {"format": 1},
     )
 
   monkeypatch.setattr(scoring, "settle", failing)
@@ -402,7 +405,7 @@ def offline(policy, tokenizer):
       image_size=IMAGE_SIZE,
       soft_tokens=SOFT_TOKENS,
       num_images=1,
-      shard_index=0,
+      shards=(0,),
       shard_count=1,
       start_step=0,
     )

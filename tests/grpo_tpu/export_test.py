@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base
-from grpo_tpu import checkpoint, export, sharding, train_state
 from grpo_tpu import config as run_config
+from grpo_tpu import export, manifest, sharding, train_state
 from grpo_tpu import policy as policies
+from tests.grpo_tpu import checkpointing
 
 
 def changed(**sections):
@@ -24,9 +26,7 @@ def save(workdir, *steps):
   config = changed(model={"weights": "random:1"})
   mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
   params = policies.initial_params(config, mesh)
-  with checkpoint.Checkpoints(
-    workdir / "checkpoints", every_steps=1, keep=9
-  ) as checkpoints:
+  with checkpointing.opened(workdir / "checkpoints", keep=9) as checkpoints:
     for step in steps:
       scaled = jax.tree.map(lambda x, step=step: x * step, params)
       at = jax.device_put(jnp.int32(step), sharding.replicated(mesh))
@@ -62,8 +62,12 @@ def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
-  (tmp_path / "checkpoints" / "00000007").mkdir(parents=True)
+  folder = epath.Path(tmp_path / "checkpoints" / "00000007")
+  folder.mkdir(parents=True)
   workdir = str(tmp_path)
+  with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    export.check(changed(), workdir)
+  manifest.write(folder, {"score": None})
   config = changed(export={"step": 5})
   with pytest.raises(ValueError, match=r"export.step \(5\).*7"):
     export.check(config, workdir)

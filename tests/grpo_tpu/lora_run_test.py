@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import checkpoint, objective, optimizer, train_state, train_step
+from grpo_tpu import objective, optimizer, train_state, train_step
 from grpo_tpu.gemma3 import lora
+from tests.grpo_tpu import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LORA = lora.LoraConfig(rank=2, alpha=4.0, targets=lora.TARGETS)
@@ -152,13 +153,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path):
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   middle = jax.device_put(run.states[1], place)
   folder = tmp_path / "checkpoints"
-  with checkpoint.Checkpoints(folder, every_steps=1, keep=1) as checkpoints:
+  with checkpointing.opened(folder, keep=1) as checkpoints:
     checkpoints.save(1, middle, {})
-  with checkpoint.Checkpoints(folder, every_steps=1, keep=1) as checkpoints:
+  with checkpointing.opened(folder, keep=1) as checkpoints:
     restored = checkpoints.restore(middle)
   assert restored is not None
   # Uncommitted as the run's own were, so that nothing is compiled again.
-  state = jax.tree.map(jnp.asarray, copied(restored[0]))
+  state = jax.tree.map(jnp.asarray, copied(restored.state))
   for expected in run.states[2:]:
     state, metrics = run.update(state, run.bundles, run.frozen)
     assert_equal(state, expected)

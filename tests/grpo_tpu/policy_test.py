@@ -11,10 +11,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
-from grpo_tpu import checkpoint, sharding, train_state, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu import sharding, train_state, train_step
 from grpo_tpu.gemma3 import assembly, lora, released
+from tests.grpo_tpu import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())
 
@@ -50,9 +51,7 @@ def leaves(tree):
 def save(workdir, policy, scales, steps=(1,)):
   """Checkpoints of the policy's parameters, multiplied by each scale."""
   params = policy.initial_params()
-  with checkpoint.Checkpoints(
-    workdir / "checkpoints", every_steps=1, keep=10
-  ) as checkpoints:
+  with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
     for scale, step in zip(scales, steps, strict=True):
       scaled = jax.tree.map(functools.partial(jnp.multiply, scale), params)
       at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
@@ -226,9 +225,7 @@ def save_adapters(workdir, policy, under, *, step=3):
   )
   at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
   meta = {"lora": dataclasses.asdict(LORA) | {"weights": under}}
-  with checkpoint.Checkpoints(
-    workdir / "checkpoints", every_steps=1, keep=10
-  ) as checkpoints:
+  with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
     state = train_state.TrainState(at, at, adapters, ())
     checkpoints.save(step, state, meta)
   return adapters

@@ -143,7 +143,7 @@ def batches_of(tokenizer, *, batch_size, indices=EVERY):
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
-    shard_index=0,
+    shards=(0,),
     shard_count=1,
   )
 

@@ -209,4 +209,4 @@ def test_a_batch_comes_back_from_the_mesh_as_it_went():
   assert placed["ids"].sharding.shard_shape((8, 3)) == (2, 3)
   back = sharding.local_rows(mesh, placed)
   jax.tree.map(np.testing.assert_array_equal, back, batch)
-  assert sharding.data_shard(mesh) == (0, 1)
+  assert sharding.data_shards(mesh) == ((0, 1, 2, 3), 4)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 
 import jax
@@ -55,18 +54,6 @@ np.savez(
   **{"base": base, "adapted": adapted, "merged": merged},
 )
 """
-
-
-@pytest.fixture(scope="module")
-def python():
-  """The interpreter of a venv with torch, transformers and peft."""
-  python = os.environ.get("GRPO_TPU_PEERS_PYTHON")
-  if not python:
-    pytest.skip("GRPO_TPU_PEERS_PYTHON names no python with peft")
-  code = "import importlib.util as u; raise SystemExit(not u.find_spec('peft'))"
-  if subprocess.run([python, "-c", code]).returncode:
-    pytest.skip(f"{python} has no peft")
-  return python
 
 
 def sizes_of(config):
@@ -136,7 +123,7 @@ def expected_changes(config, adapters):
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
 def test_peft_makes_of_an_export_what_merging_makes(
-  tiny, python, tmp_path, kind
+  tiny, peers_python, tmp_path, kind
 ):
   """On a tower too, whose matrices of the same names stay as they were."""
   config = tiny.config
@@ -155,7 +142,7 @@ def test_peft_makes_of_an_export_what_merging_makes(
   lora.to_peft(config, LORA, adapters, tmp_path, base_model="tiny")
   (tmp_path / "sizes.json").write_text(json.dumps(sizes_of(config)))
   done = subprocess.run(
-    [python, "-c", ADAPTED, str(tmp_path)], capture_output=True, text=True
+    [peers_python, "-c", ADAPTED, str(tmp_path)], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr[-4000:]
   expected = expected_changes(config, adapters)

@@ -1,0 +1,164 @@
+"""Ours, for `grpo_step.py`: the step of `grpo_tpu.train`, through its parts."""
+
+import pathlib
+import sys
+
+# Run as a script, it finds the packages of its own checkout.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import dataclasses  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import step_workload as workload  # noqa: E402
+
+from configs import base  # noqa: E402
+from data_pipelines import pipeline, records  # noqa: E402
+from grpo_tpu import (  # noqa: E402
+  config as run_config,
+)
+from grpo_tpu import (  # noqa: E402
+  experience,
+  optimizer,
+  policy,
+  sharding,
+  train_state,
+  train_step,
+)
+from grpo_tpu.gemma3 import config as gemma3_config  # noqa: E402
+
+
+class Words:
+  """A tokenizer whose text is ids, of which none stops a completion.
+
+  A model is never let write the marks around an image, and here these are the
+  ids that it would stop at: every row has its full length.
+  """
+
+  start_of_image, end_of_image = workload.EOS, workload.END_OF_TURN
+  decode = staticmethod(workload.text)
+
+
+def settings(args) -> run_config.Config:
+  """The run, its sizes under a name of their own."""
+  gemma3_config.CONFIGS["benchmark"] = gemma3_config.ModelConfig(
+    vocab_size=args.vocab,
+    num_layers=args.layers,
+    embed_dim=args.width,
+    hidden_dim=args.ffn,
+    num_heads=args.heads,
+    num_kv_heads=args.kv_heads,
+    head_dim=args.head_dim,
+    sliding_window=args.window,
+    query_scale=args.head_dim**-0.5,
+    local_rope_base=10_000.0,
+    global_rope_base=1_000_000.0,
+    global_rope_factor=1.0,
+    vision=None,
+  )
+  config = base.get_config()
+  config.data.prompts_per_step = args.prompts
+  config.data.prompt_buckets = (args.prompt_length,)
+  config.model.name = "benchmark"
+  config.model.weights = f"random:{args.seed}"
+  config.model.compute_dtype = "float32"
+  config.model.remat = args.remat
+  config.model.logits_chunk = args.logits_chunk
+  config.rollout.num_generations = args.num_generations
+  config.rollout.max_new_tokens = args.completion_length
+  config.rewards.preset = "answer"
+  config.rewards.custom = ("step_workload:rewards",)
+  config.rewards.custom_weights = (1.0,)
+  config.rewards.num_workers = 0  # So that their CPU-seconds are ours.
+  config.objective.preset = "grpo"
+  config.objective.beta = args.beta
+  config.objective.kl_estimator = "k3"
+  config.optimizer.learning_rate = args.learning_rate
+  config.optimizer.b2 = 0.999
+  config.optimizer.max_grad_norm = float("inf")
+  config.train.microbatch_bundles = args.micro_prompts
+  return run_config.Config.from_config_dict(config)
+
+
+def batch(args, rows: list[list[int]]) -> pipeline.Batch:
+  """Prompts as the data pipeline hands them over."""
+  ids = np.full((len(rows), args.prompt_length), workload.PAD, np.int32)
+  for out, row in zip(ids, rows, strict=True):
+    out[: len(row)] = row
+  nothing = {
+    field.name: "" for field in dataclasses.fields(records.Problem)
+  } | {"choices": (), "metadata": {}, "precision": -1, "image_bytes": b""}
+  asked = nothing | {"question_type": "free_form", "answer_type": "text"}
+  return pipeline.Batch(
+    prompt_ids=ids,
+    prompt_length=np.array([len(row) for row in rows], np.int32),
+    images=np.zeros((len(rows), 0, 1, 1, 3), np.uint8),
+    prompt_index=np.arange(len(rows), dtype=np.int32),
+    valid=np.ones(len(rows), bool),
+    problems=tuple(
+      records.Problem(**asked | {"pid": str(i), "answer": "none"})
+      for i in range(len(rows))
+    ),
+    completion_ids=None,
+    completion_mask=None,
+    labels=None,
+  )
+
+
+def main() -> None:
+  """One step for each line on stdin."""
+  args = workload.parsed(workload.parser(__doc__))
+  runner = workload.Runner()
+  config = settings(args)
+  mesh = sharding.make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    actor = policy.Policy(config, mesh, Words())
+    tx = optimizer.make_optimizer(
+      config.optimizer_config, is_frozen=lambda _: False
+    )
+    reference = actor.reference(actor.initial_params())
+    params = actor.initial_params()
+    zero = jnp.zeros((), jnp.int32)
+    state = train_state.TrainState(zero, zero + 0, params, tx.init(params))
+    del params
+    update = train_step.make_train_step(
+      actor.model,
+      tx,
+      config=config.objective_config,
+      num_microbatches=config.num_microbatches,
+    )
+    sample = runner.timed("rollout", experience.online, _bundles_ready)
+    score = runner.timed("reference", train_step.score, jax.block_until_ready)
+    update = runner.timed("update", update, jax.block_until_ready)
+    key = jax.random.key(config.seed)
+    batches = workload.repeated(
+      [batch(args, rows) for rows in workload.prompts(args)]
+    )
+    while True:
+      runner.wait()
+      seen = sample(
+        actor,
+        state.params,
+        batches,
+        key,
+        position=runner.steps,
+        num_samples=0,
+      )
+      frozen, _ = score(
+        actor.model,
+        reference,
+        seen.bundles,
+        num_microbatches=config.num_microbatches,
+      )
+      bundles = seen.bundles.replace(ref_per_token_logps=frozen)
+      state, metrics = update(state, bundles)
+      runner.done(tokens=int(metrics["tokens"]), loss=float(metrics["loss"]))
+
+
+def _bundles_ready(seen: experience.Experience) -> None:
+  jax.block_until_ready((seen.bundles, seen.scalars))
+
+
+if __name__ == "__main__":
+  main()
