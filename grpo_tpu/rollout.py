@@ -3,7 +3,7 @@
 A prompt, with its image, runs through the network once; its completions decode
 over the shared cache until every row has stopped. The loop runs on the devices,
 some tokens at a time. In between the host looks which rows go on, moves them
-together, and hands out what is finished. `docs/adr/0008-rows-move-together.md`
+together, and hands out what is finished. `docs/adr/0010-rows-move-together.md`
 has the reasons.
 """
 

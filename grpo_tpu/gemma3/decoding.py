@@ -3,7 +3,7 @@
 The prompt's keys and values stand once per bundle, whatever the number of its
 completions. Own keys have the full length in global layers and a ring of one
 window in local ones; local layers hold no more of the prompt than a window can
-reach. `docs/adr/0009-decode-walks-global-layers.md` says how the layers are
+reach. `docs/adr/0011-decoding-walks-global-layers.md` says how the layers are
 gone through. Knows nothing of tokens' odds, or of which rows go on.
 """
 

@@ -103,3 +103,54 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first():
   np.testing.assert_array_equal(ids, [[1, 3]])
   expected = jax.nn.log_softmax(logits).max(axis=-1)
   np.testing.assert_allclose(logps, expected, rtol=1e-6)
+
+
+def test_a_draw_is_the_token_whose_share_of_the_interval_was_hit(
+  given_uniforms,
+):
+  """Every token of a vocabulary of several blocks, by exact thresholds."""
+  rng = np.random.default_rng(3)
+  logits = rng.normal(0, 2, 300).astype(np.float32)
+  share = np.exp(logits.astype(np.float64))
+  share /= share.sum()
+  middle = np.cumsum(share) - share / 2
+  ids, logps = sampling.sample(
+    jnp.broadcast_to(jnp.asarray(logits), (300, 1, 300)),
+    jnp.asarray(middle, jnp.float32)[:, None],
+    T,
+  )
+  np.testing.assert_array_equal(ids[:, 0], np.arange(300))
+  np.testing.assert_allclose(logps[:, 0], np.log(share), rtol=1e-5, atol=1e-5)
+
+
+def plainly_narrowed(row, top_k, top_p):
+  """Which tokens are left, one by one from the likeliest."""
+  order = np.argsort(-row, kind="stable")
+  kept = order[:top_k] if top_k else order
+  odds = np.exp(row[kept].astype(np.float64))
+  odds /= odds.sum()
+  count = 1
+  while odds[:count].sum() < top_p and count < len(kept):
+    count += 1
+  return sorted(kept[:count])
+
+
+@pytest.mark.parametrize(
+  ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (0, 0.5), (0, 0.93), (9, 0.8)]
+)
+def test_narrowing_leaves_the_likeliest_and_their_odds(top_k, top_p):
+  logits = np.random.default_rng(5).normal(0, 2, (4, 60)).astype(np.float32)
+  narrowed = np.asarray(
+    sampling.narrowed(jnp.asarray(logits), top_k=top_k, top_p=top_p)
+  )
+  for row, new in zip(logits, narrowed, strict=True):
+    kept = plainly_narrowed(row, top_k, top_p)
+    np.testing.assert_array_equal(np.flatnonzero(new > -1e29), kept)
+    np.testing.assert_array_equal(new[kept], row[kept])
+
+
+def test_without_limits_nothing_is_narrowed():
+  logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (4, 60)))
+  np.testing.assert_array_equal(
+    sampling.narrowed(logits, top_k=0, top_p=1.0), logits
+  )
