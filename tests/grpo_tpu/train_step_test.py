@@ -19,7 +19,6 @@ from grpo_tpu import (
   health,
   logprobs,
   objective,
-  rollout,
   train_state,
   train_step,
 )
@@ -406,17 +405,14 @@ def test_implicit_preference_is_that_of_a_loop_over_ordered_pairs(
 def online(tiny):
   """Bundles with pictures, sampled and scored; the network's update."""
   prompts = tiny.prompts(PROMPTS)
-  completions = rollout.rollout(
-    tiny.params,
-    *prompts,
-    jnp.arange(PROMPTS),
+  completions, _ = tiny.sampled(
+    prompts,
+    np.arange(PROMPTS),
     jax.random.key(3),
-    config=tiny.config,
     num_completions=NUM_COMPLETIONS,
     max_new_tokens=NUM_TOKENS,
-    temperature=0.7,
-    dtype=jnp.float32,
   )
+  completions = jax.tree.map(jnp.asarray, jax.device_get(completions))
   advantages = np.random.default_rng(2).normal(0, 1, (PROMPTS, NUM_COMPLETIONS))
   bundles = train_step.Bundles(
     *prompts,
