@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from data_pipelines import (
   ablations,
@@ -285,11 +284,14 @@ class ExportConfig:
     dtype: Of all tensors.
     tokenizer_dir: Whose tokenizer and processor files go along; "" takes those
       of an "hf:DIR" in `model.weights`, if it is one.
+    adapter: Whether a run's adapters go out alone, in fp32 and for peft, rather
+      than merged into what they belong to.
   """
 
   step: int | None
   dtype: str
   tokenizer_dir: str
+  adapter: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -703,16 +705,7 @@ def _check_weights(config: Config) -> None:
     f"be one of {', '.join(_WEIGHTS.values())}",
     "set model.weights=random:0",
   )
-  if scheme == "gemma":
-    # No more than this, for Orbax reads with the devices' help.
-    _require(
-      (epath.Path(rest) / "_METADATA").exists(),
-      "model.weights",
-      config.model.weights,
-      "name the folder of a checkpoint, with its _METADATA",
-      "set model.weights=gemma:DIR",
-    )
-  elif scheme in weights.OPENERS:
+  if scheme in weights.OPENERS:
     try:
       weights.OPENERS[scheme](config.model_config, rest)
     except ValueError as error:

@@ -3,8 +3,10 @@
     FAULT=kill@3:1:update python tests/faults.py -m grpo_tpu.main --config=...
 
 `FAULT` is KIND@STEP:HOST[:POINT[+SECONDS]]. KINDs: "kill" and "stop" send this
-process SIGKILL and SIGSTOP, "raise" raises, "hang" turns in a circle, "nan"
-pays its completions of the step NaN. POINTs: "rollout" (the default) and
+process SIGKILL and SIGSTOP, "term" sends SIGTERM and waits until all hosts know
+of it, so that the next common poll is the one at which they stop, "raise"
+raises, "hang" turns in a circle, "slow" sleeps for two seconds, "nan" pays its
+completions of the step NaN. POINTs: "rollout" (the default) and
 "update" as they begin, "save" as soon as a save has been handed over; a signal
 may come so many SECONDS after. Nothing in the program knows of it: this wraps
 what it wants to disturb, and where `FAULT` is not set, wraps nothing.
@@ -23,12 +25,13 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _FORM = re.compile(
-  r"(kill|stop|raise|hang|nan)@(\d+):(\d+)(?::(rollout|update|save)"
+  r"(kill|stop|term|raise|hang|nan|slow)@(\d+):(\d+)(?::(rollout|update|save)"
   r"(?:\+(\d+(?:\.\d+)?))?)?"
 )
 
@@ -58,6 +61,13 @@ class Fault:
 
   def strike(self) -> None:
     print(f"FAULT {self} strikes", file=sys.stderr, flush=True)
+    if self.kind == "slow":
+      time.sleep(2)
+      return
+    if self.kind == "term":
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(4)
+      return
     if self.kind == "raise":
       raise RuntimeError(f"injected: {self}")
     while self.kind == "hang":
