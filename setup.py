@@ -51,6 +51,8 @@ setuptools.setup(
       "gguf",  # Writes the files that tests of its readers read.
       "datasets",  # The oracle of what a snapshot holds; six small wheels.
       "hypothesis",
+      # The compiler that --mode=plan calls, which needs no TPU.
+      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "pre-commit",
       "pyright[nodejs]",  # Its own Node, so nothing is fetched at run time.
       "pytest",

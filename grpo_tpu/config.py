@@ -364,6 +364,14 @@ class Config:
     )
 
   @property
+  def has_reference(self) -> bool:
+    """Whether a frozen policy scores what the run learns from."""
+    kind = self.data.kind
+    return kind == "preference" or (
+      kind == "online" and self.objective_config.beta > 0
+    )
+
+  @property
   def num_microbatches(self) -> int:
     """Parts that a step's batch is cut into."""
     return self.data.prompts_per_step // self.train.microbatch_bundles

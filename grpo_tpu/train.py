@@ -42,7 +42,6 @@ from grpo_tpu import (
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
 from grpo_tpu import policy as policies
-from grpo_tpu.gemma3 import lora
 
 
 def train(
@@ -288,25 +287,8 @@ class _Run:
     self.data = data
     self.policy = policies.Policy(self.config, mesh, data.tokenizer)
     self._key = jax.random.key(config.seed)
-    self._tx = optimizer.make_optimizer(
-      config.optimizer_config,
-      is_frozen=lambda path: (
-        path.startswith("vision_encoder") and not config.model.train_vision
-      ),
-    )
     self._schedule = optimizer.make_schedule(config.optimizer_config)
-    is_online = config.data.kind == "online"
-    self._update = train_step.make_train_step(
-      self.policy.model,
-      self._tx,
-      config=None
-      if config.data.kind == "demonstrations"
-      else config.objective_config,
-      entropy_bonus=config.shaping.entropy_bonus,
-      sampler_correction=config.shaping.sampler_correction,
-      num_microbatches=config.num_microbatches,
-      lora=config.lora,
-    )
+    self._update = self.policy.make_update()
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shards)
@@ -315,10 +297,10 @@ class _Run:
       if config.data.kind == "preference"
       else None
     )
-    self._is_off_policy = config.train.num_iterations > 1 and is_online
-    self._has_reference = config.data.kind == "preference" or (
-      is_online and config.objective_config.beta > 0
+    self._is_off_policy = (
+      config.train.num_iterations > 1 and config.data.kind == "online"
     )
+    self._has_reference = config.has_reference
     start = (
       self.policy.initial_params()
       if self._has_reference or config.lora
@@ -355,13 +337,13 @@ class _Run:
     """
     place = sharding.batch(self.policy.mesh)
     restored = checkpoints.restore(
-      self._abstract_state(), unfinished_sharding=place
+      self.policy.abstract_state(), unfinished_sharding=place
     )
     if restored:
       unfinished = restored.unfinished
       begun = unfinished and begun_step.BegunStep.of(unfinished, place)
       return restored.state, restored.step, begun
-    abstract = self._abstract_state()
+    abstract = self.policy.abstract_state()
     lora_config = self.config.lora
     params = (
       self.policy.initial_adapters(lora_config)
@@ -369,7 +351,7 @@ class _Run:
       else self.policy.initial_params()
     )
     init = jax.jit(
-      self._tx.init,
+      self.policy.tx.init,
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
     )
     # Two arrays, for an update takes over the memory of each.
@@ -380,26 +362,9 @@ class _Run:
     state = train_state.TrainState(step, position, params, init(params))
     return state, None, None
 
-  def _abstract_state(self) -> train_state.TrainState:
-    def new(params):
-      zero = jnp.zeros((), jnp.int32)
-      return train_state.TrainState(zero, zero, params, self._tx.init(params))
-
-    lora_config = self.config.lora
-    trained = (
-      self.policy.abstract_adapters(lora_config)
-      if lora_config
-      else self.policy.abstract_params()
-    )
-    abstract = jax.eval_shape(new, trained)
-    return self.policy.placed_shapes(abstract)
-
   def _params(self, state: train_state.TrainState) -> dict:
     """What runs the network: of a state with adapters, these where they go."""
-    if self.config.lora is None:
-      return state.params
-    assert self._frozen is not None
-    return lora.adapted(self._frozen, state.params, self.config.lora)
+    return self.policy.run_params(state.params, self._frozen)
 
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""

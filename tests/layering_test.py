@@ -21,6 +21,8 @@ FLOORS = {
     "data_pipelines",
     "grpo_tpu.agreement",
     "grpo_tpu.alarms",
+    "grpo_tpu.chips",
+    "grpo_tpu.flops",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
     "grpo_tpu.event_files",
@@ -60,11 +62,14 @@ FLOORS = {
     "grpo_tpu.preflight",
     "grpo_tpu.rescore",
     "grpo_tpu.run_card",
+    "grpo_tpu.traffic",
   },
-  7: {"grpo_tpu.experience", "grpo_tpu.export"},
-  8: {"grpo_tpu.evaluate", "grpo_tpu.evaluate_preferences"},
-  9: {"grpo_tpu.train"},
-  10: {"grpo_tpu.main"},
+  7: {"grpo_tpu.experience", "grpo_tpu.export", "grpo_tpu.programs"},
+  8: {"grpo_tpu.aot", "grpo_tpu.evaluate", "grpo_tpu.evaluate_preferences"},
+  9: {"grpo_tpu.planning", "grpo_tpu.train"},
+  10: {"grpo_tpu.advice"},
+  11: {"grpo_tpu.plan"},
+  12: {"grpo_tpu.main"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
