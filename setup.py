@@ -38,6 +38,7 @@ setuptools.setup(
     "scipy",
     "sentencepiece",
     "tensorboard",
+    "tensorstore",
     # For event files and TFDS alone, so the build without GPU code where
     # there is one.
     "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -260,7 +260,7 @@ def _state() -> Any:
 
 def _has_tpu() -> bool:
   """Whether this is a TPU host, and its chips are meant to be used."""
-  platforms = jax.config.read("jax_platforms")
+  platforms = jax.config.jax_platforms
   is_wanted = not platforms or "tpu" in platforms.split(",")
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
   return is_wanted and bool(chips)

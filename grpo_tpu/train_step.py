@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from grpo_tpu import logprobs, objective, shaping, train_state
+from grpo_tpu import logprobs, objective, shaping, sharding, train_state
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import lora as loras
 from grpo_tpu.gemma3 import text
@@ -219,6 +219,8 @@ def make_train_step(
       )(state.params, frozen, micro, totals)
       # Parts add up in fp32, whatever the parameters' type.
       gradient = optax.tree.cast(gradient, jnp.float32)
+      # Each device adds up its own shard alone.
+      gradient = sharding.constrained(gradient)
       return (value, metrics, gradient), maxima
 
     def accumulate(carry, micro):
@@ -253,6 +255,8 @@ def make_train_step(
       (params, opt_state),
       (state.params, state.opt_state),
     )
+    # As they came, or the next update would be another program.
+    params, opt_state = sharding.constrained((params, opt_state))
     return state.replace(params=params, opt_state=opt_state), metrics
 
   return train_step

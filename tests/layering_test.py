@@ -55,6 +55,7 @@ FLOORS = {
   },
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
   6: {
+    "grpo_tpu.begun_step",
     "grpo_tpu.dataset",
     "grpo_tpu.endings",
     "grpo_tpu.policy",

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
+from grpo_tpu import sharding
 from grpo_tpu.gemma3 import attention, lora, vision
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
@@ -353,6 +354,7 @@ def _queries_keys_values(config, stack, x, tables):
   sin, cos = (table[stack.is_global] for table in tables)
   q = _rotate(_rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
   k = _rotate(_rms_norm(attn["key_norm"], k), sin, cos)
+  q, k, v = (sharding.activation(heads, "heads") for heads in (q, k, v))
   return q, k, v
 
 
@@ -363,8 +365,11 @@ def _after_attention(params: dict, x: Array, read: Array) -> Array:
   y = _rms_norm(params["pre_ffw_norm"], x)
   gate, up = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
   y = jax.nn.gelu(gate, approximate=True) * up
+  y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
-  return x + _rms_norm(params["post_ffw_norm"], y)
+  return sharding.activation(
+    x + _rms_norm(params["post_ffw_norm"], y), "bundles"
+  )
 
 
 def _rms_norm(params: dict, x: Array) -> Array:

@@ -295,7 +295,10 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
-      scores, total=total, failed=scores.failed | {"format": failed}
+      scores,
+      total=total,
+      failed=scores.failed | {"format": failed},
+      errors=scores.errors | {"format": 1},
     )
 
   monkeypatch.setattr(scoring, "score", failing)
