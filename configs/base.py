@@ -8,6 +8,7 @@ def get_config() -> ml_collections.ConfigDict:
   """Online GRPO on drawn problems, for one TPU host of any kind."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.compilation_cache_dir = "~/.cache/grpo_tpu/compiled"
 
   config.data = ml_collections.ConfigDict()
   config.data.kind = "online"
@@ -81,7 +82,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.rollout = ml_collections.ConfigDict()
   config.rollout.num_generations = 8
   config.rollout.max_new_tokens = 1024
+  config.rollout.min_new_tokens = 0
   config.rollout.temperature = 1.0
+  config.rollout.stop_strings = ()
+  config.rollout.chunk_tokens = 128
+  config.rollout.pictures_per_shard = 8
+  config.rollout.image_cache_mib = 0
 
   config.rewards = ml_collections.ConfigDict()
   # None takes the preset's value, here and in the objective.
@@ -161,6 +167,8 @@ def get_config() -> ml_collections.ConfigDict:
   # The rest is for --mode=evaluate alone. Samples share the memory of a batch.
   config.eval.num_samples = 0
   config.eval.temperature = 1.0
+  config.eval.top_k = 0
+  config.eval.top_p = 1.0
   config.eval.ks = (1, 8)
   config.eval.ablations = ("removed", "shuffled")
   config.eval.num_examples = 24

@@ -27,6 +27,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.model.train_vision = True
   config.model.vision_remat = "none"  # All of it is small.
   config.rollout.max_new_tokens = 6
+  config.rollout.pictures_per_shard = 64
   config.eval.num_problems = 512
   config.eval.batch_size = 256
   config.samples.every_steps = 20

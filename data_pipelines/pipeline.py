@@ -12,7 +12,7 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import grain
@@ -101,7 +101,7 @@ def make_pipeline(
   template: prompts.Template = prompts.TAGGED,
   shuffle_options: bool = False,
   pan_and_scan: images.PanAndScan = images.WHOLE,
-) -> Iterator[Batch]:
+) -> "TrainBatches":
   """The endless batches of one reader, from `start_step` on.
 
   Args:
@@ -171,13 +171,13 @@ def make_pipeline(
   def batch(step: int, indices: np.ndarray) -> Batch:
     return rows.batch(indices, survey.of(indices), step=step, first_row=0)
 
-  steps = (
+  order = (
     grain.MapDataset.range(len(source))
     .shuffle(seed=seed)
     .repeat()
     .batch(prompts_per_step, drop_remainder=True)
-    .map_with_index(batch)
   )
+  steps = order.map_with_index(batch)
   # Cut before workers share it out: their own positions would only do for the
   # same number of them, and the step is to be the whole position.
   stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
@@ -185,7 +185,29 @@ def make_pipeline(
     stream = stream.mp_prefetch(
       grain.multiprocessing.MultiprocessingOptions(num_workers=worker_processes)
     )
-  return iter(stream)
+  return TrainBatches(
+    iter(stream),
+    lambda step: rows.shape(survey.of(np.asarray(order[start_step + step]))),
+  )
+
+
+class TrainBatches:
+  """Batches without end, and what is known of those to come."""
+
+  def __init__(
+    self, stream: Iterator[Batch], shape_of: Callable[[int], tuple[int, int]]
+  ):
+    self._stream, self._shape_of = stream, shape_of
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._stream)
+
+  def shapes(self, num_steps: int) -> set[tuple[int, int]]:
+    """Padded lengths of prompts, and images of each, in the first batches."""
+    return {self._shape_of(step) for step in range(num_steps)}
 
 
 def make_eval_batches(
@@ -277,13 +299,22 @@ class EvalBatches:
   def __len__(self) -> int:
     return -(-len(self._survey.lengths) // self._size)
 
+  def shapes(self) -> set[tuple[int, int]]:
+    """Padded lengths of prompts, and images of each, in any of the batches."""
+    return {self._rows.shape(self._surveyed(i)) for i in range(len(self))}
+
+  def _surveyed(self, index: int) -> "_Survey":
+    first = index * self._size
+    part = self._survey.of(slice(first, first + self._size))
+    return part.padded(self._size)
+
   def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     first = index * self._size
     return self._rows.batch(
       np.arange(first, first + self._size),
-      self._survey.of(slice(first, first + self._size)).padded(self._size),
+      self._surveyed(index),
       step=0,
       first_row=first,
     )
@@ -415,6 +446,17 @@ class _Rows:
       )
     return _Survey(lengths, shown)
 
+  def shape(self, survey: _Survey) -> tuple[int, int]:
+    """What the prompts of a batch are padded to, and images of each.
+
+    Args:
+      survey: What is known of the batch's records.
+    """
+    shortest = len(self._prompt(_stand_in(""), 0))
+    longest = max(int(survey.lengths.max()), shortest)
+    bucket = next(size for size in self.prompt_buckets if size >= longest)
+    return bucket, max(int(survey.images.max()), self.num_images)
+
   def batch(
     self,
     indices: np.ndarray,
@@ -434,9 +476,7 @@ class _Rows:
     size = len(indices) // self.shard_count
     places = [i for n in self.shards for i in range(n * size, (n + 1) * size)]
     lengths = survey.lengths
-    longest = max(int(lengths.max()), len(self._prompt(_stand_in(""), 0)))
-    bucket = next(size for size in self.prompt_buckets if size >= longest)
-    slots = max(int(survey.images.max()), self.num_images)
+    bucket, slots = self.shape(survey)
     rows = [
       self._row(
         int(indices[i]), int(lengths[i]), [step, first_row + i], bucket, slots

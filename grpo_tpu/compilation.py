@@ -1,8 +1,26 @@
-"""How many programs were compiled, and how long that took."""
+"""Compiled programs: how many, how long it took, ahead of time, and kept."""
+
+import os
+import pathlib
+from typing import Any
 
 import jax
+from absl import logging
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def keep_in(folder: str) -> None:
+  """Has compiled programs outlive the process, as the settings want it.
+
+  Args:
+    folder: "" for nowhere. `$JAX_COMPILATION_CACHE_DIR` has the last word.
+  """
+  if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  path = str(pathlib.Path(folder).expanduser())
+  logging.info("Compiled programs are kept in %s", path)
+  jax.config.update("jax_compilation_cache_dir", path)
 
 
 class Counter:
@@ -25,3 +43,55 @@ class Counter:
     }
     self._count, self._seconds = 0, 0.0
     return scalars
+
+
+class Ahead:
+  """A jitted function whose programs may be made before they are called for.
+
+  What was not prepared is compiled when it is first called, as ever.
+  """
+
+  def __init__(self, jitted: Any):
+    """Wraps the result of `jax.jit`, to be called by position alone."""
+    self._jitted, self._compiled = jitted, {}
+
+  def trace(self, *args: Any) -> Any:
+    """The program of such arguments, not yet compiled."""
+    return self._jitted.trace(*args)
+
+  def prepare(self, *args: Any) -> Any:
+    """Compiles for arguments given as shapes with their places.
+
+    Args:
+      *args: Trees of `jax.ShapeDtypeStruct`; a leaf without sharding stands
+        for an array that nobody has placed.
+
+    Returns:
+      The result, as such shapes.
+    """
+    key = _signature(args)
+    if key not in self._compiled:
+      self._compiled[key] = self._jitted.lower(*args).compile()
+    compiled = self._compiled[key]
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      compiled.out_info,
+      compiled.output_shardings,
+    )
+
+  def __call__(self, *args: Any) -> Any:
+    """The function's result."""
+    compiled = self._compiled.get(_signature(args)) if self._compiled else None
+    return (compiled or self._jitted)(*args)
+
+
+def _signature(args: Any) -> Any:
+  """What decides which program a call runs."""
+  leaves, structure = jax.tree.flatten(args)
+  return structure, tuple(
+    (x.shape, x.dtype, x.sharding if _is_placed(x) else None) for x in leaves
+  )
+
+
+def _is_placed(x: Any) -> bool:
+  return x.committed if isinstance(x, jax.Array) else True

@@ -168,12 +168,26 @@ class RolloutConfig:
   Attributes:
     num_generations: Completions per prompt (`G`).
     max_new_tokens: Tokens per completion at most (`T`).
+    min_new_tokens: No stop token before this many others, in sampling and in
+      training: it is in neither's softmax there.
     temperature: Logits are divided by it, in training too.
+    stop_strings: Texts that end a completion as a stop token does, at the first
+      token that completes one of them.
+    chunk_tokens: Tokens that all rows write before the host looks which go on,
+      and whether the run is to be interrupted. The samples are the same.
+    pictures_per_shard: Pictures that each data shard's tower reads at a time.
+    image_cache_mib: What each process keeps of the tower's results from step to
+      step, with a frozen tower; 0 for nothing.
   """
 
   num_generations: int
   max_new_tokens: int
+  min_new_tokens: int
   temperature: float
+  stop_strings: tuple[str, ...]
+  chunk_tokens: int
+  pictures_per_shard: int
+  image_cache_mib: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +264,8 @@ class EvalConfig:
     num_samples: Completions that --mode=evaluate samples of each problem, all
       at a time, beside the greedy one; 0 for none.
     temperature: Their logits are divided by it.
+    top_k: They are drawn from the likeliest so many tokens; 0 for all.
+    top_p: And from the fewest that hold this share; 1.0 for all.
     ks: Of pass@k and maj@k, none above `num_samples`; of no matter without.
     ablations: Of `ablations.KINDS`: what --mode=evaluate does to the pictures
       in evaluations of their own.
@@ -261,6 +277,8 @@ class EvalConfig:
   batch_size: int
   num_samples: int
   temperature: float
+  top_k: int
+  top_p: float
   ks: tuple[int, ...]
   ablations: tuple[str, ...]
   num_examples: int
@@ -296,9 +314,16 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run. `from_config_dict` reads it; each section says what it holds."""
+  """A run. `from_config_dict` reads it; each section says what it holds.
+
+  Attributes:
+    seed: Of all that is drawn.
+    compilation_cache_dir: Where compiled programs outlive the process, unless
+      `$JAX_COMPILATION_CACHE_DIR` names another place; "" for nowhere.
+  """
 
   seed: int
+  compilation_cache_dir: str
   data: DataConfig
   model: ModelSettings
   mesh: MeshConfig
@@ -470,6 +495,10 @@ def _check_numbers(config: Config) -> None:
     ("mesh.tensor", 1),
     ("rollout.num_generations", 1),
     ("rollout.max_new_tokens", 1),
+    ("rollout.min_new_tokens", 0),
+    ("rollout.chunk_tokens", 1),
+    ("rollout.pictures_per_shard", 1),
+    ("rollout.image_cache_mib", 0),
     ("train.num_steps", 1),
     ("train.num_iterations", 1),
     ("train.microbatch_bundles", 1),
@@ -478,6 +507,7 @@ def _check_numbers(config: Config) -> None:
     ("eval.num_problems", 1),
     ("eval.batch_size", 1),
     ("eval.num_samples", 0),
+    ("eval.top_k", 0),
     ("eval.num_examples", 0),
     ("samples.every_steps", 0),
     ("samples.count", 0),
@@ -529,6 +559,27 @@ def _check_numbers(config: Config) -> None:
     "set rollout.temperature=1.0",
   )
   _require(
+    config.rollout.min_new_tokens < config.rollout.max_new_tokens,
+    "rollout.min_new_tokens",
+    config.rollout.min_new_tokens,
+    f"be below rollout.max_new_tokens ({config.rollout.max_new_tokens})",
+    "set rollout.min_new_tokens=0",
+  )
+  _require(
+    all(config.rollout.stop_strings),
+    "rollout.stop_strings",
+    config.rollout.stop_strings,
+    "not hold an empty text, which every completion does",
+    "set rollout.stop_strings=()",
+  )
+  _require(
+    not (config.rollout.image_cache_mib and config.model.train_vision),
+    "rollout.image_cache_mib",
+    config.rollout.image_cache_mib,
+    "be 0 where the tower is trained, whose results change with every step",
+    "set rollout.image_cache_mib=0, or model.train_vision=False",
+  )
+  _require(
     0 < config.data.synthetic_eval_fraction < 1,
     "data.synthetic_eval_fraction",
     config.data.synthetic_eval_fraction,
@@ -554,6 +605,13 @@ def _check_evaluation(settings: EvalConfig) -> None:
     settings.temperature,
     "be above 0 and finite; the greedy answer is always asked for besides",
     "set eval.temperature=1.0",
+  )
+  _require(
+    0 < settings.top_p <= 1,
+    "eval.top_p",
+    settings.top_p,
+    "be above 0 and at most 1",
+    "set eval.top_p=1.0",
   )
   most = settings.num_samples or float("inf")
   _require(

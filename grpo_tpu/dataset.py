@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from data_pipelines import mathvista, pipeline, preferences, prepare, prompts
@@ -42,7 +41,7 @@ class Dataset:
     shards: tuple[int, ...],
     shard_count: int,
     start_step: int,
-  ) -> Iterator[pipeline.Batch]:
+  ) -> pipeline.TrainBatches:
     """This process's batches from a step on, without end."""
     assert self.train is not None, "opened for evaluation alone"
     return pipeline.make_pipeline(

@@ -96,7 +96,7 @@ def evaluate(
       num_completions=1,
       temperature=0.0,
       poll=poll,
-    )
+    ).completions
     texts = policy.texts(completions)
     scores = experience.scored(policy, texts, batch)
     mask, stopped = sharding.local_rows(
@@ -132,7 +132,9 @@ def sampled(
       jax.random.key(policy.config.seed),
       num_completions=num_samples,
       temperature=temperature,
-    )
+      top_k=policy.config.eval.top_k,
+      top_p=policy.config.eval.top_p,
+    ).completions
     texts = policy.texts(completions)
     stopped = sharding.local_rows(policy.mesh, completions.stopped)
     for number, draw in enumerate(draws):

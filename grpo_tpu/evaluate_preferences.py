@@ -40,7 +40,7 @@ def evaluate(
   """
   totals: collections.Counter[str] = collections.Counter()
   for batch in batches:
-    groups, preferred, _ = experience.preferences(policy, batch)
+    groups, preferred, _ = experience.preferences(policy, params, batch)
     logps, frozen = (
       train_step.score(policy.model, x, groups.bundles, num_microbatches=1)[0]
       for x in (params, reference)

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Self
 
 import flax.struct
 import jax
@@ -111,7 +113,7 @@ def online(
     scalars.append(statistics)
     seen += some
     groups = new if groups is None else _merged(policy, groups, new)
-    if number < position + limit and bool(_all_teach(groups)):
+    if number < position + limit and _all_teach(groups):
       break
   assert groups is not None
   bundles, statistics = _with_advantages(policy, groups)
@@ -131,23 +133,26 @@ def _sampled(
   waited = time.perf_counter()
   batch = next(batches)
   start = time.perf_counter()
-  completions = policy.sample(
-    params,
-    batch,
-    key,
-    num_completions=config.rollout.num_generations,
-    temperature=config.rollout.temperature,
-    poll=poll,
-  )
-  texts = policy.texts(completions)
-  sampled = time.perf_counter()
-  scores = scored(policy, texts, batch)
+  with _Payday(policy, batch) as payday:
+    sampled = policy.sample(
+      params,
+      batch,
+      key,
+      num_completions=config.rollout.num_generations,
+      temperature=config.rollout.temperature,
+      poll=poll,
+      finished=payday.begin,
+    )
+    completions = sampled.completions
+    texts = policy.texts(completions)
+    rolled_out = time.perf_counter()
+    scores = payday.end(texts)
   rewards, valid = sharding.put_batch(
     policy.mesh, _by_group(scores, batch, config)
   )
   paid = time.perf_counter()
   mask = completions.mask & valid[..., None]
-  bundles = _bundles(policy, batch, completions.ids, mask)
+  bundles = _bundles(policy, batch, completions.ids, mask, sampled.images)
   statistics = _sampled_statistics(
     mask, completions.stopped, valid, bundles.prompt_length
   )
@@ -171,15 +176,23 @@ def _sampled(
     | _error_counts(scores)
     | {
       "data/skipped": _num_skipped(policy, batch),
+      "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
       "perf/data_seconds": start - waited,
-      "perf/rollout_seconds": sampled - start,
-      "perf/reward_seconds": paid - sampled,
-    },
+      "perf/rollout_seconds": rolled_out - start,
+      "perf/reward_seconds": paid - rolled_out,
+      "perf/reward_overlap_seconds": payday.seconds_before(rolled_out),
+    }
+    | sampled.scalars,
     samples(policy, batch, texts, scores, num_samples),
   )
 
 
 _ADD_UP = {"reward/errors", "data/skipped"}
+_MEANS = {
+  "perf/rollout_tokens_per_second",
+  "perf/live_row_share",
+  "perf/decode_bandwidth_share",
+}
 
 
 def _over_batches(
@@ -191,16 +204,17 @@ def _over_batches(
     return merged | scalars[0]
   fetched = jax.device_get(scalars)
   for name in scalars[0]:
-    values = np.array([batch[name] for batch in fetched], np.float32)
-    adds_up = name in _ADD_UP or name.startswith("perf/")
-    adds_up |= name.endswith("_errors")
+    values = [batch[name] for batch in fetched if name in batch]
+    values = np.array(values, np.float32)
+    adds_up = name in _ADD_UP or name.endswith("_errors")
+    adds_up |= name.startswith("perf/") and name not in _MEANS
     merged[name] = values.sum() if adds_up else values.mean()
   return merged
 
 
-@jax.jit
-def _all_teach(groups: _Groups) -> Bool[Array, ""]:
-  return shaping.has_spread(groups.rewards["total"], groups.valid).all()
+def _all_teach(groups: _Groups) -> bool:
+  total, valid = groups.rewards["total"], groups.valid
+  return bool(jax.jit(shaping.has_spread)(total, valid).all())
 
 
 def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
@@ -215,7 +229,8 @@ def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
 def _prompts_padded(groups: _Groups, width: int, slots: int) -> _Groups:
   ids, images = groups.bundles.prompt_ids, groups.bundles.images
   ids = jnp.pad(ids, ((0, 0), (0, width - ids.shape[1])))
-  unused = ((0, 0), (0, slots - images.shape[1]), (0, 0), (0, 0), (0, 0))
+  unused = [(0, 0), (0, slots - images.shape[1])]
+  unused += [(0, 0)] * (images.ndim - 2)
   bundles = groups.bundles.replace(
     prompt_ids=ids, images=jnp.pad(images, unused)
   )
@@ -247,17 +262,21 @@ def _with_advantages(
   policy: policies.Policy, groups: _Groups
 ) -> tuple[train_step.Bundles, dict[str, metrics.Scalar]]:
   config = policy.config
-  return _advantages(
-    groups,
+  changes, scalars = _advantages(
+    groups.rewards["total"],
+    groups.rewards["heuristics"],
+    groups.valid,
+    groups.bundles.completion_mask,
     scale=config.advantage_scale,
     baseline=config.objective.advantage_baseline,
     clip=config.shaping.advantage_clip,
     drops=config.shaping.zero_variance != "keep",
   )
+  return groups.bundles.replace(**changes), scalars
 
 
 def offline(
-  policy: policies.Policy, batches: Iterator[pipeline.Batch]
+  policy: policies.Policy, params: dict, batches: Iterator[pipeline.Batch]
 ) -> Experience:
   """Takes the completions that come with the next batch.
 
@@ -272,8 +291,8 @@ def offline(
     "perf/data_seconds": time.perf_counter() - start,
   }
   if config.data.kind == "demonstrations":
-    return Experience(given(policy, batch), scalars, [], 1)
-  groups, preferred, errors = preferences(policy, batch)
+    return Experience(given(policy, params, batch), scalars, [], 1)
+  groups, preferred, errors = preferences(policy, params, batch)
   bundles, statistics = _with_advantages(policy, groups)
   total = groups.rewards["total"]
   chosen, rejected, is_pair = objective.pairs(total, preferred)
@@ -284,16 +303,18 @@ def offline(
   return Experience(bundles, scalars | statistics, [], 1)
 
 
-def given(policy: policies.Policy, batch: pipeline.Batch) -> train_step.Bundles:
+def given(
+  policy: policies.Policy, params: dict, batch: pipeline.Batch
+) -> train_step.Bundles:
   """The prompts of a batch with the completions that came with them."""
   assert batch.completion_ids is not None and batch.completion_mask is not None
   mask = batch.completion_mask & batch.valid[:, None, None]
   ids, mask = sharding.put_batch(policy.mesh, (batch.completion_ids, mask))
-  return _bundles(policy, batch, ids, mask)
+  return _bundles(policy, batch, ids, mask, policy.images(params, batch))
 
 
 def preferences(
-  policy: policies.Policy, batch: pipeline.Batch
+  policy: policies.Policy, params: dict, batch: pipeline.Batch
 ) -> tuple[_Groups, Bool[Array, "U C C"], dict[str, metrics.Scalar]]:
   """The labelled completions of a batch, paid, and which is preferred to which.
 
@@ -302,7 +323,7 @@ def preferences(
   Where `data.preference_rewards` is "labels", a label is the whole reward.
   """
   config = policy.config
-  bundles = given(policy, batch)
+  bundles = given(policy, params, batch)
   assert batch.completion_ids is not None
   assert batch.completion_mask is not None and batch.labels is not None
   texts = [
@@ -378,6 +399,54 @@ def samples(
   return [(everywhere | found)[row] for row in chosen]
 
 
+class _Payday:
+  """Pays the completions of a batch, prompt by prompt, as they are finished.
+
+  In a thread, while the devices go on with the others. What a completion earns
+  does not depend on when that was, and failures count in the batch's order.
+  """
+
+  def __init__(self, policy: policies.Policy, batch: pipeline.Batch):
+    self._problems, self._config = batch.problems, policy.config.rewards
+    self._gather = functools.partial(sharding.all_rows, policy.mesh)
+    self._paid: dict[int, futures.Future[scoring.Paid]] = {}
+    self._spans: list[tuple[float, float]] = []
+
+  def __enter__(self) -> Self:
+    self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._thread.shutdown(cancel_futures=True)
+
+  def begin(self, texts: Mapping[int, list[str]]) -> None:
+    """Takes the completions of some prompts, by their places in the batch."""
+    for prompt, completions in texts.items():
+      self._paid[prompt] = self._thread.submit(self._pay, prompt, completions)
+
+  def end(self, texts: list[list[str]]) -> scoring.Scores:
+    """All scores, by prompts; pays what has not been begun.
+
+    Raises:
+      RewardError: A reward has failed too often.
+    """
+    rest = [x for x in range(len(texts)) if x not in self._paid]
+    self.begin({prompt: texts[prompt] for prompt in rest})
+    paid = [self._paid[prompt].result() for prompt in range(len(texts))]
+    return scoring.settle(paid, self._config, gather=self._gather)
+
+  def seconds_before(self, time_point: float) -> float:
+    """How long completions had been paid by then."""
+    return sum(max(min(x, time_point) - begun, 0) for begun, x in self._spans)
+
+  def _pay(self, prompt: int, completions: list[str]) -> scoring.Paid:
+    begun = time.perf_counter()
+    problems = [self._problems[prompt]] * len(completions)
+    paid = scoring.pay(completions, problems, self._config)
+    self._spans.append((begun, time.perf_counter()))
+    return paid
+
+
 def scored(
   policy: policies.Policy, texts: list[list[str]], batch: pipeline.Batch
 ) -> scoring.Scores:
@@ -415,10 +484,13 @@ def _by_group(
   return rewards, scores.valid.reshape(shape) & batch.valid[:, None]
 
 
-def _bundles(policy, batch, ids, mask) -> train_step.Bundles:
-  prompt_ids, prompt_length, images = sharding.put_batch(
-    policy.mesh, (batch.prompt_ids, batch.prompt_length, batch.images)
+def _bundles(policy, batch, ids, mask, images=None) -> train_step.Bundles:
+  """Bundles with the pictures' pixels, if nothing is given in their place."""
+  prompt_ids, prompt_length = sharding.put_batch(
+    policy.mesh, (batch.prompt_ids, batch.prompt_length)
   )
+  if images is None:
+    images = sharding.put_batch(policy.mesh, batch.images)
   return train_step.Bundles(
     prompt_ids=prompt_ids,
     prompt_length=prompt_length,
@@ -431,10 +503,13 @@ def _bundles(policy, batch, ids, mask) -> train_step.Bundles:
 @functools.partial(
   jax.jit, static_argnames=("scale", "baseline", "clip", "drops")
 )
-def _advantages(groups: _Groups, *, scale, baseline, clip, drops):
-  """Bundles with advantages `[U, C]`, and what these rest on."""
-  total, valid = groups.rewards["total"], groups.valid
-  bundles = groups.bundles
+def _advantages(
+  total, heuristics, valid, mask, *, scale, baseline, clip, drops
+):
+  """What bundles are to have of advantages, and what these rest on.
+
+  Not of whole bundles: there is no program for each length of prompts.
+  """
   advantages = objective.group_advantages(
     total.reshape(-1),
     num_generations=total.shape[1],
@@ -445,18 +520,17 @@ def _advantages(groups: _Groups, *, scale, baseline, clip, drops):
   scalars = {
     "rollout/effective_sample_size": health.effective_sample_size(advantages),
     "rollout/heuristic_advantage_share": health.advantage_share(
-      groups.rewards["heuristics"], total, advantages, valid=valid
+      heuristics, total, advantages, valid=valid
     ),
   }
   if clip is not None:
     advantages = jnp.clip(advantages, -clip, clip)
+  changes = {"advantages": advantages}
   if drops:
     kept = shaping.has_spread(total, valid)[:, None]
-    bundles = bundles.replace(
-      completion_mask=bundles.completion_mask & kept[..., None],
-      counted=jnp.broadcast_to(kept, total.shape),
-    )
-  return bundles.replace(advantages=advantages), scalars
+    changes["completion_mask"] = mask & kept[..., None]
+    changes["counted"] = jnp.broadcast_to(kept, total.shape)
+  return changes, scalars
 
 
 @jax.jit

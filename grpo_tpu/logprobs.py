@@ -7,13 +7,14 @@ other way, rounding alone would move their ratio away from one.
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines import tokenizer
 from grpo_tpu import sharding
 
 # Finite, for the entropy multiplies it by a probability of 0.
@@ -28,11 +29,12 @@ def per_token_logps(
   temperature: float,
   chunk_size: int,
   banned_ids: tuple[int, ...] = (),
+  is_early: Bool[Array, "*batch"] | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
   Logits of `chunk_size` tokens exist at a time, in the backward pass too,
-  where they are recomputed.
+  where they are recomputed if there is more than one chunk.
 
   Args:
     states: Final states that predict `ids`; carries the gradient.
@@ -41,6 +43,7 @@ def per_token_logps(
     temperature: Logits are divided by it, as they were when sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
     banned_ids: As in `logits_of`, and as they were when sampling.
+    is_early: As in `unstoppable`, likewise; None where no token is.
 
   Returns:
     Log-probabilities and entropies, in nats.
@@ -52,20 +55,25 @@ def per_token_logps(
     states.reshape(num_tokens, -1), ((0, padding), (0, 0))
   ).reshape(-1, chunk_size, states.shape[-1])
   flat_ids = jnp.pad(ids.reshape(-1), (0, padding)).reshape(-1, chunk_size)
+  flat_early = None
+  if is_early is not None:
+    flat_early = jnp.pad(is_early.reshape(-1), (0, padding))
+    flat_early = flat_early.reshape(-1, chunk_size)
 
-  @jax.checkpoint
-  def chunk(states, ids):
-    logits = logits_of(
-      states, embedding, temperature=temperature, banned_ids=banned_ids
-    )
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
-    mean_logit = jnp.sum(
-      jnp.exp(logits - log_normalizer[:, None]) * logits, axis=-1
-    )
-    return chosen - log_normalizer, log_normalizer - mean_logit
+  # Chunk by chunk the backward pass makes logits anew. Where one chunk is all,
+  # they may as well stay: the loss is next, and then that pass.
+  how = _How(temperature, banned_ids, keeps_logits=num_tokens == chunk_size)
 
-  logps, entropies = jax.lax.map(lambda x: chunk(*x), (flat_states, flat_ids))
+  def chunk(args):
+    states, ids, is_early = args
+    return _scored(how, states, embedding, ids, is_early)
+
+  if how.keeps_logits:
+    # A loop of one would add the embedding's gradient to zeros.
+    args = jax.tree.map(lambda x: x[0], (flat_states, flat_ids, flat_early))
+    logps, entropies = chunk(args)
+  else:
+    logps, entropies = jax.lax.map(chunk, (flat_states, flat_ids, flat_early))
   return (
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
@@ -77,7 +85,7 @@ def on_shards(
   ids: Int[Array, "U C T"],
   embedding: Float[Array, "V D"],
   *,
-  is_early: Any = None,
+  is_early: Bool[Array, "U C T"] | None = None,
   **how: Any,
 ) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
   """`per_token_logps` in which each data shard scores its own bundles.
@@ -125,6 +133,64 @@ def on_shards(
   )(*arrays)
 
 
+class _How(NamedTuple):
+  """What a chunk's logits are, and whether the backward pass finds them."""
+
+  temperature: float
+  banned_ids: tuple[int, ...]
+  keeps_logits: bool
+
+  def logits(self, is_early, states, embedding) -> Array:
+    logits = logits_of(
+      states,
+      embedding,
+      temperature=self.temperature,
+      banned_ids=self.banned_ids,
+    )
+    return logits if is_early is None else unstoppable(logits, is_early)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(how: _How, states, embedding, ids, is_early):
+  """Log-probabilities and entropies of a chunk.
+
+  Its backward pass is one exponential and one select for each logit; left to
+  itself, the gather of what was chosen would go back as a scatter into zeros.
+  """
+  outputs, _ = _scored_forward(how, states, embedding, ids, is_early)
+  return outputs
+
+
+def _scored_forward(how, states, embedding, ids, is_early):
+  logits = how.logits(is_early, states, embedding)
+  peak = logits.max(axis=-1, keepdims=True)
+  # Below the peak: numbers of the size of their differences round least.
+  total = jnp.exp(logits - peak).sum(axis=-1)
+  mean = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1) / total
+  chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - peak[:, 0]
+  kept = logits if how.keeps_logits else None
+  residuals = states, embedding, ids, is_early, peak, total, mean, kept
+  return (chosen - jnp.log(total), jnp.log(total) - mean), residuals
+
+
+def _scored_backward(how, residuals, gradients):
+  states, embedding, ids, is_early, peak, total, mean, kept = residuals
+  of_logps, of_entropies = (x[:, None] for x in gradients)
+  logits, pull = jax.vjp(
+    functools.partial(how.logits, is_early), states, embedding
+  )
+  below = (logits if kept is None else kept) - peak
+  # d logp / d logit = chosen - p; d entropy / d logit = -p (logit - mean).
+  probabilities = jnp.exp(below) / total[:, None]
+  slope = of_logps + of_entropies * (below - mean[:, None])
+  is_chosen = jnp.arange(below.shape[-1])[None] == ids[:, None]
+  gradient = jnp.where(is_chosen, of_logps, 0.0) - probabilities * slope
+  return *pull(gradient), None, None
+
+
+_scored.defvjp(_scored_forward, _scored_backward)
+
+
 def logits_of(
   states: Float[Array, "*batch D"],
   embedding: Float[Array, "V D"],
@@ -157,3 +223,16 @@ def logits_of(
   banned = functools.reduce(operator.or_, (ids == i for i in banned_ids))
   banned = jnp.expand_dims(banned, range(logits.ndim - 1))
   return jnp.where(banned, _IMPOSSIBLE, logits)
+
+
+def unstoppable(
+  logits: Float[Array, "*batch V"], is_early: Bool[Array, "*batch"]
+) -> Float[Array, "*batch V"]:
+  """Logits without the stop tokens, where a row is too short to end.
+
+  Like banned ids, they are in neither softmax, the sampler's or the trainer's.
+  """
+  ids = jnp.arange(logits.shape[-1])
+  stops = functools.reduce(operator.or_, (ids == i for i in tokenizer.STOP_IDS))
+  stops = jnp.expand_dims(stops, range(logits.ndim - 1))
+  return jnp.where(stops & is_early[..., None], _IMPOSSIBLE, logits)

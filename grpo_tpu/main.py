@@ -29,7 +29,14 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
     config = run_config.Config.from_config_dict(command_line.CONFIG.value)
     place = command_line.place()
     # Heavy imports wait until the settings are known to be good.
-    from grpo_tpu import dataset, evaluate, export, preflight, train
+    from grpo_tpu import (
+      compilation,
+      dataset,
+      evaluate,
+      export,
+      preflight,
+      train,
+    )
 
     mode, workdir = command_line.MODE.value, command_line.WORKDIR.value
     if mode == "plan":
@@ -49,6 +56,7 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       run = functools.partial(evaluate.run, config, workdir, data)
       if mode == "train":
         run = functools.partial(train.train, config, workdir, data, ending)
+  compilation.keep_in(config.compilation_cache_dir)
   distributed.initialize(config.distributed, place)
   with run_config.refutable():
     said = preflight.facts(config, identity, mode=mode, workdir=workdir)

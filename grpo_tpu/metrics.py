@@ -91,6 +91,7 @@ METRICS = (
   Metric("rollout/all_wrong_fraction", "share", "of groups all wrong"),
   Metric("rollout/mixed_fraction", "share", "of groups neither"),
   Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
+  Metric("rollout/padded_prompt_length", "tokens", "of the step's bucket"),
   Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
   Metric("rollout/truncated_fraction", "share", "of completions cut off"),
   Metric("rollout/length_penalty", "1", "added to the reward, mean"),
@@ -144,7 +145,23 @@ METRICS = (
   Metric("perf/step_seconds", "s", "the whole step"),
   Metric("perf/data_seconds", "s", "waiting for the batch"),
   Metric("perf/rollout_seconds", "s", "sampling"),
-  Metric("perf/reward_seconds", "s", "scoring completions"),
+  Metric("perf/pictures_seconds", "s", "in it, encoding pictures"),
+  Metric("perf/pictures_encoded", "count", "that differ and were not cached"),
+  Metric("perf/prefill_seconds", "s", "in it, reading prompts"),
+  Metric("perf/decode_seconds", "s", "in it, all tokens but the first"),
+  Metric(
+    "perf/rollout_tokens_per_second", "tokens/s", "reading and decoding alone"
+  ),
+  Metric("perf/live_row_share", "share", "of rows decoded, had not ended"),
+  Metric("perf/compactions", "count", "times that rows moved together"),
+  Metric(
+    "perf/decode_bytes", "B", "least to be read: weights, caches of live rows"
+  ),
+  Metric(
+    "perf/decode_bandwidth_share", "share", "of the chips', by those bytes"
+  ),
+  Metric("perf/reward_seconds", "s", "scoring completions, after sampling"),
+  Metric("perf/reward_overlap_seconds", "s", "scoring them while sampling"),
   Metric("perf/update_seconds", "s", "gradients and optimizer"),
   Metric("perf/eval_seconds", "s", "evaluating"),
   Metric("perf/checkpoint_block_seconds", "s", "training held up by a save"),

@@ -5,8 +5,10 @@ same programs.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import (
   checkpoint,
+  generation,
   optimizer,
+  pictures,
   rollout,
   sharding,
   train_state,
@@ -26,6 +30,20 @@ from grpo_tpu import (
 )
 from grpo_tpu import config as run_config
 from grpo_tpu.gemma3 import attention, lora, weights
+
+
+class Sampled(NamedTuple):
+  """A batch of prompts with their completions.
+
+  Attributes:
+    completions: As global arrays.
+    images: What training may read in place of pixels; None if nothing.
+    scalars: What it took, by the names of `metrics`.
+  """
+
+  completions: generation.Completions
+  images: jax.Array | None
+  scalars: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +72,7 @@ class Policy:
       train_vision=self.config.model.train_vision,
       vision_remat=self.config.model.vision_remat,
       banned_ids=self.banned_ids,
+      min_new_tokens=self.config.rollout.min_new_tokens,
       attention=attention.implementation(
         self.config.model.attention, self.mesh.devices.flat[0].platform
       ),
@@ -200,8 +219,11 @@ class Policy:
     *,
     num_completions: int,
     temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
     poll: Callable[[], None] = rollout.no_poll,
-  ) -> rollout.Completions:
+    finished: Callable[[Mapping[int, list[str]]], None] | None = None,
+  ) -> Sampled:
     """Completions of this process's prompts, as global arrays.
 
     Args:
@@ -210,33 +232,145 @@ class Policy:
       step_key: What the rows' keys are folded from.
       num_completions: Rows per prompt.
       temperature: Logits are divided by it; 0 takes the likeliest token.
-      poll: Called on every process, equally often, while there is sampling to
-        be done. It may raise, which abandons the rollout.
+      top_k: Draws from the likeliest so many tokens alone; 0 from all. Not for
+        training, and neither is the next.
+      top_p: Draws from the fewest that hold this share; 1 from all.
+      poll: Called between chunks of tokens, equally often on every process. It
+        may raise, which abandons the rollout.
+      finished: Called between chunks with the texts of this process's prompts
+        whose completions have all ended, by the prompts' places in `batch`.
     """
-    poll()
-    arrays = sharding.put_batch(
-      self.mesh,
-      (
-        batch.prompt_ids,
-        batch.prompt_length,
-        batch.images,
-        batch.prompt_index,
-      ),
+    started = time.perf_counter()
+    images = self._features(params, batch)
+    encoded = time.perf_counter() - started
+    ids, length, index = sharding.put_batch(
+      self.mesh, (batch.prompt_ids, batch.prompt_length, batch.prompt_index)
     )
-    return rollout.rollout(
+    told = finished and (lambda ids: finished(self._read(ids)))
+    completions, report = rollout.rollout(
       params,
-      *arrays,
+      generation.Prompts(ids, length, images, index),
       step_key,
+      settings=self._settings(num_completions, temperature, top_k, top_p),
+      mesh=self.mesh,
+      stops=self._stops,
+      poll=poll,
+      finished=told,
+    )
+    scalars = report.scalars(self.mesh)
+    if self.pictures:
+      scalars["perf/pictures_encoded"] = self.pictures.num_encoded
+      scalars["perf/pictures_seconds"] = encoded
+    is_frozen = not self.config.model.train_vision
+    return Sampled(completions, images if is_frozen else None, scalars)
+
+  def prepare_sampling(
+    self,
+    params: dict,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    num_prompts: int,
+    num_completions: int,
+    temperature: float,
+  ) -> None:
+    """Compiles what `sample` runs, before it does.
+
+    Args:
+      params: The policy.
+      shapes: Padded lengths of prompts, and how many images each has.
+      num_prompts: Of a batch, over all processes.
+      num_completions: As for `sample`.
+      temperature: As for `sample`.
+    """
+    params = _shapes(params)
+    place = sharding.batch(self.mesh)
+
+    def array(dtype, *shape) -> Any:
+      shape = (num_prompts, *shape)
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    vision = self.config.model_config.vision
+    if self.pictures:
+      self.pictures.prepare(params)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for width, slots in sorted(shapes):
+      images = array(np.uint8, 0, 0, 0, 3)
+      if vision:
+        images = array(
+          self.model.dtype, slots, vision.soft_tokens, vision.width
+        )
+      rollout.prepare(
+        params,
+        generation.Prompts(
+          ids=array(np.int32, width),
+          length=array(np.int32),
+          images=images,
+          index=array(np.int32),
+        ),
+        key,
+        settings=self._settings(num_completions, temperature, 0, 1.0),
+        mesh=self.mesh,
+      )
+
+  def images(self, params: dict, batch: pipeline.Batch) -> jax.Array:
+    """What training reads of this process's pictures, as a global array.
+
+    Pixels; or, if the tower is frozen, what it makes of them, so that no pass
+    needs to run it again.
+    """
+    if self.config.model.train_vision:
+      return sharding.put_batch(self.mesh, batch.images)
+    return self._features(params, batch)
+
+  @functools.cached_property
+  def pictures(self) -> pictures.Pictures | None:
+    """What encodes pictures; None for a model that sees none."""
+    vision = self.config.model_config.vision
+    if vision is None:
+      return None
+    return pictures.Pictures(
+      vision,
+      self.mesh,
+      dtype=self.model.dtype,
+      per_shard=self.config.rollout.pictures_per_shard,
+      cache_bytes=self.config.rollout.image_cache_mib * 2**20,
+    )
+
+  def _features(self, params: dict, batch: pipeline.Batch) -> jax.Array:
+    if self.pictures is None:
+      return sharding.put_batch(self.mesh, batch.images)
+    return self.pictures.features(params, batch.images)
+
+  def _settings(
+    self, num_completions: int, temperature: float, top_k: int, top_p: float
+  ) -> generation.Settings:
+    settings = self.config.rollout
+    return generation.Settings(
       config=self.config.model_config,
       num_completions=num_completions,
-      max_new_tokens=self.config.rollout.max_new_tokens,
+      max_new_tokens=settings.max_new_tokens,
+      min_new_tokens=settings.min_new_tokens,
+      chunk_tokens=settings.chunk_tokens,
       temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
       dtype=self.model.dtype,
       attention=self.model.attention,
       banned_ids=self.banned_ids,
     )
 
-  def texts(self, completions: rollout.Completions) -> list[list[str]]:
+  @property
+  def _stops(self) -> rollout.Stops | None:
+    strings = self.config.rollout.stop_strings
+    return rollout.Stops(strings, self.tokenizer.decode) if strings else None
+
+  def _read(self, ids: Mapping[int, list[list[int]]]) -> dict[int, list[str]]:
+    return {
+      prompt: [self.tokenizer.decode(row) for row in rows]
+      for prompt, rows in ids.items()
+    }
+
+  def texts(self, completions: generation.Completions) -> list[list[str]]:
     """What was written, one list per prompt of this process."""
     ids, mask = sharding.local_rows(
       self.mesh, (completions.ids, completions.mask)
@@ -262,6 +396,13 @@ def _cast(params: dict, settings: run_config.ModelSettings) -> dict:
   if dtype == settings.param_dtype:
     return params
   return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _shapes(tree: Any) -> Any:
+  """The shapes of arrays that have places."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
 
 
 def abstract_params(config: run_config.Config, mesh: Mesh) -> dict:

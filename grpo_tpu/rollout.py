@@ -1,148 +1,358 @@
 """Completions of prompts, sampled by the policy that is being trained.
 
 A prompt, with its image, runs through the network once; its completions decode
-over the shared cache until every row has stopped.
+over the shared cache until every row has stopped. The loop runs on the devices,
+some tokens at a time. In between the host looks which rows go on, moves them
+together, and hands out what is finished. `docs/adr/0010-rows-move-together.md`
+has the reasons.
 """
 
-import functools
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
 
-import flax.struct
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
 
-from data_pipelines import tokenizer
-from grpo_tpu import logprobs, sampling
-from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import text
+from grpo_tpu import compaction, generation, sharding
 
-
-class Completions(flax.struct.PyTreeNode):
-  """What was sampled.
-
-  Attributes:
-    ids: Tokens up to and including the stop token; padding after.
-    mask: True on sampled tokens, the stop token included.
-    logps: Log-probability of each token as the sampler saw it; 0 on padding.
-    stopped: Whether a stop token came before the length ran out.
-  """
-
-  ids: Int[Array, "U C T"]
-  mask: Bool[Array, "U C T"]
-  logps: Float[Array, "U C T"]
-  stopped: Bool[Array, "U C"]
+# Bytes that a chip reads from its memory in a second, by `device_kind`.
+_BANDWIDTH = {
+  "TPU v4": 1.23e12,
+  "TPU v5 lite": 8.19e11,
+  "TPU v5": 2.77e12,
+  "TPU v5p": 2.77e12,
+  "TPU v6 lite": 1.64e12,
+  "TPU7x": 7.37e12,
+}
 
 
 def no_poll() -> None:
   """For callers that nothing can interrupt."""
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "config",
-    "num_completions",
-    "max_new_tokens",
-    "temperature",
-    "dtype",
-    "attention",
-    "banned_ids",
-  ),
-)
+@dataclasses.dataclass(frozen=True)
+class Stops:
+  """Strings that end a completion, for those who read it as text.
+
+  Attributes:
+    strings: Any of which ends it, at the first token that completes one.
+    decode: What reads ids. Further ids must not change what it has read,
+      broken characters at the end aside.
+  """
+
+  strings: tuple[str, ...]
+  decode: Callable[[list[int]], str]
+
+  def cut(self, ids: list[int], known: int) -> int | None:
+    """Tokens up to the end of the first string, if there is one.
+
+    Args:
+      ids: Of a completion.
+      known: How many of them are known to hold none.
+    """
+    if not self._holds(ids):
+      return None
+    counts = range(known + 1, len(ids) + 1)
+    return next(n for n in counts if self._holds(ids[:n]))
+
+  def _holds(self, ids: list[int]) -> bool:
+    text = self.decode(ids)
+    return any(string in text for string in self.strings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a rollout took; all but seconds is the same on every host.
+
+  Attributes:
+    prefill_seconds: Until every row had its first token.
+    decode_seconds: From there on.
+    tokens: Written, over all rows.
+    decoded: Those that decoding wrote: all but each row's first.
+    row_steps: Tokens that places, with live rows or not, were computed for
+      while decoding.
+    moves: Times that rows moved together.
+    least_bytes: That decoding had to read: for each token the weights, once,
+      and the caches of live rows and their prompts.
+  """
+
+  prefill_seconds: float
+  decode_seconds: float
+  tokens: int
+  decoded: int
+  row_steps: int
+  moves: int
+  least_bytes: int
+
+  def scalars(self, mesh: Mesh) -> dict[str, float]:
+    """By the names of `metrics`."""
+    seconds = self.prefill_seconds + self.decode_seconds
+    scalars = {
+      "perf/prefill_seconds": self.prefill_seconds,
+      "perf/decode_seconds": self.decode_seconds,
+      "perf/rollout_tokens_per_second": self.tokens / max(seconds, 1e-9),
+      "perf/decode_bytes": self.least_bytes,
+      "perf/compactions": self.moves,
+    }
+    if self.row_steps:
+      scalars["perf/live_row_share"] = self.decoded / self.row_steps
+    devices = mesh.devices.flat
+    bandwidth = _BANDWIDTH.get(devices[0].device_kind)
+    if bandwidth and self.decode_seconds:
+      least_seconds = self.least_bytes / (bandwidth * mesh.devices.size)
+      scalars["perf/decode_bandwidth_share"] = (
+        least_seconds / self.decode_seconds
+      )
+    return scalars
+
+
+type Finished = Callable[[Mapping[int, list[list[int]]]], None]
+
+
 def rollout(
   params: dict,
-  prompt_ids: Int[Array, "U P"],
-  prompt_length: Int[Array, " U"],
-  images: UInt8[Array, "U I height width 3"],
-  prompt_index: Int[Array, " U"],
+  prompts: generation.Prompts,
   step_key: Key[Array, ""],
   *,
-  config: gemma3_config.ModelConfig,
-  num_completions: int,
-  max_new_tokens: int,
-  temperature: float,
-  dtype: jnp.dtype,
-  attention: str = "einsum",
-  banned_ids: tuple[int, ...] = (),
-) -> Completions:
+  settings: generation.Settings,
+  mesh: Mesh,
+  stops: Stops | None = None,
+  row_limits: Int[np.ndarray, "U C"] | None = None,
+  poll: Callable[[], None] = no_poll,
+  finished: Finished | None = None,
+) -> tuple[generation.Completions, Report]:
   """Samples `num_completions` completions of each prompt.
 
   Args:
     params: The policy.
-    prompt_ids: Right-padded ids.
-    prompt_length: Ids before the padding.
-    images: Pictures of each prompt, in the order of their placeholders.
-    prompt_index: Each prompt's place in the step's whole batch.
+    prompts: Of all processes, on the mesh.
     step_key: The run's key folded with the step.
-    config: The model's sizes.
-    num_completions: Rows per prompt (`C`).
-    max_new_tokens: Tokens per row at most (`T`).
-    temperature: Logits are divided by it; 0 takes the likeliest token.
-    dtype: Of the matrix products.
-    attention: Of the prompts, from `gemma3.attention.implementation`; a token
-      at a time reads the cache by einsum.
-    banned_ids: Never drawn, and in no probability; see `logprobs.logits_of`.
+    settings: How to sample.
+    mesh: Where arrays lie.
+    stops: Strings that end a completion.
+    row_limits: Most tokens of each row of this process, up to
+      `max_new_tokens`, which is what None means for all.
+    poll: Called between chunks, equally often on every process. It may raise,
+      which abandons the rollout.
+    finished: Called between chunks with the ids of all completions of those of
+      this process's prompts that are complete, and were not before.
   """
-  embedding = params["embedder"]["input_embedding"]
-  keys = sampling.row_keys(step_key, prompt_index, num_completions)
-  state, cache = text.prefill(
-    config,
-    params,
-    prompt_ids,
-    prompt_length,
-    images,
-    num_completions=num_completions,
-    max_new_tokens=max_new_tokens,
-    dtype=dtype,
-    implementation=attention,
-  )
-  state = jnp.broadcast_to(state[:, None], (*keys.shape, state.shape[-1]))
+  return _Rollout(
+    params, prompts, settings=settings, mesh=mesh, stops=stops
+  ).run(step_key, row_limits, poll, finished)
 
-  def extend(completions: Completions, state, t) -> Completions:
-    """Draws token `t` of every row that has not stopped."""
-    logits = logprobs.logits_of(
-      state,
-      embedding,
-      temperature=temperature or 1.0,
-      banned_ids=banned_ids,
+
+class _Rollout:
+  """One rollout, as the host sees it."""
+
+  def __init__(
+    self,
+    params: dict,
+    prompts: generation.Prompts,
+    *,
+    settings: generation.Settings,
+    mesh: Mesh,
+    stops: Stops | None,
+  ):
+    self._params, self._prompts = params, prompts
+    self._settings, self._mesh, self._stops = settings, mesh, stops
+    self._programs = generation.Programs(settings, mesh)
+    self._shards, shards = sharding.data_shards(mesh)
+    per_shard = prompts.ids.shape[0] // shards
+    self._grid = compaction.first_grid(
+      shards, per_shard, settings.num_completions
     )
-    ids = (
-      sampling.sample(logits, keys, t)
-      if temperature
-      else sampling.greedy(logits)
+    self._ladder = compaction.ladder(per_shard, settings.num_completions)
+    shape = (shards, per_shard, settings.num_completions)
+    # By number of the row: as far as the host has looked; no cut is beyond T.
+    self._length = np.zeros(shape, np.int32)
+    self._live = np.ones(shape, bool)
+    self._cut = np.full(shape, settings.max_new_tokens + 1, np.int32)
+    self._handed_out = np.zeros(shape[:2], bool)
+    self._row_steps = self._moves = 0
+
+  def run(self, step_key, row_limits, poll, finished):
+    started = time.perf_counter()
+    if row_limits is None:
+      rows = (self._mine(self._live).shape[0], self._settings.num_completions)
+      row_limits = np.full(rows, self._settings.max_new_tokens)
+    limit = sharding.put_batch(self._mesh, row_limits.astype(np.int32))
+    poll()
+    state, pulse = self._programs.prefill(
+      self._params, self._prompts, limit, step_key
     )
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    logps = chosen - jax.nn.logsumexp(logits, axis=-1)
-    stopped = completions.stopped
-    ids = jnp.where(stopped, tokenizer.PAD, ids)
-    return Completions(
-      ids=completions.ids.at[:, :, t].set(ids),
-      mask=completions.mask.at[:, :, t].set(~stopped),
-      logps=completions.logps.at[:, :, t].set(jnp.where(stopped, 0.0, logps)),
-      stopped=stopped | jnp.isin(ids, jnp.asarray(tokenizer.STOP_IDS)),
+    self._look(state, pulse)
+    prefilled = time.perf_counter()
+    while self._live.any():
+      if finished:
+        self._hand_out(state, finished)
+      poll()
+      state, alive = self._moved(state)
+      before = int(self._t)
+      state, pulse = self._programs.write(self._params, state, alive)
+      self._look(state, pulse)
+      self._row_steps += (int(self._t) - before) * self._grid.rows.size
+    done = time.perf_counter()
+    if finished:
+      self._hand_out(state, finished)
+    completions = self._programs.results(state.written, self._put(self._cut))
+    return completions, self._report(prefilled - started, done - prefilled)
+
+  def _look(self, state: generation.State, pulse: generation.Pulse) -> None:
+    """Waits for a program, and notes how far each row has come."""
+    self._t = int(pulse.t)
+    known = self._length.copy()
+    for name, noted in (("live", self._live), ("length", self._length)):
+      seen = np.asarray(getattr(pulse, name)).reshape(self._grid.rows.shape)
+      for shard, rows in enumerate(self._grid.rows):
+        noted[shard].ravel()[rows[rows >= 0]] = seen[shard][rows >= 0]
+    if self._stops:
+      self._cut_off(state, known)
+
+  def _cut_off(self, state: generation.State, known: np.ndarray) -> None:
+    """Ends rows whose text has come to hold a stop string."""
+    assert self._stops is not None
+    cut = self._mine(self._cut)
+    ids = sharding.local_rows(self._mesh, state.written.ids)
+    length, known = self._mine(self._length), self._mine(known)
+    for row in np.argwhere((length > known) & (cut > length)):
+      at = tuple(row)
+      found = self._stops.cut(ids[at][: length[at]].tolist(), int(known[at]))
+      if found is not None:
+        cut[at] = found
+    everyones = sharding.all_rows(self._mesh, cut)
+    self._cut = everyones.reshape(self._cut.shape)
+    self._live &= self._cut > self._length
+
+  def _moved(
+    self, state: generation.State
+  ) -> tuple[generation.State, jax.Array]:
+    """The state once rows have moved as far together as they can."""
+    for move in compaction.moves(
+      self._grid, self._in_place(), self._ladder, self._settings.num_completions
+    ):
+      none = self._live[0].size
+      number = np.where(move.grid.rows < 0, none, move.grid.rows)
+      state = self._programs.move(
+        state, *map(self._put, (number, move.rows, move.bundles))
+      )
+      self._grid = move.grid
+      self._moves += 1
+    return state, self._put(self._in_place())
+
+  def _in_place(self) -> np.ndarray:
+    """Which places hold a row that goes on, `[shards, u, c]`."""
+    live = self._live.reshape(len(self._live), -1)
+    rows = self._grid.rows
+    flags = np.take_along_axis(live, rows.reshape(len(rows), -1), axis=1)
+    return flags.reshape(rows.shape) & (rows >= 0)
+
+  def _hand_out(self, state: generation.State, finished: Finished) -> None:
+    """Tells of this process's prompts whose rows have all ended."""
+    new = ~self._live.any(axis=-1) & ~self._handed_out
+    self._handed_out |= new
+    mine = np.flatnonzero(self._mine(new))
+    if not mine.size:
+      return
+    ids = sharding.local_rows(self._mesh, state.written.ids)
+    length = np.minimum(self._mine(self._length), self._mine(self._cut))
+    finished(
+      {
+        int(prompt): [
+          row[:n].tolist()
+          for row, n in zip(ids[prompt], length[prompt], strict=True)
+        ]
+        for prompt in mine
+      }
     )
 
-  def unfinished(carry):
-    t, completions, _ = carry
-    return (t + 1 < max_new_tokens) & ~jnp.all(completions.stopped)
+  def _mine(self, by_shard: np.ndarray) -> np.ndarray:
+    """This process's part of `[shards, u, ...]`, shards laid end to end."""
+    mine = by_shard[list(self._shards)]
+    return mine.reshape(-1, *mine.shape[2:])
 
-  def step(carry):
-    t, completions, cache = carry
-    ids = completions.ids[:, :, t]
-    state, cache = text.decode(
-      config, params, cache, prompt_length, ids, t, dtype=dtype
+  def _put(self, by_shard: np.ndarray) -> jax.Array:
+    """A global array of `[shards, u, ...]`, which every process has whole."""
+    flat = by_shard.reshape(-1, *by_shard.shape[2:])
+    return sharding.put_whole(self._mesh, flat, sharding.BATCH)
+
+  def _report(self, prefill_seconds: float, decode_seconds: float) -> Report:
+    return Report(
+      prefill_seconds=prefill_seconds,
+      decode_seconds=decode_seconds,
+      tokens=int(self._length.sum()),
+      decoded=int((self._length - 1).sum()),
+      row_steps=self._row_steps,
+      moves=self._moves,
+      least_bytes=self._least_bytes(),
     )
-    return t + 1, extend(completions, state, t + 1), cache
 
-  shape = (*keys.shape, max_new_tokens)
-  empty = Completions(
-    ids=jnp.full(shape, tokenizer.PAD, jnp.int32),
-    mask=jnp.zeros(shape, bool),
-    logps=jnp.zeros(shape, jnp.float32),
-    stopped=jnp.zeros(keys.shape, bool),
-  )
-  start = jnp.zeros((), jnp.int32)
-  _, completions, _ = jax.lax.while_loop(
-    unfinished, step, (start, extend(empty, state, start), cache)
-  )
-  return completions
+  def _least_bytes(self) -> int:
+    """As `Report` says, prompts taken as long as they are padded to."""
+    config = self._settings.config
+    weights = (
+      self._params["layers"],
+      self._params["embedder"]["input_embedding"],
+    )
+    num_global = sum(config.global_layers)
+    num_local = config.num_layers - num_global
+    window, padded = config.sliding_window, self._prompts.ids.shape[1]
+    token = 2 * config.num_kv_heads * config.head_dim
+    token *= self._settings.dtype.itemsize
+    steps = (self._length - 1).astype(np.int64)
+    # The i-th step of a row reads i of its own tokens, or a window of them.
+    own = steps * (steps + 1) // 2
+    beyond = np.maximum(steps - window, 0)
+    in_window = own - beyond * (beyond + 1) // 2
+    prompts = steps.max(axis=-1).sum() * (
+      num_global * padded + num_local * min(padded, window - 1)
+    )
+    cached = num_global * own.sum() + num_local * in_window.sum() + prompts
+    read = sum(x.nbytes for x in jax.tree.leaves(weights))
+    return int(steps.max() * read + cached * token)
+
+
+def prepare(
+  params: dict,
+  prompts: generation.Prompts,
+  step_key: jax.ShapeDtypeStruct,
+  *,
+  settings: generation.Settings,
+  mesh: Mesh,
+) -> None:
+  """Compiles every program that a rollout of such prompts may need.
+
+  Args:
+    params: Shapes and places, as those of the rest.
+    prompts: Of all processes.
+    step_key: As it will be.
+    settings: How to sample.
+    mesh: Where arrays lie.
+  """
+  programs = generation.Programs(settings, mesh)
+  place, (_, shards) = sharding.batch(mesh), sharding.data_shards(mesh)
+  per_shard = prompts.ids.shape[0] // shards
+
+  def array(dtype, bundles, *width):
+    shape = (shards * bundles, *width)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  shape = per_shard, settings.num_completions
+  limit = array(np.int32, *shape)
+  state, _ = programs.prefill.prepare(params, prompts, limit, step_key)
+  programs.results.prepare(state.written, limit)
+  if settings.max_new_tokens == 1:
+    return
+  state, _ = programs.write.prepare(params, state, array(bool, *shape))
+  if settings.chunk_tokens >= settings.max_new_tokens - 1:
+    return
+  for bundles, width in compaction.ladder(*shape)[1:]:
+    number = array(np.int32, bundles, width)
+    state = programs.move.prepare(
+      state, number, number, array(np.int32, bundles)
+    )
+    alive = array(bool, bundles, width)
+    state, _ = programs.write.prepare(params, state, alive)

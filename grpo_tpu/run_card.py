@@ -17,9 +17,9 @@ from absl import logging
 from data_pipelines import prompts
 from grpo_tpu import config as run_config
 
-# What changes no number of a step but by rounding, or is named by what it holds
-# rather than by where it lies. All other settings are of the essence, those
-# that are yet to come among them.
+# What changes no number of a step but by rounding, or is known by its contents
+# and not by its place. All other settings are of the essence, those among them
+# that are yet to come.
 _INCIDENTAL = (
   *("checkpoint", "eval", "export", "mesh", "samples", "distributed"),
   *("data.dir", "data.tokenizer", "data.worker_processes", "data.synthetic"),

@@ -273,6 +273,16 @@ def all_rows(mesh: Mesh, tree: Any) -> Any:
   return jax.device_get(rows)
 
 
+def put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
+  """Device arrays from NumPy ones that every process has whole."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, NamedSharding(mesh, place), lambda index: x[index]
+    ),
+    tree,
+  )
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _laid_out(tree, place):
   return jax.lax.with_sharding_constraint(tree, place)

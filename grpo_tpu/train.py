@@ -98,6 +98,7 @@ def train(
       writer.write_config(config.to_dict())
       loop = _Loop(run, writer, checkpoints, watch, ending)
       with ending.at_once_if_others_wait():
+        run.compile_ahead(state)
         if start is None:
           loop.begin(state)
         loop.go_on(state, start or 0, batches, begun)
@@ -278,6 +279,12 @@ class _Run:
     """Names the run; keeps the policy it starts from where that is of use."""
     card = run_card.read(workdir)
     run_card.check(card, config, data.identity, workdir)
+    self._check_data = functools.partial(
+      run_card.check_data,
+      config=config,
+      identity=data.identity,
+      workdir=workdir,
+    )
     weights = card["weights"] if card else policies.resolved_weights(config)
     self._write_card = functools.partial(
       run_card.write, workdir, config, data.identity, weights
@@ -288,7 +295,17 @@ class _Run:
     self.policy = policies.Policy(self.config, mesh, data.tokenizer)
     self._key = jax.random.key(config.seed)
     self._schedule = optimizer.make_schedule(config.optimizer_config)
-    self._update = self.policy.make_update()
+    model, num_microbatches = self.policy.model, config.num_microbatches
+    self._scoring = compilation.Ahead(
+      jax.jit(
+        lambda params, bundles: train_step.score(
+          model, params, bundles, num_microbatches=num_microbatches
+        )
+      )
+    )
+    # Of the batches to come, until what they need is compiled.
+    self._shapes: set[tuple[int, int]] = set()
+    self._update = compilation.Ahead(self.policy.make_update())
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shards)
@@ -340,6 +357,7 @@ class _Run:
       self.policy.abstract_state(), unfinished_sharding=place
     )
     if restored:
+      self._check_data(restored.meta)
       unfinished = restored.unfinished
       begun = unfinished and begun_step.BegunStep.of(unfinished, place)
       return restored.state, restored.step, begun
@@ -368,9 +386,54 @@ class _Run:
 
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
-    return self.data.train_batches(
+    batches = self.data.train_batches(
       self.config, start_step=position, **self._shards
     )
+    shaping_config, num_steps = self.config.shaping, self.config.train.num_steps
+    if shaping_config.zero_variance == "resample":
+      num_steps *= shaping_config.max_batches
+    self._shapes = batches.shapes(max(num_steps - position, 1))
+    return batches
+
+  def compile_ahead(self, state: train_state.TrainState) -> None:
+    """Compiles what samples, for every shape of prompts that is to come.
+
+    An update is compiled for those that the first one has not, after it.
+    """
+    params, config = self._params(state), self.config
+    if config.data.kind == "online":
+      self.policy.prepare_sampling(
+        params,
+        self._shapes,
+        num_prompts=config.data.prompts_per_step,
+        num_completions=config.rollout.num_generations,
+        temperature=config.rollout.temperature,
+      )
+    if config.eval.every_steps:
+      self.policy.prepare_sampling(
+        params,
+        self._eval_batches.shapes(),
+        num_prompts=config.eval.batch_size,
+        num_completions=1,
+        temperature=0.0,
+      )
+
+  def _prepare(
+    self,
+    program: compilation.Ahead,
+    first: Any,
+    bundles: train_step.Bundles,
+    *rest: Any,
+  ) -> None:
+    """Compiles what runs on bundles like these, for all shapes to come."""
+    ids, images = bundles.prompt_ids, bundles.images
+    for width, slots in sorted(
+      self._shapes - {(ids.shape[1], images.shape[1])}
+    ):
+      other = _abstract(bundles).replace(
+        prompt_ids=_resized(ids, width), images=_resized(images, slots)
+      )
+      program.prepare(_abstract(first), other, *_abstract(rest))
 
   def experience(
     self,
@@ -381,7 +444,7 @@ class _Run:
   ) -> experiences.Experience:
     """What the step learns from."""
     if self.config.data.kind != "online":
-      return experiences.offline(self.policy, batches)
+      return experiences.offline(self.policy, self._params(state), batches)
     every = self.config.samples.every_steps
     return experiences.online(
       self.policy,
@@ -408,6 +471,8 @@ class _Run:
         self._schedule(first_update)
       )
     state, update = self._update(state, begun.bundles, self._frozen)
+    self._prepare(self._update, state, begun.bundles, self._frozen)
+    self._shapes = set()  # The first update has prepared all there are.
     begun.scalars |= {f"train/{name}": value for name, value in update.items()}
     jax.block_until_ready(state)
     begun.skipped.append(float(update["skipped_updates"]))
@@ -442,12 +507,9 @@ class _Run:
   def _score(
     self, params: dict, bundles: train_step.Bundles
   ) -> tuple[jax.Array, jax.Array]:
-    return train_step.score(
-      self.policy.model,
-      params,
-      bundles,
-      num_microbatches=self.config.num_microbatches,
-    )
+    scored = self._scoring(params, bundles)
+    self._prepare(self._scoring, params, bundles)
+    return scored
 
   def evaluated(
     self,
@@ -481,6 +543,22 @@ class _Run:
         self._preference_batches,
       )
     return scalars | {"perf/eval_seconds": time.perf_counter() - start}
+
+
+def _abstract(tree: Any) -> Any:
+  """The shapes and places of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding if x.committed else None
+    ),
+    tree,
+  )
+
+
+def _resized(x: jax.Array, width: int) -> Any:
+  """The shape and place of an array, its second axis another."""
+  shape = (x.shape[0], width, *x.shape[2:])
+  return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("share",))

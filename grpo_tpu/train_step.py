@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_tpu import logprobs, objective, shaping, sharding, train_state
 from grpo_tpu.gemma3 import config as gemma3_config
@@ -25,7 +25,8 @@ class Bundles(flax.struct.PyTreeNode):
   Attributes:
     prompt_ids: Right-padded ids.
     prompt_length: Ids before the padding.
-    images: Pictures of each prompt, in the order of their placeholders.
+    images: Of each prompt, in the order of their placeholders: pixels, or what
+      a frozen tower made of them.
     completion_ids: Right-padded ids.
     completion_mask: True on the tokens that count; none of a row that is void.
     advantages: One per completion; zeros for demonstrations.
@@ -42,7 +43,7 @@ class Bundles(flax.struct.PyTreeNode):
 
   prompt_ids: Int[Array, "U P"]
   prompt_length: Int[Array, " U"]
-  images: UInt8[Array, "U I height width 3"]
+  images: text.Images
   completion_ids: Int[Array, "U C T"]
   completion_mask: Bool[Array, "U C T"]
   advantages: Float[Array, "U C"] | None = None
@@ -67,6 +68,7 @@ class Model(flax.struct.PyTreeNode):
     vision_remat: What its blocks keep for the backward pass.
     attention: From `gemma3.attention.implementation`.
     banned_ids: Of probability 0, as in the rollout.
+    min_new_tokens: Tokens before which stop tokens are so too.
   """
 
   config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)
@@ -78,6 +80,7 @@ class Model(flax.struct.PyTreeNode):
   vision_remat: str = flax.struct.field(pytree_node=False, default="full")
   attention: str = flax.struct.field(pytree_node=False, default="einsum")
   banned_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  min_new_tokens: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def token_logps(
@@ -106,7 +109,18 @@ def token_logps(
     temperature=model.temperature,
     chunk_size=model.chunk_size,
     banned_ids=model.banned_ids,
+    is_early=_is_early(model, bundles.completion_ids.shape),
   )
+
+
+def _is_early(
+  model: Model, shape: tuple[int, ...]
+) -> Bool[Array, "U C T"] | None:
+  """Which tokens no stop token could have stood in the place of."""
+  if not model.min_new_tokens:
+    return None
+  is_early = jnp.arange(shape[-1]) < model.min_new_tokens
+  return jnp.broadcast_to(is_early[None, None], shape)
 
 
 @functools.partial(jax.jit, static_argnames=("num_microbatches",))
@@ -228,11 +242,15 @@ def make_train_step(
       sums = jax.tree.map(jnp.add, sums, new_sums)
       return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
 
-    parts = _cut(bundles, num_microbatches)
-    shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
-    # None of the maxima is ever below 0.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
+    if num_microbatches == 1:
+      # No second gradient to add this one to.
+      sums, maxima = terms(bundles)
+    else:
+      parts = _cut(bundles, num_microbatches)
+      shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+      # None of the maxima is ever below 0.
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
     value, metrics, gradient = sums
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     if "ratio_squared" in metrics:

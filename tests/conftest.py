@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
   " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+# Programs started by tests keep what they compile where tests tell them to.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

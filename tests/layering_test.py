@@ -22,6 +22,7 @@ FLOORS = {
     "grpo_tpu.agreement",
     "grpo_tpu.alarms",
     "grpo_tpu.chips",
+    "grpo_tpu.compaction",
     "grpo_tpu.flops",
     "grpo_tpu.compilation",
     "grpo_tpu.distributed",
@@ -35,6 +36,7 @@ FLOORS = {
     "grpo_tpu.preemption",
     "grpo_tpu.report",
     "grpo_tpu.retention",
+    "grpo_tpu.sampling",
     "grpo_tpu.shaping",
     "grpo_tpu.train_state",
     "grpo_tpu.watchdog",
@@ -48,9 +50,10 @@ FLOORS = {
   3: {"grpo_tpu.gemma3", "grpo_tpu.logprobs"},
   4: {
     "grpo_tpu.checkpoint",
+    "grpo_tpu.generation",
     "grpo_tpu.metrics",
     "grpo_tpu.optimizer",
-    "grpo_tpu.sampling",
+    "grpo_tpu.pictures",
   },
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
   6: {

@@ -66,7 +66,6 @@ def attend(
   sight: Sight,
   *,
   prompt: tuple[Float[Array, "U P K H"], Float[Array, "U P K H"]] | None = None,
-  t: Int[Array, " t"] | None = None,
   implementation: str = "einsum",
 ) -> Float[Array, "U C t Q H"]:
   """What each query reads from its own row and from its bundle's prompt.
@@ -81,7 +80,6 @@ def attend(
     sight: Which keys a query sees.
     prompt: Keys and values of the prompt, shared by the `C` completions of a
       bundle. Without it the rows are the prompts themselves, and `C` is 1.
-    t: Index in its completion of each query; None where all stand in a row.
     implementation: From the function of that name.
 
   Returns:
@@ -91,7 +89,6 @@ def attend(
     # Loads slowly, and few machines have a use for it.
     from grpo_tpu.gemma3 import splash
 
-    assert t is None, "The kernel reads whole rows."
     return splash.attend(
       q,
       k,
@@ -108,9 +105,12 @@ def attend(
     assert sight.image_block is not None
     mask = prompt_mask(sight.image_block, sight.prompt_length, sight.window)
     return _einsum(q, k, v, mask)
-  t = jnp.arange(q.shape[2]) if t is None else t
   to_prompt, own = completion_masks(
-    sight.prompt_length, prompt[0].shape[1], t, k.shape[2], sight.window
+    sight.prompt_length,
+    prompt[0].shape[1],
+    jnp.arange(q.shape[2]),
+    k.shape[2],
+    sight.window,
   )
   return _einsum(q, k, v, own, prompt=prompt, to_prompt=to_prompt)
 
@@ -144,6 +144,51 @@ def _einsum(
       "uckgtp,upkh->uctkgh", weights[..., :num_prompt], prompt_v
     ) + jnp.einsum("uckgts,ucskh->uctkgh", weights[..., num_prompt:], v)
   return out.reshape(u, c, t, num_heads, head_dim)
+
+
+def attend_cached(
+  q: Float[Array, "U C Q H"],
+  own: tuple[Float[Array, "U C K s H"], Float[Array, "U C K s H"]],
+  prompt: tuple[Float[Array, "U K p H"], Float[Array, "U K p H"]],
+  *,
+  sees_own: Bool[Array, " s"],
+  sees_prompt: Bool[Array, "U p"],
+) -> Float[Array, "U C Q H"]:
+  """What one token of each row reads from caches, heads before tokens.
+
+  One softmax over both parts, as in `attend`.
+
+  Args:
+    q: Queries, scaled and rotated.
+    own: Keys and values of each row.
+    prompt: Those of each bundle's prompt.
+    sees_own: Which own ones are there.
+    sees_prompt: Which of the prompt's are in sight.
+  """
+  u, c, num_heads, head_dim = q.shape
+  (k, v), (prompt_k, prompt_v) = own, prompt
+  q = q.reshape(u, c, k.shape[2], -1, head_dim)
+  scores = jnp.concatenate(
+    [
+      jnp.where(
+        sees_prompt[:, None, None, None],
+        _scores("uckgh,ukph->uckgp", q, prompt_k),
+        _MASKED,
+      ),
+      jnp.where(
+        sees_own[None, None, None, None],
+        _scores("uckgh,ucksh->uckgs", q, k),
+        _MASKED,
+      ),
+    ],
+    axis=-1,
+  )
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  num_prompt = prompt_k.shape[2]
+  out = jnp.einsum(
+    "uckgp,ukph->uckgh", weights[..., :num_prompt], prompt_v
+  ) + jnp.einsum("uckgs,ucksh->uckgh", weights[..., num_prompt:], v)
+  return out.reshape(u, c, num_heads, head_dim)
 
 
 def _scores(subscripts: str, q: Array, k: Array) -> Array:

@@ -1,9 +1,10 @@
 """The decoder over bundles: a prompt computed once, with its C completions.
 
-Three passes share one layer: `bundle_states` (training and scoring),
-`prefill` and `decode` (rollout). All scan over a stacked parameter tree, so
-compile time does not grow with depth. Logits are not made here; states are
-turned into log-probabilities by `logprobs` and into tokens by `sampling`.
+`bundle_states` is for training and scoring, `prompt_states` for what reads a
+prompt alone; `decoding` goes on from there, by the same parts of a layer. All
+loop over a stacked parameter tree, so compile time does not grow with depth.
+Logits are not made here; states are turned into log-probabilities by `logprobs`
+and into tokens by `sampling`.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2.
@@ -12,7 +13,6 @@ References:
 import functools
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,23 +28,16 @@ _NO_WINDOW = 2**30
 _RMS_EPSILON = 1e-6
 
 
-class Cache(flax.struct.PyTreeNode):
-  """Keys and values of a bundle, rotated, layers stacked in front.
-
-  The prompt's part stands once per bundle, whatever the number of completions.
-  """
-
-  prompt_k: Float[Array, "layers U P K H"]
-  prompt_v: Float[Array, "layers U P K H"]
-  k: Float[Array, "layers U C T K H"]
-  v: Float[Array, "layers U C T K H"]
+# Pixels, or the output of the tower, of which nothing more is then computed.
+type Images = (
+  UInt8[Array, "U I height width 3"] | Float[Array, "U I S tower_width"]
+)
 
 
-class _Layers(NamedTuple):
-  """What differs between layers, stacked for the scan."""
+class Layers(NamedTuple):
+  """What differs between layers, stacked for a scan, or of one layer."""
 
   params: dict
-  number: Int[Array, " layers"]
   window: Int[Array, " layers"]
   is_global: Int[Array, " layers"]
 
@@ -54,7 +47,7 @@ def prompt_states(
   params: dict,
   prompt_ids: Int[Array, "U P"],
   prompt_length: Int[Array, " U"],
-  images: UInt8[Array, "U I height width 3"],
+  images: Images,
   *,
   dtype: jnp.dtype,
   implementation: str = "einsum",
@@ -66,7 +59,8 @@ def prompt_states(
     params: The stacked tree of `weights`, which `lora` may have adapted.
     prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
     prompt_length: Ids before the padding.
-    images: One per block of placeholders, in order; `I` may be 0.
+    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
+      what `vision.soft_tokens` made of them.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
     implementation: Of attention, from `attention.implementation`.
 
@@ -74,7 +68,7 @@ def prompt_states(
     The states, and keys and values `[layers, U, P, K, H]`.
   """
   x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
-  tables = _rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
+  tables = rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
 
   def layer(x, stack):
     sight = _sight(config, stack, prompt_length, blocks)
@@ -82,7 +76,7 @@ def prompt_states(
     return x, (k[:, 0], v[:, 0])
 
   x, (k, v) = jax.lax.scan(layer, x, _layers(config, params))
-  return _rms_norm(params["final_norm"], x)[:, 0], k, v
+  return rms_norm(params["final_norm"], x)[:, 0], k, v
 
 
 def logits(
@@ -169,7 +163,7 @@ def bundle_states(
   params: dict,
   prompt_ids: Int[Array, "U P"],
   prompt_length: Int[Array, " U"],
-  images: UInt8[Array, "U I height width 3"],
+  images: Images,
   completion_ids: Int[Array, "U C T"],
   *,
   dtype: jnp.dtype,
@@ -188,7 +182,8 @@ def bundle_states(
     params: The stacked tree of `weights`; carries the gradient.
     prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
     prompt_length: Ids before the padding.
-    images: One per block of placeholders, in order; `I` may be 0.
+    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
+      what `vision.soft_tokens` made of them.
     completion_ids: Right-padded ids of the completions of each prompt.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
     remat: What layers keep for the backward pass, of `remat.POLICIES`.
@@ -200,10 +195,10 @@ def bundle_states(
   x, blocks = _embedded_prompt(
     config, params, prompt_ids, images, dtype, vision_remat
   )
-  y = _embedded(config, params, completion_ids, dtype)
+  y = embedded(config, params, completion_ids, dtype)
   t = jnp.arange(num_own)
-  prompt_tables = _rope_tables(config, jnp.arange(num_prompt)[None])
-  tables = _rope_tables(config, prompt_length[:, None] + t[None])
+  prompt_tables = rope_tables(config, jnp.arange(num_prompt)[None])
+  tables = rope_tables(config, prompt_length[:, None] + t[None])
 
   def layer(carry, stack):
     x, y = carry
@@ -222,107 +217,38 @@ def bundle_states(
 
   layer = remats.rematerialised(layer, remat)
   (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
-  first = _last(x[:, 0], prompt_length)[:, None, None]
+  first = last(x[:, 0], prompt_length)[:, None, None]
   first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
   states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
-  return _rms_norm(params["final_norm"], states)
+  return rms_norm(params["final_norm"], states)
 
 
-def prefill(
-  config: gemma3_config.ModelConfig,
-  params: dict,
-  prompt_ids: Int[Array, "U P"],
-  prompt_length: Int[Array, " U"],
-  images: UInt8[Array, "U I height width 3"],
-  *,
-  num_completions: int,
-  max_new_tokens: int,
-  dtype: jnp.dtype,
-  implementation: str = "einsum",
-) -> tuple[Float[Array, "U D"], Cache]:
-  """The state that predicts the first token, and a cache to decode from."""
-  states, k, v = prompt_states(
-    config,
-    params,
-    prompt_ids,
-    prompt_length,
-    images,
-    dtype=dtype,
-    implementation=implementation,
-  )
-  layers, u, _, kv_heads, head_dim = k.shape
-  empty = jnp.zeros(
-    (layers, u, num_completions, max_new_tokens, kv_heads, head_dim), k.dtype
-  )
-  return _last(states, prompt_length), Cache(k, v, empty, empty)
-
-
-def decode(
-  config: gemma3_config.ModelConfig,
-  params: dict,
-  cache: Cache,
-  prompt_length: Int[Array, " U"],
-  ids: Int[Array, "U C"],
-  t: Int[Array, ""],
-  *,
-  dtype: jnp.dtype,
-) -> tuple[Float[Array, "U C D"], Cache]:
-  """Reads completion token `t` of every row; returns what predicts the next.
-
-  Args:
-    config: The model's sizes.
-    params: The stacked tree of `weights`.
-    cache: Written at index `t` of every layer.
-    prompt_length: Ids of each prompt before its padding.
-    ids: Token `t` of each row.
-    t: Index of these tokens in their completions.
-    dtype: Of the matrix products.
-  """
-  x = _embedded(config, params, ids[:, :, None], dtype)
-  tables = _rope_tables(config, (prompt_length + t)[:, None])
-
-  def layer(carry, scanned):
-    x, keys, values = carry
-    stack, prompt_k, prompt_v = scanned
-    q, k, v = _queries_keys_values(config, stack, x, tables)
-    # The caches ride in the carry and are updated in place.
-    keys = _put(keys, k, stack.number, t)
-    values = _put(values, v, stack.number, t)
-    read = attention.attend(
-      q,
-      keys[stack.number],
-      values[stack.number],
-      _sight(config, stack, prompt_length),
-      prompt=(prompt_k, prompt_v),
-      t=t[None],
-    )
-    return (_after_attention(stack.params, x, read), keys, values), None
-
-  (x, keys, values), _ = jax.lax.scan(
-    layer,
-    (x, cache.k, cache.v),
-    (_layers(config, params), cache.prompt_k, cache.prompt_v),
-  )
-  states = _rms_norm(params["final_norm"], x)[:, :, 0]
-  return states, cache.replace(k=keys, v=values)
-
-
-def _put(cache: Array, new: Array, layer: Array, t: Array) -> Array:
-  """Writes `new [U, C, 1, K, H]` at a layer and a token of the cache."""
-  zero = jnp.zeros_like(layer)
-  start = (layer, zero, zero, t.astype(layer.dtype), zero, zero)
-  return jax.lax.dynamic_update_slice(cache, new[None], start)
-
-
-def _layers(config: gemma3_config.ModelConfig, params: dict) -> _Layers:
+def _layers(config: gemma3_config.ModelConfig, params: dict) -> Layers:
   is_global = np.array(config.global_layers)
-  return _Layers(
+  return Layers(
     params=params["layers"],
-    number=jnp.arange(config.num_layers),
     window=jnp.asarray(
       np.where(is_global, _NO_WINDOW, config.sliding_window), jnp.int32
     ),
     is_global=jnp.asarray(is_global, jnp.int32),
+  )
+
+
+def layer_at(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  number: Int[Array, ""],
+  *,
+  is_global: bool,
+) -> Layers:
+  """One layer of the stack, its number known only when the program runs."""
+  return Layers(
+    params=jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False),
+      params["layers"],
+    ),
+    window=jnp.int32(_NO_WINDOW if is_global else config.sliding_window),
+    is_global=jnp.int32(is_global),
   )
 
 
@@ -339,40 +265,43 @@ def _sight(config, stack, prompt_length, blocks=None) -> attention.Sight:
 
 def _layer(config, stack, x, tables, sight, implementation, *, prompt=None):
   """One block on `x [U, C, t, D]`; returns the keys and values it made."""
-  q, k, v = _queries_keys_values(config, stack, x, tables)
+  q, k, v = queries_keys_values(config, stack, x, tables)
   read = attention.attend(
     q, k, v, sight, prompt=prompt, implementation=implementation
   )
-  return _after_attention(stack.params, x, read), k, v
+  return after_attention(stack.params, x, read), k, v
 
 
-def _queries_keys_values(config, stack, x, tables):
+def queries_keys_values(config, stack, x, tables):
+  """Of `x [U, C, t, D]`: `[U, C, t, heads, H]` each, the first two rotated."""
   attn = stack.params["attn"]
-  y = _rms_norm(stack.params["pre_attention_norm"], x)
+  y = rms_norm(stack.params["pre_attention_norm"], x)
   q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
-  k, v = lora.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"])
+  kv = lora.einsum("uctd,nkdh->uctnkh", y, attn["kv_einsum"])
+  k, v = kv[:, :, :, 0], kv[:, :, :, 1]
   sin, cos = (table[stack.is_global] for table in tables)
-  q = _rotate(_rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
-  k = _rotate(_rms_norm(attn["key_norm"], k), sin, cos)
+  q = _rotate(rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
+  k = _rotate(rms_norm(attn["key_norm"], k), sin, cos)
   q, k, v = (sharding.activation(heads, "heads") for heads in (q, k, v))
   return q, k, v
 
 
-def _after_attention(params: dict, x: Array, read: Array) -> Array:
+def after_attention(params: dict, x: Array, read: Array) -> Array:
   """Output projection, gated MLP, and their residuals."""
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
-  x = x + _rms_norm(params["post_attention_norm"], y)
-  y = _rms_norm(params["pre_ffw_norm"], x)
-  gate, up = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
-  y = jax.nn.gelu(gate, approximate=True) * up
+  x = x + rms_norm(params["post_attention_norm"], y)
+  y = rms_norm(params["pre_ffw_norm"], x)
+  y = lora.einsum("uctd,nfd->uctnf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[..., 0, :], approximate=True) * y[..., 1, :]
   y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return sharding.activation(
-    x + _rms_norm(params["post_ffw_norm"], y), "bundles"
+    x + rms_norm(params["post_ffw_norm"], y), "bundles"
   )
 
 
-def _rms_norm(params: dict, x: Array) -> Array:
+def rms_norm(params: dict, x: Array) -> Array:
+  """Over the last axis, in fp32; the result has the type of `x`."""
   y = x.astype(jnp.float32)
   y *= jax.lax.rsqrt(
     jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _RMS_EPSILON
@@ -381,7 +310,7 @@ def _rms_norm(params: dict, x: Array) -> Array:
   return (y * (1 + jnp.expand_dims(scale, range(x.ndim - 1)))).astype(x.dtype)
 
 
-def _rope_tables(
+def rope_tables(
   config: gemma3_config.ModelConfig, positions: Int[Array, "#U t"]
 ) -> tuple[Float[Array, "2 #U t h"], Float[Array, "2 #U t h"]]:
   """Sines and cosines of local (0) and global (1) layers."""
@@ -407,7 +336,8 @@ def _rotate(x: Array, sin: Array, cos: Array) -> Array:
   ).astype(x.dtype)
 
 
-def _embedded(config, params, ids: Array, dtype) -> Array:
+def embedded(config, params, ids: Array, dtype) -> Array:
+  """What the first layer reads of ids, their axes and `D`."""
   table = params["embedder"]["input_embedding"]
   # The factor is rounded to the table's type, as in the released models.
   scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
@@ -417,7 +347,7 @@ def _embedded(config, params, ids: Array, dtype) -> Array:
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
   """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
   is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
-  x = _embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
+  x = embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
   starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
   blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
   if images.shape[1]:
@@ -430,19 +360,23 @@ def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
 
 def _projected(config, params, images, dtype, remat) -> Float[Array, "U S D"]:
   """Soft tokens of all images of a prompt, in a row."""
-  soft = vision.soft_tokens(
-    config.vision,
-    params["vision_encoder"],
-    images,
-    dtype=dtype,
-    remat=remat,
-  )
+  if jnp.issubdtype(images.dtype, jnp.floating):
+    soft = images.astype(dtype)
+  else:
+    soft = vision.soft_tokens(
+      config.vision,
+      params["vision_encoder"],
+      images,
+      dtype=dtype,
+      remat=remat,
+    )
   embedder = params["embedder"]
-  soft = _rms_norm(embedder["mm_soft_embedding_norm"], soft)
+  soft = rms_norm(embedder["mm_soft_embedding_norm"], soft)
   soft = lora.einsum("uisw,wd->uisd", soft, embedder["mm_input_projection"])
   return soft.reshape(soft.shape[0], -1, soft.shape[-1])
 
 
 @functools.partial(jax.named_call, name="last_prompt_state")
-def _last(x: Float[Array, "U P D"], length: Int[Array, " U"]) -> Array:
+def last(x: Float[Array, "U P D"], length: Int[Array, " U"]) -> Array:
+  """The state of each prompt's last token."""
   return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]

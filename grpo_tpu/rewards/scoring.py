@@ -205,6 +205,31 @@ _REWARDS: Mapping[str, Callable[[_Completion], float]] = {
 COMPONENTS = tuple(_REWARDS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Paid:
+  """What some completions earned, before any failure has been counted.
+
+  Attributes:
+    problems: That they answer.
+    answers: As in `Scores`.
+    values: float32 [components, N], before weights; 0 where one failed.
+    faults: Why a component failed, by its place and the row's.
+  """
+
+  problems: Sequence[records.Problem]
+  answers: list[str | None]
+  values: np.ndarray
+  faults: dict[tuple[int, int], str]
+
+  @property
+  def failed(self) -> np.ndarray:
+    """bool [components, N]."""
+    failed = np.zeros(self.values.shape, bool)
+    for place in self.faults:
+      failed[place] = True
+    return failed
+
+
 def score(
   completions: Sequence[str],
   problems: Sequence[records.Problem],
@@ -229,50 +254,81 @@ def score(
       all processes together.
     RuntimeError: A worker cannot be started.
   """
+  paid = pay(completions, problems, config)
+  return settle([paid], config, gather=gather)
+
+
+def pay(
+  completions: Sequence[str],
+  problems: Sequence[records.Problem],
+  config: RewardConfig,
+) -> Paid:
+  """The first half of `score`, which depends on no other call.
+
+  May run in a thread, one call at a time.
+  """
   if len(completions) != len(problems):
     raise ValueError(
       f"{len(completions)} completions must have as many problems, not "
       f"{len(problems)}."
     )
-  if config not in _SESSIONS:
-    _SESSIONS[config] = _Session(config)
-  session = _SESSIONS[config]
   # Workers first, so that they are busy while this process is.
-  paid = session.calls.start(completions, problems)
+  earned = _session(config).calls.start(completions, problems)
   values = np.zeros((len(config.weights), len(completions)), np.float32)
-  failed = np.zeros(values.shape, bool)
   answers: list[str | None] = []
-  builtin = len(COMPONENTS)
+  faults: dict[tuple[int, int], str] = {}
   for row, (text, problem) in enumerate(
     zip(completions, problems, strict=True)
   ):
-    answer, values[:builtin, row], faults = _score_one(text, problem, config)
+    answer, own, failed = _score_one(text, problem, config)
     answers.append(answer)
-    for component, name in enumerate(COMPONENTS):
-      fault = faults.get(name)
-      failed[component, row] = fault is not None
+    values[: len(COMPONENTS), row] = own
+    faults |= {(COMPONENTS.index(x), row): why for x, why in failed.items()}
+  for component, path in enumerate(config.custom, start=len(COMPONENTS)):
+    for row, each in enumerate(earned(path)):
+      values[component, row], fault = _checked(each)
       if fault is not None:
-        session.log(name, problem, fault)
-  for component, path in enumerate(config.custom, start=builtin):
-    for row, earned in enumerate(paid(path)):
-      values[component, row], fault = _checked(earned)
-      failed[component, row] = fault is not None
-      if fault is not None:
-        session.log(custom.name(path), problems[row], fault)
-  everywhere = dict(zip(config.weights, gather(failed.T).T, strict=True))
+        faults[component, row] = fault
+  return Paid(problems, answers, values, faults)
+
+
+def settle(
+  paid: Sequence[Paid],
+  config: RewardConfig,
+  *,
+  gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Scores:
+  """The scores of all these rows, whose failures count in this order.
+
+  Raises:
+    RewardError: As `score` does.
+  """
+  session, names = _session(config), list(config.weights)
+  for part in paid:
+    for (component, row), fault in part.faults.items():
+      session.log(names[component], part.problems[row], fault)
+  values = np.concatenate([part.values for part in paid], axis=1)
+  failed = np.concatenate([part.failed for part in paid], axis=1)
+  everywhere = dict(zip(names, gather(failed.T).T, strict=True))
   for name, rows in everywhere.items():
     session.judge(name, rows)
-  total = np.zeros(len(completions), np.float32)
+  total = np.zeros(values.shape[1], np.float32)
   # Row by row, so that a total does not depend on the rows beside it.
   for weight, component in zip(config.weights.values(), values, strict=True):
     total += np.float32(weight) * component
   return Scores(
     total=np.where(failed.any(axis=0), np.float32(0), total),
-    components=dict(zip(config.weights, values, strict=True)),
-    failed=dict(zip(config.weights, failed, strict=True)),
+    components=dict(zip(names, values, strict=True)),
+    failed=dict(zip(names, failed, strict=True)),
     errors={name: int(rows.sum()) for name, rows in everywhere.items()},
-    answers=answers,
+    answers=[answer for part in paid for answer in part.answers],
   )
+
+
+def _session(config: RewardConfig) -> "_Session":
+  if config not in _SESSIONS:
+    _SESSIONS[config] = _Session(config)
+  return _SESSIONS[config]
 
 
 def close() -> None:

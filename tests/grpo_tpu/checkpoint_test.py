@@ -1,7 +1,6 @@
 """Laws of checkpoints: what is saved comes back, or the error says why not."""
 
-import contextlib
-import resource
+import itertools
 
 import flax.struct
 import jax
@@ -77,21 +76,6 @@ def names(path):
 def save_one(path, state, step=1):
   with checkpointing.opened(path) as checkpoints:
     assert checkpoints.save(step, state, META)
-
-
-def large_state():
-  """One leaf: Orbax leaves the writes beside a failed one behind, and warns."""
-  return {"w": jax.random.normal(jax.random.key(0), (1 << 16,))}
-
-
-@contextlib.contextmanager
-def files_no_larger_than(num_bytes):
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
@@ -370,6 +354,26 @@ def test_a_step_is_due_once_the_minutes_have_passed(tmp_path, monkeypatch):
         saved.append(step)
       checkpoints.wait()
   assert saved == [3, 6]
+
+
+def test_a_number_that_is_not_finite_is_found_wherever_it_lies():
+  """On any device, whatever axes of the array are shared out."""
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+  specs = [(), ("fsdp",), (None, "tensor"), ("fsdp", "tensor"), (None, "fsdp")]
+  for spec, dtype in itertools.product(specs, (jnp.float32, jnp.bfloat16)):
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    values = np.linspace(-3, 3, 8 * 64).reshape(8, 64).astype(dtype)
+    good = jax.device_put(values, place)
+    other = jax.device_put(values[0], NamedSharding(mesh, PartitionSpec()))
+    assert checkpoint._is_finite([other, good])
+    for at in ((0, 0), (3, 17), (4, 63), (7, 63)):
+      for value in (float("nan"), float("inf"), -float("inf")):
+        bad = values.copy()
+        bad[at] = value
+        assert not checkpoint._is_finite([other, jax.device_put(bad, place)])
+  assert checkpoint._is_finite(
+    {"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)}
+  )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

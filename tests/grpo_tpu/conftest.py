@@ -1,13 +1,18 @@
 """One tiny model, and prompts for it, for the tests that run a network."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from data_pipelines import tokenizer
+from grpo_tpu import generation, rollout, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights
 
@@ -38,6 +43,58 @@ class Tiny:
     shape = (num_prompts, num_images, side, side, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     return jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(images)
+
+  def sampled(
+    self,
+    prompts: tuple[jax.Array, jax.Array, jax.Array],
+    prompt_index: Sequence[int] | np.ndarray,
+    key: jax.Array,
+    *,
+    params: dict | None = None,
+    mesh: Mesh | None = None,
+    stops: rollout.Stops | None = None,
+    row_limits: np.ndarray | None = None,
+    poll: Callable[[], None] = rollout.no_poll,
+    finished: rollout.Finished | None = None,
+    **settings: Any,
+  ) -> tuple[generation.Completions, rollout.Report]:
+    """Completions, on one device if no mesh is given, and what they took."""
+    mesh = mesh or mesh_of()
+    params = self.params if params is None else params
+    places = sharding.shardings(mesh, params)
+    num_tokens = settings["max_new_tokens"]
+    with jax.set_mesh(mesh):
+      return rollout.rollout(
+        jax.tree.map(jax.device_put, params, places),
+        sharding.put_batch(
+          mesh,
+          generation.Prompts(
+            *map(np.asarray, prompts), np.asarray(prompt_index, np.int32)
+          ),
+        ),
+        key,
+        settings=generation.Settings(
+          **{
+            "config": self.config,
+            "chunk_tokens": num_tokens,
+            "temperature": 0.7,
+            "dtype": jnp.dtype(jnp.float32),
+          }
+          | settings
+        ),
+        mesh=mesh,
+        stops=stops,
+        row_limits=row_limits,
+        poll=poll,
+        finished=finished,
+      )
+
+
+def mesh_of(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """Of the first so many devices."""
+  shape = (replica, fsdp, tensor)
+  devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+  return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @pytest.fixture(scope="session")

@@ -288,10 +288,10 @@ def test_truncation_and_lengths_count_completions_of_usable_prompts(
 def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
   policy_of, tokenizer, monkeypatch
 ):
-  score = scoring.score
+  settle = scoring.settle
 
-  def failing(completions, problems, config, **settings):
-    scores = score(completions, problems, config, **settings)
+  def failing(paid, config, **settings):
+    scores = settle(paid, config, **settings)
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
@@ -301,7 +301,7 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
       errors=scores.errors | {"format": 1},
     )
 
-  monkeypatch.setattr(scoring, "score", failing)
+  monkeypatch.setattr(scoring, "settle", failing)
   _, found = online(policy_of(GROUPS), tokenizer, [0, 1])
   mask = np.asarray(found.bundles.completion_mask)
   assert not mask[0, 1].any() and mask[0, [0, 2, 3]].any(axis=-1).all()
@@ -410,7 +410,7 @@ def offline(policy, tokenizer):
       start_step=0,
     )
   )
-  return batch, experience.offline(policy, iter([batch]))
+  return batch, experience.offline(policy, {}, iter([batch]))
 
 
 def test_demonstrations_are_learnt_from_where_they_are_usable(

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from data_pipelines import tokenizer
-from grpo_tpu import logprobs, objective, rollout, train_step
+from grpo_tpu import (
+  compaction,
+  compilation,
+  generation,
+  logprobs,
+  objective,
+  rollout,
+  sharding,
+  train_step,
+)
 from grpo_tpu.gemma3 import text
+from tests.grpo_tpu import conftest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(11)
@@ -18,27 +28,10 @@ NUM_COMPLETIONS, NUM_TOKENS = 3, 12
 PROMPTS = 4
 
 
-def sampled(
-  tiny,
-  prompts,
-  prompt_index,
-  *,
-  num_completions=NUM_COMPLETIONS,
-  temperature=0.7,
-  params=None,
-  banned_ids=(),
-):
-  completions = rollout.rollout(
-    params or tiny.params,
-    *prompts,
-    jnp.asarray(prompt_index),
-    KEY,
-    config=tiny.config,
-    num_completions=num_completions,
-    max_new_tokens=NUM_TOKENS,
-    temperature=temperature,
-    dtype=jnp.float32,
-    banned_ids=banned_ids,
+def sampled(tiny, prompts, prompt_index, **settings):
+  defaults = {"num_completions": NUM_COMPLETIONS, "max_new_tokens": NUM_TOKENS}
+  completions, _ = tiny.sampled(
+    prompts, prompt_index, KEY, **defaults | settings
   )
   return jax.device_get(completions)
 
@@ -108,7 +101,9 @@ def test_a_row_ends_with_its_first_stop_token_or_is_truncated(completions):
     assert (logps[:length] < 0).all()
 
 
-def trainer_logps(tiny, prompts, ids, temperature, banned_ids=(), params=None):
+def trainer_logps(
+  tiny, prompts, ids, temperature, banned_ids=(), params=None, min_new_tokens=0
+):
   """Of the sampled tokens, as an update computes them."""
   model = train_step.Model(
     config=tiny.config,
@@ -118,6 +113,7 @@ def trainer_logps(tiny, prompts, ids, temperature, banned_ids=(), params=None):
     chunk_size=7,
     train_vision=True,
     banned_ids=banned_ids,
+    min_new_tokens=min_new_tokens,
   )
   bundles = train_step.Bundles(*prompts, jnp.asarray(ids), jnp.asarray(ids > 0))
   logps, entropy = jax.jit(train_step.token_logps)(
@@ -223,3 +219,199 @@ def test_the_place_in_the_step_decides_what_is_drawn(
 ):
   elsewhere = sampled(tiny, prompts, np.arange(PROMPTS) + PROMPTS)
   assert (elsewhere.ids != completions.ids).any(axis=(1, 2)).all()
+
+
+def test_no_schedule_changes_what_a_row_says(
+  tiny, prompts, completions, monkeypatch
+):
+  """Chunks of any size, bundles moved or not, on a mesh or not."""
+  monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
+  for chunk_tokens, mesh in (
+    (3, None),
+    (NUM_TOKENS, None),
+    (2, conftest.mesh_of(2, 2, 1)),
+    (2, conftest.mesh_of(1, 2, 2)),
+  ):
+    other, report = tiny.sampled(
+      prompts,
+      np.arange(PROMPTS),
+      KEY,
+      num_completions=NUM_COMPLETIONS,
+      max_new_tokens=NUM_TOKENS,
+      chunk_tokens=chunk_tokens,
+      mesh=mesh,
+    )
+    assert (report.moves > 0) == (chunk_tokens < NUM_TOKENS)
+    other = jax.device_get(other)
+    for name in ("ids", "mask", "stopped"):
+      np.testing.assert_array_equal(
+        getattr(other, name), getattr(completions, name)
+      )
+    np.testing.assert_allclose(
+      other.logps, completions.logps, atol=1e-5, rtol=0
+    )
+
+
+def test_rows_stop_at_their_limits_and_dead_ones_are_left_behind(tiny, prompts):
+  """A long tail: every count of the report, by hand."""
+  limits = np.ones((PROMPTS, NUM_COMPLETIONS), int)
+  limits[0] = NUM_TOKENS
+  completions, report = tiny.sampled(
+    prompts,
+    np.arange(PROMPTS),
+    KEY,
+    num_completions=NUM_COMPLETIONS,
+    max_new_tokens=NUM_TOKENS,
+    min_new_tokens=NUM_TOKENS,
+    chunk_tokens=4,
+    row_limits=limits,
+  )
+  np.testing.assert_array_equal(completions.mask.sum(-1), limits)
+  assert not completions.stopped.any()
+  steps = NUM_TOKENS - 1
+  assert report.tokens == limits.sum()
+  assert report.decoded == NUM_COMPLETIONS * steps
+  # 12 places shrink to 4 bundles of 1 row, the fewest that pay.
+  assert report.row_steps == 4 * steps
+  config = tiny.config
+  weights = sum(x.nbytes for x in jax.tree.leaves(tiny.params["layers"]))
+  weights += tiny.params["embedder"]["input_embedding"].nbytes
+  own = sum(t + 5 * min(t, config.sliding_window) for t in range(1, NUM_TOKENS))
+  prompt = 14 + 5 * (config.sliding_window - 1)
+  token = 2 * config.num_kv_heads * config.head_dim * 4
+  assert report.least_bytes == (
+    weights * steps + token * (NUM_COMPLETIONS * own + prompt * steps)
+  )
+
+
+def test_no_row_ends_before_the_least_length_and_the_trainer_agrees(
+  tiny, prompts
+):
+  """Where a stop token could not come, it is in neither's softmax."""
+  least = 8
+  completions = sampled(tiny, prompts, np.arange(PROMPTS), min_new_tokens=least)
+  mask = completions.mask
+  assert not np.isin(completions.ids[..., :least], [1, 106]).any()
+  assert completions.stopped.any() and (mask.sum(-1) >= least).all()
+  logps = trainer_logps(
+    tiny, prompts, completions.ids, 0.7, min_new_tokens=least
+  )
+  np.testing.assert_allclose(
+    completions.logps[mask], logps[mask], atol=1e-4, rtol=0
+  )
+  plain = trainer_logps(tiny, prompts, completions.ids, 0.7)
+  assert np.abs(plain - logps)[..., :least].max() > 1e-3
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, NUM_TOKENS])
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
+  tiny, prompts, completions, chunk_tokens
+):
+  """Ids read as hex digits; a string within one token, and across two."""
+
+  def decode(ids):
+    return "".join(f"{i:x}." for i in ids)
+
+  middle = completions.ids[2, 1, 3:5]
+  assert (middle > 0).all()
+  strings = (decode([completions.ids[0, 0, 2]]), f"{middle[0]:x}.{middle[1]:x}")
+  actual = sampled(
+    tiny,
+    prompts,
+    np.arange(PROMPTS),
+    chunk_tokens=chunk_tokens,
+    stops=rollout.Stops(strings, decode),
+  )
+  num_cut = 0
+  for row, written, ids, mask, stopped in zip(
+    rows_of(completions.ids),
+    rows_of(completions.mask),
+    rows_of(actual.ids),
+    rows_of(actual.mask),
+    actual.stopped.ravel(),
+    strict=True,
+  ):
+    length = written.sum()
+    holding = [
+      n
+      for n in range(1, length + 1)
+      if any(string in decode(row[:n].tolist()) for string in strings)
+    ]
+    end = holding[0] if holding else length
+    num_cut += end < length
+    np.testing.assert_array_equal(mask, np.arange(NUM_TOKENS) < end)
+    np.testing.assert_array_equal(ids[:end], row[:end])
+    assert not ids[end:].any()
+    assert stopped == (bool(holding) or row[length - 1] in (1, 106))
+  assert num_cut >= 2
+
+
+def test_finished_prompts_are_handed_out_once_and_in_full(tiny, prompts):
+  """In parts as they end, and each as the results have it."""
+  parts, polls = [], []
+  completions = sampled(
+    tiny,
+    prompts,
+    np.arange(PROMPTS),
+    chunk_tokens=1,
+    finished=parts.append,
+    poll=lambda: polls.append(len(parts)),
+  )
+  assert len(parts) > 1 and len(polls) > 2
+  assert sorted(p for part in parts for p in part) == list(range(PROMPTS))
+  for part in parts:
+    for prompt, rows in part.items():
+      for ids, row, mask in zip(
+        rows, completions.ids[prompt], completions.mask[prompt], strict=True
+      ):
+        assert ids == row[mask].tolist()
+
+
+def test_a_poll_that_raises_abandons_the_rollout(tiny, prompts):
+  calls = iter(range(10))
+
+  def poll():
+    if next(calls) == 2:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    sampled(tiny, prompts, np.arange(PROMPTS), chunk_tokens=1, poll=poll)
+  assert next(calls) == 3
+
+
+def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
+  """Every shape of the ladder, without one more compilation."""
+  monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
+  mesh = conftest.mesh_of(1, 2, 1)
+  settings = generation.Settings(
+    config=tiny.config,
+    num_completions=NUM_COMPLETIONS,
+    max_new_tokens=NUM_TOKENS,
+    chunk_tokens=2,
+    temperature=0.9,
+    dtype=jnp.dtype(jnp.float32),
+  )
+  params = jax.tree.map(
+    jax.device_put, tiny.params, sharding.shardings(mesh, tiny.params)
+  )
+  placed = generation.Prompts(
+    *map(np.asarray, prompts), np.arange(PROMPTS, dtype=np.int32)
+  )
+  placed = sharding.put_batch(mesh, placed)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    (params, placed),
+  )
+  key = jax.eval_shape(lambda: KEY)
+  rollout.prepare(*shapes, key, settings=settings, mesh=mesh)
+  counter = compilation.Counter()
+  with jax.set_mesh(mesh):
+    _, report = rollout.rollout(
+      params, placed, KEY, settings=settings, mesh=mesh
+    )
+  assert report.moves >= 2
+  assert counter.scalars()["perf/compilations"] == 0
+
+
+def rows_of(x):
+  return x.reshape(-1, NUM_TOKENS)

@@ -116,7 +116,9 @@ def test_another_run_is_refused_with_both_values(
   said = str(caught.value)
   assert said.startswith("--workdir (/runs/1) must be given")
   changes = [line for line in said.splitlines() if line.startswith("  ")]
-  assert changes == [f"  {name}: was {before}, is {now}"]
+  # A template brings its text with it.
+  assert changes[0] == f"  {name}: was {before}, is {now}"
+  assert all(line.startswith(f"  {name}") for line in changes)
   assert "checkpoint.accept_changes=True" in said
 
 

@@ -13,8 +13,8 @@ from configs import base
 from data_pipelines import pipeline, prompts, records
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import config as run_config
+from grpo_tpu import generation, sharding
 from grpo_tpu import policy as policies
-from grpo_tpu import rollout, sharding
 
 MAX_NEW_TOKENS = 24
 SOFT_TOKENS = 4
@@ -105,12 +105,14 @@ class Scripted(policies.Policy):
       ids[row, column, : len(reply)] = reply
       lengths[row, column] = len(reply)
     mask = np.arange(MAX_NEW_TOKENS) < lengths[..., None]
-    return sharding.put_batch(
-      self.mesh,
-      rollout.Completions(
-        ids, mask, np.where(mask, np.float32(-1), 0), stopped
-      ),
+    completions = generation.Completions(
+      ids, mask, np.where(mask, np.float32(-1), 0), stopped
     )
+    completions = sharding.put_batch(self.mesh, completions)
+    return policies.Sampled(completions, None, {})
+
+  def images(self, params, batch):
+    return sharding.put_batch(self.mesh, batch.images)
 
 
 def mesh_of(num_devices):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_tpu import objective, rollout, sharding, train_state, train_step
+from grpo_tpu import generation, objective, sharding, train_state, train_step
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights
 
@@ -27,34 +27,34 @@ TX = optax.sgd(1.0)  # The change of the parameters is the gradient.
 class Step:
   """What one step made of the model."""
 
-  completions: rollout.Completions
+  completions: generation.Completions
   params: dict
   metrics: dict
 
 
-def step_of(tiny, place_params, place_batch):
+def step_of(tiny, place_params, place_batch, mesh=None):
   """Samples and updates, with the arrays where they are placed."""
   params = place_params(tiny.params)
   prompts = tiny.prompts(PROMPTS)
-  *prompts, prompt_index, advantages = place_batch(
+  completions, _ = tiny.sampled(
+    prompts,
+    np.arange(PROMPTS),
+    jax.random.key(3),
+    mesh=mesh,
+    num_completions=NUM_COMPLETIONS,
+    max_new_tokens=NUM_TOKENS,
+    chunk_tokens=2,
+  )
+  if mesh:
+    assert len(completions.ids.sharding.device_set) == 8
+  *prompts, completions, advantages = place_batch(
     [
       *map(np.asarray, prompts),
-      np.arange(PROMPTS),
+      jax.device_get(completions),
       np.linspace(-1, 1, PROMPTS * NUM_COMPLETIONS, dtype=np.float32).reshape(
         PROMPTS, NUM_COMPLETIONS
       ),
     ]
-  )
-  completions = rollout.rollout(
-    params,
-    *prompts,
-    prompt_index,
-    jax.random.key(3),
-    config=tiny.config,
-    num_completions=NUM_COMPLETIONS,
-    max_new_tokens=NUM_TOKENS,
-    temperature=0.7,
-    dtype=jnp.float32,
   )
   update = train_step.make_train_step(
     train_step.Model(
@@ -100,8 +100,8 @@ def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
       tiny,
       lambda x: jax.device_put(x, sharding.shardings(mesh, x)),
       functools.partial(sharding.put_batch, mesh),
+      mesh,
     )
-  assert len(actual.completions.ids.sharding.device_set) == 8
   jax.tree.map(
     np.testing.assert_array_equal,
     (actual.completions.ids, actual.completions.mask),

@@ -19,7 +19,6 @@ from grpo_tpu import (
   health,
   logprobs,
   objective,
-  rollout,
   train_state,
   train_step,
 )
@@ -406,17 +405,14 @@ def test_implicit_preference_is_that_of_a_loop_over_ordered_pairs(
 def online(tiny):
   """Bundles with pictures, sampled and scored; the network's update."""
   prompts = tiny.prompts(PROMPTS)
-  completions = rollout.rollout(
-    tiny.params,
-    *prompts,
-    jnp.arange(PROMPTS),
+  completions, _ = tiny.sampled(
+    prompts,
+    np.arange(PROMPTS),
     jax.random.key(3),
-    config=tiny.config,
     num_completions=NUM_COMPLETIONS,
     max_new_tokens=NUM_TOKENS,
-    temperature=0.7,
-    dtype=jnp.float32,
   )
+  completions = jax.tree.map(jnp.asarray, jax.device_get(completions))
   advantages = np.random.default_rng(2).normal(0, 1, (PROMPTS, NUM_COMPLETIONS))
   bundles = train_step.Bundles(
     *prompts,
@@ -508,3 +504,24 @@ def test_far_off_the_effective_sample_share_stays_a_share(update, bundles):
   _, metrics = update("dapo", 1, bundles.replace(old_per_token_logps=old))
   share = metrics["effective_sample_share"]
   np.testing.assert_allclose(share, 1 / metrics["tokens"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+  bigram, step, bundles, value
+):
+  """Neither parameters nor the optimizer's state; the next update is whole."""
+  before = new_state(bigram)
+  advantages = bundles.advantages.at[1, 0].set(value)
+  after, metrics = step("dapo", 2, bundles.replace(advantages=advantages))
+  assert metrics["skipped_updates"] == 1
+  assert not jnp.isfinite(metrics["grad_norm"])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (after.params, after.opt_state),
+    (before.params, before.opt_state),
+  )
+  after, metrics = step("dapo", 2, bundles)
+  assert metrics["skipped_updates"] == 0
+  moved = jax.tree.map(lambda x, y: (x != y).any(), after.params, before.params)
+  assert any(jax.tree.leaves(moved))

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_tpu import logprobs, sharding, train_step
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import lora, text, weights
+from grpo_tpu.gemma3 import decoding, lora, text, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LORA = lora.LoraConfig(rank=3, alpha=5.0, targets=lora.TARGETS)
@@ -206,7 +206,7 @@ def test_decoding_reads_the_adapters_as_scoring_does(tiny, adapters):
   params = lora.adapted(tiny.params, adapters, LORA)
   expected = states_of(tiny.config, params, bundles)
   prefill = jax.jit(
-    text.prefill,
+    decoding.prefill,
     static_argnames=("config", "num_completions", "max_new_tokens", "dtype"),
   )
   state, cache = prefill(
@@ -220,7 +220,7 @@ def test_decoding_reads_the_adapters_as_scoring_does(tiny, adapters):
     dtype=jnp.float32,
   )
   np.testing.assert_allclose(state, expected[:, 0, 0], rtol=1e-4, atol=1e-5)
-  decode = jax.jit(text.decode, static_argnames=("config", "dtype"))
+  decode = jax.jit(decoding.decode, static_argnames=("config", "dtype"))
   after, _ = decode(
     tiny.config,
     params,

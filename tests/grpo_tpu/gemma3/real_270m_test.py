@@ -129,7 +129,7 @@ def test_what_grows_with_length_is_the_rounding_of_rotary_angles(
     states, _, _ = text.prompt_states(
       CONFIG, params, ids[None], length, no_images, dtype=jnp.dtype("float32")
     )
-    tables = text._rope_tables(CONFIG, jnp.arange(len(ids))[None])
+    tables = text.rope_tables(CONFIG, jnp.arange(len(ids))[None])
     return states[0, LONG_AT], [x[:, 0] for x in tables]
 
   host = jax.device_get(params)

@@ -418,7 +418,7 @@ def test_an_image_is_seen_both_ways_and_only_by_its_own_prompt():
 
 
 def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
-  """With a tower whose tokens know only a corner each, by states and cache."""
+  """With a tower whose tokens know only a corner each, by states and keys."""
   params = random_params(CONFIG)
   prompts, lengths, images, _ = bundle(num_images=2)
   width = CONFIG.vision.width
@@ -435,11 +435,8 @@ def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
   @jax.jit
   def seen(prompts, images):
     args = CONFIG, params, prompts, lengths, images
-    states, _, _ = text.prompt_states(*args, dtype=jnp.float32)
-    _, cache = text.prefill(
-      *args, num_completions=1, max_new_tokens=1, dtype=jnp.float32
-    )
-    keys = cache.prompt_k[1].reshape(*prompts.shape, -1)  # Of layer 2.
+    states, k, _ = text.prompt_states(*args, dtype=jnp.float32)
+    keys = k[1].reshape(*prompts.shape, -1)  # Of layer 2.
     return jnp.stack([states[..., :32], keys])
 
   def moved(prompts, images):
@@ -461,41 +458,6 @@ def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
   assert not later_word[:, :19].any()
 
 
-def test_decoding_from_the_cache_equals_the_training_pass():
-  """Teacher-forced: the state before token t is that of `bundle_states`."""
-  params = random_params(CONFIG)
-  prompts, lengths, images, completions = bundle()
-  expected = text.bundle_states(
-    CONFIG,
-    params,
-    prompts,
-    lengths,
-    images,
-    completions,
-    dtype=jnp.float32,
-    remat="none",
-  )
-  state, cache = text.prefill(
-    CONFIG,
-    params,
-    prompts,
-    lengths,
-    images,
-    num_completions=completions.shape[1],
-    max_new_tokens=completions.shape[2],
-    dtype=jnp.float32,
-  )
-  np.testing.assert_allclose(state, expected[:, 0, 0], atol=1e-5)
-  decode = jax.jit(
-    lambda cache, ids, t: text.decode(
-      CONFIG, params, cache, lengths, ids, t, dtype=jnp.float32
-    )
-  )
-  for t in range(completions.shape[2] - 1):
-    state, cache = decode(cache, completions[:, :, t], jnp.asarray(t))
-    np.testing.assert_allclose(state, expected[:, :, t + 1], atol=1e-5)
-
-
 def test_rotary_angles_are_off_by_no_more_than_two_roundings():
   """Of the frequency and of its product with a position, both to fp32.
 
@@ -503,7 +465,7 @@ def test_rotary_angles_are_off_by_no_more_than_two_roundings():
   """
   config = dataclasses.replace(CONFIG, head_dim=256)
   positions = np.arange(4096)
-  actual = text._rope_tables(config, jnp.asarray(positions)[None])
+  actual = text.rope_tables(config, jnp.asarray(positions)[None])
   expected = float64_twin.rotary(config, len(positions))
   exponent = np.arange(0, 256, 2) / 256
   rounding, of_sine = 2.0**-24, 1e-7

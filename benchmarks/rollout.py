@@ -1,0 +1,130 @@
+"""A rollout with a long tail beside one whose rows all go to the end.
+
+    python benchmarks/rollout.py [--prompt_length=64 --completion_length=256]
+
+Lengths are forced: nine rows in ten stop within a quarter of the most. Prints a
+table of CPU seconds, medians of runs in turn, and last a line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_tpu import generation, rollout, sharding
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import weights
+
+CONFIG = gemma3_config.ModelConfig(
+  vocab_size=4096,
+  num_layers=6,
+  embed_dim=256,
+  hidden_dim=1024,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=64,
+  sliding_window=512,
+  query_scale=64**-0.5,
+  local_rope_base=10_000.0,
+  global_rope_base=1_000_000.0,
+  global_rope_factor=8.0,
+  vision=None,
+)
+
+
+def main() -> None:
+  """Measures, and prints what was measured."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  for name, value in (
+    ("prompts", 8),
+    ("completions", 8),
+    ("prompt_length", 64),
+    ("completion_length", 256),
+    ("chunk_tokens", 32),
+    ("repeats", 5),
+  ):
+    parser.add_argument(f"--{name}", type=int, default=value)
+  args = parser.parse_args()
+  rng = np.random.default_rng(0)
+  shape = (args.prompts, args.completions)
+  full = np.full(shape, args.completion_length)
+  tail = rng.integers(1, args.completion_length // 4 + 1, full.size)
+  long = rng.permutation(full.size)[: round(full.size / 10)]
+  tail[long] = args.completion_length
+  run = _runner(args)
+  limits = {"every row to the end": full, "long tail": tail.reshape(shape)}
+  for limit in limits.values():
+    run(limit)  # Compiles.
+  seconds = {name: [] for name in limits}
+  for _ in range(args.repeats):
+    for name, limit in limits.items():
+      started = time.process_time()
+      report = run(limit)
+      seconds[name].append((time.process_time() - started, report))
+  print(f"{'':24}{'CPU s':>8}{'min':>8}{'max':>8}{'live share':>12}")
+  medians = []
+  for name, runs in seconds.items():
+    cpu = [x for x, _ in runs]
+    report = runs[-1][1]
+    medians.append(statistics.median(cpu))
+    share = report.decoded / report.row_steps
+    print(
+      f"{name:24}{medians[-1]:8.2f}{min(cpu):8.2f}{max(cpu):8.2f}{share:12.2f}"
+    )
+  whole, tailed = medians
+  print(
+    json.dumps(
+      {"full_cpu_s": whole, "tail_cpu_s": tailed, "ratio": tailed / whole}
+    )
+  )
+
+
+def _runner(args):
+  mesh = sharding.make_mesh(1, len(jax.devices()), 1)
+  params = jax.tree.map(
+    jax.device_put,
+    weights.random_params(CONFIG, 0, np.dtype(np.float32)),
+    sharding.shardings(mesh, weights.abstract_params(CONFIG, jnp.float32)),
+  )
+  ids = np.random.default_rng(1).integers(
+    200, CONFIG.vocab_size, (args.prompts, args.prompt_length), dtype=np.int32
+  )
+  prompts = generation.Prompts(
+    ids=ids,
+    length=np.full(args.prompts, args.prompt_length, np.int32),
+    images=np.zeros((args.prompts, 0, 0, 0, 3), np.uint8),
+    index=np.arange(args.prompts, dtype=np.int32),
+  )
+  prompts = sharding.put_batch(mesh, prompts)
+  settings = generation.Settings(
+    config=CONFIG,
+    num_completions=args.completions,
+    max_new_tokens=args.completion_length,
+    min_new_tokens=args.completion_length,
+    chunk_tokens=args.chunk_tokens,
+    temperature=1.0,
+    dtype=jnp.dtype(jnp.float32),
+  )
+
+  def run(limits):
+    with jax.set_mesh(mesh):
+      completions, report = rollout.rollout(
+        params,
+        prompts,
+        jax.random.key(0),
+        settings=settings,
+        mesh=mesh,
+        row_limits=limits,
+      )
+    jax.block_until_ready(completions)
+    return report
+
+  return run
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,411 @@
+"""The programs of a rollout: read prompts, write some tokens, move rows.
+
+What they hand on is a `State` on the devices; `rollout` decides which runs
+next. Each row writes with its own key into its own place of the results, so
+neither where it stands nor who stands beside it can change what it says.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from data_pipelines import tokenizer
+from grpo_tpu import compilation, logprobs, sampling, sharding
+from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.gemma3 import decoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How completions are made; each set of these has programs of its own.
+
+  Attributes:
+    config: The model's sizes.
+    num_completions: Rows per prompt (`C`).
+    max_new_tokens: Tokens per row at most (`T`).
+    min_new_tokens: Tokens before which no row stops by itself.
+    chunk_tokens: Tokens that rows write before the host looks again.
+    temperature: Logits are divided by it; 0 takes the likeliest token.
+    top_k: Of `sampling.narrowed`; 0 in training.
+    top_p: Of `sampling.narrowed`; 1 in training.
+    dtype: Of the matrix products.
+    attention: Of the prompts, from `gemma3.attention.implementation`.
+    banned_ids: Never drawn, and in no probability; see `logprobs.logits_of`.
+  """
+
+  config: gemma3_config.ModelConfig
+  num_completions: int
+  max_new_tokens: int
+  chunk_tokens: int
+  temperature: float
+  dtype: jnp.dtype
+  min_new_tokens: int = 0
+  top_k: int = 0
+  top_p: float = 1.0
+  attention: str = "einsum"
+  banned_ids: tuple[int, ...] = ()
+
+
+class Prompts(flax.struct.PyTreeNode):
+  """What is completed.
+
+  Attributes:
+    ids: Right-padded.
+    length: Ids before the padding.
+    images: As for `text.prompt_states`.
+    index: Each prompt's place in the step's whole batch.
+  """
+
+  ids: Int[Array, "U P"]
+  length: Int[Array, " U"]
+  images: Array
+  index: Int[Array, " U"]
+
+
+class Rows(flax.struct.PyTreeNode):
+  """What is known of the row that stands in each place.
+
+  Attributes:
+    number: Of the row within its shard; beyond all of them where none stands.
+    ids: The token written last.
+    length: Tokens written.
+    live: Whether it goes on.
+    stopped: Whether a stop token ended it.
+    limit: Tokens that it may write.
+    keys: What it draws with.
+  """
+
+  number: Int[Array, "U C"]
+  ids: Int[Array, "U C"]
+  length: Int[Array, "U C"]
+  live: Bool[Array, "U C"]
+  stopped: Bool[Array, "U C"]
+  limit: Int[Array, "U C"]
+  keys: Key[Array, "U C"]
+
+
+class Written(flax.struct.PyTreeNode):
+  """The results, every row in the place that it had at the start."""
+
+  ids: Int[Array, "U C T"]
+  logps: Float[Array, "U C T"]
+  length: Int[Array, "U C"]
+  stopped: Bool[Array, "U C"]
+
+
+class State(flax.struct.PyTreeNode):
+  """A rollout between two programs.
+
+  Attributes:
+    t: Index of the token written last.
+    rows: By their places.
+    prompt_length: Of the prompt of each bundle of places.
+    cache: Likewise.
+    written: By the rows' numbers.
+  """
+
+  t: Int[Array, ""]
+  rows: Rows
+  prompt_length: Int[Array, " U"]
+  cache: decoding.Cache
+  written: Written
+
+
+class Pulse(flax.struct.PyTreeNode):
+  """The little that the host looks at: every place, on every process."""
+
+  t: Int[Array, ""]
+  live: Bool[Array, "U C"]
+  length: Int[Array, "U C"]
+
+
+@functools.cache
+class Programs:
+  """What runs a rollout with some settings on some mesh."""
+
+  def __init__(self, settings: Settings, mesh: Mesh):
+    """Compiles nothing yet."""
+    self._settings, self._mesh = settings, mesh
+    self.prefill = compilation.Ahead(jax.jit(self._prefill))
+    # Tokens are written in place. Moved rows take less memory than the places
+    # they leave, and so cannot take over any of it.
+    self.write = compilation.Ahead(jax.jit(self._write, donate_argnums=1))
+    self.move = compilation.Ahead(jax.jit(self._move))
+    self.results = compilation.Ahead(jax.jit(self._results))
+
+  def abstract_state(self, *args: Any) -> State:
+    """Shapes and places of what `prefill` makes of such arguments."""
+    state, _ = jax.eval_shape(self._prefill, *args)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(self._mesh, place)
+      ),
+      state,
+      self._places(state),
+    )
+
+  def _prefill(
+    self,
+    params: dict,
+    prompts: Prompts,
+    limit: Int[Array, "U C"],
+    step_key: Key[Array, ""],
+  ) -> tuple[State, Pulse]:
+    """Reads the prompts, and writes the first token of every row."""
+    settings = self._settings
+    x, cache = decoding.prefill(
+      settings.config,
+      params,
+      prompts.ids,
+      prompts.length,
+      prompts.images,
+      num_completions=settings.num_completions,
+      max_new_tokens=settings.max_new_tokens,
+      dtype=settings.dtype,
+      implementation=settings.attention,
+    )
+    shape = limit.shape
+    keys = sampling.row_keys(step_key, prompts.index, shape[1])
+    _, shards = sharding.data_shards(self._mesh)
+    number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
+    rows = Rows(
+      number=number.reshape(shape),
+      ids=jnp.full(shape, tokenizer.PAD, jnp.int32),
+      length=jnp.zeros(shape, jnp.int32),
+      live=jnp.ones(shape, bool),
+      stopped=jnp.zeros(shape, bool),
+      limit=limit,
+      keys=keys,
+    )
+    t = jnp.zeros((), jnp.int32)
+    x = jnp.broadcast_to(x[:, None], (*shape, x.shape[-1]))
+    rows, logps = self._extended(params, rows, x, t)
+    own = (*shape, settings.max_new_tokens)
+    written = Written(
+      ids=jnp.full(own, tokenizer.PAD, jnp.int32).at[:, :, 0].set(rows.ids),
+      logps=jnp.zeros(own, jnp.float32).at[:, :, 0].set(logps),
+      length=rows.length,
+      stopped=rows.stopped,
+    )
+    return self._told(State(t, rows, prompts.length, cache, written))
+
+  def _write(
+    self, params: dict, state: State, alive: Bool[Array, "U C"]
+  ) -> tuple[State, Pulse]:
+    """Up to `chunk_tokens` more tokens of the rows that are `alive`."""
+    settings, before = self._settings, state.t
+    num_tokens = min(settings.chunk_tokens, settings.max_new_tokens - 1)
+    rows = state.rows.replace(live=state.rows.live & alive)
+    chunk = (*rows.ids.shape, num_tokens)
+
+    def goes_on(carry):
+      t, rows, *_ = carry
+      return (t - before < num_tokens) & jnp.any(rows.live)
+
+    def step(carry):
+      t, rows, cache, ids, logps = carry
+      x, cache = decoding.decode(
+        settings.config,
+        params,
+        cache,
+        state.prompt_length,
+        rows.ids,
+        t,
+        dtype=settings.dtype,
+      )
+      rows, new = self._extended(params, rows, x, t + 1)
+      place = (0, 0, t - before)
+      ids = jax.lax.dynamic_update_slice(ids, rows.ids[..., None], place)
+      logps = jax.lax.dynamic_update_slice(logps, new[..., None], place)
+      return t + 1, rows, cache, ids, logps
+
+    empty = jnp.full(chunk, tokenizer.PAD, jnp.int32)
+    t, rows, cache, ids, logps = jax.lax.while_loop(
+      goes_on,
+      step,
+      (before, rows, state.cache, empty, jnp.zeros(chunk, jnp.float32)),
+    )
+    written = self._on_shards(
+      _put, (state.written, rows, ids, logps), (before + 1,), sharding.BATCH
+    )
+    return self._told(
+      state.replace(t=t, rows=rows, cache=cache, written=written)
+    )
+
+  def _extended(
+    self,
+    params: dict,
+    rows: Rows,
+    states: Float[Array, "U C D"],
+    t: Int[Array, ""],
+  ) -> tuple[Rows, Float[Array, "U C"]]:
+    """Rows with token `t` of those that go on, and its log-probability."""
+    settings = self._settings
+    logits = logprobs.logits_of(
+      states,
+      params["embedder"]["input_embedding"],
+      temperature=settings.temperature or 1.0,
+      banned_ids=settings.banned_ids,
+    )
+    if settings.min_new_tokens:
+      is_early = jnp.broadcast_to(
+        t < settings.min_new_tokens, logits.shape[:-1]
+      )
+      logits = logprobs.unstoppable(logits, is_early)
+    if settings.temperature:
+      logits = sampling.narrowed(
+        logits, top_k=settings.top_k, top_p=settings.top_p
+      )
+      ids, logps = sampling.sample(logits, rows.keys, t)
+    else:
+      ids, logps = sampling.greedy(logits)
+    ids = jnp.where(rows.live, ids.astype(jnp.int32), tokenizer.PAD)
+    stops = rows.live & jnp.isin(ids, jnp.asarray(tokenizer.STOP_IDS))
+    logps = jnp.where(rows.live, logps, 0.0)
+    rows = rows.replace(
+      ids=ids,
+      length=rows.length + rows.live,
+      stopped=rows.stopped | stops,
+      live=rows.live & ~stops & (t + 1 < rows.limit),
+    )
+    return rows, logps
+
+  def _move(
+    self,
+    state: State,
+    number: Int[Array, "U C"],
+    rows: Int[Array, "U C"],
+    bundles: Int[Array, " U"],
+  ) -> State:
+    """Rows, with what is cached of them, in the places of another grid.
+
+    Args:
+      state: Before.
+      number: Of the row in each new place, beyond all where there is none.
+      rows: Old places within a shard, as in `compaction.Move`.
+      bundles: Old bundles within a shard, likewise.
+    """
+    places = self._places(state)
+
+    def moved(state, number, rows, bundles):
+      cache = {
+        name: jnp.take(x, bundles, axis=1)
+        if "prompt" in name
+        else _flat(x, 1)[:, rows]
+        for name, x in vars(state.cache).items()
+      }
+      old = jax.tree.map(lambda x: _flat(x, 0)[rows], state.rows)
+      is_there = number < state.written.length.size
+      return State(
+        t=state.t,
+        rows=old.replace(number=number, live=old.live & is_there),
+        prompt_length=state.prompt_length[bundles],
+        cache=decoding.Cache(**cache),
+        written=state.written,
+      )
+
+    batch = sharding.BATCH
+    return jax.shard_map(
+      moved,
+      mesh=self._mesh,
+      in_specs=(places, batch, batch, batch),
+      out_specs=places,
+      check_vma=False,
+    )(state, number, rows, bundles)
+
+  def _results(self, written: Written, cut: Int[Array, "U C"]) -> "Completions":
+    """What was written, up to `cut` tokens where a row has more."""
+    length = jnp.minimum(written.length, cut)
+    t = jnp.arange(written.ids.shape[-1])[None, None]
+    mask = t < length[..., None]
+    return Completions(
+      ids=jnp.where(mask, written.ids, tokenizer.PAD),
+      mask=mask,
+      logps=jnp.where(mask, written.logps, 0.0),
+      stopped=written.stopped | (cut <= written.length),
+    )
+
+  def _on_shards(self, function, cut, whole, result):
+    """A function of each data shard's own part."""
+    return jax.shard_map(
+      function,
+      mesh=self._mesh,
+      in_specs=(*[sharding.BATCH] * len(cut), *[P()] * len(whole)),
+      out_specs=result,
+      check_vma=False,
+    )(*cut, *whole)
+
+  def _told(self, state: State) -> tuple[State, Pulse]:
+    """A state where it belongs, and what the host is told of it."""
+    state = jax.tree.map(
+      lambda x, place: jax.lax.with_sharding_constraint(
+        x, NamedSharding(self._mesh, place)
+      ),
+      state,
+      self._places(state),
+    )
+    pulse = Pulse(state.t, state.rows.live, state.rows.length)
+    everywhere = sharding.replicated(self._mesh)
+    return state, jax.lax.with_sharding_constraint(pulse, everywhere)
+
+  def _places(self, state: State) -> Any:
+    """Where each part of a state lies: by data, caches by their heads too."""
+    tensor = None
+    if not self._settings.config.num_kv_heads % self._mesh.shape["tensor"]:
+      tensor = "tensor"
+    (data,) = sharding.BATCH
+
+    def place(path, x):
+      name = jax.tree_util.keystr(path)
+      if "cache" not in name:
+        return sharding.BATCH if x.ndim else P()
+      return P(None, data, *() if "prompt" in name else (None,), tensor)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+class Completions(flax.struct.PyTreeNode):
+  """What was sampled.
+
+  Attributes:
+    ids: Tokens up to and including the stop token; padding after.
+    mask: True on sampled tokens, the stop token included.
+    logps: Log-probability of each token as the sampler saw it; 0 on padding.
+    stopped: Whether a stop token or string came before the length ran out.
+  """
+
+  ids: Int[Array, "U C T"]
+  mask: Bool[Array, "U C T"]
+  logps: Float[Array, "U C T"]
+  stopped: Bool[Array, "U C"]
+
+
+def _put(written: Written, rows: Rows, ids, logps, first) -> Written:
+  """A shard's results with the tokens from `first` on of rows by place."""
+  number = rows.number.ravel()
+  columns = first + jnp.arange(ids.shape[-1])
+
+  def put(results, new, *columns):
+    flat = _flat(results, 0)
+    at = (number[:, None], *columns) if columns else number
+    flat = flat.at[at].set(_flat(new, 0), mode="drop")
+    return flat.reshape(results.shape)
+
+  return Written(
+    ids=put(written.ids, ids, columns[None]),
+    logps=put(written.logps, logps, columns[None]),
+    length=put(written.length, rows.length),
+    stopped=put(written.stopped, rows.stopped),
+  )
+
+
+def _flat(x: Array, axis: int) -> Array:
+  """Bundles and their rows as one axis."""
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])

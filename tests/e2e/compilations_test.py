@@ -1,0 +1,28 @@
+"""A run compiles what it needs before its second step, and no more."""
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def test_no_step_after_the_second_compiles_anything(new_run):
+  """Prompts of several padded lengths, and rows that end at different tokens.
+
+  With a reference to be scored, evaluations on the way, and rows that move.
+  """
+  run = new_run(
+    "--config.train.num_steps=52",
+    "--config.data.prompts_per_step=2",
+    "--config.train.microbatch_bundles=2",
+    "--config.data.prompt_buckets=(36,38,40,42,44,48,52,64)",
+    "--config.rollout.max_new_tokens=10",
+    "--config.rollout.chunk_tokens=3",
+    "--config.eval.every_steps=13",
+    "--config.objective.beta=0.01",
+    "--config.samples.every_steps=0",
+  ).start()
+  compiled = run.column("perf/compilations")[2:]
+  assert len(compiled) == 50 and not any(compiled), compiled
+  padded = run.column("rollout/padded_prompt_length")
+  assert len(set(padded)) >= 2 < len(padded), padded
+  assert len(set(run.column("perf/compactions"))) > 1
