@@ -255,22 +255,34 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
 
 
 def step_bounds(made: Plan) -> dict[str, Any]:
-  """Bounds of a whole step: each program once, train_step per iteration."""
-  kinds = {row["name"].partition(" ")[2] for row in made.programs}
+  """Bounds of a whole step, each program as often as a step calls it."""
+  config = made.config
+  times = {
+    "train_step": config.train.num_iterations,
+    "decode_chunk": (config.rollout.max_new_tokens - 1)
+    / traffic.decode_trips(config),
+  }
   bounds = {}
-  for kind in sorted(kinds):
-    seconds, tokens = 0.0, 0
-    for row in made.programs:
-      name, _, its_kind = row["name"].partition(" ")
-      if its_kind != kind:
-        continue
-      times = made.config.train.num_iterations if name == "train_step" else 1
-      seconds += times * max(row["bounds_seconds"].values())
-      tokens = row["completion_tokens"]
-    chips_used = made.topology.num_chips
-    bounds[kind.strip("()")] = {
+  for kind in ("text", "image"):
+    rows = [
+      row
+      for row in made.programs
+      if kind in row["name"] or "(" not in row["name"]
+    ]
+    if not any(kind in row["name"] for row in rows):
+      continue
+    seconds = sum(
+      times.get(row["name"].partition(" ")[0], 1)
+      * max(row["bounds_seconds"].values())
+      for row in rows
+    )
+    tokens = max(row["completion_tokens"] for row in rows)
+    bounds[kind] = {
       "step_seconds_at_least": seconds,
       "completion_tokens_per_second_at_most": tokens / seconds,
-      "chip_hours_per_1000_steps_at_least": seconds * chips_used * 1000 / 3600,
+      "chip_hours_per_1000_steps_at_least": seconds
+      * made.topology.num_chips
+      * 1000
+      / 3600,
     }
   return bounds

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines import tokenizer as tokens
-from grpo_tpu import chips, rollout, sharding, train_step
+from grpo_tpu import chips, generation, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.gemma3 import lora, weights
@@ -115,8 +115,12 @@ def names(config: run_config.Config) -> list[str]:
   if has_scoring(config):
     steps.insert(0, "score")
   if config.data.kind == "online":
-    steps.insert(0, "rollout")
-  return [f"{step} ({kind})" for step in steps for kind in kinds]
+    steps.insert(0, "prefill")
+  planned = [f"{step} ({kind})" for step in steps for kind in kinds]
+  if config.data.kind == "online":
+    # Reads no image: what a prompt shows is in its cache.
+    planned.insert(len(kinds), "decode_chunk")
+  return planned
 
 
 def has_scoring(config: run_config.Config) -> bool:
@@ -136,7 +140,8 @@ def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
   policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
   made = _Made(policy, with_images=kind == "(image)")
   make = {
-    "rollout": made.rollout,
+    "prefill": made.prefill,
+    "decode_chunk": made.decode_chunk,
     "score": made.score,
     "train_step": made.update,
   }[step]
@@ -179,30 +184,60 @@ class _Made:
       "reference": reference,
     }
 
-  def rollout(self, name: str) -> Program:
-    """Completions of a step's prompts."""
-    config, policy = self._config, self._policy
-    params = policy.run_params(self._state.params, self._frozen)
-    batch = self._prompts()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    index = self._array(jnp.int32)
-    settings = config.rollout
+  def prefill(self, name: str) -> Program:
+    """Reads a step's prompts, and writes the first token of every row."""
+    made, args = self._rollout()
+    params, prompts, *_ = args
     return Program(
       name=name,
-      function=rollout.rollout,
-      args=(params, *batch, index, key),
-      kwargs={
-        "config": config.model_config,
-        "num_completions": settings.num_generations,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "dtype": policy.model.dtype,
-        "attention": policy.model.attention,
-        "banned_ids": policy.banned_ids,
-      },
-      parts={"params": params, "batch": batch},
-      while_trips=settings.max_new_tokens - 1,
-      tokens=self._num_tokens,
+      function=made.prefill,
+      args=args,
+      kwargs={},
+      parts={"params": params, "batch": prompts},
+      while_trips=1,
+      tokens=0,
+    )
+
+  def decode_chunk(self, name: str) -> Program:
+    """Some more tokens of every row, as long as all go on."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    settings = self._config.rollout
+    return Program(
+      name=name,
+      function=made.write,
+      args=(args[0], state, self._array(bool, settings.num_generations)),
+      kwargs={},
+      parts={"params": args[0], "caches": state},
+      while_trips=min(settings.chunk_tokens, settings.max_new_tokens - 1),
+      tokens=0,
+    )
+
+  def _rollout(self) -> tuple[generation.Programs, tuple]:
+    """What samples a step's completions, and what it is called with."""
+    config, policy = self._config, self._policy
+    rows, new = config.rollout.num_generations, config.rollout
+    settings = generation.Settings(
+      config=config.model_config,
+      num_completions=rows,
+      max_new_tokens=new.max_new_tokens,
+      min_new_tokens=new.min_new_tokens,
+      chunk_tokens=new.chunk_tokens,
+      temperature=new.temperature,
+      dtype=policy.model.dtype,
+      attention=policy.model.attention,
+      banned_ids=policy.banned_ids,
+    )
+    ids, length, images = self._prompts()
+    prompts = generation.Prompts(ids, length, images, self._array(jnp.int32))
+    params = policy.run_params(self._state.params, self._frozen)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    limit = self._array(jnp.int32, rows)
+    return generation.Programs(settings, policy.mesh), (
+      params,
+      prompts,
+      limit,
+      key,
     )
 
   def score(self, name: str) -> Program:
@@ -260,12 +295,17 @@ class _Made:
     place = sharding.batch(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def _prompts(self) -> tuple:
+  def _prompts(self, *, pixels: bool = False) -> tuple:
+    """Ids, lengths and images: as a frozen tower reads them, or pixels."""
     vision = self._config.model_config.vision
     images = self._array(jnp.uint8, 0, 1, 1, 3)
     if vision and self._with_images:
       side = vision.image_size
-      images = self._array(jnp.uint8, 1, side, side, 3)
+      images = self._array(
+        self._policy.model.dtype, 1, vision.soft_tokens, vision.width
+      )
+      if pixels:
+        images = self._array(jnp.uint8, 1, side, side, 3)
     length = self._config.data.prompt_buckets[-1]
     ids = self._array(jnp.int32, length)
     return ids, self._array(jnp.int32), images
@@ -273,7 +313,8 @@ class _Made:
   def _bundles(self) -> train_step.Bundles:
     config = self._config
     rows = self._completions, config.rollout.max_new_tokens
-    ids, length, images = self._prompts()
+    trains_vision = config.model.train_vision
+    ids, length, images = self._prompts(pixels=trains_vision)
     is_online = config.data.kind == "online"
     logps = self._array(jnp.float32, *rows)
     is_old = config.data.kind == "preference" or config.train.num_iterations > 1
