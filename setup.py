@@ -38,6 +38,7 @@ setuptools.setup(
     "scipy",
     "sentencepiece",
     "tensorboard",
+    "tensorstore",
     # For event files and TFDS alone, so the build without GPU code where
     # there is one.
     "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
@@ -50,6 +51,8 @@ setuptools.setup(
       "gguf",  # Writes the files that tests of its readers read.
       "datasets",  # The oracle of what a snapshot holds; six small wheels.
       "hypothesis",
+      # The compiler that --mode=plan calls, which needs no TPU.
+      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "pre-commit",
       "pyright[nodejs]",  # Its own Node, so nothing is fetched at run time.
       "pytest",

@@ -9,7 +9,7 @@ trainer is a child process with its own Python; they take turns step by step, so
 that other work on the machine disturbs them alike. What is compared is
 CPU-seconds of all threads of a child: wall time says more of the neighbours.
 Prints a table, and last a line of JSON. Peers come from
-`benchmarks/setup_peers.sh --benchmarks`; one that is missing is named as such.
+`benchmarks/setup_peers.sh --benchmarks`; one that is missing is named.
 """
 
 import json

@@ -77,7 +77,7 @@ def settings(args) -> run_config.Config:
   config.optimizer.learning_rate = args.learning_rate
   config.optimizer.b2 = 0.999
   config.optimizer.max_grad_norm = float("inf")
-  config.train.microbatch_bundles = args.micro_prompts
+  config.train.microbatch_bundles = args.our_micro_prompts
   return run_config.Config.from_config_dict(config)
 
 

@@ -21,14 +21,17 @@ FIRST_WORD = 200
 T = TypeVar("T")
 
 # Layers, width, hidden width, query heads, key-value heads, head size,
-# vocabulary, window; prompts, completions of each, prompts per microbatch.
+# vocabulary, window; prompts, completions of each; prompts per microbatch of
+# the peers and of ours, tokens whose logits ours holds at a time. At 270M a
+# peer's whole batch in one would take most of 24 GiB, and be no faster.
 PRESETS = {
-  "tiny": (6, 256, 1024, 4, 1, 64, 4096, 64, 8, 8, 8),
-  "270m": (18, 640, 2048, 4, 1, 256, 262_144, 512, 4, 4, 1),
+  "tiny": (6, 256, 1024, 4, 1, 64, 4096, 64, 8, 8, 8, 8, 4096),
+  "270m": (18, 640, 2048, 4, 1, 256, 262_144, 512, 4, 4, 1, 4, 1024),
 }
 _NAMES = (
   *("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocab"),
   *("window", "prompts", "num_generations", "micro_prompts"),
+  *("our_micro_prompts", "logits_chunk"),
 )
 
 
@@ -54,7 +57,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     help="threads that wait for a core spin, and pay CPU-seconds for it",
   )
   flags.add_argument("--remat", default="dots", help="ours: model.remat")
-  flags.add_argument("--logits_chunk", type=int, default=1024, help="ours")
   return flags
 
 

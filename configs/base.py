@@ -182,4 +182,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.export.step = config_dict.placeholder(int)
   config.export.dtype = "bfloat16"
   config.export.tokenizer_dir = ""
+  config.export.adapter = False
   return config

@@ -62,7 +62,7 @@ def first_complaint(words: str) -> str:
   for index, complaint in enumerate(gathered(words)):
     if complaint:
       is_alone = num_processes() == 1
-      return complaint if is_alone else f"process {index}: {complaint}"
+      return complaint if is_alone else f"{complaint} (process {index})"
   return ""
 
 

@@ -22,6 +22,7 @@ References:
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 import types
@@ -314,6 +315,10 @@ class Checkpoints:
       return False
     if self._removal is not None:
       self._removal.result()
+    complaint = self._unwritable() if agreement.is_first() else ""
+    if complaint := agreement.from_first(complaint):
+      self._fail(f"{entry.name}: {complaint}")
+      return False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
     record = {
       "step": entry.step,
@@ -341,6 +346,19 @@ class Checkpoints:
     else:
       self._pending = self._thread.submit(self._finish, entry)
     return True
+
+  def _unwritable(self) -> str:
+    """Why nothing can be written now; "" if it can.
+
+    Where Orbax cannot make a folder, its threads wait for it for minutes.
+    """
+    probe = self._directory / "probe"
+    try:
+      probe.mkdir(exist_ok=True)
+      probe.rmdir()
+    except OSError as error:
+      return f"{type(error).__name__}: {error}"
+    return ""
 
   def _finish(self, entry: retention.Entry) -> None:
     """Sees the save to its end, in a thread."""
@@ -373,8 +391,10 @@ class Checkpoints:
     if _RUNNING in complaints:
       return
     self._pending = self._pending_entry = None
-    host = next((i for i, each in enumerate(complaints) if each), None)
-    if host is not None:
+    failed = [i for i, each in enumerate(complaints) if each]
+    if failed:
+      # Those that only waited for the one at fault say so.
+      host = min(failed, key=lambda i: complaints[i].startswith("TimeoutError"))
       # The disk may be full of it.
       self._remove_later([entry])
       self._fail(f"{entry.name}, by process {host}: {complaints[host]}")
@@ -515,6 +535,16 @@ def steps(directory: epath.PathLike) -> list[int]:
     for entry in _entries(epath.Path(directory).resolve())
     if not entry.updates
   ]
+
+
+def newest_path(directory: epath.PathLike) -> epath.Path | None:
+  """The newest whole checkpoint, of an unfinished step too; None without one.
+
+  By the looks of it: nothing of it is verified.
+  """
+  folder = epath.Path(directory).resolve()
+  whole = [entry for entry in _entries(folder) if entry.is_whole]
+  return folder / whole[-1].name if whole else None
 
 
 def _newest_whole(folder: epath.Path) -> str:
@@ -693,14 +723,31 @@ def _is_finite(state: Any) -> bool:
   numbers = [
     leaf
     for leaf in jax.tree.leaves(state)
-    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size
   ]
-  return not numbers or bool(_all_finite(numbers))
+  whole_axes = tuple(
+    tuple(
+      axis
+      for axis, size in enumerate(leaf.sharding.shard_shape(leaf.shape))
+      if size == leaf.shape[axis]
+    )
+    for leaf in numbers
+  )
+  return not numbers or bool(_all_finite(numbers, whole_axes))
 
 
-@jax.jit
-def _all_finite(numbers: list[jax.Array]) -> jax.Array:
-  return jnp.stack([jnp.isfinite(each).all() for each in numbers]).all()
+@functools.partial(jax.jit, static_argnames=("whole_axes",))
+def _all_finite(
+  numbers: list[jax.Array], whole_axes: tuple[tuple[int, ...], ...]
+) -> jax.Array:
+  # A maximum keeps a NaN and takes a third of the time; but not one over
+  # several devices, whose collectives may lose it.
+  return jnp.stack(
+    [
+      jnp.isfinite(jnp.abs(each).max(axis=axes)).all()
+      for each, axes in zip(numbers, whole_axes, strict=True)
+    ]
+  ).all()
 
 
 def _leaves(tree: Any) -> dict[str, str]:

@@ -16,9 +16,20 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "evaluate", "export"],
+  ["train", "evaluate", "export", "plan"],
   "train to train.num_steps; evaluate model.weights on data.eval_split; export"
-  " the workdir's newest checkpoint, or model.weights, for Hugging Face.",
+  " the workdir's newest checkpoint, or model.weights, for Hugging Face; plan"
+  " --topology, without touching a device.",
+)
+TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "Of --mode=plan: the slice to plan for, as in v5e:4x4; v5e:4x4*2 is two.",
+)
+ADVISE = flags.DEFINE_bool(
+  "advise",
+  False,
+  "Of --mode=plan: look for the largest step that fits, and say its settings.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator_address",

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from etils import epath
+import numpy as np
 
 from data_pipelines import (
   ablations,
@@ -22,7 +22,7 @@ from data_pipelines import (
   prompts,
   synthetic,
 )
-from grpo_tpu import distributed, metrics, retention
+from grpo_tpu import distributed, metrics, retention, sharding
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -302,11 +302,14 @@ class ExportConfig:
     dtype: Of all tensors.
     tokenizer_dir: Whose tokenizer and processor files go along; "" takes those
       of an "hf:DIR" in `model.weights`, if it is one.
+    adapter: Whether a run's adapters go out alone, in fp32 and for peft, rather
+      than merged into what they belong to.
   """
 
   step: int | None
   dtype: str
   tokenizer_dir: str
+  adapter: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +344,7 @@ class Config:
     _check_names(self)
     _check_weights(self)
     _check_divisions(self)
+    _check_mesh(self)
     _check_evaluation(self.eval)
     _check_best(self)
     _check_lora(self)
@@ -382,6 +386,14 @@ class Config:
     return optimizers.OptimizerConfig(
       num_steps=self.train.num_steps * self.train.num_iterations,
       **dataclasses.asdict(self.optimizer),
+    )
+
+  @property
+  def has_reference(self) -> bool:
+    """Whether a frozen policy scores what the run learns from."""
+    kind = self.data.kind
+    return kind == "preference" or (
+      kind == "online" and self.objective_config.beta > 0
     )
 
   @property
@@ -759,16 +771,7 @@ def _check_weights(config: Config) -> None:
     f"be one of {', '.join(_WEIGHTS.values())}",
     "set model.weights=random:0",
   )
-  if scheme == "gemma":
-    # No more than this, for Orbax reads with the devices' help.
-    _require(
-      (epath.Path(rest) / "_METADATA").exists(),
-      "model.weights",
-      config.model.weights,
-      "name the folder of a checkpoint, with its _METADATA",
-      "set model.weights=gemma:DIR",
-    )
-  elif scheme in weights.OPENERS:
+  if scheme in weights.OPENERS:
     try:
       weights.OPENERS[scheme](config.model_config, rest)
     except ValueError as error:
@@ -777,6 +780,16 @@ def _check_weights(config: Config) -> None:
         f"model.name ({config.model.name!r}): {error} Set either to what the "
         "other is."
       ) from error
+
+
+def _check_mesh(config: Config) -> None:
+  """Whether the mesh divides every parameter, by the rules and no device."""
+  mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
+  tree = weights.abstract_params(config.model_config, np.dtype(np.float32))
+  sharding.shardings(mesh, tree)
+  if config.lora:
+    adapters = lora.abstract_adapters(config.model_config, config.lora)
+    sharding.shardings(mesh, adapters)
 
 
 def _check_divisions(config: Config) -> None:

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from typing import Any, NoReturn
 
 import jax
@@ -241,14 +242,32 @@ def leave(code: int) -> NoReturn:
   # Not by `jax.process_count`, which would start the devices.
   if state.client is not None and state.num_processes > 1:
     try:
-      state.client.wait_at_barrier("grpo_tpu/leave", _FAREWELL_SECONDS * 1000)
-      jax.distributed.shutdown()
+      _say_farewell(state)
     except Exception as error:  # Of whatever kind: there is nobody to tell.
       logging.warning("Leaves the others behind: %s", error)
   std_logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+def _say_farewell(state: Any) -> None:
+  """Waits a little for all processes to be leaving, the coordinator longest.
+
+  Not at JAX's barriers: one that fails ends the program with SIGABRT, after
+  the heartbeat time-out.
+  """
+  folder = "grpo_tpu/leave"
+  state.client.key_value_set(f"{folder}/{state.process_id}", "")
+  deadline = time.monotonic() + _FAREWELL_SECONDS
+  while time.monotonic() < deadline:
+    if len(state.client.key_value_dir_get(folder)) == state.num_processes:
+      # Whoever is left without a coordinator is aborted.
+      time.sleep(0.5 if state.process_id == 0 else 0.0)
+      return
+    time.sleep(0.05)
+  # Those who leave later must not take it for one who waits for them.
+  state.client.key_value_delete(f"{folder}/{state.process_id}")
 
 
 def _state() -> Any:
@@ -260,7 +279,7 @@ def _state() -> Any:
 
 def _has_tpu() -> bool:
   """Whether this is a TPU host, and its chips are meant to be used."""
-  platforms = jax.config.read("jax_platforms")
+  platforms = jax.config.jax_platforms
   is_wanted = not platforms or "tpu" in platforms.split(",")
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
   return is_wanted and bool(chips)

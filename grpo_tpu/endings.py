@@ -59,6 +59,7 @@ class Ending:
 
   def of_run(self, workdir: pathlib.Path) -> None:
     """From here on it is the end of a run in this folder."""
+    self.clock.listen_to_compiler()
     self._workdir = workdir
 
   def stuck(self, reason: str) -> None:
@@ -100,9 +101,7 @@ class Ending:
   def _say(self, reason: str, code: int) -> None:
     newest = None
     if self._workdir is not None:
-      folder = self._workdir / "checkpoints"
-      steps = checkpoint.steps(folder)
-      newest = str(folder / f"{steps[-1]:08}") if steps else None
+      newest = checkpoint.newest_path(self._workdir / "checkpoints")
     shares = self.clock.shares()
     logging.log(
       logging.INFO if code == DONE else logging.WARNING,
@@ -120,7 +119,7 @@ class Ending:
       "reason": reason,
       "exit_code": code,
       "step": self.step,
-      "newest_checkpoint": newest,
+      "newest_checkpoint": newest and str(newest),
       "skipped_updates": self.skipped_updates,
       "wall_seconds": self.clock.scalars()["perf/run_seconds"],
       "goodput": shares,

@@ -1,18 +1,22 @@
 """--mode=export: what was trained, in the format that people serve.
 
-Choreography alone: `policy` reads the parameters, `gemma3.weights` writes them.
+Choreography alone: `policy` reads the parameters, `gemma3` writes them.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 
 from grpo_tpu import checkpoint, sharding
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
-from grpo_tpu.gemma3 import huggingface, weights
+from grpo_tpu.gemma3 import huggingface, lora, weights
 
 
 def check(config: run_config.Config, workdir: str) -> None:
@@ -33,7 +37,7 @@ def check(config: run_config.Config, workdir: str) -> None:
 
 
 def run(config: run_config.Config, workdir: str) -> None:
-  """Writes `workdir`/export, a checkpoint for transformers.
+  """Writes `workdir`/export: a checkpoint for transformers, or one for peft.
 
   Raises:
     SettingError: A setting that only the devices or the weights can refute.
@@ -43,19 +47,50 @@ def run(config: run_config.Config, workdir: str) -> None:
     settings = dataclasses.replace(
       config.model, weights=source(config, workdir)
     )
-    params = policies.initial_params(
-      dataclasses.replace(config, model=settings), mesh
-    )
+    settled = dataclasses.replace(config, model=settings)
+    if config.export.adapter:
+      write = _adapter_writer(settled, mesh)
+    else:
+      write = _model_writer(config, policies.initial_params(settled, mesh))
   logging.info("Exporting %s.", settings.weights)
+  write(_folder(workdir))
+
+
+def _model_writer(
+  config: run_config.Config, params: dict
+) -> Callable[[pathlib.Path], None]:
   scheme, _, rest = config.model.weights.partition(":")
   theirs = rest if scheme == "hf" else None
-  weights.to_hf(
+  return functools.partial(
+    weights.to_hf,
     config.model_config,
     params,
-    _folder(workdir),
     dtype=jnp.dtype(config.export.dtype),
     tokenizer_dir=config.export.tokenizer_dir or theirs,
   )
+
+
+def _adapter_writer(
+  config: run_config.Config, mesh: Mesh
+) -> Callable[[pathlib.Path], None]:
+  found = policies.saved_adapters(config, mesh)
+  if found is None:
+    raise ValueError(
+      "export.adapter (True) must go with a run that has saved adapters, and "
+      f"{config.model.weights} has none; set export.adapter=False."
+    )
+  adapters, settings, under = found
+  scheme, _, rest = under.partition(":")
+  # Of which other processes may hold parts; the first writes.
+  everywhere = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+  write = functools.partial(
+    lora.to_peft,
+    config.model_config,
+    settings,
+    everywhere(adapters),
+    base_model=rest if scheme == "hf" else "",
+  )
+  return write if jax.process_index() == 0 else lambda directory: None
 
 
 def source(config: run_config.Config, workdir: str) -> str:

@@ -7,6 +7,7 @@ other way, rounding alone would move their ratio away from one.
 import functools
 import math
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def per_token_logps(
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
   Logits of `chunk_size` tokens exist at a time, in the backward pass too,
-  where they are recomputed.
+  where they are recomputed if there is more than one chunk.
 
   Args:
     states: Final states that predict `ids`; carries the gradient.
@@ -57,27 +58,82 @@ def per_token_logps(
     flat_early = jnp.pad(is_early.reshape(-1), (0, padding))
     flat_early = flat_early.reshape(-1, chunk_size)
 
-  @jax.checkpoint
-  def chunk(states, ids, is_early):
-    logits = logits_of(
-      states, embedding, temperature=temperature, banned_ids=banned_ids
-    )
-    if is_early is not None:
-      logits = unstoppable(logits, is_early)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
-    mean_logit = jnp.sum(
-      jnp.exp(logits - log_normalizer[:, None]) * logits, axis=-1
-    )
-    return chosen - log_normalizer, log_normalizer - mean_logit
+  # Chunk by chunk the backward pass makes logits anew. Where one chunk is all,
+  # they may as well stay: the loss is next, and then that pass.
+  how = _How(temperature, banned_ids, keeps_logits=num_tokens == chunk_size)
 
-  logps, entropies = jax.lax.map(
-    lambda x: chunk(*x), (flat_states, flat_ids, flat_early)
-  )
+  def chunk(args):
+    states, ids, is_early = args
+    return _scored(how, states, embedding, ids, is_early)
+
+  if how.keeps_logits:
+    # A loop of one would add the embedding's gradient to zeros.
+    args = jax.tree.map(lambda x: x[0], (flat_states, flat_ids, flat_early))
+    logps, entropies = chunk(args)
+  else:
+    logps, entropies = jax.lax.map(chunk, (flat_states, flat_ids, flat_early))
   return (
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
   )
+
+
+class _How(NamedTuple):
+  """What a chunk's logits are, and whether the backward pass finds them."""
+
+  temperature: float
+  banned_ids: tuple[int, ...]
+  keeps_logits: bool
+
+  def logits(self, is_early, states, embedding) -> Array:
+    logits = logits_of(
+      states,
+      embedding,
+      temperature=self.temperature,
+      banned_ids=self.banned_ids,
+    )
+    return logits if is_early is None else unstoppable(logits, is_early)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(how: _How, states, embedding, ids, is_early):
+  """Log-probabilities and entropies of a chunk.
+
+  Its backward pass is one exponential and one select for each logit; left to
+  itself, the gather of what was chosen would go back as a scatter into zeros.
+  """
+  outputs, _ = _scored_forward(how, states, embedding, ids, is_early)
+  return outputs
+
+
+def _scored_forward(how, states, embedding, ids, is_early):
+  logits = how.logits(is_early, states, embedding)
+  peak = logits.max(axis=-1, keepdims=True)
+  # Below the peak: numbers of the size of their differences round least.
+  total = jnp.exp(logits - peak).sum(axis=-1)
+  mean = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1) / total
+  chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - peak[:, 0]
+  kept = logits if how.keeps_logits else None
+  residuals = states, embedding, ids, is_early, peak, total, mean, kept
+  return (chosen - jnp.log(total), jnp.log(total) - mean), residuals
+
+
+def _scored_backward(how, residuals, gradients):
+  states, embedding, ids, is_early, peak, total, mean, kept = residuals
+  of_logps, of_entropies = (x[:, None] for x in gradients)
+  logits, pull = jax.vjp(
+    functools.partial(how.logits, is_early), states, embedding
+  )
+  below = (logits if kept is None else kept) - peak
+  # d logp / d logit = chosen - p; d entropy / d logit = -p (logit - mean).
+  probabilities = jnp.exp(below) / total[:, None]
+  slope = of_logps + of_entropies * (below - mean[:, None])
+  is_chosen = jnp.arange(below.shape[-1])[None] == ids[:, None]
+  gradient = jnp.where(is_chosen, of_logps, 0.0) - probabilities * slope
+  return *pull(gradient), None, None
+
+
+_scored.defvjp(_scored_forward, _scored_backward)
 
 
 def logits_of(

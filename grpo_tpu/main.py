@@ -39,6 +39,13 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
     )
 
     mode, workdir = command_line.MODE.value, command_line.WORKDIR.value
+    if mode == "plan":
+      # Alone: it starts no devices, and reads no data.
+      from grpo_tpu import plan
+
+      topology, advise = command_line.TOPOLOGY.value, command_line.ADVISE.value
+      plan.run(config, workdir, topology, advise=advise)
+      return
     identity = {}
     if mode == "export":
       export.check(config, workdir)

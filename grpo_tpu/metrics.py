@@ -253,6 +253,7 @@ class Writer:
     *,
     is_writer: bool,
     resume_step: int | None,
+    has_begun_next: bool = False,
   ) -> None:
     """Opens the files, and takes back what a resumed run will write again.
 
@@ -262,6 +263,8 @@ class Writer:
       resume_step: The step of the restored checkpoint: what was written after
         it is dropped, as is a last line cut short by a kill. None for a run
         from the start: what an earlier one left is removed.
+      has_begun_next: Whether the run goes on in the middle of the step after,
+        whose samples are written already, and its line is not.
     """
     self._lines: dict[str, _JsonLines] = {}
     self._events: event_files.EventFiles | None = None
@@ -272,11 +275,13 @@ class Writer:
     if is_writer:
       workdir = pathlib.Path(workdir)
       (workdir / "samples").mkdir(parents=True, exist_ok=True)
+      sampled = None if resume_step is None else resume_step + has_begun_next
       for name in ("metrics", "samples/train", "samples/eval"):
         self._lines[name] = _JsonLines(
-          workdir / f"{name}.jsonl", resume_step=resume_step
+          workdir / f"{name}.jsonl",
+          resume_step=sampled if name == "samples/train" else resume_step,
         )
-      self._events = event_files.EventFiles(workdir, resume_step=resume_step)
+      self._events = event_files.EventFiles(workdir, resume_step=sampled)
 
   def __enter__(self) -> Self:
     return self

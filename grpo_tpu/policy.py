@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
@@ -20,9 +21,11 @@ from data_pipelines import tokenizer as tokens
 from grpo_tpu import (
   checkpoint,
   generation,
+  optimizer,
   pictures,
   rollout,
   sharding,
+  train_state,
   train_step,
 )
 from grpo_tpu import config as run_config
@@ -86,6 +89,50 @@ class Policy:
     """
     return (self.tokenizer.start_of_image, self.tokenizer.end_of_image)
 
+  @property
+  def tx(self) -> optax.GradientTransformation:
+    """The run's optimizer."""
+    trains_vision = self.config.model.train_vision
+    return optimizer.make_optimizer(
+      self.config.optimizer_config,
+      is_frozen=lambda path: (
+        path.startswith("vision_encoder") and not trains_vision
+      ),
+    )
+
+  def make_update(self) -> Callable:
+    """The run's update, from `train_step.make_train_step`."""
+    config = self.config
+    return train_step.make_train_step(
+      self.model,
+      self.tx,
+      config=None
+      if config.data.kind == "demonstrations"
+      else config.objective_config,
+      entropy_bonus=config.shaping.entropy_bonus,
+      sampler_correction=config.shaping.sampler_correction,
+      num_microbatches=config.num_microbatches,
+      lora=config.lora,
+    )
+
+  def abstract_state(self) -> train_state.TrainState:
+    """Shapes, types and places of what the run trains."""
+
+    def new(params):
+      zero = jnp.zeros((), jnp.int32)
+      return train_state.TrainState(zero, zero, params, self.tx.init(params))
+
+    settings = self.config.lora
+    trained = (
+      self.abstract_adapters(settings) if settings else self.abstract_params()
+    )
+    return self.placed_shapes(jax.eval_shape(new, trained))
+
+  def run_params(self, trained: Any, frozen: Any) -> dict:
+    """What runs the network: adapters where they go, else what is trained."""
+    settings = self.config.lora
+    return lora.adapted(frozen, trained, settings) if settings else trained
+
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
     return abstract_params(self.config, self.mesh)
@@ -119,19 +166,28 @@ class Policy:
         f"which have {', '.join(sorted(kinds))}; set "
         "model.reference_memory=device."
       )
-    dtype = jnp.dtype(settings.reference_dtype or settings.param_dtype)
-
-    def cast(path, x):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      is_kept = name.endswith("scale") or name.startswith("vision_encoder")
-      return x if is_kept else x.astype(dtype)
-
-    if dtype != settings.param_dtype:
-      params = jax.tree_util.tree_map_with_path(cast, params)
+    params = _cast(params, settings)
     if kind == "device":
       return params
     places = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), params)
     return jax.device_put(params, places)
+
+  def abstract_reference(self, *, on_device: bool = False) -> dict:
+    """Shapes, types and places of `reference`, where it lies or where it runs.
+
+    Args:
+      on_device: Where the network runs.
+    """
+    settings, places = self.config.model, self.abstract_params()
+    kind = "device" if on_device else settings.reference_memory
+    shapes = jax.eval_shape(lambda x: _cast(x, settings), places)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=place.sharding.with_memory_kind(kind)
+      ),
+      shapes,
+      places,
+    )
 
   def on_device(self, reference: dict) -> dict:
     """A reference where the network runs; itself if it lies there."""
@@ -326,6 +382,20 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+def _cast(params: dict, settings: run_config.ModelSettings) -> dict:
+  """A reference's matrices in the type that is set for them."""
+  dtype = jnp.dtype(settings.reference_dtype or settings.param_dtype)
+
+  def cast(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_kept = name.endswith("scale") or name.startswith("vision_encoder")
+    return x if is_kept else x.astype(dtype)
+
+  if dtype == settings.param_dtype:
+    return params
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _shapes(tree: Any) -> Any:

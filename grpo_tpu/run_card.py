@@ -1,20 +1,37 @@
 """`run.json`: what a workdir is a run of.
 
-Written when a run starts, read when it goes on: a run is not continued on other
-data or with another model, and weights that were "the newest of that run" stay
-those they were.
+Written when a run starts, read when it goes on: a run is not continued with
+other settings, another model or other data unless it is told to, and weights
+that were "the newest of that run" stay those they were.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
+
+from absl import logging
 
 from data_pipelines import prompts
 from grpo_tpu import config as run_config
 
+# What changes no number of a step but by rounding, or is known by its contents
+# and not by its place. All other settings are of the essence, those among them
+# that are yet to come.
+_INCIDENTAL = (
+  *("checkpoint", "eval", "export", "mesh", "samples", "distributed"),
+  *("data.dir", "data.tokenizer", "data.worker_processes", "data.synthetic"),
+  *("data.synthetic_eval_fraction", "data.preference_file"),
+  "data.accept_mathvista_training_terms",
+  *("model.attention", "model.remat", "model.vision_remat"),
+  *("model.logits_chunk", "model.reference_memory"),
+  *("rewards.num_workers", "rewards.rows_per_call"),
+  *("rewards.timeout_seconds", "rewards.max_error_fraction"),
+  "rewards.error_window",
+  *("train.microbatch_bundles", "train.max_skipped_updates"),
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -42,21 +59,61 @@ def check(
   identity: dict[str, str],
   workdir: str,
 ) -> None:
-  """Refuses to go on with a run of other data, prompts, seed or model.
+  """Refuses to go on with a run of other settings or other data.
 
   Raises:
-    ValueError: Naming what differs.
+    ValueError: Setting by setting, what it was and what it is.
   """
-  if card is None:
+  if card is not None:
+    saved = card["essence"]
+    _refuse(_changes(saved, _essence(config, identity)), config, workdir)
+
+
+def check_data(
+  meta: Mapping[str, Any],
+  config: run_config.Config,
+  identity: dict[str, str],
+  workdir: str,
+) -> None:
+  """Refuses to go on from a checkpoint, by its meta, of other data.
+
+  It may have been put there, beside a card of another run or none.
+
+  Raises:
+    ValueError: What it was and what it is.
+  """
+  saved = {name: meta.get(name) for name in identity}
+  _refuse(_changes(saved, identity), config, workdir)
+
+
+def _refuse(
+  changes: dict[str, Any], config: run_config.Config, workdir: str
+) -> None:
+  if not changes:
     return
-  wanted, saved = _essence(config, identity), card["essence"]
-  for name in wanted | saved:
-    if saved.get(name) != wanted.get(name):
-      raise ValueError(
-        f"{name} ({wanted.get(name)!r}) must stay what the run in {workdir} "
-        f"was started with ({saved.get(name)!r}); set it back, or name an "
-        "empty --workdir."
-      )
+  listed = "\n".join(
+    f"  {name}: was {each['was']!r}, is {each['is']!r}"
+    for name, each in changes.items()
+  )
+  if config.checkpoint.accept_changes:
+    logging.warning("The run in %s goes on, changed:\n%s", workdir, listed)
+    return
+  raise ValueError(
+    f"--workdir ({workdir}) must be given what its run was started with, but "
+    f"this is changed:\n{listed}\nSet it back, name an empty --workdir, or set "
+    "checkpoint.accept_changes=True to go on all the same."
+  )
+
+
+def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:
+  """By name: what it was, and what it is."""
+  # As JSON has it: tuples are lists there.
+  wanted = json.loads(json.dumps(wanted))
+  return {
+    name: {"was": saved.get(name), "is": wanted.get(name)}
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
+  }
 
 
 def write(
@@ -65,7 +122,7 @@ def write(
   identity: dict[str, str],
   weights: str,
 ) -> None:
-  """Writes the card whole.
+  """Writes the card whole, with the changes that were accepted since the first.
 
   Args:
     workdir: Of the run.
@@ -73,8 +130,13 @@ def write(
     identity: Of its data.
     weights: `model.weights` with its step spelt out.
   """
+  before = read(workdir)
+  essence = _essence(config, identity)
+  accepted = before["accepted_changes"] if before else []
+  changes = _changes(before["essence"], essence) if before else {}
   card = {
-    "essence": _essence(config, identity),
+    "essence": essence,
+    "accepted_changes": [*accepted, changes] if changes else accepted,
     "weights": weights,
     "accepted_mathvista_training_terms": (
       config.data.accept_mathvista_training_terms
@@ -92,33 +154,36 @@ def write(
 def _essence(
   config: run_config.Config, identity: dict[str, str]
 ) -> dict[str, Any]:
+  """What the numbers of a run follow from, by the names of the settings."""
+  settings = dict(_flat(config.to_dict()))
+  if config.optimizer.schedule == "constant":
+    del settings["train.num_steps"]
+  # Of no matter where they are off.
+  for section, is_on in (
+    ("data.pan_and_scan", config.data.pan_and_scan.enabled),
+    ("model.lora", config.lora is not None),
+  ):
+    if not is_on:
+      settings = {
+        name: value
+        for name, value in settings.items()
+        if not name.startswith(f"{section}.")
+      }
+  # By its text too, which a later version may word in another way.
   template = prompts.TEMPLATES[config.data.prompt_template]
-  pan_and_scan = config.data.pan_and_scan
-  return {
-    "seed": config.seed,
-    "model.name": config.model.name,
-    "model.weights": config.model.weights,
-    "data.kind": config.data.kind,
-    "data.prompts_per_step": config.data.prompts_per_step,
-    "data.prompt_template": config.data.prompt_template,
-    # By its text too, which a later version may word in another way.
-    "data.prompt_template: its text": template.fingerprint,
-    "data.shuffle_options": config.data.shuffle_options,
-    # Its numbers are of no matter where it is off.
-    "data.pan_and_scan": dataclasses.asdict(pan_and_scan)
-    if pan_and_scan.enabled
-    else None,
-    **_adapters(config),
-    **identity,
-  }
+  settings["data.prompt_template: its text"] = template.fingerprint
+  return settings | identity
 
 
-def _adapters(config: run_config.Config) -> dict[str, Any]:
-  """What the adapters of a run are like; nothing where there are none."""
-  if config.lora is None:
-    return {}
-  return {
-    "model.lora.rank": config.lora.rank,
-    "model.lora.alpha": config.lora.alpha,
-    "model.lora.targets": list(config.lora.targets),
-  }
+def _flat(
+  settings: Mapping[str, Any], where: str = ""
+) -> Iterator[tuple[str, Any]]:
+  """The settings of the essence, each by its whole name."""
+  for name, value in settings.items():
+    name = f"{where}{name}"
+    if name in _INCIDENTAL:
+      continue
+    if isinstance(value, Mapping):
+      yield from _flat(value, f"{name}.")
+    else:
+      yield name, value

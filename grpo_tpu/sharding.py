@@ -5,6 +5,7 @@ parameters and of the batch), `tensor` (heads and hidden widths).
 """
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("replica", "fsdp", "tensor")
@@ -57,6 +58,14 @@ RULES = (
   (r"scale|bias", P()),
   (r"count|step|position", P()),  # Scalars of the optimizer and the state.
 )
+
+# Where activations and caches lie, at the borders between layers: bundles are
+# shared out, and heads and hidden widths cut as the weights that make them are.
+ACTIVATIONS = {
+  "bundles": BATCH,  # [U, ...]
+  "heads": P(*BATCH, None, None, "tensor", None),  # [U, C, t, heads, H]
+  "hidden": P(*BATCH, None, None, "tensor"),  # [U, C, t, F]
+}
 
 
 def make_mesh(
@@ -112,7 +121,12 @@ def make_mesh(
   return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def abstract_mesh(replica: int, fsdp: int, tensor: int) -> AbstractMesh:
+  """A mesh of no devices, to ask where things would lie."""
+  return AbstractMesh((replica, fsdp, tensor), AXES)
+
+
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
   """The sharding of each leaf of a tree of parameters or optimizer state.
 
   Raises:
@@ -130,7 +144,42 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
+def constrained(tree: Any) -> Any:
+  """Parameters or optimizer state, under jit, held where the rules want them.
+
+  On the mesh of `jax.set_mesh`; as it comes where there is none.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def activation(x: jax.Array, kind: str) -> jax.Array:
+  """An array, under jit, held where `ACTIVATIONS` wants it.
+
+  An axis that the mesh does not divide is copied: the one key-value head of the
+  small models, the bundles of a batch too small to be shared out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  spec = [
+    axis if axis and size % _ways(mesh, axis) == 0 else None
+    for size, axis in zip(x.shape, ACTIVATIONS[kind], strict=False)
+  ]
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _ways(mesh: AbstractMesh, axis: str | tuple[str, ...]) -> int:
+  """How many parts an axis of an array is cut into."""
+  names = (axis,) if isinstance(axis, str) else axis
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def _fitted(
+  mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], spec: P
+) -> P:
   """The rule, less the head axis of keys and values with fewer heads."""
   axes = list(spec)
   for index, axis in enumerate(axes):

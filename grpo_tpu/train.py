@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from data_pipelines import pipeline
 from grpo_tpu import (
   alarms,
+  begun_step,
   checkpoint,
   compilation,
   dataset,
@@ -41,7 +42,6 @@ from grpo_tpu import (
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
 from grpo_tpu import policy as policies
-from grpo_tpu.gemma3 import lora
 
 
 def train(
@@ -76,19 +76,24 @@ def train(
     ) as checkpoints,
   ):
     with run_config.refutable():
-      state, start = run.restored_or_new(checkpoints)
+      state, start, begun = run.restored_or_new(checkpoints)
+      said = {"step": start, "updates": begun.updates_done if begun else 0}
       preflight.check(
         "restored",
-        {"checkpoint": {"step": start, "position": int(state.position)}},
+        {"checkpoint": said},
         timeout_seconds=config.distributed.preflight_timeout_seconds,
       )
-      batches = run.batches(int(state.position))
+      taken = begun.num_batches if begun else 0
+      batches = run.batches(int(state.position) + taken)
     # Not before: a run that was refused has not started.
     run.write_card()
     if start is not None:
       ending.clock.carry_on(folder / "metrics.jsonl", start)
     with metrics.Writer(
-      workdir, is_writer=jax.process_index() == 0, resume_step=start
+      workdir,
+      is_writer=jax.process_index() == 0,
+      resume_step=start,
+      has_begun_next=begun is not None,
     ) as writer:
       writer.write_config(config.to_dict())
       loop = _Loop(run, writer, checkpoints, watch, ending)
@@ -96,7 +101,7 @@ def train(
         run.compile_ahead(state)
         if start is None:
           loop.begin(state)
-        loop.go_on(state, start or 0, batches)
+        loop.go_on(state, start or 0, batches, begun)
   ending.done()
 
 
@@ -116,82 +121,121 @@ class _Loop:
     self._watch, self._ending, self._clock = watch, ending, ending.clock
     self._poll = preemption.Poll(on_poll=watch.mark)
     self._skipped_in_a_row = 0
+    self._compilations = compilation.Counter()
+    # Labelled completions are far from the policy as soon as it learns from
+    # them.
+    is_preference = self._config.data.kind == "preference"
+    self._alarms = alarms.Alarms(
+      ignored=alarms.OFF_POLICY if is_preference else ()
+    )
 
   def begin(self, state: train_state.TrainState) -> None:
     """What there is to say and to save before the first step."""
     self._clock.begin()
-    scalars = self._evaluated(state, 0)
-    self._writer.write(0, scalars | self._clock.scalars())
+    scalars = jax.device_get(self._evaluated(state, 0))
+    scalars |= self._clock.scalars()
+    self._writer.write(0, scalars)
     self._writer.progress(self._config.train.num_steps)
-    self._save(0, state, force=True)
+    self._save(0, state, metrics=scalars, force=True)
 
   def go_on(
     self,
     state: train_state.TrainState,
     start: int,
     batches: Iterator[pipeline.Batch],
+    begun: begun_step.BegunStep | None,
   ) -> None:
-    """The steps after `start`."""
+    """The steps after `start`, of which one may have been begun."""
     num_steps = self._config.train.num_steps
     self._ending.step = start
     if start >= num_steps:
       logging.info("Nothing left to do: step %d of %d.", start, num_steps)
       return
     self._clock.begin()
-    compilations = compilation.Counter()
-    # Labelled completions are far from the policy as soon as it learns from
-    # them.
-    is_preference = self._config.data.kind == "preference"
-    watch = alarms.Alarms(ignored=alarms.OFF_POLICY if is_preference else ())
     for step in range(start + 1, num_steps + 1):
-      started = time.perf_counter()
-      try:
-        self._poll()
-        with self._clock.phase("rollout"):
-          experience = self._run.experience(state, batches, step)
-      except preemption.Preempted:
-        self._save(step - 1, state, force=True)
-        raise
-      self._clock.move("rollout", "data", experience.seconds("data"))
-      self._clock.move("rollout", "reward", experience.seconds("reward"))
-      prepared = time.perf_counter()
-      with self._clock.phase("update"):
-        state, scalars = self._run.updated(state, experience, step)
-      done = time.perf_counter()
-      scalars |= experience.scalars
-      scalars |= {
-        "perf/update_seconds": done - prepared,
-        "perf/step_seconds": done - started,
-        "perf/tokens_per_second": float(scalars["train/tokens"])
-        / (done - started),
-      }
-      self._give_up_if_skipped_too_often(step, scalars)
-      scalars |= self._evaluated(state, step)
-      scalars |= distributed.straggler(self._clock.alone_seconds())
-      scalars |= compilations.scalars() | self._clock.scalars()
-      scalars = jax.device_get(scalars)
-      if jax.process_index() == 0:
-        watch.check(step, scalars)
-      self._writer.write_samples(step, experience.samples, split="train")
-      self._writer.write(
-        step, scalars | {"perf/write_failures": self._writer.failures}
-      )
+      state, scalars = self._step(state, batches, step, begun)
+      begun = None
+      self._writer.write(step, scalars)
       self._writer.progress(num_steps)
       self._ending.step = step
       self._watch.started()
-      self._save(step, state, force=step == num_steps)
+      self._save(step, state, metrics=scalars, force=step == num_steps)
     with self._clock.phase("checkpoint"):
       self._checkpoints.wait()
 
+  def _step(
+    self,
+    state: train_state.TrainState,
+    batches: Iterator[pipeline.Batch],
+    step: int,
+    begun: begun_step.BegunStep | None,
+  ) -> tuple[train_state.TrainState, metrics.Scalars]:
+    """The state after a step, and what there is to say about it."""
+    started = time.perf_counter()
+    try:
+      if begun is None:
+        self._poll()
+        begun = self._begun(state, batches, step)
+      prepared = time.perf_counter()
+      while begun.updates_done < self._config.train.num_iterations:
+        if begun.updates_done:
+          self._poll()
+        with self._clock.phase("update"):
+          state = self._run.updated(state, begun, step)
+      done = time.perf_counter()
+      self._give_up_if_skipped_too_often(step, begun.skipped)
+      begun.scalars |= {
+        "perf/update_seconds": done - prepared,
+        "perf/step_seconds": done - started,
+        "perf/tokens_per_second": float(begun.scalars["train/tokens"])
+        / (done - started),
+      }
+      scalars = begun.scalars | self._evaluated(state, step)
+    except preemption.Preempted:
+      unfinished = begun.unfinished() if begun and begun.updates_done else None
+      self._save(step - 1, state, unfinished=unfinished, force=True)
+      with self._clock.phase("checkpoint"):
+        self._checkpoints.wait()
+      raise
+    state = state.replace(
+      step=state.step + 1, position=state.position + begun.num_batches
+    )
+    scalars["train/skipped_updates"] = sum(begun.skipped)
+    scalars |= distributed.straggler(self._clock.alone_seconds())
+    scalars |= self._compilations.scalars() | self._clock.scalars()
+    scalars = jax.device_get(scalars)
+    if jax.process_index() == 0:
+      self._alarms.check(step, scalars)
+    scalars |= self._checkpoints.scalars()
+    return state, scalars | {"perf/write_failures": self._writer.failures}
+
+  def _begun(
+    self,
+    state: train_state.TrainState,
+    batches: Iterator[pipeline.Batch],
+    step: int,
+  ) -> begun_step.BegunStep:
+    """A step with its experience, and none of its updates."""
+    with self._clock.phase("rollout"):
+      experience = self._run.experience(state, batches, step, self._poll)
+    self._clock.move("rollout", "data", experience.seconds("data"))
+    self._clock.move("rollout", "reward", experience.seconds("reward"))
+    with self._clock.phase("update"):
+      bundles = self._run.compared(state, experience.bundles)
+    self._writer.write_samples(step, experience.samples, split="train")
+    return begun_step.BegunStep(
+      bundles, experience.num_batches, experience.scalars, []
+    )
+
   def _give_up_if_skipped_too_often(
-    self, step: int, scalars: metrics.Scalars
+    self, step: int, skipped: list[float]
   ) -> None:
-    count = int(scalars["train/skipped_updates"])
+    for flag in skipped:
+      self._skipped_in_a_row = self._skipped_in_a_row + 1 if flag else 0
+    count = int(sum(skipped))
     if not count:
-      self._skipped_in_a_row = 0
       return
     self._ending.skipped_updates += count
-    self._skipped_in_a_row += count
     limit = self._config.train.max_skipped_updates
     logging.warning(
       "Step %d skipped %d updates, whose gradients were not finite: %d in a row"
@@ -213,15 +257,13 @@ class _Loop:
     self, state: train_state.TrainState, step: int
   ) -> metrics.Scalars:
     with self._clock.phase("evaluate"):
-      return self._run.evaluated(state, step, self._writer)
+      return self._run.evaluated(state, step, self._writer, self._poll)
 
   def _save(
-    self, step: int, state: train_state.TrainState, *, force: bool
+    self, step: int, state: train_state.TrainState, **settings: Any
   ) -> None:
     with self._clock.phase("checkpoint"):
-      self._checkpoints.save(
-        step, state, self._run.checkpoint_meta, force=force
-      )
+      self._checkpoints.save(step, state, self._run.checkpoint_meta, **settings)
 
 
 class _Run:
@@ -237,6 +279,12 @@ class _Run:
     """Names the run; keeps the policy it starts from where that is of use."""
     card = run_card.read(workdir)
     run_card.check(card, config, data.identity, workdir)
+    self._check_data = functools.partial(
+      run_card.check_data,
+      config=config,
+      identity=data.identity,
+      workdir=workdir,
+    )
     weights = card["weights"] if card else policies.resolved_weights(config)
     self._write_card = functools.partial(
       run_card.write, workdir, config, data.identity, weights
@@ -246,14 +294,7 @@ class _Run:
     self.data = data
     self.policy = policies.Policy(self.config, mesh, data.tokenizer)
     self._key = jax.random.key(config.seed)
-    self._tx = optimizer.make_optimizer(
-      config.optimizer_config,
-      is_frozen=lambda path: (
-        path.startswith("vision_encoder") and not config.model.train_vision
-      ),
-    )
     self._schedule = optimizer.make_schedule(config.optimizer_config)
-    is_online = config.data.kind == "online"
     model, num_microbatches = self.policy.model, config.num_microbatches
     self._scoring = compilation.Ahead(
       jax.jit(
@@ -264,19 +305,7 @@ class _Run:
     )
     # Of the batches to come, until what they need is compiled.
     self._shapes: set[tuple[int, int]] = set()
-    self._update = compilation.Ahead(
-      train_step.make_train_step(
-        self.policy.model,
-        self._tx,
-        config=None
-        if config.data.kind == "demonstrations"
-        else config.objective_config,
-        entropy_bonus=config.shaping.entropy_bonus,
-        sampler_correction=config.shaping.sampler_correction,
-        num_microbatches=config.num_microbatches,
-        lora=config.lora,
-      )
-    )
+    self._update = compilation.Ahead(self.policy.make_update())
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shards)
@@ -285,10 +314,10 @@ class _Run:
       if config.data.kind == "preference"
       else None
     )
-    self._is_off_policy = config.train.num_iterations > 1 and is_online
-    self._has_reference = config.data.kind == "preference" or (
-      is_online and config.objective_config.beta > 0
+    self._is_off_policy = (
+      config.train.num_iterations > 1 and config.data.kind == "online"
     )
+    self._has_reference = config.has_reference
     start = (
       self.policy.initial_params()
       if self._has_reference or config.lora
@@ -318,12 +347,21 @@ class _Run:
 
   def restored_or_new(
     self, checkpoints: checkpoint.Checkpoints
-  ) -> tuple[train_state.TrainState, int | None]:
-    """The newest state and its step; a new one and None if there is none."""
-    restored = checkpoints.restore(self._abstract_state())
+  ) -> tuple[train_state.TrainState, int | None, begun_step.BegunStep | None]:
+    """The newest state, its step, and what was begun of the next.
+
+    A new state and None if there is none.
+    """
+    place = sharding.batch(self.policy.mesh)
+    restored = checkpoints.restore(
+      self.policy.abstract_state(), unfinished_sharding=place
+    )
     if restored:
-      return restored.state, restored.step
-    abstract = self._abstract_state()
+      self._check_data(restored.meta)
+      unfinished = restored.unfinished
+      begun = unfinished and begun_step.BegunStep.of(unfinished, place)
+      return restored.state, restored.step, begun
+    abstract = self.policy.abstract_state()
     lora_config = self.config.lora
     params = (
       self.policy.initial_adapters(lora_config)
@@ -331,7 +369,7 @@ class _Run:
       else self.policy.initial_params()
     )
     init = jax.jit(
-      self._tx.init,
+      self.policy.tx.init,
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
     )
     # Two arrays, for an update takes over the memory of each.
@@ -340,28 +378,11 @@ class _Run:
       for _ in range(2)
     )
     state = train_state.TrainState(step, position, params, init(params))
-    return state, None
-
-  def _abstract_state(self) -> train_state.TrainState:
-    def new(params):
-      zero = jnp.zeros((), jnp.int32)
-      return train_state.TrainState(zero, zero, params, self._tx.init(params))
-
-    lora_config = self.config.lora
-    trained = (
-      self.policy.abstract_adapters(lora_config)
-      if lora_config
-      else self.policy.abstract_params()
-    )
-    abstract = jax.eval_shape(new, trained)
-    return self.policy.placed_shapes(abstract)
+    return state, None, None
 
   def _params(self, state: train_state.TrainState) -> dict:
     """What runs the network: of a state with adapters, these where they go."""
-    if self.config.lora is None:
-      return state.params
-    assert self._frozen is not None
-    return lora.adapted(self._frozen, state.params, self.config.lora)
+    return self.policy.run_params(state.params, self._frozen)
 
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
@@ -419,6 +440,7 @@ class _Run:
     state: train_state.TrainState,
     batches: Iterator[pipeline.Batch],
     step: int,
+    poll: Callable[[], None],
   ) -> experiences.Experience:
     """What the step learns from."""
     if self.config.data.kind != "online":
@@ -433,35 +455,30 @@ class _Run:
       num_samples=self.config.samples.count
       if every and step % every == 0
       else 0,
+      poll=poll,
     )
 
   def updated(
     self,
     state: train_state.TrainState,
-    experience: experiences.Experience,
+    begun: begun_step.BegunStep,
     step: int,
-  ) -> tuple[train_state.TrainState, metrics.Scalars]:
-    """The state after `num_iterations` updates on one batch."""
-    bundles = self._compared(state, experience.bundles)
-    first_update = (step - 1) * self.config.train.num_iterations
-    scalars: dict[str, metrics.Scalar] = {
-      "train/learning_rate": jnp.asarray(self._schedule(first_update))
-    }
-    skipped = jnp.zeros(())
-    for _ in range(self.config.train.num_iterations):
-      state, update = self._update(state, bundles, self._frozen)
-      self._prepare(self._update, state, bundles, self._frozen)
-      skipped += update["skipped_updates"]
-      scalars |= {f"train/{name}": value for name, value in update.items()}
-    self._shapes = set()  # The first step has prepared all there are.
-    scalars["train/skipped_updates"] = skipped
-    state = state.replace(
-      step=state.step + 1, position=state.position + experience.num_batches
-    )
+  ) -> train_state.TrainState:
+    """The state after the next of `num_iterations` updates on one batch."""
+    if not begun.updates_done:
+      first_update = (step - 1) * self.config.train.num_iterations
+      begun.scalars["train/learning_rate"] = jnp.asarray(
+        self._schedule(first_update)
+      )
+    state, update = self._update(state, begun.bundles, self._frozen)
+    self._prepare(self._update, state, begun.bundles, self._frozen)
+    self._shapes = set()  # The first update has prepared all there are.
+    begun.scalars |= {f"train/{name}": value for name, value in update.items()}
     jax.block_until_ready(state)
-    return state, scalars
+    begun.skipped.append(float(update["skipped_updates"]))
+    return state
 
-  def _compared(
+  def compared(
     self, state: train_state.TrainState, bundles: train_step.Bundles
   ) -> train_step.Bundles:
     """Bundles with what other policies, or this one now, say of them."""
@@ -485,7 +502,7 @@ class _Run:
             entropy, bundles.completion_mask, share=share
           )
         )
-    return bundles
+    return begun_step.laid_out(bundles, sharding.batch(self.policy.mesh))
 
   def _score(
     self, params: dict, bundles: train_step.Bundles
@@ -495,7 +512,11 @@ class _Run:
     return scored
 
   def evaluated(
-    self, state: train_state.TrainState, step: int, writer: metrics.Writer
+    self,
+    state: train_state.TrainState,
+    step: int,
+    writer: metrics.Writer,
+    poll: Callable[[], None],
   ) -> metrics.Scalars:
     """Held-out scalars, if the step is due for them; samples are written."""
     every = self.config.eval.every_steps
@@ -509,6 +530,7 @@ class _Run:
       params,
       self._eval_batches,
       num_samples=self.config.samples.count,
+      poll=poll,
     )
     writer.write_samples(step, result.samples, split="eval")
     scalars = result.scalars

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_tpu import logprobs, objective, shaping, train_state
+from grpo_tpu import logprobs, objective, shaping, sharding, train_state
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import lora as loras
 from grpo_tpu.gemma3 import text
@@ -233,6 +233,8 @@ def make_train_step(
       )(state.params, frozen, micro, totals)
       # Parts add up in fp32, whatever the parameters' type.
       gradient = optax.tree.cast(gradient, jnp.float32)
+      # Each device adds up its own shard alone.
+      gradient = sharding.constrained(gradient)
       return (value, metrics, gradient), maxima
 
     def accumulate(carry, micro):
@@ -240,11 +242,15 @@ def make_train_step(
       sums = jax.tree.map(jnp.add, sums, new_sums)
       return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
 
-    parts = _cut(bundles, num_microbatches)
-    shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
-    # None of the maxima is ever below 0.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
+    if num_microbatches == 1:
+      # No second gradient to add this one to.
+      sums, maxima = terms(bundles)
+    else:
+      parts = _cut(bundles, num_microbatches)
+      shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+      # None of the maxima is ever below 0.
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
     value, metrics, gradient = sums
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     if "ratio_squared" in metrics:
@@ -267,6 +273,8 @@ def make_train_step(
       (params, opt_state),
       (state.params, state.opt_state),
     )
+    # As they came, or the next update would be another program.
+    params, opt_state = sharding.constrained((params, opt_state))
     return state.replace(params=params, opt_state=opt_state), metrics
 
   return train_step

@@ -20,4 +20,4 @@ if (($# == 0)); then
   # A file's tests share what it made once.
   set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 fi
-exec "$bin/python" -m pytest -m "not tpu" "$@"
+exec "$bin/python" -m pytest -m "not tpu and not nightly" "$@"

@@ -10,13 +10,15 @@ References:
 """
 
 import functools
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from grpo_tpu.gemma3 import assembly
@@ -57,7 +59,7 @@ class Checkpoint:
     path: str | os.PathLike[str],
     config: gemma3_config.ModelConfig | None,
   ):
-    """Reads names and shapes; tensors stay where they are.
+    """Reads names and shapes, without a device; tensors stay where they are.
 
     Args:
       path: The checkpoint's folder, here or on gs://.
@@ -114,23 +116,50 @@ class Checkpoint:
 def _tensors(
   path: epath.Path, source: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[int, ...]]]:
-  """Where the checkpoint keeps each tensor, and its shape, by nested name."""
+  """Where the checkpoint keeps each tensor, and its shape, by nested name.
+
+  By what lies in its files, for Orbax would start the devices to look.
+  """
   try:
-    with ocp.StandardCheckpointer() as reader:
-      item = reader.metadata(path).item_metadata
-    tree = None if item is None else item.tree
+    record = json.loads((path / "_METADATA").read_text())
+    found = [
+      tuple(str(key["key"]) for key in entry["key_metadata"])
+      for entry in record["tree_metadata"].values()
+    ]
+    headers = _headers(path, found)
   except (OSError, ValueError, KeyError) as error:
     raise _no_checkpoint(source) from error
-  if not isinstance(tree, Mapping):
-    raise _no_checkpoint(source)
   keys, shapes = {}, {}
-  for entries, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    key = tuple(str(entry.key) for entry in entries)
+  for key in found:
     name = "/".join(key)
     for pattern, replacement in _FLAT:
       name = re.sub(pattern, replacement, name)
-    keys[name], shapes[name] = key, tuple(leaf.shape)
+    # One that is named and not stored is missing.
+    if key in headers:
+      keys[name], shapes[name] = key, tuple(headers[key]["shape"])
   return keys, shapes
+
+
+def _headers(
+  path: epath.Path, keys: Iterable[tuple[str, ...]]
+) -> dict[tuple[str, ...], Mapping[str, Any]]:
+  """What Zarr, of either version, says of each array that is stored."""
+  url = os.fspath(path) if "://" in os.fspath(path) else f"file://{path}"
+  is_one_store = (path / "manifest.ocdbt").exists()
+  store = tensorstore.KvStore.open(
+    {"driver": "ocdbt", "base": f"{url}/"} if is_one_store else f"{url}/"
+  ).result()
+  reads = {
+    key: [
+      store.read(f"{'.'.join(key)}/{name}") for name in (".zarray", "zarr.json")
+    ]
+    for key in keys
+  }
+  texts = {
+    key: b"".join(read.result().value for read in pair)
+    for key, pair in reads.items()
+  }
+  return {key: json.loads(text) for key, text in texts.items() if text}
 
 
 def _no_checkpoint(source: str) -> ValueError:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
+from grpo_tpu import sharding
 from grpo_tpu.gemma3 import attention, lora, vision
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
@@ -276,10 +277,12 @@ def queries_keys_values(config, stack, x, tables):
   attn = stack.params["attn"]
   y = rms_norm(stack.params["pre_attention_norm"], x)
   q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
-  k, v = lora.einsum("uctd,nkdh->nuctkh", y, attn["kv_einsum"])
+  kv = lora.einsum("uctd,nkdh->uctnkh", y, attn["kv_einsum"])
+  k, v = kv[:, :, :, 0], kv[:, :, :, 1]
   sin, cos = (table[stack.is_global] for table in tables)
   q = _rotate(rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
   k = _rotate(rms_norm(attn["key_norm"], k), sin, cos)
+  q, k, v = (sharding.activation(heads, "heads") for heads in (q, k, v))
   return q, k, v
 
 
@@ -288,10 +291,13 @@ def after_attention(params: dict, x: Array, read: Array) -> Array:
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + rms_norm(params["post_attention_norm"], y)
   y = rms_norm(params["pre_ffw_norm"], x)
-  gate, up = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
-  y = jax.nn.gelu(gate, approximate=True) * up
+  y = lora.einsum("uctd,nfd->uctnf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[..., 0, :], approximate=True) * y[..., 1, :]
+  y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
-  return x + rms_norm(params["post_ffw_norm"], y)
+  return sharding.activation(
+    x + rms_norm(params["post_ffw_norm"], y), "bundles"
+  )
 
 
 def rms_norm(params: dict, x: Array) -> Array:

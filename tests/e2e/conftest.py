@@ -40,7 +40,7 @@ class Program:
   def __init__(self, folder: pathlib.Path):
     self._logs = folder / "logs"
     self._logs.mkdir()
-    self._environment = os.environ | {
+    self.environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       # Not the tests' own eight devices, which a user does not have. Most of
       # the time goes into compiling, of which this leaves half.
@@ -81,7 +81,7 @@ class Program:
       process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=self._environment,
+        env=self.environment,
         stdout=file,
         stderr=subprocess.STDOUT,
       )

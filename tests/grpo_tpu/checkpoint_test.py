@@ -1,7 +1,6 @@
 """Laws of checkpoints: what is saved comes back, or the error says why not."""
 
-import contextlib
-import resource
+import itertools
 
 import flax.struct
 import jax
@@ -11,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import checkpoint
+from grpo_tpu import checkpoint, metrics
 from tests.grpo_tpu import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
@@ -67,30 +66,16 @@ def assert_trees_equal(tree, expected):
 def names(path):
   """Of the checkpoints there, each of which has its manifest beside it."""
   names = sorted(each.name for each in path.iterdir() if each.name != "lock")
-  manifests = [name for name in names if name.endswith(".json")]
   folders = [name for name in names if not name.endswith(".json")]
-  assert manifests == [f"{name}.manifest.json" for name in folders]
+  assert names == sorted(
+    name + suffix for name in folders for suffix in ("", ".manifest.json")
+  )
   return folders
 
 
 def save_one(path, state, step=1):
   with checkpointing.opened(path) as checkpoints:
     assert checkpoints.save(step, state, META)
-
-
-def large_state():
-  """One leaf: Orbax leaves the writes beside a failed one behind, and warns."""
-  return {"w": jax.random.normal(jax.random.key(0), (1 << 16,))}
-
-
-@contextlib.contextmanager
-def files_no_larger_than(num_bytes):
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
@@ -256,3 +241,178 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
     )
   with pytest.raises(ValueError, match="no checkpoint in .*elsewhere is whole"):
     checkpoint.restore_params(tmp_path / "elsewhere", None, wanted)
+
+
+def unfinished(updates_done, *, seed=0, mesh=None):
+  arrays = {
+    "ids": jnp.arange(24, dtype=jnp.int32).reshape(8, 3) + seed,
+    "mask": jnp.arange(8) % 3 == 0,
+    "images": jnp.full((8, 2, 2, 3), seed, jnp.uint8),
+    "logps": jax.random.normal(jax.random.key(seed), (8, 3)),
+  }
+  if mesh is not None:
+    arrays = jax.device_put(arrays, by_rows(mesh))
+  record = {"scalars": {"rollout/reward": 0.1 + seed}, "num_batches": 1}
+  return checkpoint.Unfinished(updates_done, arrays, record)
+
+
+def by_rows(mesh):
+  return NamedSharding(mesh, PartitionSpec(("fsdp", "tensor")))
+
+
+def assert_unfinished(restored, step, wanted):
+  assert restored is not None and restored.step == step
+  assert restored.unfinished is not None
+  assert restored.unfinished.updates_done == wanted.updates_done
+  assert restored.unfinished.record == wanted.record
+  assert_trees_equal(restored.unfinished.arrays, wanted.arrays)
+
+
+def test_a_step_left_between_two_updates_comes_back_whole(tmp_path):
+  """Though the step before it was saved under the same number."""
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+  begun = unfinished(1, seed=3, mesh=mesh)
+  with checkpointing.opened(tmp_path, every_steps=5) as checkpoints:
+    assert checkpoints.save(5, make_state(mesh, seed=5), META)
+    assert checkpoints.save(5, make_state(mesh, seed=6), {}, unfinished=begun)
+    # It was saved already.
+    assert not checkpoints.save(5, make_state(mesh), {}, unfinished=begun)
+  assert names(tmp_path) == ["00000005", "00000005.1"]
+  other = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+  for wanted in (mesh, other):
+    with checkpointing.opened(tmp_path) as checkpoints:
+      restored = checkpoints.restore(
+        make_state(wanted), unfinished_sharding=by_rows(wanted)
+      )
+    begun = unfinished(1, seed=3, mesh=wanted)
+    assert_unfinished(restored, 5, begun)
+    assert_trees_equal(restored.state, make_state(wanted, seed=6))
+
+
+def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
+  tmp_path,
+):
+  place = by_rows(jax.make_mesh((8, 1), ("fsdp", "tensor")))
+  with checkpointing.opened(tmp_path, every_steps=50) as checkpoints:
+    checkpoints.save(0, make_state(), {})
+    for updates in (1, 2):
+      assert checkpoints.save(
+        7, make_state(seed=updates), {}, unfinished=unfinished(updates)
+      )
+    restored = checkpoints.restore(make_state(), unfinished_sharding=place)
+    assert restored is not None and restored.unfinished is not None
+    assert (restored.step, restored.unfinished.updates_done) == (7, 2)
+    with pytest.raises(ValueError, match="step 7 is older"):
+      checkpoints.save(7, make_state(), {}, unfinished=unfinished(1))
+    assert checkpoints.save(8, make_state(seed=8), {}, force=True)
+    restored = checkpoints.restore(make_state())
+  assert restored is not None
+  assert restored.step == 8 and restored.unfinished is None
+  assert names(tmp_path) == ["00000000", "00000008"]
+  assert checkpoint.steps(tmp_path) == [0, 8]
+
+
+def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
+  """In the run that saw it, in one that goes on, and saved though not due."""
+  settings = {
+    "every_steps": 4,
+    "keep": 1,
+    "best_metric": "eval/accuracy",
+    "keep_best": 1,
+  }
+
+  def save(checkpoints, step, accuracy):
+    return checkpoints.save(
+      step, make_state(), {}, metrics={"eval/accuracy": accuracy}
+    )
+
+  with checkpointing.opened(tmp_path, **settings) as checkpoints:
+    assert save(checkpoints, 1, 0.2)
+    assert save(checkpoints, 2, 0.9)
+    assert save(checkpoints, 3, jnp.float32(0.5))
+    assert checkpoints.save(4, make_state(), {}, metrics={"train/loss": 1.0})
+  assert names(tmp_path) == ["00000002", "00000004"]
+  with checkpointing.opened(tmp_path, **settings) as checkpoints:
+    assert not save(checkpoints, 5, float("nan"))
+    assert save(checkpoints, 6, 0.8)
+  assert names(tmp_path) == ["00000002", "00000006"]
+  with checkpointing.opened(tmp_path, **settings) as checkpoints:
+    assert save(checkpoints, 7, 0.95)
+  assert names(tmp_path) == ["00000007"]
+
+
+def test_a_step_is_due_once_the_minutes_have_passed(tmp_path, monkeypatch):
+  now = [1000.0]
+  monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+  with checkpointing.opened(
+    tmp_path, every_steps=100, every_minutes=2.0
+  ) as checkpoints:
+    saved = []
+    for step in range(1, 9):
+      now[0] += 50.0
+      if checkpoints.save(step, make_state(), {}):
+        saved.append(step)
+      checkpoints.wait()
+  assert saved == [3, 6]
+
+
+def test_a_number_that_is_not_finite_is_found_wherever_it_lies():
+  """On any device, whatever axes of the array are shared out."""
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+  specs = [(), ("fsdp",), (None, "tensor"), ("fsdp", "tensor"), (None, "fsdp")]
+  for spec, dtype in itertools.product(specs, (jnp.float32, jnp.bfloat16)):
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    values = np.linspace(-3, 3, 8 * 64).reshape(8, 64).astype(dtype)
+    good = jax.device_put(values, place)
+    other = jax.device_put(values[0], NamedSharding(mesh, PartitionSpec()))
+    assert checkpoint._is_finite([other, good])
+    for at in ((0, 0), (3, 17), (4, 63), (7, 63)):
+      for value in (float("nan"), float("inf"), -float("inf")):
+        bad = values.copy()
+        bad[at] = value
+        assert not checkpoint._is_finite([other, jax.device_put(bad, place)])
+  assert checkpoint._is_finite(
+    {"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)}
+  )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, where):
+  good = make_state(jax.make_mesh((4, 2), ("fsdp", "tensor")), seed=1)
+
+  def broken(leaf):
+    values = np.array(leaf)
+    if leaf.ndim:
+      values[3, 1] = value
+    return jax.device_put(values, leaf.sharding)
+
+  bad = good.replace(**{where: jax.tree.map(broken, getattr(good, where))})
+  with checkpointing.opened(tmp_path, max_failures=3) as checkpoints:
+    assert checkpoints.save(1, good, META)
+    assert not checkpoints.save(2, bad, META)
+    assert not checkpoints.save(3, bad, META, force=True)
+    assert (checkpoints.refusals, checkpoints.failures) == (2, 2)
+    restored = checkpoints.restore(good)
+    with pytest.raises(checkpoint.CheckpointError, match="3 saves.*not finite"):
+      checkpoints.save(4, bad, META)
+    assert checkpoints.scalars()["checkpoint/refused_not_finite"] == 3
+    # A state that has healed is saved at once, and forgives.
+    assert checkpoints.save(5, good, META)
+  assert restored is not None and restored.step == 1
+  assert checkpoint.steps(tmp_path) == [1, 5]
+
+
+def test_a_run_whose_last_state_was_refused_does_not_end_well(tmp_path):
+  bad = {"w": jnp.array([1.0, jnp.nan])}
+  with pytest.raises(checkpoint.CheckpointError, match="could not be saved"):
+    with checkpointing.opened(tmp_path) as checkpoints:
+      checkpoints.save(1, bad, META, force=True)
+
+
+def test_the_time_that_saves_took_is_told_once(tmp_path):
+  with checkpointing.opened(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(), {})
+    assert checkpoints.scalars()["perf/checkpoint_block_seconds"] > 0
+    assert checkpoints.scalars()["perf/checkpoint_block_seconds"] == 0
+    assert checkpoints.scalars().keys() <= {m.name for m in metrics.METRICS}

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from jax.experimental import multihost_utils
 
+from grpo_tpu import agreement, evaluate, sampling, scorecard
 from grpo_tpu import config as run_config
-from grpo_tpu import evaluate, sampling, scorecard
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
   ASKED,
@@ -224,12 +223,12 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
   """Two threads for two hosts, each with the answers of its own rows."""
   host, sent, barrier = threading.local(), {}, threading.Barrier(2)
 
-  def gather(value):
-    sent[host.index] = value
+  def gather(data):
+    sent[host.index] = data
     barrier.wait()
-    rows = np.stack([sent[0], sent[1]])  # Of one shape, or they would hang.
+    both = [sent[0], sent[1]]
     barrier.wait()
-    return rows
+    return both
 
   def answers_on(index):
     host.index = index
@@ -237,7 +236,7 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
     return evaluate._of_all_hosts(kept)
 
-  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(agreement, "gathered_bytes", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
     for answers in hosts.map(answers_on, range(2)):
       assert answers == everything.greedy

@@ -61,6 +61,15 @@ def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
   assert export.source(config, str(tmp_path)) == "random:1"
 
 
+def test_a_model_without_adapters_has_none_to_export(tmp_path):
+  config = changed(model={"weights": "random:1"}, export={"adapter": True})
+  with pytest.raises(
+    run_config.SettingError, match=r"export.adapter \(True\).*random:1 has none"
+  ):
+    export.run(config, str(tmp_path))
+  assert not (tmp_path / "export").exists()
+
+
 def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
   folder = epath.Path(tmp_path / "checkpoints" / "00000007")
   folder.mkdir(parents=True)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from grpo_tpu import event_files, metrics
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCALARS = {
   "train/loss": -0.25,
   "rollout/reward": 0.1 + 0.2,
@@ -345,3 +349,52 @@ def test_progress_is_logged_now_and_then_and_where_it_matters(
     "step 8/9  ETA 0:02",
     "step 9/9  ETA 0:00",
   ]
+
+
+def test_a_full_disk_stops_nothing_tears_nothing_and_loses_nothing(tmp_path):
+  """A limit on the size of files stands for it: a line is cut in the middle."""
+  code = """
+import json, pathlib, resource, signal, sys
+from grpo_tpu import metrics
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+lines = metrics._JsonLines(folder / "x.jsonl", resume_step=None)
+lines.append({"step": 0, "text": "a" * 50})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+for step in (1, 2):
+  lines.append({"step": step, "text": "a" * 50})
+assert lines.failures == 2, lines.failures
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+lines.append({"step": 3, "text": "a" * 50})
+assert lines.failures == 2
+rows = [json.loads(x) for x in (folder / "x.jsonl").read_text().splitlines()]
+assert [row["step"] for row in rows] == [0, 1, 2, 3], rows
+"""
+  subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True
+  )
+
+
+def test_a_step_that_goes_on_in_the_middle_keeps_its_samples(tmp_path):
+  """And not the line that a process before it may have come to write."""
+  with open_writer(tmp_path) as writer:
+    for step in (1, 2, 3):
+      writer.write_samples(step, [make_sample()], split="train")
+      writer.write_samples(step, [make_sample()], split="eval")
+      writer.write(step, {})
+  for has_begun_next, steps in ((True, [1, 2]), (False, [1])):
+    metrics.Writer(
+      tmp_path, is_writer=True, resume_step=1, has_begun_next=has_begun_next
+    ).close()
+    found = {
+      name: [
+        json.loads(line)["step"]
+        for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+      ]
+      for name in ("metrics", "samples/train", "samples/eval")
+    }
+    assert found == {
+      "metrics": [1],
+      "samples/train": steps,
+      "samples/eval": [1],
+    }

@@ -114,8 +114,12 @@ def test_another_run_is_refused_with_both_values(
   with pytest.raises(ValueError) as caught:
     run_card.check(card, config, IDENTITY | identity, "/runs/1")
   said = str(caught.value)
-  assert said.startswith(f"{name} ({now}) must stay")
-  assert f"({before})" in said and "/runs/1" in said and "--workdir" in said
+  assert said.startswith("--workdir (/runs/1) must be given")
+  changes = [line for line in said.splitlines() if line.startswith("  ")]
+  # A template brings its text with it.
+  assert changes[0] == f"  {name}: was {before}, is {now}"
+  assert all(line.startswith(f"  {name}") for line in changes)
+  assert "checkpoint.accept_changes=True" in said
 
 
 def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
@@ -123,16 +127,16 @@ def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
   assert not [name for name in card["essence"] if "lora" in name]
   settings = dataclasses.replace(CONFIG.model.lora, rank=4)
   config = changed("model", lora=settings)
-  with pytest.raises(ValueError, match=r"^model.lora.rank \(4\) must stay"):
+  with pytest.raises(ValueError, match="  model.lora.rank: was None, is 4\n"):
     run_card.check(card, config, IDENTITY, "W")
   run_card.write(str(tmp_path), config, IDENTITY, WEIGHTS)
   adapted = run_card.read(str(tmp_path))
   run_card.check(adapted, config, IDENTITY, "W")
-  with pytest.raises(ValueError, match=r"^model.lora.rank \(None\) must stay"):
+  with pytest.raises(ValueError, match="  model.lora.rank: was 4, is None\n"):
     run_card.check(adapted, CONFIG, IDENTITY, "W")
   for name, value in (("alpha", 8.0), ("targets", ("q",))):
     other = dataclasses.replace(settings, **{name: value})
-    with pytest.raises(ValueError, match=rf"^model.lora.{name} \("):
+    with pytest.raises(ValueError, match=f"  model.lora.{name}: was "):
       run_card.check(adapted, changed("model", lora=other), IDENTITY, "W")
 
 
@@ -143,13 +147,17 @@ def crops(**numbers):
 
 def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
   run_card.check(card, crops(max_num_crops=3), IDENTITY, "W")
-  with pytest.raises(ValueError, match="^data.pan_and_scan .*'enabled': True"):
+  with pytest.raises(
+    ValueError, match="  data.pan_and_scan.enabled: was None, is T"
+  ):
     run_card.check(card, crops(enabled=True), IDENTITY, "W")
   run_card.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
   card = run_card.read(str(tmp_path))
   run_card.check(card, crops(enabled=True), IDENTITY, "W")
   for other in (CONFIG, crops(enabled=True, max_num_crops=3)):
-    with pytest.raises(ValueError, match=r"^data.pan_and_scan \("):
+    with pytest.raises(
+      ValueError, match="  data.pan_and_scan.max_num_crops: was "
+    ):
       run_card.check(card, other, IDENTITY, "W")
 
 
@@ -159,7 +167,9 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   assert before.fingerprint in json.dumps(card)
   now = dataclasses.replace(before, instruction="Tag the final answer.")
   monkeypatch.setitem(prompts.TEMPLATES, "tagged", now)
-  with pytest.raises(ValueError, match="^data.prompt_template: its text") as e:
+  with pytest.raises(
+    ValueError, match="  data.prompt_template: its text: was"
+  ) as e:
     run_card.check(card, CONFIG, IDENTITY, "W")
   assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
@@ -167,13 +177,86 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
 @pytest.mark.parametrize(
   "config",
   [
-    changed("optimizer", learning_rate=0.5),
     changed("train", num_steps=9),
+    changed("train", microbatch_bundles=16),
     changed("eval", every_steps=3),
+    changed("checkpoint", every_steps=3),
+    changed("mesh", fsdp=8),
+    changed("data", dir="/moved", worker_processes=2),
+    changed("model", remat="none", attention="einsum"),
+    changed("rewards", num_workers=1),
   ],
 )
-def test_a_run_may_go_on_with_another_plan(card, config):
+def test_a_run_may_go_on_with_another_plan_or_on_other_machines(card, config):
   run_card.check(card, config, IDENTITY, "W")
+
+
+def test_the_number_of_steps_is_a_plan_unless_a_schedule_follows_it(tmp_path):
+  cosine = changed("optimizer", schedule="cosine")
+  run_card.write(str(tmp_path), cosine, IDENTITY, WEIGHTS)
+  card = run_card.read(str(tmp_path))
+  run_card.check(card, cosine, IDENTITY, "W")
+  longer = dataclasses.replace(
+    cosine, train=dataclasses.replace(cosine.train, num_steps=2000)
+  )
+  with pytest.raises(ValueError, match="  train.num_steps: was 1000, is 2000"):
+    run_card.check(card, longer, IDENTITY, "W")
+
+
+def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
+  """And stands in the card from then on, the run being the changed one."""
+  new = dataclasses.replace(
+    changed("optimizer", learning_rate=0.5, b2=0.9), seed=4
+  )
+  identity = IDENTITY | {"data.dir: its records": "cc"}
+  with pytest.raises(ValueError) as caught:
+    run_card.check(card, new, identity, "W")
+  listed = [
+    "  data.dir: its records: was 'aaaa', is 'cc'",
+    "  optimizer.b2: was 0.99, is 0.9",
+    "  optimizer.learning_rate: was 1e-06, is 0.5",
+    "  seed: was 0, is 4",
+  ]
+  assert str(caught.value).splitlines()[1:-1] == listed
+  accepting = dataclasses.replace(
+    new, checkpoint=dataclasses.replace(new.checkpoint, accept_changes=True)
+  )
+  run_card.check(card, accepting, identity, "W")
+  assert "\n".join(listed) in caplog.text
+  run_card.write(str(tmp_path), accepting, identity, WEIGHTS)
+  card = run_card.read(str(tmp_path))
+  assert card is not None
+  (changes,) = card["accepted_changes"]
+  assert changes["seed"] == {"was": 0, "is": 4} and len(changes) == 4
+  run_card.check(card, new, identity, "W")
+  with pytest.raises(ValueError, match="  seed: was 4, is 0"):
+    run_card.check(card, CONFIG, identity, "W")
+  # Going on unchanged adds nothing; a second change comes after the first.
+  run_card.write(str(tmp_path), new, identity, WEIGHTS)
+  run_card.write(str(tmp_path), CONFIG, identity, WEIGHTS)
+  card = run_card.read(str(tmp_path))
+  assert card is not None
+  assert [each["seed"]["is"] for each in card["accepted_changes"]] == [4, 0]
+
+
+def test_a_checkpoint_of_other_data_is_refused_whatever_the_card_says():
+  meta = IDENTITY | {"lora": {"rank": 3}}
+  run_card.check_data(meta, CONFIG, IDENTITY, "W")
+  foreign = meta | {"data.dir: its tokenizer": "zzzz"}
+  with pytest.raises(ValueError, match="its tokenizer: was 'zzzz', is 'bbbb'"):
+    run_card.check_data(foreign, CONFIG, IDENTITY, "W")
+  with pytest.raises(ValueError, match="its records: was None, is 'aaaa'"):
+    run_card.check_data({}, CONFIG, IDENTITY, "W")
+
+
+def test_a_setting_that_is_yet_to_come_is_of_the_essence():
+  """What is not is listed, so nothing is left out by forgetting it."""
+  named = {name for name, _ in run_card._flat({"new": {"knob": 1}, "seed": 2})}
+  assert named == {"new.knob", "seed"}
+  for name in run_card._INCIDENTAL:
+    value = CONFIG
+    for part in name.split("."):
+      value = getattr(value, part)
 
 
 def test_a_kill_while_writing_leaves_the_card_before(tmp_path, monkeypatch):

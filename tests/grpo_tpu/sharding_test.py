@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +213,147 @@ def test_a_batch_comes_back_from_the_mesh_as_it_went():
   back = sharding.local_rows(mesh, placed)
   jax.tree.map(np.testing.assert_array_equal, back, batch)
   assert sharding.data_shards(mesh) == ((0, 1, 2, 3), 4)
+  jax.tree.map(
+    np.testing.assert_array_equal, sharding.all_rows(mesh, batch), batch
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """As much of a device as a mesh asks for."""
+
+  id: int
+  process_index: int
+  slice_index: int = 0
+  platform: str = "cpu"
+  device_kind: str = "pretended"
+
+
+def pretended(hosts, each, slices=1):
+  return [
+    Device(i, i // each, i // each * slices // hosts)
+    for i in range(hosts * each)
+  ]
+
+
+LAYOUTS = [
+  (hosts, each, shape)
+  for hosts in (1, 2, 3, 4, 6, 8)
+  for each in (1, 2, 4)
+  for shape in itertools.product((1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4, 8))
+  if math.prod(shape) == hosts * each
+]
+
+
+@pytest.mark.parametrize("order", ["as_numbered", "shuffled"])
+def test_a_process_reads_what_its_devices_hold(order):
+  """Whatever the order of devices, and whichever axes span the hosts."""
+  assert len(LAYOUTS) > 40
+  for hosts, each, shape in LAYOUTS:
+    devices = pretended(hosts, each)
+    if order == "shuffled":
+      random.Random(f"{hosts} {each} {shape}").shuffle(devices)
+    layout = np.array(devices).reshape(shape)
+    mesh = jax.sharding.Mesh(layout, sharding.AXES)
+    num_rows = 3 * shape[0] * shape[1]
+    # What JAX itself wants on each device.
+    held = sharding.batch(mesh).devices_indices_map((num_rows, 5))
+    for process in range(hosts):
+      wanted = {
+        row
+        for device, index in held.items()
+        if device.process_index == process
+        for row in range(num_rows)[index[0]]
+      }
+      rows = sharding.rows_of(mesh, num_rows, process)
+      assert rows == sorted(wanted), (hosts, each, shape, order)
+
+
+def test_hosts_that_tensor_spans_read_the_same_rows():
+  layout = np.array(pretended(4, 2)).reshape(1, 2, 4)
+  mesh = jax.sharding.Mesh(layout, sharding.AXES)
+  shards = [sharding.data_shards(mesh, process) for process in range(4)]
+  assert shards == [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]
+
+
+def test_the_parts_of_a_host_need_not_stand_side_by_side():
+  """As on a torus, where a host's chips are a square."""
+  a, b, c, d = (pretended(2, 2)[i] for i in (0, 1, 2, 3))
+  mesh = jax.sharding.Mesh(
+    np.array([a, c, b, d]).reshape(1, 4, 1), sharding.AXES
+  )
+  assert sharding.data_shards(mesh, 0) == ((0, 2), 4)
+  assert sharding.rows_of(mesh, 8, 1) == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (4, 2, 1), (2, 2, 2)])
+def test_only_replica_goes_from_slice_to_slice(shape):
+  devices = pretended(4, 2, slices=2)
+  mesh = sharding.make_mesh(*shape, devices=devices)
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  # Copies of one slice stand together, and no slice is in two copies.
+  half = shape[0] // 2
+  assert (slices[:half] == 0).all() and (slices[half:] == 1).all()
+  assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+def test_slices_that_replica_does_not_cover_are_refused_with_the_remedy():
+  with pytest.raises(ValueError) as error:
+    sharding.make_mesh(1, 8, 1, devices=pretended(4, 2, slices=2))
+  assert str(error.value) == (
+    "mesh.replica (1) must be a multiple of the 2 slices there are, for no "
+    "other axis may span the network between them; set mesh.replica=2."
+  )
+
+
+def test_a_batch_goes_to_its_places_on_a_mesh_in_any_order():
+  """The mesh of the same devices the other way round."""
+  devices = np.array(jax.devices()[::-1]).reshape(2, 2, 2)
+  mesh = jax.sharding.Mesh(devices, sharding.AXES)
+  batch = np.arange(24, dtype=np.int32).reshape(8, 3)
+  placed = sharding.put_batch(mesh, batch)
+  np.testing.assert_array_equal(placed, batch)
+  np.testing.assert_array_equal(sharding.local_rows(mesh, placed), batch)
+
+
+def test_activations_lie_where_their_table_says():
+  mesh = sharding.make_mesh(1, 4, 2)
+
+  @jax.jit
+  def act(heads, one_head, few):
+    return (
+      sharding.activation(heads, "heads"),
+      sharding.activation(one_head, "heads"),
+      sharding.activation(few, "bundles"),
+    )
+
+  arrays = (
+    jnp.ones((8, 1, 3, 2, 4)),
+    jnp.ones((8, 1, 3, 1, 4)),
+    jnp.ones((2, 3)),
+  )
+  with jax.set_mesh(mesh):
+    heads, one_head, few = act(*arrays)
+  shapes = [x.sharding.shard_shape(x.shape) for x in (heads, one_head, few)]
+  assert shapes == [(2, 1, 3, 1, 4), (2, 1, 3, 1, 4), (2, 3)]
+  # Without a mesh there is nowhere else to be.
+  assert sharding.activation(arrays[0], "heads") is arrays[0]
+
+
+def test_an_update_leaves_a_state_where_it_was(tiny):
+  """Or the next would be another program, and a checkpoint another layout."""
+  mesh = sharding.make_mesh(1, 4, 2)
+  places = sharding.shardings(mesh, tiny.params)
+  with jax.set_mesh(mesh):
+    placed = step_of(
+      tiny,
+      lambda x: jax.device_put(x, places),
+      functools.partial(sharding.put_batch, mesh),
+    ).params
+  jax.tree.map(
+    lambda x, place: (
+      x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail()
+    ),
+    placed,
+    places,
+  )

@@ -504,3 +504,24 @@ def test_far_off_the_effective_sample_share_stays_a_share(update, bundles):
   _, metrics = update("dapo", 1, bundles.replace(old_per_token_logps=old))
   share = metrics["effective_sample_share"]
   np.testing.assert_allclose(share, 1 / metrics["tokens"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+  bigram, step, bundles, value
+):
+  """Neither parameters nor the optimizer's state; the next update is whole."""
+  before = new_state(bigram)
+  advantages = bundles.advantages.at[1, 0].set(value)
+  after, metrics = step("dapo", 2, bundles.replace(advantages=advantages))
+  assert metrics["skipped_updates"] == 1
+  assert not jnp.isfinite(metrics["grad_norm"])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (after.params, after.opt_state),
+    (before.params, before.opt_state),
+  )
+  after, metrics = step("dapo", 2, bundles)
+  assert metrics["skipped_updates"] == 0
+  moved = jax.tree.map(lambda x, y: (x != y).any(), after.params, before.params)
+  assert any(jax.tree.leaves(moved))

@@ -27,7 +27,7 @@ def test_without_arguments_every_check_runs(machine):
     "--external-sources",
     "-m",
   ]
-  assert calls[-1][:4] == ["-m", "pytest", "-m", "not tpu"]
+  assert calls[-1][:4] == ["-m", "pytest", "-m", "not tpu and not nightly"]
   assert all(word.startswith("--") for word in calls[-1][4:])
   for script in ("launch/setup.sh", "launch/smoke.sh", "launch/test.sh"):
     assert script in calls[-2]
@@ -45,4 +45,6 @@ def test_the_first_check_that_fails_gives_the_exit_code(machine, word, ran):
 
 def test_arguments_are_for_pytest_which_then_runs_alone(machine):
   assert machine.run(TEST, "-k", "a b").returncode == 0
-  assert machine.called() == [["-m", "pytest", "-m", "not tpu", "-k", "a b"]]
+  assert machine.called() == [
+    ["-m", "pytest", "-m", "not tpu and not nightly", "-k", "a b"]
+  ]

@@ -2,7 +2,8 @@
 
 `python gemma3_270m_transformers.py FILE.gguf IN.npz OUT.npz`. IN holds
 `ids_0`, `ids_1`, ... and, of each, `at_0`, ...: the positions whose logits OUT
-has as `logits_0`, ...
+has as `logits_0`, ... Beside them OUT has `frequencies`, of local and global
+layers.
 """
 
 import pathlib
@@ -21,7 +22,13 @@ def main(file: str, given_path: str, found_path: str) -> None:
   model = transformers.Gemma3ForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()
-  found = {}
+  rotary = model.model.rotary_emb
+  kinds = "sliding_attention", "full_attention"
+  found = {
+    "frequencies": np.stack(
+      [getattr(rotary, f"{kind}_inv_freq").numpy() for kind in kinds]
+    )
+  }
   with np.load(given_path) as given, torch.no_grad():
     for name in given:
       if name.startswith("ids_"):

@@ -1,7 +1,8 @@
 """Transformers' side of a comparison, run by the Python of the peers' venv.
 
 `make FOLDER` saves tiny random models with inputs and their logits;
-`answer FOLDER MODEL...` writes the logits of models that others have saved.
+`answer FOLDER MODEL...` writes the logits of models that others have saved, and
+`adapt FOLDER BASE ADAPTER` those of one with an adapter, which it names.
 """
 
 import pathlib
@@ -87,14 +88,21 @@ def inputs() -> dict[str, np.ndarray]:
 
 def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
   """At the given tokens, each marker expanded as the processor does it."""
-  has_vision = hasattr(model.config, "vision_config")
-  block = [BLANK_LINE, START, *[PLACEHOLDER] * SOFT_TOKENS, END, BLANK_LINE]
+  config = model.config
+  has_vision = hasattr(config, "vision_config")
+  start = config.boi_token_index if has_vision else None
+  placeholder = config.image_token_index if has_vision else None
+  block = []
+  if has_vision:
+    soft = [placeholder] * config.mm_tokens_per_image
+    block = [start, *soft, config.eoi_token_index]
+    block = [BLANK_LINE, *block, BLANK_LINE]
   rows, positions = [], []
   for row in given["tokens"].tolist():
     ids, at = [], []
     for token in row:
       at.append(len(ids))
-      ids += block if has_vision and token == START else [token]
+      ids += block if has_vision and token == start else [token]
     rows.append(ids)
     positions.append(at)
   longest = max(map(len, rows))
@@ -109,7 +117,7 @@ def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
     )
     pixels = torch.tensor(pictures / 127.5 - 1, dtype=model.dtype)
     extra["pixel_values"] = pixels.permute(0, 3, 1, 2)
-    extra["token_type_ids"] = (ids == PLACEHOLDER).long()
+    extra["token_type_ids"] = (ids == placeholder).long()
   with torch.no_grad():
     out = model.eval()(
       input_ids=ids, attention_mask=(ids != PAD).long(), **extra
@@ -130,18 +138,31 @@ def main() -> None:
       model.save_pretrained(folder / name)
       answer = logits(model, dict(np.load(folder / "inputs.npz")))
       np.savez(folder / f"{name}.npz", logits=answer)
-  else:
+  elif command == "answer":
     for name in sys.argv[3:]:
-      auto = transformers.AutoModelForCausalLM
-      if name.startswith("image"):
-        auto = transformers.AutoModelForImageTextToText
-      model, report = auto.from_pretrained(
-        folder / name, output_loading_info=True
-      )
-      assert not any(report.values()), report
-      answer = logits(model, dict(np.load(folder / "inputs.npz")))
-      kind = str(model.dtype).removeprefix("torch.")
-      np.savez(folder / f"{name}.npz", logits=answer, dtype=kind)
+      write_answer(folder, name, loaded(folder / name))
+  else:
+    from peft import PeftModel
+
+    base, name = sys.argv[3:]
+    model = PeftModel.from_pretrained(loaded(folder / base), folder / name)
+    write_answer(folder, name, model)
+
+
+def loaded(path: pathlib.Path):
+  """A model that others have saved, of which nothing is left out."""
+  auto = transformers.AutoModelForCausalLM
+  if "vision_config" in transformers.AutoConfig.from_pretrained(path).to_dict():
+    auto = transformers.AutoModelForImageTextToText
+  model, report = auto.from_pretrained(path, output_loading_info=True)
+  assert not any(report.values()), report
+  return model
+
+
+def write_answer(folder: pathlib.Path, name: str, model) -> None:
+  answer = logits(model, dict(np.load(folder / "inputs.npz")))
+  kind = str(model.dtype).removeprefix("torch.")
+  np.savez(folder / f"{name}.npz", logits=answer, dtype=kind)
 
 
 if __name__ == "__main__":

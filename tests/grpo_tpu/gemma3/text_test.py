@@ -13,6 +13,7 @@ from grpo_tpu import logprobs
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 from grpo_tpu.gemma3 import text, vision, weights
+from tests.grpo_tpu.gemma3 import float64_twin
 
 SOFT = tokenizer.IMAGE_PLACEHOLDER
 VOCAB = 300
@@ -267,6 +268,15 @@ def test_logits_refuse_more_markers_than_images_and_images_without_a_tower():
     text.logits(blind, params, rows, images)
 
 
+def test_logits_are_those_of_a_twin_in_float64():
+  params = random_params(CONFIG)
+  row = np.random.default_rng(4).integers(110, VOCAB, (1, 24))
+  actual = text.logits(CONFIG, params, row)[0]
+  states = float64_twin.states(CONFIG, jax.device_get(params), row[0])
+  embedding = np.asarray(params["embedder"]["input_embedding"], float)
+  np.testing.assert_allclose(actual, states @ embedding.T, atol=1e-4)
+
+
 def bundle(seed=0, completions=3, num_images=1):
   """Prompts of mixed lengths with pictures, longer than the window."""
   rng = np.random.default_rng(seed)
@@ -446,6 +456,25 @@ def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
   later_word = moved(prompts.at[1, 19].add(-1), images)
   assert later_word[:, 19].all()
   assert not later_word[:, :19].any()
+
+
+def test_rotary_angles_are_off_by_no_more_than_two_roundings():
+  """Of the frequency and of its product with a position, both to fp32.
+
+  Frequencies worked out in fp32, as elsewhere, are off by one or two more.
+  """
+  config = dataclasses.replace(CONFIG, head_dim=256)
+  positions = np.arange(4096)
+  actual = text.rope_tables(config, jnp.asarray(positions)[None])
+  expected = float64_twin.rotary(config, len(positions))
+  exponent = np.arange(0, 256, 2) / 256
+  rounding, of_sine = 2.0**-24, 1e-7
+  for kind, (base, factor) in enumerate(((1e4, 1.0), (1e6, 8.0))):
+    angle = positions[:, None] / base**exponent / factor
+    for got, want in zip(actual, expected, strict=True):
+      assert (
+        np.abs(got[kind, 0] - want[kind]) <= 2 * rounding * angle + of_sine
+      ).all()
 
 
 def test_compile_cost_is_flat_in_depth():

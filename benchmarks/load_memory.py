@@ -1,0 +1,113 @@
+"""What loading a checkpoint adds to the peak of host memory.
+
+Beyond the parameters themselves, which lie in host memory on a CPU:
+
+  python benchmarks/load_memory.py FOLDER [GIGABYTES]
+
+writes checkpoints of 1 GB or more into the folder, in fp32 and bf16, loads each
+in a process of its own and prints what that added, against the largest tensor
+of the file. Aimed at: under 1.3 of it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+# Run as a script, it finds the packages of its own checkout.
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from grpo_tpu.gemma3 import assembly, weights  # noqa: E402
+from grpo_tpu.gemma3 import config as gemma3_config  # noqa: E402
+
+# Of many layers, none of whose tensors is near the size of the whole.
+LARGE = dataclasses.replace(
+  gemma3_config.CONFIGS["gemma3_1b"], vocab_size=65_536, sliding_window=64
+)
+SMALL = dataclasses.replace(gemma3_config.CONFIGS["tiny"], vision=None)
+
+
+def write(config: gemma3_config.ModelConfig, folder: str, dtype: str) -> None:
+  """A checkpoint of such a model."""
+  shapes = weights.abstract_params(config, jnp.dtype(dtype))
+  weights.to_hf(
+    config, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes), folder
+  )
+
+
+def of_size(num_bytes: float, dtype: str) -> gemma3_config.ModelConfig:
+  """With as many layers as it takes."""
+
+  def size(num_layers: int) -> int:
+    config = dataclasses.replace(LARGE, num_layers=num_layers)
+    shapes = weights.abstract_params(config, jnp.dtype(dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+  per_layer = size(2) - size(1)
+  num_layers = int(-(-(num_bytes - size(1)) // per_layer)) + 1
+  return dataclasses.replace(LARGE, num_layers=max(1, num_layers))
+
+
+def status(name: str) -> int:
+  """A figure of /proc/self/status, in bytes."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  line = next(line for line in lines if line.startswith(f"{name}:"))
+  return int(line.split()[1]) * 1024
+
+
+def measure(folder: str, warm_up: str) -> None:
+  """Prints, as JSON, what `weights.from_hf` adds to this process's peak."""
+  # What JAX itself takes, once, is no part of it.
+  jax.block_until_ready(weights.from_hf(warm_up))
+  pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
+  before = status("VmRSS")
+  config, params = weights.from_hf(folder)
+  jax.block_until_ready(params)
+  num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+  added = status("VmHWM") - before - num_bytes
+  itemsize = params["embedder"]["input_embedding"].dtype.itemsize
+  shapes = weights.abstract_params(config, jnp.dtype(jnp.float32))
+  # A piece is all that is stacked of a layer; a file may have it in parts.
+  largest = max(
+    int(np.prod(shape)) // (2 if "gating" in path or "kv_" in path else 1)
+    for path, _, shape in assembly.pieces(shapes)
+  )
+  found = {"params": num_bytes, "added": added, "largest": largest * itemsize}
+  print(json.dumps(found))
+
+
+def main(folder: str, gigabytes: str = "1.0") -> None:
+  """Writes, measures and prints both types."""
+  root = pathlib.Path(folder)
+  for dtype in ("float32", "bfloat16"):
+    large, small = root / dtype, root / f"small_{dtype}"
+    write(of_size(float(gigabytes) * 1e9, dtype), str(large), dtype)
+    write(SMALL, str(small), dtype)
+    ran = subprocess.run(
+      [sys.executable, __file__, "--measure", str(large), str(small)],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    found = json.loads(ran.stdout)
+    print(
+      f"{dtype}: {found['params'] / 1e9:.2f} GB of parameters, largest tensor "
+      f"{found['largest'] / 1e6:.0f} MB; loading adds "
+      f"{found['added'] / 1e6:.0f} MB, {found['added'] / found['largest']:.2f} "
+      "of it"
+    )
+
+
+if __name__ == "__main__":
+  if sys.argv[1] == "--measure":
+    measure(*sys.argv[2:])
+  else:
+    main(*sys.argv[1:])

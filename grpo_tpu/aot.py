@@ -1,0 +1,190 @@
+"""Compiles for a slice that is not there, as far as the memory is known.
+
+The compiler writes what it assigned to buffers before it generates code, which
+takes many times as long. A thread compiles, and the process ends as soon as the
+files are there, so a process compiles one program: `python -m grpo_tpu.aot`,
+which `plan` starts, reads a request on standard input and answers in a file.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import sys
+import threading
+import time
+from typing import Any
+
+# What says to libtpu that there is no TPU, no metadata server to ask, and no
+# harm in other processes that load it too.
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+_REPORT = "*memory-usage-report.txt"
+_HLO = "*after_optimizations.txt"
+_DEFAULT_SPACE = re.compile(
+  r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)"
+)
+_TOO_BIG = re.compile(
+  r"total memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds"
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+_COLLECTIVE = re.compile(
+  r"= \(?(\w+)\[([\d,]*)\][^=]*? "
+  r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+  r"(?:-start)?\("
+)
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One kind of collective in a compiled program.
+
+  Attributes:
+    name: Of the operation.
+    dtype: Of its result, as XLA names it.
+    shape: Of its result.
+    count: Times that it stands in the text, whatever the loops around it.
+  """
+
+  name: str
+  dtype: str
+  shape: tuple[int, ...]
+  count: int
+
+  @property
+  def num_bytes(self) -> int:
+    """Of one result."""
+    return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What is known of a program before code is generated.
+
+  Attributes:
+    hbm_bytes: Of one device, arguments and temporaries.
+    collectives: Those that its text shows.
+  """
+
+  hbm_bytes: int
+  collectives: tuple[Collective, ...]
+
+
+def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
+  """Compiles until buffers are assigned; the process must end soon after.
+
+  Args:
+    lowered: Of a jitted function, for the devices of a described topology.
+    folder: New, for what the compiler writes.
+
+  Raises:
+    Exception: What the compiler raises, but for a program that does not fit.
+  """
+  failures: list[Exception] = []
+
+  def compile_all():
+    try:
+      lowered.compile(compiler_options={"xla_dump_to": str(folder)})
+    except Exception as error:
+      failures.append(error)
+
+  # The thread is left where it is: nothing can stop it but the process's end.
+  thread = threading.Thread(target=compile_all, daemon=True)
+  thread.start()
+  while thread.is_alive() and not (_assigned(folder) and _text(folder)):
+    time.sleep(0.1)
+  hbm_bytes = _assigned(folder) or _needed(failures)
+  return Compiled(hbm_bytes, collectives(_text(folder)))
+
+
+def _assigned(folder: pathlib.Path) -> int | None:
+  """Bytes of the largest report in a folder, once it is whole."""
+  found = [
+    int(match[1])
+    for path in folder.glob(_REPORT)
+    if (match := _DEFAULT_SPACE.search(path.read_text()))
+  ]
+  return max(found, default=None)
+
+
+def _text(folder: pathlib.Path) -> str:
+  """The optimized program, once it is whole."""
+  texts = (path.read_text() for path in folder.glob(_HLO))
+  return next((text for text in texts if text.rstrip().endswith("}")), "")
+
+
+def _needed(failures: list[Exception]) -> int:
+  """Bytes that the compiler says that a program would have needed."""
+  for error in failures:
+    if match := _TOO_BIG.search(str(error)):
+      return int(float(match[1]) * _UNITS[match[2]])
+  raise failures[0] if failures else RuntimeError("nothing was compiled")
+
+
+def collectives(hlo: str) -> tuple[Collective, ...]:
+  """The collectives of an optimized program's text, the largest first."""
+  counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
+  for match in _COLLECTIVE.finditer(hlo):
+    dtype, dims, name = match.groups()
+    key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
+    counts[key] = counts.get(key, 0) + 1
+  found = [Collective(*key, count) for key, count in counts.items()]
+  return tuple(sorted(found, key=lambda x: -x.num_bytes))
+
+
+def main() -> None:
+  """Answers one request: which config, which slice, which program."""
+  started = time.perf_counter()
+  request = json.load(sys.stdin)
+  # After the environment is as it must be, which the parent sees to.
+  from grpo_tpu import chips, flops, programs
+  from grpo_tpu import config as run_config
+
+  config = run_config.Config.from_config_dict(request["config"])
+  topology = chips.parse(request["topology"])
+  mesh = programs.described_mesh(config, topology)
+  program = programs.find(config, mesh, request["program"])
+  traced = program.traced(mesh)
+  answer = {
+    "name": program.name,
+    "flops": flops.count_jaxpr(traced.jaxpr, while_trips=program.while_trips),
+    "bytes_by_class": program.bytes_by_class(),
+    "resident": {
+      name: programs.device_bytes(tree)
+      for name, tree in programs.resident(config, mesh).items()
+    },
+    "rest_bytes": program.rest_bytes(traced.out_info, mesh),
+    "completion_tokens": program.tokens,
+  }
+  folder = pathlib.Path(request["folder"])
+  compiled = compile_buffers(traced.lower(), folder)
+  usage = resource.getrusage(resource.RUSAGE_SELF)
+  answer |= {
+    "hbm_bytes": compiled.hbm_bytes,
+    "collectives": [dataclasses.asdict(x) for x in compiled.collectives],
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "wall_seconds": time.perf_counter() - started,
+  }
+  pathlib.Path(request["answer"]).write_text(json.dumps(answer))
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(0)  # The compiler is still at work.
+
+
+if __name__ == "__main__":
+  main()

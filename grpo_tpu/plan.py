@@ -1,0 +1,126 @@
+"""The mode "plan": does a run fit on a slice that is not booked yet?
+
+Prints a table and writes `plan.json`; or, asked for advice, prints the settings
+of the largest step that fits.
+"""
+
+import json
+import pathlib
+import sys
+
+from grpo_tpu import advice, planning
+from grpo_tpu import config as run_config
+
+_GIB = 2**30
+
+
+def run(
+  config: run_config.Config, workdir: str, topology: str | None, *, advise: bool
+) -> None:
+  """Plans, writes `plan.json`, and prints the table.
+
+  Args:
+    config: The run's settings.
+    workdir: Where `plan.json` goes.
+    topology: As `chips.parse` reads it.
+    advise: Look for a larger step that fits, too.
+
+  Raises:
+    SettingError: No such slice, a mesh that does not fit it, or a run that does
+      not; the message has the nearest that would.
+  """
+  with run_config.refutable():
+    described = planning.check(config, topology)
+  if advise:
+    _say(advice.advise(config, described))
+    return
+  made = planning.plan(config, described)
+  path = pathlib.Path(workdir) / "plan.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(made.to_dict(), indent=2) + "\n")
+  _say(table(made))
+  if not made.fits():
+    raise run_config.SettingError(_does_not_fit(made))
+
+
+def table(made: planning.Plan) -> str:
+  """What people read: memory, work and bounds, a line for each program."""
+  limit = made.topology.chip.hbm_limit_bytes
+  config = made.config
+  lines = [
+    f"{config.model.name} on {made.topology} ({made.topology.num_chips} chips,"
+    f" {made.topology.slice_name}), mesh {config.mesh.replica} x "
+    f"{config.mesh.fsdp} x {config.mesh.tensor}",
+    "",
+    "HBM of a device, GiB            " + "".join(f"{h:>11}" for h in _HEADS),
+  ]
+  for row in made.programs:
+    by_class = row["bytes_by_class"]
+    cells = [by_class.get(name, 0) / _GIB for name in _CLASSES]
+    cells += [row["beside_bytes"] / _GIB, row["resident_bytes"] / _GIB]
+    cells.append((limit - row["resident_bytes"]) / _GIB)
+    lines.append(f"{row['name']:<32}" + "".join(f"{x:>11.2f}" for x in cells))
+  lines += [
+    "",
+    "Work and bounds of a call       "
+    + "".join(f"{h:>11}" for h in _WORK_HEADS),
+  ]
+  for row in made.programs:
+    bounds = row["bounds_seconds"]
+    cells = [f"{row['flops'] / 1e12:>11.1f}"]
+    cells.append(f"{row['least_hbm_traffic_bytes'] / 1e9:>11.1f}")
+    moved = row["collective_bytes"]
+    cells.append(f"{(moved['ici'] + moved['dcn']) / 1e9:>11.2f}")
+    cells += [f"{bounds[k]:>11.4f}" for k in ("compute", "hbm", "ici", "dcn")]
+    cells.append(f"{max(bounds, key=lambda k: bounds[k]):>11}")
+    lines.append(f"{row['name']:<32}" + "".join(cells))
+  for row in made.programs:
+    for defect in row["defects"]:
+      lines.append(f"look at {row['name']}: {defect}")
+  for kind, bound in planning.step_bounds(made).items():
+    lines += [
+      "",
+      f"bounds of a step of {kind}, which no run can beat: "
+      f"at least {bound['step_seconds_at_least']:.2f} s, at most "
+      f"{bound['completion_tokens_per_second_at_most']:,.0f} completion "
+      "tokens/s, at least "
+      f"{bound['chip_hours_per_1000_steps_at_least']:,.1f} chip-hours for 1,000"
+      " steps",
+    ]
+  verdict = "fits" if made.fits() else "DOES NOT FIT"
+  lines += [
+    "",
+    f"{verdict}: {made.peak['name']} needs "
+    f"{made.peak['resident_bytes'] / _GIB:.2f} of {limit / _GIB:.2f} GiB, "
+    f"{made.room:.1%} free",
+  ]
+  return "\n".join(lines)
+
+
+_CLASSES = (
+  *("params", "optimizer", "reference", "caches", "batch"),
+  "temporaries",
+)
+_HEADS = (*_CLASSES, "beside it", "together", "room")
+_WORK_HEADS = (
+  *("TFLOP", "HBM GB", "moved GB", "compute s", "HBM s", "ICI s", "DCN s"),
+  "bound by",
+)
+
+
+def _does_not_fit(made: planning.Plan) -> str:
+  """Why, and the nearest that would: fewer rows at a time, or more chips."""
+  limit = made.topology.chip.hbm_limit_bytes
+  row = made.peak
+  reason = (
+    f"--topology ({made.topology}) must have room for {row['name']}, which "
+    f"needs {row['resident_bytes'] / _GIB:.2f} GiB of the {limit / _GIB:.2f} "
+    "that a device has"
+  )
+  return f"{reason}; {advice.nearest_that_fits(made)}."
+
+
+def _say(text: str) -> None:
+  """To standard output, which is what the mode is for."""
+  sys.stdout.write(text + "\n")
+  sys.stdout.flush()

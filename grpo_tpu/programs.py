@@ -1,0 +1,290 @@
+"""Every program of a run, as shapes: what a plan compiles.
+
+The same functions that training runs, on devices that are described and not
+there. Prompts are as long as the longest bucket and completions as long as they
+may be, for memory is booked for these.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from data_pipelines import tokenizer as tokens
+from grpo_tpu import chips, rollout, sharding, train_step
+from grpo_tpu import config as run_config
+from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import lora, weights
+
+# What lies on the devices from step to step, whatever runs.
+RESIDENT = ("params", "optimizer", "reference")
+
+
+class Program(NamedTuple):
+  """One jitted function with what it would be called with.
+
+  Attributes:
+    name: As the report shows it.
+    function: Jitted.
+    args: Shapes with places, or static values.
+    kwargs: Likewise.
+    parts: The shapes among them by class: those of `RESIDENT`, "caches", and
+      "batch".
+    while_trips: Of loops that end when every row has.
+    tokens: Completion tokens of a call, over all rows.
+  """
+
+  name: str
+  function: Any
+  args: tuple
+  kwargs: dict[str, Any]
+  parts: dict[str, Any]
+  while_trips: int
+  tokens: int
+
+  def traced(self, mesh: Mesh) -> Any:
+    """The function traced for the devices of a mesh."""
+    with jax.set_mesh(mesh):
+      return self.function.trace(*self.args, **self.kwargs)
+
+  def bytes_by_class(self) -> dict[str, int]:
+    """Bytes of one device that each class of arguments takes."""
+    return {name: device_bytes(tree) for name, tree in self.parts.items()}
+
+  def rest_bytes(self, results: Any, mesh: Mesh) -> int:
+    """Bytes of one device read and written once, the weights left out."""
+    given = self.bytes_by_class()
+    total = sum(
+      math.prod(x.shape) * _item_bytes(x) for x in jax.tree.leaves(results)
+    )
+    rest = sum(size for name, size in given.items() if name != "params")
+    return rest + total // mesh.devices.size
+
+
+class _Marks:
+  """Stands for a tokenizer, of which programs want two ids alone."""
+
+  def __init__(self, config: run_config.Config):
+    vision = config.model_config.vision
+    self.start_of_image = vision.start_of_image if vision else 0
+    self.end_of_image = vision.end_of_image if vision else 0
+
+
+def described_mesh(config: run_config.Config, topology: chips.Topology) -> Mesh:
+  """The run's mesh on a slice that need not exist.
+
+  Raises:
+    ValueError: The mesh does not multiply out to the slice's devices.
+  """
+  chip = topology.chip
+  described = topologies.get_topology_desc(
+    platform="tpu",
+    topology_name=f"{chip.name}:{topology.shape}",
+    **({"num_slices": topology.num_slices} if topology.num_slices > 1 else {}),
+  )
+  return sharding.make_mesh(
+    **dataclasses.asdict(config.mesh), devices=described.devices
+  )
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of one device that a tree of shapes with places takes."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * _item_bytes(x)
+    for x in jax.tree.leaves(tree)
+    if getattr(x, "sharding", None) is not None
+    and x.sharding.memory_kind != "pinned_host"
+  )
+
+
+def _item_bytes(x: Any) -> int:
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return 8 if is_key else x.dtype.itemsize
+
+
+def names(config: run_config.Config) -> list[str]:
+  """The programs of a run, in the order of a step."""
+  kinds = ["text"]
+  if config.model_config.vision:
+    kinds.append("image")
+  steps = ["train_step"]
+  if has_scoring(config):
+    steps.insert(0, "score")
+  if config.data.kind == "online":
+    steps.insert(0, "rollout")
+  return [f"{step} ({kind})" for step in steps for kind in kinds]
+
+
+def has_scoring(config: run_config.Config) -> bool:
+  """Whether another policy, or this one at another time, scores the batch."""
+  if config.data.kind == "demonstrations":
+    return False
+  return (
+    config.has_reference
+    or config.train.num_iterations > 1
+    or config.shaping.top_entropy_share < 1
+  )
+
+
+def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
+  """The program of that name, one of `names`."""
+  step, _, kind = name.partition(" ")
+  policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
+  made = _Made(policy, with_images=kind == "(image)")
+  make = {
+    "rollout": made.rollout,
+    "score": made.score,
+    "train_step": made.update,
+  }[step]
+  return make(name)
+
+
+def resident(config: run_config.Config, mesh: Mesh) -> dict[str, Any]:
+  """The shapes that lie on the devices from step to step, by class."""
+  policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
+  return _Made(policy, with_images=False).resident
+
+
+def trained_shapes(config: run_config.Config) -> dict:
+  """The whole model's parameters and the adapters, without places."""
+  model = config.model_config
+  shapes = weights.abstract_params(model, jnp.dtype(config.model.param_dtype))
+  adapters = lora.abstract_adapters(model, config.lora) if config.lora else {}
+  return {"params": shapes, "adapters": adapters}
+
+
+class _Made:
+  """Makes the programs of one policy."""
+
+  def __init__(self, policy: policies.Policy, *, with_images: bool):
+    self._policy, self._config = policy, policy.config
+    self._mesh = policy.mesh
+    self._with_images = with_images
+    self._state = policy.abstract_state()
+    self._frozen = policy.abstract_params() if self._config.lora else None
+
+  @property
+  def resident(self) -> dict[str, Any]:
+    """By class; adapters are parameters, and so is what lies under them."""
+    reference = None
+    if self._config.has_reference and not self._config.lora:
+      reference = self._policy.abstract_reference()
+    return {
+      "params": (self._state.params, self._frozen),
+      "optimizer": self._state.opt_state,
+      "reference": reference,
+    }
+
+  def rollout(self, name: str) -> Program:
+    """Completions of a step's prompts."""
+    config, policy = self._config, self._policy
+    params = policy.run_params(self._state.params, self._frozen)
+    batch = self._prompts()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    index = self._array(jnp.int32)
+    settings = config.rollout
+    return Program(
+      name=name,
+      function=rollout.rollout,
+      args=(params, *batch, index, key),
+      kwargs={
+        "config": config.model_config,
+        "num_completions": settings.num_generations,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "dtype": policy.model.dtype,
+        "attention": policy.model.attention,
+        "banned_ids": policy.banned_ids,
+      },
+      parts={"params": params, "batch": batch},
+      while_trips=settings.max_new_tokens - 1,
+      tokens=self._num_tokens,
+    )
+
+  def score(self, name: str) -> Program:
+    """Log-probabilities of a batch under other parameters."""
+    config, policy = self._config, self._policy
+    bundles = self._bundles()
+    params, part = policy.run_params(self._state.params, self._frozen), "params"
+    if config.has_reference and not config.lora:
+      params, part = policy.abstract_reference(on_device=True), "reference"
+    return Program(
+      name=name,
+      function=train_step.score,
+      args=(policy.model, params, bundles),
+      kwargs={"num_microbatches": config.num_microbatches},
+      parts={part: params, "batch": bundles},
+      while_trips=1,
+      tokens=self._num_tokens,
+    )
+
+  def update(self, name: str) -> Program:
+    """An update."""
+    bundles = self._bundles()
+    state, frozen = self._state, self._frozen
+    return Program(
+      name=name,
+      function=self._policy.make_update(),
+      args=(state, bundles, *(() if frozen is None else (frozen,))),
+      kwargs={},
+      parts={
+        "params": (state.params, frozen),
+        "optimizer": state.opt_state,
+        "batch": bundles,
+      },
+      while_trips=1,
+      tokens=self._num_tokens,
+    )
+
+  @property
+  def _completions(self) -> int:
+    config = self._config
+    if config.data.kind == "online":
+      return config.rollout.num_generations
+    if config.data.kind == "preference":
+      return config.data.preference_completions
+    return 1
+
+  @property
+  def _num_tokens(self) -> int:
+    config = self._config
+    rows = config.data.prompts_per_step * self._completions
+    return rows * config.rollout.max_new_tokens
+
+  def _array(self, dtype: Any, *shape: int) -> Any:
+    shape = (self._config.data.prompts_per_step, *shape)
+    place = sharding.batch(self._mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def _prompts(self) -> tuple:
+    vision = self._config.model_config.vision
+    images = self._array(jnp.uint8, 0, 1, 1, 3)
+    if vision and self._with_images:
+      side = vision.image_size
+      images = self._array(jnp.uint8, 1, side, side, 3)
+    length = self._config.data.prompt_buckets[-1]
+    ids = self._array(jnp.int32, length)
+    return ids, self._array(jnp.int32), images
+
+  def _bundles(self) -> train_step.Bundles:
+    config = self._config
+    rows = self._completions, config.rollout.max_new_tokens
+    ids, length, images = self._prompts()
+    is_online = config.data.kind == "online"
+    logps = self._array(jnp.float32, *rows)
+    is_old = config.data.kind == "preference" or config.train.num_iterations > 1
+    return train_step.Bundles(
+      prompt_ids=ids,
+      prompt_length=length,
+      images=images,
+      completion_ids=self._array(jnp.int32, *rows),
+      completion_mask=self._array(jnp.bool_, *rows),
+      advantages=self._array(jnp.float32, rows[0]),
+      old_per_token_logps=logps if is_old else None,
+      ref_per_token_logps=logps if config.has_reference else None,
+      sampler_logps=logps if is_online else None,
+    )

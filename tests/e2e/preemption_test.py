@@ -1,0 +1,130 @@
+"""A notice of preemption: every host saves the same, and the run goes on."""
+
+import json
+
+import pytest
+
+from tests.e2e import hosts
+from tests.e2e.conftest import TINY
+
+pytestmark = pytest.mark.multiprocess
+
+SETTINGS = (
+  "--config=configs/smoke.py",
+  *TINY,
+  "--config.train.num_steps=4",
+  "--config.eval.every_steps=3",
+  # None but the first and those that a notice asks for.
+  "--config.checkpoint.every_steps=100",
+  "--config.mesh.fsdp=2",
+)
+
+
+@pytest.fixture(scope="session")
+def start(program, drawn, tmp_path_factory):
+  """Starts two hosts on a workdir."""
+
+  def new(workdir, *settings, fault="", others=None):
+    given = (
+      *SETTINGS,
+      f"--config.data.dir={drawn}",
+      f"--workdir={workdir}",
+      *settings,
+    )
+    return hosts.Hosts(
+      [given, (*given, *(others or ()))],
+      program.environment,
+      workdir.with_name(f"{workdir.name}-logs"),
+      fault=fault,
+    )
+
+  return new
+
+
+@pytest.fixture(scope="session")
+def unbroken(start, tmp_path_factory):
+  """By settings: what two hosts write that nothing befalls."""
+  ends = {}
+
+  def of(*settings):
+    if settings not in ends:
+      workdir = tmp_path_factory.mktemp("unbroken") / "run"
+      end = start(workdir, *settings).end()
+      assert end.codes == [0, 0], end.logs
+      ends[settings] = workdir
+    return ends[settings]
+
+  return of
+
+
+def lines_but_for_time(workdir):
+  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [
+    json.dumps(
+      {
+        name: value
+        for name, value in row.items()
+        if not name.startswith(("perf/", "checkpoint/"))
+      }
+    )
+    for row in rows
+  ]
+
+
+def summary(workdir):
+  return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+  ("point", "num_iterations", "saved"),
+  [
+    # The next common poll is in the rollout of the step.
+    ("term@2:1:rollout", 1, "00000001"),
+    # Or at the border of the next step,
+    ("term@2:1:update", 1, "00000002"),
+    # or between two updates,
+    ("term@2:0:update", 2, "00000001.1"),
+    # or in the evaluation, with all updates done.
+    ("term@3:1:update", 1, "00000002.1"),
+  ],
+  ids=["in a rollout", "between steps", "between updates", "in an evaluation"],
+)
+def test_a_notice_to_one_host_stops_both_at_one_point_and_nothing_is_lost(
+  start, unbroken, tmp_path, point, num_iterations, saved
+):
+  """Exit code 75 on both, and the run goes on as if it had not been."""
+  settings = (f"--config.train.num_iterations={num_iterations}",)
+  workdir = tmp_path / "run"
+  end = start(workdir, *settings, fault=point).end()
+  assert end.codes == [75, 75], end.logs
+  words = summary(workdir)
+  assert words["exit_code"] == 75
+  assert words["newest_checkpoint"].endswith(f"checkpoints/{saved}")
+  assert sum(words["goodput"].values()) == pytest.approx(1)
+  for log in end.logs:
+    assert log.count("The end, with exit code 75: preempted") == 1
+    assert f"checkpoints/{saved}." in log
+  again = start(workdir, *settings).end()
+  assert again.codes == [0, 0], again.logs
+  expected = unbroken(*settings)
+  assert lines_but_for_time(workdir) == lines_but_for_time(expected)
+  for name in ("train", "eval"):
+    file = f"samples/{name}.jsonl"
+    assert (workdir / file).read_bytes() == (expected / file).read_bytes()
+  words = summary(workdir)
+  assert words["exit_code"] == 0
+  assert words["goodput"]["restart"] > 0
+  assert sum(words["goodput"].values()) == pytest.approx(1)
+
+
+def test_a_run_of_one_process_hears_the_notice_too(program, drawn, tmp_path):
+  workdir = tmp_path / "run"
+  given = [*SETTINGS[:-1], f"--config.data.dir={drawn}"]
+  given += [f"--workdir={workdir}", "--config.train.num_steps=1000"]
+  given += ["--config.eval.every_steps=0"]
+  one = hosts.Hosts(
+    [given], program.environment, tmp_path / "logs", fault="term@2:0:update"
+  )
+  end = one.end()
+  assert end.codes == [75], end.logs
+  assert summary(workdir)["newest_checkpoint"].endswith("checkpoints/00000002")

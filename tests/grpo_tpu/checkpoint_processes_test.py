@@ -1,0 +1,213 @@
+"""Checkpoints of several real processes, and onto other numbers of them."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.grpo_tpu import checkpoint_program as program
+
+pytestmark = pytest.mark.multiprocess
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 120
+
+
+class Pod:
+  """Processes on this machine that are joined, two devices each."""
+
+  def __init__(self, count, *arguments, logs, tensor=2):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    self.logs = [logs / f"{time.monotonic_ns()}-{i}.txt" for i in range(count)]
+    self.processes = []
+    for index, log in enumerate(self.logs):
+      environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COMPILATION_CACHE_DIR": str(logs / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+        "COORDINATOR": f"127.0.0.1:{port}",
+        "PROCESSES": str(count),
+        "PROCESS": str(index),
+        "TENSOR": str(tensor),
+      }
+      with log.open("wb") as file:
+        self.processes.append(
+          subprocess.Popen(
+            [sys.executable, program.__file__, *map(str, arguments)],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+          )
+        )
+
+  def results(self):
+    """What each process printed, once all have ended well."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    try:
+      for process, log in zip(self.processes, self.logs, strict=True):
+        code = process.wait(timeout=max(1, deadline - time.monotonic()))
+        assert code == 0, log.read_text()[-4000:]
+    finally:
+      self.kill()
+    lines = [
+      [line for line in log.read_text().splitlines() if "RESULT " in line]
+      for log in self.logs
+    ]
+    return [json.loads(each[-1].partition("RESULT ")[2]) for each in lines]
+
+  def kill(self):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+  return tmp_path_factory.mktemp("logs")
+
+
+def run(count, *arguments, logs, tensor=2):
+  """What the one process saw, or what all of them saw alike."""
+  results = Pod(count, *arguments, logs=logs, tensor=tensor).results()
+  assert all(result == results[0] for result in results), results
+  return results[0]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, logs):
+  """Steps 1 and 2 as two processes have saved them."""
+  folder = tmp_path_factory.mktemp("two_steps") / "checkpoints"
+  run(2, "start", folder, logs=logs)
+  return folder
+
+
+def assert_is(result, step, *, quarantined=0):
+  assert result == {
+    "step": step,
+    "meta": {"is": step},
+    "digest": program.digest(program.values(step)),
+    "quarantined": quarantined,
+  }
+
+
+def test_any_number_of_processes_goes_on_from_any_other_bit_by_bit(
+  tmp_path, logs
+):
+  """2 -> 1 -> 2 -> 4 -> 2, on three shapes of mesh, in the midst of a step."""
+  relay = ((2, 2), (1, 1), (2, 1), (4, 2), (2, 4))
+  for step, (count, tensor) in enumerate(relay, start=1):
+    result = run(count, "relay", tmp_path, step, logs=logs, tensor=tensor)
+    if step == 1:
+      assert result == {"quarantined": 0, "step": None}
+      continue
+    assert result == {
+      "step": step - 1,
+      "meta": {"is": step - 1},
+      "digest": program.digest(program.values(100 + step - 1)),
+      "unfinished": [
+        1,
+        program.digest(program.rows(step - 1)),
+        {"half": step - 0.5},
+      ],
+      "quarantined": 0,
+    }
+
+
+def flip(path):
+  whole = bytearray(path.read_bytes())
+  whole[len(whole) // 2] ^= 1
+  path.write_bytes(whole)
+
+
+def largest(folder, pattern):
+  found = list((folder / "00000002").glob(pattern))
+  return max(found, key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+  "whole": lambda f: None,
+  "first": lambda f: flip(largest(f, "state/ocdbt.process_0/d/*")),
+  "second": lambda f: flip(largest(f, "state/ocdbt.process_1/d/*")),
+  "index": lambda f: flip(largest(f, "state/manifest.ocdbt")),
+  "tree": lambda f: flip(largest(f, "state/_METADATA")),
+  "meta": lambda f: flip(largest(f, "meta/metadata")),
+  "missing": lambda f: largest(f, "state/ocdbt.process_1/d/*").unlink(),
+  "cut": lambda f: os.truncate(largest(f, "state/ocdbt.process_1/d/*"), 7),
+  "manifest": lambda f: (f / "00000002.manifest.json").unlink(),
+}
+
+
+def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
+  """Each looks at its share of the files; both start from the same step."""
+  for name, damage in DAMAGES.items():
+    damage(shutil.copytree(two_steps, tmp_path / name))
+  nothing = shutil.copytree(two_steps, tmp_path / "nothing")
+  for path in nothing.glob("*.json"):
+    path.unlink()
+  folders = [tmp_path / name for name in (*DAMAGES, "nothing")]
+  borrowed = run(2, "borrow", *folders[:-1], logs=logs)
+  for name, (newest, error) in zip(DAMAGES, borrowed, strict=True):
+    assert newest == (2 if name == "whole" else 1)
+    assert ("is damaged" in error) == (name != "whole")
+  *results, none = run(2, "restore", *folders, logs=logs)
+  for name, result in zip(DAMAGES, results, strict=True):
+    is_whole = name == "whole"
+    assert_is(result, 2 if is_whole else 1, quarantined=0 if is_whole else 1)
+    assert (tmp_path / name / "quarantine").exists() != is_whole
+  assert "is whole: 00000001-no-manifest" in none["error"]
+
+
+def test_one_host_that_cannot_write_ends_all_within_the_time_out(
+  tmp_path, logs
+):
+  """Two saves in a row fail, each by the time-out; training goes on till then.
+
+  The healthy host hears whose fault it is.
+  """
+  seconds = 3
+  results = Pod(2, "fail", tmp_path, seconds, logs=logs).results()
+  for result in results:
+    assert "by process 1: " in result["error"]
+    assert "2 saves in a row" in result["error"]
+    assert "00000001" in result["error"]
+    assert result["failures"] == 2
+    # Two time-outs, and what a busy machine adds.
+    assert 2 * seconds - 1 < result["seconds"] < 2 * seconds + 40
+  assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+    "00000001",
+  }
+  assert_is_step_1(tmp_path, logs)
+
+
+def assert_is_step_1(folder, logs):
+  (result,) = run(1, "restore", folder, logs=logs, tensor=1)
+  assert result["step"] == 1
+  assert result["digest"] == program.digest(program.values(1))
+
+
+@pytest.mark.parametrize(
+  ("moment", "index"), [("save", 1), ("manifest", 0)], ids=str
+)
+def test_one_of_two_killed_in_a_save_leaves_the_older_for_all(
+  tmp_path, logs, moment, index
+):
+  pod = Pod(2, "die", tmp_path, moment, index, logs=logs)
+  try:
+    code = pod.processes[index].wait(timeout=TIMEOUT_SECONDS)
+    assert code == -signal.SIGKILL, pod.logs[index].read_text()[-4000:]
+  finally:
+    pod.kill()
+  assert (tmp_path / "00000001").is_dir()
+  assert not (tmp_path / "00000002.manifest.json").exists()
+  assert_is_step_1(tmp_path, logs)

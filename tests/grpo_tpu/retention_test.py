@@ -1,0 +1,144 @@
+"""When a checkpoint is due and which may go: laws of plain functions."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+
+from grpo_tpu import retention
+from grpo_tpu.retention import Entry
+from tests.grpo_tpu import checkpointing
+
+
+def kept(entries, **settings):
+  config = checkpointing.config(**settings)
+  doomed = retention.doomed(entries, config)
+  assert doomed == sorted(doomed)
+  return [entry.name for entry in entries if entry not in doomed]
+
+
+def scored(*scores):
+  return [Entry(step, score=score) for step, score in enumerate(scores, 1)]
+
+
+@pytest.mark.parametrize(
+  ("entry", "name"),
+  [
+    (Entry(0), "00000000"),
+    (Entry(12), "00000012"),
+    (Entry(12, 3), "00000012.3"),
+    (Entry(1_234_567_890), "1234567890"),
+  ],
+)
+def test_a_name_says_where_in_the_run_a_checkpoint_is(entry, name):
+  assert entry.name == name
+  assert Entry.of_name(name) == entry
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("12", "00000012.", "00000012.0", "000000012", "lock", "quarantine"),
+    *("00000012.orbax-checkpoint-tmp", "00000012.manifest.json", "-0000012"),
+    *("00000012-wrong-size", "00000012.01"),
+  ],
+)
+def test_nothing_else_is_taken_for_a_checkpoint(name):
+  assert Entry.of_name(name) is None
+
+
+def test_updates_count_after_steps():
+  order = [Entry(1), Entry(1, 1), Entry(1, 10), Entry(2), Entry(10)]
+  assert sorted(reversed(order)) == order
+
+
+def test_the_newest_stay():
+  entries = scored(None, None, None, None)
+  assert kept(entries, keep=1) == ["00000004"]
+  assert kept(entries, keep=3) == ["00000002", "00000003", "00000004"]
+  assert kept(entries, keep=9) == [entry.name for entry in entries]
+
+
+@pytest.mark.parametrize(
+  ("mode", "keep_best", "best"),
+  [
+    ("max", 1, ["00000002"]),
+    ("min", 1, ["00000003"]),
+    ("max", 2, ["00000002", "00000004"]),
+    ("min", 2, ["00000001", "00000003"]),
+  ],
+)
+def test_the_best_stay_beside_the_newest(mode, keep_best, best):
+  settings = {
+    "keep": 1,
+    "best_metric": "eval/accuracy",
+    "best_mode": mode,
+    "keep_best": keep_best,
+  }
+  config = checkpointing.config(**settings)
+  values = (0.2, 0.9, 0.1, 0.5, float("nan"))
+  entries = [
+    Entry(step, score=retention.score({"eval/accuracy": value}, config))
+    for step, value in enumerate(values, 1)
+  ]
+  assert kept(entries, **settings) == [*best, "00000005"]
+
+
+def test_of_two_that_are_as_good_the_later_stays():
+  entries = scored(0.5, 0.5, 0.1, 0.1)
+  got = kept(entries, keep=1, best_metric="eval/accuracy")
+  assert got == ["00000002", "00000004"]
+
+
+def test_scores_that_no_setting_asks_for_keep_nothing():
+  assert kept(scored(0.9, 0.1, 0.1), keep=1) == ["00000003"]
+
+
+def test_what_is_not_whole_counts_for_nothing():
+  """One without a manifest does not push a good one off the disk."""
+  entries = [Entry(1), Entry(2), Entry(3, is_whole=False)]
+  assert kept(entries, keep=2) == ["00000001", "00000002", "00000003"]
+  entries = [Entry(1), Entry(2, is_whole=False), Entry(3)]
+  assert kept(entries, keep=2) == ["00000001", "00000003"]
+  assert kept([Entry(1, is_whole=False)], keep=1) == ["00000001"]
+
+
+def test_an_unfinished_step_goes_once_there_is_a_newer_checkpoint():
+  assert kept([Entry(1), Entry(1, 1)], keep=1) == ["00000001", "00000001.1"]
+  assert kept([Entry(1), Entry(1, 1), Entry(1, 2)], keep=1) == [
+    *("00000001", "00000001.2"),
+  ]
+  assert kept([Entry(1), Entry(1, 1), Entry(2)], keep=5) == [
+    *("00000001", "00000002"),
+  ]
+
+
+def test_whatever_there_is_the_newest_whole_one_stays():
+  draw = random.Random(0)
+  for length, keep, _ in itertools.product(range(1, 8), (1, 2, 9), range(20)):
+    entries = sorted(
+      {
+        Entry(
+          draw.randrange(6),
+          draw.choice((0, 0, 1, 2)),
+          is_whole=draw.random() < 0.7,
+          score=draw.choice((None, 0.1, 0.2)),
+        )
+        for _ in range(length)
+      }
+    )
+    names = kept(entries, keep=keep, best_metric="eval/accuracy")
+    whole = [entry.name for entry in entries if entry.is_whole]
+    assert not whole or whole[-1] in names
+    newer = [e.name for e in entries if not whole or e.name > whole[-1]]
+    assert set(newer) <= set(names)
+
+
+def test_a_metric_scores_a_step_only_where_it_is_asked_for():
+  config = checkpointing.config(best_metric="eval/accuracy")
+  assert retention.score({"eval/accuracy": 0.5}, config) == 0.5
+  assert retention.score({"eval/reward": 0.5}, config) is None
+  assert retention.score({"eval/accuracy": 0.5}, checkpointing.config()) is None
+  config = dataclasses.replace(config, best_mode="min")
+  assert retention.score({"eval/accuracy": 0.5}, config) == -0.5

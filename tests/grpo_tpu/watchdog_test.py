@@ -1,0 +1,72 @@
+"""The watchdog, in a process of its own, for it ends the process."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = """
+import pathlib, sys, time
+from grpo_tpu import watchdog
+
+def turn_in_a_circle(seconds):
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    pass
+
+with watchdog.Watchdog(
+  pathlib.Path(sys.argv[1]) / "stacks.txt",
+  seconds={seconds},
+  start_seconds={start_seconds},
+  report=lambda reason: print(reason, flush=True),
+) as watch:
+{body}
+print("done")
+"""
+
+
+def run(tmp_path, body, *, seconds=1.0, start_seconds=1.0):
+  code = PROGRAM.format(
+    seconds=seconds,
+    start_seconds=start_seconds,
+    body=textwrap.indent(textwrap.dedent(body), "  "),
+  )
+  return subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_a_circle_without_progress_ends_with_76_and_shows_where(tmp_path):
+  result = run(tmp_path, "turn_in_a_circle(60)")
+  assert result.returncode == 76
+  assert "no progress for more than the 1 s" in result.stdout
+  for words in (result.stderr, (tmp_path / "stacks.txt").read_text()):
+    assert "turn_in_a_circle" in words and "most recent call first" in words
+
+
+@pytest.mark.parametrize(
+  ("body", "settings"),
+  [
+    # On a machine that is not as slow as all that.
+    ("for _ in range(30): turn_in_a_circle(0.1); watch.mark()", {}),
+    ("turn_in_a_circle(2)", {"start_seconds": 60.0}),
+    ("turn_in_a_circle(2)", {"seconds": 0.0, "start_seconds": 0.0}),
+  ],
+  ids=["progress", "the first step", "off"],
+)
+def test_progress_or_a_longer_allowance_keeps_it_quiet(
+  tmp_path, body, settings
+):
+  result = run(tmp_path, body, **{"seconds": 1.0, **settings})
+  assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_the_longer_allowance_ends_with_the_first_step(tmp_path):
+  body = "watch.started()\nturn_in_a_circle(60)"
+  assert run(tmp_path, body, start_seconds=600.0).returncode == 76

@@ -1,0 +1,103 @@
+"""Real processes: how many there are, and who dies when, changes nothing."""
+
+import pytest
+
+from tests.multihost import pods
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.e2e]
+
+ALONE = pods.Topology(hosts=1, devices=1, fsdp=1, tensor=1)
+TWO = pods.Topology(hosts=2, devices=2, fsdp=4, tensor=1)
+# Two hosts share each part of the batch, and read the same rows.
+FOUR = pods.Topology(hosts=4, devices=1, fsdp=2, tensor=2)
+REPLICAS = pods.Topology(hosts=1, devices=4, replica=2, fsdp=1, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+  return pods.Machine(tmp_path_factory.mktemp("machine"))
+
+
+@pytest.fixture(scope="module")
+def new_pod(machine, tmp_path_factory):
+  return lambda: pods.Pod(machine, tmp_path_factory.mktemp("pod") / "a run")
+
+
+@pytest.fixture(scope="module")
+def alone(new_pod):
+  return new_pod().finish(ALONE)
+
+
+@pytest.fixture(scope="module")
+def two(new_pod):
+  return new_pod().finish(TWO)
+
+
+@pytest.fixture(scope="module")
+def four(new_pod):
+  return new_pod().finish(FOUR)
+
+
+def assert_same_run(pod, other):
+  """The same prompts and completions; numbers to the rounding of fp32."""
+  text = ("step", "pid", "prompt", "completion", "answer")
+  assert len(pod.samples()) == 5 * 8
+  assert [[x[k] for k in text] for x in pod.samples()] == [
+    [x[k] for k in text] for x in other.samples()
+  ]
+  rows, others = pod.rows(), other.rows()
+  assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+  for row, expected in zip(rows, others, strict=True):
+    for name, value in expected.items():
+      # What measures rounding itself is of another size on each topology.
+      if not name.startswith("train/sampler_"):
+        assert row[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+  # The KL grows, so that losses are not all alike.
+  assert abs(rows[-1]["train/loss"]) > 1e-4
+
+
+def test_two_hosts_train_as_one_does(alone, two):
+  assert_same_run(two, alone)
+
+
+def test_four_hosts_of_which_two_share_rows_train_as_one_does(alone, four):
+  assert_same_run(four, alone)
+
+
+def test_replicas_of_two_devices_train_as_one_does(alone, new_pod):
+  assert_same_run(new_pod().finish(REPLICAS), alone)
+
+
+@pytest.fixture(scope="module")
+def killed_in_two(new_pod):
+  """Two hosts; the second is killed while both sample for step 4."""
+  pod = new_pod()
+  assert pod.start(TWO, "kill@4:1:rollout+0.2") != 0
+  return pod
+
+
+@pytest.mark.parametrize("topology", [ALONE, FOUR], ids=["one", "four"])
+def test_a_run_of_two_hosts_goes_on_with(
+  topology, killed_in_two, alone, tmp_path
+):
+  pod = killed_in_two.copy(tmp_path / "moved").finish(topology)
+  assert_same_run(pod, alone)
+
+
+def test_a_run_of_four_hosts_goes_on_with_two(new_pod, alone):
+  pod = new_pod()
+  assert pod.start(FOUR, "kill@4:2:update") != 0
+  assert_same_run(pod.finish(TWO), alone)
+
+
+def test_a_run_that_is_killed_and_killed_again_is_the_unbroken_one(
+  two, killed_in_two, tmp_path
+):
+  """Host 1 in a rollout, host 0 in an update, host 1 while it saves."""
+  pod = killed_in_two.copy(tmp_path / "again")
+  for fault in ("kill@3:0:update+0.1", "kill@4:1:save"):
+    assert pod.start(TWO, fault) != 0, fault
+    assert any(f"FAULT {fault} strikes" in pod.log(host) for host in (0, 1))
+  pod.finish(TWO)
+  assert pod.rows() == two.rows()
+  assert pod.samples() == two.samples()
