@@ -72,9 +72,10 @@ def _of_equation(equation, trips: int | None) -> float:
       # The dearest branch, for a bound that holds whichever runs.
       return max(_count(_inner(b), trips) for b in params["branches"])
     case "shard_map":
-      # Written for one device, and every device runs it.
+      # Written for one shard of the axes that are cut by hand.
       mesh = params["mesh"]
-      return mesh.size * _count(_inner(params["jaxpr"]), trips)
+      shards = math.prod(mesh.shape[name] for name in params["manual_axes"])
+      return shards * _count(_inner(params["jaxpr"]), trips)
     case "pallas_call":
       return _of_kernel(equation)
   inner = core.jaxprs_in_params(params)

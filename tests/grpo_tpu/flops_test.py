@@ -83,6 +83,19 @@ def test_each_device_of_a_shard_map_counts():
   assert flops.count(product, jnp.ones((4 * A, B)), RIGHT) == 4 * PRODUCT
 
 
+def test_an_axis_that_is_not_cut_by_hand_is_not_counted_again():
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+  product = jax.shard_map(
+    jnp.matmul,
+    mesh=mesh,
+    in_specs=(P("x"), P()),
+    out_specs=P("x"),
+    axis_names={"x"},
+    check_vma=False,
+  )
+  assert flops.count(product, jnp.ones((2 * A, B)), RIGHT) == 2 * PRODUCT
+
+
 def test_a_convolution_counts_its_kernel_at_each_output():
   counted = flops.count(
     lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "VALID"),
