@@ -74,7 +74,7 @@ def _of_equation(equation, trips: int | None) -> float:
     case "shard_map":
       # Written for one shard of the axes that are cut by hand.
       mesh = params["mesh"]
-      shards = math.prod(mesh.shape[name] for name in params["manual_axes"])
+      shards = math.prod(mesh.shape[name] for name in params["newly_manual_axes"])
       return shards * _count(_inner(params["jaxpr"]), trips)
     case "pallas_call":
       return _of_kernel(equation)
