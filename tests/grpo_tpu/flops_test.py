@@ -59,7 +59,7 @@ def test_a_loop_of_unknown_length_counts_as_many_trips_as_are_said():
     )
 
   jaxpr = jax.make_jaxpr(loop)(LEFT, jnp.ones((B, B)))
-  assert flops.count_jaxpr(jaxpr, while_trips=4) == 4 * 2 * A * B * B
+  assert flops.count_jaxpr(jaxpr, while_trips=(4,)) == 4 * 2 * A * B * B
   with pytest.raises(NotImplementedError, match="trips"):
     flops.count_jaxpr(jaxpr)
 

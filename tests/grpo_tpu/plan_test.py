@@ -40,10 +40,16 @@ def libtpu():
     pytest.skip("no libtpu for this machine")
 
 
-def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest(libtpu):
+def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
     planning.check(config, "v5e:2x2")
+
+
+def test_no_compiler_is_told_with_the_remedy(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"libtpu.*pip install.*macOS"):
+    planning.check_compiler()
 
 
 def test_the_nearest_mesh_keeps_what_it_can():
@@ -144,7 +150,7 @@ def main_in_plan_mode(tmp_path, *flags):
   ],
   ids=["absurd", "mesh"],
 )
-def test_a_request_that_cannot_be_is_exit_64(tmp_path, libtpu, flags, says):
+def test_a_request_that_cannot_be_is_exit_64(tmp_path, flags, says):
   done = main_in_plan_mode(tmp_path, "--config=configs/smoke.py", *flags)
   assert done.returncode == 64
   assert says in done.stderr

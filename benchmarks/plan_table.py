@@ -1,0 +1,43 @@
+"""The table of docs/plan.md, from what --mode=plan wrote.
+
+python benchmarks/plan_table.py DIR/*/plan.json
+"""
+
+import json
+import pathlib
+import sys
+
+_GIB = 2**30
+
+
+def main(paths: list[str]) -> None:
+  """Prints a line for each plan, in the order given."""
+  print(
+    "| model | slice | trained | most at once, GiB of a device | limit | free "
+    "| by | update, PFLOP | step at least, s |"
+  )
+  print("|---|---|---|---|---|---|---|---|---|")
+  for path in paths:
+    made = json.loads(pathlib.Path(path).read_text())
+    peak = max(made["programs"], key=lambda x: x["resident_bytes"])
+    update = max(
+      x["flops"] for x in made["programs"] if x["name"].startswith("train_step")
+    )
+    bound = max(x["step_seconds_at_least"] for x in made["bounds"].values())
+    rank = made["config"]["model"]["lora"]["rank"]
+    cells = [
+      made["model"],
+      f"{made['topology']} ({made['slice']})",
+      f"LoRA of rank {rank}" if rank else "all",
+      f"{peak['resident_bytes'] / _GIB:.2f}",
+      f"{made['hbm_limit_bytes'] / _GIB:.2f}",
+      f"{made['room']:.1%}",
+      peak["name"],
+      f"{update / 1e15:.1f}",
+      f"{bound:.1f}",
+    ]
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
