@@ -58,6 +58,44 @@ def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
+  """In values and gradients; of the embedding they have none."""
+  states, ids, embedding = inputs()
+  banned = (0, VOCAB - 1)
+  ids = jnp.clip(ids, 1, VOCAB - 2)
+  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+
+  def weighed(outputs):
+    return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
+
+  def ours(states, embedding):
+    return weighed(
+      logprobs.per_token_logps(
+        states,
+        ids,
+        embedding,
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size,
+        banned_ids=banned,
+      )
+    )
+
+  def without(states, embedding):
+    return weighed(plain(states, ids - 1, embedding[1:-1]))
+
+  for got, want in zip(
+    jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
+    jax.value_and_grad(without, argnums=(0, 1))(states, embedding),
+    strict=True,
+  ):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+      got,
+      want,
+    )
+
+
 def test_uniform_logits_have_the_log_of_the_vocabulary_for_entropy():
   _, ids, embedding = inputs()
   logps, entropies = chunked(jnp.zeros((*SHAPE, WIDTH)), ids, embedding, 4)
