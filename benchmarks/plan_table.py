@@ -14,16 +14,12 @@ def main(paths: list[str]) -> None:
   """Prints a line for each plan, in the order given."""
   print(
     "| model | slice | trained | most at once, GiB of a device | limit | free "
-    "| by | update, PFLOP | step at least, s |"
+    "| by |"
   )
-  print("|---|---|---|---|---|---|---|---|---|")
+  print("|---|---|---|---|---|---|---|")
   for path in paths:
     made = json.loads(pathlib.Path(path).read_text())
     peak = max(made["programs"], key=lambda x: x["resident_bytes"])
-    update = max(
-      x["flops"] for x in made["programs"] if x["name"].startswith("train_step")
-    )
-    bound = max(x["step_seconds_at_least"] for x in made["bounds"].values())
     rank = made["config"]["model"]["lora"]["rank"]
     cells = [
       made["model"],
@@ -33,8 +29,6 @@ def main(paths: list[str]) -> None:
       f"{made['hbm_limit_bytes'] / _GIB:.2f}",
       f"{made['room']:.1%}",
       peak["name"],
-      f"{update / 1e15:.1f}",
-      f"{bound:.1f}",
     ]
     print(f"| {' | '.join(cells)} |")
 
