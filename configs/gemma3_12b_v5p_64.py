@@ -1,6 +1,6 @@
 """Gemma 3 12B on one v5p-64 slice: 32 chips on 8 hosts.
 
-`configs/gemma3_12b_v5p_64.py` trains the whole model, `configs/gemma3_12b_v5p_64.py:lora` adapters.
+The whole model is trained; with `:lora` behind the file name, adapters.
 """
 
 import ml_collections

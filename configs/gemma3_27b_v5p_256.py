@@ -1,6 +1,6 @@
 """Gemma 3 27B on one v5p-256 slice: 128 chips on 32 hosts.
 
-`configs/gemma3_27b_v5p_256.py` trains the whole model, `configs/gemma3_27b_v5p_256.py:lora` adapters.
+The whole model is trained; with `:lora` behind the file name, adapters.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Gemma 3 27B on one v6e-256 slice: 256 chips on 64 hosts.
 
-`configs/gemma3_27b_v6e_256.py` trains the whole model, `configs/gemma3_27b_v6e_256.py:lora` adapters.
+The whole model is trained; with `:lora` behind the file name, adapters.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Gemma 3 4B on one v6e-16 slice: 16 chips on 4 hosts.
 
-`configs/gemma3_4b_v6e_16.py` trains the whole model, `configs/gemma3_4b_v6e_16.py:lora` adapters.
+The whole model is trained; with `:lora` behind the file name, adapters.
 """
 
 import ml_collections

@@ -85,13 +85,6 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
       "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
     )
   described = chips.parse(topology)
-  if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
-      f"--mode=plan (--topology={topology}) must have libtpu, the compiler for "
-      "TPUs, which runs on Linux x86_64 without a TPU; there, install it with "
-      "`pip install -e '.[tpu]' -c constraints.txt`. For macOS and arm64 there "
-      "is none: plan in a Linux x86_64 container or VM."
-    )
   mesh, devices = config.mesh, described.num_devices
   if mesh.replica * mesh.fsdp * mesh.tensor != devices:
     near = nearest_mesh(config, devices)
@@ -109,6 +102,21 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
     )
   _check_divides(config)
   return described
+
+
+def check_compiler() -> None:
+  """Whether this machine has the compiler for TPUs.
+
+  Raises:
+    ValueError: It has not, and how to get it.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "--mode=plan must have libtpu, the compiler for TPUs, which needs no TPU "
+      "but Linux on x86_64; there, install it with "
+      "`pip install -e '.[tpu]' -c constraints.txt`. For macOS and arm64 there "
+      "is none: plan in a Linux x86_64 container or VM."
+    )
 
 
 def nearest_mesh(config: run_config.Config, devices: int) -> str:

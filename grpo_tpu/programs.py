@@ -18,6 +18,7 @@ from data_pipelines import tokenizer as tokens
 from grpo_tpu import chips, generation, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import lora, weights
 
 # What lies on the devices from step to step, whatever runs.
@@ -34,7 +35,7 @@ class Program(NamedTuple):
     kwargs: Likewise.
     parts: The shapes among them by class: those of `RESIDENT`, "caches", and
       "batch".
-    while_trips: Of loops that end when every row has.
+    while_trips: Of loops that end when every row has, and of those inside.
     tokens: Completion tokens of a call, over all rows.
   """
 
@@ -43,7 +44,7 @@ class Program(NamedTuple):
   args: tuple
   kwargs: dict[str, Any]
   parts: dict[str, Any]
-  while_trips: int
+  while_trips: tuple[int, ...]
   tokens: int
 
   def traced(self, mesh: Mesh) -> Any:
@@ -194,7 +195,7 @@ class _Made:
       args=args,
       kwargs={},
       parts={"params": params, "batch": prompts},
-      while_trips=1,
+      while_trips=(),
       tokens=0,
     )
 
@@ -209,11 +210,15 @@ class _Made:
       args=(args[0], state, self._array(bool, settings.num_generations)),
       kwargs={},
       parts={"params": args[0], "caches": state},
-      while_trips=min(settings.chunk_tokens, settings.max_new_tokens - 1),
+      # Tokens, and in each the local layers between two global ones.
+      while_trips=(
+        min(settings.chunk_tokens, settings.max_new_tokens - 1),
+        gemma3_config.PERIOD - 1,
+      ),
       tokens=0,
     )
 
-  def _rollout(self) -> tuple[generation.Programs, tuple]:
+  def _rollout(self) -> tuple[Any, tuple]:
     """What samples a step's completions, and what it is called with."""
     config, policy = self._config, self._policy
     rows, new = config.rollout.num_generations, config.rollout
@@ -253,7 +258,7 @@ class _Made:
       args=(policy.model, params, bundles),
       kwargs={"num_microbatches": config.num_microbatches},
       parts={part: params, "batch": bundles},
-      while_trips=1,
+      while_trips=(),
       tokens=self._num_tokens,
     )
 
@@ -271,7 +276,7 @@ class _Made:
         "optimizer": state.opt_state,
         "batch": bundles,
       },
-      while_trips=1,
+      while_trips=(),
       tokens=self._num_tokens,
     )
 

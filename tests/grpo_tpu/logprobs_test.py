@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import logprobs
+from grpo_tpu import logprobs, sharding
 
 SHAPE, WIDTH, VOCAB = (2, 2, 3), 5, 17
 TEMPERATURE = 0.7
@@ -152,3 +152,27 @@ def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
     states, jnp.zeros((vocab, 4))
   )
   assert max(sizes(program.jaxpr)) == chunk_size * vocab
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
+def test_shards_score_and_teach_as_one_device_does(shape):
+  """However the mesh cuts bundles, widths and vocabulary."""
+  mesh = sharding.make_mesh(*shape, devices=jax.devices())
+  rng = np.random.default_rng(0)
+  states = jnp.asarray(rng.standard_normal((4, 2, 5, 8)), jnp.float32)
+  table = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+  ids = jnp.asarray(rng.integers(0, 32, (4, 2, 5)), jnp.int32)
+  weights = rng.standard_normal((2, *ids.shape)).astype(np.float32)
+
+  def loss(score, states, table):
+    logps, entropies = score(
+      states, ids, table, temperature=0.7, chunk_size=3, banned_ids=(5,)
+    )
+    return (weights[0] * logps + weights[1] * entropies).sum()
+
+  both = jax.value_and_grad(loss, argnums=(1, 2))
+  plain = both(logprobs.per_token_logps, states, table)
+  with jax.set_mesh(mesh):
+    cut = jax.jit(both, static_argnums=0)(logprobs.on_shards, states, table)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
