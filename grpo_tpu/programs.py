@@ -163,6 +163,15 @@ def trained_shapes(config: run_config.Config) -> dict:
   return {"params": shapes, "adapters": adapters}
 
 
+class _Scaled(jax.ShapeDtypeStruct):
+  """A shape that stays what it is when it is multiplied by a number."""
+
+  def __mul__(self, _: float) -> "_Scaled":
+    return self
+
+  __rmul__ = __mul__
+
+
 class _Made:
   """Makes the programs of one policy."""
 
@@ -184,6 +193,20 @@ class _Made:
       "optimizer": self._state.opt_state,
       "reference": reference,
     }
+
+  def _run_params(self) -> dict:
+    """What runs the network; adapters' shapes where the adapters would go."""
+    if self._frozen is None:
+      return self._state.params
+    factors = jax.tree.map(
+      lambda x: _Scaled(x.shape, x.dtype, sharding=x.sharding),
+      self._state.params,
+    )
+    made = self._policy.run_params(factors, self._frozen)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      made,
+    )
 
   def prefill(self, name: str) -> Program:
     """Reads a step's prompts, and writes the first token of every row."""
@@ -235,7 +258,7 @@ class _Made:
     )
     ids, length, images = self._prompts()
     prompts = generation.Prompts(ids, length, images, self._array(jnp.int32))
-    params = policy.run_params(self._state.params, self._frozen)
+    params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
     limit = self._array(jnp.int32, rows)
     return generation.Programs(settings, policy.mesh), (
@@ -249,7 +272,7 @@ class _Made:
     """Log-probabilities of a batch under other parameters."""
     config, policy = self._config, self._policy
     bundles = self._bundles()
-    params, part = policy.run_params(self._state.params, self._frozen), "params"
+    params, part = self._run_params(), "params"
     if config.has_reference and not config.lora:
       params, part = policy.abstract_reference(on_device=True), "reference"
     return Program(
