@@ -44,7 +44,7 @@ def main() -> None:
     ("completions", 8),
     ("prompt_length", 64),
     ("completion_length", 256),
-    ("chunk_tokens", 32),
+    ("chunk_tokens", 16),
     ("repeats", 5),
   ):
     parser.add_argument(f"--{name}", type=int, default=value)

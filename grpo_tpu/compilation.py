@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import NamedSharding
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -88,10 +89,18 @@ class Ahead:
 def _signature(args: Any) -> Any:
   """What decides which program a call runs."""
   leaves, structure = jax.tree.flatten(args)
-  return structure, tuple(
-    (x.shape, x.dtype, x.sharding if _is_placed(x) else None) for x in leaves
-  )
+  return structure, tuple((x.shape, x.dtype, _place(x)) for x in leaves)
 
 
-def _is_placed(x: Any) -> bool:
-  return x.committed if isinstance(x, jax.Array) else True
+def _place(x: Any) -> Any:
+  """Where an array lies, in one form; None where nobody has placed it."""
+  if isinstance(x, jax.Array) and not x.committed:
+    return None
+  place = x.sharding
+  if not isinstance(place, NamedSharding):
+    return place
+  # JAX writes the axes that are not cut now so, now so.
+  spec = list(place.spec)
+  while spec and spec[-1] is None:
+    spec.pop()
+  return place.mesh, tuple(spec), place.memory_kind

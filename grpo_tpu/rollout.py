@@ -165,7 +165,7 @@ class _Rollout:
     self._grid = compaction.first_grid(
       shards, per_shard, settings.num_completions
     )
-    self._ladder = compaction.ladder(per_shard, settings.num_completions)
+    self._ladder = _ladder(settings, per_shard)
     shape = (shards, per_shard, settings.num_completions)
     # By number of the row: as far as the host has looked; no cut is beyond T.
     self._length = np.zeros(shape, np.int32)
@@ -347,12 +347,19 @@ def prepare(
   if settings.max_new_tokens == 1:
     return
   state, _ = programs.write.prepare(params, state, array(bool, *shape))
-  if settings.chunk_tokens >= settings.max_new_tokens - 1:
-    return
-  for bundles, width in compaction.ladder(*shape)[1:]:
+  for bundles, width in _ladder(settings, per_shard)[1:]:
     number = array(np.int32, bundles, width)
     state = programs.move.prepare(
       state, number, number, array(np.int32, bundles)
     )
     alive = array(bool, bundles, width)
     state, _ = programs.write.prepare(params, state, alive)
+
+
+def _ladder(
+  settings: generation.Settings, num_prompts: int
+) -> list[tuple[int, int]]:
+  """Shapes that a shard's rows take; one where a single chunk ends them all."""
+  shapes = compaction.ladder(num_prompts, settings.num_completions)
+  is_one_chunk = settings.chunk_tokens >= settings.max_new_tokens - 1
+  return shapes[:1] if is_one_chunk else shapes
