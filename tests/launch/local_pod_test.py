@@ -50,6 +50,8 @@ class Machine:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
+      # As at a terminal, even where these tests run in a shell's background.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def run(self, *arguments: str, **acts: str) -> tuple[int, str]:
