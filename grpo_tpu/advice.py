@@ -113,7 +113,8 @@ def _bound(config: run_config.Config, topology: chips.Topology) -> float:
   """Seconds of moving between chips in a step, at least."""
   chip = topology.chip
   moved = [
-    traffic.volume(config, topology, step) for step in ("rollout", "train_step")
+    traffic.volume(config, topology, step)
+    for step in ("decode_chunk", "train_step")
   ]
   return sum(
     x["ici"] / chip.ici_bandwidth + x["dcn"] / chip.dcn_bandwidth for x in moved

@@ -56,6 +56,10 @@ class Ahead:
     """Wraps the result of `jax.jit`, to be called by position alone."""
     self._jitted, self._compiled = jitted, {}
 
+  def trace(self, *args: Any) -> Any:
+    """The program of such arguments, not yet compiled."""
+    return self._jitted.trace(*args)
+
   def prepare(self, *args: Any) -> Any:
     """Compiles for arguments given as shapes with their places.
 

@@ -135,7 +135,7 @@ class ModelSettings:
       bfloat16 scores alike. With adapters there is no copy.
     reference_memory: Where that copy lies: "device", or "pinned_host", from
       where it visits the devices to score.
-    logits_chunk: Tokens whose logits exist at a time.
+    logits_chunk: Tokens of a data shard whose logits exist at a time.
   """
 
   name: str

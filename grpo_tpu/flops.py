@@ -33,12 +33,13 @@ def count(fun: Callable, *args: Any, **kwargs: Any) -> float:
   return count_jaxpr(jax.make_jaxpr(fun)(*args, **kwargs))
 
 
-def count_jaxpr(closed: Any, while_trips: int | None = None) -> float:
+def count_jaxpr(closed: Any, while_trips: tuple[int, ...] = ()) -> float:
   """Operations of a traced program, over all devices.
 
   Args:
     closed: As `jax.make_jaxpr` or `jitted.trace(...).jaxpr` gives it.
-    while_trips: Of loops whose trips depend on values; None refuses them.
+    while_trips: Of loops whose trips depend on values, from the outermost to
+      the innermost; there must be no deeper ones.
   """
   return _count(_live(closed.jaxpr), while_trips)
 
@@ -48,11 +49,11 @@ def _live(jaxpr: core.Jaxpr) -> core.Jaxpr:
   return partial_eval.dce_jaxpr(jaxpr, used)[0]
 
 
-def _count(jaxpr: core.Jaxpr, trips: int | None) -> float:
+def _count(jaxpr: core.Jaxpr, trips: tuple[int, ...]) -> float:
   return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, trips: int | None) -> float:
+def _of_equation(equation, trips: tuple[int, ...]) -> float:
   params = equation.params
   match equation.primitive.name:
     case "dot_general":
@@ -62,19 +63,22 @@ def _of_equation(equation, trips: int | None) -> float:
     case "scan":
       return params["length"] * _count(_inner(params["jaxpr"]), trips)
     case "while":
-      if trips is None:
+      if not trips:
         raise NotImplementedError("a loop whose trips depend on values")
-      return trips * (
-        _count(_inner(params["body_jaxpr"]), trips)
-        + _count(_inner(params["cond_jaxpr"]), trips)
+      return trips[0] * (
+        _count(_inner(params["body_jaxpr"]), trips[1:])
+        + _count(_inner(params["cond_jaxpr"]), trips[1:])
       )
     case "cond":
       # The dearest branch, for a bound that holds whichever runs.
       return max(_count(_inner(b), trips) for b in params["branches"])
     case "shard_map":
-      # Written for one device, and every device runs it.
+      # Written for one shard of the axes that are cut by hand.
       mesh = params["mesh"]
-      return mesh.size * _count(_inner(params["jaxpr"]), trips)
+      shards = math.prod(
+        mesh.shape[name] for name in params["newly_manual_axes"]
+      )
+      return shards * _count(_inner(params["jaxpr"]), trips)
     case "pallas_call":
       return _of_kernel(equation)
   inner = core.jaxprs_in_params(params)

@@ -140,6 +140,17 @@ class Programs:
     self.move = compilation.Ahead(jax.jit(self._move))
     self.results = compilation.Ahead(jax.jit(self._results))
 
+  def abstract_state(self, *args: Any) -> State:
+    """Shapes and places of what `prefill` makes of such arguments."""
+    state, _ = jax.eval_shape(self._prefill, *args)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(self._mesh, place)
+      ),
+      state,
+      self._places(state),
+    )
+
   def _prefill(
     self,
     params: dict,

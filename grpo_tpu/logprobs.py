@@ -7,13 +7,15 @@ other way, rounding alone would move their ratio away from one.
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines import tokenizer
+from grpo_tpu import sharding
 
 # Finite, for the entropy multiplies it by a probability of 0.
 _IMPOSSIBLE = -1.0e30
@@ -76,6 +78,59 @@ def per_token_logps(
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
   )
+
+
+def on_shards(
+  states: Float[Array, "U C T D"],
+  ids: Int[Array, "U C T"],
+  embedding: Float[Array, "V D"],
+  *,
+  is_early: Bool[Array, "U C T"] | None = None,
+  **how: Any,
+) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+  """`per_token_logps` in which each data shard scores its own bundles.
+
+  Left to itself, the compiler cuts every chunk's logits along `D` and adds them
+  up over the devices. Here the embedding is gathered once, and its gradient
+  scattered once, whatever the number of chunks; `chunk_size` is of a shard. On
+  the mesh of `jax.set_mesh`, and as it is where there is none or where it does
+  not divide the bundles.
+
+  Args:
+    states: As in `per_token_logps`.
+    ids: Likewise.
+    embedding: Likewise.
+    is_early: Likewise.
+    **how: The rest, likewise.
+  """
+  mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
+  shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in batch)
+  dtype = embedding.dtype
+
+  def scored(states, ids, embedding, *early):
+    early = {"is_early": early[0]} if early else {}
+    return per_token_logps(states, ids, embedding, **how, **early)
+
+  def gathered(states, ids, embedding, *early):
+    whole = jax.lax.all_gather(
+      embedding.astype(states.dtype), "fsdp", axis=1, tiled=True
+    )
+    # Still cut along the vocabulary, as its logits are.
+    whole = jax.lax.with_sharding_constraint(whole, P("tensor"))
+    # Chunks' gradients add up in the type of the parameter.
+    return scored(states, ids, whole.astype(dtype), *early)
+
+  arrays = (states, ids, embedding, *(() if is_early is None else (is_early,)))
+  if shards == 1 or states.shape[0] % shards:
+    return scored(*arrays)
+  rows = sharding.BATCH
+  return jax.shard_map(
+    gathered,
+    in_specs=(rows, rows, P(None, "fsdp"), *[rows] * (len(arrays) - 3)),
+    out_specs=(rows, rows),
+    axis_names=set(batch),
+    check_vma=False,
+  )(*arrays)
 
 
 class _How(NamedTuple):

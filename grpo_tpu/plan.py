@@ -31,6 +31,7 @@ def run(
   """
   with run_config.refutable():
     described = planning.check(config, topology)
+    planning.check_compiler()
   if advise:
     _say(advice.advise(config, described))
     return

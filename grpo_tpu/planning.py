@@ -85,13 +85,6 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
       "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
     )
   described = chips.parse(topology)
-  if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
-      f"--mode=plan (--topology={topology}) must have libtpu, the compiler for "
-      "TPUs, which runs on Linux x86_64 without a TPU; there, install it with "
-      "`pip install -e '.[tpu]' -c constraints.txt`. For macOS and arm64 there "
-      "is none: plan in a Linux x86_64 container or VM."
-    )
   mesh, devices = config.mesh, described.num_devices
   if mesh.replica * mesh.fsdp * mesh.tensor != devices:
     near = nearest_mesh(config, devices)
@@ -109,6 +102,21 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
     )
   _check_divides(config)
   return described
+
+
+def check_compiler() -> None:
+  """Whether this machine has the compiler for TPUs.
+
+  Raises:
+    ValueError: It has not, and how to get it.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "--mode=plan must have libtpu, the compiler for TPUs, which needs no TPU "
+      "but Linux on x86_64; there, install it with "
+      "`pip install -e '.[tpu]' -c constraints.txt`. For macOS and arm64 there "
+      "is none: plan in a Linux x86_64 container or VM."
+    )
 
 
 def nearest_mesh(config: run_config.Config, devices: int) -> str:
@@ -255,22 +263,34 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
 
 
 def step_bounds(made: Plan) -> dict[str, Any]:
-  """Bounds of a whole step: each program once, train_step per iteration."""
-  kinds = {row["name"].partition(" ")[2] for row in made.programs}
+  """Bounds of a whole step, each program as often as a step calls it."""
+  config = made.config
+  times = {
+    "train_step": config.train.num_iterations,
+    "decode_chunk": (config.rollout.max_new_tokens - 1)
+    / traffic.decode_trips(config),
+  }
   bounds = {}
-  for kind in sorted(kinds):
-    seconds, tokens = 0.0, 0
-    for row in made.programs:
-      name, _, its_kind = row["name"].partition(" ")
-      if its_kind != kind:
-        continue
-      times = made.config.train.num_iterations if name == "train_step" else 1
-      seconds += times * max(row["bounds_seconds"].values())
-      tokens = row["completion_tokens"]
-    chips_used = made.topology.num_chips
-    bounds[kind.strip("()")] = {
+  for kind in ("text", "image"):
+    rows = [
+      row
+      for row in made.programs
+      if kind in row["name"] or "(" not in row["name"]
+    ]
+    if not any(kind in row["name"] for row in rows):
+      continue
+    seconds = sum(
+      times.get(row["name"].partition(" ")[0], 1)
+      * max(row["bounds_seconds"].values())
+      for row in rows
+    )
+    tokens = max(row["completion_tokens"] for row in rows)
+    bounds[kind] = {
       "step_seconds_at_least": seconds,
       "completion_tokens_per_second_at_most": tokens / seconds,
-      "chip_hours_per_1000_steps_at_least": seconds * chips_used * 1000 / 3600,
+      "chip_hours_per_1000_steps_at_least": seconds
+      * made.topology.num_chips
+      * 1000
+      / 3600,
     }
   return bounds

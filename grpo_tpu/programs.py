@@ -15,9 +15,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines import tokenizer as tokens
-from grpo_tpu import chips, rollout, sharding, train_step
+from grpo_tpu import chips, generation, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import lora, weights
 
 # What lies on the devices from step to step, whatever runs.
@@ -34,7 +35,7 @@ class Program(NamedTuple):
     kwargs: Likewise.
     parts: The shapes among them by class: those of `RESIDENT`, "caches", and
       "batch".
-    while_trips: Of loops that end when every row has.
+    while_trips: Of loops that end when every row has, and of those inside.
     tokens: Completion tokens of a call, over all rows.
   """
 
@@ -43,7 +44,7 @@ class Program(NamedTuple):
   args: tuple
   kwargs: dict[str, Any]
   parts: dict[str, Any]
-  while_trips: int
+  while_trips: tuple[int, ...]
   tokens: int
 
   def traced(self, mesh: Mesh) -> Any:
@@ -115,8 +116,12 @@ def names(config: run_config.Config) -> list[str]:
   if has_scoring(config):
     steps.insert(0, "score")
   if config.data.kind == "online":
-    steps.insert(0, "rollout")
-  return [f"{step} ({kind})" for step in steps for kind in kinds]
+    steps.insert(0, "prefill")
+  planned = [f"{step} ({kind})" for step in steps for kind in kinds]
+  if config.data.kind == "online":
+    # Reads no image: what a prompt shows is in its cache.
+    planned.insert(len(kinds), "decode_chunk")
+  return planned
 
 
 def has_scoring(config: run_config.Config) -> bool:
@@ -136,7 +141,8 @@ def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
   policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
   made = _Made(policy, with_images=kind == "(image)")
   make = {
-    "rollout": made.rollout,
+    "prefill": made.prefill,
+    "decode_chunk": made.decode_chunk,
     "score": made.score,
     "train_step": made.update,
   }[step]
@@ -155,6 +161,15 @@ def trained_shapes(config: run_config.Config) -> dict:
   shapes = weights.abstract_params(model, jnp.dtype(config.model.param_dtype))
   adapters = lora.abstract_adapters(model, config.lora) if config.lora else {}
   return {"params": shapes, "adapters": adapters}
+
+
+class _Scaled(jax.ShapeDtypeStruct):
+  """A shape that stays what it is when it is multiplied by a number."""
+
+  def __mul__(self, _: float) -> "_Scaled":
+    return self
+
+  __rmul__ = __mul__
 
 
 class _Made:
@@ -179,37 +194,85 @@ class _Made:
       "reference": reference,
     }
 
-  def rollout(self, name: str) -> Program:
-    """Completions of a step's prompts."""
-    config, policy = self._config, self._policy
-    params = policy.run_params(self._state.params, self._frozen)
-    batch = self._prompts()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    index = self._array(jnp.int32)
-    settings = config.rollout
+  def _run_params(self) -> dict:
+    """What runs the network; adapters' shapes where the adapters would go."""
+    if self._frozen is None:
+      return self._state.params
+    factors = jax.tree.map(
+      lambda x: _Scaled(x.shape, x.dtype, sharding=x.sharding),
+      self._state.params,
+    )
+    made = self._policy.run_params(factors, self._frozen)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      made,
+    )
+
+  def prefill(self, name: str) -> Program:
+    """Reads a step's prompts, and writes the first token of every row."""
+    made, args = self._rollout()
+    params, prompts, *_ = args
     return Program(
       name=name,
-      function=rollout.rollout,
-      args=(params, *batch, index, key),
-      kwargs={
-        "config": config.model_config,
-        "num_completions": settings.num_generations,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "dtype": policy.model.dtype,
-        "attention": policy.model.attention,
-        "banned_ids": policy.banned_ids,
-      },
-      parts={"params": params, "batch": batch},
-      while_trips=settings.max_new_tokens - 1,
-      tokens=self._num_tokens,
+      function=made.prefill,
+      args=args,
+      kwargs={},
+      parts={"params": params, "batch": prompts},
+      while_trips=(),
+      tokens=0,
+    )
+
+  def decode_chunk(self, name: str) -> Program:
+    """Some more tokens of every row, as long as all go on."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    settings = self._config.rollout
+    return Program(
+      name=name,
+      function=made.write,
+      args=(args[0], state, self._array(bool, settings.num_generations)),
+      kwargs={},
+      parts={"params": args[0], "caches": state},
+      # Tokens, and in each the local layers between two global ones.
+      while_trips=(
+        min(settings.chunk_tokens, settings.max_new_tokens - 1),
+        gemma3_config.PERIOD - 1,
+      ),
+      tokens=0,
+    )
+
+  def _rollout(self) -> tuple[Any, tuple]:
+    """What samples a step's completions, and what it is called with."""
+    config, policy = self._config, self._policy
+    rows, new = config.rollout.num_generations, config.rollout
+    settings = generation.Settings(
+      config=config.model_config,
+      num_completions=rows,
+      max_new_tokens=new.max_new_tokens,
+      min_new_tokens=new.min_new_tokens,
+      chunk_tokens=new.chunk_tokens,
+      temperature=new.temperature,
+      dtype=policy.model.dtype,
+      attention=policy.model.attention,
+      banned_ids=policy.banned_ids,
+    )
+    ids, length, images = self._prompts()
+    prompts = generation.Prompts(ids, length, images, self._array(jnp.int32))
+    params = self._run_params()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    limit = self._array(jnp.int32, rows)
+    return generation.Programs(settings, policy.mesh), (
+      params,
+      prompts,
+      limit,
+      key,
     )
 
   def score(self, name: str) -> Program:
     """Log-probabilities of a batch under other parameters."""
     config, policy = self._config, self._policy
     bundles = self._bundles()
-    params, part = policy.run_params(self._state.params, self._frozen), "params"
+    params, part = self._run_params(), "params"
     if config.has_reference and not config.lora:
       params, part = policy.abstract_reference(on_device=True), "reference"
     return Program(
@@ -218,7 +281,7 @@ class _Made:
       args=(policy.model, params, bundles),
       kwargs={"num_microbatches": config.num_microbatches},
       parts={part: params, "batch": bundles},
-      while_trips=1,
+      while_trips=(),
       tokens=self._num_tokens,
     )
 
@@ -236,7 +299,7 @@ class _Made:
         "optimizer": state.opt_state,
         "batch": bundles,
       },
-      while_trips=1,
+      while_trips=(),
       tokens=self._num_tokens,
     )
 
@@ -260,12 +323,17 @@ class _Made:
     place = sharding.batch(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def _prompts(self) -> tuple:
+  def _prompts(self, *, pixels: bool = False) -> tuple:
+    """Ids, lengths and images: as a frozen tower reads them, or pixels."""
     vision = self._config.model_config.vision
     images = self._array(jnp.uint8, 0, 1, 1, 3)
     if vision and self._with_images:
       side = vision.image_size
-      images = self._array(jnp.uint8, 1, side, side, 3)
+      images = self._array(
+        self._policy.model.dtype, 1, vision.soft_tokens, vision.width
+      )
+      if pixels:
+        images = self._array(jnp.uint8, 1, side, side, 3)
     length = self._config.data.prompt_buckets[-1]
     ids = self._array(jnp.int32, length)
     return ids, self._array(jnp.int32), images
@@ -273,7 +341,8 @@ class _Made:
   def _bundles(self) -> train_step.Bundles:
     config = self._config
     rows = self._completions, config.rollout.max_new_tokens
-    ids, length, images = self._prompts()
+    trains_vision = config.model.train_vision
+    ids, length, images = self._prompts(pixels=trains_vision)
     is_online = config.data.kind == "online"
     logps = self._array(jnp.float32, *rows)
     is_old = config.data.kind == "preference" or config.train.num_iterations > 1

@@ -37,13 +37,15 @@ def volume(
   rows, micro = _tokens(config), config.num_microbatches
   reduced = _activations(config, rows) * 2 * (mesh.tensor - 1) / mesh.tensor
   dcn = 0.0
-  if step == "rollout":
-    written = _tokens(config, prompts=False)
-    reduced = 2 * (mesh.tensor - 1) / mesh.tensor
-    reduced *= _activations(config, rows - written) + _activations(
-      config, written
-    )
-    ici = gathered * config.rollout.max_new_tokens + reduced
+  if step == "prefill":
+    prompts = rows - _tokens(config, prompts=False)
+    each = 2 * (mesh.tensor - 1) / mesh.tensor
+    ici = gathered + each * _activations(config, prompts)
+  elif step == "decode_chunk":
+    trips = decode_trips(config)
+    written = _tokens(config, prompts=False) / config.rollout.max_new_tokens
+    each = 2 * (mesh.tensor - 1) / mesh.tensor
+    ici = trips * (gathered + each * _activations(config, written))
   elif step == "score":
     ici = gathered * micro + reduced
   else:
@@ -68,7 +70,16 @@ def least_hbm_bytes(config: run_config.Config, program: str) -> int:
     return int(sharded * micro)
   if step == "train_step":
     return int(sharded * micro * (3 if config.model.remat == "full" else 2))
-  return int(sharded * config.rollout.max_new_tokens + _cache_reads(config))
+  if step == "prefill":
+    return int(sharded)
+  share = decode_trips(config) / config.rollout.max_new_tokens
+  return int(sharded * decode_trips(config) + share * _cache_reads(config))
+
+
+def decode_trips(config: run_config.Config) -> int:
+  """Tokens that a call of `decode_chunk` writes of a row."""
+  settings = config.rollout
+  return max(1, min(settings.chunk_tokens, settings.max_new_tokens - 1))
 
 
 def _cache_reads(config: run_config.Config) -> float:

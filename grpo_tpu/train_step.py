@@ -102,7 +102,7 @@ def token_logps(
     vision_remat=model.vision_remat,
     implementation=model.attention,
   )
-  return logprobs.per_token_logps(
+  return logprobs.on_shards(
     states,
     bundles.completion_ids,
     params["embedder"]["input_embedding"],

@@ -10,11 +10,20 @@ import sys
 import pytest
 
 from data_pipelines import prepare, synthetic
+from grpo_tpu import chips, dataset, planning
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+OVERLAYS = [path for path in CONFIGS if path.stem.startswith("gemma3_")]
+TOPOLOGIES = {
+  "gemma3_4b_v5e_16": "v5e:4x4",
+  "gemma3_4b_v6e_16": "v6e:4x4",
+  "gemma3_4b_v5p_16": "v5p:2x2x2",
+  "gemma3_12b_v5p_64": "v5p:2x4x4",
+  "gemma3_27b_v5p_256": "v5p:4x4x8",
+  "gemma3_27b_v6e_256": "v6e:16x16",
+}
 STAGES = ("warm_start", "grpo")
 # Prints the words of the array that smoke.sh hands to prepare, one a line.
 PREPARE_WORDS = r"""
@@ -50,6 +59,24 @@ def test_every_config_is_valid(path):
   assert isinstance(
     dataset.synthetic_request(config, "DIR").source, synthetic.Spec
   )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
+  """Its mesh multiplies out to the chips, and every parameter divides."""
+  config = validated(path, kind)
+  model, size, *_ = path.stem.split("_")
+  assert config.model.name == f"{model}_{size}"
+  assert (config.lora is not None) == (kind == "lora")
+  topology = TOPOLOGIES[path.stem]
+  assert path.stem.endswith(chips.parse(topology).slice_name.replace("-", "_"))
+  planning.check(config, topology)
+
+
+def test_an_overlay_of_another_kind_is_refused():
+  with pytest.raises(ValueError, match="kind.*'half'.*full or lora"):
+    settings(OVERLAYS[0], "half")
 
 
 def test_the_two_smoke_stages_read_the_same_prompts_with_the_same_model():

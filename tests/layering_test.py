@@ -43,12 +43,11 @@ FLOORS = {
   },
   2: {
     "grpo_tpu.command_line",
-    "grpo_tpu.logprobs",
     "grpo_tpu.rewards",
     "grpo_tpu.scorecard",
     "grpo_tpu.sharding",
   },
-  3: {"grpo_tpu.gemma3"},
+  3: {"grpo_tpu.gemma3", "grpo_tpu.logprobs"},
   4: {
     "grpo_tpu.checkpoint",
     "grpo_tpu.generation",

@@ -384,7 +384,29 @@ def test_no_more_samples_can_be_asked_for_than_are_drawn():
 
 
 def test_tensor_shards_do_not_divide_the_batch():
-  assert built({"mesh.tensor": 7}).mesh.tensor == 7
+  odd = {
+    "data.prompts_per_step": 7,
+    "train.microbatch_bundles": 7,
+    "eval.batch_size": 5,
+  }
+  assert built({"mesh.tensor": 2} | odd).mesh.tensor == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"mesh.tensor": 4}, r"mesh\.tensor \(4\) must divide axis 1 of .*of 2\."),
+    (
+      {"mesh.fsdp": 24, "data.prompts_per_step": 24}
+      | {"train.microbatch_bundles": 24, "eval.batch_size": 24},
+      r"mesh\.fsdp \(24\) must divide axis \d of .*of 64\.",
+    ),
+  ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, message):
+  """Two heads by four, a width of 64 by 24: with no such devices about."""
+  with pytest.raises(ValueError, match=message):
+    built(changes)
 
 
 def test_one_completion_is_enough_where_none_is_sampled():

@@ -59,7 +59,7 @@ def test_a_loop_of_unknown_length_counts_as_many_trips_as_are_said():
     )
 
   jaxpr = jax.make_jaxpr(loop)(LEFT, jnp.ones((B, B)))
-  assert flops.count_jaxpr(jaxpr, while_trips=4) == 4 * 2 * A * B * B
+  assert flops.count_jaxpr(jaxpr, while_trips=(4,)) == 4 * 2 * A * B * B
   with pytest.raises(NotImplementedError, match="trips"):
     flops.count_jaxpr(jaxpr)
 
@@ -81,6 +81,19 @@ def test_each_device_of_a_shard_map_counts():
     jnp.matmul, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x")
   )
   assert flops.count(product, jnp.ones((4 * A, B)), RIGHT) == 4 * PRODUCT
+
+
+def test_an_axis_that_is_not_cut_by_hand_is_not_counted_again():
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+  product = jax.shard_map(
+    jnp.matmul,
+    mesh=mesh,
+    in_specs=(P("x"), P()),
+    out_specs=P("x"),
+    axis_names={"x"},
+    check_vma=False,
+  )
+  assert flops.count(product, jnp.ones((2 * A, B)), RIGHT) == 2 * PRODUCT
 
 
 def test_a_convolution_counts_its_kernel_at_each_output():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import logprobs
+from grpo_tpu import logprobs, sharding
 
 SHAPE, WIDTH, VOCAB = (2, 2, 3), 5, 17
 TEMPERATURE = 0.7
@@ -56,6 +56,44 @@ def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
   ):
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
+  """In values and gradients; of the embedding they have none."""
+  states, ids, embedding = inputs()
+  banned = (0, VOCAB - 1)
+  ids = jnp.clip(ids, 1, VOCAB - 2)
+  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+
+  def weighed(outputs):
+    return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
+
+  def ours(states, embedding):
+    return weighed(
+      logprobs.per_token_logps(
+        states,
+        ids,
+        embedding,
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size,
+        banned_ids=banned,
+      )
+    )
+
+  def without(states, embedding):
+    return weighed(plain(states, ids - 1, embedding[1:-1]))
+
+  for got, want in zip(
+    jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
+    jax.value_and_grad(without, argnums=(0, 1))(states, embedding),
+    strict=True,
+  ):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+      got,
+      want,
+    )
 
 
 def test_uniform_logits_have_the_log_of_the_vocabulary_for_entropy():
@@ -114,3 +152,27 @@ def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
     states, jnp.zeros((vocab, 4))
   )
   assert max(sizes(program.jaxpr)) == chunk_size * vocab
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
+def test_shards_score_and_teach_as_one_device_does(shape):
+  """However the mesh cuts bundles, widths and vocabulary."""
+  mesh = sharding.make_mesh(*shape, devices=jax.devices())
+  rng = np.random.default_rng(0)
+  states = jnp.asarray(rng.standard_normal((4, 2, 5, 8)), jnp.float32)
+  table = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+  ids = jnp.asarray(rng.integers(0, 32, (4, 2, 5)), jnp.int32)
+  weights = rng.standard_normal((2, *ids.shape)).astype(np.float32)
+
+  def loss(score, states, table):
+    logps, entropies = score(
+      states, ids, table, temperature=0.7, chunk_size=3, banned_ids=(5,)
+    )
+    return (weights[0] * logps + weights[1] * entropies).sum()
+
+  both = jax.value_and_grad(loss, argnums=(1, 2))
+  plain = both(logprobs.per_token_logps, states, table)
+  with jax.set_mesh(mesh):
+    cut = jax.jit(both, static_argnums=0)(logprobs.on_shards, states, table)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -349,6 +349,7 @@ def test_an_update_leaves_a_state_where_it_was(tiny):
       tiny,
       lambda x: jax.device_put(x, places),
       functools.partial(sharding.put_batch, mesh),
+      mesh,
     ).params
   jax.tree.map(
     lambda x, place: (

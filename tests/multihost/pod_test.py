@@ -60,6 +60,7 @@ def test_two_hosts_train_as_one_does(alone, two):
   assert_same_run(two, alone)
 
 
+@pytest.mark.nightly
 def test_four_hosts_of_which_two_share_rows_train_as_one_does(alone, four):
   assert_same_run(four, alone)
 
@@ -76,7 +77,13 @@ def killed_in_two(new_pod):
   return pod
 
 
-@pytest.mark.parametrize("topology", [ALONE, FOUR], ids=["one", "four"])
+@pytest.mark.parametrize(
+  "topology",
+  [
+    pytest.param(ALONE, id="one"),
+    pytest.param(FOUR, id="four", marks=pytest.mark.nightly),
+  ],
+)
 def test_a_run_of_two_hosts_goes_on_with(
   topology, killed_in_two, alone, tmp_path
 ):
@@ -84,6 +91,7 @@ def test_a_run_of_two_hosts_goes_on_with(
   assert_same_run(pod, alone)
 
 
+@pytest.mark.nightly
 def test_a_run_of_four_hosts_goes_on_with_two(new_pod, alone):
   pod = new_pod()
   assert pod.start(FOUR, "kill@4:2:update") != 0

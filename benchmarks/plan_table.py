@@ -1,0 +1,37 @@
+"""The table of docs/plan.md, from what --mode=plan wrote.
+
+python benchmarks/plan_table.py DIR/*/plan.json
+"""
+
+import json
+import pathlib
+import sys
+
+_GIB = 2**30
+
+
+def main(paths: list[str]) -> None:
+  """Prints a line for each plan, in the order given."""
+  print(
+    "| model | slice | trained | most at once, GiB of a device | limit | free "
+    "| by |"
+  )
+  print("|---|---|---|---|---|---|---|")
+  for path in paths:
+    made = json.loads(pathlib.Path(path).read_text())
+    peak = max(made["programs"], key=lambda x: x["resident_bytes"])
+    rank = made["config"]["model"]["lora"]["rank"]
+    cells = [
+      made["model"],
+      f"{made['topology']} ({made['slice']})",
+      f"LoRA of rank {rank}" if rank else "all",
+      f"{peak['resident_bytes'] / _GIB:.2f}",
+      f"{made['hbm_limit_bytes'] / _GIB:.2f}",
+      f"{made['room']:.1%}",
+      peak["name"],
+    ]
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

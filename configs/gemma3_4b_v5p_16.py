@@ -1,0 +1,23 @@
+"""Gemma 3 4B on one v5p-16 slice: 8 chips on 2 hosts.
+
+The whole model is trained; with `:lora` behind the file name, adapters.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config(kind: str = "full") -> ml_collections.ConfigDict:
+  """Settings of one of the two kinds, "full" or "lora"."""
+  if kind not in ("full", "lora"):
+    raise ValueError(f"kind ({kind!r}) must be full or lora.")
+  config = base.get_config()
+  config.model.name = "gemma3_4b"
+  config.mesh.update(fsdp=8, tensor=1)
+  config.train.microbatch_bundles = 16
+  if kind == "lora":
+    config.model.lora.rank = 16
+    config.model.param_dtype = "bfloat16"  # Of what lies frozen under them.
+    config.optimizer.learning_rate = 1e-5
+  return config
