@@ -5,7 +5,6 @@ was sampled nor what was learnt is done again.
 """
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -81,9 +80,5 @@ def laid_out(
   An update compiles for the places of its arguments. So these must not depend
   on whether the step was interrupted.
   """
-  return _put(place)(bundles)
-
-
-@functools.cache
-def _put(place: Sharding):
-  return jax.jit(lambda x: x, out_shardings=place)
+  # Not by a program, of which there would be one for each shape.
+  return jax.device_put(bundles, place)

@@ -99,8 +99,11 @@ def _place(x: Any) -> Any:
   place = x.sharding
   if not isinstance(place, NamedSharding):
     return place
-  # JAX writes the axes that are not cut now so, now so.
-  spec = list(place.spec)
-  while spec and spec[-1] is None:
+  # JAX writes axes that are not cut, or cut by one, now so, now so.
+  spec = []
+  for axes in place.spec:
+    names = axes if isinstance(axes, tuple) else (axes,)
+    spec.append(tuple(x for x in names if x and place.mesh.shape[x] > 1))
+  while spec and not spec[-1]:
     spec.pop()
   return place.mesh, tuple(spec), place.memory_kind

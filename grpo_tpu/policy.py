@@ -292,7 +292,9 @@ class Policy:
     vision = self.config.model_config.vision
     if self.pictures:
       self.pictures.prepare(params)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(
+      (), jax.random.key(0).dtype, sharding=sharding.replicated(self.mesh)
+    )
     for width, slots in sorted(shapes):
       images = array(np.uint8, 0, 0, 0, 3)
       if vision:
