@@ -25,6 +25,8 @@ def test_no_step_after_the_second_compiles_anything(program, drawn, tmp_path):
     "--config.data.prompt_buckets=(36,38,40,42,44,48,52,64)",
     "--config.rollout.max_new_tokens=10",
     "--config.rollout.chunk_tokens=3",
+    # A policy that knows nothing seldom stops by itself.
+    "--config.rollout.stop_strings=('a','e','o','t','1','2')",
     "--config.eval.every_steps=13",
     "--config.objective.beta=0.01",
     "--config.samples.every_steps=0",
