@@ -31,6 +31,7 @@ from data_pipelines import tokenizer as tokens
 KINDS = ("online", "demonstrations", "preference")
 # In place of a prompt's length.
 _UNUSABLE, _PADDING = 0, -1
+_MOST_STEPS_LOOKED_AT = 10_000
 # Four threads keep ahead of any training step; each holds one batch.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 # What a source raises on a damaged record; a bug raises something else.
@@ -206,7 +207,12 @@ class TrainBatches:
     return next(self._stream)
 
   def shapes(self, num_steps: int) -> set[tuple[int, int]]:
-    """Padded lengths of prompts, and images of each, in the first batches."""
+    """Padded lengths of prompts, and images of each, in the first batches.
+
+    Of very many batches the first alone are looked at: what is not among them
+    comes so seldom that it may be compiled when it does.
+    """
+    num_steps = min(num_steps, _MOST_STEPS_LOOKED_AT)
     return {self._shape_of(step) for step in range(num_steps)}
 
 

@@ -44,6 +44,7 @@ def test_a_host_that_gets_nowhere_shows_its_stacks_and_exits_76(
   assert "Thread" in stacks and "train.py" in stacks
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("host", [0, 1], ids=["coordinator", "other"])
 def test_a_host_that_is_frozen_is_given_up_after_the_heartbeat_time_out(
   start,  # noqa: F811
