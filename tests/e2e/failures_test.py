@@ -65,6 +65,7 @@ def test_a_host_that_is_frozen_is_given_up_after_the_heartbeat_time_out(
   assert end.seconds[1 - host] < 10 + SOON
 
 
+@pytest.mark.nightly
 def test_a_gradient_that_is_not_finite_is_skipped_by_all_and_counted(
   start,  # noqa: F811
   tmp_path,
@@ -87,6 +88,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_and_counted(
   assert summary(workdir)["skipped_updates"] == 1
 
 
+@pytest.mark.nightly
 def test_hosts_that_differ_are_named_with_what_differs(start, tmp_path):  # noqa: F811
   hosts = start(tmp_path / "run", others=("--config.objective.beta=0.1",))
   end = hosts.end()
@@ -97,6 +99,7 @@ def test_hosts_that_differ_are_named_with_what_differs(start, tmp_path):  # noqa
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 def test_the_slow_host_is_named(start, tmp_path):  # noqa: F811
   workdir = tmp_path / "run"
   end = start(workdir, fault="slow@2:1:save").end()

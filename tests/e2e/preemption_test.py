@@ -81,11 +81,11 @@ def summary(workdir):
     # The next common poll is in the rollout of the step.
     ("term@2:1:rollout", 1, "00000001"),
     # Or at the border of the next step,
-    ("term@2:1:update", 1, "00000002"),
+    pytest.param("term@2:1:update", 1, "00000002", marks=pytest.mark.nightly),
     # or between two updates,
-    ("term@2:0:update", 2, "00000001.1"),
+    pytest.param("term@2:0:update", 2, "00000001.1", marks=pytest.mark.nightly),
     # or in the evaluation, with all updates done.
-    ("term@3:1:update", 1, "00000002.1"),
+    pytest.param("term@3:1:update", 1, "00000002.1", marks=pytest.mark.nightly),
   ],
   ids=["in a rollout", "between steps", "between updates", "in an evaluation"],
 )

@@ -65,6 +65,7 @@ def test_four_hosts_of_which_two_share_rows_train_as_one_does(alone, four):
   assert_same_run(four, alone)
 
 
+@pytest.mark.nightly
 def test_replicas_of_two_devices_train_as_one_does(alone, new_pod):
   assert_same_run(new_pod().finish(REPLICAS), alone)
 
@@ -77,13 +78,8 @@ def killed_in_two(new_pod):
   return pod
 
 
-@pytest.mark.parametrize(
-  "topology",
-  [
-    pytest.param(ALONE, id="one"),
-    pytest.param(FOUR, id="four", marks=pytest.mark.nightly),
-  ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("topology", [ALONE, FOUR], ids=["one", "four"])
 def test_a_run_of_two_hosts_goes_on_with(
   topology, killed_in_two, alone, tmp_path
 ):
@@ -98,6 +94,7 @@ def test_a_run_of_four_hosts_goes_on_with_two(new_pod, alone):
   assert_same_run(pod.finish(TWO), alone)
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_and_killed_again_is_the_unbroken_one(
   two, killed_in_two, tmp_path
 ):
