@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+LOCAL_POD = (
+  pathlib.Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
+)
 # Host K writes down what it was told, then does what ACT_K says.
 HOST = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo 4321; exit; fi
@@ -44,14 +46,13 @@ class Machine:
 
   def start(self, *arguments: str, **acts: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-      ["bash", str(ROOT / "launch" / "local_pod.sh"), *arguments],
+      # As at a terminal, even where these tests run in a shell's background.
+      ["env", "--default-signal=INT", "bash", str(LOCAL_POD), *arguments],
       cwd=self.home,
       env=self.environment | acts,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
-      # As at a terminal, even where these tests run in a shell's background.
-      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def run(self, *arguments: str, **acts: str) -> tuple[int, str]:
