@@ -31,7 +31,7 @@ def soft_tokens(
   Args:
     config: The tower's sizes.
     params: The tree under `vision_encoder`.
-    images: RGB, already resized to `config.image_size`.
+    images: RGB, already resized to `config.shown_size`.
     dtype: Of the matrix products; norms and softmax stay in fp32.
     remat: What blocks keep for the backward pass, of `remat.POLICIES`.
   """
@@ -41,7 +41,8 @@ def soft_tokens(
   kernel = params["embedding"]["kernel"].reshape(-1, config.width)
   x = x.astype(dtype) @ kernel.astype(dtype)
   # The bias [width] is folded into the positions [1, N, width].
-  offset = params["pos_embedding"] + _like(params["embedding"]["bias"], x)
+  bias = _like(params["embedding"]["bias"], x)
+  offset = positions(config, params["pos_embedding"]) + bias
   x = x + offset.astype(dtype)
 
   def block(x, layer):
@@ -55,9 +56,23 @@ def soft_tokens(
   )
 
 
+def positions(
+  config: gemma3_config.VisionConfig, learnt: Float[Array, "1 N width"]
+) -> Float[Array, "1 n width"]:
+  """Of the patches of what is shown, between those that were learnt."""
+  if config.shown_size == config.image_size:
+    return learnt
+  before, after = (
+    size // config.patch_size for size in (config.image_size, config.shown_size)
+  )
+  grid = learnt.reshape(before, before, -1)
+  grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "linear")
+  return grid.reshape(1, after * after, -1)
+
+
 def _patches(config, images: Array) -> Array:
   """Cuts images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
-  side, patch = config.image_size // config.patch_size, config.patch_size
+  side, patch = config.shown_size // config.patch_size, config.patch_size
   x = images.astype(jnp.float32) / 127.5 - 1.0
   x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(-1, side * side, patch * patch * 3)
