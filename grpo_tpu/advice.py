@@ -254,6 +254,7 @@ def _smaller(config: run_config.Config) -> Iterator[Changes]:
     changes := {
       "train.microbatch_bundles": least,
       "rollout.prompts_at_a_time": least,
+      "rollout.pictures_per_shard": 1,
       "model.remat": "full",
     }
   )

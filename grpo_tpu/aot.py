@@ -42,6 +42,7 @@ _COLLECTIVE = re.compile(
   r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
   r"(?:-start)?\("
 )
+_SCATTERED = re.compile(r"\s*%?all-reduce-scatter")
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2}
 
 
@@ -138,9 +139,16 @@ def _needed(failures: list[Exception]) -> int:
 def collectives(hlo: str) -> tuple[Collective, ...]:
   """The collectives of an optimized program's text, the largest first."""
   counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
-  for match in _COLLECTIVE.finditer(hlo):
-    dtype, dims, name = match.groups()
-    key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
-    counts[key] = counts.get(key, 0) + 1
+  computation = ""
+  for line in hlo.splitlines():
+    if line.endswith("{"):
+      computation = line
+    if match := _COLLECTIVE.search(line):
+      dtype, dims, name = match.groups()
+      # TPUs spell it so: a sum that is cut where it is made.
+      if name == "all-reduce" and _SCATTERED.match(computation):
+        name = "reduce-scatter"
+      key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
+      counts[key] = counts.get(key, 0) + 1
   found = [Collective(*key, count) for key, count in counts.items()]
   return tuple(sorted(found, key=lambda x: -x.num_bytes))

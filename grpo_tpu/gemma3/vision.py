@@ -12,10 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from grpo_tpu import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 
 _LAYER_NORM_EPSILON = 1e-6
+
+
+# Weights of attention exist for so many patches of a picture at a time; those
+# of all 4096 of one would be a gibibyte.
+_PATCHES_AT_A_TIME = 512
 
 
 def soft_tokens(
@@ -46,8 +52,10 @@ def soft_tokens(
   x = x + offset.astype(dtype)
 
   def block(x, layer):
-    return _block(config, layer, x), None
+    # Weights are gathered where pictures lie, and not the other way round.
+    return sharding.activation(_block(config, layer, x), "bundles"), None
 
+  x = sharding.activation(x, "bundles")
   block = remats.rematerialised(block, remat)
   x, _ = jax.lax.scan(block, x, params["layers"])
   x = _layer_norm(params["norm"], x)
@@ -85,15 +93,30 @@ def _block(config, params: dict, x: Array) -> Array:
     + params[name]["bias"][None, None].astype(y.dtype)
     for name in ("query", "key", "value")
   )
-  scores = jnp.einsum("ntqh,nsqh->nqts", q * q.shape[-1] ** -0.5, k)
-  weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-  y = jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+  y = _read(q * q.shape[-1] ** -0.5, k, v)
   out = params["out"]
   x += jnp.einsum("ntqh,qhd->ntd", y, out["kernel"].astype(y.dtype))
   x += _like(out["bias"], x).astype(x.dtype)
   y = _layer_norm(params["mlp_norm"], x)
   y = jax.nn.gelu(_dense(params["mlp_in"], y), approximate=True)
   return x + _dense(params["mlp_out"], y)
+
+
+def _read(q: Array, k: Array, v: Array) -> Array:
+  """Attention `[n, N, heads, h]` of all patches to all, some at a time."""
+
+  def read(q):
+    scores = jnp.einsum("ntqh,nsqh->nqts", q, k)
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    return jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+
+  n, num_patches, *rest = q.shape
+  if num_patches <= _PATCHES_AT_A_TIME or num_patches % _PATCHES_AT_A_TIME:
+    return read(q)
+  parts = q.reshape(n, -1, _PATCHES_AT_A_TIME, *rest).swapaxes(0, 1)
+  # Or the backward pass would find the weights of all parts at once.
+  y = jax.lax.map(jax.checkpoint(read), parts)
+  return y.swapaxes(0, 1).reshape(q.shape)
 
 
 def _dense(params: dict, x: Array) -> Array:

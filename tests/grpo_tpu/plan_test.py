@@ -227,7 +227,9 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
   wanted = pasted(name, "--config.train.microbatch_bundles=8")
   assert pasted(name, flags) == dataclasses.replace(
     wanted,
-    rollout=dataclasses.replace(wanted.rollout, prompts_at_a_time=8),
+    rollout=dataclasses.replace(
+      wanted.rollout, prompts_at_a_time=8, pictures_per_shard=1
+    ),
   )
 
 
@@ -345,6 +347,12 @@ HLO = """
   %a = f32[262144,2560]{1,0} all-reduce(%x), replica_groups={}
   %b = bf16[1,10240,2560]{2,1,0} all-gather(%y), dimensions={2}
   %c = (bf16[8,8,1024,2560]{3,2,1,0}, u32[]) all-gather-start(%z)
+  %f = bf16[8,8,1024,320]{3,2,1,0} all-to-all(%z), dimensions={0}
+  %g = bf16[8,8,1024,640]{3,2,1,0} all-to-all(%z), dimensions={0}
+%all-reduce-scatter.1 (input: f32[10240,2560]) -> f32[1280,2560] {
+  %h = f32[10240,2560]{1,0} all-reduce(%input)
+}
+%other.2 (input: f32[4]) -> f32[4] {
   %d = f32[4]{0} all-reduce(%w)
   %e = f32[4]{0} all-reduce(%v)
 """
@@ -357,14 +365,17 @@ def test_collectives_are_read_from_a_program_the_largest_first():
     8 * 8 * 1024 * 2560 * 2,
   ]
   assert found[-1] == aot.Collective("all-reduce", "f32", (4,), 2)
+  assert aot.Collective("reduce-scatter", "f32", (10240, 2560), 1) in found
 
 
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
-  config = config_of("gemma3_4b_v6e_16")
+  config = config_of("gemma3_4b_v5e_16")
   rows = [vars(x) for x in aot.collectives(HLO)]
-  gradient, activations = traffic.defects(config, rows)
+  gradient, activations, moved = traffic.defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
   assert "1024, 2560" in activations and "gathered" in activations
+  # That of 320 columns of eight shards is of the embedding's rows.
+  assert "1024, 640" in moved and "change places" in moved
 
 
 def main_in_plan_mode(tmp_path, *flags):

@@ -337,7 +337,7 @@ def test_prompts_decoded_some_at_a_time_say_what_they_say_together(policy_of):
     prompt_ids=rng.integers(200, 900, (16, 6)).astype(np.int32),
     prompt_length=np.full(16, 6, np.int32),
     prompt_index=np.arange(16, dtype=np.int32),
-    images=np.zeros((16, 0, tower.image_size, tower.image_size, 3), np.uint8),
+    images=np.zeros((16, 1, tower.image_size, tower.image_size, 3), np.uint8),
   )
   settings = dataclasses.replace(policy.config.rollout, max_new_tokens=5)
   config = dataclasses.replace(policy.config, rollout=settings)

@@ -596,3 +596,32 @@ def test_a_tower_that_is_shown_half_the_size_has_the_positions_between():
   np.testing.assert_allclose(
     sloped.reshape(2, 2, -1)[:, 0, 0], [5 / 7, 16 / 7], rtol=1e-5
   )
+
+
+def test_attention_to_some_patches_at_a_time_is_that_to_all(monkeypatch):
+  tower = CONFIG.vision
+  params = random_params(CONFIG)["vision_encoder"]
+  rng = np.random.default_rng(0)
+  shape = (2, tower.image_size, tower.image_size, 3)
+  images = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
+
+  def gradient(params):
+    return jax.value_and_grad(
+      lambda params: jnp.sum(
+        jnp.sin(
+          vision.soft_tokens(
+            tower, params, images, dtype=jnp.float32, remat="full"
+          )
+        )
+      )
+    )(params)
+
+  want = gradient(params)
+  monkeypatch.setattr(vision, "_PATCHES_AT_A_TIME", 4)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4),
+    gradient(params),
+    want,
+  )
+  # Four parts of four patches of each of two pictures.
+  assert "f32[4,2,4,2,16]" in str(jax.make_jaxpr(gradient)(params))
