@@ -61,14 +61,14 @@ def table(made: planning.Plan) -> str:
     f" {made.topology.slice_name}), mesh {config.mesh.replica} x "
     f"{config.mesh.fsdp} x {config.mesh.tensor}",
     "",
-    "HBM of a device, GiB            " + "".join(f"{h:>11}" for h in _HEADS),
+    "HBM of a device, GiB            " + "".join(f"{h:>12}" for h in _HEADS),
   ]
   for row in made.programs:
     by_class = row["bytes_by_class"]
     cells = [by_class.get(name, 0) / _GIB for name in _CLASSES]
     cells += [row["beside_bytes"] / _GIB, row["resident_bytes"] / _GIB]
     cells.append((limit - row["resident_bytes"]) / _GIB)
-    lines.append(f"{row['name']:<32}" + "".join(f"{x:>11.2f}" for x in cells))
+    lines.append(f"{row['name']:<32}" + "".join(f"{x:>12.2f}" for x in cells))
   lines += [
     "",
     "Work and bounds of a call       "
