@@ -89,7 +89,7 @@ def table(made: planning.Plan) -> str:
   for kind, bound in planning.step_bounds(made).items():
     lines += [
       "",
-      f"bounds of a step of {kind}, which no run can beat: "
+      f"bounds of a step of {kind}, which these programs cannot beat: "
       f"at least {bound['step_seconds_at_least']:.2f} s, at most "
       f"{bound['completion_tokens_per_second_at_most']:,.0f} completion "
       "tokens/s, at least "

@@ -1,7 +1,8 @@
 """What must move between chips and from memory, by the sharding plan alone.
 
-Hand arithmetic over settings, for bounds: each transfer perfectly spread and
-nothing moved twice. What a compiled program shows is searched for defects,
+Hand arithmetic over settings, for bounds: each transfer perfectly spread, and
+nothing moved more often than the programs must that keep no weights whole: for
+each microbatch, and for each token that is decoded. What a compiled program shows is searched for defects,
 never summed, for its text says neither trips nor what was fused.
 """
 

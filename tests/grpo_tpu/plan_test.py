@@ -399,7 +399,7 @@ def main_in_plan_mode(tmp_path, *flags):
     (["--topology=v5e:2x2"], "mesh.fsdp=4"),
     (
       ["--topology=v5e:2x2", "--config.mesh.tensor=3"],
-      "mesh.tensor (3) must divide axis",
+      "a divisor of 1024: the nearest below is mesh.tensor=2",
     ),
   ],
   ids=["absurd", "mesh", "indivisible"],
