@@ -14,6 +14,8 @@ Exit = exits.Exit
 
 # What gcloud prints, and what it means: the first that is found counts.
 _MEANINGS = (
+  (r'TPU has (terminal )?state "(PREEMPTED|TERMINATED)"', "PREEMPTED"),
+  (r'TPU has (terminal )?state "', "SUSPENDED"),
   (r"RESOURCE_EXHAUSTED.*[Qq]uota|[Qq]uota .*exceeded|[Qq]uota limit", "QUOTA"),
   (r"no (more )?capacity|stockout|RESOURCE_EXHAUSTED", "NO_CAPACITY"),
   (r"NOT_FOUND|was not found|HttpError 404|HTTPError 404", "ABSENT"),

@@ -69,6 +69,9 @@ class Cloud:
     refusal: Status and message of the next creation, if it is to be refused.
     failure: What a queued resource says of its failure.
     num_workers: Of a node.
+    looks: How often someone who is not ssh has asked about a node.
+    will_preempt: Whether the next to ask about a node, not ssh, finds its
+      machines taken away.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -78,6 +81,8 @@ class Cloud:
     self.refusal: tuple[int, str, str] | None = None
     self.failure = "the machines did not start"
     self.num_workers = 2
+    self.looks = 0
+    self.will_preempt = False
     self.nodes: dict[str, dict[str, Any]] = {}
     self.queued: dict[str, dict[str, Any]] = {}
     self._lock = threading.Lock()
@@ -119,10 +124,9 @@ class Cloud:
 
   def take_away(self, name: str) -> None:
     """What a preemption does: the machines are gone, at once."""
-    with self._lock:
-      self.nodes[name]["state"] = "PREEMPTED"
-      self.queued[name]["state"] = {"state": "SUSPENDED"}
-      self._remove_workers()
+    self.nodes[name]["state"] = "PREEMPTED"
+    self.queued[name]["state"] = {"state": "SUSPENDED"}
+    self._remove_workers()
 
   def _remove_workers(self) -> None:
     self.kill_all()
@@ -138,9 +142,9 @@ class Cloud:
           process.kill()
 
   def answer(
-    self, method: str, url: str, body: dict[str, Any]
+    self, method: str, url: str, body: dict[str, Any], agent: str
   ) -> tuple[int, dict[str, Any]]:
-    """Status and body."""
+    """Status and body; the agent names the command of gcloud."""
     parts = urllib.parse.urlsplit(url)
     query = dict(urllib.parse.parse_qsl(parts.query))
     *_, kind, last = parts.path.split("/")
@@ -178,6 +182,11 @@ class Cloud:
           self.nodes.pop(name, None)
           self._remove_workers()
         return 200, _done(held.pop(name, {}))
+      if kind == "nodes" and "describe" in agent:
+        self.looks += 1
+        if self.will_preempt:
+          self.will_preempt = False
+          self.take_away(name)
       if method == "PATCH":
         held[name] |= body
         return 200, _done(held[name])
@@ -215,7 +224,9 @@ def served(cloud: Cloud):
     def _do(self) -> None:
       length = int(self.headers.get("Content-Length") or 0)
       body = json.loads(self.rfile.read(length) or b"{}")
-      status, answer = cloud.answer(self.command, self.path, body)
+      status, answer = cloud.answer(
+        self.command, self.path, body, self.headers["User-Agent"]
+      )
       text = json.dumps(answer).encode()
       self.send_response(status)
       self.send_header("Content-Type", "application/json")
