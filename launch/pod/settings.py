@@ -12,6 +12,8 @@ import pathlib
 import re
 
 _LABEL = r"[a-z][a-z0-9_-]{0,62}=[a-z0-9_-]{0,63}"
+_NAME = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
 _SECTION = "settings"
 
 
@@ -78,12 +80,12 @@ RULES = {
     "write, say, 6h",
   ),
   "NETWORK": Rule(
-    r"(?:projects/[a-z0-9.:-]+/global/networks/)?[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?",
+    rf"(?:projects/[a-z0-9.:-]+/global/networks/)?{_NAME}",
     "the name of a network",
     "write default, or one that `gcloud compute networks list` shows",
   ),
   "SUBNETWORK": Rule(
-    r"(?:projects/[a-z0-9.:-]+/regions/[a-z0-9-]+/subnetworks/)?[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?",
+    rf"(?:projects/[a-z0-9.:-]+/regions/[a-z0-9-]+/subnetworks/)?{_NAME}",
     "the name of a subnetwork, or empty",
     "leave it empty, or write one that `gcloud compute networks subnets list`"
     " shows",
@@ -116,7 +118,8 @@ RULES = {
     "write, say, gs://my-bucket/runs/first",
   ),
   "IMAGE": Rule(
-    r"(?:[a-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9._/-]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
+    rf"(?:{_PART}(?::[0-9]+)?/)?{_PART}(?:/{_PART})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
     "the name of an image, or empty",
     "leave it empty to run the committed files, or write, say,"
     " europe-docker.pkg.dev/PROJECT/REPOSITORY/grpo_tpu:1",

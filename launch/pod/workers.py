@@ -1,6 +1,7 @@
 """The workers of a slice: setting them up, a run on all of them, its logs."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -299,43 +300,40 @@ def logs(
     Failure: One could not be read.
   """
   command = _script("logs", str(lines), *(["follow"] if follow else []))
-  processes = [
-    cloud.start(
-      cloud.ssh_call(worker, command),
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    )
-    for worker in workers
-  ]
   lock = threading.Lock()
-  errors = [""] * len(processes)
+  errors = {}
 
-  def relay(index: int) -> None:
-    prefix = f"[worker {workers[index]}] " if len(workers) > 1 else ""
-    for line in processes[index].stdout or ():
+  def relay(worker: int, process: subprocess.Popen[str]) -> None:
+    prefix = f"[worker {worker}] " if len(workers) > 1 else ""
+    for line in process.stdout or ():
       with lock:
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
-  def keep(index: int) -> None:
-    errors[index] = (processes[index].stderr or sys.stdin).read()
+  def keep(worker: int, process: subprocess.Popen[str]) -> None:
+    errors[worker] = process.stderr.read() if process.stderr else ""
 
-  threads = [
-    threading.Thread(target=target, args=(index,), daemon=True)
-    for target in (relay, keep)
-    for index in range(len(processes))
-  ]
-  try:
-    for thread in threads:
-      thread.start()
+  processes = {}
+  with contextlib.ExitStack() as stack:
+    threads = []
+    for worker in workers:
+      call = cloud.ssh_call(worker, command)
+      pipe = subprocess.PIPE
+      process = cloud.start(
+        call, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+      )
+      processes[worker] = stack.enter_context(process)
+      stack.callback(process.terminate)
+      for target in (relay, keep):
+        threads.append(threading.Thread(target=target, args=(worker, process)))
+        threads[-1].daemon = True
+        threads[-1].start()
     for thread in threads:
       thread.join()
-  finally:
-    for process in processes:
-      process.terminate()
-  for worker, process, error in zip(workers, processes, errors, strict=True):
-    cloud.judge(worker, process.wait(), error)
+    for process in processes.values():
+      process.wait()
+  for worker, process in processes.items():
+    cloud.judge(worker, process.returncode, errors[worker])
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:

@@ -1,8 +1,8 @@
 """A TPU API on the loopback, and workers that are folders of this machine.
 
 gcloud itself is real. Its `ssh` and `scp` are stand-ins on PATH that run the
-remote command in a shell of this machine, in the home folder of the worker whose
-address they were given. The program is `pretend_trainer.py`.
+remote command in a shell of this machine, in the home folder of the worker
+whose address they were given. The program is `pretend_trainer.py`.
 """
 
 import base64

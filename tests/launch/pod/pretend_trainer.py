@@ -1,8 +1,8 @@
 """Behaves as `python -m grpo_tpu.main` does, as far as a launcher can tell.
 
 It writes down how it was started, makes a step whenever $FAKE_CLOUD/step has a
-higher number than its own, saves and exits with 75 on SIGTERM, and ends with the
-code in $FAKE_CLOUD/end as soon as there is one.
+higher number than its own, saves and exits with 75 on SIGTERM, and ends with
+the code in $FAKE_CLOUD/end as soon as there is one.
 """
 
 import json

@@ -90,7 +90,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
     assert (code / CONFIG).exists()
     assert not (code / "launch" / "tpu.env").exists()
 
-  flags = ["--config.a=it's $HOME; `x` \"y\"", "--config.b=('m:f',)"]
+  flags = ['--config.a=it\'s $HOME; `x` "y"', "--config.b=('m:f',)"]
   tpu("run", CONFIG, "--", *flags)
   one, other = starts(cloud)
   assert one["words"] == other["words"]
