@@ -28,6 +28,7 @@ class Exit(enum.IntEnum):
   RESTARTS_SPENT = 93
   NO_GCLOUD = 94
   GCLOUD = 95
+  NOT_SET_UP = 96
   INTERRUPTED = 130
 
 
@@ -60,6 +61,7 @@ NEXT_STEP = {
   " is mended, `supervise` again.",
   Exit.NO_GCLOUD: "install the Google Cloud CLI, and check that `gcloud"
   " version` works in this shell.",
+  Exit.NOT_SET_UP: "`setup`, then `run`.",
   Exit.GCLOUD: "gcloud said why, above.",
   Exit.INTERRUPTED: "what was started on the slice goes on.",
 }

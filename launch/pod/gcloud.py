@@ -34,6 +34,9 @@ _MEANINGS = (
   ),
 )
 
+# The name of `launch/pod/worker.sh` in the home folder on a worker.
+WORKER_SCRIPT = "grpo_tpu_worker.sh"
+
 # What gcloud says of its own work on ssh, which is not the worker's word.
 _CHATTER = re.compile(
   r"^(Using (ssh|scp) batch size|S(SH|CP): Attempting|SSH key found"
@@ -207,6 +210,9 @@ class Gcloud:
       )
     if re.search(r"^ERROR: (\(gcloud|gcloud crashed)", stderr, re.MULTILINE):
       raise exits.Failure(meaning(stderr), words)
-    kinds = {Exit.BUSY, Exit.ABSENT, Exit.BAD_REQUEST, Exit.TIMEOUT}
+    # Bash's code where it finds no script: nothing was ever sent.
+    if returncode == 127 and WORKER_SCRIPT in stderr:
+      raise exits.Failure(Exit.NOT_SET_UP, f"{who} is not set up.")
+    kinds = {Exit.BUSY, Exit.NOT_SET_UP, Exit.BAD_REQUEST, Exit.TIMEOUT}
     kind = returncode if returncode in kinds else Exit.WORKER_FAILED
     raise exits.Failure(Exit(kind), f"{who}: {words}")

@@ -10,8 +10,8 @@
 #   worker.sh tensorboard PORT
 #
 # What is empty is not used. Exit codes are those of launch/pod/exits.py: 64 a
-# bad request, 85 still running, 90 not set up or never run, 92 running already,
-# 1 anything else.
+# bad request, 85 still running, 92 running already, 96 not set up or never run, 1
+# anything else.
 set -euo pipefail
 
 home=$HOME/grpo_tpu
@@ -120,7 +120,7 @@ setup_image() {
 run() {
   local workdir image=$2
   workdir=$(local_path "$1")
-  [[ -e $code/COMMIT ]] || end 90 "Nothing is set up here."
+  [[ -e $code/COMMIT ]] || end 96 "Nothing is set up here."
   mount_bucket "$(bucket_of "$1")"
   shift 2
   local arguments=("$@" "--workdir=$workdir")
@@ -211,7 +211,7 @@ status() {
 }
 
 logs() {
-  [[ -e $output ]] || end 90 "Nothing was ever run here."
+  [[ -e $output ]] || end 96 "Nothing was ever run here."
   if [[ ${2:-} ]]; then exec tail -n "$1" -F "$output"; fi
   exec tail -n "$1" "$output"
 }
@@ -243,7 +243,7 @@ stop() {
 }
 
 tensorboard() {
-  [[ -s $state/workdir ]] || end 90 "Nothing was ever run here."
+  [[ -s $state/workdir ]] || end 96 "Nothing was ever run here."
   exec "${GRPO_TPU_PYTHON:-$code/.venv/bin/python}" -m tensorboard.main \
     --logdir="$(cat "$state/workdir")" --host=localhost --port="$1"
 }

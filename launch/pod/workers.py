@@ -19,7 +19,6 @@ T = TypeVar("T")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-_SCRIPT = "grpo_tpu_worker.sh"
 _ARCHIVE = "grpo_tpu_code.tar.gz"
 
 # Calls of gcloud at a time: each is a Python of a hundred megabytes.
@@ -62,7 +61,7 @@ def on_each(
 
 
 def _script(*words: str) -> list[str]:
-  return ["bash", _SCRIPT, *words]
+  return ["bash", gcloud.WORKER_SCRIPT, *words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +158,7 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
   of = cloud.settings
   bucket = of.bucket or ""
   with tempfile.TemporaryDirectory() as folder:
-    script = pathlib.Path(folder, _SCRIPT)
+    script = pathlib.Path(folder, gcloud.WORKER_SCRIPT)
     script.write_bytes((ROOT / "launch/pod/worker.sh").read_bytes())
     sent = [str(script)]
     if of.image:
@@ -254,8 +253,7 @@ def status_of(cloud: gcloud.Gcloud, worker: int) -> Status:
   try:
     return Status.parse(cloud.on_worker(worker, _script("status")))
   except exits.Failure as failure:
-    # Bash's code for a script that is not there: nothing was ever sent.
-    if f"{_SCRIPT}: No such file" in str(failure):
+    if failure.exit == Exit.NOT_SET_UP:
       return Status.parse("")
     raise
 

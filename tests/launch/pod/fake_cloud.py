@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from launch.pod import settings as pod_settings
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 # Options of ssh and scp take a word of their own, or are one with it.
@@ -272,6 +274,12 @@ SETTINGS = {
   "KUBERNETES_NAMESPACE": "default",
   "KUBERNETES_SERVICE_ACCOUNT": "default",
 }
+
+
+def settings(**changes: str) -> pod_settings.Settings:
+  """Good ones, but for these."""
+  values = SETTINGS | changes
+  return pod_settings.Settings(**{k.lower(): v for k, v in values.items()})
 
 
 class Laptop:

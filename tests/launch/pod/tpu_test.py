@@ -7,25 +7,12 @@ import time
 
 import pytest
 
-from tests.launch.pod import fake_cloud
-
 pytestmark = pytest.mark.skipif(
   not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
   reason="no gcloud, or no ssh-keygen, on PATH",
 )
 
 CONFIG = "configs/my config.py"
-
-
-@pytest.fixture
-def cloud(tmp_path):
-  return fake_cloud.Cloud(tmp_path / "the cloud")
-
-
-@pytest.fixture
-def laptop(tmp_path, cloud):
-  with fake_cloud.served(cloud) as port:
-    yield fake_cloud.Laptop(tmp_path, cloud, port)
 
 
 def eventually(claim, seconds: float = 120.0):
