@@ -100,6 +100,7 @@ def _pod(
 ) -> dict[str, Any]:
   folder = _BUCKET_FOLDER + of.bucket if of.bucket else of.workdir
   workdir = f"{folder}/{of.path_in_bucket}" if of.bucket else folder
+  words = [f"--config={job.config}", *job.flags, f"--workdir={workdir}"]
   volume: dict[str, Any] = {"name": "workdir"}
   if of.bucket:
     volume["csi"] = {
@@ -132,7 +133,8 @@ def _pod(
       {
         "name": "trainer",
         "image": of.image,
-        "args": [f"--config={job.config}", *job.flags, f"--workdir={workdir}"],
+        # Kubernetes would put a variable where $(NAME) stands.
+        "args": [word.replace("$", "$$") for word in words],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {"requests": chips, "limits": chips},
         "securityContext": {"privileged": True},

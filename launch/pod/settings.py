@@ -233,7 +233,7 @@ def parse(text: str) -> Settings:
   parser = configparser.RawConfigParser(
     delimiters=("=",), comment_prefixes=("#",), empty_lines_in_values=False
   )
-  parser.optionxform = lambda name: name
+  parser.optionxform = lambda optionstr: optionstr
   try:
     parser.read_string(f"[{_SECTION}]\n{text}")
   except configparser.DuplicateOptionError as error:

@@ -90,8 +90,8 @@ def seen(
   words = []
   condition = Condition.ABSENT
   if request is not None:
-    condition, state = Condition.COMING, request.get("state", {})
-    condition = _OF_REQUEST.get(state.get("state"), condition)
+    state = request.get("state", {})
+    condition = _OF_REQUEST.get(state.get("state", ""), Condition.COMING)
     words.append(f"the queued resource is {state.get('state', 'new')}")
     reason = state.get("failedData", {}).get("error", {}).get("message")
     words.extend([reason] if reason else [])
@@ -99,7 +99,7 @@ def seen(
     specification = nodes[0].get("node", {}) if nodes else {}
   if node is not None:
     specification = node
-    of_node = _OF_NODE.get(node.get("state"), Condition.COMING)
+    of_node = _OF_NODE.get(node.get("state", ""), Condition.COMING)
     words.append(f"the TPU VM is {node.get('state', 'new')}")
     # A request that has failed or been suspended says more than its machines.
     if condition in (Condition.ABSENT, Condition.COMING):

@@ -48,10 +48,12 @@ def on_each(
   at_a_time = _AT_A_TIME if has_key and not cloud.dry_run else 1
   with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
     waiting = [pool.submit(do, worker) for worker in range(num_workers)]
-  failures = [f for f in (w.exception() for w in waiting) if f is not None]
-  for failure in failures:
-    if not isinstance(failure, exits.Failure):
-      raise failure
+  failures: list[exits.Failure] = []
+  for error in [future.exception() for future in waiting]:
+    if isinstance(error, exits.Failure):
+      failures.append(error)
+    elif error is not None:
+      raise error
   if failures:
     kinds = {failure.exit: failure for failure in reversed(failures)}
     worst = next((k for k in _WORST_FIRST if k in kinds), failures[0].exit)
