@@ -1,5 +1,6 @@
 """Each failure has its own exit code and says what to do next."""
 
+import re
 import shutil
 
 import pytest
@@ -262,3 +263,19 @@ def test_what_a_worker_ends_with_has_a_meaning(returncode, stderr, kind):
   with pytest.raises(exits.Failure) as raised:
     gcloud.Gcloud(of, dry_run=False).judge(3, returncode, stderr)
   assert raised.value.exit == kind
+
+
+def test_the_guide_has_every_exit_code_by_number_and_name():
+  guide = (fake_cloud.ROOT / "docs" / "on-a-pod.md").read_text()
+  rows = re.findall(r"^\| (\d+) \| ([A-Z_]+) \|", guide, re.MULTILINE)
+  assert rows == [(str(kind.value), kind.name) for kind in sorted(Exit)]
+
+
+def test_the_guide_has_every_setting_and_every_verb():
+  guide = (fake_cloud.ROOT / "docs" / "on-a-pod.md").read_text()
+  _, table = guide.split("## Settings")
+  named = set(re.findall(r"\b[A-Z]{3,}(?:_[A-Z]+)*\b", table.split("## ")[0]))
+  assert set(fake_cloud.SETTINGS) <= named
+  script = (fake_cloud.ROOT / "launch" / "tpu.sh").read_text()
+  for verb in re.findall(r"^\| `([a-z]+)", guide, re.MULTILINE):
+    assert verb in script
