@@ -46,8 +46,9 @@ mount_bucket() {
   mkdir -p "$folder"
   if mountpoint -q "$folder"; then return; fi
   if ! command -v gcsfuse >/dev/null; then
-    end 1 "There is no gcsfuse on this machine; install it as \
-cloud.google.com/storage/docs/cloud-storage-fuse/install says, or name a \
+    sudo -n apt-get install --yes --quiet gcsfuse ||
+      end 1 "There is no gcsfuse on this machine, nor a package of it; install \
+it as cloud.google.com/storage/docs/cloud-storage-fuse/install says, or name a \
 WORKDIR on a disk that all workers see."
   fi
   # Checkpoints become visible by renaming their folder.

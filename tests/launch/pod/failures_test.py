@@ -108,7 +108,8 @@ def test_a_slice_that_was_taken_away_is_not_worked_on(laptop, cloud):
 
 @real
 @pytest.mark.nightly  # gcloud tries for most of a minute.
-def test_one_worker_that_ssh_does_not_reach_is_named(laptop, cloud):
+def test_one_worker_that_ssh_does_not_reach_is_named(laptop, cloud, tmp_path):
+  laptop.settings["WORKDIR"] = str(tmp_path / "a workdir")
   cloud.add_node("grpo-1", OURS)
   assert laptop.tpu("setup").returncode == 0
   cloud.worker(1).with_name(cloud.worker(1).name + ".cut").touch()

@@ -183,6 +183,16 @@ def test_a_bucket_is_mounted_before_anything_is_written_there(
     assert said.endswith(f" my-bucket {folder}\n") and "gcsfuse" in said
 
 
+def test_gcsfuse_is_installed_where_it_is_missing(worker):
+  if shutil.which("gcsfuse"):
+    pytest.skip("this machine has gcsfuse")
+  worker.add("sudo", f'printf "%s\\n" "$*" >>"{worker.home}/calls"; exit 1')
+  done = worker.do("run", "gs://my-bucket/a", "")
+  assert done.returncode == 1 and "WORKDIR on a disk" in done.stderr
+  calls = (worker.home / "calls").read_text()
+  assert calls == "-n apt-get install --yes --quiet gcsfuse\n"
+
+
 def test_a_bucket_that_cannot_be_mounted_ends_it(worker):
   worker.add("sudo", "exit 1")
   worker.add("gcsfuse", "exit 1")
