@@ -27,7 +27,7 @@ _PACKAGES = (
   *("orbax-checkpoint", "tensorstore", "grain", "array_record", "pillow"),
   *("sentencepiece", "tokenizers", "jinja2", "ml-collections"),
 )
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OURS = ("grpo_tpu", "data_pipelines")
 _SHOWN = 5
 
@@ -53,7 +53,7 @@ def facts(
   return {
     "flag": {"--mode": mode, "--workdir": workdir},
     "config": dict(_flat(config.to_dict())),
-    "code": code(),
+    "code": code(ROOT),
     "package": packages(),
     "data": dict(identity),
   }
@@ -101,14 +101,14 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
   )
 
 
-def code() -> dict[str, str]:
+def code(root: pathlib.Path) -> dict[str, str]:
   """What each of our files holds; which commit a host is on may be unknown."""
   return {
-    str(path.relative_to(_ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[
+    str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[
       :12
     ]
     for package in _OURS
-    for path in sorted((_ROOT / package).rglob("*.py"))
+    for path in sorted((root / package).rglob("*.py"))
   }
 
 
@@ -127,7 +127,7 @@ def revision() -> str:
   try:
     return subprocess.run(
       ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       check=True,
       text=True,

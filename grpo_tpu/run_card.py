@@ -177,7 +177,7 @@ def close(workdir: str | os.PathLike[str], words: Mapping[str, Any]) -> None:
 def _attempt() -> dict[str, Any]:
   """When and on what this process has started, and no end yet."""
   device = jax.devices()[0]
-  code = json.dumps(preflight.code(), sort_keys=True).encode()
+  code = json.dumps(preflight.code(preflight.ROOT), sort_keys=True).encode()
   return {
     "started": _now(),
     "revision": preflight.revision(),
