@@ -179,6 +179,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.samples.every_steps = 10
   config.samples.count = 4
 
+  config.profile = ml_collections.ConfigDict()
+  config.profile.steps = ()  # As in (10, 12), both included.
+
   # For --mode=export alone.
   config.export = ml_collections.ConfigDict()
   config.export.step = config_dict.placeholder(int)

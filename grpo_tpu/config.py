@@ -22,7 +22,13 @@ from data_pipelines import (
   prompts,
   synthetic,
 )
-from grpo_tpu import distributed, metrics, retention, sharding
+from grpo_tpu import (
+  distributed,
+  metric_table,
+  profiling,
+  retention,
+  sharding,
+)
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -345,6 +351,7 @@ class Config:
   checkpoint: retention.CheckpointConfig
   eval: EvalConfig
   samples: SamplesConfig
+  profile: profiling.ProfileConfig
   export: ExportConfig
 
   def __post_init__(self):
@@ -563,6 +570,14 @@ def _check_numbers(config: Config) -> None:
     "leave it out",
   )
   _require(
+    not config.profile.steps
+    or config.profile.steps[-1] <= config.train.num_steps,
+    "profile.steps",
+    config.profile.steps,
+    f"end by train.num_steps ({config.train.num_steps})",
+    f"set profile.steps=({config.train.num_steps}, {config.train.num_steps})",
+  )
+  _require(
     config.seed < 2**31,
     "seed",
     config.seed,
@@ -655,10 +670,11 @@ def _check_evaluation(settings: EvalConfig) -> None:
 def _check_best(config: Config) -> None:
   metric = config.checkpoint.best_metric
   _require(
-    not metric or (config.eval.every_steps > 0 and metrics.is_declared(metric)),
+    not metric
+    or (config.eval.every_steps > 0 and metric_table.is_declared(metric)),
     "checkpoint.best_metric",
     metric,
-    "be empty, or a metric of grpo_tpu/metrics.py, with eval.every_steps "
+    "be empty, or a metric of docs/metrics.md, with eval.every_steps "
     f"({config.eval.every_steps}) above 0",
     "set checkpoint.best_metric=eval/accuracy",
   )

@@ -36,6 +36,7 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
 
       topology, advise = command_line.TOPOLOGY.value, command_line.ADVISE.value
       plan.run(config, workdir, topology, advise=advise)
+      ending.done()
       return
     from grpo_tpu import (
       compilation,
@@ -63,6 +64,7 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
     timeout_seconds = config.distributed.preflight_timeout_seconds
     preflight.check("start", said, timeout_seconds=timeout_seconds)
   run()
+  ending.done()
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

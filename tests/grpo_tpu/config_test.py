@@ -225,6 +225,7 @@ BROKEN_RULES = {
   "eval.ks": [(0,), (2, 1), (1, 1), (-1, 2)],
   "eval.ablations": [("blurred",), ("removed", "removed")],
   "eval.num_examples": [-1],
+  "profile.steps": [(1,), (0, 2), (3, 2), (1, 2, 3), (1, 1001)],
   "samples.every_steps": [-1],
   "samples.count": [-1],
 }  # fmt: skip
