@@ -16,7 +16,7 @@ import jax
 from absl import logging
 
 from grpo_tpu import (
-  checkpoint,
+  archive,
   distributed,
   goodput,
   preemption,
@@ -101,7 +101,7 @@ class Ending:
   def _say(self, reason: str, code: int) -> None:
     newest = None
     if self._workdir is not None:
-      newest = checkpoint.newest_path(self._workdir / "checkpoints")
+      newest = archive.newest_path(self._workdir / "checkpoints")
     shares = self.clock.shares()
     logging.log(
       logging.INFO if code == DONE else logging.WARNING,

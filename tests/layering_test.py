@@ -42,6 +42,7 @@ FLOORS = {
     "grpo_tpu.watchdog",
   },
   2: {
+    "grpo_tpu.archive",
     "grpo_tpu.command_line",
     "grpo_tpu.rewards",
     "grpo_tpu.scorecard",
