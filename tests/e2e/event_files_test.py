@@ -98,6 +98,18 @@ def test_every_number_of_a_run_is_explained_on_the_page(unbroken):
   assert [name for name in names if not known.fullmatch(name)] == []
 
 
+def test_the_card_of_a_run_says_what_it_ran_on_and_how_it_ended(
+  unbroken, resumed
+):
+  card = json.loads((unbroken.workdir / "run.json").read_text())
+  (attempt,) = card["attempts"]
+  assert attempt["exit_code"] == 0 and attempt["step"] == 6
+  assert card["end"]["newest_checkpoint"].endswith("checkpoints/00000006")
+  # Killed three times, of which nothing was left to say.
+  card = json.loads((resumed.workdir / "run.json").read_text())
+  assert [a["exit_code"] for a in card["attempts"]] == [None, None, None, 0]
+
+
 @pytest.fixture(scope="module")
 def tensorboard(unbroken, tmp_path_factory):
   """The address of a TensorBoard on the workdir of a run."""
