@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # The environment of every script here: `.venv`, complete and current, made on
-# a machine that has Python and nothing else. Sourced, never run.
+# a machine that has Python and nothing else. Sourced, never run. Its extra is
+# `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice.
 #
 # A venv is trusted only for its stamp, which is written last and says what it
-# was made from: setup.py, constraints.txt, the interpreter, the place of the
-# checkout. Without a matching stamp (killed half way, pins changed, Python
-# upgraded, folder moved) the venv is made again; with one, nothing is run but
-# the comparison. What it does not know: what is done in the venv afterwards.
+# was made from: setup.py, constraints.txt, the extra, the interpreter, the
+# place of the checkout. Without a matching stamp (killed half way, pins
+# changed, Python upgraded, folder moved) the venv is made again; with one,
+# nothing is run but the comparison. What it does not know: what is done in the
+# venv afterwards.
 #
 # A venv of your own, named by $GRPO_TPU_VENV, is used as it stands: it is never
 # made, checked or changed, and what is in it is your affair.
@@ -15,6 +17,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${GRPO_TPU_VENV:-$root/.venv}
 stamp=$venv/complete.stamp
 log=$venv/install.log
+extra=${GRPO_TPU_EXTRA:-dev}
 
 # TensorFlow only writes event files here; its start-up notices are noise.
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
@@ -89,11 +92,12 @@ expected_stamp() {
   "$venv/bin/python" -I -c '
 import hashlib, os, pathlib, sys
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(os.fsencode(root) + sys.version.encode())
+words = os.fsencode(root) + sys.version.encode() + sys.argv[2].encode()
+digest = hashlib.sha256(words)
 for name in ("setup.py", "constraints.txt"):
   digest.update((root / name).read_bytes())
 print(digest.hexdigest())
-' "$root" 2>/dev/null
+' "$root" "$extra" 2>/dev/null
 }
 
 venv_is_current() {
@@ -127,7 +131,7 @@ make_venv() {
   cd "$root" || exit
   # The build tools are pinned too, so they are not fetched anew per package.
   install setuptools wheel
-  install --no-build-isolation --editable '.[dev]'
+  install --no-build-isolation --editable ".[$extra]"
   expected_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 

@@ -291,8 +291,8 @@ def after_attention(params: dict, x: Array, read: Array) -> Array:
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + rms_norm(params["post_attention_norm"], y)
   y = rms_norm(params["pre_ffw_norm"], x)
-  y = lora.einsum("uctd,nfd->uctnf", y, params["mlp"]["gating_einsum"])
-  y = jax.nn.gelu(y[..., 0, :], approximate=True) * y[..., 1, :]
+  y = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[0], approximate=True) * y[1]
   y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return sharding.activation(

@@ -152,6 +152,14 @@ def test_a_venv_that_is_not_whole_or_not_current_is_made_again(
   assert not is_made_again(checkout)
 
 
+def test_another_extra_makes_the_venv_again_and_is_installed(checkout):
+  ready(checkout)
+  checkout.environment["GRPO_TPU_EXTRA"] = "tpu"
+  assert checkout.run(ENSURE).returncode == 0
+  assert any(".[tpu]" in call for call in checkout.called())
+  assert not is_made_again(checkout)
+
+
 def test_another_python_in_its_place_makes_the_venv_again(checkout):
   ready(checkout)
   checkout.add_python(checkout.root / ".venv" / "bin" / "python", "3.13")
