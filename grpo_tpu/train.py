@@ -414,6 +414,7 @@ class _Run:
         num_prompts=config.data.prompts_per_step,
         num_completions=config.rollout.num_generations,
         temperature=config.rollout.temperature,
+        num_parts=config.num_rollouts,
       )
     if config.eval.every_steps:
       self.policy.prepare_sampling(

@@ -21,6 +21,7 @@ FLOORS = {
     "data_pipelines",
     "grpo_tpu.agreement",
     "grpo_tpu.alarms",
+    "grpo_tpu.aot",
     "grpo_tpu.captions",
     "grpo_tpu.chips",
     "grpo_tpu.compaction",
@@ -45,6 +46,7 @@ FLOORS = {
     "grpo_tpu.watchdog",
   },
   2: {
+    "grpo_tpu.archive",
     "grpo_tpu.command_line",
     "grpo_tpu.dashboard",
     "grpo_tpu.rewards",
@@ -75,7 +77,7 @@ FLOORS = {
     "grpo_tpu.run_card",
   },
   8: {
-    "grpo_tpu.aot",
+    "grpo_tpu.compiling",
     "grpo_tpu.endings",
     "grpo_tpu.evaluate",
     "grpo_tpu.evaluate_preferences",

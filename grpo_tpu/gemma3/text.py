@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
 from grpo_tpu import sharding
-from grpo_tpu.gemma3 import attention, lora, vision
+from grpo_tpu.gemma3 import attention, lora, vision, vocabulary
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 
@@ -341,7 +341,7 @@ def embedded(config, params, ids: Array, dtype) -> Array:
   table = params["embedder"]["input_embedding"]
   # The factor is rounded to the table's type, as in the released models.
   scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
-  return table[ids].astype(dtype) * scale
+  return vocabulary.lookup(table, ids, dtype) * scale
 
 
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
