@@ -140,6 +140,7 @@ def _sampled(
       key,
       num_completions=config.rollout.num_generations,
       temperature=config.rollout.temperature,
+      num_parts=config.num_rollouts,
       poll=poll,
       finished=payday.begin,
     )
@@ -393,7 +394,7 @@ def samples(
   }
   everywhere = {
     row: sample
-    for host in agreement.gathered_bytes(pickle.dumps(sent))
+    for host in agreement.gathered(pickle.dumps(sent))
     for row, sample in pickle.loads(host).items()
   }
   return [(everywhere | found)[row] for row in chosen]

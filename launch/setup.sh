@@ -9,9 +9,12 @@
 # changed, Python upgraded, folder moved) the venv is made again; with one,
 # nothing is run but the comparison. What it does not know: what is done in the
 # venv afterwards.
+#
+# A venv of your own, named by $GRPO_TPU_VENV, is used as it stands: it is never
+# made, checked or changed, and what is in it is your affair.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-venv=$root/.venv
+venv=${GRPO_TPU_VENV:-$root/.venv}
 stamp=$venv/complete.stamp
 log=$venv/install.log
 extra=${GRPO_TPU_EXTRA:-dev}
@@ -134,6 +137,12 @@ make_venv() {
 
 # Returns with a venv that is complete and current, or ends the script.
 ensure_venv() {
+  if [[ -n ${GRPO_TPU_VENV:-} ]]; then
+    [[ -x $venv/bin/python ]] || fail "GRPO_TPU_VENV ($venv) must name a venv, \
+with bin/python in it; make one there, or leave it out and .venv is made."
+    [[ $venv == /* ]] || venv=$PWD/$venv
+    return
+  fi
   if venv_is_current; then return; fi
   (
     # Two first runs at once would install into each other. The lock is held
