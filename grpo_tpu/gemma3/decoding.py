@@ -180,10 +180,7 @@ def decode(
       )
 
     read = _as_far_as_written(read, keys.shape[4], t)
-    x = text.after_attention(
-      stack.params, x, read[:, :, None], is_decoding=True
-    )
-    return x, keys, values
+    return text.after_attention(stack.params, x, read[:, :, None]), keys, values
 
   def locals_between(first, end, before, carry):
     """Layers `first` to `end`, all local, after `before` global ones."""

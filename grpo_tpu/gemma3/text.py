@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
 from grpo_tpu import sharding
-from grpo_tpu.gemma3 import attention, lora, vision
+from grpo_tpu.gemma3 import attention, lora, vision, vocabulary
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 
@@ -286,32 +286,13 @@ def queries_keys_values(config, stack, x, tables):
   return q, k, v
 
 
-def after_attention(
-  params: dict, x: Array, read: Array, *, is_decoding: bool = False
-) -> Array:
-  """Output projection, gated MLP, and their residuals.
-
-  Args:
-    params: Of the layer.
-    x: Before attention.
-    read: What attention read.
-    is_decoding: Gate and up are then products of their own. In one product the
-      weights are laid out anew on a CPU, for each token of a few rows more work
-      than the product; over the many tokens of training it is less work.
-  """
+def after_attention(params: dict, x: Array, read: Array) -> Array:
+  """Output projection, gated MLP, and their residuals."""
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + rms_norm(params["post_attention_norm"], y)
   y = rms_norm(params["pre_ffw_norm"], x)
-  weight = params["mlp"]["gating_einsum"]
-  if is_decoding:
-    gate, up = (
-      lora.einsum("uctd,fd->uctf", y, jax.tree.map(lambda w, i=i: w[i], weight))
-      for i in range(2)
-    )
-  else:
-    both = lora.einsum("uctd,nfd->uctnf", y, weight)
-    gate, up = both[..., 0, :], both[..., 1, :]
-  y = jax.nn.gelu(gate, approximate=True) * up
+  y = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[0], approximate=True) * y[1]
   y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return sharding.activation(
@@ -360,7 +341,7 @@ def embedded(config, params, ids: Array, dtype) -> Array:
   table = params["embedder"]["input_embedding"]
   # The factor is rounded to the table's type, as in the released models.
   scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
-  return table[ids].astype(dtype) * scale
+  return vocabulary.lookup(table, ids, dtype) * scale
 
 
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):

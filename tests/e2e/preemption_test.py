@@ -72,7 +72,7 @@ def lines_but_for_time(workdir):
 
 
 def summary(workdir):
-  return json.loads((workdir / "summary.json").read_text())
+  return json.loads((workdir / "run.json").read_text())["end"]
 
 
 @pytest.mark.parametrize(
