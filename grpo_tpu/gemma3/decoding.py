@@ -170,7 +170,7 @@ def decode(
       window=None if kind else config.sliding_window,
     )
 
-    def read(num_own):
+    def read_first(num_own):
       return attention.attend_cached(
         q[:, :, 0],
         (_at(keys, place, num_own), _at(values, place, num_own)),
@@ -179,7 +179,7 @@ def decode(
         sees_prompt=sees_prompt,
       )
 
-    read = _as_far_as_written(read, keys.shape[4], t)
+    read = _as_far_as_written(read_first, keys.shape[4], t)
     return text.after_attention(stack.params, x, read[:, :, None]), keys, values
 
   def locals_between(first, end, before, carry):
