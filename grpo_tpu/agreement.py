@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_WIDTH = 512  # Bytes of each process's words; longer ones are cut.
 _BLOCK = 4096  # Bytes sent at a time, so that few sizes are ever compiled.
 
 
@@ -22,15 +21,7 @@ def is_first() -> bool:
   return num_processes() == 1 or jax.process_index() == 0
 
 
-def gathered(words: str) -> list[str]:
-  """What each process says, in the order of their indices."""
-  if num_processes() == 1:
-    return [words]
-  row = _bytes(words.encode()[:_WIDTH], _WIDTH)
-  return [_text(row) for row in multihost_utils.process_allgather(row)]
-
-
-def gathered_bytes(data: bytes) -> list[bytes]:
+def gathered(data: bytes) -> list[bytes]:
   """What each process has, of any length, in the order of their indices."""
   if num_processes() == 1:
     return [data]
@@ -59,10 +50,10 @@ def first_complaint(words: str) -> str:
 
   It says which process that is, where there are several.
   """
-  for index, complaint in enumerate(gathered(words)):
+  for index, complaint in enumerate(gathered(words.encode())):
     if complaint:
-      is_alone = num_processes() == 1
-      return complaint if is_alone else f"{complaint} (process {index})"
+      said = complaint.decode()
+      return said if num_processes() == 1 else f"{said} (process {index})"
   return ""
 
 

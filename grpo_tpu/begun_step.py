@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from grpo_tpu import checkpoint, metrics, train_step
+from grpo_tpu import archive, metrics, train_step
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class BegunStep:
     """How many."""
     return len(self.skipped)
 
-  def unfinished(self) -> checkpoint.Unfinished:
+  def unfinished(self) -> archive.Unfinished:
     """As a checkpoint holds it."""
     there = {k: v for k, v in vars(self.bundles).items() if v is not None}
     record: dict[str, Any] = {
@@ -54,10 +54,10 @@ class BegunStep:
       },
     }
     arrays = {name: array for name, array in there.items() if array.size}
-    return checkpoint.Unfinished(self.updates_done, arrays, record)
+    return archive.Unfinished(self.updates_done, arrays, record)
 
   @classmethod
-  def of(cls, unfinished: checkpoint.Unfinished, place: Sharding) -> Self:
+  def of(cls, unfinished: archive.Unfinished, place: Sharding) -> Self:
     """As it was when a checkpoint took it over."""
     record = unfinished.record
     empty = {

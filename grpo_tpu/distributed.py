@@ -185,7 +185,7 @@ def initialize(config: DistributedConfig, joined: Place | None) -> None:
   )
 
 
-def gathered(topic: str, value: Any, *, timeout_seconds: float) -> list[Any]:
+def answers(topic: str, value: Any, *, timeout_seconds: float) -> list[Any]:
   """What every process says on a topic, by process; each must say something.
 
   Goes by way of the coordinator and touches no device, so that processes which

@@ -15,7 +15,7 @@ import jax
 from absl import logging
 
 from grpo_tpu import (
-  checkpoint,
+  archive,
   distributed,
   goodput,
   preemption,
@@ -117,8 +117,8 @@ class Ending:
     newest = best = None
     spent = ""
     if self._workdir is not None:
-      newest = checkpoint.newest_path(self._workdir / "checkpoints")
-      best = checkpoint.best_path(self._workdir / "checkpoints")
+      newest = archive.newest_path(self._workdir / "checkpoints")
+      best = archive.best_path(self._workdir / "checkpoints")
       spent = f" The time went into {goodput.summary(self.clock.shares())}."
     logging.log(
       logging.INFO if code == DONE else logging.WARNING,

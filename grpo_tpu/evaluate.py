@@ -325,7 +325,7 @@ def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
   # Hosts that a tensor axis spans have the same rows.
   once = {
     fields["index"]: scorecard.Answer(**fields)
-    for host in agreement.gathered_bytes(local.encode())
+    for host in agreement.gathered(local.encode())
     for fields in json.loads(host)
   }
   return [once[index] for index in sorted(once)]

@@ -394,7 +394,7 @@ def samples(
   }
   everywhere = {
     row: sample
-    for host in agreement.gathered_bytes(pickle.dumps(sent))
+    for host in agreement.gathered(pickle.dumps(sent))
     for row, sample in pickle.loads(host).items()
   }
   return [(everywhere | found)[row] for row in chosen]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from grpo_tpu import checkpoint, sharding
+from grpo_tpu import archive, sharding
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.gemma3 import huggingface, lora, weights
@@ -100,11 +100,11 @@ def source(config: run_config.Config, workdir: str) -> str:
     ValueError: There is no such checkpoint.
   """
   folder, step = f"{workdir}/checkpoints", config.export.step
-  saved = checkpoint.steps(folder)
+  saved = archive.steps(folder)
   if not saved and step is None:
     return policies.resolved_weights(config)
   if step is None:
-    step = checkpoint.newest_step(folder)
+    step = archive.newest_step(folder)
   elif step not in saved:
     there = ", ".join(map(str, saved)) or "none"
     raise ValueError(

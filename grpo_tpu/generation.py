@@ -357,16 +357,14 @@ class Programs:
 
   def _places(self, state: State) -> Any:
     """Where each part of a state lies: by data, caches by their heads too."""
-    tensor = None
-    if not self._settings.config.num_kv_heads % self._mesh.shape["tensor"]:
-      tensor = "tensor"
-    (data,) = sharding.BATCH
+    num_kv_heads = self._settings.config.num_kv_heads
 
     def place(path, x):
-      name = jax.tree_util.keystr(path)
-      if "cache" not in name:
-        return sharding.BATCH if x.ndim else P()
-      return P(None, data, *() if "prompt" in name else (None,), tensor)
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      if name.startswith("cache/"):
+        cache = name.removeprefix("cache/")
+        return sharding.cache(self._mesh, cache, num_kv_heads)
+      return sharding.BATCH if x.ndim else P()
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from data_pipelines import pipeline
 from data_pipelines import tokenizer as tokens
 from grpo_tpu import (
-  checkpoint,
+  archive,
   generation,
   optimizer,
   pictures,
@@ -465,9 +465,7 @@ def initial_params(config: run_config.Config, mesh: Mesh) -> dict:
     if adapters:
       return _merged(config, mesh, *adapters)
     workdir, step = _run_and_step(rest)
-    params, _ = checkpoint.restore_params(
-      f"{workdir}/checkpoints", step, abstract
-    )
+    params, _ = archive.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
   if scheme in weights.OPENERS:
     return weights.OPENERS[scheme](config.model_config, rest).load(abstract)
@@ -494,13 +492,13 @@ def saved_adapters(
   if scheme != "run" or step is None:
     return None
   folder = f"{workdir}/checkpoints"
-  saved = checkpoint.read_meta(folder, step).get("lora")
+  saved = archive.read_meta(folder, step).get("lora")
   if saved is None:
     return None
   under = saved.pop("weights")
   settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
   shapes = lora.abstract_adapters(config.model_config, settings)
-  adapters, _ = checkpoint.restore_params(
+  adapters, _ = archive.restore_params(
     folder, step, _placed_shapes(mesh, shapes)
   )
   return adapters, settings, under
@@ -561,7 +559,7 @@ def resolved_weights(config: run_config.Config) -> str:
     return config.model.weights
   workdir, step = _run_and_step(rest)
   if step is None:
-    step = checkpoint.newest_step(f"{workdir}/checkpoints")
+    step = archive.newest_step(f"{workdir}/checkpoints")
   return f"run:{workdir}@{step}"
 
 

@@ -121,7 +121,7 @@ def doomed(entries: Sequence[Entry], config: CheckpointConfig) -> list[Entry]:
   scored = [entry for entry in finished if entry.score is not None]
   # The later one of two that are as good.
   scored.sort(key=lambda entry: (entry.score, entry))
-  kept = {*finished[-config.keep :], whole[-1]}
+  kept = set(finished[-config.keep :])
   if config.best_metric:
     kept |= set(scored[-config.keep_best :])
   return sorted(e for e in entries if e < whole[-1] and e not in kept)

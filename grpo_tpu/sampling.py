@@ -37,52 +37,52 @@ def sample(
 ) -> tuple[Int[Array, "U C"], Float[Array, "U C"]]:
   """Token `t` of each row and its log-probability.
 
-  Drawn by inverting the distribution function. One uniform number per token
-  does, where Gumbel noise would take `V`. The sums run over blocks of about
-  `sqrt(V)` tokens, then within the one block that the number falls into, so
-  that no running sum is as long as the vocabulary.
+  The largest of logits with Gumbel noise, drawn twice: a block of about
+  `sqrt(V)` tokens by its mass, then one of its tokens. So the noise is of
+  `2 sqrt(V)` numbers, not of `V`. And rounding, which differs from mesh to
+  mesh, moves a draw only where the two largest all but tie. One uniform number
+  against a running sum would do too, but among `V` steps it is near to some.
 
   Args:
     logits: Already divided by the temperature, fp32.
     keys: From `row_keys`.
     t: Index of the token in its completion.
   """
-  uniform = jax.vmap(jax.vmap(lambda key: _uniform(key, t)))(keys)
   peak = logits.max(axis=-1)
-  blocks = _blocks(jnp.exp(logits - peak[..., None]))
-  masses = blocks.sum(axis=-1)
-  total = masses.sum(axis=-1)
-  block, rest = _fallen(masses, uniform * total)
-  weights = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
-  token, _ = _fallen(weights[..., 0, :], rest)
+  blocks = _blocks(logits - peak[..., None])
+  masses = jnp.exp(blocks).sum(axis=-1)
+  of_blocks, of_tokens = jax.vmap(
+    jax.vmap(lambda key: _noise(key, t, blocks.shape[-2:]))
+  )(keys)
+  block = jnp.argmax(jnp.log(masses) + of_blocks, axis=-1)
+  fallen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
+  token = jnp.argmax(fallen[..., 0, :] + of_tokens, axis=-1)
   ids = block * blocks.shape[-1] + token
   chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-  return ids, chosen - peak - jnp.log(total)
+  return ids, chosen - peak - jnp.log(masses.sum(axis=-1))
 
 
-def _blocks(weights: Float[Array, "U C V"]) -> Float[Array, "U C n size"]:
-  """Cut into blocks of about `sqrt(V)`, the last one filled up with zeros."""
-  size = 1 << (math.isqrt(weights.shape[-1] - 1).bit_length() or 1)
-  padding = -weights.shape[-1] % size
-  padded = jnp.pad(weights, ((0, 0), (0, 0), (0, padding)))
-  return padded.reshape(*weights.shape[:-1], -1, size)
-
-
-def _fallen(
-  weights: Float[Array, "U C n"], threshold: Float[Array, "U C"]
-) -> tuple[Int[Array, "U C"], Float[Array, "U C"]]:
-  """The first whose running sum exceeds a threshold, and what is left of it."""
-  # A parallel sum is not monotone in its last bits: a weight of zero is ruled
-  # out by hand, and a threshold that no sum exceeds takes the largest sum.
-  below = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
-  exceeds = below > threshold[..., None]
-  index = jnp.where(
-    exceeds.any(axis=-1),
-    jnp.argmax(exceeds, axis=-1),
-    jnp.argmax(below, axis=-1),
+def _blocks(logits: Float[Array, "U C V"]) -> Float[Array, "U C n size"]:
+  """Cut into blocks of about `sqrt(V)`, the last one filled up."""
+  size = 1 << (math.isqrt(logits.shape[-1] - 1).bit_length() or 1)
+  padding = -logits.shape[-1] % size
+  padded = jnp.pad(
+    logits, ((0, 0), (0, 0), (0, padding)), constant_values=_IMPOSSIBLE
   )
-  before = jnp.take_along_axis(below - weights, index[..., None], axis=-1)
-  return index, jnp.maximum(threshold - before[..., 0], 0.0)
+  return padded.reshape(*logits.shape[:-1], -1, size)
+
+
+def _noise(
+  key: Key[Array, ""], t: Int[Array, ""], shape: tuple[int, ...]
+) -> tuple[Float[Array, " n"], Float[Array, " size"]]:
+  """Gumbel noise of one draw, for the blocks and for the tokens of one."""
+  keys = jax.random.split(jax.random.fold_in(key, t))
+  # With tails as fine as the rare tokens'; it is little noise.
+  of_blocks, of_tokens = (
+    jax.random.gumbel(key, (size,), mode="high")
+    for key, size in zip(keys, shape, strict=True)
+  )
+  return of_blocks, of_tokens
 
 
 def greedy(
@@ -116,7 +116,3 @@ def narrowed(
     least = jnp.where(is_in, descending, jnp.inf).min(axis=-1, keepdims=True)
     logits = jnp.where(logits >= least, logits, _IMPOSSIBLE)
   return logits
-
-
-def _uniform(key: Array, t: Array) -> Array:
-  return jax.random.uniform(jax.random.fold_in(key, t))

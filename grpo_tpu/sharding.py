@@ -59,13 +59,19 @@ RULES = (
   (r"count|step|position", P()),  # Scalars of the optimizer and the state.
 )
 
-# Where activations and caches lie, at the borders between layers: bundles are
-# shared out, and heads and hidden widths cut as the weights that make them are.
+# Where activations lie, at the borders between layers: bundles are shared out,
+# and heads and hidden widths cut as the weights that make them are.
 ACTIVATIONS = {
   "bundles": BATCH,  # [U, ...]
   "heads": P(*BATCH, None, None, "tensor", None),  # [U, C, t, heads, H]
   "hidden": P(*BATCH, None, None, "tensor"),  # [U, C, t, F]
 }
+
+# Where a rollout keeps keys and values, by their names in `decoding.Cache`.
+CACHES = (
+  (r"(local_)?prompt_[kv]", P(None, *BATCH, "tensor")),  # [layers, U, K, p, H]
+  (r"(local_)?[kv]", P(None, *BATCH, None, "tensor")),  # [.., U, C, K, t, H]
+)
 
 
 def make_mesh(
@@ -169,6 +175,19 @@ def activation(x: jax.Array, kind: str) -> jax.Array:
     for size, axis in zip(x.shape, ACTIVATIONS[kind], strict=False)
   ]
   return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def cache(mesh: Mesh, name: str, num_kv_heads: int) -> P:
+  """Where a cache of this name lies; heads the mesh does not divide are copied.
+
+  Raises:
+    ValueError: No rule knows the cache.
+  """
+  for pattern, spec in CACHES:
+    if re.fullmatch(pattern, name):
+      is_cut = num_kv_heads % mesh.shape["tensor"] == 0
+      return spec if is_cut else P(None, *BATCH)
+  raise ValueError(f"no sharding rule knows the cache {name}.")
 
 
 def _ways(mesh: AbstractMesh, axis: str | tuple[str, ...]) -> int:

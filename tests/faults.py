@@ -6,10 +6,11 @@
 process SIGKILL and SIGSTOP, "term" sends SIGTERM and waits until all hosts know
 of it, so that the next common poll is the one at which they stop, "raise"
 raises, "hang" turns in a circle, "slow" sleeps for two seconds, "nan" pays its
-completions of the step NaN. POINTs: "rollout" (the default) and
-"update" as they begin, "save" as soon as a save has been handed over; a signal
-may come so many SECONDS after. Nothing in the program knows of it: this wraps
-what it wants to disturb, and where `FAULT` is not set, wraps nothing.
+completions of the step NaN. POINTs: "rollout" (the default) and "update" as
+they begin, "decode" between two polls of a rollout, "save" as soon as a save
+has been handed over; a signal may come so many SECONDS after. Nothing in the
+program knows of it: this wraps what it wants to disturb, and where `FAULT` is
+not set, wraps nothing.
 
 It takes the place of an interpreter: `GRPO_TPU_PYTHON=tests/faults.sh`, which
 runs `PYTHON` on it.
@@ -31,7 +32,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _FORM = re.compile(
-  r"(kill|stop|term|raise|hang|nan|slow)@(\d+):(\d+)(?::(rollout|update|save)"
+  r"(kill|stop|term|raise|hang|nan|slow)@(\d+):(\d+)(?::(rollout|decode|update|save)"
   r"(?:\+(\d+(?:\.\d+)?))?)?"
 )
 
@@ -85,10 +86,13 @@ def install(fault: Fault) -> None:
   """Wraps the point of the program where the fault is to strike."""
   if int(os.environ.get("JAX_PROCESS_ID", "0")) != fault.host:
     return
-  from grpo_tpu import checkpoint, experience, train
+  from grpo_tpu import checkpoint, experience, preemption, train
 
   if fault.kind == "nan":
     _poison(experience, train, fault.step)
+    return
+  if fault.point == "decode":
+    _strike_between_polls(preemption, train, fault)
     return
   owner, name = {
     "rollout": (train._Run, "experience"),
@@ -108,6 +112,29 @@ def install(fault: Fault) -> None:
     return result
 
   setattr(owner, name, wrapped)
+
+
+def _strike_between_polls(preemption: Any, train: Any, fault: Fault) -> None:
+  """Strikes after the poll that comes before the first tokens are decoded."""
+  sample, poll = train._Run.experience, preemption.Poll.__call__
+  polls = []
+
+  @functools.wraps(sample)
+  def sampled(*args, **kwargs):
+    is_due = _step(sample, args, kwargs) == fault.step
+    polls[:] = [0] if is_due else []
+    return sample(*args, **kwargs)
+
+  @functools.wraps(poll)
+  def polled(self):
+    poll(self)
+    if polls:
+      polls[0] += 1
+      # The first comes before the prompts are read.
+      if polls[0] == 2:
+        fault.strike()
+
+  train._Run.experience, preemption.Poll.__call__ = sampled, polled
 
 
 def _poison(experience: Any, train: Any, step: int) -> None:

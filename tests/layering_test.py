@@ -46,6 +46,7 @@ FLOORS = {
     "grpo_tpu.watchdog",
   },
   2: {
+    "grpo_tpu.archive",
     "grpo_tpu.command_line",
     "grpo_tpu.dashboard",
     "grpo_tpu.rewards",

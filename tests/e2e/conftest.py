@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.e2e import hosts
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A start compiles for half a minute, on a machine that may be busy.
 TIMEOUT_SECONDS = 400
@@ -34,6 +36,20 @@ TINY = (
 )
 
 
+# Of a run on two hosts.
+ON_HOSTS = (
+  "--config=configs/smoke.py",
+  *TINY,
+  "--config.train.num_steps=4",
+  "--config.eval.every_steps=3",
+  # None but the first and those that a notice asks for.
+  "--config.checkpoint.every_steps=100",
+  # Several polls to a rollout.
+  "--config.rollout.chunk_tokens=2",
+  "--config.mesh.fsdp=2",
+)
+
+
 class Program:
   """Starts `python -m MODULE` on one CPU device, from the checkout."""
 
@@ -45,7 +61,10 @@ class Program:
       # Not the tests' own eight devices, which a user does not have. Most of
       # the time goes into compiling, of which this leaves half.
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      # A developer's own cache, kept from one run of the tests to the next.
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
+      ),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -86,6 +105,11 @@ class Program:
         stderr=subprocess.STDOUT,
       )
     return process, log
+
+
+def summary(workdir: pathlib.Path) -> dict:
+  """What the last process of a run says of its end."""
+  return json.loads((workdir / "run.json").read_text())["end"]
 
 
 class Run:
@@ -152,6 +176,27 @@ def drawn(program, tmp_path_factory) -> pathlib.Path:
     "--multi_choice_share=0",
   )
   return folder
+
+
+@pytest.fixture(scope="session")
+def start(program, drawn):
+  """Starts two hosts on a workdir."""
+
+  def new(workdir, *settings, fault="", others=None):
+    given = (
+      *ON_HOSTS,
+      f"--config.data.dir={drawn}",
+      f"--workdir={workdir}",
+      *settings,
+    )
+    return hosts.Hosts(
+      [given, (*given, *(others or ()))],
+      program.environment,
+      workdir.with_name(f"{workdir.name}-logs"),
+      fault=fault,
+    )
+
+  return new
 
 
 @pytest.fixture(scope="session")

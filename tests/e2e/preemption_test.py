@@ -5,40 +5,9 @@ import json
 import pytest
 
 from tests.e2e import hosts
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import ON_HOSTS, summary
 
 pytestmark = pytest.mark.multiprocess
-
-SETTINGS = (
-  "--config=configs/smoke.py",
-  *TINY,
-  "--config.train.num_steps=4",
-  "--config.eval.every_steps=3",
-  # None but the first and those that a notice asks for.
-  "--config.checkpoint.every_steps=100",
-  "--config.mesh.fsdp=2",
-)
-
-
-@pytest.fixture(scope="session")
-def start(program, drawn, tmp_path_factory):
-  """Starts two hosts on a workdir."""
-
-  def new(workdir, *settings, fault="", others=None):
-    given = (
-      *SETTINGS,
-      f"--config.data.dir={drawn}",
-      f"--workdir={workdir}",
-      *settings,
-    )
-    return hosts.Hosts(
-      [given, (*given, *(others or ()))],
-      program.environment,
-      workdir.with_name(f"{workdir.name}-logs"),
-      fault=fault,
-    )
-
-  return new
 
 
 @pytest.fixture(scope="session")
@@ -71,15 +40,11 @@ def lines_but_for_time(workdir):
   ]
 
 
-def summary(workdir):
-  return json.loads((workdir / "run.json").read_text())["end"]
-
-
 @pytest.mark.parametrize(
   ("point", "num_iterations", "saved"),
   [
-    # The next common poll is in the rollout of the step.
-    ("term@2:1:rollout", 1, "00000001"),
+    # The next common poll is in the same rollout.
+    ("term@2:1:decode", 1, "00000001"),
     # Or at the border of the next step,
     pytest.param("term@2:1:update", 1, "00000002", marks=pytest.mark.nightly),
     # or between two updates,
@@ -90,13 +55,17 @@ def summary(workdir):
   ids=["in a rollout", "between steps", "between updates", "in an evaluation"],
 )
 def test_a_notice_to_one_host_stops_both_at_one_point_and_nothing_is_lost(
-  start, unbroken, tmp_path, point, num_iterations, saved
+  start, unbroken, tmp_path, record_property, point, num_iterations, saved
 ):
   """Exit code 75 on both, and the run goes on as if it had not been."""
   settings = (f"--config.train.num_iterations={num_iterations}",)
   workdir = tmp_path / "run"
-  end = start(workdir, *settings, fault=point).end()
+  both = start(workdir, *settings, fault=point)
+  both.wait_for("strikes", host=int(point[7]))
+  end = both.end()
   assert end.codes == [75, 75], end.logs
+  # Four of which all hosts had to hear of it.
+  record_property("seconds", end.seconds)
   words = summary(workdir)
   assert words["exit_code"] == 75
   assert words["newest_checkpoint"].endswith(f"checkpoints/{saved}")
@@ -117,14 +86,18 @@ def test_a_notice_to_one_host_stops_both_at_one_point_and_nothing_is_lost(
   assert sum(words["goodput"].values()) == pytest.approx(1)
 
 
-def test_a_run_of_one_process_hears_the_notice_too(program, drawn, tmp_path):
+def test_a_run_of_one_process_hears_the_notice_too(
+  program, drawn, tmp_path, record_property
+):
   workdir = tmp_path / "run"
-  given = [*SETTINGS[:-1], f"--config.data.dir={drawn}"]
+  given = [*ON_HOSTS[:-1], f"--config.data.dir={drawn}"]
   given += [f"--workdir={workdir}", "--config.train.num_steps=1000"]
   given += ["--config.eval.every_steps=0"]
   one = hosts.Hosts(
     [given], program.environment, tmp_path / "logs", fault="term@2:0:update"
   )
+  one.wait_for("strikes", host=0)
   end = one.end()
   assert end.codes == [75], end.logs
+  record_property("seconds", end.seconds)
   assert summary(workdir)["newest_checkpoint"].endswith("checkpoints/00000002")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import checkpoint
+from grpo_tpu import archive, checkpoint
 from tests.grpo_tpu import checkpointing
 
 # One of each kind of file that a checkpoint is made of.
@@ -213,23 +213,23 @@ def test_another_run_s_damaged_checkpoint_is_refused_and_left(folder, kind):
   before = sorted(folder.rglob("*"))
   params = make_state(0)["params"]
   with pytest.raises(ValueError, match="00000002 is damaged: wrong checksum"):
-    checkpoint.restore_params(folder, 2, params)
-  got, step = checkpoint.restore_params(folder, None, params)
-  assert step == 1 == checkpoint.newest_step(folder)
+    archive.restore_params(folder, 2, params)
+  got, step = archive.restore_params(folder, None, params)
+  assert step == 1 == archive.newest_step(folder)
   np.testing.assert_array_equal(got["w"], make_state(1)["params"]["w"])
   assert sorted(folder.rglob("*")) == before
 
 
 def test_the_meta_of_another_run_is_verified_by_itself(folder):
   flip(largest(folder, "arrays"), 100)
-  assert checkpoint.read_meta(folder, 2) == {"is": 2}
+  assert archive.read_meta(folder, 2) == {"is": 2}
   flip(largest(folder, "meta"), 30)
   with pytest.raises(ValueError, match="meta/metadata"):
-    checkpoint.read_meta(folder, 2)
+    archive.read_meta(folder, 2)
 
 
 def test_where_none_of_another_run_is_whole_it_is_refused(folder):
   for path in folder.glob("*.manifest.json"):
     path.unlink()
   with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
-    checkpoint.newest_step(folder)
+    archive.newest_step(folder)

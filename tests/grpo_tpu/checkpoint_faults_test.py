@@ -2,7 +2,6 @@
 
 import contextlib
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import checkpoint
+from grpo_tpu import archive, checkpoint
 from tests.grpo_tpu import checkpointing
 
 SMALL = {"w": jnp.arange(4.0)}
@@ -34,27 +33,6 @@ def files_no_larger_than(num_bytes):
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def mounted(tmp_path):
-  """Mounts a file system of its own; skips where this user may not."""
-  folder = tmp_path / "mounted"
-  folder.mkdir()
-
-  def mount(*arguments):
-    done = subprocess.run(
-      ["mount", *arguments, str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-      pytest.skip(f"mount {arguments[0]}: {done.stderr.strip()}")
-    return folder
-
-  if shutil.which("mount") is None:
-    pytest.skip("there is no mount command")
-  yield mount
-  while folder.is_mount():
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def saved_until_failure(checkpoints, state, steps):
@@ -111,7 +89,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path, moment):
     np.testing.assert_array_equal(restored.state["w"], expected["w"])
     assert checkpoints.quarantined == (0 if is_cut_off else 1)
     assert checkpoints.save(3, expected, {})
-  assert checkpoint.steps(tmp_path) == [1, 3]
+  assert archive.steps(tmp_path) == [1, 3]
 
 
 def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
@@ -127,7 +105,7 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
   assert checkpoints.failures == 3
   assert caplog.text.count("No space left on device") >= 3
   # What the failed saves had written is gone again, and there is room for one.
-  assert checkpoint.steps(folder) == [1]
+  assert archive.steps(folder) == [1]
   assert not list(folder.glob("*tmp*"))
   filler.unlink()
   with checkpointing.opened(folder) as checkpoints:
@@ -135,7 +113,7 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
     assert restored is not None and restored.step == 1
     np.testing.assert_array_equal(restored.state["w"], large(1)["w"])
     assert checkpoints.save(2, large(2), {})
-  assert checkpoint.steps(folder) == [1, 2]
+  assert archive.steps(folder) == [1, 2]
 
 
 def test_a_disk_that_has_room_again_ends_the_failures(mounted):
@@ -152,7 +130,7 @@ def test_a_disk_that_has_room_again_ends_the_failures(mounted):
     assert checkpoints.failures == 1
     restored = checkpoints.restore(large())
   assert restored is not None and restored.step == 21
-  assert checkpoint.steps(folder) == [10, 21]
+  assert archive.steps(folder) == [10, 21]
 
 
 def test_a_disk_that_turns_read_only_ends_the_run(mounted):
@@ -189,7 +167,7 @@ def test_one_failed_save_is_counted_and_the_next_step_stands_in(tmp_path):
     assert checkpoints.failures == 2
     assert not checkpoints.save(23, large(), {})
     assert checkpoints.scalars()["checkpoint/save_failures"] == 2
-  assert checkpoint.steps(tmp_path) == [10, 22]
+  assert archive.steps(tmp_path) == [10, 22]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
@@ -208,7 +186,7 @@ def test_a_success_between_two_failures_forgives_the_first(tmp_path):
       for step, state in enumerate((large(), SMALL, large(), SMALL), start=1):
         assert checkpoints.save(step, state, {})
   assert checkpoints.failures == 2
-  assert checkpoint.steps(tmp_path) == [2, 4]
+  assert archive.steps(tmp_path) == [2, 4]
 
 
 def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of several real processes, and onto other numbers of them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -188,6 +189,52 @@ def test_one_host_that_cannot_write_ends_all_within_the_time_out(
     "00000001",
   }
   assert_is_step_1(tmp_path, logs)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+def test_two_processes_give_up_on_a_disk_and_the_older_one_stays(
+  mounted, tmp_path, logs, record_property, disk
+):
+  folder, hindered = mounted("-t", "tmpfs", "-o", "size=8m", "tmpfs"), tmp_path
+  hindered /= "hindered"
+  pod = Pod(2, "hinder", folder, hindered, logs=logs)
+  try:
+    wait_for(pod, "SAVED")
+    if disk == "full":
+      filler = folder / "filler"
+      with contextlib.suppress(OSError), filler.open("wb", 0) as file:
+        while True:
+          file.write(bytes(4096))
+    else:
+      # A mount in use cannot be made so, but one that is can cover it.
+      mounted("-t", "tmpfs", "-o", "size=8m,ro", "tmpfs")
+    hindered.touch()
+    results = pod.results()
+  finally:
+    pod.kill()
+  for result in results:
+    said = "space left" if disk == "full" else "Read-only"
+    assert said in result["error"] and "2 saves in a row" in result["error"]
+    assert "00000001" in result["error"]
+    # Two time-outs, and what a busy machine adds.
+    assert result["seconds"] < 2 * 5 + 40
+    record_property("seconds", result["seconds"])
+  if disk == "full":
+    filler.unlink()
+  else:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+  assert_is_step_1(folder, logs)
+
+
+def wait_for(pod, words):
+  """Until all processes have said so."""
+  deadline = time.monotonic() + TIMEOUT_SECONDS
+  while not all(words in log.read_text() for log in pod.logs):
+    ended = [process.poll() for process in pod.processes]
+    assert ended == [None] * len(ended), [x.read_text() for x in pod.logs]
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
 def assert_is_step_1(folder, logs):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_tpu import checkpoint, manifest
+from grpo_tpu import archive, checkpoint, manifest
 from tests.grpo_tpu import checkpointing
 
 
@@ -85,7 +85,7 @@ def relay(mesh, folder, step):
     name: jax.make_array_from_callback(x.shape, by_rows, lambda i, x=x: x[i])
     for name, x in rows(step).items()
   }
-  unfinished = checkpoint.Unfinished(1, arrays, {"half": step + 0.5})
+  unfinished = archive.Unfinished(1, arrays, {"half": step + 0.5})
   with checkpointing.opened(folder) as checkpoints:
     checkpoints.save(step, state_of(mesh, step), {"is": step})
     checkpoints.save(
@@ -140,9 +140,9 @@ def borrow(mesh, *folders):
   results = []
   for folder in folders:
     params = state_of(mesh, 0)["params"]
-    _, newest = checkpoint.restore_params(folder, None, params)
+    _, newest = archive.restore_params(folder, None, params)
     try:
-      checkpoint.restore_params(folder, 2, params)
+      archive.restore_params(folder, 2, params)
       error = ""
     except ValueError as caught:
       error = str(caught)
@@ -177,6 +177,26 @@ def fail(mesh, folder, timeout):
       "seconds": time.monotonic() - start,
       "longest": max(times),
     }
+  return {}
+
+
+def hinder(mesh, folder, hindered):
+  """Saves step 1; once a file is there, further ones until it is given up."""
+  with checkpointing.opened(
+    folder, max_failures=2, timeout_seconds=5
+  ) as checkpoints:
+    checkpoints.save(1, state_of(mesh, 1), {})
+    checkpoints.wait()
+    print("SAVED", flush=True)
+    while not os.path.exists(hindered):
+      time.sleep(0.01)
+    start = time.monotonic()
+    try:
+      for step in range(2, 2000):
+        checkpoints.save(step, state_of(mesh, step), {})
+        time.sleep(0.01)
+    except checkpoint.CheckpointError as error:
+      return {"error": str(error), "seconds": time.monotonic() - start}
   return {}
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import checkpoint, metric_table
+from grpo_tpu import archive, checkpoint, metric_table
 from tests.grpo_tpu import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
@@ -129,7 +129,7 @@ def test_only_due_and_forced_steps_are_saved(tmp_path):
     saved = [step for step in range(1, 8) if checkpoints.save(step, state, {})]
     assert saved == [3, 6]
     assert checkpoints.save(8, state, {}, force=True)
-  assert checkpoint.steps(tmp_path) == [3, 6, 8]
+  assert archive.steps(tmp_path) == [3, 6, 8]
 
 
 def test_a_step_saved_already_is_left_alone(tmp_path):
@@ -147,7 +147,7 @@ def test_a_step_older_than_the_newest_is_refused(tmp_path, force):
   with checkpointing.opened(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=r"step 3 .* newest checkpoint \(4\)"):
       checkpoints.save(3, make_state(), META, force=force)
-  assert checkpoint.steps(tmp_path) == [4]
+  assert archive.steps(tmp_path) == [4]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -222,10 +222,10 @@ def test_the_parameters_of_another_run_are_read_alone(tmp_path):
   save_one(tmp_path, state, step=9)
   before = sorted(tmp_path.rglob("*"))
   expected = make_state(seed=3).params
-  params, step = checkpoint.restore_params(tmp_path, None, expected)
+  params, step = archive.restore_params(tmp_path, None, expected)
   assert step == 9
   assert_trees_equal(params, expected)
-  _, step = checkpoint.restore_params(tmp_path, 5, expected)
+  _, step = archive.restore_params(tmp_path, 5, expected)
   assert step == 5
   assert sorted(tmp_path.rglob("*")) == before
 
@@ -234,13 +234,13 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
   save_one(tmp_path, make_state())
   wanted = make_state(dtype=jnp.bfloat16).params
   with pytest.raises(ValueError, match="params/attention/w: saved float32"):
-    checkpoint.restore_params(tmp_path, None, wanted)
+    archive.restore_params(tmp_path, None, wanted)
   with pytest.raises(ValueError, match="params/b: .* wanted nothing"):
-    checkpoint.restore_params(
+    archive.restore_params(
       tmp_path, None, {"attention": make_state().params["attention"]}
     )
   with pytest.raises(ValueError, match="no checkpoint in .*elsewhere is whole"):
-    checkpoint.restore_params(tmp_path / "elsewhere", None, wanted)
+    archive.restore_params(tmp_path / "elsewhere", None, wanted)
 
 
 def unfinished(updates_done, *, seed=0, mesh=None):
@@ -253,7 +253,7 @@ def unfinished(updates_done, *, seed=0, mesh=None):
   if mesh is not None:
     arrays = jax.device_put(arrays, by_rows(mesh))
   record = {"scalars": {"rollout/reward": 0.1 + seed}, "num_batches": 1}
-  return checkpoint.Unfinished(updates_done, arrays, record)
+  return archive.Unfinished(updates_done, arrays, record)
 
 
 def by_rows(mesh):
@@ -309,8 +309,8 @@ def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
   assert restored is not None
   assert restored.step == 8 and restored.unfinished is None
   assert names(tmp_path) == ["00000000", "00000008"]
-  assert checkpoint.steps(tmp_path) == [0, 8]
-  assert checkpoint.best_path(tmp_path) is None  # Nothing was scored.
+  assert archive.steps(tmp_path) == [0, 8]
+  assert archive.best_path(tmp_path) is None  # Nothing was scored.
 
 
 def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
@@ -333,8 +333,8 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
     assert save(checkpoints, 3, jnp.float32(0.5))
     assert checkpoints.save(4, make_state(), {}, metrics={"train/loss": 1.0})
   assert names(tmp_path) == ["00000002", "00000004"]
-  assert checkpoint.best_path(tmp_path) == tmp_path / "00000002"
-  assert checkpoint.newest_path(tmp_path) == tmp_path / "00000004"
+  assert archive.best_path(tmp_path) == tmp_path / "00000002"
+  assert archive.newest_path(tmp_path) == tmp_path / "00000004"
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert not save(checkpoints, 5, float("nan"))
     assert save(checkpoints, 6, 0.8)
@@ -403,7 +403,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, where):
     # A state that has healed is saved at once, and forgives.
     assert checkpoints.save(5, good, META)
   assert restored is not None and restored.step == 1
-  assert checkpoint.steps(tmp_path) == [1, 5]
+  assert archive.steps(tmp_path) == [1, 5]
 
 
 def test_a_run_whose_last_state_was_refused_does_not_end_well(tmp_path):

@@ -1,7 +1,9 @@
-"""One tiny model, and prompts for it, for the tests that run a network."""
+"""A tiny model with prompts for it, and file systems to be made full."""
 
 import dataclasses
 import math
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,3 +137,24 @@ def quick_compile():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def mounted(tmp_path):
+  """Mounts a file system of its own; skips where this user may not."""
+  folder = tmp_path / "mounted"
+  folder.mkdir()
+
+  def mount(*arguments):
+    done = subprocess.run(
+      ["mount", *arguments, str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+      pytest.skip(f"mount {arguments[0]}: {done.stderr.strip()}")
+    return folder
+
+  if shutil.which("mount") is None:
+    pytest.skip("there is no mount command")
+  yield mount
+  while folder.is_mount():
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -58,7 +58,7 @@ def test_a_time_out_that_cannot_be_is_named(name, value):
 def said_by(monkeypatch, *hosts):
   """What `check` raises where these hosts say these facts."""
 
-  def gathered(topic, value, *, timeout_seconds):
+  def answers(topic, value, *, timeout_seconds):
     if topic.endswith("details"):
       return list(hosts)
     return [
@@ -69,7 +69,7 @@ def said_by(monkeypatch, *hosts):
       for index, facts in enumerate(hosts)
     ]
 
-  monkeypatch.setattr(distributed, "gathered", gathered)
+  monkeypatch.setattr(distributed, "answers", answers)
   preflight.check("x", hosts[0], timeout_seconds=1)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_tpu import generation, objective, sharding, train_state, train_step
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.gemma3 import decoding, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 8, 2, 5
@@ -338,6 +338,22 @@ def test_activations_lie_where_their_table_says():
   assert shapes == [(2, 1, 3, 1, 4), (2, 1, 3, 1, 4), (2, 3)]
   # Without a mesh there is nowhere else to be.
   assert sharding.activation(arrays[0], "heads") is arrays[0]
+
+
+def test_every_cache_lies_by_a_rule_and_one_that_none_knows_is_refused():
+  """Bundles over the data axes, key-value heads over tensor if it divides."""
+  mesh = sharding.make_mesh(2, 2, 2)
+  for field in dataclasses.fields(decoding.Cache):
+    shape = (3, 8, 2, 5, 4) if "prompt" in field.name else (3, 8, 6, 2, 5, 4)
+    for heads, tensor in ((2, 2), (1, 1)):
+      place = jax.sharding.NamedSharding(
+        mesh, sharding.cache(mesh, field.name, heads)
+      )
+      sizes = list(shape)
+      sizes[1], sizes[-3] = 2, 2 // tensor
+      assert place.shard_shape(shape) == tuple(sizes), (field.name, heads)
+  with pytest.raises(ValueError, match="knows the cache latent_k"):
+    sharding.cache(mesh, "latent_k", 2)
 
 
 def test_an_update_leaves_a_state_where_it_was(tiny):

@@ -4,11 +4,7 @@ import pytest
 
 from tests.multihost import pods
 
-pytestmark = [
-  pytest.mark.multiprocess,
-  pytest.mark.e2e,
-  pytest.mark.nightly,
-]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.e2e]
 
 ALONE = pods.Topology(hosts=1, devices=1, fsdp=1, tensor=1)
 TWO = pods.Topology(hosts=2, devices=2, fsdp=4, tensor=1)
@@ -55,7 +51,7 @@ def assert_same_run(pod, other):
     for name, value in expected.items():
       # What measures rounding itself is of another size on each topology.
       if not name.startswith("train/sampler_"):
-        assert row[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+        assert row[name] == pytest.approx(value, rel=5e-5, abs=2e-6), name
   # The KL grows, so that losses are not all alike.
   assert abs(rows[-1]["train/loss"]) > 1e-4
 
@@ -64,10 +60,12 @@ def test_two_hosts_train_as_one_does(alone, two):
   assert_same_run(two, alone)
 
 
+@pytest.mark.nightly
 def test_four_hosts_of_which_two_share_rows_train_as_one_does(alone, four):
   assert_same_run(four, alone)
 
 
+@pytest.mark.nightly
 def test_replicas_of_two_devices_train_as_one_does(alone, new_pod):
   assert_same_run(new_pod().finish(REPLICAS), alone)
 
@@ -80,6 +78,7 @@ def killed_in_two(new_pod):
   return pod
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("topology", [ALONE, FOUR], ids=["one", "four"])
 def test_a_run_of_two_hosts_goes_on_with(
   topology, killed_in_two, alone, tmp_path
@@ -88,12 +87,14 @@ def test_a_run_of_two_hosts_goes_on_with(
   assert_same_run(pod, alone)
 
 
+@pytest.mark.nightly
 def test_a_run_of_four_hosts_goes_on_with_two(new_pod, alone):
   pod = new_pod()
   assert pod.start(FOUR, "kill@4:2:update") != 0
   assert_same_run(pod.finish(TWO), alone)
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_and_killed_again_is_the_unbroken_one(
   two, killed_in_two, tmp_path
 ):
