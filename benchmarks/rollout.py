@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_tpu import generation, rollout, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
@@ -36,9 +37,9 @@ CONFIG = gemma3_config.ModelConfig(
 )
 
 
-def main() -> None:
-  """Measures, and prints what was measured."""
-  parser = argparse.ArgumentParser(description=__doc__)
+def parser(description: str | None) -> argparse.ArgumentParser:
+  """Flags that say how much is sampled."""
+  flags = argparse.ArgumentParser(description=description)
   for name, value in (
     ("prompts", 8),
     ("completions", 8),
@@ -47,16 +48,73 @@ def main() -> None:
     ("chunk_tokens", 16),
     ("repeats", 5),
   ):
-    parser.add_argument(f"--{name}", type=int, default=value)
-  args = parser.parse_args()
+    flags.add_argument(f"--{name}", type=int, default=value)
+  return flags
+
+
+def long_tail(args: argparse.Namespace) -> np.ndarray:
+  """Tokens of each row: one in ten goes to the end."""
   rng = np.random.default_rng(0)
-  shape = (args.prompts, args.completions)
-  full = np.full(shape, args.completion_length)
-  tail = rng.integers(1, args.completion_length // 4 + 1, full.size)
-  long = rng.permutation(full.size)[: round(full.size / 10)]
-  tail[long] = args.completion_length
-  run = _runner(args)
-  limits = {"every row to the end": full, "long tail": tail.reshape(shape)}
+  rows = args.prompts * args.completions
+  lengths = rng.integers(1, args.completion_length // 4 + 1, rows)
+  lengths[rng.permutation(rows)[: round(rows / 10)]] = args.completion_length
+  return lengths.reshape(args.prompts, args.completions)
+
+
+def made(
+  args: argparse.Namespace,
+) -> tuple[dict, generation.Prompts, generation.Settings, Mesh]:
+  """Parameters and prompts on a mesh, and how they are sampled from."""
+  mesh = sharding.make_mesh(1, len(jax.devices()), 1)
+  params = jax.tree.map(
+    jax.device_put,
+    weights.random_params(CONFIG, 0, np.dtype(np.float32)),
+    sharding.shardings(mesh, weights.abstract_params(CONFIG, jnp.float32)),
+  )
+  ids = np.random.default_rng(1).integers(
+    200, CONFIG.vocab_size, (args.prompts, args.prompt_length), dtype=np.int32
+  )
+  prompts = generation.Prompts(
+    ids=ids,
+    length=np.full(args.prompts, args.prompt_length, np.int32),
+    images=np.zeros((args.prompts, 0, 0, 0, 3), np.uint8),
+    index=np.arange(args.prompts, dtype=np.int32),
+  )
+  settings = generation.Settings(
+    config=CONFIG,
+    num_completions=args.completions,
+    max_new_tokens=args.completion_length,
+    min_new_tokens=args.completion_length,
+    chunk_tokens=args.chunk_tokens,
+    temperature=1.0,
+    dtype=jnp.dtype(jnp.float32),
+  )
+  return params, sharding.put_batch(mesh, prompts), settings, mesh
+
+
+def main() -> None:
+  """Measures, and prints what was measured."""
+  args = parser(__doc__).parse_args()
+  tail = long_tail(args)
+  limits = {
+    "every row to the end": np.full_like(tail, args.completion_length),
+    "long tail": tail,
+  }
+  params, prompts, settings, mesh = made(args)
+
+  def run(limit):
+    with jax.set_mesh(mesh):
+      completions, report = rollout.rollout(
+        params,
+        prompts,
+        jax.random.key(0),
+        settings=settings,
+        mesh=mesh,
+        row_limits=limit,
+      )
+    jax.block_until_ready(completions)
+    return report
+
   for limit in limits.values():
     run(limit)  # Compiles.
   seconds = {name: [] for name in limits}
@@ -81,49 +139,6 @@ def main() -> None:
       {"full_cpu_s": whole, "tail_cpu_s": tailed, "ratio": tailed / whole}
     )
   )
-
-
-def _runner(args):
-  mesh = sharding.make_mesh(1, len(jax.devices()), 1)
-  params = jax.tree.map(
-    jax.device_put,
-    weights.random_params(CONFIG, 0, np.dtype(np.float32)),
-    sharding.shardings(mesh, weights.abstract_params(CONFIG, jnp.float32)),
-  )
-  ids = np.random.default_rng(1).integers(
-    200, CONFIG.vocab_size, (args.prompts, args.prompt_length), dtype=np.int32
-  )
-  prompts = generation.Prompts(
-    ids=ids,
-    length=np.full(args.prompts, args.prompt_length, np.int32),
-    images=np.zeros((args.prompts, 0, 0, 0, 3), np.uint8),
-    index=np.arange(args.prompts, dtype=np.int32),
-  )
-  prompts = sharding.put_batch(mesh, prompts)
-  settings = generation.Settings(
-    config=CONFIG,
-    num_completions=args.completions,
-    max_new_tokens=args.completion_length,
-    min_new_tokens=args.completion_length,
-    chunk_tokens=args.chunk_tokens,
-    temperature=1.0,
-    dtype=jnp.dtype(jnp.float32),
-  )
-
-  def run(limits):
-    with jax.set_mesh(mesh):
-      completions, report = rollout.rollout(
-        params,
-        prompts,
-        jax.random.key(0),
-        settings=settings,
-        mesh=mesh,
-        row_limits=limits,
-      )
-    jax.block_until_ready(completions)
-    return report
-
-  return run
 
 
 if __name__ == "__main__":

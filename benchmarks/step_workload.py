@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 # Layers, width, hidden width, query heads, key-value heads, head size,
 # vocabulary, window; prompts, completions of each; prompts per microbatch of
-# the peers and of ours, tokens whose logits ours holds at a time. At 270M a
-# peer's whole batch in one would take most of 24 GiB, and be no faster.
+# the peers and of ours, tokens whose logits ours holds at a time. At 270M each
+# takes a prompt at a time: all logits of a step at once are gigabytes.
 PRESETS = {
   "tiny": (6, 256, 1024, 4, 1, 64, 4096, 64, 8, 8, 8, 8, 4096),
-  "270m": (18, 640, 2048, 4, 1, 256, 262_144, 512, 4, 4, 1, 4, 1024),
+  "270m": (18, 640, 2048, 4, 1, 256, 262_144, 512, 4, 4, 1, 1, 1024),
 }
 _NAMES = (
   *("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocab"),

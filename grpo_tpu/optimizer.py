@@ -130,8 +130,12 @@ def make_optimizer(
       lambda path, _: "frozen" if is_frozen(_path(path)) else "trained", params
     )
 
+  clip = optax.identity()
+  if config.max_grad_norm < math.inf:
+    # Off it goes, for it would hold a second gradient.
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
   tx = optax.chain(
-    optax.clip_by_global_norm(config.max_grad_norm),
+    clip,
     optax.adamw(
       make_schedule(config),
       b1=config.b1,

@@ -252,7 +252,6 @@ def make_train_step(
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
       (sums, maxima), _ = jax.lax.scan(accumulate, zeros, parts)
     value, metrics, gradient = sums
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
     if "ratio_squared" in metrics:
       squared = metrics.pop("ratio_squared")
       metrics["effective_sample_share"] = jnp.where(
@@ -267,11 +266,19 @@ def make_train_step(
       "tokens": mask.sum(dtype=jnp.float32),
       "skipped_updates": 1.0 - is_finite.astype(jnp.float32),
     }
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(is_finite, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
+
+    def updated(params, opt_state):
+      updates, opt_state = tx.update(gradient, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
+
+    # A branch can write in place. A choice between old and new, element by
+    # element, has XLA on a CPU hold both: two more copies of the moments.
+    params, opt_state = jax.lax.cond(
+      is_finite,
+      updated,
+      lambda *unchanged: unchanged,
+      state.params,
+      state.opt_state,
     )
     # As they came, or the next update would be another program.
     params, opt_state = sharding.constrained((params, opt_state))

@@ -7,6 +7,9 @@ reach. `docs/adr/0011-decoding-walks-global-layers.md` says how the layers are
 gone through. Knows nothing of tokens' odds, or of which rows go on.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -166,13 +169,17 @@ def decode(
       t=t,
       window=None if kind else config.sliding_window,
     )
-    read = attention.attend_cached(
-      q[:, :, 0],
-      (_at(keys, place), _at(values, place)),
-      (prompt_k, prompt_v),
-      sees_own=sees_own,
-      sees_prompt=sees_prompt,
-    )
+
+    def read_first(num_own):
+      return attention.attend_cached(
+        q[:, :, 0],
+        (_at(keys, place, num_own), _at(values, place, num_own)),
+        (prompt_k, prompt_v),
+        sees_own=sees_own[:num_own],
+        sees_prompt=sees_prompt,
+      )
+
+    read = _as_far_as_written(read_first, keys.shape[4], t)
     return text.after_attention(stack.params, x, read[:, :, None]), keys, values
 
   def locals_between(first, end, before, carry):
@@ -254,8 +261,27 @@ def cache_masks(
   return sees_prompt, age <= t
 
 
-def _at(stacked: Array, place: Array) -> Array:
-  return jax.lax.dynamic_index_in_dim(stacked, place, keepdims=False)
+def _as_far_as_written(
+  read: Callable[[int], Array], num_own: int, t: Int[Array, ""]
+) -> Array:
+  """What `read` finds in the first quarters of the slots, as many as hold any.
+
+  Which they are depends on `t` alone, as all else here does.
+  """
+  quarters = sorted({-(-num_own * i // 4) for i in (1, 2, 3, 4)})
+  number = sum((t >= end).astype(jnp.int32) for end in quarters[:-1])
+  return jax.lax.switch(
+    number, [functools.partial(read, end) for end in quarters]
+  )
+
+
+def _at(stacked: Array, place: Array, num_slots: int | None = None) -> Array:
+  """A layer's part of a cache, of which the first slots may do."""
+  start = (place, *(jnp.zeros_like(place) for _ in stacked.shape[1:]))
+  size = [1, *stacked.shape[1:]]
+  if num_slots is not None:
+    size[4] = num_slots
+  return jax.lax.dynamic_slice(stacked, start, size)[0]
 
 
 def _put(cache: Array, new: Array, place: Array, t: Array) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines import tokenizer
 from grpo_tpu import logprobs, sharding
 
 SHAPE, WIDTH, VOCAB = (2, 2, 3), 5, 17
@@ -87,6 +88,51 @@ def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
   for got, want in zip(
     jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
     jax.value_and_grad(without, argnums=(0, 1))(states, embedding),
+    strict=True,
+  ):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+      got,
+      want,
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_early_tokens_are_as_if_the_vocabulary_had_no_stop(chunk_size):
+  """In values and gradients, and only they."""
+  states, ids, embedding = inputs()
+  stop = tokenizer.STOP_IDS[0]
+  early = np.arange(SHAPE[-1]) < np.array([[0, 1], [2, 3]])[..., None]
+  is_early = jnp.asarray(early)
+  ids = jnp.where(is_early & (ids == stop), stop + 1, ids)
+  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+
+  def weighed(outputs):
+    return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
+
+  def ours(states, embedding):
+    return weighed(
+      logprobs.per_token_logps(
+        states,
+        ids,
+        embedding,
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size,
+        is_early=is_early,
+      )
+    )
+
+  def twin(states, embedding):
+    kept = jnp.delete(embedding, stop, axis=0)
+    early = plain(states, ids - (ids > stop), kept)
+    late = plain(states, ids, embedding)
+    return weighed(
+      [jnp.where(is_early, x, y) for x, y in zip(early, late, strict=True)]
+    )
+
+  for got, want in zip(
+    jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
+    jax.value_and_grad(twin, argnums=(0, 1))(states, embedding),
     strict=True,
   ):
     jax.tree.map(

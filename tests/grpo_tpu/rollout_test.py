@@ -14,6 +14,7 @@ from grpo_tpu import (
   generation,
   logprobs,
   objective,
+  pictures,
   rollout,
   sharding,
   train_step,
@@ -226,8 +227,9 @@ LIMITS = np.array([[1, 4, 12], [12, 2, 3], [5, 1, 1], [2, 12, 1]])
 
 
 def test_no_schedule_changes_what_a_row_says(tiny, prompts, monkeypatch):
-  """Chunks of any size, bundles moved or not, on a mesh or not."""
+  """Chunks of any size, bundles moved or not, narrow or wide, on any mesh."""
   monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
+  halves = compaction.ladder
   run = functools.partial(
     tiny.sampled,
     prompts,
@@ -240,12 +242,16 @@ def test_no_schedule_changes_what_a_row_says(tiny, prompts, monkeypatch):
   completions, report = run()
   assert report.moves == 0
   completions = jax.device_get(completions)
-  for chunk_tokens, shape in (
-    (1, (1, 1, 1)),
-    (3, (1, 1, 1)),
-    (2, (2, 2, 1)),
-    (2, (1, 2, 2)),
+  for chunk_tokens, shape, ladder in (
+    (1, (1, 1, 1), halves),
+    (3, (1, 1, 1), halves),
+    (2, (2, 2, 1), halves),
+    (2, (1, 2, 2), halves),
+    # Prompts with many rows left are in several bundles, and stay so.
+    (1, (1, 1, 1), lambda *_: [(4, 3), (11, 1), (2, 2), (3, 1)]),
+    (2, (1, 2, 1), lambda *_: [(2, 3), (3, 2), (5, 1), (1, 2), (1, 1)]),
   ):
+    monkeypatch.setattr(compaction, "ladder", ladder)
     other, report = run(
       chunk_tokens=chunk_tokens, mesh=conftest.mesh_of(*shape)
     )
@@ -258,6 +264,26 @@ def test_no_schedule_changes_what_a_row_says(tiny, prompts, monkeypatch):
     np.testing.assert_allclose(
       other.logps, completions.logps, atol=1e-5, rtol=0
     )
+
+
+def test_kept_features_of_pictures_are_read_as_their_pixels_are(
+  tiny, prompts, completions
+):
+  """Made at once, made in a later step, or found from an earlier one."""
+  ids, length, images = prompts
+  encoder = pictures.Pictures(
+    tiny.config.vision,
+    conftest.mesh_of(),
+    dtype=jnp.dtype(jnp.float32),
+    per_shard=1,
+    cache_bytes=2**20,
+  )
+  for num_encoded in (PROMPTS, 0):
+    features = encoder.features(tiny.params, np.asarray(images))
+    assert encoder.num_encoded == num_encoded
+    seen = sampled(tiny, (ids, length, features), np.arange(PROMPTS))
+    np.testing.assert_array_equal(seen.ids, completions.ids)
+    np.testing.assert_array_equal(seen.stopped, completions.stopped)
 
 
 def test_rows_stop_at_their_limits_and_dead_ones_are_left_behind(tiny, prompts):
