@@ -65,14 +65,17 @@ done
 
 container=$("${tool[@]}" from --signature-policy "$folder/policy.json" \
   --pull-never localhost/grpo_tpu)
-"${tool[@]}" inspect --format 'user {{.OCIv1.Config.User}}, entrypoint \
-{{.OCIv1.Config.Entrypoint}}' "$container"
-"${tool[@]}" run --isolation chroot "$container" -- \
+# A name that resolves, as any machine's does.
+run=("${tool[@]}" run --isolation chroot --hostname localhost)
+"${tool[@]}" inspect --format \
+  'user {{.OCIv1.Config.User}}, entrypoint {{.OCIv1.Config.Entrypoint}}' "$container"
+"${run[@]}" "$container" -- \
   python -c 'import os; assert os.getuid() == 10001, os.getuid()'
-"${tool[@]}" run --isolation chroot "$container" -- \
+"${run[@]}" "$container" -- \
   python -m grpo_tpu.main --config=configs/smoke.py --workdir=/tmp/run \
-  --config.train.num_steps=2 --config.eval.every_steps=0
-"${tool[@]}" run --isolation chroot "$container" -- \
+  --config.train.num_steps=2 --config.eval.every_steps=0 \
+  --config.data.synthetic.num_problems=400 --config.data.prompts_per_step=16
+"${run[@]}" "$container" -- \
   python -c 'import json, pathlib
 rows = pathlib.Path("/tmp/run/metrics.jsonl").read_text().splitlines()
 print("steps inside the image:", [json.loads(row)["step"] for row in rows])'

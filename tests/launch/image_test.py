@@ -76,4 +76,4 @@ def test_it_builds_and_trains_inside(tmp_path):
     pytest.skip(done.stderr.strip().splitlines()[-1])
   assert done.returncode == 0, done.stderr
   assert "user 10001" in done.stdout
-  assert "steps inside the image: [1, 2]" in done.stdout
+  assert "steps inside the image: [0, 1, 2]" in done.stdout
