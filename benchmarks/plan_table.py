@@ -13,18 +13,20 @@ _GIB = 2**30
 def main(paths: list[str]) -> None:
   """Prints a line for each plan, in the order given."""
   print(
-    "| model | slice | trained | most at once, GiB of a device | limit | free "
-    "| by |"
+    "| model | slice | trained | pictures | most at once, GiB of a device "
+    "| limit | free | by |"
   )
-  print("|---|---|---|---|---|---|---|")
+  print("|---|---|---|---|---|---|---|---|")
   for path in paths:
     made = json.loads(pathlib.Path(path).read_text())
     peak = max(made["programs"], key=lambda x: x["resident_bytes"])
-    rank = made["config"]["model"]["lora"]["rank"]
+    settings = made["config"]["model"]
+    rank, size = settings["lora"]["rank"], settings["image_size"]
     cells = [
       made["model"],
       f"{made['topology']} ({made['slice']})",
       f"LoRA of rank {rank}" if rank else "all",
+      f"{size} px" if size else "the tower's own",
       f"{peak['resident_bytes'] / _GIB:.2f}",
       f"{made['hbm_limit_bytes'] / _GIB:.2f}",
       f"{made['room']:.1%}",

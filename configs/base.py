@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "tiny"
+  config.model.image_size = config_dict.placeholder(int)  # The tower's own.
   config.model.weights = "random:0"
   config.model.param_dtype = "float32"
   config.model.compute_dtype = "bfloat16"
@@ -86,6 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.rollout.temperature = 1.0
   config.rollout.stop_strings = ()
   config.rollout.chunk_tokens = 128
+  config.rollout.prompts_at_a_time = config_dict.placeholder(int)  # All.
   config.rollout.pictures_per_shard = 8
   config.rollout.image_cache_mib = 0
 
@@ -176,6 +178,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.samples = ml_collections.ConfigDict()
   config.samples.every_steps = 10
   config.samples.count = 4
+
+  config.profile = ml_collections.ConfigDict()
+  config.profile.steps = ()  # As in (10, 12), both included.
 
   # For --mode=export alone.
   config.export = ml_collections.ConfigDict()

@@ -15,7 +15,7 @@ class Alarm:
   """A metric that means trouble beyond a limit.
 
   Attributes:
-    metric: Its name, in `metrics.METRICS`.
+    metric: Its name, in `metric_table.METRICS`.
     limit: The last value that is still well.
     is_floor: Whether trouble lies below the limit rather than above it.
     reason: What it means, and what to do.

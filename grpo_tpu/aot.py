@@ -1,19 +1,14 @@
 """Compiles for a slice that is not there, as far as the memory is known.
 
 The compiler writes what it assigned to buffers before it generates code, which
-takes many times as long. A thread compiles, and the process ends as soon as the
-files are there, so a process compiles one program: `python -m grpo_tpu.aot`,
-which `plan` starts, reads a request on standard input and answers in a file.
+takes many times as long. A thread compiles, and the process is to end as soon
+as the files are there, so a process compiles one program. Knows none of ours.
 """
 
 import dataclasses
-import json
 import math
-import os
 import pathlib
 import re
-import resource
-import sys
 import threading
 import time
 from typing import Any
@@ -47,6 +42,7 @@ _COLLECTIVE = re.compile(
   r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
   r"(?:-start)?\("
 )
+_SCATTERED = re.compile(r"\s*%?all-reduce-scatter")
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2}
 
 
@@ -124,8 +120,12 @@ def _assigned(folder: pathlib.Path) -> int | None:
 
 def _text(folder: pathlib.Path) -> str:
   """The optimized program, once it is whole."""
-  texts = (path.read_text() for path in folder.glob(_HLO))
-  return next((text for text in texts if text.rstrip().endswith("}")), "")
+  for path in folder.glob(_HLO):
+    with path.open("rb") as file:
+      file.seek(max(0, path.stat().st_size - 64))
+      if file.read().rstrip().endswith(b"}"):
+        return path.read_text()
+  return ""
 
 
 def _needed(failures: list[Exception]) -> int:
@@ -139,52 +139,16 @@ def _needed(failures: list[Exception]) -> int:
 def collectives(hlo: str) -> tuple[Collective, ...]:
   """The collectives of an optimized program's text, the largest first."""
   counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
-  for match in _COLLECTIVE.finditer(hlo):
-    dtype, dims, name = match.groups()
-    key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
-    counts[key] = counts.get(key, 0) + 1
+  computation = ""
+  for line in hlo.splitlines():
+    if line.endswith("{"):
+      computation = line
+    if match := _COLLECTIVE.search(line):
+      dtype, dims, name = match.groups()
+      # TPUs spell it so: a sum that is cut where it is made.
+      if name == "all-reduce" and _SCATTERED.match(computation):
+        name = "reduce-scatter"
+      key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
+      counts[key] = counts.get(key, 0) + 1
   found = [Collective(*key, count) for key, count in counts.items()]
   return tuple(sorted(found, key=lambda x: -x.num_bytes))
-
-
-def main() -> None:
-  """Answers one request: which config, which slice, which program."""
-  started = time.perf_counter()
-  request = json.load(sys.stdin)
-  # After the environment is as it must be, which the parent sees to.
-  from grpo_tpu import chips, flops, programs
-  from grpo_tpu import config as run_config
-
-  config = run_config.Config.from_config_dict(request["config"])
-  topology = chips.parse(request["topology"])
-  mesh = programs.described_mesh(config, topology)
-  program = programs.find(config, mesh, request["program"])
-  traced = program.traced(mesh)
-  answer = {
-    "name": program.name,
-    "flops": flops.count_jaxpr(traced.jaxpr, while_trips=program.while_trips),
-    "bytes_by_class": program.bytes_by_class(),
-    "resident": {
-      name: programs.device_bytes(tree)
-      for name, tree in programs.resident(config, mesh).items()
-    },
-    "rest_bytes": program.rest_bytes(traced.out_info, mesh),
-    "completion_tokens": program.tokens,
-  }
-  folder = pathlib.Path(request["folder"])
-  compiled = compile_buffers(traced.lower(), folder)
-  usage = resource.getrusage(resource.RUSAGE_SELF)
-  answer |= {
-    "hbm_bytes": compiled.hbm_bytes,
-    "collectives": [dataclasses.asdict(x) for x in compiled.collectives],
-    "cpu_seconds": usage.ru_utime + usage.ru_stime,
-    "wall_seconds": time.perf_counter() - started,
-  }
-  pathlib.Path(request["answer"]).write_text(json.dumps(answer))
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(0)  # The compiler is still at work.
-
-
-if __name__ == "__main__":
-  main()

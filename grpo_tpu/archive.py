@@ -137,6 +137,22 @@ def newest_path(directory: epath.PathLike) -> epath.Path | None:
   return folder / whole[-1].name if whole else None
 
 
+def best_path(directory: epath.PathLike) -> epath.Path | None:
+  """The whole checkpoint that scored best, the later of two that are as good.
+
+  None where none has a score. By the looks of it, as for `newest_path`.
+  """
+  folder = epath.Path(directory).resolve()
+  scored = [
+    entry
+    for entry in entries(folder)
+    if entry.is_whole and entry.score is not None
+  ]
+  if not scored:
+    return None
+  return folder / max(scored, key=lambda entry: (entry.score, entry)).name
+
+
 def _newest_whole(folder: epath.Path) -> str:
   for step in reversed(steps(folder)):
     path = folder / retention.Entry(step).name

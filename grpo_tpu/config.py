@@ -22,7 +22,13 @@ from data_pipelines import (
   prompts,
   synthetic,
 )
-from grpo_tpu import distributed, metrics, retention, sharding
+from grpo_tpu import (
+  distributed,
+  metric_table,
+  profiling,
+  retention,
+  sharding,
+)
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
@@ -116,6 +122,9 @@ class ModelSettings:
 
   Attributes:
     name: A key of `gemma3.config.CONFIGS`.
+    image_size: Side in pixels that pictures are shown at; None is the tower's
+      own. At half of it the tower reads a quarter of the patches, and makes as
+      many soft tokens. Exports show them at its own.
     weights: "random:SEED"; "run:WORKDIR[@STEP]" for another run's newest (or
       given) checkpoint; "hf:DIR" for a local Hugging Face checkpoint, with
       config.json and *.safetensors; "gemma:DIR" for a checkpoint in the layout
@@ -126,7 +135,7 @@ class ModelSettings:
       TPUs and einsum elsewhere.
     remat: What the decoder's layers keep for the backward pass: "none"
       recomputes nothing, "dots" all but the products with weights, "full"
-      everything.
+      everything, and "offload" as much, from what the host's memory keeps.
     train_vision: Train the image tower too.
     vision_remat: The same of the image tower, where it is trained.
     lora: Adapters to train in place of the parameters; off at rank 0.
@@ -139,6 +148,7 @@ class ModelSettings:
   """
 
   name: str
+  image_size: int | None
   weights: str
   param_dtype: str
   compute_dtype: str
@@ -175,6 +185,9 @@ class RolloutConfig:
       token that completes one of them.
     chunk_tokens: Tokens that all rows write before the host looks which go on,
       and whether the run is to be interrupted. The samples are the same.
+    prompts_at_a_time: Prompts, over all hosts, whose completions are decoded
+      together; divides `data.prompts_per_step`, and None is all of them. The
+      samples are the same, and the caches of fewer take less memory.
     pictures_per_shard: Pictures that each data shard's tower reads at a time.
     image_cache_mib: What each process keeps of the tower's results from step to
       step, with a frozen tower; 0 for nothing.
@@ -186,6 +199,7 @@ class RolloutConfig:
   temperature: float
   stop_strings: tuple[str, ...]
   chunk_tokens: int
+  prompts_at_a_time: int | None
   pictures_per_shard: int
   image_cache_mib: int
 
@@ -337,6 +351,7 @@ class Config:
   checkpoint: retention.CheckpointConfig
   eval: EvalConfig
   samples: SamplesConfig
+  profile: profiling.ProfileConfig
   export: ExportConfig
 
   def __post_init__(self):
@@ -354,7 +369,11 @@ class Config:
   @property
   def model_config(self) -> gemma3_config.ModelConfig:
     """The model's sizes."""
-    return gemma3_config.CONFIGS[self.model.name]
+    model, size = gemma3_config.CONFIGS[self.model.name], self.model.image_size
+    if size is None or model.vision is None:
+      return model
+    tower = dataclasses.replace(model.vision, input_size=size)
+    return dataclasses.replace(model, vision=tower)
 
   @property
   def lora(self) -> lora.LoraConfig | None:
@@ -395,6 +414,12 @@ class Config:
     return kind == "preference" or (
       kind == "online" and self.objective_config.beta > 0
     )
+
+  @property
+  def num_rollouts(self) -> int:
+    """Parts of a step's prompts, whose completions are sampled in turns."""
+    prompts = self.data.prompts_per_step
+    return prompts // (self.rollout.prompts_at_a_time or prompts)
 
   @property
   def num_microbatches(self) -> int:
@@ -545,6 +570,14 @@ def _check_numbers(config: Config) -> None:
     "leave it out",
   )
   _require(
+    not config.profile.steps
+    or config.profile.steps[-1] <= config.train.num_steps,
+    "profile.steps",
+    config.profile.steps,
+    f"end by train.num_steps ({config.train.num_steps})",
+    f"set profile.steps=({config.train.num_steps}, {config.train.num_steps})",
+  )
+  _require(
     config.seed < 2**31,
     "seed",
     config.seed,
@@ -637,10 +670,11 @@ def _check_evaluation(settings: EvalConfig) -> None:
 def _check_best(config: Config) -> None:
   metric = config.checkpoint.best_metric
   _require(
-    not metric or (config.eval.every_steps > 0 and metrics.is_declared(metric)),
+    not metric
+    or (config.eval.every_steps > 0 and metric_table.is_declared(metric)),
     "checkpoint.best_metric",
     metric,
-    "be empty, or a metric of grpo_tpu/metrics.py, with eval.every_steps "
+    "be empty, or a metric of docs/metrics.md, with eval.every_steps "
     f"({config.eval.every_steps}) above 0",
     "set checkpoint.best_metric=eval/accuracy",
   )
@@ -720,6 +754,7 @@ def _check_names(config: Config) -> None:
       f"be one of {', '.join(choices)}",
       f"set {name}={close[0]}",
     )
+  _check_image_size(config)
   _require(
     not config.data.pan_and_scan.enabled
     or config.model_config.vision is not None,
@@ -756,6 +791,29 @@ def _check_names(config: Config) -> None:
     f"({config.data.prompt_template!r}) does not ask for the <answer> that it "
     "pays",
     "set rewards.format=0.0, or data.prompt_template=tagged",
+  )
+
+
+def _check_image_size(config: Config) -> None:
+  """Whether the tower can read such pictures, and pool them."""
+  tower, size = (
+    gemma3_config.CONFIGS[config.model.name].vision,
+    config.model.image_size,
+  )
+  if size is None:
+    return
+  remedy = "leave it out, for the tower's own"
+  if tower is None:
+    rule = f"be None for {config.model.name}, which sees no pictures"
+    _require(False, "model.image_size", size, rule, remedy)
+    return
+  unit = tower.patch_size * round(tower.soft_tokens**0.5)
+  _require(
+    size > 0 and size % unit == 0,
+    "model.image_size",
+    size,
+    f"be a multiple of {unit}, a patch for each soft token of a side",
+    f"set model.image_size={max(1, round(size / unit)) * unit}",
   )
 
 
@@ -806,12 +864,23 @@ def _check_divisions(config: Config) -> None:
       f"be a multiple of mesh.replica * mesh.fsdp ({shards})",
       f"set {name}={max(1, round(value / shards)) * shards}",
     )
+  prompts = config.data.prompts_per_step
   _require(
-    config.data.prompts_per_step % config.train.microbatch_bundles == 0,
+    prompts % config.train.microbatch_bundles == 0,
     "train.microbatch_bundles",
     config.train.microbatch_bundles,
-    f"divide data.prompts_per_step ({config.data.prompts_per_step})",
-    f"set train.microbatch_bundles={config.data.prompts_per_step}",
+    f"divide data.prompts_per_step ({prompts})",
+    f"set train.microbatch_bundles={prompts}",
+  )
+  at_a_time = config.rollout.prompts_at_a_time
+  _require(
+    at_a_time is None
+    or (at_a_time > 0 and at_a_time % shards == 0 and prompts % at_a_time == 0),
+    "rollout.prompts_at_a_time",
+    at_a_time,
+    f"be None, or divide data.prompts_per_step ({prompts}) into multiples of "
+    f"mesh.replica * mesh.fsdp ({shards})",
+    f"set rollout.prompts_at_a_time={shards}",
   )
   _require(
     config.data.kind != "online" or config.rollout.num_generations >= 2,

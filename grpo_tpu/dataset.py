@@ -105,7 +105,7 @@ def _prompt_settings(config: run_config.Config) -> dict[str, Any]:
   vision = config.model_config.vision
   return {
     "prompt_buckets": config.data.prompt_buckets,
-    "image_size": vision.image_size if vision else 0,
+    "image_size": vision.shown_size if vision else 0,
     "soft_tokens": vision.soft_tokens if vision else 0,
     "num_images": int(vision is not None),
     "pan_and_scan": config.data.pan_and_scan,

@@ -12,6 +12,7 @@ References:
 import dataclasses
 import functools
 import glob
+import importlib.util
 import json
 import logging as std_logging
 import multiprocessing
@@ -152,6 +153,7 @@ def initialize(config: DistributedConfig, joined: Place | None) -> None:
     joined: What a launcher says. None asks the metadata of a TPU, if this is
       one, and stays alone if not.
   """
+  _settle_platform()
   join = functools.partial(
     jax.distributed.initialize,
     initialization_timeout=config.initialization_timeout_seconds,
@@ -275,6 +277,20 @@ def _state() -> Any:
   from jax._src import distributed
 
   return distributed.global_state
+
+
+def _settle_platform() -> None:
+  """Has JAX compute on the CPU where libtpu is installed and no chip is here.
+
+  It would come to that by itself, after libtpu, which comes with the tools that
+  plan, has looked for chips and printed errors for want of them.
+  """
+  is_open = not jax.config.jax_platforms
+  if is_open and importlib.util.find_spec("libtpu") and not _has_tpu():
+    logging.info(
+      "No TPU is here, so the CPU computes; JAX_PLATFORMS names another."
+    )
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _has_tpu() -> bool:

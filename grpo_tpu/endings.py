@@ -1,14 +1,13 @@
 """How the program ends: with which exit code, and with which last words.
 
-Whatever ends a run, one line says why, at which step, and where the newest
-checkpoint is; `summary.json` in the workdir says the same to a program, and
-where the time went.
+Whatever ends the program, one line says why, at which step, where the newest
+checkpoint is, and what to do next; `run.json` in the workdir says the same to a
+program, and where the time went.
 """
 
 import contextlib
-import json
-import os
 import pathlib
+import shlex
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -20,6 +19,7 @@ from grpo_tpu import (
   distributed,
   goodput,
   preemption,
+  run_card,
   watchdog,
 )
 from grpo_tpu import config as run_config
@@ -30,6 +30,14 @@ BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 PREEMPTED = 75  # EX_TEMPFAIL: start it again.
 STUCK = watchdog.EXIT_CODE
 FAILED = 1
+
+_NEXT = {
+  BAD_REQUEST: "change what the error names, and start again",
+  PREEMPTED: "start the same command again: the run goes on",
+  STUCK: "read the stacks, then start the same command again",
+  FAILED: "read the error above, and docs/troubleshooting.md; the same command "
+  "goes on from the newest checkpoint",
+}
 
 
 def code_of(error: BaseException | None) -> int:
@@ -48,6 +56,7 @@ class Ending:
     clock: What the time goes into.
     step: The last that was done; None before the first and without training.
     skipped_updates: By this process.
+    has_card: Whether the workdir has a `run.json` with this attempt in it.
   """
 
   def __init__(self) -> None:
@@ -55,6 +64,7 @@ class Ending:
     self.clock = goodput.Clock()
     self.step: int | None = None
     self.skipped_updates = 0
+    self.has_card = False
     self._workdir: pathlib.Path | None = None
 
   def of_run(self, workdir: pathlib.Path) -> None:
@@ -64,11 +74,15 @@ class Ending:
 
   def stuck(self, reason: str) -> None:
     """Says the last words of a process that the watchdog ends."""
-    self._say(reason, STUCK)
+    self._say(reason, STUCK, _NEXT[STUCK])
 
   def done(self) -> None:
-    """Says the last words of a run that came to its end."""
-    self._say("done", DONE)
+    """Says the last words of a program that came to its end."""
+    what_next = "nothing"
+    if self._workdir is not None:
+      folder = shlex.quote(str(self._workdir))
+      what_next = f"look at the curves: tensorboard --logdir={folder}"
+    self._say("done", DONE, what_next)
 
   def end(self, error: BaseException) -> NoReturn:
     """Logs what went wrong, says the last words, ends this process at once."""
@@ -77,8 +91,9 @@ class Ending:
       logging.error("The run failed.", exc_info=error)
     if code == BAD_REQUEST:
       logging.error("%s", error)
-    if code != BAD_REQUEST or self._workdir is not None:
-      self._say(_reason(error), code)
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    what_next = _NEXT[PREEMPTED if is_interrupt else code]
+    self._say(_reason(error), code, what_next)
     scoring.close()
     distributed.leave(code)
 
@@ -98,43 +113,48 @@ class Ending:
         raise
       self.end(error)
 
-  def _say(self, reason: str, code: int) -> None:
-    newest = None
+  def _say(self, reason: str, code: int, what_next: str) -> None:
+    newest = best = None
+    spent = ""
     if self._workdir is not None:
       newest = archive.newest_path(self._workdir / "checkpoints")
-    shares = self.clock.shares()
+      best = archive.best_path(self._workdir / "checkpoints")
+      spent = f" The time went into {goodput.summary(self.clock.shares())}."
     logging.log(
       logging.INFO if code == DONE else logging.WARNING,
       "The end, with exit code %d: %s. Last step: %s. Newest checkpoint: %s."
-      " The time went into %s.",
+      " Next: %s.%s",
       code,
       reason,
       "none" if self.step is None else self.step,
       newest or "none",
-      goodput.summary(shares),
+      what_next,
+      spent,
     )
-    if self._workdir is None or jax.process_index():
+    if self._workdir is None or not self.has_card or jax.process_index():
       return
     words = {
       "reason": reason,
       "exit_code": code,
       "step": self.step,
       "newest_checkpoint": newest and str(newest),
+      "best_checkpoint": best and str(best),
+      "next": what_next,
       "skipped_updates": self.skipped_updates,
       "wall_seconds": self.clock.scalars()["perf/run_seconds"],
-      "goodput": shares,
+      "goodput": self.clock.shares(),
     }
     try:
-      unfinished = self._workdir / ".summary.json.tmp"
-      unfinished.write_text(json.dumps(words, indent=2) + "\n")
-      os.replace(unfinished, self._workdir / "summary.json")
-    except OSError as failure:
-      logging.warning("summary.json could not be written: %s", failure)
+      run_card.close(self._workdir, words)
+    except (OSError, ValueError) as failure:
+      logging.warning("run.json does not say how the run ended: %s", failure)
 
 
 def _reason(error: BaseException) -> str:
   if isinstance(error, preemption.Preempted):
-    return "preempted; start the same command again to go on"
+    return "preempted, and saved"
+  if isinstance(error, run_config.SettingError):
+    return "refused, for the reason above"
   if isinstance(error, KeyboardInterrupt):
     return "interrupted from the keyboard"
   lines = str(error).splitlines() or [""]

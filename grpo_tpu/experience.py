@@ -140,6 +140,7 @@ def _sampled(
       key,
       num_completions=config.rollout.num_generations,
       temperature=config.rollout.temperature,
+      num_parts=config.num_rollouts,
       poll=poll,
       finished=payday.begin,
     )

@@ -30,6 +30,7 @@ def per_token_logps(
   chunk_size: int,
   banned_ids: tuple[int, ...] = (),
   is_early: Bool[Array, "*batch"] | None = None,
+  cut_by: str | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
@@ -44,6 +45,8 @@ def per_token_logps(
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
     banned_ids: As in `logits_of`, and as they were when sampling.
     is_early: As in `unstoppable`, likewise; None where no token is.
+    cut_by: In a `shard_map`, the mesh axis of whose shards each has a part of
+      the embedding's rows, in order; None where it is whole.
 
   Returns:
     Log-probabilities and entropies, in nats.
@@ -62,7 +65,8 @@ def per_token_logps(
 
   # Chunk by chunk the backward pass makes logits anew. Where one chunk is all,
   # they may as well stay: the loss is next, and then that pass.
-  how = _How(temperature, banned_ids, keeps_logits=num_tokens == chunk_size)
+  keeps_logits = num_tokens == chunk_size
+  how = _How(temperature, banned_ids, keeps_logits, cut_by)
 
   def chunk(args):
     states, ids, is_early = args
@@ -92,7 +96,8 @@ def on_shards(
 
   Left to itself, the compiler cuts every chunk's logits along `D` and adds them
   up over the devices. Here the embedding is gathered once, and its gradient
-  scattered once, whatever the number of chunks; `chunk_size` is of a shard. On
+  scattered once, whatever the number of chunks; `chunk_size` is of a shard.
+  Tensor shards have the logits of their own part of the vocabulary. On
   the mesh of `jax.set_mesh`, and as it is where there is none or where it does
   not divide the bundles.
 
@@ -107,30 +112,49 @@ def on_shards(
   shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in batch)
   dtype = embedding.dtype
 
-  def scored(states, ids, embedding, *early):
+  def scored(states, ids, embedding, *early, cut_by=None):
     early = {"is_early": early[0]} if early else {}
-    return per_token_logps(states, ids, embedding, **how, **early)
+    return per_token_logps(
+      states, ids, embedding, **how, **early, cut_by=cut_by
+    )
 
   def gathered(states, ids, embedding, *early):
-    whole = jax.lax.all_gather(
-      embedding.astype(states.dtype), "fsdp", axis=1, tiled=True
-    )
-    # Still cut along the vocabulary, as its logits are.
-    whole = jax.lax.with_sharding_constraint(whole, P("tensor"))
+    whole = _whole(embedding.astype(states.dtype))
     # Chunks' gradients add up in the type of the parameter.
-    return scored(states, ids, whole.astype(dtype), *early)
+    return scored(states, ids, whole.astype(dtype), *early, cut_by="tensor")
 
   arrays = (states, ids, embedding, *(() if is_early is None else (is_early,)))
-  if shards == 1 or states.shape[0] % shards:
+  if mesh.empty or mesh.size == 1 or states.shape[0] % shards:
     return scored(*arrays)
   rows = sharding.BATCH
   return jax.shard_map(
     gathered,
-    in_specs=(rows, rows, P(None, "fsdp"), *[rows] * (len(arrays) - 3)),
+    in_specs=(rows, rows, P("tensor", "fsdp"), *[rows] * (len(arrays) - 3)),
     out_specs=(rows, rows),
-    axis_names=set(batch),
     check_vma=False,
   )(*arrays)
+
+
+@jax.custom_vjp
+def _whole(part: Float[Array, "V part"]) -> Float[Array, "V D"]:
+  """All columns of an embedding of which each fsdp shard has some."""
+  return jax.lax.all_gather(part, "fsdp", axis=1, tiled=True)
+
+
+def _whole_backward(_, gradient):
+  """The sum of this shard's columns.
+
+  Cut along its last axis, a part would not fill a TPU's lanes; the compiler
+  would add up all of it everywhere, and then cut.
+  """
+  num_rows, num_columns = gradient.shape
+  shards = jax.lax.axis_size("fsdp")
+  parts = gradient.reshape(num_rows, shards, num_columns // shards)
+  parts = parts.swapaxes(0, 1)
+  return (jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=0),)
+
+
+_whole.defvjp(lambda part: (_whole(part), None), _whole_backward)
 
 
 class _How(NamedTuple):
@@ -139,15 +163,33 @@ class _How(NamedTuple):
   temperature: float
   banned_ids: tuple[int, ...]
   keeps_logits: bool
+  cut_by: str | None
 
   def logits(self, is_early, states, embedding) -> Array:
+    """Of this shard's part of the vocabulary."""
+    first = self.first(len(embedding))
     logits = logits_of(
       states,
       embedding,
       temperature=self.temperature,
       banned_ids=self.banned_ids,
+      first_id=first,
     )
-    return logits if is_early is None else unstoppable(logits, is_early)
+    if is_early is None:
+      return logits
+    return unstoppable(logits, is_early, first_id=first)
+
+  def first(self, num_ids: int) -> Array | int:
+    """The id of the first logit."""
+    return jax.lax.axis_index(self.cut_by) * num_ids if self.cut_by else 0
+
+  def total(self, x: Array) -> Array:
+    """The sum over all parts of the vocabulary."""
+    return jax.lax.psum(x, self.cut_by) if self.cut_by else x
+
+  def largest(self, x: Array) -> Array:
+    """Likewise."""
+    return jax.lax.pmax(x, self.cut_by) if self.cut_by else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,11 +205,17 @@ def _scored(how: _How, states, embedding, ids, is_early):
 
 def _scored_forward(how, states, embedding, ids, is_early):
   logits = how.logits(is_early, states, embedding)
-  peak = logits.max(axis=-1, keepdims=True)
+  peak = how.largest(logits.max(axis=-1, keepdims=True))
   # Below the peak: numbers of the size of their differences round least.
-  total = jnp.exp(logits - peak).sum(axis=-1)
-  mean = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1) / total
-  chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - peak[:, 0]
+  total = how.total(jnp.exp(logits - peak).sum(axis=-1))
+  weighed = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1)
+  mean = how.total(weighed) / total
+  num_ids = logits.shape[-1]
+  place = ids - how.first(num_ids)
+  is_own = (place >= 0) & (place < num_ids)
+  place = jnp.where(is_own, place, 0)
+  chosen = jnp.take_along_axis(logits, place[:, None], axis=1) - peak
+  chosen = how.total(jnp.where(is_own, chosen[:, 0], 0.0))
   kept = logits if how.keeps_logits else None
   residuals = states, embedding, ids, is_early, peak, total, mean, kept
   return (chosen - jnp.log(total), jnp.log(total) - mean), residuals
@@ -175,7 +223,8 @@ def _scored_forward(how, states, embedding, ids, is_early):
 
 def _scored_backward(how, residuals, gradients):
   states, embedding, ids, is_early, peak, total, mean, kept = residuals
-  of_logps, of_entropies = (x[:, None] for x in gradients)
+  # A result that shards share comes back to each as its share of a gradient.
+  of_logps, of_entropies = (how.total(x)[:, None] for x in gradients)
   logits, pull = jax.vjp(
     functools.partial(how.logits, is_early), states, embedding
   )
@@ -183,7 +232,8 @@ def _scored_backward(how, residuals, gradients):
   # d logp / d logit = chosen - p; d entropy / d logit = -p (logit - mean).
   probabilities = jnp.exp(below) / total[:, None]
   slope = of_logps + of_entropies * (below - mean[:, None])
-  is_chosen = jnp.arange(below.shape[-1])[None] == ids[:, None]
+  num_ids = below.shape[-1]
+  is_chosen = jnp.arange(num_ids)[None] == ids[:, None] - how.first(num_ids)
   gradient = jnp.where(is_chosen, of_logps, 0.0) - probabilities * slope
   return *pull(gradient), None, None
 
@@ -197,6 +247,7 @@ def logits_of(
   *,
   temperature: float,
   banned_ids: tuple[int, ...] = (),
+  first_id: Int[Array, ""] | int = 0,
 ) -> Float[Array, "*batch V"]:
   """Logits in fp32, whatever the type of states and embedding.
 
@@ -209,6 +260,7 @@ def logits_of(
     embedding: The tied output embedding.
     temperature: Logits are divided by it.
     banned_ids: Ids of probability 0.
+    first_id: Of the embedding's first row, where it is a part.
   """
   logits = jnp.einsum(
     "...d,vd->...v",
@@ -219,20 +271,22 @@ def logits_of(
   logits = logits / temperature
   if not banned_ids:
     return logits
-  ids = jnp.arange(embedding.shape[0])
+  ids = first_id + jnp.arange(embedding.shape[0])
   banned = functools.reduce(operator.or_, (ids == i for i in banned_ids))
   banned = jnp.expand_dims(banned, range(logits.ndim - 1))
   return jnp.where(banned, _IMPOSSIBLE, logits)
 
 
 def unstoppable(
-  logits: Float[Array, "*batch V"], is_early: Bool[Array, "*batch"]
+  logits: Float[Array, "*batch V"],
+  is_early: Bool[Array, "*batch"],
+  first_id: Int[Array, ""] | int = 0,
 ) -> Float[Array, "*batch V"]:
   """Logits without the stop tokens, where a row is too short to end.
 
   Like banned ids, they are in neither softmax, the sampler's or the trainer's.
   """
-  ids = jnp.arange(logits.shape[-1])
+  ids = first_id + jnp.arange(logits.shape[-1])
   stops = functools.reduce(operator.or_, (ids == i for i in tokenizer.STOP_IDS))
   stops = jnp.expand_dims(stops, range(logits.ndim - 1))
   return jnp.where(stops & is_early[..., None], _IMPOSSIBLE, logits)

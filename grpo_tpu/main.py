@@ -28,7 +28,16 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
     config = run_config.Config.from_config_dict(command_line.CONFIG.value)
     place = command_line.place()
+    mode, workdir = command_line.MODE.value, command_line.WORKDIR.value
     # Heavy imports wait until the settings are known to be good.
+    if mode == "plan":
+      # Alone: it starts no devices, and reads no data.
+      from grpo_tpu import plan
+
+      topology, advise = command_line.TOPOLOGY.value, command_line.ADVISE.value
+      plan.run(config, workdir, topology, advise=advise)
+      ending.done()
+      return
     from grpo_tpu import (
       compilation,
       dataset,
@@ -38,14 +47,6 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       train,
     )
 
-    mode, workdir = command_line.MODE.value, command_line.WORKDIR.value
-    if mode == "plan":
-      # Alone: it starts no devices, and reads no data.
-      from grpo_tpu import plan
-
-      topology, advise = command_line.TOPOLOGY.value, command_line.ADVISE.value
-      plan.run(config, workdir, topology, advise=advise)
-      return
     identity = {}
     if mode == "export":
       export.check(config, workdir)
@@ -63,6 +64,7 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
     timeout_seconds = config.distributed.preflight_timeout_seconds
     preflight.check("start", said, timeout_seconds=timeout_seconds)
   run()
+  ending.done()
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -1,24 +1,22 @@
-"""Every number a run reports: what it is called, and where it is written.
+"""Where the numbers of a run are written, and its sample completions.
 
-`METRICS` is the one place where a metric gets its name, unit and meaning. A
-`Writer` puts a step's scalars into `metrics.jsonl` (every digit, one line a
-step) and into TensorBoard's event files, and sample completions beside them.
-It knows nothing of how a number comes about.
+A `Writer` puts a step's scalars into `metrics.jsonl` (every digit, one line a
+step) and into TensorBoard's event files, with the dashboard to see them on, and
+sample completions beside them. It knows nothing of how a number comes about;
+`metric_table.METRICS` has their names.
 
 A line of `metrics.jsonl` is `{"step": 7, "train/loss": -0.1, ...}`, the names
-in the order of `METRICS`; a number that is not finite is `null`, since JSON has
-no NaN. The file never holds a step twice: a resumed run takes back the steps
-after the checkpoint it starts from.
+in the order of that table; a number that is not finite is `null`, since JSON
+has no NaN. The file never holds a step twice: a resumed run takes back the
+steps after the checkpoint it starts from.
 """
 
 import collections
 import dataclasses
-import difflib
 import json
 import math
 import os
 import pathlib
-import re
 import time
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,172 +26,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from grpo_tpu import event_files
+from grpo_tpu import captions, dashboard, event_files, metric_table
 
 type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
 type Scalars = dict[str, Scalar]
 
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-  """One row of the table. `{slice}` in a name stands for any one word."""
-
-  name: str
-  unit: str
-  meaning: str
-
-
-_REWARDS = ("accuracy", "format", "length", "reasoning_words", "coherence")
-
-METRICS = (
-  # What the update did. Means are over the tokens the loss is taken over.
-  Metric("train/loss", "1", "what the gradient descends"),
-  Metric("train/kl", "nats", "the KL term before beta"),
-  Metric("train/kl_k1", "nats", "policy from reference, by estimator k1"),
-  Metric("train/kl_k2", "nats", "the same by k2"),
-  Metric("train/kl_k3", "nats", "the same by k3"),
-  Metric("train/old_kl", "nats", "policy from the one that sampled, by k3"),
-  Metric("train/entropy", "nats", "of the policy's next token"),
-  Metric("train/ratio", "1", "policy over the one that sampled"),
-  Metric("train/sampler_weight", "1", "correction for the sampler, capped"),
-  Metric(
-    "train/effective_sample_share",
-    "share",
-    "of tokens that the ratios' spread leaves (Kish)",
-  ),
-  Metric("train/clip_fraction", "share", "of tokens that the clip holds"),
-  Metric("train/clip_fraction_low", "share", "held from below"),
-  Metric("train/clip_fraction_high", "share", "held from above"),
-  Metric("train/clip_fraction_dual", "share", "held by the dual clip"),
-  Metric("train/grad_norm", "1", "of all gradients, before clipping"),
-  Metric("train/learning_rate", "1", "of this update"),
-  Metric(
-    "train/skipped_updates",
-    "count",
-    "of this step, whose gradient was not finite",
-  ),
-  Metric("train/tokens", "tokens", "that the loss is taken over"),
-  Metric(
-    "train/sampler_logp_difference_mean", "nats", "from the sampler's, absolute"
-  ),
-  Metric("train/sampler_logp_difference_max", "nats", "of any token"),
-  Metric("train/sampler_kl", "nats", "sampler from policy, by k3"),
-  Metric("train/nll", "nats", "of demonstrations"),
-  Metric("train/preference_accuracy", "share", "chosen paid more; ties half"),
-  Metric("train/implicit_preference_accuracy", "share", "chosen gained more"),
-  Metric("train/implicit_preference_margin", "nats", "by how much more"),
-  # What the policy sampled.
-  Metric("rollout/reward", "1", "weighted total, mean over completions"),
-  Metric("rollout/reward_std", "1", "within a group, mean over groups"),
-  Metric("rollout/accuracy", "share", "of completions that are right"),
-  Metric("rollout/unanimous_fraction", "share", "of groups all paid the same"),
-  Metric("rollout/all_right_fraction", "share", "of groups all right"),
-  Metric("rollout/all_wrong_fraction", "share", "of groups all wrong"),
-  Metric("rollout/mixed_fraction", "share", "of groups neither"),
-  Metric("rollout/prompt_length", "tokens", "mean, image tokens included"),
-  Metric("rollout/padded_prompt_length", "tokens", "of the step's bucket"),
-  Metric("rollout/completion_length", "tokens", "mean, end of turn included"),
-  Metric("rollout/truncated_fraction", "share", "of completions cut off"),
-  Metric("rollout/length_penalty", "1", "added to the reward, mean"),
-  Metric("rollout/batches", "count", "sampled to fill the step's groups"),
-  Metric(
-    "rollout/effective_sample_size",
-    "completions",
-    "that the advantages rest on (Kish)",
-  ),
-  Metric(
-    "rollout/heuristic_advantage_share",
-    "share",
-    "of the advantages that the heuristic rewards make",
-  ),
-  # What each reward said of the completions, before its weight.
-  *(
-    Metric(f"reward/{reward}_{statistic}", "1", f"{statistic} of `{reward}`")
-    for reward in _REWARDS
-    for statistic in ("mean", "std")
-  ),
-  *(
-    Metric(f"reward/{{slice}}_{statistic}", "1", f"{statistic} of a user's")
-    for statistic in ("mean", "std")
-  ),
-  Metric("reward/errors", "count", "failures of any reward"),
-  Metric("reward/{slice}_errors", "count", "completions that it failed on"),
-  # How the policy does on held-out problems, decoded greedily.
-  Metric("eval/accuracy", "share", "of problems answered rightly"),
-  Metric("eval/accuracy/{slice}", "share", "the same of one sort of problem"),
-  Metric("eval/format", "share", "of completions in the format asked for"),
-  Metric("eval/reward", "1", "weighted total, mean over completions"),
-  Metric("eval/completion_length", "tokens", "mean, end of turn included"),
-  Metric("eval/truncated_fraction", "share", "of completions cut off"),
-  Metric("eval/preference_accuracy", "share", "chosen paid more; ties half"),
-  Metric("eval/implicit_preference_accuracy", "share", "chosen gained more"),
-  Metric(
-    "eval/implicit_preference_accuracy/{slice}",
-    "share",
-    "the same of pairs whose rewards are that far apart",
-  ),
-  Metric(
-    "eval/implicit_preference_accuracy_per_token",
-    "share",
-    "the same by the mean over tokens, which length does not enter",
-  ),
-  Metric("eval/implicit_preference_margin", "nats", "by how much more"),
-  # Where in the data the run is.
-  Metric("data/epoch", "epochs", "passes over the training split begun"),
-  Metric("data/skipped", "count", "records of this step that were unusable"),
-  # Wall-clock time: these alone differ between two runs of one seed.
-  Metric("perf/step_seconds", "s", "the whole step"),
-  Metric("perf/data_seconds", "s", "waiting for the batch"),
-  Metric("perf/rollout_seconds", "s", "sampling"),
-  Metric("perf/pictures_seconds", "s", "in it, encoding pictures"),
-  Metric("perf/pictures_encoded", "count", "that differ and were not cached"),
-  Metric("perf/prefill_seconds", "s", "in it, reading prompts"),
-  Metric("perf/decode_seconds", "s", "in it, all tokens but the first"),
-  Metric(
-    "perf/rollout_tokens_per_second", "tokens/s", "reading and decoding alone"
-  ),
-  Metric("perf/live_row_share", "share", "of rows decoded, had not ended"),
-  Metric("perf/compactions", "count", "times that rows moved together"),
-  Metric(
-    "perf/decode_bytes", "B", "least to be read: weights, caches of live rows"
-  ),
-  Metric(
-    "perf/decode_bandwidth_share", "share", "of the chips', by those bytes"
-  ),
-  Metric("perf/reward_seconds", "s", "scoring completions, after sampling"),
-  Metric("perf/reward_overlap_seconds", "s", "scoring them while sampling"),
-  Metric("perf/update_seconds", "s", "gradients and optimizer"),
-  Metric("perf/eval_seconds", "s", "evaluating"),
-  Metric("perf/checkpoint_block_seconds", "s", "training held up by a save"),
-  Metric("perf/tokens_per_second", "tokens/s", "completion tokens, whole step"),
-  Metric("perf/compile_seconds", "s", "compiling, in this step"),
-  Metric("perf/compilations", "count", "programs compiled in this step"),
-  Metric("perf/slowest_host", "index", "whose own work took longest"),
-  Metric("perf/straggler_seconds", "s", "by which it exceeds the median host"),
-  Metric("perf/write_failures", "count", "since this process started"),
-  # Shares of `perf/run_seconds`, the run's wall time over all its restarts.
-  *(
-    Metric(f"perf/goodput_{phase}", "share", meaning)
-    for phase, meaning in (
-      ("data", "waiting for a batch"),
-      ("rollout", "sampling"),
-      ("reward", "scoring completions"),
-      ("update", "gradients and optimizer"),
-      ("compile", "compiling"),
-      ("evaluate", "evaluating"),
-      ("checkpoint", "held up by a save"),
-      ("restart", "from a process's last step to the next one's first"),
-      ("lost", "steps that a later process did again"),
-      ("other", "none of these"),
-    )
-  ),
-  Metric("perf/run_seconds", "s", "since the run was first started"),
-  Metric("perf/unix_seconds", "s", "since 1970, when the line was written"),
-  # Of this process since it started: these differ between two runs too.
-  Metric("checkpoint/save_failures", "count", "saves that came to nothing"),
-  Metric("checkpoint/refused_not_finite", "count", "of them, of a NaN state"),
-  Metric("checkpoint/quarantined", "count", "damaged ones, moved aside"),
-)
 
 # Where TensorBoard shows a sample: its words and its picture need a tag each.
 _SAMPLE_TEXT = "samples/{split}/{index}/text"
@@ -299,13 +136,13 @@ class Writer:
 
     Args:
       step: Greater than every step before.
-      scalars: By the names of `METRICS`. Device arrays are fetched, at once.
+      scalars: By the names of `metric_table`. Device arrays are fetched.
 
     Raises:
-      ValueError: A name that is not in `METRICS`, a value that is not one
+      ValueError: A name that is not in the table, a value that is not one
         number, or a step already written.
     """
-    order = {name: _declared(name) for name in scalars}
+    order = {name: metric_table.place(name) for name in scalars}
     if step <= self._last_step:
       raise ValueError(
         f"step {step} is written after step {self._last_step}: merge what there"
@@ -351,7 +188,9 @@ class Writer:
       for index, sample in enumerate(samples)
     }
     images = {
-      _SAMPLE_IMAGE.format(split=split, index=index): sample.image[None]
+      _SAMPLE_IMAGE.format(split=split, index=index): captions.captioned(
+        sample.image, _caption(sample)
+      )
       for index, sample in enumerate(samples)
       if sample.image is not None
     }
@@ -359,7 +198,7 @@ class Writer:
     self._events.write(lambda events: events.write_images(step, images))
 
   def write_config(self, config: Mapping[str, Any]) -> None:
-    """Puts the run's settings, nested as they are, into the event files."""
+    """Puts the run's settings into the event files, and its dashboard."""
     if self._events is None:
       return
     step = max(self._last_step, 0)
@@ -369,6 +208,7 @@ class Writer:
       lambda events: events.write_texts(step, {"config": text})
     )
     self._events.write(lambda events: events.write_hparams(hparams))
+    self._events.write(lambda events: dashboard.write(events, step))
 
   def progress(self, num_steps: int) -> None:
     """Logs a line about the step just written, unless one was logged just now.
@@ -431,7 +271,7 @@ def progress_line(
   Args:
     step: The one just done.
     num_steps: How many there are.
-    scalars: Of this step, by the names of `METRICS`.
+    scalars: Of this step, by the names of `metric_table`.
     eta_seconds: Until the last step is done; None while unknown.
   """
   parts = [f"step {step}/{num_steps}"]
@@ -459,6 +299,15 @@ def sample_text(sample: Sample) -> str:
       "prompt:",
       _as_code(sample.prompt),
     )
+  )
+
+
+def _caption(sample: Sample) -> Sequence[str]:
+  """What stands under a sample's picture, a text a line."""
+  return (
+    f"right answer: {sample.answer}",
+    f"reward {sample.reward:.2f}:",
+    sample.completion,
   )
 
 
@@ -536,35 +385,6 @@ def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
     file.flush()
     os.fsync(file.fileno())
   beside.replace(path)
-
-
-_ORDER = {metric.name: index for index, metric in enumerate(METRICS)}
-_TEMPLATES = tuple(
-  (re.compile(re.escape(name).replace(r"\{slice\}", r"[\w.-]+")), index)
-  for name, index in _ORDER.items()
-  if "{slice}" in name
-)
-
-
-def is_declared(name: str) -> bool:
-  """Whether `METRICS` has a row for it."""
-  is_sliced = any(template.fullmatch(name) for template, _ in _TEMPLATES)
-  return is_sliced or (name in _ORDER and "{" not in name)
-
-
-def _declared(name: str) -> int:
-  """Where in `METRICS` a name stands."""
-  if name in _ORDER and "{" not in name:
-    return _ORDER[name]
-  for template, index in _TEMPLATES:
-    if template.fullmatch(name):
-      return index
-  close = difflib.get_close_matches(name, _ORDER, n=1)
-  raise ValueError(
-    f"metric {name!r} is not declared: give it a row in"
-    " grpo_tpu/metrics.py:METRICS"
-    + (f", or write {close[0]!r}." if close else ".")
-  )
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -22,7 +22,12 @@ from grpo_tpu.gemma3 import vision
 
 
 class Pictures:
-  """Encodes the pictures of one tower's batches."""
+  """Encodes the pictures of one tower's batches.
+
+  Attributes:
+    encode: The program, of the tower's parameters and pixels.
+    num_encoded: Pictures of the last batch, over all processes.
+  """
 
   def __init__(
     self,
@@ -48,13 +53,13 @@ class Pictures:
     self._kept: collections.OrderedDict[bytes, np.ndarray] = (
       collections.OrderedDict()
     )
-    self._encode = compilation.Ahead(jax.jit(self._tower))
+    self.encode = compilation.Ahead(jax.jit(self._tower))
     self.num_encoded = 0
 
   def features(
     self, params: dict, images: UInt8[np.ndarray, "U I height width 3"]
-  ) -> Float[Array, "U I S tower_width"]:
-    """What `vision.soft_tokens` makes of this process's pictures, on the mesh.
+  ) -> Float[np.ndarray, "U I S tower_width"]:
+    """What `vision.soft_tokens` makes of this process's pictures.
 
     Args:
       params: The tree of `weights`.
@@ -72,16 +77,18 @@ class Pictures:
     known |= dict(zip(new, made, strict=True))
     self._keep(known)
     shape = (*images.shape[:2], self._config.soft_tokens, self._config.width)
-    found = np.stack([known[name] for name in names]).reshape(shape)
-    return sharding.put_batch(self._mesh, found)
+    return np.stack([known[name] for name in names]).reshape(shape)
 
   def prepare(self, params: dict) -> None:
     """Compiles what encodes, for parameters given as shapes."""
+    self.encode.prepare(params["vision_encoder"], self.abstract_pixels())
+
+  def abstract_pixels(self) -> jax.ShapeDtypeStruct:
+    """What `encode` reads at a time, beside the tower's parameters."""
     shape = self._pixels(sharding.data_shards(self._mesh)[1])
-    pixels = jax.ShapeDtypeStruct(
+    return jax.ShapeDtypeStruct(
       shape, np.uint8, sharding=sharding.batch(self._mesh)
     )
-    self._encode.prepare(params["vision_encoder"], pixels)
 
   def _encoded(self, params: dict, pictures: list[np.ndarray]) -> list:
     """Results for this process's pictures, in order."""
@@ -97,7 +104,7 @@ class Pictures:
     if pictures:
       pixels.reshape(-1, *pixels.shape[2:])[: len(pictures)] = pictures
     made = [
-      self._encode(
+      self.encode(
         params["vision_encoder"], sharding.put_batch(self._mesh, part)
       )
       for part in pixels
@@ -116,7 +123,7 @@ class Pictures:
       self._kept.popitem(last=False)
 
   def _pixels(self, shards: int) -> tuple[int, int, int, int]:
-    side = self._config.image_size
+    side = self._config.shown_size
     return shards * self._per_shard, side, side, 3
 
   def _tower(self, tower: dict, pixels: Array) -> Array:

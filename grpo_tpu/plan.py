@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from grpo_tpu import advice, planning
+from grpo_tpu import advice, chips, planning
 from grpo_tpu import config as run_config
 
 _GIB = 2**30
@@ -23,25 +23,33 @@ def run(
     config: The run's settings.
     workdir: Where `plan.json` goes.
     topology: As `chips.parse` reads it.
-    advise: Look for a larger step that fits, too.
+    advise: Look for the largest step that fits, and plan that.
 
   Raises:
     SettingError: No such slice, a mesh that does not fit it, or a run that does
       not; the message has the nearest that would.
   """
   with run_config.refutable():
-    described = planning.check(config, topology)
+    described = planning.parsed(topology)
+    if not advise:
+      planning.check(config, described)
     planning.check_compiler()
+  compiler = planning.Compiler()
   if advise:
-    _say(advice.advise(config, described))
-    return
-  made = planning.plan(config, described)
+    found = advice.advise(config, described, compiler)
+    _say(f"{found}\n")
+    made = found.made
+  else:
+    _check_room(config, described, compiler)
+    made = compiler.plan(config, described)
   path = pathlib.Path(workdir) / "plan.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(made.to_dict(), indent=2) + "\n")
   _say(table(made))
   if not made.fits():
-    raise run_config.SettingError(_does_not_fit(made))
+    row = made.peak
+    what, size = row["name"], row["resident_bytes"]
+    raise run_config.SettingError(_refusal(made, compiler, what, size))
 
 
 def table(made: planning.Plan) -> str:
@@ -53,14 +61,14 @@ def table(made: planning.Plan) -> str:
     f" {made.topology.slice_name}), mesh {config.mesh.replica} x "
     f"{config.mesh.fsdp} x {config.mesh.tensor}",
     "",
-    "HBM of a device, GiB            " + "".join(f"{h:>11}" for h in _HEADS),
+    "HBM of a device, GiB            " + "".join(f"{h:>12}" for h in _HEADS),
   ]
   for row in made.programs:
     by_class = row["bytes_by_class"]
     cells = [by_class.get(name, 0) / _GIB for name in _CLASSES]
     cells += [row["beside_bytes"] / _GIB, row["resident_bytes"] / _GIB]
     cells.append((limit - row["resident_bytes"]) / _GIB)
-    lines.append(f"{row['name']:<32}" + "".join(f"{x:>11.2f}" for x in cells))
+    lines.append(f"{row['name']:<32}" + "".join(f"{x:>12.2f}" for x in cells))
   lines += [
     "",
     "Work and bounds of a call       "
@@ -81,7 +89,7 @@ def table(made: planning.Plan) -> str:
   for kind, bound in planning.step_bounds(made).items():
     lines += [
       "",
-      f"bounds of a step of {kind}, which no run can beat: "
+      f"bounds of a step of {kind}, which these programs cannot beat: "
       f"at least {bound['step_seconds_at_least']:.2f} s, at most "
       f"{bound['completion_tokens_per_second_at_most']:,.0f} completion "
       "tokens/s, at least "
@@ -109,16 +117,37 @@ _WORK_HEADS = (
 )
 
 
-def _does_not_fit(made: planning.Plan) -> str:
+def _check_room(
+  config: run_config.Config,
+  topology: chips.Topology,
+  compiler: planning.Compiler,
+) -> None:
+  """Whether there is room for what no program can do without."""
+  made = planning.nothing_compiled(config, topology)
+  if made.least_bytes > topology.chip.hbm_limit_bytes:
+    what = "parameters, optimizer and reference"
+    raise run_config.SettingError(
+      _refusal(made, compiler, what, made.least_bytes)
+    )
+
+
+def _refusal(
+  made: planning.Plan, compiler: planning.Compiler, what: str, size: int
+) -> str:
   """Why, and the nearest that would: fewer rows at a time, or more chips."""
-  limit = made.topology.chip.hbm_limit_bytes
-  row = made.peak
+  limit, chip = made.topology.chip.hbm_limit_bytes, made.topology.chip.name
   reason = (
-    f"--topology ({made.topology}) must have room for {row['name']}, which "
-    f"needs {row['resident_bytes'] / _GIB:.2f} GiB of the {limit / _GIB:.2f} "
-    "that a device has"
+    f"--topology ({made.topology}) must have room for {what}: "
+    f"{size / _GIB:.2f} GiB of the {limit / _GIB:.2f} that a device has"
   )
-  return f"{reason}; {advice.nearest_that_fits(made)}."
+  nearest = advice.nearest_that_fits(made, compiler)
+  if nearest is None:
+    return (
+      f"{reason}. No slice of {chip} has room with these settings; choose a "
+      "smaller model.name, or set model.lora.rank=16."
+    )
+  changes, topology = nearest
+  return f"{reason}; it fits with --topology={topology} {advice.flags(changes)}"
 
 
 def _say(text: str) -> None:

@@ -9,21 +9,21 @@ import concurrent.futures
 import dataclasses
 import importlib.util
 import json
+import math
+import multiprocessing
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import logging
 
-from grpo_tpu import aot, chips, programs, sharding, traffic
+from grpo_tpu import chips, compiling, programs, traffic
 from grpo_tpu import config as run_config
 
-_AT_A_TIME = 2
+# Each takes a core, and a gigabyte or two of this machine's memory.
+_MOST_AT_A_TIME = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Plan:
   topology: chips.Topology
   programs: list[dict[str, Any]]
   resident: dict[str, int]
+
+  @property
+  def least_bytes(self) -> int:
+    """Of a device, whatever runs: parameters, optimizer and reference."""
+    return sum(self.resident.values())
 
   @property
   def peak(self) -> dict[str, Any]:
@@ -74,8 +79,8 @@ class Plan:
     }
 
 
-def check(config: run_config.Config, topology: str | None) -> chips.Topology:
-  """The slice, if there is one, and the mesh covers it.
+def parsed(topology: str | None) -> chips.Topology:
+  """The slice, if there is one.
 
   Raises:
     ValueError: What is wrong, and the nearest that is not.
@@ -84,7 +89,15 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
     raise ValueError(
       "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
     )
-  described = chips.parse(topology)
+  return chips.parse(topology)
+
+
+def check(config: run_config.Config, described: chips.Topology) -> None:
+  """Whether the mesh covers the slice.
+
+  Raises:
+    ValueError: What is wrong, and the nearest that is not.
+  """
   mesh, devices = config.mesh, described.num_devices
   if mesh.replica * mesh.fsdp * mesh.tensor != devices:
     near = nearest_mesh(config, devices)
@@ -100,8 +113,6 @@ def check(config: run_config.Config, topology: str | None) -> chips.Topology:
       f"mesh.replica={described.num_slices} and mesh.fsdp="
       f"{devices // described.num_slices // mesh.tensor}."
     )
-  _check_divides(config)
-  return described
 
 
 def check_compiler() -> None:
@@ -139,50 +150,82 @@ def nearest_mesh(config: run_config.Config, devices: int) -> str:
   return said
 
 
-def _check_divides(config: run_config.Config) -> None:
-  """Whether every parameter's axes are divided by the mesh's."""
-  shape = dataclasses.asdict(config.mesh)
-  mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
-  sharding.shardings(mesh, programs.trained_shapes(config))
-
-
-def plan(
-  config: run_config.Config,
-  topology: chips.Topology,
-  at_a_time: int = _AT_A_TIME,
+def nothing_compiled(
+  config: run_config.Config, topology: chips.Topology
 ) -> Plan:
-  """Compiles every program of a run for a slice.
-
-  Args:
-    config: The run's settings.
-    topology: The slice.
-    at_a_time: Processes that compile side by side.
-  """
-  return plans([(config, topology)], at_a_time)[0]
+  """What is known of a config on a slice before any program is."""
+  return Plan(config, topology, [], programs.resident_bytes(config))
 
 
-def plans(
-  wanted: Sequence[tuple[run_config.Config, chips.Topology]],
-  at_a_time: int = _AT_A_TIME,
-) -> list[Plan]:
-  """Several plans at once; every program is a process of its own.
+class Compiler:
+  """Compiles programs side by side, and remembers what it found of each."""
 
-  Args:
-    wanted: Settings and slices.
-    at_a_time: Processes that compile side by side.
-  """
-  with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-    answers = [
+  def __init__(self, at_a_time: int | None = None):
+    """Starts nothing yet.
+
+    Args:
+      at_a_time: Processes that compile side by side; None is one for each core
+        that there is, up to a few.
+    """
+    cores = len(os.sched_getaffinity(0))
+    self._pool = concurrent.futures.ThreadPoolExecutor(
+      at_a_time or min(cores, _MOST_AT_A_TIME)
+    )
+    self._known: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs asked for so far, those asked for again counted once."""
+    return len(self._known)
+
+  def plan(
+    self,
+    config: run_config.Config,
+    topology: chips.Topology,
+    names: Sequence[str] | None = None,
+  ) -> Plan:
+    """What a slice makes of a run.
+
+    Args:
+      config: The run's settings.
+      topology: The slice.
+      names: Of the programs to look at; None is all of them.
+    """
+    return self.plans([(config, topology)], names)[0]
+
+  def plans(
+    self,
+    wanted: Sequence[tuple[run_config.Config, chips.Topology]],
+    names: Sequence[str] | None = None,
+  ) -> list[Plan]:
+    """Several at once, as `plan` has them."""
+    found = [
       [
-        pool.submit(compiled, config, topology, name)
-        for name in programs.names(config)
+        self._begun(config, topology, name)
+        for name in (programs.names(config) if names is None else names)
       ]
       for config, topology in wanted
     ]
     return [
-      _assembled(config, topology, [x.result() for x in futures])
-      for (config, topology), futures in zip(wanted, answers, strict=True)
+      _assembled(config, topology, [x.result() for x in answers])
+      for (config, topology), answers in zip(wanted, found, strict=True)
     ]
+
+  def _begun(self, config, topology, name) -> concurrent.futures.Future:
+    key = json.dumps([_relevant(config, name), str(topology), name])
+    if key not in self._known:
+      self._known[key] = self._pool.submit(compiled, config, topology, name)
+    return self._known[key]
+
+
+def _relevant(config: run_config.Config, name: str) -> dict[str, Any]:
+  """The settings, but for those that are of no matter to a program."""
+  values = config.to_dict()
+  if programs.samples(name):
+    values["train"] = values["model"]["remat"] = None
+  else:
+    values["rollout"] |= {"prompts_at_a_time": None, "pictures_per_shard": None}
+  return values
 
 
 def compiled(
@@ -193,26 +236,24 @@ def compiled(
   Raises:
     RuntimeError: It failed, with the end of what it said.
   """
-  with tempfile.TemporaryDirectory(prefix="grpo_tpu_plan_") as folder:
-    answer = pathlib.Path(folder) / "answer.json"
-    request = {
-      "config": config.to_dict(),
-      "topology": str(topology),
-      "program": program,
-      "folder": f"{folder}/dump",
-      "answer": str(answer),
-    }
-    done = subprocess.run(
-      [sys.executable, "-m", "grpo_tpu.aot"],
-      input=json.dumps(request),
-      env=os.environ | aot.ENVIRONMENT | {"TMPDIR": folder},
-      capture_output=True,
-      text=True,
+  context = multiprocessing.get_context("forkserver")
+  # Imported once, for all of them.
+  context.set_forkserver_preload(["grpo_tpu.compiling"])
+  with tempfile.TemporaryDirectory(prefix="grpo_tpu_plan_") as name:
+    folder = pathlib.Path(name)
+    process = context.Process(
+      target=compiling.answer,
+      args=(config.to_dict(), str(topology), program, folder),
+      daemon=True,
     )
-    if done.returncode or not answer.exists():
+    process.start()
+    process.join()
+    answer, said = folder / "answer.json", folder / "said.txt"
+    if not answer.exists():
+      reason = said.read_text()[-4000:] if said.exists() else ""
       raise RuntimeError(
-        f"{program} could not be compiled for {topology}:\n"
-        + done.stderr[-4000:]
+        f"{program} could not be compiled for {topology} "
+        f"(exit code {process.exitcode}):\n{reason}"
       )
     logging.info("Compiled %s for %s.", program, topology)
     return json.loads(answer.read_text())
@@ -220,12 +261,12 @@ def compiled(
 
 def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
   """The answers, each with what lies beside it and what bounds it."""
-  resident: dict[str, int] = dict(answers[0]["resident"])
+  resident = programs.resident_bytes(config)
   rows = []
   for answer in answers:
     by_class = answer["bytes_by_class"]
-    beside = sum(
-      size for name, size in resident.items() if name not in by_class
+    beside = answer["kept_bytes"] + sum(
+      max(0, size - by_class.get(name, 0)) for name, size in resident.items()
     )
     hbm_bytes = answer["hbm_bytes"]
     known = sum(by_class.values())
@@ -265,10 +306,17 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
 def step_bounds(made: Plan) -> dict[str, Any]:
   """Bounds of a whole step, each program as often as a step calls it."""
   config = made.config
+  rollouts, shards = config.num_rollouts, config.mesh.replica * config.mesh.fsdp
+  chunks = (config.rollout.max_new_tokens - 1) / traffic.decode_trips(config)
+  pictures = config.data.prompts_per_step / config.rollout.pictures_per_shard
   times = {
+    "pictures": math.ceil(pictures / shards),
+    "prefill": rollouts,
+    "decode_chunk": chunks * rollouts,
+    "results": rollouts,
     "train_step": config.train.num_iterations,
-    "decode_chunk": (config.rollout.max_new_tokens - 1)
-    / traffic.decode_trips(config),
+    # Rows that never end never move, and an evaluation is no part of a step.
+    **dict.fromkeys(("move", "evaluation_prefill", "evaluation_decode"), 0),
   }
   bounds = {}
   for kind in ("text", "image"):
@@ -280,7 +328,7 @@ def step_bounds(made: Plan) -> dict[str, Any]:
     if not any(kind in row["name"] for row in rows):
       continue
     seconds = sum(
-      times.get(row["name"].partition(" ")[0], 1)
+      times.get(programs.step_of(row["name"]), 1)
       * max(row["bounds_seconds"].values())
       for row in rows
     )

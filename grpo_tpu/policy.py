@@ -221,6 +221,7 @@ class Policy:
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    num_parts: int = 1,
     poll: Callable[[], None] = rollout.no_poll,
     finished: Callable[[Mapping[int, list[str]]], None] | None = None,
   ) -> Sampled:
@@ -235,34 +236,50 @@ class Policy:
       top_k: Draws from the likeliest so many tokens alone; 0 from all. Not for
         training, and neither is the next.
       top_p: Draws from the fewest that hold this share; 1 from all.
+      num_parts: The prompts are completed in so many parts, one after the
+        other, in less memory; the samples are the same.
       poll: Called between chunks of tokens, equally often on every process. It
         may raise, which abandons the rollout.
       finished: Called between chunks with the texts of this process's prompts
         whose completions have all ended, by the prompts' places in `batch`.
     """
     started = time.perf_counter()
-    images = self._features(params, batch)
+    rows = self._picture_rows(params, batch)
     encoded = time.perf_counter() - started
-    ids, length, index = sharding.put_batch(
-      self.mesh, (batch.prompt_ids, batch.prompt_length, batch.prompt_index)
-    )
-    told = finished and (lambda ids: finished(self._read(ids)))
-    completions, report = rollout.rollout(
-      params,
-      generation.Prompts(ids, length, images, index),
-      step_key,
-      settings=self._settings(num_completions, temperature, top_k, top_p),
-      mesh=self.mesh,
-      stops=self._stops,
-      poll=poll,
-      finished=told,
-    )
-    scalars = report.scalars(self.mesh)
+    read = (batch.prompt_ids, batch.prompt_length, rows, batch.prompt_index)
+    whole = generation.Prompts(*sharding.put_batch(self.mesh, read))
+
+    def rolled_out(part: int):
+      # Each shard's every so manieth prompt.
+      prompts = whole
+      if num_parts > 1:
+        some = [x[part::num_parts] for x in read]
+        prompts = generation.Prompts(*sharding.put_batch(self.mesh, some))
+
+      def told(ids):
+        assert finished is not None
+        places = {i * num_parts + part: row for i, row in ids.items()}
+        finished(self._read(places))
+
+      return rollout.rollout(
+        params,
+        prompts,
+        step_key,
+        settings=self._settings(num_completions, temperature, top_k, top_p),
+        mesh=self.mesh,
+        stops=self._stops,
+        poll=poll,
+        finished=told if finished else None,
+      )
+
+    parts, reports = zip(*map(rolled_out, range(num_parts)), strict=True)
+    completions = parts[0] if num_parts == 1 else self._joined(parts)
+    scalars = rollout.total(reports).scalars(self.mesh)
     if self.pictures:
       scalars["perf/pictures_encoded"] = self.pictures.num_encoded
       scalars["perf/pictures_seconds"] = encoded
     is_frozen = not self.config.model.train_vision
-    return Sampled(completions, images if is_frozen else None, scalars)
+    return Sampled(completions, whole.images if is_frozen else None, scalars)
 
   def prepare_sampling(
     self,
@@ -272,6 +289,7 @@ class Policy:
     num_prompts: int,
     num_completions: int,
     temperature: float,
+    num_parts: int = 1,
   ) -> None:
     """Compiles what `sample` runs, before it does.
 
@@ -281,12 +299,13 @@ class Policy:
       num_prompts: Of a batch, over all processes.
       num_completions: As for `sample`.
       temperature: As for `sample`.
+      num_parts: As for `sample`.
     """
     params = _shapes(params)
     place = sharding.batch(self.mesh)
 
     def array(dtype, *shape) -> Any:
-      shape = (num_prompts, *shape)
+      shape = (num_prompts // num_parts, *shape)
       return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     vision = self.config.model_config.vision
@@ -322,7 +341,7 @@ class Policy:
     """
     if self.config.model.train_vision:
       return sharding.put_batch(self.mesh, batch.images)
-    return self._features(params, batch)
+    return sharding.put_batch(self.mesh, self._picture_rows(params, batch))
 
   @functools.cached_property
   def pictures(self) -> pictures.Pictures | None:
@@ -338,10 +357,17 @@ class Policy:
       cache_bytes=self.config.rollout.image_cache_mib * 2**20,
     )
 
-  def _features(self, params: dict, batch: pipeline.Batch) -> jax.Array:
+  def _picture_rows(self, params: dict, batch: pipeline.Batch) -> np.ndarray:
+    """What the tower makes of this process's pictures."""
     if self.pictures is None:
-      return sharding.put_batch(self.mesh, batch.images)
+      return batch.images
     return self.pictures.features(params, batch.images)
+
+  def _joined(
+    self, parts: tuple[generation.Completions, ...]
+  ) -> generation.Completions:
+    """The completions of all parts, each prompt in its place again."""
+    return _interleaved(sharding.batch(self.mesh), *parts)
 
   def _settings(
     self, num_completions: int, temperature: float, top_k: int, top_p: float
@@ -384,6 +410,17 @@ class Policy:
       ]
       for rows, masks in zip(ids, mask, strict=True)
     ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _interleaved(place, *parts):
+  """Trees whose rows are every so manieth of one, as that one."""
+
+  def joined(*parts):
+    rows = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    return jax.lax.with_sharding_constraint(rows, place)
+
+  return jax.tree.map(joined, *parts)
 
 
 def _cast(params: dict, settings: run_config.ModelSettings) -> dict:

@@ -27,7 +27,7 @@ _PACKAGES = (
   *("orbax-checkpoint", "tensorstore", "grain", "array_record", "pillow"),
   *("sentencepiece", "tokenizers", "jinja2", "ml-collections"),
 )
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OURS = ("grpo_tpu", "data_pipelines")
 _SHOWN = 5
 
@@ -53,9 +53,8 @@ def facts(
   return {
     "flag": {"--mode": mode, "--workdir": workdir},
     "config": dict(_flat(config.to_dict())),
-    "code": {file: digest for file, digest in _code(_ROOT)},
-    "package": {"python": platform.python_version()}
-    | {name: _version(name) for name in _PACKAGES},
+    "code": code(ROOT),
+    "package": packages(),
     "data": dict(identity),
   }
 
@@ -102,6 +101,24 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
   )
 
 
+def code(root: pathlib.Path) -> dict[str, str]:
+  """What each of our files holds; which commit a host is on may be unknown."""
+  return {
+    str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[
+      :12
+    ]
+    for package in _OURS
+    for path in sorted((root / package).rglob("*.py"))
+  }
+
+
+def packages() -> dict[str, str]:
+  """The versions of Python and of what a run's numbers rest on."""
+  return {"python": platform.python_version()} | {
+    name: _version(name) for name in _PACKAGES
+  }
+
+
 def revision() -> str:
   """What the code is called: of a checkout git's hash, and whether it is dirty.
 
@@ -110,7 +127,7 @@ def revision() -> str:
   try:
     return subprocess.run(
       ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-      cwd=_ROOT,
+      cwd=ROOT,
       capture_output=True,
       check=True,
       text=True,
@@ -137,14 +154,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator:
       yield from _flat(value, f"{prefix}{name}.")
     else:
       yield f"{prefix}{name}", json.loads(json.dumps(value, default=str))
-
-
-def _code(root: pathlib.Path) -> Iterator[tuple[str, str]]:
-  """What each of our files holds; which commit a host is on may be unknown."""
-  for package in _OURS:
-    for path in sorted((root / package).rglob("*.py")):
-      content = hashlib.sha256(path.read_bytes()).hexdigest()
-      yield str(path.relative_to(root)), content[:12]
 
 
 def _version(package: str) -> str:

@@ -1,10 +1,12 @@
 """Every program of a run, as shapes: what a plan compiles.
 
 The same functions that training runs, on devices that are described and not
-there. Prompts are as long as the longest bucket and completions as long as they
-may be, for memory is booked for these.
+there. Of those that come in sizes, the largest, for memory is booked for these:
+prompts are as long as the longest bucket, completions as long as they may be,
+and no row has ended yet.
 """
 
+import copy
 import dataclasses
 import math
 from typing import Any, NamedTuple, cast
@@ -15,11 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines import tokenizer as tokens
-from grpo_tpu import chips, generation, sharding, train_step
+from grpo_tpu import chips, compaction, generation, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import lora, weights
 
 # What lies on the devices from step to step, whatever runs.
 RESIDENT = ("params", "optimizer", "reference")
@@ -35,6 +36,7 @@ class Program(NamedTuple):
     kwargs: Likewise.
     parts: The shapes among them by class: those of `RESIDENT`, "caches", and
       "batch".
+    kept: Shapes that lie beside them while it runs, besides what is resident.
     while_trips: Of loops that end when every row has, and of those inside.
     tokens: Completion tokens of a call, over all rows.
   """
@@ -44,8 +46,9 @@ class Program(NamedTuple):
   args: tuple
   kwargs: dict[str, Any]
   parts: dict[str, Any]
-  while_trips: tuple[int, ...]
-  tokens: int
+  kept: Any = ()
+  while_trips: tuple[int, ...] = ()
+  tokens: int = 0
 
   def traced(self, mesh: Mesh) -> Any:
     """The function traced for the devices of a mesh."""
@@ -108,20 +111,44 @@ def _item_bytes(x: Any) -> int:
 
 
 def names(config: run_config.Config) -> list[str]:
-  """The programs of a run, in the order of a step."""
+  """The programs of a run: those of a step in its order, then evaluation's."""
   kinds = ["text"]
   if config.model_config.vision:
     kinds.append("image")
-  steps = ["train_step"]
+  planned, is_online = [], config.data.kind == "online"
+  if config.model_config.vision and (
+    is_online or not config.model.train_vision
+  ):
+    planned.append("pictures (image)")
+  if is_online:
+    # Only what reads prompts reads images: what they show is in its cache.
+    planned += [f"prefill ({kind})" for kind in kinds]
+    planned += [] if config.rollout.max_new_tokens == 1 else ["decode_chunk"]
+    planned += ["move"] * _has_moves(config) + ["results"]
   if has_scoring(config):
-    steps.insert(0, "score")
-  if config.data.kind == "online":
-    steps.insert(0, "prefill")
-  planned = [f"{step} ({kind})" for step in steps for kind in kinds]
-  if config.data.kind == "online":
-    # Reads no image: what a prompt shows is in its cache.
-    planned.insert(len(kinds), "decode_chunk")
+    planned += [f"score ({kind})" for kind in kinds]
+  planned += [f"train_step ({kind})" for kind in kinds]
+  if config.eval.every_steps and config.data.kind != "preference":
+    planned += [f"evaluation_prefill ({kind})" for kind in kinds[-1:]]
+    if config.rollout.max_new_tokens > 1:
+      planned.append("evaluation_decode")
   return planned
+
+
+def step_of(name: str) -> str:
+  """The name of a program without what it reads."""
+  return name.partition(" ")[0]
+
+
+def samples(name: str) -> bool:
+  """Whether a program of `names` is part of sampling, and not of an update."""
+  return step_of(name) not in ("score", "train_step")
+
+
+def _has_moves(config: run_config.Config) -> bool:
+  """Whether rows may move together before they have all ended."""
+  settings = config.rollout
+  return settings.chunk_tokens < settings.max_new_tokens - 1
 
 
 def has_scoring(config: run_config.Config) -> bool:
@@ -137,30 +164,29 @@ def has_scoring(config: run_config.Config) -> bool:
 
 def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
   """The program of that name, one of `names`."""
-  step, _, kind = name.partition(" ")
+  kind = name.partition(" ")[2]
   policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
   made = _Made(policy, with_images=kind == "(image)")
   make = {
+    "pictures": made.pictures,
     "prefill": made.prefill,
     "decode_chunk": made.decode_chunk,
+    "move": made.move,
+    "results": made.results,
     "score": made.score,
     "train_step": made.update,
-  }[step]
+    "evaluation_prefill": made.evaluating().prefill,
+    "evaluation_decode": made.evaluating().decode_chunk,
+  }[step_of(name)]
   return make(name)
 
 
-def resident(config: run_config.Config, mesh: Mesh) -> dict[str, Any]:
-  """The shapes that lie on the devices from step to step, by class."""
-  policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
-  return _Made(policy, with_images=False).resident
-
-
-def trained_shapes(config: run_config.Config) -> dict:
-  """The whole model's parameters and the adapters, without places."""
-  model = config.model_config
-  shapes = weights.abstract_params(model, jnp.dtype(config.model.param_dtype))
-  adapters = lora.abstract_adapters(model, config.lora) if config.lora else {}
-  return {"params": shapes, "adapters": adapters}
+def resident_bytes(config: run_config.Config) -> dict[str, int]:
+  """What lies on a device from step to step, by class; no device is asked."""
+  mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
+  marks = cast(tokens.Tokenizer, _Marks(config))
+  made = _Made(policies.Policy(config, cast(Mesh, mesh), marks))
+  return {name: device_bytes(tree) for name, tree in made.resident.items()}
 
 
 class _Scaled(jax.ShapeDtypeStruct):
@@ -175,10 +201,17 @@ class _Scaled(jax.ShapeDtypeStruct):
 class _Made:
   """Makes the programs of one policy."""
 
-  def __init__(self, policy: policies.Policy, *, with_images: bool):
+  def __init__(self, policy: policies.Policy, *, with_images: bool = False):
     self._policy, self._config = policy, policy.config
     self._mesh = policy.mesh
     self._with_images = with_images
+    config = policy.config
+    # Of a rollout: prompts, completions of each, and how they are drawn.
+    self._prompts_at_a_time = (
+      config.data.prompts_per_step // config.num_rollouts
+    )
+    self._rows = config.rollout.num_generations
+    self._temperature = config.rollout.temperature
     self._state = policy.abstract_state()
     self._frozen = policy.abstract_params() if self._config.lora else None
 
@@ -208,8 +241,29 @@ class _Made:
       made,
     )
 
+  def evaluating(self) -> "_Made":
+    """The same where rollouts are those of a greedy evaluation."""
+    made = copy.copy(self)
+    made._prompts_at_a_time = self._config.eval.batch_size
+    made._rows, made._temperature = 1, 0.0
+    return made
+
+  def pictures(self, name: str) -> Program:
+    """The tower's reading of some pictures."""
+    encoder = self._policy.pictures
+    assert encoder is not None
+    tower = self._run_params()["vision_encoder"]
+    pixels = encoder.abstract_pixels()
+    return Program(
+      name=name,
+      function=encoder.encode,
+      args=(tower, pixels),
+      kwargs={},
+      parts={"params": tower, "batch": pixels},
+    )
+
   def prefill(self, name: str) -> Program:
-    """Reads a step's prompts, and writes the first token of every row."""
+    """Reads the prompts, and writes the first token of every row."""
     made, args = self._rollout()
     params, prompts, *_ = args
     return Program(
@@ -218,52 +272,82 @@ class _Made:
       args=args,
       kwargs={},
       parts={"params": params, "batch": prompts},
-      while_trips=(),
-      tokens=0,
     )
 
   def decode_chunk(self, name: str) -> Program:
     """Some more tokens of every row, as long as all go on."""
     made, args = self._rollout()
     state = made.abstract_state(*args)
-    settings = self._config.rollout
+    settings, rows = self._config.rollout, self._prompts_at_a_time
     return Program(
       name=name,
       function=made.write,
-      args=(args[0], state, self._array(bool, settings.num_generations)),
+      args=(args[0], state, self._array(bool, self._rows, rows=rows)),
       kwargs={},
       parts={"params": args[0], "caches": state},
+      kept=args[1],
       # Tokens, and in each the local layers between two global ones.
       while_trips=(
         min(settings.chunk_tokens, settings.max_new_tokens - 1),
         gemma3_config.PERIOD - 1,
       ),
-      tokens=0,
+    )
+
+  def move(self, name: str) -> Program:
+    """Rows that stand together, beside the places that they leave."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    shards = self._config.mesh.replica * self._config.mesh.fsdp
+    shapes = compaction.ladder(self._prompts_at_a_time // shards, self._rows)
+    bundles, width = shapes[min(1, len(shapes) - 1)]
+    places = self._array(jnp.int32, width, rows=shards * bundles)
+    moved = self._array(jnp.int32, rows=shards * bundles)
+    return Program(
+      name=name,
+      function=made.move,
+      args=(state, places, places, moved),
+      kwargs={},
+      parts={"caches": state},
+      kept=args[1],
+    )
+
+  def results(self, name: str) -> Program:
+    """What has been written, beside the caches that are not wanted any more."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    cut = self._array(jnp.int32, self._rows, rows=self._prompts_at_a_time)
+    return Program(
+      name=name,
+      function=made.results,
+      args=(state.written, cut),
+      kwargs={},
+      parts={"batch": state.written},
+      kept=(state.replace(written=None), args[1]),
     )
 
   def _rollout(self) -> tuple[Any, tuple]:
-    """What samples a step's completions, and what it is called with."""
+    """What samples completions, and what it is called with."""
     config, policy = self._config, self._policy
-    rows, new = config.rollout.num_generations, config.rollout
+    prompts, new = self._prompts_at_a_time, config.rollout
     settings = generation.Settings(
       config=config.model_config,
-      num_completions=rows,
+      num_completions=self._rows,
       max_new_tokens=new.max_new_tokens,
       min_new_tokens=new.min_new_tokens,
       chunk_tokens=new.chunk_tokens,
-      temperature=new.temperature,
+      temperature=self._temperature,
       dtype=policy.model.dtype,
       attention=policy.model.attention,
       banned_ids=policy.banned_ids,
     )
-    ids, length, images = self._prompts()
-    prompts = generation.Prompts(ids, length, images, self._array(jnp.int32))
+    index = self._array(jnp.int32, rows=prompts)
+    ids, length, images = self._prompts(prompts)
     params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    limit = self._array(jnp.int32, rows)
+    limit = self._array(jnp.int32, self._rows, rows=prompts)
     return generation.Programs(settings, policy.mesh), (
       params,
-      prompts,
+      generation.Prompts(ids, length, images, index),
       limit,
       key,
     )
@@ -281,7 +365,6 @@ class _Made:
       args=(policy.model, params, bundles),
       kwargs={"num_microbatches": config.num_microbatches},
       parts={part: params, "batch": bundles},
-      while_trips=(),
       tokens=self._num_tokens,
     )
 
@@ -299,7 +382,6 @@ class _Made:
         "optimizer": state.opt_state,
         "batch": bundles,
       },
-      while_trips=(),
       tokens=self._num_tokens,
     )
 
@@ -318,31 +400,35 @@ class _Made:
     rows = config.data.prompts_per_step * self._completions
     return rows * config.rollout.max_new_tokens
 
-  def _array(self, dtype: Any, *shape: int) -> Any:
-    shape = (self._config.data.prompts_per_step, *shape)
+  def _array(self, dtype: Any, *shape: int, rows: int | None = None) -> Any:
+    """Of a step's prompts, or of so many, shared out over the data shards."""
+    shape = (rows or self._config.data.prompts_per_step, *shape)
     place = sharding.batch(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def _prompts(self, *, pixels: bool = False) -> tuple:
+  def _prompts(self, rows: int, *, pixels: bool = False) -> tuple:
     """Ids, lengths and images: as a frozen tower reads them, or pixels."""
     vision = self._config.model_config.vision
-    images = self._array(jnp.uint8, 0, 1, 1, 3)
+    image, dtype = (0, 1, 1, 3), jnp.dtype(jnp.uint8)
     if vision and self._with_images:
-      side = vision.image_size
-      images = self._array(
-        self._policy.model.dtype, 1, vision.soft_tokens, vision.width
-      )
-      if pixels:
-        images = self._array(jnp.uint8, 1, side, side, 3)
-    length = self._config.data.prompt_buckets[-1]
-    ids = self._array(jnp.int32, length)
-    return ids, self._array(jnp.int32), images
+      side = vision.shown_size
+      image, dtype = (1, side, side, 3), jnp.dtype(jnp.uint8)
+      if not pixels:
+        image = (1, vision.soft_tokens, vision.width)
+        dtype = self._policy.model.dtype
+    ids = self._array(
+      jnp.int32, self._config.data.prompt_buckets[-1], rows=rows
+    )
+    length = self._array(jnp.int32, rows=rows)
+    return ids, length, self._array(dtype, *image, rows=rows)
 
   def _bundles(self) -> train_step.Bundles:
     config = self._config
     rows = self._completions, config.rollout.max_new_tokens
     trains_vision = config.model.train_vision
-    ids, length, images = self._prompts(pixels=trains_vision)
+    ids, length, images = self._prompts(
+      config.data.prompts_per_step, pixels=trains_vision
+    )
     is_online = config.data.kind == "online"
     logps = self._array(jnp.float32, *rows)
     is_old = config.data.kind == "preference" or config.train.num_iterations > 1

@@ -9,7 +9,7 @@ has the reasons.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -109,6 +109,11 @@ class Report:
     return scalars
 
 
+def total(reports: Sequence[Report]) -> Report:
+  """Of rollouts one after the other."""
+  return Report(*map(sum, zip(*map(dataclasses.astuple, reports), strict=True)))
+
+
 type Finished = Callable[[Mapping[int, list[list[int]]]], None]
 
 
@@ -165,7 +170,7 @@ class _Rollout:
     self._grid = compaction.first_grid(
       shards, per_shard, settings.num_completions
     )
-    self._ladder = _ladder(settings, per_shard)
+    self._ladder = ladder(settings, per_shard)
     shape = (shards, per_shard, settings.num_completions)
     # By number of the row: as far as the host has looked; no cut is beyond T.
     self._length = np.zeros(shape, np.int32)
@@ -347,7 +352,7 @@ def prepare(
   if settings.max_new_tokens == 1:
     return
   state, _ = programs.write.prepare(params, state, array(bool, *shape))
-  for bundles, width in _ladder(settings, per_shard)[1:]:
+  for bundles, width in ladder(settings, per_shard)[1:]:
     number = array(np.int32, bundles, width)
     state = programs.move.prepare(
       state, number, number, array(np.int32, bundles)
@@ -356,7 +361,7 @@ def prepare(
     state, _ = programs.write.prepare(params, state, alive)
 
 
-def _ladder(
+def ladder(
   settings: generation.Settings, num_prompts: int
 ) -> list[tuple[int, int]]:
   """Shapes that a shard's rows take; one where a single chunk ends them all."""

@@ -1,27 +1,33 @@
-"""`run.json`: what a workdir is a run of.
+"""`run.json`: what a workdir is a run of, and what has become of it.
 
 Written when a run starts, read when it goes on: a run is not continued with
 other settings, another model or other data unless it is told to, and weights
-that were "the newest of that run" stay those they were.
+that were "the newest of that run" stay those they were. Every start is an
+attempt in it, with the code and the devices it ran on, and with its end, unless
+it was killed.
 """
 
+import datetime
+import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
+import jax
 from absl import logging
 
 from data_pipelines import prompts
 from grpo_tpu import config as run_config
+from grpo_tpu import preflight
 
 # What changes no number of a step but by rounding, or is known by its contents
 # and not by its place. All other settings are of the essence, those among them
 # that are yet to come.
 _INCIDENTAL = (
-  *("checkpoint", "eval", "export", "mesh", "samples", "distributed"),
+  *("checkpoint", "eval", "export", "mesh", "samples"),
+  *("distributed", "profile"),
   *("data.dir", "data.tokenizer", "data.worker_processes", "data.synthetic"),
   *("data.synthetic_eval_fraction", "data.preference_file"),
   "data.accept_mathvista_training_terms",
@@ -32,7 +38,8 @@ _INCIDENTAL = (
   "rewards.error_window",
   *("train.microbatch_bundles", "train.max_skipped_updates"),
 )
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+# Of the words at an end, what stays of each attempt.
+_LASTING = ("exit_code", "reason", "step")
 
 
 def read(workdir: str) -> dict[str, Any] | None:
@@ -122,7 +129,7 @@ def write(
   identity: dict[str, str],
   weights: str,
 ) -> None:
-  """Writes the card whole, with the changes that were accepted since the first.
+  """Writes the card of a run that starts or goes on, as its next attempt.
 
   Args:
     workdir: Of the run.
@@ -142,10 +149,55 @@ def write(
       config.data.accept_mathvista_training_terms
     ),
     "config": config.to_dict(),
-    "versions": {name: metadata.version(name) for name in _PACKAGES},
+    "data": identity,
+    "packages": preflight.packages(),
+    "attempts": [*(before["attempts"] if before else []), _attempt()],
+    "end": None,
   }
+  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  _replace(workdir, card)
+
+
+def close(workdir: str | os.PathLike[str], words: Mapping[str, Any]) -> None:
+  """Writes how the attempt that is under way has ended.
+
+  Args:
+    workdir: Of the run, with a card of this attempt.
+    words: `exit_code`, `reason`, `step` and whatever else there is to say,
+      which stands under `end` until the next start.
+  """
+  card = read(str(workdir))
+  assert card is not None
+  lasting = {name: words[name] for name in _LASTING}
+  card["attempts"][-1] |= {"ended": _now()} | lasting
+  card["end"] = dict(words)
+  _replace(workdir, card)
+
+
+def _attempt() -> dict[str, Any]:
+  """When and on what this process has started, and no end yet."""
+  device = jax.devices()[0]
+  code = json.dumps(preflight.code(preflight.ROOT), sort_keys=True).encode()
+  return {
+    "started": _now(),
+    "revision": preflight.revision(),
+    "code": hashlib.sha256(code).hexdigest()[:12],
+    "devices": {
+      "kind": device.device_kind,
+      "count": jax.device_count(),
+      "hosts": jax.process_count(),
+    },
+    "ended": None,
+  } | dict.fromkeys(_LASTING)
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _replace(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
+  """Writes the card whole: a kill leaves the one before."""
   folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
   unfinished = folder / ".run.json.tmp"
   unfinished.write_text(json.dumps(card, indent=2) + "\n")
   os.replace(unfinished, folder / "run.json")

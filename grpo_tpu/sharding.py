@@ -207,9 +207,12 @@ def _fitted(
     if axis == "tensor" and "/kv_einsum" in f"/{name}":
       axes[index] = None  # One key-value head, as in 270M and 1B, is copied.
       continue
+    ways = mesh.shape[axis]
+    near = next(n for n in range(ways, 0, -1) if shape[index] % n == 0)
     raise ValueError(
-      f"mesh.{axis} ({mesh.shape[axis]}) must divide axis {index} of {name} "
-      f"{shape}; choose a divisor of {shape[index]}."
+      f"mesh.{axis} ({ways}) must divide axis {index} of {name} {shape}; "
+      f"choose a divisor of {shape[index]}: the nearest below is "
+      f"mesh.{axis}={near}."
     )
   return P(*axes)
 

@@ -1,7 +1,8 @@
 """What must move between chips and from memory, by the sharding plan alone.
 
-Hand arithmetic over settings, for bounds: each transfer perfectly spread and
-nothing moved twice. What a compiled program shows is searched for defects,
+Hand arithmetic over settings, for bounds: each transfer perfectly spread, and
+nothing moved more often than the programs must that keep no weights whole: for
+each microbatch, and for each token that is decoded. What a compiled program shows is searched for defects,
 never summed, for its text says neither trips nor what was fused.
 """
 
@@ -19,6 +20,8 @@ from grpo_tpu.gemma3 import lora, weights
 # Below this a collective is not worth a line.
 _LARGE_BYTES = 16 * 2**20
 
+_DECODING = ("decode_chunk", "evaluation_decode")
+
 
 def volume(
   config: run_config.Config, topology: chips.Topology, program: str
@@ -31,28 +34,31 @@ def volume(
     program: Of `programs.names`.
   """
   mesh, step = config.mesh, program.partition(" ")[0]
+  if step in ("move", "results"):
+    return {"ici": 0.0, "dcn": 0.0}
   sharded, trained = _weights(config)
+  if step == "pictures":
+    sharded = _tower(config)
   # Each device sends its part to all others of a ring, and all parts pass.
   gathered = sharded * (mesh.fsdp - 1) / mesh.fsdp
-  rows, micro = _tokens(config), config.num_microbatches
-  reduced = _activations(config, rows) * 2 * (mesh.tensor - 1) / mesh.tensor
-  dcn = 0.0
-  if step == "prefill":
-    prompts = rows - _tokens(config, prompts=False)
-    each = 2 * (mesh.tensor - 1) / mesh.tensor
-    ici = gathered + each * _activations(config, prompts)
-  elif step == "decode_chunk":
-    trips = decode_trips(config)
-    written = _tokens(config, prompts=False) / config.rollout.max_new_tokens
-    each = 2 * (mesh.tensor - 1) / mesh.tensor
-    ici = trips * (gathered + each * _activations(config, written))
+  micro, dcn = config.num_microbatches, 0.0
+  if step == "pictures":
+    ici = gathered
+  elif step.endswith("prefill"):
+    prompts, _ = _rollout(config, step)
+    tokens = prompts * config.data.prompt_buckets[-1]
+    ici = gathered + _forward(config, tokens)
+  elif step in _DECODING:
+    _, rows = _rollout(config, step)
+    ici = decode_trips(config) * (gathered + _forward(config, rows))
   elif step == "score":
-    ici = gathered * micro + reduced
+    ici = gathered * micro + _forward(config, _tokens(config))
   else:
     # Gathered forward and backward; what is recomputed uses the latter.
     scattered = trained * (mesh.fsdp - 1) / mesh.fsdp
-    passes = 3 if config.model.remat == "full" else 2
-    ici = micro * (2 * gathered + scattered) + passes * reduced
+    ici = micro * (2 * gathered + scattered)
+    ici += _passes(config) * _added_up(config, _tokens(config))
+    ici += 2 * _looked_up(config, _tokens(config))
     replicas = trained / mesh.fsdp * 2 * (mesh.replica - 1) / mesh.replica
     if topology.num_slices > 1:
       dcn = replicas
@@ -65,27 +71,45 @@ def least_hbm_bytes(config: run_config.Config, program: str) -> int:
   """Bytes that a device reads in a call, of weights and of caches."""
   step = program.partition(" ")[0]
   sharded, _ = _weights(config)
-  micro = config.num_microbatches
-  if step == "score":
-    return int(sharded * micro)
-  if step == "train_step":
-    return int(sharded * micro * (3 if config.model.remat == "full" else 2))
-  if step == "prefill":
-    return int(sharded)
-  share = decode_trips(config) / config.rollout.max_new_tokens
-  return int(sharded * decode_trips(config) + share * _cache_reads(config))
+  match step:
+    case "move" | "results":
+      return 0  # Beside what they are given and give.
+    case "pictures":
+      return int(_tower(config))
+    case "score":
+      return int(sharded * config.num_microbatches)
+    case "train_step":
+      return int(sharded * config.num_microbatches * _passes(config))
+    case "decode_chunk" | "evaluation_decode":
+      trips = decode_trips(config)
+      share = trips / config.rollout.max_new_tokens
+      return int(sharded * trips + share * _cache_reads(config, step))
+  return int(sharded)
 
 
 def decode_trips(config: run_config.Config) -> int:
-  """Tokens that a call of `decode_chunk` writes of a row."""
+  """Tokens that a call of a decoding program writes of a row."""
   settings = config.rollout
   return max(1, min(settings.chunk_tokens, settings.max_new_tokens - 1))
 
 
-def _cache_reads(config: run_config.Config) -> float:
+def _passes(config: run_config.Config) -> int:
+  """Times that a microbatch goes through the layers."""
+  return 3 if config.model.remat in ("full", "offload") else 2
+
+
+def _rollout(config: run_config.Config, step: str) -> tuple[float, float]:
+  """Prompts of a data shard that are completed together, and their rows."""
+  shards = config.mesh.replica * config.mesh.fsdp
+  if step.startswith("evaluation"):
+    return config.eval.batch_size / shards, config.eval.batch_size / shards
+  prompts = config.data.prompts_per_step / config.num_rollouts / shards
+  return prompts, prompts * config.rollout.num_generations
+
+
+def _cache_reads(config: run_config.Config, step: str) -> float:
   """Of all decoding steps: the prompts' part, and of its own half."""
   model, settings = config.model_config, config.rollout
-  shards = config.mesh.replica * config.mesh.fsdp * config.mesh.tensor
   token = 2 * model.num_kv_heads * model.head_dim
   token *= jnp.dtype(config.model.compute_dtype).itemsize
   num_global = sum(model.global_layers)
@@ -97,10 +121,21 @@ def _cache_reads(config: run_config.Config) -> float:
   own = num_global * new / 2 + (model.num_layers - num_global) * min(
     new / 2, window
   )
-  rows = settings.num_generations
-  return (
-    config.data.prompts_per_step * new * token * (prompts + rows * own) / shards
+  bundles, rows = _rollout(config, step)
+  reads = new * token * (bundles * prompts + rows * own)
+  # Heads are cut over tensor shards, where these divide them.
+  is_cut = model.num_kv_heads % config.mesh.tensor == 0
+  return reads / (config.mesh.tensor if is_cut else 1)
+
+
+def _tower(config: run_config.Config) -> float:
+  """Bytes of the image tower's weights as they are used."""
+  shapes = weights.abstract_params(
+    config.model_config, jnp.dtype(config.model.compute_dtype)
   )
+  item = jnp.dtype(config.model.compute_dtype).itemsize
+  leaves = jax.tree.leaves(shapes["vision_encoder"])
+  return float(sum(math.prod(x.shape) for x in leaves) * item)
 
 
 def _weights(config: run_config.Config) -> tuple[float, float]:
@@ -124,24 +159,44 @@ def _weights(config: run_config.Config) -> tuple[float, float]:
   return used, float(trained)
 
 
-def _tokens(config: run_config.Config, *, prompts: bool = True) -> float:
-  """Tokens that a device's rows have in a step."""
+def _tokens(config: run_config.Config) -> float:
+  """Tokens that a data shard's bundles have in a step."""
   rows = 1
   if config.data.kind == "online":
     rows = config.rollout.num_generations
   elif config.data.kind == "preference":
     rows = config.data.preference_completions
   length = rows * config.rollout.max_new_tokens
-  length += config.data.prompt_buckets[-1] * prompts
+  length += config.data.prompt_buckets[-1]
   shards = config.mesh.replica * config.mesh.fsdp
   return config.data.prompts_per_step * length / shards
 
 
-def _activations(config: run_config.Config, tokens: float) -> float:
+def _forward(config: run_config.Config, tokens: float) -> float:
+  """Bytes of activations that a device sends while tokens pass forward."""
+  return _looked_up(config, tokens) + _added_up(config, tokens)
+
+
+def _looked_up(config: run_config.Config, tokens: float) -> float:
+  """Bytes of rows of the embedding, or of their gradients.
+
+  Data shards send each other columns, and tensor shards add up.
+  """
+  fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+  parts = (fsdp - 1) / fsdp + 2 * (tensor - 1) / tensor
+  return parts * _state_bytes(config, tokens)
+
+
+def _added_up(config: run_config.Config, tokens: float) -> float:
   """Bytes of what tensor shards add up: twice in each layer."""
-  model = config.model_config
+  tensor = config.mesh.tensor
+  times = 2 * config.model_config.num_layers * 2 * (tensor - 1) / tensor
+  return times * _state_bytes(config, tokens)
+
+
+def _state_bytes(config: run_config.Config, tokens: float) -> float:
   item = jnp.dtype(config.model.compute_dtype).itemsize
-  return 2 * model.num_layers * tokens * model.embed_dim * item
+  return tokens * config.model_config.embed_dim * item
 
 
 def defects(
@@ -154,6 +209,9 @@ def defects(
     collectives: As `aot.Collective` has them.
   """
   known = _shapes_of_weights(config)
+  # Rows of the embedding travel from where they lie to where their ids are.
+  width = config.model_config.embed_dim
+  looked_up = (width, width // config.mesh.fsdp)
   batch = config.mesh.replica * config.mesh.fsdp
   found = []
   for entry in collectives:
@@ -168,7 +226,7 @@ def defects(
       found.append(f"{said}: a gradient that is not reduce-scattered")
     elif entry["name"] == "all-gather" and not is_weight:
       found.append(f"{said}: activations gathered")
-    elif entry["name"] == "all-to-all":
+    elif entry["name"] == "all-to-all" and shape[-1] not in looked_up:
       found.append(f"{said}: activations change places")
     elif entry["name"] == "all-reduce" and config.mesh.tensor == 1:
       found.append(f"{said}: partial products added up")

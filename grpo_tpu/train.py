@@ -32,6 +32,7 @@ from grpo_tpu import (
   optimizer,
   preemption,
   preflight,
+  profiling,
   run_card,
   shaping,
   sharding,
@@ -87,22 +88,25 @@ def train(
       batches = run.batches(int(state.position) + taken)
     # Not before: a run that was refused has not started.
     run.write_card()
+    ending.has_card = True
     if start is not None:
       ending.clock.carry_on(folder / "metrics.jsonl", start)
-    with metrics.Writer(
-      workdir,
-      is_writer=jax.process_index() == 0,
-      resume_step=start,
-      has_begun_next=begun is not None,
-    ) as writer:
+    with (
+      metrics.Writer(
+        workdir,
+        is_writer=jax.process_index() == 0,
+        resume_step=start,
+        has_begun_next=begun is not None,
+      ) as writer,
+      profiling.Profiler(folder, config.profile) as profiler,
+    ):
       writer.write_config(config.to_dict())
-      loop = _Loop(run, writer, checkpoints, watch, ending)
+      loop = _Loop(run, writer, checkpoints, watch, ending, profiler)
       with ending.at_once_if_others_wait():
         run.compile_ahead(state)
         if start is None:
           loop.begin(state)
         loop.go_on(state, start or 0, batches, begun)
-  ending.done()
 
 
 class _Loop:
@@ -115,8 +119,9 @@ class _Loop:
     checkpoints: checkpoint.Checkpoints,
     watch: watchdog.Watchdog,
     ending: endings.Ending,
+    profiler: profiling.Profiler,
   ):
-    self._run, self._config = run, run.config
+    self._run, self._config, self._profiler = run, run.config, profiler
     self._writer, self._checkpoints = writer, checkpoints
     self._watch, self._ending, self._clock = watch, ending, ending.clock
     self._poll = preemption.Poll(on_poll=watch.mark)
@@ -153,7 +158,8 @@ class _Loop:
       return
     self._clock.begin()
     for step in range(start + 1, num_steps + 1):
-      state, scalars = self._step(state, batches, step, begun)
+      with self._profiler.step(step):
+        state, scalars = self._step(state, batches, step, begun)
       begun = None
       self._writer.write(step, scalars)
       self._writer.progress(num_steps)
@@ -408,6 +414,7 @@ class _Run:
         num_prompts=config.data.prompts_per_step,
         num_completions=config.rollout.num_generations,
         temperature=config.rollout.temperature,
+        num_parts=config.num_rollouts,
       )
     if config.eval.every_steps:
       self.policy.prepare_sampling(

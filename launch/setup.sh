@@ -1,17 +1,23 @@
 # shellcheck shell=bash
 # The environment of every script here: `.venv`, complete and current, made on
-# a machine that has Python and nothing else. Sourced, never run.
+# a machine that has Python and nothing else. Sourced, never run. Its extra is
+# `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice.
 #
 # A venv is trusted only for its stamp, which is written last and says what it
-# was made from: setup.py, constraints.txt, the interpreter, the place of the
-# checkout. Without a matching stamp (killed half way, pins changed, Python
-# upgraded, folder moved) the venv is made again; with one, nothing is run but
-# the comparison. What it does not know: what is done in the venv afterwards.
+# was made from: setup.py, constraints.txt, the extra, the interpreter, the
+# place of the checkout. Without a matching stamp (killed half way, pins
+# changed, Python upgraded, folder moved) the venv is made again; with one,
+# nothing is run but the comparison. What it does not know: what is done in the
+# venv afterwards.
+#
+# A venv of your own, named by $GRPO_TPU_VENV, is used as it stands: it is never
+# made, checked or changed, and what is in it is your affair.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-venv=$root/.venv
+venv=${GRPO_TPU_VENV:-$root/.venv}
 stamp=$venv/complete.stamp
 log=$venv/install.log
+extra=${GRPO_TPU_EXTRA:-dev}
 
 # TensorFlow only writes event files here; its start-up notices are noise.
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
@@ -86,11 +92,12 @@ expected_stamp() {
   "$venv/bin/python" -I -c '
 import hashlib, os, pathlib, sys
 root = pathlib.Path(sys.argv[1])
-digest = hashlib.sha256(os.fsencode(root) + sys.version.encode())
+words = os.fsencode(root) + sys.version.encode() + sys.argv[2].encode()
+digest = hashlib.sha256(words)
 for name in ("setup.py", "constraints.txt"):
   digest.update((root / name).read_bytes())
 print(digest.hexdigest())
-' "$root" 2>/dev/null
+' "$root" "$extra" 2>/dev/null
 }
 
 venv_is_current() {
@@ -124,12 +131,18 @@ make_venv() {
   cd "$root" || exit
   # The build tools are pinned too, so they are not fetched anew per package.
   install setuptools wheel
-  install --no-build-isolation --editable '.[dev]'
+  install --no-build-isolation --editable ".[$extra]"
   expected_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 
 # Returns with a venv that is complete and current, or ends the script.
 ensure_venv() {
+  if [[ -n ${GRPO_TPU_VENV:-} ]]; then
+    [[ -x $venv/bin/python ]] || fail "GRPO_TPU_VENV ($venv) must name a venv, \
+with bin/python in it; make one there, or leave it out and .venv is made."
+    [[ $venv == /* ]] || venv=$PWD/$venv
+    return
+  fi
   if venv_is_current; then return; fi
   (
     # Two first runs at once would install into each other. The lock is held

@@ -16,7 +16,8 @@ if (($# == 0)); then
   "$bin/ruff" format --check .
   "$bin/ruff" check .
   "$bin/pyright" --pythonpath "$bin/python"
-  "$bin/shellcheck" --external-sources launch/*.sh benchmarks/*.sh .ci/run
+  "$bin/shellcheck" --external-sources launch/*.sh launch/pod/*.sh \
+    benchmarks/*.sh tests/*.sh tests/launch/*.sh .ci/run
   # A file's tests share what it made once.
   set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 fi

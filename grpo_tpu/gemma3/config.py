@@ -17,7 +17,7 @@ class VisionConfig:
   """A SigLIP tower and the pooling that shortens its output.
 
   Attributes:
-    image_size: Side of the square input, in pixels.
+    image_size: Side of the square input that the positions are of, in pixels.
     patch_size: Side of a patch, in pixels.
     width: Model width of the tower.
     depth: Number of encoder blocks.
@@ -28,6 +28,8 @@ class VisionConfig:
     end_of_image: The id that closes one.
     image_token: The id that stands for a soft token in Hugging Face's inputs;
       nothing here reads or writes it but exports.
+    input_size: Side of what it is shown, where that is not `image_size`: the
+      positions are then those between.
   """
 
   image_size: int
@@ -40,15 +42,21 @@ class VisionConfig:
   start_of_image: int = 255_999
   end_of_image: int = 256_000
   image_token: int = 262_144
+  input_size: int | None = None
 
   def __post_init__(self):
-    side = self.image_size // self.patch_size
+    side = self.shown_size // self.patch_size
     pooled = round(self.soft_tokens**0.5)
-    if pooled**2 != self.soft_tokens or side % pooled:
+    if pooled**2 != self.soft_tokens or side % pooled or not side:
       raise ValueError(
         f"soft_tokens ({self.soft_tokens}) must be a square whose side divides "
         f"the {side} patches of an image's side."
       )
+
+  @property
+  def shown_size(self) -> int:
+    """Side of the pictures that it is shown."""
+    return self.input_size or self.image_size
 
 
 @dataclasses.dataclass(frozen=True)

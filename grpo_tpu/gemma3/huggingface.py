@@ -1,8 +1,8 @@
 """Our parameter tree from Hugging Face safetensors, and back.
 
-Reading, each device gets the slices it holds and no others, a layer at a time,
-so the host never holds more than one tensor. `huggingface_config` says what the
-sizes are, `huggingface_layout` where a leaf lies.
+Reading, each device gets the slices it holds and no others, a layer at a time.
+`huggingface_config` says what the sizes are, `huggingface_layout` where a leaf
+lies.
 
 References:
   safetensors, https://huggingface.co/docs/safetensors
@@ -24,11 +24,9 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
 
+from grpo_tpu.gemma3 import assembly, huggingface_config
 from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import huggingface_config
 from grpo_tpu.gemma3 import huggingface_layout as layouts
 
 _INDEX = "model.safetensors.index.json"
@@ -103,33 +101,61 @@ class Checkpoint:
   def load(self, abstract_params: Any) -> Any:
     """The tree of these shapes, types and places; each leaf names its sharding.
 
-    At any time the host holds, beyond what it keeps as parameters, at most one
-    tensor's part of its own devices and a chunk of a file.
+    At any time the host holds, beyond what it keeps as parameters, at most its
+    own devices' part of a layer, or of a tensor that is in none.
     """
-
-    def leaf(path, wanted):
-      layout = layouts.layout_of(path)
-      return _filled(wanted, layout.num_stacked, self._reader(layout, wanted))
-
-    params = jax.tree_util.tree_map_with_path(leaf, abstract_params)
+    params = assembly.assembled(abstract_params, self._read)
     logging.info("Read the parameters of %s.", self._directory)
     return params
 
-  def _reader(
-    self, layout: layouts.Layout, wanted: jax.ShapeDtypeStruct
-  ) -> Callable[[tuple[int, ...], tuple[slice, ...]], np.ndarray]:
-    axes = layout.ours[layout.num_stacked :]
-    sizes = dict(zip(layout.ours, wanted.shape, strict=True))
+  def _read(
+    self, layer: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
+  ) -> dict[str, jax.Array]:
+    """The pieces wanted of a layer, or of what is in none, by path."""
+    return {path: self._piece(path, layer, x) for path, x in wanted.items()}
 
-    def read(stacked: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-      tensor = self._tensors[layout.tensor(stacked)]
-      slices = {
-        axis: slice(*x.indices(sizes[axis])[:2])
-        for axis, x in zip(axes, index, strict=True)
-      }
-      return _part(tensor, layout.file.split(), axes, sizes, slices, wanted)
+  def _piece(
+    self, path: str, layer: int | None, wanted: jax.ShapeDtypeStruct
+  ) -> jax.Array:
+    layout = layouts.LAYOUTS[path]
+    axes = layout.ours if layer is None else layout.ours.removeprefix("l")
+    stacked = () if layer is None else (layer,)
+    sizes = dict(zip(axes, wanted.shape, strict=True))
+    # Devices that hold the same slice share what was read once.
+    parts: dict[str, np.ndarray] = {}
 
-    return read
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
+      key = str(index)
+      if key not in parts:
+        bounds = {
+          axis: slice(*x.indices(sizes[axis])[:2])
+          for axis, x in zip(axes, index, strict=True)
+        }
+        parts[key] = self._slices(layout, stacked, sizes, bounds, wanted.dtype)
+      return parts[key]
+
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+  def _slices(
+    self,
+    layout: layouts.Layout,
+    stacked: tuple[int, ...],
+    sizes: Mapping[str, int],
+    bounds: dict[str, slice],
+    dtype: np.dtype,
+  ) -> np.ndarray:
+    """Slices of a piece, from the tensors that its parts are spread over."""
+    shape = tuple(x.stop - x.start for x in bounds.values())
+    out = _aligned_empty(shape, np.dtype(dtype))
+    if "p" not in bounds:
+      _copy(self._tensors[layout.tensor(stacked)], layout, sizes, bounds, out)
+      return out
+    parts = bounds.pop("p")
+    for values, part in zip(out, range(parts.start, parts.stop), strict=True):
+      tensor = self._tensors[layout.tensor((*stacked, part))]
+      _copy(tensor, layout, sizes, bounds, values)
+    return out
 
   def _look(self) -> list[str]:
     """Fills in the tensors there are; returns what cannot be understood."""
@@ -300,35 +326,30 @@ def _are_equal(a: _Tensor, b: _Tensor) -> bool:
   return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
 
 
-def _part(
+def _copy(
   tensor: _Tensor,
-  groups: list[str],
-  axes: str,
+  layout: layouts.Layout,
   sizes: Mapping[str, int],
-  slices: Mapping[str, slice],
-  wanted: jax.ShapeDtypeStruct,
-) -> np.ndarray:
-  """A part of a tensor, with our axes and in the type wanted.
+  bounds: Mapping[str, slice],
+  out: np.ndarray,
+) -> None:
+  """Fills `out` with a part of a tensor, its axes and type those of `out`.
 
   Args:
-    tensor: The tensor in its file.
-    groups: Its axes, those of ours that are merged in one word.
-    axes: The order that they come out in.
-    sizes: Length of each axis.
-    slices: What is wanted of each axis.
-    wanted: The leaf, for its type.
+    tensor: The tensor in its file, whose axes may be several of ours merged.
+    layout: How.
+    sizes: Length of each of our axes.
+    bounds: What is wanted of each, in the order of `out`.
+    out: To be filled.
   """
+  axes, groups = [*bounds], layout.file.split()
   order = [axis for group in groups for axis in group]
-  out = _aligned_empty(
-    tuple(slices[axis].stop - slices[axis].start for axis in axes),
-    np.dtype(wanted.dtype),
-  )
   # The same memory, its axes in the order of the file.
   by_file = out.transpose([axes.index(axis) for axis in order])
   # Of merged axes the first is cut in the file, the others once read.
   tails = [math.prod(sizes[axis] for axis in group[1:]) for group in groups]
-  firsts = [slices[group[0]] for group in groups]
-  bounds = [
+  firsts = [bounds[group[0]] for group in groups]
+  cuts = [
     slice(first.start * tail, first.stop * tail)
     for first, tail in zip(firsts, tails, strict=True)
   ]
@@ -338,18 +359,17 @@ def _part(
     for n in (first.stop - first.start, *(sizes[a] for a in group[1:]))
   ]
   inner = tuple(
-    slice(None) if axis in {group[0] for group in groups} else slices[axis]
+    slice(None) if axis in {group[0] for group in groups} else bounds[axis]
     for axis in order
   )
-  row_bytes = 4 * tails[0] * math.prod(b.stop - b.start for b in bounds[1:])
+  row_bytes = 4 * tails[0] * math.prod(cut.stop - cut.start for cut in cuts[1:])
   rows = max(1, _CHUNK_BYTES // max(row_bytes, 1))
   first, tail = firsts[0], tails[0]
   for start in range(first.start, first.stop, rows):
     stop = min(start + rows, first.stop)
-    block = tensor.read((slice(start * tail, stop * tail), *bounds[1:]))
+    block = tensor.read((slice(start * tail, stop * tail), *cuts[1:]))
     block = block.reshape(stop - start, *split[1:])[inner]
     by_file[start - first.start : stop - first.start] = block
-  return out
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -358,69 +378,6 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   memory = np.empty(num_bytes + 64, np.uint8)
   start = -memory.ctypes.data % 64
   return memory[start : start + num_bytes].view(dtype).reshape(shape)
-
-
-def _filled(
-  wanted: jax.ShapeDtypeStruct,
-  num_stacked: int,
-  read: Callable[[tuple[int, ...], tuple[slice, ...]], np.ndarray],
-) -> jax.Array:
-  """A leaf made of what `read` gives, one index of the stacked axes at a time.
-
-  Args:
-    wanted: Its shape, type and sharding, which leaves stacked axes whole.
-    num_stacked: How many leading axes are stacked.
-    read: From an index of those, and slices of the others, to values.
-  """
-  rest = wanted.shape[num_stacked:]
-  place = wanted.sharding
-  assert isinstance(place, Sharding)
-  piece_place = place
-  if isinstance(place, NamedSharding):
-    assert not any(place.spec[:num_stacked]), place.spec
-    piece_place = NamedSharding(place.mesh, P(*place.spec[num_stacked:]))
-
-  def piece(stacked: tuple[int, ...]) -> jax.Array:
-    # Devices that hold the same slice share what was read once.
-    parts: dict[str, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-      assert index is not None
-      key = str(index)
-      if key not in parts:
-        parts[key] = read(stacked, index)
-      return parts[key]
-
-    return jax.make_array_from_callback(rest, piece_place, part)
-
-  if not num_stacked:
-    return piece(())
-  leaf = _zeros(wanted.shape, wanted.dtype, place)()
-  put = _put(place)
-  for stacked in np.ndindex(*wanted.shape[:num_stacked]):
-    # Waited for, or pieces would queue up in the host's memory.
-    leaf = put(leaf, piece(stacked), np.array(stacked)).block_until_ready()
-  return leaf
-
-
-# Cached, so that leaves alike are compiled for once.
-@functools.cache
-def _zeros(
-  shape: tuple[int, ...], dtype: np.dtype, place: Sharding
-) -> Callable[[], jax.Array]:
-  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
-
-
-@functools.cache
-def _put(place: Sharding) -> Callable[..., jax.Array]:
-  """Writes a piece into a leaf, in place."""
-
-  def put(leaf, piece, stacked):
-    starts = [*stacked, *[0] * piece.ndim]
-    piece = piece.reshape((1,) * stacked.shape[0] + piece.shape)
-    return jax.lax.dynamic_update_slice(leaf, piece, starts)
-
-  return jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
 def _shards(

@@ -362,7 +362,10 @@ def _sizes(config: gemma3_config.ModelConfig) -> dict[str, Any]:
   # 168**-0.5 and (5376 / 32)**-0.5 may differ in the last bit.
   sizes["query_scale"] = round(sizes["query_scale"], 9)
   if tower:
-    # Ids are a matter of the tokenizer and of Hugging Face's inputs.
-    ids = ("start_of_image", "end_of_image", "image_token")
-    sizes |= {f"vision.{k}": v for k, v in vars(tower).items() if k not in ids}
+    # Ids are a matter of the tokenizer and of Hugging Face's inputs, and what
+    # it is shown is one of the run.
+    others = ("start_of_image", "end_of_image", "image_token", "input_size")
+    sizes |= {
+      f"vision.{k}": v for k, v in vars(tower).items() if k not in others
+    }
   return sizes

@@ -7,9 +7,12 @@ follow the same one.
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-# From most memory and least work to the reverse.
-POLICIES = ("none", "dots", "full")
+# From most memory of the devices to least.
+POLICIES = ("none", "dots", "full", "offload")
+
+_INPUT = "layer_input"
 
 
 def rematerialised(layer: Callable, policy: str) -> Callable:
@@ -19,13 +22,29 @@ def rematerialised(layer: Callable, policy: str) -> Callable:
     layer: The body of a scan.
     policy: "none" keeps all that the backward pass reads. "dots" keeps the
       products with weights, and recomputes the rest, attention scores too.
-      "full" keeps the layer's input alone.
+      "full" keeps the layer's input alone. "offload" recomputes as much, and
+      keeps that input in the host's memory until it is wanted.
   """
   assert policy in POLICIES, policy
-  if policy == "none":
-    return layer
-  saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  policies = jax.checkpoint_policies
   # Inside a scan nothing could be merged with the forward pass anyway.
-  return jax.checkpoint(
-    layer, prevent_cse=False, policy=saved if policy == "dots" else None
+  match policy:
+    case "none":
+      return layer
+    case "dots":
+      saved = policies.dots_with_no_batch_dims_saveable
+      return jax.checkpoint(layer, prevent_cse=False, policy=saved)
+    case "full":
+      return jax.checkpoint(layer, prevent_cse=False)
+  moved = policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
   )
+
+  def named(carry, stack):
+    carry = jax.tree.map(lambda x: checkpoint_name(x, _INPUT), carry)
+    return layer(carry, stack)
+
+  return jax.checkpoint(named, prevent_cse=False, policy=moved)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines import tokenizer
 from grpo_tpu import sharding
-from grpo_tpu.gemma3 import attention, lora, vision
+from grpo_tpu.gemma3 import attention, lora, vision, vocabulary
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 
@@ -291,8 +291,8 @@ def after_attention(params: dict, x: Array, read: Array) -> Array:
   y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
   x = x + rms_norm(params["post_attention_norm"], y)
   y = rms_norm(params["pre_ffw_norm"], x)
-  y = lora.einsum("uctd,nfd->uctnf", y, params["mlp"]["gating_einsum"])
-  y = jax.nn.gelu(y[..., 0, :], approximate=True) * y[..., 1, :]
+  y = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[0], approximate=True) * y[1]
   y = sharding.activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
   return sharding.activation(
@@ -341,7 +341,7 @@ def embedded(config, params, ids: Array, dtype) -> Array:
   table = params["embedder"]["input_embedding"]
   # The factor is rounded to the table's type, as in the released models.
   scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
-  return table[ids].astype(dtype) * scale
+  return vocabulary.lookup(table, ids, dtype) * scale
 
 
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):

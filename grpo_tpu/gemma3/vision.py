@@ -12,10 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from grpo_tpu import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 
 _LAYER_NORM_EPSILON = 1e-6
+
+
+# Weights of attention exist for so many patches of a picture at a time; those
+# of all 4096 of one would be a gibibyte.
+_PATCHES_AT_A_TIME = 512
 
 
 def soft_tokens(
@@ -31,7 +37,7 @@ def soft_tokens(
   Args:
     config: The tower's sizes.
     params: The tree under `vision_encoder`.
-    images: RGB, already resized to `config.image_size`.
+    images: RGB, already resized to `config.shown_size`.
     dtype: Of the matrix products; norms and softmax stay in fp32.
     remat: What blocks keep for the backward pass, of `remat.POLICIES`.
   """
@@ -41,12 +47,15 @@ def soft_tokens(
   kernel = params["embedding"]["kernel"].reshape(-1, config.width)
   x = x.astype(dtype) @ kernel.astype(dtype)
   # The bias [width] is folded into the positions [1, N, width].
-  offset = params["pos_embedding"] + _like(params["embedding"]["bias"], x)
+  bias = _like(params["embedding"]["bias"], x)
+  offset = positions(config, params["pos_embedding"]) + bias
   x = x + offset.astype(dtype)
 
   def block(x, layer):
-    return _block(config, layer, x), None
+    # Weights are gathered where pictures lie, and not the other way round.
+    return sharding.activation(_block(config, layer, x), "bundles"), None
 
+  x = sharding.activation(x, "bundles")
   block = remats.rematerialised(block, remat)
   x, _ = jax.lax.scan(block, x, params["layers"])
   x = _layer_norm(params["norm"], x)
@@ -55,9 +64,23 @@ def soft_tokens(
   )
 
 
+def positions(
+  config: gemma3_config.VisionConfig, learnt: Float[Array, "1 N width"]
+) -> Float[Array, "1 n width"]:
+  """Of the patches of what is shown, between those that were learnt."""
+  if config.shown_size == config.image_size:
+    return learnt
+  before, after = (
+    size // config.patch_size for size in (config.image_size, config.shown_size)
+  )
+  grid = learnt.reshape(before, before, -1)
+  grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "linear")
+  return grid.reshape(1, after * after, -1)
+
+
 def _patches(config, images: Array) -> Array:
   """Cuts images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
-  side, patch = config.image_size // config.patch_size, config.patch_size
+  side, patch = config.shown_size // config.patch_size, config.patch_size
   x = images.astype(jnp.float32) / 127.5 - 1.0
   x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(-1, side * side, patch * patch * 3)
@@ -70,15 +93,30 @@ def _block(config, params: dict, x: Array) -> Array:
     + params[name]["bias"][None, None].astype(y.dtype)
     for name in ("query", "key", "value")
   )
-  scores = jnp.einsum("ntqh,nsqh->nqts", q * q.shape[-1] ** -0.5, k)
-  weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-  y = jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+  y = _read(q * q.shape[-1] ** -0.5, k, v)
   out = params["out"]
   x += jnp.einsum("ntqh,qhd->ntd", y, out["kernel"].astype(y.dtype))
   x += _like(out["bias"], x).astype(x.dtype)
   y = _layer_norm(params["mlp_norm"], x)
   y = jax.nn.gelu(_dense(params["mlp_in"], y), approximate=True)
   return x + _dense(params["mlp_out"], y)
+
+
+def _read(q: Array, k: Array, v: Array) -> Array:
+  """Attention `[n, N, heads, h]` of all patches to all, some at a time."""
+
+  def read(q):
+    scores = jnp.einsum("ntqh,nsqh->nqts", q, k)
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    return jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+
+  n, num_patches, *rest = q.shape
+  if num_patches <= _PATCHES_AT_A_TIME or num_patches % _PATCHES_AT_A_TIME:
+    return read(q)
+  parts = q.reshape(n, -1, _PATCHES_AT_A_TIME, *rest).swapaxes(0, 1)
+  # Or the backward pass would find the weights of all parts at once.
+  y = jax.lax.map(jax.checkpoint(read), parts)
+  return y.swapaxes(0, 1).reshape(q.shape)
 
 
 def _dense(params: dict, x: Array) -> Array:

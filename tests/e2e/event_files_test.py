@@ -1,8 +1,23 @@
-"""What TensorBoard shows of a run, read as TensorBoard reads it."""
+"""What TensorBoard shows of a run: as it reads the files, and in a browser."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from grpo_tpu import dashboard
+from tests.e2e import browser
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.e2e
 
 CURVES = (
@@ -73,3 +88,150 @@ def test_there_are_completions_to_read_and_pictures_to_see(unbroken):
     # Width, height, then the picture.
     _, _, png = events.Tensors(image)[0].tensor_proto.string_val
     assert png.startswith(b"\x89PNG")
+
+
+def test_every_number_of_a_run_is_explained_on_the_page(unbroken):
+  page = (ROOT / "docs" / "metrics.md").read_text()
+  rows = re.findall(r"^\| `(.*?)` ", page, re.MULTILINE)
+  known = re.compile("|".join(r.replace("{slice}", r"[\w.-]+") for r in rows))
+  names = set().union(*unbroken.rows()) - {"step"}
+  assert [name for name in names if not known.fullmatch(name)] == []
+
+
+@pytest.fixture(scope="module")
+def tensorboard(unbroken, tmp_path_factory):
+  """The address of a TensorBoard on the workdir of a run."""
+  log = tmp_path_factory.mktemp("tensorboard") / "log.txt"
+  with log.open("wb") as file:
+    process = subprocess.Popen(
+      [sys.executable, "-m", "tensorboard.main", f"--logdir={unbroken.workdir}"]
+      + ["--host=127.0.0.1", "--port=0", "--load_fast=false"],
+      stdout=file,
+      stderr=subprocess.STDOUT,
+    )
+  try:
+    deadline = time.monotonic() + 120
+    while not (found := re.search(r"http://\S+/", log.read_text())):
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.2)
+    yield found[0]
+  finally:
+    process.kill()
+    process.wait()
+
+
+def asked(address: str, path: str, **parameters: str):
+  query = urllib.parse.urlencode(parameters)
+  with urllib.request.urlopen(f"{address}{path}?{query}") as answer:
+    return json.load(answer)
+
+
+def test_tensorboard_serves_the_layout_and_the_curves_of_each_chart(
+  tensorboard, unbroken
+):
+  """Together the charts show every number that the run has written."""
+  plugin = "data/plugin/custom_scalars"
+  deadline = time.monotonic() + 120
+  while not (layout := asked(tensorboard, f"{plugin}/layout")):
+    assert time.monotonic() < deadline
+    time.sleep(0.5)
+  titles = [category["title"] for category in layout["category"]]
+  assert titles == list(dashboard.SECTIONS)
+  shown = set()
+  for category in layout["category"]:
+    for chart in category["chart"]:
+      for tag in chart["multiline"]["tag"]:
+        curves = asked(tensorboard, f"{plugin}/scalars", run=".", tag=tag)
+        assert curves["regex_valid"]
+        shown |= {
+          name for name, points in curves["tag_to_events"].items() if points
+        }
+  assert shown == set().union(*unbroken.rows()) - {"step"}
+
+
+# All elements, those inside of others' shadows too, which CSS cannot select.
+ALL = """
+const all = name => {
+  const found = [];
+  const walk = root => {
+    for (const each of root.querySelectorAll('*')) {
+      if (each.matches(name)) found.push(each);
+      if (each.shadowRoot) walk(each.shadowRoot);
+    }
+  };
+  walk(document);
+  return found;
+};
+const box = each => {
+  const {x, y, width, height} = each.getBoundingClientRect();
+  return [x, y, width, height].map(Math.round);
+};
+"""
+
+
+def script(body: str) -> str:
+  return f"(() => {{ {ALL} {body} }})()"
+
+
+def colourful(png: bytes, box: list[int]) -> int:
+  """How many pixels of a part of a screenshot are neither grey nor white."""
+  x, y, width, height = box
+  image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int16)
+  part = image[max(y, 0) : y + height, max(x, 0) : x + width]
+  return int((part.max(-1) - part.min(-1) > 60).sum())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+  program = browser.find()
+  if program is None:
+    pytest.skip("no Chromium: apt-get install chromium-headless-shell")
+  log = tmp_path_factory.mktemp("browser") / "log.txt"
+  with browser.page(program, log) as page:
+    yield page
+
+
+def test_a_browser_shows_the_charts_of_the_layout(tensorboard, page, unbroken):
+  page.open(f"{tensorboard}#custom_scalars", width=1280, height=900)
+  count = sum(map(len, dashboard.SECTIONS.values()))
+  cards = "tf-custom-scalar-multi-line-chart-card"
+  page.wait_for(script(f"return all('{cards}').length == {count}"))
+  headings = page.value(
+    script(
+      "return all('tf-category-paginated-view').map(x => x.shadowRoot"
+      ".textContent)"
+    )
+  )
+  for title, text in zip(dashboard.SECTIONS, headings, strict=True):
+    assert title in text
+  # Below each chart stand the curves that are on it.
+  curves = "return all('.match-list-entry').map(x => x.innerText.trim())"
+  names = set().union(*unbroken.rows()) - {"step"}
+  page.wait_for(
+    script(
+      f"{curves.replace('return', 'const c =')}; "
+      f"return c.length >= {len(names)}"
+    )
+  )
+  shown = " ".join(page.value(script(curves)))
+  for name in CURVES:
+    assert re.search(rf"\b{name} \(\.\)", shown)
+  box = page.value(script("return box(all('vz-line-chart2')[0])"))
+  deadline = time.monotonic() + 60
+  while not colourful(page.screenshot(), box) > 100:
+    assert time.monotonic() < deadline, "no curve is drawn"
+
+
+def test_a_browser_shows_the_pictures_of_the_samples(tensorboard, page):
+  # Its own page, for a change of the part after # alone opens none.
+  page.open("about:blank", width=1280, height=900)
+  page.open(f"{tensorboard}#images", width=1280, height=900)
+  pictures = (
+    "all('tf-image-loader').flatMap(x => [...x.shadowRoot.querySelectorAll("
+    "'img')]).filter(x => x.naturalWidth >= 320)"
+  )
+  page.wait_for(script(f"return {pictures}.length"))
+  box = page.value(script(f"return box({pictures}[0])"))
+  deadline = time.monotonic() + 60
+  while not colourful(page.screenshot(), box) > 1000:
+    assert time.monotonic() < deadline, "no picture is drawn"

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import archive, checkpoint, metrics
+from grpo_tpu import archive, checkpoint, metric_table
 from tests.grpo_tpu import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
@@ -310,6 +310,7 @@ def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
   assert restored.step == 8 and restored.unfinished is None
   assert names(tmp_path) == ["00000000", "00000008"]
   assert archive.steps(tmp_path) == [0, 8]
+  assert archive.best_path(tmp_path) is None  # Nothing was scored.
 
 
 def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
@@ -332,6 +333,8 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
     assert save(checkpoints, 3, jnp.float32(0.5))
     assert checkpoints.save(4, make_state(), {}, metrics={"train/loss": 1.0})
   assert names(tmp_path) == ["00000002", "00000004"]
+  assert archive.best_path(tmp_path) == tmp_path / "00000002"
+  assert archive.newest_path(tmp_path) == tmp_path / "00000004"
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert not save(checkpoints, 5, float("nan"))
     assert save(checkpoints, 6, 0.8)
@@ -415,4 +418,6 @@ def test_the_time_that_saves_took_is_told_once(tmp_path):
     checkpoints.save(1, make_state(), {})
     assert checkpoints.scalars()["perf/checkpoint_block_seconds"] > 0
     assert checkpoints.scalars()["perf/checkpoint_block_seconds"] == 0
-    assert checkpoints.scalars().keys() <= {m.name for m in metrics.METRICS}
+    assert checkpoints.scalars().keys() <= {
+      m.name for m in metric_table.METRICS
+    }

@@ -92,6 +92,8 @@ WRONG_TYPES = {
   "data.prompt_buckets": [64, "64", (64.0,), ("a",), (True,)],
   "data.synthetic.kinds": ["color", (3,)],
   "model.remat": [1, True, None],
+  "model.image_size": ["448", 448.0, True],
+  "rollout.prompts_at_a_time": ["8", 8.0, True],
   "model.lora.rank": [8.0, "8", True, None],
   "model.lora.alpha": ["32", True, None],
   "model.lora.targets": ["q", (3,), None],
@@ -173,11 +175,13 @@ BROKEN_RULES = {
   "model.reference_dtype": ["float16"],
   "model.reference_memory": ["host", ""],
   "model.logits_chunk": [0],
+  "model.image_size": [0, 20, -24],
   "mesh.replica": [0],
   "mesh.fsdp": [0],
   "mesh.tensor": [-1],
   "rollout.num_generations": [0, 1],
   "rollout.max_new_tokens": [0],
+  "rollout.prompts_at_a_time": [0, -8, 5, 128],
   "rollout.temperature": [0.0, -1.0, float("inf"), float("nan")],
   "rewards.accuracy": [float("nan"), float("inf")],
   "objective.preset": ["ppo", "dapoo"],
@@ -221,6 +225,7 @@ BROKEN_RULES = {
   "eval.ks": [(0,), (2, 1), (1, 1), (-1, 2)],
   "eval.ablations": [("blurred",), ("removed", "removed")],
   "eval.num_examples": [-1],
+  "profile.steps": [(1,), (0, 2), (3, 2), (1, 2, 3), (1, 1001)],
   "samples.every_steps": [-1],
   "samples.count": [-1],
 }  # fmt: skip
@@ -487,3 +492,17 @@ def test_only_errors_of_settings_are_the_users():
   with pytest.raises(ZeroDivisionError):
     with run_config.refutable():
       _ = 1 / 0
+
+
+def test_pictures_are_shown_at_the_towers_size_or_another():
+  tower = built().model_config.vision
+  assert tower.shown_size == tower.image_size == 48
+  assert built({"model.image_size": 24}).model_config.vision.shown_size == 24
+  blind = {"model.name": "gemma3_270m", "model.image_size": 448}
+  with pytest.raises(ValueError, match="model.image_size.*sees no pictures"):
+    built(blind)
+
+
+def test_a_step_is_decoded_at_once_unless_some_prompts_are_to_be():
+  assert built().num_rollouts == 1
+  assert built({"rollout.prompts_at_a_time": 16}).num_rollouts == 4

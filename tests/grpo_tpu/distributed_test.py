@@ -1,6 +1,7 @@
 """Where a process joins, and what all of them must agree on."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -91,7 +92,39 @@ def test_a_changed_file_of_ours_is_seen_and_named(tmp_path):
   (tmp_path / "grpo_tpu").mkdir()
   file = tmp_path / "grpo_tpu" / "x.py"
   file.write_text("a = 1\n")
-  before = dict(preflight._code(tmp_path))
+  before = preflight.code(tmp_path)
   file.write_text("a = 2\n")
-  after = dict(preflight._code(tmp_path))
+  after = preflight.code(tmp_path)
   assert set(before) == set(after) == {"grpo_tpu/x.py"} and before != after
+
+
+@pytest.mark.parametrize(
+  ("named", "chips", "has_libtpu", "settled"),
+  [
+    ("", [], True, "cpu"),
+    ("", ["/dev/accel0"], True, ""),
+    ("", [], False, ""),
+    ("tpu,cpu", [], True, "tpu,cpu"),
+  ],
+  ids=["no chip", "a chip", "nothing looks for chips", "named by the user"],
+)
+def test_libtpu_is_not_asked_where_no_chip_is(
+  monkeypatch, named, chips, has_libtpu, settled
+):
+  """It prints errors there, and a user who named a platform is to see them."""
+  told = {"jax_platforms": named}
+  monkeypatch.setattr(
+    distributed.jax,
+    "config",
+    types.SimpleNamespace(update=told.__setitem__, jax_platforms=named),
+  )
+  monkeypatch.setattr(
+    distributed.glob,
+    "glob",
+    lambda pattern: chips if "accel" in pattern else [],
+  )
+  monkeypatch.setattr(
+    distributed.importlib.util, "find_spec", lambda _: has_libtpu
+  )
+  distributed._settle_platform()
+  assert told["jax_platforms"] == settled

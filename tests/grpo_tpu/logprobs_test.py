@@ -154,19 +154,27 @@ def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
   assert max(sizes(program.jaxpr)) == chunk_size * vocab
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 8), (2, 4, 1)])
 def test_shards_score_and_teach_as_one_device_does(shape):
   """However the mesh cuts bundles, widths and vocabulary."""
   mesh = sharding.make_mesh(*shape, devices=jax.devices())
   rng = np.random.default_rng(0)
   states = jnp.asarray(rng.standard_normal((4, 2, 5, 8)), jnp.float32)
-  table = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
-  ids = jnp.asarray(rng.integers(0, 32, (4, 2, 5)), jnp.int32)
+  table = jnp.asarray(rng.standard_normal((128, 8)), jnp.float32)
+  ids = rng.integers(0, 128, (4, 2, 5))
+  # None that is banned, or may not stop a row, lest its odds drown the others'.
+  ids = jnp.where(jnp.isin(ids, np.array([1, 5, 30, 106])), 7, ids)
   weights = rng.standard_normal((2, *ids.shape)).astype(np.float32)
 
   def loss(score, states, table):
     logps, entropies = score(
-      states, ids, table, temperature=0.7, chunk_size=3, banned_ids=(5,)
+      states,
+      ids,
+      table,
+      temperature=0.7,
+      chunk_size=3,
+      banned_ids=(5, 30),
+      is_early=jnp.arange(ids.size).reshape(ids.shape) % 3 == 0,
     )
     return (weights[0] * logps + weights[1] * entropies).sum()
 

@@ -27,8 +27,11 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
   )
   assert result.returncode == 64, result.stderr
   assert "Traceback" not in result.stderr
-  # One line of absl's, and no complaint that it is too early to log.
-  assert result.stderr.count("\n") == 1 and result.stderr.startswith("E")
+  # Two lines of absl's, and no complaint that it is too early to log.
+  error, end = result.stderr.splitlines()
+  assert error.startswith("E") and end.startswith("W")
+  assert "The end, with exit code 64: refused" in end
+  assert "Next: change what the error names, and start again." in end
   assert not result.stdout
   assert not workdir.exists()
   return result.stderr

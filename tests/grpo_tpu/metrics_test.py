@@ -69,16 +69,6 @@ def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
   )
 
 
-def test_each_metric_is_declared_once_with_a_unit_and_a_meaning():
-  names = [metric.name for metric in metrics.METRICS]
-  assert len(set(names)) == len(names)
-  groups = "train|rollout|reward|eval|perf|data|checkpoint"
-  for metric in metrics.METRICS:
-    word = r"([a-z0-9_]+(/{slice})?|{slice}_[a-z]+)"
-    assert re.fullmatch(f"({groups})/{word}", metric.name)
-    assert metric.unit and metric.meaning
-
-
 def test_a_line_has_its_names_in_declared_order_whatever_the_dicts(tmp_path):
   with open_writer(tmp_path) as writer:
     writer.write(1, SCALARS)
@@ -268,7 +258,10 @@ def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
   )
   step, images = calls["write_images"]
   assert (step, list(images)) == (5, ["samples/eval/1/image"])
-  np.testing.assert_array_equal(images["samples/eval/1/image"], [image])
+  (shown,) = images["samples/eval/1/image"]
+  # Enlarged by a whole number, with words under it.
+  np.testing.assert_array_equal(shown[:320:160, ::160], image)
+  assert shown.shape[0] > 320 and shown.shape[1] == 320
 
 
 def test_whatever_a_model_writes_stays_one_line(tmp_path):

@@ -1,16 +1,20 @@
 """What a plan says of a described slice; nothing here has one."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 
-from grpo_tpu import advice, aot, chips, planning, traffic
+from grpo_tpu import advice, aot, chips, plan, planning, programs, traffic
 from grpo_tpu import config as run_config
+from grpo_tpu.gemma3 import remat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOPOLOGIES = {
@@ -43,7 +47,7 @@ def libtpu():
 def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
-    planning.check(config, "v5e:2x2")
+    planning.check(config, chips.parse("v5e:2x2"))
 
 
 def test_no_compiler_is_told_with_the_remedy(monkeypatch):
@@ -63,7 +67,241 @@ def test_the_nearest_mesh_keeps_what_it_can():
 
 def test_a_plan_wants_a_topology():
   with pytest.raises(ValueError, match="--topology.*v5e:4x4"):
-    planning.check(config_of("smoke"), None)
+    planning.parsed(None)
+
+
+class Scripted(planning.Compiler):
+  """Says what programs take by a formula, in bytes of a device."""
+
+  def __init__(self, sampling, update):
+    super().__init__()
+    self.sampling, self.update = sampling, update
+    self.asked = set()
+
+  def plans(self, wanted, names=None):
+    made = []
+    for config, topology in wanted:
+      rows = []
+      for name in names or programs.names(config):
+        need = self.sampling if programs.samples(name) else self.update
+        rows.append({"name": name, "resident_bytes": need(config)})
+        self.asked.add((name, str(topology), config))
+      made.append(planning.Plan(config, topology, rows, {}))
+    return made
+
+
+GIB = 2**30
+REMAT = {"none": 8, "dots": 4, "full": 2, "offload": 1}
+
+
+def by_rows(config):
+  """Of a sampler whose caches are a gibibyte for each eight prompts."""
+  settings, shards = config.rollout, config.mesh.replica * config.mesh.fsdp
+  prompts = settings.prompts_at_a_time or config.data.prompts_per_step
+  return prompts * 8 * GIB // shards // config.mesh.tensor
+
+
+def by_remat(config):
+  shards = config.mesh.replica * config.mesh.fsdp
+  micro = config.train.microbatch_bundles / shards
+  length = config.data.prompt_buckets[-1] / 1024
+  return int(micro * length * 2 * GIB * REMAT[config.model.remat])
+
+
+def advised(config, topology, sampling=by_rows, update=by_remat):
+  compiler = Scripted(sampling, update)
+  return advice.advise(config, chips.parse(topology), compiler)
+
+
+def pasted(name, flags):
+  """The settings that the program reads from a command line with flags."""
+  code = (
+    "import json, sys\n"
+    "from grpo_tpu import command_line, config\n"
+    "command_line.parsed(sys.argv)\n"
+    "values = command_line.CONFIG.value\n"
+    "print(json.dumps(config.Config.from_config_dict(values).to_dict()))"
+  )
+  done = subprocess.run(
+    f"{sys.executable} -c {shlex.quote(code)} --workdir=/none "
+    f"--config=configs/{name}.py {flags}",
+    shell=True,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return run_config.Config.from_config_dict(json.loads(done.stdout))
+
+
+def test_advice_is_the_largest_step_that_leaves_a_margin():
+  config = config_of("gemma3_4b_v5e_16", **{"rollout.num_generations": 4})
+  found = advised(config, "v5e:4x4")
+  made = found.made
+  assert made.fits(advice.MARGIN)
+  limit = (1 - advice.MARGIN) * made.topology.chip.hbm_limit_bytes
+  # The cheapest remat of which a bundle a shard fits, and the most bundles.
+  policy = made.config.model.remat
+  cheaper = remat.POLICIES[: remat.POLICIES.index(policy)]
+  shards = made.config.mesh.fsdp
+  for name in cheaper:
+    dearer = {"model.remat": name, "train.microbatch_bundles": shards}
+    assert by_remat(advice.changed(made.config, dearer)) > limit
+  for setting, need, now in (
+    (
+      "train.microbatch_bundles",
+      by_remat,
+      made.config.train.microbatch_bundles,
+    ),
+    (
+      "rollout.prompts_at_a_time",
+      by_rows,
+      made.config.rollout.prompts_at_a_time or 64,
+    ),
+  ):
+    assert need(made.config) <= limit
+    assert (
+      now == 64 or need(advice.changed(made.config, {setting: 2 * now})) > limit
+    )
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4*2"])
+def test_advice_can_be_pasted(topology):
+  name = "gemma3_4b_v5e_16"
+  found = advised(config_of(name), topology)
+  assert found.changes
+  assert str(found).endswith(advice.flags(found.changes))
+  assert pasted(name, advice.flags(found.changes)) == found.made.config
+
+
+def test_a_tuple_and_a_word_survive_the_shell():
+  changes = {"data.prompt_buckets": (384,), "model.remat": "offload"}
+  wanted = advice.changed(config_of("smoke"), changes)
+  assert pasted("smoke", advice.flags(changes)) == wanted
+
+
+def test_advice_gives_up_the_longest_prompts_last():
+  def much(config):
+    return 20 * GIB if config.data.prompt_buckets[-1] > 512 else GIB
+
+  found = advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4", update=much)
+  assert found.changes["data.prompt_buckets"] == (384, 512)
+  kept = advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4")
+  assert "data.prompt_buckets" not in kept.changes
+
+
+def test_advice_that_changes_nothing_says_so():
+  config = config_of("gemma3_4b_v5e_16")
+  found = advised(config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
+  again = advised(found.made.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
+  assert again.changes == {} and "the settings have" in str(again)
+
+
+def test_where_nothing_fits_advice_says_what_would_help():
+  with pytest.raises(run_config.SettingError, match=r"lora.*larger slice"):
+    advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4", lambda _: 99 * GIB)
+
+
+def refusal(config, topology, monkeypatch, tmp_path, sampling, update):
+  compiler = Scripted(sampling, update)
+  monkeypatch.setattr(planning, "Compiler", lambda: compiler)
+  monkeypatch.setattr(planning, "check_compiler", lambda: None)
+  monkeypatch.setattr(plan, "table", lambda made: "")
+  monkeypatch.setattr(planning.Plan, "to_dict", lambda made: {})
+  with pytest.raises(run_config.SettingError) as caught:
+    plan.run(config, str(tmp_path), topology, advise=False)
+  return str(caught.value), compiler
+
+
+def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
+  monkeypatch, tmp_path
+):
+  name, few = "gemma3_4b_v5e_16", lambda _: GIB
+  config = config_of(name, **{"train.microbatch_bundles": 64})
+  said, _ = refusal(config, "v5e:4x4", monkeypatch, tmp_path, few, by_remat)
+  reason, _, remedy = said.partition("; it fits with --topology=")
+  assert "must have room for train_step" in reason
+  assert "32.00 GiB of the 15.75" in reason
+  topology, _, flags = remedy.partition(" ")
+  assert topology == "v5e:4x4"
+  wanted = pasted(name, "--config.train.microbatch_bundles=8")
+  assert pasted(name, flags) == dataclasses.replace(
+    wanted,
+    rollout=dataclasses.replace(
+      wanted.rollout, prompts_at_a_time=8, pictures_per_shard=1
+    ),
+  )
+
+
+def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
+  monkeypatch, tmp_path
+):
+  """Parameters and moments of 27B take 81 GiB of each of four chips."""
+  config = config_of(
+    "gemma3_27b_v5p_256",
+    **{
+      "mesh.fsdp": 4,
+      "mesh.tensor": 1,
+      "data.prompts_per_step": 64,
+      "train.microbatch_bundles": 64,
+    },
+  )
+  said, compiler = refusal(
+    config, "v5e:2x2", monkeypatch, tmp_path, lambda _: GIB, lambda _: GIB
+  )
+  assert "must have room for parameters, optimizer and reference" in said
+  # The first slice on which these have room.
+  assert "it fits with --topology=v5e:4x8 --config.mesh.fsdp=32" in said
+  assert {topology for _, topology, _ in compiler.asked} == {"v5e:4x8"}
+
+
+def test_a_run_that_fits_nowhere_is_told_so(monkeypatch, tmp_path):
+  config = config_of("gemma3_4b_v5e_16")
+  said, _ = refusal(
+    config,
+    "v5e:4x4",
+    monkeypatch,
+    tmp_path,
+    lambda _: 99 * GIB,
+    lambda _: 99 * GIB,
+  )
+  assert "No slice of v5e has room" in said and "lora.rank=16" in said
+
+
+def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
+  asked = []
+
+  def compiled(config, topology, name):
+    asked.append(name)
+    return {
+      "name": name,
+      "bytes_by_class": {"params": 3, "batch": 2},
+      "kept_bytes": 5,
+      "hbm_bytes": 10,
+      "flops": 1.0,
+      "rest_bytes": 1,
+      "completion_tokens": 1,
+      "collectives": [],
+      "cpu_seconds": 1.0,
+    }
+
+  monkeypatch.setattr(planning, "compiled", compiled)
+  monkeypatch.setattr(
+    programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
+  )
+  compiler, topology = planning.Compiler(), chips.parse("v5e:4x4")
+  config = config_of("gemma3_4b_v5e_16")
+  first = compiler.plan(config, topology)
+  assert sorted(asked) == sorted(programs.names(config))
+  # What it was given of the parameters is not counted again: 10 + 5 + 1 + 7.
+  assert {row["resident_bytes"] for row in first.programs} == {23}
+  asked.clear()
+  compiler.plan(advice.changed(config, {"model.remat": "dots"}), topology)
+  assert {programs.samples(name) for name in asked} == {False}
+  asked.clear()
+  fewer = {"rollout.prompts_at_a_time": 8}
+  compiler.plan(advice.changed(config, fewer), topology)
+  assert {programs.samples(name) for name in asked} == {True}
 
 
 def test_a_setting_that_breaks_a_rule_is_no_advice():
@@ -89,7 +327,10 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
   ici = traffic.volume(eight, topology, "train_step (text)")["ici"]
   # 3.88e9 weights and the projector; bf16 gathered twice, fp32 gradients once.
   size = 3.88e9 + 1152 * 2560
-  assert ici == pytest.approx(7 / 8 * size * (2 * 2 + 4), rel=0.01)
+  # And what is looked up for eight bundles of a shard, and its gradient.
+  rows = 8 * (2048 + 8 * 1024) * 2560 * 2 * 2
+  wanted = 7 / 8 * (size * (2 * 2 + 4) + rows)
+  assert ici == pytest.approx(wanted, rel=0.01)
 
 
 def test_replicas_of_several_slices_reduce_over_the_network_between_them():
@@ -106,6 +347,12 @@ HLO = """
   %a = f32[262144,2560]{1,0} all-reduce(%x), replica_groups={}
   %b = bf16[1,10240,2560]{2,1,0} all-gather(%y), dimensions={2}
   %c = (bf16[8,8,1024,2560]{3,2,1,0}, u32[]) all-gather-start(%z)
+  %f = bf16[8,8,1024,320]{3,2,1,0} all-to-all(%z), dimensions={0}
+  %g = bf16[8,8,1024,640]{3,2,1,0} all-to-all(%z), dimensions={0}
+%all-reduce-scatter.1 (input: f32[10240,2560]) -> f32[1280,2560] {
+  %h = f32[10240,2560]{1,0} all-reduce(%input)
+}
+%other.2 (input: f32[4]) -> f32[4] {
   %d = f32[4]{0} all-reduce(%w)
   %e = f32[4]{0} all-reduce(%v)
 """
@@ -118,14 +365,17 @@ def test_collectives_are_read_from_a_program_the_largest_first():
     8 * 8 * 1024 * 2560 * 2,
   ]
   assert found[-1] == aot.Collective("all-reduce", "f32", (4,), 2)
+  assert aot.Collective("reduce-scatter", "f32", (10240, 2560), 1) in found
 
 
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
-  config = config_of("gemma3_4b_v6e_16")
+  config = config_of("gemma3_4b_v5e_16")
   rows = [vars(x) for x in aot.collectives(HLO)]
-  gradient, activations = traffic.defects(config, rows)
+  gradient, activations, moved = traffic.defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
   assert "1024, 2560" in activations and "gathered" in activations
+  # That of 320 columns of eight shards is of the embedding's rows.
+  assert "1024, 640" in moved and "change places" in moved
 
 
 def main_in_plan_mode(tmp_path, *flags):
@@ -147,8 +397,12 @@ def main_in_plan_mode(tmp_path, *flags):
   [
     (["--topology=v5e:5x5"], "nearest is v5e:"),
     (["--topology=v5e:2x2"], "mesh.fsdp=4"),
+    (
+      ["--topology=v5e:2x2", "--config.mesh.tensor=3"],
+      "a divisor of 1024: the nearest below is mesh.tensor=2",
+    ),
   ],
-  ids=["absurd", "mesh"],
+  ids=["absurd", "mesh", "indivisible"],
 )
 def test_a_request_that_cannot_be_is_exit_64(tmp_path, flags, says):
   done = main_in_plan_mode(tmp_path, "--config=configs/smoke.py", *flags)
@@ -169,14 +423,91 @@ def test_the_smoke_config_is_planned(tmp_path, libtpu):
   assert made["fits"]
   names = [row["name"] for row in made["programs"]]
   assert names == [
-    *("prefill (text)", "prefill (image)", "decode_chunk"),
-    *("train_step (text)", "train_step (image)"),
+    *("pictures (image)", "prefill (text)", "prefill (image)", "decode_chunk"),
+    *("results", "train_step (text)", "train_step (image)"),
+    *("evaluation_prefill (image)", "evaluation_decode"),
   ]
   for row in made["programs"]:
     assert 0 < row["hbm_bytes"] < row["hbm_limit_bytes"]
-    assert row["flops"] > 0
+    assert row["flops"] > 0 or row["name"] == "results"
     assert sum(row["bytes_by_class"].values()) >= row["hbm_bytes"]
   assert "fits: " in done.stdout
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
+def test_a_config_that_does_not_fit_is_exit_64_with_one_that_does(
+  tmp_path, libtpu
+):
+  """Activations of all prompts at once, and then of a few at a time."""
+  flags = [
+    "--config=configs/smoke.py:warm_start",
+    "--topology=v5e:1x1",
+    "--config.data.prompts_per_step=16384",
+    "--config.train.microbatch_bundles=16384",
+    "--config.model.remat=none",
+  ]
+  done = main_in_plan_mode(tmp_path, *flags)
+  assert done.returncode == 64, done.stderr
+  assert "must have room for train_step (" in done.stderr
+  remedy = done.stderr.partition("it fits with ")[2].strip()
+  again = main_in_plan_mode(tmp_path, *flags, *shlex.split(remedy))
+  assert again.returncode == 0, again.stderr
+  assert "\nfits: " in again.stdout
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
+def test_advice_for_the_smoke_config_fits_as_it_is_pasted(tmp_path, libtpu):
+  flags = ["--config=configs/smoke.py", "--topology=v5e:2x2"]
+  done = main_in_plan_mode(tmp_path, *flags, "--advise")
+  assert done.returncode == 0, done.stderr
+  advice_line = next(
+    line for line in done.stdout.splitlines() if "--config." in line
+  )
+  made = json.loads((tmp_path / "plan.json").read_text())
+  assert made["room"] >= MARGIN
+  again = main_in_plan_mode(tmp_path, *flags, *shlex.split(advice_line))
+  assert again.returncode == 0, again.stderr
+  assert json.loads((tmp_path / "plan.json").read_text()) == made | {
+    "programs": unittest.mock.ANY
+  }
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+  ("name", "flags", "topology", "program"),
+  [
+    ("smoke", {"mesh.fsdp": 4}, "v5e:2x2", "train_step (image)"),
+    ("gemma3_4b_v5e_16", {}, "v5e:4x4", "decode_chunk"),
+  ],
+)
+def test_memory_before_code_is_that_of_the_whole_compilation(
+  libtpu, name, flags, topology, program
+):
+  config, described = config_of(name, **flags), chips.parse(topology)
+  quick = planning.compiled(config, described, program)["hbm_bytes"]
+  code = (
+    "import json, sys\n"
+    "from grpo_tpu import chips, programs, config\n"
+    "values, topology, name = json.load(sys.stdin)\n"
+    "config = config.Config.from_config_dict(values)\n"
+    "mesh = programs.described_mesh(config, chips.parse(topology))\n"
+    "traced = programs.find(config, mesh, name).traced(mesh)\n"
+    "analysis = traced.lower().compile().memory_analysis()\n"
+    "print(analysis.peak_memory_in_bytes)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    input=json.dumps([config.to_dict(), topology, program]),
+    cwd=ROOT,
+    env=os.environ | aot.ENVIRONMENT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert quick == pytest.approx(int(done.stdout), rel=0.02)
 
 
 @pytest.mark.aot
@@ -184,6 +515,8 @@ def test_the_smoke_config_is_planned(tmp_path, libtpu):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
-  """Rollout and training resident together."""
-  made = planning.plan(config_of(name, kind), chips.parse(TOPOLOGIES[name]))
+  """Rollout and training resident together, with pictures of 896 pixels."""
+  made = planning.Compiler().plan(
+    config_of(name, kind), chips.parse(TOPOLOGIES[name])
+  )
   assert made.fits(MARGIN), (made.peak["name"], made.room)

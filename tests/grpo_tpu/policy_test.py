@@ -326,3 +326,41 @@ def test_a_run_without_the_checkpoint_is_refused(policy_of, tmp_path, step):
   if not step:
     with pytest.raises(ValueError, match=f"no checkpoint.*{tmp_path}"):
       policies.resolved_weights(policy.config)
+
+
+def test_prompts_decoded_some_at_a_time_say_what_they_say_together(policy_of):
+  """Each with the same draws, told by its place in the batch."""
+  rng = np.random.default_rng(0)
+  policy = policy_of("random:0", compute_dtype="float32")
+  tower = policy.config.model_config.vision
+  batch = types.SimpleNamespace(
+    prompt_ids=rng.integers(200, 900, (16, 6)).astype(np.int32),
+    prompt_length=np.full(16, 6, np.int32),
+    prompt_index=np.arange(16, dtype=np.int32),
+    images=np.zeros((16, 1, tower.image_size, tower.image_size, 3), np.uint8),
+  )
+  settings = dataclasses.replace(policy.config.rollout, max_new_tokens=5)
+  config = dataclasses.replace(policy.config, rollout=settings)
+  tokenizer = types.SimpleNamespace(
+    start_of_image=1000, end_of_image=1001, decode=str
+  )
+  policy = policies.Policy(config, policy.mesh, tokenizer)
+  said = []
+  with jax.set_mesh(policy.mesh):
+    params = policy.initial_params()
+    for num_parts in (1, 2):
+      texts = {}
+      sampled = policy.sample(
+        params,
+        batch,
+        jax.random.key(1),
+        num_completions=2,
+        temperature=1.0,
+        num_parts=num_parts,
+        finished=texts.update,
+      )
+      assert texts == dict(enumerate(policy.texts(sampled.completions)))
+      said.append(jax.device_get(sampled.completions))
+  np.testing.assert_array_equal(said[0].ids, said[1].ids)
+  np.testing.assert_array_equal(said[0].mask, said[1].mask)
+  np.testing.assert_allclose(said[0].logps, said[1].logps, rtol=1e-5)

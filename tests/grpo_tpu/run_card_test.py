@@ -42,7 +42,30 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
   # As JSON has it: tuples are lists there.
   assert card["config"] == json.loads(json.dumps(CONFIG.to_dict()))
   assert card["accepted_mathvista_training_terms"] is False
-  assert card["versions"]["jax"]
+  assert card["packages"]["jax"] and card["data"] == IDENTITY
+  (attempt,) = card["attempts"]
+  assert attempt["devices"] == {"kind": "cpu", "count": 8, "hosts": 1}
+  assert attempt["revision"] and len(attempt["code"]) == 12
+  assert card["end"] is attempt["ended"] is attempt["exit_code"] is None
+
+
+def test_every_start_is_an_attempt_and_has_its_own_end(card, tmp_path):
+  """One that was killed has none; the words are those of the last end."""
+  words = {"exit_code": 75, "reason": "preempted", "step": 4, "best": None}
+  run_card.close(tmp_path, words)
+  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  between = run_card.read(str(tmp_path))
+  assert between is not None and between["end"] is None
+  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  run_card.close(tmp_path, words | {"exit_code": 0, "step": 9})
+  card = run_card.read(str(tmp_path))
+  assert card is not None
+  assert [a["exit_code"] for a in card["attempts"]] == [75, None, 0]
+  assert [a["step"] for a in card["attempts"]] == [4, None, 9]
+  times = [(a["started"], a["ended"]) for a in card["attempts"]]
+  assert times[0][0] <= times[0][1] <= times[1][0] <= times[2][0] <= times[2][1]
+  assert card["end"] == words | {"exit_code": 0, "step": 9}
+  run_card.check(card, CONFIG, IDENTITY, "W")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +205,7 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
     changed("eval", every_steps=3),
     changed("checkpoint", every_steps=3),
     changed("mesh", fsdp=8),
+    changed("profile", steps=(3, 4)),
     changed("data", dir="/moved", worker_processes=2),
     changed("model", remat="none", attention="einsum"),
     changed("rewards", num_workers=1),

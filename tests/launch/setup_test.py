@@ -152,6 +152,14 @@ def test_a_venv_that_is_not_whole_or_not_current_is_made_again(
   assert not is_made_again(checkout)
 
 
+def test_another_extra_makes_the_venv_again_and_is_installed(checkout):
+  ready(checkout)
+  checkout.environment["GRPO_TPU_EXTRA"] = "tpu"
+  assert checkout.run(ENSURE).returncode == 0
+  assert any(".[tpu]" in call for call in checkout.called())
+  assert not is_made_again(checkout)
+
+
 def test_another_python_in_its_place_makes_the_venv_again(checkout):
   ready(checkout)
   checkout.add_python(checkout.root / ".venv" / "bin" / "python", "3.13")
@@ -226,3 +234,23 @@ def test_every_requirement_is_pinned():
   pinned = set(re.findall(r"^([\w.-]+)==\d", pins, re.MULTILINE))
   assert {"jax", "ruff", "gguf"} <= required <= pinned
   assert {"setuptools", "wheel"} <= pinned
+
+
+def test_a_venv_of_the_user_s_is_used_as_it_stands(checkout):
+  """Nothing is asked of it, and nothing made, whatever is missing in it."""
+  python = checkout.add_python(checkout.home / "my venv" / "bin" / "python")
+  before = sorted(checkout.root.rglob("*")), python.read_bytes()
+  for named in (checkout.home / "my venv", "my venv"):
+    checkout.environment["GRPO_TPU_VENV"] = str(named)
+    result = checkout.run(ENSURE)
+    assert result.stdout == f"ready: {checkout.home}/my venv\n", result.stderr
+  assert checkout.called() == []
+  assert before == (sorted(checkout.root.rglob("*")), python.read_bytes())
+
+
+def test_a_venv_of_the_user_s_that_is_none_is_refused(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  checkout.environment["GRPO_TPU_VENV"] = str(checkout.home)
+  result = checkout.run(ENSURE)
+  assert result.returncode == 64 and "GRPO_TPU_VENV" in result.stderr
+  assert checkout.called() == []

@@ -324,7 +324,8 @@ def row_states(params, prompts, lengths, images, completions):
 
 
 @pytest.mark.parametrize(
-  ("num_images", "remat"), [(0, "none"), (1, "full"), (2, "dots")]
+  ("num_images", "remat"),
+  [(0, "none"), (1, "full"), (2, "dots"), (1, "offload")],
 )
 def test_bundle_loss_and_gradient_equal_those_of_separate_rows(
   num_images, remat
@@ -515,7 +516,7 @@ def test_random_params_draw_each_leaf_by_its_own_name():
 
 
 def kept_for_the_backward_pass(num_layers, **remat):
-  """Numbers that the forward pass leaves behind for the gradient."""
+  """Numbers on the devices that the forward pass leaves for the gradient."""
   config = dataclasses.replace(CONFIG, num_layers=num_layers)
   prompts, lengths, images, completions = bundle()
 
@@ -535,9 +536,8 @@ def kept_for_the_backward_pass(num_layers, **remat):
     )[1]
 
   abstract = weights.abstract_params(config, jnp.float32)
-  return sum(
-    x.size for x in jax.tree.leaves(jax.eval_shape(backward, abstract))
-  )
+  left = jax.make_jaxpr(backward)(abstract).out_avals
+  return sum(x.size for x in left if x.memory_space == jax.memory.Space.Device)
 
 
 def test_full_remat_keeps_the_input_of_each_layer_alone():
@@ -565,3 +565,63 @@ def test_each_policy_keeps_less_than_the_one_before(part):
     for policy in remats.POLICIES
   ]
   assert kept[0] > 1.1 * kept[1] > 1.1 * 1.1 * kept[2]
+  # The inputs of layers are not many where there are but two.
+  assert kept[2] > kept[3]
+
+
+def test_a_tower_that_is_shown_half_the_size_has_the_positions_between():
+  """Two by two of four by four; as many soft tokens of a quarter of patches."""
+  tower = dataclasses.replace(CONFIG.vision, soft_tokens=4)
+  half = dataclasses.replace(tower, input_size=tower.image_size // 2)
+  params = random_params(dataclasses.replace(CONFIG, vision=tower))
+  params = params["vision_encoder"]
+  images = np.full((1, tower.image_size, tower.image_size, 3), 200, np.uint8)
+
+  def soft(config, params, images):
+    return vision.soft_tokens(
+      config, params, jnp.asarray(images), dtype=jnp.float32, remat="none"
+    )
+
+  # One colour and one position everywhere: all patches are alike, whatever
+  # their number, and so is what the tower makes of them.
+  alike = params | {"pos_embedding": jnp.ones_like(params["pos_embedding"])}
+  small = images[:, : half.shown_size, : half.shown_size]
+  want = soft(tower, alike, images)
+  got = soft(half, alike, small)
+  assert got.shape == want.shape == (1, 4, tower.width)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  # A slope stays one: positions on a line, at half the points.
+  line = np.linspace(0, 3, 4)[:, None, None] * np.ones((4, 4, tower.width))
+  sloped = vision.positions(half, jnp.asarray(line.reshape(1, 16, -1)))
+  np.testing.assert_allclose(
+    sloped.reshape(2, 2, -1)[:, 0, 0], [5 / 7, 16 / 7], rtol=1e-5
+  )
+
+
+def test_attention_to_some_patches_at_a_time_is_that_to_all(monkeypatch):
+  tower = CONFIG.vision
+  params = random_params(CONFIG)["vision_encoder"]
+  rng = np.random.default_rng(0)
+  shape = (2, tower.image_size, tower.image_size, 3)
+  images = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
+
+  def gradient(params):
+    return jax.value_and_grad(
+      lambda params: jnp.sum(
+        jnp.sin(
+          vision.soft_tokens(
+            tower, params, images, dtype=jnp.float32, remat="full"
+          )
+        )
+      )
+    )(params)
+
+  want = gradient(params)
+  monkeypatch.setattr(vision, "_PATCHES_AT_A_TIME", 4)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4),
+    gradient(params),
+    want,
+  )
+  # Four parts of four patches of each of two pictures.
+  assert "f32[4,2,4,2,16]" in str(jax.make_jaxpr(gradient)(params))

@@ -1,0 +1,1 @@
+"""What `launch/tpu.sh` decides: a slice, its workers, a run on them."""

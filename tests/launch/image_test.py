@@ -1,0 +1,79 @@
+"""The image: a clean Dockerfile of pinned parts, that builds and trains."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+BUILD = ROOT / "tests" / "launch" / "build_image.sh"
+
+
+def instructions(name: str) -> list[str]:
+  """What stands behind each instruction of this name."""
+  joined = DOCKERFILE.replace("\\\n", " ")
+  return re.findall(rf"^{name}\s+(.*)$", joined, re.MULTILINE)
+
+
+def test_hadolint_finds_nothing():
+  here = pathlib.Path(sys.executable).with_name("hadolint")
+  hadolint = str(here) if here.exists() else shutil.which("hadolint")
+  if hadolint is None:
+    pytest.skip("no hadolint here; the dev extra has it")
+  found = subprocess.run(
+    [hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True
+  )
+  assert found.returncode == 0, found.stdout
+
+
+def test_what_is_copied_is_there_and_let_through():
+  ignored = (ROOT / ".dockerignore").read_text().splitlines()
+  assert ignored[1] == "*"
+  for line in instructions("COPY"):
+    *sources, _ = line.split()
+    for source in sources:
+      assert (ROOT / source).exists()
+      assert f"!{source}" in ignored
+
+
+def test_nothing_else_is_let_through():
+  """No settings with a project's name, no weights, no runs."""
+  ignored = (ROOT / ".dockerignore").read_text().splitlines()
+  copied = {s for line in instructions("COPY") for s in line.split()[:-1]}
+  assert {line[1:] for line in ignored if line.startswith("!")} == copied
+
+
+def test_it_does_not_run_as_root():
+  (user,) = instructions("USER")
+  assert int(user) > 0
+  assert DOCKERFILE.index("USER") > DOCKERFILE.rindex("RUN")
+
+
+def test_its_base_can_be_replaced_and_is_no_moving_target():
+  (base,) = re.findall(r"^ARG BASE_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)
+  assert instructions("FROM") == ["${BASE_IMAGE}"]
+  assert re.fullmatch(r"python:3\.1[23]-slim-[a-z]+", base)
+
+
+def test_every_installation_is_held_by_the_pins():
+  for line in instructions("RUN"):
+    for command in line.split("&&"):
+      if "pip install" in command:
+        assert "--constraint constraints.txt" in command
+
+
+@pytest.mark.nightly
+def test_it_builds_and_trains_inside(tmp_path):
+  """As its user, by its entrypoint, on a base made here: no registry."""
+  done = subprocess.run(
+    ["bash", str(BUILD), str(tmp_path)], capture_output=True, text=True
+  )
+  if done.returncode == 77:
+    pytest.skip(done.stderr.strip().splitlines()[-1])
+  assert done.returncode == 0, done.stderr
+  assert "user 10001" in done.stdout
+  assert "steps inside the image: [1, 2]" in done.stdout

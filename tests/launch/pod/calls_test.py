@@ -1,0 +1,124 @@
+"""Every call of gcloud is one that gcloud's own parser accepts."""
+
+import itertools
+import json
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from launch.pod import __main__ as command_line
+from tests.launch.pod import fake_cloud
+
+CONFIG = "configs/smoke.py"
+VERBS = (
+  ("create",),
+  ("wait",),
+  ("setup",),
+  ("run", CONFIG, "--", "--config.seed=1"),
+  ("logs",),
+  ("logs", "-w", "1", "-f"),
+  ("status",),
+  ("stop", "--kill"),
+  ("supervise", CONFIG),
+  ("tensorboard", "--port=6007"),
+  ("delete",),
+)
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+  def write(**changes: str) -> str:
+    values = fake_cloud.SETTINGS | changes
+    path = tmp_path / "my settings.env"
+    path.write_text("".join(f"{k}={v}\n" for k, v in values.items()))
+    return f"--settings={path}"
+
+  return write
+
+
+def dry_run(capfd, settings: str, *words: str) -> list[list[str]]:
+  """The calls that a verb prints, each without gcloud's name."""
+  capfd.readouterr()
+  code = command_line.main([settings, "--dry-run", *words])
+  out, err = capfd.readouterr()
+  assert code == 0, err
+  calls = [shlex.split(line) for line in out.splitlines()]
+  return [call[1:] for call in calls if call[0] == "gcloud"]
+
+
+def all_calls(capfd, settings_file) -> list[list[str]]:
+  """Of all verbs, under each way of asking, of paying and of getting in."""
+  ways = itertools.product(
+    ("queued", "direct"),
+    ("spot", "on-demand", "reserved"),
+    ("external", "internal", "iap"),
+    ("", "a registry/an image"),
+  )
+  calls = []
+  for request, capacity, ssh, image in ways:
+    if image and (request, capacity) != ("queued", "spot"):
+      continue
+    settings = settings_file(
+      REQUEST=request,
+      CAPACITY=capacity,
+      SSH=ssh,
+      SUBNETWORK="inner",
+      SERVICE_ACCOUNT="a@my-project.iam.gserviceaccount.com",
+      LABELS="team=vision",
+      IMAGE=image.replace(" ", "-"),
+    )
+    for words in VERBS:
+      calls.extend(dry_run(capfd, settings, *words))
+  return [list(call) for call in dict.fromkeys(map(tuple, calls))]
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud on PATH")
+def test_gcloud_accepts_every_flag_of_every_call(
+  capfd, settings_file, tmp_path
+):
+  calls = all_calls(capfd, settings_file)
+  gcloud = pathlib.Path(shutil.which("gcloud") or "").resolve()
+  sdk = gcloud.parents[1]
+  bundled = sdk / "platform" / "bundledpythonunix" / "bin" / "python3"
+  python = bundled if bundled.exists() else sys.executable
+  script = pathlib.Path(fake_cloud.__file__).with_name("gcloud_parser.py")
+
+  def parse(calls: list[list[str]]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+      [str(python), "-S", "-W", "ignore", str(script), str(sdk)],
+      input=json.dumps(calls),
+      capture_output=True,
+      text=True,
+      env={"CLOUDSDK_CONFIG": str(tmp_path), "HOME": str(tmp_path)},
+    )
+
+  parsed = parse(calls)
+  assert parsed.returncode == 0, parsed.stderr
+  flags = {f for line in parsed.stdout.splitlines() for f in json.loads(line)}
+  assert len(parsed.stdout.splitlines()) == len(calls) > 40
+  assert {
+    *("--spot", "--reserved", "--internal-ips", "--valid-until-duration"),
+    *("--labels", "--service-account", "--tunnel-through-iap", "--force"),
+  } <= flags
+  wrong = parse([[*calls[0], "--nope"]])
+  assert wrong.returncode == 2 and "--nope" in wrong.stderr
+
+
+def test_each_verb_names_the_slice_its_project_and_its_zone(
+  capfd, settings_file
+):
+  for words in VERBS:
+    for call in dry_run(capfd, settings_file(), *words):
+      assert {"--project=my-project", "--zone=europe-west4-b"} < set(call)
+      assert "--quiet" in call
+      assert any(w == "grpo-1" or w.startswith("grpo-1:") for w in call)
+
+
+def test_a_dry_run_calls_the_same_on_every_worker(capfd, settings_file):
+  calls = dry_run(capfd, settings_file(), "run", CONFIG)[1:]
+  assert [call[5] for call in calls] == [f"--worker={k}" for k in range(4)]
+  assert len({call[6] for call in calls}) == 1

@@ -1,0 +1,161 @@
+"""The JobSet is valid, strictly, and runs what the slice would run."""
+
+import json
+
+import jsonschema
+import pytest
+
+from launch.pod import jobset, settings, shapes, workers
+from tests.launch.pod import fake_cloud
+
+IMAGE = "europe-docker.pkg.dev/p/r/grpo_tpu:1"
+JOB = workers.Job("configs/my config.py:lora", ("--config.a=$(x) 'y'",))
+
+
+def of(**changes: str) -> settings.Settings:
+  return fake_cloud.settings(**({"IMAGE": IMAGE} | changes))
+
+
+def closed(**properties) -> dict:
+  return {
+    "type": "object",
+    "properties": properties,
+    "required": list(properties),
+    "additionalProperties": False,
+  }
+
+
+# What JobSet itself knows of v1alpha2 that is used here; the Job inside is
+# checked by Kubernetes' own schema.
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+TEXT = {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9-]+$"}
+RULE = closed(
+  name={"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9_]*$"},
+  action={"enum": ["FailJobSet", "RestartJobSet"]},
+  onJobFailureReasons={
+    "type": "array",
+    "items": {"enum": ["PodFailurePolicy", "BackoffLimitExceeded"]},
+  },
+)  # fmt: skip
+REPLICATED_JOB = closed(
+  name=TEXT, replicas={"const": 1}, template=closed(spec={"type": "object"})
+)
+SCHEMA = closed(
+  apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+  kind={"const": "JobSet"},
+  metadata=closed(
+    name=TEXT, namespace=TEXT, labels=TEXTS, annotations=TEXTS
+  ),
+  spec=closed(
+    failurePolicy=closed(
+      maxRestarts={"type": "integer", "minimum": 0},
+      rules={"type": "array", "items": RULE},
+    ),
+    replicatedJobs={"type": "array", "items": REPLICATED_JOB, "maxItems": 1},
+  ),
+)  # fmt: skip
+
+
+def job_of(manifest: dict) -> dict:
+  return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def pod_of(manifest: dict) -> dict:
+  return job_of(manifest)["template"]["spec"]
+
+
+WAYS = pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"WORKDIR": "/mnt/a shared disk"},
+    {"CAPACITY": "on-demand"},
+    {"LABELS": "team=vision", "MAX_RESTARTS": "0"},
+    *({"ACCELERATOR_TYPE": name} for name in shapes.SHAPES),
+  ],
+  ids=str,
+)
+
+
+@WAYS
+def test_a_manifest_is_one_that_jobset_knows(changes):
+  manifest = json.loads(json.dumps(jobset.manifest(of(**changes), JOB)))
+  jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+
+
+@WAYS
+def test_the_job_inside_is_one_that_kubernetes_knows(changes):
+  kubernetes_validate = pytest.importorskip("kubernetes_validate")
+  job = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "metadata": {"name": "a"},
+    "spec": job_of(jobset.manifest(of(**changes), JOB)),
+  }
+  version = kubernetes_validate.latest_version()
+  kubernetes_validate.validate(job, version, strict=True)
+  job["spec"]["paralelism"] = 1
+  with pytest.raises(kubernetes_validate.ValidationError):
+    kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_it_runs_the_command_of_the_slice():
+  pod = pod_of(jobset.manifest(of(), JOB))
+  (container,) = pod["containers"]
+  assert container["args"] == [
+    "--config=configs/my config.py:lora",
+    # Kubernetes expands $(NAME) in arguments, and takes $$ for $.
+    "--config.a=$$(x) 'y'",
+    "--workdir=/buckets/my-bucket/runs/first",
+  ]
+  (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+  assert mount == {"name": volume["name"], "mountPath": "/buckets/my-bucket"}
+  assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+
+
+def test_a_workdir_that_is_a_path_is_the_nodes_own():
+  manifest = jobset.manifest(of(WORKDIR="/mnt/a disk"), JOB)
+  (volume,) = pod_of(manifest)["volumes"]
+  assert volume["hostPath"]["path"] == "/mnt/a disk"
+  assert (
+    pod_of(manifest)["containers"][0]["args"][-1] == "--workdir=/mnt/a disk"
+  )
+
+
+def test_only_a_spot_slice_asks_for_spot_nodes():
+  for capacity in ("spot", "on-demand", "reserved"):
+    nodes = pod_of(jobset.manifest(of(CAPACITY=capacity), JOB))["nodeSelector"]
+    assert ("cloud.google.com/gke-spot" in nodes) == (capacity == "spot")
+
+
+@pytest.mark.parametrize(
+  "accelerator_type, accelerator, topology, hosts, chips_per_host",
+  [
+    ("v5litepod-1", "tpu-v5-lite-podslice", "1x1", 1, 1),
+    ("v5litepod-8", "tpu-v5-lite-podslice", "2x4", 1, 8),
+    ("v5litepod-16", "tpu-v5-lite-podslice", "4x4", 4, 4),
+    ("v6e-256", "tpu-v6e-slice", "16x16", 64, 4),
+    ("v5p-8", "tpu-v5p-slice", "2x2x1", 1, 4),
+    ("v5p-16", "tpu-v5p-slice", "2x2x2", 2, 4),
+    ("v5p-64", "tpu-v5p-slice", "2x4x4", 8, 4),
+  ],
+)
+def test_a_slice_has_its_hosts(
+  accelerator_type, accelerator, topology, hosts, chips_per_host
+):
+  """As Google's tables have them."""
+  shape = shapes.shape(accelerator_type)
+  assert shape == shapes.Shape(accelerator, topology, hosts, chips_per_host)
+  job = job_of(jobset.manifest(of(ACCELERATOR_TYPE=accelerator_type), JOB))
+  assert job["parallelism"] == job["completions"] == hosts
+  limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
+  assert limits == {"google.com/tpu": str(chips_per_host)}
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [({"IMAGE": ""}, "IMAGE"), ({"ACCELERATOR_TYPE": "v5p-12"}, "v5p-16")],
+)
+def test_what_gke_cannot_run_is_refused(changes, words):
+  with pytest.raises(ValueError, match=words):
+    jobset.manifest(of(**changes), JOB)

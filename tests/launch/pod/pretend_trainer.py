@@ -1,0 +1,51 @@
+"""Behaves as `python -m grpo_tpu.main` does, as far as a launcher can tell.
+
+It writes down how it was started, makes a step whenever $FAKE_CLOUD/step has a
+higher number than its own, saves and exits with 75 on SIGTERM, and ends with
+the code in $FAKE_CLOUD/end as soon as there is one.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
+worker = pathlib.Path(os.environ["FAKE_WORKER"]).name
+flags = dict(
+  word.removeprefix("--").split("=", 1)
+  for word in sys.argv
+  if word.startswith("--")
+)
+workdir = pathlib.Path(flags["workdir"])
+with open(cloud / "started", "a", encoding="utf-8") as started:
+  said = {"worker": worker, "words": sys.argv[1:], "folder": os.getcwd()}
+  started.write(json.dumps(said) + "\n")
+(workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+step = max(steps, default=0)
+sys.stdout.write(f"{worker} goes on from step {step}\n")
+sys.stdout.flush()
+
+
+def save() -> None:
+  (workdir / "checkpoints" / f"{step:08d}").mkdir(exist_ok=True)
+
+
+def preempted(*_: object) -> None:
+  save()
+  sys.exit(75)
+
+
+signal.signal(signal.SIGTERM, preempted)
+while not (cloud / "end").exists():
+  if (cloud / "step").exists() and int((cloud / "step").read_text()) > step:
+    step += 1
+    if worker == "127.0.0.10":
+      with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        metrics.write(json.dumps({"step": step, "loss": 0.5}) + "\n")
+    save()
+  time.sleep(0.05)
+sys.exit(int((cloud / "end").read_text()))

@@ -1,0 +1,152 @@
+"""The settings file is read and never run; a wrong value is named."""
+
+import pathlib
+import shlex
+
+import pytest
+
+from launch.pod import settings
+from tests.launch.pod import fake_cloud
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+HOSTILE = (
+  "$(touch owned)",
+  "`touch owned`",
+  "a; touch owned",
+  "a b",
+  "'my-project'",
+  '"my-project"',
+  "--impersonate-service-account=x@y",
+  "-x",
+  "my-project\x00",
+  "My-Project",
+  "mÿ-project",
+  "../x",
+  "",
+)
+
+
+def text(**changes: str) -> str:
+  values = fake_cloud.SETTINGS | changes
+  return "".join(f"{name}={value}\n" for name, value in values.items())
+
+
+def refusal(text: str) -> str:
+  with pytest.raises(ValueError) as raised:
+    settings.parse(text)
+  return str(raised.value)
+
+
+def test_the_example_is_a_settings_file_with_every_setting():
+  path = ROOT / "launch" / "tpu.env.example"
+  assert settings.read(path).name == "grpo-1"
+
+
+def test_values_are_what_stands_there():
+  found = settings.parse(text(LABELS="team=vision", WORKDIR="/mnt/a b/$(x)"))
+  assert found.workdir == "/mnt/a b/$(x)"
+  assert found.bucket is None
+  assert found.all_labels == "grpo-tpu=grpo-1,team=vision"
+
+
+def test_blanks_comments_and_windows_line_ends_say_nothing():
+  lines = "# a comment\r\n\r\n" + text().replace("=", " = ").replace(
+    "\n", "\r\n"
+  )
+  assert settings.parse(lines) == settings.parse(text())
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    n for n, rule in settings.RULES.items() if n not in ("WORKDIR", "VALID_FOR")
+  ],
+)
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_value_is_refused_by_name_with_the_rule(name, value):
+  rule = settings.RULES[name]
+  if value == "" and rule.may_be_empty:
+    return
+  said = refusal(text(**{name: value}))
+  assert said.startswith(f"{name} ({value!r}) must be {rule.words}")
+  assert rule.remedy in said
+
+
+@pytest.mark.parametrize(
+  "value",
+  [
+    "",
+    "runs/first",
+    "gs://",
+    "gs://my-bucket",
+    "gs://my-bucket/",
+    "gs://my-bucket/a/",
+    "gs://my-bucket/../other/a",
+    "gs://My-Bucket/a",
+    "gs://$(x)/a",
+    "gs://goog-mine/a",
+    "gs://not-google/a",
+    "/",
+    "/a/../b",
+    "/a/./b",
+    "/a//b",
+    "/a\x07b",
+  ],
+)
+def test_a_workdir_is_a_place_in_a_bucket_or_an_absolute_path(value):
+  assert refusal(text(WORKDIR=value)).startswith(f"WORKDIR ({value!r}) must be")
+
+
+@pytest.mark.parametrize(
+  "value, bucket, path",
+  [
+    ("gs://my-bucket/runs/first", "my-bucket", "runs/first"),
+    ("gs://my-bucket/it's a $(run)", "my-bucket", "it's a $(run)"),
+  ],
+)
+def test_a_bucket_may_hold_names_of_any_kind(value, bucket, path):
+  found = settings.parse(text(WORKDIR=value))
+  assert (found.bucket, found.path_in_bucket) == (bucket, path)
+
+
+@pytest.mark.parametrize(
+  "line, words",
+  [
+    ("ZONES=x\n", "'ZONES' must be a setting of launch/tpu.env.example; did"
+     " you mean ZONE?"),
+    ("zone=x\n", "did you mean ZONE?"),
+    ("ZONE=x\n", "ZONE must stand once; line 20 has it again"),
+    ("export\n", "line 20 must be NAME=VALUE"),
+    ("[tpu]\n", "[tpu] must not stand in the file"),
+  ],
+)  # fmt: skip
+def test_a_line_that_is_no_setting_is_named(line, words):
+  assert words in refusal(text() + line)
+
+
+@pytest.mark.parametrize("name", settings.RULES)
+def test_a_setting_that_is_not_there_is_missed(name):
+  lines = text().splitlines(keepends=True)
+  rest = "".join(x for x in lines if not x.startswith(f"{name}="))
+  assert refusal(rest).startswith(f"{name} must be in the file")
+
+
+def test_a_value_goes_on_on_no_other_line():
+  assert "NETWORK" in refusal(text(NETWORK="default\n  --other"))
+
+
+def test_the_label_that_says_whose_a_slice_is_cannot_be_set():
+  assert "LABELS" in refusal(text(LABELS="grpo-tpu=other"))
+
+
+@pytest.mark.parametrize("name", ["missing.env", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+  with pytest.raises(ValueError, match=r"launch/tpu\.env\.example") as raised:
+    settings.read(tmp_path / name)
+  assert str(tmp_path / name) in str(raised.value)
+
+
+def test_a_value_that_a_shell_would_run_is_quoted_where_it_is_printed():
+  """Those that may hold anything are quoted by the standard library."""
+  words = "/mnt/a b/$(touch owned)"
+  assert shlex.split(shlex.join(["x", words])) == ["x", words]

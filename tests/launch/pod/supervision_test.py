@@ -1,0 +1,236 @@
+"""A run is started again when that can help, and not for ever."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from launch.pod import exits, slices, supervision, workers
+from tests.launch.pod import fake_cloud
+
+Exit = exits.Exit
+READY = slices.Condition.READY
+STATUS = workers.Status("none", None, False, "a commit", "/w", -1, -1)
+RUNNING = dataclasses.replace(STATUS, state="running")
+PATIENCE = supervision.Patience(
+  queue_seconds=9.0, poll_seconds=7.0, pause_seconds=30.0
+)
+
+
+def ended(code: int | None, **changes) -> workers.Status:
+  state = "lost" if code is None else "ended"
+  return dataclasses.replace(STATUS, state=state, exit_code=code, **changes)
+
+
+class World:
+  """A slice of two workers that does what a script says.
+
+  Attributes:
+    lives: Of each start, in turn, what happens: the statuses of the workers at
+      each look, or a failure that the look raises; a start beyond them ends
+      well.
+    done: What was asked for, in order.
+  """
+
+  dry_run = False
+
+  def __init__(self, monkeypatch, lives, *, condition=READY, **changes):
+    self.settings = fake_cloud.settings(**changes)
+    self.lives = [list(life) for life in lives]
+    self.done: list[str] = []
+    self.pauses: list[float] = []
+    self.condition = condition
+    self.script: list = []
+    for module, name in (
+      *((slices, name) for name in ("look", "create", "delete", "wait")),
+      *((workers, name) for name in ("status", "status_of", "setup", "run")),
+      (slices, "require_ready"),
+    ):
+      monkeypatch.setattr(module, name, getattr(self, name))
+    monkeypatch.setattr(workers, "commit", lambda: "a commit")
+    monkeypatch.setattr(supervision.time, "sleep", self.pauses.append)
+
+  def look(self, cloud, assumed):
+    return slices.Slice(self.condition, "", True, "", 2, True)
+
+  def create(self, cloud):
+    self.done.append("create")
+    self.condition = READY
+    return "created"
+
+  def delete(self, cloud):
+    self.done.append("delete")
+    self.condition = slices.Condition.ABSENT
+    return "deleted"
+
+  def wait(self, cloud, **_):
+    return self.look(cloud, READY)
+
+  def setup(self, cloud, num_workers):
+    self.done.append("setup")
+
+  def run(self, cloud, num_workers, job):
+    self.done.append("run")
+    self.script = self.lives.pop(0) if self.lives else [[ended(0)] * 2]
+
+  def require_ready(self, cloud):
+    if self.script and isinstance(self.script[0], exits.Failure):
+      failure = self.script.pop(0)
+      gone = slices.Condition.PREEMPTED
+      self.condition = gone if failure.exit == Exit.PREEMPTED else READY
+      raise failure
+
+  def status_of(self, cloud, worker):
+    return self.script[0][worker]
+
+  def status(self, cloud, num_workers):
+    if not self.script:
+      return [STATUS] * 2
+    if len(self.script) == 1:
+      return self.script[0]
+    return self.script.pop(0)
+
+  def supervise(self) -> int:
+    job = workers.Job("configs/smoke.py", ())
+    return supervision.Supervisor(self, job, PATIENCE).supervise()
+
+
+def life(*codes, step=-1):
+  """One that runs, comes to a step, and ends so on the two workers."""
+  return [[ended(code, step=step) for code in codes]]
+
+
+def test_a_run_that_ends_well_is_started_once(monkeypatch):
+  world = World(monkeypatch, [life(0, 0)])
+  assert world.supervise() == 0
+  assert world.done == ["run"]
+
+
+@pytest.mark.parametrize("code", [75, 76, 134, 137, None])
+def test_what_a_restart_mends_is_restarted(monkeypatch, code):
+  world = World(monkeypatch, [life(code, code)])
+  assert world.supervise() == 0
+  assert world.done == ["run", "run"]
+
+
+@pytest.mark.parametrize("code", [1, 64])
+def test_what_would_come_again_is_not(monkeypatch, code):
+  world = World(monkeypatch, [life(code, code)])
+  assert world.supervise() == code
+  assert world.done == ["run"]
+
+
+def test_an_error_is_believed_only_on_a_slice_that_is_still_there(monkeypatch):
+  """The hosts that are left fail before the API says why."""
+  world = World(monkeypatch, [life(1, 1)])
+  calls = itertools.count()
+
+  def require_ready(cloud):
+    if next(calls) == 1:
+      world.condition = slices.Condition.PREEMPTED
+      raise exits.Failure(Exit.PREEMPTED, "taken away")
+
+  monkeypatch.setattr(slices, "require_ready", require_ready)
+  assert world.supervise() == 0
+  assert world.done == ["run", "delete", "create", "run"]
+
+
+def test_a_run_that_was_stopped_stays_so(monkeypatch):
+  world = World(monkeypatch, [[[ended(75, stopped=True)] * 2]])
+  assert world.supervise() == 75
+  assert world.done == ["run"]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(monkeypatch):
+  taken = exits.Failure(Exit.PREEMPTED, "taken away")
+  world = World(monkeypatch, [[taken]])
+  assert world.supervise() == 0
+  assert world.done == ["run", "delete", "create", "run"]
+
+
+@pytest.mark.parametrize(
+  "condition", [slices.Condition.FAILED, slices.Condition.SUSPENDED]
+)
+def test_what_is_left_of_another_slice_is_cleared_away(monkeypatch, condition):
+  world = World(monkeypatch, [], condition=condition)
+  assert world.supervise() == 0
+  assert world.done == ["delete", "create", "run"]
+
+
+def test_a_run_that_is_there_is_watched_and_not_started(monkeypatch):
+  world = World(monkeypatch, [])
+  world.script = [[RUNNING] * 2, [ended(0)] * 2]
+  assert world.supervise() == 0
+  assert world.done == []
+
+
+def test_a_lost_network_leaves_the_run_alone(monkeypatch):
+  lost = exits.Failure(Exit.NETWORK, "no network")
+  world = World(monkeypatch, [])
+  world.script = [[RUNNING] * 2, lost, [RUNNING] * 2, [ended(0)] * 2]
+  assert world.supervise() == 0
+  assert world.done == []
+
+
+@pytest.mark.parametrize(
+  "kind", [Exit.QUOTA, Exit.NOT_ALLOWED, Exit.NOT_OURS, Exit.ABSENT]
+)
+def test_what_waiting_does_not_mend_ends_it(monkeypatch, kind):
+  """A slice that someone has deleted is not asked for behind their back."""
+  world = World(monkeypatch, [[exits.Failure(kind, "no")]])
+  with pytest.raises(exits.Failure) as raised:
+    world.supervise()
+  assert raised.value.exit == kind
+  assert world.done == ["run"]
+
+
+def test_other_files_are_sent_before_a_run_starts(monkeypatch):
+  world = World(monkeypatch, [])
+  monkeypatch.setattr(workers, "commit", lambda: "another commit")
+  world.supervise()
+  assert world.done == ["setup", "run"]
+
+
+def test_restarts_without_a_new_step_are_bounded_and_further_apart(monkeypatch):
+  world = World(monkeypatch, [life(75, 75, step=4)] * 9, MAX_RESTARTS="3")
+  with pytest.raises(exits.Failure) as raised:
+    world.supervise()
+  assert raised.value.exit == Exit.RESTARTS_SPENT
+  # The first has brought steps 0 to 4, the others nothing.
+  assert world.done == ["run"] * 4
+  assert [p for p in world.pauses if p >= 30] == [30, 60, 120]
+
+
+def test_a_new_step_makes_up_for_restarts(monkeypatch):
+  lives = [life(75, 75, step=step) for step in range(20)]
+  world = World(monkeypatch, lives, MAX_RESTARTS="1")
+  assert world.supervise() == 0
+  assert world.done == ["run"] * 21
+  assert {p for p in world.pauses if p >= 30} == {30}
+
+
+def test_pauses_grow_to_a_quarter_of_an_hour():
+  pauses = [PATIENCE.pause(restarts) for restarts in range(1, 200)]
+  assert pauses[:5] == [30, 60, 120, 240, 480]
+  assert set(pauses[5:]) == {900}
+
+
+@pytest.mark.parametrize(
+  "codes, why",
+  [
+    ([0, 0], 0),
+    ([75, 75], 75),
+    ([75, 0], 75),
+    ([134, 75], 134),
+    ([76, 134], 76),
+    ([1, 134], 1),
+    ([134, 1, 75], 1),
+    ([1, 64], 64),
+    ([1, 137, 134], 137),
+    ([-1, 1], -1),
+    ([139, 134], 139),
+  ],
+)
+def test_one_host_says_why_all_ended(codes, why):
+  assert supervision.verdict(codes) == why
+  assert supervision.verdict(codes[::-1]) == why

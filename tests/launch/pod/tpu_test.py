@@ -1,0 +1,120 @@
+"""The real gcloud, against an API and workers on this machine."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
+  reason="no gcloud, or no ssh-keygen, on PATH",
+)
+
+CONFIG = "configs/my config.py"
+
+
+def eventually(claim, seconds: float = 120.0):
+  """What a claim gives once it gives something; a busy machine is slow."""
+  until = time.monotonic() + seconds
+  while not (found := claim()):
+    assert time.monotonic() < until, "it never came to be"
+    time.sleep(0.1)
+  return found
+
+
+def starts(cloud) -> list[dict]:
+  path = cloud.folder / "started"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def asked(cloud) -> list[str]:
+  """What was asked to change, without the ssh keys that gcloud spreads."""
+  return [
+    f"{method} {re.sub(r'.*/locations/[^/]*/', '', url)}"
+    for method, url, _ in cloud.requests
+    if method != "PATCH"
+  ]
+
+
+def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
+  laptop, cloud, tmp_path
+):
+  """With the machines gone in the middle, and names full of traps."""
+  workdir = tmp_path / "a shared disk" / "the 'first' $(run)"
+  laptop.settings |= {"WORKDIR": str(workdir), "LABELS": "team=vision"}
+  cloud.requested_states = ["WAITING_FOR_RESOURCES", "ACTIVE"]
+  said = ""
+
+  def tpu(*words: str) -> str:
+    nonlocal said
+    done = laptop.tpu(*words)
+    assert done.returncode == 0, done.stderr
+    said += done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+  tpu("create")
+  create = "POST queuedResources?alt=json&queuedResourceId=grpo-1"
+  assert asked(cloud) == [create]
+  body = cloud.requests[0][2]
+  assert body["queueingPolicy"] == {"validUntilDuration": "21600s"}
+  assert "spot" in body
+  node = body["tpu"]["nodeSpec"][0]["node"]
+  assert node["acceleratorType"] == "v5litepod-16"
+  assert node["runtimeVersion"] == "v2-alpha-tpuv5-lite"
+  assert node["labels"] == {"grpo-tpu": "grpo-1", "team": "vision"}
+  assert "there already" in tpu("create")
+  assert asked(cloud) == [create]
+
+  assert "2 workers" in tpu("wait", "--poll=0.1")
+  tpu("setup")
+  commit = laptop.git("rev-parse", "HEAD")
+  for number in range(2):
+    code = cloud.worker(number) / "grpo_tpu" / "code"
+    assert (code / "COMMIT").read_text() == f"{commit}\n"
+    assert (code / CONFIG).exists()
+    assert not (code / "launch" / "tpu.env").exists()
+
+  flags = ['--config.a=it\'s $HOME; `x` "y"', "--config.b=('m:f',)"]
+  tpu("run", CONFIG, "--", *flags)
+  one, other = starts(cloud)
+  assert one["words"] == other["words"]
+  assert one["words"] == [
+    *("-m", "grpo_tpu.main", f"--config={CONFIG}", *flags),
+    f"--workdir={workdir}",
+  ]
+  assert {one["worker"], other["worker"]} == {"127.0.0.10", "127.0.0.11"}
+  (cloud.folder / "step").write_text("3")
+  eventually(lambda: (workdir / "checkpoints" / "00000003").exists())
+  status = tpu("status")
+  assert status.count("running") == 2
+  assert "last step 3, newest checkpoint 3" in status
+
+  process = laptop.start(
+    *("supervise", "--poll=0.3", "--pause=0.1", CONFIG, "--", *flags)
+  )
+  looks = cloud.looks
+  eventually(lambda: cloud.looks > looks + 2)
+  assert len(starts(cloud)) == 2  # It has found the run, and left it alone.
+  cloud.will_preempt = True
+  eventually(lambda: len(starts(cloud)) == 4)
+  assert [start["words"] for start in starts(cloud)] == [one["words"]] * 4
+  (cloud.folder / "step").write_text("5")
+  eventually(lambda: (workdir / "checkpoints" / "00000005").exists())
+  (cloud.folder / "end").write_text("0")
+  out, err = process.communicate(timeout=120)
+  said += out + err
+  assert process.returncode == 0, err
+  assert "SUSPENDED, 83" in err
+  log = (cloud.worker(1) / "grpo_tpu" / "run" / "log").read_text()
+  assert "127.0.0.11 goes on from step 3" in log
+
+  assert "exit code 0" in tpu("status")
+  tpu("delete")
+  delete = "DELETE queuedResources/grpo-1?alt=json&force=True"
+  assert asked(cloud) == [create, delete, create, delete]
+  assert cloud.nodes == cloud.queued == {}
+  assert "nothing to delete" in tpu("delete")
+  assert laptop.token not in said

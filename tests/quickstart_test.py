@@ -1,0 +1,160 @@
+"""What the guides tell a reader to type works as it stands."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from data_pipelines import records
+from grpo_tpu.rewards import custom
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_STAYS = shutil.ignore_patterns(
+  *(".git", ".venv*", "runs", "__pycache__", ".*_cache", "*.egg-info")
+)
+# Says of each command line of the program what its checks say. In a process of
+# its own, for absl's flags are one set to a process.
+_CHECK = """
+import sys
+from grpo_tpu import command_line
+from grpo_tpu import config as run_config
+assert command_line.parsed(sys.argv) == sys.argv[:1]
+run_config.Config.from_config_dict(command_line.CONFIG.value)
+"""
+
+
+def blocks(page: str, language: str) -> list[str]:
+  """The fenced blocks of a page in a language."""
+  text = (ROOT / "docs" / page).read_text()
+  return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.M)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> pathlib.Path:
+  """A fresh copy of the tree, with this Python's packages as its venv."""
+  copy = tmp_path_factory.mktemp("fresh") / "a checkout"
+  shutil.copytree(ROOT, copy, ignore=_STAYS)
+  (copy / ".venv").symlink_to(sys.prefix)
+  return copy
+
+
+def environment(checkout: pathlib.Path) -> dict[str, str]:
+  """As a reader has it, but for the venv: nothing of the tests' own."""
+  dropped = ("PYTHONPATH", "XLA_FLAGS", "JAX_PLATFORMS")
+  kept = {k: v for k, v in os.environ.items() if k not in dropped}
+  return kept | {"GRPO_TPU_VENV": str(checkout / ".venv")}
+
+
+def typed(command: str, checkout: pathlib.Path, timeout: float) -> str:
+  """Types it into a shell in the checkout; what it prints."""
+  ran = subprocess.run(
+    ["bash", "-c", command],
+    cwd=checkout,
+    env=environment(checkout),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=timeout,
+  )
+  assert ran.returncode == 0, ran.stdout[-6000:]
+  return ran.stdout
+
+
+def test_every_command_of_the_quickstart_has_flags_and_settings_that_are_there(
+  checkout,
+):
+  """All but the training: no word of them is unknown or out of its rule."""
+  words = [
+    shlex.split(block.replace("\\\n", " "))
+    for page in ("quickstart.md", "extending.md")
+    for block in blocks(page, "sh")
+  ]
+  assert len(words) >= 5
+  programs = [line for line in words if "grpo_tpu.main" in line]
+  assert len(programs) >= 3
+  for line in programs:
+    flags = line[line.index("grpo_tpu.main") + 1 :]
+    code = [sys.executable, "-c", _CHECK, *flags]
+    ran = subprocess.run(code, cwd=checkout, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_rewards_of_the_guide_are_rewards(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (source,) = [x for x in blocks("extending.md", "python") if "my_rewards" in x]
+  (tmp_path / "my_rewards.py").write_text(source)
+  values = dict.fromkeys(records.FIELDS, "") | {"unit": "cm", "answer": "3"}
+  problem = records.Problem(**values)
+  for name in ("brevity", "names_the_unit"):
+    reward = custom.resolve(f"my_rewards:{name}")
+    paid = reward(["3 cm", "three"], [problem, problem])
+    assert len(paid) == 2 and all(map(math.isfinite, paid))
+    assert paid[0] != paid[1] or name == "brevity"
+  spec = importlib.util.find_spec("my_rewards")
+  assert spec and spec.origin == str(tmp_path / "my_rewards.py")
+
+
+def test_the_data_of_the_guide_can_be_trained_on(checkout):
+  """Drawn, read, divided, none refused, and of no terms that forbid it."""
+  (source,) = [x for x in blocks("extending.md", "python") if "my_probl" in x]
+  (checkout / "my_problems.py").write_text(source)
+  (command,) = blocks("extending.md", "sh")
+  typed(command, checkout, timeout=300)
+  manifest = json.loads(
+    (checkout / "runs" / "squares-data" / "manifest.json").read_text()
+  )
+  assert sum(manifest["counts"].values()) == 60 and not manifest["rejects"]
+  assert manifest["terms"] == "" and manifest["counts"]["train"] > 30
+
+
+@pytest.mark.nightly
+def test_the_quickstart_runs_as_it_stands(checkout):
+  """Every block, in order, in a copy that nothing was ever run in."""
+  for block in blocks("quickstart.md", "sh"):
+    if "tensorboard" in block:
+      serves(block, checkout)
+    else:
+      said = typed(block, checkout, timeout=1800)
+      for noise in ("Traceback", "libtpu", "Unable to initialize backend"):
+        assert noise not in said
+  runs = checkout / "runs"
+  assert json.loads((runs / "smoke" / "smoke.json").read_text())["steps"] == 100
+  assert (runs / "smoke-evaluation" / "eval" / "report.html").is_file()
+  assert list((runs / "smoke" / "export").glob("*.safetensors"))
+  preference = json.loads((runs / "preference" / "run.json").read_text())
+  assert preference["end"]["exit_code"] == 0
+  assert preference["end"]["step"] == 20
+
+
+def serves(command: str, checkout: pathlib.Path) -> None:
+  """The command of a server, until it answers at the address it prints."""
+  log = checkout / "server.txt"
+  with log.open("wb") as file:
+    process = subprocess.Popen(
+      ["bash", "-c", f"exec {command}"],
+      cwd=checkout,
+      env=environment(checkout),
+      stdout=file,
+      stderr=subprocess.STDOUT,
+    )
+  try:
+    deadline = time.monotonic() + 120
+    while not (found := re.search(r"http://\S+/", log.read_text())):
+      assert process.poll() is None, log.read_text()
+      assert time.monotonic() < deadline, log.read_text()
+      time.sleep(0.2)
+    with urllib.request.urlopen(found[0]) as answer:
+      assert b"TensorBoard" in answer.read()
+  finally:
+    process.kill()
+    process.wait()
