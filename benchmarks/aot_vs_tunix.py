@@ -8,9 +8,10 @@ say what work. Prints both sides and their ratios; the last line is JSON.
 PYTHON is that of a venv with Tunix and, for the same compiler, our jax and
 libtpu: the last line that `bash benchmarks/setup_peers.sh --aot` prints. What
 Tunix would do on TPUs, and does not where it finds none, is put back: the
-sharding of its activations. Its temperature is set, as its learner does at run time; the
-optimizer alone is donated, as its trainer does. Both sides have AdamW with
-parameters and moments in bfloat16, the type of Tunix's, and recompute layers.
+sharding of its activations. Its temperature is set, as its learner does at run
+time; the optimizer alone is donated, as its trainer does. Both sides have AdamW
+with parameters and moments in bfloat16, the type of Tunix's, and recompute
+layers.
 """
 
 import argparse

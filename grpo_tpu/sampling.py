@@ -74,7 +74,7 @@ def _blocks(logits: Float[Array, "U C V"]) -> Float[Array, "U C n size"]:
 
 
 def _noise(
-  key: Key[Array, ""], t: Int[Array, ""], shape: tuple[int, int]
+  key: Key[Array, ""], t: Int[Array, ""], shape: tuple[int, ...]
 ) -> tuple[Float[Array, " n"], Float[Array, " size"]]:
   """Gumbel noise of one draw, for the blocks and for the tokens of one."""
   keys = jax.random.split(jax.random.fold_in(key, t))

@@ -2,8 +2,9 @@
 
 Hand arithmetic over settings, for bounds: each transfer perfectly spread, and
 nothing moved more often than the programs must that keep no weights whole: for
-each microbatch, and for each token that is decoded. What a compiled program shows is searched for defects,
-never summed, for its text says neither trips nor what was fused.
+each microbatch, and for each token that is decoded. What a compiled program
+shows is searched for defects, never summed, for its text says neither trips nor
+what was fused.
 """
 
 import math
