@@ -69,8 +69,8 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   model, size, *_ = path.stem.split("_")
   assert config.model.name == f"{model}_{size}"
   assert (config.lora is not None) == (kind == "lora")
-  topology = TOPOLOGIES[path.stem]
-  assert path.stem.endswith(chips.parse(topology).slice_name.replace("-", "_"))
+  topology = chips.parse(TOPOLOGIES[path.stem])
+  assert path.stem.endswith(topology.slice_name.replace("-", "_"))
   planning.check(config, topology)
 
 

@@ -140,12 +140,10 @@ run() {
   else
     command=("${GRPO_TPU_PYTHON:-$code/.venv/bin/python}" -m grpo_tpu.main)
   fi
-  # A copy: bash reads as it goes, and the next setup writes over this file.
-  cp "${BASH_SOURCE[0]}" "$state/guard.sh"
   cd "$code"
   # In a session of its own, with no terminal: an ssh that ends, or is cut, does
   # not reach it.
-  setsid --fork bash "$state/guard.sh" guard "${command[@]}" \
+  setsid --fork bash "$HOME/grpo_tpu_worker.sh" guard "${command[@]}" \
     "${arguments[@]}" </dev/null >>"$output" 2>&1
   for _ in {1..100}; do
     if [[ -s $state/pid ]]; then return; fi
@@ -171,6 +169,8 @@ guard() {
   write exit_code "$exit_code"
   printf '%s the run ended with exit code %s\n' "$(date -u +%FT%TZ)" \
     "$exit_code"
+  # Or bash would read on in this file, which a setup may have written anew.
+  exit
 }
 
 # At once or not at all.

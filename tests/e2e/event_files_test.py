@@ -98,6 +98,18 @@ def test_every_number_of_a_run_is_explained_on_the_page(unbroken):
   assert [name for name in names if not known.fullmatch(name)] == []
 
 
+def test_the_card_of_a_run_says_what_it_ran_on_and_how_it_ended(
+  unbroken, resumed
+):
+  card = json.loads((unbroken.workdir / "run.json").read_text())
+  (attempt,) = card["attempts"]
+  assert attempt["exit_code"] == 0 and attempt["step"] == 6
+  assert card["end"]["newest_checkpoint"].endswith("checkpoints/00000006")
+  # Killed three times, of which nothing was left to say.
+  card = json.loads((resumed.workdir / "run.json").read_text())
+  assert [a["exit_code"] for a in card["attempts"]] == [None, None, None, 0]
+
+
 @pytest.fixture(scope="module")
 def tensorboard(unbroken, tmp_path_factory):
   """The address of a TensorBoard on the workdir of a run."""
@@ -114,6 +126,10 @@ def tensorboard(unbroken, tmp_path_factory):
     while not (found := re.search(r"http://\S+/", log.read_text())):
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.2)
+    # What it has not read yet it would show to no page that is open.
+    while not asked(found[0], "data/plugin/custom_scalars/layout"):
+      assert time.monotonic() < deadline
+      time.sleep(0.5)
     yield found[0]
   finally:
     process.kill()
@@ -131,10 +147,7 @@ def test_tensorboard_serves_the_layout_and_the_curves_of_each_chart(
 ):
   """Together the charts show every number that the run has written."""
   plugin = "data/plugin/custom_scalars"
-  deadline = time.monotonic() + 120
-  while not (layout := asked(tensorboard, f"{plugin}/layout")):
-    assert time.monotonic() < deadline
-    time.sleep(0.5)
+  layout = asked(tensorboard, f"{plugin}/layout")
   titles = [category["title"] for category in layout["category"]]
   assert titles == list(dashboard.SECTIONS)
   shown = set()

@@ -339,6 +339,7 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
     assert not save(checkpoints, 5, float("nan"))
     assert save(checkpoints, 6, 0.8)
   assert names(tmp_path) == ["00000002", "00000006"]
+  assert archive.best_path(tmp_path) == tmp_path / "00000002"
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert save(checkpoints, 7, 0.95)
   assert names(tmp_path) == ["00000007"]

@@ -287,6 +287,7 @@ def test_the_config_is_shown_nested_and_compared_flat(tmp_path, events):
     writer.write_config(config)
   calls = {name: args for name, *args in events.calls}
   assert '"fsdp": 4' in calls["write_texts"][1]["config"]
+  assert list(calls["write_summaries"][1]) == ["custom_scalars__config__"]
   assert calls["write_hparams"] == [
     {"seed": 1, "mesh.fsdp": 4, "buckets": "(64, 128)", "dir": "None"}
   ]

@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
     f"--workdir={workdir}",
   ]
   assert {one["worker"], other["worker"]} == {"127.0.0.10", "127.0.0.11"}
-  (cloud.folder / "step").write_text("3")
+  cloud.tell("step", 3)
   eventually(lambda: (workdir / "checkpoints" / "00000003").exists())
   status = tpu("status")
   assert status.count("running") == 2
@@ -101,9 +101,9 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
   cloud.will_preempt = True
   eventually(lambda: len(starts(cloud)) == 4)
   assert [start["words"] for start in starts(cloud)] == [one["words"]] * 4
-  (cloud.folder / "step").write_text("5")
+  cloud.tell("step", 5)
   eventually(lambda: (workdir / "checkpoints" / "00000005").exists())
-  (cloud.folder / "end").write_text("0")
+  cloud.tell("end", 0)
   out, err = process.communicate(timeout=120)
   said += out + err
   assert process.returncode == 0, err

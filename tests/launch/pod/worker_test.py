@@ -203,25 +203,26 @@ def test_a_bucket_that_cannot_be_mounted_ends_it(worker):
 
 def test_progress_is_read_from_the_workdir(worker, tmp_path):
   workdir = tmp_path / "a workdir"
-  for name in ("00000009", "00000010", "11.orbax-checkpoint-tmp", "quarantine"):
+  for name in ("00000009", "00000010", "00000020", "30.tmp", "quarantine"):
     (workdir / "checkpoints" / name).mkdir(parents=True)
   metrics = '{"step": 11, "loss": 1.0}\n{"step": 12}\n{"st'
   (workdir / "metrics.jsonl").write_text(metrics)
   worker.do("run", str(workdir), "")
   status = worker.status()
-  assert (status.step, status.checkpoint) == (12, 10)
+  assert (status.step, status.checkpoint) == (12, 20)
 
 
 def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
-  """Bash reads its script as it goes."""
+  """Bash reads its script as it goes, and would read on behind the old end."""
   worker.add("trainer", "sleep 1; exit 75")
   worker.do("run", str(tmp_path), "")
   script = worker.home / "grpo_tpu_worker.sh"
   text = script.read_text()
-  script.write_text("exit 1\n" * 500)
-  time.sleep(1.5)
-  script.write_text(text)
+  more = f'[[ $verb != guard ]] || touch "{worker.home}/read on"\n'
+  script.write_text(text + more)
   eventually(lambda: worker.status().exit_code == 75)
+  time.sleep(0.3)
+  assert not (worker.home / "read on").exists()
 
 
 def test_an_image_is_run_with_the_same_words(worker, tmp_path):
