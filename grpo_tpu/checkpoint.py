@@ -335,6 +335,10 @@ class Checkpoints:
     except Exception:
       # At once, though the other hosts may not know before they have waited.
       logging.exception("%s could not be saved.", path)
+      # Else the next save would meet what Orbax has not told yet, on one
+      # process alone, and that one would miss where all of them meet.
+      with contextlib.suppress(Exception):
+        self._writer.wait_until_finished()
       raise
 
   def _settle(self, *, is_blocking: bool) -> None:

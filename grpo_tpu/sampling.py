@@ -51,13 +51,14 @@ def sample(
   peak = logits.max(axis=-1)
   blocks = _blocks(logits - peak[..., None])
   masses = jnp.exp(blocks).sum(axis=-1)
+  *_, count, size = blocks.shape
   of_blocks, of_tokens = jax.vmap(
-    jax.vmap(lambda key: _noise(key, t, blocks.shape[-2:]))
+    jax.vmap(lambda key: _noise(key, t, (count, size)))
   )(keys)
   block = jnp.argmax(jnp.log(masses) + of_blocks, axis=-1)
   fallen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
   token = jnp.argmax(fallen[..., 0, :] + of_tokens, axis=-1)
-  ids = block * blocks.shape[-1] + token
+  ids = block * size + token
   chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
   return ids, chosen - peak - jnp.log(masses.sum(axis=-1))
 

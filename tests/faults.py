@@ -6,11 +6,11 @@
 process SIGKILL and SIGSTOP, "term" sends SIGTERM and waits until all hosts know
 of it, so that the next common poll is the one at which they stop, "raise"
 raises, "hang" turns in a circle, "slow" sleeps for two seconds, "nan" pays its
-completions of the step NaN. POINTs: "rollout" (the default) and "update" as
-they begin, "decode" between two polls of a rollout, "save" as soon as a save
-has been handed over; a signal may come so many SECONDS after. Nothing in the
-program knows of it: this wraps what it wants to disturb, and where `FAULT` is
-not set, wraps nothing.
+completions of the step so much that their gradient is not finite. POINTs:
+"rollout" (the default) and "update" as they begin, "decode" between two polls
+of a rollout, "save" as soon as a save has been handed over; a signal may come
+so many SECONDS after. Nothing in the program knows of it: this wraps what it
+wants to disturb, and where `FAULT` is not set, wraps nothing.
 
 It takes the place of an interpreter: `GRPO_TPU_PYTHON=tests/faults.sh`, which
 runs `PYTHON` on it.
@@ -138,7 +138,10 @@ def _strike_between_polls(preemption: Any, train: Any, fault: Fault) -> None:
 
 
 def _poison(experience: Any, train: Any, step: int) -> None:
-  """Pays this host's completions of a step NaN, past every check of rewards."""
+  """Pays this host's completions of a step so much that no float holds the sum.
+
+  A reward that is NaN would stay out of the statistics.
+  """
   sample, by_group = train._Run.experience, experience._by_group
   now = {"step": 0}
 
@@ -152,7 +155,9 @@ def _poison(experience: Any, train: Any, step: int) -> None:
     rewards, valid = by_group(*args, **kwargs)
     if now["step"] == step:
       print(f"FAULT nan@{step} strikes", file=sys.stderr, flush=True)
-      rewards["total"] = rewards["total"] * float("nan")
+      total = rewards["total"]
+      rewards["total"] = total * 0 + 3e38
+      rewards["total"][:, 0] = 2e38
     return rewards, valid
 
   train._Run.experience, experience._by_group = sampled, paid

@@ -108,4 +108,5 @@ def test_the_slow_host_is_named(start, tmp_path):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   row = json.loads(lines[3])
   assert row["perf/slowest_host"] == 1
-  assert row["perf/straggler_seconds"] > 1
+  # Against the median, which of two lies half-way.
+  assert row["perf/straggler_seconds"] > 0.5

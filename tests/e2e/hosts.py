@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 800
 
 
 @dataclasses.dataclass

@@ -182,21 +182,22 @@ def fail(mesh, folder, timeout):
 
 def hinder(mesh, folder, hindered):
   """Saves step 1; once a file is there, further ones until it is given up."""
-  with checkpointing.opened(
-    folder, max_failures=2, timeout_seconds=5
-  ) as checkpoints:
-    checkpoints.save(1, state_of(mesh, 1), {})
-    checkpoints.wait()
-    print("SAVED", flush=True)
-    while not os.path.exists(hindered):
-      time.sleep(0.01)
-    start = time.monotonic()
-    try:
+  start = time.monotonic()
+  try:
+    with checkpointing.opened(
+      folder, max_failures=2, timeout_seconds=5
+    ) as checkpoints:
+      checkpoints.save(1, state_of(mesh, 1), {})
+      checkpoints.wait()
+      print("SAVED", flush=True)
+      while not os.path.exists(hindered):
+        time.sleep(0.01)
+      start = time.monotonic()
       for step in range(2, 2000):
         checkpoints.save(step, state_of(mesh, step), {})
         time.sleep(0.01)
-    except checkpoint.CheckpointError as error:
-      return {"error": str(error), "seconds": time.monotonic() - start}
+  except checkpoint.CheckpointError as error:
+    return {"error": str(error), "seconds": time.monotonic() - start}
   return {}
 
 

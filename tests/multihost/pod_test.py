@@ -10,7 +10,12 @@ ALONE = pods.Topology(hosts=1, devices=1, fsdp=1, tensor=1)
 TWO = pods.Topology(hosts=2, devices=2, fsdp=4, tensor=1)
 # Two hosts share each part of the batch, and read the same rows.
 FOUR = pods.Topology(hosts=4, devices=1, fsdp=2, tensor=2)
-REPLICAS = pods.Topology(hosts=1, devices=4, replica=2, fsdp=1, tensor=2)
+# By replica x fsdp x tensor, in one process.
+MESHES = {
+  "2x1x2": pods.Topology(hosts=1, devices=4, replica=2, fsdp=1, tensor=2),
+  "2x2x1": pods.Topology(hosts=1, devices=4, replica=2, fsdp=2, tensor=1),
+  "4x1x1": pods.Topology(hosts=1, devices=4, replica=4, fsdp=1, tensor=1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +71,9 @@ def test_four_hosts_of_which_two_share_rows_train_as_one_does(alone, four):
 
 
 @pytest.mark.nightly
-def test_replicas_of_two_devices_train_as_one_does(alone, new_pod):
-  assert_same_run(new_pod().finish(REPLICAS), alone)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_replicas_train_as_one_device_does(alone, new_pod, mesh):
+  assert_same_run(new_pod().finish(MESHES[mesh]), alone)
 
 
 @pytest.fixture(scope="module")
