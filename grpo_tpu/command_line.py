@@ -13,6 +13,12 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run keeps all it writes.", required=True
 )
+flags.register_validator(
+  "workdir",
+  lambda value: value is None or "://" not in value,
+  "must be a folder, for a run appends to files and renames them: mount the"
+  " bucket, as launch/tpu.sh does with gcsfuse, and name its folder.",
+)
 MODE = flags.DEFINE_enum(
   "mode",
   "train",

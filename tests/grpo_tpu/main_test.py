@@ -52,6 +52,10 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     (["--config=configs/no_such.py", WORKDIR], ["configs/no_such.py"]),
     ([CONFIG], ["--workdir"]),
     (
+      [CONFIG, "--workdir=gs://bucket/run"],
+      ["--workdir=gs://bucket/run", "must be a folder", "mount the bucket"],
+    ),
+    (
       [CONFIG, WORKDIR, "--config.rollout.temperature=0.0"],
       ["rollout.temperature (0.0) must be above 0", "rollout.temperature=1.0"],
     ),
@@ -83,6 +87,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "wrong type",
     "no such config",
     "no workdir",
+    "a bucket for a workdir",
     "rule broken",
     "no such data",
     "no such reward",
