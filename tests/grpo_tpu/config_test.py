@@ -400,11 +400,14 @@ def test_tensor_shards_do_not_divide_the_batch():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"mesh.tensor": 4}, r"mesh\.tensor \(4\) must divide axis 1 of .*of 2\."),
+    (
+      {"mesh.tensor": 4},
+      r"mesh\.tensor \(4\) must divide axis 1 of .*of 2: .*mesh\.tensor=2\.",
+    ),
     (
       {"mesh.fsdp": 24, "data.prompts_per_step": 24}
       | {"train.microbatch_bundles": 24, "eval.batch_size": 24},
-      r"mesh\.fsdp \(24\) must divide axis \d of .*of 64\.",
+      r"mesh\.fsdp \(24\) must divide axis \d of .*of 64: .*mesh\.fsdp=16\.",
     ),
   ],
 )

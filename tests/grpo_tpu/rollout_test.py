@@ -387,6 +387,9 @@ def test_finished_prompts_are_handed_out_once_and_in_full(tiny, prompts):
     tiny,
     prompts,
     np.arange(PROMPTS),
+    # Few and long, so that some prompts are done before others.
+    num_completions=1,
+    max_new_tokens=40,
     chunk_tokens=1,
     finished=parts.append,
     poll=lambda: polls.append(len(parts)),
