@@ -24,6 +24,7 @@ from grpo_tpu import (
   optimizer,
   pictures,
   rollout,
+  sections,
   sharding,
   train_state,
   train_step,
@@ -423,16 +424,16 @@ def _interleaved(place, *parts):
   return jax.tree.map(joined, *parts)
 
 
-def _cast(params: dict, settings: run_config.ModelSettings) -> dict:
+def _cast(params: dict, model: sections.ModelSettings) -> dict:
   """A reference's matrices in the type that is set for them."""
-  dtype = jnp.dtype(settings.reference_dtype or settings.param_dtype)
+  dtype = jnp.dtype(model.reference_dtype or model.param_dtype)
 
   def cast(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     is_kept = name.endswith("scale") or name.startswith("vision_encoder")
     return x if is_kept else x.astype(dtype)
 
-  if dtype == settings.param_dtype:
+  if dtype == model.param_dtype:
     return params
   return jax.tree_util.tree_map_with_path(cast, params)
 

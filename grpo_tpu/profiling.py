@@ -80,6 +80,7 @@ class Profiler:
     options = jax.profiler.ProfileOptions()
     # The same on every host.
     options.session_id = f"steps-{self._first}-{self._last}"
+    # Whatever goes wrong with a trace must not end the run that it looks at.
     try:
       jax.profiler.start_trace(self._folder, profiler_options=options)
     except Exception:

@@ -60,6 +60,7 @@ FLOORS = {
     "grpo_tpu.metrics",
     "grpo_tpu.optimizer",
     "grpo_tpu.pictures",
+    "grpo_tpu.sections",
   },
   5: {"grpo_tpu.config", "grpo_tpu.rollout", "grpo_tpu.train_step"},
   6: {

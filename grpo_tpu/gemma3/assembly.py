@@ -1,13 +1,13 @@
-"""Parameters put together on their devices, one layer of tensors at a time.
+"""Parameters put together on their devices, one tensor at a time.
 
 Files hold a tensor per layer where the tree stacks all layers along a leading
 axis. Here the stacks are made on the devices, empty, and filled in place, so
-that host memory holds one layer's tensors or the embedding, never the model.
+that host memory holds one tensor of a layer or the embedding, never the model.
 Knows nothing of file formats.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +21,10 @@ from grpo_tpu.gemma3 import config as gemma3_config
 _STACKS = ("layers", "vision_encoder/layers")
 
 Place = Callable[[dict], dict]
-# Given a stack's layer (None outside of stacks) and the pieces wanted, by path:
-# shape, dtype and sharding.
+# Given a stack's layer (None outside of stacks) and the pieces wanted, by path
+# (shape, dtype and sharding), yields path and piece of each as it is asked for.
 Read = Callable[
-  [int | None, dict[str, jax.ShapeDtypeStruct]], Mapping[str, Any]
+  [int | None, dict[str, jax.ShapeDtypeStruct]], Iterable[tuple[str, Any]]
 ]
 
 
@@ -48,7 +48,8 @@ def assembled(abstract: dict, read: Read) -> dict:
   values: dict[str, jax.Array] = {}
   for path, shape in shapes.items():
     if _stack_of(path) is None:
-      values[path] = _put(read(None, {path: shape})[path], shape)
+      ((_, value),) = read(None, {path: shape})
+      values[path] = _put(value, shape)
   for stack in _STACKS:
     inside = {p: s for p, s in shapes.items() if _stack_of(p) == stack}
     if inside:
@@ -87,22 +88,21 @@ def _filled_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
   def zeros():
     return {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
-  def put(stacks, layer, index):
-    return jax.tree.map(
-      lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, index, 0),
-      stacks,
-      layer,
-    )
-
   stacks = jax.jit(zeros, out_shardings=places)()
   num_layers = next(iter(shapes.values())).shape[0]
   for index in range(num_layers):
-    given = read(index, pieces)
-    layer = {path: _put(given[path], piece) for path, piece in pieces.items()}
-    # Waits, or the host would read ahead of the devices without bound.
-    stacks = jax.block_until_ready(put(stacks, layer, np.int32(index)))
+    for path, value in read(index, pieces):
+      piece = _put(value, pieces[path])
+      # Waits, or the host would read ahead of the devices without bound.
+      stacks[path] = jax.block_until_ready(
+        _with_layer(stacks[path], piece, np.int32(index))
+      )
   return stacks
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 def _of_one_layer(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ References:
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -89,9 +89,10 @@ class File:
 
   def read(
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
-  ) -> dict[str, np.ndarray]:
+  ) -> Iterator[tuple[str, np.ndarray]]:
     """The pieces asked for, as `assembly.assembled` wants them."""
-    return {path: self._piece(layer, path, x) for path, x in pieces.items()}
+    for path, piece in pieces.items():
+      yield path, self._piece(layer, path, piece)
 
   def _piece(self, layer, path: str, piece) -> np.ndarray:
     names = _names(path, layer)

@@ -1,6 +1,6 @@
 """Our parameter tree from Hugging Face safetensors, and back.
 
-Reading, each device gets the slices it holds and no others, a layer at a time.
+Reading, each device gets the slices it holds and no others, a tensor at a time.
 `huggingface_config` says what the sizes are, `huggingface_layout` where a leaf
 lies.
 
@@ -102,7 +102,7 @@ class Checkpoint:
     """The tree of these shapes, types and places; each leaf names its sharding.
 
     At any time the host holds, beyond what it keeps as parameters, at most its
-    own devices' part of a layer, or of a tensor that is in none.
+    own devices' part of one tensor of ours.
     """
     params = assembly.assembled(abstract_params, self._read)
     logging.info("Read the parameters of %s.", self._directory)
@@ -110,9 +110,10 @@ class Checkpoint:
 
   def _read(
     self, layer: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
-  ) -> dict[str, jax.Array]:
-    """The pieces wanted of a layer, or of what is in none, by path."""
-    return {path: self._piece(path, layer, x) for path, x in wanted.items()}
+  ) -> Iterator[tuple[str, jax.Array]]:
+    """Path and piece of what is wanted of a layer, or of what is in none."""
+    for path, piece in wanted.items():
+      yield path, self._piece(path, layer, piece)
 
   def _piece(
     self, path: str, layer: int | None, wanted: jax.ShapeDtypeStruct

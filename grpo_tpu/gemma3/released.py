@@ -90,8 +90,8 @@ class Checkpoint:
 
   def read(
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
-  ) -> dict[str, jax.Array]:
-    """The pieces asked for, on their devices; nothing else is read."""
+  ) -> list[tuple[str, jax.Array]]:
+    """The pieces asked for, on their devices, read at once; nothing else is."""
     keys = {path: self._keys[_library_name(path, layer)] for path in pieces}
     wanted: dict[str, Any] = {}
     for path, piece in pieces.items():
@@ -107,10 +107,10 @@ class Checkpoint:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       tree = reader.restore(self._path, args=args)
-    return {
-      path: functools.reduce(lambda node, key: node[key], keys[path], tree)
+    return [
+      (path, functools.reduce(lambda node, key: node[key], keys[path], tree))
       for path in pieces
-    }
+    ]
 
 
 def _tensors(

@@ -59,87 +59,74 @@ def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def assert_equal_with_gradients(ours, twin):
+  """Of states and embedding: what both give, weighed, and what flows back."""
+  states, _, embedding = inputs()
+  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+
+  def weighed(of):
+    return jax.value_and_grad(
+      lambda *args: sum(
+        jnp.sum(w * x) for w, x in zip(weight, of(*args), strict=True)
+      ),
+      argnums=(0, 1),
+    )(states, embedding)
+
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+    weighed(ours),
+    weighed(twin),
+  )
+
+
 @pytest.mark.parametrize("chunk_size", [5, 12])
 def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
   """In values and gradients; of the embedding they have none."""
-  states, ids, embedding = inputs()
-  banned = (0, VOCAB - 1)
+  _, ids, _ = inputs()
   ids = jnp.clip(ids, 1, VOCAB - 2)
-  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
-
-  def weighed(outputs):
-    return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
 
   def ours(states, embedding):
-    return weighed(
-      logprobs.per_token_logps(
-        states,
-        ids,
-        embedding,
-        temperature=TEMPERATURE,
-        chunk_size=chunk_size,
-        banned_ids=banned,
-      )
+    return logprobs.per_token_logps(
+      states,
+      ids,
+      embedding,
+      temperature=TEMPERATURE,
+      chunk_size=chunk_size,
+      banned_ids=(0, VOCAB - 1),
     )
 
   def without(states, embedding):
-    return weighed(plain(states, ids - 1, embedding[1:-1]))
+    return plain(states, ids - 1, embedding[1:-1])
 
-  for got, want in zip(
-    jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
-    jax.value_and_grad(without, argnums=(0, 1))(states, embedding),
-    strict=True,
-  ):
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-      got,
-      want,
-    )
+  assert_equal_with_gradients(ours, without)
 
 
 @pytest.mark.parametrize("chunk_size", [5, 12])
 def test_early_tokens_are_as_if_the_vocabulary_had_no_stop(chunk_size):
   """In values and gradients, and only they."""
-  states, ids, embedding = inputs()
+  _, ids, _ = inputs()
   stop = tokenizer.STOP_IDS[0]
   early = np.arange(SHAPE[-1]) < np.array([[0, 1], [2, 3]])[..., None]
   is_early = jnp.asarray(early)
   ids = jnp.where(is_early & (ids == stop), stop + 1, ids)
-  weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
-
-  def weighed(outputs):
-    return sum(jnp.sum(w * x) for w, x in zip(weight, outputs, strict=True))
 
   def ours(states, embedding):
-    return weighed(
-      logprobs.per_token_logps(
-        states,
-        ids,
-        embedding,
-        temperature=TEMPERATURE,
-        chunk_size=chunk_size,
-        is_early=is_early,
-      )
+    return logprobs.per_token_logps(
+      states,
+      ids,
+      embedding,
+      temperature=TEMPERATURE,
+      chunk_size=chunk_size,
+      is_early=is_early,
     )
 
   def twin(states, embedding):
     kept = jnp.delete(embedding, stop, axis=0)
     early = plain(states, ids - (ids > stop), kept)
     late = plain(states, ids, embedding)
-    return weighed(
-      [jnp.where(is_early, x, y) for x, y in zip(early, late, strict=True)]
-    )
+    return [jnp.where(is_early, x, y) for x, y in zip(early, late, strict=True)]
 
-  for got, want in zip(
-    jax.value_and_grad(ours, argnums=(0, 1))(states, embedding),
-    jax.value_and_grad(twin, argnums=(0, 1))(states, embedding),
-    strict=True,
-  ):
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-      got,
-      want,
-    )
+  assert_equal_with_gradients(ours, twin)
 
 
 def test_uniform_logits_have_the_log_of_the_vocabulary_for_entropy():
