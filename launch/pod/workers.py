@@ -342,7 +342,8 @@ def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
   Raises:
     Failure: It could not be started.
   """
-  forward = ["-L", f"{port}:localhost:{port}"]
+  # With a terminal there, the worker's TensorBoard ends when this does.
+  forward = ["-tt", "-L", f"{port}:localhost:{port}"]
   call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
   with cloud.start(call, stderr=subprocess.PIPE) as process:
     _, error = process.communicate()

@@ -22,24 +22,10 @@ import psutil
 
 from launch.pod import settings as pod_settings
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 
-# Options of ssh and scp take a word of their own, or are one with it.
-SSH = """#!/bin/bash
-while [[ $1 != *@127.* ]]; do shift; done
-worker=$FAKE_CLOUD/workers/${1#*@}
-shift
-while [[ $1 != -- ]]; do shift; done
-shift
-if [[ ! -d $worker || -e $worker.cut ]]; then
-  echo "ssh: connect to host port 22: Connection timed out" >&2
-  exit 255
-fi
-cd "$worker"
-unset ${!CLOUDSDK@}
-export HOME=$PWD FAKE_WORKER=$PWD GRPO_TPU_PYTHON=$FAKE_CLOUD/trainer
-exec bash -c "$*"
-"""
+# Options take a word of their own, or are one with it.
 SCP = """#!/bin/bash
 files=()
 while (($# > 1)); do
@@ -57,6 +43,16 @@ if [[ ! -d $worker || -e $worker.cut ]]; then
   exit 255
 fi
 exec cp -- "${files[@]}" "$worker"
+"""
+# A worker's Python: all of it but the program is real.
+TRAINER = f"""#!/bin/bash
+if [[ $2 == grpo_tpu.main ]]; then
+  set -- -IS "{HERE}/pretend_trainer.py" "$@"
+fi
+exec "{sys.executable}" "$@"
+"""
+SSH = f"""#!/bin/bash
+exec "{sys.executable}" -IS "{HERE}/pretend_ssh.py" "$@"
 """
 
 
@@ -92,9 +88,7 @@ class Cloud:
     (folder / "bin").mkdir()
     self._add("bin/ssh", SSH)
     self._add("bin/scp", SCP)
-    trainer = ROOT / "tests" / "launch" / "pod" / "pretend_trainer.py"
-    words = f'"{sys.executable}" -IS "{trainer}" "$@"'
-    self._add("trainer", f"#!/bin/bash\nexec {words}\n")
+    self._add("trainer", TRAINER)
 
   def _add(self, name: str, script: str) -> None:
     (self.folder / name).write_text(script)
@@ -349,10 +343,13 @@ class Laptop:
     lines = [f"{name}={value}\n" for name, value in self.settings.items()]
     path = self.checkout / "launch" / "tpu.env"
     path.write_text("".join(lines))
+    # Ctrl-C reaches all of it, even where the tests themselves do not hear it.
+    heard = ["env", "--default-signal=INT"]
     return subprocess.Popen(
-      ["bash", str(self.checkout / "launch" / "tpu.sh"), *words],
+      [*heard, "bash", str(self.checkout / "launch" / "tpu.sh"), *words],
       cwd=self.home,
       env=self.environment,
+      start_new_session=True,
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

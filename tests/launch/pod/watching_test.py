@@ -1,0 +1,112 @@
+"""What a run says and draws is seen from the laptop while it goes on."""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from grpo_tpu import event_files
+from launch.pod import exits
+
+pytestmark = pytest.mark.skipif(
+  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
+  reason="no gcloud, or no ssh-keygen, on PATH",
+)
+
+CONFIG = "configs/my config.py"
+
+
+@pytest.fixture
+def running(laptop, cloud, tmp_path):
+  """A run on two workers; its workdir."""
+  workdir = tmp_path / "a shared disk" / "a run"
+  laptop.settings["WORKDIR"] = str(workdir)
+  node = {"labels": {"grpo-tpu": "grpo-1"}, "acceleratorType": "v5litepod-16"}
+  cloud.add_node("grpo-1", node)
+  for words in (("setup",), ("run", CONFIG)):
+    done = laptop.tpu(*words)
+    assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def lines_of(process: subprocess.Popen) -> queue.Queue:
+  """What it prints, as it comes."""
+  lines = queue.Queue()
+
+  def read():
+    for line in process.stdout:
+      lines.put(line.rstrip("\n"))
+
+  threading.Thread(target=read, daemon=True).start()
+  return lines
+
+
+def interrupt(process: subprocess.Popen) -> None:
+  """Ctrl-C, which a terminal sends to all that stand in its foreground."""
+  os.killpg(process.pid, signal.SIGINT)
+  assert process.wait(timeout=60) == exits.Exit.INTERRUPTED
+
+
+def test_logs_of_all_workers_of_one_and_as_they_come(running, laptop, cloud):
+  """With their numbers; and who stops looking stops nothing else."""
+  both = laptop.tpu("logs", "-n", "1").stdout.splitlines()
+  assert sorted(both) == [
+    "[worker 0] 127.0.0.10 goes on from step 0",
+    "[worker 1] 127.0.0.11 goes on from step 0",
+  ]
+  one = laptop.tpu("logs", "-w", "1").stdout.splitlines()
+  assert "the run starts" in one[0]
+  assert one[1:] == ["127.0.0.11 goes on from step 0"]
+
+  with laptop.start("logs", "-f", "-n", "1") as process:
+    lines = lines_of(process)
+    assert sorted(lines.get(timeout=60) for _ in range(2)) == sorted(both)
+    for number in (1, 0):
+      log = cloud.worker(number) / "grpo_tpu" / "run" / "log"
+      with log.open("a", encoding="utf-8") as file:
+        file.write("a new line\n")
+      assert lines.get(timeout=60) == f"[worker {number}] a new line"
+    interrupt(process)
+  assert laptop.tpu("status").stdout.count("running") == 2
+
+
+@pytest.mark.nightly  # TensorBoard takes its time to start.
+def test_tensorboard_shows_the_run_at_a_port_of_the_laptop(
+  running, laptop, cloud
+):
+  events = event_files.EventFiles(running, resume_step=None)
+  events.write(lambda writer: writer.write_scalars(7, {"train/loss": 0.5}))
+  events.close()
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  with laptop.start("tensorboard", f"--port={port}") as process:
+    lines_of(process)
+    url = f"http://localhost:{port}/data/plugin/scalars/tags"
+    until = time.monotonic() + 120
+    tags = {}
+    while "train/loss" not in str(tags):
+      assert time.monotonic() < until and process.poll() is None
+      try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+          tags = json.load(answer)
+      except (urllib.error.URLError, OSError):
+        time.sleep(0.5)
+    interrupt(process)
+
+  def is_free():
+    with socket.socket() as probe:
+      return probe.connect_ex(("localhost", port)) != 0
+
+  while not is_free():
+    assert time.monotonic() < until, "it stays on the worker"
+    time.sleep(0.1)
