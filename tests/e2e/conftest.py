@@ -61,10 +61,10 @@ class Program:
       # Not the tests' own eight devices, which a user does not have. Most of
       # the time goes into compiling, of which this leaves half.
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      # A developer's own cache, kept from one run of the tests to the next.
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-      ),
+      # A developer's own cache, kept from one run of the tests to the next;
+      # "" is what conftest.py sets where there is none.
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+      or str(folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -64,10 +64,10 @@ class Machine:
       # Not the tests' own eight devices; half of the time to compile.
       "XLA_FLAGS": "--xla_backend_optimization_level=0"
       " --xla_llvm_disable_expensive_passes=true",
-      # A developer's own cache, kept from one run of the tests to the next.
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-      ),
+      # A developer's own cache, kept from one run of the tests to the next;
+      # "" is what conftest.py sets where there is none.
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+      or str(folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     subprocess.run(
