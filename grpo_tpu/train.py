@@ -204,7 +204,7 @@ class _Loop:
       }
       scalars = begun.scalars | self._evaluated(state, step)
     except preemption.Preempted:
-      unfinished = begun.unfinished() if begun and begun.updates_done else None
+      unfinished = begun.unfinished() if begun else None
       self._save(step - 1, state, unfinished=unfinished, force=True)
       with self._clock.phase("checkpoint"):
         self._checkpoints.wait()

@@ -119,7 +119,9 @@ def go_on(run, done, checkpoints, *, on_poll=lambda: None):
     write_samples=lambda step, samples, split: done.append((split, step)),
     progress=lambda num_steps: None,
   )
-  watch = types.SimpleNamespace(mark=on_poll, started=lambda: None)
+  watch = types.SimpleNamespace(
+    mark=on_poll, started=lambda: done.append("started")
+  )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
   ending = endings.Ending()
   loop = train._Loop(run, writer, checkpoints, watch, ending, profiler)
@@ -197,6 +199,8 @@ def test_too_many_skipped_in_a_row_end_the_run_before_it_saves_again(
   run = Run(done, num_iterations=2, skips=lambda update: update in skipped)
   if not is_given_up:
     assert go_on(run, done, checkpoints).skipped_updates == 2
+    lines = [event[2] for event in done if event[0] == "line"]
+    assert [line["train/skipped_updates"] for line in lines] == [1, 1, 0]
     return
   with pytest.raises(FloatingPointError, match="2 updates in a row"):
     go_on(run, done, checkpoints)
