@@ -106,16 +106,21 @@ def test_a_second_start_writes_on_in_the_logs(machine):
   ("act", "code"),
   [("exit 64", 64), ("exit 76", 76), ("kill -KILL $$", 137)],
 )
-def test_the_first_to_fail_ends_the_others_and_gives_its_code(
-  machine, act, code
-):
-  """The other one would go on for good, and takes no notice of SIGTERM."""
-  start = time.monotonic()
-  stubborn = "trap : TERM; while :; do sleep 0.1; done"
-  found, said = machine.run("-n", "2", WORKDIR, ACT_0=stubborn, ACT_1=act)
+def test_the_first_to_fail_gives_its_code(machine, act, code):
+  """The others fail because of it, and a little later."""
+  acts = {"ACT_0": "sleep 1; exit 1", "ACT_1": act}
+  found, said = machine.run("-n", "2", WORKDIR, **acts)
   assert found == code
   assert f"Host 1 ended with exit code {code}" in said
   assert "logs/host-1.log" in said
+
+
+def test_the_first_to_fail_ends_the_others(machine):
+  """The other one would go on for good, and takes no notice of SIGTERM."""
+  start = time.monotonic()
+  stubborn = "trap : TERM; while :; do sleep 0.1; done"
+  acts = {"ACT_0": stubborn, "ACT_1": "exit 64"}
+  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 64
   assert time.monotonic() - start < 30  # Of which it grants the other 10.
 
 
