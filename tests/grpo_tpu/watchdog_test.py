@@ -76,6 +76,7 @@ def test_progress_or_a_longer_allowance_keeps_it_quiet(
 ):
   result = run(tmp_path, body, **{"seconds": 1.0, **settings})
   assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+  assert "Traceback" not in result.stderr
 
 
 def test_the_longer_allowance_ends_with_the_first_step(tmp_path):

@@ -119,8 +119,8 @@ def test_the_first_to_fail_ends_the_others(machine):
   """The other one would go on for good, and takes no notice of SIGTERM."""
   start = time.monotonic()
   stubborn = "trap : TERM; while :; do sleep 0.1; done"
-  acts = {"ACT_0": stubborn, "ACT_1": "exit 64"}
-  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 64
+  acts = {"ACT_0": stubborn, "ACT_1": "exit 76"}
+  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 76
   assert time.monotonic() - start < 30  # Of which it grants the other 10.
 
 
@@ -131,6 +131,12 @@ def test_the_first_to_fail_ends_the_others(machine):
 def test_a_pod_is_preempted_where_no_host_says_worse(machine, codes, code):
   acts = {f"ACT_{host}": f"exit {x}" for host, x in enumerate(codes)}
   assert machine.run("-n", "2", WORKDIR, **acts)[0] == code
+
+
+def test_who_was_preempted_leaves_the_others_time_to_save(machine):
+  """More than they have where a host has failed."""
+  acts = {"ACT_0": "exit 75", "ACT_1": "sleep 11; exit 75"}
+  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 75
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
