@@ -155,6 +155,7 @@ def test_stopped_at_any_poll_it_does_all_once_and_in_the_same_order(
   # Before a step, twice in its rollout, between its updates, twice in its
   # evaluation.
   assert len(polls) == NUM_STEPS * (1 + 2 + num_iterations - 1 + 2)
+  assert whole.count("started") == NUM_STEPS
   for number in range(1, len(polls) + 1):
     done, checkpoints = [], Checkpoints()
     run = Run(done, num_iterations=num_iterations)

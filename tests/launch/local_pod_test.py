@@ -97,9 +97,10 @@ def test_each_host_has_a_log_and_the_first_is_shown(machine):
 
 def test_a_second_start_writes_on_in_the_logs(machine):
   for _ in range(2):
-    machine.run("-n", "1", "--workdir", "w")
-  log = machine.home / "w" / "logs" / "host-0.log"
-  assert log.read_text() == "host 0 speaks\n" * 2
+    machine.run("-n", "2", "--workdir", "w")
+  for host in range(2):
+    log = machine.home / "w" / "logs" / f"host-{host}.log"
+    assert log.read_text() == f"host {host} speaks\n" * 2
 
 
 @pytest.mark.parametrize(
