@@ -84,8 +84,7 @@ def train(
         {"checkpoint": said},
         timeout_seconds=config.distributed.preflight_timeout_seconds,
       )
-      taken = begun.num_batches if begun else 0
-      batches = run.batches(int(state.position) + taken)
+      batches = run.batches(batches_taken(state, begun))
     # Not before: a run that was refused has not started.
     run.write_card()
     ending.has_card = True
@@ -107,6 +106,13 @@ def train(
         if start is None:
           loop.begin(state)
         loop.go_on(state, start or 0, batches, begun)
+
+
+def batches_taken(
+  state: train_state.TrainState, begun: begun_step.BegunStep | None
+) -> int:
+  """Of prompts, so far; those of a begun step are not in the state yet."""
+  return int(state.position) + (begun.num_batches if begun else 0)
 
 
 class _Loop:
@@ -198,7 +204,7 @@ class _Loop:
       }
       scalars = begun.scalars | self._evaluated(state, step)
     except preemption.Preempted:
-      unfinished = begun.unfinished() if begun and begun.updates_done else None
+      unfinished = begun.unfinished() if begun else None
       self._save(step - 1, state, unfinished=unfinished, force=True)
       with self._clock.phase("checkpoint"):
         self._checkpoints.wait()
@@ -236,8 +242,10 @@ class _Loop:
   def _give_up_if_skipped_too_often(
     self, step: int, skipped: list[float]
   ) -> None:
+    most = 0
     for flag in skipped:
       self._skipped_in_a_row = self._skipped_in_a_row + 1 if flag else 0
+      most = max(most, self._skipped_in_a_row)
     count = int(sum(skipped))
     if not count:
       return
@@ -248,14 +256,14 @@ class _Loop:
       " of the %d that train.max_skipped_updates allows.",
       step,
       count,
-      self._skipped_in_a_row,
+      most,
       limit,
     )
-    if self._skipped_in_a_row >= limit:
+    if most >= limit:
       raise FloatingPointError(
-        f"{self._skipped_in_a_row} updates in a row had gradients that were not"
+        f"{most} updates in a row had gradients that were not"
         f" finite, up to step {step}, and train.max_skipped_updates ({limit})"
-        " allows no more. The state is as it was before them: lower"
+        " allows no more. They have changed nothing: lower"
         " optimizer.learning_rate, or look at the samples of these steps."
       )
 

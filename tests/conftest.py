@@ -23,6 +23,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> str:
+  """Where programs that tests start keep what they compile for each other.
+
+  A developer's own cache, kept from one run of the tests to the next; or one
+  for this run, of all its workers.
+  """
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent
+  return os.environ["JAX_COMPILATION_CACHE_DIR"] or str(folder / "compiled")
+
+
+@pytest.fixture(scope="session")
 def fixtures() -> pathlib.Path:
   """The folder of shared fixtures: `$GRPO_TPU_FIXTURES`, or beside the repo."""
   root = pathlib.Path(__file__).resolve().parents[1]

@@ -53,7 +53,7 @@ ON_HOSTS = (
 class Program:
   """Starts `python -m MODULE` on one CPU device, from the checkout."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, compiled: str):
     self._logs = folder / "logs"
     self._logs.mkdir()
     self.environment = os.environ | {
@@ -61,10 +61,7 @@ class Program:
       # Not the tests' own eight devices, which a user does not have. Most of
       # the time goes into compiling, of which this leaves half.
       "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      # A developer's own cache, kept from one run of the tests to the next.
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-      ),
+      "JAX_COMPILATION_CACHE_DIR": compiled,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -157,9 +154,9 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory) -> Program:
+def program(compiled, tmp_path_factory) -> Program:
   """One for the session: what was compiled once is kept for later starts."""
-  return Program(tmp_path_factory.mktemp("program"))
+  return Program(tmp_path_factory.mktemp("program"), compiled)
 
 
 @pytest.fixture(scope="session")

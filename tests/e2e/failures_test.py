@@ -71,7 +71,6 @@ def test_a_host_that_is_frozen_is_given_up_after_the_heartbeat_time_out(
 def test_a_gradient_that_is_not_finite_is_skipped_by_all_and_counted(
   start, tmp_path
 ):
-  """And too many in a row end the run, with no such state saved."""
   workdir = tmp_path / "run"
   hosts = start(
     workdir, "--config.train.max_skipped_updates=2", fault="nan@2:1"

@@ -9,6 +9,10 @@ from tests.e2e.conftest import ON_HOSTS, summary
 
 pytestmark = pytest.mark.multiprocess
 
+# Ten seconds, four more in which the fault waits for all to hear of it, and
+# what a busy machine needs.
+SOON = 30
+
 
 @pytest.fixture(scope="session")
 def unbroken(start, tmp_path_factory):
@@ -64,8 +68,8 @@ def test_a_notice_to_one_host_stops_both_at_one_point_and_nothing_is_lost(
   both.wait_for("strikes", host=int(point[7]))
   end = both.end()
   assert end.codes == [75, 75], end.logs
-  # Four of which all hosts had to hear of it.
   record_property("seconds", end.seconds)
+  assert max(end.seconds) < SOON
   words = summary(workdir)
   assert words["exit_code"] == 75
   assert words["newest_checkpoint"].endswith(f"checkpoints/{saved}")
@@ -100,4 +104,5 @@ def test_a_run_of_one_process_hears_the_notice_too(
   end = one.end()
   assert end.codes == [75], end.logs
   record_property("seconds", end.seconds)
+  assert max(end.seconds) < SOON
   assert summary(workdir)["newest_checkpoint"].endswith("checkpoints/00000002")

@@ -16,6 +16,12 @@ import pytest
 from grpo_tpu import archive, checkpoint
 from tests.grpo_tpu import checkpointing
 
+# Orbax has closed its event loop when an error of a full disk arrives late.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:(?s)Exception ignored in.*Event loop is closed"
+  ":pytest.PytestUnraisableExceptionWarning"
+)
+
 SMALL = {"w": jnp.arange(4.0)}
 ERROR = checkpoint.CheckpointError
 

@@ -9,13 +9,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
-import pathlib, sys, time
+import itertools, pathlib, sys, time
+import jax
 from grpo_tpu import watchdog
 
 def turn_in_a_circle(seconds):
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     pass
+
+def compiled():
+  jax.monitoring.record_event_duration_secs(
+    "/jax/core/compile/backend_compile_duration", 0.1
+  )
 
 with watchdog.Watchdog(
   pathlib.Path(sys.argv[1]) / "stacks.txt",
@@ -39,6 +45,7 @@ def run(tmp_path, body, *, seconds=1.0, start_seconds=1.0):
     cwd=ROOT,
     capture_output=True,
     text=True,
+    timeout=60,
   )
 
 
@@ -54,7 +61,11 @@ def test_a_circle_without_progress_ends_with_76_and_shows_where(tmp_path):
   ("body", "settings"),
   [
     # On a machine that is not as slow as all that.
-    ("for _ in range(30): turn_in_a_circle(0.1); watch.mark()", {}),
+    (
+      "for number in range(32):\n  turn_in_a_circle(0.1)\n"
+      "  watch.mark() if number < 16 else compiled()",
+      {},
+    ),
     ("turn_in_a_circle(2)", {"start_seconds": 60.0}),
     ("turn_in_a_circle(2)", {"seconds": 0.0, "start_seconds": 0.0}),
   ],
@@ -65,8 +76,22 @@ def test_progress_or_a_longer_allowance_keeps_it_quiet(
 ):
   result = run(tmp_path, body, **{"seconds": 1.0, **settings})
   assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+  assert "Traceback" not in result.stderr
 
 
 def test_the_longer_allowance_ends_with_the_first_step(tmp_path):
   body = "watch.started()\nturn_in_a_circle(60)"
   assert run(tmp_path, body, start_seconds=600.0).returncode == 76
+
+
+def test_who_holds_the_interpreter_for_good_is_shown_and_ended_too(tmp_path):
+  """No thread of ours can run then, and Python's own has its own exit code."""
+  body = """
+  def hold():
+    sum(itertools.repeat(0))
+  time.sleep(0.5)  # It has begun to watch.
+  hold()
+  """
+  result = run(tmp_path, body, seconds=2.0, start_seconds=2.0)
+  assert result.returncode == 1
+  assert "Timeout" in result.stderr and "in hold" in result.stderr

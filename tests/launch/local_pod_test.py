@@ -97,25 +97,31 @@ def test_each_host_has_a_log_and_the_first_is_shown(machine):
 
 def test_a_second_start_writes_on_in_the_logs(machine):
   for _ in range(2):
-    machine.run("-n", "1", "--workdir", "w")
-  log = machine.home / "w" / "logs" / "host-0.log"
-  assert log.read_text() == "host 0 speaks\n" * 2
+    machine.run("-n", "2", "--workdir", "w")
+  for host in range(2):
+    log = machine.home / "w" / "logs" / f"host-{host}.log"
+    assert log.read_text() == f"host {host} speaks\n" * 2
 
 
 @pytest.mark.parametrize(
   ("act", "code"),
   [("exit 64", 64), ("exit 76", 76), ("kill -KILL $$", 137)],
 )
-def test_the_first_to_fail_ends_the_others_and_gives_its_code(
-  machine, act, code
-):
-  """The other one would go on for good, and takes no notice of SIGTERM."""
-  start = time.monotonic()
-  stubborn = "trap : TERM; while :; do sleep 0.1; done"
-  found, said = machine.run("-n", "2", WORKDIR, ACT_0=stubborn, ACT_1=act)
+def test_the_first_to_fail_gives_its_code(machine, act, code):
+  """The others fail because of it, and a little later."""
+  acts = {"ACT_0": "sleep 1; exit 1", "ACT_1": act}
+  found, said = machine.run("-n", "2", WORKDIR, **acts)
   assert found == code
   assert f"Host 1 ended with exit code {code}" in said
   assert "logs/host-1.log" in said
+
+
+def test_the_first_to_fail_ends_the_others(machine):
+  """The other one would go on for good, and takes no notice of SIGTERM."""
+  start = time.monotonic()
+  stubborn = "trap : TERM; while :; do sleep 0.1; done"
+  acts = {"ACT_0": stubborn, "ACT_1": "exit 76"}
+  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 76
   assert time.monotonic() - start < 30  # Of which it grants the other 10.
 
 
@@ -126,6 +132,12 @@ def test_the_first_to_fail_ends_the_others_and_gives_its_code(
 def test_a_pod_is_preempted_where_no_host_says_worse(machine, codes, code):
   acts = {f"ACT_{host}": f"exit {x}" for host, x in enumerate(codes)}
   assert machine.run("-n", "2", WORKDIR, **acts)[0] == code
+
+
+def test_who_was_preempted_leaves_the_others_time_to_save(machine):
+  """More than they have where a host has failed."""
+  acts = {"ACT_0": "exit 75", "ACT_1": "sleep 11; exit 75"}
+  assert machine.run("-n", "2", WORKDIR, **acts)[0] == 75
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

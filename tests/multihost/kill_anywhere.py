@@ -25,7 +25,7 @@ def main(count: int = 20, seed: int = 0, folder: str = "") -> int:
   rng = random.Random(seed)
   place = pathlib.Path(folder or tempfile.mkdtemp())
   place.mkdir(parents=True, exist_ok=True)
-  machine = pods.Machine(place)
+  machine = pods.Machine(place, str(place / "compiled"))
   # A step is saved every second time, so half of the starts repeat one.
   settings = (f"--config.train.num_steps={count // 2 + 2}",)
   whole = pods.Pod(machine, place / "whole", *settings).finish(TOPOLOGY)

@@ -19,8 +19,8 @@ MESHES = {
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-  return pods.Machine(tmp_path_factory.mktemp("machine"))
+def machine(compiled, tmp_path_factory):
+  return pods.Machine(tmp_path_factory.mktemp("machine"), compiled)
 
 
 @pytest.fixture(scope="module")

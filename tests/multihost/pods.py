@@ -56,7 +56,7 @@ class Topology:
 class Machine:
   """Where pods run: one data dir, one cache of compiled programs."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, compiled: str):
     self.data = folder / "data"
     self.environment = os.environ | {
       "PYTHON": sys.executable,
@@ -64,10 +64,7 @@ class Machine:
       # Not the tests' own eight devices; half of the time to compile.
       "XLA_FLAGS": "--xla_backend_optimization_level=0"
       " --xla_llvm_disable_expensive_passes=true",
-      # A developer's own cache, kept from one run of the tests to the next.
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-      ),
+      "JAX_COMPILATION_CACHE_DIR": compiled,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     subprocess.run(

@@ -1,0 +1,88 @@
+"""A begun step goes into a checkpoint and comes out as it was."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from grpo_tpu import begun_step, train_step
+
+
+@pytest.fixture
+def place():
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+  return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
+def begun(place, *, skipped):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 9, (4, 2, 3), dtype=np.int32)
+  bundles = train_step.Bundles(
+    prompt_ids=jnp.asarray(rng.integers(0, 9, (4, 5), dtype=np.int32)),
+    prompt_length=jnp.asarray([1, 5, 3, 2], jnp.int32),
+    # Of a model that sees none.
+    images=jnp.zeros((4, 0, 896, 896, 3), jnp.uint8),
+    completion_ids=jnp.asarray(tokens),
+    completion_mask=jnp.asarray(tokens > 2),
+    advantages=jnp.asarray(rng.normal(size=(4, 2)), jnp.float32),
+    old_per_token_logps=jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32),
+  )
+  scalars = {
+    "rollout/reward": np.float32(0.1),
+    "train/loss": jnp.float32(1 / 3),
+    "train/grad_norm": jnp.float32(jnp.nan),
+    "perf/rollout_seconds": 0.25,
+    "rollout/batches": 3,
+  }
+  return begun_step.BegunStep(
+    begun_step.laid_out(bundles, place), 3, scalars, skipped
+  )
+
+
+def through_a_checkpoint(step, place):
+  """As one holds it: arrays that no file is without, and a record of JSON."""
+  unfinished = step.unfinished()
+  assert all(array.size for array in unfinished.arrays.values())
+  assert all(a.sharding == place for a in unfinished.arrays.values())
+  unfinished.record.update(json.loads(json.dumps(unfinished.record)))
+  return begun_step.BegunStep.of(unfinished, place)
+
+
+def test_what_comes_out_is_what_went_in(place):
+  before = begun(place, skipped=[0.0, 1.0])
+  after = through_a_checkpoint(before, place)
+  assert after.num_batches == 3 and after.skipped == [0.0, 1.0]
+  for name, value in vars(before.bundles).items():
+    other = getattr(after.bundles, name)
+    assert (value is None) == (other is None), name
+    if value is not None:
+      assert (value.dtype, value.sharding) == (other.dtype, other.sharding)
+      np.testing.assert_array_equal(value, other, err_msg=name)
+
+
+def test_its_scalars_come_out_to_the_last_bit(place):
+  before = begun(place, skipped=[0.0])
+  after = through_a_checkpoint(before, place)
+  assert after.scalars.keys() == before.scalars.keys()
+  for name, value in before.scalars.items():
+    np.testing.assert_array_equal(np.float32(after.scalars[name]), value)
+
+
+def test_the_cursor_counts_updates_done_and_those_skipped_are_done(place):
+  for skipped in ([], [0.0], [1.0, 0.0]):
+    step = begun(place, skipped=skipped)
+    assert step.updates_done == step.unfinished().updates_done == len(skipped)
+
+
+def test_laying_out_moves_bundles_and_changes_none(place):
+  bundles = begun(place, skipped=[]).bundles
+  alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  moved = begun_step.laid_out(bundles, alone)
+  for one, other in zip(
+    jax.tree.leaves(bundles), jax.tree.leaves(moved), strict=True
+  ):
+    assert other.sharding == alone
+    np.testing.assert_array_equal(one, other)
