@@ -221,6 +221,8 @@ class Compiler:
 def _relevant(config: run_config.Config, name: str) -> dict[str, Any]:
   """The settings, but for those that are of no matter to a program."""
   values = config.to_dict()
+  if not programs.reads_pixels(config, name):
+    values["model"] = values["model"] | {"image_size": None}
   if programs.samples(name):
     values["train"] = values["model"]["remat"] = None
   else:

@@ -145,6 +145,14 @@ def samples(name: str) -> bool:
   return step_of(name) not in ("score", "train_step")
 
 
+def reads_pixels(config: run_config.Config, name: str) -> bool:
+  """Whether a program of `names` has pictures of `model.image_size`."""
+  if step_of(name) == "pictures":
+    return True
+  trained = config.model.train_vision and not samples(name)
+  return trained and "(image)" in name
+
+
 def _has_moves(config: run_config.Config) -> bool:
   """Whether rows may move together before they have all ended."""
   settings = config.rollout
