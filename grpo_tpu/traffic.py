@@ -54,6 +54,9 @@ def volume(
     ici = decode_trips(config) * (gathered + _forward(config, rows))
   elif step == "score":
     ici = gathered * micro + _forward(config, _tokens(config))
+  elif step == "evaluation_score":
+    tokens = _tokens(config, config.eval.batch_size)
+    ici = gathered + _forward(config, tokens)
   else:
     # Gathered forward and backward; what is recomputed uses the latter.
     scattered = trained * (mesh.fsdp - 1) / mesh.fsdp
@@ -160,8 +163,8 @@ def _weights(config: run_config.Config) -> tuple[float, float]:
   return used, float(trained)
 
 
-def _tokens(config: run_config.Config) -> float:
-  """Tokens that a data shard's bundles have in a step."""
+def _tokens(config: run_config.Config, prompts: int | None = None) -> float:
+  """Tokens that a data shard's bundles have, of so many prompts or a step's."""
   rows = 1
   if config.data.kind == "online":
     rows = config.rollout.num_generations
@@ -170,7 +173,7 @@ def _tokens(config: run_config.Config) -> float:
   length = rows * config.rollout.max_new_tokens
   length += config.data.prompt_buckets[-1]
   shards = config.mesh.replica * config.mesh.fsdp
-  return config.data.prompts_per_step * length / shards
+  return (prompts or config.data.prompts_per_step) * length / shards
 
 
 def _forward(config: run_config.Config, tokens: float) -> float:
