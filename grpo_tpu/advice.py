@@ -5,13 +5,14 @@ travel for an update, and the less of it is recomputed. What is advised was
 compiled; nothing is extrapolated.
 """
 
+import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from absl import logging
 
-from grpo_tpu import chips, planning, programs, traffic
+from grpo_tpu import chips, planning, programs
 from grpo_tpu import config as run_config
 from grpo_tpu.gemma3 import remat
 from grpo_tpu.planning import Changes
@@ -53,9 +54,10 @@ def advise(
   """The largest step that fits with `MARGIN` free.
 
   Prompts as long as the settings want are kept if any mesh has room for them.
-  Meshes come in the order of their bounds; on the first on which anything fits,
-  the most prompts are decoded at a time, and updates have the cheapest remat
-  and, with it, the most bundles at a time.
+  On each mesh the most prompts are decoded at a time, and updates have the
+  cheapest remat and, with it, the most bundles at a time; of meshes it is the
+  one whose step has the least bound, and those that could not have it are left
+  out.
 
   Args:
     config: The run's settings; its mesh need not be one for the slice.
@@ -66,14 +68,22 @@ def advise(
     SettingError: Nothing fits.
   """
   search = _Search(config, topology, compiler, MARGIN)
+  most = config.data.prompts_per_step
   for buckets in _shorter(config.data.prompt_buckets):
-    for mesh in meshes(config, topology):
+    best: tuple[float, Changes, planning.Plan] | None = None
+    for least, mesh in meshes(config, topology):
+      if best is not None and least >= best[0]:
+        break
       base = mesh | {"data.prompt_buckets": buckets}
-      most = config.data.prompts_per_step
       settled = search.settled(base, most, most, remat.POLICIES)
-      if settled is not None:
-        changes, made = settled
-        return Advice(changes, made, compiler.num_compiled)
+      if settled is None:
+        continue
+      changes, made = settled
+      bound = _bound(made)
+      if best is None or bound < best[0]:
+        best = bound, changes, made
+    if best is not None:
+      return Advice(*best[1:], compiler.num_compiled)
   raise run_config.SettingError(
     f"--topology ({topology}) must have room for {config.model.name} with "
     f"{MARGIN:.0%} free, and with none of the meshes, remat policies, "
@@ -211,15 +221,19 @@ class _Search:
       if programs.part_of(name) == part
       and (self._kind in name or "(" not in name)
     ]
-    made = self._compiler.plan(config, self._topology, names)
-    logging.info(
-      "%s, %s on %s: %.1f%% free.",
-      part,
-      _said(config),
-      self._topology,
-      100 * made.room,
-    )
-    return made.fits(self._margin)
+    # As many as are compiled side by side; the rest once these fit.
+    for some in itertools.batched(names, self._compiler.at_a_time):
+      made = self._compiler.plan(config, self._topology, some)
+      logging.info(
+        "%s on %s: %.1f%% free with %s.",
+        _said(config),
+        self._topology,
+        100 * made.room,
+        made.peak["name"],
+      )
+      if not made.fits(self._margin):
+        return False
+    return True
 
   def _has_room(self, config: run_config.Config) -> bool:
     """For what is there whatever the programs are."""
@@ -240,8 +254,11 @@ def _said(config: run_config.Config) -> str:
 
 def meshes(
   config: run_config.Config, topology: chips.Topology
-) -> list[Changes]:
-  """Meshes that the run's prompts divide over, the least bound first."""
+) -> list[tuple[float, Changes]]:
+  """Meshes that the run's prompts divide over, the least bound first.
+
+  With each what no step on it can beat, whatever else is chosen.
+  """
   found = []
   replica, devices = topology.num_slices, topology.num_devices
   for tensor in _TENSORS:
@@ -252,27 +269,23 @@ def meshes(
     )
     if mesh.pop("data.prompts_per_step") != config.data.prompts_per_step:
       continue
-    new = planning.changed(config, mesh)
+    best = {
+      "train.microbatch_bundles": config.data.prompts_per_step,
+      "rollout.prompts_at_a_time": None,
+      "model.remat": remat.POLICIES[0],
+    }
+    new = planning.changed(config, mesh | best)
     if new is not None:
-      found.append((_bound(new, topology), tensor, mesh))
-  return [mesh for _, _, mesh in sorted(found, key=lambda x: x[:2])]
+      least = planning.least_step_seconds(new, topology)
+      found.append((least, tensor, mesh))
+  found.sort(key=lambda x: x[:2])
+  return [(least, mesh) for least, _, mesh in found]
 
 
-def _bound(config: run_config.Config, topology: chips.Topology) -> float:
-  """Seconds of moving between chips in a step, at least."""
-  chip = topology.chip
-  chunks = config.rollout.max_new_tokens / traffic.decode_trips(config)
-  steps = {"train_step": 1.0}
-  if config.data.kind == "online":
-    steps |= {"prefill": 1.0, "decode_chunk": chunks}
-  moved = [
-    (times, traffic.volume(config, topology, step))
-    for step, times in steps.items()
-  ]
-  return sum(
-    times * (x["ici"] / chip.ici_bandwidth + x["dcn"] / chip.dcn_bandwidth)
-    for times, x in moved
-  )
+def _bound(made: planning.Plan) -> float:
+  """Seconds that no step can beat."""
+  bounds = planning.step_bounds(made).values()
+  return max(bound["step_seconds_at_least"] for bound in bounds)
 
 
 def _shorter(buckets: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -260,9 +260,8 @@ class Compiler:
         that there is, up to a few.
     """
     cores = len(os.sched_getaffinity(0))
-    self._pool = concurrent.futures.ThreadPoolExecutor(
-      at_a_time or min(cores, _MOST_AT_A_TIME)
-    )
+    self.at_a_time = at_a_time or min(cores, _MOST_AT_A_TIME)
+    self._pool = concurrent.futures.ThreadPoolExecutor(self.at_a_time)
     self._known: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
 
   @property
@@ -304,13 +303,13 @@ class Compiler:
     ]
 
   def _begun(self, config, topology, name) -> concurrent.futures.Future:
-    key = json.dumps([_relevant(config, name), str(topology), name])
+    key = json.dumps([relevant(config, name), str(topology), name])
     if key not in self._known:
       self._known[key] = self._pool.submit(compiled, config, topology, name)
     return self._known[key]
 
 
-def _relevant(config: run_config.Config, name: str) -> dict[str, Any]:
+def relevant(config: run_config.Config, name: str) -> dict[str, Any]:
   """The settings, but for those that are of no matter to a program."""
   values, part = config.to_dict(), programs.part_of(name)
   model, rollout = values["model"], values["rollout"]
@@ -373,7 +372,6 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
     known = sum(by_class.values())
     moved = traffic.volume(config, topology, answer["name"])
     defects = traffic.defects(config, answer["collectives"])
-    chip, per = topology.chip, topology.chip.devices_per_chip
     flops = answer["flops"] / topology.num_devices
     least_bytes = (
       traffic.least_hbm_bytes(config, answer["name"]) + answer["rest_bytes"]
@@ -382,7 +380,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
       {
         "name": answer["name"],
         "hbm_bytes": hbm_bytes,
-        "hbm_limit_bytes": chip.hbm_limit_bytes,
+        "hbm_limit_bytes": topology.chip.hbm_limit_bytes,
         "resident_bytes": hbm_bytes + beside,
         "bytes_by_class": by_class | {"temporaries": max(0, hbm_bytes - known)},
         "beside_bytes": beside,
@@ -391,12 +389,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
         "least_hbm_traffic_bytes": least_bytes,
         "collective_bytes": moved,
         "defects": defects,
-        "bounds_seconds": {
-          "compute": flops * per / chip.peak_flops,
-          "hbm": least_bytes * per / chip.hbm_bandwidth,
-          "ici": moved["ici"] * per / chip.ici_bandwidth,
-          "dcn": moved["dcn"] * per / chip.dcn_bandwidth,
-        },
+        "bounds_seconds": _bounds(topology.chip, flops, least_bytes, moved),
         "completion_tokens": answer["completion_tokens"],
         "cpu_seconds": answer["cpu_seconds"],
       }
@@ -404,9 +397,52 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
   return Plan(config, topology, rows, resident)
 
 
+def _bounds(
+  chip: chips.Chip, flops: float, hbm_bytes: float, moved: dict[str, float]
+) -> dict[str, float]:
+  """Seconds of a call of a program, at least, by what bounds them."""
+  per = chip.devices_per_chip
+  return {
+    "compute": flops * per / chip.peak_flops,
+    "hbm": hbm_bytes * per / chip.hbm_bandwidth,
+    "ici": moved["ici"] * per / chip.ici_bandwidth,
+    "dcn": moved["dcn"] * per / chip.dcn_bandwidth,
+  }
+
+
+def least_step_seconds(
+  config: run_config.Config, topology: chips.Topology
+) -> float:
+  """A bound of a whole step by the sharding plan alone; nothing is compiled."""
+  rows = []
+  for name in programs.names(config):
+    least_bytes = traffic.least_hbm_bytes(config, name)
+    moved = traffic.volume(config, topology, name)
+    bounds = _bounds(topology.chip, 0.0, least_bytes, moved)
+    rows.append({"name": name, "bounds_seconds": bounds})
+  return max(_step_seconds(config, rows).values())
+
+
 def step_bounds(made: Plan) -> dict[str, Any]:
   """Bounds of a whole step, each program as often as a step calls it."""
-  config = made.config
+  tokens = max(row["completion_tokens"] for row in made.programs)
+  return {
+    kind: {
+      "step_seconds_at_least": seconds,
+      "completion_tokens_per_second_at_most": tokens / seconds,
+      "chip_hours_per_1000_steps_at_least": seconds
+      * made.topology.num_chips
+      * 1000
+      / 3600,
+    }
+    for kind, seconds in _step_seconds(made.config, made.programs).items()
+  }
+
+
+def _step_seconds(
+  config: run_config.Config, rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+  """Of steps of text and of images, if the model sees these."""
   rollouts, shards = config.num_rollouts, config.mesh.replica * config.mesh.fsdp
   chunks = (config.rollout.max_new_tokens - 1) / traffic.decode_trips(config)
   pictures = config.data.prompts_per_step / config.rollout.pictures_per_shard
@@ -419,28 +455,14 @@ def step_bounds(made: Plan) -> dict[str, Any]:
     # Rows that never end never move, and an evaluation is no part of a step.
     "move": 0,
   }
-  bounds = {}
-  for kind in ("text", "image"):
-    rows = [
-      row
-      for row in made.programs
-      if kind in row["name"] or "(" not in row["name"]
-    ]
-    if not any(kind in row["name"] for row in rows):
-      continue
-    seconds = sum(
+  return {
+    kind: sum(
       times.get(programs.step_of(row["name"]), 1)
       * max(row["bounds_seconds"].values())
       for row in rows
       if programs.part_of(row["name"]) != "evaluation"
+      and (kind in row["name"] or "(" not in row["name"])
     )
-    tokens = max(row["completion_tokens"] for row in rows)
-    bounds[kind] = {
-      "step_seconds_at_least": seconds,
-      "completion_tokens_per_second_at_most": tokens / seconds,
-      "chip_hours_per_1000_steps_at_least": seconds
-      * made.topology.num_chips
-      * 1000
-      / 3600,
-    }
-  return bounds
+    for kind in ("text", "image")
+    if any(kind in row["name"] for row in rows)
+  }

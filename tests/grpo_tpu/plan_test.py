@@ -91,7 +91,10 @@ class Scripted(planning.Compiler):
       rows = []
       for name in names or programs.names(config):
         need = self.needs[programs.part_of(name)](config)
-        rows.append({"name": name, "resident_bytes": need})
+        moved = traffic.volume(config, topology, name)
+        seconds = {"ici": moved["ici"] / topology.chip.ici_bandwidth}
+        row = {"name": name, "resident_bytes": need, "completion_tokens": 1}
+        rows.append(row | {"bounds_seconds": seconds})
         self.asked.add((name, str(topology), config))
       made.append(planning.Plan(config, topology, rows, {}))
     return made
@@ -377,13 +380,46 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
   assert sorted(asked) == sorted(programs.names(config))
   # What it was given of the parameters is not counted again: 10 + 5 + 1 + 7.
   assert {row["resident_bytes"] for row in first.programs} == {23}
-  asked.clear()
-  compiler.plan(planning.changed(config, {"model.remat": "dots"}), topology)
-  assert {programs.part_of(name) for name in asked} == {"update"}
-  asked.clear()
-  fewer = {"rollout.prompts_at_a_time": 8}
-  compiler.plan(planning.changed(config, fewer), topology)
-  assert {programs.part_of(name) for name in asked} == {"rollout"}
+  for name, value, parts in (
+    ("model.remat", "dots", {"update"}),
+    ("train.microbatch_bundles", 16, {"update"}),
+    ("rollout.prompts_at_a_time", 8, {"rollout"}),
+    ("rollout.pictures_per_shard", 4, {"pictures"}),
+    ("eval.batch_size", 32, {"evaluation"}),
+    ("model.image_size", 448, {"pictures"}),
+    ("data.prompts_per_step", 128, {"update", "rollout", "pictures"}),
+    ("data.prompt_buckets", (384,), {"update", "rollout", "evaluation"}),
+  ):
+    asked.clear()
+    compiler.plan(planning.changed(config, {name: value}), topology)
+    assert parts <= {programs.part_of(name) for name in asked}, name
+    assert {programs.part_of(name) for name in asked} - parts <= {"pictures"}
+
+
+@pytest.mark.parametrize("name", ["preference", "smoke"])
+def test_programs_that_are_taken_for_one_have_the_same_arguments(name):
+  """Whatever of the settings differs that is said not to concern them."""
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  config = config_of(name)
+
+  def shapes(config, program):
+    found = programs.find(config, mesh, program)
+    given = jax.tree.leaves((found.args, found.kwargs, found.kept))
+    return [getattr(x, "shape", x) for x in given]
+
+  for setting, value in (
+    ("model.image_size", 96),
+    ("train.microbatch_bundles", 32),
+    ("data.prompts_per_step", 128),
+    ("rollout.prompts_at_a_time", 32),
+    ("rollout.pictures_per_shard", 4),
+    ("eval.batch_size", 128),
+  ):
+    new = planning.changed(config, {setting: value})
+    for program in programs.names(config):
+      relevant = [planning.relevant(x, program) for x in (config, new)]
+      if relevant[0] == relevant[1]:
+        assert shapes(config, program) == shapes(new, program), setting
 
 
 def test_a_setting_that_breaks_a_rule_is_no_advice():
@@ -395,7 +431,7 @@ def test_a_setting_that_breaks_a_rule_is_no_advice():
 
 def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
   config = config_of("gemma3_4b_v5e_16", **{"data.prompts_per_step": 8})
-  found = advice.meshes(config, chips.parse("v5e:4x4"))
+  found = [x for _, x in advice.meshes(config, chips.parse("v5e:4x4"))]
   assert {x["mesh.fsdp"] for x in found} == {8, 4, 2}
   assert all(x["mesh.fsdp"] * x["mesh.tensor"] == 16 for x in found)
 
