@@ -496,6 +496,21 @@ def test_defects_are_what_the_sharding_plan_does_not_ask_for():
   assert "1024, 640" in moved and "change places" in moved
 
 
+def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
+  """And so are rows of the embedding whose tokens and columns are merged."""
+  config = config_of("gemma3_27b_v5p_256")
+
+  def said(name, *shape):
+    row = {"name": name, "dtype": "bf16", "shape": shape}
+    return traffic.defects(config, [row])
+
+  (gradient,) = said("all-reduce", 32, 262144 // 4, 168)
+  assert "not reduce-scattered" in gradient
+  # A prompt of 2,048 tokens on each of 32 shards, 168 columns of each.
+  assert said("all-to-all", 32, 2, 1024 * 168) == []
+  assert said("all-to-all", 32, 3, 1024 * 168) != []
+
+
 def main_in_plan_mode(tmp_path, *flags):
   return subprocess.run(
     [
