@@ -621,6 +621,22 @@ def test_every_mesh_that_is_named_makes_settings_that_hold():
 
 @pytest.mark.aot
 @pytest.mark.nightly
+def test_learning_from_preferences_is_planned(tmp_path, libtpu):
+  done = main_in_plan_mode(
+    tmp_path,
+    "--config=configs/preference.py",
+    "--topology=v5e:2x2",
+    "--config.mesh.fsdp=4",
+  )
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / "plan.json").read_text())["programs"]
+  (scored,) = [x for x in rows if x["name"] == "evaluation_score (image)"]
+  assert scored["hbm_bytes"] > scored["bytes_by_class"]["reference"] > 0
+  assert scored["flops"] > 0
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
 def test_a_config_that_does_not_fit_is_exit_64_with_one_that_does(
   tmp_path, libtpu
 ):
