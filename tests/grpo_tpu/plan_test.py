@@ -105,6 +105,10 @@ GIB = 2**30
 REMAT = {"none": 8, "dots": 4, "full": 2, "offload": 1}
 
 
+def few(_):
+  return GIB
+
+
 def by_rows(config):
   """Of a sampler whose caches are a gibibyte for each eight prompts."""
   settings, shards = config.rollout, config.mesh.replica * config.mesh.fsdp
@@ -209,6 +213,22 @@ def test_advice_that_changes_nothing_says_so():
   assert again.changes == {} and "the settings have" in str(again)
 
 
+def test_advice_is_of_the_whole_run():
+  """With text alone, too, though it is looked for with images."""
+  settings, topology = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+
+  class Odd(Scripted):
+    def plan(self, config, topology, names=None):
+      made = super().plan(config, topology, names)
+      for row in made.programs:
+        if row["name"] == "train_step (text)":
+          row["resident_bytes"] = 15 * GIB
+      return made
+
+  with pytest.raises(run_config.SettingError):
+    advice.advise(settings, topology, Odd(few, few))
+
+
 def test_where_nothing_fits_advice_says_what_would_help():
   with pytest.raises(run_config.SettingError, match=r"lora.*larger slice"):
     advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4", lambda _: 99 * GIB)
@@ -223,10 +243,6 @@ def refusal(config, topology, monkeypatch, tmp_path, **needs):
   with pytest.raises(run_config.SettingError) as caught:
     plan.run(config, str(tmp_path), topology, advise=False)
   return str(caught.value), compiler
-
-
-def few(_):
-  return GIB
 
 
 def by_batch(config):
@@ -304,20 +320,31 @@ def test_where_the_slice_is_too_small_the_next_one_is_named(
   assert "v5e:8x8" not in {topology for _, topology, _ in compiler.asked}
 
 
+@pytest.mark.parametrize("bundles", [8, 64])
 def test_a_reference_moves_to_the_hosts_memory_before_the_slice_grows(
-  monkeypatch, tmp_path
+  monkeypatch, tmp_path, bundles
 ):
-  config = config_of("gemma3_4b_v5e_16", **{"objective.beta": 0.1})
+  """And not where fewer bundles at a time will do."""
+  changes = {"objective.beta": 0.1, "train.microbatch_bundles": bundles}
+  config = config_of("gemma3_4b_v5e_16", **changes)
 
   def much(config):
     return (8 if config.model.reference_memory == "pinned_host" else 16) * GIB
 
   said, _ = refusal(
-    config, "v5e:4x4", monkeypatch, tmp_path, sampling=few, update=much
+    config,
+    "v5e:4x4",
+    monkeypatch,
+    tmp_path,
+    sampling=few,
+    update=much if bundles == 8 else by_remat,
   )
-  assert said.endswith(
-    "with --topology=v5e:4x4 --config.model.reference_memory=pinned_host"
+  remedy = (
+    {"model.reference_memory": "pinned_host"}
+    if bundles == 8
+    else {"train.microbatch_bundles": 16}
   )
+  assert said.endswith(f"with --topology=v5e:4x4 {advice.flags(remedy)}")
 
 
 def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
