@@ -267,8 +267,7 @@ def meshes(
     mesh = planning.on_mesh(
       config, replica, devices // tensor // replica, tensor
     )
-    if mesh.pop("data.prompts_per_step") != config.data.prompts_per_step:
-      continue
+    del mesh["data.prompts_per_step"]
     best = {
       "train.microbatch_bundles": config.data.prompts_per_step,
       "rollout.prompts_at_a_time": None,

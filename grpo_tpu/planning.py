@@ -389,7 +389,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
         "least_hbm_traffic_bytes": least_bytes,
         "collective_bytes": moved,
         "defects": defects,
-        "bounds_seconds": _bounds(topology.chip, flops, least_bytes, moved),
+        "bounds_seconds": bounds(topology.chip, flops, least_bytes, moved),
         "completion_tokens": answer["completion_tokens"],
         "cpu_seconds": answer["cpu_seconds"],
       }
@@ -397,7 +397,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
   return Plan(config, topology, rows, resident)
 
 
-def _bounds(
+def bounds(
   chip: chips.Chip, flops: float, hbm_bytes: float, moved: dict[str, float]
 ) -> dict[str, float]:
   """Seconds of a call of a program, at least, by what bounds them."""
@@ -418,8 +418,8 @@ def least_step_seconds(
   for name in programs.names(config):
     least_bytes = traffic.least_hbm_bytes(config, name)
     moved = traffic.volume(config, topology, name)
-    bounds = _bounds(topology.chip, 0.0, least_bytes, moved)
-    rows.append({"name": name, "bounds_seconds": bounds})
+    least = bounds(topology.chip, 0.0, least_bytes, moved)
+    rows.append({"name": name, "bounds_seconds": least})
   return max(_step_seconds(config, rows).values())
 
 

@@ -93,7 +93,8 @@ class Scripted(planning.Compiler):
       for name in names or programs.names(config):
         need = self.needs[programs.part_of(name)](config)
         moved = traffic.volume(config, topology, name)
-        seconds = {"ici": moved["ici"] / topology.chip.ici_bandwidth}
+        least = traffic.least_hbm_bytes(config, name)
+        seconds = planning.bounds(topology.chip, 0.0, least, moved)
         row = {"name": name, "resident_bytes": need, "completion_tokens": 1}
         rows.append(row | {"bounds_seconds": seconds})
         self.asked.add((name, str(topology), config))
@@ -211,6 +212,31 @@ def test_advice_that_changes_nothing_says_so():
   found = advised(config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   again = advised(found.made.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   assert again.changes == {} and "the settings have" in str(again)
+
+
+def test_advice_is_the_mesh_whose_step_has_the_least_bound():
+  """Which is not always the first, nor are all looked at."""
+  config, described = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+
+  def by_tensor(config):
+    prompts = config.rollout.prompts_at_a_time or 64
+    return prompts * config.mesh.tensor**2 * GIB // 16
+
+  compiler = Scripted(few, few, rollout=by_tensor)
+  search = advice._Search(config, described, compiler, advice.MARGIN)
+  meshes = advice.meshes(config, described)
+  assert meshes == sorted(meshes, key=lambda x: x[0])
+  bounds = {}
+  for least, mesh in meshes:
+    _, made = search.settled(mesh, 64, 64, remat.POLICIES)
+    bounds[made.config.mesh.tensor] = advice._bound(made)
+    assert least <= bounds[made.config.mesh.tensor]
+  compiler.asked.clear()
+  found = advice.advise(config, described, compiler)
+  best = found.made.config.mesh.tensor
+  assert best == min(bounds, key=bounds.get) != meshes[0][1]["mesh.tensor"]
+  asked = {config.mesh.tensor for _, _, config in compiler.asked}
+  assert asked < set(bounds)
 
 
 def test_advice_is_of_the_whole_run():
