@@ -5,22 +5,21 @@ travel for an update, and the less of it is recomputed. What is advised was
 compiled; nothing is extrapolated.
 """
 
+import itertools
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from absl import logging
 
-from grpo_tpu import chips, planning, programs, traffic
+from grpo_tpu import chips, planning, programs
 from grpo_tpu import config as run_config
 from grpo_tpu.gemma3 import remat
+from grpo_tpu.planning import Changes
 
 # What advice leaves free: the runtime's own part, and fragments.
 MARGIN = 0.1
 _TENSORS = (1, 2, 4, 8, 16)
-_LEAST_MEMORY = {"model.remat": remat.POLICIES[-1]}
-
-type Changes = dict[str, Any]
 
 
 class Advice(NamedTuple):
@@ -55,9 +54,10 @@ def advise(
   """The largest step that fits with `MARGIN` free.
 
   Prompts as long as the settings want are kept if any mesh has room for them.
-  Meshes come in the order of their bounds; on the first on which anything fits,
-  the most prompts are decoded at a time, and updates have the cheapest remat
-  and, with it, the most bundles at a time.
+  On each mesh the most prompts are decoded at a time, and updates have the
+  cheapest remat and, with it, the most bundles at a time; of meshes it is the
+  one whose step has the least bound, and those that could not have it are left
+  out.
 
   Args:
     config: The run's settings; its mesh need not be one for the slice.
@@ -67,16 +67,23 @@ def advise(
   Raises:
     SettingError: Nothing fits.
   """
+  search = _Search(config, topology, compiler, MARGIN)
+  most = config.data.prompts_per_step
   for buckets in _shorter(config.data.prompt_buckets):
-    for mesh in meshes(config, topology):
+    best: tuple[float, Changes, planning.Plan] | None = None
+    for least, mesh in meshes(config, topology):
+      if best is not None and least >= best[0]:
+        break
       base = mesh | {"data.prompt_buckets": buckets}
-      largest = _largest(config, base, topology, compiler)
-      if largest is None:
+      settled = search.settled(base, most, most, remat.POLICIES)
+      if settled is None:
         continue
-      changes = _changes(config, largest)
-      made = compiler.plan(_with(config, changes), topology)
-      if made.fits(MARGIN):
-        return Advice(changes, made, compiler.num_compiled)
+      changes, made = settled
+      bound = _bound(made)
+      if best is None or bound < best[0]:
+        best = bound, changes, made
+    if best is not None:
+      return Advice(*best[1:], compiler.num_compiled)
   raise run_config.SettingError(
     f"--topology ({topology}) must have room for {config.model.name} with "
     f"{MARGIN:.0%} free, and with none of the meshes, remat policies, "
@@ -90,46 +97,149 @@ def nearest_that_fits(
 ) -> tuple[Changes, chips.Topology] | None:
   """What to change for a run that does not fit, and the slice that it fits on.
 
-  First what costs nothing but time on the same slice, then larger slices; each
-  is compiled before it is named.
+  On the same slice what leaves alone what is learnt, and each setting changed
+  no further than it must be: what runs at a time, then remat, then where the
+  reference lies. Else the first larger slice on which the same would do.
   """
-  wanted = [(changes, made.topology) for changes in _smaller(made.config)]
-  for topology in chips.larger(made.topology):
-    on_larger = _on_larger(made.config, topology)
-    wanted += [(on_larger, topology), (_LEAST_MEMORY | on_larger, topology)]
-  for changes, topology in wanted:
-    config = changed(made.config, changes)
-    if config and fits(config, topology, compiler, margin=0.0):
-      return _changes(made.config, changes), topology
+  config = made.config
+  for topology in (made.topology, *chips.larger(made.topology)):
+    base = {}
+    if topology != made.topology:
+      base = planning.nearest_mesh(config, topology)
+    if base is None:
+      continue
+    places: list[Changes] = [{}]
+    if config.has_reference and config.lora is None:
+      places.append({"model.reference_memory": "pinned_host"})
+    search = _Search(config, topology, compiler, 0.0)
+    for place in places:
+      new = planning.changed(config, base | place)
+      if new is None:
+        continue
+      settled = search.settled(
+        base | place,
+        new.data.prompts_per_step // new.num_rollouts,
+        new.train.microbatch_bundles,
+        remat.POLICIES[remat.POLICIES.index(config.model.remat) :],
+      )
+      if settled is not None:
+        return settled[0], topology
   return None
 
 
-def fits(
-  config: run_config.Config,
-  topology: chips.Topology,
-  compiler: planning.Compiler,
-  *,
-  margin: float,
-  wanted: Callable[[str], bool] = lambda name: True,
-) -> bool:
-  """Whether that much of the memory stays free; compiles what it must.
+class _Search:
+  """Looks for the settings with which a run leaves some memory free."""
 
-  Args:
-    config: The run's settings.
-    topology: The slice.
-    compiler: What compiles.
-    margin: A share.
-    wanted: Which programs matter, by name.
-  """
-  limit = topology.chip.hbm_limit_bytes
-  if sum(programs.resident_bytes(config).values()) > (1 - margin) * limit:
-    return False  # Whatever the programs are.
-  names = [name for name in programs.names(config) if wanted(name)]
-  made = compiler.plan(config, topology, names)
-  logging.info(
-    "%s on %s: %.1f%% free.", _said(config), topology, 100 * made.room
-  )
-  return made.fits(margin)
+  def __init__(
+    self,
+    config: run_config.Config,
+    topology: chips.Topology,
+    compiler: planning.Compiler,
+    margin: float,
+  ):
+    self._config, self._topology = config, topology
+    self._compiler, self._margin = compiler, margin
+    # With an image where the model sees them; what is found is planned whole.
+    self._kind = "(image)" if config.model_config.vision else "(text)"
+
+  def settled(
+    self, base: Changes, prompts: int, bundles: int, policies: Sequence[str]
+  ) -> tuple[Changes, planning.Plan] | None:
+    """The changes and the plan with them, or None where nothing fits.
+
+    Args:
+      base: Changes that are not to be chosen.
+      prompts: To decode at a time, at most.
+      bundles: Of a microbatch, at most.
+      policies: For remat, the one to have rather first.
+    """
+    new = planning.changed(self._config, base)
+    if new is None or not self._has_room(new):
+      return None
+    update = self._update(base, policies, _sizes(new, bundles))
+    if update is None:
+      return None
+    base = base | update
+    for part, name, values in (
+      ("rollout", "rollout.prompts_at_a_time", _sizes(new, prompts)),
+      ("evaluation", "eval.batch_size", _batches(new)),
+      ("pictures", "rollout.pictures_per_shard", _pictures(new)),
+    ):
+      if all(programs.part_of(x) != part for x in programs.names(new)):
+        continue
+      value = self._largest(base, name, values, part)
+      if value is None:
+        return None
+      base = base | {name: value}
+    changes = planning.differing(self._config, base)
+    new = planning.changed(self._config, changes)
+    assert new is not None
+    made = self._compiler.plan(new, self._topology)
+    return (changes, made) if made.fits(self._margin) else None
+
+  def _update(
+    self, base: Changes, policies: Sequence[str], sizes: Sequence[int]
+  ) -> Changes | None:
+    """The first remat with which anything fits, with the most that does."""
+    name = "train.microbatch_bundles"
+    for policy in policies:
+      settings = {"model.remat": policy}
+      if self._fits(base | settings | {name: sizes[-1]}, "update"):
+        size = self._largest(base | settings, name, sizes, "update")
+        return settings | {name: size}
+    return None
+
+  def _largest(
+    self, base: Changes, name: str, values: Sequence[int], part: str
+  ) -> int | None:
+    """The largest of a setting's values, in descending order, that fits.
+
+    It was seen to fit, and the next larger one not to.
+    """
+
+    def fits(index: int) -> bool:
+      return self._fits(base | {name: values[index]}, part)
+
+    if fits(0):
+      return values[0]
+    large, small = 0, len(values) - 1
+    if not small or not fits(small):
+      return None
+    while small - large > 1:
+      middle = (small + large) // 2
+      large, small = (large, middle) if fits(middle) else (middle, small)
+    return values[small]
+
+  def _fits(self, changes: Changes, part: str) -> bool:
+    """Whether a part of the run does with some changes."""
+    config = planning.changed(self._config, changes)
+    if config is None:
+      return False
+    names = [
+      name
+      for name in programs.names(config)
+      if programs.part_of(name) == part
+      and (self._kind in name or "(" not in name)
+    ]
+    # As many as are compiled side by side; the rest once these fit.
+    for some in itertools.batched(names, self._compiler.at_a_time):
+      made = self._compiler.plan(config, self._topology, some)
+      logging.info(
+        "%s on %s: %.1f%% free with %s.",
+        _said(config),
+        self._topology,
+        100 * made.room,
+        made.peak["name"],
+      )
+      if not made.fits(self._margin):
+        return False
+    return True
+
+  def _has_room(self, config: run_config.Config) -> bool:
+    """For what is there whatever the programs are."""
+    least = sum(programs.resident_bytes(config).values())
+    limit = self._topology.chip.hbm_limit_bytes
+    return least <= (1 - self._margin) * limit
 
 
 def _said(config: run_config.Config) -> str:
@@ -142,92 +252,39 @@ def _said(config: run_config.Config) -> str:
   )
 
 
-def _largest(
-  config: run_config.Config,
-  base: Changes,
-  topology: chips.Topology,
-  compiler: planning.Compiler,
-) -> Changes | None:
-  """The largest step on a mesh with some buckets, or None if there is none."""
-  # With an image where the model sees them: what is advised is planned whole.
-  kind = "(image)" if config.model_config.vision else "(text)"
-
-  def first(name: str, values: Iterable, rest: Changes, samples: bool):
-    for value in values:
-      new = changed(config, base | rest | {name: value})
-      if new is not None and fits(
-        new,
-        topology,
-        compiler,
-        margin=MARGIN,
-        wanted=lambda name: (
-          programs.samples(name) == samples
-          and (kind in name or "(" not in name)
-        ),
-      ):
-        return value
-    return None
-
-  sizes = _sizes(config, base)
-  least = {"train.microbatch_bundles": sizes[-1]}
-  prompts, micro = "rollout.prompts_at_a_time", "train.microbatch_bundles"
-  at_a_time = sizes[0]
-  if config.data.kind == "online":
-    at_a_time = first(prompts, sizes, least | _LEAST_MEMORY, True)
-    if at_a_time is None:
-      return None
-  base = base | {prompts: at_a_time}
-  policy = first("model.remat", remat.POLICIES, least, False)
-  if policy is None:
-    return None
-  base = base | {"model.remat": policy}
-  return base | {micro: first(micro, sizes, {}, False)}
-
-
 def meshes(
   config: run_config.Config, topology: chips.Topology
-) -> list[dict[str, int]]:
-  """Meshes that the run's prompts divide over, the least bound first."""
+) -> list[tuple[float, Changes]]:
+  """Meshes that the run's prompts divide over, the least bound first.
+
+  With each what no step on it can beat, whatever else is chosen.
+  """
   found = []
   replica, devices = topology.num_slices, topology.num_devices
   for tensor in _TENSORS:
     if devices % (tensor * replica):
       continue
-    mesh = {
-      "mesh.replica": replica,
-      "mesh.fsdp": devices // tensor // replica,
-      "mesh.tensor": tensor,
-      "eval.batch_size": _up(config.eval.batch_size, devices // tensor),
-    }
-    shards = devices // tensor
-    new = changed(
-      config,
-      mesh
-      | {
-        "train.microbatch_bundles": shards,
-        "rollout.prompts_at_a_time": None,
-      },
+    mesh = planning.on_mesh(
+      config, replica, devices // tensor // replica, tensor
     )
+    del mesh["data.prompts_per_step"]
+    best = {
+      "train.microbatch_bundles": config.data.prompts_per_step,
+      "rollout.prompts_at_a_time": None,
+      "model.remat": remat.POLICIES[0],
+    }
+    new = planning.changed(config, mesh | best)
     if new is not None:
-      found.append((_bound(new, topology), tensor, mesh))
-  return [mesh for _, _, mesh in sorted(found, key=lambda x: x[:2])]
+      least = planning.least_step_seconds(new, topology)
+      found.append((least, tensor, mesh))
+  found.sort(key=lambda x: x[:2])
+  return [(least, mesh) for least, _, mesh in found]
 
 
-def _bound(config: run_config.Config, topology: chips.Topology) -> float:
-  """Seconds of moving between chips in a step, at least."""
-  chip = topology.chip
-  chunks = config.rollout.max_new_tokens / traffic.decode_trips(config)
-  steps = {"train_step": 1.0}
-  if config.data.kind == "online":
-    steps |= {"prefill": 1.0, "decode_chunk": chunks}
-  moved = [
-    (times, traffic.volume(config, topology, step))
-    for step, times in steps.items()
-  ]
-  return sum(
-    times * (x["ici"] / chip.ici_bandwidth + x["dcn"] / chip.dcn_bandwidth)
-    for times, x in moved
-  )
+def _bound(made: planning.Plan) -> float:
+  """Seconds that no step can beat."""
+  bounds = planning.step_bounds(made).values()
+  return max(bound["step_seconds_at_least"] for bound in bounds)
 
 
 def _shorter(buckets: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -236,90 +293,26 @@ def _shorter(buckets: Sequence[int]) -> Iterator[tuple[int, ...]]:
     yield tuple(buckets[:count])
 
 
-def _sizes(config: run_config.Config, mesh: Changes) -> list[int]:
+def _sizes(config: run_config.Config, most: int) -> list[int]:
   """Prompts that divide the batch and that the mesh divides, most first."""
-  shards = mesh["mesh.replica"] * mesh["mesh.fsdp"]
+  shards = config.mesh.replica * config.mesh.fsdp
   prompts = config.data.prompts_per_step
   return [
     size
-    for size in range(prompts, 0, -1)
+    for size in range(most, 0, -1)
     if prompts % size == 0 and size % shards == 0
   ]
 
 
-def _smaller(config: run_config.Config) -> Iterator[Changes]:
-  """Changes that take less memory and leave what is learnt as it is."""
-  least = config.mesh.replica * config.mesh.fsdp
-  yield (
-    changes := {
-      "train.microbatch_bundles": least,
-      "rollout.prompts_at_a_time": least,
-      "rollout.pictures_per_shard": 1,
-      "model.remat": "full",
-    }
-  )
-  yield (changes := changes | _LEAST_MEMORY)
-  if config.has_reference and config.lora is None:
-    yield changes | {"model.reference_memory": "pinned_host"}
+def _batches(config: run_config.Config) -> list[int]:
+  """Evaluation's batch, then smaller ones that the mesh divides."""
+  size, shards = config.eval.batch_size, config.mesh.replica * config.mesh.fsdp
+  return [shards * n for n in range(size // shards, 0, -1)]
 
 
-def _on_larger(config: run_config.Config, topology: chips.Topology) -> Changes:
-  """The mesh's data shards grow with the slice, and batches with these."""
-  tensor = config.mesh.tensor
-  shards = topology.num_devices // tensor
-  prompts = _up(config.data.prompts_per_step, shards)
-  return {
-    "mesh.replica": topology.num_slices,
-    "mesh.fsdp": shards // topology.num_slices,
-    "data.prompts_per_step": prompts,
-    "train.microbatch_bundles": shards,
-    "rollout.prompts_at_a_time": prompts,
-    "eval.batch_size": _up(config.eval.batch_size, shards),
-  }
-
-
-def _up(number: int, unit: int) -> int:
-  """The next multiple of a unit."""
-  return -(-number // unit) * unit
-
-
-def changed(
-  config: run_config.Config, changes: Changes
-) -> run_config.Config | None:
-  """The settings with some changed, or None where they break a rule."""
-  try:
-    return _with(config, changes)
-  except ValueError:
-    return None
-
-
-def _with(config: run_config.Config, changes: Changes) -> run_config.Config:
-  values = config.to_dict()
-  for name, value in changes.items():
-    *sections, last = name.split(".")
-    place = values
-    for section in sections:
-      place = place[section]
-    place[last] = value
-  return run_config.Config.from_config_dict(values)
-
-
-def _changes(config: run_config.Config, changes: Changes) -> Changes:
-  """Those that change anything."""
-
-  def value(name: str) -> Any:
-    place: Any = config
-    for part in name.split("."):
-      place = getattr(place, part)
-    if name == "rollout.prompts_at_a_time" and place is None:
-      return changes.get("data.prompts_per_step", config.data.prompts_per_step)
-    return place
-
-  return {
-    name: new
-    for name, new in changes.items()
-    if new is not None and new != value(name)
-  }
+def _pictures(config: run_config.Config) -> list[int]:
+  """Pictures that a shard's tower reads at a time, then fewer."""
+  return list(range(config.rollout.pictures_per_shard, 0, -1))
 
 
 def flags(changes: Changes) -> str:

@@ -102,10 +102,13 @@ def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
   # The thread is left where it is: nothing can stop it but the process's end.
   thread = threading.Thread(target=compile_all, daemon=True)
   thread.start()
-  while thread.is_alive() and not (_assigned(folder) and _text(folder)):
-    time.sleep(0.1)
-  hbm_bytes = _assigned(folder) or _needed(failures)
-  return Compiled(hbm_bytes, collectives(_text(folder)))
+  is_over, hbm_bytes, text = False, None, ""
+  # Once more after the end. What is there may be written anew at any time.
+  while not (is_over or (hbm_bytes and text)):
+    is_over = not thread.is_alive()
+    hbm_bytes, text = _assigned(folder), _text(folder)
+    time.sleep(0.0 if is_over else 0.1)
+  return Compiled(hbm_bytes or _needed(failures), collectives(text))
 
 
 def _assigned(folder: pathlib.Path) -> int | None:

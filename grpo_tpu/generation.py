@@ -295,10 +295,15 @@ class Programs:
     places = self._places(state)
 
     def moved(state, number, rows, bundles):
+      def of_bundles(layer):
+        return layer[bundles]
+
+      def of_rows(layer):
+        return _flat(layer, 0)[rows]
+
+      # A layer at a time: at once, what is gathered would lie there twice.
       cache = {
-        name: jnp.take(x, bundles, axis=1)
-        if "prompt" in name
-        else _flat(x, 1)[:, rows]
+        name: jax.lax.map(of_bundles if "prompt" in name else of_rows, x)
         for name, x in vars(state.cache).items()
       }
       old = jax.tree.map(lambda x: _flat(x, 0)[rows], state.rows)

@@ -8,6 +8,7 @@ divided by a peak or a bandwidth is a bound that no run can beat.
 import concurrent.futures
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,6 +22,8 @@ from absl import logging
 
 from grpo_tpu import chips, compiling, programs, traffic
 from grpo_tpu import config as run_config
+
+type Changes = dict[str, Any]  # Settings by name, as in "mesh.fsdp".
 
 # Each takes a core, and a gigabyte or two of this machine's memory.
 _MOST_AT_A_TIME = 4
@@ -100,18 +103,16 @@ def check(config: run_config.Config, described: chips.Topology) -> None:
   """
   mesh, devices = config.mesh, described.num_devices
   if mesh.replica * mesh.fsdp * mesh.tensor != devices:
-    near = nearest_mesh(config, devices)
     raise ValueError(
       f"mesh.replica * mesh.fsdp * mesh.tensor ({mesh.replica} * {mesh.fsdp} * "
       f"{mesh.tensor}) must equal the {devices} devices of {described}; set "
-      f"{near}."
+      f"{_said_nearest(config, described)}."
     )
   if mesh.replica % described.num_slices:
     raise ValueError(
       f"mesh.replica ({mesh.replica}) must be a multiple of the "
       f"{described.num_slices} slices of {described}; set "
-      f"mesh.replica={described.num_slices} and mesh.fsdp="
-      f"{devices // described.num_slices // mesh.tensor}."
+      f"{_said_nearest(config, described)}."
     )
 
 
@@ -130,24 +131,115 @@ def check_compiler() -> None:
     )
 
 
-def nearest_mesh(config: run_config.Config, devices: int) -> str:
-  """Settings of a mesh for that many devices, as near as can be to the run's.
+def nearest_mesh(
+  config: run_config.Config, topology: chips.Topology
+) -> Changes | None:
+  """Changes to a mesh for a slice, as near as can be to the run's.
 
-  Tensor shards stay as they are if they can, and replicas too.
+  Tensor shards stay as they are if they can, and replicas too; batches grow to
+  what the mesh divides. None where the model divides over no mesh of the slice.
   """
-  tensor = config.mesh.tensor
-  while devices % tensor:
-    tensor -= 1
-  replica = config.mesh.replica
-  while devices // tensor % replica:
-    replica -= 1
-  fsdp = devices // tensor // replica
-  said = f"mesh.replica={replica} mesh.fsdp={fsdp} mesh.tensor={tensor}"
+  fitting = (
+    changes
+    for changes in _meshes(config, topology)
+    if changed(config, changes) is not None
+  )
+  return next(fitting, None)
+
+
+def _said_nearest(config: run_config.Config, topology: chips.Topology) -> str:
+  """The same as text, if need be of the largest slice that there is one of."""
+  for slice_ in (topology, *reversed(chips.smaller(topology))):
+    changes = nearest_mesh(config, slice_)
+    if changes is None:
+      continue
+    values = {k: v for k, v in changes.items() if k.startswith("mesh.")}
+    values |= differing(config, changes)
+    said = " ".join(f"{name}={value}" for name, value in values.items())
+    return said if slice_ is topology else f"--topology={slice_} {said}"
+  raise AssertionError("one chip suits every model")
+
+
+def _meshes(config: run_config.Config, topology: chips.Topology) -> list[Any]:
+  """Changes to each mesh of a slice, those nearest to the run's first."""
+  devices, mesh = topology.num_devices, config.mesh
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+
+  def distance(shards: tuple[int, int]) -> tuple[float, ...]:
+    replica, tensor = shards
+    far = abs(math.log(tensor / mesh.tensor))
+    return far, abs(math.log(replica / mesh.replica)), tensor, replica
+
+  return [
+    on_mesh(config, replica, devices // tensor // replica, tensor)
+    for replica, tensor in sorted(
+      itertools.product(divisors, divisors), key=distance
+    )
+    if devices % (tensor * replica) == 0 and replica % topology.num_slices == 0
+  ]
+
+
+def on_mesh(
+  config: run_config.Config, replica: int, fsdp: int, tensor: int
+) -> Changes:
+  """What the run is with on another mesh: batches as near as it divides."""
   shards = replica * fsdp
-  if config.data.prompts_per_step % shards:
-    prompts = -(-config.data.prompts_per_step // shards) * shards
-    said += f" data.prompts_per_step={prompts}"
-  return said
+  prompts = _up(config.data.prompts_per_step, shards)
+  sizes = [n for n in range(shards, prompts + 1, shards) if prompts % n == 0]
+
+  def near(size: int) -> int:
+    return max((n for n in sizes if n <= size), default=shards)
+
+  at_a_time = config.rollout.prompts_at_a_time
+  return {
+    "mesh.replica": replica,
+    "mesh.fsdp": fsdp,
+    "mesh.tensor": tensor,
+    "data.prompts_per_step": prompts,
+    "train.microbatch_bundles": near(config.train.microbatch_bundles),
+    "rollout.prompts_at_a_time": near(at_a_time) if at_a_time else None,
+    "eval.batch_size": _up(config.eval.batch_size, shards),
+  }
+
+
+def _up(number: int, unit: int) -> int:
+  """The next multiple of a unit."""
+  return -(-number // unit) * unit
+
+
+def changed(
+  config: run_config.Config, changes: Changes
+) -> run_config.Config | None:
+  """The settings with some changed, or None where they break a rule."""
+  values = config.to_dict()
+  for name, value in changes.items():
+    *sections, last = name.split(".")
+    place = values
+    for section in sections:
+      place = place[section]
+    place[last] = value
+  try:
+    return run_config.Config.from_config_dict(values)
+  except ValueError:
+    return None
+
+
+def differing(config: run_config.Config, changes: Changes) -> Changes:
+  """Those of some changes that change anything."""
+
+  def value(name: str) -> Any:
+    place: Any = config
+    for part in name.split("."):
+      place = getattr(place, part)
+    if name == "rollout.prompts_at_a_time" and place is None:
+      return changes.get("data.prompts_per_step", config.data.prompts_per_step)
+    return place
+
+  return {
+    name: new
+    for name, new in changes.items()
+    if new is not None and new != value(name)
+  }
 
 
 def nothing_compiled(
@@ -168,9 +260,8 @@ class Compiler:
         that there is, up to a few.
     """
     cores = len(os.sched_getaffinity(0))
-    self._pool = concurrent.futures.ThreadPoolExecutor(
-      at_a_time or min(cores, _MOST_AT_A_TIME)
-    )
+    self.at_a_time = at_a_time or min(cores, _MOST_AT_A_TIME)
+    self._pool = concurrent.futures.ThreadPoolExecutor(self.at_a_time)
     self._known: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
 
   @property
@@ -212,19 +303,28 @@ class Compiler:
     ]
 
   def _begun(self, config, topology, name) -> concurrent.futures.Future:
-    key = json.dumps([_relevant(config, name), str(topology), name])
+    key = json.dumps([relevant(config, name), str(topology), name])
     if key not in self._known:
       self._known[key] = self._pool.submit(compiled, config, topology, name)
     return self._known[key]
 
 
-def _relevant(config: run_config.Config, name: str) -> dict[str, Any]:
+def relevant(config: run_config.Config, name: str) -> dict[str, Any]:
   """The settings, but for those that are of no matter to a program."""
-  values = config.to_dict()
-  if programs.samples(name):
-    values["train"] = values["model"]["remat"] = None
+  values, part = config.to_dict(), programs.part_of(name)
+  model, rollout = values["model"], values["rollout"]
+  if not programs.reads_pixels(config, name):
+    model["image_size"] = None
+  if part != "update":
+    values["train"] = model["remat"] = None
+  if part != "pictures":
+    rollout["pictures_per_shard"] = None
+  if part != "rollout":
+    rollout["prompts_at_a_time"] = None
+  if part == "evaluation":
+    values["data"]["prompts_per_step"] = None
   else:
-    values["rollout"] |= {"prompts_at_a_time": None, "pictures_per_shard": None}
+    values["eval"] = None
   return values
 
 
@@ -272,7 +372,6 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
     known = sum(by_class.values())
     moved = traffic.volume(config, topology, answer["name"])
     defects = traffic.defects(config, answer["collectives"])
-    chip, per = topology.chip, topology.chip.devices_per_chip
     flops = answer["flops"] / topology.num_devices
     least_bytes = (
       traffic.least_hbm_bytes(config, answer["name"]) + answer["rest_bytes"]
@@ -281,7 +380,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
       {
         "name": answer["name"],
         "hbm_bytes": hbm_bytes,
-        "hbm_limit_bytes": chip.hbm_limit_bytes,
+        "hbm_limit_bytes": topology.chip.hbm_limit_bytes,
         "resident_bytes": hbm_bytes + beside,
         "bytes_by_class": by_class | {"temporaries": max(0, hbm_bytes - known)},
         "beside_bytes": beside,
@@ -290,12 +389,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
         "least_hbm_traffic_bytes": least_bytes,
         "collective_bytes": moved,
         "defects": defects,
-        "bounds_seconds": {
-          "compute": flops * per / chip.peak_flops,
-          "hbm": least_bytes * per / chip.hbm_bandwidth,
-          "ici": moved["ici"] * per / chip.ici_bandwidth,
-          "dcn": moved["dcn"] * per / chip.dcn_bandwidth,
-        },
+        "bounds_seconds": bounds(topology.chip, flops, least_bytes, moved),
         "completion_tokens": answer["completion_tokens"],
         "cpu_seconds": answer["cpu_seconds"],
       }
@@ -303,9 +397,52 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
   return Plan(config, topology, rows, resident)
 
 
+def bounds(
+  chip: chips.Chip, flops: float, hbm_bytes: float, moved: dict[str, float]
+) -> dict[str, float]:
+  """Seconds of a call of a program, at least, by what bounds them."""
+  per = chip.devices_per_chip
+  return {
+    "compute": flops * per / chip.peak_flops,
+    "hbm": hbm_bytes * per / chip.hbm_bandwidth,
+    "ici": moved["ici"] * per / chip.ici_bandwidth,
+    "dcn": moved["dcn"] * per / chip.dcn_bandwidth,
+  }
+
+
+def least_step_seconds(
+  config: run_config.Config, topology: chips.Topology
+) -> float:
+  """A bound of a whole step by the sharding plan alone; nothing is compiled."""
+  rows = []
+  for name in programs.names(config):
+    least_bytes = traffic.least_hbm_bytes(config, name)
+    moved = traffic.volume(config, topology, name)
+    least = bounds(topology.chip, 0.0, least_bytes, moved)
+    rows.append({"name": name, "bounds_seconds": least})
+  return max(_step_seconds(config, rows).values())
+
+
 def step_bounds(made: Plan) -> dict[str, Any]:
   """Bounds of a whole step, each program as often as a step calls it."""
-  config = made.config
+  tokens = max(row["completion_tokens"] for row in made.programs)
+  return {
+    kind: {
+      "step_seconds_at_least": seconds,
+      "completion_tokens_per_second_at_most": tokens / seconds,
+      "chip_hours_per_1000_steps_at_least": seconds
+      * made.topology.num_chips
+      * 1000
+      / 3600,
+    }
+    for kind, seconds in _step_seconds(made.config, made.programs).items()
+  }
+
+
+def _step_seconds(
+  config: run_config.Config, rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+  """Of steps of text and of images, if the model sees these."""
   rollouts, shards = config.num_rollouts, config.mesh.replica * config.mesh.fsdp
   chunks = (config.rollout.max_new_tokens - 1) / traffic.decode_trips(config)
   pictures = config.data.prompts_per_step / config.rollout.pictures_per_shard
@@ -316,29 +453,16 @@ def step_bounds(made: Plan) -> dict[str, Any]:
     "results": rollouts,
     "train_step": config.train.num_iterations,
     # Rows that never end never move, and an evaluation is no part of a step.
-    **dict.fromkeys(("move", "evaluation_prefill", "evaluation_decode"), 0),
+    "move": 0,
   }
-  bounds = {}
-  for kind in ("text", "image"):
-    rows = [
-      row
-      for row in made.programs
-      if kind in row["name"] or "(" not in row["name"]
-    ]
-    if not any(kind in row["name"] for row in rows):
-      continue
-    seconds = sum(
+  return {
+    kind: sum(
       times.get(programs.step_of(row["name"]), 1)
       * max(row["bounds_seconds"].values())
       for row in rows
+      if programs.part_of(row["name"]) != "evaluation"
+      and (kind in row["name"] or "(" not in row["name"])
     )
-    tokens = max(row["completion_tokens"] for row in rows)
-    bounds[kind] = {
-      "step_seconds_at_least": seconds,
-      "completion_tokens_per_second_at_most": tokens / seconds,
-      "chip_hours_per_1000_steps_at_least": seconds
-      * made.topology.num_chips
-      * 1000
-      / 3600,
-    }
-  return bounds
+    for kind in ("text", "image")
+    if any(kind in row["name"] for row in rows)
+  }

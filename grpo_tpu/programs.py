@@ -25,6 +25,9 @@ from grpo_tpu.gemma3 import config as gemma3_config
 # What lies on the devices from step to step, whatever runs.
 RESIDENT = ("params", "optimizer", "reference")
 
+# Of a run; each has a setting of its own for how much it does at a time.
+PARTS = ("pictures", "rollout", "evaluation", "update")
+
 
 class Program(NamedTuple):
   """One jitted function with what it would be called with.
@@ -116,8 +119,11 @@ def names(config: run_config.Config) -> list[str]:
   if config.model_config.vision:
     kinds.append("image")
   planned, is_online = [], config.data.kind == "online"
+  # A rollout reads what the tower makes of pictures, and so does an update
+  # unless it trains the tower.
+  rolls_out = is_online or bool(config.eval.every_steps)
   if config.model_config.vision and (
-    is_online or not config.model.train_vision
+    rolls_out or not config.model.train_vision
   ):
     planned.append("pictures (image)")
   if is_online:
@@ -128,10 +134,12 @@ def names(config: run_config.Config) -> list[str]:
   if has_scoring(config):
     planned += [f"score ({kind})" for kind in kinds]
   planned += [f"train_step ({kind})" for kind in kinds]
-  if config.eval.every_steps and config.data.kind != "preference":
+  if config.eval.every_steps:
     planned += [f"evaluation_prefill ({kind})" for kind in kinds[-1:]]
     if config.rollout.max_new_tokens > 1:
       planned.append("evaluation_decode")
+    if config.data.kind == "preference":
+      planned += [f"evaluation_score ({kind})" for kind in kinds[-1:]]
   return planned
 
 
@@ -140,9 +148,22 @@ def step_of(name: str) -> str:
   return name.partition(" ")[0]
 
 
-def samples(name: str) -> bool:
-  """Whether a program of `names` is part of sampling, and not of an update."""
-  return step_of(name) not in ("score", "train_step")
+def part_of(name: str) -> str:
+  """What a program of `names` belongs to: one of `PARTS`."""
+  step = step_of(name)
+  if step in ("score", "train_step"):
+    return "update"
+  if step.startswith("evaluation"):
+    return "evaluation"
+  return step if step == "pictures" else "rollout"
+
+
+def reads_pixels(config: run_config.Config, name: str) -> bool:
+  """Whether a program of `names` has pictures of `model.image_size`."""
+  if step_of(name) == "pictures":
+    return True
+  scores = part_of(name) == "update" or step_of(name) == "evaluation_score"
+  return scores and config.model.train_vision and "(image)" in name
 
 
 def _has_moves(config: run_config.Config) -> bool:
@@ -177,6 +198,7 @@ def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
     "train_step": made.update,
     "evaluation_prefill": made.evaluating().prefill,
     "evaluation_decode": made.evaluating().decode_chunk,
+    "evaluation_score": made.evaluation_score,
   }[step_of(name)]
   return make(name)
 
@@ -354,8 +376,17 @@ class _Made:
 
   def score(self, name: str) -> Program:
     """Log-probabilities of a batch under other parameters."""
+    config = self._config
+    bundles = self._bundles(config.data.prompts_per_step)
+    return self._scoring(name, bundles, config.num_microbatches)
+
+  def evaluation_score(self, name: str) -> Program:
+    """The same of held-out labelled completions, all of a batch at once."""
+    bundles = self._bundles(self._config.eval.batch_size)
+    return self._scoring(name, bundles, 1)
+
+  def _scoring(self, name: str, bundles: Any, num_microbatches: int) -> Program:
     config, policy = self._config, self._policy
-    bundles = self._bundles()
     params, part = self._run_params(), "params"
     if config.has_reference and not config.lora:
       params, part = policy.abstract_reference(on_device=True), "reference"
@@ -363,14 +394,14 @@ class _Made:
       name=name,
       function=train_step.score,
       args=(policy.model, params, bundles),
-      kwargs={"num_microbatches": config.num_microbatches},
+      kwargs={"num_microbatches": num_microbatches},
       parts={part: params, "batch": bundles},
-      tokens=self._num_tokens,
+      tokens=math.prod(bundles.completion_ids.shape),
     )
 
   def update(self, name: str) -> Program:
     """An update."""
-    bundles = self._bundles()
+    bundles = self._bundles(self._config.data.prompts_per_step)
     state, frozen = self._state, self._frozen
     return Program(
       name=name,
@@ -382,7 +413,7 @@ class _Made:
         "optimizer": state.opt_state,
         "batch": bundles,
       },
-      tokens=self._num_tokens,
+      tokens=math.prod(bundles.completion_ids.shape),
     )
 
   @property
@@ -394,15 +425,9 @@ class _Made:
       return config.data.preference_completions
     return 1
 
-  @property
-  def _num_tokens(self) -> int:
-    config = self._config
-    rows = config.data.prompts_per_step * self._completions
-    return rows * config.rollout.max_new_tokens
-
-  def _array(self, dtype: Any, *shape: int, rows: int | None = None) -> Any:
-    """Of a step's prompts, or of so many, shared out over the data shards."""
-    shape = (rows or self._config.data.prompts_per_step, *shape)
+  def _array(self, dtype: Any, *shape: int, rows: int) -> Any:
+    """Of so many prompts, shared out over the data shards."""
+    shape = (rows, *shape)
     place = sharding.batch(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
@@ -422,24 +447,32 @@ class _Made:
     length = self._array(jnp.int32, rows=rows)
     return ids, length, self._array(dtype, *image, rows=rows)
 
-  def _bundles(self) -> train_step.Bundles:
-    config = self._config
-    rows = self._completions, config.rollout.max_new_tokens
-    trains_vision = config.model.train_vision
+  def _bundles(self, prompts: int) -> train_step.Bundles:
+    config, kind = self._config, self._config.data.kind
+    width, new = self._completions, config.rollout.max_new_tokens
     ids, length, images = self._prompts(
-      config.data.prompts_per_step, pixels=trains_vision
+      prompts, pixels=config.model.train_vision
     )
-    is_online = config.data.kind == "online"
-    logps = self._array(jnp.float32, *rows)
-    is_old = config.data.kind == "preference" or config.train.num_iterations > 1
+
+    def array(dtype: Any, *shape: int) -> Any:
+      return self._array(dtype, *shape, rows=prompts)
+
+    logps = array(jnp.float32, width, new)
+    is_old = kind == "preference" or config.train.num_iterations > 1
+    share = config.shaping.top_entropy_share
+    is_narrowed = share < 1 and kind != "demonstrations"
     return train_step.Bundles(
       prompt_ids=ids,
       prompt_length=length,
       images=images,
-      completion_ids=self._array(jnp.int32, *rows),
-      completion_mask=self._array(jnp.bool_, *rows),
-      advantages=self._array(jnp.float32, rows[0]),
+      completion_ids=array(jnp.int32, width, new),
+      completion_mask=array(jnp.bool_, width, new),
+      advantages=array(jnp.float32, width),
       old_per_token_logps=logps if is_old else None,
       ref_per_token_logps=logps if config.has_reference else None,
-      sampler_logps=logps if is_online else None,
+      sampler_logps=logps if kind == "online" else None,
+      token_weights=logps if is_narrowed else None,
+      preferred=array(jnp.bool_, width, width)
+      if kind == "preference"
+      else None,
     )

@@ -54,6 +54,9 @@ def volume(
     ici = decode_trips(config) * (gathered + _forward(config, rows))
   elif step == "score":
     ici = gathered * micro + _forward(config, _tokens(config))
+  elif step == "evaluation_score":
+    tokens = _tokens(config, config.eval.batch_size)
+    ici = gathered + _forward(config, tokens)
   else:
     # Gathered forward and backward; what is recomputed uses the latter.
     scattered = trained * (mesh.fsdp - 1) / mesh.fsdp
@@ -160,17 +163,22 @@ def _weights(config: run_config.Config) -> tuple[float, float]:
   return used, float(trained)
 
 
-def _tokens(config: run_config.Config) -> float:
-  """Tokens that a data shard's bundles have in a step."""
+def _tokens(config: run_config.Config, prompts: int | None = None) -> float:
+  """Tokens that a data shard's bundles have, of so many prompts or a step's."""
+  length = sum(_lengths(config))
+  shards = config.mesh.replica * config.mesh.fsdp
+  return (prompts or config.data.prompts_per_step) * length / shards
+
+
+def _lengths(config: run_config.Config) -> tuple[int, int]:
+  """Tokens of a prompt, and of all its completions together."""
   rows = 1
   if config.data.kind == "online":
     rows = config.rollout.num_generations
   elif config.data.kind == "preference":
     rows = config.data.preference_completions
-  length = rows * config.rollout.max_new_tokens
-  length += config.data.prompt_buckets[-1]
-  shards = config.mesh.replica * config.mesh.fsdp
-  return config.data.prompts_per_step * length / shards
+  prompt = config.data.prompt_buckets[-1]
+  return prompt, rows * config.rollout.max_new_tokens
 
 
 def _forward(config: run_config.Config, tokens: float) -> float:
@@ -212,7 +220,8 @@ def defects(
   known = _shapes_of_weights(config)
   # Rows of the embedding travel from where they lie to where their ids are.
   width = config.model_config.embed_dim
-  looked_up = (width, width // config.mesh.fsdp)
+  columns = width // config.mesh.fsdp
+  merged = {tokens * columns for tokens in _tokens_at_a_time(config)}
   batch = config.mesh.replica * config.mesh.fsdp
   found = []
   for entry in collectives:
@@ -223,15 +232,31 @@ def defects(
     said = f"{entry['name']} of {entry['dtype']}{list(entry['shape'])}"
     said += f" ({size / 2**20:.0f} MiB)"
     is_weight = tuple(sorted(shape)) in known
+    if shape[0] == config.mesh.fsdp and shape[-1] == columns:
+      # Its columns as parts, one for each shard.
+      is_weight |= tuple(sorted((*shape[1:-1], width))) in known
+    is_looked_up = shape[-1] in (width, columns) or math.prod(shape) in merged
     if entry["name"] == "all-reduce" and is_weight and batch > 1:
       found.append(f"{said}: a gradient that is not reduce-scattered")
     elif entry["name"] == "all-gather" and not is_weight:
       found.append(f"{said}: activations gathered")
-    elif entry["name"] == "all-to-all" and shape[-1] not in looked_up:
+    elif entry["name"] == "all-to-all" and not is_looked_up:
       found.append(f"{said}: activations change places")
     elif entry["name"] == "all-reduce" and config.mesh.tensor == 1:
       found.append(f"{said}: partial products added up")
   return found
+
+
+def _tokens_at_a_time(config: run_config.Config) -> set[int]:
+  """Tokens, over the shards of a replica, of what programs read at a time."""
+  prompts = (
+    config.train.microbatch_bundles,
+    config.data.prompts_per_step // config.num_rollouts,
+    config.eval.batch_size,
+  )
+  return {
+    x // config.mesh.replica * y for x in prompts for y in _lengths(config)
+  }
 
 
 def _shapes_of_weights(config: run_config.Config) -> set[tuple[int, ...]]:
