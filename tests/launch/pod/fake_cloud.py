@@ -344,7 +344,7 @@ class Laptop:
     path = self.checkout / "launch" / "tpu.env"
     path.write_text("".join(lines))
     # Ctrl-C reaches all of it, even where the tests themselves do not hear it.
-    heard = ["env", "--default-signal=INT"]
+    heard = [shutil.which("env") or "env", "--default-signal=INT"]
     return subprocess.Popen(
       [*heard, "bash", str(self.checkout / "launch" / "tpu.sh"), *words],
       cwd=self.home,
