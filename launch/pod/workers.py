@@ -23,6 +23,8 @@ _ARCHIVE = "grpo_tpu_code.tar.gz"
 
 # Calls of gcloud at a time: each is a Python of a hundred megabytes.
 _AT_A_TIME = 8
+# For ssh: with a terminal there, what runs on the worker ends when ssh does.
+_TERMINAL = ("-tt",)
 
 # Which of several failures to say, when workers fail in different ways.
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
@@ -317,7 +319,7 @@ def logs(
   with contextlib.ExitStack() as stack:
     threads = []
     for worker in workers:
-      call = cloud.ssh_call(worker, command)
+      call = cloud.ssh_call(worker, command, _TERMINAL if follow else ())
       pipe = subprocess.PIPE
       process = cloud.start(
         call, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
@@ -342,8 +344,7 @@ def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
   Raises:
     Failure: It could not be started.
   """
-  # With a terminal there, the worker's TensorBoard ends when this does.
-  forward = ["-tt", "-L", f"{port}:localhost:{port}"]
+  forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
   call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
   with cloud.start(call, stderr=subprocess.PIPE) as process:
     _, error = process.communicate()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -135,13 +136,19 @@ class Cloud:
     for worker in (self.folder / "workers").iterdir():
       shutil.rmtree(worker) if worker.is_dir() else worker.unlink()
 
-  def kill_all(self) -> None:
-    """Ends whatever runs on the workers."""
+  def processes(self) -> Iterator[psutil.Process]:
+    """Whatever runs on the workers."""
     mine = os.fspath(self.folder)
     for process in psutil.process_iter():
       with contextlib.suppress(psutil.Error):
         if process.environ().get("FAKE_WORKER", "").startswith(mine):
-          process.kill()
+          yield process
+
+  def kill_all(self) -> None:
+    """Ends all of it."""
+    for process in self.processes():
+      with contextlib.suppress(psutil.Error):
+        process.kill()
 
   def answer(
     self, method: str, url: str, body: dict[str, Any], agent: str

@@ -77,6 +77,7 @@ def test_logs_of_all_workers_of_one_and_as_they_come(running, laptop, cloud):
       assert lines.get(timeout=60) == f"[worker {number}] a new line"
     interrupt(process)
   assert laptop.tpu("status").stdout.count("running") == 2
+  assert "tail" not in [process.name() for process in cloud.processes()]
 
 
 @pytest.mark.nightly  # TensorBoard takes its time to start.
