@@ -350,8 +350,8 @@ class Laptop:
     lines = [f"{name}={value}\n" for name, value in self.settings.items()]
     path = self.checkout / "launch" / "tpu.env"
     path.write_text("".join(lines))
-    # Ctrl-C reaches all of it, even where the tests themselves do not hear it.
-    heard = [shutil.which("env") or "env", "--default-signal=INT"]
+    # Ctrl-C and a hang-up reach it, even where the tests do not hear them.
+    heard = [shutil.which("env") or "env", "--default-signal=INT,HUP"]
     return subprocess.Popen(
       [*heard, "bash", str(self.checkout / "launch" / "tpu.sh"), *words],
       cwd=self.home,
