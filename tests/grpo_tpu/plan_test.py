@@ -317,7 +317,8 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
 ):
   """What is in the way changes, as little as it can, and nothing else."""
   name = "gemma3_4b_v5e_16"
-  config = config_of(name, **{"train.microbatch_bundles": 64})
+  changes = {"train.microbatch_bundles": 64, "rollout.prompts_at_a_time": 32}
+  config = config_of(name, **changes)
   needs = {"sampling": few, "update": few} | needs
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
   changes = planning.differing(config, remedy)
