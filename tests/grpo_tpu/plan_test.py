@@ -707,7 +707,7 @@ def test_a_config_that_does_not_fit_is_exit_64_with_one_that_does(
   done = main_in_plan_mode(tmp_path, *flags)
   assert done.returncode == 64, done.stderr
   assert "must have room for train_step (" in done.stderr
-  remedy = done.stderr.partition("it fits with ")[2].strip()
+  remedy = done.stderr.partition("it fits with ")[2].splitlines()[0]
   again = main_in_plan_mode(tmp_path, *flags, *shlex.split(remedy))
   assert again.returncode == 0, again.stderr
   assert "\nfits: " in again.stdout
