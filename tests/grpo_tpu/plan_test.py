@@ -70,6 +70,15 @@ def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
   near = planning.nearest_mesh(config, chips.parse("v5e:4x4"))
   assert planning.differing(config, near) == {"mesh.fsdp": 8}
+  # 64 prompts do not divide over 24 shards; 72 do, and 24 at a time.
+  near = planning.nearest_mesh(config, chips.parse("v5e:4x4*3"))
+  assert planning.differing(config, near) == {
+    "mesh.replica": 3,
+    "mesh.fsdp": 8,
+    "data.prompts_per_step": 72,
+    "train.microbatch_bundles": 24,
+    "eval.batch_size": 264,
+  }
 
 
 def test_a_plan_wants_a_topology():
