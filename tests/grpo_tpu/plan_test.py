@@ -779,6 +779,15 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
 
 @pytest.mark.aot
 @pytest.mark.nightly
+def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
+  """Where they stood, and where they are to stand."""
+  config, described = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+  found = planning.compiled(config, described, "move")
+  assert found["hbm_bytes"] == pytest.approx(found["rest_bytes"], rel=0.02)
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
