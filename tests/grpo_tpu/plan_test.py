@@ -60,6 +60,35 @@ def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
     planning.check(config, chips.parse("v5e:2x2"))
 
 
+def test_slices_without_replicas_of_their_own_are_told_the_nearest():
+  config = config_of("gemma3_4b_v5e_16")
+  with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
+    planning.check(config, chips.parse("v5e:2x4*2"))
+
+
+def test_a_step_calls_each_program_as_often_as_it_does():
+  config = config_of("gemma3_4b_v5e_16", **{"rollout.prompts_at_a_time": 16})
+  rows = [
+    {
+      "name": name,
+      "bounds_seconds": {"hbm": 1.0, "ici": 0.5},
+      "completion_tokens": 10,
+    }
+    for name in programs.names(config)
+  ]
+  made = planning.Plan(config, chips.parse("v5e:4x4"), rows, {})
+  bounds = planning.step_bounds(made)
+  # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
+  # then an update. Nothing moves, and nothing is evaluated.
+  seconds = 4 * (1 + 1023 / 128 + 1) + 1
+  text = bounds["text"]["step_seconds_at_least"]
+  assert text == pytest.approx(seconds)
+  assert bounds["text"]["completion_tokens_per_second_at_most"] == 10 / text
+  # 64 pictures, eight on each of eight shards, are one call.
+  image = bounds["image"]["step_seconds_at_least"]
+  assert image == pytest.approx(seconds + 1)
+
+
 def test_no_compiler_is_told_with_the_remedy(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install.*macOS"):
