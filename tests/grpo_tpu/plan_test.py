@@ -60,6 +60,35 @@ def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
     planning.check(config, chips.parse("v5e:2x2"))
 
 
+def test_slices_without_replicas_of_their_own_are_told_the_nearest():
+  config = config_of("gemma3_4b_v5e_16")
+  with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
+    planning.check(config, chips.parse("v5e:2x4*2"))
+
+
+def test_a_step_calls_each_program_as_often_as_it_does():
+  config = config_of("gemma3_4b_v5e_16", **{"rollout.prompts_at_a_time": 16})
+  rows = [
+    {
+      "name": name,
+      "bounds_seconds": {"hbm": 1.0, "ici": 0.5},
+      "completion_tokens": 10,
+    }
+    for name in programs.names(config)
+  ]
+  made = planning.Plan(config, chips.parse("v5e:4x4"), rows, {})
+  bounds = planning.step_bounds(made)
+  # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
+  # then an update. Nothing moves, and nothing is evaluated.
+  seconds = 4 * (1 + 1023 / 128 + 1) + 1
+  text = bounds["text"]["step_seconds_at_least"]
+  assert text == pytest.approx(seconds)
+  assert bounds["text"]["completion_tokens_per_second_at_most"] == 10 / text
+  # 64 pictures, eight on each of eight shards, are one call.
+  image = bounds["image"]["step_seconds_at_least"]
+  assert image == pytest.approx(seconds + 1)
+
+
 def test_no_compiler_is_told_with_the_remedy(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install.*macOS"):
@@ -70,6 +99,15 @@ def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
   near = planning.nearest_mesh(config, chips.parse("v5e:4x4"))
   assert planning.differing(config, near) == {"mesh.fsdp": 8}
+  # 64 prompts do not divide over 24 shards; 72 do, and 24 at a time.
+  near = planning.nearest_mesh(config, chips.parse("v5e:4x4*3"))
+  assert planning.differing(config, near) == {
+    "mesh.replica": 3,
+    "mesh.fsdp": 8,
+    "data.prompts_per_step": 72,
+    "train.microbatch_bundles": 24,
+    "eval.batch_size": 264,
+  }
 
 
 def test_a_plan_wants_a_topology():
@@ -317,7 +355,8 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
 ):
   """What is in the way changes, as little as it can, and nothing else."""
   name = "gemma3_4b_v5e_16"
-  config = config_of(name, **{"train.microbatch_bundles": 64})
+  changes = {"train.microbatch_bundles": 64, "rollout.prompts_at_a_time": 32}
+  config = config_of(name, **changes)
   needs = {"sampling": few, "update": few} | needs
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
   changes = planning.differing(config, remedy)
@@ -706,7 +745,7 @@ def test_a_config_that_does_not_fit_is_exit_64_with_one_that_does(
   done = main_in_plan_mode(tmp_path, *flags)
   assert done.returncode == 64, done.stderr
   assert "must have room for train_step (" in done.stderr
-  remedy = done.stderr.partition("it fits with ")[2].strip()
+  remedy = done.stderr.partition("it fits with ")[2].splitlines()[0]
   again = main_in_plan_mode(tmp_path, *flags, *shlex.split(remedy))
   assert again.returncode == 0, again.stderr
   assert "\nfits: " in again.stdout
@@ -765,6 +804,15 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
   allocated, code = map(int, done.stdout.split())
   assert quick == allocated
   assert quick == pytest.approx(allocated + code, rel=0.02)
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
+def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
+  """Where they stood, and where they are to stand."""
+  config, described = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+  found = planning.compiled(config, described, "move")
+  assert found["hbm_bytes"] == pytest.approx(found["rest_bytes"], rel=0.02)
 
 
 @pytest.mark.aot
