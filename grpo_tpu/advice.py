@@ -267,7 +267,6 @@ def meshes(
     mesh = planning.on_mesh(
       config, replica, devices // tensor // replica, tensor
     )
-    del mesh["data.prompts_per_step"]
     best = {
       "train.microbatch_bundles": config.data.prompts_per_step,
       "rollout.prompts_at_a_time": None,
