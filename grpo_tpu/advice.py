@@ -103,11 +103,9 @@ def nearest_that_fits(
   """
   config = made.config
   for topology in (made.topology, *chips.larger(made.topology)):
-    base = {}
+    base: Changes = {}
     if topology != made.topology:
       base = planning.nearest_mesh(config, topology)
-    if base is None:
-      continue
     places: list[Changes] = [{}]
     if config.has_reference and config.lora is None:
       places.append({"model.reference_memory": "pinned_host"})

@@ -192,15 +192,6 @@ def larger(topology: Topology) -> list[Topology]:
   ]
 
 
-def smaller(topology: Topology) -> list[Topology]:
-  """Those that have fewer, in ascending order."""
-  return [
-    Topology(topology.chip, shape, topology.num_slices)
-    for shape in topology.chip.shapes
-    if _chips_of(shape) < _chips_of(topology.shape)
-  ]
-
-
 def _near_slice_name(text: str) -> str:
   """What someone meant who wrote an accelerator type, as in v5e-16."""
   match = re.fullmatch(r"(?:v5litepod|([\w]+?))-(\d+)", text.strip())

@@ -133,31 +133,26 @@ def check_compiler() -> None:
 
 def nearest_mesh(
   config: run_config.Config, topology: chips.Topology
-) -> Changes | None:
+) -> Changes:
   """Changes to a mesh for a slice, as near as can be to the run's.
 
   Tensor shards stay as they are if they can, and replicas too; batches grow to
-  what the mesh divides. None where the model divides over no mesh of the slice.
+  what the mesh divides.
   """
-  fitting = (
+  # There is one: a replica on each device suits every model.
+  return next(
     changes
     for changes in _meshes(config, topology)
     if changed(config, changes) is not None
   )
-  return next(fitting, None)
 
 
 def _said_nearest(config: run_config.Config, topology: chips.Topology) -> str:
-  """The same as text, if need be of the largest slice that there is one of."""
-  for slice_ in (topology, *reversed(chips.smaller(topology))):
-    changes = nearest_mesh(config, slice_)
-    if changes is None:
-      continue
-    values = {k: v for k, v in changes.items() if k.startswith("mesh.")}
-    values |= differing(config, changes)
-    said = " ".join(f"{name}={value}" for name, value in values.items())
-    return said if slice_ is topology else f"--topology={slice_} {said}"
-  raise AssertionError("one chip suits every model")
+  """The same as text."""
+  changes = nearest_mesh(config, topology)
+  values = {k: v for k, v in changes.items() if k.startswith("mesh.")}
+  values |= differing(config, changes)
+  return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _meshes(config: run_config.Config, topology: chips.Topology) -> list[Any]:

@@ -42,6 +42,11 @@ def test_a_slice_that_is_not_sold_is_refused_with_the_nearest(name, says):
     chips.parse(name)
 
 
+def test_a_chip_may_be_several_devices():
+  assert chips.parse("tpu7x:2x2x2*2").num_devices == 32
+  assert chips.parse("v5p:2x2x2").num_devices == 8
+
+
 def test_larger_slices_ascend_from_the_next():
   larger = chips.larger(chips.parse("v5e:4x4"))
   assert [str(x) for x in larger] == [
