@@ -95,6 +95,41 @@ def test_no_compiler_is_told_with_the_remedy(monkeypatch):
     planning.check_compiler()
 
 
+def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  config = config_of("gemma3_4b_v5e_16")
+  with pytest.raises(run_config.SettingError, match="must have libtpu"):
+    plan.run(config, str(tmp_path), "v5e:4x4", advise=False)
+
+
+@pytest.mark.parametrize("gibibytes, says", [(10, "fits"), (20, "DOES NOT")])
+def test_the_table_says_how_much_room_there_is(gibibytes, says):
+  config = config_of("gemma3_4b_v5e_16")
+  row = {
+    "name": "train_step (text)",
+    "bytes_by_class": {"params": 2**30, "temporaries": 2**31},
+    "beside_bytes": 2**30,
+    "resident_bytes": gibibytes * 2**30,
+    "flops": 2e12,
+    "least_hbm_traffic_bytes": 3e9,
+    "collective_bytes": {"ici": 4e9, "dcn": 0.0},
+    "bounds_seconds": {"compute": 1.0, "hbm": 0.5, "ici": 0.25, "dcn": 0.0},
+    "completion_tokens": 7,
+    "defects": ["something odd"],
+  }
+  made = planning.Plan(config, chips.parse("v5e:4x4"), [row], {})
+  lines = plan.table(made).splitlines()
+  memory, work = (x.split()[2:] for x in lines if x.startswith("train_step"))
+  room = f"{15.75 - gibibytes:.2f}"
+  assert memory == [
+    *("1.00", "0.00", "0.00", "0.00", "0.00", "2.00", "1.00"),
+    *(f"{gibibytes}.00", room),
+  ]
+  assert work[:3] == ["2.0", "3.0", "4.00"] and work[-1] == "compute"
+  assert "look at train_step (text): something odd" in lines
+  assert lines[-1].startswith(says)
+
+
 def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
   near = planning.nearest_mesh(config, chips.parse("v5e:4x4"))
