@@ -143,11 +143,8 @@ def best_path(directory: epath.PathLike) -> epath.Path | None:
   None where none has a score. By the looks of it, as for `newest_path`.
   """
   folder = epath.Path(directory).resolve()
-  scored = [
-    entry
-    for entry in entries(folder)
-    if entry.is_whole and entry.score is not None
-  ]
+  # The score is in the manifest: what has one is whole.
+  scored = [entry for entry in entries(folder) if entry.score is not None]
   if not scored:
     return None
   return folder / max(scored, key=lambda entry: (entry.score, entry)).name

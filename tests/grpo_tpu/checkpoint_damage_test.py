@@ -228,6 +228,17 @@ def test_the_meta_of_another_run_is_verified_by_itself(folder):
     archive.read_meta(folder, 2)
 
 
+def test_the_newest_to_go_on_from_is_the_newest_with_a_manifest(folder):
+  (folder / "00000002.manifest.json").unlink()
+  assert archive.newest_path(folder).name == "00000001"
+
+
+def test_a_step_left_unfinished_is_no_step_of_another_run(folder):
+  """Whose parameters are some updates further."""
+  shutil.copytree(folder / "00000002", folder / "00000002.1")
+  assert archive.steps(folder) == [1, 2]
+
+
 def test_where_none_of_another_run_is_whole_it_is_refused(folder):
   for path in folder.glob("*.manifest.json"):
     path.unlink()
