@@ -14,7 +14,7 @@ def get_config(kind: str = "full") -> ml_collections.ConfigDict:
     raise ValueError(f"kind ({kind!r}) must be full or lora.")
   config = base.get_config()
   config.model.name = "gemma3_12b"
-  config.mesh.update(fsdp=16, tensor=2)
+  config.mesh.update(fsdp=8, tensor=4)
   config.train.microbatch_bundles = 16
   if kind == "lora":
     config.model.lora.rank = 16

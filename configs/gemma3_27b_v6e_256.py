@@ -14,7 +14,7 @@ def get_config(kind: str = "full") -> ml_collections.ConfigDict:
     raise ValueError(f"kind ({kind!r}) must be full or lora.")
   config = base.get_config()
   config.model.name = "gemma3_27b"
-  config.mesh.update(fsdp=64, tensor=4)
+  config.mesh.update(fsdp=32, tensor=8)
   config.data.prompts_per_step = 128
   config.train.microbatch_bundles = 64
   if kind == "lora":

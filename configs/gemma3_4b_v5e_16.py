@@ -14,7 +14,7 @@ def get_config(kind: str = "full") -> ml_collections.ConfigDict:
     raise ValueError(f"kind ({kind!r}) must be full or lora.")
   config = base.get_config()
   config.model.name = "gemma3_4b"
-  config.mesh.update(fsdp=8, tensor=2)
+  config.mesh.update(fsdp=4, tensor=4)
   config.data.prompt_buckets = (384, 512, 1024)
   config.train.microbatch_bundles = 8
   if kind == "lora":
