@@ -47,7 +47,7 @@ def main(count: int = 20, seed: int = 0, folder: str = "") -> int:
       for path in (broken.workdir / "checkpoints").iterdir()
       if re.fullmatch(r"\d{8}", path.name)
     ]
-    reached = max(saved)
+    reached = max(saved, default=0)  # Killed before anything was saved.
     print(
       f"{number:2} {fault:28} exit {code:3} "
       f"newest checkpoint {reached:2}  {seconds:5.1f} s",
