@@ -48,6 +48,12 @@ def config_of(name, *kind, **changes):
   return run_config.Config.from_config_dict(values)
 
 
+def of_4b(**changes):
+  """4B on a mesh of 8 x 2, whatever overlays say."""
+  mesh = {"mesh.fsdp": 8, "mesh.tensor": 2}
+  return config_of("gemma3_4b_v5e_16", **(mesh | changes))
+
+
 @pytest.fixture
 def libtpu():
   if importlib.util.find_spec("libtpu") is None:
@@ -61,13 +67,13 @@ def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
 
 
 def test_slices_without_replicas_of_their_own_are_told_the_nearest():
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
     planning.check(config, chips.parse("v5e:2x4*2"))
 
 
 def test_a_step_calls_each_program_as_often_as_it_does():
-  config = config_of("gemma3_4b_v5e_16", **{"rollout.prompts_at_a_time": 16})
+  config = of_4b(**{"rollout.prompts_at_a_time": 16})
   rows = [
     {
       "name": name,
@@ -97,14 +103,14 @@ def test_no_compiler_is_told_with_the_remedy(monkeypatch):
 
 def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   with pytest.raises(run_config.SettingError, match="must have libtpu"):
     plan.run(config, str(tmp_path), "v5e:4x4", advise=False)
 
 
 @pytest.mark.parametrize("gibibytes, says", [(10, "fits"), (20, "DOES NOT")])
 def test_the_table_says_how_much_room_there_is(gibibytes, says):
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   row = {
     "name": "train_step (text)",
     "bytes_by_class": {"params": 2**30, "temporaries": 2**31},
@@ -224,7 +230,7 @@ def pasted(name, flags):
 
 
 def test_advice_is_the_largest_step_that_leaves_a_margin():
-  config = config_of("gemma3_4b_v5e_16", **{"rollout.num_generations": 4})
+  config = of_4b(**{"rollout.num_generations": 4})
   found = advised(config, "v5e:4x4")
   made = found.made
   assert made.fits(advice.MARGIN)
@@ -274,14 +280,14 @@ def test_advice_gives_up_the_longest_prompts_last():
   def much(config):
     return 20 * GIB if config.data.prompt_buckets[-1] > 512 else GIB
 
-  found = advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4", update=much)
+  found = advised(of_4b(), "v5e:4x4", update=much)
   assert found.changes["data.prompt_buckets"] == (384, 512)
-  kept = advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4")
+  kept = advised(of_4b(), "v5e:4x4")
   assert "data.prompt_buckets" not in kept.changes
 
 
 def test_advice_that_changes_nothing_says_so():
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   found = advised(config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   again = advised(found.made.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   assert again.changes == {} and "the settings have" in str(again)
@@ -289,7 +295,7 @@ def test_advice_that_changes_nothing_says_so():
 
 def test_advice_is_the_mesh_whose_step_has_the_least_bound():
   """Which is not always the first, nor are all looked at."""
-  config, described = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+  config, described = of_4b(), chips.parse("v5e:4x4")
 
   def by_tensor(config):
     prompts = config.rollout.prompts_at_a_time or 64
@@ -314,7 +320,7 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
 
 def test_advice_is_of_the_whole_run():
   """With text alone, too, though it is looked for with images."""
-  settings, topology = config_of("gemma3_4b_v5e_16"), chips.parse("v5e:4x4")
+  settings, topology = of_4b(), chips.parse("v5e:4x4")
 
   class Odd(Scripted):
     def plan(self, config, topology, names=None):
@@ -330,7 +336,7 @@ def test_advice_is_of_the_whole_run():
 
 def test_where_nothing_fits_advice_says_what_would_help():
   with pytest.raises(run_config.SettingError, match=r"lora.*larger slice"):
-    advised(config_of("gemma3_4b_v5e_16"), "v5e:4x4", lambda _: 99 * GIB)
+    advised(of_4b(), "v5e:4x4", lambda _: 99 * GIB)
 
 
 def refusal(config, topology, monkeypatch, tmp_path, **needs):
@@ -389,9 +395,8 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
   monkeypatch, tmp_path, needs, remedy, one_less
 ):
   """What is in the way changes, as little as it can, and nothing else."""
-  name = "gemma3_4b_v5e_16"
   changes = {"train.microbatch_bundles": 64, "rollout.prompts_at_a_time": 32}
-  config = config_of(name, **changes)
+  config = of_4b(**changes)
   needs = {"sampling": few, "update": few} | needs
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
   changes = planning.differing(config, remedy)
@@ -405,7 +410,7 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
 def test_where_the_slice_is_too_small_the_next_one_is_named(
   monkeypatch, tmp_path
 ):
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
 
   def much(config):
     return 8 * 16 * GIB // config.mesh.fsdp
@@ -426,7 +431,7 @@ def test_a_reference_moves_to_the_hosts_memory_before_the_slice_grows(
 ):
   """And not where fewer bundles at a time will do."""
   changes = {"objective.beta": 0.1, "train.microbatch_bundles": bundles}
-  config = config_of("gemma3_4b_v5e_16", **changes)
+  config = of_4b(**changes)
 
   def much(config):
     return (8 if config.model.reference_memory == "pinned_host" else 16) * GIB
@@ -470,7 +475,7 @@ def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
 
 
 def test_a_run_that_fits_nowhere_is_told_so(monkeypatch, tmp_path):
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
 
   def much(_):
     return 99 * GIB
@@ -503,7 +508,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
     programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
   )
   compiler, topology = planning.Compiler(), chips.parse("v5e:4x4")
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   first = compiler.plan(config, topology)
   assert sorted(asked) == sorted(programs.names(config))
   # What it was given of the parameters is not counted again: 10 + 5 + 1 + 7.
@@ -559,7 +564,7 @@ def test_a_setting_that_breaks_a_rule_is_no_advice():
 
 
 def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
-  config = config_of("gemma3_4b_v5e_16", **{"data.prompts_per_step": 8})
+  config = of_4b(**{"data.prompts_per_step": 8})
   found = [x for _, x in advice.meshes(config, chips.parse("v5e:4x4"))]
   assert {x["mesh.fsdp"] for x in found} == {8, 4, 2}
   assert all(x["mesh.fsdp"] * x["mesh.tensor"] == 16 for x in found)
@@ -568,9 +573,10 @@ def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
 def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
   topology = chips.parse("v5e:4x4")
   name = "gemma3_4b_v5p_16"
-  alone = config_of(name, **{"mesh.fsdp": 1})
+  alone = config_of(name, **{"mesh.fsdp": 1, "mesh.tensor": 1})
   assert traffic.volume(alone, topology, "train_step (text)")["ici"] == 0
-  eight = config_of(name, **{"train.microbatch_bundles": 64})
+  whole = {"mesh.fsdp": 8, "mesh.tensor": 1, "train.microbatch_bundles": 64}
+  eight = config_of(name, **whole)
   ici = traffic.volume(eight, topology, "train_step (text)")["ici"]
   # 3.88e9 weights and the projector; bf16 gathered twice, fp32 gradients once.
   size = 3.88e9 + 1152 * 2560
@@ -616,7 +622,7 @@ def test_collectives_are_read_from_a_program_the_largest_first():
 
 
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
-  config = config_of("gemma3_4b_v5e_16")
+  config = of_4b()
   rows = [vars(x) for x in aot.collectives(HLO)]
   gradient, activations, moved = traffic.defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
@@ -627,7 +633,8 @@ def test_defects_are_what_the_sharding_plan_does_not_ask_for():
 
 def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
   """And so are rows of the embedding whose tokens and columns are merged."""
-  config = config_of("gemma3_27b_v5p_256")
+  mesh = {"mesh.fsdp": 32, "mesh.tensor": 4}
+  config = config_of("gemma3_27b_v5p_256", **mesh)
 
   def said(name, *shape):
     row = {"name": name, "dtype": "bf16", "shape": shape}
