@@ -6,7 +6,6 @@ that host memory holds one tensor of a layer or the embedding, never the model.
 Knows nothing of file formats.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -89,18 +88,21 @@ def _filled_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
     return {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
 
   stacks = jax.jit(zeros, out_shardings=places)()
+  put = {
+    path: jax.jit(_with_layer, donate_argnums=0, out_shardings=place)
+    for path, place in places.items()
+  }
   num_layers = next(iter(shapes.values())).shape[0]
   for index in range(num_layers):
     for path, value in read(index, pieces):
       piece = _put(value, pieces[path])
       # Waits, or the host would read ahead of the devices without bound.
       stacks[path] = jax.block_until_ready(
-        _with_layer(stacks[path], piece, np.int32(index))
+        put[path](stacks[path], piece, np.int32(index))
       )
   return stacks
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _with_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
