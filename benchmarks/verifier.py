@@ -18,7 +18,8 @@ import time
 # Run as a script, it finds the packages of its own checkout.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from data_pipelines import records, verifier  # noqa: E402
+from data_pipelines import records
+from data_pipelines.verifier import verify  # noqa: E402
 
 PIECES = (
   "(", ")", "[", "]", "{", "}", "<", "<answer>", "</answer>",
@@ -77,7 +78,7 @@ def cost(response: str, problem: records.Problem) -> float:
   times = []
   for _ in range(2):
     start = time.process_time()
-    verifier.verify(response, problem)
+    verify.verify(response, problem)
     times.append(time.process_time() - start)
   return 1e3 * min(times)
 

@@ -21,13 +21,11 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from data_pipelines import (
-  command_line,
-  mathvista,
-  preferences,
-  records,
-  verifier,
-)
+from data_pipelines import flags as command_line
+from data_pipelines import records
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.sources import mathvista
+from data_pipelines.verifier import verify
 
 _MANIFEST = "manifest.json"
 
@@ -122,7 +120,7 @@ def _group(
     return "without_answer", []
   right, wrong = [], []
   for text in texts:
-    correct = verifier.verify(text, problem).correct
+    correct = verify.verify(text, problem).correct
     (right if correct else wrong).append(text)
   if not right or not wrong:
     return "without_wrong" if right else "without_right", []

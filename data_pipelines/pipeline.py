@@ -19,14 +19,11 @@ import grain
 import numpy as np
 from absl import logging
 
-from data_pipelines import (
-  images,
-  option_order,
-  preferences,
-  prompts,
-  records,
-)
-from data_pipelines import tokenizer as tokens
+from data_pipelines import images, records
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import shuffle_options as option_order
+from data_pipelines.text import tokenizer as tokens
 
 KINDS = ("online", "demonstrations", "preference")
 # In place of a prompt's length.
@@ -99,7 +96,7 @@ def make_pipeline(
   worker_processes: int = 0,
   replies: preferences.Source | None = None,
   num_replies: int = 2,
-  template: prompts.Template = prompts.TAGGED,
+  template: chat_prompts.Template = chat_prompts.TAGGED,
   shuffle_options: bool = False,
   pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> "TrainBatches":
@@ -231,7 +228,7 @@ def make_eval_batches(
   max_new_tokens: int = 0,
   replies: preferences.Source | None = None,
   num_replies: int = 0,
-  template: prompts.Template = prompts.TAGGED,
+  template: chat_prompts.Template = chat_prompts.TAGGED,
   pan_and_scan: images.PanAndScan = images.WHOLE,
 ) -> "EvalBatches":
   """One reader's batches of the first problems of `source`, in its order.
@@ -379,7 +376,7 @@ class _Rows:
   shard_count: int
   replies: preferences.Source
   num_replies: int
-  template: prompts.Template
+  template: chat_prompts.Template
   shuffle_options: bool
   pan_and_scan: images.PanAndScan
   is_evaluation: bool = False
@@ -551,7 +548,7 @@ class _Rows:
     return images.num_crops(problem.image_bytes, self.pan_and_scan)
 
   def _prompt(self, problem: records.Problem, num_crops: int) -> list[int]:
-    return prompts.encode_prompt(
+    return chat_prompts.encode_prompt(
       problem,
       self.tokenizer,
       num_images=self.num_images,
@@ -599,13 +596,14 @@ class _Rows:
     """The ids and labels of the completions that come with the prompt."""
     replies: tuple[preferences.Reply, ...] = ()
     if self.kind == "demonstrations":
-      reply = prompts.demonstration(problem, template=self.template)
+      reply = chat_prompts.demonstration(problem, template=self.template)
       replies = (preferences.Reply(reply, 1.0),)
     elif self.kind == "preference":
       rng = np.random.default_rng([self.seed, *place])
       replies = self.replies(problem, rng)
     ids = [
-      prompts.encode_completion(reply.text, self.tokenizer) for reply in replies
+      chat_prompts.encode_completion(reply.text, self.tokenizer)
+      for reply in replies
     ]
     longest = max(map(len, ids), default=0)
     if longest > self.max_new_tokens:
@@ -643,7 +641,7 @@ class _Rows:
     if self.num_images:
       image = images.decode(problem.image_bytes)
       views = images.views(image, self.image_size, self.pan_and_scan)
-    prompts.check_images(
+    chat_prompts.check_images(
       prompt,
       self.tokenizer,
       num_images=len(views),

@@ -22,16 +22,10 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from data_pipelines import (
-  command_line,
-  intake,
-  mathvista,
-  prompts,
-  records,
-  sources,
-  synthetic,
-  tokenizer,
-)
+from data_pipelines import flags as command_line
+from data_pipelines import records
+from data_pipelines.sources import folders, intake, mathvista, synthetic
+from data_pipelines.text import chat_prompts, tokenizer
 
 # Raise it when the same request would give other bytes.
 FORMAT = 2
@@ -118,17 +112,17 @@ def prepare(request: Request) -> dict[str, Any]:
   return manifest
 
 
-def _opened(request: Request) -> tuple[sources.Readers, dict[str, Any]]:
+def _opened(request: Request) -> tuple[folders.Readers, dict[str, Any]]:
   """What reads the source, and what a data dir of the request must match."""
   wanted = dataclasses.asdict(request)
   del wanted["data_dir"]
   if isinstance(request.source, synthetic.Spec):
     spec = request.source
     drawn = functools.cache(lambda: list(synthetic.problems(spec)))
-    readers: sources.Readers = {_SYNTHETIC: drawn}
+    readers: folders.Readers = {_SYNTHETIC: drawn}
   else:
     try:
-      folder = sources.find(request.source)
+      folder = folders.find(request.source)
     except mathvista.SnapshotError as error:
       raise RequestError(str(error)) from error
     # Not where they lie: a snapshot may be moved.
@@ -196,7 +190,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _build(
   request: Request,
-  readers: sources.Readers,
+  readers: folders.Readers,
   wanted: dict[str, Any],
   folder: pathlib.Path,
 ) -> dict[str, Any]:
@@ -278,7 +272,7 @@ def _hold_rejects(
 def _train_tokenizer(
   problems: Iterable[records.Problem], path: pathlib.Path, vocab_size: int
 ) -> None:
-  texts = (prompts.chat_text(problem) for problem in problems)
+  texts = (chat_prompts.chat_text(problem) for problem in problems)
   try:
     tokenizer.train(
       itertools.islice(texts, _MAX_TOKENIZER_TEXTS), path, vocab_size

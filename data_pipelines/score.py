@@ -22,7 +22,8 @@ from typing import Any
 
 from absl import app, flags
 
-from data_pipelines import command_line, grading, results
+from data_pipelines import flags as command_line
+from data_pipelines.scoring import grading, results
 
 _HEADINGS = ("", "problems", "strict", "official", "stored", "above chance")
 

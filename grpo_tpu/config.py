@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import prompts
+from data_pipelines.text import chat_prompts as prompts
 from grpo_tpu import (
   distributed,
   metric_table,

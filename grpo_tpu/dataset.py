@@ -9,8 +9,11 @@ import json
 import pathlib
 from typing import Any
 
-from data_pipelines import mathvista, pipeline, preferences, prepare, prompts
-from data_pipelines import tokenizer as tokens
+from data_pipelines import pipeline, prepare
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.sources import mathvista
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
 
 
@@ -109,7 +112,7 @@ def _prompt_settings(config: run_config.Config) -> dict[str, Any]:
     "soft_tokens": vision.soft_tokens if vision else 0,
     "num_images": int(vision is not None),
     "pan_and_scan": config.data.pan_and_scan,
-    "template": prompts.TEMPLATES[config.data.prompt_template],
+    "template": chat_prompts.TEMPLATES[config.data.prompt_template],
   }
 
 
@@ -165,7 +168,7 @@ def _replies(
     drawn = preferences.drawn(
       count,
       kinds=config.data.preference_kinds,
-      template=prompts.TEMPLATES[config.data.prompt_template],
+      template=chat_prompts.TEMPLATES[config.data.prompt_template],
     )
     return drawn, {}
   replies = preferences.from_file(file, count)

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines import ablations, images, pipeline
+from data_pipelines import images, pipeline
+from data_pipelines.scoring import ablations
 from grpo_tpu import (
   agreement,
   dataset,

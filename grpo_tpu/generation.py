@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from data_pipelines import tokenizer
+from data_pipelines.text import tokenizer
 from grpo_tpu import compilation, logprobs, sampling, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import decoding

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from data_pipelines import tokenizer
+from data_pipelines.text import tokenizer
 from grpo_tpu import sharding
 
 # Finite, for the entropy multiplies it by a probability of 0.

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
-from data_pipelines import tokenizer as tokens
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import (
   archive,
   generation,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from data_pipelines import tokenizer as tokens
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import chips, compaction, generation, sharding, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies

@@ -19,7 +19,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipelines import mathvista, records
+from data_pipelines import records
+from data_pipelines.sources import mathvista
 from grpo_tpu import config as run_config
 from grpo_tpu.rewards import scoring
 

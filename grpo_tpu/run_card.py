@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from data_pipelines import prompts
+from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
 from grpo_tpu import preflight
 
@@ -222,7 +222,7 @@ def _essence(
         if not name.startswith(f"{section}.")
       }
   # By its text too, which a later version may word in another way.
-  template = prompts.TEMPLATES[config.data.prompt_template]
+  template = chat_prompts.TEMPLATES[config.data.prompt_template]
   settings["data.prompt_template: its text"] = template.fingerprint
   return settings | identity
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import statistics
+from data_pipelines.scoring import statistics
 
 NO_ANSWERS = (
   "The answers of this split are not public: predictions are written, and "

@@ -8,14 +8,11 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines import (
-  ablations,
-  images,
-  pipeline,
-  preferences,
-  prompts,
-  synthetic,
-)
+from data_pipelines import images, pipeline
+from data_pipelines.preferences import replies
+from data_pipelines.scoring import ablations
+from data_pipelines.sources import synthetic
+from data_pipelines.text import chat_prompts
 from grpo_tpu import objective as objectives
 from grpo_tpu.gemma3 import attention, lora, remat
 from grpo_tpu.gemma3 import config as gemma3_config
@@ -71,7 +68,7 @@ class DataConfig:
       those that the data pipeline writes.
     dir: What `data_pipelines.prepare` wrote; "" draws the synthetic set once,
       under the workdir.
-    tokenizer: The model's own, as `data_pipelines.tokenizer.Tokenizer` finds
+    tokenizer: The model's own, as `data_pipelines.text.tokenizer.Tokenizer` finds
       it; "" takes the small one that lies in the data dir.
     synthetic: What that set is made of.
     synthetic_eval_fraction: Share of its pictures that is held out.
@@ -90,7 +87,7 @@ class DataConfig:
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
-      `data_pipelines.preferences`; "" makes a right one and wrong ones.
+      `data_pipelines.preferences.replies`; "" makes a right one and wrong ones.
     preference_kinds: Which wrong ones, of `preferences.KINDS`.
     preference_rewards: "functions" pays labelled completions as sampled ones
       are paid, "labels" takes the labels for rewards.
@@ -122,7 +119,9 @@ class DataConfig:
     require_at_least(self, "data", preference_completions=2)
     require_one_of("data.kind", self.kind, pipeline.KINDS)
     require_one_of(
-      "data.prompt_template", self.prompt_template, tuple(prompts.TEMPLATES)
+      "data.prompt_template",
+      self.prompt_template,
+      tuple(chat_prompts.TEMPLATES),
     )
     require_one_of(
       "data.preference_rewards",
@@ -149,12 +148,12 @@ class DataConfig:
     kinds = self.preference_kinds
     require(
       bool(kinds)
-      and set(kinds) <= set(preferences.KINDS)
+      and set(kinds) <= set(replies.KINDS)
       and len(set(kinds)) == len(kinds),
       "data.preference_kinds",
       kinds,
-      f"be one or more of {', '.join(preferences.KINDS)}, each once",
-      f"set data.preference_kinds={preferences.DEFAULT_KINDS}",
+      f"be one or more of {', '.join(replies.KINDS)}, each once",
+      f"set data.preference_kinds={replies.DEFAULT_KINDS}",
     )
     require(
       not (self.shuffle_options and self.preference_file),

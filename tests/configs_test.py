@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from data_pipelines import prepare, synthetic
+from data_pipelines import prepare
+from data_pipelines.sources import synthetic
 from grpo_tpu import chips, dataset, planning
 from grpo_tpu import config as run_config
 

@@ -224,7 +224,8 @@ def test_slow_libraries_are_imported_where_they_are_used(name):
   assert roots.isdisjoint(IMPORTED_WHERE_USED)
   # Light by itself, but the trainer reads ArrayRecord and has no use for it.
   assert (
-    "tensorflow_datasets" not in roots or name == "data_pipelines.mathvista"
+    "tensorflow_datasets" not in roots
+    or name == "data_pipelines.sources.mathvista"
   )
 
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 from typing import Any
 
-from data_pipelines import tokenizer
+from data_pipelines.text import tokenizer
 from grpo_tpu.gemma3 import config as gemma3_config
 
 _TEXT_DEFAULTS = {

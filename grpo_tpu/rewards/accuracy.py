@@ -1,11 +1,11 @@
 """Rewards that look at the answer: is it right, and is it where it belongs."""
 
-from data_pipelines import verifier
+from data_pipelines.verifier import verify
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 
 
-def accuracy(verdict: verifier.Verdict) -> float:
+def accuracy(verdict: verify.Verdict) -> float:
   """1 for the right answer, however it is written; else 0."""
   return float(verdict.correct)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from data_pipelines import records, verifier
+from data_pipelines import records
+from data_pipelines.verifier import verify
 from grpo_tpu.rewards import accuracy, calls, custom, heuristics
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
@@ -192,7 +193,7 @@ class Scores:
 class _Completion:
   text: str
   reasoning: heuristics.Reasoning
-  verdict: verifier.Verdict
+  verdict: verify.Verdict
 
 
 _REWARDS: Mapping[str, Callable[[_Completion], float]] = {
@@ -409,7 +410,7 @@ def _score_one(
   """The answer of one completion, its components, and why some failed."""
   values = [0.0] * len(COMPONENTS)
   try:
-    verdict = verifier.verify(text, problem)
+    verdict = verify.verify(text, problem)
   except Exception as error:
     return None, values, {"accuracy": custom.said(error)}
   faults: dict[str, str] = {}

@@ -9,7 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import mathvista, pair, preferences, records, verifier
+from data_pipelines import pair, records
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.sources import mathvista
+from data_pipelines.verifier import verify
 
 
 def record(pid="1", response="<answer>12</answer>", **changes):
@@ -95,7 +98,7 @@ def test_real_responses_become_groups_that_the_verifier_agrees_with(
     assert {text for text, _ in replies} <= texts
     assert len(replies) == len({text for text, _ in replies})
     for text, label in replies:
-      assert verifier.verify(text, problem).correct == (label == 1.0)
+      assert verify.verify(text, problem).correct == (label == 1.0)
     assert [label for _, label in replies[:2]] == [1.0, 0.0]
     differences.append(len(replies[0][0]) - len(replies[1][0]))
   # Characters: the first right response and the first wrong one differ by 16

@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import images, option_order, pipeline, prompts, records
-from data_pipelines import tokenizer as tokens
+from data_pipelines import images, pipeline, records
+from data_pipelines.text import chat_prompts, shuffle_options
+from data_pipelines.text import tokenizer as tokens
 
 SOFT_TOKENS, IMAGE_SIZE = 3, 8
 SETTINGS = images.PanAndScan(
@@ -54,7 +55,7 @@ PROBLEMS = [make_problem(index) for index in range(len(WHICH))]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-  tokens.train(map(prompts.chat_text, PROBLEMS), path, vocab_size=512)
+  tokens.train(map(chat_prompts.chat_text, PROBLEMS), path, vocab_size=512)
   return tokens.Tokenizer(path)
 
 
@@ -103,7 +104,7 @@ def test_a_row_shows_its_picture_then_its_crops_then_nothing(tokenizer):
     for row, (problem, count) in enumerate(
       zip(batch.problems, counts, strict=True)
     ):
-      expected = prompts.encode_prompt(
+      expected = chat_prompts.encode_prompt(
         problem,
         tokenizer,
         num_images=1,
@@ -226,7 +227,7 @@ def test_options_are_shuffled_only_where_crops_leave_room(
   def wordier(problem, rng):
     return dataclasses.replace(problem, query=problem.query + "?" * 8)
 
-  monkeypatch.setattr(option_order, "shuffled", wordier)
+  monkeypatch.setattr(shuffle_options, "shuffled", wordier)
   options = dict(shuffle_options=True, prompt_buckets=(int(longest),))
   for batch in batches(tokenizer, **options):
     for problem, length in zip(

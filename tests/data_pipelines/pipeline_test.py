@@ -9,16 +9,12 @@ import PIL.Image
 import pytest
 from absl import flags
 
-from data_pipelines import (
-  mathvista,
-  option_order,
-  pipeline,
-  preferences,
-  prompts,
-  records,
-  verifier,
-)
-from data_pipelines import tokenizer as tokens
+from data_pipelines import pipeline, records
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.sources import mathvista
+from data_pipelines.text import chat_prompts, shuffle_options
+from data_pipelines.text import tokenizer as tokens
+from data_pipelines.verifier import verify
 
 NUM_PROBLEMS = 13
 SOFT_TOKENS = 3
@@ -73,7 +69,7 @@ class FailingSource:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
   path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-  tokens.train(map(prompts.chat_text, PROBLEMS), path, vocab_size=512)
+  tokens.train(map(chat_prompts.chat_text, PROBLEMS), path, vocab_size=512)
   return tokens.Tokenizer(path)
 
 
@@ -215,7 +211,7 @@ def test_a_row_is_its_problem(tokenizer):
     np.testing.assert_array_equal(batch.prompt_index, range(4))
     assert batch.valid.all()
     for row, problem in enumerate(batch.problems):
-      ids = prompts.encode_prompt(
+      ids = chat_prompts.encode_prompt(
         problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
       )
       length = batch.prompt_length[row]
@@ -252,8 +248,8 @@ def test_demonstrations_come_with_the_worked_answer(tokenizer):
     for ids, mask, problem in zip(
       batch.completion_ids, batch.completion_mask, batch.problems, strict=True
     ):
-      expected = prompts.encode_completion(
-        prompts.demonstration(problem), tokenizer
+      expected = chat_prompts.encode_completion(
+        chat_prompts.demonstration(problem), tokenizer
       )
       assert ids[0][mask[0]].tolist() == expected
       assert (ids[0][~mask[0]] == tokens.PAD).all()
@@ -265,7 +261,7 @@ def test_preferences_come_as_the_right_and_a_wrong_reply(tokenizer):
     assert batch.completion_ids.shape == (4, 2, 24)
     for ids, problem in zip(batch.completion_ids, batch.problems, strict=True):
       chosen, rejected = map(tokenizer.decode, ids)
-      assert chosen == prompts.demonstration(problem)
+      assert chosen == chat_prompts.demonstration(problem)
       assert rejected != chosen
 
 
@@ -376,7 +372,11 @@ def test_a_completion_that_does_not_fit_masks_its_row(tokenizer):
 
 def test_a_completion_of_exactly_the_most_tokens_fits(tokenizer):
   longest = max(
-    len(prompts.encode_completion(prompts.demonstration(problem), tokenizer))
+    len(
+      chat_prompts.encode_completion(
+        chat_prompts.demonstration(problem), tokenizer
+      )
+    )
     for problem in PROBLEMS
   )
   for spare in (0, 1):
@@ -447,8 +447,8 @@ def test_shuffled_rows_ask_what_the_reward_will_see(tokenizer, kind):
         assert problem == original
       assert problem.answer == original.answer
       letter = chr(65 + problem.choices.index(problem.answer))
-      assert verifier.verify(f"<answer>{letter}</answer>", problem).correct
-      ids = prompts.encode_prompt(
+      assert verify.verify(f"<answer>{letter}</answer>", problem).correct
+      ids = chat_prompts.encode_prompt(
         problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
       )
       length = batch.prompt_length[row]
@@ -526,17 +526,19 @@ def test_shuffling_changes_neither_the_order_of_problems_nor_the_widths(
 def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
   """The bucket is that of the published order, which every shard knows."""
   path = tmp_path / "tokenizer.model"
-  tokens.train([prompts.chat_text(CHOICES[0])] * 2, path, vocab_size=512)
+  tokens.train([chat_prompts.chat_text(CHOICES[0])] * 2, path, vocab_size=512)
   # Spells one order in few pieces, and others in more or fewer of them.
   tokenizer = tokens.Tokenizer(path)
 
   def length(problem):
     return len(
-      prompts.encode_prompt(problem, tokenizer, num_images=1, soft_tokens=3)
+      chat_prompts.encode_prompt(
+        problem, tokenizer, num_images=1, soft_tokens=3
+      )
     )
 
   orders = [
-    option_order.shuffled(CHOICES[0], np.random.default_rng(seed))
+    shuffle_options.shuffled(CHOICES[0], np.random.default_rng(seed))
     for seed in range(40)
   ]
   problem = sorted(orders, key=length)[10]
@@ -562,13 +564,13 @@ def test_evaluation_never_shuffles(tokenizer):
   assert asked == CHOICES[:10]
 
 
-@pytest.mark.parametrize("name", prompts.TEMPLATES)
+@pytest.mark.parametrize("name", chat_prompts.TEMPLATES)
 def test_prompts_and_replies_follow_the_template(tokenizer, name):
-  template = prompts.TEMPLATES[name]
+  template = chat_prompts.TEMPLATES[name]
   wide = dict(template=template, prompt_buckets=(256,), max_new_tokens=96)
 
   def ids_of(problem):
-    return prompts.encode_prompt(
+    return chat_prompts.encode_prompt(
       problem,
       tokenizer,
       num_images=1,
@@ -591,7 +593,7 @@ def test_prompts_and_replies_follow_the_template(tokenizer, name):
     for row, problem in enumerate(batch.problems):
       if batch.completion_ids is not None:
         first = tokenizer.decode(batch.completion_ids[row, 0])
-        assert first == prompts.demonstration(problem, template=template)
+        assert first == chat_prompts.demonstration(problem, template=template)
       if batch.labels is not None:
         wrong = tokenizer.decode(batch.completion_ids[row, 1])
         opened, closed = template.answer

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import images, mathvista, prepare, synthetic, tokenizer
+from data_pipelines import images, prepare
+from data_pipelines.sources import mathvista, synthetic
+from data_pipelines.text import tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPEC = synthetic.Spec(

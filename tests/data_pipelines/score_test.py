@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from data_pipelines import results, score
+from data_pipelines import score
+from data_pipelines.scoring import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipelines import images, prompts, records
-from data_pipelines import tokenizer as tokens
+from data_pipelines import images, records
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import tokenizer as tokens
 
 pytestmark = pytest.mark.peers
 
@@ -120,7 +121,7 @@ def test_images_are_introduced_in_the_words_of_transformers(
 ):
   problem = records.from_result({"question": "How many?", "query": "How many?"})
   for i, data in enumerate(pictures):
-    ids = prompts.encode_prompt(
+    ids = chat_prompts.encode_prompt(
       problem,
       tokenizer,
       num_images=1,
@@ -129,5 +130,5 @@ def test_images_are_introduced_in_the_words_of_transformers(
     )
     assert spelt(ids, tokenizer) == (
       f"<bos><start_of_turn>user\n{theirs[f'text_{row}_{i}']}"
-      f"{prompts.prompt_text(problem)}<end_of_turn>\n<start_of_turn>model\n"
+      f"{chat_prompts.prompt_text(problem)}<end_of_turn>\n<start_of_turn>model\n"
     )

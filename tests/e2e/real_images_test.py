@@ -5,7 +5,7 @@ import io
 import PIL.Image
 import pytest
 
-from data_pipelines import mathvista
+from data_pipelines.sources import mathvista
 
 pytestmark = pytest.mark.e2e
 

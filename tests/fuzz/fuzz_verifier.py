@@ -15,7 +15,8 @@ import atheris
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["data_pipelines"]):
-  from data_pipelines import records, verifier
+  from data_pipelines import records
+  from data_pipelines.verifier import verify
 
 ROW = {
   "pid": "1",
@@ -49,8 +50,8 @@ def fuzz_verifier(data: atheris.FuzzedDataProvider) -> None:
   problem = PROBLEMS[data.ConsumeIntInRange(0, len(PROBLEMS) - 1)]
   response = data.ConsumeUnicode(4_000)
   for text in (response, f"<answer>{response}</answer>"):
-    verdict = verifier.verify(text, problem)
-    assert verdict == verifier.verify(text, problem)
+    verdict = verify.verify(text, problem)
+    assert verdict == verify.verify(text, problem)
     assert verdict.answer is not None or not verdict.correct
 
 
@@ -78,7 +79,7 @@ def fuzz_records(data: atheris.FuzzedDataProvider) -> None:
   except records.BadRecord:
     return
   assert records.from_example(records.to_example(problem)) == problem
-  verifier.verify(data.ConsumeUnicode(400), problem)
+  verify.verify(data.ConsumeUnicode(400), problem)
 
 
 def one_input(raw: bytes) -> None:

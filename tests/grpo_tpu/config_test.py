@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from configs import base
-from data_pipelines import prompts
+from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
 from grpo_tpu import objective
 from grpo_tpu.rewards import accuracy
@@ -291,13 +291,15 @@ def test_only_a_model_that_sees_is_shown_crops():
     built(crops | {"model.name": "gemma3_1b"})
 
 
-@pytest.mark.parametrize("template", prompts.TEMPLATES)
+@pytest.mark.parametrize("template", chat_prompts.TEMPLATES)
 def test_a_tag_is_paid_only_where_the_prompt_asks_for_it(template):
   """Where completions are sampled; the others learn from what they are given.
 
   The rule fits the reward: a reply of a template that may be paid is paid.
   """
-  reply = prompts.with_answer("", "5", template=prompts.TEMPLATES[template])
+  reply = chat_prompts.with_answer(
+    "", "5", template=chat_prompts.TEMPLATES[template]
+  )
   changes = {"data.prompt_template": template}
   if accuracy.well_formed(reply):
     built(changes)

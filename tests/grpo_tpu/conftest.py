@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from data_pipelines import tokenizer
+from data_pipelines.text import tokenizer
 from grpo_tpu import generation, rollout, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights

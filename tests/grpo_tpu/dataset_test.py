@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from data_pipelines import pipeline
-from data_pipelines import tokenizer as tokens
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
 from grpo_tpu import dataset
 from grpo_tpu.gemma3 import weights

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines import pipeline, preferences
+from data_pipelines import pipeline
+from data_pipelines.preferences import replies as preferences
 from grpo_tpu import evaluate_preferences, metrics, train_step
 from tests.grpo_tpu import scripted
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import mathvista
+from data_pipelines.sources import mathvista
 from grpo_tpu import metrics, rescore
 from grpo_tpu.rewards import scoring
 from tests.grpo_tpu.rewards.custom_test import config_of

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines import tokenizer
+from data_pipelines.text import tokenizer
 from grpo_tpu import (
   compaction,
   compilation,

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from configs import base
-from data_pipelines import prompts
+from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
 from grpo_tpu import run_card
 
@@ -186,10 +186,10 @@ def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
 
 def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   """The hash of its text is in the card, not its name alone."""
-  before = prompts.TEMPLATES["tagged"]
+  before = chat_prompts.TEMPLATES["tagged"]
   assert before.fingerprint in json.dumps(card)
   now = dataclasses.replace(before, instruction="Tag the final answer.")
-  monkeypatch.setitem(prompts.TEMPLATES, "tagged", now)
+  monkeypatch.setitem(chat_prompts.TEMPLATES, "tagged", now)
   with pytest.raises(
     ValueError, match="  data.prompt_template: its text: was"
   ) as e:

@@ -10,8 +10,9 @@ import PIL.Image
 from jax.sharding import AxisType, Mesh
 
 from configs import base
-from data_pipelines import pipeline, prompts, records
-from data_pipelines import tokenizer as tokens
+from data_pipelines import pipeline, records
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
 from grpo_tpu import generation, sharding
 from grpo_tpu import policy as policies
@@ -82,7 +83,7 @@ class Source:
 
 def make_tokenizer(folder: pathlib.Path) -> tokens.Tokenizer:
   path = folder / "tokenizer.model"
-  tokens.train(map(prompts.chat_text, PROBLEMS), path, 512)
+  tokens.train(map(chat_prompts.chat_text, PROBLEMS), path, 512)
   return tokens.Tokenizer(path)
 
 
@@ -99,7 +100,7 @@ class Scripted(policies.Policy):
     stopped = np.zeros(shape, bool)
     for row, column in np.ndindex(*shape):
       told = self.replies.get(batch.problems[row].pid, ["?"] * num_completions)
-      reply = prompts.encode_completion(told[column], self.tokenizer)
+      reply = chat_prompts.encode_completion(told[column], self.tokenizer)
       stopped[row, column] = len(reply) <= MAX_NEW_TOKENS
       reply = reply[:MAX_NEW_TOKENS]
       ids[row, column, : len(reply)] = reply

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines import prompts, records
-from data_pipelines import tokenizer as tokens
+from data_pipelines import records
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import text, weights
 from tests.grpo_tpu.gemma3 import float64_twin
@@ -218,12 +219,12 @@ def test_a_prompt_is_gemmas_chat_turn_id_by_id(tokenizer):
     solution="",
     metadata={},
   )
-  ids = prompts.encode_prompt(
+  ids = chat_prompts.encode_prompt(
     problem,
     tokenizer,
     num_images=1,
     soft_tokens=3,
-    template=prompts.TEMPLATES["plain"],
+    template=chat_prompts.TEMPLATES["plain"],
   )
   question = [14977, 236787, 2900, 563, 506, 5279, 529, 7001, 236881, 107]
   assert ids == [

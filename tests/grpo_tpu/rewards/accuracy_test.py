@@ -2,13 +2,13 @@
 
 import pytest
 
-from data_pipelines import verifier
+from data_pipelines.verifier import verify
 from grpo_tpu.rewards import accuracy
 
 
 @pytest.mark.parametrize("correct", [True, False])
 def test_accuracy_is_the_verdict(correct):
-  verdict = verifier.Verdict(answer="5", how="tag", correct=correct)
+  verdict = verify.Verdict(answer="5", how="tag", correct=correct)
   assert accuracy.accuracy(verdict) == float(correct)
 
 

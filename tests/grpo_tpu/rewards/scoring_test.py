@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines import records, verifier
+from data_pipelines import records
+from data_pipelines.verifier import verify
 from grpo_tpu.rewards import heuristics, scoring
 
 CONFIG = scoring.RewardConfig(
@@ -158,7 +159,7 @@ def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
   def failing(response, problem):
     raise RecursionError(response)
 
-  monkeypatch.setattr(verifier, "verify", failing)
+  monkeypatch.setattr(verify, "verify", failing)
   found = scores("5", "6")
   assert not found.valid.any()
   assert found.errors["accuracy"] == 2

@@ -1,0 +1,1 @@
+"""Preference pairs: completions of one prompt with labels."""

@@ -1,0 +1,1 @@
+"""Grades results files and computes the figures of an evaluation."""

@@ -1,0 +1,160 @@
+"""Drawn problems with exact answers, in MathVista's schema.
+
+Problem `i` of a set is a pure function of the settings and `i`: it can be
+drawn anywhere, in any order, and has the same bytes each time.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines import records
+from data_pipelines.sources import drawing, scenes
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
+_SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
+KINDS = tuple(_SCENE_OF)
+SOURCE = "synthetic/"  # Begins `metadata.source`; the kind follows.
+# One problem in so many asks something else about the picture before it.
+_REPEAT_EVERY = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a set of drawn problems is made of.
+
+  Attributes:
+    num_problems: How many.
+    seed: Another seed draws another set.
+    difficulty: 1 to 5: more objects, colors and distractors, larger values,
+      more varied wording.
+    kinds: Which of `KINDS` to draw, each equally often.
+    image_size: Side of the square picture, in pixels.
+    multi_choice_share: Share of the number questions that are asked with
+      options, 0 to 1. Questions whose answer is a word always have them.
+    min_options: Fewest options of a multiple-choice question, at least 2.
+    max_options: Most options, at most 8; fewer where the question has fewer
+      possible answers.
+  """
+
+  num_problems: int
+  seed: int
+  difficulty: int
+  kinds: tuple[str, ...]
+  image_size: int
+  multi_choice_share: float
+  min_options: int
+  max_options: int
+
+  def __post_init__(self):
+    sizes = f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels"
+    known = bool(self.kinds) and set(self.kinds) <= set(KINDS)
+    unlike = len(set(self.kinds)) == len(self.kinds)
+    fits = MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE
+    for name, holds, rule in (
+      ("num_problems", self.num_problems >= 1, "at least 1"),
+      ("seed", self.seed >= 0, "at least 0"),
+      ("difficulty", self.difficulty in drawing.LEVELS, "1 to 5"),
+      ("kinds", known, f"one or more of {', '.join(KINDS)}"),
+      ("kinds", unlike, "without repeats"),
+      ("image_size", fits, sizes),
+      ("multi_choice_share", 0 <= self.multi_choice_share <= 1, "0 to 1"),
+      ("max_options", 2 <= self.max_options <= 8, "2 to 8"),
+      (
+        "min_options",
+        2 <= self.min_options <= self.max_options,
+        f"2 to max_options ({self.max_options})",
+      ),
+    ):
+      if not holds:
+        raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
+
+
+def is_drawn(problem: records.Problem) -> bool:
+  """Whether a problem says that it was drawn here."""
+  return str(problem.metadata.get("source", "")).startswith(SOURCE)
+
+
+def problems(spec: Spec) -> Iterator[records.Problem]:
+  """All problems of the set, in order."""
+  return (problem(spec, index) for index in range(spec.num_problems))
+
+
+def problem(spec: Spec, index: int) -> records.Problem:
+  """Problem `index` of the set, whatever else has been drawn."""
+  rng, kind = _plan(spec, index)
+  scene = _SCENE_OF[kind]
+  canvas = drawing.make_canvas(
+    rng, size=spec.image_size, difficulty=spec.difficulty
+  )
+  facts = scene.drawn(canvas)
+  question = scene.questions[kind](canvas, facts)
+  choices = _options(question, spec, rng)
+  fields: dict[str, Any] = dict(
+    question=question.text,
+    choices=choices,
+    unit="" if choices else question.unit,
+    precision=-1 if choices else question.precision,
+    question_type="multi_choice" if choices else "free_form",
+    answer_type="text" if choices else question.answer_type,
+  )
+  return records.Problem(
+    pid=f"synthetic-{spec.seed}-{index:06d}",
+    image_path=f"images/{index}.png",
+    image_bytes=_encoded(canvas.image),
+    answer=question.answer,
+    query=records.official_query(**fields),
+    solution=question.solution,
+    metadata={
+      "category": scene.category,
+      "context": scene.context,
+      "grade": "elementary school",
+      "img_height": spec.image_size,
+      "img_width": spec.image_size,
+      "language": "english",
+      "skills": list(scene.skills),
+      "source": f"{SOURCE}{kind}",
+      "split": "synthetic",
+      "task": scene.task,
+    },
+    **fields,
+  )
+
+
+def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:
+  """The randomness that draws the picture, and the kind of question asked."""
+  if index % _REPEAT_EVERY == _REPEAT_EVERY - 1:
+    rng, kind = _plan(spec, index - 1)
+    siblings = [
+      other
+      for other in spec.kinds
+      if other != kind and _SCENE_OF[other] is _SCENE_OF[kind]
+    ]
+    if siblings:
+      return rng, siblings[index // _REPEAT_EVERY % len(siblings)]
+  rng = np.random.default_rng([spec.seed, spec.difficulty, index])
+  return rng, spec.kinds[int(rng.integers(len(spec.kinds)))]
+
+
+def _options(
+  question: scenes.Question, spec: Spec, rng: np.random.Generator
+) -> tuple[str, ...]:
+  """The options in random order, or none where the answer is written."""
+  if not question.pool:
+    return ()
+  if question.answer_type != "text" and rng.random() >= spec.multi_choice_share:
+    return ()
+  count = int(rng.integers(spec.min_options, spec.max_options + 1))
+  others = rng.permutation(len(question.pool))[: count - 1]
+  options = [question.answer, *(question.pool[i] for i in others)]
+  return tuple(options[i] for i in rng.permutation(len(options)))
+
+
+def _encoded(image: Image.Image) -> bytes:
+  png = io.BytesIO()
+  image.save(png, "PNG", compress_level=1)
+  return png.getvalue()

@@ -1,0 +1,1 @@
+"""Decides whether a completion gives the right answer."""

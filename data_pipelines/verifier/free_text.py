@@ -1,0 +1,394 @@
+"""What a response without tag or box settles on, when it answers in prose.
+
+Rules for English and Chinese sentences, from "the answer is" down to the one
+option or number that the last sentence speaks of. Refusals, lists of options
+and guesses at several answers settle on nothing.
+"""
+
+import decimal
+import itertools
+import re
+
+from data_pipelines.verifier import numbers, phrases
+from data_pipelines.verifier import options as options_lib
+
+# No answer is further from its announcement.
+_REACH = 400
+# Nor does a sentence argue with more numbers.
+_MOST_NUMBERS = 100
+_MOST_MARKS = 50
+_MARK = re.compile(r"\(\s*([A-Z])\s*\)")
+
+# What a writer settles on with a last word: "so it is B", "I choose (B)".
+_SETTLED = re.compile(
+  r"(?:\b(?:it is|it's|is|be|choose|pick|select|with|option|choice|so|hence"
+  r"|thus|therefore|think|guess|probably|definitely|likely|result|conclusion"
+  r"|selection|assistant|choice)|∴)[,:]?\s+(?:that )?(?:the )?"
+  r"(?:it is |it's )?(?:option |choice |letter )?"
+  r"[(\[\"]?([A-Z])[)\]\"]?\W{0,3}\Z",
+  re.IGNORECASE,
+)
+_LISTED_OPTION = re.compile(r"[ \t]*\(?[A-H][).:][^\n]*")
+# Chinese characters are word characters, yet a letter may touch them.
+_LETTER = re.compile(
+  r"\(\s*([A-Z])\s*\)"
+  r"|(?<![\w'(\u4e00-\u9fff])([A-Z])(?![\w'])"
+  r"|(?<=[\u4e00-\u9fff])([A-Z])(?![\w'])"
+  r"|(?<![\w'])([A-Z])(?=[\u4e00-\u9fff])"
+)
+_LEADING = re.compile(
+  r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\s*[).:](?=\s|\Z)|\s*\n))"
+)
+
+
+def without_listed_options(text: str) -> str:
+  """The text without two or more adjacent lines that list options."""
+  if "\n" not in text:
+    return text
+  lines = text.split("\n")
+  listed = [
+    bool(_LISTED_OPTION.fullmatch(line)) and not phrases.affirmed(line)
+    for line in lines
+  ]
+  kept = [
+    line
+    for i, line in enumerate(lines)
+    if not (
+      listed[i] and (listed[i - 1 : i] + listed[i + 1 : i + 2]).count(True)
+    )
+  ]
+  return "\n".join(kept)
+
+
+class _Conflict(Exception):
+  """A letter stands beside the text of another option."""
+
+
+def choice(text: str, options: options_lib.Options) -> tuple[str | None, str]:
+  """The option that a free text settles on."""
+  if options.names_several(text):
+    return None, "none"
+  sentences = phrases.sentences(text)
+  try:
+    return (
+      _cued(sentences, options)
+      or _settled(text, sentences, options)
+      or _lettered(text, sentences, options)
+      or _stated(text, sentences, options)
+    )
+  except _Conflict:
+    return None, "none"
+
+
+def _cued(
+  sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """What the last sentence says that announces an answer."""
+  for i in range(len(sentences) - 1, -1, -1):
+    named, after = None, None
+    affirmed = phrases.affirmed(sentences[i])
+    if affirmed is not None:
+      named = _with_text(*affirmed, options)
+    if named is None:
+      after = phrases.announced(sentences, i)
+    if after is not None:
+      if options.names_several(after):
+        return None, "none"
+      named = _first_named(after, options)
+    if named is not None:
+      return named, "cue"
+  return None
+
+
+def _settled(
+  text: str, sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """The letter that the last sentence ends on, or the last line's answer."""
+  if sentences and phrases.is_assertion(sentences[-1]):
+    end = sentences[-1][-80:]
+    match = _SETTLED.search(end)
+    letter = match[1] if match else None
+    others = {m[1] for m in _MARK.finditer(sentences[-1])} - {letter}
+    if match and letter in options.letters and not others:
+      if not options_lib.is_denied(end, match.start(1)):
+        return options.letters[match[1]], "cue"
+  _, line_end, last_line = text.rstrip().rpartition("\n")
+  named = options.only(last_line) if line_end else None
+  return None if named is None else (named, "letter")
+
+
+def _lettered(
+  text: str, sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str] | None:
+  """The letter that opens the text, or the only one in brackets."""
+  letters = _marked(sentences, options)
+  match = _LEADING.match(text)
+  if match and len(letters) < 2 and not phrases.is_denial(sentences[0]):
+    rest = text[match.end() :]
+    said = _OPENER.match(rest) if options.are_yes_and_no else None
+    if said and text[match.end(2) :].startswith(":"):  # "A: No" is an answer.
+      return options.folded[said[1].casefold()], "letter"
+    named = _with_text(match[1] or match[2], rest, options)
+    if named is not None:
+      return named, "letter"
+  if not letters:
+    return None
+  return (letters.pop() if len(letters) == 1 else None), "letter"
+
+
+def _marked(sentences: list[str], options: options_lib.Options) -> set[str]:
+  """The options whose letters stand in brackets, but for the denied ones."""
+  return {
+    _with_text(match[1], sentence[match.end() :], options) or ""
+    for sentence in sentences
+    if "(" in sentence and not phrases.is_denial(sentence)
+    for match in itertools.islice(_MARK.finditer(sentence), _MOST_MARKS)
+    if match[1] in options.letters
+    and not options_lib.is_denied(sentence, match.start())
+  }
+
+
+def _first_named(after: str, options: options_lib.Options) -> str | None:
+  """The option that the words after "the answer is" name first."""
+  only = options.only(after)
+  if only is not None:
+    return only
+  for match in _LETTER.finditer(after[:_REACH]):
+    letter = match[1] or match[2] or match[3] or match[4]
+    if options_lib.is_denied(after[:_REACH], match.start()):
+      continue
+    # After a colon "A" may open a sentence, as an article.
+    article = match[2] == "A" and _ARTICLE.match(after)
+    if letter in options.letters and not article:
+      return _with_text(letter, after[match.end() :], options)
+  mentioned = options.mentioned(after)
+  return mentioned[0] if mentioned else None
+
+
+_ARTICLE = re.compile(
+  r"[\s*]*A\s+(?!because|since|as|is|and|with|based|due|for|which|where|in)[a-z]"
+)
+
+
+def _with_text(
+  letter: str, rest: str, options: options_lib.Options
+) -> str | None:
+  """What a letter names.
+
+  Raises:
+    _Conflict: The text beside it is another option's.
+  """
+  named = options.letters.get(letter)
+  beside = rest.split("\n", 1)[0][:_REACH].strip(" .)*:,")
+  other = options.written_as(beside) or options.opens(beside)
+  if named is not None and other not in (None, named):
+    raise _Conflict
+  return named
+
+
+def _stated(
+  text: str, sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str]:
+  """The one option that a text without letters speaks of."""
+  if options.are_yes_and_no:
+    return _yes_or_no(sentences, options)
+  if phrases.is_refusal(text) or _NONE_OF.search(text):
+    return None, "none"
+  sentences = [_CONDITION.sub("", sentence) for sentence in sentences]
+  for part in (sentences[-1:], sentences[:1], sentences):
+    mentioned = options.mentioned(" ".join(part))
+    if len(mentioned) == 1:
+      return mentioned[0], "statement"
+  value, _ = quantity(text) if options.are_numbers else (None, "none")
+  named = options.worth(decimal.Decimal(value)) if value else None
+  return (named, "statement") if named else (None, "none")
+
+
+_NONE_OF = re.compile(
+  r"\bnone of (?:the|these) (?:(?:above|given|listed|provided) )?"
+  r"(?:options|choices|answers)\b",
+  re.IGNORECASE,
+)
+# What is supposed restates the question; it is not the answer.
+_CONDITION = re.compile(r"\A\s*if\b[^,]{1,160},", re.IGNORECASE)
+_ASSERTED = re.compile(
+  r"\b(?:is|are|was|were|has|have|does|do|can|will)\b|n't\b", re.IGNORECASE
+)
+_NEGATED = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't\b", re.IGNORECASE)
+
+
+_OPTION = re.compile(r"\b(?:options?|choices?)\b", re.IGNORECASE)
+
+
+def _yes_or_no(
+  sentences: list[str], options: options_lib.Options
+) -> tuple[str | None, str]:
+  """Yes or no by the word itself, or by whether a short reply denies."""
+  if not sentences:
+    return None, "none"
+  opener = _OPENER.match(sentences[0])
+  said = options.mentioned(sentences[-1])
+  if opener:
+    return options.folded[opener[1].casefold()], "statement"
+  if len(said) == 1 and not phrases.is_refusal(sentences[-1]):
+    return said[0], "statement"
+  text = " ".join(sentences)
+  if _OPTION.search(text) or phrases.is_refusal(text) or phrases.has_cue(text):
+    return None, "none"
+  if len(sentences) > 3 or not phrases.is_assertion(sentences[0]):
+    return None, "none"
+  if len(sentences[0].split()) < 4 or not _ASSERTED.search(sentences[0]):
+    return None, "none"
+  word = "no" if _NEGATED.search(sentences[0]) else "yes"
+  return options.folded[word], "statement"
+
+
+# "No image was given" and "Yes?" open nothing.
+_OPENER = re.compile(
+  r"\W*(yes|no)\b(?!\s*\?|\s(?:image|picture|photo|answer|comment|idea"
+  r"|information|one|further|other|more|way)\b)",
+  re.IGNORECASE,
+)
+
+
+_VERB = re.compile(
+  r"(?:\b(?:is|are|was|were|be|been|equals?|has|have|had|to|gives?|of"
+  r"|approximately|about|around|get|makes?|making|leaves?|leaving|giving"
+  r"|totall?ing|left with)\b"
+  r"|[=\u2248]|为|是|有)"
+  r"[\s(]*(?:(?:a|an|the|total|of|only|about|approximately|around|exactly"
+  r"|still|now|be|equal|to)\s+){0,4}[\s(]*\Z",
+  re.IGNORECASE,
+)
+_THERE_ARE = re.compile(
+  r"\s*(?:\w+,? ){0,4}there (?:is|are|was|were|will be|would be)\b",
+  re.IGNORECASE,
+)
+
+
+def quantity(text: str) -> tuple[str | None, str]:
+  """The number that a free text settles on."""
+  sentences = phrases.sentences(text)
+  if sentences and _THEREFORE.match(sentences[-1]):
+    chosen = _concluded(sentences[-1])
+    if chosen is not None and not phrases.has_cue(sentences[-1]):
+      return _spelt(chosen, "statement")
+  for i in range(len(sentences) - 1, -1, -1):
+    after = phrases.announced(sentences, i)
+    if after is None:
+      continue
+    if phrases.is_refusal(after):
+      return None, "none"
+    only = numbers.only_number(after)
+    if only is not None:
+      return numbers.canonical(only), "cue"
+    found = _numbers(after.rsplit("=", 1)[-1]) or _numbers(after)
+    found = [n for n in found[:_MOST_NUMBERS] if not _before(n, _THRESHOLD)]
+    if found:
+      return _spelt(found[0], "cue")
+  if phrases.is_refusal(text):
+    return None, "none"
+  for sentence in reversed(sentences):
+    if "|" in sentence:  # A row of a table concludes nothing.
+      continue
+    chosen = _concluded(sentence)
+    if chosen is not None:
+      return _spelt(chosen, "statement")
+    if _RANGE.search(sentence):
+      return None, "none"
+  return None, "none"
+
+
+_THEREFORE = re.compile(
+  r"\W{0,3}(?:therefore|thus|hence|so|in conclusion|因此|所以)\b", re.IGNORECASE
+)
+_MERE_NUMBERS = re.compile(r"(?:[-+\d.,;:/%$\s]|\bor\b|\band\b)*+")
+
+
+def lists_numbers(text: str) -> bool:
+  """Whether a text is nothing but several different numbers."""
+  if not _MERE_NUMBERS.fullmatch(text):
+    return False
+  found = itertools.islice(numbers.numerals(text), _MOST_NUMBERS)
+  return len({number.value for number in found}) > 1
+
+
+def _spelt(number: numbers.Numeral, how: str) -> tuple[str | None, str]:
+  value = number.value
+  return (None, "none") if value is None else (numbers.canonical(value), how)
+
+
+# "There are 4 red and 3 blue ones, so there are 7."
+_SO = re.compile(r",? (?:so|therefore|thus|hence|which means)\b", re.IGNORECASE)
+_PAST = re.compile(
+  r"(?:\b(?:in|after|before|since|by|year|from|during|until) |\()\Z"
+)
+
+
+def _is_year(number: numbers.Numeral) -> bool:
+  """Whether a number stands where a year does, and looks like one."""
+  return re.fullmatch("1[0-9]{3}|20[0-9]{2}", number.match[0]) is not None and (
+    _before(number, _PAST)
+  )
+
+
+def _concluded(sentence: str) -> numbers.Numeral | None:
+  """The number that a sentence is about."""
+  if len(_MARK.findall(sentence)) > 1:
+    return None
+  parts = _SO.split(sentence)
+  if len(parts) > 1 and _numbers(parts[-1]):
+    sentence = parts[-1]
+  found = _numbers(sentence)
+  found = found[:_MOST_NUMBERS] + found[_MOST_NUMBERS:][-_MOST_NUMBERS:]
+  dated_too, found = found, [n for n in found if not _is_year(n)]
+  there_are = "=" not in sentence and _THERE_ARE.match(sentence)
+  if there_are:
+    found = [n for n in found if not _before(n, _THRESHOLD)] or dated_too
+    words = itertools.islice(numbers.number_words(sentence), _MOST_NUMBERS)
+    counts = [*found, *words]
+    counts = [n for n in counts if n.start >= there_are.end()]
+    counts.sort(key=lambda number: number.start)
+    return next((n for n in counts if not _before(n, _THRESHOLD)), None)
+  return _last_said(found) or _last_said(dated_too)
+
+
+def _last_said(found: list[numbers.Numeral]) -> numbers.Numeral | None:
+  """The last number that something is, or else the last at all."""
+  last = None
+  for number in reversed(found):
+    if _before(number, _THRESHOLD):
+      continue
+    if _before(number, _VERB):
+      return number
+    last = last or number
+  return last
+
+
+def _before(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:
+  """Whether what stands right before a number matches."""
+  text = number.match.string[max(0, number.start - 40) : number.start]
+  return pattern.search(text) is not None
+
+
+# Compared with, or denied.
+_THRESHOLD = re.compile(
+  r"(?:\b(?:than|below|above|under|over|at least|at most|exceed(?:s|ing)?"
+  r"|out of|between|exactly|up to|half of|twice|double|rather than|instead of"
+  r"|not(?: equal to| just| only)?)|n't|不是|[<>≤≥≠]=?|!=)\s*\Z",
+  re.IGNORECASE,
+)
+_RANGE = re.compile(
+  r"(?<![\d.,])\d[\d.,]{0,30}%?\s?"
+  r"(?:[-~或至到]|\b(?:to|and|or(?: maybe| perhaps| even)?)\b)\s?\d[\d.,]*"
+  r"|\d[\d.]{0,30}(?:,\s\d[\d.]{0,30}){2,30}(?:,?\s(?:and|or)\s\d[\d.]{0,30})?"
+  r"|\(\s?-?\d[\d.]{0,30}\s?,\s?-?\d[\d.]{0,30}\s?\)"
+  r"|\bbetween \d[\d.,%]* and \d[\d.,]*"
+)
+
+
+def _numbers(text: str) -> list[numbers.Numeral]:
+  """The numbers of a text, without ranges; those in words if there are none."""
+  if "=" not in text:
+    text = _RANGE.sub(lambda match: " " * len(match[0]), text)
+  return list(numbers.numerals(text)) or list(numbers.number_words(text))

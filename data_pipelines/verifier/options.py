@@ -1,0 +1,221 @@
+"""The options of a multiple-choice question, and the ways to name one.
+
+By letter, by text, by both, or by value. Knows nothing of sentences: which
+part of a response names the answer is found elsewhere.
+"""
+
+import decimal
+import functools
+import itertools
+import re
+from collections.abc import Iterable
+
+from data_pipelines.verifier import numbers
+
+# What stands beside a letter is looked at so far.
+_MAX_BESIDE = 400
+# Nor are more mentions in one text.
+_MOST = 200
+
+_LETTERED = re.compile(
+  r"[(\[]?\s*([A-Za-z])\s*(?:[)\].:,]+|\Z|(?=\s))\)?[:-]?\s*", re.ASCII
+)
+# Before an option: it is denied, or the far end of a comparison.
+_DENIED = re.compile(
+  r"(?:\b(?:not|no|cannot(?: be(?: that)?)?|neither|nor|rather than|instead of"
+  r"|never|unlikely(?: to)?|(?:all|anything|everything) but|except(?: for)?)"
+  r"|n't|\u4e0d\u662f|\u4e0d\u9009|\u5e76\u975e)"
+  r"\s?(?:[^\s,.;]{1,20} (?:or|nor|and) )?"
+  r"(?:(?:the|an?|option|choice|equal to|just|simply) ){0,3}['\"(]?\Z"
+)
+_COMPARED = re.compile(
+  r"(?:[<>\u2264\u2265\u2260]=?|!=|\b(?:than|below|above|under|over|at least"
+  r"|at most|up to|out of|between|between \S{1,20} and))\s?\Z"
+)
+_YES = (
+  "\u662f",
+  "\u662f\u7684",
+  "\u5bf9",
+  "\u6b63\u786e",
+  "\u0628\u0644\u0647",
+)
+_NO = ("\u5426", "\u4e0d\u662f", "\u4e0d", "\u4e0d\u5bf9", "\u062e\u06cc\u0631")
+_LOW_LETTER = re.compile(
+  r"(?:\(\s*)?(?P<letter>[a-z])"
+  r"(?:\s*\)|(?![\w'])(?!(?<=a) (?!or |and )[a-z]{2}))\s*"
+)
+_JOINED = re.compile(r"(?:or|and|nor|then)\b\s*|或|和|、")
+
+
+def _folded(text: str) -> str:
+  """What two spellings of one option share."""
+  text = numbers.plain(text).casefold().replace("degrees", "\u00b0")
+  text = text.replace("degree", "\u00b0").replace(" ", "")
+  return text.strip("\"'*_ \t\n").rstrip(".").strip("\"'*_ \t\n")
+
+
+class Options:
+  """The options of one question, and the ways to name one of them."""
+
+  def __init__(self, choices: tuple[str, ...]):
+    self.texts = choices
+    self.letters = {chr(65 + i): text for i, text in enumerate(choices)}
+    self.exact = {text.strip(): text for text in reversed(choices)}
+    self.folded = _unambiguous((_folded(text), text) for text in choices)
+    values = [(numbers.only_number(text), text) for text in choices]
+    self.values = _unambiguous((v, text) for v, text in values if v is not None)
+    self.are_numbers = len(self.values) == len(self.exact)
+    self.direct = {}
+    for letter, text in self.letters.items():
+      self.direct |= {letter: text, f"({letter})": text}
+    self.direct |= self.exact
+    # A lone letter is a letter, and "a" an article: neither is a mention.
+    plain = {text: numbers.plain(text) for text in choices}
+    spaced = {
+      _spaced(plain[t]) for t in choices if not re.fullmatch("[A-Za-z]", t)
+    }
+    ranked = sorted(spaced - {""}, key=lambda t: (-len(t), t))
+    self.mention = re.compile("|".join(map(_mention, ranked)) or r"(?!)")
+    self.spaced = _unambiguous((_spaced(plain[t]), t) for t in choices)
+    self.are_yes_and_no = set(self.folded) == {"yes", "no"}
+    if self.are_yes_and_no:
+      self.folded |= dict.fromkeys(_YES, self.folded["yes"])
+      self.folded |= dict.fromkeys(_NO, self.folded["no"])
+    self.longest = _MAX_BESIDE + max(map(len, choices), default=0)
+
+  def only(self, text: str) -> str | None:
+    """The option that a text names which should hold nothing else."""
+    if len(text) > self.longest:
+      return None
+    text = text.strip()
+    if text in self.direct:
+      return self.direct[text]
+    text = numbers.undressed(text).removesuffix(".")
+    if text in self.direct:
+      return self.direct[text]
+    named = self.written_as(text) or self._of_value(text)
+    if named is not None:
+      return named
+    match = _LETTERED.match(text)
+    lettered = self.letters.get(match[1].upper()) if match else None
+    if lettered is None or match is None:
+      return None
+    rest = text[match.end() :]
+    if not rest.strip(" .)\n"):
+      # A lone small letter may be a word or a variable, in brackets not.
+      return lettered if match[1].isupper() or "(" in match[0] else None
+    also = self.written_as(rest) or self._of_value(rest)
+    return lettered if also is not None and also == lettered else None
+
+  def written_as(self, text: str) -> str | None:
+    """The option whose text this is, spelling apart."""
+    return self.folded.get(_folded(text)) if text else None
+
+  def mentioned(self, text: str) -> list[str]:
+    """The different options that a plain text asserts, in order."""
+    spaced = _spaced(text)
+    found = (
+      self.spaced.get(match[0])
+      for match in itertools.islice(self.mention.finditer(spaced), _MOST)
+      if not is_denied(spaced, match.start())
+      and not (match[0][0].isdigit() and _is_compared(spaced, match.start()))
+    )
+    return list(dict.fromkeys(option for option in found if option))
+
+  def names_several(self, text: str) -> bool:
+    """Whether a text starts with several options, as a list or a guess would.
+
+    "A, B, C", "(A) or (B)", "(A) 5 (B) 6", "red and blue".
+    """
+    named = []
+    rest = _spaced(text[:_MAX_BESIDE])
+    while True:
+      rest = rest.lstrip(" *_'\".,;:/&|-")
+      joined = _JOINED.match(rest) if named else None
+      rest = rest[joined.end() :] if joined else rest
+      lettered = _LOW_LETTER.match(rest)
+      mention = self.mention.match(rest)
+      if mention and named and self.are_yes_and_no and not joined:
+        # "Yes, no other bar is higher."
+        if re.match(r"\s+\w", rest[mention.end() :]):
+          break
+      if mention and not (lettered and lettered.end() > mention.end()):
+        named.append(self.spaced.get(mention[0], mention[0]))
+        rest = rest[mention.end() :]
+      elif lettered and lettered["letter"].upper() in self.letters:
+        letter = self.letters[lettered["letter"].upper()]
+        rest = rest[lettered.end() :].lstrip(" ):.,")
+        beside = self.mention.match(rest)
+        rest = rest[beside.end() :] if beside else rest
+        named.append(letter)
+      else:
+        break
+    return len(set(named)) > 1
+
+  def opens(self, text: str) -> str | None:
+    """The option whose text a plain text starts with."""
+    match = self.mention.match(_spaced(text))
+    return self.spaced.get(match[0]) if match else None
+
+  def worth(self, value: decimal.Decimal) -> str | None:
+    """The option of a value, if every option is a number."""
+    return self.values.get(value) if self.are_numbers else None
+
+  def _of_value(self, text: str) -> str | None:
+    value = numbers.only_number(text)
+    return None if value is None else self.values.get(value)
+
+
+def is_denied(text: str, start: int) -> bool:
+  """Whether the words before `start` deny what stands there."""
+  before = text[max(0, start - 60) : start]
+  return _DENIED.search(before.casefold()) is not None
+
+
+def _is_compared(text: str, start: int) -> bool:
+  return _COMPARED.search(text[max(0, start - 20) : start]) is not None
+
+
+def _mention(text: str) -> str:
+  """The pattern of an option's text where it is a whole word or number."""
+  # What stands before is looked back at from behind the first character, so
+  # that a search can leap to where an option may start.
+  first, rest = re.escape(text[0]), re.escape(text[1:])
+  before = rf"(?<![\w\u221a.]{first})"
+  if text[0].isdigit() or text[0] == "\u221a":
+    before += rf"(?<![-/^]{first})(?<!- {first})"
+  pattern = rf"{first}{before}{rest}(?![\w\u221a])"
+  if text[-1].isalnum():
+    pattern = rf"{pattern}(?!\.\d|,\d{{3}}(?!\d))"
+  if "\u221a" in text or text[-1].isdigit():
+    pattern = rf"{pattern}(?!\s?[/^]\s?[\d\u221a])"
+  return pattern
+
+
+def _spaced(text: str) -> str:
+  """A plain text as options are looked for in it."""
+  text = text.casefold()
+  if "degree" in text:
+    text = _DEGREES.sub("\u00b0", text)
+  if "will" in text or "would" in text:
+    text = _WILL.sub("", text)
+  return " ".join(text.split()).strip(" .")
+
+
+_DEGREES = re.compile(r"\s?degrees?\b")
+_WILL = re.compile(r"\b(?:will|would)(?: likely| also)? ")
+
+
+def _unambiguous(pairs: Iterable[tuple]) -> dict:
+  """The pairs as a dict, without keys that two different texts share."""
+  table: dict = {}
+  for key, text in pairs:
+    same = key not in table or (table[key] or "").strip() == text.strip()
+    table[key] = text if same else None
+  return {key: text for key, text in table.items() if text is not None}
+
+
+@functools.lru_cache(maxsize=4096)
+def options_of(choices: tuple[str, ...]) -> Options:
+  """The options of a question, worked out once."""
+  return Options(choices)

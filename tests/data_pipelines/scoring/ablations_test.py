@@ -1,0 +1,144 @@
+"""Other pictures for the same questions: what changes and what does not."""
+
+import collections
+import dataclasses
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data_pipelines import images
+from data_pipelines.scoring import ablations
+from tests.grpo_tpu import scripted
+from tests.grpo_tpu.scripted import EVERY, UNREADABLE, Source
+
+COUNT = len(EVERY)
+
+
+class Problems:
+  """A list of problems as a source."""
+
+  def __init__(self, problems):
+    self.problems = problems
+
+  def __len__(self):
+    return len(self.problems)
+
+  def __getitem__(self, index, /):
+    return self.problems[index]
+
+
+def ablated(kind, source=None, *, num_problems=COUNT, seed=0):
+  source = Source(EVERY) if source is None else source
+  return ablations.source(kind, source, num_problems=num_problems, seed=seed)
+
+
+def pictures(source, indices):
+  return [images.decode(source[i].image_bytes) for i in indices]
+
+
+READABLE = [i for i in EVERY if i != UNREADABLE]
+
+
+@pytest.mark.parametrize("kind", ablations.KINDS)
+def test_nothing_but_the_picture_changes(kind):
+  source, real = ablated(kind), Source(EVERY)
+  assert len(source) == len(real)
+  for index in READABLE:
+    got = dataclasses.replace(source[index], image_bytes=b"")
+    assert got == dataclasses.replace(real[index], image_bytes=b"")
+
+
+@pytest.mark.parametrize("kind", ablations.KINDS)
+def test_what_cannot_be_read_still_cannot(kind):
+  broken = scripted.make_problem(0)
+  broken = dataclasses.replace(broken, image_bytes=broken.image_bytes[:40])
+  whole = [scripted.make_problem(i) for i in (1, 2, 3)]
+  source = ablated(kind, Problems([*whole, broken]), num_problems=4)
+  with pytest.raises(ValueError, match="undecodable"):
+    images.decode(source[3].image_bytes)
+  with pytest.raises(ValueError, match="truncated"):
+    ablated(kind)[UNREADABLE]
+
+
+def test_a_removed_picture_is_plain_grey_of_its_shape():
+  for image, real in zip(
+    pictures(ablated("removed"), READABLE),
+    pictures(Source(EVERY), READABLE),
+    strict=True,
+  ):
+    assert image.shape == real.shape == (7, 9, 3)
+    assert (image == 128).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_picture_goes_to_one_other_problem(seed):
+  real = [image.tobytes() for image in pictures(Source(EVERY), READABLE)]
+  got = [
+    image.tobytes()
+    for image in pictures(ablated("shuffled", seed=seed), READABLE)
+  ]
+  assert collections.Counter(got) == collections.Counter(real)
+  assert all(a != b for a, b in zip(got, real, strict=True))
+
+
+def test_the_seed_alone_chooses_the_shuffle():
+  def shuffled(seed):
+    return [ablated("shuffled", seed=seed)[i].image_bytes for i in READABLE]
+
+  assert shuffled(3) == shuffled(3)
+  assert len({tuple(shuffled(seed)) for seed in range(5)}) == 5
+
+
+def test_only_the_problems_that_are_asked_are_shuffled():
+  source, real = ablated("shuffled", num_problems=4), Source(EVERY)
+  asked = {real[i].image_bytes for i in range(4)}
+  assert {source[i].image_bytes for i in range(4)} == asked
+  assert source[5].image_bytes == real[5].image_bytes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_derangement_leaves_no_key_in_its_place(seed):
+  rng = np.random.default_rng(seed)
+  keys = [str(x) for x in rng.integers(0, 4, 30)]
+  keys += ["largest"] * 30  # As many as all the others: there is one way left.
+  keys = [keys[i] for i in rng.permutation(60)]
+  givers = ablations.derangement(keys, seed)
+  assert sorted(givers) == list(range(60))
+  assert all(keys[to] != keys[giver] for to, giver in enumerate(givers))
+
+
+def test_derangements_differ_between_seeds_and_reach_everyone():
+  keys = list("abcdef")
+  found = np.array([ablations.derangement(keys, seed) for seed in range(200)])
+  for place in range(6):
+    assert set(found[:, place]) == set(range(6)) - {place}
+
+
+def encoded(image, kind):
+  file = io.BytesIO()
+  image.save(file, kind)
+  return file.getvalue()
+
+
+def test_a_picture_is_not_another_for_being_encoded_otherwise():
+  picture = PIL.Image.new("RGB", (9, 7), (9, 9, 9))
+  files = [encoded(picture, kind) for kind in ("PNG", "BMP")]
+  problems = [
+    dataclasses.replace(scripted.make_problem(i), image_bytes=file)
+    for i, file in enumerate(files)
+  ]
+  with pytest.raises(ValueError, match=r"eval.ablations.*2 of 2 show the same"):
+    ablated("shuffled", Problems(problems), num_problems=2)
+
+
+@pytest.mark.parametrize("keys", [[], ["a"], ["a", "b", "a"]])
+def test_what_cannot_be_deranged_is_refused_by_name(keys):
+  with pytest.raises(ValueError, match=r"^eval.ablations .*must.*leave"):
+    ablations.derangement(keys, 0)
+
+
+def test_an_unknown_ablation_is_refused():
+  with pytest.raises(ValueError, match=r"eval.ablations \('blur'\) must"):
+    ablated("blur")

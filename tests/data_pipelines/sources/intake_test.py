@@ -1,0 +1,250 @@
+import dataclasses
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import images, records
+from data_pipelines.sources import intake, synthetic
+
+SPEC = synthetic.Spec(
+  num_problems=40,
+  seed=0,
+  difficulty=1,
+  kinds=("count", "total"),
+  image_size=32,
+  multi_choice_share=0.0,
+  min_options=2,
+  max_options=4,
+)
+PROBLEMS = list(synthetic.problems(SPEC))
+
+
+def bomb():
+  """A PNG of a few bytes that claims to be 51 Mpx."""
+  header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 5_100, 8, 2, 0, 0, 0)
+  crc = struct.pack(">I", zlib.crc32(header))
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + struct.pack(">I", 13)
+    + header
+    + crc
+    + (struct.pack(">I", 100) + b"IDAT")
+  )
+
+
+# Fields in which a problem of the set differs, one for each way to be bad.
+BAD = {
+  "missing_image": {"image_bytes": b""},
+  "image_too_large": {"image_bytes": bomb()},
+  "unknown_question_type": {"question_type": "essay"},
+  "unknown_answer_type": {"answer_type": "date"},
+  "answer_not_in_choices": {
+    "question_type": "multi_choice",
+    "answer_type": "text",
+    "choices": ("a", "b"),
+    "answer": "c",
+  },
+  "missing_pid": {"pid": ""},
+  "duplicate_pid": {"pid": PROBLEMS[0].pid},
+  "empty_question": {"question": ""},
+  "undecodable_image": {"image_bytes": PROBLEMS[0].image_bytes[:100]},
+  "answer_fails_verifier": {"answer": "a few"},
+}
+
+
+def with_bad():
+  return PROBLEMS + [
+    dataclasses.replace(PROBLEMS[1], **{"pid": f"bad-{reason}", **change})
+    for reason, change in BAD.items()
+  ]
+
+
+def readers(**problems):
+  return {split: lambda p=p: iter(p) for split, p in problems.items()}
+
+
+def placed(sources, fraction=0.5):
+  kept, _ = intake.sift(sources)
+  return kept, intake.placed(kept, salt="a", eval_fraction=fraction)
+
+
+def test_a_bad_record_is_set_aside_with_its_reason():
+  kept, rejects = intake.sift(readers(testmini=with_bad()))
+  assert [record.at for record in kept] == [("testmini", i) for i in range(40)]
+  assert [reject["reason"] for reject in rejects] == list(BAD)
+  assert [reject["index"] for reject in rejects] == list(
+    range(40, 40 + len(BAD))
+  )
+  assert rejects[0]["pid"] == "bad-missing_image"
+  json.dumps(rejects)
+
+
+def test_a_rejected_record_does_not_claim_its_pid():
+  bad = dataclasses.replace(PROBLEMS[0], question="")
+  kept, rejects = intake.sift(readers(testmini=[bad, PROBLEMS[0]]))
+  assert len(kept) == len(rejects) == 1
+
+
+def test_rows_that_are_no_problem_are_set_aside_too():
+  rows = [{}, {"pid": "1", "decoded_image": {"bytes": b"GIF89a"}}]
+  _, rejects = intake.sift(readers(testmini=rows))
+  assert [(r["pid"], r["reason"]) for r in rejects] == [
+    (None, "missing_image"),
+    ("1", "unknown_answer_type"),
+  ]
+
+
+def test_what_a_source_could_not_read_is_set_aside_with_its_reason():
+  bad = records.BadRecord("unreadable", "torn")
+  kept, rejects = intake.sift(readers(train=[bad, PROBLEMS[0]]))
+  assert [record.at for record in kept] == [("train", 1)]
+  assert rejects == [
+    {
+      "split": "train",
+      "index": 0,
+      "pid": None,
+      "reason": "unreadable",
+      "detail": "torn",
+    }
+  ]
+
+
+def test_a_pid_is_taken_across_splits():
+  kept, rejects = intake.sift(readers(testmini=PROBLEMS[:1], test=PROBLEMS[:1]))
+  assert [record.at[0] for record in kept] == ["testmini"]
+  assert [reject["reason"] for reject in rejects] == ["duplicate_pid"]
+
+
+def test_a_picture_is_on_one_side_only():
+  kept, sides = placed(readers(testmini=PROBLEMS))
+  groups = {"train": set(), "eval": set()}
+  for record in kept:
+    groups[sides[record.at]].add(record.group)
+  assert all(groups.values())
+  assert not groups["train"] & groups["eval"]
+  # Some pictures are asked about twice, or nothing was shown.
+  assert len(groups["train"] | groups["eval"]) < len(PROBLEMS)
+
+
+def test_unanswered_problems_are_for_test_and_their_pictures_not_for_train():
+  hidden = [
+    dataclasses.replace(problem, pid=f"hidden-{problem.pid}", answer="")
+    for problem in PROBLEMS[:20]
+  ]
+  kept, sides = placed(readers(testmini=PROBLEMS, test=hidden), fraction=0.0)
+  assert {sides["test", i] for i in range(20)} == {"test"}
+  assert {sides["testmini", i] for i in range(20)} == {"withheld"}
+  assert {sides["testmini", i] for i in range(20, 40)} == {"train"}
+  alone = placed(readers(train=hidden))[1]
+  assert set(alone.values()) == {"test"}
+
+
+def test_what_the_source_calls_test_stays_test():
+  _, sides = placed(readers(test=PROBLEMS))
+  assert set(sides.values()) == {"test"}
+
+
+def copies(problem, count):
+  """Problems on pictures that look alike and have other pixels, not drawn."""
+  image = np.array(images.decode(problem.image_bytes))
+  for i in range(count):
+    image[0, 0] = 10 * i
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    yield dataclasses.replace(
+      problem,
+      pid=f"copy-{problem.pid}-{i}",
+      image_bytes=file.getvalue(),
+      metadata={"source": "mine"},
+    )
+
+
+COPIES = [copy for problem in PROBLEMS[:8] for copy in copies(problem, 4)]
+
+
+def test_twins_are_never_on_two_sides():
+  kept, sides = placed(readers(testmini=COPIES))
+  found = {}
+  for record in kept:
+    found.setdefault(record.group, set()).add(sides[record.at])
+  assert len({record.picture for record in kept}) == 32
+  assert len(found) == 8
+  assert {"eval", "withheld"} in found.values()
+  assert not any({"eval", "train"} <= group for group in found.values())
+  # Those that drew eval stay there whatever their twins drew.
+  assert {"train"} in found.values() or {"eval"} in found.values()
+
+
+def test_a_twin_of_a_test_picture_is_not_for_train():
+  hidden = [dataclasses.replace(p, answer="") for p in COPIES[::4]]
+  shown = [p for p in COPIES if p not in COPIES[::4]]
+  sources = readers(testmini=shown, test=hidden[:4])
+  _, sides = placed(sources, fraction=0.0)
+  assert [sides["testmini", i] for i in range(24)] == (
+    ["withheld"] * 12 + ["train"] * 12
+  )
+  # Whoever only evaluates loses nothing.
+  _, sides = placed(sources, fraction=1.0)
+  assert {sides["testmini", i] for i in range(24)} == {"eval"}
+
+
+def test_drawn_pictures_are_told_apart_by_their_pixels():
+  drawn = [
+    dataclasses.replace(copy, metadata={"source": "synthetic/count"})
+    for copy in COPIES
+  ]
+  kept, _ = intake.sift(readers(testmini=drawn))
+  assert len({record.group for record in kept}) == len(drawn)
+  # One that is not drawn has its twins among those that are not.
+  mixed = [*drawn, *(dataclasses.replace(p, pid=f"{p.pid}+") for p in COPIES)]
+  kept, _ = intake.sift(readers(testmini=mixed))
+  assert len({record.group for record in kept}) == 8
+
+
+@pytest.mark.parametrize("count", range(1, 32, 5))
+def test_added_records_move_no_other(count):
+  """They may take one out of train, if a twin of it is held out."""
+  _, many = placed(readers(testmini=PROBLEMS + COPIES))
+  _, few = placed(readers(testmini=PROBLEMS + COPIES[:count]))
+  withdrawn = 0
+  for at, side in few.items():
+    if many[at] != side:
+      assert (side, many[at]) == ("train", "withheld")
+      withdrawn += 1
+  assert withdrawn <= count
+  assert all(many["testmini", i] != "withheld" for i in range(40))
+
+
+def test_chosen_problems_are_those_placed_and_can_be_read_twice():
+  sources = readers(testmini=with_bad(), test=PROBLEMS[:0])
+  _, sides = placed(sources)
+  read = []
+  for split in ("train", "eval", "test"):
+    chosen = intake.Chosen(sources, sides, split)
+    assert list(chosen) == list(chosen)
+    read += chosen
+  assert sorted(read, key=lambda p: p.pid) == PROBLEMS
+
+
+def fingerprint(problems):
+  return intake.fingerprint(*placed(readers(testmini=problems)))
+
+
+def test_the_fingerprint_sees_every_field_but_not_the_order():
+  expected = fingerprint(PROBLEMS)
+  assert fingerprint(PROBLEMS[::-1]) == expected
+  assert fingerprint(PROBLEMS[1:]) != expected
+  for field, value in (("solution", "1."), ("metadata", {}), ("unit", "g")):
+    changed = dataclasses.replace(PROBLEMS[0], **{field: value})
+    assert fingerprint([changed, *PROBLEMS[1:]]) != expected
+
+
+def test_the_fingerprint_sees_the_division():
+  kept, sides = placed(readers(testmini=PROBLEMS))
+  other = intake.placed(kept, salt="b", eval_fraction=0.5)
+  assert intake.fingerprint(kept, sides) != intake.fingerprint(kept, other)

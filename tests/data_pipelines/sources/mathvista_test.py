@@ -1,0 +1,186 @@
+import dataclasses
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from etils import epath
+
+from data_pipelines import records
+from data_pipelines.sources import mathvista
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+PROBLEM = records.Problem(
+  pid="1",
+  question="图中有几个圆?",
+  image_path="images/1.jpg",
+  image_bytes=b"\x89PNG\0\xff not really",
+  choices=(),
+  unit="g",
+  precision=-1,
+  answer="[1, 2]",
+  question_type="free_form",
+  answer_type="list",
+  query="Hint: ...\nQuestion: 图中有几个圆? (Unit: g)",
+  solution="1, 2.",
+  metadata={"source": "GeoQA+", "skills": ["a", "b"], "img_width": 3},
+)
+CHOICE = dataclasses.replace(
+  PROBLEM, pid="2", choices=("√3", "", "√3"), answer="√3", precision=2
+)
+
+
+def numbered(count):
+  return [dataclasses.replace(PROBLEM, pid=str(i)) for i in range(count)]
+
+
+def test_what_is_written_is_read_whatever_its_fields_hold(tmp_path):
+  mathvista.write({"train": [PROBLEM, CHOICE], "eval": [CHOICE]}, tmp_path)
+  train = mathvista.source(tmp_path, "train")
+  assert len(train) == 2
+  assert sorted(train, key=lambda p: p.pid) == [PROBLEM, CHOICE]
+  assert list(mathvista.source(tmp_path, "eval")) == [CHOICE]
+
+
+def test_writing_keeps_nothing_but_the_data_set(tmp_path, capfd):
+  mathvista.write({"train": [PROBLEM]}, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["mathvista"]
+  assert capfd.readouterr().out == ""
+
+
+def test_the_same_problems_give_the_same_files(tmp_path):
+  def files(name):
+    mathvista.write({"train": numbered(20)}, tmp_path / name)
+    return {
+      path.name: path.read_bytes()
+      for path in (tmp_path / name).rglob("*")
+      if path.is_file()
+    }
+
+  assert files("a") == files("b")
+
+
+def test_a_source_goes_to_a_worker_as_its_paths(tmp_path):
+  mathvista.write({"train": numbered(5)}, tmp_path)
+  source = mathvista.source(tmp_path, "train")
+  assert source[4]  # An open reader must not be in the way.
+  sent = pickle.dumps(source)
+  assert len(sent) < 1000
+  assert list(pickle.loads(sent)) == list(source)
+
+
+def test_an_index_outside_is_refused(tmp_path):
+  mathvista.write({"train": numbered(3)}, tmp_path)
+  source = mathvista.source(tmp_path, "train")
+  for index in (-1, 3):
+    with pytest.raises(IndexError):
+      source[index]
+
+
+def test_a_source_names_what_is_missing(tmp_path):
+  with pytest.raises(ValueError, match="data_pipelines.prepare"):
+    mathvista.source(tmp_path, "train")
+  mathvista.write({"train": numbered(3)}, tmp_path)
+  with pytest.raises(ValueError, match=r"split \('eval'\).*\['train'\]"):
+    mathvista.source(tmp_path, "eval")
+  [file] = tmp_path.rglob("*.array_record-*")
+  file.rename(file.with_name(file.name.replace("of-00001", "of-00002")))
+  with pytest.raises(ValueError, match="some are missing"):
+    mathvista.source(tmp_path, "train")
+
+
+READ = """
+import sys
+from data_pipelines import mathvista
+[problem] = mathvista.source(sys.argv[1], "train")
+assert problem.pid == "1"
+assert "tensorflow" not in sys.modules
+import tensorflow_datasets as tfds
+builder = tfds.builder_from_directory(sys.argv[1] + "/mathvista/1.0.0")
+[example] = builder.as_data_source("train")
+assert example["image_bytes"] == problem.image_bytes
+"""
+
+
+def test_reading_takes_no_tensorflow_and_tfds_reads_it_too(tmp_path):
+  mathvista.write({"train": [PROBLEM]}, tmp_path)
+  command = [sys.executable, "-c", READ, str(tmp_path)]
+  subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+
+
+def test_shards_are_found_by_their_split_not_their_hash(tmp_path):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  names = [
+    "test-00001-of-00002-ffff.parquet",
+    "test-00000-of-00002-aaaa.parquet",
+    "testmini-00000-of-00001-bbbb.parquet",
+  ]
+  for name in [*names, "README.md"]:
+    (folder / name).touch()
+  for place in (tmp_path, folder):
+    found = mathvista.shards(place)
+    assert {s: [path.name for path in paths] for s, paths in found.items()} == {
+      "test": [names[1], names[0]],
+      "testmini": [names[2]],
+    }
+
+
+def test_a_folder_without_shards_has_none(tmp_path):
+  for folder in (tmp_path, tmp_path / "missing"):
+    assert mathvista.shards(folder) == {}
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ["test-00000-of-00002-aaaa.parquet"],
+    ["test-00000-of-00001-a.parquet", "test-00000-of-00001-b.parquet"],
+  ],
+  ids=["one missing", "two sets"],
+)
+def test_shards_that_are_no_whole_set_are_refused(tmp_path, names):
+  for name in names:
+    (tmp_path / name).touch()
+  with pytest.raises(mathvista.SnapshotError, match="all files of a split"):
+    mathvista.shards(tmp_path)
+
+
+def test_rows_come_in_the_order_of_the_files(tmp_path):
+  paths = [epath.Path(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+  for path, pids in zip(paths, (range(100), range(100, 130)), strict=True):
+    pq.write_table(pa.table({"pid": [str(pid) for pid in pids]}), path)
+  pids = [row["pid"] for row in mathvista.rows(paths)]
+  assert pids == [str(pid) for pid in range(130)]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+  path = epath.Path(tmp_path / "a.parquet")
+  pq.write_table(pa.table({"pid": ["1"]}), path)
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(mathvista.SnapshotError, match=str(path)):
+    list(mathvista.rows([path]))
+
+
+@pytest.mark.parametrize(
+  "metadata, is_original",
+  [
+    ({"source": "GeoQA+", "split": "testmini"}, True),
+    ({"source": "GeoQA+", "split": "test"}, True),
+    ({"source": "GeoQA+"}, True),
+    ({"source": "GeoQA+", "split": "train"}, False),
+    ({"source": "mine", "split": "testmini"}, False),
+    ({}, False),
+  ],
+)
+def test_what_is_mathvistas_own_is_known(metadata, is_original):
+  assert len(mathvista.SOURCES) == 31
+  assert mathvista.is_original(metadata) == is_original
+
+
+def test_one_original_in_twenty_puts_all_under_its_terms():
+  assert mathvista.terms(2, 40) == mathvista.terms(0, 5) == ""
+  assert mathvista.terms(3, 59) == mathvista.terms(1, 1) == "mathvista"

@@ -1,0 +1,268 @@
+"""A vocabulary put together again encodes as the file it came from."""
+
+import json
+import sys
+
+import hypothesis
+import pytest
+import sentencepiece
+from hypothesis import strategies
+from sentencepiece import sentencepiece_model_pb2
+
+from data_pipelines.text import sentencepiece_import
+from data_pipelines.text import tokenizer as tokens
+
+TEXTS = [
+  f"Question:  How many {colour} {shape} are there?\n\nI see {n}. "
+  f"<answer>{n}</answer>"
+  for colour in ("red", "blue", "green")
+  for shape in ("circles", "squares", "bars")
+  for n in range(12)
+]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPACE = "\u2581"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  tokens.train(TEXTS, path, vocab_size=512)
+  return path
+
+
+@pytest.fixture(scope="module")
+def pieces(path):
+  """Of the SentencePiece file: text, score and kind of each."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+  return [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+
+
+@pytest.fixture(scope="module")
+def gguf_path(pieces, tmp_path_factory):
+  """As llama.cpp's converter writes it: turns are controls, spaces plain."""
+  gguf = pytest.importorskip("gguf", reason="the extra export is missing")
+  path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+  writer = gguf.GGUFWriter(path, "gemma3")
+  writer.add_tokenizer_model("llama")
+  writer.add_token_list(
+    [
+      text.replace(SPACE, " ") if kind == USER_DEFINED else text
+      for text, _, kind in pieces
+    ]
+  )
+  writer.add_token_scores([score for _, score, _ in pieces])
+  writer.add_token_types(
+    [
+      CONTROL if number in (3, 105, 106) else kind
+      for number, (_, _, kind) in enumerate(pieces)
+    ]
+  )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def tokenizer_json(pieces):
+  """As transformers converts it: merges in the order of what they make."""
+  ids = {text: number for number, (text, _, _) in enumerate(pieces)}
+  normal = {text: score for text, score, kind in pieces if kind == NORMAL}
+  merges = [
+    (-score, ids[text[:at]], ids[text[at:]], text[:at], text[at:])
+    for text, score in normal.items()
+    for at in range(1, len(text))
+    if text[:at] in ids and text[at:] in ids
+  ]
+  return {
+    "added_tokens": [
+      {"id": number, "content": text.replace(SPACE, " "), "special": False}
+      for number, (text, _, kind) in enumerate(pieces)
+      if kind not in (NORMAL, BYTE)
+    ],
+    "model": {
+      "type": "BPE",
+      "byte_fallback": True,
+      "vocab": ids,
+      "merges": [[left, right] for *_, left, right in sorted(merges)],
+    },
+  }
+
+
+@pytest.fixture(scope="module")
+def json_path(pieces, tmp_path_factory):
+  path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+  path.write_text(json.dumps(tokenizer_json(pieces)))
+  return path
+
+
+@pytest.fixture(scope="module", params=["gguf_path", "json_path"])
+def both(request, path):
+  """The tokenizer of the file, and the one put together again."""
+  again = request.getfixturevalue(request.param)
+  return tokens.Tokenizer(path), tokens.Tokenizer(again)
+
+
+@hypothesis.given(
+  strategies.lists(
+    strategies.sampled_from(
+      [*"Qhowred 0123?\n<>/é", "  ", "\n\n", *TEXTS[5].split(" "), "<unused7>"]
+    )
+  ).map("".join)
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_a_rebuilt_vocabulary_encodes_and_decodes_as_the_file(both, text):
+  file, again = both
+  ids = file.encode(text)
+  assert again.encode(text) == ids
+  assert again.decode(ids) == file.decode(ids)
+
+
+def test_a_rebuilt_vocabulary_has_every_piece_in_its_place(both):
+  file, again = both
+  assert again.vocab_size == file.vocab_size
+  assert again.start_of_image == file.start_of_image
+  pieces = [t._processor.IdToPiece(list(range(512))) for t in both]
+  assert pieces[0] == pieces[1]
+  kinds = [t._processor.IsByte(list(range(512))) for t in both]
+  assert kinds[0] == kinds[1]
+
+
+def test_two_spaces_that_are_a_piece_stay_one():
+  """Converters write them as plain spaces, SentencePiece reads its own sign."""
+  pieces = [
+    sentencepiece_import._Piece(f"<{n}>", 0.0, USER_DEFINED) for n in range(4)
+  ]
+  pieces += [
+    sentencepiece_import._Piece(f"<0x{n:02X}>", 0.0, BYTE) for n in range(256)
+  ]
+  content = {
+    "added_tokens": [
+      *({"id": n, "content": p.text} for n, p in enumerate(pieces[:4])),
+      {"id": 260, "content": "  "},
+    ],
+    "model": {
+      "type": "BPE",
+      "byte_fallback": True,
+      "vocab": {p.text: n for n, p in enumerate(pieces)} | {"x": 261},
+      "merges": [],
+    },
+  }
+  model = sentencepiece_import.of_tokenizer_json(
+    json.dumps(content).encode(), "name"
+  )
+  processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  assert processor.Encode("x  x") == [261, 260, 261]
+  # One space is no piece here, and is spelt in bytes.
+  assert processor.Encode("x x") == [261, *(4 + b for b in SPACE.encode()), 261]
+
+
+def test_older_merges_of_one_string_are_read_alike(pieces):
+  new = tokenizer_json(pieces)
+  old = json.loads(json.dumps(new))
+  old["model"]["merges"] = [" ".join(pair) for pair in new["model"]["merges"]]
+  models = [
+    sentencepiece_import.of_tokenizer_json(json.dumps(x).encode(), "name")
+    for x in (new, old)
+  ]
+  assert models[0] == models[1]
+
+
+def test_the_soft_token_of_transformers_is_no_piece(pieces, tmp_path):
+  content = tokenizer_json(pieces)
+  soft = {"id": len(pieces), "content": "<image_soft_token>"}
+  content["added_tokens"].append(soft)
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  tokenizer = tokens.Tokenizer(tmp_path / "tokenizer.json")
+  assert tokenizer.vocab_size == len(pieces)
+
+
+def test_a_gap_among_the_ids_is_refused(pieces, tmp_path):
+  content = tokenizer_json(pieces)
+  content["added_tokens"].append({"id": 9999, "content": "<far>"})
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="ids from 0 on, each once"):
+    tokens.Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+  ("content", "match"),
+  [
+    (b"{", "must be a tokenizer.json"),
+    (b"[]", "must be a tokenizer.json"),
+    (b'{"model": {"vocab": {}}, "added_tokens": []}', "must be a tokenizer"),
+    (
+      b'{"model": {"type": "WordPiece", "vocab": {}, "merges": []},'
+      b' "added_tokens": []}',
+      "type 'WordPiece'",
+    ),
+  ],
+)
+def test_a_json_of_something_else_is_refused(content, match, tmp_path):
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  with pytest.raises(ValueError, match=match):
+    tokens.Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"noise" * 99])
+def test_a_gguf_of_noise_is_refused(content, tmp_path):
+  (tmp_path / "noise.gguf").write_bytes(content)
+  with pytest.raises(ValueError, match="noise.gguf must be a GGUF file with"):
+    tokens.Tokenizer(tmp_path / "noise.gguf")
+
+
+def test_without_the_gguf_package_its_extra_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "gguf", None)
+  with pytest.raises(ValueError, match=r"pip install \"grpo_tpu\[export\]\""):
+    tokens.Tokenizer(tmp_path / "any.gguf")
+
+
+def test_the_librarys_own_file_is_found_in_its_cache(
+  path, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("GEMMA_CACHE_DIR", str(tmp_path))
+  with pytest.raises(ValueError, match="tokenizer_gemma3.model must be a file"):
+    tokens.Tokenizer("gemma")
+  (tmp_path / "tokenizer").mkdir()
+  file = tmp_path / "tokenizer" / "tokenizer_gemma3.model"
+  file.write_bytes(path.read_bytes())
+  assert tokens.Tokenizer("gemma").fingerprint == (
+    tokens.Tokenizer(path).fingerprint
+  )
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_gemmas_image_tokens_stand_where_gemma_has_them(tmp_path, shift):
+  """Its own vocabulary is that large; no small one is held to these ids."""
+  named = {
+    0: "<pad>",
+    1: "<eos>",
+    2: "<bos>",
+    3: "<unk>",
+    105: "<start_of_turn>",
+  }
+  named |= {106: "<end_of_turn>", 107: "\n", 108: "\n\n"}
+  named |= {
+    255_999 + shift: "<start_of_image>",
+    256_000 + shift: "<end_of_image>",
+  }
+  named |= {200 + n: f"<0x{n:02X}>" for n in range(256)}
+  texts = [named.get(n, f"piece {n}") for n in range(256_100)]
+  pieces = [
+    sentencepiece_import._Piece(
+      text.replace(" ", SPACE), 0.0, BYTE if text.startswith("<0x") else NORMAL
+    )
+    for text in texts
+  ]
+  (tmp_path / "large.model").write_bytes(sentencepiece_import._model(pieces))
+  if shift:
+    with pytest.raises(
+      ValueError, match="<start_of_image> at id 256000, .*255"
+    ):
+      tokens.Tokenizer(tmp_path / "large.model")
+  else:
+    tokenizer = tokens.Tokenizer(tmp_path / "large.model")
+    assert (tokenizer.start_of_image, tokenizer.end_of_image) == (
+      255_999,
+      256_000,
+    )
