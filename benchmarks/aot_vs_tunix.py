@@ -147,7 +147,8 @@ def _ours(arguments) -> None:
   import jax
   import jax.numpy as jnp
 
-  from grpo_tpu import objective, sharding, train_state, train_step
+  from grpo_tpu import objective, train_state, train_step
+  from grpo_tpu.distributed import sharding
   from grpo_tpu.gemma3 import attention, lora, weights
   from grpo_tpu.gemma3 import config as gemma3_config
 

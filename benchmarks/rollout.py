@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_tpu import generation, rollout, sharding
+from grpo_tpu import generation, rollout
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import rollout as workload
 
-from grpo_tpu import compaction, generation, sharding
+from grpo_tpu import compaction, generation
+from grpo_tpu.distributed import sharding
 
 
 class Costs(NamedTuple):

@@ -18,14 +18,8 @@ from data_pipelines import pipeline, records  # noqa: E402
 from grpo_tpu import (  # noqa: E402
   config as run_config,
 )
-from grpo_tpu import (  # noqa: E402
-  experience,
-  optimizer,
-  policy,
-  sharding,
-  train_state,
-  train_step,
-)
+from grpo_tpu import experience, optimizer, policy, train_state, train_step
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config  # noqa: E402
 
 

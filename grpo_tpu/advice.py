@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from absl import logging
 
-from grpo_tpu import chips, planning, programs
 from grpo_tpu import config as run_config
+from grpo_tpu import planning, programs
+from grpo_tpu.distributed import hardware
 from grpo_tpu.gemma3 import remat
 from grpo_tpu.planning import Changes
 
@@ -48,7 +49,7 @@ class Advice(NamedTuple):
 
 def advise(
   config: run_config.Config,
-  topology: chips.Topology,
+  topology: hardware.Topology,
   compiler: planning.Compiler,
 ) -> Advice:
   """The largest step that fits with `MARGIN` free.
@@ -94,7 +95,7 @@ def advise(
 
 def nearest_that_fits(
   made: planning.Plan, compiler: planning.Compiler
-) -> tuple[Changes, chips.Topology] | None:
+) -> tuple[Changes, hardware.Topology] | None:
   """What to change for a run that does not fit, and the slice that it fits on.
 
   On the same slice what leaves alone what is learnt, and each setting changed
@@ -102,7 +103,7 @@ def nearest_that_fits(
   reference lies. Else the first larger slice on which the same would do.
   """
   config = made.config
-  for topology in (made.topology, *chips.larger(made.topology)):
+  for topology in (made.topology, *hardware.larger(made.topology)):
     base: Changes = {}
     if topology != made.topology:
       base = planning.nearest_mesh(config, topology)
@@ -131,7 +132,7 @@ class _Search:
   def __init__(
     self,
     config: run_config.Config,
-    topology: chips.Topology,
+    topology: hardware.Topology,
     compiler: planning.Compiler,
     margin: float,
   ):
@@ -251,7 +252,7 @@ def _said(config: run_config.Config) -> str:
 
 
 def meshes(
-  config: run_config.Config, topology: chips.Topology
+  config: run_config.Config, topology: hardware.Topology
 ) -> list[tuple[float, Changes]]:
   """Meshes that the run's prompts divide over, the least bound first.
 

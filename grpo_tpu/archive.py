@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu import agreement, manifest, retention
+from grpo_tpu import manifest, retention
+from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10
 
@@ -107,8 +108,8 @@ def newest_step(directory: epath.PathLike) -> int:
     ValueError: There is none.
   """
   folder = epath.Path(directory).resolve()
-  said = agreement.from_first(
-    _newest_whole(folder) if agreement.is_first() else ""
+  said = collectives.from_first(
+    _newest_whole(folder) if collectives.is_first() else ""
   )
   if not said:
     raise ValueError(
@@ -182,9 +183,9 @@ def _damaged(path: epath.Path, damage: str) -> str:
 
 def agreed_damage(path: epath.Path) -> str:
   """What is wrong with a checkpoint, each process looking at its share."""
-  parts = agreement.num_processes()
+  parts = collectives.num_processes()
   part = jax.process_index() if parts > 1 else 0
-  return agreement.first_complaint(
+  return collectives.first_complaint(
     manifest.damage(path, part=part, parts=parts)
   )
 
@@ -193,10 +194,10 @@ def listed(directory: epath.Path) -> list[retention.Entry]:
   """What the first process finds there, ascending, told to all."""
   rows = (
     [[e.step, e.updates, e.is_whole, e.score] for e in entries(directory)]
-    if agreement.is_first()
+    if collectives.is_first()
     else []
   )
-  rows = json.loads(agreement.from_first(json.dumps(rows)))
+  rows = json.loads(collectives.from_first(json.dumps(rows)))
   return [retention.Entry(*row) for row in rows]
 
 

@@ -34,7 +34,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu import agreement, archive, lockfile, manifest, retention
+from grpo_tpu import archive, lockfile, manifest, retention
+from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
 
@@ -82,8 +83,8 @@ class Checkpoints:
     self._pending_entry: retention.Entry | None = None
     self._removal: concurrent.futures.Future[None] | None = None
     self._save_time = time.monotonic()
-    complaint = self._claim() if agreement.is_first() else ""
-    if complaint := agreement.from_first(complaint):
+    complaint = self._claim() if collectives.is_first() else ""
+    if complaint := collectives.from_first(complaint):
       raise CheckpointError(complaint)
     self._entries = archive.listed(self._directory)
 
@@ -99,13 +100,13 @@ class Checkpoints:
     try:
       if error is None:
         self.wait()
-      elif self._pending is not None and agreement.num_processes() == 1:
+      elif self._pending is not None and collectives.num_processes() == 1:
         # Where there are more, they may be anywhere: nobody can be waited for.
         # The error that ended the run is the one to show, and a failed save
         # has been logged.
         concurrent.futures.wait([self._pending])
     finally:
-      is_over = error is None or agreement.num_processes() == 1
+      is_over = error is None or collectives.num_processes() == 1
       self._thread.shutdown(wait=is_over)
       if is_over:
         with contextlib.suppress(Exception):  # `wait` has raised it.
@@ -226,8 +227,8 @@ class Checkpoints:
         logging.info("Restored %s.", path)
         return restored
       self._quarantine(entry, damage)
-    lost = agreement.from_first(
-      ", ".join(_lost_steps(self._directory)) if agreement.is_first() else ""
+    lost = collectives.from_first(
+      ", ".join(_lost_steps(self._directory)) if collectives.is_first() else ""
     )
     if lost:
       raise CheckpointError(
@@ -264,7 +265,7 @@ class Checkpoints:
       return False
     seconds = time.monotonic() - self._save_time
     return bool(
-      agreement.from_first("y" * (seconds >= self._config.every_minutes * 60))
+      collectives.from_first("y" * (seconds >= self._config.every_minutes * 60))
     )
 
   def _start(
@@ -280,8 +281,8 @@ class Checkpoints:
       return False
     if self._removal is not None:
       self._removal.result()
-    complaint = self._unwritable() if agreement.is_first() else ""
-    if complaint := agreement.from_first(complaint):
+    complaint = self._unwritable() if collectives.is_first() else ""
+    if complaint := collectives.from_first(complaint):
       self._fail(f"{entry.name}: {complaint}")
       return False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
@@ -330,7 +331,7 @@ class Checkpoints:
     path = self._directory / entry.name
     try:
       self._writer.wait_until_finished()
-      if agreement.is_first():
+      if collectives.is_first():
         manifest.write(path, {"score": entry.score})
     except Exception:
       # At once, though the other hosts may not know before they have waited.
@@ -356,7 +357,7 @@ class Checkpoints:
     if pending.done():
       error = pending.exception()
       complaint = f"{type(error).__name__}: {error}" if error else ""
-    complaints = [x.decode() for x in agreement.gathered(complaint.encode())]
+    complaints = [x.decode() for x in collectives.gathered(complaint.encode())]
     if _RUNNING in complaints:
       return
     self._pending = self._pending_entry = None
@@ -400,7 +401,7 @@ class Checkpoints:
     return f"The newest good one in {self._directory} is {newest}."
 
   def _remove_later(self, entries: list[retention.Entry]) -> None:
-    if entries and agreement.is_first():
+    if entries and collectives.is_first():
       names = [entry.name for entry in entries]
       self._removal = self._thread.submit(_remove_steps, self._directory, names)
 
@@ -418,7 +419,7 @@ class Checkpoints:
       target,
     )
     complaint = ""
-    if agreement.is_first():
+    if collectives.is_first():
       try:
         target = _unused(target)
         target.parent.mkdir(exist_ok=True)
@@ -430,7 +431,7 @@ class Checkpoints:
             source.rename(goal)
       except OSError as error:
         complaint = f"{path} is damaged, and cannot be moved aside: {error}"
-    if complaint := agreement.from_first(complaint):
+    if complaint := collectives.from_first(complaint):
       raise CheckpointError(complaint)
 
 

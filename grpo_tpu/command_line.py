@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from grpo_tpu import distributed
+from grpo_tpu.distributed import initialize
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Settings of the run.", lock_config=True
@@ -51,13 +51,13 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def place() -> distributed.Place | None:
+def place() -> initialize.Place | None:
   """Where this process joins others, if flags or environment say so.
 
   Raises:
     ValueError: They say a part only, or what cannot be.
   """
-  return distributed.place(
+  return initialize.place(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
 

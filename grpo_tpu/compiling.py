@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from grpo_tpu import aot, chips, flops, programs
+from grpo_tpu import aot, flops, programs
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import hardware
 
 
 def answer(
@@ -36,7 +37,7 @@ def answer(
   jax.config.update("jax_platforms", aot.ENVIRONMENT["JAX_PLATFORMS"])
   try:
     config = run_config.Config.from_config_dict(values)
-    found = _found(config, chips.parse(topology), program, folder / "dump")
+    found = _found(config, hardware.parse(topology), program, folder / "dump")
     (folder / "answer.json").write_text(json.dumps(found))
   except BaseException:
     traceback.print_exc()
@@ -47,7 +48,7 @@ def answer(
 
 def _found(
   config: run_config.Config,
-  topology: chips.Topology,
+  topology: hardware.Topology,
   name: str,
   folder: pathlib.Path,
 ) -> dict[str, Any]:

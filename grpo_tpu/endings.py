@@ -14,15 +14,9 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from grpo_tpu import (
-  archive,
-  distributed,
-  goodput,
-  preemption,
-  run_card,
-  watchdog,
-)
+from grpo_tpu import archive, goodput, run_card
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import initialize, preemption, watchdog
 from grpo_tpu.rewards import scoring
 
 DONE = 0
@@ -95,7 +89,7 @@ class Ending:
     what_next = _NEXT[PREEMPTED if is_interrupt else code]
     self._say(_reason(error), code, what_next)
     scoring.close()
-    distributed.leave(code)
+    initialize.leave(code)
 
   @contextlib.contextmanager
   def at_once_if_others_wait(self) -> Iterator[None]:

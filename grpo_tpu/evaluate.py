@@ -18,18 +18,10 @@ from absl import logging
 
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
-from grpo_tpu import (
-  agreement,
-  dataset,
-  experience,
-  metrics,
-  report,
-  rollout,
-  scorecard,
-  sharding,
-)
 from grpo_tpu import config as run_config
+from grpo_tpu import dataset, experience, metrics, report, rollout, scorecard
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rewards import scoring
 
 # Slices in the list of the worst; smaller ones say too little to be listed.
@@ -326,7 +318,7 @@ def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
   # Hosts that a tensor axis spans have the same rows.
   once = {
     fields["index"]: scorecard.Answer(**fields)
-    for host in agreement.gathered(local.encode())
+    for host in collectives.gathered(local.encode())
     for fields in json.loads(host)
   }
   return [once[index] for index in sorted(once)]

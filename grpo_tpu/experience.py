@@ -20,18 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu import (
-  agreement,
-  health,
-  metrics,
-  objective,
-  rollout,
-  shaping,
-  sharding,
-  train_step,
-)
 from grpo_tpu import config as run_config
+from grpo_tpu import health, metrics, objective, rollout, shaping, train_step
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rewards import scoring
 
 
@@ -394,7 +386,7 @@ def samples(
   }
   everywhere = {
     row: sample
-    for host in agreement.gathered(pickle.dumps(sent))
+    for host in collectives.gathered(pickle.dumps(sent))
     for row, sample in pickle.loads(host).items()
   }
   return [(everywhere | found)[row] for row in chosen]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from grpo_tpu import archive, sharding
+from grpo_tpu import archive
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import huggingface, lora, weights
 
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import compilation, logprobs, sampling, sharding
+from grpo_tpu import logprobs, sampling
+from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import decoding
 
@@ -133,12 +134,12 @@ class Programs:
   def __init__(self, settings: Settings, mesh: Mesh):
     """Compiles nothing yet."""
     self._settings, self._mesh = settings, mesh
-    self.prefill = compilation.Ahead(jax.jit(self._prefill))
+    self.prefill = compile_cache.Ahead(jax.jit(self._prefill))
     # Tokens are written in place. Moved rows take less memory than the places
     # they leave, and so cannot take over any of it.
-    self.write = compilation.Ahead(jax.jit(self._write, donate_argnums=1))
-    self.move = compilation.Ahead(jax.jit(self._move))
-    self.results = compilation.Ahead(jax.jit(self._results))
+    self.write = compile_cache.Ahead(jax.jit(self._write, donate_argnums=1))
+    self.move = compile_cache.Ahead(jax.jit(self._move))
+    self.results = compile_cache.Ahead(jax.jit(self._results))
 
   def abstract_state(self, *args: Any) -> State:
     """Shapes and places of what `prefill` makes of such arguments."""

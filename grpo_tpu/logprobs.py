@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 
 # Finite, for the entropy multiplies it by a probability of 0.
 _IMPOSSIBLE = -1.0e30

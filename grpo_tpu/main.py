@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from absl import app
 
-from grpo_tpu import command_line, distributed, endings, logs
+from grpo_tpu import command_line, endings
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import initialize, logs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,14 +39,8 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       plan.run(config, workdir, topology, advise=advise)
       ending.done()
       return
-    from grpo_tpu import (
-      compilation,
-      dataset,
-      evaluate,
-      export,
-      preflight,
-      train,
-    )
+    from grpo_tpu import dataset, evaluate, export, train
+    from grpo_tpu.distributed import compile_cache, preflight
 
     identity = {}
     if mode == "export":
@@ -57,8 +52,8 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       run = functools.partial(evaluate.run, config, workdir, data)
       if mode == "train":
         run = functools.partial(train.train, config, workdir, data, ending)
-  compilation.keep_in(config.compilation_cache_dir)
-  distributed.initialize(config.distributed, place)
+  compile_cache.keep_in(config.compilation_cache_dir)
+  initialize.initialize(config.distributed, place)
   with run_config.refutable():
     said = preflight.facts(config, identity, mode=mode, workdir=workdir)
     timeout_seconds = config.distributed.preflight_timeout_seconds

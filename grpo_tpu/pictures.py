@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from grpo_tpu import compilation, sharding
+from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import vision
 
@@ -53,7 +53,7 @@ class Pictures:
     self._kept: collections.OrderedDict[bytes, np.ndarray] = (
       collections.OrderedDict()
     )
-    self.encode = compilation.Ahead(jax.jit(self._tower))
+    self.encode = compile_cache.Ahead(jax.jit(self._tower))
     self.num_encoded = 0
 
   def features(

@@ -8,8 +8,9 @@ import json
 import pathlib
 import sys
 
-from grpo_tpu import advice, chips, planning
+from grpo_tpu import advice, planning
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import hardware
 
 _GIB = 2**30
 
@@ -119,7 +120,7 @@ _WORK_HEADS = (
 
 def _check_room(
   config: run_config.Config,
-  topology: chips.Topology,
+  topology: hardware.Topology,
   compiler: planning.Compiler,
 ) -> None:
   """Whether there is room for what no program can do without."""

@@ -20,8 +20,9 @@ from typing import Any
 
 from absl import logging
 
-from grpo_tpu import chips, compiling, programs, traffic
+from grpo_tpu import compiling, programs, traffic
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import hardware
 
 type Changes = dict[str, Any]  # Settings by name, as in "mesh.fsdp".
 
@@ -41,7 +42,7 @@ class Plan:
   """
 
   config: run_config.Config
-  topology: chips.Topology
+  topology: hardware.Topology
   programs: list[dict[str, Any]]
   resident: dict[str, int]
 
@@ -82,7 +83,7 @@ class Plan:
     }
 
 
-def parsed(topology: str | None) -> chips.Topology:
+def parsed(topology: str | None) -> hardware.Topology:
   """The slice, if there is one.
 
   Raises:
@@ -92,10 +93,10 @@ def parsed(topology: str | None) -> chips.Topology:
     raise ValueError(
       "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
     )
-  return chips.parse(topology)
+  return hardware.parse(topology)
 
 
-def check(config: run_config.Config, described: chips.Topology) -> None:
+def check(config: run_config.Config, described: hardware.Topology) -> None:
   """Whether the mesh covers the slice.
 
   Raises:
@@ -132,7 +133,7 @@ def check_compiler() -> None:
 
 
 def nearest_mesh(
-  config: run_config.Config, topology: chips.Topology
+  config: run_config.Config, topology: hardware.Topology
 ) -> Changes:
   """Changes to a mesh for a slice, as near as can be to the run's.
 
@@ -147,7 +148,9 @@ def nearest_mesh(
   )
 
 
-def _said_nearest(config: run_config.Config, topology: chips.Topology) -> str:
+def _said_nearest(
+  config: run_config.Config, topology: hardware.Topology
+) -> str:
   """The same as text."""
   changes = nearest_mesh(config, topology)
   values = {k: v for k, v in changes.items() if k.startswith("mesh.")}
@@ -155,7 +158,9 @@ def _said_nearest(config: run_config.Config, topology: chips.Topology) -> str:
   return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _meshes(config: run_config.Config, topology: chips.Topology) -> list[Any]:
+def _meshes(
+  config: run_config.Config, topology: hardware.Topology
+) -> list[Any]:
   """Changes to each mesh of a slice, those nearest to the run's first."""
   devices, mesh = topology.num_devices, config.mesh
   divisors = [n for n in range(1, devices + 1) if devices % n == 0]
@@ -238,7 +243,7 @@ def differing(config: run_config.Config, changes: Changes) -> Changes:
 
 
 def nothing_compiled(
-  config: run_config.Config, topology: chips.Topology
+  config: run_config.Config, topology: hardware.Topology
 ) -> Plan:
   """What is known of a config on a slice before any program is."""
   return Plan(config, topology, [], programs.resident_bytes(config))
@@ -267,7 +272,7 @@ class Compiler:
   def plan(
     self,
     config: run_config.Config,
-    topology: chips.Topology,
+    topology: hardware.Topology,
     names: Sequence[str] | None = None,
   ) -> Plan:
     """What a slice makes of a run.
@@ -281,7 +286,7 @@ class Compiler:
 
   def plans(
     self,
-    wanted: Sequence[tuple[run_config.Config, chips.Topology]],
+    wanted: Sequence[tuple[run_config.Config, hardware.Topology]],
     names: Sequence[str] | None = None,
   ) -> list[Plan]:
     """Several at once, as `plan` has them."""
@@ -324,7 +329,7 @@ def relevant(config: run_config.Config, name: str) -> dict[str, Any]:
 
 
 def compiled(
-  config: run_config.Config, topology: chips.Topology, program: str
+  config: run_config.Config, topology: hardware.Topology, program: str
 ) -> dict[str, Any]:
   """What a process of its own finds out about one program.
 
@@ -393,7 +398,7 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
 
 
 def bounds(
-  chip: chips.Chip, flops: float, hbm_bytes: float, moved: dict[str, float]
+  chip: hardware.Chip, flops: float, hbm_bytes: float, moved: dict[str, float]
 ) -> dict[str, float]:
   """Seconds of a call of a program, at least, by what bounds them."""
   per = chip.devices_per_chip
@@ -406,7 +411,7 @@ def bounds(
 
 
 def least_step_seconds(
-  config: run_config.Config, topology: chips.Topology
+  config: run_config.Config, topology: hardware.Topology
 ) -> float:
   """A bound of a whole step by the sharding plan alone; nothing is compiled."""
   rows = []

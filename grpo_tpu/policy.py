@@ -25,11 +25,11 @@ from grpo_tpu import (
   pictures,
   rollout,
   sections,
-  sharding,
   train_state,
   train_step,
 )
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import attention, lora, weights
 
 

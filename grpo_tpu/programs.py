@@ -17,9 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import chips, compaction, generation, sharding, train_step
+from grpo_tpu import compaction, generation, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 
 # What lies on the devices from step to step, whatever runs.
@@ -81,7 +82,9 @@ class _Marks:
     self.end_of_image = vision.end_of_image if vision else 0
 
 
-def described_mesh(config: run_config.Config, topology: chips.Topology) -> Mesh:
+def described_mesh(
+  config: run_config.Config, topology: hardware.Topology
+) -> Mesh:
   """The run's mesh on a slice that need not exist.
 
   Raises:

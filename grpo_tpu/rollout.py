@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from grpo_tpu import compaction, generation, sharding
+from grpo_tpu import compaction, generation
+from grpo_tpu.distributed import sharding
 
 # Bytes that a chip reads from its memory in a second, by `device_kind`.
 _BANDWIDTH = {

@@ -20,7 +20,7 @@ from absl import logging
 
 from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
-from grpo_tpu import preflight
+from grpo_tpu.distributed import preflight
 
 # What changes no number of a step but by rounding, or is known by its contents
 # and not by its place. All other settings are of the essence, those among them

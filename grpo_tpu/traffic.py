@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_tpu import chips, sharding
 from grpo_tpu import config as run_config
+from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.gemma3 import lora, weights
 
 # Below this a collective is not worth a line.
@@ -25,7 +25,7 @@ _DECODING = ("decode_chunk", "evaluation_decode")
 
 
 def volume(
-  config: run_config.Config, topology: chips.Topology, program: str
+  config: run_config.Config, topology: hardware.Topology, program: str
 ) -> dict[str, float]:
   """Bytes that a device sends in a call: inside its slice, and beyond.
 

@@ -22,27 +22,29 @@ from grpo_tpu import (
   alarms,
   begun_step,
   checkpoint,
-  compilation,
   dataset,
-  distributed,
   endings,
   evaluate,
   evaluate_preferences,
   metrics,
   optimizer,
-  preemption,
-  preflight,
   profiling,
   run_card,
   shaping,
-  sharding,
   train_state,
   train_step,
-  watchdog,
 )
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import (
+  compile_cache,
+  initialize,
+  preemption,
+  preflight,
+  sharding,
+  watchdog,
+)
 
 
 def train(
@@ -132,7 +134,7 @@ class _Loop:
     self._watch, self._ending, self._clock = watch, ending, ending.clock
     self._poll = preemption.Poll(on_poll=watch.mark)
     self._skipped_in_a_row = 0
-    self._compilations = compilation.Counter()
+    self._compilations = compile_cache.Counter()
     # Labelled completions are far from the policy as soon as it learns from
     # them.
     is_preference = self._config.data.kind == "preference"
@@ -213,7 +215,7 @@ class _Loop:
       step=state.step + 1, position=state.position + begun.num_batches
     )
     scalars["train/skipped_updates"] = sum(begun.skipped)
-    scalars |= distributed.straggler(self._clock.alone_seconds())
+    scalars |= initialize.straggler(self._clock.alone_seconds())
     scalars |= self._compilations.scalars() | self._clock.scalars()
     scalars = jax.device_get(scalars)
     if jax.process_index() == 0:
@@ -310,7 +312,7 @@ class _Run:
     self._key = jax.random.key(config.seed)
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     model, num_microbatches = self.policy.model, config.num_microbatches
-    self._scoring = compilation.Ahead(
+    self._scoring = compile_cache.Ahead(
       jax.jit(
         lambda params, bundles: train_step.score(
           model, params, bundles, num_microbatches=num_microbatches
@@ -319,7 +321,7 @@ class _Run:
     )
     # Of the batches to come, until what they need is compiled.
     self._shapes: set[tuple[int, int]] = set()
-    self._update = compilation.Ahead(self.policy.make_update())
+    self._update = compile_cache.Ahead(self.policy.make_update())
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shards)
@@ -435,7 +437,7 @@ class _Run:
 
   def _prepare(
     self,
-    program: compilation.Ahead,
+    program: compile_cache.Ahead,
     first: Any,
     bundles: train_step.Bundles,
     *rest: Any,

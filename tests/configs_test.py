@@ -11,8 +11,9 @@ import pytest
 
 from data_pipelines import prepare
 from data_pipelines.sources import synthetic
-from grpo_tpu import chips, dataset, planning
 from grpo_tpu import config as run_config
+from grpo_tpu import dataset, planning
+from grpo_tpu.distributed import hardware
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -70,7 +71,7 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   model, size, *_ = path.stem.split("_")
   assert config.model.name == f"{model}_{size}"
   assert (config.lora is not None) == (kind == "lora")
-  topology = chips.parse(TOPOLOGIES[path.stem])
+  topology = hardware.parse(TOPOLOGIES[path.stem])
   assert path.stem.endswith(topology.slice_name.replace("-", "_"))
   planning.check(config, topology)
 

@@ -86,7 +86,8 @@ def install(fault: Fault) -> None:
   """Wraps the point of the program where the fault is to strike."""
   if int(os.environ.get("JAX_PROCESS_ID", "0")) != fault.host:
     return
-  from grpo_tpu import checkpoint, experience, preemption, train
+  from grpo_tpu import checkpoint, experience, train
+  from grpo_tpu.distributed import preemption
 
   if fault.kind == "nan":
     _poison(experience, train, fault.step)

@@ -24,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 
 _LANES = 128  # Sequences come to the kernel in multiples of this.
 _BLOCKS = (512, 256, 128)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import attention, lora, vision, vocabulary
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats

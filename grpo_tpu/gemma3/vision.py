@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import remat as remats
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 
 # As `sharding.RULES` has it.
 _TABLE = P("tensor", "fsdp")

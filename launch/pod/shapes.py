@@ -10,7 +10,7 @@ References:
 import dataclasses
 import math
 
-from grpo_tpu import chips
+from grpo_tpu.distributed import hardware
 
 _CHIPS_OF_HOST = 4
 
@@ -57,7 +57,7 @@ SHAPES = {
     _shape(gke_accelerator, topology)
   )
   for name, (prefix, gke_accelerator) in _NAMES.items()
-  for chip in [chips.CHIPS[name]]
+  for chip in [hardware.CHIPS[name]]
   for topology in chip.shapes
 }
 

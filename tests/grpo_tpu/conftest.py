@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import generation, rollout, sharding
+from grpo_tpu import generation, rollout
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import weights
 

@@ -7,7 +7,8 @@ import pytest
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import distributed, endings, preemption, run_card
+from grpo_tpu import endings, run_card
+from grpo_tpu.distributed import initialize, preemption
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())
 WAYS = {
@@ -28,7 +29,7 @@ def stays(monkeypatch):
   def leave(code):
     raise Left(code)
 
-  monkeypatch.setattr(distributed, "leave", leave)
+  monkeypatch.setattr(initialize, "leave", leave)
 
 
 def end_by(ending, error):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from absl import logging
 
-from grpo_tpu import agreement, evaluate, sampling, scorecard
 from grpo_tpu import config as run_config
+from grpo_tpu import evaluate, sampling, scorecard
+from grpo_tpu.distributed import collectives
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
   ASKED,
@@ -236,7 +237,7 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
     return evaluate._of_all_hosts(kept)
 
-  monkeypatch.setattr(agreement, "gathered", gather)
+  monkeypatch.setattr(collectives, "gathered", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
     for answers in hosts.map(answers_on, range(2)):
       assert answers == everything.greedy

@@ -8,8 +8,9 @@ from etils import epath
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import export, manifest, sharding, train_state
+from grpo_tpu import export, manifest, train_state
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import sharding
 from tests.grpo_tpu import checkpointing
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import logprobs, sharding
+from grpo_tpu import logprobs
+from grpo_tpu.distributed import sharding
 
 SHAPE, WIDTH, VOCAB = (2, 2, 3), 5, 17
 TEMPERATURE = 0.7

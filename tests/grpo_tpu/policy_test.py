@@ -13,7 +13,8 @@ import pytest
 from configs import base
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
-from grpo_tpu import sharding, train_state, train_step
+from grpo_tpu import train_state, train_step
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import assembly, lora, released
 from tests.grpo_tpu import checkpointing
 

@@ -10,15 +10,14 @@ import pytest
 from data_pipelines.text import tokenizer
 from grpo_tpu import (
   compaction,
-  compilation,
   generation,
   logprobs,
   objective,
   pictures,
   rollout,
-  sharding,
   train_step,
 )
+from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.gemma3 import text
 from tests.grpo_tpu import conftest
 
@@ -441,7 +440,7 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
   )
   key = jax.eval_shape(lambda: KEY)
   rollout.prepare(*shapes, key, settings=settings, mesh=mesh)
-  counter = compilation.Counter()
+  counter = compile_cache.Counter()
   with jax.set_mesh(mesh):
     _, report = rollout.rollout(
       params,

@@ -14,8 +14,9 @@ from data_pipelines import pipeline, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
-from grpo_tpu import generation, sharding
+from grpo_tpu import generation
 from grpo_tpu import policy as policies
+from grpo_tpu.distributed import sharding
 
 MAX_NEW_TOKENS = 24
 SOFT_TOKENS = 4

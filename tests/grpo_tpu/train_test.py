@@ -17,11 +17,11 @@ from grpo_tpu import (
   begun_step,
   endings,
   experience,
-  preemption,
   train,
   train_state,
   train_step,
 )
+from grpo_tpu.distributed import preemption
 
 NUM_STEPS = 3
 SAMPLED = [1, 2, 1]  # Batches of prompts that each step takes.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import attention
 from grpo_tpu.gemma3 import config as gemma3_config
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import huggingface, huggingface_config, weights
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import logprobs, sharding, train_step
+from grpo_tpu import logprobs, train_step
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import decoding, lora, text, weights
 

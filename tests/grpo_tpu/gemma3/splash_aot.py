@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import attention, text, weights
 from grpo_tpu.gemma3 import config as gemma3_config
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import vocabulary
 
 VOCAB, WIDTH, U, T = 24, 16, 8, 5

@@ -19,5 +19,8 @@ def test_only_pythons_own_library_and_the_table_of_chips_is_imported():
       else:
         continue
       for name in names:
-        ours = name.startswith("launch.pod.") or name == "grpo_tpu.chips"
+        ours = (
+          name.startswith("launch.pod.")
+          or name == "grpo_tpu.distributed.hardware"
+        )
         assert ours or name.split(".")[0] in sys.stdlib_module_names, name

@@ -13,7 +13,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_tpu import generation, objective, sharding, train_state, train_step
+from grpo_tpu import generation, objective, train_state, train_step
+from grpo_tpu.distributed import sharding
 from grpo_tpu.gemma3 import config as gemma3_config
 from grpo_tpu.gemma3 import decoding, weights
 

@@ -6,7 +6,8 @@ import orbax.checkpoint
 import pytest
 
 from data_pipelines import prepare
-from grpo_tpu import logs, train
+from grpo_tpu import train
+from grpo_tpu.distributed import logs
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,20 @@ import types
 
 import pytest
 
-from grpo_tpu import distributed, preflight
+from grpo_tpu.distributed import initialize, preflight
 
-TIMEOUTS = distributed.DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
+TIMEOUTS = initialize.DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
 
 
 def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
-  assert distributed.place(None, None, None) is None
+  assert initialize.place(None, None, None) is None
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
   monkeypatch.setenv("JAX_PROCESS_ID", "3")
-  assert distributed.place(None, None, None) == distributed.Place("a:1", 4, 3)
-  assert distributed.place("b:2", None, 0) == distributed.Place("b:2", 4, 0)
+  assert initialize.place(None, None, None) == initialize.Place("a:1", 4, 3)
+  assert initialize.place("b:2", None, 0) == initialize.Place("b:2", 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_half_an_address_is_refused(monkeypatch, given, said):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
   with pytest.raises(ValueError) as error:
-    distributed.place(*given)
+    initialize.place(*given)
   assert said in str(error.value)
 
 
@@ -69,7 +69,7 @@ def said_by(monkeypatch, *hosts):
       for index, facts in enumerate(hosts)
     ]
 
-  monkeypatch.setattr(distributed, "answers", answers)
+  monkeypatch.setattr(initialize, "answers", answers)
   preflight.check("x", hosts[0], timeout_seconds=1)
 
 
@@ -114,17 +114,17 @@ def test_libtpu_is_not_asked_where_no_chip_is(
   """It prints errors there, and a user who named a platform is to see them."""
   told = {"jax_platforms": named}
   monkeypatch.setattr(
-    distributed.jax,
+    initialize.jax,
     "config",
     types.SimpleNamespace(update=told.__setitem__, jax_platforms=named),
   )
   monkeypatch.setattr(
-    distributed.glob,
+    initialize.glob,
     "glob",
     lambda pattern: chips if "accel" in pattern else [],
   )
   monkeypatch.setattr(
-    distributed.importlib.util, "find_spec", lambda _: has_libtpu
+    initialize.importlib.util, "find_spec", lambda _: has_libtpu
   )
-  distributed._settle_platform()
+  initialize._settle_platform()
   assert told["jax_platforms"] == settled

@@ -3,7 +3,7 @@
 import pytest
 from jax.experimental import multihost_utils
 
-from grpo_tpu import preemption
+from grpo_tpu.distributed import preemption
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 from absl import logging
 
 from grpo_tpu import config as run_config
-from grpo_tpu import distributed
+from grpo_tpu.distributed import initialize
 
 # What arithmetic or the order of the data rests on.
 _PACKAGES = (
@@ -27,7 +27,7 @@ _PACKAGES = (
   *("orbax-checkpoint", "tensorstore", "grain", "array_record", "pillow"),
   *("sentencepiece", "tokenizers", "jinja2", "ml-collections"),
 )
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 _OURS = ("grpo_tpu", "data_pipelines")
 _SHOWN = 5
 
@@ -73,7 +73,7 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
     RuntimeError: A process has not said anything in time.
   """
   digests = {field: _digest(values) for field, values in said.items()}
-  hosts = distributed.answers(
+  hosts = initialize.answers(
     f"{topic}/digests",
     {"name": f"{socket.gethostname()}, code {revision()}", "digests": digests},
     timeout_seconds=timeout_seconds,
@@ -84,7 +84,7 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
       logging.info("All %d hosts agree on %s.", len(hosts), ", ".join(said))
     return
   # Only now is it worth it to send everything.
-  details = distributed.answers(
+  details = initialize.answers(
     f"{topic}/details", said, timeout_seconds=timeout_seconds
   )
   differences = [

@@ -5,7 +5,7 @@ import pathlib
 
 from absl import logging
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _OURS = (str(_ROOT / "grpo_tpu"), str(_ROOT / "data_pipelines"))
 
 

@@ -1,0 +1,1 @@
+"""Processes, devices and the mesh: start-up, sharding, agreement and failure."""
