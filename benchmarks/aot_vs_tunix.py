@@ -149,8 +149,8 @@ def _ours(arguments) -> None:
 
   from grpo_tpu import objective, train_state, train_step
   from grpo_tpu.distributed import sharding
-  from grpo_tpu.gemma3 import attention, lora, weights
-  from grpo_tpu.gemma3 import config as gemma3_config
+  from grpo_tpu.models.gemma3 import attention, lora, weights
+  from grpo_tpu.models.gemma3 import config as gemma3_config
 
   config = dataclasses.replace(
     gemma3_config.CONFIGS["gemma3_4b"],

@@ -24,8 +24,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from grpo_tpu.gemma3 import assembly, weights  # noqa: E402
-from grpo_tpu.gemma3 import config as gemma3_config  # noqa: E402
+from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
+from grpo_tpu.models.gemma3 import weights  # noqa: E402
+from grpo_tpu.models.gemma3.convert import assembly
 
 # Of many layers, none of whose tensors is near the size of the whole.
 LARGE = dataclasses.replace(

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from grpo_tpu import generation, rollout
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import weights
 
 CONFIG = gemma3_config.ModelConfig(
   vocab_size=4096,

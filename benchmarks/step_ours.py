@@ -20,7 +20,7 @@ from grpo_tpu import (  # noqa: E402
 )
 from grpo_tpu import experience, optimizer, policy, train_state, train_step
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import config as gemma3_config  # noqa: E402
+from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 
 
 class Words:

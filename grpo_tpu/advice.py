@@ -15,7 +15,7 @@ from absl import logging
 from grpo_tpu import config as run_config
 from grpo_tpu import planning, programs
 from grpo_tpu.distributed import hardware
-from grpo_tpu.gemma3 import remat
+from grpo_tpu.models.gemma3 import remat
 from grpo_tpu.planning import Changes
 
 # What advice leaves free: the runtime's own part, and fragments.

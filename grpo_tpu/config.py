@@ -21,8 +21,8 @@ from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
 from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import lora, weights
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.rewards import scoring
 
 

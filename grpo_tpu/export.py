@@ -17,7 +17,8 @@ from grpo_tpu import archive
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import huggingface, lora, weights
+from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.gemma3.convert import huggingface
 
 
 def check(config: run_config.Config, workdir: str) -> None:

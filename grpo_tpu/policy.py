@@ -22,7 +22,6 @@ from grpo_tpu import (
   archive,
   generation,
   optimizer,
-  pictures,
   rollout,
   sections,
   train_state,
@@ -30,7 +29,8 @@ from grpo_tpu import (
 )
 from grpo_tpu import config as run_config
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import attention, lora, weights
+from grpo_tpu.models import image_features as pictures
+from grpo_tpu.models.gemma3 import attention, lora, weights
 
 
 class Sampled(NamedTuple):

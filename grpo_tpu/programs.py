@@ -21,7 +21,7 @@ from grpo_tpu import compaction, generation, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import hardware, sharding
-from grpo_tpu.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import config as gemma3_config
 
 # What lies on the devices from step to step, whatever runs.
 RESIDENT = ("params", "optimizer", "reference")

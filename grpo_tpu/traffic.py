@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from grpo_tpu import config as run_config
 from grpo_tpu.distributed import hardware, sharding
-from grpo_tpu.gemma3 import lora, weights
+from grpo_tpu.models.gemma3 import lora, weights
 
 # Below this a collective is not worth a line.
 _LARGE_BYTES = 16 * 2**20

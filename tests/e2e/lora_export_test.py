@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from grpo_tpu import config as run_config
 from grpo_tpu import export
-from grpo_tpu.gemma3 import text, weights
+from grpo_tpu.models.gemma3 import text, weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.peers]
 SCRIPT = pathlib.Path(__file__).parents[1] / "peers" / "gemma3_transformers.py"

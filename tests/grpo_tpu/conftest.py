@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh
 from data_pipelines.text import tokenizer
 from grpo_tpu import generation, rollout
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
 from grpo_tpu import dataset
-from grpo_tpu.gemma3 import weights
+from grpo_tpu.models.gemma3 import weights
 
 
 def settings(**data):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from grpo_tpu import objective, optimizer, train_state, train_step
-from grpo_tpu.gemma3 import lora
+from grpo_tpu.models.gemma3 import lora
 from tests.grpo_tpu import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

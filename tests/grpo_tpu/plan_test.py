@@ -16,7 +16,7 @@ import pytest
 from grpo_tpu import advice, aot, plan, planning, programs, traffic
 from grpo_tpu import config as run_config
 from grpo_tpu.distributed import hardware, sharding
-from grpo_tpu.gemma3 import remat
+from grpo_tpu.models.gemma3 import remat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOPOLOGIES = {

@@ -15,7 +15,8 @@ from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
 from grpo_tpu import train_state, train_step
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import assembly, lora, released
+from grpo_tpu.models.gemma3 import lora
+from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
 from tests.grpo_tpu import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())
@@ -302,7 +303,7 @@ def test_released_weights_lie_where_the_rules_say(policy_of, tmp_path):
 def in_the_librarys_layout(params):
   """By the names that the loader reads, which its own tests hold."""
   wanted = {
-    released._library_name(path, layer): (path, layer)
+    orbax_gemma._library_name(path, layer): (path, layer)
     for path, layer, _ in assembly.pieces(params)
   }
   found = assembly.by_path(params)

@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import (
-  compaction,
-  generation,
-  logprobs,
-  objective,
-  pictures,
-  rollout,
-  train_step,
-)
+from grpo_tpu import compaction, generation, objective, rollout, train_step
 from grpo_tpu.distributed import compile_cache, sharding
-from grpo_tpu.gemma3 import text
+from grpo_tpu.models import image_features, logprobs
+from grpo_tpu.models.gemma3 import text
 from tests.grpo_tpu import conftest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -270,7 +263,7 @@ def test_kept_features_of_pictures_are_read_as_their_pixels_are(
 ):
   """Made at once, made in a later step, or found from an earlier one."""
   ids, length, images = prompts
-  encoder = pictures.Pictures(
+  encoder = image_features.Pictures(
     tiny.config.vision,
     conftest.mesh_of(),
     dtype=jnp.dtype(jnp.float32),

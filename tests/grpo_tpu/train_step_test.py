@@ -15,13 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import (
-  health,
-  logprobs,
-  objective,
-  train_state,
-  train_step,
-)
+from grpo_tpu import health, objective, train_state, train_step
+from grpo_tpu.models import logprobs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6

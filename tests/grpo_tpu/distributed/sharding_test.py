@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_tpu import generation, objective, train_state, train_step
 from grpo_tpu.distributed import sharding
-from grpo_tpu.gemma3 import config as gemma3_config
-from grpo_tpu.gemma3 import decoding, weights
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import decoding, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 8, 2, 5

@@ -1,0 +1,1 @@
+"""Networks: how parameters turn tokens and images into log-probabilities."""

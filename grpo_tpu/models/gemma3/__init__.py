@@ -1,0 +1,1 @@
+"""Gemma 3: its sizes, its forward passes and its parameters."""

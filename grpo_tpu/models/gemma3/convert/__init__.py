@@ -1,0 +1,1 @@
+"""Reads and writes Gemma 3 weights in other programs' formats."""

@@ -1,0 +1,383 @@
+"""The decoder over bundles: a prompt computed once, with its C completions.
+
+`bundle_states` is for training and scoring, `prompt_states` for what reads a
+prompt alone; `decoding` goes on from there, by the same parts of a layer. All
+loop over a stacked parameter tree, so compile time does not grow with depth.
+Logits are not made here; states are turned into log-probabilities by `logprobs`
+and into tokens by `sampling`.
+
+References:
+  Gemma 3 Technical Report (arXiv:2503.19786), section 2.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from data_pipelines.text import tokenizer
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import attention, lora, vision
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import embedding as vocabulary
+from grpo_tpu.models.gemma3 import remat as remats
+
+_NO_WINDOW = 2**30
+_RMS_EPSILON = 1e-6
+
+
+# Pixels, or the output of the tower, of which nothing more is then computed.
+type Images = (
+  UInt8[Array, "U I height width 3"] | Float[Array, "U I S tower_width"]
+)
+
+
+class Layers(NamedTuple):
+  """What differs between layers, stacked for a scan, or of one layer."""
+
+  params: dict
+  window: Int[Array, " layers"]
+  is_global: Int[Array, " layers"]
+
+
+def prompt_states(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: Images,
+  *,
+  dtype: jnp.dtype,
+  implementation: str = "einsum",
+) -> tuple[Float[Array, "U P D"], Array, Array]:
+  """Final states of every prompt position, with the keys and values.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`, which `lora` may have adapted.
+    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
+    prompt_length: Ids before the padding.
+    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
+      what `vision.soft_tokens` made of them.
+    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
+    implementation: Of attention, from `attention.implementation`.
+
+  Returns:
+    The states, and keys and values `[layers, U, P, K, H]`.
+  """
+  x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
+  tables = rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
+
+  def layer(x, stack):
+    sight = _sight(config, stack, prompt_length, blocks)
+    x, k, v = _layer(config, stack, x, tables, sight, implementation)
+    return x, (k[:, 0], v[:, 0])
+
+  x, (k, v) = jax.lax.scan(layer, x, _layers(config, params))
+  return rms_norm(params["final_norm"], x)[:, 0], k, v
+
+
+def logits(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  tokens: Int[np.ndarray, "B L"],
+  images: UInt8[np.ndarray, "B I height width 3"] | None = None,
+) -> Float[Array, "B L V"]:
+  """Logits after each token of whole rows, in fp32: what others compare with.
+
+  Not for training: all logits exist at once. Rows are expanded on the host.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`.
+    tokens: Right-padded with `tokenizer.PAD`. Given images, each
+      `config.vision.start_of_image` stands for the whole block of one: a blank
+      line, start, soft tokens, end, a blank line, as the released models read
+      it. Logits at such a token are those after the block's first blank line.
+    images: At the size of the tower; a row's first ones are those it names, and
+      what is beyond them is not looked at.
+
+  Raises:
+    ValueError: A row names more images than there are, or the model has no
+      tower.
+  """
+  tokens = np.asarray(tokens)
+  if images is None:
+    images = np.zeros((len(tokens), 0, 1, 1, 3), np.uint8)
+  elif config.vision is None:
+    raise ValueError("images must be None for a model without a vision tower.")
+  ids, length, position = _expanded(config, tokens, images.shape[1])
+  return _logits(config, params, ids, length, jnp.asarray(images), position)
+
+
+def _expanded(
+  config: gemma3_config.ModelConfig, tokens: np.ndarray, num_images: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Padded ids, their lengths, and where each of `tokens` has come to lie."""
+  rows, position = [], np.zeros(tokens.shape, np.int32)
+  lengths = []
+  for row, at in zip(tokens.tolist(), position, strict=True):
+    ids: list[int] = []
+    named = 0
+    real = max(
+      (i + 1 for i, x in enumerate(row) if x != tokenizer.PAD), default=1
+    )
+    for i, token in enumerate(row):
+      at[i] = len(ids)
+      vision = config.vision if num_images else None
+      if vision and token == vision.start_of_image:
+        named += 1
+        soft = [tokenizer.IMAGE_PLACEHOLDER] * vision.soft_tokens
+        block = [token, *soft, vision.end_of_image]
+        ids += [tokenizer.BLANK_LINE, *block, tokenizer.BLANK_LINE]
+      else:
+        ids.append(token)
+      if i + 1 == real:
+        lengths.append(len(ids))
+    if named > num_images:
+      raise ValueError(
+        f"tokens name {named} images in a row, and images has {num_images}."
+      )
+    rows.append(ids)
+  padded = np.full((len(rows), max(map(len, rows))), tokenizer.PAD, np.int32)
+  for out, ids in zip(padded, rows, strict=True):
+    out[: len(ids)] = ids
+  return padded, np.array(lengths, np.int32), position
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, ids, length, images, position):
+  with jax.default_matmul_precision("highest"):
+    states, _, _ = prompt_states(
+      config, params, ids, length, images, dtype=jnp.dtype(jnp.float32)
+    )
+    states = jnp.take_along_axis(states, position[..., None], axis=1)
+    embedding = params["embedder"]["input_embedding"].astype(jnp.float32)
+    return jnp.einsum("bld,vd->blv", states, embedding)
+
+
+def bundle_states(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: Images,
+  completion_ids: Int[Array, "U C T"],
+  *,
+  dtype: jnp.dtype,
+  remat: str,
+  vision_remat: str = "full",
+  implementation: str = "einsum",
+) -> Float[Array, "U C T D"]:
+  """The states that predict each completion token.
+
+  Position `t` holds the state from which completion token `t` is predicted:
+  the prompt's last token for the first, completion token `t - 1` after. Equal,
+  with its gradient, to `C` separate rows that repeat prompt and image.
+
+  Args:
+    config: The model's sizes.
+    params: The stacked tree of `weights`; carries the gradient.
+    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
+    prompt_length: Ids before the padding.
+    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
+      what `vision.soft_tokens` made of them.
+    completion_ids: Right-padded ids of the completions of each prompt.
+    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
+    remat: What layers keep for the backward pass, of `remat.POLICIES`.
+    vision_remat: What the blocks of the image tower keep; of no matter where
+      it carries no gradient.
+    implementation: Of attention, from `attention.implementation`.
+  """
+  num_prompt, num_own = prompt_ids.shape[1], completion_ids.shape[2]
+  x, blocks = _embedded_prompt(
+    config, params, prompt_ids, images, dtype, vision_remat
+  )
+  y = embedded(config, params, completion_ids, dtype)
+  t = jnp.arange(num_own)
+  prompt_tables = rope_tables(config, jnp.arange(num_prompt)[None])
+  tables = rope_tables(config, prompt_length[:, None] + t[None])
+
+  def layer(carry, stack):
+    x, y = carry
+    sight = _sight(config, stack, prompt_length, blocks)
+    x, k, v = _layer(config, stack, x, prompt_tables, sight, implementation)
+    y, _, _ = _layer(
+      config,
+      stack,
+      y,
+      tables,
+      sight,
+      implementation,
+      prompt=(k[:, 0], v[:, 0]),
+    )
+    return (x, y), None
+
+  layer = remats.rematerialised(layer, remat)
+  (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
+  first = last(x[:, 0], prompt_length)[:, None, None]
+  first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
+  states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
+  return rms_norm(params["final_norm"], states)
+
+
+def _layers(config: gemma3_config.ModelConfig, params: dict) -> Layers:
+  is_global = np.array(config.global_layers)
+  return Layers(
+    params=params["layers"],
+    window=jnp.asarray(
+      np.where(is_global, _NO_WINDOW, config.sliding_window), jnp.int32
+    ),
+    is_global=jnp.asarray(is_global, jnp.int32),
+  )
+
+
+def layer_at(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  number: Int[Array, ""],
+  *,
+  is_global: bool,
+) -> Layers:
+  """One layer of the stack, its number known only when the program runs."""
+  return Layers(
+    params=jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False),
+      params["layers"],
+    ),
+    window=jnp.int32(_NO_WINDOW if is_global else config.sliding_window),
+    is_global=jnp.int32(is_global),
+  )
+
+
+def _sight(config, stack, prompt_length, blocks=None) -> attention.Sight:
+  return attention.Sight(
+    prompt_length=prompt_length,
+    window=stack.window,
+    is_global=stack.is_global,
+    local_window=config.sliding_window,
+    soft_tokens=config.soft_tokens,
+    image_block=blocks,
+  )
+
+
+def _layer(config, stack, x, tables, sight, implementation, *, prompt=None):
+  """One block on `x [U, C, t, D]`; returns the keys and values it made."""
+  q, k, v = queries_keys_values(config, stack, x, tables)
+  read = attention.attend(
+    q, k, v, sight, prompt=prompt, implementation=implementation
+  )
+  return after_attention(stack.params, x, read), k, v
+
+
+def queries_keys_values(config, stack, x, tables):
+  """Of `x [U, C, t, D]`: `[U, C, t, heads, H]` each, the first two rotated."""
+  attn = stack.params["attn"]
+  y = rms_norm(stack.params["pre_attention_norm"], x)
+  q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
+  kv = lora.einsum("uctd,nkdh->uctnkh", y, attn["kv_einsum"])
+  k, v = kv[:, :, :, 0], kv[:, :, :, 1]
+  sin, cos = (table[stack.is_global] for table in tables)
+  q = _rotate(rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
+  k = _rotate(rms_norm(attn["key_norm"], k), sin, cos)
+  q, k, v = (sharding.activation(heads, "heads") for heads in (q, k, v))
+  return q, k, v
+
+
+def after_attention(params: dict, x: Array, read: Array) -> Array:
+  """Output projection, gated MLP, and their residuals."""
+  y = lora.einsum("uctqh,qhd->uctd", read, params["attn"]["attn_vec_einsum"])
+  x = x + rms_norm(params["post_attention_norm"], y)
+  y = rms_norm(params["pre_ffw_norm"], x)
+  y = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
+  y = jax.nn.gelu(y[0], approximate=True) * y[1]
+  y = sharding.activation(y, "hidden")
+  y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
+  return sharding.activation(
+    x + rms_norm(params["post_ffw_norm"], y), "bundles"
+  )
+
+
+def rms_norm(params: dict, x: Array) -> Array:
+  """Over the last axis, in fp32; the result has the type of `x`."""
+  y = x.astype(jnp.float32)
+  y *= jax.lax.rsqrt(
+    jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _RMS_EPSILON
+  )
+  scale = params["scale"].astype(jnp.float32)
+  return (y * (1 + jnp.expand_dims(scale, range(x.ndim - 1)))).astype(x.dtype)
+
+
+def rope_tables(
+  config: gemma3_config.ModelConfig, positions: Int[Array, "#U t"]
+) -> tuple[Float[Array, "2 #U t h"], Float[Array, "2 #U t h"]]:
+  """Sines and cosines of local (0) and global (1) layers."""
+  exponent = np.arange(config.head_dim // 2) * (2.0 / config.head_dim)
+  frequency = np.stack(
+    [
+      config.local_rope_base**-exponent,
+      config.global_rope_base**-exponent / config.global_rope_factor,
+    ]
+  )
+  angle = positions.astype(jnp.float32)[None, :, :, None] * jnp.asarray(
+    frequency[:, None, None], jnp.float32
+  )
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def _rotate(x: Array, sin: Array, cos: Array) -> Array:
+  """Applies RoPE to `x [U, C, t, heads, H]` with tables `[#U, t, H / 2]`."""
+  sin, cos = sin[:, None, :, None], cos[:, None, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+    [a * cos - b * sin, b * cos + a * sin], axis=-1
+  ).astype(x.dtype)
+
+
+def embedded(config, params, ids: Array, dtype) -> Array:
+  """What the first layer reads of ids, their axes and `D`."""
+  table = params["embedder"]["input_embedding"]
+  # The factor is rounded to the table's type, as in the released models.
+  scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
+  return vocabulary.lookup(table, ids, dtype) * scale
+
+
+def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
+  """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
+  is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
+  x = embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
+  starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
+  blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
+  if images.shape[1]:
+    soft = _projected(config, params, images, dtype, remat)
+    slot = jnp.maximum(jnp.cumsum(is_soft, axis=1) - 1, 0)
+    merged = jnp.take_along_axis(soft, slot[..., None], axis=1)
+    x = jnp.where(is_soft[..., None], merged, x)
+  return x[:, None], blocks
+
+
+def _projected(config, params, images, dtype, remat) -> Float[Array, "U S D"]:
+  """Soft tokens of all images of a prompt, in a row."""
+  if jnp.issubdtype(images.dtype, jnp.floating):
+    soft = images.astype(dtype)
+  else:
+    soft = vision.soft_tokens(
+      config.vision,
+      params["vision_encoder"],
+      images,
+      dtype=dtype,
+      remat=remat,
+    )
+  embedder = params["embedder"]
+  soft = rms_norm(embedder["mm_soft_embedding_norm"], soft)
+  soft = lora.einsum("uisw,wd->uisd", soft, embedder["mm_input_projection"])
+  return soft.reshape(soft.shape[0], -1, soft.shape[-1])
+
+
+@functools.partial(jax.named_call, name="last_prompt_state")
+def last(x: Float[Array, "U P D"], length: Int[Array, " U"]) -> Array:
+  """The state of each prompt's last token."""
+  return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,146 @@
+"""The image tower: pixels to soft tokens in the text model's embedding space.
+
+SigLIP (pre-LayerNorm ViT with learned positions), average pooling to a fixed
+number of tokens, RMSNorm and a linear projection. Knows nothing of prompts.
+
+References:
+  Zhai et al., "Sigmoid Loss for Language Image Pre-Training"
+  (arXiv:2303.15343); Gemma 3 Technical Report (arXiv:2503.19786), section 2.1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import remat as remats
+
+_LAYER_NORM_EPSILON = 1e-6
+
+
+# Weights of attention exist for so many patches of a picture at a time; those
+# of all 4096 of one would be a gibibyte.
+_PATCHES_AT_A_TIME = 512
+
+
+def soft_tokens(
+  config: gemma3_config.VisionConfig,
+  params: dict,
+  images: UInt8[Array, "*batch H W 3"],
+  *,
+  dtype: jnp.dtype,
+  remat: str,
+) -> Float[Array, "*batch S width"]:
+  """The pooled output of the tower, before the projector.
+
+  Args:
+    config: The tower's sizes.
+    params: The tree under `vision_encoder`.
+    images: RGB, already resized to `config.shown_size`.
+    dtype: Of the matrix products; norms and softmax stay in fp32.
+    remat: What blocks keep for the backward pass, of `remat.POLICIES`.
+  """
+  batch = images.shape[:-3]
+  x = _patches(config, images.reshape(-1, *images.shape[-3:]))
+  # [n, N, patch * patch * 3] @ [patch * patch * 3, width]
+  kernel = params["embedding"]["kernel"].reshape(-1, config.width)
+  x = x.astype(dtype) @ kernel.astype(dtype)
+  # The bias [width] is folded into the positions [1, N, width].
+  bias = _like(params["embedding"]["bias"], x)
+  offset = positions(config, params["pos_embedding"]) + bias
+  x = x + offset.astype(dtype)
+
+  def block(x, layer):
+    # Weights are gathered where pictures lie, and not the other way round.
+    return sharding.activation(_block(config, layer, x), "bundles"), None
+
+  x = sharding.activation(x, "bundles")
+  block = remats.rematerialised(block, remat)
+  x, _ = jax.lax.scan(block, x, params["layers"])
+  x = _layer_norm(params["norm"], x)
+  return _pool(x, config.soft_tokens).reshape(
+    *batch, config.soft_tokens, config.width
+  )
+
+
+def positions(
+  config: gemma3_config.VisionConfig, learnt: Float[Array, "1 N width"]
+) -> Float[Array, "1 n width"]:
+  """Of the patches of what is shown, between those that were learnt."""
+  if config.shown_size == config.image_size:
+    return learnt
+  before, after = (
+    size // config.patch_size for size in (config.image_size, config.shown_size)
+  )
+  grid = learnt.reshape(before, before, -1)
+  grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "linear")
+  return grid.reshape(1, after * after, -1)
+
+
+def _patches(config, images: Array) -> Array:
+  """Cuts images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
+  side, patch = config.shown_size // config.patch_size, config.patch_size
+  x = images.astype(jnp.float32) / 127.5 - 1.0
+  x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(-1, side * side, patch * patch * 3)
+
+
+def _block(config, params: dict, x: Array) -> Array:
+  y = _layer_norm(params["attention_norm"], x)
+  q, k, v = (
+    jnp.einsum("ntd,dqh->ntqh", y, params[name]["kernel"].astype(y.dtype))
+    + params[name]["bias"][None, None].astype(y.dtype)
+    for name in ("query", "key", "value")
+  )
+  y = _read(q * q.shape[-1] ** -0.5, k, v)
+  out = params["out"]
+  x += jnp.einsum("ntqh,qhd->ntd", y, out["kernel"].astype(y.dtype))
+  x += _like(out["bias"], x).astype(x.dtype)
+  y = _layer_norm(params["mlp_norm"], x)
+  y = jax.nn.gelu(_dense(params["mlp_in"], y), approximate=True)
+  return x + _dense(params["mlp_out"], y)
+
+
+def _read(q: Array, k: Array, v: Array) -> Array:
+  """Attention `[n, N, heads, h]` of all patches to all, some at a time."""
+
+  def read(q):
+    scores = jnp.einsum("ntqh,nsqh->nqts", q, k)
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    return jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
+
+  n, num_patches, *rest = q.shape
+  if num_patches <= _PATCHES_AT_A_TIME or num_patches % _PATCHES_AT_A_TIME:
+    return read(q)
+  parts = q.reshape(n, -1, _PATCHES_AT_A_TIME, *rest).swapaxes(0, 1)
+  # Or the backward pass would find the weights of all parts at once.
+  y = jax.lax.map(jax.checkpoint(read), parts)
+  return y.swapaxes(0, 1).reshape(q.shape)
+
+
+def _dense(params: dict, x: Array) -> Array:
+  bias = _like(params["bias"], x).astype(x.dtype)
+  return x @ params["kernel"].astype(x.dtype) + bias
+
+
+def _like(vector: Array, x: Array) -> Array:
+  """A vector along the last axis of `x`, at its rank."""
+  return jnp.expand_dims(vector, range(x.ndim - 1))
+
+
+def _layer_norm(params: dict, x: Array) -> Array:
+  y = x.astype(jnp.float32)
+  y = y - y.mean(axis=-1, keepdims=True)
+  variance = jnp.square(y).mean(axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(variance + _LAYER_NORM_EPSILON)
+  y = y * _like(params["scale"], y) + _like(params["bias"], y)
+  return y.astype(x.dtype)
+
+
+def _pool(x: Array, num_tokens: int) -> Array:
+  """Averages square windows of `[n, side * side, d]` to `num_tokens`."""
+  side, pooled = round(x.shape[1] ** 0.5), round(num_tokens**0.5)
+  window = side // pooled
+  x = x.reshape(-1, pooled, window, pooled, window, x.shape[-1])
+  return x.mean(axis=(2, 4)).reshape(-1, num_tokens, x.shape[-1])

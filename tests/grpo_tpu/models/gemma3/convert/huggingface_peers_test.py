@@ -1,0 +1,74 @@
+"""Weights from Hugging Face and back: transformers has the last word."""
+
+import pathlib
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from grpo_tpu.models.gemma3 import text, weights
+
+pytestmark = pytest.mark.peers
+SCRIPT = pathlib.Path(__file__).parents[4] / "peers" / "gemma3_transformers.py"
+
+
+def transformers(python, *arguments):
+  subprocess.run([python, str(SCRIPT), *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def saved(peers_python, tmp_path_factory):
+  """What transformers has saved, and what it makes of what we save."""
+  folder = tmp_path_factory.mktemp("transformers")
+  transformers(peers_python, "make", folder)
+  for name in ("image", "text"):
+    config, params = weights.from_hf(folder / name)
+    weights.to_hf(config, params, folder / f"{name}_ours")
+    weights.to_hf(config, params, folder / f"{name}_bf16", dtype=jnp.bfloat16)
+  ours = [f"{x}_{y}" for x in ("image", "text") for y in ("ours", "bf16")]
+  transformers(peers_python, "answer", folder, *ours)
+  return folder
+
+
+def inputs(folder, name):
+  given = np.load(folder / "inputs.npz")
+  images = given["images"] if name == "image" else None
+  return given["tokens"], images
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_logits_equal_those_of_transformers(saved, name):
+  """Two images, one and none in a batch of different lengths, in fp32."""
+  tokens, images = inputs(saved, name)
+  config, params = weights.from_hf(saved / name)
+  actual = text.logits(config, params, tokens, images)
+  expected = np.load(saved / f"{name}.npz")["logits"]
+  assert np.abs(expected).max() > 1
+  np.testing.assert_allclose(
+    actual[tokens != 0], expected[tokens != 0], atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_transformers_gives_our_export_the_same_logits(saved, name):
+  tokens, _ = inputs(saved, name)
+  expected = np.load(saved / f"{name}.npz")["logits"]
+  again = np.load(saved / f"{name}_ours.npz")
+  assert again["dtype"] == "float32"
+  np.testing.assert_array_equal(
+    again["logits"][tokens != 0], expected[tokens != 0]
+  )
+  assert np.load(saved / f"{name}_bf16.npz")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_every_tensor_survives_the_round_trip(saved, name):
+  theirs = safetensors.load_file(saved / name / "model.safetensors")
+  ours = safetensors.load_file(saved / f"{name}_ours" / "model.safetensors")
+  # Released checkpoints have a name there that transformers 5 leaves out.
+  ours = {k.replace("vision_model.", ""): v for k, v in ours.items()}
+  assert ours.keys() == theirs.keys()
+  for key, value in theirs.items():
+    np.testing.assert_array_equal(ours[key], value, err_msg=key)

@@ -1,0 +1,356 @@
+"""Hugging Face checkpoints in and out, and what is refused of either."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.models.gemma3.convert import huggingface, huggingface_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[5]
+
+
+@pytest.fixture(scope="module")
+def params(tiny):
+  """Every leaf random: equal to no other, nor to a part of itself."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.standard_normal(x.shape, np.float32),
+    weights.abstract_params(tiny.config, jnp.float32),
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, params, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("huggingface")
+  weights.to_hf(tiny.config, params, folder)
+  return folder
+
+
+@pytest.fixture
+def changed(whole, tmp_path):
+  """Makes a copy of the checkpoint, its tensors or its config changed."""
+
+  def change(tensors=lambda x: x, values=lambda x: x):
+    config = json.loads((whole / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values(config)))
+    held = safetensors.load_file(whole / "model.safetensors")
+    safetensors.save_file(tensors(held), tmp_path / "model.safetensors")
+    return tmp_path
+
+  return change
+
+
+def assert_equal(actual, expected):
+  for (path, got), want in zip(
+    jax.tree_util.tree_leaves_with_path(actual),
+    jax.tree.leaves(expected),
+    strict=True,
+  ):
+    assert got.dtype == want.dtype
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def placed(config, mesh, dtype):
+  tree = weights.abstract_params(config, dtype)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.shardings(mesh, tree),
+  )
+
+
+def test_what_goes_out_comes_in_again(tiny, params, whole):
+  config, again = weights.from_hf(whole)
+  assert config == tiny.config
+  assert_equal(again, params)
+
+
+def test_a_checkpoint_in_shards_is_the_same(tiny, params, tmp_path):
+  huggingface.save(
+    tiny.config, params, tmp_path, dtype=None, tokenizer_dir=None,
+    shard_bytes=20_000,
+  )  # fmt: skip
+  files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+  assert len(files) > 2
+  assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+  index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+  sizes = [(tmp_path / name).stat().st_size for name in files]
+  assert max(sizes) < 30_000
+  assert index["metadata"]["total_size"] < sum(sizes)
+  assert_equal(weights.from_hf(tmp_path)[1], params)
+
+
+def test_each_device_gets_the_part_that_the_rules_give_it(tiny, params, whole):
+  mesh = sharding.make_mesh(replica=1, fsdp=4, tensor=2)
+  wanted = placed(tiny.config, mesh, jnp.bfloat16)
+  got = weights.open_hf(tiny.config, whole).load(wanted)
+  for x, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert x.sharding == w.sharding
+  expected = jax.tree.map(lambda x, w: x.astype(w.dtype), params, wanted)
+  assert_equal(got, expected)
+
+
+def test_a_device_reads_no_more_than_its_part(tiny, whole, monkeypatch):
+  """Nothing is read twice, and one of two hosts would read half."""
+  read = []
+  original = huggingface._Tensor.read
+
+  def counted(tensor, slices):
+    part = original(tensor, slices)
+    read.append(part.size)
+    return part
+
+  monkeypatch.setattr(huggingface._Tensor, "read", counted)
+  mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
+  wanted = placed(tiny.config, mesh, jnp.float32)
+  checkpoint = weights.open_hf(tiny.config, whole)
+  assert not read
+  checkpoint.load(wanted)
+  assert sum(read) == sum(x.size for x in jax.tree.leaves(wanted))
+
+
+def test_one_error_lists_every_fault_of_the_tensors(tiny, changed):
+  layer = "language_model.model.layers.2."
+
+  def spoil(tensors):
+    del tensors[layer + "mlp.up_proj.weight"]
+    del tensors["vision_tower.vision_model.post_layernorm.bias"]
+    tensors["one.too.many"] = np.ones((2, 3), np.float32)
+    name = layer + "self_attn.q_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T[:3])
+    name = layer + "input_layernorm.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    return tensors
+
+  folder = changed(spoil)
+  for reader in (weights.from_hf, lambda x: weights.open_hf(tiny.config, x)):
+    with pytest.raises(ValueError) as error:
+      reader(folder)
+    lines = str(error.value).splitlines()[1:-1]
+    assert [line.strip() for line in sorted(lines)] == [
+      f"{layer}input_layernorm.weight: of type I8, wanted F32, BF16, F16",
+      f"{layer}mlp.up_proj.weight: missing, wanted (24, 16)",
+      f"{layer}self_attn.q_proj.weight: (3, 16), wanted (16, 16)",
+      "one.too.many: left over, (2, 3)",
+      "vision_tower.vision_model.post_layernorm.bias: missing, wanted (16,)",
+    ]
+
+
+def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
+  folder = changed()
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-100])
+  with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
+    weights.from_hf(folder)
+  sharded = tmp_path / "sharded"
+  huggingface.save(
+    tiny.config, params, sharded, dtype=None, tokenizer_dir=None,
+    shard_bytes=40_000,
+  )  # fmt: skip
+  next(sharded.glob("model-00002-*")).unlink()
+  with pytest.raises(ValueError, match="model-00002-.*cannot be read"):
+    weights.from_hf(sharded)
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+  ],
+)
+def test_names_of_all_years_are_read(params, changed, old, new):
+  folder = changed(lambda x: {k.replace(old, new): v for k, v in x.items()})
+  assert_equal(weights.from_hf(folder)[1], params)
+
+
+def test_a_tied_head_may_be_there_and_no_other(params, changed):
+  name = "language_model.lm_head.weight"
+  embedding = params["embedder"]["input_embedding"]
+  folder = changed(lambda x: x | {name: embedding.copy()})
+  assert_equal(weights.from_hf(folder)[1], params)
+  folder = changed(lambda x: x | {name: embedding + 1})
+  with pytest.raises(ValueError, match=f"{name}: differs from the embedding"):
+    weights.from_hf(folder)
+
+
+def test_rows_from_the_placeholder_on_are_written_and_left_unread(
+  tiny, params, tmp_path
+):
+  """As in the released sizes, whose placeholder is no id of the tokenizer."""
+  vision = dataclasses.replace(tiny.config.vision, image_token=130)
+  config = dataclasses.replace(tiny.config, vision=vision)
+  weights.to_hf(config, params, tmp_path)
+  assert weights.from_hf(tmp_path)[0].vocab_size == 130 + 64
+  mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
+  checkpoint = weights.open_hf(config, tmp_path)
+  assert_equal(checkpoint.load(placed(config, mesh, jnp.float32)), params)
+
+
+def test_an_export_can_be_of_another_type_and_bring_its_tokenizer(
+  tiny, params, tmp_path
+):
+  (tmp_path / "from").mkdir()
+  for name in ("tokenizer.json", "secrets.txt"):
+    (tmp_path / "from" / name).write_text(name)
+  weights.to_hf(
+    tiny.config, params, tmp_path / "to", dtype=jnp.bfloat16,
+    tokenizer_dir=tmp_path / "from",
+  )  # fmt: skip
+  assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+    "config.json", "generation_config.json", "model.safetensors",
+    "tokenizer.json",
+  ]  # fmt: skip
+  _, again = weights.from_hf(tmp_path / "to")
+  expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  got = again["layers"]["mlp"]["gating_einsum"]
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, expected["layers"]["mlp"]["gating_einsum"])
+
+
+def test_a_checkpoint_is_never_written_over_another(tiny, params, whole):
+  with pytest.raises(ValueError, match="must not hold a checkpoint yet"):
+    weights.to_hf(tiny.config, params, whole)
+
+
+# What the released files say, and no more: the rest is transformers' defaults.
+RELEASED = {
+  "gemma3_1b": {
+    "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144,
+    "sliding_window": 512, "sliding_window_pattern": 6, "rope_scaling": None,
+    "rope_theta": 1000000, "rope_local_base_freq": 10000,
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
+  },
+  "gemma3_4b": {
+    "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+  },
+  "gemma3_12b": {
+    "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+    "num_attention_heads": 16, "num_key_value_heads": 8,
+  },
+  "gemma3_27b": {
+    "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
+    "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_those_of_the_sizes(tmp_path, name):
+  values = RELEASED[name]
+  if "architectures" not in values:
+    values = {
+      "architectures": ["Gemma3ForConditionalGeneration"],
+      "model_type": "gemma3",
+      "text_config": values | {
+        "model_type": "gemma3_text", "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+      },
+      "vision_config": {
+        "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
+        "model_type": "siglip_vision_model", "num_attention_heads": 16,
+        "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+      },
+    }  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  config = gemma3_config.CONFIGS[name]
+  assert huggingface_config.differences(tmp_path, config) == []
+  rows = 262_208 if config.vision else 262_144
+  assert huggingface_config.read(tmp_path).vocab_size == rows
+  assert huggingface_config.num_rows(config) == rows
+
+
+@pytest.mark.parametrize("name", gemma3_config.CONFIGS)
+def test_a_written_config_reads_as_itself(tmp_path, name):
+  config = gemma3_config.CONFIGS[name]
+  values = huggingface_config.written(config, "bfloat16")
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  assert huggingface_config.differences(tmp_path, config) == []
+  other = gemma3_config.CONFIGS["gemma3_4b" if name == "tiny" else "tiny"]
+  assert huggingface_config.differences(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "named"),
+  [
+    ("architectures", ["Gemma2ForCausalLM"], "architectures"),
+    ("model_type", "gemma3n", "model_type"),
+    ("quantization_config", {"bits": 4}, "quantization_config"),
+    ("tie_word_embeddings", False, "tie_word_embeddings"),
+    ("text_config.rms_norm_eps", 1e-5, "text_config.rms_norm_eps"),
+    ("text_config.hidden_activation", "silu", "text_config.hidden_activation"),
+    ("text_config.final_logit_softcapping", 30.0, "final_logit_softcapping"),
+    ("text_config.attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
+    ("text_config.attention_bias", True, "text_config.attention_bias"),
+    ("text_config.use_bidirectional_attention", True, "use_bidirectional"),
+    ("text_config.sliding_window_pattern", 5, "sliding_window_pattern"),
+    ("text_config.layer_types", ["full_attention"] * 6, "layer_types"),
+    ("text_config.rope_scaling", {"rope_type": "yarn", "factor": 8}, "'yarn'"),
+    ("text_config.rope_scaling", {"rope_type": "linear"}, "factor"),
+    ("text_config.num_hidden_layers", "6", "num_hidden_layers"),
+    ("text_config.sliding_window", 3, "sliding_window"),
+    ("vision_config.hidden_act", "relu", "vision_config.hidden_act"),
+    ("vision_config.layer_norm_eps", 1e-5, "vision_config.layer_norm_eps"),
+    ("mm_tokens_per_image", 3, "soft_tokens"),
+  ],
+)
+def test_a_config_of_other_arithmetic_is_refused_by_field(
+  changed, field, value, named
+):
+  """Among them an image block of 4 that is longer than a window of 3."""
+
+  def spoil(values):
+    section, _, name = field.rpartition(".")
+    (values[section] if section else values)[name] = value
+    return values
+
+  with pytest.raises(ValueError, match=f"config.json.*{named}"):
+    weights.from_hf(changed(values=spoil))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_adds_less_than_the_largest_tensor_to_the_memory(
+  tmp_path, dtype
+):
+  """Beyond the parameters themselves, in a process of its own.
+
+  At a quarter of the size that `benchmarks/load_memory.py` measures.
+  """
+  tiny = gemma3_config.CONFIGS["tiny"]
+  small = dataclasses.replace(tiny, vision=None)
+  width = 512 if dtype == "float32" else 1024
+  large = dataclasses.replace(
+    small, vocab_size=65_536, embed_dim=width, hidden_dim=4096, num_layers=6
+  )
+  for name, config in (("small", small), ("large", large)):
+    abstract = weights.abstract_params(config, jnp.dtype(dtype))
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
+    weights.to_hf(config, ones, tmp_path / name)
+  script = ROOT / "benchmarks" / "load_memory.py"
+  found = subprocess.run(
+    [
+      *(sys.executable, script, "--measure"),
+      *(tmp_path / "large", tmp_path / "small"),
+    ],
+    check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  memory = json.loads(found.stdout)
+  assert memory["largest"] == 65_536 * 512 * 4
+  assert memory["params"] > 1.2 * memory["largest"]
+  assert memory["added"] < 1.3 * memory["largest"]

@@ -1,0 +1,278 @@
+"""Checkpoints of the gemma library: nested or flat, every tensor in place."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import weights
+
+CONFIG = gemma3_config.ModelConfig(
+  vocab_size=300,
+  num_layers=7,
+  embed_dim=32,
+  hidden_dim=48,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  sliding_window=6,
+  query_scale=16**-0.5,
+  local_rope_base=10_000.0,
+  global_rope_base=1_000_000.0,
+  global_rope_factor=8.0,
+  vision=gemma3_config.VisionConfig(
+    image_size=32,
+    patch_size=8,
+    width=24,
+    depth=2,
+    mlp_dim=40,
+    num_heads=2,
+    soft_tokens=4,
+  ),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Every leaf random, norms included, so that no factor can hide."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+    weights.abstract_params(CONFIG, jnp.float32),
+  )
+
+
+def nested(config, params):
+  """Our stacked tree as the library's own modules name it."""
+  vision, embedder = params["vision_encoder"], params["embedder"]
+
+  def layer(i):
+    p = jax.tree.map(lambda x: x[i], params["layers"])
+    attn = p.pop("attn")
+    return {
+      **p,
+      "attn": {
+        **{
+          name: {"w": attn[name]}
+          for name in ("q_einsum", "kv_einsum", "attn_vec_einsum")
+        },
+        "_query_norm": attn["query_norm"],
+        "_key_norm": attn["key_norm"],
+      },
+    }
+
+  def block(i):
+    p = jax.tree.map(lambda x: x[i], vision["layers"])
+    return {
+      "LayerNorm_0": p["attention_norm"],
+      "MultiHeadDotProductAttention_0": {
+        name: p[name] for name in ("query", "key", "value", "out")
+      },
+      "LayerNorm_1": p["mlp_norm"],
+      "MlpBlock_0": {"Dense_0": p["mlp_in"], "Dense_1": p["mlp_out"]},
+    }
+
+  return {
+    "embedder": {
+      "input_embedding": embedder["input_embedding"],
+      "mm_soft_embedding_norm": embedder["mm_soft_embedding_norm"],
+      "mm_input_projection": {"w": embedder["mm_input_projection"]},
+    },
+    "final_norm": params["final_norm"],
+    "vision_encoder": {
+      "siglip_encoder": {
+        "embedding": vision["embedding"],
+        "pos_embedding": vision["pos_embedding"],
+        "Transformer": {
+          "encoder_norm": vision["norm"],
+          **{f"encoderblock_{i}": block(i) for i in range(config.vision.depth)},
+        },
+      }
+    },
+    **{f"layer_{i}": layer(i) for i in range(config.num_layers)},
+  }
+
+
+def flat(tree):
+  """As released: paths but for their last part, and a w under the MLP's."""
+  out = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if "/mlp/" in name:
+      name += "/w"
+    name = (
+      name.replace("vision_encoder/", "SigLiPFromPatches_0/", 1)
+      if name.startswith("vision_encoder/")
+      else f"transformer/{name}"
+    )
+    group, last = name.rsplit("/", 1)
+    out.setdefault(group, {})[last] = leaf
+  return out
+
+
+def save(path, tree):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, tree)
+  return path
+
+
+def assert_trees_equal(actual, expected):
+  def check(path, got, want):
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_array_equal(np.asarray(got), want, err_msg=name)
+
+  jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+def test_every_tensor_comes_back(params, tmp_path, layout):
+  tree = nested(CONFIG, params)
+  path = save(tmp_path / layout, tree if layout == "nested" else flat(tree))
+  config, loaded = weights.from_gemma(path, config=CONFIG)
+  assert config == CONFIG
+  assert_trees_equal(loaded, params)
+
+
+def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
+  """Saved in bf16, wanted in fp32, cut over fsdp and tensor."""
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  path = save(tmp_path / "bf16", flat(nested(CONFIG, rounded)))
+  mesh = sharding.make_mesh(replica=1, fsdp=4, tensor=2)
+
+  def place(tree):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree,
+      sharding.shardings(mesh, tree),
+    )
+
+  _, loaded = weights.from_gemma(path, config=CONFIG, place=place)
+  want = place(weights.abstract_params(CONFIG, jnp.float32))
+  same = jax.tree.map(
+    lambda x, w: (
+      x.dtype == w.dtype and x.sharding.is_equivalent_to(w.sharding, x.ndim)
+    ),
+    loaded,
+    want,
+  )
+  assert all(jax.tree.leaves(same))
+  assert_trees_equal(
+    loaded, jax.tree.map(lambda x: x.astype(np.float32), rounded)
+  )
+
+
+def test_a_released_size_is_known_by_its_tensors(tmp_path):
+  """The tiny size stands in; the others differ from it and from each other."""
+  config = gemma3_config.CONFIGS["tiny"]
+  tree = nested(config, weights.random_params(config, 0, jnp.float32))
+  found, _ = weights.from_gemma(save(tmp_path / "tiny", tree))
+  assert found == config
+
+
+def test_every_tensor_that_is_not_as_it_must_be_is_listed(params, tmp_path):
+  tree = nested(CONFIG, params)
+  del tree["layer_3"]["attn"]["_key_norm"]
+  tree["layer_0"]["mlp"]["linear"] = tree["layer_0"]["mlp"]["linear"].T
+  tree["embedder"]["audio"] = np.zeros(3, np.float32)
+  path = save(tmp_path / "bad", flat(tree))
+  with pytest.raises(ValueError) as error:
+    weights.from_gemma(path, config=CONFIG)
+  text = str(error.value)
+  assert "bad must hold" in text and "3 are not so" in text
+  assert "  layer_3/attn/_key_norm/scale: missing, wanted [16]" in text
+  assert "  layer_0/mlp/linear: [32,48], wanted [48,32]" in text
+  assert "  embedder/audio: extra, [3]" in text
+
+
+def test_another_size_is_refused_by_its_sizes(params, tmp_path):
+  path = save(tmp_path / "other", nested(CONFIG, params))
+  found = "7 layers, 300 embeddings of width 32 and an image tower"
+  wider = dataclasses.replace(CONFIG, vocab_size=512)
+  with pytest.raises(ValueError, match=f"{found}.*7 layers, 512 embeddings"):
+    weights.from_gemma(path, config=wider)
+  with pytest.raises(ValueError, match=f"{found}.*gemma3_27b: 62 layers"):
+    weights.from_gemma(path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_folder_without_a_checkpoint_is_refused(content, tmp_path):
+  if content is not None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "_METADATA").write_text(content)
+  with pytest.raises(ValueError, match="none must be the folder of an Orbax"):
+    weights.from_gemma(tmp_path / "none", config=CONFIG)
+
+
+def test_a_checkpoint_of_an_array_a_folder_is_read_as_one_in_a_store(
+  params, tmp_path
+):
+  """As Orbax wrote them before it had stores, and of either Zarr."""
+  for name, is_third in (("second", False), ("third", True)):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=is_third)
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(
+        tmp_path / name,
+        args=ocp.args.PyTreeSave(flat(nested(CONFIG, params))),
+      )
+    assert_trees_equal(
+      weights.from_gemma(tmp_path / name, config=CONFIG)[1], params
+    )
+
+
+def test_an_array_that_is_named_and_not_stored_is_missing(params, tmp_path):
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(
+      tmp_path / "lost", args=ocp.args.PyTreeSave(nested(CONFIG, params))
+    )
+  shutil.rmtree(tmp_path / "lost" / "layer_2.mlp.linear")
+  with pytest.raises(ValueError, match="layer_2/mlp/linear: missing, wanted"):
+    weights.from_gemma(tmp_path / "lost", config=CONFIG)
+
+
+def test_a_checkpoint_is_checked_before_any_device(params, tmp_path):
+  """A backend that has started could not join other processes any more."""
+  tree = nested(CONFIG, params)
+  del tree["final_norm"]
+  path = save(tmp_path / "bad", tree)
+  sizes = json.dumps(dataclasses.asdict(CONFIG))
+  code = (
+    "import json, jax\n"
+    "from jax._src import xla_bridge\n"
+    "from grpo_tpu.gemma3 import config, weights\n"
+    f"sizes = json.loads({sizes!r})\n"
+    "sizes['vision'] = config.VisionConfig(**sizes['vision'])\n"
+    "try:\n"
+    "  weights.OPENERS['gemma'](\n"
+    f"    config.ModelConfig(**sizes), {str(path)!r}\n"
+    "  )\n"
+    "except ValueError as error:\n"
+    "  assert 'final_norm/scale: missing' in str(error)\n"
+    "else:\n"
+    "  raise AssertionError('not refused')\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_neither_the_library_nor_tensorflow_is_imported(params, tmp_path):
+  path = save(tmp_path / "tiny", nested(CONFIG, params))
+  sizes = json.dumps(dataclasses.asdict(CONFIG))
+  code = (
+    "import json, sys\n"
+    "from grpo_tpu.gemma3 import config, weights\n"
+    f"sizes = json.loads({sizes!r})\n"
+    "sizes['vision'] = config.VisionConfig(**sizes['vision'])\n"
+    f"weights.from_gemma({str(path)!r}, config=config.ModelConfig(**sizes))\n"
+    "assert {'gemma', 'kauldron', 'tensorflow'}.isdisjoint(sys.modules)\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

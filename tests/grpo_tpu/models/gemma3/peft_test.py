@@ -1,0 +1,159 @@
+"""Exported adapters are, to peft, the change that merging makes."""
+
+import dataclasses
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_tpu.models.gemma3 import lora, weights
+
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
+LORA = lora.LoraConfig(rank=3, alpha=5.0, targets=lora.TARGETS)
+# Of a process with torch, which meets ours through files alone.
+ADAPTED = """
+import json, sys
+sys.modules["torchvision"] = None  # Of no use here, and slow to import.
+import numpy as np, torch, transformers
+from peft import PeftModel
+
+folder = sys.argv[1]
+sizes = json.load(open(f"{folder}/sizes.json"))
+torch.manual_seed(0)
+if "vision_config" in sizes:
+  config = transformers.Gemma3Config(**sizes)
+  model = transformers.Gemma3ForConditionalGeneration(config)
+  inputs = {
+    "input_ids": torch.tensor([[2, 5, *[129] * 4, 6, 7]]),
+    "token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]),
+    "pixel_values": torch.randn(1, 3, 16, 16),
+  }
+else:
+  config = transformers.Gemma3TextConfig(**sizes)
+  model = transformers.Gemma3ForCausalLM(config)
+  inputs = {"input_ids": torch.arange(2, 12)[None]}
+model.eval()
+before = {k: v.clone() for k, v in model.state_dict().items()}
+with torch.no_grad():
+  base = model(**inputs).logits
+  model = PeftModel.from_pretrained(model, folder)
+  adapted = model(**inputs).logits
+  model = model.merge_and_unload()
+  merged = model(**inputs).logits
+after = model.state_dict()
+changes = {k: (after[k] - v).numpy() for k, v in before.items()}
+np.savez(
+  f"{folder}/changes.npz",
+  **{k: v for k, v in changes.items() if v.any()},
+)
+np.savez(
+  f"{folder}/logits.npz",
+  **{"base": base, "adapted": adapted, "merged": merged},
+)
+"""
+
+
+def sizes_of(config):
+  """The model as transformers' configs have it."""
+  text = {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed_dim,
+    "intermediate_size": config.hidden_dim,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "sliding_window": config.sliding_window,
+  }
+  if config.vision is None:
+    return text
+  vision = {
+    "image_size": config.vision.image_size,
+    "patch_size": config.vision.patch_size,
+    "hidden_size": config.vision.width,
+    "num_hidden_layers": config.vision.depth,
+    "intermediate_size": config.vision.mlp_dim,
+    "num_attention_heads": config.vision.num_heads,
+  }
+  return {
+    "text_config": text,
+    "vision_config": vision,
+    "mm_tokens_per_image": config.vision.soft_tokens,
+    "image_token_index": 129,
+    "image_token_id": 129,
+  }
+
+
+def expected_changes(config, adapters):
+  """What merging adds, under transformers' names and with its axes."""
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    weights.abstract_params(config, jnp.float32),
+  )
+  change = jax.device_get(lora.merged(zeros, adapters, LORA))
+  attn, mlp = change["layers"]["attn"], change["layers"]["mlp"]
+  head = "model.language_model." if config.vision else "model."
+
+  def heads(weight):  # [heads, D, H] -> [heads * H, D]
+    return weight.transpose(0, 2, 1).reshape(-1, weight.shape[1])
+
+  found = {}
+  for i in range(config.num_layers):
+    for name, value in {
+      "self_attn.q_proj": heads(attn["q_einsum"][i]),
+      "self_attn.k_proj": heads(attn["kv_einsum"][i, 0]),
+      "self_attn.v_proj": heads(attn["kv_einsum"][i, 1]),
+      "self_attn.o_proj": attn["attn_vec_einsum"][i]
+      .reshape(-1, config.embed_dim)
+      .T,
+      "mlp.gate_proj": mlp["gating_einsum"][i, 0],
+      "mlp.up_proj": mlp["gating_einsum"][i, 1],
+      "mlp.down_proj": mlp["linear"][i].T,
+    }.items():
+      found[f"{head}layers.{i}.{name}.weight"] = value
+  if config.vision:
+    found["model.multi_modal_projector.mm_input_projection_weight"] = change[
+      "embedder"
+    ]["mm_input_projection"]
+  return found
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_peft_makes_of_an_export_what_merging_makes(
+  tiny, peers_python, tmp_path, kind
+):
+  """On a tower too, whose matrices of the same names stay as they were."""
+  config = tiny.config
+  # Two key-value heads, so that a mix-up of heads shows.
+  config = dataclasses.replace(
+    config,
+    num_heads=4,
+    num_kv_heads=2,
+    vision=config.vision if kind == "vision" else None,
+  )
+  rng = np.random.default_rng(0)
+  adapters = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
+    lora.abstract_adapters(config, LORA),
+  )
+  lora.to_peft(config, LORA, adapters, tmp_path, base_model="tiny")
+  (tmp_path / "sizes.json").write_text(json.dumps(sizes_of(config)))
+  done = subprocess.run(
+    [peers_python, "-c", ADAPTED, str(tmp_path)], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  expected = expected_changes(config, adapters)
+  with np.load(tmp_path / "changes.npz") as actual:
+    assert set(actual) == set(expected)
+    for name, change in actual.items():
+      np.testing.assert_allclose(
+        change, expected[name], rtol=1e-5, atol=2e-6, err_msg=name
+      )
+  with np.load(tmp_path / "logits.npz") as logits:
+    np.testing.assert_allclose(
+      logits["adapted"], logits["merged"], rtol=1e-4, atol=1e-4
+    )
+    assert np.abs(logits["adapted"] - logits["base"]).max() > 1e-3

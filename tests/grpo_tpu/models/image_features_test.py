@@ -1,0 +1,92 @@
+"""Each picture is encoded once, and looks the same to all that reads it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_tpu import train_step
+from grpo_tpu.models import image_features
+from grpo_tpu.models.gemma3 import vision
+from tests.grpo_tpu import conftest
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def made(tiny, mesh, *, cache_bytes=0, per_shard=1):
+  return image_features.Pictures(
+    tiny.config.vision,
+    mesh,
+    dtype=jnp.dtype(jnp.float32),
+    per_shard=per_shard,
+    cache_bytes=cache_bytes,
+  )
+
+
+@pytest.fixture(scope="module")
+def images(tiny):
+  """Four prompts of two pictures, three of which differ."""
+  _, _, images = jax.device_get(tiny.prompts(3))
+  one, two, three = images[:, 0]
+  return np.stack([[one, two], [two, two], [three, one], [one, one]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
+def test_pictures_that_equal_each_other_are_encoded_once(tiny, images, shape):
+  encoder = made(tiny, conftest.mesh_of(*shape))
+  expected = vision.soft_tokens(
+    tiny.config.vision,
+    tiny.params["vision_encoder"],
+    jnp.asarray(images),
+    dtype=jnp.float32,
+    remat="none",
+  )
+  features = encoder.features(tiny.params, images)
+  assert encoder.num_encoded == 3
+  np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_of_so_many_bytes_keeps_those_used_last(tiny, images):
+  mesh = conftest.mesh_of()
+  size = tiny.config.vision.soft_tokens * tiny.config.vision.width * 4
+  encoder = made(tiny, mesh, cache_bytes=2 * size)
+  first = encoder.features(tiny.params, images)
+  counts = []
+  for rows in ([1], [3], [1], [2], [1]):
+    again = encoder.features(tiny.params, images[rows])
+    counts.append(encoder.num_encoded)
+    np.testing.assert_array_equal(again, np.asarray(first)[rows])
+  # Kept at first: two and three. One takes the place of three, which then takes
+  # that of two.
+  assert counts == [0, 1, 0, 1, 1]
+
+
+def test_training_reads_features_as_it_reads_pixels(tiny):
+  prompts = tiny.prompts(4)
+  ids = np.random.default_rng(0).integers(110, 130, (4, 2, 5))
+  model = train_step.Model(
+    config=tiny.config,
+    dtype=jnp.dtype(jnp.float32),
+    remat="none",
+    temperature=1.0,
+    chunk_size=16,
+    train_vision=False,
+  )
+  bundles = train_step.Bundles(
+    *prompts, jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool)
+  )
+  features = made(tiny, conftest.mesh_of()).features(
+    tiny.params, np.asarray(prompts[2])
+  )
+  one, other = (
+    train_step.score(model, tiny.params, x, num_microbatches=2)
+    for x in (
+      bundles,
+      bundles.replace(images=jnp.asarray(np.asarray(features))),
+    )
+  )
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+    one,
+    other,
+  )
