@@ -19,7 +19,7 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
-from grpo_tpu import checkpoint, manifest, retention
+from grpo_tpu.checkpoint import checkpointer, manifest, retention
 
 _GIB = flags.DEFINE_float("gib", 1.0, "Size of the state.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Saves, of which the median.")
@@ -50,7 +50,7 @@ def measured(folder: pathlib.Path, gib: float, repeats: int) -> dict:
   settings = retention.CheckpointConfig(
     **base.get_config().checkpoint.to_dict() | {"every_steps": 1, "keep": 1}
   )
-  with checkpoint.Checkpoints(folder, settings) as checkpoints:
+  with checkpointer.Checkpoints(folder, settings) as checkpoints:
     # The first compiles the check of the numbers.
     checkpoints.save(0, state, {})
     checkpoints.wait()

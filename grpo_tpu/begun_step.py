@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from grpo_tpu import archive, metrics, train_step
+from grpo_tpu import metrics, train_step
+from grpo_tpu.checkpoint import reader
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class BegunStep:
     """How many."""
     return len(self.skipped)
 
-  def unfinished(self) -> archive.Unfinished:
+  def unfinished(self) -> reader.Unfinished:
     """As a checkpoint holds it."""
     there = {k: v for k, v in vars(self.bundles).items() if v is not None}
     record: dict[str, Any] = {
@@ -54,10 +55,10 @@ class BegunStep:
       },
     }
     arrays = {name: array for name, array in there.items() if array.size}
-    return archive.Unfinished(self.updates_done, arrays, record)
+    return reader.Unfinished(self.updates_done, arrays, record)
 
   @classmethod
-  def of(cls, unfinished: archive.Unfinished, place: Sharding) -> Self:
+  def of(cls, unfinished: reader.Unfinished, place: Sharding) -> Self:
     """As it was when a checkpoint took it over."""
     record = unfinished.record
     empty = {

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.text import chat_prompts as prompts
-from grpo_tpu import metric_table, profiling, retention, sections
+from grpo_tpu import metric_table, profiling, sections
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
 from grpo_tpu import shaping as shapings
+from grpo_tpu.checkpoint import retention
 from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config

@@ -14,8 +14,9 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from grpo_tpu import archive, goodput, run_card
 from grpo_tpu import config as run_config
+from grpo_tpu import goodput, run_card
+from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, preemption, watchdog
 from grpo_tpu.rewards import scoring
 
@@ -111,8 +112,8 @@ class Ending:
     newest = best = None
     spent = ""
     if self._workdir is not None:
-      newest = archive.newest_path(self._workdir / "checkpoints")
-      best = archive.best_path(self._workdir / "checkpoints")
+      newest = reader.newest_path(self._workdir / "checkpoints")
+      best = reader.best_path(self._workdir / "checkpoints")
       spent = f" The time went into {goodput.summary(self.clock.shares())}."
     logging.log(
       logging.INFO if code == DONE else logging.WARNING,

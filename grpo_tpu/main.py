@@ -39,7 +39,8 @@ def _run(argv: Sequence[str], ending: endings.Ending) -> None:
       plan.run(config, workdir, topology, advise=advise)
       ending.done()
       return
-    from grpo_tpu import dataset, evaluate, export, train
+    from grpo_tpu import dataset, evaluate, train
+    from grpo_tpu.checkpoint import export
     from grpo_tpu.distributed import compile_cache, preflight
 
     identity = {}

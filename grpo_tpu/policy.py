@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
+from grpo_tpu import config as run_config
 from grpo_tpu import (
-  archive,
   generation,
   optimizer,
   rollout,
@@ -27,7 +27,7 @@ from grpo_tpu import (
   train_state,
   train_step,
 )
-from grpo_tpu import config as run_config
+from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
@@ -466,7 +466,7 @@ def initial_params(config: run_config.Config, mesh: Mesh) -> dict:
     if adapters:
       return _merged(config, mesh, *adapters)
     workdir, step = _run_and_step(rest)
-    params, _ = archive.restore_params(f"{workdir}/checkpoints", step, abstract)
+    params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
   if scheme in weights.OPENERS:
     return weights.OPENERS[scheme](config.model_config, rest).load(abstract)
@@ -493,13 +493,13 @@ def saved_adapters(
   if scheme != "run" or step is None:
     return None
   folder = f"{workdir}/checkpoints"
-  saved = archive.read_meta(folder, step).get("lora")
+  saved = reader.read_meta(folder, step).get("lora")
   if saved is None:
     return None
   under = saved.pop("weights")
   settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
   shapes = lora.abstract_adapters(config.model_config, settings)
-  adapters, _ = archive.restore_params(
+  adapters, _ = reader.restore_params(
     folder, step, _placed_shapes(mesh, shapes)
   )
   return adapters, settings, under
@@ -560,7 +560,7 @@ def resolved_weights(config: run_config.Config) -> str:
     return config.model.weights
   workdir, step = _run_and_step(rest)
   if step is None:
-    step = archive.newest_step(f"{workdir}/checkpoints")
+    step = reader.newest_step(f"{workdir}/checkpoints")
   return f"run:{workdir}@{step}"
 
 

@@ -21,7 +21,6 @@ from data_pipelines import pipeline
 from grpo_tpu import (
   alarms,
   begun_step,
-  checkpoint,
   dataset,
   endings,
   evaluate,
@@ -37,6 +36,7 @@ from grpo_tpu import (
 from grpo_tpu import config as run_config
 from grpo_tpu import experience as experiences
 from grpo_tpu import policy as policies
+from grpo_tpu.checkpoint import checkpointer
 from grpo_tpu.distributed import (
   compile_cache,
   initialize,
@@ -74,7 +74,7 @@ def train(
       report=ending.stuck,
     ) as watch,
     jax.set_mesh(mesh),
-    checkpoint.Checkpoints(
+    checkpointer.Checkpoints(
       folder / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
@@ -124,7 +124,7 @@ class _Loop:
     self,
     run: "_Run",
     writer: metrics.Writer,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpointer.Checkpoints,
     watch: watchdog.Watchdog,
     ending: endings.Ending,
     profiler: profiling.Profiler,
@@ -362,7 +362,7 @@ class _Run:
       self._write_card()
 
   def restored_or_new(
-    self, checkpoints: checkpoint.Checkpoints
+    self, checkpoints: checkpointer.Checkpoints
   ) -> tuple[train_state.TrainState, int | None, begun_step.BegunStep | None]:
     """The newest state, its step, and what was begun of the next.
 

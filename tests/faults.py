@@ -86,7 +86,8 @@ def install(fault: Fault) -> None:
   """Wraps the point of the program where the fault is to strike."""
   if int(os.environ.get("JAX_PROCESS_ID", "0")) != fault.host:
     return
-  from grpo_tpu import checkpoint, experience, train
+  from grpo_tpu import experience, train
+  from grpo_tpu.checkpoint import checkpointer
   from grpo_tpu.distributed import preemption
 
   if fault.kind == "nan":
@@ -98,7 +99,7 @@ def install(fault: Fault) -> None:
   owner, name = {
     "rollout": (train._Run, "experience"),
     "update": (train._Run, "updated"),
-    "save": (checkpoint.Checkpoints, "save"),
+    "save": (checkpointer.Checkpoints, "save"),
   }[fault.point]
   inner = getattr(owner, name)
 

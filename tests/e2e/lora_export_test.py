@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import export
+from grpo_tpu.checkpoint import export
 from grpo_tpu.models.gemma3 import text, weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.peers]

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_tpu import objective, optimizer, train_state, train_step
 from grpo_tpu.models.gemma3 import lora
-from tests.grpo_tpu import checkpointing
+from tests.grpo_tpu.checkpoint import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LORA = lora.LoraConfig(rank=2, alpha=4.0, targets=lora.TARGETS)

@@ -17,7 +17,7 @@ from grpo_tpu import train_state, train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
-from tests.grpo_tpu import checkpointing
+from tests.grpo_tpu.checkpoint import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_tpu import archive, checkpoint, manifest
-from tests.grpo_tpu import checkpointing
+from grpo_tpu.checkpoint import checkpointer, manifest, reader
+from tests.grpo_tpu.checkpoint import checkpointing
 
 
 def values(seed):
@@ -85,7 +85,7 @@ def relay(mesh, folder, step):
     name: jax.make_array_from_callback(x.shape, by_rows, lambda i, x=x: x[i])
     for name, x in rows(step).items()
   }
-  unfinished = archive.Unfinished(1, arrays, {"half": step + 0.5})
+  unfinished = reader.Unfinished(1, arrays, {"half": step + 0.5})
   with checkpointing.opened(folder) as checkpoints:
     checkpoints.save(step, state_of(mesh, step), {"is": step})
     checkpoints.save(
@@ -108,7 +108,7 @@ def restored(mesh, folder):
       found = checkpoints.restore(
         state_of(mesh, 0), unfinished_sharding=by_rows
       )
-    except checkpoint.CheckpointError as error:
+    except checkpointer.CheckpointError as error:
       return {"error": str(error)}
     result = {"quarantined": checkpoints.quarantined}
   if found is None:
@@ -140,9 +140,9 @@ def borrow(mesh, *folders):
   results = []
   for folder in folders:
     params = state_of(mesh, 0)["params"]
-    _, newest = archive.restore_params(folder, None, params)
+    _, newest = reader.restore_params(folder, None, params)
     try:
-      archive.restore_params(folder, 2, params)
+      reader.restore_params(folder, 2, params)
       error = ""
     except ValueError as caught:
       error = str(caught)
@@ -169,7 +169,7 @@ def fail(mesh, folder, timeout):
         float(train(state_of(mesh, step)["params"]["w"]))
         checkpoints.save(step, state_of(mesh, step), {})
         times.append(time.monotonic() - begun)
-  except checkpoint.CheckpointError as error:
+  except checkpointer.CheckpointError as error:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # What it prints.
     return {
       "error": str(error),
@@ -196,7 +196,7 @@ def hinder(mesh, folder, hindered):
       for step in range(2, 2000):
         checkpoints.save(step, state_of(mesh, step), {})
         time.sleep(0.01)
-  except checkpoint.CheckpointError as error:
+  except checkpointer.CheckpointError as error:
     return {"error": str(error), "seconds": time.monotonic() - start}
   return {}
 

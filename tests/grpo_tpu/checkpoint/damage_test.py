@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import archive, checkpoint
-from tests.grpo_tpu import checkpointing
+from grpo_tpu.checkpoint import checkpointer, reader
+from tests.grpo_tpu.checkpoint import checkpointing
 
 # One of each kind of file that a checkpoint is made of.
 KINDS = {
@@ -178,7 +178,9 @@ def test_where_none_is_whole_nothing_is_started_again(folder):
   for path in folder.glob("*.manifest.json"):
     path.unlink()
   for _ in range(2):
-    with pytest.raises(checkpoint.CheckpointError, match="is whole: 00000001-"):
+    with pytest.raises(
+      checkpointer.CheckpointError, match="is whole: 00000001-"
+    ):
       restored(folder)
 
 
@@ -213,34 +215,34 @@ def test_another_run_s_damaged_checkpoint_is_refused_and_left(folder, kind):
   before = sorted(folder.rglob("*"))
   params = make_state(0)["params"]
   with pytest.raises(ValueError, match="00000002 is damaged: wrong checksum"):
-    archive.restore_params(folder, 2, params)
-  got, step = archive.restore_params(folder, None, params)
-  assert step == 1 == archive.newest_step(folder)
+    reader.restore_params(folder, 2, params)
+  got, step = reader.restore_params(folder, None, params)
+  assert step == 1 == reader.newest_step(folder)
   np.testing.assert_array_equal(got["w"], make_state(1)["params"]["w"])
   assert sorted(folder.rglob("*")) == before
 
 
 def test_the_meta_of_another_run_is_verified_by_itself(folder):
   flip(largest(folder, "arrays"), 100)
-  assert archive.read_meta(folder, 2) == {"is": 2}
+  assert reader.read_meta(folder, 2) == {"is": 2}
   flip(largest(folder, "meta"), 30)
   with pytest.raises(ValueError, match="meta/metadata"):
-    archive.read_meta(folder, 2)
+    reader.read_meta(folder, 2)
 
 
 def test_the_newest_to_go_on_from_is_the_newest_with_a_manifest(folder):
   (folder / "00000002.manifest.json").unlink()
-  assert archive.newest_path(folder).name == "00000001"
+  assert reader.newest_path(folder).name == "00000001"
 
 
 def test_a_step_left_unfinished_is_no_step_of_another_run(folder):
   """Whose parameters are some updates further."""
   shutil.copytree(folder / "00000002", folder / "00000002.1")
-  assert archive.steps(folder) == [1, 2]
+  assert reader.steps(folder) == [1, 2]
 
 
 def test_where_none_of_another_run_is_whole_it_is_refused(folder):
   for path in folder.glob("*.manifest.json"):
     path.unlink()
   with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
-    archive.newest_step(folder)
+    reader.newest_step(folder)

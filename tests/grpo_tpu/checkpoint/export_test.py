@@ -8,10 +8,11 @@ from etils import epath
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import export, manifest, train_state
 from grpo_tpu import policy as policies
+from grpo_tpu import train_state
+from grpo_tpu.checkpoint import export, manifest
 from grpo_tpu.distributed import sharding
-from tests.grpo_tpu import checkpointing
+from tests.grpo_tpu.checkpoint import checkpointing
 
 
 def changed(**sections):

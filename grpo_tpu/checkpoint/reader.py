@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu import manifest, retention
+from grpo_tpu.checkpoint import manifest, retention
 from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10

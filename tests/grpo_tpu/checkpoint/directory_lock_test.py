@@ -8,13 +8,13 @@ import textwrap
 import pytest
 from etils import epath
 
-from grpo_tpu import checkpoint, lockfile
-from tests.grpo_tpu import checkpointing
+from grpo_tpu.checkpoint import checkpointer, directory_lock
+from tests.grpo_tpu.checkpoint import checkpointing
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-  monkeypatch.setattr(lockfile, "_PATIENCE_SECONDS", 0.3)
+  monkeypatch.setattr(directory_lock, "_PATIENCE_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_second_run_in_a_workdir_is_refused_by_the_first_s_name(
   tmp_path, holder, impatient
 ):
   said = f"process {holder.pid} of .* is writing there: .* another workdir"
-  with pytest.raises(checkpoint.CheckpointError, match=said):
+  with pytest.raises(checkpointer.CheckpointError, match=said):
     checkpointing.opened(tmp_path)
 
 
@@ -72,6 +72,6 @@ def test_a_run_that_was_left_may_be_gone_on_with(tmp_path):
 
 
 def test_an_object_store_has_no_lock():
-  lock = lockfile.Lock(epath.Path("gs://bucket/checkpoints"))
+  lock = directory_lock.Lock(epath.Path("gs://bucket/checkpoints"))
   lock.acquire()
   lock.release()

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from grpo_tpu import archive
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.models.gemma3.convert import huggingface
@@ -102,11 +102,11 @@ def source(config: run_config.Config, workdir: str) -> str:
     ValueError: There is no such checkpoint.
   """
   folder, step = f"{workdir}/checkpoints", config.export.step
-  saved = archive.steps(folder)
+  saved = reader.steps(folder)
   if not saved and step is None:
     return policies.resolved_weights(config)
   if step is None:
-    step = archive.newest_step(folder)
+    step = reader.newest_step(folder)
   elif step not in saved:
     there = ", ".join(map(str, saved)) or "none"
     raise ValueError(

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import archive, checkpoint
-from tests.grpo_tpu import checkpointing
+from grpo_tpu.checkpoint import checkpointer, reader
+from tests.grpo_tpu.checkpoint import checkpointing
 
 # Orbax has closed its event loop when an error of a full disk arrives late.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SMALL = {"w": jnp.arange(4.0)}
-ERROR = checkpoint.CheckpointError
+ERROR = checkpointer.CheckpointError
 
 
 def large(seed=0, size=1 << 16):
@@ -95,7 +95,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path, moment):
     np.testing.assert_array_equal(restored.state["w"], expected["w"])
     assert checkpoints.quarantined == (0 if is_cut_off else 1)
     assert checkpoints.save(3, expected, {})
-  assert archive.steps(tmp_path) == [1, 3]
+  assert reader.steps(tmp_path) == [1, 3]
 
 
 def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
@@ -111,7 +111,7 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
   assert checkpoints.failures == 3
   assert caplog.text.count("No space left on device") >= 3
   # What the failed saves had written is gone again, and there is room for one.
-  assert archive.steps(folder) == [1]
+  assert reader.steps(folder) == [1]
   assert not list(folder.glob("*tmp*"))
   filler.unlink()
   with checkpointing.opened(folder) as checkpoints:
@@ -119,7 +119,7 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
     assert restored is not None and restored.step == 1
     np.testing.assert_array_equal(restored.state["w"], large(1)["w"])
     assert checkpoints.save(2, large(2), {})
-  assert archive.steps(folder) == [1, 2]
+  assert reader.steps(folder) == [1, 2]
 
 
 def test_a_disk_that_has_room_again_ends_the_failures(mounted):
@@ -136,7 +136,7 @@ def test_a_disk_that_has_room_again_ends_the_failures(mounted):
     assert checkpoints.failures == 1
     restored = checkpoints.restore(large())
   assert restored is not None and restored.step == 21
-  assert archive.steps(folder) == [10, 21]
+  assert reader.steps(folder) == [10, 21]
 
 
 def test_a_disk_that_turns_read_only_ends_the_run(mounted):
@@ -173,7 +173,7 @@ def test_one_failed_save_is_counted_and_the_next_step_stands_in(tmp_path):
     assert checkpoints.failures == 2
     assert not checkpoints.save(23, large(), {})
     assert checkpoints.scalars()["checkpoint/save_failures"] == 2
-  assert archive.steps(tmp_path) == [10, 22]
+  assert reader.steps(tmp_path) == [10, 22]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
@@ -192,7 +192,7 @@ def test_a_success_between_two_failures_forgives_the_first(tmp_path):
       for step, state in enumerate((large(), SMALL, large(), SMALL), start=1):
         assert checkpoints.save(step, state, {})
   assert checkpoints.failures == 2
-  assert archive.steps(tmp_path) == [2, 4]
+  assert reader.steps(tmp_path) == [2, 4]
 
 
 def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):
@@ -207,13 +207,13 @@ def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):
 def test_the_older_goes_only_after_the_newer_s_manifest(tmp_path, monkeypatch):
   """Or a kill in between would leave nothing that can be trusted."""
   seen = []
-  write = checkpoint.manifest.write
+  write = checkpointer.manifest.write
 
   def watched(folder, facts):
     seen.append(folders(tmp_path))
     write(folder, facts)
 
-  monkeypatch.setattr(checkpoint.manifest, "write", watched)
+  monkeypatch.setattr(checkpointer.manifest, "write", watched)
   with checkpointing.opened(tmp_path, keep=1) as checkpoints:
     for step in (1, 2, 3):
       checkpoints.save(step, SMALL, {})
@@ -233,7 +233,7 @@ def test_a_manifest_that_cannot_be_written_is_a_failed_save(
     checkpoints.save(1, SMALL, {})
     checkpoints.wait()
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.manifest, "write", broken)
+      patch.setattr(checkpointer.manifest, "write", broken)
       saved_until_failure(checkpoints, SMALL, [2])
     assert checkpoints.save(3, SMALL, {})
     assert checkpoints.failures == 1

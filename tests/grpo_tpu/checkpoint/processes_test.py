@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from tests.grpo_tpu import checkpoint_program as program
+from tests.grpo_tpu.checkpoint import checkpoint_program as program
 
 pytestmark = pytest.mark.multiprocess
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 TIMEOUT_SECONDS = 120
 
 

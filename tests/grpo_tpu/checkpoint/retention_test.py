@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from grpo_tpu import retention
-from grpo_tpu.retention import Entry
-from tests.grpo_tpu import checkpointing
+from grpo_tpu.checkpoint import retention
+from grpo_tpu.checkpoint.retention import Entry
+from tests.grpo_tpu.checkpoint import checkpointing
 
 
 def kept(entries, **settings):

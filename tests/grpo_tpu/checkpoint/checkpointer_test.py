@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import archive, checkpoint, metric_table
-from tests.grpo_tpu import checkpointing
+from grpo_tpu import metric_table
+from grpo_tpu.checkpoint import checkpointer, reader
+from tests.grpo_tpu.checkpoint import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
 
@@ -129,7 +130,7 @@ def test_only_due_and_forced_steps_are_saved(tmp_path):
     saved = [step for step in range(1, 8) if checkpoints.save(step, state, {})]
     assert saved == [3, 6]
     assert checkpoints.save(8, state, {}, force=True)
-  assert archive.steps(tmp_path) == [3, 6, 8]
+  assert reader.steps(tmp_path) == [3, 6, 8]
 
 
 def test_a_step_saved_already_is_left_alone(tmp_path):
@@ -147,7 +148,7 @@ def test_a_step_older_than_the_newest_is_refused(tmp_path, force):
   with checkpointing.opened(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match=r"step 3 .* newest checkpoint \(4\)"):
       checkpoints.save(3, make_state(), META, force=force)
-  assert archive.steps(tmp_path) == [4]
+  assert reader.steps(tmp_path) == [4]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -222,10 +223,10 @@ def test_the_parameters_of_another_run_are_read_alone(tmp_path):
   save_one(tmp_path, state, step=9)
   before = sorted(tmp_path.rglob("*"))
   expected = make_state(seed=3).params
-  params, step = archive.restore_params(tmp_path, None, expected)
+  params, step = reader.restore_params(tmp_path, None, expected)
   assert step == 9
   assert_trees_equal(params, expected)
-  _, step = archive.restore_params(tmp_path, 5, expected)
+  _, step = reader.restore_params(tmp_path, 5, expected)
   assert step == 5
   assert sorted(tmp_path.rglob("*")) == before
 
@@ -234,13 +235,13 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
   save_one(tmp_path, make_state())
   wanted = make_state(dtype=jnp.bfloat16).params
   with pytest.raises(ValueError, match="params/attention/w: saved float32"):
-    archive.restore_params(tmp_path, None, wanted)
+    reader.restore_params(tmp_path, None, wanted)
   with pytest.raises(ValueError, match="params/b: .* wanted nothing"):
-    archive.restore_params(
+    reader.restore_params(
       tmp_path, None, {"attention": make_state().params["attention"]}
     )
   with pytest.raises(ValueError, match="no checkpoint in .*elsewhere is whole"):
-    archive.restore_params(tmp_path / "elsewhere", None, wanted)
+    reader.restore_params(tmp_path / "elsewhere", None, wanted)
 
 
 def unfinished(updates_done, *, seed=0, mesh=None):
@@ -253,7 +254,7 @@ def unfinished(updates_done, *, seed=0, mesh=None):
   if mesh is not None:
     arrays = jax.device_put(arrays, by_rows(mesh))
   record = {"scalars": {"rollout/reward": 0.1 + seed}, "num_batches": 1}
-  return archive.Unfinished(updates_done, arrays, record)
+  return reader.Unfinished(updates_done, arrays, record)
 
 
 def by_rows(mesh):
@@ -309,8 +310,8 @@ def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
   assert restored is not None
   assert restored.step == 8 and restored.unfinished is None
   assert names(tmp_path) == ["00000000", "00000008"]
-  assert archive.steps(tmp_path) == [0, 8]
-  assert archive.best_path(tmp_path) is None  # Nothing was scored.
+  assert reader.steps(tmp_path) == [0, 8]
+  assert reader.best_path(tmp_path) is None  # Nothing was scored.
 
 
 def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
@@ -333,13 +334,13 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
     assert save(checkpoints, 3, jnp.float32(0.5))
     assert checkpoints.save(4, make_state(), {}, metrics={"train/loss": 1.0})
   assert names(tmp_path) == ["00000002", "00000004"]
-  assert archive.best_path(tmp_path) == tmp_path / "00000002"
-  assert archive.newest_path(tmp_path) == tmp_path / "00000004"
+  assert reader.best_path(tmp_path) == tmp_path / "00000002"
+  assert reader.newest_path(tmp_path) == tmp_path / "00000004"
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert not save(checkpoints, 5, float("nan"))
     assert save(checkpoints, 6, 0.8)
   assert names(tmp_path) == ["00000002", "00000006"]
-  assert archive.best_path(tmp_path) == tmp_path / "00000002"
+  assert reader.best_path(tmp_path) == tmp_path / "00000002"
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert save(checkpoints, 7, 0.95)
   assert names(tmp_path) == ["00000007"]
@@ -347,7 +348,7 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
 
 def test_a_step_is_due_once_the_minutes_have_passed(tmp_path, monkeypatch):
   now = [1000.0]
-  monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
   with checkpointing.opened(
     tmp_path, every_steps=100, every_minutes=2.0
   ) as checkpoints:
@@ -369,13 +370,13 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_lies():
     values = np.linspace(-3, 3, 8 * 64).reshape(8, 64).astype(dtype)
     good = jax.device_put(values, place)
     other = jax.device_put(values[0], NamedSharding(mesh, PartitionSpec()))
-    assert checkpoint._is_finite([other, good])
+    assert checkpointer._is_finite([other, good])
     for at in ((0, 0), (3, 17), (4, 63), (7, 63)):
       for value in (float("nan"), float("inf"), -float("inf")):
         bad = values.copy()
         bad[at] = value
-        assert not checkpoint._is_finite([other, jax.device_put(bad, place)])
-  assert checkpoint._is_finite(
+        assert not checkpointer._is_finite([other, jax.device_put(bad, place)])
+  assert checkpointer._is_finite(
     {"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)}
   )
 
@@ -398,18 +399,20 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, where):
     assert not checkpoints.save(3, bad, META, force=True)
     assert (checkpoints.refusals, checkpoints.failures) == (2, 2)
     restored = checkpoints.restore(good)
-    with pytest.raises(checkpoint.CheckpointError, match="3 saves.*not finite"):
+    with pytest.raises(
+      checkpointer.CheckpointError, match="3 saves.*not finite"
+    ):
       checkpoints.save(4, bad, META)
     assert checkpoints.scalars()["checkpoint/refused_not_finite"] == 3
     # A state that has healed is saved at once, and forgives.
     assert checkpoints.save(5, good, META)
   assert restored is not None and restored.step == 1
-  assert archive.steps(tmp_path) == [1, 5]
+  assert reader.steps(tmp_path) == [1, 5]
 
 
 def test_a_run_whose_last_state_was_refused_does_not_end_well(tmp_path):
   bad = {"w": jnp.array([1.0, jnp.nan])}
-  with pytest.raises(checkpoint.CheckpointError, match="could not be saved"):
+  with pytest.raises(checkpointer.CheckpointError, match="could not be saved"):
     with checkpointing.opened(tmp_path) as checkpoints:
       checkpoints.save(1, bad, META, force=True)
 

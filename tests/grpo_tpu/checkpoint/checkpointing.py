@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from configs import base
-from grpo_tpu import checkpoint, retention
+from grpo_tpu.checkpoint import checkpointer, retention
 
 
 def config(**changes) -> retention.CheckpointConfig:
@@ -13,6 +13,6 @@ def config(**changes) -> retention.CheckpointConfig:
   return dataclasses.replace(settings, **{"every_steps": 1} | changes)
 
 
-def opened(path: str | os.PathLike[str], **changes) -> checkpoint.Checkpoints:
+def opened(path: str | os.PathLike[str], **changes) -> checkpointer.Checkpoints:
   """Those under `path`, with these settings."""
-  return checkpoint.Checkpoints(path, config(**changes))
+  return checkpointer.Checkpoints(path, config(**changes))

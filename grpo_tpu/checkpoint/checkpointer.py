@@ -34,7 +34,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu import archive, lockfile, manifest, retention
+from grpo_tpu.checkpoint import directory_lock, manifest, reader, retention
 from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
@@ -71,7 +71,7 @@ class Checkpoints:
     self._block_seconds = 0.0
     self._config = config
     self._directory = epath.Path(directory).resolve()
-    self._lock = lockfile.Lock(self._directory)
+    self._lock = directory_lock.Lock(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
@@ -86,7 +86,7 @@ class Checkpoints:
     complaint = self._claim() if collectives.is_first() else ""
     if complaint := collectives.from_first(complaint):
       raise CheckpointError(complaint)
-    self._entries = archive.listed(self._directory)
+    self._entries = reader.listed(self._directory)
 
   def __enter__(self) -> Self:
     return self
@@ -120,7 +120,7 @@ class Checkpoints:
     meta: Mapping[str, Any],
     *,
     metrics: Mapping[str, Any] | None = None,
-    unfinished: archive.Unfinished | None = None,
+    unfinished: reader.Unfinished | None = None,
     force: bool = False,
   ) -> bool:
     """Starts to save `state`, if the step is due or `force` is set.
@@ -199,7 +199,7 @@ class Checkpoints:
     abstract_state: Any,
     *,
     unfinished_sharding: jax.sharding.Sharding | None = None,
-  ) -> archive.Restored | None:
+  ) -> reader.Restored | None:
     """The newest checkpoint that is whole, laid out as `abstract_state` says.
 
     A damaged one that is newer is moved into `quarantine/` and counted.
@@ -221,9 +221,9 @@ class Checkpoints:
     while self._entries:
       entry = self._entries[-1]
       path = self._directory / entry.name
-      damage = archive.agreed_damage(path)
+      damage = reader.agreed_damage(path)
       if not damage:
-        restored = archive.read(path, abstract_state, unfinished_sharding)
+        restored = reader.read(path, abstract_state, unfinished_sharding)
         logging.info("Restored %s.", path)
         return restored
       self._quarantine(entry, damage)
@@ -273,7 +273,7 @@ class Checkpoints:
     entry: retention.Entry,
     state: Any,
     meta: Mapping[str, Any],
-    unfinished: archive.Unfinished | None,
+    unfinished: reader.Unfinished | None,
   ) -> bool:
     if not _is_finite(state):
       self.refusals += 1
@@ -288,14 +288,14 @@ class Checkpoints:
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
     record = {
       "step": entry.step,
-      "leaves": archive.leaves(state),
+      "leaves": reader.leaves(state),
       "meta": dict(meta),
       "unfinished": None,
     }
     if unfinished is not None:
       record["unfinished"] = {
         "updates_done": unfinished.updates_done,
-        "leaves": archive.leaves(unfinished.arrays),
+        "leaves": reader.leaves(unfinished.arrays),
         "record": unfinished.record,
       }
       items["unfinished"] = ocp.args.PyTreeSave(unfinished.arrays)

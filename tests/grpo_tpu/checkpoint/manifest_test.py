@@ -6,7 +6,7 @@ import os
 import pytest
 from etils import epath
 
-from grpo_tpu import manifest
+from grpo_tpu.checkpoint import manifest
 
 
 @pytest.fixture
