@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_tpu import generation, rollout
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.rollout import engine, generate
 
 CONFIG = gemma3_config.ModelConfig(
   vocab_size=4096,
@@ -64,7 +64,7 @@ def long_tail(args: argparse.Namespace) -> np.ndarray:
 
 def made(
   args: argparse.Namespace,
-) -> tuple[dict, generation.Prompts, generation.Settings, Mesh]:
+) -> tuple[dict, engine.Prompts, engine.Settings, Mesh]:
   """Parameters and prompts on a mesh, and how they are sampled from."""
   mesh = sharding.make_mesh(1, len(jax.devices()), 1)
   params = jax.tree.map(
@@ -75,13 +75,13 @@ def made(
   ids = np.random.default_rng(1).integers(
     200, CONFIG.vocab_size, (args.prompts, args.prompt_length), dtype=np.int32
   )
-  prompts = generation.Prompts(
+  prompts = engine.Prompts(
     ids=ids,
     length=np.full(args.prompts, args.prompt_length, np.int32),
     images=np.zeros((args.prompts, 0, 0, 0, 3), np.uint8),
     index=np.arange(args.prompts, dtype=np.int32),
   )
-  settings = generation.Settings(
+  settings = engine.Settings(
     config=CONFIG,
     num_completions=args.completions,
     max_new_tokens=args.completion_length,
@@ -105,7 +105,7 @@ def main() -> None:
 
   def run(limit):
     with jax.set_mesh(mesh):
-      completions, report = rollout.rollout(
+      completions, report = generate.rollout(
         params,
         prompts,
         jax.random.key(0),

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import rollout as workload
 
-from grpo_tpu import compaction, generation
 from grpo_tpu.distributed import sharding
+from grpo_tpu.rollout import compaction, engine
 
 
 class Costs(NamedTuple):
@@ -123,7 +123,7 @@ def _refilled(args, costs: Costs, lengths: np.ndarray, slots: int) -> float:
 
 def _costs(args, params, prompts, settings, mesh) -> Costs:
   """Runs rows of each shape from the first token to the last."""
-  programs = generation.Programs(settings, mesh)
+  programs = engine.Programs(settings, mesh)
   shapes = compaction.ladder(args.prompts, args.completions)
   limits = np.full(shapes[0], args.completion_length, np.int32)
   limit = sharding.put_batch(mesh, limits)

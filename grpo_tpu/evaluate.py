@@ -19,10 +19,11 @@ from absl import logging
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset, experience, metrics, report, rollout, scorecard
+from grpo_tpu import dataset, experience, metrics, report, scorecard
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rollout import generate
 
 # Slices in the list of the worst; smaller ones say too little to be listed.
 _WORST_SLICES, _MIN_PROBLEMS = 10, 5
@@ -68,7 +69,7 @@ def evaluate(
   batches: Iterable[pipeline.Batch],
   *,
   num_samples: int,
-  poll: Callable[[], None] = rollout.no_poll,
+  poll: Callable[[], None] = generate.no_poll,
 ) -> Result:
   """Decodes one greedy completion for each problem and scores it.
 

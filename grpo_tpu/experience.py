@@ -21,10 +21,11 @@ from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import health, metrics, objective, rollout, shaping, train_step
+from grpo_tpu import health, metrics, objective, shaping, train_step
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rollout import generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def online(
   *,
   position: int,
   num_samples: int,
-  poll: Callable[[], None] = rollout.no_poll,
+  poll: Callable[[], None] = generate.no_poll,
 ) -> Experience:
   """Samples `num_generations` completions of each prompt and pays them.
 

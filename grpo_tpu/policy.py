@@ -19,18 +19,12 @@ from jax.sharding import Mesh
 from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
-from grpo_tpu import (
-  generation,
-  optimizer,
-  rollout,
-  sections,
-  train_state,
-  train_step,
-)
+from grpo_tpu import optimizer, sections, train_state, train_step
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
+from grpo_tpu.rollout import engine, generate
 
 
 class Sampled(NamedTuple):
@@ -42,7 +36,7 @@ class Sampled(NamedTuple):
     scalars: What it took, by the names of `metrics`.
   """
 
-  completions: generation.Completions
+  completions: engine.Completions
   images: jax.Array | None
   scalars: dict[str, float]
 
@@ -223,7 +217,7 @@ class Policy:
     top_k: int = 0,
     top_p: float = 1.0,
     num_parts: int = 1,
-    poll: Callable[[], None] = rollout.no_poll,
+    poll: Callable[[], None] = generate.no_poll,
     finished: Callable[[Mapping[int, list[str]]], None] | None = None,
   ) -> Sampled:
     """Completions of this process's prompts, as global arrays.
@@ -248,21 +242,21 @@ class Policy:
     rows = self._picture_rows(params, batch)
     encoded = time.perf_counter() - started
     read = (batch.prompt_ids, batch.prompt_length, rows, batch.prompt_index)
-    whole = generation.Prompts(*sharding.put_batch(self.mesh, read))
+    whole = engine.Prompts(*sharding.put_batch(self.mesh, read))
 
     def rolled_out(part: int):
       # Each shard's every so manieth prompt.
       prompts = whole
       if num_parts > 1:
         some = [x[part::num_parts] for x in read]
-        prompts = generation.Prompts(*sharding.put_batch(self.mesh, some))
+        prompts = engine.Prompts(*sharding.put_batch(self.mesh, some))
 
       def told(ids):
         assert finished is not None
         places = {i * num_parts + part: row for i, row in ids.items()}
         finished(self._read(places))
 
-      return rollout.rollout(
+      return generate.rollout(
         params,
         prompts,
         step_key,
@@ -275,7 +269,7 @@ class Policy:
 
     parts, reports = zip(*map(rolled_out, range(num_parts)), strict=True)
     completions = parts[0] if num_parts == 1 else self._joined(parts)
-    scalars = rollout.total(reports).scalars(self.mesh)
+    scalars = generate.total(reports).scalars(self.mesh)
     if self.pictures:
       scalars["perf/pictures_encoded"] = self.pictures.num_encoded
       scalars["perf/pictures_seconds"] = encoded
@@ -321,9 +315,9 @@ class Policy:
         images = array(
           self.model.dtype, slots, vision.soft_tokens, vision.width
         )
-      rollout.prepare(
+      generate.prepare(
         params,
-        generation.Prompts(
+        engine.Prompts(
           ids=array(np.int32, width),
           length=array(np.int32),
           images=images,
@@ -365,16 +359,16 @@ class Policy:
     return self.pictures.features(params, batch.images)
 
   def _joined(
-    self, parts: tuple[generation.Completions, ...]
-  ) -> generation.Completions:
+    self, parts: tuple[engine.Completions, ...]
+  ) -> engine.Completions:
     """The completions of all parts, each prompt in its place again."""
     return _interleaved(sharding.batch(self.mesh), *parts)
 
   def _settings(
     self, num_completions: int, temperature: float, top_k: int, top_p: float
-  ) -> generation.Settings:
+  ) -> engine.Settings:
     settings = self.config.rollout
-    return generation.Settings(
+    return engine.Settings(
       config=self.config.model_config,
       num_completions=num_completions,
       max_new_tokens=settings.max_new_tokens,
@@ -389,9 +383,9 @@ class Policy:
     )
 
   @property
-  def _stops(self) -> rollout.Stops | None:
+  def _stops(self) -> generate.Stops | None:
     strings = self.config.rollout.stop_strings
-    return rollout.Stops(strings, self.tokenizer.decode) if strings else None
+    return generate.Stops(strings, self.tokenizer.decode) if strings else None
 
   def _read(self, ids: Mapping[int, list[list[int]]]) -> dict[int, list[str]]:
     return {
@@ -399,7 +393,7 @@ class Policy:
       for prompt, rows in ids.items()
     }
 
-  def texts(self, completions: generation.Completions) -> list[list[str]]:
+  def texts(self, completions: engine.Completions) -> list[list[str]]:
     """What was written, one list per prompt of this process."""
     ids, mask = sharding.local_rows(
       self.mesh, (completions.ids, completions.mask)

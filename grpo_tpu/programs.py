@@ -17,11 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import compaction, generation, train_step
 from grpo_tpu import config as run_config
 from grpo_tpu import policy as policies
+from grpo_tpu import train_step
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.rollout import compaction, engine
 
 # What lies on the devices from step to step, whatever runs.
 RESIDENT = ("params", "optimizer", "reference")
@@ -354,7 +355,7 @@ class _Made:
     """What samples completions, and what it is called with."""
     config, policy = self._config, self._policy
     prompts, new = self._prompts_at_a_time, config.rollout
-    settings = generation.Settings(
+    settings = engine.Settings(
       config=config.model_config,
       num_completions=self._rows,
       max_new_tokens=new.max_new_tokens,
@@ -370,9 +371,9 @@ class _Made:
     params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
     limit = self._array(jnp.int32, self._rows, rows=prompts)
-    return generation.Programs(settings, policy.mesh), (
+    return engine.Programs(settings, policy.mesh), (
       params,
-      generation.Prompts(ids, length, images, index),
+      engine.Prompts(ids, length, images, index),
       limit,
       key,
     )

@@ -14,10 +14,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import generation, rollout
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.rollout import engine, generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Tiny:
     *,
     params: dict | None = None,
     mesh: Mesh | None = None,
-    stops: rollout.Stops | None = None,
+    stops: generate.Stops | None = None,
     row_limits: np.ndarray | None = None,
-    poll: Callable[[], None] = rollout.no_poll,
-    finished: rollout.Finished | None = None,
+    poll: Callable[[], None] = generate.no_poll,
+    finished: generate.Finished | None = None,
     **settings: Any,
-  ) -> tuple[generation.Completions, rollout.Report]:
+  ) -> tuple[engine.Completions, generate.Report]:
     """Completions, on one device if no mesh is given, and what they took."""
     mesh = mesh or mesh_of()
     params = self.params if params is None else params
     places = sharding.shardings(mesh, params)
     num_tokens = settings["max_new_tokens"]
     with jax.set_mesh(mesh):
-      return rollout.rollout(
+      return generate.rollout(
         jax.tree.map(jax.device_put, params, places),
         sharding.put_batch(
           mesh,
-          generation.Prompts(
+          engine.Prompts(
             *map(np.asarray, prompts), np.asarray(prompt_index, np.int32)
           ),
         ),
         key,
-        settings=generation.Settings(
+        settings=engine.Settings(
           **{
             "config": self.config,
             "chunk_tokens": num_tokens,

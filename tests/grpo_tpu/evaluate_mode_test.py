@@ -14,8 +14,9 @@ import pytest
 from absl import logging
 
 from grpo_tpu import config as run_config
-from grpo_tpu import evaluate, sampling, scorecard
+from grpo_tpu import evaluate, scorecard
 from grpo_tpu.distributed import collectives
+from grpo_tpu.rollout import sampling
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
   ASKED,

@@ -14,9 +14,9 @@ from data_pipelines import pipeline, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
-from grpo_tpu import generation
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import sharding
+from grpo_tpu.rollout import engine
 
 MAX_NEW_TOKENS = 24
 SOFT_TOKENS = 4
@@ -107,7 +107,7 @@ class Scripted(policies.Policy):
       ids[row, column, : len(reply)] = reply
       lengths[row, column] = len(reply)
     mask = np.arange(MAX_NEW_TOKENS) < lengths[..., None]
-    completions = generation.Completions(
+    completions = engine.Completions(
       ids, mask, np.where(mask, np.float32(-1), 0), stopped
     )
     completions = sharding.put_batch(self.mesh, completions)

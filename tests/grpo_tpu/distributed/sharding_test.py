@@ -13,10 +13,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_tpu import generation, objective, train_state, train_step
+from grpo_tpu import objective, train_state, train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, weights
+from grpo_tpu.rollout import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 8, 2, 5
@@ -28,7 +29,7 @@ TX = optax.sgd(1.0)  # The change of the parameters is the gradient.
 class Step:
   """What one step made of the model."""
 
-  completions: generation.Completions
+  completions: engine.Completions
   params: dict
   metrics: dict
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import sampling
+from grpo_tpu.rollout import sampling
 
 KEY = jax.random.key(7)
 T = jnp.asarray(3)

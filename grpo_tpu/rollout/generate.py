@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from grpo_tpu import compaction, generation
 from grpo_tpu.distributed import sharding
+from grpo_tpu.rollout import compaction, engine
 
 # Bytes that a chip reads from its memory in a second, by `device_kind`.
 _BANDWIDTH = {
@@ -120,16 +120,16 @@ type Finished = Callable[[Mapping[int, list[list[int]]]], None]
 
 def rollout(
   params: dict,
-  prompts: generation.Prompts,
+  prompts: engine.Prompts,
   step_key: Key[Array, ""],
   *,
-  settings: generation.Settings,
+  settings: engine.Settings,
   mesh: Mesh,
   stops: Stops | None = None,
   row_limits: Int[np.ndarray, "U C"] | None = None,
   poll: Callable[[], None] = no_poll,
   finished: Finished | None = None,
-) -> tuple[generation.Completions, Report]:
+) -> tuple[engine.Completions, Report]:
   """Samples `num_completions` completions of each prompt.
 
   Args:
@@ -157,15 +157,15 @@ class _Rollout:
   def __init__(
     self,
     params: dict,
-    prompts: generation.Prompts,
+    prompts: engine.Prompts,
     *,
-    settings: generation.Settings,
+    settings: engine.Settings,
     mesh: Mesh,
     stops: Stops | None,
   ):
     self._params, self._prompts = params, prompts
     self._settings, self._mesh, self._stops = settings, mesh, stops
-    self._programs = generation.Programs(settings, mesh)
+    self._programs = engine.Programs(settings, mesh)
     self._shards, shards = sharding.data_shards(mesh)
     per_shard = prompts.ids.shape[0] // shards
     self._grid = compaction.first_grid(
@@ -207,7 +207,7 @@ class _Rollout:
     completions = self._programs.results(state.written, self._put(self._cut))
     return completions, self._report(prefilled - started, done - prefilled)
 
-  def _look(self, state: generation.State, pulse: generation.Pulse) -> None:
+  def _look(self, state: engine.State, pulse: engine.Pulse) -> None:
     """Waits for a program, and notes how far each row has come."""
     self._t = int(pulse.t)
     known = self._length.copy()
@@ -218,7 +218,7 @@ class _Rollout:
     if self._stops:
       self._cut_off(state, known)
 
-  def _cut_off(self, state: generation.State, known: np.ndarray) -> None:
+  def _cut_off(self, state: engine.State, known: np.ndarray) -> None:
     """Ends rows whose text has come to hold a stop string."""
     assert self._stops is not None
     cut = self._mine(self._cut)
@@ -233,9 +233,7 @@ class _Rollout:
     self._cut = everyones.reshape(self._cut.shape)
     self._live &= self._cut > self._length
 
-  def _moved(
-    self, state: generation.State
-  ) -> tuple[generation.State, jax.Array]:
+  def _moved(self, state: engine.State) -> tuple[engine.State, jax.Array]:
     """The state once rows have moved as far together as they can."""
     for move in compaction.moves(
       self._grid, self._in_place(), self._ladder, self._settings.num_completions
@@ -256,7 +254,7 @@ class _Rollout:
     flags = np.take_along_axis(live, rows.reshape(len(rows), -1), axis=1)
     return flags.reshape(rows.shape) & (rows >= 0)
 
-  def _hand_out(self, state: generation.State, finished: Finished) -> None:
+  def _hand_out(self, state: engine.State, finished: Finished) -> None:
     """Tells of this process's prompts whose rows have all ended."""
     new = ~self._live.any(axis=-1) & ~self._handed_out
     self._handed_out |= new
@@ -323,10 +321,10 @@ class _Rollout:
 
 def prepare(
   params: dict,
-  prompts: generation.Prompts,
+  prompts: engine.Prompts,
   step_key: jax.ShapeDtypeStruct,
   *,
-  settings: generation.Settings,
+  settings: engine.Settings,
   mesh: Mesh,
 ) -> None:
   """Compiles every program that a rollout of such prompts may need.
@@ -338,7 +336,7 @@ def prepare(
     settings: How to sample.
     mesh: Where arrays lie.
   """
-  programs = generation.Programs(settings, mesh)
+  programs = engine.Programs(settings, mesh)
   place, (_, shards) = sharding.batch(mesh), sharding.data_shards(mesh)
   per_shard = prompts.ids.shape[0] // shards
 
@@ -363,7 +361,7 @@ def prepare(
 
 
 def ladder(
-  settings: generation.Settings, num_prompts: int
+  settings: engine.Settings, num_prompts: int
 ) -> list[tuple[int, int]]:
   """Shapes that a shard's rows take; one where a single chunk ends them all."""
   shapes = compaction.ladder(num_prompts, settings.num_completions)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import compaction, generation, objective, rollout, train_step
+from grpo_tpu import objective, train_step
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import image_features, logprobs
 from grpo_tpu.models.gemma3 import text
+from grpo_tpu.rollout import compaction, engine, generate
 from tests.grpo_tpu import conftest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -346,7 +347,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
     prompts,
     np.arange(PROMPTS),
     chunk_tokens=chunk_tokens,
-    stops=rollout.Stops(strings, decode),
+    stops=generate.Stops(strings, decode),
   )
   num_cut = 0
   for row, written, ids, mask, stopped in zip(
@@ -412,7 +413,7 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
   """Every shape of the ladder, without one more compilation."""
   monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
   mesh = conftest.mesh_of(1, 2, 1)
-  settings = generation.Settings(
+  settings = engine.Settings(
     config=tiny.config,
     num_completions=NUM_COMPLETIONS,
     max_new_tokens=NUM_TOKENS,
@@ -423,7 +424,7 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
   params = jax.tree.map(
     jax.device_put, tiny.params, sharding.shardings(mesh, tiny.params)
   )
-  placed = generation.Prompts(
+  placed = engine.Prompts(
     *map(np.asarray, prompts), np.arange(PROMPTS, dtype=np.int32)
   )
   placed = sharding.put_batch(mesh, placed)
@@ -432,10 +433,10 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
     (params, placed),
   )
   key = jax.eval_shape(lambda: KEY)
-  rollout.prepare(*shapes, key, settings=settings, mesh=mesh)
+  generate.prepare(*shapes, key, settings=settings, mesh=mesh)
   counter = compile_cache.Counter()
   with jax.set_mesh(mesh):
-    _, report = rollout.rollout(
+    _, report = generate.rollout(
       params,
       placed,
       KEY,

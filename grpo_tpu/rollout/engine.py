@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import sampling
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding
+from grpo_tpu.rollout import sampling
 
 
 @dataclasses.dataclass(frozen=True)

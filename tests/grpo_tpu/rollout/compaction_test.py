@@ -4,7 +4,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from grpo_tpu import compaction
+from grpo_tpu.rollout import compaction
 
 
 @st.composite

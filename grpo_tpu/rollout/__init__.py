@@ -1,0 +1,1 @@
+"""Rollouts: completions sampled from prompts on the mesh."""
