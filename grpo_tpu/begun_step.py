@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from grpo_tpu import metrics, train_step
+from grpo_tpu import train_step
 from grpo_tpu.checkpoint import reader
+from grpo_tpu.observability import writer
 
 
 @dataclasses.dataclass
@@ -29,7 +30,7 @@ class BegunStep:
 
   bundles: train_step.Bundles
   num_batches: int
-  scalars: metrics.Scalars
+  scalars: writer.Scalars
   skipped: list[float]
 
   @property

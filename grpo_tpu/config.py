@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.text import chat_prompts as prompts
-from grpo_tpu import metric_table, profiling, sections
 from grpo_tpu import objective as objectives
 from grpo_tpu import optimizer as optimizers
+from grpo_tpu import sections
 from grpo_tpu import shaping as shapings
 from grpo_tpu.checkpoint import retention
 from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.observability import profiler, registry
 from grpo_tpu.rewards import scoring
 
 
@@ -65,7 +66,7 @@ class Config:
   checkpoint: retention.CheckpointConfig
   eval: sections.EvalConfig
   samples: sections.SamplesConfig
-  profile: profiling.ProfileConfig
+  profile: profiler.ProfileConfig
   export: sections.ExportConfig
 
   def __post_init__(self):
@@ -273,7 +274,7 @@ def _check_sections_agree(config: Config) -> None:
   metric = config.checkpoint.best_metric
   sections.require(
     not metric
-    or (config.eval.every_steps > 0 and metric_table.is_declared(metric)),
+    or (config.eval.every_steps > 0 and registry.is_declared(metric)),
     "checkpoint.best_metric",
     metric,
     "be empty, or a metric of docs/metrics.md, with eval.every_steps "

@@ -19,9 +19,10 @@ from absl import logging
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset, experience, metrics, report, scorecard
+from grpo_tpu import dataset, experience, report, scorecard
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rollout import generate
 
@@ -41,8 +42,8 @@ class Result:
     answers: This host's, in the order of the split.
   """
 
-  scalars: dict[str, metrics.Scalar]
-  samples: list[metrics.Sample]
+  scalars: dict[str, writer.Scalar]
+  samples: list[writer.Sample]
   answers: list[scorecard.Answer]
 
 
@@ -57,7 +58,7 @@ class Evaluation:
     ablated: The likeliest ones, by the ablation of their pictures.
   """
 
-  scalars: dict[str, metrics.Scalar]
+  scalars: dict[str, writer.Scalar]
   greedy: list[scorecard.Answer]
   samples: list[list[scorecard.Answer]]
   ablated: dict[str, list[scorecard.Answer]]
@@ -371,9 +372,9 @@ def _is_right(batch: pipeline.Batch, scores: scoring.Scores) -> np.ndarray:
   return batch.valid & (scores.components["accuracy"] > 0.5)
 
 
-def _scalars(totals: Mapping[str, float]) -> dict[str, metrics.Scalar]:
+def _scalars(totals: Mapping[str, float]) -> dict[str, writer.Scalar]:
   problems, asked = max(totals["problems"], 1), max(totals["asked"], 1)
-  scalars: dict[str, metrics.Scalar] = {
+  scalars: dict[str, writer.Scalar] = {
     "eval/format": totals["format"] / problems,
     "eval/completion_length": totals["completion_length"] / asked,
     "eval/truncated_fraction": totals["truncated_fraction"] / asked,

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import pipeline
-from grpo_tpu import experience, metrics, objective, train_step
+from grpo_tpu import experience, objective, train_step
 from grpo_tpu import policy as policies
+from grpo_tpu.observability import writer
 
 # Edges between the margins, of the one reward above the other, by which pairs
 # are told apart.
@@ -25,7 +26,7 @@ def evaluate(
   params: dict,
   reference: dict,
   batches: Iterable[pipeline.Batch],
-) -> dict[str, metrics.Scalar]:
+) -> dict[str, writer.Scalar]:
   """Accuracies and margins, means over every pair of the held-out groups.
 
   Args:
@@ -53,7 +54,7 @@ def evaluate(
     )
     totals.update({k: float(v) for k, v in jax.device_get(sums).items()})
   pairs = max(totals["pairs"], 1)
-  scalars: dict[str, metrics.Scalar] = {
+  scalars: dict[str, writer.Scalar] = {
     f"eval/{name}": totals[name] / pairs
     for name in (
       "preference_accuracy",

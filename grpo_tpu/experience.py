@@ -21,9 +21,10 @@ from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import health, metrics, objective, shaping, train_step
+from grpo_tpu import health, objective, shaping, train_step
 from grpo_tpu import policy as policies
 from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rollout import generate
 
@@ -40,8 +41,8 @@ class Experience:
   """
 
   bundles: train_step.Bundles
-  scalars: dict[str, metrics.Scalar]
-  samples: list[metrics.Sample]
+  scalars: dict[str, writer.Scalar]
+  samples: list[writer.Sample]
   num_batches: int
 
   def seconds(self, phase: str) -> float:
@@ -120,7 +121,7 @@ def online(
 
 def _sampled(
   policy, params, batches, key, *, num_samples, poll
-) -> tuple[_Groups, dict[str, metrics.Scalar], list[metrics.Sample]]:
+) -> tuple[_Groups, dict[str, writer.Scalar], list[writer.Sample]]:
   """One batch of prompts with sampled completions, paid."""
   config = policy.config
   waited = time.perf_counter()
@@ -190,10 +191,10 @@ _MEANS = {
 
 
 def _over_batches(
-  scalars: list[dict[str, metrics.Scalar]],
-) -> dict[str, metrics.Scalar]:
+  scalars: list[dict[str, writer.Scalar]],
+) -> dict[str, writer.Scalar]:
   """Sums of seconds and counts, means of the rest."""
-  merged: dict[str, metrics.Scalar] = {"rollout/batches": len(scalars)}
+  merged: dict[str, writer.Scalar] = {"rollout/batches": len(scalars)}
   if len(scalars) == 1:
     return merged | scalars[0]
   fetched = jax.device_get(scalars)
@@ -254,7 +255,7 @@ def _penalised(rewards, mask, valid, *, max_length, soft_tokens):
 
 def _with_advantages(
   policy: policies.Policy, groups: _Groups
-) -> tuple[train_step.Bundles, dict[str, metrics.Scalar]]:
+) -> tuple[train_step.Bundles, dict[str, writer.Scalar]]:
   config = policy.config
   changes, scalars = _advantages(
     groups.rewards["total"],
@@ -280,7 +281,7 @@ def offline(
   config = policy.config
   start = time.perf_counter()
   batch = next(batches)
-  scalars: dict[str, metrics.Scalar] = {
+  scalars: dict[str, writer.Scalar] = {
     "data/skipped": _num_skipped(policy, batch),
     "perf/data_seconds": time.perf_counter() - start,
   }
@@ -309,7 +310,7 @@ def given(
 
 def preferences(
   policy: policies.Policy, params: dict, batch: pipeline.Batch
-) -> tuple[_Groups, Bool[Array, "U C C"], dict[str, metrics.Scalar]]:
+) -> tuple[_Groups, Bool[Array, "U C C"], dict[str, writer.Scalar]]:
   """The labelled completions of a batch, paid, and which is preferred to which.
 
   The last is how many completions each reward failed on, by metric.
@@ -351,7 +352,7 @@ def samples(
   texts: list[list[str]],
   scores: scoring.Scores,
   count: int,
-) -> list[metrics.Sample]:
+) -> list[writer.Sample]:
   """The first completion of each of the first `count` usable prompts.
 
   The same on every process, except that only the one that writes is sure to
@@ -364,7 +365,7 @@ def samples(
   chosen = np.flatnonzero(usable)[:count].tolist()
   width = len(texts[0])
   found = {
-    row: metrics.Sample(
+    row: writer.Sample(
       pid=batch.problems[i].pid,
       prompt=prompts_text(batch, i),
       completion=texts[i][0],
@@ -562,9 +563,9 @@ def _num_skipped(policy: policies.Policy, batch: pipeline.Batch) -> int:
   return int((~sharding.all_rows(policy.mesh, batch.valid)).sum())
 
 
-def _error_counts(scores: scoring.Scores) -> dict[str, metrics.Scalar]:
+def _error_counts(scores: scoring.Scores) -> dict[str, writer.Scalar]:
   """Failures of each reward, and of all."""
-  counts: dict[str, metrics.Scalar] = {
+  counts: dict[str, writer.Scalar] = {
     f"reward/{name}_errors": count for name, count in scores.errors.items()
   }
   return counts | {"reward/errors": sum(scores.errors.values())}

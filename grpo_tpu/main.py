@@ -9,21 +9,22 @@ from collections.abc import Sequence
 
 from absl import app
 
-from grpo_tpu import command_line, endings
+from grpo_tpu import command_line
 from grpo_tpu import config as run_config
 from grpo_tpu.distributed import initialize, logs
+from grpo_tpu.observability import exit_report
 
 
 def main(argv: Sequence[str]) -> None:
   """Checks every setting, then starts devices, then runs the mode."""
-  ending = endings.Ending()
+  ending = exit_report.Ending()
   try:
     _run(argv, ending)
   except BaseException as error:
     ending.end(error)
 
 
-def _run(argv: Sequence[str], ending: endings.Ending) -> None:
+def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
   with run_config.refutable():
     if len(argv) > 1:
       raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
@@ -70,7 +71,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     with run_config.refutable():
       return command_line.parsed(argv)
   except run_config.SettingError as error:
-    endings.Ending().end(error)
+    exit_report.Ending().end(error)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,11 @@ from jax.sharding import Mesh
 
 from data_pipelines import pipeline
 from grpo_tpu import (
-  alarms,
   begun_step,
   dataset,
-  endings,
   evaluate,
   evaluate_preferences,
-  metrics,
   optimizer,
-  profiling,
-  run_card,
   shaping,
   train_state,
   train_step,
@@ -45,13 +40,16 @@ from grpo_tpu.distributed import (
   sharding,
   watchdog,
 )
+from grpo_tpu.observability import alarms, exit_report, run_record
+from grpo_tpu.observability import profiler as profiling
+from grpo_tpu.observability import writer as metrics
 
 
 def train(
   config: run_config.Config,
   workdir: str,
   data: dataset.Dataset,
-  ending: endings.Ending,
+  ending: exit_report.Ending,
 ) -> None:
   """Trains to `train.num_steps`, from the workdir's newest checkpoint if any.
 
@@ -126,7 +124,7 @@ class _Loop:
     writer: metrics.Writer,
     checkpoints: checkpointer.Checkpoints,
     watch: watchdog.Watchdog,
-    ending: endings.Ending,
+    ending: exit_report.Ending,
     profiler: profiling.Profiler,
   ):
     self._run, self._config, self._profiler = run, run.config, profiler
@@ -293,17 +291,17 @@ class _Run:
     mesh: Mesh,
   ):
     """Names the run; keeps the policy it starts from where that is of use."""
-    card = run_card.read(workdir)
-    run_card.check(card, config, data.identity, workdir)
+    card = run_record.read(workdir)
+    run_record.check(card, config, data.identity, workdir)
     self._check_data = functools.partial(
-      run_card.check_data,
+      run_record.check_data,
       config=config,
       identity=data.identity,
       workdir=workdir,
     )
     weights = card["weights"] if card else policies.resolved_weights(config)
     self._write_card = functools.partial(
-      run_card.write, workdir, config, data.identity, weights
+      run_record.write, workdir, config, data.identity, weights
     )
     settings = dataclasses.replace(config.model, weights=weights)
     self.config = dataclasses.replace(config, model=settings)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from configs import base
-from grpo_tpu import metric_table
+from grpo_tpu.observability import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -121,7 +121,7 @@ def test_every_metric_that_a_page_names_is_there(page):
   assert [
     name
     for name in quoted
-    if not metric_table.is_declared(name)
+    if not registry.is_declared(name)
     and not name.endswith("/")
     and not (name.split("/")[0] in folders or (ROOT / name).exists())
   ] == []

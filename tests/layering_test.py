@@ -20,24 +20,24 @@ FLOORS = {
   1: {
     "data_pipelines",
     "grpo_tpu.distributed.collectives",
-    "grpo_tpu.alarms",
+    "grpo_tpu.observability.alarms",
     "grpo_tpu.aot",
-    "grpo_tpu.captions",
+    "grpo_tpu.observability.captions",
     "grpo_tpu.distributed.hardware",
     "grpo_tpu.rollout.compaction",
     "grpo_tpu.flops",
     "grpo_tpu.distributed.compile_cache",
     "grpo_tpu.distributed.initialize",
-    "grpo_tpu.event_files",
-    "grpo_tpu.goodput",
+    "grpo_tpu.observability.event_files",
+    "grpo_tpu.observability.goodput",
     "grpo_tpu.health",
     "grpo_tpu.checkpoint.directory_lock",
     "grpo_tpu.distributed.logs",
     "grpo_tpu.checkpoint.manifest",
-    "grpo_tpu.metric_table",
+    "grpo_tpu.observability.registry",
     "grpo_tpu.objective",
     "grpo_tpu.distributed.preemption",
-    "grpo_tpu.profiling",
+    "grpo_tpu.observability.profiler",
     "grpo_tpu.report",
     "grpo_tpu.checkpoint.retention",
     "grpo_tpu.rollout.sampling",
@@ -48,7 +48,7 @@ FLOORS = {
   2: {
     "grpo_tpu.checkpoint.reader",
     "grpo_tpu.command_line",
-    "grpo_tpu.dashboard",
+    "grpo_tpu.observability.dashboard",
     "grpo_tpu.rewards",
     "grpo_tpu.scorecard",
     "grpo_tpu.distributed.sharding",
@@ -57,7 +57,7 @@ FLOORS = {
   4: {
     "grpo_tpu.checkpoint.checkpointer",
     "grpo_tpu.rollout.engine",
-    "grpo_tpu.metrics",
+    "grpo_tpu.observability.writer",
     "grpo_tpu.optimizer",
     "grpo_tpu.models.image_features",
     "grpo_tpu.sections",
@@ -75,11 +75,11 @@ FLOORS = {
     "grpo_tpu.experience",
     "grpo_tpu.checkpoint.export",
     "grpo_tpu.programs",
-    "grpo_tpu.run_card",
+    "grpo_tpu.observability.run_record",
   },
   8: {
     "grpo_tpu.compiling",
-    "grpo_tpu.endings",
+    "grpo_tpu.observability.exit_report",
     "grpo_tpu.evaluate",
     "grpo_tpu.evaluate_preferences",
   },
@@ -182,7 +182,7 @@ def test_an_import_that_points_up_or_sideways_is_named():
   assert faults("grpo_tpu.objective", up) == [
     "grpo_tpu.objective (floor 1) imports grpo_tpu.train_step (floor 5)"
   ]
-  sideways = "import grpo_tpu.metrics"
+  sideways = "import grpo_tpu.observability.writer"
   assert len(faults("grpo_tpu.optimizer", sideways)) == 1
   down = "from grpo_tpu.objective import policy_loss"
   assert faults("grpo_tpu.train_step", down) == []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo_tpu import dashboard
+from grpo_tpu.observability import dashboard
 from tests.e2e import browser
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from grpo_tpu import evaluate, experience, metrics
+from grpo_tpu import evaluate, experience
+from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (

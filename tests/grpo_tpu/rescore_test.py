@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.sources import mathvista
-from grpo_tpu import metrics, rescore
+from grpo_tpu import rescore
+from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
 from tests.grpo_tpu.rewards.custom_test import config_of
 from tests.grpo_tpu.scripted import PROBLEMS

@@ -13,15 +13,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
-from grpo_tpu import (
-  begun_step,
-  endings,
-  experience,
-  train,
-  train_state,
-  train_step,
-)
+from grpo_tpu import begun_step, experience, train, train_state, train_step
 from grpo_tpu.distributed import preemption
+from grpo_tpu.observability import exit_report
 
 NUM_STEPS = 3
 SAMPLED = [1, 2, 1]  # Batches of prompts that each step takes.
@@ -123,7 +117,7 @@ def go_on(run, done, checkpoints, *, on_poll=lambda: None):
     mark=on_poll, started=lambda: done.append("started")
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
-  ending = endings.Ending()
+  ending = exit_report.Ending()
   loop = train._Loop(run, writer, checkpoints, watch, ending, profiler)
   batches = itertools.count(train.batches_taken(state, begun))
   loop.go_on(state, start, batches, begun)

@@ -10,8 +10,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import metric_table
 from grpo_tpu.checkpoint import checkpointer, reader
+from grpo_tpu.observability import registry
 from tests.grpo_tpu.checkpoint import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
@@ -422,6 +422,4 @@ def test_the_time_that_saves_took_is_told_once(tmp_path):
     checkpoints.save(1, make_state(), {})
     assert checkpoints.scalars()["perf/checkpoint_block_seconds"] > 0
     assert checkpoints.scalars()["perf/checkpoint_block_seconds"] == 0
-    assert checkpoints.scalars().keys() <= {
-      m.name for m in metric_table.METRICS
-    }
+    assert checkpoints.scalars().keys() <= {m.name for m in registry.METRICS}

@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 
-from grpo_tpu import event_files
+from grpo_tpu.observability import event_files
 from launch.pod import exits
 
 pytestmark = pytest.mark.skipif(

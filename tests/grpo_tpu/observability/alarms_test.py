@@ -6,7 +6,7 @@ import re
 import pytest
 
 from configs import base
-from grpo_tpu import alarms, metric_table
+from grpo_tpu.observability import alarms, registry
 
 CEILING = "rollout/truncated_fraction"
 FLOOR = "train/effective_sample_share"
@@ -15,7 +15,7 @@ EVERY = pytest.mark.parametrize("alarm", alarms.ALARMS, ids=lambda a: a.metric)
 
 @EVERY
 def test_an_alarm_watches_a_declared_metric_and_names_real_settings(alarm):
-  assert alarm.metric in {metric.name for metric in metric_table.METRICS}
+  assert alarm.metric in {metric.name for metric in registry.METRICS}
   settings = re.findall(r"\b([a-z_]+)\.([a-z_]+)\b", alarm.reason)
   config = base.get_config()
   assert settings

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from grpo_tpu import dashboard, metric_table
+from grpo_tpu.observability import dashboard, registry
 
 CHARTS = [
   (section, chart)
@@ -28,7 +28,7 @@ def test_the_sections_are_the_questions_that_are_asked_of_a_run():
   ]
 
 
-@pytest.mark.parametrize("metric", metric_table.METRICS, ids=lambda m: m.name)
+@pytest.mark.parametrize("metric", registry.METRICS, ids=lambda m: m.name)
 def test_every_metric_is_on_a_chart(metric):
   assert [
     chart.title
@@ -45,7 +45,7 @@ def test_a_chart_shows_the_metrics_it_names_and_no_other(pair):
   wanted = {re.escape(name).replace(r"\{slice\}", ".+") for name in chart.names}
   shown = {
     name
-    for name in map(example, (m.name for m in metric_table.METRICS))
+    for name in map(example, (m.name for m in registry.METRICS))
     if any(re.match(p, name) for p in dashboard.patterns(chart))
   }
   assert {example(name) for name in chart.names} <= shown

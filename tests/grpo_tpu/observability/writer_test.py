@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_tpu import event_files, metrics
+from grpo_tpu.observability import event_files
+from grpo_tpu.observability import writer as metrics
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 SCALARS = {
   "train/loss": -0.25,
   "rollout/reward": 0.1 + 0.2,

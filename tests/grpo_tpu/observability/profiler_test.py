@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_tpu import profiling
+from grpo_tpu.observability import profiler as profiling
 
 
 @pytest.fixture

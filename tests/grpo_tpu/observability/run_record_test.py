@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
-from grpo_tpu import run_card
+from grpo_tpu.observability import run_record
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())
 IDENTITY = {
@@ -27,17 +27,17 @@ def changed(section, **settings):
 
 @pytest.fixture
 def card(tmp_path):
-  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  return run_card.read(str(tmp_path))
+  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  return run_record.read(str(tmp_path))
 
 
 def test_a_workdir_without_a_card_is_free_for_any_run(tmp_path):
-  assert run_card.read(str(tmp_path)) is None
-  run_card.check(None, CONFIG, IDENTITY, str(tmp_path))
+  assert run_record.read(str(tmp_path)) is None
+  run_record.check(None, CONFIG, IDENTITY, str(tmp_path))
 
 
 def test_a_card_that_was_written_lets_the_same_run_go_on(card):
-  run_card.check(card, CONFIG, IDENTITY, "W")
+  run_record.check(card, CONFIG, IDENTITY, "W")
   assert card["weights"] == WEIGHTS
   # As JSON has it: tuples are lists there.
   assert card["config"] == json.loads(json.dumps(CONFIG.to_dict()))
@@ -52,20 +52,20 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
 def test_every_start_is_an_attempt_and_has_its_own_end(card, tmp_path):
   """One that was killed has none; the words are those of the last end."""
   words = {"exit_code": 75, "reason": "preempted", "step": 4, "best": None}
-  run_card.close(tmp_path, words)
-  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  between = run_card.read(str(tmp_path))
+  run_record.close(tmp_path, words)
+  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  between = run_record.read(str(tmp_path))
   assert between is not None and between["end"] is None
-  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  run_card.close(tmp_path, words | {"exit_code": 0, "step": 9})
-  card = run_card.read(str(tmp_path))
+  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  run_record.close(tmp_path, words | {"exit_code": 0, "step": 9})
+  card = run_record.read(str(tmp_path))
   assert card is not None
   assert [a["exit_code"] for a in card["attempts"]] == [75, None, 0]
   assert [a["step"] for a in card["attempts"]] == [4, None, 9]
   times = [(a["started"], a["ended"]) for a in card["attempts"]]
   assert times[0][0] <= times[0][1] <= times[1][0] <= times[2][0] <= times[2][1]
   assert card["end"] == words | {"exit_code": 0, "step": 9}
-  run_card.check(card, CONFIG, IDENTITY, "W")
+  run_record.check(card, CONFIG, IDENTITY, "W")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_another_run_is_refused_with_both_values(
   card, config, identity, name, now, before
 ):
   with pytest.raises(ValueError) as caught:
-    run_card.check(card, config, IDENTITY | identity, "/runs/1")
+    run_record.check(card, config, IDENTITY | identity, "/runs/1")
   said = str(caught.value)
   assert said.startswith("--workdir (/runs/1) must be given")
   changes = [line for line in said.splitlines() if line.startswith("  ")]
@@ -151,16 +151,16 @@ def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
   settings = dataclasses.replace(CONFIG.model.lora, rank=4)
   config = changed("model", lora=settings)
   with pytest.raises(ValueError, match="  model.lora.rank: was None, is 4\n"):
-    run_card.check(card, config, IDENTITY, "W")
-  run_card.write(str(tmp_path), config, IDENTITY, WEIGHTS)
-  adapted = run_card.read(str(tmp_path))
-  run_card.check(adapted, config, IDENTITY, "W")
+    run_record.check(card, config, IDENTITY, "W")
+  run_record.write(str(tmp_path), config, IDENTITY, WEIGHTS)
+  adapted = run_record.read(str(tmp_path))
+  run_record.check(adapted, config, IDENTITY, "W")
   with pytest.raises(ValueError, match="  model.lora.rank: was 4, is None\n"):
-    run_card.check(adapted, CONFIG, IDENTITY, "W")
+    run_record.check(adapted, CONFIG, IDENTITY, "W")
   for name, value in (("alpha", 8.0), ("targets", ("q",))):
     other = dataclasses.replace(settings, **{name: value})
     with pytest.raises(ValueError, match=f"  model.lora.{name}: was "):
-      run_card.check(adapted, changed("model", lora=other), IDENTITY, "W")
+      run_record.check(adapted, changed("model", lora=other), IDENTITY, "W")
 
 
 def crops(**numbers):
@@ -169,19 +169,19 @@ def crops(**numbers):
 
 
 def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
-  run_card.check(card, crops(max_num_crops=3), IDENTITY, "W")
+  run_record.check(card, crops(max_num_crops=3), IDENTITY, "W")
   with pytest.raises(
     ValueError, match="  data.pan_and_scan.enabled: was None, is T"
   ):
-    run_card.check(card, crops(enabled=True), IDENTITY, "W")
-  run_card.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
-  card = run_card.read(str(tmp_path))
-  run_card.check(card, crops(enabled=True), IDENTITY, "W")
+    run_record.check(card, crops(enabled=True), IDENTITY, "W")
+  run_record.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
+  card = run_record.read(str(tmp_path))
+  run_record.check(card, crops(enabled=True), IDENTITY, "W")
   for other in (CONFIG, crops(enabled=True, max_num_crops=3)):
     with pytest.raises(
       ValueError, match="  data.pan_and_scan.max_num_crops: was "
     ):
-      run_card.check(card, other, IDENTITY, "W")
+      run_record.check(card, other, IDENTITY, "W")
 
 
 def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   with pytest.raises(
     ValueError, match="  data.prompt_template: its text: was"
   ) as e:
-    run_card.check(card, CONFIG, IDENTITY, "W")
+    run_record.check(card, CONFIG, IDENTITY, "W")
   assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
 
@@ -212,19 +212,19 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
   ],
 )
 def test_a_run_may_go_on_with_another_plan_or_on_other_machines(card, config):
-  run_card.check(card, config, IDENTITY, "W")
+  run_record.check(card, config, IDENTITY, "W")
 
 
 def test_the_number_of_steps_is_a_plan_unless_a_schedule_follows_it(tmp_path):
   cosine = changed("optimizer", schedule="cosine")
-  run_card.write(str(tmp_path), cosine, IDENTITY, WEIGHTS)
-  card = run_card.read(str(tmp_path))
-  run_card.check(card, cosine, IDENTITY, "W")
+  run_record.write(str(tmp_path), cosine, IDENTITY, WEIGHTS)
+  card = run_record.read(str(tmp_path))
+  run_record.check(card, cosine, IDENTITY, "W")
   longer = dataclasses.replace(
     cosine, train=dataclasses.replace(cosine.train, num_steps=2000)
   )
   with pytest.raises(ValueError, match="  train.num_steps: was 1000, is 2000"):
-    run_card.check(card, longer, IDENTITY, "W")
+    run_record.check(card, longer, IDENTITY, "W")
 
 
 def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
@@ -234,7 +234,7 @@ def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
   )
   identity = IDENTITY | {"data.dir: its records": "cc"}
   with pytest.raises(ValueError) as caught:
-    run_card.check(card, new, identity, "W")
+    run_record.check(card, new, identity, "W")
   listed = [
     "  data.dir: its records: was 'aaaa', is 'cc'",
     "  optimizer.b2: was 0.99, is 0.9",
@@ -245,67 +245,69 @@ def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
   accepting = dataclasses.replace(
     new, checkpoint=dataclasses.replace(new.checkpoint, accept_changes=True)
   )
-  run_card.check(card, accepting, identity, "W")
+  run_record.check(card, accepting, identity, "W")
   assert "\n".join(listed) in caplog.text
-  run_card.write(str(tmp_path), accepting, identity, WEIGHTS)
-  card = run_card.read(str(tmp_path))
+  run_record.write(str(tmp_path), accepting, identity, WEIGHTS)
+  card = run_record.read(str(tmp_path))
   assert card is not None
   (changes,) = card["accepted_changes"]
   assert changes["seed"] == {"was": 0, "is": 4} and len(changes) == 4
-  run_card.check(card, new, identity, "W")
+  run_record.check(card, new, identity, "W")
   with pytest.raises(ValueError, match="  seed: was 4, is 0"):
-    run_card.check(card, CONFIG, identity, "W")
+    run_record.check(card, CONFIG, identity, "W")
   # Going on unchanged adds nothing; a second change comes after the first.
-  run_card.write(str(tmp_path), new, identity, WEIGHTS)
-  run_card.write(str(tmp_path), CONFIG, identity, WEIGHTS)
-  card = run_card.read(str(tmp_path))
+  run_record.write(str(tmp_path), new, identity, WEIGHTS)
+  run_record.write(str(tmp_path), CONFIG, identity, WEIGHTS)
+  card = run_record.read(str(tmp_path))
   assert card is not None
   assert [each["seed"]["is"] for each in card["accepted_changes"]] == [4, 0]
 
 
 def test_a_checkpoint_of_other_data_is_refused_whatever_the_card_says():
   meta = IDENTITY | {"lora": {"rank": 3}}
-  run_card.check_data(meta, CONFIG, IDENTITY, "W")
+  run_record.check_data(meta, CONFIG, IDENTITY, "W")
   foreign = meta | {"data.dir: its tokenizer": "zzzz"}
   with pytest.raises(ValueError, match="its tokenizer: was 'zzzz', is 'bbbb'"):
-    run_card.check_data(foreign, CONFIG, IDENTITY, "W")
+    run_record.check_data(foreign, CONFIG, IDENTITY, "W")
   with pytest.raises(ValueError, match="its records: was None, is 'aaaa'"):
-    run_card.check_data({}, CONFIG, IDENTITY, "W")
+    run_record.check_data({}, CONFIG, IDENTITY, "W")
 
 
 def test_a_setting_that_is_yet_to_come_is_of_the_essence():
   """What is not is listed, so nothing is left out by forgetting it."""
-  named = {name for name, _ in run_card._flat({"new": {"knob": 1}, "seed": 2})}
+  named = {
+    name for name, _ in run_record._flat({"new": {"knob": 1}, "seed": 2})
+  }
   assert named == {"new.knob", "seed"}
-  for name in run_card._INCIDENTAL:
+  for name in run_record._INCIDENTAL:
     value = CONFIG
     for part in name.split("."):
       value = getattr(value, part)
 
 
 def test_a_kill_while_writing_leaves_the_card_before(tmp_path, monkeypatch):
-  run_card.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
+  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
 
   def killed(*paths):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(os, "replace", killed)
   with pytest.raises(KeyboardInterrupt):
-    run_card.write(str(tmp_path), CONFIG, IDENTITY, "random:9")
-  card = run_card.read(str(tmp_path))
+    run_record.write(str(tmp_path), CONFIG, IDENTITY, "random:9")
+  card = run_record.read(str(tmp_path))
   assert card is not None and card["weights"] == WEIGHTS
 
 
 def test_a_torn_card_is_an_error_that_names_it(tmp_path):
   (tmp_path / "run.json").write_text('{"essence": {')
   with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
-    run_card.read(str(tmp_path))
+    run_record.read(str(tmp_path))
 
 
 def test_a_run_is_not_continued_without_the_file_it_was_started_with(tmp_path):
   file = {"data.preference_file: its contents": "dddd"}
-  run_card.write(str(tmp_path), CONFIG, IDENTITY | file, WEIGHTS)
-  card = run_card.read(str(tmp_path))
-  run_card.check(card, CONFIG, IDENTITY | file, "W")
+  run_record.write(str(tmp_path), CONFIG, IDENTITY | file, WEIGHTS)
+  card = run_record.read(str(tmp_path))
+  run_record.check(card, CONFIG, IDENTITY | file, "W")
   with pytest.raises(ValueError, match="preference_file.*'dddd'"):
-    run_card.check(card, CONFIG, IDENTITY, "W")
+    run_record.check(card, CONFIG, IDENTITY, "W")

@@ -7,8 +7,8 @@ import pytest
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import endings, run_card
 from grpo_tpu.distributed import initialize, preemption
+from grpo_tpu.observability import exit_report, run_record
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())
 WAYS = {
@@ -39,8 +39,8 @@ def end_by(ending, error):
 
 
 def of_run(workdir, *, has_card=True):
-  run_card.write(str(workdir), CONFIG, {"data.dir: its records": "a"}, "w")
-  ending = endings.Ending()
+  run_record.write(str(workdir), CONFIG, {"data.dir: its records": "a"}, "w")
+  ending = exit_report.Ending()
   ending.of_run(workdir)
   ending.has_card, ending.step = has_card, 7
   return ending
@@ -57,7 +57,7 @@ def last_line(caplog):
 def test_every_end_is_one_line_with_code_reason_step_and_what_next(
   tmp_path, caplog, code, has_run
 ):
-  ending = of_run(tmp_path) if has_run else endings.Ending()
+  ending = of_run(tmp_path) if has_run else exit_report.Ending()
   assert end_by(ending, WAYS[code]) == code
   line = last_line(caplog)
   assert line.startswith(f"The end, with exit code {code}: ")
@@ -73,7 +73,7 @@ def test_every_end_is_one_line_with_code_reason_step_and_what_next(
 
 
 def test_a_refusal_says_its_reason_once(caplog):
-  end_by(endings.Ending(), WAYS[64])
+  end_by(exit_report.Ending(), WAYS[64])
   assert caplog.text.count("must be at least 0") == 1
 
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from grpo_tpu import captions, dashboard, event_files, metric_table
+from grpo_tpu.observability import captions, dashboard, event_files, registry
 
 type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
 type Scalars = dict[str, Scalar]
@@ -142,7 +142,7 @@ class Writer:
       ValueError: A name that is not in the table, a value that is not one
         number, or a step already written.
     """
-    order = {name: metric_table.place(name) for name in scalars}
+    order = {name: registry.place(name) for name in scalars}
     if step <= self._last_step:
       raise ValueError(
         f"step {step} is written after step {self._last_step}: merge what there"

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from grpo_tpu import goodput
+from grpo_tpu.observability import goodput
 
 
 class Time:

@@ -15,9 +15,9 @@ import jax
 from absl import logging
 
 from grpo_tpu import config as run_config
-from grpo_tpu import goodput, run_card
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, preemption, watchdog
+from grpo_tpu.observability import goodput, run_record
 from grpo_tpu.rewards import scoring
 
 DONE = 0
@@ -140,7 +140,7 @@ class Ending:
       "goodput": self.clock.shares(),
     }
     try:
-      run_card.close(self._workdir, words)
+      run_record.close(self._workdir, words)
     except (OSError, ValueError) as failure:
       logging.warning("run.json does not say how the run ended: %s", failure)
 

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from grpo_tpu import event_files, metrics
+from grpo_tpu.observability import event_files
+from grpo_tpu.observability import writer as metrics
 
 
 class MemoryEvents:

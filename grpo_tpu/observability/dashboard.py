@@ -7,7 +7,7 @@ event files, so nobody has to set anything up to see it.
 import dataclasses
 from typing import Any
 
-from grpo_tpu import metric_table
+from grpo_tpu.observability import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ SECTIONS = {
       "where the time went",
       tuple(
         metric.name
-        for metric in metric_table.METRICS
+        for metric in registry.METRICS
         if metric.name.startswith("perf/goodput_")
       ),
     ),
@@ -189,7 +189,7 @@ SECTIONS = {
 
 def patterns(chart: Chart) -> list[str]:
   """Regular expressions for the names of a chart's curves, each whole."""
-  rows = {metric.name: metric for metric in metric_table.METRICS}
+  rows = {metric.name: metric for metric in registry.METRICS}
   return [f"^{rows[name].pattern}$" for name in chart.names]
 
 

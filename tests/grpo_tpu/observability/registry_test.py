@@ -6,9 +6,9 @@ import re
 import pytest
 
 from configs import base
-from grpo_tpu import metric_table
+from grpo_tpu.observability import registry
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def settings(config, prefix=""):
@@ -20,33 +20,33 @@ def settings(config, prefix=""):
 
 
 def test_each_metric_is_declared_once_with_all_there_is_to_say():
-  names = [metric.name for metric in metric_table.METRICS]
+  names = [metric.name for metric in registry.METRICS]
   assert len(set(names)) == len(names)
   groups = "train|rollout|reward|eval|perf|data|checkpoint"
-  for metric in metric_table.METRICS:
+  for metric in registry.METRICS:
     word = r"([a-z0-9_]+(/{slice})?|{slice}_[a-z]+)"
     assert re.fullmatch(f"({groups})/{word}", metric.name)
     assert metric.unit and metric.meaning and metric.advice
 
 
 def test_the_page_is_made_of_the_table():
-  """After a change: python -m grpo_tpu.metric_table > docs/metrics.md."""
+  """After a change: python -m grpo_tpu.observability.registry > docs/metrics.md."""
   page = (ROOT / "docs" / "metrics.md").read_text()
-  assert page == metric_table.page()
+  assert page == registry.page()
 
 
 def test_the_page_has_every_metric_in_a_row_of_four_cells():
-  rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", metric_table.page(), re.M)
-  assert [name for name, _ in rows] == [m.name for m in metric_table.METRICS]
+  rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", registry.page(), re.M)
+  assert [name for name, _ in rows] == [m.name for m in registry.METRICS]
   assert all(re.split(r"(?<!\\) \| ", rest)[2] for _, rest in rows)
 
 
 @pytest.mark.parametrize(
-  "metric", metric_table.METRICS, ids=lambda metric: metric.name
+  "metric", registry.METRICS, ids=lambda metric: metric.name
 )
 def test_what_an_advice_names_is_there(metric):
   """Settings of configs/base.py, other metrics, pages and presets."""
-  names = {m.name for m in metric_table.METRICS}
+  names = {m.name for m in registry.METRICS}
   known = set(settings(base.get_config()))
   for quoted in re.findall(r"`([^`]+)`", metric.advice):
     word = quoted.split("=")[0]
@@ -59,10 +59,12 @@ def test_what_an_advice_names_is_there(metric):
 
 
 def test_the_place_of_a_name_is_its_row_s():
-  for index, metric in enumerate(metric_table.METRICS):
+  for index, metric in enumerate(registry.METRICS):
     if "{slice}" not in metric.name:
-      assert metric_table.place(metric.name) == index
-  sliced = metric_table.place("eval/accuracy/free_form")
-  assert metric_table.METRICS[sliced].name == "eval/accuracy/{slice}"
-  with pytest.raises(ValueError, match="docs|grpo_tpu/metric_table.py"):
-    metric_table.place("train/los")
+      assert registry.place(metric.name) == index
+  sliced = registry.place("eval/accuracy/free_form")
+  assert registry.METRICS[sliced].name == "eval/accuracy/{slice}"
+  with pytest.raises(
+    ValueError, match="docs|grpo_tpu/observability/registry.py"
+  ):
+    registry.place("train/los")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_tpu import captions
+from grpo_tpu.observability import captions
 
 
 def picture(height: int, width: int) -> np.ndarray:
