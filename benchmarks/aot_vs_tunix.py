@@ -147,10 +147,10 @@ def _ours(arguments) -> None:
   import jax
   import jax.numpy as jnp
 
-  from grpo_tpu import objective, train_state, train_step
   from grpo_tpu.distributed import sharding
   from grpo_tpu.models.gemma3 import attention, lora, weights
   from grpo_tpu.models.gemma3 import config as gemma3_config
+  from grpo_tpu.rl import objective, train_state, train_step
 
   config = dataclasses.replace(
     gemma3_config.CONFIGS["gemma3_4b"],

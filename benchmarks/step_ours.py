@@ -18,9 +18,9 @@ from data_pipelines import pipeline, records  # noqa: E402
 from grpo_tpu import (  # noqa: E402
   config as run_config,
 )
-from grpo_tpu import experience, optimizer, policy, train_state, train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
+from grpo_tpu.rl import experience, optimizer, policy, train_state, train_step
 
 
 class Words:

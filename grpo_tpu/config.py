@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.text import chat_prompts as prompts
-from grpo_tpu import objective as objectives
-from grpo_tpu import optimizer as optimizers
 from grpo_tpu import sections
-from grpo_tpu import shaping as shapings
 from grpo_tpu.checkpoint import retention
 from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
@@ -26,6 +23,9 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.observability import profiler, registry
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl import objective as objectives
+from grpo_tpu.rl import optimizer as optimizers
+from grpo_tpu.rl import shaping as shapings
 
 
 class SettingError(ValueError):

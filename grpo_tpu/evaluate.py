@@ -19,11 +19,12 @@ from absl import logging
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
 from grpo_tpu import config as run_config
-from grpo_tpu import dataset, experience, report, scorecard
-from grpo_tpu import policy as policies
+from grpo_tpu import dataset, report, scorecard
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl import experience
+from grpo_tpu.rl import policy as policies
 from grpo_tpu.rollout import generate
 
 # Slices in the list of the worst; smaller ones say too little to be listed.

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import pipeline
-from grpo_tpu import experience, objective, train_step
-from grpo_tpu import policy as policies
 from grpo_tpu.observability import writer
+from grpo_tpu.rl import experience, objective, train_step
+from grpo_tpu.rl import policy as policies
 
 # Edges between the margins, of the one reward above the other, by which pairs
 # are told apart.

@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
-from grpo_tpu import policy as policies
-from grpo_tpu import train_step
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl import train_step
 from grpo_tpu.rollout import compaction, engine
 
 # What lies on the devices from step to step, whatever runs.

@@ -13,9 +13,9 @@ from data_pipelines.preferences import replies
 from data_pipelines.scoring import ablations
 from data_pipelines.sources import synthetic
 from data_pipelines.text import chat_prompts
-from grpo_tpu import objective as objectives
 from grpo_tpu.models.gemma3 import attention, lora, remat
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.rl import objective as objectives
 
 _DTYPES = ("float32", "bfloat16")
 _MEMORIES = ("device", "pinned_host")

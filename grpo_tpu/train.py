@@ -18,19 +18,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
-from grpo_tpu import (
-  begun_step,
-  dataset,
-  evaluate,
-  evaluate_preferences,
-  optimizer,
-  shaping,
-  train_state,
-  train_step,
-)
 from grpo_tpu import config as run_config
-from grpo_tpu import experience as experiences
-from grpo_tpu import policy as policies
+from grpo_tpu import dataset, evaluate, evaluate_preferences
 from grpo_tpu.checkpoint import checkpointer
 from grpo_tpu.distributed import (
   compile_cache,
@@ -43,6 +32,15 @@ from grpo_tpu.distributed import (
 from grpo_tpu.observability import alarms, exit_report, run_record
 from grpo_tpu.observability import profiler as profiling
 from grpo_tpu.observability import writer as metrics
+from grpo_tpu.rl import experience as experiences
+from grpo_tpu.rl import (
+  optimizer,
+  partial_step,
+  shaping,
+  train_state,
+  train_step,
+)
+from grpo_tpu.rl import policy as policies
 
 
 def train(
@@ -109,7 +107,7 @@ def train(
 
 
 def batches_taken(
-  state: train_state.TrainState, begun: begun_step.BegunStep | None
+  state: train_state.TrainState, begun: partial_step.BegunStep | None
 ) -> int:
   """Of prompts, so far; those of a begun step are not in the state yet."""
   return int(state.position) + (begun.num_batches if begun else 0)
@@ -154,7 +152,7 @@ class _Loop:
     state: train_state.TrainState,
     start: int,
     batches: Iterator[pipeline.Batch],
-    begun: begun_step.BegunStep | None,
+    begun: partial_step.BegunStep | None,
   ) -> None:
     """The steps after `start`, of which one may have been begun."""
     num_steps = self._config.train.num_steps
@@ -180,7 +178,7 @@ class _Loop:
     state: train_state.TrainState,
     batches: Iterator[pipeline.Batch],
     step: int,
-    begun: begun_step.BegunStep | None,
+    begun: partial_step.BegunStep | None,
   ) -> tuple[train_state.TrainState, metrics.Scalars]:
     """The state after a step, and what there is to say about it."""
     started = time.perf_counter()
@@ -226,7 +224,7 @@ class _Loop:
     state: train_state.TrainState,
     batches: Iterator[pipeline.Batch],
     step: int,
-  ) -> begun_step.BegunStep:
+  ) -> partial_step.BegunStep:
     """A step with its experience, and none of its updates."""
     with self._clock.phase("rollout"):
       experience = self._run.experience(state, batches, step, self._poll)
@@ -235,7 +233,7 @@ class _Loop:
     with self._clock.phase("update"):
       bundles = self._run.compared(state, experience.bundles)
     self._writer.write_samples(step, experience.samples, split="train")
-    return begun_step.BegunStep(
+    return partial_step.BegunStep(
       bundles, experience.num_batches, experience.scalars, []
     )
 
@@ -361,7 +359,7 @@ class _Run:
 
   def restored_or_new(
     self, checkpoints: checkpointer.Checkpoints
-  ) -> tuple[train_state.TrainState, int | None, begun_step.BegunStep | None]:
+  ) -> tuple[train_state.TrainState, int | None, partial_step.BegunStep | None]:
     """The newest state, its step, and what was begun of the next.
 
     A new state and None if there is none.
@@ -373,7 +371,7 @@ class _Run:
     if restored:
       self._check_data(restored.meta)
       unfinished = restored.unfinished
-      begun = unfinished and begun_step.BegunStep.of(unfinished, place)
+      begun = unfinished and partial_step.BegunStep.of(unfinished, place)
       return restored.state, restored.step, begun
     abstract = self.policy.abstract_state()
     lora_config = self.config.lora
@@ -476,7 +474,7 @@ class _Run:
   def updated(
     self,
     state: train_state.TrainState,
-    begun: begun_step.BegunStep,
+    begun: partial_step.BegunStep,
     step: int,
   ) -> train_state.TrainState:
     """The state after the next of `num_iterations` updates on one batch."""
@@ -517,7 +515,7 @@ class _Run:
             entropy, bundles.completion_mask, share=share
           )
         )
-    return begun_step.laid_out(bundles, sharding.batch(self.policy.mesh))
+    return partial_step.laid_out(bundles, sharding.batch(self.policy.mesh))
 
   def _score(
     self, params: dict, bundles: train_step.Bundles

@@ -30,19 +30,19 @@ FLOORS = {
     "grpo_tpu.distributed.initialize",
     "grpo_tpu.observability.event_files",
     "grpo_tpu.observability.goodput",
-    "grpo_tpu.health",
+    "grpo_tpu.rl.diagnostics",
     "grpo_tpu.checkpoint.directory_lock",
     "grpo_tpu.distributed.logs",
     "grpo_tpu.checkpoint.manifest",
     "grpo_tpu.observability.registry",
-    "grpo_tpu.objective",
+    "grpo_tpu.rl.objective",
     "grpo_tpu.distributed.preemption",
     "grpo_tpu.observability.profiler",
     "grpo_tpu.report",
     "grpo_tpu.checkpoint.retention",
     "grpo_tpu.rollout.sampling",
-    "grpo_tpu.shaping",
-    "grpo_tpu.train_state",
+    "grpo_tpu.rl.shaping",
+    "grpo_tpu.rl.train_state",
     "grpo_tpu.distributed.watchdog",
   },
   2: {
@@ -58,21 +58,21 @@ FLOORS = {
     "grpo_tpu.checkpoint.checkpointer",
     "grpo_tpu.rollout.engine",
     "grpo_tpu.observability.writer",
-    "grpo_tpu.optimizer",
+    "grpo_tpu.rl.optimizer",
     "grpo_tpu.models.image_features",
     "grpo_tpu.sections",
   },
-  5: {"grpo_tpu.config", "grpo_tpu.rollout.generate", "grpo_tpu.train_step"},
+  5: {"grpo_tpu.config", "grpo_tpu.rollout.generate", "grpo_tpu.rl.train_step"},
   6: {
-    "grpo_tpu.begun_step",
+    "grpo_tpu.rl.partial_step",
     "grpo_tpu.dataset",
-    "grpo_tpu.policy",
+    "grpo_tpu.rl.policy",
     "grpo_tpu.distributed.preflight",
     "grpo_tpu.rescore",
     "grpo_tpu.traffic",
   },
   7: {
-    "grpo_tpu.experience",
+    "grpo_tpu.rl.experience",
     "grpo_tpu.checkpoint.export",
     "grpo_tpu.programs",
     "grpo_tpu.observability.run_record",
@@ -179,13 +179,13 @@ def test_imports_point_down(name):
 def test_an_import_that_points_up_or_sideways_is_named():
   """The check itself: from the lowest room up, and to a neighbour."""
   up = "def f():\n  from grpo_tpu import train_step\n"
-  assert faults("grpo_tpu.objective", up) == [
-    "grpo_tpu.objective (floor 1) imports grpo_tpu.train_step (floor 5)"
+  assert faults("grpo_tpu.rl.objective", up) == [
+    "grpo_tpu.rl.objective (floor 1) imports grpo_tpu.rl.train_step (floor 5)"
   ]
   sideways = "import grpo_tpu.observability.writer"
-  assert len(faults("grpo_tpu.optimizer", sideways)) == 1
-  down = "from grpo_tpu.objective import policy_loss"
-  assert faults("grpo_tpu.train_step", down) == []
+  assert len(faults("grpo_tpu.rl.optimizer", sideways)) == 1
+  down = "from grpo_tpu.rl.objective import policy_loss"
+  assert faults("grpo_tpu.rl.train_step", down) == []
 
 
 @pytest.mark.parametrize(

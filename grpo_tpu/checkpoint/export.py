@@ -14,11 +14,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from grpo_tpu import config as run_config
-from grpo_tpu import policy as policies
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.models.gemma3.convert import huggingface
+from grpo_tpu.rl import policy as policies
 
 
 def check(config: run_config.Config, workdir: str) -> None:

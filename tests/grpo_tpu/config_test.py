@@ -8,8 +8,8 @@ import pytest
 from configs import base
 from data_pipelines.text import chat_prompts
 from grpo_tpu import config as run_config
-from grpo_tpu import objective
 from grpo_tpu.rewards import accuracy
+from grpo_tpu.rl import objective
 
 
 def section_of(values, name):

@@ -6,8 +6,9 @@ import pytest
 
 from data_pipelines import pipeline
 from data_pipelines.preferences import replies as preferences
-from grpo_tpu import evaluate_preferences, train_step
+from grpo_tpu import evaluate_preferences
 from grpo_tpu.observability import writer as metrics
+from grpo_tpu.rl import train_step
 from tests.grpo_tpu import scripted
 
 # Problems 0 to 4 with three labelled completions each, one of them two.

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import objective, optimizer, train_state, train_step
 from grpo_tpu.models.gemma3 import lora
+from grpo_tpu.rl import objective, optimizer, train_state, train_step
 from tests.grpo_tpu.checkpoint import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
-from grpo_tpu import begun_step, experience, train, train_state, train_step
+from grpo_tpu import train
 from grpo_tpu.distributed import preemption
 from grpo_tpu.observability import exit_report
+from grpo_tpu.rl import experience, partial_step, train_state, train_step
 
 NUM_STEPS = 3
 SAMPLED = [1, 2, 1]  # Batches of prompts that each step takes.
@@ -106,7 +107,7 @@ def go_on(run, done, checkpoints, *, on_poll=lambda: None):
   new = train_state.TrainState(zero, zero, {"w": zero}, ())
   start, state, unfinished = checkpoints.newest or (0, new, None)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  begun = unfinished and begun_step.BegunStep.of(unfinished, place)
+  begun = unfinished and partial_step.BegunStep.of(unfinished, place)
   writer = types.SimpleNamespace(
     failures=0,
     write=lambda step, scalars: done.append(("line", step, dict(scalars))),

@@ -8,10 +8,10 @@ from etils import epath
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import policy as policies
-from grpo_tpu import train_state
 from grpo_tpu.checkpoint import export, manifest
 from grpo_tpu.distributed import sharding
+from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl import train_state
 from tests.grpo_tpu.checkpoint import checkpointing
 
 

@@ -13,10 +13,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_tpu import objective, train_state, train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, weights
+from grpo_tpu.rl import objective, train_state, train_step
 from grpo_tpu.rollout import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import train_step
 from grpo_tpu.models import image_features
 from grpo_tpu.models.gemma3 import vision
+from grpo_tpu.rl import train_step
 from tests.grpo_tpu import conftest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

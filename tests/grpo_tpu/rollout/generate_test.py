@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.text import tokenizer
-from grpo_tpu import objective, train_step
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import image_features, logprobs
 from grpo_tpu.models.gemma3 import text
+from grpo_tpu.rl import objective, train_step
 from grpo_tpu.rollout import compaction, engine, generate
 from tests.grpo_tpu import conftest
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, lora, text, weights
+from grpo_tpu.rl import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LORA = lora.LoraConfig(rank=3, alpha=5.0, targets=lora.TARGETS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import shaping
+from grpo_tpu.rl import shaping
 
 NEUTRAL = shaping.ShapingConfig(
   truncated="keep",

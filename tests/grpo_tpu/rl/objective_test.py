@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import objective
+from grpo_tpu.rl import objective
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 KL_GRADIENTS = ("estimator", "importance_weighted", "reverse")

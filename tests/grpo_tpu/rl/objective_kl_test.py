@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import objective
+from grpo_tpu.rl import objective
 
 
 def kl_gradient(logits, old_logits, ref_logits, config):

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_tpu import experience
-from grpo_tpu import policy as policies
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl import experience
+from grpo_tpu.rl import policy as policies
 from tests.grpo_tpu import conftest, scripted
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_tpu import objective, shaping, train_state
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.gemma3 import text
+from grpo_tpu.rl import objective, shaping, train_state
 
 
 class Bundles(flax.struct.PyTreeNode):

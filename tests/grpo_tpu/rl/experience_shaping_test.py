@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_tpu import experience
 from grpo_tpu.observability import writer as metrics
+from grpo_tpu.rl import experience
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import GROUPS, MAX_NEW_TOKENS, UNREADABLE
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import optimizer
+from grpo_tpu.rl import optimizer
 
 CONFIG = optimizer.OptimizerConfig(
   learning_rate=0.1,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu import begun_step, train_step
+from grpo_tpu.rl import partial_step, train_step
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def begun(place, *, skipped):
     "perf/rollout_seconds": 0.25,
     "rollout/batches": 3,
   }
-  return begun_step.BegunStep(
-    begun_step.laid_out(bundles, place), 3, scalars, skipped
+  return partial_step.BegunStep(
+    partial_step.laid_out(bundles, place), 3, scalars, skipped
   )
 
 
@@ -48,7 +48,7 @@ def through_a_checkpoint(step, place):
   assert all(array.size for array in unfinished.arrays.values())
   assert all(a.sharding == place for a in unfinished.arrays.values())
   unfinished.record.update(json.loads(json.dumps(unfinished.record)))
-  return begun_step.BegunStep.of(unfinished, place)
+  return partial_step.BegunStep.of(unfinished, place)
 
 
 def test_what_comes_out_is_what_went_in(place):
@@ -80,7 +80,7 @@ def test_the_cursor_counts_updates_done_and_those_skipped_are_done(place):
 def test_laying_out_moves_bundles_and_changes_none(place):
   bundles = begun(place, skipped=[]).bundles
   alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  moved = begun_step.laid_out(bundles, alone)
+  moved = partial_step.laid_out(bundles, alone)
   for one, other in zip(
     jax.tree.leaves(bundles), jax.tree.leaves(moved), strict=True
   ):

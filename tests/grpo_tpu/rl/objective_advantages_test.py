@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import objective
+from grpo_tpu.rl import objective
 
 
 def twin_advantages(rewards, valid, size, scale, baseline, epsilon):

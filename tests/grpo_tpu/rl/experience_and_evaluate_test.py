@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from grpo_tpu import evaluate, experience
+from grpo_tpu import evaluate
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl import experience
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
   ASKED,

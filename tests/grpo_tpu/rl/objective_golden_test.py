@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import objective, shaping
+from grpo_tpu.rl import objective, shaping
 
 TRL_CASES = (
   "bnpo_beta0",
@@ -312,6 +312,6 @@ def test_every_case_is_reproduced_or_its_reason_is_documented(
   cases = request.getfixturevalue(peer).cases
   losses = {c.removeprefix("loss/") for c in cases if c.startswith("loss/")}
   assert losses - set(reproduced) == NOT_REPRODUCED[peer]
-  root = pathlib.Path(objective.__file__).resolve().parents[1]
+  root = pathlib.Path(objective.__file__).resolve().parents[2]
   text = (root / "docs" / "objective.md").read_text()
   assert all(f"`{case}`" in text for case in NOT_REPRODUCED[peer])

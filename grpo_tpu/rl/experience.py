@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
 from grpo_tpu import config as run_config
-from grpo_tpu import health, objective, shaping, train_step
-from grpo_tpu import policy as policies
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl import diagnostics, objective, shaping, train_step
+from grpo_tpu.rl import policy as policies
 from grpo_tpu.rollout import generate
 
 
@@ -513,8 +513,10 @@ def _advantages(
     valid=valid.reshape(-1),
   ).reshape(total.shape)
   scalars = {
-    "rollout/effective_sample_size": health.effective_sample_size(advantages),
-    "rollout/heuristic_advantage_share": health.advantage_share(
+    "rollout/effective_sample_size": diagnostics.effective_sample_size(
+      advantages
+    ),
+    "rollout/heuristic_advantage_share": diagnostics.advantage_share(
       heuristics, total, advantages, valid=valid
     ),
   }
@@ -532,7 +534,7 @@ def _advantages(
 def _reward_statistics(rewards, valid):
   """What the rewards were, and how they lie within groups."""
   total = rewards["total"]
-  correctness = health.group_health(rewards["accuracy"] > 0.5, valid=valid)
+  correctness = diagnostics.group_health(rewards["accuracy"] > 0.5, valid=valid)
   counted = jnp.maximum(valid.sum(axis=1), 1)
   centred = total - (jnp.where(valid, total, 0.0).sum(1) / counted)[:, None]
   spread = jnp.sqrt(

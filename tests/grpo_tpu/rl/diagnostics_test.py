@@ -4,20 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu import health
+from grpo_tpu.rl import diagnostics
 
 
 def test_group_health_counts_groups_with_a_known_answer():
   correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
   valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
-  shares = health.group_health(correct, valid=valid)
+  shares = diagnostics.group_health(correct, valid=valid)
   # The fourth group knows one answer, a right one; the fifth knows none.
   assert shares == {"all_right": 0.5, "all_wrong": 0.25, "mixed": 0.25}
-  assert health.group_health(correct)["mixed"] == jnp.float32(0.6)
+  assert diagnostics.group_health(correct)["mixed"] == jnp.float32(0.6)
 
 
 def test_groups_without_a_known_answer_have_no_share():
-  shares = health.group_health(
+  shares = diagnostics.group_health(
     jnp.ones((2, 3), bool), valid=jnp.zeros((2, 3), bool)
   )
   assert shares == {"all_right": 0, "all_wrong": 0, "mixed": 0}
@@ -38,7 +38,7 @@ def test_groups_without_a_known_answer_have_no_share():
   ids=["equal", "one_hot", "zeros", "signs", "uneven"],
 )
 def test_effective_sample_size_counts_equal_weights(weights, size):
-  actual = health.effective_sample_size(np.float32(weights))
+  actual = diagnostics.effective_sample_size(np.float32(weights))
   np.testing.assert_allclose(actual, size, rtol=1e-6)
 
 
@@ -46,8 +46,8 @@ def test_effective_sample_size_counts_equal_weights(weights, size):
 def test_effective_sample_size_ignores_a_scale(scale):
   weights = np.random.default_rng(0).normal(size=30).astype(np.float32)
   np.testing.assert_allclose(
-    health.effective_sample_size(scale * weights),
-    health.effective_sample_size(weights),
+    diagnostics.effective_sample_size(scale * weights),
+    diagnostics.effective_sample_size(weights),
     rtol=1e-5,
   )
 
@@ -62,9 +62,9 @@ ADVANTAGES = np.float32([[-1, 1], [1, -1]])
 
 
 def test_the_share_of_a_part_weighs_groups_as_their_advantages_do():
-  share = health.advantage_share(PART, PART + REST, ADVANTAGES)
+  share = diagnostics.advantage_share(PART, PART + REST, ADVANTAGES)
   np.testing.assert_allclose(share, 1 / 3, rtol=1e-6)
-  of_rest = health.advantage_share(REST, PART + REST, ADVANTAGES)
+  of_rest = diagnostics.advantage_share(REST, PART + REST, ADVANTAGES)
   np.testing.assert_allclose(of_rest, 2 / 3, rtol=1e-6)
 
 
@@ -72,13 +72,15 @@ def test_the_share_of_a_part_weighs_groups_as_their_advantages_do():
   ("part", "share"), [([[5.0, 5.0], [-1.0, -1.0]], 0.0), (PART + REST + 9, 1.0)]
 )
 def test_a_part_constant_within_groups_makes_nothing_and_alone_all(part, share):
-  actual = health.advantage_share(np.float32(part), PART + REST, ADVANTAGES)
+  actual = diagnostics.advantage_share(
+    np.float32(part), PART + REST, ADVANTAGES
+  )
   np.testing.assert_allclose(actual, share, atol=1e-6)
 
 
 def test_where_nothing_differs_no_part_has_a_share():
   same = np.full((2, 3), 0.9, np.float32)
-  assert health.advantage_share(same, same, np.zeros_like(same)) == 0
+  assert diagnostics.advantage_share(same, same, np.zeros_like(same)) == 0
 
 
 @pytest.mark.parametrize("junk", [100.0, np.nan])
@@ -86,7 +88,7 @@ def test_invalid_rows_do_not_enter_a_share(junk):
   def widened(values, last):
     return np.insert(values, 1, last, axis=1).astype(np.float32)
 
-  share = health.advantage_share(
+  share = diagnostics.advantage_share(
     widened(PART, junk),
     widened(PART + REST, -junk),
     widened(ADVANTAGES, 0),
@@ -100,5 +102,5 @@ def test_unanimous_groups_do_not_enter_a_share():
   part = np.append(PART, [[4.0, 0.0]], axis=0).astype(np.float32)
   rest = np.append(REST, [[0.0, 4.0]], axis=0).astype(np.float32)
   advantages = np.append(ADVANTAGES, [[0.0, 0.0]], axis=0).astype(np.float32)
-  share = health.advantage_share(part, part + rest, advantages)
+  share = diagnostics.advantage_share(part, part + rest, advantages)
   np.testing.assert_allclose(share, 1 / 3, rtol=1e-6)

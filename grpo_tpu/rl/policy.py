@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import config as run_config
-from grpo_tpu import optimizer, sections, train_state, train_step
+from grpo_tpu import sections
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
+from grpo_tpu.rl import optimizer, train_state, train_step
 from grpo_tpu.rollout import engine, generate
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_tpu import health, objective, train_state, train_step
 from grpo_tpu.models import logprobs
+from grpo_tpu.rl import diagnostics, objective, train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6
@@ -366,7 +366,7 @@ def test_the_effective_sample_share_is_that_of_the_batchs_ratios(
   _, metrics = update("dapo", num_microbatches, bundles)
   logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, bundles)
   ratio = jnp.exp(logps - bundles.old_per_token_logps)[bundles.completion_mask]
-  expected = health.effective_sample_size(ratio) / ratio.size
+  expected = diagnostics.effective_sample_size(ratio) / ratio.size
   np.testing.assert_allclose(
     metrics["effective_sample_share"], expected, rtol=1e-5
   )

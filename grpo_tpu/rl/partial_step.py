@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from grpo_tpu import train_step
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.observability import writer
+from grpo_tpu.rl import train_step
 
 
 @dataclasses.dataclass

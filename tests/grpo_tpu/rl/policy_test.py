@@ -12,11 +12,11 @@ import pytest
 
 from configs import base
 from grpo_tpu import config as run_config
-from grpo_tpu import policy as policies
-from grpo_tpu import train_state, train_step
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
+from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl import train_state, train_step
 from tests.grpo_tpu.checkpoint import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())

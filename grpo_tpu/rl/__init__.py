@@ -1,0 +1,1 @@
+"""GRPO: advantages, the objective, scoring and the optimizer update."""
