@@ -15,9 +15,7 @@ import step_workload as workload  # noqa: E402
 
 from configs import base  # noqa: E402
 from data_pipelines import pipeline, records  # noqa: E402
-from grpo_tpu import (  # noqa: E402
-  config as run_config,
-)
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 from grpo_tpu.rl import experience, optimizer, policy, train_state, train_step

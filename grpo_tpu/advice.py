@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from absl import logging
 
-from grpo_tpu import config as run_config
 from grpo_tpu import planning, programs
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.models.gemma3 import remat
 from grpo_tpu.planning import Changes

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from grpo_tpu import aot, flops, programs
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 
 

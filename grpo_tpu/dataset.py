@@ -14,7 +14,7 @@ from data_pipelines.preferences import replies as preferences
 from data_pipelines.sources import mathvista
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from absl import logging
 
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
-from grpo_tpu import config as run_config
 from grpo_tpu import dataset, report, scorecard
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring

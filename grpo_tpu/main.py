@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import app
 
-from grpo_tpu import command_line
-from grpo_tpu import config as run_config
+from grpo_tpu.config import flags
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize, logs
 from grpo_tpu.observability import exit_report
 
@@ -28,15 +28,15 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
   with run_config.refutable():
     if len(argv) > 1:
       raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
-    config = run_config.Config.from_config_dict(command_line.CONFIG.value)
-    place = command_line.place()
-    mode, workdir = command_line.MODE.value, command_line.WORKDIR.value
+    config = run_config.Config.from_config_dict(flags.CONFIG.value)
+    place = flags.place()
+    mode, workdir = flags.MODE.value, flags.WORKDIR.value
     # Heavy imports wait until the settings are known to be good.
     if mode == "plan":
       # Alone: it starts no devices, and reads no data.
       from grpo_tpu import plan
 
-      topology, advise = command_line.TOPOLOGY.value, command_line.ADVISE.value
+      topology, advise = flags.TOPOLOGY.value, flags.ADVISE.value
       plan.run(config, workdir, topology, advise=advise)
       ending.done()
       return
@@ -69,7 +69,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   logs.silence_libraries()
   try:
     with run_config.refutable():
-      return command_line.parsed(argv)
+      return flags.parsed(argv)
   except run_config.SettingError as error:
     exit_report.Ending().end(error)
 

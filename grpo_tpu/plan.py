@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 from grpo_tpu import advice, planning
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 
 _GIB = 2**30

@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 
 from grpo_tpu import compiling, programs, traffic
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 
 type Changes = dict[str, Any]  # Settings by name, as in "mesh.fsdp".

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from data_pipelines import records
 from data_pipelines.sources import mathvista
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import scoring
 
 _BAD_REQUEST = 64  # EX_USAGE of sysexits.h.

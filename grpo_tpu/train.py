@@ -18,9 +18,9 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
-from grpo_tpu import config as run_config
 from grpo_tpu import dataset, evaluate, evaluate_preferences
 from grpo_tpu.checkpoint import checkpointer
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import (
   compile_cache,
   initialize,

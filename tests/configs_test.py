@@ -11,8 +11,8 @@ import pytest
 
 from data_pipelines import prepare
 from data_pipelines.sources import synthetic
-from grpo_tpu import config as run_config
 from grpo_tpu import dataset, planning
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -47,7 +47,7 @@ FLOORS = {
   },
   2: {
     "grpo_tpu.checkpoint.reader",
-    "grpo_tpu.command_line",
+    "grpo_tpu.config.flags",
     "grpo_tpu.observability.dashboard",
     "grpo_tpu.rewards",
     "grpo_tpu.scorecard",
@@ -60,9 +60,13 @@ FLOORS = {
     "grpo_tpu.observability.writer",
     "grpo_tpu.rl.optimizer",
     "grpo_tpu.models.image_features",
-    "grpo_tpu.sections",
+    "grpo_tpu.config.sections",
   },
-  5: {"grpo_tpu.config", "grpo_tpu.rollout.generate", "grpo_tpu.rl.train_step"},
+  5: {
+    "grpo_tpu.config.schema",
+    "grpo_tpu.rollout.generate",
+    "grpo_tpu.rl.train_step",
+  },
   6: {
     "grpo_tpu.rl.partial_step",
     "grpo_tpu.dataset",

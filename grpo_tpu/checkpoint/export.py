@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from grpo_tpu import config as run_config
 from grpo_tpu.checkpoint import reader
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.models.gemma3.convert import huggingface

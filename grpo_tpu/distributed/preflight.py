@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize
 
 # What arithmetic or the order of the data rests on.

@@ -14,8 +14,8 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from grpo_tpu import config as run_config
 from grpo_tpu.checkpoint import reader
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize, preemption, watchdog
 from grpo_tpu.observability import goodput, run_record
 from grpo_tpu.rewards import scoring

@@ -19,7 +19,7 @@ import jax
 from absl import logging
 
 from data_pipelines.text import chat_prompts
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import preflight
 
 # What changes no number of a step but by rounding, or is known by its contents

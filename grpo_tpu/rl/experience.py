@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring

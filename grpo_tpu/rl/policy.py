@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 
 from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import config as run_config
-from grpo_tpu import sections
 from grpo_tpu.checkpoint import reader
+from grpo_tpu.config import schema as run_config
+from grpo_tpu.config import sections
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights

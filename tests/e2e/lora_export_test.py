@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from grpo_tpu import config as run_config
 from grpo_tpu.checkpoint import export
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.models.gemma3 import text, weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.peers]

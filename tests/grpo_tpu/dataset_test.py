@@ -12,8 +12,8 @@ import pytest
 from configs import base
 from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import config as run_config
 from grpo_tpu import dataset
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.models.gemma3 import weights
 
 

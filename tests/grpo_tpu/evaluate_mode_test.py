@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from grpo_tpu import config as run_config
 from grpo_tpu import evaluate, scorecard
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives
 from grpo_tpu.rollout import sampling
 from tests.grpo_tpu import scripted

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from grpo_tpu import advice, aot, plan, planning, programs, traffic
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import remat
 

@@ -13,7 +13,7 @@ from configs import base
 from data_pipelines import pipeline, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.rl import policy as policies
 from grpo_tpu.rollout import engine

@@ -7,8 +7,8 @@ import pytest
 from etils import epath
 
 from configs import base
-from grpo_tpu import config as run_config
 from grpo_tpu.checkpoint import export, manifest
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.rl import policy as policies
 from grpo_tpu.rl import train_state

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import base
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import exit_report, run_record
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from data_pipelines.text import chat_prompts
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.observability import run_record
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma

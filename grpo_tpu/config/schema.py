@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.text import chat_prompts as prompts
-from grpo_tpu import sections
 from grpo_tpu.checkpoint import retention
+from grpo_tpu.config import sections
 from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config

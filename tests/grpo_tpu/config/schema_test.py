@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from data_pipelines.text import chat_prompts
-from grpo_tpu import config as run_config
+from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import accuracy
 from grpo_tpu.rl import objective
 

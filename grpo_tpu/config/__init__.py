@@ -1,0 +1,1 @@
+"""Settings: defaults, types, rules and flags."""
