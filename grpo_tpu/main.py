@@ -40,9 +40,10 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
       plan.run(config, workdir, topology, advise=advise)
       ending.done()
       return
-    from grpo_tpu import dataset, evaluate, train
+    from grpo_tpu import dataset, train
     from grpo_tpu.checkpoint import export
     from grpo_tpu.distributed import compile_cache, preflight
+    from grpo_tpu.evaluation import evaluate
 
     identity = {}
     if mode == "export":

@@ -18,7 +18,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines import pipeline
-from grpo_tpu import dataset, evaluate, evaluate_preferences
+from grpo_tpu import dataset
 from grpo_tpu.checkpoint import checkpointer
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import (
@@ -29,6 +29,7 @@ from grpo_tpu.distributed import (
   sharding,
   watchdog,
 )
+from grpo_tpu.evaluation import evaluate, preferences
 from grpo_tpu.observability import alarms, exit_report, run_record
 from grpo_tpu.observability import profiler as profiling
 from grpo_tpu.observability import writer as metrics
@@ -549,7 +550,7 @@ class _Run:
     scalars = result.scalars
     if self._preference_batches is not None:
       assert self._reference is not None
-      scalars |= evaluate_preferences.evaluate(
+      scalars |= preferences.evaluate(
         self.policy,
         params,
         self.policy.on_device(self._reference),

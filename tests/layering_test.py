@@ -38,7 +38,7 @@ FLOORS = {
     "grpo_tpu.rl.objective",
     "grpo_tpu.distributed.preemption",
     "grpo_tpu.observability.profiler",
-    "grpo_tpu.report",
+    "grpo_tpu.evaluation.report",
     "grpo_tpu.checkpoint.retention",
     "grpo_tpu.rollout.sampling",
     "grpo_tpu.rl.shaping",
@@ -50,7 +50,7 @@ FLOORS = {
     "grpo_tpu.config.flags",
     "grpo_tpu.observability.dashboard",
     "grpo_tpu.rewards",
-    "grpo_tpu.scorecard",
+    "grpo_tpu.evaluation.scores",
     "grpo_tpu.distributed.sharding",
   },
   3: {"grpo_tpu.gemma3", "grpo_tpu.models.logprobs"},
@@ -72,7 +72,7 @@ FLOORS = {
     "grpo_tpu.dataset",
     "grpo_tpu.rl.policy",
     "grpo_tpu.distributed.preflight",
-    "grpo_tpu.rescore",
+    "grpo_tpu.evaluation.rescore",
     "grpo_tpu.traffic",
   },
   7: {
@@ -84,8 +84,8 @@ FLOORS = {
   8: {
     "grpo_tpu.compiling",
     "grpo_tpu.observability.exit_report",
-    "grpo_tpu.evaluate",
-    "grpo_tpu.evaluate_preferences",
+    "grpo_tpu.evaluation.evaluate",
+    "grpo_tpu.evaluation.preferences",
   },
   9: {"grpo_tpu.planning", "grpo_tpu.train"},
   10: {"grpo_tpu.advice"},
@@ -236,7 +236,7 @@ def test_slow_libraries_are_imported_where_they_are_used(name):
 def test_the_trainer_starts_without_tensorflow():
   """The law itself: other libraries' imports are not in our files."""
   code = (
-    "import sys, data_pipelines.prepare, grpo_tpu.evaluate, grpo_tpu.train\n"
+    "import sys, data_pipelines.prepare, grpo_tpu.evaluation.evaluate, grpo_tpu.train\n"
     f"assert {IMPORTED_WHERE_USED!r}.isdisjoint(sys.modules)"
   )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

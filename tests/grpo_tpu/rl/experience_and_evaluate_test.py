@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from grpo_tpu import evaluate
+from grpo_tpu.evaluation import evaluate
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rl import experience

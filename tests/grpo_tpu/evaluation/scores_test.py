@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grpo_tpu import scorecard
+from grpo_tpu.evaluation import scores as scorecard
 
 
 def answer(index, got, *, gold="3", asked=True, stopped=True, **record):

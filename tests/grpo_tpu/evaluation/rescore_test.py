@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from data_pipelines.sources import mathvista
-from grpo_tpu import rescore
+from grpo_tpu.evaluation import rescore
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
 from tests.grpo_tpu.rewards.custom_test import config_of
 from tests.grpo_tpu.scripted import PROBLEMS
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 REPLIES = ("<answer>3</answer>", "I say 3.", "", "Trap <answer>3</answer>")
 CONFIG = config_of()
 
@@ -119,7 +119,12 @@ def test_problems_that_are_not_there_are_named(data_dir, tmp_path):
 
 def command(*arguments):
   return subprocess.run(
-    [sys.executable, "-m", "grpo_tpu.rescore", "--config=configs/smoke.py"]
+    [
+      sys.executable,
+      "-m",
+      "grpo_tpu.evaluation.rescore",
+      "--config=configs/smoke.py",
+    ]
     + list(arguments),
     cwd=ROOT,
     # Whoever asks JAX for its devices fails.

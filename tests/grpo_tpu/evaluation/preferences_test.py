@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines import pipeline
 from data_pipelines.preferences import replies as preferences
-from grpo_tpu import evaluate_preferences
+from grpo_tpu.evaluation import preferences as evaluate_preferences
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rl import train_step
 from tests.grpo_tpu import scripted

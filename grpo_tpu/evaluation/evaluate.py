@@ -18,9 +18,11 @@ from absl import logging
 
 from data_pipelines import images, pipeline
 from data_pipelines.scoring import ablations
-from grpo_tpu import dataset, report, scorecard
+from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.evaluation import report
+from grpo_tpu.evaluation import scores as scorecard
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rl import experience

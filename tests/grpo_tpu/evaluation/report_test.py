@@ -8,7 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from grpo_tpu import report, scorecard
+from grpo_tpu.evaluation import report
+from grpo_tpu.evaluation import scores as scorecard
 
 EVIL = (
   "<script>alert(1)</script></pre></style><img src=x onerror=alert(1)>"

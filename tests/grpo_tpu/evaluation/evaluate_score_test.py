@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data_pipelines import score
-from grpo_tpu import evaluate, scorecard
+from grpo_tpu.evaluation import evaluate
+from grpo_tpu.evaluation import scores as scorecard
 from tests.grpo_tpu import scripted
 
 

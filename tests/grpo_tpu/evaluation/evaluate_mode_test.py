@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from absl import logging
 
-from grpo_tpu import evaluate, scorecard
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives
+from grpo_tpu.evaluation import evaluate
+from grpo_tpu.evaluation import scores as scorecard
 from grpo_tpu.rollout import sampling
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy and preferences on held-out problems, and the report."""
