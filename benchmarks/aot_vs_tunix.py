@@ -26,7 +26,7 @@ import types
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from grpo_tpu import aot  # noqa: E402
+from grpo_tpu.planning import aot  # noqa: E402
 
 _VOCABULARY = 262_144
 _LEARNING_RATE = 1e-6
@@ -108,7 +108,7 @@ def _measured(side, python, rank, arguments) -> dict:
 
 def _answer(arguments, traced) -> None:
   """Writes what a side is like, and ends the process with its compiler."""
-  from grpo_tpu import flops
+  from grpo_tpu.planning import flops
 
   folder = pathlib.Path(arguments.folder)
   said = {"flops": flops.count_jaxpr(traced.jaxpr), "hbm_bytes": None}

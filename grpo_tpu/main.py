@@ -34,7 +34,7 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
     # Heavy imports wait until the settings are known to be good.
     if mode == "plan":
       # Alone: it starts no devices, and reads no data.
-      from grpo_tpu import plan
+      from grpo_tpu.planning import plan
 
       topology, advise = flags.TOPOLOGY.value, flags.ADVISE.value
       plan.run(config, workdir, topology, advise=advise)

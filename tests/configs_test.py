@@ -11,9 +11,10 @@ import pytest
 
 from data_pipelines import prepare
 from data_pipelines.sources import synthetic
-from grpo_tpu import dataset, planning
+from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
+from grpo_tpu.planning import planner
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -73,7 +74,7 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   assert (config.lora is not None) == (kind == "lora")
   topology = hardware.parse(TOPOLOGIES[path.stem])
   assert path.stem.endswith(topology.slice_name.replace("-", "_"))
-  planning.check(config, topology)
+  planner.check(config, topology)
 
 
 def test_an_overlay_of_another_kind_is_refused():

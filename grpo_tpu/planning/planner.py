@@ -20,9 +20,9 @@ from typing import Any
 
 from absl import logging
 
-from grpo_tpu import compiling, programs, traffic
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
+from grpo_tpu.planning import compile_worker, programs, roofline
 
 type Changes = dict[str, Any]  # Settings by name, as in "mesh.fsdp".
 
@@ -338,11 +338,11 @@ def compiled(
   """
   context = multiprocessing.get_context("forkserver")
   # Imported once, for all of them.
-  context.set_forkserver_preload(["grpo_tpu.compiling"])
+  context.set_forkserver_preload(["grpo_tpu.planning.compile_worker"])
   with tempfile.TemporaryDirectory(prefix="grpo_tpu_plan_") as name:
     folder = pathlib.Path(name)
     process = context.Process(
-      target=compiling.answer,
+      target=compile_worker.answer,
       args=(config.to_dict(), str(topology), program, folder),
       daemon=True,
     )
@@ -370,11 +370,11 @@ def _assembled(config, topology, answers: list[dict[str, Any]]) -> Plan:
     )
     hbm_bytes = answer["hbm_bytes"]
     known = sum(by_class.values())
-    moved = traffic.volume(config, topology, answer["name"])
-    defects = traffic.defects(config, answer["collectives"])
+    moved = roofline.volume(config, topology, answer["name"])
+    defects = roofline.defects(config, answer["collectives"])
     flops = answer["flops"] / topology.num_devices
     least_bytes = (
-      traffic.least_hbm_bytes(config, answer["name"]) + answer["rest_bytes"]
+      roofline.least_hbm_bytes(config, answer["name"]) + answer["rest_bytes"]
     )
     rows.append(
       {
@@ -416,8 +416,8 @@ def least_step_seconds(
   """A bound of a whole step by the sharding plan alone; nothing is compiled."""
   rows = []
   for name in programs.names(config):
-    least_bytes = traffic.least_hbm_bytes(config, name)
-    moved = traffic.volume(config, topology, name)
+    least_bytes = roofline.least_hbm_bytes(config, name)
+    moved = roofline.volume(config, topology, name)
     least = bounds(topology.chip, 0.0, least_bytes, moved)
     rows.append({"name": name, "bounds_seconds": least})
   return max(_step_seconds(config, rows).values())
@@ -444,7 +444,7 @@ def _step_seconds(
 ) -> dict[str, float]:
   """Of steps of text and of images, if the model sees these."""
   rollouts, shards = config.num_rollouts, config.mesh.replica * config.mesh.fsdp
-  chunks = (config.rollout.max_new_tokens - 1) / traffic.decode_trips(config)
+  chunks = (config.rollout.max_new_tokens - 1) / roofline.decode_trips(config)
   pictures = config.data.prompts_per_step / config.rollout.pictures_per_shard
   times = {
     "pictures": math.ceil(pictures / shards),

@@ -13,12 +13,12 @@ import unittest.mock
 import jax
 import pytest
 
-from grpo_tpu import advice, aot, plan, planning, programs, traffic
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import remat
+from grpo_tpu.planning import advise, aot, plan, planner, programs, roofline
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 TOPOLOGIES = {
   "gemma3_4b_v5e_16": "v5e:4x4",
   "gemma3_4b_v6e_16": "v6e:4x4",
@@ -55,13 +55,13 @@ def libtpu():
 def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
-    planning.check(config, hardware.parse("v5e:2x2"))
+    planner.check(config, hardware.parse("v5e:2x2"))
 
 
 def test_slices_without_replicas_of_their_own_are_told_the_nearest():
   config = of_4b()
   with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
-    planning.check(config, hardware.parse("v5e:2x4*2"))
+    planner.check(config, hardware.parse("v5e:2x4*2"))
 
 
 def test_a_step_calls_each_program_as_often_as_it_does():
@@ -74,8 +74,8 @@ def test_a_step_calls_each_program_as_often_as_it_does():
     }
     for name in programs.names(config)
   ]
-  made = planning.Plan(config, hardware.parse("v5e:4x4"), rows, {})
-  bounds = planning.step_bounds(made)
+  made = planner.Plan(config, hardware.parse("v5e:4x4"), rows, {})
+  bounds = planner.step_bounds(made)
   # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
   # then an update. Nothing moves, and nothing is evaluated.
   seconds = 4 * (1 + 1023 / 128 + 1) + 1
@@ -90,7 +90,7 @@ def test_a_step_calls_each_program_as_often_as_it_does():
 def test_no_compiler_is_told_with_the_remedy(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install.*macOS"):
-    planning.check_compiler()
+    planner.check_compiler()
 
 
 def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
@@ -115,7 +115,7 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
     "completion_tokens": 7,
     "defects": ["something odd"],
   }
-  made = planning.Plan(config, hardware.parse("v5e:4x4"), [row], {})
+  made = planner.Plan(config, hardware.parse("v5e:4x4"), [row], {})
   lines = plan.table(made).splitlines()
   memory, work = (x.split()[2:] for x in lines if x.startswith("train_step"))
   room = f"{15.75 - gibibytes:.2f}"
@@ -130,11 +130,11 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
 
 def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
-  near = planning.nearest_mesh(config, hardware.parse("v5e:4x4"))
-  assert planning.differing(config, near) == {"mesh.fsdp": 8}
+  near = planner.nearest_mesh(config, hardware.parse("v5e:4x4"))
+  assert planner.differing(config, near) == {"mesh.fsdp": 8}
   # 64 prompts do not divide over 24 shards; 72 do, and 24 at a time.
-  near = planning.nearest_mesh(config, hardware.parse("v5e:4x4*3"))
-  assert planning.differing(config, near) == {
+  near = planner.nearest_mesh(config, hardware.parse("v5e:4x4*3"))
+  assert planner.differing(config, near) == {
     "mesh.replica": 3,
     "mesh.fsdp": 8,
     "data.prompts_per_step": 72,
@@ -145,10 +145,10 @@ def test_the_nearest_mesh_keeps_what_it_can():
 
 def test_a_plan_wants_a_topology():
   with pytest.raises(ValueError, match="--topology.*v5e:4x4"):
-    planning.parsed(None)
+    planner.parsed(None)
 
 
-class Scripted(planning.Compiler):
+class Scripted(planner.Compiler):
   """Says what programs take by a formula, in bytes of a device."""
 
   def __init__(self, sampling, update, **others):
@@ -163,13 +163,13 @@ class Scripted(planning.Compiler):
       rows = []
       for name in names or programs.names(config):
         need = self.needs[programs.part_of(name)](config)
-        moved = traffic.volume(config, topology, name)
-        least = traffic.least_hbm_bytes(config, name)
-        seconds = planning.bounds(topology.chip, 0.0, least, moved)
+        moved = roofline.volume(config, topology, name)
+        least = roofline.least_hbm_bytes(config, name)
+        seconds = planner.bounds(topology.chip, 0.0, least, moved)
         row = {"name": name, "resident_bytes": need, "completion_tokens": 1}
         rows.append(row | {"bounds_seconds": seconds})
         self.asked.add((name, str(topology), config))
-      made.append(planning.Plan(config, topology, rows, {}))
+      made.append(planner.Plan(config, topology, rows, {}))
     return made
 
 
@@ -197,7 +197,7 @@ def by_remat(config):
 
 def advised(config, topology, sampling=by_rows, update=by_remat):
   compiler = Scripted(sampling, update)
-  return advice.advise(config, hardware.parse(topology), compiler)
+  return advise.advise(config, hardware.parse(topology), compiler)
 
 
 def pasted(name, flags):
@@ -225,15 +225,15 @@ def test_advice_is_the_largest_step_that_leaves_a_margin():
   config = of_4b(**{"rollout.num_generations": 4})
   found = advised(config, "v5e:4x4")
   made = found.made
-  assert made.fits(advice.MARGIN)
-  limit = (1 - advice.MARGIN) * made.topology.chip.hbm_limit_bytes
+  assert made.fits(advise.MARGIN)
+  limit = (1 - advise.MARGIN) * made.topology.chip.hbm_limit_bytes
   # The cheapest remat of which a bundle a shard fits, and the most bundles.
   policy = made.config.model.remat
   cheaper = remat.POLICIES[: remat.POLICIES.index(policy)]
   shards = made.config.mesh.fsdp
   for name in cheaper:
     dearer = {"model.remat": name, "train.microbatch_bundles": shards}
-    assert by_remat(planning.changed(made.config, dearer)) > limit
+    assert by_remat(planner.changed(made.config, dearer)) > limit
   for setting, need, now in (
     (
       "train.microbatch_bundles",
@@ -249,7 +249,7 @@ def test_advice_is_the_largest_step_that_leaves_a_margin():
     assert need(made.config) <= limit
     assert (
       now == 64
-      or need(planning.changed(made.config, {setting: 2 * now})) > limit
+      or need(planner.changed(made.config, {setting: 2 * now})) > limit
     )
 
 
@@ -258,14 +258,14 @@ def test_advice_can_be_pasted(topology):
   name = "gemma3_4b_v5e_16"
   found = advised(config_of(name), topology)
   assert found.changes
-  assert str(found).endswith(advice.flags(found.changes))
-  assert pasted(name, advice.flags(found.changes)) == found.made.config
+  assert str(found).endswith(advise.flags(found.changes))
+  assert pasted(name, advise.flags(found.changes)) == found.made.config
 
 
 def test_a_tuple_and_a_word_survive_the_shell():
   changes = {"data.prompt_buckets": (384,), "model.remat": "offload"}
-  wanted = planning.changed(config_of("smoke"), changes)
-  assert pasted("smoke", advice.flags(changes)) == wanted
+  wanted = planner.changed(config_of("smoke"), changes)
+  assert pasted("smoke", advise.flags(changes)) == wanted
 
 
 def test_advice_gives_up_the_longest_prompts_last():
@@ -294,16 +294,16 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
     return prompts * config.mesh.tensor**2 * GIB // 16
 
   compiler = Scripted(few, few, rollout=by_tensor)
-  search = advice._Search(config, described, compiler, advice.MARGIN)
-  meshes = advice.meshes(config, described)
+  search = advise._Search(config, described, compiler, advise.MARGIN)
+  meshes = advise.meshes(config, described)
   assert meshes == sorted(meshes, key=lambda x: x[0])
   bounds = {}
   for least, mesh in meshes:
     _, made = search.settled(mesh, 64, 64, remat.POLICIES)
-    bounds[made.config.mesh.tensor] = advice._bound(made)
+    bounds[made.config.mesh.tensor] = advise._bound(made)
     assert least <= bounds[made.config.mesh.tensor]
   compiler.asked.clear()
-  found = advice.advise(config, described, compiler)
+  found = advise.advise(config, described, compiler)
   best = found.made.config.mesh.tensor
   assert best == min(bounds, key=bounds.get) != meshes[0][1]["mesh.tensor"]
   asked = {config.mesh.tensor for _, _, config in compiler.asked}
@@ -323,7 +323,7 @@ def test_advice_is_of_the_whole_run():
       return made
 
   with pytest.raises(run_config.SettingError):
-    advice.advise(settings, topology, Odd(few, few))
+    advise.advise(settings, topology, Odd(few, few))
 
 
 def test_where_nothing_fits_advice_says_what_would_help():
@@ -333,10 +333,10 @@ def test_where_nothing_fits_advice_says_what_would_help():
 
 def refusal(config, topology, monkeypatch, tmp_path, **needs):
   compiler = Scripted(**needs)
-  monkeypatch.setattr(planning, "Compiler", lambda: compiler)
-  monkeypatch.setattr(planning, "check_compiler", lambda: None)
+  monkeypatch.setattr(planner, "Compiler", lambda: compiler)
+  monkeypatch.setattr(planner, "check_compiler", lambda: None)
   monkeypatch.setattr(plan, "table", lambda made: "")
-  monkeypatch.setattr(planning.Plan, "to_dict", lambda made: {})
+  monkeypatch.setattr(planner.Plan, "to_dict", lambda made: {})
   with pytest.raises(run_config.SettingError) as caught:
     plan.run(config, str(tmp_path), topology, advise=False)
   return str(caught.value), compiler
@@ -391,11 +391,11 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
   config = of_4b(**changes)
   needs = {"sampling": few, "update": few} | needs
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
-  changes = planning.differing(config, remedy)
-  assert said.endswith(f"with --topology=v5e:4x4 {advice.flags(changes)}")
+  changes = planner.differing(config, remedy)
+  assert said.endswith(f"with --topology=v5e:4x4 {advise.flags(changes)}")
   described = hardware.parse("v5e:4x4")
   for changes, fits in ((remedy, True), (one_less, False)):
-    new = planning.changed(config, changes)
+    new = planner.changed(config, changes)
     assert compiler.plan(new, described).fits() == fits
 
 
@@ -441,7 +441,7 @@ def test_a_reference_moves_to_the_hosts_memory_before_the_slice_grows(
     if bundles == 8
     else {"train.microbatch_bundles": 16}
   )
-  assert said.endswith(f"with --topology=v5e:4x4 {advice.flags(remedy)}")
+  assert said.endswith(f"with --topology=v5e:4x4 {advise.flags(remedy)}")
 
 
 def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
@@ -495,11 +495,11 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
       "cpu_seconds": 1.0,
     }
 
-  monkeypatch.setattr(planning, "compiled", compiled)
+  monkeypatch.setattr(planner, "compiled", compiled)
   monkeypatch.setattr(
     programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
   )
-  compiler, topology = planning.Compiler(), hardware.parse("v5e:4x4")
+  compiler, topology = planner.Compiler(), hardware.parse("v5e:4x4")
   config = of_4b()
   first = compiler.plan(config, topology)
   assert sorted(asked) == sorted(programs.names(config))
@@ -516,7 +516,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
     ("data.prompt_buckets", (384,), {"update", "rollout", "evaluation"}),
   ):
     asked.clear()
-    compiler.plan(planning.changed(config, {name: value}), topology)
+    compiler.plan(planner.changed(config, {name: value}), topology)
     assert parts <= {programs.part_of(name) for name in asked}, name
     assert {programs.part_of(name) for name in asked} - parts <= {"pictures"}
 
@@ -541,23 +541,23 @@ def test_programs_that_are_taken_for_one_have_the_same_arguments(name):
     ("rollout.pictures_per_shard", 4),
     ("eval.batch_size", 128),
   ):
-    new = planning.changed(config, {setting: value})
+    new = planner.changed(config, {setting: value})
     for program in programs.names(config):
-      relevant = [planning.relevant(x, program) for x in (config, new)]
+      relevant = [planner.relevant(x, program) for x in (config, new)]
       if relevant[0] == relevant[1]:
         assert shapes(config, program) == shapes(new, program), setting
 
 
 def test_a_setting_that_breaks_a_rule_is_no_advice():
   config = config_of("smoke")
-  assert planning.changed(config, {"train.microbatch_bundles": 7}) is None
-  changed = planning.changed(config, {"train.microbatch_bundles": 32})
+  assert planner.changed(config, {"train.microbatch_bundles": 7}) is None
+  changed = planner.changed(config, {"train.microbatch_bundles": 32})
   assert changed.train.microbatch_bundles == 32
 
 
 def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
   config = of_4b(**{"data.prompts_per_step": 8})
-  found = [x for _, x in advice.meshes(config, hardware.parse("v5e:4x4"))]
+  found = [x for _, x in advise.meshes(config, hardware.parse("v5e:4x4"))]
   assert {x["mesh.fsdp"] for x in found} == {8, 4, 2}
   assert all(x["mesh.fsdp"] * x["mesh.tensor"] == 16 for x in found)
 
@@ -566,10 +566,10 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
   topology = hardware.parse("v5e:4x4")
   name = "gemma3_4b_v5p_16"
   alone = config_of(name, **{"mesh.fsdp": 1, "mesh.tensor": 1})
-  assert traffic.volume(alone, topology, "train_step (text)")["ici"] == 0
+  assert roofline.volume(alone, topology, "train_step (text)")["ici"] == 0
   whole = {"mesh.fsdp": 8, "mesh.tensor": 1, "train.microbatch_bundles": 64}
   eight = config_of(name, **whole)
-  ici = traffic.volume(eight, topology, "train_step (text)")["ici"]
+  ici = roofline.volume(eight, topology, "train_step (text)")["ici"]
   # 3.88e9 weights and the projector; bf16 gathered twice, fp32 gradients once.
   size = 3.88e9 + 1152 * 2560
   # And what is looked up for eight bundles of a shard, and its gradient.
@@ -581,7 +581,7 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
 def test_replicas_of_several_slices_reduce_over_the_network_between_them():
   config = config_of("gemma3_4b_v5p_16", **{"mesh.replica": 2})
   one, two = (
-    traffic.volume(config, hardware.parse(name), "train_step (text)")
+    roofline.volume(config, hardware.parse(name), "train_step (text)")
     for name in ("v5p:2x2x4", "v5p:2x2x2*2")
   )
   assert one["dcn"] == 0 < two["dcn"]
@@ -616,7 +616,7 @@ def test_collectives_are_read_from_a_program_the_largest_first():
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
   config = of_4b()
   rows = [vars(x) for x in aot.collectives(HLO)]
-  gradient, activations, moved = traffic.defects(config, rows)
+  gradient, activations, moved = roofline.defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
   assert "1024, 2560" in activations and "gathered" in activations
   # That of 320 columns of eight shards is of the embedding's rows.
@@ -630,7 +630,7 @@ def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
 
   def said(name, *shape):
     row = {"name": name, "dtype": "bf16", "shape": shape}
-    return traffic.defects(config, [row])
+    return roofline.defects(config, [row])
 
   (gradient,) = said("all-reduce", 32, 262144 // 4, 168)
   assert "not reduce-scattered" in gradient
@@ -697,8 +697,8 @@ def test_held_out_groups_are_scored_all_of_a_batch_at_once():
   scored = programs.find(config, mesh, "score (image)")
   assert scored.args[2].completion_ids.shape == (64, 2, 6)
   moved = {
-    name: traffic.volume(
-      planning.changed(config, {"mesh.fsdp": 2}),
+    name: roofline.volume(
+      planner.changed(config, {"mesh.fsdp": 2}),
       hardware.parse("v5e:2x2"),
       name,
     )["ici"]
@@ -740,10 +740,10 @@ def test_every_mesh_that_is_named_makes_settings_that_hold():
     for chip in (hardware.CHIPS["v6e"], hardware.CHIPS["tpu7x"]):
       for shape in chip.shapes:
         described = hardware.parse(f"{chip.name}:{shape}")
-        changes = planning.nearest_mesh(config, described)
-        new = planning.changed(config, changes)
-        planning.check(new, described)
-        smaller = planning.differing(config, changes).keys() - {"mesh.fsdp"}
+        changes = planner.nearest_mesh(config, described)
+        new = planner.changed(config, changes)
+        planner.check(new, described)
+        smaller = planner.differing(config, changes).keys() - {"mesh.fsdp"}
         assert new.mesh.tensor == config.mesh.tensor or smaller
 
 
@@ -814,7 +814,7 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
   """
   name, topology = "gemma3_4b_v5e_16", "v5e:4x4"
   config, described = config_of(name), hardware.parse(topology)
-  quick = planning.compiled(config, described, program)["hbm_bytes"]
+  quick = planner.compiled(config, described, program)["hbm_bytes"]
   code = (
     "import json, sys\n"
     "from grpo_tpu import chips, programs, config\n"
@@ -845,7 +845,7 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
 def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
   """Where they stood, and where they are to stand."""
   config, described = config_of("gemma3_4b_v5e_16"), hardware.parse("v5e:4x4")
-  found = planning.compiled(config, described, "move")
+  found = planner.compiled(config, described, "move")
   assert found["hbm_bytes"] == pytest.approx(found["rest_bytes"], rel=0.02)
 
 
@@ -857,5 +857,5 @@ def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
   """Rollout and training resident together, with pictures of both sizes."""
   described = hardware.parse(TOPOLOGIES[name])
   sizes = [config_of(name, kind, **{"model.image_size": x}) for x in (896, 448)]
-  for made in planning.Compiler().plans([(x, described) for x in sizes]):
+  for made in planner.Compiler().plans([(x, described) for x in sizes]):
     assert made.fits(MARGIN), (made.peak["name"], made.room)

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from grpo_tpu import flops
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import splash, text, weights
+from grpo_tpu.planning import flops
 
 A, B, C = 3, 5, 7
 LEFT, RIGHT = jnp.ones((A, B)), jnp.ones((B, C))

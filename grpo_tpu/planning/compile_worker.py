@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from grpo_tpu import aot, flops, programs
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
+from grpo_tpu.planning import aot, flops, programs
 
 
 def answer(

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from absl import logging
 
-from grpo_tpu import planning, programs
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.models.gemma3 import remat
-from grpo_tpu.planning import Changes
+from grpo_tpu.planning import planner, programs
+from grpo_tpu.planning.planner import Changes
 
 # What advice leaves free: the runtime's own part, and fragments.
 MARGIN = 0.1
@@ -33,7 +33,7 @@ class Advice(NamedTuple):
   """
 
   changes: Changes
-  made: planning.Plan
+  made: planner.Plan
   num_compiled: int
 
   def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Advice(NamedTuple):
 def advise(
   config: run_config.Config,
   topology: hardware.Topology,
-  compiler: planning.Compiler,
+  compiler: planner.Compiler,
 ) -> Advice:
   """The largest step that fits with `MARGIN` free.
 
@@ -71,7 +71,7 @@ def advise(
   search = _Search(config, topology, compiler, MARGIN)
   most = config.data.prompts_per_step
   for buckets in _shorter(config.data.prompt_buckets):
-    best: tuple[float, Changes, planning.Plan] | None = None
+    best: tuple[float, Changes, planner.Plan] | None = None
     for least, mesh in meshes(config, topology):
       if best is not None and least >= best[0]:
         break
@@ -94,7 +94,7 @@ def advise(
 
 
 def nearest_that_fits(
-  made: planning.Plan, compiler: planning.Compiler
+  made: planner.Plan, compiler: planner.Compiler
 ) -> tuple[Changes, hardware.Topology] | None:
   """What to change for a run that does not fit, and the slice that it fits on.
 
@@ -106,13 +106,13 @@ def nearest_that_fits(
   for topology in (made.topology, *hardware.larger(made.topology)):
     base: Changes = {}
     if topology != made.topology:
-      base = planning.nearest_mesh(config, topology)
+      base = planner.nearest_mesh(config, topology)
     places: list[Changes] = [{}]
     if config.has_reference and config.lora is None:
       places.append({"model.reference_memory": "pinned_host"})
     search = _Search(config, topology, compiler, 0.0)
     for place in places:
-      new = planning.changed(config, base | place)
+      new = planner.changed(config, base | place)
       if new is None:
         continue
       settled = search.settled(
@@ -133,7 +133,7 @@ class _Search:
     self,
     config: run_config.Config,
     topology: hardware.Topology,
-    compiler: planning.Compiler,
+    compiler: planner.Compiler,
     margin: float,
   ):
     self._config, self._topology = config, topology
@@ -143,7 +143,7 @@ class _Search:
 
   def settled(
     self, base: Changes, prompts: int, bundles: int, policies: Sequence[str]
-  ) -> tuple[Changes, planning.Plan] | None:
+  ) -> tuple[Changes, planner.Plan] | None:
     """The changes and the plan with them, or None where nothing fits.
 
     Args:
@@ -152,7 +152,7 @@ class _Search:
       bundles: Of a microbatch, at most.
       policies: For remat, the one to have rather first.
     """
-    new = planning.changed(self._config, base)
+    new = planner.changed(self._config, base)
     if new is None or not self._has_room(new):
       return None
     update = self._update(base, policies, _sizes(new, bundles))
@@ -170,8 +170,8 @@ class _Search:
       if value is None:
         return None
       base = base | {name: value}
-    changes = planning.differing(self._config, base)
-    new = planning.changed(self._config, changes)
+    changes = planner.differing(self._config, base)
+    new = planner.changed(self._config, changes)
     assert new is not None
     made = self._compiler.plan(new, self._topology)
     return (changes, made) if made.fits(self._margin) else None
@@ -211,7 +211,7 @@ class _Search:
 
   def _fits(self, changes: Changes, part: str) -> bool:
     """Whether a part of the run does with some changes."""
-    config = planning.changed(self._config, changes)
+    config = planner.changed(self._config, changes)
     if config is None:
       return False
     names = [
@@ -263,7 +263,7 @@ def meshes(
   for tensor in _TENSORS:
     if devices % (tensor * replica):
       continue
-    mesh = planning.on_mesh(
+    mesh = planner.on_mesh(
       config, replica, devices // tensor // replica, tensor
     )
     best = {
@@ -271,17 +271,17 @@ def meshes(
       "rollout.prompts_at_a_time": None,
       "model.remat": remat.POLICIES[0],
     }
-    new = planning.changed(config, mesh | best)
+    new = planner.changed(config, mesh | best)
     if new is not None:
-      least = planning.least_step_seconds(new, topology)
+      least = planner.least_step_seconds(new, topology)
       found.append((least, tensor, mesh))
   found.sort(key=lambda x: x[:2])
   return [(least, mesh) for least, _, mesh in found]
 
 
-def _bound(made: planning.Plan) -> float:
+def _bound(made: planner.Plan) -> float:
   """Seconds that no step can beat."""
-  bounds = planning.step_bounds(made).values()
+  bounds = planner.step_bounds(made).values()
   return max(bound["step_seconds_at_least"] for bound in bounds)
 
 

@@ -8,9 +8,10 @@ import json
 import pathlib
 import sys
 
-from grpo_tpu import advice, planning
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
+from grpo_tpu.planning import advise as advice
+from grpo_tpu.planning import planner
 
 _GIB = 2**30
 
@@ -31,11 +32,11 @@ def run(
       not; the message has the nearest that would.
   """
   with run_config.refutable():
-    described = planning.parsed(topology)
+    described = planner.parsed(topology)
     if not advise:
-      planning.check(config, described)
-    planning.check_compiler()
-  compiler = planning.Compiler()
+      planner.check(config, described)
+    planner.check_compiler()
+  compiler = planner.Compiler()
   if advise:
     found = advice.advise(config, described, compiler)
     _say(f"{found}\n")
@@ -53,7 +54,7 @@ def run(
     raise run_config.SettingError(_refusal(made, compiler, what, size))
 
 
-def table(made: planning.Plan) -> str:
+def table(made: planner.Plan) -> str:
   """What people read: memory, work and bounds, a line for each program."""
   limit = made.topology.chip.hbm_limit_bytes
   config = made.config
@@ -87,7 +88,7 @@ def table(made: planning.Plan) -> str:
   for row in made.programs:
     for defect in row["defects"]:
       lines.append(f"look at {row['name']}: {defect}")
-  for kind, bound in planning.step_bounds(made).items():
+  for kind, bound in planner.step_bounds(made).items():
     lines += [
       "",
       f"bounds of a step of {kind}, which these programs cannot beat: "
@@ -121,10 +122,10 @@ _WORK_HEADS = (
 def _check_room(
   config: run_config.Config,
   topology: hardware.Topology,
-  compiler: planning.Compiler,
+  compiler: planner.Compiler,
 ) -> None:
   """Whether there is room for what no program can do without."""
-  made = planning.nothing_compiled(config, topology)
+  made = planner.nothing_compiled(config, topology)
   if made.least_bytes > topology.chip.hbm_limit_bytes:
     what = "parameters, optimizer and reference"
     raise run_config.SettingError(
@@ -133,7 +134,7 @@ def _check_room(
 
 
 def _refusal(
-  made: planning.Plan, compiler: planning.Compiler, what: str, size: int
+  made: planner.Plan, compiler: planner.Compiler, what: str, size: int
 ) -> str:
   """Why, and the nearest that would: fewer rows at a time, or more chips."""
   limit, chip = made.topology.chip.hbm_limit_bytes, made.topology.chip.name
