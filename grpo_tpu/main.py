@@ -40,10 +40,11 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
       plan.run(config, workdir, topology, advise=advise)
       ending.done()
       return
-    from grpo_tpu import dataset, train
+    from grpo_tpu import dataset
     from grpo_tpu.checkpoint import export
     from grpo_tpu.distributed import compile_cache, preflight
     from grpo_tpu.evaluation import evaluate
+    from grpo_tpu.train import loop
 
     identity = {}
     if mode == "export":
@@ -54,7 +55,7 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
       identity = data.identity
       run = functools.partial(evaluate.run, config, workdir, data)
       if mode == "train":
-        run = functools.partial(train.train, config, workdir, data, ending)
+        run = functools.partial(loop.train, config, workdir, data, ending)
   compile_cache.keep_in(config.compilation_cache_dir)
   initialize.initialize(config.distributed, place)
   with run_config.refutable():

@@ -86,10 +86,10 @@ def install(fault: Fault) -> None:
   """Wraps the point of the program where the fault is to strike."""
   if int(os.environ.get("JAX_PROCESS_ID", "0")) != fault.host:
     return
-  from grpo_tpu import train
   from grpo_tpu.checkpoint import checkpointer
   from grpo_tpu.distributed import preemption
   from grpo_tpu.rl import experience
+  from grpo_tpu.train import loop as train
 
   if fault.kind == "nan":
     _poison(experience, train, fault.step)

@@ -6,14 +6,14 @@ import orbax.checkpoint
 import pytest
 
 from data_pipelines import prepare
-from grpo_tpu import train
 from grpo_tpu.distributed import logs
+from grpo_tpu.train import loop
 
 
 @pytest.mark.parametrize(
   ("path", "level", "is_shown"),
   [
-    (train.__file__, logging.INFO, True),
+    (loop.__file__, logging.INFO, True),
     (prepare.__file__, logging.INFO, True),
     (orbax.checkpoint.__file__, logging.INFO, False),
     (orbax.checkpoint.__file__, logging.WARNING, True),

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
-from grpo_tpu import train
 from grpo_tpu.distributed import preemption
 from grpo_tpu.observability import exit_report
 from grpo_tpu.rl import experience, partial_step, train_state, train_step
+from grpo_tpu.train import loop as train
 
 NUM_STEPS = 3
 SAMPLED = [1, 2, 1]  # Batches of prompts that each step takes.

@@ -1,0 +1,1 @@
+"""The training run: set-up, the loop and its three verbs."""
