@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 from grpo_tpu.models.gemma3 import weights  # noqa: E402
-from grpo_tpu.models.gemma3.convert import assembly
+from grpo_tpu.models.gemma3.convert import assembly  # noqa: E402
 
 # Of many layers, none of whose tensors is near the size of the whole.
 LARGE = dataclasses.replace(

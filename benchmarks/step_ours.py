@@ -1,4 +1,4 @@
-"""Ours, for `grpo_step.py`: the step of `grpo_tpu.train.loop`, through its parts."""
+"""Ours, for `grpo_step.py`: a GRPO step of this project, through its parts."""
 
 import pathlib
 import sys

@@ -1,1 +1,1 @@
-"""Where problems come from: one module per source, and what all sources share."""
+"""Sources of problems: one module each, and what they share."""

@@ -68,8 +68,8 @@ class DataConfig:
       those that the data pipeline writes.
     dir: What `data_pipelines.prepare` wrote; "" draws the synthetic set once,
       under the workdir.
-    tokenizer: The model's own, as `data_pipelines.text.tokenizer.Tokenizer` finds
-      it; "" takes the small one that lies in the data dir.
+    tokenizer: The model's own, as `data_pipelines.text.tokenizer.Tokenizer`
+      finds it; "" takes the small one that lies in the data dir.
     synthetic: What that set is made of.
     synthetic_eval_fraction: Share of its pictures that is held out.
     train_split: Problems to train on.

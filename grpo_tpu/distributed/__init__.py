@@ -1,1 +1,1 @@
-"""Processes, devices and the mesh: start-up, sharding, agreement and failure."""
+"""Processes, devices and the mesh: start-up, sharding and failures."""

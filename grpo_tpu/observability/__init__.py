@@ -1,1 +1,1 @@
-"""What a run reports: metrics, dashboard, samples, run.json and how it ended."""
+"""Reports of a run: metrics, dashboard, samples, run.json, exit report."""

@@ -1,8 +1,8 @@
 """Every number that a run reports: its name, its unit, and what to make of it.
 
 `METRICS` is the one place where a metric is named. `docs/metrics.md` is made of
-it, `grpo_tpu/observability/dashboard.py` says on which chart each stands, and a name that is
-not here cannot be written.
+it, `grpo_tpu/observability/dashboard.py` says on which chart each stands, and a
+name that is not here cannot be written.
 """
 
 import dataclasses
@@ -684,8 +684,8 @@ Every number that a run writes to `metrics.jsonl` and to TensorBoard. `{slice}`
 stands for one word: the sort of a problem, or the name of a reward of your own.
 What `train/` and `rollout/` say is of one step; only `perf/` and `checkpoint/`
 differ between two runs of one seed. The alarms that the log raises by itself
-are in `grpo_tpu/observability/alarms.py`; how to read several curves together is in
-[reading the curves](reading-the-curves.md).
+are in `grpo_tpu/observability/alarms.py`; how to read several curves together
+is in [reading the curves](reading-the-curves.md).
 
 This page is made of `grpo_tpu/observability/registry.py`, by
 `python -m grpo_tpu.observability.registry > docs/metrics.md`; a test holds it.

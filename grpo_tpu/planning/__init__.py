@@ -1,1 +1,1 @@
-"""Plans a run for a described slice: memory, FLOPs and bounds, without a TPU."""
+"""Plans for a described slice: memory, FLOPs and bounds, without a TPU."""

@@ -228,7 +228,8 @@ def test_a_template_is_how_to_reply_as_asked_and_as_done(tokenizer, name):
   solved = make_problem(solution="2 + 3 = 5.")
   assert chat_prompts.demonstration(solved, template=template) == worked
   assert chat_prompts.chat_text(solved) == (
-    f"user\n{chat_prompts.prompt_text(solved)}\nmodel\n2 + 3 = 5. <answer>5</answer>"
+    f"user\n{chat_prompts.prompt_text(solved)}\n"
+    "model\n2 + 3 = 5. <answer>5</answer>"
   )
 
 

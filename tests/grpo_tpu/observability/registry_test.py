@@ -30,7 +30,7 @@ def test_each_metric_is_declared_once_with_all_there_is_to_say():
 
 
 def test_the_page_is_made_of_the_table():
-  """After a change: python -m grpo_tpu.observability.registry > docs/metrics.md."""
+  """`python -m grpo_tpu.observability.registry > docs/metrics.md` writes it."""
   page = (ROOT / "docs" / "metrics.md").read_text()
   assert page == registry.page()
 

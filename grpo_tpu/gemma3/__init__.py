@@ -1,1 +1,0 @@
-"""Gemma 3: its arithmetic over a stacked parameter tree."""
