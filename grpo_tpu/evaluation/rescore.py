@@ -1,7 +1,8 @@
 """Pays the completions that a run saved once more, with other rewards perhaps.
 
     python -m grpo_tpu.evaluation.rescore --config=configs/base.py \\
-      --data_dir=DIR --samples=WORKDIR/samples/train.jsonl --config.rewards.format=0.5
+      --data_dir=DIR --samples=WORKDIR/samples/train.jsonl \\
+      --config.rewards.format=0.5
 
 Prints each reward's mean and spread, and how many totals differ from those
 saved: none, if the rewards are those of the run. No device is touched. Exit
