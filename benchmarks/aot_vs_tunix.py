@@ -170,7 +170,7 @@ def _ours(arguments) -> None:
     return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
       tree,
-      sharding.shardings(mesh, tree),
+      sharding.param_shardings(mesh, tree),
     )
 
   bf16 = jnp.dtype(jnp.bfloat16)
@@ -200,7 +200,7 @@ def _ours(arguments) -> None:
   u, c, t = arguments.prompts, arguments.completions, arguments.new_tokens
 
   def array(dtype, *shape):
-    place = sharding.batch(mesh)
+    place = sharding.batch_sharding(mesh)
     return jax.ShapeDtypeStruct((u, *shape), dtype, sharding=place)
 
   bundles = train_step.Bundles(

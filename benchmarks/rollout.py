@@ -70,7 +70,9 @@ def made(
   params = jax.tree.map(
     jax.device_put,
     weights.random_params(CONFIG, 0, np.dtype(np.float32)),
-    sharding.shardings(mesh, weights.abstract_params(CONFIG, jnp.float32)),
+    sharding.param_shardings(
+      mesh, weights.abstract_params(CONFIG, jnp.float32)
+    ),
   )
   ids = np.random.default_rng(1).integers(
     200, CONFIG.vocab_size, (args.prompts, args.prompt_length), dtype=np.int32
@@ -90,7 +92,7 @@ def made(
     temperature=1.0,
     dtype=jnp.dtype(jnp.float32),
   )
-  return params, sharding.put_batch(mesh, prompts), settings, mesh
+  return params, sharding.device_put_batch(mesh, prompts), settings, mesh
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def _costs(args, params, prompts, settings, mesh) -> Costs:
   programs = engine.Programs(settings, mesh)
   shapes = compaction.ladder(args.prompts, args.completions)
   limits = np.full(shapes[0], args.completion_length, np.int32)
-  limit = sharding.put_batch(mesh, limits)
+  limit = sharding.device_put_batch(mesh, limits)
   prefill, move, chunk = [], {}, {}
   for _ in range(args.repeats + 1):
     (state, _), seconds = _timed(
@@ -137,12 +137,12 @@ def _costs(args, params, prompts, settings, mesh) -> Costs:
       places = bundles * width
       if places < limits.size:
         rows = np.arange(places, dtype=np.int32).reshape(bundles, width)
-        grid = sharding.put_batch(
+        grid = sharding.device_put_batch(
           mesh, (rows, rows, np.arange(bundles, dtype=np.int32))
         )
         state, seconds = _timed(programs.move, state, *grid)
         move.setdefault(places, []).append(seconds)
-      alive = sharding.put_batch(mesh, np.ones((bundles, width), bool))
+      alive = sharding.device_put_batch(mesh, np.ones((bundles, width), bool))
       now, each = jax.tree.map(jnp.copy, state), []
       for _ in range(1, args.completion_length, args.chunk_tokens):
         (now, _), seconds = _timed(programs.write, params, now, alive)

@@ -83,8 +83,8 @@ class Checkpoints:
     self._pending_entry: retention.Entry | None = None
     self._removal: concurrent.futures.Future[None] | None = None
     self._save_time = time.monotonic()
-    complaint = self._claim() if collectives.is_first() else ""
-    if complaint := collectives.from_first(complaint):
+    complaint = self._claim() if collectives.is_first_process() else ""
+    if complaint := collectives.broadcast_string(complaint):
       raise CheckpointError(complaint)
     self._entries = reader.listed(self._directory)
 
@@ -227,8 +227,10 @@ class Checkpoints:
         logging.info("Restored %s.", path)
         return restored
       self._quarantine(entry, damage)
-    lost = collectives.from_first(
-      ", ".join(_lost_steps(self._directory)) if collectives.is_first() else ""
+    lost = collectives.broadcast_string(
+      ", ".join(_lost_steps(self._directory))
+      if collectives.is_first_process()
+      else ""
     )
     if lost:
       raise CheckpointError(
@@ -265,7 +267,9 @@ class Checkpoints:
       return False
     seconds = time.monotonic() - self._save_time
     return bool(
-      collectives.from_first("y" * (seconds >= self._config.every_minutes * 60))
+      collectives.broadcast_string(
+        "y" * (seconds >= self._config.every_minutes * 60)
+      )
     )
 
   def _start(
@@ -281,8 +285,8 @@ class Checkpoints:
       return False
     if self._removal is not None:
       self._removal.result()
-    complaint = self._unwritable() if collectives.is_first() else ""
-    if complaint := collectives.from_first(complaint):
+    complaint = self._unwritable() if collectives.is_first_process() else ""
+    if complaint := collectives.broadcast_string(complaint):
       self._fail(f"{entry.name}: {complaint}")
       return False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
@@ -331,7 +335,7 @@ class Checkpoints:
     path = self._directory / entry.name
     try:
       self._writer.wait_until_finished()
-      if collectives.is_first():
+      if collectives.is_first_process():
         manifest.write(path, {"score": entry.score})
     except Exception:
       # At once, though the other hosts may not know before they have waited.
@@ -357,7 +361,9 @@ class Checkpoints:
     if pending.done():
       error = pending.exception()
       complaint = f"{type(error).__name__}: {error}" if error else ""
-    complaints = [x.decode() for x in collectives.gathered(complaint.encode())]
+    complaints = [
+      x.decode() for x in collectives.gather_bytes(complaint.encode())
+    ]
     if _RUNNING in complaints:
       return
     self._pending = self._pending_entry = None
@@ -401,7 +407,7 @@ class Checkpoints:
     return f"The newest good one in {self._directory} is {newest}."
 
   def _remove_later(self, entries: list[retention.Entry]) -> None:
-    if entries and collectives.is_first():
+    if entries and collectives.is_first_process():
       names = [entry.name for entry in entries]
       self._removal = self._thread.submit(_remove_steps, self._directory, names)
 
@@ -419,7 +425,7 @@ class Checkpoints:
       target,
     )
     complaint = ""
-    if collectives.is_first():
+    if collectives.is_first_process():
       try:
         target = _unused(target)
         target.parent.mkdir(exist_ok=True)
@@ -431,7 +437,7 @@ class Checkpoints:
             source.rename(goal)
       except OSError as error:
         complaint = f"{path} is damaged, and cannot be moved aside: {error}"
-    if complaint := collectives.from_first(complaint):
+    if complaint := collectives.broadcast_string(complaint):
       raise CheckpointError(complaint)
 
 

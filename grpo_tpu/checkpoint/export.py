@@ -84,7 +84,9 @@ def _adapter_writer(
   adapters, settings, under = found
   scheme, _, rest = under.partition(":")
   # Of which other processes may hold parts; the first writes.
-  everywhere = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+  everywhere = jax.jit(
+    lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
+  )
   write = functools.partial(
     lora.to_peft,
     config.model_config,

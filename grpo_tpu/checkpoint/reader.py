@@ -108,8 +108,8 @@ def newest_step(directory: epath.PathLike) -> int:
     ValueError: There is none.
   """
   folder = epath.Path(directory).resolve()
-  said = collectives.from_first(
-    _newest_whole(folder) if collectives.is_first() else ""
+  said = collectives.broadcast_string(
+    _newest_whole(folder) if collectives.is_first_process() else ""
   )
   if not said:
     raise ValueError(
@@ -185,19 +185,17 @@ def agreed_damage(path: epath.Path) -> str:
   """What is wrong with a checkpoint, each process looking at its share."""
   parts = collectives.num_processes()
   part = jax.process_index() if parts > 1 else 0
-  return collectives.first_complaint(
-    manifest.damage(path, part=part, parts=parts)
-  )
+  return collectives.first_error(manifest.damage(path, part=part, parts=parts))
 
 
 def listed(directory: epath.Path) -> list[retention.Entry]:
   """What the first process finds there, ascending, told to all."""
   rows = (
     [[e.step, e.updates, e.is_whole, e.score] for e in entries(directory)]
-    if collectives.is_first()
+    if collectives.is_first_process()
     else []
   )
-  rows = json.loads(collectives.from_first(json.dumps(rows)))
+  rows = json.loads(collectives.broadcast_string(json.dumps(rows)))
   return [retention.Entry(*row) for row in rows]
 
 

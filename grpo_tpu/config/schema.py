@@ -301,10 +301,10 @@ def _check_mesh(config: Config) -> None:
   """Whether the mesh divides every parameter, by the rules and no device."""
   mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
   tree = weights.abstract_params(config.model_config, np.dtype(np.float32))
-  sharding.shardings(mesh, tree)
+  sharding.param_shardings(mesh, tree)
   if config.lora:
     adapters = lora.abstract_adapters(config.model_config, config.lora)
-    sharding.shardings(mesh, adapters)
+    sharding.param_shardings(mesh, adapters)
 
 
 def _check_divisions(config: Config) -> None:

@@ -16,12 +16,12 @@ def num_processes() -> int:
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
   """Whether this process is the one that decides and writes."""
   return num_processes() == 1 or jax.process_index() == 0
 
 
-def gathered(data: bytes) -> list[bytes]:
+def gather_bytes(data: bytes) -> list[bytes]:
   """What each process has, of any length, in the order of their indices."""
   if num_processes() == 1:
     return [data]
@@ -33,7 +33,7 @@ def gathered(data: bytes) -> list[bytes]:
   return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_first(words: str) -> str:
+def broadcast_string(words: str) -> str:
   """What the first process says; the words of the others are of no matter."""
   if num_processes() == 1:
     return words
@@ -45,12 +45,12 @@ def from_first(words: str) -> str:
   return _text(multihost_utils.broadcast_one_to_all(row))
 
 
-def first_complaint(words: str) -> str:
+def first_error(words: str) -> str:
   """What the first process that has one complains of; "" if none has.
 
   It says which process that is, where there are several.
   """
-  for index, complaint in enumerate(gathered(words.encode())):
+  for index, complaint in enumerate(gather_bytes(words.encode())):
     if complaint:
       said = complaint.decode()
       return said if num_processes() == 1 else f"{said} (process {index})"

@@ -132,7 +132,7 @@ def abstract_mesh(replica: int, fsdp: int, tensor: int) -> AbstractMesh:
   return AbstractMesh((replica, fsdp, tensor), AXES)
 
 
-def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
   """The sharding of each leaf of a tree of parameters or optimizer state.
 
   Raises:
@@ -144,13 +144,13 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     for pattern, spec in RULES:
       if re.search(rf"(^|/)({pattern})$", name):
         spec = spec if leaf.ndim else P()
-        return NamedSharding(mesh, _fitted(mesh, name, leaf.shape, spec))
+        return NamedSharding(mesh, _fit_spec(mesh, name, leaf.shape, spec))
     raise ValueError(f"no sharding rule knows the parameter {name}.")
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def constrained(tree: Any) -> Any:
+def constrain_params(tree: Any) -> Any:
   """Parameters or optimizer state, under jit, held where the rules want them.
 
   On the mesh of `jax.set_mesh`; as it comes where there is none.
@@ -158,10 +158,10 @@ def constrained(tree: Any) -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
-  return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+  return jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
 
 
-def activation(x: jax.Array, kind: str) -> jax.Array:
+def constrain_activation(x: jax.Array, kind: str) -> jax.Array:
   """An array, under jit, held where `ACTIVATIONS` wants it.
 
   An axis that the mesh does not divide is copied: the one key-value head of the
@@ -171,13 +171,13 @@ def activation(x: jax.Array, kind: str) -> jax.Array:
   if mesh.empty:
     return x
   spec = [
-    axis if axis and size % _ways(mesh, axis) == 0 else None
+    axis if axis and size % _num_shards(mesh, axis) == 0 else None
     for size, axis in zip(x.shape, ACTIVATIONS[kind], strict=False)
   ]
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def cache(mesh: Mesh, name: str, num_kv_heads: int) -> P:
+def cache_spec(mesh: Mesh, name: str, num_kv_heads: int) -> P:
   """Where a cache of this name lies; heads the mesh does not divide are copied.
 
   Raises:
@@ -190,13 +190,13 @@ def cache(mesh: Mesh, name: str, num_kv_heads: int) -> P:
   raise ValueError(f"no sharding rule knows the cache {name}.")
 
 
-def _ways(mesh: AbstractMesh, axis: str | tuple[str, ...]) -> int:
+def _num_shards(mesh: AbstractMesh, axis: str | tuple[str, ...]) -> int:
   """How many parts an axis of an array is cut into."""
   names = (axis,) if isinstance(axis, str) else axis
   return math.prod(mesh.shape[name] for name in names)
 
 
-def _fitted(
+def _fit_spec(
   mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], spec: P
 ) -> P:
   """The rule, less the head axis of keys and values with fewer heads."""
@@ -241,24 +241,24 @@ def data_shards(
   return tuple(mine), len(places)
 
 
-def rows_of(mesh: Mesh, num_rows: int, process_index: int) -> list[int]:
+def process_rows(mesh: Mesh, num_rows: int, process_index: int) -> list[int]:
   """Which rows of a whole batch a process reads."""
   shards, count = data_shards(mesh, process_index)
   size = num_rows // count
   return [row for i in shards for row in range(i * size, (i + 1) * size)]
 
 
-def batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows shared out over the data axes, batch axis first."""
   return NamedSharding(mesh, BATCH)
 
 
-def put_batch(mesh: Mesh, tree: Any) -> Any:
+def device_put_batch(mesh: Mesh, tree: Any) -> Any:
   """Device arrays from this process's rows of each array, batch axis first.
 
   The rows are those of `data_shards`, in its order.
   """
-  place, (shards, count) = batch(mesh), data_shards(mesh)
+  place, (shards, count) = batch_sharding(mesh), data_shards(mesh)
 
   def put(rows):
     rows = np.asarray(rows)
@@ -275,13 +275,13 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def local_rows(mesh: Mesh, tree: Any) -> Any:
-  """This process's rows of each array as NumPy, as `put_batch` takes them."""
+  """This process's rows of each array, as NumPy arrays."""
 
   def rows(x):
     parts = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([parts[start].data for start in sorted(parts)])
 
-  return jax.tree.map(rows, _laid_out(tree, batch(mesh)))
+  return jax.tree.map(rows, _reshard(tree, batch_sharding(mesh)))
 
 
 def all_rows(mesh: Mesh, tree: Any) -> Any:
@@ -289,13 +289,13 @@ def all_rows(mesh: Mesh, tree: Any) -> Any:
 
   Args:
     mesh: Where the batch would lie.
-    tree: This process's rows, as `put_batch` takes them.
+    tree: This process's rows, as `device_put_batch` takes them.
   """
-  rows = _laid_out(put_batch(mesh, tree), replicated(mesh))
+  rows = _reshard(device_put_batch(mesh, tree), replicated_sharding(mesh))
   return jax.device_get(rows)
 
 
-def put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
+def device_put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
   """Device arrays from NumPy ones that every process has whole."""
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(
@@ -306,10 +306,10 @@ def put_whole(mesh: Mesh, tree: Any, place: P) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _laid_out(tree, place):
+def _reshard(tree, place):
   return jax.lax.with_sharding_constraint(tree, place)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, P())

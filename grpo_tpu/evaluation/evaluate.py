@@ -323,7 +323,7 @@ def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
   # Hosts that a tensor axis spans have the same rows.
   once = {
     fields["index"]: scorecard.Answer(**fields)
-    for host in collectives.gathered(local.encode())
+    for host in collectives.gather_bytes(local.encode())
     for fields in json.loads(host)
   }
   return [once[index] for index in sorted(once)]

@@ -87,7 +87,7 @@ class Pictures:
     """What `encode` reads at a time, beside the tower's parameters."""
     shape = self._pixels(sharding.data_shards(self._mesh)[1])
     return jax.ShapeDtypeStruct(
-      shape, np.uint8, sharding=sharding.batch(self._mesh)
+      shape, np.uint8, sharding=sharding.batch_sharding(self._mesh)
     )
 
   def _encoded(self, params: dict, pictures: list[np.ndarray]) -> list:
@@ -105,7 +105,7 @@ class Pictures:
       pixels.reshape(-1, *pixels.shape[2:])[: len(pictures)] = pictures
     made = [
       self.encode(
-        params["vision_encoder"], sharding.put_batch(self._mesh, part)
+        params["vision_encoder"], sharding.device_put_batch(self._mesh, part)
       )
       for part in pixels
     ]
@@ -131,5 +131,5 @@ class Pictures:
       self._config, tower, pixels, dtype=self._dtype, remat="none"
     )
     return jax.lax.with_sharding_constraint(
-      made.astype(self._dtype), sharding.batch(self._mesh)
+      made.astype(self._dtype), sharding.batch_sharding(self._mesh)
     )

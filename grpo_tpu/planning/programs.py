@@ -432,7 +432,7 @@ class _Made:
   def _array(self, dtype: Any, *shape: int, rows: int) -> Any:
     """Of so many prompts, shared out over the data shards."""
     shape = (rows, *shape)
-    place = sharding.batch(self._mesh)
+    place = sharding.batch_sharding(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
   def _prompts(self, rows: int, *, pixels: bool = False) -> tuple:

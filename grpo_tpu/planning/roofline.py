@@ -263,7 +263,7 @@ def _shapes_of_weights(config: run_config.Config) -> set[tuple[int, ...]]:
   """Axes of every weight and of its parts on a tensor shard, sorted."""
   shapes = weights.abstract_params(config.model_config, jnp.dtype("float32"))
   mesh = jax.sharding.AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
-  places = sharding.shardings(mesh, shapes)
+  places = sharding.param_shardings(mesh, shapes)
   known = set()
   for x, place in zip(
     jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True

@@ -142,7 +142,7 @@ def _sampled(
     texts = policy.texts(completions)
     rolled_out = time.perf_counter()
     scores = payday.end(texts)
-  rewards, valid = sharding.put_batch(
+  rewards, valid = sharding.device_put_batch(
     policy.mesh, _by_group(scores, batch, config)
   )
   paid = time.perf_counter()
@@ -218,7 +218,7 @@ def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
   width = max(x.bundles.prompt_ids.shape[1] for x in both)
   slots = max(x.bundles.images.shape[1] for x in both)
   first, more = (_prompts_padded(x, width, slots) for x in both)
-  return _merge(sharding.batch(policy.mesh), first, more)
+  return _merge(sharding.batch_sharding(policy.mesh), first, more)
 
 
 def _prompts_padded(groups: _Groups, width: int, slots: int) -> _Groups:
@@ -304,7 +304,9 @@ def given(
   """The prompts of a batch with the completions that came with them."""
   assert batch.completion_ids is not None and batch.completion_mask is not None
   mask = batch.completion_mask & batch.valid[:, None, None]
-  ids, mask = sharding.put_batch(policy.mesh, (batch.completion_ids, mask))
+  ids, mask = sharding.device_put_batch(
+    policy.mesh, (batch.completion_ids, mask)
+  )
   return _bundles(policy, batch, ids, mask, policy.images(params, batch))
 
 
@@ -338,7 +340,7 @@ def preferences(
     rewards["heuristics"] = np.zeros_like(rewards["total"])
   better = batch.labels[:, :, None] > batch.labels[:, None, :]
   preferred = better & valid[:, :, None] & valid[:, None, :]
-  rewards, valid, preferred = sharding.put_batch(
+  rewards, valid, preferred = sharding.device_put_batch(
     policy.mesh, (rewards, valid, preferred)
   )
   mask = bundles.completion_mask & valid[..., None]
@@ -361,7 +363,7 @@ def samples(
   if not count:
     return []
   usable = sharding.all_rows(policy.mesh, batch.valid)
-  rows = sharding.rows_of(policy.mesh, len(usable), jax.process_index())
+  rows = sharding.process_rows(policy.mesh, len(usable), jax.process_index())
   chosen = np.flatnonzero(usable)[:count].tolist()
   width = len(texts[0])
   found = {
@@ -381,14 +383,14 @@ def samples(
     if row in chosen
   }
   # Pictures are large, and the writer mostly holds the rows itself.
-  held = sharding.rows_of(policy.mesh, len(usable), 0)
+  held = sharding.process_rows(policy.mesh, len(usable), 0)
   sent = {
     row: dataclasses.replace(sample, image=None) if row in held else sample
     for row, sample in found.items()
   }
   everywhere = {
     row: sample
-    for host in collectives.gathered(pickle.dumps(sent))
+    for host in collectives.gather_bytes(pickle.dumps(sent))
     for row, sample in pickle.loads(host).items()
   }
   return [(everywhere | found)[row] for row in chosen]
@@ -481,11 +483,11 @@ def _by_group(
 
 def _bundles(policy, batch, ids, mask, images=None) -> train_step.Bundles:
   """Bundles with the pictures' pixels, if nothing is given in their place."""
-  prompt_ids, prompt_length = sharding.put_batch(
+  prompt_ids, prompt_length = sharding.device_put_batch(
     policy.mesh, (batch.prompt_ids, batch.prompt_length)
   )
   if images is None:
-    images = sharding.put_batch(policy.mesh, batch.images)
+    images = sharding.device_put_batch(policy.mesh, batch.images)
   return train_step.Bundles(
     prompt_ids=prompt_ids,
     prompt_length=prompt_length,

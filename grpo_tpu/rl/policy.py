@@ -243,14 +243,14 @@ class Policy:
     rows = self._picture_rows(params, batch)
     encoded = time.perf_counter() - started
     read = (batch.prompt_ids, batch.prompt_length, rows, batch.prompt_index)
-    whole = engine.Prompts(*sharding.put_batch(self.mesh, read))
+    whole = engine.Prompts(*sharding.device_put_batch(self.mesh, read))
 
     def rolled_out(part: int):
       # Each shard's every so manieth prompt.
       prompts = whole
       if num_parts > 1:
         some = [x[part::num_parts] for x in read]
-        prompts = engine.Prompts(*sharding.put_batch(self.mesh, some))
+        prompts = engine.Prompts(*sharding.device_put_batch(self.mesh, some))
 
       def told(ids):
         assert finished is not None
@@ -298,7 +298,7 @@ class Policy:
       num_parts: As for `sample`.
     """
     params = _shapes(params)
-    place = sharding.batch(self.mesh)
+    place = sharding.batch_sharding(self.mesh)
 
     def array(dtype, *shape) -> Any:
       shape = (num_prompts // num_parts, *shape)
@@ -308,7 +308,9 @@ class Policy:
     if self.pictures:
       self.pictures.prepare(params)
     key = jax.ShapeDtypeStruct(
-      (), jax.random.key(0).dtype, sharding=sharding.replicated(self.mesh)
+      (),
+      jax.random.key(0).dtype,
+      sharding=sharding.replicated_sharding(self.mesh),
     )
     for width, slots in sorted(shapes):
       images = array(np.uint8, 0, 0, 0, 3)
@@ -336,8 +338,10 @@ class Policy:
     needs to run it again.
     """
     if self.config.model.train_vision:
-      return sharding.put_batch(self.mesh, batch.images)
-    return sharding.put_batch(self.mesh, self._picture_rows(params, batch))
+      return sharding.device_put_batch(self.mesh, batch.images)
+    return sharding.device_put_batch(
+      self.mesh, self._picture_rows(params, batch)
+    )
 
   @functools.cached_property
   def pictures(self) -> pictures.Pictures | None:
@@ -363,7 +367,7 @@ class Policy:
     self, parts: tuple[engine.Completions, ...]
   ) -> engine.Completions:
     """The completions of all parts, each prompt in its place again."""
-    return _interleaved(sharding.batch(self.mesh), *parts)
+    return _interleaved(sharding.batch_sharding(self.mesh), *parts)
 
   def _settings(
     self, num_completions: int, temperature: float, top_k: int, top_p: float
@@ -529,7 +533,7 @@ def _placed_shapes(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree,
-    sharding.shardings(mesh, tree),
+    sharding.param_shardings(mesh, tree),
   )
 
 

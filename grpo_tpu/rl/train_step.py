@@ -236,7 +236,7 @@ def make_train_step(
       # Parts add up in fp32, whatever the parameters' type.
       gradient = optax.tree.cast(gradient, jnp.float32)
       # Each device adds up its own shard alone.
-      gradient = sharding.constrained(gradient)
+      gradient = sharding.constrain_params(gradient)
       return (value, metrics, gradient), maxima
 
     def accumulate(carry, micro):
@@ -283,7 +283,7 @@ def make_train_step(
       state.opt_state,
     )
     # As they came, or the next update would be another program.
-    params, opt_state = sharding.constrained((params, opt_state))
+    params, opt_state = sharding.constrain_params((params, opt_state))
     return state.replace(params=params, opt_state=opt_state), metrics
 
   return train_step

@@ -359,7 +359,7 @@ class Programs:
       self._places(state),
     )
     pulse = Pulse(state.t, state.rows.live, state.rows.length)
-    everywhere = sharding.replicated(self._mesh)
+    everywhere = sharding.replicated_sharding(self._mesh)
     return state, jax.lax.with_sharding_constraint(pulse, everywhere)
 
   def _places(self, state: State) -> Any:
@@ -370,7 +370,7 @@ class Programs:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       if name.startswith("cache/"):
         cache = name.removeprefix("cache/")
-        return sharding.cache(self._mesh, cache, num_kv_heads)
+        return sharding.cache_spec(self._mesh, cache, num_kv_heads)
       return sharding.BATCH if x.ndim else P()
 
     return jax.tree_util.tree_map_with_path(place, state)

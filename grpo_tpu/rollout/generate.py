@@ -185,7 +185,7 @@ class _Rollout:
     if row_limits is None:
       rows = (self._mine(self._live).shape[0], self._settings.num_completions)
       row_limits = np.full(rows, self._settings.max_new_tokens)
-    limit = sharding.put_batch(self._mesh, row_limits.astype(np.int32))
+    limit = sharding.device_put_batch(self._mesh, row_limits.astype(np.int32))
     poll()
     state, pulse = self._programs.prefill(
       self._params, self._prompts, limit, step_key
@@ -281,7 +281,7 @@ class _Rollout:
   def _put(self, by_shard: np.ndarray) -> jax.Array:
     """A global array of `[shards, u, ...]`, which every process has whole."""
     flat = by_shard.reshape(-1, *by_shard.shape[2:])
-    return sharding.put_whole(self._mesh, flat, sharding.BATCH)
+    return sharding.device_put_whole(self._mesh, flat, sharding.BATCH)
 
   def _report(self, prefill_seconds: float, decode_seconds: float) -> Report:
     return Report(
@@ -337,7 +337,7 @@ def prepare(
     mesh: Where arrays lie.
   """
   programs = engine.Programs(settings, mesh)
-  place, (_, shards) = sharding.batch(mesh), sharding.data_shards(mesh)
+  place, (_, shards) = sharding.batch_sharding(mesh), sharding.data_shards(mesh)
   per_shard = prompts.ids.shape[0] // shards
 
   def array(dtype, bundles, *width):

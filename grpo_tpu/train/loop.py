@@ -365,7 +365,7 @@ class _Run:
 
     A new state and None if there is none.
     """
-    place = sharding.batch(self.policy.mesh)
+    place = sharding.batch_sharding(self.policy.mesh)
     restored = checkpoints.restore(
       self.policy.abstract_state(), unfinished_sharding=place
     )
@@ -516,7 +516,9 @@ class _Run:
             entropy, bundles.completion_mask, share=share
           )
         )
-    return partial_step.laid_out(bundles, sharding.batch(self.policy.mesh))
+    return partial_step.laid_out(
+      bundles, sharding.batch_sharding(self.policy.mesh)
+    )
 
   def _score(
     self, params: dict, bundles: train_step.Bundles

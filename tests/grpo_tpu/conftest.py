@@ -64,12 +64,12 @@ class Tiny:
     """Completions, on one device if no mesh is given, and what they took."""
     mesh = mesh or mesh_of()
     params = self.params if params is None else params
-    places = sharding.shardings(mesh, params)
+    places = sharding.param_shardings(mesh, params)
     num_tokens = settings["max_new_tokens"]
     with jax.set_mesh(mesh):
       return generate.rollout(
         jax.tree.map(jax.device_put, params, places),
-        sharding.put_batch(
+        sharding.device_put_batch(
           mesh,
           engine.Prompts(
             *map(np.asarray, prompts), np.asarray(prompt_index, np.int32)

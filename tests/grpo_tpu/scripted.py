@@ -110,11 +110,11 @@ class Scripted(policies.Policy):
     completions = engine.Completions(
       ids, mask, np.where(mask, np.float32(-1), 0), stopped
     )
-    completions = sharding.put_batch(self.mesh, completions)
+    completions = sharding.device_put_batch(self.mesh, completions)
     return policies.Sampled(completions, None, {})
 
   def images(self, params, batch):
-    return sharding.put_batch(self.mesh, batch.images)
+    return sharding.device_put_batch(self.mesh, batch.images)
 
 
 def mesh_of(num_devices):

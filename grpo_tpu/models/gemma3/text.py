@@ -283,7 +283,9 @@ def queries_keys_values(config, stack, x, tables):
   sin, cos = (table[stack.is_global] for table in tables)
   q = _rotate(rms_norm(attn["query_norm"], q), sin, cos) * config.query_scale
   k = _rotate(rms_norm(attn["key_norm"], k), sin, cos)
-  q, k, v = (sharding.activation(heads, "heads") for heads in (q, k, v))
+  q, k, v = (
+    sharding.constrain_activation(heads, "heads") for heads in (q, k, v)
+  )
   return q, k, v
 
 
@@ -294,9 +296,9 @@ def after_attention(params: dict, x: Array, read: Array) -> Array:
   y = rms_norm(params["pre_ffw_norm"], x)
   y = lora.einsum("uctd,nfd->nuctf", y, params["mlp"]["gating_einsum"])
   y = jax.nn.gelu(y[0], approximate=True) * y[1]
-  y = sharding.activation(y, "hidden")
+  y = sharding.constrain_activation(y, "hidden")
   y = lora.einsum("uctf,fd->uctd", y, params["mlp"]["linear"])
-  return sharding.activation(
+  return sharding.constrain_activation(
     x + rms_norm(params["post_ffw_norm"], y), "bundles"
   )
 

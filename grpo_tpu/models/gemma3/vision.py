@@ -53,9 +53,11 @@ def soft_tokens(
 
   def block(x, layer):
     # Weights are gathered where pictures lie, and not the other way round.
-    return sharding.activation(_block(config, layer, x), "bundles"), None
+    return sharding.constrain_activation(
+      _block(config, layer, x), "bundles"
+    ), None
 
-  x = sharding.activation(x, "bundles")
+  x = sharding.constrain_activation(x, "bundles")
   block = remats.rematerialised(block, remat)
   x, _ = jax.lax.scan(block, x, params["layers"])
   x = _layer_norm(params["norm"], x)

@@ -31,7 +31,7 @@ def save(workdir, *steps):
   with checkpointing.opened(workdir / "checkpoints", keep=9) as checkpoints:
     for step in steps:
       scaled = jax.tree.map(lambda x, step=step: x * step, params)
-      at = jax.device_put(jnp.int32(step), sharding.replicated(mesh))
+      at = jax.device_put(jnp.int32(step), sharding.replicated_sharding(mesh))
       state = train_state.TrainState(at, at, scaled, ())
       checkpoints.save(step, state, {})
   return params, mesh

@@ -100,8 +100,8 @@ def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
   with jax.set_mesh(mesh):
     actual = step_of(
       tiny,
-      lambda x: jax.device_put(x, sharding.shardings(mesh, x)),
-      functools.partial(sharding.put_batch, mesh),
+      lambda x: jax.device_put(x, sharding.param_shardings(mesh, x)),
+      functools.partial(sharding.device_put_batch, mesh),
       mesh,
     )
   jax.tree.map(
@@ -123,7 +123,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
 
 def shard_sizes(mesh, tree):
   """Elements of a tree, and of what one device holds of it."""
-  places = sharding.shardings(mesh, tree)
+  places = sharding.param_shardings(mesh, tree)
   whole = held = 0
   for leaf, place in zip(
     jax.tree.leaves(tree), jax.tree.leaves(places), strict=True
@@ -153,14 +153,14 @@ def test_tensor_shares_cut_the_decoder_as_fsdp_shares_do():
 
 def test_moments_lie_where_their_parameters_do(tiny):
   mesh = sharding.make_mesh(1, 4, 2)
-  places = sharding.shardings(mesh, tiny.params)
+  places = sharding.param_shardings(mesh, tiny.params)
   state = train_state.TrainState(
     step=jnp.zeros((), jnp.int32),
     position=jnp.zeros((), jnp.int32),
     params=tiny.params,
     opt_state=optax.adam(1e-3).init(tiny.params),
   )
-  placed = sharding.shardings(mesh, state)
+  placed = sharding.param_shardings(mesh, state)
   adam = placed.opt_state[0]
   assert placed.params == adam.mu == adam.nu == places
   assert adam.count.spec == placed.step.spec == placed.position.spec == P()
@@ -169,10 +169,10 @@ def test_moments_lie_where_their_parameters_do(tiny):
 def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):
   attn = {"attn": {"kv_einsum": jax.ShapeDtypeStruct((6, 2, 1, 16, 8), float)}}
   mesh = sharding.make_mesh(1, 4, 2)
-  spec = sharding.shardings(mesh, attn)["attn"]["kv_einsum"].spec
+  spec = sharding.param_shardings(mesh, attn)["attn"]["kv_einsum"].spec
   assert spec == P(None, None, None, "fsdp", None)
   attn["attn"]["kv_einsum"] = jax.ShapeDtypeStruct((6, 2, 2, 16, 8), float)
-  spec = sharding.shardings(mesh, attn)["attn"]["kv_einsum"].spec
+  spec = sharding.param_shardings(mesh, attn)["attn"]["kv_einsum"].spec
   assert spec == P(None, None, "tensor", "fsdp", None)
 
 
@@ -182,7 +182,7 @@ def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):
 def test_a_parameter_that_no_rule_knows_is_refused_by_name(path):
   tree = {"layers": {"attn": {path: jnp.zeros((1, 8, 8, 8))}}}
   with pytest.raises(ValueError, match=f"layers/attn/{path}"):
-    sharding.shardings(sharding.make_mesh(1, 8, 1), tree)
+    sharding.param_shardings(sharding.make_mesh(1, 8, 1), tree)
 
 
 def test_a_size_that_the_mesh_does_not_divide_is_refused_with_its_axis():
@@ -198,7 +198,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_refused_with_its_axis():
     ),
   ):
     with pytest.raises(ValueError, match=message):
-      sharding.shardings(mesh, {"mlp": {"linear": jnp.zeros(shape)}})
+      sharding.param_shardings(mesh, {"mlp": {"linear": jnp.zeros(shape)}})
 
 
 def test_a_mesh_of_other_than_all_devices_is_refused_with_the_remedy():
@@ -216,7 +216,7 @@ def test_a_batch_comes_back_from_the_mesh_as_it_went():
     "ids": np.arange(24, dtype=np.int32).reshape(8, 3),
     "images": np.zeros((8, 0, 4, 4, 3), np.uint8),
   }
-  placed = sharding.put_batch(mesh, batch)
+  placed = sharding.device_put_batch(mesh, batch)
   assert placed["ids"].sharding.shard_shape((8, 3)) == (2, 3)
   back = sharding.local_rows(mesh, placed)
   jax.tree.map(np.testing.assert_array_equal, back, batch)
@@ -265,7 +265,7 @@ def test_a_process_reads_what_its_devices_hold(order):
     mesh = jax.sharding.Mesh(layout, sharding.AXES)
     num_rows = 3 * shape[0] * shape[1]
     # What JAX itself wants on each device.
-    held = sharding.batch(mesh).devices_indices_map((num_rows, 5))
+    held = sharding.batch_sharding(mesh).devices_indices_map((num_rows, 5))
     for process in range(hosts):
       wanted = {
         row
@@ -273,7 +273,7 @@ def test_a_process_reads_what_its_devices_hold(order):
         if device.process_index == process
         for row in range(num_rows)[index[0]]
       }
-      rows = sharding.rows_of(mesh, num_rows, process)
+      rows = sharding.process_rows(mesh, num_rows, process)
       assert rows == sorted(wanted), (hosts, each, shape, order)
 
 
@@ -291,7 +291,7 @@ def test_the_parts_of_a_host_need_not_stand_side_by_side():
     np.array([a, c, b, d]).reshape(1, 4, 1), sharding.AXES
   )
   assert sharding.data_shards(mesh, 0) == ((0, 2), 4)
-  assert sharding.rows_of(mesh, 8, 1) == [2, 3, 6, 7]
+  assert sharding.process_rows(mesh, 8, 1) == [2, 3, 6, 7]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), (4, 2, 1), (2, 2, 2)])
@@ -319,7 +319,7 @@ def test_a_batch_goes_to_its_places_on_a_mesh_in_any_order():
   devices = np.array(jax.devices()[::-1]).reshape(2, 2, 2)
   mesh = jax.sharding.Mesh(devices, sharding.AXES)
   batch = np.arange(24, dtype=np.int32).reshape(8, 3)
-  placed = sharding.put_batch(mesh, batch)
+  placed = sharding.device_put_batch(mesh, batch)
   np.testing.assert_array_equal(placed, batch)
   np.testing.assert_array_equal(sharding.local_rows(mesh, placed), batch)
 
@@ -330,9 +330,9 @@ def test_activations_lie_where_their_table_says():
   @jax.jit
   def act(heads, one_head, few):
     return (
-      sharding.activation(heads, "heads"),
-      sharding.activation(one_head, "heads"),
-      sharding.activation(few, "bundles"),
+      sharding.constrain_activation(heads, "heads"),
+      sharding.constrain_activation(one_head, "heads"),
+      sharding.constrain_activation(few, "bundles"),
     )
 
   arrays = (
@@ -345,7 +345,7 @@ def test_activations_lie_where_their_table_says():
   shapes = [x.sharding.shard_shape(x.shape) for x in (heads, one_head, few)]
   assert shapes == [(2, 1, 3, 1, 4), (2, 1, 3, 1, 4), (2, 3)]
   # Without a mesh there is nowhere else to be.
-  assert sharding.activation(arrays[0], "heads") is arrays[0]
+  assert sharding.constrain_activation(arrays[0], "heads") is arrays[0]
 
 
 def test_every_cache_lies_by_a_rule_and_one_that_none_knows_is_refused():
@@ -355,24 +355,24 @@ def test_every_cache_lies_by_a_rule_and_one_that_none_knows_is_refused():
     shape = (3, 8, 2, 5, 4) if "prompt" in field.name else (3, 8, 6, 2, 5, 4)
     for heads, tensor in ((2, 2), (1, 1)):
       place = jax.sharding.NamedSharding(
-        mesh, sharding.cache(mesh, field.name, heads)
+        mesh, sharding.cache_spec(mesh, field.name, heads)
       )
       sizes = list(shape)
       sizes[1], sizes[-3] = 2, 2 // tensor
       assert place.shard_shape(shape) == tuple(sizes), (field.name, heads)
   with pytest.raises(ValueError, match="knows the cache latent_k"):
-    sharding.cache(mesh, "latent_k", 2)
+    sharding.cache_spec(mesh, "latent_k", 2)
 
 
 def test_an_update_leaves_a_state_where_it_was(tiny):
   """Or the next would be another program, and a checkpoint another layout."""
   mesh = sharding.make_mesh(1, 4, 2)
-  places = sharding.shardings(mesh, tiny.params)
+  places = sharding.param_shardings(mesh, tiny.params)
   with jax.set_mesh(mesh):
     placed = step_of(
       tiny,
       lambda x: jax.device_put(x, places),
-      functools.partial(sharding.put_batch, mesh),
+      functools.partial(sharding.device_put_batch, mesh),
       mesh,
     ).params
   jax.tree.map(

@@ -239,7 +239,7 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
     return evaluate._of_all_hosts(kept)
 
-  monkeypatch.setattr(collectives, "gathered", gather)
+  monkeypatch.setattr(collectives, "gather_bytes", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
     for answers in hosts.map(answers_on, range(2)):
       assert answers == everything.greedy

@@ -56,7 +56,9 @@ def save(workdir, policy, scales, steps=(1,)):
   with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
     for scale, step in zip(scales, steps, strict=True):
       scaled = jax.tree.map(functools.partial(jnp.multiply, scale), params)
-      at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
+      at = jax.device_put(
+        jnp.int32(step), sharding.replicated_sharding(policy.mesh)
+      )
       state = train_state.TrainState(at, at, scaled, ())
       checkpoints.save(step, state, {})
   return leaves(params)
@@ -225,7 +227,9 @@ def save_adapters(workdir, policy, under, *, step=3):
     ),
     policy.initial_adapters(LORA),
   )
-  at = jax.device_put(jnp.int32(step), sharding.replicated(policy.mesh))
+  at = jax.device_put(
+    jnp.int32(step), sharding.replicated_sharding(policy.mesh)
+  )
   meta = {"lora": dataclasses.asdict(LORA) | {"weights": under}}
   with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
     state = train_state.TrainState(at, at, adapters, ())

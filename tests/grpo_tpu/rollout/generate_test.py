@@ -422,12 +422,12 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
     dtype=jnp.dtype(jnp.float32),
   )
   params = jax.tree.map(
-    jax.device_put, tiny.params, sharding.shardings(mesh, tiny.params)
+    jax.device_put, tiny.params, sharding.param_shardings(mesh, tiny.params)
   )
   placed = engine.Prompts(
     *map(np.asarray, prompts), np.arange(PROMPTS, dtype=np.int32)
   )
-  placed = sharding.put_batch(mesh, placed)
+  placed = sharding.device_put_batch(mesh, placed)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     (params, placed),

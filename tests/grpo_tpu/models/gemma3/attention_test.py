@@ -119,7 +119,7 @@ def test_on_a_mesh_each_device_computes_its_bundles_and_heads():
   expected = out(of_row, prompt, "einsum")
   mesh = sharding.make_mesh(1, 2, 4)
   with jax.set_mesh(mesh):
-    of_row = jax.device_put(of_row, sharding.batch(mesh))
+    of_row = jax.device_put(of_row, sharding.batch_sharding(mesh))
     actual = out(of_row, prompt, "interpreted_splash")
   assert actual.sharding.shard_shape(actual.shape)[0] == 1
   np.testing.assert_allclose(actual, expected, atol=2e-5)

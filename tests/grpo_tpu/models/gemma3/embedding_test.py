@@ -51,12 +51,17 @@ def test_shards_find_the_rows_and_add_up_their_gradients(mesh, dtype):
   table, ids, weights = table_ids_and_weights()
   want, gradient = rows_and_gradient(plain, table, ids, weights, dtype)
   with jax.set_mesh(mesh):
-    places = sharding.shardings(mesh, {"embedder": {"input_embedding": table}})
+    places = sharding.param_shardings(
+      mesh, {"embedder": {"input_embedding": table}}
+    )
     place = places["embedder"]["input_embedding"]
     rows, got = jax.jit(
       lambda *args: rows_and_gradient(embedding.lookup, *args, dtype),
-      out_shardings=(sharding.batch(mesh), place),
-    )(jax.device_put(table, place), *sharding.put_batch(mesh, (ids, weights)))
+      out_shardings=(sharding.batch_sharding(mesh), place),
+    )(
+      jax.device_put(table, place),
+      *sharding.device_put_batch(mesh, (ids, weights)),
+    )
   assert rows.dtype == dtype and got.dtype == table.dtype
   np.testing.assert_array_equal(rows, want)
   np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
@@ -67,17 +72,20 @@ def test_no_shard_has_the_table_or_its_gradient_in_full():
   mesh = sharding.make_mesh(1, 4, 2)
   table, ids, weights = table_ids_and_weights()
   with jax.set_mesh(mesh):
-    places = sharding.shardings(mesh, {"embedder": {"input_embedding": table}})
+    places = sharding.param_shardings(
+      mesh, {"embedder": {"input_embedding": table}}
+    )
     place = places["embedder"]["input_embedding"]
     compiled = (
       jax.jit(
         lambda *args: rows_and_gradient(
           embedding.lookup, *args, jnp.dtype(jnp.float32)
         ),
-        out_shardings=(sharding.batch(mesh), place),
+        out_shardings=(sharding.batch_sharding(mesh), place),
       )
       .lower(
-        jax.device_put(table, place), *sharding.put_batch(mesh, (ids, weights))
+        jax.device_put(table, place),
+        *sharding.device_put_batch(mesh, (ids, weights)),
       )
       .compile()
     )

@@ -284,7 +284,7 @@ def test_adapters_lie_beside_their_weights_on_every_mesh(name):
   tree = lora.abstract_adapters(config, dataclasses.replace(LORA, rank=8))
   for shape in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
     mesh = sharding.make_mesh(*shape)
-    cut = by_path_of_shapes(sharding.shardings(mesh, params))
+    cut = by_path_of_shapes(sharding.param_shardings(mesh, params))
     axes = {
       "q_einsum": "lqdh", "kv_einsum": "lnkdh", "attn_vec_einsum": "lqhd",
       "gating_einsum": "lnfd", "linear": "lfd", "mm_input_projection": "wd",
@@ -295,7 +295,7 @@ def test_adapters_lie_beside_their_weights_on_every_mesh(name):
       "linear": ("lfr", "lrd"), "mm_input_projection": ("wr", "rd"),
     }  # fmt: skip
     for path, place in by_path_of_shapes(
-      sharding.shardings(mesh, tree)
+      sharding.param_shardings(mesh, tree)
     ).items():
       weight, _, factor = path.rpartition("/")
       leaf = weight.rpartition("/")[2]

@@ -40,11 +40,11 @@ def main() -> None:
   params = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     tree,
-    sharding.shardings(mesh, tree),
+    sharding.param_shardings(mesh, tree),
   )
   side = CONFIG.vision.image_size
   bundles = [
-    jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(mesh))
+    jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
     for shape, dtype in (
       ((2, 256), jnp.int32),
       ((2,), jnp.int32),

@@ -183,7 +183,7 @@ def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       tree,
-      sharding.shardings(mesh, tree),
+      sharding.param_shardings(mesh, tree),
     )
 
   _, loaded = weights.from_gguf(path, dtype=jnp.bfloat16, place=place)

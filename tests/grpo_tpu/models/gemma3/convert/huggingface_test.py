@@ -67,7 +67,7 @@ def placed(config, mesh, dtype):
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree,
-    sharding.shardings(mesh, tree),
+    sharding.param_shardings(mesh, tree),
   )
 
 
