@@ -17,14 +17,14 @@ from grpo_tpu.observability import exit_report
 
 def main(argv: Sequence[str]) -> None:
   """Checks every setting, then starts devices, then runs the mode."""
-  ending = exit_report.Ending()
+  ending = exit_report.ExitReport()
   try:
     _run(argv, ending)
   except BaseException as error:
-    ending.end(error)
+    ending.exit_with(error)
 
 
-def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
+def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
   with run_config.refutable():
     if len(argv) > 1:
       raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
@@ -38,7 +38,7 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
 
       topology, advise = flags.TOPOLOGY.value, flags.ADVISE.value
       plan.run(config, workdir, topology, advise=advise)
-      ending.done()
+      ending.report_done()
       return
     from grpo_tpu import dataset
     from grpo_tpu.checkpoint import export
@@ -56,14 +56,14 @@ def _run(argv: Sequence[str], ending: exit_report.Ending) -> None:
       run = functools.partial(evaluate.run, config, workdir, data)
       if mode == "train":
         run = functools.partial(loop.train, config, workdir, data, ending)
-  compile_cache.keep_in(config.compilation_cache_dir)
+  compile_cache.enable_persistent_cache(config.compilation_cache_dir)
   initialize.initialize(config.distributed, place)
   with run_config.refutable():
     said = preflight.facts(config, identity, mode=mode, workdir=workdir)
     timeout_seconds = config.distributed.preflight_timeout_seconds
     preflight.check("start", said, timeout_seconds=timeout_seconds)
   run()
-  ending.done()
+  ending.report_done()
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -73,7 +73,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     with run_config.refutable():
       return flags.parsed(argv)
   except run_config.SettingError as error:
-    exit_report.Ending().end(error)
+    exit_report.ExitReport().exit_with(error)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   model, size, *_ = path.stem.split("_")
   assert config.model.name == f"{model}_{size}"
   assert (config.lora is not None) == (kind == "lora")
-  topology = hardware.parse(TOPOLOGIES[path.stem])
+  topology = hardware.parse_topology(TOPOLOGIES[path.stem])
   assert path.stem.endswith(topology.slice_name.replace("-", "_"))
   planner.check(config, topology)
 

@@ -51,13 +51,13 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def place() -> initialize.Place | None:
+def place() -> initialize.ProcessAddress | None:
   """Where this process joins others, if flags or environment say so.
 
   Raises:
     ValueError: They say a part only, or what cannot be.
   """
-  return initialize.place(
+  return initialize.read_process_address(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def keep_in(folder: str) -> None:
+def enable_persistent_cache(folder: str) -> None:
   """Has compiled programs outlive the process, as the settings want it.
 
   Args:
@@ -24,7 +24,7 @@ def keep_in(folder: str) -> None:
   jax.config.update("jax_compilation_cache_dir", path)
 
 
-class Counter:
+class CompileCounter:
   """Counts this process's compilations from its making on."""
 
   def __init__(self):
@@ -46,7 +46,7 @@ class Counter:
     return scalars
 
 
-class Ahead:
+class AotJit:
   """A jitted function whose programs may be made before they are called for.
 
   What was not prepared is compiled when it is first called, as ever.

@@ -141,7 +141,7 @@ class Topology:
     )
 
 
-def parse(text: str) -> Topology:
+def parse_topology(text: str) -> Topology:
   """A topology from its name: "v5e:4x4", or "v5e:4x4*2" for two slices.
 
   Raises:
@@ -158,13 +158,13 @@ def parse(text: str) -> Topology:
   if name not in CHIPS:
     raise ValueError(
       f"--topology ({text!r}) must be of a chip that is known, which are "
-      f"{', '.join(CHIPS)}; the nearest is {nearest('v5e', shape)}."
+      f"{', '.join(CHIPS)}; the nearest is {nearest_slice('v5e', shape)}."
     )
   if shape not in CHIPS[name].shapes:
     raise ValueError(
       f"--topology ({text!r}) must be a slice that {name} is sold in, which "
       f"are {', '.join(CHIPS[name].shapes)}; the nearest is "
-      f"{nearest(name, shape)}."
+      f"{nearest_slice(name, shape)}."
     )
   if slices is not None and not 1 <= int(slices) <= 256:
     raise ValueError(
@@ -174,7 +174,7 @@ def parse(text: str) -> Topology:
   return Topology(CHIPS[name], shape, int(slices or 1))
 
 
-def nearest(name: str, shape: str) -> str:
+def nearest_slice(name: str, shape: str) -> str:
   """The slice of a chip whose number of chips is nearest to a shape's."""
   wanted = math.log(max(1, _chips_of(shape)))
   best = min(
@@ -183,7 +183,7 @@ def nearest(name: str, shape: str) -> str:
   return f"{name}:{best}"
 
 
-def larger(topology: Topology) -> list[Topology]:
+def larger_slices(topology: Topology) -> list[Topology]:
   """The slices of the same chip that have more chips, in ascending order."""
   return [
     Topology(topology.chip, shape, topology.num_slices)
@@ -201,7 +201,7 @@ def _near_slice_name(text: str) -> str:
   if name not in CHIPS or not int(match[2]):
     return ""
   chips = max(1, int(match[2]) // CHIPS[name].cores_per_chip)
-  return f"The nearest is {nearest(name, str(chips))}."
+  return f"The nearest is {nearest_slice(name, str(chips))}."
 
 
 def _chips_of(shape: str) -> int:

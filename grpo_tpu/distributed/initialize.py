@@ -73,7 +73,7 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessAddress:
   """Where a process joins.
 
   Attributes:
@@ -87,11 +87,11 @@ class Place:
   process_id: int
 
 
-def place(
+def read_process_address(
   coordinator_address: str | None,
   num_processes: int | None,
   process_id: int | None,
-) -> Place | None:
+) -> ProcessAddress | None:
   """What a launcher says, by flags or by environment; None if it is silent.
 
   An argument that is None is taken from `JAX_COORDINATOR_ADDRESS`,
@@ -138,10 +138,12 @@ def place(
       f"--process_id ({index}) must be at least 0 and below --num_processes "
       f"({count}); number the processes from 0."
     )
-  return Place(address, count, index)
+  return ProcessAddress(address, count, index)
 
 
-def initialize(config: DistributedConfig, joined: Place | None) -> None:
+def initialize(
+  config: DistributedConfig, joined: ProcessAddress | None
+) -> None:
   """Joins the other processes of the run, before any device is touched.
 
   A failure to join ends the program: a host that went on alone would train a
@@ -185,7 +187,9 @@ def initialize(config: DistributedConfig, joined: Place | None) -> None:
   )
 
 
-def answers(topic: str, value: Any, *, timeout_seconds: float) -> list[Any]:
+def exchange_json(
+  topic: str, value: Any, *, timeout_seconds: float
+) -> list[Any]:
   """What every process says on a topic, by process; each must say something.
 
   Goes by way of the coordinator and touches no device, so that processes which
@@ -212,7 +216,7 @@ def answers(topic: str, value: Any, *, timeout_seconds: float) -> list[Any]:
   ]
 
 
-def straggler(alone_seconds: float) -> dict[str, float]:
+def straggler_metrics(alone_seconds: float) -> dict[str, float]:
   """Which host was slowest at what it did alone, by the names of `metrics`.
 
   All processes must call it. One device that is slow cannot be told this way:
@@ -231,7 +235,7 @@ def straggler(alone_seconds: float) -> dict[str, float]:
   }
 
 
-def leave(code: int) -> NoReturn:
+def shutdown(code: int) -> NoReturn:
   """Ends this process with an exit code, and so, within seconds, the others.
 
   Where all leave at once, each does with its own code. Peers of one that leaves

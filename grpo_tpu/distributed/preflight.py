@@ -73,7 +73,7 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
     RuntimeError: A process has not said anything in time.
   """
   digests = {field: _digest(values) for field, values in said.items()}
-  hosts = initialize.answers(
+  hosts = initialize.exchange_json(
     f"{topic}/digests",
     {"name": f"{socket.gethostname()}, code {revision()}", "digests": digests},
     timeout_seconds=timeout_seconds,
@@ -84,7 +84,7 @@ def check(topic: str, said: Facts, *, timeout_seconds: float) -> None:
       logging.info("All %d hosts agree on %s.", len(hosts), ", ".join(said))
     return
   # Only now is it worth it to send everything.
-  details = initialize.answers(
+  details = initialize.exchange_json(
     f"{topic}/details", said, timeout_seconds=timeout_seconds
   )
   differences = [

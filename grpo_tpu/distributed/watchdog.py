@@ -51,7 +51,7 @@ class Watchdog:
     """Something was achieved."""
     self._silence = 0.0
 
-  def started(self) -> None:
+  def end_startup(self) -> None:
     """From here on, with the first step done, less time is allowed."""
     self._allowed = self._seconds
     self.mark()

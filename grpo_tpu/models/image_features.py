@@ -53,7 +53,7 @@ class Pictures:
     self._kept: collections.OrderedDict[bytes, np.ndarray] = (
       collections.OrderedDict()
     )
-    self.encode = compile_cache.Ahead(jax.jit(self._tower))
+    self.encode = compile_cache.AotJit(jax.jit(self._tower))
     self.num_encoded = 0
 
   def features(

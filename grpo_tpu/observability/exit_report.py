@@ -44,14 +44,14 @@ def code_of(error: BaseException | None) -> int:
   return PREEMPTED if isinstance(error, preemption.Preempted) else FAILED
 
 
-class Ending:
+class ExitReport:
   """Where the program stands, for the day it ends.
 
   Attributes:
     clock: What the time goes into.
     step: The last that was done; None before the first and without training.
     skipped_updates: By this process.
-    has_card: Whether the workdir has a `run.json` with this attempt in it.
+    has_run_record: True once `run.json` in the workdir lists this attempt.
   """
 
   def __init__(self) -> None:
@@ -59,19 +59,19 @@ class Ending:
     self.clock = goodput.Clock()
     self.step: int | None = None
     self.skipped_updates = 0
-    self.has_card = False
+    self.has_run_record = False
     self._workdir: pathlib.Path | None = None
 
-  def of_run(self, workdir: pathlib.Path) -> None:
+  def attach_run(self, workdir: pathlib.Path) -> None:
     """From here on it is the end of a run in this folder."""
     self.clock.listen_to_compiler()
     self._workdir = workdir
 
-  def stuck(self, reason: str) -> None:
+  def report_stuck(self, reason: str) -> None:
     """Says the last words of a process that the watchdog ends."""
     self._say(reason, STUCK, _NEXT[STUCK])
 
-  def done(self) -> None:
+  def report_done(self) -> None:
     """Says the last words of a program that came to its end."""
     what_next = "nothing"
     if self._workdir is not None:
@@ -79,7 +79,7 @@ class Ending:
       what_next = f"look at the curves: tensorboard --logdir={folder}"
     self._say("done", DONE, what_next)
 
-  def end(self, error: BaseException) -> NoReturn:
+  def exit_with(self, error: BaseException) -> NoReturn:
     """Logs what went wrong, says the last words, ends this process at once."""
     code = code_of(error)
     if code == FAILED and not isinstance(error, KeyboardInterrupt):
@@ -90,10 +90,10 @@ class Ending:
     what_next = _NEXT[PREEMPTED if is_interrupt else code]
     self._say(_reason(error), code, what_next)
     scoring.close()
-    initialize.leave(code)
+    initialize.shutdown(code)
 
   @contextlib.contextmanager
-  def at_once_if_others_wait(self) -> Iterator[None]:
+  def abort_peers_on_error(self) -> Iterator[None]:
     """Inside, an error that the other processes need not have had ends this.
 
     What stands around may wait for them, as the end of a save does, while they
@@ -106,7 +106,7 @@ class Ending:
     except BaseException as error:
       if jax.process_count() == 1:
         raise
-      self.end(error)
+      self.exit_with(error)
 
   def _say(self, reason: str, code: int, what_next: str) -> None:
     newest = best = None
@@ -126,7 +126,7 @@ class Ending:
       what_next,
       spent,
     )
-    if self._workdir is None or not self.has_card or jax.process_index():
+    if self._workdir is None or not self.has_run_record or jax.process_index():
       return
     words = {
       "reason": reason,

@@ -52,7 +52,7 @@ class Clock:
     self._unix_start = unix_now() - age_seconds
     self._last: dict[str, float] = {}
 
-  def carry_on(self, path: pathlib.Path, resume_step: int) -> None:
+  def resume(self, path: pathlib.Path, resume_step: int) -> None:
     """Takes over the sums of the processes before, of which a file tells.
 
     Args:
@@ -83,7 +83,7 @@ class Clock:
     finally:
       self._enter(before)
 
-  def begin(self) -> None:
+  def start_steps(self) -> None:
     """The first step begins: "restart" is over."""
     self._enter("other")
     self._last = dict(self._seconds)
@@ -93,7 +93,7 @@ class Clock:
     self._seconds[self._phase] += now - self._since
     self._phase, self._since = name, now
 
-  def move(self, source: str, target: str, seconds: float) -> None:
+  def reassign(self, source: str, target: str, seconds: float) -> None:
     """Counts some of the seconds of one phase to another."""
     seconds = min(seconds, self._seconds[source])
     self._seconds[source] -= seconds

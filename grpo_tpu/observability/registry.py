@@ -636,7 +636,7 @@ def is_declared(name: str) -> bool:
   return is_sliced or (name in _ORDER and "{" not in name)
 
 
-def place(name: str) -> int:
+def row_index(name: str) -> int:
   """Where in `METRICS` a name stands.
 
   Raises:

@@ -90,7 +90,7 @@ class Writer:
     *,
     is_writer: bool,
     resume_step: int | None,
-    has_begun_next: bool = False,
+    has_partial_step: bool = False,
   ) -> None:
     """Opens the files, and takes back what a resumed run will write again.
 
@@ -100,7 +100,7 @@ class Writer:
       resume_step: The step of the restored checkpoint: what was written after
         it is dropped, as is a last line cut short by a kill. None for a run
         from the start: what an earlier one left is removed.
-      has_begun_next: Whether the run goes on in the middle of the step after,
+      has_partial_step: Whether the run goes on in the middle of the step after,
         whose samples are written already, and its line is not.
     """
     self._lines: dict[str, _JsonLines] = {}
@@ -112,7 +112,7 @@ class Writer:
     if is_writer:
       workdir = pathlib.Path(workdir)
       (workdir / "samples").mkdir(parents=True, exist_ok=True)
-      sampled = None if resume_step is None else resume_step + has_begun_next
+      sampled = None if resume_step is None else resume_step + has_partial_step
       for name in ("metrics", "samples/train", "samples/eval"):
         self._lines[name] = _JsonLines(
           workdir / f"{name}.jsonl",
@@ -142,7 +142,7 @@ class Writer:
       ValueError: A name that is not in the table, a value that is not one
         number, or a step already written.
     """
-    order = {name: registry.place(name) for name in scalars}
+    order = {name: registry.row_index(name) for name in scalars}
     if step <= self._last_step:
       raise ValueError(
         f"step {step} is written after step {self._last_step}: merge what there"

@@ -103,7 +103,7 @@ def nearest_that_fits(
   reference lies. Else the first larger slice on which the same would do.
   """
   config = made.config
-  for topology in (made.topology, *hardware.larger(made.topology)):
+  for topology in (made.topology, *hardware.larger_slices(made.topology)):
     base: Changes = {}
     if topology != made.topology:
       base = planner.nearest_mesh(config, topology)

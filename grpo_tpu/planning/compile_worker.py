@@ -37,7 +37,9 @@ def answer(
   jax.config.update("jax_platforms", aot.ENVIRONMENT["JAX_PLATFORMS"])
   try:
     config = run_config.Config.from_config_dict(values)
-    found = _found(config, hardware.parse(topology), program, folder / "dump")
+    found = _found(
+      config, hardware.parse_topology(topology), program, folder / "dump"
+    )
     (folder / "answer.json").write_text(json.dumps(found))
   except BaseException:
     traceback.print_exc()

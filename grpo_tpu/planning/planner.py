@@ -93,7 +93,7 @@ def parsed(topology: str | None) -> hardware.Topology:
     raise ValueError(
       "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
     )
-  return hardware.parse(topology)
+  return hardware.parse_topology(topology)
 
 
 def check(config: run_config.Config, described: hardware.Topology) -> None:

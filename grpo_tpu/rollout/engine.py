@@ -135,12 +135,12 @@ class Programs:
   def __init__(self, settings: Settings, mesh: Mesh):
     """Compiles nothing yet."""
     self._settings, self._mesh = settings, mesh
-    self.prefill = compile_cache.Ahead(jax.jit(self._prefill))
+    self.prefill = compile_cache.AotJit(jax.jit(self._prefill))
     # Tokens are written in place. Moved rows take less memory than the places
     # they leave, and so cannot take over any of it.
-    self.write = compile_cache.Ahead(jax.jit(self._write, donate_argnums=1))
-    self.move = compile_cache.Ahead(jax.jit(self._move))
-    self.results = compile_cache.Ahead(jax.jit(self._results))
+    self.write = compile_cache.AotJit(jax.jit(self._write, donate_argnums=1))
+    self.move = compile_cache.AotJit(jax.jit(self._move))
+    self.results = compile_cache.AotJit(jax.jit(self._results))
 
   def abstract_state(self, *args: Any) -> State:
     """Shapes and places of what `prefill` makes of such arguments."""

@@ -48,7 +48,7 @@ def train(
   config: run_config.Config,
   workdir: str,
   data: dataset.Dataset,
-  ending: exit_report.Ending,
+  ending: exit_report.ExitReport,
 ) -> None:
   """Trains to `train.num_steps`, from the workdir's newest checkpoint if any.
 
@@ -62,13 +62,13 @@ def train(
   with run_config.refutable():
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     run = _Run(config, workdir, data, mesh)
-  ending.of_run(folder)
+  ending.attach_run(folder)
   with (
     watchdog.Watchdog(
       folder / f"stacks.{jax.process_index()}.txt",
       seconds=config.distributed.watchdog_seconds,
       start_seconds=config.distributed.watchdog_start_seconds,
-      report=ending.stuck,
+      report=ending.report_stuck,
     ) as watch,
     jax.set_mesh(mesh),
     checkpointer.Checkpoints(
@@ -86,21 +86,21 @@ def train(
       batches = run.batches(batches_taken(state, begun))
     # Not before: a run that was refused has not started.
     run.write_card()
-    ending.has_card = True
+    ending.has_run_record = True
     if start is not None:
-      ending.clock.carry_on(folder / "metrics.jsonl", start)
+      ending.clock.resume(folder / "metrics.jsonl", start)
     with (
       metrics.Writer(
         workdir,
         is_writer=jax.process_index() == 0,
         resume_step=start,
-        has_begun_next=begun is not None,
+        has_partial_step=begun is not None,
       ) as writer,
       profiling.Profiler(folder, config.profile) as profiler,
     ):
       writer.write_config(config.to_dict())
       loop = _Loop(run, writer, checkpoints, watch, ending, profiler)
-      with ending.at_once_if_others_wait():
+      with ending.abort_peers_on_error():
         run.compile_ahead(state)
         if start is None:
           loop.begin(state)
@@ -123,7 +123,7 @@ class _Loop:
     writer: metrics.Writer,
     checkpoints: checkpointer.Checkpoints,
     watch: watchdog.Watchdog,
-    ending: exit_report.Ending,
+    ending: exit_report.ExitReport,
     profiler: profiling.Profiler,
   ):
     self._run, self._config, self._profiler = run, run.config, profiler
@@ -131,7 +131,7 @@ class _Loop:
     self._watch, self._ending, self._clock = watch, ending, ending.clock
     self._poll = preemption.Poll(on_poll=watch.mark)
     self._skipped_in_a_row = 0
-    self._compilations = compile_cache.Counter()
+    self._compilations = compile_cache.CompileCounter()
     # Labelled completions are far from the policy as soon as it learns from
     # them.
     is_preference = self._config.data.kind == "preference"
@@ -141,7 +141,7 @@ class _Loop:
 
   def begin(self, state: train_state.TrainState) -> None:
     """What there is to say and to save before the first step."""
-    self._clock.begin()
+    self._clock.start_steps()
     scalars = jax.device_get(self._evaluated(state, 0))
     scalars |= self._clock.scalars()
     self._writer.write(0, scalars)
@@ -161,7 +161,7 @@ class _Loop:
     if start >= num_steps:
       logging.info("Nothing left to do: step %d of %d.", start, num_steps)
       return
-    self._clock.begin()
+    self._clock.start_steps()
     for step in range(start + 1, num_steps + 1):
       with self._profiler.step(step):
         state, scalars = self._step(state, batches, step, begun)
@@ -169,7 +169,7 @@ class _Loop:
       self._writer.write(step, scalars)
       self._writer.progress(num_steps)
       self._ending.step = step
-      self._watch.started()
+      self._watch.end_startup()
       self._save(step, state, metrics=scalars, force=step == num_steps)
     with self._clock.phase("checkpoint"):
       self._checkpoints.wait()
@@ -212,7 +212,7 @@ class _Loop:
       step=state.step + 1, position=state.position + begun.num_batches
     )
     scalars["train/skipped_updates"] = sum(begun.skipped)
-    scalars |= initialize.straggler(self._clock.alone_seconds())
+    scalars |= initialize.straggler_metrics(self._clock.alone_seconds())
     scalars |= self._compilations.scalars() | self._clock.scalars()
     scalars = jax.device_get(scalars)
     if jax.process_index() == 0:
@@ -229,8 +229,8 @@ class _Loop:
     """A step with its experience, and none of its updates."""
     with self._clock.phase("rollout"):
       experience = self._run.experience(state, batches, step, self._poll)
-    self._clock.move("rollout", "data", experience.seconds("data"))
-    self._clock.move("rollout", "reward", experience.seconds("reward"))
+    self._clock.reassign("rollout", "data", experience.seconds("data"))
+    self._clock.reassign("rollout", "reward", experience.seconds("reward"))
     with self._clock.phase("update"):
       bundles = self._run.compared(state, experience.bundles)
     self._writer.write_samples(step, experience.samples, split="train")
@@ -309,7 +309,7 @@ class _Run:
     self._key = jax.random.key(config.seed)
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     model, num_microbatches = self.policy.model, config.num_microbatches
-    self._scoring = compile_cache.Ahead(
+    self._scoring = compile_cache.AotJit(
       jax.jit(
         lambda params, bundles: train_step.score(
           model, params, bundles, num_microbatches=num_microbatches
@@ -318,7 +318,7 @@ class _Run:
     )
     # Of the batches to come, until what they need is compiled.
     self._shapes: set[tuple[int, int]] = set()
-    self._update = compile_cache.Ahead(self.policy.make_update())
+    self._update = compile_cache.AotJit(self.policy.make_update())
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
     self._eval_batches = data.eval_batches(self.config, **self._shards)
@@ -434,7 +434,7 @@ class _Run:
 
   def _prepare(
     self,
-    program: compile_cache.Ahead,
+    program: compile_cache.AotJit,
     first: Any,
     bundles: train_step.Bundles,
     *rest: Any,

@@ -17,7 +17,7 @@ from grpo_tpu.distributed import hardware
   ],
 )
 def test_a_topology_counts_its_chips(name, num_chips, slice_name):
-  topology = hardware.parse(name)
+  topology = hardware.parse_topology(name)
   assert topology.num_chips == num_chips
   assert topology.slice_name == slice_name
   assert str(topology) == name
@@ -39,16 +39,16 @@ def test_a_topology_counts_its_chips(name, num_chips, slice_name):
 )
 def test_a_slice_that_is_not_sold_is_refused_with_the_nearest(name, says):
   with pytest.raises(ValueError, match=f"--topology.*{says}"):
-    hardware.parse(name)
+    hardware.parse_topology(name)
 
 
 def test_a_chip_may_be_several_devices():
-  assert hardware.parse("tpu7x:2x2x2*2").num_devices == 32
-  assert hardware.parse("v5p:2x2x2").num_devices == 8
+  assert hardware.parse_topology("tpu7x:2x2x2*2").num_devices == 32
+  assert hardware.parse_topology("v5p:2x2x2").num_devices == 8
 
 
 def test_larger_slices_ascend_from_the_next():
-  larger = hardware.larger(hardware.parse("v5e:4x4"))
+  larger = hardware.larger_slices(hardware.parse_topology("v5e:4x4"))
   assert [str(x) for x in larger] == [
     "v5e:4x8",
     "v5e:8x8",
@@ -60,7 +60,8 @@ def test_larger_slices_ascend_from_the_next():
 @pytest.mark.parametrize("chip", hardware.CHIPS.values(), ids=lambda x: x.name)
 def test_every_shape_of_the_table_is_one(chip):
   for shape in chip.shapes:
-    assert hardware.parse(f"{chip.name}:{shape}").chip is chip
+    assert hardware.parse_topology(f"{chip.name}:{shape}").chip is chip
   assert list(chip.shapes) == sorted(
-    chip.shapes, key=lambda s: hardware.parse(f"{chip.name}:{s}").num_chips
+    chip.shapes,
+    key=lambda s: hardware.parse_topology(f"{chip.name}:{s}").num_chips,
   )

@@ -13,12 +13,16 @@ TIMEOUTS = initialize.DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
 def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
-  assert initialize.place(None, None, None) is None
+  assert initialize.read_process_address(None, None, None) is None
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
   monkeypatch.setenv("JAX_PROCESS_ID", "3")
-  assert initialize.place(None, None, None) == initialize.Place("a:1", 4, 3)
-  assert initialize.place("b:2", None, 0) == initialize.Place("b:2", 4, 0)
+  assert initialize.read_process_address(
+    None, None, None
+  ) == initialize.ProcessAddress("a:1", 4, 3)
+  assert initialize.read_process_address(
+    "b:2", None, 0
+  ) == initialize.ProcessAddress("b:2", 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_half_an_address_is_refused(monkeypatch, given, said):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
   with pytest.raises(ValueError) as error:
-    initialize.place(*given)
+    initialize.read_process_address(*given)
   assert said in str(error.value)
 
 
@@ -58,7 +62,7 @@ def test_a_time_out_that_cannot_be_is_named(name, value):
 def said_by(monkeypatch, *hosts):
   """What `check` raises where these hosts say these facts."""
 
-  def answers(topic, value, *, timeout_seconds):
+  def exchange_json(topic, value, *, timeout_seconds):
     if topic.endswith("details"):
       return list(hosts)
     return [
@@ -69,7 +73,7 @@ def said_by(monkeypatch, *hosts):
       for index, facts in enumerate(hosts)
     ]
 
-  monkeypatch.setattr(initialize, "answers", answers)
+  monkeypatch.setattr(initialize, "exchange_json", exchange_json)
   preflight.check("x", hosts[0], timeout_seconds=1)
 
 

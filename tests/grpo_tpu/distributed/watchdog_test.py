@@ -80,7 +80,7 @@ def test_progress_or_a_longer_allowance_keeps_it_quiet(
 
 
 def test_the_longer_allowance_ends_with_the_first_step(tmp_path):
-  body = "watch.started()\nturn_in_a_circle(60)"
+  body = "watch.end_startup()\nturn_in_a_circle(60)"
   assert run(tmp_path, body, start_seconds=600.0).returncode == 76
 
 

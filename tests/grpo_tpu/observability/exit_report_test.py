@@ -26,23 +26,23 @@ class Left(Exception):
 def stays(monkeypatch):
   """The process of the tests is not to end."""
 
-  def leave(code):
+  def shutdown(code):
     raise Left(code)
 
-  monkeypatch.setattr(initialize, "leave", leave)
+  monkeypatch.setattr(initialize, "shutdown", shutdown)
 
 
 def end_by(ending, error):
   with pytest.raises(Left) as left:
-    ending.end(error)
+    ending.exit_with(error)
   return left.value.args[0]
 
 
-def of_run(workdir, *, has_card=True):
+def of_run(workdir, *, has_run_record=True):
   run_record.write(str(workdir), CONFIG, {"data.dir: its records": "a"}, "w")
-  ending = exit_report.Ending()
-  ending.of_run(workdir)
-  ending.has_card, ending.step = has_card, 7
+  ending = exit_report.ExitReport()
+  ending.attach_run(workdir)
+  ending.has_run_record, ending.step = has_run_record, 7
   return ending
 
 
@@ -57,7 +57,7 @@ def last_line(caplog):
 def test_every_end_is_one_line_with_code_reason_step_and_what_next(
   tmp_path, caplog, code, has_run
 ):
-  ending = of_run(tmp_path) if has_run else exit_report.Ending()
+  ending = of_run(tmp_path) if has_run else exit_report.ExitReport()
   assert end_by(ending, WAYS[code]) == code
   line = last_line(caplog)
   assert line.startswith(f"The end, with exit code {code}: ")
@@ -73,7 +73,7 @@ def test_every_end_is_one_line_with_code_reason_step_and_what_next(
 
 
 def test_a_refusal_says_its_reason_once(caplog):
-  end_by(exit_report.Ending(), WAYS[64])
+  end_by(exit_report.ExitReport(), WAYS[64])
   assert caplog.text.count("must be at least 0") == 1
 
 
@@ -86,8 +86,8 @@ def test_an_interrupted_run_is_told_to_go_on(tmp_path, caplog):
 @pytest.mark.parametrize(
   ("code", "say"),
   [
-    (0, lambda ending: ending.done()),
-    (76, lambda ending: ending.stuck("no progress")),
+    (0, lambda ending: ending.report_done()),
+    (76, lambda ending: ending.report_stuck("no progress")),
     *(
       (code, lambda ending, error=error: end_by(ending, error))
       for code, error in WAYS.items()
@@ -108,7 +108,7 @@ def test_the_card_says_the_same_to_a_program(tmp_path, caplog, code, say):
 
 
 def test_a_run_that_was_refused_leaves_the_card_of_another_alone(tmp_path):
-  ending = of_run(tmp_path, has_card=False)
+  ending = of_run(tmp_path, has_run_record=False)
   before = (tmp_path / "run.json").read_bytes()
   end_by(ending, WAYS[64])
   assert (tmp_path / "run.json").read_bytes() == before
@@ -118,7 +118,7 @@ def test_hosts_but_one_write_nothing(tmp_path, monkeypatch):
   ending = of_run(tmp_path)
   before = (tmp_path / "run.json").read_bytes()
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  ending.done()
+  ending.report_done()
   assert (tmp_path / "run.json").read_bytes() == before
 
 

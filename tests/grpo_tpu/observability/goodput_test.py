@@ -38,7 +38,7 @@ def test_every_second_is_in_one_phase():
         with clock.phase(inner):
           walk(depth - 1, inner)
 
-  clock.begin()
+  clock.start_steps()
   for _ in range(20):
     walk(4, "other")
   total = sum(expected.values())
@@ -51,7 +51,7 @@ def test_every_second_is_in_one_phase():
 def test_compiling_is_taken_out_of_the_phase_it_falls_into():
   time = Time()
   clock = new_clock(time)
-  clock.begin()
+  clock.start_steps()
   with clock.phase("update"):
     time.now += 10
     clock._listen("/jax/core/compile/backend_compile_duration", 8.0)
@@ -64,7 +64,7 @@ def test_a_restart_carries_the_sums_over_and_counts_what_was_lost(tmp_path):
   """Steps 1 and 2 took 10 s each; 2 is done again, after 5 s of nothing."""
   path, time = tmp_path / "metrics.jsonl", Time()
   first = new_clock(time)
-  first.begin()
+  first.start_steps()
   with path.open("w") as file:
     for step in (1, 2):
       with first.phase("update"):
@@ -74,8 +74,8 @@ def test_a_restart_carries_the_sums_over_and_counts_what_was_lost(tmp_path):
   time.now += 5
   second = new_clock(time)
   time.now += 3
-  second.carry_on(path, 1)
-  second.begin()
+  second.resume(path, 1)
+  second.start_steps()
   time.now += 2
   seconds = {k: v * 30 for k, v in second.shares().items() if v}
   assert seconds == pytest.approx(
@@ -86,7 +86,7 @@ def test_a_restart_carries_the_sums_over_and_counts_what_was_lost(tmp_path):
 def test_only_what_a_host_does_alone_makes_it_slow():
   time = Time()
   clock = new_clock(time)
-  clock.begin()
+  clock.start_steps()
   for phase, seconds in (("rollout", 50), ("data", 3), ("reward", 4)):
     with clock.phase(phase):
       time.now += seconds

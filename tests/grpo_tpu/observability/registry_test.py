@@ -61,10 +61,10 @@ def test_what_an_advice_names_is_there(metric):
 def test_the_place_of_a_name_is_its_row_s():
   for index, metric in enumerate(registry.METRICS):
     if "{slice}" not in metric.name:
-      assert registry.place(metric.name) == index
-  sliced = registry.place("eval/accuracy/free_form")
+      assert registry.row_index(metric.name) == index
+  sliced = registry.row_index("eval/accuracy/free_form")
   assert registry.METRICS[sliced].name == "eval/accuracy/{slice}"
   with pytest.raises(
     ValueError, match="docs|grpo_tpu/observability/registry.py"
   ):
-    registry.place("train/los")
+    registry.row_index("train/los")

@@ -377,9 +377,9 @@ def test_a_step_that_goes_on_in_the_middle_keeps_its_samples(tmp_path):
       writer.write_samples(step, [make_sample()], split="train")
       writer.write_samples(step, [make_sample()], split="eval")
       writer.write(step, {})
-  for has_begun_next, steps in ((True, [1, 2]), (False, [1])):
+  for has_partial_step, steps in ((True, [1, 2]), (False, [1])):
     metrics.Writer(
-      tmp_path, is_writer=True, resume_step=1, has_begun_next=has_begun_next
+      tmp_path, is_writer=True, resume_step=1, has_partial_step=has_partial_step
     ).close()
     found = {
       name: [

@@ -55,13 +55,13 @@ def libtpu():
 def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
-    planner.check(config, hardware.parse("v5e:2x2"))
+    planner.check(config, hardware.parse_topology("v5e:2x2"))
 
 
 def test_slices_without_replicas_of_their_own_are_told_the_nearest():
   config = of_4b()
   with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
-    planner.check(config, hardware.parse("v5e:2x4*2"))
+    planner.check(config, hardware.parse_topology("v5e:2x4*2"))
 
 
 def test_a_step_calls_each_program_as_often_as_it_does():
@@ -74,7 +74,7 @@ def test_a_step_calls_each_program_as_often_as_it_does():
     }
     for name in programs.names(config)
   ]
-  made = planner.Plan(config, hardware.parse("v5e:4x4"), rows, {})
+  made = planner.Plan(config, hardware.parse_topology("v5e:4x4"), rows, {})
   bounds = planner.step_bounds(made)
   # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
   # then an update. Nothing moves, and nothing is evaluated.
@@ -115,7 +115,7 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
     "completion_tokens": 7,
     "defects": ["something odd"],
   }
-  made = planner.Plan(config, hardware.parse("v5e:4x4"), [row], {})
+  made = planner.Plan(config, hardware.parse_topology("v5e:4x4"), [row], {})
   lines = plan.table(made).splitlines()
   memory, work = (x.split()[2:] for x in lines if x.startswith("train_step"))
   room = f"{15.75 - gibibytes:.2f}"
@@ -130,10 +130,10 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
 
 def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
-  near = planner.nearest_mesh(config, hardware.parse("v5e:4x4"))
+  near = planner.nearest_mesh(config, hardware.parse_topology("v5e:4x4"))
   assert planner.differing(config, near) == {"mesh.fsdp": 8}
   # 64 prompts do not divide over 24 shards; 72 do, and 24 at a time.
-  near = planner.nearest_mesh(config, hardware.parse("v5e:4x4*3"))
+  near = planner.nearest_mesh(config, hardware.parse_topology("v5e:4x4*3"))
   assert planner.differing(config, near) == {
     "mesh.replica": 3,
     "mesh.fsdp": 8,
@@ -197,7 +197,7 @@ def by_remat(config):
 
 def advised(config, topology, sampling=by_rows, update=by_remat):
   compiler = Scripted(sampling, update)
-  return advise.advise(config, hardware.parse(topology), compiler)
+  return advise.advise(config, hardware.parse_topology(topology), compiler)
 
 
 def pasted(name, flags):
@@ -287,7 +287,7 @@ def test_advice_that_changes_nothing_says_so():
 
 def test_advice_is_the_mesh_whose_step_has_the_least_bound():
   """Which is not always the first, nor are all looked at."""
-  config, described = of_4b(), hardware.parse("v5e:4x4")
+  config, described = of_4b(), hardware.parse_topology("v5e:4x4")
 
   def by_tensor(config):
     prompts = config.rollout.prompts_at_a_time or 64
@@ -312,7 +312,7 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
 
 def test_advice_is_of_the_whole_run():
   """With text alone, too, though it is looked for with images."""
-  settings, topology = of_4b(), hardware.parse("v5e:4x4")
+  settings, topology = of_4b(), hardware.parse_topology("v5e:4x4")
 
   class Odd(Scripted):
     def plan(self, config, topology, names=None):
@@ -393,7 +393,7 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
   changes = planner.differing(config, remedy)
   assert said.endswith(f"with --topology=v5e:4x4 {advise.flags(changes)}")
-  described = hardware.parse("v5e:4x4")
+  described = hardware.parse_topology("v5e:4x4")
   for changes, fits in ((remedy, True), (one_less, False)):
     new = planner.changed(config, changes)
     assert compiler.plan(new, described).fits() == fits
@@ -499,7 +499,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
   monkeypatch.setattr(
     programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
   )
-  compiler, topology = planner.Compiler(), hardware.parse("v5e:4x4")
+  compiler, topology = planner.Compiler(), hardware.parse_topology("v5e:4x4")
   config = of_4b()
   first = compiler.plan(config, topology)
   assert sorted(asked) == sorted(programs.names(config))
@@ -557,13 +557,15 @@ def test_a_setting_that_breaks_a_rule_is_no_advice():
 
 def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
   config = of_4b(**{"data.prompts_per_step": 8})
-  found = [x for _, x in advise.meshes(config, hardware.parse("v5e:4x4"))]
+  found = [
+    x for _, x in advise.meshes(config, hardware.parse_topology("v5e:4x4"))
+  ]
   assert {x["mesh.fsdp"] for x in found} == {8, 4, 2}
   assert all(x["mesh.fsdp"] * x["mesh.tensor"] == 16 for x in found)
 
 
 def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
-  topology = hardware.parse("v5e:4x4")
+  topology = hardware.parse_topology("v5e:4x4")
   name = "gemma3_4b_v5p_16"
   alone = config_of(name, **{"mesh.fsdp": 1, "mesh.tensor": 1})
   assert roofline.volume(alone, topology, "train_step (text)")["ici"] == 0
@@ -581,7 +583,7 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
 def test_replicas_of_several_slices_reduce_over_the_network_between_them():
   config = config_of("gemma3_4b_v5p_16", **{"mesh.replica": 2})
   one, two = (
-    roofline.volume(config, hardware.parse(name), "train_step (text)")
+    roofline.volume(config, hardware.parse_topology(name), "train_step (text)")
     for name in ("v5p:2x2x4", "v5p:2x2x2*2")
   )
   assert one["dcn"] == 0 < two["dcn"]
@@ -699,7 +701,7 @@ def test_held_out_groups_are_scored_all_of_a_batch_at_once():
   moved = {
     name: roofline.volume(
       planner.changed(config, {"mesh.fsdp": 2}),
-      hardware.parse("v5e:2x2"),
+      hardware.parse_topology("v5e:2x2"),
       name,
     )["ici"]
     for name in ("score (image)", "evaluation_score (image)")
@@ -739,7 +741,7 @@ def test_every_mesh_that_is_named_makes_settings_that_hold():
     config = config_of(name)
     for chip in (hardware.CHIPS["v6e"], hardware.CHIPS["tpu7x"]):
       for shape in chip.shapes:
-        described = hardware.parse(f"{chip.name}:{shape}")
+        described = hardware.parse_topology(f"{chip.name}:{shape}")
         changes = planner.nearest_mesh(config, described)
         new = planner.changed(config, changes)
         planner.check(new, described)
@@ -813,7 +815,7 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
   memories, so that it may be above all that is allocated.
   """
   name, topology = "gemma3_4b_v5e_16", "v5e:4x4"
-  config, described = config_of(name), hardware.parse(topology)
+  config, described = config_of(name), hardware.parse_topology(topology)
   quick = planner.compiled(config, described, program)["hbm_bytes"]
   code = (
     "import json, sys\n"
@@ -844,7 +846,10 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
 @pytest.mark.nightly
 def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
   """Where they stood, and where they are to stand."""
-  config, described = config_of("gemma3_4b_v5e_16"), hardware.parse("v5e:4x4")
+  config, described = (
+    config_of("gemma3_4b_v5e_16"),
+    hardware.parse_topology("v5e:4x4"),
+  )
   found = planner.compiled(config, described, "move")
   assert found["hbm_bytes"] == pytest.approx(found["rest_bytes"], rel=0.02)
 
@@ -855,7 +860,7 @@ def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
   """Rollout and training resident together, with pictures of both sizes."""
-  described = hardware.parse(TOPOLOGIES[name])
+  described = hardware.parse_topology(TOPOLOGIES[name])
   sizes = [config_of(name, kind, **{"model.image_size": x}) for x in (896, 448)]
   for made in planner.Compiler().plans([(x, described) for x in sizes]):
     assert made.fits(MARGIN), (made.peak["name"], made.room)

@@ -434,7 +434,7 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
   )
   key = jax.eval_shape(lambda: KEY)
   generate.prepare(*shapes, key, settings=settings, mesh=mesh)
-  counter = compile_cache.Counter()
+  counter = compile_cache.CompileCounter()
   with jax.set_mesh(mesh):
     _, report = generate.rollout(
       params,

@@ -118,7 +118,7 @@ def go_on(run, done, checkpoints, *, on_poll=lambda: None):
     mark=on_poll, started=lambda: done.append("started")
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
-  ending = exit_report.Ending()
+  ending = exit_report.ExitReport()
   loop = train._Loop(run, writer, checkpoints, watch, ending, profiler)
   batches = itertools.count(train.batches_taken(state, begun))
   loop.go_on(state, start, batches, begun)
