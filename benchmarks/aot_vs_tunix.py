@@ -188,7 +188,7 @@ def _ours(arguments) -> None:
     temperature=1.0,
     chunk_size=1024,
     train_vision=False,
-    attention=attention.implementation("auto", "tpu"),
+    attention=attention.choose_implementation("auto", "tpu"),
   )
   update = train_step.make_train_step(
     model,

@@ -107,7 +107,7 @@ def main() -> None:
 
   def run(limit):
     with jax.set_mesh(mesh):
-      completions, report = generate.rollout(
+      completions, report = generate.sample_completions(
         params,
         prompts,
         jax.random.key(0),

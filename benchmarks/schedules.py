@@ -123,7 +123,7 @@ def _refilled(args, costs: Costs, lengths: np.ndarray, slots: int) -> float:
 
 def _costs(args, params, prompts, settings, mesh) -> Costs:
   """Runs rows of each shape from the first token to the last."""
-  programs = engine.Programs(settings, mesh)
+  programs = engine.Engine(settings, mesh)
   shapes = compaction.ladder(args.prompts, args.completions)
   limits = np.full(shapes[0], args.completion_length, np.int32)
   limit = sharding.device_put_batch(mesh, limits)
@@ -140,12 +140,12 @@ def _costs(args, params, prompts, settings, mesh) -> Costs:
         grid = sharding.device_put_batch(
           mesh, (rows, rows, np.arange(bundles, dtype=np.int32))
         )
-        state, seconds = _timed(programs.move, state, *grid)
+        state, seconds = _timed(programs.move_rows, state, *grid)
         move.setdefault(places, []).append(seconds)
       alive = sharding.device_put_batch(mesh, np.ones((bundles, width), bool))
       now, each = jax.tree.map(jnp.copy, state), []
       for _ in range(1, args.completion_length, args.chunk_tokens):
-        (now, _), seconds = _timed(programs.write, params, now, alive)
+        (now, _), seconds = _timed(programs.decode_chunk, params, now, alive)
         each.append(seconds)
       chunk.setdefault(places, []).append(each)
   # What ran first compiled.

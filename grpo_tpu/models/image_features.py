@@ -21,7 +21,7 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import vision
 
 
-class Pictures:
+class ImageEncoder:
   """Encodes the pictures of one tower's batches.
 
   Attributes:
@@ -79,7 +79,7 @@ class Pictures:
     shape = (*images.shape[:2], self._config.soft_tokens, self._config.width)
     return np.stack([known[name] for name in names]).reshape(shape)
 
-  def prepare(self, params: dict) -> None:
+  def compile_ahead(self, params: dict) -> None:
     """Compiles what encodes, for parameters given as shapes."""
     self.encode.prepare(params["vision_encoder"], self.abstract_pixels())
 

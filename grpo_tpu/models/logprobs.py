@@ -43,8 +43,8 @@ def per_token_logps(
     embedding: The tied output embedding; carries the gradient.
     temperature: Logits are divided by it, as they were when sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
-    banned_ids: As in `logits_of`, and as they were when sampling.
-    is_early: As in `unstoppable`, likewise; None where no token is.
+    banned_ids: As in `output_logits`, and as they were when sampling.
+    is_early: As in `mask_stop_tokens`, likewise; None where no token is.
     cut_by: In a `shard_map`, the mesh axis of whose shards each has a part of
       the embedding's rows, in order; None where it is whole.
 
@@ -66,7 +66,7 @@ def per_token_logps(
   # Chunk by chunk the backward pass makes logits anew. Where one chunk is all,
   # they may as well stay: the loss is next, and then that pass.
   keeps_logits = num_tokens == chunk_size
-  how = _How(temperature, banned_ids, keeps_logits, cut_by)
+  how = LogitsSpec(temperature, banned_ids, keeps_logits, cut_by)
 
   def chunk(args):
     states, ids, is_early = args
@@ -84,7 +84,7 @@ def per_token_logps(
   )
 
 
-def on_shards(
+def sharded_per_token_logps(
   states: Float[Array, "U C T D"],
   ids: Int[Array, "U C T"],
   embedding: Float[Array, "V D"],
@@ -157,7 +157,7 @@ def _whole_backward(_, gradient):
 _whole.defvjp(lambda part: (_whole(part), None), _whole_backward)
 
 
-class _How(NamedTuple):
+class LogitsSpec(NamedTuple):
   """What a chunk's logits are, and whether the backward pass finds them."""
 
   temperature: float
@@ -168,7 +168,7 @@ class _How(NamedTuple):
   def logits(self, is_early, states, embedding) -> Array:
     """Of this shard's part of the vocabulary."""
     first = self.first(len(embedding))
-    logits = logits_of(
+    logits = output_logits(
       states,
       embedding,
       temperature=self.temperature,
@@ -177,7 +177,7 @@ class _How(NamedTuple):
     )
     if is_early is None:
       return logits
-    return unstoppable(logits, is_early, first_id=first)
+    return mask_stop_tokens(logits, is_early, first_id=first)
 
   def first(self, num_ids: int) -> Array | int:
     """The id of the first logit."""
@@ -193,7 +193,7 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(how: _How, states, embedding, ids, is_early):
+def _scored(how: LogitsSpec, states, embedding, ids, is_early):
   """Log-probabilities and entropies of a chunk.
 
   Its backward pass is one exponential and one select for each logit; left to
@@ -241,7 +241,7 @@ def _scored_backward(how, residuals, gradients):
 _scored.defvjp(_scored_forward, _scored_backward)
 
 
-def logits_of(
+def output_logits(
   states: Float[Array, "*batch D"],
   embedding: Float[Array, "V D"],
   *,
@@ -277,7 +277,7 @@ def logits_of(
   return jnp.where(banned, _IMPOSSIBLE, logits)
 
 
-def unstoppable(
+def mask_stop_tokens(
   logits: Float[Array, "*batch V"],
   is_early: Bool[Array, "*batch"],
   first_id: Int[Array, ""] | int = 0,

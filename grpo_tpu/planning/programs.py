@@ -307,7 +307,7 @@ class _Made:
     settings, rows = self._config.rollout, self._prompts_at_a_time
     return Program(
       name=name,
-      function=made.write,
+      function=made.decode_chunk,
       args=(args[0], state, self._array(bool, self._rows, rows=rows)),
       kwargs={},
       parts={"params": args[0], "caches": state},
@@ -330,7 +330,7 @@ class _Made:
     moved = self._array(jnp.int32, rows=shards * bundles)
     return Program(
       name=name,
-      function=made.move,
+      function=made.move_rows,
       args=(state, places, places, moved),
       kwargs={},
       parts={"caches": state},
@@ -345,10 +345,10 @@ class _Made:
     return Program(
       name=name,
       function=made.results,
-      args=(state.written, cut),
+      args=(state.output, cut),
       kwargs={},
-      parts={"batch": state.written},
-      kept=(state.replace(written=None), args[1]),
+      parts={"batch": state.output},
+      kept=(state.replace(output=None), args[1]),
     )
 
   def _rollout(self) -> tuple[Any, tuple]:
@@ -371,7 +371,7 @@ class _Made:
     params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
     limit = self._array(jnp.int32, self._rows, rows=prompts)
-    return engine.Programs(settings, policy.mesh), (
+    return engine.Engine(settings, policy.mesh), (
       params,
       engine.Prompts(ids, length, images, index),
       limit,

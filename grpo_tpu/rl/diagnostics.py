@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 Metrics = dict[str, Float[Array, ""]]
 
 
-def group_health(
+def group_correctness(
   correct: Bool[ArrayLike, "B G"],
   *,
   valid: Bool[ArrayLike, "B G"] | None = None,

@@ -209,7 +209,7 @@ def _over_batches(
 
 def _all_teach(groups: _Groups) -> bool:
   total, valid = groups.rewards["total"], groups.valid
-  return bool(jax.jit(shaping.has_spread)(total, valid).all())
+  return bool(jax.jit(shaping.has_reward_variance)(total, valid).all())
 
 
 def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
@@ -236,7 +236,7 @@ def _prompts_padded(groups: _Groups, width: int, slots: int) -> _Groups:
 def _merge(place, first: _Groups, more: _Groups) -> _Groups:
   count = first.valid.shape[0]
   both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, more)
-  teaches = shaping.has_spread(both.rewards["total"], both.valid)
+  teaches = shaping.has_reward_variance(both.rewards["total"], both.valid)
   order = jnp.argsort(~teaches, stable=True)[:count]
   return jax.tree.map(
     lambda x: jax.lax.with_sharding_constraint(x[order], place), both
@@ -290,7 +290,7 @@ def offline(
   groups, preferred, errors = preferences(policy, params, batch)
   bundles, statistics = _with_advantages(policy, groups)
   total = groups.rewards["total"]
-  chosen, rejected, is_pair = objective.pairs(total, preferred)
+  chosen, rejected, is_pair = objective.preference_pairs(total, preferred)
   accuracy = objective.preference_accuracy(chosen, rejected, valid=is_pair)
   statistics |= _reward_statistics(groups.rewards, groups.valid) | errors
   statistics["train/preference_accuracy"] = accuracy
@@ -526,7 +526,7 @@ def _advantages(
     advantages = jnp.clip(advantages, -clip, clip)
   changes = {"advantages": advantages}
   if drops:
-    kept = shaping.has_spread(total, valid)[:, None]
+    kept = shaping.has_reward_variance(total, valid)[:, None]
     changes["completion_mask"] = mask & kept[..., None]
     changes["counted"] = jnp.broadcast_to(kept, total.shape)
   return changes, scalars
@@ -536,7 +536,9 @@ def _advantages(
 def _reward_statistics(rewards, valid):
   """What the rewards were, and how they lie within groups."""
   total = rewards["total"]
-  correctness = diagnostics.group_health(rewards["accuracy"] > 0.5, valid=valid)
+  correctness = diagnostics.group_correctness(
+    rewards["accuracy"] > 0.5, valid=valid
+  )
   counted = jnp.maximum(valid.sum(axis=1), 1)
   centred = total - (jnp.where(valid, total, 0.0).sum(1) / counted)[:, None]
   spread = jnp.sqrt(
@@ -544,7 +546,7 @@ def _reward_statistics(rewards, valid):
   )
   groups = valid.any(axis=1)
   num_groups = jnp.maximum(groups.sum(), 1)
-  unanimous = groups & ~shaping.has_spread(total, valid)
+  unanimous = groups & ~shaping.has_reward_variance(total, valid)
   scalars = {
     "rollout/reward": _mean(total, valid),
     "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,

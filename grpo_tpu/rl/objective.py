@@ -390,7 +390,7 @@ def policy_loss(
   return loss, metrics
 
 
-def pairs(
+def preference_pairs(
   scores: Num[ArrayLike, "U C"], preferred: Bool[ArrayLike, "U C C"]
 ) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
   """Every two completions of a group, as chosen and rejected.

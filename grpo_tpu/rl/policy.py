@@ -69,7 +69,7 @@ class Policy:
       vision_remat=self.config.model.vision_remat,
       banned_ids=self.banned_ids,
       min_new_tokens=self.config.rollout.min_new_tokens,
-      attention=attention.implementation(
+      attention=attention.choose_implementation(
         self.config.model.attention, self.mesh.devices.flat[0].platform
       ),
     )
@@ -127,7 +127,9 @@ class Policy:
   def run_params(self, trained: Any, frozen: Any) -> dict:
     """What runs the network: adapters where they go, else what is trained."""
     settings = self.config.lora
-    return lora.adapted(frozen, trained, settings) if settings else trained
+    return (
+      lora.with_adapters(frozen, trained, settings) if settings else trained
+    )
 
   def abstract_params(self) -> dict:
     """Shapes, types and places of the parameters."""
@@ -257,20 +259,20 @@ class Policy:
         places = {i * num_parts + part: row for i, row in ids.items()}
         finished(self._read(places))
 
-      return generate.rollout(
+      return generate.sample_completions(
         params,
         prompts,
         step_key,
         settings=self._settings(num_completions, temperature, top_k, top_p),
         mesh=self.mesh,
-        stops=self._stops,
+        stop_strings=self._stops,
         poll=poll,
-        finished=told if finished else None,
+        on_finished=told if finished else None,
       )
 
     parts, reports = zip(*map(rolled_out, range(num_parts)), strict=True)
     completions = parts[0] if num_parts == 1 else self._joined(parts)
-    scalars = generate.total(reports).scalars(self.mesh)
+    scalars = generate.sum_reports(reports).scalars(self.mesh)
     if self.pictures:
       scalars["perf/pictures_encoded"] = self.pictures.num_encoded
       scalars["perf/pictures_seconds"] = encoded
@@ -306,7 +308,7 @@ class Policy:
 
     vision = self.config.model_config.vision
     if self.pictures:
-      self.pictures.prepare(params)
+      self.pictures.compile_ahead(params)
     key = jax.ShapeDtypeStruct(
       (),
       jax.random.key(0).dtype,
@@ -318,7 +320,7 @@ class Policy:
         images = array(
           self.model.dtype, slots, vision.soft_tokens, vision.width
         )
-      generate.prepare(
+      generate.compile_ahead(
         params,
         engine.Prompts(
           ids=array(np.int32, width),
@@ -344,12 +346,12 @@ class Policy:
     )
 
   @functools.cached_property
-  def pictures(self) -> pictures.Pictures | None:
+  def pictures(self) -> pictures.ImageEncoder | None:
     """What encodes pictures; None for a model that sees none."""
     vision = self.config.model_config.vision
     if vision is None:
       return None
-    return pictures.Pictures(
+    return pictures.ImageEncoder(
       vision,
       self.mesh,
       dtype=self.model.dtype,
@@ -388,9 +390,11 @@ class Policy:
     )
 
   @property
-  def _stops(self) -> generate.Stops | None:
+  def _stops(self) -> generate.StopStrings | None:
     strings = self.config.rollout.stop_strings
-    return generate.Stops(strings, self.tokenizer.decode) if strings else None
+    return (
+      generate.StopStrings(strings, self.tokenizer.decode) if strings else None
+    )
 
   def _read(self, ids: Mapping[int, list[list[int]]]) -> dict[int, list[str]]:
     return {
@@ -521,7 +525,7 @@ def _merged(
       f"alone, and {under!r}, which they belong to, cannot be read: {error}"
     ) from error
   merge = jax.jit(
-    lora.merged,
+    lora.merge_adapters,
     static_argnums=2,
     donate_argnums=0,
     out_shardings=jax.tree.map(lambda x: x.sharding, params),

@@ -121,7 +121,7 @@ def length_penalty(
   return -jnp.clip(over / soft_tokens, 0.0, 1.0)
 
 
-def has_spread(
+def has_reward_variance(
   rewards: Float[Array, "U C"], valid: Bool[Array, "U C"]
 ) -> Bool[Array, " U"]:
   """Which groups have two valid rewards that differ: those that teach."""

@@ -68,7 +68,7 @@ class Model(flax.struct.PyTreeNode):
     chunk_size: Tokens whose logits exist at a time.
     train_vision: Whether gradients reach the image tower.
     vision_remat: What its blocks keep for the backward pass.
-    attention: From `gemma3.attention.implementation`.
+    attention: From `gemma3.attention.choose_implementation`.
     banned_ids: Of probability 0, as in the rollout.
     min_new_tokens: Tokens before which stop tokens are so too.
   """
@@ -104,7 +104,7 @@ def token_logps(
     vision_remat=model.vision_remat,
     implementation=model.attention,
   )
-  return logprobs.on_shards(
+  return logprobs.sharded_per_token_logps(
     states,
     bundles.completion_ids,
     params["embedder"]["input_embedding"],
@@ -174,7 +174,7 @@ def make_train_step(
   """
 
   def loss(trained, frozen, micro, totals):
-    params = loras.adapted(frozen, trained, lora) if lora else trained
+    params = loras.with_adapters(frozen, trained, lora) if lora else trained
     if not model.train_vision and "vision_encoder" in params:
       tower = jax.lax.stop_gradient(params["vision_encoder"])
       params = params | {"vision_encoder": tower}
@@ -327,7 +327,7 @@ def _implicit_preference(micro, logps, num_pairs) -> dict[str, Array]:
   """Which of a pair the policy gained on, in parts that add up."""
   gained = logps - micro.ref_per_token_logps
   gained = jnp.where(micro.completion_mask, gained, 0.0).sum(-1)
-  chosen, rejected, valid = objective.pairs(gained, micro.preferred)
+  chosen, rejected, valid = objective.preference_pairs(gained, micro.preferred)
   zeros = jnp.zeros_like(chosen)
   metrics = objective.preference_metrics(
     chosen, rejected, zeros, zeros, beta=1, valid=valid

@@ -30,16 +30,16 @@ class Settings:
 
   Attributes:
     config: The model's sizes.
-    num_completions: Rows per prompt (`C`).
+    num_completions: RowState per prompt (`C`).
     max_new_tokens: Tokens per row at most (`T`).
     min_new_tokens: Tokens before which no row stops by itself.
     chunk_tokens: Tokens that rows write before the host looks again.
     temperature: Logits are divided by it; 0 takes the likeliest token.
-    top_k: Of `sampling.narrowed`; 0 in training.
-    top_p: Of `sampling.narrowed`; 1 in training.
+    top_k: Of `sampling.top_k_top_p`; 0 in training.
+    top_p: Of `sampling.top_k_top_p`; 1 in training.
     dtype: Of the matrix products.
-    attention: Of the prompts, from `gemma3.attention.implementation`.
-    banned_ids: Never drawn, and in no probability; see `logprobs.logits_of`.
+    attention: Of the prompts, from `gemma3.attention.choose_implementation`.
+    banned_ids: Ids of probability 0; see `logprobs.output_logits`.
   """
 
   config: gemma3_config.ModelConfig
@@ -71,13 +71,13 @@ class Prompts(flax.struct.PyTreeNode):
   index: Int[Array, " U"]
 
 
-class Rows(flax.struct.PyTreeNode):
+class RowState(flax.struct.PyTreeNode):
   """What is known of the row that stands in each place.
 
   Attributes:
     number: Of the row within its shard; beyond all of them where none stands.
-    ids: The token written last.
-    length: Tokens written.
+    ids: The token output last.
+    length: Tokens output.
     live: Whether it goes on.
     stopped: Whether a stop token ended it.
     limit: Tokens that it may write.
@@ -93,7 +93,7 @@ class Rows(flax.struct.PyTreeNode):
   keys: Key[Array, "U C"]
 
 
-class Written(flax.struct.PyTreeNode):
+class OutputBuffers(flax.struct.PyTreeNode):
   """The results, every row in the place that it had at the start."""
 
   ids: Int[Array, "U C T"]
@@ -106,21 +106,21 @@ class State(flax.struct.PyTreeNode):
   """A rollout between two programs.
 
   Attributes:
-    t: Index of the token written last.
+    t: Index of the token output last.
     rows: By their places.
     prompt_length: Of the prompt of each bundle of places.
     cache: Likewise.
-    written: By the rows' numbers.
+    output: By the rows' numbers.
   """
 
   t: Int[Array, ""]
-  rows: Rows
+  rows: RowState
   prompt_length: Int[Array, " U"]
   cache: decoding.Cache
-  written: Written
+  output: OutputBuffers
 
 
-class Pulse(flax.struct.PyTreeNode):
+class HostView(flax.struct.PyTreeNode):
   """The little that the host looks at: every place, on every process."""
 
   t: Int[Array, ""]
@@ -129,7 +129,7 @@ class Pulse(flax.struct.PyTreeNode):
 
 
 @functools.cache
-class Programs:
+class Engine:
   """What runs a rollout with some settings on some mesh."""
 
   def __init__(self, settings: Settings, mesh: Mesh):
@@ -138,8 +138,10 @@ class Programs:
     self.prefill = compile_cache.AotJit(jax.jit(self._prefill))
     # Tokens are written in place. Moved rows take less memory than the places
     # they leave, and so cannot take over any of it.
-    self.write = compile_cache.AotJit(jax.jit(self._write, donate_argnums=1))
-    self.move = compile_cache.AotJit(jax.jit(self._move))
+    self.decode_chunk = compile_cache.AotJit(
+      jax.jit(self._decode_chunk, donate_argnums=1)
+    )
+    self.move_rows = compile_cache.AotJit(jax.jit(self._move_rows))
     self.results = compile_cache.AotJit(jax.jit(self._results))
 
   def abstract_state(self, *args: Any) -> State:
@@ -159,7 +161,7 @@ class Programs:
     prompts: Prompts,
     limit: Int[Array, "U C"],
     step_key: Key[Array, ""],
-  ) -> tuple[State, Pulse]:
+  ) -> tuple[State, HostView]:
     """Reads the prompts, and writes the first token of every row."""
     settings = self._settings
     x, cache = decoding.prefill(
@@ -177,7 +179,7 @@ class Programs:
     keys = sampling.row_keys(step_key, prompts.index, shape[1])
     _, shards = sharding.data_shards(self._mesh)
     number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
-    rows = Rows(
+    rows = RowState(
       number=number.reshape(shape),
       ids=jnp.full(shape, tokenizer.PAD, jnp.int32),
       length=jnp.zeros(shape, jnp.int32),
@@ -190,17 +192,17 @@ class Programs:
     x = jnp.broadcast_to(x[:, None], (*shape, x.shape[-1]))
     rows, logps = self._extended(params, rows, x, t)
     own = (*shape, settings.max_new_tokens)
-    written = Written(
+    output = OutputBuffers(
       ids=jnp.full(own, tokenizer.PAD, jnp.int32).at[:, :, 0].set(rows.ids),
       logps=jnp.zeros(own, jnp.float32).at[:, :, 0].set(logps),
       length=rows.length,
       stopped=rows.stopped,
     )
-    return self._told(State(t, rows, prompts.length, cache, written))
+    return self._with_host_view(State(t, rows, prompts.length, cache, output))
 
-  def _write(
+  def _decode_chunk(
     self, params: dict, state: State, alive: Bool[Array, "U C"]
-  ) -> tuple[State, Pulse]:
+  ) -> tuple[State, HostView]:
     """Up to `chunk_tokens` more tokens of the rows that are `alive`."""
     settings, before = self._settings, state.t
     num_tokens = min(settings.chunk_tokens, settings.max_new_tokens - 1)
@@ -234,23 +236,23 @@ class Programs:
       step,
       (before, rows, state.cache, empty, jnp.zeros(chunk, jnp.float32)),
     )
-    written = self._on_shards(
-      _put, (state.written, rows, ids, logps), (before + 1,), sharding.BATCH
+    output = self._on_shards(
+      _put, (state.output, rows, ids, logps), (before + 1,), sharding.BATCH
     )
-    return self._told(
-      state.replace(t=t, rows=rows, cache=cache, written=written)
+    return self._with_host_view(
+      state.replace(t=t, rows=rows, cache=cache, output=output)
     )
 
   def _extended(
     self,
     params: dict,
-    rows: Rows,
+    rows: RowState,
     states: Float[Array, "U C D"],
     t: Int[Array, ""],
-  ) -> tuple[Rows, Float[Array, "U C"]]:
+  ) -> tuple[RowState, Float[Array, "U C"]]:
     """Rows with token `t` of those that go on, and its log-probability."""
     settings = self._settings
-    logits = logprobs.logits_of(
+    logits = logprobs.output_logits(
       states,
       params["embedder"]["input_embedding"],
       temperature=settings.temperature or 1.0,
@@ -260,9 +262,9 @@ class Programs:
       is_early = jnp.broadcast_to(
         t < settings.min_new_tokens, logits.shape[:-1]
       )
-      logits = logprobs.unstoppable(logits, is_early)
+      logits = logprobs.mask_stop_tokens(logits, is_early)
     if settings.temperature:
-      logits = sampling.narrowed(
+      logits = sampling.top_k_top_p(
         logits, top_k=settings.top_k, top_p=settings.top_p
       )
       ids, logps = sampling.sample(logits, rows.keys, t)
@@ -279,7 +281,7 @@ class Programs:
     )
     return rows, logps
 
-  def _move(
+  def _move_rows(
     self,
     state: State,
     number: Int[Array, "U C"],
@@ -309,13 +311,13 @@ class Programs:
         for name, x in vars(state.cache).items()
       }
       old = jax.tree.map(lambda x: _flat(x, 0)[rows], state.rows)
-      is_there = number < state.written.length.size
+      is_there = number < state.output.length.size
       return State(
         t=state.t,
         rows=old.replace(number=number, live=old.live & is_there),
         prompt_length=state.prompt_length[bundles],
         cache=decoding.Cache(**cache),
-        written=state.written,
+        output=state.output,
       )
 
     batch = sharding.BATCH
@@ -327,16 +329,18 @@ class Programs:
       check_vma=False,
     )(state, number, rows, bundles)
 
-  def _results(self, written: Written, cut: Int[Array, "U C"]) -> "Completions":
-    """What was written, up to `cut` tokens where a row has more."""
-    length = jnp.minimum(written.length, cut)
-    t = jnp.arange(written.ids.shape[-1])[None, None]
+  def _results(
+    self, output: OutputBuffers, cut: Int[Array, "U C"]
+  ) -> "Completions":
+    """What was output, up to `cut` tokens where a row has more."""
+    length = jnp.minimum(output.length, cut)
+    t = jnp.arange(output.ids.shape[-1])[None, None]
     mask = t < length[..., None]
     return Completions(
-      ids=jnp.where(mask, written.ids, tokenizer.PAD),
+      ids=jnp.where(mask, output.ids, tokenizer.PAD),
       mask=mask,
-      logps=jnp.where(mask, written.logps, 0.0),
-      stopped=written.stopped | (cut <= written.length),
+      logps=jnp.where(mask, output.logps, 0.0),
+      stopped=output.stopped | (cut <= output.length),
     )
 
   def _on_shards(self, function, cut, whole, result):
@@ -349,7 +353,7 @@ class Programs:
       check_vma=False,
     )(*cut, *whole)
 
-  def _told(self, state: State) -> tuple[State, Pulse]:
+  def _with_host_view(self, state: State) -> tuple[State, HostView]:
     """A state where it belongs, and what the host is told of it."""
     state = jax.tree.map(
       lambda x, place: jax.lax.with_sharding_constraint(
@@ -358,9 +362,9 @@ class Programs:
       state,
       self._places(state),
     )
-    pulse = Pulse(state.t, state.rows.live, state.rows.length)
+    view = HostView(state.t, state.rows.live, state.rows.length)
     everywhere = sharding.replicated_sharding(self._mesh)
-    return state, jax.lax.with_sharding_constraint(pulse, everywhere)
+    return state, jax.lax.with_sharding_constraint(view, everywhere)
 
   def _places(self, state: State) -> Any:
     """Where each part of a state lies: by data, caches by their heads too."""
@@ -392,7 +396,9 @@ class Completions(flax.struct.PyTreeNode):
   stopped: Bool[Array, "U C"]
 
 
-def _put(written: Written, rows: Rows, ids, logps, first) -> Written:
+def _put(
+  output: OutputBuffers, rows: RowState, ids, logps, first
+) -> OutputBuffers:
   """A shard's results with the tokens from `first` on of rows by place."""
   number = rows.number.ravel()
   columns = first + jnp.arange(ids.shape[-1])
@@ -403,11 +409,11 @@ def _put(written: Written, rows: Rows, ids, logps, first) -> Written:
     flat = flat.at[at].set(_flat(new, 0), mode="drop")
     return flat.reshape(results.shape)
 
-  return Written(
-    ids=put(written.ids, ids, columns[None]),
-    logps=put(written.logps, logps, columns[None]),
-    length=put(written.length, rows.length),
-    stopped=put(written.stopped, rows.stopped),
+  return OutputBuffers(
+    ids=put(output.ids, ids, columns[None]),
+    logps=put(output.logps, logps, columns[None]),
+    length=put(output.length, rows.length),
+    stopped=put(output.stopped, rows.stopped),
   )
 
 

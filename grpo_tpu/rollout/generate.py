@@ -35,7 +35,7 @@ def no_poll() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stops:
+class StopStrings:
   """Strings that end a completion, for those who read it as text.
 
   Attributes:
@@ -65,7 +65,7 @@ class Stops:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class RolloutReport:
   """What a rollout took; all but seconds is the same on every host.
 
   Attributes:
@@ -110,26 +110,28 @@ class Report:
     return scalars
 
 
-def total(reports: Sequence[Report]) -> Report:
+def sum_reports(reports: Sequence[RolloutReport]) -> RolloutReport:
   """Of rollouts one after the other."""
-  return Report(*map(sum, zip(*map(dataclasses.astuple, reports), strict=True)))
+  return RolloutReport(
+    *map(sum, zip(*map(dataclasses.astuple, reports), strict=True))
+  )
 
 
-type Finished = Callable[[Mapping[int, list[list[int]]]], None]
+type OnFinished = Callable[[Mapping[int, list[list[int]]]], None]
 
 
-def rollout(
+def sample_completions(
   params: dict,
   prompts: engine.Prompts,
   step_key: Key[Array, ""],
   *,
   settings: engine.Settings,
   mesh: Mesh,
-  stops: Stops | None = None,
+  stop_strings: StopStrings | None = None,
   row_limits: Int[np.ndarray, "U C"] | None = None,
   poll: Callable[[], None] = no_poll,
-  finished: Finished | None = None,
-) -> tuple[engine.Completions, Report]:
+  on_finished: OnFinished | None = None,
+) -> tuple[engine.Completions, RolloutReport]:
   """Samples `num_completions` completions of each prompt.
 
   Args:
@@ -138,17 +140,17 @@ def rollout(
     step_key: The run's key folded with the step.
     settings: How to sample.
     mesh: Where arrays lie.
-    stops: Strings that end a completion.
+    stop_strings: Strings that end a completion.
     row_limits: Most tokens of each row of this process, up to
       `max_new_tokens`, which is what None means for all.
     poll: Called between chunks, equally often on every process. It may raise,
       which abandons the rollout.
-    finished: Called between chunks with the ids of all completions of those of
-      this process's prompts that are complete, and were not before.
+    on_finished: Called between chunks with the ids of all completions of
+      those of this process's prompts that are complete, and were not before.
   """
   return _Rollout(
-    params, prompts, settings=settings, mesh=mesh, stops=stops
-  ).run(step_key, row_limits, poll, finished)
+    params, prompts, settings=settings, mesh=mesh, stop_strings=stop_strings
+  ).run(step_key, row_limits, poll, on_finished)
 
 
 class _Rollout:
@@ -161,11 +163,15 @@ class _Rollout:
     *,
     settings: engine.Settings,
     mesh: Mesh,
-    stops: Stops | None,
+    stop_strings: StopStrings | None,
   ):
     self._params, self._prompts = params, prompts
-    self._settings, self._mesh, self._stops = settings, mesh, stops
-    self._programs = engine.Programs(settings, mesh)
+    self._settings, self._mesh, self._stop_strings = (
+      settings,
+      mesh,
+      stop_strings,
+    )
+    self._engine = engine.Engine(settings, mesh)
     self._shards, shards = sharding.data_shards(mesh)
     per_shard = prompts.ids.shape[0] // shards
     self._grid = compaction.first_grid(
@@ -180,53 +186,55 @@ class _Rollout:
     self._handed_out = np.zeros(shape[:2], bool)
     self._row_steps = self._moves = 0
 
-  def run(self, step_key, row_limits, poll, finished):
+  def run(self, step_key, row_limits, poll, on_finished):
     started = time.perf_counter()
     if row_limits is None:
       rows = (self._mine(self._live).shape[0], self._settings.num_completions)
       row_limits = np.full(rows, self._settings.max_new_tokens)
     limit = sharding.device_put_batch(self._mesh, row_limits.astype(np.int32))
     poll()
-    state, pulse = self._programs.prefill(
+    state, view = self._engine.prefill(
       self._params, self._prompts, limit, step_key
     )
-    self._look(state, pulse)
+    self._look(state, view)
     prefilled = time.perf_counter()
     while self._live.any():
-      if finished:
-        self._hand_out(state, finished)
+      if on_finished:
+        self._hand_out(state, on_finished)
       poll()
       state, alive = self._moved(state)
       before = int(self._t)
-      state, pulse = self._programs.write(self._params, state, alive)
-      self._look(state, pulse)
+      state, view = self._engine.decode_chunk(self._params, state, alive)
+      self._look(state, view)
       self._row_steps += (int(self._t) - before) * self._grid.rows.size
     done = time.perf_counter()
-    if finished:
-      self._hand_out(state, finished)
-    completions = self._programs.results(state.written, self._put(self._cut))
+    if on_finished:
+      self._hand_out(state, on_finished)
+    completions = self._engine.results(state.output, self._put(self._cut))
     return completions, self._report(prefilled - started, done - prefilled)
 
-  def _look(self, state: engine.State, pulse: engine.Pulse) -> None:
+  def _look(self, state: engine.State, view: engine.HostView) -> None:
     """Waits for a program, and notes how far each row has come."""
-    self._t = int(pulse.t)
+    self._t = int(view.t)
     known = self._length.copy()
     for name, noted in (("live", self._live), ("length", self._length)):
-      seen = np.asarray(getattr(pulse, name)).reshape(self._grid.rows.shape)
+      seen = np.asarray(getattr(view, name)).reshape(self._grid.rows.shape)
       for shard, rows in enumerate(self._grid.rows):
         noted[shard].ravel()[rows[rows >= 0]] = seen[shard][rows >= 0]
-    if self._stops:
+    if self._stop_strings:
       self._cut_off(state, known)
 
   def _cut_off(self, state: engine.State, known: np.ndarray) -> None:
     """Ends rows whose text has come to hold a stop string."""
-    assert self._stops is not None
+    assert self._stop_strings is not None
     cut = self._mine(self._cut)
-    ids = sharding.local_rows(self._mesh, state.written.ids)
+    ids = sharding.local_rows(self._mesh, state.output.ids)
     length, known = self._mine(self._length), self._mine(known)
     for row in np.argwhere((length > known) & (cut > length)):
       at = tuple(row)
-      found = self._stops.cut(ids[at][: length[at]].tolist(), int(known[at]))
+      found = self._stop_strings.cut(
+        ids[at][: length[at]].tolist(), int(known[at])
+      )
       if found is not None:
         cut[at] = found
     everyones = sharding.all_rows(self._mesh, cut)
@@ -240,7 +248,7 @@ class _Rollout:
     ):
       none = self._live[0].size
       number = np.where(move.grid.rows < 0, none, move.grid.rows)
-      state = self._programs.move(
+      state = self._engine.move_rows(
         state, *map(self._put, (number, move.rows, move.bundles))
       )
       self._grid = move.grid
@@ -254,16 +262,16 @@ class _Rollout:
     flags = np.take_along_axis(live, rows.reshape(len(rows), -1), axis=1)
     return flags.reshape(rows.shape) & (rows >= 0)
 
-  def _hand_out(self, state: engine.State, finished: Finished) -> None:
+  def _hand_out(self, state: engine.State, on_finished: OnFinished) -> None:
     """Tells of this process's prompts whose rows have all ended."""
     new = ~self._live.any(axis=-1) & ~self._handed_out
     self._handed_out |= new
     mine = np.flatnonzero(self._mine(new))
     if not mine.size:
       return
-    ids = sharding.local_rows(self._mesh, state.written.ids)
+    ids = sharding.local_rows(self._mesh, state.output.ids)
     length = np.minimum(self._mine(self._length), self._mine(self._cut))
-    finished(
+    on_finished(
       {
         int(prompt): [
           row[:n].tolist()
@@ -283,8 +291,10 @@ class _Rollout:
     flat = by_shard.reshape(-1, *by_shard.shape[2:])
     return sharding.device_put_whole(self._mesh, flat, sharding.BATCH)
 
-  def _report(self, prefill_seconds: float, decode_seconds: float) -> Report:
-    return Report(
+  def _report(
+    self, prefill_seconds: float, decode_seconds: float
+  ) -> RolloutReport:
+    return RolloutReport(
       prefill_seconds=prefill_seconds,
       decode_seconds=decode_seconds,
       tokens=int(self._length.sum()),
@@ -295,7 +305,7 @@ class _Rollout:
     )
 
   def _least_bytes(self) -> int:
-    """As `Report` says, prompts taken as long as they are padded to."""
+    """As `RolloutReport` says, prompts taken as long as they are padded to."""
     config = self._settings.config
     weights = (
       self._params["layers"],
@@ -319,7 +329,7 @@ class _Rollout:
     return int(steps.max() * read + cached * token)
 
 
-def prepare(
+def compile_ahead(
   params: dict,
   prompts: engine.Prompts,
   step_key: jax.ShapeDtypeStruct,
@@ -336,7 +346,7 @@ def prepare(
     settings: How to sample.
     mesh: Where arrays lie.
   """
-  programs = engine.Programs(settings, mesh)
+  programs = engine.Engine(settings, mesh)
   place, (_, shards) = sharding.batch_sharding(mesh), sharding.data_shards(mesh)
   per_shard = prompts.ids.shape[0] // shards
 
@@ -347,17 +357,17 @@ def prepare(
   shape = per_shard, settings.num_completions
   limit = array(np.int32, *shape)
   state, _ = programs.prefill.prepare(params, prompts, limit, step_key)
-  programs.results.prepare(state.written, limit)
+  programs.results.prepare(state.output, limit)
   if settings.max_new_tokens == 1:
     return
-  state, _ = programs.write.prepare(params, state, array(bool, *shape))
+  state, _ = programs.decode_chunk.prepare(params, state, array(bool, *shape))
   for bundles, width in ladder(settings, per_shard)[1:]:
     number = array(np.int32, bundles, width)
-    state = programs.move.prepare(
+    state = programs.move_rows.prepare(
       state, number, number, array(np.int32, bundles)
     )
     alive = array(bool, bundles, width)
-    state, _ = programs.write.prepare(params, state, alive)
+    state, _ = programs.decode_chunk.prepare(params, state, alive)
 
 
 def ladder(

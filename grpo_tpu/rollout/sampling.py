@@ -94,7 +94,7 @@ def greedy(
   return ids, -jnp.log(jnp.exp(logits - logits.max(-1)[..., None]).sum(-1))
 
 
-def narrowed(
+def top_k_top_p(
   logits: Float[Array, "*batch V"], *, top_k: int, top_p: float
 ) -> Float[Array, "*batch V"]:
   """Logits of the likeliest tokens alone; the others become impossible.

@@ -55,19 +55,19 @@ class Tiny:
     *,
     params: dict | None = None,
     mesh: Mesh | None = None,
-    stops: generate.Stops | None = None,
+    stop_strings: generate.StopStrings | None = None,
     row_limits: np.ndarray | None = None,
     poll: Callable[[], None] = generate.no_poll,
-    finished: generate.Finished | None = None,
+    on_finished: generate.OnFinished | None = None,
     **settings: Any,
-  ) -> tuple[engine.Completions, generate.Report]:
+  ) -> tuple[engine.Completions, generate.RolloutReport]:
     """Completions, on one device if no mesh is given, and what they took."""
     mesh = mesh or mesh_of()
     params = self.params if params is None else params
     places = sharding.param_shardings(mesh, params)
     num_tokens = settings["max_new_tokens"]
     with jax.set_mesh(mesh):
-      return generate.rollout(
+      return generate.sample_completions(
         jax.tree.map(jax.device_put, params, places),
         sharding.device_put_batch(
           mesh,
@@ -86,10 +86,10 @@ class Tiny:
           | settings
         ),
         mesh=mesh,
-        stops=stops,
+        stop_strings=stop_strings,
         row_limits=row_limits,
         poll=poll,
-        finished=finished,
+        on_finished=on_finished,
       )
 
 

@@ -22,7 +22,7 @@ KINDS = ("auto", "einsum", "splash")
 _MASKED = -2.0e38
 
 
-class Sight(NamedTuple):
+class AttentionSpec(NamedTuple):
   """Which keys a layer's queries see.
 
   Attributes:
@@ -43,7 +43,7 @@ class Sight(NamedTuple):
   image_block: Int[Array, "U P"] | None = None
 
 
-def implementation(setting: str, platform: str) -> str:
+def choose_implementation(setting: str, platform: str) -> str:
   """What `attend` is to run: "einsum", "splash" or "interpreted_splash".
 
   Args:
@@ -63,7 +63,7 @@ def attend(
   q: Float[Array, "U C t Q H"],
   k: Float[Array, "U C s K H"],
   v: Float[Array, "U C s K H"],
-  sight: Sight,
+  sight: AttentionSpec,
   *,
   prompt: tuple[Float[Array, "U P K H"], Float[Array, "U P K H"]] | None = None,
   implementation: str = "einsum",

@@ -111,7 +111,7 @@ def prefill(
     local_k=empty((~is_global).sum(), ring),
     local_v=empty((~is_global).sum(), ring),
   )
-  return text.last(states, prompt_length), cache
+  return text.last_token_states(states, prompt_length), cache
 
 
 def _first_kept(length: Int[Array, " U"], num_kept: int) -> Int[Array, " U"]:
@@ -150,7 +150,7 @@ def decode(
     t: Index of these tokens in their completions.
     dtype: Of the matrix products.
   """
-  x = text.embedded(config, params, ids[:, :, None], dtype)
+  x = text.embed(config, params, ids[:, :, None], dtype)
   tables = text.rope_tables(config, (prompt_length + t)[:, None])
   is_global = np.array(config.global_layers)
   num_global = int(is_global.sum())

@@ -30,6 +30,11 @@ class _Table(NamedTuple):
   rows: jnp.dtype
 
 
+def output_embedding(params: dict) -> Float[Array, "V D"]:
+  """The matrix that makes logits of final states; also the input embedding."""
+  return params["embedder"]["input_embedding"]
+
+
 def lookup(
   table: Float[Array, "V D"], ids: Int[Array, "U ..."], dtype: jnp.dtype
 ) -> Float[Array, "U ... D"]:

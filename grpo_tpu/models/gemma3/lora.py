@@ -115,7 +115,7 @@ class LoraConfig:
     return self.alpha / self.rank
 
 
-class Adapted(NamedTuple):
+class AdaptedWeight(NamedTuple):
   """A frozen weight and its factors, in the place of the weight.
 
   Attributes:
@@ -129,7 +129,7 @@ class Adapted(NamedTuple):
   b: Array
 
 
-def einsum(equation: str, x: Array, weight: Array | Adapted) -> Array:
+def einsum(equation: str, x: Array, weight: Array | AdaptedWeight) -> Array:
   """`jnp.einsum` of activations and a weight that may have an adapter.
 
   Args:
@@ -137,7 +137,7 @@ def einsum(equation: str, x: Array, weight: Array | Adapted) -> Array:
     x: Activations; their type is that of the products.
     weight: Cast to the type of `x`.
   """
-  if not isinstance(weight, Adapted):
+  if not isinstance(weight, AdaptedWeight):
     return jnp.einsum(equation, x, weight.astype(x.dtype))
   y = jnp.einsum(equation, x, weight.weight.astype(x.dtype))
   terms, result = equation.split("->")
@@ -210,8 +210,8 @@ def initial_adapters(
   return jax.tree_util.tree_map_with_path(draw, abstract_adapters(config, lora))
 
 
-def adapted(params: dict, adapters: dict, lora: LoraConfig) -> dict:
-  """The tree with `Adapted` weights, for all that runs the network.
+def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
+  """The tree with `AdaptedWeight` weights, for all that runs the network.
 
   Nothing is copied but the second factors, which take the scale in. The
   gradient flows to the adapters, and to `params` if asked for.
@@ -219,13 +219,13 @@ def adapted(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   return _over_adapters(
     params,
     adapters,
-    lambda weight, factors, _: Adapted(
+    lambda weight, factors, _: AdaptedWeight(
       weight, factors["lora_a"], factors["lora_b"] * lora.scale
     ),
   )
 
 
-def merged(params: dict, adapters: dict, lora: LoraConfig) -> dict:
+def merge_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   """The plain tree that runs as the adapted one does.
 
   Sums are made in fp32 and rounded once, to the weight's own type: in bf16 a

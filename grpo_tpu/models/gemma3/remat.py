@@ -15,7 +15,7 @@ POLICIES = ("none", "dots", "full", "offload")
 _INPUT = "layer_input"
 
 
-def rematerialised(layer: Callable, policy: str) -> Callable:
+def rematerialize(layer: Callable, policy: str) -> Callable:
   """The layer, recomputed in the backward pass as far as the policy says.
 
   Args:

@@ -35,7 +35,7 @@ type Images = (
 )
 
 
-class Layers(NamedTuple):
+class LayerStack(NamedTuple):
   """What differs between layers, stacked for a scan, or of one layer."""
 
   params: dict
@@ -63,7 +63,7 @@ def prompt_states(
     images: One per block of placeholders, in order; `I` may be 0. Pixels, or
       what `vision.soft_tokens` made of them.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
-    implementation: Of attention, from `attention.implementation`.
+    implementation: Of attention, from `attention.choose_implementation`.
 
   Returns:
     The states, and keys and values `[layers, U, P, K, H]`.
@@ -190,13 +190,13 @@ def bundle_states(
     remat: What layers keep for the backward pass, of `remat.POLICIES`.
     vision_remat: What the blocks of the image tower keep; of no matter where
       it carries no gradient.
-    implementation: Of attention, from `attention.implementation`.
+    implementation: Of attention, from `attention.choose_implementation`.
   """
   num_prompt, num_own = prompt_ids.shape[1], completion_ids.shape[2]
   x, blocks = _embedded_prompt(
     config, params, prompt_ids, images, dtype, vision_remat
   )
-  y = embedded(config, params, completion_ids, dtype)
+  y = embed(config, params, completion_ids, dtype)
   t = jnp.arange(num_own)
   prompt_tables = rope_tables(config, jnp.arange(num_prompt)[None])
   tables = rope_tables(config, prompt_length[:, None] + t[None])
@@ -216,17 +216,17 @@ def bundle_states(
     )
     return (x, y), None
 
-  layer = remats.rematerialised(layer, remat)
+  layer = remats.rematerialize(layer, remat)
   (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
-  first = last(x[:, 0], prompt_length)[:, None, None]
+  first = last_token_states(x[:, 0], prompt_length)[:, None, None]
   first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
   states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
   return rms_norm(params["final_norm"], states)
 
 
-def _layers(config: gemma3_config.ModelConfig, params: dict) -> Layers:
+def _layers(config: gemma3_config.ModelConfig, params: dict) -> LayerStack:
   is_global = np.array(config.global_layers)
-  return Layers(
+  return LayerStack(
     params=params["layers"],
     window=jnp.asarray(
       np.where(is_global, _NO_WINDOW, config.sliding_window), jnp.int32
@@ -241,9 +241,9 @@ def layer_at(
   number: Int[Array, ""],
   *,
   is_global: bool,
-) -> Layers:
+) -> LayerStack:
   """One layer of the stack, its number known only when the program runs."""
-  return Layers(
+  return LayerStack(
     params=jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False),
       params["layers"],
@@ -253,8 +253,10 @@ def layer_at(
   )
 
 
-def _sight(config, stack, prompt_length, blocks=None) -> attention.Sight:
-  return attention.Sight(
+def _sight(
+  config, stack, prompt_length, blocks=None
+) -> attention.AttentionSpec:
+  return attention.AttentionSpec(
     prompt_length=prompt_length,
     window=stack.window,
     is_global=stack.is_global,
@@ -339,7 +341,7 @@ def _rotate(x: Array, sin: Array, cos: Array) -> Array:
   ).astype(x.dtype)
 
 
-def embedded(config, params, ids: Array, dtype) -> Array:
+def embed(config, params, ids: Array, dtype) -> Array:
   """What the first layer reads of ids, their axes and `D`."""
   table = params["embedder"]["input_embedding"]
   # The factor is rounded to the table's type, as in the released models.
@@ -350,7 +352,7 @@ def embedded(config, params, ids: Array, dtype) -> Array:
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
   """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
   is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
-  x = embedded(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
+  x = embed(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
   starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
   blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
   if images.shape[1]:
@@ -380,6 +382,8 @@ def _projected(config, params, images, dtype, remat) -> Float[Array, "U S D"]:
 
 
 @functools.partial(jax.named_call, name="last_prompt_state")
-def last(x: Float[Array, "U P D"], length: Int[Array, " U"]) -> Array:
+def last_token_states(
+  x: Float[Array, "U P D"], length: Int[Array, " U"]
+) -> Array:
   """The state of each prompt's last token."""
   return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]

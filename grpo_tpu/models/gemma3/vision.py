@@ -58,7 +58,7 @@ def soft_tokens(
     ), None
 
   x = sharding.constrain_activation(x, "bundles")
-  block = remats.rematerialised(block, remat)
+  block = remats.rematerialize(block, remat)
   x, _ = jax.lax.scan(block, x, params["layers"])
   x = _layer_norm(params["norm"], x)
   return _pool(x, config.soft_tokens).reshape(

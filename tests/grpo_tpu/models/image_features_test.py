@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def made(tiny, mesh, *, cache_bytes=0, per_shard=1):
-  return image_features.Pictures(
+  return image_features.ImageEncoder(
     tiny.config.vision,
     mesh,
     dtype=jnp.dtype(jnp.float32),

@@ -215,6 +215,8 @@ def test_shards_score_and_teach_as_one_device_does(shape):
   both = jax.value_and_grad(loss, argnums=(1, 2))
   plain = both(logprobs.per_token_logps, states, table)
   with jax.set_mesh(mesh):
-    cut = jax.jit(both, static_argnums=0)(logprobs.on_shards, states, table)
+    cut = jax.jit(both, static_argnums=0)(
+      logprobs.sharded_per_token_logps, states, table
+    )
   for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cut), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

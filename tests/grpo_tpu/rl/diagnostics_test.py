@@ -10,14 +10,14 @@ from grpo_tpu.rl import diagnostics
 def test_group_health_counts_groups_with_a_known_answer():
   correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
   valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
-  shares = diagnostics.group_health(correct, valid=valid)
+  shares = diagnostics.group_correctness(correct, valid=valid)
   # The fourth group knows one answer, a right one; the fifth knows none.
   assert shares == {"all_right": 0.5, "all_wrong": 0.25, "mixed": 0.25}
-  assert diagnostics.group_health(correct)["mixed"] == jnp.float32(0.6)
+  assert diagnostics.group_correctness(correct)["mixed"] == jnp.float32(0.6)
 
 
 def test_groups_without_a_known_answer_have_no_share():
-  shares = diagnostics.group_health(
+  shares = diagnostics.group_correctness(
     jnp.ones((2, 3), bool), valid=jnp.zeros((2, 3), bool)
   )
   assert shares == {"all_right": 0, "all_wrong": 0, "mixed": 0}

@@ -108,7 +108,9 @@ def test_preference_accuracy_counts_a_tie_as_half():
 def test_pairs_are_those_of_a_loop_over_every_two_of_a_group():
   rng = np.random.default_rng(0)
   scores, preferred = rng.normal(size=(4, 3)), rng.random((4, 3, 3)) < 0.4
-  chosen, rejected, valid = objective.pairs(np.float32(scores), preferred)
+  chosen, rejected, valid = objective.preference_pairs(
+    np.float32(scores), preferred
+  )
   assert valid.shape == (4 * 3 * 3,)
   expected = [
     (scores[u, i], scores[u, j])

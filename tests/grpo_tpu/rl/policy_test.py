@@ -247,7 +247,7 @@ def test_a_run_with_adapters_goes_on_as_the_model_they_made(
   second = save_adapters(tmp_path / "b", random, under, step=4)
   expected = random.initial_params()
   for name, adapters in (("a", first), ("b", second)):
-    expected = lora.merged(expected, adapters, LORA)
+    expected = lora.merge_adapters(expected, adapters, LORA)
     policy = policy_of(f"run:{tmp_path}/{name}")
     got = policy.initial_params()
     jax.tree.map(

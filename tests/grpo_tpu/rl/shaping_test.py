@@ -45,7 +45,7 @@ def test_only_a_group_of_two_valid_rewards_that_differ_has_spread():
     ([0.1, 0.9, 0.5], [False, False, False], False),
   ]
   rewards, valid, expected = map(np.array, zip(*groups, strict=True))
-  spread = shaping.has_spread(jnp.float32(rewards), valid)
+  spread = shaping.has_reward_variance(jnp.float32(rewards), valid)
   np.testing.assert_array_equal(spread, expected)
 
 

@@ -53,7 +53,7 @@ def slow_greedy(tiny, prompts):
   @jax.jit
   def likeliest(ids, t):
     state = bundle_states(tiny, prompts, ids)[:, 0, t]
-    logits = logprobs.logits_of(state, embedding, temperature=1.0)
+    logits = logprobs.output_logits(state, embedding, temperature=1.0)
     return jnp.argmax(logits, axis=-1)
 
   ids = np.full((PROMPTS, 1, NUM_TOKENS), tokenizer.PAD, np.int32)
@@ -264,7 +264,7 @@ def test_kept_features_of_pictures_are_read_as_their_pixels_are(
 ):
   """Made at once, made in a later step, or found from an earlier one."""
   ids, length, images = prompts
-  encoder = image_features.Pictures(
+  encoder = image_features.ImageEncoder(
     tiny.config.vision,
     conftest.mesh_of(),
     dtype=jnp.dtype(jnp.float32),
@@ -347,7 +347,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
     prompts,
     np.arange(PROMPTS),
     chunk_tokens=chunk_tokens,
-    stops=generate.Stops(strings, decode),
+    stop_strings=generate.StopStrings(strings, decode),
   )
   num_cut = 0
   for row, written, ids, mask, stopped in zip(
@@ -384,7 +384,7 @@ def test_finished_prompts_are_handed_out_once_and_in_full(tiny, prompts):
     num_completions=1,
     max_new_tokens=40,
     chunk_tokens=1,
-    finished=parts.append,
+    on_finished=parts.append,
     poll=lambda: polls.append(len(parts)),
   )
   assert len(parts) > 1 and len(polls) > 2
@@ -433,10 +433,10 @@ def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
     (params, placed),
   )
   key = jax.eval_shape(lambda: KEY)
-  generate.prepare(*shapes, key, settings=settings, mesh=mesh)
+  generate.compile_ahead(*shapes, key, settings=settings, mesh=mesh)
   counter = compile_cache.CompileCounter()
   with jax.set_mesh(mesh):
-    _, report = generate.rollout(
+    _, report = generate.sample_completions(
       params,
       placed,
       KEY,

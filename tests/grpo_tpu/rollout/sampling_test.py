@@ -115,7 +115,7 @@ def plainly_narrowed(row, top_k, top_p):
 def test_narrowing_leaves_the_likeliest_and_their_odds(top_k, top_p):
   logits = np.random.default_rng(5).normal(0, 2, (4, 60)).astype(np.float32)
   narrowed = np.asarray(
-    sampling.narrowed(jnp.asarray(logits), top_k=top_k, top_p=top_p)
+    sampling.top_k_top_p(jnp.asarray(logits), top_k=top_k, top_p=top_p)
   )
   for row, new in zip(logits, narrowed, strict=True):
     kept = plainly_narrowed(row, top_k, top_p)
@@ -126,5 +126,5 @@ def test_narrowing_leaves_the_likeliest_and_their_odds(top_k, top_p):
 def test_without_limits_nothing_is_narrowed():
   logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (4, 60)))
   np.testing.assert_array_equal(
-    sampling.narrowed(logits, top_k=0, top_p=1.0), logits
+    sampling.top_k_top_p(logits, top_k=0, top_p=1.0), logits
   )

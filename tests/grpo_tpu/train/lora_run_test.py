@@ -126,7 +126,7 @@ def test_the_first_gradient_is_of_the_second_factors_alone(run):
 
 def test_the_reference_is_the_policy_with_its_adapters_off(run):
   """At first they agree to the bit: the KL is 0. Later it is not."""
-  adapted = lora.adapted(run.frozen, run.states[0].params, LORA)
+  adapted = lora.with_adapters(run.frozen, run.states[0].params, LORA)
   scores, _ = train_step.score(
     run.model, adapted, run.bundles, num_microbatches=2
   )

@@ -254,7 +254,7 @@ def save(
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(unfinished / _INDEX, index)
-  values = huggingface_config.written(config, np.dtype(kind).name)
+  values = huggingface_config.to_json(config, np.dtype(kind).name)
   _write_json(unfinished / _CONFIG, values)
   text = values.get("text_config", values)
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")

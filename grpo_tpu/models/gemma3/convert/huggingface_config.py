@@ -140,7 +140,7 @@ def num_rows(config: gemma3_config.ModelConfig) -> int:
   return config.vocab_size
 
 
-def written(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
+def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
   """The `config.json` of a model, in the words of the released checkpoints.
 
   Args:

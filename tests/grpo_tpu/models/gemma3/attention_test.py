@@ -23,7 +23,7 @@ COMPLETIONS = {"prompts": 1, "completions": 2}
 
 
 def sight(is_global):
-  return attention.Sight(
+  return attention.AttentionSpec(
     prompt_length=jnp.asarray(LENGTHS),
     window=jnp.asarray(2**30 if is_global else WINDOW),
     is_global=jnp.asarray(is_global, jnp.int32),
@@ -92,7 +92,7 @@ def test_splash_equals_einsum_with_its_gradients(rows, kv_heads):
 
 def test_auto_is_the_kernel_on_the_devices_it_is_for():
   kinds = {
-    (setting, platform): attention.implementation(setting, platform)
+    (setting, platform): attention.choose_implementation(setting, platform)
     for setting in attention.KINDS
     for platform in ("tpu", "cpu")
   }

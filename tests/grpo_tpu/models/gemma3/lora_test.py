@@ -98,7 +98,7 @@ def states_of(config, params, bundles):
 
 
 def logits_of(tiny, params, bundles):
-  return logprobs.logits_of(
+  return logprobs.output_logits(
     states_of(tiny.config, params, bundles),
     tiny.params["embedder"]["input_embedding"],
     temperature=1.0,
@@ -167,7 +167,7 @@ def test_before_the_first_step_logits_are_the_bases_to_the_bit(tiny):
   bundles = bundles_of(tiny)
   fresh = lora.initial_adapters(tiny.config, LORA, 0)
   np.testing.assert_array_equal(
-    logits_of(tiny, lora.adapted(tiny.params, fresh, LORA), bundles),
+    logits_of(tiny, lora.with_adapters(tiny.params, fresh, LORA), bundles),
     logits_of(tiny, tiny.params, bundles),
   )
 
@@ -179,7 +179,7 @@ def test_a_merged_weight_has_the_product_of_the_factors_in_it(
   """And the others stay what they were, to the bit."""
   path, _, _ = SHAPES[name]
   before, factors = by_path(tiny.params), by_path(adapters)
-  after = by_path(lora.merged(tiny.params, adapters, LORA))
+  after = by_path(lora.merge_adapters(tiny.params, adapters, LORA))
   change = slow_change(
     name, factors[f"{path}/lora_a"], factors[f"{path}/lora_b"], 5 / 3
   )
@@ -194,8 +194,10 @@ def test_a_merged_weight_has_the_product_of_the_factors_in_it(
 
 def test_adapted_logits_are_those_of_the_merged_weights(tiny, adapters):
   bundles = bundles_of(tiny)
-  actual = logits_of(tiny, lora.adapted(tiny.params, adapters, LORA), bundles)
-  merged = lora.merged(tiny.params, adapters, LORA)
+  actual = logits_of(
+    tiny, lora.with_adapters(tiny.params, adapters, LORA), bundles
+  )
+  merged = lora.merge_adapters(tiny.params, adapters, LORA)
   expected = logits_of(tiny, merged, bundles)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
   base = logits_of(tiny, tiny.params, bundles)
@@ -205,7 +207,7 @@ def test_adapted_logits_are_those_of_the_merged_weights(tiny, adapters):
 def test_decoding_reads_the_adapters_as_scoring_does(tiny, adapters):
   """The prompt's state, and the one after a token read from the cache."""
   bundles = bundles_of(tiny)
-  params = lora.adapted(tiny.params, adapters, LORA)
+  params = lora.with_adapters(tiny.params, adapters, LORA)
   expected = states_of(tiny.config, params, bundles)
   prefill = jax.jit(
     decoding.prefill,
@@ -246,10 +248,12 @@ def test_gradients_are_the_merged_weights_by_the_chain_rule(tiny, adapters):
 
   @jax.jit
   def of_adapters(params, adapters):
-    return jax.grad(lambda x: loss(lora.adapted(params, x, LORA)))(adapters)
+    return jax.grad(lambda x: loss(lora.with_adapters(params, x, LORA)))(
+      adapters
+    )
 
   actual = by_path(of_adapters(tiny.params, adapters))
-  merged = lora.merged(tiny.params, adapters, LORA)
+  merged = lora.merge_adapters(tiny.params, adapters, LORA)
   through = by_path(jax.jit(jax.grad(loss))(merged))
   factors, scale = by_path(adapters), 5 / 3
   # The linear map of A alone, and of B alone, has its matrix in its values at

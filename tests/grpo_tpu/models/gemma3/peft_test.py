@@ -93,7 +93,7 @@ def expected_changes(config, adapters):
     lambda x: jnp.zeros(x.shape, x.dtype),
     weights.abstract_params(config, jnp.float32),
   )
-  change = jax.device_get(lora.merged(zeros, adapters, LORA))
+  change = jax.device_get(lora.merge_adapters(zeros, adapters, LORA))
   attn, mlp = change["layers"]["attn"], change["layers"]["mlp"]
   head = "model.language_model." if config.vision else "model."
 

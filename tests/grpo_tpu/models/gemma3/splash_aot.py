@@ -60,7 +60,7 @@ def main() -> None:
       *bundles,
       dtype=jnp.dtype(jnp.bfloat16),
       remat="full",
-      implementation=attention.implementation("auto", chips[0].platform),
+      implementation=attention.choose_implementation("auto", chips[0].platform),
     )
     return jnp.mean(jnp.square(states.astype(jnp.float32)))
 

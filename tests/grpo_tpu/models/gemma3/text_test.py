@@ -226,7 +226,7 @@ def test_logits_equal_the_gemma_library_on_text_and_images(tmp_path):
     images,
     dtype=jnp.float32,
   )
-  actual = logprobs.logits_of(
+  actual = logprobs.output_logits(
     states, params["embedder"]["input_embedding"], temperature=1.0
   )
   for row, positions, got, want in zip(rows, at, actual, expected, strict=True):

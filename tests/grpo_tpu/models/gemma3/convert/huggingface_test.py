@@ -279,7 +279,7 @@ def test_released_configs_are_those_of_the_sizes(tmp_path, name):
 @pytest.mark.parametrize("name", gemma3_config.CONFIGS)
 def test_a_written_config_reads_as_itself(tmp_path, name):
   config = gemma3_config.CONFIGS[name]
-  values = huggingface_config.written(config, "bfloat16")
+  values = huggingface_config.to_json(config, "bfloat16")
   (tmp_path / "config.json").write_text(json.dumps(values))
   assert huggingface_config.differences(tmp_path, config) == []
   other = gemma3_config.CONFIGS["gemma3_4b" if name == "tiny" else "tiny"]
