@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
+from data_pipelines.validation import ExitCode
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -23,4 +23,4 @@ def parse(argv: Sequence[str]) -> list[str]:
 def refuse(message: object) -> NoReturn:
   """Says why, and ends the program with exit code 64."""
   logging.error("%s", message)
-  sys.exit(_BAD_REQUEST)
+  sys.exit(ExitCode.BAD_INPUT)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from absl import app
 
+from data_pipelines import validation
 from grpo_tpu.config import flags
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize, logs
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
-  with run_config.refutable():
+  with validation.user_errors():
     if len(argv) > 1:
       raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
     config = run_config.Config.from_config_dict(flags.CONFIG.value)
@@ -58,7 +59,7 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
         run = functools.partial(loop.train, config, workdir, data, ending)
   compile_cache.enable_persistent_cache(config.compilation_cache_dir)
   initialize.initialize(config.distributed, place)
-  with run_config.refutable():
+  with validation.user_errors():
     said = preflight.facts(config, identity, mode=mode, workdir=workdir)
     timeout_seconds = config.distributed.preflight_timeout_seconds
     preflight.check("start", said, timeout_seconds=timeout_seconds)
@@ -70,9 +71,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
   """The flags, or the exit code of a bad request where absl would take 1."""
   logs.silence_libraries()
   try:
-    with run_config.refutable():
+    with validation.user_errors():
       return flags.parsed(argv)
-  except run_config.SettingError as error:
+  except validation.SettingError as error:
     exit_report.ExitReport().exit_with(error)
 
 

@@ -26,10 +26,9 @@ _STAYS = shutil.ignore_patterns(
 # its own, for absl's flags are one set to a process.
 _CHECK = """
 import sys
-from grpo_tpu import command_line
-from grpo_tpu import config as run_config
-assert command_line.parsed(sys.argv) == sys.argv[:1]
-run_config.Config.from_config_dict(command_line.CONFIG.value)
+from grpo_tpu.config import flags, schema
+assert flags.parsed(sys.argv) == sys.argv[:1]
+schema.Config.from_config_dict(flags.CONFIG.value)
 """
 
 

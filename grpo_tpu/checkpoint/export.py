@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
+from data_pipelines import validation
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
@@ -44,7 +45,7 @@ def run(config: run_config.Config, workdir: str) -> None:
   Raises:
     SettingError: A setting that only the devices or the weights can refute.
   """
-  with run_config.refutable():
+  with validation.user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     settings = dataclasses.replace(
       config.model, weights=source(config, workdir)

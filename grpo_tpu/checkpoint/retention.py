@@ -6,6 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from data_pipelines.validation import (
+  require_all,
+  require_at_least,
+  require_one_of,
+)
+
 _NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
 
 
@@ -39,33 +45,27 @@ class CheckpointConfig:
   accept_changes: bool
 
   def __post_init__(self):
-    for name in (
-      *("every_steps", "keep", "keep_best"),
-      *("max_failures", "timeout_seconds"),
-    ):
-      self._require(getattr(self, name) >= 1, name, "be at least 1", 1)
-    self._require(
-      0 <= self.every_minutes < math.inf,
-      "every_minutes",
-      "be 0, for never, or a time",
-      0.0,
+    ones = dict.fromkeys(
+      ("every_steps", "keep", "keep_best", "max_failures", "timeout_seconds"), 1
     )
-    self._require(
-      self.best_mode in ("max", "min"), "best_mode", "be max or min", "max"
+    require_at_least(self, "checkpoint", **ones)
+    require_one_of("checkpoint.best_mode", self.best_mode, ("max", "min"))
+    require_all(
+      self,
+      "checkpoint",
+      (
+        "every_minutes",
+        0 <= self.every_minutes < math.inf,
+        "be 0, for never, or a time",
+        0.0,
+      ),
+      (
+        "best_metric",
+        not self.best_metric or self.best_metric.startswith("eval/"),
+        "be a metric of evaluations, or empty for none",
+        "eval/accuracy",
+      ),
     )
-    self._require(
-      not self.best_metric or self.best_metric.startswith("eval/"),
-      "best_metric",
-      "be a metric of evaluations, or empty for none",
-      "eval/accuracy",
-    )
-
-  def _require(self, holds: bool, name: str, rule: str, remedy: Any) -> None:
-    if not holds:
-      raise ValueError(
-        f"checkpoint.{name} ({getattr(self, name)!r}) must {rule}; set "
-        f"checkpoint.{name}={remedy}."
-      )
 
 
 @dataclasses.dataclass(frozen=True, order=True)

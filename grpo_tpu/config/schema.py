@@ -4,17 +4,17 @@ No setting has a default here; `configs/base.py` gives every value. Below
 `main` nobody sees a ConfigDict.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.text import chat_prompts as prompts
+from data_pipelines.validation import require
 from grpo_tpu.checkpoint import retention
 from grpo_tpu.config import sections
 from grpo_tpu.distributed import initialize as distributed
@@ -26,19 +26,6 @@ from grpo_tpu.rewards import scoring
 from grpo_tpu.rl import objective as objectives
 from grpo_tpu.rl import optimizer as optimizers
 from grpo_tpu.rl import shaping as shapings
-
-
-class SettingError(ValueError):
-  """A setting, flag or data set that must change before a run can start."""
-
-
-@contextlib.contextmanager
-def refutable() -> Iterator[None]:
-  """Around what checks settings: its ValueErrors are the user's to mend."""
-  try:
-    yield
-  except ValueError as error:
-    raise SettingError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +202,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _check_sections_agree(config: Config) -> None:
-  sections.require(
+  require(
     config.shaping.soft_tokens <= config.rollout.max_new_tokens
     or config.shaping.truncated != "penalise",
     "shaping.soft_tokens",
@@ -223,14 +210,14 @@ def _check_sections_agree(config: Config) -> None:
     f"be at most rollout.max_new_tokens ({config.rollout.max_new_tokens})",
     f"set shaping.soft_tokens={max(1, config.rollout.max_new_tokens // 4)}",
   )
-  sections.require(
+  require(
     config.data.kind == "online" or config.shaping.zero_variance != "resample",
     "shaping.zero_variance",
     config.shaping.zero_variance,
     "not be resample where completions come with the data",
     "set shaping.zero_variance=drop",
   )
-  sections.require(
+  require(
     not config.profile.steps
     or config.profile.steps[-1] <= config.train.num_steps,
     "profile.steps",
@@ -238,21 +225,21 @@ def _check_sections_agree(config: Config) -> None:
     f"end by train.num_steps ({config.train.num_steps})",
     f"set profile.steps=({config.train.num_steps}, {config.train.num_steps})",
   )
-  sections.require(
+  require(
     0 <= config.seed < 2**31,
     "seed",
     config.seed,
     "be at least 0, and fit in 31 bits",
     "set seed=1",
   )
-  sections.require(
+  require(
     not (config.rollout.image_cache_mib and config.model.train_vision),
     "rollout.image_cache_mib",
     config.rollout.image_cache_mib,
     "be 0 where the tower is trained, whose results change with every step",
     "set rollout.image_cache_mib=0, or model.train_vision=False",
   )
-  sections.require(
+  require(
     not config.data.pan_and_scan.enabled
     or config.model_config.vision is not None,
     "data.pan_and_scan.enabled",
@@ -260,7 +247,7 @@ def _check_sections_agree(config: Config) -> None:
     f"be False for {config.model.name}, which sees no pictures",
     "set data.pan_and_scan.enabled=False",
   )
-  sections.require(
+  require(
     config.data.kind != "online"
     or not config.rewards.weights["format"]
     or "<answer>" in prompts.TEMPLATES[config.data.prompt_template].instruction,
@@ -272,7 +259,7 @@ def _check_sections_agree(config: Config) -> None:
     "set rewards.format=0.0, or data.prompt_template=tagged",
   )
   metric = config.checkpoint.best_metric
-  sections.require(
+  require(
     not metric
     or (config.eval.every_steps > 0 and registry.is_declared(metric)),
     "checkpoint.best_metric",
@@ -314,7 +301,7 @@ def _check_divisions(config: Config) -> None:
     ("train.microbatch_bundles", config.train.microbatch_bundles),
     ("eval.batch_size", config.eval.batch_size),
   ):
-    sections.require(
+    require(
       value % shards == 0,
       name,
       value,
@@ -322,7 +309,7 @@ def _check_divisions(config: Config) -> None:
       f"set {name}={max(1, round(value / shards)) * shards}",
     )
   prompts = config.data.prompts_per_step
-  sections.require(
+  require(
     prompts % config.train.microbatch_bundles == 0,
     "train.microbatch_bundles",
     config.train.microbatch_bundles,
@@ -330,7 +317,7 @@ def _check_divisions(config: Config) -> None:
     f"set train.microbatch_bundles={prompts}",
   )
   at_a_time = config.rollout.prompts_at_a_time
-  sections.require(
+  require(
     at_a_time is None
     or (at_a_time > 0 and at_a_time % shards == 0 and prompts % at_a_time == 0),
     "rollout.prompts_at_a_time",
@@ -339,7 +326,7 @@ def _check_divisions(config: Config) -> None:
     f"mesh.replica * mesh.fsdp ({shards})",
     f"set rollout.prompts_at_a_time={shards}",
   )
-  sections.require(
+  require(
     config.data.kind != "online" or config.rollout.num_generations >= 2,
     "rollout.num_generations",
     config.rollout.num_generations,

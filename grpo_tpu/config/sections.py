@@ -4,15 +4,13 @@ What two sections must agree on is for `config`, which puts them together.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
-from typing import Any
 
 from data_pipelines import images, pipeline
 from data_pipelines.preferences import replies
 from data_pipelines.scoring import ablations
 from data_pipelines.sources import synthetic
 from data_pipelines.text import chat_prompts
+from data_pipelines.validation import require, require_at_least, require_one_of
 from grpo_tpu.models.gemma3 import attention, lora, remat
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.rl import objective as objectives
@@ -26,37 +24,6 @@ _WEIGHTS = {
   "gemma": "gemma:DIR",
   "gguf": "gguf:FILE",
 }
-
-
-def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
-  """Raises a ValueError that says what must hold, unless it does."""
-  if not holds:
-    raise ValueError(f"{name} ({value!r}) must {rule}; {remedy}.")
-
-
-def require_at_least(section: Any, prefix: str, **least: int) -> None:
-  """Holds settings of a section, by name, to the least that each may be."""
-  for name, bound in least.items():
-    value = getattr(section, name)
-    require(
-      value >= bound,
-      f"{prefix}.{name}",
-      value,
-      f"be at least {bound}",
-      f"set {prefix}.{name}={max(bound, 1)}",
-    )
-
-
-def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
-  """Holds a setting to its choices; the remedy is the closest."""
-  close = difflib.get_close_matches(value, choices, n=1) or choices[:1]
-  require(
-    value in choices,
-    name,
-    value,
-    f"be one of {', '.join(choices)}",
-    f"set {name}={close[0]}",
-  )
 
 
 @dataclasses.dataclass(frozen=True)

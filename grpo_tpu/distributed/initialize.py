@@ -27,6 +27,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from data_pipelines.validation import require_all
+
 # A pod's hosts end alike or one of them ends alone, and cannot know which. So
 # long it waits for the others to end with the same code, before it leaves them.
 _FAREWELL_SECONDS = 2
@@ -60,16 +62,20 @@ class DistributedConfig:
     for field in dataclasses.fields(self):
       name, value = field.name, getattr(self, field.name)
       least = 0 if name.startswith("watchdog") else 1
-      if not least <= value < float("inf"):
-        raise ValueError(
-          f"{name} ({value!r}) must be at least {least} and finite, in seconds;"
-        )
-    if self.watchdog_seconds > self.watchdog_start_seconds:
-      raise ValueError(
-        f"watchdog_start_seconds ({self.watchdog_start_seconds!r}) must be at "
-        f"least watchdog_seconds ({self.watchdog_seconds!r}), for a first step "
-        "compiles;"
-      )
+      holds = least <= value < float("inf")
+      rule = f"be at least {least} and finite, in seconds"
+      require_all(self, "distributed", (name, holds, rule, 60))
+    require_all(
+      self,
+      "distributed",
+      (
+        "watchdog_start_seconds",
+        self.watchdog_seconds <= self.watchdog_start_seconds,
+        f"be at least distributed.watchdog_seconds ({self.watchdog_seconds!r}),"
+        " because the first step compiles",
+        self.watchdog_seconds,
+      ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import NoReturn, Self
 import jax
 from absl import logging
 
-EXIT_CODE = 76
+from data_pipelines.validation import ExitCode
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -97,4 +98,4 @@ class Watchdog:
         f"stacks of all threads are above and in {self._dump}"
       )
     finally:
-      os._exit(EXIT_CODE)
+      os._exit(ExitCode.STUCK)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines import images, pipeline
+from data_pipelines import images, pipeline, validation
 from data_pipelines.scoring import ablations
 from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
@@ -150,7 +150,7 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
   Raises:
     SettingError: A setting that only the data, devices or weights can refute.
   """
-  with run_config.refutable():
+  with validation.user_errors():
     blind = _ablated_sources(config, data)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     # What is named in the report is what was read, while a run goes on.

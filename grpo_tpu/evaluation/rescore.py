@@ -20,12 +20,10 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipelines import records
+from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import scoring
-
-_BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +175,7 @@ def problems_of(
 def main(argv: Sequence[str]) -> None:
   """Does what the flags ask for; exits 64 where they cannot be followed."""
   try:
-    with run_config.refutable():
+    with validation.user_errors():
       if len(argv) > 1:
         raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
       config = run_config.Config.from_config_dict(flags.FLAGS.config)
@@ -191,9 +189,9 @@ def main(argv: Sequence[str]) -> None:
       f"{result.table}\n{result.num_changed} of {len(rows)} totals differ from "
       "those saved.\n"
     )
-  except run_config.SettingError as error:
+  except validation.SettingError as error:
     logging.error("%s", error)
-    sys.exit(_BAD_REQUEST)
+    sys.exit(validation.ExitCode.BAD_INPUT)
   finally:
     scoring.close()
 
@@ -220,7 +218,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   except Exception as error:  # Of whatever kind: this only reads settings.
     flags.FLAGS.mark_as_parsed()
     logging.error("%s; see --help.", " ".join(str(error).split()))
-    sys.exit(_BAD_REQUEST)
+    sys.exit(validation.ExitCode.BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -14,34 +14,32 @@ from typing import NoReturn
 import jax
 from absl import logging
 
+from data_pipelines.validation import ExitCode, SettingError
 from grpo_tpu.checkpoint import reader
-from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import initialize, preemption, watchdog
+from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import goodput, run_record
 from grpo_tpu.rewards import scoring
 
-DONE = 0
-BAD_REQUEST = 64  # EX_USAGE of sysexits.h.
-PREEMPTED = 75  # EX_TEMPFAIL: start it again.
-STUCK = watchdog.EXIT_CODE
-FAILED = 1
-
 _NEXT = {
-  BAD_REQUEST: "change what the error names, and start again",
-  PREEMPTED: "start the same command again: the run goes on",
-  STUCK: "read the stacks, then start the same command again",
-  FAILED: "read the error above, and docs/troubleshooting.md; the same command "
-  "goes on from the newest checkpoint",
+  ExitCode.BAD_INPUT: "change what the error names, and start again",
+  ExitCode.PREEMPTED: "start the same command again: the run goes on",
+  ExitCode.STUCK: "read the stacks, then start the same command again",
+  ExitCode.FAILED: "read the error above, and docs/troubleshooting.md; the same"
+  " command goes on from the newest checkpoint",
 }
 
 
-def code_of(error: BaseException | None) -> int:
+def code_of(error: BaseException | None) -> ExitCode:
   """The exit code of a program that an error has ended, or none has."""
   if error is None:
-    return DONE
-  if isinstance(error, run_config.SettingError):
-    return BAD_REQUEST
-  return PREEMPTED if isinstance(error, preemption.Preempted) else FAILED
+    return ExitCode.DONE
+  if isinstance(error, SettingError):
+    return ExitCode.BAD_INPUT
+  return (
+    ExitCode.PREEMPTED
+    if isinstance(error, preemption.Preempted)
+    else ExitCode.FAILED
+  )
 
 
 class ExitReport:
@@ -69,7 +67,7 @@ class ExitReport:
 
   def report_stuck(self, reason: str) -> None:
     """Says the last words of a process that the watchdog ends."""
-    self._say(reason, STUCK, _NEXT[STUCK])
+    self._say(reason, ExitCode.STUCK, _NEXT[ExitCode.STUCK])
 
   def report_done(self) -> None:
     """Says the last words of a program that came to its end."""
@@ -77,17 +75,17 @@ class ExitReport:
     if self._workdir is not None:
       folder = shlex.quote(str(self._workdir))
       what_next = f"look at the curves: tensorboard --logdir={folder}"
-    self._say("done", DONE, what_next)
+    self._say("done", ExitCode.DONE, what_next)
 
   def exit_with(self, error: BaseException) -> NoReturn:
     """Logs what went wrong, says the last words, ends this process at once."""
     code = code_of(error)
-    if code == FAILED and not isinstance(error, KeyboardInterrupt):
+    if code == ExitCode.FAILED and not isinstance(error, KeyboardInterrupt):
       logging.error("The run failed.", exc_info=error)
-    if code == BAD_REQUEST:
+    if code == ExitCode.BAD_INPUT:
       logging.error("%s", error)
     is_interrupt = isinstance(error, KeyboardInterrupt)
-    what_next = _NEXT[PREEMPTED if is_interrupt else code]
+    what_next = _NEXT[ExitCode.PREEMPTED if is_interrupt else code]
     self._say(_reason(error), code, what_next)
     scoring.close()
     initialize.shutdown(code)
@@ -108,7 +106,7 @@ class ExitReport:
         raise
       self.exit_with(error)
 
-  def _say(self, reason: str, code: int, what_next: str) -> None:
+  def _say(self, reason: str, code: ExitCode, what_next: str) -> None:
     newest = best = None
     spent = ""
     if self._workdir is not None:
@@ -116,7 +114,7 @@ class ExitReport:
       best = reader.best_path(self._workdir / "checkpoints")
       spent = f" The time went into {goodput.summary(self.clock.shares())}."
     logging.log(
-      logging.INFO if code == DONE else logging.WARNING,
+      logging.INFO if code == ExitCode.DONE else logging.WARNING,
       "The end, with exit code %d: %s. Last step: %s. Newest checkpoint: %s."
       " Next: %s.%s",
       code,
@@ -148,7 +146,7 @@ class ExitReport:
 def _reason(error: BaseException) -> str:
   if isinstance(error, preemption.Preempted):
     return "preempted, and saved"
-  if isinstance(error, run_config.SettingError):
+  if isinstance(error, SettingError):
     return "refused, for the reason above"
   if isinstance(error, KeyboardInterrupt):
     return "interrupted from the keyboard"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from absl import logging
 
+from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.models.gemma3 import remat
@@ -85,7 +86,7 @@ def advise(
         best = bound, changes, made
     if best is not None:
       return Advice(*best[1:], compiler.num_compiled)
-  raise run_config.SettingError(
+  raise validation.SettingError(
     f"--topology ({topology}) must have room for {config.model.name} with "
     f"{MARGIN:.0%} free, and with none of the meshes, remat policies, "
     "microbatches and prompt buckets it has; set model.lora.rank=16, or choose "

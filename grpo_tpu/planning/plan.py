@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 
+from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.planning import advise as advice
@@ -31,7 +32,7 @@ def run(
     SettingError: No such slice, a mesh that does not fit it, or a run that does
       not; the message has the nearest that would.
   """
-  with run_config.refutable():
+  with validation.user_errors():
     described = planner.parsed(topology)
     if not advise:
       planner.check(config, described)
@@ -51,7 +52,7 @@ def run(
   if not made.fits():
     row = made.peak
     what, size = row["name"], row["resident_bytes"]
-    raise run_config.SettingError(_refusal(made, compiler, what, size))
+    raise validation.SettingError(_refusal(made, compiler, what, size))
 
 
 def table(made: planner.Plan) -> str:
@@ -128,7 +129,7 @@ def _check_room(
   made = planner.nothing_compiled(config, topology)
   if made.least_bytes > topology.chip.hbm_limit_bytes:
     what = "parameters, optimizer and reference"
-    raise run_config.SettingError(
+    raise validation.SettingError(
       _refusal(made, compiler, what, made.least_bytes)
     )
 

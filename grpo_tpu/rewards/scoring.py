@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from data_pipelines import records
+from data_pipelines import records, validation
 from data_pipelines.verifier import verify
 from grpo_tpu.rewards import accuracy, calls, custom, heuristics
 
@@ -86,12 +86,10 @@ class RewardConfig:
   error_window: int
 
   def __post_init__(self):
-    if self.preset not in PRESETS:
-      raise ValueError(
-        f"rewards.preset ({self.preset!r}) must be one of "
-        f"{', '.join(PRESETS)}; set rewards.preset=gated."
-      )
-    for name, holds, rule, remedy in (
+    validation.require_one_of("rewards.preset", self.preset, tuple(PRESETS))
+    validation.require_all(
+      self,
+      "rewards",
       ("num_workers", self.num_workers >= 0, "not be negative", 4),
       ("rows_per_call", self.rows_per_call >= 1, "be at least 1", 16),
       (
@@ -113,12 +111,7 @@ class RewardConfig:
         f"hold one weight for each of rewards.custom {self.custom}",
         (1.0,) * len(self.custom),
       ),
-    ):
-      if not holds:
-        raise ValueError(
-          f"rewards.{name} ({getattr(self, name)!r}) must {rule}; set "
-          f"rewards.{name}={remedy}."
-        )
+    )
     self._check_custom()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
+from data_pipelines.validation import require_all, require_one_of
+
 Metrics = dict[str, Float[Array, ""]]
 
 # exp(60) and its products with a beta, an advantage and a token count fit in
@@ -81,10 +83,11 @@ class ObjectiveConfig:
 
   def __post_init__(self):
     for field, choices in _CHOICES.items():
-      value = getattr(self, field)
-      _require(value in choices, field, value, _one_of(choices), choices[0])
+      require_one_of(f"objective.{field}", getattr(self, field), choices)
     cispo, length = self.surrogate == "cispo", self.max_completion_length
-    for field, holds, rule, remedy in (
+    require_all(
+      self,
+      "objective",
       ("epsilon_low", 0 < self.epsilon_low <= 1, "be above 0, at most 1", 0.2),
       ("epsilon_high", 0 < self.epsilon_high < math.inf, "be above 0", 0.28),
       (
@@ -113,8 +116,7 @@ class ObjectiveConfig:
         "be at least 1 token",
         "(rollout.max_new_tokens)",
       ),
-    ):
-      _require(holds, field, getattr(self, field), rule, remedy)
+    )
 
 
 _CHOICES = {
@@ -124,18 +126,6 @@ _CHOICES = {
   "kl_estimator": ("k3", "k1", "k2"),
   "kl_gradient": ("reverse", "importance_weighted", "estimator"),
 }
-
-
-def _one_of(choices):
-  return f"be one of {', '.join(choices)}"
-
-
-def _require(holds, field, value, rule, remedy):
-  if not holds:
-    raise ValueError(
-      f"objective.{field} ({value!r}) must {rule}; "
-      f"set objective.{field}={remedy}."
-    )
 
 
 _DAPO = ObjectiveConfig(
@@ -215,7 +205,7 @@ def group_advantages(
     ("advantage_scale", scale, ("group", "batch", "none")),
     ("advantage_baseline", baseline, ("mean", "leave_one_out")),
   ):
-    _require(value in choices, field, value, _one_of(choices), choices[0])
+    require_one_of(f"objective.{field}", value, choices)
   rewards = jnp.asarray(rewards, jnp.float32)
   if num_generations < 1 or rewards.shape[0] % num_generations:
     raise ValueError(

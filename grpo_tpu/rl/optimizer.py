@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from data_pipelines.validation import require_all, require_one_of
+
 _SCHEDULES = ("constant", "cosine", "linear")
 _NEVER_DECAYED = ("scale", "bias")
 
@@ -52,47 +54,35 @@ class OptimizerConfig:
   max_grad_norm: float
 
   def __post_init__(self):
-    def require(holds, field, rule, remedy):
-      if not holds:
-        raise ValueError(
-          f"optimizer.{field} ({getattr(self, field)!r}) must {rule}; "
-          f"set optimizer.{field}={remedy}."
-        )
-
-    require(
-      0 <= self.learning_rate < math.inf,
-      "learning_rate",
-      "be 0 or more, and finite",
-      "1e-6",
-    )
-    require(
-      self.schedule in _SCHEDULES,
-      "schedule",
-      f"be one of {', '.join(_SCHEDULES)}",
-      "constant",
-    )
-    require(self.num_steps >= 1, "num_steps", "be at least 1", "1")
-    require(
-      0 <= self.warmup_steps < self.num_steps,
-      "warmup_steps",
-      f"be 0 or more, and below num_steps ({self.num_steps})",
-      "0",
-    )
-    require(0 <= self.end_fraction <= 1, "end_fraction", "be in [0, 1]", "0.1")
-    require(0 <= self.b1 < 1, "b1", "be in [0, 1)", "0.9")
-    require(0 <= self.b2 < 1, "b2", "be in [0, 1)", "0.99")
-    require(0 < self.eps < math.inf, "eps", "be above 0, and finite", "1e-8")
-    require(
-      0 <= self.weight_decay < math.inf,
-      "weight_decay",
-      "be 0 or more, and finite",
-      "0",
-    )
-    require(
-      self.max_grad_norm > 0,
-      "max_grad_norm",
-      "be above 0, and may be inf for no clipping",
-      "1.0",
+    finite = "be 0 or more, and finite"
+    require_one_of("optimizer.schedule", self.schedule, _SCHEDULES)
+    require_all(
+      self,
+      "optimizer",
+      (
+        "learning_rate",
+        0 <= self.learning_rate < math.inf,
+        finite,
+        "1e-6",
+      ),
+      ("num_steps", self.num_steps >= 1, "be at least 1", "1"),
+      (
+        "warmup_steps",
+        0 <= self.warmup_steps < self.num_steps,
+        f"be 0 or more, and below num_steps ({self.num_steps})",
+        "0",
+      ),
+      ("end_fraction", 0 <= self.end_fraction <= 1, "be in [0, 1]", "0.1"),
+      ("b1", 0 <= self.b1 < 1, "be in [0, 1)", "0.9"),
+      ("b2", 0 <= self.b2 < 1, "be in [0, 1)", "0.99"),
+      ("eps", 0 < self.eps < math.inf, "be above 0, and finite", "1e-8"),
+      ("weight_decay", 0 <= self.weight_decay < math.inf, finite, "0"),
+      (
+        "max_grad_norm",
+        self.max_grad_norm > 0,
+        "be above 0, and may be inf for no clipping",
+        "1.0",
+      ),
     )
 
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.validation import require_all, require_one_of
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapingConfig:
@@ -58,10 +60,11 @@ class ShapingConfig:
 
   def __post_init__(self):
     for field, choices in _CHOICES.items():
-      value = getattr(self, field)
-      _require(value in choices, field, value, _one_of(choices), choices[0])
+      require_one_of(f"shaping.{field}", getattr(self, field), choices)
     clip = self.advantage_clip
-    for field, holds, rule, remedy in (
+    require_all(
+      self,
+      "shaping",
       ("soft_tokens", self.soft_tokens >= 1, "be at least 1 token", 128),
       (
         "max_batches",
@@ -82,8 +85,7 @@ class ShapingConfig:
         "be 0 or a positive weight",
         0.0,
       ),
-    ):
-      _require(holds, field, getattr(self, field), rule, remedy)
+    )
 
 
 _CHOICES = {
@@ -91,17 +93,6 @@ _CHOICES = {
   "zero_variance": ("keep", "drop", "resample"),
   "sampler_correction": ("token", "sequence"),
 }
-
-
-def _one_of(choices):
-  return f"be one of {', '.join(choices)}"
-
-
-def _require(holds, field, value, rule, remedy):
-  if not holds:
-    raise ValueError(
-      f"shaping.{field} ({value!r}) must {rule}; set shaping.{field}={remedy}."
-    )
 
 
 def length_penalty(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, validation
 from grpo_tpu import dataset
 from grpo_tpu.checkpoint import checkpointer
 from grpo_tpu.config import schema as run_config
@@ -59,7 +59,7 @@ def train(
       one ends at once.
   """
   folder = pathlib.Path(workdir)
-  with run_config.refutable():
+  with validation.user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     run = _Run(config, workdir, data, mesh)
   ending.attach_run(folder)
@@ -75,7 +75,7 @@ def train(
       folder / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
-    with run_config.refutable():
+    with validation.user_errors():
       state, start, begun = run.restored_or_new(checkpoints)
       said = {"step": start, "updates": begun.updates_done if begun else 0}
       preflight.check(

@@ -6,12 +6,14 @@ so those of the launcher's own stand apart, from 80 on.
 
 import enum
 
+from data_pipelines.validation import ExitCode
+
 
 class Exit(enum.IntEnum):
   """One code for each thing that a user would do something else about."""
 
-  DONE = 0
-  BAD_REQUEST = 64
+  DONE = ExitCode.DONE
+  BAD_REQUEST = ExitCode.BAD_INPUT
   QUOTA = 80
   NO_CAPACITY = 81
   FAILED = 82

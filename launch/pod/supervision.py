@@ -5,20 +5,17 @@ import logging
 import time
 from collections.abc import Sequence
 
+from data_pipelines.validation import ExitCode
 from launch.pod import exits, gcloud, slices, workers
 
 Exit = exits.Exit
 
 # The program's own codes; see docs/preemption-and-failures.md.
-_DONE = 0
-_BAD_REQUEST = 64
-_PREEMPTED = 75
-_STUCK = 76
 _ABORTED = 134
 _LOST = -1  # Gone without a word.
 _KILLED = (_LOST, 137, 143)
 
-_AGAIN = (*_KILLED, _STUCK, _ABORTED, _PREEMPTED)
+_AGAIN = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
 
 # What a new try may find mended.
 _PASSING = (
@@ -48,12 +45,19 @@ def verdict(codes: Sequence[int]) -> int:
   Args:
     codes: Of each host; -1 for one that is gone without a code.
   """
-  order = (*_KILLED, _BAD_REQUEST, _STUCK, _ABORTED, _PREEMPTED, _DONE)
+  order = (
+    *_KILLED,
+    ExitCode.BAD_INPUT,
+    ExitCode.STUCK,
+    _ABORTED,
+    ExitCode.PREEMPTED,
+    ExitCode.DONE,
+  )
   others = [code for code in codes if code not in order]
   killed = [code for code in _KILLED if code in codes]
   rest = [code for code in order[len(_KILLED) :] if code in codes]
   # Code 1 and the like stand behind 64, which names the setting.
-  named = [code for code in rest if code == _BAD_REQUEST]
+  named = [code for code in rest if code == ExitCode.BAD_INPUT]
   return [*killed, *named, *others, *rest][0]
 
 
@@ -185,10 +189,10 @@ class Supervisor:
         for status in statuses
       ]
       if self._cloud.dry_run:
-        codes = [_DONE]
+        codes = [int(ExitCode.DONE)]
       logging.info("The workers ended with %s.", codes)
       code = verdict(codes)
-      if code not in (_DONE, _BAD_REQUEST, *_AGAIN):
+      if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_AGAIN):
         # It may be what the end of a slice looks like from inside.
         time.sleep(self._patience.poll_seconds)
         slices.require_ready(self._cloud)

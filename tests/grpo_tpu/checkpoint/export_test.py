@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from configs import base
+from data_pipelines import validation
 from grpo_tpu.checkpoint import export, manifest
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
@@ -66,7 +67,7 @@ def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
 def test_a_model_without_adapters_has_none_to_export(tmp_path):
   config = changed(model={"weights": "random:1"}, export={"adapter": True})
   with pytest.raises(
-    run_config.SettingError, match=r"export.adapter \(True\).*random:1 has none"
+    validation.SettingError, match=r"export.adapter \(True\).*random:1 has none"
   ):
     export.run(config, str(tmp_path))
   assert not (tmp_path / "export").exists()

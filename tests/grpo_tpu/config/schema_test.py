@@ -6,6 +6,7 @@ import typing
 import pytest
 
 from configs import base
+from data_pipelines import validation
 from data_pipelines.text import chat_prompts
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import accuracy
@@ -243,9 +244,21 @@ def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(name, value):
   assert repr(value) in said or str(value) in said
 
 
-def test_a_remedy_given_for_a_misspelt_name_is_the_nearest_one():
-  with pytest.raises(ValueError, match="set data.kind=preference"):
-    built({"data.kind": "preferences"})
+@pytest.mark.parametrize(
+  ("name", "value", "question"),
+  [
+    ("data.kind", "preferences", r"; did you mean preference\?$"),
+    # SAPO is a surrogate and no preset; GSPO is another algorithm.
+    ("objective.preset", "sapo", r"; did you mean gspo\?$"),
+    ("objective.preset", "ppo_and_more", r"gspo, cispo\.$"),
+  ],
+)
+def test_an_error_never_tells_to_set_a_value_by_its_spelling(
+  name, value, question
+):
+  with pytest.raises(ValueError, match=question) as caught:
+    built({name: value})
+  assert "; set " not in str(caught.value)
 
 
 def test_adapters_leave_the_tower_and_need_a_weight_to_adapt():
@@ -333,7 +346,7 @@ def test_what_is_sharded_must_divide_among_the_shards(changes, name):
 @pytest.mark.parametrize(
   ("name", "value", "said"),
   [
-    ("truncated", "cut", "must be one of keep, mask, penalise; set {}=keep."),
+    ("truncated", "cut", "must be one of keep, mask, penalise."),
     ("advantage_clip", 0.0, "must be above 0 or None; set {}=None."),
     ("max_batches", 0, "must be at least 2 to resample, and 1 otherwise; "
      "set {}=3."),
@@ -491,11 +504,11 @@ def test_the_dict_of_a_config_builds_it_again():
 
 
 def test_only_errors_of_settings_are_the_users():
-  with pytest.raises(run_config.SettingError, match="seed"):
-    with run_config.refutable():
+  with pytest.raises(validation.SettingError, match="seed"):
+    with validation.user_errors():
       raise ValueError("seed")
   with pytest.raises(ZeroDivisionError):
-    with run_config.refutable():
+    with validation.user_errors():
       _ = 1 / 0
 
 

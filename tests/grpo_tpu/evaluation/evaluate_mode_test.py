@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives
 from grpo_tpu.evaluation import evaluate
@@ -206,7 +207,7 @@ def test_pictures_are_not_taken_from_what_sees_none(tokenizer, monkeypatch):
 
 def test_pictures_that_cannot_be_shuffled_are_a_bad_request(tokenizer):
   config = policy_of(Dicing, tokenizer).config
-  with pytest.raises(run_config.SettingError, match="eval.ablations"):
+  with pytest.raises(validation.SettingError, match="eval.ablations"):
     evaluate.run(config, "nowhere", data_of(Source([0, UNREADABLE])))
 
 

@@ -6,13 +6,14 @@ import jax
 import pytest
 
 from configs import base
+from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import exit_report, run_record
 
 CONFIG = run_config.Config.from_config_dict(base.get_config())
 WAYS = {
-  64: run_config.SettingError("seed (-1) must be at least 0"),
+  64: validation.SettingError("seed (-1) must be at least 0"),
   75: preemption.Preempted(),
   1: ValueError("it broke\nand more"),
 }

@@ -13,6 +13,7 @@ import unittest.mock
 import jax
 import pytest
 
+from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import remat
@@ -96,7 +97,7 @@ def test_no_compiler_is_told_with_the_remedy(monkeypatch):
 def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   config = of_4b()
-  with pytest.raises(run_config.SettingError, match="must have libtpu"):
+  with pytest.raises(validation.SettingError, match="must have libtpu"):
     plan.run(config, str(tmp_path), "v5e:4x4", advise=False)
 
 
@@ -204,10 +205,10 @@ def pasted(name, flags):
   """The settings that the program reads from a command line with flags."""
   code = (
     "import json, sys\n"
-    "from grpo_tpu import command_line, config\n"
-    "command_line.parsed(sys.argv)\n"
-    "values = command_line.CONFIG.value\n"
-    "print(json.dumps(config.Config.from_config_dict(values).to_dict()))"
+    "from grpo_tpu.config import flags, schema\n"
+    "flags.parsed(sys.argv)\n"
+    "values = flags.CONFIG.value\n"
+    "print(json.dumps(schema.Config.from_config_dict(values).to_dict()))"
   )
   done = subprocess.run(
     f"{sys.executable} -c {shlex.quote(code)} --workdir=/none "
@@ -322,12 +323,12 @@ def test_advice_is_of_the_whole_run():
           row["resident_bytes"] = 15 * GIB
       return made
 
-  with pytest.raises(run_config.SettingError):
+  with pytest.raises(validation.SettingError):
     advise.advise(settings, topology, Odd(few, few))
 
 
 def test_where_nothing_fits_advice_says_what_would_help():
-  with pytest.raises(run_config.SettingError, match=r"lora.*larger slice"):
+  with pytest.raises(validation.SettingError, match=r"lora.*larger slice"):
     advised(of_4b(), "v5e:4x4", lambda _: 99 * GIB)
 
 
@@ -337,7 +338,7 @@ def refusal(config, topology, monkeypatch, tmp_path, **needs):
   monkeypatch.setattr(planner, "check_compiler", lambda: None)
   monkeypatch.setattr(plan, "table", lambda made: "")
   monkeypatch.setattr(planner.Plan, "to_dict", lambda made: {})
-  with pytest.raises(run_config.SettingError) as caught:
+  with pytest.raises(validation.SettingError) as caught:
     plan.run(config, str(tmp_path), topology, advise=False)
   return str(caught.value), compiler
 

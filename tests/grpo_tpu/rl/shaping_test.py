@@ -151,6 +151,11 @@ def test_a_wrong_setting_is_refused_by_name_value_and_remedy(field, value):
     dataclasses.replace(NEUTRAL, **{field: value})
   message = str(error.value)
   assert message.startswith(f"shaping.{field} ({value!r}) must ")
+  if "must be one of " in message:
+    choices = message.rstrip(".").split("must be one of ")[1].partition(";")[0]
+    for choice in choices.split(", "):
+      dataclasses.replace(NEUTRAL, **{field: choice})
+    return
   name, remedy = message.rstrip(".").split("; set shaping.")[1].split("=")
   assert name == field
   kind = type(getattr(NEUTRAL, field))

@@ -1,0 +1,78 @@
+"""The errors that a user can fix, the rules behind them, and the exit codes.
+
+An error names the setting, its value, the rule and a remedy. Only the standard
+library is imported here, so that the launcher can import this file too.
+"""
+
+import contextlib
+import difflib
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class ExitCode(enum.IntEnum):
+  """How the programs of this project end."""
+
+  DONE = 0
+  FAILED = 1
+  BAD_INPUT = 64  # EX_USAGE of sysexits.h: a wrong setting, flag or data set.
+  PREEMPTED = 75  # EX_TEMPFAIL: the same command resumes the run.
+  STUCK = 76  # The watchdog saw no progress.
+
+
+class SettingError(ValueError):
+  """A setting, flag or data set must change before the program can run."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+  """Turns a ValueError from the body into a SettingError."""
+  try:
+    yield
+  except ValueError as error:
+    raise SettingError(str(error)) from error
+
+
+def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
+  """Raises a ValueError with the rule and the remedy unless the rule holds."""
+  if not holds:
+    raise ValueError(f"{name} ({value!r}) must {rule}; {remedy}.")
+
+
+def require_all(
+  section: Any, prefix: str, *rules: tuple[str, bool, str, Any]
+) -> None:
+  """Checks rules of one section of the settings.
+
+  Args:
+    section: The object whose attributes are the settings.
+    prefix: The section's name, as in "optimizer".
+    *rules: For each rule the setting, whether the rule holds, the rule in words
+      and a value that would do.
+  """
+  for name, holds, rule, value in rules:
+    setting = f"{prefix}.{name}"
+    remedy = f"set {setting}={value}"
+    require(holds, setting, getattr(section, name), rule, remedy)
+
+
+def require_at_least(section: Any, prefix: str, **bounds: int) -> None:
+  """Checks that settings of one section are not below their bounds."""
+  for name, bound in bounds.items():
+    holds = getattr(section, name) >= bound
+    rule = (name, holds, f"be at least {bound}", max(bound, 1))
+    require_all(section, prefix, rule)
+
+
+def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+  """Checks that a setting is one of its choices.
+
+  A similar spelling may mean something else entirely, so the error asks and
+  never tells the user to set it.
+  """
+  if value not in choices:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    question = f"; did you mean {close[0]}?" if close else "."
+    listed = ", ".join(choices)
+    raise ValueError(f"{name} ({value!r}) must be one of {listed}{question}")
