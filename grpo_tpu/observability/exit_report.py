@@ -15,10 +15,10 @@ import jax
 from absl import logging
 
 from data_pipelines.validation import ExitCode, SettingError
+from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import goodput, run_record
-from grpo_tpu.rewards import scoring
 
 _NEXT = {
   ExitCode.BAD_INPUT: "change what the error names, and start again",
@@ -89,6 +89,8 @@ class ExitReport:
     self._say(_reason(error), code, what_next)
     scoring.close()
     initialize.shutdown(code)
+    pool.close_all()
+    initialize.leave(code)
 
   @contextlib.contextmanager
   def abort_peers_on_error(self) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""What a completion is paid, and for what."""
+"""Reward functions: scores of completions."""

@@ -1,4 +1,4 @@
-"""Rewards that look at the answer: is it right, and is it where it belongs."""
+"""Rewards for the answer: its correctness and its format."""
 
 from data_pipelines.verifier import verify
 
@@ -6,15 +6,14 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 def accuracy(verdict: verify.Verdict) -> float:
-  """1 for the right answer, however it is written; else 0."""
+  """1 for a right answer in any notation; else 0."""
   return float(verdict.correct)
 
 
 def well_formed(completion: str) -> float:
-  """1 for exactly one <answer>...</answer> that holds something; else 0.
+  """1 for one <answer>...</answer> that holds a letter or digit; else 0.
 
-  Marks alone are nothing, so the "..." of the instruction earns nothing when
-  it is copied.
+  Punctuation alone scores 0, so copying the instruction's "..." does not help.
   """
   if completion.count(_OPEN) != 1 or completion.count(_CLOSE) != 1:
     return 0.0

@@ -1,22 +1,20 @@
-"""From rows to calls of users' rewards, and back to rows.
+"""Calls of users' rewards on rows, several rows per call.
 
-Rows are called for some at a time, in worker processes or in this one. A call
-that fails is repeated row by row, so that a bad row takes no other with it.
-Neither order nor result depends on which worker is done first.
+A call that fails is repeated row by row, so that a bad row fails alone. Results
+depend on neither the order nor the speed of the workers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 from data_pipelines import records
-from grpo_tpu.rewards import custom, pool
+from data_pipelines.workers import functions, pool
 
-# One value for each row of a call, or why there is none.
-type _Answer = list[float] | str
+_CALL = "grpo_tpu.rewards.custom:call"
 
 
 class Calls:
-  """Calls users' rewards, in workers that last from batch to batch."""
+  """Calls users' rewards in workers that live from batch to batch."""
 
   def __init__(
     self,
@@ -26,72 +24,60 @@ class Calls:
     rows_per_call: int,
     timeout_seconds: float,
   ):
-    """Starts no worker yet.
+    """Creates the pool without starting a worker.
 
     Args:
-      paths: Of the functions; see `custom.resolve`.
-      num_workers: Processes; 0 calls in this one, without timeout.
-      rows_per_call: Rows of a call, at most.
-      timeout_seconds: After which a call has failed, whatever its rows.
+      paths: The reward functions; see `custom.resolve`.
+      num_workers: Worker processes; see `pool.Pool`.
+      rows_per_call: The most rows of a call.
+      timeout_seconds: Time after which a call fails, whatever its rows.
     """
-    self._functions = {path: custom.resolve(path) for path in paths}
+    self._paths = tuple(paths)
     self._rows_per_call = rows_per_call
-    self._pool = None
-    if paths and num_workers:
-      self._pool = pool.Pool(
-        paths, num_workers=num_workers, timeout_seconds=timeout_seconds
-      )
+    self._pool = pool.Pool(
+      (_CALL, *paths), num_workers=num_workers, timeout_seconds=timeout_seconds
+    )
 
   def close(self) -> None:
     """Ends the workers."""
-    if self._pool is not None:
-      self._pool.close()
+    self._pool.close()
 
   def start(
     self, completions: Sequence[str], problems: Sequence[records.Problem]
-  ) -> Callable[[str], Iterator[float | str]]:
-    """Begins to call every function on every row.
+  ) -> Callable[[str], Iterator[float | functions.Failure]]:
+    """Starts to call every function on every row.
 
     Returns:
-      For a path, what each row earns, or why it earns nothing; in order.
+      A function from a path to the result of each row, in the rows' order.
     """
     size, count = self._rows_per_call, len(completions)
     spans = [range(count)[i : i + size] for i in range(0, count, size)]
 
-    def begun(path: str, rows: range) -> futures.Future[_Answer]:
-      return self._submit(
-        path, [completions[i] for i in rows], [problems[i] for i in rows]
+    def start_call(path: str, rows: range) -> futures.Future:
+      return self._pool.submit(
+        *(_CALL, path),
+        [completions[i] for i in rows],
+        [problems[i] for i in rows],
       )
 
     calls = {
-      path: [begun(path, rows) for rows in spans] for path in self._functions
+      path: [start_call(path, rows) for rows in spans] for path in self._paths
     }
 
-    def earned(path: str) -> Iterator[float | str]:
-      answers = [call.result() for call in calls[path]]
-      # All begin before any is waited for.
-      alone = {
-        row: begun(path, range(row, row + 1))
-        for rows, answer in zip(spans, answers, strict=True)
-        if isinstance(answer, str) and len(rows) > 1
+    def wait_for(path: str) -> Iterator[float | functions.Failure]:
+      results = [call.result() for call in calls[path]]
+      # All repeated calls start before the first one is waited for.
+      repeated = {
+        row: start_call(path, range(row, row + 1))
+        for rows, result in zip(spans, results, strict=True)
+        if isinstance(result, functions.Failure) and len(rows) > 1
         for row in rows
       }
-      for rows, answer in zip(spans, answers, strict=True):
-        for place, row in enumerate(rows):
-          if row in alone:
-            place, answer = 0, alone[row].result()
-          yield answer if isinstance(answer, str) else answer[place]
+      for rows, result in zip(spans, results, strict=True):
+        for index, row in enumerate(rows):
+          if row in repeated:
+            index, result = 0, repeated[row].result()
+          failed = isinstance(result, functions.Failure)
+          yield result if failed else result[index]
 
-    return earned
-
-  def _submit(
-    self,
-    path: str,
-    completions: Sequence[str],
-    problems: Sequence[records.Problem],
-  ) -> futures.Future[_Answer]:
-    if self._pool is not None:
-      return self._pool.submit(path, completions, problems)
-    done: futures.Future[_Answer] = futures.Future()
-    done.set_result(custom.call(self._functions[path], completions, problems))
-    return done
+    return wait_for

@@ -1,8 +1,8 @@
-"""Rewards for how a reasoning reads: length, connectives, whole sentences.
+"""Rewards for the form of the reasoning: length, connectives, whole sentences.
 
-None of them knows whether the reasoning is right, so none should weigh much;
-they are built so that repetition and lists of magic words earn nothing.
-English and Chinese; a Chinese character counts as a word.
+They cannot tell right reasoning from wrong, so their weights should be small.
+Repetition and lists of connectives score nothing. English and Chinese; a
+Chinese character counts as a word.
 """
 
 import collections
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 MAX_LENGTH, MAX_REASONING_WORDS, MAX_COHERENCE = 0.5, 0.3, 0.2
 
-# Words that earn the whole length reward, and those past which it fades out.
+# Trigrams for the full length reward, and words beyond which it fades to 0.
 _ENOUGH_WORDS = 40
 _TOO_MANY_WORDS = 800
-# Different connectives that earn the whole reward; words that each must join;
-# uses after which one is a tic.
+# Different connectives for the full reward; other words needed per connective;
+# uses above which a connective does not count.
 _ENOUGH_CONNECTIVES = 3
 _WORDS_PER_CONNECTIVE = 4
 _MOST_USES = 4
@@ -48,14 +48,14 @@ _ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 
 
 class Reasoning(NamedTuple):
-  """A reasoning, cut into sentences and those into words once."""
+  """The reasoning's sentences, and the words of each sentence."""
 
   sentences: list[str]
   words: list[list[str]]
 
 
 def read(text: str) -> Reasoning:
-  """The sentences and words of what stands outside the tag."""
+  """Splits the reasoning into sentences and words."""
   found = (sentence.strip() for sentence in _SENTENCE.findall(text))
   sentences = [sentence for sentence in found if sentence]
   words = [_WORD.findall(sentence.casefold()) for sentence in sentences]
@@ -63,19 +63,18 @@ def read(text: str) -> Reasoning:
 
 
 def length(reasoning: Reasoning) -> float:
-  """Up to 0.5 for saying enough, measured in trigrams not said before.
+  """Up to 0.5 for enough text, measured in different trigrams.
 
-  A trigram said again takes back what one earned, and what goes on too long
-  fades to nothing.
+  Each repeated trigram cancels a new one, and overlong text fades to 0.
   """
   words = list(itertools.chain.from_iterable(reasoning.words))
   if not words:
     return 0.0
   grams = list(zip(words, words[1:], words[2:], strict=False)) or [tuple(words)]
-  fresh = len(set(grams))
-  earned = max(0, fresh - (len(grams) - fresh)) / _ENOUGH_WORDS
+  different = len(set(grams))
+  share = max(0, different - (len(grams) - different)) / _ENOUGH_WORDS
   overlong = max(0.0, len(words) / _TOO_MANY_WORDS - 1.0)
-  return MAX_LENGTH * min(1.0, earned) * max(0.0, 1.0 - overlong)
+  return MAX_LENGTH * min(1.0, share) * max(0.0, 1.0 - overlong)
 
 
 def reasoning_words(reasoning: Reasoning) -> float:
@@ -88,26 +87,28 @@ def reasoning_words(reasoning: Reasoning) -> float:
     others = len(set(words)) - len(set(connectives))
     if others >= _WORDS_PER_CONNECTIVE * len(connectives):
       joining.update(connectives)
-  earned = sum(uses[word] <= _MOST_USES for word in joining)
-  return MAX_REASONING_WORDS * min(1.0, earned / _ENOUGH_CONNECTIVES)
+  count = sum(uses[word] <= _MOST_USES for word in joining)
+  return MAX_REASONING_WORDS * min(1.0, count / _ENOUGH_CONNECTIVES)
 
 
 def coherence(reasoning: Reasoning) -> float:
-  """Up to 0.2 for the share of sentences that are whole and said once.
+  """Up to 0.2 for the share of sentences that are whole and not repeated.
 
-  A whole sentence opens with a capital, a digit or a Chinese character, ends
-  with its mark, and has a few words, most of them different. A broken or a
-  repeated one takes back what a whole one earned.
+  A whole sentence starts with a capital, a digit or a Chinese character, ends
+  with punctuation, and has a few words, most of them different. A broken or a
+  repeated sentence cancels a whole one.
   """
   if not reasoning.sentences:
     return 0.0
-  said = {
+  distinct = {
     tuple(words): sentence
     for sentence, words in zip(
       reasoning.sentences, reasoning.words, strict=True
     )
   }
-  whole = sum(_is_whole(sentence, words) for words, sentence in said.items())
+  whole = sum(
+    _is_whole(sentence, words) for words, sentence in distinct.items()
+  )
   total = len(reasoning.sentences)
   return MAX_COHERENCE * max(0, 2 * whole - total) / total
 

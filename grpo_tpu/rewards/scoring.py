@@ -1,9 +1,10 @@
-"""From completions to rewards: every component of every row, and their sum.
+"""Rewards of completions: the components of every row, and their weighted sum.
 
-A reward that raises, hangs, or is no finite number says nothing of its row: the
-row is excluded and counted, never paid 0; one that does so too often ends the
-run. Built-in rewards are linear in the completion and run in this process,
-users' (`custom`) in workers. Knows nothing of groups, advantages or tokens.
+A reward that raises, hangs or returns no finite number is a failure: the row is
+excluded and counted instead of scoring 0, and too many failures end the run.
+Built-in rewards take time linear in the completion and run in this process;
+users' rewards (`custom`) run in workers. This module knows no groups,
+advantages or tokens.
 """
 
 import collections
@@ -16,11 +17,12 @@ from absl import logging
 
 from data_pipelines import records, validation
 from data_pipelines.verifier import verify
+from data_pipelines.workers import functions
 from grpo_tpu.rewards import accuracy, calls, custom, heuristics
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
-# Weights, and whether heuristics are gated. Alone the heuristics prefer the
-# wrong answer half the time, so they weigh little unless asked to.
+# Weights, and whether heuristics are gated. Alone, the heuristics prefer the
+# wrong answer half the time, so their default weights are small.
 PRESETS: Mapping[str, Mapping[str, float | bool]] = {
   name: {
     "accuracy": 1.0,
@@ -42,32 +44,33 @@ class RewardError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """What each component weighs in the total; 0 computes and logs it only.
+  """Weights of the rewards, and limits of users' rewards.
 
-  None takes the preset's value.
+  A weight of 0 computes and logs the component without adding it to the total;
+  None takes the preset's weight.
 
   Attributes:
-    preset: A key of `PRESETS`.
+    preset: The set of weights, a key of `PRESETS`.
     accuracy: Weight of the right answer (0 or 1).
     format: Weight of exactly one <answer> tag (0 or 1).
     length: Weight of the length heuristic (0 to 0.5).
     reasoning_words: Weight of the connectives heuristic (0 to 0.3).
     coherence: Weight of the sentences heuristic (0 to 0.2).
-    gate_heuristics: Whether the three heuristics are 0 for a completion that
-      gives no answer. Without it spam can earn as much as a right answer.
-    custom: Users' rewards as "package.module:function", see `custom`; the
-      function's name is the component's.
-    custom_weights: Their weights, in the same order.
-    num_workers: Processes that call them. With 0 they are called in this one,
-      and one that hangs holds up the run.
-    rows_per_call: Completions that a call gets, at most. A call that fails is
-      repeated row by row; a row that fails alone is excluded.
-    timeout_seconds: After which a worker's call, of one row or several, has
-      failed.
-    max_error_fraction: Ends the run once a component has failed on more than
-      this share of `error_window`; 1 for never.
-    error_window: Of the last so many rows failures are counted. While there
-      have been fewer, the rest pass for rows that did not fail.
+    gate_heuristics: True sets the three heuristics to 0 for a completion
+      without an answer. Without the gate, spam can score as much as a right
+      answer.
+    custom: Users' reward functions as "package.module:function". The function's
+      name is the component's name.
+    custom_weights: Weights of the functions in `custom`, in the same order.
+    num_workers: Processes that call users' functions. With 0, this process
+      calls them, and a function that hangs stops the run.
+    rows_per_call: The most completions per call. A call that fails is repeated
+      row by row; a row that fails alone is excluded.
+    timeout_seconds: Time after which a worker's call fails.
+    max_error_fraction: The run ends when a component has failed on more than
+      this share of `error_window` rows; 1 never ends the run.
+    error_window: Number of the most recent rows whose failures are counted.
+      Rows that do not exist yet count as successes.
   """
 
   preset: str
@@ -137,7 +140,7 @@ class RewardConfig:
 
   @property
   def weights(self) -> dict[str, float]:
-    """What each component weighs, by name, in a fixed order."""
+    """The weight of each component, by name, in a fixed order."""
     preset = PRESETS[self.preset]
     own = {name: getattr(self, name) for name in COMPONENTS}
     named = {
@@ -149,7 +152,7 @@ class RewardConfig:
 
   @property
   def is_gated(self) -> bool:
-    """Whether a completion without an answer earns nothing by heuristics."""
+    """True if the heuristics are 0 for completions without an answer."""
     if self.gate_heuristics is None:
       return bool(PRESETS[self.preset]["gate_heuristics"])
     return self.gate_heuristics
@@ -157,17 +160,16 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What N completions are paid.
+  """The rewards of N completions.
 
   Attributes:
-    total: float32 [N], the weighted sum; 0 where not valid.
+    total: float32 [N], the weighted sum; 0 for invalid rows.
     components: Name to float32 [N], before weights, in the order of
-      `RewardConfig.weights`; 0 for a heuristic that is gated away, and where
-      the component failed.
-    failed: Name to bool [N], where the component failed.
-    errors: Name to the number of rows on which the component failed, those of
-      other processes included.
-    answers: The answer read from each completion, or None.
+      `RewardConfig.weights`; 0 for a gated heuristic and for a failure.
+    failed: Name to bool [N], True where the component failed.
+    errors: Name to the number of rows on which the component failed, on all
+      processes together.
+    answers: The answer extracted from each completion, or None.
   """
 
   total: np.ndarray
@@ -178,7 +180,7 @@ class Scores:
 
   @property
   def valid(self) -> np.ndarray:
-    """bool [N]. False where a component failed: the row must be left out."""
+    """bool [N], False for a row to exclude because a component failed."""
     return ~np.any(list(self.failed.values()), axis=0)
 
 
@@ -200,14 +202,14 @@ COMPONENTS = tuple(_REWARDS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Paid:
-  """What some completions earned, before any failure has been counted.
+class RawScores:
+  """The rewards of some completions before failures are counted.
 
   Attributes:
-    problems: That they answer.
-    answers: As in `Scores`.
-    values: float32 [components, N], before weights; 0 where one failed.
-    faults: Why a component failed, by its place and the row's.
+    problems: The problem of each completion.
+    answers: The answer extracted from each completion, or None.
+    values: float32 [components, N], before weights; 0 for a failure.
+    faults: The reason of each failure, by (component, row).
   """
 
   problems: Sequence[records.Problem]
@@ -216,12 +218,12 @@ class Paid:
   faults: dict[tuple[int, int], str]
 
   @property
-  def failed(self) -> np.ndarray:
-    """bool [components, N]."""
-    failed = np.zeros(self.values.shape, bool)
-    for place in self.faults:
-      failed[place] = True
-    return failed
+  def failures(self) -> np.ndarray:
+    """bool [components, N], True where a component failed."""
+    failures = np.zeros(self.values.shape, bool)
+    for index in self.faults:
+      failures[index] = True
+    return failures
 
 
 def score(
@@ -231,91 +233,92 @@ def score(
   *,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
-  """Every reward of every completion of the problem beside it.
+  """Computes every reward of every completion.
 
   Args:
     completions: Decoded text, without the end of turn.
-    problems: What each of them answers.
-    config: The weights.
-    gather: Gives the rows of all processes for those of this one, the same in
-      each: so they count the same failures, and end together.
+    problems: The problem of each completion.
+    config: The weights and limits.
+    gather: Maps the rows of this process to the rows of all processes, in the
+      same order everywhere, so that all processes count the same failures.
 
   Returns:
     The scores, row by row; no completion raises.
 
   Raises:
-    RewardError: A reward has failed too often, here and in earlier calls, on
-      all processes together.
+    RewardError: A reward failed too often in this and earlier calls, on all
+      processes together.
     RuntimeError: A worker cannot be started.
   """
-  paid = pay(completions, problems, config)
-  return settle([paid], config, gather=gather)
+  return reduce(
+    [raw_scores(completions, problems, config)], config, gather=gather
+  )
 
 
-def pay(
+def raw_scores(
   completions: Sequence[str],
   problems: Sequence[records.Problem],
   config: RewardConfig,
-) -> Paid:
+) -> RawScores:
   """The first half of `score`, which depends on no other call.
 
-  May run in a thread, one call at a time.
+  A thread may compute it, one call at a time.
   """
   if len(completions) != len(problems):
     raise ValueError(
-      f"{len(completions)} completions must have as many problems, not "
+      f"{len(completions)} completions need as many problems, not "
       f"{len(problems)}."
     )
-  # Workers first, so that they are busy while this process is.
-  earned = _session(config).calls.start(completions, problems)
+  # Workers start first and run while this process computes its own rewards.
+  wait_for = _session(config).calls.start(completions, problems)
   values = np.zeros((len(config.weights), len(completions)), np.float32)
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
   for row, (text, problem) in enumerate(
     zip(completions, problems, strict=True)
   ):
-    answer, own, failed = _score_one(text, problem, config)
+    answer, own, failures = _score_one(text, problem, config)
     answers.append(answer)
     values[: len(COMPONENTS), row] = own
-    faults |= {(COMPONENTS.index(x), row): why for x, why in failed.items()}
+    faults |= {(COMPONENTS.index(x), row): why for x, why in failures.items()}
   for component, path in enumerate(config.custom, start=len(COMPONENTS)):
-    for row, each in enumerate(earned(path)):
-      values[component, row], fault = _checked(each)
+    for row, result in enumerate(wait_for(path)):
+      values[component, row], fault = _check_value(result)
       if fault is not None:
         faults[component, row] = fault
-  return Paid(problems, answers, values, faults)
+  return RawScores(problems, answers, values, faults)
 
 
-def settle(
-  paid: Sequence[Paid],
+def reduce(
+  parts: Sequence[RawScores],
   config: RewardConfig,
   *,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
-  """The scores of all these rows, whose failures count in this order.
+  """Joins raw scores and counts their failures, in the order of `parts`.
 
   Raises:
-    RewardError: As `score` does.
+    RewardError: A reward failed too often, as in `score`.
   """
   session, names = _session(config), list(config.weights)
-  for part in paid:
+  for part in parts:
     for (component, row), fault in part.faults.items():
       session.log(names[component], part.problems[row], fault)
-  values = np.concatenate([part.values for part in paid], axis=1)
-  failed = np.concatenate([part.failed for part in paid], axis=1)
-  everywhere = dict(zip(names, gather(failed.T).T, strict=True))
+  values = np.concatenate([part.values for part in parts], axis=1)
+  failures = np.concatenate([part.failures for part in parts], axis=1)
+  everywhere = dict(zip(names, gather(failures.T).T, strict=True))
   for name, rows in everywhere.items():
-    session.judge(name, rows)
+    session.count(name, rows)
   total = np.zeros(values.shape[1], np.float32)
-  # Row by row, so that a total does not depend on the rows beside it.
+  # Row by row, so that a total does not depend on the other rows.
   for weight, component in zip(config.weights.values(), values, strict=True):
     total += np.float32(weight) * component
   return Scores(
-    total=np.where(failed.any(axis=0), np.float32(0), total),
+    total=np.where(failures.any(axis=0), np.float32(0), total),
     components=dict(zip(names, values, strict=True)),
-    failed=dict(zip(names, failed, strict=True)),
+    failed=dict(zip(names, failures, strict=True)),
     errors={name: int(rows.sum()) for name, rows in everywhere.items()},
-    answers=[answer for part in paid for answer in part.answers],
+    answers=[answer for part in parts for answer in part.answers],
   )
 
 
@@ -326,13 +329,13 @@ def _session(config: RewardConfig) -> "_Session":
 
 
 def close() -> None:
-  """Ends the workers of every config, and forgets what failed so far."""
+  """Ends the workers of every config and forgets all failures."""
   while _SESSIONS:
     _SESSIONS.popitem()[1].calls.close()
 
 
 class _Session:
-  """What lasts from one batch to the next: workers, and recent failures."""
+  """State that lives from batch to batch: the workers and recent failures."""
 
   def __init__(self, config: RewardConfig):
     self.calls = calls.Calls(
@@ -351,18 +354,18 @@ class _Session:
     self._last = dict.fromkeys(config.weights, "see the other hosts' logs")
 
   def log(self, name: str, problem: records.Problem, fault: str) -> None:
-    """Says so a few times; `Scores.errors` counts the rest."""
-    self._last[name] = f"last on one of problem {problem.pid}: {fault}"
+    """Logs the first failures of a reward; `Scores.errors` counts all."""
+    self._last[name] = f"the last one was problem {problem.pid}: {fault}"
     self._num_logged[name] += 1
     if self._num_logged[name] <= _MOST_LOGGED:
-      message = "Reward %s failed on a completion of %s: %s"
+      message = "Reward %s failed on a completion of problem %s: %s"
       logging.warning(message, name, problem.pid, fault)
 
-  def judge(self, name: str, failed: np.ndarray) -> None:
-    """Counts the rows of one reward, in their order.
+  def count(self, name: str, failed: np.ndarray) -> None:
+    """Counts the failures of one reward, in the rows' order.
 
     Raises:
-      RewardError: One of them was one failure too many.
+      RewardError: There are more failures than allowed.
     """
     recent = self._recent[name]
     limit = self._config.max_error_fraction * self._config.error_window
@@ -374,9 +377,9 @@ class _Session:
       if has_failed and self._num_failed[name] > limit:
         raise RewardError(
           f"reward {name} failed on {self._num_failed[name]} of the last "
-          f"{len(recent)} completions, and rewards.max_error_fraction "
+          f"{len(recent)} completions, but rewards.max_error_fraction "
           f"({self._config.max_error_fraction:g}) allows {limit:g} of "
-          f"{self._config.error_window}; {self._last[name]}. Mend the reward; "
+          f"{self._config.error_window}; {self._last[name]}. Fix the reward; "
           "if it is only slow, raise rewards.timeout_seconds."
         )
 
@@ -388,11 +391,11 @@ _SESSIONS: dict[RewardConfig, _Session] = {}
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def _checked(value: float | str) -> tuple[float, str | None]:
-  """A value as it is paid, and None; or 0, and what is wrong with it."""
-  if isinstance(value, str):
-    return 0.0, value
-  if abs(value) <= _LARGEST:  # Never true of NaN.
+def _check_value(value: float | functions.Failure) -> tuple[float, str | None]:
+  """Returns a finite value and None; else 0 and the reason."""
+  if isinstance(value, functions.Failure):
+    return 0.0, value.reason
+  if abs(value) <= _LARGEST:  # Never true for NaN.
     return value, None
   return 0.0, f"a reward must be a finite float32, not {value}"
 
@@ -400,12 +403,12 @@ def _checked(value: float | str) -> tuple[float, str | None]:
 def _score_one(
   text: str, problem: records.Problem, config: RewardConfig
 ) -> tuple[str | None, list[float], dict[str, str]]:
-  """The answer of one completion, its components, and why some failed."""
+  """Scores one completion: its answer, its components, the failures."""
   values = [0.0] * len(COMPONENTS)
   try:
     verdict = verify.verify(text, problem)
   except Exception as error:
-    return None, values, {"accuracy": custom.said(error)}
+    return None, values, {"accuracy": functions.one_line(error)}
   faults: dict[str, str] = {}
   reasoning = heuristics.read(accuracy.reasoning(text))
   row = _Completion(text, reasoning, verdict)
@@ -414,9 +417,9 @@ def _score_one(
     if gated and name in HEURISTICS:
       continue
     try:
-      values[i], fault = _checked(float(_REWARDS[name](row)))
+      values[i], fault = _check_value(float(_REWARDS[name](row)))
     except Exception as error:
-      fault = custom.said(error)
+      fault = functions.one_line(error)
     if fault is not None:
       faults[name] = fault
   return verdict.answer, values, faults

@@ -406,7 +406,7 @@ class _Payday:
   def __init__(self, policy: policies.Policy, batch: pipeline.Batch):
     self._problems, self._config = batch.problems, policy.config.rewards
     self._gather = functools.partial(sharding.all_rows, policy.mesh)
-    self._paid: dict[int, futures.Future[scoring.Paid]] = {}
+    self._paid: dict[int, futures.Future[scoring.RawScores]] = {}
     self._spans: list[tuple[float, float]] = []
 
   def __enter__(self) -> Self:
@@ -430,16 +430,16 @@ class _Payday:
     rest = [x for x in range(len(texts)) if x not in self._paid]
     self.begin({prompt: texts[prompt] for prompt in rest})
     paid = [self._paid[prompt].result() for prompt in range(len(texts))]
-    return scoring.settle(paid, self._config, gather=self._gather)
+    return scoring.reduce(paid, self._config, gather=self._gather)
 
   def seconds_before(self, time_point: float) -> float:
     """How long completions had been paid by then."""
     return sum(max(min(x, time_point) - begun, 0) for begun, x in self._spans)
 
-  def _pay(self, prompt: int, completions: list[str]) -> scoring.Paid:
+  def _pay(self, prompt: int, completions: list[str]) -> scoring.RawScores:
     begun = time.perf_counter()
     problems = [self._problems[prompt]] * len(completions)
-    paid = scoring.pay(completions, problems, self._config)
+    paid = scoring.raw_scores(completions, problems, self._config)
     self._spans.append((begun, time.perf_counter()))
     return paid
 

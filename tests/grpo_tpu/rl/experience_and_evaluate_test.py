@@ -290,10 +290,10 @@ def test_truncation_and_lengths_count_completions_of_usable_prompts(
 def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
   policy_of, tokenizer, monkeypatch
 ):
-  settle = scoring.settle
+  reduce = scoring.reduce
 
-  def failing(paid, config, **settings):
-    scores = settle(paid, config, **settings)
+  def failing(parts, config, **settings):
+    scores = reduce(parts, config, **settings)
     failed, total = scores.failed["format"].copy(), scores.total.copy()
     failed[1], total[1] = True, 0.0
     return dataclasses.replace(
@@ -303,7 +303,7 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
       errors=scores.errors | {"format": 1},
     )
 
-  monkeypatch.setattr(scoring, "settle", failing)
+  monkeypatch.setattr(scoring, "reduce", failing)
   _, found = online(policy_of(GROUPS), tokenizer, [0, 1])
   mask = np.asarray(found.bundles.completion_mask)
   assert not mask[0, 1].any() and mask[0, [0, 2, 3]].any(axis=-1).all()

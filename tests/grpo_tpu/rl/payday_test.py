@@ -60,11 +60,12 @@ def tailed(tiny, tmp_path):
 
 def test_what_is_finished_is_paid_while_others_decode(tailed, monkeypatch):
   """And the metrics tell for how long."""
-  handed_out, begun, pay = threading.Event(), threading.Event(), scoring.pay
+  handed_out, begun = threading.Event(), threading.Event()
+  raw_scores = scoring.raw_scores
 
   def told(completions, problems, config):
     begun.set()
-    return pay(completions, problems, config)
+    return raw_scores(completions, problems, config)
 
   def poll():
     # However busy this machine, a payment that was asked for gets its turn.
@@ -73,7 +74,7 @@ def test_what_is_finished_is_paid_while_others_decode(tailed, monkeypatch):
     else:
       assert begun.wait(60)
 
-  monkeypatch.setattr(scoring, "pay", told)
+  monkeypatch.setattr(scoring, "raw_scores", told)
   batches = scripted.batches_of(
     tailed.tokenizer, batch_size=len(ASKED), indices=ASKED
   )

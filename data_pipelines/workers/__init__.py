@@ -1,0 +1,1 @@
+"""Calls of functions in worker processes that can be killed."""
