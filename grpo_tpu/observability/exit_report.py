@@ -87,9 +87,8 @@ class ExitReport:
     is_interrupt = isinstance(error, KeyboardInterrupt)
     what_next = _NEXT[ExitCode.PREEMPTED if is_interrupt else code]
     self._say(_reason(error), code, what_next)
-    scoring.close()
-    initialize.shutdown(code)
     pool.close_all()
+    initialize.shutdown(code)
     initialize.leave(code)
 
   @contextlib.contextmanager
