@@ -89,7 +89,6 @@ class ExitReport:
     self._say(_reason(error), code, what_next)
     pool.close_all()
     initialize.shutdown(code)
-    initialize.leave(code)
 
   @contextlib.contextmanager
   def abort_peers_on_error(self) -> Iterator[None]:
