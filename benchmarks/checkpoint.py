@@ -66,7 +66,7 @@ def measured(folder: pathlib.Path, gib: float, repeats: int) -> dict:
       seconds["until durable"].append(time.perf_counter() - start)
       path = epath.Path(folder) / f"{step:08}"
       start = time.perf_counter()
-      assert not manifest.damage(path)
+      assert not manifest.find_damage(path)
       seconds["verify"].append(time.perf_counter() - start)
     for _ in range(repeats):
       start = time.perf_counter()

@@ -1,20 +1,19 @@
-"""Checkpoints of a run: saved while training goes on, restored onto any mesh.
+"""Saves checkpoints while training goes on, and restores them onto any mesh.
 
-Knows nothing of what a state is made of: any tree of jax arrays, typed keys
-among them. Orbax writes beside the newest good checkpoint and renames when all
-is there; a manifest of sizes and checksums follows, and older checkpoints go
-only after it. So a process killed at any point leaves a checkpoint to go on
-from, and one that was damaged since is known before a number of it is used.
+Knows nothing about the contents of a state: any tree of jax arrays will do,
+typed keys included. Orbax writes a new checkpoint beside the newest good one
+and renames it when it is complete. Then a manifest of sizes and checksums is
+written, and only then are older checkpoints deleted. So a process killed at any
+point leaves a checkpoint to resume from, and damage is found before use.
 
-All processes of a run call every method, in the same order: what one of them
-met, they all know. Which methods look at the devices follows from that alone.
-What lies there, and whether it is whole, `archive` tells.
+All processes of a run call every method, in the same order, and all learn of
+an error on any of them.
 
-What Orbax lets pass in silence is an error here: it restores a flipped byte,
-casts a leaf whose dtype has changed, and tells of a failed save only when the
-next one is asked for. Its `CheckpointManager` is not used: it deletes older
-steps before a manifest could be written, and it polls the preemption notice
-with the number of the step, which would throw the run's own polls off.
+Orbax alone restores a flipped byte, casts a leaf whose dtype has changed, and
+reports a failed save only at the next save; here each of these is an error.
+Orbax's `CheckpointManager` is not used: it deletes older steps before a
+manifest could be written, and it polls for preemption with the step number,
+which would disturb the run's own polls.
 
 References:
   Orbax, https://orbax.readthedocs.io/en/latest/guides/checkpoint/
@@ -22,48 +21,53 @@ References:
 
 import concurrent.futures
 import contextlib
-import functools
 import time
 import types
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu.checkpoint import directory_lock, manifest, reader, retention
+from grpo_tpu.checkpoint import (
+  directory_lock,
+  finite,
+  manifest,
+  quarantine,
+  reader,
+  retention,
+)
+from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
 
 
 class CheckpointError(RuntimeError):
-  """Checkpoints that could not be written, or not be trusted."""
+  """Checkpoints could not be written or cannot be trusted."""
 
 
 class Checkpoints:
-  """The checkpoints under one directory, which one run at a time may write.
+  """The checkpoints in one directory, which one run at a time may write.
 
-  Use as a context manager: leaving it waits for the save on its way, unless
-  an error of one of several processes ends the run.
+  Use as a context manager: leaving it waits for the pending save, unless an
+  error of one of several processes ends the run.
 
   Attributes:
-    failures: How many saves have failed since this was opened, refused ones
-      among them.
-    refusals: How many of them would have saved a state that is not finite.
-    quarantined: How many damaged checkpoints were moved aside.
+    failures: Failed saves since this object was made, including `refusals`.
+    refusals: Saves refused because the state was not finite.
+    quarantined: Damaged checkpoints that were moved aside.
   """
 
   def __init__(
     self, directory: epath.PathLike, config: retention.CheckpointConfig
   ) -> None:
-    """Opens `directory`, making it if missing and clearing unfinished saves.
+    """Creates and locks `directory`, and removes interrupted saves from it.
 
     Raises:
-      CheckpointError: It cannot be written, or another run is writing there.
+      CheckpointError: The directory cannot be written, or another run holds it.
     """
     self.failures = self.refusals = self.quarantined = 0
     self._failures_in_row = 0
@@ -71,7 +75,7 @@ class Checkpoints:
     self._block_seconds = 0.0
     self._config = config
     self._directory = epath.Path(directory).resolve()
-    self._lock = directory_lock.Lock(self._directory)
+    self._lock = directory_lock.DirectoryLock(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
@@ -80,13 +84,13 @@ class Checkpoints:
       1, thread_name_prefix="checkpoints"
     )
     self._pending: concurrent.futures.Future[None] | None = None
-    self._pending_entry: retention.Entry | None = None
+    self._pending_info: CheckpointInfo | None = None
     self._removal: concurrent.futures.Future[None] | None = None
     self._save_time = time.monotonic()
-    complaint = self._claim() if collectives.is_first_process() else ""
-    if complaint := collectives.broadcast_string(complaint):
-      raise CheckpointError(complaint)
-    self._entries = reader.listed(self._directory)
+    error = self._open_directory() if collectives.is_first_process() else ""
+    if error := collectives.broadcast_string(error):
+      raise CheckpointError(error)
+    self._saved = reader.broadcast_checkpoints(self._directory)
 
   def __enter__(self) -> Self:
     return self
@@ -101,15 +105,14 @@ class Checkpoints:
       if error is None:
         self.wait()
       elif self._pending is not None and collectives.num_processes() == 1:
-        # Where there are more, they may be anywhere: nobody can be waited for.
-        # The error that ended the run is the one to show, and a failed save
-        # has been logged.
+        # Several processes could wait here forever for one that has failed.
+        # The error that ends the run is raised; a failed save is only logged.
         concurrent.futures.wait([self._pending])
     finally:
       is_over = error is None or collectives.num_processes() == 1
       self._thread.shutdown(wait=is_over)
       if is_over:
-        with contextlib.suppress(Exception):  # `wait` has raised it.
+        with contextlib.suppress(Exception):  # `wait` has raised the error.
           self._writer.close()
       self._lock.release()
 
@@ -120,72 +123,75 @@ class Checkpoints:
     meta: Mapping[str, Any],
     *,
     metrics: Mapping[str, Any] | None = None,
-    unfinished: reader.Unfinished | None = None,
+    partial_step: reader.PartialStepData | None = None,
     force: bool = False,
   ) -> bool:
     """Starts to save `state`, if the step is due or `force` is set.
 
-    To be called after every step: it is here that a failed save is met. It is
-    logged and counted, and this step stands in for it, due or not.
+    Must be called after every step, because this call notices that an earlier
+    save has failed. The failure is logged and counted, and this step is saved
+    in its stead, due or not.
 
-    Returns when the values have been copied, so the caller may donate `state`
-    at once; writing goes on behind. A second save waits for the first.
+    Returns when the values are copied, so the caller may donate `state` at
+    once; files are written in the background. A second save waits for the
+    first one.
 
     Args:
-      step: Steps done. With `unfinished` the state is some updates further.
-      state: Any tree of jax arrays.
-      meta: What else a resumed run has to know, as JSON would hold it.
-      metrics: Of this step, among which the one that says which is best.
-      unfinished: What was begun of the step after `step`. It is always saved.
-      force: Save though the step is not due. One saved already is left alone.
+      step: Finished steps.
+      state: Any tree of jax arrays; with `partial_step`, the state after the
+        finished updates of the next step.
+      meta: Other values that a resumed run needs, as JSON can hold them.
+      metrics: Metrics of this step, which may include the best metric.
+      partial_step: The interrupted step after `step`; always saved.
+      force: Save although the step is not due. A saved step is not repeated.
 
     Returns:
-      Whether a save was started.
+      True if a save was started.
 
     Raises:
-      ValueError: An older step than the newest saved one.
+      ValueError: The step is older than the newest saved one.
       CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
     start = time.perf_counter()
     try:
-      entry = retention.Entry(
+      info = CheckpointInfo(
         step,
-        unfinished.updates_done if unfinished else 0,
+        partial_step.updates_done if partial_step else 0,
         score=retention.score(metrics or {}, self._config),
       )
-      self._settle(is_blocking=False)
-      newest = self._newest()
-      if newest is not None and entry < newest:
+      self._collect_pending(is_blocking=False)
+      newest = self._pending_info or (self._saved[-1] if self._saved else None)
+      if newest is not None and info < newest:
         raise ValueError(
           f"step {step} is older than the newest checkpoint ({newest.step}) in"
           f" {self._directory}: resume from the newest, or move the newer ones"
           " away."
         )
-      is_due = force or unfinished is not None or self._is_due(entry)
-      if entry == newest or not is_due:
+      is_due = force or partial_step is not None or self._is_due(info)
+      if info == newest or not is_due:
         return False
-      self._settle(is_blocking=True)
-      return self._start(entry, state, meta, unfinished)
+      self._collect_pending(is_blocking=True)
+      return self._start_save(info, state, meta, partial_step)
     finally:
       self._block_seconds += time.perf_counter() - start
 
   def wait(self) -> None:
-    """Returns once what was saved last is on disk and has its manifest.
+    """Waits until the last save is on disk with its manifest.
 
     Raises:
-      CheckpointError: It is not.
+      CheckpointError: The last save failed.
     """
-    self._settle(is_blocking=True)
+    self._collect_pending(is_blocking=True)
     if self._failures_in_row:
       raise CheckpointError(
         f"the last checkpoint could not be saved: {self._last_failure}. "
-        f"{self._standing()}"
+        f"{self._newest_good()}"
       )
     if self._removal is not None:
       self._removal.result()
 
   def scalars(self) -> dict[str, float]:
-    """By the names of `metrics`; the seconds are those since the last call."""
+    """Metrics by name; the seconds are those since the last call."""
     seconds, self._block_seconds = self._block_seconds, 0.0
     return {
       "checkpoint/save_failures": self.failures,
@@ -198,70 +204,66 @@ class Checkpoints:
     self,
     abstract_state: Any,
     *,
-    unfinished_sharding: jax.sharding.Sharding | None = None,
-  ) -> reader.Restored | None:
-    """The newest checkpoint that is whole, laid out as `abstract_state` says.
+    partial_step_sharding: jax.sharding.Sharding | None = None,
+  ) -> reader.RestoredCheckpoint | None:
+    """Reads the newest whole checkpoint, sharded as in `abstract_state`.
 
-    A damaged one that is newer is moved into `quarantine/` and counted.
+    Damaged checkpoints that are newer are moved into `quarantine/` and counted.
 
     Args:
-      abstract_state: The tree wanted: leaves with shape, dtype and sharding
-        (`jax.ShapeDtypeStruct` or arrays). The mesh need not be the one that
-        the checkpoint was saved from.
-      unfinished_sharding: Of the arrays of an unfinished step.
+      abstract_state: The wanted tree: leaves with shape, dtype and sharding
+        (`jax.ShapeDtypeStruct` or arrays). The mesh may differ from the one
+        that saved the checkpoint.
+      partial_step_sharding: Sharding of the arrays of a partial step.
 
     Returns:
-      None where nothing has been saved yet.
+      The checkpoint; None if nothing has been saved yet.
 
     Raises:
-      ValueError: The leaves of the newest differ from those wanted.
-      CheckpointError: There are checkpoints, and none is whole.
+      ValueError: The newest checkpoint's leaves differ from `abstract_state`.
+      CheckpointError: There are checkpoints, but none is whole.
     """
-    self._settle(is_blocking=True)
-    while self._entries:
-      entry = self._entries[-1]
-      path = self._directory / entry.name
-      damage = reader.agreed_damage(path)
+    self._collect_pending(is_blocking=True)
+    while self._saved:
+      info = self._saved[-1]
+      path = self._directory / info.name
+      damage = reader.find_damage(path)
       if not damage:
-        restored = reader.read(path, abstract_state, unfinished_sharding)
+        restored = reader.read_checkpoint(
+          path, abstract_state, partial_step_sharding
+        )
         logging.info("Restored %s.", path)
         return restored
-      self._quarantine(entry, damage)
-    lost = collectives.broadcast_string(
-      ", ".join(_lost_steps(self._directory))
-      if collectives.is_first_process()
-      else ""
-    )
-    if lost:
+      self._quarantine(info, damage)
+    lost = ""
+    if collectives.is_first_process():
+      lost = ", ".join(quarantine.lost_steps(self._directory))
+    if lost := collectives.broadcast_string(lost):
       raise CheckpointError(
         f"no checkpoint in {self._directory} is whole: {lost}. Look into its"
-        " quarantine folder, bring a good copy back, or name an empty workdir;"
-        " a run is never silently started again."
+        " quarantine folder and bring a good copy back, or use an empty"
+        " workdir; a run never silently restarts from step 0."
       )
     return None
 
-  def _claim(self) -> str:
-    """Makes the directory this run's own; what stands against it, or ""."""
+  def _open_directory(self) -> str:
+    """Creates, locks and cleans the directory; returns an error or ""."""
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._lock.acquire()
       for path in self._directory.iterdir():
-        is_cut_off = ocp.utils.TMP_DIR_SUFFIX in path.name
-        if is_cut_off or path.name.endswith(manifest.UNFINISHED_SUFFIX):
-          logging.info("Removing %s, a save that was cut off.", path)
+        is_interrupted = ocp.utils.TMP_DIR_SUFFIX in path.name
+        if is_interrupted or path.name.endswith(manifest.UNFINISHED_SUFFIX):
+          logging.info("Removing %s, an interrupted save.", path)
           _remove(path)
     except OSError as error:
       return f"checkpoints cannot be written in {self._directory}: {error}"
     return ""
 
-  def _newest(self) -> retention.Entry | None:
-    """The newest one, on its way or on disk."""
-    return self._pending_entry or (self._entries[-1] if self._entries else None)
-
-  def _is_due(self, entry: retention.Entry) -> bool:
-    if self._failures_in_row or entry.score is not None:
+  def _is_due(self, info: CheckpointInfo) -> bool:
+    if self._failures_in_row or info.score is not None:
       return True
-    if entry.step % self._config.every_steps == 0:
+    if info.step % self._config.every_steps == 0:
       return True
     if not self._config.every_minutes:
       return False
@@ -272,41 +274,41 @@ class Checkpoints:
       )
     )
 
-  def _start(
+  def _start_save(
     self,
-    entry: retention.Entry,
+    info: CheckpointInfo,
     state: Any,
     meta: Mapping[str, Any],
-    unfinished: reader.Unfinished | None,
+    partial_step: reader.PartialStepData | None,
   ) -> bool:
-    if not _is_finite(state):
+    if not finite.is_finite(state):
       self.refusals += 1
-      self._fail(f"the state of {entry.name} has numbers that are not finite")
+      self._count_failure(f"the state of {info.name} is not finite")
       return False
     if self._removal is not None:
       self._removal.result()
-    complaint = self._unwritable() if collectives.is_first_process() else ""
-    if complaint := collectives.broadcast_string(complaint):
-      self._fail(f"{entry.name}: {complaint}")
+    error = self._write_error() if collectives.is_first_process() else ""
+    if error := collectives.broadcast_string(error):
+      self._count_failure(f"{info.name}: {error}")
       return False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
     record = {
-      "step": entry.step,
-      "leaves": reader.leaves(state),
+      "step": info.step,
+      "leaves": reader.describe_leaves(state),
       "meta": dict(meta),
       "unfinished": None,
     }
-    if unfinished is not None:
+    if partial_step is not None:
       record["unfinished"] = {
-        "updates_done": unfinished.updates_done,
-        "leaves": reader.leaves(unfinished.arrays),
-        "record": unfinished.record,
+        "updates_done": partial_step.updates_done,
+        "leaves": reader.describe_leaves(partial_step.arrays),
+        "record": partial_step.record,
       }
-      items["unfinished"] = ocp.args.PyTreeSave(unfinished.arrays)
+      items["unfinished"] = ocp.args.PyTreeSave(partial_step.arrays)
     items["meta"] = ocp.args.JsonSave(record)
-    path = self._directory / entry.name
+    path = self._directory / info.name
     self._save_time = time.monotonic()
-    self._pending_entry = entry
+    self._pending_info = info
     try:
       self._writer.save(path, args=ocp.args.Composite(**items))
     except Exception as error:
@@ -314,13 +316,13 @@ class Checkpoints:
       self._pending = concurrent.futures.Future()
       self._pending.set_exception(error)
     else:
-      self._pending = self._thread.submit(self._finish, entry)
+      self._pending = self._thread.submit(self._finish_save, info)
     return True
 
-  def _unwritable(self) -> str:
-    """Why nothing can be written now; "" if it can.
+  def _write_error(self) -> str:
+    """Tries to create a folder; returns the error or "".
 
-    Where Orbax cannot make a folder, its threads wait for it for minutes.
+    Where this fails, Orbax's threads would wait for minutes.
     """
     probe = self._directory / "probe"
     try:
@@ -330,58 +332,56 @@ class Checkpoints:
       return f"{type(error).__name__}: {error}"
     return ""
 
-  def _finish(self, entry: retention.Entry) -> None:
-    """Sees the save to its end, in a thread."""
-    path = self._directory / entry.name
+  def _finish_save(self, info: CheckpointInfo) -> None:
+    """Waits for Orbax and writes the manifest; runs in a thread."""
+    path = self._directory / info.name
     try:
       self._writer.wait_until_finished()
       if collectives.is_first_process():
-        manifest.write(path, {"score": entry.score})
+        manifest.write(path, {"score": info.score})
     except Exception:
-      # At once, though the other hosts may not know before they have waited.
+      # Logged now: the other hosts may learn of the failure much later.
       logging.exception("%s could not be saved.", path)
-      # Else the next save would meet what Orbax has not told yet, on one
-      # process alone, and that one would miss where all of them meet.
+      # Clears any further error in Orbax. Otherwise the next save would raise
+      # it on this process only, and the other processes would wait for it.
       with contextlib.suppress(Exception):
         self._writer.wait_until_finished()
       raise
 
-  def _settle(self, *, is_blocking: bool) -> None:
-    """Takes note of how the save on its way has ended, if it has on all hosts.
+  def _collect_pending(self, *, is_blocking: bool) -> None:
+    """Handles the result of the pending save, if all hosts have finished it.
 
     Raises:
-      CheckpointError: As many in a row as are allowed have failed.
+      CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
-    pending, entry = self._pending, self._pending_entry
-    if pending is None or entry is None:
+    pending, info = self._pending, self._pending_info
+    if pending is None or info is None:
       return
     if is_blocking:
       concurrent.futures.wait([pending])
-    complaint = _RUNNING
+    result = _RUNNING
     if pending.done():
       error = pending.exception()
-      complaint = f"{type(error).__name__}: {error}" if error else ""
-    complaints = [
-      x.decode() for x in collectives.gather_bytes(complaint.encode())
-    ]
-    if _RUNNING in complaints:
+      result = f"{type(error).__name__}: {error}" if error else ""
+    results = [x.decode() for x in collectives.gather_bytes(result.encode())]
+    if _RUNNING in results:
       return
-    self._pending = self._pending_entry = None
-    failed = [i for i, each in enumerate(complaints) if each]
+    self._pending = self._pending_info = None
+    failed = [i for i, each in enumerate(results) if each]
     if failed:
-      # Those that only waited for the one at fault say so.
-      host = min(failed, key=lambda i: complaints[i].startswith("TimeoutError"))
-      # The disk may be full of it.
-      self._remove_later([entry])
-      self._fail(f"{entry.name}, by process {host}: {complaints[host]}")
+      # Hosts that only waited for the failed one report a TimeoutError.
+      host = min(failed, key=lambda i: results[i].startswith("TimeoutError"))
+      # The remains may be what fills the disk.
+      self._remove_later([info])
+      self._count_failure(f"{info.name}, by process {host}: {results[host]}")
       return
     self._failures_in_row = 0
-    self._entries.append(entry)
-    doomed = retention.doomed(self._entries, self._config)
-    self._entries = [each for each in self._entries if each not in doomed]
-    self._remove_later(doomed)
+    self._saved.append(info)
+    to_delete = retention.to_delete(self._saved, self._config)
+    self._saved = [each for each in self._saved if each not in to_delete]
+    self._remove_later(to_delete)
 
-  def _fail(self, reason: str) -> None:
+  def _count_failure(self, reason: str) -> None:
     self.failures += 1
     self._failures_in_row += 1
     self._last_failure = reason
@@ -392,80 +392,49 @@ class Checkpoints:
       self._failures_in_row,
       limit,
       reason,
-      self._standing(),
+      self._newest_good(),
     )
     if self._failures_in_row >= limit:
       raise CheckpointError(
         f"{self._failures_in_row} saves in a row have failed, and "
         f"checkpoint.max_failures ({limit}) allows no more: {reason}. "
-        f"{self._standing()}"
+        f"{self._newest_good()}"
       )
 
-  def _standing(self) -> str:
-    whole = [entry.name for entry in self._entries if entry.is_whole]
+  def _newest_good(self) -> str:
+    whole = [info.name for info in self._saved if info.is_whole]
     newest = whole[-1] if whole else "none"
-    return f"The newest good one in {self._directory} is {newest}."
+    return f"The newest good checkpoint in {self._directory} is {newest}."
 
-  def _remove_later(self, entries: list[retention.Entry]) -> None:
-    if entries and collectives.is_first_process():
-      names = [entry.name for entry in entries]
+  def _remove_later(self, checkpoints: list[CheckpointInfo]) -> None:
+    if checkpoints and collectives.is_first_process():
+      names = [info.name for info in checkpoints]
       self._removal = self._thread.submit(_remove_steps, self._directory, names)
 
-  def _quarantine(self, entry: retention.Entry, damage: str) -> None:
-    """Moves a damaged checkpoint, and its manifest, out of the way."""
-    self._entries.remove(entry)
+  def _quarantine(self, info: CheckpointInfo, damage: str) -> None:
+    """Moves a damaged checkpoint and its manifest into `quarantine/`."""
+    self._saved.remove(info)
     self.quarantined += 1
-    path = self._directory / entry.name
-    target = self._directory / "quarantine" / _label(entry.name, damage)
+    path = self._directory / info.name
     logging.error(
-      "CHECKPOINT %s IS DAMAGED: %s. It is moved to %s, and the run goes on"
-      " from an older one.",
+      "CHECKPOINT %s IS DAMAGED: %s. Moving it into quarantine/ and resuming"
+      " from an older checkpoint.",
       path,
       damage,
-      target,
     )
-    complaint = ""
-    if collectives.is_first_process():
-      try:
-        target = _unused(target)
-        target.parent.mkdir(exist_ok=True)
-        for source, goal in (
-          (manifest.path_of(path), manifest.path_of(target)),
-          (path, target),
-        ):
-          if source.exists():
-            source.rename(goal)
-      except OSError as error:
-        complaint = f"{path} is damaged, and cannot be moved aside: {error}"
-    if complaint := collectives.broadcast_string(complaint):
-      raise CheckpointError(complaint)
-
-
-def _lost_steps(directory: epath.Path) -> list[str]:
-  """What lies in quarantine, but for step 0, which is the run's very start."""
-  folder = directory / "quarantine"
-  names = [path.name for path in folder.iterdir()] if folder.exists() else []
-  return sorted(n for n in names if not n.startswith(f"{0:08}-"))
-
-
-def _label(name: str, damage: str) -> str:
-  return f"{name}-{damage.partition(':')[0].replace(' ', '-')}"
-
-
-def _unused(path: epath.Path) -> epath.Path:
-  number, free = 1, path
-  while free.exists() or manifest.path_of(free).exists():
-    number += 1
-    free = path.with_name(f"{path.name}-{number}")
-  return free
+    error = (
+      quarantine.move(path, damage) if collectives.is_first_process() else ""
+    )
+    if error := collectives.broadcast_string(error):
+      raise CheckpointError(error)
 
 
 def _remove_steps(directory: epath.Path, names: list[str]) -> None:
-  """Deletes checkpoints, and what a save of them has left behind."""
+  """Deletes checkpoints and the remains of failed saves."""
   try:
     for name in names:
-      # First, for without it the rest is not taken for a checkpoint.
-      manifest.path_of(directory / name).unlink(missing_ok=True)
+      # The manifest goes first: without it the rest is not trusted.
+      manifest.path_for(directory / name).unlink(missing_ok=True)
     for path in directory.iterdir():
       if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
         _remove(path)
@@ -475,34 +444,3 @@ def _remove_steps(directory: epath.Path, names: list[str]) -> None:
 
 def _remove(path: epath.Path) -> None:
   path.rmtree() if path.is_dir() else path.unlink()
-
-
-def _is_finite(state: Any) -> bool:
-  numbers = [
-    leaf
-    for leaf in jax.tree.leaves(state)
-    if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size
-  ]
-  whole_axes = tuple(
-    tuple(
-      axis
-      for axis, size in enumerate(leaf.sharding.shard_shape(leaf.shape))
-      if size == leaf.shape[axis]
-    )
-    for leaf in numbers
-  )
-  return not numbers or bool(_all_finite(numbers, whole_axes))
-
-
-@functools.partial(jax.jit, static_argnames=("whole_axes",))
-def _all_finite(
-  numbers: list[jax.Array], whole_axes: tuple[tuple[int, ...], ...]
-) -> jax.Array:
-  # A maximum keeps a NaN and takes a third of the time; but not one over
-  # several devices, whose collectives may lose it.
-  return jnp.stack(
-    [
-      jnp.isfinite(jnp.abs(each).max(axis=axes)).all()
-      for each, axes in zip(numbers, whole_axes, strict=True)
-    ]
-  ).all()

@@ -1,8 +1,10 @@
-"""A folder that one program at a time may write to.
+"""Lock on a directory, so that one run at a time writes to it.
 
-The lock is the kernel's and goes with the process that holds it, however that
-ends, so there is no stale one to clear away. Where a file system has no locks,
-as object stores have none, nothing is checked.
+The kernel releases the lock when its process ends, however the process ends, so
+a stale lock cannot exist. Object stores have no locks, and none is taken there.
+
+The `filelock` package does not fit: its `flock` is inherited by forked workers,
+which would keep the lock of a killed run.
 """
 
 import fcntl
@@ -13,29 +15,29 @@ import time
 from absl import logging
 from etils import epath
 
-# A killed host's lock on a network file system lasts until its lease ends.
+# A network file system keeps a killed host's lock until the lease expires.
 _PATIENCE_SECONDS = 120
 
 
-class Lock:
-  """A lock on `folder`, held from `acquire` to `release`."""
+class DirectoryLock:
+  """A lock on `directory`, held from `acquire` to `release`."""
 
-  def __init__(self, folder: epath.Path):
-    self._path = folder / "lock"
+  def __init__(self, directory: epath.Path):
+    self._path = directory / "lock"
     self._file = None
 
   def acquire(self) -> None:
-    """Waits a little for whoever holds it.
+    """Takes the lock; waits up to two minutes for another holder.
 
     Raises:
-      OSError: It is held on; or the folder cannot be written.
+      OSError: Another process keeps the lock, or the directory is not writable.
     """
     if "://" in os.fspath(self._path):
       return
     file = open(self._path, "a+")
     deadline = time.monotonic() + _PATIENCE_SECONDS
     is_waiting = False
-    while not (is_held := _try(file)) and time.monotonic() < deadline:
+    while not (is_held := _try_lock(file)) and time.monotonic() < deadline:
       if not is_waiting:
         is_waiting = True
         logging.warning("Waiting for %s, which another run holds.", self._path)
@@ -45,7 +47,7 @@ class Lock:
       holder = file.read().strip() or "another program"
       file.close()
       raise OSError(
-        f"{holder} is writing there: end that run, or name another workdir"
+        f"{holder} is writing there: end that run, or use another workdir"
       )
     file.truncate()
     file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
@@ -53,19 +55,20 @@ class Lock:
     self._file = file
 
   def release(self) -> None:
-    """Lets the next one have it."""
+    """Releases the lock."""
     if self._file is not None:
       self._file.close()
       self._file = None
 
 
-def _try(file) -> bool:
-  """Whether it is held now, or its file system knows no locks."""
+def _try_lock(file) -> bool:
+  """Returns False if another process holds the lock."""
   try:
-    # By process, unlike `flock`: a forked worker does not inherit it.
+    # `lockf` locks by process, unlike `flock`: forked workers do not inherit.
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except (BlockingIOError, PermissionError):
     return False
   except OSError as error:
+    # This file system has no locks; the run goes unprotected.
     logging.warning("%s cannot be locked: %s.", file.name, error)
   return True

@@ -1,14 +1,14 @@
-"""What a checkpoint's files must be: sizes and checksums, written after them.
+"""Manifests: the size and checksum of every file in a checkpoint.
 
-Orbax restores a file with a flipped byte without a word. A manifest lies beside
-the folder it is of, as `00000012.manifest.json`, and is written last: a folder
-without one is not known to be whole.
+Orbax restores a file with a flipped byte without an error. The manifest of
+folder `00000012` is the file `00000012.manifest.json` beside it. It is written
+last, so a folder without a manifest may be incomplete.
 """
 
 import concurrent.futures
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import google_crc32c
@@ -21,22 +21,22 @@ _THREADS = 4
 
 
 class Damaged(Exception):
-  """A manifest that is not there, or not as it was written."""
+  """Raised for a manifest that is missing or was changed."""
 
 
-def path_of(folder: epath.Path) -> epath.Path:
-  """Where the manifest of `folder` lies."""
+def path_for(folder: epath.Path) -> epath.Path:
+  """The path of the manifest of `folder`."""
   return folder.with_name(f"{folder.name}{SUFFIX}")
 
 
 def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
-  """Reads all files of `folder` and writes down what they are.
+  """Reads all files of `folder` and writes its manifest.
 
   Args:
-    folder: Which nobody writes to any more.
-    facts: What else the manifest shall say, as JSON would hold it.
+    folder: A folder that nobody writes to any more.
+    facts: More values to store in the manifest, as JSON can hold them.
   """
-  files = _files(folder)
+  files = _list_files(folder)
   body = {
     "name": folder.name,
     "facts": dict(facts),
@@ -47,43 +47,43 @@ def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
       )
     },
   }
-  text = json.dumps({"crc32c": _of_json(body), "body": body}, indent=1)
-  path = path_of(folder)
-  # Beside, then renamed: a kill in between leaves none.
+  text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
+  path = path_for(folder)
+  # Renamed when complete, so that a kill leaves no partial manifest.
   unfinished = path.with_name(f"{folder.name}{UNFINISHED_SUFFIX}")
   unfinished.write_text(f"{text}\n")
   unfinished.replace(path)
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-  """The `facts` that the manifest of `folder` was written with.
+  """Returns the `facts` that the manifest of `folder` was written with.
 
   Raises:
-    Damaged: There is none, or it is not as it was written.
+    Damaged: The manifest is missing or was changed.
   """
-  return _body(folder)["facts"]
+  return _read_body(folder)["facts"]
 
 
-def damage(
+def find_damage(
   folder: epath.Path, *, part: int = 0, parts: int = 1, under: str = ""
 ) -> str:
-  """What is wrong with `folder`; "" if nothing is.
+  """Compares the files of `folder` with its manifest.
 
   Args:
-    folder: With its manifest beside it.
-    part: Which share of the files to look at, below `parts`.
-    parts: How many shares of about the same size there are.
-    under: Looks only at the files whose path within `folder` starts so.
+    folder: The folder; its manifest lies beside it.
+    part: Index of the share of the files to check, less than `parts`.
+    parts: Number of shares of about equal size.
+    under: Check only files whose path within `folder` starts with this.
 
   Returns:
-    A kind of damage, a colon, and what exactly it is.
+    A kind of damage, a colon and the details; "" if there is no damage.
   """
   try:
-    wanted = _body(folder)["files"]
+    wanted = _read_body(folder)["files"]
   except Damaged as error:
     return str(error)
   try:
-    extra = sorted(_files(folder).keys() - wanted.keys())
+    extra = sorted(_list_files(folder).keys() - wanted.keys())
     if extra:
       return f"unknown file: {extra[0]}"
     names = sorted(wanted, key=lambda name: (-wanted[name]["bytes"], name))
@@ -98,50 +98,50 @@ def damage(
       if value != wanted[name]["crc32c"]:
         return f"wrong checksum: {name} {value}, not {wanted[name]['crc32c']}"
   except OSError as error:
-    if error.errno != errno.EIO:  # The disk has lost it, not the network.
+    if error.errno != errno.EIO:  # EIO: the disk lost the data for good.
       raise
     return f"unreadable file: {error}"
   return ""
 
 
-def _body(folder: epath.Path) -> dict[str, Any]:
-  path = path_of(folder)
+def _read_body(folder: epath.Path) -> dict[str, Any]:
+  path = path_for(folder)
   try:
     whole = json.loads(path.read_bytes())
     body = whole["body"]
-    is_as_written = whole["crc32c"] == _of_json(body)
+    is_unchanged = whole["crc32c"] == _json_checksum(body)
   except FileNotFoundError as error:
     raise Damaged(f"no manifest: {path.name}") from error
   except (ValueError, KeyError, TypeError) as error:
     raise Damaged(f"damaged manifest: {path.name}: {error}") from error
-  if not is_as_written:
-    raise Damaged(f"damaged manifest: {path.name}: not as it was written")
+  if not is_unchanged:
+    raise Damaged(f"damaged manifest: {path.name}: its checksum differs")
   if body["name"] != folder.name:
-    raise Damaged(f"foreign manifest: {path.name} is of {body['name']}")
+    raise Damaged(f"foreign manifest: {path.name} was made for {body['name']}")
   return body
 
 
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-  """All files below, by their paths within `folder`."""
-  found, waiting = {}, [folder] if folder.is_dir() else []
-  while waiting:
-    for path in waiting.pop().iterdir():
+def _list_files(folder: epath.Path) -> dict[str, epath.Path]:
+  """All files in the folder and below, by their path within it."""
+  files, folders = {}, [folder] if folder.is_dir() else []
+  while folders:
+    for path in folders.pop().iterdir():
       if path.is_dir():
-        waiting.append(path)
+        folders.append(path)
       else:
-        found[path.relative_to(folder).as_posix()] = path
-  return dict(sorted(found.items()))
+        files[path.relative_to(folder).as_posix()] = path
+  return dict(sorted(files.items()))
 
 
 def _sizes(files: Mapping[str, epath.Path]) -> list[int | None]:
-  """In bytes; None for what is no file."""
+  """Sizes in bytes; None for a path that is not a file."""
   return [
     path.stat().length if path.exists() and not path.is_dir() else None
     for path in files.values()
   ]
 
 
-def _checksums(paths) -> list[str]:
+def _checksums(paths: Iterable[epath.Path]) -> list[str]:
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
     return list(threads.map(_checksum, paths))
 
@@ -154,6 +154,6 @@ def _checksum(path: epath.Path) -> str:
   return f"{value:08x}"
 
 
-def _of_json(value: Any) -> str:
+def _json_checksum(value: Any) -> str:
   text = json.dumps(value, sort_keys=True)
   return f"{google_crc32c.extend(0, text.encode()):08x}"

@@ -1,8 +1,8 @@
-"""Checkpoints as they lie on a disk, of this run or of another one.
+"""Lists, verifies and reads checkpoints of this run or of another run.
 
-Which there are, whether they are whole, and what is in them. Writes nothing; a
-run that still trains may be writing there. What one process decides or finds is
-told to all, so where there are several they call these functions together.
+Writes nothing, and a run that still trains may be writing in the directory.
+Process 0 lists the files and tells the other processes, so all processes of a
+run call these functions together.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ _MISMATCHES_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfinished:
-  """A step that was left between two of its updates.
+class PartialStepData:
+  """A training step that was interrupted between two of its updates.
 
   Attributes:
-    updates_done: Of the step's updates, at least 1.
-    arrays: Global arrays that the rest of the step needs, by name; each is laid
-      out by its first axis alone.
-    record: What else it needs, as JSON would hold it.
+    updates_done: Finished updates of the step, at least 1.
+    arrays: Global arrays by name that the rest of the step needs, sharded along
+      their first axis.
+    record: Other values that the rest of the step needs, as JSON can hold them.
   """
 
   updates_done: int
@@ -40,216 +40,227 @@ class Unfinished:
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
-  """A checkpoint as it was saved.
+class RestoredCheckpoint:
+  """The contents of a checkpoint.
 
   Attributes:
-    step: Steps done.
+    step: Finished steps.
     state: The arrays.
-    meta: What was saved beside them.
-    unfinished: Of the step after `step`; None where none had been begun.
+    meta: The values that were saved beside the arrays.
+    partial_step: The interrupted step after `step`; None without one.
   """
 
   step: int
   state: Any
   meta: dict[str, Any]
-  unfinished: Unfinished | None
+  partial_step: PartialStepData | None
 
 
 def restore_params(
   directory: epath.PathLike, step: int | None, abstract_params: Any
 ) -> tuple[Any, int]:
-  """The `params` alone of another run's state, and the step they come from.
-
-  Reads nothing else of the state, and writes nothing: the other run may still
-  be training.
+  """Reads only the `params` of another run's state.
 
   Args:
     directory: The other run's checkpoints.
-    step: The newest whole one if None.
-    abstract_params: As in `Checkpoints.restore`, for the `params` of the state.
+    step: The step to read; None for the newest whole one.
+    abstract_params: The `params` part of what `Checkpoints.restore` takes.
+
+  Returns:
+    The parameters and the step that they come from.
 
   Raises:
-    ValueError: No such step, a damaged one, or its leaves differ from those
-      wanted.
+    ValueError: The step is missing or damaged, or its leaves differ from
+      `abstract_params`.
   """
   if step is None:
     step = newest_step(directory)
-  path = _found(directory, step)
-  if damage := agreed_damage(path):
-    raise ValueError(_damaged(path, damage))
+  path = _finished_path(directory, step)
+  if damage := find_damage(path):
+    raise ValueError(_damage_message(path, damage))
   wanted = {"params": abstract_params}
   saved = _read_record(path)["leaves"]
   saved = {k: v for k, v in saved.items() if k.startswith("params/")}
-  _check_leaves(saved, leaves(wanted), path)
+  _check_leaves(saved, describe_leaves(wanted), path)
   params = _read_arrays(path / "state", wanted, is_partial=True)["params"]
   logging.info("Read the parameters of %s.", path)
   return params, step
 
 
 def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
-  """The `meta` that a step of another run was saved with.
+  """Reads the `meta` that a step of another run was saved with.
 
   Raises:
-    ValueError: No such step, or a damaged one.
+    ValueError: The step is missing or damaged.
   """
-  path = _found(directory, step)
-  if damage := manifest.damage(path, under="meta/"):
-    raise ValueError(_damaged(path, damage))
+  path = _finished_path(directory, step)
+  if damage := manifest.find_damage(path, under="meta/"):
+    raise ValueError(_damage_message(path, damage))
   return _read_record(path)["meta"]
 
 
 def newest_step(directory: epath.PathLike) -> int:
-  """The newest step that is whole in another run's checkpoints.
+  """The newest verified step in another run's checkpoints.
 
-  The first process decides: the other run may be saving one just now.
+  Process 0 decides, because the other run may be saving a step right now.
 
   Raises:
-    ValueError: There is none.
+    ValueError: No step is whole.
   """
   folder = epath.Path(directory).resolve()
-  said = collectives.broadcast_string(
+  newest = collectives.broadcast_string(
     _newest_whole(folder) if collectives.is_first_process() else ""
   )
-  if not said:
+  if not newest:
     raise ValueError(
       f"no checkpoint in {folder} is whole: give the workdir of a run that has"
       " saved one."
     )
-  return int(said)
+  return int(newest)
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-  """The steps in another run's checkpoints, whole or not, ascending."""
+  """The finished steps in a directory, whole or not, in ascending order."""
   return [
-    entry.step
-    for entry in entries(epath.Path(directory).resolve())
-    if not entry.updates
+    info.step
+    for info in list_checkpoints(epath.Path(directory).resolve())
+    if not info.updates
   ]
 
 
 def newest_path(directory: epath.PathLike) -> epath.Path | None:
-  """The newest whole checkpoint, of an unfinished step too; None without one.
+  """The newest checkpoint with a manifest, partial steps included.
 
-  By the looks of it: nothing of it is verified.
+  Returns None if there is none. The files are not verified.
   """
   folder = epath.Path(directory).resolve()
-  whole = [entry for entry in entries(folder) if entry.is_whole]
+  whole = [info for info in list_checkpoints(folder) if info.is_whole]
   return folder / whole[-1].name if whole else None
 
 
 def best_path(directory: epath.PathLike) -> epath.Path | None:
-  """The whole checkpoint that scored best, the later of two that are as good.
+  """The checkpoint with the best score, the later one of two equals.
 
-  None where none has a score. By the looks of it, as for `newest_path`.
+  Returns None if no checkpoint has a score. The files are not verified.
   """
   folder = epath.Path(directory).resolve()
-  # The score is in the manifest: what has one is whole.
-  scored = [entry for entry in entries(folder) if entry.score is not None]
+  # The score stands in the manifest, so a scored checkpoint is whole.
+  scored = [x for x in list_checkpoints(folder) if x.score is not None]
   if not scored:
     return None
-  return folder / max(scored, key=lambda entry: (entry.score, entry)).name
+  return folder / max(scored, key=lambda info: (info.score, info)).name
 
 
 def _newest_whole(folder: epath.Path) -> str:
   for step in reversed(steps(folder)):
-    path = folder / retention.Entry(step).name
-    damage = manifest.damage(path)
+    path = folder / retention.CheckpointInfo(step).name
+    damage = manifest.find_damage(path)
     if not damage:
       return str(step)
-    logging.warning("%s is damaged: %s. An older one is tried.", path, damage)
+    logging.warning("%s is damaged: %s. Trying an older one.", path, damage)
   return ""
 
 
-def _found(directory: epath.PathLike, step: int) -> epath.Path:
-  """The folder of a step that another run has finished."""
+def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
+  """The folder of a finished step of another run."""
   folder = epath.Path(directory).resolve()
-  there = steps(folder)
-  path = folder / retention.Entry(step).name
-  if step not in there:
+  saved = steps(folder)
+  if step not in saved:
     raise ValueError(
       f"no checkpoint of step {step} in {folder}: there are"
-      f" {', '.join(map(str, there)) or 'none'}."
+      f" {', '.join(map(str, saved)) or 'none'}."
     )
-  return path
+  return folder / retention.CheckpointInfo(step).name
 
 
-def _damaged(path: epath.Path, damage: str) -> str:
+def _damage_message(path: epath.Path, damage: str) -> str:
   return (
-    f"checkpoint {path} is damaged: {damage}; name another step, or none for"
+    f"checkpoint {path} is damaged: {damage}; name another step, or no step for"
     " the newest whole one."
   )
 
 
-def agreed_damage(path: epath.Path) -> str:
-  """What is wrong with a checkpoint, each process looking at its share."""
+def find_damage(path: epath.Path) -> str:
+  """Verifies a checkpoint, every process a share of the files.
+
+  Returns the damage that the first process with one found, or "".
+  """
   parts = collectives.num_processes()
   part = jax.process_index() if parts > 1 else 0
-  return collectives.first_error(manifest.damage(path, part=part, parts=parts))
+  return collectives.first_error(
+    manifest.find_damage(path, part=part, parts=parts)
+  )
 
 
-def listed(directory: epath.Path) -> list[retention.Entry]:
-  """What the first process finds there, ascending, told to all."""
+def broadcast_checkpoints(
+  directory: epath.Path,
+) -> list[retention.CheckpointInfo]:
+  """The checkpoints that process 0 lists, on every process."""
   rows = (
-    [[e.step, e.updates, e.is_whole, e.score] for e in entries(directory)]
+    [
+      [info.step, info.updates, info.is_whole, info.score]
+      for info in list_checkpoints(directory)
+    ]
     if collectives.is_first_process()
     else []
   )
   rows = json.loads(collectives.broadcast_string(json.dumps(rows)))
-  return [retention.Entry(*row) for row in rows]
+  return [retention.CheckpointInfo(*row) for row in rows]
 
 
-def entries(directory: epath.Path) -> list[retention.Entry]:
-  """All that is there, ascending; of a name that is left alone, its manifest.
+def list_checkpoints(directory: epath.Path) -> list[retention.CheckpointInfo]:
+  """All checkpoints in a directory, in ascending order.
 
-  A folder that went while its manifest stayed is a checkpoint that was lost.
+  A manifest without its folder is listed too: that checkpoint was lost.
   """
   names = (
     [path.name for path in directory.iterdir()] if directory.exists() else []
   )
-  found = set()
+  checkpoints = set()
   for name in names:
-    entry = retention.Entry.of_name(name.removesuffix(manifest.SUFFIX))
-    if entry is None:
+    info = retention.CheckpointInfo.from_name(
+      name.removesuffix(manifest.SUFFIX)
+    )
+    if info is None:
       continue
     try:
-      facts = manifest.read(directory / entry.name)
-      entry = dataclasses.replace(entry, score=facts["score"])
+      facts = manifest.read(directory / info.name)
+      info = dataclasses.replace(info, score=facts["score"])
     except manifest.Damaged:
-      entry = dataclasses.replace(entry, is_whole=False)
-    found.add(entry)
-  return sorted(found)
+      info = dataclasses.replace(info, is_whole=False)
+    checkpoints.add(info)
+  return sorted(checkpoints)
 
 
-def read(
+def read_checkpoint(
   path: epath.Path,
   abstract_state: Any,
-  unfinished_sharding: jax.sharding.Sharding | None,
-) -> Restored:
-  """What is in a whole checkpoint; the rest as in `Checkpoints.restore`.
+  partial_step_sharding: jax.sharding.Sharding | None,
+) -> RestoredCheckpoint:
+  """Reads a verified checkpoint; see `Checkpoints.restore` for the arguments.
 
   Raises:
-    ValueError: Its leaves differ from those wanted.
+    ValueError: The saved leaves differ from `abstract_state`.
   """
   record = _read_record(path)
-  _check_leaves(record["leaves"], leaves(abstract_state), path)
+  _check_leaves(record["leaves"], describe_leaves(abstract_state), path)
   state = _read_arrays(path / "state", abstract_state)
-  return Restored(
+  return RestoredCheckpoint(
     record["step"],
     state,
     record["meta"],
-    _read_unfinished(path, record["unfinished"], unfinished_sharding),
+    _read_partial_step(path, record["unfinished"], partial_step_sharding),
   )
 
 
-def _read_unfinished(
+def _read_partial_step(
   path: epath.Path,
   saved: dict[str, Any] | None,
   sharding: jax.sharding.Sharding | None,
-) -> Unfinished | None:
+) -> PartialStepData | None:
   if saved is None:
     return None
-  assert sharding is not None, "an unfinished step has to be laid out"
+  assert sharding is not None, "a partial step needs a sharding"
   wanted = {}
   for name, leaf in saved["leaves"].items():
     dtype, _, shape = leaf.removesuffix("]").partition("[")
@@ -258,20 +269,20 @@ def _read_unfinished(
       sizes, jnp.dtype(dtype), sharding=sharding
     )
   arrays = _read_arrays(path / "unfinished", wanted)
-  return Unfinished(saved["updates_done"], arrays, saved["record"])
+  return PartialStepData(saved["updates_done"], arrays, saved["record"])
 
 
 def _read_record(path: epath.Path) -> dict[str, Any]:
-  # The handlers alone: a `Checkpointer` would have the hosts meet after each
-  # item, where one that has failed never comes.
+  # A `Checkpointer` would synchronize the hosts after each item, and hang if
+  # one of them has failed. A bare handler does not.
   return dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
 
 
 def _read_arrays(
   path: epath.Path, abstract: Any, *, is_partial: bool = False
 ) -> Any:
-  """The arrays of `abstract`; of a larger saved tree if `is_partial`."""
-  # Without one Orbax would lay a leaf out as the mesh of the save had it.
+  """Reads the arrays of `abstract`, from a larger tree if `is_partial`."""
+  # Without a sharding Orbax would use the mesh that the checkpoint came from.
   assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
   abstract = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
@@ -284,12 +295,12 @@ def _read_arrays(
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=is_partial,
   )
-  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-    return reader.restore(path, args=args)
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return handler.restore(path, args=args)
 
 
-def leaves(tree: Any) -> dict[str, str]:
-  """Each leaf's dtype and shape by its path: `params/w` is `float32[4,8]`."""
+def describe_leaves(tree: Any) -> dict[str, str]:
+  """Each leaf's dtype and shape by path, as in `params/w`: `float32[4,8]`."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
       f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -301,7 +312,7 @@ def leaves(tree: Any) -> dict[str, str]:
 def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
-  """Raises one error that lists the leaves in which the two trees differ."""
+  """Raises one ValueError that lists all leaves that differ."""
   names = [
     name
     for name in sorted(saved.keys() | wanted.keys())
@@ -328,7 +339,7 @@ def _check_leaves(
   else:
     settings = "model.train_vision, model.lora and optimizer"
   raise ValueError(
-    f"checkpoint {path} holds another state than the one wanted:\n"
+    f"checkpoint {path} does not match the state that the settings make:\n"
     + "\n".join(shown)
     + f"\nSet {settings} to what it was saved with, or start in an empty"
     " workdir."

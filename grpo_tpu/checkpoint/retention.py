@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and which ones may go."""
+"""Decides how good a checkpoint is and which checkpoints may be deleted."""
 
 import dataclasses
 import math
@@ -17,21 +17,21 @@ _NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save, what to keep, and what to do where that fails.
+  """When to save, which checkpoints to keep, and how to treat failures.
 
   Attributes:
-    every_steps: A step that is a multiple of this is saved.
-    every_minutes: So is the first one that ends this long after the last save
-      began; 0 for none.
-    keep: How many of the newest whole checkpoints stay.
-    best_metric: A step that has this metric, such as "eval/accuracy", is saved
-      too, and those with the best of it stay besides; "" for none.
-    best_mode: Whether "max" or "min" of it is best.
-    keep_best: How many of the best stay.
-    max_failures: So many saves in a row that fail end the run.
-    timeout_seconds: How long the hosts wait for each other to write one save.
-    accept_changes: Go on in a workdir that was started with other settings or
-      data, and note in its run.json what changed.
+    every_steps: Save each step that is a multiple of this number.
+    every_minutes: Also save the first step that ends this many minutes after
+      the last save began; 0 for never.
+    keep: How many of the newest whole checkpoints to keep.
+    best_metric: A metric such as "eval/accuracy". Steps that have it are saved
+      too, and the best of them are kept; "" for none.
+    best_mode: "max" if a higher metric is better, "min" if a lower one is.
+    keep_best: How many of the best checkpoints to keep.
+    max_failures: How many failed saves in a row end the run.
+    timeout_seconds: How long the hosts wait for each other in one save.
+    accept_changes: Resume in a workdir that was started with other settings or
+      data, and record the changes in its run.json.
   """
 
   every_steps: int
@@ -69,15 +69,15 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Entry:
-  """A checkpoint by its place in the run; a later place is the greater.
+class CheckpointInfo:
+  """Identifies one checkpoint; a later checkpoint compares greater.
 
   Attributes:
-    step: Steps done.
-    updates: Updates done of the step after them, which was left unfinished; 0
-      between two steps.
-    is_whole: Whether it has a manifest, as it must to be trusted.
-    score: Of the best metric, higher is better; None where it has none.
+    step: Finished steps.
+    updates: Finished updates of the step after them; 0 between two steps.
+    is_whole: False if the manifest is missing or damaged. Only a whole
+      checkpoint can be trusted.
+    score: Value of the best metric, higher is better; None without one.
   """
 
   step: int
@@ -87,19 +87,19 @@ class Entry:
 
   @property
   def name(self) -> str:
-    """Of its folder: `00000012`, or `00000012.1` one update later."""
+    """Name of the folder: `00000012`, or `00000012.1` one update later."""
     return f"{self.step:08}" + (f".{self.updates}" if self.updates else "")
 
   @classmethod
-  def of_name(cls, name: str) -> Self | None:
-    """The entry of a folder's name; None for any other folder."""
+  def from_name(cls, name: str) -> Self | None:
+    """Parses a folder's name; returns None for any other folder."""
     match = _NAME.fullmatch(name)
-    entry = match and cls(int(match[1]), int(match[2] or 0))
-    return entry if entry and entry.name == name else None
+    info = match and cls(int(match[1]), int(match[2] or 0))
+    return info if info and info.name == name else None
 
 
 def score(metrics: Mapping[str, Any], config: CheckpointConfig) -> float | None:
-  """How good a step is, higher is better; None where nothing says so."""
+  """The step's value of the best metric, higher is better; None without one."""
   if config.best_metric not in metrics:
     return None
   value = float(metrics[config.best_metric])
@@ -108,20 +108,22 @@ def score(metrics: Mapping[str, Any], config: CheckpointConfig) -> float | None:
   return value if config.best_mode == "max" else -value
 
 
-def doomed(entries: Sequence[Entry], config: CheckpointConfig) -> list[Entry]:
-  """Those of `entries` that may be deleted.
+def to_delete(
+  checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
+) -> list[CheckpointInfo]:
+  """The checkpoints that may be deleted, in ascending order.
 
-  Never the newest whole one or anything newer, so that there is always one to
-  go on from. An unfinished step is of no use once there is a newer checkpoint.
+  The newest whole checkpoint and everything newer always stay, so that the run
+  can resume. A partial step may go as soon as a newer checkpoint is whole.
   """
-  whole = sorted(entry for entry in entries if entry.is_whole)
+  whole = sorted(info for info in checkpoints if info.is_whole)
   if not whole:
     return []
-  finished = [entry for entry in whole if not entry.updates]
-  scored = [entry for entry in finished if entry.score is not None]
-  # The later one of two that are as good.
-  scored.sort(key=lambda entry: (entry.score, entry))
+  finished = [info for info in whole if not info.updates]
+  scored = [info for info in finished if info.score is not None]
+  # Of two equally good checkpoints the later one stays.
+  scored.sort(key=lambda info: (info.score, info))
   kept = set(finished[-config.keep :])
   if config.best_metric:
     kept |= set(scored[-config.keep_best :])
-  return sorted(e for e in entries if e < whole[-1] and e not in kept)
+  return sorted(x for x in checkpoints if x < whole[-1] and x not in kept)

@@ -38,7 +38,7 @@ class BegunStep:
     """How many."""
     return len(self.skipped)
 
-  def unfinished(self) -> reader.Unfinished:
+  def unfinished(self) -> reader.PartialStepData:
     """As a checkpoint holds it."""
     there = {k: v for k, v in vars(self.bundles).items() if v is not None}
     record: dict[str, Any] = {
@@ -56,10 +56,10 @@ class BegunStep:
       },
     }
     arrays = {name: array for name, array in there.items() if array.size}
-    return reader.Unfinished(self.updates_done, arrays, record)
+    return reader.PartialStepData(self.updates_done, arrays, record)
 
   @classmethod
-  def of(cls, unfinished: reader.Unfinished, place: Sharding) -> Self:
+  def of(cls, unfinished: reader.PartialStepData, place: Sharding) -> Self:
     """As it was when a checkpoint took it over."""
     record = unfinished.record
     empty = {

@@ -204,7 +204,7 @@ class _Loop:
       scalars = begun.scalars | self._evaluated(state, step)
     except preemption.Preempted:
       unfinished = begun.unfinished() if begun else None
-      self._save(step - 1, state, unfinished=unfinished, force=True)
+      self._save(step - 1, state, partial_step=unfinished, force=True)
       with self._clock.phase("checkpoint"):
         self._checkpoints.wait()
       raise
@@ -367,11 +367,11 @@ class _Run:
     """
     place = sharding.batch_sharding(self.policy.mesh)
     restored = checkpoints.restore(
-      self.policy.abstract_state(), unfinished_sharding=place
+      self.policy.abstract_state(), partial_step_sharding=place
     )
     if restored:
       self._check_data(restored.meta)
-      unfinished = restored.unfinished
+      unfinished = restored.partial_step
       begun = unfinished and partial_step.BegunStep.of(unfinished, place)
       return restored.state, restored.step, begun
     abstract = self.policy.abstract_state()

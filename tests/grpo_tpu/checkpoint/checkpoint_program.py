@@ -85,11 +85,11 @@ def relay(mesh, folder, step):
     name: jax.make_array_from_callback(x.shape, by_rows, lambda i, x=x: x[i])
     for name, x in rows(step).items()
   }
-  unfinished = reader.Unfinished(1, arrays, {"half": step + 0.5})
+  unfinished = reader.PartialStepData(1, arrays, {"half": step + 0.5})
   with checkpointing.opened(folder) as checkpoints:
     checkpoints.save(step, state_of(mesh, step), {"is": step})
     checkpoints.save(
-      step, state_of(mesh, 100 + step), {"is": step}, unfinished=unfinished
+      step, state_of(mesh, 100 + step), {"is": step}, partial_step=unfinished
     )
   return result
 
@@ -106,7 +106,7 @@ def restored(mesh, folder):
   with checkpointing.opened(folder) as checkpoints:
     try:
       found = checkpoints.restore(
-        state_of(mesh, 0), unfinished_sharding=by_rows
+        state_of(mesh, 0), partial_step_sharding=by_rows
       )
     except checkpointer.CheckpointError as error:
       return {"error": str(error)}
@@ -118,15 +118,15 @@ def restored(mesh, folder):
     "meta": found.meta,
     "digest": seen(found.state),
   }
-  if found.unfinished is not None:
+  if found.partial_step is not None:
     arrays = jax.tree.map(
       lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)),
-      found.unfinished.arrays,
+      found.partial_step.arrays,
     )
     result["unfinished"] = [
-      found.unfinished.updates_done,
+      found.partial_step.updates_done,
       digest(arrays),
-      found.unfinished.record,
+      found.partial_step.record,
     ]
   return result
 

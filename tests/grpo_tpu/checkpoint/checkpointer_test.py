@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu.checkpoint import checkpointer, reader
+from grpo_tpu.checkpoint import checkpointer, finite, reader
 from grpo_tpu.observability import registry
 from tests.grpo_tpu.checkpoint import checkpointing
 
@@ -87,7 +87,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
   assert restored is not None
   assert_trees_equal(restored.state, state)
   assert (restored.step, restored.meta) == (1, META)
-  assert restored.unfinished is None
+  assert restored.partial_step is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (8, 1)])
@@ -254,7 +254,7 @@ def unfinished(updates_done, *, seed=0, mesh=None):
   if mesh is not None:
     arrays = jax.device_put(arrays, by_rows(mesh))
   record = {"scalars": {"rollout/reward": 0.1 + seed}, "num_batches": 1}
-  return reader.Unfinished(updates_done, arrays, record)
+  return reader.PartialStepData(updates_done, arrays, record)
 
 
 def by_rows(mesh):
@@ -263,10 +263,10 @@ def by_rows(mesh):
 
 def assert_unfinished(restored, step, wanted):
   assert restored is not None and restored.step == step
-  assert restored.unfinished is not None
-  assert restored.unfinished.updates_done == wanted.updates_done
-  assert restored.unfinished.record == wanted.record
-  assert_trees_equal(restored.unfinished.arrays, wanted.arrays)
+  assert restored.partial_step is not None
+  assert restored.partial_step.updates_done == wanted.updates_done
+  assert restored.partial_step.record == wanted.record
+  assert_trees_equal(restored.partial_step.arrays, wanted.arrays)
 
 
 def test_a_step_left_between_two_updates_comes_back_whole(tmp_path):
@@ -275,15 +275,15 @@ def test_a_step_left_between_two_updates_comes_back_whole(tmp_path):
   begun = unfinished(1, seed=3, mesh=mesh)
   with checkpointing.opened(tmp_path, every_steps=5) as checkpoints:
     assert checkpoints.save(5, make_state(mesh, seed=5), META)
-    assert checkpoints.save(5, make_state(mesh, seed=6), {}, unfinished=begun)
+    assert checkpoints.save(5, make_state(mesh, seed=6), {}, partial_step=begun)
     # It was saved already.
-    assert not checkpoints.save(5, make_state(mesh), {}, unfinished=begun)
+    assert not checkpoints.save(5, make_state(mesh), {}, partial_step=begun)
   assert names(tmp_path) == ["00000005", "00000005.1"]
   other = jax.make_mesh((2, 4), ("fsdp", "tensor"))
   for wanted in (mesh, other):
     with checkpointing.opened(tmp_path) as checkpoints:
       restored = checkpoints.restore(
-        make_state(wanted), unfinished_sharding=by_rows(wanted)
+        make_state(wanted), partial_step_sharding=by_rows(wanted)
       )
     begun = unfinished(1, seed=3, mesh=wanted)
     assert_unfinished(restored, 5, begun)
@@ -298,17 +298,17 @@ def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
     checkpoints.save(0, make_state(), {})
     for updates in (1, 2):
       assert checkpoints.save(
-        7, make_state(seed=updates), {}, unfinished=unfinished(updates)
+        7, make_state(seed=updates), {}, partial_step=unfinished(updates)
       )
-    restored = checkpoints.restore(make_state(), unfinished_sharding=place)
-    assert restored is not None and restored.unfinished is not None
-    assert (restored.step, restored.unfinished.updates_done) == (7, 2)
+    restored = checkpoints.restore(make_state(), partial_step_sharding=place)
+    assert restored is not None and restored.partial_step is not None
+    assert (restored.step, restored.partial_step.updates_done) == (7, 2)
     with pytest.raises(ValueError, match="step 7 is older"):
-      checkpoints.save(7, make_state(), {}, unfinished=unfinished(1))
+      checkpoints.save(7, make_state(), {}, partial_step=unfinished(1))
     assert checkpoints.save(8, make_state(seed=8), {}, force=True)
     restored = checkpoints.restore(make_state())
   assert restored is not None
-  assert restored.step == 8 and restored.unfinished is None
+  assert restored.step == 8 and restored.partial_step is None
   assert names(tmp_path) == ["00000000", "00000008"]
   assert reader.steps(tmp_path) == [0, 8]
   assert reader.best_path(tmp_path) is None  # Nothing was scored.
@@ -370,15 +370,13 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_lies():
     values = np.linspace(-3, 3, 8 * 64).reshape(8, 64).astype(dtype)
     good = jax.device_put(values, place)
     other = jax.device_put(values[0], NamedSharding(mesh, PartitionSpec()))
-    assert checkpointer._is_finite([other, good])
+    assert finite.is_finite([other, good])
     for at in ((0, 0), (3, 17), (4, 63), (7, 63)):
       for value in (float("nan"), float("inf"), -float("inf")):
         bad = values.copy()
         bad[at] = value
-        assert not checkpointer._is_finite([other, jax.device_put(bad, place)])
-  assert checkpointer._is_finite(
-    {"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)}
-  )
+        assert not finite.is_finite([other, jax.device_put(bad, place)])
+  assert finite.is_finite({"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -23,8 +23,8 @@ def holder(tmp_path):
   program = """
     import sys, time
     from etils import epath
-    from grpo_tpu import lockfile
-    lock = lockfile.Lock(epath.Path(sys.argv[1]))
+    from grpo_tpu.checkpoint import directory_lock
+    lock = directory_lock.DirectoryLock(epath.Path(sys.argv[1]))
     lock.acquire()
     print("held", flush=True)
     time.sleep(120)
@@ -72,6 +72,6 @@ def test_a_run_that_was_left_may_be_gone_on_with(tmp_path):
 
 
 def test_an_object_store_has_no_lock():
-  lock = directory_lock.Lock(epath.Path("gs://bucket/checkpoints"))
+  lock = directory_lock.DirectoryLock(epath.Path("gs://bucket/checkpoints"))
   lock.acquire()
   lock.release()

@@ -61,8 +61,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path, moment):
   program = """
     import os, signal, sys
     import jax.numpy as jnp
-    from grpo_tpu import manifest
-    from tests.grpo_tpu import checkpointing
+    from grpo_tpu.checkpoint import manifest
+    from tests.grpo_tpu.checkpoint import checkpointing
 
     def kill(*_):
       os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +103,9 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
 ):
   folder = mounted("-t", "tmpfs", "-o", "size=3m", "tmpfs")
   filler = folder / "filler"
-  with pytest.raises(ERROR, match="space left.*newest good one in .*00000001"):
+  with pytest.raises(
+    ERROR, match="space left.*newest good checkpoint in .*00000001"
+  ):
     with checkpointing.opened(folder, max_failures=3) as checkpoints:
       saved_until_failure(checkpoints, large(1), [1])
       filler.write_bytes(bytes(2_650_000))

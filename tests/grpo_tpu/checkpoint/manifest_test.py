@@ -21,7 +21,7 @@ def folder(tmp_path):
 
 
 def test_what_nobody_touched_is_whole(folder):
-  assert manifest.damage(folder) == ""
+  assert manifest.find_damage(folder) == ""
   assert manifest.read(folder) == {"score": 0.5}
 
 
@@ -29,7 +29,7 @@ def test_its_checksums_are_crc32c(folder):
   """The check value of the polynomial, from the catalogue of CRCs."""
   (folder / "meta").write_bytes(b"123456789")
   manifest.write(folder, {})
-  body = json.loads(manifest.path_of(folder).read_text())["body"]
+  body = json.loads(manifest.path_for(folder).read_text())["body"]
   assert body["files"]["meta"] == {"bytes": 9, "crc32c": "e3069283"}
 
 
@@ -41,9 +41,11 @@ def test_any_flipped_bit_is_seen(folder):
       damaged = bytearray(whole)
       damaged[place] ^= 1 << bit
       path.write_bytes(damaged)
-      assert manifest.damage(folder).startswith("wrong checksum: state/d/0 ")
+      assert manifest.find_damage(folder).startswith(
+        "wrong checksum: state/d/0 "
+      )
   path.write_bytes(whole)
-  assert manifest.damage(folder) == ""
+  assert manifest.find_damage(folder) == ""
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,11 @@ def test_any_flipped_bit_is_seen(folder):
 )
 def test_every_other_change_of_its_files_is_seen(folder, change, damage):
   change(folder / "state" / "d" / "0")
-  assert manifest.damage(folder).startswith(damage)
+  assert manifest.find_damage(folder).startswith(damage)
 
 
 def test_a_manifest_is_held_to_its_own_checksum(folder):
-  path = manifest.path_of(folder)
+  path = manifest.path_for(folder)
   whole = path.read_text()
   for old, new in (
     ('"score": 0.5', '"score": 0.6'),
@@ -75,25 +77,25 @@ def test_a_manifest_is_held_to_its_own_checksum(folder):
   ):
     assert old in whole
     path.write_text(whole.replace(old, new))
-    assert manifest.damage(folder).startswith("damaged manifest: ")
+    assert manifest.find_damage(folder).startswith("damaged manifest: ")
     with pytest.raises(manifest.Damaged):
       manifest.read(folder)
   path.write_bytes(b"\xff\xfe" + whole.encode())
-  assert manifest.damage(folder).startswith("damaged manifest: ")
+  assert manifest.find_damage(folder).startswith("damaged manifest: ")
 
 
 def test_a_folder_without_its_own_manifest_is_not_trusted(folder):
-  path = manifest.path_of(folder)
+  path = manifest.path_for(folder)
   other = folder.with_name("00000008")
   folder.rename(other)
-  assert manifest.damage(other).startswith("no manifest: 00000008.")
-  path.rename(manifest.path_of(other))
-  assert manifest.damage(other).startswith("foreign manifest: ")
+  assert manifest.find_damage(other).startswith("no manifest: 00000008.")
+  path.rename(manifest.path_for(other))
+  assert manifest.find_damage(other).startswith("foreign manifest: ")
 
 
 def test_a_folder_that_went_is_missed(folder):
   folder.rmtree()
-  assert manifest.damage(folder).startswith("missing file: ")
+  assert manifest.find_damage(folder).startswith("missing file: ")
 
 
 def test_shares_cover_every_file_once(folder):
@@ -104,7 +106,7 @@ def test_shares_cover_every_file_once(folder):
     path.write_bytes(whole + b"x")
     for parts in (1, 2, 3, 5):
       found = [
-        manifest.damage(folder, part=i, parts=parts) for i in range(parts)
+        manifest.find_damage(folder, part=i, parts=parts) for i in range(parts)
       ]
       assert len([each for each in found if each]) == 1
     path.write_bytes(whole)
@@ -112,17 +114,17 @@ def test_shares_cover_every_file_once(folder):
 
 def test_a_part_of_the_folder_can_be_looked_at_alone(folder):
   (folder / "meta").write_text("[]")
-  assert manifest.damage(folder, under="state/") == ""
-  assert manifest.damage(folder, under="meta").startswith("wrong checksum")
+  assert manifest.find_damage(folder, under="state/") == ""
+  assert manifest.find_damage(folder, under="meta").startswith("wrong checksum")
 
 
 def test_a_file_of_several_chunks_is_read_to_its_end(folder, monkeypatch):
   monkeypatch.setattr(manifest, "_CHUNK_BYTES", 100)
-  assert manifest.damage(folder) == ""
+  assert manifest.find_damage(folder) == ""
 
 
 def test_a_kill_while_it_is_written_leaves_none(folder, monkeypatch):
-  manifest.path_of(folder).unlink()
+  manifest.path_for(folder).unlink()
 
   def killed(*_):
     raise KeyboardInterrupt
@@ -130,4 +132,4 @@ def test_a_kill_while_it_is_written_leaves_none(folder, monkeypatch):
   monkeypatch.setattr(os, "replace", killed)
   with pytest.raises(KeyboardInterrupt):
     manifest.write(folder, {})
-  assert manifest.damage(folder).startswith("no manifest: ")
+  assert manifest.find_damage(folder).startswith("no manifest: ")

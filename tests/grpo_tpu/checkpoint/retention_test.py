@@ -7,33 +7,35 @@ import random
 import pytest
 
 from grpo_tpu.checkpoint import retention
-from grpo_tpu.checkpoint.retention import Entry
+from grpo_tpu.checkpoint.retention import CheckpointInfo
 from tests.grpo_tpu.checkpoint import checkpointing
 
 
 def kept(entries, **settings):
   config = checkpointing.config(**settings)
-  doomed = retention.doomed(entries, config)
+  doomed = retention.to_delete(entries, config)
   assert doomed == sorted(doomed)
   return [entry.name for entry in entries if entry not in doomed]
 
 
 def scored(*scores):
-  return [Entry(step, score=score) for step, score in enumerate(scores, 1)]
+  return [
+    CheckpointInfo(step, score=score) for step, score in enumerate(scores, 1)
+  ]
 
 
 @pytest.mark.parametrize(
   ("entry", "name"),
   [
-    (Entry(0), "00000000"),
-    (Entry(12), "00000012"),
-    (Entry(12, 3), "00000012.3"),
-    (Entry(1_234_567_890), "1234567890"),
+    (CheckpointInfo(0), "00000000"),
+    (CheckpointInfo(12), "00000012"),
+    (CheckpointInfo(12, 3), "00000012.3"),
+    (CheckpointInfo(1_234_567_890), "1234567890"),
   ],
 )
 def test_a_name_says_where_in_the_run_a_checkpoint_is(entry, name):
   assert entry.name == name
-  assert Entry.of_name(name) == entry
+  assert CheckpointInfo.from_name(name) == entry
 
 
 @pytest.mark.parametrize(
@@ -45,11 +47,17 @@ def test_a_name_says_where_in_the_run_a_checkpoint_is(entry, name):
   ],
 )
 def test_nothing_else_is_taken_for_a_checkpoint(name):
-  assert Entry.of_name(name) is None
+  assert CheckpointInfo.from_name(name) is None
 
 
 def test_updates_count_after_steps():
-  order = [Entry(1), Entry(1, 1), Entry(1, 10), Entry(2), Entry(10)]
+  order = [
+    CheckpointInfo(1),
+    CheckpointInfo(1, 1),
+    CheckpointInfo(1, 10),
+    CheckpointInfo(2),
+    CheckpointInfo(10),
+  ]
   assert sorted(reversed(order)) == order
 
 
@@ -79,7 +87,9 @@ def test_the_best_stay_beside_the_newest(mode, keep_best, best):
   config = checkpointing.config(**settings)
   values = (0.2, 0.9, 0.1, 0.5, float("nan"))
   entries = [
-    Entry(step, score=retention.score({"eval/accuracy": value}, config))
+    CheckpointInfo(
+      step, score=retention.score({"eval/accuracy": value}, config)
+    )
     for step, value in enumerate(values, 1)
   ]
   assert kept(entries, **settings) == [*best, "00000005"]
@@ -97,19 +107,34 @@ def test_scores_that_no_setting_asks_for_keep_nothing():
 
 def test_what_is_not_whole_counts_for_nothing():
   """One without a manifest does not push a good one off the disk."""
-  entries = [Entry(1), Entry(2), Entry(3, is_whole=False)]
+  entries = [
+    CheckpointInfo(1),
+    CheckpointInfo(2),
+    CheckpointInfo(3, is_whole=False),
+  ]
   assert kept(entries, keep=2) == ["00000001", "00000002", "00000003"]
-  entries = [Entry(1), Entry(2, is_whole=False), Entry(3)]
+  entries = [
+    CheckpointInfo(1),
+    CheckpointInfo(2, is_whole=False),
+    CheckpointInfo(3),
+  ]
   assert kept(entries, keep=2) == ["00000001", "00000003"]
-  assert kept([Entry(1, is_whole=False)], keep=1) == ["00000001"]
+  assert kept([CheckpointInfo(1, is_whole=False)], keep=1) == ["00000001"]
 
 
 def test_an_unfinished_step_goes_once_there_is_a_newer_checkpoint():
-  assert kept([Entry(1), Entry(1, 1)], keep=1) == ["00000001", "00000001.1"]
-  assert kept([Entry(1), Entry(1, 1), Entry(1, 2)], keep=1) == [
+  assert kept([CheckpointInfo(1), CheckpointInfo(1, 1)], keep=1) == [
+    "00000001",
+    "00000001.1",
+  ]
+  assert kept(
+    [CheckpointInfo(1), CheckpointInfo(1, 1), CheckpointInfo(1, 2)], keep=1
+  ) == [
     *("00000001", "00000001.2"),
   ]
-  assert kept([Entry(1), Entry(1, 1), Entry(2)], keep=5) == [
+  assert kept(
+    [CheckpointInfo(1), CheckpointInfo(1, 1), CheckpointInfo(2)], keep=5
+  ) == [
     *("00000001", "00000002"),
   ]
 
@@ -119,7 +144,7 @@ def test_whatever_there_is_the_newest_whole_one_stays():
   for length, keep, _ in itertools.product(range(1, 8), (1, 2, 9), range(20)):
     entries = sorted(
       {
-        Entry(
+        CheckpointInfo(
           draw.randrange(6),
           draw.choice((0, 0, 1, 2)),
           is_whole=draw.random() < 0.7,

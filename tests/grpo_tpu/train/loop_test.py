@@ -79,10 +79,10 @@ class Checkpoints:
     self.newest = None
     self.is_on_disk = False
 
-  def save(self, step, state, meta, *, metrics=None, unfinished=None, force):
+  def save(self, step, state, meta, *, metrics=None, partial_step=None, force):
     assert meta == Run.checkpoint_meta
     if force:
-      self.newest = (step, state, unfinished)
+      self.newest = (step, state, partial_step)
       self.is_on_disk = False
 
   def wait(self):
