@@ -115,7 +115,7 @@ def go_on(run, done, checkpoints, *, on_poll=lambda: None):
     progress=lambda num_steps: None,
   )
   watch = types.SimpleNamespace(
-    mark=on_poll, started=lambda: done.append("started")
+    mark=on_poll, end_startup=lambda: done.append("started")
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
   ending = exit_report.ExitReport()
