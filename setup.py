@@ -25,6 +25,7 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=["data_pipelines*", "grpo_tpu*"],
   ),
+  package_data={"grpo_tpu.observability": ["metrics.toml"]},
   install_requires=[
     "absl-py",
     "array_record",

@@ -3,7 +3,7 @@
 A `Writer` puts a step's scalars into `metrics.jsonl` (every digit, one line a
 step) and into TensorBoard's event files, with the dashboard to see them on, and
 sample completions beside them. It knows nothing of how a number comes about;
-`metric_table.METRICS` has their names.
+`metrics.toml` declares their names.
 
 A line of `metrics.jsonl` is `{"step": 7, "train/loss": -0.1, ...}`, the names
 in the order of that table; a number that is not finite is `null`, since JSON
@@ -136,7 +136,7 @@ class Writer:
 
     Args:
       step: Greater than every step before.
-      scalars: By the names of `metric_table`. Device arrays are fetched.
+      scalars: Values by metric name. Device arrays are fetched.
 
     Raises:
       ValueError: A name that is not in the table, a value that is not one
@@ -271,7 +271,7 @@ def progress_line(
   Args:
     step: The one just done.
     num_steps: How many there are.
-    scalars: Of this step, by the names of `metric_table`.
+    scalars: Values of this step by metric name.
     eta_seconds: Until the last step is done; None while unknown.
   """
   parts = [f"step {step}/{num_steps}"]

@@ -132,11 +132,9 @@ class _Loop:
     self._poll = preemption.Poll(on_poll=watch.mark)
     self._skipped_in_a_row = 0
     self._compilations = compile_cache.CompileCounter()
-    # Labelled completions are far from the policy as soon as it learns from
-    # them.
-    is_preference = self._config.data.kind == "preference"
+    # The policy did not sample the completions of preference data.
     self._alarms = alarms.Alarms(
-      ignored=alarms.OFF_POLICY if is_preference else ()
+      own_samples=self._config.data.kind != "preference"
     )
 
   def begin(self, state: train_state.TrainState) -> None:

@@ -149,7 +149,7 @@ def test_tensorboard_serves_the_layout_and_the_curves_of_each_chart(
   plugin = "data/plugin/custom_scalars"
   layout = asked(tensorboard, f"{plugin}/layout")
   titles = [category["title"] for category in layout["category"]]
-  assert titles == list(dashboard.SECTIONS)
+  assert titles == list(dashboard.sections())
   shown = set()
   for category in layout["category"]:
     for chart in category["chart"]:
@@ -206,7 +206,7 @@ def page(tmp_path_factory):
 
 def test_a_browser_shows_the_charts_of_the_layout(tensorboard, page, unbroken):
   page.open(f"{tensorboard}#custom_scalars", width=1280, height=900)
-  count = sum(map(len, dashboard.SECTIONS.values()))
+  count = sum(map(len, dashboard.sections().values()))
   cards = "tf-custom-scalar-multi-line-chart-card"
   page.wait_for(script(f"return all('{cards}').length == {count}"))
   headings = page.value(
@@ -215,7 +215,7 @@ def test_a_browser_shows_the_charts_of_the_layout(tensorboard, page, unbroken):
       ".textContent)"
     )
   )
-  for title, text in zip(dashboard.SECTIONS, headings, strict=True):
+  for title, text in zip(dashboard.sections(), headings, strict=True):
     assert title in text
   # Below each chart stand the curves that are on it.
   curves = "return all('.match-list-entry').map(x => x.innerText.trim())"

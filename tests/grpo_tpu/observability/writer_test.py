@@ -150,9 +150,9 @@ def test_an_undeclared_name_is_refused_on_every_host(tmp_path, name, is_writer):
       writer.write(1, {"train/kl": 0.0, name: 1.0})
 
 
-def test_a_misspelt_name_is_told_the_right_one(tmp_path):
+def test_a_misspelt_name_gets_a_suggestion(tmp_path):
   with open_writer(tmp_path) as writer:
-    with pytest.raises(ValueError, match="or write 'train/loss'"):
+    with pytest.raises(ValueError, match="mean 'train/loss'"):
       writer.write(1, {"train/los": 1.0})
 
 
