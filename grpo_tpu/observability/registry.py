@@ -145,8 +145,8 @@ Each `train/` and `rollout/` metric covers one step. Only `perf/` and
 alarm: the log warns when the value crosses the limit in the advice. For several
 curves together, see [reading the curves](reading-the-curves.md).
 
-`python -m grpo_tpu.observability.registry > docs/metrics.md` generates this page
-from `grpo_tpu/observability/metrics.toml`; a test compares both.
+This page comes from `grpo_tpu/observability/metrics.toml`, by the command
+`python -m grpo_tpu.observability.registry > docs/metrics.md`.
 """
 
 if __name__ == "__main__":
