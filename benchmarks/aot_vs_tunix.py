@@ -26,7 +26,9 @@ import types
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from grpo_tpu.models.network import ForwardConfig  # noqa: E402
 from grpo_tpu.planning import aot  # noqa: E402
+from grpo_tpu.rl.train_batch import TrainBatch  # noqa: E402
 
 _VOCABULARY = 262_144
 _LEARNING_RATE = 1e-6
@@ -181,7 +183,7 @@ def _ours(arguments) -> None:
   step = jax.ShapeDtypeStruct((), jnp.int32)
   opt_state = jax.eval_shape(tx.init, trained)
   state = placed(train_state.TrainState(step, step, trained, opt_state))
-  model = train_step.Model(
+  model = ForwardConfig(
     config=config,
     dtype=bf16,
     remat="full",
@@ -203,7 +205,7 @@ def _ours(arguments) -> None:
     place = sharding.batch_sharding(mesh)
     return jax.ShapeDtypeStruct((u, *shape), dtype, sharding=place)
 
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     prompt_ids=array(jnp.int32, arguments.prompt_tokens),
     prompt_length=array(jnp.int32),
     images=array(jnp.uint8, 0, 1, 1, 3),

@@ -18,7 +18,14 @@ from data_pipelines import pipeline, records  # noqa: E402
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
-from grpo_tpu.rl import experience, optimizer, policy, train_state, train_step
+from grpo_tpu.rl import (
+  experience,
+  optimizer,
+  policy,
+  score,
+  train_state,
+  train_step,
+)
 
 
 class Words:
@@ -121,7 +128,9 @@ def main() -> None:
       num_microbatches=config.num_microbatches,
     )
     sample = runner.timed("rollout", experience.online, _bundles_ready)
-    score = runner.timed("reference", train_step.score, jax.block_until_ready)
+    score_reference = runner.timed(
+      "reference", score.score_batch, jax.block_until_ready
+    )
     update = runner.timed("update", update, jax.block_until_ready)
     key = jax.random.key(config.seed)
     batches = workload.repeated(
@@ -137,7 +146,7 @@ def main() -> None:
         position=runner.steps,
         num_samples=0,
       )
-      frozen, _ = score(
+      frozen, _ = score_reference(
         actor.model,
         reference,
         seen.bundles,

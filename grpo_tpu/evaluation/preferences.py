@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import pipeline
 from grpo_tpu.observability import writer
-from grpo_tpu.rl import experience, objective, train_step
+from grpo_tpu.rl import experience, objective, score
 from grpo_tpu.rl import policy as policies
 
 # Edges between the margins, of the one reward above the other, by which pairs
@@ -43,7 +43,7 @@ def evaluate(
   for batch in batches:
     groups, preferred, _ = experience.preferences(policy, params, batch)
     logps, frozen = (
-      train_step.score(policy.model, x, groups.bundles, num_microbatches=1)[0]
+      score.score_batch(policy.model, x, groups.bundles, num_microbatches=1)[0]
       for x in (params, reference)
     )
     sums = _sums(

@@ -21,7 +21,8 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.rl import policy as policies
-from grpo_tpu.rl import train_step
+from grpo_tpu.rl import score
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import compaction, engine
 
 # What lies on the devices from step to step, whatever runs.
@@ -396,7 +397,7 @@ class _Made:
       params, part = policy.abstract_reference(on_device=True), "reference"
     return Program(
       name=name,
-      function=train_step.score,
+      function=score.score_batch,
       args=(policy.model, params, bundles),
       kwargs={"num_microbatches": num_microbatches},
       parts={part: params, "batch": bundles},
@@ -451,7 +452,7 @@ class _Made:
     length = self._array(jnp.int32, rows=rows)
     return ids, length, self._array(dtype, *image, rows=rows)
 
-  def _bundles(self, prompts: int) -> train_step.Bundles:
+  def _bundles(self, prompts: int) -> TrainBatch:
     config, kind = self._config, self._config.data.kind
     width, new = self._completions, config.rollout.max_new_tokens
     ids, length, images = self._prompts(
@@ -465,7 +466,7 @@ class _Made:
     is_old = kind == "preference" or config.train.num_iterations > 1
     share = config.shaping.top_entropy_share
     is_narrowed = share < 1 and kind != "demonstrations"
-    return train_step.Bundles(
+    return TrainBatch(
       prompt_ids=ids,
       prompt_length=length,
       images=images,

@@ -24,8 +24,9 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rl import diagnostics, objective, shaping, train_step
+from grpo_tpu.rl import diagnostics, objective, shaping
 from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import generate
 
 
@@ -40,7 +41,7 @@ class Experience:
     num_batches: How many batches of prompts it took.
   """
 
-  bundles: train_step.Bundles
+  bundles: TrainBatch
   scalars: dict[str, writer.Scalar]
   samples: list[writer.Sample]
   num_batches: int
@@ -59,7 +60,7 @@ class _Groups(flax.struct.PyTreeNode):
     valid: Which rows count: well-formed, and paid without error.
   """
 
-  bundles: train_step.Bundles
+  bundles: TrainBatch
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]
 
@@ -255,7 +256,7 @@ def _penalised(rewards, mask, valid, *, max_length, soft_tokens):
 
 def _with_advantages(
   policy: policies.Policy, groups: _Groups
-) -> tuple[train_step.Bundles, dict[str, writer.Scalar]]:
+) -> tuple[TrainBatch, dict[str, writer.Scalar]]:
   config = policy.config
   changes, scalars = _advantages(
     groups.rewards["total"],
@@ -300,7 +301,7 @@ def offline(
 
 def given(
   policy: policies.Policy, params: dict, batch: pipeline.Batch
-) -> train_step.Bundles:
+) -> TrainBatch:
   """The prompts of a batch with the completions that came with them."""
   assert batch.completion_ids is not None and batch.completion_mask is not None
   mask = batch.completion_mask & batch.valid[:, None, None]
@@ -481,14 +482,14 @@ def _by_group(
   return rewards, scores.valid.reshape(shape) & batch.valid[:, None]
 
 
-def _bundles(policy, batch, ids, mask, images=None) -> train_step.Bundles:
+def _bundles(policy, batch, ids, mask, images=None) -> TrainBatch:
   """Bundles with the pictures' pixels, if nothing is given in their place."""
   prompt_ids, prompt_length = sharding.device_put_batch(
     policy.mesh, (batch.prompt_ids, batch.prompt_length)
   )
   if images is None:
     images = sharding.device_put_batch(policy.mesh, batch.images)
-  return train_step.Bundles(
+  return TrainBatch(
     prompt_ids=prompt_ids,
     prompt_length=prompt_length,
     images=images,

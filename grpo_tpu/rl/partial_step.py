@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.observability import writer
-from grpo_tpu.rl import train_step
+from grpo_tpu.rl.train_batch import TrainBatch
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class BegunStep:
       was.
   """
 
-  bundles: train_step.Bundles
+  bundles: TrainBatch
   num_batches: int
   scalars: writer.Scalars
   skipped: list[float]
@@ -67,16 +67,14 @@ class BegunStep:
       for name, (shape, dtype) in record["empty"].items()
     }
     return cls(
-      bundles=train_step.Bundles(**unfinished.arrays, **empty),
+      bundles=TrainBatch(**unfinished.arrays, **empty),
       num_batches=record["num_batches"],
       scalars=record["scalars"],
       skipped=record["skipped"],
     )
 
 
-def laid_out(
-  bundles: train_step.Bundles, place: Sharding
-) -> train_step.Bundles:
+def laid_out(bundles: TrainBatch, place: Sharding) -> TrainBatch:
   """The same bundles, each array in this place.
 
   An update compiles for the places of its arguments. So these must not depend

@@ -24,6 +24,7 @@ from grpo_tpu.config import sections
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
+from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl import optimizer, train_state, train_step
 from grpo_tpu.rollout import engine, generate
 
@@ -57,9 +58,9 @@ class Policy:
   tokenizer: tokens.Tokenizer
 
   @property
-  def model(self) -> train_step.Model:
+  def model(self) -> ForwardConfig:
     """How the network is run in training and scoring."""
-    return train_step.Model(
+    return ForwardConfig(
       config=self.config.model_config,
       dtype=jnp.dtype(self.config.model.compute_dtype),
       remat=self.config.model.remat,

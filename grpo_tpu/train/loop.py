@@ -37,11 +37,12 @@ from grpo_tpu.rl import experience as experiences
 from grpo_tpu.rl import (
   optimizer,
   partial_step,
+  score,
   shaping,
   train_state,
-  train_step,
 )
 from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl.train_batch import TrainBatch
 
 
 def train(
@@ -309,7 +310,7 @@ class _Run:
     model, num_microbatches = self.policy.model, config.num_microbatches
     self._scoring = compile_cache.AotJit(
       jax.jit(
-        lambda params, bundles: train_step.score(
+        lambda params, bundles: score.score_batch(
           model, params, bundles, num_microbatches=num_microbatches
         )
       )
@@ -434,7 +435,7 @@ class _Run:
     self,
     program: compile_cache.AotJit,
     first: Any,
-    bundles: train_step.Bundles,
+    bundles: TrainBatch,
     *rest: Any,
   ) -> None:
     """Compiles what runs on bundles like these, for all shapes to come."""
@@ -491,8 +492,8 @@ class _Run:
     return state
 
   def compared(
-    self, state: train_state.TrainState, bundles: train_step.Bundles
-  ) -> train_step.Bundles:
+    self, state: train_state.TrainState, bundles: TrainBatch
+  ) -> TrainBatch:
     """Bundles with what other policies, or this one now, say of them."""
     kind, share = self.config.data.kind, self.config.shaping.top_entropy_share
     if self._reference is not None:
@@ -519,7 +520,7 @@ class _Run:
     )
 
   def _score(
-    self, params: dict, bundles: train_step.Bundles
+    self, params: dict, bundles: TrainBatch
   ) -> tuple[jax.Array, jax.Array]:
     scored = self._scoring(params, bundles)
     self._prepare(self._scoring, params, bundles)

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, weights
+from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl import objective, train_state, train_step
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -59,7 +61,7 @@ def step_of(tiny, place_params, place_batch, mesh=None):
     ]
   )
   update = train_step.make_train_step(
-    train_step.Model(
+    ForwardConfig(
       config=tiny.config,
       dtype=jnp.float32,
       remat="full",
@@ -71,7 +73,7 @@ def step_of(tiny, place_params, place_batch, mesh=None):
     config=objective.PRESETS["dapo"],
     num_microbatches=1,
   )
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     *prompts,
     completion_ids=completions.ids,
     completion_mask=completions.mask,

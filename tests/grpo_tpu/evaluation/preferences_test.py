@@ -8,7 +8,7 @@ from data_pipelines import pipeline
 from data_pipelines.preferences import replies as preferences
 from grpo_tpu.evaluation import preferences as evaluate_preferences
 from grpo_tpu.observability import writer as metrics
-from grpo_tpu.rl import train_step
+from grpo_tpu.rl import score
 from tests.grpo_tpu import scripted
 
 # Problems 0 to 4 with three labelled completions each, one of them two.
@@ -36,11 +36,11 @@ def tokenizer(tmp_path_factory):
 def evaluated(tokenizer, monkeypatch):
   """Accuracies where each policy's log-probability of an id is known."""
 
-  def score(model, params, bundles, *, num_microbatches):
+  def score_batch(model, params, bundles, *, num_microbatches):
     del model, num_microbatches
     return params[bundles.completion_ids], None
 
-  monkeypatch.setattr(train_step, "score", score)
+  monkeypatch.setattr(score, "score_batch", score_batch)
 
   def scalars(params, reference, *, batch_size=5, rewards="labels"):
     policy = scripted.make_policy(tokenizer, {}, kind="preference")

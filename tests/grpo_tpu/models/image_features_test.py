@@ -7,7 +7,9 @@ import pytest
 
 from grpo_tpu.models import image_features
 from grpo_tpu.models.gemma3 import vision
-from grpo_tpu.rl import train_step
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl import score
+from grpo_tpu.rl.train_batch import TrainBatch
 from tests.grpo_tpu import conftest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -64,7 +66,7 @@ def test_a_cache_of_so_many_bytes_keeps_those_used_last(tiny, images):
 def test_training_reads_features_as_it_reads_pixels(tiny):
   prompts = tiny.prompts(4)
   ids = np.random.default_rng(0).integers(110, 130, (4, 2, 5))
-  model = train_step.Model(
+  model = ForwardConfig(
     config=tiny.config,
     dtype=jnp.dtype(jnp.float32),
     remat="none",
@@ -72,14 +74,14 @@ def test_training_reads_features_as_it_reads_pixels(tiny):
     chunk_size=16,
     train_vision=False,
   )
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     *prompts, jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool)
   )
   features = made(tiny, conftest.mesh_of()).features(
     tiny.params, np.asarray(prompts[2])
   )
   one, other = (
-    train_step.score(model, tiny.params, x, num_microbatches=2)
+    score.score_batch(model, tiny.params, x, num_microbatches=2)
     for x in (
       bundles,
       bundles.replace(images=jnp.asarray(np.asarray(features))),

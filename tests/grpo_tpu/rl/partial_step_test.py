@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_tpu.rl import partial_step, train_step
+from grpo_tpu.rl import partial_step
+from grpo_tpu.rl.train_batch import TrainBatch
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def place():
 def begun(place, *, skipped):
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 9, (4, 2, 3), dtype=np.int32)
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     prompt_ids=jnp.asarray(rng.integers(0, 9, (4, 5), dtype=np.int32)),
     prompt_length=jnp.asarray([1, 5, 3, 2], jnp.int32),
     # Of a model that sees none.

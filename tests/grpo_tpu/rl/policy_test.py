@@ -16,7 +16,8 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
 from grpo_tpu.rl import policy as policies
-from grpo_tpu.rl import train_state, train_step
+from grpo_tpu.rl import score, train_state
+from grpo_tpu.rl.train_batch import TrainBatch
 from tests.grpo_tpu.checkpoint import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())
@@ -170,7 +171,7 @@ def test_a_reference_in_bfloat16_scores_alike_under_compute_in_bfloat16(
     lambda path, x: x + 0.001234 if path[-1].key == "scale" else x, params
   )
   ids = np.random.default_rng(0).integers(110, 900, (1, 2, 6))
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     prompt_ids=jnp.asarray(ids[:, 0], jnp.int32),
     prompt_length=jnp.array([6]),
     images=jnp.zeros((1, 0, 48, 48, 3), jnp.uint8),
@@ -178,7 +179,7 @@ def test_a_reference_in_bfloat16_scores_alike_under_compute_in_bfloat16(
     completion_mask=jnp.ones(ids.shape, bool),
   )
   whole, kept = (
-    train_step.score(
+    score.score_batch(
       policy.model,
       jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree),
       bundles,

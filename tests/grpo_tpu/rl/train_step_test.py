@@ -16,7 +16,9 @@ import optax
 import pytest
 
 from grpo_tpu.models import logprobs
-from grpo_tpu.rl import diagnostics, objective, train_state, train_step
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl import diagnostics, objective, score, train_state, train_step
+from grpo_tpu.rl.train_batch import TrainBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6
@@ -29,7 +31,7 @@ OBJECTIVES = {
 
 
 def make_model(tiny, *, train_vision):
-  return train_step.Model(
+  return ForwardConfig(
     config=tiny.config,
     dtype=jnp.float32,
     remat="full",
@@ -73,7 +75,7 @@ def make_bundles(tiny, params, seed, num_prompts, lengths):
   """Off policy, no pictures, with masks as long as `lengths` says."""
   rng = np.random.default_rng(seed)
   shape = (num_prompts, len(lengths[0]), NUM_TOKENS)
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     *tiny.prompts(num_prompts, num_images=0),
     completion_ids=jnp.asarray(rng.integers(0, 130, shape), jnp.int32),
     completion_mask=jnp.asarray(np.arange(NUM_TOKENS) < lengths[..., None]),
@@ -129,7 +131,7 @@ def step(tiny, bigram):
   def run(name, num_microbatches, bundles, *, train_vision=True, **settings):
     state = new_state(bigram)
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train_step, "token_logps", bigram_logps)
+      patch.setattr(score, "token_logps", bigram_logps)
       after, metrics = made(name, num_microbatches, train_vision, **settings)(
         state, bundles
       )
@@ -266,8 +268,8 @@ def test_scores_come_back_in_the_order_of_the_bundles(
   tiny, bigram, bundles, monkeypatch, num_microbatches
 ):
   model = make_model(tiny, train_vision=True)
-  monkeypatch.setattr(train_step, "token_logps", bigram_logps)
-  scores = train_step.score(
+  monkeypatch.setattr(score, "token_logps", bigram_logps)
+  scores = score.score_batch(
     model, bigram, bundles, num_microbatches=num_microbatches
   )
   expected = bigram_logps(model, bigram, bundles)
@@ -409,14 +411,14 @@ def online(tiny):
   )
   completions = jax.tree.map(jnp.asarray, jax.device_get(completions))
   advantages = np.random.default_rng(2).normal(0, 1, (PROMPTS, NUM_COMPLETIONS))
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     *prompts,
     completion_ids=completions.ids,
     completion_mask=completions.mask,
     advantages=jnp.asarray(advantages, jnp.float32),
     sampler_logps=completions.logps,
   )
-  scores, _ = train_step.score(
+  scores, _ = score.score_batch(
     make_model(tiny, train_vision=True),
     tiny.params,
     bundles,

@@ -11,7 +11,9 @@ from data_pipelines.text import tokenizer
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import image_features, logprobs
 from grpo_tpu.models.gemma3 import text
-from grpo_tpu.rl import objective, train_step
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl import objective, score
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import compaction, engine, generate
 from tests.grpo_tpu import conftest
 
@@ -99,7 +101,7 @@ def trainer_logps(
   tiny, prompts, ids, temperature, banned_ids=(), params=None, min_new_tokens=0
 ):
   """Of the sampled tokens, as an update computes them."""
-  model = train_step.Model(
+  model = ForwardConfig(
     config=tiny.config,
     dtype=jnp.float32,
     remat="full",
@@ -109,8 +111,8 @@ def trainer_logps(
     banned_ids=banned_ids,
     min_new_tokens=min_new_tokens,
   )
-  bundles = train_step.Bundles(*prompts, jnp.asarray(ids), jnp.asarray(ids > 0))
-  logps, entropy = jax.jit(train_step.token_logps)(
+  bundles = TrainBatch(*prompts, jnp.asarray(ids), jnp.asarray(ids > 0))
+  logps, entropy = jax.jit(score.token_logps)(
     model, params or tiny.params, bundles
   )
   assert np.isfinite(entropy).all()

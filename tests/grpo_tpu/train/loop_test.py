@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 
 from grpo_tpu.distributed import preemption
 from grpo_tpu.observability import exit_report
-from grpo_tpu.rl import experience, partial_step, train_state, train_step
+from grpo_tpu.rl import experience, partial_step, train_state
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.train import loop as train
 
 NUM_STEPS = 3
@@ -48,7 +49,7 @@ class Run:
     self._done.append(("sampled", step, taken))
     ids = jnp.full((2, 1), step + int(state.params["w"]), jnp.int32)
     mask = jnp.ones((2, 1, 1), bool)
-    bundles = train_step.Bundles(
+    bundles = TrainBatch(
       ids, jnp.ones(2, jnp.int32), jnp.zeros((2, 0)), ids[:, None], mask
     )
     scalars = {"train/tokens": float(sum(taken) + 1)}

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from grpo_tpu.models.gemma3 import lora
-from grpo_tpu.rl import objective, optimizer, train_state, train_step
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl import objective, optimizer, score, train_state, train_step
+from grpo_tpu.rl.train_batch import TrainBatch
 from tests.grpo_tpu.checkpoint import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -46,10 +48,10 @@ class Run:
     metrics: Of each update.
   """
 
-  model: train_step.Model
+  model: ForwardConfig
   frozen: dict
   before: dict
-  bundles: train_step.Bundles
+  bundles: TrainBatch
   update: object
   states: list[train_state.TrainState]
   metrics: list[dict]
@@ -61,7 +63,7 @@ def copied(tree):
 
 @pytest.fixture(scope="module")
 def run(tiny):
-  model = train_step.Model(
+  model = ForwardConfig(
     config=tiny.config,
     dtype=jnp.float32,
     remat="none",
@@ -71,13 +73,13 @@ def run(tiny):
   )
   rng = np.random.default_rng(1)
   shape = (4, 2, 5)
-  bundles = train_step.Bundles(
+  bundles = TrainBatch(
     *tiny.prompts(4),
     completion_ids=jnp.asarray(rng.integers(110, 130, shape), jnp.int32),
     completion_mask=jnp.ones(shape, bool),
     advantages=jnp.asarray(rng.normal(0, 1, shape[:2]), jnp.float32),
   )
-  reference, _ = train_step.score(
+  reference, _ = score.score_batch(
     model, tiny.params, bundles, num_microbatches=2
   )
   bundles = bundles.replace(ref_per_token_logps=reference)
@@ -127,7 +129,7 @@ def test_the_first_gradient_is_of_the_second_factors_alone(run):
 def test_the_reference_is_the_policy_with_its_adapters_off(run):
   """At first they agree to the bit: the KL is 0. Later it is not."""
   adapted = lora.with_adapters(run.frozen, run.states[0].params, LORA)
-  scores, _ = train_step.score(
+  scores, _ = score.score_batch(
     run.model, adapted, run.bundles, num_microbatches=2
   )
   assert_equal(scores, run.bundles.ref_per_token_logps)

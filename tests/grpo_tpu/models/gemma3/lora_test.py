@@ -13,7 +13,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, lora, text, weights
-from grpo_tpu.rl import train_step
+from grpo_tpu.rl.train_batch import TrainBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LORA = lora.LoraConfig(rank=3, alpha=5.0, targets=lora.TARGETS)
@@ -76,7 +76,7 @@ def slow_change(name, a, b, scale):
 def bundles_of(tiny, num_prompts=3):
   rng = np.random.default_rng(7)
   ids = rng.integers(110, 130, (num_prompts, 2, 5))
-  return train_step.Bundles(
+  return TrainBatch(
     *tiny.prompts(num_prompts),
     completion_ids=jnp.asarray(ids, jnp.int32),
     completion_mask=jnp.ones(ids.shape, bool),

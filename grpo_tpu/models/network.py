@@ -1,0 +1,35 @@
+"""How the network runs: static choices that training and sampling share."""
+
+import flax.struct
+import jax.numpy as jnp
+
+from grpo_tpu.models.gemma3 import config as gemma3_config
+
+
+class ForwardConfig(flax.struct.PyTreeNode):
+  """Static choices of a forward pass; hashable, so jit can take it.
+
+  Attributes:
+    config: Sizes of the network.
+    dtype: Type of the matrix products.
+    remat: What layers keep for the backward pass, a key of `remat.POLICIES`.
+    temperature: Temperature of the policy.
+    chunk_size: Number of tokens whose logits exist at a time.
+    train_vision: True if gradients reach the image tower.
+    vision_remat: What the tower's blocks keep for the backward pass.
+    attention: Implementation, from `gemma3.attention.choose_implementation`.
+    banned_ids: Token ids of probability 0, as in the rollout.
+    min_new_tokens: Number of tokens before which stop tokens have
+      probability 0.
+  """
+
+  config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)
+  dtype: jnp.dtype = flax.struct.field(pytree_node=False)
+  remat: str = flax.struct.field(pytree_node=False)
+  temperature: float = flax.struct.field(pytree_node=False)
+  chunk_size: int = flax.struct.field(pytree_node=False)
+  train_vision: bool = flax.struct.field(pytree_node=False)
+  vision_remat: str = flax.struct.field(pytree_node=False, default="full")
+  attention: str = flax.struct.field(pytree_node=False, default="einsum")
+  banned_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  min_new_tokens: int = flax.struct.field(pytree_node=False, default=0)

@@ -1,0 +1,83 @@
+"""Log-probabilities of a batch's completions under given parameters.
+
+The policy, the old policy and the reference are all scored here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from grpo_tpu.models import logprobs
+from grpo_tpu.models.gemma3 import text
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl.train_batch import TrainBatch, microbatches
+
+
+def token_logps(
+  forward: ForwardConfig, params: dict, batch: TrainBatch
+) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+  """Log-probability of each completion token, and the entropy at its position.
+
+  Differentiable in `params`.
+  """
+  states = text.bundle_states(
+    forward.config,
+    params,
+    batch.prompt_ids,
+    batch.prompt_length,
+    batch.images,
+    batch.completion_ids,
+    dtype=forward.dtype,
+    remat=forward.remat,
+    vision_remat=forward.vision_remat,
+    implementation=forward.attention,
+  )
+  return logprobs.sharded_per_token_logps(
+    states,
+    batch.completion_ids,
+    params["embedder"]["input_embedding"],
+    temperature=forward.temperature,
+    chunk_size=forward.chunk_size,
+    banned_ids=forward.banned_ids,
+    is_early=_is_early(forward, batch.completion_ids.shape),
+  )
+
+
+def _is_early(
+  forward: ForwardConfig, shape: tuple[int, ...]
+) -> Bool[Array, "U C T"] | None:
+  """True for positions at which the sampler could not draw a stop token."""
+  if not forward.min_new_tokens:
+    return None
+  is_early = jnp.arange(shape[-1]) < forward.min_new_tokens
+  return jnp.broadcast_to(is_early[None, None], shape)
+
+
+@functools.partial(jax.jit, static_argnames=("num_microbatches",))
+def score_batch(
+  forward: ForwardConfig,
+  params: dict,
+  batch: TrainBatch,
+  *,
+  num_microbatches: int,
+) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+  """`token_logps` of a whole batch, without gradient.
+
+  Args:
+    forward: How the network runs.
+    params: The parameters to score under.
+    batch: Bundles; only prompts, images and completions are read.
+    num_microbatches: Number of parts that run one after the other; divides the
+      number of bundles.
+  """
+
+  def score_part(_, micro):
+    return None, token_logps(forward, params, micro)
+
+  _, parts = jax.lax.scan(
+    score_part, None, microbatches(batch, num_microbatches)
+  )
+  shape = batch.completion_ids.shape
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(shape), parts)

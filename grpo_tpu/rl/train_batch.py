@@ -1,0 +1,63 @@
+"""The batch that an update learns from: bundles, on the mesh.
+
+A bundle is one prompt with its completions.
+"""
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_tpu.models.gemma3 import text
+
+
+class TrainBatch(flax.struct.PyTreeNode):
+  """Bundles of a step; the first axis of every array is the bundle's.
+
+  Attributes:
+    prompt_ids: Token ids, padded on the right.
+    prompt_length: Number of tokens before the padding.
+    images: Images of each prompt in the order of their placeholders: pixels, or
+      the features that a frozen image tower made of them.
+    completion_ids: Token ids, padded on the right.
+    completion_mask: True on tokens that count; all False for an excluded row.
+    advantages: One per completion; zeros for demonstrations.
+    old_per_token_logps: Log-probabilities under the policy that sampled; None
+      stands for the current policy.
+    ref_per_token_logps: Log-probabilities under the frozen reference; None
+      stands for the current policy.
+    sampler_logps: Log-probabilities as the sampler computed them, to measure
+      its mismatch with training; None measures nothing.
+    token_weights: Factors of each token's surrogate; None stands for 1.
+    counted: True for completions that belong to the batch, masked ones too;
+      None stands for all.
+    preferred: True at [u, i, j] where completion i is labelled better than j,
+      for the implicit preference metrics; None measures nothing.
+  """
+
+  prompt_ids: Int[Array, "U P"]
+  prompt_length: Int[Array, " U"]
+  images: text.Images
+  completion_ids: Int[Array, "U C T"]
+  completion_mask: Bool[Array, "U C T"]
+  advantages: Float[Array, "U C"] | None = None
+  old_per_token_logps: Float[Array, "U C T"] | None = None
+  ref_per_token_logps: Float[Array, "U C T"] | None = None
+  sampler_logps: Float[Array, "U C T"] | None = None
+  token_weights: Float[Array, "U C T"] | None = None
+  counted: Bool[Array, "U C"] | None = None
+  preferred: Bool[Array, "U C C"] | None = None
+
+
+def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
+  """Reshapes `[U, ...]` to `[count, U / count, ...]`.
+
+  Every device keeps its own rows.
+  """
+
+  def split(x):
+    # No -1 here: the images of a text model have no elements.
+    rows = x.shape[0] // count
+    x = x.reshape(rows, count, *x.shape[1:])
+    return x.swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
