@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 QUESTION_TYPES = ("multi_choice", "free_form")
 ANSWER_TYPES = ("text", "integer", "float", "list")
@@ -95,6 +95,14 @@ class Problem:
   def has_answer(self) -> bool:
     """Whether the answer is public, so that a response can be checked."""
     return self.answer != ""
+
+
+class Source(Protocol):
+  """Random access to problems: the same index is always the same problem."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> Problem: ...
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Problem))

@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from data_pipelines import pipeline, prepare
+from data_pipelines import pipeline, prepare, prompt_rows
 from data_pipelines.preferences import replies as preferences
 from data_pipelines.sources import mathvista
 from data_pipelines.text import chat_prompts
@@ -47,21 +47,24 @@ class Dataset:
   ) -> pipeline.TrainBatches:
     """This process's batches from a step on, without end."""
     assert self.train is not None, "opened for evaluation alone"
-    return pipeline.make_pipeline(
-      self.train,
-      self.tokenizer,
+    builder = prompt_rows.RowBuilder(
+      source=self.train,
+      tokenizer=self.tokenizer,
       kind=config.data.kind,
       seed=config.seed,
-      prompts_per_step=config.data.prompts_per_step,
       max_new_tokens=config.rollout.max_new_tokens,
       shards=shards,
       shard_count=shard_count,
-      start_step=start_step,
-      worker_processes=config.data.worker_processes,
-      replies=self.replies,
-      num_replies=config.data.preference_completions,
+      completion_source=self.replies,
+      num_labelled=config.data.preference_completions,
       shuffle_options=config.data.shuffle_options,
       **_prompt_settings(config),
+    )
+    return pipeline.make_pipeline(
+      builder,
+      prompts_per_step=config.data.prompts_per_step,
+      start_step=start_step,
+      worker_processes=config.data.worker_processes,
     )
 
   def eval_batches(
@@ -72,7 +75,13 @@ class Dataset:
     shard_count: int,
   ) -> pipeline.EvalBatches:
     """This process's batches of held-out problems, in a fixed order."""
-    return self._held_out(config, shards=shards, shard_count=shard_count)
+    return self._held_out(
+      config,
+      kind="online",
+      max_new_tokens=0,
+      shards=shards,
+      shard_count=shard_count,
+    )
 
   def preference_batches(
     self,
@@ -84,23 +93,28 @@ class Dataset:
     """The same with labelled completions, which not every problem may have."""
     return self._held_out(
       config,
+      kind="preference" if self.replies else "online",
+      max_new_tokens=config.rollout.max_new_tokens,
       shards=shards,
       shard_count=shard_count,
-      max_new_tokens=config.rollout.max_new_tokens,
-      replies=self.replies,
-      num_replies=config.data.preference_completions,
+      completion_source=self.replies,
+      num_labelled=config.data.preference_completions,
     )
 
   def _held_out(
     self, config: run_config.Config, **settings: Any
   ) -> pipeline.EvalBatches:
-    return pipeline.make_eval_batches(
-      self.eval,
-      self.tokenizer,
-      num_problems=config.eval.num_problems,
-      batch_size=config.eval.batch_size,
+    builder = prompt_rows.RowBuilder(
+      source=self.eval,
+      tokenizer=self.tokenizer,
+      seed=0,
       **settings,
       **_prompt_settings(config),
+    )
+    return pipeline.make_eval_batches(
+      builder,
+      num_problems=config.eval.num_problems,
+      batch_size=config.eval.batch_size,
     )
 
 

@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_pipelines import images, pipeline, records
+from data_pipelines import images, records
 
 KINDS = ("removed", "shuffled")
 
@@ -19,8 +19,8 @@ _GREY = (128, 128, 128)
 
 
 def source(
-  kind: str, problems: pipeline.Source, *, num_problems: int, seed: int
-) -> pipeline.Source:
+  kind: str, problems: records.Source, *, num_problems: int, seed: int
+) -> records.Source:
   """The problems with other pictures.
 
   Args:
@@ -75,7 +75,7 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
   return givers
 
 
-def _givers(problems: pipeline.Source, count: int, seed: int) -> dict[int, int]:
+def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
   """From whom each problem with a readable picture gets its picture."""
   hashes = {}
   for index in range(count):
@@ -95,7 +95,7 @@ def _givers(problems: pipeline.Source, count: int, seed: int) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Removed:
-  problems: pipeline.Source
+  problems: records.Source
 
   def __len__(self) -> int:
     return len(self.problems)
@@ -110,7 +110,7 @@ class _Removed:
 
 @dataclasses.dataclass(frozen=True)
 class _Shuffled:
-  problems: pipeline.Source
+  problems: records.Source
   givers: dict[int, int]
 
   def __len__(self) -> int:

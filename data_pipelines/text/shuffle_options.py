@@ -41,7 +41,7 @@ _LONE_LETTER = re.compile(
 )
 
 
-def shuffled(
+def shuffle(
   problem: records.Problem, rng: np.random.Generator
 ) -> records.Problem:
   """The problem with its options in a drawn order, in the query too.

@@ -5,7 +5,7 @@ What two sections must agree on is for `config`, which puts them together.
 
 import dataclasses
 
-from data_pipelines import images, pipeline
+from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import replies
 from data_pipelines.scoring import ablations
 from data_pipelines.sources import synthetic
@@ -84,7 +84,7 @@ class DataConfig:
   def __post_init__(self):
     require_at_least(self, "data", worker_processes=0, prompts_per_step=1)
     require_at_least(self, "data", preference_completions=2)
-    require_one_of("data.kind", self.kind, pipeline.KINDS)
+    require_one_of("data.kind", self.kind, prompt_rows.KINDS)
     require_one_of(
       "data.prompt_template",
       self.prompt_template,

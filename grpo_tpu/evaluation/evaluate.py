@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines import images, pipeline, validation
+from data_pipelines import images, pipeline, records, validation
 from data_pipelines.scoring import ablations
 from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
@@ -171,7 +171,7 @@ def everything(
   policy: policies.Policy,
   params: dict,
   batches: pipeline.EvalBatches,
-  blind: dict[str, pipeline.Source],
+  blind: dict[str, records.Source],
 ) -> Evaluation:
   """Greedy answers, sampled ones, and greedy ones to the sources in `blind`."""
   settings = policy.config.eval
@@ -202,7 +202,7 @@ def write(
   found: Evaluation,
   workdir: str,
   config: run_config.Config,
-  problems: pipeline.Source,
+  problems: records.Source,
 ) -> None:
   """Writes answers, scores and reports under `workdir`/eval.
 
@@ -257,7 +257,7 @@ def write(
 
 def _ablated_sources(
   config: run_config.Config, data: dataset.Dataset
-) -> dict[str, pipeline.Source]:
+) -> dict[str, records.Source]:
   """What to ask beside the real problems, by the name of the ablation."""
   if not config.eval.ablations:
     return {}
@@ -276,7 +276,7 @@ def _ablated_sources(
   }
 
 
-def _any_answers(problems: pipeline.Source, count: int) -> bool:
+def _any_answers(problems: records.Source, count: int) -> bool:
   for index in range(count):
     try:
       if problems[index].has_answer:
@@ -289,7 +289,7 @@ def _any_answers(problems: pipeline.Source, count: int) -> bool:
 def _example(
   answer: scorecard.Answer,
   draws: list[list[scorecard.Answer]],
-  problems: pipeline.Source,
+  problems: records.Source,
 ) -> report.Example:
   """An answer with its picture, and how often a sampled one is right."""
   try:

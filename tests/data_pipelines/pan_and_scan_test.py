@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import images, pipeline, records
+from data_pipelines import images, pipeline, prompt_rows, records
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
 
@@ -60,6 +60,8 @@ def tokenizer(tmp_path_factory):
 
 
 SHARED = dict(
+  kind="online",
+  max_new_tokens=8,
   prompt_buckets=(64, 256),
   image_size=IMAGE_SIZE,
   soft_tokens=SOFT_TOKENS,
@@ -71,16 +73,22 @@ SHARED = dict(
 
 
 def batches(tokenizer, source=PROBLEMS, steps=6, **changes):
-  settings = SHARED | dict(
-    kind="online", seed=3, prompts_per_step=2, max_new_tokens=8, start_step=0
+  order = dict(prompts_per_step=2, start_step=0, worker_processes=0)
+  for name in order.keys() & changes.keys():
+    order[name] = changes.pop(name)
+  builder = prompt_rows.RowBuilder(
+    source=source, tokenizer=tokenizer, **SHARED | dict(seed=3) | changes
   )
-  stream = pipeline.make_pipeline(source, tokenizer, **settings | changes)
-  return list(itertools.islice(stream, steps))
+  return list(itertools.islice(pipeline.make_pipeline(builder, **order), steps))
 
 
 def eval_batches(tokenizer, source=PROBLEMS, **changes):
-  settings = SHARED | dict(num_problems=len(PROBLEMS), batch_size=5)
-  return pipeline.make_eval_batches(source, tokenizer, **settings | changes)
+  builder = prompt_rows.RowBuilder(
+    source=source, tokenizer=tokenizer, **SHARED | dict(seed=0) | changes
+  )
+  return pipeline.make_eval_batches(
+    builder, num_problems=len(PROBLEMS), batch_size=5
+  )
 
 
 def num_shown(problem):
@@ -183,7 +191,7 @@ def reasons(monkeypatch):
   """Why rows were masked."""
   seen = []
   monkeypatch.setattr(
-    pipeline, "_warn", lambda index, error: seen.append(error.reason)
+    prompt_rows, "warn_masked", lambda index, error: seen.append(error.reason)
   )
   return seen
 
@@ -227,7 +235,7 @@ def test_options_are_shuffled_only_where_crops_leave_room(
   def wordier(problem, rng):
     return dataclasses.replace(problem, query=problem.query + "?" * 8)
 
-  monkeypatch.setattr(shuffle_options, "shuffled", wordier)
+  monkeypatch.setattr(shuffle_options, "shuffle", wordier)
   options = dict(shuffle_options=True, prompt_buckets=(int(longest),))
   for batch in batches(tokenizer, **options):
     for problem, length in zip(

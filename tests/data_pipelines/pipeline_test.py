@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from absl import flags
 
-from data_pipelines import pipeline, records
+from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.preferences import replies as preferences
 from data_pipelines.sources import mathvista
 from data_pipelines.text import chat_prompts, shuffle_options
@@ -73,36 +73,36 @@ def tokenizer(tmp_path_factory):
   return tokens.Tokenizer(path)
 
 
-def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
-  settings = dict(
+def make_builder(tokenizer, source, **changes):
+  fields = dict(
     kind="online",
-    seed=5,
-    prompts_per_step=4,
-    prompt_buckets=(34, 36, 64),
-    max_new_tokens=24,
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
     shards=(0,),
     shard_count=1,
-    start_step=0,
   )
-  stream = pipeline.make_pipeline(source, tokenizer, **settings | changes)
-  return list(itertools.islice(stream, steps))
+  return prompt_rows.RowBuilder(
+    source=source, tokenizer=tokenizer, **fields | changes
+  )
+
+
+def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
+  settings = dict(seed=5, prompt_buckets=(34, 36, 64), max_new_tokens=24)
+  order = dict(prompts_per_step=4, start_step=0, worker_processes=0)
+  for name in order.keys() & changes.keys():
+    order[name] = changes.pop(name)
+  builder = make_builder(tokenizer, source, **settings | changes)
+  return list(itertools.islice(pipeline.make_pipeline(builder, **order), steps))
 
 
 def eval_batches(tokenizer, source=PROBLEMS, **changes):
-  settings = dict(
-    num_problems=10,
-    batch_size=4,
-    prompt_buckets=(36, 64),
-    image_size=IMAGE_SIZE,
-    soft_tokens=SOFT_TOKENS,
-    num_images=1,
-    shards=(0,),
-    shard_count=1,
-  )
-  return pipeline.make_eval_batches(source, tokenizer, **settings | changes)
+  settings = dict(seed=0, prompt_buckets=(36, 64), max_new_tokens=0)
+  size = dict(num_problems=10, batch_size=4)
+  for name in size.keys() & changes.keys():
+    size[name] = changes.pop(name)
+  builder = make_builder(tokenizer, source, **settings | changes)
+  return pipeline.make_eval_batches(builder, **size)
 
 
 def joined(shards):
@@ -124,7 +124,7 @@ def assert_same(left, right):
     )
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
 @pytest.mark.parametrize("shard_count", [2, 4])
 def test_shards_together_hold_the_rows_of_one_shard(
   tokenizer, kind, shard_count
@@ -138,7 +138,7 @@ def test_shards_together_hold_the_rows_of_one_shard(
     assert_same(whole, joined(parts))
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
 @pytest.mark.parametrize("start_step", [1, 3, 7])
 def test_a_restart_at_any_step_goes_on_as_before(tokenizer, kind, start_step):
   unbroken = batches(tokenizer, kind=kind)
@@ -274,7 +274,7 @@ def test_preferences_alone_come_with_labels(tokenizer):
 
 
 def test_a_group_of_three_is_three_different_replies(tokenizer):
-  for batch in batches(tokenizer, kind="preference", num_replies=3):
+  for batch in batches(tokenizer, kind="preference", num_labelled=3):
     np.testing.assert_array_equal(batch.labels, [[1, 0, 0]] * 4)
     assert batch.completion_ids.shape == (4, 3, 24)
     for ids in batch.completion_ids:
@@ -290,7 +290,7 @@ def own_replies(problem, rng):
 
 
 def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):
-  found = batches(tokenizer, kind="preference", replies=own_replies)
+  found = batches(tokenizer, kind="preference", completion_source=own_replies)
   for batch in found:
     np.testing.assert_array_equal(
       batch.valid, [p.pid not in ("p1", "p2") for p in batch.problems]
@@ -307,7 +307,11 @@ def test_a_reply_that_is_not_there_has_no_label_and_no_tokens(tokenizer):
   """The third of every group of two, and all of an invalid row."""
   source = FailingSource(PROBLEMS, unreadable={3})
   for batch in batches(
-    tokenizer, source, kind="preference", replies=own_replies, num_replies=3
+    tokenizer,
+    source,
+    kind="preference",
+    completion_source=own_replies,
+    num_labelled=3,
   ):
     there = batch.valid[:, None] & [True, True, False]
     np.testing.assert_array_equal(np.isnan(batch.labels), ~there)
@@ -434,7 +438,7 @@ SHUFFLED = dict(
 )
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
 def test_shuffled_rows_ask_what_the_reward_will_see(tokenizer, kind):
   orders = set()
   for batch in batches(tokenizer, CHOICES, kind=kind, **SHUFFLED):
@@ -488,7 +492,7 @@ def test_another_seed_draws_other_orders(tokenizer):
   ]
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
 def test_shuffled_shards_together_hold_the_rows_of_one(tokenizer, kind):
   """After a restart too."""
   alone = batches(tokenizer, CHOICES, kind=kind, **SHUFFLED)[5:]
@@ -538,7 +542,7 @@ def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
     )
 
   orders = [
-    shuffle_options.shuffled(CHOICES[0], np.random.default_rng(seed))
+    shuffle_options.shuffle(CHOICES[0], np.random.default_rng(seed))
     for seed in range(40)
   ]
   problem = sorted(orders, key=length)[10]
@@ -579,7 +583,8 @@ def test_prompts_and_replies_follow_the_template(tokenizer, name):
     )
 
   training = [
-    batches(tokenizer, kind=kind, steps=1, **wide)[0] for kind in pipeline.KINDS
+    batches(tokenizer, kind=kind, steps=1, **wide)[0]
+    for kind in prompt_rows.KINDS
   ]
   held_out = eval_batches(tokenizer, template=template, prompt_buckets=(256,))[
     0
@@ -611,7 +616,12 @@ def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):
   np.testing.assert_array_equal(places, range(12))
 
 
-REPLIES = dict(max_new_tokens=24, replies=preferences.drawn(3), num_replies=3)
+REPLIES = dict(
+  kind="preference",
+  max_new_tokens=24,
+  completion_source=preferences.drawn(3),
+  num_labelled=3,
+)
 
 
 @pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from data_pipelines import pipeline
+from data_pipelines import pipeline, prompt_rows
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
@@ -138,7 +138,7 @@ def write_replies(path, pids, rejected="no"):
   )
 
 
-@pytest.mark.parametrize("kind", pipeline.KINDS)
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
 def test_replies_come_to_a_run_on_preferences_alone(workdir, kind):
   config = settings(kind=kind, preference_completions=3)
   data = opened(config, workdir)

@@ -10,7 +10,7 @@ import PIL.Image
 from jax.sharding import AxisType, Mesh
 
 from configs import base
-from data_pipelines import pipeline, records
+from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
@@ -135,18 +135,27 @@ def make_policy(
   return Scripted(config, mesh_of(num_devices), tokenizer, replies)
 
 
-def batches_of(tokenizer, *, batch_size, indices=EVERY):
-  return pipeline.make_eval_batches(
-    Source(indices),
-    tokenizer,
-    num_problems=len(SCRIPT),
-    batch_size=batch_size,
+def make_builder(source, tokenizer, **changes):
+  fields = dict(
+    kind="online",
+    seed=0,
     prompt_buckets=(96,),
+    max_new_tokens=MAX_NEW_TOKENS,
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
     num_images=1,
     shards=(0,),
     shard_count=1,
+  )
+  return prompt_rows.RowBuilder(
+    source=source, tokenizer=tokenizer, **fields | changes
+  )
+
+
+def batches_of(tokenizer, *, batch_size, indices=EVERY):
+  builder = make_builder(Source(indices), tokenizer)
+  return pipeline.make_eval_batches(
+    builder, num_problems=len(SCRIPT), batch_size=batch_size
   )
 
 

@@ -58,7 +58,7 @@ def make_problem(
 
 
 def shuffled(problem, seed=0):
-  return shuffle_options.shuffled(problem, np.random.default_rng(seed))
+  return shuffle_options.shuffle(problem, np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="module", params=["fixture", "synthetic"])

@@ -45,20 +45,15 @@ def evaluated(tokenizer, monkeypatch):
   def scalars(params, reference, *, batch_size=5, rewards="labels"):
     policy = scripted.make_policy(tokenizer, {}, kind="preference")
     object.__setattr__(policy.config.data, "preference_rewards", rewards)
-    batches = pipeline.make_eval_batches(
+    builder = scripted.make_builder(
       scripted.Source(range(5)),
       tokenizer,
-      num_problems=5,
-      batch_size=batch_size,
-      prompt_buckets=(96,),
-      image_size=scripted.IMAGE_SIZE,
-      soft_tokens=scripted.SOFT_TOKENS,
-      num_images=1,
-      shards=(0,),
-      shard_count=1,
-      max_new_tokens=scripted.MAX_NEW_TOKENS,
-      replies=replies,
-      num_replies=3,
+      kind="preference",
+      completion_source=replies,
+      num_labelled=3,
+    )
+    batches = pipeline.make_eval_batches(
+      builder, num_problems=5, batch_size=batch_size
     )
     result = evaluate_preferences.evaluate(policy, params, reference, batches)
     return {name: float(value) for name, value in result.items()}

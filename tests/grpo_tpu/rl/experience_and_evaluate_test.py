@@ -18,15 +18,14 @@ from tests.grpo_tpu.scripted import (
   ASKED,
   EVERY,
   GROUPS,
-  IMAGE_SIZE,
   MAX_NEW_TOKENS,
   RIGHT,
   SCRIPT,
-  SOFT_TOKENS,
   TOO_LONG,
   UNREADABLE,
   Source,
   batches_of,
+  make_builder,
 )
 
 
@@ -397,18 +396,10 @@ def offline(policy, tokenizer):
   config = policy.config
   batch = next(
     pipeline.make_pipeline(
-      Source(range(len(SCRIPT))),
-      tokenizer,
-      kind=config.data.kind,
-      seed=0,
+      make_builder(
+        Source(range(len(SCRIPT))), tokenizer, kind=config.data.kind
+      ),
       prompts_per_step=len(SCRIPT),
-      prompt_buckets=(96,),
-      max_new_tokens=MAX_NEW_TOKENS,
-      image_size=IMAGE_SIZE,
-      soft_tokens=SOFT_TOKENS,
-      num_images=1,
-      shards=(0,),
-      shard_count=1,
       start_step=0,
     )
   )

@@ -1,0 +1,290 @@
+"""One row of a batch: a problem's prompt ids, images and given completions.
+
+A record that is damaged or too long becomes a stand-in row of the same shape,
+marked invalid, so that no row ever moves. Knows nothing of steps or devices.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from data_pipelines import images, records
+from data_pipelines.preferences import replies as preferences
+from data_pipelines.text import chat_prompts, shuffle_options
+from data_pipelines.text import tokenizer as tokens
+
+KINDS = ("online", "demonstrations", "preference")
+# Values that stand in place of a prompt's length.
+UNUSABLE, PADDING = 0, -1
+# A source raises these for a damaged record; a bug raises something else.
+UNREADABLE = (ValueError, OSError)
+
+
+class Row(NamedTuple):
+  """One prompt with its completions, not yet padded."""
+
+  prompt: list[int]
+  completions: list[list[int]]
+  labels: list[float]
+  images: np.ndarray
+  valid: bool
+  problem: records.Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowBuilder:
+  """Builds the rows that one reader holds.
+
+  Attributes:
+    source: The problems of one split.
+    tokenizer: Encodes prompts and completions.
+    kind: "online", "demonstrations" or "preference": which completions come
+      with a prompt; see `pipeline.Batch`.
+    seed: Seeds the rejected completions of "preference" and the order of
+      options.
+    prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+      A batch takes the smallest that holds its longest prompt on any shard.
+    max_new_tokens: T; a longer completion makes its row invalid.
+    image_size: H, in pixels.
+    soft_tokens: Placeholders for each image.
+    num_images: Images in a prompt: 0 or 1.
+    shards: The parts of a batch that are read here; ascending, and not always
+      adjacent.
+    shard_count: Number of equal parts that a batch is cut into.
+    completion_source: Labelled completions for "preference"; None draws a
+      right completion and wrong ones.
+    num_labelled: Number of labelled completions for each prompt.
+    template: How prompts ask for a completion and demonstrations answer.
+    shuffle_options: True asks each row with its options in a new order, where
+      `shuffle_options` can change it. `Batch.problems` are as asked.
+    pan_and_scan: Which images are followed by crops. A batch has room for as
+      many images as its richest row on any shard has.
+  """
+
+  source: records.Source
+  tokenizer: tokens.Tokenizer
+  kind: str
+  seed: int
+  prompt_buckets: tuple[int, ...]
+  max_new_tokens: int
+  image_size: int
+  soft_tokens: int
+  num_images: int
+  shards: tuple[int, ...]
+  shard_count: int
+  completion_source: preferences.Source | None = None
+  num_labelled: int = 2
+  template: chat_prompts.Template = chat_prompts.TAGGED
+  shuffle_options: bool = False
+  pan_and_scan: images.PanAndScan = images.WHOLE
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"data.kind ({self.kind!r}) must be one of {KINDS}.")
+    if self.num_images not in (0, 1):
+      raise ValueError(
+        f"num_images ({self.num_images}) must be 0 or 1: a problem has one "
+        "image, and data.pan_and_scan adds crops of it."
+      )
+    shortest = self.shortest_prompt
+    if (
+      list(self.prompt_buckets) != sorted(set(self.prompt_buckets))
+      or max(self.prompt_buckets, default=0) < shortest
+    ):
+      raise ValueError(
+        f"data.prompt_buckets ({self.prompt_buckets}) must ascend to at least "
+        f"{shortest}, the length of a prompt without a question."
+      )
+    if not self.shards or list(self.shards) != sorted(
+      set(self.shards) & set(range(self.shard_count))
+    ):
+      raise ValueError(
+        f"shards ({self.shards}) must be one or more indices, ascending, each "
+        f"at least 0 and below shard_count ({self.shard_count})."
+      )
+
+  @property
+  def shortest_prompt(self) -> int:
+    """Tokens of a prompt without a question."""
+    return len(self._prompt(_stand_in(""), 0))
+
+  @property
+  def num_completions(self) -> int:
+    """Completions that come with each prompt."""
+    kinds = {"online": 0, "demonstrations": 1, "preference": self.num_labelled}
+    return kinds[self.kind]
+
+  def measure(self, problem: records.Problem) -> tuple[int, int]:
+    """Counts the tokens of a usable problem's prompt, and its images.
+
+    Raises:
+      BadRecord: The prompt or a completion is too long, or the image's header
+        is damaged.
+    """
+    num_crops = self._num_crops(problem)
+    length = len(self._prompt(problem, num_crops))
+    if length > self.prompt_buckets[-1]:
+      raise records.BadRecord(
+        "prompt_too_long",
+        f"the prompt of {problem.pid} has {length} tokens, more than the "
+        f"largest of data.prompt_buckets ({self.prompt_buckets[-1]})",
+      )
+    if self.num_completions:
+      self._completions(problem, [0, 0])
+    return length, self.num_images + num_crops
+
+  def build(
+    self, index: int, length: int, position: list[int], shape: tuple[int, int]
+  ) -> Row:
+    """Builds the row of a record, or an invalid row of the same shape.
+
+    Args:
+      index: The record's index in the source.
+      length: Its prompt's length, `UNUSABLE` or `PADDING`.
+      position: The step and the row's index in the batch, which seed what is
+        drawn for the row.
+      shape: The batch's prompt bucket, and its images per row.
+    """
+    bucket, slots = shape
+    problem = _stand_in("" if length == PADDING else f"unreadable:{index}")
+    if length != PADDING:
+      try:
+        problem = self.source[index]
+        if length != UNUSABLE:
+          num_crops = self._num_crops(problem)
+          problem = self._reorder(problem, position, bucket, num_crops)
+          completions, labels = self._completions(problem, position)
+          prompt = self._prompt(problem, num_crops)
+          shown = self._images(problem, prompt, slots)
+          return Row(prompt, completions, labels, shown, True, problem)
+      except UNREADABLE as error:
+        warn_masked(index, error)
+    return Row(
+      prompt=self._prompt(_stand_in(""), 0),
+      completions=[[]] * self.num_completions,
+      labels=[math.nan] * self.num_completions,
+      images=self._blank(slots),
+      valid=False,
+      problem=problem,
+    )
+
+  def _blank(self, slots: int) -> np.ndarray:
+    return np.zeros((slots, self.image_size, self.image_size, 3), np.uint8)
+
+  def _num_crops(self, problem: records.Problem) -> int:
+    if not self.num_images:
+      return 0
+    return images.num_crops(problem.image_bytes, self.pan_and_scan)
+
+  def _prompt(self, problem: records.Problem, num_crops: int) -> list[int]:
+    return chat_prompts.encode_prompt(
+      problem,
+      self.tokenizer,
+      num_images=self.num_images,
+      soft_tokens=self.soft_tokens,
+      num_crops=num_crops,
+      template=self.template,
+    )
+
+  def _reorder(
+    self,
+    problem: records.Problem,
+    position: list[int],
+    bucket: int,
+    num_crops: int,
+  ) -> records.Problem:
+    """Gives the problem its options in the row's order, if that is asked for.
+
+    All shards chose the bucket by the prompts as published; an order whose
+    prompt does not fit into the bucket is not taken.
+    """
+    if not self.shuffle_options:
+      return problem
+    # The 1 gives another stream than that of the rejected completions; a 0
+    # would give the same.
+    rng = np.random.default_rng([self.seed, *position, 1])
+    changed = shuffle_options.shuffle(problem, rng)
+    fits = len(self._prompt(changed, num_crops)) <= bucket
+    return changed if fits else problem
+
+  def _completions(
+    self, problem: records.Problem, position: list[int]
+  ) -> tuple[list[list[int]], list[float]]:
+    """The ids and labels of the completions that come with the prompt."""
+    given: tuple[preferences.Reply, ...] = ()
+    if self.kind == "demonstrations":
+      text = chat_prompts.demonstration(problem, template=self.template)
+      given = (preferences.Reply(text, 1.0),)
+    elif self.kind == "preference":
+      source = self.completion_source or preferences.drawn(
+        self.num_labelled, template=self.template
+      )
+      given = source(problem, np.random.default_rng([self.seed, *position]))
+    ids = [
+      chat_prompts.encode_completion(each.text, self.tokenizer)
+      for each in given
+    ]
+    longest = max(map(len, ids), default=0)
+    if longest > self.max_new_tokens:
+      raise records.BadRecord(
+        "completion_too_long",
+        f"a completion of {problem.pid} has {longest} tokens, more than "
+        f"rollout.max_new_tokens ({self.max_new_tokens})",
+      )
+    missing = self.num_completions - len(ids)
+    labels = [each.label for each in given]
+    return ids + [[]] * missing, labels + [math.nan] * missing
+
+  def _images(
+    self, problem: records.Problem, prompt: list[int], slots: int
+  ) -> np.ndarray:
+    """The prompt's images, followed by black ones up to `slots`.
+
+    Raises:
+      BadRecord: The image is damaged, or differs from its header.
+    """
+    views = self._blank(0)
+    if self.num_images:
+      image = images.decode(problem.image_bytes)
+      views = images.views(image, self.image_size, self.pan_and_scan)
+    chat_prompts.check_images(
+      prompt,
+      self.tokenizer,
+      num_images=len(views),
+      soft_tokens=self.soft_tokens,
+    )
+    if len(views) > slots:
+      raise records.BadRecord(
+        "image_count",
+        f"{problem.pid} shows {len(views)} images, and no problem of its batch "
+        f"showed more than {slots} when the data were opened",
+      )
+    return np.concatenate([views, self._blank(slots - len(views))])
+
+
+def warn_masked(index: int, error: Exception) -> None:
+  """Logs the first few unusable records; `Batch.valid` counts the rest."""
+  message = "Record %d is masked: %s"
+  logging.log_first_n(logging.WARNING, message, 3, index, error)
+
+
+def _stand_in(pid: str) -> records.Problem:
+  """A problem without a question."""
+  return records.Problem(
+    pid=pid,
+    question="",
+    image_path="",
+    image_bytes=b"",
+    choices=(),
+    unit="",
+    precision=-1,
+    answer="",
+    question_type="free_form",
+    answer_type="integer",
+    query="",
+    solution="",
+    metadata={},
+  )
