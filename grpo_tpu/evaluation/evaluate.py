@@ -291,19 +291,18 @@ def _example(
   draws: list[list[scorecard.Answer]],
   problems: records.Source,
 ) -> report.Example:
-  """An answer with its picture, and how often a sampled one is right."""
+  """An answer with its image and the number of right samples."""
   try:
-    image = images.decode(problems[answer.index].image_bytes)
-    picture = report.picture_uri(image)
+    image = report.image_uri(images.decode(problems[answer.index].image_bytes))
   except (ValueError, OSError):
-    picture = ""
+    image = ""
   others = [x for draw in draws for x in draw if x.index == answer.index]
   return report.Example(
     record=answer.record,
     outcome=answer.outcome,
     num_samples=len(others),
     samples_right=sum(x.is_right for x in others),
-    picture=picture,
+    image=image,
   )
 
 

@@ -311,12 +311,12 @@ def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
     assert "%" not in text.split("<body>")[-1]
 
 
-def test_a_damaged_picture_costs_the_report_its_picture_alone(everything):
+def test_a_damaged_image_is_only_missing_from_the_report(everything):
   answer = everything.greedy[UNREADABLE]
   example = evaluate._example(answer, everything.samples, Source(EVERY))
-  assert (example.picture, example.num_samples) == ("", NUM_SAMPLES)
+  assert (example.image, example.num_samples) == ("", NUM_SAMPLES)
   whole = evaluate._example(everything.greedy[1], [], Source(EVERY))
-  assert whole.picture.startswith("data:image/")
+  assert whole.image.startswith("data:image/")
   assert everything.greedy[TOO_LONG].outcome == "not asked"
 
 

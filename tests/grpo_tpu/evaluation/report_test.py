@@ -1,4 +1,4 @@
-"""Pages that say what was found, and do nothing that was written into them."""
+"""The report shows every figure and never runs the text that it shows."""
 
 import base64
 import html.parser
@@ -16,7 +16,7 @@ EVIL = (
   '"\' onload="x" {{ 7 * 7 }} | `a` **b** [c](javascript:alert(1))\n\n'
   "    # head\r\n```\u2028<script>"
 )
-PICTURE = report.picture_uri(np.full((3, 4, 3), 200, np.uint8))
+IMAGE = report.image_uri(np.full((3, 4, 3), 200, np.uint8))
 
 
 def record(**changes):
@@ -36,13 +36,13 @@ def record(**changes):
   } | changes
 
 
-def example(picture=PICTURE, num_samples=0, samples_right=0, **changes):
+def example(image=IMAGE, num_samples=0, samples_right=0, **changes):
   return report.Example(
     record=record(**changes),
     outcome="wrong",
     num_samples=num_samples,
     samples_right=samples_right,
-    picture=picture,
+    image=image,
   )
 
 
@@ -114,7 +114,7 @@ def evil_page(examples):
   return pages(found, found["slices"], shown)
 
 
-def test_what_is_written_into_the_page_is_text_to_it():
+def test_foreign_text_is_escaped_in_the_page():
   _, page = evil_page(1)
   _, tame = pages(scores(), (), [example()])
   assert "script" not in {tag for tag, _ in page.tags}
@@ -124,13 +124,13 @@ def test_what_is_written_into_the_page_is_text_to_it():
   for tag, attributes in page.tags:
     assert not [name for name in attributes if name.startswith("on")]
     assert not {"href", "style", "srcdoc"} & set(attributes), tag
-    assert attributes.get("src", PICTURE) == PICTURE
+    assert attributes.get("src", IMAGE) == IMAGE
   # Once in each place, letter by letter, and evaluated in none.
   assert page.text.count("<script>alert(1)</script>") > 10
   assert "49" not in page.text
 
 
-def test_the_page_forbids_what_it_does_not_need_and_needs_nothing():
+def test_the_page_forbids_scripts_and_loads_nothing():
   _, page = pages(scores(), (), [example()])
   policies = [
     attributes["content"]
@@ -175,7 +175,7 @@ def test_every_figure_is_on_both_pages():
     ):
       assert f"{100 * figure['share']:.1f} %" in text
       assert f"{100 * figure['low']:.1f} to {100 * figure['high']:.1f}" in text
-    for words in ("pass@4", "maj@4", "Picture removed", "plain grey", "drawn"):
+    for words in ("pass@4", "maj@4", "Image removed", "plain grey", "drawn"):
       assert words in text
     assert "8 of 5141 problems" in " ".join(text.split())
     assert "+0.0 points" in text and "p = 1.000" in text
@@ -191,14 +191,14 @@ def test_an_example_shows_what_was_asked_expected_and_got():
   assert "(B) 3 \u2713" in page.text and "(C) 4 \u2717" in page.text
   assert "(A) 2 " not in page.text and "in cm" in page.text
   assert "5 of 8 right" in page.text and "5 of 8 samples are right" in text
-  _, page = pages(scores(), (), [example(extraction=None, picture="")])
-  assert "nothing" in page.text and "no picture" in page.text
+  _, page = pages(scores(), (), [example(extraction=None, image="")])
+  assert "nothing" in page.text and "no image" in page.text
   assert "img" not in {tag for tag, _ in page.tags}
 
 
-def test_what_is_not_graded_is_called_neither_right_nor_wrong():
+def test_an_ungraded_answer_is_called_neither_right_nor_wrong():
   shown = example(
-    *(PICTURE, 8, 0), choices=["2", "4"], answer="", true_false=None
+    *(IMAGE, 8, 0), choices=["2", "4"], answer="", true_false=None
   )
   found = {
     **{"split": "test", "model": "tiny", "weights": "random:0"},
@@ -231,21 +231,21 @@ def test_worst_slices_come_as_they_are_given():
       < text.index("All slices")
     )
   for text in (pages(found)[0], pages(found)[1].text):
-    assert "None is surely worse" in text
+    assert "No slice is significantly worse" in text
 
 
-def test_a_long_response_is_cut_and_says_so():
+def test_a_long_completion_is_cut_and_the_cut_is_marked():
   text = report.html(scores(), (), [example(response="x" * 10_000)])
   assert "xx\n[... 6000 more characters]" in text
   assert text.count("x" * 4_000) == 1 and "x" * 4_001 not in text
 
 
 @pytest.mark.parametrize("kind", ["flat", "noisy"])
-def test_a_picture_is_shrunk_and_kept_in_the_better_format(kind):
+def test_an_image_is_shrunk_and_kept_in_the_smaller_format(kind):
   image = np.full((700, 960, 3), 77, np.uint8)
   if kind == "noisy":
     image = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
-  uri = report.picture_uri(image)
+  uri = report.image_uri(image)
   wanted = {"flat": "png", "noisy": "jpeg"}[kind]
   head = f"data:image/{wanted};base64,"
   assert uri.startswith(head)
@@ -253,10 +253,10 @@ def test_a_picture_is_shrunk_and_kept_in_the_better_format(kind):
   assert picture.size == (480, 350)
   mean = np.asarray(picture).mean()
   assert mean == pytest.approx(image.mean(), abs=1)
-  assert report.picture_uri(image) == uri
+  assert report.image_uri(image) == uri
 
 
-def test_a_line_says_the_result():
+def test_one_line_gives_the_result():
   assert report.line(scores()) == (
     "testmini: greedy accuracy 37.5 % (13.7 to 69.4; 8 problems)"
   )
