@@ -25,7 +25,10 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=["data_pipelines*", "grpo_tpu*"],
   ),
-  package_data={"grpo_tpu.observability": ["metrics.toml"]},
+  package_data={
+    "grpo_tpu.evaluation": ["templates/*.j2"],
+    "grpo_tpu.observability": ["metrics.toml"],
+  },
   install_requires=[
     "absl-py",
     "array_record",
