@@ -21,11 +21,13 @@ from grpo_tpu.distributed import initialize as distributed
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.observability import profiler, registry
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rl import objective as objectives
 from grpo_tpu.rl import optimizer as optimizers
 from grpo_tpu.rl import shaping as shapings
+from grpo_tpu.rollout.settings import RolloutConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Config:
   seed: int
   compilation_cache_dir: str
   data: sections.DataConfig
-  model: sections.ModelSettings
+  model: ModelSettings
   mesh: sections.MeshConfig
   distributed: distributed.DistributedConfig
-  rollout: sections.RolloutConfig
+  rollout: RolloutConfig
   rewards: scoring.RewardConfig
   objective: sections.ObjectiveSettings
   shaping: shapings.ShapingConfig
@@ -66,17 +68,13 @@ class Config:
 
   @property
   def model_config(self) -> gemma3_config.ModelConfig:
-    """The model's sizes."""
-    model, size = gemma3_config.CONFIGS[self.model.name], self.model.image_size
-    if size is None or model.vision is None:
-      return model
-    tower = dataclasses.replace(model.vision, input_size=size)
-    return dataclasses.replace(model, vision=tower)
+    """The sizes of the network."""
+    return self.model.network
 
   @property
   def lora(self) -> lora.LoraConfig | None:
     """What the adapters are like, or None where the whole model is trained."""
-    return self.model.lora if self.model.lora.rank else None
+    return self.model.adapters
 
   @property
   def objective_config(self) -> objectives.ObjectiveConfig:

@@ -20,11 +20,11 @@ from data_pipelines import pipeline
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.config import schema as run_config
-from grpo_tpu.config import sections
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
 from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.rl import optimizer, train_state, train_step
 from grpo_tpu.rollout import engine, generate
 
@@ -428,7 +428,7 @@ def _interleaved(place, *parts):
   return jax.tree.map(joined, *parts)
 
 
-def _cast(params: dict, model: sections.ModelSettings) -> dict:
+def _cast(params: dict, model: ModelSettings) -> dict:
   """A reference's matrices in the type that is set for them."""
   dtype = jnp.dtype(model.reference_dtype or model.param_dtype)
 
