@@ -324,9 +324,13 @@ class Laptop:
     }
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "launch", self.checkout / "launch", ignore=ignore)
-    for name in ("__init__.py", "chips.py"):
-      (self.checkout / "grpo_tpu").mkdir(exist_ok=True)
-      shutil.copy(ROOT / "grpo_tpu" / name, self.checkout / "grpo_tpu" / name)
+    for name in (
+      *("grpo_tpu/__init__.py", "grpo_tpu/distributed/__init__.py"),
+      *("grpo_tpu/distributed/hardware.py", "data_pipelines/__init__.py"),
+      "data_pipelines/validation.py",
+    ):
+      (self.checkout / name).parent.mkdir(exist_ok=True)
+      shutil.copy(ROOT / name, self.checkout / name)
     (self.checkout / "configs").mkdir()
     (self.checkout / "configs" / "my config.py").write_text('"""Mine."""\n')
     (self.checkout / ".gitignore").write_text("launch/tpu.env\n")

@@ -7,9 +7,13 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
-def test_only_pythons_own_library_and_the_table_of_chips_is_imported():
-  files = [ROOT / "grpo_tpu" / "chips.py", *(ROOT / "launch/pod").glob("*.py")]
-  assert len(files) > 8
+def test_the_launcher_imports_the_standard_library_and_two_files():
+  shared = ("grpo_tpu.distributed.hardware", "data_pipelines.validation")
+  files = [
+    *(ROOT / f"{name.replace('.', '/')}.py" for name in shared),
+    *(ROOT / "launch/pod").glob("*.py"),
+  ]
+  assert len(files) > 9
   for path in files:
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Import):
@@ -19,8 +23,5 @@ def test_only_pythons_own_library_and_the_table_of_chips_is_imported():
       else:
         continue
       for name in names:
-        ours = (
-          name.startswith("launch.pod.")
-          or name == "grpo_tpu.distributed.hardware"
-        )
+        ours = name.startswith(("launch.pod.", *shared))
         assert ours or name.split(".")[0] in sys.stdlib_module_names, name
