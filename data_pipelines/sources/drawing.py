@@ -1,12 +1,13 @@
-"""A canvas for drawn problems: randomness, colors, shapes and digits.
+"""A canvas for synthetic problems: randomness, colors, shapes and digits.
 
-Knows nothing of questions. No font file is read, for fonts differ between
-machines: the few digits that a picture needs come from a bitmap.
+Knows nothing of questions. No font file is read, because fonts differ
+between machines: the few digits that an image needs come from a bitmap.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,19 +44,19 @@ _GLYPHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """What a difficulty means."""
+  """The numbers behind one difficulty."""
 
   num_colors: int
-  num_shapes: int  # Shapes in a picture of different shapes.
+  num_shapes: int  # Shapes in an image of different shapes.
   max_count: int  # Objects to count.
   num_distractors: int  # Objects not to count, at most.
-  max_value: int  # Of a bar or a table's cell.
+  max_value: int  # The largest value of a bar or of a table's cell.
   num_rows: int  # Bars, or rows of a table.
   minute_step: int
   max_side: int  # Rows and columns of a dot grid.
-  max_shade: int  # How far a color strays, in grey levels.
+  max_shade: int  # How far a color may change, in grey levels.
   wordings: int  # Ways to ask one thing, at most.
-  counts_by: tuple[str, ...]  # What tells the counted objects from others.
+  counts_by: tuple[str, ...]  # How the counted objects differ from others.
 
 
 LEVELS = {
@@ -69,13 +70,13 @@ LEVELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """A picture in the making, and what it is made by.
+  """An unfinished image, with its randomness and its difficulty.
 
   Attributes:
-    image: The square picture.
-    draw: PIL's pen on it.
-    rng: All randomness of the picture and of what is asked about it.
-    level: How difficult both should be.
+    image: The square image.
+    draw: PIL's drawing interface to the image.
+    rng: Draws the image and the question about it.
+    level: The difficulty of both.
   """
 
   image: Image.Image
@@ -85,31 +86,31 @@ class Canvas:
 
   @property
   def size(self) -> int:
-    """The side of the picture, in pixels."""
+    """The side of the image, in pixels."""
     return self.image.width
 
-  def below(self, high: int) -> int:
-    """One of 0 .. high - 1."""
-    return int(self.rng.integers(high))
+  def index(self, count: int) -> int:
+    """A random index below `count`."""
+    return int(self.rng.integers(count))
 
-  def between(self, low: int, high: int) -> int:
-    """One of low .. high."""
+  def integer(self, low: int, high: int) -> int:
+    """A random number from low to high."""
     return int(self.rng.integers(low, high + 1))
 
   def pick(self, items: Sequence[Any], count: int) -> list[Any]:
-    """`count` different items in random order."""
+    """Picks `count` different items in random order."""
     return [items[i] for i in self.rng.permutation(len(items))[:count]]
 
   def wording(self, *texts: str) -> str:
-    """One of as many of the texts as the level knows."""
-    return texts[self.below(min(len(texts), self.level.wordings))]
+    """One of the texts, among as many as the level uses."""
+    return texts[self.index(min(len(texts), self.level.wordings))]
 
   def colors(self, count: int) -> list[str]:
-    """Different names among the colors that the level knows."""
+    """Different color names, among those that the level uses."""
     return self.pick(list(COLORS)[: self.level.num_colors], count)
 
   def shade(self, color: str) -> tuple[int, ...]:
-    """The color, astray as far as the level lets it."""
+    """The color, randomly changed as far as the level allows."""
     most = self.level.max_shade
     if not most:
       return COLORS[color]
@@ -120,8 +121,8 @@ class Canvas:
 def make_canvas(
   rng: np.random.Generator, *, size: int, difficulty: int
 ) -> Canvas:
-  """An empty page of `size` pixels squared."""
-  # A tint of its own tells pictures of few objects apart.
+  """An empty square canvas, `size` pixels wide."""
+  # A random tint makes images of few objects differ.
   image = Image.new("RGB", (size, size), tuple(rng.integers(236, 256, 3)))
   return Canvas(image, ImageDraw.Draw(image), rng, LEVELS[difficulty])
 
@@ -129,13 +130,13 @@ def make_canvas(
 def draw_shape(
   canvas: Canvas, *, shape: str, color: str, cell: int, side: int
 ) -> None:
-  """A shape of random size somewhere in a cell of a side x side grid."""
+  """Draws a shape of random size in a cell of a side x side grid."""
   width = canvas.size / side
-  radius = max(2, canvas.between(round(0.26 * width), round(0.42 * width)))
-  # One pixel stays free, so that neighbors never melt into one.
+  radius = max(2, canvas.integer(round(0.26 * width), round(0.42 * width)))
+  # One pixel stays free, so that neighbors never touch.
   slack = max(0, int(width) - 2 * radius - 2)
-  x = int(cell % side * width) + radius + canvas.between(0, slack)
-  y = int(cell // side * width) + radius + canvas.between(0, slack)
+  x = int(cell % side * width) + radius + canvas.integer(0, slack)
+  y = int(cell // side * width) + radius + canvas.integer(0, slack)
   left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
   fill = canvas.shade(color)
   if shape == "circle":
@@ -156,14 +157,14 @@ def draw_shape(
 def draw_number(
   canvas: Canvas, text: str, *, x: int, y: int, scale: int
 ) -> None:
-  """Digits of 3 x 5 pixels times scale, with their corner at (x, y)."""
+  """Draws digits of 3 x 5 pixels times scale, from the top left (x, y)."""
   for i, character in enumerate(text):
     at = (x + 4 * scale * i, y)
     canvas.draw.bitmap(at, _glyph(character, scale), INK)
 
 
 def draw_rows(canvas: Canvas, colors: list[str], cells: list[str]) -> None:
-  """A table of two columns: a swatch of the color, and a number."""
+  """Draws a table of two columns: a color swatch and a number."""
   size, height = canvas.size, canvas.size // len(cells)
   widest = max(len(cell) for cell in cells)
   scale = max(1, min(height // 8, size // 2 // (4 * widest)))
@@ -182,7 +183,7 @@ def draw_rows(canvas: Canvas, colors: list[str], cells: list[str]) -> None:
 def draw_bars(
   canvas: Canvas, colors: list[str], values: list[int], *, most: int
 ) -> None:
-  """Bars of whole pixels per unit over a ruled ground of 0 to most."""
+  """Draws bars over ruled lines, from 0 to most, in whole pixels per unit."""
   size = canvas.size
   unit, floor, scale = (size - 4) // most, size - 2, max(1, size // 64)
   margin = scale * 4 * len(str(most)) + 1
@@ -197,6 +198,47 @@ def draw_bars(
     x = margin + int(slot * (i + 0.15))
     box = (x, floor - value * unit, x + int(0.7 * slot), floor)
     canvas.draw.rectangle(box, canvas.shade(color))
+
+
+def draw_clock(canvas: Canvas, *, hour: int, minute: int) -> None:
+  """Draws a clock of random size: hour hand red, minute hand blue."""
+  half = canvas.size // 2
+  radius = canvas.integer(round(0.8 * half), half - 1)
+  slack = half - 1 - radius
+  x = half + canvas.integer(-slack, slack)
+  y = half + canvas.integer(-slack, slack)
+
+  def point(turn: float, length: float) -> tuple[int, int]:
+    angle = 2 * math.pi * turn
+    return (
+      x + round(length * radius * math.sin(angle)),
+      y - round(length * radius * math.cos(angle)),
+    )
+
+  box = (x - radius, y - radius, x + radius, y + radius)
+  canvas.draw.ellipse(box, WHITE, INK)
+  for tick in range(12):
+    ends = (point(tick / 12, 0.85), point(tick / 12, 0.95))
+    canvas.draw.line(ends, INK)
+  width, turn = max(1, canvas.size // 32), minute / 60
+  hour_hand = ((x, y), point((hour + turn) / 12, 0.5))
+  canvas.draw.line(((x, y), point(turn, 0.8)), canvas.shade("blue"), width)
+  canvas.draw.line(hour_hand, canvas.shade("red"), 2 * width)
+
+
+def draw_dots(
+  canvas: Canvas, rows: int, columns: int, black: Container[int]
+) -> None:
+  """Draws a grid of dots, black at these indices and white elsewhere."""
+  cell = canvas.size // max(rows, columns)
+  left = canvas.integer(0, canvas.size - columns * cell)
+  top = canvas.integer(0, canvas.size - rows * cell)
+  inset = max(1, cell // 8)
+  for i in range(rows * columns):
+    x, y = left + i % columns * cell, top + i // columns * cell
+    box = (x + inset, y + inset, x + cell - inset - 1, y + cell - inset - 1)
+    fill = INK if i in black else WHITE
+    canvas.draw.ellipse(box, fill, INK)
 
 
 @functools.cache

@@ -105,7 +105,9 @@ def _seen(problem: records.Problem) -> tuple[str, near_duplicates.Look | None]:
       raise records.BadRecord(
         "answer_fails_verifier", f"{answer!r} is not found right"
       )
-  look = None if synthetic.is_drawn(problem) else near_duplicates.look(image)
+  look = (
+    None if synthetic.is_synthetic(problem) else near_duplicates.look(image)
+  )
   return images.pixel_hash(image), look
 
 

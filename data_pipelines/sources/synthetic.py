@@ -1,7 +1,7 @@
-"""Drawn problems with exact answers, in MathVista's schema.
+"""Synthetic problems with exact answers, in MathVista's schema.
 
-Problem `i` of a set is a pure function of the settings and `i`: it can be
-drawn anywhere, in any order, and has the same bytes each time.
+Problem `i` of a set is a pure function of the settings and `i`: the problem can
+be drawn anywhere, in any order, and has the same bytes each time.
 """
 
 import dataclasses
@@ -13,29 +13,31 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines import records
-from data_pipelines.sources import drawing, scenes
+from data_pipelines.sources import drawing, questions, scenes
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
 _SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
 KINDS = tuple(_SCENE_OF)
-SOURCE = "synthetic/"  # Begins `metadata.source`; the kind follows.
-# One problem in so many asks something else about the picture before it.
+SOURCE = (
+  "synthetic/"  # `metadata.source` starts with this, then names the kind.
+)
+# Every 16th problem asks something else about the image before it.
 _REPEAT_EVERY = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a set of drawn problems is made of.
+  """The settings of a set of synthetic problems.
 
   Attributes:
-    num_problems: How many.
-    seed: Another seed draws another set.
-    difficulty: 1 to 5: more objects, colors and distractors, larger values,
-      more varied wording.
-    kinds: Which of `KINDS` to draw, each equally often.
-    image_size: Side of the square picture, in pixels.
-    multi_choice_share: Share of the number questions that are asked with
-      options, 0 to 1. Questions whose answer is a word always have them.
+    num_problems: Number of problems.
+    seed: Random seed of the set.
+    difficulty: 1 to 5; a higher one has more objects, colors and distractors,
+      larger values and more varied wording.
+    kinds: The kinds to draw, of `KINDS`, each equally often.
+    image_size: Side of the square image, in pixels.
+    multi_choice_share: Share of the number questions that have options, 0 to
+      1. Questions whose answer is a word always have them.
     min_options: Fewest options of a multiple-choice question, at least 2.
     max_options: Most options, at most 8; fewer where the question has fewer
       possible answers.
@@ -74,8 +76,8 @@ class Spec:
         raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
 
 
-def is_drawn(problem: records.Problem) -> bool:
-  """Whether a problem says that it was drawn here."""
+def is_synthetic(problem: records.Problem) -> bool:
+  """True for a problem whose metadata name this module as the source."""
   return str(problem.metadata.get("source", "")).startswith(SOURCE)
 
 
@@ -85,13 +87,13 @@ def problems(spec: Spec) -> Iterator[records.Problem]:
 
 
 def problem(spec: Spec, index: int) -> records.Problem:
-  """Problem `index` of the set, whatever else has been drawn."""
+  """Problem `index` of the set, independent of all other draws."""
   rng, kind = _plan(spec, index)
   scene = _SCENE_OF[kind]
   canvas = drawing.make_canvas(
     rng, size=spec.image_size, difficulty=spec.difficulty
   )
-  facts = scene.drawn(canvas)
+  facts = scene.draw(canvas)
   question = scene.questions[kind](canvas, facts)
   choices = _options(question, spec, rng)
   fields: dict[str, Any] = dict(
@@ -105,7 +107,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
   return records.Problem(
     pid=f"synthetic-{spec.seed}-{index:06d}",
     image_path=f"images/{index}.png",
-    image_bytes=_encoded(canvas.image),
+    image_bytes=_encode_png(canvas.image),
     answer=question.answer,
     query=records.official_query(**fields),
     solution=question.solution,
@@ -126,7 +128,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
 
 
 def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:
-  """The randomness that draws the picture, and the kind of question asked."""
+  """The generator that draws the image, and the kind of question."""
   if index % _REPEAT_EVERY == _REPEAT_EVERY - 1:
     rng, kind = _plan(spec, index - 1)
     siblings = [
@@ -141,9 +143,9 @@ def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:
 
 
 def _options(
-  question: scenes.Question, spec: Spec, rng: np.random.Generator
+  question: questions.Question, spec: Spec, rng: np.random.Generator
 ) -> tuple[str, ...]:
-  """The options in random order, or none where the answer is written."""
+  """The options in random order; () where the answer is written out."""
   if not question.pool:
     return ()
   if question.answer_type != "text" and rng.random() >= spec.multi_choice_share:
@@ -154,7 +156,7 @@ def _options(
   return tuple(options[i] for i in rng.permutation(len(options)))
 
 
-def _encoded(image: Image.Image) -> bytes:
+def _encode_png(image: Image.Image) -> bytes:
   png = io.BytesIO()
   image.save(png, "PNG", compress_level=1)
   return png.getvalue()
