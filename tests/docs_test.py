@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from grpo_tpu.observability import registry
+from tests import layering_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -125,3 +126,33 @@ def test_every_metric_that_a_page_names_is_there(page):
     and not name.endswith("/")
     and not (name.split("/")[0] in folders or (ROOT / name).exists())
   ] == []
+
+
+def test_the_guide_has_the_rooms_and_floors_that_the_layers_have():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  rows = re.findall(r"^\| (\d+) \| `([a-z_.]+)` \|", text, flags=re.MULTILINE)
+  assert {room: int(floor) for floor, room in rows} == layering_test.FLOOR_OF
+
+
+# Folders and files of ours, as the guides write them, in quotes as code.
+_PATH = re.compile(
+  r"`((?:grpo_tpu|data_pipelines|configs|launch|benchmarks|tests|docs)/[\w./]+)`"
+)
+_MADE_BY_THE_READER = "launch/tpu.env"
+_MODULE = re.compile(r"python -m ((?:grpo_tpu|data_pipelines)[\w.]*)")
+
+
+def is_there(module: str) -> bool:
+  path = ROOT / module.replace(".", "/")
+  return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_path_and_module_that_a_page_names_is_there(page):
+  """But for the changelog, which names what has gone."""
+  if page.name == "CHANGELOG.md":
+    return
+  text = page.read_text()
+  paths = set(_PATH.findall(text)) - {_MADE_BY_THE_READER}
+  assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+  assert [name for name in _MODULE.findall(text) if not is_there(name)] == []
