@@ -1,1 +1,1 @@
-"""What `launch/tpu.sh` decides: a slice, its workers, a run on them."""
+"""The logic of `launch/tpu.sh`: a TPU slice, its workers and a run on them."""

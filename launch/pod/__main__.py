@@ -1,229 +1,196 @@
-"""The verbs of `launch/tpu.sh`.
+"""The command line of `launch/tpu.sh`.
 
 launch/tpu.sh [--settings=FILE] [--dry-run] VERB ...
 """
 
 import argparse
-import json
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from launch.pod import (
-  exits,
-  gcloud,
-  jobset,
-  settings,
-  slices,
-  supervision,
-  workers,
-)
+from launch.pod import exits, gcloud, jobset, slices, supervision, workers
+from launch.pod import settings as pod_settings
 
 Exit = exits.Exit
-_SETTINGS = workers.ROOT / "launch" / "tpu.env"
+
+_VERBS = {
+  "create": "request the slice, unless it exists",
+  "wait": "wait until the slice is ready",
+  "setup": "send the committed files and install the pinned set",
+  "run": "start the program on every worker, and return",
+  "logs": "print the last lines of the workers' logs",
+  "status": "print the slice, the processes, the last step and checkpoint",
+  "stop": "make the run save and end",
+  "supervise": "do all of it, and again whenever the slice is taken away",
+  "tensorboard": "serve TensorBoard of the run at a local port",
+  "delete": "delete the slice, which costs money until then",
+  "jobset": "print a JobSet that runs the same command on GKE",
+}
 
 
 class _Parser(argparse.ArgumentParser):
-  """One whose mistakes end with the project's code for them."""
+  def __init__(self, **options):
+    super().__init__(allow_abbrev=False, **options)
 
   def error(self, message: str) -> NoReturn:
     self.print_usage(sys.stderr)
     self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {message}.\n")
 
 
-def _positive(text: str) -> float:
-  value = float(text)
-  if not 0 < value < float("inf"):
-    raise argparse.ArgumentTypeError(f"{text} must be above 0")
-  return value
+def _between(
+  kind: type[float], low: float, high: float
+) -> Callable[[str], float]:
+  def number(text: str) -> float:
+    value = kind(text)
+    if not low <= value <= high:
+      raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
+    return value
 
-
-def _number(text: str) -> int:
-  value = int(text)
-  if value < 0:
-    raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-  return value
-
-
-def _port(text: str) -> int:
-  value = int(text)
-  if not 0 < value < 2**16:
-    raise argparse.ArgumentTypeError(f"{text} must be from 1 to 65535")
-  return value
+  return number
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(
     prog="launch/tpu.sh",
-    description="A TPU slice and a run on it, from this machine.",
-    epilog="docs/on-a-pod.md has the settings, the exit codes and the costs.",
-    allow_abbrev=False,
+    description="Runs the program on a TPU slice.",
+    epilog="docs/on-a-pod.md explains settings, exit codes and costs.",
   )
   parser.add_argument(
-    *("--settings",), type=pathlib.Path, default=_SETTINGS, metavar="FILE",
-    help="the settings, launch/tpu.env unless said",
-  )  # fmt: skip
+    "--settings",
+    type=pathlib.Path,
+    default=workers.ROOT / "launch" / "tpu.env",
+    metavar="FILE",
+    help="the settings file (default: launch/tpu.env)",
+  )
   parser.add_argument(
     "--dry-run",
     action="store_true",
     help="print every call of gcloud and make none",
   )
-  verbs = parser.add_subparsers(
-    dest="verb", required=True, metavar="VERB", parser_class=_Parser
-  )
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+  verb = {
+    name: verbs.add_parser(name, help=text, description=text)
+    for name, text in _VERBS.items()
+  }
+  seconds = _between(float, 0.001, 1e9)
 
-  def verb(name: str, words: str, epilog: str = "") -> argparse.ArgumentParser:
-    made = verbs.add_parser(
-      name, help=words, description=words, epilog=epilog, allow_abbrev=False
-    )
-    if name in ("wait", "supervise"):
-      made.add_argument(
-        *("--timeout",), type=_positive, default=24 * 3600.0, metavar="SECONDS",
-        help="for the slice to come; a day unless said",
-      )  # fmt: skip
-      made.add_argument(
-        *("--poll",), type=_positive, default=60.0, metavar="SECONDS",
-        help="between two looks; 60 unless said",
-      )  # fmt: skip
-    if name == "supervise":
-      made.add_argument(
-        *("--pause",), type=_positive, default=30.0, metavar="SECONDS",
-        help="before a restart, doubled each time; 30 unless said",
-      )  # fmt: skip
-    if name in ("run", "supervise", "jobset"):
-      made.add_argument("config", metavar="CONFIG", help="configs/....py")
-      made.add_argument(
-        "flags", nargs="*", metavar="-- FLAG", help="more flags of the program"
-      )
-    return made
+  def add(names: str, flag: str, text: str, **options) -> None:
+    for name in names.split():
+      verb[name].add_argument(*flag.split(), help=text, **options)
 
-  verb("create", "ask for the slice, unless it is there")
-  verb("wait", "until it is ready")
-  verb("setup", "send the committed files, install the pinned set")
-  verb("run", "start the program on every worker, and leave it")
-  made = verb("logs", "the end of the workers' logs")
-  made.add_argument("-w", "--worker", type=_number, help="of this one alone")
-  made.add_argument("-f", "--follow", action="store_true", help="and go on")
-  made.add_argument(
-    "-n", "--lines", type=_number, default=50, help="of each; 50 unless said"
-  )
-  verb("status", "the slice, the processes, the last step and checkpoint")
-  made = verb("stop", "have the run save and end")
-  made.add_argument(
-    "--kill", action="store_true", help="if it has not after GRACE_SECONDS"
-  )
-  verb("supervise", "all of it, and again whenever the slice is taken away")
-  made = verb("tensorboard", "the curves, at a port of this machine")
-  made.add_argument("--port", type=_port, default=6006, help="6006 unless said")
-  verb("delete", "give the slice back: until then it costs")
-  verb("jobset", "print the JobSet that does the same on GKE")
+  waiting = "for the slice, in seconds (default: a day)"
+  add("wait supervise", "--timeout", waiting, type=seconds, default=86400.0)
+  between = "between two checks, in seconds (default: 60)"
+  add("wait supervise", "--poll", between, type=seconds, default=60.0)
+  pause = "before a restart, in seconds, doubled each time (default: 30)"
+  add("supervise", "--pause", pause, type=seconds, default=30.0)
+  add("run supervise jobset", "config", "configs/....py", metavar="CONFIG")
+  more = "more flags of the program"
+  add("run supervise jobset", "flags", more, nargs="*", metavar="-- FLAG")
+  count = _between(int, 0, 10**9)
+  add("logs", "-w --worker", "only this worker's log", type=count)
+  add("logs", "-f --follow", "also print new lines", action="store_true")
+  number = "lines of each log (default: 50)"
+  add("logs", "-n --lines", number, type=count, default=50)
+  kill = "kill the run if it continues after GRACE_SECONDS"
+  add("stop", "--kill", kill, action="store_true")
+  port = "(default: 6006)"
+  add("tensorboard", "--port", port, type=_between(int, 1, 65535), default=6006)
   return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-  of = settings.read(arguments.settings)
-  cloud = gcloud.Gcloud(of, dry_run=arguments.dry_run)
+  settings = pod_settings.read(arguments.settings)
+  cloud = gcloud.Gcloud(settings, dry_run=arguments.dry_run)
   verb = arguments.verb
-  job = None
   if verb in ("run", "supervise", "jobset"):
     job = workers.Job(arguments.config, tuple(arguments.flags))
-    if not of.image:
+    if not settings.image:
       workers.require_committed(job.config)
-  if verb == "create":
+    if verb == "supervise":
+      return _supervise(cloud, job, arguments)
+    if verb == "jobset":
+      sys.stdout.write(jobset.manifest(settings, job))
+    else:
+      count = slices.require_ready(cloud).num_workers
+      workers.run(cloud, count, job)
+      logging.info("Started on %d workers; `logs -f` follows them.", count)
+  elif verb == "create":
     logging.info("%s", slices.create(cloud))
   elif verb == "delete":
     logging.info("%s", slices.delete(cloud))
   elif verb == "wait":
     found = slices.wait(
-      cloud,
-      timeout_seconds=arguments.timeout,
-      poll_seconds=arguments.poll,
+      cloud, timeout_seconds=arguments.timeout, poll_seconds=arguments.poll
     )
-    logging.info("%s is ready: %d workers.", of.name, found.num_workers)
-  elif verb == "supervise" and job:
-    patience = supervision.Patience(
-      queue_seconds=arguments.timeout,
-      poll_seconds=arguments.poll,
-      pause_seconds=arguments.pause,
-    )
-    code = supervision.Supervisor(cloud, job, patience).supervise()
-    logging.info("The run ended with exit code %d.", code)
-    logging.info("The slice is still there, and costs until you `delete` it.")
-    return code
-  elif verb == "jobset" and job:
-    text = json.dumps(jobset.manifest(of, job), indent=2)
-    sys.stdout.write(text + "\n")
-  elif verb == "status":
-    return _status(cloud)
+    logging.info("%s is ready: %d workers.", settings.name, found.num_workers)
   else:
-    _on_workers(cloud, arguments, job)
+    _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
   return Exit.DONE
 
 
-def _status(cloud: gcloud.Gcloud) -> int:
-  found = slices.look(cloud, assumed=slices.Condition.READY)
-  name = cloud.settings.name
-  if found.condition != slices.Condition.READY:
-    raise found.failure(name)
-  sys.stdout.write(f"{name}: ready, {found.num_workers} workers.\n")
-  statuses = workers.status(cloud, found.num_workers)
-  for worker, status in enumerate(statuses):
-    sys.stdout.write(f"worker {worker}: {status}\n")
-  return Exit.DONE
+def _supervise(
+  cloud: gcloud.Gcloud, job: workers.Job, arguments: argparse.Namespace
+) -> int:
+  timing = supervision.Timing(
+    queue_seconds=arguments.timeout,
+    poll_seconds=arguments.poll,
+    pause_seconds=arguments.pause,
+  )
+  code = supervision.Supervisor(cloud, job, timing).supervise()
+  logging.info("The run ended with exit code %d.", code)
+  logging.info("The slice still exists and costs money until you `delete` it.")
+  return code
 
 
 def _on_workers(
-  cloud: gcloud.Gcloud, arguments: argparse.Namespace, job: workers.Job | None
+  cloud: gcloud.Gcloud, arguments: argparse.Namespace, count: int
 ) -> None:
-  """The verbs that need a slice that is ready, and nothing more."""
-  count = slices.require_ready(cloud).num_workers
+  """Runs a verb that needs the workers of a ready slice."""
   verb = arguments.verb
   if verb == "setup":
-    left = 0 if cloud.settings.image else workers.uncommitted()
-    if left:
-      logging.warning("%d files with uncommitted changes are not sent.", left)
-    logging.info("%d workers have %s.", count, workers.setup(cloud, count))
-  elif verb == "run" and job:
-    workers.run(cloud, count, job)
-    logging.info("Started on %d workers; `logs -f` shows them.", count)
+    unsent = 0 if cloud.settings.image else workers.count_uncommitted()
+    if unsent:
+      logging.warning("%d files with uncommitted changes are not sent.", unsent)
+    logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
+  elif verb == "status":
+    sys.stdout.write(f"{cloud.settings.name}: ready, {count} workers.\n")
+    for worker, status in enumerate(workers.status(cloud, count)):
+      sys.stdout.write(f"worker {worker}: {status}\n")
   elif verb == "stop":
     workers.stop(cloud, count, kill=arguments.kill)
-    logging.info("No run is going on any more.")
+    logging.info("The run has ended on all workers.")
+  elif verb == "tensorboard":
+    logging.info("http://localhost:%d in 30 s; Ctrl-C ends.", arguments.port)
+    workers.tensorboard(cloud, arguments.port)
   elif verb == "logs":
     chosen = range(count)
     if arguments.worker is not None:
       if arguments.worker >= count:
         raise ValueError(
-          f"--worker ({arguments.worker}) must be below {count}, the number of"
-          " workers; choose another."
+          f"--worker ({arguments.worker}) must be below the number of workers"
+          f" ({count}); choose another."
         )
       chosen = [arguments.worker]
     workers.logs(cloud, chosen, arguments.lines, follow=arguments.follow)
-  elif verb == "tensorboard":
-    port = arguments.port
-    logging.info("http://localhost:%d in half a minute; Ctrl-C ends.", port)
-    workers.tensorboard(cloud, port)
 
 
 def main(words: Sequence[str]) -> int:
-  """Does what the verb says; the exit code."""
+  """Runs a verb; returns the exit code."""
   logging.basicConfig(format="%(message)s", level=logging.INFO)
   try:
     return int(_run(_parser().parse_args(words)))
   except exits.Failure as failure:
-    kind, message = failure.exit, str(failure)
+    code, message = failure.exit, str(failure)
   except ValueError as error:
-    kind, message = Exit.BAD_REQUEST, str(error)
+    code, message = Exit.BAD_REQUEST, str(error)
   except KeyboardInterrupt:
-    kind, message = Exit.INTERRUPTED, "Interrupted."
+    code, message = Exit.INTERRUPTED, "Interrupted."
   logging.error("%s", message)
-  logging.error(
-    "launch/tpu.sh ends with %d, %s. Next: %s",
-    *(kind, kind.name, exits.NEXT_STEP[kind]),
-  )
-  return kind
+  logging.error("Exit code %d (%s). Next: %s", code, code.name, code.next_step)
+  return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How `launch/tpu.sh` ends: a code for each kind of failure, and what next.
+"""Exit codes of `launch/tpu.sh`, each with advice for the user.
 
-Codes of the program itself (0, 1, 64, 75, 76, 134) pass through `supervise`,
-so those of the launcher's own stand apart, from 80 on.
+`supervise` also ends with the code of the run itself (0, 1, 64, 75, 76 or 134),
+so the codes of the launcher start at 80.
 """
 
 import enum
@@ -10,72 +10,50 @@ from data_pipelines.validation import ExitCode
 
 
 class Exit(enum.IntEnum):
-  """One code for each thing that a user would do something else about."""
+  """An exit code.
+
+  Attributes:
+    next_step: Advice, printed after the error.
+  """
+
+  next_step: str
+
+  def __new__(cls, code: int, next_step: str = ""):
+    """Makes a member of the number and the advice."""
+    member = int.__new__(cls, code)
+    member._value_ = code
+    member.next_step = next_step
+    return member
 
   DONE = ExitCode.DONE
-  BAD_REQUEST = ExitCode.BAD_INPUT
-  QUOTA = 80
-  NO_CAPACITY = 81
-  FAILED = 82
-  SUSPENDED = 83
-  PREEMPTED = 84
-  TIMEOUT = 85
-  WORKER_UNREACHABLE = 86
-  WORKER_FAILED = 87
-  NETWORK = 88
-  NOT_ALLOWED = 89
-  ABSENT = 90
-  NOT_OURS = 91
-  BUSY = 92
-  RESTARTS_SPENT = 93
-  NO_GCLOUD = 94
-  GCLOUD = 95
-  NOT_SET_UP = 96
-  INTERRUPTED = 130
-
-
-NEXT_STEP = {
-  Exit.BAD_REQUEST: "mend what the line above names, and start again.",
-  Exit.QUOTA: "ask for more quota in the console (IAM & Admin, Quotas, TPU), or"
-  " change ACCELERATOR_TYPE, ZONE or CAPACITY.",
-  Exit.NO_CAPACITY: "set REQUEST=queued, which waits in line, or try another"
-  " ZONE; `supervise` tries again by itself.",
-  Exit.FAILED: "read the reason above, then `delete` and `create` again.",
-  Exit.SUSPENDED: "the machines were taken away: `delete` and `create`, or let"
-  " `supervise` do both.",
-  Exit.PREEMPTED: "`delete`, `create`, `setup` and `run` again, with the same"
-  " workdir; or let `supervise` do it.",
-  Exit.TIMEOUT: "it may still come: start the same verb again with a larger"
-  " --timeout, or `delete` to leave the queue.",
-  Exit.WORKER_UNREACHABLE: "look at `status`. If the slice is READY, check the"
-  " firewall (port 22) and SSH in the settings, and start the verb again.",
-  Exit.WORKER_FAILED: "read what the worker said above, or `logs -w K`; once it"
-  " is mended, start the verb again.",
-  Exit.NETWORK: "check this machine's network and start the verb again: what"
-  " runs on the slice goes on meanwhile.",
-  Exit.NOT_ALLOWED: "log in with `gcloud auth login`, and check that PROJECT is"
-  " right, its TPU API on, and your role there TPU Admin.",
-  Exit.ABSENT: "`create` it first, or check NAME, ZONE and PROJECT.",
-  Exit.NOT_OURS: "nothing was touched. Choose another NAME, or delete it"
-  " yourself if it is yours.",
-  Exit.BUSY: "`status` and `logs` show it; `stop` ends it, saving first.",
-  Exit.RESTARTS_SPENT: "read `logs`: it does not get further by itself. Once it"
-  " is mended, `supervise` again.",
-  Exit.NO_GCLOUD: "install the Google Cloud CLI, and check that `gcloud"
-  " version` works in this shell.",
-  Exit.NOT_SET_UP: "`setup`, then `run`.",
-  Exit.GCLOUD: "gcloud said why, above.",
-  Exit.INTERRUPTED: "what was started on the slice goes on.",
-}
+  BAD_REQUEST = ExitCode.BAD_INPUT, "fix the setting named above and rerun."
+  QUOTA = 80, "ask for quota, or change ACCELERATOR_TYPE, ZONE or CAPACITY."
+  NO_CAPACITY = 81, "set REQUEST=queued, try another ZONE, or `supervise`."
+  FAILED = 82, "read the reason above, then `delete` and `create` again."
+  SUSPENDED = 83, "`delete` and `create`, or let `supervise` do both."
+  PREEMPTED = 84, "`delete`, `create`, `setup` and `run`, or `supervise`."
+  TIMEOUT = 85, "rerun with a larger --timeout, or `delete` to stop waiting."
+  WORKER_UNREACHABLE = 86, "if `status` says ready, check port 22 and SSH."
+  WORKER_FAILED = 87, "read the error above or `logs -w K`, fix it and rerun."
+  NETWORK = 88, "check this machine's network and rerun; a run continues."
+  NOT_ALLOWED = 89, "`gcloud auth login`; check PROJECT, TPU API and TPU Admin."
+  ABSENT = 90, "`create` the slice first, or check NAME, ZONE and PROJECT."
+  NOT_OURS = 91, "choose another NAME; if the slice is yours, delete it."
+  BUSY = 92, "`status` and `logs` show the run; `stop` saves and ends it."
+  RESTARTS_SPENT = 93, "read `logs`, fix the cause, and `supervise` again."
+  NO_GCLOUD = 94, "install the Google Cloud CLI; `gcloud version` must work."
+  GCLOUD = 95, "read the error of gcloud above."
+  NOT_SET_UP = 96, "run `setup`, then `run`."
+  INTERRUPTED = 130, "a run on the slice continues."
 
 
 class Failure(Exception):
-  """Ends a verb.
+  """An error that ends a verb.
 
   Attributes:
-    exit: The kind, whose number the script exits with.
+    exit: The exit code of the script.
   """
 
-  def __init__(self, kind: Exit, message: str):
+  def __init__(self, code: Exit, message: str):
     super().__init__(message)
-    self.exit = kind
+    self.exit = code

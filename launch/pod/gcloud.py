@@ -1,4 +1,4 @@
-"""Every call of gcloud: how it is written, made, and what its failure means."""
+"""Calls of gcloud: their command lines, and the meaning of their errors."""
 
 import json
 import re
@@ -8,143 +8,137 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.pod import exits, settings
+from launch.pod import exits
+from launch.pod import settings as pod_settings
 
 Exit = exits.Exit
 
-# What gcloud prints, and what it means: the first that is found counts.
-_MEANINGS = (
-  (r'TPU has (terminal )?state "(PREEMPTED|TERMINATED)"', "PREEMPTED"),
-  (r'TPU has (terminal )?state "', "SUSPENDED"),
-  (r"RESOURCE_EXHAUSTED.*[Qq]uota|[Qq]uota .*exceeded|[Qq]uota limit", "QUOTA"),
-  (r"no (more )?capacity|stockout|RESOURCE_EXHAUSTED", "NO_CAPACITY"),
-  (r"NOT_FOUND|was not found|HttpError 404|HTTPError 404", "ABSENT"),
+# Patterns in gcloud's error output. The first match counts.
+_ERRORS = (
+  (r'TPU has (terminal )?state "(PREEMPTED|TERMINATED)"', Exit.PREEMPTED),
+  (r'TPU has (terminal )?state "', Exit.SUSPENDED),
+  (
+    r"RESOURCE_EXHAUSTED.*[Qq]uota|[Qq]uota .*exceeded|[Qq]uota limit",
+    Exit.QUOTA,
+  ),
+  (r"no (more )?capacity|stockout|RESOURCE_EXHAUSTED", Exit.NO_CAPACITY),
+  (r"NOT_FOUND|was not found|HttpError 404|HTTPError 404", Exit.ABSENT),
   (
     r"active account|PERMISSION_DENIED|UNAUTHENTICATED|invalid_grant"
     r"|[Rr]eauth|HTTPError 40[13]|invalid authentication cred"
     r"|default credentials",
-    "NOT_ALLOWED",
+    Exit.NOT_ALLOWED,
   ),
   (
     r"Connection(Error| refused| reset| aborted)|NewConnectionError"
     r"|Unable to find the server|[Nn]ame resolution|not known|timed? ?out"
     r"|Network is unreachable|No route to host|ServerNotFoundError"
     r"|TransportError|RemoteDisconnected|HTTPError 50[0234]|UNAVAILABLE",
-    "NETWORK",
+    Exit.NETWORK,
   ),
 )
 
-# The name of `launch/pod/worker.sh` in the home folder on a worker.
+# The name of `launch/pod/worker.sh` in the home folder of a worker.
 WORKER_SCRIPT = "grpo_tpu_worker.sh"
 
-# What gcloud says of its own work on ssh, which is not the worker's word.
-_CHATTER = re.compile(
+# Progress messages of gcloud's ssh and scp, which are not the worker's output.
+_PROGRESS = re.compile(
   r"^(Using (ssh|scp) batch size|S(SH|CP): Attempting|SSH key found"
   r"|WARNING: Cannot|Propagating SSH|Waiting for operation)"
 )
 
 
-def meaning(stderr: str) -> Exit:
-  """The kind of failure that gcloud's words are about."""
-  for pattern, name in _MEANINGS:
-    if re.search(pattern, stderr):
-      return Exit[name]
-  return Exit.GCLOUD
+def classify_error(stderr: str) -> Exit:
+  """Finds the kind of failure that gcloud reports."""
+  matches = (code for pattern, code in _ERRORS if re.search(pattern, stderr))
+  return next(matches, Exit.GCLOUD)
 
 
-def last_words(stderr: str) -> str:
-  """What an error output comes to: its last lines, without gcloud's chatter."""
+def error_tail(stderr: str) -> str:
+  """The last lines of an error output, without gcloud's progress messages."""
   lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
-  lines = [line for line in lines if not _CHATTER.match(line)]
+  lines = [line for line in lines if not _PROGRESS.match(line)]
   return "\n".join(lines[-12:]) or "no reason given"
 
 
 class Gcloud:
-  """The command line tool, for the slice of some settings.
+  """The gcloud command line tool, for one slice.
 
   Attributes:
-    settings: Of the slice.
-    dry_run: Whether calls are printed and not made.
+    settings: The settings of the slice.
+    dry_run: True if calls are printed instead of made.
   """
 
-  def __init__(self, of: settings.Settings, *, dry_run: bool):
-    self.settings = of
+  def __init__(self, settings: pod_settings.Settings, *, dry_run: bool):
+    self.settings = settings
     self.dry_run = dry_run
 
   def describe(self, kind: str) -> dict[str, Any] | None:
-    """What the API says of the slice; None if there is none.
+    """Asks the API for the slice; None if there is none.
 
     Args:
       kind: "tpu-vm" or "queued-resources".
 
     Raises:
-      Failure: The API could not be asked, or does not answer.
+      Failure: The API did not answer.
     """
-    words = [kind, "describe", self.settings.name, "--format=json"]
     try:
-      answer = self.change(words)
+      answer = self.tpus(kind, "describe", self.settings.name, "--format=json")
     except exits.Failure as failure:
       if failure.exit == Exit.ABSENT:
         return None
       raise
     return json.loads(answer) if answer else None
 
-  def change(self, words: Sequence[str]) -> str:
-    """What a command of `gcloud compute tpus` prints.
+  def tpus(self, *words: str) -> str:
+    """Runs a command of `gcloud compute tpus`; returns its output.
 
     Raises:
-      Failure: It did not work, for the reason that it gives.
+      Failure: The command failed; the message is gcloud's.
     """
-    ran = self._run(self._where(words))
-    if ran.returncode:
-      raise exits.Failure(meaning(ran.stderr), last_words(ran.stderr))
-    return ran.stdout
+    result = self._run(self._tpus_call(words))
+    if result.returncode:
+      raise exits.Failure(
+        classify_error(result.stderr), error_tail(result.stderr)
+      )
+    return result.stdout
 
   def copy(self, worker: int, files: Sequence[str]) -> None:
-    """Copies files to the home folder on a worker.
+    """Copies files to the home folder of a worker.
 
     Raises:
-      Failure: They did not get there.
+      Failure: The copy failed.
     """
     words = ["tpu-vm", "scp", *files, f"{self.settings.name}:."]
-    words += [f"--worker={worker}", *self._reach("scp")]
-    ran = self._run(self._where(words))
-    self.judge(worker, ran.returncode, ran.stderr)
+    words += [f"--worker={worker}", *self._connection_flags("scp")]
+    result = self._run(self._tpus_call(words))
+    self.check_worker(worker, result.returncode, result.stderr)
 
-  def on_worker(self, worker: int, command: Sequence[str]) -> str:
-    """What a command prints on a worker.
-
-    Args:
-      worker: Its number.
-      command: Words, each of which arrives as it is.
+  def run_on_worker(self, worker: int, command: Sequence[str]) -> str:
+    """Runs a command on a worker; returns its output.
 
     Raises:
       Failure: The worker could not be reached, or the command failed.
     """
-    ran = self._run(self.ssh_call(worker, command))
-    self.judge(worker, ran.returncode, ran.stderr)
-    return ran.stdout
+    result = self._run(self.ssh_call(worker, command))
+    self.check_worker(worker, result.returncode, result.stderr)
+    return result.stdout
 
   def ssh_call(
-    self, worker: int, command: Sequence[str], ssh: Sequence[str] = ()
+    self, worker: int, command: Sequence[str], ssh_flags: Sequence[str] = ()
   ) -> list[str]:
     """The call that runs a command on a worker.
 
-    gcloud cuts the command at blanks and ssh joins it with blanks, so what is
-    quoted for the worker's shell gets there whole.
-
-    Args:
-      worker: Its number.
-      command: Words for the worker's shell.
-      ssh: More words for ssh itself.
+    gcloud splits the command at blanks and ssh joins it with blanks, so words
+    that are quoted for the worker's shell arrive unchanged.
     """
     words = ["tpu-vm", "ssh", self.settings.name, f"--worker={worker}"]
-    words += [f"--command={shlex.join(command)}", *self._reach("ssh")]
-    call = self._where(words)
-    return [*call, "--", *ssh] if ssh else call
+    words += [f"--command={shlex.join(command)}"]
+    call = self._tpus_call([*words, *self._connection_flags("ssh")])
+    return [*call, "--", *ssh_flags] if ssh_flags else call
 
   def start(self, call: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
-    """Starts a call; one that is only printed is `true`."""
+    """Starts a call. A dry run prints the call and starts `true` instead."""
     if self.dry_run:
       sys.stdout.write(shlex.join(call) + "\n")
       call = ["true"]
@@ -152,67 +146,52 @@ class Gcloud:
       return subprocess.Popen(call, text=True, errors="replace", **streams)
     except FileNotFoundError as error:
       raise exits.Failure(
-        Exit.NO_GCLOUD, f"There is no {call[0]} on PATH."
+        Exit.NO_GCLOUD, f"{call[0]} was not found on PATH."
       ) from error
 
   def _run(self, call: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    process = self.start(
-      call,
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    )
-    with process:
+    pipe = subprocess.PIPE
+    with self.start(
+      call, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+    ) as process:
       out, err = process.communicate()
     return subprocess.CompletedProcess(call, process.returncode, out, err)
 
-  def _where(self, words: Sequence[str]) -> list[str]:
-    # Only alpha goes through the tunnel.
-    tunnels = "--tunnel-through-iap" in words
-    return [
-      "gcloud",
-      *(["alpha"] if tunnels else []),
-      *("compute", "tpus"),
-      *words,
-      f"--project={self.settings.project}",
-      f"--zone={self.settings.zone}",
-      "--quiet",
-    ]
+  def _tpus_call(self, words: Sequence[str]) -> list[str]:
+    # Only gcloud alpha has the tunnel.
+    track = ["alpha"] if "--tunnel-through-iap" in words else []
+    location = (f"--project={self.settings.project}",)
+    location += (f"--zone={self.settings.zone}",)
+    return ["gcloud", *track, "compute", "tpus", *words, *location, "--quiet"]
 
-  def _reach(self, program: str) -> list[str]:
-    """How ssh or scp gets to a worker, and when it gives up."""
-    way = {
+  def _connection_flags(self, program: str) -> list[str]:
+    route = {
       "external": [],
       "internal": ["--internal-ip"],
       "iap": ["--tunnel-through-iap"],
     }[self.settings.ssh]
     options = ("ConnectTimeout=20", "ServerAliveInterval=20")
-    return [*way, *(f"--{program}-flag=-o{option}" for option in options)]
+    return [*route, *(f"--{program}-flag=-o{option}" for option in options)]
 
-  def judge(self, worker: int, returncode: int, stderr: str) -> None:
-    """Passes what went well on a worker.
-
-    Args:
-      worker: Its number.
-      returncode: Of the call.
-      stderr: Of the call.
+  def check_worker(self, worker: int, returncode: int, stderr: str) -> None:
+    """Checks that a call on a worker succeeded.
 
     Raises:
-      Failure: It did not, for the reason that ssh or the worker gives.
+      Failure: The call failed, for the reason that ssh or the worker gives.
     """
     if returncode == 0:
       return
-    who = f"Worker {worker} of {self.settings.name}"
-    words = last_words(stderr)
+    name = f"Worker {worker} of {self.settings.name}"
+    tail = error_tail(stderr)
     if returncode == 255 or "return code [255]" in stderr:
       raise exits.Failure(
-        Exit.WORKER_UNREACHABLE, f"{who} could not be reached by ssh: {words}"
+        Exit.WORKER_UNREACHABLE, f"{name} could not be reached by ssh: {tail}"
       )
     if re.search(r"^ERROR: (\(gcloud|gcloud crashed)", stderr, re.MULTILINE):
-      raise exits.Failure(meaning(stderr), words)
-    # Bash's code where it finds no script: nothing was ever sent.
+      raise exits.Failure(classify_error(stderr), tail)
+    # Bash exits with 127 if the script is missing: nothing was sent yet.
     if returncode == 127 and WORKER_SCRIPT in stderr:
-      raise exits.Failure(Exit.NOT_SET_UP, f"{who} is not set up.")
-    kinds = {Exit.BUSY, Exit.NOT_SET_UP, Exit.BAD_REQUEST, Exit.TIMEOUT}
-    kind = returncode if returncode in kinds else Exit.WORKER_FAILED
-    raise exits.Failure(Exit(kind), f"{who}: {words}")
+      raise exits.Failure(Exit.NOT_SET_UP, f"{name} is not set up.")
+    codes = {Exit.BUSY, Exit.NOT_SET_UP, Exit.BAD_REQUEST, Exit.TIMEOUT}
+    code = returncode if returncode in codes else Exit.WORKER_FAILED
+    raise exits.Failure(Exit(code), f"{name}: {tail}")

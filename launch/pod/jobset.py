@@ -1,145 +1,77 @@
-"""The same run on GKE: a JobSet, from the same settings.
-
-All hosts are one Job, which JobSet starts again as a whole when any of them
-ends, on other nodes if theirs were taken away; a wrong setting (64) or an error
-(1) ends it for good. What the nodes need: a TPU node pool of the slice's
-topology, JobSet, and the Cloud Storage FUSE driver for a workdir in a bucket.
+"""The JobSet for GKE that runs the same command as the slice.
 
 References:
-  https://jobset.sigs.k8s.io/docs/concepts/
-  https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice
   https://cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-setup
 """
 
+import json
+import pathlib
+import string
 from typing import Any
 
-from launch.pod import settings, shapes, workers
+from launch.pod import settings as pod_settings
+from launch.pod import shapes, workers
 
-_BUCKET_FOLDER = "/buckets/"
+# Checkpoints become visible when their folder is renamed. The image's user is
+# 10001.
+_MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=100000,uid=10001,gid=10001"
 
 
-def manifest(of: settings.Settings, job: workers.Job) -> dict[str, Any]:
-  """The JobSet of a run; kubectl takes it as JSON.
+def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
+  """The JobSet of a run, as YAML.
 
   Raises:
-    ValueError: The settings name no image, or a slice that GKE has not.
+    ValueError: The settings name no image, or a slice that GKE does not offer.
   """
-  if not of.image:
+  if not settings.image:
     raise ValueError(
-      "IMAGE ('') must be given for GKE, which runs nothing else; build the"
-      " Dockerfile, push it, and write its name."
+      "IMAGE ('') must name an image, because GKE runs only images; build the"
+      " Dockerfile, push the image, and write its name."
     )
-  shape = shapes.shape(of.accelerator_type)
-  return {
-    "apiVersion": "jobset.x-k8s.io/v1alpha2",
-    "kind": "JobSet",
-    "metadata": {
-      "name": of.name,
-      "namespace": of.kubernetes_namespace,
-      "labels": dict(label.split("=") for label in of.all_labels.split(",")),
-      "annotations": {
-        # All hosts in one node pool, which is one slice.
-        "alpha.jobset.sigs.k8s.io/exclusive-topology": (
-          "cloud.google.com/gke-nodepool"
-        ),
-      },
-    },
-    "spec": {
-      "failurePolicy": {
-        "maxRestarts": int(of.max_restarts),
-        "rules": [
-          {
-            "name": "errors",
-            "action": "FailJobSet",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-          }
-        ],
-      },
-      "replicatedJobs": [
-        {
-          "name": "slice",
-          "replicas": 1,
-          "template": {"spec": _job(of, job, shape)},
-        }
-      ],
-    },
-  }
-
-
-def _job(
-  of: settings.Settings, job: workers.Job, shape: shapes.Shape
-) -> dict[str, Any]:
-  return {
-    "parallelism": shape.hosts,
-    "completions": shape.hosts,
-    "completionMode": "Indexed",
-    "backoffLimit": 0,
-    "podFailurePolicy": {
-      "rules": [
-        {
-          "action": "FailJob",
-          "onExitCodes": {
-            "containerName": "trainer",
-            "operator": "In",
-            "values": [1, 64],
-          },
-        }
-      ]
-    },
-    "template": {
-      "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}
-      if of.bucket
-      else {},
-      "spec": _pod(of, job, shape),
-    },
-  }
-
-
-def _pod(
-  of: settings.Settings, job: workers.Job, shape: shapes.Shape
-) -> dict[str, Any]:
-  folder = _BUCKET_FOLDER + of.bucket if of.bucket else of.workdir
-  workdir = f"{folder}/{of.path_in_bucket}" if of.bucket else folder
-  words = [f"--config={job.config}", *job.flags, f"--workdir={workdir}"]
-  volume: dict[str, Any] = {"name": "workdir"}
-  if of.bucket:
-    volume["csi"] = {
-      "driver": "gcsfuse.csi.storage.gke.io",
-      "volumeAttributes": {
-        "bucketName": of.bucket,
-        # Checkpoints become visible by renaming their folder; the image's user
-        # is 10001.
-        "mountOptions": (
-          "implicit-dirs,rename-dir-limit=100000,uid=10001,gid=10001"
-        ),
-      },
-    }
-  else:
-    # On every node, mounted there already.
-    volume["hostPath"] = {"path": of.workdir, "type": "Directory"}
-  chips = {"google.com/tpu": str(shape.chips_per_host)}
+  shape = shapes.shape(settings.accelerator_type)
   nodes = {
     "cloud.google.com/gke-tpu-accelerator": shape.gke_accelerator,
     "cloud.google.com/gke-tpu-topology": shape.topology,
   }
-  if of.capacity == "spot":
+  if settings.capacity == "spot":
     nodes["cloud.google.com/gke-spot"] = "true"
-  return {
-    "restartPolicy": "Never",
-    "serviceAccountName": of.kubernetes_service_account,
-    "terminationGracePeriodSeconds": int(of.grace_seconds),
-    "nodeSelector": nodes,
-    "containers": [
-      {
-        "name": "trainer",
-        "image": of.image,
-        # Kubernetes would put a variable where $(NAME) stands.
-        "args": [word.replace("$", "$$") for word in words],
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "resources": {"requests": chips, "limits": chips},
-        "securityContext": {"privileged": True},
-        "volumeMounts": [{"name": "workdir", "mountPath": folder}],
-      }
-    ],
-    "volumes": [volume],
+  volume: dict[str, Any] = {"name": "workdir"}
+  pod_metadata = {}
+  folder = workdir = settings.workdir
+  if settings.bucket:
+    folder = f"/buckets/{settings.bucket}"
+    workdir = f"{folder}/{settings.path_in_bucket}"
+    pod_metadata["annotations"] = {"gke-gcsfuse/volumes": "true"}
+    volume["csi"] = {
+      "driver": "gcsfuse.csi.storage.gke.io",
+      "volumeAttributes": {
+        "bucketName": settings.bucket,
+        "mountOptions": _MOUNT_OPTIONS,
+      },
+    }
+  else:
+    # Every node has mounted the path already.
+    volume["hostPath"] = {"path": folder, "type": "Directory"}
+  words = [f"--config={job.config}", *job.flags, f"--workdir={workdir}"]
+  values = {
+    "name": settings.name,
+    "namespace": settings.kubernetes_namespace,
+    "labels": dict(x.split("=") for x in settings.all_labels.split(",")),
+    "max_restarts": int(settings.max_restarts),
+    "hosts": shape.hosts,
+    "pod_metadata": pod_metadata,
+    "service_account": settings.kubernetes_service_account,
+    "grace_seconds": int(settings.grace_seconds),
+    "node_selector": nodes,
+    "image": settings.image,
+    # Kubernetes would expand $(NAME) in arguments; $$ stands for $.
+    "args": [word.replace("$", "$$") for word in words],
+    "chips": {"google.com/tpu": str(shape.chips_per_host)},
+    "folder": folder,
+    "volume": volume,
   }
+  template = pathlib.Path(__file__).with_suffix(".yaml")
+  # A JSON value is a YAML value.
+  return string.Template(template.read_text(encoding="utf-8")).substitute(
+    {name: json.dumps(x, ensure_ascii=False) for name, x in values.items()}
+  )

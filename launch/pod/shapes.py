@@ -1,7 +1,7 @@
-"""Accelerator types: how many hosts they have, and what GKE calls them.
+"""Accelerator types: their hosts, and their names on GKE.
 
-A type that is not here is still created and run on, by what the API says of it;
-only `jobset` and `--dry-run` need it here.
+`create` and `run` accept types that are not in this table, because the API says
+how many workers there are. Only `jobset` and `--dry-run` need the table.
 
 References:
   https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
@@ -12,9 +12,9 @@ import math
 
 from grpo_tpu.distributed import hardware
 
-_CHIPS_OF_HOST = 4
+_CHIPS_PER_HOST = 4
 
-# How accelerator types begin, then the value of GKE's node label
+# The prefix of the accelerator type, and the value of the GKE node label
 # `cloud.google.com/gke-tpu-accelerator`.
 _NAMES = {
   "v5e": ("v5litepod", "tpu-v5-lite-podslice"),
@@ -26,13 +26,13 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A slice.
+  """The hosts of a slice.
 
   Attributes:
-    gke_accelerator: As node pools are labelled.
-    topology: As node pools are labelled, in "4x4".
-    hosts: Machines that its chips are divided over.
-    chips_per_host: Equal on all of them.
+    gke_accelerator: The accelerator label of its GKE node pools.
+    topology: The topology label of its GKE node pools, such as "4x4".
+    hosts: The number of machines.
+    chips_per_host: The number of chips of each machine.
   """
 
   gke_accelerator: str
@@ -41,36 +41,35 @@ class Shape:
   chips_per_host: int
 
 
-def _chips(topology: str) -> int:
+def _num_chips(topology: str) -> int:
   return math.prod(map(int, topology.split("x")))
 
 
-def _shape(gke_accelerator: str, topology: str) -> Shape:
-  count = _chips(topology)
-  # Eight chips in a plane are one machine; in a cube they are two.
-  hosts = 1 if topology == "2x4" else math.ceil(count / _CHIPS_OF_HOST)
-  return Shape(gke_accelerator, topology, hosts, count // hosts)
+def _make_shape(gke_accelerator: str, topology: str) -> Shape:
+  chips = _num_chips(topology)
+  # Eight chips in a plane share one machine; eight in a cube have two.
+  hosts = 1 if topology == "2x4" else math.ceil(chips / _CHIPS_PER_HOST)
+  return Shape(gke_accelerator, topology, hosts, chips // hosts)
 
 
 SHAPES = {
-  f"{prefix}-{_chips(topology) * chip.cores_per_chip}": (
-    _shape(gke_accelerator, topology)
+  f"{prefix}-{_num_chips(topology) * hardware.CHIPS[name].cores_per_chip}": (
+    _make_shape(gke_accelerator, topology)
   )
   for name, (prefix, gke_accelerator) in _NAMES.items()
-  for chip in [hardware.CHIPS[name]]
-  for topology in chip.shapes
+  for topology in hardware.CHIPS[name].shapes
 }
 
 
 def shape(accelerator_type: str) -> Shape:
-  """What an accelerator type is.
+  """The shape of an accelerator type.
 
   Raises:
-    ValueError: It is not in the table.
+    ValueError: The type is not in the table.
   """
   if accelerator_type not in SHAPES:
     raise ValueError(
       f"ACCELERATOR_TYPE ({accelerator_type!r}) must be one of"
-      f" {', '.join(SHAPES)} for this; choose one of them."
+      f" {', '.join(SHAPES)} for GKE; choose one of them."
     )
   return SHAPES[accelerator_type]

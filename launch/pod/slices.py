@@ -1,258 +1,255 @@
-"""A slice: asking for it, waiting for it, giving it back."""
+"""TPU slices: create, wait, find, delete."""
 
 import dataclasses
 import enum
 import time
 from typing import Any
 
-from launch.pod import exits, gcloud, settings, shapes
+from launch.pod import exits, gcloud, shapes
+from launch.pod import settings as pod_settings
 
 Exit = exits.Exit
 
 
-class Condition(enum.Enum):
-  """What can be done with a slice."""
+class State(enum.Enum):
+  """The state of a slice."""
 
   ABSENT = "absent"
-  COMING = "coming"
+  PENDING = "pending"
   READY = "ready"
   FAILED = "failed"
   SUSPENDED = "suspended"
   PREEMPTED = "preempted"
-  GOING = "going"
+  DELETING = "deleting"
 
 
-_OF_NODE = {
-  "READY": Condition.READY,
-  "PREEMPTED": Condition.PREEMPTED,
-  "TERMINATED": Condition.PREEMPTED,
-  "STOPPING": Condition.SUSPENDED,
-  "STOPPED": Condition.SUSPENDED,
-  "HIDING": Condition.SUSPENDED,
-  "HIDDEN": Condition.SUSPENDED,
-  "DELETING": Condition.GOING,
+# States of the API. All others are PENDING.
+_NODE_STATES = {
+  "READY": State.READY,
+  "PREEMPTED": State.PREEMPTED,
+  "TERMINATED": State.PREEMPTED,
+  "STOPPING": State.SUSPENDED,
+  "STOPPED": State.SUSPENDED,
+  "HIDING": State.SUSPENDED,
+  "HIDDEN": State.SUSPENDED,
+  "DELETING": State.DELETING,
 }
-_OF_REQUEST = {
-  "FAILED": Condition.FAILED,
-  "SUSPENDING": Condition.SUSPENDED,
-  "SUSPENDED": Condition.SUSPENDED,
-  "DELETING": Condition.GOING,
-}
-_EXITS = {
-  Condition.ABSENT: Exit.ABSENT,
-  Condition.FAILED: Exit.FAILED,
-  Condition.SUSPENDED: Exit.SUSPENDED,
-  Condition.PREEMPTED: Exit.PREEMPTED,
-  Condition.COMING: Exit.TIMEOUT,
-  Condition.GOING: Exit.TIMEOUT,
+_REQUEST_STATES = {
+  "FAILED": State.FAILED,
+  "SUSPENDING": State.SUSPENDED,
+  "SUSPENDED": State.SUSPENDED,
+  "DELETING": State.DELETING,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """What the API says of a slice.
+  """A slice as the API describes it.
 
   Attributes:
-    condition: What can be done with it.
-    words: Its states as the API names them, and the reason of a failure.
-    is_ours: Whether it carries the label of what is made here, with its name.
-    accelerator_type: What it is; empty if the API does not say.
-    num_workers: Machines; 0 until it has any.
-    is_queued: Whether a queued resource stands behind it.
+    state: The state of the slice.
+    details: The states in the API's words, and the reason of a failure.
+    is_ours: True if the slice has our label with its own name.
+    accelerator_type: Its type; empty if the API does not say.
+    num_workers: The number of machines; 0 until it has any.
+    is_queued: True if the slice belongs to a queued resource.
   """
 
-  condition: Condition
-  words: str
+  state: State
+  details: str
   is_ours: bool
   accelerator_type: str
   num_workers: int
   is_queued: bool
 
   def failure(self, name: str) -> exits.Failure:
-    """Of whoever needs the slice, when it is not ready."""
+    """The failure of a verb that needs a ready slice."""
     return exits.Failure(
-      _EXITS[self.condition],
-      f"The slice {name} is {self.condition.value}: {self.words}.",
+      Exit.__members__.get(self.state.name, Exit.TIMEOUT),
+      f"The slice {name} is {self.state.value}: {self.details}.",
     )
 
 
-def seen(
+def from_api(
   request: dict[str, Any] | None, node: dict[str, Any] | None, name: str
 ) -> Slice:
-  """A slice from the API's answers.
+  """Makes a slice from the API's answers.
 
   Args:
-    request: The queued resource; None if there is none, or none was asked for.
+    request: The queued resource; None if there is none.
     node: The TPU VM; None if there is none.
-    name: Of both.
+    name: The name of both.
   """
-  specification: dict[str, Any] = {}
-  words = []
-  condition = Condition.ABSENT
+  spec: dict[str, Any] = {}
+  details = []
+  state = State.ABSENT
   if request is not None:
-    state = request.get("state", {})
-    condition = _OF_REQUEST.get(state.get("state", ""), Condition.COMING)
-    words.append(f"the queued resource is {state.get('state', 'new')}")
-    reason = state.get("failedData", {}).get("error", {}).get("message")
-    words.extend([reason] if reason else [])
+    answer = request.get("state", {})
+    state = _REQUEST_STATES.get(answer.get("state", ""), State.PENDING)
+    details.append(f"the queued resource is {answer.get('state', 'new')}")
+    reason = answer.get("failedData", {}).get("error", {}).get("message")
+    details += [reason] if reason else []
     nodes = request.get("tpu", {}).get("nodeSpec", [])
-    specification = nodes[0].get("node", {}) if nodes else {}
+    spec = nodes[0].get("node", {}) if nodes else {}
   if node is not None:
-    specification = node
-    of_node = _OF_NODE.get(node.get("state", ""), Condition.COMING)
-    words.append(f"the TPU VM is {node.get('state', 'new')}")
-    # A request that has failed or been suspended says more than its machines.
-    if condition in (Condition.ABSENT, Condition.COMING):
-      condition = of_node
+    spec = node
+    details.append(f"the TPU VM is {node.get('state', 'new')}")
+    # A failed or suspended request explains more than its machines do.
+    if state in (State.ABSENT, State.PENDING):
+      state = _NODE_STATES.get(node.get("state", ""), State.PENDING)
   return Slice(
-    condition=condition,
-    words="; ".join(words) or "there is none of this name",
-    is_ours=specification.get("labels", {}).get(settings.OUR_LABEL) == name,
-    accelerator_type=specification.get("acceleratorType", ""),
+    state=state,
+    details="; ".join(details) or "no slice has this name",
+    is_ours=spec.get("labels", {}).get(pod_settings.LABEL) == name,
+    accelerator_type=spec.get("acceleratorType", ""),
     num_workers=len((node or {}).get("networkEndpoints", [])),
     is_queued=request is not None,
   )
 
 
-def look(cloud: gcloud.Gcloud, *, assumed: Condition) -> Slice:
-  """The slice of the settings, as it is now.
+def find(
+  cloud: gcloud.Gcloud, *, assumed: State, always_ask_queue: bool = False
+) -> Slice:
+  """Asks the API for the slice.
 
   Args:
-    cloud: Where to ask.
-    assumed: How a dry run finds it.
+    cloud: The gcloud of the slice.
+    assumed: The state that a dry run assumes.
+    always_ask_queue: False skips the queued resource if the TPU VM is ready.
   """
-  of = cloud.settings
+  settings = cloud.settings
   node = cloud.describe("tpu-vm")
+  is_ready = bool(node) and node.get("state") == "READY"
   if cloud.dry_run:
-    known = shapes.SHAPES.get(of.accelerator_type)
-    num_workers = known.hosts if known else 1
-    is_queued = of.request == "queued"
-    return Slice(
-      assumed, "a dry run", True, of.accelerator_type, num_workers, is_queued
-    )
-  if node is not None and node.get("state") == "READY":
-    return seen(None, node, of.name)
-  return seen(cloud.describe("queued-resources"), node, of.name)
+    is_ready = assumed == State.READY
+  request = None
+  if always_ask_queue or not is_ready:
+    request = cloud.describe("queued-resources")
+  if not cloud.dry_run:
+    return from_api(request, node, settings.name)
+  shape = shapes.SHAPES.get(settings.accelerator_type)
+  return Slice(
+    state=assumed,
+    details="a dry run",
+    is_ours=True,
+    accelerator_type=settings.accelerator_type,
+    num_workers=shape.hosts if shape else 1,
+    is_queued=settings.request == "queued",
+  )
 
 
 def require_ready(cloud: gcloud.Gcloud) -> Slice:
-  """The slice, with machines to work on.
+  """Finds the slice and checks that it is ready.
 
   Raises:
     Failure: It is not ready.
   """
-  found = look(cloud, assumed=Condition.READY)
-  if found.condition != Condition.READY:
+  found = find(cloud, assumed=State.READY)
+  if found.state != State.READY:
     raise found.failure(cloud.settings.name)
   return found
 
 
-def require_ours(cloud: gcloud.Gcloud, found: Slice) -> None:
-  """Passes a slice that was made here.
-
-  Raises:
-    Failure: It does not carry the label.
-  """
+def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
   if not found.is_ours:
-    name = cloud.settings.name
     raise exits.Failure(
       Exit.NOT_OURS,
-      f"{name} in {cloud.settings.zone} lacks the label"
-      f" {settings.OUR_LABEL}={name}: it was not made by these scripts.",
+      f"{settings.name} in {settings.zone} lacks the label"
+      f" {pod_settings.LABEL}={settings.name}, so these scripts did not create"
+      " it.",
     )
 
 
 def create(cloud: gcloud.Gcloud) -> str:
-  """Asks for the slice, unless it is there or on its way.
+  """Requests the slice, unless it exists or is on its way.
 
   Returns:
-    What was done, for the user.
+    A message for the user.
 
   Raises:
-    Failure: It could not be asked for; or one of this name is there that is
-      not ours, is another type, or is of no more use.
+    Failure: The request was refused; or a slice of this name exists that is not
+      ours, has another type, or can no longer be used.
   """
-  of = cloud.settings
-  found = look(cloud, assumed=Condition.ABSENT)
-  if found.condition == Condition.ABSENT:
-    cloud.change(_create_words(of))
-    return f"Asked for {of.name}, {of.accelerator_type}, {of.capacity}."
-  require_ours(cloud, found)
-  if found.accelerator_type != of.accelerator_type:
+  settings = cloud.settings
+  found = find(cloud, assumed=State.ABSENT)
+  if found.state == State.ABSENT:
+    cloud.tpus(*_create_words(settings))
+    return (
+      f"Requested {settings.name}: {settings.accelerator_type},"
+      f" {settings.capacity}."
+    )
+  _require_ours(settings, found)
+  if found.accelerator_type != settings.accelerator_type:
     raise exits.Failure(
       Exit.BAD_REQUEST,
-      f"ACCELERATOR_TYPE ({of.accelerator_type!r}) must be that of the slice"
-      f" {of.name} that is there ({found.accelerator_type!r}); change it,"
-      " choose another NAME, or `delete` the slice.",
+      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must be the type of"
+      f" the existing slice {settings.name} ({found.accelerator_type!r});"
+      " change it, choose another NAME, or `delete` the slice.",
     )
-  if found.condition not in (Condition.READY, Condition.COMING):
-    raise found.failure(of.name)
-  return f"{of.name} is there already: {found.words}."
+  if found.state not in (State.READY, State.PENDING):
+    raise found.failure(settings.name)
+  return f"{settings.name} already exists: {found.details}."
 
 
-def _create_words(of: settings.Settings) -> list[str]:
-  words = {
-    "queued": [
-      *("queued-resources", "create", of.name, f"--node-id={of.name}"),
-      f"--runtime-version={of.runtime_version}",
-      f"--valid-until-duration={of.valid_for}",
-    ],
-    "direct": ["tpu-vm", "create", of.name, f"--version={of.runtime_version}"],
-  }[of.request]
-  words.append(f"--accelerator-type={of.accelerator_type}")
-  words += {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[
-    of.capacity
-  ]
-  words += [f"--network={of.network}", f"--labels={of.all_labels}"]
-  if of.subnetwork:
-    words.append(f"--subnetwork={of.subnetwork}")
-  if of.ssh != "external":
+def _create_words(settings: pod_settings.Settings) -> list[str]:
+  name = settings.name
+  if settings.request == "queued":
+    words = ["queued-resources", "create", name, f"--node-id={name}"]
+    words.append(f"--runtime-version={settings.runtime_version}")
+    words.append(f"--valid-until-duration={settings.valid_for}")
+  else:
+    words = ["tpu-vm", "create", name, f"--version={settings.runtime_version}"]
+  words.append(f"--accelerator-type={settings.accelerator_type}")
+  if settings.capacity != "on-demand":
+    words.append(f"--{settings.capacity}")
+  words += [f"--network={settings.network}", f"--labels={settings.all_labels}"]
+  if settings.subnetwork:
+    words.append(f"--subnetwork={settings.subnetwork}")
+  if settings.ssh != "external":
     words.append("--internal-ips")
-  if of.service_account:
-    words.append(f"--service-account={of.service_account}")
+  if settings.service_account:
+    words.append(f"--service-account={settings.service_account}")
   return words
 
 
 def wait(
   cloud: gcloud.Gcloud, *, timeout_seconds: float, poll_seconds: float
 ) -> Slice:
-  """The slice, once it is ready.
+  """Waits until the slice is ready.
 
   Raises:
-    Failure: It will not be, or was not in time.
+    Failure: The slice cannot become ready, or the time is over.
   """
-  until = time.monotonic() + timeout_seconds
+  deadline = time.monotonic() + timeout_seconds
   while True:
-    found = look(cloud, assumed=Condition.READY)
-    if found.condition == Condition.READY:
+    found = find(cloud, assumed=State.READY)
+    if found.state == State.READY:
       return found
-    left = until - time.monotonic()
-    if found.condition != Condition.COMING or left <= 0:
+    remaining = deadline - time.monotonic()
+    if found.state != State.PENDING or remaining <= 0:
       raise found.failure(cloud.settings.name)
-    time.sleep(min(poll_seconds, left))
+    time.sleep(min(poll_seconds, remaining))
 
 
 def delete(cloud: gcloud.Gcloud) -> str:
-  """Gives the slice back, and its place in the queue.
+  """Deletes the slice, or takes it out of the queue.
 
   Returns:
-    What was done, for the user.
+    A message for the user.
 
   Raises:
-    Failure: It is not ours, or could not be deleted.
+    Failure: The slice is not ours, or could not be deleted.
   """
-  of = cloud.settings
-  request = cloud.describe("queued-resources")
-  node = cloud.describe("tpu-vm")
-  if cloud.dry_run:
-    found = Slice(Condition.READY, "", True, "", 0, of.request == "queued")
-  else:
-    found = seen(request, node, of.name)
-  if found.condition == Condition.ABSENT:
-    return f"There is no {of.name} in {of.zone}: nothing to delete."
-  require_ours(cloud, found)
+  settings = cloud.settings
+  found = find(cloud, assumed=State.READY, always_ask_queue=True)
+  if found.state == State.ABSENT:
+    return (
+      f"Slice {settings.name} does not exist in {settings.zone}: nothing to"
+      " delete."
+    )
+  _require_ours(settings, found)
   if found.is_queued:
-    cloud.change(["queued-resources", "delete", of.name, "--force"])
+    cloud.tpus("queued-resources", "delete", settings.name, "--force")
   else:
-    cloud.change(["tpu-vm", "delete", of.name])
-  return f"Deleted {of.name}."
+    cloud.tpus("tpu-vm", "delete", settings.name)
+  return f"Deleted {settings.name}."

@@ -1,4 +1,4 @@
-"""Keeping a run going, on one slice after another."""
+"""Keeps a run alive, on one slice after another."""
 
 import dataclasses
 import logging
@@ -9,16 +9,16 @@ from data_pipelines.validation import ExitCode
 from launch.pod import exits, gcloud, slices, workers
 
 Exit = exits.Exit
+State = slices.State
 
-# The program's own codes; see docs/preemption-and-failures.md.
-_ABORTED = 134
-_LOST = -1  # Gone without a word.
+_ABORTED = 134  # SIGABRT: JAX ended the process.
+_LOST = -1  # The process vanished without an exit code.
 _KILLED = (_LOST, 137, 143)
 
-_AGAIN = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
+_RESTART_AFTER = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
 
-# What a new try may find mended.
-_PASSING = (
+# Failures of the launcher that may have passed at the next attempt.
+_TRANSIENT = (
   Exit.NO_CAPACITY,
   Exit.FAILED,
   Exit.SUSPENDED,
@@ -28,48 +28,40 @@ _PASSING = (
   Exit.WORKER_FAILED,
   Exit.NETWORK,
 )
-_GONE = (
-  slices.Condition.FAILED,
-  slices.Condition.SUSPENDED,
-  slices.Condition.PREEMPTED,
+_DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
+
+# The most informative exit code first; None stands for all others (1 and the
+# like). A killed host takes the others down, whatever they report. A wrong
+# setting explains an error, and an error explains a silent or stuck host.
+# Preemption is no failure.
+_PRIORITY = (
+  *(*_KILLED, ExitCode.BAD_INPUT, None, ExitCode.STUCK, _ABORTED),
+  *(ExitCode.PREEMPTED, ExitCode.DONE),
 )
 
 
-def verdict(codes: Sequence[int]) -> int:
-  """The code that says why a run ended, of those of its hosts.
-
-  One that was killed drags the others with it, whatever they say; then comes an
-  error, which the others report as what it did to them; being preempted is no
-  failure, and is said only where nothing else is.
+def run_exit_code(codes: Sequence[int]) -> int:
+  """The exit code that explains why a run ended.
 
   Args:
-    codes: Of each host; -1 for one that is gone without a code.
+    codes: The exit code of each host; -1 for a host without one.
   """
-  order = (
-    *_KILLED,
-    ExitCode.BAD_INPUT,
-    ExitCode.STUCK,
-    _ABORTED,
-    ExitCode.PREEMPTED,
-    ExitCode.DONE,
-  )
-  others = [code for code in codes if code not in order]
-  killed = [code for code in _KILLED if code in codes]
-  rest = [code for code in order[len(_KILLED) :] if code in codes]
-  # Code 1 and the like stand behind 64, which names the setting.
-  named = [code for code in rest if code == ExitCode.BAD_INPUT]
-  return [*killed, *named, *others, *rest][0]
+
+  def rank(code: int) -> int:
+    return _PRIORITY.index(code if code in _PRIORITY else None)
+
+  return min(codes, key=rank)
 
 
 @dataclasses.dataclass(frozen=True)
-class Patience:
-  """How long to wait for what.
+class Timing:
+  """Waiting times in seconds.
 
   Attributes:
-    queue_seconds: For a slice to come.
-    poll_seconds: Between two looks.
-    pause_seconds: Before a restart; twice as long before each further one that
-      had no new step before it, up to a quarter of an hour.
+    queue_seconds: The longest wait for a slice.
+    poll_seconds: The time between two checks.
+    pause_seconds: The pause before a restart. It doubles with each restart that
+      follows no new step, up to 15 minutes.
   """
 
   queue_seconds: float
@@ -77,123 +69,116 @@ class Patience:
   pause_seconds: float
 
   def pause(self, restarts: int) -> float:
-    """Seconds before a restart.
+    """The pause before a restart.
 
     Args:
-      restarts: Which one it is, of those without a new step; the first is 1.
+      restarts: The number of restarts without a new step, from 1.
     """
     return min(self.pause_seconds * 2.0 ** (restarts - 1), 900.0)
 
 
 class Supervisor:
-  """Starts a run and watches it, on one slice after another."""
+  """Starts a run and restarts it, on one slice after another."""
 
-  def __init__(
-    self, cloud: gcloud.Gcloud, job: workers.Job, patience: Patience
-  ):
+  def __init__(self, cloud: gcloud.Gcloud, job: workers.Job, timing: Timing):
     self._cloud = cloud
     self._job = job
-    self._patience = patience
+    self._timing = timing
     self._step = -1
     self._restarts = 0
 
   def supervise(self) -> int:
-    """Keeps the run going until it is done, or cannot be helped.
+    """Keeps the run alive until it is done or a restart cannot help.
 
     Returns:
-      The exit code of the run: 0, or that of a failure which would come again;
-      75 if it was ended by `stop`.
+      The exit code of the run: 0, the code of a failure that a restart would
+      repeat, or 75 after `stop`.
 
     Raises:
-      Failure: Of the slice or of gcloud, that will not pass by itself; or there
-        were MAX_RESTARTS in a row without a new step.
+      Failure: The slice or gcloud failed for good; or MAX_RESTARTS restarts in
+        a row brought no new step.
     """
-    most = int(self._cloud.settings.max_restarts)
+    limit = int(self._cloud.settings.max_restarts)
     while True:
       try:
-        code, stopped = self._attempt()
+        code, was_stopped = self._attempt()
       except exits.Failure as failure:
-        if failure.exit not in _PASSING:
+        if failure.exit not in _TRANSIENT:
           raise
-        reason = f"{failure} ({failure.exit.name}, {failure.exit.value})"
+        reason = f"{failure} (exit code {failure.exit}, {failure.exit.name})"
       else:
-        if stopped or code not in _AGAIN:
+        if was_stopped or code not in _RESTART_AFTER:
           return code
         reason = f"The run ended with exit code {code}."
-      if self._restarts >= most:
+      if self._restarts >= limit:
         raise exits.Failure(
           Exit.RESTARTS_SPENT,
-          f"{reason}\nMAX_RESTARTS ({most}) in a row have brought no new step.",
+          f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
         )
       self._restarts += 1
-      pause = self._patience.pause(self._restarts)
+      pause = self._timing.pause(self._restarts)
       logging.warning(
         "%s\nRestart %d of at most %d without a new step, in %.0f s.",
-        *(reason, self._restarts, most, pause),
+        *(reason, self._restarts, limit, pause),
       )
       time.sleep(pause)
 
   def _attempt(self) -> tuple[int, bool]:
-    """One life of the run: its exit code, and whether `stop` ended it."""
-    found = self._slice()
-    statuses = workers.status(self._cloud, found.num_workers)
+    """Runs until the run ends: its exit code, and if `stop` ended it."""
+    num_workers = self._ready_slice().num_workers
+    statuses = workers.status(self._cloud, num_workers)
     if not any(status.state == "running" for status in statuses):
-      self._start(found.num_workers, statuses)
+      self._start(statuses)
     while True:
-      time.sleep(0 if self._cloud.dry_run else self._patience.poll_seconds)
-      # Asked first: it knows of a preemption before ssh does.
+      time.sleep(0 if self._cloud.dry_run else self._timing.poll_seconds)
+      # The API knows of a preemption before ssh fails.
       slices.require_ready(self._cloud)
-      status = workers.status_of(self._cloud, 0)
+      status = workers.worker_status(self._cloud, 0)
       if status.step > self._step:
         self._step, self._restarts = status.step, 0
-      if status.state == "running":
-        continue
-      return self._ended(found.num_workers)
+      if status.state != "running":
+        return self._wait_for_end(num_workers)
 
-  def _slice(self) -> slices.Slice:
-    """A slice that is ready; what is left of one that was taken is deleted."""
-    absent = slices.Condition.ABSENT
-    found = slices.look(self._cloud, assumed=absent)
-    if found.condition in _GONE:
+  def _ready_slice(self) -> slices.Slice:
+    """Creates the slice if necessary and waits until it is ready."""
+    found = slices.find(self._cloud, assumed=State.ABSENT)
+    if found.state in _DEAD:
       logging.warning("%s", slices.delete(self._cloud))
-    if found.condition in (*_GONE, absent):
+    if found.state in (*_DEAD, State.ABSENT):
       logging.info("%s", slices.create(self._cloud))
-    if found.condition == slices.Condition.READY:
+    if found.state == State.READY:
       return found
     return slices.wait(
       self._cloud,
-      timeout_seconds=self._patience.queue_seconds,
-      poll_seconds=self._patience.poll_seconds,
+      timeout_seconds=self._timing.queue_seconds,
+      poll_seconds=self._timing.poll_seconds,
     )
 
-  def _start(
-    self, num_workers: int, statuses: Sequence[workers.Status]
-  ) -> None:
-    of = self._cloud.settings
-    wanted = of.image or workers.commit()
-    if any(status.commit != wanted for status in statuses):
-      logging.info("Setting up %d workers with %s.", num_workers, wanted)
-      workers.setup(self._cloud, num_workers)
-    workers.run(self._cloud, num_workers, self._job)
-    logging.info("The run has started on %d workers.", num_workers)
+  def _start(self, statuses: Sequence[workers.Status]) -> None:
+    version = self._cloud.settings.image or workers.commit()
+    if any(status.commit != version for status in statuses):
+      logging.info("Setting up %d workers: %s.", len(statuses), version)
+      workers.setup(self._cloud, len(statuses))
+    workers.run(self._cloud, len(statuses), self._job)
+    logging.info("Started the run on %d workers.", len(statuses))
 
-  def _ended(self, num_workers: int) -> tuple[int, bool]:
-    """How the run ended on all workers, once it has on all."""
+  def _wait_for_end(self, num_workers: int) -> tuple[int, bool]:
+    """Waits for all workers: the exit code, and if `stop` ended the run."""
     while True:
       statuses = workers.status(self._cloud, num_workers)
-      if any(status.state == "running" for status in statuses):
-        time.sleep(self._patience.poll_seconds)
-        continue
-      codes = [
-        _LOST if status.exit_code is None else status.exit_code
-        for status in statuses
-      ]
-      if self._cloud.dry_run:
-        codes = [int(ExitCode.DONE)]
-      logging.info("The workers ended with %s.", codes)
-      code = verdict(codes)
-      if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_AGAIN):
-        # It may be what the end of a slice looks like from inside.
-        time.sleep(self._patience.poll_seconds)
-        slices.require_ready(self._cloud)
-      return code, any(status.stopped for status in statuses)
+      if not any(status.state == "running" for status in statuses):
+        break
+      time.sleep(self._timing.poll_seconds)
+    codes = [
+      _LOST if status.exit_code is None else status.exit_code
+      for status in statuses
+    ]
+    if self._cloud.dry_run:
+      codes = [ExitCode.DONE]
+    logging.info("Exit codes of the workers: %s.", codes)
+    code = run_exit_code(codes)
+    if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
+      # A vanishing slice also looks like an error to its last hosts.
+      time.sleep(self._timing.poll_seconds)
+      slices.require_ready(self._cloud)
+    return code, any(status.was_stopped for status in statuses)

@@ -1,4 +1,4 @@
-"""The workers of a slice: setting them up, a run on all of them, its logs."""
+"""The workers of a slice: their setup, the run on all of them, its logs."""
 
 import concurrent.futures
 import contextlib
@@ -21,47 +21,51 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _ARCHIVE = "grpo_tpu_code.tar.gz"
 
-# Calls of gcloud at a time: each is a Python of a hundred megabytes.
-_AT_A_TIME = 8
-# For ssh: with a terminal there, what runs on the worker ends when ssh does.
+# Each call of gcloud is a Python process of about 100 MB.
+_MAX_PARALLEL_CALLS = 8
+# With a terminal, a command on the worker ends when its ssh ends.
 _TERMINAL = ("-tt",)
 
-# Which of several failures to say, when workers fail in different ways.
+# If workers fail in different ways, the first of these is the exit code.
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 
 
 def on_each(
-  cloud: gcloud.Gcloud, num_workers: int, do: Callable[[int], T]
+  cloud: gcloud.Gcloud, num_workers: int, action: Callable[[int], T]
 ) -> list[T]:
-  """What an action gives on each worker, in the order of the workers.
-
-  Args:
-    cloud: Where they are.
-    num_workers: How many there are.
-    do: The action, given a worker's number.
+  """Calls an action with the number of each worker; returns the results.
 
   Raises:
-    Failure: It failed somewhere; the message has each worker that it failed on.
-      All others were done.
+    Failure: The action failed on some workers, which the message lists. The
+      others have finished it.
   """
-  # The first call of ssh ever makes the key, which calls side by side would all
-  # do at once.
+  # gcloud's first ssh creates the key; parallel calls would all create one.
   has_key = pathlib.Path("~/.ssh/google_compute_engine").expanduser().exists()
-  at_a_time = _AT_A_TIME if has_key and not cloud.dry_run else 1
-  with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-    waiting = [pool.submit(do, worker) for worker in range(num_workers)]
+  parallel = _MAX_PARALLEL_CALLS if has_key and not cloud.dry_run else 1
+  with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+    futures = [pool.submit(action, worker) for worker in range(num_workers)]
   failures: list[exits.Failure] = []
-  for error in [future.exception() for future in waiting]:
+  for error in [future.exception() for future in futures]:
     if isinstance(error, exits.Failure):
       failures.append(error)
     elif error is not None:
       raise error
   if failures:
-    kinds = {failure.exit: failure for failure in reversed(failures)}
-    worst = next((k for k in _WORST_FIRST if k in kinds), failures[0].exit)
-    words = dict.fromkeys(str(failure) for failure in failures)
-    raise exits.Failure(worst, "\n".join(words))
-  return [w.result() for w in waiting]
+    codes = [failure.exit for failure in failures]
+    worst = next((code for code in _WORST_FIRST if code in codes), codes[0])
+    messages = dict.fromkeys(str(failure) for failure in failures)
+    raise exits.Failure(worst, "\n".join(messages))
+  return [future.result() for future in futures]
+
+
+def _run_script(
+  cloud: gcloud.Gcloud, num_workers: int, *words: str
+) -> list[str]:
+  """Runs `worker.sh` on each worker; returns its outputs."""
+  command = _script(*words)
+  return on_each(
+    cloud, num_workers, lambda worker: cloud.run_on_worker(worker, command)
+  )
 
 
 def _script(*words: str) -> list[str]:
@@ -70,11 +74,11 @@ def _script(*words: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is run.
+  """The program to run.
 
   Attributes:
-    config: A file of the committed tree, with the part after a colon if any.
-    flags: More flags of the program.
+    config: A config file of the last commit, with its part after a colon.
+    flags: More flags for the program.
   """
 
   config: str
@@ -82,138 +86,133 @@ class Job:
 
   def __post_init__(self):
     path = pathlib.PurePosixPath(self.config.partition(":")[0])
-    if (
-      not self.config.isprintable() or path.is_absolute() or ".." in path.parts
-    ):
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    if not (self.config.isprintable() and is_inside):
       raise ValueError(
         f"CONFIG ({self.config!r}) must be a path inside the checkout; write,"
-        " say, configs/smoke.py."
+        " for example, configs/smoke.py."
       )
     for flag in self.flags:
-      name = flag.partition("=")[0]
       if not (flag.startswith("--") and flag.isprintable()):
         raise ValueError(
-          f"{flag!r} must be a flag of the program, --name=value in one word;"
-          " write it so."
+          f"{flag!r} must be a flag of the program; write --name=value as one"
+          " word."
         )
-      if name in ("--workdir", "--config"):
+      if flag.partition("=")[0] in ("--workdir", "--config"):
         raise ValueError(
-          f"{flag!r} must not be among the flags: the workdir is WORKDIR of the"
-          " settings, the config comes first; take it out."
+          f"{flag!r} must not be among the flags: the workdir is WORKDIR in the"
+          " settings, and the config is the first argument; remove the flag."
         )
 
 
-def _git(*words: str) -> subprocess.CompletedProcess[str]:
+def _git(*words: str) -> str:
   try:
-    return subprocess.run(
+    result = subprocess.run(
       ["git", "-C", str(ROOT), *words], capture_output=True, text=True
     )
   except FileNotFoundError as error:
     raise exits.Failure(
-      Exit.BAD_REQUEST, "git must be on PATH, for what is committed is sent."
+      Exit.BAD_REQUEST, "git must be on PATH, to send the committed files."
     ) from error
+  if result.returncode:
+    raise exits.Failure(Exit.BAD_REQUEST, result.stderr.strip())
+  return result.stdout.strip()
 
 
 def commit() -> str:
-  """The hash of what is committed.
+  """The hash of the last commit.
 
   Raises:
-    Failure: This is no git checkout.
+    Failure: The project is not in a git checkout.
   """
-  asked = _git("rev-parse", "--verify", "HEAD^{commit}")
-  if asked.returncode:
+  try:
+    return _git("rev-parse", "--verify", "HEAD^{commit}")
+  except exits.Failure as failure:
     raise exits.Failure(
       Exit.BAD_REQUEST,
-      f"{ROOT} must be a git checkout with a commit, for what is committed is"
-      f" sent: {asked.stderr.strip()}",
-    )
-  return asked.stdout.strip()
+      f"{ROOT} must be a git checkout with a commit, because the committed"
+      f" files are sent: {failure}",
+    ) from failure
 
 
 def require_committed(config: str) -> None:
-  """Passes a config that the workers will have.
+  """Checks that a config is in the last commit.
 
   Raises:
-    Failure: It is not in the last commit.
+    Failure: It is not.
   """
   path = config.partition(":")[0]
-  if _git("cat-file", "-e", f"{commit()}:{path}").returncode:
+  try:
+    _git("cat-file", "-e", f"{commit()}:{path}")
+  except exits.Failure as failure:
     raise exits.Failure(
       Exit.BAD_REQUEST,
-      f"CONFIG ({config!r}) must be a file of the last commit, which is what"
-      " the workers have; commit it, or mend the name.",
-    )
+      f"CONFIG ({config!r}) must be a file of the last commit, because the"
+      " committed files are sent; commit it, or correct the name.",
+    ) from failure
 
 
-def uncommitted() -> int:
-  """How many files have changes that are not sent."""
-  return len(_git("status", "--porcelain").stdout.splitlines())
+def count_uncommitted() -> int:
+  """Counts the files with changes that will not be sent."""
+  return len(_git("status", "--porcelain").splitlines())
 
 
 def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
-  """Gives every worker the committed files and the pinned set, or the image.
+  """Installs the committed files and the pinned set, or the image.
 
   Returns:
-    What they have now, for the user.
+    The commit or the image.
 
   Raises:
-    Failure: Somewhere it did not work.
+    Failure: The setup of a worker failed.
   """
-  of = cloud.settings
-  bucket = of.bucket or ""
+  settings = cloud.settings
+  version = settings.image or commit()
   with tempfile.TemporaryDirectory() as folder:
     script = pathlib.Path(folder, gcloud.WORKER_SCRIPT)
     script.write_bytes((ROOT / "launch/pod/worker.sh").read_bytes())
-    sent = [str(script)]
-    if of.image:
-      command = _script("setup-image", of.image, bucket)
-      words = of.image
-    else:
-      words = commit()
+    files = [str(script)]
+    words = ["setup-image", version]
+    if not settings.image:
       archive = pathlib.Path(folder, _ARCHIVE)
-      packed = _git(
-        *("archive", "--format=tar.gz", f"--output={archive}", words)
-      )
-      if packed.returncode:
-        raise exits.Failure(Exit.BAD_REQUEST, packed.stderr.strip())
-      sent.append(str(archive))
+      _git("archive", "--format=tar.gz", f"--output={archive}", version)
+      files.append(str(archive))
       sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-      command = _script("setup", words, sha256, bucket)
-    on_each(cloud, num_workers, lambda worker: cloud.copy(worker, sent))
-    on_each(cloud, num_workers, lambda w: cloud.on_worker(w, command))
-  return words
+      words = ["setup", version, sha256]
+    on_each(cloud, num_workers, lambda worker: cloud.copy(worker, files))
+    _run_script(cloud, num_workers, *words, settings.bucket or "")
+  return version
 
 
 def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
-  """Starts the same command on every worker, and leaves it.
+  """Starts the same command on every worker, and returns.
 
   Raises:
-    Failure: Somewhere it did not start.
+    Failure: The command did not start on a worker.
   """
-  of = cloud.settings
-  command = _script(
-    *("run", of.workdir, of.image, f"--config={job.config}", *job.flags)
-  )
-  on_each(cloud, num_workers, lambda worker: cloud.on_worker(worker, command))
+  words = ["run", cloud.settings.workdir, cloud.settings.image]
+  words += [f"--config={job.config}", *job.flags]
+  _run_script(cloud, num_workers, *words)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """What a worker says of the run on it.
+  """The state of the run on one worker.
 
   Attributes:
-    state: none, running, ended or lost; lost is gone without an exit code.
-    exit_code: Of one that has ended.
-    stopped: Whether it was told to end by `stop`.
-    commit: What is set up: a commit or an image; empty if nothing is.
-    workdir: Its path there.
-    step: The last in the workdir's metrics; -1 for none.
-    checkpoint: The step of the newest in the workdir; -1 for none.
+    state: "none", "running", "ended", or "lost" if the process vanished without
+      an exit code.
+    exit_code: The exit code of a run that has ended.
+    was_stopped: True if `stop` ended the run.
+    commit: The commit or the image that is set up; empty if nothing is.
+    workdir: The path of the workdir on the worker.
+    step: The last step in the workdir's metrics; -1 if there is none.
+    checkpoint: The step of the newest checkpoint; -1 if there is none.
   """
 
   state: str
   exit_code: int | None
-  stopped: bool
+  was_stopped: bool
   commit: str
   workdir: str
   step: int
@@ -221,41 +220,43 @@ class Status:
 
   @classmethod
   def parse(cls, text: str) -> "Status":
-    """From the lines of `worker.sh status`."""
-    lines = text.splitlines()
-    said = dict(line.split("=", 1) for line in lines if "=" in line)
-    code = said.get("exit_code", "")
+    """Parses the output of `worker.sh status`."""
+    lines = [line.partition("=") for line in text.splitlines()]
+    values = {name: value for name, _, value in lines}
+    code = values.get("exit_code", "")
     return cls(
-      state=said.get("state", "none"),
+      state=values.get("state", "none"),
       exit_code=int(code) if code else None,
-      stopped="stopped" in said,
-      commit=said.get("commit", ""),
-      workdir=said.get("workdir", ""),
-      step=int(said.get("step") or -1),
-      checkpoint=int(said.get("checkpoint") or -1),
+      was_stopped="stopped" in values,
+      commit=values.get("commit", ""),
+      workdir=values.get("workdir", ""),
+      step=int(values.get("step") or -1),
+      checkpoint=int(values.get("checkpoint") or -1),
     )
 
   def __str__(self) -> str:
     state = {
-      "none": "nothing was run",
+      "none": "no run yet",
       "running": "running",
       "ended": f"ended with exit code {self.exit_code}",
       "lost": "lost: the machine restarted, or the run was killed",
     }[self.state]
-    what = self.commit or "not set up"
+    version = self.commit or "not set up"
     step = "none" if self.step < 0 else self.step
     checkpoint = "none" if self.checkpoint < 0 else self.checkpoint
-    return f"{state}; {what}; last step {step}, newest checkpoint {checkpoint}"
+    return (
+      f"{state}; {version}; last step {step}, newest checkpoint {checkpoint}"
+    )
 
 
-def status_of(cloud: gcloud.Gcloud, worker: int) -> Status:
-  """What one worker says.
+def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
+  """The status of one worker.
 
   Raises:
-    Failure: It could not be asked.
+    Failure: The worker did not answer.
   """
   try:
-    return Status.parse(cloud.on_worker(worker, _script("status")))
+    return Status.parse(cloud.run_on_worker(worker, _script("status")))
   except exits.Failure as failure:
     if failure.exit == Exit.NOT_SET_UP:
       return Status.parse("")
@@ -263,47 +264,45 @@ def status_of(cloud: gcloud.Gcloud, worker: int) -> Status:
 
 
 def status(cloud: gcloud.Gcloud, num_workers: int) -> list[Status]:
-  """What each worker says.
+  """The status of each worker.
 
   Raises:
-    Failure: Some could not be asked.
+    Failure: Some workers did not answer.
   """
-  return on_each(cloud, num_workers, lambda worker: status_of(cloud, worker))
+  return on_each(cloud, num_workers, lambda k: worker_status(cloud, k))
 
 
 def stop(cloud: gcloud.Gcloud, num_workers: int, *, kill: bool) -> None:
-  """Has the run save and end, and waits for that.
+  """Makes the run save and end, and waits for the end.
 
   Args:
-    cloud: Where it runs.
-    num_workers: Of the slice.
-    kill: Whether to end it all the same if it has not ended in time.
+    cloud: The gcloud of the slice.
+    num_workers: The number of workers.
+    kill: True kills a run that has not ended after GRACE_SECONDS.
 
   Raises:
-    Failure: Somewhere it goes on, or could not be told.
+    Failure: The run continues on a worker, or a worker did not answer.
   """
-  command = _script("stop", cloud.settings.grace_seconds)
-  command += ["kill"] if kill else []
-  on_each(cloud, num_workers, lambda worker: cloud.on_worker(worker, command))
+  words = ["stop", cloud.settings.grace_seconds, *(["kill"] if kill else [])]
+  _run_script(cloud, num_workers, *words)
 
 
 def logs(
   cloud: gcloud.Gcloud, workers: Sequence[int], lines: int, *, follow: bool
 ) -> None:
-  """Prints the end of the logs, with the worker's number if there are several.
+  """Prints the last lines of the logs, each with its worker's number.
 
   Args:
-    cloud: Where they are.
-    workers: Whose.
-    lines: How many of each.
-    follow: Whether to go on with what is written from now on.
+    cloud: The gcloud of the slice.
+    workers: The numbers of the workers.
+    lines: The number of lines of each log.
+    follow: True also prints all new lines, until Ctrl-C.
 
   Raises:
-    Failure: One could not be read.
+    Failure: A log could not be read.
   """
   command = _script("logs", str(lines), *(["follow"] if follow else []))
   lock = threading.Lock()
-  errors = {}
 
   def relay(worker: int, process: subprocess.Popen[str]) -> None:
     prefix = f"[worker {worker}] " if len(workers) > 1 else ""
@@ -312,40 +311,39 @@ def logs(
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
-  def keep(worker: int, process: subprocess.Popen[str]) -> None:
-    errors[worker] = process.stderr.read() if process.stderr else ""
-
-  processes = {}
+  processes = []
   with contextlib.ExitStack() as stack:
     threads = []
     for worker in workers:
       call = cloud.ssh_call(worker, command, _TERMINAL if follow else ())
-      pipe = subprocess.PIPE
+      errors = stack.enter_context(tempfile.TemporaryFile("w+"))
       process = cloud.start(
-        call, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
       )
-      processes[worker] = stack.enter_context(process)
+      stack.enter_context(process)
       stack.callback(process.terminate)
-      for target in (relay, keep):
-        threads.append(threading.Thread(target=target, args=(worker, process)))
-        threads[-1].daemon = True
-        threads[-1].start()
+      processes.append((worker, process, errors))
+      threads.append(
+        threading.Thread(target=relay, args=(worker, process), daemon=True)
+      )
+      threads[-1].start()
     for thread in threads:
       thread.join()
-    for process in processes.values():
+    for _, process, _ in processes:
       process.wait()
-  for worker, process in processes.items():
-    cloud.judge(worker, process.returncode, errors[worker])
+    for worker, process, errors in processes:
+      errors.seek(0)
+      cloud.check_worker(worker, process.returncode, errors.read())
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
-  """Shows the curves of the run at a port of this machine, until Ctrl-C.
+  """Serves TensorBoard of the run at a local port, until Ctrl-C.
 
   Raises:
-    Failure: It could not be started.
+    Failure: TensorBoard did not start.
   """
   forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
   call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
   with cloud.start(call, stderr=subprocess.PIPE) as process:
     _, error = process.communicate()
-  cloud.judge(0, process.returncode, error)
+  cloud.check_worker(0, process.returncode, error)

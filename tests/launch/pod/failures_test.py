@@ -41,8 +41,10 @@ def fails(laptop, kind: Exit, *words: str) -> str:
   """What a verb says that ends with this code and its next step."""
   done = laptop.tpu(*words)
   assert done.returncode == kind, done.stderr
-  assert f"ends with {kind.value}, {kind.name}. Next: " in done.stderr
-  assert exits.NEXT_STEP[kind] in done.stderr
+  assert (
+    f"Exit code {kind.value} ({kind.name}). Next: {kind.next_step}"
+    in done.stderr
+  )
   assert laptop.token not in done.stdout + done.stderr
   return done.stderr
 
@@ -232,12 +234,12 @@ def test_an_uncommitted_config_is_not_sent(laptop):
   ],
 )
 def test_what_gcloud_says_has_a_meaning(words, kind):
-  assert gcloud.meaning(words) == kind
+  assert gcloud.classify_error(words) == kind
 
 
 def test_every_code_is_its_own_and_has_a_next_step():
   kinds = set(Exit) - {Exit.DONE}
-  assert set(exits.NEXT_STEP) == kinds
+  assert all(kind.next_step for kind in kinds)
   # Those of the program, which `supervise` passes on.
   assert {kind.value for kind in kinds} & {0, 1, 75, 76, 134} == set()
 
@@ -260,9 +262,9 @@ def test_every_code_is_its_own_and_has_a_next_step():
   ],
 )
 def test_what_a_worker_ends_with_has_a_meaning(returncode, stderr, kind):
-  of = fake_cloud.settings()
+  cloud = gcloud.Gcloud(fake_cloud.settings(), dry_run=False)
   with pytest.raises(exits.Failure) as raised:
-    gcloud.Gcloud(of, dry_run=False).judge(3, returncode, stderr)
+    cloud.check_worker(3, returncode, stderr)
   assert raised.value.exit == kind
 
 

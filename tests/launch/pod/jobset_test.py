@@ -1,19 +1,19 @@
 """The JobSet is valid, strictly, and runs what the slice would run."""
 
-import json
-
 import jsonschema
 import pytest
+import yaml
 
-from launch.pod import jobset, settings, shapes, workers
+from launch.pod import jobset, shapes, workers
 from tests.launch.pod import fake_cloud
 
 IMAGE = "europe-docker.pkg.dev/p/r/grpo_tpu:1"
 JOB = workers.Job("configs/my config.py:lora", ("--config.a=$(x) 'y'",))
 
 
-def of(**changes: str) -> settings.Settings:
-  return fake_cloud.settings(**({"IMAGE": IMAGE} | changes))
+def manifest(**changes: str) -> dict:
+  settings = fake_cloud.settings(**({"IMAGE": IMAGE} | changes))
+  return yaml.safe_load(jobset.manifest(settings, JOB))
 
 
 def closed(**properties) -> dict:
@@ -56,12 +56,12 @@ SCHEMA = closed(
 )  # fmt: skip
 
 
-def job_of(manifest: dict) -> dict:
-  return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+def job_of(made: dict) -> dict:
+  return made["spec"]["replicatedJobs"][0]["template"]["spec"]
 
 
-def pod_of(manifest: dict) -> dict:
-  return job_of(manifest)["template"]["spec"]
+def pod_of(made: dict) -> dict:
+  return job_of(made)["template"]["spec"]
 
 
 WAYS = pytest.mark.parametrize(
@@ -79,8 +79,7 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 def test_a_manifest_is_one_that_jobset_knows(changes):
-  manifest = json.loads(json.dumps(jobset.manifest(of(**changes), JOB)))
-  jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+  jsonschema.Draft202012Validator(SCHEMA).validate(manifest(**changes))
 
 
 @WAYS
@@ -90,7 +89,7 @@ def test_the_job_inside_is_one_that_kubernetes_knows(changes):
     "apiVersion": "batch/v1",
     "kind": "Job",
     "metadata": {"name": "a"},
-    "spec": job_of(jobset.manifest(of(**changes), JOB)),
+    "spec": job_of(manifest(**changes)),
   }
   version = kubernetes_validate.latest_version()
   kubernetes_validate.validate(job, version, strict=True)
@@ -100,7 +99,7 @@ def test_the_job_inside_is_one_that_kubernetes_knows(changes):
 
 
 def test_it_runs_the_command_of_the_slice():
-  pod = pod_of(jobset.manifest(of(), JOB))
+  pod = pod_of(manifest())
   (container,) = pod["containers"]
   assert container["args"] == [
     "--config=configs/my config.py:lora",
@@ -114,17 +113,15 @@ def test_it_runs_the_command_of_the_slice():
 
 
 def test_a_workdir_that_is_a_path_is_the_nodes_own():
-  manifest = jobset.manifest(of(WORKDIR="/mnt/a disk"), JOB)
-  (volume,) = pod_of(manifest)["volumes"]
+  pod = pod_of(manifest(WORKDIR="/mnt/a disk"))
+  (volume,) = pod["volumes"]
   assert volume["hostPath"]["path"] == "/mnt/a disk"
-  assert (
-    pod_of(manifest)["containers"][0]["args"][-1] == "--workdir=/mnt/a disk"
-  )
+  assert pod["containers"][0]["args"][-1] == "--workdir=/mnt/a disk"
 
 
 def test_only_a_spot_slice_asks_for_spot_nodes():
   for capacity in ("spot", "on-demand", "reserved"):
-    nodes = pod_of(jobset.manifest(of(CAPACITY=capacity), JOB))["nodeSelector"]
+    nodes = pod_of(manifest(CAPACITY=capacity))["nodeSelector"]
     assert ("cloud.google.com/gke-spot" in nodes) == (capacity == "spot")
 
 
@@ -146,7 +143,7 @@ def test_a_slice_has_its_hosts(
   """As Google's tables have them."""
   shape = shapes.shape(accelerator_type)
   assert shape == shapes.Shape(accelerator, topology, hosts, chips_per_host)
-  job = job_of(jobset.manifest(of(ACCELERATOR_TYPE=accelerator_type), JOB))
+  job = job_of(manifest(ACCELERATOR_TYPE=accelerator_type))
   assert job["parallelism"] == job["completions"] == hosts
   limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
   assert limits == {"google.com/tpu": str(chips_per_host)}
@@ -158,4 +155,4 @@ def test_a_slice_has_its_hosts(
 )
 def test_what_gke_cannot_run_is_refused(changes, words):
   with pytest.raises(ValueError, match=words):
-    jobset.manifest(of(**changes), JOB)
+    manifest(**changes)

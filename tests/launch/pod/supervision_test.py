@@ -9,10 +9,10 @@ from launch.pod import exits, slices, supervision, workers
 from tests.launch.pod import fake_cloud
 
 Exit = exits.Exit
-READY = slices.Condition.READY
+READY = slices.State.READY
 STATUS = workers.Status("none", None, False, "a commit", "/w", -1, -1)
 RUNNING = dataclasses.replace(STATUS, state="running")
-PATIENCE = supervision.Patience(
+TIMING = supervision.Timing(
   queue_seconds=9.0, poll_seconds=7.0, pause_seconds=30.0
 )
 
@@ -34,37 +34,39 @@ class World:
 
   dry_run = False
 
-  def __init__(self, monkeypatch, lives, *, condition=READY, **changes):
+  def __init__(self, monkeypatch, lives, *, state=READY, **changes):
     self.settings = fake_cloud.settings(**changes)
     self.lives = [list(life) for life in lives]
     self.done: list[str] = []
     self.pauses: list[float] = []
-    self.condition = condition
+    self.state = state
     self.script: list = []
     for module, name in (
-      *((slices, name) for name in ("look", "create", "delete", "wait")),
-      *((workers, name) for name in ("status", "status_of", "setup", "run")),
+      *((slices, name) for name in ("find", "create", "delete", "wait")),
+      *(
+        (workers, name) for name in ("status", "worker_status", "setup", "run")
+      ),
       (slices, "require_ready"),
     ):
       monkeypatch.setattr(module, name, getattr(self, name))
     monkeypatch.setattr(workers, "commit", lambda: "a commit")
     monkeypatch.setattr(supervision.time, "sleep", self.pauses.append)
 
-  def look(self, cloud, assumed):
-    return slices.Slice(self.condition, "", True, "", 2, True)
+  def find(self, cloud, assumed):
+    return slices.Slice(self.state, "", True, "", 2, True)
 
   def create(self, cloud):
     self.done.append("create")
-    self.condition = READY
+    self.state = READY
     return "created"
 
   def delete(self, cloud):
     self.done.append("delete")
-    self.condition = slices.Condition.ABSENT
+    self.state = slices.State.ABSENT
     return "deleted"
 
   def wait(self, cloud, **_):
-    return self.look(cloud, READY)
+    return self.find(cloud, READY)
 
   def setup(self, cloud, num_workers):
     self.done.append("setup")
@@ -76,11 +78,11 @@ class World:
   def require_ready(self, cloud):
     if self.script and isinstance(self.script[0], exits.Failure):
       failure = self.script.pop(0)
-      gone = slices.Condition.PREEMPTED
-      self.condition = gone if failure.exit == Exit.PREEMPTED else READY
+      gone = slices.State.PREEMPTED
+      self.state = gone if failure.exit == Exit.PREEMPTED else READY
       raise failure
 
-  def status_of(self, cloud, worker):
+  def worker_status(self, cloud, worker):
     return self.script[0][worker]
 
   def status(self, cloud, num_workers):
@@ -92,7 +94,7 @@ class World:
 
   def supervise(self) -> int:
     job = workers.Job("configs/smoke.py", ())
-    return supervision.Supervisor(self, job, PATIENCE).supervise()
+    return supervision.Supervisor(self, job, TIMING).supervise()
 
 
 def life(*codes, step=-1):
@@ -127,7 +129,7 @@ def test_an_error_is_believed_only_on_a_slice_that_is_still_there(monkeypatch):
 
   def require_ready(cloud):
     if next(calls) == 1:
-      world.condition = slices.Condition.PREEMPTED
+      world.state = slices.State.PREEMPTED
       raise exits.Failure(Exit.PREEMPTED, "taken away")
 
   monkeypatch.setattr(slices, "require_ready", require_ready)
@@ -136,7 +138,7 @@ def test_an_error_is_believed_only_on_a_slice_that_is_still_there(monkeypatch):
 
 
 def test_a_run_that_was_stopped_stays_so(monkeypatch):
-  world = World(monkeypatch, [[[ended(75, stopped=True)] * 2]])
+  world = World(monkeypatch, [[[ended(75, was_stopped=True)] * 2]])
   assert world.supervise() == 75
   assert world.done == ["run"]
 
@@ -148,11 +150,9 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(monkeypatch):
   assert world.done == ["run", "delete", "create", "run"]
 
 
-@pytest.mark.parametrize(
-  "condition", [slices.Condition.FAILED, slices.Condition.SUSPENDED]
-)
-def test_what_is_left_of_another_slice_is_cleared_away(monkeypatch, condition):
-  world = World(monkeypatch, [], condition=condition)
+@pytest.mark.parametrize("state", [slices.State.FAILED, slices.State.SUSPENDED])
+def test_what_is_left_of_another_slice_is_cleared_away(monkeypatch, state):
+  world = World(monkeypatch, [], state=state)
   assert world.supervise() == 0
   assert world.done == ["delete", "create", "run"]
 
@@ -210,7 +210,7 @@ def test_a_new_step_makes_up_for_restarts(monkeypatch):
 
 
 def test_pauses_grow_to_a_quarter_of_an_hour():
-  pauses = [PATIENCE.pause(restarts) for restarts in range(1, 200)]
+  pauses = [TIMING.pause(restarts) for restarts in range(1, 200)]
   assert pauses[:5] == [30, 60, 120, 240, 480]
   assert set(pauses[5:]) == {900}
 
@@ -232,5 +232,5 @@ def test_pauses_grow_to_a_quarter_of_an_hour():
   ],
 )
 def test_one_host_says_why_all_ended(codes, why):
-  assert supervision.verdict(codes) == why
-  assert supervision.verdict(codes[::-1]) == why
+  assert supervision.run_exit_code(codes) == why
+  assert supervision.run_exit_code(codes[::-1]) == why

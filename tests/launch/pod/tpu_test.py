@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
   assert node["acceleratorType"] == "v5litepod-16"
   assert node["runtimeVersion"] == "v2-alpha-tpuv5-lite"
   assert node["labels"] == {"grpo-tpu": "grpo-1", "team": "vision"}
-  assert "there already" in tpu("create")
+  assert "already exists" in tpu("create")
   assert asked(cloud) == [create]
 
   assert "2 workers" in tpu("wait", "--poll=0.1")
@@ -107,7 +107,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
   out, err = process.communicate(timeout=120)
   said += out + err
   assert process.returncode == 0, err
-  assert "SUSPENDED, 83" in err
+  assert "(exit code 83, SUSPENDED)" in err
   log = (cloud.worker(1) / "grpo_tpu" / "run" / "log").read_text()
   assert "127.0.0.11 goes on from step 3" in log
 

@@ -152,7 +152,7 @@ def test_a_run_that_does_not_end_is_killed_only_if_told_to(worker, tmp_path):
   worker.add("trainer", "trap '' TERM; while :; do sleep 0.1; done")
   worker.do("run", str(tmp_path), "")
   assert worker.do("stop", "1").returncode == exits.Exit.TIMEOUT
-  assert worker.status().state == "running" and worker.status().stopped
+  assert worker.status().state == "running" and worker.status().was_stopped
   assert worker.do("stop", "1", "kill").returncode == 0
   eventually(lambda: worker.status().exit_code == 137)
 
@@ -160,9 +160,9 @@ def test_a_run_that_does_not_end_is_killed_only_if_told_to(worker, tmp_path):
 def test_the_mark_of_stop_ends_with_the_next_run(worker, tmp_path):
   worker.do("run", str(tmp_path), "")
   assert worker.do("stop", "20").returncode == 0
-  assert worker.status().stopped and worker.status().exit_code == 143
+  assert worker.status().was_stopped and worker.status().exit_code == 143
   worker.do("run", str(tmp_path), "")
-  assert not worker.status().stopped and worker.status().exit_code is None
+  assert not worker.status().was_stopped and worker.status().exit_code is None
 
 
 @pytest.mark.parametrize("is_mounted", [False, True])
