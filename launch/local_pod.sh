@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Runs the program as a pod does, on this machine: N processes that each take
-# themselves for a host of M devices, and talk over loopback:
+# Runs the program like a pod on this machine: N processes on loopback, each a
+# host of M virtual CPU devices.
 #
 #   bash launch/local_pod.sh -n N [-m M] [--] --config=configs/smoke.py \
 #     --workdir=DIR --config.mesh.fsdp=2 ...
 #
-# N hosts (2 unless said) of M virtual CPU devices each (1 unless said); all
-# other arguments are the program's, whose mesh must multiply out to N * M.
-# Host K writes DIR/logs/host-K.log; host 0 is also shown here.
+# N is 2 and M is 1 by default. All other arguments are flags of the program,
+# whose mesh must have N * M devices. Host K writes DIR/logs/host-K.log; the
+# output of host 0 is also shown here.
 #
-# The first host to fail ends the others within seconds, and its exit code is
-# this script's; 75 (preempted and saved) is it only where no host says worse.
-# Ctrl-C and SIGTERM preempt all hosts, a second one kills them.
-# Exit codes are the program's; 64 is a mistake on the command line.
+# When a host fails, the script ends the others within seconds and exits with the
+# code of the first failure, or with 75 if all were preempted. Ctrl-C and SIGTERM
+# preempt all hosts; a second one kills them. 64 is a wrong command line.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-# What the others may take to say why they end, once a host has failed; and to
-# save what a host that was preempted has saved.
+# The time that the other hosts get after a failure, to report it, and after a
+# preemption, to save.
 grace_seconds=10
 save_seconds=120
 hosts=2
@@ -57,11 +56,11 @@ while (($#)); do
   esac
   shift
 done
-[[ $workdir ]] || fail "--workdir=DIR must say where the run writes; $usage."
+[[ $workdir ]] || fail "--workdir=DIR must name a folder for the run; $usage."
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
 arguments+=("--workdir=$workdir")
 
-# Tests name the interpreter that runs them, and no environment is made.
+# Tests set the interpreter and need no venv.
 python=${GRPO_TPU_PYTHON:-}
 if [[ ! $python ]]; then
   ensure_venv
@@ -80,7 +79,7 @@ export JAX_PLATFORMS=cpu
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$hosts
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# A host dies with this script, however that dies. (Linux; elsewhere it may.)
+# A host must die with this script, even if the script is killed. (Linux.)
 run_host=("$python" -m grpo_tpu.main)
 if setpriv --pdeathsig KILL bash -c : 2>/dev/null; then
   run_host=(setpriv --pdeathsig KILL "${run_host[@]}")
@@ -97,9 +96,9 @@ for ((host = 0; host < hosts; host++)); do
   fi
   pids+=($!)
 done
-say "$hosts hosts of $devices devices; each writes $workdir/logs/host-K.log."
+say "Started $hosts hosts of $devices devices; logs: $workdir/logs/host-K.log"
 
-# Bash has reaped whoever is not listed, so a number cannot be another's by now.
+# Bash lists its running children, so a reused process id does not matter.
 is_running() { [[ $'\n'$(jobs -rp)$'\n' == *$'\n'"${pids[$1]}"$'\n'* ]]; }
 
 send() {
@@ -109,7 +108,7 @@ send() {
   done 2>/dev/null
 }
 
-# The program takes SIGTERM for the notice that its machine will be taken away.
+# The program treats SIGTERM as a preemption notice.
 # shellcheck disable=SC2329 # Called by the trap.
 stop() {
   send "${next_signal:-TERM}"
@@ -126,9 +125,9 @@ while ((${#codes[@]} < hosts)); do
     codes[host]=0
     wait "${pids[$host]}" 2>/dev/null || codes[host]=$?
     ((codes[host])) || continue
-    say "Host $host ended with exit code ${codes[$host]}: \
-$workdir/logs/host-$host.log says why."
-    # The first to fail says why all ended; being preempted is no failure.
+    say "Host $host ended with exit code ${codes[$host]}; see \
+$workdir/logs/host-$host.log."
+    # The first failure explains the end of all hosts. Preemption is no failure.
     if ((code == 0 || code == 75)); then code=${codes[$host]}; fi
     if ((codes[host] == 75)); then
       deadline=${deadline:-$((SECONDS + save_seconds))}

@@ -1,17 +1,14 @@
 # shellcheck shell=bash
-# The environment of every script here: `.venv`, complete and current, made on
-# a machine that has Python and nothing else. Sourced, never run. Its extra is
+# The environment of every script here: `.venv`, complete and current, on a
+# machine that has only Python. Scripts source this file. The installed extra is
 # `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice.
 #
-# A venv is trusted only for its stamp, which is written last and says what it
-# was made from: setup.py, constraints.txt, the extra, the interpreter, the
-# place of the checkout. Without a matching stamp (killed half way, pins
-# changed, Python upgraded, folder moved) the venv is made again; with one,
-# nothing is run but the comparison. What it does not know: what is done in the
-# venv afterwards.
+# A venv is used only if its stamp matches setup.py, constraints.txt, the extra,
+# the interpreter and the folder of the checkout. The stamp is written last.
+# Otherwise (killed set-up, changed pins, upgraded Python, moved folder) the venv
+# is made from scratch. Later changes inside the venv are not noticed.
 #
-# A venv of your own, named by $GRPO_TPU_VENV, is used as it stands: it is never
-# made, checked or changed, and what is in it is your affair.
+# $GRPO_TPU_VENV names a venv of your own, which is used without any check.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${GRPO_TPU_VENV:-$root/.venv}
@@ -19,20 +16,20 @@ stamp=$venv/complete.stamp
 log=$venv/install.log
 extra=${GRPO_TPU_EXTRA:-dev}
 
-# TensorFlow only writes event files here; its start-up notices are noise.
+# TensorFlow only writes event files here; its start-up messages are noise.
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 export GRPC_VERBOSITY=ERROR GLOG_minloglevel=2
 
 say() { printf '%s\n' "$*" >&2; }
 
-# For what the user can mend: the command line, the machine, the data.
+# For errors that the user can fix: the command line, the machine, the data.
 fail() {
   say "$*"
   exit 64
 }
 
-# Prints the interpreter behind a command (not a shim, not a venv that is about
-# to be cleared), or says why it will not do. Python 2 must be able to read it.
+# Prints the path of the real interpreter (not of a shim, nor of a venv that is
+# about to be cleared), or the reason to reject it. Also valid in Python 2.
 probe='
 import sys
 if not (3, 12) <= sys.version_info[:2] <= (3, 13):
@@ -47,8 +44,8 @@ for module in ("ctypes", "ensurepip", "ssl", "venv", "zlib"):
 print(sys._base_executable or sys.executable)
 '
 
-# One candidate a line, best first: the version that the pins were made on
-# before the other, what is on PATH before what lies elsewhere.
+# One candidate per line, best first: PATH before other folders, and 3.12, the
+# version of the pins, before 3.13.
 python_candidates() {
   local name folder
   for name in python3.12 python3.13 python3 python; do
@@ -67,9 +64,9 @@ python_candidates() {
 }
 
 find_python() {
-  local candidate answer seen=""
+  local candidate answer rejected=""
   while IFS= read -r candidate; do
-    [[ -x $candidate && $seen != *"  $candidate "* ]] || continue
+    [[ -x $candidate && $rejected != *"  $candidate "* ]] || continue
     if answer=$("$candidate" -c "$probe" 2>&1 </dev/null); then
       printf '%s\n' "${answer##*$'\n'}"
       return
@@ -78,16 +75,16 @@ find_python() {
       "is "* | "has "*) ;;
       *) answer="does not start" ;;
     esac
-    seen+="  $candidate $answer"$'\n'
+    rejected+="  $candidate $answer"$'\n'
   done < <(python_candidates)
-  fail "grpo_tpu needs Python 3.12 or 3.13 (newer ones have no TensorFlow \
-build yet), with its venv module. Looked on PATH, in pyenv and in uv, and found
-${seen:-  no Python at all
+  fail "grpo_tpu needs Python 3.12 or 3.13 (TensorFlow has no build for newer \
+ones), with the venv module. PATH, pyenv and uv have:
+${rejected:-  no Python at all
 }Install one, for example with \`apt install python3.12-venv\`, \
-\`pyenv install 3.12\` or \`uv python install 3.12\`, and start again."
+\`pyenv install 3.12\` or \`uv python install 3.12\`, and rerun."
 }
 
-# What the stamp should say; nothing if the venv has no working Python.
+# The stamp of a current venv; empty if the venv has no working Python.
 expected_stamp() {
   "$venv/bin/python" -I -c '
 import hashlib, os, pathlib, sys
@@ -109,44 +106,44 @@ venv_is_current() {
 install() {
   "$venv/bin/python" -m pip install --quiet --progress-bar off --log "$log" \
     --constraint constraints.txt "$@" && return
-  say "pip could not install the pinned set: its reason stands above, the \
-details in $log. Once it is mended, start again."
+  say "pip could not install the pinned set. The reason is above, the details \
+are in $log. Fix it and rerun."
   exit 1
 }
 
-# The folder itself, if it is there, where a link to it is given.
+# The target of a link to an existing folder.
 real_folder() { (cd "$1" 2>/dev/null && pwd -P) || printf '%s\n' "$1"; }
 
 make_venv() {
   local python
   python=$(find_python) || exit
-  say "Making .venv with $python: a few minutes, once (details in $log)."
-  # The user's other settings of pip hold; these would install elsewhere.
+  say "Making .venv with $python; this takes minutes, once. Details: $log"
+  # These settings of pip would install elsewhere; the user's others apply.
   unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   rm -f "$stamp"
-  # Cleared, not removed: .venv may be a link to a larger disk (which the venv
-  # module clears and then refuses, unless it gets the folder itself).
+  # .venv may be a link to a larger disk. The venv module clears the target of a
+  # link and then fails, so it gets the target.
   "$python" -m venv --clear "$(real_folder "$venv")" || exit
   cd "$root" || exit
-  # The build tools are pinned too, so they are not fetched anew per package.
+  # The build tools are pinned, and installed once instead of per package.
   install setuptools wheel
   install --no-build-isolation --editable ".[$extra]"
   expected_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 
-# Returns with a venv that is complete and current, or ends the script.
+# Makes the venv complete and current, or ends the script.
 ensure_venv() {
-  if [[ -n ${GRPO_TPU_VENV:-} ]]; then
-    [[ -x $venv/bin/python ]] || fail "GRPO_TPU_VENV ($venv) must name a venv, \
-with bin/python in it; make one there, or leave it out and .venv is made."
+  if [[ ${GRPO_TPU_VENV:-} ]]; then
+    [[ -x $venv/bin/python ]] || fail "GRPO_TPU_VENV ($venv) must be a venv \
+with bin/python; make one there, or unset GRPO_TPU_VENV to use .venv."
     [[ $venv == /* ]] || venv=$PWD/$venv
     return
   fi
   if venv_is_current; then return; fi
   (
-    # Two first runs at once would install into each other. The lock is held
-    # by pip too, should it outlive a killed script. (macOS has no flock.)
+    # Prevents two set-ups at once. pip inherits the lock and keeps it if the
+    # script is killed. (macOS has no flock.)
     if command -v flock >/dev/null && ! flock -n 9; then
       say "Waiting for another set-up of .venv to end."
       flock 9

@@ -1,14 +1,12 @@
-"""What a finished smoke run comes to: `smoke.json` and the closing line.
+"""Writes `smoke.json` and the closing lines of a finished smoke run.
 
-Reads the GRPO run's `metrics.jsonl` and knows nothing of how it was made.
-Standard library only.
+Reads only the GRPO run's `metrics.jsonl`. Needs only the standard library.
 
     python launch/smoke_summary.py WORKDIR WALL_SECONDS
 
 `warm_start_accuracy` is `eval/accuracy` before the first update (step 0),
-`final_accuracy` the last one, `steps` the last step. `wall_seconds` is that of
-the invocation which finished the run, from after the installation; what an
-interrupted one before it had spent is not in it.
+`final_accuracy` the last one, `steps` the last step. `wall_seconds` counts from
+the end of the installation, and only the last start of a resumed run.
 """
 
 import json
@@ -18,18 +16,15 @@ import sys
 
 
 def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
-  """The four numbers of a finished run.
+  """The content of `smoke.json`.
 
   Args:
-    workdir: Of the GRPO run.
-    wall_seconds: From after the installation to the end of training.
-
-  Returns:
-    What `smoke.json` holds.
+    workdir: The workdir of the GRPO run.
+    wall_seconds: The duration of the script, without the installation.
 
   Raises:
-    ValueError: If the held-out problems were not scored both before the first
-      update and after a later one.
+    ValueError: The eval split was not scored both before the first update and
+      after a later one.
   """
   text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
   rows = [json.loads(line) for line in text.splitlines()]
@@ -38,9 +33,9 @@ def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
   }
   if 0 not in accuracies or len(accuracies) < 2:
     raise ValueError(
-      f"{workdir}/metrics.jsonl has eval/accuracy at steps "
-      f"{sorted(accuracies)}; it needs step 0 and a later one. Evaluate with "
-      "config.eval.every_steps no larger than config.train.num_steps."
+      f"{workdir}/metrics.jsonl must have eval/accuracy at step 0 and at a later"
+      f" step, but has it at {sorted(accuracies)}; set config.eval.every_steps"
+      " to at most config.train.num_steps."
     )
   return {
     "warm_start_accuracy": accuracies[0],
@@ -51,16 +46,15 @@ def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
 
 
 def main() -> None:
-  """Writes `smoke.json` and says what is in it."""
+  """Writes `smoke.json` and prints its content."""
   workdir = pathlib.Path(sys.argv[1])
   result = summary(workdir, int(sys.argv[2]))
   (workdir / "smoke.json").write_text(json.dumps(result, indent=2) + "\n")
   sys.stdout.write(
-    f"Accuracy on held-out problems: {result['warm_start_accuracy']:.3f} "
-    f"before GRPO, {result['final_accuracy']:.3f} after {result['steps']} "
-    f"steps; {result['wall_seconds']} s in all. TensorBoard's files are in "
-    f"{workdir}; to open them:\n"
-    f"  .venv/bin/tensorboard --logdir={shlex.quote(str(workdir))}\n"
+    f"Eval accuracy: {result['warm_start_accuracy']:.3f} before GRPO, "
+    f"{result['final_accuracy']:.3f} after {result['steps']} steps, in "
+    f"{result['wall_seconds']} s.\n"
+    f"View: .venv/bin/tensorboard --logdir={shlex.quote(str(workdir))}\n"
   )
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every check that CI makes, on a machine that has Python and nothing else:
+# Runs the checks of CI on a machine that has only Python:
 #
 #   bash launch/test.sh                  formatting, linting, types, all tests
-#   bash launch/test.sh tests/a_test.py  pytest alone, with these arguments
+#   bash launch/test.sh tests/a_test.py  pytest only, with these arguments
 #
-# Stops at the first check that fails, with its exit code.
+# The first failing check ends the script with its exit code.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -18,7 +18,7 @@ if (($# == 0)); then
   "$bin/pyright" --pythonpath "$bin/python"
   "$bin/shellcheck" --external-sources launch/*.sh launch/pod/*.sh \
     benchmarks/*.sh tests/*.sh tests/launch/*.sh .ci/run
-  # A file's tests share what it made once.
+  # The tests of a file share one process and its fixtures.
   set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 fi
 exec "$bin/python" -m pytest -m "not tpu and not nightly" "$@"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What `launch/tpu.sh` has done on each worker, in the folder ~/grpo_tpu:
+# The commands that `launch/tpu.sh` runs on each worker, in ~/grpo_tpu:
 #
-#   worker.sh setup COMMIT SHA256 BUCKET    unpacks ~/grpo_tpu_code.tar.gz
-#   worker.sh setup-image IMAGE BUCKET      pulls an image
-#   worker.sh run WORKDIR IMAGE FLAG...     starts the program, and leaves it
-#   worker.sh status                        NAME=VALUE lines
+#   worker.sh setup COMMIT SHA256 BUCKET    unpack ~/grpo_tpu_code.tar.gz
+#   worker.sh setup-image IMAGE BUCKET      pull an image
+#   worker.sh run WORKDIR IMAGE FLAG...     start the program and return
+#   worker.sh status                        print NAME=VALUE lines
 #   worker.sh logs LINES [follow]
-#   worker.sh stop SECONDS [kill]           SIGTERM, and waits for it to save
+#   worker.sh stop SECONDS [kill]           send SIGTERM, wait for the save
 #   worker.sh tensorboard PORT
 #
-# What is empty is not used. Exit codes are those of launch/pod/exits.py: 64 a
-# bad request, 85 still running, 92 running already, 96 not set up or never run, 1
-# anything else.
+# BUCKET and IMAGE may be empty. Exit codes are those of launch/pod/exits.py: 64
+# for a bad request, 85 if the run did not stop, 92 if a run exists already, 96
+# without setup or run, 1 for anything else.
 set -euo pipefail
 
 home=$HOME/grpo_tpu
@@ -19,61 +19,44 @@ code=$home/code
 state=$home/run
 output=$state/log
 
-end() {
-  local exit_code=$1
-  shift
-  printf '%s\n' "$*" >&2
-  exit "$exit_code"
+# fail EXIT_CODE MESSAGE
+fail() {
+  printf '%s\n' "$2" >&2
+  exit "$1"
 }
 
-# Whoever runs the program holds the lock, as does the program itself: no number
-# of a process is believed after a restart of the machine.
+# The program and its guard hold the lock. A process id alone proves nothing: it
+# may be reused after the machine restarts.
 is_running() {
   [[ -e $state/lock ]] && ! flock -n "$state/lock" true
 }
 
-refuse_while_running() {
-  if is_running; then end 92 "A run is going on here."; fi
+require_no_run() {
+  if is_running; then fail 92 "A run exists on this worker."; fi
 }
 
 mount_point() { printf '%s\n' "$home/buckets/$1"; }
 
-# A bucket that is not mounted would be a folder of this machine alone.
+# Without the mount, the folder would be local to this machine.
 mount_bucket() {
-  local folder
-  [[ $1 ]] || return 0
-  folder=$(mount_point "$1")
+  local bucket=$1 folder
+  [[ $bucket ]] || return 0
+  folder=$(mount_point "$bucket")
   mkdir -p "$folder"
   if mountpoint -q "$folder"; then return; fi
   if ! command -v gcsfuse >/dev/null; then
     sudo -n apt-get install --yes --quiet gcsfuse ||
-      end 1 "There is no gcsfuse on this machine, nor a package of it; install \
-it as cloud.google.com/storage/docs/cloud-storage-fuse/install says, or name a \
-WORKDIR on a disk that all workers see."
+      fail 1 "gcsfuse is not installed and apt-get cannot install it; see \
+cloud.google.com/storage/docs/cloud-storage-fuse/install, or choose a WORKDIR \
+on a disk that all workers share."
   fi
-  # Checkpoints become visible by renaming their folder.
+  # Checkpoints become visible when their folder is renamed.
   sudo -n gcsfuse -o allow_other --uid "$(id -u)" --gid "$(id -g)" \
-    --implicit-dirs --rename-dir-limit 100000 "$1" "$folder" ||
-    end 1 "The bucket $1 could not be mounted."
+    --implicit-dirs --rename-dir-limit 100000 "$bucket" "$folder" ||
+    fail 1 "The bucket $bucket could not be mounted."
 }
 
-# The path on this machine of gs://BUCKET/PATH.
-local_path() {
-  local rest
-  if [[ $1 != gs://* ]]; then
-    printf '%s\n' "$1"
-    return
-  fi
-  rest=${1#gs://}
-  printf '%s/%s\n' "$(mount_point "${rest%%/*}")" "${rest#*/}"
-}
-
-bucket_of() {
-  local rest=${1#gs://}
-  [[ $1 != gs://* ]] || printf '%s\n' "${rest%%/*}"
-}
-
-# Python 3.12 is newer than that of most runtimes.
+# Most runtimes have an older Python than 3.12.
 ensure_python() {
   # shellcheck source=launch/setup.sh
   if (source "$code/launch/setup.sh" && find_python) >/dev/null 2>&1; then
@@ -85,14 +68,14 @@ ensure_python() {
 
 setup() {
   local commit=$1 sha256=$2 bucket=$3 archive=$HOME/grpo_tpu_code.tar.gz
-  refuse_while_running
+  require_no_run
   sha256sum --check --status <<<"$sha256  $archive" ||
-    end 1 "$archive is not what was sent; start again."
+    fail 1 "The checksum of $archive is wrong; run setup again."
   rm -rf "$code.new"
   mkdir -p "$code.new"
   tar -xzf "$archive" -C "$code.new"
   printf '%s\n' "$commit" >"$code.new/COMMIT"
-  # Made anew only if what it was made of has changed.
+  # launch/setup.sh keeps the environment if its inputs have not changed.
   if [[ -d $code/.venv ]]; then mv "$code/.venv" "$code.new/.venv"; fi
   rm -rf "$code"
   mv "$code.new" "$code"
@@ -108,7 +91,7 @@ setup() {
 
 setup_image() {
   local image=$1 bucket=$2 registry=${1%%/*}
-  refuse_while_running
+  require_no_run
   if [[ $registry == *.pkg.dev || $registry == *gcr.io ]]; then
     sudo -n gcloud auth configure-docker "$registry" --quiet
   fi
@@ -119,15 +102,17 @@ setup_image() {
 }
 
 run() {
-  local workdir image=$2
-  workdir=$(local_path "$1")
-  [[ -e $code/COMMIT ]] || end 96 "Nothing is set up here."
-  mount_bucket "$(bucket_of "$1")"
+  local workdir=$1 image=$2 path command
   shift 2
-  local arguments=("$@" "--workdir=$workdir")
+  [[ -e $code/COMMIT ]] || fail 96 "This worker is not set up."
+  if [[ $workdir == gs://* ]]; then
+    path=${workdir#gs://}
+    mount_bucket "${path%%/*}"
+    workdir=$(mount_point "${path%%/*}")/${path#*/}
+  fi
   mkdir -p "$state"
   exec 9>"$state/lock"
-  flock -n 9 || end 92 "A run is going on here."
+  flock -n 9 || fail 92 "A run exists on this worker."
   rm -f "$state"/{pid,exit_code,stopped}
   printf '%s\n' "$workdir" >"$state/workdir"
   printf '%s' "$image" >"$state/image"
@@ -141,21 +126,20 @@ run() {
     command=("${GRPO_TPU_PYTHON:-$code/.venv/bin/python}" -m grpo_tpu.main)
   fi
   cd "$code"
-  # In a session of its own, with no terminal: an ssh that ends, or is cut, does
-  # not reach it.
-  setsid --fork bash "$HOME/grpo_tpu_worker.sh" guard "${command[@]}" \
-    "${arguments[@]}" </dev/null >>"$output" 2>&1
+  # A session of its own, without a terminal: the end of ssh does not reach it.
+  setsid --fork bash "$HOME/grpo_tpu_worker.sh" guard "${command[@]}" "$@" \
+    "--workdir=$workdir" </dev/null >>"$output" 2>&1
   for _ in {1..100}; do
     if [[ -s $state/pid ]]; then return; fi
     sleep 0.1
   done
-  end 1 "The run did not start: see logs."
+  fail 1 "The run did not start; read its logs."
 }
 
-# Stands by the program to write down how it ends.
+# Runs the program and records its exit code.
 guard() {
   local exit_code pid
-  # A machine that goes down tells everyone; the program has to save first.
+  # A machine that shuts down signals every process; the program must save first.
   trap : HUP TERM
   printf '%s the run starts: %s\n' "$(date -u +%FT%TZ)" "${*@Q}"
   "$@" &
@@ -169,55 +153,54 @@ guard() {
   write exit_code "$exit_code"
   printf '%s the run ended with exit code %s\n' "$(date -u +%FT%TZ)" \
     "$exit_code"
-  # Or bash would read on in this file, which a setup may have written anew.
+  # Bash reads this file as it runs, and a setup may have replaced the file.
   exit
 }
 
-# At once or not at all.
+# Writes a file of the state atomically.
 write() {
   printf '%s\n' "$2" >"$state/$1.new"
   mv "$state/$1.new" "$state/$1"
 }
 
-say() { printf '%s=%s\n' "$1" "$2"; }
-
 status() {
-  local workdir name
+  local workdir file name
   if is_running; then
-    say state running
+    echo state=running
   elif [[ -s $state/exit_code ]]; then
-    say state ended
+    echo state=ended
   elif [[ -s $state/pid ]]; then
-    # Killed with the machine, or by someone who killed its guard too.
-    say state lost
+    # The machine went down, or someone killed the guard too.
+    echo state=lost
   else
-    say state none
+    echo state=none
   fi
-  if [[ -e $state/stopped ]]; then say stopped 1; fi
-  for name in exit_code workdir; do
-    if [[ -s $state/$name ]]; then say "$name" "$(cat "$state/$name")"; fi
+  if [[ -e $state/stopped ]]; then echo stopped=1; fi
+  for file in "$state"/{exit_code,workdir} "$code/COMMIT"; do
+    name=${file##*/}
+    if [[ -s $file ]]; then echo "${name,,}=$(cat "$file")"; fi
   done
-  if [[ -s $code/COMMIT ]]; then say commit "$(cat "$code/COMMIT")"; fi
   [[ -s $state/workdir ]] || return 0
   workdir=$(cat "$state/workdir")
   if [[ -s $workdir/metrics.jsonl ]]; then
-    say step "$(tail -n 5 "$workdir/metrics.jsonl" |
+    echo "step=$(tail -n 5 "$workdir/metrics.jsonl" |
       sed -n 's/.*"step": *\([0-9]\{1,\}\)[,}].*/\1/p' | tail -n 1)"
   fi
   if [[ -d $workdir/checkpoints ]]; then
-    say checkpoint "$(find "$workdir/checkpoints" -mindepth 1 -maxdepth 1 \
+    echo "checkpoint=$(find "$workdir/checkpoints" -mindepth 1 -maxdepth 1 \
       -type d -printf '%f\n' | sed -n 's/^0*\([0-9]\{1,\}\)$/\1/p' |
       sort -n | tail -n 1)"
   fi
 }
 
 logs() {
-  [[ -e $output ]] || end 96 "Nothing was ever run here."
+  [[ -e $output ]] || fail 96 "This worker has no run."
   if [[ ${2:-} ]]; then exec tail -n "$1" -F "$output"; fi
   exec tail -n "$1" "$output"
 }
 
-# To the program alone: its reward workers end with it. It may be gone already.
+# Signals the program alone, which ends its own reward workers. The program may
+# have ended already.
 signal() {
   if [[ -s $state/image ]]; then
     sudo -n docker kill --signal "$1" grpo_tpu >/dev/null || true
@@ -229,35 +212,29 @@ signal() {
 stop() {
   local seconds=$1
   if ! is_running; then return; fi
-  # Or `supervise` would start it again.
+  # Tells `supervise` not to restart the run.
   touch "$state/stopped"
   signal TERM
   for ((; seconds > 0; seconds--)); do
     sleep 1
     if ! is_running; then return; fi
   done
-  if [[ ! ${2:-} ]]; then
-    end 85 "The run has not ended in $1 s: wait and \`stop\` again, or \
-\`stop --kill\`, which loses what was not saved."
-  fi
+  [[ ${2:-} ]] || fail 85 "The run has not ended after $1 s: wait and \`stop\` \
+again, or \`stop --kill\`, which loses unsaved work."
   signal KILL
 }
 
 tensorboard() {
-  [[ -s $state/workdir ]] || end 96 "Nothing was ever run here."
+  [[ -s $state/workdir ]] || fail 96 "This worker has no run."
   exec "${GRPO_TPU_PYTHON:-$code/.venv/bin/python}" -m tensorboard.main \
     --logdir="$(cat "$state/workdir")" --host=localhost --port="$1"
 }
 
-verb=${1:-}
-case $verb in
-  setup | run | guard | status | logs | stop | tensorboard)
+case ${1:-} in
+  setup | setup-image | run | guard | status | logs | stop | tensorboard)
+    verb=$1
     shift
-    "$verb" "$@"
+    "${verb/-/_}" "$@"
     ;;
-  setup-image)
-    shift
-    setup_image "$@"
-    ;;
-  *) end 64 "worker.sh does not know '$verb'." ;;
+  *) fail 64 "worker.sh has no verb '${1:-}'." ;;
 esac

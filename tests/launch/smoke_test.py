@@ -113,7 +113,7 @@ def test_two_runs_do_not_share_a_workdir(machine):
   line = 'exec 7>"$1/.smoke.lock"; flock 7; shift; ' + SMOKE
   result = machine.run(line, f"{machine.root}/runs/smoke")
   assert result.returncode == 64
-  assert "its own --workdir=DIR" in result.stderr
+  assert "another --workdir=DIR" in result.stderr
 
 
 def summarise(workdir: pathlib.Path) -> subprocess.CompletedProcess[str]:

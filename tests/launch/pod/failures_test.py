@@ -256,7 +256,7 @@ def test_every_code_is_its_own_and_has_a_next_step():
     ),
     (1, "ERROR: (gcloud.x) NOT_FOUND: it", Exit.ABSENT),
     (1, "pip said no", Exit.WORKER_FAILED),
-    (92, "A run is going on here.", Exit.BUSY),
+    (92, "A run exists on this worker.", Exit.BUSY),
     (7, "", Exit.WORKER_FAILED),
     (127, "bash: grpo_tpu_worker.sh: No such file", Exit.NOT_SET_UP),
   ],

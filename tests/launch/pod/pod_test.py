@@ -1,4 +1,4 @@
-"""What the launcher stands on: a laptop has nothing but Python."""
+"""The launcher needs nothing but Python on the laptop."""
 
 import ast
 import pathlib

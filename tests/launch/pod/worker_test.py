@@ -97,10 +97,10 @@ def test_setup_replaces_the_files_and_keeps_the_environment(worker):
   assert worker.status().commit == "def"
 
 
-def test_an_archive_that_is_not_what_was_sent_is_not_unpacked(worker):
+def test_an_archive_with_a_wrong_checksum_is_not_unpacked(worker):
   worker.send(b="2")
   done = worker.do("setup", "def", "0" * 64, "")
-  assert done.returncode == 1 and "not what was sent" in done.stderr
+  assert done.returncode == 1 and "checksum" in done.stderr
   assert worker.status().commit == "abc"
 
 
