@@ -14,7 +14,7 @@ from data_pipelines.sources import synthetic
 from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
-from grpo_tpu.planning import planner
+from grpo_tpu.planning import changes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -74,7 +74,7 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   assert (config.lora is not None) == (kind == "lora")
   topology = hardware.parse_topology(TOPOLOGIES[path.stem])
   assert path.stem.endswith(topology.slice_name.replace("-", "_"))
-  planner.check(config, topology)
+  changes.check_mesh(config, topology)
 
 
 def test_an_overlay_of_another_kind_is_refused():

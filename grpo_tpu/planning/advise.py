@@ -1,13 +1,12 @@
-"""Which settings make the largest step that fits on a slice.
+"""Searches for the settings of the largest step that fits on a slice.
 
-A step is larger the more prompts are decoded together, the fewer times weights
-travel for an update, and the less of it is recomputed. What is advised was
-compiled; nothing is extrapolated.
+A step is larger if it decodes more prompts together, cuts its batch into fewer
+microbatches, and recomputes less. Every advice was compiled, none is
+extrapolated.
 """
 
 import itertools
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -16,36 +15,37 @@ from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.models.gemma3 import remat
-from grpo_tpu.planning import planner, programs
-from grpo_tpu.planning.planner import Changes
+from grpo_tpu.planning import changes as changing
+from grpo_tpu.planning import planner, programs, roofline
+from grpo_tpu.planning.changes import Changes, data_shards
 
-# What advice leaves free: the runtime's own part, and fragments.
+# Share of the memory left free, for the runtime and for fragmentation.
 MARGIN = 0.1
-_TENSORS = (1, 2, 4, 8, 16)
+_TENSOR_SHARDS = (1, 2, 4, 8, 16)
 
 
 class Advice(NamedTuple):
   """The largest step that fits.
 
   Attributes:
-    changes: Settings by name, that the run has otherwise.
-    made: The plan of the run with these.
-    num_compiled: Programs that it took to find out.
+    changes: Settings that must change, with their new values.
+    plan: The plan of the run with these changes.
+    num_compiled: Number of programs compiled in the search.
   """
 
   changes: Changes
-  made: planner.Plan
+  plan: planner.Plan
   num_compiled: int
 
   def __str__(self) -> str:
-    said = (
-      f"The largest step that leaves {MARGIN:.0%} free on {self.made.topology} "
-      f"leaves {self.made.room:.1%}; {self.num_compiled} programs were "
+    text = (
+      f"The largest step that leaves {MARGIN:.0%} free on {self.plan.topology} "
+      f"leaves {self.plan.room:.1%}; {self.num_compiled} programs were "
       "compiled to find it."
     )
     if not self.changes:
-      return f"{said} It is the one that the settings have."
-    return f"{said} Set\n\n  {flags(self.changes)}"
+      return f"{text} The settings have this step already."
+    return f"{text} Set\n\n  {changing.format_flags(self.changes)}"
 
 
 def advise(
@@ -53,82 +53,82 @@ def advise(
   topology: hardware.Topology,
   compiler: planner.Compiler,
 ) -> Advice:
-  """The largest step that fits with `MARGIN` free.
+  """Finds the largest step that fits with `MARGIN` free.
 
-  Prompts as long as the settings want are kept if any mesh has room for them.
-  On each mesh the most prompts are decoded at a time, and updates have the
-  cheapest remat and, with it, the most bundles at a time; of meshes it is the
-  one whose step has the least bound, and those that could not have it are left
-  out.
+  Keeps the longest prompts that any mesh has room for. On each mesh it decodes
+  as many prompts together as fit, and takes the cheapest remat policy with the
+  largest microbatch. Of the meshes it takes the one whose step has the lowest
+  bound; meshes that cannot win are not compiled.
 
   Args:
-    config: The run's settings; its mesh need not be one for the slice.
+    config: The run's settings; the mesh need not cover the slice.
     topology: The slice.
-    compiler: What compiles.
+    compiler: Compiles the programs.
 
   Raises:
     SettingError: Nothing fits.
   """
   search = _Search(config, topology, compiler, MARGIN)
   most = config.data.prompts_per_step
-  for buckets in _shorter(config.data.prompt_buckets):
+  buckets = tuple(config.data.prompt_buckets)
+  for count in range(len(buckets), 0, -1):
     best: tuple[float, Changes, planner.Plan] | None = None
     for least, mesh in meshes(config, topology):
       if best is not None and least >= best[0]:
         break
-      base = mesh | {"data.prompt_buckets": buckets}
-      settled = search.settled(base, most, most, remat.POLICIES)
-      if settled is None:
+      base = mesh | {"data.prompt_buckets": buckets[:count]}
+      found = search.largest_step(base, most, most, remat.POLICIES)
+      if found is None:
         continue
-      changes, made = settled
-      bound = _bound(made)
+      bound = step_seconds(found[1])
       if best is None or bound < best[0]:
-        best = bound, changes, made
+        best = bound, *found
     if best is not None:
       return Advice(*best[1:], compiler.num_compiled)
   raise validation.SettingError(
     f"--topology ({topology}) must have room for {config.model.name} with "
-    f"{MARGIN:.0%} free, and with none of the meshes, remat policies, "
-    "microbatches and prompt buckets it has; set model.lora.rank=16, or choose "
-    f"a larger slice than {topology}."
+    f"{MARGIN:.0%} free, but has not with any mesh, remat policy, microbatch "
+    "and prompt bucket; set model.lora.rank=16, or choose a larger slice than "
+    f"{topology}."
   )
 
 
 def nearest_that_fits(
-  made: planner.Plan, compiler: planner.Compiler
+  config: run_config.Config,
+  topology: hardware.Topology,
+  compiler: planner.Compiler,
 ) -> tuple[Changes, hardware.Topology] | None:
-  """What to change for a run that does not fit, and the slice that it fits on.
+  """Finds the smallest change with which a run fits, and the slice.
 
-  On the same slice what leaves alone what is learnt, and each setting changed
-  no further than it must be: what runs at a time, then remat, then where the
-  reference lies. Else the first larger slice on which the same would do.
+  Tries the same slice first, with changes that do not alter what is learnt:
+  sizes of what runs together, then remat, then the reference's memory, each
+  changed as little as possible. Then tries the next larger slices.
   """
-  config = made.config
-  for topology in (made.topology, *hardware.larger_slices(made.topology)):
+  for larger in (topology, *hardware.larger_slices(topology)):
     base: Changes = {}
-    if topology != made.topology:
-      base = planner.nearest_mesh(config, topology)
-    places: list[Changes] = [{}]
+    if larger != topology:
+      base = changing.nearest_mesh(config, larger)
+    options: list[Changes] = [{}]
     if config.has_reference and config.lora is None:
-      places.append({"model.reference_memory": "pinned_host"})
-    search = _Search(config, topology, compiler, 0.0)
-    for place in places:
-      new = planner.changed(config, base | place)
+      options.append({"model.reference_memory": "pinned_host"})
+    search = _Search(config, larger, compiler, 0.0)
+    for option in options:
+      new = changing.apply_changes(config, base | option)
       if new is None:
         continue
-      settled = search.settled(
-        base | place,
+      found = search.largest_step(
+        base | option,
         new.data.prompts_per_step // new.num_rollouts,
         new.train.microbatch_bundles,
         remat.POLICIES[remat.POLICIES.index(config.model.remat) :],
       )
-      if settled is not None:
-        return settled[0], topology
+      if found is not None:
+        return found[0], larger
   return None
 
 
 class _Search:
-  """Looks for the settings with which a run leaves some memory free."""
+  """Searches for settings with which a run leaves some memory free."""
 
   def __init__(
     self,
@@ -139,31 +139,40 @@ class _Search:
   ):
     self._config, self._topology = config, topology
     self._compiler, self._margin = compiler, margin
-    # With an image where the model sees them; what is found is planned whole.
+    # Programs that read images need most; the result is planned with all.
     self._kind = "(image)" if config.model_config.vision else "(text)"
 
-  def settled(
+  def largest_step(
     self, base: Changes, prompts: int, bundles: int, policies: Sequence[str]
   ) -> tuple[Changes, planner.Plan] | None:
-    """The changes and the plan with them, or None where nothing fits.
+    """The changes and their plan, or None if nothing fits.
 
     Args:
-      base: Changes that are not to be chosen.
-      prompts: To decode at a time, at most.
-      bundles: Of a microbatch, at most.
-      policies: For remat, the one to have rather first.
+      base: Changes that are fixed.
+      prompts: The most prompts to decode together.
+      bundles: The most bundles in a microbatch.
+      policies: Remat policies, the preferred one first.
     """
-    new = planner.changed(self._config, base)
+    new = changing.apply_changes(self._config, base)
     if new is None or not self._has_room(new):
       return None
-    update = self._update(base, policies, _sizes(new, bundles))
+    update = self._largest_update(base, policies, _divisors(new, bundles))
     if update is None:
       return None
     base = base | update
+    shards = data_shards(new)
     for part, name, values in (
-      ("rollout", "rollout.prompts_at_a_time", _sizes(new, prompts)),
-      ("evaluation", "eval.batch_size", _batches(new)),
-      ("pictures", "rollout.pictures_per_shard", _pictures(new)),
+      ("rollout", "rollout.prompts_at_a_time", _divisors(new, prompts)),
+      (
+        "evaluation",
+        "eval.batch_size",
+        [shards * n for n in range(new.eval.batch_size // shards, 0, -1)],
+      ),
+      (
+        "pictures",
+        "rollout.pictures_per_shard",
+        list(range(new.rollout.pictures_per_shard, 0, -1)),
+      ),
     ):
       if all(programs.part_of(x) != part for x in programs.names(new)):
         continue
@@ -171,16 +180,16 @@ class _Search:
       if value is None:
         return None
       base = base | {name: value}
-    changes = planner.differing(self._config, base)
-    new = planner.changed(self._config, changes)
+    changes = changing.drop_unchanged(self._config, base)
+    new = changing.apply_changes(self._config, changes)
     assert new is not None
-    made = self._compiler.plan(new, self._topology)
-    return (changes, made) if made.fits(self._margin) else None
+    plan = self._compiler.plan(new, self._topology)
+    return (changes, plan) if plan.fits(self._margin) else None
 
-  def _update(
+  def _largest_update(
     self, base: Changes, policies: Sequence[str], sizes: Sequence[int]
   ) -> Changes | None:
-    """The first remat with which anything fits, with the most that does."""
+    """The first remat policy that fits, with the largest microbatch."""
     name = "train.microbatch_bundles"
     for policy in policies:
       settings = {"model.remat": policy}
@@ -192,9 +201,13 @@ class _Search:
   def _largest(
     self, base: Changes, name: str, values: Sequence[int], part: str
   ) -> int | None:
-    """The largest of a setting's values, in descending order, that fits.
+    """The largest value of a setting that fits, by bisection.
 
-    It was seen to fit, and the next larger one not to.
+    Args:
+      base: Changes that are fixed.
+      name: The setting.
+      values: Its values in descending order.
+      part: The part of the run that must fit.
     """
 
     def fits(index: int) -> bool:
@@ -211,8 +224,8 @@ class _Search:
     return values[small]
 
   def _fits(self, changes: Changes, part: str) -> bool:
-    """Whether a part of the run does with some changes."""
-    config = planner.changed(self._config, changes)
+    """Compiles one part of the run and says whether it fits."""
+    config = changing.apply_changes(self._config, changes)
     if config is None:
       return False
     names = [
@@ -221,28 +234,28 @@ class _Search:
       if programs.part_of(name) == part
       and (self._kind in name or "(" not in name)
     ]
-    # As many as are compiled side by side; the rest once these fit.
-    for some in itertools.batched(names, self._compiler.at_a_time):
-      made = self._compiler.plan(config, self._topology, some)
+    # Stops after the first programs that do not fit.
+    for some in itertools.batched(names, self._compiler.num_processes):
+      plan = self._compiler.plan(config, self._topology, some)
       logging.info(
         "%s on %s: %.1f%% free with %s.",
-        _said(config),
+        _describe(config),
         self._topology,
-        100 * made.room,
-        made.peak["name"],
+        100 * plan.room,
+        plan.peak["name"],
       )
-      if not made.fits(self._margin):
+      if not plan.fits(self._margin):
         return False
     return True
 
   def _has_room(self, config: run_config.Config) -> bool:
-    """For what is there whatever the programs are."""
-    least = sum(programs.resident_bytes(config).values())
+    """Says whether the arrays that stay between programs fit by themselves."""
+    size = sum(programs.resident_bytes(config).values())
     limit = self._topology.chip.hbm_limit_bytes
-    return least <= (1 - self._margin) * limit
+    return size <= (1 - self._margin) * limit
 
 
-def _said(config: run_config.Config) -> str:
+def _describe(config: run_config.Config) -> str:
   mesh = config.mesh
   return (
     f"mesh {mesh.replica} x {mesh.fsdp} x {mesh.tensor}, "
@@ -255,67 +268,40 @@ def _said(config: run_config.Config) -> str:
 def meshes(
   config: run_config.Config, topology: hardware.Topology
 ) -> list[tuple[float, Changes]]:
-  """Meshes that the run's prompts divide over, the least bound first.
+  """Meshes that divide the run's prompts, with the least seconds of a step.
 
-  With each what no step on it can beat, whatever else is chosen.
+  Sorted by these seconds, which no other settings can lower.
   """
   found = []
   replica, devices = topology.num_slices, topology.num_devices
-  for tensor in _TENSORS:
+  for tensor in _TENSOR_SHARDS:
     if devices % (tensor * replica):
       continue
-    mesh = planner.on_mesh(
-      config, replica, devices // tensor // replica, tensor
-    )
-    best = {
+    fsdp = devices // tensor // replica
+    mesh = changing.change_mesh(config, replica, fsdp, tensor)
+    fastest = {
       "train.microbatch_bundles": config.data.prompts_per_step,
       "rollout.prompts_at_a_time": None,
       "model.remat": remat.POLICIES[0],
     }
-    new = planner.changed(config, mesh | best)
+    new = changing.apply_changes(config, mesh | fastest)
     if new is not None:
-      least = planner.least_step_seconds(new, topology)
-      found.append((least, tensor, mesh))
+      found.append((roofline.least_step_seconds(new, topology), tensor, mesh))
   found.sort(key=lambda x: x[:2])
   return [(least, mesh) for least, _, mesh in found]
 
 
-def _bound(made: planner.Plan) -> float:
-  """Seconds that no step can beat."""
-  bounds = planner.step_bounds(made).values()
+def step_seconds(plan: planner.Plan) -> float:
+  """The least seconds of a step of text or of images, whichever is slower."""
+  bounds = plan.step_bounds().values()
   return max(bound["step_seconds_at_least"] for bound in bounds)
 
 
-def _shorter(buckets: Sequence[int]) -> Iterator[tuple[int, ...]]:
-  """All of them, then fewer and fewer of the longest."""
-  for count in range(len(buckets), 0, -1):
-    yield tuple(buckets[:count])
-
-
-def _sizes(config: run_config.Config, most: int) -> list[int]:
-  """Prompts that divide the batch and that the mesh divides, most first."""
-  shards = config.mesh.replica * config.mesh.fsdp
-  prompts = config.data.prompts_per_step
+def _divisors(config: run_config.Config, most: int) -> list[int]:
+  """Divisors of the batch that the mesh divides, in descending order."""
+  shards, prompts = data_shards(config), config.data.prompts_per_step
   return [
     size
     for size in range(most, 0, -1)
     if prompts % size == 0 and size % shards == 0
   ]
-
-
-def _batches(config: run_config.Config) -> list[int]:
-  """Evaluation's batch, then smaller ones that the mesh divides."""
-  size, shards = config.eval.batch_size, config.mesh.replica * config.mesh.fsdp
-  return [shards * n for n in range(size // shards, 0, -1)]
-
-
-def _pictures(config: run_config.Config) -> list[int]:
-  """Pictures that a shard's tower reads at a time, then fewer."""
-  return list(range(config.rollout.pictures_per_shard, 0, -1))
-
-
-def flags(changes: Changes) -> str:
-  """Changes as they are pasted behind a command in a shell."""
-  return " ".join(
-    shlex.quote(f"--config.{name}={value}") for name, value in changes.items()
-  )

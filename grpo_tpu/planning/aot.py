@@ -1,8 +1,8 @@
-"""Compiles for a slice that is not there, as far as the memory is known.
+"""Compiles a program for a described slice until its memory is known.
 
-The compiler writes what it assigned to buffers before it generates code, which
-takes many times as long. A thread compiles, and the process is to end as soon
-as the files are there, so a process compiles one program. Knows none of ours.
+The compiler writes its buffer assignment before it generates code, which takes
+many times as long. A thread compiles, and the process must end as soon as the
+files exist, so one process compiles one program. Knows nothing of this project.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import threading
 import time
 from typing import Any
 
-# What says to libtpu that there is no TPU, no metadata server to ask, and no
-# harm in other processes that load it too.
+# Makes libtpu run without a TPU, ask no metadata server, and accept that other
+# processes load libtpu too.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -42,19 +42,19 @@ _COLLECTIVE = re.compile(
   r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
   r"(?:-start)?\("
 )
-_SCATTERED = re.compile(r"\s*%?all-reduce-scatter")
+_REDUCE_SCATTER = re.compile(r"\s*%?all-reduce-scatter")
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind of collective in a compiled program.
+  """Equal collectives in a compiled program.
 
   Attributes:
-    name: Of the operation.
-    dtype: Of its result, as XLA names it.
-    shape: Of its result.
-    count: Times that it stands in the text, whatever the loops around it.
+    name: Name of the operation.
+    dtype: XLA's name of the result's dtype.
+    shape: Shape of the result.
+    count: Occurrences in the text; trips of loops are not counted.
   """
 
   name: str
@@ -64,17 +64,17 @@ class Collective:
 
   @property
   def num_bytes(self) -> int:
-    """Of one result."""
+    """Bytes of one result."""
     return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What is known of a program before code is generated.
+  """The facts about a program that are known before code generation.
 
   Attributes:
-    hbm_bytes: Of one device, arguments and temporaries.
-    collectives: Those that its text shows.
+    hbm_bytes: Bytes of one device, for arguments and temporaries.
+    collectives: The collectives in the program's text.
   """
 
   hbm_bytes: int
@@ -85,11 +85,12 @@ def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
   """Compiles until buffers are assigned; the process must end soon after.
 
   Args:
-    lowered: Of a jitted function, for the devices of a described topology.
-    folder: New, for what the compiler writes.
+    lowered: A jitted function, lowered for the devices of a described slice.
+    folder: A new folder, for the compiler's files.
 
   Raises:
-    Exception: What the compiler raises, but for a program that does not fit.
+    Exception: The compiler's error, unless the program only needs too much
+      memory.
   """
   failures: list[Exception] = []
 
@@ -99,30 +100,30 @@ def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
     except Exception as error:
       failures.append(error)
 
-  # The thread is left where it is: nothing can stop it but the process's end.
+  # Nothing but the end of the process can stop this thread.
   thread = threading.Thread(target=compile_all, daemon=True)
   thread.start()
   is_over, hbm_bytes, text = False, None, ""
-  # Once more after the end. What is there may be written anew at any time.
+  # Reads once more after the end: the compiler may rewrite its files.
   while not (is_over or (hbm_bytes and text)):
     is_over = not thread.is_alive()
-    hbm_bytes, text = _assigned(folder), _text(folder)
+    hbm_bytes, text = _assigned_bytes(folder), _optimized_hlo(folder)
     time.sleep(0.0 if is_over else 0.1)
-  return Compiled(hbm_bytes or _needed(failures), collectives(text))
+  return Compiled(hbm_bytes or _required_bytes(failures), collectives(text))
 
 
-def _assigned(folder: pathlib.Path) -> int | None:
-  """Bytes of the largest report in a folder, once it is whole."""
-  found = [
+def _assigned_bytes(folder: pathlib.Path) -> int | None:
+  """Bytes in the largest complete report; None without one."""
+  sizes = [
     int(match[1])
     for path in folder.glob(_REPORT)
     if (match := _DEFAULT_SPACE.search(path.read_text()))
   ]
-  return max(found, default=None)
+  return max(sizes, default=None)
 
 
-def _text(folder: pathlib.Path) -> str:
-  """The optimized program, once it is whole."""
+def _optimized_hlo(folder: pathlib.Path) -> str:
+  """The text of the optimized program; "" until the file is complete."""
   for path in folder.glob(_HLO):
     with path.open("rb") as file:
       file.seek(max(0, path.stat().st_size - 64))
@@ -131,8 +132,8 @@ def _text(folder: pathlib.Path) -> str:
   return ""
 
 
-def _needed(failures: list[Exception]) -> int:
-  """Bytes that the compiler says that a program would have needed."""
+def _required_bytes(failures: list[Exception]) -> int:
+  """Bytes that a program needs, from the compiler's out-of-memory error."""
   for error in failures:
     if match := _TOO_BIG.search(str(error)):
       return int(float(match[1]) * _UNITS[match[2]])
@@ -140,7 +141,7 @@ def _needed(failures: list[Exception]) -> int:
 
 
 def collectives(hlo: str) -> tuple[Collective, ...]:
-  """The collectives of an optimized program's text, the largest first."""
+  """The collectives in the text of an optimized program, largest first."""
   counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
   computation = ""
   for line in hlo.splitlines():
@@ -148,8 +149,8 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
       computation = line
     if match := _COLLECTIVE.search(line):
       dtype, dims, name = match.groups()
-      # TPUs spell it so: a sum that is cut where it is made.
-      if name == "all-reduce" and _SCATTERED.match(computation):
+      # TPUs write a reduce-scatter as an all-reduce in a named computation.
+      if name == "all-reduce" and _REDUCE_SCATTER.match(computation):
         name = "reduce-scatter"
       key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
       counts[key] = counts.get(key, 0) + 1

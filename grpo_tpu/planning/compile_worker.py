@@ -1,4 +1,4 @@
-"""What a process of its own finds out about one program of a run."""
+"""A process that compiles one program of a run and writes down its needs."""
 
 import dataclasses
 import json
@@ -15,40 +15,41 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.planning import aot, flops, programs
 
+ANSWER, OUTPUT = "answer.json", "output.txt"
 
-def answer(
-  values: dict[str, Any], topology: str, program: str, folder: pathlib.Path
+
+def run(
+  values: dict[str, Any], topology: str, name: str, folder: pathlib.Path
 ) -> None:
-  """What a process does that is started for one program; it does not return.
+  """Compiles a program and ends the process; does not return.
 
-  Writes `answer.json` into the folder, or the reason why there is none into
-  `said.txt`, with all that the compiler says.
+  Writes the results into `ANSWER` and all messages, of the compiler too, into
+  `OUTPUT`. Without an answer the messages hold the error.
 
   Args:
     values: The run's settings.
-    topology: As `chips.parse` reads it.
-    program: Of `programs.names`.
-    folder: There, and empty.
+    topology: The slice, as `hardware.parse_topology` reads it.
+    name: One of `programs.names`.
+    folder: An empty folder.
   """
-  said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT)
+  output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT)
   for stream in (1, 2):
-    os.dup2(said, stream)
+    os.dup2(output, stream)
   os.environ.update(aot.ENVIRONMENT | {"TMPDIR": str(folder)})
   jax.config.update("jax_platforms", aot.ENVIRONMENT["JAX_PLATFORMS"])
   try:
     config = run_config.Config.from_config_dict(values)
-    found = _found(
-      config, hardware.parse_topology(topology), program, folder / "dump"
-    )
-    (folder / "answer.json").write_text(json.dumps(found))
+    described = hardware.parse_topology(topology)
+    answer = _compile(config, described, name, folder / "dump")
+    (folder / ANSWER).write_text(json.dumps(answer))
   except BaseException:
     traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(0)  # The compiler is still at work.
+  os._exit(0)  # The compiler's thread is still running.
 
 
-def _found(
+def _compile(
   config: run_config.Config,
   topology: hardware.Topology,
   name: str,
@@ -56,8 +57,8 @@ def _found(
 ) -> dict[str, Any]:
   mesh = programs.described_mesh(config, topology)
   program = programs.find(config, mesh, name)
-  traced = program.traced(mesh)
-  found = {
+  traced = program.trace(mesh)
+  answer = {
     "name": program.name,
     "flops": flops.count_jaxpr(traced.jaxpr, while_trips=program.while_trips),
     "bytes_by_class": program.bytes_by_class(),
@@ -67,7 +68,7 @@ def _found(
   }
   compiled = aot.compile_buffers(traced.lower(), folder)
   usage = resource.getrusage(resource.RUSAGE_SELF)
-  return found | {
+  return answer | {
     "hbm_bytes": compiled.hbm_bytes,
     "collectives": [dataclasses.asdict(x) for x in compiled.collectives],
     "cpu_seconds": usage.ru_utime + usage.ru_stime,

@@ -1,8 +1,8 @@
-"""Floating-point operations of a program, from its jaxpr.
+"""Floating-point operations of a program, counted from its jaxpr.
 
-Counted after dead code is gone and with every loop's trips, which the
-compiler's own analysis leaves out. Matrix products and convolutions count two
-for each multiply-add, and everything else nothing, as peaks are stated.
+Dead code is removed first, and every loop counts with all of its trips, which
+the compiler's own analysis leaves out. A multiply-add in a matrix product or a
+convolution counts as two, as in the peaks of chips; nothing else counts.
 """
 
 import math
@@ -13,8 +13,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# Products of two tiles that one step of splash attention's grid computes:
-# scores and values; scores, d weights and dQ; scores, dV, d weights and dK.
+# Tile products in one step of splash attention's grid: scores and values;
+# scores, d weights and dQ; scores, dV, d weights and dK.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -22,13 +22,13 @@ def count(fun: Callable, *args: Any, **kwargs: Any) -> float:
   """Operations of one call, over all devices.
 
   Args:
-    fun: Of arrays, or of trees of them; may be jitted.
+    fun: A function of arrays or of trees of arrays; may be jitted.
     *args: Arrays or shapes.
-    **kwargs: The same.
+    **kwargs: Arrays or shapes.
 
   Raises:
-    NotImplementedError: A loop whose trips are unknown, or a kernel that has no
-      formula here.
+    NotImplementedError: The program has a loop with unknown trips, or a kernel
+      without a formula here.
   """
   return count_jaxpr(jax.make_jaxpr(fun)(*args, **kwargs))
 
@@ -37,74 +37,67 @@ def count_jaxpr(closed: Any, while_trips: tuple[int, ...] = ()) -> float:
   """Operations of a traced program, over all devices.
 
   Args:
-    closed: As `jax.make_jaxpr` or `jitted.trace(...).jaxpr` gives it.
-    while_trips: Of loops whose trips depend on values, from the outermost to
-      the innermost; there must be no deeper ones.
+    closed: A jaxpr from `jax.make_jaxpr` or `jitted.trace(...).jaxpr`.
+    while_trips: Trips of the loops that depend on values, one number for each
+      level of nesting, the outermost first.
   """
-  return _count(_live(closed.jaxpr), while_trips)
+  used = [True] * len(closed.jaxpr.outvars)
+  live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used)
+  return _count(live, while_trips)
 
 
-def _live(jaxpr: core.Jaxpr) -> core.Jaxpr:
-  used = [True] * len(jaxpr.outvars)
-  return partial_eval.dce_jaxpr(jaxpr, used)[0]
+def _count(jaxpr: Any, trips: tuple[int, ...]) -> float:
+  """Operations of a jaxpr, closed or not."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return sum(_count_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _count(jaxpr: core.Jaxpr, trips: tuple[int, ...]) -> float:
-  return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
-
-
-def _of_equation(equation, trips: tuple[int, ...]) -> float:
+def _count_equation(equation, trips: tuple[int, ...]) -> float:
   params = equation.params
   match equation.primitive.name:
     case "dot_general":
-      return _of_product(equation)
+      return _count_product(equation)
     case "conv_general_dilated":
-      return _of_convolution(equation)
+      return _count_convolution(equation)
     case "scan":
-      return params["length"] * _count(_inner(params["jaxpr"]), trips)
+      return params["length"] * _count(params["jaxpr"], trips)
     case "while":
       if not trips:
         raise NotImplementedError("a loop whose trips depend on values")
       return trips[0] * (
-        _count(_inner(params["body_jaxpr"]), trips[1:])
-        + _count(_inner(params["cond_jaxpr"]), trips[1:])
+        _count(params["body_jaxpr"], trips[1:])
+        + _count(params["cond_jaxpr"], trips[1:])
       )
     case "cond":
-      # The dearest branch, for a bound that holds whichever runs.
-      return max(_count(_inner(b), trips) for b in params["branches"])
+      # The costliest branch, so that the bound holds for each.
+      return max(_count(branch, trips) for branch in params["branches"])
     case "shard_map":
-      # Written for one shard of the axes that are cut by hand.
+      # The jaxpr is that of one shard of the manual axes.
       mesh = params["mesh"]
       shards = math.prod(
         mesh.shape[name] for name in params["newly_manual_axes"]
       )
-      return shards * _count(_inner(params["jaxpr"]), trips)
+      return shards * _count(params["jaxpr"], trips)
     case "pallas_call":
-      return _of_kernel(equation)
-  inner = core.jaxprs_in_params(params)
-  return sum(_count(_inner(jaxpr), trips) for jaxpr in inner)
+      return _count_splash(equation)
+  return sum(_count(x, trips) for x in core.jaxprs_in_params(params))
 
 
-def _inner(jaxpr: Any) -> core.Jaxpr:
-  """The program itself, closed over its constants or not."""
-  return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _of_product(equation) -> float:
+def _count_product(equation) -> float:
   (left, _), _ = equation.params["dimension_numbers"]
   summed = math.prod(equation.invars[0].aval.shape[i] for i in left)
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
 
 
-def _of_convolution(equation) -> float:
+def _count_convolution(equation) -> float:
   kernel = equation.invars[1].aval.shape
   out_axis = equation.params["dimension_numbers"].rhs_spec[0]
   per_output = math.prod(kernel) // kernel[out_axis]
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
 
 
-def _of_kernel(equation) -> float:
-  """Of splash attention: every tile of its grid, those that it skips too."""
+def _count_splash(equation) -> float:
+  """Operations of a splash attention kernel; skipped tiles count too."""
   name, grid = equation.params["name"], equation.params["grid_mapping"]
   kind = next((k for k in _SPLASH_PRODUCTS if k in name.split("_")), None)
   if "splash" not in name or kind is None:

@@ -1,12 +1,10 @@
-"""Every program of a run, as shapes: what a plan compiles.
+"""The programs of a run with abstract arguments, for a plan to compile.
 
-The same functions that training runs, on devices that are described and not
-there. Of those that come in sizes, the largest, for memory is booked for these:
-prompts are as long as the longest bucket, completions as long as they may be,
-and no row has ended yet.
+They are the functions that training runs, on devices that need not exist. Of
+each program only the largest size is planned: prompts as long as the longest
+bucket, completions of full length, and no row that has ended.
 """
 
-import copy
 import dataclasses
 import math
 from typing import Any, NamedTuple, cast
@@ -20,44 +18,41 @@ from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rl import policy as policies
 from grpo_tpu.rl import score
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import compaction, engine
 
-# What lies on the devices from step to step, whatever runs.
-RESIDENT = ("params", "optimizer", "reference")
-
-# Of a run; each has a setting of its own for how much it does at a time.
-PARTS = ("pictures", "rollout", "evaluation", "update")
-
 
 class Program(NamedTuple):
-  """One jitted function with what it would be called with.
+  """A jitted function with abstract arguments.
 
   Attributes:
-    name: As the report shows it.
-    function: Jitted.
-    args: Shapes with places, or static values.
-    kwargs: Likewise.
-    parts: The shapes among them by class: those of `RESIDENT`, "caches", and
-      "batch".
-    kept: Shapes that lie beside them while it runs, besides what is resident.
-    while_trips: Of loops that end when every row has, and of those inside.
-    tokens: Completion tokens of a call, over all rows.
+    name: The name in the report, one of `names`.
+    function: The jitted function.
+    args: Shapes with shardings, or static values.
+    parts: The shapes among the arguments by class: "params", "optimizer",
+      "reference", "caches" and "batch".
+    kwargs: Static values.
+    kept: Other shapes that stay on the devices while the program runs, besides
+      the resident ones.
+    while_trips: Trips of loops that end when every row has ended, the outermost
+      first.
+    tokens: Completion tokens of one call, over all rows.
   """
 
   name: str
   function: Any
   args: tuple
-  kwargs: dict[str, Any]
   parts: dict[str, Any]
+  kwargs: dict[str, Any] = {}
   kept: Any = ()
   while_trips: tuple[int, ...] = ()
   tokens: int = 0
 
-  def traced(self, mesh: Mesh) -> Any:
-    """The function traced for the devices of a mesh."""
+  def trace(self, mesh: Mesh) -> Any:
+    """Traces the function for the devices of a mesh."""
     with jax.set_mesh(mesh):
       return self.function.trace(*self.args, **self.kwargs)
 
@@ -66,22 +61,92 @@ class Program(NamedTuple):
     return {name: device_bytes(tree) for name, tree in self.parts.items()}
 
   def rest_bytes(self, results: Any, mesh: Mesh) -> int:
-    """Bytes of one device read and written once, the weights left out."""
-    given = self.bytes_by_class()
+    """Bytes of one device for results and for arguments except weights."""
     total = sum(
       math.prod(x.shape) * _item_bytes(x) for x in jax.tree.leaves(results)
     )
-    rest = sum(size for name, size in given.items() if name != "params")
+    sizes = self.bytes_by_class()
+    rest = sum(size for name, size in sizes.items() if name != "params")
     return rest + total // mesh.devices.size
 
 
-class _Marks:
-  """Stands for a tokenizer, of which programs want two ids alone."""
+def names(config: run_config.Config) -> list[str]:
+  """The programs of a run: those of a step in its order, then evaluation's."""
+  kinds = ["text"]
+  if config.model_config.vision:
+    kinds.append("image")
+  planned, is_online = [], config.data.kind == "online"
+  # Rollouts read encoded images, and so do updates that do not train the tower.
+  has_rollouts = is_online or bool(config.eval.every_steps)
+  if config.model_config.vision and (
+    has_rollouts or not config.model.train_vision
+  ):
+    planned.append("pictures (image)")
+  if is_online:
+    # Only prefill reads images; later programs read the prompt's cache.
+    planned += [f"prefill ({kind})" for kind in kinds]
+    settings = config.rollout
+    planned += ["decode_chunk"] * (settings.max_new_tokens > 1)
+    # Rows can move only if decoding takes more than one chunk.
+    has_moves = settings.chunk_tokens < settings.max_new_tokens - 1
+    planned += ["move"] * has_moves + ["results"]
+  if _has_scoring(config):
+    planned += [f"score ({kind})" for kind in kinds]
+  planned += [f"train_step ({kind})" for kind in kinds]
+  if config.eval.every_steps:
+    planned += [f"evaluation_prefill ({kind})" for kind in kinds[-1:]]
+    if config.rollout.max_new_tokens > 1:
+      planned.append("evaluation_decode")
+    if config.data.kind == "preference":
+      planned += [f"evaluation_score ({kind})" for kind in kinds[-1:]]
+  return planned
 
-  def __init__(self, config: run_config.Config):
-    vision = config.model_config.vision
-    self.start_of_image = vision.start_of_image if vision else 0
-    self.end_of_image = vision.end_of_image if vision else 0
+
+def _has_scoring(config: run_config.Config) -> bool:
+  """True if a step scores its batch before the first update."""
+  if config.data.kind == "demonstrations":
+    return False
+  return (
+    config.has_reference
+    or config.train.num_iterations > 1
+    or config.shaping.top_entropy_share < 1
+  )
+
+
+def step_of(name: str) -> str:
+  """A program's name without the kind of its prompts."""
+  return name.partition(" ")[0]
+
+
+def part_of(name: str) -> str:
+  """The part of a run that a program belongs to.
+
+  Returns "pictures", "rollout", "evaluation" or "update"; a setting of its own
+  decides how much each part does together.
+  """
+  step = step_of(name)
+  if step in ("score", "train_step"):
+    return "update"
+  if step.startswith("evaluation"):
+    return "evaluation"
+  return step if step == "pictures" else "rollout"
+
+
+def reads_pixels(config: run_config.Config, name: str) -> bool:
+  """True if a program reads images of `model.image_size`."""
+  if step_of(name) == "pictures":
+    return True
+  scores = part_of(name) == "update" or step_of(name) == "evaluation_score"
+  return scores and config.model.train_vision and "(image)" in name
+
+
+def completions_per_prompt(config: run_config.Config) -> int:
+  """Completions in each bundle of a training batch."""
+  if config.data.kind == "online":
+    return config.rollout.num_generations
+  if config.data.kind == "preference":
+    return config.data.preference_completions
+  return 1
 
 
 def described_mesh(
@@ -90,7 +155,7 @@ def described_mesh(
   """The run's mesh on a slice that need not exist.
 
   Raises:
-    ValueError: The mesh does not multiply out to the slice's devices.
+    ValueError: The mesh does not cover the slice.
   """
   chip = topology.chip
   described = topologies.get_topology_desc(
@@ -104,7 +169,7 @@ def described_mesh(
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes of one device that a tree of shapes with places takes."""
+  """Bytes of one device's HBM that a tree of sharded shapes takes."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * _item_bytes(x)
     for x in jax.tree.leaves(tree)
@@ -118,106 +183,44 @@ def _item_bytes(x: Any) -> int:
   return 8 if is_key else x.dtype.itemsize
 
 
-def names(config: run_config.Config) -> list[str]:
-  """The programs of a run: those of a step in its order, then evaluation's."""
-  kinds = ["text"]
-  if config.model_config.vision:
-    kinds.append("image")
-  planned, is_online = [], config.data.kind == "online"
-  # A rollout reads what the tower makes of pictures, and so does an update
-  # unless it trains the tower.
-  rolls_out = is_online or bool(config.eval.every_steps)
-  if config.model_config.vision and (
-    rolls_out or not config.model.train_vision
-  ):
-    planned.append("pictures (image)")
-  if is_online:
-    # Only what reads prompts reads images: what they show is in its cache.
-    planned += [f"prefill ({kind})" for kind in kinds]
-    planned += [] if config.rollout.max_new_tokens == 1 else ["decode_chunk"]
-    planned += ["move"] * _has_moves(config) + ["results"]
-  if has_scoring(config):
-    planned += [f"score ({kind})" for kind in kinds]
-  planned += [f"train_step ({kind})" for kind in kinds]
-  if config.eval.every_steps:
-    planned += [f"evaluation_prefill ({kind})" for kind in kinds[-1:]]
-    if config.rollout.max_new_tokens > 1:
-      planned.append("evaluation_decode")
-    if config.data.kind == "preference":
-      planned += [f"evaluation_score ({kind})" for kind in kinds[-1:]]
-  return planned
-
-
-def step_of(name: str) -> str:
-  """The name of a program without what it reads."""
-  return name.partition(" ")[0]
-
-
-def part_of(name: str) -> str:
-  """What a program of `names` belongs to: one of `PARTS`."""
-  step = step_of(name)
-  if step in ("score", "train_step"):
-    return "update"
-  if step.startswith("evaluation"):
-    return "evaluation"
-  return step if step == "pictures" else "rollout"
-
-
-def reads_pixels(config: run_config.Config, name: str) -> bool:
-  """Whether a program of `names` has pictures of `model.image_size`."""
-  if step_of(name) == "pictures":
-    return True
-  scores = part_of(name) == "update" or step_of(name) == "evaluation_score"
-  return scores and config.model.train_vision and "(image)" in name
-
-
-def _has_moves(config: run_config.Config) -> bool:
-  """Whether rows may move together before they have all ended."""
-  settings = config.rollout
-  return settings.chunk_tokens < settings.max_new_tokens - 1
-
-
-def has_scoring(config: run_config.Config) -> bool:
-  """Whether another policy, or this one at another time, scores the batch."""
-  if config.data.kind == "demonstrations":
-    return False
-  return (
-    config.has_reference
-    or config.train.num_iterations > 1
-    or config.shaping.top_entropy_share < 1
-  )
-
-
-def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
-  """The program of that name, one of `names`."""
-  kind = name.partition(" ")[2]
-  policy = policies.Policy(config, mesh, cast(tokens.Tokenizer, _Marks(config)))
-  made = _Made(policy, with_images=kind == "(image)")
-  make = {
-    "pictures": made.pictures,
-    "prefill": made.prefill,
-    "decode_chunk": made.decode_chunk,
-    "move": made.move,
-    "results": made.results,
-    "score": made.score,
-    "train_step": made.update,
-    "evaluation_prefill": made.evaluating().prefill,
-    "evaluation_decode": made.evaluating().decode_chunk,
-    "evaluation_score": made.evaluation_score,
-  }[step_of(name)]
-  return make(name)
-
-
 def resident_bytes(config: run_config.Config) -> dict[str, int]:
-  """What lies on a device from step to step, by class; no device is asked."""
+  """Bytes per device that stay between programs, by class; needs no device."""
   mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
-  marks = cast(tokens.Tokenizer, _Marks(config))
-  made = _Made(policies.Policy(config, cast(Mesh, mesh), marks))
+  made = AbstractPrograms(config, cast(Mesh, mesh))
   return {name: device_bytes(tree) for name, tree in made.resident.items()}
 
 
+def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
+  """The program with this name, one of `names`."""
+  made = AbstractPrograms(config, mesh, name)
+  match step_of(name).removeprefix("evaluation_"):
+    case "pictures":
+      return made.encode_images()
+    case "prefill":
+      return made.prefill()
+    case "decode_chunk" | "decode":
+      return made.decode_chunk()
+    case "move":
+      return made.move_rows()
+    case "results":
+      return made.results()
+    case "score":
+      return made.score()
+    case _:
+      return made.update()
+
+
+class _FakeTokenizer:
+  """Stands for a tokenizer; programs read only these two ids."""
+
+  def __init__(self, config: run_config.Config):
+    vision = config.model_config.vision
+    self.start_of_image = vision.start_of_image if vision else 0
+    self.end_of_image = vision.end_of_image if vision else 0
+
+
 class _Scaled(jax.ShapeDtypeStruct):
-  """A shape that stays what it is when it is multiplied by a number."""
+  """A shape that can be multiplied by a number, and stays the same."""
 
   def __mul__(self, _: float) -> "_Scaled":
     return self
@@ -225,26 +228,29 @@ class _Scaled(jax.ShapeDtypeStruct):
   __rmul__ = __mul__
 
 
-class _Made:
-  """Makes the programs of one policy."""
+class AbstractPrograms:
+  """Makes the programs of a run with the arguments that `name` needs."""
 
-  def __init__(self, policy: policies.Policy, *, with_images: bool = False):
-    self._policy, self._config = policy, policy.config
-    self._mesh = policy.mesh
-    self._with_images = with_images
-    config = policy.config
-    # Of a rollout: prompts, completions of each, and how they are drawn.
-    self._prompts_at_a_time = (
-      config.data.prompts_per_step // config.num_rollouts
+  def __init__(self, config: run_config.Config, mesh: Mesh, name: str = ""):
+    """Makes the abstract state; compiles nothing."""
+    self._config, self._mesh, self._name = config, mesh, name
+    self._policy = policies.Policy(
+      config, mesh, cast(tokens.Tokenizer, _FakeTokenizer(config))
     )
-    self._rows = config.rollout.num_generations
-    self._temperature = config.rollout.temperature
-    self._state = policy.abstract_state()
-    self._frozen = policy.abstract_params() if self._config.lora else None
+    rollout = config.rollout
+    # Evaluation decodes one greedy completion per prompt.
+    self._is_evaluation = part_of(name) == "evaluation"
+    self._rows, self._temperature = rollout.num_generations, rollout.temperature
+    self._prompts = config.data.prompts_per_step // config.num_rollouts
+    if self._is_evaluation:
+      self._prompts = config.eval.batch_size
+      self._rows, self._temperature = 1, 0.0
+    self._state = self._policy.abstract_state()
+    self._frozen = self._policy.abstract_params() if config.lora else None
 
   @property
   def resident(self) -> dict[str, Any]:
-    """By class; adapters are parameters, and so is what lies under them."""
+    """Shapes that stay between programs; LoRA's base weights are params."""
     reference = None
     if self._config.has_reference and not self._config.lora:
       reference = self._policy.abstract_reference()
@@ -254,8 +260,109 @@ class _Made:
       "reference": reference,
     }
 
+  def encode_images(self) -> Program:
+    """Encodes images with the tower."""
+    encoder = self._policy.pictures
+    assert encoder is not None
+    tower = self._run_params()["vision_encoder"]
+    pixels = encoder.abstract_pixels()
+    parts = {"params": tower, "batch": pixels}
+    return Program(self._name, encoder.encode, (tower, pixels), parts)
+
+  def prefill(self) -> Program:
+    """Reads the prompts, and samples the first token of every row."""
+    made, args = self._rollout()
+    parts = {"params": args[0], "batch": args[1]}
+    return Program(self._name, made.prefill, args, parts)
+
+  def decode_chunk(self) -> Program:
+    """Samples some more tokens of every row."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    settings = self._config.rollout
+    alive = self._array(bool, self._prompts, self._rows)
+    return Program(
+      name=self._name,
+      function=made.decode_chunk,
+      args=(args[0], state, alive),
+      parts={"params": args[0], "caches": state},
+      kept=args[1],
+      # The loop over tokens, and in it the one over a period's local layers.
+      while_trips=(
+        min(settings.chunk_tokens, settings.max_new_tokens - 1),
+        gemma3_config.PERIOD - 1,
+      ),
+    )
+
+  def move_rows(self) -> Program:
+    """Copies the rows that go on into a smaller grid, the largest of them."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    shards = data_shards(self._config)
+    shapes = compaction.ladder(self._prompts // shards, self._rows)
+    bundles, width = shapes[min(1, len(shapes) - 1)]
+    rows = self._array(jnp.int32, shards * bundles, width)
+    prompts = self._array(jnp.int32, shards * bundles)
+    return Program(
+      name=self._name,
+      function=made.move_rows,
+      args=(state, rows, rows, prompts),
+      parts={"caches": state},
+      kept=args[1],
+    )
+
+  def results(self) -> Program:
+    """Gathers the completions while the caches still exist."""
+    made, args = self._rollout()
+    state = made.abstract_state(*args)
+    cut = self._array(jnp.int32, self._prompts, self._rows)
+    return Program(
+      name=self._name,
+      function=made.results,
+      args=(state.output, cut),
+      parts={"batch": state.output},
+      kept=(state.replace(output=None), args[1]),
+    )
+
+  def score(self) -> Program:
+    """Scores a batch under the reference or the current parameters."""
+    config, policy = self._config, self._policy
+    params, part = self._run_params(), "params"
+    if config.has_reference and not config.lora:
+      params, part = policy.abstract_reference(on_device=True), "reference"
+    # Evaluation scores its batch in one part.
+    prompts = config.data.prompts_per_step
+    num_microbatches = config.num_microbatches
+    if self._is_evaluation:
+      prompts, num_microbatches = config.eval.batch_size, 1
+    bundles = self._bundles(prompts)
+    return Program(
+      name=self._name,
+      function=score.score_batch,
+      args=(policy.model, params, bundles),
+      kwargs={"num_microbatches": num_microbatches},
+      parts={part: params, "batch": bundles},
+      tokens=math.prod(bundles.completion_ids.shape),
+    )
+
+  def update(self) -> Program:
+    """Updates the parameters once."""
+    bundles = self._bundles(self._config.data.prompts_per_step)
+    state, frozen = self._state, self._frozen
+    return Program(
+      name=self._name,
+      function=self._policy.make_update(),
+      args=(state, bundles, *(() if frozen is None else (frozen,))),
+      parts={
+        "params": (state.params, frozen),
+        "optimizer": state.opt_state,
+        "batch": bundles,
+      },
+      tokens=math.prod(bundles.completion_ids.shape),
+    )
+
   def _run_params(self) -> dict:
-    """What runs the network; adapters' shapes where the adapters would go."""
+    """The parameters that run the network, LoRA's adapters included."""
     if self._frozen is None:
       return self._state.params
     factors = jax.tree.map(
@@ -268,94 +375,10 @@ class _Made:
       made,
     )
 
-  def evaluating(self) -> "_Made":
-    """The same where rollouts are those of a greedy evaluation."""
-    made = copy.copy(self)
-    made._prompts_at_a_time = self._config.eval.batch_size
-    made._rows, made._temperature = 1, 0.0
-    return made
-
-  def pictures(self, name: str) -> Program:
-    """The tower's reading of some pictures."""
-    encoder = self._policy.pictures
-    assert encoder is not None
-    tower = self._run_params()["vision_encoder"]
-    pixels = encoder.abstract_pixels()
-    return Program(
-      name=name,
-      function=encoder.encode,
-      args=(tower, pixels),
-      kwargs={},
-      parts={"params": tower, "batch": pixels},
-    )
-
-  def prefill(self, name: str) -> Program:
-    """Reads the prompts, and writes the first token of every row."""
-    made, args = self._rollout()
-    params, prompts, *_ = args
-    return Program(
-      name=name,
-      function=made.prefill,
-      args=args,
-      kwargs={},
-      parts={"params": params, "batch": prompts},
-    )
-
-  def decode_chunk(self, name: str) -> Program:
-    """Some more tokens of every row, as long as all go on."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
-    settings, rows = self._config.rollout, self._prompts_at_a_time
-    return Program(
-      name=name,
-      function=made.decode_chunk,
-      args=(args[0], state, self._array(bool, self._rows, rows=rows)),
-      kwargs={},
-      parts={"params": args[0], "caches": state},
-      kept=args[1],
-      # Tokens, and in each the local layers between two global ones.
-      while_trips=(
-        min(settings.chunk_tokens, settings.max_new_tokens - 1),
-        gemma3_config.PERIOD - 1,
-      ),
-    )
-
-  def move(self, name: str) -> Program:
-    """Rows that stand together, beside the places that they leave."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
-    shards = self._config.mesh.replica * self._config.mesh.fsdp
-    shapes = compaction.ladder(self._prompts_at_a_time // shards, self._rows)
-    bundles, width = shapes[min(1, len(shapes) - 1)]
-    places = self._array(jnp.int32, width, rows=shards * bundles)
-    moved = self._array(jnp.int32, rows=shards * bundles)
-    return Program(
-      name=name,
-      function=made.move_rows,
-      args=(state, places, places, moved),
-      kwargs={},
-      parts={"caches": state},
-      kept=args[1],
-    )
-
-  def results(self, name: str) -> Program:
-    """What has been written, beside the caches that are not wanted any more."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
-    cut = self._array(jnp.int32, self._rows, rows=self._prompts_at_a_time)
-    return Program(
-      name=name,
-      function=made.results,
-      args=(state.output, cut),
-      kwargs={},
-      parts={"batch": state.output},
-      kept=(state.replace(output=None), args[1]),
-    )
-
   def _rollout(self) -> tuple[Any, tuple]:
-    """What samples completions, and what it is called with."""
+    """The rollout's engine and the arguments of its first program."""
     config, policy = self._config, self._policy
-    prompts, new = self._prompts_at_a_time, config.rollout
+    new = config.rollout
     settings = engine.Settings(
       config=config.model_config,
       num_completions=self._rows,
@@ -367,11 +390,11 @@ class _Made:
       attention=policy.model.attention,
       banned_ids=policy.banned_ids,
     )
-    index = self._array(jnp.int32, rows=prompts)
-    ids, length, images = self._prompts(prompts)
+    index = self._array(jnp.int32, self._prompts)
+    ids, length, images = self._prompt_arrays(self._prompts)
     params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    limit = self._array(jnp.int32, self._rows, rows=prompts)
+    limit = self._array(jnp.int32, self._prompts, self._rows)
     return engine.Engine(settings, policy.mesh), (
       params,
       engine.Prompts(ids, length, images, index),
@@ -379,105 +402,46 @@ class _Made:
       key,
     )
 
-  def score(self, name: str) -> Program:
-    """Log-probabilities of a batch under other parameters."""
-    config = self._config
-    bundles = self._bundles(config.data.prompts_per_step)
-    return self._scoring(name, bundles, config.num_microbatches)
-
-  def evaluation_score(self, name: str) -> Program:
-    """The same of held-out labelled completions, all of a batch at once."""
-    bundles = self._bundles(self._config.eval.batch_size)
-    return self._scoring(name, bundles, 1)
-
-  def _scoring(self, name: str, bundles: Any, num_microbatches: int) -> Program:
-    config, policy = self._config, self._policy
-    params, part = self._run_params(), "params"
-    if config.has_reference and not config.lora:
-      params, part = policy.abstract_reference(on_device=True), "reference"
-    return Program(
-      name=name,
-      function=score.score_batch,
-      args=(policy.model, params, bundles),
-      kwargs={"num_microbatches": num_microbatches},
-      parts={part: params, "batch": bundles},
-      tokens=math.prod(bundles.completion_ids.shape),
-    )
-
-  def update(self, name: str) -> Program:
-    """An update."""
-    bundles = self._bundles(self._config.data.prompts_per_step)
-    state, frozen = self._state, self._frozen
-    return Program(
-      name=name,
-      function=self._policy.make_update(),
-      args=(state, bundles, *(() if frozen is None else (frozen,))),
-      kwargs={},
-      parts={
-        "params": (state.params, frozen),
-        "optimizer": state.opt_state,
-        "batch": bundles,
-      },
-      tokens=math.prod(bundles.completion_ids.shape),
-    )
-
-  @property
-  def _completions(self) -> int:
-    config = self._config
-    if config.data.kind == "online":
-      return config.rollout.num_generations
-    if config.data.kind == "preference":
-      return config.data.preference_completions
-    return 1
-
-  def _array(self, dtype: Any, *shape: int, rows: int) -> Any:
-    """Of so many prompts, shared out over the data shards."""
-    shape = (rows, *shape)
+  def _array(self, dtype: Any, *shape: int) -> Any:
+    """An array that is sharded along its first axis."""
     place = sharding.batch_sharding(self._mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def _prompts(self, rows: int, *, pixels: bool = False) -> tuple:
-    """Ids, lengths and images: as a frozen tower reads them, or pixels."""
+  def _prompt_arrays(self, rows: int, *, pixels: bool = False) -> tuple:
+    """Ids, lengths and images; the images as pixels, or encoded."""
     vision = self._config.model_config.vision
     image, dtype = (0, 1, 1, 3), jnp.dtype(jnp.uint8)
-    if vision and self._with_images:
+    if vision and "(image)" in self._name:
       side = vision.shown_size
       image, dtype = (1, side, side, 3), jnp.dtype(jnp.uint8)
       if not pixels:
         image = (1, vision.soft_tokens, vision.width)
         dtype = self._policy.model.dtype
-    ids = self._array(
-      jnp.int32, self._config.data.prompt_buckets[-1], rows=rows
-    )
-    length = self._array(jnp.int32, rows=rows)
-    return ids, length, self._array(dtype, *image, rows=rows)
+    ids = self._array(jnp.int32, rows, self._config.data.prompt_buckets[-1])
+    length = self._array(jnp.int32, rows)
+    return ids, length, self._array(dtype, rows, *image)
 
   def _bundles(self, prompts: int) -> TrainBatch:
     config, kind = self._config, self._config.data.kind
-    width, new = self._completions, config.rollout.max_new_tokens
-    ids, length, images = self._prompts(
+    width, new = completions_per_prompt(config), config.rollout.max_new_tokens
+    ids, length, images = self._prompt_arrays(
       prompts, pixels=config.model.train_vision
     )
-
-    def array(dtype: Any, *shape: int) -> Any:
-      return self._array(dtype, *shape, rows=prompts)
-
-    logps = array(jnp.float32, width, new)
+    logps = self._array(jnp.float32, prompts, width, new)
     is_old = kind == "preference" or config.train.num_iterations > 1
     share = config.shaping.top_entropy_share
-    is_narrowed = share < 1 and kind != "demonstrations"
+    has_weights = share < 1 and kind != "demonstrations"
+    preferred = self._array(jnp.bool_, prompts, width, width)
     return TrainBatch(
       prompt_ids=ids,
       prompt_length=length,
       images=images,
-      completion_ids=array(jnp.int32, width, new),
-      completion_mask=array(jnp.bool_, width, new),
-      advantages=array(jnp.float32, width),
+      completion_ids=self._array(jnp.int32, prompts, width, new),
+      completion_mask=self._array(jnp.bool_, prompts, width, new),
+      advantages=self._array(jnp.float32, prompts, width),
       old_per_token_logps=logps if is_old else None,
       ref_per_token_logps=logps if config.has_reference else None,
       sampler_logps=logps if kind == "online" else None,
-      token_weights=logps if is_narrowed else None,
-      preferred=array(jnp.bool_, width, width)
-      if kind == "preference"
-      else None,
+      token_weights=logps if has_weights else None,
+      preferred=preferred if kind == "preference" else None,
     )

@@ -1,14 +1,14 @@
-"""What must move between chips and from memory, by the sharding plan alone.
+"""Bounds on the time of a program and of a step, from settings and peaks.
 
-Hand arithmetic over settings, for bounds: each transfer perfectly spread, and
-nothing moved more often than the programs must that keep no weights whole: for
-each microbatch, and for each token that is decoded. What a compiled program
-shows is searched for defects, never summed, for its text says neither trips nor
-what was fused.
+Bytes sent between chips and read from memory are computed from the sharding
+plan. They are lower bounds: each transfer is perfectly spread, and weights move
+no more often than programs must that keep no weights whole, which is once per
+microbatch and per decoded token. The text of a compiled program shows neither
+trip counts nor fusions, so it is searched for defects and never summed.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,52 +17,143 @@ import jax.numpy as jnp
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.planning import programs
+from grpo_tpu.planning.changes import data_shards
 
-# Below this a collective is not worth a line.
+# Smaller collectives are not worth a line in the report.
 _LARGE_BYTES = 16 * 2**20
 
-_DECODING = ("decode_chunk", "evaluation_decode")
 
-
-def volume(
-  config: run_config.Config, topology: hardware.Topology, program: str
+def bounds_seconds(
+  chip: hardware.Chip, flops: float, hbm_bytes: float, sent: dict[str, float]
 ) -> dict[str, float]:
-  """Bytes that a device sends in a call: inside its slice, and beyond.
+  """Seconds that one call takes at least, by the resource that bounds it.
+
+  Args:
+    chip: The chip.
+    flops: Operations of one device.
+    hbm_bytes: Bytes that one device reads and writes.
+    sent: What `sent_bytes` returns.
+  """
+  per = chip.devices_per_chip
+  return {
+    "compute": flops * per / chip.peak_flops,
+    "hbm": hbm_bytes * per / chip.hbm_bandwidth,
+    "ici": sent["ici"] * per / chip.ici_bandwidth,
+    "dcn": sent["dcn"] * per / chip.dcn_bandwidth,
+  }
+
+
+def step_bounds(
+  config: run_config.Config,
+  topology: hardware.Topology,
+  rows: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+  """Bounds of a whole step of text and of a step of images.
 
   Args:
     config: The run's settings.
-    topology: Where the replicas lie, in one slice or in several.
-    program: Of `programs.names`.
+    topology: The slice.
+    rows: The programs, as `plan.json` has them.
   """
-  mesh, step = config.mesh, program.partition(" ")[0]
+  tokens = max(row["completion_tokens"] for row in rows)
+  return {
+    kind: {
+      "step_seconds_at_least": seconds,
+      "completion_tokens_per_second_at_most": tokens / seconds,
+      "chip_hours_per_1000_steps_at_least": seconds
+      * topology.num_chips
+      * 1000
+      / 3600,
+    }
+    for kind, seconds in _step_seconds(config, rows).items()
+  }
+
+
+def least_step_seconds(
+  config: run_config.Config, topology: hardware.Topology
+) -> float:
+  """A bound of a whole step that needs no compilation."""
+  rows = []
+  for name in programs.names(config):
+    sent = sent_bytes(config, topology, name)
+    least_bytes = least_hbm_bytes(config, name)
+    bounds = bounds_seconds(topology.chip, 0.0, least_bytes, sent)
+    rows.append({"name": name, "bounds_seconds": bounds})
+  return max(_step_seconds(config, rows).values())
+
+
+def _step_seconds(
+  config: run_config.Config, rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+  """Adds up the programs' bounds, each as often as a step calls the program."""
+  rollouts = config.num_rollouts
+  chunks = (config.rollout.max_new_tokens - 1) / tokens_per_chunk(config)
+  images = config.data.prompts_per_step / config.rollout.pictures_per_shard
+  calls = {
+    "pictures": math.ceil(images / data_shards(config)),
+    "prefill": rollouts,
+    "decode_chunk": chunks * rollouts,
+    "results": rollouts,
+    "train_step": config.train.num_iterations,
+    "move": 0,  # If all rows run to full length, no row ever moves.
+  }
+  return {
+    kind: sum(
+      calls.get(programs.step_of(row["name"]), 1)
+      * max(row["bounds_seconds"].values())
+      for row in rows
+      if programs.part_of(row["name"]) != "evaluation"
+      and (kind in row["name"] or "(" not in row["name"])
+    )
+    for kind in ("text", "image")
+    if any(kind in row["name"] for row in rows)
+  }
+
+
+def sent_bytes(
+  config: run_config.Config, topology: hardware.Topology, program: str
+) -> dict[str, float]:
+  """Bytes that a device sends in one call, within its slice and to others.
+
+  Args:
+    config: The run's settings.
+    topology: Decides whether replicas lie in one slice or in several.
+    program: One of `programs.names`.
+  """
+  mesh, step = config.mesh, programs.step_of(program)
   if step in ("move", "results"):
     return {"ici": 0.0, "dcn": 0.0}
-  sharded, trained = _weights(config)
+  sharded, trained = _weight_bytes(config)
   if step == "pictures":
-    sharded = _tower(config)
-  # Each device sends its part to all others of a ring, and all parts pass.
+    sharded = _tower_bytes(config)
+  # In a ring, each device passes on every shard but its own.
   gathered = sharded * (mesh.fsdp - 1) / mesh.fsdp
   micro, dcn = config.num_microbatches, 0.0
   if step == "pictures":
     ici = gathered
   elif step.endswith("prefill"):
-    prompts, _ = _rollout(config, step)
+    prompts, _ = _rollout_rows(config, step)
     tokens = prompts * config.data.prompt_buckets[-1]
-    ici = gathered + _forward(config, tokens)
-  elif step in _DECODING:
-    _, rows = _rollout(config, step)
-    ici = decode_trips(config) * (gathered + _forward(config, rows))
+    ici = gathered + _forward_bytes(config, tokens)
+  elif step in ("decode_chunk", "evaluation_decode"):
+    _, rows = _rollout_rows(config, step)
+    trips = tokens_per_chunk(config)
+    ici = trips * (gathered + _forward_bytes(config, rows))
   elif step == "score":
-    ici = gathered * micro + _forward(config, _tokens(config))
+    tokens = _batch_tokens(config, config.data.prompts_per_step)
+    ici = gathered * micro + _forward_bytes(config, tokens)
   elif step == "evaluation_score":
-    tokens = _tokens(config, config.eval.batch_size)
-    ici = gathered + _forward(config, tokens)
+    tokens = _batch_tokens(config, config.eval.batch_size)
+    ici = gathered + _forward_bytes(config, tokens)
   else:
-    # Gathered forward and backward; what is recomputed uses the latter.
+    # Weights are gathered in the forward and in the backward pass, which also
+    # serves recomputation.
     scattered = trained * (mesh.fsdp - 1) / mesh.fsdp
+    tokens = _batch_tokens(config, config.data.prompts_per_step)
     ici = micro * (2 * gathered + scattered)
-    ici += _passes(config) * _added_up(config, _tokens(config))
-    ici += 2 * _looked_up(config, _tokens(config))
+    ici += _passes(config) * _reduced_bytes(config, tokens)
+    ici += 2 * _embedded_bytes(config, tokens)
     replicas = trained / mesh.fsdp * 2 * (mesh.replica - 1) / mesh.replica
     if topology.num_slices > 1:
       dcn = replicas
@@ -72,84 +163,89 @@ def volume(
 
 
 def least_hbm_bytes(config: run_config.Config, program: str) -> int:
-  """Bytes that a device reads in a call, of weights and of caches."""
-  step = program.partition(" ")[0]
-  sharded, _ = _weights(config)
+  """Bytes of weights and caches that a device reads in one call, at least."""
+  step = programs.step_of(program)
+  sharded, _ = _weight_bytes(config)
   match step:
     case "move" | "results":
-      return 0  # Beside what they are given and give.
+      return 0  # Arguments and results are counted apart.
     case "pictures":
-      return int(_tower(config))
+      return int(_tower_bytes(config))
     case "score":
       return int(sharded * config.num_microbatches)
     case "train_step":
       return int(sharded * config.num_microbatches * _passes(config))
     case "decode_chunk" | "evaluation_decode":
-      trips = decode_trips(config)
+      trips = tokens_per_chunk(config)
       share = trips / config.rollout.max_new_tokens
-      return int(sharded * trips + share * _cache_reads(config, step))
+      return int(sharded * trips + share * _cache_bytes(config, step))
   return int(sharded)
 
 
-def decode_trips(config: run_config.Config) -> int:
-  """Tokens that a call of a decoding program writes of a row."""
+def tokens_per_chunk(config: run_config.Config) -> int:
+  """Tokens per row that one call of a decoding program writes."""
   settings = config.rollout
   return max(1, min(settings.chunk_tokens, settings.max_new_tokens - 1))
 
 
 def _passes(config: run_config.Config) -> int:
-  """Times that a microbatch goes through the layers."""
+  """Passes of a microbatch through the layers, recomputation included."""
   return 3 if config.model.remat in ("full", "offload") else 2
 
 
-def _rollout(config: run_config.Config, step: str) -> tuple[float, float]:
-  """Prompts of a data shard that are completed together, and their rows."""
-  shards = config.mesh.replica * config.mesh.fsdp
+def _rollout_rows(config: run_config.Config, step: str) -> tuple[float, float]:
+  """Prompts and completions that a data shard decodes together."""
+  shards = data_shards(config)
   if step.startswith("evaluation"):
     return config.eval.batch_size / shards, config.eval.batch_size / shards
   prompts = config.data.prompts_per_step / config.num_rollouts / shards
   return prompts, prompts * config.rollout.num_generations
 
 
-def _cache_reads(config: run_config.Config, step: str) -> float:
-  """Of all decoding steps: the prompts' part, and of its own half."""
-  model, settings = config.model_config, config.rollout
-  token = 2 * model.num_kv_heads * model.head_dim
-  token *= jnp.dtype(config.model.compute_dtype).itemsize
-  num_global = sum(model.global_layers)
-  new, prompt = settings.max_new_tokens, config.data.prompt_buckets[-1]
-  window = model.sliding_window
-  prompts = num_global * prompt + (model.num_layers - num_global) * min(
-    prompt, window
-  )
-  own = num_global * new / 2 + (model.num_layers - num_global) * min(
-    new / 2, window
-  )
-  bundles, rows = _rollout(config, step)
-  reads = new * token * (bundles * prompts + rows * own)
-  # Heads are cut over tensor shards, where these divide them.
-  is_cut = model.num_kv_heads % config.mesh.tensor == 0
-  return reads / (config.mesh.tensor if is_cut else 1)
+def _cache_bytes(config: run_config.Config, step: str) -> float:
+  """Bytes that all decoding steps read of prompts and of completions.
 
-
-def _tower(config: run_config.Config) -> float:
-  """Bytes of the image tower's weights as they are used."""
-  shapes = weights.abstract_params(
-    config.model_config, jnp.dtype(config.model.compute_dtype)
-  )
-  item = jnp.dtype(config.model.compute_dtype).itemsize
-  leaves = jax.tree.leaves(shapes["vision_encoder"])
-  return float(sum(math.prod(x.shape) for x in leaves) * item)
-
-
-def _weights(config: run_config.Config) -> tuple[float, float]:
-  """Bytes of the decoder's weights as they are used, and of their gradients.
-
-  Of one tensor shard, whole along fsdp.
+  A completion is half written on average.
   """
-  shapes = weights.abstract_params(
-    config.model_config, jnp.dtype(config.model.compute_dtype)
-  )
+  model, settings = config.model_config, config.rollout
+  token = 2 * model.num_kv_heads * model.head_dim * _compute_bytes(config)
+  num_global = sum(model.global_layers)
+  num_local, window = model.num_layers - num_global, model.sliding_window
+  new, prompt = settings.max_new_tokens, config.data.prompt_buckets[-1]
+  prompts = num_global * prompt + num_local * min(prompt, window)
+  own = num_global * new / 2 + num_local * min(new / 2, window)
+  bundles, rows = _rollout_rows(config, step)
+  reads = new * token * (bundles * prompts + rows * own)
+  # Tensor shards split the heads only if they divide the number of heads.
+  is_split = model.num_kv_heads % config.mesh.tensor == 0
+  return reads / (config.mesh.tensor if is_split else 1)
+
+
+def _compute_bytes(config: run_config.Config) -> int:
+  return jnp.dtype(config.model.compute_dtype).itemsize
+
+
+def _abstract_params(config: run_config.Config) -> dict[str, Any]:
+  dtype = jnp.dtype(config.model.compute_dtype)
+  return weights.abstract_params(config.model_config, dtype)
+
+
+def _num_elements(tree: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _tower_bytes(config: run_config.Config) -> float:
+  """Bytes of the image tower's weights in the compute dtype."""
+  tower = _abstract_params(config)["vision_encoder"]
+  return float(_num_elements(tower) * _compute_bytes(config))
+
+
+def _weight_bytes(config: run_config.Config) -> tuple[float, float]:
+  """Bytes of the decoder's weights and of the gradients.
+
+  Both of one tensor shard, unsharded along fsdp, without the image tower.
+  """
+  shapes = _abstract_params(config)
   shapes.pop("vision_encoder", None)
   used = sum(
     math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)
@@ -157,118 +253,114 @@ def _weights(config: run_config.Config) -> tuple[float, float]:
   used /= config.mesh.tensor
   if config.lora is None:
     item = jnp.dtype(config.model.param_dtype).itemsize
-    return used, used / jnp.dtype(config.model.compute_dtype).itemsize * item
+    return used, used / _compute_bytes(config) * item
   adapters = lora.abstract_adapters(config.model_config, config.lora)
-  trained = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(adapters))
-  return used, float(trained)
+  return used, float(4 * _num_elements(adapters))
 
 
-def _tokens(config: run_config.Config, prompts: int | None = None) -> float:
-  """Tokens that a data shard's bundles have, of so many prompts or a step's."""
-  length = sum(_lengths(config))
-  shards = config.mesh.replica * config.mesh.fsdp
-  return (prompts or config.data.prompts_per_step) * length / shards
+def _batch_tokens(config: run_config.Config, prompts: int) -> float:
+  """Tokens of a data shard in a batch of `prompts` bundles."""
+  return prompts * sum(_bundle_tokens(config)) / data_shards(config)
 
 
-def _lengths(config: run_config.Config) -> tuple[int, int]:
+def _bundle_tokens(config: run_config.Config) -> tuple[int, int]:
   """Tokens of a prompt, and of all its completions together."""
-  rows = 1
-  if config.data.kind == "online":
-    rows = config.rollout.num_generations
-  elif config.data.kind == "preference":
-    rows = config.data.preference_completions
   prompt = config.data.prompt_buckets[-1]
-  return prompt, rows * config.rollout.max_new_tokens
+  completions = programs.completions_per_prompt(config)
+  return prompt, completions * config.rollout.max_new_tokens
 
 
-def _forward(config: run_config.Config, tokens: float) -> float:
-  """Bytes of activations that a device sends while tokens pass forward."""
-  return _looked_up(config, tokens) + _added_up(config, tokens)
+def _forward_bytes(config: run_config.Config, tokens: float) -> float:
+  """Bytes of activations that a device sends in a forward pass."""
+  return _embedded_bytes(config, tokens) + _reduced_bytes(config, tokens)
 
 
-def _looked_up(config: run_config.Config, tokens: float) -> float:
-  """Bytes of rows of the embedding, or of their gradients.
+def _embedded_bytes(config: run_config.Config, tokens: float) -> float:
+  """Bytes sent to look up embeddings, or to return their gradients.
 
-  Data shards send each other columns, and tensor shards add up.
+  Data shards exchange columns, and tensor shards reduce the rows.
   """
   fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
   parts = (fsdp - 1) / fsdp + 2 * (tensor - 1) / tensor
-  return parts * _state_bytes(config, tokens)
+  return parts * _activation_bytes(config, tokens)
 
 
-def _added_up(config: run_config.Config, tokens: float) -> float:
-  """Bytes of what tensor shards add up: twice in each layer."""
+def _reduced_bytes(config: run_config.Config, tokens: float) -> float:
+  """Bytes that tensor shards send to reduce activations, twice per layer."""
   tensor = config.mesh.tensor
   times = 2 * config.model_config.num_layers * 2 * (tensor - 1) / tensor
-  return times * _state_bytes(config, tokens)
+  return times * _activation_bytes(config, tokens)
 
 
-def _state_bytes(config: run_config.Config, tokens: float) -> float:
-  item = jnp.dtype(config.model.compute_dtype).itemsize
-  return tokens * config.model_config.embed_dim * item
+def _activation_bytes(config: run_config.Config, tokens: float) -> float:
+  return tokens * config.model_config.embed_dim * _compute_bytes(config)
 
 
-def defects(
+def find_defects(
   config: run_config.Config, collectives: Iterable[Mapping[str, Any]]
 ) -> list[str]:
-  """What a program's text shows that the sharding plan does not ask for.
+  """Describes large collectives that the sharding plan does not ask for.
 
   Args:
     config: The run's settings.
-    collectives: As `aot.Collective` has them.
+    collectives: The fields of each `aot.Collective`.
   """
-  known = _shapes_of_weights(config)
-  # Rows of the embedding travel from where they lie to where their ids are.
+  weight_axes = _weight_axes(config)
+  # Looked-up rows of the embedding travel to the devices of their tokens.
   width = config.model_config.embed_dim
   columns = width // config.mesh.fsdp
-  merged = {tokens * columns for tokens in _tokens_at_a_time(config)}
-  batch = config.mesh.replica * config.mesh.fsdp
-  found = []
+  looked_up = {tokens * columns for tokens in _tokens_read_together(config)}
+  defects = []
   for entry in collectives:
     shape = tuple(x for x in entry["shape"] if x > 1)
     size = math.prod(shape) * (2 if entry["dtype"] == "bf16" else 4)
     if size < _LARGE_BYTES:
       continue
-    said = f"{entry['name']} of {entry['dtype']}{list(entry['shape'])}"
-    said += f" ({size / 2**20:.0f} MiB)"
-    is_weight = tuple(sorted(shape)) in known
+    name = entry["name"]
+    text = f"{name} of {entry['dtype']}{list(entry['shape'])}"
+    text += f" ({size / 2**20:.0f} MiB)"
+    is_weight = tuple(sorted(shape)) in weight_axes
     if shape[0] == config.mesh.fsdp and shape[-1] == columns:
-      # Its columns as parts, one for each shard.
-      is_weight |= tuple(sorted((*shape[1:-1], width))) in known
-    is_looked_up = shape[-1] in (width, columns) or math.prod(shape) in merged
-    if entry["name"] == "all-reduce" and is_weight and batch > 1:
-      found.append(f"{said}: a gradient that is not reduce-scattered")
-    elif entry["name"] == "all-gather" and not is_weight:
-      found.append(f"{said}: activations gathered")
-    elif entry["name"] == "all-to-all" and not is_looked_up:
-      found.append(f"{said}: activations change places")
-    elif entry["name"] == "all-reduce" and config.mesh.tensor == 1:
-      found.append(f"{said}: partial products added up")
-  return found
+      # The columns of a weight, split into one part per shard.
+      is_weight |= tuple(sorted((*shape[1:-1], width))) in weight_axes
+    is_looked_up = (
+      shape[-1] in (width, columns) or math.prod(shape) in looked_up
+    )
+    if name == "all-reduce" and is_weight and data_shards(config) > 1:
+      defects.append(f"{text}: a gradient that is not reduce-scattered")
+    elif name == "all-gather" and not is_weight:
+      defects.append(f"{text}: activations are gathered")
+    elif name == "all-to-all" and not is_looked_up:
+      defects.append(f"{text}: activations are resharded")
+    elif name == "all-reduce" and config.mesh.tensor == 1:
+      defects.append(f"{text}: partial products are summed")
+  return defects
 
 
-def _tokens_at_a_time(config: run_config.Config) -> set[int]:
-  """Tokens, over the shards of a replica, of what programs read at a time."""
+def _tokens_read_together(config: run_config.Config) -> set[int]:
+  """Token counts of the batches that programs read, per replica."""
   prompts = (
     config.train.microbatch_bundles,
     config.data.prompts_per_step // config.num_rollouts,
     config.eval.batch_size,
   )
   return {
-    x // config.mesh.replica * y for x in prompts for y in _lengths(config)
+    x // config.mesh.replica * y
+    for x in prompts
+    for y in _bundle_tokens(config)
   }
 
 
-def _shapes_of_weights(config: run_config.Config) -> set[tuple[int, ...]]:
-  """Axes of every weight and of its parts on a tensor shard, sorted."""
-  shapes = weights.abstract_params(config.model_config, jnp.dtype("float32"))
+def _weight_axes(config: run_config.Config) -> set[tuple[int, ...]]:
+  """Sorted axes of every weight and of its part on a tensor shard."""
+  shapes = _abstract_params(config)
   mesh = jax.sharding.AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
-  places = sharding.param_shardings(mesh, shapes)
+  shardings = sharding.param_shardings(mesh, shapes)
   known = set()
-  for x, place in zip(
-    jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True
+  for leaf, leaf_sharding in zip(
+    jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
   ):
-    local = place.shard_shape(x.shape)
-    for axes in (local, local[1:], x.shape, x.shape[1:]):
+    local = leaf_sharding.shard_shape(leaf.shape)
+    for axes in (local, local[1:], leaf.shape, leaf.shape[1:]):
       known.add(tuple(sorted(n for n in axes if n > 1)))
   return known

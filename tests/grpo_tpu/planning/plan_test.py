@@ -18,6 +18,7 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import remat
 from grpo_tpu.planning import advise, aot, plan, planner, programs, roofline
+from grpo_tpu.planning import changes as changing
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 TOPOLOGIES = {
@@ -56,13 +57,13 @@ def libtpu():
 def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
-    planner.check(config, hardware.parse_topology("v5e:2x2"))
+    changing.check_mesh(config, hardware.parse_topology("v5e:2x2"))
 
 
 def test_slices_without_replicas_of_their_own_are_told_the_nearest():
   config = of_4b()
   with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
-    planner.check(config, hardware.parse_topology("v5e:2x4*2"))
+    changing.check_mesh(config, hardware.parse_topology("v5e:2x4*2"))
 
 
 def test_a_step_calls_each_program_as_often_as_it_does():
@@ -76,7 +77,7 @@ def test_a_step_calls_each_program_as_often_as_it_does():
     for name in programs.names(config)
   ]
   made = planner.Plan(config, hardware.parse_topology("v5e:4x4"), rows, {})
-  bounds = planner.step_bounds(made)
+  bounds = made.step_bounds()
   # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
   # then an update. Nothing moves, and nothing is evaluated.
   seconds = 4 * (1 + 1023 / 128 + 1) + 1
@@ -97,7 +98,7 @@ def test_no_compiler_is_told_with_the_remedy(monkeypatch):
 def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   config = of_4b()
-  with pytest.raises(validation.SettingError, match="must have libtpu"):
+  with pytest.raises(validation.SettingError, match="needs libtpu"):
     plan.run(config, str(tmp_path), "v5e:4x4", advise=False)
 
 
@@ -131,11 +132,11 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
 
 def test_the_nearest_mesh_keeps_what_it_can():
   config = config_of("smoke", **{"mesh.fsdp": 4, "mesh.tensor": 2})
-  near = planner.nearest_mesh(config, hardware.parse_topology("v5e:4x4"))
-  assert planner.differing(config, near) == {"mesh.fsdp": 8}
+  near = changing.nearest_mesh(config, hardware.parse_topology("v5e:4x4"))
+  assert changing.drop_unchanged(config, near) == {"mesh.fsdp": 8}
   # 64 prompts do not divide over 24 shards; 72 do, and 24 at a time.
-  near = planner.nearest_mesh(config, hardware.parse_topology("v5e:4x4*3"))
-  assert planner.differing(config, near) == {
+  near = changing.nearest_mesh(config, hardware.parse_topology("v5e:4x4*3"))
+  assert changing.drop_unchanged(config, near) == {
     "mesh.replica": 3,
     "mesh.fsdp": 8,
     "data.prompts_per_step": 72,
@@ -144,34 +145,34 @@ def test_the_nearest_mesh_keeps_what_it_can():
   }
 
 
-def test_a_plan_wants_a_topology():
-  with pytest.raises(ValueError, match="--topology.*v5e:4x4"):
-    planner.parsed(None)
+def test_a_plan_wants_a_topology(tmp_path):
+  with pytest.raises(validation.SettingError, match="--topology.*v5e:4x4"):
+    plan.run(of_4b(), str(tmp_path), None, advise=False)
 
 
-class Scripted(planner.Compiler):
-  """Says what programs take by a formula, in bytes of a device."""
+PARTS = ("pictures", "rollout", "evaluation", "update")
+
+
+class ScriptedCompiler(planner.Compiler):
+  """Computes the bytes that programs take of a device by a formula."""
 
   def __init__(self, sampling, update, **others):
     super().__init__()
-    self.needs = dict.fromkeys(programs.PARTS, sampling)
+    self.needs = dict.fromkeys(PARTS, sampling)
     self.needs |= {"update": update} | others
     self.asked = set()
 
-  def plans(self, wanted, names=None):
-    made = []
-    for config, topology in wanted:
-      rows = []
-      for name in names or programs.names(config):
-        need = self.needs[programs.part_of(name)](config)
-        moved = roofline.volume(config, topology, name)
-        least = roofline.least_hbm_bytes(config, name)
-        seconds = planner.bounds(topology.chip, 0.0, least, moved)
-        row = {"name": name, "resident_bytes": need, "completion_tokens": 1}
-        rows.append(row | {"bounds_seconds": seconds})
-        self.asked.add((name, str(topology), config))
-      made.append(planner.Plan(config, topology, rows, {}))
-    return made
+  def plan(self, config, topology, names=None):
+    rows = []
+    for name in names or programs.names(config):
+      need = self.needs[programs.part_of(name)](config)
+      sent = roofline.sent_bytes(config, topology, name)
+      least = roofline.least_hbm_bytes(config, name)
+      seconds = roofline.bounds_seconds(topology.chip, 0.0, least, sent)
+      row = {"name": name, "resident_bytes": need, "completion_tokens": 1}
+      rows.append(row | {"bounds_seconds": seconds})
+      self.asked.add((name, str(topology), config))
+    return planner.Plan(config, topology, rows, {})
 
 
 GIB = 2**30
@@ -197,7 +198,7 @@ def by_remat(config):
 
 
 def advised(config, topology, sampling=by_rows, update=by_remat):
-  compiler = Scripted(sampling, update)
+  compiler = ScriptedCompiler(sampling, update)
   return advise.advise(config, hardware.parse_topology(topology), compiler)
 
 
@@ -225,7 +226,7 @@ def pasted(name, flags):
 def test_advice_is_the_largest_step_that_leaves_a_margin():
   config = of_4b(**{"rollout.num_generations": 4})
   found = advised(config, "v5e:4x4")
-  made = found.made
+  made = found.plan
   assert made.fits(advise.MARGIN)
   limit = (1 - advise.MARGIN) * made.topology.chip.hbm_limit_bytes
   # The cheapest remat of which a bundle a shard fits, and the most bundles.
@@ -234,7 +235,7 @@ def test_advice_is_the_largest_step_that_leaves_a_margin():
   shards = made.config.mesh.fsdp
   for name in cheaper:
     dearer = {"model.remat": name, "train.microbatch_bundles": shards}
-    assert by_remat(planner.changed(made.config, dearer)) > limit
+    assert by_remat(changing.apply_changes(made.config, dearer)) > limit
   for setting, need, now in (
     (
       "train.microbatch_bundles",
@@ -250,7 +251,7 @@ def test_advice_is_the_largest_step_that_leaves_a_margin():
     assert need(made.config) <= limit
     assert (
       now == 64
-      or need(planner.changed(made.config, {setting: 2 * now})) > limit
+      or need(changing.apply_changes(made.config, {setting: 2 * now})) > limit
     )
 
 
@@ -259,14 +260,14 @@ def test_advice_can_be_pasted(topology):
   name = "gemma3_4b_v5e_16"
   found = advised(config_of(name), topology)
   assert found.changes
-  assert str(found).endswith(advise.flags(found.changes))
-  assert pasted(name, advise.flags(found.changes)) == found.made.config
+  assert str(found).endswith(changing.format_flags(found.changes))
+  assert pasted(name, changing.format_flags(found.changes)) == found.plan.config
 
 
 def test_a_tuple_and_a_word_survive_the_shell():
   changes = {"data.prompt_buckets": (384,), "model.remat": "offload"}
-  wanted = planner.changed(config_of("smoke"), changes)
-  assert pasted("smoke", advise.flags(changes)) == wanted
+  wanted = changing.apply_changes(config_of("smoke"), changes)
+  assert pasted("smoke", changing.format_flags(changes)) == wanted
 
 
 def test_advice_gives_up_the_longest_prompts_last():
@@ -282,8 +283,8 @@ def test_advice_gives_up_the_longest_prompts_last():
 def test_advice_that_changes_nothing_says_so():
   config = of_4b()
   found = advised(config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
-  again = advised(found.made.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
-  assert again.changes == {} and "the settings have" in str(again)
+  again = advised(found.plan.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
+  assert again.changes == {} and "settings have this step already" in str(again)
 
 
 def test_advice_is_the_mesh_whose_step_has_the_least_bound():
@@ -294,18 +295,18 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
     prompts = config.rollout.prompts_at_a_time or 64
     return prompts * config.mesh.tensor**2 * GIB // 16
 
-  compiler = Scripted(few, few, rollout=by_tensor)
+  compiler = ScriptedCompiler(few, few, rollout=by_tensor)
   search = advise._Search(config, described, compiler, advise.MARGIN)
   meshes = advise.meshes(config, described)
   assert meshes == sorted(meshes, key=lambda x: x[0])
   bounds = {}
   for least, mesh in meshes:
-    _, made = search.settled(mesh, 64, 64, remat.POLICIES)
-    bounds[made.config.mesh.tensor] = advise._bound(made)
+    _, made = search.largest_step(mesh, 64, 64, remat.POLICIES)
+    bounds[made.config.mesh.tensor] = advise.step_seconds(made)
     assert least <= bounds[made.config.mesh.tensor]
   compiler.asked.clear()
   found = advise.advise(config, described, compiler)
-  best = found.made.config.mesh.tensor
+  best = found.plan.config.mesh.tensor
   assert best == min(bounds, key=bounds.get) != meshes[0][1]["mesh.tensor"]
   asked = {config.mesh.tensor for _, _, config in compiler.asked}
   assert asked < set(bounds)
@@ -315,7 +316,7 @@ def test_advice_is_of_the_whole_run():
   """With text alone, too, though it is looked for with images."""
   settings, topology = of_4b(), hardware.parse_topology("v5e:4x4")
 
-  class Odd(Scripted):
+  class Odd(ScriptedCompiler):
     def plan(self, config, topology, names=None):
       made = super().plan(config, topology, names)
       for row in made.programs:
@@ -333,7 +334,7 @@ def test_where_nothing_fits_advice_says_what_would_help():
 
 
 def refusal(config, topology, monkeypatch, tmp_path, **needs):
-  compiler = Scripted(**needs)
+  compiler = ScriptedCompiler(**needs)
   monkeypatch.setattr(planner, "Compiler", lambda: compiler)
   monkeypatch.setattr(planner, "check_compiler", lambda: None)
   monkeypatch.setattr(plan, "table", lambda made: "")
@@ -392,11 +393,13 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
   config = of_4b(**changes)
   needs = {"sampling": few, "update": few} | needs
   said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
-  changes = planner.differing(config, remedy)
-  assert said.endswith(f"with --topology=v5e:4x4 {advise.flags(changes)}")
+  changes = changing.drop_unchanged(config, remedy)
+  assert said.endswith(
+    f"with --topology=v5e:4x4 {changing.format_flags(changes)}"
+  )
   described = hardware.parse_topology("v5e:4x4")
   for changes, fits in ((remedy, True), (one_less, False)):
-    new = planner.changed(config, changes)
+    new = changing.apply_changes(config, changes)
     assert compiler.plan(new, described).fits() == fits
 
 
@@ -442,7 +445,9 @@ def test_a_reference_moves_to_the_hosts_memory_before_the_slice_grows(
     if bundles == 8
     else {"train.microbatch_bundles": 16}
   )
-  assert said.endswith(f"with --topology=v5e:4x4 {advise.flags(remedy)}")
+  assert said.endswith(
+    f"with --topology=v5e:4x4 {changing.format_flags(remedy)}"
+  )
 
 
 def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
@@ -482,7 +487,7 @@ def test_a_run_that_fits_nowhere_is_told_so(monkeypatch, tmp_path):
 def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
   asked = []
 
-  def compiled(config, topology, name):
+  def compile_program(config, topology, name):
     asked.append(name)
     return {
       "name": name,
@@ -496,7 +501,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
       "cpu_seconds": 1.0,
     }
 
-  monkeypatch.setattr(planner, "compiled", compiled)
+  monkeypatch.setattr(planner, "compile_program", compile_program)
   monkeypatch.setattr(
     programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
   )
@@ -517,7 +522,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
     ("data.prompt_buckets", (384,), {"update", "rollout", "evaluation"}),
   ):
     asked.clear()
-    compiler.plan(planner.changed(config, {name: value}), topology)
+    compiler.plan(changing.apply_changes(config, {name: value}), topology)
     assert parts <= {programs.part_of(name) for name in asked}, name
     assert {programs.part_of(name) for name in asked} - parts <= {"pictures"}
 
@@ -542,17 +547,17 @@ def test_programs_that_are_taken_for_one_have_the_same_arguments(name):
     ("rollout.pictures_per_shard", 4),
     ("eval.batch_size", 128),
   ):
-    new = planner.changed(config, {setting: value})
+    new = changing.apply_changes(config, {setting: value})
     for program in programs.names(config):
-      relevant = [planner.relevant(x, program) for x in (config, new)]
+      relevant = [planner.relevant_settings(x, program) for x in (config, new)]
       if relevant[0] == relevant[1]:
         assert shapes(config, program) == shapes(new, program), setting
 
 
 def test_a_setting_that_breaks_a_rule_is_no_advice():
   config = config_of("smoke")
-  assert planner.changed(config, {"train.microbatch_bundles": 7}) is None
-  changed = planner.changed(config, {"train.microbatch_bundles": 32})
+  assert changing.apply_changes(config, {"train.microbatch_bundles": 7}) is None
+  changed = changing.apply_changes(config, {"train.microbatch_bundles": 32})
   assert changed.train.microbatch_bundles == 32
 
 
@@ -569,10 +574,10 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
   topology = hardware.parse_topology("v5e:4x4")
   name = "gemma3_4b_v5p_16"
   alone = config_of(name, **{"mesh.fsdp": 1, "mesh.tensor": 1})
-  assert roofline.volume(alone, topology, "train_step (text)")["ici"] == 0
+  assert roofline.sent_bytes(alone, topology, "train_step (text)")["ici"] == 0
   whole = {"mesh.fsdp": 8, "mesh.tensor": 1, "train.microbatch_bundles": 64}
   eight = config_of(name, **whole)
-  ici = roofline.volume(eight, topology, "train_step (text)")["ici"]
+  ici = roofline.sent_bytes(eight, topology, "train_step (text)")["ici"]
   # 3.88e9 weights and the projector; bf16 gathered twice, fp32 gradients once.
   size = 3.88e9 + 1152 * 2560
   # And what is looked up for eight bundles of a shard, and its gradient.
@@ -584,7 +589,9 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
 def test_replicas_of_several_slices_reduce_over_the_network_between_them():
   config = config_of("gemma3_4b_v5p_16", **{"mesh.replica": 2})
   one, two = (
-    roofline.volume(config, hardware.parse_topology(name), "train_step (text)")
+    roofline.sent_bytes(
+      config, hardware.parse_topology(name), "train_step (text)"
+    )
     for name in ("v5p:2x2x4", "v5p:2x2x2*2")
   )
   assert one["dcn"] == 0 < two["dcn"]
@@ -619,11 +626,11 @@ def test_collectives_are_read_from_a_program_the_largest_first():
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
   config = of_4b()
   rows = [vars(x) for x in aot.collectives(HLO)]
-  gradient, activations, moved = roofline.defects(config, rows)
+  gradient, activations, moved = roofline.find_defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
   assert "1024, 2560" in activations and "gathered" in activations
   # That of 320 columns of eight shards is of the embedding's rows.
-  assert "1024, 640" in moved and "change places" in moved
+  assert "1024, 640" in moved and "resharded" in moved
 
 
 def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
@@ -633,7 +640,7 @@ def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
 
   def said(name, *shape):
     row = {"name": name, "dtype": "bf16", "shape": shape}
-    return roofline.defects(config, [row])
+    return roofline.find_defects(config, [row])
 
   (gradient,) = said("all-reduce", 32, 262144 // 4, 168)
   assert "not reduce-scattered" in gradient
@@ -700,8 +707,8 @@ def test_held_out_groups_are_scored_all_of_a_batch_at_once():
   scored = programs.find(config, mesh, "score (image)")
   assert scored.args[2].completion_ids.shape == (64, 2, 6)
   moved = {
-    name: roofline.volume(
-      planner.changed(config, {"mesh.fsdp": 2}),
+    name: roofline.sent_bytes(
+      changing.apply_changes(config, {"mesh.fsdp": 2}),
       hardware.parse_topology("v5e:2x2"),
       name,
     )["ici"]
@@ -743,10 +750,12 @@ def test_every_mesh_that_is_named_makes_settings_that_hold():
     for chip in (hardware.CHIPS["v6e"], hardware.CHIPS["tpu7x"]):
       for shape in chip.shapes:
         described = hardware.parse_topology(f"{chip.name}:{shape}")
-        changes = planner.nearest_mesh(config, described)
-        new = planner.changed(config, changes)
-        planner.check(new, described)
-        smaller = planner.differing(config, changes).keys() - {"mesh.fsdp"}
+        changes = changing.nearest_mesh(config, described)
+        new = changing.apply_changes(config, changes)
+        changing.check_mesh(new, described)
+        smaller = changing.drop_unchanged(config, changes).keys() - {
+          "mesh.fsdp"
+        }
         assert new.mesh.tensor == config.mesh.tensor or smaller
 
 
@@ -817,14 +826,17 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
   """
   name, topology = "gemma3_4b_v5e_16", "v5e:4x4"
   config, described = config_of(name), hardware.parse_topology(topology)
-  quick = planner.compiled(config, described, program)["hbm_bytes"]
+  quick = planner.compile_program(config, described, program)["hbm_bytes"]
   code = (
     "import json, sys\n"
-    "from grpo_tpu import chips, programs, config\n"
+    "from grpo_tpu.config import schema\n"
+    "from grpo_tpu.distributed import hardware\n"
+    "from grpo_tpu.planning import programs\n"
     "values, topology, name = json.load(sys.stdin)\n"
-    "config = config.Config.from_config_dict(values)\n"
-    "mesh = programs.described_mesh(config, chips.parse(topology))\n"
-    "traced = programs.find(config, mesh, name).traced(mesh)\n"
+    "config = schema.Config.from_config_dict(values)\n"
+    "topology = hardware.parse_topology(topology)\n"
+    "mesh = programs.described_mesh(config, topology)\n"
+    "traced = programs.find(config, mesh, name).trace(mesh)\n"
     "whole = traced.lower().compile().memory_analysis()\n"
     "code = whole.generated_code_size_in_bytes\n"
     "print(whole.total_allocation_bytes, code)"
@@ -851,7 +863,7 @@ def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
     config_of("gemma3_4b_v5e_16"),
     hardware.parse_topology("v5e:4x4"),
   )
-  found = planner.compiled(config, described, "move")
+  found = planner.compile_program(config, described, "move")
   assert found["hbm_bytes"] == pytest.approx(found["rest_bytes"], rel=0.02)
 
 
@@ -863,5 +875,7 @@ def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
   """Rollout and training resident together, with pictures of both sizes."""
   described = hardware.parse_topology(TOPOLOGIES[name])
   sizes = [config_of(name, kind, **{"model.image_size": x}) for x in (896, 448)]
-  for made in planner.Compiler().plans([(x, described) for x in sizes]):
+  compiler = planner.Compiler()
+  for config in sizes:
+    made = compiler.plan(config, described)
     assert made.fits(MARGIN), (made.peak["name"], made.room)
