@@ -1,43 +1,54 @@
-"""Compiled programs: how many, how long it took, ahead of time, and kept."""
+"""Compiled programs: kept on disk, counted, and compiled ahead of time."""
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import NamedSharding
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_persistent_cache(folder: str) -> None:
-  """Has compiled programs outlive the process, as the settings want it.
+  """Enables JAX's persistent compilation cache.
 
   Args:
-    folder: "" for nowhere. `$JAX_COMPILATION_CACHE_DIR` has the last word.
+    folder: Where programs are kept; "" for nowhere. The environment variable
+      JAX_COMPILATION_CACHE_DIR takes precedence.
   """
   if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   path = str(pathlib.Path(folder).expanduser())
-  logging.info("Compiled programs are kept in %s", path)
+  logging.info("Compilation cache: %s", path)
   jax.config.update("jax_compilation_cache_dir", path)
 
 
+def on_compile(callback: Callable[[float], None]) -> None:
+  """Calls back after each compilation of this process, with its seconds."""
+
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == _COMPILE_EVENT:
+      callback(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+
+
 class CompileCounter:
-  """Counts this process's compilations from its making on."""
+  """Counts the compilations of this process from now on."""
 
   def __init__(self):
     self._count, self._seconds = 0, 0.0
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    on_compile(self._add)
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    if event == _EVENT:
-      self._count += 1
-      self._seconds += duration_secs
+  def _add(self, seconds: float) -> None:
+    self._count += 1
+    self._seconds += seconds
 
   def scalars(self) -> dict[str, float]:
-    """By the names of `metrics`, since the last call."""
+    """Metrics of the compilations since the last call."""
     scalars = {
       "perf/compilations": self._count,
       "perf/compile_seconds": self._seconds,
@@ -47,63 +58,63 @@ class CompileCounter:
 
 
 class AotJit:
-  """A jitted function whose programs may be made before they are called for.
+  """A jitted function that can be compiled ahead of its first call.
 
-  What was not prepared is compiled when it is first called, as ever.
+  A call with other shapes or shardings compiles as usual.
   """
 
   def __init__(self, jitted: Any):
-    """Wraps the result of `jax.jit`, to be called by position alone."""
+    """Wraps the result of `jax.jit`; calls take positional arguments only."""
     self._jitted, self._compiled = jitted, {}
 
   def trace(self, *args: Any) -> Any:
-    """The program of such arguments, not yet compiled."""
+    """Traces the function for these arguments, without compiling it."""
     return self._jitted.trace(*args)
 
   def prepare(self, *args: Any) -> Any:
-    """Compiles for arguments given as shapes with their places.
+    """Compiles the function for arguments of these shapes and shardings.
 
     Args:
       *args: Trees of `jax.ShapeDtypeStruct`; a leaf without sharding stands
-        for an array that nobody has placed.
+        for an array that is not committed to any device.
 
     Returns:
-      The result, as such shapes.
+      The result, as a tree of `jax.ShapeDtypeStruct`.
     """
     key = _signature(args)
     if key not in self._compiled:
       self._compiled[key] = self._jitted.lower(*args).compile()
     compiled = self._compiled[key]
     return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      lambda x, out: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out),
       compiled.out_info,
       compiled.output_shardings,
     )
 
   def __call__(self, *args: Any) -> Any:
-    """The function's result."""
+    """Calls the function."""
     compiled = self._compiled.get(_signature(args)) if self._compiled else None
     return (compiled or self._jitted)(*args)
 
 
 def _signature(args: Any) -> Any:
-  """What decides which program a call runs."""
+  """A hashable key for the program that a call with these arguments needs."""
   leaves, structure = jax.tree.flatten(args)
-  return structure, tuple((x.shape, x.dtype, _place(x)) for x in leaves)
+  return structure, tuple((x.shape, x.dtype, _sharding_key(x)) for x in leaves)
 
 
-def _place(x: Any) -> Any:
-  """Where an array lies, in one form; None where nobody has placed it."""
+def _sharding_key(x: Any) -> Any:
+  """The sharding in one canonical form; None for an uncommitted array."""
   if isinstance(x, jax.Array) and not x.committed:
     return None
-  place = x.sharding
-  if not isinstance(place, NamedSharding):
-    return place
-  # JAX writes axes that are not cut, or cut by one, now so, now so.
+  sharding = x.sharding
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  # JAX writes an axis that is not split, or split by 1, in several ways.
   spec = []
-  for axes in place.spec:
+  for axes in sharding.spec:
     names = axes if isinstance(axes, tuple) else (axes,)
-    spec.append(tuple(x for x in names if x and place.mesh.shape[x] > 1))
+    spec.append(tuple(x for x in names if x and sharding.mesh.shape[x] > 1))
   while spec and not spec[-1]:
     spec.pop()
-  return place.mesh, tuple(spec), place.memory_kind
+  return sharding.mesh, tuple(spec), sharding.memory_kind

@@ -1,15 +1,15 @@
-"""TPU chips and slices as they are sold: what a plan is measured against.
+"""The table of TPU chips and slices, on Python's standard library alone.
 
-Peaks and bandwidths are the makers' figures, so that what is divided by them is
-a bound and never a time.
+Peaks and bandwidths are the vendor's figures. Work divided by one of them is a
+lower bound, not a measured time.
 
 References:
   https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x: peak, HBM
   and bidirectional bandwidth between chips, slice shapes, hosts.
-  https://jax-ml.github.io/scaling-book/tpus: bandwidth of a host's share of the
+  https://jax-ml.github.io/scaling-book/tpus: bandwidth of a host to the
   data-centre network.
-  Limits are those of libtpu 0.0.50.1, which names them where it refuses a
-  program that is too big.
+  HBM limits come from the errors of libtpu 0.0.50.1 for programs that do not
+  fit.
 """
 
 import dataclasses
@@ -24,20 +24,23 @@ class Chip:
   """One generation of TPU.
 
   Attributes:
-    name: As topologies are named.
+    name: The name in a topology.
+    device_kinds: The names that JAX gives to a device of such a chip.
     peak_flops: bfloat16 operations per second of a chip.
-    hbm_limit_bytes: Of one device, what the compiler may fill.
+    hbm_limit_bytes: Memory of one device that the compiler may use.
     hbm_bandwidth: Bytes per second of a chip.
-    ici_bandwidth: Bytes per second that a chip sends to its neighbours, all
-      links together; half of the bidirectional figure.
-    dcn_bandwidth: Bytes per second that a chip sends to other slices: its share
-      of its host's.
-    devices_per_chip: Devices that JAX sees of a chip.
-    cores_per_chip: That accelerator types such as v5p-16 count.
-    shapes: Of the slices that can be had.
+    ici_bandwidth: Bytes per second that a chip sends to its neighbours over all
+      links; half of the bidirectional figure.
+    dcn_bandwidth: Bytes per second that a chip sends to other slices; an equal
+      share of its host's bandwidth.
+    devices_per_chip: The number of JAX devices of a chip.
+    cores_per_chip: The number of cores, which an accelerator type such as
+      v5p-16 counts.
+    shapes: The slice shapes on sale, in ascending order.
   """
 
   name: str
+  device_kinds: tuple[str, ...]
   peak_flops: float
   hbm_limit_bytes: int
   hbm_bandwidth: float
@@ -59,6 +62,7 @@ CHIPS = {
   for chip in (
     Chip(
       name="v5e",
+      device_kinds=("TPU v5 lite",),
       peak_flops=197e12,
       hbm_limit_bytes=int(15.75 * _GIB),
       hbm_bandwidth=819e9,
@@ -70,6 +74,7 @@ CHIPS = {
     ),
     Chip(
       name="v6e",
+      device_kinds=("TPU v6 lite",),
       peak_flops=918e12,
       hbm_limit_bytes=int(31.24 * _GIB),
       hbm_bandwidth=1638e9,
@@ -81,6 +86,7 @@ CHIPS = {
     ),
     Chip(
       name="v5p",
+      device_kinds=("TPU v5", "TPU v5p"),
       peak_flops=459e12,
       hbm_limit_bytes=int(95.73 * _GIB),
       hbm_bandwidth=2765e9,
@@ -92,6 +98,7 @@ CHIPS = {
     ),
     Chip(
       name="tpu7x",
+      device_kinds=("TPU7x",),
       peak_flops=2307e12,
       hbm_limit_bytes=int(94.74 * _GIB),
       hbm_bandwidth=7380e9,
@@ -107,12 +114,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """One or more equal slices.
+  """One or more equal slices, joined by the data-centre network.
 
   Attributes:
-    chip: Of all of them.
-    shape: Of a slice, as in "4x4".
-    num_slices: Joined by the data-centre network.
+    chip: The chip of all slices.
+    shape: The shape of one slice, as in "4x4".
+    num_slices: The number of slices.
   """
 
   chip: Chip
@@ -120,50 +127,58 @@ class Topology:
   num_slices: int
 
   def __str__(self) -> str:
-    several = f"*{self.num_slices}" if self.num_slices > 1 else ""
-    return f"{self.chip.name}:{self.shape}{several}"
+    suffix = f"*{self.num_slices}" if self.num_slices > 1 else ""
+    return f"{self.chip.name}:{self.shape}{suffix}"
 
   @property
   def num_chips(self) -> int:
-    """In all slices."""
-    return _chips_of(self.shape) * self.num_slices
+    """The number of chips in all slices."""
+    return _count_chips(self.shape) * self.num_slices
 
   @property
   def num_devices(self) -> int:
-    """That JAX sees."""
+    """The number of JAX devices in all slices."""
     return self.num_chips * self.chip.devices_per_chip
 
   @property
   def slice_name(self) -> str:
     """The accelerator type of one slice, as in v5p-16."""
     return (
-      f"{self.chip.name}-{_chips_of(self.shape) * self.chip.cores_per_chip}"
+      f"{self.chip.name}-{_count_chips(self.shape) * self.chip.cores_per_chip}"
     )
 
 
+def hbm_bandwidth(device_kind: str) -> float | None:
+  """Bytes per second of a device, by JAX's name for it; None if unknown."""
+  for chip in CHIPS.values():
+    if device_kind in chip.device_kinds:
+      return chip.hbm_bandwidth / chip.devices_per_chip
+  return None
+
+
 def parse_topology(text: str) -> Topology:
-  """A topology from its name: "v5e:4x4", or "v5e:4x4*2" for two slices.
+  """The topology of a name such as "v5e:4x4", or "v5e:4x4*2" for two slices.
 
   Raises:
-    ValueError: There is no such slice; the message names the nearest.
+    ValueError: There is no such slice; the error names the nearest one.
   """
   match = re.fullmatch(r"([\w]+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", text.strip())
   if not match:
     raise ValueError(
       f"--topology ({text!r}) must be a chip and the shape of a slice, as in "
-      f"v5e:4x4, or v5e:4x4*2 for two slices; the chips are "
-      f"{', '.join(CHIPS)}. {_near_slice_name(text)}".rstrip()
+      "v5e:4x4, or v5e:4x4*2 for two slices; the chips are "
+      f"{', '.join(CHIPS)}. {_suggestion(text)}".rstrip()
     )
   name, shape, slices = match.groups()
   if name not in CHIPS:
     raise ValueError(
-      f"--topology ({text!r}) must be of a chip that is known, which are "
-      f"{', '.join(CHIPS)}; the nearest is {nearest_slice('v5e', shape)}."
+      f"--topology ({text!r}) must name a known chip: {', '.join(CHIPS)}; the "
+      f"nearest is {nearest_slice('v5e', shape)}."
     )
   if shape not in CHIPS[name].shapes:
     raise ValueError(
-      f"--topology ({text!r}) must be a slice that {name} is sold in, which "
-      f"are {', '.join(CHIPS[name].shapes)}; the nearest is "
+      f"--topology ({text!r}) must be a slice that is on sale for {name}: "
+      f"{', '.join(CHIPS[name].shapes)}; the nearest is "
       f"{nearest_slice(name, shape)}."
     )
   if slices is not None and not 1 <= int(slices) <= 256:
@@ -176,9 +191,9 @@ def parse_topology(text: str) -> Topology:
 
 def nearest_slice(name: str, shape: str) -> str:
   """The slice of a chip whose number of chips is nearest to a shape's."""
-  wanted = math.log(max(1, _chips_of(shape)))
+  wanted = math.log(max(1, _count_chips(shape)))
   best = min(
-    CHIPS[name].shapes, key=lambda s: abs(math.log(_chips_of(s)) - wanted)
+    CHIPS[name].shapes, key=lambda s: abs(math.log(_count_chips(s)) - wanted)
   )
   return f"{name}:{best}"
 
@@ -188,12 +203,12 @@ def larger_slices(topology: Topology) -> list[Topology]:
   return [
     Topology(topology.chip, shape, topology.num_slices)
     for shape in topology.chip.shapes
-    if _chips_of(shape) > _chips_of(topology.shape)
+    if _count_chips(shape) > _count_chips(topology.shape)
   ]
 
 
-def _near_slice_name(text: str) -> str:
-  """What someone meant who wrote an accelerator type, as in v5e-16."""
+def _suggestion(text: str) -> str:
+  """A sentence with the nearest slice for an accelerator type like v5e-16."""
   match = re.fullmatch(r"(?:v5litepod|([\w]+?))-(\d+)", text.strip())
   if not match:
     return ""
@@ -204,5 +219,5 @@ def _near_slice_name(text: str) -> str:
   return f"The nearest is {nearest_slice(name, str(chips))}."
 
 
-def _chips_of(shape: str) -> int:
+def _count_chips(shape: str) -> int:
   return math.prod(map(int, shape.split("x")))

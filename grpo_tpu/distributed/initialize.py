@@ -1,8 +1,8 @@
-"""Joining the processes of a run, and leaving it.
+"""Starts `jax.distributed` for the processes of a run, and shuts it down.
 
-A launcher says how many there are, or the metadata of a TPU does; a program
-started alone is one process. That one has a coordinator of its own too, on the
-loopback: with it comes JAX's notice of a preemption, which is why no file of
+A launcher or the metadata of a TPU gives the number of processes; otherwise the
+program is one process. A single process has a coordinator too, on the loopback
+interface, because JAX's notice of a preemption needs one. Therefore no file of
 this project sets a handler for SIGTERM.
 
 References:
@@ -29,26 +29,27 @@ from jax.experimental import multihost_utils
 
 from data_pipelines.validation import require_all
 
-# A pod's hosts end alike or one of them ends alone, and cannot know which. So
-# long it waits for the others to end with the same code, before it leaves them.
-_FAREWELL_SECONDS = 2
+# A process cannot know whether the others exit now as well. It waits this long
+# for them, so that each of them can exit with its own code.
+_SHUTDOWN_SECONDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-  """How long the processes of a run wait for each other.
+  """Time limits for the processes of a run.
 
   Attributes:
-    initialization_timeout_seconds: For all to have joined; whoever waits longer
-      is ended by JAX, with SIGABRT.
-    heartbeat_timeout_seconds: Of silence, until a process counts as dead and
+    initialization_timeout_seconds: Limit for all processes to join. After it,
+      JAX ends the waiting processes with SIGABRT.
+    heartbeat_timeout_seconds: Silence after which a process counts as dead and
       JAX ends the others.
-    shutdown_timeout_seconds: For all to have reached the end.
-    preflight_timeout_seconds: For all to have said what they are about to run.
-    watchdog_seconds: Without any progress, until a process dumps the stacks of
-      its threads and exits with 76; 0 for never.
-    watchdog_start_seconds: The same until the first step is done, which
-      compiles.
+    shutdown_timeout_seconds: Limit for all processes to reach the end.
+    preflight_timeout_seconds: Limit for all processes to send what they are
+      about to run.
+    watchdog_seconds: Time without progress after which a process dumps the
+      stacks of its threads and exits with 76; 0 for never.
+    watchdog_start_seconds: The same limit until the first step, which compiles,
+      is done.
   """
 
   initialization_timeout_seconds: int
@@ -80,12 +81,12 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessAddress:
-  """Where a process joins.
+  """The index of a process in a run, and the address of process 0.
 
   Attributes:
     coordinator_address: HOST:PORT of process 0.
-    num_processes: How many there are.
-    process_id: This one's number, from 0.
+    num_processes: The number of processes.
+    process_id: The index of this process, from 0.
   """
 
   coordinator_address: str
@@ -98,32 +99,32 @@ def read_process_address(
   num_processes: int | None,
   process_id: int | None,
 ) -> ProcessAddress | None:
-  """What a launcher says, by flags or by environment; None if it is silent.
+  """The address from a launcher's flags or environment; None without either.
 
-  An argument that is None is taken from `JAX_COORDINATOR_ADDRESS`,
+  An argument that is None is read from `JAX_COORDINATOR_ADDRESS`,
   `JAX_NUM_PROCESSES` or `JAX_PROCESS_ID`.
 
   Raises:
-    ValueError: It says a part only, or what cannot be.
+    ValueError: A part is missing or invalid.
   """
-  given = {
+  parts = {
     "coordinator_address": coordinator_address,
     "num_processes": num_processes,
     "process_id": process_id,
   }
-  for name, value in given.items():
+  for name, value in parts.items():
     if value is None:
-      given[name] = os.environ.get(f"JAX_{name.upper()}") or None
-  if given["coordinator_address"] is None and not (num_processes or process_id):
+      parts[name] = os.environ.get(f"JAX_{name.upper()}") or None
+  if parts["coordinator_address"] is None and not (num_processes or process_id):
     return None
-  missing = [name for name, value in given.items() if value is None]
+  missing = [name for name, value in parts.items() if value is None]
   if missing:
     raise ValueError(
-      f"--{missing[0]} (None) must be given where a launcher gives any of "
-      f"{', '.join(f'--{name}' for name in given)}; give it, or set "
+      f"--{missing[0]} (None) must be given together with the others of "
+      f"{', '.join(f'--{name}' for name in parts)}; give it, or set "
       f"JAX_{missing[0].upper()}."
     )
-  address = str(given["coordinator_address"])
+  address = str(parts["coordinator_address"])
   host, _, port = address.rpartition(":")
   if not (host and port.isdecimal() and 0 < int(port) < 2**16):
     raise ValueError(
@@ -133,10 +134,10 @@ def read_process_address(
   numbers = []
   for name in ("num_processes", "process_id"):
     try:
-      numbers.append(int(str(given[name])))
+      numbers.append(int(str(parts[name])))
     except ValueError as error:
       raise ValueError(
-        f"--{name} ({given[name]!r}) must be a whole number; give one."
+        f"--{name} ({parts[name]!r}) must be a whole number; give one."
       ) from error
   count, index = numbers
   if not 0 <= index < count:
@@ -148,40 +149,40 @@ def read_process_address(
 
 
 def initialize(
-  config: DistributedConfig, joined: ProcessAddress | None
+  config: DistributedConfig, address: ProcessAddress | None
 ) -> None:
-  """Joins the other processes of the run, before any device is touched.
+  """Joins the other processes of the run, before any device is started.
 
-  A failure to join ends the program: a host that went on alone would train a
-  model of its own. One that waits in vain is ended by JAX itself, in C++, with
-  SIGABRT, which a shell sees as 134.
+  A failure to join ends the program, because a host that continued alone would
+  train a separate model. After the time limit JAX itself ends the process from
+  C++ with SIGABRT, which a shell reports as 134.
 
   Args:
-    config: How long to wait.
-    joined: What a launcher says. None asks the metadata of a TPU, if this is
-      one, and stays alone if not.
+    config: The time limits.
+    address: The address from a launcher. None asks the metadata of a TPU host;
+      elsewhere the program is a single process.
   """
-  _settle_platform()
+  _choose_platform()
   join = functools.partial(
     jax.distributed.initialize,
     initialization_timeout=config.initialization_timeout_seconds,
     heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
     shutdown_timeout_seconds=config.shutdown_timeout_seconds,
   )
-  if joined:
+  if address:
     logging.info(
-      "Process %d of %d joins the others at %s, and waits %d s at most.",
-      joined.process_id,
-      joined.num_processes,
-      joined.coordinator_address,
+      "Process %d of %d joins the others at %s (time limit %d s).",
+      address.process_id,
+      address.num_processes,
+      address.coordinator_address,
       config.initialization_timeout_seconds,
     )
-    join(joined.coordinator_address, joined.num_processes, joined.process_id)
+    join(address.coordinator_address, address.num_processes, address.process_id)
   elif _has_tpu():
     join()
   else:
-    address = f"127.0.0.1:{_free_port()}"
-    join(address, 1, 0, coordinator_bind_address=address)
+    loopback = f"127.0.0.1:{_free_port()}"
+    join(loopback, 1, 0, coordinator_bind_address=loopback)
   logging.info(
     "Process %d of %d on %s, %d of %d devices: %s",
     jax.process_index(),
@@ -196,18 +197,18 @@ def initialize(
 def exchange_json(
   topic: str, value: Any, *, timeout_seconds: float
 ) -> list[Any]:
-  """What every process says on a topic, by process; each must say something.
+  """Sends a value to all processes and returns the values by process index.
 
-  Goes by way of the coordinator and touches no device, so that processes which
-  could not compute together can still find out why.
+  The coordinator passes the values on and no device takes part, so processes
+  that cannot compute together can still find out why.
 
   Args:
-    topic: A word that no earlier call had.
-    value: What this process says, as JSON would hold it.
-    timeout_seconds: How long to wait for the others.
+    topic: A key that no earlier call used.
+    value: The value of this process, which JSON can hold.
+    timeout_seconds: Time limit for the other processes.
 
   Raises:
-    RuntimeError: Not all said something in time; JAX names who did not.
+    RuntimeError: A process sent nothing in time; JAX names the process.
   """
   if jax.process_count() == 1:
     return [value]
@@ -215,21 +216,20 @@ def exchange_json(
   folder = f"grpo_tpu/{topic}"
   client.key_value_set(f"{folder}/{jax.process_index()}", json.dumps(value))
   client.wait_at_barrier(folder, round(timeout_seconds * 1000))
-  said = dict(client.key_value_dir_get(folder))
+  values = dict(client.key_value_dir_get(folder))
   return [
-    json.loads(said[f"{folder}/{index}"])
+    json.loads(values[f"{folder}/{index}"])
     for index in range(jax.process_count())
   ]
 
 
 def straggler_metrics(alone_seconds: float) -> dict[str, float]:
-  """Which host was slowest at what it did alone, by the names of `metrics`.
+  """The metrics of the slowest host; all processes must call it.
 
-  All processes must call it. One device that is slow cannot be told this way:
-  all hosts wait for it alike.
+  One slow device does not show here, because all hosts wait for it.
 
   Args:
-    alone_seconds: What this host has spent without waiting for another.
+    alone_seconds: The time of this host without waiting for other hosts.
   """
   if jax.process_count() == 1:
     return {}
@@ -242,11 +242,11 @@ def straggler_metrics(alone_seconds: float) -> dict[str, float]:
 
 
 def shutdown(code: int) -> NoReturn:
-  """Ends this process with an exit code, and so, within seconds, the others.
+  """Ends this process with an exit code, and within seconds the others too.
 
-  Where all leave at once, each does with its own code. Peers of one that leaves
-  alone wait for it in a collective, which fails as soon as it is gone; a normal
-  exit would first wait for them at a barrier which they never reach.
+  If all processes shut down at once, each exits with its own code. Otherwise
+  the others wait for this one in a collective, which fails when it is gone. A
+  normal exit would wait for them at a barrier that they never reach.
   """
   for child in multiprocessing.active_children():
     child.terminate()
@@ -254,57 +254,55 @@ def shutdown(code: int) -> NoReturn:
   # Not by `jax.process_count`, which would start the devices.
   if state.client is not None and state.num_processes > 1:
     try:
-      _say_farewell(state)
-    except Exception as error:  # Of whatever kind: there is nobody to tell.
-      logging.warning("Leaves the others behind: %s", error)
+      _wait_for_others(state)
+    except Exception as error:  # Nothing may stop the exit.
+      logging.warning("Exiting without waiting for other processes: %s", error)
   std_logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
 
 
-def _say_farewell(state: Any) -> None:
-  """Waits a little for all processes to be leaving, the coordinator longest.
+def _wait_for_others(state: Any) -> None:
+  """Waits a little for all processes to shut down, the coordinator longest.
 
-  Not at JAX's barriers: one that fails ends the program with SIGABRT, after
-  the heartbeat time-out.
+  A barrier of JAX would not do: if it fails, JAX ends the program with SIGABRT
+  after the heartbeat time limit.
   """
-  folder = "grpo_tpu/leave"
+  folder = "grpo_tpu/shutdown"
   state.client.key_value_set(f"{folder}/{state.process_id}", "")
-  deadline = time.monotonic() + _FAREWELL_SECONDS
+  deadline = time.monotonic() + _SHUTDOWN_SECONDS
   while time.monotonic() < deadline:
     if len(state.client.key_value_dir_get(folder)) == state.num_processes:
-      # Whoever is left without a coordinator is aborted.
+      # JAX aborts a process that has lost its coordinator.
       time.sleep(0.5 if state.process_id == 0 else 0.0)
       return
     time.sleep(0.05)
-  # Those who leave later must not take it for one who waits for them.
+  # A process that shuts down later must not count this one as waiting.
   state.client.key_value_delete(f"{folder}/{state.process_id}")
 
 
 def _state() -> Any:
-  # JAX has no public name for the client; Orbax takes it from here as well.
+  # JAX has no public name for the client; Orbax uses this one too.
   from jax._src import distributed
 
   return distributed.global_state
 
 
-def _settle_platform() -> None:
-  """Has JAX compute on the CPU where libtpu is installed and no chip is here.
+def _choose_platform() -> None:
+  """Selects the CPU on a machine that has libtpu but no TPU.
 
-  It would come to that by itself, after libtpu, which comes with the tools that
-  plan, has looked for chips and printed errors for want of them.
+  JAX would do the same, but only after libtpu, which planning needs, has looked
+  for chips and printed errors.
   """
-  is_open = not jax.config.jax_platforms
-  if is_open and importlib.util.find_spec("libtpu") and not _has_tpu():
-    logging.info(
-      "No TPU is here, so the CPU computes; JAX_PLATFORMS names another."
-    )
+  is_unset = not jax.config.jax_platforms
+  if is_unset and importlib.util.find_spec("libtpu") and not _has_tpu():
+    logging.info("No TPU found: using the CPU (set JAX_PLATFORMS to override).")
     jax.config.update("jax_platforms", "cpu")
 
 
 def _has_tpu() -> bool:
-  """Whether this is a TPU host, and its chips are meant to be used."""
+  """True on a TPU host, unless the user chose another platform."""
   platforms = jax.config.jax_platforms
   is_wanted = not platforms or "tpu" in platforms.split(",")
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")

@@ -1,4 +1,4 @@
-"""What a run says on stderr: its own words, and the warnings of everyone."""
+"""A filter for stderr: messages of this project, and warnings of libraries."""
 
 import logging as std_logging
 import pathlib
@@ -10,16 +10,16 @@ _OURS = (str(_ROOT / "grpo_tpu"), str(_ROOT / "data_pipelines"))
 
 
 def silence_libraries() -> None:
-  """Drops what libraries log below a warning.
+  """Drops messages of libraries below the level of a warning.
 
-  Orbax, Grain and TFDS share absl's logger with the progress line, and say
-  more at each checkpoint than the run does in an hour.
+  Orbax, Grain and TFDS use absl's logger and write more lines for one
+  checkpoint than a run does in an hour.
   """
   logging.get_absl_handler().addFilter(is_worth_showing)
 
 
 def is_worth_showing(record: std_logging.LogRecord) -> bool:
-  """Whether it is a warning, or comes from this project's own files."""
+  """True for a warning, and for any message of this project's files."""
   return record.levelno >= std_logging.WARNING or record.pathname.startswith(
     _OURS
   )

@@ -1,9 +1,8 @@
-"""The notice that this machine will be taken away, heard by all hosts at once.
+"""Preemption: all processes stop at the same point after a notice.
 
-SIGTERM to any process of a run is the notice. JAX hears it, tells the other
-processes, and picks the point, the same for all, at which every one of them
-stops: their next common poll. Setting a Python handler for SIGTERM would turn
-that off.
+SIGTERM to any process of a run is the notice. JAX receives it, tells the other
+processes and picks the poll at which all of them stop. A Python handler for
+SIGTERM would turn that off.
 
 References:
   `jax.experimental.multihost_utils.reached_preemption_sync_point`
@@ -15,27 +14,27 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-  """This process, and every other one of the run, is to save and to end."""
+  """All processes of the run must save and exit."""
 
 
 class Poll:
-  """Asks whether to stop; all processes must ask equally often.
+  """Checks for a preemption; all processes must poll equally often.
 
-  JAX compares how often each has asked, so nobody else may ask it in between:
-  `checkpoint` keeps Orbax from asking with the numbers of its steps.
+  JAX compares the numbers of the polls. Nobody else may call it in between:
+  `checkpoint` keeps Orbax from calling it with the numbers of its steps.
   """
 
   def __init__(self, on_poll: Callable[[], None] = lambda: None):
-    """Makes the first poll the next one.
+    """Begins to count polls.
 
     Args:
-      on_poll: Called at each poll: whoever polls is alive.
+      on_poll: Called at each poll, as a sign of life.
     """
     self._tick = 0
     self._on_poll = on_poll
 
   def __call__(self) -> None:
-    """Returns, or raises `Preempted` at the same poll of every process."""
+    """Raises `Preempted` at the same poll of every process, or returns."""
     self._tick += 1
     self._on_poll()
     if multihost_utils.reached_preemption_sync_point(self._tick):

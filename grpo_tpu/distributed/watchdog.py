@@ -1,7 +1,7 @@
-"""Ends a process that has stopped getting anywhere, and shows where it stood.
+"""Ends a process that makes no progress, and dumps its stacks.
 
-JAX's heartbeats notice a process that is gone or frozen. One that is alive but
-waits for something that never comes, or turns in a circle, is noticed here.
+JAX's heartbeats notice a process that is gone or frozen. The watchdog notices
+a process that is alive but waits for ever or loops without end.
 """
 
 import faulthandler
@@ -11,16 +11,14 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn, Self
 
-import jax
 from absl import logging
 
 from data_pipelines.validation import ExitCode
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+from grpo_tpu.distributed import compile_cache
 
 
 class Watchdog:
-  """A thread that wants to hear of progress; use as a context manager."""
+  """A thread that waits for signs of progress; use as a context manager."""
 
   def __init__(
     self,
@@ -33,15 +31,15 @@ class Watchdog:
     """Prepares the thread, which starts with the context.
 
     Args:
-      dump: Where the stacks of all threads go, beside stderr.
-      seconds: Without progress that are too many; 0 for never.
-      start_seconds: The same until `started` is called.
-      report: Told why the process ends, just before it does.
+      dump: The file for the stacks of all threads, which go to stderr as well.
+      seconds: How long the process may make no progress; 0 for any time.
+      start_seconds: The same limit until `end_startup` is called.
+      report: Called with the reason just before the process ends.
     """
     self._dump, self._report = dump, report
     self._seconds, self._allowed = seconds, start_seconds
-    # Counted by the thread, so that the time of a process that was stopped and
-    # goes on is not held against it.
+    # Counted by the thread, because the time during which the process was
+    # suspended must not count.
     self._silence = 0.0
     self._is_done = threading.Event()
     self._thread = threading.Thread(
@@ -49,17 +47,17 @@ class Watchdog:
     )
 
   def mark(self) -> None:
-    """Something was achieved."""
+    """Records progress."""
     self._silence = 0.0
 
   def end_startup(self) -> None:
-    """From here on, with the first step done, less time is allowed."""
+    """Applies the limit of `seconds` from now on: the first step is done."""
     self._allowed = self._seconds
     self.mark()
 
   def __enter__(self) -> Self:
     if self._seconds:
-      jax.monitoring.register_event_duration_secs_listener(self._listen)
+      compile_cache.on_compile(lambda _: self.mark())
       self._thread.start()
     return self
 
@@ -69,15 +67,11 @@ class Watchdog:
       self._thread.join()
       faulthandler.cancel_dump_traceback_later()
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    if event == _COMPILED:
-      self.mark()
-
   def _watch(self) -> None:
     interval = min(self._seconds / 10, 1.0)
     while not self._is_done.wait(interval):
-      # Also for this thread, which cannot run while another one holds the
-      # interpreter: then Python itself dumps the stacks, and exits with 1.
+      # This thread cannot run while another one holds the interpreter. Then
+      # Python itself dumps the stacks and exits with 1.
       faulthandler.dump_traceback_later(2 * self._allowed, exit=True)
       self._silence += interval
       if self._silence > self._allowed:

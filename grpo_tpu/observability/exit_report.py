@@ -1,8 +1,8 @@
-"""How the program ends: with which exit code, and with which last words.
+"""How the program ended: the exit code, the last log lines and `run.json`.
 
-Whatever ends the program, one line says why, at which step, where the newest
-checkpoint is, and what to do next; `run.json` in the workdir says the same to a
-program, and where the time went.
+The last lines of the log say why the program ended and at which step, where the
+newest checkpoint is, what to do next and where the time went. `run.json` in the
+workdir holds the same facts for programs.
 """
 
 import contextlib
@@ -20,40 +20,36 @@ from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import goodput, run_record
 
+_RESUME = "run the same command again to resume"
 _NEXT = {
-  ExitCode.BAD_INPUT: "change what the error names, and start again",
-  ExitCode.PREEMPTED: "start the same command again: the run goes on",
-  ExitCode.STUCK: "read the stacks, then start the same command again",
-  ExitCode.FAILED: "read the error above, and docs/troubleshooting.md; the same"
-  " command goes on from the newest checkpoint",
+  ExitCode.BAD_INPUT: "fix what the error names and run the command again",
+  ExitCode.PREEMPTED: _RESUME,
+  ExitCode.STUCK: f"read the stacks, then {_RESUME}",
+  ExitCode.FAILED: f"read the error and docs/troubleshooting.md; {_RESUME} from "
+  "the newest checkpoint",
 }
 
 
-def code_of(error: BaseException | None) -> ExitCode:
-  """The exit code of a program that an error has ended, or none has."""
-  if error is None:
-    return ExitCode.DONE
+def exit_code(error: BaseException) -> ExitCode:
+  """The exit code of a program that ends with this error."""
   if isinstance(error, SettingError):
     return ExitCode.BAD_INPUT
-  return (
-    ExitCode.PREEMPTED
-    if isinstance(error, preemption.Preempted)
-    else ExitCode.FAILED
-  )
+  is_preempted = isinstance(error, preemption.Preempted)
+  return ExitCode.PREEMPTED if is_preempted else ExitCode.FAILED
 
 
 class ExitReport:
-  """Where the program stands, for the day it ends.
+  """The progress of the program, and its report at the end.
 
   Attributes:
-    clock: What the time goes into.
-    step: The last that was done; None before the first and without training.
-    skipped_updates: By this process.
+    clock: The time of the run by phase.
+    step: The last step that was done; None before the first and in modes that
+      do not train.
+    skipped_updates: Updates that this process skipped.
     has_run_record: True once `run.json` in the workdir lists this attempt.
   """
 
   def __init__(self) -> None:
-    """Of a program that has yet to begin a run."""
     self.clock = goodput.Clock()
     self.step: int | None = None
     self.skipped_updates = 0
@@ -61,41 +57,39 @@ class ExitReport:
     self._workdir: pathlib.Path | None = None
 
   def attach_run(self, workdir: pathlib.Path) -> None:
-    """From here on it is the end of a run in this folder."""
+    """Makes this the report of the run in `workdir`."""
     self.clock.listen_to_compiler()
     self._workdir = workdir
 
   def report_stuck(self, reason: str) -> None:
-    """Says the last words of a process that the watchdog ends."""
-    self._say(reason, ExitCode.STUCK, _NEXT[ExitCode.STUCK])
+    """Reports that the watchdog ends the process."""
+    self._report(ExitCode.STUCK, reason, _NEXT[ExitCode.STUCK])
 
   def report_done(self) -> None:
-    """Says the last words of a program that came to its end."""
-    what_next = "nothing"
+    """Reports that the program has done its work."""
+    view = ""
     if self._workdir is not None:
-      folder = shlex.quote(str(self._workdir))
-      what_next = f"look at the curves: tensorboard --logdir={folder}"
-    self._say("done", ExitCode.DONE, what_next)
+      view = f"tensorboard --logdir={shlex.quote(str(self._workdir))}"
+    self._report(ExitCode.DONE, "done", view)
 
   def exit_with(self, error: BaseException) -> NoReturn:
-    """Logs what went wrong, says the last words, ends this process at once."""
-    code = code_of(error)
-    if code == ExitCode.FAILED and not isinstance(error, KeyboardInterrupt):
-      logging.error("The run failed.", exc_info=error)
+    """Logs the error, reports it and ends this process at once."""
+    code = exit_code(error)
+    is_interrupt = isinstance(error, KeyboardInterrupt)
     if code == ExitCode.BAD_INPUT:
       logging.error("%s", error)
-    is_interrupt = isinstance(error, KeyboardInterrupt)
-    what_next = _NEXT[ExitCode.PREEMPTED if is_interrupt else code]
-    self._say(_reason(error), code, what_next)
+    elif code == ExitCode.FAILED and not is_interrupt:
+      logging.error("The run failed.", exc_info=error)
+    self._report(code, _reason(error), _RESUME if is_interrupt else _NEXT[code])
     pool.close_all()
     initialize.shutdown(code)
 
   @contextlib.contextmanager
   def abort_peers_on_error(self) -> Iterator[None]:
-    """Inside, an error that the other processes need not have had ends this.
+    """Ends all processes if the body raises an error in this one alone.
 
-    What stands around may wait for them, as the end of a save does, while they
-    wait for this one.
+    The exit of an outer context, such as the wait for a save, may wait for the
+    other processes, while they wait for this one.
     """
     try:
       yield
@@ -106,27 +100,28 @@ class ExitReport:
         raise
       self.exit_with(error)
 
-  def _say(self, reason: str, code: ExitCode, what_next: str) -> None:
+  def _report(self, code: ExitCode, reason: str, what_next: str) -> None:
+    step = "" if self.step is None else f" at step {self.step}"
+    is_done = code == ExitCode.DONE
+    lines = [
+      f"Finished{step} (exit code 0)."
+      if is_done
+      else f"Stopped{step} (exit code {code:d}): {reason}."
+    ]
     newest = best = None
-    spent = ""
     if self._workdir is not None:
       newest = reader.newest_path(self._workdir / "checkpoints")
       best = reader.best_path(self._workdir / "checkpoints")
-      spent = f" The time went into {goodput.summary(self.clock.shares())}."
-    logging.log(
-      logging.INFO if code == ExitCode.DONE else logging.WARNING,
-      "The end, with exit code %d: %s. Last step: %s. Newest checkpoint: %s."
-      " Next: %s.%s",
-      code,
-      reason,
-      "none" if self.step is None else self.step,
-      newest or "none",
-      what_next,
-      spent,
-    )
+      lines.append(f"Checkpoint: {newest or 'none'}")
+    if what_next:
+      lines.append(f"{'View' if is_done else 'Next'}: {what_next}")
+    if self._workdir is not None:
+      lines.append(f"Time: {goodput.summary(self.clock.shares())}")
+    for line in lines:
+      logging.log(logging.INFO if is_done else logging.WARNING, "%s", line)
     if self._workdir is None or not self.has_run_record or jax.process_index():
       return
-    words = {
+    facts = {
       "reason": reason,
       "exit_code": code,
       "step": self.step,
@@ -138,16 +133,16 @@ class ExitReport:
       "goodput": self.clock.shares(),
     }
     try:
-      run_record.close(self._workdir, words)
-    except (OSError, ValueError) as failure:
-      logging.warning("run.json does not say how the run ended: %s", failure)
+      run_record.close(self._workdir, facts)
+    except (OSError, ValueError) as error:
+      logging.warning("run.json does not say how the run ended: %s", error)
 
 
 def _reason(error: BaseException) -> str:
   if isinstance(error, preemption.Preempted):
-    return "preempted, and saved"
+    return "preempted, everything is saved"
   if isinstance(error, SettingError):
-    return "refused, for the reason above"
+    return "invalid setting, flag or data, see above"
   if isinstance(error, KeyboardInterrupt):
     return "interrupted from the keyboard"
   lines = str(error).splitlines() or [""]

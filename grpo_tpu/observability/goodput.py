@@ -1,8 +1,8 @@
-"""What the wall time of a run goes into, over all its restarts.
+"""How the wall time of a run divides into phases, over all its restarts.
 
-At any time the run is in one phase, so the shares add up to 1. A run that was
-killed and goes on carries its sums over by way of `metrics.jsonl`: each line
-says how long the run has lasted and what it did in that time.
+The run is in exactly one phase at any time, so the shares add up to 1. A
+restarted process reads the sums of the earlier ones from `metrics.jsonl`, whose
+lines hold the duration of the run and its shares so far.
 """
 
 import contextlib
@@ -11,23 +11,23 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
 import psutil
 
-# `other` is what is in none of the others; `lost` are steps that a process did
-# and a later one did again; `restart` lies between a process's last step and
-# the first of the next, its own start of the first process.
+from grpo_tpu.distributed import compile_cache
+
+# `restart`: from the last step of a process to the first step of the next; for
+# the first process, its start. `lost`: steps that a later process repeated.
+# `other`: all other time.
 PHASES = (
   *("data", "rollout", "reward", "update", "compile", "evaluate"),
   *("checkpoint", "restart", "lost", "other"),
 )
-# In these the hosts wait for each other; in the rest a slow one is slow alone.
+# In these phases the hosts wait for each other.
 _TOGETHER = ("rollout", "update", "evaluate")
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Clock:
-  """Adds up seconds by phase; one phase inside another interrupts it."""
+  """Adds up seconds by phase; a nested phase interrupts the outer one."""
 
   def __init__(
     self,
@@ -36,13 +36,13 @@ class Clock:
     unix_now: Callable[[], float] = time.time,
     age_seconds: float | None = None,
   ):
-    """Stands in phase "restart" since the process started.
+    """Enters the phase "restart", as of the start of the process.
 
     Args:
-      now: A clock that nobody sets.
-      unix_now: One that agrees with that of the process before, in seconds
-        since 1970.
-      age_seconds: How long ago the process started; None asks the system.
+      now: A monotonic clock.
+      unix_now: A clock that agrees with the earlier processes' clock, in
+        seconds since 1970.
+      age_seconds: The age of the process; None asks the system.
     """
     if age_seconds is None:
       age_seconds = time.time() - psutil.Process().create_time()
@@ -53,12 +53,12 @@ class Clock:
     self._last: dict[str, float] = {}
 
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
-    """Takes over the sums of the processes before, of which a file tells.
+    """Adds the sums of the earlier processes.
 
     Args:
-      path: Their `metrics.jsonl`, before the steps to be done again are taken
-        out of it.
-      resume_step: The last of the steps that are not.
+      path: Their `metrics.jsonl`, before the lines after `resume_step` are
+        removed.
+      resume_step: The last step that is not repeated.
     """
     rows = _timed_rows(path)
     kept = [row for row in rows if row["step"] <= resume_step]
@@ -69,13 +69,13 @@ class Clock:
       share = kept[-1][f"perf/goodput_{phase}"]
       self._seconds[phase] += share * run_seconds
     last, end = kept[-1]["perf/unix_seconds"], rows[-1]["perf/unix_seconds"]
-    # Clocks of two machines may differ by a little.
+    # The clocks of two machines may differ a little.
     self._seconds["lost"] += max(end - last, 0.0)
     self._seconds["restart"] += max(self._unix_start - end, 0.0)
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """What happens inside is phase `name`."""
+    """Counts the time inside the context to phase `name`."""
     before = self._phase
     self._enter(name)
     try:
@@ -84,7 +84,7 @@ class Clock:
       self._enter(before)
 
   def start_steps(self) -> None:
-    """The first step begins: "restart" is over."""
+    """Ends the phase "restart", before the first step."""
     self._enter("other")
     self._last = dict(self._seconds)
 
@@ -94,29 +94,28 @@ class Clock:
     self._phase, self._since = name, now
 
   def reassign(self, source: str, target: str, seconds: float) -> None:
-    """Counts some of the seconds of one phase to another."""
+    """Moves seconds from one phase to another, as far as there are any."""
     seconds = min(seconds, self._seconds[source])
     self._seconds[source] -= seconds
     self._seconds[target] += seconds
 
   def listen_to_compiler(self) -> None:
-    """From now on takes compile time out of the phase that it falls into."""
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    """Counts compile time to "compile" and not to the phase around it."""
+    compile_cache.on_compile(self._add_compile)
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    if event == _COMPILED:
-      # Part of a phase that is still on, whose sum may be below 0 for now.
-      self._seconds[self._phase] -= duration_secs
-      self._seconds["compile"] += duration_secs
+  def _add_compile(self, seconds: float) -> None:
+    # The sum of a phase that has not ended may be below 0 for now.
+    self._seconds[self._phase] -= seconds
+    self._seconds["compile"] += seconds
 
   def shares(self) -> dict[str, float]:
-    """By phase, of all the time since the run began; they add up to 1."""
+    """The share of each phase in the time since the run began."""
     self._enter(self._phase)
     total = sum(self._seconds.values()) or 1.0
     return {phase: value / total for phase, value in self._seconds.items()}
 
   def scalars(self) -> dict[str, float]:
-    """By the names of `metrics`, until now."""
+    """The metrics of all time until now."""
     shares = self.shares()
     return {
       f"perf/goodput_{phase}": value for phase, value in shares.items()
@@ -126,7 +125,7 @@ class Clock:
     }
 
   def alone_seconds(self) -> float:
-    """Since the last call, in phases in which no host waits for another."""
+    """Seconds since the last call in which no host waited for another."""
     self._enter(self._phase)
     before, self._last = self._last, dict(self._seconds)
     return sum(
@@ -137,13 +136,13 @@ class Clock:
 
 
 def summary(shares: Mapping[str, float]) -> str:
-  """The shares in words, the largest first, without those below 0.05 %."""
+  """The shares as text, the largest first, without those below 0.05 %."""
   parts = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
   return ", ".join(f"{p} {100 * x:.1f} %" for p, x in parts if x >= 0.0005)
 
 
 def _timed_rows(path: pathlib.Path) -> list[dict]:
-  """The whole lines of a file that tell of time, if there is such a file."""
+  """The complete lines of the file that hold times; none without the file."""
   rows = []
   if path.exists():
     for line in path.read_bytes().splitlines():

@@ -16,18 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.rollout import compaction, engine
-
-# Bytes that a chip reads from its memory in a second, by `device_kind`.
-_BANDWIDTH = {
-  "TPU v4": 1.23e12,
-  "TPU v5 lite": 8.19e11,
-  "TPU v5": 2.77e12,
-  "TPU v5p": 2.77e12,
-  "TPU v6 lite": 1.64e12,
-  "TPU7x": 7.37e12,
-}
 
 
 def no_poll() -> None:
@@ -101,7 +91,7 @@ class RolloutReport:
     if self.row_steps:
       scalars["perf/live_row_share"] = self.decoded / self.row_steps
     devices = mesh.devices.flat
-    bandwidth = _BANDWIDTH.get(devices[0].device_kind)
+    bandwidth = hardware.hbm_bandwidth(devices[0].device_kind)
     if bandwidth and self.decode_seconds:
       least_seconds = self.least_bytes / (bandwidth * mesh.devices.size)
       scalars["perf/decode_bandwidth_share"] = (

@@ -23,7 +23,8 @@ def test_an_exception_on_one_host_is_logged_and_ends_both(
   assert max(end.seconds) < SOON
   record_property("seconds", end.seconds)
   assert "RuntimeError: injected: raise@2:1:update" in end.logs[1]
-  assert "Last step: 1. Newest checkpoint: " in end.logs[1]
+  assert "Stopped at step 1 (exit code 1): RuntimeError" in end.logs[1]
+  assert "Checkpoint: " in end.logs[1]
 
 
 def test_a_host_that_gets_nowhere_shows_its_stacks_and_exits_76(
@@ -42,9 +43,9 @@ def test_a_host_that_gets_nowhere_shows_its_stacks_and_exits_76(
   assert max(end.seconds) < SOON + 5
   record_property("seconds", end.seconds)
   index = end.codes.index(76)
-  assert "The end, with exit code 76: no progress" in end.logs[index]
+  assert "(exit code 76): no progress" in end.logs[index]
   stacks = (workdir / f"stacks.{index}.txt").read_text()
-  assert "Thread" in stacks and "train.py" in stacks
+  assert "Thread" in stacks and "grpo_tpu/train/" in stacks
 
 
 @pytest.mark.nightly

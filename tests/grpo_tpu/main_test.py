@@ -27,11 +27,11 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
   )
   assert result.returncode == 64, result.stderr
   assert "Traceback" not in result.stderr
-  # Two lines of absl's, and no complaint that it is too early to log.
-  error, end = result.stderr.splitlines()
-  assert error.startswith("E") and end.startswith("W")
-  assert "The end, with exit code 64: refused" in end
-  assert "Next: change what the error names, and start again." in end
+  # Three lines of absl's, and no complaint that it is too early to log.
+  error, end, what_next = result.stderr.splitlines()
+  assert [x[0] for x in (error, end, what_next)] == ["E", "W", "W"]
+  assert "Stopped (exit code 64): invalid setting, flag or data" in end
+  assert "Next: fix what the error names and run" in what_next
   assert not result.stdout
   assert not workdir.exists()
   return result.stderr

@@ -130,5 +130,5 @@ def test_libtpu_is_not_asked_where_no_chip_is(
   monkeypatch.setattr(
     initialize.importlib.util, "find_spec", lambda _: has_libtpu
   )
-  initialize._settle_platform()
+  initialize._choose_platform()
   assert told["jax_platforms"] == settled

@@ -207,8 +207,8 @@ def test_a_mesh_of_other_than_all_devices_is_refused_with_the_remedy():
   with pytest.raises(ValueError) as error:
     sharding.make_mesh(2, 2, 1)
   assert str(error.value) == (
-    "mesh.replica * mesh.fsdp * mesh.tensor (2 * 2 * 1) must equal the 8 "
-    "devices there are; set mesh.fsdp=8 to shard over all of them."
+    "mesh.replica * mesh.fsdp * mesh.tensor (2 * 2 * 1) must equal the number "
+    "of devices (8); set mesh.fsdp=8 to shard over all of them."
   )
 
 
@@ -311,8 +311,8 @@ def test_slices_that_replica_does_not_cover_are_refused_with_the_remedy():
   with pytest.raises(ValueError) as error:
     sharding.make_mesh(1, 8, 1, devices=pretended(4, 2, slices=2))
   assert str(error.value) == (
-    "mesh.replica (1) must be a multiple of the 2 slices there are, for no "
-    "other axis may span the network between them; set mesh.replica=2."
+    "mesh.replica (1) must be a multiple of the number of slices (2), because "
+    "no other axis may span the network between them; set mesh.replica=2."
   )
 
 
@@ -362,7 +362,7 @@ def test_every_cache_lies_by_a_rule_and_one_that_none_knows_is_refused():
       sizes = list(shape)
       sizes[1], sizes[-3] = 2, 2 // tensor
       assert place.shard_shape(shape) == tuple(sizes), (field.name, heads)
-  with pytest.raises(ValueError, match="knows the cache latent_k"):
+  with pytest.raises(ValueError, match="matches the cache latent_k"):
     sharding.cache_spec(mesh, "latent_k", 2)
 
 

@@ -1,4 +1,4 @@
-"""The watchdog, in a process of its own, for it ends the process."""
+"""The watchdog, in a separate process because it ends the process."""
 
 import pathlib
 import subprocess
@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 PROGRAM = """
 import itertools, pathlib, sys, time
 import jax
-from grpo_tpu import watchdog
+from grpo_tpu.distributed import watchdog
 
-def turn_in_a_circle(seconds):
+def loop_for(seconds):
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     pass
@@ -49,29 +49,28 @@ def run(tmp_path, body, *, seconds=1.0, start_seconds=1.0):
   )
 
 
-def test_a_circle_without_progress_ends_with_76_and_shows_where(tmp_path):
-  result = run(tmp_path, "turn_in_a_circle(60)")
+def test_a_loop_without_progress_ends_with_76_and_shows_where(tmp_path):
+  result = run(tmp_path, "loop_for(60)")
   assert result.returncode == 76
   assert "no progress for more than the 1 s" in result.stdout
   for words in (result.stderr, (tmp_path / "stacks.txt").read_text()):
-    assert "turn_in_a_circle" in words and "most recent call first" in words
+    assert "loop_for" in words and "most recent call first" in words
 
 
 @pytest.mark.parametrize(
   ("body", "settings"),
   [
-    # On a machine that is not as slow as all that.
     (
-      "for number in range(32):\n  turn_in_a_circle(0.1)\n"
+      "for number in range(32):\n  loop_for(0.1)\n"
       "  watch.mark() if number < 16 else compiled()",
       {},
     ),
-    ("turn_in_a_circle(2)", {"start_seconds": 60.0}),
-    ("turn_in_a_circle(2)", {"seconds": 0.0, "start_seconds": 0.0}),
+    ("loop_for(2)", {"start_seconds": 60.0}),
+    ("loop_for(2)", {"seconds": 0.0, "start_seconds": 0.0}),
   ],
   ids=["progress", "the first step", "off"],
 )
-def test_progress_or_a_longer_allowance_keeps_it_quiet(
+def test_progress_or_a_longer_limit_keeps_the_process_alive(
   tmp_path, body, settings
 ):
   result = run(tmp_path, body, **{"seconds": 1.0, **settings})
@@ -79,17 +78,17 @@ def test_progress_or_a_longer_allowance_keeps_it_quiet(
   assert "Traceback" not in result.stderr
 
 
-def test_the_longer_allowance_ends_with_the_first_step(tmp_path):
-  body = "watch.end_startup()\nturn_in_a_circle(60)"
+def test_the_longer_limit_ends_with_the_first_step(tmp_path):
+  body = "watch.end_startup()\nloop_for(60)"
   assert run(tmp_path, body, start_seconds=600.0).returncode == 76
 
 
-def test_who_holds_the_interpreter_for_good_is_shown_and_ended_too(tmp_path):
-  """No thread of ours can run then, and Python's own has its own exit code."""
+def test_a_thread_that_never_releases_the_interpreter_is_ended_too(tmp_path):
+  """No thread of ours can run, and Python itself exits with 1."""
   body = """
   def hold():
     sum(itertools.repeat(0))
-  time.sleep(0.5)  # It has begun to watch.
+  time.sleep(0.5) # The watchdog runs.
   hold()
   """
   result = run(tmp_path, body, seconds=2.0, start_seconds=2.0)

@@ -1,4 +1,4 @@
-"""However the program ends, one line says how, and what to do next."""
+"""However the program ends, its last lines say how, and what to do next."""
 
 import json
 
@@ -7,125 +7,143 @@ import pytest
 
 from configs import base
 from data_pipelines import validation
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.config import schema
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import exit_report, run_record
 
-CONFIG = run_config.Config.from_config_dict(base.get_config())
-WAYS = {
+CONFIG = schema.Config.from_config_dict(base.get_config())
+ERRORS = {
   64: validation.SettingError("seed (-1) must be at least 0"),
   75: preemption.Preempted(),
   1: ValueError("it broke\nand more"),
 }
 
 
-class Left(Exception):
+class Shutdown(Exception):
   pass
 
 
 @pytest.fixture(autouse=True)
-def stays(monkeypatch):
-  """The process of the tests is not to end."""
+def keep_process(monkeypatch):
+  """Replaces the end of the process by an exception."""
 
   def shutdown(code):
-    raise Left(code)
+    raise Shutdown(code)
 
   monkeypatch.setattr(initialize, "shutdown", shutdown)
 
 
-def end_by(ending, error):
-  with pytest.raises(Left) as left:
-    ending.exit_with(error)
-  return left.value.args[0]
+def exit_code_of(report, error):
+  with pytest.raises(Shutdown) as shutdown:
+    report.exit_with(error)
+  return shutdown.value.args[0]
 
 
-def of_run(workdir, *, has_run_record=True):
+def run_report(workdir, *, has_run_record=True):
   run_record.write(str(workdir), CONFIG, {"data.dir: its records": "a"}, "w")
-  ending = exit_report.ExitReport()
-  ending.attach_run(workdir)
-  ending.has_run_record, ending.step = has_run_record, 7
-  return ending
+  report = exit_report.ExitReport()
+  report.attach_run(workdir)
+  report.has_run_record, report.step = has_run_record, 7
+  return report
 
 
-def last_line(caplog):
-  lines = [r.getMessage() for r in caplog.records if "The end" in r.message]
-  (line,) = lines
-  return line
+def last_lines(caplog):
+  """The logged lines from the headline on."""
+  lines = [record.getMessage() for record in caplog.records]
+  (start,) = (i for i, line in enumerate(lines) if "(exit code " in line)
+  return [line for line in lines[start:] if "run.json" not in line]
 
 
-@pytest.mark.parametrize("code", WAYS)
+@pytest.mark.parametrize("code", ERRORS)
 @pytest.mark.parametrize("has_run", [False, True])
-def test_every_end_is_one_line_with_code_reason_step_and_what_next(
+def test_the_last_lines_have_code_reason_step_checkpoint_and_what_next(
   tmp_path, caplog, code, has_run
 ):
-  ending = of_run(tmp_path) if has_run else exit_report.ExitReport()
-  assert end_by(ending, WAYS[code]) == code
-  line = last_line(caplog)
-  assert line.startswith(f"The end, with exit code {code}: ")
-  assert f"Last step: {7 if has_run else 'none'}. " in line
-  assert "Newest checkpoint: none. Next: " in line
-  next_step = {
-    64: "change what the error names",
-    75: "start the same command again",
+  report = run_report(tmp_path) if has_run else exit_report.ExitReport()
+  assert exit_code_of(report, ERRORS[code]) == code
+  headline, *lines = last_lines(caplog)
+  step = " at step 7" if has_run else ""
+  reason = {64: "invalid setting", 75: "preempted", 1: "ValueError: it broke"}
+  assert headline.startswith(
+    f"Stopped{step} (exit code {code}): {reason[code]}"
+  )
+  starts = ["Checkpoint: none", "Next: ", "Time: "] if has_run else ["Next: "]
+  assert len(lines) == len(starts)
+  assert all(map(str.startswith, lines, starts))
+  what_next = {
+    64: "fix what the error names",
+    75: "run the same command again to resume",
     1: "docs/troubleshooting.md",
   }
-  assert next_step[code] in line
-  assert "\n" not in line
+  assert what_next[code] in lines[starts.index("Next: ")]
+  assert not any("\n" in line for line in (headline, *lines))
 
 
-def test_a_refusal_says_its_reason_once(caplog):
-  end_by(exit_report.ExitReport(), WAYS[64])
+def test_a_finished_run_points_at_its_checkpoint_and_curves(tmp_path, caplog):
+  caplog.set_level("INFO", logger="absl")
+  folder = tmp_path / "a run"
+  folder.mkdir()
+  run_report(folder).report_done()
+  assert last_lines(caplog)[:3] == [
+    "Finished at step 7 (exit code 0).",
+    "Checkpoint: none",
+    f"View: tensorboard --logdir='{folder}'",
+  ]
+
+
+def test_an_invalid_setting_is_named_once(caplog):
+  exit_code_of(exit_report.ExitReport(), ERRORS[64])
   assert caplog.text.count("must be at least 0") == 1
 
 
-def test_an_interrupted_run_is_told_to_go_on(tmp_path, caplog):
-  assert end_by(of_run(tmp_path), KeyboardInterrupt()) == 1
-  assert "start the same command again" in last_line(caplog)
+def test_an_interrupted_run_says_how_to_resume(tmp_path, caplog):
+  assert exit_code_of(run_report(tmp_path), KeyboardInterrupt()) == 1
+  assert "Next: run the same command again to resume" in last_lines(caplog)
   assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize(
-  ("code", "say"),
+  ("code", "end"),
   [
-    (0, lambda ending: ending.report_done()),
-    (76, lambda ending: ending.report_stuck("no progress")),
+    (0, lambda report: report.report_done()),
+    (76, lambda report: report.report_stuck("no progress")),
     *(
-      (code, lambda ending, error=error: end_by(ending, error))
-      for code, error in WAYS.items()
+      (code, lambda report, error=error: exit_code_of(report, error))
+      for code, error in ERRORS.items()
     ),
   ],
 )
-def test_the_card_says_the_same_to_a_program(tmp_path, caplog, code, say):
+def test_run_json_says_the_same(tmp_path, caplog, code, end):
   caplog.set_level("INFO", logger="absl")
-  ending = of_run(tmp_path)
-  say(ending)
-  card = json.loads((tmp_path / "run.json").read_text())
-  assert card["end"]["exit_code"] == code and card["end"]["step"] == 7
-  assert card["end"]["reason"] in last_line(caplog)
-  assert card["end"]["next"] in last_line(caplog)
-  assert sum(card["end"]["goodput"].values()) == pytest.approx(1)
-  (attempt,) = card["attempts"]
+  end(run_report(tmp_path))
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["end"]["exit_code"] == code and record["end"]["step"] == 7
+  log = "\n".join(last_lines(caplog))
+  assert record["end"]["reason"] in (log if code else "done")
+  assert record["end"]["next"] in log
+  assert sum(record["end"]["goodput"].values()) == pytest.approx(1)
+  (attempt,) = record["attempts"]
   assert attempt["exit_code"] == code and attempt["ended"]
 
 
-def test_a_run_that_was_refused_leaves_the_card_of_another_alone(tmp_path):
-  ending = of_run(tmp_path, has_run_record=False)
+def test_a_refused_run_leaves_the_record_of_another_alone(tmp_path):
+  report = run_report(tmp_path, has_run_record=False)
   before = (tmp_path / "run.json").read_bytes()
-  end_by(ending, WAYS[64])
+  exit_code_of(report, ERRORS[64])
   assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_hosts_but_one_write_nothing(tmp_path, monkeypatch):
-  ending = of_run(tmp_path)
+def test_only_process_0_writes(tmp_path, monkeypatch):
+  report = run_report(tmp_path)
   before = (tmp_path / "run.json").read_bytes()
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  ending.report_done()
+  report.report_done()
   assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_damaged_card_does_not_hide_the_end(tmp_path, caplog):
-  ending = of_run(tmp_path)
+def test_a_damaged_record_does_not_hide_the_end(tmp_path, caplog):
+  report = run_report(tmp_path)
   (tmp_path / "run.json").write_text("{")
-  assert end_by(ending, WAYS[1]) == 1
-  assert "exit code 1" in last_line(caplog)
+  assert exit_code_of(report, ERRORS[1]) == 1
+  assert "exit code 1" in last_lines(caplog)[0]
   assert "run.json does not say how the run ended" in caplog.text

@@ -1,15 +1,18 @@
-"""Where the time goes: all of it, once, over restarts too."""
+"""Every second counts once, over restarts too."""
 
 import json
 import random
 
+import jax
 import pytest
 
 from grpo_tpu.observability import goodput
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
 
 class Time:
-  """A clock that moves when it is told to."""
+  """A clock that the test sets."""
 
   def __init__(self, now: float = 1000.0):
     self.now = now
@@ -23,7 +26,7 @@ def new_clock(time, *, age_seconds=0.0):
 
 
 def test_every_second_is_in_one_phase():
-  """Of a random walk through phases, one inside another."""
+  """Random nested phases."""
   time, rng = Time(), random.Random(0)
   clock = new_clock(time, age_seconds=7.0)
   expected = dict.fromkeys(goodput.PHASES, 0.0) | {"restart": 7.0}
@@ -48,20 +51,21 @@ def test_every_second_is_in_one_phase():
   assert clock.scalars()["perf/run_seconds"] == pytest.approx(total)
 
 
-def test_compiling_is_taken_out_of_the_phase_it_falls_into():
+def test_compile_time_does_not_count_to_the_phase_around_it():
   time = Time()
   clock = new_clock(time)
+  clock.listen_to_compiler()
   clock.start_steps()
   with clock.phase("update"):
     time.now += 10
-    clock._listen("/jax/core/compile/backend_compile_duration", 8.0)
-    clock._listen("/jax/some/other/event", 3.0)
+    for event, seconds in ((COMPILE_EVENT, 8.0), ("/jax/other/event", 3.0)):
+      jax.monitoring.record_event_duration_secs(event, seconds)
   shares = clock.shares()
   assert (shares["compile"], shares["update"]) == pytest.approx((0.8, 0.2))
 
 
-def test_a_restart_carries_the_sums_over_and_counts_what_was_lost(tmp_path):
-  """Steps 1 and 2 took 10 s each; 2 is done again, after 5 s of nothing."""
+def test_a_restart_keeps_the_sums_and_counts_lost_steps(tmp_path):
+  """Steps 1 and 2 take 10 s each; step 2 is repeated after a pause of 5 s."""
   path, time = tmp_path / "metrics.jsonl", Time()
   first = new_clock(time)
   first.start_steps()
@@ -83,7 +87,7 @@ def test_a_restart_carries_the_sums_over_and_counts_what_was_lost(tmp_path):
   )
 
 
-def test_only_what_a_host_does_alone_makes_it_slow():
+def test_only_the_work_of_a_host_alone_makes_it_slow():
   time = Time()
   clock = new_clock(time)
   clock.start_steps()

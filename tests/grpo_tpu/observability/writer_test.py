@@ -350,10 +350,10 @@ def test_a_full_disk_stops_nothing_tears_nothing_and_loses_nothing(tmp_path):
   """A limit on the size of files stands for it: a line is cut in the middle."""
   code = """
 import json, pathlib, resource, signal, sys
-from grpo_tpu import metrics
+from grpo_tpu.observability import writer
 folder = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-lines = metrics._JsonLines(folder / "x.jsonl", resume_step=None)
+lines = writer._JsonLines(folder / "x.jsonl", resume_step=None)
 lines.append({"step": 0, "text": "a" * 50})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 for step in (1, 2):
