@@ -25,8 +25,8 @@ _NEXT = {
   ExitCode.BAD_INPUT: "fix what the error names and run the command again",
   ExitCode.PREEMPTED: _RESUME,
   ExitCode.STUCK: f"read the stacks, then {_RESUME}",
-  ExitCode.FAILED: f"read the error and docs/troubleshooting.md; {_RESUME} from "
-  "the newest checkpoint",
+  ExitCode.FAILED: "read the error and docs/troubleshooting.md; then run the "
+  "same command again to resume from the newest checkpoint",
 }
 
 
