@@ -9,9 +9,9 @@ import json
 import pathlib
 from typing import Any
 
-from data_pipelines import pipeline, prepare, prompt_rows
+from data_pipelines import pipeline, prompt_rows
 from data_pipelines.preferences import replies as preferences
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import build, mathvista
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
@@ -151,7 +151,7 @@ def open_dataset(
   if config.data.dir:
     manifest = _manifest(folder)
   else:
-    manifest = prepare.prepare(synthetic_request(config, str(folder)))
+    manifest = build.build_data_dir(synthetic_request(config, str(folder)))
   _check(config, manifest, for_training)
   if for_training:
     _check_training(config, manifest)
@@ -192,9 +192,9 @@ def _replies(
 
 def synthetic_request(
   config: run_config.Config, data_dir: str
-) -> prepare.Request:
+) -> build.Request:
   """What is drawn for a run that names no data dir."""
-  return prepare.Request(
+  return build.Request(
     source=config.data.synthetic,
     data_dir=data_dir,
     seed=config.data.synthetic.seed,

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from data_pipelines import prepare
-from data_pipelines.sources import synthetic
+from data_pipelines.sources import build, synthetic
 from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
@@ -115,7 +114,7 @@ def test_the_smoke_script_draws_what_the_config_would():
     text=True,
     check=True,
   ).stdout
-  wanted: prepare.Request = dataset.synthetic_request(
+  wanted: build.Request = dataset.synthetic_request(
     validated(ROOT / "configs" / "smoke.py"), "W/data"
   )
   assert json.loads(said) == json.loads(json.dumps(dataclasses.asdict(wanted)))

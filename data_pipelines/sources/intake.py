@@ -1,7 +1,7 @@
-"""Which records of a source can be used, and which split each falls on.
+"""Checks the records of a source and assigns each usable one to a split.
 
-A source is read more than once rather than held in memory: a first pass
-remembers a few words of each record, later ones pick by them.
+A source is read more than once instead of being held in memory: a first pass
+keeps a short summary of each record, and later passes select by the summaries.
 """
 
 import dataclasses
@@ -20,34 +20,37 @@ from data_pipelines.sources import (
 )
 from data_pipelines.verifier import verify
 
-# The side of what a twin in `eval` or `test` keeps from being learnt.
+# The split of training records whose image has a near-duplicate in `eval` or
+# `test`. It is never written.
 WITHHELD = "withheld"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-  """What must be remembered of a usable record to place it."""
+class AcceptedRecord:
+  """The summary of a usable record, enough to assign it to a split."""
 
-  at: tuple[str, int]  # The source's split, and the place in it.
+  key: tuple[str, int]  # The source's split, and the index in it.
   pid: str
-  picture: str  # The hash of its pixels.
-  group: str  # The pictures that are twins, by the smallest hash of them.
+  image: str  # The hash of its pixels.
+  group: str  # The smallest hash among its image's near-duplicates.
   has_answer: bool
   is_mathvista: bool
   digest: str
 
 
-def sift(readers: folders.Readers) -> tuple[list[Kept], list[dict[str, Any]]]:
-  """The usable records, and why the others are not."""
-  kept: list[Kept] = []
+def check_records(
+  readers: folders.Readers,
+) -> tuple[list[AcceptedRecord], list[dict[str, Any]]]:
+  """The usable records, and the rejected ones with their reasons."""
+  accepted: list[AcceptedRecord] = []
   rejects: list[dict[str, Any]] = []
-  looks: dict[str, near_duplicates.Look | None] = {}
+  hashes: dict[str, near_duplicates.ImageHash | None] = {}
   pids: set[str] = set()
   for split, reader in readers.items():
     for index, raw in enumerate(reader()):
       try:
         problem = _problem(raw)
-        picture, look = _seen(problem)
+        image, image_hash = _hash_image(problem)
         if problem.pid in pids:
           raise records.BadRecord("duplicate_pid", "another record has its pid")
       except records.BadRecord as error:
@@ -57,42 +60,45 @@ def sift(readers: folders.Readers) -> tuple[list[Kept], list[dict[str, Any]]]:
         )
         continue
       pids.add(problem.pid)
-      if look is not None or picture not in looks:
-        looks[picture] = look
-      kept.append(
-        Kept(
-          at=(split, index),
+      if image_hash is not None or image not in hashes:
+        hashes[image] = image_hash
+      accepted.append(
+        AcceptedRecord(
+          key=(split, index),
           pid=problem.pid,
-          picture=picture,
-          group=picture,
+          image=image,
+          group=image,
           has_answer=problem.has_answer,
           is_mathvista=mathvista.is_original(problem.metadata),
           digest=_digest(problem),
         )
       )
-  groups = near_duplicates.groups(looks)
+  groups = near_duplicates.groups(hashes)
   return [
-    dataclasses.replace(record, group=groups[record.picture]) for record in kept
+    dataclasses.replace(record, group=groups[record.image])
+    for record in accepted
   ], rejects
 
 
-def _problem(raw: folders.Raw) -> records.Problem:
+def _problem(raw: folders.RawRecord) -> records.Problem:
   if isinstance(raw, records.BadRecord):
     raise raw
   return raw if isinstance(raw, records.Problem) else records.from_row(raw)
 
 
-def _pid(raw: folders.Raw) -> Any:
+def _pid(raw: folders.RawRecord) -> Any:
   if isinstance(raw, Mapping):
     return raw.get("pid")
   return raw.pid if isinstance(raw, records.Problem) else None
 
 
-def _seen(problem: records.Problem) -> tuple[str, near_duplicates.Look | None]:
-  """The picture of a usable problem.
+def _hash_image(
+  problem: records.Problem,
+) -> tuple[str, near_duplicates.ImageHash | None]:
+  """Checks a problem, and hashes its image exactly and perceptually.
 
-  Drawn pictures look alike by design and differ in their answers, so that
-  only equal pixels make them twins.
+  Synthetic images look alike and still have different answers, so only equal
+  pixels make them duplicates: they have no perceptual hash.
 
   Raises:
     BadRecord: The problem cannot be asked, shown or scored.
@@ -103,12 +109,12 @@ def _seen(problem: records.Problem) -> tuple[str, near_duplicates.Look | None]:
     answer = verify.final_answer(problem)
     if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
       raise records.BadRecord(
-        "answer_fails_verifier", f"{answer!r} is not found right"
+        "answer_fails_verifier", f"the verifier rejects {answer!r} as an answer"
       )
-  look = (
-    None if synthetic.is_synthetic(problem) else near_duplicates.look(image)
-  )
-  return images.pixel_hash(image), look
+  perceptual = None
+  if not synthetic.is_synthetic(problem):
+    perceptual = near_duplicates.hash_image(image)
+  return images.pixel_hash(image), perceptual
 
 
 def _digest(problem: records.Problem) -> str:
@@ -119,51 +125,51 @@ def _digest(problem: records.Problem) -> str:
 
 
 def fingerprint(
-  kept: Sequence[Kept], placed: Mapping[tuple[str, int], str]
+  accepted: Sequence[AcceptedRecord], splits: Mapping[tuple[str, int], str]
 ) -> str:
-  """One hash of all records and their splits, whatever their order."""
-  lines = sorted(f"{placed[record.at]} {record.digest}\n" for record in kept)
+  """One hash of all records and their splits, in any order."""
+  lines = sorted(f"{splits[each.key]} {each.digest}\n" for each in accepted)
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def placed(
-  kept: Sequence[Kept], *, salt: str, eval_fraction: float
+def assign_splits(
+  accepted: Sequence[AcceptedRecord], *, salt: str, eval_fraction: float
 ) -> dict[tuple[str, int], str]:
-  """The split of every record; no picture of `train` has a twin in another.
+  """The split of every record; no image of `train` has a duplicate elsewhere.
 
-  A record draws its side by its own picture alone, so that no other record
-  can move it. Where its group is not of one mind, or is shown in `test`, those
-  that drew `train` are "withheld", a split that nobody writes.
+  A record's split depends on its own image alone, so that no other record can
+  move it. Where a group of near-duplicates gets both `train` and another split,
+  its `train` records are withheld.
   """
-  placed = {}
+  assigned = {}
   held_out = set()
-  for record in kept:
-    if record.at[0] == "test" or not record.has_answer:
-      placed[record.at] = "test"
+  for record in accepted:
+    if record.key[0] == "test" or not record.has_answer:
+      assigned[record.key] = "test"
     else:
-      placed[record.at] = splits.split_of(
-        record.picture, salt=salt, eval_fraction=eval_fraction
+      assigned[record.key] = splits.split_of(
+        record.image, salt=salt, eval_fraction=eval_fraction
       )
-    if placed[record.at] != "train":
+    if assigned[record.key] != "train":
       held_out.add(record.group)
-  for record in kept:
-    if placed[record.at] == "train" and record.group in held_out:
-      placed[record.at] = WITHHELD
-  return placed
+  for record in accepted:
+    if assigned[record.key] == "train" and record.group in held_out:
+      assigned[record.key] = WITHHELD
+  return assigned
 
 
-class Chosen:
+class SplitView:
   """The problems of one split, read from the source again on each pass."""
 
   def __init__(
     self,
     readers: folders.Readers,
-    placed: Mapping[tuple[str, int], str],
+    assigned: Mapping[tuple[str, int], str],
     split: str,
   ):
     self._readers = readers
     self._indices: dict[str, set[int]] = {}
-    for (source_split, index), side in placed.items():
+    for (source_split, index), side in assigned.items():
       if side == split:
         self._indices.setdefault(source_split, set()).add(index)
 

@@ -1,7 +1,7 @@
-"""MathVista's files: the parquet snapshot in, ArrayRecord out and back again.
+"""MathVista's files: reads the parquet snapshot, writes and reads ArrayRecord.
 
-The builder keeps each picture's published bytes, and serves any source of
-problems. Reading needs no TensorFlow and costs far less than decoding does.
+Images keep their published bytes. The ArrayRecord files hold problems of any
+source; reading them needs no TensorFlow and is much faster than decoding.
 
 References:
   The snapshot: https://huggingface.co/datasets/AI4Math/MathVista
@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from etils import epath
 
-from data_pipelines import records
+from data_pipelines import records, validation
 
-# As they stand in `metadata.source`; MathVista's terms cover all of them.
+# Values of `metadata.source`; MathVista's terms cover all of them.
 SOURCES = frozenset(
   {
     "A-OKVQA",
@@ -60,25 +60,21 @@ SOURCES = frozenset(
 )
 
 
-class SnapshotError(ValueError):
-  """A folder that holds no snapshot, or a damaged one."""
-
-
 def is_original(metadata: Mapping[str, Any]) -> bool:
-  """Whether a record looks like MathVista's own, whose terms forbid training.
+  """True for a record that looks like MathVista's, whose terms forbid training.
 
-  A record of one of its sources does, unless its `split` is one that MathVista
-  does not have: Geometry3K's training split is Geometry3K's.
+  A record of one of MathVista's sources does, unless its `split` is none of
+  MathVista's: the training split of Geometry3K belongs to Geometry3K.
   """
   split = metadata.get("split") or "testmini"
   return metadata.get("source") in SOURCES and split in ("testmini", "test")
 
 
 def terms(num_original: int, num_problems: int) -> str:
-  """Whose terms forbid to train on such a mixture: "mathvista", or "".
+  """The terms that forbid training on such a mixture: "mathvista", or "".
 
-  One original in twenty is enough. A few prove nothing, for data sets in this
-  schema may have drawn on the same sources.
+  More than one original in twenty is enough. Fewer prove nothing, because other
+  data sets in this schema may use the same sources.
   """
   return "mathvista" if 20 * num_original > num_problems else ""
 
@@ -86,29 +82,28 @@ def terms(num_original: int, num_problems: int) -> str:
 def shards(folder: epath.PathLike) -> dict[str, list[epath.Path]]:
   """The snapshot's parquet files by split, each in order; {} without any.
 
-  They are known by what stands before the first dash, `testmini-*.parquet`,
-  never by the hash at the end; in the folder itself or in `data/` under it.
+  The split is the part of the file name before the first dash. The files lie in
+  the folder itself or in `data/` under it.
 
   Args:
-    folder: A local path, or one of another file system that `etils.epath`
-      knows, such as gs://.
+    folder: A local path, or one that `etils.epath` knows, such as gs://.
 
   Raises:
-    SnapshotError: One of the files of a split is not there.
+    SettingError: A file of a split is missing.
   """
   root = epath.Path(folder)
   found: dict[str, list[epath.Path]] = {}
-  for place in (root, root / "data"):
-    for path in sorted(place.glob("*-*.parquet")) if not found else ():
+  for parent in (root, root / "data"):
+    for path in sorted(parent.glob("*-*.parquet")) if not found else ():
       found.setdefault(path.name.partition("-")[0], []).append(path)
   for paths in found.values():
-    # What has no number, as in train-all.parquet, is taken as it comes.
+    # A name without a count, such as train-all.parquet, cannot be checked.
     counts = [re.search(r"-of-(\d+)\b", path.name) for path in paths]
     if any(count and int(count[1]) != len(paths) for count in counts):
-      raise SnapshotError(
+      raise validation.SettingError(
         f"source ({os.fspath(folder)!r}) must have all files of a split, but "
-        f"besides {paths[0].name} some are missing or there is another set; "
-        "fetch it again into an empty folder."
+        f"not all those that belong to {paths[0].name} are there, or there is "
+        "another set; fetch it again into an empty folder."
       )
   return found
 
@@ -117,32 +112,32 @@ def rows(paths: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
   """The rows of the files, in order, for `records.from_row`.
 
   Raises:
-    SnapshotError: A file is damaged or no parquet file.
+    SettingError: A file is damaged or no parquet file.
   """
-  import pyarrow as pa  # Here, for reading ArrayRecord goes without.
+  import pyarrow as pa  # Imported here: ArrayRecord does not need it.
   import pyarrow.parquet as pq
 
   for path in paths:
     try:
-      # What epath opens elsewhere is no file to Arrow, so it comes whole.
+      # Arrow cannot open a remote path, so the file is read whole.
       remote = "://" in os.fspath(path)
-      opened = pa.BufferReader(path.read_bytes()) if remote else path
-      with pq.ParquetFile(opened) as file:
-        # Few at a time: a row carries a whole picture.
+      content = pa.BufferReader(path.read_bytes()) if remote else path
+      with pq.ParquetFile(content) as file:
+        # Few rows at a time: each carries a whole image.
         for batch in file.iter_batches(batch_size=64):
           yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-      raise SnapshotError(
+      raise validation.SettingError(
         f"source file ({path}) must be a whole parquet file: {error}; fetch it "
         "again."
       ) from error
 
 
 def _features() -> tfds.features.FeaturesDict:
-  """How each field of a problem is stored; all but three are text."""
+  """The stored type of each field of a problem."""
   text = tfds.features.Text()
   others = {
-    # Not tfds.features.Image, which would decode and encode anew.
+    # Not tfds.features.Image, which would decode and encode again.
     "image_bytes": tfds.features.Tensor(shape=(), dtype=np.object_),
     "choices": tfds.features.Sequence(text),
     "precision": tfds.features.Scalar(dtype=np.int32),
@@ -157,8 +152,8 @@ class MathVista(tfds.core.GeneratorBasedBuilder):
 
   name = "mathvista"
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS would look beside this file for checksums of downloads, by way of a
-  # package that it does not install.
+  # Otherwise TFDS looks for checksums beside this file, with a package that it
+  # does not install.
   code_path = None
 
   def __init__(
@@ -184,21 +179,21 @@ def write(
   problems: Mapping[str, Iterable[records.Problem]],
   data_dir: str | os.PathLike[str],
 ) -> None:
-  """Makes `source(data_dir, split)` yield the problems of each split.
+  """Writes the problems that `source(data_dir, split)` reads.
 
   Args:
     problems: By split, each with at least one problem and read once. Their
-      order on disk is that of a hash of their pids.
+      order on disk follows a hash of their pids.
     data_dir: An empty or new folder.
   """
   builder = MathVista(problems=problems, data_dir=os.fspath(data_dir))
   scratch = pathlib.Path(data_dir) / "downloads"
   tfds.disable_progress_bar()
-  # TFDS announces itself on stdout, which belongs to the caller.
+  # TFDS prints to stdout, which belongs to the caller.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare(
       download_dir=os.fspath(scratch),
-      # It would ask the network whether Google has the data set already.
+      # Otherwise TFDS asks the network for a published copy.
       download_config=tfds.download.DownloadConfig(try_download_gcs=False),
     )
   for folder in (scratch / "extracted", scratch):
@@ -209,8 +204,7 @@ def write(
 class Source:
   """The problems of one split by index.
 
-  Files are opened where they are first read, so that a source can be sent to
-  a worker process.
+  A source can be sent to a worker process, which opens the files again.
   """
 
   def __init__(self, paths: Sequence[pathlib.Path]):
@@ -243,13 +237,13 @@ class Source:
 
 
 def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
-  """Every split that `write` wrote; {} where it has not written.
+  """Every split that `write` wrote; {} if there is none.
 
   Args:
-    data_dir: What `write` was given, or the folder of the files themselves.
+    data_dir: The folder that `write` was given, or the folder of the files.
 
   Raises:
-    SnapshotError: A file of a split is missing.
+    SettingError: A file of a split is missing.
   """
   root = pathlib.Path(data_dir)
   files: dict[str, list[pathlib.Path]] = {}
@@ -259,9 +253,9 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
       files.setdefault(path.name.split("-")[1].split(".")[0], []).append(path)
   for split, paths in files.items():
     if not paths[-1].name.endswith(f"-of-{len(paths):05d}"):
-      raise SnapshotError(
-        f"split ({split!r}) must have all its files in {paths[0].parent}; some "
-        "are missing, so make them again with 'python -m "
+      raise validation.SettingError(
+        f"split ({split!r}) must have all its files in {paths[0].parent}, but "
+        "some are missing; make them again with 'python -m "
         "data_pipelines.prepare'."
       )
   return {split: Source(paths) for split, paths in files.items()}
@@ -271,7 +265,7 @@ def source(data_dir: str | os.PathLike[str], split: str) -> Source:
   """Random access to the problems of a split that `write` wrote.
 
   Raises:
-    ValueError: Nothing has been written there, or no such split.
+    ValueError: No problems have been written there, or no such split.
   """
   found = sources(data_dir)
   if not found:

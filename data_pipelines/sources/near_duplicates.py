@@ -1,21 +1,21 @@
-"""Which pictures show the same thing, so that none is learnt from and tested.
+"""Groups of images that look alike, which must not be divided over splits.
 
-Two pictures are twins if their pixels are equal, or if they look alike: a grey
-or palette copy, another quality or another size. Looking alike takes all of
+Two images are near-duplicates if their pixels are equal, or if they look alike:
+a grey or palette copy, another quality or another size. Two images look alike
+if all of these hold:
 
 - 64-bit codes at most `MAX_DISTANCE` bits apart. A code holds the signs of the
-  8 x 8 lowest frequencies of the grey picture, against their median;
+  8 x 8 lowest frequencies of the grey image, compared with their median;
 - side ratios within `MAX_STRETCH` of each other;
-- no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels. The
-  code alone finds a chart with one other bar the same.
+- no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels. By
+  the code alone, two charts that differ in one bar would look alike.
 
-Measured on the 365 distinct pictures of the MathVista-like fixture: its one
-grey twin is found and no other pair, the next in bits standing at 10 with a
-like ratio. Of copies made of each picture, found are 99.7 % as JPEG of quality
-50, 98.4 % of quality 20, 98.9 % in 16 colors, 96.7 % at half size. Of 1,400
-distinct drawn pictures, which are alike by design, the largest group is 10 at
-48 pixels and 2 at 224; by the code alone it would be 311 and 133. A crop of 2 %
-is found one time in five, and a mirrored picture never.
+Measured on the 365 distinct images of the MathVista-like fixture: the one grey
+copy is found and no other pair; the next pair differs in 10 bits. Found copies
+of each image: 99.7 % as JPEG of quality 50, 98.4 % of quality 20, 98.9 % in 16
+colors, 96.7 % at half size, 20 % with a crop of 2 %, and no mirrored image. Of
+1,400 distinct synthetic images, which look alike by design, the largest group
+has 10 images at 48 pixels and 2 at 224; by the code alone, 311 and 133.
 
 References:
   The code is pHash's: Zauner, Implementation and Benchmarking of Perceptual
@@ -32,19 +32,19 @@ MAX_DISTANCE = 8
 MAX_STRETCH = 0.03
 MAX_CONTRAST = 24
 
-# Rows are frequencies 0 to 7 of 32 samples. Integers: a sum of floats may end
-# in other bits on another machine, and a bit of a code with it.
+# Rows are frequencies 0 to 7 of 32 samples. Integers, because a sum of floats
+# may differ between machines and change a bit of a code.
 _COSINES = np.rint(
   1024 * np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
 ).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-  """What is remembered of a picture to know its twins.
+class ImageHash:
+  """The perceptual hash of an image.
 
   Attributes:
-    code: 64 bits of its lowest frequencies.
+    code: 64 bits of the lowest frequencies.
     ratio: Width over height.
     cells: Grey levels of 16 x 16 cells, a byte each.
   """
@@ -54,34 +54,34 @@ class Look:
   cells: bytes
 
 
-def look(image: np.ndarray) -> Look:
-  """How a picture, uint8 [height, width, 3], looks."""
+def hash_image(image: np.ndarray) -> ImageHash:
+  """The perceptual hash of an image, uint8 [height, width, 3]."""
   height, width, _ = image.shape
   small = (
     Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
   )
   grey = np.asarray(small, np.int64)
   waves = (_COSINES @ grey @ _COSINES.T).ravel()
-  # The first is the mean brightness, which says nothing of the shapes.
+  # The first is the mean brightness, which is no shape.
   bits = np.packbits(waves > np.median(waves[1:]))
   cells = grey.reshape(16, 2, 16, 2).sum((1, 3)) // 4
-  return Look(
+  return ImageHash(
     code=int.from_bytes(bits.tobytes()),
     ratio=width / height,
     cells=cells.astype(np.uint8).tobytes(),
   )
 
 
-def pairs(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
-  """The places of every two that look alike.
+def similar_pairs(hashes: Sequence[ImageHash]) -> Iterator[tuple[int, int]]:
+  """The indices of every two images that look alike.
 
-  Compares all with all: 0.2 s for 6,000 pictures, 1.3 s for 30,000.
+  Compares all with all: 0.2 s for 6,000 images, 1.3 s for 30,000.
   """
-  codes = np.array([look.code for look in looks], np.uint64)
-  ratios = np.log([look.ratio for look in looks])
-  cells = np.frombuffer(b"".join(look.cells for look in looks), np.uint8)
+  codes = np.array([each.code for each in hashes], np.uint64)
+  ratios = np.log([each.ratio for each in hashes])
+  cells = np.frombuffer(b"".join(each.cells for each in hashes), np.uint8)
   cells = cells.reshape(-1, 16 * 16).astype(np.int16)
-  for i in range(len(looks)):
+  for i in range(len(hashes)):
     distances = np.bitwise_count(codes[i + 1 :] ^ codes[i])
     others = i + 1 + np.flatnonzero(distances <= MAX_DISTANCE)
     stretches = np.abs(ratios[others] - ratios[i])
@@ -91,28 +91,28 @@ def pairs(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
       yield i, int(j)
 
 
-def groups(looks: Mapping[str, Look | None]) -> dict[str, str]:
-  """The group of every picture, by the hash of its pixels.
+def groups(hashes: Mapping[str, ImageHash | None]) -> dict[str, str]:
+  """The group of every image, by the hash of its pixels.
 
   Args:
-    looks: By `images.pixel_hash`; None for a picture that has no twins but its
-      exact copies.
+    hashes: Perceptual hashes by `images.pixel_hash`; None for an image that has
+      no duplicates except exact copies.
 
   Returns:
-    For each hash the smallest hash of its group. A twin's twin is in the group
-    as well, whether or not the two look alike.
+    For each pixel hash, the smallest one of its group. A near-duplicate of a
+    near-duplicate is in the group too, even if the two do not look alike.
   """
-  parent = {picture: picture for picture in looks}
+  parent = {image: image for image in hashes}
 
-  def root(picture: str) -> str:
-    while parent[picture] != picture:
-      parent[picture] = parent[parent[picture]]
-      picture = parent[picture]
-    return picture
+  def root(image: str) -> str:
+    while parent[image] != image:
+      parent[image] = parent[parent[image]]
+      image = parent[image]
+    return image
 
-  seen = {name: look for name, look in looks.items() if look is not None}
+  seen = {name: each for name, each in hashes.items() if each is not None}
   names = list(seen)
-  for i, j in pairs(list(seen.values())):
+  for i, j in similar_pairs(list(seen.values())):
     first, second = sorted((root(names[i]), root(names[j])))
     parent[second] = first
-  return {picture: root(picture) for picture in looks}
+  return {image: root(image) for image in hashes}

@@ -1,20 +1,19 @@
-"""Divides problems into train and eval so that no picture is in both.
+"""Divides problems into train and eval so that no image is in both.
 
-A pure function of the picture's hash: it holds no list, so adding or removing
-records never moves another record. What `intake` makes of twins stands in
-docs/adr/0006.
+The split is a pure function of the image's hash, so adding or removing records
+never moves another record. docs/adr/0006 explains the rule for near-duplicates.
 """
 
 import hashlib
 
 
 def split_of(group: str, *, salt: str, eval_fraction: float) -> str:
-  """The side that every problem of one picture falls on.
+  """The split of every problem that shows one image.
 
   Args:
-    group: What must not be divided, such as `images.pixel_hash`.
+    group: The hash of what must not be divided, such as `images.pixel_hash`.
     salt: Another salt is another, independent division.
-    eval_fraction: Expected share of groups on the eval side, 0 to 1.
+    eval_fraction: Expected share of groups in eval, 0 to 1.
 
   Returns:
     "train" or "eval".

@@ -10,7 +10,7 @@ import pytest
 from etils.epath import backend
 from PIL import Image
 
-from data_pipelines import records
+from data_pipelines import records, validation
 from data_pipelines.sources import folders, intake, mathvista
 
 
@@ -129,7 +129,7 @@ def test_a_picture_that_is_not_there_is_missing(tmp_path, image):
   github(tmp_path, {"1": {**ENTRY, "image": image}, "2": ENTRY})
   missing, there = read(tmp_path)
   assert missing == "missing_image" and there.pid == "2"
-  _, rejects = intake.sift(folders.find(tmp_path).readers)
+  _, rejects = intake.check_records(folders.find(tmp_path).readers)
   assert [reject["pid"] for reject in rejects] == ["1"]
 
 
@@ -158,8 +158,10 @@ def test_a_pid_that_is_given_twice_is_a_duplicate(tmp_path):
   """A plain parser would keep the last one and say nothing."""
   other = json.dumps({**ENTRY, "answer": "4"})
   text = f'{{"1": {json.dumps(ENTRY)}, "1": {other}}}'
-  kept, rejects = intake.sift(folders.find(github(tmp_path, text)).readers)
-  assert [(record.pid, record.at[1]) for record in kept] == [("1", 0)]
+  kept, rejects = intake.check_records(
+    folders.find(github(tmp_path, text)).readers
+  )
+  assert [(record.pid, record.key[1]) for record in kept] == [("1", 0)]
   assert [(r["pid"], r["reason"]) for r in rejects] == [("1", "duplicate_pid")]
 
 
@@ -173,7 +175,7 @@ def test_a_damaged_json_file_is_named(tmp_path, text):
   github(tmp_path, {})
   path = tmp_path / "testmini.json"
   path.write_bytes(text.encode(errors="surrogateescape"))
-  with pytest.raises(mathvista.SnapshotError, match=str(path)):
+  with pytest.raises(validation.SettingError, match=str(path)):
     read(tmp_path)
 
 
@@ -208,7 +210,7 @@ def test_a_torn_example_is_a_bad_record_and_the_rest_are_read(
 def test_a_folder_of_two_kinds_is_refused(tmp_path):
   github(tmp_path, {"1": ENTRY})
   parquet(tmp_path)
-  with pytest.raises(mathvista.SnapshotError, match="not parquet and JSON"):
+  with pytest.raises(validation.SettingError, match="not parquet and JSON"):
     folders.find(tmp_path)
 
 
@@ -216,7 +218,7 @@ def test_a_folder_of_no_kind_says_how_to_get_one(tmp_path):
   (tmp_path / "README.md").touch()
   (tmp_path / "query.json").write_text("{}")
   for folder in (tmp_path, tmp_path / "missing"):
-    with pytest.raises(mathvista.SnapshotError, match="hf download"):
+    with pytest.raises(validation.SettingError, match="hf download"):
       folders.find(folder)
 
 
@@ -273,7 +275,7 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path, layout, monkeypatch):
 
 def test_a_bucket_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(backend, "tf_backend", Bucket(tmp_path))
-  with pytest.raises(mathvista.SnapshotError, match="readable: 403"):
+  with pytest.raises(validation.SettingError, match="readable: 403"):
     folders.find("s3://bucket/forbidden")
 
 

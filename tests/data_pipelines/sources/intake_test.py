@@ -69,13 +69,13 @@ def readers(**problems):
 
 
 def placed(sources, fraction=0.5):
-  kept, _ = intake.sift(sources)
-  return kept, intake.placed(kept, salt="a", eval_fraction=fraction)
+  kept, _ = intake.check_records(sources)
+  return kept, intake.assign_splits(kept, salt="a", eval_fraction=fraction)
 
 
 def test_a_bad_record_is_set_aside_with_its_reason():
-  kept, rejects = intake.sift(readers(testmini=with_bad()))
-  assert [record.at for record in kept] == [("testmini", i) for i in range(40)]
+  kept, rejects = intake.check_records(readers(testmini=with_bad()))
+  assert [record.key for record in kept] == [("testmini", i) for i in range(40)]
   assert [reject["reason"] for reject in rejects] == list(BAD)
   assert [reject["index"] for reject in rejects] == list(
     range(40, 40 + len(BAD))
@@ -86,13 +86,13 @@ def test_a_bad_record_is_set_aside_with_its_reason():
 
 def test_a_rejected_record_does_not_claim_its_pid():
   bad = dataclasses.replace(PROBLEMS[0], question="")
-  kept, rejects = intake.sift(readers(testmini=[bad, PROBLEMS[0]]))
+  kept, rejects = intake.check_records(readers(testmini=[bad, PROBLEMS[0]]))
   assert len(kept) == len(rejects) == 1
 
 
 def test_rows_that_are_no_problem_are_set_aside_too():
   rows = [{}, {"pid": "1", "decoded_image": {"bytes": b"GIF89a"}}]
-  _, rejects = intake.sift(readers(testmini=rows))
+  _, rejects = intake.check_records(readers(testmini=rows))
   assert [(r["pid"], r["reason"]) for r in rejects] == [
     (None, "missing_image"),
     ("1", "unknown_answer_type"),
@@ -101,8 +101,8 @@ def test_rows_that_are_no_problem_are_set_aside_too():
 
 def test_what_a_source_could_not_read_is_set_aside_with_its_reason():
   bad = records.BadRecord("unreadable", "torn")
-  kept, rejects = intake.sift(readers(train=[bad, PROBLEMS[0]]))
-  assert [record.at for record in kept] == [("train", 1)]
+  kept, rejects = intake.check_records(readers(train=[bad, PROBLEMS[0]]))
+  assert [record.key for record in kept] == [("train", 1)]
   assert rejects == [
     {
       "split": "train",
@@ -115,8 +115,10 @@ def test_what_a_source_could_not_read_is_set_aside_with_its_reason():
 
 
 def test_a_pid_is_taken_across_splits():
-  kept, rejects = intake.sift(readers(testmini=PROBLEMS[:1], test=PROBLEMS[:1]))
-  assert [record.at[0] for record in kept] == ["testmini"]
+  kept, rejects = intake.check_records(
+    readers(testmini=PROBLEMS[:1], test=PROBLEMS[:1])
+  )
+  assert [record.key[0] for record in kept] == ["testmini"]
   assert [reject["reason"] for reject in rejects] == ["duplicate_pid"]
 
 
@@ -124,7 +126,7 @@ def test_a_picture_is_on_one_side_only():
   kept, sides = placed(readers(testmini=PROBLEMS))
   groups = {"train": set(), "eval": set()}
   for record in kept:
-    groups[sides[record.at]].add(record.group)
+    groups[sides[record.key]].add(record.group)
   assert all(groups.values())
   assert not groups["train"] & groups["eval"]
   # Some pictures are asked about twice, or nothing was shown.
@@ -171,8 +173,8 @@ def test_twins_are_never_on_two_sides():
   kept, sides = placed(readers(testmini=COPIES))
   found = {}
   for record in kept:
-    found.setdefault(record.group, set()).add(sides[record.at])
-  assert len({record.picture for record in kept}) == 32
+    found.setdefault(record.group, set()).add(sides[record.key])
+  assert len({record.image for record in kept}) == 32
   assert len(found) == 8
   assert {"eval", "withheld"} in found.values()
   assert not any({"eval", "train"} <= group for group in found.values())
@@ -198,11 +200,11 @@ def test_drawn_pictures_are_told_apart_by_their_pixels():
     dataclasses.replace(copy, metadata={"source": "synthetic/count"})
     for copy in COPIES
   ]
-  kept, _ = intake.sift(readers(testmini=drawn))
+  kept, _ = intake.check_records(readers(testmini=drawn))
   assert len({record.group for record in kept}) == len(drawn)
   # One that is not drawn has its twins among those that are not.
   mixed = [*drawn, *(dataclasses.replace(p, pid=f"{p.pid}+") for p in COPIES)]
-  kept, _ = intake.sift(readers(testmini=mixed))
+  kept, _ = intake.check_records(readers(testmini=mixed))
   assert len({record.group for record in kept}) == 8
 
 
@@ -225,7 +227,7 @@ def test_chosen_problems_are_those_placed_and_can_be_read_twice():
   _, sides = placed(sources)
   read = []
   for split in ("train", "eval", "test"):
-    chosen = intake.Chosen(sources, sides, split)
+    chosen = intake.SplitView(sources, sides, split)
     assert list(chosen) == list(chosen)
     read += chosen
   assert sorted(read, key=lambda p: p.pid) == PROBLEMS
@@ -246,5 +248,5 @@ def test_the_fingerprint_sees_every_field_but_not_the_order():
 
 def test_the_fingerprint_sees_the_division():
   kept, sides = placed(readers(testmini=PROBLEMS))
-  other = intake.placed(kept, salt="b", eval_fraction=0.5)
+  other = intake.assign_splits(kept, salt="b", eval_fraction=0.5)
   assert intake.fingerprint(kept, sides) != intake.fingerprint(kept, other)

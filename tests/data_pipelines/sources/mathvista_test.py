@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from data_pipelines import records
+from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -94,7 +94,7 @@ def test_a_source_names_what_is_missing(tmp_path):
 
 READ = """
 import sys
-from data_pipelines import mathvista
+from data_pipelines.sources import mathvista
 [problem] = mathvista.source(sys.argv[1], "train")
 assert problem.pid == "1"
 assert "tensorflow" not in sys.modules
@@ -145,7 +145,7 @@ def test_a_folder_without_shards_has_none(tmp_path):
 def test_shards_that_are_no_whole_set_are_refused(tmp_path, names):
   for name in names:
     (tmp_path / name).touch()
-  with pytest.raises(mathvista.SnapshotError, match="all files of a split"):
+  with pytest.raises(validation.SettingError, match="all files of a split"):
     mathvista.shards(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_file_is_named(tmp_path):
   path = epath.Path(tmp_path / "a.parquet")
   pq.write_table(pa.table({"pid": ["1"]}), path)
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(mathvista.SnapshotError, match=str(path)):
+  with pytest.raises(validation.SettingError, match=str(path)):
     list(mathvista.rows([path]))
 
 

@@ -39,7 +39,9 @@ COPIES = {
 
 
 def grouped(*pictures):
-  looks = {images.pixel_hash(x): near_duplicates.look(x) for x in pictures}
+  looks = {
+    images.pixel_hash(x): near_duplicates.hash_image(x) for x in pictures
+  }
   return set(near_duplicates.groups(looks).values())
 
 
@@ -83,24 +85,24 @@ def test_blank_pictures_are_twins_by_their_brightness():
   ],
 )
 def test_each_limit_is_where_it_says(bits, width, level, twin):
-  plain = near_duplicates.Look(code=0, ratio=1.0, cells=bytes(256))
-  other = near_duplicates.Look(
+  plain = near_duplicates.ImageHash(code=0, ratio=1.0, cells=bytes(256))
+  other = near_duplicates.ImageHash(
     code=(1 << 64) - (1 << (64 - bits)),
     ratio=width / 100,
     cells=bytes(99) + bytes([level]) + bytes(156),
   )
-  assert list(near_duplicates.pairs([plain, other])) == [(0, 1)] * twin
+  assert list(near_duplicates.similar_pairs([plain, other])) == [(0, 1)] * twin
 
 
 def look_of(code):
-  return near_duplicates.Look(code=code, ratio=1.0, cells=bytes(256))
+  return near_duplicates.ImageHash(code=code, ratio=1.0, cells=bytes(256))
 
 
 @pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
 def test_a_twins_twin_is_in_the_group_in_whatever_order(order):
   """a and b are 8 bits apart, b and c too, a and c 16; d is far from all."""
   looks = {"a": look_of(0), "b": look_of(0xFF), "c": look_of(0xFFFF)}
-  assert list(near_duplicates.pairs([looks["a"], looks["c"]])) == []
+  assert list(near_duplicates.similar_pairs([looks["a"], looks["c"]])) == []
   found = near_duplicates.groups(
     {name: looks[name] for name in order} | {"d": look_of(2**64 - 1)}
   )
@@ -125,7 +127,7 @@ def test_the_code_is_that_of_a_plain_cosine_transform():
   waves = np.einsum("uy,yx,vx->uv", basis, grey.astype(float), basis).ravel()
   median = sorted(waves[1:])[31]
   code = sum(1 << (63 - i) for i in range(64) if waves[i] > median)
-  look = near_duplicates.look(np.repeat(grey[:, :, None], 3, axis=2))
+  look = near_duplicates.hash_image(np.repeat(grey[:, :, None], 3, axis=2))
   assert look.code == code
   cells = np.frombuffer(look.cells, np.uint8).reshape(16, 16)
   np.testing.assert_allclose(
@@ -150,7 +152,7 @@ def test_the_snapshots_one_grey_twin_is_found_and_no_other(snapshot):
   """pids 16 and 313 are one picture, of which one copy is grey."""
   assert len(snapshot) == 365
   groups = near_duplicates.groups(
-    {pid: near_duplicates.look(x) for pid, x in snapshot.items()}
+    {pid: near_duplicates.hash_image(x) for pid, x in snapshot.items()}
   )
   merged = [(pid, group) for pid, group in groups.items() if pid != group]
   assert merged == [("313", "16")]

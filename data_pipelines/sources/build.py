@@ -1,0 +1,275 @@
+"""Builds a data dir from a source of problems, whole or not at all.
+
+A data dir holds the problems as ArrayRecord (splits `train`, `eval` and, where
+the source has unanswered ones, `test`), `tokenizer.model` trained on them,
+`rejects.jsonl` and `manifest.json`. A complete one is reused as it is.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import itertools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from data_pipelines import validation
+from data_pipelines.sources import folders, intake, mathvista, synthetic
+from data_pipelines.text import chat_prompts, tokenizer
+
+# Raise this when an old request gives new bytes.
+FORMAT = 2
+SYNTHETIC = "synthetic"
+_MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
+_TOKENIZER = "tokenizer.model"
+_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
+_MAX_TOKENIZER_TEXTS = 3_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """The source and the contents of a data dir.
+
+  Attributes:
+    source: The settings of synthetic problems, or a folder that `folders` can
+      read.
+    data_dir: The folder to build.
+    seed: Another seed is another division into train and eval.
+    eval_fraction: Expected share of the answered images that `eval` gets; 0
+      makes no `eval`, 1 no `train`.
+    vocab_size: Largest number of pieces of the tokenizer.
+    max_reject_fraction: Largest share of unusable records, below 1.
+  """
+
+  source: synthetic.Spec | str
+  data_dir: str
+  seed: int
+  eval_fraction: float
+  vocab_size: int
+  max_reject_fraction: float
+
+  def __post_init__(self):
+    for name, holds, rule in (
+      ("data_dir", self.data_dir != "", "the path of a folder"),
+      ("seed", self.seed >= 0, "at least 0"),
+      ("eval_fraction", 0 <= self.eval_fraction <= 1, "0 to 1"),
+      ("max_reject_fraction", 0 <= self.max_reject_fraction < 1, "0 up to 1"),
+    ):
+      if not holds:
+        raise validation.SettingError(
+          f"{name} ({getattr(self, name)!r}) must be {rule}."
+        )
+
+
+def build_data_dir(request: Request) -> dict[str, Any]:
+  """Builds the data dir, unless it is complete already.
+
+  If two processes ask for the same one, the second waits and reuses it.
+
+  Returns:
+    The manifest: `source`, `terms` (whose terms forbid training, or ""),
+    `counts` by split, `rejects` by reason, `withheld` pids that are in no
+    split (see `intake.assign_splits`), `fingerprint` of all records in any
+    order, `salt` of the division, `tokenizer`, `files`.
+
+  Raises:
+    SettingError: The request, the source or the folder must change first.
+  """
+  readers, options = _open_source(request)
+  data_dir = pathlib.Path(request.data_dir).resolve()
+  building = data_dir.with_name(f".{data_dir.name}.building")
+  retired = data_dir.with_name(f".{data_dir.name}.retired")
+  _require_replaceable(data_dir)
+  with _lock(data_dir):
+    manifest = _read_reusable(data_dir, options)
+    if manifest is not None:
+      logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
+      return manifest
+    # A killed process leaves these.
+    for leftover in (building, retired):
+      shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir()
+    try:
+      manifest = _write(request, readers, options, building)
+      if data_dir.exists():
+        data_dir.rename(retired)
+      building.rename(data_dir)
+    finally:
+      for leftover in (building, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+  logging.info("Prepared %s: %s.", data_dir, manifest["counts"])
+  return manifest
+
+
+def _open_source(request: Request) -> tuple[folders.Readers, dict[str, Any]]:
+  """The source's readers, and the options that a manifest must match."""
+  options = dataclasses.asdict(request)
+  del options["data_dir"]
+  if isinstance(request.source, synthetic.Spec):
+    spec = request.source
+    draw = functools.cache(lambda: list(synthetic.problems(spec)))
+    readers: folders.Readers = {SYNTHETIC: draw}
+  else:
+    folder = folders.find(request.source)
+    # Names and sizes, not the path: a snapshot may be moved.
+    readers, options["source"] = folder.readers, folder.files
+  # JSON turns tuples into lists, in the manifest too.
+  return readers, json.loads(json.dumps({"format": FORMAT, **options}))
+
+
+def _require_replaceable(data_dir: pathlib.Path) -> None:
+  """Refuses a folder with files that this module did not write."""
+  if not data_dir.exists():
+    return
+  if not data_dir.is_dir():
+    raise validation.SettingError(
+      f"data_dir ({str(data_dir)!r}) must be a folder, not a file."
+    )
+  foreign = sorted({path.name for path in data_dir.iterdir()} - _OWN_FILES)
+  if foreign:
+    raise validation.SettingError(
+      f"data_dir ({str(data_dir)!r}) must be new, empty or made by prepare, "
+      f"but holds {', '.join(foreign[:3])}; choose another folder."
+    )
+
+
+@contextlib.contextmanager
+def _lock(data_dir: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process is building this data dir."""
+  try:
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(data_dir.with_name(f".{data_dir.name}.lock"), "w")
+  except OSError as error:
+    raise validation.SettingError(
+      f"data_dir ({str(data_dir)!r}) must be a folder that can be made: "
+      f"{error}; choose another folder."
+    ) from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _read_reusable(
+  data_dir: pathlib.Path, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """The manifest of a complete data dir that was made with these options."""
+  if not (data_dir / _MANIFEST).exists():
+    return None
+  try:
+    manifest = json.loads((data_dir / _MANIFEST).read_text())
+    if manifest["request"] == options and manifest["files"] == _sizes(data_dir):
+      return manifest
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    logging.warning("Cannot read the manifest of %s: %r", data_dir, error)
+  logging.info(
+    "Rebuilding %s: incomplete, or made with other options", data_dir
+  )
+  return None
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+  """Bytes of every file under the folder except the manifest."""
+  return {
+    path.relative_to(folder).as_posix(): path.stat().st_size
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name != _MANIFEST
+  }
+
+
+def _write(
+  request: Request,
+  readers: folders.Readers,
+  options: dict[str, Any],
+  folder: pathlib.Path,
+) -> dict[str, Any]:
+  """Writes a data dir into an empty folder, and returns its manifest."""
+  accepted, rejects = intake.check_records(readers)
+  _limit_rejects(request, len(accepted), rejects)
+  salt = f"seed-{request.seed}"
+  splits = intake.assign_splits(
+    accepted, salt=salt, eval_fraction=request.eval_fraction
+  )
+  counts = collections.Counter(splits.values())
+  _require_both_sides(request, counts)
+  problems = {
+    split: intake.SplitView(readers, splits, split)
+    for split in ("train", "eval", "test")
+    if counts[split]
+  }
+  texts = map(chat_prompts.chat_text, next(iter(problems.values())))
+  with validation.user_errors():
+    tokenizer.train(
+      itertools.islice(texts, _MAX_TOKENIZER_TEXTS),
+      folder / _TOKENIZER,
+      request.vocab_size,
+    )
+  mathvista.write(problems, folder)
+  with open(folder / _REJECTS, "w") as file:
+    file.writelines(json.dumps(each, default=str) + "\n" for each in rejects)
+  is_synthetic = isinstance(request.source, synthetic.Spec)
+  num_original = sum(record.is_mathvista for record in accepted)
+  trained = tokenizer.Tokenizer(folder / _TOKENIZER)
+  manifest = {
+    "source": SYNTHETIC if is_synthetic else request.source,
+    "terms": mathvista.terms(num_original, len(accepted)),
+    "counts": {split: counts[split] for split in problems},
+    "rejects": _reasons(rejects),
+    "withheld": sorted(
+      record.pid for record in accepted if splits[record.key] == intake.WITHHELD
+    ),
+    "fingerprint": intake.fingerprint(accepted, splits),
+    "salt": salt,
+    "tokenizer": {
+      "fingerprint": trained.fingerprint,
+      "vocab_size": trained.vocab_size,
+    },
+    "files": _sizes(folder),
+    "request": options,
+  }
+  (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+  return manifest
+
+
+def _require_both_sides(request: Request, counts: Mapping[str, int]) -> None:
+  """Refuses a division that leaves either train or eval without problems."""
+  if not 0 < request.eval_fraction < 1:
+    return
+  if (counts["train"] > 0) != (counts["eval"] > 0):
+    raise validation.SettingError(
+      f"eval_fraction ({request.eval_fraction}) must leave problems to both "
+      f"splits, but train gets {counts['train']} problems and eval "
+      f"{counts['eval']}; move it towards 0.5 or give more problems."
+    )
+
+
+def _limit_rejects(
+  request: Request, num_accepted: int, rejects: Sequence[Mapping[str, Any]]
+) -> None:
+  total = num_accepted + len(rejects)
+  if not total:
+    raise validation.SettingError(
+      f"source ({request.source!r}) must hold at least one record."
+    )
+  # The limit is below 1, so at least one record is accepted.
+  if len(rejects) / total <= request.max_reject_fraction:
+    return
+  counts = ", ".join(f"{n} {why}" for why, n in _reasons(rejects).items())
+  first = rejects[0]
+  raise validation.SettingError(
+    f"{len(rejects)} of {total} records are unusable ({counts}); the limit is "
+    f"max_reject_fraction ({request.max_reject_fraction}). The first one: pid "
+    f"{first['pid']} of {first['split']}, {first['detail']}. Fix the source or "
+    "raise max_reject_fraction."
+  )
+
+
+def _reasons(rejects: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+  """The number of rejected records for each reason, by name."""
+  counts = collections.Counter(reject["reason"] for reject in rejects)
+  return dict(sorted(counts.items()))
