@@ -33,9 +33,9 @@ def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
   }
   if 0 not in accuracies or len(accuracies) < 2:
     raise ValueError(
-      f"{workdir}/metrics.jsonl must have eval/accuracy at step 0 and at a later"
-      f" step, but has it at {sorted(accuracies)}; set config.eval.every_steps"
-      " to at most config.train.num_steps."
+      f"{workdir}/metrics.jsonl must have eval/accuracy at step 0 and at a"
+      f" later step, but has it at {sorted(accuracies)}; set"
+      " config.eval.every_steps to at most config.train.num_steps."
     )
   return {
     "warm_start_accuracy": accuracies[0],
