@@ -18,10 +18,6 @@ import sys
 def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
   """The content of `smoke.json`.
 
-  Args:
-    workdir: The workdir of the GRPO run.
-    wall_seconds: The duration of the script, without the installation.
-
   Raises:
     ValueError: The eval split was not scored both before the first update and
       after a later one.

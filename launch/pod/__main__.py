@@ -118,9 +118,9 @@ def _run(arguments: argparse.Namespace) -> int:
       workers.run(cloud, count, job)
       logging.info("Started on %d workers; `logs -f` follows them.", count)
   elif verb == "create":
-    logging.info("%s", slices.create(cloud))
+    slices.create(cloud)
   elif verb == "delete":
-    logging.info("%s", slices.delete(cloud))
+    slices.delete(cloud)
   elif verb == "wait":
     found = slices.wait(
       cloud, timeout_seconds=arguments.timeout, poll_seconds=arguments.poll
@@ -134,12 +134,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _supervise(
   cloud: gcloud.Gcloud, job: workers.Job, arguments: argparse.Namespace
 ) -> int:
-  timing = supervision.Timing(
+  code = supervision.Supervisor(
+    cloud,
+    job,
     queue_seconds=arguments.timeout,
     poll_seconds=arguments.poll,
     pause_seconds=arguments.pause,
-  )
-  code = supervision.Supervisor(cloud, job, timing).supervise()
+  ).supervise()
   logging.info("The run ended with exit code %d.", code)
   logging.info("The slice still exists and costs money until you `delete` it.")
   return code

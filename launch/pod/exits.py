@@ -48,7 +48,9 @@ class Exit(enum.IntEnum):
 
 
 class Failure(Exception):
-  """An error that ends a verb.
+  """An error of gcloud, of a slice or of a worker, which ends the verb.
+
+  Nearly every function of the launcher can raise it.
 
   Attributes:
     exit: The exit code of the script.

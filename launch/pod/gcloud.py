@@ -74,14 +74,7 @@ class Gcloud:
     self.dry_run = dry_run
 
   def describe(self, kind: str) -> dict[str, Any] | None:
-    """Asks the API for the slice; None if there is none.
-
-    Args:
-      kind: "tpu-vm" or "queued-resources".
-
-    Raises:
-      Failure: The API did not answer.
-    """
+    """Asks the API for the "tpu-vm" or the "queued-resources" of the slice."""
     try:
       answer = self.tpus(kind, "describe", self.settings.name, "--format=json")
     except exits.Failure as failure:
@@ -91,11 +84,7 @@ class Gcloud:
     return json.loads(answer) if answer else None
 
   def tpus(self, *words: str) -> str:
-    """Runs a command of `gcloud compute tpus`; returns its output.
-
-    Raises:
-      Failure: The command failed; the message is gcloud's.
-    """
+    """Runs a command of `gcloud compute tpus`; returns its output."""
     result = self._run(self._tpus_call(words))
     if result.returncode:
       raise exits.Failure(
@@ -104,22 +93,14 @@ class Gcloud:
     return result.stdout
 
   def copy(self, worker: int, files: Sequence[str]) -> None:
-    """Copies files to the home folder of a worker.
-
-    Raises:
-      Failure: The copy failed.
-    """
+    """Copies files to the home folder of a worker."""
     words = ["tpu-vm", "scp", *files, f"{self.settings.name}:."]
     words += [f"--worker={worker}", *self._connection_flags("scp")]
     result = self._run(self._tpus_call(words))
     self.check_worker(worker, result.returncode, result.stderr)
 
   def run_on_worker(self, worker: int, command: Sequence[str]) -> str:
-    """Runs a command on a worker; returns its output.
-
-    Raises:
-      Failure: The worker could not be reached, or the command failed.
-    """
+    """Runs a command on a worker; returns its output."""
     result = self._run(self.ssh_call(worker, command))
     self.check_worker(worker, result.returncode, result.stderr)
     return result.stdout
@@ -174,11 +155,7 @@ class Gcloud:
     return [*route, *(f"--{program}-flag=-o{option}" for option in options)]
 
   def check_worker(self, worker: int, returncode: int, stderr: str) -> None:
-    """Checks that a call on a worker succeeded.
-
-    Raises:
-      Failure: The call failed, for the reason that ssh or the worker gives.
-    """
+    """Checks that a call on a worker succeeded."""
     if returncode == 0:
       return
     name = f"Worker {worker} of {self.settings.name}"

@@ -82,10 +82,6 @@ class Settings:
 def parse(text: str) -> Settings:
   """Parses the text of a settings file.
 
-  Args:
-    text: Lines of NAME=VALUE. Empty lines and lines that start with # are
-      comments.
-
   Raises:
     ValueError: The message says what is wrong, the rule and the remedy.
   """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import logging
 import time
 from typing import Any
 
@@ -73,13 +74,7 @@ class Slice:
 def from_api(
   request: dict[str, Any] | None, node: dict[str, Any] | None, name: str
 ) -> Slice:
-  """Makes a slice from the API's answers.
-
-  Args:
-    request: The queued resource; None if there is none.
-    node: The TPU VM; None if there is none.
-    name: The name of both.
-  """
+  """Makes a slice from the API's queued resource and TPU VM, if they exist."""
   spec: dict[str, Any] = {}
   details = []
   state = State.ABSENT
@@ -110,12 +105,9 @@ def from_api(
 def find(
   cloud: gcloud.Gcloud, *, assumed: State, always_ask_queue: bool = False
 ) -> Slice:
-  """Asks the API for the slice.
+  """Asks the API for the slice; a dry run assumes its state.
 
-  Args:
-    cloud: The gcloud of the slice.
-    assumed: The state that a dry run assumes.
-    always_ask_queue: False skips the queued resource if the TPU VM is ready.
+  Without `always_ask_queue`, a ready TPU VM makes the second question needless.
   """
   settings = cloud.settings
   node = cloud.describe("tpu-vm")
@@ -139,11 +131,7 @@ def find(
 
 
 def require_ready(cloud: gcloud.Gcloud) -> Slice:
-  """Finds the slice and checks that it is ready.
-
-  Raises:
-    Failure: It is not ready.
-  """
+  """Finds the slice and checks that it is ready."""
   found = find(cloud, assumed=State.READY)
   if found.state != State.READY:
     raise found.failure(cloud.settings.name)
@@ -160,24 +148,15 @@ def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
     )
 
 
-def create(cloud: gcloud.Gcloud) -> str:
-  """Requests the slice, unless it exists or is on its way.
-
-  Returns:
-    A message for the user.
-
-  Raises:
-    Failure: The request was refused; or a slice of this name exists that is not
-      ours, has another type, or can no longer be used.
-  """
+def create(cloud: gcloud.Gcloud) -> None:
+  """Requests the slice, unless it exists or is on its way."""
   settings = cloud.settings
   found = find(cloud, assumed=State.ABSENT)
   if found.state == State.ABSENT:
     cloud.tpus(*_create_words(settings))
-    return (
-      f"Requested {settings.name}: {settings.accelerator_type},"
-      f" {settings.capacity}."
-    )
+    details = (settings.name, settings.accelerator_type, settings.capacity)
+    logging.info("Requested %s: %s, %s.", *details)
+    return
   _require_ours(settings, found)
   if found.accelerator_type != settings.accelerator_type:
     raise exits.Failure(
@@ -188,7 +167,7 @@ def create(cloud: gcloud.Gcloud) -> str:
     )
   if found.state not in (State.READY, State.PENDING):
     raise found.failure(settings.name)
-  return f"{settings.name} already exists: {found.details}."
+  logging.info("%s already exists: %s.", settings.name, found.details)
 
 
 def _create_words(settings: pod_settings.Settings) -> list[str]:
@@ -215,11 +194,7 @@ def _create_words(settings: pod_settings.Settings) -> list[str]:
 def wait(
   cloud: gcloud.Gcloud, *, timeout_seconds: float, poll_seconds: float
 ) -> Slice:
-  """Waits until the slice is ready.
-
-  Raises:
-    Failure: The slice cannot become ready, or the time is over.
-  """
+  """Waits until the slice is ready."""
   deadline = time.monotonic() + timeout_seconds
   while True:
     found = find(cloud, assumed=State.READY)
@@ -231,25 +206,16 @@ def wait(
     time.sleep(min(poll_seconds, remaining))
 
 
-def delete(cloud: gcloud.Gcloud) -> str:
-  """Deletes the slice, or takes it out of the queue.
-
-  Returns:
-    A message for the user.
-
-  Raises:
-    Failure: The slice is not ours, or could not be deleted.
-  """
+def delete(cloud: gcloud.Gcloud) -> None:
+  """Deletes the slice, or takes it out of the queue."""
   settings = cloud.settings
   found = find(cloud, assumed=State.READY, always_ask_queue=True)
   if found.state == State.ABSENT:
-    return (
-      f"Slice {settings.name} does not exist in {settings.zone}: nothing to"
-      " delete."
-    )
+    logging.info("%s does not exist: nothing to delete.", settings.name)
+    return
   _require_ours(settings, found)
   if found.is_queued:
     cloud.tpus("queued-resources", "delete", settings.name, "--force")
   else:
     cloud.tpus("tpu-vm", "delete", settings.name)
-  return f"Deleted {settings.name}."
+  logging.info("Deleted %s.", settings.name)

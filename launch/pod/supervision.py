@@ -53,39 +53,26 @@ def run_exit_code(codes: Sequence[int]) -> int:
   return min(codes, key=rank)
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """Waiting times in seconds.
+@dataclasses.dataclass
+class Supervisor:
+  """Starts a run and restarts it, on one slice after another.
 
   Attributes:
+    cloud: The gcloud of the slice.
+    job: The program to run.
     queue_seconds: The longest wait for a slice.
     poll_seconds: The time between two checks.
-    pause_seconds: The pause before a restart. It doubles with each restart that
-      follows no new step, up to 15 minutes.
+    pause_seconds: The pause before the first restart without a new step. The
+      pause doubles with each further one, up to 15 minutes.
   """
 
+  cloud: gcloud.Gcloud
+  job: workers.Job
   queue_seconds: float
   poll_seconds: float
   pause_seconds: float
-
-  def pause(self, restarts: int) -> float:
-    """The pause before a restart.
-
-    Args:
-      restarts: The number of restarts without a new step, from 1.
-    """
-    return min(self.pause_seconds * 2.0 ** (restarts - 1), 900.0)
-
-
-class Supervisor:
-  """Starts a run and restarts it, on one slice after another."""
-
-  def __init__(self, cloud: gcloud.Gcloud, job: workers.Job, timing: Timing):
-    self._cloud = cloud
-    self._job = job
-    self._timing = timing
-    self._step = -1
-    self._restarts = 0
+  _step: int = -1
+  _restarts: int = 0
 
   def supervise(self) -> int:
     """Keeps the run alive until it is done or a restart cannot help.
@@ -98,7 +85,7 @@ class Supervisor:
       Failure: The slice or gcloud failed for good; or MAX_RESTARTS restarts in
         a row brought no new step.
     """
-    limit = int(self._cloud.settings.max_restarts)
+    limit = int(self.cloud.settings.max_restarts)
     while True:
       try:
         code, was_stopped = self._attempt()
@@ -116,7 +103,7 @@ class Supervisor:
           f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
         )
       self._restarts += 1
-      pause = self._timing.pause(self._restarts)
+      pause = min(self.pause_seconds * 2.0 ** (self._restarts - 1), 900.0)
       logging.warning(
         "%s\nRestart %d of at most %d without a new step, in %.0f s.",
         *(reason, self._restarts, limit, pause),
@@ -126,14 +113,14 @@ class Supervisor:
   def _attempt(self) -> tuple[int, bool]:
     """Runs until the run ends: its exit code, and if `stop` ended it."""
     num_workers = self._ready_slice().num_workers
-    statuses = workers.status(self._cloud, num_workers)
+    statuses = workers.status(self.cloud, num_workers)
     if not any(status.state == "running" for status in statuses):
       self._start(statuses)
     while True:
-      time.sleep(0 if self._cloud.dry_run else self._timing.poll_seconds)
+      time.sleep(0 if self.cloud.dry_run else self.poll_seconds)
       # The API knows of a preemption before ssh fails.
-      slices.require_ready(self._cloud)
-      status = workers.worker_status(self._cloud, 0)
+      slices.require_ready(self.cloud)
+      status = workers.worker_status(self.cloud, 0)
       if status.step > self._step:
         self._step, self._restarts = status.step, 0
       if status.state != "running":
@@ -141,44 +128,44 @@ class Supervisor:
 
   def _ready_slice(self) -> slices.Slice:
     """Creates the slice if necessary and waits until it is ready."""
-    found = slices.find(self._cloud, assumed=State.ABSENT)
+    found = slices.find(self.cloud, assumed=State.ABSENT)
     if found.state in _DEAD:
-      logging.warning("%s", slices.delete(self._cloud))
+      slices.delete(self.cloud)
     if found.state in (*_DEAD, State.ABSENT):
-      logging.info("%s", slices.create(self._cloud))
+      slices.create(self.cloud)
     if found.state == State.READY:
       return found
     return slices.wait(
-      self._cloud,
-      timeout_seconds=self._timing.queue_seconds,
-      poll_seconds=self._timing.poll_seconds,
+      self.cloud,
+      timeout_seconds=self.queue_seconds,
+      poll_seconds=self.poll_seconds,
     )
 
   def _start(self, statuses: Sequence[workers.Status]) -> None:
-    version = self._cloud.settings.image or workers.commit()
+    version = self.cloud.settings.image or workers.commit()
     if any(status.commit != version for status in statuses):
       logging.info("Setting up %d workers: %s.", len(statuses), version)
-      workers.setup(self._cloud, len(statuses))
-    workers.run(self._cloud, len(statuses), self._job)
+      workers.setup(self.cloud, len(statuses))
+    workers.run(self.cloud, len(statuses), self.job)
     logging.info("Started the run on %d workers.", len(statuses))
 
   def _wait_for_end(self, num_workers: int) -> tuple[int, bool]:
     """Waits for all workers: the exit code, and if `stop` ended the run."""
     while True:
-      statuses = workers.status(self._cloud, num_workers)
+      statuses = workers.status(self.cloud, num_workers)
       if not any(status.state == "running" for status in statuses):
         break
-      time.sleep(self._timing.poll_seconds)
+      time.sleep(self.poll_seconds)
     codes = [
       _LOST if status.exit_code is None else status.exit_code
       for status in statuses
     ]
-    if self._cloud.dry_run:
+    if self.cloud.dry_run:
       codes = [ExitCode.DONE]
     logging.info("Exit codes of the workers: %s.", codes)
     code = run_exit_code(codes)
     if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
       # A vanishing slice also looks like an error to its last hosts.
-      time.sleep(self._timing.poll_seconds)
-      slices.require_ready(self._cloud)
+      time.sleep(self.poll_seconds)
+      slices.require_ready(self.cloud)
     return code, any(status.was_stopped for status in statuses)

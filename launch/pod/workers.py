@@ -33,12 +33,7 @@ _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 def on_each(
   cloud: gcloud.Gcloud, num_workers: int, action: Callable[[int], T]
 ) -> list[T]:
-  """Calls an action with the number of each worker; returns the results.
-
-  Raises:
-    Failure: The action failed on some workers, which the message lists. The
-      others have finished it.
-  """
+  """Calls an action with the number of each worker; returns the results."""
   # gcloud's first ssh creates the key; parallel calls would all create one.
   has_key = pathlib.Path("~/.ssh/google_compute_engine").expanduser().exists()
   parallel = _MAX_PARALLEL_CALLS if has_key and not cloud.dry_run else 1
@@ -105,7 +100,8 @@ class Job:
         )
 
 
-def _git(*words: str) -> str:
+def _git(*words: str, rule: str = "git must succeed") -> str:
+  """Runs git; `rule` says what must hold, if it fails."""
   try:
     result = subprocess.run(
       ["git", "-C", str(ROOT), *words], capture_output=True, text=True
@@ -115,41 +111,27 @@ def _git(*words: str) -> str:
       Exit.BAD_REQUEST, "git must be on PATH, to send the committed files."
     ) from error
   if result.returncode:
-    raise exits.Failure(Exit.BAD_REQUEST, result.stderr.strip())
+    raise exits.Failure(Exit.BAD_REQUEST, f"{rule}: {result.stderr.strip()}")
   return result.stdout.strip()
 
 
 def commit() -> str:
-  """The hash of the last commit.
-
-  Raises:
-    Failure: The project is not in a git checkout.
-  """
-  try:
-    return _git("rev-parse", "--verify", "HEAD^{commit}")
-  except exits.Failure as failure:
-    raise exits.Failure(
-      Exit.BAD_REQUEST,
-      f"{ROOT} must be a git checkout with a commit, because the committed"
-      f" files are sent: {failure}",
-    ) from failure
+  """The hash of the last commit."""
+  rule = (
+    f"{ROOT} must be a git checkout with a commit, because the committed files"
+    " are sent"
+  )
+  return _git("rev-parse", "--verify", "HEAD^{commit}", rule=rule)
 
 
 def require_committed(config: str) -> None:
-  """Checks that a config is in the last commit.
-
-  Raises:
-    Failure: It is not.
-  """
+  """Checks that a config is in the last commit."""
   path = config.partition(":")[0]
-  try:
-    _git("cat-file", "-e", f"{commit()}:{path}")
-  except exits.Failure as failure:
-    raise exits.Failure(
-      Exit.BAD_REQUEST,
-      f"CONFIG ({config!r}) must be a file of the last commit, because the"
-      " committed files are sent; commit it, or correct the name.",
-    ) from failure
+  rule = (
+    f"CONFIG ({config!r}) must be a file of the last commit, because the"
+    " committed files are sent; commit it, or correct the name"
+  )
+  _git("cat-file", "-e", f"{commit()}:{path}", rule=rule)
 
 
 def count_uncommitted() -> int:
@@ -162,9 +144,6 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
 
   Returns:
     The commit or the image.
-
-  Raises:
-    Failure: The setup of a worker failed.
   """
   settings = cloud.settings
   version = settings.image or commit()
@@ -185,11 +164,7 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
 
 
 def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
-  """Starts the same command on every worker, and returns.
-
-  Raises:
-    Failure: The command did not start on a worker.
-  """
+  """Starts the same command on every worker, and returns."""
   words = ["run", cloud.settings.workdir, cloud.settings.image]
   words += [f"--config={job.config}", *job.flags]
   _run_script(cloud, num_workers, *words)
@@ -250,11 +225,7 @@ class Status:
 
 
 def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
-  """The status of one worker.
-
-  Raises:
-    Failure: The worker did not answer.
-  """
+  """The status of one worker."""
   try:
     return Status.parse(cloud.run_on_worker(worker, _script("status")))
   except exits.Failure as failure:
@@ -264,25 +235,12 @@ def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
 
 
 def status(cloud: gcloud.Gcloud, num_workers: int) -> list[Status]:
-  """The status of each worker.
-
-  Raises:
-    Failure: Some workers did not answer.
-  """
+  """The status of each worker."""
   return on_each(cloud, num_workers, lambda k: worker_status(cloud, k))
 
 
 def stop(cloud: gcloud.Gcloud, num_workers: int, *, kill: bool) -> None:
-  """Makes the run save and end, and waits for the end.
-
-  Args:
-    cloud: The gcloud of the slice.
-    num_workers: The number of workers.
-    kill: True kills a run that has not ended after GRACE_SECONDS.
-
-  Raises:
-    Failure: The run continues on a worker, or a worker did not answer.
-  """
+  """Makes the run save and end, and waits; `kill` kills it after a while."""
   words = ["stop", cloud.settings.grace_seconds, *(["kill"] if kill else [])]
   _run_script(cloud, num_workers, *words)
 
@@ -290,17 +248,7 @@ def stop(cloud: gcloud.Gcloud, num_workers: int, *, kill: bool) -> None:
 def logs(
   cloud: gcloud.Gcloud, workers: Sequence[int], lines: int, *, follow: bool
 ) -> None:
-  """Prints the last lines of the logs, each with its worker's number.
-
-  Args:
-    cloud: The gcloud of the slice.
-    workers: The numbers of the workers.
-    lines: The number of lines of each log.
-    follow: True also prints all new lines, until Ctrl-C.
-
-  Raises:
-    Failure: A log could not be read.
-  """
+  """Prints the last lines of each log; `follow` adds new lines until Ctrl-C."""
   command = _script("logs", str(lines), *(["follow"] if follow else []))
   lock = threading.Lock()
 
@@ -311,9 +259,8 @@ def logs(
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
-  processes = []
   with contextlib.ExitStack() as stack:
-    threads = []
+    relays = []
     for worker in workers:
       call = cloud.ssh_call(worker, command, _TERMINAL if follow else ())
       errors = stack.enter_context(tempfile.TemporaryFile("w+"))
@@ -322,26 +269,21 @@ def logs(
       )
       stack.enter_context(process)
       stack.callback(process.terminate)
-      processes.append((worker, process, errors))
-      threads.append(
-        threading.Thread(target=relay, args=(worker, process), daemon=True)
+      thread = threading.Thread(
+        target=relay, args=(worker, process), daemon=True
       )
-      threads[-1].start()
-    for thread in threads:
+      thread.start()
+      relays.append((worker, process, errors, thread))
+    for *_, thread in relays:
       thread.join()
-    for _, process, _ in processes:
-      process.wait()
-    for worker, process, errors in processes:
+    for worker, process, errors, _ in relays:
+      returncode = process.wait()
       errors.seek(0)
-      cloud.check_worker(worker, process.returncode, errors.read())
+      cloud.check_worker(worker, returncode, errors.read())
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
-  """Serves TensorBoard of the run at a local port, until Ctrl-C.
-
-  Raises:
-    Failure: TensorBoard did not start.
-  """
+  """Serves TensorBoard of the run at a local port, until Ctrl-C."""
   forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
   call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
   with cloud.start(call, stderr=subprocess.PIPE) as process:
