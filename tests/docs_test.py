@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, settings are there."""
+"""The documents are right about links, settings, metrics, paths and rooms."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ from tests import layering_test
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-# As GitHub makes anchors of headings.
+# GitHub's rule for the anchors of headings.
 _NOT_IN_ANCHOR = re.compile(r"[^\w\- ]")
 
 
@@ -44,7 +44,7 @@ def dead_links(page: pathlib.Path, text: str) -> list[str]:
   dead = []
   for link in _LINK.findall(without_code(text)):
     if re.match(r"[a-z]+:", link):
-      continue  # Of the network, which tests do not ask.
+      continue  # An address on the network, which tests do not ask.
     path, _, anchor = link.partition("#")
     target = (page.parent / path).resolve() if path else page
     is_inside = target.is_relative_to(ROOT)
@@ -94,12 +94,12 @@ def leaves(values, prefix=""):
 
 SETTINGS = set(leaves(base.get_config()))
 SECTIONS = {name.split(".")[0] for name in SETTINGS if "." in name}
-# Names of our own files that read like settings: `data.py` is none.
+# Names of files that look like settings, as `data.py` does.
 _FILES = re.compile(r"\.(py|json|jsonl|md|sh|txt|yaml|model|gz)$")
 
 
 def settings_named(text: str) -> set[str]:
-  """What a text takes for settings: after --config., or in quotes as code."""
+  """Names of settings in a text: after --config., or in quotes as code."""
   flags = re.findall(r"--config\.([a-z_0-9.]+[a-z_0-9])", text)
   quoted = re.findall(r"`([a-z_]+\.[a-z_0-9.]+)(?:=[^`]*)?`", text)
   return {*flags} | {
@@ -110,12 +110,12 @@ def settings_named(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_setting_that_a_page_names_is_there(page):
+def test_every_setting_that_a_page_names_exists(page):
   assert settings_named(page.read_text()) - SETTINGS == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_metric_that_a_page_names_is_there(page):
+def test_every_metric_that_a_page_names_exists(page):
   prefixes = "train|rollout|reward|eval|data|perf|checkpoint"
   quoted = re.findall(rf"`((?:{prefixes})/[a-z_0-9/]+)`", page.read_text())
   folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
@@ -142,17 +142,19 @@ _MADE_BY_THE_READER = "launch/tpu.env"
 _MODULE = re.compile(r"python -m ((?:grpo_tpu|data_pipelines)[\w.]*)")
 
 
-def is_there(module: str) -> bool:
+def module_exists(module: str) -> bool:
   path = ROOT / module.replace(".", "/")
   return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_path_and_module_that_a_page_names_is_there(page):
-  """But for the changelog, which names what has gone."""
+def test_every_path_and_module_that_a_page_names_exists(page):
+  """Except the changelog, which names what is gone."""
   if page.name == "CHANGELOG.md":
     return
   text = page.read_text()
   paths = set(_PATH.findall(text)) - {_MADE_BY_THE_READER}
   assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
-  assert [name for name in _MODULE.findall(text) if not is_there(name)] == []
+  assert [
+    name for name in _MODULE.findall(text) if not module_exists(name)
+  ] == []

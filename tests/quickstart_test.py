@@ -1,4 +1,4 @@
-"""What the guides tell a reader to type works as it stands."""
+"""The commands and the code of the guides work as they stand."""
 
 import importlib.util
 import json
@@ -19,11 +19,11 @@ from data_pipelines import records
 from grpo_tpu.rewards import custom
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_STAYS = shutil.ignore_patterns(
+_NOT_COPIED = shutil.ignore_patterns(
   *(".git", ".venv*", "runs", "__pycache__", ".*_cache", "*.egg-info")
 )
-# Says of each command line of the program what its checks say. In a process of
-# its own, for absl's flags are one set to a process.
+# Checks the flags and the settings of a command line. It runs in a process of its
+# own, since absl has one set of flags per process.
 _CHECK = """
 import sys
 from grpo_tpu.config import flags, schema
@@ -42,20 +42,20 @@ def blocks(page: str, language: str) -> list[str]:
 def checkout(tmp_path_factory) -> pathlib.Path:
   """A fresh copy of the tree, with this Python's packages as its venv."""
   copy = tmp_path_factory.mktemp("fresh") / "a checkout"
-  shutil.copytree(ROOT, copy, ignore=_STAYS)
+  shutil.copytree(ROOT, copy, ignore=_NOT_COPIED)
   (copy / ".venv").symlink_to(sys.prefix)
   return copy
 
 
 def environment(checkout: pathlib.Path) -> dict[str, str]:
-  """As a reader has it, but for the venv: nothing of the tests' own."""
+  """The environment of a reader, plus the venv; nothing of the tests' own."""
   dropped = ("PYTHONPATH", "XLA_FLAGS", "JAX_PLATFORMS")
   kept = {k: v for k, v in os.environ.items() if k not in dropped}
   return kept | {"GRPO_TPU_VENV": str(checkout / ".venv")}
 
 
-def typed(command: str, checkout: pathlib.Path, timeout: float) -> str:
-  """Types it into a shell in the checkout; what it prints."""
+def run_in_shell(command: str, checkout: pathlib.Path, timeout: float) -> str:
+  """Runs a command in a shell in the checkout, and returns its output."""
   ran = subprocess.run(
     ["bash", "-c", command],
     cwd=checkout,
@@ -69,10 +69,10 @@ def typed(command: str, checkout: pathlib.Path, timeout: float) -> str:
   return ran.stdout
 
 
-def test_every_command_of_the_quickstart_has_flags_and_settings_that_are_there(
+def test_every_command_of_the_guides_has_flags_and_settings_that_exist(
   checkout,
 ):
-  """All but the training: no word of them is unknown or out of its rule."""
+  """Everything but the training: no flag or setting is unknown or wrong."""
   words = [
     shlex.split(block.replace("\\\n", " "))
     for page in ("quickstart.md", "extending.md")
@@ -96,19 +96,19 @@ def test_the_rewards_of_the_guide_are_rewards(tmp_path, monkeypatch):
   problem = records.Problem(**values)
   for name in ("brevity", "names_the_unit"):
     reward = custom.resolve(f"my_rewards:{name}")
-    paid = reward(["3 cm", "three"], [problem, problem])
-    assert len(paid) == 2 and all(map(math.isfinite, paid))
-    assert paid[0] != paid[1] or name == "brevity"
+    rewards = reward(["3 cm", "three"], [problem, problem])
+    assert len(rewards) == 2 and all(map(math.isfinite, rewards))
+    assert rewards[0] != rewards[1] or name == "brevity"
   spec = importlib.util.find_spec("my_rewards")
   assert spec and spec.origin == str(tmp_path / "my_rewards.py")
 
 
 def test_the_data_of_the_guide_can_be_trained_on(checkout):
-  """Drawn, read, divided, none refused, and of no terms that forbid it."""
+  """It is drawn, read and split; no problem is rejected, no terms forbid it."""
   (source,) = [x for x in blocks("extending.md", "python") if "my_probl" in x]
   (checkout / "my_problems.py").write_text(source)
   (command,) = blocks("extending.md", "sh")
-  typed(command, checkout, timeout=300)
+  run_in_shell(command, checkout, timeout=300)
   manifest = json.loads(
     (checkout / "runs" / "squares-data" / "manifest.json").read_text()
   )
@@ -118,14 +118,14 @@ def test_the_data_of_the_guide_can_be_trained_on(checkout):
 
 @pytest.mark.nightly
 def test_the_quickstart_runs_as_it_stands(checkout):
-  """Every block, in order, in a copy that nothing was ever run in."""
+  """Every block, in order, in a fresh copy of the checkout."""
   for block in blocks("quickstart.md", "sh"):
     if "tensorboard" in block:
-      serves(block, checkout)
+      check_server(block, checkout)
     else:
-      said = typed(block, checkout, timeout=1800)
+      output = run_in_shell(block, checkout, timeout=1800)
       for noise in ("Traceback", "libtpu", "Unable to initialize backend"):
-        assert noise not in said
+        assert noise not in output
   runs = checkout / "runs"
   assert json.loads((runs / "smoke" / "smoke.json").read_text())["steps"] == 100
   assert (runs / "smoke-evaluation" / "eval" / "report.html").is_file()
@@ -135,8 +135,8 @@ def test_the_quickstart_runs_as_it_stands(checkout):
   assert preference["end"]["step"] == 20
 
 
-def serves(command: str, checkout: pathlib.Path) -> None:
-  """The command of a server, until it answers at the address it prints."""
+def check_server(command: str, checkout: pathlib.Path) -> None:
+  """Starts a server and waits until it answers at the address it prints."""
   log = checkout / "server.txt"
   with log.open("wb") as file:
     process = subprocess.Popen(
