@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import images, records
-from data_pipelines.preferences import replies as preferences
+from data_pipelines.preferences import completions as preferences
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
 
@@ -214,12 +214,12 @@ class RowBuilder:
     self, problem: records.Problem, position: list[int]
   ) -> tuple[list[list[int]], list[float]]:
     """The ids and labels of the completions that come with the prompt."""
-    given: tuple[preferences.Reply, ...] = ()
+    given: tuple[preferences.Labelled, ...] = ()
     if self.kind == "demonstrations":
       text = chat_prompts.demonstration(problem, template=self.template)
-      given = (preferences.Reply(text, 1.0),)
+      given = (preferences.Labelled(text, 1.0),)
     elif self.kind == "preference":
-      source = self.completion_source or preferences.drawn(
+      source = self.completion_source or preferences.synthesize(
         self.num_labelled, template=self.template
       )
       given = source(problem, np.random.default_rng([self.seed, *position]))

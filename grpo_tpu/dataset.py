@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from data_pipelines import pipeline, prompt_rows
-from data_pipelines.preferences import replies as preferences
+from data_pipelines.preferences import completions as preferences
 from data_pipelines.sources import build, mathvista
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
@@ -179,7 +179,7 @@ def _replies(
     return None, {}
   count, file = config.data.preference_completions, config.data.preference_file
   if not file:
-    drawn = preferences.drawn(
+    drawn = preferences.synthesize(
       count,
       kinds=config.data.preference_kinds,
       template=chat_prompts.TEMPLATES[config.data.prompt_template],

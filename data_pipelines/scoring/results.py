@@ -1,8 +1,12 @@
-"""A file of answered problems in MathVista's results layout, held to be whole.
+"""Results files: answered problems in MathVista's format.
 
-JSON keyed by pid, as the benchmark's own program and `--mode=evaluate` write
-it, or JSONL, one record a line. No record is ever dropped: a share of right
-answers is only worth what its denominator is. Knows nothing of scoring.
+A file is JSON keyed by pid, as the benchmark's own program and
+`--mode=evaluate` write it, a JSON list of records, or JSONL with one record per
+line. A fault in any record refuses the whole file, because dropping records
+would change what a share of right answers means.
+
+References:
+  The format: https://github.com/lupantech/MathVista (results/).
 """
 
 import collections
@@ -14,23 +18,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipelines import records
-
-# The pid that an evaluation gives to a record that it could not read.
-_UNREADABLE = "unreadable:"
-
-
-class ResultsError(ValueError):
-  """The file cannot be scored; the message names what to change."""
+from data_pipelines.scoring import figures
+from data_pipelines.validation import SettingError
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One problem and what was answered.
+  """One problem and the response to it.
 
   Attributes:
-    problem: Without its picture; its answer is "" where none is public.
-    record: As the file has it, NaN and infinities as null.
-    response: What the model wrote; None where it gave none.
+    problem: The problem without its image; its answer is "" if not public.
+    record: The record as in the file, with None for NaN and infinities.
+    response: The model's text; None if there is none.
   """
 
   problem: records.Problem
@@ -38,141 +37,178 @@ class Result:
   response: str | None
 
   @property
-  def unreadable(self) -> bool:
-    """Whether it stands in for a record that an evaluation could not read.
-
-    Nothing is known of such a problem, not even its sort. It could not be
-    asked, which is no reason to leave it out: it is wrong.
-    """
-    return self.problem.pid.startswith(_UNREADABLE)
-
-  @property
   def counts(self) -> bool:
-    """Whether it is right or wrong, and not just without a public answer."""
-    return self.problem.has_answer or self.unreadable
+    """True if the record is right or wrong, False without a public answer.
+
+    A record that an evaluation could not read counts as wrong.
+    """
+    return self.problem.has_answer or figures.is_unreadable(self.problem.pid)
 
 
 def read(path: str | os.PathLike[str]) -> list[Result]:
-  """Every record of a results file, in its order.
+  """Reads every record of a results file, in its order, and validates it.
 
   Args:
-    path: JSONL if it ends in .jsonl, else JSON.
+    path: A JSONL file if it ends in .jsonl, else a JSON file.
 
   Raises:
-    ResultsError: The file, or any record of it, is not as it should be.
+    SettingError: The file or a record breaks a rule.
   """
-  path = pathlib.Path(path)
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except (OSError, ValueError) as error:
-    raise _error(path, f"be a file of text, but {error}", "name one") from error
-  lines = path.suffix == ".jsonl"
-  rows = list(_lines(path, text) if lines else _keyed(path, text))
-  if not rows:
-    raise _error(path, "hold some record, but is empty", "name another")
+  rows = list(read_rows(path))
   results, faults = [], []
   for pid, row in rows:
     try:
-      results.append(_result(pid, row))
+      results.append(_validated(pid, row))
     except records.BadRecord as error:
       faults.append((pid, error))
   if faults:
     reasons = collections.Counter(error.reason for _, error in faults)
     counted = ", ".join(f"{n} {why}" for why, n in sorted(reasons.items()))
     pid, first = faults[0]
-    raise _error(
+    raise error_in(
       path,
       f"hold records in MathVista's schema, but {len(faults)} of {len(rows)} "
-      f"are not ({counted}; the first: pid {pid!r}, {first.detail})",
-      "mend them, or take them out and say so",
+      f"do not match ({counted}; the first: pid {pid!r}, {first.detail})",
+      "correct or remove them",
     )
   return results
 
 
-def _error(path: pathlib.Path, fault: str, remedy: str) -> ResultsError:
-  return ResultsError(f"results file ({str(path)!r}) must {fault}; {remedy}.")
+def read_rows(
+  path: str | os.PathLike[str],
+) -> list[tuple[str, dict[str, Any]]]:
+  """Reads every record of a results file with its pid, without validation.
+
+  Raises:
+    SettingError: The file has another layout, or a pid occurs twice.
+  """
+  path = pathlib.Path(path)
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except (OSError, ValueError) as error:
+    raise error_in(
+      path, f"be a text file, but {error}", "name another file"
+    ) from error
+  if path.suffix == ".jsonl":
+    rows = list(_numbered(path, "line", _parse_lines(path, text)))
+  else:
+    parsed = _parse(path, text, "be JSON")
+    if isinstance(parsed, list):
+      rows = list(_numbered(path, "record", enumerate(parsed, start=1)))
+    else:
+      rows = list(_keyed(path, parsed))
+  if not rows:
+    raise error_in(path, "hold a record, but is empty", "name another file")
+  return rows
 
 
-def _keyed(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict]]:
-  """The records of a JSON object, each with the key that is its pid."""
-  rows = _parsed(path, text, "be JSON")
-  if not isinstance(rows, dict) or not all(
-    isinstance(row, dict) for row in rows.values()
+def response_of(record: Mapping[str, Any]) -> str | None:
+  """The record's response; None if there is none.
+
+  Raises:
+    BadRecord: The response is no text.
+  """
+  response = record.get("response")
+  if response is not None and not isinstance(response, str):
+    kind = type(response).__name__
+    raise records.BadRecord("not_text", f"response holds a {kind}")
+  return response
+
+
+def error_in(
+  path: str | os.PathLike[str], fault: str, remedy: str
+) -> SettingError:
+  """The error for a fault in a results file."""
+  return SettingError(
+    f"results file ({os.fspath(path)!r}) must {fault}; {remedy}."
+  )
+
+
+def _keyed(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
+  """The records of a JSON object whose keys are their pids."""
+  if not isinstance(parsed, dict) or not all(
+    isinstance(row, dict) for row in parsed.values()
   ):
-    raise _error(
+    raise error_in(
       path,
-      "hold one JSON object, from each pid to its record",
-      "give one record a line the suffix .jsonl",
+      "hold one JSON object that maps each pid to its record",
+      "name a file with one record per line with the suffix .jsonl",
     )
-  for pid, row in rows.items():
-    if _pid(row) not in (None, pid):
-      raise _error(
+  for pid, row in parsed.items():
+    if _pid_of(row) not in (None, pid):
+      raise error_in(
         path,
         f"key each record by its pid, but {pid!r} has pid {row['pid']!r}",
-        "mend either",
+        "correct one of them",
       )
     yield pid, row
 
 
-def _lines(path: pathlib.Path, text: str) -> Iterator[tuple[str, dict]]:
-  """The record of each line that is not blank, with its pid."""
-  first: dict[str, int] = {}
-  # Not splitlines(), for JSON may hold the other ends of lines as they stand.
+def _parse_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
+  """The parsed lines that are not blank, with their numbers."""
+  # Not splitlines(): JSON strings may contain other line separators.
   for number, line in enumerate(text.split("\n"), start=1):
-    if not line.strip():
-      continue
-    row = _parsed(path, line, f"be JSONL in line {number}")
-    pid = _pid(row) if isinstance(row, dict) else None
+    if line.strip():
+      yield number, _parse(path, line, f"be JSONL in line {number}")
+
+
+def _numbered(
+  path: pathlib.Path, unit: str, rows: Iterable[tuple[int, Any]]
+) -> Iterator[tuple[str, dict]]:
+  """The records of lines or of a list, each with its own pid."""
+  first: dict[str, int] = {}
+  for number, row in rows:
+    pid = _pid_of(row) if isinstance(row, dict) else None
     if pid is None:
-      raise _error(
+      raise error_in(
         path,
-        f"hold one JSON object with a pid in each line, but line {number} "
-        f"does not: {line.strip()[:80]!r}",
-        "mend the line",
+        f"hold one JSON object with a pid in each {unit}, but {unit} {number} "
+        f"does not: {json.dumps(row)[:80]!r}",
+        f"correct the {unit}",
       )
     if pid in first:
-      raise _error(
+      raise error_in(
         path,
-        f"hold each pid once, but {pid!r} is in lines {first[pid]} and "
+        f"hold each pid once, but {pid!r} is in {unit}s {first[pid]} and "
         f"{number}",
-        "score the files of several runs one by one",
+        "use one file per run",
       )
     first[pid] = number
     yield pid, row
 
 
-def _pid(row: Mapping[str, Any]) -> str | None:
-  """The record's own pid; None if it has none that names it."""
+def _pid_of(row: Mapping[str, Any]) -> str | None:
+  """The record's own pid; None if it has no usable one."""
   pid = row.get("pid")
   if isinstance(pid, int) and not isinstance(pid, bool):
     return str(pid)
   return pid if isinstance(pid, str) and pid.strip() else None
 
 
-def _parsed(path: pathlib.Path, text: str, rule: str) -> Any:
+def _parse(path: pathlib.Path, text: str, rule: str) -> Any:
   try:
     return json.loads(
-      text, object_pairs_hook=_once, parse_constant=lambda name: None
+      text, object_pairs_hook=_unique_keys, parse_constant=lambda name: None
     )
   except (ValueError, RecursionError) as error:
-    raise _error(path, f"{rule}, but {error}", "mend the file") from error
+    raise error_in(path, f"{rule}, but {error}", "correct the file") from error
 
 
-def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  """The pairs as a dict. JSON lets the last of two equal keys win silently."""
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+  """Builds a dict; plain JSON silently keeps the last of two equal keys."""
   table: dict[str, Any] = {}
   for key, value in pairs:
     if key in table:
-      raise ValueError(f"key {key!r} stands twice in one object")
+      raise ValueError(f"key {key!r} occurs twice in one object")
     table[key] = value
   return table
 
 
-def _result(pid: str, row: Mapping[str, Any]) -> Result:
-  """The record with its problem, both held to the schema.
+def _validated(pid: str, row: Mapping[str, Any]) -> Result:
+  """The record with its problem, both in the schema.
 
   Raises:
-    BadRecord: Neither right nor wrong could be said of an answer to it.
+    BadRecord: No answer to the problem can be graded.
   """
   problem = records.from_result({**row, "pid": pid})
   records.validate_types(problem)
@@ -181,9 +217,4 @@ def _result(pid: str, row: Mapping[str, Any]) -> Result:
     raise records.BadRecord(
       "bad_metadata", f"skills holds a {type(skills).__name__}"
     )
-  response = row.get("response")
-  if response is not None and not isinstance(response, str):
-    raise records.BadRecord(
-      "not_text", f"response holds a {type(response).__name__}"
-    )
-  return Result(problem, row, response)
+  return Result(problem, row, response_of(row))

@@ -1,8 +1,6 @@
-"""What a set of graded answers says of who gave them, and how surely.
+"""Statistics of graded answers: shares with intervals, pass@k, maj@k, tests.
 
-Counts and shares of right answers with intervals, by sort of problem; and
-what several answers to each problem are worth. Knows nothing of models, files
-or of how an answer is graded.
+This module knows no models, no files and no way of grading.
 
 References:
   pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, section 2.1.
@@ -13,26 +11,21 @@ References:
 import collections
 import dataclasses
 import decimal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-DIMENSIONS = (
-  *("question_type", "answer_type", "task", "category", "context", "grade"),
-  *("source", "skill"),
-)
-
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-  """The chance that k of the samples, drawn without return, hold a right one.
+  """The unbiased estimate of "at least one of k samples is right".
 
-  The unbiased estimate of "at least one of k is right", as a product, since
-  the binomial coefficients of its definition outgrow a float.
+  That is the chance that k samples, drawn without replacement, hold a right
+  one. It is a product here, because the binomial coefficients of its
+  definition overflow a float.
 
   Args:
-    num_samples: Answers given to one problem.
-    num_right: Those of them that are right.
+    num_samples: Number of answers to one problem.
+    num_right: Number of right answers.
     k: From 1 to `num_samples`.
 
   Raises:
@@ -41,7 +34,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
   if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
     raise ValueError(
       f"pass@k needs 1 <= k ({k}) <= samples ({num_samples}) and "
-      f"0 <= right ({num_right}) <= samples; draw more, or ask a smaller k."
+      f"0 <= right ({num_right}) <= samples; draw more samples or use a "
+      "smaller k."
     )
   num_wrong = num_samples - num_right
   if num_wrong < k:
@@ -52,16 +46,16 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def vote(answer: str | None, *, answer_type: str, precision: int) -> str | None:
-  """What two answers share that count as the same answer; None casts no vote.
+  """The form of an answer that equal answers share; None casts no vote.
 
-  The verifier has spelt the answer in one way already. It also takes a float
-  for right that rounds to the right one, so floats that round alike are one
-  answer. Which of two neighbours a half goes to, the vote cannot know.
+  The verifier has already normalised the notation. It accepts a float that
+  rounds to the right one, so floats that round to the same number are equal. A
+  half rounds up, although the verifier may accept either neighbour.
 
   Args:
-    answer: As the verifier read it; None where it read none.
-    answer_type: Of the problem.
-    precision: Its decimal places, or -1.
+    answer: The answer that the verifier extracted, or None.
+    answer_type: The problem's answer type.
+    precision: The problem's decimal places, or -1.
   """
   if answer is None or answer_type != "float" or precision < 0:
     return None if answer is None else answer.strip()
@@ -72,32 +66,32 @@ def vote(answer: str | None, *, answer_type: str, precision: int) -> str | None:
     )
   except decimal.InvalidOperation:
     return answer.strip()
-  # There is one zero.
+  # -0.0 and 0.0 are equal.
   return str(abs(rounded) if not rounded else rounded)
 
 
 def majority(votes: Sequence[str | None]) -> int | None:
-  """The place of the first vote for what most voted for; None without votes.
+  """The index of the first vote for the winner; None without votes.
 
-  Of equals, that wins which was voted for first. Samples come in no order of
-  merit, so that is a draw by lot whose lot is drawn already.
+  In a tie the earliest vote wins, which is a fair lot because the order of the
+  samples is random.
   """
   counts = collections.Counter(x for x in votes if x is not None)
-  # max() takes the first of equals, and a Counter keeps the order of arrival.
+  # max() takes the first maximum, and a Counter keeps the insertion order.
   return votes.index(max(counts, key=lambda x: counts[x])) if counts else None
 
 
 def maj_at_k(
   votes: Sequence[str | None], is_right: Sequence[bool], k: int
 ) -> float:
-  """The share of majorities of k samples that are right.
+  """The share of right majority votes of k samples.
 
-  The mean over as many runs of k neighbours as there are, the first with the
-  first; a rest shorter than k is left out.
+  The mean over consecutive, disjoint runs of k samples; a shorter rest is left
+  out.
 
   Args:
     votes: From `vote`, in the order of sampling.
-    is_right: Whether each is right.
+    is_right: True for each right sample.
     k: From 1 to the number of votes.
 
   Raises:
@@ -105,8 +99,8 @@ def maj_at_k(
   """
   if not 1 <= k <= len(votes):
     raise ValueError(
-      f"maj@k needs 1 <= k ({k}) <= samples ({len(votes)}); draw more, or ask "
-      "a smaller k."
+      f"maj@k needs 1 <= k ({k}) <= samples ({len(votes)}); draw more samples "
+      "or use a smaller k."
     )
   wins = []
   for start in range(0, len(votes) - k + 1, k):
@@ -117,14 +111,14 @@ def maj_at_k(
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """Of how many problems how many are right, and where the truth may lie.
+  """A share of right answers with its interval.
 
   Attributes:
-    problems: How many there are, at least 1.
-    right: How many are right; not a whole number for a sum of chances.
-    share: Their quotient.
-    low: Where the 95 % Wilson interval begins.
-    high: Where it ends.
+    problems: Number of problems, at least 1.
+    right: Number of right answers; fractional for a sum of chances.
+    share: right / problems.
+    low: Lower end of the 95 % Wilson interval.
+    high: Upper end of the interval.
   """
 
   problems: int
@@ -135,15 +129,14 @@ class Share:
 
 
 def share(right: float, problems: int) -> Share:
-  """The share with its interval.
+  """Computes the share and its interval.
 
   Args:
-    right: From 0 to `problems`. A sum of numbers between 0 and 1, such as
-      chances, is rounded to a count for the interval: that of yes and no is
-      the widest that any numbers between them can have.
+    right: From 0 to `problems`. A sum of chances is rounded to a count for the
+      interval, which is then the widest possible one.
     problems: At least 1.
   """
-  import scipy.stats  # A second to import, for what only a report needs.
+  import scipy.stats  # Slow to import, and only reports need it.
 
   count = min(problems, max(0, round(right)))
   interval = scipy.stats.binomtest(count, problems).proportion_ci(
@@ -160,65 +153,14 @@ def share(right: float, problems: int) -> Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-  """The problems that are alike in one respect.
-
-  Attributes:
-    dimension: One of `DIMENSIONS`.
-    name: Such as "multi_choice".
-    result: How they were answered.
-  """
-
-  dimension: str
-  name: str
-  result: Share
-
-
-def slices(graded: Iterable[tuple[Mapping[str, Any], bool]]) -> list[Slice]:
-  """Every slice that has problems: by dimension, then by name.
-
-  Args:
-    graded: Records in MathVista's results format, each with whether it is
-      right. A problem counts in one slice of each dimension, in none where its
-      record does not say, and in one for each of its skills.
-  """
-  counts: dict[tuple[int, str], list[int]] = {}
-  for record, is_right in graded:
-    for key in dict.fromkeys(places(record)):
-      count = counts.setdefault(key, [0, 0])
-      count[0] += is_right
-      count[1] += 1
-  return [
-    Slice(DIMENSIONS[dimension], name, share(*counts[dimension, name]))
-    for dimension, name in sorted(counts)
-  ]
-
-
-def places(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-  """Where a problem belongs: the index of a dimension, and a name in it."""
-  metadata = record.get("metadata") or {}
-  for index, dimension in enumerate(DIMENSIONS):
-    if dimension == "skill":
-      names = metadata.get("skills") or ()
-      names = (names,) if isinstance(names, str) else names
-    elif dimension.endswith("_type"):
-      names = (record.get(dimension),)
-    else:
-      names = (metadata.get(dimension),)
-    yield from ((index, str(name)) for name in names if name)
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparison:
-  """The same problems answered twice.
+  """The difference between two sets of answers to the same problems.
 
   Attributes:
-    difference: Share of right answers, the first time less the second.
-    only_first: Problems right the first time alone.
-    only_second: Problems right the second time alone.
-    p_value: How often chance alone would part the two at least so far, were
-      each of those problems as likely to fall to either side (exact sign
-      test, two-sided).
+    difference: The first share of right answers minus the second.
+    only_first: Number of problems right in the first set only.
+    only_second: Number of problems right in the second set only.
+    p_value: Of the exact two-sided sign test on these problems.
   """
 
   difference: float
@@ -228,7 +170,7 @@ class Comparison:
 
 
 def comparison(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
-  """What changed between two sets of answers to the same problems."""
+  """Compares two sets of answers, problem by problem."""
   import scipy.stats
 
   a, b = np.asarray(first, bool), np.asarray(second, bool)

@@ -6,7 +6,7 @@ What two sections must agree on is for `config`, which puts them together.
 import dataclasses
 
 from data_pipelines import images, prompt_rows
-from data_pipelines.preferences import replies
+from data_pipelines.preferences import completions
 from data_pipelines.scoring import ablations
 from data_pipelines.sources import synthetic
 from data_pipelines.text import chat_prompts
@@ -43,7 +43,8 @@ class DataConfig:
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
-      `data_pipelines.preferences.replies`; "" makes a right one and wrong ones.
+      `data_pipelines.preferences.completions`; "" makes a right one and wrong
+      ones.
     preference_kinds: Which wrong ones, of `preferences.KINDS`.
     preference_rewards: "functions" pays labelled completions as sampled ones
       are paid, "labels" takes the labels for rewards.
@@ -104,12 +105,12 @@ class DataConfig:
     kinds = self.preference_kinds
     require(
       bool(kinds)
-      and set(kinds) <= set(replies.KINDS)
+      and set(kinds) <= set(completions.KINDS)
       and len(set(kinds)) == len(kinds),
       "data.preference_kinds",
       kinds,
-      f"be one or more of {', '.join(replies.KINDS)}, each once",
-      f"set data.preference_kinds={replies.DEFAULT_KINDS}",
+      f"be one or more of {', '.join(completions.KINDS)}, each once",
+      f"set data.preference_kinds={completions.DEFAULT_KINDS}",
     )
     require(
       not (self.shuffle_options and self.preference_file),

@@ -47,7 +47,7 @@ class Result:
 
   scalars: dict[str, writer.Scalar]
   samples: list[writer.Sample]
-  answers: list[scorecard.Answer]
+  answers: list[scorecard.GradedCompletion]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Evaluation:
   """
 
   scalars: dict[str, writer.Scalar]
-  greedy: list[scorecard.Answer]
-  samples: list[list[scorecard.Answer]]
-  ablated: dict[str, list[scorecard.Answer]]
+  greedy: list[scorecard.GradedCompletion]
+  samples: list[list[scorecard.GradedCompletion]]
+  ablated: dict[str, list[scorecard.GradedCompletion]]
 
 
 def evaluate(
@@ -116,13 +116,15 @@ def sampled(
   *,
   num_samples: int,
   temperature: float,
-) -> list[list[scorecard.Answer]]:
+) -> list[list[scorecard.GradedCompletion]]:
   """This host's answers, `num_samples` draws of one to each problem.
 
   A draw depends on the run's seed, the problem's place in the split and the
   draw's number alone.
   """
-  draws: list[list[scorecard.Answer]] = [[] for _ in range(num_samples)]
+  draws: list[list[scorecard.GradedCompletion]] = [
+    [] for _ in range(num_samples)
+  ]
   for batch in batches:
     completions = policy.sample(
       params,
@@ -228,7 +230,7 @@ def write(
     "seed": config.seed,
     "temperature": settings.temperature if found.samples else 0.0,
   }
-  scores |= scorecard.scores(
+  scores |= scorecard.compute(
     found.greedy, samples=found.samples, ks=settings.ks, ablated=found.ablated
   )
   scores["scalars"] = {k: float(v) for k, v in found.scalars.items()}
@@ -287,8 +289,8 @@ def _any_answers(problems: records.Source, count: int) -> bool:
 
 
 def _example(
-  answer: scorecard.Answer,
-  draws: list[list[scorecard.Answer]],
+  answer: scorecard.GradedCompletion,
+  draws: list[list[scorecard.GradedCompletion]],
   problems: records.Source,
 ) -> report.Example:
   """An answer with its image and the number of right samples."""
@@ -306,7 +308,9 @@ def _example(
   )
 
 
-def _results(answers: list[scorecard.Answer]) -> dict[str, dict[str, Any]]:
+def _results(
+  answers: list[scorecard.GradedCompletion],
+) -> dict[str, dict[str, Any]]:
   return {answer.record["pid"]: answer.record for answer in answers}
 
 
@@ -316,12 +320,14 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
   path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _of_all_hosts(answers: list[scorecard.Answer]) -> list[scorecard.Answer]:
+def _of_all_hosts(
+  answers: list[scorecard.GradedCompletion],
+) -> list[scorecard.GradedCompletion]:
   """The answers of every host, in the order of the split."""
   local = json.dumps([dataclasses.asdict(x) for x in answers])
   # Hosts that a tensor axis spans have the same rows.
   once = {
-    fields["index"]: scorecard.Answer(**fields)
+    fields["index"]: scorecard.GradedCompletion(**fields)
     for host in collectives.gather_bytes(local.encode())
     for fields in json.loads(host)
   }
@@ -398,7 +404,7 @@ def _answers(
   texts: list[str],
   scores: scoring.Scores,
   stopped: np.ndarray,
-) -> list[scorecard.Answer]:
+) -> list[scorecard.GradedCompletion]:
   """What one completion of each problem says, padding left out."""
   is_right, is_read = _is_right(batch, scores), _is_read(batch)
   answers = []
@@ -414,7 +420,7 @@ def _answers(
     )
     record["true_false"] = bool(is_right[row]) if graded else None
     answers.append(
-      scorecard.Answer(
+      scorecard.GradedCompletion(
         index=int(batch.prompt_index[row]),
         record=record,
         asked=asked,

@@ -1,7 +1,7 @@
-"""From graded answers to the figures of `eval/scores.json`.
+"""The figures of `eval/scores.json`, from graded completions.
 
-Pure: lists of answers in, plain values out. Knows nothing of policies, devices
-or files, nor of how the figures are shown.
+Pure: takes lists of completions, returns plain values. This module knows no
+policies, devices or files.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.scoring import statistics
+from data_pipelines.scoring import figures, statistics
 
 NO_ANSWERS = (
   "The answers of this split are not public: predictions are written, and "
@@ -20,15 +20,15 @@ OUTCOMES = ("right", "wrong", "no answer", "cut off", "not asked")
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class GradedCompletion:
   """One completion of one problem.
 
   Attributes:
-    index: The problem's place in the split.
-    record: In MathVista's results format; its `true_false` is None where the
-      answer is not public.
+    index: The problem's index in the split.
+    record: The completion in MathVista's results format; its `true_false` is
+      None if the answer is not public.
     asked: False for a problem that cannot be read or is too long.
-    stopped: Whether the completion ended by itself.
+    stopped: True if the completion ended by itself.
   """
 
   index: int
@@ -38,12 +38,12 @@ class Answer:
 
   @property
   def is_right(self) -> bool:
-    """Whether it is the problem's answer; False where that is not public."""
+    """True for the right answer; False also if the answer is not public."""
     return bool(self.record["true_false"])
 
   @property
   def vote(self) -> str | None:
-    """What it has in common with the answers that say the same."""
+    """The answer as a vote in maj@k; see `statistics.vote`."""
     precision = self.record["precision"]
     return statistics.vote(
       self.record["extraction"],
@@ -63,128 +63,129 @@ class Answer:
     return "no answer" if self.stopped else "cut off"
 
 
-def graded(answers: Sequence[Answer]) -> list[Answer]:
-  """Those that a figure is taken over; none of a split without answers."""
-  if not any(answer.record["answer"] for answer in answers):
+def graded_only(
+  completions: Sequence[GradedCompletion],
+) -> list[GradedCompletion]:
+  """The completions that figures count; none if no answer is public."""
+  if not any(each.record["answer"] for each in completions):
     return []
-  return [x for x in answers if x.record["true_false"] is not None]
+  return [x for x in completions if x.record["true_false"] is not None]
 
 
-def scores(
-  greedy: Sequence[Answer],
+def compute(
+  greedy: Sequence[GradedCompletion],
   *,
-  samples: Sequence[Sequence[Answer]],
+  samples: Sequence[Sequence[GradedCompletion]],
   ks: Iterable[int],
-  ablated: Mapping[str, Sequence[Answer]],
+  ablated: Mapping[str, Sequence[GradedCompletion]],
 ) -> dict[str, Any]:
-  """Every figure, as JSON has it.
+  """Computes every figure as a JSON object.
 
   Args:
-    greedy: The likeliest answer to each problem, in the order of the split.
-    samples: Sampled answers to the same problems, draw by draw.
-    ks: For pass@k and maj@k, at most the number of draws.
-    ablated: The likeliest answers once more, by what was done to the pictures.
+    greedy: The greedy completion of each problem, in the order of the split.
+    samples: Sampled completions of the same problems, one list per draw.
+    ks: The values of k in pass@k and maj@k, at most the number of draws.
+    ablated: Greedy completions with ablated images, by name of the ablation.
 
   Returns:
-    Counts; `accuracy`, `chance`, `outcomes`, `slices`, `sampled` and
-    `ablations`. A figure is an object with `problems`, `right`, `share` and
-    the 95 % interval, `low` to `high`. Without public answers `accuracy` is
-    None and `note` says why.
+    Counts, `accuracy`, `chance`, `outcomes`, `slices`, `sampled` and
+    `ablations`. Each figure is a `statistics.Share`. Without public answers
+    `accuracy` is None and `note` gives the reason.
   """
-  kept = graded(greedy)
-  found: dict[str, Any] = {
+  kept = graded_only(greedy)
+  result: dict[str, Any] = {
     "problems": len(greedy),
-    "asked": sum(answer.asked for answer in greedy),
+    "asked": sum(each.asked for each in greedy),
     "graded": len(kept),
   }
   if not kept:
-    return found | {"accuracy": None, "note": NO_ANSWERS}
-  is_right = [answer.is_right for answer in kept]
-  found |= {
-    "accuracy": _share(sum(is_right), len(kept)),
+    return result | {"accuracy": None, "note": NO_ANSWERS}
+  is_right = [each.is_right for each in kept]
+  overall, *rows = figures.table(
+    [each.record for each in kept], {"right": is_right}
+  )
+  result |= {
+    "accuracy": overall["right"],
     "chance": sum(map(_chance, kept)) / len(kept),
     "outcomes": {
-      name: sum(answer.outcome == name for answer in kept) for name in OUTCOMES
+      name: sum(each.outcome == name for each in kept) for name in OUTCOMES
     },
     "slices": [
-      {"dimension": x.dimension, "name": x.name} | dataclasses.asdict(x.result)
-      for x in statistics.slices(
-        (answer.record, answer.is_right)
-        for answer in kept
-        # What stands in for a damaged record is of no sort.
-        if answer.record["question"]
-      )
+      {"dimension": row["dimension"], "name": row["name"]} | row["right"]
+      for row in rows
     ],
     "ablations": {
-      name: _ablation(is_right, graded(answers))
-      for name, answers in ablated.items()
+      name: _ablation(is_right, graded_only(completions))
+      for name, completions in ablated.items()
     },
   }
   if samples:
-    found["sampled"] = _sampled([graded(draw) for draw in samples], ks)
-  return found
+    result["sampled"] = _sampled([graded_only(draw) for draw in samples], ks)
+  return result
 
 
 def worst_slices(
-  found: Mapping[str, Any], *, count: int, min_problems: int
+  scores: Mapping[str, Any], *, count: int, min_problems: int
 ) -> list[dict[str, Any]]:
-  """Slices that are surely worse than the whole, the surest first.
+  """The slices that are significantly worse than the overall accuracy.
 
-  Those whose interval ends below the overall accuracy, by where it ends; so a
-  slice of three problems, all wrong, does not come before one of fifty.
+  A slice counts if its interval ends below the overall accuracy. The lowest end
+  comes first, so a slice of three wrong answers follows one of fifty.
   """
-  if not found["accuracy"]:
+  if not scores["accuracy"]:
     return []
-  overall = found["accuracy"]["share"]
+  overall = scores["accuracy"]["share"]
   worse = [
     x
-    for x in found["slices"]
+    for x in scores["slices"]
     if x["high"] < overall and x["problems"] >= min_problems
   ]
   return sorted(worse, key=lambda x: (x["high"], x["share"]))[:count]
 
 
-def examples(answers: Sequence[Answer], count: int) -> list[Answer]:
-  """Failures to look at, evenly spread over the split.
+def examples(
+  completions: Sequence[GradedCompletion], count: int
+) -> list[GradedCompletion]:
+  """Wrong completions, evenly spread over the split.
 
-  Of a split without public answers, any answers.
+  Without public answers, any completions.
   """
-  chosen = [x for x in graded(answers) if x.asked and not x.is_right]
-  if not graded(answers):
-    chosen = [x for x in answers if x.asked]
-  places = np.linspace(0, len(chosen), min(count, len(chosen)), endpoint=False)
-  return [chosen[int(place)] for place in places]
+  graded = graded_only(completions)
+  chosen = [x for x in graded or completions if x.asked and not x.is_right]
+  indices = np.linspace(0, len(chosen), min(count, len(chosen)), endpoint=False)
+  return [chosen[int(index)] for index in indices]
 
 
 def _share(right: float, problems: int) -> dict[str, Any]:
   return dataclasses.asdict(statistics.share(right, problems))
 
 
-def _chance(answer: Answer) -> float:
-  """How often a blind guess among the options is right; without any, never."""
-  choices = answer.record["choices"] or ()
-  if not choices or not answer.asked:
+def _chance(completion: GradedCompletion) -> float:
+  """The chance that a guess among the options is right; 0 without options."""
+  choices = completion.record["choices"] or ()
+  if not choices or not completion.asked:
     return 0.0
-  return choices.count(answer.record["answer"]) / len(choices)
+  return choices.count(completion.record["answer"]) / len(choices)
 
 
 def _ablation(
-  is_right: Sequence[bool], answers: Sequence[Answer]
+  is_right: Sequence[bool], completions: Sequence[GradedCompletion]
 ) -> dict[str, Any]:
-  blind = [answer.is_right for answer in answers]
-  return {"accuracy": _share(sum(blind), len(blind))} | dataclasses.asdict(
-    statistics.comparison(is_right, blind)
+  """The accuracy with ablated images, compared with the real accuracy."""
+  ablated = [each.is_right for each in completions]
+  return {"accuracy": _share(sum(ablated), len(ablated))} | dataclasses.asdict(
+    statistics.comparison(is_right, ablated)
   )
 
 
 def _sampled(
-  draws: Sequence[Sequence[Answer]], ks: Iterable[int]
+  draws: Sequence[Sequence[GradedCompletion]], ks: Iterable[int]
 ) -> dict[str, Any]:
-  """What the draws are worth together; each problem weighs the same."""
+  """The figures of sampled completions; each problem has the same weight."""
   by_problem = list(zip(*draws, strict=True))
   n = len(draws)
-  is_right = [[answer.is_right for answer in row] for row in by_problem]
-  votes = [[answer.vote for answer in row] for row in by_problem]
+  is_right = [[each.is_right for each in row] for row in by_problem]
+  votes = [[each.vote for each in row] for row in by_problem]
 
   def over_problems(values: Iterable[float]) -> dict[str, Any]:
     return _share(float(sum(values)), len(by_problem))

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from data_pipelines import pipeline, prompt_rows, records
-from data_pipelines.preferences import replies as preferences
+from data_pipelines.preferences import completions as preferences
 from data_pipelines.sources import mathvista
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
@@ -286,7 +286,9 @@ def own_replies(problem, rng):
   if problem.pid == "p1":
     raise records.BadRecord("no_completions", "none for p1")
   last = "7" * 24 if problem.pid == "p2" else f"not {problem.pid}"
-  return preferences.Reply(problem.pid, -0.5), preferences.Reply(last, 3.0)
+  return preferences.Labelled(problem.pid, -0.5), preferences.Labelled(
+    last, 3.0
+  )
 
 
 def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):
@@ -619,7 +621,7 @@ def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):
 REPLIES = dict(
   kind="preference",
   max_new_tokens=24,
-  completion_source=preferences.drawn(3),
+  completion_source=preferences.synthesize(3),
   num_labelled=3,
 )
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from data_pipelines import score
-from data_pipelines.scoring import results
+from data_pipelines.scoring import score_file
+from data_pipelines.validation import SettingError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -139,7 +139,7 @@ def test_a_guess_at_testminis_options_is_worth_what_was_measured(real):
 
 
 def test_what_is_printed_is_what_is_written(real):
-  assert real["printed"] == score.rendered(real["scores"]) + "\n"
+  assert real["printed"] == score_file.format_scores(real["scores"]) + "\n"
 
 
 # By hand.
@@ -186,7 +186,7 @@ def scored(tmp_path):
     else:
       path.write_text(json.dumps({row["pid"]: row for row in rows}))
     out, scores = tmp_path / "out.json", tmp_path / "scores.json"
-    printed = score.run(str(path), out=str(out), scores=str(scores))
+    printed = score_file.score_file(str(path), out=str(out), scores=str(scores))
     found = json.loads(scores.read_text())
     del found["file"]
     return found, json.loads(out.read_text()), printed
@@ -304,7 +304,7 @@ def test_text_is_written_as_it_is_read(scored, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("out", "scores", "said"),
+  ("out", "scores", "message"),
   [
     ("a.jsonl", "", "must be different files"),
     ("", "./a.jsonl", "must be different files"),
@@ -314,14 +314,14 @@ def test_text_is_written_as_it_is_read(scored, tmp_path):
   ],
 )
 def test_nothing_is_written_where_it_must_not_be(
-  tmp_path, monkeypatch, out, scores, said
+  tmp_path, monkeypatch, out, scores, message
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "folder").mkdir()
   before = write_lines(tmp_path / "a.jsonl", HAND).read_bytes()
-  with pytest.raises(results.ResultsError) as caught:
-    score.run("a.jsonl", out=out, scores=scores)
-  assert said in str(caught.value)
+  with pytest.raises(SettingError) as caught:
+    score_file.score_file("a.jsonl", out=out, scores=scores)
+  assert message in str(caught.value)
   assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "folder"]
   assert (tmp_path / "a.jsonl").read_bytes() == before
 
@@ -329,22 +329,22 @@ def test_nothing_is_written_where_it_must_not_be(
 def test_a_split_without_public_answers_has_no_score(tmp_path):
   rows = [record("1", "5", ""), record("unreadable:2", "", "")]
   path = write_lines(tmp_path / "a.jsonl", rows)
-  with pytest.raises(results.ResultsError, match="must have answers"):
-    score.run(str(path), out=str(tmp_path / "out.json"), scores="")
+  with pytest.raises(SettingError, match="must have public answers"):
+    score_file.score_file(str(path), out=str(tmp_path / "out.json"), scores="")
   assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(
-  ("args", "said"),
+  ("args", "message"),
   [
     ([], "arguments ([]) must be one results file"),
     (["a.json", "b.json"], "must be one results file"),
-    (["nowhere.json"], "results file ('nowhere.json') must be a file"),
+    (["nowhere.json"], "results file ('nowhere.json') must be a text file"),
     (["a.json", "--colour=red"], "'colour'"),
   ],
 )
-def test_a_bad_request_exits_64_and_says_why(args, said):
+def test_a_bad_request_exits_64_and_says_why(args, message):
   done = command(*args)
   assert done.returncode == 64
-  assert said in done.stderr and "Traceback" not in done.stderr
+  assert message in done.stderr and "Traceback" not in done.stderr
   assert done.stdout == ""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from data_pipelines.scoring import results
+from data_pipelines.validation import SettingError
 
 
 def record(pid="1", **changes):
@@ -28,7 +29,7 @@ def written(folder, text, name="output.json"):
 
 
 def refusal(path):
-  with pytest.raises(results.ResultsError) as caught:
+  with pytest.raises(SettingError) as caught:
     results.read(path)
   message = str(caught.value)
   assert message.startswith(f"results file ('{path}') must ")
@@ -43,6 +44,7 @@ ROWS = [record("2"), record("1", response="6"), record("10", answer="")]
   ("name", "text"),
   [
     ("a.json", json.dumps({row["pid"]: row for row in ROWS})),
+    ("a.json", json.dumps(ROWS)),
     ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
     ("a.jsonl", "\ufeff\n" + "\n\n".join(map(json.dumps, ROWS)) + "\n"),
     # As some write it: the key alone, or a number.
@@ -60,7 +62,7 @@ ROWS = [record("2"), record("1", response="6"), record("10", answer="")]
       "\n".join(json.dumps(r | {"pid": int(r["pid"])}) for r in ROWS),
     ),
   ],
-  ids=["JSON", "JSONL", "blank lines", "keys alone", "numbers"],
+  ids=["JSON", "list", "JSONL", "blank lines", "keys alone", "numbers"],
 )
 def test_each_layout_gives_the_same_problems_in_the_order_of_the_file(
   tmp_path, name, text
@@ -105,17 +107,24 @@ def test_what_stands_in_for_an_unreadable_record_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "text", "said"),
+  ("name", "text", "message"),
   [
     ("a.json", "", "be JSON, but"),
     ("a.json", "{", "be JSON, but"),
     ("a.json", "[" * 100_000, "be JSON, but"),
     ("a.json", "{}", "is empty"),
     ("a.jsonl", "\n \n", "is empty"),
-    ("a.json", "[]", "one JSON object"),
+    ("a.json", "[]", "is empty"),
+    ("a.json", "[5]", "record 1 does not: '5'"),
+    ("a.json", "5", "one JSON object"),
+    (
+      "a.json",
+      json.dumps([record("1"), record("1")]),
+      "'1' is in records 1 and 2",
+    ),
     ("a.json", json.dumps(record()), "suffix .jsonl"),
     ("a.json", "\n".join(map(json.dumps, ROWS)), "be JSON, but Extra data"),
-    ("a.json", '{"1": {}, "1": {}}', "key '1' stands twice"),
+    ("a.json", '{"1": {}, "1": {}}', "key '1' occurs twice"),
     ("a.json", '{"1": {"pid": "2"}}', "'1' has pid '2'"),
     ("a.jsonl", f"{json.dumps(record())}\n{{", "be JSONL in line 2, but"),
     ("a.jsonl", f"{json.dumps(record())}\n5", "line 2 does not: '5'"),
@@ -128,8 +137,8 @@ def test_what_stands_in_for_an_unreadable_record_counts(tmp_path):
     ),
   ],
 )
-def test_a_file_of_another_layout_is_refused(tmp_path, name, text, said):
-  assert said in refusal(written(tmp_path, text, name))
+def test_a_file_of_another_layout_is_refused(tmp_path, name, text, message):
+  assert message in refusal(written(tmp_path, text, name))
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
@@ -170,4 +179,4 @@ def test_records_that_cannot_be_scored_are_counted_and_the_first_is_named(
   rows = [record("1"), record("2", **changes), record("3", **changes)]
   path = written(tmp_path, "\n".join(map(json.dumps, rows)), "a.jsonl")
   message = refusal(path)
-  assert f"2 of 3 are not (2 {reason}; the first: pid '2', " in message
+  assert f"2 of 3 do not match (2 {reason}; the first: pid '2', " in message

@@ -120,41 +120,6 @@ def test_an_interval_of_a_sum_of_chances_is_that_of_the_nearest_count():
     assert (got.low, got.high) == (wanted.low, wanted.high)
 
 
-def record(question_type, task=None, skills=(), **metadata):
-  return {
-    "question_type": question_type,
-    "answer_type": "integer",
-    "metadata": {"task": task, "skills": list(skills)} | metadata,
-  }
-
-
-def test_slices_count_each_problem_once_in_each_respect():
-  graded = [
-    (record("free_form", "vqa", ["b", "a"]), True),
-    (record("free_form", "vqa", ["a", "a"]), False),
-    (record("multi_choice", "geo", grade="high"), True),
-  ]
-  got = [
-    (x.dimension, x.name, x.result.right, x.result.problems)
-    for x in statistics.slices(graded)
-  ]
-  assert got == [
-    ("question_type", "free_form", 1, 2),
-    ("question_type", "multi_choice", 1, 1),
-    ("answer_type", "integer", 2, 3),
-    ("task", "geo", 1, 1),
-    ("task", "vqa", 1, 2),
-    ("grade", "high", 1, 1),
-    ("skill", "a", 1, 2),
-    ("skill", "b", 1, 1),
-  ]
-  assert statistics.slices(graded[::-1]) == statistics.slices(graded)
-
-
-def test_a_record_that_says_nothing_of_itself_is_in_no_slice():
-  assert statistics.slices([({"metadata": None}, True), ({}, False)]) == []
-
-
 def test_a_comparison_is_a_sign_test_of_what_changed():
   first = np.array([1, 1, 1, 1, 1, 0, 0, 1], bool)
   second = np.array([0, 0, 0, 0, 1, 1, 0, 0], bool)

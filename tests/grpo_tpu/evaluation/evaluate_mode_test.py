@@ -17,7 +17,7 @@ from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives
 from grpo_tpu.evaluation import evaluate
-from grpo_tpu.evaluation import scores as scorecard
+from grpo_tpu.evaluation import scores as figures
 from grpo_tpu.rollout import sampling
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
@@ -156,7 +156,7 @@ def test_a_draw_depends_on_seed_problem_and_number(everything, tokenizer):
 
 
 def test_what_is_sampled_is_counted(everything):
-  scores = scorecard.scores(
+  scores = figures.compute(
     everything.greedy,
     samples=everything.samples,
     ks=SETTINGS["ks"],
@@ -300,14 +300,14 @@ def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
   evaluate.write(unknown, str(tmp_path), policy.config, source)
   scores = read(tmp_path / "eval" / "scores.json")
   assert scores["accuracy"] is None and scores["graded"] == 0
-  assert scores["note"] == scorecard.NO_ANSWERS
+  assert scores["note"] == figures.NO_ANSWERS
   assert "slices" not in scores and "sampled" not in scores
   results = read(tmp_path / "eval" / "output_eval.json")
   assert results["p0"]["prediction"] == "3"
   assert results["p0"]["true_false"] is None
   for name in ("report.md", "report.html"):
     text = (tmp_path / "eval" / name).read_text("utf-8")
-    assert scorecard.NO_ANSWERS in text
+    assert figures.NO_ANSWERS in text
     assert "%" not in text.split("<body>")[-1]
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data_pipelines import score
+from data_pipelines.scoring import score_file
 from grpo_tpu.evaluation import evaluate
-from grpo_tpu.evaluation import scores as scorecard
+from grpo_tpu.evaluation import scores as figures
 from tests.grpo_tpu import scripted
 
 
@@ -22,14 +22,14 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
     json.dumps({x.record["pid"]: x.record for x in result.answers})
   )
   scores = tmp_path / "scores.json"
-  score.run(str(path), out=str(out), scores=str(scores))
+  score_file.score_file(str(path), out=str(out), scores=str(scores))
   for record in json.loads(out.read_text()).values():
     assert record["strict_true_false"] == record["true_false"]
     assert record["strict_answer"] == record["extraction"]
   found = json.loads(scores.read_text())
   assert found["records"] == found["scored"] == len(scripted.SCRIPT)
   whole, *rows = found["rows"]
-  wanted = scorecard.scores(result.answers, samples=(), ks=(), ablated={})
+  wanted = figures.compute(result.answers, samples=(), ks=(), ablated={})
   assert whole["strict"] == wanted["accuracy"]
   assert whole["strict"]["share"] == pytest.approx(
     float(result.scalars["eval/accuracy"])

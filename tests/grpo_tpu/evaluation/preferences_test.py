@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from data_pipelines.preferences import replies as preferences
+from data_pipelines.preferences import completions as preferences
 from grpo_tpu.evaluation import preferences as evaluate_preferences
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rl import score
@@ -24,7 +24,7 @@ REPLIES = {
 def replies(problem, rng):
   del rng
   given = REPLIES[int(problem.pid.removeprefix("p"))]
-  return tuple(preferences.Reply(*each) for each in given)
+  return tuple(preferences.Labelled(*each) for each in given)
 
 
 @pytest.fixture(scope="module")

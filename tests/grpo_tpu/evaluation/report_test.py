@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from grpo_tpu.evaluation import report
-from grpo_tpu.evaluation import scores as scorecard
+from grpo_tpu.evaluation import scores as figures
 
 EVIL = (
   "<script>alert(1)</script></pre></style><img src=x onerror=alert(1)>"
@@ -48,7 +48,7 @@ def example(image=IMAGE, num_samples=0, samples_right=0, **changes):
 
 def scores(split="testmini", model="tiny", **changes):
   answers = [
-    scorecard.Answer(i, record(true_false=i < 3, **changes), True, True)
+    figures.GradedCompletion(i, record(true_false=i < 3, **changes), True, True)
     for i in range(8)
   ]
   return {
@@ -56,7 +56,7 @@ def scores(split="testmini", model="tiny", **changes):
     "model": model,
     "weights": "run:x@6",
     "split_size": 5141,
-    **scorecard.scores(
+    **figures.compute(
       answers,
       samples=[answers] * 4,
       ks=(1, 4),

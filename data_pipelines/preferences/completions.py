@@ -1,20 +1,19 @@
-"""Labelled replies to one problem, to learn from without sampling.
+"""Labelled completions of a problem, for training without sampling.
 
-They are made, one right and the others wrong by the verifier, or read from a
-file. Those made are about as long as the right one and written as it is, so
-that length and style say nothing of which is which. Knows nothing of tokens or
-batches.
+They are synthesized, one right and the others wrong, or read from a file.
+Synthesized completions have about the same length and the same style, so that
+neither reveals the label. This module knows no tokens and no batches.
 
-A wrong reply is of one of these kinds:
+Kinds of wrong completions:
   distractor: another option.
-  perturbation: another number, as a slip makes it.
-  refusal: no answer, said where the answer belongs.
+  perturbation: another number, such as a slip would give.
+  refusal: a phrase without an answer in the place of the answer.
   conflict: the letter of one option with the text of another.
-  truncation: reasoning that goes round until it is cut, before any answer.
+  truncation: repeated reasoning that is cut before any answer.
 
 A line of a file is
-`{"pid": "12", "completions": [{"text": "...", "label": 1.0}, ...]}`: two
-completions or more of the problem of that pid, the better with higher labels.
+`{"pid": "12", "completions": [{"text": "...", "label": 1.0}, ...]}`, with at
+least two completions of the problem and higher labels for better ones.
 """
 
 import dataclasses
@@ -32,15 +31,15 @@ from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
 
 KINDS = ("distractor", "perturbation", "refusal", "conflict", "truncation")
-# These differ from the right reply in the answer alone.
+# These differ from the right completion only in the answer.
 DEFAULT_KINDS = ("distractor", "perturbation")
-# What options have, and what only answers without them have.
-_OF_OPTIONS, _OF_NUMBERS = ("distractor", "conflict"), ("perturbation",)
+# Kinds for multiple choice only, and for numbers only.
+_CHOICE_KINDS, _NUMBER_KINDS = ("distractor", "conflict"), ("perturbation",)
 
-# Draws before a problem is given up: rounding may undo a small change.
+# Draws per wrong completion, because rounding may undo a small change.
 _TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
-# Of all lengths, for one is chosen that is about as long as the answer.
+# In many lengths, because one about as long as the answer is chosen.
 _REFUSALS = (
   "N/A",
   "unknown",
@@ -58,58 +57,56 @@ _REFUSALS = (
 _NUM_NEAREST = 3
 
 
-class Reply(NamedTuple):
-  """What was written, and how good it is said to be."""
+class Labelled(NamedTuple):
+  """A completion and its label; a higher label is better."""
 
   text: str
   label: float
 
 
-# From a problem and what draws: its replies, no more than are asked for.
+# Gives the labelled completions of a problem.
 type Source = Callable[
-  [records.Problem, np.random.Generator], tuple[Reply, ...]
+  [records.Problem, np.random.Generator], tuple[Labelled, ...]
 ]
 
 
-def drawn(
+def synthesize(
   count: int,
   *,
   kinds: Sequence[str] = DEFAULT_KINDS,
   template: chat_prompts.Template = chat_prompts.TAGGED,
 ) -> Source:
-  """Replies made from the problem: a right one, and `count - 1` wrong ones.
-
-  Fewer where the problem has not so many different wrong replies to offer.
+  """Makes completions from the problem: one right, up to `count - 1` wrong.
 
   Args:
-    count: Replies of a group.
-    kinds: Which of `KINDS` are drawn, each that the problem has equally often.
-      With "conflict" every reply names an option by its letter and its text, or
-      a letter alone would give the conflict away.
-    template: How replies are written.
+    count: Completions of a group, if the problem allows so many different ones.
+    kinds: The kinds of wrong completions, some of `KINDS`, drawn with equal
+      probability. With "conflict", every completion gives the letter and the
+      text of an option, because a letter alone would reveal the conflict.
+    template: The format of the completions.
   """
 
-  def replies(
+  def source(
     problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[Reply, ...]:
+  ) -> tuple[Labelled, ...]:
     lettered = "conflict" in kinds and problem.question_type == "multi_choice"
     writer = _Writer(problem, template, lettered)
-    return _drawn(writer, rng, count, kinds)
+    return _synthesize_group(writer, rng, count, kinds)
 
-  return replies
+  return source
 
 
 def from_file(path: str | os.PathLike[str], count: int) -> Source:
-  """The first `count` replies that a file has for the problem, as they stand.
+  """Takes the first `count` completions of each problem from a file.
 
   Raises:
-    ValueError: The file is missing, or a line is not as it should be.
+    ValueError: The file is missing, or a line breaks a rule.
   """
   by_pid = _read(path)
 
-  def replies(
+  def source(
     problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[Reply, ...]:
+  ) -> tuple[Labelled, ...]:
     del rng
     if problem.pid not in by_pid:
       raise records.BadRecord(
@@ -117,62 +114,60 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
       )
     return by_pid[problem.pid][:count]
 
-  return replies
+  return source
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Reply, ...]]:
-  by_pid: dict[str, tuple[Reply, ...]] = {}
+def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Labelled, ...]]:
+  by_pid: dict[str, tuple[Labelled, ...]] = {}
   try:
     with open(path, encoding="utf-8") as file:
       lines = list(file)
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(
       f"data.preference_file ({str(path)!r}) must be a file of labelled "
-      f"completions: {error}; name one, or leave it empty."
+      f"completions: {error}; name one, or leave the setting empty."
     ) from error
   for number, line in enumerate(lines, start=1):
     try:
-      pid, replies = _parsed(line)
+      pid, group = _parse_line(line)
       if pid in by_pid:
-        raise ValueError("the pid has a line already")
+        raise ValueError("an earlier line has the same pid")
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f"data.preference_file ({str(path)!r}) line {number} must be "
         '{"pid": "...", "completions": [{"text": "...", "label": 1.0}, ...]} '
         "with two completions or more, each pid once, not "
-        f"{line.strip()[:80]!r} ({error}); mend the line."
+        f"{line.strip()[:80]!r} ({error}); correct the line."
       ) from error
-    by_pid[pid] = replies
+    by_pid[pid] = group
   return by_pid
 
 
-def _parsed(line: str) -> tuple[str, tuple[Reply, ...]]:
+def _parse_line(line: str) -> tuple[str, tuple[Labelled, ...]]:
   row = json.loads(line)
-  replies = tuple(
-    Reply(each["text"], each["label"]) for each in row["completions"]
+  group = tuple(
+    Labelled(each["text"], each["label"]) for each in row["completions"]
   )
-  if len(replies) < 2:
+  if len(group) < 2:
     raise ValueError("too few completions")
-  for reply in replies:
-    number = isinstance(reply.label, int | float)
-    if not isinstance(reply.text, str) or not number:
+  for text, label in group:
+    if not isinstance(text, str) or not isinstance(label, int | float):
       raise TypeError("a text must be a string, and a label a number")
-    # What float32 can hold.
-    if not abs(reply.label) < 1e38:
+    if not abs(label) < 1e38:  # The range of float32.
       raise ValueError("a label must be finite")
   if not isinstance(row["pid"], str | int):
     raise TypeError("a pid must be a string")
-  return str(row["pid"]), replies
+  return str(row["pid"]), group
 
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-  """How the replies of one group are written.
+  """Writes the completions of one problem.
 
   Attributes:
-    problem: What they answer.
-    template: What they look like.
-    lettered: Whether an option is named by its letter too.
+    problem: The problem.
+    template: The format of the completions.
+    lettered: True to give an option's letter beside its text.
   """
 
   problem: records.Problem
@@ -180,36 +175,36 @@ class _Writer:
   lettered: bool
 
   def option(self, letter: int, text: int) -> str:
-    """An answer that names the options of these indices."""
+    """An answer with the letter of one option and the text of another."""
     choice = self.problem.choices[text]
     return f"({chr(65 + letter)}) {choice}" if self.lettered else choice
 
-  def reply(self, answer: str, reasoning: str | None = None) -> str:
-    """The worked solution, or other reasoning, and the answer."""
+  def write(self, answer: str, reasoning: str | None = None) -> str:
+    """Writes the answer after the worked solution or other reasoning."""
     if reasoning is None:
       reasoning = self.problem.solution
     return chat_prompts.with_answer(reasoning, answer, template=self.template)
 
   @property
-  def chosen(self) -> str:
-    """The right reply."""
+  def right_completion(self) -> str:
+    """The completion with the right answer."""
     answer = verify.final_answer(self.problem)
     if self.lettered and answer in self.problem.choices:
       right = self.problem.choices.index(answer)
       answer = self.option(right, right)
-    return self.reply(answer)
+    return self.write(answer)
 
 
-def _drawn(
+def _synthesize_group(
   writer: _Writer, rng: np.random.Generator, count: int, kinds: Sequence[str]
-) -> tuple[Reply, ...]:
-  problem, chosen = writer.problem, writer.chosen
+) -> tuple[Labelled, ...]:
+  problem, chosen = writer.problem, writer.right_completion
   if not verify.verify(chosen, problem).correct:
     raise records.BadRecord(
       "answer_not_verified", f"{problem.answer!r} of {problem.pid}"
     )
   is_choice = problem.question_type == "multi_choice"
-  others = _OF_NUMBERS if is_choice else _OF_OPTIONS
+  others = _NUMBER_KINDS if is_choice else _CHOICE_KINDS
   left = [kind for kind in KINDS if kind in kinds and kind not in others]
   rejected: list[str] = []
   for _ in range(_TRIES * (count - 1)):
@@ -228,13 +223,14 @@ def _drawn(
     raise records.BadRecord(
       "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
     )
-  return (Reply(chosen, 1.0), *(Reply(text, 0.0) for text in rejected))
+  wrong = (Labelled(text, 0.0) for text in rejected)
+  return (Labelled(chosen, 1.0), *wrong)
 
 
 def _wrong_option(
   problem: records.Problem, rng: np.random.Generator
 ) -> int | None:
-  """The index of an option that is not right; None if all are."""
+  """Draws the index of a wrong option; None if all options are right."""
   right = problem.answer.strip()
   others = [i for i, x in enumerate(problem.choices) if x.strip() != right]
   return others[rng.integers(len(others))] if others else None
@@ -242,7 +238,7 @@ def _wrong_option(
 
 def _distractor(writer: _Writer, rng: np.random.Generator) -> str | None:
   wrong = _wrong_option(writer.problem, rng)
-  return None if wrong is None else writer.reply(writer.option(wrong, wrong))
+  return None if wrong is None else writer.write(writer.option(wrong, wrong))
 
 
 def _perturbation(writer: _Writer, rng: np.random.Generator) -> str | None:
@@ -251,28 +247,28 @@ def _perturbation(writer: _Writer, rng: np.random.Generator) -> str | None:
   if not matches:
     return None
   match = matches[rng.integers(len(matches))]
-  changed = _perturbed(match[0], _unit_in_last_place(problem), rng)
-  return writer.reply(
+  changed = _perturb(match[0], _unit_in_last_place(problem), rng)
+  return writer.write(
     problem.answer[: match.start()] + changed + problem.answer[match.end() :]
   )
 
 
 def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
-  """One of those that are nearest to the right reply in length.
+  """Draws one of the refusals closest in length to the right completion.
 
-  What the words cost more than the answer is cut off the reasoning's end.
+  A refusal longer than the answer shortens the end of the reasoning.
   """
-  solution, length = writer.problem.solution, len(writer.chosen)
+  solution, length = writer.problem.solution, len(writer.right_completion)
   texts = []
   for words in _REFUSALS:
-    excess = max(0, len(writer.reply(words)) - length)
-    texts.append(writer.reply(words, _without_end(solution, excess)))
+    excess = max(0, len(writer.write(words)) - length)
+    texts.append(writer.write(words, _without_end(solution, excess)))
   texts.sort(key=lambda text: (abs(len(text) - length), text))
   return texts[rng.integers(_NUM_NEAREST)]
 
 
 def _without_end(text: str, length: int) -> str:
-  """The text without so many characters, and without half a word."""
+  """Cuts at least `length` characters off the end, at a word boundary."""
   if not length:
     return text
   kept = text[: max(0, len(text) - length) + 1]
@@ -285,18 +281,18 @@ def _conflict(writer: _Writer, rng: np.random.Generator) -> str | None:
     return None
   right = writer.problem.choices.index(writer.problem.answer)
   letter, text = (right, wrong) if rng.integers(2) else (wrong, right)
-  return writer.reply(writer.option(letter, text))
+  return writer.write(writer.option(letter, text))
 
 
 def _truncation(writer: _Writer, rng: np.random.Generator) -> str | None:
-  """As long as the right reply: solution or question, over and over."""
-  problem, length = writer.problem, len(writer.chosen)
-  said = [text for text in (problem.solution, problem.question) if text]
-  if not said:
+  """Repeats the solution or the question up to the right length."""
+  problem, length = writer.problem, len(writer.right_completion)
+  texts = [text for text in (problem.solution, problem.question) if text]
+  if not texts:
     return None
-  text = said[rng.integers(len(said))]
-  around = f"{text} " * (length // len(text) + 1)
-  return f"{writer.template.reasoning[0]}{around}"[:length].rstrip()
+  text = texts[rng.integers(len(texts))]
+  repeated = f"{text} " * (length // len(text) + 1)
+  return f"{writer.template.reasoning[0]}{repeated}"[:length].rstrip()
 
 
 _MAKERS: Mapping[str, Callable[[_Writer, np.random.Generator], str | None]] = {
@@ -313,15 +309,15 @@ def _unit_in_last_place(problem: records.Problem) -> decimal.Decimal:
   return decimal.Decimal(1).scaleb(-max(places, 0))
 
 
-def _perturbed(
+def _perturb(
   number: str, unit: decimal.Decimal, rng: np.random.Generator
 ) -> str:
-  """What a slip makes of a number: off by a few, tenfold, sign, digits."""
+  """Draws a slip: off by one or two units, tenfold, sign, digits reversed."""
   value = decimal.Decimal(number)
   slips = [value + unit, value - unit, value + 2 * unit, value * 10, -value]
   if number.isdecimal():
     slips.append(decimal.Decimal(number[::-1]))
-  # A count is rarely answered below nought; nor is the wrong one.
+  # A wrong count is not negative either.
   lowest = min(value * 10, decimal.Decimal(0))
   slips = [slip for slip in slips if slip != value and slip >= lowest]
   places = len(number.partition(".")[2])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from data_pipelines.preferences import replies as preferences
+from data_pipelines.preferences import completions as preferences
 from data_pipelines.sources import mathvista, synthetic
 from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
@@ -51,7 +51,7 @@ PROBLEMS = {
 def pair(problem, seed):
   """The texts of the right reply and the wrong one."""
   rng = np.random.default_rng(seed)
-  (chosen, better), (rejected, worse) = preferences.drawn(2)(problem, rng)
+  (chosen, better), (rejected, worse) = preferences.synthesize(2)(problem, rng)
   assert (better, worse) == (1.0, 0.0)
   return chosen, rejected
 
@@ -107,7 +107,7 @@ def test_a_wrong_count_is_not_below_nought():
 )
 def test_a_problem_without_a_pair_says_why(problem, reason):
   with pytest.raises(records.BadRecord) as error:
-    preferences.drawn(2)(problem, np.random.default_rng(0))
+    preferences.synthesize(2)(problem, np.random.default_rng(0))
   assert error.value.reason == reason
 
 
@@ -126,7 +126,7 @@ NUM_WRONG = {
 
 @pytest.mark.parametrize("name", NUM_WRONG)
 def test_a_group_is_one_right_reply_and_as_many_wrong_as_there_are(name):
-  problem, replies = PROBLEMS[name], preferences.drawn(4)
+  problem, replies = PROBLEMS[name], preferences.synthesize(4)
   for seed in range(20):
     first, *others = replies(problem, np.random.default_rng(seed))
     assert first.label == 1.0
@@ -150,9 +150,9 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_what_is_drawn_by_default_stays_what_it_was(name):
   rng = np.random.default_rng([5, 7, 2])
-  assert [text for text, _ in preferences.drawn(4)(PROBLEMS[name], rng)] == [
-    f"One by one. <answer>{answer}</answer>" for answer in DRAWN[name]
-  ]
+  assert [
+    text for text, _ in preferences.synthesize(4)(PROBLEMS[name], rng)
+  ] == [f"One by one. <answer>{answer}</answer>" for answer in DRAWN[name]]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
   problems, kind, template
 ):
   share, mean, mean_size = SHARES_AND_LENGTHS[kind]
-  replies = preferences.drawn(
+  replies = preferences.synthesize(
     2, kinds=(kind,), template=chat_prompts.TEMPLATES[template]
   )
   differences = []
@@ -221,7 +221,7 @@ def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
 
 def drawn_wrong(problem, *kinds, count=2, seeds=30, template="tagged"):
   """Every wrong reply of some draws."""
-  replies = preferences.drawn(
+  replies = preferences.synthesize(
     count, kinds=kinds, template=chat_prompts.TEMPLATES[template]
   )
   return {
@@ -259,7 +259,7 @@ def test_a_conflict_is_a_letter_with_the_text_of_another_option():
 def test_where_conflicts_are_drawn_every_reply_has_its_letter():
   """Or the letter alone would tell a conflict."""
   problem = dataclasses.replace(PROBLEMS["options"], solution="")
-  replies = preferences.drawn(3, kinds=("distractor", "conflict"))
+  replies = preferences.synthesize(3, kinds=("distractor", "conflict"))
   found = set()
   for seed in range(40):
     (chosen, _), *others = replies(problem, np.random.default_rng(seed))
@@ -286,7 +286,10 @@ def test_a_truncation_is_cut_before_its_answer():
 def test_kinds_are_drawn_alike_and_only_those_that_are_wanted():
   problem = dataclasses.replace(PROBLEMS["integer"], question="How many?")
   kinds = ("perturbation", "refusal", "truncation")
-  replies, counts = preferences.drawn(2, kinds=kinds), dict.fromkeys("pr", 0)
+  replies, counts = (
+    preferences.synthesize(2, kinds=kinds),
+    dict.fromkeys("pr", 0),
+  )
   for seed in range(600):
     text = replies(problem, np.random.default_rng(seed))[1].text
     if "<answer>" in text:
@@ -301,7 +304,9 @@ def test_kinds_are_drawn_alike_and_only_those_that_are_wanted():
 )
 def test_a_problem_that_has_no_reply_of_the_kinds_says_so(name, kinds):
   with pytest.raises(records.BadRecord) as error:
-    preferences.drawn(2, kinds=kinds)(PROBLEMS[name], np.random.default_rng(0))
+    preferences.synthesize(2, kinds=kinds)(
+      PROBLEMS[name], np.random.default_rng(0)
+    )
   assert error.value.reason == "no_wrong_answer"
 
 
@@ -362,7 +367,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_a_bad_line_is_refused_with_its_number(tmp_path, line):
   path = tmp_path / "replies.jsonl"
-  with pytest.raises(ValueError, match="mend the line") as error:
+  with pytest.raises(ValueError, match="correct the line") as error:
     read(path, line_of("2"), line, line_of("3"))
   said = str(error.value)
   assert said.startswith(f"data.preference_file ({str(path)!r}) line 2 must be")

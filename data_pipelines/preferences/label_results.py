@@ -1,0 +1,156 @@
+"""Labels the responses of results files, for `data.preference_file`.
+
+Several files give several responses to one problem. The verifier labels each
+response 1.0 or 0.0, and problems without both labels are left out.
+"""
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_pipelines import records
+from data_pipelines.preferences import completions
+from data_pipelines.scoring import results
+from data_pipelines.sources import mathvista
+from data_pipelines.validation import SettingError
+from data_pipelines.verifier import verify
+
+_MANIFEST = "manifest.json"
+
+
+def label_results(
+  paths: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str],
+  *,
+  data_dir: str | os.PathLike[str] = "",
+) -> dict[str, int]:
+  """Writes one group of labelled completions per line.
+
+  Groups are in the order in which the files first name their problems. A group
+  starts with the right and the wrong completion that are closest in length,
+  then the next closest two, and so on; completions without a partner follow. So
+  the first few completions of a group compare texts of similar length.
+
+  Args:
+    paths: Results files, each with at most one response to a problem.
+    out: The file to write, whole or not at all.
+    data_dir: A folder from `data_pipelines.prepare` that holds the problems; ""
+      takes each problem from its first record.
+
+  Returns:
+    The numbers of `groups` and `completions` written; of problems left out, by
+    reason; and of responses left out because they are `empty` or `repeated`.
+
+  Raises:
+    SettingError: A file breaks a rule, or no group can be made.
+  """
+  counts: collections.Counter[str] = collections.Counter(
+    dict.fromkeys(
+      (
+        *("groups", "completions", "without_right", "without_wrong"),
+        *("without_answer", "not_in_data_dir", "empty", "repeated"),
+      ),
+      0,
+    )
+  )
+  texts, problems = _read_responses(paths, counts)
+  if data_dir:
+    problems = _read_problems(data_dir)
+  lines = []
+  for pid, responses in texts.items():
+    missing, group = _group(problems.get(pid), responses)
+    if missing:
+      counts[missing] += 1
+      continue
+    counts["groups"] += 1
+    counts["completions"] += len(group)
+    row = {"pid": pid, "completions": [each._asdict() for each in group]}
+    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+  if not lines:
+    raise SettingError(
+      f"the results ({', '.join(map(str, paths))}) must hold a right and a "
+      f"wrong response to some problem, but hold none: {dict(counts)}; add the "
+      "results of another model."
+    )
+  unfinished = pathlib.Path(f"{os.fspath(out)}.unfinished")
+  unfinished.write_text("".join(lines), encoding="utf-8")
+  os.replace(unfinished, out)
+  return dict(counts)
+
+
+def _read_responses(
+  paths: Iterable[str | os.PathLike[str]], counts: collections.Counter[str]
+) -> tuple[dict[str, list[str]], dict[str, records.Problem]]:
+  """The different responses to each problem, and the problems, by pid."""
+  texts: dict[str, list[str]] = {}
+  problems: dict[str, records.Problem] = {}
+  for path in paths:
+    for pid, row in results.read_rows(path):
+      try:
+        problem = records.from_result({**row, "pid": pid})
+        text = results.response_of(row) or ""
+      except records.BadRecord as error:
+        raise results.error_in(
+          path,
+          f"describe a problem and a response in every record, but pid {pid} "
+          f"does not: {error}",
+          "correct the record",
+        ) from error
+      problems.setdefault(pid, problem)
+      responses = texts.setdefault(pid, [])
+      if not text.strip():
+        counts["empty"] += 1
+      elif text in responses:
+        counts["repeated"] += 1
+      else:
+        responses.append(text)
+  return texts, problems
+
+
+def _group(
+  problem: records.Problem | None, texts: Sequence[str]
+) -> tuple[str, list[completions.Labelled]]:
+  """Labels the responses to a problem, or names the reason against a group."""
+  if problem is None:
+    return "not_in_data_dir", []
+  if not problem.has_answer:
+    return "without_answer", []
+  right, wrong = [], []
+  for text in texts:
+    correct = verify.verify(text, problem).correct
+    (right if correct else wrong).append(text)
+  if not right or not wrong:
+    return "without_wrong" if right else "without_right", []
+  pairs = []
+  while right and wrong:
+    better, worse = min(
+      ((a, b) for a in right for b in wrong),
+      key=lambda pair: abs(len(pair[0]) - len(pair[1])),
+    )
+    right.remove(better)
+    wrong.remove(worse)
+    pairs += [(better, 1.0), (worse, 0.0)]
+  pairs += [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
+  return "", [completions.Labelled(*pair) for pair in pairs]
+
+
+def _read_problems(
+  data_dir: str | os.PathLike[str],
+) -> Mapping[str, records.Problem]:
+  """The problems of every split of a data dir, by pid."""
+  try:
+    manifest = json.loads((pathlib.Path(data_dir) / _MANIFEST).read_text())
+    splits = [split for split, count in manifest["counts"].items() if count]
+    sources = [mathvista.source(data_dir, split) for split in splits]
+  except (OSError, ValueError, KeyError) as error:
+    raise SettingError(
+      f"data_dir ({os.fspath(data_dir)!r}) must be a folder that "
+      f"data_pipelines.prepare has made: {error}; run it first."
+    ) from error
+  return {
+    problem.pid: problem
+    for source in sources
+    for problem in (source[i] for i in range(len(source)))
+  }

@@ -1,0 +1,133 @@
+"""The figures of a results file: shares of right records, overall and by slice.
+
+`--mode=evaluate` and `python -m data_pipelines.score` take their figures from
+`table`. This module knows no files, no models and no way of grading.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.scoring import statistics
+
+DIMENSIONS = (
+  *("question_type", "answer_type", "task", "category", "context", "grade"),
+  *("source", "skill"),
+)
+# An evaluation gives such a pid to a record that it could not read. Neither the
+# problem nor its type is known, so the record counts as wrong and in no slice.
+_UNREADABLE = "unreadable:"
+
+
+@dataclasses.dataclass(frozen=True)
+class AboveChance:
+  """The accuracy on multiple choice, corrected for guessing.
+
+  Attributes:
+    problems: The number of multiple-choice problems.
+    guess: The expected share of right guesses, the mean of 1 / options.
+    share: (right - guess) / (1 - guess): 0 for guessing, 1 for all right.
+    low: Lower end of the 95 % interval of the share, corrected likewise.
+    high: Upper end of the interval.
+  """
+
+  problems: int
+  guess: float
+  share: float
+  low: float
+  high: float
+
+
+def is_unreadable(pid: str) -> bool:
+  """True if the pid stands for a record that an evaluation could not read."""
+  return pid.startswith(_UNREADABLE)
+
+
+def table(
+  records: Sequence[Mapping[str, Any]],
+  labels: Mapping[str, Sequence[bool | None]],
+) -> list[dict[str, Any]]:
+  """Counts the right records overall and in each slice.
+
+  Args:
+    records: At least one record in MathVista's results format. A record counts
+      in one slice of each dimension that it names, in one slice per skill, and
+      in no slice if it is unreadable.
+    labels: For each way of grading, whether each record is right; None where
+      the grade is missing.
+
+  Returns:
+    One JSON object per row, overall first, then by dimension and name:
+    `dimension`, `name`, for each way of grading a `statistics.Share` (None
+    without grades), and `multi_choice`, an `AboveChance` for the first way
+    (None where guessing is impossible or certain).
+  """
+  members: dict[tuple[int, str], list[int]] = {}
+  for index, record in enumerate(records):
+    for key in dict.fromkeys(_slices_of(record)):
+      members.setdefault(key, []).append(index)
+  groups = [("overall", "all", list(range(len(records))))]
+  groups += [
+    (DIMENSIONS[key[0]], key[1], members[key]) for key in sorted(members)
+  ]
+  graded = next(iter(labels.values()))
+  rows = []
+  for dimension, name, indices in groups:
+    row: dict[str, Any] = {"dimension": dimension, "name": name}
+    for way, marks in labels.items():
+      row[way] = _share([marks[i] for i in indices])
+    row["multi_choice"] = _above_chance(
+      [
+        (len(records[i]["choices"]), graded[i])
+        for i in indices
+        if records[i]["question_type"] == "multi_choice"
+      ]
+    )
+    rows.append(row)
+  return rows
+
+
+def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+  """The slices of a record: the index of a dimension, and a name in it."""
+  if is_unreadable(str(record.get("pid"))):
+    return
+  metadata = record.get("metadata") or {}
+  for index, dimension in enumerate(DIMENSIONS):
+    if dimension == "skill":
+      names = metadata.get("skills") or ()
+      names = (names,) if isinstance(names, str) else names
+    elif dimension.endswith("_type"):
+      names = (record.get(dimension),)
+    else:
+      names = (metadata.get(dimension),)
+    yield from ((index, str(name)) for name in names if name)
+
+
+def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:
+  kept = [mark for mark in marks if mark is not None]
+  if not kept:
+    return None
+  return dataclasses.asdict(statistics.share(sum(kept), len(kept)))
+
+
+def _above_chance(
+  graded: Sequence[tuple[int, bool | None]],
+) -> dict[str, Any] | None:
+  """The figure of problems with so many options each."""
+  if not graded:
+    return None
+  guess = float(np.mean(1 / np.array([options for options, _ in graded])))
+  if guess == 1:
+    return None
+  share = statistics.share(sum(bool(right) for _, right in graded), len(graded))
+  return dataclasses.asdict(
+    AboveChance(
+      problems=len(graded),
+      guess=guess,
+      share=(share.share - guess) / (1 - guess),
+      low=(share.low - guess) / (1 - guess),
+      high=(share.high - guess) / (1 - guess),
+    )
+  )

@@ -1,0 +1,110 @@
+"""Scores a results file: grades it, writes the figures, formats a table."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.scoring import grading, results
+from data_pipelines.validation import SettingError
+
+_HEADINGS = ("", "problems", "strict", "official", "stored", "above chance")
+
+
+def score_file(path: str, *, out: str = "", scores: str = "") -> str:
+  """Scores a results file and returns the table as text.
+
+  Args:
+    path: The results file.
+    out: File for the records with their strict answers; "" writes none.
+    scores: File for the figures as JSON; "" writes none.
+
+  Raises:
+    SettingError: The file cannot be scored, or an output cannot be written.
+  """
+  paths = [os.path.realpath(name) for name in (path, out, scores) if name]
+  if len(set(paths)) < len(paths):
+    raise SettingError(
+      f"results file ({path!r}), --out ({out!r}) and --scores ({scores!r}) "
+      "must be different files; rename the outputs."
+    )
+  graded = [grading.grade(result) for result in results.read(path)]
+  if not any(each.result.problem.has_answer for each in graded):
+    raise results.error_in(
+      path,
+      "have public answers, but has none, like the benchmark's test split",
+      "score testmini",
+    )
+  found = grading.summary(graded)
+  _write("out", out, lambda: grading.strict_records(graded))
+  _write("scores", scores, lambda: {"file": os.path.basename(path), **found})
+  return format_scores(found)
+
+
+def format_scores(scores: Mapping[str, Any]) -> str:
+  """Formats `grading.summary` as lines of text, with shares in percent."""
+  lines = [
+    f"{scores['scored']} of {scores['records']} records scored "
+    f"({scores['no_answer']} have no public answer); "
+    f"{scores['no_response']} without a response count as wrong.",
+    f"Official grades use {scores['stored_extractions']} stored extractions "
+    f"and {scores['scored'] - scores['stored_extractions']} responses, without "
+    "a language model.",
+  ]
+  if scores["agreement"]:
+    lines.append(
+      "Strict grades against {labelled} stored labels: right for "
+      "{missed_wrong} of {wrong} labelled wrong, wrong for {missed_right} of "
+      "{right} labelled right.".format(**scores["agreement"])
+    )
+  cells = [_HEADINGS, *_cells(scores["rows"])]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines.append("")
+  for first, *rest in cells:
+    columns = [first.ljust(widths[0])]
+    columns += [x.rjust(w) for x, w in zip(rest, widths[1:], strict=True)]
+    lines.append("  ".join(columns).rstrip())
+  return "\n".join(lines)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+  """The cells of each row, with a line of its own for each dimension."""
+  dimension = None
+  for row in rows:
+    if row["dimension"] != dimension:
+      dimension = row["dimension"]
+      yield (dimension,) + ("",) * (len(_HEADINGS) - 1)
+    yield (
+      f"  {row['name']}",
+      str(row["strict"]["problems"]),
+      *(_percent(row[x]) for x in ("strict", "official", "stored")),
+      _percent(row["multi_choice"]),
+    )
+
+
+def _percent(share: Mapping[str, float] | None) -> str:
+  if share is None:
+    return "-"
+  value, low, high = (100 * share[name] for name in ("share", "low", "high"))
+  return f"{value:5.1f} [{low:5.1f}, {high:5.1f}]"
+
+
+def _write(flag: str, path: str, value: Callable[[], Any]) -> None:
+  """Writes JSON to the file of a flag, whole or not at all."""
+  if not path:
+    return
+  target = pathlib.Path(path)
+  part = target.with_name(f".{target.name}.part")
+  try:
+    # UTF-8 has no lone surrogates, so they are written as JSON escapes.
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+      json.dump(value(), file, indent=2, ensure_ascii=False)
+      file.write("\n")
+    part.replace(target)
+  except OSError as error:
+    part.unlink(missing_ok=True)
+    raise SettingError(
+      f"--{flag} ({path!r}) must be a file that can be written: {error}; name "
+      "another file."
+    ) from error

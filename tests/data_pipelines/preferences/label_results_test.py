@@ -1,0 +1,246 @@
+"""Groups from results files: verified labels, similar lengths first."""
+
+import collections
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from data_pipelines import records
+from data_pipelines.preferences import completions, label_results
+from data_pipelines.sources import mathvista
+from data_pipelines.validation import SettingError
+from data_pipelines.verifier import verify
+
+
+def record(pid="1", response="<answer>12</answer>", **changes):
+  """What an official results file has of a problem, and its response."""
+  fields = dict(
+    pid=pid,
+    question="How many?",
+    image=f"images/{pid}.jpg",
+    choices=None,
+    unit=None,
+    precision=None,
+    answer="12",
+    question_type="free_form",
+    answer_type="integer",
+    query="Question: How many?",
+    metadata={"source": "FigureQA"},
+    response=response,
+  )
+  return fields | changes
+
+
+def write(path, *rows):
+  path.write_text(json.dumps({row["pid"]: row for row in rows}))
+  return path
+
+
+def groups(path):
+  lines = path.read_text(encoding="utf-8").splitlines()
+  rows = [json.loads(line) for line in lines]
+  return {
+    row["pid"]: [(x["text"], x["label"]) for x in row["completions"]]
+    for row in rows
+  }
+
+
+def paired(tmp_path, *responses, **changes):
+  """The counts and groups of one problem with a file for each response."""
+  files = [
+    write(tmp_path / f"{i}.json", record(response=response, **changes))
+    for i, response in enumerate(responses)
+  ]
+  counts = label_results.label_results(files, tmp_path / "out.jsonl")
+  return counts, groups(tmp_path / "out.jsonl")
+
+
+@pytest.fixture(scope="module")
+def results(fixtures, tmp_path_factory):
+  """The responses of eight runs as a results file each."""
+  path = fixtures / "mathvista_responses" / "responses.jsonl.gz"
+  runs = collections.defaultdict(dict)
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    for row in map(json.loads, file):
+      runs[row["model"]][row["pid"]] = row
+  folder = tmp_path_factory.mktemp("results")
+  files = []
+  for model, rows in sorted(runs.items()):
+    files.append(folder / f"output_{model}.json")
+    files[-1].write_text(json.dumps(rows))
+  return files, runs
+
+
+def test_real_responses_become_groups_that_the_verifier_agrees_with(
+  results, tmp_path
+):
+  files, runs = results
+  out = tmp_path / "pairs.jsonl"
+  counts = label_results.label_results(files, out)
+  found = groups(out)
+  assert counts["groups"] == len(found) > 600
+  assert counts["completions"] == sum(map(len, found.values()))
+  rows = list(runs.values())
+  assert len(rows[0]) == (
+    len(found)
+    + counts["without_right"]
+    + counts["without_wrong"]
+    + counts["without_answer"]
+  )
+  differences = []
+  for pid, replies in found.items():
+    row = rows[0][pid] | {"decoded_image": {"bytes": b"-"}, "query": "-"}
+    problem = records.from_row(row)
+    texts = {run[pid]["response"] for run in rows}
+    assert {text for text, _ in replies} <= texts
+    assert len(replies) == len({text for text, _ in replies})
+    for text, label in replies:
+      assert verify.verify(text, problem).correct == (label == 1.0)
+    assert [label for _, label in replies[:2]] == [1.0, 0.0]
+    differences.append(len(replies[0][0]) - len(replies[1][0]))
+  # Characters: the first right response and the first wrong one differ by 16
+  # on average and 43 in size, where all of either side differ by 36 and 184.
+  assert abs(np.mean(differences)) < 20
+  assert np.mean(np.abs(differences)) < 60
+
+
+def test_what_is_written_is_what_preferences_read(results, tmp_path):
+  out = tmp_path / "pairs.jsonl"
+  label_results.label_results(results[0], out)
+  source = completions.from_file(out, 2)
+  rng = np.random.default_rng(0)
+  rows = next(iter(results[1].values()))
+  for pid in groups(out):
+    row = rows[pid] | {"decoded_image": {"bytes": b"-"}, "query": "-"}
+    better, worse = source(records.from_row(row), rng)
+    assert (better.label, worse.label) == (1.0, 0.0)
+
+
+def test_the_nearest_in_length_come_first_in_pairs(tmp_path):
+  answers = ["12", "12" + " " * 50, "7", "8" + " " * 48, "9" + " " * 20]
+  counts, found = paired(tmp_path, *(f"<answer>{x}</answer>" for x in answers))
+  assert [label for _, label in found["1"]] == [1.0, 0.0, 1.0, 0.0, 0.0]
+  texts = [text[8:-9].strip() for text, _ in found["1"]]
+  assert texts == ["12", "7", "12", "8", "9"]
+  assert counts["groups"] == 1 and counts["completions"] == 5
+
+
+def test_a_problem_without_both_sides_is_left_out_and_counted(tmp_path):
+  first = write(
+    tmp_path / "a.json",
+    record("1"),
+    record("2"),
+    record("3", "7"),
+    record("4", answer=""),
+    record("5", "12"),
+  )
+  second = write(
+    tmp_path / "b.json",
+    record("1", "7"),
+    record("2", "12"),
+    record("3", "8"),
+    record("4", "7", answer=""),
+    record("5", None),
+    record("6", " "),
+  )
+  out = tmp_path / "out.jsonl"
+  counts = label_results.label_results([first, second], out)
+  assert list(groups(out)) == ["1"]
+  assert counts == {
+    "groups": 1,
+    "completions": 2,
+    "without_right": 2,  # 3, and 6 which has none at all.
+    "without_wrong": 2,
+    "without_answer": 1,
+    "not_in_data_dir": 0,
+    "empty": 2,
+    "repeated": 0,
+  }
+
+
+def test_a_response_that_two_files_share_counts_once(tmp_path):
+  counts, found = paired(tmp_path, "12", "7", "7", "12")
+  assert found["1"] == [("12", 1.0), ("7", 0.0)]
+  assert counts["repeated"] == 2
+
+
+def test_options_are_judged_as_options(tmp_path):
+  _, found = paired(
+    tmp_path,
+    "The answer is (B).",
+    "The answer is (A).",
+    choices=["red", "blue"],
+    answer="blue",
+    question_type="multi_choice",
+    answer_type="text",
+  )
+  assert dict(found["1"]) == {
+    "The answer is (B).": 1.0,
+    "The answer is (A).": 0.0,
+  }
+
+
+def test_lists_and_lines_of_records_are_read_too(tmp_path):
+  rows = [record("1"), record("2")]
+  lines = tmp_path / "a.jsonl"
+  lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  table = tmp_path / "b.json"
+  table.write_text(json.dumps([record("1", "7"), record(2, "8")]))
+  single = tmp_path / "c.jsonl"
+  single.write_text(json.dumps(record("2", "9")))
+  out = tmp_path / "out.jsonl"
+  assert label_results.label_results([lines, table, single], out)["groups"] == 2
+  assert len(groups(out)["2"]) == 3
+
+
+def test_the_problems_of_a_data_dir_are_what_counts(tmp_path):
+  """Its answer, not the file's; and a pid that it lacks is left out."""
+  row = record("1", answer="7") | {"decoded_image": {"bytes": b"-"}}
+  problem = records.from_row(row)
+  data_dir = tmp_path / "data"
+  mathvista.write({"train": [problem]}, data_dir)
+  (data_dir / "manifest.json").write_text(
+    json.dumps({"counts": {"train": 1, "eval": 0}})
+  )
+  files = [
+    write(tmp_path / f"{i}.json", record("1", text), record("2", text))
+    for i, text in enumerate(["12", "7"])
+  ]
+  out = tmp_path / "out.jsonl"
+  counts = label_results.label_results(files, out, data_dir=data_dir)
+  assert groups(out) == {"1": [("7", 1.0), ("12", 0.0)]}
+  assert counts["not_in_data_dir"] == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "rule"),
+  [
+    (None, "must be a text file"),
+    ("{", "must be JSON"),
+    ("3", "one JSON object"),
+    ("[3]", "record 1 does not: '3'"),
+    ('{"1": 3}', "one JSON object"),
+    (json.dumps([record()] * 2), "hold each pid once.*'1'"),
+    (json.dumps([{"response": "7"}]), "a pid in each record.*response"),
+    (json.dumps([record(response=7)]), "pid 1 .*response holds a int"),
+    (json.dumps([record(answer=12)]), "must describe a problem.*answer"),
+    (json.dumps([record()]), "a right and a wrong response"),
+  ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, rule):
+  path = tmp_path / "output_a.json"
+  if text is not None:
+    path.write_text(text)
+  with pytest.raises(SettingError, match=f"results .*output_a.*{rule}"):
+    label_results.label_results([path], tmp_path / "out.jsonl")
+  assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_folder_that_is_no_data_dir_is_refused(tmp_path):
+  path = write(tmp_path / "a.json", record())
+  with pytest.raises(SettingError, match="^data_dir .*prepare"):
+    label_results.label_results(
+      [path], tmp_path / "out.jsonl", data_dir=tmp_path
+    )
