@@ -8,7 +8,8 @@
 # Otherwise (killed set-up, changed pins, upgraded Python, moved folder) the venv
 # is made from scratch. Later changes inside the venv are not noticed.
 #
-# $GRPO_TPU_VENV names a venv of your own, which is used without any check.
+# $GRPO_TPU_BASE_PYTHON names the Python to make .venv with. $GRPO_TPU_VENV names
+# a venv of your own, which is used without any check.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${GRPO_TPU_VENV:-$root/.venv}
@@ -48,6 +49,10 @@ print(sys._base_executable or sys.executable)
 # version of the pins, before 3.13.
 python_candidates() {
   local name folder
+  if [[ ${GRPO_TPU_BASE_PYTHON:-} ]]; then
+    type -aP "$GRPO_TPU_BASE_PYTHON" || true
+    return
+  fi
   for name in python3.12 python3.13 python3 python; do
     type -aP "$name" || true
   done

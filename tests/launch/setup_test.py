@@ -24,6 +24,15 @@ def test_the_version_that_the_pins_were_made_on_is_preferred(checkout):
   assert checkout.run(FIND).stdout == f"{best}\n"
 
 
+def test_a_python_that_the_user_names_is_the_only_candidate(checkout):
+  checkout.add_python(checkout.path / "python3.12", "3.12")
+  named = checkout.add_python(checkout.path / "python3.13", "3.13")
+  checkout.environment["GRPO_TPU_BASE_PYTHON"] = "python3.13"
+  assert checkout.run(FIND).stdout == f"{named}\n"
+  checkout.environment["GRPO_TPU_BASE_PYTHON"] = "python3.14"
+  assert checkout.run(FIND).returncode == 64
+
+
 def test_a_shim_that_does_not_start_is_passed_over(checkout):
   checkout.add(checkout.path / "python3.12", BROKEN_SHIM)
   good = checkout.add_python(checkout.path / "python", "3.13")
