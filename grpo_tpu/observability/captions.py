@@ -1,4 +1,4 @@
-"""Pictures with words under them, as a sample is looked at in TensorBoard."""
+"""Images with text below, for samples in TensorBoard."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,28 +6,27 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Smaller pictures are enlarged by a whole number, pixel by pixel.
+# Smaller images are enlarged by a whole number, pixel by pixel.
 _MIN_WIDTH = 320
 _CHARACTERS_PER_LINE = 32
 _MAX_LINES = 12
 
 
-def captioned(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-  """The picture over a white strip with the texts.
+def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+  """Puts the texts on a white strip below the image.
 
   Args:
     image: uint8 [height, width, 3].
-    texts: Each begins a line of its own. What is too long for the strip is cut.
+    texts: Each begins a new line. Lines that do not fit the strip are dropped.
 
   Returns:
-    uint8 [1, height', width', 3], as an image summary wants it.
+    uint8 [1, height', width', 3], as an image summary takes it.
   """
-  times = -(-_MIN_WIDTH // image.shape[1])
-  picture = image.repeat(times, axis=0).repeat(times, axis=1)
-  width = picture.shape[1]
-  size = width / (
-    0.62 * _CHARACTERS_PER_LINE
-  )  # Of a letter, most are 0.6 wide.
+  scale = -(-_MIN_WIDTH // image.shape[1])
+  enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
+  width = enlarged.shape[1]
+  # Most letters are 0.6 times as wide as the font size.
+  size = width / (0.62 * _CHARACTERS_PER_LINE)
   lines = [
     line
     for text in texts
@@ -41,4 +40,4 @@ def captioned(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   font = ImageFont.load_default(size)
   for index, line in enumerate(lines):
     draw.text((6, 4 + index * line_height), line, fill="black", font=font)
-  return np.concatenate([picture, np.asarray(strip)])[None]
+  return np.concatenate([enlarged, np.asarray(strip)])[None]

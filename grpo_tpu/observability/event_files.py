@@ -1,8 +1,9 @@
-"""TensorBoard's event files, written behind the run by a thread of their own.
+"""TensorBoard's event files, written by a background thread.
 
-Knows nothing of what is written: it is handed calls to make with a CLU writer.
-CLU imports TensorFlow, which takes ten seconds and more: the thread does that
-too, calls wait in a queue meanwhile, and training waits for neither.
+The thread runs calls with a CLU writer and knows nothing of their content. CLU
+imports TensorFlow, which takes ten seconds or more. The thread does the import
+too, and calls wait in a queue meanwhile, so training never waits. CLU's own
+`AsyncWriter` would import it in the main thread, and raises errors there.
 
 References:
   CLU, https://github.com/google/CommonLoopUtils
@@ -21,27 +22,27 @@ _SECONDS_BETWEEN_REPORTS = 60.0
 
 
 class EventFiles:
-  """The event files in one folder. Trouble with them never stops the run.
+  """The event files in one folder. An error in them never stops the run.
 
   Attributes:
-    failures: How many calls have failed so far.
+    failures: The number of failed calls.
   """
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int | None) -> None:
     """Starts the thread, which opens the files.
 
     Args:
-      workdir: The folder, which is there.
-      resume_step: What the files say of later steps no longer counts. None:
-        the run starts anew, and files that are there are removed.
+      workdir: The folder, which exists.
+      resume_step: The last step to keep in files that exist. None removes the
+        files, for a run from the start.
     """
     self._workdir = workdir
     self.failures = 0
-    # Since the last report: how many, the first of them, and when that was.
+    # Since the last report: the failures, the first error, and the time.
     self._num_failures, self._first_error = 0, None
     self._reported = time.monotonic()
-    # What the thread is to do; an `Event` to set once all before it is on disk;
-    # None to end.
+    # Holds calls to make; an `Event` to set once everything before it is on
+    # disk; None to end.
     self._queue: queue.SimpleQueue[
       Callable[[Any], None] | threading.Event | None
     ] = queue.SimpleQueue()
@@ -51,20 +52,20 @@ class EventFiles:
     self._thread.start()
 
   def write(self, call: Callable[[Any], None]) -> None:
-    """Has `call` made with the CLU writer, in its turn."""
+    """Queues a call, which the thread makes with the CLU writer."""
     self._queue.put(call)
     if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
       self._report()
 
   def flush(self) -> None:
-    """Returns when all is on disk; logs what went wrong."""
+    """Waits until everything is on disk; logs failures."""
     is_flushed = threading.Event()
     self._queue.put(is_flushed)
     is_flushed.wait()
     self._report()
 
   def close(self) -> None:
-    """Flushes and ends the thread; nothing can be written after."""
+    """Flushes and ends the thread; nothing can be written afterwards."""
     self._queue.put(None)
     self._thread.join()
     self._report()
@@ -74,8 +75,8 @@ class EventFiles:
     while (item := self._queue.get()) is not None:
       if events is not None and not isinstance(item, threading.Event):
         self._attempt(item, events)
-      # A kill should lose little, and a reader see what there is; but many
-      # that waited for the import are one write.
+      # A flush per step loses little in a kill; the calls that waited for the
+      # import share one.
       if events is not None and self._queue.empty():
         self._attempt(events.flush)
       if isinstance(item, threading.Event):
@@ -98,15 +99,13 @@ class EventFiles:
     self._reported = time.monotonic()
     if count:
       logging.warning(
-        "The event files in %s lack something: %d calls failed, first with %r.",
-        self._workdir,
-        count,
-        error,
+        "TensorBoard files in %s are incomplete: %d writes failed, first: %r.",
+        *(self._workdir, count, error),
       )
 
 
 def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
-  """A CLU writer, beside what still counts of the files that are there."""
+  """Makes a CLU writer, after the files that exist are rewound or removed."""
   from clu import metric_writers
 
   for path in sorted(workdir.glob("events.out.tfevents.*")):
@@ -118,22 +117,22 @@ def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
 
 
 def _rewind(path: pathlib.Path, resume_step: int) -> None:
-  """Leaves the whole events up to `resume_step` in the file.
+  """Keeps only complete events up to `resume_step` in the file.
 
-  A session's START event would have the same said of TensorBoard's own server,
-  but other readers do not heed it.
+  A session's START event would hide the others from TensorBoard's own server,
+  but not from other readers.
   """
   import tensorflow as tf
 
   # TensorBoard must not take the unfinished copy for an event file.
-  beside = path.with_name("rewound.tmp")
-  with path.open("rb") as file, beside.open("wb") as kept:
-    # A record: its length in 8 bytes, 4 of checksum, content, 4 of checksum.
+  temporary = path.with_name("rewound.tmp")
+  with path.open("rb") as file, temporary.open("wb") as kept:
+    # A record: length in 8 bytes, 4 of checksum, content, 4 of checksum.
     while len(head := file.read(12)) == 12:
       length = int.from_bytes(head[:8], "little")
       body = file.read(length + 4)
       if len(body) < length + 4:
-        break  # Torn by a kill.
+        break  # Cut short by a kill.
       if tf.compat.v1.Event.FromString(body[:length]).step <= resume_step:
         kept.write(head + body)
-  beside.replace(path)
+  temporary.replace(path)

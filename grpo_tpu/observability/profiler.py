@@ -1,7 +1,7 @@
-"""A profile of a few steps, where TensorBoard's profile plugin looks for it.
+"""A profile of a few steps, for TensorBoard's profile plugin.
 
-Asked for by settings, so that a slow run can be looked at by starting it again:
-it goes on from its checkpoint, and its numbers stay what they are.
+A setting asks for it, so a slow run can be examined by a restart: the run resumes
+from its checkpoint and its results do not change.
 
 References:
   https://docs.jax.dev/en/latest/profiling.html
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Self
 
 import jax
 from absl import logging
@@ -18,12 +19,12 @@ from absl import logging
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """Which steps are traced.
+  """The steps to trace.
 
   Attributes:
-    steps: The first and the last of them, as in (10, 12); () for none. A trace
-      holds every call of Python and every operation of the devices, so few
-      steps make a large one. The first steps compile.
+    steps: The first and the last step, as in (10, 12); () for none. A trace
+      holds every Python call and every device operation, so a few steps make a
+      large file. The first steps of a run compile.
   """
 
   steps: tuple[int, ...]
@@ -39,24 +40,24 @@ class ProfileConfig:
 
 
 class Profiler:
-  """Traces the steps of one stretch; use as a context manager.
+  """Traces one range of steps; use as a context manager.
 
-  Trouble with a trace is logged, and never stops the run.
+  An error of the trace is logged and never stops the run.
   """
 
   def __init__(self, folder: str | os.PathLike[str], config: ProfileConfig):
-    """Traces nothing yet.
+    """Prepares the trace.
 
     Args:
-      folder: Of the run; a trace goes to `plugins/profile/steps-FIRST-LAST/` in
-        it, a file for each host.
-      config: Which steps.
+      folder: The workdir. The trace goes to `plugins/profile/steps-FIRST-LAST/`
+        below it, one file per host.
+      config: The steps to trace.
     """
     self._folder = folder
     self._first, self._last = config.steps or (0, 0)
     self._is_tracing = False
 
-  def __enter__(self) -> "Profiler":
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -64,9 +65,9 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
-    """What happens inside is this step, and is traced if it is to be.
+    """Marks the body as this step, and traces it if the step is in the range.
 
-    A run that goes on in the middle of the stretch traces what is left of it.
+    A run that resumes inside the range traces the rest of it.
     """
     is_wanted = self._first <= step <= self._last
     if is_wanted and not self._is_tracing:
@@ -78,13 +79,12 @@ class Profiler:
 
   def _start(self) -> None:
     options = jax.profiler.ProfileOptions()
-    # The same on every host.
+    # Every host uses the same name.
     options.session_id = f"steps-{self._first}-{self._last}"
-    # Whatever goes wrong with a trace must not end the run that it looks at.
     try:
       jax.profiler.start_trace(self._folder, profiler_options=options)
     except Exception:
-      logging.warning("No trace could be started.", exc_info=True)
+      logging.warning("The trace could not be started.", exc_info=True)
       self._last = 0
     else:
       self._is_tracing = True
@@ -99,8 +99,7 @@ class Profiler:
       logging.warning("The trace could not be written.", exc_info=True)
     else:
       logging.info(
-        "The trace of steps %d to %d is in %s.",
-        self._first,
-        self._last,
+        "Trace of steps %d to %d: %s",
+        *(self._first, self._last),
         os.path.join(self._folder, "plugins", "profile"),
       )

@@ -144,7 +144,7 @@ class _Loop:
     scalars = jax.device_get(self._evaluated(state, 0))
     scalars |= self._clock.scalars()
     self._writer.write(0, scalars)
-    self._writer.progress(self._config.train.num_steps)
+    self._writer.log_progress(self._config.train.num_steps)
     self._save(0, state, metrics=scalars, force=True)
 
   def go_on(
@@ -166,7 +166,7 @@ class _Loop:
         state, scalars = self._step(state, batches, step, begun)
       begun = None
       self._writer.write(step, scalars)
-      self._writer.progress(num_steps)
+      self._writer.log_progress(num_steps)
       self._ending.step = step
       self._watch.end_startup()
       self._save(step, state, metrics=scalars, force=step == num_steps)

@@ -1,4 +1,4 @@
-"""Laws of the event files: written behind, in order, and never in the way."""
+"""Event files are written in the background, in order, and stop no run."""
 
 import threading
 import time
@@ -6,8 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo_tpu.observability import event_files
-from grpo_tpu.observability import writer as metrics
+from grpo_tpu.observability import event_files, writer
 
 
 class MemoryEvents:
@@ -25,7 +24,7 @@ class MemoryEvents:
 
 @pytest.fixture
 def opening(monkeypatch):
-  """Lets the test say when the import is over, and with what writer."""
+  """A writer that opens when the test sets the event."""
   events, is_over = MemoryEvents(), threading.Event()
 
   def open_events(*_):
@@ -48,10 +47,10 @@ def test_nothing_waits_for_the_import_and_nothing_is_lost(tmp_path, opening):
   assert calls == [*range(100), "close"]
 
 
-def test_numbers_are_on_disk_while_the_import_lasts(tmp_path, opening):
+def test_metrics_are_on_disk_during_the_import(tmp_path, opening):
   _, is_over = opening
-  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
-    writer.write(1, {"train/loss": 0.5})
+  with writer.Writer(tmp_path, is_writer=True, resume_step=None) as w:
+    w.write(1, {"train/loss": 0.5})
     text = (tmp_path / "metrics.jsonl").read_text()
     is_over.set()
   assert text == '{"step": 1, "train/loss": 0.5}\n'
@@ -81,26 +80,24 @@ def test_a_failed_call_is_logged_and_the_next_one_made(
   files.flush()
   assert "next" in events.calls
   (record,) = caplog.records
-  assert "2 calls failed, first with AttributeError" in record.getMessage()
+  assert "2 writes failed, first: AttributeError" in record.getMessage()
   files.close()
   assert len(caplog.records) == 1
 
 
-def test_a_run_goes_on_where_the_files_cannot_be_opened(
+def test_a_run_continues_if_the_files_cannot_be_opened(
   tmp_path, monkeypatch, caplog
 ):
   def open_events(*_):
     raise ImportError("no TensorFlow here")
 
   monkeypatch.setattr(event_files, "_open_events", open_events)
-  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
-    writer.write(1, {"train/loss": 0.5})
-    writer.flush()
-    writer.write(2, {"train/loss": 0.5})
+  with writer.Writer(tmp_path, is_writer=True, resume_step=None) as w:
+    w.write(1, {"train/loss": 0.5})
+    w.flush()
+    w.write(2, {"train/loss": 0.5})
   (record,) = caplog.records
-  assert (
-    "1 calls failed, first with ImportError('no TensorFlow" in record.message
-  )
+  assert "1 writes failed, first: ImportError('no TensorFlow" in record.message
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -111,14 +108,12 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
   image = np.zeros((2, 2, 3), np.uint8)
 
   def run(steps, loss, resume_step):
-    with metrics.Writer(
-      tmp_path, is_writer=True, resume_step=resume_step
-    ) as writer:
-      writer.write_config({"seed": 1, "mesh": {"fsdp": 4}})
+    with writer.Writer(tmp_path, is_writer=True, resume_step=resume_step) as w:
+      w.write_config({"seed": 1, "mesh": {"fsdp": 4}})
       for step in steps:
-        sample = metrics.Sample("p", "?", f"at {loss}", "3", 1.0, {}, image)
-        writer.write(step, {"train/loss": loss})
-        writer.write_samples(step, [sample], split="train")
+        sample = writer.Sample("p", "?", f"at {loss}", "3", 1.0, {}, image)
+        w.write(step, {"train/loss": loss})
+        w.write_samples(step, [sample], split="train")
 
   def read(tag):
     accumulator = event_accumulator.EventAccumulator(
@@ -130,7 +125,7 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
       for event in accumulator.Tensors(tag)
     ]
 
-  run(range(3), 9.0, None)  # An earlier run, of which nothing may be left.
+  run(range(3), 9.0, None)  # An earlier run, which must leave nothing.
   run(range(1, 7), 1.0, None)
   (path,) = tmp_path.glob("events.out.tfevents.*")
   path.write_bytes(path.read_bytes()[:-10])

@@ -1,15 +1,15 @@
-"""A trace holds the steps asked for, and lies where TensorBoard looks."""
+"""A trace holds the requested steps, where TensorBoard looks for it."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_tpu.observability import profiler as profiling
+from grpo_tpu.observability import profiler
 
 
 @pytest.fixture
 def calls(monkeypatch):
-  """What JAX's profiler is told, in order."""
+  """The calls of JAX's profiler, in order."""
   told = []
   monkeypatch.setattr(
     jax.profiler, "start_trace", lambda *_, **__: told.append("start")
@@ -19,10 +19,10 @@ def calls(monkeypatch):
 
 
 def run(steps, wanted, told):
-  config = profiling.ProfileConfig(wanted)
-  with profiling.Profiler("W", config) as profiler:
+  config = profiler.ProfileConfig(wanted)
+  with profiler.Profiler("W", config) as p:
     for step in steps:
-      with profiler.step(step):
+      with p.step(step):
         told.append(step)
 
 
@@ -32,28 +32,26 @@ def run(steps, wanted, told):
     (range(1, 5), (), [1, 2, 3, 4]),
     (range(1, 5), (2, 3), [1, "start", 2, 3, "stop", 4]),
     (range(1, 3), (1, 1), ["start", 1, "stop", 2]),
-    # Gone on in the middle, gone on behind, and ended before the last.
+    # Resumed inside the range, resumed after it, ended before its last step.
     (range(3, 5), (2, 3), ["start", 3, "stop", 4]),
     (range(4, 6), (2, 3), [4, 5]),
     (range(1, 3), (2, 9), [1, "start", 2, "stop"]),
   ],
 )
-def test_the_steps_asked_for_are_traced_and_no_other(
-  calls, steps, wanted, expected
-):
+def test_only_the_requested_steps_are_traced(calls, steps, wanted, expected):
   run(steps, wanted, calls)
   assert calls == expected
 
 
-def test_a_run_that_fails_in_a_traced_step_leaves_its_trace(calls):
-  profiler = profiling.Profiler("W", profiling.ProfileConfig((1, 5)))
-  with pytest.raises(KeyError), profiler, profiler.step(1):
+def test_a_run_that_fails_in_a_traced_step_keeps_the_trace(calls):
+  p = profiler.Profiler("W", profiler.ProfileConfig((1, 5)))
+  with pytest.raises(KeyError), p, p.step(1):
     raise KeyError
   assert calls == ["start", "stop"]
 
 
 @pytest.mark.parametrize("call", ["start_trace", "stop_trace"])
-def test_a_trace_that_fails_is_logged_and_the_run_goes_on(
+def test_a_failed_trace_is_logged_and_the_run_continues(
   calls, monkeypatch, caplog, call
 ):
   def fail(*_, **__):
@@ -65,17 +63,17 @@ def test_a_trace_that_fails_is_logged_and_the_run_goes_on(
   assert "disk full" in caplog.text and len(caplog.records) == 1
 
 
-def test_a_real_trace_lies_where_the_plugin_looks(tmp_path):
-  config = profiling.ProfileConfig((2, 2))
-  with profiling.Profiler(tmp_path, config) as profiler:
+def test_the_plugin_finds_a_real_trace(tmp_path):
+  config = profiler.ProfileConfig((2, 2))
+  with profiler.Profiler(tmp_path, config) as p:
     for step in (1, 2, 3):
-      with profiler.step(step):
+      with p.step(step):
         jnp.ones(4).block_until_ready()
   (trace,) = tmp_path.glob("plugins/profile/steps-2-2/*.xplane.pb")
   assert b"step_num" in trace.read_bytes()
 
 
 @pytest.mark.parametrize("steps", [(1,), (0, 2), (3, 2), (1, 2, 3)])
-def test_what_is_no_stretch_of_steps_is_refused(steps):
+def test_an_invalid_range_of_steps_is_refused(steps):
   with pytest.raises(ValueError, match=r"profile.steps \(.*=\(10, 12\)"):
-    profiling.ProfileConfig(steps)
+    profiler.ProfileConfig(steps)

@@ -1,11 +1,8 @@
-"""Laws of what a run writes: declared names, every digit, no step twice."""
+"""A run writes declared names, every digit, and no step twice."""
 
 import json
 import math
-import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -15,10 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_tpu.observability import event_files
-from grpo_tpu.observability import writer as metrics
+from grpo_tpu.observability import event_files, writer
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 SCALARS = {
   "train/loss": -0.25,
   "rollout/reward": 0.1 + 0.2,
@@ -47,7 +42,7 @@ def events(monkeypatch):
 
 
 def open_writer(path, *, is_writer=True, resume_step=None):
-  return metrics.Writer(path, is_writer=is_writer, resume_step=resume_step)
+  return writer.Writer(path, is_writer=is_writer, resume_step=resume_step)
 
 
 def rows_of(path):
@@ -59,7 +54,7 @@ def rows_of(path):
 
 
 def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
-  return metrics.Sample(
+  return writer.Sample(
     pid=pid,
     prompt="How many?",
     completion=completion,
@@ -70,18 +65,18 @@ def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
   )
 
 
-def test_a_line_has_its_names_in_declared_order_whatever_the_dicts(tmp_path):
-  with open_writer(tmp_path) as writer:
-    writer.write(1, SCALARS)
-    writer.write(2, dict(reversed(SCALARS.items())))
+def test_a_line_has_its_names_in_declared_order(tmp_path):
+  with open_writer(tmp_path) as w:
+    w.write(1, SCALARS)
+    w.write(2, dict(reversed(SCALARS.items())))
   rows = rows_of(tmp_path / "metrics.jsonl")
   assert [list(row) for row in rows] == [["step", *SCALARS]] * 2
 
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
-  with open_writer(tmp_path) as writer:
+  with open_writer(tmp_path) as w:
     for step in (0, 1):
-      writer.write(step, {"train/loss": step / 3})
+      w.write(step, {"train/loss": step / 3})
       assert rows_of(tmp_path / "metrics.jsonl")[-1] == {
         "step": step,
         "train/loss": step / 3,
@@ -91,8 +86,8 @@ def test_a_line_is_on_disk_when_write_returns(tmp_path):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_digit_is_kept(tmp_path_factory, value):
   path = tmp_path_factory.mktemp("run")
-  with open_writer(path) as writer:
-    writer.write(1, {"train/loss": value})
+  with open_writer(path) as w:
+    w.write(1, {"train/loss": value})
   (row,) = rows_of(path / "metrics.jsonl")
   assert math.copysign(1, row["train/loss"]) == math.copysign(1, value)
   assert row["train/loss"] == value
@@ -111,9 +106,9 @@ def test_every_digit_is_kept(tmp_path_factory, value):
     (jnp.float32(-jnp.inf), None),
   ],
 )
-def test_a_number_of_any_make_is_written_as_json(tmp_path, value, expected):
-  with open_writer(tmp_path) as writer:
-    writer.write(1, {"train/loss": value})
+def test_a_number_of_any_type_is_written_as_json(tmp_path, value, expected):
+  with open_writer(tmp_path) as w:
+    w.write(1, {"train/loss": value})
   (row,) = rows_of(tmp_path / "metrics.jsonl")
   assert row == {"step": 1, "train/loss": expected}
   assert type(row["train/loss"]) is type(expected)
@@ -122,8 +117,8 @@ def test_a_number_of_any_make_is_written_as_json(tmp_path, value, expected):
 def test_the_event_files_get_the_number_itself_even_if_not_finite(
   tmp_path, events
 ):
-  with open_writer(tmp_path) as writer:
-    writer.write(1, {"train/loss": jnp.float32(jnp.inf)})
+  with open_writer(tmp_path) as w:
+    w.write(1, {"train/loss": jnp.float32(jnp.inf)})
   assert ("write_scalars", 1, {"train/loss": math.inf}) in events.calls
 
 
@@ -133,8 +128,8 @@ def test_device_scalars_are_fetched_together(tmp_path, monkeypatch):
   monkeypatch.setattr(
     jax, "device_get", lambda tree: fetched.append(tree) or device_get(tree)
   )
-  with open_writer(tmp_path) as writer:
-    writer.write(1, {"train/loss": jnp.float32(1), "train/kl": jnp.float32(2)})
+  with open_writer(tmp_path) as w:
+    w.write(1, {"train/loss": jnp.float32(1), "train/kl": jnp.float32(2)})
   assert [sorted(tree) for tree in fetched] == [["train/kl", "train/loss"]]
 
 
@@ -143,48 +138,48 @@ def test_device_scalars_are_fetched_together(tmp_path, monkeypatch):
   "name", ["train/los", "eval/accuracy/{slice}", "eval/accuracy/a/b", "loss"]
 )
 def test_an_undeclared_name_is_refused_on_every_host(tmp_path, name, is_writer):
-  with open_writer(tmp_path, is_writer=is_writer) as writer:
+  with open_writer(tmp_path, is_writer=is_writer) as w:
     with pytest.raises(
       ValueError, match=re.escape(f"{name!r} is not declared")
     ):
-      writer.write(1, {"train/kl": 0.0, name: 1.0})
+      w.write(1, {"train/kl": 0.0, name: 1.0})
 
 
 def test_a_misspelt_name_gets_a_suggestion(tmp_path):
-  with open_writer(tmp_path) as writer:
+  with open_writer(tmp_path) as w:
     with pytest.raises(ValueError, match="mean 'train/loss'"):
-      writer.write(1, {"train/los": 1.0})
+      w.write(1, {"train/los": 1.0})
 
 
 @pytest.mark.parametrize("value", [jnp.zeros(1), np.zeros((2, 3)), "1.0"])
-def test_what_is_not_one_number_is_refused(tmp_path, value):
-  with open_writer(tmp_path) as writer:
+def test_a_value_that_is_not_one_number_is_refused(tmp_path, value):
+  with open_writer(tmp_path) as w:
     with pytest.raises(ValueError, match="'train/loss' must be one number"):
-      writer.write(1, {"train/loss": value})
+      w.write(1, {"train/loss": value})
 
 
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("is_writer", [True, False])
 def test_a_step_cannot_be_written_twice(tmp_path, step, is_writer):
-  with open_writer(tmp_path, is_writer=is_writer) as writer:
-    writer.write(2, {"train/loss": 0.0})
+  with open_writer(tmp_path, is_writer=is_writer) as w:
+    w.write(2, {"train/loss": 0.0})
     with pytest.raises(ValueError, match=f"step {step} .* after step 2"):
-      writer.write(step, {"train/kl": 0.0})
+      w.write(step, {"train/kl": 0.0})
 
 
 def test_the_restored_step_cannot_be_written_again(tmp_path):
-  with open_writer(tmp_path, resume_step=7) as writer:
+  with open_writer(tmp_path, resume_step=7) as w:
     with pytest.raises(ValueError, match="step 7 .* after step 7"):
-      writer.write(7, {"train/loss": 0.0})
+      w.write(7, {"train/loss": 0.0})
 
 
-def test_hosts_but_one_write_nothing(tmp_path):
-  with open_writer(tmp_path / "run", is_writer=False) as writer:
-    writer.write(1, SCALARS)
-    writer.write_samples(1, [make_sample()], split="train")
-    writer.write_config({"seed": 0})
-    writer.progress(1)
-    writer.flush()
+def test_only_process_0_writes(tmp_path):
+  with open_writer(tmp_path / "run", is_writer=False) as w:
+    w.write(1, SCALARS)
+    w.write_samples(1, [make_sample()], split="train")
+    w.write_config({"seed": 0})
+    w.log_progress(1)
+    w.flush()
   assert not (tmp_path / "run").exists()
 
 
@@ -193,13 +188,13 @@ def test_hosts_but_one_write_nothing(tmp_path):
 def test_a_resumed_run_ends_with_the_lines_of_the_unbroken_one(
   tmp_path, killed_after, num_torn_bytes
 ):
-  """Restored from step 3, whatever the kill had left after it."""
+  """The run resumes from step 3, whatever the kill left after it."""
 
   def run(path, steps, resume_step):
-    with open_writer(path, resume_step=resume_step) as writer:
+    with open_writer(path, resume_step=resume_step) as w:
       for step in steps:
-        writer.write(step, {"train/loss": 1 / (step + 1)})
-        writer.write_samples(step, [make_sample(f"p{step}")] * 2, split="eval")
+        w.write(step, {"train/loss": 1 / (step + 1)})
+        w.write_samples(step, [make_sample(f"p{step}")] * 2, split="eval")
 
   run(tmp_path / "unbroken", range(9), None)
   run(tmp_path / "broken", range(killed_after + 1), None)
@@ -214,22 +209,22 @@ def test_a_resumed_run_ends_with_the_lines_of_the_unbroken_one(
 
 
 def test_a_whole_line_without_its_end_counts_as_torn(tmp_path):
-  """Or the next line would be written onto the end of it."""
-  with open_writer(tmp_path) as writer:
+  """Otherwise the next line would be appended to it."""
+  with open_writer(tmp_path) as w:
     for step in (1, 2):
-      writer.write(step, {"train/loss": 0.5})
+      w.write(step, {"train/loss": 0.5})
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(path.read_bytes()[:-1])
-  with open_writer(tmp_path, resume_step=2) as writer:
-    writer.write(3, {"train/loss": 0.5})
+  with open_writer(tmp_path, resume_step=2) as w:
+    w.write(3, {"train/loss": 0.5})
   assert [row["step"] for row in rows_of(path)] == [1, 3]
 
 
-def test_a_run_from_the_start_removes_what_an_earlier_one_left(tmp_path):
+def test_a_run_from_the_start_removes_the_files_of_an_earlier_run(tmp_path):
   for _ in range(2):
-    with open_writer(tmp_path) as writer:
-      writer.write(0, {"eval/accuracy": 0.5})
-      writer.write_samples(0, [make_sample()], split="train")
+    with open_writer(tmp_path) as w:
+      w.write(0, {"eval/accuracy": 0.5})
+      w.write_samples(0, [make_sample()], split="train")
   assert len(rows_of(tmp_path / "metrics.jsonl")) == 1
   assert len(rows_of(tmp_path / "samples" / "train.jsonl")) == 1
 
@@ -237,8 +232,8 @@ def test_a_run_from_the_start_removes_what_an_earlier_one_left(tmp_path):
 def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
   image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
   samples = [make_sample("a"), make_sample("b", image=image)]
-  with open_writer(tmp_path) as writer:
-    writer.write_samples(5, samples, split="eval")
+  with open_writer(tmp_path) as w:
+    w.write_samples(5, samples, split="eval")
   rows = rows_of(tmp_path / "samples" / "eval.jsonl")
   assert [row["pid"] for row in rows] == ["a", "b"]
   assert rows[0] == {
@@ -265,27 +260,27 @@ def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
   assert shown.shape[0] > 320 and shown.shape[1] == 320
 
 
-def test_whatever_a_model_writes_stays_one_line(tmp_path):
+def test_any_completion_stays_on_one_line(tmp_path):
   completion = "a\nb\r\u2028c\x00\u00e9\U0001f600"
-  with open_writer(tmp_path) as writer:
-    writer.write_samples(1, [make_sample(completion=completion)], split="train")
+  with open_writer(tmp_path) as w:
+    w.write_samples(1, [make_sample(completion=completion)], split="train")
   (row,) = rows_of(tmp_path / "samples" / "train.jsonl")
   assert row["completion"] == completion
 
 
 def test_a_sample_text_shows_tags_and_fences_as_they_are():
   sample = make_sample(completion="```\n<answer>\n\n3</answer>")
-  lines = metrics.sample_text(sample).split("\n")
+  lines = writer.sample_text(sample).split("\n")
   code = [line for line in lines if line.startswith("    ")]
   for line in ("```", "<answer>", "", "3</answer>", "How many?"):
     assert f"    {line}" in code
   assert not [line for line in lines if line not in code and "<" in line]
 
 
-def test_the_config_is_shown_nested_and_compared_flat(tmp_path, events):
+def test_the_config_is_text_and_flat_hparams(tmp_path, events):
   config = {"seed": 1, "mesh": {"fsdp": 4}, "buckets": (64, 128), "dir": None}
-  with open_writer(tmp_path) as writer:
-    writer.write_config(config)
+  with open_writer(tmp_path) as w:
+    w.write_config(config)
   calls = {name: args for name, *args in events.calls}
   assert '"fsdp": 4' in calls["write_texts"][1]["config"]
   assert list(calls["write_summaries"][1]) == ["custom_scalars__config__"]
@@ -294,14 +289,14 @@ def test_the_config_is_shown_nested_and_compared_flat(tmp_path, events):
   ]
 
 
-def test_a_progress_line_says_how_it_goes():
+def test_a_progress_line_has_the_main_metrics():
   scalars = {
     "perf/tokens_per_second": 411.7,
     "rollout/accuracy": 0.675,
     "rollout/reward": 0.714,
     "train/loss": 3.0,
   }
-  line = metrics.progress_line(120, 300, scalars, eta_seconds=79.6)
+  line = writer.progress_line(120, 300, scalars, eta_seconds=79.6)
   assert line == (
     "step 120/300  reward 0.71  accuracy 0.68  412 tokens/s  ETA 1:20"
   )
@@ -318,67 +313,43 @@ def test_a_progress_line_says_how_it_goes():
     (90061.0, "  ETA 25:01:01"),
   ],
 )
-def test_the_time_left_reads_as_a_clock(eta_seconds, words):
-  line = metrics.progress_line(1, 2, {}, eta_seconds=eta_seconds)
+def test_the_eta_reads_as_a_clock(eta_seconds, words):
+  line = writer.progress_line(1, 2, {}, eta_seconds=eta_seconds)
   assert line == f"step 1/2{words}"
 
 
-def test_progress_is_logged_now_and_then_and_where_it_matters(
+def test_progress_is_logged_every_few_seconds_and_after_evaluations(
   tmp_path, monkeypatch, caplog
 ):
   """A minute to compile, then two seconds a step."""
   clock = iter([0.0, *(60.0 + 2 * step for step in range(10))])
   monkeypatch.setattr(
-    metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+    writer, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
   )
-  with caplog.at_level("INFO", logger="absl"), open_writer(tmp_path) as writer:
+  with caplog.at_level("INFO", logger="absl"), open_writer(tmp_path) as w:
     for step in range(10):
       scalars = {"eval/accuracy": 0.5} if step in (0, 5) else {}
-      writer.write(step, scalars)
-      writer.progress(9)
+      w.write(step, scalars)
+      w.log_progress(9)
   assert [record.getMessage() for record in caplog.records] == [
-    "step 0/9  held-out accuracy 0.500",
+    "step 0/9  eval accuracy 0.500",
     "step 1/9",
     "step 4/9  ETA 0:10",
-    "step 5/9  held-out accuracy 0.500  ETA 0:08",
+    "step 5/9  eval accuracy 0.500  ETA 0:08",
     "step 8/9  ETA 0:02",
     "step 9/9  ETA 0:00",
   ]
 
 
-def test_a_full_disk_stops_nothing_tears_nothing_and_loses_nothing(tmp_path):
-  """A limit on the size of files stands for it: a line is cut in the middle."""
-  code = """
-import json, pathlib, resource, signal, sys
-from grpo_tpu.observability import writer
-folder = pathlib.Path(sys.argv[1])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-lines = writer._JsonLines(folder / "x.jsonl", resume_step=None)
-lines.append({"step": 0, "text": "a" * 50})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-for step in (1, 2):
-  lines.append({"step": step, "text": "a" * 50})
-assert lines.failures == 2, lines.failures
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-lines.append({"step": 3, "text": "a" * 50})
-assert lines.failures == 2
-rows = [json.loads(x) for x in (folder / "x.jsonl").read_text().splitlines()]
-assert [row["step"] for row in rows] == [0, 1, 2, 3], rows
-"""
-  subprocess.run(
-    [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True
-  )
-
-
-def test_a_step_that_goes_on_in_the_middle_keeps_its_samples(tmp_path):
-  """And not the line that a process before it may have come to write."""
-  with open_writer(tmp_path) as writer:
+def test_a_partial_step_keeps_its_samples(tmp_path):
+  """It does not keep the metrics that an earlier process may have written."""
+  with open_writer(tmp_path) as w:
     for step in (1, 2, 3):
-      writer.write_samples(step, [make_sample()], split="train")
-      writer.write_samples(step, [make_sample()], split="eval")
-      writer.write(step, {})
+      w.write_samples(step, [make_sample()], split="train")
+      w.write_samples(step, [make_sample()], split="eval")
+      w.write(step, {})
   for has_partial_step, steps in ((True, [1, 2]), (False, [1])):
-    metrics.Writer(
+    writer.Writer(
       tmp_path, is_writer=True, resume_step=1, has_partial_step=has_partial_step
     ).close()
     found = {

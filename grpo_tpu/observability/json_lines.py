@@ -1,0 +1,107 @@
+"""A file with one JSON object per line, each with its step.
+
+A full disk neither stops the run nor leaves part of a line in the file. No step is
+in the file twice: a resumed run removes the steps that it repeats.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+_SECONDS_BETWEEN_WARNINGS = 60.0
+_MAX_WAITING_LINES = 1000
+
+
+class JsonLines:
+  """Appends lines. A line that cannot be written waits for the next `append`.
+
+  Attributes:
+    failures: The number of failed writes.
+  """
+
+  def __init__(self, path: pathlib.Path, *, resume_step: int | None) -> None:
+    """Opens the file.
+
+    Args:
+      path: The file, made if missing.
+      resume_step: The last step to keep; None empties the file.
+    """
+    _rewind(path, resume_step)
+    # Unbuffered: a line is one write, so a kill cuts at most the last line.
+    self._file = path.open("ab", buffering=0)
+    self._size = os.fstat(self._file.fileno()).st_size
+    self._waiting: collections.deque[bytes] = collections.deque(
+      maxlen=_MAX_WAITING_LINES
+    )
+    self.failures = 0
+
+  def append(self, row: Mapping[str, Any]) -> None:
+    """Writes the row and all lines that wait, if the disk permits."""
+    line = json.dumps(_replace_nan(row), allow_nan=False).encode() + b"\n"
+    self._waiting.append(line)
+    try:
+      while self._waiting:
+        self._write(self._waiting[0])
+        self._waiting.popleft()
+    except OSError as error:
+      self.failures += 1
+      logging.log_every_n_seconds(
+        logging.WARNING,
+        "%s: %d lines wait to be written: %s",
+        _SECONDS_BETWEEN_WARNINGS,
+        *(self._file.name, len(self._waiting), error),
+      )
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+  def _write(self, line: bytes) -> None:
+    """Writes a whole line, or raises OSError; the next call removes a part."""
+    descriptor = self._file.fileno()
+    if os.fstat(descriptor).st_size != self._size:
+      os.ftruncate(descriptor, self._size)  # Part of a line that failed.
+    num_written = self._file.write(line)
+    if num_written != len(line):
+      raise OSError(
+        f"only {num_written} of {len(line)} bytes of a line could be written; "
+        "is the disk full?"
+      )
+    self._size += len(line)
+
+
+def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
+  """Keeps only complete lines up to `resume_step`; None keeps no line."""
+  kept = []
+  if resume_step is not None and path.exists():
+    for line in path.read_bytes().splitlines(keepends=True):
+      try:
+        step = json.loads(line)["step"]
+      except ValueError:
+        step = None
+      if step is None or not line.endswith(b"\n"):
+        logging.warning("%s: dropped a broken line: %r", path, line[:80])
+      elif step <= resume_step:
+        kept.append(line)
+  # The rename is atomic: a kill before it leaves the file unchanged.
+  temporary = path.with_name(f"{path.name}.tmp")
+  with temporary.open("wb") as file:
+    file.writelines(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def _replace_nan(value: Any) -> Any:
+  """Replaces numbers that are not finite, which JSON cannot hold, by None."""
+  if isinstance(value, Mapping):
+    return {key: _replace_nan(each) for key, each in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
