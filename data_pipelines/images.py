@@ -1,8 +1,7 @@
-"""Published picture bytes to RGB pixels, the same on every host.
+"""Decodes, resizes and crops images, with the same pixels on every host.
 
-The pixels are those of transformers' Gemma3ImageProcessorPil, pan-and-scan
-included; a test holds them together. Knows nothing of models: what a vision
-tower does with pixel values is its own affair.
+The pixels equal those of transformers' Gemma3ImageProcessorPil, pan-and-scan
+included, which a test enforces. Knows nothing of models.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2.1: pan and scan.
@@ -39,17 +38,18 @@ _UPRIGHT = {
 
 @dataclasses.dataclass(frozen=True)
 class PanAndScan:
-  """Whether long pictures are shown again in pieces, and which ones.
+  """Settings of pan and scan, which shows long images again in crops.
 
-  The numbers are those of transformers' Gemma3ImageProcessor, there named
-  `pan_and_scan_min_crop_size` and so on.
+  transformers' Gemma3ImageProcessor names them `pan_and_scan_min_crop_size` and
+  so on.
 
   Attributes:
-    enabled: False shows each picture whole and no more.
-    min_crop_size: Pixels of a crop's shorter side; a picture whose crops would
-      fall below it has none.
-    max_num_crops: Most crops of a picture; each costs what a picture does.
-    min_ratio_to_activate: Longer side by shorter side from which there are any.
+    enabled: False shows each image whole, without crops.
+    min_crop_size: Fewest pixels of a crop's shorter side; an image whose crops
+      would be smaller has no crops.
+    max_num_crops: Most crops of an image; each costs as much as an image.
+    min_ratio_to_activate: Smallest ratio of longer to shorter side at which an
+      image has crops.
   """
 
   enabled: bool
@@ -61,7 +61,7 @@ class PanAndScan:
     for name, holds, rule in (
       ("max_num_crops", self.max_num_crops >= 2, "at least 2"),
       (
-        # Or the last crop of a small picture could be empty.
+        # Otherwise the last crop of a small image could be empty.
         "min_crop_size",
         self.min_crop_size >= self.max_num_crops,
         f"at least max_num_crops ({self.max_num_crops})",
@@ -76,29 +76,29 @@ class PanAndScan:
         raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
 
 
-# With transformers' numbers.
+# Transformers' numbers.
 WHOLE = PanAndScan(
   enabled=False, min_crop_size=256, max_num_crops=4, min_ratio_to_activate=1.2
 )
 
 
 def decode(image_bytes: bytes) -> np.ndarray:
-  """The picture as a viewer shows it on a white page.
+  """Decodes an image as a viewer shows it on a white page.
 
   Args:
-    image_bytes: An encoded picture in any format and mode that PIL reads; the
-      format is found from the bytes, never from a file name.
+    image_bytes: An encoded image in any format and mode that PIL reads; the
+      bytes tell the format, never a file name.
 
   Returns:
     uint8 [height, width, 3]: upright by its EXIF orientation, transparency
     composited over white, grey and CMYK as RGB, 16 bits scaled to 8.
 
   Raises:
-    BadRecord: "image_too_large" above `MAX_PIXELS`, found before any pixel is
-      decoded; "undecodable_image" for what is corrupt or truncated.
+    BadRecord: "image_too_large" above `MAX_PIXELS`, before decoding;
+      "undecodable_image" for a corrupt or truncated image.
   """
   try:
-    image = _opened(image_bytes)
+    image = _open(image_bytes)
     image.load()
     orientation = _orientation(image)
     rgb = _as_rgb(image)
@@ -107,13 +107,13 @@ def decode(image_bytes: bytes) -> np.ndarray:
     return np.asarray(rgb)
   except records.BadRecord:
     raise
-  # On damaged bytes PIL's decoders raise nearly every kind of exception.
+  # PIL's decoders raise nearly every kind of exception on damaged bytes.
   except Exception as error:
     raise _undecodable(error) from error
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-  """The whole picture squashed to uint8 [size, size, 3], bilinear."""
+  """Resizes the whole image to uint8 [size, size, 3], bilinearly."""
   square = Image.fromarray(image).resize(
     (size, size), Image.Resampling.BILINEAR
   )
@@ -123,23 +123,23 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def crop_boxes(
   height: int, width: int, settings: PanAndScan
 ) -> list[tuple[int, int, int, int]]:
-  """Where a picture is cut along its longer side; empty where it is not.
+  """The crops of an image along its longer side; [] if it has none.
 
-  As many crops as come closest to squares, none smaller than allowed. They are
-  of one size, but for the last, which ends where the picture does.
+  The number of crops makes them as square as possible, none smaller than
+  allowed. All have one size, except the last, which ends with the image.
 
   Args:
-    height: Of the picture, in pixels.
-    width: Of the picture, in pixels.
-    settings: When to cut, and into how many.
+    height: Image height, in pixels.
+    width: Image width, in pixels.
+    settings: Limits of the crops.
 
   Returns:
-    Top, left, bottom and right of each crop, from the picture's top left on.
+    Top, left, bottom and right of each crop, in pixels from the top left.
   """
   longer, shorter = max(height, width), min(height, width)
   if not settings.enabled or longer / shorter < settings.min_ratio_to_activate:
     return []
-  # Halves are rounded up, where Python's round would take the even number.
+  # Halves are rounded up; Python's round would take the even number.
   count = math.floor(longer / shorter + 0.5)
   count = max(2, min(count, longer // settings.min_crop_size))
   count = min(count, settings.max_num_crops)
@@ -153,18 +153,18 @@ def crop_boxes(
 
 
 def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
-  """How many crops `views` would make, from the header of the picture alone.
+  """Counts the crops that `views` would make, from the image's header alone.
 
-  Orientation is of no matter: it can only swap height and width, and the count
-  does not tell them apart.
+  The EXIF orientation can only swap height and width, which gives the same
+  count.
 
   Raises:
-    BadRecord: As `decode`, for what the header can tell.
+    BadRecord: The header is damaged, or the image too large.
   """
   if not settings.enabled:
     return 0
   try:
-    image = _opened(image_bytes)
+    image = _open(image_bytes)
   except records.BadRecord:
     raise
   except Exception as error:  # As in `decode`.
@@ -173,9 +173,9 @@ def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
 
 
 def views(image: np.ndarray, size: int, settings: PanAndScan) -> np.ndarray:
-  """uint8 [1 + crops, size, size, 3]: the whole picture, then its crops.
+  """The whole image, then its crops: uint8 [1 + crops, size, size, 3].
 
-  Crops are cut before anything is resized, so that they show more detail.
+  Crops are cut before resizing, so that they show more detail.
   """
   boxes = crop_boxes(image.shape[0], image.shape[1], settings)
   crops = [image[top:bottom, left:right] for top, left, bottom, right in boxes]
@@ -183,7 +183,7 @@ def views(image: np.ndarray, size: int, settings: PanAndScan) -> np.ndarray:
 
 
 def pixel_hash(image: np.ndarray) -> str:
-  """Equal for equal pixels, however they were encoded."""
+  """A hash of the pixels, whatever their encoding."""
   digest = hashlib.sha256(f"{image.shape}".encode())
   digest.update(np.ascontiguousarray(image))
   return digest.hexdigest()
@@ -195,8 +195,8 @@ def _undecodable(error: Exception) -> records.BadRecord:
   )
 
 
-def _opened(image_bytes: bytes) -> Image.Image:
-  """The picture with only its header read, or a refusal by its size."""
+def _open(image_bytes: bytes) -> Image.Image:
+  """Reads the image's header, and refuses an image that is too large."""
   with _silence():
     try:
       image = Image.open(io.BytesIO(image_bytes))
@@ -211,7 +211,7 @@ def _opened(image_bytes: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-  """1 (upright) where the EXIF block is absent or damaged."""
+  """The EXIF orientation; 1 (upright) if absent or damaged."""
   with _silence():
     try:
       return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -221,10 +221,10 @@ def _orientation(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-  """Keeps PIL from warning of damaged metadata and of large pictures.
+  """Suppresses PIL's warnings of damaged metadata and of large images.
 
-  Under a lock, since `warnings.catch_warnings` swaps a list that all threads
-  share; so nothing slow belongs inside.
+  Holds a lock, because `warnings.catch_warnings` replaces a list that all
+  threads share; nothing slow belongs inside.
   """
   with _WARNINGS_LOCK, warnings.catch_warnings():
     warnings.simplefilter("ignore")

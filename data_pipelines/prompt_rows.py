@@ -276,15 +276,7 @@ def _stand_in(pid: str) -> records.Problem:
   return records.Problem(
     pid=pid,
     question="",
-    image_path="",
-    image_bytes=b"",
-    choices=(),
-    unit="",
-    precision=-1,
     answer="",
     question_type="free_form",
     answer_type="integer",
-    query="",
-    solution="",
-    metadata={},
   )

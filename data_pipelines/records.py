@@ -1,8 +1,7 @@
-"""One problem in MathVista's schema: how it is read, checked and encoded.
+"""One problem in MathVista's schema: reads, checks and encodes it.
 
-Knows nothing of files, splits or pictures' contents: an image is the bytes it
-was published as. What cannot be a problem raises `BadRecord`, whose reason is
-a short slug that can be counted.
+Knows nothing of files, splits or pixels: an image is its published bytes. An
+unusable record raises `BadRecord`, whose reason is a short slug to count.
 
 References:
   MathVista: https://arxiv.org/abs/2310.02255 (schema and shipped queries:
@@ -12,7 +11,7 @@ References:
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 QUESTION_TYPES = ("multi_choice", "free_form")
@@ -43,7 +42,7 @@ _COUNTS = ("one", "two", "three", "four", "five", "six")
 
 
 class BadRecord(ValueError):
-  """A record that cannot be a problem; `reason` is a stable slug to count."""
+  """An unusable record; `reason` is a stable slug to count."""
 
   def __init__(self, reason: str, detail: str):
     super().__init__(f"{reason}: {detail}")
@@ -51,49 +50,49 @@ class BadRecord(ValueError):
     self.detail = detail
 
   def __reduce__(self):
-    """Lets the exception come back from a worker process."""
+    """Makes the exception picklable, to return from a worker process."""
     return type(self), (self.reason, self.detail)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-  """A picture, a question and a checkable answer.
+  """An image, a question and a checkable answer.
 
   Attributes:
     pid: The name of the problem, unique in its data set.
     question: The question alone.
-    image_path: Where the source kept the picture; its suffix may lie.
-    image_bytes: The picture as it was published, still encoded.
+    image_path: The image's path in the source; its suffix may be wrong.
+    image_bytes: The image as published, still encoded.
     choices: The options of a multiple-choice question, else empty.
-    unit: What the answer is measured in, or "".
+    unit: The unit of the answer, or "".
     precision: Decimal places of a float answer, or -1.
-    answer: The answer; of a multiple-choice question, the text of the option.
-      "" when it is not public.
+    answer: The answer, for a multiple-choice question the text of the option;
+      "" if it is not public.
     question_type: "multi_choice" or "free_form".
     answer_type: "text" (all multiple-choice ones), "integer", "float", "list".
     query: The official query text, byte for byte.
-    solution: A worked answer without any tag, or "".
+    solution: A worked answer without tags, or "".
     metadata: Category, context, grade, img_height, img_width, language,
       skills, source, split and task, as the source has them.
   """
 
   pid: str
   question: str
-  image_path: str
-  image_bytes: bytes
-  choices: tuple[str, ...]
-  unit: str
-  precision: int
+  image_path: str = ""
+  image_bytes: bytes = b""
+  choices: tuple[str, ...] = ()
+  unit: str = ""
+  precision: int = -1
   answer: str
   question_type: str
   answer_type: str
-  query: str
-  solution: str
-  metadata: Mapping[str, Any]
+  query: str = ""
+  solution: str = ""
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def has_answer(self) -> bool:
-    """Whether the answer is public, so that a response can be checked."""
+    """True if the answer is public, so that a completion can be checked."""
     return self.answer != ""
 
 
@@ -108,25 +107,21 @@ class Source(Protocol):
 FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
-def official_query(
-  *,
-  question: str,
-  choices: Sequence[str],
-  unit: str,
-  precision: int,
-  question_type: str,
-  answer_type: str,
-) -> str:
+def official_query(problem: Problem) -> str:
   """The text that MathVista ships as `query`: hint, question, options.
 
   Raises:
     BadRecord: The types or the precision have no hint.
   """
-  kind = "text" if question_type == "multi_choice" else answer_type
+  is_choice = problem.question_type == "multi_choice"
+  kind = "text" if is_choice else problem.answer_type
   if kind not in _HINTS:
-    raise BadRecord("unknown_answer_type", f"answer_type {answer_type!r}")
+    raise BadRecord(
+      "unknown_answer_type", f"answer_type {problem.answer_type!r}"
+    )
   hint = _HINTS[kind]
   if kind == "float":
+    precision = problem.precision
     _check_precision(precision)
     digits = "23456789"
     examples = (f"1.{digits[i : i + precision]}" for i in range(3))
@@ -135,53 +130,56 @@ def official_query(
       places="place" if precision == 1 else "places",
       examples=", ".join(examples),
     )
-  lines = [hint, f"Question: {question}" + (f" (Unit: {unit})" if unit else "")]
-  if choices:
+  unit = f" (Unit: {problem.unit})" if problem.unit else ""
+  lines = [hint, f"Question: {problem.question}{unit}"]
+  if problem.choices:
     lines.append("Choices:")
-    lines += [f"({chr(65 + i)}) {text}" for i, text in enumerate(choices)]
+    lines += [f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices)]
   return "\n".join(lines).strip()
+
+
+def with_official_query(problem: Problem) -> Problem:
+  """The problem with the query that MathVista would ship for it."""
+  return dataclasses.replace(problem, query=official_query(problem))
 
 
 def from_row(row: Mapping[str, Any]) -> Problem:
   """The problem in one row of the Hugging Face parquet files.
 
-  Nulls become "", () or -1. Only the shape of the row is held here; `validate`
-  holds what the fields mean.
+  Nulls become "", () or -1. Checks only the types of the columns; `validate`
+  checks the values.
 
   Args:
     row: Column name to value; `decoded_image` is a struct of `bytes` and
-      `path`. `query` is built when the row has none, and `solution` is an
-      optional column of this project's own.
+      `path`. A missing `query` is built; `solution` is this project's own
+      optional column.
 
   Returns:
-    The problem, its image bytes untouched.
+    The problem with the row's image bytes.
 
   Raises:
-    BadRecord: A column is missing or holds a value of another kind.
+    BadRecord: A column is missing or has a wrong type.
   """
-  picture = row.get("decoded_image")
-  image_bytes = picture.get("bytes") if isinstance(picture, Mapping) else None
+  image = row.get("decoded_image")
+  image_bytes = image.get("bytes") if isinstance(image, Mapping) else None
   if not isinstance(image_bytes, bytes) or not image_bytes:
     raise BadRecord(
       "missing_image",
-      f"decoded_image.bytes holds no encoded picture of {row.get('image')!r}",
+      f"decoded_image.bytes holds no encoded image of {row.get('image')!r}",
     )
   return dataclasses.replace(from_result(row), image_bytes=image_bytes)
 
 
 def from_result(row: Mapping[str, Any]) -> Problem:
-  """The problem in one record of a results file, which has no picture.
-
-  As `from_row`, but the `image_bytes` are empty.
+  """The problem in one record of a results file, without image bytes.
 
   Raises:
-    BadRecord: A field holds a value of another kind.
+    BadRecord: A field has a wrong type.
   """
   problem = Problem(
     pid=_text(row, "pid"),
     question=_text(row, "question"),
     image_path=_text(row, "image"),
-    image_bytes=b"",
     choices=_texts(row, "choices"),
     unit=_text(row, "unit"),
     precision=_precision(row.get("precision")),
@@ -192,23 +190,11 @@ def from_result(row: Mapping[str, Any]) -> Problem:
     solution=_text(row, "solution"),
     metadata=_metadata(row.get("metadata")),
   )
-  if problem.query:
-    return problem
-  query = official_query(
-    question=problem.question,
-    choices=problem.choices,
-    unit=problem.unit,
-    precision=problem.precision,
-    question_type=problem.question_type,
-    answer_type=problem.answer_type,
-  )
-  return dataclasses.replace(problem, query=query)
+  return problem if problem.query else with_official_query(problem)
 
 
 def validate(problem: Problem) -> None:
-  """Passes every record that a run could use, and no other.
-
-  Whether the picture decodes is for `images.decode` to say.
+  """Refuses a record that no run can use; `images.decode` checks the image.
 
   Raises:
     BadRecord: The record cannot be asked or its answer cannot be checked.
@@ -223,11 +209,11 @@ def validate(problem: Problem) -> None:
 
 
 def validate_types(problem: Problem) -> None:
-  """Passes every problem whose answer could be checked, asked or not.
+  """Refuses a problem whose answer cannot be checked.
 
   Raises:
-    BadRecord: The types, the options, the precision or the answer do not fit
-      each other.
+    BadRecord: The types, the options, the precision and the answer do not fit
+      together.
   """
   if problem.question_type not in QUESTION_TYPES:
     raise BadRecord(
@@ -250,7 +236,7 @@ def validate_types(problem: Problem) -> None:
 
 
 def to_example(problem: Problem) -> dict[str, Any]:
-  """The problem as the flat features that the TFDS builder stores."""
+  """The flat features that the TFDS builder stores."""
   example = {name: getattr(problem, name) for name in FIELDS}
   example["choices"] = list(problem.choices)
   example["metadata"] = json.dumps(
@@ -260,23 +246,23 @@ def to_example(problem: Problem) -> dict[str, Any]:
 
 
 def from_example(example: Mapping[str, Any]) -> Problem:
-  """The inverse of `to_example`; text may come as UTF-8 bytes."""
+  """The inverse of `to_example`; text may be UTF-8 bytes."""
   fields = {
-    field.name: _decoded(example[field.name])
+    field.name: _to_text(example[field.name])
     for field in dataclasses.fields(Problem)
     if field.type is str
   }
   return Problem(
     image_bytes=bytes(example["image_bytes"]),
-    choices=tuple(_decoded(choice) for choice in example["choices"]),
+    choices=tuple(_to_text(choice) for choice in example["choices"]),
     precision=int(example["precision"]),
-    metadata=json.loads(_decoded(example["metadata"])),
+    metadata=json.loads(_to_text(example["metadata"])),
     **fields,
   )
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
-  """The column as text; null and absent read as ""."""
+  """The column as text; "" if null or absent."""
   value = row.get(name)
   return "" if value is None else _checked_text(name, value)
 
@@ -288,7 +274,7 @@ def _checked_text(name: str, value: Any) -> str:
 
 
 def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  """The column as a list of texts; null and absent read as ()."""
+  """The column as a list of texts; () if null or absent."""
   values = row.get(name)
   if values is None:
     return ()
@@ -298,7 +284,7 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _metadata(value: Any) -> dict[str, Any]:
-  """The column without its nulls; held to be JSON, for it is stored so."""
+  """The column without nulls; must be JSON, because it is stored as JSON."""
   if value is None:
     return {}
   try:
@@ -306,11 +292,13 @@ def _metadata(value: Any) -> dict[str, Any]:
       json.dumps({k: v for k, v in value.items() if v is not None})
     )
   except (AttributeError, TypeError, ValueError) as error:
-    raise BadRecord("bad_metadata", f"metadata is no JSON: {error}") from error
+    raise BadRecord(
+      "bad_metadata", f"metadata are not JSON: {error}"
+    ) from error
 
 
 def _precision(value: Any) -> int:
-  """The column as an int: 2.0 and 2 are 2; null and NaN are -1."""
+  """The column as an int; -1 if null or NaN."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
     return -1
   if not isinstance(value, int | float) or not float(value).is_integer():
@@ -327,7 +315,7 @@ def _check_precision(precision: int) -> None:
 
 
 def _check_choices(problem: Problem) -> None:
-  """Holds a multiple-choice record; two options may have the same text."""
+  """Checks a multiple-choice record; two options may have the same text."""
   if problem.answer_type != "text":
     raise BadRecord(
       "mismatched_types",
@@ -340,9 +328,10 @@ def _check_choices(problem: Problem) -> None:
     )
   if problem.has_answer and problem.answer not in problem.choices:
     raise BadRecord(
-      "answer_not_in_choices", f"answer {problem.answer!r} is no choice"
+      "answer_not_in_choices",
+      f"answer {problem.answer!r} is none of the choices",
     )
 
 
-def _decoded(value: str | bytes) -> str:
+def _to_text(value: str | bytes) -> str:
   return value.decode() if isinstance(value, bytes) else str(value)

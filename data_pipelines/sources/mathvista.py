@@ -24,47 +24,20 @@ from data_pipelines import records, validation
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
 SOURCES = frozenset(
-  {
-    "A-OKVQA",
-    "AI2D",
-    "CLEVR-Math",
-    "ChartQA",
-    "DVQA",
-    "DocVQA",
-    "FigureQA",
-    "FunctionQA",
-    "GEOS",
-    "GeoQA+",
-    "Geometry3K",
-    "IQTest",
-    "IconQA",
-    "KVQA",
-    "MapQA",
-    "PMC-VQA",
-    "PaperQA",
-    "ParsVQA-Caps",
-    "PlotQA",
-    "SciBench",
-    "ScienceQA",
-    "Super-CLEVR",
-    "TQA",
-    "TabMWP",
-    "TextVQA",
-    "TheoremQA",
-    "UniGeo",
-    "VQA-AS",
-    "VQA-RAD",
-    "VQA2.0",
-    "VizWiz",
-  }
+  (
+    "A-OKVQA AI2D CLEVR-Math ChartQA DVQA DocVQA FigureQA FunctionQA GEOS "
+    "GeoQA+ Geometry3K IQTest IconQA KVQA MapQA PMC-VQA PaperQA "
+    "ParsVQA-Caps PlotQA SciBench ScienceQA Super-CLEVR TQA TabMWP TextVQA "
+    "TheoremQA UniGeo VQA-AS VQA-RAD VQA2.0 VizWiz"
+  ).split()
 )
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:
   """True for a record that looks like MathVista's, whose terms forbid training.
 
-  A record of one of MathVista's sources does, unless its `split` is none of
-  MathVista's: the training split of Geometry3K belongs to Geometry3K.
+  Its `source` and its `split` must be MathVista's: the training split of
+  Geometry3K belongs to Geometry3K.
   """
   split = metadata.get("split") or "testmini"
   return metadata.get("source") in SOURCES and split in ("testmini", "test")

@@ -7,7 +7,6 @@ be drawn anywhere, in any order, and has the same bytes each time.
 import dataclasses
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,20 +95,17 @@ def problem(spec: Spec, index: int) -> records.Problem:
   facts = scene.draw(canvas)
   question = scene.questions[kind](canvas, facts)
   choices = _options(question, spec, rng)
-  fields: dict[str, Any] = dict(
+  result = records.Problem(
+    pid=f"synthetic-{spec.seed}-{index:06d}",
     question=question.text,
     choices=choices,
     unit="" if choices else question.unit,
     precision=-1 if choices else question.precision,
     question_type="multi_choice" if choices else "free_form",
     answer_type="text" if choices else question.answer_type,
-  )
-  return records.Problem(
-    pid=f"synthetic-{spec.seed}-{index:06d}",
     image_path=f"images/{index}.png",
     image_bytes=_encode_png(canvas.image),
     answer=question.answer,
-    query=records.official_query(**fields),
     solution=question.solution,
     metadata={
       "category": scene.category,
@@ -123,8 +119,8 @@ def problem(spec: Spec, index: int) -> records.Problem:
       "split": "synthetic",
       "task": scene.task,
     },
-    **fields,
   )
+  return records.with_official_query(result)
 
 
 def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:

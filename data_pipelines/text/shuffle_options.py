@@ -1,8 +1,8 @@
-"""The options of a question in another order, for training alone.
+"""Shuffles the options of a question, for training only.
 
-Published answers are skewed to the first letters, and a policy that learns the
-skew has learnt nothing of pictures. The answer is the option's text, so it is
-the letters that move. A problem whose words depend on the order keeps it.
+Published answers are skewed to the first letters, and a policy could learn the
+skew instead of reading images. The answer is the option's text, so only the
+letters move. A problem whose words depend on the order keeps its order.
 """
 
 import dataclasses
@@ -12,17 +12,17 @@ import numpy as np
 
 from data_pipelines import records
 
-# What a letter is said to be the name of, in a question or a solution.
-_NAMED = (
+# Nouns before a letter that names an option.
+_NOUN = (
   r"(?i:options?|choices?|answers?|figures?|fig\.?|pictures?|images?|diagrams?"
   r"|graphs?|panels?|parts?|letters?|statements?|cases?)"
 )
 _ORDINALS = r"(?i:first|second|third|fourth|fifth|sixth|last|next|previous)"
-# "option B", "the answer is D", "figure (a)", "(C)", "B)" that opens a line,
-# "the first option".
-_REFERS = re.compile(
-  rf"\b{_NAMED}\s*(?:is|are|:)?\s*[(\[$]*[A-Z](?![\w'])"
-  rf"|\b{_NAMED}\s*\(\s*[a-z]\s*\)"
+# "option B", "the answer is D", "figure (a)", "(C)", "B)" at the start of a
+# line, "the first option".
+_REFERENCE = re.compile(
+  rf"\b{_NOUN}\s*(?:is|are|:)?\s*[(\[$]*[A-Z](?![\w'])"
+  rf"|\b{_NOUN}\s*\(\s*[a-z]\s*\)"
   r"|[(\[]\s*[A-Z]\s*[)\]]"
   r"|(?:\A|\n)\s*[A-Z]\s*[).:]"
   rf"|\b{_ORDINALS}\s+(?i:options?|choices?|answers?)\b"
@@ -35,7 +35,7 @@ _RELATIVE = re.compile(
   r"|以上|上述|前者|后者",
   re.IGNORECASE,
 )
-# Of Latin letters alone, for Chinese may touch one. Not A as an article.
+# Only Latin letters separate, because Chinese may touch one. Not the article A.
 _LONE_LETTER = re.compile(
   r"(?<![A-Za-z0-9])(?:[B-Z]|A(?!\s+[a-z]))(?![A-Za-z0-9])"
 )
@@ -44,46 +44,35 @@ _LONE_LETTER = re.compile(
 def shuffle(
   problem: records.Problem, rng: np.random.Generator
 ) -> records.Problem:
-  """The problem with its options in a drawn order, in the query too.
+  """The problem with its options in a random order, also in the query.
 
-  The same problem if its order `is_fixed`.
+  A problem whose order `is_fixed` is returned unchanged.
   """
   if is_fixed(problem):
     return problem
   order = rng.permutation(len(problem.choices))
   choices = tuple(problem.choices[i] for i in order)
   changed = dataclasses.replace(problem, choices=choices)
-  return dataclasses.replace(changed, query=_query(changed))
+  return records.with_official_query(changed)
 
 
 def is_fixed(problem: records.Problem) -> bool:
-  """Whether the options must stay as they are, if there are any.
+  """True if there are no options to move, or if they must keep their order.
 
-  So they do where the question or the solution refers to one by letter or by
-  place, where an option is or holds such a letter or speaks of other options,
-  and where the query is not laid out as the official ones are.
+  They must if the question or the solution refers to one by letter or position,
+  if an option is or contains such a letter or refers to other options, or if
+  the query differs from the official layout.
   """
   if problem.question_type != "multi_choice" or len(problem.choices) < 2:
     return True
   letters = {chr(65 + i) for i in range(len(problem.choices))}
-  # A worked solution has no other use for a lone letter: it is an option's.
+  # A lone letter in a worked solution can only be an option's.
   return (
-    any(map(_REFERS.search, (problem.question, problem.solution)))
+    any(map(_REFERENCE.search, (problem.question, problem.solution)))
     or any(
       letters & set(_LONE_LETTER.findall(text))
       for text in (problem.solution, *problem.choices)
     )
     or any(map(_RELATIVE.search, problem.choices))
-    or problem.query != _query(problem)
-  )
-
-
-def _query(problem: records.Problem) -> str:
-  return records.official_query(
-    question=problem.question,
-    choices=problem.choices,
-    unit=problem.unit,
-    precision=problem.precision,
-    question_type=problem.question_type,
-    answer_type=problem.answer_type,
+    or problem.query != records.official_query(problem)
   )

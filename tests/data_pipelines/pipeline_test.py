@@ -421,15 +421,7 @@ def make_choice(index, choices=COLOURS):
     question_type="multi_choice",
     answer_type="text",
   )
-  query = records.official_query(
-    question=problem.question,
-    choices=choices,
-    unit="",
-    precision=-1,
-    question_type="multi_choice",
-    answer_type="text",
-  )
-  return dataclasses.replace(problem, query=query)
+  return records.with_official_query(problem)
 
 
 # One of them refers to its options, and keeps them.

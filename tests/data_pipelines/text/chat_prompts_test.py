@@ -12,29 +12,16 @@ from data_pipelines.verifier import verify
 
 def make_problem(question="How many?", answer="5", solution="", choices=()):
   kinds = ("multi_choice", "text") if choices else ("free_form", "integer")
-  query = records.official_query(
-    question=question,
-    choices=choices,
-    unit="",
-    precision=-1,
-    question_type=kinds[0],
-    answer_type=kinds[1],
-  )
-  return records.Problem(
+  problem = records.Problem(
     pid="1",
     question=question,
-    image_path="",
-    image_bytes=b"",
     choices=choices,
-    unit="",
-    precision=-1,
     answer=answer,
     question_type=kinds[0],
     answer_type=kinds[1],
-    query=query,
     solution=solution,
-    metadata={},
   )
+  return records.with_official_query(problem)
 
 
 @pytest.fixture(scope="module")

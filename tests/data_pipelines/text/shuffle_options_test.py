@@ -24,18 +24,6 @@ SPEC = synthetic.Spec(
 )
 
 
-def with_query(problem):
-  query = records.official_query(
-    question=problem.question,
-    choices=problem.choices,
-    unit=problem.unit,
-    precision=problem.precision,
-    question_type=problem.question_type,
-    answer_type=problem.answer_type,
-  )
-  return dataclasses.replace(problem, query=query)
-
-
 def make_problem(
   choices=("red", "blue", "green"), question="Which colour?", solution=""
 ):
@@ -54,7 +42,7 @@ def make_problem(
     solution=solution,
     metadata={},
   )
-  return with_query(problem)
+  return records.with_official_query(problem)
 
 
 def shuffled(problem, seed=0):
@@ -103,7 +91,7 @@ def test_nothing_but_the_order_and_the_query_changes(problems):
 def test_the_query_is_the_official_one_with_its_option_lines_moved(problems):
   for seed, problem in enumerate(problems):
     changed = shuffled(problem, seed)
-    assert changed.query == with_query(changed).query
+    assert changed.query == records.with_official_query(changed).query
     # The twin by hand: the lines of the options are the last of the query.
     ahead = problem.query.rpartition("\nChoices:\n")[0]
     lines = [
