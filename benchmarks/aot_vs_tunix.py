@@ -152,7 +152,9 @@ def _ours(arguments) -> None:
   from grpo_tpu.distributed import sharding
   from grpo_tpu.models.gemma3 import attention, lora, weights
   from grpo_tpu.models.gemma3 import config as gemma3_config
-  from grpo_tpu.rl import objective, train_state, train_step
+  from grpo_tpu.models.settings import LoraConfig
+  from grpo_tpu.rl import train_state, train_step
+  from grpo_tpu.rl.settings import PRESETS
 
   config = dataclasses.replace(
     gemma3_config.CONFIGS["gemma3_4b"],
@@ -164,7 +166,7 @@ def _ours(arguments) -> None:
   mesh = sharding.make_mesh(1, len(devices) // tensor, tensor, devices=devices)
   settings = None
   if arguments.rank:
-    settings = lora.LoraConfig(
+    settings = LoraConfig(
       rank=arguments.rank, alpha=_LORA_ALPHA, targets=_LORA_TARGETS
     )
 
@@ -195,7 +197,7 @@ def _ours(arguments) -> None:
   update = train_step.make_train_step(
     model,
     tx,
-    config=objective.PRESETS["grpo"],
+    config=PRESETS["grpo"],
     num_microbatches=1,
     lora=settings,
   )

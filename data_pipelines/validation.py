@@ -5,9 +5,10 @@ library is imported here, so that the launcher can import this file too.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -63,6 +64,29 @@ def require_at_least(section: Any, prefix: str, **bounds: int) -> None:
     holds = getattr(section, name) >= bound
     rule = (name, holds, f"be at least {bound}", max(bound, 1))
     require_all(section, prefix, rule)
+
+
+def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+  """The metadata of a dataclass field whose value is one of these names.
+
+  A field of type tuple holds one or more of them, each once.
+  """
+  return {"choices": tuple(choices)}
+
+
+def require_choices(section: Any, prefix: str) -> None:
+  """Checks every field of a section that has `one_of` for its metadata."""
+  for field in dataclasses.fields(section):
+    choices = field.metadata.get("choices")
+    value = getattr(section, field.name)
+    if choices is None or value is None:
+      continue
+    if not isinstance(value, tuple):
+      require_one_of(f"{prefix}.{field.name}", value, choices)
+      continue
+    holds = set(value) <= set(choices) and len(set(value)) == len(value)
+    rule = f"be names of {', '.join(choices)}, each once"
+    require_all(section, prefix, (field.name, holds, rule, choices))
 
 
 def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -27,56 +27,11 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from data_pipelines.validation import require_all
+from grpo_tpu.distributed.settings import DistributedConfig
 
 # A process cannot know whether the others exit now as well. It waits this long
 # for them, so that each of them can exit with its own code.
 _SHUTDOWN_SECONDS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedConfig:
-  """Time limits for the processes of a run.
-
-  Attributes:
-    initialization_timeout_seconds: Limit for all processes to join. After it,
-      JAX ends the waiting processes with SIGABRT.
-    heartbeat_timeout_seconds: Silence after which a process counts as dead and
-      JAX ends the others.
-    shutdown_timeout_seconds: Limit for all processes to reach the end.
-    preflight_timeout_seconds: Limit for all processes to send what they are
-      about to run.
-    watchdog_seconds: Time without progress after which a process dumps the
-      stacks of its threads and exits with 76; 0 for never.
-    watchdog_start_seconds: The same limit until the first step, which compiles,
-      is done.
-  """
-
-  initialization_timeout_seconds: int
-  heartbeat_timeout_seconds: int
-  shutdown_timeout_seconds: int
-  preflight_timeout_seconds: int
-  watchdog_seconds: float
-  watchdog_start_seconds: float
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      name, value = field.name, getattr(self, field.name)
-      least = 0 if name.startswith("watchdog") else 1
-      holds = least <= value < float("inf")
-      rule = f"be at least {least} and finite, in seconds"
-      require_all(self, "distributed", (name, holds, rule, 60))
-    require_all(
-      self,
-      "distributed",
-      (
-        "watchdog_start_seconds",
-        self.watchdog_seconds <= self.watchdog_start_seconds,
-        f"be at least distributed.watchdog_seconds ({self.watchdog_seconds!r}),"
-        " because the first step compiles",
-        self.watchdog_seconds,
-      ),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

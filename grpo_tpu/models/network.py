@@ -12,7 +12,7 @@ class ForwardConfig(flax.struct.PyTreeNode):
   Attributes:
     config: Sizes of the network.
     dtype: Type of the matrix products.
-    remat: What layers keep for the backward pass, a key of `remat.POLICIES`.
+    remat: What layers keep for the backward pass, a key of `REMAT_POLICIES`.
     temperature: Temperature of the policy.
     chunk_size: Number of tokens whose logits exist at a time.
     train_vision: True if gradients reach the image tower.

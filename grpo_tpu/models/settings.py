@@ -1,13 +1,23 @@
 """Settings of the network: size, weights, types, attention, adapters."""
 
 import dataclasses
+import math
+from dataclasses import field
 
-from data_pipelines.validation import require, require_at_least, require_one_of
-from grpo_tpu.models.gemma3 import attention, lora, remat
+from data_pipelines.validation import (
+  one_of,
+  require,
+  require_all,
+  require_at_least,
+  require_choices,
+)
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
 DTYPES = ("float32", "bfloat16")
-_MEMORIES = ("device", "pinned_host")
+ATTENTION_KINDS = ("auto", "einsum", "splash")
+# In descending order of the device memory that they take.
+REMAT_POLICIES = ("none", "dots", "full", "offload")
+LORA_TARGETS = ("q", "kv", "output", "gating", "linear", "projector")
 _WEIGHTS = {
   "random": "random:SEED",
   "run": "run:WORKDIR[@STEP]",
@@ -18,69 +28,90 @@ _WEIGHTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
-  """Which Gemma 3, from which weights, run how.
+class LoraConfig:
+  """The weights that have adapters, and the size of the adapters.
 
   Attributes:
-    name: A key of `gemma3.config.CONFIGS`.
-    image_size: Side in pixels that pictures are shown at; None is the tower's
-      own. At half of it the tower reads a quarter of the patches, and makes as
-      many soft tokens. Exports show them at its own.
-    weights: "random:SEED"; "run:WORKDIR[@STEP]" for another run's newest (or
-      given) checkpoint; "hf:DIR" for a local Hugging Face checkpoint, with
-      config.json and *.safetensors; "gemma:DIR" for a checkpoint in the layout
-      of the `gemma` library, here or on gs://; "gguf:FILE" for a text size.
-    param_dtype: Of the decoder's parameters.
-    compute_dtype: Of its matrix products.
+    rank: Columns of `A` and rows of `B`; 0 trains the whole model instead.
+    alpha: The product is multiplied by `alpha / rank`.
+    targets: Weights with an adapter: queries, keys and values, the output of
+      attention, gate and up, down, and the projector of the soft tokens, which
+      a text model does not have.
+  """
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...] = field(metadata=one_of(LORA_TARGETS))
+
+  def __post_init__(self):
+    require_choices(self, "model.lora")
+    require_all(
+      self,
+      "model.lora",
+      ("rank", self.rank >= 0, "be 0, for the whole model, or more", 16),
+      ("alpha", 0 < self.alpha < math.inf, "be above 0, and finite", 32.0),
+      ("targets", bool(self.targets), "hold at least one name", LORA_TARGETS),
+    )
+
+  @property
+  def scale(self) -> float:
+    """The factor of the product `A B`."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """Which Gemma 3, from which weights, and how it runs.
+
+  Attributes:
+    name: The model's size.
+    image_size: Side in pixels that images are resized to; None is the tower's
+      own. At half of it the tower reads a quarter of the patches and makes as
+      many soft tokens. Exports use the tower's own.
+    weights: "random:SEED"; "run:WORKDIR[@STEP]" for the newest or given
+      checkpoint of another run; "hf:DIR" for a local Hugging Face checkpoint,
+      with config.json and *.safetensors; "gemma:DIR" for a checkpoint in the
+      layout of the `gemma` library, local or on gs://; "gguf:FILE" for a text
+      model.
+    param_dtype: Type of the decoder's parameters.
+    compute_dtype: Type of its matrix products.
     attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
       TPUs and einsum elsewhere.
-    remat: What the decoder's layers keep for the backward pass: "none"
-      recomputes nothing, "dots" all but the products with weights, "full"
-      everything, and "offload" as much, from what the host's memory keeps.
+    remat: What the decoder's layers keep for the backward pass. "none":
+      everything. "dots": the products with weights. "full": the layer's input
+      alone. "offload": the same, in the host's memory.
     train_vision: Train the image tower too.
-    vision_remat: The same of the image tower, where it is trained.
-    lora: Adapters to train in place of the parameters; off at rank 0.
-    reference_dtype: Of the matrices of the frozen copy that the whole model is
-      compared with; None is `param_dtype`. With compute in bfloat16 a copy in
-      bfloat16 scores alike. With adapters there is no copy.
-    reference_memory: Where that copy lies: "device", or "pinned_host", from
-      where it visits the devices to score.
+    vision_remat: The same choice for the image tower, if it is trained.
+    lora: Adapters, trained in place of the parameters; off at rank 0.
+    reference_dtype: Type of the matrices of the frozen reference model; None is
+      `param_dtype`. With compute in bfloat16 a copy in bfloat16 gives about the
+      same scores. With adapters there is no copy.
+    reference_memory: Memory that holds the reference model: "device", or
+      "pinned_host", from which it is copied to the devices to score.
     logits_chunk: Tokens of a data shard whose logits exist at a time.
   """
 
-  name: str
+  name: str = field(metadata=one_of(gemma3_config.CONFIGS))
   image_size: int | None
   weights: str
-  param_dtype: str
-  compute_dtype: str
-  attention: str
-  remat: str
+  param_dtype: str = field(metadata=one_of(DTYPES))
+  compute_dtype: str = field(metadata=one_of(DTYPES))
+  attention: str = field(metadata=one_of(ATTENTION_KINDS))
+  remat: str = field(metadata=one_of(REMAT_POLICIES))
   train_vision: bool
-  vision_remat: str
-  lora: lora.LoraConfig
-  reference_dtype: str | None
-  reference_memory: str
+  vision_remat: str = field(metadata=one_of(REMAT_POLICIES))
+  lora: LoraConfig
+  reference_dtype: str | None = field(metadata=one_of(DTYPES))
+  reference_memory: str = field(metadata=one_of(("device", "pinned_host")))
   logits_chunk: int
 
   def __post_init__(self):
     require_at_least(self, "model", logits_chunk=1)
-    for name, value, choices in (
-      ("name", self.name, tuple(gemma3_config.CONFIGS)),
-      ("param_dtype", self.param_dtype, DTYPES),
-      ("compute_dtype", self.compute_dtype, DTYPES),
-      ("attention", self.attention, attention.KINDS),
-      ("remat", self.remat, remat.POLICIES),
-      ("vision_remat", self.vision_remat, remat.POLICIES),
-      ("reference_memory", self.reference_memory, _MEMORIES),
-    ):
-      require_one_of(f"model.{name}", value, choices)
-    if self.reference_dtype is not None:
-      require_one_of("model.reference_dtype", self.reference_dtype, DTYPES)
-    scheme, colon, rest = self.weights.partition(":")
+    require_choices(self, "model")
+    scheme, _, rest = self.weights.partition(":")
+    holds = scheme in _WEIGHTS and bool(rest)
     require(
-      scheme in _WEIGHTS
-      and bool(colon and rest)
-      and (scheme != "random" or rest.isdecimal()),
+      holds and (scheme != "random" or rest.isdecimal()),
       "model.weights",
       self.weights,
       f"be one of {', '.join(_WEIGHTS.values())}",
@@ -88,22 +119,18 @@ class ModelSettings:
     )
     self._check_image_size()
     if self.lora.rank:
-      self._check_beside_adapters()
+      self._check_with_adapters()
 
   def _check_image_size(self) -> None:
-    """Whether the tower can read such pictures, and pool them."""
+    """Checks that the tower can read and pool such images."""
     tower, size = gemma3_config.CONFIGS[self.name].vision, self.image_size
     if size is None:
       return
     if tower is None:
-      require(
-        False,
-        "model.image_size",
-        size,
-        f"be None for {self.name}, which sees no pictures",
-        "leave it out, for the tower's own",
+      raise ValueError(
+        f"model.image_size ({size}) must be None for {self.name}, a text "
+        "model; leave it out."
       )
-      return
     unit = tower.patch_size * round(tower.soft_tokens**0.5)
     require(
       size > 0 and size % unit == 0,
@@ -113,16 +140,17 @@ class ModelSettings:
       f"set model.image_size={max(1, round(size / unit)) * unit}",
     )
 
-  def _check_beside_adapters(self) -> None:
-    """Whether nothing is asked of a tower or a reference of their own."""
+  def _check_with_adapters(self) -> None:
+    """Checks that the image tower and the reference have no settings."""
     rank = self.lora.rank
+    off = "or model.lora.rank=0"
     require(
       not self.train_vision,
       "model.train_vision",
       self.train_vision,
-      f"be False with adapters (model.lora.rank={rank}), which leave the tower "
-      "as it is",
-      "set model.train_vision=False, or model.lora.rank=0",
+      f"be False with adapters (model.lora.rank={rank}), which leave the image "
+      "tower frozen",
+      f"set model.train_vision=False, {off}",
     )
     for name, value, plain in (
       ("model.reference_dtype", self.reference_dtype, None),
@@ -132,9 +160,9 @@ class ModelSettings:
         value == plain,
         name,
         value,
-        f"be {plain} with adapters (model.lora.rank={rank}), for the reference "
-        "is what lies under them and no copy of it",
-        f"set {name}={plain}, or model.lora.rank=0",
+        f"be {plain} with adapters (model.lora.rank={rank}), because the "
+        "reference is the frozen model below them and no copy",
+        f"set {name}={plain}, {off}",
       )
 
   @property
@@ -147,6 +175,6 @@ class ModelSettings:
     return dataclasses.replace(model, vision=tower)
 
   @property
-  def adapters(self) -> lora.LoraConfig | None:
+  def adapters(self) -> LoraConfig | None:
     """The adapters to train, or None if the whole model is trained."""
     return self.lora if self.lora.rank else None

@@ -8,35 +8,12 @@ References:
 """
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import jax
 from absl import logging
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-  """The steps to trace.
-
-  Attributes:
-    steps: The first and the last step, as in (10, 12); () for none. A trace
-      holds every Python call and every device operation, so a few steps make a
-      large file. The first steps of a run compile.
-  """
-
-  steps: tuple[int, ...]
-
-  def __post_init__(self):
-    if self.steps and not (
-      len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]
-    ):
-      raise ValueError(
-        f"profile.steps ({self.steps!r}) must be a first step and a last one, "
-        "counted from 1, or empty for none; set profile.steps=(10, 12)."
-      )
 
 
 class Profiler:
@@ -45,16 +22,16 @@ class Profiler:
   An error of the trace is logged and never stops the run.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], config: ProfileConfig):
+  def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int]):
     """Prepares the trace.
 
     Args:
       folder: The workdir. The trace goes to `plugins/profile/steps-FIRST-LAST/`
         below it, one file per host.
-      config: The steps to trace.
+      steps: The first and the last step to trace; empty for none.
     """
     self._folder = folder
-    self._first, self._last = config.steps or (0, 0)
+    self._first, self._last = steps or (0, 0)
     self._is_tracing = False
 
   def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from absl import logging
 from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
-from grpo_tpu.models.gemma3 import remat
+from grpo_tpu.models.settings import REMAT_POLICIES
 from grpo_tpu.planning import changes as changing
 from grpo_tpu.planning import planner, programs, roofline
 from grpo_tpu.planning.changes import Changes, data_shards
@@ -77,7 +77,7 @@ def advise(
       if best is not None and least >= best[0]:
         break
       base = mesh | {"data.prompt_buckets": buckets[:count]}
-      found = search.largest_step(base, most, most, remat.POLICIES)
+      found = search.largest_step(base, most, most, REMAT_POLICIES)
       if found is None:
         continue
       bound = step_seconds(found[1])
@@ -120,7 +120,7 @@ def nearest_that_fits(
         base | option,
         new.data.prompts_per_step // new.num_rollouts,
         new.train.microbatch_bundles,
-        remat.POLICIES[remat.POLICIES.index(config.model.remat) :],
+        REMAT_POLICIES[REMAT_POLICIES.index(config.model.remat) :],
       )
       if found is not None:
         return found[0], larger
@@ -282,7 +282,7 @@ def meshes(
     fastest = {
       "train.microbatch_bundles": config.data.prompts_per_step,
       "rollout.prompts_at_a_time": None,
-      "model.remat": remat.POLICIES[0],
+      "model.remat": REMAT_POLICIES[0],
     }
     new = changing.apply_changes(config, mesh | fastest)
     if new is not None:

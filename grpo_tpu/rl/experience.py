@@ -263,7 +263,7 @@ def _with_advantages(
     groups.rewards["heuristics"],
     groups.valid,
     groups.bundles.completion_mask,
-    scale=config.advantage_scale,
+    scale=config.objective.scale,
     baseline=config.objective.advantage_baseline,
     clip=config.shaping.advantage_clip,
     drops=config.shaping.zero_variance != "keep",

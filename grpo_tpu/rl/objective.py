@@ -14,7 +14,6 @@ References:
   KL estimators: Schulman, http://joschu.net/blog/kl-approx.html
 """
 
-import dataclasses
 import math
 
 import jax
@@ -22,7 +21,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from data_pipelines.validation import require_all, require_one_of
+from data_pipelines.validation import require_one_of
+from grpo_tpu.rl.settings import (
+  ADVANTAGE_BASELINES,
+  ADVANTAGE_SCALES,
+  ObjectiveConfig,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -35,140 +39,6 @@ _MAX_RATIO = 1e15
 # How steeply "sapo" fades tokens out, for positive and negative advantages
 # (SAPO, section 5.1: worse tokens a little sooner).
 _SAPO_TEMPERATURES = (1.0, 1.05)
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-  """What the loss is; docs/objective.md has each choice as a formula.
-
-  Attributes:
-    aggregation: What the sum over tokens is divided by. "token_mean": the
-      number of unmasked tokens. "sequence_mean": each row's own number of
-      tokens, then the number of rows. "constant": the number of rows times
-      `max_completion_length`. Always that of the whole optimizer batch.
-    importance: "token": each token has its own ratio. "sequence": a row has
-      one, exp of its mean log-ratio, and the gradient flows through the mean.
-    surrogate: "clip": the pessimistic minimum of ratio and clipped ratio.
-      "cispo": REINFORCE weighted by the stopped ratio, capped. "sapo": a
-      sigmoid of the ratio in place of the clip, so that no token's gradient is
-      cut off.
-    epsilon_low: How far below 1 the ratio may go, in (0, 1]. Only "clip" has a
-      lower bound.
-    epsilon_high: How far above 1 the ratio may go; for "cispo" the cap of the
-      ratio itself, 1 or more. Unused by "sapo".
-    dual_clip: Upper cap of the ratio whatever the sign of the advantage, above
-      1; None for off.
-    beta: Weight of the KL term; 0 for none.
-    kl_estimator: The value of the term: "k1", "k2" or "k3".
-    kl_gradient: "estimator": the derivative of the estimator as written (of k1
-      it is pure noise, of k3 the forward KL's). "importance_weighted": that of
-      estimator times ratio. "reverse": the reverse KL's, importance corrected,
-      whatever the value.
-    tis_cap: Upper cap of the sampler weights; None leaves them as they come.
-    max_completion_length: In tokens; only "constant" reads it. None where no
-      run has set it yet.
-  """
-
-  aggregation: str
-  importance: str
-  surrogate: str
-  epsilon_low: float | int
-  epsilon_high: float | int
-  dual_clip: float | int | None
-  beta: float | int
-  kl_estimator: str
-  kl_gradient: str
-  tis_cap: float | int | None
-  max_completion_length: int | None
-
-  def __post_init__(self):
-    for field, choices in _CHOICES.items():
-      require_one_of(f"objective.{field}", getattr(self, field), choices)
-    cispo, length = self.surrogate == "cispo", self.max_completion_length
-    require_all(
-      self,
-      "objective",
-      ("epsilon_low", 0 < self.epsilon_low <= 1, "be above 0, at most 1", 0.2),
-      ("epsilon_high", 0 < self.epsilon_high < math.inf, "be above 0", 0.28),
-      (
-        "epsilon_high",
-        self.epsilon_high >= 1 or not cispo,
-        "be at least 1 for cispo, where it is the cap of the ratio itself",
-        5.0,
-      ),
-      (
-        "dual_clip",
-        self.dual_clip is None or self.surrogate == "clip",
-        "be None where the surrogate is not clip",
-        None,
-      ),
-      (
-        "dual_clip",
-        self.dual_clip is None or self.dual_clip > 1,
-        "be above 1, or a policy that has not moved is cut",
-        3.0,
-      ),
-      ("beta", 0 <= self.beta < math.inf, "be 0 or a positive weight", 0.0),
-      ("tis_cap", self.tis_cap is None or self.tis_cap > 0, "be above 0", 2.0),
-      (
-        "max_completion_length",
-        length is None or length >= 1,
-        "be at least 1 token",
-        "(rollout.max_new_tokens)",
-      ),
-    )
-
-
-_CHOICES = {
-  "aggregation": ("token_mean", "sequence_mean", "constant"),
-  "importance": ("token", "sequence"),
-  "surrogate": ("clip", "cispo", "sapo"),
-  "kl_estimator": ("k3", "k1", "k2"),
-  "kl_gradient": ("reverse", "importance_weighted", "estimator"),
-}
-
-
-_DAPO = ObjectiveConfig(
-  aggregation="token_mean",
-  importance="token",
-  surrogate="clip",
-  epsilon_low=0.2,
-  epsilon_high=0.28,
-  dual_clip=None,
-  beta=0.0,
-  kl_estimator="k3",
-  kl_gradient="reverse",
-  tis_cap=None,
-  max_completion_length=None,
-)
-
-# Give a run's own length with dataclasses.replace(preset,
-# max_completion_length=...): "constant" refuses to guess it.
-PRESETS: dict[str, ObjectiveConfig] = {
-  "grpo": dataclasses.replace(
-    _DAPO, aggregation="sequence_mean", epsilon_high=0.2
-  ),
-  "dr_grpo": dataclasses.replace(
-    _DAPO, aggregation="constant", epsilon_high=0.2
-  ),
-  "dapo": _DAPO,
-  "bnpo": dataclasses.replace(_DAPO, epsilon_high=0.2),
-  "gspo": dataclasses.replace(
-    _DAPO,
-    aggregation="sequence_mean",
-    importance="sequence",
-    epsilon_low=3e-4,
-    epsilon_high=4e-4,
-  ),
-  "cispo": dataclasses.replace(
-    _DAPO, surrogate="cispo", epsilon_low=1.0, epsilon_high=5.0
-  ),
-}
-
-# The `scale` of `group_advantages` that each preset's paper goes with.
-ADVANTAGE_SCALES = {
-  name: "none" if name == "dr_grpo" else "group" for name in PRESETS
-}
 
 
 def group_advantages(
@@ -202,8 +72,8 @@ def group_advantages(
       multiple of `num_generations`.
   """
   for field, value, choices in (
-    ("advantage_scale", scale, ("group", "batch", "none")),
-    ("advantage_baseline", baseline, ("mean", "leave_one_out")),
+    ("advantage_scale", scale, ADVANTAGE_SCALES),
+    ("advantage_baseline", baseline, ADVANTAGE_BASELINES),
   ):
     require_one_of(f"objective.{field}", value, choices)
   rewards = jnp.asarray(rewards, jnp.float32)

@@ -7,7 +7,6 @@ References:
   AdamW: Loshchilov and Hutter, arXiv:1711.05101
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,74 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from data_pipelines.validation import require_all, require_one_of
+from grpo_tpu.rl.settings import OptimizerConfig
 
-_SCHEDULES = ("constant", "cosine", "linear")
 _NEVER_DECAYED = ("scale", "bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """How far an update goes.
-
-  Attributes:
-    learning_rate: The peak, reached after `warmup_steps` updates.
-    schedule: From the peak: "constant"; or down to `end_fraction` of it at
-      update `num_steps`, along a "cosine" or a "linear" ramp.
-    warmup_steps: Updates of linear warm-up; the first is already above 0.
-    num_steps: Updates in the whole run, warm-up included. An update is one
-      minibatch, so a step with several of them counts as several.
-    end_fraction: Share of the peak that is left at the end; "constant" has no
-      use for it.
-    b1: Decay of Adam's first moment.
-    b2: Decay of Adam's second moment.
-    eps: Added to the root of the second moment.
-    weight_decay: Decoupled, times the learning rate; on matrices only.
-    max_grad_norm: Global norm that gradients are scaled down to; inf for off.
-  """
-
-  learning_rate: float
-  schedule: str
-  warmup_steps: int
-  num_steps: int
-  end_fraction: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  max_grad_norm: float
-
-  def __post_init__(self):
-    finite = "be 0 or more, and finite"
-    require_one_of("optimizer.schedule", self.schedule, _SCHEDULES)
-    require_all(
-      self,
-      "optimizer",
-      (
-        "learning_rate",
-        0 <= self.learning_rate < math.inf,
-        finite,
-        "1e-6",
-      ),
-      ("num_steps", self.num_steps >= 1, "be at least 1", "1"),
-      (
-        "warmup_steps",
-        0 <= self.warmup_steps < self.num_steps,
-        f"be 0 or more, and below num_steps ({self.num_steps})",
-        "0",
-      ),
-      ("end_fraction", 0 <= self.end_fraction <= 1, "be in [0, 1]", "0.1"),
-      ("b1", 0 <= self.b1 < 1, "be in [0, 1)", "0.9"),
-      ("b2", 0 <= self.b2 < 1, "be in [0, 1)", "0.99"),
-      ("eps", 0 < self.eps < math.inf, "be above 0, and finite", "1e-8"),
-      ("weight_decay", 0 <= self.weight_decay < math.inf, finite, "0"),
-      (
-        "max_grad_norm",
-        self.max_grad_norm > 0,
-        "be above 0, and may be inf for no clipping",
-        "1.0",
-      ),
-    )
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -24,7 +24,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models import image_features as pictures
 from grpo_tpu.models.gemma3 import attention, lora, weights
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.models.settings import ModelSettings
+from grpo_tpu.models.settings import LoraConfig, ModelSettings
 from grpo_tpu.rl import optimizer, train_state, train_step
 from grpo_tpu.rollout import engine, generate
 
@@ -197,13 +197,13 @@ class Policy:
     )
     return jax.device_put(reference, places)
 
-  def abstract_adapters(self, settings: lora.LoraConfig) -> dict:
+  def abstract_adapters(self, settings: LoraConfig) -> dict:
     """Shapes, types and places of adapters."""
     return self.placed_shapes(
       lora.abstract_adapters(self.config.model_config, settings)
     )
 
-  def initial_adapters(self, settings: lora.LoraConfig) -> dict:
+  def initial_adapters(self, settings: LoraConfig) -> dict:
     """Adapters that change nothing yet, drawn from the run's seed."""
     values = lora.initial_adapters(
       self.config.model_config, settings, self.config.seed
@@ -482,7 +482,7 @@ def initial_params(config: run_config.Config, mesh: Mesh) -> dict:
 
 def saved_adapters(
   config: run_config.Config, mesh: Mesh
-) -> tuple[dict, lora.LoraConfig, str] | None:
+) -> tuple[dict, LoraConfig, str] | None:
   """Adapters that `model.weights` names, and what they belong to.
 
   Returns:
@@ -501,7 +501,7 @@ def saved_adapters(
   if saved is None:
     return None
   under = saved.pop("weights")
-  settings = lora.LoraConfig(**saved | {"targets": tuple(saved["targets"])})
+  settings = LoraConfig(**saved | {"targets": tuple(saved["targets"])})
   shapes = lora.abstract_adapters(config.model_config, settings)
   adapters, _ = reader.restore_params(
     folder, step, _placed_shapes(mesh, shapes)
@@ -513,7 +513,7 @@ def _merged(
   config: run_config.Config,
   mesh: Mesh,
   adapters: dict,
-  settings: lora.LoraConfig,
+  settings: LoraConfig,
   under: str,
 ) -> dict:
   """The parameters `under` some adapters, with these in them."""

@@ -12,87 +12,9 @@ References:
     secretly brings you off-policy RL training", 2025
 """
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-from data_pipelines.validation import require_all, require_one_of
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapingConfig:
-  """Filters and weights; docs/objective.md says when to use which.
-
-  Attributes:
-    truncated: What becomes of a completion that ran out of tokens. "keep":
-      nothing. "mask": it stays in its group's statistics, its tokens do not
-      count. "penalise": its reward falls with its length, see `soft_tokens`.
-    soft_tokens: The last so many tokens of `rollout.max_new_tokens`, over which
-      "penalise" takes the reward down, evenly, by 1 in all.
-    zero_variance: What becomes of a group that is all paid the same. "keep":
-      it counts as tokens and rows that teach nothing. "drop": it is no part of
-      the batch. "resample": further prompts are sampled in its place.
-    max_batches: Batches that "resample" may sample for one step; what is still
-      of one reward then is dropped.
-    advantage_clip: Advantages are held within plus and minus this; None for
-      off.
-    top_entropy_share: Share of the batch's tokens, those of highest entropy,
-      that the surrogate is taken over; 1 for all. The divisor stays that of
-      all tokens.
-    entropy_bonus: Weight of the mean entropy of the tokens, which the loss is
-      lowered by; 0 for none.
-    sampler_correction: Truncated importance sampling, where
-      `objective.tis_cap` is set: "token" weighs each by its own odds of policy
-      over sampler, "sequence" a whole row by exp of its mean log-odds.
-  """
-
-  truncated: str
-  soft_tokens: int
-  zero_variance: str
-  max_batches: int
-  advantage_clip: float | None
-  top_entropy_share: float
-  entropy_bonus: float
-  sampler_correction: str
-
-  def __post_init__(self):
-    for field, choices in _CHOICES.items():
-      require_one_of(f"shaping.{field}", getattr(self, field), choices)
-    clip = self.advantage_clip
-    require_all(
-      self,
-      "shaping",
-      ("soft_tokens", self.soft_tokens >= 1, "be at least 1 token", 128),
-      (
-        "max_batches",
-        self.max_batches >= (2 if self.zero_variance == "resample" else 1),
-        "be at least 2 to resample, and 1 otherwise",
-        3,
-      ),
-      ("advantage_clip", clip is None or clip > 0, "be above 0 or None", None),
-      (
-        "top_entropy_share",
-        0 < self.top_entropy_share <= 1,
-        "be above 0, at most 1",
-        1.0,
-      ),
-      (
-        "entropy_bonus",
-        0 <= self.entropy_bonus < math.inf,
-        "be 0 or a positive weight",
-        0.0,
-      ),
-    )
-
-
-_CHOICES = {
-  "truncated": ("keep", "mask", "penalise"),
-  "zero_variance": ("keep", "drop", "resample"),
-  "sampler_correction": ("token", "sequence"),
-}
 
 
 def length_penalty(

@@ -17,7 +17,9 @@ from jaxtyping import Array, Float
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import objective, score, shaping
+from grpo_tpu.rl.settings import ObjectiveConfig
 from grpo_tpu.rl.train_batch import TrainBatch, microbatches
 from grpo_tpu.rl.train_state import TrainState
 
@@ -26,11 +28,11 @@ def make_train_step(
   forward: ForwardConfig,
   tx: optax.GradientTransformation,
   *,
-  config: objective.ObjectiveConfig | None,
+  config: ObjectiveConfig | None,
   entropy_bonus: float = 0.0,
   sampler_correction: str = "token",
   num_microbatches: int,
-  lora: loras.LoraConfig | None = None,
+  lora: LoraConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
   """Makes the jitted update; it donates the state it is given.
 
@@ -39,8 +41,8 @@ def make_train_step(
     tx: The optimizer.
     config: The GRPO objective; None takes the mean negative log-probability of
       demonstrations.
-    entropy_bonus: See `shaping.ShapingConfig`.
-    sampler_correction: See `shaping.ShapingConfig`.
+    entropy_bonus: See `settings.ShapingConfig`.
+    sampler_correction: See `settings.ShapingConfig`.
     num_microbatches: Number of parts of a batch; divides its bundles.
     lora: The adapters that a state holds; None if it holds the whole model.
 
@@ -84,10 +86,10 @@ class _Loss:
   """The loss of a microbatch, as a part of the whole batch's."""
 
   forward: ForwardConfig
-  config: objective.ObjectiveConfig | None
+  config: ObjectiveConfig | None
   entropy_bonus: float
   sampler_correction: str
-  lora: loras.LoraConfig | None
+  lora: LoraConfig | None
 
   def terms(self, trained: Any, frozen: Any, micro: TrainBatch, totals: dict):
     """Loss, metrics and fp32 gradient, which add up; and maxima."""
@@ -149,7 +151,7 @@ class _Loss:
 
 
 def _totals(
-  batch: TrainBatch, config: objective.ObjectiveConfig | None
+  batch: TrainBatch, config: ObjectiveConfig | None
 ) -> dict[str, Array]:
   """Denominators of the whole batch, at least 1 each."""
   mask = batch.completion_mask

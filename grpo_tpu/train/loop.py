@@ -97,7 +97,7 @@ def train(
         resume_step=start,
         has_partial_step=begun is not None,
       ) as writer,
-      profiling.Profiler(folder, config.profile) as profiler,
+      profiling.Profiler(folder, config.profile.steps) as profiler,
     ):
       writer.write_config(config.to_dict())
       loop = _Loop(run, writer, checkpoints, watch, ending, profiler)

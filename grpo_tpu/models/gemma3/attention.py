@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Of the setting; "auto" is splash on TPUs.
-KINDS = ("auto", "einsum", "splash")
+from grpo_tpu.models.settings import ATTENTION_KINDS
 
 # Finite, so that a row with no visible key stays finite (and unused).
 _MASKED = -2.0e38
@@ -47,11 +46,11 @@ def choose_implementation(setting: str, platform: str) -> str:
   """What `attend` is to run: "einsum", "splash" or "interpreted_splash".
 
   Args:
-    setting: Of `KINDS`.
+    setting: The setting `model.attention`.
     platform: Of the devices, as JAX names them. Off TPUs the kernel runs in
       an interpreter, which is slow and serves to be looked at.
   """
-  assert setting in KINDS, setting
+  assert setting in ATTENTION_KINDS, setting
   if setting == "auto":
     return "splash" if platform == "tpu" else "einsum"
   if setting == "splash" and platform != "tpu":

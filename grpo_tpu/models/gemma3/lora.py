@@ -12,7 +12,6 @@ References:
   (arXiv:2106.09685); the file format of https://github.com/huggingface/peft
 """
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -25,6 +24,7 @@ from jaxtyping import Array
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.models.settings import LoraConfig
 
 # Axes of stacked weights: layers, and matrices side by side within a layer.
 _STACKED = "ln"
@@ -48,6 +48,7 @@ class _Target(NamedTuple):
 
 
 _PROJECTOR = "multi_modal_projector.mm_input_projection_weight"
+# The keys are `settings.LORA_TARGETS`.
 _TARGETS = {
   "q": _Target(
     ("layers", "attn", "q_einsum"), "lqdh", "d", ("self_attn.q_proj",)
@@ -72,47 +73,6 @@ _TARGETS = {
   ),
   "projector": _Target(("embedder", "mm_input_projection"), "wd", "w", ()),
 }
-TARGETS = tuple(_TARGETS)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Which weights have adapters, and of what size.
-
-  Attributes:
-    rank: Columns of `A` and rows of `B`; 0 trains the whole model instead.
-    alpha: The product is multiplied by `alpha / rank`.
-    targets: Of `TARGETS`: queries, keys and values, the output of attention,
-      gate and up, down, and the projector of the soft tokens, which a model
-      without a tower does not have.
-  """
-
-  rank: int
-  alpha: float
-  targets: tuple[str, ...]
-
-  def __post_init__(self):
-    if self.rank < 0:
-      raise ValueError(
-        f"model.lora.rank ({self.rank}) must be 0, for training the whole "
-        "model, or more; set model.lora.rank=16."
-      )
-    if not 0 < self.alpha < math.inf:
-      raise ValueError(
-        f"model.lora.alpha ({self.alpha}) must be above 0, and finite; set "
-        "model.lora.alpha=32.0."
-      )
-    names = set(self.targets)
-    if not names or names - set(TARGETS) or len(names) < len(self.targets):
-      raise ValueError(
-        f"model.lora.targets ({self.targets!r}) must be one or more of "
-        f"{', '.join(TARGETS)}, each once; set model.lora.targets={TARGETS}."
-      )
-
-  @property
-  def scale(self) -> float:
-    """What the product of the factors is multiplied by."""
-    return self.alpha / self.rank
 
 
 class AdaptedWeight(NamedTuple):

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# From most memory of the devices to least.
-POLICIES = ("none", "dots", "full", "offload")
+from grpo_tpu.models.settings import REMAT_POLICIES
 
 _INPUT = "layer_input"
 
@@ -25,7 +24,7 @@ def rematerialize(layer: Callable, policy: str) -> Callable:
       "full" keeps the layer's input alone. "offload" recomputes as much, and
       keeps that input in the host's memory until it is wanted.
   """
-  assert policy in POLICIES, policy
+  assert policy in REMAT_POLICIES, policy
   policies = jax.checkpoint_policies
   # Inside a scan nothing could be merged with the forward pass anyway.
   match policy:

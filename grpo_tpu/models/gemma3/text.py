@@ -187,7 +187,7 @@ def bundle_states(
       what `vision.soft_tokens` made of them.
     completion_ids: Right-padded ids of the completions of each prompt.
     dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
-    remat: What layers keep for the backward pass, of `remat.POLICIES`.
+    remat: What layers keep for the backward pass, of `REMAT_POLICIES`.
     vision_remat: What the blocks of the image tower keep; of no matter where
       it carries no gradient.
     implementation: Of attention, from `attention.choose_implementation`.

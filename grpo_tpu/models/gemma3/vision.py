@@ -39,7 +39,7 @@ def soft_tokens(
     params: The tree under `vision_encoder`.
     images: RGB, already resized to `config.shown_size`.
     dtype: Of the matrix products; norms and softmax stay in fp32.
-    remat: What blocks keep for the backward pass, of `remat.POLICIES`.
+    remat: What blocks keep for the backward pass, of `REMAT_POLICIES`.
   """
   batch = images.shape[:-3]
   x = _patches(config, images.reshape(-1, *images.shape[-3:]))

@@ -6,8 +6,9 @@ import types
 import pytest
 
 from grpo_tpu.distributed import initialize, preflight
+from grpo_tpu.distributed.settings import DistributedConfig
 
-TIMEOUTS = initialize.DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
+TIMEOUTS = DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
 
 
 def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):

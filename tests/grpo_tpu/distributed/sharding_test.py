@@ -17,7 +17,8 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import decoding, weights
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.rl import objective, train_state, train_step
+from grpo_tpu.rl import train_state, train_step
+from grpo_tpu.rl.settings import PRESETS
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import engine
 
@@ -70,7 +71,7 @@ def step_of(tiny, place_params, place_batch, mesh=None):
       train_vision=True,
     ),
     TX,
-    config=objective.PRESETS["dapo"],
+    config=PRESETS["dapo"],
     num_microbatches=1,
   )
   bundles = TrainBatch(

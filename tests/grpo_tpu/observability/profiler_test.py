@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from grpo_tpu.config import sections
 from grpo_tpu.observability import profiler
 
 
@@ -19,8 +20,7 @@ def calls(monkeypatch):
 
 
 def run(steps, wanted, told):
-  config = profiler.ProfileConfig(wanted)
-  with profiler.Profiler("W", config) as p:
+  with profiler.Profiler("W", wanted) as p:
     for step in steps:
       with p.step(step):
         told.append(step)
@@ -44,7 +44,7 @@ def test_only_the_requested_steps_are_traced(calls, steps, wanted, expected):
 
 
 def test_a_run_that_fails_in_a_traced_step_keeps_the_trace(calls):
-  p = profiler.Profiler("W", profiler.ProfileConfig((1, 5)))
+  p = profiler.Profiler("W", (1, 5))
   with pytest.raises(KeyError), p, p.step(1):
     raise KeyError
   assert calls == ["start", "stop"]
@@ -64,8 +64,7 @@ def test_a_failed_trace_is_logged_and_the_run_continues(
 
 
 def test_the_plugin_finds_a_real_trace(tmp_path):
-  config = profiler.ProfileConfig((2, 2))
-  with profiler.Profiler(tmp_path, config) as p:
+  with profiler.Profiler(tmp_path, (2, 2)) as p:
     for step in (1, 2, 3):
       with p.step(step):
         jnp.ones(4).block_until_ready()
@@ -76,4 +75,4 @@ def test_the_plugin_finds_a_real_trace(tmp_path):
 @pytest.mark.parametrize("steps", [(1,), (0, 2), (3, 2), (1, 2, 3)])
 def test_an_invalid_range_of_steps_is_refused(steps):
   with pytest.raises(ValueError, match=r"profile.steps \(.*=\(10, 12\)"):
-    profiler.ProfileConfig(steps)
+    sections.ProfileConfig(steps)

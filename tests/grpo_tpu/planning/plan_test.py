@@ -16,7 +16,7 @@ import pytest
 from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
-from grpo_tpu.models.gemma3 import remat
+from grpo_tpu.models.settings import REMAT_POLICIES
 from grpo_tpu.planning import advise, aot, plan, planner, programs, roofline
 from grpo_tpu.planning import changes as changing
 
@@ -231,7 +231,7 @@ def test_advice_is_the_largest_step_that_leaves_a_margin():
   limit = (1 - advise.MARGIN) * made.topology.chip.hbm_limit_bytes
   # The cheapest remat of which a bundle a shard fits, and the most bundles.
   policy = made.config.model.remat
-  cheaper = remat.POLICIES[: remat.POLICIES.index(policy)]
+  cheaper = REMAT_POLICIES[: REMAT_POLICIES.index(policy)]
   shards = made.config.mesh.fsdp
   for name in cheaper:
     dearer = {"model.remat": name, "train.microbatch_bundles": shards}
@@ -301,7 +301,7 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
   assert meshes == sorted(meshes, key=lambda x: x[0])
   bounds = {}
   for least, mesh in meshes:
-    _, made = search.largest_step(mesh, 64, 64, remat.POLICIES)
+    _, made = search.largest_step(mesh, 64, 64, REMAT_POLICIES)
     bounds[made.config.mesh.tensor] = advise.step_seconds(made)
     assert least <= bounds[made.config.mesh.tensor]
   compiler.asked.clear()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from grpo_tpu.rl import objective, shaping
+from grpo_tpu.rl.settings import ObjectiveConfig
 
 TRL_CASES = (
   "bnpo_beta0",
@@ -161,7 +162,7 @@ def trl_config(settings):
   loss_type = settings["loss_type"]
   aggregation, length = AGGREGATIONS[loss_type]
   is_corrected = settings["use_bias_correction_kl"]
-  return objective.ObjectiveConfig(
+  return ObjectiveConfig(
     aggregation=aggregation,
     importance=settings.get("importance_sampling_level", "token"),
     surrogate=loss_type if loss_type in WITHOUT_CLIP else "clip",
@@ -179,7 +180,7 @@ def trl_config(settings):
 def tunix_config(settings):
   is_gspo = settings.get("loss_algo") == "gspo-token"
   aggregation, length = AGGREGATIONS[settings["loss_agg_mode"]]
-  return objective.ObjectiveConfig(
+  return ObjectiveConfig(
     aggregation=aggregation,
     importance="sequence" if is_gspo else "token",
     surrogate="clip",

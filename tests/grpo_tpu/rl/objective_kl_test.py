@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_tpu.rl import objective
+from grpo_tpu.rl.settings import PRESETS
 
 
 def kl_gradient(logits, old_logits, ref_logits, config):
@@ -71,7 +72,7 @@ def test_expected_kl_gradient_is_the_documented_one(
     ("importance_weighted", "k2"): mean_k2,
   }.get((gradient, estimator), reverse_kl)
   config = dataclasses.replace(
-    objective.PRESETS["dapo"],
+    PRESETS["dapo"],
     beta=1.0,
     kl_estimator=estimator,
     kl_gradient=gradient,

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from grpo_tpu.rl import objective
+from grpo_tpu.rl.settings import PRESETS
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 KL_GRADIENTS = ("estimator", "importance_weighted", "reverse")
-DAPO = objective.PRESETS["dapo"]
-SURROGATES = objective.PRESETS | {
-  "sapo": dataclasses.replace(DAPO, surrogate="sapo")
-}
+DAPO = PRESETS["dapo"]
+SURROGATES = PRESETS | {"sapo": dataclasses.replace(DAPO, surrogate="sapo")}
 
 
 def config_of(**changes):
@@ -528,7 +527,7 @@ def test_a_batch_without_tokens_has_zero_loss_and_gradient(aggregation):
 def test_constant_will_not_guess_its_length():
   batch = random_batch(13)
   with pytest.raises(ValueError, match="objective.max_completion_length"):
-    objective.policy_loss(**batch, config=objective.PRESETS["dr_grpo"])
+    objective.policy_loss(**batch, config=PRESETS["dr_grpo"])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from grpo_tpu.rl import optimizer
+from grpo_tpu.rl.settings import OptimizerConfig
 
-CONFIG = optimizer.OptimizerConfig(
+CONFIG = OptimizerConfig(
   learning_rate=0.1,
   schedule="constant",
   warmup_steps=0,

@@ -15,6 +15,7 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
+from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import policy as policies
 from grpo_tpu.rl import score, train_state
 from grpo_tpu.rl.train_batch import TrainBatch
@@ -216,7 +217,7 @@ def test_a_memory_that_the_devices_lack_is_refused(policy_of, monkeypatch):
     policy.reference({})
 
 
-LORA = lora.LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
+LORA = LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
 
 
 def save_adapters(workdir, policy, under, *, step=3):

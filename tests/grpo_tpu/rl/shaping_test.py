@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from grpo_tpu.rl import shaping
+from grpo_tpu.rl.settings import ShapingConfig
 
-NEUTRAL = shaping.ShapingConfig(
+NEUTRAL = ShapingConfig(
   truncated="keep",
   soft_tokens=128,
   zero_variance="keep",

@@ -17,15 +17,16 @@ import pytest
 
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.rl import diagnostics, objective, score, train_state, train_step
+from grpo_tpu.rl import diagnostics, score, train_state, train_step
+from grpo_tpu.rl.settings import PRESETS
 from grpo_tpu.rl.train_batch import TrainBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 PROMPTS, NUM_COMPLETIONS, NUM_TOKENS = 4, 2, 6
 TX = optax.sgd(1.0, momentum=0.0)
 OBJECTIVES = {
-  "dapo": dataclasses.replace(objective.PRESETS["dapo"], tis_cap=1.1),
-  "grpo": dataclasses.replace(objective.PRESETS["grpo"], beta=0.1),
+  "dapo": dataclasses.replace(PRESETS["dapo"], tis_cap=1.1),
+  "grpo": dataclasses.replace(PRESETS["grpo"], beta=0.1),
   "demonstrations": None,
 }
 

@@ -13,6 +13,7 @@ from grpo_tpu.models import image_features, logprobs
 from grpo_tpu.models.gemma3 import text
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl import objective, score
+from grpo_tpu.rl.settings import PRESETS
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import compaction, engine, generate
 from tests.grpo_tpu import conftest
@@ -150,7 +151,7 @@ def test_the_samplers_logps_are_the_trainers(tiny, temperature):
     None,
     jnp.linspace(-1.0, 1.0, PROMPTS * NUM_COMPLETIONS),
     jnp.asarray(mask.reshape(rows)),
-    config=objective.PRESETS["dapo"],
+    config=PRESETS["dapo"],
   )
   assert metrics["ratio"] == pytest.approx(1.0, abs=1e-4)
   assert metrics["clip_fraction"] == 0

@@ -11,14 +11,16 @@ import pytest
 
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.rl import objective, optimizer, score, train_state, train_step
+from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
+from grpo_tpu.rl import optimizer, score, train_state, train_step
+from grpo_tpu.rl.settings import PRESETS, OptimizerConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 from tests.grpo_tpu.checkpoint import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-LORA = lora.LoraConfig(rank=2, alpha=4.0, targets=lora.TARGETS)
+LORA = LoraConfig(rank=2, alpha=4.0, targets=LORA_TARGETS)
 TX = optimizer.make_optimizer(
-  optimizer.OptimizerConfig(
+  OptimizerConfig(
     learning_rate=3e-2,
     schedule="linear",
     warmup_steps=1,
@@ -86,7 +88,7 @@ def run(tiny):
   update = train_step.make_train_step(
     model,
     TX,
-    config=dataclasses.replace(objective.PRESETS["grpo"], beta=0.1),
+    config=dataclasses.replace(PRESETS["grpo"], beta=0.1),
     num_microbatches=2,
     lora=LORA,
   )

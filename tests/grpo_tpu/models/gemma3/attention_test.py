@@ -11,6 +11,7 @@ import pytest
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import attention
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.settings import ATTENTION_KINDS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # Several of the kernel's blocks, none of them filled by a row.
@@ -93,7 +94,7 @@ def test_splash_equals_einsum_with_its_gradients(rows, kv_heads):
 def test_auto_is_the_kernel_on_the_devices_it_is_for():
   kinds = {
     (setting, platform): attention.choose_implementation(setting, platform)
-    for setting in attention.KINDS
+    for setting in ATTENTION_KINDS
     for platform in ("tpu", "cpu")
   }
   assert kinds == {

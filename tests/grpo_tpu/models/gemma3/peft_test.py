@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
-LORA = lora.LoraConfig(rank=3, alpha=5.0, targets=lora.TARGETS)
+LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS)
 # Of a process with torch, which meets ours through files alone.
 ADAPTED = """
 import json, sys

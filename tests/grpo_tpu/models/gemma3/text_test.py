@@ -11,8 +11,8 @@ import pytest
 from data_pipelines.text import tokenizer
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
-from grpo_tpu.models.gemma3 import remat as remats
 from grpo_tpu.models.gemma3 import text, vision, weights
+from grpo_tpu.models.settings import REMAT_POLICIES
 from tests.grpo_tpu.models.gemma3 import float64_twin
 
 SOFT = tokenizer.IMAGE_PLACEHOLDER
@@ -562,7 +562,7 @@ def test_each_policy_keeps_less_than_the_one_before(part):
   others = {"remat": "full", "vision_remat": "full"}
   kept = [
     kept_for_the_backward_pass(6, **others | {part: policy})
-    for policy in remats.POLICIES
+    for policy in REMAT_POLICIES
   ]
   assert kept[0] > 1.1 * kept[1] > 1.1 * 1.1 * kept[2]
   # The inputs of layers are not many where there are but two.

@@ -1,0 +1,125 @@
+"""Settings of the data, and what the pipeline must know of the model."""
+
+from dataclasses import dataclass, field
+
+from data_pipelines import images, prompt_rows
+from data_pipelines.preferences import completions
+from data_pipelines.sources import synthetic
+from data_pipelines.text import chat_prompts
+from data_pipelines.validation import (
+  one_of,
+  require_all,
+  require_at_least,
+  require_choices,
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where problems come from, and how they reach the model.
+
+  Attributes:
+    kind: "online" samples completions; "preference" and "demonstrations" take
+      completions from the data pipeline.
+    dir: Folder that `data_pipelines.prepare` wrote; "" draws the synthetic set
+      once, under the workdir.
+    tokenizer: The model's own tokenizer: "gemma", or a tokenizer.model,
+      tokenizer.json or .gguf file; "" takes the small one in the data dir.
+    synthetic: The synthetic set.
+    synthetic_eval_fraction: Share of its images in the eval split.
+    train_split: Split to train on.
+    eval_split: Split to evaluate on.
+    worker_processes: Processes on each host that build training batches; 0
+      uses threads, which suffice unless images are huge. The batches are equal.
+    prompts_per_step: Prompts of a step, over all hosts (`B`).
+    prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+    prompt_template: How prompts ask for a completion, and how completions made
+      by the data pipeline state the answer.
+    shuffle_options: Shuffle the options of each training prompt; evaluation
+      never does.
+    pan_and_scan: Crops of long images, shown after the whole image in training
+      and evaluation; each costs the tokens of an image.
+    preference_completions: Labelled completions of a prompt, for kind
+      "preference".
+    preference_file: JSON lines of labelled completions, see docs/data.md; ""
+      draws one correct completion and wrong ones.
+    preference_kinds: Kinds of the wrong completions that are drawn.
+    preference_rewards: "functions" scores labelled completions with the reward
+      functions; "labels" takes the labels as rewards.
+    accept_mathvista_training_terms: MathVista's licence prohibits training on
+      it; True says that you have read it and may.
+  """
+
+  kind: str = field(metadata=one_of(prompt_rows.KINDS))
+  dir: str
+  tokenizer: str
+  synthetic: synthetic.Spec
+  synthetic_eval_fraction: float
+  train_split: str
+  eval_split: str
+  worker_processes: int
+  prompts_per_step: int
+  prompt_buckets: tuple[int, ...]
+  prompt_template: str = field(metadata=one_of(chat_prompts.TEMPLATES))
+  shuffle_options: bool
+  pan_and_scan: images.PanAndScan
+  preference_completions: int
+  preference_file: str
+  preference_kinds: tuple[str, ...] = field(metadata=one_of(completions.KINDS))
+  preference_rewards: str = field(metadata=one_of(("functions", "labels")))
+  accept_mathvista_training_terms: bool
+
+  def __post_init__(self):
+    require_at_least(self, "data", worker_processes=0, prompts_per_step=1)
+    require_at_least(self, "data", preference_completions=2)
+    require_choices(self, "data")
+    lengths = self.prompt_buckets
+    ascend = list(lengths) == sorted({n for n in lengths if n > 0})
+    require_all(
+      self,
+      "data",
+      (
+        "synthetic_eval_fraction",
+        0 < self.synthetic_eval_fraction < 1,
+        "be between 0 and 1",
+        0.1,
+      ),
+      (
+        "prompt_buckets",
+        bool(lengths) and ascend,
+        "be ascending lengths in tokens",
+        (128, 512),
+      ),
+      (
+        "preference_kinds",
+        bool(self.preference_kinds),
+        "hold at least one kind",
+        completions.DEFAULT_KINDS,
+      ),
+      (
+        "shuffle_options",
+        not (self.shuffle_options and self.preference_file),
+        "be False with a data.preference_file, whose completions name options "
+        "by their published letters",
+        False,
+      ),
+    )
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+  """What a model reads.
+
+  Attributes:
+    name: The setting `model.name`.
+    weights: The setting `model.weights`.
+    vocab_size: Rows of the embedding.
+    image_size: Side of an image in pixels; 0 for a model without images.
+    soft_tokens: Placeholders for each image.
+  """
+
+  name: str
+  weights: str
+  vocab_size: int
+  image_size: int
+  soft_tokens: int

@@ -1,0 +1,318 @@
+"""Settings of the loss, of what an update counts, and of the optimizer."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+
+from data_pipelines.validation import one_of, require_all, require_choices
+
+ADVANTAGE_SCALES = ("group", "batch", "none")
+ADVANTAGE_BASELINES = ("mean", "leave_one_out")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+  """The loss; docs/objective.md has the formula of each choice.
+
+  Attributes:
+    aggregation: The divisor of the sum over tokens, always of the whole
+      optimizer batch. "token_mean": the number of unmasked tokens.
+      "sequence_mean": each row's own number of tokens, then the number of rows.
+      "constant": the number of rows times `max_completion_length`.
+    importance: "token": each token has its own ratio. "sequence": a row has
+      one ratio, exp of its mean log-ratio, and the gradient flows through the
+      mean.
+    surrogate: "clip": the pessimistic minimum of ratio and clipped ratio.
+      "cispo": REINFORCE weighted by the capped ratio, without its gradient.
+      "sapo": a sigmoid of the ratio, which cuts off no token's gradient.
+    epsilon_low: How far below 1 the ratio may go, in (0, 1]. Only "clip" has a
+      lower bound.
+    epsilon_high: How far above 1 the ratio may go. For "cispo" the cap of the
+      ratio itself, 1 or more. Not used by "sapo".
+    dual_clip: Upper cap of the ratio for either sign of the advantage, above 1;
+      None for no cap.
+    beta: Weight of the KL term; 0 for no KL term and no reference model.
+    kl_estimator: Value of the KL term, by the names of Schulman's note.
+    kl_gradient: "reverse": the gradient of the reverse KL, importance
+      corrected, for any estimator. "importance_weighted": the gradient of
+      estimator times ratio. "estimator": the derivative of the estimator as
+      written, which is pure noise for k1 and the forward KL's for k3.
+    tis_cap: Upper cap of the sampler's importance weights; None for no cap.
+    max_completion_length: Tokens, read by "constant" alone; None takes
+      rollout.max_new_tokens.
+  """
+
+  aggregation: str = field(
+    metadata=one_of(("token_mean", "sequence_mean", "constant"))
+  )
+  importance: str = field(metadata=one_of(("token", "sequence")))
+  surrogate: str = field(metadata=one_of(("clip", "cispo", "sapo")))
+  epsilon_low: float | int
+  epsilon_high: float | int
+  dual_clip: float | int | None
+  beta: float | int
+  kl_estimator: str = field(metadata=one_of(("k3", "k1", "k2")))
+  kl_gradient: str = field(
+    metadata=one_of(("reverse", "importance_weighted", "estimator"))
+  )
+  tis_cap: float | int | None
+  max_completion_length: int | None
+
+  def __post_init__(self):
+    require_choices(self, "objective")
+    is_cispo, length = self.surrogate == "cispo", self.max_completion_length
+    require_all(
+      self,
+      "objective",
+      ("epsilon_low", 0 < self.epsilon_low <= 1, "be above 0, at most 1", 0.2),
+      ("epsilon_high", 0 < self.epsilon_high < math.inf, "be above 0", 0.28),
+      (
+        "epsilon_high",
+        self.epsilon_high >= 1 or not is_cispo,
+        "be at least 1 for cispo, where it is the cap of the ratio itself",
+        5.0,
+      ),
+      (
+        "dual_clip",
+        self.dual_clip is None or self.surrogate == "clip",
+        "be None unless the surrogate is clip",
+        None,
+      ),
+      (
+        "dual_clip",
+        self.dual_clip is None or self.dual_clip > 1,
+        "be above 1, or it cuts a policy that has not moved",
+        3.0,
+      ),
+      ("beta", 0 <= self.beta < math.inf, "be 0 or a positive weight", 0.0),
+      ("tis_cap", self.tis_cap is None or self.tis_cap > 0, "be above 0", 2.0),
+      (
+        "max_completion_length",
+        length is None or length >= 1,
+        "be at least 1 token",
+        "(rollout.max_new_tokens)",
+      ),
+    )
+
+
+_DAPO = ObjectiveConfig(
+  aggregation="token_mean",
+  importance="token",
+  surrogate="clip",
+  epsilon_low=0.2,
+  epsilon_high=0.28,
+  dual_clip=None,
+  beta=0.0,
+  kl_estimator="k3",
+  kl_gradient="reverse",
+  tis_cap=None,
+  max_completion_length=None,
+)
+
+# "constant" needs the run's own length: dataclasses.replace(preset,
+# max_completion_length=...).
+PRESETS: dict[str, ObjectiveConfig] = {
+  "grpo": replace(_DAPO, aggregation="sequence_mean", epsilon_high=0.2),
+  "dr_grpo": replace(_DAPO, aggregation="constant", epsilon_high=0.2),
+  "dapo": _DAPO,
+  "bnpo": replace(_DAPO, epsilon_high=0.2),
+  "gspo": replace(
+    _DAPO,
+    aggregation="sequence_mean",
+    importance="sequence",
+    epsilon_low=3e-4,
+    epsilon_high=4e-4,
+  ),
+  "cispo": replace(_DAPO, surrogate="cispo", epsilon_low=1.0, epsilon_high=5.0),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+  """A preset and the changes to it.
+
+  The other attributes are those of `ObjectiveConfig`; None takes the preset's
+  value.
+
+  Attributes:
+    preset: The paper whose loss is the start.
+    advantage_scale: Divisor of the advantages: the standard deviation of the
+      rewards of the "group" or of the "batch", or "none". None takes "none" for
+      dr_grpo and "group" for the other presets.
+    advantage_baseline: What an advantage subtracts: the "mean" reward of the
+      group, or that of the other completions ("leave_one_out").
+  """
+
+  preset: str = field(metadata=one_of(PRESETS))
+  advantage_scale: str | None = field(metadata=one_of(ADVANTAGE_SCALES))
+  advantage_baseline: str = field(metadata=one_of(ADVANTAGE_BASELINES))
+  aggregation: str | None
+  importance: str | None
+  surrogate: str | None
+  epsilon_low: float | None
+  epsilon_high: float | None
+  dual_clip: float | None
+  beta: float | None
+  kl_estimator: str | None
+  kl_gradient: str | None
+  tis_cap: float | None
+  max_completion_length: int | None
+
+  def __post_init__(self):
+    require_choices(self, "objective")
+
+  def resolve(self, max_new_tokens: int) -> ObjectiveConfig:
+    """The preset with this run's changes."""
+    changes = {
+      each.name: getattr(self, each.name) for each in fields(ObjectiveConfig)
+    }
+    if changes["max_completion_length"] is None:
+      changes["max_completion_length"] = max_new_tokens
+    changes = {k: v for k, v in changes.items() if v is not None}
+    return replace(PRESETS[self.preset], **changes)
+
+  @property
+  def scale(self) -> str:
+    """The `advantage_scale`, or the one of the preset's paper."""
+    default = "none" if self.preset == "dr_grpo" else "group"
+    return self.advantage_scale or default
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+  """Filters and weights of completions and tokens; see docs/objective.md.
+
+  Attributes:
+    truncated: Treatment of a completion that ran out of tokens. "keep": as any
+      other. "mask": its reward counts in its group, its tokens do not.
+      "penalise": its reward falls with its length, see `soft_tokens`.
+    soft_tokens: Last tokens of `rollout.max_new_tokens` over which "penalise"
+      lowers the reward evenly, by 1 in all.
+    zero_variance: Treatment of a group whose rewards are all equal. "keep": its
+      tokens and rows count, with advantage 0. "drop": it leaves the batch.
+      "resample": other prompts are sampled in its place.
+    max_batches: Most batches that "resample" samples for one step; groups that
+      still have equal rewards are dropped then.
+    advantage_clip: Bound of an advantage's size; None for no bound.
+    top_entropy_share: Share of the batch's tokens that the surrogate reads,
+      those of highest entropy; 1 for all. The divisor counts all tokens.
+    entropy_bonus: Weight of the tokens' mean entropy, which lowers the loss; 0
+      for none.
+    sampler_correction: Truncated importance sampling, if `objective.tis_cap` is
+      set. "token" weighs each token by its ratio of policy to sampler,
+      "sequence" a row by exp of its mean log-ratio.
+  """
+
+  truncated: str = field(metadata=one_of(("keep", "mask", "penalise")))
+  soft_tokens: int
+  zero_variance: str = field(metadata=one_of(("keep", "drop", "resample")))
+  max_batches: int
+  advantage_clip: float | None
+  top_entropy_share: float
+  entropy_bonus: float
+  sampler_correction: str = field(metadata=one_of(("token", "sequence")))
+
+  def __post_init__(self):
+    require_choices(self, "shaping")
+    clip, least = self.advantage_clip, 1 + (self.zero_variance == "resample")
+    require_all(
+      self,
+      "shaping",
+      ("soft_tokens", self.soft_tokens >= 1, "be at least 1 token", 128),
+      (
+        "max_batches",
+        self.max_batches >= least,
+        "be at least 2 to resample, and 1 otherwise",
+        3,
+      ),
+      ("advantage_clip", clip is None or clip > 0, "be above 0 or None", None),
+      (
+        "top_entropy_share",
+        0 < self.top_entropy_share <= 1,
+        "be above 0, at most 1",
+        1.0,
+      ),
+      (
+        "entropy_bonus",
+        0 <= self.entropy_bonus < math.inf,
+        "be 0 or a positive weight",
+        0.0,
+      ),
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+  """AdamW: how far an update goes.
+
+  Attributes:
+    learning_rate: The peak, reached after `warmup_steps` updates.
+    schedule: From the peak: "constant"; or down to `end_fraction` of it at the
+      last update of the run, along a "cosine" or a "linear" ramp.
+    warmup_steps: Updates of linear warm-up; the first is already above 0.
+    end_fraction: Share of the peak that is left at the end; not used by
+      "constant".
+    b1: Decay of Adam's first moment.
+    b2: Decay of Adam's second moment.
+    eps: Added to the root of the second moment.
+    weight_decay: Decoupled weight decay, times the learning rate; on matrices
+      only.
+    max_grad_norm: Global norm that gradients are scaled down to; inf for no
+      clipping.
+  """
+
+  learning_rate: float
+  schedule: str = field(metadata=one_of(("constant", "cosine", "linear")))
+  warmup_steps: int
+  end_fraction: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  max_grad_norm: float
+
+  def __post_init__(self):
+    require_choices(self, "optimizer")
+    decay, norm = self.weight_decay, self.max_grad_norm
+    require_all(
+      self,
+      "optimizer",
+      (
+        "learning_rate",
+        0 <= self.learning_rate < math.inf,
+        "be 0 or more, and finite",
+        "1e-6",
+      ),
+      ("warmup_steps", self.warmup_steps >= 0, "be 0 or more", "0"),
+      ("end_fraction", 0 <= self.end_fraction <= 1, "be in [0, 1]", "0.1"),
+      ("b1", 0 <= self.b1 < 1, "be in [0, 1)", "0.9"),
+      ("b2", 0 <= self.b2 < 1, "be in [0, 1)", "0.99"),
+      ("eps", 0 < self.eps < math.inf, "be above 0, and finite", "1e-8"),
+      ("weight_decay", 0 <= decay < math.inf, "be 0 or more, and finite", "0"),
+      ("max_grad_norm", norm > 0, "be above 0; inf is no clipping", "1.0"),
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(OptimizerSettings):
+  """The settings of the optimizer for a run of known length.
+
+  Attributes:
+    num_steps: Updates in the whole run, warm-up included. A step with several
+      minibatches or iterations counts as several.
+  """
+
+  num_steps: int
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_all(
+      self,
+      "optimizer",
+      ("num_steps", self.num_steps >= 1, "be at least 1", "1"),
+      (
+        "warmup_steps",
+        self.warmup_steps < self.num_steps,
+        f"be below the number of updates ({self.num_steps})",
+        "0",
+      ),
+    )
