@@ -1,8 +1,8 @@
-"""The same questions with pictures that cannot answer them.
+"""Ablations: the same questions with images that cannot answer them.
 
-Each ablation is a source of as many problems, alike in all but the picture. A
-policy that does as well on it has not looked. Knows nothing of prompts: where
-there was a picture there still is one, so that a prompt keeps its layout.
+An ablation is a source of the same problems with other images. A policy with
+the same accuracy on it does not use the image. Every image is replaced and none
+is dropped, so prompts keep their layout.
 """
 
 import dataclasses
@@ -21,52 +21,52 @@ _GREY = (128, 128, 128)
 def source(
   kind: str, problems: records.Source, *, num_problems: int, seed: int
 ) -> records.Source:
-  """The problems with other pictures.
+  """Makes an ablation of some problems.
 
   Args:
-    kind: "removed" puts a plain grey picture of the same shape in the place
-      of each; "shuffled" gives each problem the picture of another one, and
-      each picture that can be read to one problem.
-    problems: The real ones.
-    num_problems: The first so many are shuffled among each other.
-    seed: Of the shuffle, which depends on nothing else but the pictures.
+    kind: "removed" replaces each image by a plain grey one of the same shape;
+      "shuffled" permutes the readable images so that each problem gets another
+      image.
+    problems: The real problems.
+    num_problems: The number of problems, from the first, that are shuffled.
+    seed: Of the shuffle, which depends only on the seed and the images.
 
   Raises:
-    ValueError: No such kind, or the pictures cannot be shuffled so that every
-      problem gets another one.
+    ValueError: The kind is unknown, or the images cannot be shuffled so that
+      every problem gets another one.
   """
   if kind == "removed":
-    return _Removed(problems)
+    return _GreySource(problems)
   if kind == "shuffled":
     count = min(num_problems, len(problems))
-    return _Shuffled(problems, _givers(problems, count, seed))
-  raise ValueError(f"eval.ablations ({kind!r}) must be among {KINDS}.")
+    return _ShuffledSource(problems, _givers(problems, count, seed))
+  raise ValueError(f"eval.ablations ({kind!r}) must be one of {KINDS}.")
 
 
 def derangement(keys: list[str], seed: int) -> np.ndarray:
-  """A permutation that takes no element to one of the same key.
+  """A random permutation that changes the key at every index.
 
-  Equal keys are laid side by side in a random order of keys, and everything
-  moves on by the length of the longest run: out of each run, and not around
-  into it again as long as no run is longer than half.
+  Equal keys are placed side by side, in a random order of keys, and everything
+  is rotated by the length of the longest run. That leaves each run, and does
+  not wrap around into the same run as long as no run is longer than half.
 
   Args:
-    keys: What must change, of each element.
-    seed: Of the order.
+    keys: The key of each element.
+    seed: Seed of the random order.
 
   Returns:
-    int64 [len(keys)]: from where each place takes its element.
+    int64 [len(keys)], the index from which each index takes its element.
 
   Raises:
-    ValueError: More than half of the keys are the same, or there are none.
+    ValueError: There are no keys, or more than half of them are equal.
   """
   names, run = np.unique(np.array(keys, str), return_inverse=True)
   longest = int(np.bincount(run).max()) if len(names) else 1
   if 2 * longest > len(keys):
     raise ValueError(
-      f"eval.ablations ('shuffled') must have another picture for each problem,"
-      f" but {longest} of {len(keys)} show the same one; leave 'shuffled' out, "
-      "or raise eval.num_problems."
+      "eval.ablations ('shuffled') must have another image for each problem, "
+      f"but {longest} of {len(keys)} problems have the same image; leave "
+      "'shuffled' out, or raise eval.num_problems."
     )
   ranks = np.random.default_rng(seed).permutation(len(names))
   order = np.argsort(ranks[run], kind="stable")
@@ -76,14 +76,14 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
 
 
 def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
-  """From whom each problem with a readable picture gets its picture."""
+  """The index of the problem whose image each problem gets."""
   hashes = {}
   for index in range(count):
     try:
       image = images.decode(problems[index].image_bytes)
       hashes[index] = images.pixel_hash(image)
     except (ValueError, OSError):
-      continue  # It is masked in the real evaluation, so it is here.
+      continue  # The evaluation masks an unreadable image.
   indices = list(hashes)
   return {
     indices[to]: indices[giver]
@@ -94,7 +94,7 @@ def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Removed:
+class _GreySource:
   problems: records.Source
 
   def __len__(self) -> int:
@@ -109,7 +109,7 @@ class _Removed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shuffled:
+class _ShuffledSource:
   problems: records.Source
   givers: dict[int, int]
 

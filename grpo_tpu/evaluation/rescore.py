@@ -1,12 +1,12 @@
-"""Pays the completions that a run saved once more, with other rewards perhaps.
+"""Scores the saved completions of a run again, with other rewards if wanted.
 
     python -m grpo_tpu.evaluation.rescore --config=configs/base.py \\
       --data_dir=DIR --samples=WORKDIR/samples/train.jsonl \\
       --config.rewards.format=0.5
 
-Prints each reward's mean and spread, and how many totals differ from those
-saved: none, if the rewards are those of the run. No device is touched. Exit
-codes are those of `main`.
+Prints the mean and standard deviation of each reward, and how many totals
+differ from the saved ones; with the rewards of the run none differs. Uses no
+device. The exit codes are those of `main`.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from grpo_tpu.rewards import scoring
 
 
 @dataclasses.dataclass(frozen=True)
-class Rescored:
-  """What saved completions are paid now.
+class Result:
+  """The new rewards of saved completions.
 
   Attributes:
-    rows: The lines of the file with `reward`, `rewards` and, by name, which of
-      them `failed`; in their order.
-    table: Mean and spread of each reward, in words.
-    num_changed: Totals that are not, to the last digit, what was saved.
+    rows: The saved rows with new `reward` and `rewards`, and the names of the
+      rewards that `failed`.
+    table: The mean and standard deviation of each reward, as text.
+    num_changed: Number of totals that differ from the saved ones in any digit.
   """
 
   rows: list[dict[str, Any]]
@@ -42,16 +42,16 @@ class Rescored:
   num_changed: int
 
 
-def rescored(
+def rescore(
   rows: Sequence[Mapping[str, Any]],
   problems: Mapping[str, records.Problem],
   config: scoring.RewardConfig,
-) -> Rescored:
-  """Pays every row anew.
+) -> Result:
+  """Computes the rewards of every row.
 
   Args:
     rows: Lines of `samples/*.jsonl`.
-    problems: By pid; those of all rows.
+    problems: The problems of all rows, by pid.
     config: The rewards.
 
   Raises:
@@ -72,7 +72,7 @@ def rescored(
     for i, row in enumerate(rows)
   ]
   changed = [a["reward"] != b["reward"] for a, b in zip(rows, new, strict=True)]
-  return Rescored(new, _table(rows, scores, config), sum(changed))
+  return Result(new, _table(rows, scores, config), sum(changed))
 
 
 def _table(
@@ -80,7 +80,7 @@ def _table(
   scores: scoring.Scores,
   config: scoring.RewardConfig,
 ) -> str:
-  """A line for each reward; statistics are over the rows that now count."""
+  """One line per reward, with statistics over the rows without a failure."""
   lines = ["reward                weight     mean      std    saved  failed"]
   columns = [
     (name, f"{config.weights[name]:.3g}", values, scores.errors[name])
@@ -89,23 +89,24 @@ def _table(
   columns.append(("total", "", scores.total, int((~scores.valid).sum())))
   for name, weight, values, failures in columns:
     kept = values[scores.valid].astype(np.float64)
-    mean, spread = (kept.mean(), kept.std()) if kept.size else (0.0, 0.0)
+    mean, std = (kept.mean(), kept.std()) if kept.size else (0.0, 0.0)
     before = [
       row["reward"] if name == "total" else row["rewards"].get(name)
       for row, is_kept in zip(rows, scores.valid, strict=True)
       if is_kept
     ]
-    # null stands for a number that is not finite; a reward may be a new one.
-    found = [x for x in before if x is not None]
-    saved = f"{np.mean(found):8.4f}" if found else "       -"
+    # A sample holds null for a value that is not finite, and nothing for a new
+    # reward.
+    finite = [x for x in before if x is not None]
+    saved = f"{np.mean(finite):8.4f}" if finite else "       -"
     lines.append(
-      f"{name:20}  {weight:>6} {mean:8.4f} {spread:8.4f} {saved} {failures:7}"
+      f"{name:20}  {weight:>6} {mean:8.4f} {std:8.4f} {saved} {failures:7}"
     )
   return "\n".join(lines)
 
 
 def read_samples(path: str) -> list[dict[str, Any]]:
-  """The lines of a file of samples; a last one cut short by a kill is not.
+  """Reads a file of samples, except for an unfinished last line.
 
   Raises:
     ValueError: There is no such file, or it holds something else.
@@ -115,7 +116,7 @@ def read_samples(path: str) -> list[dict[str, Any]]:
   except OSError as error:
     raise ValueError(
       f"--samples ({path!r}) must be a file such as "
-      f"WORKDIR/samples/train.jsonl, but {error}; name one."
+      f"WORKDIR/samples/train.jsonl, but {error}; name a file."
     ) from error
   rows = []
   for number, line in enumerate(lines, start=1):
@@ -127,67 +128,67 @@ def read_samples(path: str) -> list[dict[str, Any]]:
       rows.append(row | {"reward": row["reward"]})
     except (ValueError, KeyError, TypeError) as error:
       if number == len(lines) and not line.endswith(b"\n"):
-        logging.warning("%s: left out a broken last line.", path)
+        logging.warning("%s: skipped an unfinished last line.", path)
         break
       raise ValueError(
-        f"--samples ({path!r}) must hold one sample a line, but line {number} "
-        f"does not: {error!r}; remove it."
+        f"--samples ({path!r}) must hold one sample per line, but line "
+        f"{number} does not: {error!r}; remove the line."
       ) from error
   return rows
 
 
-def problems_of(
+def read_problems(
   pids: Collection[str], data_dir: str
 ) -> dict[str, records.Problem]:
-  """The problems of these pids, from whichever split holds them.
+  """Reads the problems of these pids from all splits of a data dir.
 
   Raises:
-    ValueError: It is no data dir, or not the one that has them.
+    ValueError: The folder is no data dir, or lacks some problems.
   """
   path = pathlib.Path(data_dir) / "manifest.json"
   try:
     splits = list(json.loads(path.read_text())["counts"])
   except (OSError, ValueError, KeyError) as error:
     raise ValueError(
-      f"--data_dir ({data_dir!r}) must be what data_pipelines.prepare has "
-      f"made, with its manifest.json, but {error!r}; name the run's "
+      f"--data_dir ({data_dir!r}) must be a folder from data_pipelines.prepare "
+      f"with a manifest.json, but {error!r}; name the data dir of the run "
       "(WORKDIR/data if it had none)."
     ) from error
-  wanted, found = set(pids), {}
+  wanted, problems = set(pids), {}
   for split in splits:
     source = mathvista.source(data_dir, split)
     for index in range(len(source)):
       try:
         problem = source[index]
       except (ValueError, OSError):
-        continue  # A damaged record was never asked, so no sample is of it.
+        continue  # No completion answers a damaged record.
       if problem.pid in wanted:
-        found[problem.pid] = problem
-  if missing := sorted(wanted - found.keys()):
+        problems[problem.pid] = problem
+  if missing := sorted(wanted - problems.keys()):
     raise ValueError(
       f"--data_dir ({data_dir!r}) must hold the problems of all samples, but "
-      f"{len(missing)} are not there, {missing[0]!r} for one; name the data "
-      "dir of the run."
+      f"{len(missing)} are not in it, for example {missing[0]!r}; name the "
+      "data dir of the run."
     )
-  return found
+  return problems
 
 
 def main(argv: Sequence[str]) -> None:
-  """Does what the flags ask for; exits 64 where they cannot be followed."""
+  """Rescores the samples that the flags name; exits 64 on a user error."""
   try:
     with validation.user_errors():
       if len(argv) > 1:
         raise ValueError(f"{argv[1]!r} is not a flag; write --name=value.")
       config = run_config.Config.from_config_dict(flags.FLAGS.config)
       rows = read_samples(flags.FLAGS.samples)
-      problems = problems_of({x["pid"] for x in rows}, flags.FLAGS.data_dir)
-    result = rescored(rows, problems, config.rewards)
+      problems = read_problems({x["pid"] for x in rows}, flags.FLAGS.data_dir)
+    result = rescore(rows, problems, config.rewards)
     if flags.FLAGS.out:
       text = "".join(json.dumps(row) + "\n" for row in result.rows)
       pathlib.Path(flags.FLAGS.out).write_text(text)
     sys.stdout.write(
       f"{result.table}\n{result.num_changed} of {len(rows)} totals differ from "
-      "those saved.\n"
+      "the saved ones.\n"
     )
   except validation.SettingError as error:
     logging.error("%s", error)
@@ -198,24 +199,24 @@ def main(argv: Sequence[str]) -> None:
 
 def _define_flags() -> None:
   config_flags.DEFINE_config_file(
-    "config", None, "Settings, of which `rewards` are used.", lock_config=True
+    "config", None, "Settings; only `rewards` is used.", lock_config=True
   )
   for name, meaning in (
-    ("samples", "JSON lines that a run wrote, WORKDIR/samples/train.jsonl."),
-    ("data_dir", "Where the run's problems are."),
+    ("samples", "Saved samples of a run: WORKDIR/samples/train.jsonl."),
+    ("data_dir", "Folder with the run's problems."),
   ):
     flags.DEFINE_string(name, None, meaning)
-  flags.DEFINE_string("out", "", "A file for the samples as they are paid now.")
+  flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
   flags.mark_flags_as_required(["config", "samples", "data_dir"])
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     arguments = flags.FLAGS(list(argv))
-    # A config file that is not there raises when it is first looked into.
+    # A missing config file raises only when its settings are read.
     flags.FLAGS.config.items()
     return arguments
-  except Exception as error:  # Of whatever kind: this only reads settings.
+  except Exception as error:  # A config file may raise anything.
     flags.FLAGS.mark_as_parsed()
     logging.error("%s; see --help.", " ".join(str(error).split()))
     sys.exit(validation.ExitCode.BAD_INPUT)

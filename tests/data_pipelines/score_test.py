@@ -1,4 +1,4 @@
-"""The command that scores a results file, on real ones and by hand."""
+"""The command that scores a results file, on real and hand-written files."""
 
 import collections
 import json
@@ -31,17 +31,17 @@ def write_lines(path, rows):
   return path
 
 
-# Real responses, all eight models as one file.
+# Real responses of eight models in one file.
 
 
 @pytest.fixture(scope="module")
 def real(responses, tmp_path_factory):
-  """What the command prints and writes, whether it is one file or another."""
+  """The command's input, its output and the files that it writes."""
   folder = tmp_path_factory.mktemp("real")
   rows = []
   for number, row in enumerate(responses):
     row = row | {"pid": f"{row['model']}:{row['pid']}"}
-    # Some have no extraction stored, as a model's raw output has none.
+    # Some have no stored extraction, like a model's raw output.
     if number % 2:
       row["extraction"] = row.pop("official_extraction")
     row["true_false"] = row.pop("official_true_false")
@@ -77,7 +77,7 @@ def test_strict_answers_agree_with_official_labels_on_the_core(real):
   assert sum(wrong) / len(wrong) <= 0.01
 
 
-def test_out_holds_every_record_as_it_was_and_two_fields_more(real):
+def test_out_holds_every_record_with_two_more_fields(real):
   assert list(real["out"]) == [row["pid"] for row in real["rows"]]
   added = {"strict_answer", "strict_true_false"}
   for row in real["rows"]:
@@ -88,7 +88,7 @@ def test_out_holds_every_record_as_it_was_and_two_fields_more(real):
     assert out == row
 
 
-def test_the_table_counts_what_out_and_the_labels_say(real):
+def test_the_table_agrees_with_out_and_the_labels(real):
   found = real["scores"]
   whole = found["rows"][0]
   assert (whole["dimension"], whole["name"]) == ("overall", "all")
@@ -132,17 +132,17 @@ def test_intervals_are_wilsons(real):
       assert row[way]["high"] == pytest.approx(centre + half, abs=1e-12)
 
 
-def test_a_guess_at_testminis_options_is_worth_what_was_measured(real):
+def test_guessing_testminis_options_gives_the_measured_share(real):
   chance = real["scores"]["rows"][0]["multi_choice"]
   assert chance["problems"] == 8 * 540
   assert chance["guess"] == pytest.approx(0.331, abs=5e-4)
 
 
-def test_what_is_printed_is_what_is_written(real):
+def test_the_printed_table_is_that_of_the_written_figures(real):
   assert real["printed"] == score_file.format_scores(real["scores"]) + "\n"
 
 
-# By hand.
+# Hand-written records.
 
 
 def record(pid, response, answer="5", **changes):
@@ -164,7 +164,7 @@ HAND = [
     metadata={"task": "a", "skills": ["x", "y", "x"], "source": "S"},
   ),
   record("2", "5.7", true_false="?", metadata={"task": "a", "skills": ["y"]}),
-  # The empty response is nearest to the shortest option.
+  # The empty response is closest to the shortest option.
   record("3", None, "tan", choices=NEAREST, metadata={"task": "b"}),
   record("4", "(B)", "blue", choices=COLOURS, metadata={"task": "b"}),
   record("5", "B", "No", choices=["Yes", "No"], true_false=False),
@@ -213,7 +213,7 @@ def test_each_way_of_scoring_by_hand(scored):
   assert {pid for pid, x in out.items() if x["strict_true_false"]} == {
     *("1", "4", "5")
   }
-  # Null where it is neither right nor wrong.
+  # None without a public answer.
   assert out["7"]["strict_true_false"] is None
   assert out["7"]["strict_answer"] == "8"
   assert out["unreadable:3"]["strict_true_false"] is False
@@ -228,8 +228,8 @@ def test_each_way_of_scoring_by_hand(scored):
     ]
     for x in found["rows"]
   }
-  # The official rules cannot find the 5 in a sentence, cut 5.7 off to 5, take
-  # nothing for tan, and read stored extractions, even empty ones.
+  # The official rules do not find the 5 in a sentence, truncate 5.7 to 5, take
+  # an empty response for tan, and read stored extractions, even empty ones.
   assert rows == {
     ("overall", "all"): [(3, 8), (6, 8), (2, 3)],
     ("question_type", "free_form"): [(1, 3), (2, 3), (1, 1)],
@@ -254,7 +254,7 @@ def test_above_chance_by_hand(scored):
     for i, letter in enumerate("AABC")
   ]
   two = [record("9", "A", "Yes", choices=["Yes", "No"])]
-  # Three of five are right. A guess is, of 4 * 1/4 + 1/2 in five: 0.3.
+  # Three of five are right. A guess scores (4 * 1/4 + 1/2) / 5 = 0.3.
   found = above_chance(scored, [*four, *two, record("10", "5")])
   assert found["problems"] == 5
   assert found["guess"] == pytest.approx(0.3)
@@ -263,7 +263,7 @@ def test_above_chance_by_hand(scored):
   for bound in ("low", "high"):
     assert found[bound] == pytest.approx((whole[bound] - 0.3) / 0.7)
   assert above_chance(scored, two)["share"] == 1
-  # As right as guessing is.
+  # 1/3 of three is right; a guess scores 1/4.
   assert above_chance(scored, four[1:])["share"] == pytest.approx(
     (1 / 3 - 1 / 4) / (3 / 4)
   )
@@ -271,7 +271,7 @@ def test_above_chance_by_hand(scored):
   assert above_chance(scored, [record("1", "A", "a", choices=["a"])]) is None
 
 
-def test_neither_layout_nor_order_change_the_table(scored):
+def test_the_table_depends_on_neither_layout_nor_order(scored):
   wanted, out, printed = scored(HAND)
   assert scored(HAND, "a.json") == (wanted, out, printed)
   shuffled = random.Random(0).sample(HAND, len(HAND))
@@ -295,8 +295,8 @@ def test_every_figure_is_printed_in_percent(scored):
   )
 
 
-def test_text_is_written_as_it_is_read(scored, tmp_path):
-  """Even half of a surrogate pair, which UTF-8 does not have."""
+def test_text_is_written_unchanged(scored, tmp_path):
+  """Even a lone surrogate, which UTF-8 does not have."""
   row = record("1", "\u7b54\u6848\u662f5 \ud83d")
   _, out, _ = scored([row])
   assert out["1"]["response"] == row["response"]
@@ -313,7 +313,7 @@ def test_text_is_written_as_it_is_read(scored, tmp_path):
     ("", "folder", "--scores ('folder') must be a file"),
   ],
 )
-def test_nothing_is_written_where_it_must_not_be(
+def test_outputs_must_be_writable_files_of_their_own(
   tmp_path, monkeypatch, out, scores, message
 ):
   monkeypatch.chdir(tmp_path)
@@ -343,7 +343,7 @@ def test_a_split_without_public_answers_has_no_score(tmp_path):
     (["a.json", "--colour=red"], "'colour'"),
   ],
 )
-def test_a_bad_request_exits_64_and_says_why(args, message):
+def test_a_user_error_exits_64_with_the_reason(args, message):
   done = command(*args)
   assert done.returncode == 64
   assert message in done.stderr and "Traceback" not in done.stderr

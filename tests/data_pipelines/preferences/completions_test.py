@@ -1,4 +1,4 @@
-"""Labelled replies: the first drawn is paid, the others are plain mistakes."""
+"""Labelled completions: the first is right, the others are plain mistakes."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ PROBLEMS = {
 
 
 def pair(problem, seed):
-  """The texts of the right reply and the wrong one."""
+  """The texts of the right and of the wrong completion."""
   rng = np.random.default_rng(seed)
   (chosen, better), (rejected, worse) = preferences.synthesize(2)(problem, rng)
   assert (better, worse) == (1.0, 0.0)
@@ -57,7 +57,7 @@ def pair(problem, seed):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_the_verifier_pays_the_chosen_reply_alone(problem):
+def test_the_verifier_accepts_only_the_right_completion(problem):
   for seed in range(50):
     chosen, rejected = pair(problem, seed)
     assert verify.verify(chosen, problem).correct
@@ -67,13 +67,13 @@ def test_the_verifier_pays_the_chosen_reply_alone(problem):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_both_replies_differ_in_the_answer_alone(problem):
+def test_completions_differ_only_in_the_answer(problem):
   chosen, rejected = pair(problem, 0)
   tag = re.compile("<answer>.*</answer>")
   assert tag.sub("", chosen) == tag.sub("", rejected) == "One by one. "
 
 
-def test_a_draw_depends_on_the_generator_alone():
+def test_a_draw_depends_only_on_the_generator():
   pairs = [pair(PROBLEMS["integer"], [7, seed]) for seed in (0, 0, *range(20))]
   assert pairs[0] == pairs[1]
   assert len(set(pairs)) > 3
@@ -91,7 +91,7 @@ def test_every_other_option_is_rejected_at_times():
   assert len(rejected) == 2
 
 
-def test_a_wrong_count_is_not_below_nought():
+def test_a_wrong_count_is_not_negative():
   for seed in range(60):
     _, rejected = pair(make_problem("1"), seed)
     assert "-" not in rejected
@@ -105,14 +105,14 @@ def test_a_wrong_count_is_not_below_nought():
     (dataclasses.replace(make_problem("5"), answer=""), "answer_not_verified"),
   ],
 )
-def test_a_problem_without_a_pair_says_why(problem, reason):
+def test_a_problem_without_a_pair_gives_the_reason(problem, reason):
   with pytest.raises(records.BadRecord) as error:
     preferences.synthesize(2)(problem, np.random.default_rng(0))
   assert error.value.reason == reason
 
 
-# How many different wrong answers there are, of the three that are asked for:
-# of zero 1 and 2, for ten times nought is right and -1 below it.
+# The number of different wrong answers, up to the three that are asked for:
+# zero has only 1 and 2, because ten times zero is right and -1 is negative.
 NUM_WRONG = {
   "integer": 3,
   "float": 3,
@@ -125,10 +125,10 @@ NUM_WRONG = {
 
 
 @pytest.mark.parametrize("name", NUM_WRONG)
-def test_a_group_is_one_right_reply_and_as_many_wrong_as_there_are(name):
-  problem, replies = PROBLEMS[name], preferences.synthesize(4)
+def test_a_group_is_one_right_completion_and_the_possible_wrong_ones(name):
+  problem, completions = PROBLEMS[name], preferences.synthesize(4)
   for seed in range(20):
-    first, *others = replies(problem, np.random.default_rng(seed))
+    first, *others = completions(problem, np.random.default_rng(seed))
     assert first.label == 1.0
     assert verify.verify(first.text, problem).correct
     assert [label for _, label in others] == [0.0] * NUM_WRONG[name]
@@ -138,7 +138,7 @@ def test_a_group_is_one_right_reply_and_as_many_wrong_as_there_are(name):
       assert not verify.verify(text, problem).correct
 
 
-# As they were drawn before there were other kinds and templates.
+# Draws of the default kinds, from before other kinds and templates existed.
 DRAWN = {
   "integer": ("12", "21", "11", "14"),
   "float": ("1.25", "12.50", "1.24", "1.27"),
@@ -148,7 +148,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_what_is_drawn_by_default_stays_what_it_was(name):
+def test_default_draws_never_change(name):
   rng = np.random.default_rng([5, 7, 2])
   assert [
     text for text, _ in preferences.synthesize(4)(PROBLEMS[name], rng)
@@ -157,7 +157,7 @@ def test_what_is_drawn_by_default_stays_what_it_was(name):
 
 @pytest.fixture(scope="module")
 def problems(fixtures):
-  """Published problems with an answer, and drawn ones, some of them solved."""
+  """Published problems with an answer, and synthetic ones."""
   paths = mathvista.shards(fixtures / "mathvista_schema")["testmini"]
   published = [records.from_row(row) for row in mathvista.rows(paths)]
   spec = synthetic.Spec(
@@ -173,9 +173,9 @@ def problems(fixtures):
   return [*published[:150], *synthetic.problems(spec)]
 
 
-# The share of problems that have such a wrong reply, and how much longer it is
-# than the right one, in characters: on average, and in size on average. As
-# measured, rounded up. One that refuses is longer than an answer of a digit.
+# For each kind: the share of problems that have such a wrong completion, and
+# its length minus that of the right one in characters, the mean and the mean
+# size. As measured, rounded up. A refusal is longer than a one-digit answer.
 SHARES_AND_LENGTHS = {
   "distractor": (0.4, 0.5, 2.0),
   "perturbation": (0.5, 0.5, 0.5),
@@ -187,17 +187,17 @@ SHARES_AND_LENGTHS = {
 
 @pytest.mark.parametrize("template", chat_prompts.TEMPLATES)
 @pytest.mark.parametrize("kind", preferences.KINDS)
-def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
+def test_a_wrong_completion_of_any_kind_is_wrong_and_no_longer(
   problems, kind, template
 ):
   share, mean, mean_size = SHARES_AND_LENGTHS[kind]
-  replies = preferences.synthesize(
+  completions = preferences.synthesize(
     2, kinds=(kind,), template=chat_prompts.TEMPLATES[template]
   )
   differences = []
   for index, problem in enumerate(problems):
     try:
-      (better, label), (worse, no_label) = replies(
+      (better, label), (worse, no_label) = completions(
         problem, np.random.default_rng(index)
       )
     except records.BadRecord as error:
@@ -220,18 +220,18 @@ def test_a_wrong_reply_of_any_kind_is_unpaid_and_no_longer(
 
 
 def drawn_wrong(problem, *kinds, count=2, seeds=30, template="tagged"):
-  """Every wrong reply of some draws."""
-  replies = preferences.synthesize(
+  """Every wrong completion of some draws."""
+  completions = preferences.synthesize(
     count, kinds=kinds, template=chat_prompts.TEMPLATES[template]
   )
   return {
     text
     for seed in range(seeds)
-    for text, _ in replies(problem, np.random.default_rng(seed))[1:]
+    for text, _ in completions(problem, np.random.default_rng(seed))[1:]
   }
 
 
-def test_a_refusal_gives_no_answer_where_the_answer_belongs():
+def test_a_refusal_gives_no_answer_in_the_place_of_the_answer():
   for problem in (PROBLEMS["integer"], PROBLEMS["options"]):
     found = drawn_wrong(problem, "refusal")
     assert len(found) == 3
@@ -240,8 +240,8 @@ def test_a_refusal_gives_no_answer_where_the_answer_belongs():
       assert re.search("<answer>.*[a-zA-Z]{3}.*</answer>|N/A", text)
 
 
-def test_the_words_of_a_refusal_come_out_of_the_reasoning():
-  """Whole words: of "One by one." a part is left, or nothing."""
+def test_a_long_refusal_shortens_the_reasoning():
+  """By whole words: a part of "One by one." remains, or nothing."""
   kept = {
     text.partition("<answer>")[0]
     for text in drawn_wrong(PROBLEMS["integer"], "refusal")
@@ -256,13 +256,13 @@ def test_a_conflict_is_a_letter_with_the_text_of_another_option():
   assert wrong == {f"<answer>({x}) {y}</answer>" for x, y in pairs}
 
 
-def test_where_conflicts_are_drawn_every_reply_has_its_letter():
-  """Or the letter alone would tell a conflict."""
+def test_with_conflicts_every_completion_has_a_letter():
+  """Otherwise the letter alone would reveal a conflict."""
   problem = dataclasses.replace(PROBLEMS["options"], solution="")
-  replies = preferences.synthesize(3, kinds=("distractor", "conflict"))
+  completions = preferences.synthesize(3, kinds=("distractor", "conflict"))
   found = set()
   for seed in range(40):
-    (chosen, _), *others = replies(problem, np.random.default_rng(seed))
+    (chosen, _), *others = completions(problem, np.random.default_rng(seed))
     assert chosen == "<answer>(B) blue</answer>"
     found |= {text for text, _ in others}
   assert {"<answer>(A) red</answer>", "<answer>(C) green</answer>"} < found
@@ -272,7 +272,7 @@ def test_where_conflicts_are_drawn_every_reply_has_its_letter():
 def test_a_truncation_is_cut_before_its_answer():
   problem = dataclasses.replace(PROBLEMS["integer"], question="How many?")
   assert drawn_wrong(problem, "truncation") == {
-    # As long as "One by one. <answer>12</answer>", but for a space.
+    # As long as "One by one. <answer>12</answer>" without a space.
     "One by one. One by one. One by",
     "How many? How many? How many? H",
   }
@@ -283,15 +283,15 @@ def test_a_truncation_is_cut_before_its_answer():
   assert other.startswith("<reasoning>One by one. One")
 
 
-def test_kinds_are_drawn_alike_and_only_those_that_are_wanted():
+def test_only_the_wanted_kinds_are_drawn_with_equal_probability():
   problem = dataclasses.replace(PROBLEMS["integer"], question="How many?")
   kinds = ("perturbation", "refusal", "truncation")
-  replies, counts = (
+  completions, counts = (
     preferences.synthesize(2, kinds=kinds),
     dict.fromkeys("pr", 0),
   )
   for seed in range(600):
-    text = replies(problem, np.random.default_rng(seed))[1].text
+    text = completions(problem, np.random.default_rng(seed))[1].text
     if "<answer>" in text:
       numeric = verify.verify(text, problem).answer is not None
       counts["p" if numeric else "r"] += 1
@@ -302,7 +302,7 @@ def test_kinds_are_drawn_alike_and_only_those_that_are_wanted():
   ("name", "kinds"),
   [("integer", ("distractor", "conflict")), ("options", ("perturbation",))],
 )
-def test_a_problem_that_has_no_reply_of_the_kinds_says_so(name, kinds):
+def test_a_problem_without_completions_of_the_kinds_is_rejected(name, kinds):
   with pytest.raises(records.BadRecord) as error:
     preferences.synthesize(2, kinds=kinds)(
       PROBLEMS[name], np.random.default_rng(0)
@@ -311,7 +311,7 @@ def test_a_problem_that_has_no_reply_of_the_kinds_says_so(name, kinds):
 
 
 def line_of(pid="1", labels=(0.5, 2.0, -1.0)):
-  """A line of a file whose replies to a problem are "a", "b", ..."""
+  """A line of a file with the completions "a", "b", ... of a problem."""
   completions = [
     {"text": text, "label": label}
     for text, label in zip("abcdef", labels, strict=False)
@@ -320,23 +320,23 @@ def line_of(pid="1", labels=(0.5, 2.0, -1.0)):
 
 
 def read(path, *lines, count=2):
-  """The replies that a file of such lines has for the problem "1"."""
+  """The completions of problem "1" in a file of such lines."""
   path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-  replies = preferences.from_file(path, count)
-  return replies(make_problem("12"), np.random.default_rng(0))
+  completions = preferences.from_file(path, count)
+  return completions(make_problem("12"), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_the_first_replies_of_a_file_are_taken_as_they_stand(tmp_path, count):
-  """Unsorted, unverified, and their labels kept."""
+def test_the_first_completions_of_a_file_are_taken_unchanged(tmp_path, count):
+  """Unsorted, unverified, with their labels."""
   wanted = (("a", 0.5), ("b", 2.0), ("c", -1.0))
-  path = tmp_path / "replies.jsonl"
+  path = tmp_path / "completions.jsonl"
   lines = line_of("2", (7.0, 8.0)), line_of("1")
   assert read(path, *lines, count=count) == wanted[:count]
 
 
-def test_a_problem_that_a_file_does_not_know_says_so(tmp_path):
-  path = tmp_path / "replies.jsonl"
+def test_a_problem_that_a_file_lacks_is_rejected(tmp_path):
+  path = tmp_path / "completions.jsonl"
   with pytest.raises(records.BadRecord, match=f"1 in {path}") as error:
     read(path, line_of("2"))
   assert error.value.reason == "no_completions"
@@ -366,7 +366,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_a_bad_line_is_refused_with_its_number(tmp_path, line):
-  path = tmp_path / "replies.jsonl"
+  path = tmp_path / "completions.jsonl"
   with pytest.raises(ValueError, match="correct the line") as error:
     read(path, line_of("2"), line, line_of("3"))
   said = str(error.value)
@@ -374,7 +374,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, line):
   assert repr(line[:80]) in said
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
   with pytest.raises(
     ValueError, match=r"^data.preference_file \('.*none'\) must be a file"
   ):

@@ -15,7 +15,7 @@ from data_pipelines.verifier import verify
 
 
 def record(pid="1", response="<answer>12</answer>", **changes):
-  """What an official results file has of a problem, and its response."""
+  """A record as in an official results file."""
   fields = dict(
     pid=pid,
     question="How many?",
@@ -48,7 +48,7 @@ def groups(path):
 
 
 def paired(tmp_path, *responses, **changes):
-  """The counts and groups of one problem with a file for each response."""
+  """The counts and groups of one problem with one file per response."""
   files = [
     write(tmp_path / f"{i}.json", record(response=response, **changes))
     for i, response in enumerate(responses)
@@ -59,7 +59,7 @@ def paired(tmp_path, *responses, **changes):
 
 @pytest.fixture(scope="module")
 def results(fixtures, tmp_path_factory):
-  """The responses of eight runs as a results file each."""
+  """The responses of eight runs, one results file per run."""
   path = fixtures / "mathvista_responses" / "responses.jsonl.gz"
   runs = collections.defaultdict(dict)
   with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -90,23 +90,23 @@ def test_real_responses_become_groups_that_the_verifier_agrees_with(
     + counts["without_answer"]
   )
   differences = []
-  for pid, replies in found.items():
+  for pid, group in found.items():
     row = rows[0][pid] | {"decoded_image": {"bytes": b"-"}, "query": "-"}
     problem = records.from_row(row)
     texts = {run[pid]["response"] for run in rows}
-    assert {text for text, _ in replies} <= texts
-    assert len(replies) == len({text for text, _ in replies})
-    for text, label in replies:
+    assert {text for text, _ in group} <= texts
+    assert len(group) == len({text for text, _ in group})
+    for text, label in group:
       assert verify.verify(text, problem).correct == (label == 1.0)
-    assert [label for _, label in replies[:2]] == [1.0, 0.0]
-    differences.append(len(replies[0][0]) - len(replies[1][0]))
-  # Characters: the first right response and the first wrong one differ by 16
-  # on average and 43 in size, where all of either side differ by 36 and 184.
+    assert [label for _, label in group[:2]] == [1.0, 0.0]
+    differences.append(len(group[0][0]) - len(group[1][0]))
+  # In characters: the first right and the first wrong response differ by 16 on
+  # average and by 43 in size; over all responses, by 36 and 184.
   assert abs(np.mean(differences)) < 20
   assert np.mean(np.abs(differences)) < 60
 
 
-def test_what_is_written_is_what_preferences_read(results, tmp_path):
+def test_training_reads_the_written_file(results, tmp_path):
   out = tmp_path / "pairs.jsonl"
   label_results.label_results(results[0], out)
   source = completions.from_file(out, 2)
@@ -118,7 +118,7 @@ def test_what_is_written_is_what_preferences_read(results, tmp_path):
     assert (better.label, worse.label) == (1.0, 0.0)
 
 
-def test_the_nearest_in_length_come_first_in_pairs(tmp_path):
+def test_pairs_closest_in_length_come_first(tmp_path):
   answers = ["12", "12" + " " * 50, "7", "8" + " " * 48, "9" + " " * 20]
   counts, found = paired(tmp_path, *(f"<answer>{x}</answer>" for x in answers))
   assert [label for _, label in found["1"]] == [1.0, 0.0, 1.0, 0.0, 0.0]
@@ -127,7 +127,7 @@ def test_the_nearest_in_length_come_first_in_pairs(tmp_path):
   assert counts["groups"] == 1 and counts["completions"] == 5
 
 
-def test_a_problem_without_both_sides_is_left_out_and_counted(tmp_path):
+def test_a_problem_without_both_labels_is_left_out_and_counted(tmp_path):
   first = write(
     tmp_path / "a.json",
     record("1"),
@@ -166,7 +166,7 @@ def test_a_response_that_two_files_share_counts_once(tmp_path):
   assert counts["repeated"] == 2
 
 
-def test_options_are_judged_as_options(tmp_path):
+def test_options_are_verified_as_options(tmp_path):
   _, found = paired(
     tmp_path,
     "The answer is (B).",
@@ -195,8 +195,8 @@ def test_lists_and_lines_of_records_are_read_too(tmp_path):
   assert len(groups(out)["2"]) == 3
 
 
-def test_the_problems_of_a_data_dir_are_what_counts(tmp_path):
-  """Its answer, not the file's; and a pid that it lacks is left out."""
+def test_the_problems_of_a_data_dir_take_precedence(tmp_path):
+  """The data dir's answer is used, and a pid that it lacks is left out."""
   row = record("1", answer="7") | {"decoded_image": {"bytes": b"-"}}
   problem = records.from_row(row)
   data_dir = tmp_path / "data"

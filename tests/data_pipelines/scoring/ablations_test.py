@@ -1,4 +1,4 @@
-"""Other pictures for the same questions: what changes and what does not."""
+"""Other images for the same questions: only the image changes."""
 
 import collections
 import dataclasses
@@ -34,7 +34,7 @@ def ablated(kind, source=None, *, num_problems=COUNT, seed=0):
   return ablations.source(kind, source, num_problems=num_problems, seed=seed)
 
 
-def pictures(source, indices):
+def images_of(source, indices):
   return [images.decode(source[i].image_bytes) for i in indices]
 
 
@@ -42,7 +42,7 @@ READABLE = [i for i in EVERY if i != UNREADABLE]
 
 
 @pytest.mark.parametrize("kind", ablations.KINDS)
-def test_nothing_but_the_picture_changes(kind):
+def test_only_the_image_changes(kind):
   source, real = ablated(kind), Source(EVERY)
   assert len(source) == len(real)
   for index in READABLE:
@@ -51,7 +51,7 @@ def test_nothing_but_the_picture_changes(kind):
 
 
 @pytest.mark.parametrize("kind", ablations.KINDS)
-def test_what_cannot_be_read_still_cannot(kind):
+def test_unreadable_problems_stay_unreadable(kind):
   broken = scripted.make_problem(0)
   broken = dataclasses.replace(broken, image_bytes=broken.image_bytes[:40])
   whole = [scripted.make_problem(i) for i in (1, 2, 3)]
@@ -62,10 +62,10 @@ def test_what_cannot_be_read_still_cannot(kind):
     ablated(kind)[UNREADABLE]
 
 
-def test_a_removed_picture_is_plain_grey_of_its_shape():
+def test_a_removed_image_is_plain_grey_of_the_same_shape():
   for image, real in zip(
-    pictures(ablated("removed"), READABLE),
-    pictures(Source(EVERY), READABLE),
+    images_of(ablated("removed"), READABLE),
+    images_of(Source(EVERY), READABLE),
     strict=True,
   ):
     assert image.shape == real.shape == (7, 9, 3)
@@ -73,17 +73,17 @@ def test_a_removed_picture_is_plain_grey_of_its_shape():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_picture_goes_to_one_other_problem(seed):
-  real = [image.tobytes() for image in pictures(Source(EVERY), READABLE)]
+def test_each_image_goes_to_one_other_problem(seed):
+  real = [image.tobytes() for image in images_of(Source(EVERY), READABLE)]
   got = [
     image.tobytes()
-    for image in pictures(ablated("shuffled", seed=seed), READABLE)
+    for image in images_of(ablated("shuffled", seed=seed), READABLE)
   ]
   assert collections.Counter(got) == collections.Counter(real)
   assert all(a != b for a, b in zip(got, real, strict=True))
 
 
-def test_the_seed_alone_chooses_the_shuffle():
+def test_only_the_seed_determines_the_shuffle():
   def shuffled(seed):
     return [ablated("shuffled", seed=seed)[i].image_bytes for i in READABLE]
 
@@ -91,7 +91,7 @@ def test_the_seed_alone_chooses_the_shuffle():
   assert len({tuple(shuffled(seed)) for seed in range(5)}) == 5
 
 
-def test_only_the_problems_that_are_asked_are_shuffled():
+def test_only_the_asked_problems_are_shuffled():
   source, real = ablated("shuffled", num_problems=4), Source(EVERY)
   asked = {real[i].image_bytes for i in range(4)}
   assert {source[i].image_bytes for i in range(4)} == asked
@@ -99,7 +99,7 @@ def test_only_the_problems_that_are_asked_are_shuffled():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_derangement_leaves_no_key_in_its_place(seed):
+def test_a_derangement_changes_every_key(seed):
   rng = np.random.default_rng(seed)
   keys = [str(x) for x in rng.integers(0, 4, 30)]
   keys += ["largest"] * 30  # As many as all the others: there is one way left.
@@ -109,7 +109,7 @@ def test_a_derangement_leaves_no_key_in_its_place(seed):
   assert all(keys[to] != keys[giver] for to, giver in enumerate(givers))
 
 
-def test_derangements_differ_between_seeds_and_reach_everyone():
+def test_derangements_differ_between_seeds_and_reach_every_index():
   keys = list("abcdef")
   found = np.array([ablations.derangement(keys, seed) for seed in range(200)])
   for place in range(6):
@@ -122,19 +122,21 @@ def encoded(image, kind):
   return file.getvalue()
 
 
-def test_a_picture_is_not_another_for_being_encoded_otherwise():
-  picture = PIL.Image.new("RGB", (9, 7), (9, 9, 9))
-  files = [encoded(picture, kind) for kind in ("PNG", "BMP")]
+def test_another_encoding_is_not_another_image():
+  image = PIL.Image.new("RGB", (9, 7), (9, 9, 9))
+  files = [encoded(image, kind) for kind in ("PNG", "BMP")]
   problems = [
     dataclasses.replace(scripted.make_problem(i), image_bytes=file)
     for i, file in enumerate(files)
   ]
-  with pytest.raises(ValueError, match=r"eval.ablations.*2 of 2 show the same"):
+  with pytest.raises(
+    ValueError, match=r"eval.ablations.*2 of 2 problems have the same"
+  ):
     ablated("shuffled", Problems(problems), num_problems=2)
 
 
 @pytest.mark.parametrize("keys", [[], ["a"], ["a", "b", "a"]])
-def test_what_cannot_be_deranged_is_refused_by_name(keys):
+def test_keys_without_a_derangement_are_refused(keys):
   with pytest.raises(ValueError, match=r"^eval.ablations .*must.*leave"):
     ablations.derangement(keys, 0)
 

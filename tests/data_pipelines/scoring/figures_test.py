@@ -20,7 +20,7 @@ def rows(graded):
   ]
 
 
-def test_slices_count_each_problem_once_in_each_respect():
+def test_slices_count_each_problem_once_per_dimension():
   graded = [
     (record("free_form", "vqa", ["b", "a"]), True),
     (record("free_form", "vqa", ["a", "a"]), False),
@@ -41,7 +41,7 @@ def test_slices_count_each_problem_once_in_each_respect():
   assert rows(graded[::-1]) == got
 
 
-def test_a_record_that_says_nothing_of_itself_is_in_no_slice():
+def test_a_record_without_attributes_is_in_no_slice():
   graded = [({"metadata": None, "question_type": None}, True)]
   assert rows(graded) == [("overall", "all", 1, 1)]
   unreadable = record("free_form", "vqa") | {"pid": "unreadable:3"}

@@ -1,4 +1,4 @@
-"""Results files: what is read, and what is refused in words."""
+"""Results files: the layouts, and the errors."""
 
 import json
 
@@ -47,7 +47,7 @@ ROWS = [record("2"), record("1", response="6"), record("10", answer="")]
     ("a.json", json.dumps(ROWS)),
     ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
     ("a.jsonl", "\ufeff\n" + "\n\n".join(map(json.dumps, ROWS)) + "\n"),
-    # As some write it: the key alone, or a number.
+    # Some programs write the key only, or a number.
     (
       "a.json",
       json.dumps(
@@ -74,7 +74,7 @@ def test_each_layout_gives_the_same_problems_in_the_order_of_the_file(
   assert [x.problem.metadata for x in read] == [ROWS[0]["metadata"]] * 3
 
 
-def test_records_are_kept_as_they_stand(tmp_path):
+def test_records_are_kept_unchanged(tmp_path):
   row = record(extra={"a": [1, None]}, response="\u2028 \ud800 \u7b54")
   path = written(tmp_path, json.dumps(row), "a.jsonl")
   assert results.read(path)[0].record == row
@@ -83,8 +83,8 @@ def test_records_are_kept_as_they_stand(tmp_path):
   assert results.read(path)[0].response == "\u2028 \u7b54"
 
 
-def test_what_json_lacks_is_null(tmp_path):
-  """As pandas writes a precision that is not there."""
+def test_nan_and_infinity_are_read_as_none(tmp_path):
+  """pandas writes a missing precision as NaN."""
   row = record(precision=float("nan"), response=float("inf"))
   (read,) = results.read(written(tmp_path, json.dumps({"1": row})))
   assert read.record["precision"] is None and read.problem.precision == -1
@@ -100,7 +100,7 @@ def test_a_record_without_a_response_is_read(tmp_path, missing):
   assert read.response is None and read.counts
 
 
-def test_what_stands_in_for_an_unreadable_record_counts(tmp_path):
+def test_an_unreadable_record_counts(tmp_path):
   row = record("unreadable:7", answer="", question="", metadata={})
   (read,) = results.read(written(tmp_path, json.dumps({row["pid"]: row})))
   assert read.counts and not read.problem.has_answer
@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     ),
   ],
 )
-def test_records_that_cannot_be_scored_are_counted_and_the_first_is_named(
+def test_invalid_records_are_counted_and_the_first_is_named(
   tmp_path, changes, reason
 ):
   rows = [record("1"), record("2", **changes), record("3", **changes)]

@@ -1,4 +1,4 @@
-"""Figures equal what counting by hand and other people's code say."""
+"""Statistics equal hand counts and published formulas."""
 
 import fractions
 import itertools
@@ -34,7 +34,7 @@ def test_pass_at_k_holds_where_binomials_outgrow_a_float():
 @pytest.mark.parametrize(
   ("n", "right", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]
 )
-def test_pass_at_k_of_what_cannot_be_is_refused(n, right, k):
+def test_pass_at_k_of_impossible_counts_is_refused(n, right, k):
   with pytest.raises(ValueError, match="pass@k needs"):
     pass_at_k(n, right, k)
 
@@ -43,15 +43,15 @@ def test_pass_at_k_of_what_cannot_be_is_refused(n, right, k):
   ("votes", "winner"),
   [
     (["a", "b", "b"], 1),
-    (["a", "b", "b", "a"], 0),  # Equals: the one voted for first.
+    (["a", "b", "b", "a"], 0),  # A tie: the first vote wins.
     (["b", "a", "a", "b"], 0),
-    ([None, None, None, "a"], 3),  # Silence does not vote, however common.
+    ([None, None, None, "a"], 3),  # None does not vote, however frequent.
     ([None, "b", None, "a", "a"], 3),
     ([None, None], None),
     ([], None),
   ],
 )
-def test_the_majority_is_the_first_vote_for_the_commonest(votes, winner):
+def test_the_majority_is_the_first_vote_for_the_most_frequent(votes, winner):
   assert majority(votes) == winner
 
 
@@ -59,7 +59,7 @@ def test_maj_at_k_is_the_mean_over_runs_of_k():
   votes = ["a", "b", "b", "a", "a", None, "b"]
   right = [x == "a" for x in votes]
   assert maj_at_k(votes, right, 1) == pytest.approx(3 / 7)
-  # a b | b a | a None, and a rest: the first of equals wins.
+  # a b | b a | a None, and a rest: the first vote wins a tie.
   assert maj_at_k(votes, right, 2) == pytest.approx(2 / 3)
   # a b b | a a None.
   assert maj_at_k(votes, right, 3) == 0.5
@@ -68,7 +68,7 @@ def test_maj_at_k_is_the_mean_over_runs_of_k():
 
 
 @pytest.mark.parametrize("k", [0, 3])
-def test_maj_at_k_of_what_cannot_be_is_refused(k):
+def test_maj_at_k_of_an_impossible_k_is_refused(k):
   with pytest.raises(ValueError, match="maj@k needs"):
     maj_at_k(["a", "b"], [True, False], k)
 
@@ -90,7 +90,7 @@ def test_maj_at_k_of_what_cannot_be_is_refused(k):
     (None, "text", -1, None),
   ],
 )
-def test_votes_for_what_rounds_alike_are_votes_for_the_same(
+def test_floats_that_round_alike_are_equal_votes(
   answer, answer_type, precision, wanted
 ):
   got = vote(answer, answer_type=answer_type, precision=precision)
@@ -120,13 +120,13 @@ def test_an_interval_of_a_sum_of_chances_is_that_of_the_nearest_count():
     assert (got.low, got.high) == (wanted.low, wanted.high)
 
 
-def test_a_comparison_is_a_sign_test_of_what_changed():
+def test_a_comparison_is_a_sign_test_of_the_changes():
   first = np.array([1, 1, 1, 1, 1, 0, 0, 1], bool)
   second = np.array([0, 0, 0, 0, 1, 1, 0, 0], bool)
   got = statistics.comparison(list(first), list(second))
   assert (got.only_first, got.only_second) == (5, 1)
   assert got.difference == pytest.approx(4 / 8)
-  # Of 6 coins 0, 1, 5 or 6 heads: (1 + 6 + 6 + 1) / 64.
+  # 0, 1, 5 or 6 heads of 6 coins: (1 + 6 + 6 + 1) / 64.
   assert got.p_value == pytest.approx(14 / 64)
   same = statistics.comparison(list(first), list(first))
   assert (same.difference, same.p_value) == (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Saved samples, paid once more: the same by the same rewards."""
+"""Saved samples scored again: the same rewards give the same totals."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ from tests.grpo_tpu.rewards.custom_test import config_of
 from tests.grpo_tpu.scripted import PROBLEMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-REPLIES = ("<answer>3</answer>", "I say 3.", "", "Trap <answer>3</answer>")
+COMPLETIONS = ("<answer>3</answer>", "I say 3.", "", "Trap <answer>3</answer>")
 CONFIG = config_of()
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-  """As prepare leaves one, with two splits."""
+  """A data dir with two splits, as prepare makes one."""
   folder = tmp_path_factory.mktemp("rescore") / "data"
   mathvista.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
   manifest = {"counts": {"train": 2, "eval": 2}}
@@ -33,39 +33,41 @@ def data_dir(tmp_path_factory):
 
 
 def samples_of(config):
-  """What a run with these rewards hands to its writer."""
-  problems = [PROBLEMS[i % 3] for i in range(len(REPLIES))]
-  scores = scoring.score(REPLIES, problems, config)
+  """The samples that a run with these rewards writes."""
+  problems = [PROBLEMS[i % 3] for i in range(len(COMPLETIONS))]
+  scores = scoring.score(COMPLETIONS, problems, config)
   return [
     metrics.Sample(
       pid=problem.pid,
       prompt="What?",
-      completion=reply,
+      completion=completion,
       answer=problem.answer,
       reward=float(scores.total[i]),
       rewards={k: float(v[i]) for k, v in scores.components.items()},
       image=None,
     )
-    for i, (problem, reply) in enumerate(zip(problems, REPLIES, strict=True))
+    for i, (problem, completion) in enumerate(
+      zip(problems, COMPLETIONS, strict=True)
+    )
   ]
 
 
 @pytest.fixture
 def saved(tmp_path):
-  """The file that a run writes."""
+  """The file of samples that a run writes."""
   with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
     writer.write_samples(1, samples_of(CONFIG), split="train")
   return str(tmp_path / "samples" / "train.jsonl")
 
 
-def paid_again(saved, data_dir, config):
+def score_again(saved, data_dir, config):
   rows = rescore.read_samples(saved)
-  problems = rescore.problems_of({row["pid"] for row in rows}, data_dir)
-  return rescore.rescored(rows, problems, config)
+  problems = rescore.read_problems({row["pid"] for row in rows}, data_dir)
+  return rescore.rescore(rows, problems, config)
 
 
 def test_the_rewards_of_the_run_change_nothing(saved, data_dir):
-  result = paid_again(saved, data_dir, CONFIG)
+  result = score_again(saved, data_dir, CONFIG)
   assert result.num_changed == 0
   rows = rescore.read_samples(saved)
   assert [row | {"failed": []} for row in rows] == result.rows
@@ -74,7 +76,7 @@ def test_the_rewards_of_the_run_change_nothing(saved, data_dir):
 def test_other_weights_change_what_they_weigh(saved, data_dir):
   """Two of four have the format; one of them is right."""
   config = dataclasses.replace(CONFIG, format=0.5)
-  result = paid_again(saved, data_dir, config)
+  result = score_again(saved, data_dir, config)
   assert [row["reward"] for row in result.rows] == [1.5, 0.0, 0.0, 1.5]
   assert result.num_changed == 2
   lines = [line.split() for line in result.table.splitlines()]
@@ -83,19 +85,19 @@ def test_other_weights_change_what_they_weigh(saved, data_dir):
 
 
 def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
-  result = paid_again(saved, data_dir, config_of("raising"))
+  result = score_again(saved, data_dir, config_of("raising"))
   scoring.close()
   assert [row["failed"] for row in result.rows] == [[], [], [], ["raising"]]
   assert result.rows[3]["reward"] == 0.0
   lines = [line.split() for line in result.table.splitlines()]
-  paid = [1 / (1 + len(reply)) for reply in REPLIES[:3]]
-  mean, spread = f"{np.mean(paid):.4f}", f"{np.std(paid):.4f}"
-  assert lines[-2] == ["raising", "2", mean, spread, "-", "1"]
-  # Of the three that are left, one is right.
+  brevity = [1 / (1 + len(completion)) for completion in COMPLETIONS[:3]]
+  mean, std = f"{np.mean(brevity):.4f}", f"{np.std(brevity):.4f}"
+  assert lines[-2] == ["raising", "2", mean, std, "-", "1"]
+  # One of the three remaining completions is right.
   assert lines[1][:3] == ["accuracy", "1", "0.3333"]
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(saved):
+def test_an_unfinished_last_line_is_skipped(saved):
   path = pathlib.Path(saved)
   whole = rescore.read_samples(saved)
   path.write_bytes(path.read_bytes()[:-5])
@@ -103,18 +105,18 @@ def test_a_line_cut_short_by_a_kill_is_left_out(saved):
 
 
 @pytest.mark.parametrize("line", ["{", '{"pid": "p0"}', "3"])
-def test_what_is_no_sample_is_refused_by_its_line(saved, line):
+def test_a_line_that_is_no_sample_is_refused_by_its_number(saved, line):
   with open(saved, "a") as file:
     file.write(line + "\n")
   with pytest.raises(ValueError, match=r"^--samples \(.* line 5 "):
     rescore.read_samples(saved)
 
 
-def test_problems_that_are_not_there_are_named(data_dir, tmp_path):
-  with pytest.raises(ValueError, match=r"^--data_dir .* 1 are not.*'p7'"):
-    rescore.problems_of({"p0", "p7"}, data_dir)
+def test_missing_problems_are_named(data_dir, tmp_path):
+  with pytest.raises(ValueError, match=r"^--data_dir .* 1 are not in it.*'p7'"):
+    rescore.read_problems({"p0", "p7"}, data_dir)
   with pytest.raises(ValueError, match="manifest.json"):
-    rescore.problems_of({"p0"}, str(tmp_path))
+    rescore.read_problems({"p0"}, str(tmp_path))
 
 
 def command(*arguments):
@@ -127,7 +129,7 @@ def command(*arguments):
     ]
     + list(arguments),
     cwd=ROOT,
-    # Whoever asks JAX for its devices fails.
+    # A call of jax.devices() would fail.
     env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
     capture_output=True,
     text=True,
@@ -145,14 +147,14 @@ def test_the_command_touches_no_device(saved, data_dir, tmp_path):
     "--config.rewards.num_workers=1",
   )
   assert result.returncode == 0, result.stderr
-  assert result.stdout.endswith("4 of 4 totals differ from those saved.\n")
+  assert result.stdout.endswith("4 of 4 totals differ from the saved ones.\n")
   rows = rescore.read_samples(str(out))
   assert [row["rewards"]["brevity"] for row in rows] == pytest.approx(
-    [1 / (1 + len(reply)) for reply in REPLIES]
+    [1 / (1 + len(completion)) for completion in COMPLETIONS]
   )
 
 
-def test_the_command_refuses_what_it_cannot_follow():
+def test_the_command_exits_64_on_a_missing_file():
   result = command("--samples=/no/such", "--data_dir=/no/such")
   assert result.returncode == 64
   assert "--samples ('/no/such')" in result.stderr

@@ -1,4 +1,4 @@
-"""The tag: where it must be, and what lies outside of it."""
+"""The <answer> tag, and the reasoning outside of the tag."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_accuracy_is_the_verdict(correct):
 
 
 @pytest.mark.parametrize(
-  ("completion", "paid"),
+  ("completion", "expected"),
   [
     ("<answer>5</answer>", 1.0),
     ("I count.\n<answer> red </answer>\n", 1.0),
@@ -32,8 +32,8 @@ def test_accuracy_is_the_verdict(correct):
     ("<Answer>5</Answer>", 0.0),
   ],
 )
-def test_format_is_exactly_one_tag_that_holds_something(completion, paid):
-  assert accuracy.well_formed(completion) == paid
+def test_format_is_exactly_one_tag_with_content(completion, expected):
+  assert accuracy.well_formed(completion) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,5 +45,5 @@ def test_format_is_exactly_one_tag_that_holds_something(completion, paid):
     ("<answer>5</answer>", "\n"),
   ],
 )
-def test_reasoning_is_what_stands_outside_the_tag(completion, outside):
+def test_reasoning_is_the_text_outside_the_tag(completion, outside):
   assert accuracy.reasoning(completion) == outside

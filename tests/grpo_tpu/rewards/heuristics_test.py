@@ -1,4 +1,4 @@
-"""Heuristics: they pay writing, within their bounds, and not spam."""
+"""Heuristics: they reward prose within their bounds, and no spam."""
 
 import hypothesis
 import pytest
@@ -35,20 +35,20 @@ SPAM = {
 }
 
 
-def paid(reward, text):
+def score(reward, text):
   return reward(heuristics.read(text))
 
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("text", SPAM.values(), ids=SPAM)
-def test_spam_earns_nothing(reward, text):
-  assert paid(reward, text) == 0.0
+def test_spam_scores_zero(reward, text):
+  assert score(reward, text) == 0.0
 
 
 @pytest.mark.parametrize(("reward", "most"), REWARDS.items())
-def test_reasoning_earns_most_of_what_there_is(reward, most):
-  assert paid(reward, ENGLISH) >= 0.9 * most
-  assert paid(reward, CHINESE) >= 0.7 * most
+def test_reasoning_scores_close_to_the_maximum(reward, most):
+  assert score(reward, ENGLISH) >= 0.9 * most
+  assert score(reward, CHINESE) >= 0.7 * most
 
 
 @pytest.mark.parametrize(("reward", "most"), REWARDS.items())
@@ -61,29 +61,29 @@ def test_reasoning_earns_most_of_what_there_is(reward, most):
   ).map("".join)
 )
 @hypothesis.settings(deadline=None, derandomize=True)
-def test_no_text_earns_more_than_the_most(reward, most, text):
-  assert 0.0 <= paid(reward, text) <= most
+def test_no_text_exceeds_the_maximum(reward, most, text):
+  assert 0.0 <= score(reward, text) <= most
 
 
 def test_length_counts_trigrams():
-  """Five different words have three trigrams, of the forty that are enough."""
-  assert paid(heuristics.length, "one two three four five") == pytest.approx(
+  """Five different words have three of the forty trigrams for a full score."""
+  assert score(heuristics.length, "one two three four five") == pytest.approx(
     0.5 * 3 / 40
   )
 
 
-def test_saying_it_again_takes_back_what_length_earned():
+def test_a_repetition_lowers_the_length_reward():
   once = "I see one red circle and two blue squares here."
-  assert paid(heuristics.length, once) > 0
-  assert paid(heuristics.length, f"{once} {once}") < 0.5 * paid(
+  assert score(heuristics.length, once) > 0
+  assert score(heuristics.length, f"{once} {once}") < 0.5 * score(
     heuristics.length, once
   )
 
 
-def test_length_fades_when_it_goes_on_and_on():
+def test_the_length_reward_fades_for_overlong_text():
   words = [f"word{i}" for i in range(1600)]
   lengths = [
-    paid(heuristics.length, " ".join(words[:count]))
+    score(heuristics.length, " ".join(words[:count]))
     for count in (40, 42, 800, 1200, 1600)
   ]
   assert lengths == pytest.approx([0.475, 0.5, 0.5, 0.25, 0.0])
@@ -92,19 +92,19 @@ def test_length_fades_when_it_goes_on_and_on():
 def test_a_connective_counts_once():
   one = "Because three and two make five, we have five. "
   two = one + "Because four and one make five as well, we are sure."
-  assert paid(heuristics.reasoning_words, one) == pytest.approx(0.1)
-  assert paid(heuristics.reasoning_words, two) == pytest.approx(0.1)
+  assert score(heuristics.reasoning_words, one) == pytest.approx(0.1)
+  assert score(heuristics.reasoning_words, two) == pytest.approx(0.1)
 
 
-def test_a_connective_must_join_something():
-  assert paid(heuristics.reasoning_words, "Because red.") == 0.0
-  assert paid(heuristics.reasoning_words, "Sincerely yours, my dear son.") == 0
+def test_a_connective_must_join_other_words():
+  assert score(heuristics.reasoning_words, "Because red.") == 0.0
+  assert score(heuristics.reasoning_words, "Sincerely yours, my dear son.") == 0
 
 
-def test_a_tic_is_no_reasoning():
+def test_a_connective_used_too_often_does_not_count():
   lines = [f"So the {i} bar is near the {i + 1} line." for i in range(5)]
-  assert paid(heuristics.reasoning_words, "\n".join(lines[:4])) > 0
-  assert paid(heuristics.reasoning_words, "\n".join(lines)) == 0
+  assert score(heuristics.reasoning_words, "\n".join(lines[:4])) > 0
+  assert score(heuristics.reasoning_words, "\n".join(lines)) == 0
 
 
 @pytest.mark.parametrize(
@@ -119,15 +119,15 @@ def test_a_tic_is_no_reasoning():
   ids=["no capital", "no end", "short", "repetitive", "connectives"],
 )
 def test_a_broken_sentence_is_not_coherent(sentence):
-  assert paid(heuristics.coherence, sentence) == 0.0
+  assert score(heuristics.coherence, sentence) == 0.0
   whole = "I see two blue squares."
-  assert paid(heuristics.coherence, whole) == pytest.approx(0.2)
-  assert paid(heuristics.coherence, f"{whole}\n{sentence}") == 0.0
-  assert paid(
+  assert score(heuristics.coherence, whole) == pytest.approx(0.2)
+  assert score(heuristics.coherence, f"{whole}\n{sentence}") == 0.0
+  assert score(
     heuristics.coherence, f"{whole} There is one more.\n{sentence}"
   ) == pytest.approx(0.2 / 3)
 
 
-def test_a_decimal_point_ends_no_sentence():
+def test_a_decimal_point_does_not_end_a_sentence():
   text = "The red bar is 2.5 units high."
   assert heuristics.read(text).sentences == [text]

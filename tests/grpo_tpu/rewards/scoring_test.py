@@ -1,4 +1,4 @@
-"""Scores: the sum, the gate, and rows on which a reward fails."""
+"""Scores: the weighted sum, the gate, and rows on which a reward fails."""
 
 import dataclasses
 import math
@@ -66,15 +66,15 @@ def test_the_total_is_the_weighted_sum_of_the_components():
   assert len(set(found.total.tolist())) == 4
 
 
-def test_components_stand_in_a_fixed_order():
+def test_components_have_a_fixed_order():
   names = ("accuracy", "format", "length", "reasoning_words", "coherence")
   assert scoring.COMPONENTS == names
   assert tuple(scores("").components) == names
   assert tuple(CONFIG.weights) == names
 
 
-def test_a_preset_gives_the_weights_that_are_not_set():
-  """In full, the heuristics of a completion add up to 1 at the most."""
+def test_a_preset_gives_the_weights_that_are_None():
+  """With the full preset the heuristics sum to at most 1."""
   unset = dict.fromkeys((*scoring.COMPONENTS, "gate_heuristics"))
   full = dataclasses.replace(CONFIG, **unset, preset="full")
   assert list(full.weights.values()) == [1.0, 0.1, 1.0, 1.0, 1.0]
@@ -88,7 +88,7 @@ def test_a_preset_gives_the_weights_that_are_not_set():
   assert not answer.is_gated
 
 
-def test_a_right_tagged_answer_earns_accuracy_and_format():
+def test_a_right_tagged_answer_scores_accuracy_and_format():
   found = scores("<answer>5</answer>", "The answer is 5.", "<answer>6</answer>")
   np.testing.assert_array_equal(found.components["accuracy"], [1, 1, 0])
   np.testing.assert_array_equal(found.components["format"], [1, 0, 1])
@@ -96,32 +96,32 @@ def test_a_right_tagged_answer_earns_accuracy_and_format():
   np.testing.assert_array_equal(found.valid, [True] * 3)
 
 
-def test_heuristics_are_paid_only_beside_an_answer():
+def test_gated_heuristics_need_an_answer():
   unanswered = REASONED.format("unclear")
   for gate in (True, False):
     config = dataclasses.replace(CONFIG, gate_heuristics=gate)
     found = scores(REASONED.format(5), unanswered, config=config)
     for name in ("length", "reasoning_words", "coherence"):
-      paid = found.components[name]
-      assert paid[0] > 0
-      assert paid[1] == (0 if gate else paid[0])
+      values = found.components[name]
+      assert values[0] > 0
+      assert values[1] == (0 if gate else values[0])
     np.testing.assert_array_equal(found.components["format"], [1, 1])
 
 
-def test_a_weight_of_nought_logs_without_paying():
+def test_a_weight_of_zero_logs_without_adding():
   config = dataclasses.replace(CONFIG, accuracy=0.0)
   found = scores("<answer>5</answer>", config=config)
   assert found.components["accuracy"][0] == 1
   assert found.total[0] == CONFIG.format
 
 
-def test_the_heuristics_do_not_see_the_answer():
-  """A long answer is no reasoning."""
+def test_the_heuristics_ignore_the_answer():
+  """A long answer does not count as reasoning."""
   found = scores(f"<answer>5 {'apples ' * 2}</answer>", "<answer>5</answer>")
   assert found.components["length"][0] == found.components["length"][1] == 0
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
+def test_a_row_does_not_depend_on_other_rows():
   texts = [REASONED.format(i) for i in range(7)] + ["5", "", "nonsense"]
   together = scores(*texts)
   alone = [scores(text) for text in texts]
@@ -166,13 +166,13 @@ def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
   assert found.answers == [None, None]
 
 
-def test_nothing_scores_to_nothing():
+def test_no_completions_give_no_scores():
   found = scores()
   assert found.total.shape == (0,)
   assert found.valid.shape == (0,)
 
 
-def test_completions_and_problems_must_pair_up():
+def test_there_must_be_as_many_problems_as_completions():
   with pytest.raises(ValueError, match="2 completions .* not 1"):
     scoring.score(["5", "5"], [make_problem()], CONFIG)
 
@@ -183,8 +183,8 @@ def test_a_weight_must_be_finite(weight):
     dataclasses.replace(CONFIG, coherence=weight)
 
 
-def test_a_batch_of_completions_costs_little():
-  """CPU time of a loaded machine; 15 ms on a quiet one."""
+def test_a_batch_of_completions_is_fast():
+  """CPU time on a loaded machine; 15 ms on an idle one."""
   texts = [REASONED.format(5)] * 256 + ["<answer>5</answer>"] * 256
   problems = [make_problem()] * 512
   scoring.score(texts, problems, CONFIG)

@@ -1,4 +1,4 @@
-"""Rewards as users write them, good and bad; they fail on "Trap" alone."""
+"""Users' rewards, good and bad; the bad ones fail only on "Trap"."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ def without_none(completions, problems):
 
 
 def of_problem(completions, problems):
-  """Pays by the problem, and takes its time."""
+  """Rewards by the problem, after a random delay."""
   time.sleep(random.random() / 50)
   return [float(problem.answer) for problem in problems]
 
@@ -36,7 +36,7 @@ def is_light(completions, problems):
 
 
 def announced(completions, problems):
-  """Says who it is in the file that a completion names, then hangs."""
+  """Writes its process id to the file that a completion names, then hangs."""
   for text in completions:
     if "Trap" in text:
       child = subprocess.Popen(["sleep", "1000"])
@@ -61,7 +61,7 @@ def _raised(completions):
 
 
 class _Unsendable(Exception):
-  """Cannot be unpickled: it wants more than its message."""
+  """Cannot be unpickled, because its constructor needs two arguments."""
 
   def __init__(self, one, two):
     super().__init__(one)
@@ -78,7 +78,7 @@ def _with(value):
 
 
 sleeping = _failing(lambda completions: time.sleep(1000))
-# In C, where neither Python's signal handlers nor its threads get a turn.
+# In C, where Python runs neither signal handlers nor other threads.
 stuck = _failing(lambda completions: sum(itertools.repeat(0)))
 raising = _failing(_raised)
 unsendable = _failing(_raised_unsendable)
