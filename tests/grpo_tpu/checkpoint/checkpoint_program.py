@@ -1,7 +1,7 @@
-"""What the processes of checkpoint_processes_test run, joined or alone.
+"""The program that the processes of processes_test run.
 
 `python checkpoint_program.py COMMAND ...`, with `PROCESS`, `PROCESSES` and
-`COORDINATOR` in the environment. Each prints one line of JSON: what it saw.
+`COORDINATOR` in the environment. Each prints its result as one line of JSON.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from tests.grpo_tpu.checkpoint import checkpointing
 
 
 def values(seed):
-  """What a state is made of, as NumPy has it; no two seeds alike."""
+  """The values of a state as NumPy arrays; they differ for every seed."""
   draw = np.random.default_rng(seed)
   return {
     "params": {
@@ -37,32 +37,32 @@ def values(seed):
 
 
 def digest(tree):
-  """Of every bit of a tree of NumPy arrays."""
+  """A hash of every bit of a tree of NumPy arrays."""
   whole = hashlib.sha256()
   for leaf in jax.tree.leaves(tree):
     whole.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
   return whole.hexdigest()
 
 
-def on(mesh, tree):
-  """The tree's arrays, shared out over all devices as far as they divide."""
+def put_on_mesh(mesh, tree):
+  """The tree on the mesh; matrices are sharded, the rest is replicated."""
 
-  def place(leaf):
+  def put(leaf):
     spec = PartitionSpec("fsdp", "tensor") if leaf.ndim > 1 else PartitionSpec()
     return jax.make_array_from_callback(
       leaf.shape, NamedSharding(mesh, spec), lambda index: leaf[index]
     )
 
-  return jax.tree.map(place, tree)
+  return jax.tree.map(put, tree)
 
 
 def state_of(mesh, seed):
-  state = on(mesh, values(seed))
+  state = put_on_mesh(mesh, values(seed))
   return state | {"key": jax.random.wrap_key_data(state["key"])}
 
 
-def seen(state):
-  """The digest of a state that is spread over the processes."""
+def global_digest(state):
+  """The digest of a state that is sharded over the processes."""
   state = state | {"key": jax.random.key_data(state["key"])}
   return digest(
     jax.tree.map(
@@ -77,19 +77,19 @@ def rows(seed):
 
 
 def relay(mesh, folder, step):
-  """Goes on from what there is, if any, and saves the next step and a half."""
-  result = restored(mesh, folder)
+  """Resumes if possible, and saves the next step and half a step more."""
+  result = restore_one(mesh, folder)
   step = int(step)
   by_rows = NamedSharding(mesh, PartitionSpec(("fsdp", "tensor")))
   arrays = {
     name: jax.make_array_from_callback(x.shape, by_rows, lambda i, x=x: x[i])
     for name, x in rows(step).items()
   }
-  unfinished = reader.PartialStepData(1, arrays, {"half": step + 0.5})
+  partial_step = reader.PartialStepData(1, arrays, {"half": step + 0.5})
   with checkpointing.opened(folder) as checkpoints:
     checkpoints.save(step, state_of(mesh, step), {"is": step})
     checkpoints.save(
-      step, state_of(mesh, 100 + step), {"is": step}, partial_step=unfinished
+      step, state_of(mesh, 100 + step), {"is": step}, partial_step=partial_step
     )
   return result
 
@@ -101,7 +101,7 @@ def start(mesh, folder):
       checkpoints.save(step, state_of(mesh, step), {"is": step})
 
 
-def restored(mesh, folder):
+def restore_one(mesh, folder):
   by_rows = NamedSharding(mesh, PartitionSpec(("fsdp", "tensor")))
   with checkpointing.opened(folder) as checkpoints:
     try:
@@ -116,14 +116,14 @@ def restored(mesh, folder):
   result |= {
     "step": found.step,
     "meta": found.meta,
-    "digest": seen(found.state),
+    "digest": global_digest(found.state),
   }
   if found.partial_step is not None:
     arrays = jax.tree.map(
       lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)),
       found.partial_step.arrays,
     )
-    result["unfinished"] = [
+    result["partial_step"] = [
       found.partial_step.updates_done,
       digest(arrays),
       found.partial_step.record,
@@ -132,7 +132,7 @@ def restored(mesh, folder):
 
 
 def restore(mesh, *folders):
-  return [restored(mesh, folder) for folder in folders]
+  return [restore_one(mesh, folder) for folder in folders]
 
 
 def borrow(mesh, *folders):
@@ -151,7 +151,7 @@ def borrow(mesh, *folders):
 
 
 def fail(mesh, folder, timeout):
-  """Saves while the last process can write no file; the rest trains on."""
+  """Saves while the last process cannot write; the others train."""
   train = jax.jit(lambda x: (x @ x.T).sum())
   start = time.monotonic()
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -165,12 +165,14 @@ def fail(mesh, folder, timeout):
       if jax.process_index() == jax.process_count() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
       for step in range(2, 2000):
-        begun = time.monotonic()
+        started = time.monotonic()
         float(train(state_of(mesh, step)["params"]["w"]))
         checkpoints.save(step, state_of(mesh, step), {})
-        times.append(time.monotonic() - begun)
+        times.append(time.monotonic() - started)
   except checkpointer.CheckpointError as error:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # What it prints.
+    resource.setrlimit(
+      resource.RLIMIT_FSIZE, (soft, hard)
+    )  # So that it can print.
     return {
       "error": str(error),
       "failures": checkpoints.failures,
@@ -181,7 +183,7 @@ def fail(mesh, folder, timeout):
 
 
 def hinder(mesh, folder, hindered):
-  """Saves step 1; once a file is there, further ones until it is given up."""
+  """Saves step 1, and more steps once the file exists, until an error."""
   start = time.monotonic()
   try:
     with checkpointing.opened(
@@ -202,7 +204,7 @@ def hinder(mesh, folder, hindered):
 
 
 def die(mesh, folder, moment, index):
-  """One process is killed in the middle of the save of step 2."""
+  """Kills one process during the save of step 2."""
   is_victim = jax.process_index() == int(index)
 
   def kill(*_):

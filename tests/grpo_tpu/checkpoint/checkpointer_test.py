@@ -1,4 +1,4 @@
-"""Laws of checkpoints: what is saved comes back, or the error says why not."""
+"""Checkpoints return what was saved, or an error says why not."""
 
 import itertools
 
@@ -26,7 +26,7 @@ class State:
 
 
 def make_state(mesh=None, *, seed=0, dtype=jnp.float32, width=4):
-  """A state of every kind of leaf; laid out over `mesh` where one is given."""
+  """A state with every kind of leaf, sharded over `mesh` if given."""
   w, b = (
     jax.random.normal(jax.random.key(seed + i), (8, width)) for i in (0, 1)
   )
@@ -52,7 +52,7 @@ def shardings(state, mesh):
 
 
 def assert_trees_equal(tree, expected):
-  """Same structure, and every leaf equal in value, dtype and layout."""
+  """The trees are equal in structure, values, dtypes and shardings."""
   assert jax.tree.structure(tree) == jax.tree.structure(expected)
   for leaf, other in zip(
     jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
@@ -65,7 +65,7 @@ def assert_trees_equal(tree, expected):
 
 
 def names(path):
-  """Of the checkpoints there, each of which has its manifest beside it."""
+  """Names of the checkpoints; asserts that each has a manifest."""
   names = sorted(each.name for each in path.iterdir() if each.name != "lock")
   folders = [name for name in names if not name.endswith(".json")]
   assert names == sorted(
@@ -217,7 +217,7 @@ def test_a_long_list_of_differing_leaves_is_cut(tmp_path):
 
 
 def test_the_parameters_of_another_run_are_read_alone(tmp_path):
-  """Neither its optimizer nor its other leaves need be known."""
+  """The optimizer and the other leaves need not be known."""
   state = make_state(jax.make_mesh((4, 2), ("fsdp", "tensor")), seed=3)
   save_one(tmp_path, make_state(seed=1), step=5)
   save_one(tmp_path, state, step=9)
@@ -244,7 +244,7 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
     reader.restore_params(tmp_path / "elsewhere", None, wanted)
 
 
-def unfinished(updates_done, *, seed=0, mesh=None):
+def partial_step(updates_done, *, seed=0, mesh=None):
   arrays = {
     "ids": jnp.arange(24, dtype=jnp.int32).reshape(8, 3) + seed,
     "mask": jnp.arange(8) % 3 == 0,
@@ -261,7 +261,7 @@ def by_rows(mesh):
   return NamedSharding(mesh, PartitionSpec(("fsdp", "tensor")))
 
 
-def assert_unfinished(restored, step, wanted):
+def assert_partial_step(restored, step, wanted):
   assert restored is not None and restored.step == step
   assert restored.partial_step is not None
   assert restored.partial_step.updates_done == wanted.updates_done
@@ -269,15 +269,17 @@ def assert_unfinished(restored, step, wanted):
   assert_trees_equal(restored.partial_step.arrays, wanted.arrays)
 
 
-def test_a_step_left_between_two_updates_comes_back_whole(tmp_path):
-  """Though the step before it was saved under the same number."""
+def test_a_partial_step_is_restored_with_its_arrays(tmp_path):
+  """The step before it was saved under the same number."""
   mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-  begun = unfinished(1, seed=3, mesh=mesh)
+  partial = partial_step(1, seed=3, mesh=mesh)
   with checkpointing.opened(tmp_path, every_steps=5) as checkpoints:
     assert checkpoints.save(5, make_state(mesh, seed=5), META)
-    assert checkpoints.save(5, make_state(mesh, seed=6), {}, partial_step=begun)
-    # It was saved already.
-    assert not checkpoints.save(5, make_state(mesh), {}, partial_step=begun)
+    assert checkpoints.save(
+      5, make_state(mesh, seed=6), {}, partial_step=partial
+    )
+    # The same partial step was saved already.
+    assert not checkpoints.save(5, make_state(mesh), {}, partial_step=partial)
   assert names(tmp_path) == ["00000005", "00000005.1"]
   other = jax.make_mesh((2, 4), ("fsdp", "tensor"))
   for wanted in (mesh, other):
@@ -285,26 +287,26 @@ def test_a_step_left_between_two_updates_comes_back_whole(tmp_path):
       restored = checkpoints.restore(
         make_state(wanted), partial_step_sharding=by_rows(wanted)
       )
-    begun = unfinished(1, seed=3, mesh=wanted)
-    assert_unfinished(restored, 5, begun)
+    partial = partial_step(1, seed=3, mesh=wanted)
+    assert_partial_step(restored, 5, partial)
     assert_trees_equal(restored.state, make_state(wanted, seed=6))
 
 
-def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
+def test_a_partial_step_is_saved_when_not_due_and_deleted_later(
   tmp_path,
 ):
-  place = by_rows(jax.make_mesh((8, 1), ("fsdp", "tensor")))
+  rows = by_rows(jax.make_mesh((8, 1), ("fsdp", "tensor")))
   with checkpointing.opened(tmp_path, every_steps=50) as checkpoints:
     checkpoints.save(0, make_state(), {})
     for updates in (1, 2):
       assert checkpoints.save(
-        7, make_state(seed=updates), {}, partial_step=unfinished(updates)
+        7, make_state(seed=updates), {}, partial_step=partial_step(updates)
       )
-    restored = checkpoints.restore(make_state(), partial_step_sharding=place)
+    restored = checkpoints.restore(make_state(), partial_step_sharding=rows)
     assert restored is not None and restored.partial_step is not None
     assert (restored.step, restored.partial_step.updates_done) == (7, 2)
     with pytest.raises(ValueError, match="step 7 is older"):
-      checkpoints.save(7, make_state(), {}, partial_step=unfinished(1))
+      checkpoints.save(7, make_state(), {}, partial_step=partial_step(1))
     assert checkpoints.save(8, make_state(seed=8), {}, force=True)
     restored = checkpoints.restore(make_state())
   assert restored is not None
@@ -315,7 +317,7 @@ def test_an_unfinished_step_is_saved_whether_due_or_not_and_left_behind(
 
 
 def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
-  """In the run that saw it, in one that goes on, and saved though not due."""
+  """In the same run, in a resumed run, and if the step was not due."""
   settings = {
     "every_steps": 4,
     "keep": 1,
@@ -362,20 +364,20 @@ def test_a_step_is_due_once_the_minutes_have_passed(tmp_path, monkeypatch):
 
 
 def test_a_number_that_is_not_finite_is_found_wherever_it_lies():
-  """On any device, whatever axes of the array are shared out."""
+  """On any device, for any sharding of the array."""
   mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
   specs = [(), ("fsdp",), (None, "tensor"), ("fsdp", "tensor"), (None, "fsdp")]
   for spec, dtype in itertools.product(specs, (jnp.float32, jnp.bfloat16)):
-    place = NamedSharding(mesh, PartitionSpec(*spec))
+    data_sharding = NamedSharding(mesh, PartitionSpec(*spec))
     values = np.linspace(-3, 3, 8 * 64).reshape(8, 64).astype(dtype)
-    good = jax.device_put(values, place)
+    good = jax.device_put(values, data_sharding)
     other = jax.device_put(values[0], NamedSharding(mesh, PartitionSpec()))
     assert finite.is_finite([other, good])
     for at in ((0, 0), (3, 17), (4, 63), (7, 63)):
       for value in (float("nan"), float("inf"), -float("inf")):
         bad = values.copy()
         bad[at] = value
-        assert not finite.is_finite([other, jax.device_put(bad, place)])
+        assert not finite.is_finite([other, jax.device_put(bad, data_sharding)])
   assert finite.is_finite({"empty": jnp.zeros((0, 3)), "key": jnp.int32(1)})
 
 
@@ -402,7 +404,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, where):
     ):
       checkpoints.save(4, bad, META)
     assert checkpoints.scalars()["checkpoint/refused_not_finite"] == 3
-    # A state that has healed is saved at once, and forgives.
+    # A finite state is saved at once, and resets the count.
     assert checkpoints.save(5, good, META)
   assert restored is not None and restored.step == 1
   assert reader.steps(tmp_path) == [1, 5]
@@ -415,7 +417,7 @@ def test_a_run_whose_last_state_was_refused_does_not_end_well(tmp_path):
       checkpoints.save(1, bad, META, force=True)
 
 
-def test_the_time_that_saves_took_is_told_once(tmp_path):
+def test_the_time_that_saves_took_is_reported_once(tmp_path):
   with checkpointing.opened(tmp_path) as checkpoints:
     checkpoints.save(1, make_state(), {})
     assert checkpoints.scalars()["perf/checkpoint_block_seconds"] > 0

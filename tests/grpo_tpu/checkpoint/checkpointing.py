@@ -1,4 +1,4 @@
-"""Checkpoints as tests open them: every step, and few settings to name."""
+"""Opens checkpoints for tests, with a save at every step by default."""
 
 import dataclasses
 import os
@@ -8,11 +8,11 @@ from grpo_tpu.checkpoint import checkpointer, retention
 
 
 def config(**changes) -> retention.CheckpointConfig:
-  """The settings of `configs/base.py`, but for these and `every_steps`."""
+  """The default settings with a save at every step and these changes."""
   settings = retention.CheckpointConfig(**base.get_config().checkpoint)
   return dataclasses.replace(settings, **{"every_steps": 1} | changes)
 
 
 def opened(path: str | os.PathLike[str], **changes) -> checkpointer.Checkpoints:
-  """Those under `path`, with these settings."""
+  """Opens the checkpoints in `path` with these settings."""
   return checkpointer.Checkpoints(path, config(**changes))

@@ -1,7 +1,7 @@
-"""A damaged checkpoint is set aside, loudly; never is a wrong number restored.
+"""A damaged checkpoint is quarantined, and a wrong number is never restored.
 
-Each test damages the newest of two checkpoints on disk, file by file, and looks
-at what a run that goes on would start from.
+Each test damages the newest of two checkpoints on disk, file by file, and
+checks which one a run would resume from.
 """
 
 import logging
@@ -16,7 +16,7 @@ import pytest
 from grpo_tpu.checkpoint import checkpointer, reader
 from tests.grpo_tpu.checkpoint import checkpointing
 
-# One of each kind of file that a checkpoint is made of.
+# One of each kind of file in a checkpoint.
 KINDS = {
   "arrays": "state/ocdbt.process_0/d/*",
   "index of a process": "state/ocdbt.process_0/manifest.ocdbt",
@@ -71,9 +71,9 @@ def largest(folder: pathlib.Path, kind: str) -> pathlib.Path:
   return max(found, key=lambda path: path.stat().st_size)
 
 
-def flip(path, place):
+def flip(path, offset):
   whole = bytearray(path.read_bytes())
-  whole[place] ^= 0x10
+  whole[offset] ^= 0x10
   path.write_bytes(whole)
 
 
@@ -118,19 +118,19 @@ def test_a_missing_or_a_short_file_is_never_restored(folder, kind, damage):
 
 
 def test_every_byte_of_the_arrays_counts(folder, tmp_path):
-  """At places drawn anew in the file, of which Orbax restores most silently."""
+  """Flips bytes at random offsets; Orbax alone restores most of them."""
   draw = np.random.default_rng(0)
   size = largest(folder, "arrays").stat().st_size
-  for number, place in enumerate(draw.integers(0, size, 8)):
+  for number, offset in enumerate(draw.integers(0, size, 8)):
     copy = shutil.copytree(folder, tmp_path / f"copy{number}")
-    flip(largest(copy, "arrays"), place)
+    flip(largest(copy, "arrays"), offset)
     got, _ = restored(copy)
     assert_is(got, 1)
 
 
 @pytest.mark.parametrize("damage", ["deleted", "flipped", "cut", "empty"])
 def test_without_a_good_manifest_a_checkpoint_is_not_trusted(folder, damage):
-  """Deleted, too, is what a kill between commit and manifest looks like."""
+  """A kill between commit and manifest looks like a deleted manifest."""
   path = folder / "00000002.manifest.json"
   if damage == "deleted":
     path.unlink()
@@ -160,21 +160,21 @@ def test_another_step_s_checkpoint_is_not_taken_for_this_one(folder):
   assert (folder / "quarantine" / "00000009-foreign-manifest").is_dir()
 
 
-def test_the_run_goes_on_and_saves_the_step_again(folder):
+def test_the_run_resumes_and_saves_the_step_again(folder):
   flip(largest(folder, "arrays"), 100)
   with checkpointing.opened(folder) as checkpoints:
     assert_is(checkpoints.restore(make_state(0)), 1)
     assert checkpoints.save(2, make_state(2), {"is": 2})
   got, checkpoints = restored(folder)
   assert_is(got, 2)
-  # Once more, beside the first.
+  # The second damaged one lies beside the first.
   flip(largest(folder, "arrays"), 100)
   restored(folder)
   assert (folder / "quarantine" / "00000002-wrong-checksum-2").is_dir()
 
 
 def test_where_none_is_whole_nothing_is_started_again(folder):
-  """Nor at the next start, which finds no checkpoint but those set aside."""
+  """The next start finds only quarantined checkpoints, and fails too."""
   for path in folder.glob("*.manifest.json"):
     path.unlink()
   for _ in range(2):
@@ -185,7 +185,7 @@ def test_where_none_is_whole_nothing_is_started_again(folder):
 
 
 def test_a_run_killed_before_its_first_manifest_starts_again(tmp_path):
-  """Step 0 is where a new run starts anyway: nothing is lost."""
+  """A new run starts at step 0 anyway, so nothing is lost."""
   with checkpointing.opened(tmp_path) as checkpoints:
     checkpoints.save(0, make_state(0), {})
   (tmp_path / "00000000.manifest.json").unlink()
@@ -198,7 +198,7 @@ def test_a_run_killed_before_its_first_manifest_starts_again(tmp_path):
 
 
 def test_a_drift_of_leaves_is_an_error_and_no_damage(folder):
-  """An older checkpoint would not fit either: the settings are at fault."""
+  """An older checkpoint would not fit either; the settings are wrong."""
   wanted = make_state(0)
   wanted["params"]["w"] = wanted["params"]["w"].astype(jnp.bfloat16)
   with checkpointing.opened(folder) as checkpoints:
@@ -210,7 +210,7 @@ def test_a_drift_of_leaves_is_an_error_and_no_damage(folder):
 
 @pytest.mark.parametrize("kind", ["arrays", "meta", "tree"])
 def test_another_run_s_damaged_checkpoint_is_refused_and_left(folder, kind):
-  """Or walked past, where no step is asked for."""
+  """If no step is asked for, an older one is read."""
   flip(largest(folder, kind), 20)
   before = sorted(folder.rglob("*"))
   params = make_state(0)["params"]
@@ -230,13 +230,13 @@ def test_the_meta_of_another_run_is_verified_by_itself(folder):
     reader.read_meta(folder, 2)
 
 
-def test_the_newest_to_go_on_from_is_the_newest_with_a_manifest(folder):
+def test_the_newest_path_is_the_newest_with_a_manifest(folder):
   (folder / "00000002.manifest.json").unlink()
   assert reader.newest_path(folder).name == "00000001"
 
 
-def test_a_step_left_unfinished_is_no_step_of_another_run(folder):
-  """Whose parameters are some updates further."""
+def test_a_partial_step_is_no_step_of_another_run(folder):
+  """Its parameters are some updates further."""
   shutil.copytree(folder / "00000002", folder / "00000002.1")
   assert reader.steps(folder) == [1, 2]
 

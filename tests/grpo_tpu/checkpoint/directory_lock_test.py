@@ -1,4 +1,4 @@
-"""One run at a time writes to a folder, and a dead one holds nothing."""
+"""One run at a time writes to a folder, and a dead run holds no lock."""
 
 import os
 import subprocess
@@ -44,8 +44,8 @@ def holder(tmp_path):
 def test_a_second_run_in_a_workdir_is_refused_by_the_first_s_name(
   tmp_path, holder, impatient
 ):
-  said = f"process {holder.pid} of .* is writing there: .* another workdir"
-  with pytest.raises(checkpointer.CheckpointError, match=said):
+  error = f"process {holder.pid} of .* is writing there: .* another workdir"
+  with pytest.raises(checkpointer.CheckpointError, match=error):
     checkpointing.opened(tmp_path)
 
 
@@ -60,12 +60,12 @@ def test_a_killed_run_holds_nothing_though_its_file_stays(
 
 
 def test_a_run_that_is_about_to_end_is_waited_for(tmp_path, holder):
-  os.kill(holder.pid, 15)  # It dies while we wait.
+  os.kill(holder.pid, 15)  # The holder dies while we wait.
   with checkpointing.opened(tmp_path):
     pass
 
 
-def test_a_run_that_was_left_may_be_gone_on_with(tmp_path):
+def test_a_run_that_has_ended_may_be_resumed(tmp_path):
   for _ in range(2):
     with checkpointing.opened(tmp_path):
       pass

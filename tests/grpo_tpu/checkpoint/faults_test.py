@@ -1,4 +1,4 @@
-"""What a disk or a kill does to a save, by real disks and real kills."""
+"""Saves on full, read-only and broken disks, and under real kills."""
 
 import contextlib
 import resource
@@ -16,7 +16,7 @@ import pytest
 from grpo_tpu.checkpoint import checkpointer, reader
 from tests.grpo_tpu.checkpoint import checkpointing
 
-# Orbax has closed its event loop when an error of a full disk arrives late.
+# A late error of a full disk reaches Orbax after its event loop has closed.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:(?s)Exception ignored in.*Event loop is closed"
   ":pytest.PytestUnraisableExceptionWarning"
@@ -27,7 +27,7 @@ ERROR = checkpointer.CheckpointError
 
 
 def large(seed=0, size=1 << 16):
-  """One leaf: Orbax leaves the writes beside a failed one behind, and warns."""
+  """One leaf; with more, Orbax abandons the other writes and warns."""
   return {"w": jax.random.normal(jax.random.key(seed), (size,))}
 
 
@@ -41,8 +41,8 @@ def files_no_larger_than(num_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def saved_until_failure(checkpoints, state, steps):
-  """Saves step after step as a run does, each waiting for nothing."""
+def save_until_failure(checkpoints, state, steps):
+  """Saves step after step, and waits until each save has ended."""
   for step in steps:
     if checkpoints.save(step, state, {}):
       deadline = time.monotonic() + 60
@@ -57,7 +57,7 @@ def folders(path):
 
 @pytest.mark.parametrize("moment", ["at once", "committed", "hashing"])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path, moment):
-  """As the files are written, and after that while there is no manifest."""
+  """Kills while files are written, and before the manifest exists."""
   program = """
     import os, signal, sys
     import jax.numpy as jnp
@@ -98,7 +98,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path, moment):
   assert reader.steps(tmp_path) == [1, 3]
 
 
-def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
+def test_a_full_disk_is_reported_at_the_next_step_and_old_steps_stay(
   mounted, caplog
 ):
   folder = mounted("-t", "tmpfs", "-o", "size=3m", "tmpfs")
@@ -107,12 +107,12 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
     ERROR, match="space left.*newest good checkpoint in .*00000001"
   ):
     with checkpointing.opened(folder, max_failures=3) as checkpoints:
-      saved_until_failure(checkpoints, large(1), [1])
+      save_until_failure(checkpoints, large(1), [1])
       filler.write_bytes(bytes(2_650_000))
-      saved_until_failure(checkpoints, large(2), range(2, 9))
+      save_until_failure(checkpoints, large(2), range(2, 9))
   assert checkpoints.failures == 3
   assert caplog.text.count("No space left on device") >= 3
-  # What the failed saves had written is gone again, and there is room for one.
+  # The remains of failed saves are deleted, so there is room for one.
   assert reader.steps(folder) == [1]
   assert not list(folder.glob("*tmp*"))
   filler.unlink()
@@ -125,15 +125,15 @@ def test_a_full_disk_is_said_at_the_next_step_and_old_steps_stay(
 
 
 def test_a_disk_that_has_room_again_ends_the_failures(mounted):
-  """And the first step after a failed one is saved, due or not."""
+  """The first step after a failed one is saved, due or not."""
   folder = mounted("-t", "tmpfs", "-o", "size=3m", "tmpfs")
   filler = folder / "filler"
   with checkpointing.opened(folder, every_steps=10) as checkpoints:
-    saved_until_failure(checkpoints, large(1), [10])
+    save_until_failure(checkpoints, large(1), [10])
     filler.write_bytes(bytes(2_650_000))
-    saved_until_failure(checkpoints, large(2), [20])
+    save_until_failure(checkpoints, large(2), [20])
     filler.unlink()
-    saved_until_failure(checkpoints, large(3), [21])
+    save_until_failure(checkpoints, large(3), [21])
     assert not checkpoints.save(22, large(4), {})
     assert checkpoints.failures == 1
     restored = checkpoints.restore(large())
@@ -145,11 +145,11 @@ def test_a_disk_that_turns_read_only_ends_the_run(mounted):
   folder = mounted("-t", "tmpfs", "-o", "size=8m", "tmpfs")
   with pytest.raises(ERROR, match="Read-only file system"):
     with checkpointing.opened(folder, max_failures=2) as checkpoints:
-      saved_until_failure(checkpoints, large(1), [1])
+      save_until_failure(checkpoints, large(1), [1])
       checkpoints.wait()
-      # A mount in use cannot be made so, but one that is can cover it.
+      # A mount in use cannot become read-only, but another can cover it.
       mounted("-t", "tmpfs", "-o", "size=8m,ro", "tmpfs")
-      saved_until_failure(checkpoints, large(2), range(2, 9))
+      save_until_failure(checkpoints, large(2), range(2, 9))
   assert checkpoints.failures == 2
   subprocess.run(["umount", "--lazy", str(folder)], check=True)
   with checkpointing.opened(folder) as checkpoints:
@@ -167,11 +167,11 @@ def test_a_read_only_folder_is_refused_before_any_step(mounted):
 
 def test_one_failed_save_is_counted_and_the_next_step_stands_in(tmp_path):
   with checkpointing.opened(tmp_path, every_steps=10) as checkpoints:
-    saved_until_failure(checkpoints, large(), [10])
+    save_until_failure(checkpoints, large(), [10])
     with files_no_larger_than(4096):
-      saved_until_failure(checkpoints, large(), [20, 21])
+      save_until_failure(checkpoints, large(), [20, 21])
       assert checkpoints.failures == 1
-    saved_until_failure(checkpoints, large(), [22])
+    save_until_failure(checkpoints, large(), [22])
     assert checkpoints.failures == 2
     assert not checkpoints.save(23, large(), {})
     assert checkpoints.scalars()["checkpoint/save_failures"] == 2
@@ -183,12 +183,12 @@ def test_so_many_failures_in_a_row_end_the_run(tmp_path, limit):
   with files_no_larger_than(4096):
     with pytest.raises(ERROR, match=rf"max_failures \({limit}\).*is none"):
       with checkpointing.opened(tmp_path, max_failures=limit) as checkpoints:
-        saved_until_failure(checkpoints, large(), range(1, 9))
+        save_until_failure(checkpoints, large(), range(1, 9))
     assert checkpoints.failures == limit
   assert folders(tmp_path) == []
 
 
-def test_a_success_between_two_failures_forgives_the_first(tmp_path):
+def test_a_success_between_two_failures_resets_the_count(tmp_path):
   with files_no_larger_than(1 << 16):
     with checkpointing.opened(tmp_path, max_failures=2) as checkpoints:
       for step, state in enumerate((large(), SMALL, large(), SMALL), start=1):
@@ -207,7 +207,7 @@ def test_a_failed_save_displaces_no_older_one_and_leaves_none_behind(tmp_path):
 
 
 def test_the_older_goes_only_after_the_newer_s_manifest(tmp_path, monkeypatch):
-  """Or a kill in between would leave nothing that can be trusted."""
+  """Otherwise a kill in between would leave no checkpoint to trust."""
   seen = []
   write = checkpointer.manifest.write
 
@@ -236,7 +236,7 @@ def test_a_manifest_that_cannot_be_written_is_a_failed_save(
     checkpoints.wait()
     with monkeypatch.context() as patch:
       patch.setattr(checkpointer.manifest, "write", broken)
-      saved_until_failure(checkpoints, SMALL, [2])
+      save_until_failure(checkpoints, SMALL, [2])
     assert checkpoints.save(3, SMALL, {})
     assert checkpoints.failures == 1
   assert folders(tmp_path) == ["00000003"]

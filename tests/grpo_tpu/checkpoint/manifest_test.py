@@ -1,4 +1,4 @@
-"""A manifest knows every byte of the folder that it was written for."""
+"""A manifest detects every change of its folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_what_nobody_touched_is_whole(folder):
 
 
 def test_its_checksums_are_crc32c(folder):
-  """The check value of the polynomial, from the catalogue of CRCs."""
+  """The expected value is from the catalogue of CRCs."""
   (folder / "meta").write_bytes(b"123456789")
   manifest.write(folder, {})
   body = json.loads(manifest.path_for(folder).read_text())["body"]
@@ -36,10 +36,10 @@ def test_its_checksums_are_crc32c(folder):
 def test_any_flipped_bit_is_seen(folder):
   path = folder / "state" / "d" / "0"
   whole = path.read_bytes()
-  for place in (0, 1, 4097, len(whole) - 1):
+  for offset in (0, 1, 4097, len(whole) - 1):
     for bit in range(8):
       damaged = bytearray(whole)
-      damaged[place] ^= 1 << bit
+      damaged[offset] ^= 1 << bit
       path.write_bytes(damaged)
       assert manifest.find_damage(folder).startswith(
         "wrong checksum: state/d/0 "
@@ -93,13 +93,13 @@ def test_a_folder_without_its_own_manifest_is_not_trusted(folder):
   assert manifest.find_damage(other).startswith("foreign manifest: ")
 
 
-def test_a_folder_that_went_is_missed(folder):
+def test_a_missing_folder_is_detected(folder):
   folder.rmtree()
   assert manifest.find_damage(folder).startswith("missing file: ")
 
 
 def test_shares_cover_every_file_once(folder):
-  """Whoever looks at the share that a file is in sees what it has become."""
+  """Exactly one share contains the changed file."""
   for name in ("state/d/0", "state/empty", "meta"):
     path = folder / name
     whole = path.read_bytes()

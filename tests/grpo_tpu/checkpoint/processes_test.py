@@ -1,4 +1,4 @@
-"""Checkpoints of several real processes, and onto other numbers of them."""
+"""Checkpoints of several real processes, restored by other numbers of them."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 120
 
 
 class Pod:
-  """Processes on this machine that are joined, two devices each."""
+  """Joined processes on this machine, with two devices each."""
 
   def __init__(self, count, *arguments, logs, tensor=2):
     with socket.socket() as free:
@@ -53,7 +53,7 @@ class Pod:
         )
 
   def results(self):
-    """What each process printed, once all have ended well."""
+    """Waits for all processes; returns the result of each."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
       for process, log in zip(self.processes, self.logs, strict=True):
@@ -79,7 +79,7 @@ def logs(tmp_path_factory):
 
 
 def run(count, *arguments, logs, tensor=2):
-  """What the one process saw, or what all of them saw alike."""
+  """Runs the program; returns the result, which is equal on all processes."""
   results = Pod(count, *arguments, logs=logs, tensor=tensor).results()
   assert all(result == results[0] for result in results), results
   return results[0]
@@ -87,7 +87,7 @@ def run(count, *arguments, logs, tensor=2):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory, logs):
-  """Steps 1 and 2 as two processes have saved them."""
+  """Steps 1 and 2, saved by two processes."""
   folder = tmp_path_factory.mktemp("two_steps") / "checkpoints"
   run(2, "start", folder, logs=logs)
   return folder
@@ -102,10 +102,10 @@ def assert_is(result, step, *, quarantined=0):
   }
 
 
-def test_any_number_of_processes_goes_on_from_any_other_bit_by_bit(
+def test_any_number_of_processes_resumes_from_any_other_bit_by_bit(
   tmp_path, logs
 ):
-  """2 -> 1 -> 2 -> 4 -> 2, on three shapes of mesh, in the midst of a step."""
+  """2 -> 1 -> 2 -> 4 -> 2, on three mesh shapes, with partial steps."""
   relay = ((2, 2), (1, 1), (2, 1), (4, 2), (2, 4))
   for step, (count, tensor) in enumerate(relay, start=1):
     result = run(count, "relay", tmp_path, step, logs=logs, tensor=tensor)
@@ -116,7 +116,7 @@ def test_any_number_of_processes_goes_on_from_any_other_bit_by_bit(
       "step": step - 1,
       "meta": {"is": step - 1},
       "digest": program.digest(program.values(100 + step - 1)),
-      "unfinished": [
+      "partial_step": [
         1,
         program.digest(program.rows(step - 1)),
         {"half": step - 0.5},
@@ -150,7 +150,7 @@ DAMAGES = {
 
 
 def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
-  """Each looks at its share of the files; both start from the same step."""
+  """Each verifies its share of the files; both restore the same step."""
   for name, damage in DAMAGES.items():
     damage(shutil.copytree(two_steps, tmp_path / name))
   nothing = shutil.copytree(two_steps, tmp_path / "nothing")
@@ -172,9 +172,9 @@ def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
 def test_one_host_that_cannot_write_ends_all_within_the_time_out(
   tmp_path, logs
 ):
-  """Two saves in a row fail, each by the time-out; training goes on till then.
+  """Two saves in a row fail by the time-out, while training continues.
 
-  The healthy host hears whose fault it is.
+  The healthy host learns which host failed.
   """
   seconds = 3
   results = Pod(2, "fail", tmp_path, seconds, logs=logs).results()
@@ -183,7 +183,7 @@ def test_one_host_that_cannot_write_ends_all_within_the_time_out(
     assert "2 saves in a row" in result["error"]
     assert "00000001" in result["error"]
     assert result["failures"] == 2
-    # Two time-outs, and what a busy machine adds.
+    # Two time-outs, and more on a busy machine.
     assert 2 * seconds - 1 < result["seconds"] < 2 * seconds + 40
   assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
     "00000001",
@@ -207,17 +207,17 @@ def test_two_processes_give_up_on_a_disk_and_the_older_one_stays(
         while True:
           file.write(bytes(4096))
     else:
-      # A mount in use cannot be made so, but one that is can cover it.
+      # A mount in use cannot become read-only, but another can cover it.
       mounted("-t", "tmpfs", "-o", "size=8m,ro", "tmpfs")
     hindered.touch()
     results = pod.results()
   finally:
     pod.kill()
   for result in results:
-    said = "space left" if disk == "full" else "Read-only"
-    assert said in result["error"] and "2 saves in a row" in result["error"]
+    error = "space left" if disk == "full" else "Read-only"
+    assert error in result["error"] and "2 saves in a row" in result["error"]
     assert "00000001" in result["error"]
-    # Two time-outs, and what a busy machine adds.
+    # Two time-outs, and more on a busy machine.
     assert result["seconds"] < 2 * 5 + 40
     record_property("seconds", result["seconds"])
   if disk == "full":
@@ -228,7 +228,7 @@ def test_two_processes_give_up_on_a_disk_and_the_older_one_stays(
 
 
 def wait_for(pod, words):
-  """Until all processes have said so."""
+  """Waits until all processes have printed the words."""
   deadline = time.monotonic() + TIMEOUT_SECONDS
   while not all(words in log.read_text() for log in pod.logs):
     ended = [process.poll() for process in pod.processes]

@@ -1,4 +1,4 @@
-"""When a checkpoint is due and which may go: laws of plain functions."""
+"""Which checkpoints are kept, and how they are scored."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ from tests.grpo_tpu.checkpoint import checkpointing
 
 def kept(entries, **settings):
   config = checkpointing.config(**settings)
-  doomed = retention.to_delete(entries, config)
-  assert doomed == sorted(doomed)
-  return [entry.name for entry in entries if entry not in doomed]
+  to_delete = retention.to_delete(entries, config)
+  assert to_delete == sorted(to_delete)
+  return [entry.name for entry in entries if entry not in to_delete]
 
 
 def scored(*scores):
@@ -106,7 +106,7 @@ def test_scores_that_no_setting_asks_for_keep_nothing():
 
 
 def test_what_is_not_whole_counts_for_nothing():
-  """One without a manifest does not push a good one off the disk."""
+  """A checkpoint without a manifest does not displace a good one."""
   entries = [
     CheckpointInfo(1),
     CheckpointInfo(2),
@@ -122,7 +122,7 @@ def test_what_is_not_whole_counts_for_nothing():
   assert kept([CheckpointInfo(1, is_whole=False)], keep=1) == ["00000001"]
 
 
-def test_an_unfinished_step_goes_once_there_is_a_newer_checkpoint():
+def test_a_partial_step_goes_once_there_is_a_newer_checkpoint():
   assert kept([CheckpointInfo(1), CheckpointInfo(1, 1)], keep=1) == [
     "00000001",
     "00000001.1",
