@@ -31,24 +31,21 @@ _VERBS = {
 
 
 class _Parser(argparse.ArgumentParser):
-  def __init__(self, **options):
-    super().__init__(allow_abbrev=False, **options)
-
   def error(self, message: str) -> NoReturn:
     self.print_usage(sys.stderr)
     self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {message}.\n")
 
 
-def _between(
+def _number(
   kind: type[float], low: float, high: float
 ) -> Callable[[str], float]:
-  def number(text: str) -> float:
+  def parse(text: str) -> float:
     value = kind(text)
     if not low <= value <= high:
       raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
     return value
 
-  return number
+  return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,25 +53,21 @@ def _parser() -> argparse.ArgumentParser:
     prog="launch/tpu.sh",
     description="Runs the program on a TPU slice.",
     epilog="docs/on-a-pod.md explains settings, exit codes and costs.",
+    allow_abbrev=False,
   )
-  parser.add_argument(
-    "--settings",
-    type=pathlib.Path,
-    default=workers.ROOT / "launch" / "tpu.env",
-    metavar="FILE",
-    help="the settings file (default: launch/tpu.env)",
-  )
-  parser.add_argument(
-    "--dry-run",
-    action="store_true",
-    help="print every call of gcloud and make none",
-  )
+  path = workers.ROOT / "launch" / "tpu.env"
+  text = "the settings file (default: launch/tpu.env)"
+  parser.add_argument("--settings", type=pathlib.Path, default=path, help=text)
+  dry_run = "print every call of gcloud and make none"
+  parser.add_argument("--dry-run", action="store_true", help=dry_run)
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   verb = {
-    name: verbs.add_parser(name, help=text, description=text)
+    name: verbs.add_parser(
+      name, help=text, description=text, allow_abbrev=False
+    )
     for name, text in _VERBS.items()
   }
-  seconds = _between(float, 0.001, 1e9)
+  seconds = _number(float, 0.001, 1e9)
 
   def add(names: str, flag: str, text: str, **options) -> None:
     for name in names.split():
@@ -89,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
   add("run supervise jobset", "config", "configs/....py", metavar="CONFIG")
   more = "more flags of the program"
   add("run supervise jobset", "flags", more, nargs="*", metavar="-- FLAG")
-  count = _between(int, 0, 10**9)
+  count = _number(int, 0, 10**9)
   add("logs", "-w --worker", "only this worker's log", type=count)
   add("logs", "-f --follow", "also print new lines", action="store_true")
   number = "lines of each log (default: 50)"
@@ -97,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
   kill = "kill the run if it continues after GRACE_SECONDS"
   add("stop", "--kill", kill, action="store_true")
   port = "(default: 6006)"
-  add("tensorboard", "--port", port, type=_between(int, 1, 65535), default=6006)
+  add("tensorboard", "--port", port, type=_number(int, 1, 65535), default=6006)
   return parser
 
 

@@ -80,10 +80,6 @@ class Supervisor:
     Returns:
       The exit code of the run: 0, the code of a failure that a restart would
       repeat, or 75 after `stop`.
-
-    Raises:
-      Failure: The slice or gcloud failed for good; or MAX_RESTARTS restarts in
-        a row brought no new step.
     """
     limit = int(self.cloud.settings.max_restarts)
     while True:

@@ -32,16 +32,13 @@ is_running() {
 }
 
 require_no_run() {
-  if is_running; then fail 92 "A run exists on this worker."; fi
+  ! is_running || fail 92 "A run exists on this worker."
 }
-
-mount_point() { printf '%s\n' "$home/buckets/$1"; }
 
 # Without the mount, the folder would be local to this machine.
 mount_bucket() {
-  local bucket=$1 folder
+  local bucket=$1 folder=$home/buckets/$1
   [[ $bucket ]] || return 0
-  folder=$(mount_point "$bucket")
   mkdir -p "$folder"
   if mountpoint -q "$folder"; then return; fi
   if ! command -v gcsfuse >/dev/null; then
@@ -108,7 +105,7 @@ run() {
   if [[ $workdir == gs://* ]]; then
     path=${workdir#gs://}
     mount_bucket "${path%%/*}"
-    workdir=$(mount_point "${path%%/*}")/${path#*/}
+    workdir=$home/buckets/$path
   fi
   mkdir -p "$state"
   exec 9>"$state/lock"
