@@ -27,6 +27,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from data_pipelines.validation import require
 from grpo_tpu.distributed.settings import DistributedConfig
 
 # A process cannot know whether the others exit now as well. It waits this long
@@ -72,34 +73,22 @@ def read_process_address(
       parts[name] = os.environ.get(f"JAX_{name.upper()}") or None
   if parts["coordinator_address"] is None and not (num_processes or process_id):
     return None
-  missing = [name for name, value in parts.items() if value is None]
-  if missing:
-    raise ValueError(
-      f"--{missing[0]} (None) must be given together with the others of "
-      f"{', '.join(f'--{name}' for name in parts)}; give it, or set "
-      f"JAX_{missing[0].upper()}."
-    )
+  rule = f"be given together with {', '.join(f'--{name}' for name in parts)}"
+  for name, value in parts.items():
+    remedy = f"give it, or set JAX_{name.upper()}"
+    require(value is not None, f"--{name}", value, rule, remedy)
   address = str(parts["coordinator_address"])
   host, _, port = address.rpartition(":")
-  if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-    raise ValueError(
-      f"--coordinator_address ({address!r}) must be HOST:PORT of process 0; "
-      "give both, as in 10.0.0.1:8476."
-    )
-  numbers = []
+  is_address = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+  rule, remedy = "be HOST:PORT of process 0", "give it, as in 10.0.0.1:8476"
+  require(is_address, "--coordinator_address", address, rule, remedy)
   for name in ("num_processes", "process_id"):
-    try:
-      numbers.append(int(str(parts[name])))
-    except ValueError as error:
-      raise ValueError(
-        f"--{name} ({parts[name]!r}) must be a whole number; give one."
-      ) from error
-  count, index = numbers
-  if not 0 <= index < count:
-    raise ValueError(
-      f"--process_id ({index}) must be at least 0 and below --num_processes "
-      f"({count}); number the processes from 0."
-    )
+    is_whole = str(parts[name]).isdecimal()
+    require(is_whole, f"--{name}", parts[name], "be a whole number", "give one")
+  count, index = int(str(parts["num_processes"])), int(str(parts["process_id"]))
+  rule = f"be at least 0 and below --num_processes ({count})"
+  remedy = "number the processes from 0"
+  require(index < count, "--process_id", index, rule, remedy)
   return ProcessAddress(address, count, index)
 
 

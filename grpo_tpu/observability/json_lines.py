@@ -1,7 +1,7 @@
 """A file with one JSON object per line, each with its step.
 
-A full disk neither stops the run nor leaves part of a line in the file. No step is
-in the file twice: a resumed run removes the steps that it repeats.
+A full disk neither stops the run nor leaves part of a line in the file. No step
+is in the file twice, because a resumed run removes the steps that it repeats.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """A profile of a few steps, for TensorBoard's profile plugin.
 
-A setting asks for it, so a slow run can be examined by a restart: the run resumes
-from its checkpoint and its results do not change.
+A setting asks for the profile, so a restart can examine a slow run: the run
+resumes from its checkpoint and its results do not change.
 
 References:
   https://docs.jax.dev/en/latest/profiling.html

@@ -29,10 +29,6 @@ type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
 type Scalars = dict[str, Scalar]
 
 
-# The tags of a sample in TensorBoard.
-_SAMPLE_TEXT = "samples/{split}/{index}/text"
-_SAMPLE_IMAGE = "samples/{split}/{index}/image"
-
 # The metrics of a progress line, with their format.
 _PROGRESS = (
   ("rollout/reward", "reward {:.2f}"),
@@ -173,11 +169,11 @@ class Writer:
           "rewards": {k: float(v) for k, v in sample.rewards.items()},
         }
       )
-      tag = _SAMPLE_TEXT.format(split=split, index=index)
-      texts[tag] = sample_text(sample)
+      tag = f"samples/{split}/{index}"
+      texts[f"{tag}/text"] = sample_text(sample)
       if sample.image is not None:
-        tag = _SAMPLE_IMAGE.format(split=split, index=index)
-        images[tag] = captions.add_caption(sample.image, _caption(sample))
+        shown = captions.add_caption(sample.image, _caption(sample))
+        images[f"{tag}/image"] = shown
     self._events.write(lambda events: events.write_texts(step, texts))
     self._events.write(lambda events: events.write_images(step, images))
 
