@@ -1,4 +1,4 @@
-"""Slices are those that are sold, and what is not has a nearest that is."""
+"""A topology is a slice on sale; an error names the nearest one."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from grpo_tpu.distributed import hardware
   "name, num_chips, slice_name",
   [
     ("v5e:4x4", 16, "v5e-16"),
-    # Accelerator types count the cores of v5p, of which a chip has two.
+    # Accelerator types count cores, and a v5p chip has two.
     ("v5p:2x2x2", 8, "v5p-16"),
     ("v5p:4x4x8", 128, "v5p-256"),
     ("v6e:16x16", 256, "v6e-256"),
@@ -37,7 +37,7 @@ def test_a_topology_counts_its_chips(name, num_chips, slice_name):
     ("v5e:4x4*0", "from 1 to 256 slices"),
   ],
 )
-def test_a_slice_that_is_not_sold_is_refused_with_the_nearest(name, says):
+def test_a_slice_that_is_not_on_sale_is_refused_with_the_nearest(name, says):
   with pytest.raises(ValueError, match=f"--topology.*{says}"):
     hardware.parse_topology(name)
 
@@ -58,7 +58,7 @@ def test_larger_slices_ascend_from_the_next():
 
 
 @pytest.mark.parametrize("chip", hardware.CHIPS.values(), ids=lambda x: x.name)
-def test_every_shape_of_the_table_is_one(chip):
+def test_the_shapes_of_a_chip_are_valid_and_in_ascending_order(chip):
   for shape in chip.shapes:
     assert hardware.parse_topology(f"{chip.name}:{shape}").chip is chip
   assert list(chip.shapes) == sorted(

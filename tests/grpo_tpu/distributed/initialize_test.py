@@ -1,4 +1,4 @@
-"""Where a process joins, and what all of them must agree on."""
+"""The address of a run, and the facts that its processes must agree on."""
 
 import dataclasses
 import types
@@ -11,7 +11,9 @@ from grpo_tpu.distributed.settings import DistributedConfig
 TIMEOUTS = DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
 
 
-def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):
+def test_flags_precede_the_environment_and_neither_means_one_process(
+  monkeypatch,
+):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
   assert initialize.read_process_address(None, None, None) is None
@@ -27,7 +29,7 @@ def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("given", "said"),
+  ("given", "message"),
   [
     (("a:1", None, 0), "--num_processes (None) must be given"),
     ((None, 2, 0), "--coordinator_address (None) must be given"),
@@ -37,12 +39,12 @@ def test_flags_come_before_the_environment_and_nothing_means_alone(monkeypatch):
     (("a:1", 2, -1), "--process_id (-1) must be"),
   ],
 )
-def test_half_an_address_is_refused(monkeypatch, given, said):
+def test_an_incomplete_address_is_refused(monkeypatch, given, message):
   for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
     monkeypatch.delenv(f"JAX_{name}", raising=False)
   with pytest.raises(ValueError) as error:
     initialize.read_process_address(*given)
-  assert said in str(error.value)
+  assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_half_an_address_is_refused(monkeypatch, given, said):
     ("watchdog_seconds", float("inf")),
   ],
 )
-def test_a_time_out_that_cannot_be_is_named(name, value):
+def test_an_invalid_time_limit_is_named(name, value):
   with pytest.raises(ValueError, match=name):
     dataclasses.replace(TIMEOUTS, **{name: value})
   dataclasses.replace(TIMEOUTS, watchdog_seconds=0.0)
@@ -104,24 +106,24 @@ def test_a_changed_file_of_ours_is_seen_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("named", "chips", "has_libtpu", "settled"),
+  ("named", "chips", "has_libtpu", "platform"),
   [
     ("", [], True, "cpu"),
     ("", ["/dev/accel0"], True, ""),
     ("", [], False, ""),
     ("tpu,cpu", [], True, "tpu,cpu"),
   ],
-  ids=["no chip", "a chip", "nothing looks for chips", "named by the user"],
+  ids=["no chip", "a chip", "no libtpu", "chosen by the user"],
 )
-def test_libtpu_is_not_asked_where_no_chip_is(
-  monkeypatch, named, chips, has_libtpu, settled
+def test_jax_uses_the_cpu_if_no_chip_is_there(
+  monkeypatch, named, chips, has_libtpu, platform
 ):
-  """It prints errors there, and a user who named a platform is to see them."""
-  told = {"jax_platforms": named}
+  """Libtpu prints errors there; a user who chose a platform must see them."""
+  settings = {"jax_platforms": named}
   monkeypatch.setattr(
     initialize.jax,
     "config",
-    types.SimpleNamespace(update=told.__setitem__, jax_platforms=named),
+    types.SimpleNamespace(update=settings.__setitem__, jax_platforms=named),
   )
   monkeypatch.setattr(
     initialize.glob,
@@ -132,4 +134,4 @@ def test_libtpu_is_not_asked_where_no_chip_is(
     initialize.importlib.util, "find_spec", lambda _: has_libtpu
   )
   initialize._choose_platform()
-  assert told["jax_platforms"] == settled
+  assert settings["jax_platforms"] == platform

@@ -1,4 +1,4 @@
-"""The progress line is not drowned by what libraries have to say."""
+"""Messages of libraries do not hide the progress line."""
 
 import logging
 
@@ -20,12 +20,12 @@ from grpo_tpu.train import loop
     (orbax.checkpoint.__file__, logging.ERROR, True),
   ],
 )
-def test_only_warnings_pass_from_files_that_are_not_ours(path, level, is_shown):
+def test_libraries_may_log_warnings_only(path, level, is_shown):
   record = logging.LogRecord("absl", level, path, 1, "words", (), None)
   assert logs.is_worth_showing(record) == is_shown
 
 
-def test_silence_holds_for_every_logger_that_absl_prints_for(capfd):
+def test_the_filter_holds_for_every_logger_of_absl(capfd):
   from absl import logging as absl_logging
 
   handler = absl_logging.get_absl_handler()
@@ -38,5 +38,5 @@ def test_silence_holds_for_every_logger_that_absl_prints_for(capfd):
       )
   finally:
     handler.filters[:] = before
-  said = capfd.readouterr().err
-  assert "alarm" in said and "chat" not in said
+  shown = capfd.readouterr().err
+  assert "alarm" in shown and "chat" not in shown

@@ -1,4 +1,4 @@
-"""When a poll asks, what it asks, and what it makes of the answer."""
+"""A poll numbers its calls of JAX and raises when JAX says so."""
 
 import pytest
 from jax.experimental import multihost_utils
@@ -8,7 +8,7 @@ from grpo_tpu.distributed import preemption
 
 @pytest.fixture
 def asked(monkeypatch):
-  """The numbers that JAX was asked with; it says to stop at number 3."""
+  """The numbers that JAX received; number 3 means preemption."""
   numbers = []
 
   def reached(number):
@@ -19,8 +19,8 @@ def asked(monkeypatch):
   return numbers
 
 
-def test_polls_are_numbered_and_the_one_that_jax_names_stops(asked):
-  """JAX takes two processes to be at one point where their numbers agree."""
+def test_polls_are_numbered_and_jax_chooses_the_one_that_raises(asked):
+  """JAX stops all processes at the poll with the same number."""
   poll = preemption.Poll()
   poll()
   poll()
@@ -29,8 +29,8 @@ def test_polls_are_numbered_and_the_one_that_jax_names_stops(asked):
   assert asked == [1, 2, 3]
 
 
-def test_who_polls_is_alive_even_as_it_stops(asked):
-  """Marked before JAX is asked, which may take a while to answer."""
+def test_each_poll_is_a_sign_of_life(asked):
+  """The callback runs before JAX, which may take a while."""
   marked = []
   poll = preemption.Poll(on_poll=lambda: marked.append(len(asked)))
   poll()

@@ -1,4 +1,4 @@
-"""A mesh changes where arrays lie, and nothing that is computed."""
+"""A mesh changes the sharding of arrays and no result."""
 
 import dataclasses
 import functools
@@ -30,15 +30,15 @@ TX = optax.sgd(1.0)  # The change of the parameters is the gradient.
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What one step made of the model."""
+  """The results of one step."""
 
   completions: engine.Completions
   params: dict
   metrics: dict
 
 
-def step_of(tiny, place_params, place_batch, mesh=None):
-  """Samples and updates, with the arrays where they are placed."""
+def run_step(tiny, place_params, place_batch, mesh=None):
+  """Samples and updates, with the given shardings."""
   params = place_params(tiny.params)
   prompts = tiny.prompts(PROMPTS)
   completions, _ = tiny.sampled(
@@ -81,7 +81,7 @@ def step_of(tiny, place_params, place_batch, mesh=None):
     advantages=advantages,
     sampler_logps=completions.logps,
   )
-  params = jax.tree.map(jnp.copy, params)  # The update eats its state.
+  params = jax.tree.map(jnp.copy, params)  # The update donates its state.
   state = train_state.TrainState(
     step=jnp.zeros((), jnp.int32),
     position=jnp.zeros((), jnp.int32),
@@ -94,14 +94,14 @@ def step_of(tiny, place_params, place_batch, mesh=None):
 
 @pytest.fixture(scope="module")
 def unsharded(tiny):
-  return step_of(tiny, lambda x: x, functools.partial(jax.tree.map, jnp.array))
+  return run_step(tiny, lambda x: x, functools.partial(jax.tree.map, jnp.array))
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
 def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
   mesh = sharding.make_mesh(*shape)
   with jax.set_mesh(mesh):
-    actual = step_of(
+    actual = run_step(
       tiny,
       lambda x: jax.device_put(x, sharding.param_shardings(mesh, x)),
       functools.partial(sharding.device_put_batch, mesh),
@@ -125,27 +125,27 @@ def test_a_step_on_a_mesh_equals_one_on_a_single_device(tiny, unsharded, shape):
 
 
 def shard_sizes(mesh, tree):
-  """Elements of a tree, and of what one device holds of it."""
-  places = sharding.param_shardings(mesh, tree)
+  """The number of elements of a tree, and of its shard on one device."""
+  shardings = sharding.param_shardings(mesh, tree)
   whole = held = 0
-  for leaf, place in zip(
-    jax.tree.leaves(tree), jax.tree.leaves(places), strict=True
+  for leaf, placement in zip(
+    jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
   ):
     whole += np.prod(leaf.shape)
-    held += np.prod(place.shard_shape(leaf.shape))
+    held += np.prod(placement.shard_shape(leaf.shape))
   return whole, held
 
 
 @pytest.mark.parametrize("name", gemma3_config.CONFIGS)
 def test_a_device_holds_no_more_than_its_share_of_every_model(name):
-  """An eighth of all matrices under fsdp; what is replicated is small."""
+  """Fsdp splits all matrices in eight; only small arrays are replicated."""
   tree = weights.abstract_params(gemma3_config.CONFIGS[name], jnp.float32)
   whole, held = shard_sizes(sharding.make_mesh(1, 8, 1), tree)
-  # Norms and biases, and of the tower the patches and positions.
+  # Replicated: norms, biases, and the tower's patches and positions.
   assert held < whole * (1 / 8 + (0.15 if name == "tiny" else 0.003))
 
 
-def test_tensor_shares_cut_the_decoder_as_fsdp_shares_do():
+def test_tensor_splits_the_decoder_like_fsdp():
   tree = weights.abstract_params(
     gemma3_config.CONFIGS["gemma3_12b"], jnp.float32
   )
@@ -154,9 +154,9 @@ def test_tensor_shares_cut_the_decoder_as_fsdp_shares_do():
   assert held < whole / 8 * 1.001
 
 
-def test_moments_lie_where_their_parameters_do(tiny):
+def test_moments_have_the_shardings_of_their_parameters(tiny):
   mesh = sharding.make_mesh(1, 4, 2)
-  places = sharding.param_shardings(mesh, tiny.params)
+  shardings = sharding.param_shardings(mesh, tiny.params)
   state = train_state.TrainState(
     step=jnp.zeros((), jnp.int32),
     position=jnp.zeros((), jnp.int32),
@@ -165,11 +165,11 @@ def test_moments_lie_where_their_parameters_do(tiny):
   )
   placed = sharding.param_shardings(mesh, state)
   adam = placed.opt_state[0]
-  assert placed.params == adam.mu == adam.nu == places
+  assert placed.params == adam.mu == adam.nu == shardings
   assert adam.count.spec == placed.step.spec == placed.position.spec == P()
 
 
-def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):
+def test_a_key_value_head_that_tensor_does_not_divide_is_replicated(tiny):
   attn = {"attn": {"kv_einsum": jax.ShapeDtypeStruct((6, 2, 1, 16, 8), float)}}
   mesh = sharding.make_mesh(1, 4, 2)
   spec = sharding.param_shardings(mesh, attn)["attn"]["kv_einsum"].spec
@@ -182,7 +182,7 @@ def test_a_key_value_head_that_tensor_does_not_divide_is_copied(tiny):
 @pytest.mark.parametrize(
   "path", ["adapter", "q_einsum_adapter", "other_q_einsum"]
 )
-def test_a_parameter_that_no_rule_knows_is_refused_by_name(path):
+def test_a_parameter_without_a_rule_is_refused_by_name(path):
   tree = {"layers": {"attn": {path: jnp.zeros((1, 8, 8, 8))}}}
   with pytest.raises(ValueError, match=f"layers/attn/{path}"):
     sharding.param_shardings(sharding.make_mesh(1, 8, 1), tree)
@@ -213,7 +213,7 @@ def test_a_mesh_of_other_than_all_devices_is_refused_with_the_remedy():
   )
 
 
-def test_a_batch_comes_back_from_the_mesh_as_it_went():
+def test_a_batch_is_unchanged_after_a_round_trip_through_the_mesh():
   mesh = sharding.make_mesh(2, 2, 2)
   batch = {
     "ids": np.arange(24, dtype=np.int32).reshape(8, 3),
@@ -231,16 +231,16 @@ def test_a_batch_comes_back_from_the_mesh_as_it_went():
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """As much of a device as a mesh asks for."""
+  """The fields of a device that a mesh needs."""
 
   id: int
   process_index: int
   slice_index: int = 0
   platform: str = "cpu"
-  device_kind: str = "pretended"
+  device_kind: str = "fake"
 
 
-def pretended(hosts, each, slices=1):
+def fake_devices(hosts, each, slices=1):
   return [
     Device(i, i // each, i // each * slices // hosts)
     for i in range(hosts * each)
@@ -258,16 +258,16 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("order", ["as_numbered", "shuffled"])
 def test_a_process_reads_what_its_devices_hold(order):
-  """Whatever the order of devices, and whichever axes span the hosts."""
+  """This holds for any order of devices and any axes across the hosts."""
   assert len(LAYOUTS) > 40
   for hosts, each, shape in LAYOUTS:
-    devices = pretended(hosts, each)
+    devices = fake_devices(hosts, each)
     if order == "shuffled":
       random.Random(f"{hosts} {each} {shape}").shuffle(devices)
     layout = np.array(devices).reshape(shape)
     mesh = jax.sharding.Mesh(layout, sharding.AXES)
     num_rows = 3 * shape[0] * shape[1]
-    # What JAX itself wants on each device.
+    # The rows that JAX expects on each device.
     held = sharding.batch_sharding(mesh).devices_indices_map((num_rows, 5))
     for process in range(hosts):
       wanted = {
@@ -280,16 +280,16 @@ def test_a_process_reads_what_its_devices_hold(order):
       assert rows == sorted(wanted), (hosts, each, shape, order)
 
 
-def test_hosts_that_tensor_spans_read_the_same_rows():
-  layout = np.array(pretended(4, 2)).reshape(1, 2, 4)
+def test_hosts_that_share_a_tensor_axis_read_the_same_rows():
+  layout = np.array(fake_devices(4, 2)).reshape(1, 2, 4)
   mesh = jax.sharding.Mesh(layout, sharding.AXES)
   shards = [sharding.data_shards(mesh, process) for process in range(4)]
   assert shards == [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]
 
 
-def test_the_parts_of_a_host_need_not_stand_side_by_side():
-  """As on a torus, where a host's chips are a square."""
-  a, b, c, d = (pretended(2, 2)[i] for i in (0, 1, 2, 3))
+def test_the_shards_of_a_host_need_not_be_adjacent():
+  """On a torus the chips of a host form a square."""
+  a, b, c, d = (fake_devices(2, 2)[i] for i in (0, 1, 2, 3))
   mesh = jax.sharding.Mesh(
     np.array([a, c, b, d]).reshape(1, 4, 1), sharding.AXES
   )
@@ -298,27 +298,27 @@ def test_the_parts_of_a_host_need_not_stand_side_by_side():
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), (4, 2, 1), (2, 2, 2)])
-def test_only_replica_goes_from_slice_to_slice(shape):
-  devices = pretended(4, 2, slices=2)
+def test_only_replica_spans_slices(shape):
+  devices = fake_devices(4, 2, slices=2)
   mesh = sharding.make_mesh(*shape, devices=devices)
   slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-  # Copies of one slice stand together, and no slice is in two copies.
+  # The copies of one slice are adjacent, and no copy spans two slices.
   half = shape[0] // 2
   assert (slices[:half] == 0).all() and (slices[half:] == 1).all()
   assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
 
-def test_slices_that_replica_does_not_cover_are_refused_with_the_remedy():
+def test_a_replica_axis_smaller_than_the_slices_is_refused_with_the_remedy():
   with pytest.raises(ValueError) as error:
-    sharding.make_mesh(1, 8, 1, devices=pretended(4, 2, slices=2))
+    sharding.make_mesh(1, 8, 1, devices=fake_devices(4, 2, slices=2))
   assert str(error.value) == (
     "mesh.replica (1) must be a multiple of the number of slices (2), because "
     "no other axis may span the network between them; set mesh.replica=2."
   )
 
 
-def test_a_batch_goes_to_its_places_on_a_mesh_in_any_order():
-  """The mesh of the same devices the other way round."""
+def test_a_batch_is_sharded_over_a_mesh_in_any_order():
+  """The mesh has the devices in reverse order."""
   devices = np.array(jax.devices()[::-1]).reshape(2, 2, 2)
   mesh = jax.sharding.Mesh(devices, sharding.AXES)
   batch = np.arange(24, dtype=np.int32).reshape(8, 3)
@@ -327,7 +327,7 @@ def test_a_batch_goes_to_its_places_on_a_mesh_in_any_order():
   np.testing.assert_array_equal(sharding.local_rows(mesh, placed), batch)
 
 
-def test_activations_lie_where_their_table_says():
+def test_activations_have_the_shardings_of_their_table():
   mesh = sharding.make_mesh(1, 4, 2)
 
   @jax.jit
@@ -347,41 +347,41 @@ def test_activations_lie_where_their_table_says():
     heads, one_head, few = act(*arrays)
   shapes = [x.sharding.shard_shape(x.shape) for x in (heads, one_head, few)]
   assert shapes == [(2, 1, 3, 1, 4), (2, 1, 3, 1, 4), (2, 3)]
-  # Without a mesh there is nowhere else to be.
+  # Nothing changes without a mesh.
   assert sharding.constrain_activation(arrays[0], "heads") is arrays[0]
 
 
-def test_every_cache_lies_by_a_rule_and_one_that_none_knows_is_refused():
-  """Bundles over the data axes, key-value heads over tensor if it divides."""
+def test_every_cache_has_a_rule_and_an_unknown_one_is_refused():
+  """Bundles split over the data axes, and heads over tensor if it divides."""
   mesh = sharding.make_mesh(2, 2, 2)
   for field in dataclasses.fields(decoding.Cache):
     shape = (3, 8, 2, 5, 4) if "prompt" in field.name else (3, 8, 6, 2, 5, 4)
     for heads, tensor in ((2, 2), (1, 1)):
-      place = jax.sharding.NamedSharding(
+      placement = jax.sharding.NamedSharding(
         mesh, sharding.cache_spec(mesh, field.name, heads)
       )
       sizes = list(shape)
       sizes[1], sizes[-3] = 2, 2 // tensor
-      assert place.shard_shape(shape) == tuple(sizes), (field.name, heads)
+      assert placement.shard_shape(shape) == tuple(sizes), (field.name, heads)
   with pytest.raises(ValueError, match="matches the cache latent_k"):
     sharding.cache_spec(mesh, "latent_k", 2)
 
 
-def test_an_update_leaves_a_state_where_it_was(tiny):
-  """Or the next would be another program, and a checkpoint another layout."""
+def test_an_update_keeps_the_shardings_of_a_state(tiny):
+  """Otherwise the next update would compile again."""
   mesh = sharding.make_mesh(1, 4, 2)
-  places = sharding.param_shardings(mesh, tiny.params)
+  shardings = sharding.param_shardings(mesh, tiny.params)
   with jax.set_mesh(mesh):
-    placed = step_of(
+    placed = run_step(
       tiny,
-      lambda x: jax.device_put(x, places),
+      lambda x: jax.device_put(x, shardings),
       functools.partial(sharding.device_put_batch, mesh),
       mesh,
     ).params
   jax.tree.map(
-    lambda x, place: (
-      x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail()
+    lambda x, placement: (
+      x.sharding.is_equivalent_to(placement, x.ndim) or pytest.fail()
     ),
     placed,
-    places,
+    shardings,
   )

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def settings(config, prefix=""):
-  """Dotted names of settings and of their sections."""
+  """Yields the dotted names of settings and sections."""
   for name, value in config.items():
     yield prefix + name
     if hasattr(value, "items"):
@@ -45,7 +45,7 @@ def test_the_page_has_every_metric_in_a_row_of_four_cells():
   "metric", registry.metrics(), ids=lambda metric: metric.name
 )
 def test_everything_that_an_advice_names_exists(metric):
-  """Settings of configs/base.py, other metrics, pages and presets."""
+  """The settings, metrics and pages of an advice exist."""
   names = {m.name for m in registry.metrics()}
   known = set(settings(base.get_config()))
   for quoted in re.findall(r"`([^`]+)`", metric.advice):
