@@ -22,8 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 _NOT_COPIED = shutil.ignore_patterns(
   *(".git", ".venv*", "runs", "__pycache__", ".*_cache", "*.egg-info")
 )
-# Checks the flags and the settings of a command line. It runs in a process of its
-# own, since absl has one set of flags per process.
+# Checks the flags and settings of a command line. It runs in its own process,
+# since absl has one set of flags per process.
 _CHECK = """
 import sys
 from grpo_tpu.config import flags, schema
