@@ -41,7 +41,7 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
       plan.run(config, workdir, topology, advise=advise)
       ending.report_done()
       return
-    from grpo_tpu import dataset
+    from data_pipelines import dataset
     from grpo_tpu.checkpoint import export
     from grpo_tpu.distributed import compile_cache, preflight
     from grpo_tpu.evaluation import evaluate
@@ -52,7 +52,12 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
       export.check(config, workdir)
       run = functools.partial(export.run, config, workdir)
     else:
-      data = dataset.open_dataset(config, workdir, for_training=mode == "train")
+      data = dataset.open_dataset(
+        config.data,
+        config.model_inputs,
+        workdir,
+        for_training=mode == "train",
+      )
       identity = data.identity
       run = functools.partial(evaluate.run, config, workdir, data)
       if mode == "train":

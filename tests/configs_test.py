@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from data_pipelines import dataset
 from data_pipelines.sources import build, synthetic
-from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.planning import changes
@@ -59,7 +59,7 @@ def test_every_config_is_valid(path):
   config = validated(path)
   # The data section stands for a data set that can be asked for.
   assert isinstance(
-    dataset.synthetic_request(config, "DIR").source, synthetic.Spec
+    dataset.synthetic_request(config.data, 1024, "DIR").source, synthetic.Spec
   )
 
 
@@ -114,7 +114,8 @@ def test_the_smoke_script_draws_what_the_config_would():
     text=True,
     check=True,
   ).stdout
+  config = validated(ROOT / "configs" / "smoke.py")
   wanted: build.Request = dataset.synthetic_request(
-    validated(ROOT / "configs" / "smoke.py"), "W/data"
+    config.data, config.model_inputs.vocab_size, "W/data"
   )
   assert json.loads(said) == json.loads(json.dumps(dataclasses.asdict(wanted)))

@@ -23,7 +23,7 @@ FLOORS = {
   5: {"grpo_tpu.observability", "grpo_tpu.rewards", "grpo_tpu.rollout"},
   6: {"grpo_tpu.rl"},
   7: {"grpo_tpu.config"},
-  8: {"grpo_tpu.dataset", "grpo_tpu.evaluation", "grpo_tpu.planning"},
+  8: {"grpo_tpu.evaluation", "grpo_tpu.planning"},
   9: {"grpo_tpu.train"},
   10: {"grpo_tpu.main"},
 }

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines import images, pipeline, records, validation
+from data_pipelines import dataset, images, pipeline, records, validation
 from data_pipelines.scoring import ablations
-from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.evaluation import report
@@ -162,7 +161,12 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
     policy = policies.Policy(config, mesh, data.tokenizer)
     params = policy.initial_params()
     shards, shard_count = sharding.data_shards(mesh)
-    batches = data.eval_batches(config, shards=shards, shard_count=shard_count)
+    batches = data.eval_batches(
+      num_problems=config.eval.num_problems,
+      batch_size=config.eval.batch_size,
+      shards=shards,
+      shard_count=shard_count,
+    )
   with jax.set_mesh(mesh):
     found = everything(policy, params, batches, blind)
   if jax.process_index() == 0:

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines import pipeline, validation
-from grpo_tpu import dataset
+from data_pipelines import dataset, pipeline, validation
 from grpo_tpu.checkpoint import checkpointer
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import (
@@ -320,9 +319,17 @@ class _Run:
     self._update = compile_cache.AotJit(self.policy.make_update())
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
-    self._eval_batches = data.eval_batches(self.config, **self._shards)
+    size = {
+      "num_problems": self.config.eval.num_problems,
+      "batch_size": self.config.eval.batch_size,
+    }
+    self._eval_batches = data.eval_batches(**size, **self._shards)
     self._preference_batches = (
-      data.preference_batches(self.config, **self._shards)
+      data.preference_batches(
+        **size,
+        max_new_tokens=self.config.rollout.max_new_tokens,
+        **self._shards,
+      )
       if config.data.kind == "preference"
       else None
     )
@@ -399,7 +406,10 @@ class _Run:
   def batches(self, position: int) -> Iterator[pipeline.Batch]:
     """This process's part of the batches after the first `position`."""
     batches = self.data.train_batches(
-      self.config, start_step=position, **self._shards
+      seed=self.config.seed,
+      max_new_tokens=self.config.rollout.max_new_tokens,
+      start_step=position,
+      **self._shards,
     )
     shaping_config, num_steps = self.config.shaping, self.config.train.num_steps
     if shaping_config.zero_variance == "resample":

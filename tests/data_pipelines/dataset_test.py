@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from data_pipelines import pipeline, prompt_rows
+from data_pipelines import dataset, pipeline, prompt_rows
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu import dataset
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.models.gemma3 import weights
 
@@ -33,7 +32,7 @@ def settings(**data):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  dataset.open_dataset(settings(), str(folder), for_training=True)
+  opened(settings(), folder)
   return folder
 
 
@@ -49,9 +48,9 @@ def test_pan_and_scan_reaches_training_and_evaluation(workdir, enabled):
   """Drawn pictures are square, so a ratio of 1 is what cuts them in two."""
   numbers = dict(min_crop_size=8, max_num_crops=2, min_ratio_to_activate=1.0)
   config = settings(pan_and_scan=dict(enabled=enabled, **numbers))
-  data, shard = opened(config, workdir), dict(shards=(0,), shard_count=1)
-  training = next(data.train_batches(config, **shard, start_step=0))
-  held_out = data.eval_batches(config, **shard)[0]
+  data = opened(config, workdir)
+  training = next(train_batches(data, config))
+  held_out = eval_batches(data, config)[0]
   for batch in (training, held_out):
     assert batch.images.shape[1] == (3 if enabled else 1)
     assert batch.valid.all()
@@ -63,7 +62,38 @@ def edit_manifest(data_dir: pathlib.Path, **changes) -> None:
 
 
 def opened(config, workdir="/no/such/workdir", for_training=True):
-  return dataset.open_dataset(config, str(workdir), for_training=for_training)
+  return dataset.open_dataset(
+    config.data, config.model_inputs, str(workdir), for_training=for_training
+  )
+
+
+SHARD = {"shards": (0,), "shard_count": 1}
+
+
+def train_batches(data, config, start_step=0, **shards):
+  return data.train_batches(
+    seed=config.seed,
+    max_new_tokens=config.rollout.max_new_tokens,
+    start_step=start_step,
+    **SHARD | shards,
+  )
+
+
+def eval_batches(data, config, **shards):
+  return data.eval_batches(
+    num_problems=config.eval.num_problems,
+    batch_size=config.eval.batch_size,
+    **SHARD | shards,
+  )
+
+
+def preference_batches(data, config):
+  return data.preference_batches(
+    num_problems=config.eval.num_problems,
+    batch_size=config.eval.batch_size,
+    max_new_tokens=config.rollout.max_new_tokens,
+    **SHARD,
+  )
 
 
 def test_a_set_is_drawn_under_the_workdir_once(workdir):
@@ -107,7 +137,7 @@ def test_the_models_own_tokenizer_stands_in_for_the_data_dirs(
 
 def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):
   tokens.train(["one two three"] * 9, tmp_path / "own.model", vocab_size=512)
-  pattern = r"data.tokenizer \('.*own.model'\) has \d+ pieces.*\(1024\)"
+  pattern = r"data.tokenizer \('.*own.model'\) has \d+ pieces.*1024 embed"
   with pytest.raises(ValueError, match=pattern):
     opened(settings(tokenizer=str(tmp_path / "own.model")), workdir)
   with pytest.raises(ValueError, match="data.tokenizer .* must be the model's"):
@@ -142,11 +172,10 @@ def write_replies(path, pids, rejected="no"):
 def test_replies_come_to_a_run_on_preferences_alone(workdir, kind):
   config = settings(kind=kind, preference_completions=3)
   data = opened(config, workdir)
-  assert (data.replies is None) == (kind != "preference")
-  place = {"shards": (0,), "shard_count": 1}
+  assert (data.completions is None) == (kind != "preference")
   for batch in (
-    next(data.train_batches(config, start_step=0, **place)),
-    data.preference_batches(config, **place)[0],
+    next(train_batches(data, config)),
+    preference_batches(data, config)[0],
   ):
     if kind == "preference":
       assert batch.labels is not None
@@ -165,10 +194,10 @@ def test_a_file_of_replies_is_what_batches_bring(workdir, tmp_path):
   write_replies(
     path, [row.pid for rows in (asked.train, asked.eval) for row in rows]
   )
-  data, place = opened(config, workdir), {"shards": (0,), "shard_count": 1}
+  data = opened(config, workdir)
   for batch in (
-    next(data.train_batches(config, start_step=0, **place)),
-    data.preference_batches(config, **place)[0],
+    next(train_batches(data, config)),
+    preference_batches(data, config)[0],
   ):
     assert batch.valid.all() and batch.completion_ids is not None
     assert (batch.labels == [2, -1]).all()
@@ -182,12 +211,12 @@ def test_problems_are_asked_whether_or_not_a_file_has_replies(
   path = tmp_path / "replies.jsonl"
   write_replies(path, ["no such pid"])
   config = settings(kind="preference", preference_file=str(path))
-  data, place = opened(config, workdir), {"shards": (0,), "shard_count": 1}
-  batch = data.eval_batches(config, **place)[0]
+  data = opened(config, workdir)
+  batch = eval_batches(data, config)[0]
   assert batch.valid.all() and batch.labels is None
-  assert not data.preference_batches(config, **place)[0].valid.any()
+  assert not preference_batches(data, config)[0].valid.any()
   with pytest.raises(ValueError, match="^none of the .* can be used"):
-    data.train_batches(config, start_step=0, **place)
+    train_batches(data, config)
 
 
 def test_nothing_is_drawn_for_a_run_whose_file_of_replies_is_bad(tmp_path):
@@ -228,15 +257,14 @@ def test_a_bad_file_of_replies_is_refused_when_the_data_is_opened(
 
 def test_the_settings_reach_prompts_and_replies(workdir):
   """A template in both splits; shuffling in training; the kinds drawn."""
-  place = {"shards": (0,), "shard_count": 1}
 
   def first_batches(**changes):
     config = settings(kind="preference", **changes)
     data = opened(config, workdir)
-    train = next(data.train_batches(config, start_step=0, **place))
+    train = next(train_batches(data, config))
     texts = [
       data.tokenizer.decode(ids)
-      for batch in (train, data.eval_batches(config, **place)[0])
+      for batch in (train, eval_batches(data, config)[0])
       for ids in batch.prompt_ids
     ]
     wrong = [data.tokenizer.decode(ids[1]) for ids in train.completion_ids]
@@ -317,8 +345,7 @@ def test_worker_processes_are_those_of_the_settings(workdir, monkeypatch):
     pipeline, "make_pipeline", lambda *_, **given: seen.append(given)
   )
   config = settings(worker_processes=3)
-  place = {"shards": (0,), "shard_count": 1}
-  opened(config, workdir).train_batches(config, start_step=0, **place)
+  train_batches(opened(config, workdir), config)
   assert [given["worker_processes"] for given in seen] == [3]
 
 
@@ -338,13 +365,13 @@ def test_shards_share_the_rows_of_a_step_and_of_an_evaluation(workdir):
     rows = []
     for shard in range(shard_count):
       place = {"shards": (shard,), "shard_count": shard_count}
-      train = next(data.train_batches(config, start_step=1, **place))
+      train = next(train_batches(data, config, start_step=1, **place))
       rows += train.problems
     evaluated = [
       row
       for batches in zip(
         *(
-          data.eval_batches(config, shards=(shard,), shard_count=shard_count)
+          eval_batches(data, config, shards=(shard,), shard_count=shard_count)
           for shard in range(shard_count)
         ),
         strict=True,

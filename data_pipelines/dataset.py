@@ -1,0 +1,278 @@
+"""The problems and the tokenizer of a run, checked before devices start.
+
+Draws the synthetic set under the workdir if the settings name no data dir.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from data_pipelines import pipeline, prompt_rows
+from data_pipelines.preferences import completions as preferences
+from data_pipelines.settings import DataConfig, ModelInputs
+from data_pipelines.sources import build, mathvista
+from data_pipelines.text import chat_prompts
+from data_pipelines.text import tokenizer as tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """The data that a run reads.
+
+  Attributes:
+    settings: The settings of the data.
+    model: What the model reads.
+    tokenizer: Encodes prompts and decodes completions.
+    train: Problems to train on; None for a run that does not train.
+    eval: Problems to evaluate on.
+    completions: Labelled completions for kind "preference"; None for others.
+    identity: Fingerprints of the records, the tokenizers and the file of
+      labelled completions, if any. A run resumes only with equal ones.
+  """
+
+  settings: DataConfig
+  model: ModelInputs
+  tokenizer: tokens.Tokenizer
+  train: mathvista.Source | None
+  eval: mathvista.Source
+  completions: preferences.Source | None
+  identity: dict[str, str]
+
+  def train_batches(
+    self,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    shards: tuple[int, ...],
+    shard_count: int,
+    start_step: int,
+  ) -> pipeline.TrainBatches:
+    """The endless training batches of this process, after `start_step`."""
+    assert self.train is not None, "opened for evaluation alone"
+    builder = self._builder(
+      source=self.train,
+      kind=self.settings.kind,
+      seed=seed,
+      max_new_tokens=max_new_tokens,
+      shards=shards,
+      shard_count=shard_count,
+      completion_source=self.completions,
+      shuffle_options=self.settings.shuffle_options,
+    )
+    return pipeline.make_pipeline(
+      builder,
+      prompts_per_step=self.settings.prompts_per_step,
+      start_step=start_step,
+      worker_processes=self.settings.worker_processes,
+    )
+
+  def eval_batches(
+    self, *, num_problems: int, batch_size: int, **shards: Any
+  ) -> pipeline.EvalBatches:
+    """The eval split in order, for a process's `shards` and `shard_count`."""
+    builder = self._builder(
+      source=self.eval, kind="online", seed=0, max_new_tokens=0, **shards
+    )
+    return pipeline.make_eval_batches(
+      builder, num_problems=num_problems, batch_size=batch_size
+    )
+
+  def preference_batches(
+    self,
+    *,
+    num_problems: int,
+    batch_size: int,
+    max_new_tokens: int,
+    **shards: Any,
+  ) -> pipeline.EvalBatches:
+    """The eval split with its labelled completions, if it has any."""
+    builder = self._builder(
+      source=self.eval,
+      kind="preference" if self.completions else "online",
+      seed=0,
+      max_new_tokens=max_new_tokens,
+      completion_source=self.completions,
+      **shards,
+    )
+    return pipeline.make_eval_batches(
+      builder, num_problems=num_problems, batch_size=batch_size
+    )
+
+  def _builder(self, **arguments: Any) -> prompt_rows.RowBuilder:
+    settings = self.settings
+    return prompt_rows.RowBuilder(
+      tokenizer=self.tokenizer,
+      num_labelled=settings.preference_completions,
+      prompt_buckets=settings.prompt_buckets,
+      image_size=self.model.image_size,
+      soft_tokens=self.model.soft_tokens,
+      num_images=int(self.model.image_size > 0),
+      pan_and_scan=settings.pan_and_scan,
+      template=chat_prompts.TEMPLATES[settings.prompt_template],
+      **arguments,
+    )
+
+
+def open_dataset(
+  settings: DataConfig, model: ModelInputs, workdir: str, *, for_training: bool
+) -> Dataset:
+  """Opens the data dir of a run, or makes the synthetic one.
+
+  Args:
+    settings: The settings of the data.
+    model: What the model reads.
+    workdir: The run's folder.
+    for_training: False opens the eval split alone. Terms of use and missing
+      answers do not stop an evaluation.
+
+  Raises:
+    ValueError: The data do not exist, do not fit the model, or may not be
+      trained on.
+  """
+  # Everything that needs no data is checked before data are drawn.
+  completions, file_identity = _open_completions(settings)
+  folder = pathlib.Path(settings.dir or pathlib.Path(workdir) / "data")
+  own_tokenizer = _open_tokenizer(settings, model)
+  if settings.dir:
+    manifest = _read_manifest(folder)
+  else:
+    request = synthetic_request(settings, model.vocab_size, str(folder))
+    manifest = build.build_data_dir(request)
+  _check_splits(settings, manifest, for_training)
+  _check_vocabulary(settings, model, manifest)
+  if for_training:
+    _check_training(settings, manifest)
+  identity = {
+    "data.dir: its records": manifest["fingerprint"],
+    "data.dir: its tokenizer": manifest["tokenizer"]["fingerprint"],
+  }
+  if own_tokenizer:
+    identity["data.tokenizer: its contents"] = own_tokenizer.fingerprint
+  train = None
+  if for_training:
+    train = mathvista.source(folder, settings.train_split)
+  return Dataset(
+    settings=settings,
+    model=model,
+    tokenizer=own_tokenizer or tokens.Tokenizer(folder / "tokenizer.model"),
+    train=train,
+    eval=mathvista.source(folder, settings.eval_split),
+    completions=completions,
+    identity=identity | file_identity,
+  )
+
+
+def synthetic_request(
+  settings: DataConfig, vocab_size: int, data_dir: str
+) -> build.Request:
+  """The request for the synthetic set of a run that names no data dir."""
+  return build.Request(
+    source=settings.synthetic,
+    data_dir=data_dir,
+    seed=settings.synthetic.seed,
+    eval_fraction=settings.synthetic_eval_fraction,
+    vocab_size=vocab_size,
+    max_reject_fraction=0.0,
+  )
+
+
+def _open_completions(
+  settings: DataConfig,
+) -> tuple[preferences.Source | None, dict[str, str]]:
+  """Opens the labelled completions of a run, and hashes their file, if any."""
+  if settings.kind != "preference":
+    return None, {}
+  count, file = settings.preference_completions, settings.preference_file
+  if not file:
+    template = chat_prompts.TEMPLATES[settings.prompt_template]
+    kinds = settings.preference_kinds
+    return preferences.synthesize(count, kinds=kinds, template=template), {}
+  completions = preferences.from_file(file, count)
+  digest = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  return completions, {"data.preference_file: its contents": digest}
+
+
+def _open_tokenizer(
+  settings: DataConfig, model: ModelInputs
+) -> tokens.Tokenizer | None:
+  """Opens the model's own tokenizer, if the settings name one.
+
+  Raises:
+    ValueError: The tokenizer is another model's, or released weights have none.
+  """
+  name, size = settings.tokenizer, model.vocab_size
+  if name:
+    try:
+      tokenizer = tokens.Tokenizer(name)
+    except ValueError as error:
+      raise ValueError(
+        f"data.tokenizer ({name!r}) must be the model's own: {error}"
+      ) from error
+    if tokenizer.vocab_size != size:
+      raise ValueError(
+        f"data.tokenizer ({name!r}) has {tokenizer.vocab_size} pieces, but "
+        f"model.name ({model.name!r}) has {size} embeddings; set "
+        "data.tokenizer to the tokenizer of the model."
+      )
+    return tokenizer
+  scheme = model.weights.partition(":")[0]
+  if scheme not in ("random", "run") and size == tokens.GEMMA_VOCAB_SIZE:
+    raise ValueError(
+      "data.tokenizer ('') must name Gemma's tokenizer, because model.weights "
+      f"({model.weights!r}) are released weights, which do not know the ids of "
+      "the data dir's small tokenizer; set data.tokenizer to a "
+      "tokenizer.model, a tokenizer.json or a .gguf file, or to gemma."
+    )
+  return None
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads((folder / "manifest.json").read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"data.dir ({str(folder)!r}) must be a folder that "
+      f"data_pipelines.prepare has made: {error}; run python -m "
+      f"data_pipelines.prepare --data_dir={folder} first."
+    ) from error
+
+
+def _check_splits(
+  settings: DataConfig, manifest: dict[str, Any], for_training: bool
+) -> None:
+  names = ["train_split", "eval_split"] if for_training else ["eval_split"]
+  for name in names:
+    split = getattr(settings, name)
+    if split not in manifest["counts"]:
+      raise ValueError(
+        f"data.{name} ({split!r}) must be one of the splits of the data "
+        f"dir, {', '.join(manifest['counts'])}; set data.{name}."
+      )
+
+
+def _check_vocabulary(
+  settings: DataConfig, model: ModelInputs, manifest: dict[str, Any]
+) -> None:
+  size = manifest["tokenizer"]["vocab_size"]
+  if not settings.tokenizer and size > model.vocab_size:
+    raise ValueError(
+      f"model.name ({model.name!r}) has {model.vocab_size} embeddings, fewer "
+      f"than the {size} pieces of the data dir's tokenizer; prepare the data "
+      "with a smaller --vocab_size."
+    )
+
+
+def _check_training(settings: DataConfig, manifest: dict[str, Any]) -> None:
+  if settings.train_split == "test":
+    raise ValueError(
+      "data.train_split ('test') must hold answers, and those of test are not "
+      "public; set data.train_split=train."
+    )
+  if manifest["terms"] and not settings.accept_mathvista_training_terms:
+    raise ValueError(
+      "data.accept_mathvista_training_terms (False) must be True to train on "
+      "MathVista, whose licence prohibits using it as a training set; train "
+      "on other data, or set it once you have read the licence."
+    )
