@@ -1,4 +1,4 @@
-"""Operations counted from a jaxpr are those of the formulas by hand."""
+"""Operations counted from a jaxpr equal formulas worked by hand."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_the_gradient_costs_two_products_more():
   assert counted == 3 * PRODUCT
 
 
-def test_what_nobody_reads_counts_nothing():
+def test_dead_code_counts_nothing():
   def dead(left, right):
     _ = left @ right
     return left
@@ -52,7 +52,7 @@ def test_a_loop_counts_each_of_its_trips():
   assert flops.count(loop, LEFT, square) == 13 * 2 * A * B * B
 
 
-def test_a_loop_of_unknown_length_counts_as_many_trips_as_are_said():
+def test_a_loop_of_unknown_length_counts_the_given_trips():
   def loop(left, square):
     return jax.lax.while_loop(
       lambda x: jnp.all(x < 9), lambda x: x @ square, left
@@ -83,7 +83,7 @@ def test_each_device_of_a_shard_map_counts():
   assert flops.count(product, jnp.ones((4 * A, B)), RIGHT) == 4 * PRODUCT
 
 
-def test_an_axis_that_is_not_cut_by_hand_is_not_counted_again():
+def test_an_automatic_axis_is_not_counted_again():
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
   product = jax.shard_map(
     jnp.matmul,
@@ -131,7 +131,7 @@ def test_splash_attention_counts_the_tiles_of_its_grid():
   product = 2 * (2 * 4) * 256 * 256 * 128
   assert flops.count(loss, q, k, k, *rest) == 2 * product
   backward = jax.grad(loss, argnums=(0, 1, 2))
-  # And, for each query, its output times the gradient of that.
+  # For each query also the output times its gradient.
   scalars = 2 * (2 * 4) * 256 * 128
   assert (
     flops.count(backward, q, k, k, *rest) == (2 + 3 + 4) * product + scalars
@@ -139,7 +139,7 @@ def test_splash_attention_counts_the_tiles_of_its_grid():
 
 
 def test_a_bundle_costs_what_the_formula_says():
-  """Weights at every token of prompt and completions, and attention's pairs."""
+  """Weights times all tokens of prompt and completions, and attention."""
   config = dataclasses.replace(gemma3_config.CONFIGS["tiny"], vision=None)
   params = weights.abstract_params(config, jnp.dtype(jnp.float32))
   u, c, p, t = 2, 3, 16, 8

@@ -1,4 +1,4 @@
-"""What a plan says of a described slice; nothing here has one."""
+"""Plans for described slices; no test needs a TPU."""
 
 import functools
 import importlib.util
@@ -42,8 +42,8 @@ def config_of(name, *kind, **changes):
   return run_config.Config.from_config_dict(values)
 
 
-def of_4b(**changes):
-  """4B on a mesh of 8 x 2, whatever overlays say."""
+def config_of_4b(**changes):
+  """The 4B overlay on a mesh of 8 x 2."""
   mesh = {"mesh.fsdp": 8, "mesh.tensor": 2}
   return config_of("gemma3_4b_v5e_16", **(mesh | changes))
 
@@ -54,20 +54,20 @@ def libtpu():
     pytest.skip("no libtpu for this machine")
 
 
-def test_a_mesh_that_does_not_cover_the_slice_is_told_the_nearest():
+def test_a_mesh_that_does_not_cover_the_slice_names_the_nearest():
   config = config_of("smoke")
   with pytest.raises(ValueError, match=r"4 devices of v5e:2x2.*mesh.fsdp=4"):
     changing.check_mesh(config, hardware.parse_topology("v5e:2x2"))
 
 
-def test_slices_without_replicas_of_their_own_are_told_the_nearest():
-  config = of_4b()
+def test_slices_without_replicas_of_their_own_name_the_nearest():
+  config = config_of_4b()
   with pytest.raises(ValueError, match=r"2 slices.*mesh.replica=2"):
     changing.check_mesh(config, hardware.parse_topology("v5e:2x4*2"))
 
 
-def test_a_step_calls_each_program_as_often_as_it_does():
-  config = of_4b(**{"rollout.prompts_at_a_time": 16})
+def test_step_bounds_count_every_call_of_a_program():
+  config = config_of_4b(**{"rollout.prompts_at_a_time": 16})
   rows = [
     {
       "name": name,
@@ -78,18 +78,18 @@ def test_a_step_calls_each_program_as_often_as_it_does():
   ]
   made = planner.Plan(config, hardware.parse_topology("v5e:4x4"), rows, {})
   bounds = made.step_bounds()
-  # Four rollouts, each a prefill, 1,023 tokens in chunks of 128, and results;
-  # then an update. Nothing moves, and nothing is evaluated.
+  # Four rollouts, each with a prefill, 1,023 tokens in chunks of 128, and
+  # results; then an update. No row moves, and nothing is evaluated.
   seconds = 4 * (1 + 1023 / 128 + 1) + 1
   text = bounds["text"]["step_seconds_at_least"]
   assert text == pytest.approx(seconds)
   assert bounds["text"]["completion_tokens_per_second_at_most"] == 10 / text
-  # 64 pictures, eight on each of eight shards, are one call.
+  # One call encodes 64 images, eight on each of eight shards.
   image = bounds["image"]["step_seconds_at_least"]
   assert image == pytest.approx(seconds + 1)
 
 
-def test_no_compiler_is_told_with_the_remedy(monkeypatch):
+def test_a_missing_compiler_is_an_error_with_a_remedy(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install.*macOS"):
     planner.check_compiler()
@@ -97,14 +97,14 @@ def test_no_compiler_is_told_with_the_remedy(monkeypatch):
 
 def test_a_plan_asks_for_the_compiler_before_it_compiles(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  config = of_4b()
+  config = config_of_4b()
   with pytest.raises(validation.SettingError, match="needs libtpu"):
     plan.run(config, str(tmp_path), "v5e:4x4", advise=False)
 
 
-@pytest.mark.parametrize("gibibytes, says", [(10, "fits"), (20, "DOES NOT")])
-def test_the_table_says_how_much_room_there_is(gibibytes, says):
-  config = of_4b()
+@pytest.mark.parametrize("gibibytes, verdict", [(10, "fits"), (20, "DOES NOT")])
+def test_the_table_says_how_much_room_there_is(gibibytes, verdict):
+  config = config_of_4b()
   row = {
     "name": "train_step (text)",
     "bytes_by_class": {"params": 2**30, "temporaries": 2**31},
@@ -127,7 +127,7 @@ def test_the_table_says_how_much_room_there_is(gibibytes, says):
   ]
   assert work[:3] == ["2.0", "3.0", "4.00"] and work[-1] == "compute"
   assert "look at train_step (text): something odd" in lines
-  assert lines[-1].startswith(says)
+  assert lines[-1].startswith(verdict)
 
 
 def test_the_nearest_mesh_keeps_what_it_can():
@@ -147,7 +147,7 @@ def test_the_nearest_mesh_keeps_what_it_can():
 
 def test_a_plan_wants_a_topology(tmp_path):
   with pytest.raises(validation.SettingError, match="--topology.*v5e:4x4"):
-    plan.run(of_4b(), str(tmp_path), None, advise=False)
+    plan.run(config_of_4b(), str(tmp_path), None, advise=False)
 
 
 PARTS = ("pictures", "rollout", "evaluation", "update")
@@ -179,12 +179,12 @@ GIB = 2**30
 REMAT = {"none": 8, "dots": 4, "full": 2, "offload": 1}
 
 
-def few(_):
+def small_need(_):
   return GIB
 
 
 def by_rows(config):
-  """Of a sampler whose caches are a gibibyte for each eight prompts."""
+  """Bytes of a sampler whose caches take 1 GiB for eight prompts."""
   settings, shards = config.rollout, config.mesh.replica * config.mesh.fsdp
   prompts = settings.prompts_at_a_time or config.data.prompts_per_step
   return prompts * 8 * GIB // shards // config.mesh.tensor
@@ -202,8 +202,8 @@ def advised(config, topology, sampling=by_rows, update=by_remat):
   return advise.advise(config, hardware.parse_topology(topology), compiler)
 
 
-def pasted(name, flags):
-  """The settings that the program reads from a command line with flags."""
+def parse_command_line(name, flags):
+  """The settings that the program reads from a command line."""
   code = (
     "import json, sys\n"
     "from grpo_tpu.config import flags, schema\n"
@@ -224,12 +224,12 @@ def pasted(name, flags):
 
 
 def test_advice_is_the_largest_step_that_leaves_a_margin():
-  config = of_4b(**{"rollout.num_generations": 4})
+  config = config_of_4b(**{"rollout.num_generations": 4})
   found = advised(config, "v5e:4x4")
   made = found.plan
   assert made.fits(advise.MARGIN)
   limit = (1 - advise.MARGIN) * made.topology.chip.hbm_limit_bytes
-  # The cheapest remat of which a bundle a shard fits, and the most bundles.
+  # The cheapest remat with which one bundle per shard fits.
   policy = made.config.model.remat
   cheaper = REMAT_POLICIES[: REMAT_POLICIES.index(policy)]
   shards = made.config.mesh.fsdp
@@ -261,41 +261,44 @@ def test_advice_can_be_pasted(topology):
   found = advised(config_of(name), topology)
   assert found.changes
   assert str(found).endswith(changing.format_flags(found.changes))
-  assert pasted(name, changing.format_flags(found.changes)) == found.plan.config
+  assert (
+    parse_command_line(name, changing.format_flags(found.changes))
+    == found.plan.config
+  )
 
 
 def test_a_tuple_and_a_word_survive_the_shell():
   changes = {"data.prompt_buckets": (384,), "model.remat": "offload"}
   wanted = changing.apply_changes(config_of("smoke"), changes)
-  assert pasted("smoke", changing.format_flags(changes)) == wanted
+  assert parse_command_line("smoke", changing.format_flags(changes)) == wanted
 
 
 def test_advice_gives_up_the_longest_prompts_last():
-  def much(config):
+  def large_need(config):
     return 20 * GIB if config.data.prompt_buckets[-1] > 512 else GIB
 
-  found = advised(of_4b(), "v5e:4x4", update=much)
+  found = advised(config_of_4b(), "v5e:4x4", update=large_need)
   assert found.changes["data.prompt_buckets"] == (384, 512)
-  kept = advised(of_4b(), "v5e:4x4")
+  kept = advised(config_of_4b(), "v5e:4x4")
   assert "data.prompt_buckets" not in kept.changes
 
 
 def test_advice_that_changes_nothing_says_so():
-  config = of_4b()
+  config = config_of_4b()
   found = advised(config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   again = advised(found.plan.config, "v5e:4x4", lambda _: GIB, lambda _: GIB)
   assert again.changes == {} and "settings have this step already" in str(again)
 
 
 def test_advice_is_the_mesh_whose_step_has_the_least_bound():
-  """Which is not always the first, nor are all looked at."""
-  config, described = of_4b(), hardware.parse_topology("v5e:4x4")
+  """It need not be the first mesh, and not all meshes are compiled."""
+  config, described = config_of_4b(), hardware.parse_topology("v5e:4x4")
 
   def by_tensor(config):
     prompts = config.rollout.prompts_at_a_time or 64
     return prompts * config.mesh.tensor**2 * GIB // 16
 
-  compiler = ScriptedCompiler(few, few, rollout=by_tensor)
+  compiler = ScriptedCompiler(small_need, small_need, rollout=by_tensor)
   search = advise._Search(config, described, compiler, advise.MARGIN)
   meshes = advise.meshes(config, described)
   assert meshes == sorted(meshes, key=lambda x: x[0])
@@ -313,8 +316,8 @@ def test_advice_is_the_mesh_whose_step_has_the_least_bound():
 
 
 def test_advice_is_of_the_whole_run():
-  """With text alone, too, though it is looked for with images."""
-  settings, topology = of_4b(), hardware.parse_topology("v5e:4x4")
+  """The search compiles images only, but the result fits with text too."""
+  settings, topology = config_of_4b(), hardware.parse_topology("v5e:4x4")
 
   class Odd(ScriptedCompiler):
     def plan(self, config, topology, names=None):
@@ -325,12 +328,12 @@ def test_advice_is_of_the_whole_run():
       return made
 
   with pytest.raises(validation.SettingError):
-    advise.advise(settings, topology, Odd(few, few))
+    advise.advise(settings, topology, Odd(small_need, small_need))
 
 
 def test_where_nothing_fits_advice_says_what_would_help():
   with pytest.raises(validation.SettingError, match=r"lora.*larger slice"):
-    advised(of_4b(), "v5e:4x4", lambda _: 99 * GIB)
+    advised(config_of_4b(), "v5e:4x4", lambda _: 99 * GIB)
 
 
 def refusal(config, topology, monkeypatch, tmp_path, **needs):
@@ -348,7 +351,7 @@ def by_batch(config):
   return config.eval.batch_size * GIB // 3
 
 
-def by_pictures(config):
+def by_images(config):
   return config.rollout.pictures_per_shard * 3 * GIB
 
 
@@ -361,7 +364,7 @@ def by_pictures(config):
       {"train.microbatch_bundles": 16},
       {"train.microbatch_bundles": 32},
     ),
-    # Not one bundle of a shard fits with what layers keep.
+    # Without remat not even one bundle per shard fits.
     (
       {"update": lambda config: 4 * by_remat(config)},
       {"model.remat": "offload", "train.microbatch_bundles": 8},
@@ -378,23 +381,23 @@ def by_pictures(config):
       {"eval.batch_size": 48},
     ),
     (
-      {"pictures": by_pictures},
+      {"pictures": by_images},
       {"rollout.pictures_per_shard": 5},
       {"rollout.pictures_per_shard": 6},
     ),
   ],
   ids=["bundles", "remat", "prompts", "evaluation", "pictures"],
 )
-def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
+def test_a_refusal_names_the_nearest_settings_that_fit(
   monkeypatch, tmp_path, needs, remedy, one_less
 ):
-  """What is in the way changes, as little as it can, and nothing else."""
+  """Only the settings at fault change, as little as possible."""
   changes = {"train.microbatch_bundles": 64, "rollout.prompts_at_a_time": 32}
-  config = of_4b(**changes)
-  needs = {"sampling": few, "update": few} | needs
-  said, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
+  config = config_of_4b(**changes)
+  needs = {"sampling": small_need, "update": small_need} | needs
+  error, compiler = refusal(config, "v5e:4x4", monkeypatch, tmp_path, **needs)
   changes = changing.drop_unchanged(config, remedy)
-  assert said.endswith(
+  assert error.endswith(
     f"with --topology=v5e:4x4 {changing.format_flags(changes)}"
   )
   described = hardware.parse_topology("v5e:4x4")
@@ -406,15 +409,20 @@ def test_a_run_that_does_not_fit_is_told_the_nearest_that_does(
 def test_where_the_slice_is_too_small_the_next_one_is_named(
   monkeypatch, tmp_path
 ):
-  config = of_4b()
+  config = config_of_4b()
 
-  def much(config):
+  def large_need(config):
     return 8 * 16 * GIB // config.mesh.fsdp
 
-  said, compiler = refusal(
-    config, "v5e:4x4", monkeypatch, tmp_path, sampling=few, update=much
+  error, compiler = refusal(
+    config,
+    "v5e:4x4",
+    monkeypatch,
+    tmp_path,
+    sampling=small_need,
+    update=large_need,
   )
-  assert said.endswith(
+  assert error.endswith(
     "with --topology=v5e:4x8 --config.mesh.fsdp=16 "
     "--config.train.microbatch_bundles=16"
   )
@@ -425,27 +433,27 @@ def test_where_the_slice_is_too_small_the_next_one_is_named(
 def test_a_reference_moves_to_the_hosts_memory_before_the_slice_grows(
   monkeypatch, tmp_path, bundles
 ):
-  """And not where fewer bundles at a time will do."""
+  """It stays if fewer bundles at a time are enough."""
   changes = {"objective.beta": 0.1, "train.microbatch_bundles": bundles}
-  config = of_4b(**changes)
+  config = config_of_4b(**changes)
 
-  def much(config):
+  def large_need(config):
     return (8 if config.model.reference_memory == "pinned_host" else 16) * GIB
 
-  said, _ = refusal(
+  error, _ = refusal(
     config,
     "v5e:4x4",
     monkeypatch,
     tmp_path,
-    sampling=few,
-    update=much if bundles == 8 else by_remat,
+    sampling=small_need,
+    update=large_need if bundles == 8 else by_remat,
   )
   remedy = (
     {"model.reference_memory": "pinned_host"}
     if bundles == 8
     else {"train.microbatch_bundles": 16}
   )
-  assert said.endswith(
+  assert error.endswith(
     f"with --topology=v5e:4x4 {changing.format_flags(remedy)}"
   )
 
@@ -463,28 +471,42 @@ def test_a_run_that_no_program_could_make_fit_is_refused_before_any_compiles(
       "train.microbatch_bundles": 64,
     },
   )
-  said, compiler = refusal(
-    config, "v5e:2x2", monkeypatch, tmp_path, sampling=few, update=few
+  error, compiler = refusal(
+    config,
+    "v5e:2x2",
+    monkeypatch,
+    tmp_path,
+    sampling=small_need,
+    update=small_need,
   )
-  assert "must have room for parameters, optimizer and reference" in said
-  # The first slice on which these have room.
-  assert "it fits with --topology=v5e:4x8 --config.mesh.fsdp=32" in said
+  assert "must have room for parameters, optimizer and reference" in error
+  # The first slice with room for these arrays.
+  assert "it fits with --topology=v5e:4x8 --config.mesh.fsdp=32" in error
   assert {topology for _, topology, _ in compiler.asked} == {"v5e:4x8"}
 
 
-def test_a_run_that_fits_nowhere_is_told_so(monkeypatch, tmp_path):
-  config = of_4b()
+def test_a_run_that_fits_nowhere_is_refused_without_a_slice(
+  monkeypatch, tmp_path
+):
+  config = config_of_4b()
 
-  def much(_):
+  def large_need(_):
     return 99 * GIB
 
-  said, _ = refusal(
-    config, "v5e:4x4", monkeypatch, tmp_path, sampling=much, update=much
+  error, _ = refusal(
+    config,
+    "v5e:4x4",
+    monkeypatch,
+    tmp_path,
+    sampling=large_need,
+    update=large_need,
   )
-  assert "No slice of v5e has room" in said and "lora.rank=16" in said
+  assert "No slice of v5e has room" in error and "lora.rank=16" in error
 
 
-def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
+def test_a_program_is_compiled_again_only_if_relevant_settings_change(
+  monkeypatch,
+):
   asked = []
 
   def compile_program(config, topology, name):
@@ -506,10 +528,10 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
     programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
   )
   compiler, topology = planner.Compiler(), hardware.parse_topology("v5e:4x4")
-  config = of_4b()
+  config = config_of_4b()
   first = compiler.plan(config, topology)
   assert sorted(asked) == sorted(programs.names(config))
-  # What it was given of the parameters is not counted again: 10 + 5 + 1 + 7.
+  # Parameters among the arguments count once: 10 + 5 + 1 + 7.
   assert {row["resident_bytes"] for row in first.programs} == {23}
   for name, value, parts in (
     ("model.remat", "dots", {"update"}),
@@ -528,8 +550,7 @@ def test_a_program_is_compiled_once_whatever_does_not_concern_it(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["preference", "smoke"])
-def test_programs_that_are_taken_for_one_have_the_same_arguments(name):
-  """Whatever of the settings differs that is said not to concern them."""
+def test_programs_with_equal_relevant_settings_have_equal_arguments(name):
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   config = config_of(name)
 
@@ -562,7 +583,7 @@ def test_a_setting_that_breaks_a_rule_is_no_advice():
 
 
 def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
-  config = of_4b(**{"data.prompts_per_step": 8})
+  config = config_of_4b(**{"data.prompts_per_step": 8})
   found = [
     x for _, x in advise.meshes(config, hardware.parse_topology("v5e:4x4"))
   ]
@@ -570,7 +591,7 @@ def test_meshes_that_prompts_do_not_divide_over_are_not_advised():
   assert all(x["mesh.fsdp"] * x["mesh.tensor"] == 16 for x in found)
 
 
-def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
+def test_one_device_sends_nothing_and_fsdp_sends_weights_thrice():
   topology = hardware.parse_topology("v5e:4x4")
   name = "gemma3_4b_v5p_16"
   alone = config_of(name, **{"mesh.fsdp": 1, "mesh.tensor": 1})
@@ -578,9 +599,10 @@ def test_one_device_moves_nothing_and_fsdp_moves_weights_thrice():
   whole = {"mesh.fsdp": 8, "mesh.tensor": 1, "train.microbatch_bundles": 64}
   eight = config_of(name, **whole)
   ici = roofline.sent_bytes(eight, topology, "train_step (text)")["ici"]
-  # 3.88e9 weights and the projector; bf16 gathered twice, fp32 gradients once.
+  # 3.88e9 weights and the projector; gathered twice in bf16, and fp32 gradients
+  # scattered once.
   size = 3.88e9 + 1152 * 2560
-  # And what is looked up for eight bundles of a shard, and its gradient.
+  # Embeddings of eight bundles per shard, and their gradients.
   rows = 8 * (2048 + 8 * 1024) * 2560 * 2 * 2
   wanted = 7 / 8 * (size * (2 * 2 + 4) + rows)
   assert ici == pytest.approx(wanted, rel=0.01)
@@ -624,29 +646,29 @@ def test_collectives_are_read_from_a_program_the_largest_first():
 
 
 def test_defects_are_what_the_sharding_plan_does_not_ask_for():
-  config = of_4b()
+  config = config_of_4b()
   rows = [vars(x) for x in aot.collectives(HLO)]
   gradient, activations, moved = roofline.find_defects(config, rows)
   assert "262144, 2560" in gradient and "not reduce-scattered" in gradient
   assert "1024, 2560" in activations and "gathered" in activations
-  # That of 320 columns of eight shards is of the embedding's rows.
+  # The one of 320 columns on eight shards moves rows of the embedding.
   assert "1024, 640" in moved and "resharded" in moved
 
 
-def test_columns_of_a_gradient_as_parts_are_known_for_what_they_are():
-  """And so are rows of the embedding whose tokens and columns are merged."""
+def test_split_columns_of_a_gradient_are_recognized():
+  """So are embedding rows with tokens and columns in one axis."""
   mesh = {"mesh.fsdp": 32, "mesh.tensor": 4}
   config = config_of("gemma3_27b_v5p_256", **mesh)
 
-  def said(name, *shape):
+  def defects(name, *shape):
     row = {"name": name, "dtype": "bf16", "shape": shape}
     return roofline.find_defects(config, [row])
 
-  (gradient,) = said("all-reduce", 32, 262144 // 4, 168)
+  (gradient,) = defects("all-reduce", 32, 262144 // 4, 168)
   assert "not reduce-scattered" in gradient
   # A prompt of 2,048 tokens on each of 32 shards, 168 columns of each.
-  assert said("all-to-all", 32, 2, 1024 * 168) == []
-  assert said("all-to-all", 32, 3, 1024 * 168) != []
+  assert defects("all-to-all", 32, 2, 1024 * 168) == []
+  assert defects("all-to-all", 32, 3, 1024 * 168) != []
 
 
 def main_in_plan_mode(tmp_path, *flags):
@@ -664,7 +686,7 @@ def main_in_plan_mode(tmp_path, *flags):
 
 
 @pytest.mark.parametrize(
-  "flags, says",
+  "flags, message",
   [
     (["--topology=v5e:5x5"], "nearest is v5e:"),
     (["--topology=v5e:2x2"], "mesh.fsdp=4"),
@@ -675,14 +697,14 @@ def main_in_plan_mode(tmp_path, *flags):
   ],
   ids=["absurd", "mesh", "indivisible"],
 )
-def test_a_request_that_cannot_be_is_exit_64(tmp_path, flags, says):
+def test_an_impossible_request_is_exit_64(tmp_path, flags, message):
   done = main_in_plan_mode(tmp_path, "--config=configs/smoke.py", *flags)
   assert done.returncode == 64
-  assert says in done.stderr
+  assert message in done.stderr
 
 
 def test_the_programs_of_learning_from_preferences_are_all_there():
-  """Held-out groups are scored, and held-out prompts completed, too."""
+  """Evaluation scores eval groups, and completes eval prompts."""
   config = config_of("preference")
   assert programs.names(config) == [
     *("pictures (image)", "score (text)", "score (image)"),
@@ -695,7 +717,7 @@ def test_the_programs_of_learning_from_preferences_are_all_there():
   assert parts == {"update"}
 
 
-def test_held_out_groups_are_scored_all_of_a_batch_at_once():
+def test_eval_groups_are_scored_one_whole_batch_at_a_time():
   config = config_of("preference", **{"eval.batch_size": 128})
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   found = programs.find(config, mesh, "evaluation_score (image)")
@@ -703,7 +725,7 @@ def test_held_out_groups_are_scored_all_of_a_batch_at_once():
   assert bundles.completion_ids.shape == (128, 2, 6)
   assert found.kwargs == {"num_microbatches": 1}
   assert set(found.bytes_by_class()) == {"reference", "batch"}
-  # And those of a step as many microbatches at a time as it has.
+  # A step scores its batch in microbatches.
   scored = programs.find(config, mesh, "score (image)")
   assert scored.args[2].completion_ids.shape == (64, 2, 6)
   moved = {
@@ -714,7 +736,7 @@ def test_held_out_groups_are_scored_all_of_a_batch_at_once():
     )["ici"]
     for name in ("score (image)", "evaluation_score (image)")
   }
-  # Weights once, and the activations of two batches of a step's size.
+  # Weights once, and the activations of twice as many bundles.
   assert moved["score (image)"] < moved["evaluation_score (image)"]
   assert moved["evaluation_score (image)"] < 2 * moved["score (image)"]
 
@@ -744,7 +766,7 @@ def test_the_smoke_config_is_planned(tmp_path, libtpu):
 
 
 def test_every_mesh_that_is_named_makes_settings_that_hold():
-  """Batches, and model axes, divide over it."""
+  """The mesh divides batches and model axes."""
   for name in ("gemma3_4b_v5e_16", "gemma3_27b_v5p_256"):
     config = config_of(name)
     for chip in (hardware.CHIPS["v6e"], hardware.CHIPS["tpu7x"]):
@@ -780,7 +802,7 @@ def test_learning_from_preferences_is_planned(tmp_path, libtpu):
 def test_a_config_that_does_not_fit_is_exit_64_with_one_that_does(
   tmp_path, libtpu
 ):
-  """Activations of all prompts at once, and then of a few at a time."""
+  """Activations of all prompts do not fit; those of a few do."""
   flags = [
     "--config=configs/smoke.py:warm_start",
     "--topology=v5e:1x1",
@@ -819,10 +841,10 @@ def test_advice_for_the_smoke_config_fits_as_it_is_pasted(tmp_path, libtpu):
 @pytest.mark.nightly
 @pytest.mark.parametrize("program", ["decode_chunk", "move"])
 def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
-  """All that it allocates of HBM; its code, some megabytes, lies beside that.
+  """Equal to the byte; the code takes some megabytes more.
 
-  A peak that the whole compilation names besides also counts what lies in other
-  memories, so that it may be above all that is allocated.
+  The peak in a whole compilation also counts other memories, so it may exceed
+  the allocation.
   """
   name, topology = "gemma3_4b_v5e_16", "v5e:4x4"
   config, described = config_of(name), hardware.parse_topology(topology)
@@ -857,8 +879,8 @@ def test_memory_before_code_is_that_of_the_whole_compilation(libtpu, program):
 
 @pytest.mark.aot
 @pytest.mark.nightly
-def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
-  """Where they stood, and where they are to stand."""
+def test_moving_rows_takes_two_copies_and_no_more(libtpu):
+  """One copy in the old grid and one in the new."""
   config, described = (
     config_of("gemma3_4b_v5e_16"),
     hardware.parse_topology("v5e:4x4"),
@@ -872,7 +894,7 @@ def test_rows_that_move_lie_there_twice_and_no_more(libtpu):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_an_overlay_fits_with_a_margin(libtpu, name, kind):
-  """Rollout and training resident together, with pictures of both sizes."""
+  """With rollout and training resident, and images of both sizes."""
   described = hardware.parse_topology(TOPOLOGIES[name])
   sizes = [config_of(name, kind, **{"model.image_size": x}) for x in (896, 448)]
   compiler = planner.Compiler()
