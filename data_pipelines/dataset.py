@@ -15,6 +15,7 @@ from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.sources import build, mathvista
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _open_tokenizer(
       )
     return tokenizer
   scheme = model.weights.partition(":")[0]
-  if scheme not in ("random", "run") and size == tokens.GEMMA_VOCAB_SIZE:
+  if scheme not in ("random", "run") and size == GEMMA3.vocab_size:
     raise ValueError(
       "data.tokenizer ('') must name Gemma's tokenizer, because model.weights "
       f"({model.weights!r}) are released weights, which do not know the ids of "

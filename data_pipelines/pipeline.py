@@ -18,7 +18,6 @@ import grain
 import numpy as np
 
 from data_pipelines import prompt_rows, record_index, records
-from data_pipelines.text import tokenizer as tokens
 
 # `shapes` looks at no more steps: a rarer shape may be compiled when it comes.
 _MAX_STEPS_EXAMINED = 10_000
@@ -31,7 +30,7 @@ class Batch:
   """The rows of one step that one reader holds, as NumPy arrays.
 
   Attributes:
-    prompt_ids: int32 [B, P], padded on the right with `PAD`.
+    prompt_ids: int32 [B, P], padded on the right.
     prompt_length: int32 [B].
     images: uint8 [B, I, H, H, 3]; I = 0 for models without vision. A row's
       images come first, one for each <start_of_image> of its prompt, in order;
@@ -256,12 +255,13 @@ def _build_batch(
     )
     for i in numbers
   ]
+  pad = builder.tokenizer.chat.pad
   ids, mask = None, None
   if builder.num_completions:
     completions = [row.completions for row in rows]
-    ids, mask = _pad_completions(completions, builder.max_new_tokens)
+    ids, mask = _pad_completions(completions, builder.max_new_tokens, pad)
   return Batch(
-    prompt_ids=_pad([row.prompt for row in rows], shape[0]),
+    prompt_ids=_pad([row.prompt for row in rows], shape[0], pad),
     prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
     images=np.stack([row.images for row in rows]),
     prompt_index=np.array(numbers, np.int32) + first_row,
@@ -276,19 +276,19 @@ def _build_batch(
 
 
 def _pad_completions(
-  completions: list[list[list[int]]], width: int
+  completions: list[list[list[int]]], width: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Ids and mask of the rows' completions, each [B, C, width]."""
   flat = [ids for row in completions for ids in row]
   shape = (len(completions), -1, width)
   lengths = np.array([len(ids) for ids in flat])
   mask = np.arange(width) < lengths[:, None]
-  return _pad(flat, width).reshape(shape), mask.reshape(shape)
+  return _pad(flat, width, pad).reshape(shape), mask.reshape(shape)
 
 
-def _pad(sequences: list[list[int]], width: int) -> np.ndarray:
-  """The sequences as int32 [n, width], with `PAD` after each."""
-  padded = np.full((len(sequences), width), tokens.PAD, np.int32)
+def _pad(sequences: list[list[int]], width: int, pad: int) -> np.ndarray:
+  """The sequences as int32 [n, width], with `pad` after each."""
+  padded = np.full((len(sequences), width), pad, np.int32)
   for row, ids in zip(padded, sequences, strict=True):
     row[: len(ids)] = ids
   return padded

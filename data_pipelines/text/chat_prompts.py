@@ -1,8 +1,7 @@
-"""From a problem to the chat turn that asks it, and back from a worked answer.
+"""Encodes problems as chat prompts, and worked answers as completions.
 
-A template says what is asked for beyond the official query, and how a reply
-that follows it is written. Knows the turn's layout, not the model: images are
-runs of placeholders.
+A template adds an instruction to the official query, and writes completions
+that follow the instruction. Images are runs of placeholders.
 
 References:
   Gemma 3's chat and image layout: https://arxiv.org/abs/2503.19786
@@ -20,12 +19,12 @@ from data_pipelines.verifier import verify
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """How to reply: as the prompt says it, and as a reply does it.
+  """The instruction on how to answer, and completions that follow it.
 
   Attributes:
-    instruction: What follows the official query; "" leaves that alone.
-    reasoning: What opens and closes the reasoning of a reply that has any.
-    answer: What opens and closes its answer.
+    instruction: Text after the official query; "" adds none.
+    reasoning: Text before and after the reasoning of a completion.
+    answer: Text before and after the answer of a completion.
   """
 
   instruction: str
@@ -44,7 +43,7 @@ TAGGED = Template(
   reasoning=("", ""),
   answer=("<answer>", "</answer>"),
 )
-# Each is one that the verifier reads.
+# The verifier reads the answers of all of them.
 TEMPLATES = {
   "tagged": TAGGED,
   "boxed": Template(
@@ -65,7 +64,7 @@ TEMPLATES = {
   ),
 }
 
-# Before a picture that is also shown in crops, and before these.
+# Text before an image that is also shown in crops, and before its crops.
 _CROPS = (
   "Here is the original image ",
   " and here are some crops to help you see better ",
@@ -75,7 +74,7 @@ _CROPS = (
 def prompt_text(
   problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
-  """What the user says: the official query, unaltered, and how to reply."""
+  """The text of the user's turn: the official query and the instruction."""
   if not template.instruction:
     return problem.query
   return f"{problem.query}\n{template.instruction}"
@@ -84,7 +83,7 @@ def prompt_text(
 def demonstration(
   problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
-  """A right reply: the worked solution, if any, and the answer."""
+  """A right completion: the worked solution, if any, and the answer."""
   answer = verify.final_answer(problem)
   return with_answer(problem.solution, answer, template=template)
 
@@ -92,20 +91,20 @@ def demonstration(
 def with_answer(
   reasoning: str, answer: str, *, template: Template = TAGGED
 ) -> str:
-  """A reply: the reasoning, if any, and this answer, right or wrong."""
-  opened, closed = template.answer
-  reply = f"{opened}{answer}{closed}"
+  """A completion: the reasoning, if any, and this answer, right or wrong."""
+  before, after = template.answer
+  answer = f"{before}{answer}{after}"
   if not reasoning:
-    return reply
-  opened, closed = template.reasoning
-  return f"{opened}{reasoning}{closed} {reply}"
+    return answer
+  before, after = template.reasoning
+  return f"{before}{reasoning}{after} {answer}"
 
 
 def chat_text(problem: records.Problem) -> str:
   """Both turns as plain text, to train a tokenizer on.
 
-  In the one template, so that a data dir's tokenizer is the same whatever the
-  runs that read it ask for.
+  Always in the default template, so that a data dir's tokenizer does not depend
+  on the runs that read it.
   """
   return f"user\n{prompt_text(problem)}\nmodel\n{demonstration(problem)}"
 
@@ -119,40 +118,41 @@ def encode_prompt(
   num_crops: int = 0,
   template: Template = TAGGED,
 ) -> list[int]:
-  """The user's turn and the opening of the model's.
+  """Encodes the user's turn and the start of the model's turn.
 
-  Images come before the text, so that prompts which show as many have them at
-  the same indices, and attention masks over them can be static.
+  Images come before the text: all prompts with equally many images have them at
+  the same indices, so attention masks over images can be static.
 
   Args:
-    problem: What is asked.
-    tokenizer: Where the ids come from.
-    num_images: Pictures shown; 0 for a model that cannot see.
-    soft_tokens: Placeholders for each picture, and for each crop.
-    num_crops: Crops shown after each picture, in the words of transformers'
-      Gemma3Processor.
-    template: How to reply.
+    problem: The problem to ask.
+    tokenizer: Encodes the text.
+    num_images: Images shown; 0 for a model without vision.
+    soft_tokens: Placeholders for each image, and for each crop.
+    num_crops: Crops shown after each image, introduced as transformers'
+      Gemma3Processor does.
+    template: Adds the instruction.
 
   Returns:
-    Ids that end where the model's reply begins.
+    Ids that end where the completion begins.
   """
+  chat = tokenizer.chat
   image = [
-    tokens.BLANK_LINE,
+    chat.blank_line,
     tokenizer.start_of_image,
-    *[tokens.IMAGE_PLACEHOLDER] * soft_tokens,
+    *[chat.image_placeholder] * soft_tokens,
     tokenizer.end_of_image,
-    tokens.BLANK_LINE,
+    chat.blank_line,
   ]
   return [
-    tokens.BOS,
-    tokens.START_OF_TURN,
-    *tokenizer.encode("user\n"),
+    chat.bos,
+    chat.start_of_turn,
+    *tokenizer.encode(chat.user),
     *_with_crops(image, num_crops, tokenizer) * num_images,
     *tokenizer.encode(prompt_text(problem, template=template)),
-    tokens.END_OF_TURN,
-    tokens.NEWLINE,
-    tokens.START_OF_TURN,
-    *tokenizer.encode("model\n"),
+    chat.end_of_turn,
+    chat.newline,
+    chat.start_of_turn,
+    *tokenizer.encode(chat.model),
   ]
 
 
@@ -163,20 +163,20 @@ def check_images(
   num_images: int,
   soft_tokens: int,
 ) -> None:
-  """Passes a prompt that has a run of placeholders for every image it shows.
+  """Requires a run of placeholders for every image that a prompt shows.
 
-  The model takes soft tokens as they come: with one too many or too few it
-  would read another image's without a word.
+  The model fills placeholders in order: with one too many or too few it would
+  silently read another image's soft tokens.
 
   Args:
     ids: The prompt.
-    tokenizer: Whose ids they are.
-    num_images: Pictures and crops that come with it.
+    tokenizer: The tokenizer of these ids.
+    num_images: Images and crops of the prompt.
     soft_tokens: Placeholders for each.
 
   Raises:
-    BadRecord: "image_count" where <start_of_image> or the placeholders after
-      it are not as many.
+    BadRecord: "image_count" if <start_of_image>, or the placeholders after it,
+      differ in number.
   """
   starts = [
     i for i, token in enumerate(ids) if token == tokenizer.start_of_image
@@ -186,9 +186,10 @@ def check_images(
       "image_count",
       f"the prompt has {len(starts)} <start_of_image> for {num_images} images",
     )
-  run = [tokens.IMAGE_PLACEHOLDER] * soft_tokens
+  placeholder = tokenizer.chat.image_placeholder
+  run = [placeholder] * soft_tokens
   runs = sum(list(ids[i + 1 : i + 1 + soft_tokens]) == run for i in starts)
-  placeholders = list(ids).count(tokens.IMAGE_PLACEHOLDER)
+  placeholders = list(ids).count(placeholder)
   if runs != num_images or placeholders != num_images * soft_tokens:
     raise records.BadRecord(
       "image_count",
@@ -198,14 +199,14 @@ def check_images(
 
 
 def encode_completion(text: str, tokenizer: tokens.Tokenizer) -> list[int]:
-  """The ids of a whole reply, with the end of turn that stops it."""
-  return [*tokenizer.encode(text), tokens.END_OF_TURN]
+  """The ids of a whole completion, with the end of turn."""
+  return [*tokenizer.encode(text), tokenizer.chat.end_of_turn]
 
 
 def _with_crops(
   image: list[int], num_crops: int, tokenizer: tokens.Tokenizer
 ) -> list[int]:
-  """The ids of a picture, and of its crops with words around them."""
+  """The ids of an image, then of its crops, with words around them."""
   if not num_crops:
     return image
   original, crops = map(tokenizer.encode, _CROPS)

@@ -1,8 +1,7 @@
-"""Gemma's vocabulary out of formats that keep its pieces but not its file.
+"""Rebuilds Gemma's SentencePiece model from other formats of its vocabulary.
 
-A SentencePiece model is put together again: pieces, the order in which pairs
-are joined, and what kind each piece is. What it leaves out is what encoding
-does not read. Knows nothing of what single ids mean.
+The model gets the pieces, the order of merges and the type of each piece, which
+is all that encoding reads.
 
 References:
   SentencePiece: https://github.com/google/sentencepiece
@@ -17,12 +16,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The kinds of SentencePiece, which GGUF numbers alike.
+from data_pipelines.text.chat_format import GEMMA3
+
+# SentencePiece's types of pieces; GGUF uses the same numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
-_PAD, _EOS, _BOS, _UNK = range(4)
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
-# What transformers adds after the vocabulary; it is no piece of it.
+# transformers adds this token after the vocabulary.
 _SOFT_TOKEN = "<image_soft_token>"
 
 
@@ -32,11 +32,12 @@ class _Piece(NamedTuple):
   kind: int
 
 
-def of_gguf(path: str | os.PathLike[str]) -> bytes:
-  """The SentencePiece model in the metadata of a GGUF file.
+def from_gguf(path: str | os.PathLike[str]) -> bytes:
+  """Rebuilds the SentencePiece model from the metadata of a GGUF file.
 
   Raises:
-    ValueError: The `gguf` package is missing, or there is no such vocabulary.
+    ValueError: The `gguf` package is missing, or the file has no such
+      vocabulary.
   """
   try:
     import gguf
@@ -51,7 +52,7 @@ def of_gguf(path: str | os.PathLike[str]) -> bytes:
       name: fields[f"tokenizer.ggml.{name}"].contents()
       for name in ("model", "tokens", "scores", "token_type")
     }
-  # Whatever a file of noise, or one cut short, makes of its reader.
+  # The reader may raise any of these for noise or a truncated file.
   except (ValueError, IndexError, KeyError, OverflowError) as error:
     raise ValueError(
       f"tokenizer file {path} must be a GGUF file with a vocabulary, but "
@@ -63,14 +64,16 @@ def of_gguf(path: str | os.PathLike[str]) -> bytes:
       "which must be 'llama' as in every Gemma 3; give such a file."
     )
   kinds = [
-    # Only GGUF calls <start_of_turn> and its like controls, which encoding
-    # would spell out in pieces.
+    # GGUF calls <start_of_turn> a control; encoding would split a control into
+    # ordinary pieces.
     _USER_DEFINED if kind == _CONTROL else kind
     for kind in read["token_type"]
   ]
-  return _model(
+  return _serialize(
     [
-      _Piece(_escaped(text) if kind == _USER_DEFINED else text, score, kind)
+      _Piece(
+        _escape_spaces(text) if kind == _USER_DEFINED else text, score, kind
+      )
       for text, score, kind in zip(
         read["tokens"], read["scores"], kinds, strict=True
       )
@@ -78,16 +81,16 @@ def of_gguf(path: str | os.PathLike[str]) -> bytes:
   )
 
 
-def of_tokenizer_json(content: bytes, name: str) -> bytes:
-  """The SentencePiece model that a Hugging Face tokenizer was made from.
+def from_tokenizer_json(content: bytes, name: str) -> bytes:
+  """Rebuilds the SentencePiece model from a Hugging Face tokenizer.json.
 
   Args:
-    content: Of the file.
-    name: Of the file, for messages.
+    content: The file's bytes.
+    name: The file's name, for errors.
 
   Raises:
-    ValueError: It is not such a file, or not one of byte-pair merges with
-      bytes to fall back on.
+    ValueError: The file is no tokenizer.json of byte-pair merges with bytes as
+      fallback.
   """
   try:
     tokenizer = json.loads(content)
@@ -111,7 +114,7 @@ def of_tokenizer_json(content: bytes, name: str) -> bytes:
       f"tokenizer file {name} must give its {len(texts)} pieces the ids from 0 "
       "on, each once; give that of a Gemma 3."
     )
-  # Pairs are joined in the order of what they make.
+  # SentencePiece merges pairs in the order of their results.
   rank: dict[str, int] = {}
   for left, right in merges:
     rank.setdefault(left + right, len(rank))
@@ -119,46 +122,42 @@ def of_tokenizer_json(content: bytes, name: str) -> bytes:
 
   def piece(text: str) -> _Piece:
     if text in whole:
-      return _Piece(_escaped(text), 0.0, _USER_DEFINED)
+      return _Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
     if _BYTE_NAME.fullmatch(text):
       return _Piece(text, 0.0, _BYTE)
     return _Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
 
-  return _model([piece(text) for text in texts])
+  return _serialize([piece(text) for text in texts])
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-  """A merge, which older files write as one string."""
+  """The two halves of a merge; older files write it as one string."""
   left, right = merge.split(" ") if isinstance(merge, str) else merge
   return left, right
 
 
-def _escaped(text: str) -> str:
+def _escape_spaces(text: str) -> str:
   return text.replace(" ", _SPACE)
 
 
-def _model(pieces: Sequence[_Piece]) -> bytes:
-  """The file of SentencePiece's with these pieces."""
-  # Made at run time, so that no type checker sees what is in it.
+def _serialize(pieces: Sequence[_Piece]) -> bytes:
+  """A SentencePiece model file with these pieces."""
+  # Generated at run time, so type checkers cannot see its contents.
   format = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
   proto = format.ModelProto()
   for number, (text, score, kind) in enumerate(pieces):
-    if number in (_PAD, _EOS, _BOS):
+    if number in (GEMMA3.pad, GEMMA3.eos, GEMMA3.bos):
       kind = _CONTROL
-    elif number == _UNK:
+    elif number == GEMMA3.unk:
       kind = _UNKNOWN
     proto.pieces.add(piece=text, score=score, type=kind)
-  names = [piece.text for piece in pieces[: _UNK + 1]]
+  names = [piece.text for piece in pieces[: GEMMA3.unk + 1]]
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   trainer.model_type = 2  # BPE.
   trainer.vocab_size = len(pieces)
   trainer.byte_fallback = True
-  for key, number in (
-    ("pad", _PAD),
-    ("eos", _EOS),
-    ("bos", _BOS),
-    ("unk", _UNK),
-  ):
+  for key in ("pad", "eos", "bos", "unk"):
+    number = getattr(GEMMA3, key)
     setattr(trainer, f"{key}_id", number)
     if number < len(names):
       setattr(trainer, f"{key}_piece", names[number])

@@ -1,13 +1,11 @@
-"""Text to token ids and back, in the layout of Gemma's vocabulary.
+"""Encodes text as token ids and back, with Gemma's special tokens.
 
-One class reads Gemma's own SentencePiece file and the small ones that `train`
-makes, or builds the former from what other formats keep of it; everything that
-needs a special token finds it here. Knows nothing of chat turns or images
-beyond the names of their tokens.
+One class reads Gemma's own SentencePiece file, the small ones that `train`
+writes, and two other formats of Gemma's vocabulary. Knows nothing of turns or
+images except the names of their tokens.
 
 References:
   SentencePiece: https://arxiv.org/abs/1808.06226
-  Gemma 3: https://arxiv.org/abs/2503.19786
 """
 
 import collections
@@ -21,74 +19,88 @@ import sentencepiece
 from etils import epath
 
 from data_pipelines.text import sentencepiece_import
+from data_pipelines.text.chat_format import GEMMA3, ChatFormat
 
-# Stands for the file that the `gemma` library reads, in the folder where it
-# looks for it.
+# Names the file that the `gemma` library reads, in that library's folder.
 GEMMA = "gemma"
-PAD, EOS, BOS, UNK = 0, 1, 2, 3
-START_OF_TURN, END_OF_TURN = 105, 106
-NEWLINE, BLANK_LINE = 107, 108
-STOP_IDS = (EOS, END_OF_TURN)
-# Stands for one soft token of an image. Outside every vocabulary, so that no
-# text can hold it and no sampler can draw it.
-IMAGE_PLACEHOLDER = -2
+_REMEDY = "give Gemma 3's tokenizer.model or one made by data_pipelines.prepare"
+_MIN_TEXT_PIECES = 32
+_NUM_BYTES = 256
 
-_NAMED = {
-  PAD: "<pad>",
-  EOS: "<eos>",
-  BOS: "<bos>",
-  UNK: "<unk>",
-  START_OF_TURN: "<start_of_turn>",
-  END_OF_TURN: "<end_of_turn>",
-  NEWLINE: "\n",
-  BLANK_LINE: "\n\n",
-}
-_START_OF_IMAGE, _END_OF_IMAGE = "<start_of_image>", "<end_of_image>"
-_UNUSED = 99
-# Gemma 3's own vocabulary, and where it has the two.
-GEMMA_VOCAB_SIZE = 262_144
-_GEMMA_IMAGE_IDS = (255_999, 256_000)
+
+_TRAINER_OPTIONS = dict(
+  model_type="bpe",
+  hard_vocab_limit=False,
+  character_coverage=1.0,
+  byte_fallback=True,
+  split_digits=True,
+  # Pieces may span words: the hint that opens each prompt becomes one or two
+  # pieces, which halves what a small model has to read.
+  split_by_whitespace=False,
+  split_by_unicode_script=False,
+  max_sentencepiece_length=128,
+  normalization_rule_name="identity",
+  add_dummy_prefix=False,
+  remove_extra_whitespaces=False,
+  max_sentence_length=1 << 30,
+  num_threads=1,
+  minloglevel=2,
+  pad_id=GEMMA3.pad,
+  eos_id=GEMMA3.eos,
+  bos_id=GEMMA3.bos,
+  unk_id=GEMMA3.unk,
+  pad_piece=GEMMA3.names[GEMMA3.pad],
+  eos_piece=GEMMA3.names[GEMMA3.eos],
+  bos_piece=GEMMA3.names[GEMMA3.bos],
+  unk_piece=GEMMA3.names[GEMMA3.unk],
+)
 
 
 class Tokenizer:
-  """A SentencePiece model whose special ids are Gemma's.
+  """A SentencePiece model with the special tokens of a chat format.
 
   Attributes:
+    chat: The chat format.
     vocab_size: Number of ids; valid ids are 0 to `vocab_size - 1`.
     start_of_image: The id that opens an image.
     end_of_image: The id that closes an image.
     fingerprint: SHA-256 of the model file, in hexadecimal.
   """
 
-  def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
-    """Reads the file at `path`, here or on gs://.
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    model: bytes | None = None,
+    chat: ChatFormat = GEMMA3,
+  ):
+    """Reads the file at `path`, local or on gs://.
 
     Args:
-      path: A SentencePiece model; a GGUF file, of which the metadata are read;
-        a `tokenizer.json` of Hugging Face's; or "gemma" for
+      path: A SentencePiece model; a GGUF file, whose metadata are read; a
+        `tokenizer.json` of Hugging Face; or "gemma" for
         `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`.
-      model: The SentencePiece model that was made of it, if it was read before.
+      model: The SentencePiece model of that file, if it was read before.
+      chat: The special tokens that the model must have.
 
     Raises:
-      ValueError: There is no such file, or its special tokens stand elsewhere
-        than Gemma's.
+      ValueError: There is no such file, or its special tokens have other ids.
     """
-    self._path = os.fspath(path)
-    self._model = _model(self._path) if model is None else model
+    self._path, self.chat = os.fspath(path), chat
+    self._model = _read_model(self._path) if model is None else model
     self.fingerprint = hashlib.sha256(self._model).hexdigest()
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(self._model)
     except RuntimeError as error:
       raise ValueError(
-        f"tokenizer file {self._path} is not a SentencePiece model; give "
-        "Gemma's tokenizer.model or one made by data_pipelines.prepare."
+        f"tokenizer file {self._path} is not a SentencePiece model; {_REMEDY}."
       ) from error
     self.vocab_size = self._processor.GetPieceSize()
     self._check_layout()
-    self.start_of_image = self._processor.PieceToId(_START_OF_IMAGE)
-    self.end_of_image = self._processor.PieceToId(_END_OF_IMAGE)
-    self._controls = frozenset(range(END_OF_TURN + 1)) - {UNK} | {
+    self.start_of_image, self.end_of_image = map(
+      self._processor.PieceToId, chat.image_names
+    )
+    self._controls = frozenset(range(chat.end_of_turn + 1)) - {chat.unk} | {
       self.start_of_image,
       self.end_of_image,
     }
@@ -96,66 +108,57 @@ class Tokenizer:
     self._control_names = re.compile("|".join(map(re.escape, names)))
 
   def __reduce__(self):
-    """Pickles with the model, so that a worker process need not find it."""
-    return type(self), (self._path, self._model)
+    """Pickles with the model, so that worker processes need no file."""
+    return type(self), (self._path, self._model, self.chat)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of plain text: no id of a control token is ever among them.
+    """Encodes plain text, which never gives the id of a control token.
 
-    Gemma's model would read "<end_of_turn>" in a question as the end of the
-    turn; here every control token's name is spelt out in ordinary pieces.
+    SentencePiece would read "<end_of_turn>" in a question as the end of the
+    turn; here the name of a control token is encoded in ordinary pieces.
     """
     ids: list[int] = []
     start = 0
-    # A name cut after its first character is no name, and neither half can be
-    # part of another one.
+    # Names are cut after the first character: neither half is a name, nor part
+    # of another name.
     for match in self._control_names.finditer(text):
       ids += self._processor.Encode(text[start : match.start() + 1])
       start = match.start() + 1
     return ids + self._processor.Encode(text[start:])
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text up to the first stop id, without control tokens or images."""
+    """Decodes ids up to the first stop id, without control tokens or images."""
     kept = []
     for token in ids:
       token = int(token)
-      if token in STOP_IDS:
+      if token in self.chat.stop_ids:
         break
       if 0 <= token < self.vocab_size and token not in self._controls:
         kept.append(token)
     return self._processor.Decode(kept)
 
   def _check_layout(self) -> None:
-    for token, name in _NAMED.items():
+    chat = self.chat
+    expected = {name: token for token, name in chat.names.items()}
+    # A small vocabulary has the image tokens at other ids.
+    if self.vocab_size > max(chat.image_ids):
+      expected |= zip(chat.image_names, chat.image_ids, strict=True)
+    for name, token in expected.items():
       found = self._processor.PieceToId(name)
-      if found != token or self.vocab_size <= END_OF_TURN:
+      if found != token or self.vocab_size <= chat.end_of_turn:
         raise ValueError(
           f"tokenizer file {self._path} has {name!r} at id {found}, and must "
-          f"have it at {token} as Gemma 3's does; give Gemma 3's "
-          "tokenizer.model or one made by data_pipelines.prepare."
+          f"have it at {token} as Gemma 3 has; {_REMEDY}."
         )
-    for name in (_START_OF_IMAGE, _END_OF_IMAGE):
-      if self._processor.PieceToId(name) == UNK:
+    for name in chat.image_names:
+      if self._processor.PieceToId(name) == chat.unk:
         raise ValueError(
-          f"tokenizer file {self._path} has no {name}; give Gemma 3's "
-          "tokenizer.model or one made by data_pipelines.prepare."
-        )
-    if self.vocab_size <= _GEMMA_IMAGE_IDS[1]:
-      return
-    for name, token in zip(
-      (_START_OF_IMAGE, _END_OF_IMAGE), _GEMMA_IMAGE_IDS, strict=True
-    ):
-      found = self._processor.PieceToId(name)
-      if found != token:
-        raise ValueError(
-          f"tokenizer file {self._path} has {name} at id {found}, and must "
-          f"have it at {token} as Gemma 3's does; give Gemma 3's "
-          "tokenizer.model."
+          f"tokenizer file {self._path} has no {name}; {_REMEDY}."
         )
 
 
-def _model(path: str) -> bytes:
-  """The SentencePiece model that a file is, or that its vocabulary makes."""
+def _read_model(path: str) -> bytes:
+  """Reads a SentencePiece model, or makes one from another format."""
   folder = os.environ.get("GEMMA_CACHE_DIR", "~/.gemma")
   file = epath.Path(path)
   if path == GEMMA:
@@ -163,16 +166,16 @@ def _model(path: str) -> bytes:
   file = file.expanduser()
   try:
     if file.suffix == ".gguf":
-      return sentencepiece_import.of_gguf(file)
+      return sentencepiece_import.from_gguf(file)
     content = file.read_bytes()
   except OSError as error:
     raise ValueError(
       f"tokenizer file {file} must be a file that can be read: {error}; give "
       "Gemma 3's tokenizer.model, a .gguf file, a tokenizer.json, or gemma for "
-      "the library's own in $GEMMA_CACHE_DIR."
+      "the gemma library's file in $GEMMA_CACHE_DIR."
     ) from error
   if file.suffix == ".json":
-    return sentencepiece_import.of_tokenizer_json(content, str(file))
+    return sentencepiece_import.from_tokenizer_json(content, str(file))
   return content
 
 
@@ -181,62 +184,39 @@ def train(
 ) -> None:
   """Writes a small SentencePiece model of `texts`, laid out as Gemma's.
 
-  The same texts in the same order give the same file, byte for byte. Image
-  tokens follow the newlines at once, since Gemma's own ids (255999, 256000)
-  would not fit, and the answer tag gets pieces of its own.
+  Equal texts in equal order give equal files, byte for byte. Gemma's own image
+  ids do not fit, so image tokens follow the newlines; the answer tag gets its
+  own pieces.
 
   Args:
-    texts: What the vocabulary should spell well, for example the prompts and
-      worked answers of a data set.
-    path: Where the model goes; replaced whole or not at all.
-    vocab_size: At most so many ids; fewer if the texts hold fewer pieces.
+    texts: Texts that the vocabulary should encode well, for example the prompts
+      and worked answers of a data set.
+    path: The file to write; replaced whole or not at all.
+    vocab_size: Largest number of ids; fewer if the texts hold fewer pieces.
 
   Raises:
     ValueError: `vocab_size` leaves no room for text, or there is no text.
   """
-  special = ["<mask>", "[multimodal]"]
-  special += [f"<unused{i}>" for i in range(_UNUSED)]
-  special += [_NAMED[i] for i in range(START_OF_TURN, BLANK_LINE + 1)]
-  special += [_START_OF_IMAGE, _END_OF_IMAGE, "<answer>", "</answer>"]
-  room = vocab_size - (UNK + 1) - len(special) - 256  # 256 bytes as fallback.
-  if room < 32:
+  special = ["<mask>", "[multimodal]", *(f"<unused{i}>" for i in range(99))]
+  special += [name for i, name in GEMMA3.names.items() if i > GEMMA3.unk]
+  special += [*GEMMA3.image_names, "<answer>", "</answer>"]
+  room = vocab_size - (GEMMA3.unk + 1) - len(special) - _NUM_BYTES
+  if room < _MIN_TEXT_PIECES:
+    least = vocab_size + _MIN_TEXT_PIECES - room
     raise ValueError(
-      f"vocab_size ({vocab_size}) must be at least {vocab_size + 32 - room}: "
-      "special tokens and single bytes come first."
+      f"vocab_size ({vocab_size}) must be at least {least}, to leave room for "
+      "text after the special tokens and the single bytes."
     )
   texts = [text for text in texts if text.strip()]
   if not texts:
-    raise ValueError("texts hold no text to train a tokenizer on.")
+    raise ValueError("there is no text to train a tokenizer on.")
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.Train(
     sentence_iterator=_common_characters(texts, most=room // 2),
     model_writer=model,
-    model_type="bpe",
     vocab_size=vocab_size,
-    hard_vocab_limit=False,
-    character_coverage=1.0,
-    byte_fallback=True,
-    split_digits=True,
-    # Pieces may span words: the hint that opens each prompt becomes one or
-    # two, which halves what a small model has to read.
-    split_by_whitespace=False,
-    split_by_unicode_script=False,
-    max_sentencepiece_length=128,
-    normalization_rule_name="identity",
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    max_sentence_length=1 << 30,
-    num_threads=1,
-    pad_id=PAD,
-    eos_id=EOS,
-    bos_id=BOS,
-    unk_id=UNK,
-    pad_piece=_NAMED[PAD],
-    eos_piece=_NAMED[EOS],
-    bos_piece=_NAMED[BOS],
-    unk_piece=_NAMED[UNK],
     user_defined_symbols=special,
-    minloglevel=2,
+    **_TRAINER_OPTIONS,
   )
   unfinished = f"{os.fspath(path)}.unfinished"
   with open(unfinished, "wb") as file:
@@ -245,10 +225,10 @@ def train(
 
 
 def _common_characters(texts: Sequence[str], most: int) -> Iterator[str]:
-  """The texts with all but the `most` commonest characters cut out.
+  """The texts with only the `most` commonest characters.
 
-  SentencePiece keeps every character that it must cover, and fails when they
-  outgrow the vocabulary, as Chinese text would; the rest is spelt in bytes.
+  SentencePiece keeps every character of its texts, and fails if they outgrow
+  the vocabulary, as in Chinese; other characters are encoded as bytes.
   """
   counts = collections.Counter(char for text in texts for char in text)
   ranked = sorted(counts, key=lambda char: (-counts[char], char))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 
 # Finite, for the entropy multiplies it by a probability of 0.
@@ -287,6 +287,6 @@ def mask_stop_tokens(
   Like banned ids, they are in neither softmax, the sampler's or the trainer's.
   """
   ids = first_id + jnp.arange(logits.shape[-1])
-  stops = functools.reduce(operator.or_, (ids == i for i in tokenizer.STOP_IDS))
+  stops = functools.reduce(operator.or_, (ids == i for i in GEMMA3.stop_ids))
   stops = jnp.expand_dims(stops, range(logits.ndim - 1))
   return jnp.where(stops & is_early[..., None], _IMPOSSIBLE, logits)

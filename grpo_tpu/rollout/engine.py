@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -181,7 +181,7 @@ class Engine:
     number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
     rows = RowState(
       number=number.reshape(shape),
-      ids=jnp.full(shape, tokenizer.PAD, jnp.int32),
+      ids=jnp.full(shape, GEMMA3.pad, jnp.int32),
       length=jnp.zeros(shape, jnp.int32),
       live=jnp.ones(shape, bool),
       stopped=jnp.zeros(shape, bool),
@@ -193,7 +193,7 @@ class Engine:
     rows, logps = self._extended(params, rows, x, t)
     own = (*shape, settings.max_new_tokens)
     output = OutputBuffers(
-      ids=jnp.full(own, tokenizer.PAD, jnp.int32).at[:, :, 0].set(rows.ids),
+      ids=jnp.full(own, GEMMA3.pad, jnp.int32).at[:, :, 0].set(rows.ids),
       logps=jnp.zeros(own, jnp.float32).at[:, :, 0].set(logps),
       length=rows.length,
       stopped=rows.stopped,
@@ -230,7 +230,7 @@ class Engine:
       logps = jax.lax.dynamic_update_slice(logps, new[..., None], place)
       return t + 1, rows, cache, ids, logps
 
-    empty = jnp.full(chunk, tokenizer.PAD, jnp.int32)
+    empty = jnp.full(chunk, GEMMA3.pad, jnp.int32)
     t, rows, cache, ids, logps = jax.lax.while_loop(
       goes_on,
       step,
@@ -270,8 +270,8 @@ class Engine:
       ids, logps = sampling.sample(logits, rows.keys, t)
     else:
       ids, logps = sampling.greedy(logits)
-    ids = jnp.where(rows.live, ids.astype(jnp.int32), tokenizer.PAD)
-    stops = rows.live & jnp.isin(ids, jnp.asarray(tokenizer.STOP_IDS))
+    ids = jnp.where(rows.live, ids.astype(jnp.int32), GEMMA3.pad)
+    stops = rows.live & jnp.isin(ids, jnp.asarray(GEMMA3.stop_ids))
     logps = jnp.where(rows.live, logps, 0.0)
     rows = rows.replace(
       ids=ids,
@@ -337,7 +337,7 @@ class Engine:
     t = jnp.arange(output.ids.shape[-1])[None, None]
     mask = t < length[..., None]
     return Completions(
-      ids=jnp.where(mask, output.ids, tokenizer.PAD),
+      ids=jnp.where(mask, output.ids, GEMMA3.pad),
       mask=mask,
       logps=jnp.where(mask, output.logps, 0.0),
       stopped=output.stopped | (cut <= output.length),

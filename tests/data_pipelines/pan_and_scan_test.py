@@ -11,6 +11,7 @@ import pytest
 from data_pipelines import images, pipeline, prompt_rows, records
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 
 SOFT_TOKENS, IMAGE_SIZE = 3, 8
 SETTINGS = images.PanAndScan(
@@ -159,7 +160,7 @@ def test_crops_that_make_a_prompt_too_long_mask_its_row(tokenizer):
       assert short.problems[row] == problem
       if not fits:
         assert not short.images[row].any()
-        placeholders = (short.prompt_ids[row] == tokens.IMAGE_PLACEHOLDER).sum()
+        placeholders = (short.prompt_ids[row] == GEMMA3.image_placeholder).sum()
         assert placeholders == SOFT_TOKENS
   assert masked
 

@@ -14,6 +14,7 @@ from data_pipelines.preferences import completions as preferences
 from data_pipelines.sources import mathvista
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 from data_pipelines.verifier import verify
 
 NUM_PROBLEMS = 13
@@ -216,7 +217,7 @@ def test_a_row_is_its_problem(tokenizer):
       )
       length = batch.prompt_length[row]
       assert batch.prompt_ids[row, :length].tolist() == ids
-      assert (batch.prompt_ids[row, length:] == tokens.PAD).all()
+      assert (batch.prompt_ids[row, length:] == GEMMA3.pad).all()
       index = int(problem.pid[1:])
       expected = np.array([index * 19 % 256, 255 - index, 7])
       np.testing.assert_array_equal(
@@ -239,7 +240,7 @@ def test_prompts_are_padded_to_the_smallest_bucket_that_holds_the_step(
 def test_a_model_that_cannot_see_gets_no_images(tokenizer):
   (batch,) = batches(tokenizer, num_images=0, soft_tokens=0, steps=1)
   assert batch.images.shape == (4, 0, IMAGE_SIZE, IMAGE_SIZE, 3)
-  assert tokens.IMAGE_PLACEHOLDER not in batch.prompt_ids
+  assert GEMMA3.image_placeholder not in batch.prompt_ids
 
 
 def test_demonstrations_come_with_the_worked_answer(tokenizer):
@@ -252,7 +253,7 @@ def test_demonstrations_come_with_the_worked_answer(tokenizer):
         chat_prompts.demonstration(problem), tokenizer
       )
       assert ids[0][mask[0]].tolist() == expected
-      assert (ids[0][~mask[0]] == tokens.PAD).all()
+      assert (ids[0][~mask[0]] == GEMMA3.pad).all()
       assert mask[0].sum() == len(expected)
 
 
@@ -318,7 +319,7 @@ def test_a_reply_that_is_not_there_has_no_label_and_no_tokens(tokenizer):
     there = batch.valid[:, None] & [True, True, False]
     np.testing.assert_array_equal(np.isnan(batch.labels), ~there)
     np.testing.assert_array_equal(batch.completion_mask.any(-1), there)
-    assert (batch.completion_ids[~there] == tokens.PAD).all()
+    assert (batch.completion_ids[~there] == GEMMA3.pad).all()
 
 
 def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
@@ -347,7 +348,7 @@ def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
         assert not bad.valid[row]
         asked[problem.pid] = bad.problems[row].pid
         frame = bad.prompt_ids[row, : bad.prompt_length[row]]
-        assert (frame == tokens.IMAGE_PLACEHOLDER).sum() == SOFT_TOKENS
+        assert (frame == GEMMA3.image_placeholder).sum() == SOFT_TOKENS
         assert not bad.images[row].any()
       else:
         assert bad.valid[row]

@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipelines import images, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 
 pytestmark = pytest.mark.peers
 
@@ -105,12 +106,12 @@ def tokenizer(tmp_path_factory):
 def spelt(ids, tokenizer):
   """The text of ids, images and all, as transformers would write it."""
   named = {
-    tokens.IMAGE_PLACEHOLDER: "<image_soft_token>",
+    GEMMA3.image_placeholder: "<image_soft_token>",
     tokenizer.start_of_image: "<start_of_image>",
     tokenizer.end_of_image: "<end_of_image>",
-    tokens.BOS: "<bos>",
-    tokens.START_OF_TURN: "<start_of_turn>",
-    tokens.END_OF_TURN: "<end_of_turn>",
+    GEMMA3.bos: "<bos>",
+    GEMMA3.start_of_turn: "<start_of_turn>",
+    GEMMA3.end_of_turn: "<end_of_turn>",
   }
   return "".join(named.get(i) or tokenizer.decode([i]) for i in ids)
 

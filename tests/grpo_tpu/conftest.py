@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
@@ -34,12 +34,12 @@ class Tiny:
     rng = np.random.default_rng(seed)
     vision = self.config.vision
     assert vision is not None
-    block = [108, *[tokenizer.IMAGE_PLACEHOLDER] * vision.soft_tokens, 108]
+    block = [108, *[GEMMA3.image_placeholder] * vision.soft_tokens, 108]
     ids = np.zeros((num_prompts, 14), np.int32)
     lengths = rng.integers(10, 15, num_prompts)
     lengths[:2] = 14, 10
     for row, length in zip(ids, lengths, strict=True):
-      head = [tokenizer.BOS, *block * num_images]
+      head = [GEMMA3.bos, *block * num_images]
       words = rng.integers(110, self.config.vocab_size, length - len(head))
       row[:length] = [*head, *words]
     side = vision.image_size
@@ -127,7 +127,7 @@ def tiny() -> Tiny:
   )
   params = weights.random_params(config, 0, jnp.float32)
   # Long vectors: now and then a stop token is much the likeliest.
-  params["embedder"]["input_embedding"][list(tokenizer.STOP_IDS)] *= 2
+  params["embedder"]["input_embedding"][list(GEMMA3.stop_ids)] *= 2
   return Tiny(config, jax.tree.map(jnp.asarray, params))
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import attention, lora, vision
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -93,7 +93,7 @@ def logits(
   Args:
     config: The model's sizes.
     params: The stacked tree of `weights`.
-    tokens: Right-padded with `tokenizer.PAD`. Given images, each
+    tokens: Right-padded with `GEMMA3.pad`. Given images, each
       `config.vision.start_of_image` stands for the whole block of one: a blank
       line, start, soft tokens, end, a blank line, as the released models read
       it. Logits at such a token are those after the block's first blank line.
@@ -122,17 +122,15 @@ def _expanded(
   for row, at in zip(tokens.tolist(), position, strict=True):
     ids: list[int] = []
     named = 0
-    real = max(
-      (i + 1 for i, x in enumerate(row) if x != tokenizer.PAD), default=1
-    )
+    real = max((i + 1 for i, x in enumerate(row) if x != GEMMA3.pad), default=1)
     for i, token in enumerate(row):
       at[i] = len(ids)
       vision = config.vision if num_images else None
       if vision and token == vision.start_of_image:
         named += 1
-        soft = [tokenizer.IMAGE_PLACEHOLDER] * vision.soft_tokens
+        soft = [GEMMA3.image_placeholder] * vision.soft_tokens
         block = [token, *soft, vision.end_of_image]
-        ids += [tokenizer.BLANK_LINE, *block, tokenizer.BLANK_LINE]
+        ids += [GEMMA3.blank_line, *block, GEMMA3.blank_line]
       else:
         ids.append(token)
       if i + 1 == real:
@@ -142,7 +140,7 @@ def _expanded(
         f"tokens name {named} images in a row, and images has {num_images}."
       )
     rows.append(ids)
-  padded = np.full((len(rows), max(map(len, rows))), tokenizer.PAD, np.int32)
+  padded = np.full((len(rows), max(map(len, rows))), GEMMA3.pad, np.int32)
   for out, ids in zip(padded, rows, strict=True):
     out[: len(ids)] = ids
   return padded, np.array(lengths, np.int32), position
@@ -351,7 +349,7 @@ def embed(config, params, ids: Array, dtype) -> Array:
 
 def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
   """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
-  is_soft = prompt_ids == tokenizer.IMAGE_PLACEHOLDER
+  is_soft = prompt_ids == GEMMA3.image_placeholder
   x = embed(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
   starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
   blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)

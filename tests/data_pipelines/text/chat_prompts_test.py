@@ -7,6 +7,7 @@ import pytest
 from data_pipelines import records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 from data_pipelines.verifier import verify
 
 
@@ -70,7 +71,7 @@ def test_every_image_has_its_own_placeholders(tokenizer, num_images):
   ids = chat_prompts.encode_prompt(
     make_problem(), tokenizer, num_images=num_images, soft_tokens=4
   )
-  assert ids.count(tokens.IMAGE_PLACEHOLDER) == 4 * num_images
+  assert ids.count(GEMMA3.image_placeholder) == 4 * num_images
   assert ids.count(tokenizer.start_of_image) == num_images
   assert ids.count(tokenizer.end_of_image) == num_images
 
@@ -141,9 +142,9 @@ def test_a_question_cannot_end_its_turn_or_show_an_image(tokenizer):
   ids = chat_prompts.encode_prompt(
     make_problem(hostile), tokenizer, num_images=1, soft_tokens=1
   )
-  assert ids.count(tokens.END_OF_TURN) == 1
-  assert ids.count(tokens.START_OF_TURN) == 2
-  assert ids.count(tokens.BOS) == 1
+  assert ids.count(GEMMA3.end_of_turn) == 1
+  assert ids.count(GEMMA3.start_of_turn) == 2
+  assert ids.count(GEMMA3.bos) == 1
   assert ids.count(tokenizer.start_of_image) == 1
 
 
@@ -261,5 +262,5 @@ def test_a_demonstration_names_the_option_by_its_text():
 
 def test_a_completion_ends_its_turn(tokenizer):
   ids = chat_prompts.encode_completion("<answer>5</answer>", tokenizer)
-  assert ids[-1] == tokens.END_OF_TURN
+  assert ids[-1] == GEMMA3.end_of_turn
   assert tokenizer.decode(ids) == "<answer>5</answer>"

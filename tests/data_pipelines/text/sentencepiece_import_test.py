@@ -148,7 +148,7 @@ def test_two_spaces_that_are_a_piece_stay_one():
       "merges": [],
     },
   }
-  model = sentencepiece_import.of_tokenizer_json(
+  model = sentencepiece_import.from_tokenizer_json(
     json.dumps(content).encode(), "name"
   )
   processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -162,7 +162,7 @@ def test_older_merges_of_one_string_are_read_alike(pieces):
   old = json.loads(json.dumps(new))
   old["model"]["merges"] = [" ".join(pair) for pair in new["model"]["merges"]]
   models = [
-    sentencepiece_import.of_tokenizer_json(json.dumps(x).encode(), "name")
+    sentencepiece_import.from_tokenizer_json(json.dumps(x).encode(), "name")
     for x in (new, old)
   ]
   assert models[0] == models[1]
@@ -254,10 +254,10 @@ def test_gemmas_image_tokens_stand_where_gemma_has_them(tmp_path, shift):
     )
     for text in texts
   ]
-  (tmp_path / "large.model").write_bytes(sentencepiece_import._model(pieces))
+  (tmp_path / "large.model").write_bytes(sentencepiece_import._serialize(pieces))
   if shift:
     with pytest.raises(
-      ValueError, match="<start_of_image> at id 256000, .*255"
+      ValueError, match="'<start_of_image>' at id 256000, .*255"
     ):
       tokens.Tokenizer(tmp_path / "large.model")
   else:

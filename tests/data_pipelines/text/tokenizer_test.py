@@ -10,6 +10,7 @@ import sentencepiece
 from hypothesis import strategies
 
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 
 TEXTS = [
   f"Question: How many {colour} {shape} are there?\n\nI see {n}. "
@@ -175,7 +176,7 @@ def test_no_text_turns_into_control_ids(tokenizer, text):
   assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("stop", tokens.STOP_IDS)
+@pytest.mark.parametrize("stop", GEMMA3.stop_ids)
 def test_decoding_ends_at_the_first_stop_id(tokenizer, stop):
   five, six = tokenizer.encode("5"), tokenizer.encode("6")
   assert tokenizer.decode([*five, stop, *six]) == "5"
@@ -184,10 +185,10 @@ def test_decoding_ends_at_the_first_stop_id(tokenizer, stop):
 def test_decoding_drops_controls_and_image_placeholders(tokenizer):
   five = tokenizer.encode("5")
   noise = [
-    tokens.PAD,
-    tokens.BOS,
-    tokens.START_OF_TURN,
-    tokens.IMAGE_PLACEHOLDER,
+    GEMMA3.pad,
+    GEMMA3.bos,
+    GEMMA3.start_of_turn,
+    GEMMA3.image_placeholder,
     tokenizer.start_of_image,
     tokenizer.end_of_image,
     50,

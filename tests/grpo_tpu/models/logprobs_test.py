@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 
@@ -106,7 +106,7 @@ def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
 def test_early_tokens_are_as_if_the_vocabulary_had_no_stop(chunk_size):
   """In values and gradients, and only they."""
   _, ids, _ = inputs()
-  stop = tokenizer.STOP_IDS[0]
+  stop = GEMMA3.stop_ids[0]
   early = np.arange(SHAPE[-1]) < np.array([[0, 1], [2, 3]])[..., None]
   is_early = jnp.asarray(early)
   ids = jnp.where(is_early & (ids == stop), stop + 1, ids)

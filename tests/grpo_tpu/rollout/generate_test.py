@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import image_features, logprobs
 from grpo_tpu.models.gemma3 import text
@@ -59,7 +59,7 @@ def slow_greedy(tiny, prompts):
     logits = logprobs.output_logits(state, embedding, temperature=1.0)
     return jnp.argmax(logits, axis=-1)
 
-  ids = np.full((PROMPTS, 1, NUM_TOKENS), tokenizer.PAD, np.int32)
+  ids = np.full((PROMPTS, 1, NUM_TOKENS), GEMMA3.pad, np.int32)
   stopped = np.zeros(PROMPTS, bool)
   for t in range(NUM_TOKENS):
     drawn = np.asarray(likeliest(ids, t))
@@ -93,7 +93,7 @@ def test_a_row_ends_with_its_first_stop_token_or_is_truncated(completions):
     assert stopped == (len(stops) > 0)
     length = stops[0] + 1 if stopped else NUM_TOKENS
     np.testing.assert_array_equal(mask, np.arange(NUM_TOKENS) < length)
-    assert (ids[length:] == tokenizer.PAD).all()
+    assert (ids[length:] == GEMMA3.pad).all()
     assert (logps[length:] == 0).all()
     assert (logps[:length] < 0).all()
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 from typing import Any
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
 _TEXT_DEFAULTS = {
@@ -160,8 +160,8 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
     "attention_bias": False,
     "attention_dropout": 0.0,
     "attn_logit_softcapping": None,
-    "bos_token_id": tokenizer.BOS,
-    "eos_token_id": list(tokenizer.STOP_IDS),
+    "bos_token_id": GEMMA3.bos,
+    "eos_token_id": list(GEMMA3.stop_ids),
     "final_logit_softcapping": None,
     "head_dim": config.head_dim,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -172,7 +172,7 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
     "num_attention_heads": config.num_heads,
     "num_hidden_layers": config.num_layers,
     "num_key_value_heads": config.num_kv_heads,
-    "pad_token_id": tokenizer.PAD,
+    "pad_token_id": GEMMA3.pad,
     "query_pre_attn_scalar": scalar,
     "rms_norm_eps": 1e-6,
     "rope_local_base_freq": config.local_rope_base,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import text
 
 SLOTS = 3
@@ -16,17 +16,17 @@ def batch_of(tiny):
   """Rows with 2, 0 and 3 images; what unused slots hold is noise."""
   rng = np.random.default_rng(0)
   soft = tiny.config.vision.soft_tokens
-  block = [108, *[tokenizer.IMAGE_PLACEHOLDER] * soft, 109]
+  block = [108, *[GEMMA3.image_placeholder] * soft, 109]
   ids = np.zeros((len(COUNTS), 28), np.int32)
   lengths = np.array([len(block) * n + 6 + n for n in COUNTS])
   for row, length, count in zip(ids, lengths, COUNTS, strict=True):
     words = rng.integers(110, tiny.config.vocab_size, length).tolist()
-    told = [tokenizer.BOS, *block]
+    told = [GEMMA3.bos, *block]
     for _ in range(count - 1):
       told += [words.pop(), *block]
-    told = told if count else [tokenizer.BOS]
+    told = told if count else [GEMMA3.bos]
     row[:length] = (told + words)[:length]
-    soft_ids = (row == tokenizer.IMAGE_PLACEHOLDER).sum()
+    soft_ids = (row == GEMMA3.image_placeholder).sum()
     assert soft_ids == count * soft
   side = tiny.config.vision.image_size
   shape = (len(COUNTS), SLOTS, side, side, 3)
@@ -71,7 +71,7 @@ def test_each_image_is_read_where_its_placeholders_are(tiny):
     if slot >= COUNTS[row]:
       np.testing.assert_array_equal(moved[row], 0)
     else:
-      is_soft = np.asarray(ids[row]) == tokenizer.IMAGE_PLACEHOLDER
+      is_soft = np.asarray(ids[row]) == GEMMA3.image_placeholder
       first = np.flatnonzero(is_soft)[slot * tiny.config.vision.soft_tokens]
       np.testing.assert_array_equal(moved[row, :first], 0)
       assert (moved[row, first : lengths[row]] > 0).any()

@@ -15,6 +15,7 @@ import pytest
 from data_pipelines import records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, weights
 from tests.grpo_tpu.models.gemma3 import float64_twin
@@ -76,7 +77,7 @@ def params(file):
 @pytest.fixture(scope="module")
 def rows(tokenizer):
   """Ids of the short prompts, and of the long one, which comes last."""
-  ids = [[tokens.BOS, *tokenizer.encode(prompt)] for prompt in (*SHORT, LONG)]
+  ids = [[GEMMA3.bos, *tokenizer.encode(prompt)] for prompt in (*SHORT, LONG)]
   ids[-1] = ids[-1][:NUM_LONG]
   assert len(ids[-1]) == NUM_LONG
   assert max(map(len, ids[:-1])) <= 64
@@ -173,7 +174,7 @@ def test_what_grows_with_length_is_the_rounding_of_rotary_angles(
 
 def test_the_capital_of_france_is_paris(params, tokenizer):
   """Greedy: the token after the prompt."""
-  ids = jnp.asarray([[tokens.BOS, *tokenizer.encode(CAPITAL)]])
+  ids = jnp.asarray([[GEMMA3.bos, *tokenizer.encode(CAPITAL)]])
   no_images = jnp.zeros((1, 0, 1, 1, 3), jnp.uint8)
 
   @jax.jit
@@ -194,7 +195,7 @@ def test_the_capital_of_france_is_paris(params, tokenizer):
 
 def test_the_vocabulary_is_gemmas(tokenizer):
   """Ids as Google's own file gives them."""
-  assert tokenizer.vocab_size == tokens.GEMMA_VOCAB_SIZE
+  assert tokenizer.vocab_size == GEMMA3.vocab_size
   assert tokenizer.start_of_image == 255_999
   assert tokenizer.end_of_image == 256_000
   assert tokenizer.encode("user\n") == [2364, 107]

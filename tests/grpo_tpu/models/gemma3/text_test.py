@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.text import tokenizer
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, vision, weights
 from grpo_tpu.models.settings import REMAT_POLICIES
 from tests.grpo_tpu.models.gemma3 import float64_twin
 
-SOFT = tokenizer.IMAGE_PLACEHOLDER
+SOFT = GEMMA3.image_placeholder
 VOCAB = 300
 # Windows shorter than a prompt, several key-value heads, and layers on either
 # side of a global one.
