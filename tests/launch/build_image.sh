@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile for real, without a registry or a Docker engine, and
-# trains a few steps inside, as the image's user and by its entrypoint:
+# Builds the Dockerfile without a registry or a Docker engine, and trains a few
+# steps inside, with the image's user and entrypoint:
 #
 #   bash tests/launch/build_image.sh FOLDER
 #
-# Wants root, buildah and debootstrap, 15 GiB in FOLDER and some minutes; ends
-# with 77 where it cannot be tried. The base is a Debian with this machine's
-# Python 3.12 ($GRPO_TPU_PYTHON, or python3.12); what pip needs to know here
-# ($IMAGE_VOLUMES, folders with a colon between) is mounted while it builds.
+# Needs root, buildah and debootstrap, 15 GiB in FOLDER and some minutes; exits
+# with 77 if these are missing. The base is a Debian with this machine's Python
+# 3.12 ($GRPO_TPU_PYTHON, or python3.12). Files that pip needs are mounted during
+# the build; $IMAGE_VOLUMES adds more, separated by colons.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 folder=$(realpath "${1:?usage: build_image.sh FOLDER}")
 
 cannot() {
-  printf '%s\n' "Not tried: $*" >&2
+  printf '%s\n' "Skipped: $*" >&2
   exit 77
 }
 
-((EUID == 0)) || cannot "it wants root."
+((EUID == 0)) || cannot "root is needed."
 for command in buildah debootstrap; do
-  command -v "$command" >/dev/null || cannot "there is no $command here."
+  command -v "$command" >/dev/null || cannot "$command is missing."
 done
 python=${GRPO_TPU_PYTHON:-python3.12}
 prefix=$("$python" -c 'import sys; print(sys.base_prefix)') ||
-  cannot "there is no $python here."
+  cannot "$python is missing."
 
 tool=(
   buildah --root "$folder/storage" --runroot "$folder/runroot"
@@ -37,11 +37,11 @@ if [[ ! -e $base.complete ]]; then
   debootstrap --variant=minbase --include=\
 ca-certificates,libbz2-1.0,libffi8,liblzma5,libncursesw6,libreadline8,\
 libsqlite3-0,libssl3,libuuid1,zlib1g bookworm "$base"
-  # In its own place, where its libraries are looked for.
+  # Python looks for its libraries at the original path.
   mkdir -p "$base$prefix"
   tar -C "$prefix" --exclude=site-packages --exclude=test -c . |
     tar -C "$base$prefix" -x
-  # Folders on the way to it may be closed to others.
+  # Other users must be able to open its parent folders.
   for ((at = 1; at < ${#prefix}; at++)); do
     if [[ ${prefix:at:1} == / ]]; then chmod a+rx "$base${prefix:0:at}"; fi
   done
@@ -65,7 +65,7 @@ done
 
 container=$("${tool[@]}" from --signature-policy "$folder/policy.json" \
   --pull-never localhost/grpo_tpu)
-# A name that resolves, as any machine's does.
+# A host name that resolves.
 run=("${tool[@]}" run --isolation chroot --hostname localhost)
 "${tool[@]}" inspect --format \
   'user {{.OCIv1.Config.User}}, entrypoint {{.OCIv1.Config.Entrypoint}}' "$container"

@@ -1,4 +1,4 @@
-"""A checkout with stand-ins for Python and pip: set-up takes no time."""
+"""A checkout with fake Pythons and a fake pip, so that set-up takes no time."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# What `launch/` needs beside bash: nothing here finds the machine's Pythons.
+# The commands that `launch/` needs. The machine's own Pythons stay hidden.
 COMMANDS = ("bash", "cat", "dirname", "flock", "mkdir", "mv", "rm", "setpriv")
 
 
 class Checkout:
-  """A copy of `launch/` in a folder of its own, and a machine around it."""
+  """A copy of `launch/` in its own folder, on a fake machine."""
 
   def __init__(self, folder: pathlib.Path):
     self.root = folder / "a checkout"
@@ -37,7 +37,7 @@ class Checkout:
     self.tools = tools
 
   def add(self, path: pathlib.Path, script: str) -> pathlib.Path:
-    """An executable of this content."""
+    """Writes an executable file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
     path.chmod(0o755)
@@ -49,14 +49,14 @@ class Checkout:
     version: str = "3.12",
     lacks: tuple[str, ...] = (),
   ) -> pathlib.Path:
-    """A Python that claims to be this version and to lack these modules."""
+    """Adds a fake Python of this version, without these modules."""
     pretend = ROOT / "tests" / "launch" / "pretend_python.py"
     words = (sys.executable, "-IS", pretend, path, version)
     line = " ".join(f"'{word}'" for word in (*words, ",".join(lacks)))
     return self.add(path, f'#!/bin/bash\nexec {line} "$@"\n')
 
   def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Bash on a line that sees nothing of this machine but its tools."""
+    """Starts a line of bash that sees only the tools of this machine."""
     return subprocess.Popen(
       ["bash", "-c", script, "bash", *arguments],
       cwd=self.home,
@@ -75,7 +75,7 @@ class Checkout:
   def run(
     self, script: str, *arguments: str
   ) -> subprocess.CompletedProcess[str]:
-    """The same, waited for."""
+    """Runs a line of bash."""
     process = self.start(script, *arguments)
     out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(
@@ -83,7 +83,7 @@ class Checkout:
     )
 
   def called(self) -> list[list[str]]:
-    """The words of each request to a Python since the last time."""
+    """The arguments of each call of a fake Python since the last time."""
     lines = self.calls.read_text().splitlines()
     self.calls.write_text("")
     return [json.loads(line) for line in lines]

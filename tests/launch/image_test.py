@@ -1,4 +1,4 @@
-"""The image: a clean Dockerfile of pinned parts, that builds and trains."""
+"""The Dockerfile is clean and pinned; its image builds and trains."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ BUILD = ROOT / "tests" / "launch" / "build_image.sh"
 
 
 def instructions(name: str) -> list[str]:
-  """What stands behind each instruction of this name."""
+  """The arguments of each instruction of this name."""
   joined = DOCKERFILE.replace("\\\n", " ")
   return re.findall(rf"^{name}\s+(.*)$", joined, re.MULTILINE)
 
@@ -30,7 +30,7 @@ def test_hadolint_finds_nothing():
   assert found.returncode == 0, found.stdout
 
 
-def test_what_is_copied_is_there_and_let_through():
+def test_every_copied_path_exists_and_passes_the_ignore_file():
   ignored = (ROOT / ".dockerignore").read_text().splitlines()
   assert ignored[1] == "*"
   for line in instructions("COPY"):
@@ -40,8 +40,8 @@ def test_what_is_copied_is_there_and_let_through():
       assert f"!{source}" in ignored
 
 
-def test_nothing_else_is_let_through():
-  """No settings with a project's name, no weights, no runs."""
+def test_the_ignore_file_passes_nothing_else():
+  """Settings with a project's name, weights and runs stay outside."""
   ignored = (ROOT / ".dockerignore").read_text().splitlines()
   copied = {s for line in instructions("COPY") for s in line.split()[:-1]}
   assert {line[1:] for line in ignored if line.startswith("!")} == copied
@@ -53,13 +53,13 @@ def test_it_does_not_run_as_root():
   assert DOCKERFILE.index("USER") > DOCKERFILE.rindex("RUN")
 
 
-def test_its_base_can_be_replaced_and_is_no_moving_target():
+def test_the_base_can_be_replaced_and_has_a_fixed_version():
   (base,) = re.findall(r"^ARG BASE_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)
   assert instructions("FROM") == ["${BASE_IMAGE}"]
   assert re.fullmatch(r"python:3\.1[23]-slim-[a-z]+", base)
 
 
-def test_every_installation_is_held_by_the_pins():
+def test_every_installation_uses_the_pins():
   for line in instructions("RUN"):
     for command in line.split("&&"):
       if "pip install" in command:
@@ -68,7 +68,7 @@ def test_every_installation_is_held_by_the_pins():
 
 @pytest.mark.nightly
 def test_it_builds_and_trains_inside(tmp_path):
-  """As its user, by its entrypoint, on a base made here: no registry."""
+  """With its user and its entrypoint, on a local base: no registry."""
   done = subprocess.run(
     ["bash", str(BUILD), str(tmp_path)], capture_output=True, text=True
   )

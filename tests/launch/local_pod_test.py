@@ -1,4 +1,4 @@
-"""The pod on loopback, with shell scripts in the place of its hosts."""
+"""The pod on loopback, with shell scripts as hosts."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 LOCAL_POD = (
   pathlib.Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
 )
-# Host K writes down what it was told, then does what ACT_K says.
+# Host K records its arguments, then runs the command in ACT_K.
 HOST = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo 4321; exit; fi
 host=$JAX_PROCESS_ID
@@ -20,7 +20,7 @@ host=$JAX_PROCESS_ID
   echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PLATFORMS"
   echo "$XLA_FLAGS"
   printf '%s\\n' "$@"
-} >"$TOLD/$host.part" && mv "$TOLD/$host.part" "$TOLD/$host"
+} >"$RECORDS/$host.part" && mv "$RECORDS/$host.part" "$RECORDS/$host"
 echo "host $host speaks"
 act=ACT_$host
 eval "${!act:-}"
@@ -28,11 +28,11 @@ eval "${!act:-}"
 
 
 class Machine:
-  """A folder with a blank in its name, and hosts that only pretend."""
+  """A folder with a blank in its name, and fake hosts."""
 
   def __init__(self, folder: pathlib.Path):
-    self.told = folder / "what they were told"
-    self.told.mkdir(parents=True)
+    self.records = folder / "their records"
+    self.records.mkdir(parents=True)
     self.home = folder / "a home"
     self.home.mkdir()
     python = folder / "a python"
@@ -40,13 +40,13 @@ class Machine:
     python.chmod(0o755)
     self.environment = {
       "PATH": os.environ["PATH"],
-      "TOLD": str(self.told),
+      "RECORDS": str(self.records),
       "GRPO_TPU_PYTHON": str(python),
     }
 
   def start(self, *arguments: str, **acts: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-      # As at a terminal, even where these tests run in a shell's background.
+      # As in a terminal, even if the tests run in the background.
       ["env", "--default-signal=INT", "bash", str(LOCAL_POD), *arguments],
       cwd=self.home,
       env=self.environment | acts,
@@ -56,13 +56,13 @@ class Machine:
     )
 
   def run(self, *arguments: str, **acts: str) -> tuple[int, str]:
-    """Its exit code, and what it said."""
+    """Runs the script; returns its exit code and its output."""
     process = self.start(*arguments, **acts)
     said, _ = process.communicate(timeout=60)
     return process.returncode, said
 
   def wait_for(self, host: int) -> None:
-    while not (self.told / str(host)).exists():
+    while not (self.records / str(host)).exists():
       time.sleep(0.02)
 
 
@@ -74,11 +74,13 @@ def machine(tmp_path):
 WORKDIR = "--workdir=my runs/1"
 
 
-def test_each_host_is_told_where_and_who_it_is(machine):
+def test_each_host_gets_its_address_and_its_number(machine):
   code, _ = machine.run("-n", "3", "-m", "2", "--", "--config=a b", WORKDIR)
   assert code == 0
   for host in range(3):
-    address, flags, *words = (machine.told / str(host)).read_text().splitlines()
+    address, flags, *words = (
+      (machine.records / str(host)).read_text().splitlines()
+    )
     assert address == "127.0.0.1:4321 3 cpu"
     assert flags.split() == ["--xla_force_host_platform_device_count=2"]
     assert words == [
@@ -95,7 +97,7 @@ def test_each_host_has_a_log_and_the_first_is_shown(machine):
   assert "host 0 speaks" in said and "host 1 speaks" not in said
 
 
-def test_a_second_start_writes_on_in_the_logs(machine):
+def test_a_second_start_appends_to_the_logs(machine):
   for _ in range(2):
     machine.run("-n", "2", "--workdir", "w")
   for host in range(2):
@@ -107,8 +109,8 @@ def test_a_second_start_writes_on_in_the_logs(machine):
   ("act", "code"),
   [("exit 64", 64), ("exit 76", 76), ("kill -KILL $$", 137)],
 )
-def test_the_first_to_fail_gives_its_code(machine, act, code):
-  """The others fail because of it, and a little later."""
+def test_the_first_failure_is_the_exit_code(machine, act, code):
+  """The others fail a little later, because of the first."""
   acts = {"ACT_0": "sleep 1; exit 1", "ACT_1": act}
   found, said = machine.run("-n", "2", WORKDIR, **acts)
   assert found == code
@@ -116,26 +118,26 @@ def test_the_first_to_fail_gives_its_code(machine, act, code):
   assert "logs/host-1.log" in said
 
 
-def test_the_first_to_fail_ends_the_others(machine):
-  """The other one would go on for good, and takes no notice of SIGTERM."""
+def test_the_first_failure_ends_the_other_hosts(machine):
+  """The other host never ends and ignores SIGTERM."""
   start = time.monotonic()
   stubborn = "trap : TERM; while :; do sleep 0.1; done"
   acts = {"ACT_0": stubborn, "ACT_1": "exit 76"}
   assert machine.run("-n", "2", WORKDIR, **acts)[0] == 76
-  assert time.monotonic() - start < 30  # Of which it grants the other 10.
+  assert time.monotonic() - start < 30  # It grants the other host 10.
 
 
 @pytest.mark.parametrize(
   ("codes", "code"),
   [((75, 75), 75), ((75, 1), 1), ((1, 75), 1), ((0, 1), 1), ((0, 0), 0)],
 )
-def test_a_pod_is_preempted_where_no_host_says_worse(machine, codes, code):
+def test_a_pod_is_preempted_if_no_host_fails(machine, codes, code):
   acts = {f"ACT_{host}": f"exit {x}" for host, x in enumerate(codes)}
   assert machine.run("-n", "2", WORKDIR, **acts)[0] == code
 
 
-def test_who_was_preempted_leaves_the_others_time_to_save(machine):
-  """More than they have where a host has failed."""
+def test_a_preempted_host_leaves_the_others_time_to_save(machine):
+  """More time than after a failure."""
   acts = {"ACT_0": "exit 75", "ACT_1": "sleep 11; exit 75"}
   assert machine.run("-n", "2", WORKDIR, **acts)[0] == 75
 
@@ -146,7 +148,7 @@ def test_a_signal_preempts_every_host(machine, number):
   process = machine.start("-n", "2", WORKDIR, ACT_0=saves, ACT_1=saves)
   machine.wait_for(0)
   machine.wait_for(1)
-  time.sleep(0.5)  # Until both have set their traps.
+  time.sleep(0.5)  # Both set their traps.
   process.send_signal(number)
   process.communicate(timeout=60)
   assert process.returncode == 75
@@ -168,9 +170,9 @@ def test_a_second_signal_kills_the_hosts(machine):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")
 def test_hosts_do_not_outlive_a_killed_script(machine):
-  act = 'echo $$ >"$TOLD/pid.$host"; while :; do sleep 0.1; done'
+  act = 'echo $$ >"$RECORDS/pid.$host"; while :; do sleep 0.1; done'
   process = machine.start("-n", "1", WORKDIR, ACT_0=act)
-  pid = machine.told / "pid.0"
+  pid = machine.records / "pid.0"
   while not (pid.exists() and pid.read_text()):
     time.sleep(0.02)
   process.kill()
@@ -201,8 +203,8 @@ def _is_alive(pid: int) -> bool:
     (("two", WORKDIR), "'two'"),
   ],
 )
-def test_a_mistake_is_told_before_any_host_starts(machine, arguments, word):
+def test_a_wrong_command_line_starts_no_host(machine, arguments, word):
   code, said = machine.run(*arguments)
   assert code == 64
   assert word in said and "usage:" in said
-  assert list(machine.told.iterdir()) == []
+  assert list(machine.records.iterdir()) == []

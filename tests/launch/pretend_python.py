@@ -1,4 +1,4 @@
-"""A Python that claims a version and writes down what it is asked to do.
+"""A fake Python of a given version that records its calls.
 
     pretend_python.py ITSELF MAJOR.MINOR MISSING_MODULES ARGUMENT...
 
@@ -19,7 +19,7 @@ import time
 
 
 def run_code(itself: str, version: str, missing: str) -> None:
-  """Runs the code as that version would, as far as scripts can tell."""
+  """Runs the code as that version would."""
   sys.version = f"{version}.1"
   sys.version_info = (*map(int, version.split(".")), 1)
   sys._base_executable = itself
@@ -30,7 +30,7 @@ def run_code(itself: str, version: str, missing: str) -> None:
 
 
 def make_venv(itself: str, folder: pathlib.Path) -> None:
-  """What `python -m venv --clear` does, as far as scripts can tell."""
+  """Acts like `python -m venv --clear`."""
   if folder.exists():
     shutil.rmtree(folder)
   (folder / "bin").mkdir(parents=True)
@@ -58,7 +58,7 @@ if arguments[:2] == ["-m", "pip"]:
     os.kill(os.getppid(), signal.SIGKILL)
   elif what == "tell":
     settings = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
-    write_down(["pip is told", *map("=".join, settings.items())])
+    write_down(["settings of pip", *map("=".join, settings.items())])
 for entry in os.environ.get("EXITS", "").split():
   word, _, code = entry.rpartition("=")
   if word in arguments:

@@ -1,4 +1,4 @@
-"""One Python is found or one error said; a venv is whole or is made again."""
+"""A Python is found or an error explains why not; a venv is complete."""
 
 import itertools
 import pathlib
@@ -40,7 +40,7 @@ def test_a_shim_that_does_not_start_is_passed_over(checkout):
 
 
 def test_a_name_that_path_holds_twice_is_tried_twice(checkout):
-  """The shim comes first on PATH; the system's own stands behind it."""
+  """A shim comes first on PATH, the Python of the system second."""
   checkout.add(checkout.path / "python3.12", BROKEN_SHIM)
   good = checkout.add_python(checkout.tools / "python3.12")
   assert checkout.run(FIND).stdout == f"{good}\n"
@@ -55,7 +55,7 @@ def test_pyenv_is_searched_although_no_shim_is_on_path(checkout, variable):
   assert checkout.run(FIND).stdout == f"{good}\n"
 
 
-def test_a_python_that_uv_keeps_is_found(checkout):
+def test_a_python_of_uv_is_found(checkout):
   good = checkout.add_python(checkout.home / "kept" / "python", "3.13")
   checkout.add(
     checkout.path / "uv",
@@ -65,7 +65,7 @@ def test_a_python_that_uv_keeps_is_found(checkout):
   assert checkout.run(FIND).stdout == f"{good}\n"
 
 
-def test_every_python_that_will_not_do_is_named_with_its_reason(checkout):
+def test_every_rejected_python_is_named_with_the_reason(checkout):
   checkout.add_python(checkout.path / "python3", "3.11")
   checkout.add_python(checkout.path / "python", "3.14")
   checkout.add_python(checkout.path / "python3.12", lacks=("ensurepip",))
@@ -107,14 +107,14 @@ def test_the_first_run_installs_the_pinned_set_with_its_build_tools(checkout):
 
 
 def ready(checkout) -> None:
-  """Sets up once and forgets how."""
+  """Sets up once and forgets the calls."""
   checkout.add_python(checkout.path / "python3.12")
   result = checkout.run(ENSURE)
   assert result.returncode == 0, result.stderr
   checkout.called()
 
 
-def test_the_second_run_asks_nobody_anything(checkout):
+def test_the_second_run_only_compares_the_stamp(checkout):
   ready(checkout)
   (checkout.path / "python3.12").unlink()
   result = checkout.run(ENSURE)
@@ -154,9 +154,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_venv_that_is_not_whole_or_not_current_is_made_again(
-  checkout, damage
-):
+def test_an_incomplete_or_old_venv_is_made_again(checkout, damage):
   ready(checkout)
   damage(checkout.root)
   assert is_made_again(checkout)
@@ -221,9 +219,9 @@ def test_pip_obeys_the_user_but_installs_into_the_venv(checkout):
   checkout.environment |= {"PIP_INDEX_URL": "here", "PIP_TARGET": "/there"}
   checkout.environment["PIP"] = "tell"
   assert checkout.run(ENSURE).returncode == 0
-  told = [call for call in checkout.called() if call[0] == "pip is told"]
-  assert len(told) == 2
-  for settings in told:
+  recorded = [c for c in checkout.called() if c[0] == "settings of pip"]
+  assert len(recorded) == 2
+  for settings in recorded:
     assert "PIP_INDEX_URL=here" in settings
     assert "PIP_TARGET=/there" not in settings
 
@@ -247,8 +245,8 @@ def test_every_requirement_is_pinned(monkeypatch):
   assert {"setuptools", "wheel"} <= pinned
 
 
-def test_a_venv_of_the_user_s_is_used_as_it_stands(checkout):
-  """Nothing is asked of it, and nothing made, whatever is missing in it."""
+def test_a_venv_of_the_user_is_used_without_changes(checkout):
+  """It is neither checked nor changed."""
   python = checkout.add_python(checkout.home / "my venv" / "bin" / "python")
   before = sorted(checkout.root.rglob("*")), python.read_bytes()
   for named in (checkout.home / "my venv", "my venv"):
@@ -259,7 +257,7 @@ def test_a_venv_of_the_user_s_is_used_as_it_stands(checkout):
   assert before == (sorted(checkout.root.rglob("*")), python.read_bytes())
 
 
-def test_a_venv_of_the_user_s_that_is_none_is_refused(checkout):
+def test_a_wrong_venv_of_the_user_is_refused(checkout):
   checkout.add_python(checkout.path / "python3.12")
   checkout.environment["GRPO_TPU_VENV"] = str(checkout.home)
   result = checkout.run(ENSURE)

@@ -26,7 +26,7 @@ def write_metrics(workdir: pathlib.Path, rows: list[dict[str, float]]) -> None:
 
 
 def stages(checkout, *arguments: str) -> tuple[int, list[list[str]]]:
-  """The exit code, and the words that each stage was started with."""
+  """The exit code, and the arguments of each stage."""
   result = checkout.run(SMOKE, *arguments)
   return result.returncode, [
     call[1:]
@@ -41,7 +41,7 @@ def machine(checkout):
   return checkout
 
 
-def test_three_stages_run_in_order_each_on_what_the_one_before_wrote(machine):
+def test_three_stages_run_in_order_each_on_the_output_of_the_last(machine):
   workdir = machine.root / "runs" / "smoke"
   _, (prepare, warm_start, grpo) = stages(machine)
   data = f"--config.data.dir={workdir}/data"
@@ -69,7 +69,7 @@ def test_settings_reach_both_trainings_and_the_seed_the_data_too(machine):
   assert all(call[-2:] == settings for call in trainings)
 
 
-def test_a_workdir_is_relative_to_where_the_user_stands(machine):
+def test_a_workdir_is_relative_to_the_current_folder(machine):
   _, (_, _, grpo) = stages(machine, "--workdir=my runs/1")
   assert f"--workdir={machine.home}/my runs/1" in grpo
 
@@ -98,7 +98,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_exit_code(machine, word, ran):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")
 def test_a_stage_does_not_outlive_a_killed_script(machine):
-  """It would go on writing what the next start resumes."""
+  """An orphan would write the workdir of the next run."""
   machine.environment["HANGS"] = "grpo_tpu.main"
   process = machine.start(SMOKE)
   while "grpo_tpu.main" not in machine.calls.read_text():

@@ -1,4 +1,4 @@
-"""The checks run in order, and the first that fails is the answer."""
+"""The checks run in order, and the first failure ends the script."""
 
 import pytest
 
@@ -8,7 +8,7 @@ TOOLS = ("ruff", "pyright", "shellcheck")
 
 @pytest.fixture
 def machine(checkout):
-  """Set up, with tools that write down their names."""
+  """A complete venv, with fake tools that record their calls."""
   checkout.add_python(checkout.path / "python3.12")
   assert checkout.run(TEST, "--version").returncode == 0
   checkout.called()

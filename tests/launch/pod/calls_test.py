@@ -1,4 +1,4 @@
-"""Every call of gcloud is one that gcloud's own parser accepts."""
+"""gcloud's own parser accepts every call."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def settings_file(tmp_path):
 
 
 def dry_run(capfd, settings: str, *words: str) -> list[list[str]]:
-  """The calls that a verb prints, each without gcloud's name."""
+  """The calls that a verb prints, without the word gcloud."""
   capfd.readouterr()
   code = command_line.main([settings, "--dry-run", *words])
   out, err = capfd.readouterr()
@@ -51,7 +51,7 @@ def dry_run(capfd, settings: str, *words: str) -> list[list[str]]:
 
 
 def all_calls(capfd, settings_file) -> list[list[str]]:
-  """Of all verbs, under each way of asking, of paying and of getting in."""
+  """The calls of all verbs, with each REQUEST, CAPACITY and SSH."""
   ways = itertools.product(
     ("queued", "direct"),
     ("spot", "on-demand", "reserved"),

@@ -1,4 +1,4 @@
-"""A cloud and a laptop for the tests of `launch/tpu.sh`."""
+"""A fake cloud and a laptop for the tests of `launch/tpu.sh`."""
 
 import pytest
 

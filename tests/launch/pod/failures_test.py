@@ -1,4 +1,4 @@
-"""Each failure has its own exit code and says what to do next."""
+"""Each failure has its own exit code and a next step."""
 
 import re
 import shutil
@@ -38,7 +38,7 @@ NOT_ALLOWED = (
 
 
 def fails(laptop, kind: Exit, *words: str) -> str:
-  """What a verb says that ends with this code and its next step."""
+  """Runs a verb that fails with this code; returns its error output."""
   done = laptop.tpu(*words)
   assert done.returncode == kind, done.stderr
   assert (
@@ -73,7 +73,7 @@ def test_a_slice_that_is_refused(laptop, cloud, request_by, refusal, kind):
     ("WAITING_FOR_RESOURCES", Exit.TIMEOUT),
   ],
 )
-def test_a_slice_that_does_not_come(laptop, cloud, state, kind):
+def test_a_slice_that_never_becomes_ready(laptop, cloud, state, kind):
   cloud.queued["grpo-1"] = {"tpu": {"nodeSpec": [{"node": OURS}]}, "looks": 0}
   cloud.requested_states = [state]
   said = fails(laptop, kind, "wait", "--timeout=0.1", "--poll=0.1")
@@ -85,7 +85,7 @@ def test_a_slice_that_does_not_come(laptop, cloud, state, kind):
 @pytest.mark.parametrize(
   "labels", [{}, {"grpo-tpu": "another"}], ids=["none", "of another"]
 )
-def test_nothing_is_deleted_that_was_not_made_here(laptop, cloud, labels):
+def test_slices_without_our_label_are_never_deleted(laptop, cloud, labels):
   cloud.queued["grpo-1"] = {
     "tpu": {"nodeSpec": [{"node": OURS | {"labels": labels}}]},
     "looks": 0,
@@ -98,7 +98,7 @@ def test_nothing_is_deleted_that_was_not_made_here(laptop, cloud, labels):
 
 
 @real
-def test_a_slice_that_is_not_there(laptop):
+def test_a_slice_that_does_not_exist(laptop):
   fails(laptop, Exit.ABSENT, "run", CONFIG)
 
 
@@ -145,7 +145,7 @@ def test_a_run_is_not_started_twice_and_ends_by_stop_having_saved(
   assert stopped.returncode == 0, stopped.stderr
   assert (workdir / "checkpoints" / "00000000").exists()
   assert "ended with exit code 75" in laptop.tpu("status").stdout
-  assert "goes on from step 0" in laptop.tpu("logs").stdout
+  assert "resumes from step 0" in laptop.tpu("logs").stdout
 
 
 def test_without_gcloud_the_code_says_so(laptop, tmp_path):
@@ -179,13 +179,13 @@ def test_without_gcloud_the_code_says_so(laptop, tmp_path):
     ("jobset", CONFIG),
   ],
 )
-def test_a_bad_request_reaches_no_one(laptop, cloud, words):
+def test_a_bad_request_calls_no_api(laptop, cloud, words):
   done = laptop.tpu(*words)
   assert done.returncode == Exit.BAD_REQUEST
   assert done.stderr and cloud.requests == []
 
 
-def test_a_setting_is_refused_before_anything_is_asked(laptop, cloud):
+def test_a_wrong_setting_is_refused_before_any_call(laptop, cloud):
   laptop.settings["NAME"] = "$(touch owned)"
   said = fails(laptop, Exit.BAD_REQUEST, "create")
   assert "NAME ('$(touch owned)') must be" in said
@@ -198,7 +198,7 @@ def test_an_uncommitted_config_is_not_sent(laptop):
   assert "commit it" in said
 
 
-# What the real gcloud 528 has said.
+# Error output of the real gcloud 528.
 @pytest.mark.parametrize(
   "words, kind",
   [
@@ -233,14 +233,14 @@ def test_an_uncommitted_config_is_not_sent(laptop):
     ("ERROR: (gcloud) INVALID_ARGUMENT: no such type", Exit.GCLOUD),
   ],
 )
-def test_what_gcloud_says_has_a_meaning(words, kind):
+def test_errors_of_gcloud_are_classified(words, kind):
   assert gcloud.classify_error(words) == kind
 
 
-def test_every_code_is_its_own_and_has_a_next_step():
+def test_every_exit_code_is_unique_and_has_a_next_step():
   kinds = set(Exit) - {Exit.DONE}
   assert all(kind.next_step for kind in kinds)
-  # Those of the program, which `supervise` passes on.
+  # `supervise` also ends with these codes of the program.
   assert {kind.value for kind in kinds} & {0, 1, 75, 76, 134} == set()
 
 
@@ -261,7 +261,7 @@ def test_every_code_is_its_own_and_has_a_next_step():
     (127, "bash: grpo_tpu_worker.sh: No such file", Exit.NOT_SET_UP),
   ],
 )
-def test_what_a_worker_ends_with_has_a_meaning(returncode, stderr, kind):
+def test_errors_of_a_worker_are_classified(returncode, stderr, kind):
   cloud = gcloud.Gcloud(fake_cloud.settings(), dry_run=False)
   with pytest.raises(exits.Failure) as raised:
     cloud.check_worker(3, returncode, stderr)

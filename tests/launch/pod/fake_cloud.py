@@ -1,8 +1,7 @@
-"""A TPU API on the loopback, and workers that are folders of this machine.
+"""A TPU API on loopback, whose workers are folders of this machine.
 
-gcloud itself is real. Its `ssh` and `scp` are stand-ins on PATH that run the
-remote command in a shell of this machine, in the home folder of the worker
-whose address they were given. The program is `pretend_trainer.py`.
+gcloud is real. Fake `ssh` and `scp` on PATH run the remote command on this
+machine, in the home folder of the worker. The program is `pretend_trainer.py`.
 """
 
 import base64
@@ -26,7 +25,7 @@ from launch.pod import settings as pod_settings
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 
-# Options take a word of their own, or are one with it.
+# A value may follow its option as a word or be part of it.
 SCP = """#!/bin/bash
 files=()
 while (($# > 1)); do
@@ -45,7 +44,7 @@ if [[ ! -d $worker || -e $worker.cut ]]; then
 fi
 exec cp -- "${files[@]}" "$worker"
 """
-# A worker's Python: all of it but the program is real.
+# A worker's Python. Only the program is fake.
 TRAINER = f"""#!/bin/bash
 if [[ $2 == grpo_tpu.main ]]; then
   set -- -IS "{HERE}/pretend_trainer.py" "$@"
@@ -58,19 +57,18 @@ exec "{sys.executable}" -IS "{HERE}/pretend_ssh.py" "$@"
 
 
 class Cloud:
-  """The API's state, and what has been asked of it.
+  """The state of the API, and its requests.
 
   Attributes:
-    folder: Of the workers, and of what stands in for their programs.
-    requests: Method, path and body of each that changes something.
-    requested_states: Of a queued resource, at each look, the last for good;
-      ACTIVE makes the node.
-    refusal: Status and message of the next creation, if it is to be refused.
-    failure: What a queued resource says of its failure.
-    num_workers: Of a node.
-    looks: How often someone who is not ssh has asked about a node.
-    will_preempt: Whether the next to ask about a node, not ssh, finds its
-      machines taken away.
+    folder: The folder of the workers and of the fake programs.
+    requests: Method, path and body of each request that changes something.
+    requested_states: The states of a queued resource at each request; the last
+      one stays. ACTIVE makes the node.
+    refusal: Code, status and message that refuse the next creation; or None.
+    failure: The reason of a failed queued resource.
+    num_workers: The number of workers of a node.
+    looks: The number of requests about a node, without those of ssh.
+    will_preempt: True takes the machines away at the next such request.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -96,7 +94,7 @@ class Cloud:
     (self.folder / name).chmod(0o755)
 
   def tell(self, name: str, number: int) -> None:
-    """Tells the programs what `pretend_trainer.py` waits for, all at once."""
+    """Sets a number that all fake programs wait for, atomically."""
     unfinished = self.folder / f"{name}.new"
     unfinished.write_text(str(number))
     unfinished.replace(self.folder / name)
@@ -106,7 +104,7 @@ class Cloud:
     return self.folder / "workers" / f"127.0.0.{10 + number}"
 
   def add_node(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """A TPU VM of this name, with machines that have nothing on them yet."""
+    """Adds a TPU VM of this name, with empty machines."""
     for number in range(self.num_workers):
       self.worker(number).mkdir(exist_ok=True)
     self.nodes[name] = body | {
@@ -126,7 +124,7 @@ class Cloud:
     return self.nodes[name]
 
   def take_away(self, name: str) -> None:
-    """What a preemption does: the machines are gone, at once."""
+    """Preempts a slice: its machines vanish at once."""
     self.nodes[name]["state"] = "PREEMPTED"
     self.queued[name]["state"] = {"state": "SUSPENDED"}
     self._remove_workers()
@@ -137,7 +135,7 @@ class Cloud:
       shutil.rmtree(worker) if worker.is_dir() else worker.unlink()
 
   def processes(self) -> Iterator[psutil.Process]:
-    """Whatever runs on the workers."""
+    """The processes on the workers."""
     mine = os.fspath(self.folder)
     for process in psutil.process_iter():
       with contextlib.suppress(psutil.Error):
@@ -145,7 +143,7 @@ class Cloud:
           yield process
 
   def kill_all(self) -> None:
-    """Ends all of it."""
+    """Kills the processes on the workers."""
     for process in self.processes():
       with contextlib.suppress(psutil.Error):
         process.kill()
@@ -153,7 +151,7 @@ class Cloud:
   def answer(
     self, method: str, url: str, body: dict[str, Any], agent: str
   ) -> tuple[int, dict[str, Any]]:
-    """Status and body; the agent names the command of gcloud."""
+    """The status and the body; the agent names the command of gcloud."""
     parts = urllib.parse.urlsplit(url)
     query = dict(urllib.parse.parse_qsl(parts.query))
     *_, kind, last = parts.path.split("/")
@@ -202,7 +200,7 @@ class Cloud:
       return 200, held[name] if kind == "nodes" else self._look(name)
 
   def _look(self, name: str) -> dict[str, Any]:
-    """A queued resource, which gets further whenever it is looked at."""
+    """Describes a queued resource and moves it to its next state."""
     queued = self.queued[name]
     if queued.get("state", {}).get("state") == "SUSPENDED":
       return queued
@@ -227,7 +225,7 @@ def _done(resource: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def served(cloud: Cloud):
-  """The port at which the API answers."""
+  """Serves the API; gives its port."""
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def _do(self) -> None:
@@ -284,7 +282,7 @@ SETTINGS = {
 
 
 def settings(**changes: str) -> pod_settings.Settings:
-  """Good ones, but for these."""
+  """Valid settings, with these changes."""
   values = SETTINGS | changes
   return pod_settings.Settings(**{k.lower(): v for k, v in values.items()})
 
@@ -293,10 +291,10 @@ class Laptop:
   """A checkout with one commit, its settings, and gcloud logged in.
 
   Attributes:
-    checkout: With blanks in its name, and a config with one in its own.
-    environment: Of every call.
-    settings: Of the settings file that `tpu` writes.
-    token: The secret of the login.
+    checkout: The checkout, with blanks in its name and in that of a config.
+    environment: The environment of every call.
+    settings: The content of the settings file.
+    token: The secret token of the login.
   """
 
   def __init__(self, folder: pathlib.Path, cloud: Cloud, port: int):
@@ -350,11 +348,11 @@ class Laptop:
     ).stdout.strip()
 
   def start(self, *words: str) -> subprocess.Popen[str]:
-    """Starts `launch/tpu.sh` where nothing of ours is."""
+    """Starts `launch/tpu.sh` outside the checkout."""
     lines = [f"{name}={value}\n" for name, value in self.settings.items()]
     path = self.checkout / "launch" / "tpu.env"
     path.write_text("".join(lines))
-    # Ctrl-C and a hang-up reach it, even where the tests do not hear them.
+    # Ctrl-C and a hang-up reach the script, even if the tests ignore them.
     heard = [shutil.which("env") or "env", "--default-signal=INT,HUP"]
     return subprocess.Popen(
       [*heard, "bash", str(self.checkout / "launch" / "tpu.sh"), *words],
@@ -368,7 +366,7 @@ class Laptop:
     )
 
   def tpu(self, *words: str) -> subprocess.CompletedProcess[str]:
-    """The same, waited for."""
+    """Runs `launch/tpu.sh`."""
     process = self.start(*words)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(words, process.returncode, out, err)

@@ -1,9 +1,9 @@
-"""Parses calls with gcloud's own parser, all in one process of gcloud's Python.
+"""Parses calls with gcloud's own parser, in one process of gcloud's Python.
 
     gcloud_parser.py SDK < calls.json
 
-For each call, a list of words, a line: the flags that were given; or the
-process ends as gcloud does where one is not accepted.
+Prints a line with the flags of each call. A call that gcloud rejects ends the
+process as in gcloud.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The JobSet is valid, strictly, and runs what the slice would run."""
+"""The JobSet is valid and runs the same command as the slice."""
 
 import jsonschema
 import pytest
@@ -25,8 +25,8 @@ def closed(**properties) -> dict:
   }
 
 
-# What JobSet itself knows of v1alpha2 that is used here; the Job inside is
-# checked by Kubernetes' own schema.
+# The part of JobSet v1alpha2 that is used here. Kubernetes' own schema checks
+# the Job inside.
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 TEXT = {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9-]+$"}
 RULE = closed(
@@ -103,7 +103,7 @@ def test_it_runs_the_command_of_the_slice():
   (container,) = pod["containers"]
   assert container["args"] == [
     "--config=configs/my config.py:lora",
-    # Kubernetes expands $(NAME) in arguments, and takes $$ for $.
+    # Kubernetes expands $(NAME) in arguments; $$ stands for $.
     "--config.a=$$(x) 'y'",
     "--workdir=/buckets/my-bucket/runs/first",
   ]
@@ -112,7 +112,7 @@ def test_it_runs_the_command_of_the_slice():
   assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
 
 
-def test_a_workdir_that_is_a_path_is_the_nodes_own():
+def test_a_workdir_path_is_a_folder_of_the_node():
   pod = pod_of(manifest(WORKDIR="/mnt/a disk"))
   (volume,) = pod["volumes"]
   assert volume["hostPath"]["path"] == "/mnt/a disk"
@@ -140,7 +140,7 @@ def test_only_a_spot_slice_asks_for_spot_nodes():
 def test_a_slice_has_its_hosts(
   accelerator_type, accelerator, topology, hosts, chips_per_host
 ):
-  """As Google's tables have them."""
+  """From Google's tables."""
   shape = shapes.shape(accelerator_type)
   assert shape == shapes.Shape(accelerator, topology, hosts, chips_per_host)
   job = job_of(manifest(ACCELERATOR_TYPE=accelerator_type))
@@ -153,6 +153,6 @@ def test_a_slice_has_its_hosts(
   "changes, words",
   [({"IMAGE": ""}, "IMAGE"), ({"ACCELERATOR_TYPE": "v5p-12"}, "v5p-16")],
 )
-def test_what_gke_cannot_run_is_refused(changes, words):
+def test_settings_that_gke_cannot_run_are_refused(changes, words):
   with pytest.raises(ValueError, match=words):
     manifest(**changes)

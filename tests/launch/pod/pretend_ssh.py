@@ -1,7 +1,7 @@
-"""Behaves as ssh does, as far as gcloud can tell: a worker is a folder.
+"""A fake ssh for gcloud: a worker is a folder.
 
-Of what befalls the laptop nothing gets to a worker but that nobody reads what
-it writes any more, and the hang-up of a terminal, if there was to be one.
+Two events on the laptop reach a worker: nobody reads its output any more, and
+its terminal, if it has one, hangs up.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 from typing import IO
 
 words = sys.argv[1:]
-# Options take a word of their own, or are one with it, and may come after it.
+# A value may follow its option as a word or be part of it.
 at = next(i for i, word in enumerate(words) if "@127." in word)
 cloud, name = os.environ["FAKE_CLOUD"], words[at].split("@")[1]
 worker = os.path.join(cloud, "workers", name)
@@ -52,7 +52,7 @@ def relay(source: IO[bytes], target: int) -> None:
     os.write(target, data)
 
 
-# gcloud ends it when it is itself interrupted.
+# gcloud ends its ssh when it is interrupted.
 for number in (signal.SIGINT, signal.SIGTERM):
   signal.signal(number, hang_up)
 threads = [
@@ -61,7 +61,7 @@ threads = [
 ]
 for thread in threads:
   thread.start()
-# A signal that another thread gets does not wake one that waits.
+# A signal to another thread does not wake a waiting thread.
 while remote.poll() is None:
   time.sleep(0.02)
 for thread in threads:

@@ -1,8 +1,7 @@
-"""Behaves as `python -m grpo_tpu.main` does, as far as a launcher can tell.
+"""A fake `python -m grpo_tpu.main` for the launcher.
 
-It writes down how it was started, makes a step whenever $FAKE_CLOUD/step has a
-higher number than its own, saves and exits with 75 on SIGTERM, and ends with
-the code in $FAKE_CLOUD/end as soon as there is one.
+It records its arguments, makes steps up to the number in $FAKE_CLOUD/step,
+saves and exits with 75 on SIGTERM, and exits with the code in $FAKE_CLOUD/end.
 """
 
 import json
@@ -26,7 +25,7 @@ with open(cloud / "started", "a", encoding="utf-8") as started:
 (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
 steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
 step = max(steps, default=0)
-sys.stdout.write(f"{worker} goes on from step {step}\n")
+sys.stdout.write(f"{worker} resumes from step {step}\n")
 sys.stdout.flush()
 
 

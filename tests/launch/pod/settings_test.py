@@ -1,4 +1,4 @@
-"""The settings file is read and never run; a wrong value is named."""
+"""The settings file is never executed; a wrong value is named."""
 
 import pathlib
 import shlex
@@ -42,14 +42,14 @@ def test_the_example_is_a_settings_file_with_every_setting():
   assert settings.read(path).name == "grpo-1"
 
 
-def test_values_are_what_stands_there():
+def test_values_are_read_literally():
   found = settings.parse(text(LABELS="team=vision", WORKDIR="/mnt/a b/$(x)"))
   assert found.workdir == "/mnt/a b/$(x)"
   assert found.bucket is None
   assert found.all_labels == "grpo-tpu=grpo-1,team=vision"
 
 
-def test_blanks_comments_and_windows_line_ends_say_nothing():
+def test_blanks_comments_and_windows_line_ends_are_ignored():
   lines = "# a comment\r\n\r\n" + text().replace("=", " = ").replace(
     "\n", "\r\n"
   )
@@ -93,7 +93,7 @@ def test_a_hostile_value_is_refused_by_name_with_the_rule(name, value):
     "/a\x07b",
   ],
 )
-def test_a_workdir_is_a_place_in_a_bucket_or_an_absolute_path(value):
+def test_a_workdir_is_a_bucket_path_or_an_absolute_path(value):
   assert refusal(text(WORKDIR=value)).startswith(f"WORKDIR ({value!r}) must be")
 
 
@@ -125,17 +125,17 @@ def test_a_line_that_is_no_setting_is_named(line, words):
 
 
 @pytest.mark.parametrize("name", settings.RULES)
-def test_a_setting_that_is_not_there_is_missed(name):
+def test_a_missing_setting_is_named(name):
   lines = text().splitlines(keepends=True)
   rest = "".join(x for x in lines if not x.startswith(f"{name}="))
   assert refusal(rest).startswith(f"{name} must be in the file")
 
 
-def test_a_value_goes_on_on_no_other_line():
+def test_a_value_has_one_line():
   assert "('--other')" in refusal(text(NETWORK="default\n  --other"))
 
 
-def test_the_label_that_says_whose_a_slice_is_cannot_be_set():
+def test_our_own_label_cannot_be_set():
   assert "LABELS" in refusal(text(LABELS="grpo-tpu=other"))
 
 
@@ -147,6 +147,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 
 
 def test_a_value_that_a_shell_would_run_is_quoted_where_it_is_printed():
-  """Those that may hold anything are quoted by the standard library."""
+  """The standard library quotes values of any kind."""
   words = "/mnt/a b/$(touch owned)"
   assert shlex.split(shlex.join(["x", words])) == ["x", words]

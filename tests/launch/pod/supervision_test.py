@@ -1,4 +1,4 @@
-"""A run is started again when that can help, and not for ever."""
+"""A run is restarted if that can help, and not for ever."""
 
 import dataclasses
 import itertools
@@ -20,13 +20,12 @@ def ended(code: int | None, **changes) -> workers.Status:
 
 
 class World:
-  """A slice of two workers that does what a script says.
+  """A slice of two workers that follows a script.
 
   Attributes:
-    lives: Of each start, in turn, what happens: the statuses of the workers at
-      each look, or a failure that the look raises; a start beyond them ends
-      well.
-    done: What was asked for, in order.
+    lives: For each start, the statuses of the workers at each check, or a
+      failure that the check raises. Further starts end with 0.
+    done: The actions so far, in order.
   """
 
   dry_run = False
@@ -95,7 +94,7 @@ class World:
 
 
 def life(*codes, step=-1):
-  """One that runs, comes to a step, and ends so on the two workers."""
+  """A life that reaches a step and ends with these codes on the two workers."""
   return [[ended(code, step=step) for code in codes]]
 
 
@@ -106,21 +105,21 @@ def test_a_run_that_ends_well_is_started_once(monkeypatch):
 
 
 @pytest.mark.parametrize("code", [75, 76, 134, 137, None])
-def test_what_a_restart_mends_is_restarted(monkeypatch, code):
+def test_failures_that_a_restart_repairs_are_restarted(monkeypatch, code):
   world = World(monkeypatch, [life(code, code)])
   assert world.supervise() == 0
   assert world.done == ["run", "run"]
 
 
 @pytest.mark.parametrize("code", [1, 64])
-def test_what_would_come_again_is_not(monkeypatch, code):
+def test_failures_that_would_repeat_are_not(monkeypatch, code):
   world = World(monkeypatch, [life(code, code)])
   assert world.supervise() == code
   assert world.done == ["run"]
 
 
-def test_an_error_is_believed_only_on_a_slice_that_is_still_there(monkeypatch):
-  """The hosts that are left fail before the API says why."""
+def test_an_error_counts_only_if_the_slice_still_exists(monkeypatch):
+  """The last hosts fail before the API reports the preemption."""
   world = World(monkeypatch, [life(1, 1)])
   calls = itertools.count()
 
@@ -134,13 +133,13 @@ def test_an_error_is_believed_only_on_a_slice_that_is_still_there(monkeypatch):
   assert world.done == ["run", "delete", "create", "run"]
 
 
-def test_a_run_that_was_stopped_stays_so(monkeypatch):
+def test_a_stopped_run_is_not_restarted(monkeypatch):
   world = World(monkeypatch, [[[ended(75, was_stopped=True)] * 2]])
   assert world.supervise() == 75
   assert world.done == ["run"]
 
 
-def test_a_slice_that_was_taken_away_is_asked_for_again(monkeypatch):
+def test_a_preempted_slice_is_created_again(monkeypatch):
   taken = exits.Failure(Exit.PREEMPTED, "taken away")
   world = World(monkeypatch, [[taken]])
   assert world.supervise() == 0
@@ -148,13 +147,13 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(monkeypatch):
 
 
 @pytest.mark.parametrize("state", [slices.State.FAILED, slices.State.SUSPENDED])
-def test_what_is_left_of_another_slice_is_cleared_away(monkeypatch, state):
+def test_the_rest_of_a_dead_slice_is_deleted(monkeypatch, state):
   world = World(monkeypatch, [], state=state)
   assert world.supervise() == 0
   assert world.done == ["delete", "create", "run"]
 
 
-def test_a_run_that_is_there_is_watched_and_not_started(monkeypatch):
+def test_an_existing_run_is_watched_and_not_started(monkeypatch):
   world = World(monkeypatch, [])
   world.script = [[RUNNING] * 2, [ended(0)] * 2]
   assert world.supervise() == 0
@@ -172,8 +171,8 @@ def test_a_lost_network_leaves_the_run_alone(monkeypatch):
 @pytest.mark.parametrize(
   "kind", [Exit.QUOTA, Exit.NOT_ALLOWED, Exit.NOT_OURS, Exit.ABSENT]
 )
-def test_what_waiting_does_not_mend_ends_it(monkeypatch, kind):
-  """A slice that someone has deleted is not asked for behind their back."""
+def test_lasting_failures_end_the_supervision(monkeypatch, kind):
+  """A slice that someone deleted is not created again."""
   world = World(monkeypatch, [[exits.Failure(kind, "no")]])
   with pytest.raises(exits.Failure) as raised:
     world.supervise()
@@ -181,24 +180,26 @@ def test_what_waiting_does_not_mend_ends_it(monkeypatch, kind):
   assert world.done == ["run"]
 
 
-def test_other_files_are_sent_before_a_run_starts(monkeypatch):
+def test_a_new_commit_is_sent_before_a_run_starts(monkeypatch):
   world = World(monkeypatch, [])
   monkeypatch.setattr(workers, "commit", lambda: "another commit")
   world.supervise()
   assert world.done == ["setup", "run"]
 
 
-def test_restarts_without_a_new_step_are_bounded_and_further_apart(monkeypatch):
+def test_restarts_without_a_new_step_are_limited_and_slower_each_time(
+  monkeypatch,
+):
   world = World(monkeypatch, [life(75, 75, step=4)] * 9, MAX_RESTARTS="3")
   with pytest.raises(exits.Failure) as raised:
     world.supervise()
   assert raised.value.exit == Exit.RESTARTS_SPENT
-  # The first has brought steps 0 to 4, the others nothing.
+  # The first life reached step 4, the others no new step.
   assert world.done == ["run"] * 4
   assert [p for p in world.pauses if p >= 30] == [30, 60, 120]
 
 
-def test_a_new_step_makes_up_for_restarts(monkeypatch):
+def test_a_new_step_resets_the_count_of_restarts(monkeypatch):
   lives = [life(75, 75, step=step) for step in range(20)]
   world = World(monkeypatch, lives, MAX_RESTARTS="1")
   assert world.supervise() == 0
@@ -231,6 +232,6 @@ def test_pauses_grow_to_a_quarter_of_an_hour(monkeypatch):
     ([139, 134], 139),
   ],
 )
-def test_one_host_says_why_all_ended(codes, why):
+def test_one_exit_code_explains_the_end_of_all_hosts(codes, why):
   assert supervision.run_exit_code(codes) == why
   assert supervision.run_exit_code(codes[::-1]) == why

@@ -1,4 +1,4 @@
-"""The real gcloud, against an API and workers on this machine."""
+"""The real gcloud, with an API and workers on this machine."""
 
 import json
 import re
@@ -16,10 +16,10 @@ CONFIG = "configs/my config.py"
 
 
 def eventually(claim, seconds: float = 120.0):
-  """What a claim gives once it gives something; a busy machine is slow."""
+  """Waits until a claim is true; a busy machine is slow."""
   until = time.monotonic() + seconds
   while not (found := claim()):
-    assert time.monotonic() < until, "it never came to be"
+    assert time.monotonic() < until, "the claim stayed false"
     time.sleep(0.1)
   return found
 
@@ -31,7 +31,7 @@ def starts(cloud) -> list[dict]:
 
 
 def asked(cloud) -> list[str]:
-  """What was asked to change, without the ssh keys that gcloud spreads."""
+  """The requests that change something, without those for ssh keys."""
   return [
     f"{method} {re.sub(r'.*/locations/[^/]*/', '', url)}"
     for method, url, _ in cloud.requests
@@ -39,10 +39,8 @@ def asked(cloud) -> list[str]:
   ]
 
 
-def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
-  laptop, cloud, tmp_path
-):
-  """With the machines gone in the middle, and names full of traps."""
+def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
+  """The machines vanish in the middle, and the names are full of traps."""
   workdir = tmp_path / "a shared disk" / "the 'first' $(run)"
   laptop.settings |= {"WORKDIR": str(workdir), "LABELS": "team=vision"}
   cloud.requested_states = ["WAITING_FOR_RESOURCES", "ACTIVE"]
@@ -97,7 +95,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
   )
   looks = cloud.looks
   eventually(lambda: cloud.looks > looks + 2)
-  assert len(starts(cloud)) == 2  # It has found the run, and left it alone.
+  assert len(starts(cloud)) == 2  # It found the run and did not disturb it.
   cloud.will_preempt = True
   eventually(lambda: len(starts(cloud)) == 4)
   assert [start["words"] for start in starts(cloud)] == [one["words"]] * 4
@@ -109,7 +107,7 @@ def test_a_run_goes_on_from_create_to_delete_through_a_preemption(
   assert process.returncode == 0, err
   assert "(exit code 83, SUSPENDED)" in err
   log = (cloud.worker(1) / "grpo_tpu" / "run" / "log").read_text()
-  assert "127.0.0.11 goes on from step 3" in log
+  assert "127.0.0.11 resumes from step 3" in log
 
   assert "exit code 0" in tpu("status")
   tpu("delete")

@@ -1,4 +1,4 @@
-"""What a run says and draws is seen from the laptop while it goes on."""
+"""The laptop shows the logs and the curves of a run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ CONFIG = "configs/my config.py"
 
 @pytest.fixture
 def running(laptop, cloud, tmp_path):
-  """A run on two workers; its workdir."""
+  """Starts a run on two workers; gives its workdir."""
   workdir = tmp_path / "a shared disk" / "a run"
   laptop.settings["WORKDIR"] = str(workdir)
   node = {"labels": {"grpo-tpu": "grpo-1"}, "acceleratorType": "v5litepod-16"}
@@ -39,7 +39,7 @@ def running(laptop, cloud, tmp_path):
 
 
 def lines_of(process: subprocess.Popen) -> queue.Queue:
-  """What it prints, as it comes."""
+  """A queue with each line that a process prints."""
   lines = queue.Queue()
 
   def read():
@@ -51,21 +51,21 @@ def lines_of(process: subprocess.Popen) -> queue.Queue:
 
 
 def interrupt(process: subprocess.Popen) -> None:
-  """Ctrl-C, which a terminal sends to all that stand in its foreground."""
+  """Sends Ctrl-C, as a terminal does to all processes in its foreground."""
   os.killpg(process.pid, signal.SIGINT)
   assert process.wait(timeout=60) == exits.Exit.INTERRUPTED
 
 
-def test_logs_of_all_workers_of_one_and_as_they_come(running, laptop, cloud):
-  """With their numbers; and who stops looking stops nothing else."""
+def test_logs_of_all_workers_of_one_and_of_new_lines(running, laptop, cloud):
+  """Lines have the number of the worker; Ctrl-C does not stop the run."""
   both = laptop.tpu("logs", "-n", "1").stdout.splitlines()
   assert sorted(both) == [
-    "[worker 0] 127.0.0.10 goes on from step 0",
-    "[worker 1] 127.0.0.11 goes on from step 0",
+    "[worker 0] 127.0.0.10 resumes from step 0",
+    "[worker 1] 127.0.0.11 resumes from step 0",
   ]
   one = laptop.tpu("logs", "-w", "1").stdout.splitlines()
   assert "the run starts" in one[0]
-  assert one[1:] == ["127.0.0.11 goes on from step 0"]
+  assert one[1:] == ["127.0.0.11 resumes from step 0"]
 
   with laptop.start("logs", "-f", "-n", "1") as process:
     lines = lines_of(process)
@@ -109,5 +109,5 @@ def test_tensorboard_shows_the_run_at_a_port_of_the_laptop(
       return probe.connect_ex(("localhost", port)) != 0
 
   while not is_free():
-    assert time.monotonic() < until, "it stays on the worker"
+    assert time.monotonic() < until, "TensorBoard stays on the worker"
     time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What is done on a worker, by the script itself in a home of its own."""
+"""The real worker script, in a home folder of its own."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Worker:
-  """A home folder, and programs that stand in for those of a TPU VM."""
+  """A home folder, and fake programs of a TPU VM."""
 
   def __init__(self, folder: pathlib.Path):
     self.home = folder / "a home"
@@ -54,7 +54,7 @@ class Worker:
     )
 
   def send(self, **files: str) -> str:
-    """Packs these files for setup; the checksum."""
+    """Packs these files for setup; returns the checksum."""
     tree = self.home.parent / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir()
@@ -83,7 +83,7 @@ def worker(tmp_path):
 def eventually(claim) -> None:
   until = time.monotonic() + 60
   while not claim():
-    assert time.monotonic() < until, "it never came to be"
+    assert time.monotonic() < until, "the claim stayed false"
     time.sleep(0.05)
 
 
@@ -104,7 +104,7 @@ def test_an_archive_with_a_wrong_checksum_is_not_unpacked(worker):
   assert worker.status().commit == "abc"
 
 
-def test_a_run_has_its_words_its_log_and_its_exit_code(worker, tmp_path):
+def test_a_run_has_its_arguments_its_log_and_its_exit_code(worker, tmp_path):
   worker.add("trainer", "printf '%s\\n' \"$@\"; exit 76")
   words = ("--config=a b", "--x=$(touch owned); 'q'", '--y="*"')
   workdir = tmp_path / "the run's"
@@ -140,7 +140,7 @@ def test_a_run_without_its_guard_still_runs_and_then_is_lost(worker, tmp_path):
   eventually(lambda: worker.status().state == "lost")
 
 
-def test_the_number_of_a_process_of_before_a_restart_is_not_believed(worker):
+def test_a_process_id_from_before_a_restart_is_not_trusted(worker):
   worker.state.mkdir()
   (worker.state / "pid").write_text(f"{os.getpid()}\n")
   (worker.state / "lock").touch()
@@ -148,7 +148,7 @@ def test_the_number_of_a_process_of_before_a_restart_is_not_believed(worker):
   assert worker.do("stop", "1").returncode == 0  # And it is not killed.
 
 
-def test_a_run_that_does_not_end_is_killed_only_if_told_to(worker, tmp_path):
+def test_a_run_that_does_not_end_is_killed_only_on_request(worker, tmp_path):
   worker.add("trainer", "trap '' TERM; while :; do sleep 0.1; done")
   worker.do("run", str(tmp_path), "")
   assert worker.do("stop", "1").returncode == exits.Exit.TIMEOUT
@@ -157,7 +157,7 @@ def test_a_run_that_does_not_end_is_killed_only_if_told_to(worker, tmp_path):
   eventually(lambda: worker.status().exit_code == 137)
 
 
-def test_the_mark_of_stop_ends_with_the_next_run(worker, tmp_path):
+def test_the_next_run_clears_the_mark_of_stop(worker, tmp_path):
   worker.do("run", str(tmp_path), "")
   assert worker.do("stop", "20").returncode == 0
   assert worker.status().was_stopped and worker.status().exit_code == 143
@@ -213,7 +213,7 @@ def test_progress_is_read_from_the_workdir(worker, tmp_path):
 
 
 def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
-  """Bash reads its script as it goes, and would read on behind the old end."""
+  """Bash reads its script as it runs, and would read behind the old end."""
   worker.add("trainer", "sleep 1; exit 75")
   worker.do("run", str(tmp_path), "")
   script = worker.home / "grpo_tpu_worker.sh"
@@ -225,7 +225,7 @@ def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
   assert not (worker.home / "read on").exists()
 
 
-def test_an_image_is_run_with_the_same_words(worker, tmp_path):
+def test_an_image_runs_with_the_same_arguments(worker, tmp_path):
   calls = worker.home / "calls"
   worker.add("sudo", f'printf "%s|" "$@" >>"{calls}"')
   workdir = tmp_path / "a workdir"
