@@ -21,21 +21,6 @@ from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import goodput, run_record
 
 _RESUME = "run the same command again to resume"
-_NEXT = {
-  ExitCode.BAD_INPUT: "fix what the error names and run the command again",
-  ExitCode.PREEMPTED: _RESUME,
-  ExitCode.STUCK: f"read the stacks, then {_RESUME}",
-  ExitCode.FAILED: "read the error and docs/troubleshooting.md; then run the "
-  "same command again to resume from the newest checkpoint",
-}
-
-
-def exit_code(error: BaseException) -> ExitCode:
-  """The exit code of a program that ends with this error."""
-  if isinstance(error, SettingError):
-    return ExitCode.BAD_INPUT
-  is_preempted = isinstance(error, preemption.Preempted)
-  return ExitCode.PREEMPTED if is_preempted else ExitCode.FAILED
 
 
 class ExitReport:
@@ -63,7 +48,7 @@ class ExitReport:
 
   def report_stuck(self, reason: str) -> None:
     """Reports that the watchdog ends the process."""
-    self._report(ExitCode.STUCK, reason, _NEXT[ExitCode.STUCK])
+    self._report(ExitCode.STUCK, reason, f"read the stacks, then {_RESUME}")
 
   def report_done(self) -> None:
     """Reports that the program has done its work."""
@@ -74,13 +59,12 @@ class ExitReport:
 
   def exit_with(self, error: BaseException) -> NoReturn:
     """Logs the error, reports it and ends this process at once."""
-    code = exit_code(error)
-    is_interrupt = isinstance(error, KeyboardInterrupt)
+    code, reason, what_next = _describe(error)
     if code == ExitCode.BAD_INPUT:
       logging.error("%s", error)
-    elif code == ExitCode.FAILED and not is_interrupt:
+    elif code == ExitCode.FAILED and not isinstance(error, KeyboardInterrupt):
       logging.error("The run failed.", exc_info=error)
-    self._report(code, _reason(error), _RESUME if is_interrupt else _NEXT[code])
+    self._report(code, reason, what_next)
     pool.close_all()
     initialize.shutdown(code)
 
@@ -138,12 +122,16 @@ class ExitReport:
       logging.warning("run.json does not say how the run ended: %s", error)
 
 
-def _reason(error: BaseException) -> str:
-  if isinstance(error, preemption.Preempted):
-    return "preempted, everything is saved"
+def _describe(error: BaseException) -> tuple[ExitCode, str, str]:
+  """The exit code for an error, the reason in words, and what to do next."""
   if isinstance(error, SettingError):
-    return "invalid setting, flag or data, see above"
+    reason = "invalid setting, flag or data, see above"
+    what_next = "fix what the error names and run the command again"
+    return ExitCode.BAD_INPUT, reason, what_next
+  if isinstance(error, preemption.Preempted):
+    return ExitCode.PREEMPTED, "preempted, everything is saved", _RESUME
   if isinstance(error, KeyboardInterrupt):
-    return "interrupted from the keyboard"
-  lines = str(error).splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0]}"
+    return ExitCode.FAILED, "interrupted from the keyboard", _RESUME
+  first_line = (str(error).splitlines() or [""])[0]
+  what_next = f"read the error and docs/troubleshooting.md, then {_RESUME}"
+  return ExitCode.FAILED, f"{type(error).__name__}: {first_line}", what_next
