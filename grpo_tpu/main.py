@@ -65,9 +65,11 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
   compile_cache.enable_persistent_cache(config.compilation_cache_dir)
   initialize.initialize(config.distributed, place)
   with validation.user_errors():
-    said = preflight.facts(config, identity, mode=mode, workdir=workdir)
+    facts = preflight.facts(
+      config.to_dict(), identity, mode=mode, workdir=workdir
+    )
     timeout_seconds = config.distributed.preflight_timeout_seconds
-    preflight.check("start", said, timeout_seconds=timeout_seconds)
+    preflight.check("start", facts, timeout_seconds=timeout_seconds)
   run()
   ending.report_done()
 

@@ -1,31 +1,29 @@
-"""`run.json`: what a workdir is a run of, and what has become of it.
+"""`run.json`: the settings, the data and the attempts of the run in a workdir.
 
-Written when a run starts, read when it goes on: a run is not continued with
-other settings, another model or other data unless it is told to, and weights
-that were "the newest of that run" stay those they were. Every start is an
-attempt in it, with the code and the devices it ran on, and with its end, unless
-it was killed.
+A run resumes only with the settings, model and data that it was started with,
+unless the user accepts the changes. Weights that were "the newest of that run"
+stay the same ones. Every start of the program is an attempt, recorded with its
+code and devices and, unless it was killed, with its end.
 """
 
+import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
 from data_pipelines.text import chat_prompts
-from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import preflight
+from grpo_tpu.distributed import fingerprint
 
-# What changes no number of a step but by rounding, or is known by its contents
-# and not by its place. All other settings are of the essence, those among them
-# that are yet to come.
-_INCIDENTAL = (
+# Settings and sections that may differ when a run resumes: they change a step's
+# numbers by rounding at most, or are known by contents and not by path. All
+# other settings must match, new ones too.
+_MAY_DIFFER = (
   *("checkpoint", "eval", "export", "mesh", "samples"),
   *("distributed", "profile"),
   *("data.dir", "data.tokenizer", "data.worker_processes", "data.synthetic"),
@@ -38,15 +36,129 @@ _INCIDENTAL = (
   "rewards.error_window",
   *("train.microbatch_bundles", "train.max_skipped_updates"),
 )
-# Of the words at an end, what stays of each attempt.
-_LASTING = ("exit_code", "reason", "step")
+# The facts about its end that every attempt keeps.
+_KEPT = ("exit_code", "reason", "step")
 
 
-def read(workdir: str) -> dict[str, Any] | None:
-  """The card of the run in `workdir`, or None where there is none.
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+  """A run that is about to start in a workdir, beside the one recorded there.
+
+  Attributes:
+    workdir: The run's folder.
+    settings: The nested settings of the run.
+    defaults: The nested settings that a run has by default. A record that lacks
+      a newer setting was made with its default.
+    data: Fingerprints of the data.
+  """
+
+  workdir: str
+  settings: Mapping[str, Any]
+  defaults: Mapping[str, Any]
+  data: Mapping[str, str]
+
+  def check(self) -> None:
+    """Refuses to resume a run of other settings or other data.
+
+    Raises:
+      ValueError: The message lists every change.
+    """
+    record = read(self.workdir)
+    if record is not None:
+      self._refuse(self._changes(record["essence"], self._must_match()))
+
+  def check_data(self, meta: Mapping[str, Any]) -> None:
+    """Refuses to resume from a checkpoint that was made with other data.
+
+    Somebody may have copied the checkpoint into the workdir.
+
+    Args:
+      meta: The metadata of the checkpoint.
+
+    Raises:
+      ValueError: The message lists every change.
+    """
+    saved = {name: meta.get(name) for name in self.data}
+    self._refuse(self._changes(saved, self.data))
+
+  def write(self, weights: str) -> None:
+    """Records the next attempt of the run.
+
+    Args:
+      weights: `model.weights` with its step.
+    """
+    before = read(self.workdir)
+    essence = self._must_match()
+    accepted = before["accepted_changes"] if before else []
+    changes = self._changes(before["essence"], essence) if before else {}
+    data = self.settings["data"]
+    record = {
+      "essence": essence,
+      "accepted_changes": [*accepted, changes] if changes else accepted,
+      "weights": weights,
+      "accepted_mathvista_training_terms": (
+        data["accept_mathvista_training_terms"]
+      ),
+      "config": self.settings,
+      "data": self.data,
+      "packages": fingerprint.package_versions(),
+      "attempts": [*(before["attempts"] if before else []), _new_attempt()],
+      "end": None,
+    }
+    pathlib.Path(self.workdir).mkdir(parents=True, exist_ok=True)
+    _replace(self.workdir, record)
+
+  def _must_match(self) -> dict[str, Any]:
+    """The settings and fingerprints that decide the run's numbers."""
+    data, settings = self.settings["data"], fingerprint.flatten(self.settings)
+    dropped = list(_MAY_DIFFER)
+    if self.settings["optimizer"]["schedule"] == "constant":
+      dropped.append("train.num_steps")
+    if not data["pan_and_scan"]["enabled"]:
+      dropped.append("data.pan_and_scan")
+    if not self.settings["model"]["lora"]["rank"]:
+      dropped.append("model.lora")
+    kept = {
+      name: value
+      for name, value in settings.items()
+      if not any(f"{name}.".startswith(f"{x}.") for x in dropped)
+    }
+    # A later version may word the template of this name differently.
+    template = chat_prompts.TEMPLATES[data["prompt_template"]]
+    kept["data.prompt_template: its text"] = template.fingerprint
+    return kept | dict(self.data)
+
+  def _changes(
+    self, saved: Mapping[str, Any], wanted: Mapping[str, Any]
+  ) -> dict[str, dict[str, Any]]:
+    default = fingerprint.flatten(self.defaults).get
+    return {
+      name: {"was": was, "is": now}
+      for name, (was, now) in fingerprint.diff(saved, wanted, default).items()
+    }
+
+  def _refuse(self, changes: dict[str, Any]) -> None:
+    if not changes:
+      return
+    listed = "\n".join(
+      f"  {name}: was {each['was']!r}, is {each['is']!r}"
+      for name, each in changes.items()
+    )
+    if self.settings["checkpoint"]["accept_changes"]:
+      logging.warning("Resuming %s with changes:\n%s", self.workdir, listed)
+      return
+    raise ValueError(
+      f"--workdir ({self.workdir}) has a run that was started with other "
+      f"settings or data:\n{listed}\nSet them back, choose an empty --workdir, "
+      "or set checkpoint.accept_changes=True to continue anyway."
+    )
+
+
+def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """The record in `workdir`, or None if there is none.
 
   Raises:
-    ValueError: It is damaged.
+    ValueError: The file is damaged.
   """
   path = pathlib.Path(workdir) / "run.json"
   try:
@@ -55,187 +167,50 @@ def read(workdir: str) -> dict[str, Any] | None:
     return None
   except ValueError as error:
     raise ValueError(
-      f"{path} must be a run's card, but cannot be read: {error}; bring it "
-      "back, or name an empty --workdir."
+      f"{path} must be the record of a run, but cannot be read: {error}; "
+      "restore the file, or choose an empty --workdir."
     ) from error
 
 
-def check(
-  card: dict[str, Any] | None,
-  config: run_config.Config,
-  identity: dict[str, str],
-  workdir: str,
-) -> None:
-  """Refuses to go on with a run of other settings or other data.
-
-  Raises:
-    ValueError: Setting by setting, what it was and what it is.
-  """
-  if card is not None:
-    saved = card["essence"]
-    _refuse(_changes(saved, _essence(config, identity)), config, workdir)
-
-
-def check_data(
-  meta: Mapping[str, Any],
-  config: run_config.Config,
-  identity: dict[str, str],
-  workdir: str,
-) -> None:
-  """Refuses to go on from a checkpoint, by its meta, of other data.
-
-  It may have been put there, beside a card of another run or none.
-
-  Raises:
-    ValueError: What it was and what it is.
-  """
-  saved = {name: meta.get(name) for name in identity}
-  _refuse(_changes(saved, identity), config, workdir)
-
-
-def _refuse(
-  changes: dict[str, Any], config: run_config.Config, workdir: str
-) -> None:
-  if not changes:
-    return
-  listed = "\n".join(
-    f"  {name}: was {each['was']!r}, is {each['is']!r}"
-    for name, each in changes.items()
-  )
-  if config.checkpoint.accept_changes:
-    logging.warning("The run in %s goes on, changed:\n%s", workdir, listed)
-    return
-  raise ValueError(
-    f"--workdir ({workdir}) must be given what its run was started with, but "
-    f"this is changed:\n{listed}\nSet it back, name an empty --workdir, or set "
-    "checkpoint.accept_changes=True to go on all the same."
-  )
-
-
-def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:
-  """By name: what it was, and what it is."""
-  # As JSON has it: tuples are lists there.
-  wanted = json.loads(json.dumps(wanted))
-  return {
-    name: {"was": saved.get(name), "is": wanted.get(name)}
-    for name in sorted(saved.keys() | wanted.keys())
-    if saved.get(name) != wanted.get(name)
-  }
-
-
-def write(
-  workdir: str,
-  config: run_config.Config,
-  identity: dict[str, str],
-  weights: str,
-) -> None:
-  """Writes the card of a run that starts or goes on, as its next attempt.
+def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
+  """Records how the current attempt has ended.
 
   Args:
-    workdir: Of the run.
-    config: Its settings.
-    identity: Of its data.
-    weights: `model.weights` with its step spelt out.
+    workdir: The run's folder, with a record of this attempt.
+    facts: `exit_code`, `reason`, `step` and more, which stay under `end` until
+      the next start.
   """
-  before = read(workdir)
-  essence = _essence(config, identity)
-  accepted = before["accepted_changes"] if before else []
-  changes = _changes(before["essence"], essence) if before else {}
-  card = {
-    "essence": essence,
-    "accepted_changes": [*accepted, changes] if changes else accepted,
-    "weights": weights,
-    "accepted_mathvista_training_terms": (
-      config.data.accept_mathvista_training_terms
-    ),
-    "config": config.to_dict(),
-    "data": identity,
-    "packages": preflight.packages(),
-    "attempts": [*(before["attempts"] if before else []), _attempt()],
-    "end": None,
-  }
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  _replace(workdir, card)
+  record = read(workdir)
+  assert record is not None
+  kept = {name: facts[name] for name in _KEPT}
+  record["attempts"][-1] |= {"ended": _now()} | kept
+  record["end"] = dict(facts)
+  _replace(workdir, record)
 
 
-def close(workdir: str | os.PathLike[str], words: Mapping[str, Any]) -> None:
-  """Writes how the attempt that is under way has ended.
-
-  Args:
-    workdir: Of the run, with a card of this attempt.
-    words: `exit_code`, `reason`, `step` and whatever else there is to say,
-      which stands under `end` until the next start.
-  """
-  card = read(str(workdir))
-  assert card is not None
-  lasting = {name: words[name] for name in _LASTING}
-  card["attempts"][-1] |= {"ended": _now()} | lasting
-  card["end"] = dict(words)
-  _replace(workdir, card)
-
-
-def _attempt() -> dict[str, Any]:
-  """When and on what this process has started, and no end yet."""
+def _new_attempt() -> dict[str, Any]:
+  """The start of this process, its code and its devices, without an end."""
   device = jax.devices()[0]
-  code = json.dumps(preflight.code(preflight.ROOT), sort_keys=True).encode()
   return {
     "started": _now(),
-    "revision": preflight.revision(),
-    "code": hashlib.sha256(code).hexdigest()[:12],
+    "revision": fingerprint.revision(),
+    "code": fingerprint.digest(fingerprint.code_hashes())[:12],
     "devices": {
       "kind": device.device_kind,
       "count": jax.device_count(),
       "hosts": jax.process_count(),
     },
     "ended": None,
-  } | dict.fromkeys(_LASTING)
+  } | dict.fromkeys(_KEPT)
 
 
 def _now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _replace(workdir: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
-  """Writes the card whole: a kill leaves the one before."""
+def _replace(workdir: str | os.PathLike[str], record: Mapping) -> None:
+  """Replaces the file in one move: a kill leaves the old file."""
   folder = pathlib.Path(workdir)
   unfinished = folder / ".run.json.tmp"
-  unfinished.write_text(json.dumps(card, indent=2) + "\n")
+  unfinished.write_text(json.dumps(record, indent=2) + "\n")
   os.replace(unfinished, folder / "run.json")
-
-
-def _essence(
-  config: run_config.Config, identity: dict[str, str]
-) -> dict[str, Any]:
-  """What the numbers of a run follow from, by the names of the settings."""
-  settings = dict(_flat(config.to_dict()))
-  if config.optimizer.schedule == "constant":
-    del settings["train.num_steps"]
-  # Of no matter where they are off.
-  for section, is_on in (
-    ("data.pan_and_scan", config.data.pan_and_scan.enabled),
-    ("model.lora", config.lora is not None),
-  ):
-    if not is_on:
-      settings = {
-        name: value
-        for name, value in settings.items()
-        if not name.startswith(f"{section}.")
-      }
-  # By its text too, which a later version may word in another way.
-  template = chat_prompts.TEMPLATES[config.data.prompt_template]
-  settings["data.prompt_template: its text"] = template.fingerprint
-  return settings | identity
-
-
-def _flat(
-  settings: Mapping[str, Any], where: str = ""
-) -> Iterator[tuple[str, Any]]:
-  """The settings of the essence, each by its whole name."""
-  for name, value in settings.items():
-    name = f"{where}{name}"
-    if name in _INCIDENTAL:
-      continue
-    if isinstance(value, Mapping):
-      yield from _flat(value, f"{name}.")
-    else:
-      yield name, value

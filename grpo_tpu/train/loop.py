@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, validation
 from grpo_tpu.checkpoint import checkpointer
+from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import (
   compile_cache,
@@ -288,18 +289,17 @@ class _Run:
     mesh: Mesh,
   ):
     """Names the run; keeps the policy it starts from where that is of use."""
-    card = run_record.read(workdir)
-    run_record.check(card, config, data.identity, workdir)
-    self._check_data = functools.partial(
-      run_record.check_data,
-      config=config,
-      identity=data.identity,
-      workdir=workdir,
+    record = run_record.RunRecord(
+      workdir,
+      config.to_dict(),
+      defaults=defaults.get_config().to_dict(),
+      data=data.identity,
     )
-    weights = card["weights"] if card else policies.resolved_weights(config)
-    self._write_card = functools.partial(
-      run_record.write, workdir, config, data.identity, weights
-    )
+    record.check()
+    self._check_data = record.check_data
+    saved = run_record.read(workdir)
+    weights = saved["weights"] if saved else policies.resolved_weights(config)
+    self._write_card = functools.partial(record.write, weights)
     settings = dataclasses.replace(config.model, weights=weights)
     self.config = dataclasses.replace(config, model=settings)
     self.data = data

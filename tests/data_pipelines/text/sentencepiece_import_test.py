@@ -254,7 +254,9 @@ def test_gemmas_image_tokens_stand_where_gemma_has_them(tmp_path, shift):
     )
     for text in texts
   ]
-  (tmp_path / "large.model").write_bytes(sentencepiece_import._serialize(pieces))
+  (tmp_path / "large.model").write_bytes(
+    sentencepiece_import._serialize(pieces)
+  )
   if shift:
     with pytest.raises(
       ValueError, match="'<start_of_image>' at id 256000, .*255"

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from grpo_tpu.distributed import initialize, preflight
+from grpo_tpu.distributed import fingerprint, initialize, preflight
 from grpo_tpu.distributed.settings import DistributedConfig
 
 TIMEOUTS = DistributedConfig(300, 60, 60, 120, 1800.0, 3600.0)
@@ -71,7 +71,7 @@ def said_by(monkeypatch, *hosts):
     return [
       {
         "name": f"h{index}",
-        "digests": {k: preflight._digest(v) for k, v in facts.items()},
+        "digests": {k: fingerprint.digest(v) for k, v in facts.items()},
       }
       for index, facts in enumerate(hosts)
     ]
@@ -99,9 +99,9 @@ def test_a_changed_file_of_ours_is_seen_and_named(tmp_path):
   (tmp_path / "grpo_tpu").mkdir()
   file = tmp_path / "grpo_tpu" / "x.py"
   file.write_text("a = 1\n")
-  before = preflight.code(tmp_path)
+  before = fingerprint.code_hashes(tmp_path)
   file.write_text("a = 2\n")
-  after = preflight.code(tmp_path)
+  after = fingerprint.code_hashes(tmp_path)
   assert set(before) == set(after) == {"grpo_tpu/x.py"} and before != after
 
 

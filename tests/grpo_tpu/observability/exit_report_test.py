@@ -40,7 +40,9 @@ def exit_code_of(report, error):
 
 
 def run_report(workdir, *, has_run_record=True):
-  run_record.write(str(workdir), CONFIG, {"data.dir: its records": "a"}, "w")
+  run_record.RunRecord(
+    str(workdir), CONFIG.to_dict(), {}, {"data.dir: its records": "a"}
+  ).write("w")
   report = exit_report.ExitReport()
   report.attach_run(workdir)
   report.has_run_record, report.step = has_run_record, 7

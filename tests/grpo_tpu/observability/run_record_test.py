@@ -1,4 +1,4 @@
-"""A workdir stays the run it was started as."""
+"""A workdir holds one run, which resumes only with the same settings."""
 
 import dataclasses
 import json
@@ -7,12 +7,13 @@ import re
 
 import pytest
 
-from configs import base
 from data_pipelines.text import chat_prompts
+from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.observability import run_record
 
-CONFIG = run_config.Config.from_config_dict(base.get_config())
+DEFAULTS = defaults.get_config().to_dict()
+CONFIG = run_config.Config.from_config_dict(DEFAULTS)
 IDENTITY = {
   "data.dir: its records": "aaaa",
   "data.dir: its tokenizer": "bbbb",
@@ -25,21 +26,39 @@ def changed(section, **settings):
   return dataclasses.replace(CONFIG, **{section: part})
 
 
+def record_of(workdir, config=CONFIG, identity=IDENTITY, values=DEFAULTS):
+  return run_record.RunRecord(str(workdir), config.to_dict(), values, identity)
+
+
+def write(workdir, config=CONFIG, identity=IDENTITY, weights=WEIGHTS):
+  """Records an attempt, and reads the record back."""
+  record_of(workdir, config, identity).write(weights)
+  record = run_record.read(workdir)
+  assert record is not None
+  return record
+
+
+def check(workdir, config=CONFIG, identity=IDENTITY):
+  record_of(workdir, config, identity).check()
+
+
 @pytest.fixture
-def card(tmp_path):
-  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  return run_record.read(str(tmp_path))
+def workdir(tmp_path):
+  """The folder of a run with the default settings."""
+  write(tmp_path)
+  return tmp_path
 
 
-def test_a_workdir_without_a_card_is_free_for_any_run(tmp_path):
-  assert run_record.read(str(tmp_path)) is None
-  run_record.check(None, CONFIG, IDENTITY, str(tmp_path))
+def test_any_run_may_start_in_a_workdir_without_a_record(tmp_path):
+  assert run_record.read(tmp_path) is None
+  check(tmp_path)
 
 
-def test_a_card_that_was_written_lets_the_same_run_go_on(card):
-  run_record.check(card, CONFIG, IDENTITY, "W")
-  assert card["weights"] == WEIGHTS
-  # As JSON has it: tuples are lists there.
+def test_a_run_resumes_with_the_settings_of_its_record(workdir):
+  check(workdir)
+  card = run_record.read(workdir)
+  assert card is not None and card["weights"] == WEIGHTS
+  # JSON turns tuples into lists.
   assert card["config"] == json.loads(json.dumps(CONFIG.to_dict()))
   assert card["accepted_mathvista_training_terms"] is False
   assert card["packages"]["jax"] and card["data"] == IDENTITY
@@ -49,23 +68,22 @@ def test_a_card_that_was_written_lets_the_same_run_go_on(card):
   assert card["end"] is attempt["ended"] is attempt["exit_code"] is None
 
 
-def test_every_start_is_an_attempt_and_has_its_own_end(card, tmp_path):
-  """One that was killed has none; the words are those of the last end."""
+def test_every_start_is_an_attempt_and_has_its_own_end(workdir):
+  """A killed attempt has no end; `end` is that of the last attempt."""
   words = {"exit_code": 75, "reason": "preempted", "step": 4, "best": None}
-  run_record.close(tmp_path, words)
-  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  between = run_record.read(str(tmp_path))
-  assert between is not None and between["end"] is None
-  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-  run_record.close(tmp_path, words | {"exit_code": 0, "step": 9})
-  card = run_record.read(str(tmp_path))
-  assert card is not None
-  assert [a["exit_code"] for a in card["attempts"]] == [75, None, 0]
-  assert [a["step"] for a in card["attempts"]] == [4, None, 9]
-  times = [(a["started"], a["ended"]) for a in card["attempts"]]
+  run_record.close(workdir, words)
+  assert write(workdir)["end"] is None
+  write(workdir)
+  run_record.close(workdir, words | {"exit_code": 0, "step": 9})
+  record = run_record.read(workdir)
+  assert record is not None
+  attempts = record["attempts"]
+  assert [a["exit_code"] for a in attempts] == [75, None, 0]
+  assert [a["step"] for a in attempts] == [4, None, 9]
+  times = [(a["started"], a["ended"]) for a in attempts]
   assert times[0][0] <= times[0][1] <= times[1][0] <= times[2][0] <= times[2][1]
-  assert card["end"] == words | {"exit_code": 0, "step": 9}
-  run_record.check(card, CONFIG, IDENTITY, "W")
+  assert record["end"] == words | {"exit_code": 0, "step": 9}
+  check(workdir)
 
 
 @pytest.mark.parametrize(
@@ -131,36 +149,38 @@ def test_every_start_is_an_attempt_and_has_its_own_end(card, tmp_path):
   ],
   ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_run_is_refused_with_both_values(
-  card, config, identity, name, now, before
+def test_a_changed_setting_is_refused_with_both_values(
+  workdir, config, identity, name, now, before
 ):
   with pytest.raises(ValueError) as caught:
-    run_record.check(card, config, IDENTITY | identity, "/runs/1")
+    check(workdir, config, IDENTITY | identity)
   said = str(caught.value)
-  assert said.startswith("--workdir (/runs/1) must be given")
+  assert said.startswith(f"--workdir ({workdir}) has a run that was started")
   changes = [line for line in said.splitlines() if line.startswith("  ")]
-  # A template brings its text with it.
+  # A template brings a second line, for its text.
   assert changes[0] == f"  {name}: was {before}, is {now}"
   assert all(line.startswith(f"  {name}") for line in changes)
   assert "checkpoint.accept_changes=True" in said
 
 
-def test_adapters_of_a_run_stay_what_they_are(card, tmp_path):
-  """A run that has none says nothing of them, as cards of before do."""
-  assert not [name for name in card["essence"] if "lora" in name]
+def test_the_adapters_of_a_run_stay_the_same(workdir, tmp_path_factory):
+  """The record of a run without adapters does not mention them."""
+  record = run_record.read(workdir)
+  assert record is not None
+  assert not [name for name in record["essence"] if "lora" in name]
   settings = dataclasses.replace(CONFIG.model.lora, rank=4)
   config = changed("model", lora=settings)
-  with pytest.raises(ValueError, match="  model.lora.rank: was None, is 4\n"):
-    run_record.check(card, config, IDENTITY, "W")
-  run_record.write(str(tmp_path), config, IDENTITY, WEIGHTS)
-  adapted = run_record.read(str(tmp_path))
-  run_record.check(adapted, config, IDENTITY, "W")
-  with pytest.raises(ValueError, match="  model.lora.rank: was 4, is None\n"):
-    run_record.check(adapted, CONFIG, IDENTITY, "W")
+  with pytest.raises(ValueError, match="  model.lora.rank: was 0, is 4\n"):
+    check(workdir, config)
+  adapted = tmp_path_factory.mktemp("adapted")
+  write(adapted, config)
+  check(adapted, config)
+  with pytest.raises(ValueError, match="  model.lora.rank: was 4, is 0\n"):
+    check(adapted)
   for name, value in (("alpha", 8.0), ("targets", ("q",))):
     other = dataclasses.replace(settings, **{name: value})
     with pytest.raises(ValueError, match=f"  model.lora.{name}: was "):
-      run_record.check(adapted, changed("model", lora=other), IDENTITY, "W")
+      check(adapted, changed("model", lora=other))
 
 
 def crops(**numbers):
@@ -168,32 +188,59 @@ def crops(**numbers):
   return changed("data", pan_and_scan=settings)
 
 
-def test_a_run_goes_on_with_the_crops_it_was_started_with(card, tmp_path):
-  run_record.check(card, crops(max_num_crops=3), IDENTITY, "W")
+def test_a_run_resumes_only_with_its_crops(workdir, tmp_path_factory):
+  check(workdir, crops(max_num_crops=3))
   with pytest.raises(
-    ValueError, match="  data.pan_and_scan.enabled: was None, is T"
+    ValueError, match="  data.pan_and_scan.enabled: was False, is True"
   ):
-    run_record.check(card, crops(enabled=True), IDENTITY, "W")
-  run_record.write(str(tmp_path), crops(enabled=True), IDENTITY, WEIGHTS)
-  card = run_record.read(str(tmp_path))
-  run_record.check(card, crops(enabled=True), IDENTITY, "W")
-  for other in (CONFIG, crops(enabled=True, max_num_crops=3)):
-    with pytest.raises(
-      ValueError, match="  data.pan_and_scan.max_num_crops: was "
-    ):
-      run_record.check(card, other, IDENTITY, "W")
+    check(workdir, crops(enabled=True))
+  cropped = tmp_path_factory.mktemp("cropped")
+  write(cropped, crops(enabled=True))
+  check(cropped, crops(enabled=True))
+  for other, name in (
+    (CONFIG, "enabled"),
+    (crops(enabled=True, max_num_crops=3), "max_num_crops"),
+  ):
+    with pytest.raises(ValueError, match=f"  data.pan_and_scan.{name}: was "):
+      check(cropped, other)
 
 
-def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
-  """The hash of its text is in the card, not its name alone."""
+def forget(workdir, *names):
+  """Makes the record one of a version that did not have these settings."""
+  record = run_record.read(workdir)
+  assert record is not None
+  for name in names:
+    del record["essence"][name]
+  (workdir / "run.json").write_text(json.dumps(record))
+
+
+def test_a_setting_that_the_record_lacks_counts_as_its_default(workdir):
+  """So a new setting stops no run of an older version."""
+  forget(workdir, "shaping.max_batches", "rollout.stop_strings")
+  check(workdir)
+  with pytest.raises(
+    ValueError, match="\n  shaping.max_batches: was 3, is 5\n[^ ]"
+  ):
+    check(workdir, changed("shaping", max_batches=5))
+  assert write(workdir)["accepted_changes"] == []
+
+
+def test_data_that_the_record_lacks_are_a_change(workdir):
+  forget(workdir, "data.dir: its records")
+  with pytest.raises(ValueError, match="its records: was None, is 'aaaa'"):
+    check(workdir)
+
+
+def test_a_template_with_another_text_is_refused(workdir, monkeypatch):
+  """The record has the hash of the text besides the name."""
   before = chat_prompts.TEMPLATES["tagged"]
-  assert before.fingerprint in json.dumps(card)
+  assert before.fingerprint in (workdir / "run.json").read_text()
   now = dataclasses.replace(before, instruction="Tag the final answer.")
   monkeypatch.setitem(chat_prompts.TEMPLATES, "tagged", now)
   with pytest.raises(
     ValueError, match="  data.prompt_template: its text: was"
   ) as e:
-    run_record.check(card, CONFIG, IDENTITY, "W")
+    check(workdir)
   assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
 
@@ -211,30 +258,29 @@ def test_a_template_that_was_worded_otherwise_is_refused(card, monkeypatch):
     changed("rewards", num_workers=1),
   ],
 )
-def test_a_run_may_go_on_with_another_plan_or_on_other_machines(card, config):
-  run_record.check(card, config, IDENTITY, "W")
+def test_a_run_may_resume_with_another_length_or_machine(workdir, config):
+  check(workdir, config)
 
 
-def test_the_number_of_steps_is_a_plan_unless_a_schedule_follows_it(tmp_path):
+def test_the_number_of_steps_must_match_if_a_schedule_depends_on_it(tmp_path):
   cosine = changed("optimizer", schedule="cosine")
-  run_record.write(str(tmp_path), cosine, IDENTITY, WEIGHTS)
-  card = run_record.read(str(tmp_path))
-  run_record.check(card, cosine, IDENTITY, "W")
+  write(tmp_path, cosine)
+  check(tmp_path, cosine)
   longer = dataclasses.replace(
     cosine, train=dataclasses.replace(cosine.train, num_steps=2000)
   )
   with pytest.raises(ValueError, match="  train.num_steps: was 1000, is 2000"):
-    run_record.check(card, longer, IDENTITY, "W")
+    check(tmp_path, longer)
 
 
-def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
-  """And stands in the card from then on, the run being the changed one."""
+def test_all_changes_are_listed_and_can_be_accepted(workdir, caplog):
+  """The record lists them too, and has the new settings from then on."""
   new = dataclasses.replace(
     changed("optimizer", learning_rate=0.5, b2=0.9), seed=4
   )
   identity = IDENTITY | {"data.dir: its records": "cc"}
   with pytest.raises(ValueError) as caught:
-    run_record.check(card, new, identity, "W")
+    check(workdir, new, identity)
   listed = [
     "  data.dir: its records: was 'aaaa', is 'cc'",
     "  optimizer.b2: was 0.99, is 0.9",
@@ -245,69 +291,60 @@ def test_all_that_changed_is_listed_and_may_be_accepted(card, tmp_path, caplog):
   accepting = dataclasses.replace(
     new, checkpoint=dataclasses.replace(new.checkpoint, accept_changes=True)
   )
-  run_record.check(card, accepting, identity, "W")
+  check(workdir, accepting, identity)
   assert "\n".join(listed) in caplog.text
-  run_record.write(str(tmp_path), accepting, identity, WEIGHTS)
-  card = run_record.read(str(tmp_path))
-  assert card is not None
-  (changes,) = card["accepted_changes"]
+  (changes,) = write(workdir, accepting, identity)["accepted_changes"]
   assert changes["seed"] == {"was": 0, "is": 4} and len(changes) == 4
-  run_record.check(card, new, identity, "W")
+  check(workdir, new, identity)
   with pytest.raises(ValueError, match="  seed: was 4, is 0"):
-    run_record.check(card, CONFIG, identity, "W")
-  # Going on unchanged adds nothing; a second change comes after the first.
-  run_record.write(str(tmp_path), new, identity, WEIGHTS)
-  run_record.write(str(tmp_path), CONFIG, identity, WEIGHTS)
-  card = run_record.read(str(tmp_path))
-  assert card is not None
-  assert [each["seed"]["is"] for each in card["accepted_changes"]] == [4, 0]
+    check(workdir, CONFIG, identity)
+  # Resuming unchanged adds nothing; a second change comes after the first.
+  write(workdir, new, identity)
+  record = write(workdir, CONFIG, identity)
+  assert [each["seed"]["is"] for each in record["accepted_changes"]] == [4, 0]
 
 
-def test_a_checkpoint_of_other_data_is_refused_whatever_the_card_says():
+def test_a_checkpoint_of_other_data_is_refused_whatever_the_record(workdir):
+  record = record_of(workdir)
   meta = IDENTITY | {"lora": {"rank": 3}}
-  run_record.check_data(meta, CONFIG, IDENTITY, "W")
+  record.check_data(meta)
   foreign = meta | {"data.dir: its tokenizer": "zzzz"}
   with pytest.raises(ValueError, match="its tokenizer: was 'zzzz', is 'bbbb'"):
-    run_record.check_data(foreign, CONFIG, IDENTITY, "W")
+    record.check_data(foreign)
   with pytest.raises(ValueError, match="its records: was None, is 'aaaa'"):
-    run_record.check_data({}, CONFIG, IDENTITY, "W")
+    record.check_data({})
 
 
-def test_a_setting_that_is_yet_to_come_is_of_the_essence():
-  """What is not is listed, so nothing is left out by forgetting it."""
-  named = {
-    name for name, _ in run_record._flat({"new": {"knob": 1}, "seed": 2})
-  }
-  assert named == {"new.knob", "seed"}
-  for name in run_record._INCIDENTAL:
+def test_a_new_setting_must_match_unless_it_is_listed():
+  settings = CONFIG.to_dict() | {"new": {"knob": 1}}
+  record = run_record.RunRecord("W", settings, DEFAULTS, {})
+  assert record._must_match()["new.knob"] == 1
+  for name in run_record._MAY_DIFFER:
     value = CONFIG
     for part in name.split("."):
       value = getattr(value, part)
 
 
-def test_a_kill_while_writing_leaves_the_card_before(tmp_path, monkeypatch):
-  run_record.write(str(tmp_path), CONFIG, IDENTITY, WEIGHTS)
-
+def test_a_kill_while_writing_leaves_the_old_record(workdir, monkeypatch):
   def killed(*paths):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(os, "replace", killed)
   with pytest.raises(KeyboardInterrupt):
-    run_record.write(str(tmp_path), CONFIG, IDENTITY, "random:9")
-  card = run_record.read(str(tmp_path))
-  assert card is not None and card["weights"] == WEIGHTS
+    write(workdir, weights="random:9")
+  record = run_record.read(workdir)
+  assert record is not None and record["weights"] == WEIGHTS
 
 
-def test_a_torn_card_is_an_error_that_names_it(tmp_path):
+def test_the_error_of_a_damaged_record_names_the_file(tmp_path):
   (tmp_path / "run.json").write_text('{"essence": {')
   with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
-    run_record.read(str(tmp_path))
+    run_record.read(tmp_path)
 
 
-def test_a_run_is_not_continued_without_the_file_it_was_started_with(tmp_path):
+def test_a_run_does_not_resume_without_its_file_of_completions(tmp_path):
   file = {"data.preference_file: its contents": "dddd"}
-  run_record.write(str(tmp_path), CONFIG, IDENTITY | file, WEIGHTS)
-  card = run_record.read(str(tmp_path))
-  run_record.check(card, CONFIG, IDENTITY | file, "W")
+  write(tmp_path, identity=IDENTITY | file)
+  check(tmp_path, identity=IDENTITY | file)
   with pytest.raises(ValueError, match="preference_file.*'dddd'"):
-    run_record.check(card, CONFIG, IDENTITY, "W")
+    check(tmp_path)
