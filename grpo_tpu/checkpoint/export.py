@@ -17,8 +17,8 @@ from data_pipelines import validation
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
-from grpo_tpu.models.gemma3 import lora, weights
-from grpo_tpu.models.gemma3.convert import huggingface
+from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.models.gemma3.convert import huggingface, peft
 from grpo_tpu.rl import policy as policies
 
 
@@ -89,7 +89,7 @@ def _adapter_writer(
     lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
   )
   write = functools.partial(
-    lora.to_peft,
+    peft.save,
     config.model_config,
     settings,
     everywhere(adapters),

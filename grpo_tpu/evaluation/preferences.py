@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import pipeline
 from grpo_tpu.observability import writer
-from grpo_tpu.rl import experience, objective, score
+from grpo_tpu.rl import experience, preference_metrics, score
 from grpo_tpu.rl import policy as policies
 
 # Edges between the margins, of the one reward above the other, by which pairs
@@ -83,13 +83,13 @@ def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
   """What adds up over batches; replicated, so the same on every host."""
   gained = jnp.where(mask, gained, 0.0).sum(axis=-1)
   per_token = gained / jnp.maximum(mask.sum(axis=-1), 1)
-  chosen, rejected, valid = objective.preference_pairs(gained, preferred)
-  paid_more, paid_less, _ = objective.preference_pairs(rewards, preferred)
+  chosen, rejected, valid = preference_metrics.all_pairs(gained, preferred)
+  paid_more, paid_less, _ = preference_metrics.all_pairs(rewards, preferred)
   accuracies = {
     "preference_accuracy": _wins(paid_more, paid_less),
     "implicit_preference_accuracy": _wins(chosen, rejected),
     "implicit_preference_accuracy_per_token": _wins(
-      *objective.preference_pairs(per_token, preferred)[:2]
+      *preference_metrics.all_pairs(per_token, preferred)[:2]
     ),
     "implicit_preference_margin": chosen - rejected,
   }

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, without ever holding all their logits.
 
-One code path serves the policy, the old policy and the reference: taken any
-other way, rounding alone would move their ratio away from one.
+One code path serves the policy, the old policy and the reference. With two,
+rounding alone would move their ratio away from one.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 
-# Finite, for the entropy multiplies it by a probability of 0.
+# Finite, because the entropy multiplies it by a probability of 0.
 _IMPOSSIBLE = -1.0e30
 
 
@@ -30,23 +30,24 @@ def per_token_logps(
   chunk_size: int,
   banned_ids: tuple[int, ...] = (),
   is_early: Bool[Array, "*batch"] | None = None,
-  cut_by: str | None = None,
+  vocab_axis: str | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
   """Log-probability of each id, and the entropy of its distribution, in fp32.
 
-  Logits of `chunk_size` tokens exist at a time, in the backward pass too,
-  where they are recomputed if there is more than one chunk.
+  The logits of `chunk_size` tokens exist at a time, in the backward pass too,
+  which recomputes them if there is more than one chunk.
 
   Args:
     states: Final states that predict `ids`; carries the gradient.
-    ids: The tokens whose log-probability is wanted.
-    embedding: The tied output embedding; carries the gradient.
-    temperature: Logits are divided by it, as they were when sampling.
+    ids: Tokens whose log-probability is wanted.
+    embedding: Output embedding; carries the gradient.
+    temperature: Divisor of the logits, the same as in sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
-    banned_ids: As in `output_logits`, and as they were when sampling.
-    is_early: As in `mask_stop_tokens`, likewise; None where no token is.
-    cut_by: In a `shard_map`, the mesh axis of whose shards each has a part of
-      the embedding's rows, in order; None where it is whole.
+    banned_ids: As in `output_logits`, the same as in sampling.
+    is_early: As in `mask_stop_tokens`, the same as in sampling; None where no
+      token is early.
+    vocab_axis: In a `shard_map`, the mesh axis whose shards each hold a part of
+      the embedding's rows, in order; None if the embedding is whole.
 
   Returns:
     Log-probabilities and entropies, in nats.
@@ -54,30 +55,31 @@ def per_token_logps(
   num_tokens = math.prod(ids.shape)
   chunk_size = min(chunk_size, num_tokens)
   padding = -num_tokens % chunk_size
-  flat_states = jnp.pad(
-    states.reshape(num_tokens, -1), ((0, padding), (0, 0))
-  ).reshape(-1, chunk_size, states.shape[-1])
-  flat_ids = jnp.pad(ids.reshape(-1), (0, padding)).reshape(-1, chunk_size)
-  flat_early = None
-  if is_early is not None:
-    flat_early = jnp.pad(is_early.reshape(-1), (0, padding))
-    flat_early = flat_early.reshape(-1, chunk_size)
 
-  # Chunk by chunk the backward pass makes logits anew. Where one chunk is all,
-  # they may as well stay: the loss is next, and then that pass.
+  def chunks(x, *width):
+    flat = x.reshape(num_tokens, *width)
+    flat = jnp.pad(flat, ((0, padding), *[(0, 0)] * len(width)))
+    return flat.reshape(-1, chunk_size, *width)
+
+  args = (
+    chunks(states, states.shape[-1]),
+    chunks(ids),
+    None if is_early is None else chunks(is_early),
+  )
+  # The backward pass of several chunks recomputes their logits. With one chunk
+  # the logits may stay: only the loss stands between forward and backward.
   keeps_logits = num_tokens == chunk_size
-  how = LogitsSpec(temperature, banned_ids, keeps_logits, cut_by)
+  spec = _LogitsSpec(temperature, banned_ids, keeps_logits, vocab_axis)
 
-  def chunk(args):
+  def score_chunk(args):
     states, ids, is_early = args
-    return _scored(how, states, embedding, ids, is_early)
+    return _score(spec, states, embedding, ids, is_early)
 
-  if how.keeps_logits:
+  if keeps_logits:
     # A loop of one would add the embedding's gradient to zeros.
-    args = jax.tree.map(lambda x: x[0], (flat_states, flat_ids, flat_early))
-    logps, entropies = chunk(args)
+    logps, entropies = score_chunk(jax.tree.map(lambda x: x[0], args))
   else:
-    logps, entropies = jax.lax.map(chunk, (flat_states, flat_ids, flat_early))
+    logps, entropies = jax.lax.map(score_chunk, args)
   return (
     logps.reshape(-1)[:num_tokens].reshape(ids.shape),
     entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
@@ -90,45 +92,45 @@ def sharded_per_token_logps(
   embedding: Float[Array, "V D"],
   *,
   is_early: Bool[Array, "U C T"] | None = None,
-  **how: Any,
+  **kwargs: Any,
 ) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
-  """`per_token_logps` in which each data shard scores its own bundles.
+  """`per_token_logps`, with each data shard scoring its own bundles.
 
-  Left to itself, the compiler cuts every chunk's logits along `D` and adds them
-  up over the devices. Here the embedding is gathered once, and its gradient
-  scattered once, whatever the number of chunks; `chunk_size` is of a shard.
-  Tensor shards have the logits of their own part of the vocabulary. On
-  the mesh of `jax.set_mesh`, and as it is where there is none or where it does
-  not divide the bundles.
+  The compiler alone would split every chunk's logits along `D` and sum them
+  over the devices. Here the embedding is gathered once, and its gradient
+  scattered once, whatever the number of chunks; `chunk_size` counts tokens of a
+  shard. Tensor shards hold the logits of their part of the vocabulary. Uses the
+  mesh of `jax.set_mesh`; without one, or if the mesh does not divide the
+  bundles, it is plain `per_token_logps`.
 
   Args:
     states: As in `per_token_logps`.
-    ids: Likewise.
-    embedding: Likewise.
-    is_early: Likewise.
-    **how: The rest, likewise.
+    ids: As in `per_token_logps`.
+    embedding: As in `per_token_logps`.
+    is_early: As in `per_token_logps`.
+    **kwargs: The other arguments of `per_token_logps`.
   """
   mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
   shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in batch)
   dtype = embedding.dtype
 
-  def scored(states, ids, embedding, *early, cut_by=None):
+  def score(states, ids, embedding, *early, vocab_axis=None):
     early = {"is_early": early[0]} if early else {}
     return per_token_logps(
-      states, ids, embedding, **how, **early, cut_by=cut_by
+      states, ids, embedding, **kwargs, **early, vocab_axis=vocab_axis
     )
 
-  def gathered(states, ids, embedding, *early):
-    whole = _whole(embedding.astype(states.dtype))
-    # Chunks' gradients add up in the type of the parameter.
-    return scored(states, ids, whole.astype(dtype), *early, cut_by="tensor")
+  def score_shard(states, ids, embedding, *early):
+    whole = _gather_columns(embedding.astype(states.dtype))
+    # Gradients of chunks add up in the type of the parameter.
+    return score(states, ids, whole.astype(dtype), *early, vocab_axis="tensor")
 
   arrays = (states, ids, embedding, *(() if is_early is None else (is_early,)))
   if mesh.empty or mesh.size == 1 or states.shape[0] % shards:
-    return scored(*arrays)
+    return score(*arrays)
   rows = sharding.BATCH
   return jax.shard_map(
-    gathered,
+    score_shard,
     in_specs=(rows, rows, P("tensor", "fsdp"), *[rows] * (len(arrays) - 3)),
     out_specs=(rows, rows),
     check_vma=False,
@@ -136,16 +138,16 @@ def sharded_per_token_logps(
 
 
 @jax.custom_vjp
-def _whole(part: Float[Array, "V part"]) -> Float[Array, "V D"]:
-  """All columns of an embedding of which each fsdp shard has some."""
+def _gather_columns(part: Float[Array, "V part"]) -> Float[Array, "V D"]:
+  """Gathers an embedding whose columns are split over `fsdp`."""
   return jax.lax.all_gather(part, "fsdp", axis=1, tiled=True)
 
 
-def _whole_backward(_, gradient):
-  """The sum of this shard's columns.
+def _gather_columns_backward(_, gradient):
+  """Sums this shard's columns over all shards.
 
-  Cut along its last axis, a part would not fill a TPU's lanes; the compiler
-  would add up all of it everywhere, and then cut.
+  Parts along the last axis would not fill a TPU's lanes; the compiler would sum
+  everything everywhere and slice the result.
   """
   num_rows, num_columns = gradient.shape
   shards = jax.lax.axis_size("fsdp")
@@ -154,20 +156,22 @@ def _whole_backward(_, gradient):
   return (jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=0),)
 
 
-_whole.defvjp(lambda part: (_whole(part), None), _whole_backward)
+_gather_columns.defvjp(
+  lambda part: (_gather_columns(part), None), _gather_columns_backward
+)
 
 
-class LogitsSpec(NamedTuple):
-  """What a chunk's logits are, and whether the backward pass finds them."""
+class _LogitsSpec(NamedTuple):
+  """Static choices for the logits of a chunk."""
 
   temperature: float
   banned_ids: tuple[int, ...]
   keeps_logits: bool
-  cut_by: str | None
+  vocab_axis: str | None
 
   def logits(self, is_early, states, embedding) -> Array:
-    """Of this shard's part of the vocabulary."""
-    first = self.first(len(embedding))
+    """Logits of this shard's part of the vocabulary."""
+    first = self.first_id(len(embedding))
     logits = output_logits(
       states,
       embedding,
@@ -179,66 +183,69 @@ class LogitsSpec(NamedTuple):
       return logits
     return mask_stop_tokens(logits, is_early, first_id=first)
 
-  def first(self, num_ids: int) -> Array | int:
+  def first_id(self, num_ids: int) -> Array | int:
     """The id of the first logit."""
-    return jax.lax.axis_index(self.cut_by) * num_ids if self.cut_by else 0
+    axis = self.vocab_axis
+    return jax.lax.axis_index(axis) * num_ids if axis else 0
 
   def total(self, x: Array) -> Array:
     """The sum over all parts of the vocabulary."""
-    return jax.lax.psum(x, self.cut_by) if self.cut_by else x
+    return jax.lax.psum(x, self.vocab_axis) if self.vocab_axis else x
 
   def largest(self, x: Array) -> Array:
-    """Likewise."""
-    return jax.lax.pmax(x, self.cut_by) if self.cut_by else x
+    """The maximum over all parts of the vocabulary."""
+    return jax.lax.pmax(x, self.vocab_axis) if self.vocab_axis else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(how: LogitsSpec, states, embedding, ids, is_early):
+def _score(spec: _LogitsSpec, states, embedding, ids, is_early):
   """Log-probabilities and entropies of a chunk.
 
-  Its backward pass is one exponential and one select for each logit; left to
-  itself, the gather of what was chosen would go back as a scatter into zeros.
+  The backward pass is one exponential and one select per logit. Automatic
+  differentiation would turn the gather of the chosen logits into a scatter into
+  zeros.
   """
-  outputs, _ = _scored_forward(how, states, embedding, ids, is_early)
+  outputs, _ = _score_forward(spec, states, embedding, ids, is_early)
   return outputs
 
 
-def _scored_forward(how, states, embedding, ids, is_early):
-  logits = how.logits(is_early, states, embedding)
-  peak = how.largest(logits.max(axis=-1, keepdims=True))
-  # Below the peak: numbers of the size of their differences round least.
-  total = how.total(jnp.exp(logits - peak).sum(axis=-1))
-  weighed = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1)
-  mean = how.total(weighed) / total
+def _score_forward(spec, states, embedding, ids, is_early):
+  logits = spec.logits(is_early, states, embedding)
+  peak = spec.largest(logits.max(axis=-1, keepdims=True))
+  # Logits relative to the peak are small numbers, which round least.
+  total = spec.total(jnp.exp(logits - peak).sum(axis=-1))
+  weighted = jnp.sum(jnp.exp(logits - peak) * (logits - peak), axis=-1)
+  mean = spec.total(weighted) / total
   num_ids = logits.shape[-1]
-  place = ids - how.first(num_ids)
-  is_own = (place >= 0) & (place < num_ids)
-  place = jnp.where(is_own, place, 0)
-  chosen = jnp.take_along_axis(logits, place[:, None], axis=1) - peak
-  chosen = how.total(jnp.where(is_own, chosen[:, 0], 0.0))
-  kept = logits if how.keeps_logits else None
+  column = ids - spec.first_id(num_ids)
+  is_own = (column >= 0) & (column < num_ids)
+  column = jnp.where(is_own, column, 0)
+  chosen = jnp.take_along_axis(logits, column[:, None], axis=1) - peak
+  chosen = spec.total(jnp.where(is_own, chosen[:, 0], 0.0))
+  kept = logits if spec.keeps_logits else None
   residuals = states, embedding, ids, is_early, peak, total, mean, kept
   return (chosen - jnp.log(total), jnp.log(total) - mean), residuals
 
 
-def _scored_backward(how, residuals, gradients):
+def _score_backward(spec, residuals, gradients):
   states, embedding, ids, is_early, peak, total, mean, kept = residuals
-  # A result that shards share comes back to each as its share of a gradient.
-  of_logps, of_entropies = (how.total(x)[:, None] for x in gradients)
+  # The gradient of a result that shards share arrives in parts, one per shard.
+  d_logps, d_entropies = (spec.total(x)[:, None] for x in gradients)
   logits, pull = jax.vjp(
-    functools.partial(how.logits, is_early), states, embedding
+    functools.partial(spec.logits, is_early), states, embedding
   )
   below = (logits if kept is None else kept) - peak
   # d logp / d logit = chosen - p; d entropy / d logit = -p (logit - mean).
   probabilities = jnp.exp(below) / total[:, None]
-  slope = of_logps + of_entropies * (below - mean[:, None])
+  slope = d_logps + d_entropies * (below - mean[:, None])
   num_ids = below.shape[-1]
-  is_chosen = jnp.arange(num_ids)[None] == ids[:, None] - how.first(num_ids)
-  gradient = jnp.where(is_chosen, of_logps, 0.0) - probabilities * slope
+  own_ids = jnp.arange(num_ids)[None]
+  is_chosen = own_ids == ids[:, None] - spec.first_id(num_ids)
+  gradient = jnp.where(is_chosen, d_logps, 0.0) - probabilities * slope
   return *pull(gradient), None, None
 
 
-_scored.defvjp(_scored_forward, _scored_backward)
+_score.defvjp(_score_forward, _score_backward)
 
 
 def output_logits(
@@ -251,16 +258,16 @@ def output_logits(
 ) -> Float[Array, "*batch V"]:
   """Logits in fp32, whatever the type of states and embedding.
 
-  Sampler and trainer both make theirs here, so a banned id is in neither's
-  softmax: what is drawn has the probability that is trained. In one of the two
-  alone, the ratio would start off 1 by the banned probability.
+  Sampler and trainer both use this function, so a banned id is in neither's
+  softmax and a sampled token has the probability that is trained. If only one
+  of them banned it, the ratio would start off 1.
 
   Args:
     states: Final states.
-    embedding: The tied output embedding.
-    temperature: Logits are divided by it.
+    embedding: Output embedding.
+    temperature: Divisor of the logits.
     banned_ids: Ids of probability 0.
-    first_id: Of the embedding's first row, where it is a part.
+    first_id: Id of the embedding's first row, if it is a part.
   """
   logits = jnp.einsum(
     "...d,vd->...v",
@@ -271,8 +278,7 @@ def output_logits(
   logits = logits / temperature
   if not banned_ids:
     return logits
-  ids = first_id + jnp.arange(embedding.shape[0])
-  banned = functools.reduce(operator.or_, (ids == i for i in banned_ids))
+  banned = _is_one_of(banned_ids, embedding.shape[0], first_id)
   banned = jnp.expand_dims(banned, range(logits.ndim - 1))
   return jnp.where(banned, _IMPOSSIBLE, logits)
 
@@ -282,11 +288,17 @@ def mask_stop_tokens(
   is_early: Bool[Array, "*batch"],
   first_id: Int[Array, ""] | int = 0,
 ) -> Float[Array, "*batch V"]:
-  """Logits without the stop tokens, where a row is too short to end.
+  """Makes stop tokens impossible where a row is too short to end.
 
-  Like banned ids, they are in neither softmax, the sampler's or the trainer's.
+  Like banned ids, they are then in neither softmax, the sampler's or the
+  trainer's.
   """
-  ids = first_id + jnp.arange(logits.shape[-1])
-  stops = functools.reduce(operator.or_, (ids == i for i in GEMMA3.stop_ids))
+  stops = _is_one_of(GEMMA3.stop_ids, logits.shape[-1], first_id)
   stops = jnp.expand_dims(stops, range(logits.ndim - 1))
   return jnp.where(stops & is_early[..., None], _IMPOSSIBLE, logits)
+
+
+def _is_one_of(wanted, num_ids, first_id) -> Bool[Array, " V"]:
+  """True for the ids, of the `num_ids` from `first_id` on, that are wanted."""
+  ids = first_id + jnp.arange(num_ids)
+  return functools.reduce(operator.or_, (ids == i for i in wanted))

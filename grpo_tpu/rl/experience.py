@@ -24,7 +24,7 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rl import diagnostics, objective, shaping
+from grpo_tpu.rl import diagnostics, objective, preference_metrics, shaping
 from grpo_tpu.rl import policy as policies
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import generate
@@ -291,8 +291,8 @@ def offline(
   groups, preferred, errors = preferences(policy, params, batch)
   bundles, statistics = _with_advantages(policy, groups)
   total = groups.rewards["total"]
-  chosen, rejected, is_pair = objective.preference_pairs(total, preferred)
-  accuracy = objective.preference_accuracy(chosen, rejected, valid=is_pair)
+  chosen, rejected, is_pair = preference_metrics.all_pairs(total, preferred)
+  accuracy = preference_metrics.accuracy(chosen, rejected, valid=is_pair)
   statistics |= _reward_statistics(groups.rewards, groups.valid) | errors
   statistics["train/preference_accuracy"] = accuracy
   bundles = bundles.replace(preferred=preferred)

@@ -1,8 +1,9 @@
 """The GRPO objective: rewards to advantages, log-probabilities to one loss.
 
-Pure functions of arrays, in float32, safe under jit, vmap and scan. It knows
-nothing of models, texts, devices or how a batch is cut: a caller that sees a
-part passes the whole batch's `denominator` and `num_tokens`, and adds up.
+Pure functions of arrays, in float32, safe under jit, vmap and scan. They know
+nothing of models, texts, devices or microbatches: a caller that passes a part
+of a batch passes the whole batch's `denominator` and `num_tokens`, and adds up
+the results.
 
 References:
   GRPO: Shao et al., DeepSeekMath, arXiv:2402.03300
@@ -31,13 +32,13 @@ from grpo_tpu.rl.settings import (
 Metrics = dict[str, Float[Array, ""]]
 
 # exp(60) and its products with a beta, an advantage and a token count fit in
-# float32; a log-ratio beyond it says that something else is broken.
+# float32. A larger log-ratio means that something else is broken.
 _MAX_EXPONENT = 60.0
-# Its square, summed over a batch, fits too.
+# The sum of its squares over a batch fits in float32 too.
 _MAX_RATIO = 1e15
 
 # How steeply "sapo" fades tokens out, for positive and negative advantages
-# (SAPO, section 5.1: worse tokens a little sooner).
+# (SAPO, section 5.1: worse tokens fade a little sooner).
 _SAPO_TEMPERATURES = (1.0, 1.05)
 
 
@@ -50,26 +51,26 @@ def group_advantages(
   epsilon: float = 1e-4,
   valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Float[Array, " N"]:
-  """How much better each completion did than the others of its prompt.
+  """How much better each completion is than the others of its prompt.
 
-  A group whose valid rewards are all equal, or that has one valid row or none,
-  gets exactly 0.
+  A group whose valid rewards are all equal, or that has fewer than two valid
+  rows, gets exactly 0.
 
   Args:
-    rewards: One per completion, the completions of a prompt side by side.
+    rewards: One per completion; the completions of a prompt are adjacent.
     num_generations: Completions per prompt; divides N.
     scale: "group" divides by the group's standard deviation (unbiased),
       "batch" by that of all valid rewards of the batch, "none" by nothing.
     baseline: "mean" subtracts the group's mean, "leave_one_out" the mean of
       the group's other valid rows.
     epsilon: Added to the standard deviation.
-    valid: False where the reward could not be had. Such rows, and those whose
-      reward is not finite, stay out of the statistics and get 0. None means
-      all.
+    valid: False where there is no reward. Such rows, and those whose reward is
+      not finite, stay out of the statistics and get 0. None means that all are
+      valid.
 
   Raises:
-    ValueError: On an unknown `scale` or `baseline`, or where N is not a
-      multiple of `num_generations`.
+    ValueError: If `scale` or `baseline` is unknown, or if N is not a multiple
+      of `num_generations`.
   """
   for field, value, choices in (
     ("advantage_scale", scale, ADVANTAGE_SCALES),
@@ -83,33 +84,33 @@ def group_advantages(
       f"rewards ({rewards.shape[0]}); pass whole groups."
     )
   groups = rewards.reshape(-1, num_generations)
-  counted = jnp.isfinite(groups)
+  is_valid = jnp.isfinite(groups)
   if valid is not None:
-    counted &= jnp.asarray(valid).reshape(-1, num_generations)
-  groups = jnp.where(counted, groups, 0.0)
+    is_valid &= jnp.asarray(valid).reshape(-1, num_generations)
+  groups = jnp.where(is_valid, groups, 0.0)
 
-  count = counted.sum(axis=1, keepdims=True)
+  count = is_valid.sum(axis=1, keepdims=True)
   mean = groups.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
-  centred = jnp.where(counted, groups - mean, 0.0)
+  centered = jnp.where(is_valid, groups - mean, 0.0)
   # r - mean of the others = (r - mean of all) * n / (n - 1).
-  advantages = centred
+  advantages = centered
   if baseline == "leave_one_out":
-    advantages = centred * count / jnp.maximum(count - 1, 1)
+    advantages = centered * count / jnp.maximum(count - 1, 1)
   if scale == "group":
-    variance = jnp.square(centred).sum(axis=1, keepdims=True)
+    variance = jnp.square(centered).sum(axis=1, keepdims=True)
     variance /= jnp.maximum(count - 1, 1)
     advantages = advantages / (jnp.sqrt(variance) + epsilon)
   elif scale == "batch":
-    total = counted.sum()
+    total = is_valid.sum()
     spread = groups - groups.sum() / jnp.maximum(total, 1)
-    variance = jnp.square(jnp.where(counted, spread, 0.0)).sum()
+    variance = jnp.square(jnp.where(is_valid, spread, 0.0)).sum()
     variance /= jnp.maximum(total - 1, 1)
     advantages = advantages / (jnp.sqrt(variance) + epsilon)
 
-  # The mean of equal numbers is not always that number once rounded, and a
-  # small epsilon would blow the difference up.
-  highest = jnp.where(counted, groups, -jnp.inf).max(axis=1, keepdims=True)
-  lowest = jnp.where(counted, groups, jnp.inf).min(axis=1, keepdims=True)
+  # The rounded mean of equal numbers may differ from them, and a small epsilon
+  # would magnify the difference.
+  highest = jnp.where(is_valid, groups, -jnp.inf).max(axis=1, keepdims=True)
+  lowest = jnp.where(is_valid, groups, jnp.inf).min(axis=1, keepdims=True)
   return jnp.where(highest > lowest, advantages, 0.0).reshape(-1)
 
 
@@ -117,19 +118,19 @@ def denominator(
   completion_mask: Bool[ArrayLike, "N T"],
   config: ObjectiveConfig,
   *,
-  counted: Bool[ArrayLike, " N"] | None = None,
+  row_mask: Bool[ArrayLike, " N"] | None = None,
 ) -> Float[Array, ""]:
-  """What the loss over these rows is divided by; that of parts adds up.
+  """The divisor of the loss over these rows; the divisors of parts add up.
 
-  It is the number of unmasked tokens for "token_mean", of rows (empty ones
-  too) for "sequence_mean", and of rows times `config.max_completion_length`
-  for "constant".
+  The number of unmasked tokens for "token_mean", the number of rows (empty ones
+  too) for "sequence_mean", and the number of rows times
+  `config.max_completion_length` for "constant".
 
   Args:
     completion_mask: True on the tokens that the loss is taken over.
-    config: Which loss.
-    counted: False on rows that are no part of the batch, all of whose tokens
-      are masked. None means that all are.
+    config: The terms of the loss.
+    row_mask: False on rows that are not part of the batch, whose tokens are all
+      masked. None means that all are part of it.
 
   Raises:
     ValueError: For "constant" without a `max_completion_length`.
@@ -138,8 +139,8 @@ def denominator(
   if config.aggregation == "token_mean":
     return completion_mask.sum(dtype=jnp.float32)
   num_rows = jnp.float32(completion_mask.shape[0])
-  if counted is not None:
-    num_rows = jnp.asarray(counted).sum(dtype=jnp.float32)
+  if row_mask is not None:
+    num_rows = jnp.asarray(row_mask).sum(dtype=jnp.float32)
   if config.aggregation == "sequence_mean":
     return num_rows
   if config.max_completion_length is None:
@@ -165,71 +166,74 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
   """The clipped GRPO objective plus the KL term, negated: lower is better.
 
-  Over the microbatches of one optimizer batch the losses, their gradients and
-  the metrics ADD UP to those of the whole, if every call is given the whole
+  Over the microbatches of one optimizer batch, the losses, gradients and
+  metrics ADD UP to those of the whole batch if every call is given the whole
   batch's `denominator` and `num_tokens`.
 
   Args:
-    per_token_logps: Log-probabilities under the policy being trained. The
+    per_token_logps: Log-probabilities under the policy being trained; the
       gradient flows through these alone.
-    old_per_token_logps: The same tokens under the policy that sampled them.
-      None means the current ones, stopped: the ratio is 1.
-    ref_per_token_logps: The same tokens under the frozen reference. None means
-      the current ones, stopped.
+    old_per_token_logps: Log-probabilities of the same tokens under the policy
+      that sampled them. None means the current ones, without gradient, so that
+      the ratio is 1.
+    ref_per_token_logps: Log-probabilities of the same tokens under the frozen
+      reference. None means the current ones, without gradient.
     advantages: One per completion, from `group_advantages`.
     completion_mask: True on sampled tokens up to and including the end of
-      turn; False on padding, where anything may stand in the other arrays.
-    config: Which loss; see `ObjectiveConfig`.
+      turn; False on padding, where the other arrays may hold anything.
+    config: The terms of the loss.
     denominator: The whole batch's `objective.denominator`. None means that
       this call sees the whole batch.
     num_tokens: The whole batch's number of unmasked tokens, which the metrics
       are averaged over. None means `denominator` for "token_mean", and
       otherwise this call's own number.
-    sampler_weights: exp(old - sampler log-probability), to correct for a
-      sampler that is not quite the old policy; capped at `config.tis_cap`. They
-      weigh the surrogate and not the KL. None means 1.
-    token_weights: What else the surrogate of a token is multiplied by, as by 0
-      where only some tokens are to teach; uncapped. None means 1.
+    sampler_weights: exp(old - sampler log-probability), which corrects for a
+      sampler that differs from the old policy; capped at `config.tis_cap`. The
+      KL is not weighted. None means 1.
+    token_weights: Other factors of each token's surrogate, uncapped; 0 leaves a
+      token out. None means 1.
 
   Returns:
     The loss, averaged as `config.aggregation` says, and metrics averaged over
     tokens: `kl` (the value of the KL term before beta), `kl_k1`, `kl_k2`,
     `kl_k3` (each estimator), `ratio`, `ratio_squared`, `old_kl` (k3 of old
     against current), `sampler_weight` (after the cap), and the shares of
-    tokens that the clip holds: `clip_fraction_low`, `clip_fraction_high`,
-    their sum `clip_fraction`, and `clip_fraction_dual`.
+    clipped tokens: `clip_fraction_low`, `clip_fraction_high`, their sum
+    `clip_fraction`, and `clip_fraction_dual`.
   """
   mask = jnp.asarray(completion_mask)
 
   # Padding is zeroed before exp, not after: inf * 0 would poison the gradient.
-  def masked(values):
+  def zero_padding(values):
     return jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
 
-  def stopped(values):
-    return jax.lax.stop_gradient(logps if values is None else masked(values))
+  def constant(values):
+    return jax.lax.stop_gradient(
+      logps if values is None else zero_padding(values)
+    )
 
-  logps = masked(per_token_logps)
-  log_ratio = logps - stopped(old_per_token_logps)
+  logps = zero_padding(per_token_logps)
+  log_ratio = logps - constant(old_per_token_logps)
   token_ratio = ratio = _ratio(log_ratio)
   if config.importance == "sequence":
     row_ratio = _ratio(_row_means(log_ratio, mask))
     ratio = jnp.broadcast_to(row_ratio[:, None], logps.shape)
   weights = jnp.ones_like(logps)
   if sampler_weights is not None:
-    weights = stopped(sampler_weights)
+    weights = constant(sampler_weights)
     if config.tis_cap is not None:
       weights = jnp.minimum(weights, config.tis_cap)
   advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
   advantages = advantages[:, None]
 
-  estimators = _kl_estimators(logps - stopped(ref_per_token_logps))
+  estimators = _kl_estimators(logps - constant(ref_per_token_logps))
   kl = _kl_term(estimators, logps, ratio, token_ratio, config)
   per_token_loss = -weights * _surrogate(ratio, logps, advantages, config)
   if token_weights is not None:
-    per_token_loss *= stopped(token_weights)
+    per_token_loss *= constant(token_weights)
   if config.beta:
     per_token_loss += config.beta * kl
-  loss = _aggregate(masked(per_token_loss), mask, config, denominator)
+  loss = _aggregate(zero_padding(per_token_loss), mask, config, denominator)
 
   if num_tokens is None:
     whole = config.aggregation == "token_mean" and denominator is not None
@@ -244,96 +248,11 @@ def policy_loss(
     **_clip_fractions(ratio, advantages, config),
   }
   metrics = {
-    name: masked(jax.lax.stop_gradient(value)).sum() / _at_least_one(num_tokens)
+    name: zero_padding(jax.lax.stop_gradient(value)).sum()
+    / _at_least_one(num_tokens)
     for name, value in per_token_metrics.items()
   }
   return loss, metrics
-
-
-def preference_pairs(
-  scores: Num[ArrayLike, "U C"], preferred: Bool[ArrayLike, "U C C"]
-) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
-  """Every two completions of a group, as chosen and rejected.
-
-  Args:
-    scores: One per completion.
-    preferred: [u, i, j]: whether completion i is preferred to j.
-
-  Returns:
-    For each of the U C C ordered pairs: the score of the chosen, of the
-    rejected, and whether it is a pair that counts.
-  """
-  scores, preferred = jnp.asarray(scores), jnp.asarray(preferred)
-  shape = preferred.shape
-  chosen = jnp.broadcast_to(scores[:, :, None], shape).ravel()
-  rejected = jnp.broadcast_to(scores[:, None, :], shape).ravel()
-  return chosen, rejected, preferred.ravel()
-
-
-def preference_accuracy(
-  chosen: Num[ArrayLike, " B"],
-  rejected: Num[ArrayLike, " B"],
-  *,
-  valid: Bool[ArrayLike, " B"] | None = None,
-) -> Float[Array, ""]:
-  """The share of pairs whose chosen side scores higher; a tie is half.
-
-  Args:
-    chosen: One score a pair.
-    rejected: One score a pair.
-    valid: False on pairs that do not count; None means that all do.
-  """
-  difference = jnp.asarray(chosen) - jnp.asarray(rejected)
-  wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
-  return _mean_over(wins, valid)
-
-
-def preference_metrics(
-  chosen_logps: Float[ArrayLike, " B"],
-  rejected_logps: Float[ArrayLike, " B"],
-  ref_chosen_logps: Float[ArrayLike, " B"],
-  ref_rejected_logps: Float[ArrayLike, " B"],
-  *,
-  beta: float | int,
-  valid: Bool[ArrayLike, " B"] | None = None,
-) -> Metrics:
-  """What the policy itself prefers, measured against the reference.
-
-  A completion's implicit reward is beta times its log-ratio to the reference.
-
-  Args:
-    chosen_logps: Log-probability of each whole chosen completion under the
-      policy: the sum over its tokens, or, for a measure that length does not
-      enter, their mean; the same in all four.
-    rejected_logps: The same of the rejected completion.
-    ref_chosen_logps: The chosen completion under the reference.
-    ref_rejected_logps: The rejected completion under the reference.
-    beta: Scale of the implicit reward; it moves no accuracy.
-    valid: False on pairs that do not count; None means that all do.
-
-  Returns:
-    Means over pairs: `implicit_preference_accuracy` (ties count half),
-    `chosen_reward`, `rejected_reward`, and their difference
-    `implicit_preference_margin`.
-  """
-  chosen = jnp.asarray(chosen_logps) - jnp.asarray(ref_chosen_logps)
-  rejected = jnp.asarray(rejected_logps) - jnp.asarray(ref_rejected_logps)
-  return {
-    "implicit_preference_accuracy": preference_accuracy(
-      chosen, rejected, valid=valid
-    ),
-    "chosen_reward": beta * _mean_over(chosen, valid),
-    "rejected_reward": beta * _mean_over(rejected, valid),
-    "implicit_preference_margin": beta * _mean_over(chosen - rejected, valid),
-  }
-
-
-def _mean_over(values, valid):
-  """The mean of the valid ones, 0 where there is none."""
-  if valid is None:
-    return values.mean()
-  valid = jnp.asarray(valid)
-  return jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def _ratio(log_ratio):
@@ -345,7 +264,7 @@ def _at_least_one(count):
 
 
 def _row_means(per_token, mask):
-  """Each row's mean over its unmasked tokens; `per_token` is 0 elsewhere."""
+  """Each row's mean over unmasked tokens; `per_token` is 0 on the others."""
   return per_token.sum(axis=1) / _at_least_one(mask.sum(axis=1))
 
 
@@ -374,7 +293,7 @@ def _surrogate(ratio, logps, advantages, config):
 
 
 def _clip_fractions(ratio, advantages, config):
-  """Which tokens have their gradient stopped, or for cispo shrunk, and why."""
+  """Tokens whose gradient the clip stops, or shrinks for cispo, by cause."""
   if config.surrogate == "cispo":
     high = ratio > config.epsilon_high
     low = jnp.zeros_like(high)
@@ -400,9 +319,10 @@ def _k3(log_ratio):
 
 
 def _kl_estimators(log_ratio):
-  """Three values whose mean under the policy is KL(policy || reference).
+  """Three values whose mean under the policy estimates KL(policy || reference).
 
-  Exactly for k1 and k3, nearly for k2; `log_ratio` is policy over reference.
+  The mean is exact for k1 and k3, approximate for k2. `log_ratio` is that of
+  the policy over the reference.
   """
   return {
     "k1": log_ratio,
@@ -419,9 +339,9 @@ def _kl_term(estimators, logps, ratio, token_ratio, config):
     # Two capped exponentials: their product would overflow.
     return jnp.minimum(ratio * value, math.exp(_MAX_EXPONENT))
   # grad KL(policy || ref) = E_old[ratio * log(policy / ref) * grad log policy],
-  # with the token's own ratio: that of a row is no importance weight.
+  # with the token's own ratio: a row's ratio is not an importance weight.
   direction = jax.lax.stop_gradient(token_ratio * estimators["k1"]) * logps
-  # The second bracket is 0: it lends the value that gradient.
+  # The second term is 0; it only gives the value that gradient.
   return jax.lax.stop_gradient(value) + (
     direction - jax.lax.stop_gradient(direction)
   )

@@ -1,7 +1,7 @@
 """AdamW with a schedule, clipping by global norm, and frozen subtrees.
 
-It knows nothing of the model but how its leaves are named: norms end in
-"scale", biases in "bias".
+Knows only the names of the model's leaves: norms end in "scale", biases in
+"bias".
 
 References:
   AdamW: Loshchilov and Hutter, arXiv:1711.05101
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from grpo_tpu.rl.settings import OptimizerConfig
 
@@ -21,7 +21,7 @@ _NEVER_DECAYED = ("scale", "bias")
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-  """The learning rate of update 0, 1, 2, ...; what the metrics log."""
+  """The learning rate of update 0, 1, 2, ..., as the metrics log it."""
   decay_steps = config.num_steps - config.warmup_steps
   peak = config.learning_rate
   if config.schedule == "constant":
@@ -40,23 +40,23 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, *, is_frozen: Callable[[str], bool]
 ) -> optax.GradientTransformation:
-  """Clipping, AdamW, schedule; its moments are float32 whatever the params.
+  """Clipping and AdamW; the moments are float32 whatever the parameters' type.
 
   Args:
-    config: See `OptimizerConfig`.
-    is_frozen: Of a leaf's path ("vision/norm/scale"), whether it stays as it
-      is. A frozen leaf has no state, its update is 0, and its gradient does
-      not enter the norm.
+    config: See `settings.OptimizerConfig`.
+    is_frozen: Takes the path of a leaf, as in "vision/norm/scale", and returns
+      True if it must not change. A frozen leaf has no state, its update is 0,
+      and its gradient does not enter the norm.
   """
 
-  def labels(params):
+  def label(params):
     return jax.tree_util.tree_map_with_path(
       lambda path, _: "frozen" if is_frozen(_path(path)) else "trained", params
     )
 
   clip = optax.identity()
   if config.max_grad_norm < math.inf:
-    # Off it goes, for it would hold a second gradient.
+    # Left out at inf, because it would hold a second gradient.
     clip = optax.clip_by_global_norm(config.max_grad_norm)
   tx = optax.chain(
     clip,
@@ -69,7 +69,7 @@ def make_optimizer(
       mask=decay_mask,
     ),
   )
-  tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+  tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, label)
 
   def init(params):
     return tx.init(optax.tree.cast(params, jnp.float32))
@@ -86,10 +86,10 @@ def make_optimizer(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True on what weight decay shrinks: neither norms nor biases.
+  """True on the leaves that weight decay shrinks: neither norms nor biases.
 
-  Leaves are stacked over layers, so a norm's scale has two axes like a matrix:
-  the name decides.
+  The name decides, because a norm's scale, stacked over layers, has two axes
+  like a matrix.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: (
@@ -98,12 +98,6 @@ def decay_mask(params: PyTree) -> PyTree:
     ),
     params,
   )
-
-
-def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
-  """How many updates this state has seen: the schedule's place."""
-  counts = optax.tree.get_all_with_path(opt_state, "count")
-  return counts[0][1]  # Adam's and the schedule's, which are equal.
 
 
 def _path(path) -> str:

@@ -1,9 +1,8 @@
-"""Which completions and tokens an update counts, and how much.
+"""Filters and weights of completions, groups and tokens, ahead of the loss.
 
-What stands between the rewards and the loss: filters of completions, groups and
-tokens, and corrections of their weight. Pure functions of arrays in float32,
-safe under jit; each is off at its neutral setting. They see whole batches: what
-is a group, a share or a threshold here is the optimizer batch's.
+Pure functions of arrays in float32, safe under jit; each is off at its neutral
+setting. They take whole optimizer batches, because groups, shares and
+thresholds are those of the batch.
 
 References:
   Soft overlong punishment, dynamic sampling: DAPO, arXiv:2503.14476, section 3
@@ -20,15 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 def length_penalty(
   length: Int[Array, "*rows"], *, max_length: int, soft_tokens: int
 ) -> Float[Array, "*rows"]:
-  """What a completion's length adds to its reward: 0 down to -1.
+  """The penalty of a completion's length, to add to its reward: 0 down to -1.
 
-  Nothing up to `max_length - soft_tokens`, then evenly less, -1 at
-  `max_length` (DAPO, equation 13).
+  0 up to `max_length - soft_tokens`, then evenly down to -1 at `max_length`
+  (DAPO, equation 13).
 
   Args:
-    length: In tokens, the end of turn included.
-    max_length: Tokens that a completion may have.
-    soft_tokens: Of these, how many are punished.
+    length: Length in tokens, the end of turn included.
+    max_length: Most tokens of a completion.
+    soft_tokens: Number of last tokens that are penalised.
   """
   over = jnp.asarray(length, jnp.float32) - (max_length - soft_tokens)
   return -jnp.clip(over / soft_tokens, 0.0, 1.0)
@@ -37,23 +36,23 @@ def length_penalty(
 def has_reward_variance(
   rewards: Float[Array, "U C"], valid: Bool[Array, "U C"]
 ) -> Bool[Array, " U"]:
-  """Which groups have two valid rewards that differ: those that teach."""
-  counted = valid & jnp.isfinite(rewards)
-  highest = jnp.where(counted, rewards, -jnp.inf).max(axis=1)
-  lowest = jnp.where(counted, rewards, jnp.inf).min(axis=1)
+  """True for groups with two different valid rewards; only they teach."""
+  is_valid = valid & jnp.isfinite(rewards)
+  highest = jnp.where(is_valid, rewards, -jnp.inf).max(axis=1)
+  lowest = jnp.where(is_valid, rewards, jnp.inf).min(axis=1)
   return highest > lowest
 
 
 def top_entropy(
   entropy: Float[Array, "*batch"], mask: Bool[Array, "*batch"], *, share: float
 ) -> Bool[Array, "*batch"]:
-  """The `share` of the unmasked tokens whose entropy is highest.
+  """True for the `share` of the unmasked tokens with the highest entropy.
 
-  Those at or above the (1 - share) quantile of the whole batch; equal entropies
-  at the threshold all count.
+  The threshold is the (1 - share) quantile of the whole batch; all tokens at
+  the threshold count.
   """
   entropy = jnp.where(mask, jnp.asarray(entropy, jnp.float32), jnp.nan)
-  # Not interpolated: rounding could lift it above those that it lies between.
+  # Not interpolated: rounding could lift it above both its neighbours.
   threshold = jnp.nanquantile(entropy, 1.0 - share, method="higher")
   return jnp.where(mask, entropy >= threshold, False)
 
@@ -65,18 +64,18 @@ def sampler_weights(
   *,
   correction: str,
 ) -> Float[Array, "*rows T"]:
-  """Odds of the old policy over what sampled, before any cap; 1 on padding.
+  """Ratios of the old policy to the sampler, before any cap; 1 on padding.
 
   Args:
-    old: Log-probabilities as training computes them.
+    old: Log-probabilities of the old policy, as training computes them.
     sampler: Log-probabilities as the sampler computed them.
     mask: True on sampled tokens.
-    correction: "token" or "sequence"; see `ShapingConfig`.
+    correction: "token" or "sequence"; see `settings.ShapingConfig`.
   """
   gap = jnp.where(mask, old - sampler, 0.0)
   if correction == "sequence":
     count = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     gap = jnp.broadcast_to(gap.sum(axis=-1, keepdims=True) / count, gap.shape)
-  # As in the loss: a gap beyond it says that something else is broken.
+  # As in the loss, a larger gap means that something else is broken.
   weights = jnp.where(mask, jnp.exp(jnp.minimum(gap, 60.0)), 1.0)
   return jax.lax.stop_gradient(weights)

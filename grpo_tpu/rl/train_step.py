@@ -18,7 +18,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import LoraConfig
-from grpo_tpu.rl import objective, score, shaping
+from grpo_tpu.rl import objective, preference_metrics, score, shaping
 from grpo_tpu.rl.settings import ObjectiveConfig
 from grpo_tpu.rl.train_batch import TrainBatch, microbatches
 from grpo_tpu.rl.train_state import TrainState
@@ -163,7 +163,7 @@ def _totals(
     denominator = objective.denominator(
       mask.reshape(-1, mask.shape[-1]),
       config,
-      counted=None if batch.counted is None else batch.counted.ravel(),
+      row_mask=None if batch.counted is None else batch.counted.ravel(),
     )
     totals["denominator"] = jnp.maximum(denominator, 1.0)
   return totals
@@ -245,9 +245,9 @@ def _implicit_preference(
   """Accuracy and margin of the policy's gain over the reference, per pair."""
   gain = logps - micro.ref_per_token_logps
   gain = jnp.where(micro.completion_mask, gain, 0.0).sum(-1)
-  chosen, rejected, valid = objective.preference_pairs(gain, micro.preferred)
+  chosen, rejected, valid = preference_metrics.all_pairs(gain, micro.preferred)
   zeros = jnp.zeros_like(chosen)
-  metrics = objective.preference_metrics(
+  metrics = preference_metrics.implicit_preference(
     chosen, rejected, zeros, zeros, beta=1, valid=valid
   )
   share = valid.sum() / num_pairs

@@ -1,10 +1,10 @@
-"""Which rows stand where while they decode, and how few places will do.
+"""Plans where rows stand while they decode, and how few cells are enough.
 
-Rows of one prompt stand in bundles of equal width over the prompt's cache. When
-enough of them have stopped, the others move together: into narrower bundles,
-of which a prompt with many rows left gets several, and at last into fewer.
-A row keeps its number, and with it its key and its place in the results. Each
-data shard moves its own rows only, and all take the same shape.
+A shard's rows fill a grid: bundles of equal width, each over the cache of one
+prompt. When enough rows have ended, the live ones move together: into narrower
+bundles, of which a prompt with many live rows gets several, and at last into
+fewer bundles. A row keeps its index, and with it its key and its row of the
+output. Each data shard moves its own rows only, and all take the same shape.
 
 Pure NumPy. Every host plans from the same flags, so all plan the same.
 """
@@ -14,16 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-# Fewer rows than these cost a shard no less: weights are read all the same.
+# With fewer rows a shard saves nothing: reading the weights costs the same.
 _FEWEST_ROWS = 4
 
 
 class Grid(NamedTuple):
-  """Rows by their places, shard by shard.
+  """The rows in the cells of each shard.
 
   Attributes:
-    rows: Number of the row within its shard, `-1` where none stands; row `r` is
-      the completion `r % C` of the shard's prompt `r // C`.
+    rows: Index of the row within its shard, `-1` in an empty cell; row `r` is
+      completion `r % C` of the shard's prompt `r // C`.
     prompts: Prompt of each bundle, within its shard.
   """
 
@@ -32,18 +32,18 @@ class Grid(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Bundles of a shard, and rows of a bundle."""
+    """Number of bundles of a shard, and their width."""
     return self.rows.shape[1], self.rows.shape[2]
 
 
 class Move(NamedTuple):
-  """From one grid to the next.
+  """A move from one grid to the next.
 
   Attributes:
-    grid: The next one.
-    rows: Place in the old grid, `u * width + c`, of what comes to stand in each
-      place of the new one; anything where no row does.
-    bundles: Bundle of the old grid whose prompt each new one takes over.
+    grid: The next grid.
+    rows: Old cell, `u * width + c`, of the row that moves to each new cell;
+      arbitrary for an empty cell.
+    bundles: Old bundle whose prompt each new bundle takes over.
   """
 
   grid: Grid
@@ -52,10 +52,10 @@ class Move(NamedTuple):
 
 
 def ladder(num_prompts: int, num_completions: int) -> list[tuple[int, int]]:
-  """Shapes that a shard's rows may take, from all of them down.
+  """Grid shapes of a shard, from all rows down.
 
   First bundles get narrower, by halves, so that the prompts' caches stay as
-  they are; then there are fewer of them.
+  they are; then there are fewer bundles.
   """
   shapes = [(num_prompts, num_completions)]
   while shapes[-1][0] * shapes[-1][1] > _FEWEST_ROWS:
@@ -68,7 +68,7 @@ def ladder(num_prompts: int, num_completions: int) -> list[tuple[int, int]]:
 
 
 def first_grid(shards: int, num_prompts: int, num_completions: int) -> Grid:
-  """Every row in its prompt's bundle."""
+  """The grid with every row in the bundle of its prompt."""
   shape = (num_prompts, num_completions)
   rows = np.arange(num_prompts * num_completions, dtype=np.int32)
   prompts = np.arange(num_prompts, dtype=np.int32)
@@ -84,19 +84,19 @@ def moves(
   shapes: list[tuple[int, int]],
   num_completions: int,
 ) -> list[Move]:
-  """Steps down the ladder, one shape at a time, as far as live rows fit.
+  """Moves down the ladder, one shape at a time, as far as live rows fit.
 
-  One at a time, so that there is one program for each pair of neighbours.
+  One shape at a time needs one compiled function per pair of neighbours.
 
   Args:
-    grid: Where rows stand now.
-    live: Which of these go on.
-    shapes: From `ladder`.
-    num_completions: Rows of each prompt at the start (`C`).
+    grid: The grid now.
+    live: True for cells that hold a live row.
+    shapes: Shapes from `ladder`.
+    num_completions: Number of rows of each prompt at the start (`C`).
   """
   steps = []
   for shape in shapes[shapes.index(grid.shape) + 1 :]:
-    step = _move(grid, live, shape, num_completions)
+    step = _plan_move(grid, live, shape, num_completions)
     if step is None:
       break
     steps.append(step)
@@ -104,36 +104,36 @@ def moves(
   return steps
 
 
-def _move(
+def _plan_move(
   grid: Grid,
   live: Bool[np.ndarray, "shards u c"],
   shape: tuple[int, int],
   num_completions: int,
 ) -> Move | None:
-  """Live rows in a grid of the shape, in order; None if they do not fit."""
+  """The move of live rows to a new shape, in order; None if they do not fit."""
   shards = len(grid.rows)
   rows = np.full((shards, *shape), -1, np.int32)
-  places = np.zeros((shards, *shape), np.int32)
+  cells = np.zeros((shards, *shape), np.int32)
   prompts = np.zeros((shards, shape[0]), np.int32)
   bundles = np.zeros((shards, shape[0]), np.int32)
   for shard in range(shards):
-    standing = np.flatnonzero(live[shard].ravel())
-    numbers = grid.rows[shard].ravel()[standing]
-    standing = standing[np.argsort(numbers, kind="stable")]
-    numbers = np.sort(numbers)
+    old_cells = np.flatnonzero(live[shard].ravel())
+    row_index = grid.rows[shard].ravel()[old_cells]
+    old_cells = old_cells[np.argsort(row_index, kind="stable")]
+    row_index = np.sort(row_index)
     bundle = 0
-    for prompt in np.unique(numbers // num_completions):
-      its = numbers // num_completions == prompt
-      for start in range(0, int(its.sum()), shape[1]):
+    for prompt in np.unique(row_index // num_completions):
+      is_its = row_index // num_completions == prompt
+      for start in range(0, int(is_its.sum()), shape[1]):
         if bundle == shape[0]:
           return None
-        some = slice(start, start + shape[1])
-        width = len(numbers[its][some])
-        rows[shard, bundle, :width] = numbers[its][some]
-        places[shard, bundle, :width] = standing[its][some]
+        part = slice(start, start + shape[1])
+        width = len(row_index[is_its][part])
+        rows[shard, bundle, :width] = row_index[is_its][part]
+        cells[shard, bundle, :width] = old_cells[is_its][part]
         prompts[shard, bundle] = prompt
-        bundles[shard, bundle] = standing[its][start] // grid.shape[1]
+        bundles[shard, bundle] = old_cells[is_its][start] // grid.shape[1]
         bundle += 1
-    # Spare bundles keep a prompt that exists, and nobody reads what they make.
+    # Spare bundles need some prompt; nobody reads their results.
     prompts[shard, bundle:] = grid.prompts[shard, 0]
-  return Move(Grid(rows, prompts), places, bundles)
+  return Move(Grid(rows, prompts), cells, bundles)

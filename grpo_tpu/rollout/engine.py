@@ -1,8 +1,8 @@
-"""The programs of a rollout: read prompts, write some tokens, move rows.
+"""The compiled functions of a rollout: prefill, decode a chunk, move rows.
 
-What they hand on is a `State` on the devices; `rollout` decides which runs
-next. Each row writes with its own key into its own place of the results, so
-neither where it stands nor who stands beside it can change what it says.
+They hand on a `State` that lives on the devices; `generate` decides which one
+runs next. Each row draws with its own key and writes to its own row of the
+output, so neither its cell in the grid nor its neighbours change its tokens.
 """
 
 import dataclasses
@@ -20,25 +20,26 @@ from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
-from grpo_tpu.models.gemma3 import decoding
+from grpo_tpu.models.gemma3 import decoding, embedding
 from grpo_tpu.rollout import sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How completions are made; each set of these has programs of its own.
+  """Static choices of a rollout; each set compiles functions of its own.
 
   Attributes:
-    config: The model's sizes.
-    num_completions: RowState per prompt (`C`).
-    max_new_tokens: Tokens per row at most (`T`).
-    min_new_tokens: Tokens before which no row stops by itself.
-    chunk_tokens: Tokens that rows write before the host looks again.
-    temperature: Logits are divided by it; 0 takes the likeliest token.
-    top_k: Of `sampling.top_k_top_p`; 0 in training.
-    top_p: Of `sampling.top_k_top_p`; 1 in training.
-    dtype: Of the matrix products.
-    attention: Of the prompts, from `gemma3.attention.choose_implementation`.
+    config: Sizes of the network.
+    num_completions: Completions per prompt (`C`).
+    max_new_tokens: Most tokens of a completion (`T`).
+    min_new_tokens: Number of tokens before which no stop token is drawn.
+    chunk_tokens: Most tokens of a row between two looks of the host.
+    temperature: Divisor of the logits; 0 takes the likeliest token.
+    top_k: See `sampling.top_k_top_p`; 0 in training.
+    top_p: See `sampling.top_k_top_p`; 1 in training.
+    dtype: Type of the matrix products.
+    attention: Implementation of attention over the prompts, from
+      `gemma3.attention.choose_implementation`.
     banned_ids: Ids of probability 0; see `logprobs.output_logits`.
   """
 
@@ -56,13 +57,13 @@ class Settings:
 
 
 class Prompts(flax.struct.PyTreeNode):
-  """What is completed.
+  """The prompts of a rollout.
 
   Attributes:
-    ids: Right-padded.
-    length: Ids before the padding.
-    images: As for `text.prompt_states`.
-    index: Each prompt's place in the step's whole batch.
+    ids: Token ids, padded on the right.
+    length: Number of tokens before the padding.
+    images: Pixels or features, as in `text.prompt_states`.
+    index: Index of each prompt in the batch of the whole step.
   """
 
   ids: Int[Array, "U P"]
@@ -72,19 +73,19 @@ class Prompts(flax.struct.PyTreeNode):
 
 
 class RowState(flax.struct.PyTreeNode):
-  """What is known of the row that stands in each place.
+  """The row in each cell of the grid.
 
   Attributes:
-    number: Of the row within its shard; beyond all of them where none stands.
-    ids: The token output last.
-    length: Tokens output.
-    live: Whether it goes on.
-    stopped: Whether a stop token ended it.
-    limit: Tokens that it may write.
-    keys: What it draws with.
+    index: Index of the row within its shard; past the end for an empty cell.
+    ids: Newest token.
+    length: Number of tokens so far.
+    live: True until the row ends.
+    stopped: True if a stop token ended the row.
+    limit: Most tokens of the row.
+    keys: Random key of the row.
   """
 
-  number: Int[Array, "U C"]
+  index: Int[Array, "U C"]
   ids: Int[Array, "U C"]
   length: Int[Array, "U C"]
   live: Bool[Array, "U C"]
@@ -94,7 +95,7 @@ class RowState(flax.struct.PyTreeNode):
 
 
 class OutputBuffers(flax.struct.PyTreeNode):
-  """The results, every row in the place that it had at the start."""
+  """The tokens of every row, ordered by row index whatever the grid."""
 
   ids: Int[Array, "U C T"]
   logps: Float[Array, "U C T"]
@@ -103,14 +104,14 @@ class OutputBuffers(flax.struct.PyTreeNode):
 
 
 class State(flax.struct.PyTreeNode):
-  """A rollout between two programs.
+  """A rollout between two compiled functions.
 
   Attributes:
-    t: Index of the token output last.
-    rows: By their places.
-    prompt_length: Of the prompt of each bundle of places.
-    cache: Likewise.
-    output: By the rows' numbers.
+    t: Index of the newest token.
+    rows: Rows by grid cell.
+    prompt_length: Length of the prompt of each bundle in the grid.
+    cache: Keys and values by grid cell.
+    output: Results by row index.
   """
 
   t: Int[Array, ""]
@@ -121,23 +122,41 @@ class State(flax.struct.PyTreeNode):
 
 
 class HostView(flax.struct.PyTreeNode):
-  """The little that the host looks at: every place, on every process."""
+  """The small part of a state that every host reads, replicated."""
 
   t: Int[Array, ""]
   live: Bool[Array, "U C"]
   length: Int[Array, "U C"]
 
 
+class Completions(flax.struct.PyTreeNode):
+  """Sampled completions.
+
+  Attributes:
+    ids: Tokens up to and including the stop token; padding after it.
+    mask: True on sampled tokens, the stop token included.
+    logps: Log-probability of each token as the sampler computed it; 0 on
+      padding.
+    stopped: True if a stop token or a stop string ended the row, False if its
+      length did.
+  """
+
+  ids: Int[Array, "U C T"]
+  mask: Bool[Array, "U C T"]
+  logps: Float[Array, "U C T"]
+  stopped: Bool[Array, "U C"]
+
+
 @functools.cache
 class Engine:
-  """What runs a rollout with some settings on some mesh."""
+  """The compiled functions of a rollout for some settings on some mesh."""
 
   def __init__(self, settings: Settings, mesh: Mesh):
     """Compiles nothing yet."""
     self._settings, self._mesh = settings, mesh
     self.prefill = compile_cache.AotJit(jax.jit(self._prefill))
-    # Tokens are written in place. Moved rows take less memory than the places
-    # they leave, and so cannot take over any of it.
+    # Tokens are written in place. Moved rows need fewer cells than they leave,
+    # so `move_rows` could not reuse the memory of a donated state.
     self.decode_chunk = compile_cache.AotJit(
       jax.jit(self._decode_chunk, donate_argnums=1)
     )
@@ -145,14 +164,14 @@ class Engine:
     self.results = compile_cache.AotJit(jax.jit(self._results))
 
   def abstract_state(self, *args: Any) -> State:
-    """Shapes and places of what `prefill` makes of such arguments."""
+    """Shapes and shardings of the state that `prefill` makes of `args`."""
     state, _ = jax.eval_shape(self._prefill, *args)
     return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(self._mesh, place)
+      lambda x, spec: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec)
       ),
       state,
-      self._places(state),
+      self._specs(state),
     )
 
   def _prefill(
@@ -162,7 +181,7 @@ class Engine:
     limit: Int[Array, "U C"],
     step_key: Key[Array, ""],
   ) -> tuple[State, HostView]:
-    """Reads the prompts, and writes the first token of every row."""
+    """Reads the prompts and samples the first token of every row."""
     settings = self._settings
     x, cache = decoding.prefill(
       settings.config,
@@ -178,9 +197,9 @@ class Engine:
     shape = limit.shape
     keys = sampling.row_keys(step_key, prompts.index, shape[1])
     _, shards = sharding.data_shards(self._mesh)
-    number = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
+    index = jnp.arange(limit.size, dtype=jnp.int32) % (limit.size // shards)
     rows = RowState(
-      number=number.reshape(shape),
+      index=index.reshape(shape),
       ids=jnp.full(shape, GEMMA3.pad, jnp.int32),
       length=jnp.zeros(shape, jnp.int32),
       live=jnp.ones(shape, bool),
@@ -190,11 +209,11 @@ class Engine:
     )
     t = jnp.zeros((), jnp.int32)
     x = jnp.broadcast_to(x[:, None], (*shape, x.shape[-1]))
-    rows, logps = self._extended(params, rows, x, t)
-    own = (*shape, settings.max_new_tokens)
+    rows, logps = self._sample_token(params, rows, x, t)
+    full = (*shape, settings.max_new_tokens)
     output = OutputBuffers(
-      ids=jnp.full(own, GEMMA3.pad, jnp.int32).at[:, :, 0].set(rows.ids),
-      logps=jnp.zeros(own, jnp.float32).at[:, :, 0].set(logps),
+      ids=jnp.full(full, GEMMA3.pad, jnp.int32).at[:, :, 0].set(rows.ids),
+      logps=jnp.zeros(full, jnp.float32).at[:, :, 0].set(logps),
       length=rows.length,
       stopped=rows.stopped,
     )
@@ -203,13 +222,13 @@ class Engine:
   def _decode_chunk(
     self, params: dict, state: State, alive: Bool[Array, "U C"]
   ) -> tuple[State, HostView]:
-    """Up to `chunk_tokens` more tokens of the rows that are `alive`."""
+    """Samples up to `chunk_tokens` more tokens of the rows that are `alive`."""
     settings, before = self._settings, state.t
     num_tokens = min(settings.chunk_tokens, settings.max_new_tokens - 1)
     rows = state.rows.replace(live=state.rows.live & alive)
     chunk = (*rows.ids.shape, num_tokens)
 
-    def goes_on(carry):
+    def any_live(carry):
       t, rows, *_ = carry
       return (t - before < num_tokens) & jnp.any(rows.live)
 
@@ -224,37 +243,42 @@ class Engine:
         t,
         dtype=settings.dtype,
       )
-      rows, new = self._extended(params, rows, x, t + 1)
-      place = (0, 0, t - before)
-      ids = jax.lax.dynamic_update_slice(ids, rows.ids[..., None], place)
-      logps = jax.lax.dynamic_update_slice(logps, new[..., None], place)
+      rows, new = self._sample_token(params, rows, x, t + 1)
+      start = (0, 0, t - before)
+      ids = jax.lax.dynamic_update_slice(ids, rows.ids[..., None], start)
+      logps = jax.lax.dynamic_update_slice(logps, new[..., None], start)
       return t + 1, rows, cache, ids, logps
 
     empty = jnp.full(chunk, GEMMA3.pad, jnp.int32)
     t, rows, cache, ids, logps = jax.lax.while_loop(
-      goes_on,
+      any_live,
       step,
       (before, rows, state.cache, empty, jnp.zeros(chunk, jnp.float32)),
     )
-    output = self._on_shards(
-      _put, (state.output, rows, ids, logps), (before + 1,), sharding.BATCH
-    )
+    batch = sharding.BATCH
+    output = jax.shard_map(
+      _scatter_chunk,
+      mesh=self._mesh,
+      in_specs=(batch, batch, batch, batch, P()),
+      out_specs=batch,
+      check_vma=False,
+    )(state.output, rows, ids, logps, before + 1)
     return self._with_host_view(
       state.replace(t=t, rows=rows, cache=cache, output=output)
     )
 
-  def _extended(
+  def _sample_token(
     self,
     params: dict,
     rows: RowState,
     states: Float[Array, "U C D"],
     t: Int[Array, ""],
   ) -> tuple[RowState, Float[Array, "U C"]]:
-    """Rows with token `t` of those that go on, and its log-probability."""
+    """Samples token `t` of the live rows; also gives its log-probability."""
     settings = self._settings
     logits = logprobs.output_logits(
       states,
-      params["embedder"]["input_embedding"],
+      embedding.output_embedding(params),
       temperature=settings.temperature or 1.0,
       banned_ids=settings.banned_ids,
     )
@@ -284,37 +308,37 @@ class Engine:
   def _move_rows(
     self,
     state: State,
-    number: Int[Array, "U C"],
+    index: Int[Array, "U C"],
     rows: Int[Array, "U C"],
     bundles: Int[Array, " U"],
   ) -> State:
-    """Rows, with what is cached of them, in the places of another grid.
+    """Moves rows, with their caches, to the cells of another grid.
 
     Args:
-      state: Before.
-      number: Of the row in each new place, beyond all where there is none.
-      rows: Old places within a shard, as in `compaction.Move`.
-      bundles: Old bundles within a shard, likewise.
+      state: The rollout in the old grid.
+      index: Row index of each new cell; past the end for an empty cell.
+      rows: Old cell, within the shard, of each new cell; see `compaction.Move`.
+      bundles: Old bundle, within the shard, of each new bundle.
     """
-    places = self._places(state)
+    specs = self._specs(state)
 
-    def moved(state, number, rows, bundles):
-      def of_bundles(layer):
+    def move_shard(state, index, rows, bundles):
+      def take_bundles(layer):
         return layer[bundles]
 
-      def of_rows(layer):
-        return _flat(layer, 0)[rows]
+      def take_rows(layer):
+        return _flatten_cells(layer)[rows]
 
-      # A layer at a time: at once, what is gathered would lie there twice.
+      # A layer at a time: gathered at once, all layers would exist twice.
       cache = {
-        name: jax.lax.map(of_bundles if "prompt" in name else of_rows, x)
+        name: jax.lax.map(take_bundles if "prompt" in name else take_rows, x)
         for name, x in vars(state.cache).items()
       }
-      old = jax.tree.map(lambda x: _flat(x, 0)[rows], state.rows)
-      is_there = number < state.output.length.size
+      old = jax.tree.map(lambda x: _flatten_cells(x)[rows], state.rows)
+      is_occupied = index < state.output.length.size
       return State(
         t=state.t,
-        rows=old.replace(number=number, live=old.live & is_there),
+        rows=old.replace(index=index, live=old.live & is_occupied),
         prompt_length=state.prompt_length[bundles],
         cache=decoding.Cache(**cache),
         output=state.output,
@@ -322,17 +346,17 @@ class Engine:
 
     batch = sharding.BATCH
     return jax.shard_map(
-      moved,
+      move_shard,
       mesh=self._mesh,
-      in_specs=(places, batch, batch, batch),
-      out_specs=places,
+      in_specs=(specs, batch, batch, batch),
+      out_specs=specs,
       check_vma=False,
-    )(state, number, rows, bundles)
+    )(state, index, rows, bundles)
 
   def _results(
     self, output: OutputBuffers, cut: Int[Array, "U C"]
-  ) -> "Completions":
-    """What was output, up to `cut` tokens where a row has more."""
+  ) -> Completions:
+    """The completions, each shortened to `cut` tokens if it has more."""
     length = jnp.minimum(output.length, cut)
     t = jnp.arange(output.ids.shape[-1])[None, None]
     mask = t < length[..., None]
@@ -343,80 +367,54 @@ class Engine:
       stopped=output.stopped | (cut <= output.length),
     )
 
-  def _on_shards(self, function, cut, whole, result):
-    """A function of each data shard's own part."""
-    return jax.shard_map(
-      function,
-      mesh=self._mesh,
-      in_specs=(*[sharding.BATCH] * len(cut), *[P()] * len(whole)),
-      out_specs=result,
-      check_vma=False,
-    )(*cut, *whole)
-
   def _with_host_view(self, state: State) -> tuple[State, HostView]:
-    """A state where it belongs, and what the host is told of it."""
+    """Constrains the state's shardings and adds the part that hosts read."""
     state = jax.tree.map(
-      lambda x, place: jax.lax.with_sharding_constraint(
-        x, NamedSharding(self._mesh, place)
+      lambda x, spec: jax.lax.with_sharding_constraint(
+        x, NamedSharding(self._mesh, spec)
       ),
       state,
-      self._places(state),
+      self._specs(state),
     )
     view = HostView(state.t, state.rows.live, state.rows.length)
     everywhere = sharding.replicated_sharding(self._mesh)
     return state, jax.lax.with_sharding_constraint(view, everywhere)
 
-  def _places(self, state: State) -> Any:
-    """Where each part of a state lies: by data, caches by their heads too."""
+  def _specs(self, state: State) -> Any:
+    """Partition specs of a state: over data shards, caches over heads too."""
     num_kv_heads = self._settings.config.num_kv_heads
 
-    def place(path, x):
+    def spec(path, x):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       if name.startswith("cache/"):
         cache = name.removeprefix("cache/")
         return sharding.cache_spec(self._mesh, cache, num_kv_heads)
       return sharding.BATCH if x.ndim else P()
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(spec, state)
 
 
-class Completions(flax.struct.PyTreeNode):
-  """What was sampled.
-
-  Attributes:
-    ids: Tokens up to and including the stop token; padding after.
-    mask: True on sampled tokens, the stop token included.
-    logps: Log-probability of each token as the sampler saw it; 0 on padding.
-    stopped: Whether a stop token or string came before the length ran out.
-  """
-
-  ids: Int[Array, "U C T"]
-  mask: Bool[Array, "U C T"]
-  logps: Float[Array, "U C T"]
-  stopped: Bool[Array, "U C"]
-
-
-def _put(
+def _scatter_chunk(
   output: OutputBuffers, rows: RowState, ids, logps, first
 ) -> OutputBuffers:
-  """A shard's results with the tokens from `first` on of rows by place."""
-  number = rows.number.ravel()
+  """Writes a chunk, whose first token has index `first`, to the output rows."""
+  index = rows.index.ravel()
   columns = first + jnp.arange(ids.shape[-1])
 
-  def put(results, new, *columns):
-    flat = _flat(results, 0)
-    at = (number[:, None], *columns) if columns else number
-    flat = flat.at[at].set(_flat(new, 0), mode="drop")
+  def scatter(results, new, *columns):
+    flat = _flatten_cells(results)
+    where = (index[:, None], *columns) if columns else index
+    flat = flat.at[where].set(_flatten_cells(new), mode="drop")
     return flat.reshape(results.shape)
 
   return OutputBuffers(
-    ids=put(output.ids, ids, columns[None]),
-    logps=put(output.logps, logps, columns[None]),
-    length=put(output.length, rows.length),
-    stopped=put(output.stopped, rows.stopped),
+    ids=scatter(output.ids, ids, columns[None]),
+    logps=scatter(output.logps, logps, columns[None]),
+    length=scatter(output.length, rows.length),
+    stopped=scatter(output.stopped, rows.stopped),
   )
 
 
-def _flat(x: Array, axis: int) -> Array:
-  """Bundles and their rows as one axis."""
-  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def _flatten_cells(x: Array) -> Array:
+  """Merges the axes of bundles and of their rows."""
+  return x.reshape(-1, *x.shape[2:])

@@ -1,7 +1,7 @@
-"""From logits to tokens: each row draws with a key of its own.
+"""Samples tokens from logits; each row draws with a key of its own.
 
-A row's key depends on the run's key, the step, the prompt's place in the step
-and the row's place in its group; never on batch mates, hosts or restarts.
+A row's key depends on the run's key, the step, the prompt's index in the step
+and the row's index in its group; never on batch mates, hosts or restarts.
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-# Below any logit, and finite: its exponential is exactly 0.
+# Below any logit, and finite; its exponential is exactly 0.
 _IMPOSSIBLE = -1.0e30
 
 
@@ -21,13 +21,13 @@ def row_keys(
 ) -> Key[Array, "U C"]:
   """One key per completion."""
 
-  def keys_of(index):
+  def prompt_keys(index):
     prompt_key = jax.random.fold_in(step_key, index)
     return jax.vmap(lambda g: jax.random.fold_in(prompt_key, g))(
       jnp.arange(num_completions)
     )
 
-  return jax.vmap(keys_of)(prompt_index)
+  return jax.vmap(prompt_keys)(prompt_index)
 
 
 def sample(
@@ -35,36 +35,37 @@ def sample(
   keys: Key[Array, "U C"],
   t: Int[Array, ""],
 ) -> tuple[Int[Array, "U C"], Float[Array, "U C"]]:
-  """Token `t` of each row and its log-probability.
+  """Samples token `t` of each row; also gives its log-probability.
 
-  The largest of logits with Gumbel noise, drawn twice: a block of about
-  `sqrt(V)` tokens by its mass, then one of its tokens. So the noise is of
-  `2 sqrt(V)` numbers, not of `V`. And rounding, which differs from mesh to
-  mesh, moves a draw only where the two largest all but tie. One uniform number
-  against a running sum would do too, but among `V` steps it is near to some.
+  Takes the largest logit after adding Gumbel noise, twice: a block of about
+  `sqrt(V)` tokens by its mass, then one of the block's tokens. This needs
+  `2 sqrt(V)` random numbers instead of `V`. Rounding differs between meshes,
+  and changes a draw only where the two largest nearly tie. Comparing one
+  uniform number with a running sum is less robust: with `V` steps, the number
+  is often close to one of them.
 
   Args:
-    logits: Already divided by the temperature, fp32.
-    keys: From `row_keys`.
+    logits: Logits in fp32, already divided by the temperature.
+    keys: Keys from `row_keys`.
     t: Index of the token in its completion.
   """
   peak = logits.max(axis=-1)
   blocks = _blocks(logits - peak[..., None])
   masses = jnp.exp(blocks).sum(axis=-1)
   *_, count, size = blocks.shape
-  of_blocks, of_tokens = jax.vmap(
+  block_noise, token_noise = jax.vmap(
     jax.vmap(lambda key: _noise(key, t, (count, size)))
   )(keys)
-  block = jnp.argmax(jnp.log(masses) + of_blocks, axis=-1)
-  fallen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
-  token = jnp.argmax(fallen[..., 0, :] + of_tokens, axis=-1)
+  block = jnp.argmax(jnp.log(masses) + block_noise, axis=-1)
+  drawn = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
+  token = jnp.argmax(drawn[..., 0, :] + token_noise, axis=-1)
   ids = block * size + token
   chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
   return ids, chosen - peak - jnp.log(masses.sum(axis=-1))
 
 
 def _blocks(logits: Float[Array, "U C V"]) -> Float[Array, "U C n size"]:
-  """Cut into blocks of about `sqrt(V)`, the last one filled up."""
+  """Splits logits into blocks of about `sqrt(V)`; the last one is padded."""
   size = 1 << (math.isqrt(logits.shape[-1] - 1).bit_length() or 1)
   padding = -logits.shape[-1] % size
   padded = jnp.pad(
@@ -76,20 +77,20 @@ def _blocks(logits: Float[Array, "U C V"]) -> Float[Array, "U C n size"]:
 def _noise(
   key: Key[Array, ""], t: Int[Array, ""], shape: tuple[int, ...]
 ) -> tuple[Float[Array, " n"], Float[Array, " size"]]:
-  """Gumbel noise of one draw, for the blocks and for the tokens of one."""
+  """Gumbel noise of one draw: for the blocks, and for the tokens of a block."""
   keys = jax.random.split(jax.random.fold_in(key, t))
-  # With tails as fine as the rare tokens'; it is little noise.
-  of_blocks, of_tokens = (
+  # "high" has tails fine enough for rare tokens.
+  block_noise, token_noise = (
     jax.random.gumbel(key, (size,), mode="high")
     for key, size in zip(keys, shape, strict=True)
   )
-  return of_blocks, of_tokens
+  return block_noise, token_noise
 
 
 def greedy(
   logits: Float[Array, "U C V"],
 ) -> tuple[Int[Array, "U C"], Float[Array, "U C"]]:
-  """The likeliest token, the lowest id where several tie, and its logp."""
+  """The likeliest token, the lowest id of a tie, and its log-probability."""
   ids = jnp.argmax(logits, axis=-1)
   return ids, -jnp.log(jnp.exp(logits - logits.max(-1)[..., None]).sum(-1))
 
@@ -97,15 +98,17 @@ def greedy(
 def top_k_top_p(
   logits: Float[Array, "*batch V"], *, top_k: int, top_p: float
 ) -> Float[Array, "*batch V"]:
-  """Logits of the likeliest tokens alone; the others become impossible.
+  """Makes all but the likeliest tokens impossible.
 
-  Never for training: what is drawn so has another probability than the one that
-  is trained.
+  Never use it for training, where the probability of a sampled token must be
+  the one that is trained.
 
   Args:
-    logits: Already divided by the temperature.
-    top_k: How many are left, more where several tie for the last; 0 for all.
-    top_p: The fewest that hold this share of what `top_k` leaves; 1 for all.
+    logits: Logits, already divided by the temperature.
+    top_k: Number of tokens to keep, more if several tie for the last; 0 keeps
+      all.
+    top_p: Keeps the fewest of these that hold this share of the probability; 1
+      keeps all.
   """
   if top_k and top_k < logits.shape[-1]:
     least = jax.lax.top_k(logits, top_k)[0][..., -1:]

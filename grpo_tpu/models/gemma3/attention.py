@@ -1,8 +1,8 @@
-"""Attention over a bundle: its own keys, and the keys of a shared prompt.
+"""Attention of a bundle's rows, to their own keys and to those of their prompt.
 
-Knows of queries, keys, values and who sees whom; not of layers or caches. An
-einsum serves every platform, and a kernel that never holds the scores serves
-TPUs; `docs/adr/0007-splash-attention-reads-spans.md` says how.
+Knows queries, keys, values and masks; not layers or caches. An einsum serves
+every platform; on TPUs a kernel avoids holding the scores, as
+`docs/adr/0007-splash-attention-reads-spans.md` explains.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2: sliding windows, and
@@ -22,14 +22,14 @@ _MASKED = -2.0e38
 
 
 class AttentionSpec(NamedTuple):
-  """Which keys a layer's queries see.
+  """The keys that a layer's queries see.
 
   Attributes:
-    prompt_length: Tokens of each prompt before the padding on its right.
+    prompt_length: Number of tokens of each prompt before its padding.
     window: Reach of this layer in positions, in both directions.
-    is_global: Whether that is more than any distance.
-    local_window: Reach of the layers that are not global.
-    soft_tokens: Tokens of an image, none of which is out of its first's reach.
+    is_global: 1 if the layer has no window, else 0.
+    local_window: Reach of the local layers.
+    soft_tokens: Tokens per image; at most `local_window`.
     image_block: 1, 2, ... on the soft tokens of a prompt's first, second, ...
       image; 0 on text. Tokens of one block see each other both ways.
   """
@@ -43,12 +43,12 @@ class AttentionSpec(NamedTuple):
 
 
 def choose_implementation(setting: str, platform: str) -> str:
-  """What `attend` is to run: "einsum", "splash" or "interpreted_splash".
+  """Chooses the implementation: einsum, splash or interpreted_splash.
 
   Args:
     setting: The setting `model.attention`.
-    platform: Of the devices, as JAX names them. Off TPUs the kernel runs in
-      an interpreter, which is slow and serves to be looked at.
+    platform: JAX's name for the devices' platform. Off TPUs the kernel runs in
+      an interpreter, which is slow and only useful for tests.
   """
   assert setting in ATTENTION_KINDS, setting
   if setting == "auto":
@@ -62,54 +62,54 @@ def attend(
   q: Float[Array, "U C t Q H"],
   k: Float[Array, "U C s K H"],
   v: Float[Array, "U C s K H"],
-  sight: AttentionSpec,
+  spec: AttentionSpec,
   *,
   prompt: tuple[Float[Array, "U P K H"], Float[Array, "U P K H"]] | None = None,
   implementation: str = "einsum",
 ) -> Float[Array, "U C t Q H"]:
-  """What each query reads from its own row and from its bundle's prompt.
+  """Attention of each query to its own row and to its bundle's prompt.
 
-  One softmax runs over both parts, in fp32, so the result is that of separate
-  rows which each hold a copy of the prompt.
+  One softmax runs over both parts, in fp32, so the result equals that of
+  separate rows that each hold a copy of the prompt.
 
   Args:
     q: Queries, scaled and rotated.
     k: Keys of the row itself, rotated.
     v: Values of the row itself.
-    sight: Which keys a query sees.
+    spec: The keys that a query sees.
     prompt: Keys and values of the prompt, shared by the `C` completions of a
       bundle. Without it the rows are the prompts themselves, and `C` is 1.
-    implementation: From the function of that name.
+    implementation: The result of `choose_implementation`.
 
   Returns:
-    The sum of values for each query; anything finite for padding.
+    The weighted sum of values for each query; arbitrary but finite on padding.
   """
   if implementation != "einsum":
-    # Loads slowly, and few machines have a use for it.
+    # Imported here because it loads slowly and few machines need it.
     from grpo_tpu.models.gemma3 import splash
 
     return splash.attend(
       q,
       k,
       v,
-      sight.prompt_length,
-      sight.image_block,
-      window=sight.local_window,
-      soft_tokens=sight.soft_tokens,
-      is_global=sight.is_global > 0,
+      spec.prompt_length,
+      spec.image_block,
+      window=spec.local_window,
+      soft_tokens=spec.soft_tokens,
+      is_global=spec.is_global > 0,
       prompt=prompt,
       interpret=implementation == "interpreted_splash",
     )
   if prompt is None:
-    assert sight.image_block is not None
-    mask = prompt_mask(sight.image_block, sight.prompt_length, sight.window)
+    assert spec.image_block is not None
+    mask = prompt_mask(spec.image_block, spec.prompt_length, spec.window)
     return _einsum(q, k, v, mask)
   to_prompt, own = completion_masks(
-    sight.prompt_length,
+    spec.prompt_length,
     prompt[0].shape[1],
     jnp.arange(q.shape[2]),
     k.shape[2],
-    sight.window,
+    spec.window,
   )
   return _einsum(q, k, v, own, prompt=prompt, to_prompt=to_prompt)
 
@@ -123,10 +123,10 @@ def _einsum(
   prompt: tuple[Array, Array] | None = None,
   to_prompt: Bool[Array, "#U #C t P"] | None = None,
 ) -> Float[Array, "U C t Q H"]:
-  """`attend` with masks, holding all scores of the layer at once."""
+  """`attend` by masks; holds all scores of the layer at once."""
   u, c, t, num_heads, head_dim = q.shape
   q = q.reshape(u, c, t, k.shape[-2], -1, head_dim)
-  scores = _masked(_scores("uctkgh,ucskh->uckgts", q, k), mask)
+  scores = _apply_mask(_scores("uctkgh,ucskh->uckgts", q, k), mask)
   if prompt is None:
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("uckgts,ucskh->uctkgh", weights, v)
@@ -134,7 +134,7 @@ def _einsum(
     prompt_k, prompt_v = prompt
     num_prompt = prompt_k.shape[1]
     assert to_prompt is not None
-    prompt_scores = _masked(
+    prompt_scores = _apply_mask(
       _scores("uctkgh,upkh->uckgtp", q, prompt_k), to_prompt
     )
     scores = jnp.concatenate([prompt_scores, scores], -1)
@@ -153,16 +153,16 @@ def attend_cached(
   sees_own: Bool[Array, " s"],
   sees_prompt: Bool[Array, "U p"],
 ) -> Float[Array, "U C Q H"]:
-  """What one token of each row reads from caches, heads before tokens.
+  """Attention of one token of each row to caches with heads before tokens.
 
-  One softmax over both parts, as in `attend`.
+  One softmax runs over both parts, as in `attend`.
 
   Args:
     q: Queries, scaled and rotated.
     own: Keys and values of each row.
-    prompt: Those of each bundle's prompt.
-    sees_own: Which own ones are there.
-    sees_prompt: Which of the prompt's are in sight.
+    prompt: Keys and values of each bundle's prompt.
+    sees_own: True for slots of the row's cache that hold a token.
+    sees_prompt: True for cached prompt tokens that the query sees.
   """
   u, c, num_heads, head_dim = q.shape
   (k, v), (prompt_k, prompt_v) = own, prompt
@@ -191,11 +191,11 @@ def attend_cached(
 
 
 def _scores(subscripts: str, q: Array, k: Array) -> Array:
-  """In fp32, as the softmax wants them, whatever the type of the factors."""
+  """Scores in fp32, for the softmax, whatever the type of the factors."""
   return jnp.einsum(subscripts, q, k, preferred_element_type=jnp.float32)
 
 
-def _masked(scores: Array, mask: Array) -> Array:
+def _apply_mask(scores: Array, mask: Array) -> Array:
   return jnp.where(mask[:, :, None, None], scores, _MASKED)
 
 
@@ -204,12 +204,11 @@ def prompt_mask(
   prompt_length: Int[Array, " U"],
   window: Int[Array, ""],
 ) -> Bool[Array, "U 1 P P"]:
-  """Which prompt tokens each prompt token sees.
+  """Mask of the prompt tokens that each prompt token sees.
 
   Args:
-    image_block: 1, 2, ... on the soft tokens of the first, second, ... image;
-      0 on text. Tokens of one block see each other both ways.
-    prompt_length: Tokens before the padding on the right.
+    image_block: See `AttentionSpec`.
+    prompt_length: Number of tokens before the padding.
     window: Reach in positions, in both directions.
   """
   index = jnp.arange(image_block.shape[1])
@@ -230,16 +229,16 @@ def completion_masks(
   num_own: int,
   window: Int[Array, ""],
 ) -> tuple[Bool[Array, "U 1 t P"], Bool[Array, "1 1 t s"]]:
-  """Which prompt tokens and which own tokens completion tokens see.
+  """Masks of the prompt tokens and own tokens that completion tokens see.
 
-  A completion token stands at position `prompt_length + t`, so its distance to
-  prompt token `p` does not depend on the padding between them.
+  A completion token has position `prompt_length + t`, so its distance to prompt
+  token `p` does not depend on the padding between them.
 
   Args:
-    prompt_length: Tokens of each bundle's prompt before its padding.
-    num_prompt: The padded length of prompts.
-    t: Index in the completion of each query.
-    num_own: How many own keys there are; key `s` is completion token `s`.
+    prompt_length: Number of tokens of each bundle's prompt before its padding.
+    num_prompt: Padded length of the prompts.
+    t: Index of each query in its completion.
+    num_own: Number of own keys; key `s` is completion token `s`.
     window: Reach in positions.
   """
   p = jnp.arange(num_prompt)[None, None, :]

@@ -1,14 +1,15 @@
-"""One token at a time: a prompt's cache, and the completions that share it.
+"""Decoding one token at a time over a prompt's cache that completions share.
 
-The prompt's keys and values stand once per bundle, whatever the number of its
-completions. Own keys have the full length in global layers and a ring of one
-window in local ones; local layers hold no more of the prompt than a window can
-reach. `docs/adr/0011-decoding-walks-global-layers.md` says how the layers are
-gone through. Knows nothing of tokens' odds, or of which rows go on.
+A prompt's keys and values exist once per bundle, whatever the number of its
+completions. Completions have a cache of the full length in global layers and a
+ring of one window in local ones; local layers keep no more of the prompt than a
+window can reach. `docs/adr/0011-decoding-walks-global-layers.md` explains the
+order of the layers. Knows nothing of sampling, or of which rows are live.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -16,22 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grpo_tpu.models.gemma3 import attention, text
+from grpo_tpu.models.gemma3 import attention, embedding, text
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
 
 class Cache(flax.struct.PyTreeNode):
-  """Keys and values of bundles, rotated, layers of a kind stacked in front.
+  """Rotated keys, and values, of bundles; the layers of a kind are stacked.
 
   Attributes:
-    prompt_k: Of prompts, in global layers; `prompt_v` likewise.
-    prompt_v: Values.
-    k: Of completions, in global layers; token `t` in slot `t`.
-    v: Values.
-    local_prompt_k: Of each prompt's last tokens, in local layers.
-    local_prompt_v: Values.
-    local_k: Of completions, in local layers; token `t` in slot `t % R`.
-    local_v: Values.
+    prompt_k: Keys of prompts, in global layers.
+    prompt_v: Values of prompts, in global layers.
+    k: Keys of completions, in global layers; token `t` is in slot `t`.
+    v: Values of completions, in global layers.
+    local_prompt_k: Keys of each prompt's last tokens, in local layers.
+    local_prompt_v: Values of each prompt's last tokens, in local layers.
+    local_k: Keys of completions, in local layers; token `t` is in slot `t % R`.
+    local_v: Values of completions, in local layers.
   """
 
   prompt_k: Float[Array, "globals U K P H"]
@@ -53,15 +54,55 @@ def cache_bytes(
   max_new_tokens: int,
   dtype: jnp.dtype,
 ) -> tuple[int, int]:
-  """Bytes of a cache: the prompts' part, and the completions' own."""
-  num_global = sum(config.global_layers)
-  num_local = config.num_layers - num_global
-  token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+  """Bytes of a cache: the part of prompts, and that of completions."""
+  num_global, num_local, token = _cache_layers(config, dtype)
   reach = min(prompt_length, config.sliding_window - 1)
   ring = min(max_new_tokens, config.sliding_window)
   prompt = num_prompts * (num_global * prompt_length + num_local * reach)
   own = num_global * max_new_tokens + num_local * ring
   return prompt * token, num_prompts * num_completions * own * token
+
+
+def least_bytes_read(
+  config: gemma3_config.ModelConfig,
+  params: dict,
+  *,
+  steps: Int[np.ndarray, "*prompts C"],
+  prompt_length: int,
+  dtype: jnp.dtype,
+) -> int:
+  """Bytes that decoding has to read at least.
+
+  Each token reads the weights once for all rows, and the caches of live rows
+  and of their prompts.
+
+  Args:
+    config: Sizes of the network.
+    params: Its parameters.
+    steps: Number of tokens that decoding samples for each row.
+    prompt_length: Padded length of the prompts.
+    dtype: Type of the cache.
+  """
+  num_global, num_local, token = _cache_layers(config, dtype)
+  window = config.sliding_window
+  # The i-th step of a row reads i of its own tokens, or a window of them.
+  own = steps * (steps + 1) // 2
+  beyond = np.maximum(steps - window, 0)
+  in_window = own - beyond * (beyond + 1) // 2
+  prompts = steps.max(axis=-1).sum() * (
+    num_global * prompt_length + num_local * min(prompt_length, window - 1)
+  )
+  cached = num_global * own.sum() + num_local * in_window.sum() + prompts
+  weights = (params["layers"], embedding.output_embedding(params))
+  weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
+  return int(steps.max() * weight_bytes + cached * token)
+
+
+def _cache_layers(config, dtype) -> tuple[int, int, int]:
+  """Number of global and of local layers, and bytes of a token in each."""
+  num_global = sum(config.global_layers)
+  token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+  return num_global, config.num_layers - num_global, token
 
 
 def prefill(
@@ -78,7 +119,8 @@ def prefill(
 ) -> tuple[Float[Array, "U D"], Cache]:
   """The state that predicts the first token, and a cache to decode from.
 
-  Args are those of `text.prompt_states`; the own part is empty.
+  The arguments are those of `text.prompt_states`; the completions' part of the
+  cache is empty.
   """
   states, k, v = text.prompt_states(
     config,
@@ -115,7 +157,7 @@ def prefill(
 
 
 def _first_kept(length: Int[Array, " U"], num_kept: int) -> Int[Array, " U"]:
-  """The position of the first of each prompt's last `num_kept` tokens."""
+  """Position of the first of each prompt's last `num_kept` tokens."""
   return jnp.maximum(length - num_kept, 0)
 
 
@@ -139,90 +181,114 @@ def decode(
   *,
   dtype: jnp.dtype,
 ) -> tuple[Float[Array, "U C D"], Cache]:
-  """Reads completion token `t` of every row; returns what predicts the next.
+  """Reads token `t` of every completion; returns the states that predict more.
 
   Args:
-    config: The model's sizes.
+    config: Sizes of the network.
     params: The stacked tree of `weights`.
-    cache: Written at token `t` of every layer.
-    prompt_length: Ids of each prompt before its padding.
+    cache: Keys and values of prompts and of tokens before `t`; the result has
+      those of token `t` too.
+    prompt_length: Number of ids of each prompt before its padding.
     ids: Token `t` of each row.
     t: Index of these tokens in their completions.
-    dtype: Of the matrix products.
+    dtype: Type of the matrix products.
   """
   x = text.embed(config, params, ids[:, :, None], dtype)
   tables = text.rope_tables(config, (prompt_length + t)[:, None])
-  is_global = np.array(config.global_layers)
-  num_global = int(is_global.sum())
-
-  def layer(x, number, keys, values, prompt, place, kind):
-    """Layer `number`, the `place`-th of its kind; caches updated in place."""
-    stack = text.layer_at(config, params, number, is_global=kind)
-    q, k, v = text.queries_keys_values(config, stack, x, tables)
-    keys = _put(keys, k, place, t)
-    values = _put(values, v, place, t)
-    prompt_k, prompt_v = (_at(part, place) for part in prompt)
-    sees_prompt, sees_own = cache_masks(
-      prompt_length,
-      num_prompt=prompt_k.shape[2],
-      num_own=keys.shape[4],
-      t=t,
-      window=None if kind else config.sliding_window,
-    )
-
-    def read_first(num_own):
-      return attention.attend_cached(
-        q[:, :, 0],
-        (_at(keys, place, num_own), _at(values, place, num_own)),
-        (prompt_k, prompt_v),
-        sees_own=sees_own[:num_own],
-        sees_prompt=sees_prompt,
-      )
-
-    read = _as_far_as_written(read_first, keys.shape[4], t)
-    return text.after_attention(stack.params, x, read[:, :, None]), keys, values
-
-  def locals_between(first, end, before, carry):
-    """Layers `first` to `end`, all local, after `before` global ones."""
-
-    def one(number, carry):
-      x, keys, values = carry
-      prompt = (cache.local_prompt_k, cache.local_prompt_v)
-      place = number - before
-      return layer(x, number, keys, values, prompt, place, False)
-
-    return jax.lax.fori_loop(first, end, one, carry)
+  token = _Token(config, params, cache, prompt_length, tables, t)
 
   def period(carry, scanned):
     x, keys, values, local_keys, local_values = carry
-    place, first, number = scanned
-    x, local_keys, local_values = locals_between(
-      first, number, place, (x, local_keys, local_values)
+    index, first, number = scanned
+    x, local_keys, local_values = token.local_layers(
+      first, number, index, (x, local_keys, local_values)
     )
-    prompt = (cache.prompt_k, cache.prompt_v)
-    x, keys, values = layer(x, number, keys, values, prompt, place, True)
+    x, keys, values = token.layer(
+      number, index, (x, keys, values), is_global=True
+    )
     return (x, keys, values, local_keys, local_values), None
 
-  numbers = np.flatnonzero(is_global)
+  numbers = np.flatnonzero(config.global_layers)
   firsts = np.concatenate([[0], numbers + 1])
   carry = (x, cache.k, cache.v, cache.local_k, cache.local_v)
-  if num_global:
-    scanned = (np.arange(num_global), firsts[:-1], numbers)
+  if numbers.size:
+    scanned = (np.arange(numbers.size), firsts[:-1], numbers)
     carry, _ = jax.lax.scan(
       period, carry, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), scanned)
     )
   x, keys, values, local_keys, local_values = carry
   if firsts[-1] < config.num_layers:
-    x, local_keys, local_values = locals_between(
+    x, local_keys, local_values = token.local_layers(
       int(firsts[-1]),
       config.num_layers,
-      num_global,
+      numbers.size,
       (x, local_keys, local_values),
     )
   states = text.rms_norm(params["final_norm"], x)[:, :, 0]
   return states, cache.replace(
     k=keys, v=values, local_k=local_keys, local_v=local_values
   )
+
+
+class _Token(NamedTuple):
+  """Everything that is the same for all layers while one token is decoded."""
+
+  config: gemma3_config.ModelConfig
+  params: dict
+  cache: Cache
+  prompt_length: Array
+  tables: tuple[Array, Array]
+  t: Array
+
+  def local_layers(self, first, end, num_before, carry):
+    """Runs layers `first` to `end`, all local, after `num_before` globals."""
+    return jax.lax.fori_loop(
+      first,
+      end,
+      lambda number, carry: self.layer(
+        number, number - num_before, carry, is_global=False
+      ),
+      carry,
+    )
+
+  def layer(self, number, index, carry, *, is_global: bool):
+    """Runs layer `number`, which has the `index`-th cache of its kind.
+
+    The carry is the activations and the completions' keys and values.
+    """
+    config, cache, t = self.config, self.cache, self.t
+    x, keys, values = carry
+    prompt = (cache.local_prompt_k, cache.local_prompt_v)
+    if is_global:
+      prompt = (cache.prompt_k, cache.prompt_v)
+    stack = text.layer_at(config, self.params, number, is_global=is_global)
+    q, k, v = text.queries_keys_values(config, stack, x, self.tables)
+    keys = _write_token(keys, k, index, t)
+    values = _write_token(values, v, index, t)
+    prompt_k, prompt_v = (_layer_cache(part, index) for part in prompt)
+    sees_prompt, sees_own = cache_masks(
+      self.prompt_length,
+      num_prompt=prompt_k.shape[2],
+      num_own=keys.shape[4],
+      t=t,
+      window=None if is_global else config.sliding_window,
+    )
+
+    def attend_to_first(num_own):
+      own = (
+        _layer_cache(keys, index, num_own),
+        _layer_cache(values, index, num_own),
+      )
+      return attention.attend_cached(
+        q[:, :, 0],
+        own,
+        (prompt_k, prompt_v),
+        sees_own=sees_own[:num_own],
+        sees_prompt=sees_prompt,
+      )
+
+    read = _attend_as_far_as_written(attend_to_first, keys.shape[4], t)
+    return text.after_attention(stack.params, x, read[:, :, None]), keys, values
 
 
 def cache_masks(
@@ -233,18 +299,19 @@ def cache_masks(
   t: Int[Array, ""],
   window: int | None,
 ) -> tuple[Array, Array]:
-  """Which cached tokens of the prompt and of its own row token `t` sees.
+  """Masks of the cached tokens, of its prompt and its row, that token `t` sees.
 
-  A ring of `num_own` slots holds the newest tokens; slot `s` the newest whose
-  index is `s` modulo that. So all it holds is within the window.
+  A ring of `num_own` slots holds the newest tokens; slot `s` holds the newest
+  one whose index is `s` modulo `num_own`. So everything in it is within the
+  window.
 
   Args:
-    prompt_length: Tokens of each prompt before its padding.
-    num_prompt: Cached ones: the first so many, or, if fewer than the prompt
-      has, the last.
-    num_own: Slots of the row's own cache.
+    prompt_length: Number of tokens of each prompt before its padding.
+    num_prompt: Number of cached prompt tokens: the first ones, or, if a prompt
+      has more and there is a window, the last.
+    num_own: Number of slots of the row's own cache.
     t: Index of the token in its completion.
-    window: Reach in positions; None for any.
+    window: Reach in positions; None for no limit.
 
   Returns:
     Bools `[U, num_prompt]` and `[num_own]`.
@@ -261,33 +328,35 @@ def cache_masks(
   return sees_prompt, age <= t
 
 
-def _as_far_as_written(
-  read: Callable[[int], Array], num_own: int, t: Int[Array, ""]
+def _attend_as_far_as_written(
+  attend: Callable[[int], Array], num_own: int, t: Int[Array, ""]
 ) -> Array:
-  """What `read` finds in the first quarters of the slots, as many as hold any.
+  """Calls `attend` with the fewest quarters of the slots that hold all tokens.
 
-  Which they are depends on `t` alone, as all else here does.
+  The number depends on `t` alone, so no schedule changes a result.
   """
   quarters = sorted({-(-num_own * i // 4) for i in (1, 2, 3, 4)})
-  number = sum((t >= end).astype(jnp.int32) for end in quarters[:-1])
+  branch = sum((t >= end).astype(jnp.int32) for end in quarters[:-1])
   return jax.lax.switch(
-    number, [functools.partial(read, end) for end in quarters]
+    branch, [functools.partial(attend, end) for end in quarters]
   )
 
 
-def _at(stacked: Array, place: Array, num_slots: int | None = None) -> Array:
-  """A layer's part of a cache, of which the first slots may do."""
-  start = (place, *(jnp.zeros_like(place) for _ in stacked.shape[1:]))
+def _layer_cache(
+  stacked: Array, index: Array, num_slots: int | None = None
+) -> Array:
+  """One layer's part of a cache, or its first slots."""
+  start = (index, *(jnp.zeros_like(index) for _ in stacked.shape[1:]))
   size = [1, *stacked.shape[1:]]
   if num_slots is not None:
     size[4] = num_slots
   return jax.lax.dynamic_slice(stacked, start, size)[0]
 
 
-def _put(cache: Array, new: Array, place: Array, t: Array) -> Array:
+def _write_token(cache: Array, new: Array, index: Array, t: Array) -> Array:
   """Writes `new [U, C, 1, K, H]` at a layer and a token of the cache."""
   new = new.swapaxes(2, 3)[None]  # [1, U, C, K, 1, H]
   zero = jnp.zeros_like(t)
   slot = t % cache.shape[4]
-  start = (place.astype(t.dtype), zero, zero, zero, slot, zero)
+  start = (index.astype(t.dtype), zero, zero, zero, slot, zero)
   return jax.lax.dynamic_update_slice(cache, new, start)

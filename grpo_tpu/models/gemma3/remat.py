@@ -1,7 +1,7 @@
-"""What a layer keeps of its forward pass for its backward pass.
+"""Rematerialization: what the backward pass keeps of a layer's forward pass.
 
 A policy is a name, so that it can be a setting; the decoder and the image tower
-follow the same one.
+share them.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,18 @@ _INPUT = "layer_input"
 
 
 def rematerialize(layer: Callable, policy: str) -> Callable:
-  """The layer, recomputed in the backward pass as far as the policy says.
+  """Wraps a layer so that the backward pass recomputes parts of it.
 
   Args:
     layer: The body of a scan.
-    policy: "none" keeps all that the backward pass reads. "dots" keeps the
-      products with weights, and recomputes the rest, attention scores too.
-      "full" keeps the layer's input alone. "offload" recomputes as much, and
-      keeps that input in the host's memory until it is wanted.
+    policy: "none" keeps everything that the backward pass reads. "dots" keeps
+      the products with weights and recomputes the rest, attention scores too.
+      "full" keeps only the layer's input. "offload" recomputes as much as
+      "full", and keeps the input in host memory.
   """
   assert policy in REMAT_POLICIES, policy
   policies = jax.checkpoint_policies
-  # Inside a scan nothing could be merged with the forward pass anyway.
+  # `prevent_cse` is only needed outside of scans.
   match policy:
     case "none":
       return layer
@@ -35,15 +35,15 @@ def rematerialize(layer: Callable, policy: str) -> Callable:
       return jax.checkpoint(layer, prevent_cse=False, policy=saved)
     case "full":
       return jax.checkpoint(layer, prevent_cse=False)
-  moved = policies.save_and_offload_only_these_names(
+  offloaded = policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=[_INPUT],
     offload_src="device",
     offload_dst="pinned_host",
   )
 
-  def named(carry, stack):
+  def with_named_input(carry, stack):
     carry = jax.tree.map(lambda x: checkpoint_name(x, _INPUT), carry)
     return layer(carry, stack)
 
-  return jax.checkpoint(named, prevent_cse=False, policy=moved)
+  return jax.checkpoint(with_named_input, prevent_cse=False, policy=offloaded)

@@ -1,10 +1,10 @@
-"""The decoder over bundles: a prompt computed once, with its C completions.
+"""The decoder over bundles: a prompt computed once, with its `C` completions.
 
-`bundle_states` is for training and scoring, `prompt_states` for what reads a
-prompt alone; `decoding` goes on from there, by the same parts of a layer. All
-loop over a stacked parameter tree, so compile time does not grow with depth.
-Logits are not made here; states are turned into log-probabilities by `logprobs`
-and into tokens by `sampling`.
+`bundle_states` serves training and scoring; `prompt_states` reads prompts alone
+and `decoding` continues from its keys and values, with the same parts of a
+layer. All loop over a stacked parameter tree, so compile time does not grow
+with depth. Final states become log-probabilities in `logprobs` and tokens in
+`sampling`.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2.
@@ -20,23 +20,22 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
-from grpo_tpu.models.gemma3 import attention, lora, vision
+from grpo_tpu.models.gemma3 import attention, embedding, lora, vision
 from grpo_tpu.models.gemma3 import config as gemma3_config
-from grpo_tpu.models.gemma3 import embedding as vocabulary
 from grpo_tpu.models.gemma3 import remat as remats
 
 _NO_WINDOW = 2**30
 _RMS_EPSILON = 1e-6
 
 
-# Pixels, or the output of the tower, of which nothing more is then computed.
+# Pixels, or the features that the image tower made of them.
 type Images = (
   UInt8[Array, "U I height width 3"] | Float[Array, "U I S tower_width"]
 )
 
 
 class LayerStack(NamedTuple):
-  """What differs between layers, stacked for a scan, or of one layer."""
+  """Parameters and attention pattern of one layer, or of all, stacked."""
 
   params: dict
   window: Int[Array, " layers"]
@@ -56,27 +55,27 @@ def prompt_states(
   """Final states of every prompt position, with the keys and values.
 
   Args:
-    config: The model's sizes.
-    params: The stacked tree of `weights`, which `lora` may have adapted.
-    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
-    prompt_length: Ids before the padding.
+    config: Sizes of the network.
+    params: The stacked tree of `weights`, perhaps with `lora` adapters.
+    prompt_ids: Ids, padded on the right; soft tokens are `IMAGE_PLACEHOLDER`.
+    prompt_length: Number of ids before the padding.
     images: One per block of placeholders, in order; `I` may be 0. Pixels, or
-      what `vision.soft_tokens` made of them.
-    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
-    implementation: Of attention, from `attention.choose_implementation`.
+      the features that `vision.soft_tokens` made of them.
+    dtype: Type of the matrix products; RMSNorm and softmax stay in fp32.
+    implementation: The result of `attention.choose_implementation`.
 
   Returns:
     The states, and keys and values `[layers, U, P, K, H]`.
   """
-  x, blocks = _embedded_prompt(config, params, prompt_ids, images, dtype)
+  x, blocks = _embed_prompt(config, params, prompt_ids, images, dtype)
   tables = rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
 
   def layer(x, stack):
-    sight = _sight(config, stack, prompt_length, blocks)
-    x, k, v = _layer(config, stack, x, tables, sight, implementation)
+    spec = _attention_spec(config, stack, prompt_length, blocks)
+    x, k, v = _run_layer(config, stack, x, tables, spec, implementation)
     return x, (k[:, 0], v[:, 0])
 
-  x, (k, v) = jax.lax.scan(layer, x, _layers(config, params))
+  x, (k, v) = jax.lax.scan(layer, x, _layer_stack(config, params))
   return rms_norm(params["final_norm"], x)[:, 0], k, v
 
 
@@ -86,46 +85,45 @@ def logits(
   tokens: Int[np.ndarray, "B L"],
   images: UInt8[np.ndarray, "B I height width 3"] | None = None,
 ) -> Float[Array, "B L V"]:
-  """Logits after each token of whole rows, in fp32: what others compare with.
+  """Logits after each token of whole rows, in fp32, for comparisons.
 
   Not for training: all logits exist at once. Rows are expanded on the host.
 
   Args:
-    config: The model's sizes.
+    config: Sizes of the network.
     params: The stacked tree of `weights`.
-    tokens: Right-padded with `GEMMA3.pad`. Given images, each
-      `config.vision.start_of_image` stands for the whole block of one: a blank
-      line, start, soft tokens, end, a blank line, as the released models read
-      it. Logits at such a token are those after the block's first blank line.
-    images: At the size of the tower; a row's first ones are those it names, and
-      what is beyond them is not looked at.
+    tokens: Ids, right-padded with `GEMMA3.pad`. With images, each
+      `config.vision.start_of_image` stands for an image's whole block: a blank
+      line, start, soft tokens, end, a blank line, as in the released models.
+      Logits at such a token are those after the block's first blank line.
+    images: Pixels at the size of the tower. A row reads as many as it names;
+      the rest is ignored.
 
   Raises:
-    ValueError: A row names more images than there are, or the model has no
-      tower.
+    ValueError: If a row names more images than there are, or the model has no
+      image tower.
   """
   tokens = np.asarray(tokens)
   if images is None:
     images = np.zeros((len(tokens), 0, 1, 1, 3), np.uint8)
   elif config.vision is None:
     raise ValueError("images must be None for a model without a vision tower.")
-  ids, length, position = _expanded(config, tokens, images.shape[1])
+  ids, length, position = _expand_images(config, tokens, images.shape[1])
   return _logits(config, params, ids, length, jnp.asarray(images), position)
 
 
-def _expanded(
+def _expand_images(
   config: gemma3_config.ModelConfig, tokens: np.ndarray, num_images: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Padded ids, their lengths, and where each of `tokens` has come to lie."""
-  rows, position = [], np.zeros(tokens.shape, np.int32)
-  lengths = []
-  for row, at in zip(tokens.tolist(), position, strict=True):
+  """Padded ids, their lengths, and the new position of each of `tokens`."""
+  vision = config.vision if num_images else None
+  rows, lengths = [], []
+  position = np.zeros(tokens.shape, np.int32)
+  for row, new in zip(tokens.tolist(), position, strict=True):
     ids: list[int] = []
     named = 0
-    real = max((i + 1 for i, x in enumerate(row) if x != GEMMA3.pad), default=1)
     for i, token in enumerate(row):
-      at[i] = len(ids)
-      vision = config.vision if num_images else None
+      new[i] = len(ids)
       if vision and token == vision.start_of_image:
         named += 1
         soft = [GEMMA3.image_placeholder] * vision.soft_tokens
@@ -133,13 +131,15 @@ def _expanded(
         ids += [GEMMA3.blank_line, *block, GEMMA3.blank_line]
       else:
         ids.append(token)
-      if i + 1 == real:
-        lengths.append(len(ids))
     if named > num_images:
       raise ValueError(
         f"tokens name {named} images in a row, and images has {num_images}."
       )
     rows.append(ids)
+    length = len(ids)
+    while length > 1 and ids[length - 1] == GEMMA3.pad:
+      length -= 1
+    lengths.append(length)
   padded = np.full((len(rows), max(map(len, rows))), GEMMA3.pad, np.int32)
   for out, ids in zip(padded, rows, strict=True):
     out[: len(ids)] = ids
@@ -153,8 +153,8 @@ def _logits(config, params, ids, length, images, position):
       config, params, ids, length, images, dtype=jnp.dtype(jnp.float32)
     )
     states = jnp.take_along_axis(states, position[..., None], axis=1)
-    embedding = params["embedder"]["input_embedding"].astype(jnp.float32)
-    return jnp.einsum("bld,vd->blv", states, embedding)
+    table = embedding.output_embedding(params).astype(jnp.float32)
+    return jnp.einsum("bld,vd->blv", states, table)
 
 
 def bundle_states(
@@ -172,57 +172,50 @@ def bundle_states(
 ) -> Float[Array, "U C T D"]:
   """The states that predict each completion token.
 
-  Position `t` holds the state from which completion token `t` is predicted:
-  the prompt's last token for the first, completion token `t - 1` after. Equal,
-  with its gradient, to `C` separate rows that repeat prompt and image.
+  Index `t` holds the state that predicts completion token `t`: that of the
+  prompt's last token for the first, that of token `t - 1` for the others. The
+  result and its gradient equal those of `C` separate rows that repeat prompt
+  and images.
 
   Args:
-    config: The model's sizes.
+    config: Sizes of the network.
     params: The stacked tree of `weights`; carries the gradient.
-    prompt_ids: Right-padded ids; soft tokens are `IMAGE_PLACEHOLDER`.
-    prompt_length: Ids before the padding.
-    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
-      what `vision.soft_tokens` made of them.
-    completion_ids: Right-padded ids of the completions of each prompt.
-    dtype: Of the matrix products; RMSNorm and softmax stay in fp32.
-    remat: What layers keep for the backward pass, of `REMAT_POLICIES`.
-    vision_remat: What the blocks of the image tower keep; of no matter where
-      it carries no gradient.
-    implementation: Of attention, from `attention.choose_implementation`.
+    prompt_ids: See `prompt_states`.
+    prompt_length: See `prompt_states`.
+    images: See `prompt_states`.
+    completion_ids: Ids of each prompt's completions, padded on the right.
+    dtype: See `prompt_states`.
+    remat: Rematerialization of the layers, one of `REMAT_POLICIES`.
+    vision_remat: Rematerialization of the image tower; unused if the tower
+      carries no gradient.
+    implementation: See `prompt_states`.
   """
-  num_prompt, num_own = prompt_ids.shape[1], completion_ids.shape[2]
-  x, blocks = _embedded_prompt(
+  x, blocks = _embed_prompt(
     config, params, prompt_ids, images, dtype, vision_remat
   )
   y = embed(config, params, completion_ids, dtype)
-  t = jnp.arange(num_own)
-  prompt_tables = rope_tables(config, jnp.arange(num_prompt)[None])
+  t = jnp.arange(completion_ids.shape[2])
+  prompt_tables = rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])
   tables = rope_tables(config, prompt_length[:, None] + t[None])
 
   def layer(carry, stack):
     x, y = carry
-    sight = _sight(config, stack, prompt_length, blocks)
-    x, k, v = _layer(config, stack, x, prompt_tables, sight, implementation)
-    y, _, _ = _layer(
-      config,
-      stack,
-      y,
-      tables,
-      sight,
-      implementation,
-      prompt=(k[:, 0], v[:, 0]),
-    )
+    spec = _attention_spec(config, stack, prompt_length, blocks)
+    run = functools.partial(_run_layer, config, stack)
+    x, k, v = run(x, prompt_tables, spec, implementation)
+    prompt = (k[:, 0], v[:, 0])
+    y, _, _ = run(y, tables, spec, implementation, prompt=prompt)
     return (x, y), None
 
   layer = remats.rematerialize(layer, remat)
-  (x, y), _ = jax.lax.scan(layer, (x, y), _layers(config, params))
+  (x, y), _ = jax.lax.scan(layer, (x, y), _layer_stack(config, params))
   first = last_token_states(x[:, 0], prompt_length)[:, None, None]
   first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
   states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
   return rms_norm(params["final_norm"], states)
 
 
-def _layers(config: gemma3_config.ModelConfig, params: dict) -> LayerStack:
+def _layer_stack(config: gemma3_config.ModelConfig, params: dict) -> LayerStack:
   is_global = np.array(config.global_layers)
   return LayerStack(
     params=params["layers"],
@@ -240,7 +233,7 @@ def layer_at(
   *,
   is_global: bool,
 ) -> LayerStack:
-  """One layer of the stack, its number known only when the program runs."""
+  """One layer of the stack, by a number that may be traced."""
   return LayerStack(
     params=jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False),
@@ -251,8 +244,8 @@ def layer_at(
   )
 
 
-def _sight(
-  config, stack, prompt_length, blocks=None
+def _attention_spec(
+  config, stack, prompt_length, blocks
 ) -> attention.AttentionSpec:
   return attention.AttentionSpec(
     prompt_length=prompt_length,
@@ -264,17 +257,17 @@ def _sight(
   )
 
 
-def _layer(config, stack, x, tables, sight, implementation, *, prompt=None):
-  """One block on `x [U, C, t, D]`; returns the keys and values it made."""
+def _run_layer(config, stack, x, tables, spec, implementation, *, prompt=None):
+  """Runs one block on `x [U, C, t, D]`; also returns its keys and values."""
   q, k, v = queries_keys_values(config, stack, x, tables)
   read = attention.attend(
-    q, k, v, sight, prompt=prompt, implementation=implementation
+    q, k, v, spec, prompt=prompt, implementation=implementation
   )
   return after_attention(stack.params, x, read), k, v
 
 
 def queries_keys_values(config, stack, x, tables):
-  """Of `x [U, C, t, D]`: `[U, C, t, heads, H]` each, the first two rotated."""
+  """Rotated queries and keys, and values, `[U, C, t, heads, H]` each."""
   attn = stack.params["attn"]
   y = rms_norm(stack.params["pre_attention_norm"], x)
   q = lora.einsum("uctd,qdh->uctqh", y, attn["q_einsum"])
@@ -304,7 +297,7 @@ def after_attention(params: dict, x: Array, read: Array) -> Array:
 
 
 def rms_norm(params: dict, x: Array) -> Array:
-  """Over the last axis, in fp32; the result has the type of `x`."""
+  """RMSNorm over the last axis, in fp32; the result has the type of `x`."""
   y = x.astype(jnp.float32)
   y *= jax.lax.rsqrt(
     jnp.mean(jnp.square(y), axis=-1, keepdims=True) + _RMS_EPSILON
@@ -340,29 +333,31 @@ def _rotate(x: Array, sin: Array, cos: Array) -> Array:
 
 
 def embed(config, params, ids: Array, dtype) -> Array:
-  """What the first layer reads of ids, their axes and `D`."""
+  """Scaled input embeddings of ids; the result has one more axis, `D`."""
   table = params["embedder"]["input_embedding"]
-  # The factor is rounded to the table's type, as in the released models.
+  # The scale is rounded to the compute type, as in the released models.
   scale = jnp.sqrt(jnp.asarray(config.embed_dim, jnp.float32)).astype(dtype)
-  return vocabulary.lookup(table, ids, dtype) * scale
+  return embedding.lookup(table, ids, dtype) * scale
 
 
-def _embedded_prompt(config, params, prompt_ids, images, dtype, remat="none"):
-  """Embeddings `[U, 1, P, D]` with soft tokens in place, and image blocks."""
+def _embed_prompt(config, params, prompt_ids, images, dtype, remat="none"):
+  """Embeddings `[U, 1, P, D]` with soft tokens in them, and image blocks."""
   is_soft = prompt_ids == GEMMA3.image_placeholder
   x = embed(config, params, jnp.where(is_soft, 0, prompt_ids), dtype)
   starts = is_soft & ~jnp.pad(is_soft, ((0, 0), (1, 0)))[:, :-1]
   blocks = jnp.where(is_soft, jnp.cumsum(starts, axis=1), 0)
   if images.shape[1]:
-    soft = _projected(config, params, images, dtype, remat)
+    soft = _project_images(config, params, images, dtype, remat)
     slot = jnp.maximum(jnp.cumsum(is_soft, axis=1) - 1, 0)
     merged = jnp.take_along_axis(soft, slot[..., None], axis=1)
     x = jnp.where(is_soft[..., None], merged, x)
   return x[:, None], blocks
 
 
-def _projected(config, params, images, dtype, remat) -> Float[Array, "U S D"]:
-  """Soft tokens of all images of a prompt, in a row."""
+def _project_images(
+  config, params, images, dtype, remat
+) -> Float[Array, "U S D"]:
+  """Soft tokens of all images of a prompt, concatenated."""
   if jnp.issubdtype(images.dtype, jnp.floating):
     soft = images.astype(dtype)
   else:

@@ -19,8 +19,8 @@ from grpo_tpu.models.gemma3 import remat as remats
 _LAYER_NORM_EPSILON = 1e-6
 
 
-# Weights of attention exist for so many patches of a picture at a time; those
-# of all 4096 of one would be a gibibyte.
+# Query patches whose attention weights exist at a time; the weights of all 4096
+# patches of an image would take a gibibyte.
 _PATCHES_AT_A_TIME = 512
 
 
@@ -35,24 +35,24 @@ def soft_tokens(
   """The pooled output of the tower, before the projector.
 
   Args:
-    config: The tower's sizes.
+    config: Sizes of the tower.
     params: The tree under `vision_encoder`.
-    images: RGB, already resized to `config.shown_size`.
-    dtype: Of the matrix products; norms and softmax stay in fp32.
-    remat: What blocks keep for the backward pass, of `REMAT_POLICIES`.
+    images: RGB pixels, already resized to `config.shown_size`.
+    dtype: Type of the matrix products; norms and softmax stay in fp32.
+    remat: Rematerialization of the blocks, one of `REMAT_POLICIES`.
   """
   batch = images.shape[:-3]
   x = _patches(config, images.reshape(-1, *images.shape[-3:]))
   # [n, N, patch * patch * 3] @ [patch * patch * 3, width]
   kernel = params["embedding"]["kernel"].reshape(-1, config.width)
   x = x.astype(dtype) @ kernel.astype(dtype)
-  # The bias [width] is folded into the positions [1, N, width].
-  bias = _like(params["embedding"]["bias"], x)
-  offset = positions(config, params["pos_embedding"]) + bias
+  # The bias [width] is added to the positions [1, N, width].
+  bias = _broadcastable(params["embedding"]["bias"], x)
+  offset = position_embeddings(config, params["pos_embedding"]) + bias
   x = x + offset.astype(dtype)
 
   def block(x, layer):
-    # Weights are gathered where pictures lie, and not the other way round.
+    # Gathers weights to the devices of the images, not images to weights.
     return sharding.constrain_activation(
       _block(config, layer, x), "bundles"
     ), None
@@ -66,22 +66,22 @@ def soft_tokens(
   )
 
 
-def positions(
-  config: gemma3_config.VisionConfig, learnt: Float[Array, "1 N width"]
+def position_embeddings(
+  config: gemma3_config.VisionConfig, learned: Float[Array, "1 N width"]
 ) -> Float[Array, "1 n width"]:
-  """Of the patches of what is shown, between those that were learnt."""
+  """Position embeddings at `shown_size`, interpolated from the learned ones."""
   if config.shown_size == config.image_size:
-    return learnt
+    return learned
   before, after = (
     size // config.patch_size for size in (config.image_size, config.shown_size)
   )
-  grid = learnt.reshape(before, before, -1)
+  grid = learned.reshape(before, before, -1)
   grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "linear")
   return grid.reshape(1, after * after, -1)
 
 
 def _patches(config, images: Array) -> Array:
-  """Cuts images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
+  """Splits images `[n, H, W, 3]` to `[n, N, patch * patch * 3]` in [-1, 1]."""
   side, patch = config.shown_size // config.patch_size, config.patch_size
   x = images.astype(jnp.float32) / 127.5 - 1.0
   x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -95,39 +95,39 @@ def _block(config, params: dict, x: Array) -> Array:
     + params[name]["bias"][None, None].astype(y.dtype)
     for name in ("query", "key", "value")
   )
-  y = _read(q * q.shape[-1] ** -0.5, k, v)
+  y = _attend(q * q.shape[-1] ** -0.5, k, v)
   out = params["out"]
   x += jnp.einsum("ntqh,qhd->ntd", y, out["kernel"].astype(y.dtype))
-  x += _like(out["bias"], x).astype(x.dtype)
+  x += _broadcastable(out["bias"], x).astype(x.dtype)
   y = _layer_norm(params["mlp_norm"], x)
   y = jax.nn.gelu(_dense(params["mlp_in"], y), approximate=True)
   return x + _dense(params["mlp_out"], y)
 
 
-def _read(q: Array, k: Array, v: Array) -> Array:
-  """Attention `[n, N, heads, h]` of all patches to all, some at a time."""
+def _attend(q: Array, k: Array, v: Array) -> Array:
+  """Attention `[n, N, heads, h]` among all patches, some queries at a time."""
 
-  def read(q):
+  def attend(q):
     scores = jnp.einsum("ntqh,nsqh->nqts", q, k)
     weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     return jnp.einsum("nqts,nsqh->ntqh", weights.astype(v.dtype), v)
 
   n, num_patches, *rest = q.shape
   if num_patches <= _PATCHES_AT_A_TIME or num_patches % _PATCHES_AT_A_TIME:
-    return read(q)
+    return attend(q)
   parts = q.reshape(n, -1, _PATCHES_AT_A_TIME, *rest).swapaxes(0, 1)
-  # Or the backward pass would find the weights of all parts at once.
-  y = jax.lax.map(jax.checkpoint(read), parts)
+  # Without the checkpoint, the weights of all parts would be kept.
+  y = jax.lax.map(jax.checkpoint(attend), parts)
   return y.swapaxes(0, 1).reshape(q.shape)
 
 
 def _dense(params: dict, x: Array) -> Array:
-  bias = _like(params["bias"], x).astype(x.dtype)
+  bias = _broadcastable(params["bias"], x).astype(x.dtype)
   return x @ params["kernel"].astype(x.dtype) + bias
 
 
-def _like(vector: Array, x: Array) -> Array:
-  """A vector along the last axis of `x`, at its rank."""
+def _broadcastable(vector: Array, x: Array) -> Array:
+  """A vector along the last axis of `x`, with the rank of `x`."""
   return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
@@ -136,7 +136,7 @@ def _layer_norm(params: dict, x: Array) -> Array:
   y = y - y.mean(axis=-1, keepdims=True)
   variance = jnp.square(y).mean(axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(variance + _LAYER_NORM_EPSILON)
-  y = y * _like(params["scale"], y) + _like(params["bias"], y)
+  y = y * _broadcastable(params["scale"], y) + _broadcastable(params["bias"], y)
   return y.astype(x.dtype)
 
 

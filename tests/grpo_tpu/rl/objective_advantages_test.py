@@ -1,4 +1,4 @@
-"""The laws of advantages and preferences: twins, ties, failed rewards."""
+"""Laws of advantages: a plain twin, ties, failed rewards."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,68 +94,3 @@ def test_advantages_ignore_a_shift_and_a_scale_of_the_rewards():
 def test_advantages_refuse_a_wrong_setting(setting, wrong):
   with pytest.raises(ValueError, match=setting):
     objective.group_advantages(jnp.zeros(8), **{"num_generations": 4} | wrong)
-
-
-# --- Preferences.
-
-
-def test_preference_accuracy_counts_a_tie_as_half():
-  chosen, rejected = jnp.array([1.0, 0.0, 0.5, 0.5]), jnp.full(4, 0.5)
-  assert objective.preference_accuracy(chosen, rejected) == 0.5
-  assert objective.preference_accuracy(chosen[2:], rejected[2:]) == 0.5
-
-
-def test_pairs_are_those_of_a_loop_over_every_two_of_a_group():
-  rng = np.random.default_rng(0)
-  scores, preferred = rng.normal(size=(4, 3)), rng.random((4, 3, 3)) < 0.4
-  chosen, rejected, valid = objective.preference_pairs(
-    np.float32(scores), preferred
-  )
-  assert valid.shape == (4 * 3 * 3,)
-  expected = [
-    (scores[u, i], scores[u, j])
-    for u, i, j in np.ndindex(4, 3, 3)
-    if preferred[u, i, j]
-  ]
-  actual = np.stack([chosen, rejected], axis=1)[np.asarray(valid)]
-  np.testing.assert_allclose(actual, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("count", [3, 0])
-def test_pairs_that_do_not_count_enter_no_preference_metric(count):
-  logps = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
-  valid = np.arange(5) < count
-  metrics = objective.preference_metrics(
-    *np.where(valid, logps, np.nan), beta=0.5, valid=valid
-  )
-  expected = dict.fromkeys(metrics, 0.0)
-  if count:
-    expected = objective.preference_metrics(*logps[:, :count], beta=0.5)
-  for name, value in expected.items():
-    np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-
-
-def test_equal_completions_have_no_margin():
-  logps = jnp.array([-3.0, -9.0])
-  metrics = objective.preference_metrics(
-    logps, logps, 2 * logps, 2 * logps, beta=0.1
-  )
-  assert metrics["implicit_preference_margin"] == 0
-  assert metrics["implicit_preference_accuracy"] == 0.5
-
-
-def test_implicit_reward_is_the_log_ratio_to_the_reference():
-  metrics = objective.preference_metrics(
-    jnp.array([-3.0, -5.0]),
-    jnp.array([-1.0, -2.0]),
-    jnp.array([-4.0, -5.0]),
-    jnp.array([-1.0, -4.0]),
-    beta=0.5,
-  )
-  # Log-ratios: chosen 1 and 0, rejected 0 and 2.
-  assert metrics == {
-    "implicit_preference_accuracy": 0.5,
-    "chosen_reward": 0.25,
-    "rejected_reward": 0.5,
-    "implicit_preference_margin": -0.25,
-  }

@@ -222,7 +222,7 @@ def test_rows_not_counted_leave_the_batch_as_it_is_without_them(aggregation):
     batch,
     config=config,
     denominator=objective.denominator(
-      batch["completion_mask"], config, counted=counted
+      batch["completion_mask"], config, row_mask=counted
     ),
   )
   expected, expected_grad, expected_metrics = loss_and_gradient(

@@ -592,7 +592,9 @@ def test_a_tower_that_is_shown_half_the_size_has_the_positions_between():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
   # A slope stays one: positions on a line, at half the points.
   line = np.linspace(0, 3, 4)[:, None, None] * np.ones((4, 4, tower.width))
-  sloped = vision.positions(half, jnp.asarray(line.reshape(1, 16, -1)))
+  sloped = vision.position_embeddings(
+    half, jnp.asarray(line.reshape(1, 16, -1))
+  )
   np.testing.assert_allclose(
     sloped.reshape(2, 2, -1)[:, 0, 0], [5 / 7, 16 / 7], rtol=1e-5
   )

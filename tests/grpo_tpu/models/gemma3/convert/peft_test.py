@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.gemma3.convert import peft
 from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
@@ -140,7 +141,7 @@ def test_peft_makes_of_an_export_what_merging_makes(
     lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
     lora.abstract_adapters(config, LORA),
   )
-  lora.to_peft(config, LORA, adapters, tmp_path, base_model="tiny")
+  peft.save(config, LORA, adapters, tmp_path, base_model="tiny")
   (tmp_path / "sizes.json").write_text(json.dumps(sizes_of(config)))
   done = subprocess.run(
     [peers_python, "-c", ADAPTED, str(tmp_path)], capture_output=True, text=True

@@ -1,0 +1,121 @@
+"""Writes adapters as `peft` reads them, for transformers' Gemma 3.
+
+References:
+  The file format: https://github.com/huggingface/peft
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import lora as loras
+from grpo_tpu.models.settings import LoraConfig
+
+_PROJECTOR = "multi_modal_projector.mm_input_projection_weight"
+
+
+def save(
+  config: gemma3_config.ModelConfig,
+  lora: LoraConfig,
+  adapters: dict,
+  directory: str | pathlib.Path,
+  *,
+  base_model: str = "",
+) -> None:
+  """Writes the adapters to a folder.
+
+  `PeftModel.from_pretrained` loads them onto `Gemma3ForCausalLM` of a text size
+  and `Gemma3ForConditionalGeneration` of one with an image tower. There the
+  projector is not a linear layer but a parameter, which peft 0.17 and later can
+  adapt.
+
+  Args:
+    config: Sizes of the network.
+    lora: The adapters' configuration.
+    adapters: The adapters' tree, of arrays that this process holds whole.
+    directory: The folder; it is created if missing.
+    base_model: Name or path of the model that the adapters belong to.
+  """
+  # From the "export" extra, which training does not need.
+  from safetensors import numpy as safetensors
+
+  prefix = "model.language_model." if config.vision else "model."
+  tensors, modules, parameters = {}, [], []
+  for target in loras.model_targets(config, lora):
+    factors = jax.device_get(loras.get_path(adapters, target.path))
+    a, b = factors["lora_a"], factors["lora_b"]
+    if target.path[0] == "layers":
+      modules += target.modules
+      tensors |= _layer_tensors(f"{prefix}layers", target, lora.rank, a, b)
+    else:
+      parameters.append(_PROJECTOR)
+      module, _, _ = f"model.{_PROJECTOR}".rpartition(".")
+      # A parameter is [in, out], as in our tree; a linear layer is [out, in].
+      tensors |= _tensors(module, b.T, a.T)
+  folder = pathlib.Path(directory)
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors.save_file(
+    tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+  )
+  settings = _peft_config(lora, base_model, prefix, modules, parameters)
+  (folder / "adapter_config.json").write_text(
+    json.dumps(settings, indent=2) + "\n"
+  )
+
+
+def _layer_tensors(
+  prefix: str, target: loras.Target, rank: int, a: np.ndarray, b: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Tensors of a weight in all layers."""
+  tensors = {}
+  for layer, (a_layer, b_layer) in enumerate(zip(a, b, strict=True)):
+    if len(target.modules) == 1:
+      a_layer, b_layer = a_layer[None], b_layer[None]
+    for name, a_matrix, b_matrix in zip(
+      target.modules, a_layer, b_layer, strict=True
+    ):
+      tensors |= _tensors(
+        f"{prefix}.{layer}.{name}",
+        a_matrix.reshape(-1, rank),
+        b_matrix.reshape(rank, -1),
+      )
+  return tensors
+
+
+def _tensors(
+  module: str, a: np.ndarray, b: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Factors `[in, rank]` and `[rank, out]` with peft's names and axes."""
+  name = f"base_model.model.{module}"
+  return {
+    f"{name}.lora_A.weight": np.ascontiguousarray(a.T),
+    f"{name}.lora_B.weight": np.ascontiguousarray(b.T),
+  }
+
+
+def _peft_config(
+  lora: LoraConfig,
+  base_model: str,
+  prefix: str,
+  modules: list[str],
+  parameters: list[str],
+) -> dict:
+  names = "|".join(modules).replace(".", r"\.")
+  layers = prefix.replace(".", r"\.") + r"layers\.\d+"
+  return {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base_model,
+    "inference_mode": True,
+    "r": lora.rank,
+    "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    # A pattern of whole names, because the image tower has a q_proj too.
+    "target_modules": rf"{layers}\.({names})" if modules else [],
+    "target_parameters": parameters or None,
+  }
