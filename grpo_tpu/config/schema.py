@@ -18,7 +18,7 @@ from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
 from grpo_tpu.models.gemma3.config import ModelConfig
 from grpo_tpu.models.settings import LoraConfig, ModelSettings
 from grpo_tpu.observability import registry
-from grpo_tpu.rewards.scoring import RewardConfig
+from grpo_tpu.rewards.settings import RewardConfig
 from grpo_tpu.rl.settings import (
   ObjectiveConfig,
   ObjectiveSettings,

@@ -24,6 +24,7 @@ from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rewards.settings import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
 def rescore(
   rows: Sequence[Mapping[str, Any]],
   problems: Mapping[str, records.Problem],
-  config: scoring.RewardConfig,
+  config: RewardConfig,
 ) -> Result:
   """Computes the rewards of every row.
 
@@ -78,7 +79,7 @@ def rescore(
 def _table(
   rows: Sequence[Mapping[str, Any]],
   scores: scoring.Scores,
-  config: scoring.RewardConfig,
+  config: RewardConfig,
 ) -> str:
   """One line per reward, with statistics over the rows without a failure."""
   lines = ["reward                weight     mean      std    saved  failed"]

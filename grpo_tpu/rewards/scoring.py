@@ -9,153 +9,20 @@ advantages or tokens.
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 
-from data_pipelines import records, validation
+from data_pipelines import records
 from data_pipelines.verifier import verify
 from data_pipelines.workers import functions
-from grpo_tpu.rewards import accuracy, calls, custom, heuristics
-
-HEURISTICS = ("length", "reasoning_words", "coherence")
-# Weights, and whether heuristics are gated. Alone, the heuristics prefer the
-# wrong answer half the time, so their default weights are small.
-PRESETS: Mapping[str, Mapping[str, float | bool]] = {
-  name: {
-    "accuracy": 1.0,
-    "format": 0.1,
-    **dict.fromkeys(HEURISTICS, weight),
-    "gate_heuristics": True,
-  }
-  for name, weight in (
-    ("answer", 0.0),  # Logs the heuristics only.
-    ("gated", 0.02),
-    ("full", 1.0),  # Up to 0.5, 0.3 and 0.2.
-  )
-}
+from grpo_tpu.rewards import accuracy, calls, heuristics
+from grpo_tpu.rewards.settings import COMPONENTS, HEURISTICS, RewardConfig
 
 
 class RewardError(RuntimeError):
   """A reward failed on more completions than `max_error_fraction` allows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardConfig:
-  """Weights of the rewards, and limits of users' rewards.
-
-  A weight of 0 computes and logs the component without adding it to the total;
-  None takes the preset's weight.
-
-  Attributes:
-    preset: The set of weights, a key of `PRESETS`.
-    accuracy: Weight of the right answer (0 or 1).
-    format: Weight of exactly one <answer> tag (0 or 1).
-    length: Weight of the length heuristic (0 to 0.5).
-    reasoning_words: Weight of the connectives heuristic (0 to 0.3).
-    coherence: Weight of the sentences heuristic (0 to 0.2).
-    gate_heuristics: True sets the three heuristics to 0 for a completion
-      without an answer. Without the gate, spam can score as much as a right
-      answer.
-    custom: Users' reward functions as "package.module:function". The function's
-      name is the component's name.
-    custom_weights: Weights of the functions in `custom`, in the same order.
-    num_workers: Processes that call users' functions. With 0, this process
-      calls them, and a function that hangs stops the run.
-    rows_per_call: The most completions per call. A call that fails is repeated
-      row by row; a row that fails alone is excluded.
-    timeout_seconds: Time after which a worker's call fails.
-    max_error_fraction: The run ends when a component has failed on more than
-      this share of `error_window` rows; 1 never ends the run.
-    error_window: Number of the most recent rows whose failures are counted.
-      Rows that do not exist yet count as successes.
-  """
-
-  preset: str
-  accuracy: float | None
-  format: float | None
-  length: float | None
-  reasoning_words: float | None
-  coherence: float | None
-  gate_heuristics: bool | None
-  custom: tuple[str, ...]
-  custom_weights: tuple[float, ...]
-  num_workers: int
-  rows_per_call: int
-  timeout_seconds: float
-  max_error_fraction: float
-  error_window: int
-
-  def __post_init__(self):
-    validation.require_one_of("rewards.preset", self.preset, tuple(PRESETS))
-    validation.require_all(
-      self,
-      "rewards",
-      ("num_workers", self.num_workers >= 0, "not be negative", 4),
-      ("rows_per_call", self.rows_per_call >= 1, "be at least 1", 16),
-      (
-        "timeout_seconds",
-        0 < self.timeout_seconds < math.inf,
-        "be above 0 and finite",
-        5.0,
-      ),
-      (
-        "max_error_fraction",
-        0 <= self.max_error_fraction <= 1,
-        "be from 0 to 1",
-        0.1,
-      ),
-      ("error_window", self.error_window >= 1, "be at least 1", 1000),
-      (
-        "custom_weights",
-        len(self.custom_weights) == len(self.custom),
-        f"hold one weight for each of rewards.custom {self.custom}",
-        (1.0,) * len(self.custom),
-      ),
-    )
-    self._check_custom()
-    weights = [(name, self.weights[name]) for name in COMPONENTS]
-    weights += [("custom_weights", weight) for weight in self.custom_weights]
-    for name, weight in weights:
-      if not math.isfinite(weight):
-        raise ValueError(
-          f"rewards.{name} ({weight}) must be a finite number; 0 logs the "
-          "component without paying for it."
-        )
-
-  def _check_custom(self) -> None:
-    taken = {*COMPONENTS, "total", "heuristics"}
-    for path in self.custom:
-      custom.resolve(path)
-      name = custom.name(path)
-      if name in taken:
-        raise ValueError(
-          f"rewards.custom ({path!r}) must name functions whose names differ "
-          f"from each other's and from {', '.join(COMPONENTS)}, total and "
-          f"heuristics; give {name} another name."
-        )
-      taken.add(name)
-
-  @property
-  def weights(self) -> dict[str, float]:
-    """The weight of each component, by name, in a fixed order."""
-    preset = PRESETS[self.preset]
-    own = {name: getattr(self, name) for name in COMPONENTS}
-    named = {
-      name: float(preset[name] if weight is None else weight)
-      for name, weight in own.items()
-    }
-    paths = map(custom.name, self.custom)
-    return named | dict(zip(paths, self.custom_weights, strict=True))
-
-  @property
-  def is_gated(self) -> bool:
-    """True if the heuristics are 0 for completions without an answer."""
-    if self.gate_heuristics is None:
-      return bool(PRESETS[self.preset]["gate_heuristics"])
-    return self.gate_heuristics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +65,6 @@ _REWARDS: Mapping[str, Callable[[_Completion], float]] = {
   "reasoning_words": lambda row: heuristics.reasoning_words(row.reasoning),
   "coherence": lambda row: heuristics.coherence(row.reasoning),
 }
-COMPONENTS = tuple(_REWARDS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from grpo_tpu.rewards import custom, scoring
+from grpo_tpu.rewards import custom, scoring, settings
 from tests.grpo_tpu.rewards import user_rewards
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -23,7 +23,7 @@ ROW_FAILS = [text in ("Trap", "A Trap") for text in TRAPPED]
 
 
 def config_of(*names, **changes):
-  config = scoring.RewardConfig(
+  config = settings.RewardConfig(
     preset="answer",
     accuracy=None,
     format=None,
@@ -119,7 +119,7 @@ def test_a_reward_that_fails_excludes_its_row_alone_and_the_run_continues(
     found = score(TRAPPED, config)
     np.testing.assert_array_equal(found.failed[name], ROW_FAILS)
     np.testing.assert_array_equal(found.valid, np.logical_not(ROW_FAILS))
-    zeros = dict.fromkeys(scoring.COMPONENTS, 0) | {"brevity": 0}
+    zeros = dict.fromkeys(settings.COMPONENTS, 0) | {"brevity": 0}
     assert found.errors == zeros | {name: 2}
     expected = np.float32(user_rewards.brevity(TRAPPED, None))
     np.testing.assert_array_equal(found.components["brevity"], expected)
@@ -141,7 +141,7 @@ def test_a_rows_reward_does_not_depend_on_workers_and_timing(num_workers):
       texts,
       config_of(*names, num_workers=num_workers, rows_per_call=rows_per_call),
     )
-    assert list(found.components) == [*scoring.COMPONENTS, *names]
+    assert list(found.components) == [*settings.COMPONENTS, *names]
     np.testing.assert_array_equal(found.total, plain.total)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.verifier import verify
-from grpo_tpu.rewards import heuristics, scoring
+from grpo_tpu.rewards import heuristics, scoring, settings
 
-CONFIG = scoring.RewardConfig(
+CONFIG = settings.RewardConfig(
   preset="gated",
   accuracy=1.0,
   format=0.5,
@@ -68,14 +68,14 @@ def test_the_total_is_the_weighted_sum_of_the_components():
 
 def test_components_have_a_fixed_order():
   names = ("accuracy", "format", "length", "reasoning_words", "coherence")
-  assert scoring.COMPONENTS == names
+  assert settings.COMPONENTS == names
   assert tuple(scores("").components) == names
   assert tuple(CONFIG.weights) == names
 
 
 def test_a_preset_gives_the_weights_that_are_None():
   """With the full preset the heuristics sum to at most 1."""
-  unset = dict.fromkeys((*scoring.COMPONENTS, "gate_heuristics"))
+  unset = dict.fromkeys((*settings.COMPONENTS, "gate_heuristics"))
   full = dataclasses.replace(CONFIG, **unset, preset="full")
   assert list(full.weights.values()) == [1.0, 0.1, 1.0, 1.0, 1.0]
   assert full.is_gated
@@ -149,7 +149,7 @@ def test_a_reward_that_fails_excludes_its_row_and_is_counted(
   monkeypatch.setattr(heuristics, "length", sometimes)
   found = scores(*texts)
   np.testing.assert_array_equal(found.valid, [True, False, True])
-  assert found.errors == dict.fromkeys(scoring.COMPONENTS, 0) | {"length": 1}
+  assert found.errors == dict.fromkeys(settings.COMPONENTS, 0) | {"length": 1}
   np.testing.assert_array_equal(found.total[[0, 2]], expected.total[[0, 2]])
   assert found.total[1] == 0
   assert all(np.isfinite(values).all() for values in found.components.values())

@@ -1,0 +1,151 @@
+"""Settings of the rewards."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from data_pipelines.validation import (
+  one_of,
+  require,
+  require_all,
+  require_at_least,
+  require_choices,
+)
+from grpo_tpu.rewards import custom
+
+HEURISTICS = ("length", "reasoning_words", "coherence")
+COMPONENTS = ("accuracy", "format", *HEURISTICS)
+# Weights, and whether heuristics are gated. Alone, the heuristics prefer the
+# wrong answer half the time, so their default weights are small.
+PRESETS: Mapping[str, Mapping[str, float | bool]] = {
+  name: {
+    "accuracy": 1.0,
+    "format": 0.1,
+    **dict.fromkeys(HEURISTICS, weight),
+    "gate_heuristics": True,
+  }
+  for name, weight in (
+    ("answer", 0.0),  # Logs the heuristics only.
+    ("gated", 0.02),
+    ("full", 1.0),  # Up to 0.5, 0.3 and 0.2.
+  )
+}
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+  """Weights of the rewards, and limits of users' rewards.
+
+  A weight of 0 computes and logs the component without adding it to the total;
+  None takes the preset's weight.
+
+  Attributes:
+    preset: The set of weights, a key of `PRESETS`.
+    accuracy: Weight of the right answer (0 or 1).
+    format: Weight of exactly one <answer> tag (0 or 1).
+    length: Weight of the length heuristic (0 to 0.5).
+    reasoning_words: Weight of the connectives heuristic (0 to 0.3).
+    coherence: Weight of the sentences heuristic (0 to 0.2).
+    gate_heuristics: True sets the three heuristics to 0 for a completion
+      without an answer. Without the gate, spam can score as much as a right
+      answer.
+    custom: Users' reward functions as "package.module:function". The function's
+      name is the component's name.
+    custom_weights: Weights of the functions in `custom`, in the same order.
+    num_workers: Processes that call users' functions. With 0, this process
+      calls them, and a function that hangs stops the run.
+    rows_per_call: The most completions per call. A call that fails is repeated
+      row by row; a row that fails alone is excluded.
+    timeout_seconds: Time after which a worker's call fails.
+    max_error_fraction: The run ends when a component has failed on more than
+      this share of `error_window` rows; 1 never ends the run.
+    error_window: Number of the most recent rows whose failures are counted.
+      Rows that do not exist yet count as successes.
+  """
+
+  preset: str = field(metadata=one_of(PRESETS))
+  accuracy: float | None
+  format: float | None
+  length: float | None
+  reasoning_words: float | None
+  coherence: float | None
+  gate_heuristics: bool | None
+  custom: tuple[str, ...]
+  custom_weights: tuple[float, ...]
+  num_workers: int
+  rows_per_call: int
+  timeout_seconds: float
+  max_error_fraction: float
+  error_window: int
+
+  def __post_init__(self):
+    require_choices(self, "rewards")
+    require_at_least(self, "rewards", num_workers=0)
+    require_at_least(self, "rewards", rows_per_call=1, error_window=1)
+    require_all(
+      self,
+      "rewards",
+      (
+        "timeout_seconds",
+        0 < self.timeout_seconds < math.inf,
+        "be above 0 and finite",
+        5.0,
+      ),
+      (
+        "max_error_fraction",
+        0 <= self.max_error_fraction <= 1,
+        "be from 0 to 1",
+        0.1,
+      ),
+      (
+        "custom_weights",
+        len(self.custom_weights) == len(self.custom),
+        f"hold one weight for each of rewards.custom {self.custom}",
+        (1.0,) * len(self.custom),
+      ),
+    )
+    self._check_custom()
+    weights = [(name, self.weights[name]) for name in COMPONENTS]
+    weights += [("custom_weights", weight) for weight in self.custom_weights]
+    for name, weight in weights:
+      require(
+        math.isfinite(weight),
+        f"rewards.{name}",
+        weight,
+        "be a finite number",
+        "set 0 to log the component without adding it to the total",
+      )
+
+  def _check_custom(self) -> None:
+    taken = {*COMPONENTS, "total", "heuristics"}
+    for path in self.custom:
+      custom.resolve(path)
+      name = custom.name(path)
+      require(
+        name not in taken,
+        "rewards.custom",
+        path,
+        "name functions whose names differ from each other and from "
+        f"{', '.join(COMPONENTS)}, total and heuristics",
+        f"give {name} another name",
+      )
+      taken.add(name)
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """The weight of each component, by name, in a fixed order."""
+    preset = PRESETS[self.preset]
+    own = {name: getattr(self, name) for name in COMPONENTS}
+    named = {
+      name: float(preset[name] if weight is None else weight)
+      for name, weight in own.items()
+    }
+    paths = map(custom.name, self.custom)
+    return named | dict(zip(paths, self.custom_weights, strict=True))
+
+  @property
+  def is_gated(self) -> bool:
+    """True if the heuristics are 0 for completions without an answer."""
+    if self.gate_heuristics is None:
+      return bool(PRESETS[self.preset]["gate_heuristics"])
+    return self.gate_heuristics
