@@ -54,8 +54,8 @@ class RowBuilder:
     shards: The parts of a batch that are read here; ascending, and not always
       adjacent.
     shard_count: Number of equal parts that a batch is cut into.
-    completion_source: Labelled completions for "preference"; None draws a
-      right completion and wrong ones.
+    completion_source: LabelledCompletion completions for "preference"; None
+      draws a right completion and wrong ones.
     num_labelled: Number of labelled completions for each prompt.
     template: How prompts ask for a completion and demonstrations answer.
     shuffle_options: True asks each row with its options in a new order, where
@@ -214,10 +214,10 @@ class RowBuilder:
     self, problem: records.Problem, position: list[int]
   ) -> tuple[list[list[int]], list[float]]:
     """The ids and labels of the completions that come with the prompt."""
-    given: tuple[preferences.Labelled, ...] = ()
+    given: tuple[preferences.LabelledCompletion, ...] = ()
     if self.kind == "demonstrations":
       text = chat_prompts.demonstration(problem, template=self.template)
-      given = (preferences.Labelled(text, 1.0),)
+      given = (preferences.LabelledCompletion(text, 1.0),)
     elif self.kind == "preference":
       source = self.completion_source or preferences.synthesize(
         self.num_labelled, template=self.template

@@ -1,4 +1,4 @@
-"""Labelled completions of a problem, for training without sampling.
+"""LabelledCompletion completions of a problem, for training without sampling.
 
 They are synthesized, one right and the others wrong, or read from a file.
 Synthesized completions have about the same length and the same style, so that
@@ -57,7 +57,7 @@ _REFUSALS = (
 _NUM_NEAREST = 3
 
 
-class Labelled(NamedTuple):
+class LabelledCompletion(NamedTuple):
   """A completion and its label; a higher label is better."""
 
   text: str
@@ -66,7 +66,7 @@ class Labelled(NamedTuple):
 
 # Gives the labelled completions of a problem.
 type Source = Callable[
-  [records.Problem, np.random.Generator], tuple[Labelled, ...]
+  [records.Problem, np.random.Generator], tuple[LabelledCompletion, ...]
 ]
 
 
@@ -88,7 +88,7 @@ def synthesize(
 
   def source(
     problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[Labelled, ...]:
+  ) -> tuple[LabelledCompletion, ...]:
     lettered = "conflict" in kinds and problem.question_type == "multi_choice"
     writer = _Writer(problem, template, lettered)
     return _synthesize_group(writer, rng, count, kinds)
@@ -106,7 +106,7 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
 
   def source(
     problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[Labelled, ...]:
+  ) -> tuple[LabelledCompletion, ...]:
     del rng
     if problem.pid not in by_pid:
       raise records.BadRecord(
@@ -117,8 +117,10 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
   return source
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Labelled, ...]]:
-  by_pid: dict[str, tuple[Labelled, ...]] = {}
+def _read(
+  path: str | os.PathLike[str],
+) -> Mapping[str, tuple[LabelledCompletion, ...]]:
+  by_pid: dict[str, tuple[LabelledCompletion, ...]] = {}
   try:
     with open(path, encoding="utf-8") as file:
       lines = list(file)
@@ -143,10 +145,11 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, tuple[Labelled, ...]]:
   return by_pid
 
 
-def _parse_line(line: str) -> tuple[str, tuple[Labelled, ...]]:
+def _parse_line(line: str) -> tuple[str, tuple[LabelledCompletion, ...]]:
   row = json.loads(line)
   group = tuple(
-    Labelled(each["text"], each["label"]) for each in row["completions"]
+    LabelledCompletion(each["text"], each["label"])
+    for each in row["completions"]
   )
   if len(group) < 2:
     raise ValueError("too few completions")
@@ -197,7 +200,7 @@ class _Writer:
 
 def _synthesize_group(
   writer: _Writer, rng: np.random.Generator, count: int, kinds: Sequence[str]
-) -> tuple[Labelled, ...]:
+) -> tuple[LabelledCompletion, ...]:
   problem, chosen = writer.problem, writer.right_completion
   if not verify.verify(chosen, problem).correct:
     raise records.BadRecord(
@@ -223,8 +226,8 @@ def _synthesize_group(
     raise records.BadRecord(
       "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
     )
-  wrong = (Labelled(text, 0.0) for text in rejected)
-  return (Labelled(chosen, 1.0), *wrong)
+  wrong = (LabelledCompletion(text, 0.0) for text in rejected)
+  return (LabelledCompletion(chosen, 1.0), *wrong)
 
 
 def _wrong_option(

@@ -111,7 +111,7 @@ def _read_responses(
 
 def _group(
   problem: records.Problem | None, texts: Sequence[str]
-) -> tuple[str, list[completions.Labelled]]:
+) -> tuple[str, list[completions.LabelledCompletion]]:
   """Labels the responses to a problem, or names the reason against a group."""
   if problem is None:
     return "not_in_data_dir", []
@@ -133,7 +133,7 @@ def _group(
     wrong.remove(worse)
     pairs += [(better, 1.0), (worse, 0.0)]
   pairs += [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
-  return "", [completions.Labelled(*pair) for pair in pairs]
+  return "", [completions.LabelledCompletion(*pair) for pair in pairs]
 
 
 def _read_problems(

@@ -29,7 +29,7 @@ def source(
       image.
     problems: The real problems.
     num_problems: The number of problems, from the first, that are shuffled.
-    seed: Of the shuffle, which depends only on the seed and the images.
+    seed: Seed of the shuffle, which depends only on the seed and the images.
 
   Raises:
     ValueError: The kind is unknown, or the images cannot be shuffled so that

@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
   results, faults = [], []
   for pid, row in rows:
     try:
-      results.append(_validated(pid, row))
+      results.append(_to_result(pid, row))
     except records.BadRecord as error:
       faults.append((pid, error))
   if faults:
@@ -90,13 +90,13 @@ def read_rows(
       path, f"be a text file, but {error}", "name another file"
     ) from error
   if path.suffix == ".jsonl":
-    rows = list(_numbered(path, "line", _parse_lines(path, text)))
+    rows = list(_check_pids(path, "line", _parse_lines(path, text)))
   else:
     parsed = _parse(path, text, "be JSON")
     if isinstance(parsed, list):
-      rows = list(_numbered(path, "record", enumerate(parsed, start=1)))
+      rows = list(_check_pids(path, "record", enumerate(parsed, start=1)))
     else:
-      rows = list(_keyed(path, parsed))
+      rows = list(_rows_by_pid(path, parsed))
   if not rows:
     raise error_in(path, "hold a record, but is empty", "name another file")
   return rows
@@ -124,7 +124,7 @@ def error_in(
   )
 
 
-def _keyed(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
+def _rows_by_pid(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
   """The records of a JSON object whose keys are their pids."""
   if not isinstance(parsed, dict) or not all(
     isinstance(row, dict) for row in parsed.values()
@@ -152,7 +152,7 @@ def _parse_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
       yield number, _parse(path, line, f"be JSONL in line {number}")
 
 
-def _numbered(
+def _check_pids(
   path: pathlib.Path, unit: str, rows: Iterable[tuple[int, Any]]
 ) -> Iterator[tuple[str, dict]]:
   """The records of lines or of a list, each with its own pid."""
@@ -204,7 +204,7 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   return table
 
 
-def _validated(pid: str, row: Mapping[str, Any]) -> Result:
+def _to_result(pid: str, row: Mapping[str, Any]) -> Result:
   """The record with its problem, both in the schema.
 
   Raises:

@@ -160,7 +160,7 @@ class Comparison:
     difference: The first share of right answers minus the second.
     only_first: Number of problems right in the first set only.
     only_second: Number of problems right in the second set only.
-    p_value: Of the exact two-sided sign test on these problems.
+    p_value: p-value of the exact two-sided sign test on these problems.
   """
 
   difference: float

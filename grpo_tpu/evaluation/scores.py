@@ -120,7 +120,9 @@ def compute(
     },
   }
   if samples:
-    result["sampled"] = _sampled([graded_only(draw) for draw in samples], ks)
+    result["sampled"] = _sample_figures(
+      [graded_only(draw) for draw in samples], ks
+    )
   return result
 
 
@@ -178,7 +180,7 @@ def _ablation(
   )
 
 
-def _sampled(
+def _sample_figures(
   draws: Sequence[Sequence[GradedCompletion]], ks: Iterable[int]
 ) -> dict[str, Any]:
   """The figures of sampled completions; each problem has the same weight."""

@@ -287,9 +287,9 @@ def own_replies(problem, rng):
   if problem.pid == "p1":
     raise records.BadRecord("no_completions", "none for p1")
   last = "7" * 24 if problem.pid == "p2" else f"not {problem.pid}"
-  return preferences.Labelled(problem.pid, -0.5), preferences.Labelled(
-    last, 3.0
-  )
+  return preferences.LabelledCompletion(
+    problem.pid, -0.5
+  ), preferences.LabelledCompletion(last, 3.0)
 
 
 def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):

@@ -1,4 +1,4 @@
-"""Labelled completions: the first is right, the others are plain mistakes."""
+"""LabelledCompletion completions: the first is right, the others are plain mistakes."""
 
 import dataclasses
 import json

@@ -24,7 +24,7 @@ REPLIES = {
 def replies(problem, rng):
   del rng
   given = REPLIES[int(problem.pid.removeprefix("p"))]
-  return tuple(preferences.Labelled(*each) for each in given)
+  return tuple(preferences.LabelledCompletion(*each) for each in given)
 
 
 @pytest.fixture(scope="module")
