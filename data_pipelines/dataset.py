@@ -28,7 +28,7 @@ class Dataset:
     tokenizer: Encodes prompts and decodes completions.
     train: Problems to train on; None for a run that does not train.
     eval: Problems to evaluate on.
-    completions: LabelledCompletion completions for kind "preference"; None for
+    completions: Labelled completions for kind "preference"; None for
       others.
     identity: Fingerprints of the records, the tokenizers and the file of
       labelled completions, if any. A run resumes only with equal ones.

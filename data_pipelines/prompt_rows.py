@@ -54,7 +54,7 @@ class RowBuilder:
     shards: The parts of a batch that are read here; ascending, and not always
       adjacent.
     shard_count: Number of equal parts that a batch is cut into.
-    completion_source: LabelledCompletion completions for "preference"; None
+    completion_source: Labelled completions for "preference"; None
       draws a right completion and wrong ones.
     num_labelled: Number of labelled completions for each prompt.
     template: How prompts ask for a completion and demonstrations answer.

@@ -39,7 +39,7 @@ class DataConfig:
       never does.
     pan_and_scan: Crops of long images, shown after the whole image in training
       and evaluation; each costs the tokens of an image.
-    preference_completions: LabelledCompletion completions of a prompt, for kind
+    preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see docs/data.md; ""
       draws one correct completion and wrong ones.

@@ -1,4 +1,4 @@
-"""LabelledCompletion completions of a problem, for training without sampling.
+"""Labelled completions of a problem, for training without sampling.
 
 They are synthesized, one right and the others wrong, or read from a file.
 Synthesized completions have about the same length and the same style, so that

@@ -1,4 +1,4 @@
-"""LabelledCompletion completions: the first is right, the others are plain mistakes."""
+"""Labelled completions: the first is right, the others are plain mistakes."""
 
 import dataclasses
 import json
