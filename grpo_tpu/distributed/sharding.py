@@ -107,18 +107,15 @@ def make_mesh(
       f"({slices}), because no other axis may span the network between them; "
       f"set mesh.replica={slices}."
     )
-  layout = (
-    mesh_utils.create_hybrid_device_mesh(
-      (replica // slices, fsdp, tensor),
-      (slices, 1, 1),
-      devices,
-      allow_split_physical_axes=True,
-    )
-    if slices > 1
-    else mesh_utils.create_device_mesh(
+  if slices == 1:
+    layout = mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
-  )
+  else:
+    layout = mesh_utils.create_hybrid_device_mesh(
+      *((replica // slices, fsdp, tensor), (slices, 1, 1), devices),
+      allow_split_physical_axes=True,
+    )
   return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -280,7 +277,7 @@ def local_rows(mesh: Mesh, tree: Any) -> Any:
 
 
 def all_rows(mesh: Mesh, tree: Any) -> Any:
-  """Gathers the rows of all processes, in batch order, as NumPy arrays.
+  """The rows of all processes, in batch order, as NumPy arrays.
 
   Args:
     mesh: The mesh of the run.
@@ -290,14 +287,10 @@ def all_rows(mesh: Mesh, tree: Any) -> Any:
   return jax.device_get(rows)
 
 
-def device_put_whole(mesh: Mesh, tree: Any, spec: P) -> Any:
-  """Makes device arrays from NumPy arrays that every process has in full."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, NamedSharding(mesh, spec), lambda index: x[index]
-    ),
-    tree,
-  )
+def device_put_whole(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
+  """Makes a device array from a NumPy array that every process has in full."""
+  sharding = NamedSharding(mesh, spec)
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
 @functools.partial(jax.jit, static_argnums=1)
