@@ -1,8 +1,8 @@
-"""What a response without tag or box settles on, when it answers in prose.
+"""Finds the answer in the prose of a completion without tag or box.
 
 Rules for English and Chinese sentences, from "the answer is" down to the one
-option or number that the last sentence speaks of. Refusals, lists of options
-and guesses at several answers settle on nothing.
+option or number in the last sentence. Refusals, lists of options and guesses at
+several answers are no answer.
 """
 
 import decimal
@@ -12,15 +12,15 @@ import re
 from data_pipelines.verifier import numbers, phrases
 from data_pipelines.verifier import options as options_lib
 
-# No answer is further from its announcement.
-_REACH = 400
-# Nor does a sentence argue with more numbers.
-_MOST_NUMBERS = 100
-_MOST_MARKS = 50
-_MARK = re.compile(r"\(\s*([A-Z])\s*\)")
+# The answer must be this close to the words that announce it.
+_MAX_BESIDE = 400
+# More numbers or letters in one sentence are ignored.
+_MAX_NUMBERS = 100
+_MAX_BRACKETED = 50
+_BRACKETED = re.compile(r"\(\s*([A-Z])\s*\)")
 
-# What a writer settles on with a last word: "so it is B", "I choose (B)".
-_SETTLED = re.compile(
+# A sentence that ends on a letter: "so it is B", "I choose (B)".
+_FINAL_LETTER = re.compile(
   r"(?:\b(?:it is|it's|is|be|choose|pick|select|with|option|choice|so|hence"
   r"|thus|therefore|think|guess|probably|definitely|likely|result|conclusion"
   r"|selection|assistant|choice)|∴)[,:]?\s+(?:that )?(?:the )?"
@@ -36,18 +36,18 @@ _LETTER = re.compile(
   r"|(?<=[\u4e00-\u9fff])([A-Z])(?![\w'])"
   r"|(?<![\w'])([A-Z])(?=[\u4e00-\u9fff])"
 )
-_LEADING = re.compile(
+_FIRST_LETTER = re.compile(
   r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\s*[).:](?=\s|\Z)|\s*\n))"
 )
 
 
 def without_listed_options(text: str) -> str:
-  """The text without two or more adjacent lines that list options."""
+  """The text without adjacent lines that list options."""
   if "\n" not in text:
     return text
   lines = text.split("\n")
   listed = [
-    bool(_LISTED_OPTION.fullmatch(line)) and not phrases.affirmed(line)
+    bool(_LISTED_OPTION.fullmatch(line)) and not phrases.affirmed_letter(line)
     for line in lines
   ]
   kept = [
@@ -61,74 +61,76 @@ def without_listed_options(text: str) -> str:
 
 
 class _Conflict(Exception):
-  """A letter stands beside the text of another option."""
+  """A letter is followed by the text of another option."""
 
 
-def choice(text: str, options: options_lib.Options) -> tuple[str | None, str]:
-  """The option that a free text settles on."""
+def find_option(
+  text: str, options: options_lib.Options
+) -> tuple[str | None, str]:
+  """The option that a free text chooses, and the rule that found it."""
   if options.names_several(text):
     return None, "none"
   sentences = phrases.sentences(text)
   try:
     return (
-      _cued(sentences, options)
-      or _settled(text, sentences, options)
-      or _lettered(text, sentences, options)
-      or _stated(text, sentences, options)
+      _from_cue(sentences, options)
+      or _from_last_line(text, sentences, options)
+      or _from_letter(text, sentences, options)
+      or _from_statement(text, sentences, options)
     )
   except _Conflict:
     return None, "none"
 
 
-def _cued(
+def _from_cue(
   sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str] | None:
-  """What the last sentence says that announces an answer."""
+  """The option in the last sentence that announces an answer."""
   for i in range(len(sentences) - 1, -1, -1):
     named, after = None, None
-    affirmed = phrases.affirmed(sentences[i])
-    if affirmed is not None:
-      named = _with_text(*affirmed, options)
+    affirmed_letter = phrases.affirmed_letter(sentences[i])
+    if affirmed_letter is not None:
+      named = _option_of_letter(*affirmed_letter, options)
     if named is None:
-      after = phrases.announced(sentences, i)
+      after = phrases.text_after_cue(sentences, i)
     if after is not None:
       if options.names_several(after):
         return None, "none"
-      named = _first_named(after, options)
+      named = _first_option(after, options)
     if named is not None:
       return named, "cue"
   return None
 
 
-def _settled(
+def _from_last_line(
   text: str, sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str] | None:
-  """The letter that the last sentence ends on, or the last line's answer."""
+  """The letter at the end of the last sentence, or the last line's answer."""
   if sentences and phrases.is_assertion(sentences[-1]):
     end = sentences[-1][-80:]
-    match = _SETTLED.search(end)
+    match = _FINAL_LETTER.search(end)
     letter = match[1] if match else None
-    others = {m[1] for m in _MARK.finditer(sentences[-1])} - {letter}
+    others = {m[1] for m in _BRACKETED.finditer(sentences[-1])} - {letter}
     if match and letter in options.letters and not others:
       if not options_lib.is_denied(end, match.start(1)):
         return options.letters[match[1]], "cue"
   _, line_end, last_line = text.rstrip().rpartition("\n")
-  named = options.only(last_line) if line_end else None
+  named = options.from_answer(last_line) if line_end else None
   return None if named is None else (named, "letter")
 
 
-def _lettered(
+def _from_letter(
   text: str, sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str] | None:
-  """The letter that opens the text, or the only one in brackets."""
-  letters = _marked(sentences, options)
-  match = _LEADING.match(text)
+  """The letter at the start of the text, or the only letter in brackets."""
+  letters = _bracketed_options(sentences, options)
+  match = _FIRST_LETTER.match(text)
   if match and len(letters) < 2 and not phrases.is_denial(sentences[0]):
     rest = text[match.end() :]
-    said = _OPENER.match(rest) if options.are_yes_and_no else None
-    if said and text[match.end(2) :].startswith(":"):  # "A: No" is an answer.
-      return options.folded[said[1].casefold()], "letter"
-    named = _with_text(match[1] or match[2], rest, options)
+    word = _OPENER.match(rest) if options.are_yes_and_no else None
+    if word and text[match.end(2) :].startswith(":"):  # "A: No" is an answer.
+      return options.folded[word[1].casefold()], "letter"
+    named = _option_of_letter(match[1] or match[2], rest, options)
     if named is not None:
       return named, "letter"
   if not letters:
@@ -136,32 +138,34 @@ def _lettered(
   return (letters.pop() if len(letters) == 1 else None), "letter"
 
 
-def _marked(sentences: list[str], options: options_lib.Options) -> set[str]:
-  """The options whose letters stand in brackets, but for the denied ones."""
+def _bracketed_options(
+  sentences: list[str], options: options_lib.Options
+) -> set[str]:
+  """The options whose letters are in brackets and not denied."""
   return {
-    _with_text(match[1], sentence[match.end() :], options) or ""
+    _option_of_letter(match[1], sentence[match.end() :], options) or ""
     for sentence in sentences
     if "(" in sentence and not phrases.is_denial(sentence)
-    for match in itertools.islice(_MARK.finditer(sentence), _MOST_MARKS)
+    for match in itertools.islice(_BRACKETED.finditer(sentence), _MAX_BRACKETED)
     if match[1] in options.letters
     and not options_lib.is_denied(sentence, match.start())
   }
 
 
-def _first_named(after: str, options: options_lib.Options) -> str | None:
-  """The option that the words after "the answer is" name first."""
-  only = options.only(after)
+def _first_option(after: str, options: options_lib.Options) -> str | None:
+  """The first option named after words such as "the answer is"."""
+  only = options.from_answer(after)
   if only is not None:
     return only
-  for match in _LETTER.finditer(after[:_REACH]):
+  for match in _LETTER.finditer(after[:_MAX_BESIDE]):
     letter = match[1] or match[2] or match[3] or match[4]
-    if options_lib.is_denied(after[:_REACH], match.start()):
+    if options_lib.is_denied(after[:_MAX_BESIDE], match.start()):
       continue
     # After a colon "A" may open a sentence, as an article.
     article = match[2] == "A" and _ARTICLE.match(after)
     if letter in options.letters and not article:
-      return _with_text(letter, after[match.end() :], options)
-  mentioned = options.mentioned(after)
+      return _option_of_letter(letter, after[match.end() :], options)
+  mentioned = options.mentions(after)
   return mentioned[0] if mentioned else None
 
 
@@ -170,46 +174,46 @@ _ARTICLE = re.compile(
 )
 
 
-def _with_text(
+def _option_of_letter(
   letter: str, rest: str, options: options_lib.Options
 ) -> str | None:
-  """What a letter names.
+  """The option of a letter.
 
   Raises:
-    _Conflict: The text beside it is another option's.
+    _Conflict: The text beside the letter is another option's.
   """
   named = options.letters.get(letter)
-  beside = rest.split("\n", 1)[0][:_REACH].strip(" .)*:,")
-  other = options.written_as(beside) or options.opens(beside)
+  beside = rest.split("\n", 1)[0][:_MAX_BESIDE].strip(" .)*:,")
+  other = options.from_text(beside) or options.from_start(beside)
   if named is not None and other not in (None, named):
     raise _Conflict
   return named
 
 
-def _stated(
+def _from_statement(
   text: str, sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str]:
-  """The one option that a text without letters speaks of."""
+  """The only option that a text without letters mentions."""
   if options.are_yes_and_no:
     return _yes_or_no(sentences, options)
-  if phrases.is_refusal(text) or _NONE_OF.search(text):
+  if phrases.is_refusal(text) or _NONE_OF_THEM.search(text):
     return None, "none"
   sentences = [_CONDITION.sub("", sentence) for sentence in sentences]
   for part in (sentences[-1:], sentences[:1], sentences):
-    mentioned = options.mentioned(" ".join(part))
+    mentioned = options.mentions(" ".join(part))
     if len(mentioned) == 1:
       return mentioned[0], "statement"
-  value, _ = quantity(text) if options.are_numbers else (None, "none")
-  named = options.worth(decimal.Decimal(value)) if value else None
+  value, _ = find_number(text) if options.are_numbers else (None, "none")
+  named = options.from_value(decimal.Decimal(value)) if value else None
   return (named, "statement") if named else (None, "none")
 
 
-_NONE_OF = re.compile(
+_NONE_OF_THEM = re.compile(
   r"\bnone of (?:the|these) (?:(?:above|given|listed|provided) )?"
   r"(?:options|choices|answers)\b",
   re.IGNORECASE,
 )
-# What is supposed restates the question; it is not the answer.
+# A condition restates the question, and is not the answer.
 _CONDITION = re.compile(r"\A\s*if\b[^,]{1,160},", re.IGNORECASE)
 _ASSERTED = re.compile(
   r"\b(?:is|are|was|were|has|have|does|do|can|will)\b|n't\b", re.IGNORECASE
@@ -223,15 +227,15 @@ _OPTION = re.compile(r"\b(?:options?|choices?)\b", re.IGNORECASE)
 def _yes_or_no(
   sentences: list[str], options: options_lib.Options
 ) -> tuple[str | None, str]:
-  """Yes or no by the word itself, or by whether a short reply denies."""
+  """Yes or no by the word, or by the negation in a short statement."""
   if not sentences:
     return None, "none"
   opener = _OPENER.match(sentences[0])
-  said = options.mentioned(sentences[-1])
+  word = options.mentions(sentences[-1])
   if opener:
     return options.folded[opener[1].casefold()], "statement"
-  if len(said) == 1 and not phrases.is_refusal(sentences[-1]):
-    return said[0], "statement"
+  if len(word) == 1 and not phrases.is_refusal(sentences[-1]):
+    return word[0], "statement"
   text = " ".join(sentences)
   if _OPTION.search(text) or phrases.is_refusal(text) or phrases.has_cue(text):
     return None, "none"
@@ -243,7 +247,7 @@ def _yes_or_no(
   return options.folded[word], "statement"
 
 
-# "No image was given" and "Yes?" open nothing.
+# "No image was given" and "Yes?" are no answers.
 _OPENER = re.compile(
   r"\W*(yes|no)\b(?!\s*\?|\s(?:image|picture|photo|answer|comment|idea"
   r"|information|one|further|other|more|way)\b)",
@@ -266,15 +270,15 @@ _THERE_ARE = re.compile(
 )
 
 
-def quantity(text: str) -> tuple[str | None, str]:
-  """The number that a free text settles on."""
+def find_number(text: str) -> tuple[str | None, str]:
+  """The number that a free text concludes with, and the rule that found it."""
   sentences = phrases.sentences(text)
   if sentences and _THEREFORE.match(sentences[-1]):
-    chosen = _concluded(sentences[-1])
+    chosen = _concluding_number(sentences[-1])
     if chosen is not None and not phrases.has_cue(sentences[-1]):
-      return _spelt(chosen, "statement")
+      return _as_answer(chosen, "statement")
   for i in range(len(sentences) - 1, -1, -1):
-    after = phrases.announced(sentences, i)
+    after = phrases.text_after_cue(sentences, i)
     if after is None:
       continue
     if phrases.is_refusal(after):
@@ -282,18 +286,18 @@ def quantity(text: str) -> tuple[str | None, str]:
     only = numbers.only_number(after)
     if only is not None:
       return numbers.canonical(only), "cue"
-    found = _numbers(after.rsplit("=", 1)[-1]) or _numbers(after)
-    found = [n for n in found[:_MOST_NUMBERS] if not _before(n, _THRESHOLD)]
+    found = _find_numbers(after.rsplit("=", 1)[-1]) or _find_numbers(after)
+    found = [n for n in found[:_MAX_NUMBERS] if not _follows(n, _THRESHOLD)]
     if found:
-      return _spelt(found[0], "cue")
+      return _as_answer(found[0], "cue")
   if phrases.is_refusal(text):
     return None, "none"
   for sentence in reversed(sentences):
-    if "|" in sentence:  # A row of a table concludes nothing.
+    if "|" in sentence:  # A row of a table is no conclusion.
       continue
-    chosen = _concluded(sentence)
+    chosen = _concluding_number(sentence)
     if chosen is not None:
-      return _spelt(chosen, "statement")
+      return _as_answer(chosen, "statement")
     if _RANGE.search(sentence):
       return None, "none"
   return None, "none"
@@ -306,72 +310,74 @@ _MERE_NUMBERS = re.compile(r"(?:[-+\d.,;:/%$\s]|\bor\b|\band\b)*+")
 
 
 def lists_numbers(text: str) -> bool:
-  """Whether a text is nothing but several different numbers."""
+  """True if a text contains several different numbers and no words."""
   if not _MERE_NUMBERS.fullmatch(text):
     return False
-  found = itertools.islice(numbers.numerals(text), _MOST_NUMBERS)
+  found = itertools.islice(numbers.numerals(text), _MAX_NUMBERS)
   return len({number.value for number in found}) > 1
 
 
-def _spelt(number: numbers.Numeral, how: str) -> tuple[str | None, str]:
+def _as_answer(number: numbers.Numeral, how: str) -> tuple[str | None, str]:
   value = number.value
   return (None, "none") if value is None else (numbers.canonical(value), how)
 
 
 # "There are 4 red and 3 blue ones, so there are 7."
-_SO = re.compile(r",? (?:so|therefore|thus|hence|which means)\b", re.IGNORECASE)
-_PAST = re.compile(
+_CONCLUSION = re.compile(
+  r",? (?:so|therefore|thus|hence|which means)\b", re.IGNORECASE
+)
+_BEFORE_YEAR = re.compile(
   r"(?:\b(?:in|after|before|since|by|year|from|during|until) |\()\Z"
 )
 
 
 def _is_year(number: numbers.Numeral) -> bool:
-  """Whether a number stands where a year does, and looks like one."""
+  """True for a number that looks like a year and follows a word like "in"."""
   return re.fullmatch("1[0-9]{3}|20[0-9]{2}", number.match[0]) is not None and (
-    _before(number, _PAST)
+    _follows(number, _BEFORE_YEAR)
   )
 
 
-def _concluded(sentence: str) -> numbers.Numeral | None:
-  """The number that a sentence is about."""
-  if len(_MARK.findall(sentence)) > 1:
+def _concluding_number(sentence: str) -> numbers.Numeral | None:
+  """The number that a sentence concludes with."""
+  if len(_BRACKETED.findall(sentence)) > 1:
     return None
-  parts = _SO.split(sentence)
-  if len(parts) > 1 and _numbers(parts[-1]):
+  parts = _CONCLUSION.split(sentence)
+  if len(parts) > 1 and _find_numbers(parts[-1]):
     sentence = parts[-1]
-  found = _numbers(sentence)
-  found = found[:_MOST_NUMBERS] + found[_MOST_NUMBERS:][-_MOST_NUMBERS:]
-  dated_too, found = found, [n for n in found if not _is_year(n)]
+  found = _find_numbers(sentence)
+  found = found[:_MAX_NUMBERS] + found[_MAX_NUMBERS:][-_MAX_NUMBERS:]
+  all_found, found = found, [n for n in found if not _is_year(n)]
   there_are = "=" not in sentence and _THERE_ARE.match(sentence)
   if there_are:
-    found = [n for n in found if not _before(n, _THRESHOLD)] or dated_too
-    words = itertools.islice(numbers.number_words(sentence), _MOST_NUMBERS)
+    found = [n for n in found if not _follows(n, _THRESHOLD)] or all_found
+    words = itertools.islice(numbers.number_words(sentence), _MAX_NUMBERS)
     counts = [*found, *words]
     counts = [n for n in counts if n.start >= there_are.end()]
     counts.sort(key=lambda number: number.start)
-    return next((n for n in counts if not _before(n, _THRESHOLD)), None)
-  return _last_said(found) or _last_said(dated_too)
+    return next((n for n in counts if not _follows(n, _THRESHOLD)), None)
+  return _last_stated_number(found) or _last_stated_number(all_found)
 
 
-def _last_said(found: list[numbers.Numeral]) -> numbers.Numeral | None:
-  """The last number that something is, or else the last at all."""
+def _last_stated_number(found: list[numbers.Numeral]) -> numbers.Numeral | None:
+  """The last number after a verb such as "is", or else the last number."""
   last = None
   for number in reversed(found):
-    if _before(number, _THRESHOLD):
+    if _follows(number, _THRESHOLD):
       continue
-    if _before(number, _VERB):
+    if _follows(number, _VERB):
       return number
     last = last or number
   return last
 
 
-def _before(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:
-  """Whether what stands right before a number matches."""
+def _follows(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:
+  """True if the text right before a number matches the pattern."""
   text = number.match.string[max(0, number.start - 40) : number.start]
   return pattern.search(text) is not None
 
 
-# Compared with, or denied.
+# Words before a number that is only compared with, or denied.
 _THRESHOLD = re.compile(
   r"(?:\b(?:than|below|above|under|over|at least|at most|exceed(?:s|ing)?"
   r"|out of|between|exactly|up to|half of|twice|double|rather than|instead of"
@@ -387,8 +393,8 @@ _RANGE = re.compile(
 )
 
 
-def _numbers(text: str) -> list[numbers.Numeral]:
-  """The numbers of a text, without ranges; those in words if there are none."""
+def _find_numbers(text: str) -> list[numbers.Numeral]:
+  """The numbers of a text without ranges: digits, or else number words."""
   if "=" not in text:
     text = _RANGE.sub(lambda match: " " * len(match[0]), text)
   return list(numbers.numerals(text)) or list(numbers.number_words(text))

@@ -1,10 +1,10 @@
-"""MathVista's own scoring, as far as it goes without a language model.
+"""MathVista's own scoring, as far as possible without a language model.
 
-For comparison only, never to train on: whatever an extraction says, even
-nothing, is taken for the option that is spelt most like it, so that an empty
-answer is right in almost a third of the multiple-choice questions. Follows the
-published rules, their faults included: an integer is cut off and not rounded,
-and an option that is itself "(b)" is read as the letter B.
+For comparison only, never for training: every extraction, even an empty one,
+counts as the option with the most similar spelling, so that an empty answer is
+right in almost a third of the multiple-choice questions. Follows the published
+rules with their faults: an integer is truncated and not rounded, and an option
+that is itself "(b)" is read as the letter B.
 
 References:
   Section 3.4 and appendix of https://arxiv.org/abs/2310.02255; the program:
@@ -22,27 +22,27 @@ _LETTER = re.compile(r"\(([a-zA-Z])\)")
 _OPENING, _CLOSING = 'The answer is "', '".'
 
 
-def extraction(response: str, problem: records.Problem) -> str:
-  """The answer in a response, where finding it needs no language model.
+def extraction(completion: str, problem: records.Problem) -> str:
+  """The answer in a completion, without a language model.
 
-  What the published program would send to one is its own extraction here, as
-  is an option's text: the normaliser then reads a bracketed letter anywhere in
-  it, else its spelling.
+  Where the published program would ask a language model, the extraction is the
+  whole completion. `normalize` then reads a bracketed letter anywhere in it, or
+  else its spelling.
   """
   try:
     if problem.answer_type == "integer":
-      return str(int(response))
+      return str(int(completion))
     if problem.answer_type == "float":
-      return str(float(response))
+      return str(float(completion))
   except ValueError:
     pass
-  quoted = _quoted(response)
-  return response if quoted is None else quoted
+  quoted = _quoted_answer(completion)
+  return completion if quoted is None else quoted
 
 
-def _quoted(response: str) -> str | None:
-  """What stands in `The answer is "..."`, up to the last end of its line."""
-  for line in response.split("\n"):
+def _quoted_answer(completion: str) -> str | None:
+  """The text in `The answer is "..."`, up to the last `".` of the line."""
+  for line in completion.split("\n"):
     _, opened, rest = line.partition(_OPENING)
     inside, closed, _ = rest.rpartition(_CLOSING)
     if opened and closed:
@@ -50,10 +50,10 @@ def _quoted(response: str) -> str | None:
   return None
 
 
-def normalized(extraction: str, problem: records.Problem) -> str | None:
-  """The extraction as an answer is spelt; None for what is no number.
+def normalize(extraction: str, problem: records.Problem) -> str | None:
+  """The extraction in the spelling of an answer; None if it is no number.
 
-  Of a multiple-choice question it is always an option.
+  For a multiple-choice question always one of the options.
   """
   if problem.question_type == "multi_choice":
     return _option(extraction.strip(), problem.choices)
@@ -68,13 +68,8 @@ def normalized(extraction: str, problem: records.Problem) -> str | None:
 
 
 def is_right(extraction: str, problem: records.Problem) -> bool:
-  """Whether the extraction is normalised to exactly the answer.
-
-  Without a public answer nothing is right.
-  """
-  return (
-    problem.has_answer and normalized(extraction, problem) == problem.answer
-  )
+  """True if the normalized extraction is the problem's public answer."""
+  return problem.has_answer and normalize(extraction, problem) == problem.answer
 
 
 def _option(extraction: str, choices: tuple[str, ...]) -> str:
@@ -84,15 +79,16 @@ def _option(extraction: str, choices: tuple[str, ...]) -> str:
   lettered = {chr(ord("A") + i): text for i, text in enumerate(choices)}
   if extraction in lettered:
     return lettered[extraction]
-  # Of equals the first.
+  # The first of several equally similar options.
   return min(choices, key=lambda text: edit_distance(text, extraction))
 
 
 def edit_distance(first: str, second: str) -> int:
-  """The fewest insertions, deletions and changes that make one the other.
+  """The fewest insertions, deletions and changes that turn one into the other.
 
-  A column of the table of distances is held as two integers, whose bits say
-  where it goes up and where down: linear in `second` while `first` is short.
+  The bits of two integers hold a column of the table of distances: one says
+  where the column goes up, one where it goes down. Linear in `second` while
+  `first` is short.
   """
   where: dict[str, int] = {}
   for i, char in enumerate(first):

@@ -1,4 +1,4 @@
-"""Numbers as people and models write them: found in text, and read exactly.
+"""Finds numbers in text, as people and models write them, with exact values.
 
 Digits of several scripts, thousands separators, fractions, powers of ten,
 LaTeX, units and number words. Every pattern is bounded, so the cost is linear
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# More digits than any answer has; longer runs are noise, and dear to read.
+# No answer has more digits, and longer runs are slow to read.
 _MAX_DIGITS = 30
-# Fractions in fractions are undone from the inside.
+# Rounds of LaTeX replacement: nested fractions are replaced from inside.
 _MAX_NESTING = 4
 
 WORDS = {
@@ -74,7 +74,7 @@ _RAISED = str.maketrans(
 _RAISED_RUN = re.compile(
   "[\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b]+"
 )
-# What a rule has to see before it is tried, the rule, and what it puts there.
+# The text that a rule needs before it is tried, the rule and its replacement.
 _LATEX = tuple(
   (sign, re.compile(pattern), replacement)
   for sign, pattern, replacement in (
@@ -155,7 +155,7 @@ _HAN = re.compile(
   r"(?![\u5206\u4e07\u4ebf])"
 )
 _UNIT = re.compile(
-  # Letters that are rather variables, or words that change the number.
+  # Not letters that may be variables, or words that change the number.
   r"(?!\s?(?:[xyzin](?![\w'\"])|(?:or|and|to|at|than|times|squared|cubed|plus"
   r"|minus|over)\b|in\s))"
   r"\s?(?:%|\u00b0\s?[CF]?|[A-Za-z\u00b5\u03a9\u4e00-\u9fff][^\d,;:()=\n]{0,40}"
@@ -169,7 +169,7 @@ _NAME = re.compile(
 
 
 class Numeral(NamedTuple):
-  """Where a number stands in a text; its value is worked out when asked."""
+  """A number in a text; its value is computed when asked for."""
 
   match: re.Match[str]
 
@@ -180,12 +180,12 @@ class Numeral(NamedTuple):
 
   @property
   def value(self) -> decimal.Decimal | None:
-    """What it is worth; None for a run of digits too long to mean much."""
+    """The value; None for too many digits or an impossible fraction."""
     return _value(self.match)
 
 
 def plain(text: str) -> str:
-  """The text with ASCII digits and signs, and its LaTeX and markup undone."""
+  """The text with ASCII digits and signs, without LaTeX and markup."""
   if "<" in text:
     text = _TOKEN.sub("", text)
   if not text.isascii():
@@ -213,16 +213,16 @@ def plain(text: str) -> str:
   return text
 
 
-# Captions read by machine say "S24" for "$24"; "S1 = 5" names something.
+# OCR writes "S24" for "$24"; "S1 = 5" is a name.
 _OCR_DOLLAR = re.compile(
   r"S(?<![\w\\]S)(?=\d{1,9}(?:\.\d{1,9})?(?![\d\w])(?!\s?=))"
 )
-# What tokenizers of several models end a text with, or put around an answer.
+# Special tokens of several models.
 _TOKEN = re.compile(
   r"<\|\w{1,30}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>"
 )
 _HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]{0,200})", re.MULTILINE)
-# "x = - 3", but not "10 - 3" nor an item of a list.
+# "x = - 3", but not "10 - 3" and no list item.
 _APART = re.compile(r"([=\u2248]\s?)-[ ](?=\d)")
 _MINUS = re.compile(
   r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
@@ -233,7 +233,7 @@ _MINUS = re.compile(
 
 
 def _answer_heading(match: re.Match[str]) -> str:
-  """The text of a heading; one that says just "Answer" announces one."""
+  """The text of a heading; a heading "Answer" becomes "Answer:"."""
   text = match[1].strip(" \t*#")
   return f"{text}:" if text.casefold() in _ANSWER_HEADINGS else match[1]
 
@@ -241,7 +241,7 @@ def _answer_heading(match: re.Match[str]) -> str:
 _ANSWER_HEADINGS = ("answer", "final answer", "the answer", "correct answer")
 
 
-_DRESSING = re.compile(
+_LEAD_IN = re.compile(
   r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?"
   r"(?:(?:my|final|correct|right|best)\s+){0,2}(?:answer|ans|option|choice)"
   r"(?:\s+is\b|\s*[:=.])?\s*"
@@ -251,30 +251,30 @@ _DRESSING = re.compile(
 )
 
 
-def undressed(text: str) -> str:
-  """The plain text without "The answer is" and quotes around what is left."""
+def strip_lead_in(text: str) -> str:
+  """The plain text without a leading "The answer is", and without quotes."""
   text = plain(text).strip()
-  match = _DRESSING.match(text)
+  match = _LEAD_IN.match(text)
   if match and match.end() < len(text):
     text = text[match.end() :]
   return text.strip(" \t\n\"'*_")
 
 
 def numerals(text: str) -> Iterator[Numeral]:
-  """Every number of a plain text that is written in digits, in order."""
+  """Every number in digits of a plain text, in order."""
   return map(Numeral, _NUMBER.finditer(text))
 
 
 def number_words(text: str) -> Iterator[Numeral]:
-  """Every number of a plain text that is written as a word, in order."""
+  """Every number in words of a plain text, in order."""
   return map(Numeral, _WORD.finditer(text))
 
 
 def only_number(text: str) -> decimal.Decimal | None:
-  """What a text is worth that is one number, maybe with a name and a unit.
+  """The value of a text that is one number, maybe with a name and a unit.
 
-  "5", "-1,000.0", "x = 5 cm", "about $7.50", "3/4", "five apples"; None for
-  anything with two numbers in it, and for what is no finite number.
+  Examples: "5", "-1,000.0", "x = 5 cm", "about $7.50", "3/4", "five apples".
+  None for two numbers, and for anything that is no finite number.
   """
   text = plain(text).strip() if len(text) <= 200 else ""
   if _SPACED_THOUSANDS.fullmatch(text):
@@ -300,14 +300,14 @@ def only_number(text: str) -> decimal.Decimal | None:
 
 
 _SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
-# "7 (seven)", "7 (3 + 4)": how it was found, not a second answer.
+# "7 (seven)" and "7 (3 + 4)" have one answer.
 _ASIDE = re.compile(
   r"(?<=\w) \((?:[^()\d]{0,80}|[^()=]{1,40}[-+*/\u00d7][^()=]{1,40})\)\.?\Z"
 )
 
 
 def canonical(value: decimal.Decimal) -> str:
-  """One spelling for each value: "5" for 5.0, "0.25" for 1/4."""
+  """The only spelling of a value: "5" for 5.0, "0.25" for 1/4."""
   if value == value.to_integral_value():
     value = value.to_integral_value()
   else:
@@ -318,7 +318,7 @@ def canonical(value: decimal.Decimal) -> str:
 def _value(match: re.Match[str]) -> decimal.Decimal | None:
   """The value of a match of `_NUMBER` or `_WORD`."""
   if match.re is _WORD:
-    return _worded(match)
+    return _words_value(match)
   whole = (match["whole"] or "0").replace(",", "")
   part = match["part"] or match["bare_part"] or ""
   if len(whole) + len(part) > _MAX_DIGITS:
@@ -342,8 +342,8 @@ def _value(match: re.Match[str]) -> decimal.Decimal | None:
   return value.scaleb(exponent)
 
 
-def _worded(match: re.Match[str]) -> decimal.Decimal | None:
-  """What number words are worth together; None for a mere row of them."""
+def _words_value(match: re.Match[str]) -> decimal.Decimal | None:
+  """The value of number words together; None if they are several numbers."""
   total, group, above = 0, None, 10**15
   words = re.split(r"[\s-]+", match[0].casefold().strip("-"))
   for word in words:
@@ -377,7 +377,7 @@ def _worded(match: re.Match[str]) -> decimal.Decimal | None:
 
 
 def _han_value(text: str) -> decimal.Decimal | None:
-  """What Chinese numerals below ten thousand are worth."""
+  """The value of Chinese numerals below ten thousand."""
   total, digit = 0, None
   for char in text:
     if char in _HAN_TENS:

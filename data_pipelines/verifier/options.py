@@ -1,7 +1,7 @@
-"""The options of a multiple-choice question, and the ways to name one.
+"""The options of a multiple-choice question, named by letter, text or value.
 
-By letter, by text, by both, or by value. Knows nothing of sentences: which
-part of a response names the answer is found elsewhere.
+Knows nothing of sentences: other modules find the part of a completion that
+names the answer.
 """
 
 import decimal
@@ -12,15 +12,15 @@ from collections.abc import Iterable
 
 from data_pipelines.verifier import numbers
 
-# What stands beside a letter is looked at so far.
+# Characters that are read beside a letter.
 _MAX_BESIDE = 400
-# Nor are more mentions in one text.
-_MOST = 200
+# Mentions that are read in one text.
+_MAX_MENTIONS = 200
 
 _LETTERED = re.compile(
   r"[(\[]?\s*([A-Za-z])\s*(?:[)\].:,]+|\Z|(?=\s))\)?[:-]?\s*", re.ASCII
 )
-# Before an option: it is denied, or the far end of a comparison.
+# Words before an option that deny it, or only compare with it.
 _DENIED = re.compile(
   r"(?:\b(?:not|no|cannot(?: be(?: that)?)?|neither|nor|rather than|instead of"
   r"|never|unlikely(?: to)?|(?:all|anything|everything) but|except(?: for)?)"
@@ -47,21 +47,21 @@ _LOW_LETTER = re.compile(
 _JOINED = re.compile(r"(?:or|and|nor|then)\b\s*|或|和|、")
 
 
-def _folded(text: str) -> str:
-  """What two spellings of one option share."""
+def _fold(text: str) -> str:
+  """A form of the text that is equal for two spellings of one option."""
   text = numbers.plain(text).casefold().replace("degrees", "\u00b0")
   text = text.replace("degree", "\u00b0").replace(" ", "")
   return text.strip("\"'*_ \t\n").rstrip(".").strip("\"'*_ \t\n")
 
 
 class Options:
-  """The options of one question, and the ways to name one of them."""
+  """The options of one question, by each way to name them."""
 
   def __init__(self, choices: tuple[str, ...]):
     self.texts = choices
     self.letters = {chr(65 + i): text for i, text in enumerate(choices)}
     self.exact = {text.strip(): text for text in reversed(choices)}
-    self.folded = _unambiguous((_folded(text), text) for text in choices)
+    self.folded = _unambiguous((_fold(text), text) for text in choices)
     values = [(numbers.only_number(text), text) for text in choices]
     self.values = _unambiguous((v, text) for v, text in values if v is not None)
     self.are_numbers = len(self.values) == len(self.exact)
@@ -69,31 +69,33 @@ class Options:
     for letter, text in self.letters.items():
       self.direct |= {letter: text, f"({letter})": text}
     self.direct |= self.exact
-    # A lone letter is a letter, and "a" an article: neither is a mention.
+    # A lone letter is no mention: it may be a letter or an article.
     plain = {text: numbers.plain(text) for text in choices}
     spaced = {
-      _spaced(plain[t]) for t in choices if not re.fullmatch("[A-Za-z]", t)
+      _to_spaced(plain[t]) for t in choices if not re.fullmatch("[A-Za-z]", t)
     }
     ranked = sorted(spaced - {""}, key=lambda t: (-len(t), t))
-    self.mention = re.compile("|".join(map(_mention, ranked)) or r"(?!)")
-    self.spaced = _unambiguous((_spaced(plain[t]), t) for t in choices)
+    self.mention = re.compile(
+      "|".join(map(_mention_pattern, ranked)) or r"(?!)"
+    )
+    self.spaced = _unambiguous((_to_spaced(plain[t]), t) for t in choices)
     self.are_yes_and_no = set(self.folded) == {"yes", "no"}
     if self.are_yes_and_no:
       self.folded |= dict.fromkeys(_YES, self.folded["yes"])
       self.folded |= dict.fromkeys(_NO, self.folded["no"])
     self.longest = _MAX_BESIDE + max(map(len, choices), default=0)
 
-  def only(self, text: str) -> str | None:
-    """The option that a text names which should hold nothing else."""
+  def from_answer(self, text: str) -> str | None:
+    """The option that a text names, if the text contains nothing else."""
     if len(text) > self.longest:
       return None
     text = text.strip()
     if text in self.direct:
       return self.direct[text]
-    text = numbers.undressed(text).removesuffix(".")
+    text = numbers.strip_lead_in(text).removesuffix(".")
     if text in self.direct:
       return self.direct[text]
-    named = self.written_as(text) or self._of_value(text)
+    named = self.from_text(text) or self._from_number_text(text)
     if named is not None:
       return named
     match = _LETTERED.match(text)
@@ -102,33 +104,35 @@ class Options:
       return None
     rest = text[match.end() :]
     if not rest.strip(" .)\n"):
-      # A lone small letter may be a word or a variable, in brackets not.
+      # A lower-case letter may be a word or a variable, except in brackets.
       return lettered if match[1].isupper() or "(" in match[0] else None
-    also = self.written_as(rest) or self._of_value(rest)
+    also = self.from_text(rest) or self._from_number_text(rest)
     return lettered if also is not None and also == lettered else None
 
-  def written_as(self, text: str) -> str | None:
-    """The option whose text this is, spelling apart."""
-    return self.folded.get(_folded(text)) if text else None
+  def from_text(self, text: str) -> str | None:
+    """The option with this text, whatever its spelling."""
+    return self.folded.get(_fold(text)) if text else None
 
-  def mentioned(self, text: str) -> list[str]:
-    """The different options that a plain text asserts, in order."""
-    spaced = _spaced(text)
+  def mentions(self, text: str) -> list[str]:
+    """The different options that a plain text mentions and does not deny."""
+    spaced = _to_spaced(text)
     found = (
       self.spaced.get(match[0])
-      for match in itertools.islice(self.mention.finditer(spaced), _MOST)
+      for match in itertools.islice(
+        self.mention.finditer(spaced), _MAX_MENTIONS
+      )
       if not is_denied(spaced, match.start())
       and not (match[0][0].isdigit() and _is_compared(spaced, match.start()))
     )
     return list(dict.fromkeys(option for option in found if option))
 
   def names_several(self, text: str) -> bool:
-    """Whether a text starts with several options, as a list or a guess would.
+    """True if a text starts with several options, like a list or a guess.
 
-    "A, B, C", "(A) or (B)", "(A) 5 (B) 6", "red and blue".
+    Examples: "A, B, C", "(A) or (B)", "(A) 5 (B) 6", "red and blue".
     """
     named = []
-    rest = _spaced(text[:_MAX_BESIDE])
+    rest = _to_spaced(text[:_MAX_BESIDE])
     while True:
       rest = rest.lstrip(" *_'\".,;:/&|-")
       joined = _JOINED.match(rest) if named else None
@@ -152,22 +156,22 @@ class Options:
         break
     return len(set(named)) > 1
 
-  def opens(self, text: str) -> str | None:
-    """The option whose text a plain text starts with."""
-    match = self.mention.match(_spaced(text))
+  def from_start(self, text: str) -> str | None:
+    """The option that a plain text starts with."""
+    match = self.mention.match(_to_spaced(text))
     return self.spaced.get(match[0]) if match else None
 
-  def worth(self, value: decimal.Decimal) -> str | None:
-    """The option of a value, if every option is a number."""
+  def from_value(self, value: decimal.Decimal) -> str | None:
+    """The option with this value, if every option is a number."""
     return self.values.get(value) if self.are_numbers else None
 
-  def _of_value(self, text: str) -> str | None:
+  def _from_number_text(self, text: str) -> str | None:
     value = numbers.only_number(text)
     return None if value is None else self.values.get(value)
 
 
 def is_denied(text: str, start: int) -> bool:
-  """Whether the words before `start` deny what stands there."""
+  """True if the words before index `start` deny what follows."""
   before = text[max(0, start - 60) : start]
   return _DENIED.search(before.casefold()) is not None
 
@@ -176,10 +180,10 @@ def _is_compared(text: str, start: int) -> bool:
   return _COMPARED.search(text[max(0, start - 20) : start]) is not None
 
 
-def _mention(text: str) -> str:
-  """The pattern of an option's text where it is a whole word or number."""
-  # What stands before is looked back at from behind the first character, so
-  # that a search can leap to where an option may start.
+def _mention_pattern(text: str) -> str:
+  """The pattern of an option's text as a whole word or number."""
+  # The look-behind follows the first character, so that a search can skip to
+  # the next possible start of an option.
   first, rest = re.escape(text[0]), re.escape(text[1:])
   before = rf"(?<![\w\u221a.]{first})"
   if text[0].isdigit() or text[0] == "\u221a":
@@ -192,8 +196,8 @@ def _mention(text: str) -> str:
   return pattern
 
 
-def _spaced(text: str) -> str:
-  """A plain text as options are looked for in it."""
+def _to_spaced(text: str) -> str:
+  """A plain text in the form that mentions are searched in."""
   text = text.casefold()
   if "degree" in text:
     text = _DEGREES.sub("\u00b0", text)
@@ -207,7 +211,7 @@ _WILL = re.compile(r"\b(?:will|would)(?: likely| also)? ")
 
 
 def _unambiguous(pairs: Iterable[tuple]) -> dict:
-  """The pairs as a dict, without keys that two different texts share."""
+  """A dict of the pairs, without keys that two different texts share."""
   table: dict = {}
   for key, text in pairs:
     same = key not in table or (table[key] or "").strip() == text.strip()
@@ -216,6 +220,6 @@ def _unambiguous(pairs: Iterable[tuple]) -> dict:
 
 
 @functools.lru_cache(maxsize=4096)
-def options_of(choices: tuple[str, ...]) -> Options:
-  """The options of a question, worked out once."""
+def parse_options(choices: tuple[str, ...]) -> Options:
+  """Parses the options of a question, once for equal options."""
   return Options(choices)

@@ -1,8 +1,7 @@
-"""The phrases by which a sentence announces, affirms, denies or refuses.
+"""Phrases that announce, affirm, deny or refuse an answer.
 
-English, Chinese and Persian. Every rule reads a lower-case copy whose
-characters stand where the text's do, and is linear in it. Knows nothing of
-options, and of numbers only that they have digits.
+English, Chinese and Persian. Every rule reads a lower-case copy with the same
+indices as the text, in linear time. Knows nothing of options or numbers.
 """
 
 import re
@@ -18,7 +17,7 @@ _CUE = re.compile(
   r"|选(?<!不选)(?!项|[一-龥])|[故应]选|选择"
   r"|(?:پاسخ|جواب)(?: (?:صحیح|درست|نهایی))?(?: گزینه|:|(?= ))|گزینه"
 )
-# Without one of these no cue is found: quick to look for.
+# A quick test: every cue contains one of these.
 _CUE_WORD = re.compile(
   "ans|final|correct|right|best|selected|chosen|option|choice"
   "|答|选|پاسخ|جواب|گزینه"
@@ -56,40 +55,40 @@ _REFUSED = re.compile(
 )
 
 
-def lowered(text: str) -> str:
-  """The text in lower case, each character where it stood."""
+def to_lower(text: str) -> str:
+  """The text in lower case, with every character at its index."""
   low = text.lower()
   return low if len(low) == len(text) else text
 
 
 def sentences(text: str) -> list[str]:
-  """Sentences and lines in order, without the empty ones."""
+  """Sentences and lines in order, without empty ones."""
   return [part for part in _SENTENCE.split(text) if part and part.strip()]
 
 
 def is_refusal(text: str) -> bool:
-  """Whether a text says anywhere that it cannot answer."""
-  return _REFUSED.search(lowered(text)) is not None
+  """True if a text says anywhere that it cannot answer."""
+  return _REFUSED.search(to_lower(text)) is not None
 
 
 def is_denial(sentence: str) -> bool:
-  """Whether a sentence says that something is wrong, or supposes it."""
-  return _DENIED.search(lowered(sentence)) is not None
+  """True if a sentence says that something is wrong, or only supposes it."""
+  return _DENIED.search(to_lower(sentence)) is not None
 
 
 def is_assertion(sentence: str) -> bool:
-  """Whether a sentence neither asks, denies nor supposes."""
+  """True if a sentence is no question, denial or supposition."""
   return sentence.rstrip()[-1:] != "?" and not is_denial(sentence)
 
 
 def has_cue(text: str) -> bool:
-  """Whether a text says "the answer is", of whatever."""
-  return _CUE.search(lowered(text)) is not None
+  """True if a text says "the answer is" or similar words."""
+  return _CUE.search(to_lower(text)) is not None
 
 
-def announced(parts: list[str], i: int) -> str | None:
-  """What sentence i, or the next one, says after "the answer is"."""
-  low = lowered(parts[i])
+def text_after_cue(parts: list[str], i: int) -> str | None:
+  """The text after "the answer is" in sentence i, or else the next sentence."""
+  low = to_lower(parts[i])
   if not _CUE_WORD.search(low):
     return None
   end = None
@@ -103,8 +102,8 @@ def announced(parts: list[str], i: int) -> str | None:
   return after
 
 
-def affirmed(sentence: str) -> tuple[str, str] | None:
-  """The letter that a sentence calls right, and what follows the letter."""
+def affirmed_letter(sentence: str) -> tuple[str, str] | None:
+  """The letter that a sentence calls right, and the text after the letter."""
   if not _PRAISE.search(sentence):
     return None
   match = _AFFIRMED.search(sentence)

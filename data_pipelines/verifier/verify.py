@@ -1,10 +1,10 @@
-"""Which answer a response gives, and whether it is right, by rules alone.
+"""Finds the answer of a completion by rules, and judges it.
 
-The order of the rules is an order of explicitness: a tag, a box, nothing but
-an answer, a sentence that announces one, and only then what a plain sentence
-says. Whatever is not clearly one answer is none: an unread right answer costs
-a policy little, a paid wrong one teaches it. Every rule is linear in the
-response. Knows nothing of rewards, formats asked for or other responses.
+The most explicit answer counts: a tag, a box, a bare answer, a sentence that
+announces an answer, and last a plain statement. Anything ambiguous is no
+answer: missing a right answer costs a policy little, but rewarding a wrong one
+teaches it. Every rule takes time linear in the completion. Knows nothing of
+rewards, prompt templates or other completions.
 
 References:
   MathVista's own scoring: https://arxiv.org/abs/2310.02255
@@ -17,25 +17,25 @@ import re
 from data_pipelines import records
 from data_pipelines.verifier import free_text, numbers, options, phrases
 
-# Of a longer response the first and the last characters are read.
+# The first and last characters that are read of a longer completion.
 _HEAD, _TAIL = 1_000, 3_000
-# No answer is longer; a tag that holds an essay holds none.
+# A longer text in a tag is no answer.
 _MAX_ANSWER = 400
-# More tags than this are noise.
+# A completion with more tags has no answer.
 _MAX_TAGS = 16
 _ORDINARY_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What a response answers.
+  """The answer of a completion.
 
   Attributes:
-    answer: The answer in one spelling: the text of the option, or the number
-      or list written plainly. None if the response gives no answer.
-    how: Which rule read it: "tag", "json", "boxed", "bare", "bold", "cue",
+    answer: The answer in its canonical spelling: the text of the option, or the
+      plain number or list. None if the completion gives no answer.
+    how: The rule that found it: "tag", "json", "boxed", "bare", "bold", "cue",
       "letter", "statement" or "none".
-    correct: Whether the answer is the problem's.
+    correct: True if the answer is the problem's.
   """
 
   answer: str | None
@@ -47,129 +47,131 @@ _NOTHING = Verdict(answer=None, how="none", correct=False)
 
 
 def final_answer(problem: records.Problem) -> str:
-  """How the right answer is written inside the tag: an option by its text."""
+  """The right answer as written inside the tag; an option by its text."""
   return problem.answer
 
 
-def verify(response: str, problem: records.Problem) -> Verdict:
-  """The answer that `response` gives to `problem`, and whether it is right.
+def verify(completion: str, problem: records.Problem) -> Verdict:
+  """Finds the answer of a completion and judges it.
 
-  What a model thinks between <think> tags answers nothing. A response with an
-  <answer> tag is judged by its last tag alone, and only if no other tag holds
-  a different answer and none stays open.
+  Text between <think> tags is ignored. In a completion with an <answer> tag the
+  last tag alone counts, and only if no other tag has a different answer and no
+  tag stays open.
 
   Args:
-    response: What a model wrote, from nothing at all to a megabyte of noise.
-    problem: The question. Without a public answer nothing is correct.
+    completion: Any text, from "" to a megabyte of noise.
+    problem: The question. Without a public answer no completion is correct.
 
   Returns:
-    The verdict; no response raises.
+    The verdict. Never raises, whatever the completion.
   """
-  response = response[response.rfind("</think>") + 1 :].removeprefix("/think>")
-  if "<think>" in response:  # Cut off while it thought.
+  _, _, completion = completion.rpartition("</think>")
+  if "<think>" in completion:  # The thinking was cut off.
     return _NOTHING
-  if "<answer>" in response:
-    answer, how = _tagged(response, problem), "tag"
+  if "<answer>" in completion:
+    answer, how = _from_tags(completion, problem), "tag"
   else:
-    answer, how = _search(_clipped(response), problem)
+    answer, how = _from_free_text(_clip(completion), problem)
   if answer is None:
     return _NOTHING
-  return Verdict(answer=answer, how=how, correct=_equal(answer, problem))
+  return Verdict(answer=answer, how=how, correct=_is_right(answer, problem))
 
 
-def _tagged(response: str, problem: records.Problem) -> str | None:
-  """The answer that all readable tags agree on, the last among them."""
-  end = len(response)
+def _from_tags(completion: str, problem: records.Problem) -> str | None:
+  """The answer of the last tag, if all tags with an answer agree."""
+  end = len(completion)
   texts: list[str] = []
-  while (start := response.rfind("<answer>", 0, end)) >= 0:
-    close = response.find("</answer>", start, end)
+  while (start := completion.rfind("<answer>", 0, end)) >= 0:
+    close = completion.find("</answer>", start, end)
     if close < 0 or len(texts) == _MAX_TAGS:
       return None
-    texts.append(response[start + len("<answer>") : close])
+    texts.append(completion[start + len("<answer>") : close])
     end = start
-  # A tag within a tag, or one closed twice.
-  if response.count("</answer>") != len(texts):
+  # A nested tag, or one closed twice.
+  if completion.count("</answer>") != len(texts):
     return None
-  last, *others = [_read(text, problem) for text in dict.fromkeys(texts)]
+  last, *others = [_parse(text, problem) for text in dict.fromkeys(texts)]
   return last if not set(others) - {last, None} else None
 
 
-def _clipped(response: str) -> str:
-  if len(response) <= _HEAD + _TAIL:
-    return response
-  return f"{response[:_HEAD]}\n{response[-_TAIL:]}"
+def _clip(text: str) -> str:
+  if len(text) <= _HEAD + _TAIL:
+    return text
+  return f"{text[:_HEAD]}\n{text[-_TAIL:]}"
 
 
-def _equal(answer: str, problem: records.Problem) -> bool:
-  """Whether a read answer is the problem's."""
+def _is_right(answer: str, problem: records.Problem) -> bool:
+  """True if a parsed answer is the problem's."""
   if not problem.has_answer:
     return False
   if problem.question_type == "multi_choice":
     return answer.strip() == problem.answer.strip()
   if problem.answer_type == "list":
-    return answer == _list(problem.answer)
-  gold = numbers.only_number(problem.answer)
-  if gold is None:
+    return answer == _parse_list(problem.answer)
+  right = numbers.only_number(problem.answer)
+  if right is None:
     return False
-  error = abs(decimal.Decimal(answer) - gold)
+  error = abs(decimal.Decimal(answer) - right)
   if problem.answer_type == "float" and problem.precision >= 0:
-    # Rounds to the gold, whichever way a half goes.
+    # Rounds to the right answer, whichever way a half is rounded.
     return 2 * error <= decimal.Decimal(1).scaleb(-problem.precision)
   return error == 0
 
 
-def _read(text: str, problem: records.Problem) -> str | None:
-  """The answer in a text that should hold nothing else."""
+def _parse(text: str, problem: records.Problem) -> str | None:
+  """The answer in a text that should contain nothing else."""
   if problem.question_type == "multi_choice":
-    return options.options_of(problem.choices).only(text)
+    return options.parse_options(problem.choices).from_answer(text)
   if len(text) > _MAX_ANSWER:
     return None
   text = text.strip()
   if problem.answer_type == "list":
-    return _list(text)
+    return _parse_list(text)
   if _ORDINARY_INTEGER.fullmatch(text):
     return str(int(text))
-  value = numbers.only_number(numbers.undressed(text))
+  value = numbers.only_number(numbers.strip_lead_in(text))
   return None if value is None else numbers.canonical(value)
 
 
-def _search(response: str, problem: records.Problem) -> tuple[str | None, str]:
+def _from_free_text(
+  text: str, problem: records.Problem
+) -> tuple[str | None, str]:
   """The answer in free text, and the rule that found it."""
-  response = _HINT.sub("", response)
-  odd = _ODD_TAG.findall(response)
+  text = _HINT.sub("", text)
+  odd = _ODD_TAG.findall(text)
   if odd:
-    return _read(odd[-1], problem), "tag"
-  fields = [match[match.lastgroup or 0] for match in _FIELD.finditer(response)]
+    return _parse(odd[-1], problem), "tag"
+  fields = [match[match.lastgroup or 0] for match in _FIELD.finditer(text)]
   if fields:
-    answers = {_read(field, problem) for field in fields}
+    answers = {_parse(field, problem) for field in fields}
     return (answers.pop() if len(answers) == 1 else None), "json"
-  boxed = _boxed(response)
+  boxed = _last_box(text)
   if boxed is not None:
-    answer = _read(boxed, problem)
+    answer = _parse(boxed, problem)
     if answer is not None:
       return answer, "boxed"
-  answer = _read(response, problem)
+  answer = _parse(text, problem)
   if answer is not None:
     return answer, "bare"
   bold = {
-    _read(part, problem)
-    for line in response.split("\n")
+    _parse(part, problem)
+    for line in text.split("\n")
     if "**" in line and phrases.is_assertion(line)
     for part in _BOLD.findall(line)
   } - {None}
   if len(bold) == 1:
     return bold.pop(), "bold"
-  text = free_text.without_listed_options(numbers.plain(response))
+  text = free_text.without_listed_options(numbers.plain(text))
   if problem.answer_type == "list":
-    return _last_list(text)
+    return _from_last_list(text)
   if free_text.lists_numbers(text):
     return None, "none"
   if problem.question_type == "multi_choice":
-    return free_text.choice(text, options.options_of(problem.choices))
-  return free_text.quantity(text)
+    return free_text.find_option(text, options.parse_options(problem.choices))
+  return free_text.find_number(text)
 
 
-# The official prompts, repeated.
+# The hints of the official prompts, which some models repeat.
 _HINT = re.compile(r"Hint: Please answer[^\n]{0,300}")
 _ODD_TAG = re.compile(
   r"<answer>([^<>]{0,400})</answer>",
@@ -187,29 +189,27 @@ _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
 _OTHER_BOX = re.compile(r"\}\s?\$?\s?(?:or|and|,|/)\s?\$?\s?\Z")
 
 
-def _boxed(response: str) -> str | None:
-  r"""What the last \boxed{...} holds, braces balanced."""
-  start = response.rfind(r"\boxed{")
-  if start < 0 or _OTHER_BOX.search(response[max(0, start - 40) : start]):
+def _last_box(text: str) -> str | None:
+  r"""The content of the last \boxed{...}, with balanced braces."""
+  start = text.rfind(r"\boxed{")
+  if start < 0 or _OTHER_BOX.search(text[max(0, start - 40) : start]):
     return None
   depth, start = 1, start + len(r"\boxed{")
-  for i in range(start, min(len(response), start + _MAX_ANSWER)):
-    depth += {"{": 1, "}": -1}.get(response[i], 0)
+  for i in range(start, min(len(text), start + _MAX_ANSWER)):
+    depth += {"{": 1, "}": -1}.get(text[i], 0)
     if not depth:
-      return response[start:i]
+      return text[start:i]
   return None
 
-
-# Lists.
 
 _BRACKETED = re.compile(
   r"\[[^\[\]]{0,300}(?:\[[^\[\]]{0,100}\][^\[\]]{0,100})*\]"
 )
 
 
-def _list(text: str) -> str | None:
-  """A list in one spelling: "[1, 2.50]" is "[1,2.5]"; None if it is none."""
-  text = numbers.undressed(text)
+def _parse_list(text: str) -> str | None:
+  """The canonical spelling of a list: "[1,2.5]"; None if it is no list."""
+  text = numbers.strip_lead_in(text)
   bracketed = text[:1] == "["
   if text[:1] == "(" and text[-1:] == ")":
     text = text[1:-1]
@@ -237,7 +237,7 @@ def _list(text: str) -> str | None:
 _ROUND = re.compile(r"\((?:[^(),]{1,30},){1,20}[^(),]{1,30}\)")
 
 
-def _last_list(text: str) -> tuple[str | None, str]:
+def _from_last_list(text: str) -> tuple[str | None, str]:
   found = _BRACKETED.findall(text) or _ROUND.findall(text)
-  answer = _list(found[-1]) if found else None
+  answer = _parse_list(found[-1]) if found else None
   return (answer, "statement") if answer else (None, "none")

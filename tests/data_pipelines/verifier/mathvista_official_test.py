@@ -50,7 +50,7 @@ FLOAT = make_problem("1.2", answer_type="float", precision=1)
   ],
 )
 def test_any_extraction_becomes_an_option(extraction, wanted):
-  assert mathvista_official.normalized(extraction, RED) == wanted
+  assert mathvista_official.normalize(extraction, RED) == wanted
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_any_extraction_becomes_an_option(extraction, wanted):
 def test_numbers_are_cut_or_rounded_and_lists_left_alone(
   problem, extraction, wanted
 ):
-  assert mathvista_official.normalized(extraction, problem) == wanted
+  assert mathvista_official.normalize(extraction, problem) == wanted
 
 
 def test_an_option_that_looks_like_another_letter_is_taken_for_it():
   """A fault of the published rule, kept."""
   problem = make_problem("(b)", ("(c)", "(a)", "(b)"))
-  assert mathvista_official.normalized("(b)", problem) == "(a)"
+  assert mathvista_official.normalize("(b)", problem) == "(a)"
 
 
 @pytest.mark.parametrize(
