@@ -1,17 +1,17 @@
-"""One GRPO update of ours and of Tunix's, compiled for the same slice.
+"""Compares one GRPO update of ours with Tunix's, compiled for the same slice.
 
-Nothing runs: the compiler says what memory each update takes, and the jaxprs
-say what work. Prints both sides and their ratios; the last line is JSON.
+Nothing runs: the memory of each update comes from the compiler, and the work
+from the jaxpr. Prints both sides and their ratios; the last line is JSON.
 
   python benchmarks/aot_vs_tunix.py --tunix_python=PYTHON
 
-PYTHON is that of a venv with Tunix and, for the same compiler, our jax and
-libtpu: the last line that `bash benchmarks/setup_peers.sh --aot` prints. What
-Tunix would do on TPUs, and does not where it finds none, is put back: the
-sharding of its activations. Its temperature is set, as its learner does at run
-time; the optimizer alone is donated, as its trainer does. Both sides have AdamW
-with parameters and moments in bfloat16, the type of Tunix's, and recompute
-layers.
+PYTHON is the Python of a venv with Tunix and with our jax and libtpu, so that
+the compiler is the same: the last line that
+`bash benchmarks/setup_peers.sh --aot` prints. Without TPUs Tunix does not shard
+its activations, so the script restores that. The script sets the temperature,
+as Tunix's learner does at run time, and donates only the optimizer, as Tunix's
+trainer does. Both sides use AdamW with parameters and moments in bfloat16, as
+Tunix does, and recompute layers.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from grpo_tpu.rl.train_batch import TrainBatch  # noqa: E402
 _VOCABULARY = 262_144
 _LEARNING_RATE = 1e-6
 _LORA_ALPHA = 32.0
-# Of both; Tunix names them by modules.
+# The same weights on both sides; Tunix names them by modules.
 _LORA_TARGETS = ("q", "kv", "output", "gating", "linear")
 _TUNIX_TARGETS = (
   ".*q_einsum|.*kv_einsum|.*attn_vec_einsum|.*gate_proj|.*up_proj|.*down_proj"
@@ -55,12 +55,12 @@ def main() -> None:
       ("ours", sys.executable),
       ("tunix", arguments.tunix_python),
     ):
-      sides[side] = _measured(side, python, rank, arguments)
-      said = sides[side]
-      hbm = said["hbm_bytes"] / 2**30 if said["hbm_bytes"] else float("nan")
+      result = _measure(side, python, rank, arguments)
+      sides[side] = result
+      hbm = result["hbm_bytes"] / 2**30 if result["hbm_bytes"] else float("nan")
       print(
         f"{kind} {side}: {hbm:.2f} GiB of HBM per device, "
-        f"{said['flops'] / 1e12:.1f} TFLOP on all",
+        f"{result['flops'] / 1e12:.1f} TFLOP on all",
         flush=True,
       )
     ratios[kind] = {
@@ -81,8 +81,12 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--completions", type=int, default=8)
   parser.add_argument("--prompt_tokens", type=int, default=512)
   parser.add_argument("--new_tokens", type=int, default=1536)
-  parser.add_argument("--tensor", type=int, default=2, help="of our mesh")
-  parser.add_argument("--tunix_tensor", type=int, default=1, help="of theirs")
+  parser.add_argument(
+    "--tensor", type=int, default=2, help="tensor shards of our mesh"
+  )
+  parser.add_argument(
+    "--tunix_tensor", type=int, default=1, help="tensor shards of Tunix's mesh"
+  )
   parser.add_argument("--tunix_remat", default="DECODER")
   parser.add_argument("--kinds", default="full,lora")
   parser.add_argument("--lora_rank", type=int, default=16)
@@ -93,14 +97,14 @@ def _arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def _measured(side, python, rank, arguments) -> dict:
+def _measure(side, python, rank, arguments) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     command = [python, __file__, f"--side={side}", f"--folder={folder}"]
-    given = vars(arguments) | {"rank": rank}
+    values = vars(arguments) | {"rank": rank}
     for name in ("layers", "prompts", "completions", "prompt_tokens", "rank"):
-      command.append(f"--{name}={given[name]}")
+      command.append(f"--{name}={values[name]}")
     for name in ("new_tokens", "tensor", "tunix_tensor", "tunix_remat"):
-      command.append(f"--{name}={given[name]}")
+      command.append(f"--{name}={values[name]}")
     command.append(f"--topology={arguments.topology}")
     command += ["--flops_only"] * arguments.flops_only
     environment = os.environ | aot.ENVIRONMENT | {"TMPDIR": folder}
@@ -109,15 +113,15 @@ def _measured(side, python, rank, arguments) -> dict:
 
 
 def _answer(arguments, traced) -> None:
-  """Writes what a side is like, and ends the process with its compiler."""
+  """Writes the result of a side, and ends the process and its compiler."""
   from grpo_tpu.planning import flops
 
   folder = pathlib.Path(arguments.folder)
-  said = {"flops": flops.count_jaxpr(traced.jaxpr), "hbm_bytes": None}
+  result = {"flops": flops.count_jaxpr(traced.jaxpr), "hbm_bytes": None}
   if not arguments.flops_only:
     compiled = aot.compile_buffers(traced.lower(), folder / "dump")
-    said["hbm_bytes"] = compiled.hbm_bytes
-  (folder / "answer.json").write_text(json.dumps(said))
+    result["hbm_bytes"] = compiled.hbm_bytes
+  (folder / "answer.json").write_text(json.dumps(result))
   os._exit(0)
 
 
@@ -130,7 +134,7 @@ def _devices(topology: str):
 
 
 def _adamw():
-  """With moments in the type of the parameters, before and after."""
+  """AdamW whose gradients and moments have the dtype of the parameters."""
   import jax
   import optax
 
@@ -170,9 +174,9 @@ def _ours(arguments) -> None:
       rank=arguments.rank, alpha=_LORA_ALPHA, targets=_LORA_TARGETS
     )
 
-  def placed(tree):
+  def with_shardings(tree):
     return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       tree,
       sharding.param_shardings(mesh, tree),
     )
@@ -184,7 +188,7 @@ def _ours(arguments) -> None:
   trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bf16), trained)
   step = jax.ShapeDtypeStruct((), jnp.int32)
   opt_state = jax.eval_shape(tx.init, trained)
-  state = placed(train_state.TrainState(step, step, trained, opt_state))
+  state = with_shardings(train_state.TrainState(step, step, trained, opt_state))
   model = ForwardConfig(
     config=config,
     dtype=bf16,
@@ -204,8 +208,8 @@ def _ours(arguments) -> None:
   u, c, t = arguments.prompts, arguments.completions, arguments.new_tokens
 
   def array(dtype, *shape):
-    place = sharding.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct((u, *shape), dtype, sharding=place)
+    batch = sharding.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct((u, *shape), dtype, sharding=batch)
 
   bundles = TrainBatch(
     prompt_ids=array(jnp.int32, arguments.prompt_tokens),
@@ -216,7 +220,7 @@ def _ours(arguments) -> None:
     advantages=array(jnp.float32, c),
     ref_per_token_logps=array(jnp.float32, c, t),
   )
-  frozen = (placed(params),) if settings else ()
+  frozen = (with_shardings(params),) if settings else ()
   with jax.set_mesh(mesh):
     _answer(arguments, update.trace(state, bundles, *frozen))
 
@@ -237,7 +241,7 @@ def _tunix(arguments) -> None:
   from tunix.utils import sharding_utils
 
   def shard(x, spec, eager=False):
-    """As Tunix shards where its devices are TPUs."""
+    """Shards as Tunix does on TPUs."""
     del eager
     mesh = pxla.thread_resources.env.physical_mesh
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
@@ -266,7 +270,7 @@ def _tunix(arguments) -> None:
       )
     return model, nnx.Optimizer(model, _adamw(), wrt=wanted)
 
-  def placed(state):
+  def with_shardings(state):
     specs = nnx.get_partition_spec(state)
     return jax.tree.map(
       lambda x, spec: jax.ShapeDtypeStruct(
@@ -279,7 +283,7 @@ def _tunix(arguments) -> None:
   with mesh:
     model, optimizer = nnx.eval_shape(make)
     graphs, states = zip(nnx.split(model), nnx.split(optimizer), strict=True)
-    states = [placed(state) for state in states]
+    states = [with_shardings(state) for state in states]
     algorithm = grpo_learner.GRPOConfig(num_generations=arguments.completions)
     object.__setattr__(algorithm, "temperature", 1.0)
     stub = types.SimpleNamespace(
@@ -303,10 +307,10 @@ def _tunix(arguments) -> None:
       return nnx.state(model), nnx.state(optimizer), out
 
     rows = arguments.prompts * arguments.completions
-    place = NamedSharding(mesh, P("fsdp"))
+    batch = NamedSharding(mesh, P("fsdp"))
 
     def array(dtype, *shape):
-      return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+      return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch)
 
     p, t = arguments.prompt_tokens, arguments.new_tokens
     example = grpo_learner.TrainExample(

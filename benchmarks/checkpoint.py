@@ -1,11 +1,11 @@
-"""What a checkpoint costs: the time training is held up, and all the rest.
+"""Measures the cost of a checkpoint, and how long it blocks training.
 
-`python benchmarks/checkpoint.py [--gib=1] [--repeats=5]` saves a state of drawn
-float32 numbers, 16 leaves, as a run does, and prints a table and, last, the
-same as a line of JSON. "blocks" is the time that `save` takes before the run
-may go on, and "blocks, CPU" what of it this process worked; hashing for the
-manifest comes after it, and `verify` is a part of `restore`. On an accelerator
-the copy to the host is in "blocks" too.
+`python benchmarks/checkpoint.py [--gib=1] [--repeats=5]` saves a state of
+random float32 numbers in 16 leaves, as a run does. It prints a table, and the
+same as one line of JSON. "blocks" is the time until `save` returns, and
+"blocks, CPU" the CPU time of this process in it. Hashing for the manifest comes
+later, and `verify` is a part of `restore`. On an accelerator "blocks" includes
+the copy to the host.
 """
 
 import json
@@ -22,12 +22,12 @@ from configs import base
 from grpo_tpu.checkpoint import checkpointer, manifest, retention
 
 _GIB = flags.DEFINE_float("gib", 1.0, "Size of the state.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Saves, of which the median.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Number of saves.")
 _LEAVES = 16
 
 
-def measured(folder: pathlib.Path, gib: float, repeats: int) -> dict:
-  """Seconds of each part, every one of them a list over the repeats."""
+def measure(folder: pathlib.Path, gib: float, repeats: int) -> dict:
+  """Measures the seconds of each part, one number per repeat."""
   size = int(gib * 2**30 / 4 / _LEAVES)
   keys = jax.random.split(jax.random.key(0), _LEAVES)
   state = {
@@ -51,7 +51,7 @@ def measured(folder: pathlib.Path, gib: float, repeats: int) -> dict:
     **base.get_config().checkpoint.to_dict() | {"every_steps": 1, "keep": 1}
   )
   with checkpointer.Checkpoints(folder, settings) as checkpoints:
-    # The first compiles the check of the numbers.
+    # The first save compiles the check for finite numbers.
     checkpoints.save(0, state, {})
     checkpoints.wait()
     seconds["hash"].clear()
@@ -79,10 +79,10 @@ def measured(folder: pathlib.Path, gib: float, repeats: int) -> dict:
 
 
 def main(argv: list[str]) -> None:
-  """Measures, and prints what came of it."""
+  """Measures, and prints the table and the JSON."""
   del argv
   with tempfile.TemporaryDirectory() as folder:
-    seconds = measured(pathlib.Path(folder), _GIB.value, _REPEATS.value)
+    seconds = measure(pathlib.Path(folder), _GIB.value, _REPEATS.value)
   print(f"{'seconds':15} {'median':>8} {'most':>8}")
   for name, each in seconds.items():
     print(f"{name:15} {statistics.median(each):8.3f} {max(each):8.3f}")

@@ -1,15 +1,15 @@
-"""One GRPO step beside Tunix's and TRL's, of the same sizes, in one run.
+"""Compares one GRPO step of ours with Tunix's and TRL's at the same sizes.
 
   python benchmarks/grpo_step.py --prompt_length=64 --completion_length=64
   python benchmarks/grpo_step.py --preset=270m --steps=3 --warmup=1
 
-Rollout, rewards, advantages, reference, update: float32, AdamW, one update a
-step, a KL term, and completions of full length, for no id stops one. Each
-trainer is a child process with its own Python; they take turns step by step, so
-that other work on the machine disturbs them alike. What is compared is
-CPU-seconds of all threads of a child: wall time says more of the neighbours.
-Prints a table, and last a line of JSON. Peers come from
-`benchmarks/setup_peers.sh --benchmarks`; one that is missing is named.
+A step is rollout, rewards, advantages, reference and update, in float32 with
+AdamW, one update per step, and a KL term. No id stops a completion, so all have
+full length. Each trainer is a child process with its own Python. They take
+turns step by step, so that other work on the machine disturbs all alike. The
+script compares CPU-seconds of all threads of a child, because wall time depends
+on other programs. It prints a table and a line of JSON. Peers come from
+`benchmarks/setup_peers.sh --benchmarks`; the table names missing ones.
 """
 
 import json
@@ -24,7 +24,7 @@ import tempfile
 import step_workload as workload
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The variables point to a Python made elsewhere.
+# The environment variables select another Python.
 RUNNERS = {
   "ours": ("step_ours.py", sys.executable),
   "tunix": (
@@ -54,22 +54,22 @@ class Child:
       stdout=subprocess.PIPE,
       stderr=log.open("w"),
       text=True,
-      # What jax runs on; and no threads of its own for torch's waiting.
+      # Keeps jax on the CPU, and torch's waiting threads from spinning.
       env=os.environ | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE"},
     )
 
   def step(self) -> dict:
-    """Lets it do one step."""
+    """Runs one step of the child; returns its report."""
     assert self._process.stdin is not None
     try:
       self._process.stdin.write("\n")
       self._process.stdin.flush()
     except BrokenPipeError:
-      pass  # Its last words are in the log.
+      pass  # The error is in the log.
     return self._answer()
 
   def end(self) -> float:
-    """Its peak memory, in GiB."""
+    """Ends the child; returns its peak memory in GiB."""
     assert self._process.stdin is not None
     self._process.stdin.close()
     peak = self._answer()["peak_gib"]
@@ -77,7 +77,7 @@ class Child:
     return peak
 
   def kill(self) -> None:
-    """For a run that is given up."""
+    """Kills the child."""
     self._process.kill()
     self._process.wait()
 
@@ -91,12 +91,10 @@ class Child:
 
 
 def main() -> None:
-  """Runs the children in turns, and prints what they took."""
+  """Runs the children in turns, and prints their costs."""
   flags = workload.parser(__doc__)
-  flags.add_argument(
-    "--only", help="some of ours,tunix,trl, with commas between"
-  )
-  args = workload.parsed(flags)
+  flags.add_argument("--only", help="comma-separated subset of ours,tunix,trl")
+  args = workload.parse(flags)
   wanted = args.only.split(",") if args.only else list(RUNNERS)
   passed = [
     f"--{name}={value}" for name, value in vars(args).items() if name != "only"
@@ -114,30 +112,30 @@ def main() -> None:
     try:
       for number in range(args.warmup + args.steps):
         for child in children:
-          seen = child.step()
+          report = child.step()
           expected = args.prompts * args.num_generations
           expected *= args.completion_length
-          if seen["tokens"] != expected:
+          if report["tokens"] != expected:
             raise SystemExit(
-              f"{child.name} wrote {seen['tokens']} tokens, not {expected}."
+              f"{child.name} wrote {report['tokens']} tokens, not {expected}."
             )
           if number >= args.warmup:
-            child.steps.append(seen)
+            child.steps.append(report)
           print(
-            f"step {number}: {child.name} {seen['cpu']:.2f} CPU s",
+            f"step {number}: {child.name} {report['cpu']:.2f} CPU s",
             file=sys.stderr,
           )
       peaks = {child.name: child.end() for child in children}
     finally:
       for child in children:
         child.kill()
-  show(args, children, peaks, missing, load)
+  print_table(args, children, peaks, missing, load)
 
 
-def show(
+def print_table(
   args, children: list[Child], peaks: dict, missing: list[str], load: float
 ) -> None:
-  """The table, and the line of JSON."""
+  """Prints the table and the line of JSON."""
   print(
     f"{args.layers} layers, width {args.width}, vocabulary {args.vocab}; "
     f"{args.prompts} prompts x {args.num_generations}, "

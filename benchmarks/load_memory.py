@@ -1,12 +1,12 @@
-"""What loading a checkpoint adds to the peak of host memory.
+"""Measures how much loading a checkpoint adds to the peak of host memory.
 
-Beyond the parameters themselves, which lie in host memory on a CPU:
+The parameters themselves, which are in host memory on a CPU, do not count:
 
   python benchmarks/load_memory.py FOLDER [GIGABYTES]
 
-writes checkpoints of 1 GB or more into the folder, in fp32 and bf16, loads each
-in a process of its own and prints what that added, against the largest tensor
-of the file. Aimed at: under 1.3 of it.
+writes checkpoints of 1 GB or more into the folder, in fp32 and bf16, and loads
+each in a process of its own. Prints the added memory as a multiple of the
+largest tensor in the file; the aim is below 1.3.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 
-# Run as a script, it finds the packages of its own checkout.
+# A script finds the packages of its own checkout only by this.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -28,7 +28,7 @@ from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 from grpo_tpu.models.gemma3 import weights  # noqa: E402
 from grpo_tpu.models.gemma3.convert import assembly  # noqa: E402
 
-# Of many layers, none of whose tensors is near the size of the whole.
+# Many layers, so that every tensor is small beside the whole.
 LARGE = dataclasses.replace(
   gemma3_config.CONFIGS["gemma3_1b"], vocab_size=65_536, sliding_window=64
 )
@@ -36,15 +36,15 @@ SMALL = dataclasses.replace(gemma3_config.CONFIGS["tiny"], vision=None)
 
 
 def write(config: gemma3_config.ModelConfig, folder: str, dtype: str) -> None:
-  """A checkpoint of such a model."""
+  """Writes a checkpoint of this model."""
   shapes = weights.abstract_params(config, jnp.dtype(dtype))
   weights.to_hf(
     config, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes), folder
   )
 
 
-def of_size(num_bytes: float, dtype: str) -> gemma3_config.ModelConfig:
-  """With as many layers as it takes."""
+def config_of_size(num_bytes: float, dtype: str) -> gemma3_config.ModelConfig:
+  """The large model with enough layers for this many bytes."""
 
   def size(num_layers: int) -> int:
     config = dataclasses.replace(LARGE, num_layers=num_layers)
@@ -57,15 +57,15 @@ def of_size(num_bytes: float, dtype: str) -> gemma3_config.ModelConfig:
 
 
 def status(name: str) -> int:
-  """A figure of /proc/self/status, in bytes."""
+  """A value from /proc/self/status, in bytes."""
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
   line = next(line for line in lines if line.startswith(f"{name}:"))
   return int(line.split()[1]) * 1024
 
 
 def measure(folder: str, warm_up: str) -> None:
-  """Prints, as JSON, what `weights.from_hf` adds to this process's peak."""
-  # What JAX itself takes, once, is no part of it.
+  """Prints as JSON how much `weights.from_hf` adds to this process's peak."""
+  # JAX's own memory is allocated now, and does not count.
   jax.block_until_ready(weights.from_hf(warm_up))
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
   before = status("VmRSS")
@@ -75,7 +75,7 @@ def measure(folder: str, warm_up: str) -> None:
   added = status("VmHWM") - before - num_bytes
   itemsize = params["embedder"]["input_embedding"].dtype.itemsize
   shapes = weights.abstract_params(config, jnp.dtype(jnp.float32))
-  # A piece is all that is stacked of a layer; a file may have it in parts.
+  # A file may hold one stacked piece of a layer in two tensors.
   largest = max(
     int(np.prod(shape)) // (2 if "gating" in path or "kv_" in path else 1)
     for path, _, shape in assembly.pieces(shapes)
@@ -85,11 +85,11 @@ def measure(folder: str, warm_up: str) -> None:
 
 
 def main(folder: str, gigabytes: str = "1.0") -> None:
-  """Writes, measures and prints both types."""
+  """Writes, measures and prints both dtypes."""
   root = pathlib.Path(folder)
   for dtype in ("float32", "bfloat16"):
     large, small = root / dtype, root / f"small_{dtype}"
-    write(of_size(float(gigabytes) * 1e9, dtype), str(large), dtype)
+    write(config_of_size(float(gigabytes) * 1e9, dtype), str(large), dtype)
     write(SMALL, str(small), dtype)
     ran = subprocess.run(
       [sys.executable, __file__, "--measure", str(large), str(small)],
@@ -103,7 +103,7 @@ def main(folder: str, gigabytes: str = "1.0") -> None:
       f"{dtype}: {found['params'] / 1e9:.2f} GB of parameters, largest tensor "
       f"{found['largest'] / 1e6:.0f} MB; loading adds "
       f"{found['added'] / 1e6:.0f} MB, {found['added'] / found['largest']:.2f} "
-      "of it"
+      "of that"
     )
 
 

@@ -1,4 +1,4 @@
-"""The table of docs/plan.md, from what --mode=plan wrote.
+"""Prints the table of docs/plan.md from the files of --mode=plan.
 
 python benchmarks/plan_table.py DIR/*/plan.json
 """
@@ -11,33 +11,30 @@ _GIB = 2**30
 
 
 def main(paths: list[str]) -> None:
-  """Prints a line for each plan, in the order given.
-
-  Plans that differ in the size of pictures alone share one.
-  """
-  pictures: dict[tuple[str, ...], list[str]] = {}
+  """Prints one line for plans that differ at most in image size."""
+  images: dict[tuple[str, ...], list[str]] = {}
   for path in paths:
-    made = json.loads(pathlib.Path(path).read_text())
-    peak = max(made["programs"], key=lambda x: x["resident_bytes"])
-    settings = made["config"]["model"]
+    plan = json.loads(pathlib.Path(path).read_text())
+    peak = max(plan["programs"], key=lambda x: x["resident_bytes"])
+    settings = plan["config"]["model"]
     rank, size = settings["lora"]["rank"], settings["image_size"]
     cells = (
-      made["model"],
-      f"{made['topology']} ({made['slice']})",
+      plan["model"],
+      f"{plan['topology']} ({plan['slice']})",
       f"LoRA of rank {rank}" if rank else "all",
       f"{peak['resident_bytes'] / _GIB:.2f}",
-      f"{made['hbm_limit_bytes'] / _GIB:.2f}",
-      f"{made['room']:.1%}",
+      f"{plan['hbm_limit_bytes'] / _GIB:.2f}",
+      f"{plan['room']:.1%}",
       peak["name"],
     )
     shown = f"{size} px" if size else "the tower's own"
-    pictures.setdefault(cells, []).append(shown)
+    images.setdefault(cells, []).append(shown)
   print(
-    "| model | slice | trained | pictures | most at once, GiB of a device "
+    "| model | slice | trained | images | peak, GiB of a device "
     "| limit | free | by |"
   )
   print("|---|---|---|---|---|---|---|---|")
-  for cells, sizes in pictures.items():
+  for cells, sizes in images.items():
     row = (*cells[:3], ", ".join(sizes), *cells[3:])
     print(f"| {' | '.join(row)} |")
 

@@ -1,9 +1,10 @@
-"""A rollout with a long tail beside one whose rows all go to the end.
+"""Compares a rollout with a long tail to one in which all rows are full.
 
     python benchmarks/rollout.py [--prompt_length=64 --completion_length=256]
 
-Lengths are forced: nine rows in ten stop within a quarter of the most. Prints a
-table of CPU seconds, medians of runs in turn, and last a line of JSON.
+Lengths are forced: nine of ten rows stop within a quarter of the maximum.
+Prints a table of CPU seconds (medians of runs that take turns) and a line of
+JSON.
 """
 
 import argparse
@@ -39,7 +40,7 @@ CONFIG = gemma3_config.ModelConfig(
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-  """Flags that say how much is sampled."""
+  """The parser of the flags for the sizes of a rollout."""
   flags = argparse.ArgumentParser(description=description)
   for name, value in (
     ("prompts", 8),
@@ -54,7 +55,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def long_tail(args: argparse.Namespace) -> np.ndarray:
-  """Tokens of each row: one in ten goes to the end."""
+  """Tokens of each row; one row in ten has full length."""
   rng = np.random.default_rng(0)
   rows = args.prompts * args.completions
   lengths = rng.integers(1, args.completion_length // 4 + 1, rows)
@@ -62,10 +63,10 @@ def long_tail(args: argparse.Namespace) -> np.ndarray:
   return lengths.reshape(args.prompts, args.completions)
 
 
-def made(
+def make(
   args: argparse.Namespace,
 ) -> tuple[dict, engine.Prompts, engine.Settings, Mesh]:
-  """Parameters and prompts on a mesh, and how they are sampled from."""
+  """Makes parameters, prompts and sampling settings on a mesh."""
   mesh = sharding.make_mesh(1, len(jax.devices()), 1)
   params = jax.tree.map(
     jax.device_put,
@@ -96,14 +97,14 @@ def made(
 
 
 def main() -> None:
-  """Measures, and prints what was measured."""
+  """Measures, and prints the table and the JSON."""
   args = parser(__doc__).parse_args()
   tail = long_tail(args)
   limits = {
-    "every row to the end": np.full_like(tail, args.completion_length),
+    "all rows full": np.full_like(tail, args.completion_length),
     "long tail": tail,
   }
-  params, prompts, settings, mesh = made(args)
+  params, prompts, settings, mesh = make(args)
 
   def run(limit):
     with jax.set_mesh(mesh):
@@ -119,7 +120,7 @@ def main() -> None:
     return report
 
   for limit in limits.values():
-    run(limit)  # Compiles.
+    run(limit)  # The first run compiles.
   seconds = {name: [] for name in limits}
   for _ in range(args.repeats):
     for name, limit in limits.items():

@@ -1,13 +1,13 @@
-"""What rows that move together cost beside slots that are refilled.
+"""Compares moving rows into a smaller grid with refilling free slots.
 
     python benchmarks/schedules.py [--prompts=8 --completions=8 ...]
 
-A simulation on measured costs: what a chunk of tokens costs at each shape that
-rows take, what a move to it costs, and what reading a prompt does, all timed
-here, in CPU seconds. Moves are then planned by the rollout's own planner.
-Refilling is not built, and is taken at its best: between two chunks a free slot
-takes a row of any prompt, for nothing; a prompt is read as cheaply as in the
-whole batch; and the last rows shrink for nothing, to just their number.
+This is a simulation with costs that are measured here, in CPU seconds: a chunk
+of tokens at each grid shape, a move to each shape, and reading a prompt. Moves
+are planned by the rollout's own planner. Refilling does not exist, so it is
+assumed to be ideal: between chunks a free slot takes a row of any prompt at no
+cost; a prompt is read as cheaply as in the whole batch; and the last rows
+shrink to their number at no cost.
 """
 
 import statistics
@@ -25,53 +25,53 @@ from grpo_tpu.rollout import compaction, engine
 
 
 class Costs(NamedTuple):
-  """CPU seconds.
+  """Measured CPU seconds.
 
   Attributes:
-    chunk: Of each chunk of tokens, by the number of places.
-    move: To so many places.
-    prefill: Of a prompt.
+    chunk: Seconds of each chunk of tokens, by the number of slots.
+    move: Seconds of a move, by the new number of slots.
+    prefill: Seconds to read one prompt.
   """
 
   chunk: dict[int, list[float]]
   move: dict[int, float]
   prefill: float
 
-  def per_token(self, places: float, chunk_tokens: int) -> float:
-    """Of any number of places, between those measured."""
+  def per_token(self, slots: float, chunk_tokens: int) -> float:
+    """Seconds of one token, interpolated between measured numbers of slots."""
     known = sorted(self.chunk)
     means = [statistics.mean(self.chunk[n]) / chunk_tokens for n in known]
-    return float(np.interp(places, known, means))
+    return float(np.interp(slots, known, means))
 
 
 def main() -> None:
-  """Measures, simulates, prints."""
+  """Measures, simulates and prints."""
   args = workload.parser(__doc__).parse_args()
-  params, prompts, settings, mesh = workload.made(args)
+  params, prompts, settings, mesh = workload.make(args)
   with jax.set_mesh(mesh):
-    costs = _costs(args, params, prompts, settings, mesh)
-  print(f"{'places':>8}{'ms a token':>12}{'of all':>8}{'ms to move':>12}")
+    costs = _measure(args, params, prompts, settings, mesh)
+  print(f"{'slots':>8}{'ms a token':>12}{'of all':>8}{'ms to move':>12}")
   most = max(costs.chunk)
-  for places in sorted(costs.chunk, reverse=True):
-    token = costs.per_token(places, args.chunk_tokens)
+  for slots in sorted(costs.chunk, reverse=True):
+    token = costs.per_token(slots, args.chunk_tokens)
     share = token / costs.per_token(most, args.chunk_tokens)
-    move = 1e3 * costs.move.get(places, 0)
-    print(f"{places:8}{1e3 * token:12.2f}{share:8.2f}{move:12.1f}")
+    move = 1e3 * costs.move.get(slots, 0)
+    print(f"{slots:8}{1e3 * token:12.2f}{share:8.2f}{move:12.1f}")
   print(f"reading a prompt: {1e3 * costs.prefill:.1f} ms\n")
   slots = [n for n in sorted(costs.chunk, reverse=True) if n < most][:3]
   names = ["none", "moved", *(f"refilled {n}" for n in slots)]
   print(f"{'CPU s':16}" + "".join(f"{name:>13}" for name in names))
   for name, lengths in _lengths(args).items():
     found = [
-      _moved(args, costs, np.full_like(lengths, lengths.max())),
-      _moved(args, costs, lengths),
-      *(_refilled(args, costs, lengths, n) for n in slots),
+      _moving_seconds(args, costs, np.full_like(lengths, lengths.max())),
+      _moving_seconds(args, costs, lengths),
+      *(_refilling_seconds(args, costs, lengths, n) for n in slots),
     ]
     print(f"{name:16}" + "".join(f"{x:13.2f}" for x in found))
 
 
 def _lengths(args) -> dict[str, np.ndarray]:
-  """Tokens of each row, by what they are like."""
+  """Tokens of each row, by the name of the distribution."""
   rng = np.random.default_rng(0)
   most, shape = args.completion_length, (args.prompts, args.completions)
   geometric = rng.geometric(4 / most, shape)
@@ -79,12 +79,12 @@ def _lengths(args) -> dict[str, np.ndarray]:
     "long tail": workload.long_tail(args),
     "uniform": rng.integers(1, most + 1, shape),
     "geometric": np.minimum(geometric, most),
-    "all alike": np.full(shape, most),
+    "equal": np.full(shape, most),
   }
 
 
-def _moved(args, costs: Costs, lengths: np.ndarray) -> float:
-  """As the rollout plans it."""
+def _moving_seconds(args, costs: Costs, lengths: np.ndarray) -> float:
+  """Seconds of a rollout that moves rows as the planner says."""
   shape = lengths.shape
   shapes = compaction.ladder(*shape)
   grid = compaction.first_grid(1, *shape)
@@ -103,63 +103,63 @@ def _moved(args, costs: Costs, lengths: np.ndarray) -> float:
     t += args.chunk_tokens
 
 
-def _refilled(args, costs: Costs, lengths: np.ndarray, slots: int) -> float:
-  """So many slots, each of which takes the next row when its own ends."""
+def _refilling_seconds(
+  args, costs: Costs, lengths: np.ndarray, slots: int
+) -> float:
+  """Seconds of a rollout in which free slots take the next rows."""
   waiting = list(lengths.ravel() - 1)
   running: list[int] = []
   seconds = args.prompts * costs.prefill
   while waiting or running:
-    taken, waiting = (
-      waiting[: slots - len(running)],
-      waiting[slots - len(running) :],
-    )
-    running = [x for x in running + taken if x > 0]
+    free = slots - len(running)
+    running = [x for x in running + waiting[:free] if x > 0]
+    waiting = waiting[free:]
     steps = min(args.chunk_tokens, max(running, default=0))
-    places = slots if waiting else len(running)
-    seconds += steps * costs.per_token(places, args.chunk_tokens)
+    slots = slots if waiting else len(running)
+    seconds += steps * costs.per_token(slots, args.chunk_tokens)
     running = [x - steps for x in running if x > steps]
   return seconds
 
 
-def _costs(args, params, prompts, settings, mesh) -> Costs:
-  """Runs rows of each shape from the first token to the last."""
+def _measure(args, params, prompts, settings, mesh) -> Costs:
+  """Times grids of each shape from the first token to the last."""
   programs = engine.Engine(settings, mesh)
   shapes = compaction.ladder(args.prompts, args.completions)
   limits = np.full(shapes[0], args.completion_length, np.int32)
   limit = sharding.device_put_batch(mesh, limits)
   prefill, move, chunk = [], {}, {}
   for _ in range(args.repeats + 1):
-    (state, _), seconds = _timed(
+    (state, _), seconds = _time(
       programs.prefill, params, prompts, limit, jax.random.key(0)
     )
     prefill.append(seconds / args.prompts)
     for bundles, width in shapes:
-      places = bundles * width
-      if places < limits.size:
-        rows = np.arange(places, dtype=np.int32).reshape(bundles, width)
+      slots = bundles * width
+      if slots < limits.size:
+        rows = np.arange(slots, dtype=np.int32).reshape(bundles, width)
         grid = sharding.device_put_batch(
           mesh, (rows, rows, np.arange(bundles, dtype=np.int32))
         )
-        state, seconds = _timed(programs.move_rows, state, *grid)
-        move.setdefault(places, []).append(seconds)
+        state, seconds = _time(programs.move_rows, state, *grid)
+        move.setdefault(slots, []).append(seconds)
       alive = sharding.device_put_batch(mesh, np.ones((bundles, width), bool))
       now, each = jax.tree.map(jnp.copy, state), []
       for _ in range(1, args.completion_length, args.chunk_tokens):
-        (now, _), seconds = _timed(programs.decode_chunk, params, now, alive)
+        (now, _), seconds = _time(programs.decode_chunk, params, now, alive)
         each.append(seconds)
-      chunk.setdefault(places, []).append(each)
-  # What ran first compiled.
+      chunk.setdefault(slots, []).append(each)
+  # The first repeat compiled, so it is left out.
   return Costs(
     chunk={
-      places: [statistics.median(x) for x in zip(*runs[1:], strict=True)]
-      for places, runs in chunk.items()
+      slots: [statistics.median(x) for x in zip(*runs[1:], strict=True)]
+      for slots, runs in chunk.items()
     },
-    move={places: statistics.median(x[1:]) for places, x in move.items()},
+    move={slots: statistics.median(x[1:]) for slots, x in move.items()},
     prefill=statistics.median(prefill[1:]),
   )
 
 
-def _timed(program: Callable, *args: Any) -> tuple[Any, float]:
+def _time(program: Callable, *args: Any) -> tuple[Any, float]:
   started = time.process_time()
   result = jax.block_until_ready(program(*args))
   return result, time.process_time() - started

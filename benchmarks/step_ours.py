@@ -1,9 +1,9 @@
-"""Ours, for `grpo_step.py`: a GRPO step of this project, through its parts."""
+"""A GRPO step of this project, for `grpo_step.py`."""
 
 import pathlib
 import sys
 
-# Run as a script, it finds the packages of its own checkout.
+# A script finds the packages of its own checkout only by this.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dataclasses  # noqa: E402
@@ -29,10 +29,10 @@ from grpo_tpu.rl import (
 
 
 class Words:
-  """A tokenizer whose text is ids, of which none stops a completion.
+  """A tokenizer whose text is ids; no id stops a completion.
 
-  A model is never let write the marks around an image, and here these are the
-  ids that it would stop at: every row has its full length.
+  The sampler never writes the marks around an image. Here these marks are the
+  stop ids, so every row has full length.
   """
 
   start_of_image, end_of_image = workload.EOS, workload.END_OF_TURN
@@ -40,7 +40,7 @@ class Words:
 
 
 def settings(args) -> run_config.Config:
-  """The run, its sizes under a name of their own."""
+  """The settings, with the sizes as a model named "benchmark"."""
   gemma3_config.CONFIGS["benchmark"] = gemma3_config.ModelConfig(
     vocab_size=args.vocab,
     num_layers=args.layers,
@@ -69,7 +69,7 @@ def settings(args) -> run_config.Config:
   config.rewards.preset = "answer"
   config.rewards.custom = ("step_workload:rewards",)
   config.rewards.custom_weights = (1.0,)
-  config.rewards.num_workers = 0  # So that their CPU-seconds are ours.
+  config.rewards.num_workers = 0  # So that rewards count in our CPU-seconds.
   config.objective.preset = "grpo"
   config.objective.beta = args.beta
   config.objective.kl_estimator = "k3"
@@ -81,7 +81,7 @@ def settings(args) -> run_config.Config:
 
 
 def batch(args, rows: list[list[int]]) -> pipeline.Batch:
-  """Prompts as the data pipeline hands them over."""
+  """The prompts as a batch of the data pipeline."""
   ids = np.full((len(rows), args.prompt_length), workload.PAD, np.int32)
   for out, row in zip(ids, rows, strict=True):
     out[: len(row)] = row
@@ -106,8 +106,8 @@ def batch(args, rows: list[list[int]]) -> pipeline.Batch:
 
 
 def main() -> None:
-  """One step for each line on stdin."""
-  args = workload.parsed(workload.parser(__doc__))
+  """Runs one step for each line on stdin."""
+  args = workload.parse(workload.parser(__doc__))
   runner = workload.Runner()
   config = settings(args)
   mesh = sharding.make_mesh(1, 1, 1)
@@ -127,13 +127,13 @@ def main() -> None:
       config=config.objective_config,
       num_microbatches=config.num_microbatches,
     )
-    sample = runner.timed("rollout", experience.online, _bundles_ready)
-    score_reference = runner.timed(
+    sample = runner.time_phase("rollout", experience.online, _bundles_ready)
+    score_reference = runner.time_phase(
       "reference", score.score_batch, jax.block_until_ready
     )
-    update = runner.timed("update", update, jax.block_until_ready)
+    update = runner.time_phase("update", update, jax.block_until_ready)
     key = jax.random.key(config.seed)
-    batches = workload.repeated(
+    batches = workload.repeat(
       [batch(args, rows) for rows in workload.prompts(args)]
     )
     while True:

@@ -1,8 +1,8 @@
 """TRL's GRPO trainer, for `grpo_step.py`; runs in `.venv-peers`.
 
-Its best sensible settings on a CPU: float32, no gradient checkpointing (it
-would compute more), scaled-dot-product attention, its own rollout by
-`generate`, nothing logged or saved.
+These are its best settings on a CPU: float32, no gradient checkpointing, which
+would compute more, scaled-dot-product attention, its own rollout by `generate`,
+and no logs or checkpoints.
 """
 
 import os
@@ -22,7 +22,7 @@ from tokenizers import models, pre_tokenizers, processors  # noqa: E402
 
 
 def words(args) -> transformers.PreTrainedTokenizerFast:
-  """Text that is ids: a vocabulary of numbers."""
+  """A tokenizer whose words are ids."""
   vocabulary = {str(i): i for i in range(args.vocab)}
   tokenizer = tokenizers.Tokenizer(
     models.WordLevel(vocabulary, unk_token=str(workload.PAD))
@@ -43,7 +43,7 @@ def words(args) -> transformers.PreTrainedTokenizerFast:
 
 
 def save_model(args, folder: str) -> None:
-  """Random weights, where the trainer and its reference load them from."""
+  """Saves random weights for the trainer and its reference to load."""
   config = transformers.Gemma3TextConfig(
     vocab_size=args.vocab,
     hidden_size=args.width,
@@ -65,24 +65,24 @@ def save_model(args, folder: str) -> None:
 
 
 class Steps(transformers.TrainerCallback):
-  """Holds the trainer's loop until the parent asks for a step."""
+  """Makes the trainer wait until the parent asks for a step."""
 
   def __init__(self, runner: workload.Runner):
     self._runner = runner
     self.tokens = 0
 
   def on_step_begin(self, *_, **__):
-    """Before each step; the trainer has not fetched its batch yet."""
+    """Waits before each step, before the trainer fetches its batch."""
     self._runner.wait()
 
   def on_step_end(self, *_, **__):
-    """After the update."""
+    """Reports the step after the update."""
     self._runner.done(tokens=self.tokens)
 
 
 def main() -> None:
-  """One step for each line on stdin."""
-  args = workload.parsed(workload.parser(__doc__))
+  """Runs one step for each line on stdin."""
+  args = workload.parse(workload.parser(__doc__))
   runner = workload.Runner()
   transformers.logging.set_verbosity_error()
   torch.set_num_threads(args.torch_threads)
@@ -121,7 +121,7 @@ def main() -> None:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        # No row ends before its length.
+        # All rows have full length.
         generation_kwargs={"suppress_tokens": [workload.EOS]},
         learning_rate=args.learning_rate,
         lr_scheduler_type="constant",
@@ -151,21 +151,21 @@ def main() -> None:
 
 
 def time_phases(trainer: trl.GRPOTrainer, runner: workload.Runner) -> None:
-  """Counts rollout, reference and update apart, as far as hooks reach."""
-  trainer._generate_single_turn = runner.timed(
+  """Times rollout, reference and update, as far as hooks allow."""
+  trainer._generate_single_turn = runner.time_phase(
     "rollout", trainer._generate_single_turn
   )
   logps = trainer._get_per_token_logps_and_entropies
-  of_reference = runner.timed("reference", logps)
+  reference_logps = runner.time_phase("reference", logps)
 
-  def by_use(*args, **kwargs):
-    # With gradients it is part of the loss, which is timed as a whole.
-    function = logps if torch.is_grad_enabled() else of_reference
+  def select(*args, **kwargs):
+    # With gradients this call is part of the loss, which is timed below.
+    function = logps if torch.is_grad_enabled() else reference_logps
     return function(*args, **kwargs)
 
-  trainer._get_per_token_logps_and_entropies = by_use
-  trainer.compute_loss = runner.timed("update", trainer.compute_loss)
-  trainer.accelerator.backward = runner.timed(
+  trainer._get_per_token_logps_and_entropies = select
+  trainer.compute_loss = runner.time_phase("update", trainer.compute_loss)
+  trainer.accelerator.backward = runner.time_phase(
     "update", trainer.accelerator.backward
   )
 

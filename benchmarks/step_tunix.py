@@ -1,9 +1,9 @@
 """Tunix's GRPO learner, for `grpo_step.py`; runs in `.venv-tunix`.
 
-Its best sensible settings: the sampler's cache as short as it may be, one
-rollout of all rows, sampling without sorting the vocabulary (no top-k, top-p 1
-is skipped), no log-probabilities of the old policy (one iteration needs none),
-and microbatches as ours.
+These are its best settings: the shortest possible cache, one rollout of all
+rows, sampling that does not sort the vocabulary (no top-k, and top-p 1 is
+skipped), no log-probabilities of the old policy, which one iteration does not
+need, and the same microbatches as ours.
 """
 
 import jax
@@ -19,26 +19,26 @@ from tunix.rl.rollout import base_rollout
 
 
 class Words:
-  """Text that is ids, as Tunix reads a tokenizer of its user's."""
+  """A tokenizer for Tunix whose words are ids."""
 
   encode = staticmethod(workload.ids)
   decode = staticmethod(workload.text)
 
   def bos_id(self) -> int:
-    """Stands in front of each prompt once, given or not."""
+    """The id that Tunix puts before each prompt."""
     return workload.BOS
 
   def eos_id(self) -> int:
-    """Never looked for: the rollout has a stop of its own."""
+    """An id that the rollout ignores, as it has its own stop ids."""
     return workload.EOS
 
   def pad_id(self) -> int:
-    """Padding."""
+    """The id of padding."""
     return workload.PAD
 
 
 def model(args, mesh) -> nnx.Module:
-  """Random weights: left to itself, Tunix starts MLPs at zero."""
+  """A model with random weights; Tunix itself starts MLPs at zero."""
   network = gemma.Gemma3(
     gemma.ModelConfig(
       num_layers=args.layers,
@@ -56,7 +56,7 @@ def model(args, mesh) -> nnx.Module:
     rngs=nnx.Rngs(params=args.seed),
   )
   graph, state = nnx.split(network)
-  places = jax.tree.map(
+  shardings = jax.tree.map(
     lambda spec: jax.sharding.NamedSharding(mesh, spec),
     nnx.get_partition_spec(state),
   )
@@ -66,18 +66,18 @@ def model(args, mesh) -> nnx.Module:
     0.02 * jax.random.normal(key, x.shape, x.dtype) if x.ndim > 1 else x
     for key, x in zip(keys, leaves, strict=True)
   ]
-  state = jax.device_put(jax.tree.unflatten(tree, drawn), places)
+  state = jax.device_put(jax.tree.unflatten(tree, drawn), shardings)
   return nnx.merge(graph, state)
 
 
 def rewards(prompts, completions, **_) -> list[float]:
-  """`workload.reward` as Tunix calls one."""
+  """`workload.reward` with Tunix's signature."""
   return workload.rewards(completions, prompts)
 
 
 def main() -> None:
-  """One step for each line on stdin."""
-  args = workload.parsed(workload.parser(__doc__))
+  """Runs one step for each line on stdin."""
+  args = workload.parse(workload.parser(__doc__))
   runner = workload.Runner()
   mesh = jax.make_mesh(
     (1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -122,7 +122,7 @@ def main() -> None:
         temperature=1.0,
         top_p=1.0,
         top_k=None,
-        eos_tokens=[args.vocab + 7],  # No row ends before its length.
+        eos_tokens=[args.vocab + 7],  # All rows have full length.
         seed=jax.random.PRNGKey(args.seed),
       ),
     ),
@@ -141,35 +141,39 @@ def main() -> None:
   generate = cluster.rollout.generate
   tokens = 0
 
-  def fresh(prompts, config, **kwargs):
+  def generate_with_new_seed(prompts, config, **kwargs):
     nonlocal tokens
-    # Left to itself, every step would draw the same noise.
+    # Without this, every step would draw the same noise.
     config.seed = jax.random.PRNGKey(args.seed + 1000 + runner.steps)
     output = generate(prompts, config, **kwargs)
     tokens = int(sum(len(row) for row in output.tokens))
     return output
 
-  cluster.rollout.generate = runner.timed("rollout", fresh)
-  cluster.get_ref_per_token_logps = runner.timed(
+  cluster.rollout.generate = runner.time_phase(
+    "rollout", generate_with_new_seed
+  )
+  cluster.get_ref_per_token_logps = runner.time_phase(
     "reference", cluster.get_ref_per_token_logps, jax.block_until_ready
   )
 
-  def updated(_=None):
+  def wait_for_update(_=None):
     jax.block_until_ready(
       jax.tree.leaves(nnx.state(cluster.actor_trainer.model))
     )
 
-  cluster.update_actor = runner.timed("update", cluster.update_actor, updated)
+  cluster.update_actor = runner.time_phase(
+    "update", cluster.update_actor, wait_for_update
+  )
   step = learner._run_global_step
 
   def one_step(*step_args, **kwargs):
     runner.wait()
     step(*step_args, **kwargs)
-    updated()
+    wait_for_update()
     runner.done(tokens=tokens)
 
   learner._run_global_step = one_step
-  learner.train(workload.repeated(batches))
+  learner.train(workload.repeat(batches))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the three runners of `grpo_step.py` share: sizes, prompts, protocol.
+"""Sizes, prompts and protocol that the runners of `grpo_step.py` share.
 
-For the project's Python and the peers', so it imports nothing of either. A text
-is its ids in words: the same ids reach every model, and no tokenizer matters.
+It runs in the project's Python and in the peers', so it imports neither. A text
+is its ids as words, so that every model reads the same ids with any tokenizer.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 PAD, EOS, BOS = 0, 1, 2
-END_OF_TURN = 106  # Of ours, which stops there too.
+END_OF_TURN = 106  # Our second stop id.
 FIRST_WORD = 200
 
 T = TypeVar("T")
 
 # Layers, width, hidden width, query heads, key-value heads, head size,
-# vocabulary, window; prompts, completions of each; prompts per microbatch of
-# the peers and of ours, tokens whose logits ours holds at a time. At 270M each
-# takes a prompt at a time: all logits of a step at once are gigabytes.
+# vocabulary, window; prompts, completions per prompt; prompts per microbatch of
+# the peers and of ours, tokens per chunk of our logits. At 270M a microbatch is
+# one prompt, because all logits of a step would take gigabytes.
 PRESETS = {
   "tiny": (6, 256, 1024, 4, 1, 64, 4096, 64, 8, 8, 8, 8, 4096),
   "270m": (18, 640, 2048, 4, 1, 256, 262_144, 512, 4, 4, 1, 1, 1024),
@@ -36,11 +36,13 @@ _NAMES = (
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-  """Flags that say what a step is; `parsed` fills in those not given."""
+  """The parser of the flags; `parse` fills in those not given."""
   flags = argparse.ArgumentParser(description=description)
   flags.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
   for name in _NAMES:
-    flags.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    flags.add_argument(
+      f"--{name}", type=int, help="replaces the preset's value"
+    )
   flags.add_argument("--prompt_length", type=int, default=64)
   flags.add_argument("--completion_length", type=int, default=64)
   flags.add_argument(
@@ -54,14 +56,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     "--torch_threads",
     type=int,
     default=1,
-    help="threads that wait for a core spin, and pay CPU-seconds for it",
+    help="more threads spin while they wait, which costs CPU-seconds",
   )
-  flags.add_argument("--remat", default="dots", help="ours: model.remat")
+  flags.add_argument("--remat", default="dots", help="our model.remat")
   return flags
 
 
-def parsed(flags: argparse.ArgumentParser) -> argparse.Namespace:
-  """The command line, with the preset's sizes where it says nothing."""
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+  """The command line, with the preset's sizes as defaults."""
   args = flags.parse_args()
   for name, value in zip(_NAMES, PRESETS[args.preset], strict=True):
     if getattr(args, name) is None:
@@ -72,8 +74,8 @@ def parsed(flags: argparse.ArgumentParser) -> argparse.Namespace:
 def prompts(args: argparse.Namespace) -> list[list[list[int]]]:
   """Ids of the prompts of each step, BOS first.
 
-  They are between half and all of `prompt_length` long, and one of each step is
-  just that: padding to the longest is then padding to the maximum.
+  A prompt has between half of `prompt_length` and all of it. One prompt of each
+  step has all, so that every trainer pads to the same length.
   """
   rng = random.Random(args.seed)
 
@@ -93,32 +95,32 @@ def prompts(args: argparse.Namespace) -> list[list[list[int]]]:
 
 
 def text(ids: list[int]) -> str:
-  """Ids in words."""
+  """The ids as words."""
   return " ".join(str(i) for i in ids)
 
 
 def ids(words: str) -> list[int]:
-  """The reverse of `text`."""
+  """The ids of a text."""
   return [int(word) for word in words.split()]
 
 
 def reward(completion: str) -> float:
-  """The share of even ids: dense, and the same for all."""
+  """The share of even ids: a dense reward, equal for all trainers."""
   words = completion.split()
   return sum(int(word) % 2 == 0 for word in words) / max(1, len(words))
 
 
 def rewards(completions: list[str], problems: list[Any]) -> list[float]:
-  """`reward` as the project calls one."""
+  """`reward` with the signature of this project."""
   del problems
   return [reward(completion) for completion in completions]
 
 
 class Runner:
-  """A child's end of the pipe: one step for each line that comes in."""
+  """A child's end of the pipe, with one step for each line of input."""
 
   def __init__(self):
-    """Keeps stdout for the parent; what libraries print goes to stderr."""
+    """Keeps stdout for the parent, and sends other output to stderr."""
     self._out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     self._phases: dict[str, float] = {}
@@ -126,18 +128,18 @@ class Runner:
     self.steps = 0
 
   def wait(self) -> None:
-    """Until the parent asks for a step; ends the process if there is none."""
+    """Waits for the next step; ends the process if there is none."""
     if not sys.stdin.readline():
       peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      self._say({"peak_gib": peak * _RSS_UNIT / 2**30})
-      os._exit(0)  # Trainers would go on to save what they have.
+      self._report({"peak_gib": peak * _RSS_UNIT / 2**30})
+      os._exit(0)  # Otherwise the trainer would save a checkpoint.
     self._start = (time.perf_counter(), time.process_time())
 
   def done(self, **facts: Any) -> None:
-    """Says what the step took.
+    """Reports the costs of the step.
 
     Args:
-      **facts: Anything else that the parent is to know of it.
+      **facts: Other values for the parent.
     """
     wall, cpu = (
       now - then
@@ -145,22 +147,22 @@ class Runner:
         (time.perf_counter(), time.process_time()), self._start, strict=True
       )
     )
-    self._say({"wall": wall, "cpu": cpu, "phases": self._phases, **facts})
+    self._report({"wall": wall, "cpu": cpu, "phases": self._phases, **facts})
     self._phases = {}
     self.steps += 1
 
-  def timed(
+  def time_phase(
     self,
     name: str,
     function: Callable[..., T],
     ready: Callable[[T], Any] = lambda _: None,
   ) -> Callable[..., T]:
-    """The function, its CPU-seconds counted under a phase.
+    """Wraps a function to count its CPU-seconds under a phase.
 
     Args:
-      name: Of the phase.
-      function: Any.
-      ready: Waits for what it gives.
+      name: The phase.
+      function: The function.
+      ready: Waits until the function's result is ready.
     """
 
     def wrapper(*args, **kwargs):
@@ -173,7 +175,7 @@ class Runner:
 
     return wrapper
 
-  def _say(self, facts: dict[str, Any]) -> None:
+  def _report(self, facts: dict[str, Any]) -> None:
     self._out.write(json.dumps(facts) + "\n")
     self._out.flush()
 
@@ -182,8 +184,8 @@ class Runner:
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def repeated(batches: list[T]) -> Iterator[T]:
-  """The batches, and the last one for ever: loops that read ahead."""
+def repeat(batches: list[T]) -> Iterator[T]:
+  """The batches, then the last one forever, for loops that read ahead."""
   yield from batches
   while True:
     yield batches[-1]

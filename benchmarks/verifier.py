@@ -1,12 +1,12 @@
-"""How long the verifier takes: hostile megabytes, and real responses.
+"""Measures the verifier on hostile megabytes and on real completions.
 
-Prints CPU time, which other work on the machine disturbs little:
+Prints CPU time, which other work on the machine hardly disturbs:
 
   python benchmarks/verifier.py [responses.jsonl.gz]
 
-The file has one response a line, with the problem's fields beside it, as
-`tests/data_pipelines/verifier_test.py` reads it. What is aimed at: a hostile
-megabyte under 50 ms, a real response under 1 ms.
+The file has one completion per line, with the problem's fields, in the format
+of `tests/data_pipelines/verifier/verify_test.py`. The aim is below 50 ms for a
+hostile megabyte, and below 1 ms for a real completion.
 """
 
 import gzip
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 
-# Run as a script, it finds the packages of its own checkout.
+# A script finds the packages of its own checkout only by this.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_pipelines import records
@@ -46,7 +46,7 @@ PIECES = (
 
 
 def problem(answer: str, kind: str, *choices: str) -> records.Problem:
-  """A problem of which the verifier needs no more than this."""
+  """A problem with the fields that the verifier needs."""
   return records.Problem(
     pid="1",
     question="?",
@@ -74,7 +74,7 @@ PROBLEMS = (
 
 
 def cost(response: str, problem: records.Problem) -> float:
-  """Milliseconds of CPU time, the better of two."""
+  """Milliseconds of CPU time, the minimum of two runs."""
   times = []
   for _ in range(2):
     start = time.process_time()
@@ -84,7 +84,7 @@ def cost(response: str, problem: records.Problem) -> float:
 
 
 def hostile() -> None:
-  """Prints the dearest of many megabytes of one thing."""
+  """Prints the slowest of many megabytes of one repeated piece."""
   costs = []
   for piece in PIECES:
     text = piece * (1_000_000 // len(piece))
@@ -92,13 +92,13 @@ def hostile() -> None:
       for asked in PROBLEMS:
         costs.append((cost(form, asked), form[:40], asked.answer))
   costs.sort(reverse=True)
-  print(f"{len(costs)} hostile megabytes, ms of CPU, the dearest:")
+  print(f"{len(costs)} hostile megabytes, ms of CPU, the slowest:")
   for milliseconds, text, answer in costs[:12]:
     print(f"  {milliseconds:8.2f}  {text!r} asked for {answer!r}")
 
 
 def real(path: str) -> None:
-  """Prints what the responses of a file cost."""
+  """Prints the costs of the completions in a file."""
   costs = []
   with gzip.open(path, "rt") as file:
     for line in file:
@@ -107,7 +107,7 @@ def real(path: str) -> None:
       costs.append((cost(row["response"], asked), len(row["response"])))
   costs.sort(reverse=True)
   mean = sum(milliseconds for milliseconds, _ in costs) / len(costs)
-  print(f"{len(costs)} real responses: mean {mean:.3f} ms of CPU")
+  print(f"{len(costs)} real completions: mean {mean:.3f} ms of CPU")
   for milliseconds, length in costs[:5]:
     print(f"  {milliseconds:8.2f}  of {length} characters")
 
