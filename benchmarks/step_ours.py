@@ -9,23 +9,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dataclasses  # noqa: E402
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import step_workload as workload  # noqa: E402
 
 from configs import base  # noqa: E402
 from data_pipelines import pipeline, records  # noqa: E402
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.checkpoint import load  # noqa: E402
+from grpo_tpu.config import schema as run_config  # noqa: E402
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
-from grpo_tpu.rl import (
-  experience,
-  optimizer,
-  policy,
-  score,
-  train_state,
-  train_step,
-)
+from grpo_tpu.rl import score  # noqa: E402
+from grpo_tpu.rl.experience import Collector, Experience  # noqa: E402
+from grpo_tpu.rl.learner import Learner  # noqa: E402
+from grpo_tpu.rl.reference import Reference  # noqa: E402
+from grpo_tpu.rollout.sampler import Sampler  # noqa: E402
 
 
 class Words:
@@ -112,53 +109,42 @@ def main() -> None:
   config = settings(args)
   mesh = sharding.make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
-    actor = policy.Policy(config, mesh, Words())
-    tx = optimizer.make_optimizer(
-      config.optimizer_config, is_frozen=lambda _: False
+    sampler = Sampler(config.model, config.rollout, mesh, Words())
+    collector = Collector(sampler, config.collector_config)
+    learner = Learner(
+      config.model, sampler.forward, mesh, config.learner_config
     )
-    reference = actor.reference(actor.initial_params())
-    params = actor.initial_params()
-    zero = jnp.zeros((), jnp.int32)
-    state = train_state.TrainState(zero, zero + 0, params, tx.init(params))
+    params = load.load_params(config.model, mesh)
+    reference = Reference(params, config.model, mesh)
+    state = learner.init(load.load_params(config.model, mesh))
     del params
-    update = train_step.make_train_step(
-      actor.model,
-      tx,
-      config=config.objective_config,
-      num_microbatches=config.num_microbatches,
-    )
-    sample = runner.time_phase("rollout", experience.online, _bundles_ready)
+    collect = runner.time_phase("rollout", collector.collect, _is_ready)
     score_reference = runner.time_phase(
       "reference", score.score_batch, jax.block_until_ready
     )
-    update = runner.time_phase("update", update, jax.block_until_ready)
+    update = runner.time_phase("update", learner.update, jax.block_until_ready)
     key = jax.random.key(config.seed)
-    batches = workload.repeat(
+    prompts = workload.repeat(
       [batch(args, rows) for rows in workload.prompts(args)]
     )
     while True:
       runner.wait()
-      seen = sample(
-        actor,
-        state.params,
-        batches,
-        key,
-        position=runner.steps,
-        num_samples=0,
+      experience = collect(
+        state.params, prompts, key, position=runner.steps, num_samples=0
       )
-      frozen, _ = score_reference(
-        actor.model,
-        reference,
-        seen.bundles,
+      ref_logps, _ = score_reference(
+        sampler.forward,
+        reference.params,
+        experience.batch,
         num_microbatches=config.num_microbatches,
       )
-      bundles = seen.bundles.replace(ref_per_token_logps=frozen)
-      state, metrics = update(state, bundles)
+      train_batch = experience.batch.replace(ref_per_token_logps=ref_logps)
+      state, metrics = update(state, train_batch, None)
       runner.done(tokens=int(metrics["tokens"]), loss=float(metrics["loss"]))
 
 
-def _bundles_ready(seen: experience.Experience) -> None:
-  jax.block_until_ready((seen.bundles, seen.scalars))
+def _is_ready(experience: Experience) -> None:
+  jax.block_until_ready((experience.batch, experience.metrics))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Exit codes: 0 done; 64 a bad setting, flag or data set, or hosts that differ; 75
 preempted and saved, start it again; 76 stuck; 1 anything else.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -43,14 +44,20 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
       return
     from data_pipelines import dataset
     from grpo_tpu.checkpoint import export
-    from grpo_tpu.distributed import compile_cache, preflight
+    from grpo_tpu.distributed import compile_cache, preflight, sharding
     from grpo_tpu.evaluation import evaluate
     from grpo_tpu.train import loop
 
     identity = {}
     if mode == "export":
-      export.check(config, workdir)
-      run = functools.partial(export.run, config, workdir)
+      export.check(config.model, config.export, workdir)
+      run = functools.partial(
+        export.run,
+        config.model,
+        config.export,
+        workdir,
+        make_mesh=lambda: sharding.make_mesh(**dataclasses.asdict(config.mesh)),
+      )
     else:
       data = dataset.open_dataset(
         config.data,

@@ -89,17 +89,17 @@ def install(fault: Fault) -> None:
   from grpo_tpu.checkpoint import checkpointer
   from grpo_tpu.distributed import preemption
   from grpo_tpu.rl import experience
-  from grpo_tpu.train import loop as train
+  from grpo_tpu.train.trainer import Trainer
 
   if fault.kind == "nan":
-    _poison(experience, train, fault.step)
+    _poison(experience.Collector, Trainer, fault.step)
     return
   if fault.point == "decode":
-    _strike_between_polls(preemption, train, fault)
+    _strike_between_polls(preemption, Trainer, fault)
     return
   owner, name = {
-    "rollout": (train._Run, "experience"),
-    "update": (train._Run, "updated"),
+    "rollout": (Trainer, "_collect"),
+    "update": (Trainer, "_update_once"),
     "save": (checkpointer.Checkpoints, "save"),
   }[fault.point]
   inner = getattr(owner, name)
@@ -117,9 +117,9 @@ def install(fault: Fault) -> None:
   setattr(owner, name, wrapped)
 
 
-def _strike_between_polls(preemption: Any, train: Any, fault: Fault) -> None:
+def _strike_between_polls(preemption: Any, trainer: Any, fault: Fault) -> None:
   """Strikes after the poll that comes before the first tokens are decoded."""
-  sample, poll = train._Run.experience, preemption.Poll.__call__
+  sample, poll = trainer._collect, preemption.Poll.__call__
   polls = []
 
   @functools.wraps(sample)
@@ -137,15 +137,15 @@ def _strike_between_polls(preemption: Any, train: Any, fault: Fault) -> None:
       if polls[0] == 2:
         fault.strike()
 
-  train._Run.experience, preemption.Poll.__call__ = sampled, polled
+  trainer._collect, preemption.Poll.__call__ = sampled, polled
 
 
-def _poison(experience: Any, train: Any, step: int) -> None:
+def _poison(collector: Any, trainer: Any, step: int) -> None:
   """Pays this host's completions of a step so much that no float holds the sum.
 
   A reward that is NaN would stay out of the statistics.
   """
-  sample, by_group = train._Run.experience, experience._by_group
+  sample, group_rewards = trainer._collect, collector.group_rewards
   now = {"step": 0}
 
   @functools.wraps(sample)
@@ -153,9 +153,9 @@ def _poison(experience: Any, train: Any, step: int) -> None:
     now["step"] = _step(sample, args, kwargs)
     return sample(*args, **kwargs)
 
-  @functools.wraps(by_group)
-  def paid(*args, **kwargs):
-    rewards, valid = by_group(*args, **kwargs)
+  @functools.wraps(group_rewards)
+  def poisoned(*args, **kwargs):
+    rewards, valid = group_rewards(*args, **kwargs)
     if now["step"] == step:
       print(f"FAULT nan@{step} strikes", file=sys.stderr, flush=True)
       total = rewards["total"]
@@ -163,7 +163,7 @@ def _poison(experience: Any, train: Any, step: int) -> None:
       rewards["total"][:, 0] = 2e38
     return rewards, valid
 
-  train._Run.experience, experience._by_group = sampled, paid
+  trainer._collect, collector.group_rewards = sampled, poisoned
 
 
 def _step(inner: Any, args: tuple, kwargs: dict) -> int:

@@ -1,7 +1,4 @@
-"""--mode=export: what was trained, in the format that people serve.
-
-Choreography alone: `policy` reads the parameters, `gemma3` writes them.
-"""
+"""--mode=export: writes the newest checkpoint in the format of Hugging Face."""
 
 import dataclasses
 import functools
@@ -13,25 +10,24 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines import validation
-from grpo_tpu.checkpoint import reader
-from grpo_tpu.config import schema as run_config
+from data_pipelines.validation import user_errors
+from grpo_tpu.checkpoint import load, reader
+from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface, peft
-from grpo_tpu.rl import policy as policies
+from grpo_tpu.models.settings import ModelSettings
 
 
-def check(config: run_config.Config, workdir: str) -> None:
-  """Refuses, before any device, what could not be exported.
+def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
+  """Refuses, before any device is used, an export that cannot be written.
 
   Raises:
-    ValueError: There is no such checkpoint, no such tokenizer, or the export is
-      there already.
+    ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(_folder(workdir))
-  source(config, workdir)
-  tokenizer_dir = config.export.tokenizer_dir
+  find_weights(model, settings, workdir)
+  tokenizer_dir = settings.tokenizer_dir
   if tokenizer_dir and not pathlib.Path(tokenizer_dir).is_dir():
     raise ValueError(
       f"export.tokenizer_dir ({tokenizer_dir!r}) must be a folder with the "
@@ -39,84 +35,91 @@ def check(config: run_config.Config, workdir: str) -> None:
     )
 
 
-def run(config: run_config.Config, workdir: str) -> None:
-  """Writes `workdir`/export: a checkpoint for transformers, or one for peft.
+def run(
+  model: ModelSettings,
+  settings: ExportConfig,
+  workdir: str,
+  *,
+  make_mesh: Callable[[], Mesh],
+) -> None:
+  """Writes `workdir`/export: a transformers checkpoint, or a peft adapter.
 
   Raises:
     SettingError: A setting that only the devices or the weights can refute.
   """
-  with validation.user_errors():
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    settings = dataclasses.replace(
-      config.model, weights=source(config, workdir)
-    )
-    settled = dataclasses.replace(config, model=settings)
-    if config.export.adapter:
-      write = _adapter_writer(settled, mesh)
+  with user_errors():
+    mesh, name = make_mesh(), find_weights(model, settings, workdir)
+    exported = dataclasses.replace(model, weights=name)
+    if settings.adapter:
+      write = _adapter_writer(exported, mesh, model.weights)
     else:
-      write = _model_writer(config, policies.initial_params(settled, mesh))
-  logging.info("Exporting %s.", settings.weights)
+      write = _model_writer(model, settings, load.load_params(exported, mesh))
+  logging.info("Exporting %s.", name)
   write(_folder(workdir))
 
 
-def _model_writer(
-  config: run_config.Config, params: dict
-) -> Callable[[pathlib.Path], None]:
-  scheme, _, rest = config.model.weights.partition(":")
-  theirs = rest if scheme == "hf" else None
-  return functools.partial(
-    weights.to_hf,
-    config.model_config,
-    params,
-    dtype=jnp.dtype(config.export.dtype),
-    tokenizer_dir=config.export.tokenizer_dir or theirs,
-  )
-
-
-def _adapter_writer(
-  config: run_config.Config, mesh: Mesh
-) -> Callable[[pathlib.Path], None]:
-  found = policies.saved_adapters(config, mesh)
-  if found is None:
-    raise ValueError(
-      "export.adapter (True) must go with a run that has saved adapters, and "
-      f"{config.model.weights} has none; set export.adapter=False."
-    )
-  adapters, settings, under = found
-  scheme, _, rest = under.partition(":")
-  # Of which other processes may hold parts; the first writes.
-  everywhere = jax.jit(
-    lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
-  )
-  write = functools.partial(
-    peft.save,
-    config.model_config,
-    settings,
-    everywhere(adapters),
-    base_model=rest if scheme == "hf" else "",
-  )
-  return write if jax.process_index() == 0 else lambda directory: None
-
-
-def source(config: run_config.Config, workdir: str) -> str:
-  """What is exported, in the words of `model.weights`, its step spelt out.
+def find_weights(
+  model: ModelSettings, settings: ExportConfig, workdir: str
+) -> str:
+  """The weights to export, as `model.weights` names them, with their step.
 
   Raises:
     ValueError: There is no such checkpoint.
   """
-  folder, step = f"{workdir}/checkpoints", config.export.step
+  folder, step = f"{workdir}/checkpoints", settings.step
   saved = reader.steps(folder)
   if not saved and step is None:
-    return policies.resolved_weights(config)
+    return load.resolve_weights(model.weights)
   if step is None:
     step = reader.newest_step(folder)
   elif step not in saved:
-    there = ", ".join(map(str, saved)) or "none"
+    steps = ", ".join(map(str, saved)) or "none"
     raise ValueError(
-      f"export.step ({step}) must be one of the steps in {folder} ({there}); "
+      f"export.step ({step}) must be one of the steps in {folder} ({steps}); "
       "leave it out for the newest whole one."
     )
   return f"run:{workdir}@{step}"
+
+
+def _model_writer(
+  model: ModelSettings, settings: ExportConfig, params: dict
+) -> Callable[[pathlib.Path], None]:
+  return functools.partial(
+    weights.to_hf,
+    model.network,
+    params,
+    dtype=jnp.dtype(settings.dtype),
+    tokenizer_dir=settings.tokenizer_dir or _hf_folder(model.weights) or None,
+  )
+
+
+def _adapter_writer(
+  model: ModelSettings, mesh: Mesh, named: str
+) -> Callable[[pathlib.Path], None]:
+  saved = load.load_adapters(model, mesh)
+  if saved is None:
+    raise ValueError(
+      "export.adapter (True) must go with a run that has saved adapters, and "
+      f"{named} has none; set export.adapter=False."
+    )
+  # Other processes may hold parts of the factors; the first one writes all.
+  replicate = jax.jit(
+    lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
+  )
+  write = functools.partial(
+    peft.save,
+    model.network,
+    saved.config,
+    replicate(saved.adapters),
+    base_model=_hf_folder(saved.base_weights),
+  )
+  return write if jax.process_index() == 0 else lambda directory: None
+
+
+def _hf_folder(name: str) -> str:
+  """The folder of `hf:` weights; "" for any others."""
+  scheme, _, folder = name.partition(":")
+  return folder if scheme == "hf" else ""
 
 
 def _folder(workdir: str) -> pathlib.Path:

@@ -13,6 +13,7 @@ from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.text import chat_prompts
 from data_pipelines.validation import require, require_all
 from grpo_tpu.checkpoint.retention import CheckpointConfig
+from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.config import parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
 from grpo_tpu.models.gemma3.config import ModelConfig
@@ -20,6 +21,8 @@ from grpo_tpu.models.settings import LoraConfig, ModelSettings
 from grpo_tpu.observability import registry
 from grpo_tpu.rewards.settings import RewardConfig
 from grpo_tpu.rl.settings import (
+  CollectorConfig,
+  LearnerConfig,
   ObjectiveConfig,
   ObjectiveSettings,
   OptimizerConfig,
@@ -55,7 +58,7 @@ class Config:
   eval: sections.EvalConfig
   samples: sections.SamplesConfig
   profile: sections.ProfileConfig
-  export: sections.ExportConfig
+  export: ExportConfig
 
   def __post_init__(self):
     _check_run(self)
@@ -100,6 +103,30 @@ class Config:
     return OptimizerConfig(
       num_steps=self.train.num_steps * self.train.num_iterations,
       **dataclasses.asdict(self.optimizer),
+    )
+
+  @property
+  def collector_config(self) -> CollectorConfig:
+    """How a batch of experience is made."""
+    return CollectorConfig(
+      kind=self.data.kind,
+      rewards=self.rewards,
+      shaping=self.shaping,
+      advantage_scale=self.objective.scale,
+      advantage_baseline=self.objective.advantage_baseline,
+      num_parts=self.num_rollouts,
+      label_rewards=self.data.preference_rewards == "labels",
+    )
+
+  @property
+  def learner_config(self) -> LearnerConfig:
+    """What an update follows from, besides the network."""
+    is_demonstrations = self.data.kind == "demonstrations"
+    return LearnerConfig(
+      objective=None if is_demonstrations else self.objective_config,
+      optimizer=self.optimizer_config,
+      shaping=self.shaping,
+      num_microbatches=self.num_microbatches,
     )
 
   @property

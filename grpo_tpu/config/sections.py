@@ -9,7 +9,6 @@ from data_pipelines.validation import (
   require_at_least,
   require_choices,
 )
-from grpo_tpu.models.settings import DTYPES
 
 
 @dataclass(frozen=True)
@@ -133,38 +132,5 @@ class ProfileConfig:
         not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
         "be a first step and a last one, counted from 1, or empty for none",
         (10, 12),
-      ),
-    )
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-  """The output of --mode=export.
-
-  Attributes:
-    step: Step of the workdir's checkpoint; None for the newest, or for
-      `model.weights` if there is none.
-    dtype: Type of all tensors.
-    tokenizer_dir: Folder whose tokenizer and processor files are copied; ""
-      takes those of an "hf:DIR" in `model.weights`.
-    adapter: Export the adapters alone, in fp32 for peft, and do not merge them
-      into the model.
-  """
-
-  step: int | None
-  dtype: str = field(metadata=one_of(DTYPES))
-  tokenizer_dir: str
-  adapter: bool
-
-  def __post_init__(self):
-    require_choices(self, "export")
-    require_all(
-      self,
-      "export",
-      (
-        "step",
-        self.step is None or self.step >= 0,
-        "be a step that was saved, or None for the newest",
-        None,
       ),
     )

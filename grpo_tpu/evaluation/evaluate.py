@@ -7,6 +7,7 @@ it down.
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,15 +19,15 @@ from absl import logging
 
 from data_pipelines import dataset, images, pipeline, records, validation
 from data_pipelines.scoring import ablations
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.checkpoint import load
+from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.evaluation import report
 from grpo_tpu.evaluation import scores as scorecard
-from grpo_tpu.observability import writer
+from grpo_tpu.observability import samples, writer
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rl import experience
-from grpo_tpu.rl import policy as policies
 from grpo_tpu.rollout import generate
+from grpo_tpu.rollout.sampler import Sampler
 
 # Slices in the list of the worst; smaller ones say too little to be listed.
 _WORST_SLICES, _MIN_PROBLEMS = 10, 5
@@ -67,26 +68,28 @@ class Evaluation:
 
 
 def evaluate(
-  policy: policies.Policy,
+  sampler: Sampler,
   params: dict,
   batches: Iterable[pipeline.Batch],
   *,
+  rewards: scoring.RewardConfig,
   num_samples: int,
   poll: Callable[[], None] = generate.no_poll,
 ) -> Result:
   """Decodes one greedy completion for each problem and scores it.
 
   Args:
-    policy: What answers.
-    params: Its parameters.
-    batches: The problems.
-    num_samples: Completions to hand out for people to look at.
-    poll: As in `Policy.sample`.
+    sampler: Samples the completions.
+    params: The parameters.
+    batches: The problems of this process.
+    rewards: Weights and limits of the rewards.
+    num_samples: Number of completions to return for people to look at.
+    poll: See `Sampler.sample`.
   """
   sums: collections.Counter[str] = collections.Counter()
-  samples, answers = [], []
+  kept, answers = [], []
   for batch in batches:
-    completions = policy.sample(
+    completions = sampler.sample(
       params,
       batch,
       jax.random.key(0),
@@ -94,58 +97,76 @@ def evaluate(
       temperature=0.0,
       poll=poll,
     ).completions
-    texts = policy.texts(completions)
-    scores = experience.scored(policy, texts, batch)
+    texts = sampler.texts(completions)
+    scores = _score(sampler, texts, batch, rewards)
     mask, stopped = sharding.local_rows(
-      policy.mesh, (completions.mask, completions.stopped)
+      sampler.mesh, (completions.mask, completions.stopped)
     )
     columns = _columns(batch, scores, mask, stopped)
-    sums.update(_sums(sharding.all_rows(policy.mesh, columns)))
+    sums.update(_sums(sharding.all_rows(sampler.mesh, columns)))
     answers += _answers(batch, [x[0] for x in texts], scores, stopped[:, 0])
-    samples += experience.samples(
-      policy, batch, texts, scores, num_samples - len(samples)
+    kept += samples.first_samples(
+      sampler.mesh,
+      batch,
+      texts,
+      scores.total,
+      scores.components,
+      count=num_samples - len(kept),
     )
-  return Result(_scalars(sums), samples, answers)
+  return Result(_scalars(sums), kept, answers)
 
 
-def sampled(
-  policy: policies.Policy,
+def _score(
+  sampler: Sampler,
+  texts: list[list[str]],
+  prompts: pipeline.Batch,
+  rewards: scoring.RewardConfig,
+) -> scoring.Scores:
+  return scoring.score_groups(
+    texts,
+    prompts.problems,
+    rewards,
+    gather=functools.partial(sharding.all_rows, sampler.mesh),
+  )
+
+
+def sample_answers(
+  sampler: Sampler,
   params: dict,
   batches: Iterable[pipeline.Batch],
-  *,
-  num_samples: int,
-  temperature: float,
+  config: Config,
 ) -> list[list[scorecard.GradedCompletion]]:
-  """This host's answers, `num_samples` draws of one to each problem.
+  """This process's answers: `eval.num_samples` draws for each problem.
 
-  A draw depends on the run's seed, the problem's place in the split and the
-  draw's number alone.
+  A draw depends only on the run's seed, the problem's index in the split and
+  the draw's number.
   """
+  settings = config.eval
   draws: list[list[scorecard.GradedCompletion]] = [
-    [] for _ in range(num_samples)
+    [] for _ in range(settings.num_samples)
   ]
   for batch in batches:
-    completions = policy.sample(
+    completions = sampler.sample(
       params,
       batch,
-      jax.random.key(policy.config.seed),
-      num_completions=num_samples,
-      temperature=temperature,
-      top_k=policy.config.eval.top_k,
-      top_p=policy.config.eval.top_p,
+      jax.random.key(config.seed),
+      num_completions=settings.num_samples,
+      temperature=settings.temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
     ).completions
-    texts = policy.texts(completions)
-    stopped = sharding.local_rows(policy.mesh, completions.stopped)
+    texts = sampler.texts(completions)
+    stopped = sharding.local_rows(sampler.mesh, completions.stopped)
     for number, draw in enumerate(draws):
       column = [group[number : number + 1] for group in texts]
-      scores = experience.scored(policy, column, batch)
+      scores = _score(sampler, column, batch, config.rewards)
       draw += _answers(
         batch, [x[0] for x in column], scores, stopped[:, number]
       )
   return draws
 
 
-def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
+def run(config: Config, workdir: str, data: dataset.Dataset) -> None:
   """Evaluates `model.weights` on the held-out split and writes what it found.
 
   Raises:
@@ -155,11 +176,11 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
     blind = _ablated_sources(config, data)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     # What is named in the report is what was read, while a run goes on.
-    weights = policies.resolved_weights(config)
-    settings = dataclasses.replace(config.model, weights=weights)
-    config = dataclasses.replace(config, model=settings)
-    policy = policies.Policy(config, mesh, data.tokenizer)
-    params = policy.initial_params()
+    weights = load.resolve_weights(config.model.weights)
+    model = dataclasses.replace(config.model, weights=weights)
+    config = dataclasses.replace(config, model=model)
+    sampler = Sampler(model, config.rollout, mesh, data.tokenizer)
+    params = load.load_params(model, mesh)
     shards, shard_count = sharding.data_shards(mesh)
     batches = data.eval_batches(
       num_problems=config.eval.num_problems,
@@ -168,33 +189,31 @@ def run(config: run_config.Config, workdir: str, data: dataset.Dataset) -> None:
       shard_count=shard_count,
     )
   with jax.set_mesh(mesh):
-    found = everything(policy, params, batches, blind)
+    found = evaluate_all(sampler, params, batches, blind, config)
   if jax.process_index() == 0:
     write(found, workdir, config, data.eval)
 
 
-def everything(
-  policy: policies.Policy,
+def evaluate_all(
+  sampler: Sampler,
   params: dict,
   batches: pipeline.EvalBatches,
   blind: dict[str, records.Source],
+  config: Config,
 ) -> Evaluation:
   """Greedy answers, sampled ones, and greedy ones to the sources in `blind`."""
-  settings = policy.config.eval
-  greedy = evaluate(policy, params, batches, num_samples=0)
+
+  def greedy_answers(batches: pipeline.EvalBatches) -> Result:
+    return evaluate(
+      sampler, params, batches, rewards=config.rewards, num_samples=0
+    )
+
+  greedy = greedy_answers(batches)
   draws, ablated = [], {}
-  if settings.num_samples:
-    draws = sampled(
-      policy,
-      params,
-      batches,
-      num_samples=settings.num_samples,
-      temperature=settings.temperature,
-    )
+  if config.eval.num_samples:
+    draws = sample_answers(sampler, params, batches, config)
   for name, source in blind.items():
-    result = evaluate(
-      policy, params, batches.with_source(source), num_samples=0
-    )
+    result = greedy_answers(batches.with_source(source))
     ablated[name] = _of_all_hosts(result.answers)
   return Evaluation(
     scalars=greedy.scalars,
@@ -207,7 +226,7 @@ def everything(
 def write(
   found: Evaluation,
   workdir: str,
-  config: run_config.Config,
+  config: Config,
   problems: records.Source,
 ) -> None:
   """Writes answers, scores and reports under `workdir`/eval.
@@ -262,7 +281,7 @@ def write(
 
 
 def _ablated_sources(
-  config: run_config.Config, data: dataset.Dataset
+  config: Config, data: dataset.Dataset
 ) -> dict[str, records.Source]:
   """What to ask beside the real problems, by the name of the ablation."""
   if not config.eval.ablations:

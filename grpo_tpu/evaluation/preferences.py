@@ -13,8 +13,8 @@ import numpy as np
 
 from data_pipelines import pipeline
 from grpo_tpu.observability import writer
-from grpo_tpu.rl import experience, preference_metrics, score
-from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl import preference_metrics, score
+from grpo_tpu.rl.experience import Collector
 
 # Edges between the margins, of the one reward above the other, by which pairs
 # are told apart.
@@ -22,7 +22,7 @@ _EDGES = (0.0, 0.25, 0.5, 0.75)
 
 
 def evaluate(
-  policy: policies.Policy,
+  collector: Collector,
   params: dict,
   reference: dict,
   batches: Iterable[pipeline.Batch],
@@ -30,10 +30,10 @@ def evaluate(
   """Accuracies and margins, means over every pair of the held-out groups.
 
   Args:
-    policy: What scores.
-    params: Its parameters.
-    reference: Those that training started from.
-    batches: With labelled completions.
+    collector: Scores the completions.
+    params: Parameters of the policy.
+    reference: Parameters of the reference.
+    batches: Prompts with labelled completions.
 
   Returns:
     By the names of `metrics`. A pair is two completions of one problem with
@@ -41,14 +41,15 @@ def evaluate(
   """
   totals: collections.Counter[str] = collections.Counter()
   for batch in batches:
-    groups, preferred, _ = experience.preferences(policy, params, batch)
-    logps, frozen = (
-      score.score_batch(policy.model, x, groups.bundles, num_microbatches=1)[0]
+    groups, preferred, _ = collector.preference_groups(params, batch)
+    forward = collector.sampler.forward
+    logps, ref_logps = (
+      score.score_batch(forward, x, groups.batch, num_microbatches=1)[0]
       for x in (params, reference)
     )
     sums = _sums(
-      logps - frozen,
-      groups.bundles.completion_mask,
+      logps - ref_logps,
+      groups.batch.completion_mask,
       groups.rewards["total"],
       preferred,
     )

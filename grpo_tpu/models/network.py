@@ -2,8 +2,11 @@
 
 import flax.struct
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grpo_tpu.models.gemma3 import attention
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.settings import ModelSettings
 
 
 class ForwardConfig(flax.struct.PyTreeNode):
@@ -33,3 +36,28 @@ class ForwardConfig(flax.struct.PyTreeNode):
   attention: str = flax.struct.field(pytree_node=False, default="einsum")
   banned_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
   min_new_tokens: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def make_forward(
+  model: ModelSettings,
+  mesh: Mesh,
+  *,
+  temperature: float,
+  min_new_tokens: int,
+  banned_ids: tuple[int, ...],
+) -> ForwardConfig:
+  """The forward pass that settings ask for, on the devices of a mesh."""
+  return ForwardConfig(
+    config=model.network,
+    dtype=jnp.dtype(model.compute_dtype),
+    remat=model.remat,
+    temperature=temperature,
+    chunk_size=model.logits_chunk,
+    train_vision=model.train_vision,
+    vision_remat=model.vision_remat,
+    attention=attention.choose_implementation(
+      model.attention, mesh.devices.flat[0].platform
+    ),
+    banned_ids=banned_ids,
+    min_new_tokens=min_new_tokens,
+  )

@@ -6,6 +6,7 @@ bucket, completions of full length, and no row that has ended.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -15,14 +16,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
+from grpo_tpu.checkpoint import load
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.planning.changes import data_shards
-from grpo_tpu.rl import policy as policies
-from grpo_tpu.rl import score
+from grpo_tpu.rl import learner, score
+from grpo_tpu.rl.reference import abstract_reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import compaction, engine
+from grpo_tpu.rollout.sampler import Sampler
 
 
 class Program(NamedTuple):
@@ -234,9 +237,6 @@ class AbstractPrograms:
   def __init__(self, config: run_config.Config, mesh: Mesh, name: str = ""):
     """Makes the abstract state; compiles nothing."""
     self._config, self._mesh, self._name = config, mesh, name
-    self._policy = policies.Policy(
-      config, mesh, cast(tokens.Tokenizer, _FakeTokenizer(config))
-    )
     rollout = config.rollout
     # Evaluation decodes one greedy completion per prompt.
     self._is_evaluation = part_of(name) == "evaluation"
@@ -245,15 +245,24 @@ class AbstractPrograms:
     if self._is_evaluation:
       self._prompts = config.eval.batch_size
       self._rows, self._temperature = 1, 0.0
-    self._state = self._policy.abstract_state()
-    self._frozen = self._policy.abstract_params() if config.lora else None
+    tx = learner.policy_optimizer(config.model, config.optimizer_config)
+    self._state = learner.abstract_state(config.model, mesh, tx)
+    self._frozen = (
+      load.abstract_params(config.model, mesh) if config.lora else None
+    )
+
+  @functools.cached_property
+  def _sampler(self) -> Sampler:
+    tokenizer = cast(tokens.Tokenizer, _FakeTokenizer(self._config))
+    config = self._config
+    return Sampler(config.model, config.rollout, self._mesh, tokenizer)
 
   @property
   def resident(self) -> dict[str, Any]:
     """Shapes that stay between programs; LoRA's base weights are params."""
     reference = None
     if self._config.has_reference and not self._config.lora:
-      reference = self._policy.abstract_reference()
+      reference = abstract_reference(self._config.model, self._mesh)
     return {
       "params": (self._state.params, self._frozen),
       "optimizer": self._state.opt_state,
@@ -262,7 +271,7 @@ class AbstractPrograms:
 
   def encode_images(self) -> Program:
     """Encodes images with the tower."""
-    encoder = self._policy.pictures
+    encoder = self._sampler.image_encoder
     assert encoder is not None
     tower = self._run_params()["vision_encoder"]
     pixels = encoder.abstract_pixels()
@@ -326,10 +335,11 @@ class AbstractPrograms:
 
   def score(self) -> Program:
     """Scores a batch under the reference or the current parameters."""
-    config, policy = self._config, self._policy
+    config, forward = self._config, self._sampler.forward
     params, part = self._run_params(), "params"
     if config.has_reference and not config.lora:
-      params, part = policy.abstract_reference(on_device=True), "reference"
+      part = "reference"
+      params = abstract_reference(config.model, self._mesh, on_device=True)
     # Evaluation scores its batch in one part.
     prompts = config.data.prompts_per_step
     num_microbatches = config.num_microbatches
@@ -339,7 +349,7 @@ class AbstractPrograms:
     return Program(
       name=self._name,
       function=score.score_batch,
-      args=(policy.model, params, bundles),
+      args=(forward, params, bundles),
       kwargs={"num_microbatches": num_microbatches},
       parts={part: params, "batch": bundles},
       tokens=math.prod(bundles.completion_ids.shape),
@@ -348,10 +358,14 @@ class AbstractPrograms:
   def update(self) -> Program:
     """Updates the parameters once."""
     bundles = self._bundles(self._config.data.prompts_per_step)
-    state, frozen = self._state, self._frozen
+    config, state, frozen = self._config, self._state, self._frozen
+    forward = self._sampler.forward
+    update = learner.Learner(
+      config.model, forward, self._mesh, config.learner_config
+    ).update
     return Program(
       name=self._name,
-      function=self._policy.make_update(),
+      function=update,
       args=(state, bundles, *(() if frozen is None else (frozen,))),
       parts={
         "params": (state.params, frozen),
@@ -369,7 +383,7 @@ class AbstractPrograms:
       lambda x: _Scaled(x.shape, x.dtype, sharding=x.sharding),
       self._state.params,
     )
-    made = self._policy.run_params(factors, self._frozen)
+    made = learner.forward_params(self._config.model, factors, self._frozen)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       made,
@@ -377,25 +391,14 @@ class AbstractPrograms:
 
   def _rollout(self) -> tuple[Any, tuple]:
     """The rollout's engine and the arguments of its first program."""
-    config, policy = self._config, self._policy
-    new = config.rollout
-    settings = engine.Settings(
-      config=config.model_config,
-      num_completions=self._rows,
-      max_new_tokens=new.max_new_tokens,
-      min_new_tokens=new.min_new_tokens,
-      chunk_tokens=new.chunk_tokens,
-      temperature=self._temperature,
-      dtype=policy.model.dtype,
-      attention=policy.model.attention,
-      banned_ids=policy.banned_ids,
-    )
+    sampler = self._sampler
+    settings = sampler.engine_settings(self._rows, self._temperature)
     index = self._array(jnp.int32, self._prompts)
     ids, length, images = self._prompt_arrays(self._prompts)
     params = self._run_params()
     key = jax.eval_shape(lambda: jax.random.key(0))
     limit = self._array(jnp.int32, self._prompts, self._rows)
-    return engine.Engine(settings, policy.mesh), (
+    return engine.Engine(settings, self._mesh), (
       params,
       engine.Prompts(ids, length, images, index),
       limit,
@@ -416,7 +419,7 @@ class AbstractPrograms:
       image, dtype = (1, side, side, 3), jnp.dtype(jnp.uint8)
       if not pixels:
         image = (1, vision.soft_tokens, vision.width)
-        dtype = self._policy.model.dtype
+        dtype = self._sampler.forward.dtype
     ids = self._array(jnp.int32, rows, self._config.data.prompt_buckets[-1])
     length = self._array(jnp.int32, rows)
     return ids, length, self._array(dtype, rows, *image)

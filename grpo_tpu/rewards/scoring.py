@@ -121,6 +121,26 @@ def score(
   )
 
 
+def score_groups(
+  texts: Sequence[Sequence[str]],
+  problems: Sequence[records.Problem],
+  config: RewardConfig,
+  *,
+  gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+) -> Scores:
+  """`score` for completions grouped by prompt, in the order of the groups."""
+  return score(
+    [text for group in texts for text in group],
+    [
+      problem
+      for problem, group in zip(problems, texts, strict=True)
+      for _ in group
+    ],
+    config,
+    gather=gather,
+  )
+
+
 def raw_scores(
   completions: Sequence[str],
   problems: Sequence[records.Problem],

@@ -3,9 +3,12 @@
 Pure functions of rewards and advantages, over the whole batch.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
+
+from grpo_tpu.rl import shaping
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -97,3 +100,62 @@ def advantage_share(
   rest_sum = jnp.abs(scale * center(total - part)).sum()
   both = part_sum + rest_sum
   return part_sum / jnp.where(both > 0, both, 1.0)
+
+
+@jax.jit
+def reward_statistics(
+  rewards: dict[str, Float[Array, "B G"]], valid: Bool[Array, "B G"]
+) -> Metrics:
+  """Means and spreads of the rewards, over the batch and within groups.
+
+  Args:
+    rewards: By name; "total" and "heuristics" are sums of the others.
+    valid: False on rows that do not count.
+  """
+  total = rewards["total"]
+  correctness = group_correctness(rewards["accuracy"] > 0.5, valid=valid)
+  count = jnp.maximum(valid.sum(axis=1), 1)
+  centred = total - (jnp.where(valid, total, 0.0).sum(1) / count)[:, None]
+  spread = jnp.sqrt(
+    jnp.where(valid, centred**2, 0.0).sum(1) / jnp.maximum(count - 1, 1)
+  )
+  groups = valid.any(axis=1)
+  num_groups = jnp.maximum(groups.sum(), 1)
+  unanimous = groups & ~shaping.has_reward_variance(total, valid)
+  metrics = {
+    "rollout/reward": valid_mean(total, valid),
+    "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,
+    "rollout/accuracy": valid_mean(rewards["accuracy"], valid),
+    "rollout/unanimous_fraction": unanimous.sum() / num_groups,
+    "rollout/all_right_fraction": correctness["all_right"],
+    "rollout/all_wrong_fraction": correctness["all_wrong"],
+    "rollout/mixed_fraction": correctness["mixed"],
+  }
+  for name in sorted(rewards.keys() - {"total", "heuristics"}):
+    mean = valid_mean(rewards[name], valid)
+    metrics[f"reward/{name}_mean"] = mean
+    metrics[f"reward/{name}_std"] = jnp.sqrt(
+      valid_mean(jnp.square(rewards[name] - mean), valid)
+    )
+  return metrics
+
+
+@jax.jit
+def rollout_statistics(
+  mask: Bool[Array, "B G T"],
+  stopped: Bool[Array, "B G"],
+  valid: Bool[Array, "B G"],
+  prompt_length: Array,
+) -> Metrics:
+  """Mean lengths in tokens, and the share of truncated completions."""
+  return {
+    "rollout/completion_length": valid_mean(mask.sum(-1), valid),
+    "rollout/truncated_fraction": valid_mean(~stopped, valid),
+    "rollout/prompt_length": valid_mean(prompt_length, valid.any(axis=1)),
+  }
+
+
+def valid_mean(values: Array, valid: Array) -> Float[Array, ""]:
+  """The mean over valid rows; 0 if there are none."""
+  total = jnp.where(valid, values, 0).sum(dtype=jnp.float32)
+  return total / jnp.maximum(valid.sum(), 1)

@@ -1,17 +1,14 @@
-"""From a batch of prompts to what an update learns from.
+"""Makes the batch that a step learns from.
 
-Online, completions are sampled and paid; offline, they come with the data.
-Either way the update sees bundles, and the metrics are means over the whole
-batch, whatever the number of hosts.
+Online, completions are sampled and scored by the rewards; offline, they come
+with the data. Metrics are means over the whole batch, on any number of hosts.
 """
 
 import dataclasses
 import functools
-import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,482 +17,422 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import collectives, sharding
-from grpo_tpu.observability import writer
-from grpo_tpu.rewards import scoring
+from grpo_tpu.distributed import sharding
+from grpo_tpu.observability import samples, writer
+from grpo_tpu.rewards import background, scoring
 from grpo_tpu.rl import diagnostics, objective, preference_metrics, shaping
-from grpo_tpu.rl import policy as policies
+from grpo_tpu.rl.settings import CollectorConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import generate
+from grpo_tpu.rollout.sampler import Sampler
+
+type Metrics = dict[str, writer.Scalar]
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-  """What one step learns from.
+  """A batch to learn from, and what there is to report about it.
 
   Attributes:
-    bundles: For the update, on the mesh.
-    scalars: By the names of `metrics`.
-    samples: Some completions to look at.
-    num_batches: How many batches of prompts it took.
+    batch: Bundles on the mesh, with advantages.
+    metrics: By metric name.
+    samples: Completions for people to look at.
+    num_batches: Number of batches of prompts that were read.
   """
 
-  bundles: TrainBatch
-  scalars: dict[str, writer.Scalar]
+  batch: TrainBatch
+  metrics: Metrics
   samples: list[writer.Sample]
   num_batches: int
 
   def seconds(self, phase: str) -> float:
-    """What it took to wait for "data", or for "reward"; 0 where it had none."""
-    return float(self.scalars.get(f"perf/{phase}_seconds", 0.0))
+    """Seconds spent waiting in phase "data" or "reward"; 0 if not measured."""
+    return float(self.metrics.get(f"perf/{phase}_seconds", 0.0))
 
 
-class _Groups(flax.struct.PyTreeNode):
-  """Completions of a batch of prompts, and what they were paid.
+class ScoredGroups(flax.struct.PyTreeNode):
+  """The completions of a batch of prompts with their rewards.
 
   Attributes:
-    bundles: Without advantages.
+    batch: Bundles without advantages.
     rewards: By name, before weights; "total" and "heuristics" are weighted.
-    valid: Which rows count: well-formed, and paid without error.
+    valid: False for rows that a malformed prompt or a failed reward excludes.
   """
 
-  bundles: TrainBatch
+  batch: TrainBatch
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]
 
 
-def online(
-  policy: policies.Policy,
-  params: dict,
-  batches: Iterator[pipeline.Batch],
-  key: jax.Array,
-  *,
-  position: int,
-  num_samples: int,
-  poll: Callable[[], None] = generate.no_poll,
-) -> Experience:
-  """Samples `num_generations` completions of each prompt and pays them.
+class Collector:
+  """Collects experience.
 
-  With `shaping.zero_variance` at "resample" it goes on to further batches until
-  every group of the step has rewards that differ, or the budget is spent; the
-  groups that do, in the order of the data, stand first. The metrics are means
-  over all batches sampled, kept or not.
-
-  Args:
-    policy: What samples.
-    params: Its parameters.
-    batches: The data from `position` on; as many are taken as are needed.
-    key: Of the run; a batch's own is folded from it and the batch's number.
-    position: Batches that the run took before.
-    num_samples: Completions to hand out for people to look at.
-    poll: As in `Policy.sample`.
+  Attributes:
+    sampler: Samples and decodes completions.
+    config: The settings.
   """
-  shaping_config = policy.config.shaping
-  resamples = shaping_config.zero_variance == "resample"
-  limit = shaping_config.max_batches if resamples else 1
-  groups, scalars, seen = None, [], []
-  for number in range(position + 1, position + limit + 1):
-    batch_key = jax.random.fold_in(key, number)
-    new, statistics, some = _sampled(
-      policy,
-      params,
-      batches,
-      batch_key,
-      num_samples=num_samples - len(seen),
-      poll=poll,
+
+  def __init__(self, sampler: Sampler, config: CollectorConfig):
+    """Collects nothing yet."""
+    self.sampler, self.config = sampler, config
+
+  def collect(
+    self,
+    params: dict,
+    prompts: Iterator[pipeline.Batch],
+    key: jax.Array,
+    *,
+    position: int,
+    num_samples: int,
+    poll: Callable[[], None] = generate.no_poll,
+  ) -> Experience:
+    """Collects the experience of one step.
+
+    Args:
+      params: Parameters of the policy.
+      prompts: Batches of prompts from `position` on.
+      key: The run's key; each batch's key is folded from it and the batch's
+        number.
+      position: Number of batches that the run has read before.
+      num_samples: Number of completions to keep for people to look at.
+      poll: See `Sampler.sample`.
+    """
+    if self.config.kind == "online":
+      return self._collect_online(
+        params,
+        prompts,
+        key,
+        position=position,
+        num_samples=num_samples,
+        poll=poll,
+      )
+    return self._collect_offline(params, prompts)
+
+  def _collect_online(
+    self, params, prompts, key, *, position, num_samples, poll
+  ) -> Experience:
+    """Samples until every group has reward variance, if the settings ask.
+
+    With `shaping.zero_variance="resample"` (dynamic sampling, DAPO) further
+    batches are read until all groups of the step have rewards that differ, or
+    `shaping.max_batches` are read. Groups with variance come first, in the
+    order of the data. Metrics are means over all batches, kept or not.
+    """
+    resamples = self.config.shaping.zero_variance == "resample"
+    limit = self.config.shaping.max_batches if resamples else 1
+    groups, metrics, kept = None, [], []
+    for number in range(position + 1, position + limit + 1):
+      new, batch_metrics, new_samples = self._sample_batch(
+        params,
+        prompts,
+        jax.random.fold_in(key, number),
+        num_samples=num_samples - len(kept),
+        poll=poll,
+      )
+      metrics.append(batch_metrics)
+      kept += new_samples
+      if groups is None:
+        groups = new
+      else:
+        groups = _best_groups(self.sampler.mesh, groups, new)
+      if number < position + limit and _all_informative(groups):
+        break
+    assert groups is not None
+    batch, advantage_metrics = self._add_advantages(groups)
+    return Experience(
+      batch=batch,
+      metrics=_combine_metrics(metrics) | advantage_metrics,
+      samples=kept,
+      num_batches=len(metrics),
     )
-    scalars.append(statistics)
-    seen += some
-    groups = new if groups is None else _merged(policy, groups, new)
-    if number < position + limit and _all_teach(groups):
-      break
-  assert groups is not None
-  bundles, statistics = _with_advantages(policy, groups)
-  return Experience(
-    bundles=bundles,
-    scalars=_over_batches(scalars) | statistics,
-    samples=seen,
-    num_batches=len(scalars),
-  )
 
-
-def _sampled(
-  policy, params, batches, key, *, num_samples, poll
-) -> tuple[_Groups, dict[str, writer.Scalar], list[writer.Sample]]:
-  """One batch of prompts with sampled completions, paid."""
-  config = policy.config
-  waited = time.perf_counter()
-  batch = next(batches)
-  start = time.perf_counter()
-  with _Payday(policy, batch) as payday:
-    sampled = policy.sample(
-      params,
+  def _sample_batch(
+    self, params, prompts, key, *, num_samples, poll
+  ) -> tuple[ScoredGroups, Metrics, list[writer.Sample]]:
+    """Samples and scores the completions of one batch of prompts."""
+    sampler, settings = self.sampler, self.sampler.settings
+    wait_start = time.perf_counter()
+    batch = next(prompts)
+    start = time.perf_counter()
+    with background.BackgroundScorer(
+      batch.problems, self.config.rewards, gather=self._gather
+    ) as scorer:
+      sampled = sampler.sample(
+        params,
+        batch,
+        key,
+        num_completions=settings.num_generations,
+        temperature=settings.temperature,
+        num_parts=self.config.num_parts,
+        poll=poll,
+        on_finished=scorer.submit,
+      )
+      texts = sampler.texts(sampled.completions)
+      rollout_end = time.perf_counter()
+      scores = scorer.result(texts)
+    rewards, valid = sharding.device_put_batch(
+      sampler.mesh, self.group_rewards(scores, batch)
+    )
+    reward_end = time.perf_counter()
+    groups, metrics = self._make_groups(batch, sampled, rewards, valid)
+    metrics |= (
+      diagnostics.reward_statistics(groups.rewards, valid)
+      | _error_counts(scores)
+      | {
+        "data/skipped": self._num_skipped(batch),
+        "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
+        "perf/data_seconds": start - wait_start,
+        "perf/rollout_seconds": rollout_end - start,
+        "perf/reward_seconds": reward_end - rollout_end,
+        "perf/reward_overlap_seconds": scorer.seconds_before(rollout_end),
+      }
+      | sampled.metrics
+    )
+    kept = samples.first_samples(
+      sampler.mesh,
       batch,
-      key,
-      num_completions=config.rollout.num_generations,
-      temperature=config.rollout.temperature,
-      num_parts=config.num_rollouts,
-      poll=poll,
-      finished=payday.begin,
+      texts,
+      scores.total,
+      scores.components,
+      count=num_samples,
     )
+    return groups, metrics, kept
+
+  def _make_groups(
+    self, prompts, sampled, rewards, valid
+  ) -> tuple[ScoredGroups, Metrics]:
+    """Joins completions and rewards; shapes what truncated completions get."""
     completions = sampled.completions
-    texts = policy.texts(completions)
-    rolled_out = time.perf_counter()
-    scores = payday.end(texts)
-  rewards, valid = sharding.device_put_batch(
-    policy.mesh, _by_group(scores, batch, config)
-  )
-  paid = time.perf_counter()
-  mask = completions.mask & valid[..., None]
-  bundles = _bundles(policy, batch, completions.ids, mask, sampled.images)
-  statistics = _sampled_statistics(
-    mask, completions.stopped, valid, bundles.prompt_length
-  )
-  if config.shaping.truncated == "penalise":
-    rewards, statistics["rollout/length_penalty"] = _penalised(
-      rewards,
-      mask,
-      valid,
-      max_length=config.rollout.max_new_tokens,
-      soft_tokens=config.shaping.soft_tokens,
+    mask = completions.mask & valid[..., None]
+    batch = self._make_batch(prompts, completions.ids, mask, sampled.images)
+    metrics = diagnostics.rollout_statistics(
+      mask, completions.stopped, valid, batch.prompt_length
     )
-  elif config.shaping.truncated == "mask":
-    mask &= completions.stopped[..., None]
-  bundles = bundles.replace(
-    completion_mask=mask, sampler_logps=completions.logps
-  )
-  return (
-    _Groups(bundles, rewards, valid),
-    statistics
-    | _reward_statistics(rewards, valid)
-    | _error_counts(scores)
-    | {
-      "data/skipped": _num_skipped(policy, batch),
-      "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
-      "perf/data_seconds": start - waited,
-      "perf/rollout_seconds": rolled_out - start,
-      "perf/reward_seconds": paid - rolled_out,
-      "perf/reward_overlap_seconds": payday.seconds_before(rolled_out),
+    if self.config.shaping.truncated == "penalise":
+      rewards, metrics["rollout/length_penalty"] = _penalise_length(
+        rewards,
+        mask,
+        valid,
+        max_length=self.sampler.settings.max_new_tokens,
+        soft_tokens=self.config.shaping.soft_tokens,
+      )
+    elif self.config.shaping.truncated == "mask":
+      mask &= completions.stopped[..., None]
+    batch = batch.replace(completion_mask=mask, sampler_logps=completions.logps)
+    return ScoredGroups(batch, rewards, valid), metrics
+
+  def _collect_offline(
+    self, params: dict, prompts: Iterator[pipeline.Batch]
+  ) -> Experience:
+    """Takes the completions that come with the next batch.
+
+    Demonstrations have no advantages. The completions of a preference group are
+    scored by the rewards, as sampled ones are, or by their labels.
+    """
+    start = time.perf_counter()
+    batch = next(prompts)
+    metrics: Metrics = {
+      "data/skipped": self._num_skipped(batch),
+      "perf/data_seconds": time.perf_counter() - start,
     }
-    | sampled.scalars,
-    samples(policy, batch, texts, scores, num_samples),
-  )
+    if self.config.kind == "demonstrations":
+      labelled = self.labelled_completions(params, batch)
+      return Experience(labelled, metrics, [], 1)
+    groups, preferred, errors = self.preference_groups(params, batch)
+    train_batch, advantage_metrics = self._add_advantages(groups)
+    chosen, rejected, is_pair = preference_metrics.all_pairs(
+      groups.rewards["total"], preferred
+    )
+    accuracy = preference_metrics.accuracy(chosen, rejected, valid=is_pair)
+    metrics |= advantage_metrics
+    metrics |= diagnostics.reward_statistics(groups.rewards, groups.valid)
+    metrics |= errors | {"train/preference_accuracy": accuracy}
+    train_batch = train_batch.replace(preferred=preferred)
+    return Experience(train_batch, metrics, [], 1)
+
+  def labelled_completions(
+    self, params: dict, prompts: pipeline.Batch
+  ) -> TrainBatch:
+    """The prompts of a batch with the completions that came with them."""
+    assert prompts.completion_ids is not None
+    assert prompts.completion_mask is not None
+    mask = prompts.completion_mask & prompts.valid[:, None, None]
+    ids, mask = sharding.device_put_batch(
+      self.sampler.mesh, (prompts.completion_ids, mask)
+    )
+    images = self.sampler.images(params, prompts)
+    return self._make_batch(prompts, ids, mask, images)
+
+  def preference_groups(
+    self, params: dict, prompts: pipeline.Batch
+  ) -> tuple[ScoredGroups, Bool[Array, "U C C"], Metrics]:
+    """Labelled completions with their rewards, and which is preferred.
+
+    Returns:
+      The groups; True at [u, i, j] where completion i is labelled better than
+      j; and the number of completions on which each reward failed.
+    """
+    batch = self.labelled_completions(params, prompts)
+    assert prompts.completion_ids is not None
+    assert prompts.completion_mask is not None and prompts.labels is not None
+    texts = self.sampler.decode(prompts.completion_ids, prompts.completion_mask)
+    scores = scoring.score_groups(
+      texts, prompts.problems, self.config.rewards, gather=self._gather
+    )
+    rewards, valid = self.group_rewards(scores, prompts)
+    valid &= np.isfinite(prompts.labels)
+    if self.config.label_rewards:
+      rewards["total"] = np.where(valid, prompts.labels, 0).astype(np.float32)
+      rewards["heuristics"] = np.zeros_like(rewards["total"])
+    better = prompts.labels[:, :, None] > prompts.labels[:, None, :]
+    preferred = better & valid[:, :, None] & valid[:, None, :]
+    rewards, valid, preferred = sharding.device_put_batch(
+      self.sampler.mesh, (rewards, valid, preferred)
+    )
+    mask = batch.completion_mask & valid[..., None]
+    batch = batch.replace(completion_mask=mask)
+    return (
+      ScoredGroups(batch, rewards, valid),
+      preferred,
+      _error_counts(scores),
+    )
+
+  def group_rewards(
+    self, scores: scoring.Scores, prompts: pipeline.Batch
+  ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`rewards` and `valid` of `ScoredGroups`, for this process's rows."""
+    shape = (len(prompts.valid), -1)
+    heuristics = sum(
+      self.config.rewards.weights[name] * scores.components[name]
+      for name in scoring.HEURISTICS
+    )
+    named = scores.components | {
+      "total": scores.total,
+      "heuristics": heuristics,
+    }
+    rewards = {
+      name: np.asarray(values, np.float32).reshape(shape)
+      for name, values in named.items()
+    }
+    return rewards, scores.valid.reshape(shape) & prompts.valid[:, None]
+
+  def _make_batch(
+    self, prompts: pipeline.Batch, ids: Array, mask: Array, images: Any
+  ) -> TrainBatch:
+    """Puts prompts on the mesh; `images` None stands for their pixels."""
+    mesh = self.sampler.mesh
+    prompt_ids, prompt_length = sharding.device_put_batch(
+      mesh, (prompts.prompt_ids, prompts.prompt_length)
+    )
+    if images is None:
+      images = sharding.device_put_batch(mesh, prompts.images)
+    return TrainBatch(
+      prompt_ids=prompt_ids,
+      prompt_length=prompt_length,
+      images=images,
+      completion_ids=ids,
+      completion_mask=mask,
+    )
+
+  def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
+    changes, metrics = _advantages(
+      groups.rewards["total"],
+      groups.rewards["heuristics"],
+      groups.valid,
+      groups.batch.completion_mask,
+      scale=self.config.advantage_scale,
+      baseline=self.config.advantage_baseline,
+      clip=self.config.shaping.advantage_clip,
+      drops=self.config.shaping.zero_variance != "keep",
+    )
+    return groups.batch.replace(**changes), metrics
+
+  def _gather(self, rows: Any) -> Any:
+    return sharding.all_rows(self.sampler.mesh, rows)
+
+  def _num_skipped(self, prompts: pipeline.Batch) -> int:
+    return int((~self._gather(prompts.valid)).sum())
 
 
-_ADD_UP = {"reward/errors", "data/skipped"}
-_MEANS = {
+_SUMMED = {"reward/errors", "data/skipped"}
+_AVERAGED = {
   "perf/rollout_tokens_per_second",
   "perf/live_row_share",
   "perf/decode_bandwidth_share",
 }
 
 
-def _over_batches(
-  scalars: list[dict[str, writer.Scalar]],
-) -> dict[str, writer.Scalar]:
-  """Sums of seconds and counts, means of the rest."""
-  merged: dict[str, writer.Scalar] = {"rollout/batches": len(scalars)}
-  if len(scalars) == 1:
-    return merged | scalars[0]
-  fetched = jax.device_get(scalars)
-  for name in scalars[0]:
+def _combine_metrics(metrics: list[Metrics]) -> Metrics:
+  """Sums of seconds and counts over batches, means of the rest."""
+  combined: Metrics = {"rollout/batches": len(metrics)}
+  if len(metrics) == 1:
+    return combined | metrics[0]
+  fetched = jax.device_get(metrics)
+  for name in metrics[0]:
     values = [batch[name] for batch in fetched if name in batch]
     values = np.array(values, np.float32)
-    adds_up = name in _ADD_UP or name.endswith("_errors")
-    adds_up |= name.startswith("perf/") and name not in _MEANS
-    merged[name] = values.sum() if adds_up else values.mean()
-  return merged
+    is_sum = name in _SUMMED or name.endswith("_errors")
+    is_sum |= name.startswith("perf/") and name not in _AVERAGED
+    combined[name] = values.sum() if is_sum else values.mean()
+  return combined
 
 
-def _all_teach(groups: _Groups) -> bool:
+def _error_counts(scores: scoring.Scores) -> Metrics:
+  """Failures of each reward, and of all rewards together."""
+  counts: Metrics = {
+    f"reward/{name}_errors": count for name, count in scores.errors.items()
+  }
+  return counts | {"reward/errors": sum(scores.errors.values())}
+
+
+def _all_informative(groups: ScoredGroups) -> bool:
   total, valid = groups.rewards["total"], groups.valid
   return bool(jax.jit(shaping.has_reward_variance)(total, valid).all())
 
 
-def _merged(policy: policies.Policy, first: _Groups, more: _Groups) -> _Groups:
-  """As many groups as `first` has: those that teach, then the others."""
-  both = (first, more)
-  width = max(x.bundles.prompt_ids.shape[1] for x in both)
-  slots = max(x.bundles.images.shape[1] for x in both)
-  first, more = (_prompts_padded(x, width, slots) for x in both)
-  return _merge(sharding.batch_sharding(policy.mesh), first, more)
+def _best_groups(
+  mesh: Any, groups: ScoredGroups, more: ScoredGroups
+) -> ScoredGroups:
+  """As many groups as before: first those with reward variance."""
+  both = (groups, more)
+  length = max(x.batch.prompt_ids.shape[1] for x in both)
+  num_images = max(x.batch.images.shape[1] for x in both)
+  groups, more = (_pad_prompts(x, length, num_images) for x in both)
+  return _merge(sharding.batch_sharding(mesh), groups, more)
 
 
-def _prompts_padded(groups: _Groups, width: int, slots: int) -> _Groups:
-  ids, images = groups.bundles.prompt_ids, groups.bundles.images
-  ids = jnp.pad(ids, ((0, 0), (0, width - ids.shape[1])))
-  unused = [(0, 0), (0, slots - images.shape[1])]
-  unused += [(0, 0)] * (images.ndim - 2)
-  bundles = groups.bundles.replace(
-    prompt_ids=ids, images=jnp.pad(images, unused)
-  )
-  return groups.replace(bundles=bundles)
+def _pad_prompts(
+  groups: ScoredGroups, length: int, num_images: int
+) -> ScoredGroups:
+  ids, images = groups.batch.prompt_ids, groups.batch.images
+  ids = jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])))
+  padding = [(0, 0), (0, num_images - images.shape[1])]
+  padding += [(0, 0)] * (images.ndim - 2)
+  batch = groups.batch.replace(prompt_ids=ids, images=jnp.pad(images, padding))
+  return groups.replace(batch=batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _merge(place, first: _Groups, more: _Groups) -> _Groups:
-  count = first.valid.shape[0]
-  both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, more)
-  teaches = shaping.has_reward_variance(both.rewards["total"], both.valid)
-  order = jnp.argsort(~teaches, stable=True)[:count]
+def _merge(
+  row_sharding: Any, groups: ScoredGroups, more: ScoredGroups
+) -> ScoredGroups:
+  count = groups.valid.shape[0]
+  both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), groups, more)
+  has_variance = shaping.has_reward_variance(both.rewards["total"], both.valid)
+  order = jnp.argsort(~has_variance, stable=True)[:count]
   return jax.tree.map(
-    lambda x: jax.lax.with_sharding_constraint(x[order], place), both
+    lambda x: jax.lax.with_sharding_constraint(x[order], row_sharding), both
   )
 
 
 @functools.partial(jax.jit, static_argnames=("max_length", "soft_tokens"))
-def _penalised(rewards, mask, valid, *, max_length, soft_tokens):
-  """Rewards less what length costs, and the mean of that."""
+def _penalise_length(rewards, mask, valid, *, max_length, soft_tokens):
+  """Rewards less the length penalty, and the mean penalty."""
   penalty = shaping.length_penalty(
     mask.sum(axis=-1), max_length=max_length, soft_tokens=soft_tokens
   )
   rewards = rewards | {"total": rewards["total"] + penalty}
-  return rewards, _mean(penalty, valid)
-
-
-def _with_advantages(
-  policy: policies.Policy, groups: _Groups
-) -> tuple[TrainBatch, dict[str, writer.Scalar]]:
-  config = policy.config
-  changes, scalars = _advantages(
-    groups.rewards["total"],
-    groups.rewards["heuristics"],
-    groups.valid,
-    groups.bundles.completion_mask,
-    scale=config.objective.scale,
-    baseline=config.objective.advantage_baseline,
-    clip=config.shaping.advantage_clip,
-    drops=config.shaping.zero_variance != "keep",
-  )
-  return groups.bundles.replace(**changes), scalars
-
-
-def offline(
-  policy: policies.Policy, params: dict, batches: Iterator[pipeline.Batch]
-) -> Experience:
-  """Takes the completions that come with the next batch.
-
-  Demonstrations carry no advantage. The completions of a preference group are
-  paid by the reward functions, as sampled ones are, or by their labels.
-  """
-  config = policy.config
-  start = time.perf_counter()
-  batch = next(batches)
-  scalars: dict[str, writer.Scalar] = {
-    "data/skipped": _num_skipped(policy, batch),
-    "perf/data_seconds": time.perf_counter() - start,
-  }
-  if config.data.kind == "demonstrations":
-    return Experience(given(policy, params, batch), scalars, [], 1)
-  groups, preferred, errors = preferences(policy, params, batch)
-  bundles, statistics = _with_advantages(policy, groups)
-  total = groups.rewards["total"]
-  chosen, rejected, is_pair = preference_metrics.all_pairs(total, preferred)
-  accuracy = preference_metrics.accuracy(chosen, rejected, valid=is_pair)
-  statistics |= _reward_statistics(groups.rewards, groups.valid) | errors
-  statistics["train/preference_accuracy"] = accuracy
-  bundles = bundles.replace(preferred=preferred)
-  return Experience(bundles, scalars | statistics, [], 1)
-
-
-def given(
-  policy: policies.Policy, params: dict, batch: pipeline.Batch
-) -> TrainBatch:
-  """The prompts of a batch with the completions that came with them."""
-  assert batch.completion_ids is not None and batch.completion_mask is not None
-  mask = batch.completion_mask & batch.valid[:, None, None]
-  ids, mask = sharding.device_put_batch(
-    policy.mesh, (batch.completion_ids, mask)
-  )
-  return _bundles(policy, batch, ids, mask, policy.images(params, batch))
-
-
-def preferences(
-  policy: policies.Policy, params: dict, batch: pipeline.Batch
-) -> tuple[_Groups, Bool[Array, "U C C"], dict[str, writer.Scalar]]:
-  """The labelled completions of a batch, paid, and which is preferred to which.
-
-  The last is how many completions each reward failed on, by metric.
-
-  Where `data.preference_rewards` is "labels", a label is the whole reward.
-  """
-  config = policy.config
-  bundles = given(policy, params, batch)
-  assert batch.completion_ids is not None
-  assert batch.completion_mask is not None and batch.labels is not None
-  texts = [
-    [
-      policy.tokenizer.decode(row[kept].tolist())
-      for row, kept in zip(rows, masks, strict=True)
-    ]
-    for rows, masks in zip(
-      batch.completion_ids, batch.completion_mask, strict=True
-    )
-  ]
-  scores = scored(policy, texts, batch)
-  rewards, valid = _by_group(scores, batch, config)
-  valid &= np.isfinite(batch.labels)
-  if config.data.preference_rewards == "labels":
-    rewards["total"] = np.where(valid, batch.labels, 0).astype(np.float32)
-    rewards["heuristics"] = np.zeros_like(rewards["total"])
-  better = batch.labels[:, :, None] > batch.labels[:, None, :]
-  preferred = better & valid[:, :, None] & valid[:, None, :]
-  rewards, valid, preferred = sharding.device_put_batch(
-    policy.mesh, (rewards, valid, preferred)
-  )
-  mask = bundles.completion_mask & valid[..., None]
-  bundles = bundles.replace(completion_mask=mask)
-  return _Groups(bundles, rewards, valid), preferred, _error_counts(scores)
-
-
-def samples(
-  policy: policies.Policy,
-  batch: pipeline.Batch,
-  texts: list[list[str]],
-  scores: scoring.Scores,
-  count: int,
-) -> list[writer.Sample]:
-  """The first completion of each of the first `count` usable prompts.
-
-  The same on every process, except that only the one that writes is sure to
-  have their pictures.
-  """
-  if not count:
-    return []
-  usable = sharding.all_rows(policy.mesh, batch.valid)
-  rows = sharding.process_rows(policy.mesh, len(usable), jax.process_index())
-  chosen = np.flatnonzero(usable)[:count].tolist()
-  width = len(texts[0])
-  found = {
-    row: writer.Sample(
-      pid=batch.problems[i].pid,
-      prompt=prompts_text(batch, i),
-      completion=texts[i][0],
-      answer=batch.problems[i].answer,
-      reward=float(scores.total[i * width]),
-      rewards={
-        name: float(values[i * width])
-        for name, values in scores.components.items()
-      },
-      image=batch.images[i, 0] if batch.images.shape[1] else None,
-    )
-    for i, row in enumerate(rows)
-    if row in chosen
-  }
-  # Pictures are large, and the writer mostly holds the rows itself.
-  held = sharding.process_rows(policy.mesh, len(usable), 0)
-  sent = {
-    row: dataclasses.replace(sample, image=None) if row in held else sample
-    for row, sample in found.items()
-  }
-  everywhere = {
-    row: sample
-    for host in collectives.gather_bytes(pickle.dumps(sent))
-    for row, sample in pickle.loads(host).items()
-  }
-  return [(everywhere | found)[row] for row in chosen]
-
-
-class _Payday:
-  """Pays the completions of a batch, prompt by prompt, as they are finished.
-
-  In a thread, while the devices go on with the others. What a completion earns
-  does not depend on when that was, and failures count in the batch's order.
-  """
-
-  def __init__(self, policy: policies.Policy, batch: pipeline.Batch):
-    self._problems, self._config = batch.problems, policy.config.rewards
-    self._gather = functools.partial(sharding.all_rows, policy.mesh)
-    self._paid: dict[int, futures.Future[scoring.RawScores]] = {}
-    self._spans: list[tuple[float, float]] = []
-
-  def __enter__(self) -> Self:
-    self._thread = futures.ThreadPoolExecutor(max_workers=1)
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._thread.shutdown(cancel_futures=True)
-
-  def begin(self, texts: Mapping[int, list[str]]) -> None:
-    """Takes the completions of some prompts, by their places in the batch."""
-    for prompt, completions in texts.items():
-      self._paid[prompt] = self._thread.submit(self._pay, prompt, completions)
-
-  def end(self, texts: list[list[str]]) -> scoring.Scores:
-    """All scores, by prompts; pays what has not been begun.
-
-    Raises:
-      RewardError: A reward has failed too often.
-    """
-    rest = [x for x in range(len(texts)) if x not in self._paid]
-    self.begin({prompt: texts[prompt] for prompt in rest})
-    paid = [self._paid[prompt].result() for prompt in range(len(texts))]
-    return scoring.reduce(paid, self._config, gather=self._gather)
-
-  def seconds_before(self, time_point: float) -> float:
-    """How long completions had been paid by then."""
-    return sum(max(min(x, time_point) - begun, 0) for begun, x in self._spans)
-
-  def _pay(self, prompt: int, completions: list[str]) -> scoring.RawScores:
-    begun = time.perf_counter()
-    problems = [self._problems[prompt]] * len(completions)
-    paid = scoring.raw_scores(completions, problems, self._config)
-    self._spans.append((begun, time.perf_counter()))
-    return paid
-
-
-def scored(
-  policy: policies.Policy, texts: list[list[str]], batch: pipeline.Batch
-) -> scoring.Scores:
-  """Pays every completion of this process's rows.
-
-  Raises:
-    RewardError: A reward has failed too often, over all processes.
-  """
-  return scoring.score(
-    [text for group in texts for text in group],
-    [
-      problem
-      for problem, group in zip(batch.problems, texts, strict=True)
-      for _ in group
-    ],
-    policy.config.rewards,
-    gather=functools.partial(sharding.all_rows, policy.mesh),
-  )
-
-
-def _by_group(
-  scores: scoring.Scores, batch: pipeline.Batch, config: run_config.Config
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Rewards `{name: [U, C]}` as in `_Groups`, and which rows count."""
-  shape = (len(batch.valid), -1)
-  heuristics = sum(
-    config.rewards.weights[name] * scores.components[name]
-    for name in scoring.HEURISTICS
-  )
-  named = scores.components | {"total": scores.total, "heuristics": heuristics}
-  rewards = {
-    name: np.asarray(values, np.float32).reshape(shape)
-    for name, values in named.items()
-  }
-  return rewards, scores.valid.reshape(shape) & batch.valid[:, None]
-
-
-def _bundles(policy, batch, ids, mask, images=None) -> TrainBatch:
-  """Bundles with the pictures' pixels, if nothing is given in their place."""
-  prompt_ids, prompt_length = sharding.device_put_batch(
-    policy.mesh, (batch.prompt_ids, batch.prompt_length)
-  )
-  if images is None:
-    images = sharding.device_put_batch(policy.mesh, batch.images)
-  return TrainBatch(
-    prompt_ids=prompt_ids,
-    prompt_length=prompt_length,
-    images=images,
-    completion_ids=ids,
-    completion_mask=mask,
-  )
+  return rewards, diagnostics.valid_mean(penalty, valid)
 
 
 @functools.partial(
@@ -504,9 +441,9 @@ def _bundles(policy, batch, ids, mask, images=None) -> TrainBatch:
 def _advantages(
   total, heuristics, valid, mask, *, scale, baseline, clip, drops
 ):
-  """What bundles are to have of advantages, and what these rest on.
+  """Changes of a batch that give it advantages, and metrics of these.
 
-  Not of whole bundles: there is no program for each length of prompts.
+  Takes no whole batch, so that it compiles once for all prompt lengths.
   """
   advantages = objective.group_advantages(
     total.reshape(-1),
@@ -515,7 +452,7 @@ def _advantages(
     baseline=baseline,
     valid=valid.reshape(-1),
   ).reshape(total.shape)
-  scalars = {
+  metrics = {
     "rollout/effective_sample_size": diagnostics.effective_sample_size(
       advantages
     ),
@@ -530,68 +467,4 @@ def _advantages(
     kept = shaping.has_reward_variance(total, valid)[:, None]
     changes["completion_mask"] = mask & kept[..., None]
     changes["counted"] = jnp.broadcast_to(kept, total.shape)
-  return changes, scalars
-
-
-@jax.jit
-def _reward_statistics(rewards, valid):
-  """What the rewards were, and how they lie within groups."""
-  total = rewards["total"]
-  correctness = diagnostics.group_correctness(
-    rewards["accuracy"] > 0.5, valid=valid
-  )
-  counted = jnp.maximum(valid.sum(axis=1), 1)
-  centred = total - (jnp.where(valid, total, 0.0).sum(1) / counted)[:, None]
-  spread = jnp.sqrt(
-    jnp.where(valid, centred**2, 0.0).sum(1) / jnp.maximum(counted - 1, 1)
-  )
-  groups = valid.any(axis=1)
-  num_groups = jnp.maximum(groups.sum(), 1)
-  unanimous = groups & ~shaping.has_reward_variance(total, valid)
-  scalars = {
-    "rollout/reward": _mean(total, valid),
-    "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,
-    "rollout/accuracy": _mean(rewards["accuracy"], valid),
-    "rollout/unanimous_fraction": unanimous.sum() / num_groups,
-    "rollout/all_right_fraction": correctness["all_right"],
-    "rollout/all_wrong_fraction": correctness["all_wrong"],
-    "rollout/mixed_fraction": correctness["mixed"],
-  }
-  for name in sorted(rewards.keys() - {"total", "heuristics"}):
-    mean = _mean(rewards[name], valid)
-    scalars[f"reward/{name}_mean"] = mean
-    scalars[f"reward/{name}_std"] = jnp.sqrt(
-      _mean(jnp.square(rewards[name] - mean), valid)
-    )
-  return scalars
-
-
-def _num_skipped(policy: policies.Policy, batch: pipeline.Batch) -> int:
-  return int((~sharding.all_rows(policy.mesh, batch.valid)).sum())
-
-
-def _error_counts(scores: scoring.Scores) -> dict[str, writer.Scalar]:
-  """Failures of each reward, and of all."""
-  counts: dict[str, writer.Scalar] = {
-    f"reward/{name}_errors": count for name, count in scores.errors.items()
-  }
-  return counts | {"reward/errors": sum(scores.errors.values())}
-
-
-@jax.jit
-def _sampled_statistics(mask, stopped, valid, prompt_length):
-  return {
-    "rollout/completion_length": _mean(mask.sum(-1), valid),
-    "rollout/truncated_fraction": _mean(~stopped, valid),
-    "rollout/prompt_length": _mean(prompt_length, valid.any(axis=1)),
-  }
-
-
-def _mean(values, valid):
-  total = jnp.where(valid, values, 0).sum(dtype=jnp.float32)
-  return total / jnp.maximum(valid.sum(), 1)
-
-
-def prompts_text(batch: pipeline.Batch, row: int) -> str:
-  """The question of a row, as a person would read it."""
-  return batch.problems[row].query
+  return changes, metrics

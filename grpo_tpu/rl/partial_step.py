@@ -1,7 +1,7 @@
-"""A step that has its experience, and some of its updates done.
+"""A step whose batch is collected and whose updates may be partly done.
 
-A preemption between two updates keeps it beside the state, so that neither what
-was sampled nor what was learnt is done again.
+A preemption between two updates saves it beside the state, so that neither the
+rollout nor an update is repeated.
 """
 
 import dataclasses
@@ -17,68 +17,70 @@ from grpo_tpu.rl.train_batch import TrainBatch
 
 
 @dataclasses.dataclass
-class BegunStep:
-  """What is known of a step before its line is written.
+class PartialStep:
+  """What is known of a step before its metrics are written.
 
   Attributes:
-    bundles: What it learns from, laid out by their first axis alone.
-    num_batches: Of prompts, that it took.
-    scalars: So far, by the names of `metrics`.
-    skipped: Of each update done, 1 if its gradient was not finite and 0 if it
-      was.
+    batch: The batch to learn from.
+    num_batches: Number of batches of prompts that the step has read.
+    metrics: The step's metrics so far.
+    skipped: One number per finished update: 1 if its gradient was not finite,
+      else 0.
   """
 
-  bundles: TrainBatch
+  batch: TrainBatch
   num_batches: int
-  scalars: writer.Scalars
+  metrics: writer.Scalars
   skipped: list[float]
 
   @property
   def updates_done(self) -> int:
-    """How many."""
+    """Number of finished updates."""
     return len(self.skipped)
 
-  def unfinished(self) -> reader.PartialStepData:
-    """As a checkpoint holds it."""
-    there = {k: v for k, v in vars(self.bundles).items() if v is not None}
+  def to_data(self) -> reader.PartialStepData:
+    """The form that a checkpoint holds."""
+    fields = {k: v for k, v in vars(self.batch).items() if v is not None}
     record: dict[str, Any] = {
       "num_batches": self.num_batches,
       "scalars": {
         name: value.item() if hasattr(value, "item") else value
-        for name, value in jax.device_get(self.scalars).items()
+        for name, value in jax.device_get(self.metrics).items()
       },
       "skipped": self.skipped,
-      # The pictures of a model that sees none, which no file can hold.
+      # A text model's images have no elements, which no file can hold.
       "empty": {
         name: [array.shape, str(array.dtype)]
-        for name, array in there.items()
+        for name, array in fields.items()
         if not array.size
       },
     }
-    arrays = {name: array for name, array in there.items() if array.size}
+    arrays = {name: array for name, array in fields.items() if array.size}
     return reader.PartialStepData(self.updates_done, arrays, record)
 
   @classmethod
-  def of(cls, unfinished: reader.PartialStepData, place: Sharding) -> Self:
-    """As it was when a checkpoint took it over."""
-    record = unfinished.record
+  def from_data(
+    cls, data: reader.PartialStepData, row_sharding: Sharding
+  ) -> Self:
+    """The step that a checkpoint holds; empty arrays get `row_sharding`."""
+    record = data.record
     empty = {
-      name: jax.device_put(jnp.zeros(shape, dtype), place)
+      name: jax.device_put(jnp.zeros(shape, dtype), row_sharding)
       for name, (shape, dtype) in record["empty"].items()
     }
     return cls(
-      bundles=TrainBatch(**unfinished.arrays, **empty),
+      batch=TrainBatch(**data.arrays, **empty),
       num_batches=record["num_batches"],
-      scalars=record["scalars"],
+      metrics=record["scalars"],
       skipped=record["skipped"],
     )
 
 
-def laid_out(bundles: TrainBatch, place: Sharding) -> TrainBatch:
-  """The same bundles, each array in this place.
+def reshard(batch: TrainBatch, row_sharding: Sharding) -> TrainBatch:
+  """The batch with every array in this sharding.
 
-  An update compiles for the places of its arguments. So these must not depend
-  on whether the step was interrupted.
+  An update compiles for the shardings of its arguments, which must not depend
+  on an interruption of the step.
   """
-  # Not by a program, of which there would be one for each shape.
-  return jax.device_put(bundles, place)
+  # Not in a compiled program: there would be one for each shape.
+  return jax.device_put(batch, row_sharding)

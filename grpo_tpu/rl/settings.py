@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 
 from data_pipelines.validation import one_of, require_all, require_choices
+from grpo_tpu.rewards.scoring import RewardConfig
 
 ADVANTAGE_SCALES = ("group", "batch", "none")
 ADVANTAGE_BASELINES = ("mean", "leave_one_out")
@@ -316,3 +317,43 @@ class OptimizerConfig(OptimizerSettings):
         "0",
       ),
     )
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+  """What an update follows from, besides the network.
+
+  Attributes:
+    objective: The GRPO objective; None for demonstrations.
+    optimizer: Learning rate, schedule and clipping.
+    shaping: Entropy bonus and sampler correction are read.
+    num_microbatches: Number of parts that a batch is cut into.
+  """
+
+  objective: ObjectiveConfig | None
+  optimizer: OptimizerConfig
+  shaping: ShapingConfig
+  num_microbatches: int
+
+
+@dataclass(frozen=True)
+class CollectorConfig:
+  """How a batch of experience is made.
+
+  Attributes:
+    kind: Where completions come from, see `data.kind`.
+    rewards: Weights and limits of the rewards.
+    shaping: What happens to truncated completions and unanimous groups.
+    advantage_scale: See `objective.group_advantages`.
+    advantage_baseline: See `objective.group_advantages`.
+    num_parts: Number of parts in which a batch is decoded.
+    label_rewards: True if labels are the whole reward of preference groups.
+  """
+
+  kind: str
+  rewards: RewardConfig
+  shaping: ShapingConfig
+  advantage_scale: str
+  advantage_baseline: str
+  num_parts: int
+  label_rewards: bool

@@ -1,4 +1,4 @@
-"""A policy that writes what it is told to, and the problems it is asked."""
+"""A sampler whose completions are scripted, and the problems for it."""
 
 import dataclasses
 import io
@@ -13,10 +13,12 @@ from configs import base
 from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
-from grpo_tpu.rl import policy as policies
+from grpo_tpu.evaluation import evaluate
+from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rollout import engine
+from grpo_tpu.rollout.sampler import Sampler, Samples
 
 MAX_NEW_TOKENS = 24
 SOFT_TOKENS = 4
@@ -88,33 +90,74 @@ def make_tokenizer(folder: pathlib.Path) -> tokens.Tokenizer:
   return tokens.Tokenizer(path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted(policies.Policy):
-  """Writes what it is told to: `replies[pid][g]`, "?" to all the others."""
+class ScriptedSampler(Sampler):
+  """Gives `completions[pid][g]`, and "?" for all other problems."""
 
-  replies: dict[str, list[str]]
+  def __init__(self, model, settings, mesh, tokenizer, completions=()):
+    super().__init__(model, settings, mesh, tokenizer)
+    self.completions = dict(completions)
 
-  def sample(self, params, batch, step_key, *, num_completions, **_):
-    shape = (len(batch.problems), num_completions)
+  def sample(self, params, prompts, key, *, num_completions, **_):
+    shape = (len(prompts.problems), num_completions)
     ids = np.zeros((*shape, MAX_NEW_TOKENS), np.int32)
     lengths = np.zeros(shape, np.int32)
     stopped = np.zeros(shape, bool)
     for row, column in np.ndindex(*shape):
-      told = self.replies.get(batch.problems[row].pid, ["?"] * num_completions)
-      reply = chat_prompts.encode_completion(told[column], self.tokenizer)
-      stopped[row, column] = len(reply) <= MAX_NEW_TOKENS
-      reply = reply[:MAX_NEW_TOKENS]
-      ids[row, column, : len(reply)] = reply
-      lengths[row, column] = len(reply)
+      pid = prompts.problems[row].pid
+      texts = self.completions.get(pid, ["?"] * num_completions)
+      tokens = chat_prompts.encode_completion(texts[column], self.tokenizer)
+      stopped[row, column] = len(tokens) <= MAX_NEW_TOKENS
+      tokens = tokens[:MAX_NEW_TOKENS]
+      ids[row, column, : len(tokens)] = tokens
+      lengths[row, column] = len(tokens)
     mask = np.arange(MAX_NEW_TOKENS) < lengths[..., None]
     completions = engine.Completions(
       ids, mask, np.where(mask, np.float32(-1), 0), stopped
     )
     completions = sharding.device_put_batch(self.mesh, completions)
-    return policies.Sampled(completions, None, {})
+    return Samples(completions, None, {})
 
-  def images(self, params, batch):
-    return sharding.device_put_batch(self.mesh, batch.images)
+  def images(self, params, prompts):
+    return sharding.device_put_batch(self.mesh, prompts.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The parts of a run whose completions are known."""
+
+  config: Config
+  sampler: ScriptedSampler
+
+  @property
+  def collector(self):
+    return Collector(self.sampler, self.config.collector_config)
+
+  @property
+  def mesh(self):
+    return self.sampler.mesh
+
+  @property
+  def tokenizer(self):
+    return self.sampler.tokenizer
+
+  def collect(self, prompts, key, *, position=0, num_samples=0, **options):
+    return self.collector.collect(
+      {},
+      iter(prompts),
+      key,
+      position=position,
+      num_samples=num_samples,
+      **options,
+    )
+
+  def evaluate(self, prompts, *, num_samples=0):
+    return evaluate.evaluate(
+      self.sampler,
+      {},
+      prompts,
+      rewards=self.config.rewards,
+      num_samples=num_samples,
+    )
 
 
 def mesh_of(num_devices):
@@ -122,8 +165,15 @@ def mesh_of(num_devices):
   return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def make_policy(
-  tokenizer, replies, *, num_devices=1, kind="online", shaping=(), **objective
+def make_run(
+  tokenizer,
+  completions,
+  *,
+  num_devices=1,
+  kind="online",
+  shaping=(),
+  sampler=ScriptedSampler,
+  **objective,
 ):
   values = base.get_config()
   values.data.kind = kind
@@ -131,8 +181,11 @@ def make_policy(
   values.rollout.max_new_tokens = MAX_NEW_TOKENS
   values.objective.update(objective)
   values.shaping.update(dict(shaping))
-  config = run_config.Config.from_config_dict(values)
-  return Scripted(config, mesh_of(num_devices), tokenizer, replies)
+  config = Config.from_config_dict(values)
+  mesh = mesh_of(num_devices)
+  return Run(
+    config, sampler(config.model, config.rollout, mesh, tokenizer, completions)
+  )
 
 
 def make_builder(source, tokenizer, **changes):

@@ -8,10 +8,9 @@ from etils import epath
 
 from configs import base
 from data_pipelines import validation
-from grpo_tpu.checkpoint import export, manifest
+from grpo_tpu.checkpoint import export, load, manifest
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
-from grpo_tpu.rl import policy as policies
 from grpo_tpu.rl import train_state
 from tests.grpo_tpu.checkpoint import checkpointing
 
@@ -24,11 +23,20 @@ def changed(**sections):
   return run_config.Config.from_config_dict(values)
 
 
+def run_export(config, workdir):
+  export.run(
+    config.model,
+    config.export,
+    str(workdir),
+    make_mesh=lambda: sharding.make_mesh(replica=1, fsdp=8, tensor=1),
+  )
+
+
 def save(workdir, *steps):
   """Checkpoints whose parameters are the seed's, times the step."""
   config = changed(model={"weights": "random:1"})
   mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
-  params = policies.initial_params(config, mesh)
+  params = load.load_params(config.model, mesh)
   with checkpointing.opened(workdir / "checkpoints", keep=9) as checkpoints:
     for step in steps:
       scaled = jax.tree.map(lambda x, step=step: x * step, params)
@@ -49,19 +57,22 @@ def test_the_newest_or_a_given_step_goes_out_and_can_be_started_from(tmp_path):
   params, mesh = save(tmp_path, 2, 3)
   for step, factor in ((None, 3), (2, 2)):
     config = changed(export={"dtype": "float32", "step": step})
-    export.check(config, str(tmp_path))
-    export.run(config, str(tmp_path))
+    export.check(config.model, config.export, str(tmp_path))
+    run_export(config, tmp_path)
     there = tmp_path / f"export_{step}"
     (tmp_path / "export").rename(there)
     # As many rows as the model has ids, and no placeholder's.
     start = changed(model={"weights": f"hf:{there}"})
-    assert_equal(policies.initial_params(start, mesh), params, factor)
-    assert policies.resolved_weights(start) == f"hf:{there}"
+    assert_equal(load.load_params(start.model, mesh), params, factor)
+    assert load.resolve_weights(start.model.weights) == f"hf:{there}"
 
 
 def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
   config = changed(model={"weights": "random:1"})
-  assert export.source(config, str(tmp_path)) == "random:1"
+  assert (
+    export.find_weights(config.model, config.export, str(tmp_path))
+    == "random:1"
+  )
 
 
 def test_a_model_without_adapters_has_none_to_export(tmp_path):
@@ -69,7 +80,7 @@ def test_a_model_without_adapters_has_none_to_export(tmp_path):
   with pytest.raises(
     validation.SettingError, match=r"export.adapter \(True\).*random:1 has none"
   ):
-    export.run(config, str(tmp_path))
+    run_export(config, tmp_path)
   assert not (tmp_path / "export").exists()
 
 
@@ -78,23 +89,23 @@ def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
   folder.mkdir(parents=True)
   workdir = str(tmp_path)
   with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
-    export.check(changed(), workdir)
+    export.check(changed().model, changed().export, workdir)
   manifest.write(folder, {"score": None})
   config = changed(export={"step": 5})
   with pytest.raises(ValueError, match=r"export.step \(5\).*7"):
-    export.check(config, workdir)
+    export.check(config.model, config.export, workdir)
   config = changed(export={"tokenizer_dir": "/no/such"})
   with pytest.raises(ValueError, match="export.tokenizer_dir .'/no/such'"):
-    export.check(config, workdir)
+    export.check(config.model, config.export, workdir)
   (tmp_path / "export").mkdir()
   (tmp_path / "export" / "config.json").touch()
   with pytest.raises(ValueError, match="export must not hold a checkpoint"):
-    export.check(changed(), workdir)
+    export.check(changed().model, changed().export, workdir)
 
 
 def test_weights_of_another_model_are_refused_with_the_settings(tmp_path):
   config = changed(model={"weights": "random:1"})
-  export.run(config, str(tmp_path))
+  run_export(config, tmp_path)
   weights = {"weights": f"hf:{tmp_path}/export"}
   changed(model=weights)  # Of the model that it is.
   named = r"model.weights \('hf:.*model.name \('gemma3_4b'\).*embed_dim \(64, "

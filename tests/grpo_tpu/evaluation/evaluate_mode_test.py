@@ -42,16 +42,14 @@ SETTINGS = {
 }
 
 
-class Dicing(scripted.Scripted):
+class Dicing(scripted.ScriptedSampler):
   """Greedily as the script says; a sample is right as the key's die falls."""
 
-  def sample(
-    self, params, batch, step_key, *, num_completions, temperature, **_
-  ):
+  def sample(self, params, prompts, key, *, num_completions, temperature, **_):
     replies = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
     if temperature:
       assert temperature == SETTINGS["temperature"]
-      keys = sampling.row_keys(step_key, batch.prompt_index, num_completions)
+      keys = sampling.row_keys(key, prompts.prompt_index, num_completions)
       dice = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 0, 3)))(
         keys
       )
@@ -60,30 +58,23 @@ class Dicing(scripted.Scripted):
           f"<answer>{(problem.answer, 'red', '99')[face]}</answer>"
           for face in row
         ]
-        for problem, row in zip(batch.problems, dice.tolist(), strict=True)
+        for problem, row in zip(prompts.problems, dice.tolist(), strict=True)
       }
-    return scripted.Scripted.sample(
-      dataclasses.replace(self, replies=replies),
-      params,
-      batch,
-      step_key,
-      num_completions=num_completions,
-      temperature=temperature,
-    )
+    self.completions = replies
+    return super().sample(params, prompts, key, num_completions=num_completions)
 
 
-class Seeing(scripted.Scripted):
+class Seeing(scripted.ScriptedSampler):
   """Right where the picture is the problem's own, by its shade of red."""
 
-  def sample(self, params, batch, step_key, **settings):
-    shades = batch.images[:, 0, 0, 0, 0].tolist()
-    replies = {
+  def sample(self, params, prompts, key, **settings):
+    shades = prompts.images[:, 0, 0, 0, 0].tolist()
+    self.completions = {
       problem.pid: [f"<answer>{problem.answer}</answer>"]
-      for problem, shade in zip(batch.problems, shades, strict=True)
+      for problem, shade in zip(prompts.problems, shades, strict=True)
       if problem.pid == f"p{shade / 20:g}"
     }
-    told = dataclasses.replace(self, replies=replies)
-    return scripted.Scripted.sample(told, params, batch, step_key, **settings)
+    return super().sample(params, prompts, key, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +82,14 @@ def tokenizer(tmp_path_factory):
   return scripted.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def policy_of(kind, tokenizer, num_devices=1, seed=0, **settings):
-  policy = scripted.make_policy(tokenizer, {}, num_devices=num_devices)
+def run_of(kind, tokenizer, num_devices=1, seed=0, **settings):
+  run = scripted.make_run(tokenizer, {}, num_devices=num_devices, sampler=kind)
   config = dataclasses.replace(
-    policy.config,
+    run.config,
     seed=seed,
-    eval=dataclasses.replace(policy.config.eval, **(SETTINGS | settings)),
+    eval=dataclasses.replace(run.config.eval, **(SETTINGS | settings)),
   )
-  return kind(config, policy.mesh, tokenizer, {})
+  return dataclasses.replace(run, config=config)
 
 
 def data_of(source):
@@ -106,15 +97,15 @@ def data_of(source):
   return types.SimpleNamespace(eval=source)
 
 
-def found(policy, batch_size=11, indices=EVERY):
-  blind = evaluate._ablated_sources(policy.config, data_of(Source(indices)))
-  batches = batches_of(policy.tokenizer, batch_size=batch_size, indices=indices)
-  return evaluate.everything(policy, {}, batches, blind)
+def found(run, batch_size=11, indices=EVERY):
+  blind = evaluate._ablated_sources(run.config, data_of(Source(indices)))
+  batches = batches_of(run.tokenizer, batch_size=batch_size, indices=indices)
+  return evaluate.evaluate_all(run.sampler, {}, batches, blind, run.config)
 
 
 @pytest.fixture(scope="module")
 def everything(tokenizer):
-  return found(policy_of(Dicing, tokenizer))
+  return found(run_of(Dicing, tokenizer))
 
 
 def test_all_answers_are_those_of_all_problems_in_order(everything):
@@ -136,7 +127,7 @@ def test_all_answers_are_those_of_all_problems_in_order(everything):
 def test_neither_batch_size_nor_devices_change_an_answer(
   everything, tokenizer, batch_size, num_devices
 ):
-  got = found(policy_of(Dicing, tokenizer, num_devices), batch_size)
+  got = found(run_of(Dicing, tokenizer, num_devices), batch_size)
   assert got.greedy == everything.greedy
   assert got.samples == everything.samples
   assert got.ablated == everything.ablated
@@ -151,7 +142,7 @@ def test_a_draw_depends_on_seed_problem_and_number(everything, tokenizer):
   table = faces(everything)
   assert len({tuple(row) for row in table}) > 3
   assert len(set(zip(*table, strict=True))) > 3
-  other = policy_of(Dicing, tokenizer, seed=1)
+  other = run_of(Dicing, tokenizer, seed=1)
   assert faces(found(other)) != table
 
 
@@ -185,7 +176,7 @@ def test_who_looks_loses_by_another_picture_and_who_does_not_does_not(
   tokenizer,
 ):
   for kind, kept in ((Dicing, RIGHT), (Seeing, ())):
-    got = found(policy_of(kind, tokenizer, num_samples=0))
+    got = found(run_of(kind, tokenizer, num_samples=0))
     real = RIGHT if kind is Dicing else ASKED
     assert [x.index for x in got.greedy if x.is_right] == list(real)
     for answers in got.ablated.values():
@@ -193,20 +184,20 @@ def test_who_looks_loses_by_another_picture_and_who_does_not_does_not(
 
 
 def test_nothing_is_sampled_or_taken_away_unless_asked(tokenizer):
-  policy = policy_of(Dicing, tokenizer, num_samples=0, ablations=())
-  got = found(policy)
+  run = run_of(Dicing, tokenizer, num_samples=0, ablations=())
+  got = found(run)
   assert (got.samples, got.ablated) == ([], {})
 
 
 def test_pictures_are_not_taken_from_what_sees_none(tokenizer, monkeypatch):
-  config = policy_of(Dicing, tokenizer).config
+  config = run_of(Dicing, tokenizer).config
   blind = dataclasses.replace(config.model_config, vision=None)
   monkeypatch.setattr(run_config.Config, "model_config", blind)
   assert evaluate._ablated_sources(config, data_of(Source(EVERY))) == {}
 
 
 def test_pictures_that_cannot_be_shuffled_are_a_bad_request(tokenizer):
-  config = policy_of(Dicing, tokenizer).config
+  config = run_of(Dicing, tokenizer).config
   with pytest.raises(validation.SettingError, match="eval.ablations"):
     evaluate.run(config, "nowhere", data_of(Source([0, UNREADABLE])))
 
@@ -219,7 +210,7 @@ class Unanswered(Source):
 
 
 def test_there_is_no_ablation_without_answers(tokenizer):
-  config = policy_of(Dicing, tokenizer).config
+  config = run_of(Dicing, tokenizer).config
   assert evaluate._ablated_sources(config, data_of(Unanswered(EVERY))) == {}
 
 
@@ -252,8 +243,8 @@ def read(path: pathlib.Path):
 
 
 def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
-  policy = policy_of(Dicing, tokenizer)
-  evaluate.write(everything, str(tmp_path), policy.config, Source(EVERY))
+  run = run_of(Dicing, tokenizer)
+  evaluate.write(everything, str(tmp_path), run.config, Source(EVERY))
   folder = tmp_path / "eval"
   assert sorted(str(x.relative_to(folder)) for x in folder.rglob("*.*")) == [
     "output_eval.json",
@@ -285,9 +276,9 @@ def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
 
 
 def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
-  policy = policy_of(Dicing, tokenizer, num_samples=1, ks=(1,))
+  run = run_of(Dicing, tokenizer, num_samples=1, ks=(1,))
   source = Unanswered(EVERY)
-  everything = found(policy)
+  everything = found(run)
   hidden = [
     dataclasses.replace(
       x,
@@ -297,7 +288,7 @@ def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
     for x in everything.greedy
   ]
   unknown = evaluate.Evaluation({"eval/format": 1.0}, hidden, [hidden], {})
-  evaluate.write(unknown, str(tmp_path), policy.config, source)
+  evaluate.write(unknown, str(tmp_path), run.config, source)
   scores = read(tmp_path / "eval" / "scores.json")
   assert scores["accuracy"] is None and scores["graded"] == 0
   assert scores["note"] == figures.NO_ANSWERS
@@ -323,7 +314,7 @@ def test_a_damaged_image_is_only_missing_from_the_report(everything):
 def test_problems_that_are_left_out_are_mentioned(
   everything, tokenizer, tmp_path, caplog
 ):
-  config = policy_of(Dicing, tokenizer, num_problems=11).config
+  config = run_of(Dicing, tokenizer, num_problems=11).config
   logging.set_verbosity(logging.WARNING)
   evaluate.write(everything, str(tmp_path), config, Source(EVERY))
   assert not caplog.messages

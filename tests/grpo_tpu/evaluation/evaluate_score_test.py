@@ -5,7 +5,6 @@ import json
 import pytest
 
 from data_pipelines.scoring import score_file
-from grpo_tpu.evaluation import evaluate
 from grpo_tpu.evaluation import scores as figures
 from tests.grpo_tpu import scripted
 
@@ -14,9 +13,9 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   """A problem that was not asked is wrong to both, readable or not."""
   tokenizer = scripted.make_tokenizer(tmp_path)
   replies = {f"p{i}": [x[2]] for i, x in enumerate(scripted.SCRIPT)}
-  policy = scripted.make_policy(tokenizer, replies)
+  run = scripted.make_run(tokenizer, replies)
   batches = scripted.batches_of(tokenizer, batch_size=11)
-  result = evaluate.evaluate(policy, {}, batches, num_samples=0)
+  result = run.evaluate(batches)
   path, out = tmp_path / "output.json", tmp_path / "out.json"
   path.write_text(
     json.dumps({x.record["pid"]: x.record for x in result.answers})

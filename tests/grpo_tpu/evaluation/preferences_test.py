@@ -43,8 +43,8 @@ def evaluated(tokenizer, monkeypatch):
   monkeypatch.setattr(score, "score_batch", score_batch)
 
   def scalars(params, reference, *, batch_size=5, rewards="labels"):
-    policy = scripted.make_policy(tokenizer, {}, kind="preference")
-    object.__setattr__(policy.config.data, "preference_rewards", rewards)
+    run = scripted.make_run(tokenizer, {}, kind="preference")
+    object.__setattr__(run.config.data, "preference_rewards", rewards)
     builder = scripted.make_builder(
       scripted.Source(range(5)),
       tokenizer,
@@ -55,7 +55,9 @@ def evaluated(tokenizer, monkeypatch):
     batches = pipeline.make_eval_batches(
       builder, num_problems=5, batch_size=batch_size
     )
-    result = evaluate_preferences.evaluate(policy, params, reference, batches)
+    result = evaluate_preferences.evaluate(
+      run.collector, params, reference, batches
+    )
     return {name: float(value) for name, value in result.items()}
 
   return scalars

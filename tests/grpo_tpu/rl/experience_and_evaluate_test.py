@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from grpo_tpu.evaluation import evaluate
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rl import experience
@@ -35,21 +34,18 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def policy_of(tokenizer):
-  return functools.partial(scripted.make_policy, tokenizer)
+def run_of(tokenizer):
+  return functools.partial(scripted.make_run, tokenizer)
 
 
 GREEDY = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
 
 
 @pytest.fixture
-def evaluated(policy_of, tokenizer):
+def evaluated(run_of, tokenizer):
   def result(batch_size=11, num_devices=1, num_samples=0):
-    return evaluate.evaluate(
-      policy_of(GREEDY, num_devices=num_devices),
-      {},
-      batches_of(tokenizer, batch_size=batch_size),
-      num_samples=num_samples,
+    return run_of(GREEDY, num_devices=num_devices).evaluate(
+      batches_of(tokenizer, batch_size=batch_size), num_samples=num_samples
     )
 
   return result
@@ -105,11 +101,9 @@ def test_slices_add_up_to_the_whole(evaluated):
     assert scalars["eval/accuracy"] == right / count
 
 
-def test_a_slice_without_problems_is_left_out(policy_of, tokenizer):
+def test_a_slice_without_problems_is_left_out(run_of, tokenizer):
   batches = batches_of(tokenizer, batch_size=4, indices=[0, 1])
-  scalars = evaluate.evaluate(
-    policy_of(GREEDY), {}, batches, num_samples=0
-  ).scalars
+  scalars = run_of(GREEDY).evaluate(batches).scalars
   assert scalars["eval/accuracy/integer"] == 0.5
   assert "eval/accuracy/multi_choice" not in scalars
 
@@ -152,9 +146,9 @@ def unanswered(batches, indices):
     yield dataclasses.replace(batch, problems=problems)
 
 
-def test_without_public_answers_nothing_is_graded(policy_of, tokenizer):
+def test_without_public_answers_nothing_is_graded(run_of, tokenizer):
   batches = unanswered(batches_of(tokenizer, batch_size=4), EVERY)
-  result = evaluate.evaluate(policy_of(GREEDY), {}, batches, num_samples=0)
+  result = run_of(GREEDY).evaluate(batches)
   assert set(result.scalars) == {
     "eval/format",
     "eval/completion_length",
@@ -165,10 +159,10 @@ def test_without_public_answers_nothing_is_graded(policy_of, tokenizer):
   assert asked[0].record["prediction"] == "3"
 
 
-def test_accuracy_is_of_the_problems_that_can_be_graded(policy_of, tokenizer):
+def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
   hidden = [0, 1, 4, TOO_LONG]
   batches = unanswered(batches_of(tokenizer, batch_size=4), hidden)
-  result = evaluate.evaluate(policy_of(GREEDY), {}, batches, num_samples=0)
+  result = run_of(GREEDY).evaluate(batches)
   # Of 11 problems 7 are left, a damaged one among them; of 6 right ones 5.
   assert result.scalars["eval/accuracy"] == pytest.approx(5 / 7)
   assert result.scalars["eval/accuracy/integer"] == pytest.approx(1 / 3)
@@ -189,16 +183,9 @@ def test_evaluation_names_are_declared(evaluated, tmp_path):
     writer.write(1, evaluated().scalars)
 
 
-def online(policy, tokenizer, indices=EVERY, num_samples=0):
+def online(run, tokenizer, indices=EVERY, num_samples=0):
   (batch,) = batches_of(tokenizer, batch_size=len(indices), indices=indices)
-  return batch, experience.online(
-    policy,
-    {},
-    iter([batch]),
-    jax.random.key(0),
-    position=0,
-    num_samples=num_samples,
-  )
+  return batch, run.collect([batch], jax.random.key(0), num_samples=num_samples)
 
 
 def lasting(scalars):
@@ -210,32 +197,32 @@ def lasting(scalars):
   }
 
 
-def test_unusable_prompts_leave_no_mark_on_what_is_learnt(policy_of, tokenizer):
-  policy = policy_of(GROUPS)
-  _, whole = online(policy, tokenizer)
-  _, usable = online(policy, tokenizer, ASKED)
+def test_unusable_prompts_leave_no_mark_on_what_is_learnt(run_of, tokenizer):
+  run = run_of(GROUPS)
+  _, whole = online(run, tokenizer)
+  _, usable = online(run, tokenizer, ASKED)
   rows = list(ASKED)
   for name in ("completion_mask", "advantages"):
-    got = np.asarray(getattr(whole.bundles, name))
+    got = np.asarray(getattr(whole.batch, name))
     np.testing.assert_array_equal(
-      got[rows], np.asarray(getattr(usable.bundles, name)), err_msg=name
+      got[rows], np.asarray(getattr(usable.batch, name)), err_msg=name
     )
     assert not got[[UNREADABLE, TOO_LONG]].any()
-  got, wanted = lasting(whole.scalars), lasting(usable.scalars)
+  got, wanted = lasting(whole.metrics), lasting(usable.metrics)
   assert (got.pop("data/skipped"), wanted.pop("data/skipped")) == (2, 0)
   assert got == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_compare_the_completions_of_one_prompt(
-  policy_of, tokenizer, scale
+  run_of, tokenizer, scale
 ):
-  policy = policy_of(GROUPS, advantage_scale=scale)
-  batch, found = online(policy, tokenizer, ASKED)
+  run = run_of(GROUPS, advantage_scale=scale)
+  batch, found = online(run, tokenizer, ASKED)
   rewards = np.array(
     [
       scoring.score(
-        GROUPS[problem.pid], [problem] * 4, policy.config.rewards
+        GROUPS[problem.pid], [problem] * 4, run.config.rewards
       ).total
       for problem in batch.problems
     ]
@@ -247,18 +234,18 @@ def test_advantages_compare_the_completions_of_one_prompt(
     "none": 1.0,
   }[scale]
   np.testing.assert_allclose(
-    np.asarray(found.bundles.advantages), centred / divisor, atol=2e-4
+    np.asarray(found.batch.advantages), centred / divisor, atol=2e-4
   )
-  scalars = lasting(found.scalars)
+  scalars = lasting(found.metrics)
   assert scalars["rollout/reward"] == pytest.approx(rewards.mean(), rel=1e-5)
   assert scalars["rollout/reward_std"] == pytest.approx(
     rewards.std(1, ddof=1).mean(), rel=1e-4
   )
 
 
-def test_statistics_are_those_worked_by_hand(policy_of, tokenizer):
-  _, found = online(policy_of(GROUPS), tokenizer, [0, 1, 2, 3])
-  scalars = lasting(found.scalars)
+def test_statistics_are_those_worked_by_hand(run_of, tokenizer):
+  _, found = online(run_of(GROUPS), tokenizer, [0, 1, 2, 3])
+  scalars = lasting(found.metrics)
   # One, two, none and four of four are right.
   assert scalars["rollout/accuracy"] == pytest.approx(7 / 16)
   assert scalars["reward/accuracy_mean"] == pytest.approx(7 / 16)
@@ -272,12 +259,12 @@ def test_statistics_are_those_worked_by_hand(policy_of, tokenizer):
 
 
 def test_truncation_and_lengths_count_completions_of_usable_prompts(
-  policy_of, tokenizer
+  run_of, tokenizer
 ):
   replies = {"p0": ["7 " * MAX_NEW_TOKENS, "7", "7", "7"]}
-  policy = policy_of(replies)
-  batch, found = online(policy, tokenizer, [0, UNREADABLE])
-  scalars = lasting(found.scalars)
+  run = run_of(replies)
+  batch, found = online(run, tokenizer, [0, UNREADABLE])
+  scalars = lasting(found.metrics)
   short = len(tokenizer.encode("7")) + 1
   assert scalars["rollout/truncated_fraction"] == 0.25
   assert scalars["rollout/completion_length"] == pytest.approx(
@@ -287,7 +274,7 @@ def test_truncation_and_lengths_count_completions_of_usable_prompts(
 
 
 def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
-  policy_of, tokenizer, monkeypatch
+  run_of, tokenizer, monkeypatch
 ):
   reduce = scoring.reduce
 
@@ -303,43 +290,43 @@ def test_a_completion_whose_reward_failed_is_learnt_from_by_no_one(
     )
 
   monkeypatch.setattr(scoring, "reduce", failing)
-  _, found = online(policy_of(GROUPS), tokenizer, [0, 1])
-  mask = np.asarray(found.bundles.completion_mask)
+  _, found = online(run_of(GROUPS), tokenizer, [0, 1])
+  mask = np.asarray(found.batch.completion_mask)
   assert not mask[0, 1].any() and mask[0, [0, 2, 3]].any(axis=-1).all()
-  advantages = np.asarray(found.bundles.advantages)
+  advantages = np.asarray(found.batch.advantages)
   assert advantages[0, 1] == 0
   # One of the three that are left is right.
-  assert lasting(found.scalars)["rollout/accuracy"] == pytest.approx(3 / 7)
-  assert lasting(found.scalars)["reward/errors"] == 1
-  assert lasting(found.scalars)["reward/format_errors"] == 1
+  assert lasting(found.metrics)["rollout/accuracy"] == pytest.approx(3 / 7)
+  assert lasting(found.metrics)["reward/errors"] == 1
+  assert lasting(found.metrics)["reward/format_errors"] == 1
   assert advantages[0, 0] > 0 > advantages[0, 2]
 
 
 @pytest.fixture
-def spoken_of_policy(policy_of):
+def run_with_custom_reward(run_of):
   """With a user's reward that fails on replies that say "none"."""
 
   def make(replies):
-    policy = policy_of(replies)
+    run = run_of(replies)
     rewards = dataclasses.replace(
-      policy.config.rewards,
+      run.config.rewards,
       custom=("tests.grpo_tpu.rewards.user_rewards:without_none",),
       custom_weights=(0.5,),
       num_workers=0,
     )
-    config = dataclasses.replace(policy.config, rewards=rewards)
-    return dataclasses.replace(policy, config=config)
+    config = dataclasses.replace(run.config, rewards=rewards)
+    return dataclasses.replace(run, config=config)
 
   yield make
   scoring.close()
 
 
 def test_a_users_reward_pays_and_where_it_fails_nothing_is_learnt(
-  spoken_of_policy, tokenizer, tmp_path
+  run_with_custom_reward, tokenizer, tmp_path
 ):
   """Four wrong, four right, and of the last four three that say none."""
-  _, found = online(spoken_of_policy(GROUPS), tokenizer, [2, 3, 4])
-  scalars = lasting(found.scalars)
+  _, found = online(run_with_custom_reward(GROUPS), tokenizer, [2, 3, 4])
+  scalars = lasting(found.metrics)
   assert scalars["reward/without_none_errors"] == 3
   assert scalars["reward/errors"] == 3
   assert scalars["reward/accuracy_errors"] == 0
@@ -349,34 +336,30 @@ def test_a_users_reward_pays_and_where_it_fails_nothing_is_learnt(
   assert scalars["reward/without_none_std"] == pytest.approx(0.0)
   paid = 5 / 9 + 0.1 + 0.5 * 2.0
   assert scalars["rollout/reward"] == pytest.approx(paid, rel=1e-6)
-  mask = np.asarray(found.bundles.completion_mask).any(axis=-1)
+  mask = np.asarray(found.batch.completion_mask).any(axis=-1)
   np.testing.assert_array_equal(
     mask, [[True] * 4, [True] * 4, [False, False, False, True]]
   )
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
-    writer.write(1, found.scalars)
+    writer.write(1, found.metrics)
 
 
 def test_a_users_reward_that_fails_makes_no_answer_wrong(
-  spoken_of_policy, tokenizer
+  run_with_custom_reward, tokenizer
 ):
   replies = {pid: [f"none {reply[0]}"] for pid, reply in GREEDY.items()}
   batches = batches_of(tokenizer, batch_size=4, indices=[0, 2, 5])
-  scalars = evaluate.evaluate(
-    spoken_of_policy(replies), {}, batches, num_samples=0
-  ).scalars
+  scalars = run_with_custom_reward(replies).evaluate(batches).scalars
   assert scalars["eval/accuracy"] == 1.0
 
 
-def test_samples_carry_the_rewards_of_their_own_completion(
-  policy_of, tokenizer
-):
-  policy = policy_of(GROUPS)
-  batch, found = online(policy, tokenizer, num_samples=99)
+def test_samples_carry_the_rewards_of_their_own_completion(run_of, tokenizer):
+  run = run_of(GROUPS)
+  batch, found = online(run, tokenizer, num_samples=99)
   assert [s.pid for s in found.samples] == [f"p{i}" for i in ASKED]
   for sample, row in zip(found.samples, ASKED, strict=True):
     scores = scoring.score(
-      [GROUPS[sample.pid][0]], [batch.problems[row]], policy.config.rewards
+      [GROUPS[sample.pid][0]], [batch.problems[row]], run.config.rewards
     )
     assert sample.reward == pytest.approx(scores.total[0])
     assert sample.rewards == pytest.approx(
@@ -386,14 +369,14 @@ def test_samples_carry_the_rewards_of_their_own_completion(
     np.testing.assert_array_equal(sample.image, batch.images[row, 0])
 
 
-def test_names_of_a_step_are_declared(policy_of, tokenizer, tmp_path):
-  _, found = online(policy_of(GROUPS), tokenizer)
+def test_names_of_a_step_are_declared(run_of, tokenizer, tmp_path):
+  _, found = online(run_of(GROUPS), tokenizer)
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
-    writer.write(1, found.scalars)
+    writer.write(1, found.metrics)
 
 
-def offline(policy, tokenizer):
-  config = policy.config
+def offline(run, tokenizer):
+  config = run.config
   batch = next(
     pipeline.make_pipeline(
       make_builder(
@@ -403,43 +386,43 @@ def offline(policy, tokenizer):
       start_step=0,
     )
   )
-  return batch, experience.offline(policy, {}, iter([batch]))
+  return batch, run.collect([batch], jax.random.key(0))
 
 
 def test_demonstrations_are_learnt_from_where_they_are_usable(
-  policy_of, tokenizer
+  run_of, tokenizer
 ):
-  batch, found = offline(policy_of({}, kind="demonstrations"), tokenizer)
+  batch, found = offline(run_of({}, kind="demonstrations"), tokenizer)
   assert collections.Counter(batch.valid.tolist()) == {True: 9, False: 2}
-  mask = np.asarray(found.bundles.completion_mask)
+  mask = np.asarray(found.batch.completion_mask)
   np.testing.assert_array_equal(mask.any(axis=(1, 2)), batch.valid)
   np.testing.assert_array_equal(
-    np.asarray(found.bundles.completion_ids), batch.completion_ids
+    np.asarray(found.batch.completion_ids), batch.completion_ids
   )
-  assert lasting(found.scalars) == {"data/skipped": 2.0}
+  assert lasting(found.metrics) == {"data/skipped": 2.0}
   assert not found.samples
 
 
 def test_the_chosen_completion_of_a_pair_is_preferred(
-  policy_of, tokenizer, tmp_path
+  run_of, tokenizer, tmp_path
 ):
-  batch, found = offline(policy_of({}, kind="preference"), tokenizer)
-  advantages = np.asarray(found.bundles.advantages)
+  batch, found = offline(run_of({}, kind="preference"), tokenizer)
+  advantages = np.asarray(found.batch.advantages)
   assert (advantages[batch.valid, 0] > 0).all()
   assert (advantages[batch.valid, 1] < 0).all()
   assert not advantages[~batch.valid].any()
-  scalars = lasting(found.scalars)
+  scalars = lasting(found.metrics)
   assert scalars["train/preference_accuracy"] == 1.0
   assert scalars["data/skipped"] == (~batch.valid).sum() == 2
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
-    writer.write(1, found.scalars)
+    writer.write(1, found.metrics)
 
 
 def test_over_batches_counts_add_up_and_means_are_averaged():
   batches = [
     {"reward/own_errors": n, "reward/own_mean": float(n)} for n in (1, 4)
   ]
-  assert experience._over_batches(batches) == {
+  assert experience._combine_metrics(batches) == {
     "rollout/batches": 2,
     "reward/own_errors": 5,
     "reward/own_mean": 2.5,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from grpo_tpu.observability import writer as metrics
-from grpo_tpu.rl import experience
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import GROUPS, MAX_NEW_TOKENS, UNREADABLE
 
@@ -22,12 +21,12 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def policy_of(tokenizer):
-  return functools.partial(scripted.make_policy, tokenizer)
+def run_of(tokenizer):
+  return functools.partial(scripted.make_run, tokenizer)
 
 
 @pytest.fixture
-def found(policy_of, tokenizer):
+def found(run_of, tokenizer):
   """What a step makes of batches of the problems at these indices."""
 
   def result(*indices, replies=GROUPS, num_devices=1, position=0, **shaping):
@@ -38,15 +37,8 @@ def found(policy_of, tokenizer):
         tokenizer, batch_size=len(each), indices=each
       )
     ]
-    policy = policy_of(replies, num_devices=num_devices, shaping=shaping)
-    return experience.online(
-      policy,
-      {},
-      iter(batches),
-      jax.random.key(0),
-      position=position,
-      num_samples=0,
-    )
+    run = run_of(replies, num_devices=num_devices, shaping=shaping)
+    return run.collect(batches, jax.random.key(0), position=position)
 
   return result
 
@@ -71,26 +63,26 @@ def test_resampling_puts_groups_that_teach_in_the_place_of_the_others(found):
   resample = {"zero_variance": "resample", "max_batches": 5}
   step = found([2, 0, 3, 1], [3, 4, 2, 5], [0, 0, 0, 0], **resample)
   assert step.num_batches == 2
-  assert step.scalars["rollout/batches"] == 2
+  assert step.metrics["rollout/batches"] == 2
   wanted = found([0, 1, 4, 5], zero_variance="drop")
-  assert_same_bundles(step.bundles, wanted.bundles)
+  assert_same_bundles(step.batch, wanted.batch)
 
 
 def test_a_step_whose_groups_all_teach_samples_no_more(found):
   step = found(MIXED, MIXED, zero_variance="resample", max_batches=3)
   assert step.num_batches == 1
   assert_same_bundles(
-    step.bundles, found(MIXED).bundles.replace(counted=step.bundles.counted)
+    step.batch, found(MIXED).batch.replace(counted=step.batch.counted)
   )
-  assert np.asarray(step.bundles.counted).all()
+  assert np.asarray(step.batch.counted).all()
 
 
 def test_what_the_budget_leaves_unanimous_is_no_part_of_the_batch(found):
   step = found([2, 0], [3, 2], [1, 1], zero_variance="resample", max_batches=2)
   assert step.num_batches == 2
-  counted = np.asarray(step.bundles.counted)
+  counted = np.asarray(step.batch.counted)
   np.testing.assert_array_equal(counted, [[True] * 4, [False] * 4])
-  mask = np.asarray(step.bundles.completion_mask)
+  mask = np.asarray(step.batch.completion_mask)
   assert mask[0].any(axis=-1).all() and not mask[1].any()
 
 
@@ -98,8 +90,8 @@ def test_devices_change_nothing_of_what_is_kept(found):
   indices = ([2, 0, 3, 1, 2, 3, 0, 2], [3, 4, 2, 5, 1, 1, 0, 3])
   resample = {"zero_variance": "resample", "max_batches": 2}
   assert_same_bundles(
-    found(*indices, num_devices=8, **resample).bundles,
-    found(*indices, **resample).bundles,
+    found(*indices, num_devices=8, **resample).batch,
+    found(*indices, **resample).batch,
   )
 
 
@@ -107,15 +99,15 @@ def test_metrics_of_a_resampled_step_are_of_all_it_sampled(found):
   indices = ([2, 0, 3, 2], [3, 4, 2, 5], [3, 3, 3, UNREADABLE])
   step = found(*indices, zero_variance="resample", max_batches=3)
   assert step.num_batches == 3
-  apart = [found(each).scalars for each in indices]
+  apart = [found(each).metrics for each in indices]
   for name in ("rollout/accuracy", "rollout/mixed_fraction", "rollout/reward"):
-    mean = np.mean([float(scalars[name]) for scalars in apart])
-    assert float(step.scalars[name]) == pytest.approx(mean, rel=1e-6), name
-  assert step.scalars["data/skipped"] == 1
+    mean = np.mean([float(metrics[name]) for metrics in apart])
+    assert float(step.metrics[name]) == pytest.approx(mean, rel=1e-6), name
+  assert step.metrics["data/skipped"] == 1
 
 
 def test_prompts_of_merged_batches_are_padded_to_the_longer(found, monkeypatch):
-  wanted = found([0, 1], zero_variance="drop").bundles
+  wanted = found([0, 1], zero_variance="drop").batch
   batches_of = scripted.batches_of
 
   def widening(tokenizer, *, batch_size, indices):
@@ -130,11 +122,11 @@ def test_prompts_of_merged_batches_are_padded_to_the_longer(found, monkeypatch):
   # Pads by 2, then by 1.
   step = found([2, 0], [1, 3], zero_variance="resample", max_batches=2)
   padded = np.pad(np.asarray(wanted.prompt_ids), ((0, 0), (0, 2)))
-  assert_same_bundles(step.bundles, wanted.replace(prompt_ids=padded))
+  assert_same_bundles(step.batch, wanted.replace(prompt_ids=padded))
 
 
 def test_images_of_merged_batches_are_padded_to_the_most(found, monkeypatch):
-  wanted = found([0, 1], zero_variance="drop").bundles
+  wanted = found([0, 1], zero_variance="drop").batch
   batches_of = scripted.batches_of
 
   def widening(tokenizer, *, batch_size, indices):
@@ -148,19 +140,19 @@ def test_images_of_merged_batches_are_padded_to_the_most(found, monkeypatch):
   step = found([2, 0], [1, 3], zero_variance="resample", max_batches=2)
   images = np.asarray(wanted.images).repeat(3, axis=1)
   images[1, 2] = 0
-  assert_same_bundles(step.bundles, wanted.replace(images=images))
+  assert_same_bundles(step.batch, wanted.replace(images=images))
 
 
-def test_every_batch_has_a_key_of_its_own_by_its_number(policy_of, found):
+def test_every_batch_has_a_key_of_its_own_by_its_number(run_of, found):
   keys = []
-  sample = scripted.Scripted.sample
+  sample = scripted.ScriptedSampler.sample
 
-  def noting(self, params, batch, step_key, **kwargs):
-    keys.append(jax.random.key_data(step_key))
-    return sample(self, params, batch, step_key, **kwargs)
+  def noting(self, params, prompts, key, **kwargs):
+    keys.append(jax.random.key_data(key))
+    return sample(self, params, prompts, key, **kwargs)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(scripted.Scripted, "sample", noting)
+    patch.setattr(scripted.ScriptedSampler, "sample", noting)
     resample = {"zero_variance": "resample", "max_batches": 2}
     found([2, 3], [3, 2], position=6, **resample)
   wanted = [
@@ -175,15 +167,15 @@ def test_dropped_groups_leave_the_others_as_they_were(found):
     found([*MIXED, *UNANIMOUS]),
     found([*MIXED, *UNANIMOUS], zero_variance="drop"),
   )
-  mask = np.asarray(dropped.bundles.completion_mask)
-  wanted = np.array(kept.bundles.completion_mask)
+  mask = np.asarray(dropped.batch.completion_mask)
+  wanted = np.array(kept.batch.completion_mask)
   wanted[4:] = False
   np.testing.assert_array_equal(mask, wanted)
   np.testing.assert_array_equal(
-    np.asarray(dropped.bundles.counted)[:, 0], [True] * 4 + [False] * 2
+    np.asarray(dropped.batch.counted)[:, 0], [True] * 4 + [False] * 2
   )
   np.testing.assert_array_equal(
-    np.asarray(dropped.bundles.advantages), np.asarray(kept.bundles.advantages)
+    np.asarray(dropped.batch.advantages), np.asarray(kept.batch.advantages)
   )
 
 
@@ -196,12 +188,12 @@ def test_a_masked_completion_that_was_cut_off_still_enters_the_statistics(
   kept = found([0], replies=CUT_OFF)
   masked = found([0], replies=CUT_OFF, truncated="mask")
   np.testing.assert_array_equal(
-    np.asarray(masked.bundles.advantages), np.asarray(kept.bundles.advantages)
+    np.asarray(masked.batch.advantages), np.asarray(kept.batch.advantages)
   )
-  mask = np.asarray(masked.bundles.completion_mask)
+  mask = np.asarray(masked.batch.completion_mask)
   assert not mask[0, 0].any()
   np.testing.assert_array_equal(
-    mask[0, 1:], np.asarray(kept.bundles.completion_mask)[0, 1:]
+    mask[0, 1:], np.asarray(kept.batch.completion_mask)[0, 1:]
   )
 
 
@@ -212,20 +204,20 @@ def test_length_costs_reward_from_the_soft_tokens_on(found, tokenizer):
   # All but the one cut off are short; it loses 1 of the group's 4.
   longest = max(len(tokenizer.encode(x)) for x in GROUPS["p0"]) + 1
   assert longest <= MAX_NEW_TOKENS - 4
-  assert float(step.scalars["rollout/length_penalty"]) == -0.25
-  assert float(step.scalars["rollout/reward"]) == pytest.approx(
-    float(kept.scalars["rollout/reward"]) - 0.25
+  assert float(step.metrics["rollout/length_penalty"]) == -0.25
+  assert float(step.metrics["rollout/reward"]) == pytest.approx(
+    float(kept.metrics["rollout/reward"]) - 0.25
   )
-  advantages = np.asarray(step.bundles.advantages)[0]
-  assert advantages[0] < np.asarray(kept.bundles.advantages)[0, 0]
+  advantages = np.asarray(step.batch.advantages)[0]
+  assert advantages[0] < np.asarray(kept.batch.advantages)[0, 0]
 
 
 def test_advantages_are_held_within_the_clip(found):
   free, held = found(MIXED), found(MIXED, advantage_clip=0.6)
-  before = np.asarray(free.bundles.advantages)
+  before = np.asarray(free.batch.advantages)
   assert np.abs(before).max() > 0.6
   np.testing.assert_array_equal(
-    np.asarray(held.bundles.advantages), np.clip(before, -0.6, 0.6)
+    np.asarray(held.batch.advantages), np.clip(before, -0.6, 0.6)
   )
 
 
@@ -239,7 +231,7 @@ def test_names_of_every_setting_are_declared(found, tmp_path):
     soft_tokens=4,
   )
   with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
-    writer.write(1, step.scalars)
+    writer.write(1, step.metrics)
 
 
 def test_heuristics_make_the_advantage_of_a_group_that_is_all_right(found):
@@ -248,6 +240,6 @@ def test_heuristics_make_the_advantage_of_a_group_that_is_all_right(found):
     "p1": ["<answer>4</answer>", *["<answer>5</answer>"] * 3],
   }
   share = "rollout/heuristic_advantage_share"
-  assert float(found([0], replies=replies).scalars[share]) == pytest.approx(1)
-  assert float(found([1], replies=replies).scalars[share]) == 0
-  assert 0 < float(found([0, 1], replies=replies).scalars[share]) < 1
+  assert float(found([0], replies=replies).metrics[share]) == pytest.approx(1)
+  assert float(found([1], replies=replies).metrics[share]) == 0
+  assert 0 < float(found([0, 1], replies=replies).metrics[share]) < 1

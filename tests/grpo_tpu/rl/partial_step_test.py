@@ -1,4 +1,4 @@
-"""A begun step goes into a checkpoint and comes out as it was."""
+"""A partial step comes out of a checkpoint as it went in."""
 
 import json
 
@@ -18,7 +18,7 @@ def place():
   return NamedSharding(mesh, PartitionSpec("fsdp"))
 
 
-def begun(place, *, skipped):
+def make_step(place, *, skipped):
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 9, (4, 2, 3), dtype=np.int32)
   bundles = TrainBatch(
@@ -38,50 +38,50 @@ def begun(place, *, skipped):
     "perf/rollout_seconds": 0.25,
     "rollout/batches": 3,
   }
-  return partial_step.BegunStep(
-    partial_step.laid_out(bundles, place), 3, scalars, skipped
+  return partial_step.PartialStep(
+    partial_step.reshard(bundles, place), 3, scalars, skipped
   )
 
 
 def through_a_checkpoint(step, place):
   """As one holds it: arrays that no file is without, and a record of JSON."""
-  unfinished = step.unfinished()
+  unfinished = step.to_data()
   assert all(array.size for array in unfinished.arrays.values())
   assert all(a.sharding == place for a in unfinished.arrays.values())
   unfinished.record.update(json.loads(json.dumps(unfinished.record)))
-  return partial_step.BegunStep.of(unfinished, place)
+  return partial_step.PartialStep.from_data(unfinished, place)
 
 
 def test_what_comes_out_is_what_went_in(place):
-  before = begun(place, skipped=[0.0, 1.0])
+  before = make_step(place, skipped=[0.0, 1.0])
   after = through_a_checkpoint(before, place)
   assert after.num_batches == 3 and after.skipped == [0.0, 1.0]
-  for name, value in vars(before.bundles).items():
-    other = getattr(after.bundles, name)
+  for name, value in vars(before.batch).items():
+    other = getattr(after.batch, name)
     assert (value is None) == (other is None), name
     if value is not None:
       assert (value.dtype, value.sharding) == (other.dtype, other.sharding)
       np.testing.assert_array_equal(value, other, err_msg=name)
 
 
-def test_its_scalars_come_out_to_the_last_bit(place):
-  before = begun(place, skipped=[0.0])
+def test_its_metrics_come_out_to_the_last_bit(place):
+  before = make_step(place, skipped=[0.0])
   after = through_a_checkpoint(before, place)
-  assert after.scalars.keys() == before.scalars.keys()
-  for name, value in before.scalars.items():
-    np.testing.assert_array_equal(np.float32(after.scalars[name]), value)
+  assert after.metrics.keys() == before.metrics.keys()
+  for name, value in before.metrics.items():
+    np.testing.assert_array_equal(np.float32(after.metrics[name]), value)
 
 
 def test_the_cursor_counts_updates_done_and_those_skipped_are_done(place):
   for skipped in ([], [0.0], [1.0, 0.0]):
-    step = begun(place, skipped=skipped)
-    assert step.updates_done == step.unfinished().updates_done == len(skipped)
+    step = make_step(place, skipped=skipped)
+    assert step.updates_done == step.to_data().updates_done == len(skipped)
 
 
-def test_laying_out_moves_bundles_and_changes_none(place):
-  bundles = begun(place, skipped=[]).bundles
+def test_resharding_moves_a_batch_and_changes_nothing(place):
+  bundles = make_step(place, skipped=[]).batch
   alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  moved = partial_step.laid_out(bundles, alone)
+  moved = partial_step.reshard(bundles, alone)
   for one, other in zip(
     jax.tree.leaves(bundles), jax.tree.leaves(moved), strict=True
   ):

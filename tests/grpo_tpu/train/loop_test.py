@@ -1,4 +1,4 @@
-"""The loop stops at any poll, saves, and goes on as if it had not stopped.
+"""The loop stops at any poll, saves, and resumes as if it had not stopped.
 
 With arithmetic in the place of a network; the real one is stopped by
 `tests/e2e/preemption_test.py`.
@@ -14,63 +14,92 @@ import pytest
 from jax.experimental import multihost_utils
 
 from grpo_tpu.distributed import preemption
-from grpo_tpu.observability import exit_report
+from grpo_tpu.observability import exit_report, goodput
 from grpo_tpu.rl import experience, partial_step, train_state
 from grpo_tpu.rl.train_batch import TrainBatch
-from grpo_tpu.train import loop as train
+from grpo_tpu.train import loop, setup, trainer
+from grpo_tpu.train.skipped_updates import SkippedUpdates
 
 NUM_STEPS = 3
 SAMPLED = [1, 2, 1]  # Batches of prompts that each step takes.
 NEVER = 10**6
+IDENTITY = {"data": "a"}
 
 
-class Run:
-  """What each step does; whatever is done is written down, in its order."""
+class Arithmetic(trainer.Trainer):
+  """Trains on integers; every part of a step writes down that it was done."""
 
-  checkpoint_meta = {"data": "a"}
-
-  def __init__(self, done, *, num_iterations, skips=lambda update: False):
+  def __init__(self, done, *, num_iterations, poll, skips=lambda update: False):
     settings = types.SimpleNamespace(
       num_steps=NUM_STEPS,
       num_iterations=num_iterations,
       max_skipped_updates=2,
     )
-    data = types.SimpleNamespace(kind="online")
-    self.config = types.SimpleNamespace(train=settings, data=data)
-    self._done, self._skips = done, skips
+    self.config = types.SimpleNamespace(
+      train=settings,
+      data=types.SimpleNamespace(kind="online"),
+      samples=types.SimpleNamespace(every_steps=0),
+      eval=types.SimpleNamespace(every_steps=1),
+      lora=None,
+    )
+    self.mesh = None
+    self.collector = self
+    self.learner = types.SimpleNamespace(
+      params=lambda state: state.params, update=self._update, frozen=None
+    )
+    self.skipped_updates = SkippedUpdates(settings.max_skipped_updates)
+    self._done, self._skips, self._poll = done, skips, poll
+    self._clock, self._key = goodput.Clock(), None
+    self._schedule = lambda update: 0.1
+    self._shapes = set()
+    self.write_samples = lambda step, samples: done.append(("samples", step))
 
-  def experience(self, state, batches, step, poll):
-    assert int(state.step) == step - 1
+  def resume(self, state, partial=None):
+    self.state, self.partial, self._step = state, partial, None
+    position = int(state.position) + (partial.num_batches if partial else 0)
+    self._prompts = itertools.count(position)
+
+  def compile_ahead(self, state):
+    pass
+
+  def _add_logps(self, state, batch):
+    return batch
+
+  def collect(self, *args, **options):
+    if "position" not in options:
+      return super().collect(*args)  # The trainer's own verb.
+    step, poll = self._step, options["poll"]
     poll()
     count = SAMPLED[step - 1]
-    taken = list(itertools.islice(batches, count))
-    assert taken[0] == int(state.position)
+    taken = list(itertools.islice(self._prompts, count))
+    assert taken[0] == options["position"]
     poll()
     self._done.append(("sampled", step, taken))
-    ids = jnp.full((2, 1), step + int(state.params["w"]), jnp.int32)
+    weight = int(self.state.params["w"])
+    ids = jnp.full((2, 1), step + weight, jnp.int32)
     mask = jnp.ones((2, 1, 1), bool)
-    bundles = TrainBatch(
+    batch = TrainBatch(
       ids, jnp.ones(2, jnp.int32), jnp.zeros((2, 0)), ids[:, None], mask
     )
-    scalars = {"train/tokens": float(sum(taken) + 1)}
-    return experience.Experience(bundles, scalars, [], count)
+    metrics = {"train/tokens": float(sum(taken) + 1)}
+    return experience.Experience(batch, metrics, [], count)
 
-  def compared(self, state, bundles):
-    return bundles
-
-  def updated(self, state, begun, step):
-    number = begun.updates_done
-    old, learnt = int(state.params["w"]), int(begun.bundles.prompt_ids[0, 0])
+  def _update(self, state, batch, frozen):
+    number = self.partial.updates_done
+    old, learnt = int(state.params["w"]), int(batch.prompt_ids[0, 0])
     new = (31 * old + learnt + number) % 9973
-    self._done.append(("updated", step, number, new))
-    begun.scalars[f"train/loss{number}"] = jnp.float32(new / 7)
-    begun.skipped.append(float(self._skips((step, number))))
-    return state.replace(params={"w": jnp.int32(new)})
+    self._done.append(("updated", self._step, number, new))
+    skipped = float(self._skips((self._step, number)))
+    metrics = {f"loss{number}": jnp.float32(new / 7)}
+    return (
+      state.replace(params={"w": jnp.int32(new)}),
+      metrics | {"skipped_updates": skipped},
+    )
 
-  def evaluated(self, state, step, writer, poll):
-    poll()
-    poll()
-    return {"eval/accuracy": float(state.params["w"])}
+  def evaluate(self, state):
+    self._poll()
+    self._poll()
+    return {"eval/accuracy": float(state.params["w"])}, []
 
 
 class Checkpoints:
@@ -81,7 +110,7 @@ class Checkpoints:
     self.is_on_disk = False
 
   def save(self, step, state, meta, *, metrics=None, partial_step=None, force):
-    assert meta == Run.checkpoint_meta
+    assert meta == IDENTITY
     if force:
       self.newest = (step, state, partial_step)
       self.is_on_disk = False
@@ -102,28 +131,42 @@ def lines_but_for_time(done):
   ]
 
 
-def go_on(run, done, checkpoints, *, on_poll=lambda: None):
+def train(done, checkpoints, *, on_poll=lambda: None, **options):
   """From the newest checkpoint, or from the start."""
   zero = jnp.zeros((), jnp.int32)
   new = train_state.TrainState(zero, zero, {"w": zero}, ())
-  start, state, unfinished = checkpoints.newest or (0, new, None)
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  begun = unfinished and partial_step.BegunStep.of(unfinished, place)
+  step, state, saved = checkpoints.newest or (0, new, None)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  partial = saved and partial_step.PartialStep.from_data(saved, sharding)
+  arithmetic = Arithmetic(
+    done, poll=preemption.Poll(on_poll=on_poll), **options
+  )
+  arithmetic.resume(state, partial)
   writer = types.SimpleNamespace(
     failures=0,
     write=lambda step, scalars: done.append(("line", step, dict(scalars))),
     write_samples=lambda step, samples, split: done.append((split, step)),
-    progress=lambda num_steps: None,
+    log_progress=lambda num_steps: None,
   )
   watch = types.SimpleNamespace(
     mark=on_poll, end_startup=lambda: done.append("started")
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
-  ending = exit_report.ExitReport()
-  loop = train._Loop(run, writer, checkpoints, watch, ending, profiler)
-  batches = itertools.count(train.batches_taken(state, begun))
-  loop.go_on(state, start, batches, begun)
-  return ending
+  report = exit_report.ExitReport()
+  run = setup.Run(
+    arithmetic, IDENTITY, checkpoints, writer, watch, report, profiler
+  )
+
+  @contextlib.contextmanager
+  def start(*_):
+    run.begin(step)
+    yield run
+    run.finish()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(setup, "start", start)
+    loop.train(arithmetic.config, "", None, report)
+  return report
 
 
 @pytest.fixture
@@ -146,34 +189,36 @@ def test_stopped_at_any_poll_it_does_all_once_and_in_the_same_order(
   notice, num_iterations
 ):
   whole, polls = [], []
-  run = Run(whole, num_iterations=num_iterations)
-  go_on(run, whole, Checkpoints(), on_poll=lambda: polls.append(1))
+  train(
+    whole,
+    Checkpoints(),
+    num_iterations=num_iterations,
+    on_poll=lambda: polls.append(1),
+  )
   # Before a step, twice in its rollout, between its updates, twice in its
   # evaluation.
   assert len(polls) == NUM_STEPS * (1 + 2 + num_iterations - 1 + 2)
   assert whole.count("started") == NUM_STEPS
   for number in range(1, len(polls) + 1):
     done, checkpoints = [], Checkpoints()
-    run = Run(done, num_iterations=num_iterations)
     notice(number)
     with pytest.raises(preemption.Preempted):
-      go_on(run, done, checkpoints)
+      train(done, checkpoints, num_iterations=num_iterations)
     assert checkpoints.is_on_disk
     assert len(done) < len(whole)
     notice(NEVER)
-    go_on(run, done, checkpoints)
+    train(done, checkpoints, num_iterations=num_iterations)
     assert lines_but_for_time(done) == lines_but_for_time(whole), number
 
 
-def test_what_is_begun_is_kept_only_once_something_was_learnt(notice):
-  """What was sampled is sampled again for nothing, and need not be saved."""
+def test_a_partial_step_is_saved_only_after_its_first_update(notice):
+  """Before that, the same completions can be sampled again."""
   kept = []
   for number in range(1, 8):
     checkpoints = Checkpoints()
-    run = Run([], num_iterations=3)
     notice(number)
     with pytest.raises(preemption.Preempted):
-      go_on(run, [], checkpoints)
+      train([], checkpoints, num_iterations=3)
     step, _, unfinished = checkpoints.newest
     assert step == 0
     kept.append(unfinished and unfinished.updates_done)
@@ -193,13 +238,13 @@ def test_too_many_skipped_in_a_row_end_the_run_before_it_saves_again(
   notice, skipped, is_given_up
 ):
   done, checkpoints = [], Checkpoints()
-  run = Run(done, num_iterations=2, skips=lambda update: update in skipped)
+  options = {"num_iterations": 2, "skips": lambda update: update in skipped}
   if not is_given_up:
-    assert go_on(run, done, checkpoints).skipped_updates == 2
+    assert train(done, checkpoints, **options).skipped_updates == 2
     lines = [event[2] for event in done if event[0] == "line"]
     assert [line["train/skipped_updates"] for line in lines] == [1, 1, 0]
     return
   with pytest.raises(FloatingPointError, match="2 updates in a row"):
-    go_on(run, done, checkpoints)
+    train(done, checkpoints, **options)
   assert checkpoints.newest is None
   assert done[-1][0] == "updated"

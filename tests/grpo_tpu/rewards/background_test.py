@@ -1,4 +1,4 @@
-"""Completions are paid while others decode, and earn what they would later."""
+"""Completions are scored while others decode, and score the same."""
 
 import dataclasses
 import threading
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rl import experience
-from grpo_tpu.rl import policy as policies
+from grpo_tpu.rollout.sampler import Samples
 from tests.grpo_tpu import conftest, scripted
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -17,20 +16,26 @@ NUM_COMPLETIONS, NUM_TOKENS = 4, 12
 ASKED = (0, 1, 2)  # Of the script: their answers are numbers.
 
 
-@dataclasses.dataclass(frozen=True)
-class Tailed(scripted.Scripted):
-  """A network really samples; all prompts but the last end at one token."""
+class Tailed(scripted.ScriptedSampler):
+  """A network samples; the completions of all prompts but the last have one
+  token.
+  """
 
   tiny: conftest.Tiny
 
-  def sample(self, params, batch, step_key, *, poll, finished, **_):
-    count = len(batch.problems)
+  def sample(self, params, prompts, key, *, poll, on_finished, **_):
+    count = len(prompts.problems)
     limits = np.ones((count, NUM_COMPLETIONS), int)
     limits[-1] = NUM_TOKENS
+
+    def decode(ids):
+      decode_row = self.tokenizer.decode
+      return {i: [decode_row(row) for row in rows] for i, rows in ids.items()}
+
     completions, report = self.tiny.sampled(
       self.tiny.prompts(count),
       np.arange(count),
-      step_key,
+      key,
       num_completions=NUM_COMPLETIONS,
       max_new_tokens=NUM_TOKENS,
       min_new_tokens=NUM_TOKENS,
@@ -38,27 +43,28 @@ class Tailed(scripted.Scripted):
       row_limits=limits,
       mesh=self.mesh,
       poll=poll,
-      finished=lambda ids: finished(self._read(ids)),
+      on_finished=lambda ids: on_finished(decode(ids)),
     )
-    return policies.Sampled(completions, None, report.scalars(self.mesh))
+    return Samples(completions, None, report.scalars(self.mesh))
 
 
 @pytest.fixture
-def tailed(tiny, tmp_path):
+def run(tiny, tmp_path):
   tokenizer = scripted.make_tokenizer(tmp_path)
-  plain = scripted.make_policy(tokenizer, {})
+  run = scripted.make_run(tokenizer, {}, sampler=Tailed)
+  run.sampler.tiny = tiny
   rewards = dataclasses.replace(
-    plain.config.rewards,
+    run.config.rewards,
     custom=("tests.grpo_tpu.rewards.user_rewards:of_problem",),
     custom_weights=(1.0,),
     num_workers=0,
   )
-  config = dataclasses.replace(plain.config, rewards=rewards)
-  yield Tailed(config, plain.mesh, tokenizer, {}, tiny)
+  config = dataclasses.replace(run.config, rewards=rewards)
+  yield dataclasses.replace(run, config=config)
   scoring.close()
 
 
-def test_what_is_finished_is_paid_while_others_decode(tailed, monkeypatch):
+def test_finished_completions_are_scored_while_others_decode(run, monkeypatch):
   """And the metrics tell for how long."""
   handed_out, begun = threading.Event(), threading.Event()
   raw_scores = scoring.raw_scores
@@ -76,23 +82,15 @@ def test_what_is_finished_is_paid_while_others_decode(tailed, monkeypatch):
 
   monkeypatch.setattr(scoring, "raw_scores", told)
   batches = scripted.batches_of(
-    tailed.tokenizer, batch_size=len(ASKED), indices=ASKED
+    run.tokenizer, batch_size=len(ASKED), indices=ASKED
   )
-  found = experience.online(
-    tailed,
-    {},
-    iter(batches),
-    jax.random.key(0),
-    position=0,
-    num_samples=0,
-    poll=poll,
-  )
-  scalars = found.scalars
+  found = run.collect(batches, jax.random.key(0), poll=poll)
+  scalars = found.metrics
   overlap = scalars["perf/reward_overlap_seconds"]
   assert 0 < overlap <= scalars["perf/rollout_seconds"]
   answers = [float(scripted.SCRIPT[i][1]) for i in ASKED]
   assert scalars["reward/of_problem_mean"] == pytest.approx(np.mean(answers))
-  lengths = found.bundles.completion_mask.sum(-1)
+  lengths = found.batch.completion_mask.sum(-1)
   np.testing.assert_array_equal(
     lengths, [[1] * NUM_COMPLETIONS] * 2 + [[NUM_TOKENS] * NUM_COMPLETIONS]
   )

@@ -1,0 +1,158 @@
+"""The parameters that `model.weights` names, on a mesh.
+
+Weights are drawn at random, read from another program's files, or restored
+from a run's checkpoint, into which its adapters are merged.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_tpu.checkpoint import reader
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.settings import LoraConfig, ModelSettings
+
+
+class SavedAdapters(NamedTuple):
+  """Adapters of a run's checkpoint.
+
+  Attributes:
+    adapters: The factors, on the mesh.
+    config: Rank, scale and targets.
+    base_weights: The weights that the adapters belong to, as `model.weights`
+      names them.
+  """
+
+  adapters: dict
+  config: LoraConfig
+  base_weights: str
+
+
+def load_params(model: ModelSettings, mesh: Mesh) -> dict:
+  """The parameters that `model.weights` names, sharded over the mesh.
+
+  Raises:
+    ValueError: The files or the run do not exist, or belong to another model.
+  """
+  scheme, _, rest = model.weights.partition(":")
+  abstract = abstract_params(model, mesh)
+  if scheme == "run":
+    saved = load_adapters(model, mesh)
+    if saved:
+      return _merge(model, mesh, saved)
+    workdir, step = _split_run(rest)
+    params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
+    return params
+  if scheme in weights.OPENERS:
+    return weights.OPENERS[scheme](model.network, rest).load(abstract)
+  values = weights.random_params(
+    model.network, int(rest), np.dtype(model.param_dtype)
+  )
+  return _on_mesh(values, abstract)
+
+
+def abstract_params(model: ModelSettings, mesh: Mesh) -> dict:
+  """Shapes, types and shardings of the parameters."""
+  dtype = jnp.dtype(model.param_dtype)
+  return with_shardings(mesh, weights.abstract_params(model.network, dtype))
+
+
+def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
+  """Adapters that do not change the network yet, drawn from `seed`."""
+  values = lora.initial_adapters(model.network, model.lora, seed)
+  return _on_mesh(values, abstract_adapters(model, mesh))
+
+
+def abstract_adapters(model: ModelSettings, mesh: Mesh) -> dict:
+  """Shapes, types and shardings of the adapters of `model.lora`."""
+  shapes = lora.abstract_adapters(model.network, model.lora)
+  return with_shardings(mesh, shapes)
+
+
+def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
+  """The adapters that `model.weights` names; None if it names a whole model.
+
+  Raises:
+    ValueError: The run has no such checkpoint, or one of another model.
+  """
+  scheme, _, rest = resolve_weights(model.weights).partition(":")
+  workdir, step = _split_run(rest)
+  if scheme != "run" or step is None:
+    return None
+  folder = f"{workdir}/checkpoints"
+  saved = reader.read_meta(folder, step).get("lora")
+  if saved is None:
+    return None
+  base_weights = saved.pop("weights")
+  config = LoraConfig(**saved | {"targets": tuple(saved["targets"])})
+  abstract = abstract_adapters(dataclasses.replace(model, lora=config), mesh)
+  adapters, _ = reader.restore_params(folder, step, abstract)
+  return SavedAdapters(adapters, config, base_weights)
+
+
+def resolve_weights(name: str) -> str:
+  """`model.weights` with the step that it means now, so that it stays fixed.
+
+  Raises:
+    ValueError: The run has no checkpoint.
+  """
+  scheme, _, rest = name.partition(":")
+  if scheme != "run":
+    return name
+  workdir, step = _split_run(rest)
+  if step is None:
+    step = reader.newest_step(f"{workdir}/checkpoints")
+  return f"run:{workdir}@{step}"
+
+
+def with_shardings(mesh: Mesh, tree: Any) -> Any:
+  """Shapes with the shardings that the rules give to parameters."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.param_shardings(mesh, tree),
+  )
+
+
+def _merge(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
+  """Merges saved adapters into the parameters that they belong to."""
+  base = dataclasses.replace(model, weights=saved.base_weights)
+  try:
+    params = load_params(base, mesh)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"model.weights ({model.weights!r}) is a run that saved adapters only, "
+      f"and the weights they belong to ({saved.base_weights!r}) cannot be "
+      f"read: {error}"
+    ) from error
+  merge = jax.jit(
+    lora.merge_adapters,
+    static_argnums=2,
+    donate_argnums=0,
+    out_shardings=jax.tree.map(lambda x: x.sharding, params),
+  )
+  return merge(params, saved.adapters, saved.config)
+
+
+def _on_mesh(values: dict, abstract: dict) -> dict:
+  """Puts host arrays on devices, sharded as `abstract` says."""
+  return jax.tree.map(
+    lambda x, shape: jax.make_array_from_callback(
+      x.shape, shape.sharding, lambda index, x=x: x[index]
+    ),
+    values,
+    abstract,
+  )
+
+
+def _split_run(rest: str) -> tuple[str, int | None]:
+  """Splits `WORKDIR[@STEP]`; the workdir may contain an @ too."""
+  workdir, at, step = rest.rpartition("@")
+  if at and step.isdecimal():
+    return workdir, int(step)
+  return rest, None

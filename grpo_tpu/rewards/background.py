@@ -1,0 +1,78 @@
+"""Scores completions in a thread while the devices decode the others."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Self
+
+import numpy as np
+
+from data_pipelines import records
+from grpo_tpu.rewards import scoring
+
+
+class BackgroundScorer:
+  """Scores the completions of a batch, prompt by prompt, as they finish.
+
+  A completion's score does not depend on when it is computed, and failures
+  count in the order of the batch. Use as a context manager.
+  """
+
+  def __init__(
+    self,
+    problems: Sequence[records.Problem],
+    config: scoring.RewardConfig,
+    *,
+    gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+  ):
+    """Scores nothing yet.
+
+    Args:
+      problems: The problem of each prompt of this process.
+      config: Weights and limits of the rewards.
+      gather: See `scoring.score`.
+    """
+    self._problems, self._config, self._gather = problems, config, gather
+    self._pending: dict[int, futures.Future[scoring.RawScores]] = {}
+    self._spans: list[tuple[float, float]] = []
+
+  def __enter__(self) -> Self:
+    self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._thread.shutdown(cancel_futures=True)
+
+  def submit(self, texts: Mapping[int, list[str]]) -> None:
+    """Starts to score the completions of some prompts, by prompt index."""
+    for index, completions in texts.items():
+      self._pending[index] = self._thread.submit(
+        self._score, index, completions
+      )
+
+  def result(self, texts: Sequence[list[str]]) -> scoring.Scores:
+    """Scores of all completions, prompt by prompt.
+
+    Args:
+      texts: The completions of every prompt; those not submitted are scored
+        now.
+
+    Raises:
+      RewardError: A reward has failed too often.
+    """
+    self.submit({i: x for i, x in enumerate(texts) if i not in self._pending})
+    parts = [self._pending[index].result() for index in range(len(texts))]
+    return scoring.reduce(parts, self._config, gather=self._gather)
+
+  def seconds_before(self, time_point: float) -> float:
+    """Seconds spent on scoring before a value of `time.perf_counter`."""
+    return sum(
+      max(min(end, time_point) - start, 0) for start, end in self._spans
+    )
+
+  def _score(self, index: int, completions: list[str]) -> scoring.RawScores:
+    start = time.perf_counter()
+    problems = [self._problems[index]] * len(completions)
+    scores = scoring.raw_scores(completions, problems, self._config)
+    self._spans.append((start, time.perf_counter()))
+    return scores

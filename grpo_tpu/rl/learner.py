@@ -1,0 +1,107 @@
+"""Parameters or adapters, their optimizer, and the update of both."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from grpo_tpu.checkpoint import load
+from grpo_tpu.distributed import compile_cache
+from grpo_tpu.models.gemma3 import lora
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.models.settings import ModelSettings
+from grpo_tpu.rl import train_step
+from grpo_tpu.rl.optimizer import make_optimizer
+from grpo_tpu.rl.settings import LearnerConfig, OptimizerConfig
+from grpo_tpu.rl.train_state import TrainState
+
+
+class Learner:
+  """Updates a policy on batches.
+
+  Attributes:
+    tx: The optimizer.
+    update: Takes a state, a batch and `frozen`; returns the next state and
+      metrics. See `train_step.make_train_step`.
+    frozen: Parameters under the adapters; None if the whole model is trained.
+  """
+
+  def __init__(
+    self,
+    model: ModelSettings,
+    forward: ForwardConfig,
+    mesh: Mesh,
+    config: LearnerConfig,
+    *,
+    frozen: Any = None,
+  ):
+    """Compiles nothing yet."""
+    self._model, self._mesh, self.frozen = model, mesh, frozen
+    self.tx = policy_optimizer(model, config.optimizer)
+    self.update = compile_cache.AotJit(
+      train_step.make_train_step(
+        forward,
+        self.tx,
+        config=config.objective,
+        entropy_bonus=config.shaping.entropy_bonus,
+        sampler_correction=config.shaping.sampler_correction,
+        num_microbatches=config.num_microbatches,
+        lora=model.adapters,
+      )
+    )
+
+  def init(self, params: dict) -> TrainState:
+    """The state before the first update of the parameters, or adapters."""
+    abstract = self.abstract_state()
+    init = jax.jit(
+      self.tx.init,
+      out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
+    )
+    # Two arrays, because an update takes over the memory of each.
+    step, position = (
+      jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+      for _ in range(2)
+    )
+    return TrainState(step, position, params, init(params))
+
+  def params(self, state: TrainState) -> dict:
+    """Parameters of the forward pass, with the adapters in their places."""
+    return forward_params(self._model, state.params, self.frozen)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes, types and shardings of the state."""
+    return abstract_state(self._model, self._mesh, self.tx)
+
+
+def forward_params(model: ModelSettings, trained: Any, frozen: Any) -> dict:
+  """What is trained, or `frozen` with the trained adapters in it."""
+  if model.adapters is None:
+    return trained
+  return lora.with_adapters(frozen, trained, model.adapters)
+
+
+def abstract_state(
+  model: ModelSettings, mesh: Mesh, tx: optax.GradientTransformation
+) -> TrainState:
+  """Shapes, types and shardings of the state of a policy and its optimizer."""
+
+  def init(params):
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, tx.init(params))
+
+  abstract = load.abstract_adapters if model.adapters else load.abstract_params
+  return load.with_shardings(mesh, jax.eval_shape(init, abstract(model, mesh)))
+
+
+def policy_optimizer(
+  model: ModelSettings, config: OptimizerConfig
+) -> optax.GradientTransformation:
+  """The optimizer; it leaves an image tower alone that is not trained."""
+  return make_optimizer(
+    config,
+    is_frozen=lambda path: (
+      path.startswith("vision_encoder") and not model.train_vision
+    ),
+  )

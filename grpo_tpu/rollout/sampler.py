@@ -1,0 +1,307 @@
+"""Samples completions of prompts, with given parameters, on a mesh.
+
+Settings become static arguments of compiled functions here, so that training
+and evaluation run the same programs.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from data_pipelines import pipeline
+from data_pipelines.text import tokenizer as tokens
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.image_features import ImageEncoder
+from grpo_tpu.models.network import make_forward
+from grpo_tpu.models.settings import ModelSettings
+from grpo_tpu.rollout import engine, generate
+from grpo_tpu.rollout.settings import RolloutConfig
+
+type Texts = Mapping[int, list[str]]
+
+
+class Samples(NamedTuple):
+  """Completions of a batch of prompts.
+
+  Attributes:
+    completions: Global arrays.
+    images: Image features that training may read in place of pixels; None if
+      it must read pixels.
+    metrics: Counts and seconds, by metric name.
+  """
+
+  completions: engine.Completions
+  images: jax.Array | None
+  metrics: dict[str, float]
+
+
+class Sampler:
+  """Samples completions; holds compiled functions, no parameters.
+
+  Attributes:
+    forward: How the network runs, in sampling and in training.
+    settings: How completions are sampled.
+    mesh: The devices.
+    tokenizer: Decodes completions.
+  """
+
+  def __init__(
+    self,
+    model: ModelSettings,
+    settings: RolloutConfig,
+    mesh: Mesh,
+    tokenizer: tokens.Tokenizer,
+  ):
+    """Compiles nothing yet."""
+    self.settings, self.mesh, self.tokenizer = settings, mesh, tokenizer
+    # Marks around an image's placeholders are never drawn: programs that
+    # expand a mark to an image would read such a completion as another one.
+    # The placeholder itself is outside the vocabulary.
+    marks = (tokenizer.start_of_image, tokenizer.end_of_image)
+    self.forward = make_forward(
+      model,
+      mesh,
+      temperature=settings.temperature,
+      min_new_tokens=settings.min_new_tokens,
+      banned_ids=marks,
+    )
+
+  @functools.cached_property
+  def image_encoder(self) -> ImageEncoder | None:
+    """Encodes images; None for a model of text alone."""
+    vision = self.forward.config.vision
+    if vision is None:
+      return None
+    return ImageEncoder(
+      vision,
+      self.mesh,
+      dtype=self.forward.dtype,
+      per_shard=self.settings.pictures_per_shard,
+      cache_bytes=self.settings.image_cache_mib * 2**20,
+    )
+
+  def sample(
+    self,
+    params: dict,
+    prompts: pipeline.Batch,
+    key: jax.Array,
+    *,
+    num_completions: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_parts: int = 1,
+    poll: Callable[[], None] = generate.no_poll,
+    on_finished: Callable[[Texts], None] | None = None,
+  ) -> Samples:
+    """Samples completions of this process's prompts.
+
+    Args:
+      params: The parameters.
+      prompts: The prompts of this process.
+      key: The key that each row's key is folded from.
+      num_completions: Completions per prompt.
+      temperature: Divides the logits; 0 takes the most likely token.
+      top_k: Draws among this many most likely tokens; 0 among all. Not for
+        training.
+      top_p: Draws among the fewest tokens with this probability together; 1
+        among all. Not for training.
+      num_parts: Number of parts in which the prompts are completed, one after
+        the other, to save memory; the samples are the same.
+      poll: Called between chunks of tokens, equally often on every process. It
+        may raise, which abandons the rollout.
+      on_finished: Called between chunks with the texts of prompts whose
+        completions have all ended, by the prompt's index in `prompts`.
+    """
+    start = time.perf_counter()
+    images = self._image_rows(params, prompts)
+    encode_seconds = time.perf_counter() - start
+    rows = (
+      *(prompts.prompt_ids, prompts.prompt_length),
+      *(images, prompts.prompt_index),
+    )
+    whole = self._put_prompts(rows)
+    settings = self.engine_settings(
+      num_completions, temperature, top_k=top_k, top_p=top_p
+    )
+
+    def sample_part(part: int):
+      def report_texts(ids: Mapping[int, list[list[int]]]) -> None:
+        assert on_finished is not None
+        on_finished(
+          {
+            index * num_parts + part: [self.tokenizer.decode(x) for x in rows]
+            for index, rows in ids.items()
+          }
+        )
+
+      return generate.sample_completions(
+        params,
+        # Every `num_parts`-th prompt of each shard.
+        whole
+        if num_parts == 1
+        else self._put_prompts([x[part::num_parts] for x in rows]),
+        key,
+        settings=settings,
+        mesh=self.mesh,
+        stop_strings=self._stop_strings,
+        poll=poll,
+        on_finished=report_texts if on_finished else None,
+      )
+
+    parts, reports = zip(*map(sample_part, range(num_parts)), strict=True)
+    completions = parts[0]
+    if num_parts > 1:
+      completions = _interleave(sharding.batch_sharding(self.mesh), *parts)
+    metrics = generate.sum_reports(reports).scalars(self.mesh)
+    if self.image_encoder:
+      metrics["perf/pictures_encoded"] = self.image_encoder.num_encoded
+      metrics["perf/pictures_seconds"] = encode_seconds
+    is_frozen = not self.forward.train_vision
+    return Samples(completions, whole.images if is_frozen else None, metrics)
+
+  def compile_ahead(
+    self,
+    params: dict,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    num_prompts: int,
+    num_completions: int,
+    temperature: float,
+    num_parts: int = 1,
+  ) -> None:
+    """Compiles the programs of `sample` before it is called.
+
+    Args:
+      params: The parameters.
+      shapes: Padded prompt lengths, each with a number of images.
+      num_prompts: Prompts of a batch, over all processes.
+      num_completions: As for `sample`.
+      temperature: As for `sample`.
+      num_parts: As for `sample`.
+    """
+    params = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      params,
+    )
+    if self.image_encoder:
+      self.image_encoder.compile_ahead(params)
+    key = jax.ShapeDtypeStruct(
+      (),
+      jax.random.key(0).dtype,
+      sharding=sharding.replicated_sharding(self.mesh),
+    )
+    for length, num_images in sorted(shapes):
+      generate.compile_ahead(
+        params,
+        self.abstract_prompts(num_prompts // num_parts, length, num_images),
+        key,
+        settings=self.engine_settings(num_completions, temperature),
+        mesh=self.mesh,
+      )
+
+  def abstract_prompts(
+    self, num_prompts: int, length: int, num_images: int
+  ) -> engine.Prompts:
+    """Shapes and shardings of prompts, as the compiled functions take them."""
+    batch_sharding = sharding.batch_sharding(self.mesh)
+
+    def array(dtype: Any, *shape: int) -> Any:
+      return jax.ShapeDtypeStruct(
+        (num_prompts, *shape), dtype, sharding=batch_sharding
+      )
+
+    images = array(np.uint8, 0, 0, 0, 3)
+    if vision := self.forward.config.vision:
+      images = array(
+        self.forward.dtype, num_images, vision.soft_tokens, vision.width
+      )
+    return engine.Prompts(
+      ids=array(np.int32, length),
+      length=array(np.int32),
+      images=images,
+      index=array(np.int32),
+    )
+
+  def engine_settings(
+    self,
+    num_completions: int,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+  ) -> engine.Settings:
+    """Static arguments of the compiled functions."""
+    return engine.Settings(
+      config=self.forward.config,
+      num_completions=num_completions,
+      max_new_tokens=self.settings.max_new_tokens,
+      min_new_tokens=self.settings.min_new_tokens,
+      chunk_tokens=self.settings.chunk_tokens,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      dtype=self.forward.dtype,
+      attention=self.forward.attention,
+      banned_ids=self.forward.banned_ids,
+    )
+
+  def images(self, params: dict, prompts: pipeline.Batch) -> jax.Array:
+    """Images of this process's prompts as training reads them, globally.
+
+    With a frozen tower these are its features, so that no pass runs the tower
+    again; otherwise pixels.
+    """
+    rows = prompts.images
+    if not self.forward.train_vision:
+      rows = self._image_rows(params, prompts)
+    return sharding.device_put_batch(self.mesh, rows)
+
+  def texts(self, completions: engine.Completions) -> list[list[str]]:
+    """Decoded completions, one list per prompt of this process."""
+    return self.decode(
+      *sharding.local_rows(self.mesh, (completions.ids, completions.mask))
+    )
+
+  def decode(self, ids: np.ndarray, mask: np.ndarray) -> list[list[str]]:
+    """Decodes the tokens of `ids` [U, C, T] at which `mask` is True."""
+    return [
+      [
+        self.tokenizer.decode(row[kept].tolist())
+        for row, kept in zip(rows, masks, strict=True)
+      ]
+      for rows, masks in zip(ids, mask, strict=True)
+    ]
+
+  def _image_rows(self, params: dict, prompts: pipeline.Batch) -> np.ndarray:
+    """Features of this process's images, on the host."""
+    if self.image_encoder is None:
+      return prompts.images
+    return self.image_encoder.features(params, prompts.images)
+
+  def _put_prompts(self, rows: Any) -> engine.Prompts:
+    return engine.Prompts(*sharding.device_put_batch(self.mesh, tuple(rows)))
+
+  @property
+  def _stop_strings(self) -> generate.StopStrings | None:
+    strings = self.settings.stop_strings
+    if not strings:
+      return None
+    return generate.StopStrings(strings, self.tokenizer.decode)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _interleave(row_sharding, *parts):
+  """Interleaves strided slices of a batch back into the batch."""
+
+  def join(*parts):
+    rows = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    return jax.lax.with_sharding_constraint(rows, row_sharding)
+
+  return jax.tree.map(join, *parts)

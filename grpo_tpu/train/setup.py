@@ -1,0 +1,272 @@
+"""Starts a run: restores its state, opens its files, starts what watches it."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from data_pipelines import dataset, validation
+from grpo_tpu.checkpoint import checkpointer, load
+from grpo_tpu.config import defaults
+from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed import (
+  compile_cache,
+  initialize,
+  preemption,
+  preflight,
+  sharding,
+  watchdog,
+)
+from grpo_tpu.observability import (
+  alarms,
+  exit_report,
+  profiler,
+  run_record,
+  writer,
+)
+from grpo_tpu.rl.partial_step import PartialStep
+from grpo_tpu.rl.train_state import TrainState
+from grpo_tpu.train.trainer import Trainer
+
+
+@contextlib.contextmanager
+def start(
+  config: Config,
+  workdir: str,
+  data: dataset.Dataset,
+  report: exit_report.ExitReport,
+) -> Iterator["Run"]:
+  """Starts or resumes the run of a workdir; ends it when the context ends.
+
+  Raises:
+    SettingError: A setting that only the devices or the workdir can refute.
+  """
+  folder = pathlib.Path(workdir)
+  with contextlib.ExitStack() as stack:
+    with validation.user_errors():
+      record = run_record.RunRecord(
+        workdir,
+        config.to_dict(),
+        defaults=defaults.get_config().to_dict(),
+        data=data.identity,
+      )
+      record.check()
+      saved = run_record.read(workdir)
+      mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+      watch = watchdog.Watchdog(
+        folder / f"stacks.{jax.process_index()}.txt",
+        seconds=config.distributed.watchdog_seconds,
+        start_seconds=config.distributed.watchdog_start_seconds,
+        report=report.report_stuck,
+      )
+      trainer = Trainer(
+        _fix_weights(config, saved),
+        data,
+        mesh,
+        poll=preemption.Poll(on_poll=watch.mark),
+        clock=report.clock,
+      )
+    report.attach_run(folder)
+    stack.enter_context(watch)
+    stack.enter_context(jax.set_mesh(mesh))
+    checkpoints = stack.enter_context(
+      checkpointer.Checkpoints(folder / "checkpoints", config.checkpoint)
+    )
+    with validation.user_errors():
+      step = _restore_or_init(trainer, checkpoints, record)
+    # Not before: a run that is refused has not started.
+    if jax.process_index() == 0:
+      record.write(trainer.config.model.weights)
+    report.has_run_record = True
+    if step is not None:
+      report.clock.resume(folder / "metrics.jsonl", step)
+    metric_writer = stack.enter_context(
+      writer.Writer(
+        workdir,
+        is_writer=jax.process_index() == 0,
+        resume_step=step,
+        has_partial_step=trainer.partial is not None,
+      )
+    )
+    metric_writer.write_config(config.to_dict())
+    trainer.write_samples = lambda step, samples: metric_writer.write_samples(
+      step, samples, split="train"
+    )
+    profile = stack.enter_context(
+      profiler.Profiler(folder, config.profile.steps)
+    )
+    stack.enter_context(report.abort_peers_on_error())
+    run = Run(
+      trainer, data.identity, checkpoints, metric_writer, watch, report, profile
+    )
+    run.begin(step)
+    yield run
+    run.finish()
+
+
+class Run:
+  """The files and the watchers of a run.
+
+  Attributes:
+    trainer: Takes the steps.
+    state: The state that the run starts from.
+    start: Number of finished steps.
+  """
+
+  def __init__(
+    self,
+    trainer: Trainer,
+    identity: dict[str, str],
+    checkpoints: checkpointer.Checkpoints,
+    metric_writer: writer.Writer,
+    watch: watchdog.Watchdog,
+    report: exit_report.ExitReport,
+    profile: profiler.Profiler,
+  ):
+    """Does nothing yet; see `start`."""
+    self.trainer, self._config = trainer, trainer.config
+    self._checkpoints, self._writer = checkpoints, metric_writer
+    self._watch, self._report, self._profiler = watch, report, profile
+    self._clock = report.clock
+    self._meta = _checkpoint_meta(trainer.config, identity)
+    self._compilations = compile_cache.CompileCounter()
+    # The policy did not sample the completions of preference data.
+    self._alarms = alarms.Alarms(
+      own_samples=self._config.data.kind != "preference"
+    )
+    self._metrics: writer.Scalars = {}
+    assert trainer.state is not None
+    self.state, self.start = trainer.state, 0
+
+  def begin(self, restored_step: int | None) -> None:
+    """Compiles; evaluates, writes and saves the state of a new run."""
+    self.trainer.compile_ahead(self.state)
+    num_steps = self._config.train.num_steps
+    self._clock.start_steps()
+    if restored_step is None:
+      metrics = jax.device_get(self.evaluate(self.state, 0))
+      self._metrics = metrics | self._clock.scalars()
+      self._writer.write(0, self._metrics)
+      self._writer.log_progress(num_steps)
+      self.save(0, self.state)
+      self._clock.start_steps()
+    self.start = self._report.step = restored_step or 0
+    if self.start >= num_steps:
+      logging.info("Nothing left to do: step %d of %d.", self.start, num_steps)
+
+  @contextlib.contextmanager
+  def step(self, step: int) -> Iterator[None]:
+    """Takes a step inside; a preemption saves what is done and passes on."""
+    with self._profiler.step(step):
+      try:
+        yield
+      except preemption.Preempted:
+        partial = self.trainer.partial
+        self._save(
+          step - 1,
+          self.trainer.state,
+          partial_step=partial.to_data() if partial else None,
+          force=True,
+        )
+        self._wait_for_checkpoints()
+        raise
+      finally:
+        self._report.skipped_updates = self.trainer.skipped_updates.count
+
+  def evaluate(self, state: TrainState, step: int) -> writer.Scalars:
+    """Metrics on held-out data if the step is due for them, else nothing."""
+    every = self._config.eval.every_steps
+    is_last = step == self._config.train.num_steps
+    if not every or (step % every and not is_last):
+      return {}
+    with self._clock.phase("evaluate"):
+      start = time.perf_counter()
+      metrics, samples = self.trainer.evaluate(state)
+      self._writer.write_samples(step, samples, split="eval")
+      return metrics | {"perf/eval_seconds": time.perf_counter() - start}
+
+  def write(self, step: int, metrics: writer.Scalars) -> None:
+    """Writes the metrics of a step and raises alarms about them."""
+    metrics |= initialize.straggler_metrics(self._clock.alone_seconds())
+    metrics |= self._compilations.scalars() | self._clock.scalars()
+    metrics = jax.device_get(metrics)
+    if jax.process_index() == 0:
+      self._alarms.check(step, metrics)
+    metrics |= self._checkpoints.scalars()
+    metrics |= {"perf/write_failures": self._writer.failures}
+    self._metrics = metrics
+    self._writer.write(step, metrics)
+    self._writer.log_progress(self._config.train.num_steps)
+    self._report.step = step
+    self._watch.end_startup()
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves a checkpoint if the step is due, first or last."""
+    is_forced = step in (0, self._config.train.num_steps)
+    self._save(step, state, metrics=self._metrics, force=is_forced)
+
+  def finish(self) -> None:
+    """Waits for the last checkpoint."""
+    if self._report.step != self.start:
+      self._wait_for_checkpoints()
+
+  def _save(self, step: int, state: Any, **options: Any) -> None:
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.save(step, state, self._meta, **options)
+
+  def _wait_for_checkpoints(self) -> None:
+    with self._clock.phase("checkpoint"):
+      self._checkpoints.wait()
+
+
+def _fix_weights(config: Config, saved: dict[str, Any] | None) -> Config:
+  """The settings with the step of `model.weights` that the run started from."""
+  weights = (
+    saved["weights"] if saved else load.resolve_weights(config.model.weights)
+  )
+  model = dataclasses.replace(config.model, weights=weights)
+  return dataclasses.replace(config, model=model)
+
+
+def _restore_or_init(
+  trainer: Trainer,
+  checkpoints: checkpointer.Checkpoints,
+  record: run_record.RunRecord,
+) -> int | None:
+  """Gives the trainer the newest state, or a new one.
+
+  Returns:
+    The number of finished steps; None for a new run.
+  """
+  row_sharding = sharding.batch_sharding(trainer.mesh)
+  restored = checkpoints.restore(
+    trainer.learner.abstract_state(), partial_step_sharding=row_sharding
+  )
+  if restored:
+    record.check_data(restored.meta)
+    saved = restored.partial_step
+    partial = saved and PartialStep.from_data(saved, row_sharding)
+    trainer.resume(restored.state, partial)
+  else:
+    trainer.init()
+  step = restored.step if restored else None
+  updates = trainer.partial.updates_done if trainer.partial else 0
+  preflight.check(
+    "restored",
+    {"checkpoint": {"step": step, "updates": updates}},
+    timeout_seconds=trainer.config.distributed.preflight_timeout_seconds,
+  )
+  return step
+
+
+def _checkpoint_meta(config: Config, identity: dict[str, str]) -> dict:
+  """What a checkpoint says beside the state: its data, and its adapters'."""
+  if config.lora is None:
+    return identity
+  weights = {"weights": config.model.weights}
+  return identity | {"lora": dataclasses.asdict(config.lora) | weights}

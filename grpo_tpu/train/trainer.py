@@ -1,0 +1,387 @@
+"""The three verbs of a GRPO step: collect, score, update.
+
+Builds the parts of a run from its settings. Knows nothing of files: what
+writes, saves and watches stands in `setup`.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from data_pipelines import dataset, pipeline
+from grpo_tpu.checkpoint import load
+from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed import compile_cache, sharding
+from grpo_tpu.evaluation import evaluate, preferences
+from grpo_tpu.observability import goodput, writer
+from grpo_tpu.rl import optimizer, score, shaping
+from grpo_tpu.rl.experience import Collector
+from grpo_tpu.rl.learner import Learner
+from grpo_tpu.rl.partial_step import PartialStep, reshard
+from grpo_tpu.rl.reference import Reference
+from grpo_tpu.rl.train_batch import TrainBatch
+from grpo_tpu.rl.train_state import TrainState
+from grpo_tpu.rollout import generate
+from grpo_tpu.rollout.sampler import Sampler
+from grpo_tpu.train.skipped_updates import SkippedUpdates
+
+
+class Trainer:
+  """Trains a policy, step by step. Call it inside `jax.set_mesh(mesh)`.
+
+  Attributes:
+    mesh: The devices.
+    sampler: Samples completions of the policy.
+    learner: Updates the policy.
+    collector: Scores completions and computes advantages.
+    state: The newest state, which a preemption saves; after a step's updates,
+      still without the step counted.
+    partial: The step under way, from its batch on; None between steps.
+    skipped_updates: Counts updates whose gradients were not finite.
+    write_samples: Called with step and samples; does nothing unless it is set.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    data: dataset.Dataset,
+    mesh: Mesh,
+    *,
+    poll: Callable[[], None] = generate.no_poll,
+    clock: goodput.Clock | None = None,
+  ):
+    """Loads the frozen parameters that the settings need.
+
+    Args:
+      config: The settings; `model.weights` must name its step.
+      data: The problems.
+      mesh: The devices.
+      poll: Called where a step can be interrupted, by raising.
+      clock: Told the phases of each step.
+    """
+    self.config, self.mesh = config, mesh
+    self._poll, self._clock = poll, clock or goodput.Clock()
+    self._key = jax.random.key(config.seed)
+    self._schedule = optimizer.make_schedule(config.optimizer_config)
+    self.sampler = Sampler(config.model, config.rollout, mesh, data.tokenizer)
+    self.collector = Collector(self.sampler, config.collector_config)
+    frozen, self._reference = _load_frozen(config, mesh)
+    self.learner = Learner(
+      config.model,
+      self.sampler.forward,
+      mesh,
+      config.learner_config,
+      frozen=frozen,
+    )
+    forward, num_microbatches = self.sampler.forward, config.num_microbatches
+    self._score_batch = compile_cache.AotJit(
+      jax.jit(
+        lambda params, batch: score.score_batch(
+          forward, params, batch, num_microbatches=num_microbatches
+        )
+      )
+    )
+    self._data = data
+    self._shards = dict(
+      zip(("shards", "shard_count"), sharding.data_shards(mesh), strict=True)
+    )
+    eval_options = self._shards | {
+      "num_problems": config.eval.num_problems,
+      "batch_size": config.eval.batch_size,
+    }
+    self._eval_batches = data.eval_batches(**eval_options)
+    self._preference_batches = (
+      data.preference_batches(
+        max_new_tokens=config.rollout.max_new_tokens, **eval_options
+      )
+      if config.data.kind == "preference"
+      else None
+    )
+    # Prompt shapes to come, until their programs are compiled.
+    self._shapes: set[tuple[int, int]] = set()
+    self._prompts: Iterator[pipeline.Batch] = iter(())
+    self._step: int | None = None
+    self.state: TrainState | None = None
+    self.partial: PartialStep | None = None
+    self.skipped_updates = SkippedUpdates(config.train.max_skipped_updates)
+    self.write_samples: Callable[[int, list[writer.Sample]], None] = (
+      lambda step, samples: None
+    )
+
+  def init(self) -> TrainState:
+    """The state before the first step; data are read from their beginning."""
+    if self.config.lora:
+      params = load.initial_adapters(
+        self.config.model, self.mesh, seed=self.config.seed
+      )
+    else:
+      params = load.load_params(self.config.model, self.mesh)
+    state = self.learner.init(params)
+    self.resume(state)
+    return state
+
+  def resume(
+    self, state: TrainState, partial: PartialStep | None = None
+  ) -> None:
+    """Reads data from where `state`, and the step under way, have come to."""
+    self.state, self.partial, self._step = state, partial, None
+    position = int(state.position) + (partial.num_batches if partial else 0)
+    batches = self._data.train_batches(
+      seed=self.config.seed,
+      max_new_tokens=self.config.rollout.max_new_tokens,
+      start_step=position,
+      **self._shards,
+    )
+    num_batches = self.config.train.num_steps
+    if self.config.shaping.zero_variance == "resample":
+      num_batches *= self.config.shaping.max_batches
+    self._shapes = batches.shapes(max(num_batches - position, 1))
+    self._prompts = batches
+
+  def compile_ahead(self, state: TrainState) -> None:
+    """Compiles the sampler's programs for every prompt shape to come.
+
+    The first update, and the first scoring, compile theirs for further shapes.
+    """
+    params, config = self.learner.params(state), self.config
+    if config.data.kind == "online":
+      self.sampler.compile_ahead(
+        params,
+        self._shapes,
+        num_prompts=config.data.prompts_per_step,
+        num_completions=config.rollout.num_generations,
+        temperature=config.rollout.temperature,
+        num_parts=config.num_rollouts,
+      )
+    if config.eval.every_steps:
+      self.sampler.compile_ahead(
+        params,
+        self._eval_batches.shapes(),
+        num_prompts=config.eval.batch_size,
+        num_completions=1,
+        temperature=0.0,
+      )
+
+  def collect(
+    self, state: TrainState, step: int
+  ) -> tuple[TrainBatch, writer.Scalars]:
+    """Samples completions, scores them with the rewards, adds advantages.
+
+    Offline, completions come with the data. A step that resumes has its batch.
+    """
+    self._start = time.perf_counter()
+    if self._step is not None:
+      self.partial = None  # The step before is over.
+    self._step, self.state = step, state
+    if self.partial is None:
+      self._poll()
+      self.partial = self._collect(state, step)
+    return self.partial.batch, self.partial.metrics
+
+  def _collect(self, state: TrainState, step: int) -> PartialStep:
+    samples, every = self.config.samples, self.config.samples.every_steps
+    with self._clock.phase("rollout"):
+      experience = self.collector.collect(
+        self.learner.params(state),
+        self._prompts,
+        self._key,
+        position=int(state.position),
+        num_samples=samples.count if every and step % every == 0 else 0,
+        poll=self._poll,
+      )
+    for phase in ("data", "reward"):
+      self._clock.reassign("rollout", phase, experience.seconds(phase))
+    self.write_samples(step, experience.samples)
+    return PartialStep(
+      experience.batch, experience.num_batches, experience.metrics, []
+    )
+
+  def score(self, state: TrainState, batch: TrainBatch) -> TrainBatch:
+    """Adds reference and old log-probabilities, and entropy weights."""
+    assert self.partial is not None
+    if not self.partial.updates_done:
+      with self._clock.phase("update"):
+        batch = self._add_logps(state, batch)
+      self.partial.batch = batch
+    self._scored = time.perf_counter()
+    return batch
+
+  def _add_logps(self, state: TrainState, batch: TrainBatch) -> TrainBatch:
+    kind, share = self.config.data.kind, self.config.shaping.top_entropy_share
+    if self._reference is not None:
+      ref_logps, _ = self._score(self._reference.params, batch)
+      batch = batch.replace(
+        ref_per_token_logps=ref_logps,
+        # The frozen start stands for whoever wrote the completions.
+        old_per_token_logps=ref_logps if kind == "preference" else None,
+      )
+    is_off_policy = self.config.train.num_iterations > 1 and kind == "online"
+    weighs_entropy = share < 1 and kind != "demonstrations"
+    if is_off_policy or weighs_entropy:
+      old_logps, entropy = self._score(self.learner.params(state), batch)
+      if is_off_policy:
+        batch = batch.replace(old_per_token_logps=old_logps)
+      if weighs_entropy:
+        batch = batch.replace(
+          token_weights=_top_entropy_weights(
+            entropy, batch.completion_mask, share=share
+          )
+        )
+    return reshard(batch, sharding.batch_sharding(self.mesh))
+
+  def _score(
+    self, params: dict, batch: TrainBatch
+  ) -> tuple[jax.Array, jax.Array]:
+    logps, entropy = self._score_batch(params, batch)
+    self._compile_for_shapes(self._score_batch, params, batch)
+    return logps, entropy
+
+  def update(
+    self, state: TrainState, batch: TrainBatch
+  ) -> tuple[TrainState, writer.Scalars]:
+    """Updates the policy `train.num_iterations` times on one batch.
+
+    Returns:
+      The state after the step, and all metrics of the step so far.
+
+    Raises:
+      FloatingPointError: Too many gradients in a row were not finite.
+    """
+    partial, step = self.partial, self._step
+    assert partial is not None and step is not None
+    if not partial.updates_done:
+      first_update = (step - 1) * self.config.train.num_iterations
+      partial.metrics["train/learning_rate"] = jnp.asarray(
+        self._schedule(first_update)
+      )
+    while partial.updates_done < self.config.train.num_iterations:
+      if partial.updates_done:
+        self._poll()
+      with self._clock.phase("update"):
+        state = self._update_once(state, batch, step)
+    self.skipped_updates.check(step, partial.skipped)
+    return self._count_step(state, partial)
+
+  def _update_once(
+    self, state: TrainState, batch: TrainBatch, step: int
+  ) -> TrainState:
+    learner, partial = self.learner, self.partial
+    assert partial is not None
+    state, metrics = learner.update(state, batch, learner.frozen)
+    self.state = state
+    self._compile_for_shapes(learner.update, state, batch, learner.frozen)
+    self._shapes = set()  # The first update compiles for all of them.
+    partial.metrics |= {f"train/{name}": x for name, x in metrics.items()}
+    jax.block_until_ready(state)
+    partial.skipped.append(float(metrics["skipped_updates"]))
+    return state
+
+  def _count_step(
+    self, state: TrainState, partial: PartialStep
+  ) -> tuple[TrainState, writer.Scalars]:
+    end = time.perf_counter()
+    seconds = end - self._start
+    partial.metrics |= {
+      "perf/update_seconds": end - self._scored,
+      "perf/step_seconds": seconds,
+      "perf/tokens_per_second": float(partial.metrics["train/tokens"])
+      / seconds,
+      "train/skipped_updates": sum(partial.skipped),
+    }
+    state = state.replace(
+      step=state.step + 1, position=state.position + partial.num_batches
+    )
+    return state, partial.metrics
+
+  def evaluate(
+    self, state: TrainState
+  ) -> tuple[writer.Scalars, list[writer.Sample]]:
+    """Accuracy, and preference accuracy if there are pairs, on held-out data.
+
+    Returns:
+      Metrics, and completions for people to look at.
+    """
+    params = self.learner.params(state)
+    result = evaluate.evaluate(
+      self.sampler,
+      params,
+      self._eval_batches,
+      rewards=self.config.rewards,
+      num_samples=self.config.samples.count,
+      poll=self._poll,
+    )
+    metrics = result.scalars
+    if self._preference_batches is not None:
+      assert self._reference is not None
+      metrics |= preferences.evaluate(
+        self.collector,
+        params,
+        self._reference.params,
+        self._preference_batches,
+      )
+    return metrics, result.samples
+
+  def _compile_for_shapes(
+    self,
+    program: compile_cache.AotJit,
+    first: Any,
+    batch: TrainBatch,
+    *rest: Any,
+  ) -> None:
+    """Compiles a program that has run on `batch` for all prompt shapes to come.
+
+    Args:
+      program: Takes `first`, a batch and `rest`.
+      first: Its first argument.
+      batch: The batch it has run on.
+      *rest: Its further arguments.
+    """
+    ids, images = batch.prompt_ids, batch.images
+    shapes = self._shapes - {(ids.shape[1], images.shape[1])}
+    for length, num_images in sorted(shapes):
+      other = _abstract(batch).replace(
+        prompt_ids=_resize(ids, length), images=_resize(images, num_images)
+      )
+      program.prepare(_abstract(first), other, *_abstract(rest))
+
+
+def _load_frozen(
+  config: Config, mesh: Mesh
+) -> tuple[dict | None, Reference | None]:
+  """Parameters under the adapters, and the reference, where there are any."""
+  if not (config.has_reference or config.lora):
+    return None, None
+  params = load.load_params(config.model, mesh)
+  # With adapters, the reference is the base itself and no copy of it.
+  reference = (
+    Reference(params, config.model, mesh) if config.has_reference else None
+  )
+  return (params if config.lora else None), reference
+
+
+def _abstract(tree: Any) -> Any:
+  """Shapes, types and shardings of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding if x.committed else None
+    ),
+    tree,
+  )
+
+
+def _resize(x: jax.Array, length: int) -> Any:
+  """Shape and sharding of an array with a second axis of `length`."""
+  shape = (x.shape[0], length, *x.shape[2:])
+  return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("share",))
+def _top_entropy_weights(
+  entropy: jax.Array, mask: jax.Array, *, share: float
+) -> jax.Array:
+  return shaping.top_entropy(entropy, mask, share=share).astype(jnp.float32)

@@ -1,0 +1,241 @@
+"""The weights that a setting names are the weights that a run gets."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import base
+from grpo_tpu.checkpoint import load
+from grpo_tpu.config import schema as run_config
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import lora
+from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
+from grpo_tpu.models.settings import LoraConfig
+from grpo_tpu.rl import train_state
+from tests.grpo_tpu.checkpoint import checkpointing
+
+BASE = run_config.Config.from_config_dict(base.get_config())
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  """All devices, so that parameters are really cut."""
+  return sharding.make_mesh(replica=1, fsdp=8, tensor=1)
+
+
+def settings_of(weights, **model):
+  return dataclasses.replace(BASE.model, weights=weights, **model)
+
+
+@pytest.fixture
+def params_of(mesh):
+  return lambda weights, **model: load.load_params(
+    settings_of(weights, **model), mesh
+  )
+
+
+def state_of(step, params):
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  step = jax.device_put(jnp.int32(step), sharding.replicated_sharding(mesh))
+  return train_state.TrainState(step, step, params, ())
+
+
+def leaves(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def save(workdir, params, scales, steps=(1,)):
+  """Checkpoints of parameters, multiplied by each scale."""
+  with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
+    for scale, step in zip(scales, steps, strict=True):
+      scaled = jax.tree.map(functools.partial(jnp.multiply, scale), params)
+      state = state_of(step, scaled)
+      checkpoints.save(step, state, {})
+  return leaves(params)
+
+
+def test_random_weights_are_those_of_their_seed(params_of):
+  first, again, other = (
+    leaves(params_of(f"random:{seed}")) for seed in (3, 3, 4)
+  )
+  for a, b in zip(first, again, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert any((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_weights_come_in_the_type_and_sharding_asked_for(mesh):
+  settings = settings_of("random:0", param_dtype="bfloat16")
+  got = load.load_params(settings, mesh)
+  wanted = load.abstract_params(settings, mesh)
+  jax.tree.map(
+    lambda x, w: (
+      (x.shape, x.dtype, x.sharding) == (w.shape, w.dtype, w.sharding)
+      or pytest.fail(f"{x.sharding} {x.dtype} for {w}")
+    ),
+    got,
+    wanted,
+  )
+  embedding = got["embedder"]["input_embedding"]
+  assert embedding.dtype == jnp.bfloat16
+  assert not embedding.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", ["run", "run@home", "run@5"])
+def test_a_run_begins_where_the_named_checkpoint_ended(
+  params_of, tmp_path, name
+):
+  workdir = tmp_path / name
+  saved = save(workdir, params_of("random:1"), (2.0, 3.0), steps=(4, 7))
+  for step, scale in (("", 3.0), ("@7", 3.0), ("@4", 2.0)):
+    if name == "run@5" and not step:
+      continue  # Reads as step 5 of "run"; its step must be written out.
+    got = leaves(params_of(f"run:{workdir}{step}"))
+    for a, b in zip(got, saved, strict=True):
+      np.testing.assert_array_equal(a, np.float32(scale) * b)
+
+
+def test_the_newest_step_stays_the_one_it_was(params_of, tmp_path):
+  """A run that is killed and started again must not jump to newer weights."""
+  save(tmp_path, params_of("random:1"), (2.0,), steps=(4,))
+  resolved = load.resolve_weights(f"run:{tmp_path}")
+  assert resolved == f"run:{tmp_path}@4"
+  save(tmp_path, params_of("random:1"), (5.0,), steps=(9,))
+  assert load.resolve_weights(resolved) == resolved
+  assert load.resolve_weights(f"run:{tmp_path}") == f"run:{tmp_path}@9"
+
+
+def test_random_weights_resolve_to_themselves():
+  assert load.resolve_weights("random:5") == "random:5"
+
+
+def test_a_workdir_with_an_at_sign_resolves_to_its_own_newest(
+  params_of, tmp_path
+):
+  save(tmp_path / "me@host", params_of("random:1"), (1.0,), steps=(6,))
+  name = f"run:{tmp_path}/me@host"
+  assert load.resolve_weights(name) == f"{name}@6"
+
+
+def test_another_models_checkpoint_is_refused_leaf_by_leaf(params_of, tmp_path):
+  save(tmp_path, params_of("random:1"), (1.0,))
+  with pytest.raises(ValueError, match="(?s)saved float32.*wanted bfloat16"):
+    params_of(f"run:{tmp_path}", param_dtype="bfloat16")
+  with pytest.raises(ValueError, match="(?s)input_embedding: saved .*model"):
+    params_of(f"run:{tmp_path}", name="gemma3_270m")
+
+
+LORA = LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
+
+
+def save_adapters(workdir, mesh, base_weights, *, step=3):
+  """A checkpoint as a run with LoRA writes it, its second factors drawn."""
+  rng = np.random.default_rng(step)
+  settings = settings_of("random:2", lora=LORA)
+  adapters = jax.tree.map(
+    lambda x: jax.device_put(
+      rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding
+    ),
+    load.initial_adapters(settings, mesh, seed=0),
+  )
+  meta = {"lora": dataclasses.asdict(LORA) | {"weights": base_weights}}
+  with checkpointing.opened(workdir / "checkpoints", keep=10) as checkpoints:
+    checkpoints.save(step, state_of(step, adapters), meta)
+  return adapters
+
+
+def test_a_run_with_adapters_continues_as_the_model_they_made(
+  params_of, mesh, tmp_path
+):
+  """The adapters of a run that starts from it are merged onto that model."""
+  first = save_adapters(tmp_path / "a", mesh, "random:2")
+  second = save_adapters(tmp_path / "b", mesh, f"run:{tmp_path}/a@3", step=4)
+  expected = params_of("random:2")
+  for name, adapters in (("a", first), ("b", second)):
+    expected = lora.merge_adapters(expected, adapters, LORA)
+    settings = settings_of(f"run:{tmp_path}/{name}")
+    got = load.load_params(settings, mesh)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      got,
+      expected,
+    )
+    abstract = load.abstract_params(settings, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    assert jax.tree.map(lambda x: x.sharding, got) == shardings
+
+
+def test_saved_adapters_come_with_what_they_belong_to(
+  params_of, mesh, tmp_path
+):
+  def adapters_of(weights):
+    return load.load_adapters(settings_of(weights), mesh)
+
+  assert adapters_of("random:2") is None
+  saved = save_adapters(tmp_path / "a", mesh, "random:2")
+  found = adapters_of(f"run:{tmp_path}/a")
+  assert found is not None
+  assert (found.config, found.base_weights) == (LORA, "random:2")
+  jax.tree.map(np.testing.assert_array_equal, found.adapters, saved)
+  save(tmp_path / "whole", params_of("random:2"), (1.0,))
+  assert adapters_of(f"run:{tmp_path}/whole") is None
+
+
+def test_adapters_whose_base_is_gone_are_refused_with_its_name(
+  params_of, mesh, tmp_path
+):
+  save_adapters(tmp_path / "a", mesh, f"run:{tmp_path}/gone@7")
+  with pytest.raises(ValueError, match=r"/a'\).*adapters only.*/gone@7'") as e:
+    params_of(f"run:{tmp_path}/a")
+  assert "no checkpoint" in str(e.value)
+
+
+def test_released_weights_lie_where_the_rules_say(params_of, mesh, tmp_path):
+  """They get the shardings that random ones get."""
+  drawn = params_of("random:2")
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "gemma", in_the_librarys_layout(drawn))
+  settings = settings_of(f"gemma:{tmp_path / 'gemma'}", param_dtype="bfloat16")
+  loaded = load.load_params(settings, mesh)
+  for x, want, value in zip(
+    jax.tree.leaves(loaded),
+    jax.tree.leaves(load.abstract_params(settings, mesh)),
+    leaves(drawn),
+    strict=True,
+  ):
+    assert x.dtype == want.dtype
+    assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+    np.testing.assert_array_equal(x, value.astype(want.dtype))
+
+
+def in_the_librarys_layout(params):
+  """By the names that the loader reads, which its own tests hold."""
+  wanted = {
+    orbax_gemma._library_name(path, layer): (path, layer)
+    for path, layer, _ in assembly.pieces(params)
+  }
+  found = assembly.by_path(params)
+  tree = {}
+  for name, (path, layer) in wanted.items():
+    *parents, last = name.split("/")
+    inner = tree
+    for parent in parents:
+      inner = inner.setdefault(parent, {})
+    leaf = np.asarray(found[path])
+    inner[last] = leaf if layer is None else leaf[layer]
+  return tree
+
+
+@pytest.mark.parametrize("step", ["", "@8"])
+def test_a_run_without_the_checkpoint_is_refused(params_of, tmp_path, step):
+  if step:
+    save(tmp_path, params_of("random:1"), (1.0,))
+  with pytest.raises(ValueError, match=f"no checkpoint.*{tmp_path}"):
+    params_of(f"run:{tmp_path}{step}")
+  if not step:
+    with pytest.raises(ValueError, match=f"no checkpoint.*{tmp_path}"):
+      load.resolve_weights(f"run:{tmp_path}")
