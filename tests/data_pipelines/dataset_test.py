@@ -45,7 +45,7 @@ def data_dir(workdir, tmp_path):
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_pan_and_scan_reaches_training_and_evaluation(workdir, enabled):
-  """Drawn pictures are square, so a ratio of 1 is what cuts them in two."""
+  """Drawn images are square, so a ratio of 1 is what cuts them in two."""
   numbers = dict(min_crop_size=8, max_num_crops=2, min_ratio_to_activate=1.0)
   config = settings(pan_and_scan=dict(enabled=enabled, **numbers))
   data = opened(config, workdir)

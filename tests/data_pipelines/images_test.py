@@ -21,7 +21,7 @@ def encoded(image, format="PNG", **options):
   return file.getvalue()
 
 
-def picture(height=12, width=20, seed=0):
+def make_image(height=12, width=20, seed=0):
   """Pixels without any symmetry."""
   rng = np.random.default_rng(seed)
   return rng.integers(0, 256, (height, width, 3), np.uint8)
@@ -32,10 +32,10 @@ def one_pixel(mode, color):
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "TIFF"])
-def test_lossless_pictures_come_back_to_the_pixel(format):
-  data = encoded(Image.fromarray(picture()), format, lossless=True)
+def test_lossless_images_decode_to_the_pixel(format):
+  data = encoded(Image.fromarray(make_image()), format, lossless=True)
   decoded = images.decode(data)
-  np.testing.assert_array_equal(decoded, picture())
+  np.testing.assert_array_equal(decoded, make_image())
   assert decoded.dtype == np.uint8
 
 
@@ -80,8 +80,8 @@ def test_ink_is_subtracted_from_white():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(orientation, format):
-  image = Image.fromarray(picture())
+def test_images_stand_upright(orientation, format):
+  image = Image.fromarray(make_image())
   exif = Image.Exif()
   exif[0x0112] = orientation
   data = encoded(image, format, exif=exif)
@@ -108,23 +108,23 @@ def header_only_png(width, height):
     (30_000, 30_000, "image_too_large"),  # PIL would raise.
   ],
 )
-def test_a_huge_picture_is_refused_by_its_header(width, height, reason):
+def test_a_huge_image_is_refused_by_its_header(width, height, reason):
   with pytest.raises(records.BadRecord) as caught:
     images.decode(header_only_png(width, height))
   assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
-def test_a_truncated_picture_is_bad(format):
-  data = encoded(Image.fromarray(picture(64, 64)), format)
+def test_a_truncated_image_is_bad(format):
+  data = encoded(Image.fromarray(make_image(64, 64)), format)
   for kept in (0, 1, 10, len(data) // 4, len(data) // 2):
     with pytest.raises(records.BadRecord, match="undecodable_image"):
       images.decode(data[:kept])
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "BMP"])
-def test_damage_is_a_bad_record_or_a_picture_never_another_error(format):
-  data = np.frombuffer(encoded(Image.fromarray(picture()), format), np.uint8)
+def test_damage_is_a_bad_record_or_an_image_never_another_error(format):
+  data = np.frombuffer(encoded(Image.fromarray(make_image()), format), np.uint8)
   rng = np.random.default_rng(0)
   for _ in range(100):
     damaged = data.copy()
@@ -136,9 +136,9 @@ def test_damage_is_a_bad_record_or_a_picture_never_another_error(format):
       assert error.reason in ("undecodable_image", "image_too_large")
 
 
-def test_damaged_metadata_does_not_cost_the_picture():
+def test_damaged_metadata_does_not_cost_the_image():
   data = encoded(
-    Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\0\0\0junk"
+    Image.fromarray(make_image()), "JPEG", exif=b"Exif\0\0II*\0\xff\0\0\0junk"
   )
   assert images.decode(data).shape == (12, 20, 3)
 
@@ -146,7 +146,7 @@ def test_damaged_metadata_does_not_cost_the_picture():
 def test_threads_may_decode_at_once_and_leave_warnings_as_they_were(
   monkeypatch,
 ):
-  data = encoded(Image.fromarray(picture()))
+  data = encoded(Image.fromarray(make_image()))
   before = list(warnings.filters)
   # Threads change over inside the header, where a race would show.
   monkeypatch.setattr(
@@ -157,10 +157,10 @@ def test_threads_may_decode_at_once_and_leave_warnings_as_they_were(
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     decoded = list(pool.map(images.decode, [data] * 200))
   assert list(warnings.filters) == before
-  assert all(np.array_equal(image, picture()) for image in decoded)
+  assert all(np.array_equal(image, make_image()) for image in decoded)
 
 
-def test_pictures_of_the_snapshot_have_the_size_it_says(fixtures):
+def test_images_of_the_snapshot_have_the_size_it_says(fixtures):
   modes = set()
   folder = fixtures / "mathvista_schema" / "data"
   for path in sorted(folder.glob("testmini-*.parquet")):
@@ -173,7 +173,7 @@ def test_pictures_of_the_snapshot_have_the_size_it_says(fixtures):
   assert modes == {"RGB", "RGBA", "L", "P"}
 
 
-def test_resizing_squashes_the_whole_picture():
+def test_resizing_squashes_the_whole_image():
   image = np.zeros((10, 40, 3), np.uint8)
   image[:, 20:] = 255
   square = images.resize(image, 8)
@@ -183,17 +183,17 @@ def test_resizing_squashes_the_whole_picture():
 
 
 def test_the_hash_is_of_pixels_and_shape_not_of_bytes():
-  image = Image.fromarray(picture())
+  image = Image.fromarray(make_image())
   hashes = {
     images.pixel_hash(images.decode(encoded(image, format)))
     for format in ("PNG", "BMP")
   }
   assert len(hashes) == 1
-  other = picture()
+  other = make_image()
   other[0, 0, 0] ^= 1
-  flat = picture().reshape(6, 40, 3)
+  flat = make_image().reshape(6, 40, 3)
   hashes |= {images.pixel_hash(other), images.pixel_hash(flat)}
-  hashes.add(images.pixel_hash(picture()[:, ::-1]))
+  hashes.add(images.pixel_hash(make_image()[:, ::-1]))
   assert len(hashes) == 4
 
 
@@ -226,7 +226,7 @@ def across(height, *edges):
     (1000, 1000, []),
   ],
 )
-def test_a_long_picture_is_cut_along_its_longer_side(height, width, boxes):
+def test_a_long_image_is_cut_along_its_longer_side(height, width, boxes):
   assert images.crop_boxes(height, width, PAN_AND_SCAN) == boxes
   turned = [(left, top, right, bottom) for top, left, bottom, right in boxes]
   assert images.crop_boxes(width, height, PAN_AND_SCAN) == turned
@@ -241,11 +241,11 @@ def test_each_number_of_pan_and_scan_is_a_setting():
   assert boxes(330, 1838, max_num_crops=3) == across(330, 0, 613, 1226, 1838)
   assert boxes(300, 510, min_crop_size=255) == across(300, 0, 255, 510)
   assert boxes(1000, 1200, min_ratio_to_activate=1.21) == []
-  # A square is cut as a wide picture is.
+  # A square is cut as a wide image is.
   assert boxes(600, 600, min_ratio_to_activate=1.0) == across(600, 0, 300, 600)
 
 
-def test_crops_cover_the_picture_and_are_never_empty():
+def test_crops_cover_the_image_and_are_never_empty():
   settings = images.PanAndScan(
     enabled=True, min_crop_size=4, max_num_crops=4, min_ratio_to_activate=1.0
   )
@@ -258,8 +258,8 @@ def test_crops_cover_the_picture_and_are_never_empty():
     assert (seen == bool(boxes)).all()
 
 
-def test_views_are_the_picture_and_its_crops_each_resized():
-  image = picture(260, 1000)
+def test_views_are_the_image_and_its_crops_each_resized():
+  image = make_image(260, 1000)
   views = images.views(image, 16, PAN_AND_SCAN)
   boxes = images.crop_boxes(260, 1000, PAN_AND_SCAN)
   assert views.shape == (4, 16, 16, 3) and views.dtype == np.uint8
@@ -277,7 +277,7 @@ def test_views_are_the_picture_and_its_crops_each_resized():
 def test_the_header_tells_how_many_crops_there_are(size, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  data = encoded(Image.fromarray(picture(*size)), "JPEG", exif=exif)
+  data = encoded(Image.fromarray(make_image(*size)), "JPEG", exif=exif)
   views = images.views(images.decode(data), 8, PAN_AND_SCAN)
   assert images.num_crops(data, PAN_AND_SCAN) == len(views) - 1
   assert images.num_crops(data, images.WHOLE) == 0

@@ -1,4 +1,4 @@
-"""Batches whose rows show one picture, or that and its crops."""
+"""Batches whose rows show one image, or that and its crops."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ SIZES = {(10, 10): 0, (20, 10): 2, (10, 30): 3, (60, 10): 4}
 WHICH = (0, 0, 1, 0, 0, 3, 0, 0, 2, 0, 1, 0)
 
 
-def picture(index, size):
+def make_image(index, size):
   rng = np.random.default_rng(index)
   pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
   file = io.BytesIO()
@@ -37,7 +37,7 @@ def make_problem(index):
     pid=f"p{index}",
     question=question,
     image_path="",
-    image_bytes=picture(index, list(SIZES)[WHICH[index]]),
+    image_bytes=make_image(index, list(SIZES)[WHICH[index]]),
     choices=(),
     unit="",
     precision=-1,
@@ -103,7 +103,7 @@ def assert_same(left, right):
     )
 
 
-def test_a_row_shows_its_picture_then_its_crops_then_nothing(tokenizer):
+def test_a_row_shows_its_image_then_its_crops_then_nothing(tokenizer):
   slots = set()
   for batch in batches(tokenizer):
     assert batch.valid.all()
@@ -166,7 +166,7 @@ def test_crops_that_make_a_prompt_too_long_mask_its_row(tokenizer):
 
 
 class ChangingSource:
-  """Gives pictures that later are others."""
+  """Gives images that later are others."""
 
   def __init__(self, before, after):
     self.before, self.after, self.read = before, after, set()
@@ -180,9 +180,9 @@ class ChangingSource:
     return now[index]
 
 
-def with_pictures(size):
+def with_images(size):
   return [
-    dataclasses.replace(problem, image_bytes=picture(index, size))
+    dataclasses.replace(problem, image_bytes=make_image(index, size))
     for index, problem in enumerate(PROBLEMS)
   ]
 
@@ -197,15 +197,15 @@ def reasons(monkeypatch):
   return seen
 
 
-def test_pictures_that_grew_under_the_run_are_masked(tokenizer, reasons):
-  source = ChangingSource(with_pictures((10, 10)), with_pictures((20, 10)))
+def test_images_that_grew_under_the_run_are_masked(tokenizer, reasons):
+  source = ChangingSource(with_images((10, 10)), with_images((20, 10)))
   for batch in batches(tokenizer, source):
     assert not batch.valid.any()
     assert batch.images.shape[1] == 1 and not batch.images.any()
   assert set(reasons) == {"image_count"}
 
 
-def test_a_header_that_lies_about_its_picture_masks_the_row(
+def test_a_header_that_lies_about_its_image_masks_the_row(
   tokenizer, monkeypatch, reasons
 ):
   monkeypatch.setattr(images, "num_crops", lambda data, settings: 2)
@@ -256,7 +256,7 @@ def test_evaluation_counts_the_crops_of_another_source_anew(tokenizer):
   evaluation = eval_batches(tokenizer)
   slots = [batch.images.shape[1] for batch in evaluation]
   assert slots == [3, 5, 3]
-  cut = with_pictures((10, 30))
+  cut = with_images((10, 30))
   again = evaluation.with_source(cut)
   for left, right in zip(again, eval_batches(tokenizer, cut), strict=True):
     assert_same(left, right)

@@ -22,7 +22,7 @@ SOFT_TOKENS = 3
 IMAGE_SIZE = 8
 
 
-def picture(index):
+def make_image(index):
   file = io.BytesIO()
   colour = (index * 19 % 256, 255 - index, 7)
   PIL.Image.new("RGB", (12, 10), colour).save(file, "PNG")
@@ -36,7 +36,7 @@ def make_problem(index):
     pid=f"p{index}",
     question=question,
     image_path="",
-    image_bytes=picture(index),
+    image_bytes=make_image(index),
     choices=(),
     unit="",
     precision=-1,
@@ -333,7 +333,7 @@ def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
 
 
 def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
-  """Unreadable, too long to ask, and with a picture that does not decode."""
+  """Unreadable, too long to ask, and with an image that does not decode."""
   long = dataclasses.replace(PROBLEMS[4], query="7" * 90)
   torn = dataclasses.replace(PROBLEMS[6], image_bytes=b"no picture")
   problems = [*PROBLEMS]

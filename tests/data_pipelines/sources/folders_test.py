@@ -14,7 +14,7 @@ from data_pipelines import records, validation
 from data_pipelines.sources import folders, intake, mathvista
 
 
-def picture(shade=0):
+def make_image(shade=0):
   file = io.BytesIO()
   Image.new("RGB", (9, 9), (shade, 1, 2)).save(file, "PNG")
   return file.getvalue()
@@ -34,10 +34,10 @@ ENTRY = {
 
 
 def github(folder, entries, split="testmini"):
-  """Writes the layout, with a picture for each of the first entries."""
+  """Writes the layout, with an image for each of the first entries."""
   (folder / "images").mkdir(parents=True, exist_ok=True)
   for name in ("1.jpg", "2.jpg"):
-    (folder / "images" / name).write_bytes(picture(len(name)))
+    (folder / "images" / name).write_bytes(make_image(len(name)))
   text = entries if isinstance(entries, str) else json.dumps(entries)
   (folder / f"{split}.json").write_text(text, encoding="utf-8")
   return folder
@@ -46,7 +46,11 @@ def github(folder, entries, split="testmini"):
 def parquet(folder, pids=("1",), split="testmini"):
   folder.mkdir(parents=True, exist_ok=True)
   table = [
-    {**ENTRY, "pid": pid, "decoded_image": {"bytes": picture(), "path": None}}
+    {
+      **ENTRY,
+      "pid": pid,
+      "decoded_image": {"bytes": make_image(), "path": None},
+    }
     for pid in pids
   ]
   path = folder / f"{split}-00000-of-00001-abc.parquet"
@@ -77,9 +81,9 @@ def as_github(snapshot, folder):
   for split, paths in mathvista.shards(snapshot).items():
     entries = {}
     for row in mathvista.rows(paths):
-      picture = row.pop("decoded_image")
+      image = row.pop("decoded_image")
       row.pop("query")
-      (folder / row["image"]).write_bytes(picture["bytes"])
+      (folder / row["image"]).write_bytes(image["bytes"])
       if row["precision"] is not None:
         row["precision"] = int(row["precision"])
       entries[row["pid"]] = row
@@ -113,7 +117,7 @@ def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
   github(tmp_path, {"7": ENTRY, "8": {**ENTRY, "pid": "8", "precision": 2}})
   first, second = read(tmp_path)
   assert (first.pid, second.pid, second.precision) == ("7", "8", 2)
-  assert first.image_bytes == picture(5)
+  assert first.image_bytes == make_image(5)
   assert first.metadata == {"source": "mine"}
   assert first.query == (
     "Hint: Please answer the question requiring an integer answer and provide "
@@ -125,7 +129,7 @@ def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
   "image",
   [None, 3, "", "images/9.jpg", "images", "images/\0.jpg", "x" * 5000],
 )
-def test_a_picture_that_is_not_there_is_missing(tmp_path, image):
+def test_an_image_that_is_not_there_is_missing(tmp_path, image):
   github(tmp_path, {"1": {**ENTRY, "image": image}, "2": ENTRY})
   missing, there = read(tmp_path)
   assert missing == "missing_image" and there.pid == "2"
@@ -133,8 +137,8 @@ def test_a_picture_that_is_not_there_is_missing(tmp_path, image):
   assert [reject["pid"] for reject in rejects] == ["1"]
 
 
-def test_a_picture_outside_the_folder_is_never_read(tmp_path):
-  (tmp_path / "secret.jpg").write_bytes(picture())
+def test_an_image_outside_the_folder_is_never_read(tmp_path):
+  (tmp_path / "secret.jpg").write_bytes(make_image())
   for name in ("../secret.jpg", str(tmp_path / "secret.jpg")):
     folder = github(tmp_path / "data", {"1": {**ENTRY, "image": name}})
     assert read(folder) == ["missing_image"]

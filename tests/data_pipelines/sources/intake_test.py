@@ -122,18 +122,18 @@ def test_a_pid_is_taken_across_splits():
   assert [reject["reason"] for reject in rejects] == ["duplicate_pid"]
 
 
-def test_a_picture_is_on_one_side_only():
+def test_an_image_is_on_one_side_only():
   kept, sides = placed(readers(testmini=PROBLEMS))
   groups = {"train": set(), "eval": set()}
   for record in kept:
     groups[sides[record.key]].add(record.group)
   assert all(groups.values())
   assert not groups["train"] & groups["eval"]
-  # Some pictures are asked about twice, or nothing was shown.
+  # Some images are asked about twice, or nothing was shown.
   assert len(groups["train"] | groups["eval"]) < len(PROBLEMS)
 
 
-def test_unanswered_problems_are_for_test_and_their_pictures_not_for_train():
+def test_unanswered_problems_are_for_test_and_their_images_not_for_train():
   hidden = [
     dataclasses.replace(problem, pid=f"hidden-{problem.pid}", answer="")
     for problem in PROBLEMS[:20]
@@ -152,7 +152,7 @@ def test_what_the_source_calls_test_stays_test():
 
 
 def copies(problem, count):
-  """Problems on pictures that look alike and have other pixels, not drawn."""
+  """Problems on images that look alike and have other pixels, not synthetic."""
   image = np.array(images.decode(problem.image_bytes))
   for i in range(count):
     image[0, 0] = 10 * i
@@ -169,7 +169,7 @@ def copies(problem, count):
 COPIES = [copy for problem in PROBLEMS[:8] for copy in copies(problem, 4)]
 
 
-def test_twins_are_never_on_two_sides():
+def test_duplicates_are_never_on_two_sides():
   kept, sides = placed(readers(testmini=COPIES))
   found = {}
   for record in kept:
@@ -178,11 +178,11 @@ def test_twins_are_never_on_two_sides():
   assert len(found) == 8
   assert {"eval", "withheld"} in found.values()
   assert not any({"eval", "train"} <= group for group in found.values())
-  # Those that drew eval stay there whatever their twins drew.
+  # Those that drew eval stay there whatever their duplicates drew.
   assert {"train"} in found.values() or {"eval"} in found.values()
 
 
-def test_a_twin_of_a_test_picture_is_not_for_train():
+def test_a_duplicate_of_a_test_image_is_not_for_train():
   hidden = [dataclasses.replace(p, answer="") for p in COPIES[::4]]
   shown = [p for p in COPIES if p not in COPIES[::4]]
   sources = readers(testmini=shown, test=hidden[:4])
@@ -195,14 +195,14 @@ def test_a_twin_of_a_test_picture_is_not_for_train():
   assert {sides["testmini", i] for i in range(24)} == {"eval"}
 
 
-def test_drawn_pictures_are_told_apart_by_their_pixels():
+def test_synthetic_images_are_distinguished_by_their_pixels():
   drawn = [
     dataclasses.replace(copy, metadata={"source": "synthetic/count"})
     for copy in COPIES
   ]
   kept, _ = intake.check_records(readers(testmini=drawn))
   assert len({record.group for record in kept}) == len(drawn)
-  # One that is not drawn has its twins among those that are not.
+  # Real images have duplicates among real images.
   mixed = [*drawn, *(dataclasses.replace(p, pid=f"{p.pid}+") for p in COPIES)]
   kept, _ = intake.check_records(readers(testmini=mixed))
   assert len({record.group for record in kept}) == 8
@@ -210,7 +210,7 @@ def test_drawn_pictures_are_told_apart_by_their_pixels():
 
 @pytest.mark.parametrize("count", range(1, 32, 5))
 def test_added_records_move_no_other(count):
-  """They may take one out of train, if a twin of it is held out."""
+  """They may take one out of train, if a duplicate of it is held out."""
   _, many = placed(readers(testmini=PROBLEMS + COPIES))
   _, few = placed(readers(testmini=PROBLEMS + COPIES[:count]))
   withdrawn = 0

@@ -1,4 +1,4 @@
-"""Copies of a picture are its twins; other pictures, even much alike, not."""
+"""Copies of an image are its near-duplicates; other images are not."""
 
 import io
 
@@ -38,16 +38,14 @@ COPIES = {
 }
 
 
-def grouped(*pictures):
-  looks = {
-    images.pixel_hash(x): near_duplicates.hash_image(x) for x in pictures
-  }
-  return set(near_duplicates.groups(looks).values())
+def group(*arrays):
+  hashes = {images.pixel_hash(x): near_duplicates.hash_image(x) for x in arrays}
+  return set(near_duplicates.groups(hashes).values())
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copy_is_a_twin(copied):
-  assert len(grouped(np.asarray(CHART), copied(CHART))) == 1
+def test_a_copy_is_a_duplicate(copied):
+  assert len(group(np.asarray(CHART), copied(CHART))) == 1
 
 
 @pytest.mark.parametrize(
@@ -61,18 +59,18 @@ def test_a_copy_is_a_twin(copied):
   ],
   ids=["one bar", "two bars", "stretched", "mirrored", "blank"],
 )
-def test_another_picture_is_none(other):
-  assert len(grouped(np.asarray(CHART), np.asarray(other))) == 2
+def test_another_image_is_none(other):
+  assert len(group(np.asarray(CHART), np.asarray(other))) == 2
 
 
-def test_blank_pictures_are_twins_by_their_brightness():
+def test_blank_images_are_duplicates_by_their_brightness():
   blank = [np.full((40, 60, 3), level, np.uint8) for level in (0, 230, 250)]
-  assert len(grouped(*blank)) == 2
+  assert len(group(*blank)) == 2
 
 
 # Bits of the code, width in place of 100, and grey levels of one cell.
 @pytest.mark.parametrize(
-  "bits, width, level, twin",
+  "bits, width, level, similar",
   [
     (0, 100, 0, True),
     (8, 100, 0, True),
@@ -84,42 +82,44 @@ def test_blank_pictures_are_twins_by_their_brightness():
     (0, 100, 25, False),
   ],
 )
-def test_each_limit_is_where_it_says(bits, width, level, twin):
+def test_each_limit_is_where_it_says(bits, width, level, similar):
   plain = near_duplicates.ImageHash(code=0, ratio=1.0, cells=bytes(256))
   other = near_duplicates.ImageHash(
     code=(1 << 64) - (1 << (64 - bits)),
     ratio=width / 100,
     cells=bytes(99) + bytes([level]) + bytes(156),
   )
-  assert list(near_duplicates.similar_pairs([plain, other])) == [(0, 1)] * twin
+  assert (
+    list(near_duplicates.similar_pairs([plain, other])) == [(0, 1)] * similar
+  )
 
 
-def look_of(code):
+def hash_of(code):
   return near_duplicates.ImageHash(code=code, ratio=1.0, cells=bytes(256))
 
 
 @pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
-def test_a_twins_twin_is_in_the_group_in_whatever_order(order):
+def test_a_duplicates_duplicate_is_in_the_group_in_whatever_order(order):
   """a and b are 8 bits apart, b and c too, a and c 16; d is far from all."""
-  looks = {"a": look_of(0), "b": look_of(0xFF), "c": look_of(0xFFFF)}
-  assert list(near_duplicates.similar_pairs([looks["a"], looks["c"]])) == []
+  hashes = {"a": hash_of(0), "b": hash_of(0xFF), "c": hash_of(0xFFFF)}
+  assert list(near_duplicates.similar_pairs([hashes["a"], hashes["c"]])) == []
   found = near_duplicates.groups(
-    {name: looks[name] for name in order} | {"d": look_of(2**64 - 1)}
+    {name: hashes[name] for name in order} | {"d": hash_of(2**64 - 1)}
   )
   assert found == {"a": "a", "b": "a", "c": "a", "d": "d"}
 
 
-def test_a_picture_without_a_look_has_no_twins():
-  found = near_duplicates.groups({"a": look_of(0), "b": None, "c": None})
+def test_an_image_without_a_hash_has_no_duplicates():
+  found = near_duplicates.groups({"a": hash_of(0), "b": None, "c": None})
   assert found == {"a": "a", "b": "b", "c": "c"}
 
 
-def test_nothing_has_no_twins():
+def test_nothing_has_no_duplicates():
   assert near_duplicates.groups({}) == {}
 
 
 def test_the_code_is_that_of_a_plain_cosine_transform():
-  """Against the textbook's sum, in floats, on a picture without ties."""
+  """Against the textbook's sum, in floats, on an image without ties."""
   rng = np.random.default_rng(0)
   grey = rng.integers(0, 256, (32, 32), np.uint8)
   sample, frequency = np.arange(32), np.arange(8)
@@ -127,9 +127,11 @@ def test_the_code_is_that_of_a_plain_cosine_transform():
   waves = np.einsum("uy,yx,vx->uv", basis, grey.astype(float), basis).ravel()
   median = sorted(waves[1:])[31]
   code = sum(1 << (63 - i) for i in range(64) if waves[i] > median)
-  look = near_duplicates.hash_image(np.repeat(grey[:, :, None], 3, axis=2))
-  assert look.code == code
-  cells = np.frombuffer(look.cells, np.uint8).reshape(16, 16)
+  image_hash = near_duplicates.hash_image(
+    np.repeat(grey[:, :, None], 3, axis=2)
+  )
+  assert image_hash.code == code
+  cells = np.frombuffer(image_hash.cells, np.uint8).reshape(16, 16)
   np.testing.assert_allclose(
     cells, grey.reshape(16, 2, 16, 2).mean((1, 3)), atol=1
   )
@@ -137,7 +139,7 @@ def test_the_code_is_that_of_a_plain_cosine_transform():
 
 @pytest.fixture(scope="module")
 def snapshot(fixtures):
-  """The distinct pictures of the snapshot, by the first pid that shows it."""
+  """The distinct images of the snapshot, by the first pid that shows it."""
   folder = fixtures / "mathvista_schema" / "data"
   found = {}
   for path in sorted(folder.glob("*.parquet")):
@@ -148,8 +150,8 @@ def snapshot(fixtures):
   return dict(found.values())
 
 
-def test_the_snapshots_one_grey_twin_is_found_and_no_other(snapshot):
-  """pids 16 and 313 are one picture, of which one copy is grey."""
+def test_the_snapshots_one_grey_copy_is_found_and_no_other(snapshot):
+  """pids 16 and 313 are one image, of which one copy is grey."""
   assert len(snapshot) == 365
   groups = near_duplicates.groups(
     {pid: near_duplicates.hash_image(x) for pid, x in snapshot.items()}
@@ -159,10 +161,8 @@ def test_the_snapshots_one_grey_twin_is_found_and_no_other(snapshot):
 
 
 @pytest.mark.parametrize("copied, least", [("JPEG", 0.98), ("half", 0.93)])
-def test_most_copies_of_real_pictures_are_found(snapshot, copied, least):
-  pictures = list(snapshot.values())[:60]
-  copies = [COPIES[copied](Image.fromarray(picture)) for picture in pictures]
-  found = [
-    len(grouped(*pair)) == 1 for pair in zip(pictures, copies, strict=True)
-  ]
+def test_most_copies_of_real_images_are_found(snapshot, copied, least):
+  arrays = list(snapshot.values())[:60]
+  copies = [COPIES[copied](Image.fromarray(array)) for array in arrays]
+  found = [len(group(*pair)) == 1 for pair in zip(arrays, copies, strict=True)]
   assert np.mean(found) >= least

@@ -74,7 +74,7 @@ def test_a_problem_depends_on_its_settings_and_index_alone():
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"difficulty": 3}])
-def test_another_seed_or_difficulty_draws_other_pictures(change):
+def test_another_seed_or_difficulty_draws_other_images(change):
   ours = {problem.image_bytes for problem in drawn()}
   assert not ours & {problem.image_bytes for problem in drawn(**change)}
 
@@ -94,12 +94,12 @@ def test_the_set_covers_the_schema():
   assert {len(p.choices) for p in problems} == {0, *range(2, 9)}
 
 
-def test_pictures_differ_but_for_those_asked_about_twice():
+def test_images_differ_but_for_those_asked_about_twice():
   problems = drawn(num_problems=2000, difficulty=1)
-  by_picture = collections.defaultdict(list)
+  by_image = collections.defaultdict(list)
   for problem in problems:
-    by_picture[problem.image_bytes].append(problem)
-  repeated = [group for group in by_picture.values() if len(group) > 1]
+    by_image[problem.image_bytes].append(problem)
+  repeated = [group for group in by_image.values() if len(group) > 1]
   assert 0.03 < len(repeated) / len(problems) < 0.07  # At most one in 16.
   for group in repeated:
     assert len({problem.question for problem in group}) == len(group) == 2
@@ -140,7 +140,7 @@ def test_no_constant_answer_does_well(kind, difficulty):
     assert max(letters.values()) / letters.total() < 0.4
 
 
-def test_counted_shapes_are_those_that_the_picture_shows():
+def test_counted_shapes_are_those_that_the_image_shows():
   # At difficulty 1 all shapes are of one, unshaded color.
   for problem in drawn(kinds=("count",), difficulty=1, num_problems=60):
     image = pixels(problem)
@@ -185,7 +185,7 @@ def test_bars_stand_in_proportion_to_their_values(image_size):
 
 
 def test_rows_of_a_table_are_listed_from_top_to_bottom():
-  """The digits are read off the picture against the same bitmap."""
+  """The digits are read off the image against the same bitmap."""
   for problem in drawn(kinds=("table_list",), difficulty=1, image_size=48):
     ink = (pixels(problem) == drawing.INK).all(axis=-1)[:, 48 // 2 - 1 :]
     read = []

@@ -76,7 +76,7 @@ def test_every_image_has_its_own_placeholders(tokenizer, num_images):
   assert ids.count(tokenizer.end_of_image) == num_images
 
 
-def test_crops_follow_their_picture_in_the_words_of_transformers(tokenizer):
+def test_crops_follow_their_image_in_the_words_of_transformers(tokenizer):
   problem = make_problem()
   image = [108, tokenizer.start_of_image, -2, -2, tokenizer.end_of_image, 108]
   crops = [

@@ -1,4 +1,4 @@
-"""Pictures and their words, against transformers' Gemma3Processor."""
+"""Images and their words, against transformers' Gemma3Processor."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from data_pipelines.text.chat_format import GEMMA3
 
 pytestmark = pytest.mark.peers
 
-SCRIPT = pathlib.Path(__file__).with_name("transformers_pictures.py")
+SCRIPT = pathlib.Path(__file__).with_name("transformers_images.py")
 SETTINGS = (images.WHOLE, dataclasses.replace(images.WHOLE, enabled=True))
 # RGBA, grey, palette and RGB; all but the last three are PNGs named .jpg. Wide,
 # tall, nearly square, larger and smaller than what they are resized to.
@@ -31,8 +31,8 @@ def encoded(image, format="PNG", **options):
   return file.getvalue()
 
 
-def drawn_pictures():
-  """What the snapshot lacks: transparency, and a picture on its side."""
+def drawn_images():
+  """What the snapshot lacks: transparency, and an image on its side."""
   rng = np.random.default_rng(0)
   noise = Image.fromarray(rng.integers(0, 256, (280, 900, 4), np.uint8))
   exif = Image.Exif()
@@ -47,7 +47,7 @@ def drawn_pictures():
 
 
 @pytest.fixture(scope="module")
-def pictures(fixtures):
+def files(fixtures):
   found = {}
   folder = fixtures / "mathvista_schema" / "data"
   for path in sorted(folder.glob("testmini-*.parquet")):
@@ -55,14 +55,14 @@ def pictures(fixtures):
       path, columns=["pid", "decoded_image"]
     ).to_pylist():
       found[row["pid"]] = row["decoded_image"]["bytes"]
-  return [*(found[pid] for pid in PIDS), *drawn_pictures()]
+  return [*(found[pid] for pid in PIDS), *drawn_images()]
 
 
 @pytest.fixture(scope="module")
-def theirs(pictures, peers_python, tmp_path_factory):
-  """Pixel values, and the text of images, by setting and picture."""
+def theirs(files, peers_python, tmp_path_factory):
+  """Pixel values, and the text of images, by setting and image."""
   given = {"pan_and_scan": np.array([*map(dataclasses.astuple, SETTINGS)])}
-  for i, data in enumerate(pictures):
+  for i, data in enumerate(files):
     given[f"file_{i}"] = np.frombuffer(data, np.uint8)
     given[f"size_{i}"] = np.array(size_of(i))
   folder = tmp_path_factory.mktemp("peers")
@@ -78,15 +78,15 @@ def theirs(pictures, peers_python, tmp_path_factory):
 
 
 def size_of(i):
-  """The released models' for one picture; less for the rest, to be quick."""
+  """The released models' for one image; less for the rest, to be quick."""
   return 896 if i == 0 else 224
 
 
 @pytest.mark.parametrize("row", range(len(SETTINGS)))
-def test_pixels_are_those_of_transformers(pictures, theirs, row):
+def test_pixels_are_those_of_transformers(files, theirs, row):
   """Exactly, to the step of a uint8; as what a model reads, to rounding."""
   num_crops = []
-  for i, data in enumerate(pictures):
+  for i, data in enumerate(files):
     ours = images.views(images.decode(data), size_of(i), SETTINGS[row])
     values = theirs[f"pixels_{row}_{i}"].transpose(0, 2, 3, 1)
     steps = np.rint((values + 1) * 127.5).astype(np.uint8)
@@ -118,10 +118,10 @@ def spelt(ids, tokenizer):
 
 @pytest.mark.parametrize("row", range(len(SETTINGS)))
 def test_images_are_introduced_in_the_words_of_transformers(
-  pictures, theirs, tokenizer, row
+  files, theirs, tokenizer, row
 ):
   problem = records.from_result({"question": "How many?", "query": "How many?"})
-  for i, data in enumerate(pictures):
+  for i, data in enumerate(files):
     ids = chat_prompts.encode_prompt(
       problem,
       tokenizer,

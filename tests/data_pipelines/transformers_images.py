@@ -1,9 +1,9 @@
-"""Pictures and prompts as transformers' Gemma3Processor makes them.
+"""Images and prompts as transformers' Gemma3Processor makes them.
 
 Run by the Python of the peers' venv:
-`python transformers_pictures.py IN.npz OUT.npz`. IN holds `file_0`, `file_1`,
-... (encoded pictures), `size_0`, ... and the rows of `pan_and_scan`: enabled,
-minimal size, most crops, minimal ratio. OUT holds, of row r and picture i,
+`python transformers_images.py IN.npz OUT.npz`. IN holds `file_0`, `file_1`,
+... (encoded images), `size_0`, ... and the rows of `pan_and_scan`: enabled,
+minimal size, most crops, minimal ratio. OUT holds, of row r and image i,
 `pixels_r_i` as float32 [1 + crops, 3, size, size], and `text_r_i`, as the
 processor expands one image marker.
 """
