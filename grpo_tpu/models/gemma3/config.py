@@ -1,35 +1,33 @@
 """The sizes of Gemma 3, from a tiny one that trains on a laptop to 27B.
 
-Values only: nothing here knows of arrays or devices.
-
 References:
   Gemma Team, "Gemma 3 Technical Report", 2025 (arXiv:2503.19786), table 1.
 """
 
 import dataclasses
 
-# One global layer closes each period of five local ones (section 2).
+# Layers per period: five local ones, then a global one (section 2).
 PERIOD = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-  """A SigLIP tower and the pooling that shortens its output.
+  """A SigLIP image tower and the pooling of its output.
 
   Attributes:
-    image_size: Side of the square input that the positions are of, in pixels.
-    patch_size: Side of a patch, in pixels.
+    image_size: Side in pixels of the images that the tower was trained on.
+    patch_size: Side of a patch in pixels.
     width: Model width of the tower.
     depth: Number of encoder blocks.
     mlp_dim: Hidden width of a block's MLP.
-    num_heads: Attention heads; divides `width`.
-    soft_tokens: Tokens per image after average pooling (`S`), a square.
-    start_of_image: The id that opens an image.
-    end_of_image: The id that closes one.
-    image_token: The id that stands for a soft token in Hugging Face's inputs;
-      nothing here reads or writes it but exports.
-    input_size: Side of what it is shown, where that is not `image_size`: the
-      positions are then those between.
+    num_heads: Number of attention heads; divides `width`.
+    soft_tokens: Tokens per image after average pooling (`S`), a square number.
+    start_of_image: Id that opens an image.
+    end_of_image: Id that closes an image.
+    image_token: Id of a soft token in Hugging Face's inputs; only exports use
+      it.
+    input_size: Side in pixels of the images to encode, if other than
+      `image_size`; positions are then interpolated.
   """
 
   image_size: int
@@ -55,7 +53,7 @@ class VisionConfig:
 
   @property
   def shown_size(self) -> int:
-    """Side of the pictures that it is shown."""
+    """Side in pixels of the images to encode."""
     return self.input_size or self.image_size
 
 
@@ -65,14 +63,14 @@ class ModelConfig:
 
   Attributes:
     vocab_size: Rows of the embedding (`V`).
-    num_layers: Blocks; layer `i` is global where `(i + 1) % 6 == 0`.
+    num_layers: Number of blocks; layer `i` is global if `(i + 1) % 6 == 0`.
     embed_dim: Model width (`D`).
     hidden_dim: Width of the gated MLP (`F`).
-    num_heads: Query heads (`Q`).
-    num_kv_heads: Key-value heads (`K`).
+    num_heads: Number of query heads (`Q`).
+    num_kv_heads: Number of key-value heads (`K`).
     head_dim: Size of a head (`H`).
-    sliding_window: Positions a local layer reaches, itself included.
-    query_scale: Factor on queries before the dot product.
+    sliding_window: Reach of a local layer in positions, itself included.
+    query_scale: Factor of queries before the dot product.
     local_rope_base: RoPE base frequency of local layers.
     global_rope_base: RoPE base frequency of global layers.
     global_rope_factor: Positions of global layers are divided by this.
@@ -99,23 +97,23 @@ class ModelConfig:
         f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
         f"({self.num_kv_heads})."
       )
-    # Transformers ignores the window inside an image and the gemma library
-    # does not; no released size has an image longer than its window.
+    # Transformers ignores the window inside an image, the gemma library does
+    # not; in no released size is an image longer than the window.
     if self.vision and self.vision.soft_tokens > self.sliding_window:
       raise ValueError(
         f"vision.soft_tokens ({self.vision.soft_tokens}) must fit in "
-        f"sliding_window ({self.sliding_window}); what an image block longer "
-        "than the window means is not defined by any released model."
+        f"sliding_window ({self.sliding_window}); no released model defines "
+        "attention in an image that is longer than the window."
       )
 
   @property
   def global_layers(self) -> tuple[bool, ...]:
-    """Whether each layer is global."""
+    """True for each global layer."""
     return tuple((i + 1) % PERIOD == 0 for i in range(self.num_layers))
 
   @property
   def soft_tokens(self) -> int:
-    """Soft tokens per image; 0 without a vision tower."""
+    """Soft tokens per image; 0 without an image tower."""
     return self.vision.soft_tokens if self.vision else 0
 
 
@@ -130,7 +128,7 @@ _SIGLIP = VisionConfig(
 )
 
 
-def _released(
+def _released_config(
   num_layers: int,
   embed_dim: int,
   hidden_dim: int,
@@ -190,17 +188,17 @@ CONFIGS = {
       image_token=1024,
     ),
   ),
-  "gemma3_270m": _released(
+  "gemma3_270m": _released_config(
     18, 640, 2048, 4, 1,
     sliding_window=512, global_rope_factor=1.0, vision=None,
   ),
-  "gemma3_1b": _released(
+  "gemma3_1b": _released_config(
     26, 1152, 6912, 4, 1,
     sliding_window=512, global_rope_factor=1.0, vision=None,
   ),
-  "gemma3_4b": _released(34, 2560, 10_240, 8, 4),
-  "gemma3_12b": _released(48, 3840, 15_360, 16, 8),
-  "gemma3_27b": _released(
+  "gemma3_4b": _released_config(34, 2560, 10_240, 8, 4),
+  "gemma3_12b": _released_config(48, 3840, 15_360, 16, 8),
+  "gemma3_27b": _released_config(
     62, 5376, 21_504, 32, 16,
     head_dim=128, query_scale=(5376 / 32) ** -0.5,
   ),

@@ -275,13 +275,9 @@ class _Token(NamedTuple):
     )
 
     def attend_to_first(num_own):
-      own = (
-        _layer_cache(keys, index, num_own),
-        _layer_cache(values, index, num_own),
-      )
       return attention.attend_cached(
         q[:, :, 0],
-        own,
+        tuple(_layer_cache(part, index, num_own) for part in (keys, values)),
         (prompt_k, prompt_v),
         sees_own=sees_own[:num_own],
         sees_prompt=sees_prompt,

@@ -1,18 +1,18 @@
-"""The parameter tree: its shapes, how it is drawn, and the files it fits.
+"""The parameter tree: its shapes, random values, and files to load and save.
 
-The decoder's layers are stacked along a leading axis, as are the tower's, so
-that one scan runs them all. Names and axes within a layer are those of the
-`gemma` library; norms hold the deviation of their scale from one.
+The layers of the decoder are stacked along a leading axis, and so are those of
+the image tower, so that one scan runs them all. Names and axes within a layer
+are those of the `gemma` library; norms hold the deviation of their scale from
+one.
 """
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import (
@@ -27,11 +27,12 @@ from grpo_tpu.models.gemma3.convert import (
 def abstract_params(
   config: gemma3_config.ModelConfig, dtype: jnp.dtype
 ) -> dict:
-  """The tree as shapes; nothing is allocated.
+  """The tree as shapes; allocates nothing.
 
   Args:
-    config: The model's sizes.
-    dtype: Of the decoder. The tower and projector stay in fp32, as released.
+    config: Sizes of the network.
+    dtype: Type of the decoder. Image tower and projector stay in fp32, as
+      released.
   """
   text = _text_shapes(config)
   shapes = {name: _cast_shapes(tree, dtype) for name, tree in text.items()}
@@ -47,16 +48,16 @@ def abstract_params(
 def random_params(
   config: gemma3_config.ModelConfig, seed: int, dtype: jnp.dtype
 ) -> dict:
-  """A tree drawn with NumPy; a leaf's values depend on its path and the seed.
+  """A random tree from NumPy; a leaf's values depend on its path and the seed.
 
-  Matrices are normal with variance one over what they sum; the embedding has
-  variance `1 / D`, so that both its scaled lookups and its logits have
-  variance one.
+  Matrices are normal; their variance is one over the number of terms that they
+  sum. The embedding has variance `1 / D`, so that its scaled lookups and its
+  logits both have variance one.
 
   Args:
-    config: The model's sizes.
-    seed: Any non-negative integer.
-    dtype: Of the decoder.
+    config: Sizes of the network.
+    seed: A non-negative integer.
+    dtype: Type of the decoder.
   """
 
   def draw(path, shape):
@@ -79,48 +80,57 @@ def random_params(
 def from_hf(
   directory: str | os.PathLike[str],
 ) -> tuple[gemma3_config.ModelConfig, dict]:
-  """A Hugging Face checkpoint on the first device, in the type of its decoder.
+  """Loads a Hugging Face checkpoint to the first device, in its decoder's type.
 
-  Tower and projector come in fp32, as everywhere.
+  Image tower and projector are in fp32, as everywhere.
 
   Args:
-    directory: With config.json and *.safetensors.
+    directory: A folder with config.json and *.safetensors.
 
   Raises:
-    ValueError: The config is not one of Gemma 3, or the tensors are not those
-      of the config.
+    ValueError: If the config is not one of Gemma 3, or the tensors are not
+      those of the config.
   """
   config = huggingface_config.read(directory)
-  checkpoint = huggingface.Checkpoint(
-    directory, abstract_params(config, jnp.dtype(jnp.float32))
-  )
-  place = SingleDeviceSharding(jax.local_devices()[0])
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    abstract_params(config, checkpoint.dtype),
-  )
-  return config, checkpoint.load(abstract)
+  checkpoint = huggingface.Checkpoint(directory, _f32_params(config))
+  abstract = abstract_params(config, checkpoint.dtype)
+  return config, checkpoint.load(assembly.on_one_device(abstract))
 
 
 def open_hf(
   config: gemma3_config.ModelConfig, directory: str | os.PathLike[str]
 ) -> huggingface.Checkpoint:
-  """A Hugging Face checkpoint of a known model, from which `load` reads.
+  """Opens a Hugging Face checkpoint of a known model.
 
-  Looks at config.json and the headers, and touches no device. Rows of the
-  embedding from the image placeholder's on, which transformers adds, are left
-  in the file.
+  Checks config.json and the headers without a device. Rows of the embedding
+  from the image placeholder's on, which transformers adds, are never loaded.
 
   Raises:
-    ValueError: Sizes or tensors are not those of `config`; each is named.
+    ValueError: If sizes or tensors are not those of `config`; names each.
   """
   if differences := huggingface_config.differences(directory, config):
     raise ValueError(
       f"{directory} holds a model of other sizes: {', '.join(differences)}."
     )
-  return huggingface.Checkpoint(
-    directory, abstract_params(config, jnp.dtype(jnp.float32))
-  )
+  return huggingface.Checkpoint(directory, _f32_params(config))
+
+
+def _open_gemma(
+  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> orbax_gemma.Checkpoint:
+  return orbax_gemma.Checkpoint(path, config, _f32_params(config))
+
+
+def _open_gguf(
+  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> gguf.File:
+  return gguf.File(path, config)
+
+
+# Functions of a config and a path, by the scheme of `model.weights`. Each
+# refuses files of another model without a device. The `load` method of the
+# result takes shapes, types and shardings, and returns the tree.
+OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
 
 
 def to_hf(
@@ -131,17 +141,17 @@ def to_hf(
   dtype: Any = None,
   tokenizer_dir: str | os.PathLike[str] | None = None,
 ) -> None:
-  """Writes a checkpoint that transformers loads and that gives these logits.
+  """Saves a checkpoint that transformers loads and that gives the same logits.
 
   Args:
-    config: The model's sizes.
-    params: Its parameters, wherever they lie.
-    directory: A folder without a checkpoint; made if missing.
-    dtype: Of all tensors; None keeps that of each.
-    tokenizer_dir: Whose tokenizer and processor files are copied, if any.
+    config: Sizes of the network.
+    params: Its parameters, on any devices.
+    directory: A folder without a checkpoint; it is created if missing.
+    dtype: Type of all tensors; None keeps the type of each.
+    tokenizer_dir: Folder of the tokenizer and processor files to copy, if any.
 
   Raises:
-    ValueError: `directory` holds a checkpoint.
+    ValueError: If `directory` holds a checkpoint.
   """
   huggingface.save(
     config,
@@ -152,91 +162,12 @@ def to_hf(
   )
 
 
-def from_gemma(
-  path: str | os.PathLike[str],
-  *,
-  config: gemma3_config.ModelConfig | None = None,
-  dtype: Any = jnp.float32,
-  place: assembly.Place = assembly.on_one_device,
-) -> tuple[gemma3_config.ModelConfig, dict]:
-  """The model of a `gemma` library checkpoint; see `released.Checkpoint`.
-
-  Args:
-    path: The checkpoint's folder, here or on gs://.
-    config: What it must hold; None finds the released size that it is.
-    dtype: Of the decoder.
-    place: Gives the shapes of the tree their shardings.
-
-  Returns:
-    The sizes, and the tree on its devices.
-
-  Raises:
-    ValueError: It cannot be read as that model; lists every fault.
-  """
-  checkpoint = orbax_gemma.Checkpoint(path, config)
-  abstract = abstract_params(checkpoint.config, jnp.dtype(dtype))
-  checkpoint.check(abstract)
-  tree = assembly.assembled(place(abstract), checkpoint.read)
-  return checkpoint.config, tree
-
-
-def from_gguf(
-  path: str | os.PathLike[str],
-  *,
-  config: gemma3_config.ModelConfig | None = None,
-  dtype: Any = jnp.float32,
-  place: assembly.Place = assembly.on_one_device,
-) -> tuple[gemma3_config.ModelConfig, dict]:
-  """The model of a GGUF file, of a text size; see `gguf.File`.
-
-  Args:
-    path: The file, on this machine.
-    config: What the file must hold; None takes what it says.
-    dtype: Of the decoder.
-    place: Gives the shapes of the tree their shardings.
-
-  Returns:
-    The sizes, and the tree on its devices.
-
-  Raises:
-    ValueError: The file cannot be read as that model; lists every fault.
-  """
-  file = gguf.File(path, config)
-  abstract = place(abstract_params(file.config, jnp.dtype(dtype)))
-  return file.config, assembly.assembled(abstract, file.read)
-
-
-class _Opened(NamedTuple):
-  """Files that have been checked, to be read a piece at a time."""
-
-  read: assembly.Read
-
-  def load(self, abstract: dict) -> dict:
-    """The tree of these shapes, types and places."""
-    return assembly.assembled(abstract, self.read)
-
-
-def _open_gemma(
-  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
-) -> _Opened:
-  checkpoint = orbax_gemma.Checkpoint(path, config)
-  checkpoint.check(abstract_params(config, jnp.dtype(jnp.float32)))
-  return _Opened(checkpoint.read)
-
-
-def _open_gguf(
-  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
-) -> _Opened:
-  return _Opened(gguf.File(path, config).read)
-
-
-# By the scheme of `model.weights`, what opens the files it names: it refuses
-# those of another model before a device is touched, and its `load` reads.
-OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
+def _f32_params(config: gemma3_config.ModelConfig) -> dict:
+  return abstract_params(config, jnp.dtype(jnp.float32))
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:
-  """How many terms a product with this matrix sums."""
+  """Number of terms that a product with this matrix sums."""
   leaf = name.rsplit("/", 1)[-1]
   match leaf:
     case "input_embedding" | "pos_embedding":
@@ -249,7 +180,7 @@ def _fan_in(name: str, shape: tuple[int, ...]) -> int:
       return shape[-3] * shape[-2]
     case "linear" | "mm_input_projection":
       return shape[-2]
-  # Kernels of the tower: [layers, in..., out...].
+  # Kernels of the image tower: [layers, in..., out...].
   parent = name.rsplit("/", 2)[-2]
   match parent:
     case "embedding":

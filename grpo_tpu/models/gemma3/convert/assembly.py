@@ -1,9 +1,9 @@
-"""Parameters put together on their devices, one tensor at a time.
+"""Assembles parameters on their devices, one tensor at a time.
 
-Files hold a tensor per layer where the tree stacks all layers along a leading
-axis. Here the stacks are made on the devices, empty, and filled in place, so
-that host memory holds one tensor of a layer or the embedding, never the model.
-Knows nothing of file formats.
+Files hold one tensor per layer; the tree stacks all layers along a leading
+axis. The stacks are created empty on the devices and filled in place, so host
+memory holds one tensor of a layer, or the embedding, and never the model. Knows
+nothing of file formats.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,40 +19,38 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 # Paths of the trees whose leaves are stacked.
 _STACKS = ("layers", "vision_encoder/layers")
 
-Place = Callable[[dict], dict]
-# Given a stack's layer (None outside of stacks) and the pieces wanted, by path
-# (shape, dtype and sharding), yields path and piece of each as it is asked for.
+# Takes a layer (None outside of stacks) and the shape, dtype and sharding of
+# each wanted piece by path; yields path and piece.
 Read = Callable[
   [int | None, dict[str, jax.ShapeDtypeStruct]], Iterable[tuple[str, Any]]
 ]
 
 
 def on_one_device(tree: dict) -> dict:
-  """The shapes, all on this process's first device."""
-  place = SingleDeviceSharding(jax.local_devices()[0])
+  """The same shapes with this process's first device as sharding."""
+  device = SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
   )
 
 
-def assembled(abstract: dict, read: Read) -> dict:
-  """The tree of `abstract`, filled piece by piece.
+def assemble(abstract: dict, read: Read) -> dict:
+  """Assembles a tree piece by piece.
 
   Args:
     abstract: Shapes, dtypes and shardings of the stacked tree.
-    read: What gives the pieces asked for. An array that is not on its devices
-      yet is cast and put there.
+    read: Reads pieces. A NumPy array is cast and put on its devices.
   """
   shapes = by_path(abstract)
   values: dict[str, jax.Array] = {}
   for path, shape in shapes.items():
     if _stack_of(path) is None:
       ((_, value),) = read(None, {path: shape})
-      values[path] = _put(value, shape)
+      values[path] = _device_put(value, shape)
   for stack in _STACKS:
     inside = {p: s for p, s in shapes.items() if _stack_of(p) == stack}
     if inside:
-      values |= _filled_stack(inside, read)
+      values |= _fill_stack(inside, read)
   leaves = [values[path] for path in shapes]
   return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
@@ -68,7 +66,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 def pieces(
   abstract: dict,
 ) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-  """Path, layer (None outside of stacks) and shape of all that is read."""
+  """Path, layer (None outside of stacks) and shape of every piece."""
   for path, leaf in by_path(abstract).items():
     if _stack_of(path) is None:
       yield path, None, leaf.shape
@@ -80,34 +78,34 @@ def _stack_of(path: str) -> str | None:
   return next((s for s in _STACKS if path.startswith(f"{s}/")), None)
 
 
-def _filled_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
-  places = {path: shape.sharding for path, shape in shapes.items()}
-  pieces = {path: _of_one_layer(shape) for path, shape in shapes.items()}
+def _fill_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
+  shardings = {path: shape.sharding for path, shape in shapes.items()}
+  pieces = {path: _layer_shape(shape) for path, shape in shapes.items()}
 
   def zeros():
     return {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
 
-  stacks = jax.jit(zeros, out_shardings=places)()
-  put = {
-    path: jax.jit(_with_layer, donate_argnums=0, out_shardings=place)
-    for path, place in places.items()
+  stacks = jax.jit(zeros, out_shardings=shardings)()
+  write = {
+    path: jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
+    for path, sharding in shardings.items()
   }
   num_layers = next(iter(shapes.values())).shape[0]
   for index in range(num_layers):
     for path, value in read(index, pieces):
-      piece = _put(value, pieces[path])
-      # Waits, or the host would read ahead of the devices without bound.
+      piece = _device_put(value, pieces[path])
+      # Waits, because the host could read ahead of the devices without bound.
       stacks[path] = jax.block_until_ready(
-        put[path](stacks[path], piece, np.int32(index))
+        write[path](stacks[path], piece, np.int32(index))
       )
   return stacks
 
 
-def _with_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
+def _write_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
-def _of_one_layer(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   sharding = shape.sharding
   if isinstance(sharding, NamedSharding):
     spec = PartitionSpec(*sharding.spec[1:])
@@ -115,7 +113,7 @@ def _of_one_layer(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype, sharding=sharding)
 
 
-def _put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _device_put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
   assert value.shape == shape.shape, (value.shape, shape.shape)
   if isinstance(value, jax.Array):
     return value
@@ -132,13 +130,16 @@ def check_tensors(
   *,
   unreadable: Mapping[str, str],
 ) -> None:
-  """Raises one error that lists every tensor that is not as it must be.
+  """Checks tensors by name and shape.
 
   Args:
-    found: Shapes of the file's tensors by the file's names.
-    wanted: Those that the model has, by the same names.
-    source: What the file is, for the message.
-    unreadable: Why a tensor found cannot be read, by its name.
+    found: Shapes of the file's tensors, by the file's names.
+    wanted: Shapes of the model's tensors, by the same names.
+    source: The file's kind and path, for the message.
+    unreadable: The reason why a tensor cannot be read, by name.
+
+  Raises:
+    ValueError: Lists every tensor at fault.
   """
   faults = []
   for name in sorted(found.keys() | wanted.keys()):
@@ -155,8 +156,8 @@ def check_tensors(
   if faults:
     raise ValueError(
       f"{source} must hold the tensors of its model and no others, but "
-      f"{len(faults)} are not so:\n" + "\n".join(faults) + "\nGive the file of "
-      "a Gemma 3 model as released or converted, whole and unaltered."
+      f"{len(faults)} tensors differ:\n" + "\n".join(faults) + "\nGive the "
+      "complete, unaltered file of a released or converted Gemma 3 model."
     )
 
 
@@ -165,12 +166,15 @@ def check_config(
   wanted: gemma3_config.ModelConfig,
   source: str,
 ) -> None:
-  """Raises where a file's model is another than the one wanted, field by field.
+  """Checks that a file's model is the one of the settings.
 
   Args:
-    found: What the file holds.
-    wanted: The sizes of `model.name`.
-    source: What the file is, for the message.
+    found: Sizes of the file's model.
+    wanted: Sizes of `model.name`.
+    source: The file's kind and path, for the message.
+
+  Raises:
+    ValueError: Lists every field that differs.
   """
   names = type(found).__dataclass_fields__
   faults = [
@@ -181,12 +185,12 @@ def check_config(
   if faults:
     raise ValueError(
       f"{source} must hold the model of model.name, but it has "
-      f"{', '.join(faults)}; set model.name to the size that the file is."
+      f"{', '.join(faults)}; set model.name to the size of the file."
     )
 
 
 def _is_close(a: Any, b: Any) -> bool:
-  """Equal, but for floats that a file keeps in single precision."""
+  """True if equal, up to single precision for floats."""
   if isinstance(a, float) and isinstance(b, float):
     return abs(a - b) <= 1e-6 * abs(b)
   return a == b

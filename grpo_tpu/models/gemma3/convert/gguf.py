@@ -1,11 +1,11 @@
-"""Weights of the text sizes out of a GGUF file, as llama.cpp reads it.
+"""Reads weights of the text sizes from a GGUF file of llama.cpp.
 
-Tensors are dequantized one by one. A file with anything that the decoder here
-does not do is refused by the name of its key or tensor.
+Tensors are dequantized one by one. A file that asks for arithmetic other than
+ours is refused by the name of the key or tensor.
 
 References:
   The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-  What its keys mean for Gemma 3: `llm_build_gemma3` of llama.cpp.
+  The meaning of its keys for Gemma 3: `llm_build_gemma3` of llama.cpp.
 """
 
 import os
@@ -20,11 +20,15 @@ from grpo_tpu.models.gemma3.convert import assembly
 
 _RMS_EPSILON = 1e-6
 _LAYERS_OF_27B = 62
-# Keys that say nothing of the arithmetic.
-_FREE_KEYS = ("context_length", "vocab_size", "rope.scaling.finetuned")
-_FREE_KEYS += ("rope.scaling.original_context_length",)
-# The file's tensors of a layer that make one of ours.
-_OF_LAYER = {
+# Keys that do not affect the arithmetic.
+_IGNORED_KEYS = (
+  "context_length",
+  "vocab_size",
+  "rope.scaling.finetuned",
+  "rope.scaling.original_context_length",
+)
+# Names of the file's tensors of a layer, by our path.
+_LAYER_NAMES = {
   "layers/pre_attention_norm/scale": ("attn_norm",),
   "layers/attn/q_einsum": ("attn_q",),
   "layers/attn/kv_einsum": ("attn_k", "attn_v"),
@@ -37,69 +41,64 @@ _OF_LAYER = {
   "layers/mlp/linear": ("ffn_down",),
   "layers/post_ffw_norm/scale": ("post_ffw_norm",),
 }
-_OUTSIDE = {
+_OTHER_NAMES = {
   "embedder/input_embedding": "token_embd.weight",
   "final_norm/scale": "output_norm.weight",
 }
-# Elements dequantized at a time.
+# Number of elements that are dequantized at a time.
 _BLOCK = 1 << 24
 
 
 class File:
-  """A GGUF file whose metadata and tensors have been checked.
-
-  Attributes:
-    config: The sizes of the model that it holds.
-  """
+  """A GGUF file whose metadata and tensors have been checked."""
 
   def __init__(
     self,
     path: str | os.PathLike[str],
-    config: gemma3_config.ModelConfig | None,
+    config: gemma3_config.ModelConfig,
   ):
-    """Reads the metadata; tensors stay on disk.
+    """Checks the metadata; reads no tensor.
 
     Args:
       path: The file, on this machine.
-      config: What the file must hold; None takes what it says.
+      config: Sizes of the model that it must hold.
 
     Raises:
-      ValueError: The `gguf` package is missing, or the file is not one of a
-        Gemma 3 that this model computes, or not of `config`; the message lists
-        every tensor that is missing, extra, misshaped or unreadable.
+      ValueError: If the `gguf` package is missing, or the file holds another
+        model or arithmetic other than ours; or lists every tensor that is
+        missing, extra, misshaped or unreadable.
     """
     source = f"GGUF file {os.fspath(path)}"
-    self._library, file = _opened(path)
+    self._library, file = _open(path)
     self._tensors = {tensor.name: tensor for tensor in file.tensors}
     fields = {name: field.contents for name, field in file.fields.items()}
-    shapes = {
-      name: tuple(map(int, reversed(tensor.shape)))
-      for name, tensor in self._tensors.items()
-    }
-    self.config = _config(fields, shapes, source)
-    if config is not None:
-      assembly.check_config(self.config, config, source)
-      self.config = config
+    shapes = {name: _shape(x) for name, x in self._tensors.items()}
+    found = _read_config(_Metadata(fields, source), shapes)
+    assembly.check_config(found, config, source)
     assembly.check_tensors(
       shapes,
-      _wanted(self.config),
+      _file_shapes(config),
       source,
       unreadable=_unreadable(self._library, self._tensors),
     )
 
-  def read(
+  def load(self, abstract_params: dict) -> dict:
+    """Loads the tree with these shapes, types and shardings."""
+    return assembly.assemble(abstract_params, self._read)
+
+  def _read(
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
   ) -> Iterator[tuple[str, np.ndarray]]:
-    """The pieces asked for, as `assembly.assembled` wants them."""
+    """Reads the given pieces of a layer."""
     for path, piece in pieces.items():
       yield path, self._piece(layer, path, piece)
 
   def _piece(self, layer, path: str, piece) -> np.ndarray:
     names = _names(path, layer)
     if path.endswith("/scale"):
-      # Files hold the whole factor, the tree what is added to one.
-      return self._dequantized(names[0], np.dtype(np.float32)) - 1
-    parts = [self._dequantized(name, piece.dtype) for name in names]
+      # Files hold the whole factor; the tree holds its deviation from one.
+      return self._dequantize(names[0], np.dtype(np.float32)) - 1
+    parts = [self._dequantize(name, piece.dtype) for name in names]
     match path.rsplit("/", 1)[-1]:
       case "q_einsum":  # [Q * H, D] to [Q, D, H]
         return _heads_first(parts[0], piece.shape)
@@ -113,10 +112,10 @@ class File:
         return parts[0].T
     return parts[0]  # The embedding, [V, D].
 
-  def _dequantized(self, name: str, dtype: np.dtype) -> np.ndarray:
-    """A tensor as numbers, made a block of rows at a time."""
+  def _dequantize(self, name: str, dtype: np.dtype) -> np.ndarray:
+    """Dequantizes a tensor, a block of rows at a time."""
     tensor = self._tensors[name]
-    shape = tuple(map(int, reversed(tensor.shape)))
+    shape = _shape(tensor)
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
     out = np.empty((rows.shape[0], shape[-1]), dtype)
     step = max(1, _BLOCK // shape[-1])
@@ -128,7 +127,11 @@ class File:
     return out.reshape(shape)
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+def _shape(tensor: Any) -> tuple[int, ...]:
+  return tuple(map(int, reversed(tensor.shape)))
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Any, Any]:
   """The `gguf` package, and its reader of the file."""
   try:
     import gguf
@@ -139,7 +142,7 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     ) from error
   try:
     return gguf, gguf.GGUFReader(path)
-  # Whatever a file of noise, or one cut short, makes of its reader.
+  # Everything that the reader raises for a file of noise, or one cut short.
   except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
     raise ValueError(
       f"GGUF file {os.fspath(path)} must be a whole GGUF file on this machine, "
@@ -148,10 +151,10 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Any, Any]:
 
 
 def _names(path: str, layer: int | None) -> list[str]:
-  """The file's tensors that make one piece of ours."""
-  if path in _OUTSIDE:
-    return [_OUTSIDE[path]]
-  return [f"blk.{layer}.{name}.weight" for name in _OF_LAYER[path]]
+  """Names of the file's tensors that make up one piece."""
+  if path in _OTHER_NAMES:
+    return [_OTHER_NAMES[path]]
+  return [f"blk.{layer}.{name}.weight" for name in _LAYER_NAMES[path]]
 
 
 def _heads_first(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -159,75 +162,68 @@ def _heads_first(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   return x.reshape(heads, size, width).transpose(0, 2, 1)
 
 
-def _config(
-  fields: Mapping[str, Callable[[], Any]],
-  shapes: Mapping[str, tuple[int, ...]],
-  source: str,
+class _Metadata:
+  """Reads a file's keys and remembers which ones were read."""
+
+  def __init__(self, fields: Mapping[str, Callable[[], Any]], source: str):
+    self._fields, self._source = fields, source
+    self._read = {name for name in fields if not name.startswith("gemma3.")}
+
+  def value(self, key: str, default: Any = None) -> Any:
+    """The value of a key under `gemma3.`, which must exist without default."""
+    name = f"gemma3.{key}"
+    self._read.add(name)
+    if name in self._fields:
+      return self._fields[name]()
+    if default is None:
+      raise ValueError(
+        f"{self._source} must say {name}, and does not; convert the model "
+        "again."
+      )
+    return default
+
+  def require(self, holds: bool, name: str, value: Any, rule: str) -> None:
+    """Raises a ValueError unless a rule holds."""
+    if not holds:
+      raise ValueError(
+        f"{self._source} has {name} {value!r}, which must be {rule}; this "
+        "program computes nothing else, so give the file of a released Gemma 3."
+      )
+
+  def require_architecture(self) -> None:
+    name = "general.architecture"
+    found = self._fields.get(name, lambda: None)()
+    self.require(found == "gemma3", name, found, "'gemma3'")
+
+  def require_all_read(self) -> None:
+    """Raises a ValueError if a key was not read, whatever it asks for."""
+    unread = sorted(self._fields.keys() - self._read)
+    self.require(
+      not unread,
+      ", ".join(unread),
+      [self._fields[name]() for name in unread],
+      "absent, because this program does not know the key",
+    )
+
+
+def _read_config(
+  metadata: _Metadata, shapes: Mapping[str, tuple[int, ...]]
 ) -> gemma3_config.ModelConfig:
   """The sizes that the metadata give.
 
   Raises:
-    ValueError: A key is missing, or asks for what the decoder does not do.
+    ValueError: If a key is missing, or asks for arithmetic other than ours.
   """
-  read = {name for name in fields if not name.startswith("gemma3.")}
-
-  def value(key: str, default: Any = None) -> Any:
-    name = f"gemma3.{key}"
-    read.add(name)
-    if name in fields:
-      return fields[name]()
-    if default is None:
-      raise ValueError(
-        f"{source} must say {name}, and does not; convert the model again."
-      )
-    return default
-
-  def require(key: str, holds: bool, given: Any, rule: str) -> None:
-    if not holds:
-      raise ValueError(
-        f"{source} has {key} {given!r}, which must be {rule}; this model does "
-        "nothing else, so give the file of a released Gemma 3."
-      )
-
-  architecture = fields.get("general.architecture", lambda: None)()
-  require(
-    "general.architecture", architecture == "gemma3", architecture, "'gemma3'"
-  )
-  for key in _FREE_KEYS:
+  metadata.require_architecture()
+  value = metadata.value
+  for key in _IGNORED_KEYS:
     value(key, 0)
   num_layers, embed_dim = value("block_count"), value("embedding_length")
   num_heads = value("attention.head_count")
   head_dim = value("attention.key_length", embed_dim // num_heads)
-  kind = value("rope.scaling.type", "none")
-  factor = float(value("rope.scaling.factor", 1.0))
-  for key, default, fixed in (
-    ("attention.value_length", head_dim, head_dim),
-    ("rope.dimension_count", head_dim, head_dim),
-    (
-      "attention.sliding_window_pattern",
-      gemma3_config.PERIOD,
-      gemma3_config.PERIOD,
-    ),
-    ("attention.causal", True, True),
-    ("attn_logit_softcapping", 0.0, 0.0),
-    ("final_logit_softcapping", 0.0, 0.0),
-  ):
-    given = value(key, default)
-    require(f"gemma3.{key}", given == fixed, given, f"{fixed!r}")
-  epsilon = value("attention.layer_norm_rms_epsilon")
-  require(
-    "gemma3.attention.layer_norm_rms_epsilon",
-    abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON,
-    epsilon,
-    f"{_RMS_EPSILON}",
-  )
-  require(
-    "gemma3.rope.scaling.type",
-    kind == "linear" or (kind == "none" and factor == 1),
-    kind,
-    "'linear', or 'none' with a gemma3.rope.scaling.factor of 1",
-  )
-  # As llama.cpp has it: 27B alone scales by its width per head.
+  factor = _rope_factor(metadata)
+  _check_constants(metadata, head_dim)
+  # As in llama.cpp: 27B alone scales by its width per head.
   per_head = embed_dim / num_heads if num_layers == _LAYERS_OF_27B else head_dim
   config = gemma3_config.ModelConfig(
     vocab_size=shapes.get("token_embd.weight", (0,))[0],
@@ -244,18 +240,46 @@ def _config(
     global_rope_factor=factor,
     vision=None,
   )
-  unknown = sorted(fields.keys() - read)
-  require(
-    ", ".join(unknown),
-    not unknown,
-    [fields[name]() for name in unknown],
-    "absent, for what it asks for is not known here",
-  )
+  metadata.require_all_read()
   return config
 
 
-def _wanted(config: gemma3_config.ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The shape of each tensor of a file of such a model."""
+def _check_constants(metadata: _Metadata, head_dim: int) -> None:
+  """Checks the keys of which only one value is supported."""
+  period = gemma3_config.PERIOD
+  for key, only in (
+    ("attention.value_length", head_dim),
+    ("rope.dimension_count", head_dim),
+    ("attention.sliding_window_pattern", period),
+    ("attention.causal", True),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+  ):
+    found = metadata.value(key, only)
+    metadata.require(found == only, f"gemma3.{key}", found, f"{only!r}")
+  key = "attention.layer_norm_rms_epsilon"
+  epsilon = metadata.value(key)
+  is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
+  metadata.require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
+
+
+def _rope_factor(metadata: _Metadata) -> float:
+  """The divisor of the positions in global layers."""
+  kind = metadata.value("rope.scaling.type", "none")
+  factor = float(metadata.value("rope.scaling.factor", 1.0))
+  metadata.require(
+    kind == "linear" or (kind == "none" and factor == 1),
+    "gemma3.rope.scaling.type",
+    kind,
+    "'linear', or 'none' with a gemma3.rope.scaling.factor of 1",
+  )
+  return factor
+
+
+def _file_shapes(
+  config: gemma3_config.ModelConfig,
+) -> dict[str, tuple[int, ...]]:
+  """The shape of each tensor in the file of a model."""
   d, f, h = config.embed_dim, config.hidden_dim, config.head_dim
   q, k = config.num_heads * h, config.num_kv_heads * h
   layer = {
@@ -277,7 +301,7 @@ def _wanted(config: gemma3_config.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _unreadable(library: Any, tensors: Mapping[str, Any]) -> dict[str, str]:
-  """The tensors of a type that the package cannot dequantize."""
+  """Tensors of a type that the package cannot dequantize, with the reason."""
   refused = set()
   for kind in {tensor.tensor_type for tensor in tensors.values()}:
     _, block_bytes = library.GGML_QUANT_SIZES[kind]

@@ -1,8 +1,8 @@
-"""Our parameter tree from Hugging Face safetensors, and back.
+"""Loads the parameter tree from Hugging Face safetensors, and saves it.
 
-Reading, each device gets the slices it holds and no others, a tensor at a time.
-`huggingface_config` says what the sizes are, `huggingface_layout` where a leaf
-lies.
+Loading reads one tensor at a time, and only the slices that this host's devices
+hold. `huggingface_config` knows the sizes, `huggingface_layout` the tensor of
+each leaf.
 
 References:
   safetensors, https://huggingface.co/docs/safetensors
@@ -32,11 +32,11 @@ from grpo_tpu.models.gemma3.convert import huggingface_layout as layouts
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONFIG = "config.json"
-_DTYPES = ("F32", "BF16", "F16")
-# Bytes of a file that are in host memory at a time, and of a shard written.
+_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+# Bytes of a file in host memory at a time, and of a file that is written.
 _CHUNK_BYTES = 64 << 20
 _SHARD_BYTES = 2 << 30
-# What travels with a model beside its weights.
+# Files that are copied beside the weights.
 _TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer.model",
@@ -51,7 +51,7 @@ _TOKENIZER_FILES = (
 
 
 class _Tensor(NamedTuple):
-  """Where a tensor lies, and what its file says of it."""
+  """A tensor in a file, with the header's description."""
 
   path: pathlib.Path
   name: str
@@ -59,32 +59,32 @@ class _Tensor(NamedTuple):
   dtype: str
 
   def read(self, slices: tuple[slice, ...]) -> np.ndarray:
-    """A part of it. Opened anew, lest what is mapped adds up in memory."""
+    """Reads a part. Opens the file each time, which frees mapped pages."""
     with safetensors.safe_open(self.path, framework="numpy") as file:
       return file.get_slice(self.name)[slices]
 
 
 class Checkpoint:
-  """The tensors of a folder, held to those that a tree of ours is made of."""
+  """The checked tensors of a folder."""
 
   def __init__(
     self, directory: str | os.PathLike[str], abstract_params: Any
   ) -> None:
-    """Looks at every header; reads no tensor but a head that must be tied.
+    """Checks every header; reads no tensor but a head that must be tied.
 
     Args:
-      directory: With config.json and one or more *.safetensors.
-      abstract_params: Shapes of the tree wanted. Its embedding may be shorter
-        than the file's, as `huggingface_config.differences` allows.
+      directory: A folder with one or more *.safetensors.
+      abstract_params: Shapes of the tree. Its embedding may be shorter than the
+        file's, as `huggingface_config.differences` allows.
 
     Raises:
-      ValueError: Tensors are wrong, missing, left over or misshaped; one error
-        names them all.
+      ValueError: Lists every tensor that is missing, left over, misshaped or of
+        a wrong type.
     """
     self._directory = pathlib.Path(directory)
     self._tensors: dict[str, _Tensor] = {}
-    faults = self._look()
-    faults += self._compare(_wanted(abstract_params))
+    faults = self._read_headers()
+    faults += self._compare(_file_shapes(abstract_params))
     if faults:
       raise ValueError(
         f"{self._directory} does not hold the tensors of this model:\n"
@@ -94,24 +94,23 @@ class Checkpoint:
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the embedding, and so of the decoder."""
-    of = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-    return np.dtype(of[self._tensors[layouts.EMBEDDING].dtype])
+    """Type of the embedding, and so of the decoder."""
+    return np.dtype(_DTYPES[self._tensors[layouts.EMBEDDING].dtype])
 
   def load(self, abstract_params: Any) -> Any:
-    """The tree of these shapes, types and places; each leaf names its sharding.
+    """Loads the tree with these shapes, types and shardings.
 
-    At any time the host holds, beyond what it keeps as parameters, at most its
-    own devices' part of one tensor of ours.
+    Beyond the parameters themselves, the host holds at most its own devices'
+    part of one leaf at a time.
     """
-    params = assembly.assembled(abstract_params, self._read)
+    params = assembly.assemble(abstract_params, self._read)
     logging.info("Read the parameters of %s.", self._directory)
     return params
 
   def _read(
     self, layer: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
   ) -> Iterator[tuple[str, jax.Array]]:
-    """Path and piece of what is wanted of a layer, or of what is in none."""
+    """Reads the given pieces of a layer."""
     for path, piece in wanted.items():
       yield path, self._piece(path, layer, piece)
 
@@ -146,7 +145,7 @@ class Checkpoint:
     bounds: dict[str, slice],
     dtype: np.dtype,
   ) -> np.ndarray:
-    """Slices of a piece, from the tensors that its parts are spread over."""
+    """Reads slices of a piece from the tensors that hold its parts."""
     shape = tuple(x.stop - x.start for x in bounds.values())
     out = _aligned_empty(shape, np.dtype(dtype))
     if "p" not in bounds:
@@ -158,8 +157,8 @@ class Checkpoint:
       _copy(tensor, layout, sizes, bounds, values)
     return out
 
-  def _look(self) -> list[str]:
-    """Fills in the tensors there are; returns what cannot be understood."""
+  def _read_headers(self) -> list[str]:
+    """Fills in the tensors of all files; returns faults."""
     faults = []
     for path in _files(self._directory):
       try:
@@ -179,7 +178,7 @@ class Checkpoint:
     return faults
 
   def _compare(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """In words, each tensor that is not as wanted."""
+    """The faults of the tensors."""
     faults = []
     for name in sorted(wanted.keys() | self._tensors.keys() - {layouts.HEAD}):
       tensor, shape = self._tensors.get(name), wanted.get(name)
@@ -213,21 +212,21 @@ def save(
   tokenizer_dir: str | os.PathLike[str] | None,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-  """Writes a checkpoint that transformers loads; config.json comes last.
+  """Saves a checkpoint that transformers loads; config.json comes last.
 
-  Every process takes part, for each may hold a part of the parameters; the
-  first writes.
+  Every process takes part, because each may hold a part of the parameters; the
+  first one writes.
 
   Args:
-    config: The model's sizes.
-    params: The tree, on whatever devices.
-    directory: A folder without a checkpoint; made if missing.
-    dtype: Of all tensors; None keeps that of each.
-    tokenizer_dir: Whose tokenizer and processor files are copied.
-    shard_bytes: Of the tensors in a file at most, but for a larger tensor.
+    config: Sizes of the network.
+    params: The tree, on any devices.
+    directory: A folder without a checkpoint; it is created if missing.
+    dtype: Type of all tensors; None keeps the type of each.
+    tokenizer_dir: Folder of the tokenizer and processor files to copy.
+    shard_bytes: Most bytes of tensors in a file, unless one tensor is larger.
 
   Raises:
-    ValueError: `directory` holds a checkpoint.
+    ValueError: If `directory` holds a checkpoint.
   """
   directory = pathlib.Path(directory)
   check_no_checkpoint(directory)
@@ -255,23 +254,32 @@ def save(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(unfinished / _INDEX, index)
   values = huggingface_config.to_json(config, np.dtype(kind).name)
-  _write_json(unfinished / _CONFIG, values)
-  text = values.get("text_config", values)
-  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-  _write_json(
-    unfinished / "generation_config.json", {name: text[name] for name in ids}
-  )
-  for name in _TOKENIZER_FILES if tokenizer_dir else ():
-    if (path := pathlib.Path(tokenizer_dir or "") / name).is_file():
-      shutil.copy(path, unfinished / name)
+  _write_companions(unfinished, values, tokenizer_dir)
   for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
     os.replace(path, directory / path.name)
   unfinished.rmdir()
   logging.info("Wrote %d bytes of parameters to %s.", total, directory)
 
 
+def _write_companions(
+  folder: pathlib.Path,
+  values: dict[str, Any],
+  tokenizer_dir: str | os.PathLike[str] | None,
+) -> None:
+  """Writes config.json and the other files beside the weights."""
+  _write_json(folder / _CONFIG, values)
+  text = values.get("text_config", values)
+  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+  _write_json(
+    folder / "generation_config.json", {name: text[name] for name in ids}
+  )
+  for name in _TOKENIZER_FILES if tokenizer_dir else ():
+    if (path := pathlib.Path(tokenizer_dir or "") / name).is_file():
+      shutil.copy(path, folder / name)
+
+
 def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
-  """Raises a ValueError where a checkpoint would be written over another."""
+  """Raises a ValueError if a folder already holds a checkpoint."""
   directory = pathlib.Path(directory)
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} must be a folder; move the file away.")
@@ -289,8 +297,8 @@ def _leaves(tree: Any) -> Iterator[tuple[layouts.Layout, Any]]:
     yield layouts.layout_of(path), leaf
 
 
-def _wanted(abstract_params: Any) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor that the tree is made of, by its name."""
+def _file_shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor of the tree, by its name in files."""
   return {
     layout.tensor(index): layout.file_shape(leaf.shape)
     for layout, leaf in _leaves(abstract_params)
@@ -299,7 +307,7 @@ def _wanted(abstract_params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The files that hold a folder's tensors."""
+  """The files with the tensors of a folder."""
   if not (directory / _INDEX).is_file():
     return [directory / _SINGLE]
   index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
@@ -311,14 +319,14 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
 def _is_longer(
   name: str, there: tuple[int, ...], here: tuple[int, ...]
 ) -> bool:
-  """Whether only the embedding's last rows are beyond those wanted."""
+  """True if the tensor is an embedding with more rows than needed."""
   return (
     name == layouts.EMBEDDING and there[0] > here[0] and there[1:] == here[1:]
   )
 
 
 def _are_equal(a: _Tensor, b: _Tensor) -> bool:
-  """Whether two tensors hold the same, compared a chunk at a time."""
+  """Compares two tensors, a chunk at a time."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   rows = max(1, _CHUNK_BYTES // (4 * math.prod(a.shape[1:])))
@@ -334,20 +342,20 @@ def _copy(
   bounds: Mapping[str, slice],
   out: np.ndarray,
 ) -> None:
-  """Fills `out` with a part of a tensor, its axes and type those of `out`.
+  """Fills `out` with a part of a tensor, with the axes and type of `out`.
 
   Args:
-    tensor: The tensor in its file, whose axes may be several of ours merged.
-    layout: How.
+    tensor: The tensor in its file, where one axis may merge several of ours.
+    layout: The layout of the leaf.
     sizes: Length of each of our axes.
-    bounds: What is wanted of each, in the order of `out`.
-    out: To be filled.
+    bounds: Slice of each of our axes, in the order of `out`.
+    out: The array to fill.
   """
   axes, groups = [*bounds], layout.file.split()
   order = [axis for group in groups for axis in group]
-  # The same memory, its axes in the order of the file.
+  # A view with the axes in the order of the file.
   by_file = out.transpose([axes.index(axis) for axis in order])
-  # Of merged axes the first is cut in the file, the others once read.
+  # Reads a slice of the first of merged axes, and slices the others after.
   tails = [math.prod(sizes[axis] for axis in group[1:]) for group in groups]
   firsts = [bounds[group[0]] for group in groups]
   cuts = [
@@ -374,7 +382,7 @@ def _copy(
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Uninitialised, where a CPU device can take it without a copy."""
+  """An empty array, aligned so that a CPU device can use it without a copy."""
   num_bytes = math.prod(shape) * dtype.itemsize
   memory = np.empty(num_bytes + 64, np.uint8)
   start = -memory.ctypes.data % 64
@@ -387,7 +395,7 @@ def _shards(
   dtype: np.dtype | None,
   shard_bytes: int,
 ) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-  """For each file, the names of its tensors and what makes them."""
+  """For each file, functions that make its tensors, by name."""
   shard, size = {}, 0
   for layout, leaf in _leaves(params):
     kind = np.dtype(dtype or leaf.dtype)
@@ -422,14 +430,14 @@ def _tensor(
   dtype: np.dtype,
   rows: int | None,
 ) -> np.ndarray:
-  """A tensor of a file, from the leaf that holds it."""
+  """A tensor of a file, made from its leaf."""
   axes = layout.ours[layout.num_stacked :]
   order = [axis for group in layout.file.split() for axis in group]
   piece = _on_host(leaf[index] if index else leaf)
   piece = piece.transpose([axes.index(axis) for axis in order])
   tensor = piece.reshape(layout.file_shape(leaf.shape)).astype(dtype)
   if rows is not None and rows > len(tensor):
-    # As in the released checkpoints: never learnt, hence of mean likelihood.
+    # Never learned; their mean gives them the mean likelihood, as released.
     mean = piece.astype(np.float32).mean(axis=0, keepdims=True)
     spare = np.broadcast_to(mean, (rows - len(tensor), tensor.shape[1]))
     tensor = np.concatenate([tensor, spare.astype(dtype)])
@@ -437,7 +445,7 @@ def _tensor(
 
 
 def _on_host(x: Any) -> np.ndarray:
-  """The whole array, of which other processes may hold parts."""
+  """The whole array, even if other processes hold parts of it."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)

@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json` for Gemma 3, read into our sizes and written.
+"""Reads and writes the `config.json` of Gemma 3 in the Hugging Face format.
 
-What a file does not say takes the default of transformers, which released
-files rely on; what it says of things that are fixed here is held to what our
-arithmetic does. Knows nothing of tensors.
+A missing field means the default of transformers, which released files rely on.
+A field that asks for arithmetic other than ours is an error. Knows nothing of
+tensors.
 
 References:
   transformers 5.23, `models/gemma3/configuration_gemma3.py` and
@@ -17,63 +17,64 @@ from typing import Any
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
-_TEXT_DEFAULTS = {
-  "vocab_size": 262_208,
-  "hidden_size": 2304,
-  "intermediate_size": 9216,
-  "num_hidden_layers": 26,
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "head_dim": 256,
-  "query_pre_attn_scalar": 256,
-  "sliding_window": 4096,
+# Sizes: the name in config.json, our name, and the default of transformers.
+_TEXT_SIZES = (
+  ("vocab_size", "vocab_size", 262_208),
+  ("hidden_size", "embed_dim", 2304),
+  ("intermediate_size", "hidden_dim", 9216),
+  ("num_hidden_layers", "num_layers", 26),
+  ("num_attention_heads", "num_heads", 8),
+  ("num_key_value_heads", "num_kv_heads", 4),
+  ("head_dim", "head_dim", 256),
+  ("sliding_window", "sliding_window", 4096),
+)
+_VISION_SIZES = (
+  ("hidden_size", "width", 768),
+  ("intermediate_size", "mlp_dim", 3072),
+  ("num_hidden_layers", "depth", 12),
+  ("num_attention_heads", "num_heads", 12),
+  ("image_size", "image_size", 224),
+  ("patch_size", "patch_size", 16),
+)
+_IMAGE_SIZES = (
+  ("mm_tokens_per_image", "soft_tokens", 256),
+  ("boi_token_index", "start_of_image", 255_999),
+  ("eoi_token_index", "end_of_image", 256_000),
+  ("image_token_index", "image_token", 262_144),
+)
+# Fields with the only value that our arithmetic has; also their defaults.
+_TEXT_CONSTANTS = {
+  "model_type": "gemma3_text",
+  "hidden_activation": "gelu_pytorch_tanh",
+  "rms_norm_eps": 1e-6,
+  "attention_bias": False,
+  "final_logit_softcapping": None,
+  "attn_logit_softcapping": None,
+  "tie_word_embeddings": True,
 }
-_VISION_DEFAULTS = {
-  "hidden_size": 768,
-  "intermediate_size": 3072,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-  "image_size": 224,
-  "patch_size": 16,
+_VISION_CONSTANTS = {
+  "model_type": "siglip_vision_model",
+  "hidden_act": "gelu_pytorch_tanh",
+  "layer_norm_eps": 1e-6,
+  "num_channels": 3,
 }
-_IMAGE_DEFAULTS = {
-  "mm_tokens_per_image": 256,
-  "boi_token_index": 255_999,
-  "eoi_token_index": 256_000,
-  "image_token_index": 262_144,
-}
-# Fields, each with the only values that our arithmetic has; the first is what
-# a file without the field means.
-_TEXT_RULES = {
-  "model_type": ("gemma3_text",),
-  "hidden_activation": ("gelu_pytorch_tanh",),
-  "rms_norm_eps": (1e-6,),
-  "attention_bias": (False,),
-  "final_logit_softcapping": (None,),
-  "attn_logit_softcapping": (None,),
-  "use_bidirectional_attention": (False, None),
-  "tie_word_embeddings": (True,),
-}
-_VISION_RULES = {
-  "model_type": ("siglip_vision_model",),
-  "hidden_act": ("gelu_pytorch_tanh",),
-  "layer_norm_eps": (1e-6,),
-  "num_channels": (3,),
-}
-_TOP_RULES = {"tie_word_embeddings": (True,), "quantization_config": (None,)}
-_ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
-# Rows after the placeholder's, in the embeddings of the released checkpoints.
+_TOP_CONSTANTS = {"model_type": "gemma3", "tie_word_embeddings": True}
+_VISION_MODEL, _TEXT_MODEL = _ARCHITECTURES = (
+  "Gemma3ForConditionalGeneration",
+  "Gemma3ForCausalLM",
+)
+# Rows from the placeholder's on, in the embeddings of released checkpoints.
 _ROWS_FROM_IMAGE_TOKEN = 64
 
 
 def read(
   directory: str | os.PathLike[str],
 ) -> gemma3_config.ModelConfig:
-  """The sizes that a folder's `config.json` describes.
+  """The sizes in the `config.json` of a folder.
 
   Raises:
-    ValueError: There is no such file, or it describes a model whose arithmetic
-      is not ours; the message names every field at fault.
+    ValueError: If there is no such file, or if its arithmetic is not ours; the
+      message names every field at fault.
   """
   path = pathlib.Path(directory) / "config.json"
   try:
@@ -85,43 +86,151 @@ def read(
     ) from error
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}.") from error
-  architecture = (values.get("architectures") or [None])[0]
-  faults = _faults_of_names(values, architecture)
-  if faults:
-    raise ValueError(_refusal(path, faults))
-  has_vision = architecture == _ARCHITECTURES[0]
-  text = values.get("text_config") or {} if has_vision else values
-  faults = _broken(text, _TEXT_RULES, "text_config." if has_vision else "")
-  faults += _broken(values, _TOP_RULES, "") if has_vision else []
-  if has_vision:
-    tower = values.get("vision_config") or {}
-    faults += _broken(tower, _VISION_RULES, "vision_config.")
   try:
-    faults += _faults_of_layers(text) + _faults_of_rope(text)
-    if not faults:
-      return _model(text, _vision(values) if has_vision else None)
+    return _parse(values)
   except (TypeError, ValueError) as error:
-    faults.append(str(error))
-  raise ValueError(_refusal(path, faults))
+    raise ValueError(
+      f"{path} describes a model that cannot be run here: {error}. Give a "
+      "checkpoint of Gemma 3."
+    ) from error
+
+
+def _parse(values: dict) -> gemma3_config.ModelConfig:
+  architecture = (values.get("architectures") or [None])[0]
+  if architecture not in _ARCHITECTURES:
+    raise ValueError(
+      f"architectures ({values.get('architectures')!r}) must be one of "
+      f"{', '.join(_ARCHITECTURES)}"
+    )
+  if architecture == _TEXT_MODEL:
+    text, tower = values, None
+    faults = _faults(text, _TEXT_CONSTANTS)
+  else:
+    text = values.get("text_config") or {}
+    tower = values.get("vision_config") or {}
+    faults = _faults(values, _TOP_CONSTANTS)
+    faults += _faults(text, _TEXT_CONSTANTS, "text_config.")
+    faults += _faults(tower, _VISION_CONSTANTS, "vision_config.")
+  faults += _faults(values, {"quantization_config": None})
+  faults += _layer_faults(text) + _rope_faults(text)
+  if faults:
+    raise ValueError("; ".join(faults))
+  vision = None
+  if tower is not None:
+    vision = gemma3_config.VisionConfig(
+      **_sizes(tower, _VISION_SIZES), **_sizes(values, _IMAGE_SIZES)
+    )
+  local, far = _rope(text)
+  is_linear = far["rope_type"] == "linear"
+  scalar = _positive_integer(text, "query_pre_attn_scalar", 256)
+  return gemma3_config.ModelConfig(
+    **_sizes(text, _TEXT_SIZES),
+    query_scale=scalar**-0.5,
+    local_rope_base=float(local["rope_theta"]),
+    global_rope_base=float(far["rope_theta"]),
+    global_rope_factor=float(far["factor"]) if is_linear else 1.0,
+    vision=vision,
+  )
+
+
+def _sizes(values: dict, table: tuple) -> dict[str, Any]:
+  return {
+    ours: _positive_integer(values, name, default)
+    for name, ours, default in table
+  }
+
+
+def _positive_integer(values: dict, name: str, default: int) -> int:
+  value = values.get(name, default)
+  if type(value) is not int or value < 1:
+    raise ValueError(f"{name} ({value!r}) must be a positive integer")
+  return value
+
+
+def _faults(values: dict, constants: dict, prefix: str = "") -> list[str]:
+  """The fields with a value other than the only one that is supported."""
+  return [
+    f"{prefix}{name} ({values[name]!r}) must be {only!r}"
+    for name, only in constants.items()
+    if values.get(name, only) != only
+  ]
+
+
+def _layer_faults(text: dict) -> list[str]:
+  """Faults of the attention pattern, which is a list or a period."""
+  period = gemma3_config.PERIOD
+  kinds = text.get("layer_types")
+  faults = []
+  if text.get("use_bidirectional_attention"):
+    faults.append("use_bidirectional_attention (True) must be False")
+  for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+    if not kinds and text.get(name, period) != period:
+      faults.append(f"{name} ({text[name]!r}) must be {period}")
+  num_layers = _positive_integer(text, "num_hidden_layers", 26)
+  expected = [
+    "sliding_attention" if (i + 1) % period else "full_attention"
+    for i in range(num_layers)
+  ]
+  if kinds and kinds != expected:
+    faults.append(
+      f"layer_types must be full_attention at every {period}th layer and "
+      "sliding_attention at all others"
+    )
+  return faults
+
+
+def _rope(text: dict) -> tuple[dict, dict]:
+  """RoPE of local and of global layers, in the terms of transformers 5."""
+  both = text.get("rope_parameters") or {}
+  local = {"rope_type": "default"} | (both.get("sliding_attention") or {})
+  far = {"rope_type": "default"} | (both.get("full_attention") or {})
+  scaling = text.get("rope_scaling") or {}
+  if "type" in scaling:  # Before transformers 4.43.
+    scaling = {"rope_type": scaling["type"]} | scaling
+  far |= scaling
+  local.setdefault("rope_theta", text.get("rope_local_base_freq", 10_000.0))
+  far.setdefault("rope_theta", text.get("rope_theta", 1_000_000.0))
+  return local, far
+
+
+def _rope_faults(text: dict) -> list[str]:
+  both = text.get("rope_parameters") or {}
+  if not both.keys() <= {"sliding_attention", "full_attention"}:
+    return [
+      "rope_parameters must have sliding_attention and full_attention, not "
+      f"{', '.join(sorted(both))}"
+    ]
+  local, far = _rope(text)
+  faults = _faults(local, {"rope_type": "default"}, "local layers' ")
+  if far["rope_type"] not in ("default", "linear"):
+    faults.append(
+      f"global layers' rope_type ({far['rope_type']!r}) must be 'default' or "
+      "'linear'"
+    )
+  if far["rope_type"] == "linear" and "factor" not in far:
+    faults.append("the linear rope_type of global layers must have a factor")
+  for name, rope in (("local", local), ("global", far)):
+    faults += _faults(rope, {"partial_rotary_factor": 1.0}, f"{name} layers' ")
+  return faults
 
 
 def differences(
   directory: str | os.PathLike[str], config: gemma3_config.ModelConfig
 ) -> list[str]:
-  """In words, each size in which a folder's model is not `config`'s.
+  """The sizes in which a folder's model differs from `config`, in words.
 
-  The embedding may have more rows than `config` asks for, from the one of the
-  image placeholder on, as those of the released checkpoints have.
+  The embedding may have more rows than `config`, from that of the image
+  placeholder on, as in the released checkpoints.
 
   Raises:
-    ValueError: As `read`.
+    ValueError: As in `read`.
   """
   found = read(directory)
-  theirs, ours = _sizes(found), _sizes(config)
-  spare = found.vision is not None and (
+  theirs, ours = _comparable(found), _comparable(config)
+  has_spare_rows = found.vision is not None and (
     found.vision.image_token == config.vocab_size
   )
-  if spare and found.vocab_size > config.vocab_size:
+  if has_spare_rows and found.vocab_size > config.vocab_size:
     theirs["vocab_size"] = config.vocab_size
   return [
     f"{name} ({theirs.get(name)}, not {ours.get(name)})"
@@ -130,10 +239,25 @@ def differences(
   ]
 
 
-def num_rows(config: gemma3_config.ModelConfig) -> int:
-  """Rows of the embedding in an export, which holds the placeholder's id too.
+def _comparable(config: gemma3_config.ModelConfig) -> dict[str, Any]:
+  """Everything that decides about parameters and logits."""
+  tower = config.vision
+  sizes = {k: v for k, v in vars(config).items() if k != "vision"}
+  # 168**-0.5 and (5376 / 32)**-0.5 may differ in the last bit.
+  sizes["query_scale"] = round(sizes["query_scale"], 9)
+  if tower:
+    # Ids depend on the tokenizer, and the input size on the run.
+    others = ("start_of_image", "end_of_image", "image_token", "input_size")
+    sizes |= {
+      f"vision.{k}": v for k, v in vars(tower).items() if k not in others
+    }
+  return sizes
 
-  Transformers does without that row, but what serves a model may not.
+
+def num_rows(config: gemma3_config.ModelConfig) -> int:
+  """Rows of the embedding in an export, with that of the image placeholder.
+
+  Transformers does not need the placeholder's row, but some servers do.
   """
   if config.vision and config.vision.image_token == config.vocab_size:
     return config.vocab_size + _ROWS_FROM_IMAGE_TOKEN
@@ -141,231 +265,52 @@ def num_rows(config: gemma3_config.ModelConfig) -> int:
 
 
 def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
-  """The `config.json` of a model, in the words of the released checkpoints.
+  """The `config.json` of a model, with the fields of released checkpoints.
 
   Args:
-    config: The model's sizes.
-    dtype: In which whoever loads it should hold it.
+    config: Sizes of the network.
+    dtype: Type in which the model should be loaded.
 
   Raises:
-    ValueError: The query scale is not that of any `query_pre_attn_scalar`.
+    ValueError: If no `query_pre_attn_scalar` gives the query scale.
   """
   scalar = round(config.query_scale**-2)
   if abs(scalar**-0.5 - config.query_scale) > 1e-6 * config.query_scale:
     raise ValueError(
       f"query_scale ({config.query_scale}) must be one over the root of an "
-      "integer, which is how config.json says it."
+      "integer, which is how config.json stores it."
     )
-  text = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attn_logit_softcapping": None,
-    "bos_token_id": GEMMA3.bos,
-    "eos_token_id": list(GEMMA3.stop_ids),
-    "final_logit_softcapping": None,
-    "head_dim": config.head_dim,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": config.embed_dim,
-    "intermediate_size": config.hidden_dim,
-    "max_position_embeddings": 131_072 if config.vision else 32_768,
-    "model_type": "gemma3_text",
-    "num_attention_heads": config.num_heads,
-    "num_hidden_layers": config.num_layers,
-    "num_key_value_heads": config.num_kv_heads,
-    "pad_token_id": GEMMA3.pad,
-    "query_pre_attn_scalar": scalar,
-    "rms_norm_eps": 1e-6,
-    "rope_local_base_freq": config.local_rope_base,
-    "rope_scaling": None
-    if config.global_rope_factor == 1.0
-    else {"factor": config.global_rope_factor, "rope_type": "linear"},
-    "rope_theta": config.global_rope_base,
-    "sliding_window": config.sliding_window,
-    "sliding_window_pattern": gemma3_config.PERIOD,
-    "tie_word_embeddings": True,
-    "vocab_size": num_rows(config),
-  }
-  if not config.vision:
-    return text | {
-      "architectures": ["Gemma3ForCausalLM"],
-      "torch_dtype": dtype,
-    }
-  tower = config.vision
-  return {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "boi_token_index": tower.start_of_image,
-    "eoi_token_index": tower.end_of_image,
-    "image_token_index": tower.image_token,
-    "mm_tokens_per_image": tower.soft_tokens,
-    "model_type": "gemma3",
-    "text_config": text,
-    "tie_word_embeddings": True,
-    "torch_dtype": dtype,
-    "vision_config": {
+  tower, factor = config.vision, config.global_rope_factor
+  text = (
+    {name: getattr(config, ours) for name, ours, _ in _TEXT_SIZES}
+    | _TEXT_CONSTANTS
+    | {
       "attention_dropout": 0.0,
-      "hidden_act": "gelu_pytorch_tanh",
-      "hidden_size": tower.width,
-      "image_size": tower.image_size,
-      "intermediate_size": tower.mlp_dim,
-      "layer_norm_eps": 1e-6,
-      "model_type": "siglip_vision_model",
-      "num_attention_heads": tower.num_heads,
-      "num_channels": 3,
-      "num_hidden_layers": tower.depth,
-      "patch_size": tower.patch_size,
-      "vision_use_head": False,
-    },
-  }
-
-
-def _refusal(path: pathlib.Path, faults: list[str]) -> str:
-  return (
-    f"{path} describes a model that this is not: {'; '.join(faults)}. Give a "
-    "checkpoint of Gemma 3."
-  )
-
-
-def _faults_of_names(values: dict, architecture: str | None) -> list[str]:
-  if architecture not in _ARCHITECTURES:
-    return [
-      f"architectures ({values.get('architectures')!r}) must be one of "
-      f"{', '.join(_ARCHITECTURES)}"
-    ]
-  wanted = ("gemma3", "gemma3_text")[_ARCHITECTURES.index(architecture)]
-  if values.get("model_type", wanted) == wanted:
-    return []
-  return [f"model_type ({values['model_type']!r}) must be {wanted!r}"]
-
-
-def _broken(values: dict, rules: dict[str, tuple], where: str) -> list[str]:
-  return [
-    f"{where}{name} ({values[name]!r}) must be {allowed[0]!r}"
-    for name, allowed in rules.items()
-    if values.get(name, allowed[0]) not in allowed
-  ]
-
-
-def _faults_of_layers(text: dict) -> list[str]:
-  """Which layers are global, by list or by period."""
-  period = gemma3_config.PERIOD
-  for name in ("sliding_window_pattern", "_sliding_window_pattern"):
-    if not text.get("layer_types") and text.get(name, period) != period:
-      return [f"{name} ({text[name]!r}) must be {period}"]
-  kinds = text.get("layer_types")
-  expected = [
-    "sliding_attention" if (i + 1) % period else "full_attention"
-    for i in range(_of(text, _TEXT_DEFAULTS, "num_hidden_layers"))
-  ]
-  if kinds and kinds != expected:
-    return [
-      f"layer_types must be full_attention at every {period}th layer and "
-      "sliding_attention at all others"
-    ]
-  return []
-
-
-def _rope(text: dict) -> tuple[dict, dict]:
-  """The settings of local and of global layers, in the words of 5.x."""
-  both = text.get("rope_parameters") or {}
-  local = {"rope_type": "default"} | (both.get("sliding_attention") or {})
-  far = {"rope_type": "default"} | (both.get("full_attention") or {})
-  scaling = text.get("rope_scaling") or {}
-  if "type" in scaling:  # The word of 4.x before 4.43.
-    scaling = {"rope_type": scaling["type"]} | scaling
-  far |= scaling
-  local.setdefault("rope_theta", text.get("rope_local_base_freq", 10_000.0))
-  far.setdefault("rope_theta", text.get("rope_theta", 1_000_000.0))
-  return local, far
-
-
-def _faults_of_rope(text: dict) -> list[str]:
-  both = text.get("rope_parameters") or {}
-  if not both.keys() <= {"sliding_attention", "full_attention"}:
-    return [
-      "rope_parameters must have sliding_attention and full_attention, not "
-      f"{', '.join(sorted(both))}"
-    ]
-  local, far = _rope(text)
-  faults = []
-  if local["rope_type"] != "default":
-    faults.append(
-      f"rope_type of local layers ({local['rope_type']!r}) must be 'default'"
-    )
-  if far["rope_type"] not in ("default", "linear"):
-    faults.append(
-      f"rope_type of global layers ({far['rope_type']!r}) must be 'default' "
-      "or 'linear'"
-    )
-  if far["rope_type"] == "linear" and "factor" not in far:
-    faults.append("the linear rope_type of global layers must have a factor")
-  for name, settings in (("local", local), ("global", far)):
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-      faults.append(
-        f"partial_rotary_factor of {name} layers "
-        f"({settings['partial_rotary_factor']!r}) must be 1.0"
-      )
-  return faults
-
-
-def _of(values: dict, defaults: dict[str, int], name: str) -> int:
-  value = values.get(name, defaults[name])
-  if type(value) is not int or value < 1:
-    raise ValueError(f"{name} ({value!r}) must be a positive integer")
-  return value
-
-
-def _model(
-  text: dict, vision: gemma3_config.VisionConfig | None
-) -> gemma3_config.ModelConfig:
-  size = {name: _of(text, _TEXT_DEFAULTS, name) for name in _TEXT_DEFAULTS}
-  local, far = _rope(text)
-  is_linear = far["rope_type"] == "linear"
-  return gemma3_config.ModelConfig(
-    vocab_size=size["vocab_size"],
-    num_layers=size["num_hidden_layers"],
-    embed_dim=size["hidden_size"],
-    hidden_dim=size["intermediate_size"],
-    num_heads=size["num_attention_heads"],
-    num_kv_heads=size["num_key_value_heads"],
-    head_dim=size["head_dim"],
-    sliding_window=size["sliding_window"],
-    query_scale=size["query_pre_attn_scalar"] ** -0.5,
-    local_rope_base=float(local["rope_theta"]),
-    global_rope_base=float(far["rope_theta"]),
-    global_rope_factor=float(far["factor"]) if is_linear else 1.0,
-    vision=vision,
-  )
-
-
-def _vision(values: dict) -> gemma3_config.VisionConfig:
-  tower = values.get("vision_config") or {}
-  size = {name: _of(tower, _VISION_DEFAULTS, name) for name in _VISION_DEFAULTS}
-  image = {name: _of(values, _IMAGE_DEFAULTS, name) for name in _IMAGE_DEFAULTS}
-  return gemma3_config.VisionConfig(
-    image_size=size["image_size"],
-    patch_size=size["patch_size"],
-    width=size["hidden_size"],
-    depth=size["num_hidden_layers"],
-    mlp_dim=size["intermediate_size"],
-    num_heads=size["num_attention_heads"],
-    soft_tokens=image["mm_tokens_per_image"],
-    start_of_image=image["boi_token_index"],
-    end_of_image=image["eoi_token_index"],
-    image_token=image["image_token_index"],
-  )
-
-
-def _sizes(config: gemma3_config.ModelConfig) -> dict[str, Any]:
-  """All that two models must share to have the same parameters and logits."""
-  tower = config.vision
-  sizes = {k: v for k, v in vars(config).items() if k != "vision"}
-  # 168**-0.5 and (5376 / 32)**-0.5 may differ in the last bit.
-  sizes["query_scale"] = round(sizes["query_scale"], 9)
-  if tower:
-    # Ids are a matter of the tokenizer and of Hugging Face's inputs, and what
-    # it is shown is one of the run.
-    others = ("start_of_image", "end_of_image", "image_token", "input_size")
-    sizes |= {
-      f"vision.{k}": v for k, v in vars(tower).items() if k not in others
+      "bos_token_id": GEMMA3.bos,
+      "eos_token_id": list(GEMMA3.stop_ids),
+      "max_position_embeddings": 131_072 if tower else 32_768,
+      "pad_token_id": GEMMA3.pad,
+      "query_pre_attn_scalar": scalar,
+      "rope_local_base_freq": config.local_rope_base,
+      "rope_scaling": None
+      if factor == 1.0
+      else {"factor": factor, "rope_type": "linear"},
+      "rope_theta": config.global_rope_base,
+      "sliding_window_pattern": gemma3_config.PERIOD,
+      "vocab_size": num_rows(config),
     }
-  return sizes
+  )
+  if not tower:
+    return text | {"architectures": [_TEXT_MODEL], "torch_dtype": dtype}
+  vision = {name: getattr(tower, ours) for name, ours, _ in _VISION_SIZES}
+  others = {"attention_dropout": 0.0, "vision_use_head": False}
+  return (
+    {name: getattr(tower, ours) for name, ours, _ in _IMAGE_SIZES}
+    | _TOP_CONSTANTS
+    | {
+      "architectures": [_VISION_MODEL],
+      "text_config": text,
+      "torch_dtype": dtype,
+      "vision_config": vision | _VISION_CONSTANTS | others,
+    }
+  )

@@ -1,6 +1,6 @@
-"""How each leaf of our tree lies in Hugging Face's files, and is called there.
+"""Name and axes in Hugging Face's files of each leaf of our tree.
 
-One table, for reading and for writing. Knows nothing of values or files.
+One table serves loading and saving. Knows nothing of values or files.
 
 References:
   transformers 5.23, `models/gemma3/modeling_gemma3.py`.
@@ -14,14 +14,14 @@ import jax
 
 
 class Layout(NamedTuple):
-  """How a leaf lies in the files.
+  """The tensors of a leaf.
 
   Attributes:
-    names: Its tensors, `{}` for the layer; more than one for the parts that are
-      stacked here.
-    file: Axes of such a tensor, as in "qh d": `q` and `h` merged, then `d`.
-    ours: Axes of the leaf, as in "lqdh": `l` layers and `p` parts, if any, come
-      first and are in names rather than in the tensors.
+    names: Names of the tensors, with `{}` for the layer; more than one if the
+      leaf stacks several.
+    file: Axes of each tensor, as in "qh d": `q` and `h` merged, then `d`.
+    ours: Axes of the leaf, as in "lqdh". The first may be `l` for layers and
+      `p` for parts, which are spread over tensors.
   """
 
   names: tuple[str, ...]
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
   @property
   def num_stacked(self) -> int:
-    """Leading axes that are spread over tensors."""
+    """Number of leading axes that are spread over tensors."""
     return sum(axis in "lp" for axis in self.ours)
 
   def tensor(self, index: tuple[int, ...]) -> str:
@@ -134,8 +134,8 @@ LAYOUTS = {
   },
 }
 
-# Prefixes of the released checkpoints and of what transformers has saved since;
-# the first that fits.
+# Prefixes of the released checkpoints and of later versions of transformers.
+# The first match counts.
 _PREFIXES = (
   (r"(model\.)?vision_tower\.(vision_model\.)?", "vision."),
   (r"(model\.)?multi_modal_projector\.", "projector."),
@@ -144,7 +144,7 @@ _PREFIXES = (
 )
 HEAD = "lm_head.weight"
 EMBEDDING = "text.embed_tokens.weight"
-# SigLIP's pooling head, which Gemma 3 does not read, and constant buffers.
+# SigLIP's pooling head, which Gemma 3 does not use, and constant buffers.
 UNUSED = re.compile(r"vision\.(head\.|embeddings\.position_ids$)")
 
 
@@ -161,7 +161,7 @@ def released_name(name: str) -> str:
 
 
 def common_name(name: str) -> str:
-  """One name for what the layouts of the years call differently."""
+  """Our name of a tensor, whichever version of transformers saved it."""
   for pattern, ours in _PREFIXES:
     if match := re.match(pattern, name):
       return ours + name[match.end() :]

@@ -1,9 +1,9 @@
-"""Weights in the layout of the `gemma` library, as Google releases them.
+"""Reads checkpoints of the `gemma` library, as Google releases them.
 
-An Orbax checkpoint whose tensors go by the names of the library's modules,
-nested as its models are or flat under `transformer/` and
-`SigLiPFromPatches_0/`, with one tensor per layer. Read with Orbax alone: the
-library would bring TensorFlow.
+They are Orbax checkpoints whose tensors have the names of the library's
+modules, either nested as its models are or flat under `transformer/` and
+`SigLiPFromPatches_0/`, with one tensor per layer. Orbax alone reads them,
+because the library would import TensorFlow.
 
 References:
   `gm.ckpts` of https://github.com/google-deepmind/gemma
@@ -24,8 +24,8 @@ from etils import epath
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
 
-# Parts of our names and what the library calls them, tower first.
-_RENAMED = (
+# Parts of our names and the library's names for them, image tower first.
+_LIBRARY_NAMES = (
   (r"^vision_encoder/layers/", "vision_encoder/encoderblock_{layer}/"),
   (r"^vision_encoder/norm/", "vision_encoder/encoder_norm/"),
   (r"/attention_norm/", "/LayerNorm_0/"),
@@ -39,7 +39,7 @@ _RENAMED = (
   (r"/(query|key)_norm/", r"/_\1_norm/"),
   (r"/(q_einsum|kv_einsum|attn_vec_einsum|mm_input_projection)$", r"/\1/w"),
 )
-# What the flat layout has before and after the names of the nested one.
+# Parts of names in the flat layout, and what the nested one has instead.
 _FLAT = (
   (r"^transformer/", ""),
   (r"^SigLiPFromPatches_0/", "vision_encoder/"),
@@ -48,50 +48,43 @@ _FLAT = (
 
 
 class Checkpoint:
-  """A checkpoint of the library's whose tensors have been checked.
-
-  Attributes:
-    config: The sizes of the model that it holds.
-  """
+  """A checkpoint of the library whose tensors have been checked."""
 
   def __init__(
     self,
     path: str | os.PathLike[str],
-    config: gemma3_config.ModelConfig | None,
+    config: gemma3_config.ModelConfig,
+    abstract_params: dict,
   ):
-    """Reads names and shapes, without a device; tensors stay where they are.
+    """Checks names and shapes; needs no device and reads no tensor.
 
     Args:
-      path: The checkpoint's folder, here or on gs://.
-      config: What it must hold; None finds the released size that it is.
+      path: The checkpoint's folder, local or on gs://.
+      config: Sizes of the model that it must hold.
+      abstract_params: Shapes of the stacked tree.
 
     Raises:
-      ValueError: There is no checkpoint, or it is of none of the sizes or not
-        of `config`; the message lists every tensor that is missing, extra or
-        misshaped.
+      ValueError: If there is no checkpoint or it is of another size; or lists
+        every tensor that is missing, extra or misshaped.
     """
     self._path = epath.Path(path).resolve()
     source = f"checkpoint {self._path}"
     self._keys, shapes = _tensors(self._path, source)
-    self.config = _config(shapes, config, source)
-    self._source, self._shapes = source, shapes
-
-  def check(self, abstract: dict) -> None:
-    """Compares the tensors with the shapes of the stacked tree.
-
-    Raises:
-      ValueError: Listing every tensor that is missing, extra or misshaped.
-    """
+    _check_size(shapes, config, source)
     wanted = {
       _library_name(path, layer): shape
-      for path, layer, shape in assembly.pieces(abstract)
+      for path, layer, shape in assembly.pieces(abstract_params)
     }
-    assembly.check_tensors(self._shapes, wanted, self._source, unreadable={})
+    assembly.check_tensors(shapes, wanted, source, unreadable={})
 
-  def read(
+  def load(self, abstract_params: dict) -> dict:
+    """Loads the tree with these shapes, types and shardings."""
+    return assembly.assemble(abstract_params, self._read)
+
+  def _read(
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
   ) -> list[tuple[str, jax.Array]]:
-    """The pieces asked for, on their devices, read at once; nothing else is."""
+    """Reads the given pieces of a layer to their devices, all at once."""
     keys = {path: self._keys[_library_name(path, layer)] for path in pieces}
     wanted: dict[str, Any] = {}
     for path, piece in pieces.items():
@@ -116,9 +109,9 @@ class Checkpoint:
 def _tensors(
   path: epath.Path, source: str
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[int, ...]]]:
-  """Where the checkpoint keeps each tensor, and its shape, by nested name.
+  """The key and the shape of each tensor of the checkpoint, by nested name.
 
-  By what lies in its files, for Orbax would start the devices to look.
+  Parses the files, because Orbax would start the devices to list them.
   """
   try:
     record = json.loads((path / "_METADATA").read_text())
@@ -134,7 +127,7 @@ def _tensors(
     name = "/".join(key)
     for pattern, replacement in _FLAT:
       name = re.sub(pattern, replacement, name)
-    # One that is named and not stored is missing.
+    # A tensor that is named but not stored is missing.
     if key in headers:
       keys[name], shapes[name] = key, tuple(headers[key]["shape"])
   return keys, shapes
@@ -143,7 +136,7 @@ def _tensors(
 def _headers(
   path: epath.Path, keys: Iterable[tuple[str, ...]]
 ) -> dict[tuple[str, ...], Mapping[str, Any]]:
-  """What Zarr, of either version, says of each array that is stored."""
+  """The Zarr metadata, of either version, of each stored array."""
   url = os.fspath(path) if "://" in os.fspath(path) else f"file://{path}"
   is_one_store = (path / "manifest.ocdbt").exists()
   store = tensorstore.KvStore.open(
@@ -164,55 +157,45 @@ def _headers(
 
 def _no_checkpoint(source: str) -> ValueError:
   return ValueError(
-    f"{source} must be the folder of an Orbax checkpoint as the gemma library "
-    "reads it, and there is none; give the folder that holds _METADATA."
+    f"{source} must be the folder of an Orbax checkpoint of the gemma library, "
+    "but there is none; give the folder that holds _METADATA."
   )
 
 
 def _library_name(path: str, layer: int | None) -> str:
-  """The nested name of the tensor that is one piece of ours."""
-  for pattern, replacement in _RENAMED:
+  """The nested name of the tensor of one piece."""
+  for pattern, replacement in _LIBRARY_NAMES:
     path = re.sub(pattern, replacement, path)
   return path.replace("{layer}", str(layer))
 
 
-def _config(
+def _check_size(
   shapes: Mapping[str, tuple[int, ...]],
-  config: gemma3_config.ModelConfig | None,
+  config: gemma3_config.ModelConfig,
   source: str,
-) -> gemma3_config.ModelConfig:
-  """The size that a checkpoint is of, by what tells the sizes apart."""
+) -> None:
+  """Checks the sizes that tell the released models apart."""
   layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
   embedding = (*shapes.get("embedder/input_embedding", ()), 0, 0)
-  has_vision = any(name.startswith("vision_encoder/") for name in shapes)
-  found = (len(layers), *embedding[:2], has_vision)
-  known = gemma3_config.CONFIGS if config is None else {"model.name": config}
-  for candidate in known.values():
-    if found == _signature(candidate):
-      return candidate
-  wanted = "; ".join(
-    f"{name}: {_described(_signature(size))}" for name, size in known.items()
-  )
-  raise ValueError(
-    f"{source} holds {_described(found)}, which must be those of the model "
-    f"({wanted}); set model.name to the size that was released."
-  )
-
-
-def _signature(
-  config: gemma3_config.ModelConfig,
-) -> tuple[int, int, int, bool]:
-  return (
+  has_tower = any(name.startswith("vision_encoder/") for name in shapes)
+  found = _describe(len(layers), *embedding[:2], has_tower)
+  wanted = _describe(
     config.num_layers,
     config.vocab_size,
     config.embed_dim,
     config.vision is not None,
   )
+  if found != wanted:
+    raise ValueError(
+      f"{source} has {found}, but must have those of model.name ({wanted}); "
+      "set model.name to the size that was released."
+    )
 
 
-def _described(signature: tuple[int, ...]) -> str:
-  num_layers, vocab_size, width, has_vision = signature
-  tower = "an" if has_vision else "no"
+def _describe(
+  num_layers: int, vocab_size: int, width: int, has_tower: bool
+) -> str:
+  tower = "an" if has_tower else "no"
   return (
     f"{num_layers} layers, {vocab_size} embeddings of width {width} and "
     f"{tower} image tower"

@@ -18,6 +18,7 @@ from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, weights
+from grpo_tpu.models.gemma3.convert import assembly
 from tests.grpo_tpu.models.gemma3 import float64_twin
 
 CONFIG = gemma3_config.CONFIGS["gemma3_270m"]
@@ -69,9 +70,9 @@ def tokenizer(file):
 
 @pytest.fixture(scope="module")
 def params(file):
-  config, params = weights.from_gguf(file, config=CONFIG)
-  assert config == CONFIG
-  return params
+  abstract = weights.abstract_params(CONFIG, jnp.dtype(jnp.float32))
+  opened = weights.OPENERS["gguf"](CONFIG, file)
+  return opened.load(assembly.on_one_device(abstract))
 
 
 @pytest.fixture(scope="module")
