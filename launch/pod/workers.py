@@ -129,7 +129,7 @@ def require_committed(config: str) -> None:
   path = config.partition(":")[0]
   rule = (
     f"CONFIG ({config!r}) must be a file of the last commit, because the"
-    " committed files are sent; commit it, or correct the name"
+    " committed files are sent (commit it, or correct the name)"
   )
   _git("cat-file", "-e", f"{commit()}:{path}", rule=rule)
 
