@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
   add("logs", "-n --lines", number, type=count, default=50)
   kill = "kill the run if it continues after GRACE_SECONDS"
   add("stop", "--kill", kill, action="store_true")
-  port = "(default: 6006)"
+  port = "the local port (default: 6006)"
   add("tensorboard", "--port", port, type=_number(int, 1, 65535), default=6006)
   return parser
 
