@@ -114,14 +114,12 @@ def initialize(
     shutdown_timeout_seconds=config.shutdown_timeout_seconds,
   )
   if address:
+    coordinator, count, index = dataclasses.astuple(address)
     logging.info(
       "Process %d of %d joins the others at %s (time limit %d s).",
-      address.process_id,
-      address.num_processes,
-      address.coordinator_address,
-      config.initialization_timeout_seconds,
+      *(index, count, coordinator, config.initialization_timeout_seconds),
     )
-    join(address.coordinator_address, address.num_processes, address.process_id)
+    join(coordinator, count, index)
   elif _has_tpu():
     join()
   else:

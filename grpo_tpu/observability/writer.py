@@ -15,19 +15,19 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
 import numpy as np
 from absl import logging
 
+from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import captions, dashboard, event_files, registry
 from grpo_tpu.observability.json_lines import JsonLines
 
 type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
 type Scalars = dict[str, Scalar]
-
 
 # The metrics of a progress line, with their format.
 _PROGRESS = (
@@ -183,7 +183,11 @@ class Writer:
       return
     step = max(self._last_step, 0)
     text = _code_block(json.dumps(config, indent=2, default=str))
-    hparams = dict(_hparams(config))
+    hparams = {
+      # The hparams tab takes numbers and text.
+      name: value if isinstance(value, bool | int | float) else str(value)
+      for name, value in fingerprint.flatten(config).items()
+    }
     self._events.write(
       lambda events: events.write_texts(step, {"config": text})
     )
@@ -213,10 +217,9 @@ class Writer:
     eta_seconds = None
     if step > first_step:
       eta_seconds = (num_steps - step) * (now - start) / (step - first_step)
-    logging.info(
-      "%s",
-      progress_line(step, num_steps, self._scalars, eta_seconds=eta_seconds),
-    )
+    scalars = self._scalars
+    line = progress_line(step, num_steps, scalars, eta_seconds=eta_seconds)
+    logging.info("%s", line)
 
   @property
   def failures(self) -> int:
@@ -300,17 +303,6 @@ def _to_number(name: str, value: Any) -> int | float:
       "reduce it before it is written."
     )
   return int(number) if isinstance(number, bool) else number
-
-
-def _hparams(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-  """Dotted names with numbers or text, as the hparams tab takes them."""
-  for name, value in config.items():
-    if isinstance(value, Mapping):
-      for rest, each in _hparams(value):
-        yield f"{name}.{rest}", each
-    else:
-      is_plain = isinstance(value, bool | int | float | str)
-      yield name, value if is_plain else str(value)
 
 
 def _code_block(text: str) -> str:

@@ -285,7 +285,7 @@ def test_the_config_is_text_and_flat_hparams(tmp_path, events):
   assert '"fsdp": 4' in calls["write_texts"][1]["config"]
   assert list(calls["write_summaries"][1]) == ["custom_scalars__config__"]
   assert calls["write_hparams"] == [
-    {"seed": 1, "mesh.fsdp": 4, "buckets": "(64, 128)", "dir": "None"}
+    {"seed": 1, "mesh.fsdp": 4, "buckets": "[64, 128]", "dir": "None"}
   ]
 
 
