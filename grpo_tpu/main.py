@@ -4,7 +4,6 @@ Exit codes: 0 done; 64 a bad setting, flag or data set, or hosts that differ; 75
 preempted and saved, start it again; 76 stuck; 1 anything else.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -44,7 +43,7 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
       return
     from data_pipelines import dataset
     from grpo_tpu.checkpoint import export
-    from grpo_tpu.distributed import compile_cache, preflight, sharding
+    from grpo_tpu.distributed import compile_cache, preflight
     from grpo_tpu.evaluation import evaluate
     from grpo_tpu.train import loop
 
@@ -55,8 +54,8 @@ def _run(argv: Sequence[str], ending: exit_report.ExitReport) -> None:
         export.run,
         config.model,
         config.export,
+        config.mesh,
         workdir,
-        make_mesh=lambda: sharding.make_mesh(**dataclasses.asdict(config.mesh)),
       )
     else:
       data = dataset.open_dataset(

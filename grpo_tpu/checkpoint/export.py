@@ -14,6 +14,7 @@ from data_pipelines.validation import user_errors
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed.settings import MeshConfig
 from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface, peft
 from grpo_tpu.models.settings import ModelSettings
@@ -38,9 +39,8 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
 def run(
   model: ModelSettings,
   settings: ExportConfig,
+  mesh_config: MeshConfig,
   workdir: str,
-  *,
-  make_mesh: Callable[[], Mesh],
 ) -> None:
   """Writes `workdir`/export: a transformers checkpoint, or a peft adapter.
 
@@ -48,7 +48,8 @@ def run(
     SettingError: A setting that only the devices or the weights can refute.
   """
   with user_errors():
-    mesh, name = make_mesh(), find_weights(model, settings, workdir)
+    mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
+    name = find_weights(model, settings, workdir)
     exported = dataclasses.replace(model, weights=name)
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)

@@ -4,10 +4,11 @@ Builds the parts of a run from its settings. Knows nothing of files: what
 writes, saves and watches stands in `setup`.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,19 @@ class Trainer:
     self.write_samples: Callable[[int, list[writer.Sample]], None] = (
       lambda step, samples: None
     )
+
+  @classmethod
+  def from_config(cls, config: Config, workdir: str) -> Self:
+    """A trainer on the devices and data that the settings name.
+
+    For notebooks: writes nothing but the synthetic data set, under `workdir`,
+    if `data.dir` is empty.
+    """
+    data = dataset.open_dataset(
+      config.data, config.model_inputs, workdir, for_training=True
+    )
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    return cls(config, data, mesh)
 
   def init(self) -> TrainState:
     """The state before the first step; data are read from their beginning."""
@@ -273,7 +287,7 @@ class Trainer:
     learner, partial = self.learner, self.partial
     assert partial is not None
     state, metrics = learner.update(state, batch, learner.frozen)
-    self.state = state
+    self.state = state  # The update has taken over the memory of the old one.
     self._compile_for_shapes(learner.update, state, batch, learner.frozen)
     self._shapes = set()  # The first update compiles for all of them.
     partial.metrics |= {f"train/{name}": x for name, x in metrics.items()}

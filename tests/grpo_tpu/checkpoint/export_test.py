@@ -27,8 +27,8 @@ def run_export(config, workdir):
   export.run(
     config.model,
     config.export,
+    config.mesh,
     str(workdir),
-    make_mesh=lambda: sharding.make_mesh(replica=1, fsdp=8, tensor=1),
   )
 
 
