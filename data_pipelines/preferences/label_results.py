@@ -17,8 +17,6 @@ from data_pipelines.sources import mathvista
 from data_pipelines.validation import SettingError
 from data_pipelines.verifier import verify
 
-_MANIFEST = "manifest.json"
-
 
 def label_results(
   paths: Sequence[str | os.PathLike[str]],
@@ -140,17 +138,14 @@ def _read_problems(
   data_dir: str | os.PathLike[str],
 ) -> Mapping[str, records.Problem]:
   """The problems of every split of a data dir, by pid."""
-  try:
-    manifest = json.loads((pathlib.Path(data_dir) / _MANIFEST).read_text())
-    splits = [split for split, count in manifest["counts"].items() if count]
-    sources = [mathvista.source(data_dir, split) for split in splits]
-  except (OSError, ValueError, KeyError) as error:
+  sources = mathvista.sources(data_dir)
+  if not sources:
     raise SettingError(
       f"data_dir ({os.fspath(data_dir)!r}) must be a folder that "
-      f"data_pipelines.prepare has made: {error}; run it first."
-    ) from error
+      "data_pipelines.prepare has made; run it first."
+    )
   return {
     problem.pid: problem
-    for source in sources
+    for source in sources.values()
     for problem in (source[i] for i in range(len(source)))
   }

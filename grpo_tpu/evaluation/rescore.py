@@ -146,18 +146,14 @@ def read_problems(
   Raises:
     ValueError: The folder is no data dir, or lacks some problems.
   """
-  path = pathlib.Path(data_dir) / "manifest.json"
-  try:
-    splits = list(json.loads(path.read_text())["counts"])
-  except (OSError, ValueError, KeyError) as error:
+  sources = mathvista.sources(data_dir)
+  if not sources:
     raise ValueError(
-      f"--data_dir ({data_dir!r}) must be a folder from data_pipelines.prepare "
-      f"with a manifest.json, but {error!r}; name the data dir of the run "
-      "(WORKDIR/data if it had none)."
-    ) from error
+      f"--data_dir ({data_dir!r}) must be a folder that data_pipelines.prepare "
+      "has made; name the data dir of the run (WORKDIR/data if it had none)."
+    )
   wanted, problems = set(pids), {}
-  for split in splits:
-    source = mathvista.source(data_dir, split)
+  for source in sources.values():
     for index in range(len(source)):
       try:
         problem = source[index]

@@ -201,9 +201,6 @@ def test_the_problems_of_a_data_dir_take_precedence(tmp_path):
   problem = records.from_row(row)
   data_dir = tmp_path / "data"
   mathvista.write({"train": [problem]}, data_dir)
-  (data_dir / "manifest.json").write_text(
-    json.dumps({"counts": {"train": 1, "eval": 0}})
-  )
   files = [
     write(tmp_path / f"{i}.json", record("1", text), record("2", text))
     for i, text in enumerate(["12", "7"])
