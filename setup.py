@@ -47,6 +47,7 @@ setuptools.setup(
     "pillow",
     "psutil",
     "pyarrow",
+    "rapidfuzz",
     "safetensors",
     "scipy",
     "sentencepiece",

@@ -9,12 +9,11 @@ that is itself "(b)" is read as the letter B.
 References:
   Section 3.4 and appendix of https://arxiv.org/abs/2310.02255; the program:
   https://github.com/lupantech/MathVista (evaluation/).
-  The distance: Myers 1999, https://doi.org/10.1145/316542.316550, in the form
-  of Hyyro 2003, "A bit-vector algorithm for computing Levenshtein and Damerau
-  edit distances".
 """
 
 import re
+
+from rapidfuzz.distance import Levenshtein
 
 from data_pipelines import records
 
@@ -80,27 +79,4 @@ def _option(extraction: str, choices: tuple[str, ...]) -> str:
   if extraction in lettered:
     return lettered[extraction]
   # The first of several equally similar options.
-  return min(choices, key=lambda text: edit_distance(text, extraction))
-
-
-def edit_distance(first: str, second: str) -> int:
-  """The fewest insertions, deletions and changes that turn one into the other.
-
-  The bits of two integers hold a column of the table of distances: one says
-  where the column goes up, one where it goes down. Linear in `second` while
-  `first` is short.
-  """
-  where: dict[str, int] = {}
-  for i, char in enumerate(first):
-    where[char] = where.get(char, 0) | 1 << i
-  ones, last = (1 << len(first)) - 1, 1 << len(first) >> 1
-  up, down, distance = ones, 0, len(first)
-  for char in second:
-    same = where.get(char, 0)
-    diagonal = (((same & up) + up) ^ up) | same | down
-    right_up, right_down = down | ~(diagonal | up), up & diagonal
-    distance += bool(right_up & last) - bool(right_down & last)
-    right_up, right_down = right_up << 1 | 1, right_down << 1
-    up = (right_down | ~(diagonal | right_up)) & ones
-    down = right_up & diagonal & ones
-  return distance if first else len(second)
+  return min(choices, key=lambda text: Levenshtein.distance(text, extraction))

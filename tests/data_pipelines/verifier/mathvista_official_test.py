@@ -1,5 +1,6 @@
 """The benchmark's own scoring: its published labels, and its known faults."""
 
+import dataclasses
 import time
 
 import hypothesis
@@ -180,20 +181,22 @@ def table_distance(first, second):
 SHORT = strategies.text("abc", max_size=12)
 
 
-@hypothesis.given(SHORT, SHORT)
+def with_choices(choices):
+  return dataclasses.replace(RED, choices=tuple(choices), answer=choices[0])
+
+
+@hypothesis.given(SHORT, strategies.lists(SHORT, min_size=1, max_size=6))
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=400)
-def test_the_distance_is_that_of_the_table(first, second):
-  assert mathvista_official.edit_distance(first, second) == table_distance(
-    first, second
-  )
+def test_an_extraction_is_the_first_nearest_option_by_the_table(text, choices):
+  nearest = min(choices, key=lambda choice: table_distance(choice, text))
+  assert mathvista_official.normalize(text, with_choices(choices)) == nearest
 
 
-def test_the_distance_of_long_words_is_that_of_the_table():
+def test_long_options_are_compared_by_the_table():
   """Longer than a machine's word."""
-  first, second = "abcde" * 30, "bcdda" * 25
-  assert mathvista_official.edit_distance(first, second) == table_distance(
-    first, second
-  )
+  text, choices = "abcde" * 30, ["bcdda" * 25, "abcd" * 31, "edcba" * 30]
+  nearest = min(choices, key=lambda choice: table_distance(choice, text))
+  assert mathvista_official.normalize(text, with_choices(choices)) == nearest
 
 
 @pytest.mark.parametrize("piece", ["x", "(a", 'The answer is "', '".', "1"])
