@@ -97,7 +97,7 @@ def decode(image_bytes: bytes) -> np.ndarray:
     BadRecord: "image_too_large" above `MAX_PIXELS`, before decoding;
       "undecodable_image" for a corrupt or truncated image.
   """
-  try:
+  with _decoding():
     image = _open(image_bytes)
     image.load()
     orientation = _orientation(image)
@@ -105,11 +105,6 @@ def decode(image_bytes: bytes) -> np.ndarray:
     if orientation in _UPRIGHT:
       rgb = rgb.transpose(_UPRIGHT[orientation])
     return np.asarray(rgb)
-  except records.BadRecord:
-    raise
-  # PIL's decoders raise nearly every kind of exception on damaged bytes.
-  except Exception as error:
-    raise _undecodable(error) from error
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -163,12 +158,8 @@ def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
   """
   if not settings.enabled:
     return 0
-  try:
+  with _decoding():
     image = _open(image_bytes)
-  except records.BadRecord:
-    raise
-  except Exception as error:  # As in `decode`.
-    raise _undecodable(error) from error
   return len(crop_boxes(image.height, image.width, settings))
 
 
@@ -189,10 +180,20 @@ def pixel_hash(image: np.ndarray) -> str:
   return digest.hexdigest()
 
 
-def _undecodable(error: Exception) -> records.BadRecord:
-  return records.BadRecord(
-    "undecodable_image", f"{type(error).__name__}: {error}"
-  )
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+  """Raises a BadRecord for every exception inside.
+
+  PIL's decoders raise nearly every kind of exception on damaged bytes.
+  """
+  try:
+    yield
+  except records.BadRecord:
+    raise
+  except Exception as error:
+    raise records.BadRecord(
+      "undecodable_image", f"{type(error).__name__}: {error}"
+    ) from error
 
 
 def _open(image_bytes: bytes) -> Image.Image:

@@ -10,12 +10,7 @@ if all of these hold:
 - no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels. By
   the code alone, two charts that differ in one bar would look alike.
 
-Measured on the 365 distinct images of the MathVista-like fixture: the one grey
-copy is found and no other pair; the next pair differs in 10 bits. Found copies
-of each image: 99.7 % as JPEG of quality 50, 98.4 % of quality 20, 98.9 % in 16
-colors, 96.7 % at half size, 20 % with a crop of 2 %, and no mirrored image. Of
-1,400 distinct synthetic images, which look alike by design, the largest group
-has 10 images at 48 pixels and 2 at 224; by the code alone, 311 and 133.
+docs/adr/0006 has measurements.
 
 References:
   The code is pHash's: Zauner, Implementation and Benchmarking of Perceptual

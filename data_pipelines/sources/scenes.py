@@ -272,8 +272,7 @@ def _draw_decimals(
 
 def _ask_price(canvas: Canvas, facts: _Decimals) -> Question:
   text = canvas.wording(
-    f"What is the price of {facts.color}?",
-    f"How much does {facts.color} cost?",
+    f"What is the price of {facts.color}?", f"How much does {facts.color} cost?"
   )
   prices = range(4, facts.most + 1)
   return questions.ask_float(

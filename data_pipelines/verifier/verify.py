@@ -173,10 +173,7 @@ def _from_free_text(
 
 # The hints of the official prompts, which some models repeat.
 _HINT = re.compile(r"Hint: Please answer[^\n]{0,300}")
-_ODD_TAG = re.compile(
-  r"<answer>([^<>]{0,400})</answer>",
-  re.IGNORECASE,
-)
+_ODD_TAG = re.compile(r"<answer>([^<>]{0,400})</answer>", re.IGNORECASE)
 _FIELD = re.compile(
   r"""["'](?:final[_ ]?|correct[_ ]?)?answer\d?["']\s{0,9}:\s{0,9}(?:"""
   r""""(?P<double>[^"\n]{0,400})"|'(?P<single>[^'\n]{0,400})'"""
