@@ -32,7 +32,7 @@ def per_token_logps(
   is_early: Bool[Array, "*batch"] | None = None,
   vocab_axis: str | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-  """Log-probability of each id, and the entropy of its distribution, in fp32.
+  """Log-probability of each id and entropy of its distribution, in fp32 nats.
 
   The logits of `chunk_size` tokens exist at a time, in the backward pass too,
   which recomputes them if there is more than one chunk.
@@ -48,9 +48,6 @@ def per_token_logps(
       token is early.
     vocab_axis: In a `shard_map`, the mesh axis whose shards each hold a part of
       the embedding's rows, in order; None if the embedding is whole.
-
-  Returns:
-    Log-probabilities and entropies, in nats.
   """
   num_tokens = math.prod(ids.shape)
   chunk_size = min(chunk_size, num_tokens)

@@ -275,9 +275,11 @@ class _Token(NamedTuple):
     )
 
     def attend_to_first(num_own):
+      query = q[:, :, 0]
+      own_k, own_v = (_layer_cache(x, index, num_own) for x in (keys, values))
       return attention.attend_cached(
-        q[:, :, 0],
-        tuple(_layer_cache(part, index, num_own) for part in (keys, values)),
+        query,
+        (own_k, own_v),
         (prompt_k, prompt_v),
         sees_own=sees_own[:num_own],
         sees_prompt=sees_prompt,

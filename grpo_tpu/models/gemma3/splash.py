@@ -81,9 +81,6 @@ def attend(
     is_global: True if this layer has no window.
     prompt: Keys and values of the prompt, which every completion reads.
     interpret: Runs the kernel in an interpreter, off TPUs.
-
-  Raises:
-    ValueError: If rows are too long for a code.
   """
   length = q.shape[2]
   q, k, v = (_pad(x) for x in (q, k, v))

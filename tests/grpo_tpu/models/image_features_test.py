@@ -1,4 +1,4 @@
-"""Each picture is encoded once, and looks the same to all that reads it."""
+"""Each image is encoded once, with the same features for every reader."""
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ def made(tiny, mesh, *, cache_bytes=0, per_shard=1):
 
 @pytest.fixture(scope="module")
 def images(tiny):
-  """Four prompts of two pictures, three of which differ."""
+  """Four prompts of two images each, three different ones in all."""
   _, _, images = jax.device_get(tiny.prompts(3))
   one, two, three = images[:, 0]
   return np.stack([[one, two], [two, two], [three, one], [one, one]])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
-def test_pictures_that_equal_each_other_are_encoded_once(tiny, images, shape):
+def test_equal_images_are_encoded_once(tiny, images, shape):
   encoder = made(tiny, conftest.mesh_of(*shape))
   expected = vision.soft_tokens(
     tiny.config.vision,
@@ -48,7 +48,7 @@ def test_pictures_that_equal_each_other_are_encoded_once(tiny, images, shape):
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_of_so_many_bytes_keeps_those_used_last(tiny, images):
+def test_a_full_cache_keeps_the_features_used_last(tiny, images):
   mesh = conftest.mesh_of()
   size = tiny.config.vision.soft_tokens * tiny.config.vision.width * 4
   encoder = made(tiny, mesh, cache_bytes=2 * size)

@@ -37,7 +37,7 @@ def plain(states, ids, embedding, temperature=TEMPERATURE):
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 12, 100])
 def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
-  """Chunks that divide the twelve tokens, that do not, and one that is more."""
+  """Chunks that divide the twelve tokens, do not, or are larger."""
   states, ids, embedding = inputs()
   weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
 
@@ -61,7 +61,7 @@ def test_values_and_gradients_equal_a_plain_log_softmax(chunk_size):
 
 
 def assert_equal_with_gradients(ours, twin):
-  """Of states and embedding: what both give, weighed, and what flows back."""
+  """Compares values, and gradients of states and embedding."""
   states, _, embedding = inputs()
   weight = jax.random.normal(jax.random.key(1), (2, *SHAPE))
 
@@ -81,8 +81,8 @@ def assert_equal_with_gradients(ours, twin):
 
 
 @pytest.mark.parametrize("chunk_size", [5, 12])
-def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
-  """In values and gradients; of the embedding they have none."""
+def test_banned_ids_act_as_if_absent_from_the_vocabulary(chunk_size):
+  """In values and gradients; their embeddings get no gradient."""
   _, ids, _ = inputs()
   ids = jnp.clip(ids, 1, VOCAB - 2)
 
@@ -103,8 +103,8 @@ def test_banned_ids_are_as_if_the_vocabulary_had_none(chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [5, 12])
-def test_early_tokens_are_as_if_the_vocabulary_had_no_stop(chunk_size):
-  """In values and gradients, and only they."""
+def test_early_tokens_act_as_if_the_vocabulary_had_no_stop_token(chunk_size):
+  """In values and gradients, for the early tokens only."""
   _, ids, _ = inputs()
   stop = GEMMA3.stop_ids[0]
   early = np.arange(SHAPE[-1]) < np.array([[0, 1], [2, 3]])[..., None]
@@ -161,7 +161,7 @@ def test_half_precision_states_and_embedding_give_fp32_logits():
 
 
 def sizes(jaxpr):
-  """Of every array that a program holds, inner programs included."""
+  """Sizes of all arrays in a program, inner programs included."""
   for equation in jaxpr.eqns:
     yield from (x.aval.size for x in equation.outvars)
     for value in jax.tree.leaves(
@@ -173,7 +173,7 @@ def sizes(jaxpr):
 
 
 def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
-  """Beside them nothing is larger than the states and the embedding."""
+  """Nothing else is larger than the states and the embedding."""
   vocab, tokens, chunk_size = 64, 96, 8
   states = jnp.zeros((tokens, 4))
   ids = jnp.zeros(tokens, jnp.int32)
@@ -189,8 +189,8 @@ def test_no_more_than_a_chunk_of_logits_exists_backward_pass_included():
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 8), (2, 4, 1)])
-def test_shards_score_and_teach_as_one_device_does(shape):
-  """However the mesh cuts bundles, widths and vocabulary."""
+def test_sharded_scores_and_gradients_equal_those_of_one_device(shape):
+  """For any sharding of bundles, width and vocabulary."""
   mesh = sharding.make_mesh(*shape, devices=jax.devices())
   rng = np.random.default_rng(0)
   states = jnp.asarray(rng.standard_normal((4, 2, 5, 8)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The laws of health: which groups teach, how many samples, by which part."""
+"""Laws of the diagnostics: which groups teach, how much, by which part."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from grpo_tpu.rl import diagnostics
 
 
-def test_group_health_counts_groups_with_a_known_answer():
+def test_group_correctness_counts_groups_with_a_known_answer():
   correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
   valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
   shares = diagnostics.group_correctness(correct, valid=valid)
@@ -71,7 +71,7 @@ def test_the_share_of_a_part_weighs_groups_as_their_advantages_do():
 @pytest.mark.parametrize(
   ("part", "share"), [([[5.0, 5.0], [-1.0, -1.0]], 0.0), (PART + REST + 9, 1.0)]
 )
-def test_a_part_constant_within_groups_makes_nothing_and_alone_all(part, share):
+def test_a_part_constant_within_groups_has_no_share(part, share):
   actual = diagnostics.advantage_share(
     np.float32(part), PART + REST, ADVANTAGES
   )
@@ -98,7 +98,7 @@ def test_invalid_rows_do_not_enter_a_share(junk):
 
 
 def test_unanimous_groups_do_not_enter_a_share():
-  """Where part and rest cancel, nothing is learnt of either."""
+  """Where part and rest cancel, neither is learned."""
   part = np.append(PART, [[4.0, 0.0]], axis=0).astype(np.float32)
   rest = np.append(REST, [[0.0, 4.0]], axis=0).astype(np.float32)
   advantages = np.append(ADVANTAGES, [[0.0, 0.0]], axis=0).astype(np.float32)

@@ -62,7 +62,7 @@ def test_unanimous_group_has_no_advantage(scale):
 
 @pytest.mark.parametrize("failed", [jnp.nan, jnp.inf, 7.0])
 def test_a_failed_reward_leaves_a_group_of_the_others(failed):
-  """What is not finite is left out even where nobody said it failed."""
+  """A reward that is not finite is left out even if it is marked valid."""
   valid = jnp.array([True, failed != 7.0, True, True])
   with_failed = objective.group_advantages(
     jnp.array([0.0, failed, 1.0, 0.2]), num_generations=4, valid=valid

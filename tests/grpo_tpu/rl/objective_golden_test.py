@@ -1,6 +1,6 @@
 """The loss against the numbers of TRL and Tunix, case by case.
 
-The folder golden_losses in the fixtures holds what each peer's own code gave on
+The fixtures' folder golden_losses holds the results of each peer's own code on
 one set of arrays, with the settings of each case.
 """
 
@@ -99,7 +99,7 @@ KL_ESTIMATORS = {"kl": "k1", "mse_kl": "k2", "low_var_kl": "k3"}
 
 
 class Golden:
-  """One peer's numbers, and the arrays that they were made from."""
+  """One peer's results, and the arrays behind them."""
 
   def __init__(self, folder: pathlib.Path, peer: str):
     self.inputs = dict(np.load(folder / "inputs.npz"))
@@ -215,7 +215,7 @@ def test_loss_and_gradient_are_those_of_trl(trl, case):
   "case", [c for c in TRL_CASES if c not in WITHOUT_CLIP]
 )
 def test_clip_fractions_are_those_of_trl(trl, case):
-  """TRL counts the rows, and not their tokens, where a row has one ratio."""
+  """TRL counts rows instead of tokens where a row has one ratio."""
   config, expected = trl_config(trl.settings(case)), trl.expected(case)
   if config.importance == "token":
     _, metrics, _ = trl.loss(case, config)

@@ -1,4 +1,4 @@
-"""What the KL term does to the policy, by enumerating every token."""
+"""The effect of the KL term on the policy, by enumerating every token."""
 
 import dataclasses
 

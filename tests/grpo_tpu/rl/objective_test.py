@@ -1,4 +1,4 @@
-"""The laws of the loss: a slow twin, exact enumeration, cuts, extremes."""
+"""Laws of the loss: a slow twin, enumeration, microbatches, extremes."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ def config_of(**changes):
 
 
 def random_batch(seed, num_rows=12, num_tokens=6):
-  """Arrays of `policy_loss` by name; holes in the mask, row 1 is empty."""
+  """Arrays of `policy_loss` by name, with holes in the mask; row 1 is empty."""
   rng = np.random.default_rng(seed)
   shape = (num_rows, num_tokens)
   logps = -rng.exponential(1.0, shape)
@@ -54,7 +54,7 @@ def loss_and_gradient(batch, **kwargs):
 
 
 def twin_loss(logps, batch, config):
-  """The loss at `logps`; what carries no gradient is taken from the batch."""
+  """The loss at `logps`; arrays without gradient come from the batch."""
   mask = batch["completion_mask"]
   rows = (twin_row(n, logps, batch, config) for n in range(len(mask)))
   return sum(rows) / twin_divisor(mask, config)
@@ -165,7 +165,9 @@ def test_loss_and_gradient_equal_those_of_the_slow_twin(seed):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_any_cut_of_the_batch_gives_one_loss_gradient_and_metrics(aggregation):
+def test_any_split_of_the_batch_gives_the_same_loss_gradient_and_metrics(
+  aggregation,
+):
   config = config_of(
     aggregation=aggregation, beta=0.1, importance="sequence", tis_cap=2.0
   )
@@ -212,8 +214,8 @@ def test_a_batch_over_eight_devices_gives_the_same_gradient(aggregation):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_rows_not_counted_leave_the_batch_as_it_is_without_them(aggregation):
-  """While row 1, which is empty and counted, stays a row."""
+def test_rows_outside_the_row_mask_change_nothing(aggregation):
+  """Row 1, which is empty but counted, stays a row."""
   config = config_of(aggregation=aggregation, beta=0.1)
   counted = np.isin(np.arange(12), [2, 5, 6], invert=True)
   batch = random_batch(1)
@@ -357,7 +359,7 @@ def test_sapo_keeps_a_gradient_wherever_the_clip_would_cut_it_off():
 
 
 @pytest.mark.parametrize("weights", ["sampler_weights", "token_weights"])
-def test_weights_weigh_the_surrogate_and_not_the_kl(weights):
+def test_weights_scale_the_surrogate_but_not_the_kl(weights):
   batch, config = random_batch(7), config_of(beta=0.5, tis_cap=2.0)
   nothing = batch | {weights: np.zeros_like(batch[weights])}
   loss, grad, metrics = loss_and_gradient(nothing, config=config)
@@ -368,7 +370,7 @@ def test_weights_weigh_the_surrogate_and_not_the_kl(weights):
   np.testing.assert_allclose(grad, of_kl, rtol=1e-6)
 
 
-def test_the_cap_holds_the_samplers_weights_and_not_those_of_tokens():
+def test_the_cap_limits_sampler_weights_but_not_token_weights():
   batch = {
     "per_token_logps": jnp.zeros((1, 2)),
     "old_per_token_logps": None,
@@ -495,7 +497,7 @@ def test_fifty_nats_off_the_loss_and_gradient_are_the_twins(
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("preset", SURROGATES)
-def test_what_stands_on_padding_enters_nothing(preset, junk):
+def test_values_on_padding_change_nothing(preset, junk):
   config = dataclasses.replace(
     SURROGATES[preset], beta=0.1, max_completion_length=9, tis_cap=2.0
   )
@@ -524,7 +526,7 @@ def test_a_batch_without_tokens_has_zero_loss_and_gradient(aggregation):
   assert all(value == 0 for value in metrics.values())
 
 
-def test_constant_will_not_guess_its_length():
+def test_constant_needs_a_length():
   batch = random_batch(13)
   with pytest.raises(ValueError, match="objective.max_completion_length"):
     objective.policy_loss(**batch, config=PRESETS["dr_grpo"])

@@ -1,4 +1,4 @@
-"""The laws of an update: its schedule, its clip, what decays, what stays."""
+"""Laws of an update: schedule, clipping, weight decay, frozen leaves."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def vision(path):
 
 
 def params_of(dtype=jnp.float32):
-  """Two stacked layers, a vector, and a vision tower."""
+  """Two stacked layers, a vector, and an image tower."""
   return {
     "layers": {
       "mlp": {"kernel": jnp.ones((2, 3, 3), dtype)},
@@ -126,8 +126,8 @@ def test_only_matrices_decay():
   }
 
 
-def test_a_frozen_subtree_has_no_state_no_update_and_no_say():
-  """Its gradient, however large, does not shrink the others' either."""
+def test_a_frozen_subtree_has_no_state_no_update_and_no_norm():
+  """Even a large gradient of it does not shrink the others."""
   params = params_of()
   tx = optimizer.make_optimizer(CONFIG, is_frozen=vision)
   state = tx.init(params)

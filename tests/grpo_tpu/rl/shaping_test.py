@@ -1,4 +1,4 @@
-"""The laws of shaping: penalties, filters and weights against plain twins."""
+"""Laws of shaping: penalties, filters and weights against plain twins."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def test_length_penalty_is_that_of_dapo():
   np.testing.assert_array_equal(penalty, [[0, 0, -0.25], [-0.75, -1, -1]])
 
 
-def test_only_a_group_of_two_valid_rewards_that_differ_has_spread():
+def test_only_two_different_valid_rewards_have_variance():
   nan, inf = np.nan, np.inf
   groups = [
     ([0.0, 1.0, 0.0], [True, True, True], True),
@@ -55,7 +55,7 @@ def test_only_a_group_of_two_valid_rewards_that_differ_has_spread():
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9, 1.0])
 def test_top_entropy_tokens_are_those_at_or_above_numpys_quantile(share):
-  """On entropies with ties, and junk where the mask is off."""
+  """On entropies with ties, and junk under the mask."""
   rng = np.random.default_rng(0)
   top_entropy = jax.jit(shaping.top_entropy, static_argnames="share")
   for _ in range(20):
@@ -77,7 +77,7 @@ def test_a_share_of_one_chooses_every_unmasked_token():
 
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_of_no_tokens_none_is_chosen(share):
+def test_without_tokens_none_is_chosen(share):
   chosen = shaping.top_entropy(
     jnp.ones((2, 3)), jnp.zeros((2, 3), bool), share=share
   )
@@ -85,8 +85,8 @@ def test_of_no_tokens_none_is_chosen(share):
 
 
 @pytest.mark.parametrize("correction", ["token", "sequence"])
-def test_sampler_weights_are_the_odds_and_one_on_padding(correction):
-  """Of each token, or of a row's geometric mean; padding may hold NaN."""
+def test_sampler_weights_are_the_ratios_and_one_on_padding(correction):
+  """For each token, or a row's geometric mean; padding may hold NaN."""
   rng = np.random.default_rng(2)
   shape = (3, 4, 6)
   old, sampler = -rng.exponential(size=(2, *shape)).astype(np.float32)

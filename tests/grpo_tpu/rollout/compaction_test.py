@@ -1,4 +1,4 @@
-"""Rows that go on are all there after a move, with their prompts, in order."""
+"""After a move all live rows are there, in order, with their prompts."""
 
 import hypothesis
 import numpy as np
@@ -19,7 +19,7 @@ def grids(draw):
 
 @hypothesis.given(grids())
 def test_moves_keep_every_live_row_beside_its_prompt(drawn):
-  """Twice in a row, some rows ending in between."""
+  """Two moves, with some rows ending in between."""
   live, rng = drawn
   shards, prompts, completions = live.shape
   shapes = compaction.ladder(prompts, completions)
@@ -46,8 +46,8 @@ def test_moves_keep_every_live_row_beside_its_prompt(drawn):
     live = live & (rng.random(live.shape) < 0.5)
 
 
-def test_rows_that_are_spread_over_prompts_still_fit_by_their_number():
-  """One row of each of eight prompts: an eighth of the places."""
+def test_rows_of_many_prompts_fit_by_their_number():
+  """One row of each of eight prompts needs an eighth of the cells."""
   live = np.zeros((1, 8, 8), bool)
   live[0, :, 3] = True
   grid = compaction.first_grid(1, 8, 8)

@@ -1,4 +1,4 @@
-"""The rollout against a loop without a cache, and against the trainer."""
+"""Rollouts against a loop without a cache, and against the trainer."""
 
 import functools
 
@@ -50,7 +50,7 @@ def completions(tiny, prompts):
 
 
 def slow_greedy(tiny, prompts):
-  """The twin: the whole prompt and completion anew for every token."""
+  """The slow twin: reads prompt and completion again for every token."""
   embedding = tiny.params["embedder"]["input_embedding"]
 
   @jax.jit
@@ -68,7 +68,7 @@ def slow_greedy(tiny, prompts):
   return ids[:, 0], stopped
 
 
-def test_greedy_equals_a_loop_that_starts_anew_for_every_token(tiny):
+def test_greedy_equals_a_loop_without_a_cache(tiny):
   prompts = tiny.prompts(PROMPTS, seed=GREEDY_SEED)
   expected, stopped = slow_greedy(tiny, prompts)
   assert 0 < stopped.sum() < PROMPTS, "both endings must be seen"
@@ -101,7 +101,7 @@ def test_a_row_ends_with_its_first_stop_token_or_is_truncated(completions):
 def trainer_logps(
   tiny, prompts, ids, temperature, banned_ids=(), params=None, min_new_tokens=0
 ):
-  """Of the sampled tokens, as an update computes them."""
+  """Log-probabilities of sampled tokens, as an update computes them."""
   model = ForwardConfig(
     config=tiny.config,
     dtype=jnp.float32,
@@ -134,7 +134,7 @@ def with_and_without_images(tiny):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_samplers_logps_are_the_trainers(tiny, temperature):
-  """Text rows among rows with pictures; and so the first ratio is 1."""
+  """Text rows among rows with images; the first ratio is therefore 1."""
   prompts = with_and_without_images(tiny)
   completions = sampled(
     tiny, prompts, np.arange(PROMPTS), temperature=temperature
@@ -161,7 +161,7 @@ def test_the_samplers_logps_are_the_trainers(tiny, temperature):
 def test_a_banned_token_is_never_drawn_and_has_no_probability(
   tiny, prompts, temperature
 ):
-  """Long vectors make the banned ones likeliest wherever they are not worst."""
+  """Long embeddings make banned tokens the likeliest or the unlikeliest."""
   banned = (109, 110)
   embedding = tiny.params["embedder"]["input_embedding"]
   rigged = tiny.params | {
@@ -196,7 +196,7 @@ def test_rows_of_a_group_differ(completions):
 def test_what_a_row_samples_does_not_depend_on_its_batch(
   tiny, prompts, completions
 ):
-  """Other mates in another order, and fewer of both prompts and rows."""
+  """With other prompts in another order, and with fewer prompts and rows."""
   ids = completions.ids
   others = tiny.prompts(PROMPTS, seed=5)
   mixed = jax.tree.map(
@@ -211,9 +211,7 @@ def test_what_a_row_samples_does_not_depend_on_its_batch(
   np.testing.assert_array_equal(actual.ids, ids[1:3, :2])
 
 
-def test_the_place_in_the_step_decides_what_is_drawn(
-  tiny, prompts, completions
-):
+def test_the_index_in_the_step_decides_the_draw(tiny, prompts, completions):
   elsewhere = sampled(tiny, prompts, np.arange(PROMPTS) + PROMPTS)
   assert (elsewhere.ids != completions.ids).any(axis=(1, 2)).all()
 
@@ -222,8 +220,8 @@ def test_the_place_in_the_step_decides_what_is_drawn(
 LIMITS = np.array([[1, 4, 12], [12, 2, 3], [5, 1, 1], [2, 12, 1]])
 
 
-def test_no_schedule_changes_what_a_row_says(tiny, prompts, monkeypatch):
-  """Chunks of any size, bundles moved or not, narrow or wide, on any mesh."""
+def test_no_schedule_changes_a_row(tiny, prompts, monkeypatch):
+  """For any chunk size, grid shapes and mesh, with moves or without."""
   monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
   halves = compaction.ladder
   run = functools.partial(
@@ -262,10 +260,10 @@ def test_no_schedule_changes_what_a_row_says(tiny, prompts, monkeypatch):
     )
 
 
-def test_kept_features_of_pictures_are_read_as_their_pixels_are(
+def test_cached_features_give_the_same_rows_as_pixels(
   tiny, prompts, completions
 ):
-  """Made at once, made in a later step, or found from an earlier one."""
+  """Encoded in this step, or cached in an earlier one."""
   ids, length, images = prompts
   encoder = image_features.ImageEncoder(
     tiny.config.vision,
@@ -317,7 +315,7 @@ def test_rows_stop_at_their_limits_and_dead_ones_are_left_behind(tiny, prompts):
 def test_no_row_ends_before_the_least_length_and_the_trainer_agrees(
   tiny, prompts
 ):
-  """Where a stop token could not come, it is in neither's softmax."""
+  """A stop token that cannot come is in neither's softmax."""
   least = 8
   completions = sampled(tiny, prompts, np.arange(PROMPTS), min_new_tokens=least)
   mask = completions.mask
@@ -376,8 +374,8 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
   assert num_cut >= 2
 
 
-def test_finished_prompts_are_handed_out_once_and_in_full(tiny, prompts):
-  """In parts as they end, and each as the results have it."""
+def test_finished_prompts_are_emitted_once_and_complete(tiny, prompts):
+  """Prompts are emitted as they end, with the same ids as in the results."""
   parts, polls = [], []
   completions = sampled(
     tiny,
@@ -412,8 +410,10 @@ def test_a_poll_that_raises_abandons_the_rollout(tiny, prompts):
   assert next(calls) == 3
 
 
-def test_what_was_prepared_is_what_runs(tiny, prompts, monkeypatch):
-  """Every shape of the ladder, without one more compilation."""
+def test_functions_compiled_ahead_are_the_ones_that_run(
+  tiny, prompts, monkeypatch
+):
+  """For every shape of the ladder, without another compilation."""
   monkeypatch.setattr(compaction, "_FEWEST_ROWS", 1)
   mesh = conftest.mesh_of(1, 2, 1)
   settings = engine.Settings(

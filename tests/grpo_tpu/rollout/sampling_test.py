@@ -1,4 +1,4 @@
-"""Keys that belong to a row alone, and draws that follow the softmax."""
+"""Each row has a key of its own, and draws follow the softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def key_data(prompt_index, num_completions):
   return np.asarray(jax.random.key_data(keys))
 
 
-def test_a_rows_key_depends_on_its_prompt_and_place_alone():
+def test_a_rows_key_depends_only_on_its_prompt_and_index():
   alone = key_data([5], 2)
   crowd = key_data([9, 3, 5], 4)
   np.testing.assert_array_equal(crowd[2, :2], alone[0])
@@ -36,7 +36,7 @@ def test_a_rows_draw_depends_on_its_own_key_and_logits_alone():
   np.testing.assert_array_equal(actual, expected[order, 1:])
 
 
-def test_each_token_of_a_row_has_a_number_of_its_own():
+def test_each_token_of_a_row_has_its_own_noise():
   keys = sampling.row_keys(KEY, jnp.arange(8), 8)
   logits = jnp.zeros((8, 8, 1000))
   first, second = (
@@ -50,8 +50,8 @@ def test_each_token_of_a_row_has_a_number_of_its_own():
   # Chi-square, 4 and 199 degrees: one in ten thousand.
   [(6, 23.5), (300, 280.9)],
 )
-def test_draws_follow_the_softmax_and_say_how_likely_they_were(size, limit):
-  """Over several blocks, the last one not full, and one of them impossible."""
+def test_draws_and_their_logps_follow_the_softmax(size, limit):
+  """Over several blocks, one of them impossible, the last one padded."""
   logits = np.random.default_rng(3).normal(0, 1, size).astype(np.float32)
   impossible = np.arange(size) % 3 == 0
   impossible[size // 2 : size // 2 + 40] |= size > 40
@@ -73,8 +73,8 @@ def test_draws_follow_the_softmax_and_say_how_likely_they_were(size, limit):
   )
 
 
-def test_rounding_moves_a_draw_only_where_two_tokens_all_but_tie():
-  """Whatever the size of the vocabulary: not at each of its steps."""
+def test_rounding_changes_a_draw_only_at_a_near_tie():
+  """For a vocabulary of any size."""
   side, size, off = 100, 4096, 1e-4
   rng = np.random.default_rng(0)
   logits = rng.normal(0, 1, (side, side, size)).astype(np.float32)
@@ -89,7 +89,7 @@ def test_rounding_moves_a_draw_only_where_two_tokens_all_but_tie():
   assert (ids != other).sum() <= 4 * off * side**2 + 8
 
 
-def test_greedy_takes_the_likeliest_and_of_equals_the_first():
+def test_greedy_takes_the_likeliest_token_and_the_first_of_a_tie():
   logits = jnp.array([[[0.0, 2.0, 1.0, 2.0], [-1.0, -3.0, -2.0, -0.5]]])
   ids, logps = sampling.greedy(logits)
   np.testing.assert_array_equal(ids, [[1, 3]])
@@ -97,8 +97,8 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first():
   np.testing.assert_allclose(logps, expected, rtol=1e-6)
 
 
-def plainly_narrowed(row, top_k, top_p):
-  """Which tokens are left, one by one from the likeliest."""
+def plain_top_k_top_p(row, top_k, top_p):
+  """The tokens to keep, one by one from the likeliest."""
   order = np.argsort(-row, kind="stable")
   kept = order[:top_k] if top_k else order
   odds = np.exp(row[kept].astype(np.float64))
@@ -112,18 +112,18 @@ def plainly_narrowed(row, top_k, top_p):
 @pytest.mark.parametrize(
   ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (0, 0.5), (0, 0.93), (9, 0.8)]
 )
-def test_narrowing_leaves_the_likeliest_and_their_odds(top_k, top_p):
+def test_top_k_top_p_keeps_the_likeliest_and_their_odds(top_k, top_p):
   logits = np.random.default_rng(5).normal(0, 2, (4, 60)).astype(np.float32)
   narrowed = np.asarray(
     sampling.top_k_top_p(jnp.asarray(logits), top_k=top_k, top_p=top_p)
   )
   for row, new in zip(logits, narrowed, strict=True):
-    kept = plainly_narrowed(row, top_k, top_p)
+    kept = plain_top_k_top_p(row, top_k, top_p)
     np.testing.assert_array_equal(np.flatnonzero(new > -1e29), kept)
     np.testing.assert_array_equal(new[kept], row[kept])
 
 
-def test_without_limits_nothing_is_narrowed():
+def test_without_limits_no_logit_changes():
   logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (4, 60)))
   np.testing.assert_array_equal(
     sampling.top_k_top_p(logits, top_k=0, top_p=1.0), logits

@@ -27,7 +27,7 @@ Read = Callable[
 
 
 def on_one_device(tree: dict) -> dict:
-  """The same shapes with this process's first device as sharding."""
+  """Shapes with this process's first device as their sharding."""
   device = SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree

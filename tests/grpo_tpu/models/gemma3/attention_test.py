@@ -1,4 +1,4 @@
-"""The kernel for TPUs, interpreted, against the einsum that serves the rest."""
+"""The interpreted TPU kernel against the einsum of other platforms."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def sight(is_global):
 
 
 def arrays(rows, kv_heads, num_bundles=2):
-  """Queries, keys and values; and the prompt's where rows are completions."""
+  """Queries, keys and values, and the prompt's if rows are completions."""
   rng = np.random.default_rng(0)
 
   def drawn(*shape):
@@ -50,7 +50,7 @@ def arrays(rows, kv_heads, num_bundles=2):
 
 
 def real(rows):
-  """1 on queries that are no padding."""
+  """1 on queries that are not padding."""
   if rows == "completions":
     return jnp.ones((1, 1, 1, 1, 1))
   mask = np.arange(NUM_PROMPT) < LENGTHS[:, None]
@@ -61,7 +61,7 @@ def real(rows):
   ("rows", "kv_heads"), [("prompts", 2), ("completions", 1)]
 )
 def test_splash_equals_einsum_with_its_gradients(rows, kv_heads):
-  """In local and global layers, of several heads to one of keys."""
+  """In local and global layers, with several query heads per key head."""
   of_row, prompt = arrays(rows, kv_heads)
   weight = jax.random.normal(jax.random.key(1), of_row[0].shape) * real(rows)
 
@@ -91,7 +91,7 @@ def test_splash_equals_einsum_with_its_gradients(rows, kv_heads):
       np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_auto_is_the_kernel_on_the_devices_it_is_for():
+def test_auto_chooses_the_kernel_on_tpus():
   kinds = {
     (setting, platform): attention.choose_implementation(setting, platform)
     for setting in ATTENTION_KINDS
@@ -108,7 +108,7 @@ def test_auto_is_the_kernel_on_the_devices_it_is_for():
 
 
 def test_on_a_mesh_each_device_computes_its_bundles_and_heads():
-  """Of four query heads to one key-value head, which every device has."""
+  """With four query heads and one key-value head, which every device holds."""
   of_row, prompt = arrays("prompts", kv_heads=1)
 
   @functools.partial(jax.jit, static_argnames="implementation")
@@ -127,7 +127,7 @@ def test_on_a_mesh_each_device_computes_its_bundles_and_heads():
 
 
 def test_an_image_longer_than_the_window_is_refused():
-  """One as long as the window is not: its ends are a window less one apart."""
+  """An image as long as the window is accepted: its ends are in reach."""
   tiny = gemma3_config.CONFIGS["tiny"]
   dataclasses.replace(tiny, sliding_window=9)
   with pytest.raises(

@@ -1,4 +1,4 @@
-"""The cache against the training pass, and its masks against plain ones."""
+"""Decoding against the training pass, and its masks against plain ones."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ NUM_COMPLETIONS, NUM_TOKENS = 2, 9
 
 
 def random_params(tiny, num_layers):
-  """The tiny model with norms that matter and other layers in its stack."""
+  """The tiny model with random norms and another number of layers."""
   rng = np.random.default_rng(num_layers)
 
   def changed(path, x):
@@ -73,8 +73,8 @@ def test_decoding_from_the_cache_equals_the_training_pass(
 
 
 @pytest.mark.parametrize("window", [2, 3, 5, 8, 30, None])
-def test_a_ring_shows_what_a_full_length_cache_would(window):
-  """Slot by slot, with the tokens that writing has put there."""
+def test_a_ring_shows_the_same_tokens_as_a_full_cache(window):
+  """Slot by slot, with the tokens that were written there."""
   num_prompt, num_own = 12, 11
   lengths = np.array([12, 7, 1, 3])
   reach = num_prompt if window is None else min(num_prompt, window - 1)
@@ -109,10 +109,10 @@ def test_a_ring_shows_what_a_full_length_cache_would(window):
 
 
 @pytest.mark.parametrize("window", [5, 40])
-def test_the_caches_bytes_are_those_computed_and_the_prompts_know_no_group(
+def test_cache_bytes_match_and_prompts_do_not_depend_on_the_group_size(
   tiny, window
 ):
-  """Of the compiled program's results, for several group sizes and lengths."""
+  """Compared with the compiled results, for several group sizes and lengths."""
   config = dataclasses.replace(tiny.config, sliding_window=window)
   prompts = tiny.prompts(4)
   prompt_parts = set()

@@ -1,4 +1,4 @@
-"""Rows looked up by shards are the rows, and so are their gradients."""
+"""Sharded lookups and their gradients equal plain ones."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def mesh(request):
 
 
 def table_ids_and_weights(dtype=jnp.float32):
-  """With ids that repeat, and the first and the last of every shard."""
+  """Ids with repeats, and the first and last id of every shard."""
   rng = np.random.default_rng(0)
   ids = rng.integers(0, VOCAB, (U, T))
   ids[:, 0] = [0, 5, 6, 11, 12, 17, 18, 23]
@@ -47,7 +47,7 @@ def plain(table, ids, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_shards_find_the_rows_and_add_up_their_gradients(mesh, dtype):
+def test_sharded_lookup_equals_a_plain_one_with_its_gradient(mesh, dtype):
   table, ids, weights = table_ids_and_weights()
   want, gradient = rows_and_gradient(plain, table, ids, weights, dtype)
   with jax.set_mesh(mesh):
@@ -67,8 +67,8 @@ def test_shards_find_the_rows_and_add_up_their_gradients(mesh, dtype):
   np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_no_shard_has_the_table_or_its_gradient_in_full():
-  """Nor everyone's rows: what lies on a device is its share."""
+def test_no_shard_holds_the_whole_table_or_its_gradient():
+  """A device holds only its share of the table and of the rows."""
   mesh = sharding.make_mesh(1, 4, 2)
   table, ids, weights = table_ids_and_weights()
   with jax.set_mesh(mesh):
@@ -99,7 +99,7 @@ def test_no_shard_has_the_table_or_its_gradient_in_full():
   assert f"f32[{VOCAB // 2},{WIDTH // 4}]" in text
 
 
-def test_an_axis_that_the_mesh_does_not_divide_is_looked_up_all_the_same():
+def test_an_axis_that_the_mesh_does_not_divide_is_looked_up_too():
   table, ids, _ = table_ids_and_weights()
   with jax.set_mesh(sharding.make_mesh(1, 4, 2)):
     rows = jax.jit(

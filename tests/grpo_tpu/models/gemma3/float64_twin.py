@@ -1,6 +1,6 @@
-"""Gemma 3's decoder on one row of text, in NumPy's float64: the slow truth.
+"""Gemma 3's decoder on one row of text, in NumPy and float64: a slow twin.
 
-Written from the report and from nothing here, but for the names of the tree.
+Written from the report alone, except for the names of the tree.
 """
 
 import numpy as np
@@ -23,10 +23,10 @@ def states(config, params, ids, *, tables=None):
   """Final states of every token, from which the embedding makes logits.
 
   Args:
-    config: The model's sizes.
+    config: Sizes of the network.
     params: The stacked tree, in any type of float.
-    ids: Of one row.
-    tables: What to use in the place of `rotary`.
+    ids: Ids of one row.
+    tables: RoPE tables to use instead of `rotary`.
   """
   sin, cos = tables or rotary(config, len(ids))
   layers, heads = params["layers"], config.num_heads // config.num_kv_heads

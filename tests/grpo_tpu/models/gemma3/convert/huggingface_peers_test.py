@@ -1,4 +1,4 @@
-"""Weights from Hugging Face and back: transformers has the last word."""
+"""Weights from Hugging Face and back, compared with transformers."""
 
 import pathlib
 import subprocess
@@ -20,7 +20,7 @@ def transformers(python, *arguments):
 
 @pytest.fixture(scope="module")
 def saved(peers_python, tmp_path_factory):
-  """What transformers has saved, and what it makes of what we save."""
+  """Checkpoints that transformers saved, and its results on ours."""
   folder = tmp_path_factory.mktemp("transformers")
   transformers(peers_python, "make", folder)
   for name in ("image", "text"):

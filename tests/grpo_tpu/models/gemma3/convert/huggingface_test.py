@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, and what is refused of either."""
+"""Hugging Face checkpoints: loading, saving, and what is refused."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[5]
 
 @pytest.fixture(scope="module")
 def params(tiny):
-  """Every leaf random: equal to no other, nor to a part of itself."""
+  """Random leaves, all different from each other and within themselves."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda x: rng.standard_normal(x.shape, np.float32),
@@ -39,7 +39,7 @@ def whole(tiny, params, tmp_path_factory):
 
 @pytest.fixture
 def changed(whole, tmp_path):
-  """Makes a copy of the checkpoint, its tensors or its config changed."""
+  """Makes a copy of the checkpoint with other tensors or config."""
 
   def change(tensors=lambda x: x, values=lambda x: x):
     config = json.loads((whole / "config.json").read_text())
@@ -71,7 +71,7 @@ def placed(config, mesh, dtype):
   )
 
 
-def test_what_goes_out_comes_in_again(tiny, params, whole):
+def test_a_saved_checkpoint_loads_as_it_was(tiny, params, whole):
   config, again = weights.from_hf(whole)
   assert config == tiny.config
   assert_equal(again, params)
@@ -173,12 +173,12 @@ def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
     ("multi_modal_projector.", "model.multi_modal_projector."),
   ],
 )
-def test_names_of_all_years_are_read(params, changed, old, new):
+def test_names_of_all_transformers_versions_are_read(params, changed, old, new):
   folder = changed(lambda x: {k.replace(old, new): v for k, v in x.items()})
   assert_equal(weights.from_hf(folder)[1], params)
 
 
-def test_a_tied_head_may_be_there_and_no_other(params, changed):
+def test_a_head_must_be_tied(params, changed):
   name = "language_model.lm_head.weight"
   embedding = params["embedder"]["input_embedding"]
   folder = changed(lambda x: x | {name: embedding.copy()})
@@ -191,7 +191,7 @@ def test_a_tied_head_may_be_there_and_no_other(params, changed):
 def test_rows_from_the_placeholder_on_are_written_and_left_unread(
   tiny, params, tmp_path
 ):
-  """As in the released sizes, whose placeholder is no id of the tokenizer."""
+  """As in the released sizes, whose placeholder is not in the tokenizer."""
   vision = dataclasses.replace(tiny.config.vision, image_token=130)
   config = dataclasses.replace(tiny.config, vision=vision)
   weights.to_hf(config, params, tmp_path)
@@ -313,7 +313,7 @@ def test_a_written_config_reads_as_itself(tmp_path, name):
 def test_a_config_of_other_arithmetic_is_refused_by_field(
   changed, field, value, named
 ):
-  """Among them an image block of 4 that is longer than a window of 3."""
+  """One case is an image block of 4 with a window of 3."""
 
   def spoil(values):
     section, _, name = field.rpartition(".")
@@ -328,7 +328,7 @@ def test_a_config_of_other_arithmetic_is_refused_by_field(
 def test_loading_adds_less_than_the_largest_tensor_to_the_memory(
   tmp_path, dtype
 ):
-  """Beyond the parameters themselves, in a process of its own.
+  """Beyond the parameters themselves, measured in its own process.
 
   At a quarter of the size that `benchmarks/load_memory.py` measures.
   """

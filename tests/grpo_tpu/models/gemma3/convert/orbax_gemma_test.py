@@ -1,4 +1,4 @@
-"""Checkpoints of the gemma library: nested or flat, every tensor in place."""
+"""Checkpoints of the gemma library, nested or flat."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ CONFIG = gemma3_config.ModelConfig(
 
 @pytest.fixture(scope="module")
 def params():
-  """Every leaf random, norms included, so that no factor can hide."""
+  """Random leaves, norms included, so that no factor goes unnoticed."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
@@ -53,7 +53,7 @@ def params():
 
 
 def nested(config, params):
-  """Our stacked tree as the library's own modules name it."""
+  """Our stacked tree with the names of the library's modules."""
   vision, embedder = params["vision_encoder"], params["embedder"]
 
   def layer(i):
@@ -104,7 +104,7 @@ def nested(config, params):
 
 
 def flat(tree):
-  """As released: paths but for their last part, and a w under the MLP's."""
+  """The released layout: flat paths, and a `w` under those of the MLP."""
   out = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -148,8 +148,8 @@ def test_every_tensor_comes_back(params, tmp_path, layout):
   assert_trees_equal(load(path), params)
 
 
-def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
-  """Saved in bf16, wanted in fp32, cut over fsdp and tensor."""
+def test_weights_have_the_requested_dtype_and_sharding(params, tmp_path):
+  """Saved in bf16, loaded in fp32, sharded over fsdp and tensor."""
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   path = save(tmp_path / "bf16", flat(nested(CONFIG, rounded)))
   mesh = sharding.make_mesh(replica=1, fsdp=4, tensor=2)
@@ -174,7 +174,7 @@ def test_weights_arrive_in_the_dtype_and_places_asked_for(params, tmp_path):
   )
 
 
-def test_every_tensor_that_is_not_as_it_must_be_is_listed(params, tmp_path):
+def test_every_wrong_tensor_is_listed(params, tmp_path):
   tree = nested(CONFIG, params)
   del tree["layer_3"]["attn"]["_key_norm"]
   tree["layer_0"]["mlp"]["linear"] = tree["layer_0"]["mlp"]["linear"].T
@@ -206,10 +206,8 @@ def test_a_folder_without_a_checkpoint_is_refused(content, tmp_path):
     load(tmp_path / "none")
 
 
-def test_a_checkpoint_of_an_array_a_folder_is_read_as_one_in_a_store(
-  params, tmp_path
-):
-  """As Orbax wrote them before it had stores, and of either Zarr."""
+def test_a_checkpoint_with_one_folder_per_array_is_read(params, tmp_path):
+  """As old versions of Orbax wrote them, with either version of Zarr."""
   for name, is_third in (("second", False), ("third", True)):
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=is_third)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -220,7 +218,7 @@ def test_a_checkpoint_of_an_array_a_folder_is_read_as_one_in_a_store(
     assert_trees_equal(load(tmp_path / name), params)
 
 
-def test_an_array_that_is_named_and_not_stored_is_missing(params, tmp_path):
+def test_an_array_that_is_named_but_not_stored_is_missing(params, tmp_path):
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(
@@ -232,7 +230,7 @@ def test_an_array_that_is_named_and_not_stored_is_missing(params, tmp_path):
 
 
 def test_a_checkpoint_is_checked_before_any_device(params, tmp_path):
-  """A backend that has started could not join other processes any more."""
+  """Once a backend has started, it cannot join other processes."""
   tree = nested(CONFIG, params)
   del tree["final_norm"]
   path = save(tmp_path / "bad", tree)

@@ -1,4 +1,4 @@
-"""Exported adapters are, to peft, the change that merging makes."""
+"""peft computes from exported adapters the change that merging makes."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ np.savez(
 
 
 def sizes_of(config):
-  """The model as transformers' configs have it."""
+  """The sizes in the terms of transformers' configs."""
   text = {
     "vocab_size": config.vocab_size,
     "hidden_size": config.embed_dim,
@@ -90,7 +90,7 @@ def sizes_of(config):
 
 
 def expected_changes(config, adapters):
-  """What merging adds, under transformers' names and with its axes."""
+  """The change by merging, with transformers' names and axes."""
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
     weights.abstract_params(config, jnp.float32),
@@ -124,10 +124,8 @@ def expected_changes(config, adapters):
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_peft_makes_of_an_export_what_merging_makes(
-  tiny, peers_python, tmp_path, kind
-):
-  """On a tower too, whose matrices of the same names stay as they were."""
+def test_peft_agrees_with_merging(tiny, peers_python, tmp_path, kind):
+  """Matrices of the same names in the image tower do not change."""
   config = tiny.config
   # Two key-value heads, so that a mix-up of heads shows.
   config = dataclasses.replace(
