@@ -37,8 +37,8 @@ class Words:
 
 
 def settings(args) -> run_config.Config:
-  """The settings, with the sizes as a model named "benchmark"."""
-  gemma3_config.CONFIGS["benchmark"] = gemma3_config.ModelConfig(
+  """The settings, with the sizes in place of those of "tiny"."""
+  gemma3_config.CONFIGS["tiny"] = gemma3_config.ModelConfig(
     vocab_size=args.vocab,
     num_layers=args.layers,
     embed_dim=args.width,
@@ -56,7 +56,7 @@ def settings(args) -> run_config.Config:
   config = base.get_config()
   config.data.prompts_per_step = args.prompts
   config.data.prompt_buckets = (args.prompt_length,)
-  config.model.name = "benchmark"
+  config.model.name = "tiny"
   config.model.weights = f"random:{args.seed}"
   config.model.compute_dtype = "float32"
   config.model.remat = args.remat
