@@ -1,4 +1,4 @@
-"""Saves checkpoints while training goes on, and restores them onto any mesh.
+"""Saves checkpoints during training, and restores them onto any mesh.
 
 Knows nothing about the contents of a state: any tree of jax arrays will do,
 typed keys included. Orbax writes a new checkpoint beside the newest good one

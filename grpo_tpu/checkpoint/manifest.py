@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 24
 _THREADS = 4
 
 
-class Damaged(Exception):
+class ManifestError(Exception):
   """Raised for a manifest that is missing or was changed."""
 
 
@@ -59,7 +59,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
   """Returns the `facts` that the manifest of `folder` was written with.
 
   Raises:
-    Damaged: The manifest is missing or was changed.
+    ManifestError: The manifest is missing or was changed.
   """
   return _read_body(folder)["facts"]
 
@@ -80,7 +80,7 @@ def find_damage(
   """
   try:
     wanted = _read_body(folder)["files"]
-  except Damaged as error:
+  except ManifestError as error:
     return str(error)
   try:
     extra = sorted(_list_files(folder).keys() - wanted.keys())
@@ -111,13 +111,15 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
     body = whole["body"]
     is_unchanged = whole["crc32c"] == _json_checksum(body)
   except FileNotFoundError as error:
-    raise Damaged(f"no manifest: {path.name}") from error
+    raise ManifestError(f"no manifest: {path.name}") from error
   except (ValueError, KeyError, TypeError) as error:
-    raise Damaged(f"damaged manifest: {path.name}: {error}") from error
+    raise ManifestError(f"damaged manifest: {path.name}: {error}") from error
   if not is_unchanged:
-    raise Damaged(f"damaged manifest: {path.name}: its checksum differs")
+    raise ManifestError(f"damaged manifest: {path.name}: its checksum differs")
   if body["name"] != folder.name:
-    raise Damaged(f"foreign manifest: {path.name} was made for {body['name']}")
+    raise ManifestError(
+      f"foreign manifest: {path.name} was made for {body['name']}"
+    )
   return body
 
 

@@ -226,7 +226,7 @@ def list_checkpoints(directory: epath.Path) -> list[retention.CheckpointInfo]:
     try:
       facts = manifest.read(directory / info.name)
       info = dataclasses.replace(info, score=facts["score"])
-    except manifest.Damaged:
+    except manifest.ManifestError:
       info = dataclasses.replace(info, is_whole=False)
     checkpoints.add(info)
   return sorted(checkpoints)

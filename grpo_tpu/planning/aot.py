@@ -69,7 +69,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledProgram:
   """The facts about a program that are known before code generation.
 
   Attributes:
@@ -81,7 +81,7 @@ class Compiled:
   collectives: tuple[Collective, ...]
 
 
-def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
+def compile_buffers(lowered: Any, folder: pathlib.Path) -> CompiledProgram:
   """Compiles until buffers are assigned; the process must end soon after.
 
   Args:
@@ -109,7 +109,9 @@ def compile_buffers(lowered: Any, folder: pathlib.Path) -> Compiled:
     is_over = not thread.is_alive()
     hbm_bytes, text = _assigned_bytes(folder), _optimized_hlo(folder)
     time.sleep(0.0 if is_over else 0.1)
-  return Compiled(hbm_bytes or _required_bytes(failures), collectives(text))
+  return CompiledProgram(
+    hbm_bytes or _required_bytes(failures), collectives(text)
+  )
 
 
 def _assigned_bytes(folder: pathlib.Path) -> int | None:

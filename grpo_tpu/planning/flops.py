@@ -6,31 +6,14 @@ convolution counts as two, as in the peaks of chips; nothing else counts.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 # Tile products in one step of splash attention's grid: scores and values;
 # scores, d weights and dQ; scores, dV, d weights and dK.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-
-
-def count(fun: Callable, *args: Any, **kwargs: Any) -> float:
-  """Operations of one call, over all devices.
-
-  Args:
-    fun: A function of arrays or of trees of arrays; may be jitted.
-    *args: Arrays or shapes.
-    **kwargs: Arrays or shapes.
-
-  Raises:
-    NotImplementedError: The program has a loop with unknown trips, or a kernel
-      without a formula here.
-  """
-  return count_jaxpr(jax.make_jaxpr(fun)(*args, **kwargs))
 
 
 def count_jaxpr(closed: Any, while_trips: tuple[int, ...] = ()) -> float:
@@ -40,6 +23,10 @@ def count_jaxpr(closed: Any, while_trips: tuple[int, ...] = ()) -> float:
     closed: A jaxpr from `jax.make_jaxpr` or `jitted.trace(...).jaxpr`.
     while_trips: Trips of the loops that depend on values, one number for each
       level of nesting, the outermost first.
+
+  Raises:
+    NotImplementedError: The program has a loop with unknown trips, or a kernel
+      without a formula here.
   """
   used = [True] * len(closed.jaxpr.outvars)
   live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used)

@@ -222,10 +222,10 @@ class _FakeTokenizer:
     self.end_of_image = vision.end_of_image if vision else 0
 
 
-class _Scaled(jax.ShapeDtypeStruct):
+class _ScalableShape(jax.ShapeDtypeStruct):
   """A shape that can be multiplied by a number, and stays the same."""
 
-  def __mul__(self, _: float) -> "_Scaled":
+  def __mul__(self, _: float) -> "_ScalableShape":
     return self
 
   __rmul__ = __mul__
@@ -304,7 +304,7 @@ class AbstractPrograms:
     )
 
   def move_rows(self) -> Program:
-    """Copies the rows that go on into a smaller grid, the largest of them."""
+    """Copies unfinished rows into the largest of the smaller grids."""
     made, args = self._rollout()
     state = made.abstract_state(*args)
     shards = data_shards(self._config)
@@ -380,7 +380,7 @@ class AbstractPrograms:
     if self._frozen is None:
       return self._state.params
     factors = jax.tree.map(
-      lambda x: _Scaled(x.shape, x.dtype, sharding=x.sharding),
+      lambda x: _ScalableShape(x.shape, x.dtype, sharding=x.sharding),
       self._state.params,
     )
     made = learner.forward_params(self._config.model, factors, self._frozen)
