@@ -208,8 +208,7 @@ def _ours(arguments) -> None:
   u, c, t = arguments.prompts, arguments.completions, arguments.new_tokens
 
   def array(dtype, *shape):
-    batch = sharding.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct((u, *shape), dtype, sharding=batch)
+    return sharding.abstract_batch(mesh, dtype, u, *shape)
 
   bundles = TrainBatch(
     prompt_ids=array(jnp.int32, arguments.prompt_tokens),

@@ -245,6 +245,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def abstract_batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+  """Shape and sharding of an array whose first axis is the batch."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
 def device_put_batch(mesh: Mesh, tree: Any) -> Any:
   """Makes global device arrays from this process's rows of each array.
 

@@ -87,9 +87,7 @@ class ImageEncoder:
   def abstract_pixels(self) -> jax.ShapeDtypeStruct:
     """Shape and sharding of the pixels that `encode` takes."""
     shape = self._pixels_shape(sharding.data_shards(self._mesh)[1])
-    return jax.ShapeDtypeStruct(
-      shape, np.uint8, sharding=sharding.batch_sharding(self._mesh)
-    )
+    return sharding.abstract_batch(self._mesh, np.uint8, *shape)
 
   def _encode_all(self, params: dict, images: list[np.ndarray]) -> list:
     """Features of this process's images, in order."""

@@ -240,6 +240,7 @@ class AbstractPrograms:
     rollout = config.rollout
     # Evaluation decodes one greedy completion per prompt.
     self._is_evaluation = part_of(name) == "evaluation"
+    self._has_images = "(image)" in name
     self._rows, self._temperature = rollout.num_generations, rollout.temperature
     self._prompts = config.data.prompts_per_step // config.num_rollouts
     if self._is_evaluation:
@@ -360,13 +361,13 @@ class AbstractPrograms:
     bundles = self._bundles(self._config.data.prompts_per_step)
     config, state, frozen = self._config, self._state, self._frozen
     forward = self._sampler.forward
-    update = learner.Learner(
+    made = learner.Learner(
       config.model, forward, self._mesh, config.learner_config
-    ).update
+    )
     return Program(
       name=self._name,
-      function=update,
-      args=(state, bundles, *(() if frozen is None else (frozen,))),
+      function=made.update,
+      args=(state, bundles, frozen),
       parts={
         "params": (state.params, frozen),
         "optimizer": state.opt_state,
@@ -389,55 +390,41 @@ class AbstractPrograms:
       made,
     )
 
-  def _rollout(self) -> tuple[Any, tuple]:
-    """The rollout's engine and the arguments of its first program."""
-    sampler = self._sampler
-    settings = sampler.engine_settings(self._rows, self._temperature)
-    index = self._array(jnp.int32, self._prompts)
-    ids, length, images = self._prompt_arrays(self._prompts)
-    params = self._run_params()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    limit = self._array(jnp.int32, self._prompts, self._rows)
+  def _rollout(self) -> tuple[engine.Engine, tuple]:
+    """The rollout's functions, and the arguments of the first one."""
+    settings = self._sampler.engine_settings(self._rows, self._temperature)
     return engine.Engine(settings, self._mesh), (
-      params,
-      engine.Prompts(ids, length, images, index),
-      limit,
-      key,
+      self._run_params(),
+      self._abstract_prompts(self._prompts),
+      self._array(jnp.int32, self._prompts, self._rows),
+      jax.eval_shape(lambda: jax.random.key(0)),
+    )
+
+  def _abstract_prompts(self, num_prompts: int) -> engine.Prompts:
+    length = self._config.data.prompt_buckets[-1]
+    return self._sampler.abstract_prompts(
+      num_prompts, length, int(self._has_images)
     )
 
   def _array(self, dtype: Any, *shape: int) -> Any:
-    """An array that is sharded along its first axis."""
-    place = sharding.batch_sharding(self._mesh)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-  def _prompt_arrays(self, rows: int, *, pixels: bool = False) -> tuple:
-    """Ids, lengths and images; the images as pixels, or encoded."""
-    vision = self._config.model_config.vision
-    image, dtype = (0, 1, 1, 3), jnp.dtype(jnp.uint8)
-    if vision and "(image)" in self._name:
-      side = vision.shown_size
-      image, dtype = (1, side, side, 3), jnp.dtype(jnp.uint8)
-      if not pixels:
-        image = (1, vision.soft_tokens, vision.width)
-        dtype = self._sampler.forward.dtype
-    ids = self._array(jnp.int32, rows, self._config.data.prompt_buckets[-1])
-    length = self._array(jnp.int32, rows)
-    return ids, length, self._array(dtype, rows, *image)
+    return sharding.abstract_batch(self._mesh, dtype, *shape)
 
   def _bundles(self, prompts: int) -> TrainBatch:
     config, kind = self._config, self._config.data.kind
     width, new = completions_per_prompt(config), config.rollout.max_new_tokens
-    ids, length, images = self._prompt_arrays(
-      prompts, pixels=config.model.train_vision
-    )
+    asked = self._abstract_prompts(prompts)
+    images, vision = asked.images, config.model_config.vision
+    if vision and self._has_images and config.model.train_vision:
+      side = vision.shown_size
+      images = self._array(jnp.uint8, prompts, 1, side, side, 3)
     logps = self._array(jnp.float32, prompts, width, new)
     is_old = kind == "preference" or config.train.num_iterations > 1
     share = config.shaping.top_entropy_share
     has_weights = share < 1 and kind != "demonstrations"
     preferred = self._array(jnp.bool_, prompts, width, width)
     return TrainBatch(
-      prompt_ids=ids,
-      prompt_length=length,
+      prompt_ids=asked.ids,
+      prompt_length=asked.length,
       images=images,
       completion_ids=self._array(jnp.int32, prompts, width, new),
       completion_mask=self._array(jnp.bool_, prompts, width, new),

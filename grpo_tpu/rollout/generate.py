@@ -323,12 +323,11 @@ def compile_ahead(
     mesh: The devices.
   """
   functions = engine.Engine(settings, mesh)
-  batch, (_, shards) = sharding.batch_sharding(mesh), sharding.data_shards(mesh)
+  _, shards = sharding.data_shards(mesh)
   per_shard = prompts.ids.shape[0] // shards
 
   def array(dtype, bundles, *width):
-    shape = (shards * bundles, *width)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
+    return sharding.abstract_batch(mesh, dtype, shards * bundles, *width)
 
   shape = per_shard, settings.num_completions
   limit = array(np.int32, *shape)

@@ -210,12 +210,9 @@ class Sampler:
     self, num_prompts: int, length: int, num_images: int
   ) -> engine.Prompts:
     """Shapes and shardings of prompts, as the compiled functions take them."""
-    batch_sharding = sharding.batch_sharding(self.mesh)
 
     def array(dtype: Any, *shape: int) -> Any:
-      return jax.ShapeDtypeStruct(
-        (num_prompts, *shape), dtype, sharding=batch_sharding
-      )
+      return sharding.abstract_batch(self.mesh, dtype, num_prompts, *shape)
 
     images = array(np.uint8, 0, 0, 0, 3)
     if vision := self.forward.config.vision:
