@@ -1,7 +1,7 @@
-"""Whether the policy has come to prefer what is preferred, on held-out groups.
+"""Preference accuracy on the labelled completions of the eval split.
 
-Nothing is sampled: labelled completions are scored under the policy and under
-the reference that training started from.
+Nothing is sampled: the completions are scored under the policy and under the
+reference that training started from.
 """
 
 import collections
@@ -16,28 +16,28 @@ from grpo_tpu.observability import writer
 from grpo_tpu.rl import preference_metrics, score
 from grpo_tpu.rl.experience import Collector
 
-# Edges between the margins, of the one reward above the other, by which pairs
-# are told apart.
+# Lower edges of the buckets of reward margins.
 _EDGES = (0.0, 0.25, 0.5, 0.75)
 
 
-def evaluate(
+def evaluate_preferences(
   collector: Collector,
   params: dict,
   reference: dict,
   batches: Iterable[pipeline.Batch],
 ) -> dict[str, writer.Scalar]:
-  """Accuracies and margins, means over every pair of the held-out groups.
+  """Computes mean accuracies and margins over all pairs of the eval split.
+
+  A pair is two completions of one problem with different labels.
 
   Args:
-    collector: Scores the completions.
+    collector: Rewards the completions and holds the forward pass.
     params: Parameters of the policy.
-    reference: Parameters of the reference.
+    reference: Parameters that training started from.
     batches: Prompts with labelled completions.
 
   Returns:
-    By the names of `metrics`. A pair is two completions of one problem with
-    different labels; its margin in the buckets' names is that of the rewards.
+    The `eval/` metrics. The buckets in their names are of the reward margin.
   """
   totals: collections.Counter[str] = collections.Counter()
   for batch in batches:
@@ -81,13 +81,13 @@ def _bucket_names() -> list[str]:
 
 @jax.jit
 def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
-  """What adds up over batches; replicated, so the same on every host."""
+  """Sums over the pairs of a batch, replicated over hosts."""
   gained = jnp.where(mask, gained, 0.0).sum(axis=-1)
   per_token = gained / jnp.maximum(mask.sum(axis=-1), 1)
   chosen, rejected, valid = preference_metrics.all_pairs(gained, preferred)
-  paid_more, paid_less, _ = preference_metrics.all_pairs(rewards, preferred)
+  better, worse, _ = preference_metrics.all_pairs(rewards, preferred)
   accuracies = {
-    "preference_accuracy": _wins(paid_more, paid_less),
+    "preference_accuracy": _wins(better, worse),
     "implicit_preference_accuracy": _wins(chosen, rejected),
     "implicit_preference_accuracy_per_token": _wins(
       *preference_metrics.all_pairs(per_token, preferred)[:2]
@@ -99,8 +99,8 @@ def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
     for name, values in accuracies.items()
   }
   sums["pairs"] = valid.sum()
-  margin = paid_more - paid_less
-  # A pair paid against its label is of the lowest margin there is.
+  margin = better - worse
+  # A pair whose rewards contradict its labels falls into the lowest bucket.
   bucket = jnp.searchsorted(np.array(_EDGES[1:]), margin, side="right")
   for index, name in enumerate(_bucket_names()):
     inside = valid & (bucket == index)
@@ -111,5 +111,5 @@ def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
 
 
 def _wins(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-  """1 where the chosen is ahead, a half for a tie."""
+  """1 where the chosen completion is ahead, 0.5 for a tie."""
   return 0.5 * (1.0 + jnp.sign(chosen - rejected))

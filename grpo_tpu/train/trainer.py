@@ -321,7 +321,7 @@ class Trainer:
       Metrics, and completions for people to look at.
     """
     params = self.learner.params(state)
-    result = evaluate.evaluate(
+    result = evaluate.evaluate_greedy(
       self.sampler,
       params,
       self._eval_batches,
@@ -332,7 +332,7 @@ class Trainer:
     metrics = result.scalars
     if self._preference_batches is not None:
       assert self._reference is not None
-      metrics |= preferences.evaluate(
+      metrics |= preferences.evaluate_preferences(
         self.collector,
         params,
         self._reference.params,

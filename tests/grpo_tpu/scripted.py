@@ -151,7 +151,7 @@ class Run:
     )
 
   def evaluate(self, prompts, *, num_samples=0):
-    return evaluate.evaluate(
+    return evaluate.evaluate_greedy(
       self.sampler,
       {},
       prompts,

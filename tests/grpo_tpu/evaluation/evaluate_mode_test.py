@@ -1,4 +1,4 @@
-"""--mode=evaluate: samples, ablations and files, of a policy that is known."""
+"""--mode=evaluate: samples, ablations and files of a scripted policy."""
 
 import collections
 import concurrent.futures
@@ -16,8 +16,7 @@ from absl import logging
 from data_pipelines import validation
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import collectives
-from grpo_tpu.evaluation import evaluate
-from grpo_tpu.evaluation import scores as figures
+from grpo_tpu.evaluation import evaluate, outputs, scores
 from grpo_tpu.rollout import sampling
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import (
@@ -43,7 +42,7 @@ SETTINGS = {
 
 
 class Dicing(scripted.ScriptedSampler):
-  """Greedily as the script says; a sample is right as the key's die falls."""
+  """Completes greedily by the script; the key decides if a sample is right."""
 
   def sample(self, params, prompts, key, *, num_completions, temperature, **_):
     replies = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
@@ -65,7 +64,7 @@ class Dicing(scripted.ScriptedSampler):
 
 
 class Seeing(scripted.ScriptedSampler):
-  """Right where the picture is the problem's own, by its shade of red."""
+  """Answers right if the image is the problem's own, by its shade of red."""
 
   def sample(self, params, prompts, key, **settings):
     shades = prompts.images[:, 0, 0, 0, 0].tolist()
@@ -92,23 +91,18 @@ def run_of(kind, tokenizer, num_devices=1, seed=0, **settings):
   return dataclasses.replace(run, config=config)
 
 
-def data_of(source):
-  """As much of a data set as is looked at."""
-  return types.SimpleNamespace(eval=source)
-
-
-def found(run, batch_size=11, indices=EVERY):
-  blind = evaluate._ablated_sources(run.config, data_of(Source(indices)))
+def evaluate_all(run, batch_size=11, indices=EVERY):
+  sources = evaluate.make_ablated_sources(run.config, Source(indices))
   batches = batches_of(run.tokenizer, batch_size=batch_size, indices=indices)
-  return evaluate.evaluate_all(run.sampler, {}, batches, blind, run.config)
+  return evaluate.evaluate_all(run.sampler, {}, batches, sources, run.config)
 
 
 @pytest.fixture(scope="module")
 def everything(tokenizer):
-  return found(run_of(Dicing, tokenizer))
+  return evaluate_all(run_of(Dicing, tokenizer))
 
 
-def test_all_answers_are_those_of_all_problems_in_order(everything):
+def test_every_problem_has_its_completions_in_order(everything):
   for answers in (
     everything.greedy,
     *everything.samples,
@@ -121,13 +115,30 @@ def test_all_answers_are_those_of_all_problems_in_order(everything):
   assert list(everything.ablated) == list(KINDS)
 
 
+def test_evaluate_gives_the_figures_of_all_completions(everything, tokenizer):
+  """A data set as `open_dataset` gives it has the source and its batches."""
+  run = run_of(Dicing, tokenizer)
+  asked = {}
+
+  def eval_batches(**options):
+    asked.update(options)
+    return batches_of(run.tokenizer, batch_size=options["batch_size"])
+
+  data = types.SimpleNamespace(eval=Source(EVERY), eval_batches=eval_batches)
+  figures = evaluate.evaluate(run.sampler, {}, data, run.config)
+  assert figures == everything.figures(SETTINGS["ks"])
+  assert figures["accuracy"]["share"] == len(RIGHT) / len(EVERY)
+  assert asked["num_problems"] == run.config.eval.num_problems
+  assert (asked["shards"], asked["shard_count"]) == ((0,), 1)
+
+
 @pytest.mark.parametrize(
   ("batch_size", "num_devices"), [(3, 1), (16, 1), (8, 8)]
 )
 def test_neither_batch_size_nor_devices_change_an_answer(
   everything, tokenizer, batch_size, num_devices
 ):
-  got = found(run_of(Dicing, tokenizer, num_devices), batch_size)
+  got = evaluate_all(run_of(Dicing, tokenizer, num_devices), batch_size)
   assert got.greedy == everything.greedy
   assert got.samples == everything.samples
   assert got.ablated == everything.ablated
@@ -143,11 +154,11 @@ def test_a_draw_depends_on_seed_problem_and_number(everything, tokenizer):
   assert len({tuple(row) for row in table}) > 3
   assert len(set(zip(*table, strict=True))) > 3
   other = run_of(Dicing, tokenizer, seed=1)
-  assert faces(found(other)) != table
+  assert faces(evaluate_all(other)) != table
 
 
-def test_what_is_sampled_is_counted(everything):
-  scores = figures.compute(
+def test_every_sample_counts(everything):
+  figures = scores.compute(
     everything.greedy,
     samples=everything.samples,
     ks=SETTINGS["ks"],
@@ -156,7 +167,7 @@ def test_what_is_sampled_is_counted(everything):
   right = np.array(
     [[x.is_right for x in draw] for draw in everything.samples]
   )  # [draws, problems]
-  sampled = scores["sampled"]
+  sampled = figures["sampled"]
   assert sampled["accuracy"]["share"] == pytest.approx(right.mean())
   assert sampled["pass_at_k"]["1"]["share"] == pytest.approx(right.mean())
   assert sampled["maj_at_k"]["1"]["share"] == pytest.approx(right.mean())
@@ -172,34 +183,35 @@ def test_what_is_sampled_is_counted(everything):
   assert sampled["maj_at_k"]["6"]["share"] == pytest.approx(wins / len(EVERY))
 
 
-def test_who_looks_loses_by_another_picture_and_who_does_not_does_not(
+def test_ablations_cost_only_a_policy_that_uses_the_image(
   tokenizer,
 ):
   for kind, kept in ((Dicing, RIGHT), (Seeing, ())):
-    got = found(run_of(kind, tokenizer, num_samples=0))
+    got = evaluate_all(run_of(kind, tokenizer, num_samples=0))
     real = RIGHT if kind is Dicing else ASKED
     assert [x.index for x in got.greedy if x.is_right] == list(real)
     for answers in got.ablated.values():
       assert [x.index for x in answers if x.is_right] == list(kept)
 
 
-def test_nothing_is_sampled_or_taken_away_unless_asked(tokenizer):
+def test_samples_and_ablations_are_optional(tokenizer):
   run = run_of(Dicing, tokenizer, num_samples=0, ablations=())
-  got = found(run)
+  got = evaluate_all(run)
   assert (got.samples, got.ablated) == ([], {})
 
 
-def test_pictures_are_not_taken_from_what_sees_none(tokenizer, monkeypatch):
+def test_a_text_model_has_no_ablations(tokenizer, monkeypatch):
   config = run_of(Dicing, tokenizer).config
   blind = dataclasses.replace(config.model_config, vision=None)
   monkeypatch.setattr(run_config.Config, "model_config", blind)
-  assert evaluate._ablated_sources(config, data_of(Source(EVERY))) == {}
+  assert evaluate.make_ablated_sources(config, Source(EVERY)) == {}
 
 
-def test_pictures_that_cannot_be_shuffled_are_a_bad_request(tokenizer):
+def test_images_that_cannot_be_shuffled_are_a_user_error(tokenizer):
   config = run_of(Dicing, tokenizer).config
   with pytest.raises(validation.SettingError, match="eval.ablations"):
-    evaluate.run(config, "nowhere", data_of(Source([0, UNREADABLE])))
+    data = types.SimpleNamespace(eval=Source([0, UNREADABLE]))
+    evaluate.run(config, "nowhere", data)
 
 
 class Unanswered(Source):
@@ -211,11 +223,11 @@ class Unanswered(Source):
 
 def test_there_is_no_ablation_without_answers(tokenizer):
   config = run_of(Dicing, tokenizer).config
-  assert evaluate._ablated_sources(config, data_of(Unanswered(EVERY))) == {}
+  assert evaluate.make_ablated_sources(config, Unanswered(EVERY)) == {}
 
 
-def test_answers_come_from_all_hosts(everything, monkeypatch):
-  """Two threads for two hosts, each with the answers of its own rows."""
+def test_completions_come_from_all_hosts(everything, monkeypatch):
+  """Two threads stand for two hosts, each with its own rows."""
   host, sent, barrier = threading.local(), {}, threading.Barrier(2)
 
   def gather(data):
@@ -227,9 +239,9 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
 
   def answers_on(index):
     host.index = index
-    # Rows of several batches, and as unlike in length as hosts can be.
+    # Rows of several batches, of very different numbers.
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
-    return evaluate._of_all_hosts(kept)
+    return evaluate._gather(kept)
 
   monkeypatch.setattr(collectives, "gather_bytes", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
@@ -237,14 +249,24 @@ def test_answers_come_from_all_hosts(everything, monkeypatch):
       assert answers == everything.greedy
 
 
+def write(evaluation, workdir, config, source):
+  facts = {
+    "split": config.data.eval_split,
+    "model": config.model.name,
+    "weights": config.model.weights,
+    "seed": config.seed,
+  }
+  outputs.write(evaluation, workdir / "eval", source, config.eval, facts)
+
+
 def read(path: pathlib.Path):
   text = path.read_text("utf-8")
   return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
+def test_written_files_hold_everything(everything, tokenizer, tmp_path):
   run = run_of(Dicing, tokenizer)
-  evaluate.write(everything, str(tmp_path), run.config, Source(EVERY))
+  write(everything, tmp_path, run.config, Source(EVERY))
   folder = tmp_path / "eval"
   assert sorted(str(x.relative_to(folder)) for x in folder.rglob("*.*")) == [
     "output_eval.json",
@@ -264,21 +286,24 @@ def test_what_is_written_reads_back(everything, tokenizer, tmp_path):
     assert list(results.values()) == [x.record for x in answers]
     assert list(results) == [x.record["pid"] for x in answers]
   assert "π" in (folder / "output_eval.json").read_text("utf-8")
-  scores = read(folder / "scores.json")
-  assert (scores["weights"], scores["split_size"]) == ("random:0", len(SCRIPT))
-  assert (scores["split"], scores["temperature"]) == ("eval", 0.7)
-  assert scores["scalars"] == pytest.approx(everything.scalars)
-  assert scores["accuracy"]["share"] == scores["scalars"]["eval/accuracy"]
+  figures = read(folder / "scores.json")
+  assert (figures["weights"], figures["split_size"]) == (
+    "random:0",
+    len(SCRIPT),
+  )
+  assert (figures["split"], figures["temperature"]) == ("eval", 0.7)
+  assert figures["scalars"] == pytest.approx(everything.scalars)
+  assert figures["accuracy"]["share"] == figures["scalars"]["eval/accuracy"]
   page = (folder / "report.html").read_text("utf-8")
-  # Of four failures that were asked, three are shown.
+  # Three of the four wrong answers are shown.
   assert page.count("<article") == page.count("data:image/png") == 3
   assert "output" not in page
 
 
-def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
+def test_a_split_without_answers_is_written_with_a_note(tokenizer, tmp_path):
   run = run_of(Dicing, tokenizer, num_samples=1, ks=(1,))
   source = Unanswered(EVERY)
-  everything = found(run)
+  everything = evaluate_all(run)
   hidden = [
     dataclasses.replace(
       x,
@@ -287,39 +312,39 @@ def test_a_split_without_answers_is_exported_and_says_so(tokenizer, tmp_path):
     )
     for x in everything.greedy
   ]
-  unknown = evaluate.Evaluation({"eval/format": 1.0}, hidden, [hidden], {})
-  evaluate.write(unknown, str(tmp_path), run.config, source)
-  scores = read(tmp_path / "eval" / "scores.json")
-  assert scores["accuracy"] is None and scores["graded"] == 0
-  assert scores["note"] == figures.NO_ANSWERS
-  assert "slices" not in scores and "sampled" not in scores
+  unknown = outputs.Evaluation({"eval/format": 1.0}, hidden, [hidden], {})
+  write(unknown, tmp_path, run.config, source)
+  figures = read(tmp_path / "eval" / "scores.json")
+  assert figures["accuracy"] is None and figures["graded"] == 0
+  assert figures["note"] == scores.NO_ANSWERS
+  assert "slices" not in figures and "sampled" not in figures
   results = read(tmp_path / "eval" / "output_eval.json")
   assert results["p0"]["prediction"] == "3"
   assert results["p0"]["true_false"] is None
   for name in ("report.md", "report.html"):
     text = (tmp_path / "eval" / name).read_text("utf-8")
-    assert figures.NO_ANSWERS in text
+    assert scores.NO_ANSWERS in text
     assert "%" not in text.split("<body>")[-1]
 
 
 def test_a_damaged_image_is_only_missing_from_the_report(everything):
   answer = everything.greedy[UNREADABLE]
-  example = evaluate._example(answer, everything.samples, Source(EVERY))
+  example = outputs.make_example(answer, everything.samples, Source(EVERY))
   assert (example.image, example.num_samples) == ("", NUM_SAMPLES)
-  whole = evaluate._example(everything.greedy[1], [], Source(EVERY))
+  whole = outputs.make_example(everything.greedy[1], [], Source(EVERY))
   assert whole.image.startswith("data:image/")
   assert everything.greedy[TOO_LONG].outcome == "not asked"
 
 
-def test_problems_that_are_left_out_are_mentioned(
+def test_a_warning_gives_the_number_of_problems_left_out(
   everything, tokenizer, tmp_path, caplog
 ):
   config = run_of(Dicing, tokenizer, num_problems=11).config
   logging.set_verbosity(logging.WARNING)
-  evaluate.write(everything, str(tmp_path), config, Source(EVERY))
+  write(everything, tmp_path, config, Source(EVERY))
   assert not caplog.messages
   more = Source([*EVERY, 0, 1])
-  evaluate.write(everything, str(tmp_path), config, more)
+  write(everything, tmp_path, config, more)
   assert caplog.messages == [
     "eval.num_problems (11) leaves out 2 problems of eval."
   ]

@@ -18,7 +18,7 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   result = run.evaluate(batches)
   path, out = tmp_path / "output.json", tmp_path / "out.json"
   path.write_text(
-    json.dumps({x.record["pid"]: x.record for x in result.answers})
+    json.dumps({x.record["pid"]: x.record for x in result.completions})
   )
   scores = tmp_path / "scores.json"
   score_file.score_file(str(path), out=str(out), scores=str(scores))
@@ -28,7 +28,7 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   found = json.loads(scores.read_text())
   assert found["records"] == found["scored"] == len(scripted.SCRIPT)
   whole, *rows = found["rows"]
-  wanted = figures.compute(result.answers, samples=(), ks=(), ablated={})
+  wanted = figures.compute(result.completions, samples=(), ks=(), ablated={})
   assert whole["strict"] == wanted["accuracy"]
   assert whole["strict"]["share"] == pytest.approx(
     float(result.scalars["eval/accuracy"])

@@ -1,18 +1,18 @@
-"""What held-out pairs say of a policy whose log-probabilities are known."""
+"""Preference accuracies of a policy whose log-probabilities are known."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from data_pipelines.preferences import completions as preferences
-from grpo_tpu.evaluation import preferences as evaluate_preferences
+from data_pipelines.preferences import completions
+from grpo_tpu.evaluation import preferences
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rl import score
 from tests.grpo_tpu import scripted
 
-# Problems 0 to 4 with three labelled completions each, one of them two.
-REPLIES = {
+# Problems 0 to 4 with two or three labelled completions each.
+COMPLETIONS = {
   0: (("<answer>3</answer>", 1.0), ("<answer>5</answer>", 0.0), ("3", 0.5)),
   1: (("<answer>4</answer>", 1.0), ("<answer>5</answer>", 0.0)),
   2: (("no", 0.0), ("<answer>1.5</answer>", 0.9), ("<answer>9</answer>", 0.2)),
@@ -21,10 +21,10 @@ REPLIES = {
 }
 
 
-def replies(problem, rng):
+def completion_source(problem, rng):
   del rng
-  given = REPLIES[int(problem.pid.removeprefix("p"))]
-  return tuple(preferences.LabelledCompletion(*each) for each in given)
+  given = COMPLETIONS[int(problem.pid.removeprefix("p"))]
+  return tuple(completions.LabelledCompletion(*each) for each in given)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def evaluated(tokenizer, monkeypatch):
-  """Accuracies where each policy's log-probability of an id is known."""
+  """Accuracies of policies with a known log-probability for each token id."""
 
   def score_batch(model, params, bundles, *, num_microbatches):
     del model, num_microbatches
@@ -49,13 +49,13 @@ def evaluated(tokenizer, monkeypatch):
       scripted.Source(range(5)),
       tokenizer,
       kind="preference",
-      completion_source=replies,
+      completion_source=completion_source,
       num_labelled=3,
     )
     batches = pipeline.make_eval_batches(
       builder, num_problems=5, batch_size=batch_size
     )
-    result = evaluate_preferences.evaluate(
+    result = preferences.evaluate_preferences(
       run.collector, params, reference, batches
     )
     return {name: float(value) for name, value in result.items()}
@@ -69,9 +69,9 @@ def logps(seed):
 
 
 def worked_by_hand(tokenizer, gain):
-  """A loop over every two completions of one problem."""
+  """Loops over every two completions of one problem."""
   rows = []
-  for each in REPLIES.values():
+  for each in COMPLETIONS.values():
     for chosen, high in each:
       for rejected, low in each:
         if high > low:
@@ -111,15 +111,15 @@ def test_accuracies_and_margins_are_those_worked_by_hand(evaluated, tokenizer):
   } == pytest.approx(buckets)
 
 
-def test_a_policy_that_has_not_moved_prefers_nothing(evaluated):
-  """Whatever the lengths of chosen and rejected."""
+def test_an_unchanged_policy_has_no_preference(evaluated):
+  """For any lengths of the chosen and the rejected completions."""
   got = evaluated(logps(0), logps(0))
   assert got["eval/implicit_preference_accuracy"] == 0.5
   assert got["eval/implicit_preference_accuracy_per_token"] == 0.5
   assert got["eval/implicit_preference_margin"] == 0
 
 
-def test_batches_change_nothing(evaluated):
+def test_the_batch_size_changes_nothing(evaluated):
   wanted = evaluated(logps(0), logps(1))
   for batch_size in (1, 2, 8):
     got = evaluated(logps(0), logps(1), batch_size=batch_size)
@@ -127,7 +127,7 @@ def test_batches_change_nothing(evaluated):
 
 
 def test_reward_functions_may_contradict_the_labels(evaluated):
-  """Of the 8 pairs they pay 1-5, 1-3 and 4-5 as labelled."""
+  """They agree with the labels of three of the eight pairs."""
   got = evaluated(logps(0), logps(1), rewards="functions")
   assert 0 < got["eval/preference_accuracy"] < 1
 

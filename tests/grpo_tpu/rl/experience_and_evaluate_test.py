@@ -75,7 +75,7 @@ def test_neither_batch_size_nor_padding_nor_devices_change_a_scalar(
 ):
   wanted, got = evaluated(), evaluated(batch_size, num_devices)
   assert got.scalars == pytest.approx(wanted.scalars, rel=1e-6)
-  assert got.answers == wanted.answers
+  assert got.completions == wanted.completions
 
 
 def test_slices_add_up_to_the_whole(evaluated):
@@ -109,7 +109,7 @@ def test_a_slice_without_problems_is_left_out(run_of, tokenizer):
 
 
 def test_records_are_in_mathvistas_results_format(evaluated):
-  results = {x.record["pid"]: x.record for x in evaluated(4).answers}
+  results = {x.record["pid"]: x.record for x in evaluated(4).completions}
   assert set(results) == {
     "unreadable:7" if i == UNREADABLE else f"p{i}" for i in range(len(SCRIPT))
   }
@@ -154,7 +154,7 @@ def test_without_public_answers_nothing_is_graded(run_of, tokenizer):
     "eval/completion_length",
     "eval/truncated_fraction",
   }
-  asked = [x for x in result.answers if x.asked]
+  asked = [x for x in result.completions if x.asked]
   assert [x.record["true_false"] for x in asked] == [None] * len(ASKED)
   assert asked[0].record["prediction"] == "3"
 
@@ -166,7 +166,7 @@ def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
   # Of 11 problems 7 are left, a damaged one among them; of 6 right ones 5.
   assert result.scalars["eval/accuracy"] == pytest.approx(5 / 7)
   assert result.scalars["eval/accuracy/integer"] == pytest.approx(1 / 3)
-  right = [x.record["true_false"] for x in result.answers]
+  right = [x.record["true_false"] for x in result.completions]
   assert [i for i in EVERY if right[i] is None] == hidden
   assert [i for i in EVERY if right[i]] == [2, 3, 5, 9, 10]
 

@@ -1,0 +1,138 @@
+"""Grades the completions of a batch: sums for metrics, records for files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import pipeline, records
+from grpo_tpu.evaluation import scores
+from grpo_tpu.rewards import scoring
+
+_TYPES = ("multi_choice", "free_form", "integer", "float", "text", "list")
+
+
+def metric_columns(
+  batch: pipeline.Batch,
+  rewards: scoring.Scores,
+  mask: np.ndarray,
+  stopped: np.ndarray,
+) -> dict[str, np.ndarray]:
+  """The summands of the metrics, one float32 per row of the batch.
+
+  Args:
+    batch: The problems; padding rows have no pid.
+    rewards: The rewards of one completion per problem.
+    mask: bool [rows, 1, T], True on the completion's tokens.
+    stopped: bool [rows, 1], True if the completion ended by itself.
+  """
+  problems = np.array([bool(p.pid) for p in batch.problems])
+  # A failure of a user's reward says nothing about the answer.
+  asked = problems & batch.valid & ~rewards.failed["accuracy"]
+  public = np.array([p.has_answer for p in batch.problems])
+  # An unreadable problem counts as wrong, although its answer is unknown.
+  graded = problems & (public | ~_is_readable(batch))
+  accuracy = graded & _is_right(batch, rewards)
+  columns = {
+    "problems": problems,
+    "public": public,
+    "graded": graded,
+    "asked": asked,
+    "accuracy": accuracy,
+    "format": np.where(asked, rewards.components["format"], 0.0),
+    "reward": np.where(asked & graded, rewards.total, 0.0),
+    "completion_length": np.where(asked, mask[:, 0].sum(-1), 0),
+    "truncated_fraction": asked & ~stopped[:, 0],
+  }
+  for name in _TYPES:
+    inside = graded & np.array(
+      [name in (p.question_type, p.answer_type) for p in batch.problems]
+    )
+    columns[f"graded/{name}"] = inside
+    columns[f"accuracy/{name}"] = accuracy & inside
+  return {name: rows.astype(np.float32) for name, rows in columns.items()}
+
+
+def metrics(sums: Mapping[str, float]) -> dict[str, float]:
+  """The `eval/` metrics from the sums of all columns of `metric_columns`.
+
+  Accuracy and reward are missing if no answer is public.
+  """
+  problems, asked = max(sums["problems"], 1), max(sums["asked"], 1)
+  scalars = {
+    "eval/format": sums["format"] / problems,
+    "eval/completion_length": sums["completion_length"] / asked,
+    "eval/truncated_fraction": sums["truncated_fraction"] / asked,
+  }
+  if not sums["public"]:
+    return scalars
+  scalars["eval/accuracy"] = sums["accuracy"] / sums["graded"]
+  scalars["eval/reward"] = sums["reward"] / sums["graded"]
+  for name in _TYPES:
+    if sums[f"graded/{name}"]:
+      scalars[f"eval/accuracy/{name}"] = (
+        sums[f"accuracy/{name}"] / sums[f"graded/{name}"]
+      )
+  return scalars
+
+
+def graded_completions(
+  batch: pipeline.Batch,
+  texts: list[str],
+  rewards: scoring.Scores,
+  stopped: np.ndarray,
+) -> list[scores.GradedCompletion]:
+  """The graded completion of each problem, without padding rows."""
+  is_right, is_readable = _is_right(batch, rewards), _is_readable(batch)
+  completions = []
+  for row, problem in enumerate(batch.problems):
+    if not problem.pid:
+      continue
+    asked = bool(batch.valid[row])
+    is_graded = problem.has_answer or not is_readable[row]
+    record = _record(
+      problem,
+      response=texts[row] if asked else "",
+      extraction=rewards.answers[row] if asked else None,
+    )
+    record["true_false"] = bool(is_right[row]) if is_graded else None
+    completions.append(
+      scores.GradedCompletion(
+        index=int(batch.prompt_index[row]),
+        record=record,
+        asked=asked,
+        stopped=bool(stopped[row]),
+      )
+    )
+  return completions
+
+
+def _is_readable(batch: pipeline.Batch) -> np.ndarray:
+  """bool [rows], False where the row replaces a damaged record."""
+  return np.array([bool(p.question) for p in batch.problems])
+
+
+def _is_right(batch: pipeline.Batch, rewards: scoring.Scores) -> np.ndarray:
+  return batch.valid & (rewards.components["accuracy"] > 0.5)
+
+
+def _record(
+  problem: records.Problem, *, response: str, extraction: str | None
+) -> dict[str, Any]:
+  """A record in MathVista's results format, without its image."""
+  return {
+    "pid": problem.pid,
+    "question": problem.question,
+    "image": problem.image_path,
+    "choices": list(problem.choices) or None,
+    "unit": problem.unit or None,
+    "precision": problem.precision if problem.precision >= 0 else None,
+    "answer": problem.answer,
+    "question_type": problem.question_type,
+    "answer_type": problem.answer_type,
+    "metadata": dict(problem.metadata),
+    "query": problem.query,
+    "response": response,
+    "extraction": extraction,
+    "prediction": extraction,
+  }

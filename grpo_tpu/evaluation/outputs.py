@@ -1,0 +1,129 @@
+"""Writes the files of an evaluation: results, `scores.json` and the report."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from data_pipelines import images, records
+from grpo_tpu.config import sections
+from grpo_tpu.evaluation import report, scores
+
+# The list of the worst slices; smaller slices say too little.
+_WORST_SLICES, _MIN_PROBLEMS = 10, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The completions of a split, from all hosts, in the order of the split.
+
+  Attributes:
+    scalars: The `eval/` metrics of the greedy completions.
+    greedy: The greedy completions.
+    samples: The sampled completions, one list per draw.
+    ablated: Greedy completions with ablated images, by name of the ablation.
+  """
+
+  scalars: dict[str, float]
+  greedy: list[scores.GradedCompletion]
+  samples: list[list[scores.GradedCompletion]]
+  ablated: dict[str, list[scores.GradedCompletion]]
+
+  def figures(self, ks: Sequence[int]) -> dict[str, Any]:
+    """The figures of `scores.compute`, and the metrics as `scalars`."""
+    figures = scores.compute(
+      self.greedy, samples=self.samples, ks=ks, ablated=self.ablated
+    )
+    scalars = {name: float(value) for name, value in self.scalars.items()}
+    return figures | {"scalars": scalars}
+
+
+def write(
+  evaluation: Evaluation,
+  folder: pathlib.Path,
+  problems: records.Source,
+  settings: sections.EvalConfig,
+  facts: Mapping[str, Any],
+) -> None:
+  """Writes results files, figures and reports.
+
+  Args:
+    evaluation: The completions and metrics.
+    folder: The folder to write to, `WORKDIR/eval`.
+    problems: The split, whose images the report shows.
+    settings: The settings of the evaluation.
+    facts: The first fields of `scores.json`: `split`, `model`, `weights` with
+      the checkpoint's step, and `seed`.
+  """
+  split = facts["split"]
+  _write_json(folder / f"output_{split}.json", _results(evaluation.greedy))
+  for number, draw in enumerate(evaluation.samples):
+    name = f"output_{split}_{number:03}.json"
+    _write_json(folder / "samples" / name, _results(draw))
+  for name, completions in evaluation.ablated.items():
+    _write_json(folder / f"output_{split}_{name}.json", _results(completions))
+  figures = {
+    "split": split,
+    "split_size": len(problems),
+    "model": facts["model"],
+    "weights": facts["weights"],
+    "seed": facts["seed"],
+    "temperature": settings.temperature if evaluation.samples else 0.0,
+  } | evaluation.figures(settings.ks)
+  _write_json(folder / "scores.json", figures)
+  worst = scores.worst_slices(
+    figures, count=_WORST_SLICES, min_problems=_MIN_PROBLEMS
+  )
+  examples = [
+    make_example(completion, evaluation.samples, problems)
+    for completion in scores.examples(evaluation.greedy, settings.num_examples)
+  ]
+  for name, text in (
+    ("report.md", report.markdown(figures, worst, examples)),
+    ("report.html", report.html(figures, worst, examples)),
+  ):
+    (folder / name).write_text(text, encoding="utf-8")
+  logging.info("%s; report: %s", report.line(figures), folder / "report.html")
+  if len(problems) > len(evaluation.greedy):
+    logging.warning(
+      "eval.num_problems (%d) leaves out %d problems of %s.",
+      settings.num_problems,
+      len(problems) - len(evaluation.greedy),
+      split,
+    )
+
+
+def make_example(
+  completion: scores.GradedCompletion,
+  draws: Sequence[Sequence[scores.GradedCompletion]],
+  problems: records.Source,
+) -> report.Example:
+  """An example of the report, with its image if the image is readable."""
+  try:
+    pixels = images.decode(problems[completion.index].image_bytes)
+    image = report.image_uri(pixels)
+  except (ValueError, OSError):
+    image = ""
+  same = [x for draw in draws for x in draw if x.index == completion.index]
+  return report.Example(
+    record=completion.record,
+    outcome=completion.outcome,
+    num_samples=len(same),
+    samples_right=sum(x.is_right for x in same),
+    image=image,
+  )
+
+
+def _results(
+  completions: Sequence[scores.GradedCompletion],
+) -> dict[str, dict[str, Any]]:
+  return {each.record["pid"]: each.record for each in completions}
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(value, indent=2, ensure_ascii=False)
+  path.write_text(f"{text}\n", encoding="utf-8")
