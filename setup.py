@@ -5,8 +5,12 @@ everyday names never land in site-packages. Exact versions are in
 `constraints.txt`.
 """
 
+import pathlib
+import re
+
 import setuptools
 
+_FACE = pathlib.Path(__file__).with_name("grpo_tpu") / "__init__.py"
 _DOCS = [
   "ipykernel",
   "matplotlib",  # Draws the curves of the notebook.
@@ -18,17 +22,15 @@ _DOCS = [
 
 setuptools.setup(
   name="grpo_tpu",
-  version="0.1.0",
+  version=re.findall(r'__version__ = "(.*)"', _FACE.read_text())[0],
   description="GRPO post-training of Gemma 3, text and vision, on TPU pods.",
   license="Apache-2.0",
   python_requires=">=3.12",
   packages=setuptools.find_packages(
     include=["data_pipelines*", "grpo_tpu*"],
   ),
-  package_data={
-    "grpo_tpu.evaluation": ["templates/*.j2"],
-    "grpo_tpu.observability": ["metrics.toml"],
-  },
+  package_data={"": ["*.toml", "templates/*.j2"]},
+  entry_points={"console_scripts": ["grpo_tpu = grpo_tpu.main:cli"]},
   install_requires=[
     "absl-py",
     "array_record",

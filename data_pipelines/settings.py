@@ -26,7 +26,7 @@ class DataConfig:
     tokenizer: The model's own tokenizer: "gemma", or a tokenizer.model,
       tokenizer.json or .gguf file; "" takes the small one in the data dir.
     synthetic: The synthetic set.
-    synthetic_eval_fraction: Share of its images in the eval split.
+    synthetic_eval_fraction: Share of the synthetic images in the eval split.
     train_split: Split to train on.
     eval_split: Split to evaluate on.
     worker_processes: Processes on each host that build training batches; 0

@@ -26,6 +26,7 @@ FLOORS = {
   8: {"grpo_tpu.evaluation", "grpo_tpu.planning"},
   9: {"grpo_tpu.train"},
   10: {"grpo_tpu.main"},
+  11: {"grpo_tpu.__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -187,11 +188,18 @@ def test_an_import_inside_a_function_is_not_one_at_the_start():
 
 @pytest.mark.parametrize(
   "path",
-  [path for path in FILES.values() if path.name == "__init__.py"],
+  [
+    path
+    for name, path in FILES.items()
+    if path.name == "__init__.py" and name != "grpo_tpu"
+  ],
   ids=module_name,
 )
 def test_an_init_file_is_one_docstring(path):
-  """No re-exports: a name has one home, and its import says where."""
+  """No re-exports: a name has one home, and its import says where.
+
+  `grpo_tpu` alone has public names; tests/grpo_tpu/face_test.py holds them.
+  """
   tree = ast.parse(path.read_text())
   assert ast.get_docstring(tree) and len(tree.body) == 1
 

@@ -27,7 +27,7 @@ _NOT_COPIED = shutil.ignore_patterns(
 _CHECK = """
 import sys
 from grpo_tpu.config import flags, schema
-assert flags.parsed(sys.argv) == sys.argv[:1]
+assert flags.parse(sys.argv) == sys.argv[:1]
 schema.Config.from_config_dict(flags.CONFIG.value)
 """
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.sources import drawing, questions, scenes
+from data_pipelines.validation import one_of
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
 _SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
@@ -33,7 +34,7 @@ class Spec:
     seed: Random seed of the set.
     difficulty: 1 to 5; a higher one has more objects, colors and distractors,
       larger values and more varied wording.
-    kinds: The kinds to draw, of `KINDS`, each equally often.
+    kinds: The kinds of problems, each equally often.
     image_size: Side of the square image, in pixels.
     multi_choice_share: Share of the number questions that have options, 0 to
       1. Questions whose answer is a word always have them.
@@ -45,7 +46,7 @@ class Spec:
   num_problems: int
   seed: int
   difficulty: int
-  kinds: tuple[str, ...]
+  kinds: tuple[str, ...] = dataclasses.field(metadata=one_of(KINDS))
   image_size: int
   multi_choice_share: float
   min_options: int

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from data_pipelines.validation import (
+  one_of,
   require_all,
   require_at_least,
-  require_one_of,
+  require_choices,
 )
 
 _NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
@@ -38,7 +39,7 @@ class CheckpointConfig:
   every_minutes: float
   keep: int
   best_metric: str
-  best_mode: str
+  best_mode: str = dataclasses.field(metadata=one_of(("max", "min")))
   keep_best: int
   max_failures: int
   timeout_seconds: int
@@ -49,7 +50,7 @@ class CheckpointConfig:
       ("every_steps", "keep", "keep_best", "max_failures", "timeout_seconds"), 1
     )
     require_at_least(self, "checkpoint", **ones)
-    require_one_of("checkpoint.best_mode", self.best_mode, ("max", "min"))
+    require_choices(self, "checkpoint")
     require_all(
       self,
       "checkpoint",

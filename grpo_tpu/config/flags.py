@@ -1,101 +1,132 @@
-"""The flags of the program, or in one sentence what is wrong with them."""
+"""The command-line flags of the program, and what is wrong with bad ones."""
 
+import typing
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
-from grpo_tpu.distributed import initialize
+from grpo_tpu.config import defaults
+
+if typing.TYPE_CHECKING:
+  from grpo_tpu.distributed import initialize
+
+MODES = {
+  "train": "Trains until `train.num_steps`; resumes the run in the workdir.",
+  "evaluate": "Evaluates `model.weights` on `data.eval_split`, and writes a"
+  " report to the workdir.",
+  "export": "Exports the newest checkpoint of the workdir, or `model.weights`,"
+  " in Hugging Face format.",
+  "plan": "Plans the run for a slice: memory, work and bounds, without a TPU.",
+}
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Settings of the run.", lock_config=True
+  "config",
+  None,
+  "Config file, as in --config=configs/smoke.py. To change a setting for one"
+  " run, give its value too, as in --config.train.num_steps=200.",
+  lock_config=True,
 )
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run keeps all it writes.", required=True
+  "workdir",
+  None,
+  "Folder for everything that the run writes, as in --workdir=runs/smoke.",
+  required=True,
 )
 flags.register_validator(
   "workdir",
   lambda value: value is None or "://" not in value,
-  "must be a folder, for a run appends to files and renames them: mount the"
+  "must be a folder, because a run appends to files and renames them: mount the"
   " bucket, as launch/tpu.sh does with gcsfuse, and name its folder.",
 )
-MODE = flags.DEFINE_enum(
-  "mode",
-  "train",
-  ["train", "evaluate", "export", "plan"],
-  "train to train.num_steps; evaluate model.weights on data.eval_split; export"
-  " the workdir's newest checkpoint, or model.weights, for Hugging Face; plan"
-  " --topology, without touching a device.",
-)
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "One of the modes.")
 TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
-  "Of --mode=plan: the slice to plan for, as in v5e:4x4; v5e:4x4*2 is two.",
+  "Slice to plan for, as in --topology=v5e:4x4; v5e:4x4*2 is two slices.",
 )
 ADVISE = flags.DEFINE_bool(
   "advise",
   False,
-  "Of --mode=plan: look for the largest step that fits, and say its settings.",
+  "With --mode=plan, search for the largest step that fits, and print its"
+  " settings.",
 )
-_COORDINATOR = flags.DEFINE_string(
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
   None,
-  "HOST:PORT of process 0 of several, or JAX_COORDINATOR_ADDRESS; on a TPU pod"
-  " its metadata say it.",
+  "Address of process 0, as in --coordinator_address=10.0.0.1:8476. By default"
+  " JAX_COORDINATOR_ADDRESS, or on a TPU pod its metadata.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many there are, or JAX_NUM_PROCESSES."
+  "num_processes",
+  None,
+  "Number of processes, as in --num_processes=4. By default JAX_NUM_PROCESSES.",
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of them this is, or JAX_PROCESS_ID."
+  "process_id",
+  None,
+  "Index of this process, as in --process_id=0. By default JAX_PROCESS_ID.",
+)
+ALL = (
+  *(CONFIG, WORKDIR, TOPOLOGY, ADVISE),
+  *(_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID),
 )
 
 
-def place() -> initialize.ProcessAddress | None:
-  """Where this process joins others, if flags or environment say so.
+def process_address() -> "initialize.ProcessAddress | None":
+  """The address of this process, from flags or the environment.
 
   Raises:
-    ValueError: They say a part only, or what cannot be.
+    ValueError: A part is missing or invalid.
   """
+  from grpo_tpu.distributed import initialize
+
   return initialize.read_process_address(
-    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
 
 
-def parsed(argv: Sequence[str]) -> list[str]:
-  """What is left of the arguments once all flags have their values.
+def parse(argv: Sequence[str]) -> list[str]:
+  """Reads all flags; returns the program's name.
 
   Args:
-    argv: The arguments, the program's name first.
+    argv: The program's name and the arguments.
 
   Raises:
-    ValueError: Saying what is wrong with which flag or setting.
+    ValueError: A flag or a setting is wrong; the message says how.
   """
   flags.mark_flag_as_required("config")
   try:
     arguments = flags.FLAGS(list(argv))
-    # A config file that is not there raises when it is first looked into.
+    # A missing config file raises when its values are first read.
     CONFIG.value.items()
-    return arguments
-  except Exception as error:  # Of whatever kind: this only reads settings.
-    # Or absl would say that it is too early to log.
+  except Exception as error:  # Config files may raise anything.
+    # Without this, absl complains that it is too early to log.
     flags.FLAGS.mark_as_parsed()
-    raise ValueError(_in_full(error, argv)) from error
+    raise ValueError(_explain(error, argv)) from error
+  for word in arguments[1:]:
+    question = "write --name=value"
+    if word in MODES:
+      question = f"did you mean --mode={word}?"
+    raise ValueError(f"{word!r} is not a flag; {question}")
+  return arguments
 
 
-def _in_full(error: Exception, argv: Sequence[str]) -> str:
-  """What is wrong with the flags, of which the libraries say only a part."""
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+  """The whole error in one line; the libraries give only a part."""
   if isinstance(error, OSError):
     reason = str(error).splitlines()[-1].strip()
     return f"--config must name a file, such as configs/smoke.py: {reason}."
+  if isinstance(error, flags.UnrecognizedFlagError):
+    section, _, name = error.flagname.partition(".")
+    if name and section in defaults.get_config():
+      flag = f"--{error.flagname}"
+      return f"{flag} is not a flag; did you mean --config.{error.flagname}?"
   if isinstance(error, flags.Error):
-    # A config file's own error comes with its trace, whose end says it all.
+    # The error of a config file comes with its trace; the last line is enough.
     flag, _, trace = str(error).partition("Error whilst parsing config file")
     return flag + "".join(trace.splitlines()[-1:])
   cause = error.args[0] if error.args else error
   reason = " ".join(str(getattr(cause, "args", [cause])[0]).split())
   overrides = " ".join(x for x in argv if x.startswith("--config."))
-  return (
-    f"{overrides} must name settings of configs/base.py, but not all do: "
-    f"{reason}"
-  )
+  return f"{overrides}: not all of these are settings: {reason}"

@@ -23,20 +23,17 @@ type Facts = Mapping[str, Mapping[str, Any]]
 def facts(
   settings: Mapping[str, Any],
   identity: Mapping[str, str],
-  *,
-  mode: str,
-  workdir: str,
+  flags: Mapping[str, str],
 ) -> Facts:
   """What this host is about to run.
 
   Args:
     settings: The nested settings of the run.
     identity: Fingerprints of its data and tokenizers.
-    mode: The flag --mode.
-    workdir: The flag --workdir.
+    flags: The flags that all hosts must share.
   """
   return {
-    "flag": {"--mode": mode, "--workdir": workdir},
+    "flag": flags,
     "config": fingerprint.flatten(settings),
     "code": fingerprint.code_hashes(),
     "package": fingerprint.package_versions(),

@@ -74,7 +74,7 @@ class ModelSettings:
       layout of the `gemma` library, local or on gs://; "gguf:FILE" for a text
       model.
     param_dtype: Type of the decoder's parameters.
-    compute_dtype: Type of its matrix products.
+    compute_dtype: Type of the decoder's matrix products.
     attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
       TPUs and einsum elsewhere.
     remat: What the decoder's layers keep for the backward pass. "none":

@@ -40,9 +40,9 @@ class RewardConfig:
   None takes the preset's weight.
 
   Attributes:
-    preset: The set of weights, a key of `PRESETS`.
+    preset: The set of weights.
     accuracy: Weight of the right answer (0 or 1).
-    format: Weight of exactly one <answer> tag (0 or 1).
+    format: Weight of exactly one `<answer>` tag (0 or 1).
     length: Weight of the length heuristic (0 to 0.5).
     reasoning_words: Weight of the connectives heuristic (0 to 0.3).
     coherence: Weight of the sentences heuristic (0 to 0.2).

@@ -11,20 +11,22 @@ class RolloutConfig:
 
   Attributes:
     num_generations: Completions per prompt (`G`).
-    max_new_tokens: Tokens per completion at most (`T`).
-    min_new_tokens: No stop token before this many others, in sampling and in
-      training: it is in neither's softmax there.
-    temperature: Logits are divided by it, in training too.
-    stop_strings: Texts that end a completion as a stop token does, at the first
+    max_new_tokens: Most tokens of a completion (`T`).
+    min_new_tokens: Tokens of a completion before its stop token, at least. In
+      sampling and training the softmax leaves stop tokens out until then.
+    temperature: Divisor of the logits, in training too.
+    stop_strings: Texts that end a completion like a stop token, at the first
       token that completes one of them.
-    chunk_tokens: Tokens that all rows write before the host looks which go on,
-      and whether the run is to be interrupted. The samples are the same.
-    prompts_at_a_time: Prompts, over all hosts, whose completions are decoded
-      together; divides `data.prompts_per_step`, and None is all of them. The
-      samples are the same, and the caches of fewer take less memory.
-    pictures_per_shard: Pictures that each data shard's tower reads at a time.
-    image_cache_mib: What each process keeps of the tower's results from step to
-      step, with a frozen tower; 0 for nothing.
+    chunk_tokens: Tokens that all rows decode between two looks of the host, at
+      which rows have finished and whether the run is preempted. It does not
+      change the samples.
+    prompts_at_a_time: Prompts, over all hosts, that are decoded together;
+      divides `data.prompts_per_step`, and None is all of them. Fewer prompts
+      need smaller caches and give the same samples.
+    pictures_per_shard: Images that the tower of each data shard reads at a
+      time.
+    image_cache_mib: Memory of each process for the results of a frozen image
+      tower, kept from step to step, in MiB; 0 for none.
   """
 
   num_generations: int

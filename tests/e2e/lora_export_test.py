@@ -23,8 +23,8 @@ def exported(workdir, **settings):
   values["mesh"]["fsdp"] = 8
   values["export"] |= settings | {"dtype": "float32"}
   config = run_config.Config.from_config_dict(values)
-  export.check(config, str(workdir))
-  export.run(config, str(workdir))
+  export.check(config.model, config.export, str(workdir))
+  export.run(config.model, config.export, config.mesh, str(workdir))
   return workdir / "export"
 
 

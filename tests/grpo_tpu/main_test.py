@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from grpo_tpu.config import defaults, usage
+from grpo_tpu.distributed import fingerprint
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/smoke.py"
 WORKDIR = "--workdir=WORKDIR"
@@ -128,3 +131,47 @@ def test_training_on_mathvista_is_refused_with_64(tmp_path, changes, named):
   (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
   data = f"--config.data.dir={tmp_path / 'data'}"
   assert named in refusal(tmp_path, CONFIG, WORKDIR, data, *changes)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+
+
+@pytest.mark.parametrize("module", ["grpo_tpu", "grpo_tpu.main"])
+@pytest.mark.parametrize("arguments", [["--help"], [CONFIG, "-h"], []])
+def test_help_is_the_page_of_the_settings(module, arguments):
+  result = run("-m", module, *arguments)
+  page = (ROOT / "docs" / "settings.md").read_text()
+  assert (result.returncode, result.stdout, result.stderr) == (0, page, "")
+
+
+def test_help_has_every_setting_with_its_default_and_choices():
+  page = " ".join(usage.text().split())
+  values = fingerprint.flatten(defaults.get_config().to_dict())
+  assert all(f"- `{name}`: (default " in page for name in values)
+  assert "`seed`: (default 0) Seed" in page
+  assert "`model.remat`: (default 'full', choices none, dots, full, " in page
+  assert "`objective.surrogate`: (default None, choices clip, cispo, " in page
+
+
+@pytest.mark.parametrize(
+  ("words", "question"),
+  [
+    (["evaluate"], "did you mean --mode=evaluate?"),
+    (["--objective.beta=0"], "did you mean --config.objective.beta?"),
+    (["--wrkdir=x"], "Did you mean: workdir"),
+  ],
+)
+def test_a_wrong_flag_exits_64_with_a_question(tmp_path, words, question):
+  assert question in refusal(tmp_path, CONFIG, WORKDIR, *words)
+
+
+def test_the_settings_are_read_without_jax():
+  """So that help and refusals come at once."""
+  names = "{'jax', 'optax', 'orbax', 'grain', 'tensorflow'}"
+  code = "import sys, grpo_tpu.main; from grpo_tpu.config import usage; "
+  code += f"usage.text(); assert {names}.isdisjoint(sys.modules)"
+  result = run("-c", code)
+  assert result.returncode == 0, result.stderr

@@ -207,7 +207,7 @@ def parse_command_line(name, flags):
   code = (
     "import json, sys\n"
     "from grpo_tpu.config import flags, schema\n"
-    "flags.parsed(sys.argv)\n"
+    "flags.parse(sys.argv)\n"
     "values = flags.CONFIG.value\n"
     "print(json.dumps(schema.Config.from_config_dict(values).to_dict()))"
   )

@@ -1,0 +1,114 @@
+"""The command line: --help, which is also docs/settings.md, and the flags."""
+
+import dataclasses
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from data_pipelines.validation import ExitCode, SettingError, user_errors
+from grpo_tpu.config import defaults, flags, schema
+from grpo_tpu.distributed import logs
+from grpo_tpu.rl.settings import ObjectiveConfig, ObjectiveSettings
+
+_HEAD = """\
+# Flags and settings
+
+`grpo_tpu --help` prints this page. A run is one command:
+
+```
+grpo_tpu --config=FILE --workdir=DIR [--mode=MODE] [--config.SETTING=VALUE ...]
+```
+
+`python -m grpo_tpu` is the same program. `--helpfull` lists the flags of all
+libraries too. Exit codes: 0 done, 64 a wrong setting, flag or data set, 75
+preempted and saved (run the same command again), 76 no progress, 1 any other
+error.
+"""
+_DOCUMENTED_BY = {ObjectiveSettings: ObjectiveConfig}
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Prints the page for --help or no arguments; else reads the flags.
+
+  A wrong flag ends the program with exit code 64, where absl would take 1.
+  """
+  if len(argv) == 1 or {"--help", "-help", "-h"} & set(argv):
+    sys.stdout.write(text())
+    sys.exit(ExitCode.DONE)
+  logs.silence_libraries()
+  try:
+    with user_errors():
+      return flags.parse(argv)
+  except SettingError as error:
+    from grpo_tpu.observability import exit_report
+
+    exit_report.ExitReport().exit_with(error)
+
+
+def text() -> str:
+  """The whole page."""
+  parts = [_HEAD, "## Modes\n"]
+  parts += [_item(f"--mode={mode}", x) for mode, x in flags.MODES.items()]
+  parts += ["\n## Flags\n"]
+  for holder in flags.ALL:
+    flag = absl_flags.FLAGS[holder.name]
+    parts.append(_item(f"--{flag.name}", flag.help))
+  parts += [
+    "\n## Settings\n",
+    "Each setting with its default. A config file or a flag changes it. `None`"
+    " stands\nfor no value.",
+  ]
+  values = defaults.get_config().to_dict()
+  parts += _section(schema.Config, values, "", schema.Config)
+  return "\n".join(parts) + "\n"
+
+
+def _section(
+  cls: type, values: Mapping[str, Any], prefix: str, documented: type
+) -> Iterator[str]:
+  """The items of a section, then the sections within it."""
+  meanings = _meanings(cls) | _meanings(documented)
+  choices = {
+    each.name: each.metadata.get("choices")
+    for each in (*dataclasses.fields(documented), *dataclasses.fields(cls))
+    if "choices" in each.metadata
+  }
+  hints = typing.get_type_hints(cls)
+  inner = [name for name in hints if dataclasses.is_dataclass(hints[name])]
+  if prefix:
+    summary = (cls.__doc__ or "").splitlines()[0]
+    yield f"\n### {prefix.rstrip('.')}\n\n{summary}"
+  yield ""
+  for name in hints:
+    if name not in inner:
+      default = f"default {values[name]!r}"
+      if name in choices:
+        default += f", choices {', '.join(choices[name])}"
+      yield _item(f"{prefix}{name}", f"({default}) {meanings[name]}")
+  for name in inner:
+    kind = hints[name]
+    documented = _DOCUMENTED_BY.get(kind, kind)
+    yield from _section(kind, values[name], f"{prefix}{name}.", documented)
+
+
+def _meanings(cls: type) -> dict[str, str]:
+  """The text for each attribute, from the docstring of a dataclass."""
+  body = (cls.__doc__ or "").partition("Attributes:\n")[2]
+  items = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", body, re.MULTILINE)
+  return {name: " ".join(meaning.split()) for name, meaning in items}
+
+
+def _item(name: str, meaning: str) -> str:
+  """One item of a list, which reads well in Markdown and in a terminal."""
+  return textwrap.fill(
+    f"- `{name}`: {meaning}",
+    width=80,
+    subsequent_indent="  ",
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
