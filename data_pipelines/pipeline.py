@@ -191,13 +191,17 @@ class EvalBatches:
     part = self._index.select(slice(first, first + self._size))
     return part.pad_to(self._size)
 
-  def __getitem__(self, number: int) -> Batch:
-    if not 0 <= number < len(self):
-      raise IndexError(f"batch {number} of {len(self)}")
-    first = number * self._size
-    indices = np.arange(first, first + self._size)
-    index = self._batch_index(number)
-    return _build_batch(self._builder, indices, index, step=0, first_row=first)
+  def __getitem__(self, index: int) -> Batch:
+    if not 0 <= index < len(self):
+      raise IndexError(f"batch {index} of {len(self)}")
+    first = index * self._size
+    return _build_batch(
+      self._builder,
+      np.arange(first, first + self._size),
+      self._batch_index(index),
+      step=0,
+      first_row=first,
+    )
 
   def __iter__(self) -> Iterator[Batch]:
     return iter(grain.MapDataset.source(self).to_iter_dataset(_READ_OPTIONS))

@@ -19,7 +19,8 @@ _SPEC_FLAGS = (
   *("multi_choice_share", "min_options", "max_options"),
 )
 _REQUEST_FLAGS = (
-  *("data_dir", "seed", "eval_fraction", "vocab_size", "max_reject_fraction"),
+  *("data_dir", "seed", "eval_fraction"),
+  *("vocab_size", "max_reject_fraction"),
 )
 
 
@@ -70,10 +71,10 @@ def _request() -> build.Request:
     with validation.user_errors():
       source = synthetic.Spec(
         kinds=tuple(FLAGS.kinds),
-        **{name: FLAGS[name].value for name in _SPEC_FLAGS},
+        **{name: getattr(FLAGS, name) for name in _SPEC_FLAGS},
       )
   return build.Request(
-    source=source, **{name: FLAGS[name].value for name in _REQUEST_FLAGS}
+    source=source, **{name: getattr(FLAGS, name) for name in _REQUEST_FLAGS}
   )
 
 
