@@ -21,25 +21,6 @@ DIMENSIONS = (
 _UNREADABLE = "unreadable:"
 
 
-@dataclasses.dataclass(frozen=True)
-class AboveChance:
-  """The accuracy on multiple choice, corrected for guessing.
-
-  Attributes:
-    problems: The number of multiple-choice problems.
-    guess: The expected share of right guesses, the mean of 1 / options.
-    share: (right - guess) / (1 - guess): 0 for guessing, 1 for all right.
-    low: Lower end of the 95 % interval of the share, corrected likewise.
-    high: Upper end of the interval.
-  """
-
-  problems: int
-  guess: float
-  share: float
-  low: float
-  high: float
-
-
 def is_unreadable(pid: str) -> bool:
   """True if the pid stands for a record that an evaluation could not read."""
   return pid.startswith(_UNREADABLE)
@@ -61,8 +42,8 @@ def table(
   Returns:
     One JSON object per row, overall first, then by dimension and name:
     `dimension`, `name`, for each way of grading a `statistics.Share` (None
-    without grades), and `multi_choice`, an `AboveChance` for the first way
-    (None where guessing is impossible or certain).
+    without grades), and for the first way `multi_choice`, the accuracy on
+    multiple choice above chance (None where guessing is impossible or certain).
   """
   members: dict[tuple[int, str], list[int]] = {}
   for index, record in enumerate(records):
@@ -115,19 +96,25 @@ def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:
 def _above_chance(
   graded: Sequence[tuple[int, bool | None]],
 ) -> dict[str, Any] | None:
-  """The figure of problems with so many options each."""
+  """Corrects the accuracy on multiple choice for guessing.
+
+  `guess` is the expected share of right guesses, the mean of 1 / options. With
+  it `share`, `low` and `high` become (x - guess) / (1 - guess): 0 for guessing,
+  1 for all right.
+
+  Args:
+    graded: For each problem its number of options, and if it is right.
+  """
   if not graded:
     return None
   guess = float(np.mean(1 / np.array([options for options, _ in graded])))
   if guess == 1:
     return None
   share = statistics.share(sum(bool(right) for _, right in graded), len(graded))
-  return dataclasses.asdict(
-    AboveChance(
-      problems=len(graded),
-      guess=guess,
-      share=(share.share - guess) / (1 - guess),
-      low=(share.low - guess) / (1 - guess),
-      high=(share.high - guess) / (1 - guess),
-    )
-  )
+  return {
+    "problems": len(graded),
+    "guess": guess,
+    "share": (share.share - guess) / (1 - guess),
+    "low": (share.low - guess) / (1 - guess),
+    "high": (share.high - guess) / (1 - guess),
+  }

@@ -81,11 +81,9 @@ def write(
     make_example(completion, evaluation.samples, problems)
     for completion in scores.examples(evaluation.greedy, settings.num_examples)
   ]
-  for name, text in (
-    ("report.md", report.markdown(figures, worst, examples)),
-    ("report.html", report.html(figures, worst, examples)),
-  ):
-    (folder / name).write_text(text, encoding="utf-8")
+  for name in ("report.md", "report.html"):
+    page = report.render(name, figures, worst, examples)
+    (folder / name).write_text(page, encoding="utf-8")
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
   if len(problems) > len(evaluation.greedy):
     logging.warning(

@@ -74,35 +74,24 @@ def line(scores: Mapping[str, Any]) -> str:
   return f"{scores['split']}: greedy accuracy {_figure(scores['accuracy'])}"
 
 
-def markdown(
+def render(
+  name: str,
   scores: Mapping[str, Any],
   worst: Sequence[Mapping[str, Any]],
   examples: Sequence[Example],
 ) -> str:
-  """Renders the report as Markdown, without images.
+  """Renders "report.md", which has no images, or "report.html".
 
   Args:
+    name: The page.
     scores: The contents of `eval/scores.json`.
     worst: The slices to list first.
     examples: The answers to show.
   """
-  return _render("report.md.j2", scores, worst, examples)
-
-
-def html(
-  scores: Mapping[str, Any],
-  worst: Sequence[Mapping[str, Any]],
-  examples: Sequence[Example],
-) -> str:
-  """Renders the report as one HTML page; arguments as for `markdown`."""
-  return _render("report.html.j2", scores, worst, examples)
-
-
-def _render(template: str, scores, worst, examples) -> str:
   slices: dict[str, list[Mapping[str, Any]]] = {}
   for row in scores.get("slices", ()):
     slices.setdefault(row["dimension"], []).append(row)
-  return _PAGES.get_template(template).render(
+  return _PAGES.get_template(f"{name}.j2").render(
     scores=scores,
     rows=_overall_rows(scores) if scores["accuracy"] else [],
     worst=worst,

@@ -12,7 +12,6 @@ device. The exit codes are those of `main`.
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
 from grpo_tpu.config import schema as run_config
@@ -183,13 +183,12 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.out:
       text = "".join(json.dumps(row) + "\n" for row in result.rows)
       pathlib.Path(flags.FLAGS.out).write_text(text)
-    sys.stdout.write(
-      f"{result.table}\n{result.num_changed} of {len(rows)} totals differ from "
-      "the saved ones.\n"
+    print(result.table)
+    print(
+      result.num_changed, "of", len(rows), "totals differ from the saved ones."
     )
   except validation.SettingError as error:
-    logging.error("%s", error)
-    sys.exit(validation.ExitCode.BAD_INPUT)
+    command_flags.refuse(error)
   finally:
     scoring.close()
 
@@ -198,11 +197,8 @@ def _define_flags() -> None:
   config_flags.DEFINE_config_file(
     "config", None, "Settings; only `rewards` is used.", lock_config=True
   )
-  for name, meaning in (
-    ("samples", "Saved samples of a run: WORKDIR/samples/train.jsonl."),
-    ("data_dir", "Folder with the run's problems."),
-  ):
-    flags.DEFINE_string(name, None, meaning)
+  flags.DEFINE_string("samples", None, "WORKDIR/samples/train.jsonl of a run.")
+  flags.DEFINE_string("data_dir", None, "Folder with the run's problems.")
   flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
   flags.mark_flags_as_required(["config", "samples", "data_dir"])
 
@@ -215,8 +211,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return arguments
   except Exception as error:  # A config file may raise anything.
     flags.FLAGS.mark_as_parsed()
-    logging.error("%s; see --help.", " ".join(str(error).split()))
-    sys.exit(validation.ExitCode.BAD_INPUT)
+    command_flags.refuse(f"{' '.join(str(error).split())}; see --help.")
 
 
 if __name__ == "__main__":

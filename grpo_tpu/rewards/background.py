@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipelines import records
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rewards.settings import RewardConfig
 
 
 class BackgroundScorer:
@@ -21,7 +22,7 @@ class BackgroundScorer:
   def __init__(
     self,
     problems: Sequence[records.Problem],
-    config: scoring.RewardConfig,
+    config: RewardConfig,
     *,
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
   ):

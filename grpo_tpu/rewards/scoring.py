@@ -9,7 +9,7 @@ advantages or tokens.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
@@ -18,7 +18,7 @@ from data_pipelines import records
 from data_pipelines.verifier import verify
 from data_pipelines.workers import functions
 from grpo_tpu.rewards import accuracy, calls, heuristics
-from grpo_tpu.rewards.settings import COMPONENTS, HEURISTICS, RewardConfig
+from grpo_tpu.rewards.settings import COMPONENTS, RewardConfig
 
 
 class RewardError(RuntimeError):
@@ -49,22 +49,6 @@ class Scores:
   def valid(self) -> np.ndarray:
     """bool [N], False for a row to exclude because a component failed."""
     return ~np.any(list(self.failed.values()), axis=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Completion:
-  text: str
-  reasoning: heuristics.Reasoning
-  verdict: verify.Verdict
-
-
-_REWARDS: Mapping[str, Callable[[_Completion], float]] = {
-  "accuracy": lambda row: accuracy.accuracy(row.verdict),
-  "format": lambda row: accuracy.well_formed(row.text),
-  "length": lambda row: heuristics.length(row.reasoning),
-  "reasoning_words": lambda row: heuristics.reasoning_words(row.reasoning),
-  "coherence": lambda row: heuristics.coherence(row.reasoning),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,15 +279,21 @@ def _score_one(
     verdict = verify.verify(text, problem)
   except Exception as error:
     return None, values, {"accuracy": functions.one_line(error)}
-  faults: dict[str, str] = {}
   reasoning = heuristics.read(accuracy.reasoning(text))
-  row = _Completion(text, reasoning, verdict)
-  gated = config.is_gated and verdict.answer is None
-  for i, name in enumerate(COMPONENTS):
-    if gated and name in HEURISTICS:
-      continue
+  rewards: dict[str, Callable[[], float]] = {
+    "accuracy": lambda: accuracy.accuracy(verdict),
+    "format": lambda: accuracy.well_formed(text),
+  }
+  if not config.is_gated or verdict.answer is not None:
+    rewards |= {
+      "length": lambda: heuristics.length(reasoning),
+      "reasoning_words": lambda: heuristics.reasoning_words(reasoning),
+      "coherence": lambda: heuristics.coherence(reasoning),
+    }
+  faults: dict[str, str] = {}
+  for name, reward in rewards.items():
     try:
-      values[i], fault = _check_value(float(_REWARDS[name](row)))
+      values[COMPONENTS.index(name)], fault = _check_value(float(reward()))
     except Exception as error:
       fault = functions.one_line(error)
     if fault is not None:

@@ -20,6 +20,7 @@ from data_pipelines import pipeline
 from grpo_tpu.distributed import sharding
 from grpo_tpu.observability import samples, writer
 from grpo_tpu.rewards import background, scoring
+from grpo_tpu.rewards.settings import HEURISTICS
 from grpo_tpu.rl import diagnostics, objective, preference_metrics, shaping
 from grpo_tpu.rl.settings import CollectorConfig
 from grpo_tpu.rl.train_batch import TrainBatch
@@ -304,7 +305,7 @@ class Collector:
     shape = (len(prompts.valid), -1)
     heuristics = sum(
       self.config.rewards.weights[name] * scores.components[name]
-      for name in scoring.HEURISTICS
+      for name in HEURISTICS
     )
     named = scores.components | {
       "total": scores.total,

@@ -82,8 +82,8 @@ class Page(html.parser.HTMLParser):
 
 def pages(found, worst=(), examples=()):
   return (
-    report.markdown(found, worst, examples),
-    Page(report.html(found, worst, examples)),
+    report.render("report.md", found, worst, examples),
+    Page(report.render("report.html", found, worst, examples)),
   )
 
 
@@ -140,9 +140,9 @@ def test_the_page_forbids_scripts_and_loads_nothing():
   assert policies == [
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
   ]
-  assert "http" not in report.html(scores(), (), [example()]).replace(
-    "http-equiv", ""
-  )
+  assert "http" not in report.render(
+    "report.html", scores(), (), [example()]
+  ).replace("http-equiv", "")
 
 
 def test_in_markdown_foreign_text_is_code_or_escaped():
@@ -235,7 +235,9 @@ def test_worst_slices_come_as_they_are_given():
 
 
 def test_a_long_completion_is_cut_and_the_cut_is_marked():
-  text = report.html(scores(), (), [example(response="x" * 10_000)])
+  text = report.render(
+    "report.html", scores(), (), [example(response="x" * 10_000)]
+  )
   assert "xx\n[... 6000 more characters]" in text
   assert text.count("x" * 4_000) == 1 and "x" * 4_001 not in text
 
