@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 from grpo_tpu.models.gemma3 import weights  # noqa: E402
-from grpo_tpu.models.gemma3.convert import assembly  # noqa: E402
+from grpo_tpu.models.gemma3.convert import assembly, huggingface  # noqa: E402
 
 # Many layers, so that every tensor is small beside the whole.
 LARGE = dataclasses.replace(
@@ -38,7 +38,7 @@ SMALL = dataclasses.replace(gemma3_config.CONFIGS["tiny"], vision=None)
 def write(config: gemma3_config.ModelConfig, folder: str, dtype: str) -> None:
   """Writes a checkpoint of this model."""
   shapes = weights.abstract_params(config, jnp.dtype(dtype))
-  weights.to_hf(
+  huggingface.save(
     config, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes), folder
   )
 

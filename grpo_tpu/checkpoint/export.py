@@ -15,7 +15,6 @@ from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.settings import MeshConfig
-from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface, peft
 from grpo_tpu.models.settings import ModelSettings
 
@@ -86,7 +85,7 @@ def _model_writer(
   model: ModelSettings, settings: ExportConfig, params: dict
 ) -> Callable[[pathlib.Path], None]:
   return functools.partial(
-    weights.to_hf,
+    huggingface.save,
     model.network,
     params,
     dtype=jnp.dtype(settings.dtype),

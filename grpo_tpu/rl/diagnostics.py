@@ -115,9 +115,9 @@ def reward_statistics(
   total = rewards["total"]
   correctness = group_correctness(rewards["accuracy"] > 0.5, valid=valid)
   count = jnp.maximum(valid.sum(axis=1), 1)
-  centred = total - (jnp.where(valid, total, 0.0).sum(1) / count)[:, None]
+  centered = total - (jnp.where(valid, total, 0.0).sum(1) / count)[:, None]
   spread = jnp.sqrt(
-    jnp.where(valid, centred**2, 0.0).sum(1) / jnp.maximum(count - 1, 1)
+    jnp.where(valid, centered**2, 0.0).sum(1) / jnp.maximum(count - 1, 1)
   )
   groups = valid.any(axis=1)
   num_groups = jnp.maximum(groups.sum(), 1)

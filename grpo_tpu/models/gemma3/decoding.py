@@ -45,24 +45,6 @@ class Cache(flax.struct.PyTreeNode):
   local_v: Float[Array, "locals U C K R H"]
 
 
-def cache_bytes(
-  config: gemma3_config.ModelConfig,
-  *,
-  num_prompts: int,
-  prompt_length: int,
-  num_completions: int,
-  max_new_tokens: int,
-  dtype: jnp.dtype,
-) -> tuple[int, int]:
-  """Bytes of a cache: the part of prompts, and that of completions."""
-  num_global, num_local, token = _cache_layers(config, dtype)
-  reach = min(prompt_length, config.sliding_window - 1)
-  ring = min(max_new_tokens, config.sliding_window)
-  prompt = num_prompts * (num_global * prompt_length + num_local * reach)
-  own = num_global * max_new_tokens + num_local * ring
-  return prompt * token, num_prompts * num_completions * own * token
-
-
 def least_bytes_read(
   config: gemma3_config.ModelConfig,
   params: dict,
@@ -83,8 +65,9 @@ def least_bytes_read(
     prompt_length: Padded length of the prompts.
     dtype: Type of the cache.
   """
-  num_global, num_local, token = _cache_layers(config, dtype)
-  window = config.sliding_window
+  num_global, window = sum(config.global_layers), config.sliding_window
+  num_local = config.num_layers - num_global
+  token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
   # The i-th step of a row reads i of its own tokens, or a window of them.
   own = steps * (steps + 1) // 2
   beyond = np.maximum(steps - window, 0)
@@ -96,13 +79,6 @@ def least_bytes_read(
   weights = (params["layers"], embedding.output_embedding(params))
   weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
   return int(steps.max() * weight_bytes + cached * token)
-
-
-def _cache_layers(config, dtype) -> tuple[int, int, int]:
-  """Number of global and of local layers, and bytes of a token in each."""
-  num_global = sum(config.global_layers)
-  token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-  return num_global, config.num_layers - num_global, token
 
 
 def prefill(

@@ -8,7 +8,6 @@ one.
 
 import math
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,45 +120,10 @@ def _open_gemma(
   return orbax_gemma.Checkpoint(path, config, _f32_params(config))
 
 
-def _open_gguf(
-  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
-) -> gguf.File:
-  return gguf.File(path, config)
-
-
 # Functions of a config and a path, by the scheme of `model.weights`. Each
 # refuses files of another model without a device. The `load` method of the
 # result takes shapes, types and shardings, and returns the tree.
-OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
-
-
-def to_hf(
-  config: gemma3_config.ModelConfig,
-  params: dict,
-  directory: str | os.PathLike[str],
-  *,
-  dtype: Any = None,
-  tokenizer_dir: str | os.PathLike[str] | None = None,
-) -> None:
-  """Saves a checkpoint that transformers loads and that gives the same logits.
-
-  Args:
-    config: Sizes of the network.
-    params: Its parameters, on any devices.
-    directory: A folder without a checkpoint; it is created if missing.
-    dtype: Type of all tensors; None keeps the type of each.
-    tokenizer_dir: Folder of the tokenizer and processor files to copy, if any.
-
-  Raises:
-    ValueError: If `directory` holds a checkpoint.
-  """
-  huggingface.save(
-    config,
-    params,
-    directory,
-    dtype=None if dtype is None else np.dtype(dtype),
-    tokenizer_dir=tokenizer_dir,
-  )
+OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": gguf.File}
 
 
 def _f32_params(config: gemma3_config.ModelConfig) -> dict:

@@ -161,36 +161,29 @@ def check_tensors(
     )
 
 
-def check_config(
-  found: gemma3_config.ModelConfig,
-  wanted: gemma3_config.ModelConfig,
-  source: str,
-) -> None:
-  """Checks that a file's model is the one of the settings.
-
-  Args:
-    found: Sizes of the file's model.
-    wanted: Sizes of `model.name`.
-    source: The file's kind and path, for the message.
-
-  Raises:
-    ValueError: Lists every field that differs.
-  """
-  names = type(found).__dataclass_fields__
-  faults = [
-    f"{name} {getattr(found, name)!r} for {getattr(wanted, name)!r}"
-    for name in names
-    if not _is_close(getattr(found, name), getattr(wanted, name))
+def config_differences(
+  found: gemma3_config.ModelConfig, wanted: gemma3_config.ModelConfig
+) -> list[str]:
+  """The sizes in which two models differ, in words."""
+  theirs, ours = _sizes(found), _sizes(wanted)
+  return [
+    f"{name} ({theirs.get(name)}, not {ours.get(name)})"
+    for name in sorted(theirs.keys() | ours.keys())
+    if not _is_close(theirs.get(name), ours.get(name))
   ]
-  if faults:
-    raise ValueError(
-      f"{source} must hold the model of model.name, but it has "
-      f"{', '.join(faults)}; set model.name to the size of the file."
-    )
+
+
+def _sizes(config: gemma3_config.ModelConfig) -> dict[str, Any]:
+  """Everything that decides about parameters and logits."""
+  sizes = {k: v for k, v in vars(config).items() if k != "vision"}
+  # Ids depend on the tokenizer, and the input size on the run.
+  others = ("start_of_image", "end_of_image", "image_token", "input_size")
+  tower = vars(config.vision) if config.vision else {}
+  return sizes | {f"vision.{k}": v for k, v in tower.items() if k not in others}
 
 
 def _is_close(a: Any, b: Any) -> bool:
-  """True if equal, up to single precision for floats."""
+  """True if equal; floats may be rounded to single precision in files."""
   if isinstance(a, float) and isinstance(b, float):
     return abs(a - b) <= 1e-6 * abs(b)
   return a == b

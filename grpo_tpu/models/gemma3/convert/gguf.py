@@ -54,14 +54,14 @@ class File:
 
   def __init__(
     self,
-    path: str | os.PathLike[str],
     config: gemma3_config.ModelConfig,
+    path: str | os.PathLike[str],
   ):
     """Checks the metadata; reads no tensor.
 
     Args:
-      path: The file, on this machine.
       config: Sizes of the model that it must hold.
+      path: The file, on this machine.
 
     Raises:
       ValueError: If the `gguf` package is missing, or the file holds another
@@ -73,8 +73,12 @@ class File:
     self._tensors = {tensor.name: tensor for tensor in file.tensors}
     fields = {name: field.contents for name, field in file.fields.items()}
     shapes = {name: _shape(x) for name, x in self._tensors.items()}
-    found = _read_config(_Metadata(fields, source), shapes)
-    assembly.check_config(found, config, source)
+    found = _read_config(fields, shapes, source)
+    if differences := assembly.config_differences(found, config):
+      raise ValueError(
+        f"{source} must hold the model of model.name, but differs in "
+        f"{', '.join(differences)}; set model.name to the size of the file."
+      )
     assembly.check_tensors(
       shapes,
       _file_shapes(config),
@@ -163,24 +167,25 @@ def _heads_first(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Metadata:
-  """Reads a file's keys and remembers which ones were read."""
+  """The keys of a file under `gemma3.`, which `take` removes one by one."""
 
   def __init__(self, fields: Mapping[str, Callable[[], Any]], source: str):
-    self._fields, self._source = fields, source
-    self._read = {name for name in fields if not name.startswith("gemma3.")}
+    self._source = source
+    self.rest = {
+      name.removeprefix("gemma3."): read()
+      for name, read in fields.items()
+      if name.startswith("gemma3.")
+    }
 
-  def value(self, key: str, default: Any = None) -> Any:
-    """The value of a key under `gemma3.`, which must exist without default."""
-    name = f"gemma3.{key}"
-    self._read.add(name)
-    if name in self._fields:
-      return self._fields[name]()
-    if default is None:
+  def take(self, key: str, default: Any = None) -> Any:
+    """Removes a key and returns its value; without default it must exist."""
+    value = self.rest.pop(key, default)
+    if value is None:
       raise ValueError(
-        f"{self._source} must say {name}, and does not; convert the model "
-        "again."
+        f"{self._source} must say gemma3.{key}, and does not; convert the "
+        "model again."
       )
-    return default
+    return value
 
   def require(self, holds: bool, name: str, value: Any, rule: str) -> None:
     """Raises a ValueError unless a rule holds."""
@@ -190,90 +195,79 @@ class _Metadata:
         "program computes nothing else, so give the file of a released Gemma 3."
       )
 
-  def require_architecture(self) -> None:
-    name = "general.architecture"
-    found = self._fields.get(name, lambda: None)()
-    self.require(found == "gemma3", name, found, "'gemma3'")
-
-  def require_all_read(self) -> None:
-    """Raises a ValueError if a key was not read, whatever it asks for."""
-    unread = sorted(self._fields.keys() - self._read)
-    self.require(
-      not unread,
-      ", ".join(unread),
-      [self._fields[name]() for name in unread],
-      "absent, because this program does not know the key",
-    )
-
 
 def _read_config(
-  metadata: _Metadata, shapes: Mapping[str, tuple[int, ...]]
+  fields: Mapping[str, Callable[[], Any]],
+  shapes: Mapping[str, tuple[int, ...]],
+  source: str,
 ) -> gemma3_config.ModelConfig:
-  """The sizes that the metadata give.
+  """The sizes in the metadata.
 
   Raises:
     ValueError: If a key is missing, or asks for arithmetic other than ours.
   """
-  metadata.require_architecture()
-  value = metadata.value
-  for key in _IGNORED_KEYS:
-    value(key, 0)
-  num_layers, embed_dim = value("block_count"), value("embedding_length")
-  num_heads = value("attention.head_count")
-  head_dim = value("attention.key_length", embed_dim // num_heads)
-  factor = _rope_factor(metadata)
-  _check_constants(metadata, head_dim)
+  metadata = _Metadata(fields, source)
+  take, require = metadata.take, metadata.require
+  name = "general.architecture"
+  architecture = fields.get(name, lambda: None)()
+  require(architecture == "gemma3", name, architecture, "'gemma3'")
+  num_layers, embed_dim = take("block_count"), take("embedding_length")
+  num_heads = take("attention.head_count")
+  head_dim = take("attention.key_length", embed_dim // num_heads)
   # As in llama.cpp: 27B alone scales by its width per head.
   per_head = embed_dim / num_heads if num_layers == _LAYERS_OF_27B else head_dim
   config = gemma3_config.ModelConfig(
     vocab_size=shapes.get("token_embd.weight", (0,))[0],
     num_layers=num_layers,
     embed_dim=embed_dim,
-    hidden_dim=value("feed_forward_length"),
+    hidden_dim=take("feed_forward_length"),
     num_heads=num_heads,
-    num_kv_heads=value("attention.head_count_kv"),
+    num_kv_heads=take("attention.head_count_kv"),
     head_dim=head_dim,
-    sliding_window=value("attention.sliding_window"),
-    query_scale=float(value("attention.scale", per_head**-0.5)),
-    local_rope_base=float(value("rope.freq_base_swa", 10_000.0)),
-    global_rope_base=float(value("rope.freq_base")),
-    global_rope_factor=factor,
+    sliding_window=take("attention.sliding_window"),
+    query_scale=float(take("attention.scale", per_head**-0.5)),
+    local_rope_base=float(take("rope.freq_base_swa", 10_000.0)),
+    global_rope_base=float(take("rope.freq_base")),
+    global_rope_factor=float(take("rope.scaling.factor", 1.0)),
     vision=None,
   )
-  metadata.require_all_read()
+  _check_arithmetic(metadata, config)
   return config
 
 
-def _check_constants(metadata: _Metadata, head_dim: int) -> None:
-  """Checks the keys of which only one value is supported."""
-  period = gemma3_config.PERIOD
+def _check_arithmetic(
+  metadata: _Metadata, config: gemma3_config.ModelConfig
+) -> None:
+  """Checks all other keys, which must ask for the only arithmetic there is."""
+  take, require = metadata.take, metadata.require
   for key, only in (
-    ("attention.value_length", head_dim),
-    ("rope.dimension_count", head_dim),
-    ("attention.sliding_window_pattern", period),
+    ("attention.value_length", config.head_dim),
+    ("rope.dimension_count", config.head_dim),
+    ("attention.sliding_window_pattern", gemma3_config.PERIOD),
     ("attention.causal", True),
     ("attn_logit_softcapping", 0.0),
     ("final_logit_softcapping", 0.0),
   ):
-    found = metadata.value(key, only)
-    metadata.require(found == only, f"gemma3.{key}", found, f"{only!r}")
+    found = take(key, only)
+    require(found == only, f"gemma3.{key}", found, f"{only!r}")
   key = "attention.layer_norm_rms_epsilon"
-  epsilon = metadata.value(key)
+  epsilon = take(key)
   is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
-  metadata.require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
-
-
-def _rope_factor(metadata: _Metadata) -> float:
-  """The divisor of the positions in global layers."""
-  kind = metadata.value("rope.scaling.type", "none")
-  factor = float(metadata.value("rope.scaling.factor", 1.0))
-  metadata.require(
-    kind == "linear" or (kind == "none" and factor == 1),
+  require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
+  kind = take("rope.scaling.type", "none")
+  require(
+    kind == "linear" or (kind == "none" and config.global_rope_factor == 1),
     "gemma3.rope.scaling.type",
     kind,
     "'linear', or 'none' with a gemma3.rope.scaling.factor of 1",
   )
-  return factor
+  unknown = sorted(metadata.rest.keys() - set(_IGNORED_KEYS))
+  require(
+    not unknown,
+    ", ".join(f"gemma3.{key}" for key in unknown),
+    [metadata.rest[key] for key in unknown],
+    "absent, because this program does not know the key",
+  )
 
 
 def _file_shapes(

@@ -208,21 +208,21 @@ def save(
   params: Any,
   directory: str | os.PathLike[str],
   *,
-  dtype: np.dtype | None,
-  tokenizer_dir: str | os.PathLike[str] | None,
+  dtype: Any = None,
+  tokenizer_dir: str | os.PathLike[str] | None = None,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-  """Saves a checkpoint that transformers loads; config.json comes last.
+  """Saves a checkpoint that transformers loads and that gives the same logits.
 
   Every process takes part, because each may hold a part of the parameters; the
-  first one writes.
+  first one writes. config.json comes last.
 
   Args:
     config: Sizes of the network.
     params: The tree, on any devices.
     directory: A folder without a checkpoint; it is created if missing.
     dtype: Type of all tensors; None keeps the type of each.
-    tokenizer_dir: Folder of the tokenizer and processor files to copy.
+    tokenizer_dir: Folder of the tokenizer and processor files to copy, if any.
     shard_bytes: Most bytes of tensors in a file, unless one tensor is larger.
 
   Raises:
@@ -235,7 +235,7 @@ def save(
   if is_writer:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-  kind = dtype or params["embedder"]["input_embedding"].dtype
+  kind = np.dtype(dtype or params["embedder"]["input_embedding"].dtype)
   shards = list(_shards(params, config, dtype, shard_bytes))
   weight_map, total = {}, 0
   for number, shard in enumerate(shards, start=1):
@@ -253,7 +253,7 @@ def save(
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(unfinished / _INDEX, index)
-  values = huggingface_config.to_json(config, np.dtype(kind).name)
+  values = huggingface_config.to_json(config, kind.name)
   _write_companions(unfinished, values, tokenizer_dir)
   for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
     os.replace(path, directory / path.name)

@@ -9,6 +9,7 @@ References:
   `models/siglip/configuration_siglip.py`.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3.convert import assembly
 
 # Sizes: the name in config.json, our name, and the default of transformers.
 _TEXT_SIZES = (
@@ -226,32 +228,12 @@ def differences(
     ValueError: As in `read`.
   """
   found = read(directory)
-  theirs, ours = _comparable(found), _comparable(config)
   has_spare_rows = found.vision is not None and (
-    found.vision.image_token == config.vocab_size
+    found.vision.image_token == config.vocab_size < found.vocab_size
   )
-  if has_spare_rows and found.vocab_size > config.vocab_size:
-    theirs["vocab_size"] = config.vocab_size
-  return [
-    f"{name} ({theirs.get(name)}, not {ours.get(name)})"
-    for name in sorted(theirs.keys() | ours.keys())
-    if theirs.get(name) != ours.get(name)
-  ]
-
-
-def _comparable(config: gemma3_config.ModelConfig) -> dict[str, Any]:
-  """Everything that decides about parameters and logits."""
-  tower = config.vision
-  sizes = {k: v for k, v in vars(config).items() if k != "vision"}
-  # 168**-0.5 and (5376 / 32)**-0.5 may differ in the last bit.
-  sizes["query_scale"] = round(sizes["query_scale"], 9)
-  if tower:
-    # Ids depend on the tokenizer, and the input size on the run.
-    others = ("start_of_image", "end_of_image", "image_token", "input_size")
-    sizes |= {
-      f"vision.{k}": v for k, v in vars(tower).items() if k not in others
-    }
-  return sizes
+  if has_spare_rows:
+    found = dataclasses.replace(found, vocab_size=config.vocab_size)
+  return assembly.config_differences(found, config)
 
 
 def num_rows(config: gemma3_config.ModelConfig) -> int:

@@ -108,6 +108,20 @@ def test_a_ring_shows_the_same_tokens_as_a_full_cache(window):
       )
 
 
+def cache_bytes(
+  config, *, num_prompts, prompt_length, num_completions, max_new_tokens, dtype
+):
+  """Bytes of a cache: the part of prompts, and that of completions."""
+  num_global = sum(config.global_layers)
+  num_local = config.num_layers - num_global
+  token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+  reach = min(prompt_length, config.sliding_window - 1)
+  ring = min(max_new_tokens, config.sliding_window)
+  prompt = num_prompts * (num_global * prompt_length + num_local * reach)
+  own = num_global * max_new_tokens + num_local * ring
+  return prompt * token, num_prompts * num_completions * own * token
+
+
 @pytest.mark.parametrize("window", [5, 40])
 def test_cache_bytes_match_and_prompts_do_not_depend_on_the_group_size(
   tiny, window
@@ -126,7 +140,7 @@ def test_cache_bytes_match_and_prompts_do_not_depend_on_the_group_size(
       .compile()
     )
     state, cache = compiled.out_info
-    prompt, own = decoding.cache_bytes(
+    prompt, own = cache_bytes(
       config,
       num_prompts=4,
       prompt_length=14,

@@ -19,7 +19,7 @@ from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, weights
 from grpo_tpu.models.gemma3.convert import assembly
-from tests.grpo_tpu.models.gemma3 import float64_twin
+from tests.grpo_tpu.models.gemma3 import float64_twin, whole_rows
 
 CONFIG = gemma3_config.CONFIGS["gemma3_270m"]
 ROOT = pathlib.Path(__file__).resolve().parents[4]
@@ -108,7 +108,7 @@ def test_logits_of_short_prompts_are_those_of_transformers(
 ):
   """At more than 200 positions, with the same largest logit, in fp32."""
   for i in range(len(SHORT)):
-    ours = np.asarray(text.logits(CONFIG, params, rows[i][None])[0])
+    ours = np.asarray(whole_rows.logits(CONFIG, params, rows[i][None])[0])
     expected = theirs[f"logits_{i}"]
     np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)

@@ -14,7 +14,7 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, vision, weights
 from grpo_tpu.models.gemma3.convert import assembly
 from grpo_tpu.models.settings import REMAT_POLICIES
-from tests.grpo_tpu.models.gemma3 import float64_twin
+from tests.grpo_tpu.models.gemma3 import float64_twin, whole_rows
 
 SOFT = GEMMA3.image_placeholder
 VOCAB = 300
@@ -238,7 +238,7 @@ def test_logits_equal_the_gemma_library_on_text_and_images(tmp_path):
       got[np.array(positions)][real], want[real], atol=1e-4, rtol=1e-4
     )
 
-  whole = text.logits(CONFIG, params, rows, images)
+  whole = whole_rows.logits(CONFIG, params, rows, images)
   np.testing.assert_allclose(
     whole[rows != 0], expected[rows != 0], atol=1e-4, rtol=1e-4
   )
@@ -252,11 +252,11 @@ def test_logits_of_rows_do_not_depend_on_batch_mates_or_spare_images():
   words = rng.integers(110, VOCAB, (2, 12))
   rows = np.array([[*words[0, :9], 0, 0], [2, start, *words[1, :9]]])
   images = pictures(rng, 2, 2)
-  together = text.logits(CONFIG, params, rows, images)
+  together = whole_rows.logits(CONFIG, params, rows, images)
   assert together.shape == (2, 11, VOCAB) and together.dtype == jnp.float32
-  alone = text.logits(CONFIG, params, rows[:1, :9])
+  alone = whole_rows.logits(CONFIG, params, rows[:1, :9])
   np.testing.assert_allclose(together[:1, :9], alone, atol=1e-5)
-  alone = text.logits(CONFIG, params, rows[1:], images[1:, :1])
+  alone = whole_rows.logits(CONFIG, params, rows[1:], images[1:, :1])
   np.testing.assert_allclose(together[1:], alone, atol=1e-5)
 
 
@@ -265,16 +265,16 @@ def test_logits_refuse_more_markers_than_images_and_images_without_a_tower():
   rows = np.array([[2, CONFIG.vision.start_of_image, 111] * 2])
   images = np.zeros((1, 1, 32, 32, 3), np.uint8)
   with pytest.raises(ValueError, match="name 2 images in a row, .* has 1"):
-    text.logits(CONFIG, params, rows, images)
+    whole_rows.logits(CONFIG, params, rows, images)
   blind = dataclasses.replace(CONFIG, vision=None)
   with pytest.raises(ValueError, match="without a vision tower"):
-    text.logits(blind, params, rows, images)
+    whole_rows.logits(blind, params, rows, images)
 
 
 def test_logits_are_those_of_a_twin_in_float64():
   params = random_params(CONFIG)
   row = np.random.default_rng(4).integers(110, VOCAB, (1, 24))
-  actual = text.logits(CONFIG, params, row)[0]
+  actual = whole_rows.logits(CONFIG, params, row)[0]
   states = float64_twin.states(CONFIG, jax.device_get(params), row[0])
   embedding = np.asarray(params["embedder"]["input_embedding"], float)
   np.testing.assert_allclose(actual, states @ embedding.T, atol=1e-4)

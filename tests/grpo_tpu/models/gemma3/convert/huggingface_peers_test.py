@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from grpo_tpu.models.gemma3 import text, weights
+from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.models.gemma3.convert import huggingface
+from tests.grpo_tpu.models.gemma3 import whole_rows
 
 pytestmark = pytest.mark.peers
 SCRIPT = pathlib.Path(__file__).parents[4] / "peers" / "gemma3_transformers.py"
@@ -25,8 +27,10 @@ def saved(peers_python, tmp_path_factory):
   transformers(peers_python, "make", folder)
   for name in ("image", "text"):
     config, params = weights.from_hf(folder / name)
-    weights.to_hf(config, params, folder / f"{name}_ours")
-    weights.to_hf(config, params, folder / f"{name}_bf16", dtype=jnp.bfloat16)
+    huggingface.save(config, params, folder / f"{name}_ours")
+    huggingface.save(
+      config, params, folder / f"{name}_bf16", dtype=jnp.bfloat16
+    )
   ours = [f"{x}_{y}" for x in ("image", "text") for y in ("ours", "bf16")]
   transformers(peers_python, "answer", folder, *ours)
   return folder
@@ -43,7 +47,7 @@ def test_logits_equal_those_of_transformers(saved, name):
   """Two images, one and none in a batch of different lengths, in fp32."""
   tokens, images = inputs(saved, name)
   config, params = weights.from_hf(saved / name)
-  actual = text.logits(config, params, tokens, images)
+  actual = whole_rows.logits(config, params, tokens, images)
   expected = np.load(saved / f"{name}.npz")["logits"]
   assert np.abs(expected).max() > 1
   np.testing.assert_allclose(

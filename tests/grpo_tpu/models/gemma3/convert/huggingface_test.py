@@ -33,7 +33,7 @@ def params(tiny):
 @pytest.fixture(scope="module")
 def whole(tiny, params, tmp_path_factory):
   folder = tmp_path_factory.mktemp("huggingface")
-  weights.to_hf(tiny.config, params, folder)
+  huggingface.save(tiny.config, params, folder)
   return folder
 
 
@@ -194,7 +194,7 @@ def test_rows_from_the_placeholder_on_are_written_and_left_unread(
   """As in the released sizes, whose placeholder is not in the tokenizer."""
   vision = dataclasses.replace(tiny.config.vision, image_token=130)
   config = dataclasses.replace(tiny.config, vision=vision)
-  weights.to_hf(config, params, tmp_path)
+  huggingface.save(config, params, tmp_path)
   assert weights.from_hf(tmp_path)[0].vocab_size == 130 + 64
   mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
   checkpoint = weights.open_hf(config, tmp_path)
@@ -207,7 +207,7 @@ def test_an_export_can_be_of_another_type_and_bring_its_tokenizer(
   (tmp_path / "from").mkdir()
   for name in ("tokenizer.json", "secrets.txt"):
     (tmp_path / "from" / name).write_text(name)
-  weights.to_hf(
+  huggingface.save(
     tiny.config, params, tmp_path / "to", dtype=jnp.bfloat16,
     tokenizer_dir=tmp_path / "from",
   )  # fmt: skip
@@ -224,7 +224,7 @@ def test_an_export_can_be_of_another_type_and_bring_its_tokenizer(
 
 def test_a_checkpoint_is_never_written_over_another(tiny, params, whole):
   with pytest.raises(ValueError, match="must not hold a checkpoint yet"):
-    weights.to_hf(tiny.config, params, whole)
+    huggingface.save(tiny.config, params, whole)
 
 
 # What the released files say, and no more: the rest is transformers' defaults.
@@ -341,7 +341,7 @@ def test_loading_adds_less_than_the_largest_tensor_to_the_memory(
   for name, config in (("small", small), ("large", large)):
     abstract = weights.abstract_params(config, jnp.dtype(dtype))
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
-    weights.to_hf(config, ones, tmp_path / name)
+    huggingface.save(config, ones, tmp_path / name)
   script = ROOT / "benchmarks" / "load_memory.py"
   found = subprocess.run(
     [
