@@ -24,7 +24,7 @@ class Dataset:
 
   Attributes:
     settings: The settings of the data.
-    model: What the model reads.
+    model: The inputs of the model.
     tokenizer: Encodes prompts and decodes completions.
     train: Problems to train on; None for a run that does not train.
     eval: Problems to evaluate on.
@@ -124,7 +124,7 @@ def open_dataset(
 
   Args:
     settings: The settings of the data.
-    model: What the model reads.
+    model: The inputs of the model.
     workdir: The run's folder.
     for_training: False opens the eval split alone. Terms of use and missing
       answers do not stop an evaluation.

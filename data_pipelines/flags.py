@@ -10,7 +10,7 @@ from data_pipelines.validation import ExitCode
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """What is left of `argv` without its flags, for `app.run(flags_parser=)`.
+  """Reads the flags and returns the other words, for `app.run`.
 
   A flag that cannot be read ends the program with exit code 64.
   """
@@ -21,6 +21,6 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def refuse(message: object) -> NoReturn:
-  """Says why, and ends the program with exit code 64."""
+  """Logs the reason, and ends the program with exit code 64."""
   logging.error("%s", message)
   sys.exit(ExitCode.BAD_INPUT)

@@ -108,7 +108,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelInputs:
-  """What a model reads.
+  """The inputs of a model.
 
   Attributes:
     name: The setting `model.name`.

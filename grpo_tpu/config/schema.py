@@ -77,7 +77,7 @@ class Config:
 
   @property
   def model_inputs(self) -> ModelInputs:
-    """What the data pipeline must know of the model."""
+    """The inputs of the model, for the data pipeline."""
     vision = self.model_config.vision
     return ModelInputs(
       name=self.model.name,
@@ -120,7 +120,7 @@ class Config:
 
   @property
   def learner_config(self) -> LearnerConfig:
-    """What an update follows from, besides the network."""
+    """The settings of an update, besides the network."""
     is_demonstrations = self.data.kind == "demonstrations"
     return LearnerConfig(
       objective=None if is_demonstrations else self.objective_config,

@@ -1,4 +1,4 @@
-"""What a process runs, as names and values that can be stored and compared."""
+"""Settings, code and packages as names and values that can be compared."""
 
 import hashlib
 import json

@@ -25,7 +25,7 @@ def facts(
   identity: Mapping[str, str],
   flags: Mapping[str, str],
 ) -> Facts:
-  """What this host is about to run.
+  """The flags, settings, code, packages and data of this host.
 
   Args:
     settings: The nested settings of the run.

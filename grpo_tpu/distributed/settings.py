@@ -38,8 +38,8 @@ class DistributedConfig:
       about to run.
     watchdog_seconds: Time without progress after which a process dumps the
       stacks of its threads and exits with 76; 0 for never.
-    watchdog_start_seconds: The same limit until the first step, which compiles,
-      is done.
+    watchdog_start_seconds: This limit until the end of the first step, which
+      compiles.
   """
 
   initialization_timeout_seconds: int

@@ -77,11 +77,11 @@ class ModelSettings:
     compute_dtype: Type of the decoder's matrix products.
     attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
       TPUs and einsum elsewhere.
-    remat: What the decoder's layers keep for the backward pass. "none":
-      everything. "dots": the products with weights. "full": the layer's input
+    remat: Values that the decoder's layers keep for the backward pass. "none":
+      all of them. "dots": the products with weights. "full": the layer's input
       alone. "offload": the same, in the host's memory.
     train_vision: Train the image tower too.
-    vision_remat: The same choice for the image tower, if it is trained.
+    vision_remat: The choice of `remat` for the image tower, if it is trained.
     lora: Adapters, trained in place of the parameters; off at rank 0.
     reference_dtype: Type of the matrices of the frozen reference model; None is
       `param_dtype`. With compute in bfloat16 a copy in bfloat16 gives about the

@@ -139,8 +139,8 @@ class ObjectiveSettings:
     advantage_scale: Divisor of the advantages: the standard deviation of the
       rewards of the "group" or of the "batch", or "none". None takes "none" for
       dr_grpo and "group" for the other presets.
-    advantage_baseline: What an advantage subtracts: the "mean" reward of the
-      group, or that of the other completions ("leave_one_out").
+    advantage_baseline: The reward that an advantage subtracts: the "mean" of
+      the group, or that of its other completions ("leave_one_out").
   """
 
   preset: str = field(metadata=one_of(PRESETS))
@@ -321,7 +321,7 @@ class OptimizerConfig(OptimizerSettings):
 
 @dataclass(frozen=True)
 class LearnerConfig:
-  """What an update follows from, besides the network.
+  """The settings of an update, besides the network.
 
   Attributes:
     objective: The GRPO objective; None for demonstrations.
@@ -343,7 +343,7 @@ class CollectorConfig:
   Attributes:
     kind: Where completions come from, see `data.kind`.
     rewards: Weights and limits of the rewards.
-    shaping: What happens to truncated completions and unanimous groups.
+    shaping: Treatment of truncated completions and unanimous groups.
     advantage_scale: See `objective.group_advantages`.
     advantage_baseline: See `objective.group_advantages`.
     num_parts: Number of parts in which a batch is decoded.
