@@ -313,28 +313,22 @@ def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
   """Raises one ValueError that lists all leaves that differ."""
-  names = [
-    name
+  pairs = [
+    (name, saved.get(name, "nothing"), wanted.get(name, "nothing"))
     for name in sorted(saved.keys() | wanted.keys())
-    if saved.get(name) != wanted.get(name)
   ]
-  if not names:
+  differing = [(name, old, new) for name, old, new in pairs if old != new]
+  if not differing:
     return
   shown = [
-    f"  {name}: saved {saved.get(name, 'nothing')},"
-    f" wanted {wanted.get(name, 'nothing')}"
-    for name in names[:_MISMATCHES_SHOWN]
+    f"  {name}: saved {old}, wanted {new}"
+    for name, old, new in differing[:_MISMATCHES_SHOWN]
   ]
-  if len(names) > len(shown):
-    shown.append(f"  and {len(names) - len(shown)} more")
-  is_only_dtype = all(
-    saved.get(name, "").partition("[")[2]
-    == wanted.get(name, "").partition("[")[2]
-    for name in names
-  )
-  if is_only_dtype:
+  if len(differing) > len(shown):
+    shown.append(f"  and {len(differing) - len(shown)} more")
+  if all(o.partition("[")[2] == n.partition("[")[2] for _, o, n in differing):
     settings = "model.param_dtype"
-  elif any(name.startswith("params/") for name in names):
+  elif any(name.startswith("params/") for name, *_ in differing):
     settings = "model.name and model.lora"
   else:
     settings = "model.train_vision, model.lora and optimizer"

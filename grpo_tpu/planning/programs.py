@@ -6,8 +6,8 @@ bucket, completions of full length, and no row that has ended.
 """
 
 import dataclasses
-import functools
 import math
+import types
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,6 +24,7 @@ from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rl import learner, score
 from grpo_tpu.rl.reference import abstract_reference
 from grpo_tpu.rl.train_batch import TrainBatch
+from grpo_tpu.rl.train_state import TrainState
 from grpo_tpu.rollout import compaction, engine
 from grpo_tpu.rollout.sampler import Sampler
 
@@ -187,39 +188,51 @@ def _item_bytes(x: Any) -> int:
 
 
 def resident_bytes(config: run_config.Config) -> dict[str, int]:
-  """Bytes per device that stay between programs, by class; needs no device."""
-  mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
-  made = AbstractPrograms(config, cast(Mesh, mesh))
-  return {name: device_bytes(tree) for name, tree in made.resident.items()}
+  """Bytes per device that stay between programs, by class; needs no device.
+
+  With LoRA the frozen base counts as parameters, and is the reference too.
+  """
+  mesh = cast(Mesh, sharding.abstract_mesh(**dataclasses.asdict(config.mesh)))
+  state, frozen = _abstract_state(config, mesh)
+  reference = None
+  if config.has_reference and not config.lora:
+    reference = abstract_reference(config.model, mesh)
+  return {
+    "params": device_bytes((state.params, frozen)),
+    "optimizer": device_bytes(state.opt_state),
+    "reference": device_bytes(reference),
+  }
+
+
+def _abstract_state(
+  config: run_config.Config, mesh: Mesh
+) -> tuple[TrainState, dict | None]:
+  """The state, and the frozen base under LoRA's adapters."""
+  tx = learner.policy_optimizer(config.model, config.optimizer_config)
+  state = learner.abstract_state(config.model, mesh, tx)
+  if config.lora is None:
+    return state, None
+  return state, load.abstract_params(config.model, mesh)
 
 
 def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
   """The program with this name, one of `names`."""
-  made = AbstractPrograms(config, mesh, name)
+  programs = AbstractPrograms(config, mesh, name)
   match step_of(name).removeprefix("evaluation_"):
     case "pictures":
-      return made.encode_images()
+      return programs.encode_images()
     case "prefill":
-      return made.prefill()
+      return programs.prefill()
     case "decode_chunk" | "decode":
-      return made.decode_chunk()
+      return programs.decode_chunk()
     case "move":
-      return made.move_rows()
+      return programs.move_rows()
     case "results":
-      return made.results()
+      return programs.results()
     case "score":
-      return made.score()
+      return programs.score()
     case _:
-      return made.update()
-
-
-class _FakeTokenizer:
-  """Stands for a tokenizer; programs read only these two ids."""
-
-  def __init__(self, config: run_config.Config):
-    vision = config.model_config.vision
-    self.start_of_image = vision.start_of_image if vision else 0
-    self.end_of_image = vision.end_of_image if vision else 0
+      return programs.update()
 
 
 class _ScalableShape(jax.ShapeDtypeStruct):
@@ -234,7 +247,7 @@ class _ScalableShape(jax.ShapeDtypeStruct):
 class AbstractPrograms:
   """Makes the programs of a run with the arguments that `name` needs."""
 
-  def __init__(self, config: run_config.Config, mesh: Mesh, name: str = ""):
+  def __init__(self, config: run_config.Config, mesh: Mesh, name: str):
     """Makes the abstract state; compiles nothing."""
     self._config, self._mesh, self._name = config, mesh, name
     rollout = config.rollout
@@ -246,29 +259,16 @@ class AbstractPrograms:
     if self._is_evaluation:
       self._prompts = config.eval.batch_size
       self._rows, self._temperature = 1, 0.0
-    tx = learner.policy_optimizer(config.model, config.optimizer_config)
-    self._state = learner.abstract_state(config.model, mesh, tx)
-    self._frozen = (
-      load.abstract_params(config.model, mesh) if config.lora else None
+    self._state, self._frozen = _abstract_state(config, mesh)
+    vision = config.model_config.vision
+    # The sampler reads nothing else of a tokenizer.
+    marks = types.SimpleNamespace(
+      start_of_image=vision.start_of_image if vision else 0,
+      end_of_image=vision.end_of_image if vision else 0,
     )
-
-  @functools.cached_property
-  def _sampler(self) -> Sampler:
-    tokenizer = cast(tokens.Tokenizer, _FakeTokenizer(self._config))
-    config = self._config
-    return Sampler(config.model, config.rollout, self._mesh, tokenizer)
-
-  @property
-  def resident(self) -> dict[str, Any]:
-    """Shapes that stay between programs; LoRA's base weights are params."""
-    reference = None
-    if self._config.has_reference and not self._config.lora:
-      reference = abstract_reference(self._config.model, self._mesh)
-    return {
-      "params": (self._state.params, self._frozen),
-      "optimizer": self._state.opt_state,
-      "reference": reference,
-    }
+    self._sampler = Sampler(
+      config.model, config.rollout, mesh, cast(tokens.Tokenizer, marks)
+    )
 
   def encode_images(self) -> Program:
     """Encodes images with the tower."""
@@ -281,19 +281,19 @@ class AbstractPrograms:
 
   def prefill(self) -> Program:
     """Reads the prompts, and samples the first token of every row."""
-    made, args = self._rollout()
+    functions, args = self._rollout()
     parts = {"params": args[0], "batch": args[1]}
-    return Program(self._name, made.prefill, args, parts)
+    return Program(self._name, functions.prefill, args, parts)
 
   def decode_chunk(self) -> Program:
     """Samples some more tokens of every row."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
+    functions, args = self._rollout()
+    state = functions.abstract_state(*args)
     settings = self._config.rollout
     alive = self._array(bool, self._prompts, self._rows)
     return Program(
       name=self._name,
-      function=made.decode_chunk,
+      function=functions.decode_chunk,
       args=(args[0], state, alive),
       parts={"params": args[0], "caches": state},
       kept=args[1],
@@ -306,8 +306,8 @@ class AbstractPrograms:
 
   def move_rows(self) -> Program:
     """Copies unfinished rows into the largest of the smaller grids."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
+    functions, args = self._rollout()
+    state = functions.abstract_state(*args)
     shards = data_shards(self._config)
     shapes = compaction.ladder(self._prompts // shards, self._rows)
     bundles, width = shapes[min(1, len(shapes) - 1)]
@@ -315,7 +315,7 @@ class AbstractPrograms:
     prompts = self._array(jnp.int32, shards * bundles)
     return Program(
       name=self._name,
-      function=made.move_rows,
+      function=functions.move_rows,
       args=(state, rows, rows, prompts),
       parts={"caches": state},
       kept=args[1],
@@ -323,12 +323,12 @@ class AbstractPrograms:
 
   def results(self) -> Program:
     """Gathers the completions while the caches still exist."""
-    made, args = self._rollout()
-    state = made.abstract_state(*args)
+    functions, args = self._rollout()
+    state = functions.abstract_state(*args)
     cut = self._array(jnp.int32, self._prompts, self._rows)
     return Program(
       name=self._name,
-      function=made.results,
+      function=functions.results,
       args=(state.output, cut),
       parts={"batch": state.output},
       kept=(state.replace(output=None), args[1]),
@@ -361,12 +361,11 @@ class AbstractPrograms:
     bundles = self._bundles(self._config.data.prompts_per_step)
     config, state, frozen = self._config, self._state, self._frozen
     forward = self._sampler.forward
-    made = learner.Learner(
-      config.model, forward, self._mesh, config.learner_config
-    )
     return Program(
       name=self._name,
-      function=made.update,
+      function=learner.Learner(
+        config.model, forward, self._mesh, config.learner_config
+      ).update,
       args=(state, bundles, frozen),
       parts={
         "params": (state.params, frozen),
@@ -384,10 +383,9 @@ class AbstractPrograms:
       lambda x: _ScalableShape(x.shape, x.dtype, sharding=x.sharding),
       self._state.params,
     )
-    made = learner.forward_params(self._config.model, factors, self._frozen)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      made,
+      learner.forward_params(self._config.model, factors, self._frozen),
     )
 
   def _rollout(self) -> tuple[engine.Engine, tuple]:

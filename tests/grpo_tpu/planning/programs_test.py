@@ -1,0 +1,123 @@
+"""The programs of a run and their arguments."""
+
+import functools
+
+import jax
+import pytest
+
+from grpo_tpu.distributed import hardware, sharding
+from grpo_tpu.planning import changes as changing
+from grpo_tpu.planning import planner, programs, roofline
+from tests.grpo_tpu.planning.planning_cases import (
+  config_of,
+  config_of_4b,
+)
+
+
+def test_a_program_is_compiled_again_only_if_relevant_settings_change(
+  monkeypatch,
+):
+  asked = []
+
+  def compile_program(config, topology, name):
+    asked.append(name)
+    return {
+      "name": name,
+      "bytes_by_class": {"params": 3, "batch": 2},
+      "kept_bytes": 5,
+      "hbm_bytes": 10,
+      "flops": 1.0,
+      "rest_bytes": 1,
+      "completion_tokens": 1,
+      "collectives": [],
+      "cpu_seconds": 1.0,
+    }
+
+  monkeypatch.setattr(planner, "compile_program", compile_program)
+  monkeypatch.setattr(
+    programs, "resident_bytes", lambda _: {"params": 4, "optimizer": 7}
+  )
+  compiler, topology = planner.Compiler(), hardware.parse_topology("v5e:4x4")
+  config = config_of_4b()
+  first = compiler.plan(config, topology)
+  assert sorted(asked) == sorted(programs.names(config))
+  # Parameters among the arguments count once: 10 + 5 + 1 + 7.
+  assert {row["resident_bytes"] for row in first.programs} == {23}
+  for name, value, parts in (
+    ("model.remat", "dots", {"update"}),
+    ("train.microbatch_bundles", 16, {"update"}),
+    ("rollout.prompts_at_a_time", 8, {"rollout"}),
+    ("rollout.pictures_per_shard", 4, {"pictures"}),
+    ("eval.batch_size", 32, {"evaluation"}),
+    ("model.image_size", 448, {"pictures"}),
+    ("data.prompts_per_step", 128, {"update", "rollout", "pictures"}),
+    ("data.prompt_buckets", (384,), {"update", "rollout", "evaluation"}),
+  ):
+    asked.clear()
+    compiler.plan(changing.apply_changes(config, {name: value}), topology)
+    assert parts <= {programs.part_of(name) for name in asked}, name
+    assert {programs.part_of(name) for name in asked} - parts <= {"pictures"}
+
+
+@pytest.mark.parametrize("name", ["preference", "smoke"])
+def test_programs_with_equal_relevant_settings_have_equal_arguments(name):
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  config = config_of(name)
+
+  @functools.cache
+  def shapes(config, program):
+    found = programs.find(config, mesh, program)
+    given = jax.tree.leaves((found.args, found.kwargs, found.kept))
+    return [getattr(x, "shape", x) for x in given]
+
+  for setting, value in (
+    ("model.image_size", 96),
+    ("train.microbatch_bundles", 32),
+    ("data.prompts_per_step", 128),
+    ("rollout.prompts_at_a_time", 32),
+    ("rollout.pictures_per_shard", 4),
+    ("eval.batch_size", 128),
+  ):
+    new = changing.apply_changes(config, {setting: value})
+    for program in programs.names(config):
+      relevant = [planner.relevant_settings(x, program) for x in (config, new)]
+      if relevant[0] == relevant[1]:
+        assert shapes(config, program) == shapes(new, program), setting
+
+
+def test_the_programs_of_learning_from_preferences_are_all_there():
+  """Evaluation scores eval groups, and completes eval prompts."""
+  config = config_of("preference")
+  assert programs.names(config) == [
+    *("pictures (image)", "score (text)", "score (image)"),
+    *("train_step (text)", "train_step (image)"),
+    *("evaluation_prefill (image)", "evaluation_decode"),
+    "evaluation_score (image)",
+  ]
+  never = config_of("preference", **{"eval.every_steps": 0})
+  parts = {programs.part_of(name) for name in programs.names(never)}
+  assert parts == {"update"}
+
+
+def test_eval_groups_are_scored_one_whole_batch_at_a_time():
+  config = config_of("preference", **{"eval.batch_size": 128})
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  found = programs.find(config, mesh, "evaluation_score (image)")
+  _, _, bundles = found.args
+  assert bundles.completion_ids.shape == (128, 2, 6)
+  assert found.kwargs == {"num_microbatches": 1}
+  assert set(found.bytes_by_class()) == {"reference", "batch"}
+  # A step scores its batch in microbatches.
+  scored = programs.find(config, mesh, "score (image)")
+  assert scored.args[2].completion_ids.shape == (64, 2, 6)
+  moved = {
+    name: roofline.sent_bytes(
+      changing.apply_changes(config, {"mesh.fsdp": 2}),
+      hardware.parse_topology("v5e:2x2"),
+      name,
+    )["ici"]
+    for name in ("score (image)", "evaluation_score (image)")
+  }
+  # Weights once, and the activations of twice as many bundles.
+  assert moved["score (image)"] < moved["evaluation_score (image)"]
+  assert moved["evaluation_score (image)"] < 2 * moved["score (image)"]
