@@ -26,7 +26,6 @@ _WORK_HEADS = (
 )
 
 
-@validation.user_errors()
 def run(
   config: run_config.Config, workdir: str, topology: str | None, *, advise: bool
 ) -> None:
@@ -42,14 +41,15 @@ def run(
     SettingError: The slice does not exist, the mesh does not cover it, or the
       run does not fit; the message names the nearest that would work.
   """
-  if topology is None:
-    raise ValueError(
-      "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
-    )
-  described = hardware.parse_topology(topology)
-  if not advise:
-    changes.check_mesh(config, described)
-  planner.check_compiler()
+  with validation.user_errors():
+    if topology is None:
+      raise ValueError(
+        "--topology must name a slice for --mode=plan; set --topology=v5e:4x4."
+      )
+    described = hardware.parse_topology(topology)
+    if not advise:
+      changes.check_mesh(config, described)
+    planner.check_compiler()
   compiler = planner.Compiler()
   if advise:
     found = advice.advise(config, described, compiler)
