@@ -121,15 +121,8 @@ def crop_boxes(
   """The crops of an image along its longer side; [] if it has none.
 
   The number of crops makes them as square as possible, none smaller than
-  allowed. All have one size, except the last, which ends with the image.
-
-  Args:
-    height: Image height, in pixels.
-    width: Image width, in pixels.
-    settings: Limits of the crops.
-
-  Returns:
-    Top, left, bottom and right of each crop, in pixels from the top left.
+  allowed. All have one size, except the last, which ends with the image. A crop
+  is its top, left, bottom and right, in pixels from the top left.
   """
   longer, shorter = max(height, width), min(height, width)
   if not settings.enabled or longer / shorter < settings.min_ratio_to_activate:

@@ -47,15 +47,10 @@ class RecordIndex(NamedTuple):
 def scan(
   builder: prompt_rows.RowBuilder, count: int, *, needs_answers: bool
 ) -> RecordIndex:
-  """Measures the first records of the builder's source.
-
-  Args:
-    builder: Builds the rows later.
-    count: Number of records.
-    needs_answers: True refuses a usable problem without a public answer.
+  """Measures the first `count` records of the builder's source.
 
   Raises:
-    ValueError: A problem lacks the answer that it needs.
+    ValueError: `needs_answers`, and a usable problem has no public answer.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)

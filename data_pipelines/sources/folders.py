@@ -1,4 +1,4 @@
-"""Readers for the folders that problems come in, chosen by their files.
+"""Recognizes folders of problems by their files, and reads them.
 
 - The Hugging Face snapshot: `testmini-*.parquet`, `test-*.parquet`.
 - The GitHub layout: `testmini.json`, `test.json`, keyed by pid, and the
@@ -49,11 +49,7 @@ class Folder:
 
 
 def find(folder: epath.PathLike) -> Folder:
-  """Recognizes the layout of a folder.
-
-  Args:
-    folder: A local path; for parquet and JSON also one that `etils.epath`
-      knows, such as gs://.
+  """Recognizes the layout of a folder; parquet and JSON may be on gs:// too.
 
   Raises:
     SettingError: The folder has no known layout, several, or damaged files.
@@ -95,12 +91,10 @@ def _open_parquet(folder: epath.PathLike) -> Folder | None:
   shards = mathvista.shards(folder)
   if not shards:
     return None
-  readers = {
-    split: functools.partial(mathvista.rows, paths)
-    for split, paths in shards.items()
-  }
   paths = [path for split in shards.values() for path in split]
-  return Folder(readers, _sizes(paths[0].parent, paths))
+  return Folder(
+    _readers(mathvista.rows, shards), _sizes(paths[0].parent, paths)
+  )
 
 
 def _open_json(folder: epath.PathLike) -> Folder | None:
@@ -109,24 +103,26 @@ def _open_json(folder: epath.PathLike) -> Folder | None:
     paths = {split: parent / f"{split}.json" for split in _JSON_SPLITS}
     paths = {split: path for split, path in paths.items() if path.exists()}
     if paths:
-      readers = {
-        split: functools.partial(json_rows, path)
-        for split, path in paths.items()
-      }
       images = (parent / "images").glob("*")
-      return Folder(readers, _sizes(parent, [*paths.values(), *images]))
+      sizes = _sizes(parent, [*paths.values(), *images])
+      return Folder(_readers(json_rows, paths), sizes)
   return None
 
 
 def _open_array_record(folder: epath.PathLike) -> Folder | None:
   if "://" in os.fspath(folder) or not (sources := mathvista.sources(folder)):
     return None
-  readers = {
-    split: functools.partial(_read_problems, source)
-    for split, source in sources.items()
-  }
   paths = [path for source in sources.values() for path in source.paths]
-  return Folder(readers, _sizes(pathlib.Path(paths[0]).parent, paths))
+  sizes = _sizes(pathlib.Path(paths[0]).parent, paths)
+  return Folder(_readers(_read_problems, sources), sizes)
+
+
+def _readers(
+  read: Callable[[Any], Iterable[RawRecord]], splits: Mapping[str, Any]
+) -> Readers:
+  return {
+    split: functools.partial(read, files) for split, files in splits.items()
+  }
 
 
 def _sizes(

@@ -56,10 +56,7 @@ def shards(folder: epath.PathLike) -> dict[str, list[epath.Path]]:
   """The snapshot's parquet files by split, each in order; {} without any.
 
   The split is the part of the file name before the first dash. The files lie in
-  the folder itself or in `data/` under it.
-
-  Args:
-    folder: A local path, or one that `etils.epath` knows, such as gs://.
+  the folder itself or in `data/` under it, locally or on gs://.
 
   Raises:
     SettingError: A file of a split is missing.
@@ -205,15 +202,9 @@ class Source:
     self.__dict__.update(state)
     self._open()
 
-  def __repr__(self) -> str:
-    return f"Source({self.paths})"
-
 
 def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
-  """Every split that `write` wrote; {} if there is none.
-
-  Args:
-    data_dir: The folder that `write` was given, or the folder of the files.
+  """Every split in the folder that `write` was given, or in its subfolder.
 
   Raises:
     SettingError: A file of a split is missing.
@@ -238,7 +229,7 @@ def source(data_dir: str | os.PathLike[str], split: str) -> Source:
   """Random access to the problems of a split that `write` wrote.
 
   Raises:
-    ValueError: No problems have been written there, or no such split.
+    ValueError: The folder has no problems, or no such split.
   """
   found = sources(data_dir)
   if not found:

@@ -28,8 +28,8 @@ class Template:
   """
 
   instruction: str
-  reasoning: tuple[str, str]
-  answer: tuple[str, str]
+  reasoning: tuple[str, str] = ("", "")
+  answer: tuple[str, str] = ("<answer>", "</answer>")
 
   @property
   def fingerprint(self) -> str:
@@ -38,29 +38,18 @@ class Template:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-TAGGED = Template(
-  instruction="Write the final answer as <answer>...</answer>.",
-  reasoning=("", ""),
-  answer=("<answer>", "</answer>"),
-)
+TAGGED = Template("Write the final answer as <answer>...</answer>.")
 # The verifier reads the answers of all of them.
 TEMPLATES = {
   "tagged": TAGGED,
   "boxed": Template(
-    instruction=r"Write the final answer as \boxed{...}.",
-    reasoning=("", ""),
-    answer=(r"\boxed{", "}"),
+    r"Write the final answer as \boxed{...}.", answer=(r"\boxed{", "}")
   ),
-  "plain": Template(
-    instruction="", reasoning=("", ""), answer=("The answer is ", ".")
-  ),
+  "plain": Template("", answer=("The answer is ", ".")),
   "reasoned": Template(
-    instruction=(
-      "Write your reasoning as <reasoning>...</reasoning>, then the final "
-      "answer as <answer>...</answer>."
-    ),
+    "Write your reasoning as <reasoning>...</reasoning>, then the final answer "
+    "as <answer>...</answer>.",
     reasoning=("<reasoning>", "</reasoning>"),
-    answer=("<answer>", "</answer>"),
   ),
 }
 
@@ -166,13 +155,7 @@ def check_images(
   """Requires a run of placeholders for every image that a prompt shows.
 
   The model fills placeholders in order: with one too many or too few it would
-  silently read another image's soft tokens.
-
-  Args:
-    ids: The prompt.
-    tokenizer: The tokenizer of these ids.
-    num_images: Images and crops of the prompt.
-    soft_tokens: Placeholders for each.
+  silently read another image's soft tokens. Crops count as images.
 
   Raises:
     BadRecord: "image_count" if <start_of_image>, or the placeholders after it,

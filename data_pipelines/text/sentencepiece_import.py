@@ -84,10 +84,6 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
 def from_tokenizer_json(content: bytes, name: str) -> bytes:
   """Rebuilds the SentencePiece model from a Hugging Face tokenizer.json.
 
-  Args:
-    content: The file's bytes.
-    name: The file's name, for errors.
-
   Raises:
     ValueError: The file is no tokenizer.json of byte-pair merges with bytes as
       fallback.

@@ -10,7 +10,11 @@ import itertools
 import re
 
 from data_pipelines.verifier import numbers, phrases
-from data_pipelines.verifier import options as options_lib
+from data_pipelines.verifier.options import Options, is_denied
+
+# An answer in its canonical spelling, and the rule that found it.
+type Found = tuple[str | None, str]
+_NOTHING: Found = (None, "none")
 
 # The answer must be this close to the words that announce it.
 _MAX_BESIDE = 400
@@ -64,12 +68,10 @@ class _Conflict(Exception):
   """A letter is followed by the text of another option."""
 
 
-def find_option(
-  text: str, options: options_lib.Options
-) -> tuple[str | None, str]:
+def find_option(text: str, options: Options) -> Found:
   """The option that a free text chooses, and the rule that found it."""
   if options.names_several(text):
-    return None, "none"
+    return _NOTHING
   sentences = phrases.sentences(text)
   try:
     return (
@@ -79,23 +81,21 @@ def find_option(
       or _from_statement(text, sentences, options)
     )
   except _Conflict:
-    return None, "none"
+    return _NOTHING
 
 
-def _from_cue(
-  sentences: list[str], options: options_lib.Options
-) -> tuple[str | None, str] | None:
+def _from_cue(sentences: list[str], options: Options) -> Found | None:
   """The option in the last sentence that announces an answer."""
   for i in range(len(sentences) - 1, -1, -1):
     named, after = None, None
-    affirmed_letter = phrases.affirmed_letter(sentences[i])
-    if affirmed_letter is not None:
-      named = _option_of_letter(*affirmed_letter, options)
+    affirmed = phrases.affirmed_letter(sentences[i])
+    if affirmed is not None:
+      named = _option_of_letter(*affirmed, options)
     if named is None:
       after = phrases.text_after_cue(sentences, i)
     if after is not None:
       if options.names_several(after):
-        return None, "none"
+        return _NOTHING
       named = _first_option(after, options)
     if named is not None:
       return named, "cue"
@@ -103,8 +103,8 @@ def _from_cue(
 
 
 def _from_last_line(
-  text: str, sentences: list[str], options: options_lib.Options
-) -> tuple[str | None, str] | None:
+  text: str, sentences: list[str], options: Options
+) -> Found | None:
   """The letter at the end of the last sentence, or the last line's answer."""
   if sentences and phrases.is_assertion(sentences[-1]):
     end = sentences[-1][-80:]
@@ -112,7 +112,7 @@ def _from_last_line(
     letter = match[1] if match else None
     others = {m[1] for m in _BRACKETED.finditer(sentences[-1])} - {letter}
     if match and letter in options.letters and not others:
-      if not options_lib.is_denied(end, match.start(1)):
+      if not is_denied(end, match.start(1)):
         return options.letters[match[1]], "cue"
   _, line_end, last_line = text.rstrip().rpartition("\n")
   named = options.from_answer(last_line) if line_end else None
@@ -120,8 +120,8 @@ def _from_last_line(
 
 
 def _from_letter(
-  text: str, sentences: list[str], options: options_lib.Options
-) -> tuple[str | None, str] | None:
+  text: str, sentences: list[str], options: Options
+) -> Found | None:
   """The letter at the start of the text, or the only letter in brackets."""
   letters = _bracketed_options(sentences, options)
   match = _FIRST_LETTER.match(text)
@@ -138,28 +138,25 @@ def _from_letter(
   return (letters.pop() if len(letters) == 1 else None), "letter"
 
 
-def _bracketed_options(
-  sentences: list[str], options: options_lib.Options
-) -> set[str]:
+def _bracketed_options(sentences: list[str], options: Options) -> set[str]:
   """The options whose letters are in brackets and not denied."""
   return {
     _option_of_letter(match[1], sentence[match.end() :], options) or ""
     for sentence in sentences
     if "(" in sentence and not phrases.is_denial(sentence)
     for match in itertools.islice(_BRACKETED.finditer(sentence), _MAX_BRACKETED)
-    if match[1] in options.letters
-    and not options_lib.is_denied(sentence, match.start())
+    if match[1] in options.letters and not is_denied(sentence, match.start())
   }
 
 
-def _first_option(after: str, options: options_lib.Options) -> str | None:
+def _first_option(after: str, options: Options) -> str | None:
   """The first option named after words such as "the answer is"."""
-  only = options.from_answer(after)
-  if only is not None:
-    return only
+  named = options.from_answer(after)
+  if named is not None:
+    return named
   for match in _LETTER.finditer(after[:_MAX_BESIDE]):
     letter = match[1] or match[2] or match[3] or match[4]
-    if options_lib.is_denied(after[:_MAX_BESIDE], match.start()):
+    if is_denied(after[:_MAX_BESIDE], match.start()):
       continue
     # After a colon "A" may open a sentence, as an article.
     article = match[2] == "A" and _ARTICLE.match(after)
@@ -174,9 +171,7 @@ _ARTICLE = re.compile(
 )
 
 
-def _option_of_letter(
-  letter: str, rest: str, options: options_lib.Options
-) -> str | None:
+def _option_of_letter(letter: str, rest: str, options: Options) -> str | None:
   """The option of a letter.
 
   Raises:
@@ -190,22 +185,20 @@ def _option_of_letter(
   return named
 
 
-def _from_statement(
-  text: str, sentences: list[str], options: options_lib.Options
-) -> tuple[str | None, str]:
+def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
   """The only option that a text without letters mentions."""
   if options.are_yes_and_no:
     return _yes_or_no(sentences, options)
   if phrases.is_refusal(text) or _NONE_OF_THEM.search(text):
-    return None, "none"
+    return _NOTHING
   sentences = [_CONDITION.sub("", sentence) for sentence in sentences]
   for part in (sentences[-1:], sentences[:1], sentences):
     mentioned = options.mentions(" ".join(part))
     if len(mentioned) == 1:
       return mentioned[0], "statement"
-  value, _ = find_number(text) if options.are_numbers else (None, "none")
+  value, _ = find_number(text) if options.are_numbers else _NOTHING
   named = options.from_value(decimal.Decimal(value)) if value else None
-  return (named, "statement") if named else (None, "none")
+  return (named, "statement") if named else _NOTHING
 
 
 _NONE_OF_THEM = re.compile(
@@ -219,30 +212,26 @@ _ASSERTED = re.compile(
   r"\b(?:is|are|was|were|has|have|does|do|can|will)\b|n't\b", re.IGNORECASE
 )
 _NEGATED = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't\b", re.IGNORECASE)
-
-
 _OPTION = re.compile(r"\b(?:options?|choices?)\b", re.IGNORECASE)
 
 
-def _yes_or_no(
-  sentences: list[str], options: options_lib.Options
-) -> tuple[str | None, str]:
+def _yes_or_no(sentences: list[str], options: Options) -> Found:
   """Yes or no by the word, or by the negation in a short statement."""
   if not sentences:
-    return None, "none"
+    return _NOTHING
   opener = _OPENER.match(sentences[0])
-  word = options.mentions(sentences[-1])
+  mentioned = options.mentions(sentences[-1])
   if opener:
     return options.folded[opener[1].casefold()], "statement"
-  if len(word) == 1 and not phrases.is_refusal(sentences[-1]):
-    return word[0], "statement"
+  if len(mentioned) == 1 and not phrases.is_refusal(sentences[-1]):
+    return mentioned[0], "statement"
   text = " ".join(sentences)
   if _OPTION.search(text) or phrases.is_refusal(text) or phrases.has_cue(text):
-    return None, "none"
+    return _NOTHING
   if len(sentences) > 3 or not phrases.is_assertion(sentences[0]):
-    return None, "none"
+    return _NOTHING
   if len(sentences[0].split()) < 4 or not _ASSERTED.search(sentences[0]):
-    return None, "none"
+    return _NOTHING
   word = "no" if _NEGATED.search(sentences[0]) else "yes"
   return options.folded[word], "statement"
 
@@ -270,7 +259,7 @@ _THERE_ARE = re.compile(
 )
 
 
-def find_number(text: str) -> tuple[str | None, str]:
+def find_number(text: str) -> Found:
   """The number that a free text concludes with, and the rule that found it."""
   sentences = phrases.sentences(text)
   if sentences and _THEREFORE.match(sentences[-1]):
@@ -282,7 +271,7 @@ def find_number(text: str) -> tuple[str | None, str]:
     if after is None:
       continue
     if phrases.is_refusal(after):
-      return None, "none"
+      return _NOTHING
     only = numbers.only_number(after)
     if only is not None:
       return numbers.canonical(only), "cue"
@@ -291,7 +280,7 @@ def find_number(text: str) -> tuple[str | None, str]:
     if found:
       return _as_answer(found[0], "cue")
   if phrases.is_refusal(text):
-    return None, "none"
+    return _NOTHING
   for sentence in reversed(sentences):
     if "|" in sentence:  # A row of a table is no conclusion.
       continue
@@ -299,8 +288,8 @@ def find_number(text: str) -> tuple[str | None, str]:
     if chosen is not None:
       return _as_answer(chosen, "statement")
     if _RANGE.search(sentence):
-      return None, "none"
-  return None, "none"
+      return _NOTHING
+  return _NOTHING
 
 
 _THEREFORE = re.compile(
@@ -317,9 +306,9 @@ def lists_numbers(text: str) -> bool:
   return len({number.value for number in found}) > 1
 
 
-def _as_answer(number: numbers.Numeral, how: str) -> tuple[str | None, str]:
+def _as_answer(number: numbers.Numeral, how: str) -> Found:
   value = number.value
-  return (None, "none") if value is None else (numbers.canonical(value), how)
+  return _NOTHING if value is None else (numbers.canonical(value), how)
 
 
 # "There are 4 red and 3 blue ones, so there are 7."

@@ -32,14 +32,8 @@ _COMPARED = re.compile(
   r"(?:[<>\u2264\u2265\u2260]=?|!=|\b(?:than|below|above|under|over|at least"
   r"|at most|up to|out of|between|between \S{1,20} and))\s?\Z"
 )
-_YES = (
-  "\u662f",
-  "\u662f\u7684",
-  "\u5bf9",
-  "\u6b63\u786e",
-  "\u0628\u0644\u0647",
-)
-_NO = ("\u5426", "\u4e0d\u662f", "\u4e0d", "\u4e0d\u5bf9", "\u062e\u06cc\u0631")
+_YES = ("是", "是的", "对", "正确", "بله")
+_NO = ("否", "不是", "不", "不对", "خیر")
 _LOW_LETTER = re.compile(
   r"(?:\(\s*)?(?P<letter>[a-z])"
   r"(?:\s*\)|(?![\w'])(?!(?<=a) (?!or |and )[a-z]{2}))\s*"
@@ -58,17 +52,14 @@ class Options:
   """The options of one question, by each way to name them."""
 
   def __init__(self, choices: tuple[str, ...]):
-    self.texts = choices
     self.letters = {chr(65 + i): text for i, text in enumerate(choices)}
-    self.exact = {text.strip(): text for text in reversed(choices)}
+    exact = {text.strip(): text for text in reversed(choices)}
+    brackets = {f"({letter})": text for letter, text in self.letters.items()}
+    self.direct = self.letters | brackets | exact
     self.folded = _unambiguous((_fold(text), text) for text in choices)
     values = [(numbers.only_number(text), text) for text in choices]
     self.values = _unambiguous((v, text) for v, text in values if v is not None)
-    self.are_numbers = len(self.values) == len(self.exact)
-    self.direct = {}
-    for letter, text in self.letters.items():
-      self.direct |= {letter: text, f"({letter})": text}
-    self.direct |= self.exact
+    self.are_numbers = len(self.values) == len(exact)
     # A lone letter is no mention: it may be a letter or an article.
     plain = {text: numbers.plain(text) for text in choices}
     spaced = {
