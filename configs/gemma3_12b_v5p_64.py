@@ -1,6 +1,6 @@
 """Gemma 3 12B on one v5p-64 slice: 32 chips on 8 hosts.
 
-The whole model is trained; with `:lora` behind the file name, adapters.
+Trains the whole model, or adapters with `:lora` after the file name.
 """
 
 import ml_collections
@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config(kind: str = "full") -> ml_collections.ConfigDict:
-  """Settings of one of the two kinds, "full" or "lora"."""
+  """The settings to train the "full" model or "lora" adapters."""
   if kind not in ("full", "lora"):
     raise ValueError(f"kind ({kind!r}) must be full or lora.")
   config = base.get_config()
@@ -18,6 +18,6 @@ def get_config(kind: str = "full") -> ml_collections.ConfigDict:
   config.train.microbatch_bundles = 16
   if kind == "lora":
     config.model.lora.rank = 16
-    config.model.param_dtype = "bfloat16"  # Of what lies frozen under them.
+    config.model.param_dtype = "bfloat16"  # The frozen model.
     config.optimizer.learning_rate = 1e-5
   return config

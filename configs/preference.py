@@ -1,8 +1,8 @@
-"""Offline preference GRPO on drawn pictures, on a CPU, in a minute or two.
+"""Offline preference GRPO on synthetic images, on a CPU, in a minute or two.
 
-Each picture comes with a right reply and a wrong one that differ in the answer
-alone. Nothing is sampled in training; the policy starts from `model.weights`,
-and what it starts from stands for whoever wrote the replies.
+Each image comes with a right completion and a wrong one, which differ in the
+answer alone. Training samples nothing. The old log-probabilities are those of
+the model that `model.weights` names.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """A tiny Gemma 3 that learns to see, on a CPU, in minutes.
 
-`configs/smoke.py` is online GRPO; `configs/smoke.py:warm_start` the supervised
-run on worked answers that `launch/smoke.sh` puts before it.
+`configs/smoke.py` is online GRPO. `configs/smoke.py:warm_start` is the
+supervised run on demonstrations that `launch/smoke.sh` starts first.
 """
 
 import ml_collections
@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
-  """Settings of one of the two stages, "warm_start" or "grpo"."""
+  """The settings of the stage "warm_start" or "grpo"."""
   if stage not in ("warm_start", "grpo"):
     raise ValueError(f"stage ({stage!r}) must be warm_start or grpo.")
   config = base.get_config()
@@ -21,20 +21,20 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.data.synthetic.multi_choice_share = 0.0
   config.data.synthetic.min_options = 3
   config.data.synthetic.max_options = 4
-  # The drawn prompts fit the first; real questions need the others.
+  # Synthetic prompts fit the first; real questions need the others.
   config.data.prompt_buckets = (44, 256, 512, 1024)
   config.model.compute_dtype = "float32"
   config.model.train_vision = True
-  config.model.vision_remat = "none"  # All of it is small.
+  config.model.vision_remat = "none"  # The tower is small.
   config.rollout.max_new_tokens = 6
   config.rollout.pictures_per_shard = 64
   config.eval.num_problems = 512
   config.eval.batch_size = 256
   config.samples.every_steps = 20
   config.checkpoint.every_steps = 50
-  # A group that is all right or all wrong would be told apart by its style
-  # alone, and scaled up to a whole advantage: well-written wrong answers would
-  # crowd out those that are still rare.
+  # With a format reward, a group that is all right or all wrong would differ by
+  # style alone. Scaled to a full advantage, that style would crowd out the
+  # right answers, which are still rare.
   config.rewards.preset = "answer"
   config.rewards.format = 0.0
   config.rewards.num_workers = 0
@@ -50,8 +50,8 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   else:
     config.train.num_steps = 100
     config.eval.every_steps = 25
-    # A prompt and its picture are computed once, so more completions are cheap,
-    # and they make the advantages far less noisy.
+    # A prompt and its image are computed once, so more completions are cheap.
+    # They make the advantages far less noisy.
     config.rollout.num_generations = 16
     config.optimizer.learning_rate = 3e-4
   return config

@@ -29,7 +29,7 @@ libraries too. Exit codes: 0 done, 64 a wrong setting, flag or data set, 75
 preempted and saved (run the same command again), 76 no progress, 1 any other
 error.
 """
-_DOCUMENTED_BY = {ObjectiveSettings: ObjectiveConfig}
+_DOCUMENTED_BY: dict[type, type] = {ObjectiveSettings: ObjectiveConfig}
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -74,7 +74,7 @@ def _section(
   """The items of a section, then the sections within it."""
   meanings = _meanings(cls) | _meanings(documented)
   choices = {
-    each.name: each.metadata.get("choices")
+    each.name: each.metadata["choices"]
     for each in (*dataclasses.fields(documented), *dataclasses.fields(cls))
     if "choices" in each.metadata
   }
@@ -91,9 +91,9 @@ def _section(
         default += f", choices {', '.join(choices[name])}"
       yield _item(f"{prefix}{name}", f"({default}) {meanings[name]}")
   for name in inner:
-    kind = hints[name]
-    documented = _DOCUMENTED_BY.get(kind, kind)
-    yield from _section(kind, values[name], f"{prefix}{name}.", documented)
+    documented = _DOCUMENTED_BY.get(hints[name], hints[name])
+    inner_prefix = f"{prefix}{name}."
+    yield from _section(hints[name], values[name], inner_prefix, documented)
 
 
 def _meanings(cls: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Settings: every one is asked for, typed, and held to its rule by name."""
+"""Settings: each is required, typed and checked, and errors name it."""
 
 import dataclasses
 import typing
@@ -14,7 +14,7 @@ from grpo_tpu.rl.settings import PRESETS
 
 
 def section_of(values, name):
-  """The section that a dotted name ends in, and the last of its parts."""
+  """The section of a dotted name, and the name within it."""
   *sections, last = name.split(".")
   for part in sections:
     values = values[part]
@@ -22,8 +22,8 @@ def section_of(values, name):
 
 
 def built(changes=None):
-  """The base config with changes, by dotted name."""
-  # Plain dicts, for a ConfigDict has checks of types of its own.
+  """The default config with changes, by dotted name."""
+  # Plain dicts, because a ConfigDict checks types itself.
   values = defaults.get_config().to_dict()
   for name, value in (changes or {}).items():
     section, last = section_of(values, name)
@@ -51,7 +51,7 @@ def names_of_values(values, where=""):
 FIELDS = sorted(names_of_fields(run_config.Config))
 
 
-def test_base_gives_every_setting_a_value_and_no_other():
+def test_the_defaults_have_every_setting_and_no_other():
   assert sorted(names_of_values(defaults.get_config())) == FIELDS
 
 
@@ -78,7 +78,7 @@ def test_a_missing_setting_is_named(name):
     ("rewards.acuracy", "rewards.accuracy"),
   ],
 )
-def test_a_misspelt_setting_is_named_with_the_one_meant(name, meant):
+def test_a_misspelt_setting_is_named_with_a_similar_one(name, meant):
   with pytest.raises(ValueError) as caught:
     built({name: 7})
   assert str(caught.value) == (
@@ -238,12 +238,12 @@ BROKEN_RULES = {
   ("name", "value"),
   [(k, v) for k, values in BROKEN_RULES.items() for v in values],
 )
-def test_a_value_that_breaks_a_rule_is_refused_with_the_rule(name, value):
+def test_a_value_that_breaks_a_rule_is_refused(name, value):
   with pytest.raises(ValueError, match="must ") as caught:
     built({name: value})
-  said = str(caught.value)
-  assert said.startswith(f"{name} (")
-  assert repr(value) in said or str(value) in said
+  message = str(caught.value)
+  assert message.startswith(f"{name} (")
+  assert repr(value) in message or str(value) in message
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_error_never_tells_to_set_a_value_by_its_spelling(
   assert "; set " not in str(caught.value)
 
 
-def test_adapters_leave_the_tower_and_need_a_weight_to_adapt():
+def test_adapters_leave_the_tower_frozen_and_need_a_target():
   on = {"model.lora.rank": 8}
   assert built().lora is None
   adapted = built(on).lora
@@ -286,7 +286,7 @@ def test_adapters_leave_the_tower_and_need_a_weight_to_adapt():
     built(projector | {"model.name": "gemma3_270m"})
 
 
-def test_letters_of_a_file_of_replies_are_those_of_the_published_order():
+def test_options_are_not_shuffled_with_a_file_of_completions():
   kind = {"data.kind": "preference", "data.preference_file": "replies.jsonl"}
   built(kind)
   with pytest.raises(
@@ -296,7 +296,7 @@ def test_letters_of_a_file_of_replies_are_those_of_the_published_order():
   built({"data.kind": "preference", "data.shuffle_options": True})
 
 
-def test_only_a_model_that_sees_is_shown_crops():
+def test_a_text_model_cannot_have_crops():
   crops = {"data.pan_and_scan.enabled": True}
   built(crops)
   built({"model.name": "gemma3_1b"})
@@ -307,16 +307,13 @@ def test_only_a_model_that_sees_is_shown_crops():
 
 
 @pytest.mark.parametrize("template", chat_prompts.TEMPLATES)
-def test_a_tag_is_paid_only_where_the_prompt_asks_for_it(template):
-  """Where completions are sampled; the others learn from what they are given.
-
-  The rule fits the reward: a reply of a template that may be paid is paid.
-  """
-  reply = chat_prompts.with_answer(
+def test_the_answer_tag_is_rewarded_only_if_the_prompt_asks_for_it(template):
+  """The rule holds for sampled completions, and it fits the reward itself."""
+  completion = chat_prompts.with_answer(
     "", "5", template=chat_prompts.TEMPLATES[template]
   )
   changes = {"data.prompt_template": template}
-  if accuracy.well_formed(reply):
+  if accuracy.well_formed(completion):
     built(changes)
   else:
     with pytest.raises(
@@ -336,7 +333,7 @@ def test_a_tag_is_paid_only_where_the_prompt_asks_for_it(template):
      "eval.batch_size"),
   ],
 )  # fmt: skip
-def test_what_is_sharded_must_divide_among_the_shards(changes, name):
+def test_batches_must_divide_into_shards(changes, name):
   with pytest.raises(ValueError, match=r"multiple of mesh.replica \* mesh.fs"):
     try:
       built(changes)
@@ -354,16 +351,14 @@ def test_what_is_sharded_must_divide_among_the_shards(changes, name):
      "set {}=3."),
   ],
 )  # fmt: skip
-def test_a_refused_shaping_says_setting_value_rule_and_remedy_once(
-  name, value, said
-):
+def test_an_error_says_setting_value_rule_and_remedy_once(name, value, said):
   name = f"shaping.{name}"
   with pytest.raises(ValueError) as caught:
     built({name: value})
   assert str(caught.value) == f"{name} ({value!r}) " + said.format(name)
 
 
-def test_a_length_penalty_must_fit_into_the_completion():
+def test_the_length_penalty_must_fit_into_a_completion():
   settings = {"rollout.max_new_tokens": 100, "shaping.truncated": "penalise"}
   for soft_tokens in (1, 100):
     built(settings | {"shaping.soft_tokens": soft_tokens})
@@ -373,12 +368,12 @@ def test_a_length_penalty_must_fit_into_the_completion():
     "shaping.soft_tokens (101) must be at most rollout.max_new_tokens (100); "
     "set shaping.soft_tokens=25."
   )
-  # Where it is not asked for, its length is of no matter.
+  # Without the penalty its length does not matter.
   built(settings | {"shaping.soft_tokens": 101, "shaping.truncated": "mask"})
 
 
 @pytest.mark.parametrize("kind", ["preference", "demonstrations"])
-def test_what_comes_with_the_data_cannot_be_sampled_again(kind):
+def test_completions_of_the_data_cannot_be_resampled(kind):
   resample = {"shaping.zero_variance": "resample"}
   built(resample)
   with pytest.raises(ValueError) as caught:
@@ -390,7 +385,7 @@ def test_what_comes_with_the_data_cannot_be_sampled_again(kind):
   built({"shaping.zero_variance": "drop", "data.kind": kind})
 
 
-def test_no_more_samples_can_be_asked_for_than_are_drawn():
+def test_ks_are_at_most_the_number_of_samples():
   for settings in (
     {"eval.num_samples": 8, "eval.ks": (1, 8)},
     {"eval.num_samples": 0, "eval.ks": (1, 99)},
@@ -429,12 +424,12 @@ def test_tensor_shards_do_not_divide_the_batch():
   ],
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(changes, message):
-  """Two heads by four, a width of 64 by 24: with no such devices about."""
+  """Two heads by four, a width of 64 by 24; the devices need not exist."""
   with pytest.raises(ValueError, match=message):
     built(changes)
 
 
-def test_one_completion_is_enough_where_none_is_sampled():
+def test_one_completion_is_enough_if_none_is_sampled():
   one = {"rollout.num_generations": 1, "data.kind": "demonstrations"}
   assert built(one).rollout.num_generations == 1
 
@@ -446,7 +441,7 @@ def test_an_int_serves_as_a_float_and_a_list_as_a_tuple():
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_placeholders_take_the_presets_values(preset):
+def test_none_takes_the_value_of_the_preset(preset):
   config = built({"objective.preset": preset})
   wanted = dataclasses.replace(
     PRESETS[preset],
@@ -457,7 +452,7 @@ def test_placeholders_take_the_presets_values(preset):
   assert config.objective.scale == scale
 
 
-def test_what_is_set_overrides_the_preset():
+def test_a_value_overrides_the_preset():
   config = built(
     {
       "objective.preset": "dr_grpo",
@@ -487,7 +482,7 @@ def test_the_schedule_counts_every_update_of_every_step():
   assert config.optimizer_config.num_steps == 90
 
 
-def test_microbatches_are_parts_of_a_step():
+def test_microbatches_divide_a_step():
   sizes = {"data.prompts_per_step": 48, "train.microbatch_bundles": 16}
   assert built(sizes).num_microbatches == 3
 
@@ -500,12 +495,12 @@ def test_a_config_is_frozen_down_to_its_sections():
     config.data.dir = "x"
 
 
-def test_the_dict_of_a_config_builds_it_again():
+def test_a_config_can_be_rebuilt_from_its_dict():
   config = built({"objective.beta": 0.1, "data.synthetic.image_size": 64})
   assert run_config.Config.from_config_dict(config.to_dict()) == config
 
 
-def test_only_errors_of_settings_are_the_users():
+def test_only_a_value_error_becomes_a_setting_error():
   with pytest.raises(validation.SettingError, match="seed"):
     with validation.user_errors():
       raise ValueError("seed")
@@ -514,15 +509,15 @@ def test_only_errors_of_settings_are_the_users():
       _ = 1 / 0
 
 
-def test_pictures_are_shown_at_the_towers_size_or_another():
+def test_image_size_overrides_the_towers_size():
   tower = built().model_config.vision
   assert tower.shown_size == tower.image_size == 48
   assert built({"model.image_size": 24}).model_config.vision.shown_size == 24
-  blind = {"model.name": "gemma3_270m", "model.image_size": 448}
+  text_model = {"model.name": "gemma3_270m", "model.image_size": 448}
   with pytest.raises(ValueError, match="model.image_size.*a text model"):
-    built(blind)
+    built(text_model)
 
 
-def test_a_step_is_decoded_at_once_unless_some_prompts_are_to_be():
+def test_prompts_at_a_time_divide_a_step_into_rollouts():
   assert built().num_rollouts == 1
   assert built({"rollout.prompts_at_a_time": 16}).num_rollouts == 4
