@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from grpo_tpu.models import logprobs
-from grpo_tpu.models.gemma3 import text
+from grpo_tpu.models.gemma3 import embedding, text
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl.train_batch import TrainBatch, microbatches
 
@@ -37,7 +37,7 @@ def token_logps(
   return logprobs.sharded_per_token_logps(
     states,
     batch.completion_ids,
-    params["embedder"]["input_embedding"],
+    embedding.output_embedding(params),
     temperature=forward.temperature,
     chunk_size=forward.chunk_size,
     banned_ids=forward.banned_ids,
