@@ -1,6 +1,7 @@
 """The command line: --help, which is also docs/settings.md, and the flags."""
 
 import dataclasses
+import inspect
 import re
 import sys
 import textwrap
@@ -29,6 +30,7 @@ libraries too. Exit codes: 0 done, 64 a wrong setting, flag or data set, 75
 preempted and saved (run the same command again), 76 no progress, 1 any other
 error.
 """
+# The settings of the objective change a preset, whose class documents them.
 _DOCUMENTED_BY: dict[type, type] = {ObjectiveSettings: ObjectiveConfig}
 
 
@@ -63,15 +65,15 @@ def text() -> str:
     "Each setting with its default. A config file or a flag changes it. `None`"
     " stands\nfor no value.",
   ]
-  values = defaults.get_config().to_dict()
-  parts += _section(schema.Config, values, "", schema.Config)
+  parts += _section(schema.Config, defaults.get_config().to_dict())
   return "\n".join(parts) + "\n"
 
 
 def _section(
-  cls: type, values: Mapping[str, Any], prefix: str, documented: type
+  cls: type, values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
   """The items of a section, then the sections within it."""
+  documented = _DOCUMENTED_BY.get(cls, cls)
   meanings = _meanings(cls) | _meanings(documented)
   choices = {
     each.name: each.metadata["choices"]
@@ -91,15 +93,13 @@ def _section(
         default += f", choices {', '.join(choices[name])}"
       yield _item(f"{prefix}{name}", f"({default}) {meanings[name]}")
   for name in inner:
-    documented = _DOCUMENTED_BY.get(hints[name], hints[name])
-    inner_prefix = f"{prefix}{name}."
-    yield from _section(hints[name], values[name], inner_prefix, documented)
+    yield from _section(hints[name], values[name], f"{prefix}{name}.")
 
 
 def _meanings(cls: type) -> dict[str, str]:
   """The text for each attribute, from the docstring of a dataclass."""
-  body = (cls.__doc__ or "").partition("Attributes:\n")[2]
-  items = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", body, re.MULTILINE)
+  body = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+  items = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", body, re.MULTILINE)
   return {name: " ".join(meaning.split()) for name, meaning in items}
 
 
