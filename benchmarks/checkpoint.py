@@ -19,7 +19,8 @@ from absl import app, flags
 from etils import epath
 
 from configs import base
-from grpo_tpu.checkpoint import checkpointer, manifest, retention
+from grpo_tpu.checkpoint import checkpointer, manifest
+from grpo_tpu.checkpoint.settings import CheckpointConfig
 
 _GIB = flags.DEFINE_float("gib", 1.0, "Size of the state.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Number of saves.")
@@ -47,7 +48,7 @@ def measure(folder: pathlib.Path, gib: float, repeats: int) -> dict:
     seconds["hash"].append(time.perf_counter() - start)
 
   manifest.write = timed_write
-  settings = retention.CheckpointConfig(
+  settings = CheckpointConfig(
     **base.get_config().checkpoint.to_dict() | {"every_steps": 1, "keep": 1}
   )
   with checkpointer.Checkpoints(folder, settings) as checkpoints:

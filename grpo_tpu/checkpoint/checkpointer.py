@@ -40,6 +40,7 @@ from grpo_tpu.checkpoint import (
   retention,
 )
 from grpo_tpu.checkpoint.retention import CheckpointInfo
+from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
@@ -62,7 +63,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: epath.PathLike, config: retention.CheckpointConfig
+    self, directory: epath.PathLike, config: CheckpointConfig
   ) -> None:
     """Creates and locks `directory`, and removes interrupted saves from it.
 

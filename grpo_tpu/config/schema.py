@@ -12,8 +12,7 @@ from typing import Any
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.text import chat_prompts
 from data_pipelines.validation import require, require_all
-from grpo_tpu.checkpoint.retention import CheckpointConfig
-from grpo_tpu.checkpoint.settings import ExportConfig
+from grpo_tpu.checkpoint.settings import CheckpointConfig, ExportConfig
 from grpo_tpu.config import parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
 from grpo_tpu.models.gemma3.config import ModelConfig

@@ -388,7 +388,7 @@ class AbstractPrograms:
       learner.forward_params(self._config.model, factors, self._frozen),
     )
 
-  def _rollout(self) -> tuple[engine.Engine, tuple]:
+  def _rollout(self) -> tuple[Any, tuple]:
     """The rollout's functions, and the arguments of the first one."""
     settings = self._sampler.engine_settings(self._rows, self._temperature)
     return engine.Engine(settings, self._mesh), (

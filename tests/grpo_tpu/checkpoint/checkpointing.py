@@ -4,12 +4,13 @@ import dataclasses
 import os
 
 from configs import base
-from grpo_tpu.checkpoint import checkpointer, retention
+from grpo_tpu.checkpoint import checkpointer
+from grpo_tpu.checkpoint.settings import CheckpointConfig
 
 
-def config(**changes) -> retention.CheckpointConfig:
+def config(**changes) -> CheckpointConfig:
   """The default settings with a save at every step and these changes."""
-  settings = retention.CheckpointConfig(**base.get_config().checkpoint)
+  settings = CheckpointConfig(**base.get_config().checkpoint)
   return dataclasses.replace(settings, **{"every_steps": 1} | changes)
 
 
