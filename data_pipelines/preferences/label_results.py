@@ -8,13 +8,13 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from data_pipelines import records
 from data_pipelines.preferences import completions
 from data_pipelines.scoring import results
 from data_pipelines.sources import mathvista
-from data_pipelines.validation import SettingError
+from data_pipelines.validation import SettingError, user_errors
 from data_pipelines.verifier import verify
 
 
@@ -55,7 +55,8 @@ def label_results(
   )
   texts, problems = _read_responses(paths, counts)
   if data_dir:
-    problems = _read_problems(data_dir)
+    with user_errors():
+      problems = mathvista.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
     missing, group = _group(problems.get(pid), responses)
@@ -132,20 +133,3 @@ def _group(
     pairs += [(better, 1.0), (worse, 0.0)]
   pairs += [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
   return "", [completions.LabelledCompletion(*pair) for pair in pairs]
-
-
-def _read_problems(
-  data_dir: str | os.PathLike[str],
-) -> Mapping[str, records.Problem]:
-  """The problems of every split of a data dir, by pid."""
-  sources = mathvista.sources(data_dir)
-  if not sources:
-    raise SettingError(
-      f"data_dir ({os.fspath(data_dir)!r}) must be a folder that "
-      "data_pipelines.prepare has made; run it first."
-    )
-  return {
-    problem.pid: problem
-    for source in sources.values()
-    for problem in (source[i] for i in range(len(source)))
-  }

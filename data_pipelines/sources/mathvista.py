@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -229,17 +229,39 @@ def source(data_dir: str | os.PathLike[str], split: str) -> Source:
   """Random access to the problems of a split that `write` wrote.
 
   Raises:
-    ValueError: The folder has no problems, or no such split.
+    ValueError: No problems have been written there, or no such split.
   """
-  found = sources(data_dir)
-  if not found:
-    raise ValueError(
-      f"data dir ({os.fspath(data_dir)!r}) must hold prepared problems; make "
-      "them with 'python -m data_pipelines.prepare'."
-    )
+  found = _require_sources(data_dir)
   if split not in found:
     raise ValueError(
       f"split ({split!r}) must be one of {sorted(found)} in "
       f"{os.fspath(data_dir)}; a split that got no problem is not written."
     )
   return found[split]
+
+
+def problems_by_pid(
+  data_dir: str | os.PathLike[str], pids: Container[str]
+) -> dict[str, records.Problem]:
+  """Reads the problems of some pids from all splits, except damaged records.
+
+  Raises:
+    ValueError: No problems have been written there.
+  """
+  problems = {}
+  for split in _require_sources(data_dir).values():
+    for index in range(len(split)):
+      with contextlib.suppress(ValueError, OSError):
+        if (problem := split[index]).pid in pids:
+          problems[problem.pid] = problem
+  return problems
+
+
+def _require_sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
+  found = sources(data_dir)
+  if not found:
+    raise ValueError(
+      f"data dir ({os.fspath(data_dir)!r}) must hold prepared problems; make "
+      "them with 'python -m data_pipelines.prepare'."
+    )
+  return found

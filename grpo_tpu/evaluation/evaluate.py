@@ -143,6 +143,7 @@ def evaluate_greedy(
     num_samples: Number of completions to return as samples.
     poll: See `Sampler.sample`.
   """
+  all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
   kept, graded = [], []
   for batch in batches:
@@ -154,22 +155,22 @@ def evaluate_greedy(
       temperature=0.0,
       poll=poll,
     ).completions
-    texts = sampler.texts(completions)
-    scores = _score(sampler, texts, batch, rewards)
+    groups = sampler.texts(completions)
+    texts = [group[0] for group in groups]
+    scores = scoring.score(texts, batch.problems, rewards, gather=all_rows)
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
     columns = grading.metric_columns(batch, scores, mask, stopped)
     # All rows are summed in their order, so the number of hosts is irrelevant.
-    everywhere = sharding.all_rows(sampler.mesh, columns)
-    sums.update({k: rows.sum(dtype=float) for k, rows in everywhere.items()})
-    graded += grading.graded_completions(
-      batch, [group[0] for group in texts], scores, stopped[:, 0]
+    sums.update(
+      {k: rows.sum(dtype=float) for k, rows in all_rows(columns).items()}
     )
+    graded += grading.graded_completions(batch, texts, scores, stopped[:, 0])
     kept += samples.first_samples(
       sampler.mesh,
       batch,
-      texts,
+      groups,
       scores.total,
       scores.components,
       count=num_samples - len(kept),
@@ -234,6 +235,7 @@ def _sample_draws(
     One list of this host's completions per draw.
   """
   settings = config.eval
+  all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   draws: list[list[GradedCompletion]] = [
     [] for _ in range(settings.num_samples)
   ]
@@ -247,29 +249,17 @@ def _sample_draws(
       top_k=settings.top_k,
       top_p=settings.top_p,
     ).completions
-    texts = sampler.texts(completions)
+    groups = sampler.texts(completions)
     stopped = sharding.local_rows(sampler.mesh, completions.stopped)
     for number, draw in enumerate(draws):
-      column = [group[number : number + 1] for group in texts]
-      scores = _score(sampler, column, batch, config.rewards)
+      texts = [group[number] for group in groups]
+      scores = scoring.score(
+        texts, batch.problems, config.rewards, gather=all_rows
+      )
       draw += grading.graded_completions(
-        batch, [group[0] for group in column], scores, stopped[:, number]
+        batch, texts, scores, stopped[:, number]
       )
   return draws
-
-
-def _score(
-  sampler: Sampler,
-  texts: list[list[str]],
-  prompts: pipeline.Batch,
-  rewards: RewardConfig,
-) -> scoring.Scores:
-  return scoring.score_groups(
-    texts,
-    prompts.problems,
-    rewards,
-    gather=functools.partial(sharding.all_rows, sampler.mesh),
-  )
 
 
 def _gather(completions: list[GradedCompletion]) -> list[GradedCompletion]:

@@ -141,31 +141,17 @@ def read_samples(path: str) -> list[dict[str, Any]]:
 def read_problems(
   pids: Collection[str], data_dir: str
 ) -> dict[str, records.Problem]:
-  """Reads the problems of these pids from all splits of a data dir.
+  """Reads the problems of these pids from a data dir.
 
   Raises:
     ValueError: The folder is no data dir, or lacks some problems.
   """
-  sources = mathvista.sources(data_dir)
-  if not sources:
-    raise ValueError(
-      f"--data_dir ({data_dir!r}) must be a folder that data_pipelines.prepare "
-      "has made; name the data dir of the run (WORKDIR/data if it had none)."
-    )
-  wanted, problems = set(pids), {}
-  for source in sources.values():
-    for index in range(len(source)):
-      try:
-        problem = source[index]
-      except (ValueError, OSError):
-        continue  # No completion answers a damaged record.
-      if problem.pid in wanted:
-        problems[problem.pid] = problem
-  if missing := sorted(wanted - problems.keys()):
+  problems = mathvista.problems_by_pid(data_dir, pids)
+  if missing := sorted(set(pids) - problems.keys()):
     raise ValueError(
       f"--data_dir ({data_dir!r}) must hold the problems of all samples, but "
       f"{len(missing)} are not in it, for example {missing[0]!r}; name the "
-      "data dir of the run."
+      "data dir of the run (WORKDIR/data if it had none)."
     )
   return problems
 

@@ -237,7 +237,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path, text, rule):
 
 def test_a_folder_that_is_no_data_dir_is_refused(tmp_path):
   path = write(tmp_path / "a.json", record())
-  with pytest.raises(SettingError, match="^data_dir .*prepare"):
+  with pytest.raises(SettingError, match="^data dir .*prepare"):
     label_results.label_results(
       [path], tmp_path / "out.jsonl", data_dir=tmp_path
     )

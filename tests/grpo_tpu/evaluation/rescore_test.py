@@ -112,7 +112,7 @@ def test_a_line_that_is_no_sample_is_refused_by_its_number(saved, line):
 def test_missing_problems_are_named(data_dir, tmp_path):
   with pytest.raises(ValueError, match=r"^--data_dir .* 1 are not in it.*'p7'"):
     rescore.read_problems({"p0", "p7"}, data_dir)
-  with pytest.raises(ValueError, match=r"^--data_dir .*prepare"):
+  with pytest.raises(ValueError, match=r"^data dir .*prepare"):
     rescore.read_problems({"p0"}, str(tmp_path))
 
 
