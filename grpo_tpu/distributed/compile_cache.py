@@ -40,21 +40,17 @@ class CompileCounter:
   """Counts the compilations of this process from now on."""
 
   def __init__(self):
-    self._count, self._seconds = 0, 0.0
-    on_compile(self._add)
-
-  def _add(self, seconds: float) -> None:
-    self._count += 1
-    self._seconds += seconds
+    self._seconds: list[float] = []
+    on_compile(self._seconds.append)
 
   def scalars(self) -> dict[str, float]:
     """Metrics of the compilations since the last call."""
-    scalars = {
-      "perf/compilations": self._count,
-      "perf/compile_seconds": self._seconds,
+    seconds = self._seconds.copy()
+    del self._seconds[: len(seconds)]
+    return {
+      "perf/compilations": len(seconds),
+      "perf/compile_seconds": sum(seconds, 0.0),
     }
-    self._count, self._seconds = 0, 0.0
-    return scalars
 
 
 class AotJit:
