@@ -15,11 +15,11 @@ class ForwardConfig(flax.struct.PyTreeNode):
   Attributes:
     config: Sizes of the network.
     dtype: Type of the matrix products.
-    remat: What layers keep for the backward pass, a key of `REMAT_POLICIES`.
+    remat: Rematerialization of the layers, one of `REMAT_POLICIES`.
     temperature: Temperature of the policy.
     chunk_size: Number of tokens whose logits exist at a time.
     train_vision: True if gradients reach the image tower.
-    vision_remat: What the tower's blocks keep for the backward pass.
+    vision_remat: Rematerialization of the image tower.
     attention: Implementation, from `gemma3.attention.choose_implementation`.
     banned_ids: Token ids of probability 0, as in the rollout.
     min_new_tokens: Number of tokens before which stop tokens have
