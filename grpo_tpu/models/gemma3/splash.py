@@ -105,7 +105,9 @@ def attend(
       mask = _prompt_mask(q.shape[2], soft_tokens, window)
     else:
       mask = _completion_mask(num_prompt, q.shape[2], window)
-    return _on_mesh(lambda *parts: _run_kernel(mask, *parts, interpret))
+    return _on_mesh(
+      lambda *parts: _run_kernel(mask, *parts, interpret=interpret)
+    )
 
   # Two kernels, of which one runs: blocks beyond the window are skipped.
   out = jax.lax.cond(
@@ -174,6 +176,7 @@ def _run_kernel(
   k: Float[Array, "U C s K H"],
   v: Float[Array, "U C s K H"],
   code: Int[Array, "U C t"],
+  *,
   interpret: bool,
 ) -> Float[Array, "U C t Q H"]:
   """Runs the kernel on each row, with the heads of one device."""

@@ -177,8 +177,9 @@ def _check_size(
   """Checks the sizes that tell the released models apart."""
   layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
   embedding = (*shapes.get("embedder/input_embedding", ()), 0, 0)
+  vocab_size, width = embedding[:2]
   has_tower = any(name.startswith("vision_encoder/") for name in shapes)
-  found = _describe(len(layers), *embedding[:2], has_tower)
+  found = _describe(len(layers), vocab_size, width, has_tower)
   wanted = _describe(
     config.num_layers,
     config.vocab_size,
