@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu.checkpoint import manifest, retention
+from grpo_tpu.checkpoint import manifest
+from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10
@@ -153,7 +154,7 @@ def best_path(directory: epath.PathLike) -> epath.Path | None:
 
 def _newest_whole(folder: epath.Path) -> str:
   for step in reversed(steps(folder)):
-    path = folder / retention.CheckpointInfo(step).name
+    path = folder / CheckpointInfo(step).name
     damage = manifest.find_damage(path)
     if not damage:
       return str(step)
@@ -170,7 +171,7 @@ def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
       f"no checkpoint of step {step} in {folder}: there are"
       f" {', '.join(map(str, saved)) or 'none'}."
     )
-  return folder / retention.CheckpointInfo(step).name
+  return folder / CheckpointInfo(step).name
 
 
 def _damage_message(path: epath.Path, damage: str) -> str:
@@ -192,36 +193,24 @@ def find_damage(path: epath.Path) -> str:
   )
 
 
-def broadcast_checkpoints(
-  directory: epath.Path,
-) -> list[retention.CheckpointInfo]:
+def broadcast_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
   """The checkpoints that process 0 lists, on every process."""
-  rows = (
-    [
-      [info.step, info.updates, info.is_whole, info.score]
-      for info in list_checkpoints(directory)
-    ]
-    if collectives.is_first_process()
-    else []
-  )
+  rows = []
+  if collectives.is_first_process():
+    rows = [dataclasses.astuple(info) for info in list_checkpoints(directory)]
   rows = json.loads(collectives.broadcast_string(json.dumps(rows)))
-  return [retention.CheckpointInfo(*row) for row in rows]
+  return [CheckpointInfo(*row) for row in rows]
 
 
-def list_checkpoints(directory: epath.Path) -> list[retention.CheckpointInfo]:
+def list_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
   """All checkpoints in a directory, in ascending order.
 
   A manifest without its folder is listed too: that checkpoint was lost.
   """
-  names = (
-    [path.name for path in directory.iterdir()] if directory.exists() else []
-  )
   checkpoints = set()
-  for name in names:
-    info = retention.CheckpointInfo.from_name(
-      name.removesuffix(manifest.SUFFIX)
-    )
-    if info is None:
+  for path in directory.iterdir() if directory.exists() else ():
+    name = path.name.removesuffix(manifest.SUFFIX)
+    if (info := CheckpointInfo.from_name(name)) is None:
       continue
     try:
       facts = manifest.read(directory / info.name)

@@ -122,43 +122,42 @@ def sent_bytes(
     program: One of `programs.names`.
   """
   mesh, step = config.mesh, programs.step_of(program)
-  if step in ("move", "results"):
-    return {"ici": 0.0, "dcn": 0.0}
-  sharded, trained = _weight_bytes(config)
-  if step == "pictures":
-    sharded = _tower_bytes(config)
-  # In a ring, each device passes on every shard but its own.
-  gathered = sharded * (mesh.fsdp - 1) / mesh.fsdp
-  micro, dcn = config.num_microbatches, 0.0
-  if step == "pictures":
-    ici = gathered
-  elif step.endswith("prefill"):
-    prompts, _ = _rollout_rows(config, step)
-    tokens = prompts * config.data.prompt_buckets[-1]
-    ici = gathered + _forward_bytes(config, tokens)
-  elif step in ("decode_chunk", "evaluation_decode"):
-    _, rows = _rollout_rows(config, step)
-    trips = tokens_per_chunk(config)
-    ici = trips * (gathered + _forward_bytes(config, rows))
-  elif step == "score":
-    tokens = _batch_tokens(config, config.data.prompts_per_step)
-    ici = gathered * micro + _forward_bytes(config, tokens)
-  elif step == "evaluation_score":
-    tokens = _batch_tokens(config, config.eval.batch_size)
-    ici = gathered + _forward_bytes(config, tokens)
-  else:
-    # Weights are gathered in the forward and in the backward pass, which also
-    # serves recomputation.
-    scattered = trained * (mesh.fsdp - 1) / mesh.fsdp
-    tokens = _batch_tokens(config, config.data.prompts_per_step)
-    ici = micro * (2 * gathered + scattered)
-    ici += _passes(config) * _reduced_bytes(config, tokens)
-    ici += 2 * _embedded_bytes(config, tokens)
-    replicas = trained / mesh.fsdp * 2 * (mesh.replica - 1) / mesh.replica
-    if topology.num_slices > 1:
-      dcn = replicas
-    else:
-      ici += replicas
+  used, trained = _weight_bytes(config)
+  batch_tokens = _batch_tokens(config, config.data.prompts_per_step)
+
+  def ring(num_bytes: float) -> float:
+    """Bytes sent if each device passes on every shard but its own."""
+    return num_bytes * (mesh.fsdp - 1) / mesh.fsdp
+
+  ici = dcn = 0.0
+  match step:
+    case "pictures":
+      ici = ring(_tower_bytes(config))
+    case "prefill" | "evaluation_prefill":
+      prompts, _ = _rollout_rows(config, step)
+      tokens = prompts * config.data.prompt_buckets[-1]
+      ici = ring(used) + _forward_bytes(config, tokens)
+    case "decode_chunk" | "evaluation_decode":
+      _, rows = _rollout_rows(config, step)
+      trips = tokens_per_chunk(config)
+      ici = trips * (ring(used) + _forward_bytes(config, rows))
+    case "score":
+      ici = ring(used) * config.num_microbatches
+      ici += _forward_bytes(config, batch_tokens)
+    case "evaluation_score":
+      tokens = _batch_tokens(config, config.eval.batch_size)
+      ici = ring(used) + _forward_bytes(config, tokens)
+    case "train_step":
+      # Weights are gathered in the forward and in the backward pass, which also
+      # serves recomputation; gradients are scattered.
+      ici = config.num_microbatches * (2 * ring(used) + ring(trained))
+      ici += _passes(config) * _reduced_bytes(config, batch_tokens)
+      ici += 2 * _embedded_bytes(config, batch_tokens)
+      replicas = trained / mesh.fsdp * 2 * (mesh.replica - 1) / mesh.replica
+      if topology.num_slices > 1:
+        dcn = replicas
+      else:
+        ici += replicas
   return {"ici": ici, "dcn": dcn}
 
 
