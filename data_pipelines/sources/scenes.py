@@ -11,10 +11,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from data_pipelines.sources import drawing, questions
-
-Canvas = drawing.Canvas
-Question = questions.Question
+from data_pipelines.sources import drawing
+from data_pipelines.sources.drawing import Canvas
+from data_pipelines.sources.questions import (
+  Question,
+  ask_float,
+  ask_integer,
+  ask_word,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ def _ask_color(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
     f"Which color does the {shape} have?",
     f"The {shape} is drawn in which color?",
   )
-  return questions.ask_word(text, color, drawing.COLORS)
+  return ask_word(text, color, drawing.COLORS)
 
 
 def _ask_shape(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
@@ -67,7 +71,7 @@ def _ask_shape(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
   text = canvas.wording(
     f"What shape is {color}?", f"Which shape has the color {color}?"
   )
-  return questions.ask_word(text, shape, drawing.SHAPES)
+  return ask_word(text, shape, drawing.SHAPES)
 
 
 # Many shapes, some of them to be counted.
@@ -112,7 +116,7 @@ def _ask_count(canvas: Canvas, facts: _ShapeCounts) -> Question:
     f"Count the {facts.name}. How many are there?",
   )
   counts = range(_least_count(canvas.level), canvas.level.max_count + 1)
-  return questions.ask_integer(text, facts.count, counts)
+  return ask_integer(text, facts.count, counts)
 
 
 def _ask_total(canvas: Canvas, facts: _ShapeCounts) -> Question:
@@ -124,7 +128,7 @@ def _ask_total(canvas: Canvas, facts: _ShapeCounts) -> Question:
   if facts.num_others:
     solution = f"{facts.count} + {facts.num_others} = {total}."
   most = canvas.level.max_count + canvas.level.num_distractors
-  return questions.ask_integer(text, total, range(1, most + 1), solution)
+  return ask_integer(text, total, range(1, most + 1), solution)
 
 
 # Colored values, as bars or as a table.
@@ -178,9 +182,7 @@ def _ask_bar_value(canvas: Canvas, facts: _Bars) -> Question:
   text = canvas.wording(
     f"What is the value of the {color} bar?", f"How tall is the {color} bar?"
   )
-  return questions.ask_integer(
-    text, facts.values[asked], range(1, facts.most + 1)
-  )
+  return ask_integer(text, facts.values[asked], range(1, facts.most + 1))
 
 
 def _ask_bar_max(canvas: Canvas, facts: _Bars) -> Question:
@@ -188,7 +190,7 @@ def _ask_bar_max(canvas: Canvas, facts: _Bars) -> Question:
     "What color is the tallest bar?", "Which bar has the largest value?"
   )
   color = facts.colors[facts.values.index(max(facts.values))]
-  return questions.ask_word(text, color, facts.colors, facts.row_list)
+  return ask_word(text, color, facts.colors, facts.row_list)
 
 
 def _ask_bar_difference(canvas: Canvas, facts: _Bars) -> Question:
@@ -199,7 +201,7 @@ def _ask_bar_difference(canvas: Canvas, facts: _Bars) -> Question:
     f"What is the value of the {one} bar minus that of the {other} bar?",
   )
   solution = f"{high} - {low} = {high - low}."
-  return questions.ask_integer(text, high - low, range(1, facts.most), solution)
+  return ask_integer(text, high - low, range(1, facts.most), solution)
 
 
 def _draw_table(canvas: Canvas) -> _Values:
@@ -221,9 +223,7 @@ def _ask_table_value(canvas: Canvas, facts: _Values) -> Question:
   text = canvas.wording(
     f"What number is next to {color}?", f"Which value does {color} have?"
   )
-  return questions.ask_integer(
-    text, facts.values[asked], range(1, facts.most + 1)
-  )
+  return ask_integer(text, facts.values[asked], range(1, facts.most + 1))
 
 
 def _ask_table_sum(canvas: Canvas, facts: _Values) -> Question:
@@ -236,7 +236,7 @@ def _ask_table_sum(canvas: Canvas, facts: _Values) -> Question:
   )
   solution = f"{one} + {other} = {one + other}."
   sums = range(2, 2 * facts.most + 1)
-  return questions.ask_integer(text, one + other, sums, solution)
+  return ask_integer(text, one + other, sums, solution)
 
 
 def _ask_table_list(canvas: Canvas, facts: _Values) -> Question:
@@ -275,7 +275,7 @@ def _ask_price(canvas: Canvas, facts: _Decimals) -> Question:
     f"What is the price of {facts.color}?", f"How much does {facts.color} cost?"
   )
   prices = range(4, facts.most + 1)
-  return questions.ask_float(
+  return ask_float(
     text, facts.parts, prices, parts_of_one=4, precision=2, unit="$"
   )
 
@@ -285,7 +285,7 @@ def _ask_weight(canvas: Canvas, facts: _Decimals) -> Question:
     f"What is the weight of {facts.color}?", f"How heavy is {facts.color}?"
   )
   weights = range(10, facts.most + 1)
-  return questions.ask_float(
+  return ask_float(
     text, facts.parts, weights, parts_of_one=10, precision=1, unit="kg"
   )
 
@@ -301,7 +301,7 @@ class _Clock:
 
 
 def _draw_clock(canvas: Canvas) -> _Clock:
-  # On a small picture the hand's tip moves less than two pixels a minute.
+  # On a small image the hand's tip moves less than two pixels a minute.
   step = max(canvas.level.minute_step, 1 if canvas.size >= 64 else 5)
   facts = _Clock(canvas.integer(1, 12), step * canvas.index(60 // step), step)
   drawing.draw_clock(canvas, hour=facts.hour, minute=facts.minute)
@@ -313,7 +313,7 @@ def _ask_clock_hour(canvas: Canvas, facts: _Clock) -> Question:
     "What is the hour on the clock?",
     "The red hand is the hour hand. Which hour does the clock show?",
   )
-  return questions.ask_integer(text, facts.hour, range(1, 13))
+  return ask_integer(text, facts.hour, range(1, 13))
 
 
 def _ask_clock_minutes(canvas: Canvas, facts: _Clock) -> Question:
@@ -322,14 +322,14 @@ def _ask_clock_minutes(canvas: Canvas, facts: _Clock) -> Question:
     "The blue hand is the minute hand. How many minutes does it show?",
   )
   minutes = range(0, 60, facts.step)
-  return questions.ask_integer(text, facts.minute, minutes, unit="minutes")
+  return ask_integer(text, facts.minute, minutes, unit="minutes")
 
 
 def _ask_clock_time(canvas: Canvas, facts: _Clock) -> Question:
   text = canvas.wording("What time is it?", "What time does the clock show?")
   minutes = range(0, 60, facts.step)
   times = (f"{hour}:{m:02d}" for hour in range(1, 13) for m in minutes)
-  return questions.ask_word(text, f"{facts.hour}:{facts.minute:02d}", times)
+  return ask_word(text, f"{facts.hour}:{facts.minute:02d}", times)
 
 
 # A grid of dots, some of them black.
@@ -367,14 +367,14 @@ def _ask_dot_total(canvas: Canvas, facts: _Dots) -> Question:
   )
   solution = f"{facts.rows} x {facts.columns} = {facts.total}."
   totals = range(4, canvas.level.max_side**2 + 1)
-  return questions.ask_integer(text, facts.total, totals, solution)
+  return ask_integer(text, facts.total, totals, solution)
 
 
 def _ask_dot_black(canvas: Canvas, facts: _Dots) -> Question:
   text = canvas.wording(
     "How many dots are black?", "Count the black dots. How many are there?"
   )
-  return questions.ask_integer(text, facts.num_black, range(1, facts.total))
+  return ask_integer(text, facts.num_black, range(1, facts.total))
 
 
 def _ask_dot_fraction(canvas: Canvas, facts: _Dots) -> Question:
@@ -382,7 +382,7 @@ def _ask_dot_fraction(canvas: Canvas, facts: _Dots) -> Question:
     "What fraction of the dots is black?", "Which share of the dots is black?"
   )
   fraction = facts.num_black / facts.total
-  return questions.ask_float(
+  return ask_float(
     text,
     facts.num_black,
     range(1, facts.total),

@@ -182,7 +182,7 @@ def _read_model(path: str) -> bytes:
 def train(
   texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int
 ) -> None:
-  """Writes a small SentencePiece model of `texts`, laid out as Gemma's.
+  """Writes a small SentencePiece model of `texts` with Gemma's special ids.
 
   Equal texts in equal order give equal files, byte for byte. Gemma's own image
   ids do not fit, so image tokens follow the newlines; the answer tag gets its

@@ -224,9 +224,9 @@ def _parse_list(text: str) -> str | None:
     value = numbers.only_number(core)
     if not core or (value is None and not bracketed):
       return None
-    spelt = core.casefold() if value is None else numbers.canonical(value)
+    spelling = core.casefold() if value is None else numbers.canonical(value)
     items.append(
-      item.replace(core, spelt).translate(dict.fromkeys(map(ord, " \t\n\r'\"")))
+      item.replace(core, spelling).translate(dict.fromkeys(map(ord, " \t\n\r'\"")))
     )
   return f"[{','.join(items)}]"
 

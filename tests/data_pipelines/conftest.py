@@ -1,4 +1,4 @@
-"""Responses of eight models, read once."""
+"""Completions of eight models, read once."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def responses(fixtures) -> list[dict[str, Any]]:
-  """Each model's to all of testmini; tests must not change them."""
+  """Each model's completions of all of testmini; tests must not change them."""
   path = fixtures / "mathvista_responses" / "responses.jsonl.gz"
   with gzip.open(path, "rt") as file:
     return [json.loads(line) for line in file]

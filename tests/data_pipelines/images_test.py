@@ -92,7 +92,7 @@ def test_images_stand_upright(orientation, format):
 
 
 def header_only_png(width, height):
-  """A PNG that claims a size, and data of which nothing follows."""
+  """A PNG whose header claims a size, without any data."""
   chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   crc = struct.pack(">I", zlib.crc32(chunk))
   data = struct.pack(">I", 100) + b"IDAT"

@@ -1,4 +1,4 @@
-"""Batches whose rows show one image, or that and its crops."""
+"""Batches whose rows show one image, with and without crops."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ SETTINGS = images.PanAndScan(
 )
 # Width and height, with 0, 2, 3 and 4 crops.
 SIZES = {(10, 10): 0, (20, 10): 2, (10, 30): 3, (60, 10): 4}
-# Long enough that a step is not of all kinds.
+# Long enough that no step has images of all sizes.
 WHICH = (0, 0, 1, 0, 0, 3, 0, 0, 2, 0, 1, 0)
 
 
@@ -147,7 +147,7 @@ def test_a_restart_shows_what_the_unbroken_run_does(tokenizer):
 
 
 def test_crops_that_make_a_prompt_too_long_mask_its_row(tokenizer):
-  """The rows before and after it are what they are without it."""
+  """The other rows do not change."""
   narrow = dict(prompt_buckets=(64,))
   masked = 0
   for short, long in zip(
@@ -166,7 +166,7 @@ def test_crops_that_make_a_prompt_too_long_mask_its_row(tokenizer):
 
 
 class ChangingSource:
-  """Gives images that later are others."""
+  """A source whose images change later."""
 
   def __init__(self, before, after):
     self.before, self.after, self.read = before, after, set()
@@ -189,7 +189,7 @@ def with_images(size):
 
 @pytest.fixture
 def reasons(monkeypatch):
-  """Why rows were masked."""
+  """The reasons for masked rows."""
   seen = []
   monkeypatch.setattr(
     prompt_rows, "warn_masked", lambda index, error: seen.append(error.reason)
@@ -252,7 +252,7 @@ def test_a_model_that_cannot_see_reads_no_header(tokenizer):
     assert batch.valid.all() and batch.images.shape[1] == 0
 
 
-def test_evaluation_counts_the_crops_of_another_source_anew(tokenizer):
+def test_evaluation_counts_the_crops_of_another_source_again(tokenizer):
   evaluation = eval_batches(tokenizer)
   slots = [batch.images.shape[1] for batch in evaluation]
   assert slots == [3, 5, 3]

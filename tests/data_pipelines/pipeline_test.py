@@ -1,4 +1,4 @@
-"""The stream of batches: one order, whoever reads it and from wherever."""
+"""The stream of batches has one order for every reader and every start."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ PROBLEMS = [make_problem(index) for index in range(NUM_PROBLEMS)]
 
 
 class FailingSource:
-  """Reads every record but the bad ones."""
+  """A source with unreadable records."""
 
   def __init__(self, problems, unreadable):
     self.problems, self.unreadable = problems, unreadable
@@ -141,7 +141,9 @@ def test_shards_together_hold_the_rows_of_one_shard(
 
 @pytest.mark.parametrize("kind", prompt_rows.KINDS)
 @pytest.mark.parametrize("start_step", [1, 3, 7])
-def test_a_restart_at_any_step_goes_on_as_before(tokenizer, kind, start_step):
+def test_a_restart_at_any_step_yields_the_same_batches(
+  tokenizer, kind, start_step
+):
   unbroken = batches(tokenizer, kind=kind)
   resumed = batches(
     tokenizer, kind=kind, start_step=start_step, steps=8 - start_step
@@ -152,7 +154,7 @@ def test_a_restart_at_any_step_goes_on_as_before(tokenizer, kind, start_step):
 
 @pytest.fixture
 def parsed_flags():
-  """Grain reads absl flags, which a program has parsed and pytest has not."""
+  """Marks absl flags as parsed, because Grain reads them."""
   was_parsed = flags.FLAGS.is_parsed()
   flags.FLAGS.mark_as_parsed()
   yield
@@ -164,7 +166,7 @@ def parsed_flags():
 def test_worker_processes_give_the_batches_of_none(
   tokenizer, tmp_path, parsed_flags
 ):
-  """From the files of a data dir, for a shard of two, started at step 3."""
+  """From the files of a data dir, for one of two shards, from step 3 on."""
   mathvista.write({"train": PROBLEMS}, tmp_path)
   source = mathvista.source(tmp_path, "train")
   place = dict(kind="preference", shards=(1,), shard_count=2)
@@ -257,7 +259,7 @@ def test_demonstrations_come_with_the_worked_answer(tokenizer):
       assert mask[0].sum() == len(expected)
 
 
-def test_preferences_come_as_the_right_and_a_wrong_reply(tokenizer):
+def test_preferences_are_a_right_and_a_wrong_completion(tokenizer):
   for batch in batches(tokenizer, kind="preference"):
     assert batch.completion_ids.shape == (4, 2, 24)
     for ids, problem in zip(batch.completion_ids, batch.problems, strict=True):
@@ -274,7 +276,7 @@ def test_preferences_alone_come_with_labels(tokenizer):
     assert all(batch.labels is None for batch in batches(tokenizer, kind=kind))
 
 
-def test_a_group_of_three_is_three_different_replies(tokenizer):
+def test_a_group_of_three_has_three_different_completions(tokenizer):
   for batch in batches(tokenizer, kind="preference", num_labelled=3):
     np.testing.assert_array_equal(batch.labels, [[1, 0, 0]] * 4)
     assert batch.completion_ids.shape == (4, 3, 24)
@@ -282,8 +284,8 @@ def test_a_group_of_three_is_three_different_replies(tokenizer):
       assert len(set(map(tokenizer.decode, ids))) == 3
 
 
-def own_replies(problem, rng):
-  """Two to most problems, one that is too long or none at all to some."""
+def own_completions(problem, rng):
+  """Two completions for most problems; for others a long one or none."""
   if problem.pid == "p1":
     raise records.BadRecord("no_completions", "none for p1")
   last = "7" * 24 if problem.pid == "p2" else f"not {problem.pid}"
@@ -292,8 +294,10 @@ def own_replies(problem, rng):
   ), preferences.LabelledCompletion(last, 3.0)
 
 
-def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):
-  found = batches(tokenizer, kind="preference", completion_source=own_replies)
+def test_own_completions_keep_their_order_and_labels(tokenizer):
+  found = batches(
+    tokenizer, kind="preference", completion_source=own_completions
+  )
   for batch in found:
     np.testing.assert_array_equal(
       batch.valid, [p.pid not in ("p1", "p2") for p in batch.problems]
@@ -306,14 +310,14 @@ def test_replies_of_ones_own_come_in_their_order_with_their_labels(tokenizer):
   assert not all(batch.valid.all() for batch in found)
 
 
-def test_a_reply_that_is_not_there_has_no_label_and_no_tokens(tokenizer):
-  """The third of every group of two, and all of an invalid row."""
+def test_a_missing_completion_has_no_label_and_no_tokens(tokenizer):
+  """The third of a group of two, and all completions of an invalid row."""
   source = FailingSource(PROBLEMS, unreadable={3})
   for batch in batches(
     tokenizer,
     source,
     kind="preference",
-    completion_source=own_replies,
+    completion_source=own_completions,
     num_labelled=3,
   ):
     there = batch.valid[:, None] & [True, True, False]
@@ -322,7 +326,7 @@ def test_a_reply_that_is_not_there_has_no_label_and_no_tokens(tokenizer):
     assert (batch.completion_ids[~there] == GEMMA3.pad).all()
 
 
-def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
+def test_a_problem_asked_again_may_get_another_wrong_completion(tokenizer):
   rejected = {
     tokenizer.decode(batch.completion_ids[row, 1])
     for batch in batches(tokenizer, kind="preference", steps=13)
@@ -333,7 +337,7 @@ def test_a_problem_asked_again_may_get_another_wrong_reply(tokenizer):
 
 
 def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
-  """Unreadable, too long to ask, and with an image that does not decode."""
+  """Records that are unreadable, too long, or have a damaged image."""
   long = dataclasses.replace(PROBLEMS[4], query="7" * 90)
   torn = dataclasses.replace(PROBLEMS[6], image_bytes=b"no picture")
   problems = [*PROBLEMS]
@@ -393,8 +397,8 @@ def test_a_completion_of_exactly_the_most_tokens_fits(tokenizer):
     assert all(batch.valid.all() for batch in found) == (spare == 0)
 
 
-def test_every_row_of_a_step_draws_its_own_wrong_reply(tokenizer):
-  """Twelve copies of one problem, whose wrong answers are six."""
+def test_every_row_of_a_step_draws_its_own_wrong_completion(tokenizer):
+  """Twelve copies of one problem with six possible wrong answers."""
   found = batches(
     tokenizer, PROBLEMS[:1] * 12, kind="preference", prompts_per_step=12
   )
@@ -414,7 +418,7 @@ COLOURS = ("red", "blue", "green", "black", "white")
 
 
 def make_choice(index, choices=COLOURS):
-  """A problem with options, the first of them right."""
+  """A problem whose first option is right."""
   problem = dataclasses.replace(
     make_problem(index),
     choices=choices,
@@ -425,7 +429,7 @@ def make_choice(index, choices=COLOURS):
   return records.with_official_query(problem)
 
 
-# One of them refers to its options, and keeps them.
+# The last problem refers to its options and keeps their order.
 CHOICES = [make_choice(index) for index in range(NUM_PROBLEMS - 1)]
 CHOICES.append(make_choice(NUM_PROBLEMS - 1, ("A", "B", "C")))
 SHUFFLED = dict(
@@ -454,12 +458,12 @@ def test_shuffled_rows_ask_what_the_reward_will_see(tokenizer, kind):
       assert batch.prompt_ids[row, :length].tolist() == ids
       line = f"({letter}) {problem.answer}"
       assert line in tokenizer.decode([i for i in ids if i not in (106,)])
-  # Of 120 orders, about thirty rows draw hardly any twice.
+  # Thirty rows draw few of 120 orders twice.
   assert len(orders) > 20
 
 
 def test_a_problem_asked_again_has_another_order_each_time(tokenizer):
-  """Twelve copies in a step, and again in the next: no row is like another."""
+  """Twelve copies in each of two steps have different orders."""
   found = batches(
     tokenizer,
     CHOICES[:1] * 12,
@@ -489,7 +493,7 @@ def test_another_seed_draws_other_orders(tokenizer):
 
 @pytest.mark.parametrize("kind", prompt_rows.KINDS)
 def test_shuffled_shards_together_hold_the_rows_of_one(tokenizer, kind):
-  """After a restart too."""
+  """Also after a restart."""
   alone = batches(tokenizer, CHOICES, kind=kind, **SHUFFLED)[5:]
   shards = [
     batches(
@@ -511,7 +515,7 @@ def test_shuffled_shards_together_hold_the_rows_of_one(tokenizer, kind):
 def test_shuffling_changes_neither_the_order_of_problems_nor_the_widths(
   tokenizer,
 ):
-  """Nor anything at all where there are no options."""
+  """Problems without options do not change at all."""
   for source in (CHOICES, PROBLEMS):
     plain = batches(tokenizer, source, **SHUFFLED | dict(shuffle_options=False))
     mixed = batches(tokenizer, source, **SHUFFLED)
@@ -523,10 +527,10 @@ def test_shuffling_changes_neither_the_order_of_problems_nor_the_widths(
 
 
 def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
-  """The bucket is that of the published order, which every shard knows."""
+  """Every shard takes the bucket of the published order."""
   path = tmp_path / "tokenizer.model"
   tokens.train([chat_prompts.chat_text(CHOICES[0])] * 2, path, vocab_size=512)
-  # Spells one order in few pieces, and others in more or fewer of them.
+  # Encodes other orders in more or fewer pieces.
   tokenizer = tokens.Tokenizer(path)
 
   def length(problem):
@@ -553,7 +557,7 @@ def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
   ):
     assert batch.valid.all() and batch.prompt_ids.shape[1] == bucket
     is_published += [asked == problem for asked in batch.problems]
-  # Of 120 orders one is drawn once in 40 rows at most, by its own right.
+  # By chance, one of 120 orders is drawn about once in 40 rows at most.
   assert 10 < sum(is_published) < 40
 
 
@@ -564,7 +568,7 @@ def test_evaluation_never_shuffles(tokenizer):
 
 
 @pytest.mark.parametrize("name", chat_prompts.TEMPLATES)
-def test_prompts_and_replies_follow_the_template(tokenizer, name):
+def test_prompts_and_completions_follow_the_template(tokenizer, name):
   template = chat_prompts.TEMPLATES[name]
   wide = dict(template=template, prompt_buckets=(256,), max_new_tokens=96)
 
@@ -611,7 +615,7 @@ def test_evaluation_asks_the_first_problems_once_in_their_order(tokenizer):
   np.testing.assert_array_equal(places, range(12))
 
 
-REPLIES = dict(
+LABELLED = dict(
   kind="preference",
   max_new_tokens=24,
   completion_source=preferences.synthesize(3),
@@ -619,15 +623,15 @@ REPLIES = dict(
 )
 
 
-@pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])
-def test_evaluation_can_be_gone_through_again(tokenizer, replies):
+@pytest.mark.parametrize("replies", [{}, LABELLED], ids=["none", "drawn"])
+def test_evaluation_can_be_iterated_again(tokenizer, replies):
   evaluation = eval_batches(tokenizer, **replies)
   assert len(evaluation) == 3
   for left, right in zip(evaluation, evaluation, strict=True):
     assert_same(left, right)
 
 
-@pytest.mark.parametrize("replies", [{}, REPLIES], ids=["none", "drawn"])
+@pytest.mark.parametrize("replies", [{}, LABELLED], ids=["none", "drawn"])
 def test_evaluation_shards_together_hold_every_row(tokenizer, replies):
   shards = [
     eval_batches(tokenizer, shards=(index,), shard_count=2, **replies)
@@ -639,11 +643,11 @@ def test_evaluation_shards_together_hold_every_row(tokenizer, replies):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_evaluation_compares_the_same_replies_whatever_the_batches(
+def test_evaluation_compares_the_same_completions_for_any_batch_size(
   tokenizer, batch_size
 ):
   def compared(size):
-    found = list(eval_batches(tokenizer, batch_size=size, **REPLIES))
+    found = list(eval_batches(tokenizer, batch_size=size, **LABELLED))
     return [
       np.concatenate([getattr(batch, name) for batch in found])[:10]
       for name in ("completion_ids", "completion_mask", "labels")
@@ -655,7 +659,7 @@ def test_evaluation_compares_the_same_replies_whatever_the_batches(
   assert ids.shape == mask.shape == (10, 3, 24)
 
 
-def test_evaluation_without_replies_has_no_completions(tokenizer):
+def test_evaluation_without_labels_has_no_completions(tokenizer):
   for batch in eval_batches(tokenizer):
     assert batch.completion_ids is None
     assert batch.completion_mask is None

@@ -1,4 +1,4 @@
-"""Images and prompts as transformers' Gemma3Processor makes them.
+"""Makes images and prompts with transformers' Gemma3Processor.
 
 Run by the Python of the peers' venv:
 `python transformers_images.py IN.npz OUT.npz`. IN holds `file_0`, `file_1`,
@@ -29,7 +29,7 @@ SOFT_TOKENS = 3
 
 
 def processor():
-  """With a tokenizer that is only asked for the names of its tokens."""
+  """A processor whose tokenizer only names its tokens."""
   words = {name: i for i, name in enumerate(["?", *NAMED.values()])}
   model = tokenizers.models.WordLevel(words, unk_token="?")
   tokenizer = transformers.PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Images and their words, against transformers' Gemma3Processor."""
+"""Compares images and their words with transformers' Gemma3Processor."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ def encoded(image, format="PNG", **options):
 
 
 def drawn_images():
-  """What the snapshot lacks: transparency, and an image on its side."""
+  """A transparent image and a rotated one, which the snapshot lacks."""
   rng = np.random.default_rng(0)
   noise = Image.fromarray(rng.integers(0, 256, (280, 900, 4), np.uint8))
   exif = Image.Exif()
@@ -60,7 +60,7 @@ def files(fixtures):
 
 @pytest.fixture(scope="module")
 def theirs(files, peers_python, tmp_path_factory):
-  """Pixel values, and the text of images, by setting and image."""
+  """transformers' pixel values and image text, by setting and image."""
   given = {"pan_and_scan": np.array([*map(dataclasses.astuple, SETTINGS)])}
   for i, data in enumerate(files):
     given[f"file_{i}"] = np.frombuffer(data, np.uint8)
@@ -78,13 +78,13 @@ def theirs(files, peers_python, tmp_path_factory):
 
 
 def size_of(i):
-  """The released models' for one image; less for the rest, to be quick."""
+  """The released models' size for one image; smaller for the others."""
   return 896 if i == 0 else 224
 
 
 @pytest.mark.parametrize("row", range(len(SETTINGS)))
 def test_pixels_are_those_of_transformers(files, theirs, row):
-  """Exactly, to the step of a uint8; as what a model reads, to rounding."""
+  """Equal as uint8; equal up to rounding as the floats that a model reads."""
   num_crops = []
   for i, data in enumerate(files):
     ours = images.views(images.decode(data), size_of(i), SETTINGS[row])
@@ -104,7 +104,7 @@ def tokenizer(tmp_path_factory):
 
 
 def spelt(ids, tokenizer):
-  """The text of ids, images and all, as transformers would write it."""
+  """The text of ids as transformers writes it, with images."""
   named = {
     GEMMA3.image_placeholder: "<image_soft_token>",
     tokenizer.start_of_image: "<start_of_image>",

@@ -45,7 +45,7 @@ def contents(folder):
 
 
 def rows(num_bad):
-  """Sixty rows as a snapshot has them, the first few without a question."""
+  """Sixty rows of a snapshot, the first few without a question."""
   for index, problem in enumerate(synthetic.problems(SPEC)):
     row = dataclasses.asdict(problem)
     row["decoded_image"] = {"bytes": row.pop("image_bytes"), "path": None}
@@ -65,7 +65,7 @@ def snapshot(tmp_path):
   return write
 
 
-def test_a_data_dir_holds_all_that_a_run_needs(tmp_path):
+def test_a_data_dir_has_all_that_a_run_needs(tmp_path):
   manifest = build.build_data_dir(request(tmp_path / "data"))
   assert manifest == json.loads((tmp_path / "data/manifest.json").read_text())
   problems = []
@@ -88,7 +88,7 @@ def test_the_same_request_gives_the_same_bytes(tmp_path):
   assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_finished_data_dir_is_reused_as_it_stands(tmp_path, monkeypatch):
+def test_a_complete_data_dir_is_reused(tmp_path, monkeypatch):
   first = build.build_data_dir(request(tmp_path / "data"))
   monkeypatch.delattr(build, "_write")
   assert build.build_data_dir(request(tmp_path / "data")) == first
@@ -121,7 +121,7 @@ def test_another_request_replaces_the_data_dir(tmp_path, change):
     lambda folder: shutil.rmtree(folder / "mathvista"),
   ],
 )
-def test_a_half_made_data_dir_is_made_again(tmp_path, damage):
+def test_an_incomplete_data_dir_is_rebuilt(tmp_path, damage):
   build.build_data_dir(request(tmp_path / "data"))
   whole = contents(tmp_path / "data")
   damage(tmp_path / "data")
@@ -134,7 +134,7 @@ def test_a_killed_run_leaves_the_old_data_dir_and_no_other(
 ):
   build.build_data_dir(request(tmp_path / "data"))
   whole = contents(tmp_path / "data")
-  # What SIGKILL leaves: nothing is cleaned up.
+  # After SIGKILL nothing is cleaned up.
   with monkeypatch.context() as context:
     context.setattr(build.shutil, "rmtree", lambda *args, **kwargs: None)
     context.setattr(build.mathvista, "write", lambda *args: sys.exit(9))
@@ -148,7 +148,7 @@ def test_a_killed_run_leaves_the_old_data_dir_and_no_other(
 
 
 @pytest.mark.parametrize("place", ["file", "folder"])
-def test_what_others_wrote_is_never_replaced(tmp_path, place):
+def test_foreign_files_are_never_replaced(tmp_path, place):
   data_dir = tmp_path / "data"
   if place == "folder":
     data_dir.mkdir()
@@ -245,7 +245,7 @@ def test_the_snapshot_is_divided_without_leaks_or_rejects(divided):
 
 
 def test_a_prepared_folder_is_a_source_that_gives_itself(divided, tmp_path):
-  """The withheld are gone, so the division has none to withhold."""
+  """The withheld records are gone, so none is withheld again."""
   folder, manifest = divided
   again = build.build_data_dir(request(tmp_path / "data", source=str(folder)))
   for name in ("counts", "terms", "fingerprint", "tokenizer"):
@@ -265,7 +265,7 @@ def test_a_drawn_folder_is_a_source_that_gives_itself(tmp_path):
   assert again["fingerprint"] == drawn["fingerprint"]
 
 
-def test_mathvistas_own_records_put_all_under_its_terms(tmp_path):
+def test_mathvistas_own_records_put_all_records_under_its_terms(tmp_path):
   folder = tmp_path / "snapshot"
   folder.mkdir()
   for source, terms in (("Geometry3K", "mathvista"), ("mine", "")):

@@ -1,4 +1,4 @@
-"""One set of problems in each layout that it may come in."""
+"""The same problems in each layout of a folder."""
 
 import io
 import json
@@ -34,7 +34,7 @@ ENTRY = {
 
 
 def github(folder, entries, split="testmini"):
-  """Writes the layout, with an image for each of the first entries."""
+  """Writes the GitHub layout, with images for the first entries."""
   (folder / "images").mkdir(parents=True, exist_ok=True)
   for name in ("1.jpg", "2.jpg"):
     (folder / "images" / name).write_bytes(make_image(len(name)))
@@ -59,7 +59,7 @@ def parquet(folder, pids=("1",), split="testmini"):
 
 
 def read(folder, split="testmini"):
-  """Problems, and slugs in place of what is none."""
+  """The problems, with the reason in place of each bad record."""
   found = []
   for raw in folders.find(folder).readers[split]():
     if isinstance(raw, records.BadRecord):
@@ -76,7 +76,7 @@ def read(folder, split="testmini"):
 
 
 def as_github(snapshot, folder):
-  """The parquet snapshot laid out as the GitHub repository has it."""
+  """The parquet snapshot in the layout of the GitHub repository."""
   (folder / "images").mkdir(parents=True)
   for split, paths in mathvista.shards(snapshot).items():
     entries = {}
@@ -159,7 +159,7 @@ def test_an_entry_that_is_no_problem_says_why(tmp_path, entry, reason):
 
 
 def test_a_pid_that_is_given_twice_is_a_duplicate(tmp_path):
-  """A plain parser would keep the last one and say nothing."""
+  """A plain parser would silently keep the last one."""
   other = json.dumps({**ENTRY, "answer": "4"})
   text = f'{{"1": {json.dumps(ENTRY)}, "1": {other}}}'
   kept, rejects = intake.check_records(
@@ -234,9 +234,9 @@ def test_another_content_is_another_list_of_files(tmp_path):
 
 
 class Bucket(type(backend.tf_backend)):
-  """What epath reads gs:// and s3:// with, shown a folder in their place.
+  """A backend for epath that reads a local folder in place of a bucket.
 
-  s3://, because of gs:// it first asks the network what kind of bucket it is.
+  For s3://, because epath asks the network about every gs:// bucket.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -286,7 +286,7 @@ def test_a_bucket_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
 def test_datasets_and_the_builder_read_the_same_records(
   fixtures, tmp_path, monkeypatch
 ):
-  """With the library that the snapshot was published for as the oracle."""
+  """Compares with the `datasets` library, for which the snapshot was made."""
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   datasets = pytest.importorskip("datasets")
   snapshot = fixtures / "mathvista_schema"

@@ -25,7 +25,7 @@ PROBLEMS = list(synthetic.problems(SPEC))
 
 
 def bomb():
-  """A PNG of a few bytes that claims to be 51 Mpx."""
+  """A PNG of a few bytes that claims 51 megapixels."""
   header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 5_100, 8, 2, 0, 0, 0)
   crc = struct.pack(">I", zlib.crc32(header))
   return (
@@ -37,7 +37,7 @@ def bomb():
   )
 
 
-# Fields in which a problem of the set differs, one for each way to be bad.
+# For each reason, the changes that make a problem bad.
 BAD = {
   "missing_image": {"image_bytes": b""},
   "image_too_large": {"image_bytes": bomb()},
@@ -73,7 +73,7 @@ def placed(sources, fraction=0.5):
   return kept, intake.assign_splits(kept, salt="a", eval_fraction=fraction)
 
 
-def test_a_bad_record_is_set_aside_with_its_reason():
+def test_a_bad_record_is_rejected_with_its_reason():
   kept, rejects = intake.check_records(readers(testmini=with_bad()))
   assert [record.key for record in kept] == [("testmini", i) for i in range(40)]
   assert [reject["reason"] for reject in rejects] == list(BAD)
@@ -90,7 +90,7 @@ def test_a_rejected_record_does_not_claim_its_pid():
   assert len(kept) == len(rejects) == 1
 
 
-def test_rows_that_are_no_problem_are_set_aside_too():
+def test_rows_that_are_no_problem_are_rejected_too():
   rows = [{}, {"pid": "1", "decoded_image": {"bytes": b"GIF89a"}}]
   _, rejects = intake.check_records(readers(testmini=rows))
   assert [(r["pid"], r["reason"]) for r in rejects] == [
@@ -99,7 +99,7 @@ def test_rows_that_are_no_problem_are_set_aside_too():
   ]
 
 
-def test_what_a_source_could_not_read_is_set_aside_with_its_reason():
+def test_an_unreadable_record_is_rejected_with_its_reason():
   bad = records.BadRecord("unreadable", "torn")
   kept, rejects = intake.check_records(readers(train=[bad, PROBLEMS[0]]))
   assert [record.key for record in kept] == [("train", 1)]
@@ -122,14 +122,14 @@ def test_a_pid_is_taken_across_splits():
   assert [reject["reason"] for reject in rejects] == ["duplicate_pid"]
 
 
-def test_an_image_is_on_one_side_only():
+def test_an_image_is_in_one_split_only():
   kept, sides = placed(readers(testmini=PROBLEMS))
   groups = {"train": set(), "eval": set()}
   for record in kept:
     groups[sides[record.key]].add(record.group)
   assert all(groups.values())
   assert not groups["train"] & groups["eval"]
-  # Some images are asked about twice, or nothing was shown.
+  # Some images have two questions, or the test shows nothing.
   assert len(groups["train"] | groups["eval"]) < len(PROBLEMS)
 
 
@@ -152,7 +152,7 @@ def test_what_the_source_calls_test_stays_test():
 
 
 def copies(problem, count):
-  """Problems on images that look alike and have other pixels, not synthetic."""
+  """Real problems whose images look alike and differ in pixels."""
   image = np.array(images.decode(problem.image_bytes))
   for i in range(count):
     image[0, 0] = 10 * i
@@ -169,7 +169,7 @@ def copies(problem, count):
 COPIES = [copy for problem in PROBLEMS[:8] for copy in copies(problem, 4)]
 
 
-def test_duplicates_are_never_on_two_sides():
+def test_duplicates_are_never_in_train_and_eval():
   kept, sides = placed(readers(testmini=COPIES))
   found = {}
   for record in kept:
@@ -178,7 +178,7 @@ def test_duplicates_are_never_on_two_sides():
   assert len(found) == 8
   assert {"eval", "withheld"} in found.values()
   assert not any({"eval", "train"} <= group for group in found.values())
-  # Those that drew eval stay there whatever their duplicates drew.
+  # Records in eval stay there, whatever the split of their duplicates.
   assert {"train"} in found.values() or {"eval"} in found.values()
 
 
@@ -190,7 +190,7 @@ def test_a_duplicate_of_a_test_image_is_not_for_train():
   assert [sides["testmini", i] for i in range(24)] == (
     ["withheld"] * 12 + ["train"] * 12
   )
-  # Whoever only evaluates loses nothing.
+  # Evaluation alone loses nothing.
   _, sides = placed(sources, fraction=1.0)
   assert {sides["testmini", i] for i in range(24)} == {"eval"}
 
@@ -210,7 +210,7 @@ def test_synthetic_images_are_distinguished_by_their_pixels():
 
 @pytest.mark.parametrize("count", range(1, 32, 5))
 def test_added_records_move_no_other(count):
-  """They may take one out of train, if a duplicate of it is held out."""
+  """An added duplicate may only withhold a record of train."""
   _, many = placed(readers(testmini=PROBLEMS + COPIES))
   _, few = placed(readers(testmini=PROBLEMS + COPIES[:count]))
   withdrawn = 0
@@ -222,7 +222,7 @@ def test_added_records_move_no_other(count):
   assert all(many["testmini", i] != "withheld" for i in range(40))
 
 
-def test_chosen_problems_are_those_placed_and_can_be_read_twice():
+def test_a_split_view_has_the_assigned_problems_and_can_be_read_twice():
   sources = readers(testmini=with_bad(), test=PROBLEMS[:0])
   _, sides = placed(sources)
   read = []

@@ -68,7 +68,7 @@ def test_blank_images_are_duplicates_by_their_brightness():
   assert len(group(*blank)) == 2
 
 
-# Bits of the code, width in place of 100, and grey levels of one cell.
+# Bits of the code, width instead of 100, and grey levels of one cell.
 @pytest.mark.parametrize(
   "bits, width, level, similar",
   [
@@ -100,7 +100,7 @@ def hash_of(code):
 
 @pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
 def test_a_duplicates_duplicate_is_in_the_group_in_whatever_order(order):
-  """a and b are 8 bits apart, b and c too, a and c 16; d is far from all."""
+  """a-b and b-c differ in 8 bits, a-c in 16; d differs from all."""
   hashes = {"a": hash_of(0), "b": hash_of(0xFF), "c": hash_of(0xFFFF)}
   assert list(near_duplicates.similar_pairs([hashes["a"], hashes["c"]])) == []
   found = near_duplicates.groups(
@@ -119,7 +119,7 @@ def test_nothing_has_no_duplicates():
 
 
 def test_the_code_is_that_of_a_plain_cosine_transform():
-  """Against the textbook's sum, in floats, on an image without ties."""
+  """Compares with the textbook's sum, on an image without ties."""
   rng = np.random.default_rng(0)
   grey = rng.integers(0, 256, (32, 32), np.uint8)
   sample, frequency = np.arange(32), np.arange(8)
@@ -139,7 +139,7 @@ def test_the_code_is_that_of_a_plain_cosine_transform():
 
 @pytest.fixture(scope="module")
 def snapshot(fixtures):
-  """The distinct images of the snapshot, by the first pid that shows it."""
+  """The distinct images of the snapshot, by their first pid."""
   folder = fixtures / "mathvista_schema" / "data"
   found = {}
   for path in sorted(folder.glob("*.parquet")):
@@ -151,7 +151,7 @@ def snapshot(fixtures):
 
 
 def test_the_snapshots_one_grey_copy_is_found_and_no_other(snapshot):
-  """pids 16 and 313 are one image, of which one copy is grey."""
+  """pids 16 and 313 show one image, once in grey."""
   assert len(snapshot) == 365
   groups = near_duplicates.groups(
     {pid: near_duplicates.hash_image(x) for pid, x in snapshot.items()}

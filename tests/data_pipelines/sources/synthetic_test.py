@@ -41,7 +41,7 @@ def is_painted(image, color):
 
 
 def num_blobs(mask):
-  """Connected regions, by flooding."""
+  """Counts connected regions."""
   mask, count = mask.copy(), 0
   while mask.any():
     count += 1
@@ -125,7 +125,7 @@ def test_options_stay_within_their_bounds_and_differ():
 @pytest.mark.parametrize("difficulty", [1, 5])
 @pytest.mark.parametrize("kind", synthetic.KINDS)
 def test_no_constant_answer_does_well(kind, difficulty):
-  """Nor does a letter: twice the share of an even guess is the limit."""
+  """Nor does a constant letter: the limit is twice the share of a guess."""
   problems = drawn(
     kinds=(kind,), difficulty=difficulty, min_options=4, max_options=4
   )
@@ -141,7 +141,7 @@ def test_no_constant_answer_does_well(kind, difficulty):
 
 
 def test_counted_shapes_are_those_that_the_image_shows():
-  # At difficulty 1 all shapes are of one, unshaded color.
+  # At difficulty 1 all shapes have one color without shades.
   for problem in drawn(kinds=("count",), difficulty=1, num_problems=60):
     image = pixels(problem)
     shown = [num_blobs(is_painted(image, color)) for color in drawing.COLORS]
@@ -172,7 +172,7 @@ def test_bars_stand_in_proportion_to_their_values(image_size):
       for color in drawing.COLORS
       if is_painted(image, color).any()
     }
-    # Values go to 5; a bar is a whole number of units and its base line.
+    # Values go up to 5; a bar has whole units and a base line.
     unit = (image_size - 4) // 5
     values = {color: (height - 1) / unit for color, height in heights.items()}
     named = re.findall("|".join(drawing.COLORS), problem.question)
@@ -185,7 +185,7 @@ def test_bars_stand_in_proportion_to_their_values(image_size):
 
 
 def test_rows_of_a_table_are_listed_from_top_to_bottom():
-  """The digits are read off the image against the same bitmap."""
+  """Reads the digits of the image by the same bitmap."""
   for problem in drawn(kinds=("table_list",), difficulty=1, image_size=48):
     ink = (pixels(problem) == drawing.INK).all(axis=-1)[:, 48 // 2 - 1 :]
     read = []

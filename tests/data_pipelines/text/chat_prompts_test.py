@@ -1,4 +1,4 @@
-"""Chat turns: the layout, the image block's place, the official query."""
+"""Chat turns: the layout, the index of the images, the official query."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_a_prompt_is_gemmas_chat_turn(tokenizer):
   ]
 
 
-def test_the_image_stands_at_the_same_place_in_every_prompt(tokenizer):
+def test_the_image_has_the_same_index_in_every_prompt(tokenizer):
   spans = set()
   for question in ("Why?", "How many red circles are there?", "\n\n<eos>"):
     ids = chat_prompts.encode_prompt(
@@ -155,7 +155,7 @@ def test_the_official_query_comes_first_and_unaltered():
   assert "<answer>" in text.removeprefix(problem.query)
 
 
-def test_the_default_prompt_and_reply_are_what_they_always_were(tokenizer):
+def test_the_default_prompt_and_completion_never_change(tokenizer):
   problem = make_problem("What colour?", "red", "Like a rose.", ("red", "blue"))
   text = (
     "Hint: Please answer the question and provide the correct option letter, "
@@ -173,7 +173,7 @@ def test_the_default_prompt_and_reply_are_what_they_always_were(tokenizer):
     *[2, 105, *tokenizer.encode("user\n"), *tokenizer.encode(text)],
     *[106, 107, 105, *tokenizer.encode("model\n")],
   ]
-  # Runs that were started with this text go on with no other.
+  # Earlier runs can only resume with exactly this text.
   assert chat_prompts.TEMPLATES["tagged"].fingerprint.startswith(
     "ebb09a92f1252e32"
   )
@@ -201,7 +201,7 @@ PROMPTS_AND_REPLIES = {
 
 
 @pytest.mark.parametrize("name", chat_prompts.TEMPLATES)
-def test_a_template_is_how_to_reply_as_asked_and_as_done(tokenizer, name):
+def test_a_template_writes_the_prompt_and_the_completion(tokenizer, name):
   template = chat_prompts.TEMPLATES[name]
   asked, worked, bare = PROMPTS_AND_REPLIES[name]
   problem = make_problem()
@@ -222,7 +222,7 @@ def test_a_template_is_how_to_reply_as_asked_and_as_done(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", chat_prompts.TEMPLATES)
-def test_the_verifier_reads_the_replies_of_every_template(name):
+def test_the_verifier_reads_the_completions_of_every_template(name):
   template = chat_prompts.TEMPLATES[name]
   for problem in (
     make_problem(),

@@ -1,4 +1,4 @@
-"""A vocabulary put together again encodes as the file it came from."""
+"""A rebuilt vocabulary encodes like its original file."""
 
 import json
 import sys
@@ -32,14 +32,14 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pieces(path):
-  """Of the SentencePiece file: text, score and kind of each."""
+  """Text, score and type of each piece of the SentencePiece file."""
   proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
   return [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
 
 
 @pytest.fixture(scope="module")
 def gguf_path(pieces, tmp_path_factory):
-  """As llama.cpp's converter writes it: turns are controls, spaces plain."""
+  """A GGUF file like llama.cpp's: turns are controls, spaces plain."""
   gguf = pytest.importorskip("gguf", reason="the extra export is missing")
   path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
   writer = gguf.GGUFWriter(path, "gemma3")
@@ -65,7 +65,7 @@ def gguf_path(pieces, tmp_path_factory):
 
 
 def tokenizer_json(pieces):
-  """As transformers converts it: merges in the order of what they make."""
+  """A tokenizer.json like transformers': merges in the order of results."""
   ids = {text: number for number, (text, _, _) in enumerate(pieces)}
   normal = {text: score for text, score, kind in pieces if kind == NORMAL}
   merges = [
@@ -98,7 +98,7 @@ def json_path(pieces, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["gguf_path", "json_path"])
 def both(request, path):
-  """The tokenizer of the file, and the one put together again."""
+  """The tokenizer of the file, and the rebuilt one."""
   again = request.getfixturevalue(request.param)
   return tokens.Tokenizer(path), tokens.Tokenizer(again)
 
@@ -118,7 +118,7 @@ def test_a_rebuilt_vocabulary_encodes_and_decodes_as_the_file(both, text):
   assert again.decode(ids) == file.decode(ids)
 
 
-def test_a_rebuilt_vocabulary_has_every_piece_in_its_place(both):
+def test_a_rebuilt_vocabulary_has_every_piece_at_its_id(both):
   file, again = both
   assert again.vocab_size == file.vocab_size
   assert again.start_of_image == file.start_of_image
@@ -129,7 +129,7 @@ def test_a_rebuilt_vocabulary_has_every_piece_in_its_place(both):
 
 
 def test_two_spaces_that_are_a_piece_stay_one():
-  """Converters write them as plain spaces, SentencePiece reads its own sign."""
+  """Converters write plain spaces; SentencePiece has its own sign."""
   pieces = [
     sentencepiece_import._Piece(f"<{n}>", 0.0, USER_DEFINED) for n in range(4)
   ]
@@ -153,7 +153,7 @@ def test_two_spaces_that_are_a_piece_stay_one():
   )
   processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   assert processor.Encode("x  x") == [261, 260, 261]
-  # One space is no piece here, and is spelt in bytes.
+  # One space is no piece here, and is encoded as bytes.
   assert processor.Encode("x x") == [261, *(4 + b for b in SPACE.encode()), 261]
 
 
@@ -232,8 +232,8 @@ def test_the_librarys_own_file_is_found_in_its_cache(
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_gemmas_image_tokens_stand_where_gemma_has_them(tmp_path, shift):
-  """Its own vocabulary is that large; no small one is held to these ids."""
+def test_gemmas_image_tokens_have_gemmas_ids(tmp_path, shift):
+  """Only a vocabulary as large as Gemma's must have these ids."""
   named = {
     0: "<pad>",
     1: "<eos>",

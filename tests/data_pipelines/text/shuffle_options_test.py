@@ -1,4 +1,4 @@
-"""Options in another order: letters move, the answer and the words do not."""
+"""In another order the letters move; the answer and the texts stay."""
 
 import collections
 import dataclasses
@@ -76,7 +76,7 @@ def test_the_letter_of_the_answer_is_right_and_no_other(problems):
         reply = written.format(chr(65 + index))
         right = text.strip() == problem.answer.strip()
         assert verify.verify(reply, changed).correct == right, (reply, text)
-  # Of n options the right one keeps its place once in n.
+  # The right one of n options keeps its letter once in n.
   assert moved > len(problems) / 3
 
 
@@ -92,7 +92,7 @@ def test_the_query_is_the_official_one_with_its_option_lines_moved(problems):
   for seed, problem in enumerate(problems):
     changed = shuffled(problem, seed)
     assert changed.query == records.with_official_query(changed).query
-    # The twin by hand: the lines of the options are the last of the query.
+    # By hand: the lines of the options are the last of the query.
     ahead = problem.query.rpartition("\nChoices:\n")[0]
     lines = [
       f"({letter}) {text}"
@@ -112,7 +112,7 @@ def test_every_order_is_as_likely_as_another():
     shuffled(problem, seed).choices for seed in range(draws)
   )
   assert set(orders) == set(itertools.permutations(problem.choices))
-  # Six orders, 1000 each but for 29 (one deviation).
+  # Six orders, 1000 each, with a standard deviation of 29.
   assert all(abs(count - draws / 6) < 150 for count in orders.values())
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer: Gemma's layout, exact round trips, no smuggled controls."""
+"""The tokenizer: Gemma's ids, exact round trips, no controls in text."""
 
 import io
 import pickle
@@ -105,7 +105,7 @@ def test_image_tokens_follow_gemmas_own_layout(tokenizer):
 
 
 def test_image_tokens_are_found_by_name(tmp_path):
-  """Gemma's own stand at 255999 and 256000, after everything else."""
+  """Gemma's own vocabulary has them at 255999 and 256000."""
   fillers = [f"<filler{i}>" for i in range(40)]
   images = ["<start_of_image>", "<end_of_image>"]
   tokenizer = tokens.Tokenizer(
@@ -151,7 +151,7 @@ def test_a_file_of_noise_is_refused(tmp_path):
     tokens.Tokenizer(tmp_path / "noise.model")
 
 
-# SentencePiece writes a space as this character, so it reads back as one.
+# SentencePiece writes a space as this character, and decodes it as one.
 @hypothesis.given(
   strategies.text(
     strategies.characters(codec="utf-8", exclude_characters="\u2581\0")

@@ -1,4 +1,4 @@
-"""The benchmark's own scoring: its published labels, and its known faults."""
+"""The benchmark's own scoring, compared with its published labels."""
 
 import dataclasses
 import time
@@ -45,7 +45,7 @@ FLOAT = make_problem("1.2", answer_type="float", precision=1)
     # Three changes from "red", four from "blue".
     ("", "red"),
     ("b", "red"),
-    # As far from the one as from the other.
+    # Equally far from both.
     ("re blu", "red"),
     ("D", "red"),
   ],
@@ -76,8 +76,8 @@ def test_numbers_are_cut_or_rounded_and_lists_left_alone(
   assert mathvista_official.normalize(extraction, problem) == wanted
 
 
-def test_an_option_that_looks_like_another_letter_is_taken_for_it():
-  """A fault of the published rule, kept."""
+def test_an_option_that_looks_like_another_letter_is_read_as_it():
+  """The published rule has this fault."""
   problem = make_problem("(b)", ("(c)", "(a)", "(b)"))
   assert mathvista_official.normalize("(b)", problem) == "(a)"
 
@@ -109,7 +109,7 @@ def test_without_a_public_answer_nothing_is_right():
 
 
 def test_stored_labels_follow_from_stored_extractions(responses):
-  """All but six, in which an integer was not cut off but found wrong."""
+  """Except six, where an integer was counted wrong instead of truncated."""
   differing = [
     (row["model"], row["pid"], row["official_true_false"])
     for row in responses
@@ -129,12 +129,12 @@ def test_stored_labels_follow_from_stored_extractions(responses):
   ]
 
 
-def test_responses_without_their_extractions_score_as_was_measured_before(
+def test_completions_without_extractions_score_as_published(
   responses,
 ):
   """91.93 % agreement, 2.16 % false positives, 25.6 % false negatives.
 
-  These are the figures of another program for the same rules.
+  Another program for the same rules has these figures.
   """
   pairs = [
     (
@@ -155,8 +155,8 @@ def test_responses_without_their_extractions_score_as_was_measured_before(
   ("response", "share"),
   [("", 0.311), ("N/A", 0.309), ("I cannot answer", 0.324)],
 )
-def test_junk_is_paid_on_multiple_choice(responses, response, share):
-  """Measured before, and why no policy may be trained on this figure."""
+def test_junk_scores_on_multiple_choice(responses, response, share):
+  """This is why no policy may be trained on this score."""
   problems = [problem_of(row) for row in responses[:1000] if row["choices"]]
   paid = [
     mathvista_official.is_right(
@@ -169,7 +169,7 @@ def test_junk_is_paid_on_multiple_choice(responses, response, share):
 
 
 def table_distance(first, second):
-  """The table itself, a row at a time."""
+  """The Levenshtein distance, by the textbook's table."""
   row = list(range(len(second) + 1))
   for i, a in enumerate(first, start=1):
     above, row = row, [i]
@@ -200,8 +200,8 @@ def test_long_options_are_compared_by_the_table():
 
 
 @pytest.mark.parametrize("piece", ["x", "(a", 'The answer is "', '".', "1"])
-def test_a_long_response_costs_little(piece):
-  """CPU time; the bound is loose, a quadratic rule takes minutes."""
+def test_a_long_completion_costs_little(piece):
+  """Measures CPU time; a quadratic rule would take minutes."""
   response = piece * (300_000 // len(piece))
   start = time.process_time()
   for problem in (RED, FIVE, FLOAT):

@@ -1,4 +1,4 @@
-"""Numbers in text: every spelling read, nothing else taken for one."""
+"""Numbers in text: every spelling is read, and nothing else."""
 
 import decimal
 
@@ -179,7 +179,7 @@ def test_no_text_raises(text):
 )
 @hypothesis.settings(deadline=None, derandomize=True)
 def test_plain_text_stays_as_it_is(text):
-  """So text may be made plain where it is not known whether it was."""
+  """So it is safe to call `plain` twice."""
   hypothesis.assume(text.count("{") < 4)
   plain = numbers.plain(text)
   assert numbers.plain(plain) == plain

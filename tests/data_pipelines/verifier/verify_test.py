@@ -1,4 +1,4 @@
-"""The verifier: what is paid, what is not, and how well it agrees."""
+"""The verifier: right and wrong answers, and agreement with labels."""
 
 import dataclasses
 import re
@@ -148,7 +148,7 @@ def is_right(response, problem):
 
 
 @pytest.mark.parametrize("response", JUNK)
-def test_junk_is_paid_nothing(response):
+def test_junk_is_not_right(response):
   options = [(COLOURS, text) for text in COLOURS]
   options += [(("Yes", "No"), text) for text in ("Yes", "No")]
   chosen = [make_problem(text, choices) for choices, text in options]
@@ -415,7 +415,7 @@ def test_short_options_do_not_hide_in_longer_ones():
     ("\u5426", "No"),
   ],
 )
-def test_yes_and_no_are_read_from_what_is_said(response, answer):
+def test_yes_and_no_are_read_from_the_statement(response, answer):
   assert verify.verify(response, YES).answer == answer
 
 
@@ -466,7 +466,7 @@ def test_a_list_is_right_element_by_element(response, right):
   assert is_right(response, LIST) == right
 
 
-def test_integers_past_the_range_of_floats_are_told_apart():
+def test_integers_past_the_range_of_floats_are_distinguished():
   problem = make_problem("9007199254740993")
   assert is_right("<answer>9007199254740993</answer>", problem)
   assert not is_right("<answer>9007199254740992.0</answer>", problem)
@@ -542,7 +542,7 @@ PROBLEMS = [FIVE, BLUE, YES, FLOAT, LIST]
   | strategies.text()
 )
 @hypothesis.settings(deadline=None, derandomize=True)
-def test_no_response_raises(response):
+def test_no_completion_raises(response):
   for problem in PROBLEMS:
     verdict = verify.verify(response, problem)
     assert not (verdict.correct and verdict.answer is None)
@@ -558,15 +558,15 @@ def cpu(response):
 
 @pytest.mark.parametrize("form", ["{}", "<answer>{}</answer>"])
 def test_twice_a_hostile_text_costs_about_twice(form):
-  """A quadratic rule makes it four times, and minutes at a megabyte.
+  """A quadratic rule would cost four times as much.
 
-  What it costs outright is printed by benchmarks/verifier.py.
+  benchmarks/verifier.py prints the costs.
   """
   for piece in PIECES:
     half = form.format(piece * (250_000 // len(piece)))
     whole = form.format(piece * (500_000 // len(piece)))
     half_cost, whole_cost = cpu(half), cpu(whole)
-    # Timers are coarse, and other work disturbs the caches.
+    # Timers are coarse, and other processes disturb the caches.
     assert whole_cost <= 3 * 2 * half_cost + 0.2, piece
 
 
@@ -576,7 +576,7 @@ SPACE = strategies.text(" \n\t", max_size=4)
 
 @hypothesis.given(RESPONSES, SPACE, SPACE)
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
-def test_space_around_a_response_changes_nothing(response, before, after):
+def test_space_around_a_completion_changes_nothing(response, before, after):
   for problem in PROBLEMS:
     verdict = verify.verify(response.strip(), problem)
     padded = f"{before}{response.strip()}{after}"
@@ -634,7 +634,7 @@ def test_the_right_option_alone_is_right_however_it_is_named(choices, data):
       assert is_right(response, problem) == (text == right), response
 
 
-# Against the official labels of other models' responses.
+# Agreement with the official labels of other models' completions.
 
 
 def problem_of(row):
@@ -650,7 +650,7 @@ def problem_of(row):
 
 
 def test_verdicts_agree_with_the_official_labels(responses):
-  """Labels are noisy: about half of the disagreements are their errors."""
+  """About half of the disagreements are errors of the labels."""
   agreed, free_form, wrong_paid = [], [], []
   for row in responses:
     if row["flags"]:
@@ -711,7 +711,7 @@ def test_the_right_answer_is_right_however_it_is_rendered(
   assert not missed
 
 
-def test_no_listing_of_all_options_is_paid(responses):
+def test_no_listing_of_all_options_is_right(responses):
   problems = {
     row["pid"]: problem_of(row) for row in responses if row["choices"]
   }
@@ -732,7 +732,7 @@ COLOURLESS = [text for text in JUNK if not re.search("red|blue|[<{]", text)]
 
 
 @pytest.mark.parametrize("response", COLOURLESS)
-def test_junk_earns_nothing_on_real_problems(responses, response):
+def test_junk_is_not_right_on_real_problems(responses, response):
   problems = {row["pid"]: problem_of(row) for row in responses[:1000:4]}
   assert len(problems) == 250
   for wrap in ("{}", "<answer>{}</answer>"):
