@@ -23,9 +23,10 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.evaluation import grading, outputs
 from grpo_tpu.evaluation.scores import GradedCompletion
-from grpo_tpu.observability import samples, writer
+from grpo_tpu.observability import writer
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
+from grpo_tpu.rl import samples
 from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
 
@@ -168,12 +169,7 @@ def evaluate_greedy(
     )
     graded += grading.graded_completions(batch, texts, scores, stopped[:, 0])
     kept += samples.first_samples(
-      sampler.mesh,
-      batch,
-      groups,
-      scores.total,
-      scores.components,
-      count=num_samples - len(kept),
+      sampler.mesh, batch, groups, scores, count=num_samples - len(kept)
     )
   return GreedyResult(grading.metrics(sums), kept, graded)
 

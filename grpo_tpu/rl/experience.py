@@ -18,10 +18,16 @@ from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
 from grpo_tpu.distributed import sharding
-from grpo_tpu.observability import samples, writer
+from grpo_tpu.observability import writer
 from grpo_tpu.rewards import background, scoring
 from grpo_tpu.rewards.settings import HEURISTICS
-from grpo_tpu.rl import diagnostics, objective, preference_metrics, shaping
+from grpo_tpu.rl import (
+  diagnostics,
+  objective,
+  preference_metrics,
+  samples,
+  shaping,
+)
 from grpo_tpu.rl.settings import CollectorConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rollout import generate
@@ -89,6 +95,11 @@ class Collector:
   ) -> Experience:
     """Collects the experience of one step.
 
+    With `shaping.zero_variance="resample"` (dynamic sampling, DAPO) further
+    batches are read until all groups of the step have rewards that differ, or
+    `shaping.max_batches` are read. Groups with variance come first, in the
+    order of the data. Metrics are means over all batches, kept or not.
+
     Args:
       params: Parameters of the policy.
       prompts: Batches of prompts from `position` on.
@@ -98,27 +109,8 @@ class Collector:
       num_samples: Number of completions to keep for people to look at.
       poll: See `Sampler.sample`.
     """
-    if self.config.kind == "online":
-      return self._collect_online(
-        params,
-        prompts,
-        key,
-        position=position,
-        num_samples=num_samples,
-        poll=poll,
-      )
-    return self._collect_offline(params, prompts)
-
-  def _collect_online(
-    self, params, prompts, key, *, position, num_samples, poll
-  ) -> Experience:
-    """Samples until every group has reward variance, if the settings ask.
-
-    With `shaping.zero_variance="resample"` (dynamic sampling, DAPO) further
-    batches are read until all groups of the step have rewards that differ, or
-    `shaping.max_batches` are read. Groups with variance come first, in the
-    order of the data. Metrics are means over all batches, kept or not.
-    """
+    if self.config.kind != "online":
+      return self._collect_offline(params, prompts)
     resamples = self.config.shaping.zero_variance == "resample"
     limit = self.config.shaping.max_batches if resamples else 1
     groups, metrics, kept = None, [], []
@@ -132,20 +124,13 @@ class Collector:
       )
       metrics.append(batch_metrics)
       kept += new_samples
-      if groups is None:
-        groups = new
-      else:
-        groups = _best_groups(self.sampler.mesh, groups, new)
+      groups = _best_groups(self.sampler.mesh, groups, new) if groups else new
       if number < position + limit and _all_informative(groups):
         break
     assert groups is not None
     batch, advantage_metrics = self._add_advantages(groups)
-    return Experience(
-      batch=batch,
-      metrics=_combine_metrics(metrics) | advantage_metrics,
-      samples=kept,
-      num_batches=len(metrics),
-    )
+    step_metrics = _combine_metrics(metrics) | advantage_metrics
+    return Experience(batch, step_metrics, kept, len(metrics))
 
   def _sample_batch(
     self, params, prompts, key, *, num_samples, poll
@@ -190,12 +175,7 @@ class Collector:
       | sampled.metrics
     )
     kept = samples.first_samples(
-      sampler.mesh,
-      batch,
-      texts,
-      scores.total,
-      scores.components,
-      count=num_samples,
+      sampler.mesh, batch, texts, scores, count=num_samples
     )
     return groups, metrics, kept
 

@@ -76,7 +76,7 @@ class Learner:
 
 
 def forward_params(model: ModelSettings, trained: Any, frozen: Any) -> dict:
-  """What is trained, or `frozen` with the trained adapters in it."""
+  """Trained parameters, or `frozen` ones with trained adapters in them."""
   if model.adapters is None:
     return trained
   return lora.with_adapters(frozen, trained, model.adapters)

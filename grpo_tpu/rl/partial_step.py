@@ -18,7 +18,7 @@ from grpo_tpu.rl.train_batch import TrainBatch
 
 @dataclasses.dataclass
 class PartialStep:
-  """What is known of a step before its metrics are written.
+  """The batch and the metrics of a step that is not finished.
 
   Attributes:
     batch: The batch to learn from.

@@ -1,4 +1,4 @@
-"""What an update changes, and a checkpoint holds."""
+"""The state that an update changes and a checkpoint holds."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ class TrainState(flax.struct.PyTreeNode):
   """The policy and its optimizer.
 
   Attributes:
-    step: GRPO steps done.
-    position: Batches of prompts taken from the data, which the sampler's keys
-      follow too; the steps done, where none was resampled.
-    params: Of the policy; of a run with LoRA, the adapters alone.
-    opt_state: Of the optimizer.
+    step: Number of finished GRPO steps.
+    position: Number of batches of prompts that were read; the sampler's keys
+      follow it too. Equals `step` unless batches were resampled.
+    params: Parameters of the policy; with LoRA, the adapters alone.
+    opt_state: State of the optimizer.
   """
 
   step: Int[Array, ""]

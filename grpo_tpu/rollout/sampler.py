@@ -182,9 +182,9 @@ class Sampler:
       params: The parameters.
       shapes: Padded prompt lengths, each with a number of images.
       num_prompts: Prompts of a batch, over all processes.
-      num_completions: As for `sample`.
-      temperature: As for `sample`.
-      num_parts: As for `sample`.
+      num_completions: See `sample`.
+      temperature: See `sample`.
+      num_parts: See `sample`.
     """
     params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),

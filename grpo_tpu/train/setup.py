@@ -265,7 +265,7 @@ def _restore_or_init(
 
 
 def _checkpoint_meta(config: Config, identity: dict[str, str]) -> dict:
-  """What a checkpoint says beside the state: its data, and its adapters'."""
+  """Facts that a checkpoint holds beside the state: on data and adapters."""
   if config.lora is None:
     return identity
   weights = {"weights": config.model.weights}

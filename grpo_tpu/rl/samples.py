@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 from data_pipelines import pipeline
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability.writer import Sample
+from grpo_tpu.rewards import scoring
 
 
 def first_samples(
   mesh: Mesh,
   prompts: pipeline.Batch,
   texts: list[list[str]],
-  total: np.ndarray,
-  components: dict[str, np.ndarray],
+  scores: scoring.Scores,
   *,
   count: int,
 ) -> list[Sample]:
@@ -30,8 +30,7 @@ def first_samples(
     mesh: The devices.
     prompts: The prompts of this process.
     texts: Their completions, one list per prompt.
-    total: float32 [N], the weighted reward of each completion.
-    components: Rewards before weights, by name, in the same order.
+    scores: Their rewards, completion by completion.
     count: Number of samples, over all processes.
   """
   if not count:
@@ -46,9 +45,10 @@ def first_samples(
       prompt=prompts.problems[i].query,
       completion=texts[i][0],
       answer=prompts.problems[i].answer,
-      reward=float(total[i * width]),
+      reward=float(scores.total[i * width]),
       rewards={
-        name: float(values[i * width]) for name, values in components.items()
+        name: float(values[i * width])
+        for name, values in scores.components.items()
       },
       image=prompts.images[i, 0] if prompts.images.shape[1] else None,
     )
