@@ -56,7 +56,7 @@ def evaluate(
     sampler: Samples the completions.
     params: The parameters.
     data: The data set, as `open_dataset` gives it.
-    config: The settings; `eval`, `rewards` and `seed` are used.
+    config: The settings; `eval`, `rewards`, `model` and `seed` are used.
 
   Returns:
     The figures of `scores.compute`, and the `eval/` metrics as `scalars`.

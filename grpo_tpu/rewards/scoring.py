@@ -140,7 +140,8 @@ def raw_scores(
       f"{len(problems)}."
     )
   # Workers start first and run while this process computes its own rewards.
-  wait_for = _session(config).calls.start(completions, problems)
+  workers = _session(config).workers
+  wait_for = calls.start(workers, completions, problems, config)
   values = np.zeros((len(config.weights), len(completions)), np.float32)
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
@@ -201,19 +202,14 @@ def _session(config: RewardConfig) -> "_Session":
 def close() -> None:
   """Ends the workers of every config and forgets all failures."""
   while _SESSIONS:
-    _SESSIONS.popitem()[1].calls.close()
+    _SESSIONS.popitem()[1].workers.close()
 
 
 class _Session:
   """State that lives from batch to batch: the workers and recent failures."""
 
   def __init__(self, config: RewardConfig):
-    self.calls = calls.Calls(
-      config.custom,
-      num_workers=config.num_workers,
-      rows_per_call=config.rows_per_call,
-      timeout_seconds=config.timeout_seconds,
-    )
+    self.workers = calls.make_pool(config)
     self._config = config
     self._recent: dict[str, collections.deque[bool]] = {
       name: collections.deque(maxlen=config.error_window)
