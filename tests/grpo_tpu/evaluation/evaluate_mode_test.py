@@ -45,21 +45,21 @@ class Dicing(scripted.ScriptedSampler):
   """Completes greedily by the script; the key decides if a sample is right."""
 
   def sample(self, params, prompts, key, *, num_completions, temperature, **_):
-    replies = {f"p{i}": [reply] for i, (*_, reply) in enumerate(SCRIPT)}
+    completions = {f"p{i}": [text] for i, (*_, text) in enumerate(SCRIPT)}
     if temperature:
       assert temperature == SETTINGS["temperature"]
       keys = sampling.row_keys(key, prompts.prompt_index, num_completions)
       dice = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 0, 3)))(
         keys
       )
-      replies = {
+      completions = {
         problem.pid: [
           f"<answer>{(problem.answer, 'red', '99')[face]}</answer>"
           for face in row
         ]
         for problem, row in zip(prompts.problems, dice.tolist(), strict=True)
       }
-    self.completions = replies
+    self.completions = completions
     return super().sample(params, prompts, key, num_completions=num_completions)
 
 

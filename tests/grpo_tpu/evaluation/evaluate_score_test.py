@@ -12,8 +12,8 @@ from tests.grpo_tpu import scripted
 def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   """A problem that was not asked is wrong to both, readable or not."""
   tokenizer = scripted.make_tokenizer(tmp_path)
-  replies = {f"p{i}": [x[2]] for i, x in enumerate(scripted.SCRIPT)}
-  run = scripted.make_run(tokenizer, replies)
+  completions = {f"p{i}": [x[2]] for i, x in enumerate(scripted.SCRIPT)}
+  run = scripted.make_run(tokenizer, completions)
   batches = scripted.batches_of(tokenizer, batch_size=11)
   result = run.evaluate(batches)
   path, out = tmp_path / "output.json", tmp_path / "out.json"

@@ -251,9 +251,9 @@ def test_an_image_is_shrunk_and_kept_in_the_smaller_format(kind):
   wanted = {"flat": "png", "noisy": "jpeg"}[kind]
   head = f"data:image/{wanted};base64,"
   assert uri.startswith(head)
-  picture = PIL.Image.open(io.BytesIO(base64.b64decode(uri[len(head) :])))
-  assert picture.size == (480, 350)
-  mean = np.asarray(picture).mean()
+  shown = PIL.Image.open(io.BytesIO(base64.b64decode(uri[len(head) :])))
+  assert shown.size == (480, 350)
+  mean = np.asarray(shown).mean()
   assert mean == pytest.approx(image.mean(), abs=1)
   assert report.image_uri(image) == uri
 
