@@ -70,18 +70,11 @@ LEVELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-  """An unfinished image, with its randomness and its difficulty.
-
-  Attributes:
-    image: The square image.
-    draw: PIL's drawing interface to the image.
-    rng: Draws the image and the question about it.
-    level: The difficulty of both.
-  """
+  """An unfinished square image, with its randomness and its difficulty."""
 
   image: Image.Image
-  draw: ImageDraw.ImageDraw
-  rng: np.random.Generator
+  draw: ImageDraw.ImageDraw  # Draws on `image`.
+  rng: np.random.Generator  # For the image and the question about it.
   level: Level
 
   @property

@@ -36,16 +36,10 @@ _JSON_SPLITS = ("testmini", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A folder of problems in a known layout.
-
-  Attributes:
-    readers: For each split, a function that reads its records.
-    files: Relative path and size in bytes of each file. Changed content shows
-      up here only if a size changes.
-  """
+  """A folder of problems in a known layout."""
 
   readers: Readers
-  files: list[tuple[str, int]]
+  files: list[tuple[str, int]]  # Relative path and size in bytes of each file.
 
 
 def find(folder: epath.PathLike) -> Folder:

@@ -36,17 +36,11 @@ _COSINES = np.rint(
 
 @dataclasses.dataclass(frozen=True)
 class ImageHash:
-  """The perceptual hash of an image.
+  """The perceptual hash of an image."""
 
-  Attributes:
-    code: 64 bits of the lowest frequencies.
-    ratio: Width over height.
-    cells: Grey levels of 16 x 16 cells, a byte each.
-  """
-
-  code: int
-  ratio: float
-  cells: bytes
+  code: int  # 64 bits of the lowest frequencies.
+  ratio: float  # Width over height.
+  cells: bytes  # Grey levels of 16 x 16 cells.
 
 
 def hash_image(image: np.ndarray) -> ImageHash:

@@ -6,25 +6,15 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A question about an image, before options are drawn for it.
-
-  Attributes:
-    text: The question in plain English.
-    answer: The answer as it should be written.
-    answer_type: "text", "integer", "float" or "list".
-    pool: Other possible answers; without them the question has no options.
-    solution: The working, or "" where one look answers.
-    unit: Unit of a number, or "".
-    precision: Decimal places of a float, or -1.
-  """
+  """A question about an image, before options are drawn for it."""
 
   text: str
   answer: str
-  answer_type: str
-  pool: tuple[str, ...]
-  solution: str = ""
+  answer_type: str  # "text", "integer", "float" or "list".
+  pool: tuple[str, ...]  # Other possible answers; () for no options.
+  solution: str = ""  # The working, or "" where one look answers.
   unit: str = ""
-  precision: int = -1
+  precision: int = -1  # Decimal places of a float.
 
 
 def ask_word(

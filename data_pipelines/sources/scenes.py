@@ -23,19 +23,11 @@ from data_pipelines.sources.questions import (
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A way to draw images, and the kinds of question that they answer.
+  """A way to draw images, and the kinds of question that they answer."""
 
-  Attributes:
-    draw: Draws on the canvas and returns the facts.
-    questions: For each kind, the function that asks about the facts.
-    category: MathVista's category.
-    context: MathVista's name for the type of image.
-    task: MathVista's name for the type of problem.
-    skills: MathVista's names for the skills that answering takes.
-  """
-
-  draw: Callable[[Canvas], Any]
-  questions: dict[str, Callable[[Canvas, Any], Question]]
+  draw: Callable[[Canvas], Any]  # Draws on the canvas and returns the facts.
+  questions: dict[str, Callable[[Canvas, Any], Question]]  # By kind.
+  # MathVista's names for such problems:
   category: str
   context: str
   task: str

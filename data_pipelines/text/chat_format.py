@@ -12,43 +12,27 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-  """Ids and names of a family's special tokens, and the words of its turns.
+  """Ids and names of a family's special tokens, and the words of its turns."""
 
-  Attributes:
-    names: The name of each special token outside images, by id.
-    pad: Fills sequences up to their width.
-    eos: Ends a text.
-    bos: Begins a prompt.
-    unk: Stands for unknown text.
-    start_of_turn: Opens a turn.
-    end_of_turn: Closes a turn, and ends a completion.
-    newline: One line break.
-    blank_line: Two line breaks, which surround an image.
-    image_names: The tokens that open and close an image.
-    image_ids: Their ids in the family's own vocabulary. Smaller vocabularies
-      have them elsewhere; see `Tokenizer.start_of_image`.
-    image_placeholder: Stands for one soft token of an image. Outside every
-      vocabulary, so that no text contains it and no sampler draws it.
-    vocab_size: Pieces of the family's own vocabulary.
-    user: Opens the user's turn, after `start_of_turn`.
-    model: Opens the model's turn, after `start_of_turn`.
-  """
-
-  names: dict[int, str]
+  names: dict[int, str]  # The name of each special token outside images, by id.
   pad: int
   eos: int
   bos: int
   unk: int
   start_of_turn: int
-  end_of_turn: int
+  end_of_turn: int  # Also ends a completion.
   newline: int
-  blank_line: int
-  image_names: tuple[str, str]
+  blank_line: int  # Surrounds an image.
+  image_names: tuple[str, str]  # The tokens that open and close an image.
+  # Ids of the image tokens in the family's own vocabulary. Smaller vocabularies
+  # have them elsewhere; see `Tokenizer.start_of_image`.
   image_ids: tuple[int, int]
+  # Stands for one soft token of an image. Outside every vocabulary, so that no
+  # text contains it and no sampler draws it.
   image_placeholder: int
-  vocab_size: int
-  user: str
-  model: str
+  vocab_size: int  # Pieces of the family's own vocabulary.
+  user: str  # Opens the user's turn, after `start_of_turn`.
+  model: str  # Opens the model's turn, after `start_of_turn`.
 
   @property
   def stop_ids(self) -> tuple[int, int]:

@@ -19,15 +19,10 @@ from data_pipelines.verifier import verify
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """The instruction on how to answer, and completions that follow it.
+  """The instruction on how to answer, and completions that follow it."""
 
-  Attributes:
-    instruction: Text after the official query; "" adds none.
-    reasoning: Text before and after the reasoning of a completion.
-    answer: Text before and after the answer of a completion.
-  """
-
-  instruction: str
+  instruction: str  # Text after the official query; "" adds none.
+  # Texts before and after the reasoning, and the answer, of a completion.
   reasoning: tuple[str, str] = ("", "")
   answer: tuple[str, str] = ("<answer>", "</answer>")
 

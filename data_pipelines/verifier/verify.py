@@ -204,6 +204,9 @@ _BRACKETED = re.compile(
 )
 
 
+_NO_SPACE_OR_QUOTES = str.maketrans("", "", " \t\n\r'\"")
+
+
 def _parse_list(text: str) -> str | None:
   """The canonical spelling of a list: "[1,2.5]"; None if it is no list."""
   text = numbers.strip_lead_in(text)
@@ -225,9 +228,7 @@ def _parse_list(text: str) -> str | None:
     if not core or (value is None and not bracketed):
       return None
     spelling = core.casefold() if value is None else numbers.canonical(value)
-    items.append(
-      item.replace(core, spelling).translate(dict.fromkeys(map(ord, " \t\n\r'\"")))
-    )
+    items.append(item.replace(core, spelling).translate(_NO_SPACE_OR_QUOTES))
   return f"[{','.join(items)}]"
 
 
