@@ -22,7 +22,6 @@ References:
 import concurrent.futures
 import contextlib
 import time
-import types
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -96,12 +95,7 @@ class Checkpoints:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: types.TracebackType | None,
-  ) -> None:
+  def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
     try:
       if error is None:
         self.wait()
@@ -387,20 +381,13 @@ class Checkpoints:
     self._failures_in_row += 1
     self._last_failure = reason
     limit = self._config.max_failures
-    logging.error(
-      "A checkpoint could not be saved (%d in a row, of checkpoint.max_failures"
-      "=%d): %s. %s",
-      self._failures_in_row,
-      limit,
-      reason,
-      self._newest_good(),
+    message = (
+      f"failed saves in a row: {self._failures_in_row}, of "
+      f"checkpoint.max_failures ({limit}); {reason}. {self._newest_good()}"
     )
+    logging.error("A checkpoint could not be saved; %s", message)
     if self._failures_in_row >= limit:
-      raise CheckpointError(
-        f"{self._failures_in_row} saves in a row have failed, and "
-        f"checkpoint.max_failures ({limit}) allows no more: {reason}. "
-        f"{self._newest_good()}"
-      )
+      raise CheckpointError(message)
 
   def _newest_good(self) -> str:
     whole = [info.name for info in self._saved if info.is_whole]

@@ -76,34 +76,35 @@ class Program(NamedTuple):
 
 def names(config: run_config.Config) -> list[str]:
   """The programs of a run: those of a step in its order, then evaluation's."""
-  kinds = ["text"]
-  if config.model_config.vision:
-    kinds.append("image")
-  planned, is_online = [], config.data.kind == "online"
+  has_vision = bool(config.model_config.vision)
+  kinds = ["text", "image"] if has_vision else ["text"]
+  chunk, new = config.rollout.chunk_tokens, config.rollout.max_new_tokens
+  is_online = config.data.kind == "online"
+  is_evaluated = bool(config.eval.every_steps)
+
+  def each(step: str, kinds: list[str] = kinds) -> list[str]:
+    return [f"{step} ({kind})" for kind in kinds]
+
   # Rollouts read encoded images, and so do updates that do not train the tower.
-  has_rollouts = is_online or bool(config.eval.every_steps)
-  if config.model_config.vision and (
-    has_rollouts or not config.model.train_vision
-  ):
-    planned.append("pictures (image)")
-  if is_online:
+  reads_features = is_online or is_evaluated or not config.model.train_vision
+  groups = (
+    (has_vision and reads_features, ["pictures (image)"]),
     # Only prefill reads images; later programs read the prompt's cache.
-    planned += [f"prefill ({kind})" for kind in kinds]
-    settings = config.rollout
-    planned += ["decode_chunk"] * (settings.max_new_tokens > 1)
+    (is_online, each("prefill")),
+    (is_online and new > 1, ["decode_chunk"]),
     # Rows can move only if decoding takes more than one chunk.
-    has_moves = settings.chunk_tokens < settings.max_new_tokens - 1
-    planned += ["move"] * has_moves + ["results"]
-  if _has_scoring(config):
-    planned += [f"score ({kind})" for kind in kinds]
-  planned += [f"train_step ({kind})" for kind in kinds]
-  if config.eval.every_steps:
-    planned += [f"evaluation_prefill ({kind})" for kind in kinds[-1:]]
-    if config.rollout.max_new_tokens > 1:
-      planned.append("evaluation_decode")
-    if config.data.kind == "preference":
-      planned += [f"evaluation_score ({kind})" for kind in kinds[-1:]]
-  return planned
+    (is_online and chunk < new - 1, ["move"]),
+    (is_online, ["results"]),
+    (_has_scoring(config), each("score")),
+    (True, each("train_step")),
+    (is_evaluated, each("evaluation_prefill", kinds[-1:])),
+    (is_evaluated and new > 1, ["evaluation_decode"]),
+    (
+      is_evaluated and config.data.kind == "preference",
+      each("evaluation_score", kinds[-1:]),
+    ),
+  )
+  return [name for is_needed, group in groups if is_needed for name in group]
 
 
 def _has_scoring(config: run_config.Config) -> bool:
@@ -221,18 +222,11 @@ def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
   match step_of(name).removeprefix("evaluation_"):
     case "pictures":
       return programs.encode_images()
-    case "prefill":
-      return programs.prefill()
-    case "decode_chunk" | "decode":
-      return programs.decode_chunk()
-    case "move":
-      return programs.move_rows()
-    case "results":
-      return programs.results()
     case "score":
       return programs.score()
-    case _:
+    case "train_step":
       return programs.update()
+  return programs.rollout()
 
 
 class _ScalableShape(jax.ShapeDtypeStruct):
@@ -279,59 +273,52 @@ class AbstractPrograms:
     parts = {"params": tower, "batch": pixels}
     return Program(self._name, encoder.encode, (tower, pixels), parts)
 
-  def prefill(self) -> Program:
-    """Reads the prompts, and samples the first token of every row."""
-    functions, args = self._rollout()
-    parts = {"params": args[0], "batch": args[1]}
-    return Program(self._name, functions.prefill, args, parts)
-
-  def decode_chunk(self) -> Program:
-    """Samples some more tokens of every row."""
-    functions, args = self._rollout()
+  def rollout(self) -> Program:
+    """One of the rollout's programs, which run one after the other."""
+    config = self._config.rollout
+    settings = self._sampler.engine_settings(self._rows, self._temperature)
+    functions = engine.Engine(settings, self._mesh)
+    params = self._run_params()
+    prompts = self._abstract_prompts(self._prompts)
+    limit = self._array(jnp.int32, self._prompts, self._rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    args, step = (params, prompts, limit, key), step_of(self._name)
+    if step.endswith("prefill"):
+      parts = {"params": params, "batch": prompts}
+      return Program(self._name, functions.prefill, args, parts)
     state = functions.abstract_state(*args)
-    settings = self._config.rollout
+    if step == "results":  # The caches still exist.
+      return Program(
+        name=self._name,
+        function=functions.results,
+        args=(state.output, limit),
+        parts={"batch": state.output},
+        kept=(state.replace(output=None), prompts),
+      )
+    if step == "move":
+      shards = data_shards(self._config)
+      # The largest grid that rows can move into.
+      shapes = compaction.ladder(self._prompts // shards, self._rows)
+      bundles, width = shapes[min(1, len(shapes) - 1)]
+      rows = self._array(jnp.int32, shards * bundles, width)
+      moved = self._array(jnp.int32, shards * bundles)
+      return Program(
+        name=self._name,
+        function=functions.move_rows,
+        args=(state, rows, rows, moved),
+        parts={"caches": state},
+        kept=prompts,
+      )
     alive = self._array(bool, self._prompts, self._rows)
+    # The loop over tokens, and in it the one over a period's local layers.
+    num_tokens = min(config.chunk_tokens, config.max_new_tokens - 1)
     return Program(
       name=self._name,
       function=functions.decode_chunk,
-      args=(args[0], state, alive),
-      parts={"params": args[0], "caches": state},
-      kept=args[1],
-      # The loop over tokens, and in it the one over a period's local layers.
-      while_trips=(
-        min(settings.chunk_tokens, settings.max_new_tokens - 1),
-        gemma3_config.PERIOD - 1,
-      ),
-    )
-
-  def move_rows(self) -> Program:
-    """Copies unfinished rows into the largest of the smaller grids."""
-    functions, args = self._rollout()
-    state = functions.abstract_state(*args)
-    shards = data_shards(self._config)
-    shapes = compaction.ladder(self._prompts // shards, self._rows)
-    bundles, width = shapes[min(1, len(shapes) - 1)]
-    rows = self._array(jnp.int32, shards * bundles, width)
-    prompts = self._array(jnp.int32, shards * bundles)
-    return Program(
-      name=self._name,
-      function=functions.move_rows,
-      args=(state, rows, rows, prompts),
-      parts={"caches": state},
-      kept=args[1],
-    )
-
-  def results(self) -> Program:
-    """Gathers the completions while the caches still exist."""
-    functions, args = self._rollout()
-    state = functions.abstract_state(*args)
-    cut = self._array(jnp.int32, self._prompts, self._rows)
-    return Program(
-      name=self._name,
-      function=functions.results,
-      args=(state.output, cut),
-      parts={"batch": state.output},
-      kept=(state.replace(output=None), args[1]),
+      args=(params, state, alive),
+      parts={"params": params, "caches": state},
+      kept=prompts,
+      while_trips=(num_tokens, gemma3_config.PERIOD - 1),
     )
 
   def score(self) -> Program:
@@ -386,16 +373,6 @@ class AbstractPrograms:
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       learner.forward_params(self._config.model, factors, self._frozen),
-    )
-
-  def _rollout(self) -> tuple[Any, tuple]:
-    """The rollout's functions, and the arguments of the first one."""
-    settings = self._sampler.engine_settings(self._rows, self._temperature)
-    return engine.Engine(settings, self._mesh), (
-      self._run_params(),
-      self._abstract_prompts(self._prompts),
-      self._array(jnp.int32, self._prompts, self._rows),
-      jax.eval_shape(lambda: jax.random.key(0)),
     )
 
   def _abstract_prompts(self, num_prompts: int) -> engine.Prompts:

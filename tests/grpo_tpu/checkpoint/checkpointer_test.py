@@ -400,7 +400,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, where):
     assert (checkpoints.refusals, checkpoints.failures) == (2, 2)
     restored = checkpoints.restore(good)
     with pytest.raises(
-      checkpointer.CheckpointError, match="3 saves.*not finite"
+      checkpointer.CheckpointError, match="in a row: 3.*not finite"
     ):
       checkpoints.save(4, bad, META)
     assert checkpoints.scalars()["checkpoint/refused_not_finite"] == 3

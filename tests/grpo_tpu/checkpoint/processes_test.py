@@ -180,7 +180,7 @@ def test_one_host_that_cannot_write_ends_all_within_the_time_out(
   results = Pod(2, "fail", tmp_path, seconds, logs=logs).results()
   for result in results:
     assert "by process 1: " in result["error"]
-    assert "2 saves in a row" in result["error"]
+    assert "in a row: 2" in result["error"]
     assert "00000001" in result["error"]
     assert result["failures"] == 2
     # Two time-outs, and more on a busy machine.
@@ -215,7 +215,7 @@ def test_two_processes_give_up_on_a_disk_and_the_older_one_stays(
     pod.kill()
   for result in results:
     error = "space left" if disk == "full" else "Read-only"
-    assert error in result["error"] and "2 saves in a row" in result["error"]
+    assert error in result["error"] and "in a row: 2" in result["error"]
     assert "00000001" in result["error"]
     # Two time-outs, and more on a busy machine.
     assert result["seconds"] < 2 * 5 + 40
