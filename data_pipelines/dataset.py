@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines import pipeline, prompt_rows
+from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.sources import build, mathvista
@@ -38,7 +39,7 @@ class Dataset:
   model: ModelInputs
   tokenizer: tokens.Tokenizer
   train: mathvista.Source | None
-  eval: mathvista.Source
+  eval: records.Source
   completions: preferences.Source | None
   identity: dict[str, str]
 
@@ -80,6 +81,20 @@ class Dataset:
     return pipeline.make_eval_batches(
       builder, num_problems=num_problems, batch_size=batch_size
     )
+
+  def make_prompts(
+    self, problems: Sequence[records.Problem], *, batch_size: int
+  ) -> pipeline.Batch:
+    """Prompts of any problems, in one batch for a sampler on one process.
+
+    Args:
+      problems: At most `batch_size` problems.
+      batch_size: Rows of the batch; padding rows come last.
+    """
+    batches = dataclasses.replace(self, eval=problems).eval_batches(
+      num_problems=batch_size, batch_size=batch_size, shards=(0,), shard_count=1
+    )
+    return batches[0]
 
   def preference_batches(
     self,
