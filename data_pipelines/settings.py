@@ -7,10 +7,11 @@ from data_pipelines.preferences import completions
 from data_pipelines.sources import synthetic
 from data_pipelines.text import chat_prompts
 from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
   one_of,
   require_all,
-  require_at_least,
-  require_choices,
 )
 
 
@@ -54,36 +55,28 @@ class DataConfig:
   dir: str
   tokenizer: str
   synthetic: synthetic.Spec
-  synthetic_eval_fraction: float
+  synthetic_eval_fraction: float = field(metadata=interval("(0, 1)", 0.1))
   train_split: str
   eval_split: str
-  worker_processes: int
-  prompts_per_step: int
+  worker_processes: int = field(metadata=interval("[0, inf)", 0))
+  prompts_per_step: int = field(metadata=at_least(1))
   prompt_buckets: tuple[int, ...]
   prompt_template: str = field(metadata=one_of(chat_prompts.TEMPLATES))
   shuffle_options: bool
   pan_and_scan: images.PanAndScan
-  preference_completions: int
+  preference_completions: int = field(metadata=at_least(2))
   preference_file: str
   preference_kinds: tuple[str, ...] = field(metadata=one_of(completions.KINDS))
   preference_rewards: str = field(metadata=one_of(("functions", "labels")))
   accept_mathvista_training_terms: bool
 
   def __post_init__(self):
-    require_at_least(self, "data", worker_processes=0, prompts_per_step=1)
-    require_at_least(self, "data", preference_completions=2)
-    require_choices(self, "data")
+    check_fields(self, "data")
     lengths = self.prompt_buckets
     ascend = list(lengths) == sorted({n for n in lengths if n > 0})
     require_all(
       self,
       "data",
-      (
-        "synthetic_eval_fraction",
-        0 < self.synthetic_eval_fraction < 1,
-        "be between 0 and 1",
-        0.1,
-      ),
       (
         "prompt_buckets",
         bool(lengths) and ascend,

@@ -58,14 +58,6 @@ def require_all(
     require(holds, setting, getattr(section, name), rule, remedy)
 
 
-def require_at_least(section: Any, prefix: str, **bounds: int) -> None:
-  """Checks that settings of one section are not below their bounds."""
-  for name, bound in bounds.items():
-    holds = getattr(section, name) >= bound
-    rule = (name, holds, f"be at least {bound}", max(bound, 1))
-    require_all(section, prefix, rule)
-
-
 def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
   """The metadata of a dataclass field whose value is one of these names.
 
@@ -74,19 +66,57 @@ def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
   return {"choices": tuple(choices)}
 
 
-def require_choices(section: Any, prefix: str) -> None:
-  """Checks every field of a section that has `one_of` for its metadata."""
+def interval(bounds: str, example: Any) -> Mapping[str, Any]:
+  """The metadata of a numeric field, with a value that would do.
+
+  Args:
+    bounds: An interval such as "[0, 1)": a square bracket includes the bound.
+    example: A value within it, for the remedy of an error.
+  """
+  return {"bounds": bounds, "example": example}
+
+
+def at_least(bound: int) -> Mapping[str, Any]:
+  """The metadata of a number with a lower bound."""
+  return interval(f"[{bound}, inf)", max(bound, 1))
+
+
+def describe_bounds(bounds: str) -> str:
+  """An interval in words, as in "at least 0 and below 1"."""
+  low, high = bounds[1:-1].split(", ")
+  words = f"{'at least' if bounds[0] == '[' else 'above'} {low}"
+  if high != "inf":
+    words += f" and {'at most' if bounds[-1] == ']' else 'below'} {high}"
+  return words
+
+
+def check_fields(section: Any, prefix: str) -> None:
+  """Checks the fields of a section that have metadata; None always passes."""
   for field in dataclasses.fields(section):
+    name, value = field.name, getattr(section, field.name)
+    if value is None:
+      continue
+    if bounds := field.metadata.get("bounds"):
+      rule = f"be {describe_bounds(bounds)}"
+      if isinstance(value, float) and bounds.endswith("inf)"):
+        rule += " and finite"
+      example = field.metadata["example"]
+      require_all(
+        section, prefix, (name, _is_within(value, bounds), rule, example)
+      )
     choices = field.metadata.get("choices")
-    value = getattr(section, field.name)
-    if choices is None or value is None:
-      continue
-    if not isinstance(value, tuple):
-      require_one_of(f"{prefix}.{field.name}", value, choices)
-      continue
-    holds = set(value) <= set(choices) and len(set(value)) == len(value)
-    rule = f"be names of {', '.join(choices)}, each once"
-    require_all(section, prefix, (field.name, holds, rule, choices))
+    if choices and not isinstance(value, tuple):
+      require_one_of(f"{prefix}.{name}", value, choices)
+    elif choices:
+      holds = set(value) <= set(choices) and len(set(value)) == len(value)
+      rule = f"be names of {', '.join(choices)}, each once"
+      require_all(section, prefix, (name, holds, rule, choices))
+
+
+def _is_within(value: float, bounds: str) -> bool:
+  low, high = map(float, bounds[1:-1].split(", "))
+  above = low <= value if bounds[0] == "[" else low < value
+  return above and (value <= high if bounds[-1] == "]" else value < high)
 
 
 def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:

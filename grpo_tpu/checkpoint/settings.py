@@ -1,13 +1,13 @@
 """Settings of checkpoints and of an export."""
 
-import math
 from dataclasses import dataclass, field
 
 from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
   one_of,
   require_all,
-  require_at_least,
-  require_choices,
 )
 from grpo_tpu.models.settings import DTYPES
 
@@ -31,31 +31,21 @@ class CheckpointConfig:
       data, and record the changes in its run.json.
   """
 
-  every_steps: int
-  every_minutes: float
-  keep: int
+  every_steps: int = field(metadata=at_least(1))
+  every_minutes: float = field(metadata=interval("[0, inf)", 0.0))
+  keep: int = field(metadata=at_least(1))
   best_metric: str
   best_mode: str = field(metadata=one_of(("max", "min")))
-  keep_best: int
-  max_failures: int
-  timeout_seconds: int
+  keep_best: int = field(metadata=at_least(1))
+  max_failures: int = field(metadata=at_least(1))
+  timeout_seconds: int = field(metadata=at_least(1))
   accept_changes: bool
 
   def __post_init__(self):
-    ones = dict.fromkeys(
-      ("every_steps", "keep", "keep_best", "max_failures", "timeout_seconds"), 1
-    )
-    require_at_least(self, "checkpoint", **ones)
-    require_choices(self, "checkpoint")
+    check_fields(self, "checkpoint")
     require_all(
       self,
       "checkpoint",
-      (
-        "every_minutes",
-        0 <= self.every_minutes < math.inf,
-        "be 0, for never, or a time",
-        0.0,
-      ),
       (
         "best_metric",
         not self.best_metric or self.best_metric.startswith("eval/"),
@@ -79,20 +69,10 @@ class ExportConfig:
       into the model.
   """
 
-  step: int | None
+  step: int | None = field(metadata=interval("[0, inf)", None))
   dtype: str = field(metadata=one_of(DTYPES))
   tokenizer_dir: str
   adapter: bool
 
   def __post_init__(self):
-    require_choices(self, "export")
-    require_all(
-      self,
-      "export",
-      (
-        "step",
-        self.step is None or self.step >= 0,
-        "be a step that was saved, or None for the newest",
-        None,
-      ),
-    )
+    check_fields(self, "export")

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from data_pipelines.scoring import ablations
 from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
   one_of,
   require_all,
-  require_at_least,
-  require_choices,
 )
 
 
@@ -24,14 +25,13 @@ class TrainConfig:
       before the run stops.
   """
 
-  num_steps: int
-  num_iterations: int
-  microbatch_bundles: int
-  max_skipped_updates: int
+  num_steps: int = field(metadata=at_least(1))
+  num_iterations: int = field(metadata=at_least(1))
+  microbatch_bundles: int = field(metadata=at_least(1))
+  max_skipped_updates: int = field(metadata=at_least(1))
 
   def __post_init__(self):
-    ones = dict.fromkeys(vars(self), 1)
-    require_at_least(self, "train", **ones)
+    check_fields(self, "train")
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,23 @@ class EvalConfig:
     num_examples: Wrong answers that the report shows.
   """
 
-  every_steps: int
-  num_problems: int
-  batch_size: int
-  num_samples: int
-  temperature: float
-  top_k: int
-  top_p: float
+  every_steps: int = field(metadata=interval("[0, inf)", 0))
+  num_problems: int = field(metadata=at_least(1))
+  batch_size: int = field(metadata=at_least(1))
+  num_samples: int = field(metadata=interval("[0, inf)", 0))
+  temperature: float = field(metadata=interval("(0, inf)", 1.0))
+  top_k: int = field(metadata=interval("[0, inf)", 0))
+  top_p: float = field(metadata=interval("(0, 1]", 1.0))
   ks: tuple[int, ...]
   ablations: tuple[str, ...] = field(metadata=one_of(ablations.KINDS))
-  num_examples: int
+  num_examples: int = field(metadata=interval("[0, inf)", 0))
 
   def __post_init__(self):
-    require_choices(self, "eval")
-    require_at_least(self, "eval", num_problems=1, batch_size=1)
-    require_at_least(
-      self, "eval", every_steps=0, num_samples=0, top_k=0, num_examples=0
-    )
+    check_fields(self, "eval")
     most = self.num_samples or float("inf")
     require_all(
       self,
       "eval",
-      (
-        "temperature",
-        0 < self.temperature < float("inf"),
-        "be above 0 and finite; the greedy answer is always there too",
-        1.0,
-      ),
-      ("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1", 1.0),
       (
         "ks",
         list(self.ks) == sorted({k for k in self.ks if 1 <= k <= most}),
@@ -103,11 +92,11 @@ class SamplesConfig:
     count: Completions each time.
   """
 
-  every_steps: int
-  count: int
+  every_steps: int = field(metadata=interval("[0, inf)", 0))
+  count: int = field(metadata=interval("[0, inf)", 0))
 
   def __post_init__(self):
-    require_at_least(self, "samples", every_steps=0, count=0)
+    check_fields(self, "samples")
 
 
 @dataclass(frozen=True)

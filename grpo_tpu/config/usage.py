@@ -11,7 +11,12 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from data_pipelines.validation import ExitCode, SettingError, user_errors
+from data_pipelines.validation import (
+  ExitCode,
+  SettingError,
+  describe_bounds,
+  user_errors,
+)
 from grpo_tpu.config import defaults, flags, schema
 from grpo_tpu.distributed import logs
 from grpo_tpu.rl.settings import ObjectiveConfig, ObjectiveSettings
@@ -75,10 +80,10 @@ def _section(
   """The items of a section, then the sections within it."""
   documented = _DOCUMENTED_BY.get(cls, cls)
   meanings = _meanings(cls) | _meanings(documented)
-  choices = {
-    each.name: each.metadata["choices"]
+  allowed = {
+    each.name: _describe_metadata(each.metadata)
     for each in (*dataclasses.fields(documented), *dataclasses.fields(cls))
-    if "choices" in each.metadata
+    if each.metadata
   }
   hints = typing.get_type_hints(cls)
   inner = [name for name in hints if dataclasses.is_dataclass(hints[name])]
@@ -88,12 +93,17 @@ def _section(
   yield ""
   for name in hints:
     if name not in inner:
-      default = f"default {values[name]!r}"
-      if name in choices:
-        default += f", choices {', '.join(choices[name])}"
+      default = f"default {values[name]!r}{allowed.get(name, '')}"
       yield _item(f"{prefix}{name}", f"({default}) {meanings[name]}")
   for name in inner:
     yield from _section(hints[name], values[name], f"{prefix}{name}.")
+
+
+def _describe_metadata(metadata: Mapping[str, Any]) -> str:
+  """The values that a setting may have."""
+  if "choices" in metadata:
+    return f", choices {', '.join(metadata['choices'])}"
+  return f", {describe_bounds(metadata['bounds'])}"
 
 
 def _meanings(cls: type) -> dict[str, str]:

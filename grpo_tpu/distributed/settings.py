@@ -1,11 +1,16 @@
 """Settings of the mesh and of the processes that share it."""
 
-import dataclasses
+from dataclasses import dataclass, field
 
-from data_pipelines.validation import require_all, require_at_least
+from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
+  require_all,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MeshConfig:
   """The devices along each mesh axis; their product is the device count.
 
@@ -16,15 +21,15 @@ class MeshConfig:
     tensor: Parts that heads, hidden width and vocabulary are cut into.
   """
 
-  replica: int
-  fsdp: int
-  tensor: int
+  replica: int = field(metadata=at_least(1))
+  fsdp: int = field(metadata=at_least(1))
+  tensor: int = field(metadata=at_least(1))
 
   def __post_init__(self):
-    require_at_least(self, "mesh", replica=1, fsdp=1, tensor=1)
+    check_fields(self, "mesh")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class DistributedConfig:
   """Time limits for the processes of a run, in seconds.
 
@@ -42,19 +47,15 @@ class DistributedConfig:
       compiles.
   """
 
-  initialization_timeout_seconds: int
-  heartbeat_timeout_seconds: int
-  shutdown_timeout_seconds: int
-  preflight_timeout_seconds: int
-  watchdog_seconds: float
-  watchdog_start_seconds: float
+  initialization_timeout_seconds: int = field(metadata=at_least(1))
+  heartbeat_timeout_seconds: int = field(metadata=at_least(1))
+  shutdown_timeout_seconds: int = field(metadata=at_least(1))
+  preflight_timeout_seconds: int = field(metadata=at_least(1))
+  watchdog_seconds: float = field(metadata=interval("[0, inf)", 0.0))
+  watchdog_start_seconds: float = field(metadata=interval("[0, inf)", 0.0))
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      least = 0 if field.name.startswith("watchdog") else 1
-      holds = least <= getattr(self, field.name) < float("inf")
-      rule = f"be at least {least} and finite, in seconds"
-      require_all(self, "distributed", (field.name, holds, rule, 60))
+    check_fields(self, "distributed")
     require_all(
       self,
       "distributed",

@@ -1,15 +1,15 @@
 """Settings of the network: size, weights, types, attention, adapters."""
 
 import dataclasses
-import math
 from dataclasses import field
 
 from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
   one_of,
   require,
   require_all,
-  require_at_least,
-  require_choices,
 )
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
@@ -39,19 +39,14 @@ class LoraConfig:
       a text model does not have.
   """
 
-  rank: int
-  alpha: float
+  rank: int = field(metadata=interval("[0, inf)", 16))
+  alpha: float = field(metadata=interval("(0, inf)", 32.0))
   targets: tuple[str, ...] = field(metadata=one_of(LORA_TARGETS))
 
   def __post_init__(self):
-    require_choices(self, "model.lora")
-    require_all(
-      self,
-      "model.lora",
-      ("rank", self.rank >= 0, "be 0, for the whole model, or more", 16),
-      ("alpha", 0 < self.alpha < math.inf, "be above 0, and finite", 32.0),
-      ("targets", bool(self.targets), "hold at least one name", LORA_TARGETS),
-    )
+    check_fields(self, "model.lora")
+    rule = "targets", bool(self.targets), "hold at least one name"
+    require_all(self, "model.lora", (*rule, LORA_TARGETS))
 
   @property
   def scale(self) -> float:
@@ -103,11 +98,10 @@ class ModelSettings:
   lora: LoraConfig
   reference_dtype: str | None = field(metadata=one_of(DTYPES))
   reference_memory: str = field(metadata=one_of(("device", "pinned_host")))
-  logits_chunk: int
+  logits_chunk: int = field(metadata=at_least(1))
 
   def __post_init__(self):
-    require_at_least(self, "model", logits_chunk=1)
-    require_choices(self, "model")
+    check_fields(self, "model")
     scheme, _, rest = self.weights.partition(":")
     holds = scheme in _WEIGHTS and bool(rest)
     require(

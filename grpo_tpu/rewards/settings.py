@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
   one_of,
   require,
   require_all,
-  require_at_least,
-  require_choices,
 )
 from grpo_tpu.rewards import custom
 
@@ -72,31 +73,17 @@ class RewardConfig:
   gate_heuristics: bool | None
   custom: tuple[str, ...]
   custom_weights: tuple[float, ...]
-  num_workers: int
-  rows_per_call: int
-  timeout_seconds: float
-  max_error_fraction: float
-  error_window: int
+  num_workers: int = field(metadata=interval("[0, inf)", 4))
+  rows_per_call: int = field(metadata=at_least(1))
+  timeout_seconds: float = field(metadata=interval("(0, inf)", 5.0))
+  max_error_fraction: float = field(metadata=interval("[0, 1]", 0.1))
+  error_window: int = field(metadata=at_least(1))
 
   def __post_init__(self):
-    require_choices(self, "rewards")
-    require_at_least(self, "rewards", num_workers=0)
-    require_at_least(self, "rewards", rows_per_call=1, error_window=1)
+    check_fields(self, "rewards")
     require_all(
       self,
       "rewards",
-      (
-        "timeout_seconds",
-        0 < self.timeout_seconds < math.inf,
-        "be above 0 and finite",
-        5.0,
-      ),
-      (
-        "max_error_fraction",
-        0 <= self.max_error_fraction <= 1,
-        "be from 0 to 1",
-        0.1,
-      ),
       (
         "custom_weights",
         len(self.custom_weights) == len(self.custom),

@@ -1,9 +1,15 @@
 """Settings of the loss, of what an update counts, and of the optimizer."""
 
-import math
 from dataclasses import dataclass, field, fields, replace
 
-from data_pipelines.validation import one_of, require_all, require_choices
+from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
+  one_of,
+  require,
+  require_all,
+)
 from grpo_tpu.rewards.scoring import RewardConfig
 
 ADVANTAGE_SCALES = ("group", "batch", "none")
@@ -47,25 +53,23 @@ class ObjectiveConfig:
   )
   importance: str = field(metadata=one_of(("token", "sequence")))
   surrogate: str = field(metadata=one_of(("clip", "cispo", "sapo")))
-  epsilon_low: float | int
-  epsilon_high: float | int
+  epsilon_low: float | int = field(metadata=interval("(0, 1]", 0.2))
+  epsilon_high: float | int = field(metadata=interval("(0, inf)", 0.28))
   dual_clip: float | int | None
-  beta: float | int
+  beta: float | int = field(metadata=interval("[0, inf)", 0.0))
   kl_estimator: str = field(metadata=one_of(("k3", "k1", "k2")))
   kl_gradient: str = field(
     metadata=one_of(("reverse", "importance_weighted", "estimator"))
   )
-  tis_cap: float | int | None
-  max_completion_length: int | None
+  tis_cap: float | int | None = field(metadata=interval("(0, inf]", 2.0))
+  max_completion_length: int | None = field(metadata=at_least(1))
 
   def __post_init__(self):
-    require_choices(self, "objective")
-    is_cispo, length = self.surrogate == "cispo", self.max_completion_length
+    check_fields(self, "objective")
+    is_cispo = self.surrogate == "cispo"
     require_all(
       self,
       "objective",
-      ("epsilon_low", 0 < self.epsilon_low <= 1, "be above 0, at most 1", 0.2),
-      ("epsilon_high", 0 < self.epsilon_high < math.inf, "be above 0", 0.28),
       (
         "epsilon_high",
         self.epsilon_high >= 1 or not is_cispo,
@@ -83,14 +87,6 @@ class ObjectiveConfig:
         self.dual_clip is None or self.dual_clip > 1,
         "be above 1, or it cuts a policy that has not moved",
         3.0,
-      ),
-      ("beta", 0 <= self.beta < math.inf, "be 0 or a positive weight", 0.0),
-      ("tis_cap", self.tis_cap is None or self.tis_cap > 0, "be above 0", 2.0),
-      (
-        "max_completion_length",
-        length is None or length >= 1,
-        "be at least 1 token",
-        "(rollout.max_new_tokens)",
       ),
     )
 
@@ -159,7 +155,7 @@ class ObjectiveSettings:
   max_completion_length: int | None
 
   def __post_init__(self):
-    require_choices(self, "objective")
+    check_fields(self, "objective")
 
   def resolve(self, max_new_tokens: int) -> ObjectiveConfig:
     """The preset with this run's changes."""
@@ -204,40 +200,22 @@ class ShapingConfig:
   """
 
   truncated: str = field(metadata=one_of(("keep", "mask", "penalise")))
-  soft_tokens: int
+  soft_tokens: int = field(metadata=at_least(1))
   zero_variance: str = field(metadata=one_of(("keep", "drop", "resample")))
-  max_batches: int
-  advantage_clip: float | None
-  top_entropy_share: float
-  entropy_bonus: float
+  max_batches: int = field(metadata=at_least(1))
+  advantage_clip: float | None = field(metadata=interval("(0, inf]", None))
+  top_entropy_share: float = field(metadata=interval("(0, 1]", 1.0))
+  entropy_bonus: float = field(metadata=interval("[0, inf)", 0.0))
   sampler_correction: str = field(metadata=one_of(("token", "sequence")))
 
   def __post_init__(self):
-    require_choices(self, "shaping")
-    clip, least = self.advantage_clip, 1 + (self.zero_variance == "resample")
-    require_all(
-      self,
-      "shaping",
-      ("soft_tokens", self.soft_tokens >= 1, "be at least 1 token", 128),
-      (
-        "max_batches",
-        self.max_batches >= least,
-        "be at least 2 to resample, and 1 otherwise",
-        3,
-      ),
-      ("advantage_clip", clip is None or clip > 0, "be above 0 or None", None),
-      (
-        "top_entropy_share",
-        0 < self.top_entropy_share <= 1,
-        "be above 0, at most 1",
-        1.0,
-      ),
-      (
-        "entropy_bonus",
-        0 <= self.entropy_bonus < math.inf,
-        "be 0 or a positive weight",
-        0.0,
-      ),
+    check_fields(self, "shaping")
+    require(
+      self.zero_variance != "resample" or self.max_batches >= 2,
+      "shaping.max_batches",
+      self.max_batches,
+      "be at least 2 to resample",
+      "set shaping.max_batches=3",
     )
 
 
@@ -261,36 +239,18 @@ class OptimizerSettings:
       clipping.
   """
 
-  learning_rate: float
+  learning_rate: float = field(metadata=interval("[0, inf)", 1e-6))
   schedule: str = field(metadata=one_of(("constant", "cosine", "linear")))
-  warmup_steps: int
-  end_fraction: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  max_grad_norm: float
+  warmup_steps: int = field(metadata=interval("[0, inf)", 0))
+  end_fraction: float = field(metadata=interval("[0, 1]", 0.1))
+  b1: float = field(metadata=interval("[0, 1)", 0.9))
+  b2: float = field(metadata=interval("[0, 1)", 0.99))
+  eps: float = field(metadata=interval("(0, inf)", 1e-8))
+  weight_decay: float = field(metadata=interval("[0, inf)", 0.0))
+  max_grad_norm: float = field(metadata=interval("(0, inf]", 1.0))
 
   def __post_init__(self):
-    require_choices(self, "optimizer")
-    decay, norm = self.weight_decay, self.max_grad_norm
-    require_all(
-      self,
-      "optimizer",
-      (
-        "learning_rate",
-        0 <= self.learning_rate < math.inf,
-        "be 0 or more, and finite",
-        "1e-6",
-      ),
-      ("warmup_steps", self.warmup_steps >= 0, "be 0 or more", "0"),
-      ("end_fraction", 0 <= self.end_fraction <= 1, "be in [0, 1]", "0.1"),
-      ("b1", 0 <= self.b1 < 1, "be in [0, 1)", "0.9"),
-      ("b2", 0 <= self.b2 < 1, "be in [0, 1)", "0.99"),
-      ("eps", 0 < self.eps < math.inf, "be above 0, and finite", "1e-8"),
-      ("weight_decay", 0 <= decay < math.inf, "be 0 or more, and finite", "0"),
-      ("max_grad_norm", norm > 0, "be above 0; inf is no clipping", "1.0"),
-    )
+    check_fields(self, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -302,20 +262,16 @@ class OptimizerConfig(OptimizerSettings):
       minibatches or iterations counts as several.
   """
 
-  num_steps: int
+  num_steps: int = field(metadata=at_least(1))
 
   def __post_init__(self):
     super().__post_init__()
-    require_all(
-      self,
-      "optimizer",
-      ("num_steps", self.num_steps >= 1, "be at least 1", "1"),
-      (
-        "warmup_steps",
-        self.warmup_steps < self.num_steps,
-        f"be below the number of updates ({self.num_steps})",
-        "0",
-      ),
+    require(
+      self.warmup_steps < self.num_steps,
+      "optimizer.warmup_steps",
+      self.warmup_steps,
+      f"be below the number of updates ({self.num_steps})",
+      "set optimizer.warmup_steps=0",
     )
 
 

@@ -1,11 +1,11 @@
 """Settings of a rollout."""
 
-import dataclasses
+from dataclasses import dataclass, field
 
-from data_pipelines.validation import require, require_at_least
+from data_pipelines.validation import at_least, check_fields, interval, require
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RolloutConfig:
   """How completions are sampled.
 
@@ -29,34 +29,18 @@ class RolloutConfig:
       tower, kept from step to step, in MiB; 0 for none.
   """
 
-  num_generations: int
-  max_new_tokens: int
-  min_new_tokens: int
-  temperature: float
+  num_generations: int = field(metadata=at_least(1))
+  max_new_tokens: int = field(metadata=at_least(1))
+  min_new_tokens: int = field(metadata=interval("[0, inf)", 0))
+  temperature: float = field(metadata=interval("(0, inf)", 1.0))
   stop_strings: tuple[str, ...]
-  chunk_tokens: int
+  chunk_tokens: int = field(metadata=at_least(1))
   prompts_at_a_time: int | None
-  pictures_per_shard: int
-  image_cache_mib: int
+  pictures_per_shard: int = field(metadata=at_least(1))
+  image_cache_mib: int = field(metadata=interval("[0, inf)", 0))
 
   def __post_init__(self):
-    require_at_least(
-      self,
-      "rollout",
-      num_generations=1,
-      max_new_tokens=1,
-      min_new_tokens=0,
-      chunk_tokens=1,
-      pictures_per_shard=1,
-      image_cache_mib=0,
-    )
-    require(
-      0 < self.temperature < float("inf"),
-      "rollout.temperature",
-      self.temperature,
-      "be above 0 and finite, for training needs the odds of what was sampled",
-      "set rollout.temperature=1.0",
-    )
+    check_fields(self, "rollout")
     require(
       self.min_new_tokens < self.max_new_tokens,
       "rollout.min_new_tokens",

@@ -154,6 +154,7 @@ def test_help_has_every_setting_with_its_default_and_choices():
   assert "`seed`: (default 0) Seed" in page
   assert "`model.remat`: (default 'full', choices none, dots, full, " in page
   assert "`objective.surrogate`: (default None, choices clip, cispo, " in page
+  assert "`optimizer.b1`: (default 0.9, at least 0 and below 1) Decay" in page
 
 
 @pytest.mark.parametrize(

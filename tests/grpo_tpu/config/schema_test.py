@@ -346,9 +346,8 @@ def test_batches_must_divide_into_shards(changes, name):
   ("name", "value", "said"),
   [
     ("truncated", "cut", "must be one of keep, mask, penalise."),
-    ("advantage_clip", 0.0, "must be above 0 or None; set {}=None."),
-    ("max_batches", 0, "must be at least 2 to resample, and 1 otherwise; "
-     "set {}=3."),
+    ("advantage_clip", 0.0, "must be above 0; set {}=None."),
+    ("max_batches", 0, "must be at least 1; set {}=1."),
   ],
 )  # fmt: skip
 def test_an_error_says_setting_value_rule_and_remedy_once(name, value, said):

@@ -315,7 +315,7 @@ def test_adapters_are_sharded_like_their_weights_on_every_mesh(name):
   [
     (
       {"rank": -1},
-      r"model\.lora\.rank \(-1\) must be 0.*set model\.lora\.rank",
+      r"model\.lora\.rank \(-1\) must be at least 0.*set model\.lora\.rank",
     ),
     ({"alpha": 0.0}, r"model\.lora\.alpha \(0\.0\) must be above 0"),
     ({"alpha": math.inf}, r"model\.lora\.alpha \(inf\) must"),
