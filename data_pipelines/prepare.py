@@ -1,8 +1,8 @@
-"""The command that builds a data dir.
+"""Builds a data dir: problems by split, a tokenizer, rejects and a manifest.
 
     python -m data_pipelines.prepare --source=synthetic --data_dir=DIR
 
-`sources.build` says what a data dir holds.
+A complete data dir is reused as it is. docs/data-and-terms.md has the details.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pictures as people make them: RGBA, grey, palette, PNGs named .jpg."""
+"""Trains on real images: RGBA, grey, palette, PNGs named .jpg."""
 
 import io
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.e2e
 NUM_STEPS, PROMPTS_PER_STEP = 5, 64
 
 
-def test_grpo_trains_on_every_picture_of_a_mathvista_snapshot(
+def test_grpo_trains_on_every_image_of_a_mathvista_snapshot(
   program, new_run, fixtures, tmp_path
 ):
   data = tmp_path / "data"
@@ -24,12 +24,12 @@ def test_grpo_trains_on_every_picture_of_a_mathvista_snapshot(
   problems = mathvista.source(data, "train")
   # An epoch is done before the last step is.
   assert len(problems) <= NUM_STEPS * PROMPTS_PER_STEP
-  pictures = [
+  images = [
     PIL.Image.open(io.BytesIO(problems[i].image_bytes))
     for i in range(len(problems))
   ]
-  assert {picture.mode for picture in pictures} == {"RGB", "RGBA", "L", "P"}
-  assert {picture.format for picture in pictures} == {"JPEG", "PNG"}
+  assert {image.mode for image in images} == {"RGB", "RGBA", "L", "P"}
+  assert {image.format for image in images} == {"JPEG", "PNG"}
   paths = [problems[i].image_path for i in range(len(problems))]
   assert all(path.endswith(".jpg") for path in paths)
 
