@@ -1,4 +1,4 @@
-"""The command line: what cannot be done is refused before anything is begun."""
+"""The command line: help, and errors before any device is touched."""
 
 import json
 import os
@@ -17,20 +17,20 @@ WORKDIR = "--workdir=WORKDIR"
 
 
 def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
-  """What the program says as it refuses; it must leave no trace."""
+  """The log of a program that must exit with 64 and leave no files."""
   workdir = tmp_path / "run"
   result = subprocess.run(
     [sys.executable, "-m", "grpo_tpu.main"]
     + [x.replace("WORKDIR", str(workdir)) for x in arguments],
     cwd=ROOT,
-    # Whoever asks JAX for its devices now fails, and not with 64.
+    # With this, a program that asks for devices fails, and not with 64.
     env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
     capture_output=True,
     text=True,
   )
   assert result.returncode == 64, result.stderr
   assert "Traceback" not in result.stderr
-  # Three lines of absl's, and no complaint that it is too early to log.
+  # Three lines, without absl's complaint that it is too early to log.
   error, end, what_next = result.stderr.splitlines()
   assert [x[0] for x in (error, end, what_next)] == ["E", "W", "W"]
   assert "Stopped (exit code 64): invalid setting, flag or data" in end
@@ -98,12 +98,10 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "unknown stage",
   ],
 )
-def test_a_bad_request_exits_64_and_says_why_before_devices_start(
-  tmp_path, arguments, named
-):
-  said = refusal(tmp_path, *arguments)
+def test_a_user_error_exits_64_before_devices_start(tmp_path, arguments, named):
+  log = refusal(tmp_path, *arguments)
   for words in named:
-    assert words in said
+    assert words in log
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import typing
 
 import pytest
 
-from data_pipelines import validation
 from data_pipelines.text import chat_prompts
 from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
@@ -497,15 +496,6 @@ def test_a_config_is_frozen_down_to_its_sections():
 def test_a_config_can_be_rebuilt_from_its_dict():
   config = built({"objective.beta": 0.1, "data.synthetic.image_size": 64})
   assert run_config.Config.from_config_dict(config.to_dict()) == config
-
-
-def test_only_a_value_error_becomes_a_setting_error():
-  with pytest.raises(validation.SettingError, match="seed"):
-    with validation.user_errors():
-      raise ValueError("seed")
-  with pytest.raises(ZeroDivisionError):
-    with validation.user_errors():
-      _ = 1 / 0
 
 
 def test_image_size_overrides_the_towers_size():
