@@ -93,30 +93,29 @@ def describe_bounds(bounds: str) -> str:
 def check_fields(section: Any, prefix: str) -> None:
   """Checks the fields of a section that have metadata; None always passes."""
   for field in dataclasses.fields(section):
-    name, value = field.name, getattr(section, field.name)
+    name, value = f"{prefix}.{field.name}", getattr(section, field.name)
     if value is None:
       continue
-    if bounds := field.metadata.get("bounds"):
-      rule = f"be {describe_bounds(bounds)}"
-      if isinstance(value, float) and bounds.endswith("inf)"):
-        rule += " and finite"
-      example = field.metadata["example"]
-      require_all(
-        section, prefix, (name, _is_within(value, bounds), rule, example)
-      )
-    choices = field.metadata.get("choices")
-    if choices and not isinstance(value, tuple):
-      require_one_of(f"{prefix}.{name}", value, choices)
-    elif choices:
-      holds = set(value) <= set(choices) and len(set(value)) == len(value)
-      rule = f"be names of {', '.join(choices)}, each once"
-      require_all(section, prefix, (name, holds, rule, choices))
+    if "bounds" in field.metadata:
+      _check_bounds(name, value, **field.metadata)
+    if "choices" in field.metadata:
+      choices = field.metadata["choices"]
+      if isinstance(value, tuple):
+        holds = set(value) <= set(choices) and len(set(value)) == len(value)
+        rule = f"be names of {', '.join(choices)}, each once"
+        require(holds, name, value, rule, f"set {name}={choices}")
+      else:
+        require_one_of(name, value, choices)
 
 
-def _is_within(value: float, bounds: str) -> bool:
+def _check_bounds(name: str, value: float, bounds: str, example: Any) -> None:
   low, high = map(float, bounds[1:-1].split(", "))
-  above = low <= value if bounds[0] == "[" else low < value
-  return above and (value <= high if bounds[-1] == "]" else value < high)
+  holds = low <= value if bounds[0] == "[" else low < value
+  holds &= value <= high if bounds[-1] == "]" else value < high
+  rule = f"be {describe_bounds(bounds)}"
+  if isinstance(value, float) and bounds.endswith("inf)"):
+    rule += " and finite"
+  require(holds, name, value, rule, f"set {name}={example}")
 
 
 def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
