@@ -73,7 +73,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
         "--config.rewards.custom=('math:no_such',)",
         "--config.rewards.custom_weights=(1.0,)",
       ],
-      ["rewards.custom ('math:no_such')", "correct the name"],
+      ["rewards.custom ('math:no_such')", "Correct the name"],
     ),
     (
       [CONFIG, WORKDIR, "--config.model.weights=gguf:/no/such.gguf"],
