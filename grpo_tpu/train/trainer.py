@@ -62,8 +62,8 @@ class Trainer:
       config: The settings; `model.weights` must name its step.
       data: The problems.
       mesh: The devices.
-      poll: Called where a step can be interrupted, by raising.
-      clock: Told the phases of each step.
+      poll: Called where a step can be interrupted; raises to interrupt it.
+      clock: Adds up the seconds of each phase.
     """
     self.config, self.mesh = config, mesh
     self._poll, self._clock = poll, clock or goodput.Clock()
@@ -71,15 +71,21 @@ class Trainer:
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     self.sampler = Sampler(config.model, config.rollout, mesh, data.tokenizer)
     self.collector = Collector(self.sampler, config.collector_config)
-    frozen, self._reference = _load_frozen(config, mesh)
+    params, forward = None, self.sampler.forward
+    if config.has_reference or config.lora:
+      params = load.load_params(config.model, mesh)
+    # With adapters, the reference is their base itself and no copy of it.
+    self._reference = (
+      Reference(params, config.model, mesh) if config.has_reference else None
+    )
     self.learner = Learner(
       config.model,
-      self.sampler.forward,
+      forward,
       mesh,
       config.learner_config,
-      frozen=frozen,
+      frozen=params if config.lora else None,
     )
-    forward, num_microbatches = self.sampler.forward, config.num_microbatches
+    num_microbatches = config.num_microbatches
     self._score_batch = compile_cache.AotJit(
       jax.jit(
         lambda params, batch: score.score_batch(
@@ -88,9 +94,8 @@ class Trainer:
       )
     )
     self._data = data
-    self._shards = dict(
-      zip(("shards", "shard_count"), sharding.data_shards(mesh), strict=True)
-    )
+    shards, shard_count = sharding.data_shards(mesh)
+    self._shards = {"shards": shards, "shard_count": shard_count}
     eval_options = self._shards | {
       "num_problems": config.eval.num_problems,
       "batch_size": config.eval.batch_size,
@@ -279,7 +284,19 @@ class Trainer:
       with self._clock.phase("update"):
         state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
-    return self._count_step(state, partial)
+    end = time.perf_counter()
+    seconds = end - self._start
+    partial.metrics |= {
+      "perf/update_seconds": end - self._scored,
+      "perf/step_seconds": seconds,
+      "perf/tokens_per_second": float(partial.metrics["train/tokens"])
+      / seconds,
+      "train/skipped_updates": sum(partial.skipped),
+    }
+    state = state.replace(
+      step=state.step + 1, position=state.position + partial.num_batches
+    )
+    return state, partial.metrics
 
   def _update_once(
     self, state: TrainState, batch: TrainBatch, step: int
@@ -294,23 +311,6 @@ class Trainer:
     jax.block_until_ready(state)
     partial.skipped.append(float(metrics["skipped_updates"]))
     return state
-
-  def _count_step(
-    self, state: TrainState, partial: PartialStep
-  ) -> tuple[TrainState, writer.Scalars]:
-    end = time.perf_counter()
-    seconds = end - self._start
-    partial.metrics |= {
-      "perf/update_seconds": end - self._scored,
-      "perf/step_seconds": seconds,
-      "perf/tokens_per_second": float(partial.metrics["train/tokens"])
-      / seconds,
-      "train/skipped_updates": sum(partial.skipped),
-    }
-    state = state.replace(
-      step=state.step + 1, position=state.position + partial.num_batches
-    )
-    return state, partial.metrics
 
   def evaluate(
     self, state: TrainState
@@ -347,13 +347,9 @@ class Trainer:
     batch: TrainBatch,
     *rest: Any,
   ) -> None:
-    """Compiles a program that has run on `batch` for all prompt shapes to come.
+    """Compiles a program for the prompt shapes to come, after its first call.
 
-    Args:
-      program: Takes `first`, a batch and `rest`.
-      first: Its first argument.
-      batch: The batch it has run on.
-      *rest: Its further arguments.
+    The arguments after `program` are those of its first call.
     """
     ids, images = batch.prompt_ids, batch.images
     shapes = self._shapes - {(ids.shape[1], images.shape[1])}
@@ -362,20 +358,6 @@ class Trainer:
         prompt_ids=_resize(ids, length), images=_resize(images, num_images)
       )
       program.prepare(_abstract(first), other, *_abstract(rest))
-
-
-def _load_frozen(
-  config: Config, mesh: Mesh
-) -> tuple[dict | None, Reference | None]:
-  """Parameters under the adapters, and the reference, where there are any."""
-  if not (config.has_reference or config.lora):
-    return None, None
-  params = load.load_params(config.model, mesh)
-  # With adapters, the reference is the base itself and no copy of it.
-  reference = (
-    Reference(params, config.model, mesh) if config.has_reference else None
-  )
-  return (params if config.lora else None), reference
 
 
 def _abstract(tree: Any) -> Any:
