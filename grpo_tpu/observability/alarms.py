@@ -4,6 +4,7 @@ The limits are wide: no metric of a healthy run stays beyond one for long.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 
@@ -27,7 +28,7 @@ class Alarms:
     ]
     self._triggered: set[str] = set()
 
-  def check(self, step: int, scalars: Mapping[str, float]) -> list[str]:
+  def check(self, step: int, scalars: Mapping[str, Any]) -> list[str]:
     """Logs a warning for each new alarm and returns the metrics' names.
 
     Args:

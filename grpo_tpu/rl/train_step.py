@@ -229,6 +229,7 @@ def _sampler_mismatch(
   micro: TrainBatch, logps: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """Distance of the sampler from the old policy: sums over tokens, maxima."""
+  assert micro.sampler_logps is not None
   gap = _old_logps(micro, logps) - micro.sampler_logps
   gap = jnp.where(micro.completion_mask, gap, 0.0)
   sums = {
@@ -243,6 +244,7 @@ def _implicit_preference(
   micro: TrainBatch, logps: Array, num_pairs: Array
 ) -> dict[str, Array]:
   """Accuracy and margin of the policy's gain over the reference, per pair."""
+  assert micro.ref_per_token_logps is not None and micro.preferred is not None
   gain = logps - micro.ref_per_token_logps
   gain = jnp.where(micro.completion_mask, gain, 0.0).sum(-1)
   chosen, rejected, valid = preference_metrics.all_pairs(gain, micro.preferred)

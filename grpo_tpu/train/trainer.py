@@ -71,13 +71,12 @@ class Trainer:
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     self.sampler = Sampler(config.model, config.rollout, mesh, data.tokenizer)
     self.collector = Collector(self.sampler, config.collector_config)
-    params, forward = None, self.sampler.forward
+    params, forward, self._reference = None, self.sampler.forward, None
     if config.has_reference or config.lora:
       params = load.load_params(config.model, mesh)
-    # With adapters, the reference is their base itself and no copy of it.
-    self._reference = (
-      Reference(params, config.model, mesh) if config.has_reference else None
-    )
+      if config.has_reference:
+        # With adapters, the reference is their base itself and no copy of it.
+        self._reference = Reference(params, config.model, mesh)
     self.learner = Learner(
       config.model,
       forward,
@@ -329,7 +328,7 @@ class Trainer:
       num_samples=self.config.samples.count,
       poll=self._poll,
     )
-    metrics = result.scalars
+    metrics: writer.Scalars = dict(result.scalars)
     if self._preference_batches is not None:
       assert self._reference is not None
       metrics |= preferences.evaluate_preferences(
