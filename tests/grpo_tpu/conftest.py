@@ -22,7 +22,7 @@ from grpo_tpu.rollout import engine, generate
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-  """Windows shorter than a prompt, a global layer, one key-value head."""
+  """A tiny model: short windows, a global layer, one key-value head."""
 
   config: gemma3_config.ModelConfig
   params: dict
@@ -30,7 +30,7 @@ class Tiny:
   def prompts(
     self, num_prompts: int, *, seed: int = 0, num_images: int = 1
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids, lengths and pictures; no two prompts alike, lengths mixed."""
+    """Ids, lengths and images of different prompts of mixed lengths."""
     rng = np.random.default_rng(seed)
     vision = self.config.vision
     assert vision is not None
@@ -61,7 +61,7 @@ class Tiny:
     on_finished: generate.OnFinished | None = None,
     **settings: Any,
   ) -> tuple[engine.Completions, generate.RolloutReport]:
-    """Completions, on one device if no mesh is given, and what they took."""
+    """Completions and the report; on one device if no mesh is given."""
     mesh = mesh or mesh_of()
     params = self.params if params is None else params
     places = sharding.param_shardings(mesh, params)
@@ -94,7 +94,7 @@ class Tiny:
 
 
 def mesh_of(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """Of the first so many devices."""
+  """A mesh of the first devices."""
   shape = (replica, fsdp, tensor)
   devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
   return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
