@@ -16,17 +16,6 @@ from data_pipelines.validation import SettingError
 FLAGS = flags.FLAGS
 
 
-def _define_flags() -> None:
-  """Defines the flags, which importers of this module do not need."""
-  flags.DEFINE_string("out", "", "File to write, JSON lines.")
-  flags.DEFINE_string(
-    "data_dir",
-    "",
-    "Folder from data_pipelines.prepare with the problems; without it the "
-    "results files describe the problems.",
-  )
-
-
 def main(argv: Sequence[str]) -> None:
   """Labels the files on the command line; exits 64 on a user error."""
   try:
@@ -45,6 +34,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
+  flags.DEFINE_string("out", "", "File to write, JSON lines.")
+  flags.DEFINE_string(
+    "data_dir",
+    "",
+    "Folder from data_pipelines.prepare with the problems; without it the "
+    "results files describe the problems.",
+  )
   logging.set_verbosity(logging.INFO)
   app.run(main, flags_parser=command_flags.parse)

@@ -25,12 +25,6 @@ from data_pipelines.validation import SettingError
 FLAGS = flags.FLAGS
 
 
-def _define_flags() -> None:
-  """Defines the flags, which importers of this module do not need."""
-  flags.DEFINE_string("out", "", "File for the records with strict answers.")
-  flags.DEFINE_string("scores", "", "File for the figures as JSON.")
-
-
 def main(argv: Sequence[str]) -> None:
   """Scores the file on the command line; exits 64 on a user error."""
   try:
@@ -44,5 +38,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()
+  flags.DEFINE_string("out", "", "File for the records with strict answers.")
+  flags.DEFINE_string("scores", "", "File for the figures as JSON.")
   app.run(main, flags_parser=command_flags.parse)

@@ -79,12 +79,7 @@ export JAX_PLATFORMS=cpu
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$hosts
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# A host must die with this script, even if the script is killed. (Linux.)
-run_host=("$python" -m grpo_tpu.main)
-if setpriv --pdeathsig KILL bash -c : 2>/dev/null; then
-  run_host=(setpriv --pdeathsig KILL "${run_host[@]}")
-fi
-
+run_host=(${tied[@]+"${tied[@]}"} "$python" -m grpo_tpu.main)
 pids=()
 for ((host = 0; host < hosts; host++)); do
   output=$workdir/logs/host-$host.log

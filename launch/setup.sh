@@ -21,6 +21,12 @@ extra=${GRPO_TPU_EXTRA:-dev}
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 export GRPC_VERBOSITY=ERROR GLOG_minloglevel=2
 
+# Makes a command die with this script, even if the script is killed. (Linux.)
+# shellcheck disable=SC2034 # Other scripts use it.
+if setpriv --pdeathsig KILL bash -c : 2>/dev/null; then
+  tied=(setpriv --pdeathsig KILL)
+fi
+
 say() { printf '%s\n' "$*" >&2; }
 
 # For errors that the user can fix: the command line, the machine, the data.

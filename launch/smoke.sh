@@ -38,12 +38,8 @@ if command -v flock >/dev/null; then
 choose another --workdir=DIR."
 fi
 
-# A stage must die with this script, even if the script is killed: an orphan
-# would write the workdir of the next run. (Linux has setpriv.)
-run_stage=("$venv/bin/python" -m)
-if setpriv --pdeathsig KILL bash -c : 2>/dev/null; then
-  run_stage=(setpriv --pdeathsig KILL "${run_stage[@]}")
-fi
+# An orphan would write the workdir of the next run.
+run_stage=(${tied[@]+"${tied[@]}"} "$venv/bin/python" -m)
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 # The data that configs/smoke.py would draw, once for both stages.

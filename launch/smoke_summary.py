@@ -15,13 +15,9 @@ import shlex
 import sys
 
 
-def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
-  """The content of `smoke.json`.
-
-  Raises:
-    ValueError: The eval split was not scored both before the first update and
-      after a later one.
-  """
+def main() -> None:
+  """Writes `smoke.json` and prints its content."""
+  workdir = pathlib.Path(sys.argv[1])
   text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
   rows = [json.loads(line) for line in text.splitlines()]
   accuracies = {
@@ -33,18 +29,12 @@ def summary(workdir: pathlib.Path, wall_seconds: int) -> dict[str, float]:
       f" later step, but has it at {sorted(accuracies)}; set"
       " config.eval.every_steps to at most config.train.num_steps."
     )
-  return {
+  result = {
     "warm_start_accuracy": accuracies[0],
     "final_accuracy": accuracies[max(accuracies)],
-    "wall_seconds": wall_seconds,
+    "wall_seconds": int(sys.argv[2]),
     "steps": max(row["step"] for row in rows),
   }
-
-
-def main() -> None:
-  """Writes `smoke.json` and prints its content."""
-  workdir = pathlib.Path(sys.argv[1])
-  result = summary(workdir, int(sys.argv[2]))
   (workdir / "smoke.json").write_text(json.dumps(result, indent=2) + "\n")
   sys.stdout.write(
     f"Eval accuracy: {result['warm_start_accuracy']:.3f} before GRPO, "

@@ -18,9 +18,12 @@ least two completions of the problem and higher labels for better ones.
 
 import dataclasses
 import decimal
+import functools
 import json
 import os
+import pathlib
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,20 +43,9 @@ _CHOICE_KINDS, _NUMBER_KINDS = ("distractor", "conflict"), ("perturbation",)
 _TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 # In many lengths, because one about as long as the answer is chosen.
-_REFUSALS = (
-  "N/A",
-  "unknown",
-  "unclear",
-  "not given",
-  "not possible to say",
-  "impossible to determine",
-  "nothing that can be determined",
-  "not possible to determine from this",
-  "impossible to determine from the picture",
-  "not something that the picture gives any answer to",
-  "impossible to determine without more information than this",
-  "not possible to determine, for the picture does not show what is needed",
-)
+_REFUSALS = tomllib.loads(
+  pathlib.Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8")
+)["refusals"]
 _NUM_NEAREST = 3
 
 
@@ -64,10 +56,9 @@ class LabelledCompletion(NamedTuple):
   label: float
 
 
+type Group = tuple[LabelledCompletion, ...]
 # Gives the labelled completions of a problem.
-type Source = Callable[
-  [records.Problem, np.random.Generator], tuple[LabelledCompletion, ...]
-]
+type Source = Callable[[records.Problem, np.random.Generator], Group]
 
 
 def synthesize(
@@ -85,15 +76,9 @@ def synthesize(
       text of an option, because a letter alone would reveal the conflict.
     template: The format of the completions.
   """
-
-  def source(
-    problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[LabelledCompletion, ...]:
-    lettered = "conflict" in kinds and problem.question_type == "multi_choice"
-    writer = _Writer(problem, template, lettered)
-    return _synthesize_group(writer, rng, count, kinds)
-
-  return source
+  return functools.partial(
+    _synthesize_group, count=count, kinds=kinds, template=template
+  )
 
 
 def from_file(path: str | os.PathLike[str], count: int) -> Source:
@@ -104,23 +89,18 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
   """
   by_pid = _read(path)
 
-  def source(
-    problem: records.Problem, rng: np.random.Generator
-  ) -> tuple[LabelledCompletion, ...]:
+  def source(problem: records.Problem, rng: np.random.Generator) -> Group:
     del rng
-    if problem.pid not in by_pid:
-      raise records.BadRecord(
-        "no_completions", f"none for {problem.pid} in {path}"
-      )
-    return by_pid[problem.pid][:count]
+    if problem.pid in by_pid:
+      return by_pid[problem.pid][:count]
+    detail = f"none for {problem.pid} in {path}"
+    raise records.BadRecord("no_completions", detail)
 
   return source
 
 
-def _read(
-  path: str | os.PathLike[str],
-) -> Mapping[str, tuple[LabelledCompletion, ...]]:
-  by_pid: dict[str, tuple[LabelledCompletion, ...]] = {}
+def _read(path: str | os.PathLike[str]) -> dict[str, Group]:
+  by_pid: dict[str, Group] = {}
   try:
     with open(path, encoding="utf-8") as file:
       lines = list(file)
@@ -145,11 +125,10 @@ def _read(
   return by_pid
 
 
-def _parse_line(line: str) -> tuple[str, tuple[LabelledCompletion, ...]]:
+def _parse_line(line: str) -> tuple[str, Group]:
   row = json.loads(line)
   group = tuple(
-    LabelledCompletion(each["text"], each["label"])
-    for each in row["completions"]
+    LabelledCompletion(x["text"], x["label"]) for x in row["completions"]
   )
   if len(group) < 2:
     raise ValueError("too few completions")
@@ -165,17 +144,11 @@ def _parse_line(line: str) -> tuple[str, tuple[LabelledCompletion, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-  """Writes the completions of one problem.
-
-  Attributes:
-    problem: The problem.
-    template: The format of the completions.
-    lettered: True to give an option's letter beside its text.
-  """
+  """Writes the completions of one problem."""
 
   problem: records.Problem
   template: chat_prompts.Template
-  lettered: bool
+  lettered: bool  # True to give an option's letter beside its text.
 
   def option(self, letter: int, text: int) -> str:
     """An answer with the letter of one option and the text of another."""
@@ -199,14 +172,19 @@ class _Writer:
 
 
 def _synthesize_group(
-  writer: _Writer, rng: np.random.Generator, count: int, kinds: Sequence[str]
-) -> tuple[LabelledCompletion, ...]:
-  problem, chosen = writer.problem, writer.right_completion
-  if not verify.verify(chosen, problem).correct:
-    raise records.BadRecord(
-      "answer_not_verified", f"{problem.answer!r} of {problem.pid}"
-    )
+  problem: records.Problem,
+  rng: np.random.Generator,
+  *,
+  count: int,
+  kinds: Sequence[str],
+  template: chat_prompts.Template,
+) -> Group:
   is_choice = problem.question_type == "multi_choice"
+  writer = _Writer(problem, template, "conflict" in kinds and is_choice)
+  chosen = writer.right_completion
+  detail = f"{problem.answer!r} of {problem.pid}"
+  if not verify.verify(chosen, problem).correct:
+    raise records.BadRecord("answer_not_verified", detail)
   others = _NUMBER_KINDS if is_choice else _CHOICE_KINDS
   left = [kind for kind in KINDS if kind in kinds and kind not in others]
   rejected: list[str] = []
@@ -223,9 +201,7 @@ def _synthesize_group(
     if answers and not verdict.correct and text not in rejected:
       rejected.append(text)
   if not rejected:
-    raise records.BadRecord(
-      "no_wrong_answer", f"none found for {problem.answer!r} of {problem.pid}"
-    )
+    raise records.BadRecord("no_wrong_answer", f"none found for {detail}")
   wrong = (LabelledCompletion(text, 0.0) for text in rejected)
   return (LabelledCompletion(chosen, 1.0), *wrong)
 

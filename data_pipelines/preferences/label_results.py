@@ -4,7 +4,6 @@ Several files give several responses to one problem. The verifier labels each
 response 1.0 or 0.0, and problems without both labels are left out.
 """
 
-import collections
 import json
 import os
 import pathlib
@@ -38,21 +37,15 @@ def label_results(
       takes each problem from its first record.
 
   Returns:
-    The numbers of `groups` and `completions` written; of problems left out, by
-    reason; and of responses left out because they are `empty` or `repeated`.
+    The numbers of groups, completions, and problems and responses left out.
 
   Raises:
     SettingError: A file breaks a rule, or no group can be made.
   """
-  counts: collections.Counter[str] = collections.Counter(
-    dict.fromkeys(
-      (
-        *("groups", "completions", "without_right", "without_wrong"),
-        *("without_answer", "not_in_data_dir", "empty", "repeated"),
-      ),
-      0,
-    )
-  )
+  written = ("groups", "completions")
+  left_out = ("without_right", "without_wrong", "without_answer")
+  left_out += ("not_in_data_dir", "empty", "repeated")
+  counts = dict.fromkeys(written + left_out, 0)
   texts, problems = _read_responses(paths, counts)
   if data_dir:
     with user_errors():
@@ -70,17 +63,17 @@ def label_results(
   if not lines:
     raise SettingError(
       f"the results ({', '.join(map(str, paths))}) must hold a right and a "
-      f"wrong response to some problem, but hold none: {dict(counts)}; add the "
+      f"wrong response to some problem, but hold none: {counts}; add the "
       "results of another model."
     )
   unfinished = pathlib.Path(f"{os.fspath(out)}.unfinished")
   unfinished.write_text("".join(lines), encoding="utf-8")
   os.replace(unfinished, out)
-  return dict(counts)
+  return counts
 
 
 def _read_responses(
-  paths: Iterable[str | os.PathLike[str]], counts: collections.Counter[str]
+  paths: Iterable[str | os.PathLike[str]], counts: dict[str, int]
 ) -> tuple[dict[str, list[str]], dict[str, records.Problem]]:
   """The different responses to each problem, and the problems, by pid."""
   texts: dict[str, list[str]] = {}

@@ -36,10 +36,10 @@ def source(
       every problem gets another one.
   """
   if kind == "removed":
-    return _GreySource(problems)
+    return _Ablation(problems, None)
   if kind == "shuffled":
     count = min(num_problems, len(problems))
-    return _ShuffledSource(problems, _givers(problems, count, seed))
+    return _Ablation(problems, _givers(problems, count, seed))
   raise ValueError(f"eval.ablations ({kind!r}) must be one of {KINDS}.")
 
 
@@ -49,10 +49,6 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
   Equal keys are placed side by side, in a random order of keys, and everything
   is rotated by the length of the longest run. That leaves each run, and does
   not wrap around into the same run as long as no run is longer than half.
-
-  Args:
-    keys: The key of each element.
-    seed: Seed of the random order.
 
   Returns:
     int64 [len(keys)], the index from which each index takes its element.
@@ -84,39 +80,31 @@ def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
       hashes[index] = images.pixel_hash(image)
     except (ValueError, OSError):
       continue  # The evaluation masks an unreadable image.
-  indices = list(hashes)
-  return {
-    indices[to]: indices[giver]
-    for to, giver in enumerate(
-      derangement(list(hashes.values()), seed).tolist()
-    )
-  }
+  indices = np.array(list(hashes), np.int64)
+  givers = indices[derangement(list(hashes.values()), seed)]
+  return dict(zip(hashes, givers.tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class _GreySource:
+class _Ablation:
   problems: records.Source
+  # The index of the problem whose image each problem gets; None for grey ones.
+  givers: dict[int, int] | None
 
   def __len__(self) -> int:
     return len(self.problems)
 
   def __getitem__(self, index: int, /) -> records.Problem:
     problem = self.problems[index]
-    height, width, _ = images.decode(problem.image_bytes).shape
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), _GREY).save(file, "PNG", compress_level=1)
-    return dataclasses.replace(problem, image_bytes=file.getvalue())
+    if self.givers is None:
+      image = _grey(problem.image_bytes)
+    else:
+      image = self.problems[self.givers.get(index, index)].image_bytes
+    return dataclasses.replace(problem, image_bytes=image)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ShuffledSource:
-  problems: records.Source
-  givers: dict[int, int]
-
-  def __len__(self) -> int:
-    return len(self.problems)
-
-  def __getitem__(self, index: int, /) -> records.Problem:
-    problem = self.problems[index]
-    giver = self.problems[self.givers.get(index, index)]
-    return dataclasses.replace(problem, image_bytes=giver.image_bytes)
+def _grey(image: bytes) -> bytes:
+  height, width, _ = images.decode(image).shape
+  file = io.BytesIO()
+  Image.new("RGB", (width, height), _GREY).save(file, "PNG", compress_level=1)
+  return file.getvalue()

@@ -4,7 +4,6 @@
 `table`. This module knows no files, no models and no way of grading.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,15 @@ DIMENSIONS = (
   *("question_type", "answer_type", "task", "category", "context", "grade"),
   *("source", "skill"),
 )
-# An evaluation gives such a pid to a record that it could not read. Neither the
-# problem nor its type is known, so the record counts as wrong and in no slice.
-_UNREADABLE = "unreadable:"
 
 
 def is_unreadable(pid: str) -> bool:
-  """True if the pid stands for a record that an evaluation could not read."""
-  return pid.startswith(_UNREADABLE)
+  """True if the pid stands for a record that an evaluation could not read.
+
+  Neither the problem nor its type is known, so the record counts as wrong and
+  in no slice.
+  """
+  return pid.startswith("unreadable:")
 
 
 def table(
@@ -41,7 +41,7 @@ def table(
 
   Returns:
     One JSON object per row, overall first, then by dimension and name:
-    `dimension`, `name`, for each way of grading a `statistics.Share` (None
+    `dimension`, `name`, for each way of grading a `statistics.share` (None
     without grades), and for the first way `multi_choice`, the accuracy on
     multiple choice above chance (None where guessing is impossible or certain).
   """
@@ -51,7 +51,7 @@ def table(
       members.setdefault(key, []).append(index)
   groups = [("overall", "all", list(range(len(records))))]
   groups += [
-    (DIMENSIONS[key[0]], key[1], members[key]) for key in sorted(members)
+    (DIMENSIONS[i], name, members[i, name]) for i, name in sorted(members)
   ]
   graded = next(iter(labels.values()))
   rows = []
@@ -88,9 +88,7 @@ def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
 
 def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:
   kept = [mark for mark in marks if mark is not None]
-  if not kept:
-    return None
-  return dataclasses.asdict(statistics.share(sum(kept), len(kept)))
+  return statistics.share(sum(kept), len(kept)) if kept else None
 
 
 def _above_chance(
@@ -111,10 +109,7 @@ def _above_chance(
   if guess == 1:
     return None
   share = statistics.share(sum(bool(right) for _, right in graded), len(graded))
-  return {
-    "problems": len(graded),
-    "guess": guess,
-    "share": (share.share - guess) / (1 - guess),
-    "low": (share.low - guess) / (1 - guess),
-    "high": (share.high - guess) / (1 - guess),
+  return {"problems": len(graded), "guess": guess} | {
+    name: (share[name] - guess) / (1 - guess)
+    for name in ("share", "low", "high")
   }

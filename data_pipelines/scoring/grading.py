@@ -17,22 +17,13 @@ from data_pipelines.verifier import verify
 
 @dataclasses.dataclass(frozen=True)
 class GradedRecord:
-  """A record with its grades.
-
-  Attributes:
-    result: The problem and the response.
-    answer: The answer that the verifier extracted, or None.
-    strict: True if the verifier accepts the answer.
-    official: True if MathVista's normaliser accepts the answer.
-    has_extraction: True if `official` grades an extraction stored in the file.
-    stored: The file's own `true_false`, or None.
-  """
+  """A record with its grades."""
 
   result: results.Result
-  answer: str | None
+  answer: str | None  # The answer that the verifier extracted.
   strict: bool
   official: bool
-  has_extraction: bool
+  has_extraction: bool  # True if `official` grades the file's own extraction.
   stored: bool | None
 
 
@@ -81,9 +72,8 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
       # A record that is keyed by its pid may lack the field.
       [{**x.result.record, "pid": x.result.problem.pid} for x in scored],
       {
-        "strict": [each.strict for each in scored],
-        "official": [each.official for each in scored],
-        "stored": [each.stored for each in scored],
+        way: [getattr(each, way) for each in scored]
+        for way in ("strict", "official", "stored")
       },
     ),
   }
@@ -105,9 +95,7 @@ def _agreement(graded: Sequence[GradedRecord]) -> dict[str, int] | None:
   }
 
 
-def strict_records(
-  graded: Sequence[GradedRecord],
-) -> dict[str, dict[str, Any]]:
+def strict_records(graded: Sequence[GradedRecord]) -> dict[str, dict[str, Any]]:
   """Adds `strict_answer` and `strict_true_false` to the records, by pid.
 
   `strict_true_false` is None where no answer is public.

@@ -24,16 +24,10 @@ from data_pipelines.validation import SettingError
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One problem and the response to it.
+  """One problem and the response to it."""
 
-  Attributes:
-    problem: The problem without its image; its answer is "" if not public.
-    record: The record as in the file, with None for NaN and infinities.
-    response: The model's text; None if there is none.
-  """
-
-  problem: records.Problem
-  record: Mapping[str, Any]
+  problem: records.Problem  # Without its image; the answer is "" if not public.
+  record: Mapping[str, Any]  # As in the file, with None for NaN and infinities.
   response: str | None
 
   @property
@@ -47,9 +41,6 @@ class Result:
 
 def read(path: str | os.PathLike[str]) -> list[Result]:
   """Reads every record of a results file, in its order, and validates it.
-
-  Args:
-    path: A JSONL file if it ends in .jsonl, else a JSON file.
 
   Raises:
     SettingError: The file or a record breaks a rule.
@@ -79,6 +70,8 @@ def read_rows(
 ) -> list[tuple[str, dict[str, Any]]]:
   """Reads every record of a results file with its pid, without validation.
 
+  A file whose name ends in .jsonl is JSONL, any other JSON.
+
   Raises:
     SettingError: The file has another layout, or a pid occurs twice.
   """
@@ -90,13 +83,12 @@ def read_rows(
       path, f"be a text file, but {error}", "name another file"
     ) from error
   if path.suffix == ".jsonl":
-    rows = list(_check_pids(path, "line", _parse_lines(path, text)))
+    pairs = _check_pids(path, "line", _parse_lines(path, text))
+  elif isinstance(parsed := _parse(path, text, "be JSON"), list):
+    pairs = _check_pids(path, "record", enumerate(parsed, start=1))
   else:
-    parsed = _parse(path, text, "be JSON")
-    if isinstance(parsed, list):
-      rows = list(_check_pids(path, "record", enumerate(parsed, start=1)))
-    else:
-      rows = list(_rows_by_pid(path, parsed))
+    pairs = _rows_by_pid(path, parsed)
+  rows = list(pairs)
   if not rows:
     raise error_in(path, "hold a record, but is empty", "name another file")
   return rows
@@ -109,10 +101,10 @@ def response_of(record: Mapping[str, Any]) -> str | None:
     BadRecord: The response is no text.
   """
   response = record.get("response")
-  if response is not None and not isinstance(response, str):
-    kind = type(response).__name__
-    raise records.BadRecord("not_text", f"response holds a {kind}")
-  return response
+  if isinstance(response, str | None):
+    return response
+  kind = type(response).__name__
+  raise records.BadRecord("not_text", f"response holds a {kind}")
 
 
 def error_in(
@@ -205,11 +197,7 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _to_result(pid: str, row: Mapping[str, Any]) -> Result:
-  """The record with its problem, both in the schema.
-
-  Raises:
-    BadRecord: No answer to the problem can be graded.
-  """
+  """The record with its problem; raises BadRecord if one breaks the schema."""
   problem = records.from_result({**row, "pid": pid})
   records.validate_types(problem)
   skills = problem.metadata.get("skills", [])

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.scoring import grading, results
@@ -17,8 +17,8 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
 
   Args:
     path: The results file.
-    out: File for the records with their strict answers; "" writes none.
-    scores: File for the figures as JSON; "" writes none.
+    out: File for the records with their strict answers, if any.
+    scores: File for the figures as JSON, if any.
 
   Raises:
     SettingError: The file cannot be scored, or an output cannot be written.
@@ -37,8 +37,8 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
       "score testmini",
     )
   found = grading.summary(graded)
-  _write("out", out, lambda: grading.strict_records(graded))
-  _write("scores", scores, lambda: {"file": os.path.basename(path), **found})
+  _write("out", out, grading.strict_records(graded))
+  _write("scores", scores, {"file": os.path.basename(path), **found})
   return format_scores(found)
 
 
@@ -90,7 +90,7 @@ def _percent(share: Mapping[str, float] | None) -> str:
   return f"{value:5.1f} [{low:5.1f}, {high:5.1f}]"
 
 
-def _write(flag: str, path: str, value: Callable[[], Any]) -> None:
+def _write(flag: str, path: str, value: Any) -> None:
   """Writes JSON to the file of a flag, whole or not at all."""
   if not path:
     return
@@ -99,7 +99,7 @@ def _write(flag: str, path: str, value: Callable[[], Any]) -> None:
   try:
     # UTF-8 has no lone surrogates, so they are written as JSON escapes.
     with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
-      json.dump(value(), file, indent=2, ensure_ascii=False)
+      json.dump(value, file, indent=2, ensure_ascii=False)
       file.write("\n")
     part.replace(target)
   except OSError as error:

@@ -9,9 +9,9 @@ References:
 """
 
 import collections
-import dataclasses
 import decimal
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -109,78 +109,54 @@ def maj_at_k(
   return float(np.mean(wins))
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """A share of right answers with its interval.
-
-  Attributes:
-    problems: Number of problems, at least 1.
-    right: Number of right answers; fractional for a sum of chances.
-    share: right / problems.
-    low: Lower end of the 95 % Wilson interval.
-    high: Upper end of the interval.
-  """
-
-  problems: int
-  right: float
-  share: float
-  low: float
-  high: float
-
-
-def share(right: float, problems: int) -> Share:
-  """Computes the share and its interval.
+def share(right: float, problems: int) -> dict[str, Any]:
+  """The share of right answers with its interval.
 
   Args:
     right: From 0 to `problems`. A sum of chances is rounded to a count for the
       interval, which is then the widest possible one.
     problems: At least 1.
+
+  Returns:
+    `problems`, `right`, `share`, and the ends `low` and `high` of the 95 %
+    Wilson interval.
   """
   import scipy.stats  # Slow to import, and only reports need it.
 
   count = min(problems, max(0, round(right)))
-  interval = scipy.stats.binomtest(count, problems).proportion_ci(
-    method="wilson"
-  )
+  test = scipy.stats.binomtest(count, problems)
+  interval = test.proportion_ci(method="wilson")
   value = right / problems
-  return Share(
-    problems=problems,
-    right=right,
-    share=value,
-    low=min(float(interval.low), value),
-    high=max(float(interval.high), value),
-  )
+  return {
+    "problems": problems,
+    "right": right,
+    "share": value,
+    "low": min(float(interval.low), value),
+    "high": max(float(interval.high), value),
+  }
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-  """The difference between two sets of answers to the same problems.
+def comparison(
+  first: Sequence[bool], second: Sequence[bool]
+) -> dict[str, int | float]:
+  """Compares two sets of answers to the same problems.
 
-  Attributes:
-    difference: The first share of right answers minus the second.
-    only_first: Number of problems right in the first set only.
-    only_second: Number of problems right in the second set only.
-    p_value: p-value of the exact two-sided sign test on these problems.
+  Returns:
+    `difference`, the first share of right answers minus the second; the numbers
+    of problems right in `only_first` or `only_second`; and the `p_value` of the
+    exact two-sided sign test on these.
   """
-
-  difference: float
-  only_first: int
-  only_second: int
-  p_value: float
-
-
-def comparison(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
-  """Compares two sets of answers, problem by problem."""
   import scipy.stats
 
   a, b = np.asarray(first, bool), np.asarray(second, bool)
   only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
   changed = only_first + only_second
-  return Comparison(
-    difference=float(a.mean() - b.mean()),
-    only_first=only_first,
-    only_second=only_second,
-    p_value=float(scipy.stats.binomtest(only_first, changed).pvalue)
-    if changed
-    else 1.0,
-  )
+  p_value = 1.0
+  if changed:
+    p_value = float(scipy.stats.binomtest(only_first, changed).pvalue)
+  return {
+    "difference": float(a.mean() - b.mean()),
+    "only_first": only_first,
+    "only_second": only_second,
+    "p_value": p_value,
+  }

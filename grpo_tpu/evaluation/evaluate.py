@@ -35,15 +35,12 @@ from grpo_tpu.rollout.sampler import Sampler
 class GreedyResult:
   """The result of a greedy evaluation.
 
-  Attributes:
-    scalars: The `eval/` metrics of all hosts. A problem that cannot be asked
-      counts as answered wrongly.
-    samples: Some completions of this host, to show to people.
-    completions: All completions of this host, in the order of the split.
+  A problem that cannot be asked counts as answered wrongly.
   """
 
-  scalars: dict[str, float]
-  samples: list[writer.Sample]
+  scalars: dict[str, float]  # The `eval/` metrics of all hosts.
+  samples: list[writer.Sample]  # Some completions of this host, for people.
+  # All completions of this host, in the order of the split.
   completions: list[GradedCompletion]
 
 
@@ -52,14 +49,7 @@ def evaluate(
 ) -> dict[str, Any]:
   """Evaluates parameters on the eval split.
 
-  Args:
-    sampler: Samples the completions.
-    params: The parameters.
-    data: The data set, as `open_dataset` gives it.
-    config: The settings; `eval`, `rewards`, `model` and `seed` are used.
-
-  Returns:
-    The figures of `scores.compute`, and the `eval/` metrics as `scalars`.
+  Returns the figures of `scores.compute`, and the `eval/` metrics as `scalars`.
   """
   sources = make_ablated_sources(config, data.eval)
   batches = _eval_batches(data, config, sampler.mesh)
@@ -88,6 +78,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> None:
   if jax.process_index() == 0:
     facts = {
       "split": config.data.eval_split,
+      "split_size": len(data.eval),
       "model": config.model.name,
       "weights": weights,
       "seed": config.seed,
@@ -111,12 +102,13 @@ def evaluate_all(
     )
 
   greedy = greedy_result(batches)
-  draws, ablated = [], {}
+  draws = []
   if config.eval.num_samples:
     draws = _sample_draws(sampler, params, batches, config)
-  for name, source in ablated_sources.items():
-    result = greedy_result(batches.with_source(source))
-    ablated[name] = _gather(result.completions)
+  ablated = {
+    name: _gather(greedy_result(batches.with_source(source)).completions)
+    for name, source in ablated_sources.items()
+  }
   return outputs.Evaluation(
     scalars=greedy.scalars,
     greedy=_gather(greedy.completions),
@@ -134,15 +126,9 @@ def evaluate_greedy(
   num_samples: int,
   poll: Callable[[], None] = generate.no_poll,
 ) -> GreedyResult:
-  """Decodes and grades one greedy completion per problem.
+  """Decodes and grades one greedy completion per problem of this process.
 
-  Args:
-    sampler: Samples the completions.
-    params: The parameters.
-    batches: The problems of this process.
-    rewards: Weights and limits of the rewards.
-    num_samples: Number of completions to return as samples.
-    poll: See `Sampler.sample`.
+  For `poll` see `Sampler.sample`.
   """
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
@@ -225,16 +211,12 @@ def _sample_draws(
   """Samples and grades `eval.num_samples` completions of each problem.
 
   A completion depends only on the run's seed, the problem's index in the split
-  and the number of the draw.
-
-  Returns:
-    One list of this host's completions per draw.
+  and the number of the draw. Returns one list of this host's completions per
+  draw.
   """
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
-  draws: list[list[GradedCompletion]] = [
-    [] for _ in range(settings.num_samples)
-  ]
+  draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
   for batch in batches:
     completions = sampler.sample(
       params,
@@ -252,9 +234,8 @@ def _sample_draws(
       scores = scoring.score(
         texts, batch.problems, config.rewards, gather=all_rows
       )
-      draw += grading.graded_completions(
-        batch, texts, scores, stopped[:, number]
-      )
+      ended = stopped[:, number]
+      draw += grading.graded_completions(batch, texts, scores, ended)
   return draws
 
 

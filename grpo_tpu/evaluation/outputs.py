@@ -18,18 +18,12 @@ _WORST_SLICES, _MIN_PROBLEMS = 10, 5
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """The completions of a split, from all hosts, in the order of the split.
+  """The completions of a split, from all hosts, in the order of the split."""
 
-  Attributes:
-    scalars: The `eval/` metrics of the greedy completions.
-    greedy: The greedy completions.
-    samples: The sampled completions, one list per draw.
-    ablated: Greedy completions with ablated images, by name of the ablation.
-  """
-
-  scalars: dict[str, float]
+  scalars: dict[str, float]  # The `eval/` metrics of the greedy completions.
   greedy: list[scores.GradedCompletion]
-  samples: list[list[scores.GradedCompletion]]
+  samples: list[list[scores.GradedCompletion]]  # One list per draw.
+  # Greedy completions with ablated images, by name of the ablation.
   ablated: dict[str, list[scores.GradedCompletion]]
 
   def figures(self, ks: Sequence[int]) -> dict[str, Any]:
@@ -55,8 +49,8 @@ def write(
     folder: The folder to write to, `WORKDIR/eval`.
     problems: The split, whose images the report shows.
     settings: The settings of the evaluation.
-    facts: The first fields of `scores.json`: `split`, `model`, `weights` with
-      the checkpoint's step, and `seed`.
+    facts: The first fields of `scores.json`: `split`, `split_size`, `model`,
+      `weights` with the checkpoint's step, and `seed`.
   """
   split = facts["split"]
   _write_json(folder / f"output_{split}.json", _results(evaluation.greedy))
@@ -65,14 +59,9 @@ def write(
     _write_json(folder / "samples" / name, _results(draw))
   for name, completions in evaluation.ablated.items():
     _write_json(folder / f"output_{split}_{name}.json", _results(completions))
-  figures = {
-    "split": split,
-    "split_size": len(problems),
-    "model": facts["model"],
-    "weights": facts["weights"],
-    "seed": facts["seed"],
-    "temperature": settings.temperature if evaluation.samples else 0.0,
-  } | evaluation.figures(settings.ks)
+  temperature = settings.temperature if evaluation.samples else 0.0
+  figures = {**facts, "temperature": temperature}
+  figures |= evaluation.figures(settings.ks)
   _write_json(folder / "scores.json", figures)
   worst = scores.worst_slices(
     figures, count=_WORST_SLICES, min_problems=_MIN_PROBLEMS
@@ -85,12 +74,10 @@ def write(
     page = report.render(name, figures, worst, examples)
     (folder / name).write_text(page, encoding="utf-8")
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
-  if len(problems) > len(evaluation.greedy):
+  if rest := len(problems) - len(evaluation.greedy):
     logging.warning(
       "eval.num_problems (%d) leaves out %d problems of %s.",
-      settings.num_problems,
-      len(problems) - len(evaluation.greedy),
-      split,
+      *(settings.num_problems, rest, split),
     )
 
 

@@ -37,21 +37,13 @@ _MARKS = {"right": " \u2713", "wrong": " \u2717", "given": " \u2190", "": ""}
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One answer to show.
+  """One answer to show."""
 
-  Attributes:
-    record: The answer in MathVista's results format.
-    outcome: A key of `figures.OUTCOMES`.
-    num_samples: The number of sampled answers to the same problem.
-    samples_right: The number of right ones among them.
-    image: The image from `image_uri`, or "" without one.
-  """
-
-  record: Mapping[str, Any]
-  outcome: str
-  num_samples: int
+  record: Mapping[str, Any]  # In MathVista's results format.
+  outcome: str  # One of `scores.OUTCOMES`.
+  num_samples: int  # The number of sampled answers to the same problem.
   samples_right: int
-  image: str
+  image: str  # From `image_uri`, or "".
 
 
 def image_uri(image: np.ndarray) -> str:
@@ -82,11 +74,8 @@ def render(
 ) -> str:
   """Renders "report.md", which has no images, or "report.html".
 
-  Args:
-    name: The page.
-    scores: The contents of `eval/scores.json`.
-    worst: The slices to list first.
-    examples: The answers to show.
+  `scores` are the contents of `eval/scores.json`, `worst` the slices to list
+  first.
   """
   slices: dict[str, list[Mapping[str, Any]]] = {}
   for row in scores.get("slices", ()):
@@ -127,23 +116,19 @@ def _example_view(example: Example) -> dict[str, Any]:
   """The values of an example that the templates show."""
   record = example.record
   response = record["response"]
-  rest = len(response) - _MAX_TEXT
+  if (rest := len(response) - _MAX_TEXT) > 0:
+    response = f"{response[:_MAX_TEXT]}\n[... {rest} more characters]"
   tags = [record["answer_type"]] + [
     record["metadata"].get(name) for name in ("task", "context", "source")
   ]
   return {
-    "pid": record["pid"],
-    "question": record["question"],
-    "unit": record["unit"],
+    **record,
     "choices": [
       {"text": f"({chr(65 + index)}) {text}", "mark": _mark(text, record)}
       for index, text in enumerate(record["choices"] or ())
     ],
-    "expected": record["answer"],
     "is_graded": record["true_false"] is not None,
-    "got": record["extraction"],
-    "response": response[:_MAX_TEXT]
-    + (f"\n[... {rest} more characters]" if rest > 0 else ""),
+    "response": response,
     "reason": _OUTCOMES[example.outcome],
     "tags": [str(tag) for tag in tags if tag],
     "num_samples": example.num_samples,

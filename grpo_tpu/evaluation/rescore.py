@@ -29,18 +29,13 @@ from grpo_tpu.rewards.settings import RewardConfig
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The new rewards of saved completions.
+  """The new rewards of saved completions."""
 
-  Attributes:
-    rows: The saved rows with new `reward` and `rewards`, and the names of the
-      rewards that `failed`.
-    table: The mean and standard deviation of each reward, as text.
-    num_changed: Number of totals that differ from the saved ones in any digit.
-  """
-
+  # The saved rows with new `reward` and `rewards`, and the names of the rewards
+  # that `failed`.
   rows: list[dict[str, Any]]
-  table: str
-  num_changed: int
+  table: str  # The mean and standard deviation of each reward.
+  num_changed: int  # Totals that differ from the saved ones in any digit.
 
 
 def rescore(
@@ -48,12 +43,7 @@ def rescore(
   problems: Mapping[str, records.Problem],
   config: RewardConfig,
 ) -> Result:
-  """Computes the rewards of every row.
-
-  Args:
-    rows: Lines of `samples/*.jsonl`.
-    problems: The problems of all rows, by pid.
-    config: The rewards.
+  """Computes the rewards of lines of `samples/*.jsonl`.
 
   Raises:
     RewardError: A reward failed too often.
@@ -170,23 +160,12 @@ def main(argv: Sequence[str]) -> None:
       text = "".join(json.dumps(row) + "\n" for row in result.rows)
       pathlib.Path(flags.FLAGS.out).write_text(text)
     print(result.table)
-    print(
-      result.num_changed, "of", len(rows), "totals differ from the saved ones."
-    )
+    changed = f"{result.num_changed} of {len(rows)}"
+    print(changed, "totals differ from the saved ones.")
   except validation.SettingError as error:
     command_flags.refuse(error)
   finally:
     scoring.close()
-
-
-def _define_flags() -> None:
-  config_flags.DEFINE_config_file(
-    "config", None, "Settings; only `rewards` is used.", lock_config=True
-  )
-  flags.DEFINE_string("samples", None, "WORKDIR/samples/train.jsonl of a run.")
-  flags.DEFINE_string("data_dir", None, "Folder with the run's problems.")
-  flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
-  flags.mark_flags_as_required(["config", "samples", "data_dir"])
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -201,5 +180,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  _define_flags()
+  config_flags.DEFINE_config_file(
+    "config", None, "Settings; only `rewards` is used.", lock_config=True
+  )
+  flags.DEFINE_string("samples", None, "WORKDIR/samples/train.jsonl of a run.")
+  flags.DEFINE_string("data_dir", None, "Folder with the run's problems.")
+  flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
+  flags.mark_flags_as_required(["config", "samples", "data_dir"])
   app.run(main, flags_parser=_parse_flags)

@@ -21,20 +21,14 @@ OUTCOMES = ("right", "wrong", "no answer", "cut off", "not asked")
 
 @dataclasses.dataclass(frozen=True)
 class GradedCompletion:
-  """One completion of one problem.
+  """One completion of one problem."""
 
-  Attributes:
-    index: The problem's index in the split.
-    record: The completion in MathVista's results format; its `true_false` is
-      None if the answer is not public.
-    asked: False for a problem that cannot be read or is too long.
-    stopped: True if the completion ended by itself.
-  """
-
-  index: int
+  index: int  # The problem's index in the split.
+  # In MathVista's results format; `true_false` is None if the answer is not
+  # public.
   record: dict[str, Any]
-  asked: bool
-  stopped: bool
+  asked: bool  # False for a problem that cannot be read or is too long.
+  stopped: bool  # True if the completion ended by itself.
 
   @property
   def is_right(self) -> bool:
@@ -63,15 +57,6 @@ class GradedCompletion:
     return "no answer" if self.stopped else "cut off"
 
 
-def graded_only(
-  completions: Sequence[GradedCompletion],
-) -> list[GradedCompletion]:
-  """The completions that figures count; none if no answer is public."""
-  if not any(each.record["answer"] for each in completions):
-    return []
-  return [x for x in completions if x.record["true_false"] is not None]
-
-
 def compute(
   greedy: Sequence[GradedCompletion],
   *,
@@ -89,10 +74,10 @@ def compute(
 
   Returns:
     Counts, `accuracy`, `chance`, `outcomes`, `slices`, `sampled` and
-    `ablations`. Each figure is a `statistics.Share`. Without public answers
+    `ablations`. Each figure is a `statistics.share`. Without public answers
     `accuracy` is None and `note` gives the reason.
   """
-  kept = graded_only(greedy)
+  kept = _graded(greedy)
   result: dict[str, Any] = {
     "problems": len(greedy),
     "asked": sum(each.asked for each in greedy),
@@ -115,14 +100,12 @@ def compute(
       for row in rows
     ],
     "ablations": {
-      name: _ablation(is_right, graded_only(completions))
+      name: _ablation(is_right, _graded(completions))
       for name, completions in ablated.items()
     },
   }
   if samples:
-    result["sampled"] = _sample_figures(
-      [graded_only(draw) for draw in samples], ks
-    )
+    result["sampled"] = _sample_figures([_graded(x) for x in samples], ks)
   return result
 
 
@@ -152,14 +135,17 @@ def examples(
 
   Without public answers, any completions.
   """
-  graded = graded_only(completions)
+  graded = _graded(completions)
   chosen = [x for x in graded or completions if x.asked and not x.is_right]
   indices = np.linspace(0, len(chosen), min(count, len(chosen)), endpoint=False)
   return [chosen[int(index)] for index in indices]
 
 
-def _share(right: float, problems: int) -> dict[str, Any]:
-  return dataclasses.asdict(statistics.share(right, problems))
+def _graded(completions: Sequence[GradedCompletion]) -> list[GradedCompletion]:
+  """The completions that figures count; none if no answer is public."""
+  if not any(each.record["answer"] for each in completions):
+    return []
+  return [x for x in completions if x.record["true_false"] is not None]
 
 
 def _chance(completion: GradedCompletion) -> float:
@@ -175,9 +161,10 @@ def _ablation(
 ) -> dict[str, Any]:
   """The accuracy with ablated images, compared with the real accuracy."""
   ablated = [each.is_right for each in completions]
-  return {"accuracy": _share(sum(ablated), len(ablated))} | dataclasses.asdict(
-    statistics.comparison(is_right, ablated)
-  )
+  return {
+    "accuracy": statistics.share(sum(ablated), len(ablated)),
+    **statistics.comparison(is_right, ablated),
+  }
 
 
 def _sample_figures(
@@ -189,23 +176,21 @@ def _sample_figures(
   is_right = [[each.is_right for each in row] for row in by_problem]
   votes = [[each.vote for each in row] for row in by_problem]
 
-  def over_problems(values: Iterable[float]) -> dict[str, Any]:
-    return _share(float(sum(values)), len(by_problem))
+  def over_problems(chances: Iterable[float]) -> dict[str, Any]:
+    return statistics.share(float(sum(chances)), len(by_problem))
 
+  passes, majorities = {}, {}
+  for k in ks:
+    passes[str(k)] = over_problems(
+      statistics.pass_at_k(n, sum(row), k) for row in is_right
+    )
+    majorities[str(k)] = over_problems(
+      statistics.maj_at_k(*pair, k)
+      for pair in zip(votes, is_right, strict=True)
+    )
   return {
     "num_samples": n,
     "accuracy": over_problems(sum(row) / n for row in is_right),
-    "pass_at_k": {
-      str(k): over_problems(
-        statistics.pass_at_k(n, sum(row), k) for row in is_right
-      )
-      for k in ks
-    },
-    "maj_at_k": {
-      str(k): over_problems(
-        statistics.maj_at_k(vote, right, k)
-        for vote, right in zip(votes, is_right, strict=True)
-      )
-      for k in ks
-    },
+    "pass_at_k": passes,
+    "maj_at_k": majorities,
   }

@@ -26,13 +26,7 @@ class BackgroundScorer:
     *,
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
   ):
-    """Scores nothing yet.
-
-    Args:
-      problems: The problem of each prompt of this process.
-      config: Weights and limits of the rewards.
-      gather: See `scoring.score`.
-    """
+    """Takes the problem of each prompt of this process."""
     self._problems, self._config, self._gather = problems, config, gather
     self._pending: dict[int, futures.Future[scoring.RawScores]] = {}
     self._spans: list[tuple[float, float]] = []
@@ -46,17 +40,11 @@ class BackgroundScorer:
 
   def submit(self, texts: Mapping[int, list[str]]) -> None:
     """Starts to score the completions of some prompts, by prompt index."""
-    for index, completions in texts.items():
-      self._pending[index] = self._thread.submit(
-        self._score, index, completions
-      )
+    for index, group in texts.items():
+      self._pending[index] = self._thread.submit(self._score, index, group)
 
   def result(self, texts: Sequence[list[str]]) -> scoring.Scores:
-    """Scores of all completions, prompt by prompt.
-
-    Args:
-      texts: The completions of every prompt; those not submitted are scored
-        now.
+    """Scores of all completions, prompt by prompt, submitted or not.
 
     Raises:
       RewardError: A reward has failed too often.
@@ -67,9 +55,8 @@ class BackgroundScorer:
 
   def seconds_before(self, time_point: float) -> float:
     """Seconds spent on scoring before a value of `time.perf_counter`."""
-    return sum(
-      max(min(end, time_point) - start, 0) for start, end in self._spans
-    )
+    spans = self._spans
+    return sum(max(min(end, time_point) - start, 0) for start, end in spans)
 
   def _score(self, index: int, completions: list[str]) -> scoring.RawScores:
     start = time.perf_counter()

@@ -7,7 +7,9 @@ Chinese character counts as a word.
 
 import collections
 import itertools
+import pathlib
 import re
+import tomllib
 from typing import NamedTuple
 
 MAX_LENGTH, MAX_REASONING_WORDS, MAX_COHERENCE = 0.5, 0.3, 0.2
@@ -22,22 +24,12 @@ _WORDS_PER_CONNECTIVE = 4
 _MOST_USES = 4
 _SENTENCE_WORDS = (4, 60)
 
-_CHINESE_CONNECTIVES = (
-  "\u56e0\u4e3a",  # Because.
-  "\u6240\u4ee5",  # So.
-  "\u56e0\u6b64",  # Therefore.
-  "\u7531\u4e8e",  # Since.
-  "\u9996\u5148",  # First.
-  "\u7136\u540e",  # Then.
-  "\u6700\u540e",  # Finally.
-  "\u5982\u679c",  # If.
+_WORDS = tomllib.loads(
+  pathlib.Path(__file__).with_name("connectives.toml").read_text("utf-8")
 )
-_CONNECTIVES = frozenset(
-  "because since therefore thus hence so if then first second next finally "
-  "however consequently given implies means".split()
-).union(_CHINESE_CONNECTIVES)
+_CONNECTIVES = frozenset(_WORDS["english"] + _WORDS["chinese"])
 _WORD = re.compile(
-  "|".join(_CHINESE_CONNECTIVES)
+  "|".join(_WORDS["chinese"])
   + r"|[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:'[a-z]+)?"
 )
 _SENTENCE = re.compile(
@@ -100,20 +92,14 @@ def coherence(reasoning: Reasoning) -> float:
   """
   if not reasoning.sentences:
     return 0.0
-  distinct = {
-    tuple(words): sentence
-    for sentence, words in zip(
-      reasoning.sentences, reasoning.words, strict=True
-    )
-  }
-  whole = sum(
-    _is_whole(sentence, words) for words, sentence in distinct.items()
-  )
+  words = map(tuple, reasoning.words)
+  distinct = dict(zip(words, reasoning.sentences, strict=True))
+  whole = sum(itertools.starmap(_is_whole, distinct.items()))
   total = len(reasoning.sentences)
   return MAX_COHERENCE * max(0, 2 * whole - total) / total
 
 
-def _is_whole(sentence: str, words: tuple[str, ...]) -> bool:
+def _is_whole(words: tuple[str, ...], sentence: str) -> bool:
   first = sentence[0]
   fewest, most = _SENTENCE_WORDS
   different = set(words) - _CONNECTIVES

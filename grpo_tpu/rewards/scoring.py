@@ -29,21 +29,15 @@ class RewardError(RuntimeError):
 class Scores:
   """The rewards of N completions.
 
-  Attributes:
-    total: float32 [N], the weighted sum; 0 for invalid rows.
-    components: Name to float32 [N], before weights, in the order of
-      `RewardConfig.weights`; 0 for a gated heuristic and for a failure.
-    failed: Name to bool [N], True where the component failed.
-    errors: Name to the number of rows on which the component failed, on all
-      processes together.
-    answers: The answer extracted from each completion, or None.
+  Dicts are by name of the component, in the order of `RewardConfig.weights`.
   """
 
-  total: np.ndarray
+  total: np.ndarray  # float32 [N], the weighted sum; 0 for invalid rows.
+  # float32 [N], before weights; 0 for a gated heuristic and for a failure.
   components: dict[str, np.ndarray]
-  failed: dict[str, np.ndarray]
-  errors: dict[str, int]
-  answers: list[str | None]
+  failed: dict[str, np.ndarray]  # bool [N], True where the component failed.
+  errors: dict[str, int]  # The number of failures on all processes together.
+  answers: list[str | None]  # The answer extracted from each completion.
 
   @property
   def valid(self) -> np.ndarray:
@@ -53,19 +47,12 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class RawScores:
-  """The rewards of some completions before failures are counted.
-
-  Attributes:
-    problems: The problem of each completion.
-    answers: The answer extracted from each completion, or None.
-    values: float32 [components, N], before weights; 0 for a failure.
-    faults: The reason of each failure, by (component, row).
-  """
+  """The rewards of some completions before failures are counted."""
 
   problems: Sequence[records.Problem]
-  answers: list[str | None]
-  values: np.ndarray
-  faults: dict[tuple[int, int], str]
+  answers: list[str | None]  # The answer extracted from each completion.
+  values: np.ndarray  # float32 [components, N], before weights.
+  faults: dict[tuple[int, int], str]  # Reasons of failures by (component, row).
 
   @property
   def failures(self) -> np.ndarray:
@@ -113,16 +100,13 @@ def score_groups(
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
   """`score` for completions grouped by prompt, in the order of the groups."""
-  return score(
-    [text for group in texts for text in group],
-    [
-      problem
-      for problem, group in zip(problems, texts, strict=True)
-      for _ in group
-    ],
-    config,
-    gather=gather,
-  )
+  repeated = [
+    problem
+    for problem, group in zip(problems, texts, strict=True)
+    for _ in group
+  ]
+  flat = [text for group in texts for text in group]
+  return score(flat, repeated, config, gather=gather)
 
 
 def raw_scores(
@@ -269,7 +253,7 @@ def _check_value(value: float | functions.Failure) -> tuple[float, str | None]:
 def _score_one(
   text: str, problem: records.Problem, config: RewardConfig
 ) -> tuple[str | None, list[float], dict[str, str]]:
-  """Scores one completion: its answer, its components, the failures."""
+  """The answer of one completion, its components and their failures."""
   values = [0.0] * len(COMPONENTS)
   try:
     verdict = verify.verify(text, problem)

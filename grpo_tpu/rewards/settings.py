@@ -16,20 +16,12 @@ from grpo_tpu.rewards import custom
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
 COMPONENTS = ("accuracy", "format", *HEURISTICS)
-# Weights, and whether heuristics are gated. Alone, the heuristics prefer the
-# wrong answer half the time, so their default weights are small.
-PRESETS: Mapping[str, Mapping[str, float | bool]] = {
-  name: {
-    "accuracy": 1.0,
-    "format": 0.1,
-    **dict.fromkeys(HEURISTICS, weight),
-    "gate_heuristics": True,
-  }
-  for name, weight in (
-    ("answer", 0.0),  # Logs the heuristics only.
-    ("gated", 0.02),
-    ("full", 1.0),  # Up to 0.5, 0.3 and 0.2.
-  )
+# The weight of each heuristic. Alone, the heuristics prefer the wrong answer
+# half the time, so their default weights are small.
+PRESETS: Mapping[str, float] = {
+  "answer": 0.0,  # Logs the heuristics only.
+  "gated": 0.02,
+  "full": 1.0,  # Up to 0.5, 0.3 and 0.2.
 }
 
 
@@ -37,8 +29,8 @@ PRESETS: Mapping[str, Mapping[str, float | bool]] = {
 class RewardConfig:
   """Weights of the rewards, and limits of users' rewards.
 
-  A weight of 0 computes and logs the component without adding it to the total;
-  None takes the preset's weight.
+  A weight of 0 computes and logs the component without adding it to the total.
+  None takes the preset's weight, and gates the heuristics.
 
   Attributes:
     preset: The set of weights.
@@ -81,16 +73,10 @@ class RewardConfig:
 
   def __post_init__(self):
     check_fields(self, "rewards")
-    require_all(
-      self,
-      "rewards",
-      (
-        "custom_weights",
-        len(self.custom_weights) == len(self.custom),
-        f"hold one weight for each of rewards.custom {self.custom}",
-        (1.0,) * len(self.custom),
-      ),
-    )
+    fits = len(self.custom_weights) == len(self.custom)
+    rule = f"hold one weight for each of rewards.custom {self.custom}"
+    weights = (1.0,) * len(self.custom)
+    require_all(self, "rewards", ("custom_weights", fits, rule, weights))
     self._check_custom()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]
@@ -121,18 +107,17 @@ class RewardConfig:
   @property
   def weights(self) -> dict[str, float]:
     """The weight of each component, by name, in a fixed order."""
-    preset = PRESETS[self.preset]
+    preset = {"accuracy": 1.0, "format": 0.1}
+    preset |= dict.fromkeys(HEURISTICS, PRESETS[self.preset])
     own = {name: getattr(self, name) for name in COMPONENTS}
     named = {
       name: float(preset[name] if weight is None else weight)
       for name, weight in own.items()
     }
-    paths = map(custom.name, self.custom)
-    return named | dict(zip(paths, self.custom_weights, strict=True))
+    names = map(custom.name, self.custom)
+    return named | dict(zip(names, self.custom_weights, strict=True))
 
   @property
   def is_gated(self) -> bool:
     """True if the heuristics are 0 for completions without an answer."""
-    if self.gate_heuristics is None:
-      return bool(PRESETS[self.preset]["gate_heuristics"])
-    return self.gate_heuristics
+    return self.gate_heuristics is not False

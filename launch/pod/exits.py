@@ -10,13 +10,9 @@ from data_pipelines.validation import ExitCode
 
 
 class Exit(enum.IntEnum):
-  """An exit code.
+  """An exit code."""
 
-  Attributes:
-    next_step: Advice, printed after the error.
-  """
-
-  next_step: str
+  next_step: str  # Advice, printed after the error.
 
   def __new__(cls, code: int, next_step: str = ""):
     """Makes a member of the number and the advice."""
@@ -51,9 +47,6 @@ class Failure(Exception):
   """An error of gcloud, of a slice or of a worker, which ends the verb.
 
   Nearly every function of the launcher can raise it.
-
-  Attributes:
-    exit: The exit code of the script.
   """
 
   def __init__(self, code: Exit, message: str):

@@ -64,9 +64,7 @@ def error_tail(stderr: str) -> str:
 class Gcloud:
   """The gcloud command line tool, for one slice.
 
-  Attributes:
-    settings: The settings of the slice.
-    dry_run: True if calls are printed instead of made.
+  A dry run prints calls instead of making them.
   """
 
   def __init__(self, settings: pod_settings.Settings, *, dry_run: bool):

@@ -28,7 +28,12 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
       "IMAGE ('') must name an image, because GKE runs only images; build the"
       " Dockerfile, push the image, and write its name."
     )
-  shape = shapes.shape(settings.accelerator_type)
+  shape = shapes.SHAPES.get(settings.accelerator_type)
+  if shape is None:
+    raise ValueError(
+      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must be one of"
+      f" {', '.join(shapes.SHAPES)} for GKE; choose one of them."
+    )
   nodes = {
     "cloud.google.com/gke-tpu-accelerator": shape.gke_accelerator,
     "cloud.google.com/gke-tpu-topology": shape.topology,

@@ -45,23 +45,14 @@ _REQUEST_STATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice as the API describes it.
-
-  Attributes:
-    state: The state of the slice.
-    details: The states in the API's words, and the reason of a failure.
-    is_ours: True if the slice has our label with its own name.
-    accelerator_type: Its type; empty if the API does not say.
-    num_workers: The number of machines; 0 until it has any.
-    is_queued: True if the slice belongs to a queued resource.
-  """
+  """A slice as the API describes it."""
 
   state: State
-  details: str
-  is_ours: bool
-  accelerator_type: str
-  num_workers: int
-  is_queued: bool
+  details: str  # The states in the API's words, and the reason of a failure.
+  is_ours: bool  # True if the slice has our label with its own name.
+  accelerator_type: str  # Empty if the API does not say.
+  num_workers: int  # The number of machines; 0 until it has any.
+  is_queued: bool  # True if the slice belongs to a queued resource.
 
   def failure(self, name: str) -> exits.Failure:
     """The failure of a verb that needs a ready slice."""
@@ -82,10 +73,10 @@ def from_api(
     answer = request.get("state", {})
     state = _REQUEST_STATES.get(answer.get("state", ""), State.PENDING)
     details.append(f"the queued resource is {answer.get('state', 'new')}")
-    reason = answer.get("failedData", {}).get("error", {}).get("message")
-    details += [reason] if reason else []
-    nodes = request.get("tpu", {}).get("nodeSpec", [])
-    spec = nodes[0].get("node", {}) if nodes else {}
+    if reason := answer.get("failedData", {}).get("error", {}).get("message"):
+      details.append(reason)
+    if nodes := request.get("tpu", {}).get("nodeSpec"):
+      spec = nodes[0].get("node", {})
   if node is not None:
     spec = node
     details.append(f"the TPU VM is {node.get('state', 'new')}")
@@ -111,11 +102,9 @@ def find(
   """
   settings = cloud.settings
   node = cloud.describe("tpu-vm")
-  is_ready = bool(node) and node.get("state") == "READY"
-  if cloud.dry_run:
-    is_ready = assumed == State.READY
+  state = assumed.name if cloud.dry_run else (node or {}).get("state")
   request = None
-  if always_ask_queue or not is_ready:
+  if always_ask_queue or state != "READY":
     request = cloud.describe("queued-resources")
   if not cloud.dry_run:
     return from_api(request, node, settings.name)
@@ -140,11 +129,11 @@ def require_ready(cloud: gcloud.Gcloud) -> Slice:
 
 def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
   if not found.is_ours:
+    label = f"{pod_settings.LABEL}={settings.name}"
     raise exits.Failure(
       Exit.NOT_OURS,
-      f"{settings.name} in {settings.zone} lacks the label"
-      f" {pod_settings.LABEL}={settings.name}, so these scripts did not create"
-      " it.",
+      f"{settings.name} in {settings.zone} lacks the label {label}, so these"
+      " scripts did not create it.",
     )
 
 

@@ -19,14 +19,8 @@ _RESTART_AFTER = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
 
 # Failures of the launcher that may have passed at the next attempt.
 _TRANSIENT = (
-  Exit.NO_CAPACITY,
-  Exit.FAILED,
-  Exit.SUSPENDED,
-  Exit.PREEMPTED,
-  Exit.TIMEOUT,
-  Exit.WORKER_UNREACHABLE,
-  Exit.WORKER_FAILED,
-  Exit.NETWORK,
+  *(Exit.NO_CAPACITY, Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
+  *(Exit.TIMEOUT, Exit.WORKER_UNREACHABLE, Exit.WORKER_FAILED, Exit.NETWORK),
 )
 _DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
 
@@ -41,11 +35,7 @@ _PRIORITY = (
 
 
 def run_exit_code(codes: Sequence[int]) -> int:
-  """The exit code that explains why a run ended.
-
-  Args:
-    codes: The exit code of each host; -1 for a host without one.
-  """
+  """The code of the host that explains why the run ended."""
 
   def rank(code: int) -> int:
     return _PRIORITY.index(code if code in _PRIORITY else None)
@@ -55,21 +45,14 @@ def run_exit_code(codes: Sequence[int]) -> int:
 
 @dataclasses.dataclass
 class Supervisor:
-  """Starts a run and restarts it, on one slice after another.
-
-  Attributes:
-    cloud: The gcloud of the slice.
-    job: The program to run.
-    queue_seconds: The longest wait for a slice.
-    poll_seconds: The time between two checks.
-    pause_seconds: The pause before the first restart without a new step. The
-      pause doubles with each further one, up to 15 minutes.
-  """
+  """Starts a run and restarts it, on one slice after another."""
 
   cloud: gcloud.Gcloud
   job: workers.Job
-  queue_seconds: float
-  poll_seconds: float
+  queue_seconds: float  # The longest wait for a slice.
+  poll_seconds: float  # The time between two checks.
+  # The pause before the first restart without a new step. It doubles with each
+  # further one, up to 15 minutes.
   pause_seconds: float
   _step: int = -1
   _restarts: int = 0
@@ -152,10 +135,7 @@ class Supervisor:
       if not any(status.state == "running" for status in statuses):
         break
       time.sleep(self.poll_seconds)
-    codes = [
-      _LOST if status.exit_code is None else status.exit_code
-      for status in statuses
-    ]
+    codes = [_LOST if x.exit_code is None else x.exit_code for x in statuses]
     if self.cloud.dry_run:
       codes = [ExitCode.DONE]
     logging.info("Exit codes of the workers: %s.", codes)

@@ -53,14 +53,10 @@ def on_each(
   return [future.result() for future in futures]
 
 
-def _run_script(
-  cloud: gcloud.Gcloud, num_workers: int, *words: str
-) -> list[str]:
-  """Runs `worker.sh` on each worker; returns its outputs."""
+def _run_script(cloud: gcloud.Gcloud, num_workers: int, *words: str) -> None:
+  """Runs `worker.sh` on each worker."""
   command = _script(*words)
-  return on_each(
-    cloud, num_workers, lambda worker: cloud.run_on_worker(worker, command)
-  )
+  on_each(cloud, num_workers, lambda k: cloud.run_on_worker(k, command))
 
 
 def _script(*words: str) -> list[str]:
@@ -69,15 +65,10 @@ def _script(*words: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The program to run.
+  """The program to run."""
 
-  Attributes:
-    config: A config file of the last commit, with its part after a colon.
-    flags: More flags for the program.
-  """
-
-  config: str
-  flags: Sequence[str]
+  config: str  # A config file of the last commit, with its part after a colon.
+  flags: Sequence[str]  # More flags of the program.
 
   def __post_init__(self):
     path = pathlib.PurePosixPath(self.config.partition(":")[0])
@@ -140,11 +131,7 @@ def count_uncommitted() -> int:
 
 
 def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
-  """Installs the committed files and the pinned set, or the image.
-
-  Returns:
-    The commit or the image.
-  """
+  """Installs the committed files or the image, and returns its name."""
   settings = cloud.settings
   version = settings.image or commit()
   with tempfile.TemporaryDirectory() as folder:
@@ -172,26 +159,15 @@ def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """The state of the run on one worker.
+  """The state of the run on one worker."""
 
-  Attributes:
-    state: "none", "running", "ended", or "lost" if the process vanished without
-      an exit code.
-    exit_code: The exit code of a run that has ended.
-    was_stopped: True if `stop` ended the run.
-    commit: The commit or the image that is set up; empty if nothing is.
-    workdir: The path of the workdir on the worker.
-    step: The last step in the workdir's metrics; -1 if there is none.
-    checkpoint: The step of the newest checkpoint; -1 if there is none.
-  """
-
-  state: str
-  exit_code: int | None
-  was_stopped: bool
-  commit: str
-  workdir: str
-  step: int
-  checkpoint: int
+  state: str  # "none", "running", "ended"; "lost" without an exit code.
+  exit_code: int | None  # The exit code of a run that has ended.
+  was_stopped: bool  # True if `stop` ended the run.
+  commit: str  # The commit or the image that is set up; empty if nothing is.
+  workdir: str  # The path of the workdir on the worker.
+  step: int  # The last step in the workdir's metrics; -1 if there is none.
+  checkpoint: int  # The step of the newest checkpoint; -1 if there is none.
 
   @classmethod
   def parse(cls, text: str) -> "Status":
@@ -269,9 +245,8 @@ def logs(
       )
       stack.enter_context(process)
       stack.callback(process.terminate)
-      thread = threading.Thread(
-        target=relay, args=(worker, process), daemon=True
-      )
+      arguments = (worker, process)
+      thread = threading.Thread(target=relay, args=arguments, daemon=True)
       thread.start()
       relays.append((worker, process, errors, thread))
     for *_, thread in relays:

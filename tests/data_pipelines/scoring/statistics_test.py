@@ -103,30 +103,30 @@ def test_an_interval_is_wilsons():
   half = z * math.sqrt(45 * 55 / 100 + z**2 / 4)
   low, high = ((45 + z**2 / 2 + s * half) / (100 + z**2) for s in (-1, 1))
   got = statistics.share(45, 100)
-  assert (got.low, got.high) == pytest.approx((low, high), abs=1e-6)
-  assert (got.problems, got.right, got.share) == (100, 45, 0.45)
+  assert (got["low"], got["high"]) == pytest.approx((low, high), abs=1e-6)
+  assert (got["problems"], got["right"], got["share"]) == (100, 45, 0.45)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (0.4, 9), (8.6, 9)])
 def test_an_interval_is_never_a_point_and_holds_the_share(right, n):
   got = statistics.share(right, n)
-  assert 0 <= got.low <= got.share == right / n <= got.high <= 1
-  assert got.high - got.low > 0.2
+  assert 0 <= got["low"] <= got["share"] == right / n <= got["high"] <= 1
+  assert got["high"] - got["low"] > 0.2
 
 
 def test_an_interval_of_a_sum_of_chances_is_that_of_the_nearest_count():
   for right, count in ((3.6, 4), (4.4, 4)):
     got, wanted = statistics.share(right, 10), statistics.share(count, 10)
-    assert (got.low, got.high) == (wanted.low, wanted.high)
+    assert (got["low"], got["high"]) == (wanted["low"], wanted["high"])
 
 
 def test_a_comparison_is_a_sign_test_of_the_changes():
   first = np.array([1, 1, 1, 1, 1, 0, 0, 1], bool)
   second = np.array([0, 0, 0, 0, 1, 1, 0, 0], bool)
   got = statistics.comparison(list(first), list(second))
-  assert (got.only_first, got.only_second) == (5, 1)
-  assert got.difference == pytest.approx(4 / 8)
+  assert (got["only_first"], got["only_second"]) == (5, 1)
+  assert got["difference"] == pytest.approx(4 / 8)
   # 0, 1, 5 or 6 heads of 6 coins: (1 + 6 + 6 + 1) / 64.
-  assert got.p_value == pytest.approx(14 / 64)
+  assert got["p_value"] == pytest.approx(14 / 64)
   same = statistics.comparison(list(first), list(first))
-  assert (same.difference, same.p_value) == (0.0, 1.0)
+  assert (same["difference"], same["p_value"]) == (0.0, 1.0)

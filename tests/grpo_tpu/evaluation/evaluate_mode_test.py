@@ -252,6 +252,7 @@ def test_completions_come_from_all_hosts(everything, monkeypatch):
 def write(evaluation, workdir, config, source):
   facts = {
     "split": config.data.eval_split,
+    "split_size": len(source),
     "model": config.model.name,
     "weights": config.model.weights,
     "seed": config.seed,

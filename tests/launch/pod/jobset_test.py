@@ -141,7 +141,7 @@ def test_a_slice_has_its_hosts(
   accelerator_type, accelerator, topology, hosts, chips_per_host
 ):
   """From Google's tables."""
-  shape = shapes.shape(accelerator_type)
+  shape = shapes.SHAPES[accelerator_type]
   assert shape == shapes.Shape(accelerator, topology, hosts, chips_per_host)
   job = job_of(manifest(ACCELERATOR_TYPE=accelerator_type))
   assert job["parallelism"] == job["completions"] == hosts
