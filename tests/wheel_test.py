@@ -109,6 +109,6 @@ def test_the_notebook_runs_from_it_and_the_model_learns_to_see(
   )
   assert output.count(str(site)) == 2
   # Guessing is right on 0.29 of the problems.
-  shares = re.findall(r"images(?: removed)?: ([\d.]+) of 64 problems", output)
+  shares = re.findall(r"images(?: removed)?: accuracy ([\d.]+) on 64", output)
   seeing, blind = map(float, shares)
   assert seeing > 0.8 and blind < 0.5

@@ -131,13 +131,17 @@ class Trainer:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     return cls(config, data, mesh)
 
-  def init(self) -> TrainState:
-    """The state before the first step; data are read from their beginning."""
-    if self.config.lora:
+  def init(self, params: dict | None = None) -> TrainState:
+    """The state before the first step; data are read from their beginning.
+
+    Args:
+      params: The trained parameters; None loads `model.weights`.
+    """
+    if params is None and self.config.lora:
       params = load.initial_adapters(
         self.config.model, self.mesh, seed=self.config.seed
       )
-    else:
+    elif params is None:
       params = load.load_params(self.config.model, self.mesh)
     state = self.learner.init(params)
     self.resume(state)
