@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from data_pipelines import records
+from data_pipelines.validation import at_least, check_fields, interval, require
 
 MAX_PIXELS = 50_000_000
 
@@ -54,26 +55,17 @@ class PanAndScan:
 
   enabled: bool
   min_crop_size: int
-  max_num_crops: int
-  min_ratio_to_activate: float
+  max_num_crops: int = dataclasses.field(metadata=at_least(2))
+  min_ratio_to_activate: float = dataclasses.field(
+    metadata=interval("[1, inf)", 1.2)
+  )
 
   def __post_init__(self):
-    for name, holds, rule in (
-      ("max_num_crops", self.max_num_crops >= 2, "at least 2"),
-      (
-        # Otherwise the last crop of a small image could be empty.
-        "min_crop_size",
-        self.min_crop_size >= self.max_num_crops,
-        f"at least max_num_crops ({self.max_num_crops})",
-      ),
-      (
-        "min_ratio_to_activate",
-        1 <= self.min_ratio_to_activate < math.inf,
-        "at least 1 and finite",
-      ),
-    ):
-      if not holds:
-        raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
+    check_fields(self)
+    # Otherwise the last crop of a small image could be empty.
+    rule = f"be at least max_num_crops ({self.max_num_crops})"
+    holds = self.min_crop_size >= self.max_num_crops
+    require(holds, "min_crop_size", self.min_crop_size, rule, "")
 
 
 # Transformers' numbers.

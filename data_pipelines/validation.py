@@ -38,7 +38,8 @@ def user_errors() -> Iterator[None]:
 def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
   """Raises a ValueError with the rule and the remedy unless the rule holds."""
   if not holds:
-    raise ValueError(f"{name} ({value!r}) must {rule}; {remedy}.")
+    remedy = f"; {remedy}" if remedy else ""
+    raise ValueError(f"{name} ({value!r}) must {rule}{remedy}.")
 
 
 def require_all(
@@ -90,32 +91,42 @@ def describe_bounds(bounds: str) -> str:
   return words
 
 
-def check_fields(section: Any, prefix: str) -> None:
-  """Checks the fields of a section that have metadata; None always passes."""
+def check_fields(section: Any, prefix: str = "") -> None:
+  """Checks the fields of a section that have metadata; None always passes.
+
+  A class that is not always the same section of the settings has no prefix.
+  """
   for field in dataclasses.fields(section):
-    name, value = f"{prefix}.{field.name}", getattr(section, field.name)
+    name, value = field.name, getattr(section, field.name)
+    name = f"{prefix}.{name}" if prefix else name
     if value is None:
       continue
     if "bounds" in field.metadata:
-      _check_bounds(name, value, **field.metadata)
+      bounds, example = field.metadata["bounds"], field.metadata["example"]
+      remedy = f"set {name}={example}" if prefix else ""
+      require(
+        _is_within(value, bounds), name, value, _rule(value, bounds), remedy
+      )
     if "choices" in field.metadata:
       choices = field.metadata["choices"]
       if isinstance(value, tuple):
         holds = set(value) <= set(choices) and len(set(value)) == len(value)
         rule = f"be names of {', '.join(choices)}, each once"
-        require(holds, name, value, rule, f"set {name}={choices}")
+        remedy = f"set {name}={choices}" if prefix else ""
+        require(holds, name, value, rule, remedy)
       else:
         require_one_of(name, value, choices)
 
 
-def _check_bounds(name: str, value: float, bounds: str, example: Any) -> None:
+def _is_within(value: float, bounds: str) -> bool:
   low, high = map(float, bounds[1:-1].split(", "))
-  holds = low <= value if bounds[0] == "[" else low < value
-  holds &= value <= high if bounds[-1] == "]" else value < high
-  rule = f"be {describe_bounds(bounds)}"
-  if isinstance(value, float) and bounds.endswith("inf)"):
-    rule += " and finite"
-  require(holds, name, value, rule, f"set {name}={example}")
+  above = low <= value if bounds[0] == "[" else low < value
+  return above and (value <= high if bounds[-1] == "]" else value < high)
+
+
+def _rule(value: float, bounds: str) -> str:
+  is_open = isinstance(value, float) and bounds.endswith("inf)")
+  return f"be {describe_bounds(bounds)}{' and finite' if is_open else ''}"
 
 
 def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:

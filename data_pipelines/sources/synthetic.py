@@ -13,7 +13,13 @@ from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.sources import drawing, questions, scenes
-from data_pipelines.validation import one_of
+from data_pipelines.validation import (
+  at_least,
+  check_fields,
+  interval,
+  one_of,
+  require,
+)
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
 _SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
@@ -43,37 +49,26 @@ class Spec:
       possible answers.
   """
 
-  num_problems: int
-  seed: int
-  difficulty: int
+  num_problems: int = dataclasses.field(metadata=at_least(1))
+  seed: int = dataclasses.field(metadata=interval("[0, inf)", 0))
+  difficulty: int = dataclasses.field(metadata=interval("[1, 5]", 2))
   kinds: tuple[str, ...] = dataclasses.field(metadata=one_of(KINDS))
-  image_size: int
-  multi_choice_share: float
+  image_size: int = dataclasses.field(
+    metadata=interval(f"[{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}]", 96)
+  )
+  multi_choice_share: float = dataclasses.field(
+    metadata=interval("[0, 1]", 0.25)
+  )
   min_options: int
-  max_options: int
+  max_options: int = dataclasses.field(metadata=interval("[2, 8]", 8))
 
   def __post_init__(self):
-    sizes = f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels"
-    known = bool(self.kinds) and set(self.kinds) <= set(KINDS)
-    unlike = len(set(self.kinds)) == len(self.kinds)
-    fits = MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE
-    for name, holds, rule in (
-      ("num_problems", self.num_problems >= 1, "at least 1"),
-      ("seed", self.seed >= 0, "at least 0"),
-      ("difficulty", self.difficulty in drawing.LEVELS, "1 to 5"),
-      ("kinds", known, f"one or more of {', '.join(KINDS)}"),
-      ("kinds", unlike, "without repeats"),
-      ("image_size", fits, sizes),
-      ("multi_choice_share", 0 <= self.multi_choice_share <= 1, "0 to 1"),
-      ("max_options", 2 <= self.max_options <= 8, "2 to 8"),
-      (
-        "min_options",
-        2 <= self.min_options <= self.max_options,
-        f"2 to max_options ({self.max_options})",
-      ),
-    ):
-      if not holds:
-        raise ValueError(f"{name} ({getattr(self, name)!r}) must be {rule}.")
+    check_fields(self)
+    rule = f"be one or more of {', '.join(KINDS)}"
+    require(bool(self.kinds), "kinds", self.kinds, rule, "")
+    rule = f"be at least 2 and at most max_options ({self.max_options})"
+    holds = 2 <= self.min_options <= self.max_options
+    require(holds, "min_options", self.min_options, rule, "")
 
 
 def is_synthetic(problem: records.Problem) -> bool:

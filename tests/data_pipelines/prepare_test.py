@@ -31,7 +31,7 @@ def test_the_command_makes_what_its_flags_say(tmp_path):
 @pytest.mark.parametrize(
   "args, said",
   [
-    (["--difficulty=9"], "difficulty (9) must be 1 to 5."),
+    (["--difficulty=9"], "difficulty (9) must be at least 1 and at most 5."),
     (["--difficulty=hard"], "--difficulty=hard"),
     (["--colour=red"], "'colour'"),
     (["here"], "['here']"),
