@@ -106,6 +106,19 @@ def test_a_set_is_drawn_under_the_workdir_once(workdir):
   assert len(data.eval) > 0
 
 
+def test_prompts_of_any_problems_equal_those_of_the_eval_split(workdir):
+  """Row by row, with padding after them."""
+  data = opened(settings(), workdir)
+  problems = [data.eval[2], data.eval[0]]
+  prompts = data.make_prompts(problems, batch_size=4)
+  split = data.eval_batches(num_problems=3, batch_size=3, **SHARD)[0]
+  np.testing.assert_array_equal(prompts.images[:2], split.images[[2, 0]])
+  np.testing.assert_array_equal(
+    prompts.prompt_ids[:2], split.prompt_ids[[2, 0]]
+  )
+  np.testing.assert_array_equal(prompts.valid, [True, True, False, False])
+
+
 def test_a_data_dir_that_is_named_needs_no_workdir(workdir):
   data = opened(settings(dir=str(workdir / "data")))
   assert data.identity == opened(settings(), workdir).identity
