@@ -1,46 +1,18 @@
-"""The table of TPU chips and slices, on Python's standard library alone.
-
-Peaks and bandwidths are the vendor's figures. Work divided by one of them is a
-lower bound, not a measured time.
-
-References:
-  https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x: peak, HBM
-  and bidirectional bandwidth between chips, slice shapes, hosts.
-  https://jax-ml.github.io/scaling-book/tpus: bandwidth of a host to the
-  data-centre network.
-  HBM limits come from the errors of libtpu 0.0.50.1 for programs that do not
-  fit.
-"""
+"""TPU chips and slices, from `hardware.toml`, by the standard library alone."""
 
 import dataclasses
 import math
+import pathlib
 import re
-
-_GIB = 2**30
+import tomllib
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One generation of TPU.
-
-  Attributes:
-    name: The name in a topology.
-    device_kinds: The names that JAX gives to a device of such a chip.
-    peak_flops: bfloat16 operations per second of a chip.
-    hbm_limit_bytes: Memory of one device that the compiler may use.
-    hbm_bandwidth: Bytes per second of a chip.
-    ici_bandwidth: Bytes per second that a chip sends to its neighbours over all
-      links; half of the bidirectional figure.
-    dcn_bandwidth: Bytes per second that a chip sends to other slices; an equal
-      share of its host's bandwidth.
-    devices_per_chip: The number of JAX devices of a chip.
-    cores_per_chip: The number of cores, which an accelerator type such as
-      v5p-16 counts.
-    shapes: The slice shapes on sale, in ascending order.
-  """
+  """One generation of TPU; `hardware.toml` explains the fields."""
 
   name: str
-  device_kinds: tuple[str, ...]
+  device_kinds: list[str]
   peak_flops: float
   hbm_limit_bytes: int
   hbm_bandwidth: float
@@ -48,82 +20,23 @@ class Chip:
   dcn_bandwidth: float
   devices_per_chip: int
   cores_per_chip: int
-  shapes: tuple[str, ...]
+  shapes: list[str]
 
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (
-  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
-  *("8x8x8", "8x8x16", "8x16x16", "16x16x16"),
-)
 
 CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip(
-      name="v5e",
-      device_kinds=("TPU v5 lite",),
-      peak_flops=197e12,
-      hbm_limit_bytes=int(15.75 * _GIB),
-      hbm_bandwidth=819e9,
-      ici_bandwidth=200e9,
-      dcn_bandwidth=3.125e9,
-      devices_per_chip=1,
-      cores_per_chip=1,
-      shapes=_FLAT,
-    ),
-    Chip(
-      name="v6e",
-      device_kinds=("TPU v6 lite",),
-      peak_flops=918e12,
-      hbm_limit_bytes=int(31.24 * _GIB),
-      hbm_bandwidth=1638e9,
-      ici_bandwidth=400e9,
-      dcn_bandwidth=12.5e9,
-      devices_per_chip=1,
-      cores_per_chip=1,
-      shapes=_FLAT,
-    ),
-    Chip(
-      name="v5p",
-      device_kinds=("TPU v5", "TPU v5p"),
-      peak_flops=459e12,
-      hbm_limit_bytes=int(95.73 * _GIB),
-      hbm_bandwidth=2765e9,
-      ici_bandwidth=600e9,
-      dcn_bandwidth=6.25e9,
-      devices_per_chip=1,
-      cores_per_chip=2,
-      shapes=(*_CUBES, "16x16x24"),
-    ),
-    Chip(
-      name="tpu7x",
-      device_kinds=("TPU7x",),
-      peak_flops=2307e12,
-      hbm_limit_bytes=int(94.74 * _GIB),
-      hbm_bandwidth=7380e9,
-      ici_bandwidth=600e9,
-      dcn_bandwidth=12.5e9,
-      devices_per_chip=2,
-      cores_per_chip=2,
-      shapes=_CUBES,
-    ),
-  )
+  name: Chip(name, **fields)
+  for name, fields in tomllib.loads(
+    pathlib.Path(__file__).with_name("hardware.toml").read_text()
+  ).items()
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """One or more equal slices, joined by the data-centre network.
-
-  Attributes:
-    chip: The chip of all slices.
-    shape: The shape of one slice, as in "4x4".
-    num_slices: The number of slices.
-  """
+  """One or more equal slices, joined by the data-centre network."""
 
   chip: Chip
-  shape: str
+  shape: str  # One slice's, as in "4x4".
   num_slices: int
 
   def __str__(self) -> str:
@@ -143,9 +56,8 @@ class Topology:
   @property
   def slice_name(self) -> str:
     """The accelerator type of one slice, as in v5p-16."""
-    return (
-      f"{self.chip.name}-{_count_chips(self.shape) * self.chip.cores_per_chip}"
-    )
+    cores = _count_chips(self.shape) * self.chip.cores_per_chip
+    return f"{self.chip.name}-{cores}"
 
 
 def hbm_bandwidth(device_kind: str) -> float | None:
@@ -173,13 +85,13 @@ def parse_topology(text: str) -> Topology:
   if name not in CHIPS:
     raise ValueError(
       f"--topology ({text!r}) must name a known chip: {', '.join(CHIPS)}; the "
-      f"nearest is {nearest_slice('v5e', shape)}."
+      f"nearest is {_nearest_slice('v5e', shape)}."
     )
   if shape not in CHIPS[name].shapes:
     raise ValueError(
       f"--topology ({text!r}) must be a slice that is on sale for {name}: "
       f"{', '.join(CHIPS[name].shapes)}; the nearest is "
-      f"{nearest_slice(name, shape)}."
+      f"{_nearest_slice(name, shape)}."
     )
   if slices is not None and not 1 <= int(slices) <= 256:
     raise ValueError(
@@ -189,7 +101,7 @@ def parse_topology(text: str) -> Topology:
   return Topology(CHIPS[name], shape, int(slices or 1))
 
 
-def nearest_slice(name: str, shape: str) -> str:
+def _nearest_slice(name: str, shape: str) -> str:
   """The slice of a chip whose number of chips is nearest to a shape's."""
   wanted = math.log(max(1, _count_chips(shape)))
   best = min(
@@ -209,14 +121,12 @@ def larger_slices(topology: Topology) -> list[Topology]:
 
 def _suggestion(text: str) -> str:
   """A sentence with the nearest slice for an accelerator type like v5e-16."""
-  match = re.fullmatch(r"(?:v5litepod|([\w]+?))-(\d+)", text.strip())
-  if not match:
-    return ""
-  name = match[1] or "v5e"
-  if name not in CHIPS or not int(match[2]):
+  match = re.fullmatch(r"(?:v5litepod|(\w+?))-(\d+)", text.strip())
+  name = match and (match[1] or "v5e")
+  if not match or name not in CHIPS or not int(match[2]):
     return ""
   chips = max(1, int(match[2]) // CHIPS[name].cores_per_chip)
-  return f"The nearest is {nearest_slice(name, str(chips))}."
+  return f"The nearest is {_nearest_slice(name, str(chips))}."
 
 
 def _count_chips(shape: str) -> int:

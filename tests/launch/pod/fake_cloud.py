@@ -325,7 +325,7 @@ class Laptop:
     for name in (
       *("grpo_tpu/__init__.py", "grpo_tpu/distributed/__init__.py"),
       *("grpo_tpu/distributed/hardware.py", "data_pipelines/__init__.py"),
-      "data_pipelines/validation.py",
+      *("grpo_tpu/distributed/hardware.toml", "data_pipelines/validation.py"),
     ):
       (self.checkout / name).parent.mkdir(exist_ok=True)
       shutil.copy(ROOT / name, self.checkout / name)
