@@ -226,10 +226,11 @@ def _perturbation(writer: _Writer, rng: np.random.Generator) -> str | None:
   if not matches:
     return None
   match = matches[rng.integers(len(matches))]
-  changed = _perturb(match[0], _unit_in_last_place(problem), rng)
-  return writer.write(
-    problem.answer[: match.start()] + changed + problem.answer[match.end() :]
-  )
+  places = problem.precision if problem.answer_type == "float" else 0
+  unit_in_last_place = decimal.Decimal(1).scaleb(-max(places, 0))
+  changed = _perturb(match[0], unit_in_last_place, rng)
+  before, after = problem.answer[: match.start()], problem.answer[match.end() :]
+  return writer.write(before + changed + after)
 
 
 def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
@@ -281,11 +282,6 @@ _MAKERS: Mapping[str, Callable[[_Writer, np.random.Generator], str | None]] = {
   "conflict": _conflict,
   "truncation": _truncation,
 }
-
-
-def _unit_in_last_place(problem: records.Problem) -> decimal.Decimal:
-  places = problem.precision if problem.answer_type == "float" else 0
-  return decimal.Decimal(1).scaleb(-max(places, 0))
 
 
 def _perturb(

@@ -52,11 +52,10 @@ def label_results(
       problems = mathvista.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
-    missing, group = _group(problems.get(pid), responses)
-    if missing:
-      counts[missing] += 1
+    reason, group = _group(problems.get(pid), responses)
+    counts[reason or "groups"] += 1
+    if reason:
       continue
-    counts["groups"] += 1
     counts["completions"] += len(group)
     row = {"pid": pid, "completions": [each._asdict() for each in group]}
     lines.append(json.dumps(row, ensure_ascii=False) + "\n")

@@ -111,9 +111,8 @@ def error_in(
   path: str | os.PathLike[str], fault: str, remedy: str
 ) -> SettingError:
   """The error for a fault in a results file."""
-  return SettingError(
-    f"results file ({os.fspath(path)!r}) must {fault}; {remedy}."
-  )
+  file = f"results file ({os.fspath(path)!r})"
+  return SettingError(f"{file} must {fault}; {remedy}.")
 
 
 def _rows_by_pid(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:

@@ -37,10 +37,8 @@ class Pool:
     """Creates the pool without starting a process.
 
     Args:
-      paths: The functions that each worker imports before its first call; see
-        `functions.resolve`.
-      num_workers: Calls that run at the same time. With 0, calls run in this
-        process and have no timeout.
+      paths: The functions that each worker imports before its first call.
+      num_workers: With 0, calls run in this process and have no timeout.
       timeout_seconds: Time after which a call is killed.
     """
     self._workers = [
@@ -53,11 +51,9 @@ class Pool:
     _OPEN_POOLS.add(self)
 
   def submit(self, path: str, *arguments: Any) -> futures.Future[Any]:
-    """Starts a call.
+    """Starts a call of one of the pool's functions.
 
-    Args:
-      path: One of the pool's paths.
-      *arguments: Arguments of the function. They and its result are pickled.
+    The arguments and the result are pickled.
 
     Returns:
       A future of the function's result, or of a `functions.Failure` if the
@@ -118,49 +114,43 @@ class _Worker:
 
   def _start(self) -> connection.Connection:
     ours, theirs = multiprocessing.Pipe()
+    environment = os.environ | {
+      # The worker finds users' modules where this process does.
+      "PYTHONPATH": os.pathsep.join(sys.path),
+      # Functions that depend on hash order agree in all workers.
+      "PYTHONHASHSEED": "0",
+    }
+    command = [sys.executable, "-m", "data_pipelines.workers.worker"]
     with self._lock:
       if self._is_closed:
         raise RuntimeError("the pool is closed, so it starts no worker.")
       with theirs:
         self._process = subprocess.Popen(
-          [
-            *(sys.executable, "-m", "data_pipelines.workers.worker"),
-            str(theirs.fileno()),
-          ],
+          [*command, str(theirs.fileno())],
           stdin=subprocess.DEVNULL,
           pass_fds=(theirs.fileno(),),
           # Ctrl-C must reach the trainer alone. The session also groups the
           # worker with its own children, which are killed together.
           start_new_session=True,
-          env=os.environ
-          | {
-            # The worker finds users' modules where this process does.
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            # Functions that depend on hash order agree in all workers.
-            "PYTHONHASHSEED": "0",
-          },
+          env=environment,
         )
       self._pipe = ours
+    fault = "it does not respond"
     try:
       ours.send((self._paths, self._timeout_seconds))
-      fault = (
-        ours.recv() if ours.poll(_START_SECONDS) else "it does not respond"
-      )
+      if ours.poll(_START_SECONDS):
+        fault = ours.recv()
     except (EOFError, OSError):
       fault = "its process ended; see its output above"
-    if fault is not None:
-      self._end()
-      raise RuntimeError(
-        f"a worker for {self._paths} cannot be started: {fault}."
-      )
-    return ours
+    if fault is None:
+      return ours
+    self._end()
+    raise RuntimeError(
+      f"a worker for {self._paths} cannot be started: {fault}."
+    )
 
   def _end(self, *, patience: float = 0.0) -> int:
-    """Waits `patience` seconds for the process to end, then kills it.
-
-    Returns:
-      The exit code; negative for a signal.
-    """
+    """The exit code; kills the process if it outlives `patience` seconds."""
     with self._lock:
       process, pipe = self._process, self._pipe
       self._process = self._pipe = None

@@ -5,6 +5,7 @@ writes all results. `evaluate_greedy` is the part that training calls.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -181,11 +182,9 @@ def make_ablated_sources(
 
 def _any_answers(problems: records.Source, count: int) -> bool:
   for index in range(count):
-    try:
+    with contextlib.suppress(ValueError, OSError):  # A damaged record.
       if problems[index].has_answer:
         return True
-    except (ValueError, OSError):
-      continue
   return False
 
 

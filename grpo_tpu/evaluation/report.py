@@ -31,8 +31,6 @@ _OUTCOMES = {
   "cut off": "truncated before an answer",
   "not asked": "not asked: damaged, or too long",
 }
-# Marks after an option, for readers who cannot see its colour.
-_MARKS = {"right": " \u2713", "wrong": " \u2717", "given": " \u2190", "": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,6 @@ def render(
     worst=worst,
     slices=slices,
     outcomes=_OUTCOMES,
-    marks=_MARKS,
     examples=[_example_view(example) for example in examples],
   )
 
@@ -138,7 +135,7 @@ def _example_view(example: Example) -> dict[str, Any]:
 
 
 def _mark(text: str, record: Mapping[str, Any]) -> str:
-  """The mark of an option, a key of `_MARKS`."""
+  """The CSS class of an option."""
   if record["answer"] and text == record["answer"]:
     return "right"
   if text == record["extraction"]:

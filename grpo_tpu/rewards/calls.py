@@ -38,11 +38,9 @@ def start(
   spans = [range(count)[i : i + size] for i in range(0, count, size)]
 
   def start_call(path: str, rows: range) -> futures.Future:
-    return workers.submit(
-      *(_CALL, path),
-      [completions[i] for i in rows],
-      [problems[i] for i in rows],
-    )
+    some_completions = [completions[row] for row in rows]
+    some_problems = [problems[row] for row in rows]
+    return workers.submit(_CALL, path, some_completions, some_problems)
 
   calls = {
     path: [start_call(path, rows) for rows in spans] for path in config.custom

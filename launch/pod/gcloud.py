@@ -1,10 +1,12 @@
 """Calls of gcloud: their command lines, and the meaning of their errors."""
 
 import json
+import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,31 +15,9 @@ from launch.pod import settings as pod_settings
 
 Exit = exits.Exit
 
-# Patterns in gcloud's error output. The first match counts.
-_ERRORS = (
-  (r'TPU has (terminal )?state "(PREEMPTED|TERMINATED)"', Exit.PREEMPTED),
-  (r'TPU has (terminal )?state "', Exit.SUSPENDED),
-  (
-    r"RESOURCE_EXHAUSTED.*[Qq]uota|[Qq]uota .*exceeded|[Qq]uota limit",
-    Exit.QUOTA,
-  ),
-  (r"no (more )?capacity|stockout|RESOURCE_EXHAUSTED", Exit.NO_CAPACITY),
-  (r"NOT_FOUND|was not found|HttpError 404|HTTPError 404", Exit.ABSENT),
-  (
-    r"active account|PERMISSION_DENIED|UNAUTHENTICATED|invalid_grant"
-    r"|[Rr]eauth|HTTPError 40[13]|invalid authentication cred"
-    r"|default credentials",
-    Exit.NOT_ALLOWED,
-  ),
-  (
-    r"Connection(Error| refused| reset| aborted)|NewConnectionError"
-    r"|Unable to find the server|[Nn]ame resolution|not known|timed? ?out"
-    r"|Network is unreachable|No route to host|ServerNotFoundError"
-    r"|TransportError|RemoteDisconnected|HTTPError 50[0234]|UNAVAILABLE",
-    Exit.NETWORK,
-  ),
+_ERRORS: dict[str, list[str]] = tomllib.loads(
+  pathlib.Path(__file__).with_name("errors.toml").read_text(encoding="utf-8")
 )
-
 # The name of `launch/pod/worker.sh` in the home folder of a worker.
 WORKER_SCRIPT = "grpo_tpu_worker.sh"
 
@@ -50,8 +30,10 @@ _PROGRESS = re.compile(
 
 def classify_error(stderr: str) -> Exit:
   """Finds the kind of failure that gcloud reports."""
-  matches = (code for pattern, code in _ERRORS if re.search(pattern, stderr))
-  return next(matches, Exit.GCLOUD)
+  for name, patterns in _ERRORS.items():
+    if any(re.search(pattern, stderr) for pattern in patterns):
+      return Exit[name]
+  return Exit.GCLOUD
 
 
 def error_tail(stderr: str) -> str:
