@@ -7,7 +7,6 @@ the source has unanswered ones, `test`), `tokenizer.model` trained on them,
 
 import collections
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import itertools
@@ -15,6 +14,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from absl import logging
@@ -32,7 +32,7 @@ _OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
 _MAX_TOKENIZER_TEXTS = 3_000
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Request:
   """The source and the contents of a data dir.
 
@@ -44,27 +44,23 @@ class Request:
     eval_fraction: Expected share of the answered images that `eval` gets; 0
       makes no `eval`, 1 no `train`.
     vocab_size: Largest number of pieces of the tokenizer.
-    max_reject_fraction: Largest share of unusable records, below 1.
+    max_reject_fraction: Largest share of unusable records.
   """
 
   source: synthetic.Spec | str
   data_dir: str
-  seed: int
-  eval_fraction: float
+  seed: int = field(metadata=validation.at_least(0))
+  eval_fraction: float = field(metadata=validation.interval("[0, 1]", 0.2))
   vocab_size: int
-  max_reject_fraction: float
+  max_reject_fraction: float = field(
+    metadata=validation.interval("[0, 1)", 0.01)
+  )
 
   def __post_init__(self):
-    for name, holds, rule in (
-      ("data_dir", self.data_dir != "", "the path of a folder"),
-      ("seed", self.seed >= 0, "at least 0"),
-      ("eval_fraction", 0 <= self.eval_fraction <= 1, "0 to 1"),
-      ("max_reject_fraction", 0 <= self.max_reject_fraction < 1, "0 up to 1"),
-    ):
-      if not holds:
-        raise validation.SettingError(
-          f"{name} ({getattr(self, name)!r}) must be {rule}."
-        )
+    holds, rule = self.data_dir != "", "be the path of a folder"
+    with validation.user_errors():
+      validation.check_fields(self)
+      validation.require(holds, "data_dir", self.data_dir, rule, "")
 
 
 def build_data_dir(request: Request) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def build_data_dir(request: Request) -> dict[str, Any]:
 
 def _open_source(request: Request) -> tuple[folders.Readers, dict[str, Any]]:
   """The source's readers, and the options that a manifest must match."""
-  options = dataclasses.asdict(request)
+  options = asdict(request)
   del options["data_dir"]
   if isinstance(request.source, synthetic.Spec):
     spec = request.source

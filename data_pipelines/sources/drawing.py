@@ -13,33 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLORS = {
-  "red": (220, 40, 40),
-  "blue": (40, 80, 220),
-  "green": (30, 150, 60),
-  "yellow": (240, 210, 20),
-  "purple": (140, 50, 170),
-  "orange": (245, 125, 30),
-  "black": (20, 20, 20),
-  "brown": (125, 75, 35),
-}
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-INK, FAINT, WHITE = (40, 40, 40), (200, 200, 200), (255, 255, 255)
+from data_pipelines import tables
 
-# Each glyph is five rows of three pixels, top row first, as octal digits.
-_GLYPHS = {
-  "0": "75557",
-  "1": "26227",
-  "2": "71747",
-  "3": "71717",
-  "4": "55711",
-  "5": "74717",
-  "6": "74757",
-  "7": "71111",
-  "8": "75757",
-  "9": "75717",
-  ".": "00002",
-}
+_TABLES = tables.read("data_pipelines.sources", "drawing.toml")
+COLORS = {name: tuple(color) for name, color in _TABLES["colors"].items()}
+SHAPES = tuple(_TABLES["shapes"])
+INK, FAINT, WHITE = (40, 40, 40), (200, 200, 200), (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +35,10 @@ class Level:
   max_side: int  # Rows and columns of a dot grid.
   max_shade: int  # How far a color may change, in grey levels.
   wordings: int  # Ways to ask one thing, at most.
-  counts_by: tuple[str, ...]  # How the counted objects differ from others.
+  counts_by: list[str]  # How the counted objects differ from others.
 
 
-LEVELS = {
-  1: Level(4, 1, 4, 0, 5, 3, 15, 4, 0, 1, ("shape",)),
-  2: Level(5, 2, 5, 3, 9, 3, 15, 5, 5, 1, ("color",)),
-  3: Level(6, 3, 7, 5, 12, 4, 10, 6, 10, 2, ("color", "shape")),
-  4: Level(7, 4, 9, 7, 20, 5, 5, 7, 15, 2, ("color", "shape")),
-  5: Level(8, 5, 12, 12, 30, 6, 1, 8, 20, 3, ("color", "shape")),
-}
+LEVELS = {int(n): Level(**level) for n, level in _TABLES["levels"].items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +67,7 @@ class Canvas:
     """Picks `count` different items in random order."""
     return [items[i] for i in self.rng.permutation(len(items))[:count]]
 
-  def wording(self, *texts: str) -> str:
+  def wording(self, texts: Sequence[str]) -> str:
     """One of the texts, among as many as the level uses."""
     return texts[self.index(min(len(texts), self.level.wordings))]
 
@@ -236,7 +209,7 @@ def draw_dots(
 
 @functools.cache
 def _glyph(character: str, scale: int) -> Image.Image:
-  rows = [int(digit) for digit in _GLYPHS[character]]
+  rows = [int(digit) for digit in _TABLES["glyphs"][character]]
   bits = [[row >> shift & 1 for shift in (2, 1, 0)] for row in rows]
   return Image.fromarray(
     np.kron(bits, np.full((scale, scale), 255)).astype(np.uint8)

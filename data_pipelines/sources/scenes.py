@@ -2,36 +2,90 @@
 
 A scene draws an image and returns its facts. Questions are answered from these
 facts alone, never from the pixels, so every answer is exact. Answers are drawn
-evenly where possible, so that no constant answer does well.
+evenly where possible, so that no constant answer does well. The words are in
+scenes.toml.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from data_pipelines import tables
 from data_pipelines.sources import drawing
 from data_pipelines.sources.drawing import Canvas
-from data_pipelines.sources.questions import (
-  Question,
-  ask_float,
-  ask_integer,
-  ask_word,
-)
+
+_WORDS = tables.read("data_pipelines.sources", "scenes.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A question about an image, before options are drawn for it."""
+
+  text: str
+  answer: str
+  answer_type: str  # "text", "integer", "float" or "list".
+  pool: tuple[str, ...]  # Other possible answers; () for no options.
+  solution: str = ""  # The working, or "" where one look answers.
+  unit: str = ""
+  precision: int = -1  # Decimal places of a float.
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
   """A way to draw images, and the kinds of question that they answer."""
 
+  name: str
   draw: Callable[[Canvas], Any]  # Draws on the canvas and returns the facts.
   questions: dict[str, Callable[[Canvas, Any], Question]]  # By kind.
-  # MathVista's names for such problems:
-  category: str
-  context: str
-  task: str
-  skills: tuple[str, ...]
+
+  @property
+  def labels(self) -> dict[str, Any]:
+    """MathVista's names for such problems."""
+    return _WORDS["scenes"][self.name]
+
+
+def _wording(canvas: Canvas, kind: str, **words: str) -> str:
+  """The text of a question, in one of its wordings."""
+  return canvas.wording(_WORDS["wordings"][kind]).format(**words)
+
+
+def _ask_word(
+  text: str, answer: str, words: Iterable[str], solution: str = ""
+) -> Question:
+  """Asks for one of the words."""
+  pool = tuple(word for word in words if word != answer)
+  return Question(text, answer, "text", pool, solution)
+
+
+def _ask_integer(
+  text: str,
+  answer: int,
+  values: Iterable[int],
+  solution: str = "",
+  unit: str = "",
+) -> Question:
+  """Asks for one of the whole numbers."""
+  pool = tuple(str(value) for value in values if value != answer)
+  return Question(text, str(answer), "integer", pool, solution, unit)
+
+
+def _ask_float(
+  text: str,
+  parts: int,
+  values: Iterable[int],
+  *,
+  parts_of_one: int,
+  precision: int,
+  solution: str = "",
+  unit: str = "",
+) -> Question:
+  """Asks for a number given in whole parts of one, which keeps it exact."""
+  answer = f"{parts / parts_of_one:.{precision}f}"
+  written = (f"{value / parts_of_one:.{precision}f}" for value in values)
+  pool = tuple(other for other in dict.fromkeys(written) if other != answer)
+  return Question(text, answer, "float", pool, solution, unit, precision)
 
 
 # Different shapes, one of each color.
@@ -50,20 +104,14 @@ def _draw_shapes(canvas: Canvas) -> list[tuple[str, str]]:
 
 def _ask_color(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
   shape, color = facts[0]
-  text = canvas.wording(
-    f"What color is the {shape}?",
-    f"Which color does the {shape} have?",
-    f"The {shape} is drawn in which color?",
-  )
-  return ask_word(text, color, drawing.COLORS)
+  text = _wording(canvas, "color", shape=shape)
+  return _ask_word(text, color, drawing.COLORS)
 
 
 def _ask_shape(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
   shape, color = facts[0]
-  text = canvas.wording(
-    f"What shape is {color}?", f"Which shape has the color {color}?"
-  )
-  return ask_word(text, shape, drawing.SHAPES)
+  text = _wording(canvas, "shape", color=color)
+  return _ask_word(text, shape, drawing.SHAPES)
 
 
 # Many shapes, some of them to be counted.
@@ -103,24 +151,19 @@ def _draw_counted_shapes(canvas: Canvas) -> _ShapeCounts:
 
 
 def _ask_count(canvas: Canvas, facts: _ShapeCounts) -> Question:
-  text = canvas.wording(
-    f"How many {facts.name} are there?",
-    f"Count the {facts.name}. How many are there?",
-  )
+  text = _wording(canvas, "count", objects=facts.name)
   counts = range(_least_count(canvas.level), canvas.level.max_count + 1)
-  return ask_integer(text, facts.count, counts)
+  return _ask_integer(text, facts.count, counts)
 
 
 def _ask_total(canvas: Canvas, facts: _ShapeCounts) -> Question:
   total = facts.count + facts.num_others
-  text = canvas.wording(
-    "How many shapes are there?", "How many shapes are in the picture?"
-  )
+  text = _wording(canvas, "total")
   solution = ""
   if facts.num_others:
     solution = f"{facts.count} + {facts.num_others} = {total}."
   most = canvas.level.max_count + canvas.level.num_distractors
-  return ask_integer(text, total, range(1, most + 1), solution)
+  return _ask_integer(text, total, range(1, most + 1), solution)
 
 
 # Colored values, as bars or as a table.
@@ -131,11 +174,6 @@ class _Values:
   colors: list[str]
   values: list[int]
   most: int  # The largest value that could have been.
-
-  @property
-  def row_list(self) -> str:
-    pairs = zip(self.colors, self.values, strict=True)
-    return ", ".join(f"{color} {value}" for color, value in pairs) + "."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,30 +208,24 @@ def _ask_bar_value(canvas: Canvas, facts: _Bars) -> Question:
   asked = next(
     i for i in range(len(facts.values)) if i not in (facts.high, facts.low)
   )
-  color = facts.colors[asked]
-  text = canvas.wording(
-    f"What is the value of the {color} bar?", f"How tall is the {color} bar?"
-  )
-  return ask_integer(text, facts.values[asked], range(1, facts.most + 1))
+  text = _wording(canvas, "bar_value", color=facts.colors[asked])
+  return _ask_integer(text, facts.values[asked], range(1, facts.most + 1))
 
 
 def _ask_bar_max(canvas: Canvas, facts: _Bars) -> Question:
-  text = canvas.wording(
-    "What color is the tallest bar?", "Which bar has the largest value?"
-  )
+  text = _wording(canvas, "bar_max")
   color = facts.colors[facts.values.index(max(facts.values))]
-  return ask_word(text, color, facts.colors, facts.row_list)
+  pairs = zip(facts.colors, facts.values, strict=True)
+  solution = ", ".join(f"{color} {value}" for color, value in pairs) + "."
+  return _ask_word(text, color, facts.colors, solution)
 
 
 def _ask_bar_difference(canvas: Canvas, facts: _Bars) -> Question:
   high, low = facts.values[facts.high], facts.values[facts.low]
-  one, other = facts.colors[facts.high], facts.colors[facts.low]
-  text = canvas.wording(
-    f"How much taller is the {one} bar than the {other} bar?",
-    f"What is the value of the {one} bar minus that of the {other} bar?",
-  )
+  names = {"high": facts.colors[facts.high], "low": facts.colors[facts.low]}
+  text = _wording(canvas, "bar_difference", **names)
   solution = f"{high} - {low} = {high - low}."
-  return ask_integer(text, high - low, range(1, facts.most), solution)
+  return _ask_integer(text, high - low, range(1, facts.most), solution)
 
 
 def _draw_table(canvas: Canvas) -> _Values:
@@ -211,31 +243,22 @@ def _num_rows(canvas: Canvas) -> int:
 
 def _ask_table_value(canvas: Canvas, facts: _Values) -> Question:
   asked = canvas.index(len(facts.colors))
-  color = facts.colors[asked]
-  text = canvas.wording(
-    f"What number is next to {color}?", f"Which value does {color} have?"
-  )
-  return ask_integer(text, facts.values[asked], range(1, facts.most + 1))
+  text = _wording(canvas, "table_value", color=facts.colors[asked])
+  return _ask_integer(text, facts.values[asked], range(1, facts.most + 1))
 
 
 def _ask_table_sum(canvas: Canvas, facts: _Values) -> Question:
   first, second = canvas.pick(range(len(facts.colors)), 2)
   one, other = facts.values[first], facts.values[second]
-  colors = facts.colors[first], facts.colors[second]
-  text = canvas.wording(
-    f"What is the sum of the numbers next to {colors[0]} and {colors[1]}?",
-    f"What do {colors[0]} and {colors[1]} add up to?",
-  )
+  names = {"first": facts.colors[first], "second": facts.colors[second]}
+  text = _wording(canvas, "table_sum", **names)
   solution = f"{one} + {other} = {one + other}."
   sums = range(2, 2 * facts.most + 1)
-  return ask_integer(text, one + other, sums, solution)
+  return _ask_integer(text, one + other, sums, solution)
 
 
 def _ask_table_list(canvas: Canvas, facts: _Values) -> Question:
-  text = canvas.wording(
-    "What are the numbers from top to bottom?",
-    "List the numbers from top to bottom.",
-  )
+  text = _wording(canvas, "table_list")
   return Question(text, str(facts.values), "list", ())
 
 
@@ -247,6 +270,8 @@ class _Decimals:
   color: str  # The row that is asked about.
   parts: int  # The row's value, in quarters or tenths.
   most: int  # The largest value that could have been.
+  parts_of_one: int  # 4 or 10.
+  precision: int  # Decimal places.
 
 
 def _draw_decimals(
@@ -259,26 +284,19 @@ def _draw_decimals(
   cells = [f"{part / parts_of_one:.{precision}f}" for part in parts]
   drawing.draw_rows(canvas, colors, cells)
   asked = canvas.index(count)
-  return _Decimals(colors[asked], parts[asked], most)
+  return _Decimals(colors[asked], parts[asked], most, parts_of_one, precision)
 
 
-def _ask_price(canvas: Canvas, facts: _Decimals) -> Question:
-  text = canvas.wording(
-    f"What is the price of {facts.color}?", f"How much does {facts.color} cost?"
-  )
-  prices = range(4, facts.most + 1)
-  return ask_float(
-    text, facts.parts, prices, parts_of_one=4, precision=2, unit="$"
-  )
-
-
-def _ask_weight(canvas: Canvas, facts: _Decimals) -> Question:
-  text = canvas.wording(
-    f"What is the weight of {facts.color}?", f"How heavy is {facts.color}?"
-  )
-  weights = range(10, facts.most + 1)
-  return ask_float(
-    text, facts.parts, weights, parts_of_one=10, precision=1, unit="kg"
+def _ask_decimal(
+  canvas: Canvas, facts: _Decimals, *, kind: str, unit: str
+) -> Question:
+  return _ask_float(
+    _wording(canvas, kind, color=facts.color),
+    facts.parts,
+    range(facts.parts_of_one, facts.most + 1),
+    parts_of_one=facts.parts_of_one,
+    precision=facts.precision,
+    unit=unit,
   )
 
 
@@ -289,39 +307,31 @@ def _ask_weight(canvas: Canvas, facts: _Decimals) -> Question:
 class _Clock:
   hour: int
   minute: int
-  step: int  # Minutes are a multiple of this.
+  minutes: range  # The minutes that could have been.
 
 
 def _draw_clock(canvas: Canvas) -> _Clock:
   # On a small image the hand's tip moves less than two pixels a minute.
   step = max(canvas.level.minute_step, 1 if canvas.size >= 64 else 5)
-  facts = _Clock(canvas.integer(1, 12), step * canvas.index(60 // step), step)
-  drawing.draw_clock(canvas, hour=facts.hour, minute=facts.minute)
-  return facts
+  hour, minute = canvas.integer(1, 12), step * canvas.index(60 // step)
+  drawing.draw_clock(canvas, hour=hour, minute=minute)
+  return _Clock(hour, minute, range(0, 60, step))
 
 
 def _ask_clock_hour(canvas: Canvas, facts: _Clock) -> Question:
-  text = canvas.wording(
-    "What is the hour on the clock?",
-    "The red hand is the hour hand. Which hour does the clock show?",
-  )
-  return ask_integer(text, facts.hour, range(1, 13))
+  text = _wording(canvas, "clock_hour")
+  return _ask_integer(text, facts.hour, range(1, 13))
 
 
 def _ask_clock_minutes(canvas: Canvas, facts: _Clock) -> Question:
-  text = canvas.wording(
-    "How many minutes past the hour is it?",
-    "The blue hand is the minute hand. How many minutes does it show?",
-  )
-  minutes = range(0, 60, facts.step)
-  return ask_integer(text, facts.minute, minutes, unit="minutes")
+  text = _wording(canvas, "clock_minutes")
+  return _ask_integer(text, facts.minute, facts.minutes, unit="minutes")
 
 
 def _ask_clock_time(canvas: Canvas, facts: _Clock) -> Question:
-  text = canvas.wording("What time is it?", "What time does the clock show?")
-  minutes = range(0, 60, facts.step)
-  times = (f"{hour}:{m:02d}" for hour in range(1, 13) for m in minutes)
-  return ask_word(text, f"{facts.hour}:{facts.minute:02d}", times)
+  text = _wording(canvas, "clock_time")
+  times = (f"{hour}:{m:02d}" for hour in range(1, 13) for m in facts.minutes)
+  return _ask_word(text, f"{facts.hour}:{facts.minute:02d}", times)
 
 
 # A grid of dots, some of them black.
@@ -331,11 +341,8 @@ def _ask_clock_time(canvas: Canvas, facts: _Clock) -> Question:
 class _Dots:
   rows: int
   columns: int
+  total: int
   num_black: int
-
-  @property
-  def total(self) -> int:
-    return self.rows * self.columns
 
 
 def _draw_dots(canvas: Canvas) -> _Dots:
@@ -347,35 +354,28 @@ def _draw_dots(canvas: Canvas) -> _Dots:
   # No halves: 1/8 could be rounded to 0.12 or to 0.13.
   clear = [n for n in range(1, total) if 200 * n % (2 * total) != total]
   [num_black] = canvas.pick(clear, 1)
-  facts = _Dots(rows, total // rows, num_black)
+  facts = _Dots(rows, total // rows, total, num_black)
   black = set(canvas.pick(range(total), num_black))
   drawing.draw_dots(canvas, facts.rows, facts.columns, black)
   return facts
 
 
 def _ask_dot_total(canvas: Canvas, facts: _Dots) -> Question:
-  text = canvas.wording(
-    "How many dots are there?", "Count all the dots. How many are there?"
-  )
+  text = _wording(canvas, "dot_total")
   solution = f"{facts.rows} x {facts.columns} = {facts.total}."
   totals = range(4, canvas.level.max_side**2 + 1)
-  return ask_integer(text, facts.total, totals, solution)
+  return _ask_integer(text, facts.total, totals, solution)
 
 
 def _ask_dot_black(canvas: Canvas, facts: _Dots) -> Question:
-  text = canvas.wording(
-    "How many dots are black?", "Count the black dots. How many are there?"
-  )
-  return ask_integer(text, facts.num_black, range(1, facts.total))
+  text = _wording(canvas, "dot_black")
+  return _ask_integer(text, facts.num_black, range(1, facts.total))
 
 
 def _ask_dot_fraction(canvas: Canvas, facts: _Dots) -> Question:
-  text = canvas.wording(
-    "What fraction of the dots is black?", "Which share of the dots is black?"
-  )
   fraction = facts.num_black / facts.total
-  return ask_float(
-    text,
+  return _ask_float(
+    _wording(canvas, "dot_fraction"),
     facts.num_black,
     range(1, facts.total),
     parts_of_one=facts.total,
@@ -385,84 +385,56 @@ def _ask_dot_fraction(canvas: Canvas, facts: _Dots) -> Question:
 
 
 SCENES = (
+  Scene("shapes", _draw_shapes, {"color": _ask_color, "shape": _ask_shape}),
   Scene(
-    _draw_shapes,
-    {"color": _ask_color, "shape": _ask_shape},
-    "general-vqa",
-    "synthetic scene",
-    "visual question answering",
-    ("numeric commonsense",),
-  ),
-  Scene(
+    "counted_shapes",
     _draw_counted_shapes,
     {"count": _ask_count, "total": _ask_total},
-    "general-vqa",
-    "synthetic scene",
-    "visual question answering",
-    ("arithmetic reasoning",),
   ),
   Scene(
+    "bars",
     _draw_bars,
     {
       "bar_value": _ask_bar_value,
       "bar_max": _ask_bar_max,
       "bar_difference": _ask_bar_difference,
     },
-    "general-vqa",
-    "bar chart",
-    "figure question answering",
-    ("statistical reasoning",),
   ),
   Scene(
+    "table",
     _draw_table,
     {
       "table_value": _ask_table_value,
       "table_sum": _ask_table_sum,
       "table_list": _ask_table_list,
     },
-    "math-targeted-vqa",
-    "table",
-    "math word problem",
-    ("statistical reasoning", "arithmetic reasoning"),
   ),
   Scene(
+    "prices",
     functools.partial(_draw_decimals, parts_of_one=4, precision=2),
-    {"price": _ask_price},
-    "math-targeted-vqa",
-    "table",
-    "math word problem",
-    ("arithmetic reasoning",),
+    {"price": functools.partial(_ask_decimal, kind="price", unit="$")},
   ),
   Scene(
+    "weights",
     functools.partial(_draw_decimals, parts_of_one=10, precision=1),
-    {"weight": _ask_weight},
-    "math-targeted-vqa",
-    "table",
-    "math word problem",
-    ("numeric commonsense",),
+    {"weight": functools.partial(_ask_decimal, kind="weight", unit="kg")},
   ),
   Scene(
+    "clock",
     _draw_clock,
     {
       "clock_hour": _ask_clock_hour,
       "clock_minutes": _ask_clock_minutes,
       "clock_time": _ask_clock_time,
     },
-    "general-vqa",
-    "abstract scene",
-    "visual question answering",
-    ("numeric commonsense",),
   ),
   Scene(
+    "dots",
     _draw_dots,
     {
       "dot_total": _ask_dot_total,
       "dot_black": _ask_dot_black,
       "dot_fraction": _ask_dot_fraction,
     },
-    "math-targeted-vqa",
-    "abstract scene",
-    "figure question answering",
-    ("arithmetic reasoning",),
   ),
 )

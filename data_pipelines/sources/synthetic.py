@@ -4,15 +4,15 @@ Problem `i` of a set is a pure function of the settings and `i`: the problem can
 be drawn anywhere, in any order, and has the same bytes each time.
 """
 
-import dataclasses
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines import records
-from data_pipelines.sources import drawing, questions, scenes
+from data_pipelines.sources import drawing, scenes
 from data_pipelines.validation import (
   at_least,
   check_fields,
@@ -21,53 +21,47 @@ from data_pipelines.validation import (
   require,
 )
 
-MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 1024
 _SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
 KINDS = tuple(_SCENE_OF)
-SOURCE = (
-  "synthetic/"  # `metadata.source` starts with this, then names the kind.
-)
+# `metadata.source` starts with this, then names the kind.
+SOURCE = "synthetic/"
 # Every 16th problem asks something else about the image before it.
 _REPEAT_EVERY = 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Spec:
   """The settings of a set of synthetic problems.
 
   Attributes:
     num_problems: Number of problems.
     seed: Random seed of the set.
-    difficulty: 1 to 5; a higher one has more objects, colors and distractors,
-      larger values and more varied wording.
+    difficulty: A higher one has more objects, colors and distractors, larger
+      values and more varied wording.
     kinds: The kinds of problems, each equally often.
     image_size: Side of the square image, in pixels.
-    multi_choice_share: Share of the number questions that have options, 0 to
-      1. Questions whose answer is a word always have them.
-    min_options: Fewest options of a multiple-choice question, at least 2.
-    max_options: Most options, at most 8; fewer where the question has fewer
-      possible answers.
+    multi_choice_share: Share of the number questions that have options.
+      Questions whose answer is a word always have them.
+    min_options: Fewest options of a multiple-choice question.
+    max_options: Most options; fewer where a question has fewer possible
+      answers.
   """
 
-  num_problems: int = dataclasses.field(metadata=at_least(1))
-  seed: int = dataclasses.field(metadata=interval("[0, inf)", 0))
-  difficulty: int = dataclasses.field(metadata=interval("[1, 5]", 2))
-  kinds: tuple[str, ...] = dataclasses.field(metadata=one_of(KINDS))
-  image_size: int = dataclasses.field(
-    metadata=interval(f"[{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}]", 96)
-  )
-  multi_choice_share: float = dataclasses.field(
-    metadata=interval("[0, 1]", 0.25)
-  )
-  min_options: int
-  max_options: int = dataclasses.field(metadata=interval("[2, 8]", 8))
+  num_problems: int = field(metadata=at_least(1))
+  seed: int = field(metadata=at_least(0))
+  difficulty: int = field(metadata=interval(f"[1, {len(drawing.LEVELS)}]", 1))
+  kinds: tuple[str, ...] = field(metadata=one_of(KINDS))
+  image_size: int = field(metadata=interval("[32, 1024]", 96))
+  multi_choice_share: float = field(metadata=interval("[0, 1]", 0.2))
+  min_options: int = field(metadata=interval("[2, 8]", 2))
+  max_options: int = field(metadata=interval("[2, 8]", 8))
 
   def __post_init__(self):
     check_fields(self)
     rule = f"be one or more of {', '.join(KINDS)}"
     require(bool(self.kinds), "kinds", self.kinds, rule, "")
-    rule = f"be at least 2 and at most max_options ({self.max_options})"
-    holds = 2 <= self.min_options <= self.max_options
+    rule = f"be at most max_options ({self.max_options})"
+    holds = self.min_options <= self.max_options
     require(holds, "min_options", self.min_options, rule, "")
 
 
@@ -104,16 +98,13 @@ def problem(spec: Spec, index: int) -> records.Problem:
     answer=question.answer,
     solution=question.solution,
     metadata={
-      "category": scene.category,
-      "context": scene.context,
+      **scene.labels,
       "grade": "elementary school",
       "img_height": spec.image_size,
       "img_width": spec.image_size,
       "language": "english",
-      "skills": list(scene.skills),
       "source": f"{SOURCE}{kind}",
       "split": "synthetic",
-      "task": scene.task,
     },
   )
   return records.with_official_query(result)
@@ -135,7 +126,7 @@ def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:
 
 
 def _options(
-  question: questions.Question, spec: Spec, rng: np.random.Generator
+  question: scenes.Question, spec: Spec, rng: np.random.Generator
 ) -> tuple[str, ...]:
   """The options in random order; () where the answer is written out."""
   if not question.pool:

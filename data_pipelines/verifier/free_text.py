@@ -9,9 +9,10 @@ import decimal
 import itertools
 import re
 
-from data_pipelines.verifier import numbers, phrases
+from data_pipelines.verifier import language, numbers, phrases
 from data_pipelines.verifier.options import Options, is_denied
 
+_RE = language.patterns("free_text")
 # An answer in its canonical spelling, and the rule that found it.
 type Found = tuple[str | None, str]
 _NOTHING: Found = (None, "none")
@@ -23,15 +24,6 @@ _MAX_NUMBERS = 100
 _MAX_BRACKETED = 50
 _BRACKETED = re.compile(r"\(\s*([A-Z])\s*\)")
 
-# A sentence that ends on a letter: "so it is B", "I choose (B)".
-_FINAL_LETTER = re.compile(
-  r"(?:\b(?:it is|it's|is|be|choose|pick|select|with|option|choice|so|hence"
-  r"|thus|therefore|think|guess|probably|definitely|likely|result|conclusion"
-  r"|selection|assistant|choice)|∴)[,:]?\s+(?:that )?(?:the )?"
-  r"(?:it is |it's )?(?:option |choice |letter )?"
-  r"[(\[\"]?([A-Z])[)\]\"]?\W{0,3}\Z",
-  re.IGNORECASE,
-)
 _LISTED_OPTION = re.compile(r"[ \t]*\(?[A-H][).:][^\n]*")
 # Chinese characters are word characters, yet a letter may touch them.
 _LETTER = re.compile(
@@ -108,7 +100,7 @@ def _from_last_line(
   """The letter at the end of the last sentence, or the last line's answer."""
   if sentences and phrases.is_assertion(sentences[-1]):
     end = sentences[-1][-80:]
-    match = _FINAL_LETTER.search(end)
+    match = _RE.final_letter.search(end)
     letter = match[1] if match else None
     others = {m[1] for m in _BRACKETED.finditer(sentences[-1])} - {letter}
     if match and letter in options.letters and not others:
@@ -127,7 +119,7 @@ def _from_letter(
   match = _FIRST_LETTER.match(text)
   if match and len(letters) < 2 and not phrases.is_denial(sentences[0]):
     rest = text[match.end() :]
-    word = _OPENER.match(rest) if options.are_yes_and_no else None
+    word = _RE.opener.match(rest) if options.are_yes_and_no else None
     if word and text[match.end(2) :].startswith(":"):  # "A: No" is an answer.
       return options.folded[word[1].casefold()], "letter"
     named = _option_of_letter(match[1] or match[2], rest, options)
@@ -159,16 +151,11 @@ def _first_option(after: str, options: Options) -> str | None:
     if is_denied(after[:_MAX_BESIDE], match.start()):
       continue
     # After a colon "A" may open a sentence, as an article.
-    article = match[2] == "A" and _ARTICLE.match(after)
+    article = match[2] == "A" and _RE.article.match(after)
     if letter in options.letters and not article:
       return _option_of_letter(letter, after[match.end() :], options)
   mentioned = options.mentions(after)
   return mentioned[0] if mentioned else None
-
-
-_ARTICLE = re.compile(
-  r"[\s*]*A\s+(?!because|since|as|is|and|with|based|due|for|which|where|in)[a-z]"
-)
 
 
 def _option_of_letter(letter: str, rest: str, options: Options) -> str | None:
@@ -189,9 +176,9 @@ def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
   """The only option that a text without letters mentions."""
   if options.are_yes_and_no:
     return _yes_or_no(sentences, options)
-  if phrases.is_refusal(text) or _NONE_OF_THEM.search(text):
+  if phrases.is_refusal(text) or _RE.none_of_them.search(text):
     return _NOTHING
-  sentences = [_CONDITION.sub("", sentence) for sentence in sentences]
+  sentences = [_RE.condition.sub("", sentence) for sentence in sentences]
   for part in (sentences[-1:], sentences[:1], sentences):
     mentioned = options.mentions(" ".join(part))
     if len(mentioned) == 1:
@@ -201,68 +188,33 @@ def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
   return (named, "statement") if named else _NOTHING
 
 
-_NONE_OF_THEM = re.compile(
-  r"\bnone of (?:the|these) (?:(?:above|given|listed|provided) )?"
-  r"(?:options|choices|answers)\b",
-  re.IGNORECASE,
-)
-# A condition restates the question, and is not the answer.
-_CONDITION = re.compile(r"\A\s*if\b[^,]{1,160},", re.IGNORECASE)
-_ASSERTED = re.compile(
-  r"\b(?:is|are|was|were|has|have|does|do|can|will)\b|n't\b", re.IGNORECASE
-)
-_NEGATED = re.compile(r"\b(?:not|no|never|neither|nor)\b|n't\b", re.IGNORECASE)
-_OPTION = re.compile(r"\b(?:options?|choices?)\b", re.IGNORECASE)
-
-
 def _yes_or_no(sentences: list[str], options: Options) -> Found:
   """Yes or no by the word, or by the negation in a short statement."""
   if not sentences:
     return _NOTHING
-  opener = _OPENER.match(sentences[0])
+  opener = _RE.opener.match(sentences[0])
   mentioned = options.mentions(sentences[-1])
   if opener:
     return options.folded[opener[1].casefold()], "statement"
   if len(mentioned) == 1 and not phrases.is_refusal(sentences[-1]):
     return mentioned[0], "statement"
   text = " ".join(sentences)
-  if _OPTION.search(text) or phrases.is_refusal(text) or phrases.has_cue(text):
+  if (
+    _RE.option.search(text) or phrases.is_refusal(text) or phrases.has_cue(text)
+  ):
     return _NOTHING
   if len(sentences) > 3 or not phrases.is_assertion(sentences[0]):
     return _NOTHING
-  if len(sentences[0].split()) < 4 or not _ASSERTED.search(sentences[0]):
+  if len(sentences[0].split()) < 4 or not _RE.asserted.search(sentences[0]):
     return _NOTHING
-  word = "no" if _NEGATED.search(sentences[0]) else "yes"
+  word = "no" if _RE.negated.search(sentences[0]) else "yes"
   return options.folded[word], "statement"
-
-
-# "No image was given" and "Yes?" are no answers.
-_OPENER = re.compile(
-  r"\W*(yes|no)\b(?!\s*\?|\s(?:image|picture|photo|answer|comment|idea"
-  r"|information|one|further|other|more|way)\b)",
-  re.IGNORECASE,
-)
-
-
-_VERB = re.compile(
-  r"(?:\b(?:is|are|was|were|be|been|equals?|has|have|had|to|gives?|of"
-  r"|approximately|about|around|get|makes?|making|leaves?|leaving|giving"
-  r"|totall?ing|left with)\b"
-  r"|[=\u2248]|为|是|有)"
-  r"[\s(]*(?:(?:a|an|the|total|of|only|about|approximately|around|exactly"
-  r"|still|now|be|equal|to)\s+){0,4}[\s(]*\Z",
-  re.IGNORECASE,
-)
-_THERE_ARE = re.compile(
-  r"\s*(?:\w+,? ){0,4}there (?:is|are|was|were|will be|would be)\b",
-  re.IGNORECASE,
-)
 
 
 def find_number(text: str) -> Found:
   """The number that a free text concludes with, and the rule that found it."""
   sentences = phrases.sentences(text)
-  if sentences and _THEREFORE.match(sentences[-1]):
+  if sentences and _RE.therefore.match(sentences[-1]):
     chosen = _concluding_number(sentences[-1])
     if chosen is not None and not phrases.has_cue(sentences[-1]):
       return _as_answer(chosen, "statement")
@@ -276,7 +228,7 @@ def find_number(text: str) -> Found:
     if only is not None:
       return numbers.canonical(only), "cue"
     found = _find_numbers(after.rsplit("=", 1)[-1]) or _find_numbers(after)
-    found = [n for n in found[:_MAX_NUMBERS] if not _follows(n, _THRESHOLD)]
+    found = [n for n in found[:_MAX_NUMBERS] if not _follows(n, _RE.threshold)]
     if found:
       return _as_answer(found[0], "cue")
   if phrases.is_refusal(text):
@@ -287,14 +239,11 @@ def find_number(text: str) -> Found:
     chosen = _concluding_number(sentence)
     if chosen is not None:
       return _as_answer(chosen, "statement")
-    if _RANGE.search(sentence):
+    if _RE.range.search(sentence):
       return _NOTHING
   return _NOTHING
 
 
-_THEREFORE = re.compile(
-  r"\W{0,3}(?:therefore|thus|hence|so|in conclusion|因此|所以)\b", re.IGNORECASE
-)
 _MERE_NUMBERS = re.compile(r"(?:[-+\d.,;:/%$\s]|\bor\b|\band\b)*+")
 
 
@@ -311,19 +260,10 @@ def _as_answer(number: numbers.Numeral, how: str) -> Found:
   return _NOTHING if value is None else (numbers.canonical(value), how)
 
 
-# "There are 4 red and 3 blue ones, so there are 7."
-_CONCLUSION = re.compile(
-  r",? (?:so|therefore|thus|hence|which means)\b", re.IGNORECASE
-)
-_BEFORE_YEAR = re.compile(
-  r"(?:\b(?:in|after|before|since|by|year|from|during|until) |\()\Z"
-)
-
-
 def _is_year(number: numbers.Numeral) -> bool:
   """True for a number that looks like a year and follows a word like "in"."""
   return re.fullmatch("1[0-9]{3}|20[0-9]{2}", number.match[0]) is not None and (
-    _follows(number, _BEFORE_YEAR)
+    _follows(number, _RE.before_year)
   )
 
 
@@ -331,20 +271,20 @@ def _concluding_number(sentence: str) -> numbers.Numeral | None:
   """The number that a sentence concludes with."""
   if len(_BRACKETED.findall(sentence)) > 1:
     return None
-  parts = _CONCLUSION.split(sentence)
+  parts = _RE.conclusion.split(sentence)
   if len(parts) > 1 and _find_numbers(parts[-1]):
     sentence = parts[-1]
   found = _find_numbers(sentence)
   found = found[:_MAX_NUMBERS] + found[_MAX_NUMBERS:][-_MAX_NUMBERS:]
   all_found, found = found, [n for n in found if not _is_year(n)]
-  there_are = "=" not in sentence and _THERE_ARE.match(sentence)
+  there_are = "=" not in sentence and _RE.there_are.match(sentence)
   if there_are:
-    found = [n for n in found if not _follows(n, _THRESHOLD)] or all_found
+    found = [n for n in found if not _follows(n, _RE.threshold)] or all_found
     words = itertools.islice(numbers.number_words(sentence), _MAX_NUMBERS)
     counts = [*found, *words]
     counts = [n for n in counts if n.start >= there_are.end()]
     counts.sort(key=lambda number: number.start)
-    return next((n for n in counts if not _follows(n, _THRESHOLD)), None)
+    return next((n for n in counts if not _follows(n, _RE.threshold)), None)
   return _last_stated_number(found) or _last_stated_number(all_found)
 
 
@@ -352,9 +292,9 @@ def _last_stated_number(found: list[numbers.Numeral]) -> numbers.Numeral | None:
   """The last number after a verb such as "is", or else the last number."""
   last = None
   for number in reversed(found):
-    if _follows(number, _THRESHOLD):
+    if _follows(number, _RE.threshold):
       continue
-    if _follows(number, _VERB):
+    if _follows(number, _RE.verb):
       return number
     last = last or number
   return last
@@ -366,24 +306,8 @@ def _follows(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:
   return pattern.search(text) is not None
 
 
-# Words before a number that is only compared with, or denied.
-_THRESHOLD = re.compile(
-  r"(?:\b(?:than|below|above|under|over|at least|at most|exceed(?:s|ing)?"
-  r"|out of|between|exactly|up to|half of|twice|double|rather than|instead of"
-  r"|not(?: equal to| just| only)?)|n't|不是|[<>≤≥≠]=?|!=)\s*\Z",
-  re.IGNORECASE,
-)
-_RANGE = re.compile(
-  r"(?<![\d.,])\d[\d.,]{0,30}%?\s?"
-  r"(?:[-~或至到]|\b(?:to|and|or(?: maybe| perhaps| even)?)\b)\s?\d[\d.,]*"
-  r"|\d[\d.]{0,30}(?:,\s\d[\d.]{0,30}){2,30}(?:,?\s(?:and|or)\s\d[\d.]{0,30})?"
-  r"|\(\s?-?\d[\d.]{0,30}\s?,\s?-?\d[\d.]{0,30}\s?\)"
-  r"|\bbetween \d[\d.,%]* and \d[\d.,]*"
-)
-
-
 def _find_numbers(text: str) -> list[numbers.Numeral]:
   """The numbers of a text without ranges: digits, or else number words."""
   if "=" not in text:
-    text = _RANGE.sub(lambda match: " " * len(match[0]), text)
+    text = _RE.range.sub(lambda match: " " * len(match[0]), text)
   return list(numbers.numerals(text)) or list(numbers.number_words(text))

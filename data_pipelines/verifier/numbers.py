@@ -10,101 +10,30 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from data_pipelines import tables
+from data_pipelines.verifier import language
+
 # No answer has more digits, and longer runs are slow to read.
 _MAX_DIGITS = 30
 # Rounds of LaTeX replacement: nested fractions are replaced from inside.
 _MAX_NESTING = 4
 
-WORDS = {
-  word: value
-  for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve "
-    "thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty".split()
-  )
-} | {
-  word: 10 * value
-  for value, word in enumerate(
-    "thirty forty fifty sixty seventy eighty ninety".split(), start=3
-  )
+_RE = language.patterns("numbers")
+_TABLES = tables.read("data_pipelines.verifier", "numbers.toml")
+WORDS, _SCALES = _TABLES["words"], _TABLES["scales"]
+_HAN_DIGITS, _HAN_TENS = _TABLES["han_digits"], _TABLES["han_tens"]
+# Full-width ASCII characters follow ASCII's order.
+_CHARACTERS = {chr(0xFEE0 + i): chr(i) for i in range(0x21, 0x7F)} | {
+  character: ascii
+  for ascii, characters in _TABLES["characters"].items()
+  for character in characters
 }
-_SCALES = {
-  "dozen": 12,
-  "hundred": 100,
-  "thousand": 10**3,
-  "k": 10**3,
-  "million": 10**6,
-  "billion": 10**9,
-  "trillion": 10**12,
-  "\u4e07": 10**4,
-  "\u4ebf": 10**8,
-}
-_HAN_DIGITS = {
-  char: value
-  for value, char in enumerate(
-    "\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d"
-  )
-} | {"\u4e24": 2, "\u3007": 0}
-_HAN_TENS = {"\u5341": 10, "\u767e": 100, "\u5343": 1000}
-
-_SINGLE = (
-  {ord("\u06f0") + i: str(i) for i in range(10)}  # Persian digits.
-  | {ord("\u0660") + i: str(i) for i in range(10)}  # Arabic-Indic digits.
-  | {0xFEE0 + i: chr(i) for i in range(0x21, 0x7F)}  # Full-width ASCII.
-  | {ord(char): "-" for char in "\u2212\u2013\u2012\u2010\u2011\ufe63"}
-  | {ord(char): " " for char in "\u00a0\u2009\u202f\u2007\u3000"}
-  | {ord(char): '"' for char in "\u201c\u201d"}
-  | {ord(char): "'" for char in "\u2018\u2019"}
-  | {ord("\u00bc"): " 1/4", ord("\u00bd"): " 1/2", ord("\u00be"): " 3/4"}
-  | {ord(char): None for char in "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"}
-  | {
-    ord("\u066b"): ".",  # Arabic decimal separator.
-    ord("\u066c"): ",",  # Arabic thousands separator.
-    ord("\u2044"): "/",
-    ord("\u00ba"): "\u00b0",
-    ord("\u02da"): "\u00b0",
-    ord("\u3002"): ". ",
-  }
-)
-_SINGLES = re.compile(f"[{re.escape(''.join(map(chr, _SINGLE)))}]")
-_RAISED = str.maketrans(
-  "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b",
-  "0123456789-",
-)
-_RAISED_RUN = re.compile(
-  "[\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b]+"
-)
-# The text that a rule needs before it is tried, the rule and its replacement.
+_CHARACTER = re.compile(f"[{re.escape(''.join(_CHARACTERS))}]")
+_RAISED = str.maketrans(_TABLES["raised"], "0123456789-")
+_RAISED_RUN = re.compile(f"[{_TABLES['raised']}]+")
 _LATEX = tuple(
   (sign, re.compile(pattern), replacement)
-  for sign, pattern, replacement in (
-    ("\\", r"\\(?:(?:left|right|displaystyle)(?![A-Za-z])|,|!)", ""),
-    ("{,}", r"\{,\}", ","),
-    ("\\circ", r"\^\s?\{?\s?\\circ\s?\}?", "\u00b0"),
-    ("\\deg", r"\\degree|\\deg\b", "\u00b0"),
-    (
-      "\\",
-      r"\\(?:text|mathrm|mathbf|textbf|mathit|textit|operatorname)"
-      r"\s?\{([^{}]{0,200})\}",
-      r"\1",
-    ),
-    ("\\sqrt", r"\\sqrt\s?\{([^{}]{1,60})\}", "\u221a\\1"),
-    ("frac", r"(\d)\s?(?=\\[dt]?frac)", r"\1 "),
-    ("frac", r"\\[dt]?frac\s?(\d)(\d)", r"\1/\2"),
-    ("frac", r"\\[dt]?frac\s?\{([^{}]{1,60})\}\s?\{([^{}]{1,60})\}", r"\1/\2"),
-    ("box", r"\\(?:boxed|fbox)\s?\{([^{}]{0,200})\}", r"\1"),
-    ("\\sqrt", r"\\sqrt\s?", "\u221a"),
-    ("\u221a", r"\u221a\s?[({]([^(){}]{1,60})[)}]", "\u221a\\1"),
-    ("\u00b0", "\\*\\s?\u00b0", "\u00b0"),
-    ("\\times", r"\\times\b\s?", "\u00d7"),
-    ("\\cdot", r"\\cdot\b\s?", "\u00d7"),
-    ("\\pi", r"\\pi\b", "\u03c0"),
-    ("\\pm", r"\\pm\b", "\u00b1"),
-    ("\\approx", r"\\approx\b", "\u2248"),
-    ("\\%", r"\\%", "%"),
-    ("\\", r"\\[()\[\];:]|\\\\|\\q?quad\b", " "),
-    ("~", "~", " "),
-  )
+  for sign, pattern, replacement in _TABLES["latex"]
 )
 
 _NUMBER = re.compile(
@@ -186,7 +115,7 @@ def plain(text: str) -> str:
     text = _TOKEN.sub("", text)
   if not text.isascii():
     text = _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
-    text = _SINGLES.sub(lambda m: _SINGLE[ord(m[0])] or "", text)
+    text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
   text = text.replace("\\$", "").replace("$", "").replace("`", "")
   text = text.replace("**", "")
   if "S" in text:
@@ -237,20 +166,10 @@ def _answer_heading(match: re.Match[str]) -> str:
 _ANSWER_HEADINGS = ("answer", "final answer", "the answer", "correct answer")
 
 
-_LEAD_IN = re.compile(
-  r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?"
-  r"(?:(?:my|final|correct|right|best)\s+){0,2}(?:answer|ans|option|choice)"
-  r"(?:\s+is\b|\s*[:=.])?\s*"
-  r"|\u3010?(?:\u7b54\u6848|\u7b54)\u3011?(?:\u662f|\u4e3a|:)?\s*"
-  r"|(?:\u067e\u0627\u0633\u062e|\u062c\u0648\u0627\u0628)\s*:?\s*",
-  re.IGNORECASE,
-)
-
-
 def strip_lead_in(text: str) -> str:
   """The plain text without a leading "The answer is", and without quotes."""
   text = plain(text).strip()
-  match = _LEAD_IN.match(text)
+  match = _RE.lead_in.match(text)
   if match and match.end() < len(text):
     text = text[match.end() :]
   return text.strip(" \t\n\"'*_")

@@ -10,8 +10,9 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from data_pipelines.verifier import numbers
+from data_pipelines.verifier import language, numbers
 
+_RE = language.patterns("options")
 # Characters that are read beside a letter.
 _MAX_BESIDE = 400
 # Mentions that are read in one text.
@@ -20,25 +21,12 @@ _MAX_MENTIONS = 200
 _LETTERED = re.compile(
   r"[(\[]?\s*([A-Za-z])\s*(?:[)\].:,]+|\Z|(?=\s))\)?[:-]?\s*", re.ASCII
 )
-# Words before an option that deny it, or only compare with it.
-_DENIED = re.compile(
-  r"(?:\b(?:not|no|cannot(?: be(?: that)?)?|neither|nor|rather than|instead of"
-  r"|never|unlikely(?: to)?|(?:all|anything|everything) but|except(?: for)?)"
-  r"|n't|\u4e0d\u662f|\u4e0d\u9009|\u5e76\u975e)"
-  r"\s?(?:[^\s,.;]{1,20} (?:or|nor|and) )?"
-  r"(?:(?:the|an?|option|choice|equal to|just|simply) ){0,3}['\"(]?\Z"
-)
-_COMPARED = re.compile(
-  r"(?:[<>\u2264\u2265\u2260]=?|!=|\b(?:than|below|above|under|over|at least"
-  r"|at most|up to|out of|between|between \S{1,20} and))\s?\Z"
-)
 _YES = ("是", "是的", "对", "正确", "بله")
 _NO = ("否", "不是", "不", "不对", "خیر")
 _LOW_LETTER = re.compile(
   r"(?:\(\s*)?(?P<letter>[a-z])"
   r"(?:\s*\)|(?![\w'])(?!(?<=a) (?!or |and )[a-z]{2}))\s*"
 )
-_JOINED = re.compile(r"(?:or|and|nor|then)\b\s*|或|和|、")
 
 
 def _fold(text: str) -> str:
@@ -126,7 +114,7 @@ class Options:
     rest = _to_spaced(text[:_MAX_BESIDE])
     while True:
       rest = rest.lstrip(" *_'\".,;:/&|-")
-      joined = _JOINED.match(rest) if named else None
+      joined = _RE.joined.match(rest) if named else None
       rest = rest[joined.end() :] if joined else rest
       lettered = _LOW_LETTER.match(rest)
       mention = self.mention.match(rest)
@@ -164,11 +152,11 @@ class Options:
 def is_denied(text: str, start: int) -> bool:
   """True if the words before index `start` deny what follows."""
   before = text[max(0, start - 60) : start]
-  return _DENIED.search(before.casefold()) is not None
+  return _RE.denied.search(before.casefold()) is not None
 
 
 def _is_compared(text: str, start: int) -> bool:
-  return _COMPARED.search(text[max(0, start - 20) : start]) is not None
+  return _RE.compared.search(text[max(0, start - 20) : start]) is not None
 
 
 def _mention_pattern(text: str) -> str:
@@ -191,14 +179,10 @@ def _to_spaced(text: str) -> str:
   """A plain text in the form that mentions are searched in."""
   text = text.casefold()
   if "degree" in text:
-    text = _DEGREES.sub("\u00b0", text)
+    text = _RE.degrees.sub("\u00b0", text)
   if "will" in text or "would" in text:
-    text = _WILL.sub("", text)
+    text = _RE.will.sub("", text)
   return " ".join(text.split()).strip(" .")
-
-
-_DEGREES = re.compile(r"\s?degrees?\b")
-_WILL = re.compile(r"\b(?:will|would)(?: likely| also)? ")
 
 
 def _unambiguous(pairs: Iterable[tuple]) -> dict:

@@ -6,53 +6,10 @@ indices as the text, in linear time. Knows nothing of options or numbers.
 
 import re
 
+from data_pipelines.verifier import language
+
+_RE = language.patterns("phrases")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_CUE = re.compile(
-  r"\b(?:(?:answer|final value|final result|ans"
-  r"|(?:correct|right|best|final|selected|chosen) "
-  r"(?:option|choice|letter|value|one|match))\b"
-  r"[^\n:=]{0,80}?(?:\b(?:is|are|(?:would|must|should|has to) be)\b|:|=)"
-  r"|(?:option|choice) (?:is|would be)\b|答:)"
-  r"|答案(?:选项)?(?:应该|应)?】?(?:是|为|选|:|(?<=】))|选项(?:应该|应)?(?:是|为|:)?"
-  r"|选(?<!不选)(?!项|[一-龥])|[故应]选|选择"
-  r"|(?:پاسخ|جواب)(?: (?:صحیح|درست|نهایی))?(?: گزینه|:|(?= ))|گزینه"
-)
-# A quick test: every cue contains one of these.
-_CUE_WORD = re.compile(
-  "ans|final|correct|right|best|selected|chosen|option|choice"
-  "|答|选|پاسخ|جواب|گزینه"
-)
-_AFFIRMED = re.compile(
-  r"(?:\(\s*([A-Z])\s*\)|\b(?:[Oo]ption|[Cc]hoice|选项)\s*([A-Z])\b"
-  r"|(?:\A|(?<=, )|(?<=\b[Ss]o )|(?<=\b[Hh]ence )|(?<=\b[Tt]hus ))([A-Z])\b)"
-  r"[^\n]{0,60}?(?:\bis (?:therefore |thus |clearly )?(?:the )?"
-  r"(?:(?:correct|right|best)\b|(?:final )?answer\b)|正确)"
-)
-_PRAISE = re.compile("correct|right|best|answer|正确")
-_DENIED = re.compile(
-  r"\b(?:incorrect\b|not (?:the |an? )?(?:correct|right|answer)\b|wrong\b"
-  r"|cannot be (?:the|right|correct)\b|rul(?:e[sd]?|ing) out\b"
-  r"|eliminat(?:ed?|es|ing)\b)"
-  r"|n't (?:the |an? )?(?:correct|right|answer)\b|错误|不正确|不选|\A\s*if\b"
-)
-_REFUSED = re.compile(
-  r"\b(?:(?:can(?:not|'t| not)|could not|couldn't|unable to|impossible to"
-  r"|not possible to|difficult to|no way to|don't|do not)"
-  r" (?:\w+ )?(?:be (?:\w+ )?)?"
-  r"(?:determine|answer|tell|provide|calculate|identify|say|see|find|know"
-  r"|compute|infer|have enough|have (?:\w+ )?information|view|access|process"
-  r"|assist|help|judge|read|decide|conclude|count|estimate)"
-  r"|not (?:\w+ )?(?:sure|certain)\b|unsure\b|uncertain\b"
-  r"|(?:image|picture|photo)(?:'s| is| was) (?:\w+ )?(?:missing|not|attached)"
-  r"|no (?:image|picture|photo|answer|comment|idea|information)\b"
-  r"|not visible\b|not clear\b|unclear\b|illegible\b"
-  r"|please (?:provide|upload|share|attach|send|clarify)\b"
-  r"|sorry\b|apologi[sz]e\b|insufficient information\b|n/a\b"
-  r"|not (?:\w+ )?(?:enough|sufficient) (?:information|context)"
-  r"|without (?:more|further|additional)\b|more (?:information|context)\b)"
-  r"|n't (?:\w+ )?(?:enough|sufficient) (?:information|context)"
-  r"|无法|不能|抱歉"
-)
 
 
 def to_lower(text: str) -> str:
@@ -68,12 +25,12 @@ def sentences(text: str) -> list[str]:
 
 def is_refusal(text: str) -> bool:
   """True if a text says anywhere that it cannot answer."""
-  return _REFUSED.search(to_lower(text)) is not None
+  return _RE.refused.search(to_lower(text)) is not None
 
 
 def is_denial(sentence: str) -> bool:
   """True if a sentence says that something is wrong, or only supposes it."""
-  return _DENIED.search(to_lower(sentence)) is not None
+  return _RE.denied.search(to_lower(sentence)) is not None
 
 
 def is_assertion(sentence: str) -> bool:
@@ -83,16 +40,16 @@ def is_assertion(sentence: str) -> bool:
 
 def has_cue(text: str) -> bool:
   """True if a text says "the answer is" or similar words."""
-  return _CUE.search(to_lower(text)) is not None
+  return _RE.cue.search(to_lower(text)) is not None
 
 
 def text_after_cue(parts: list[str], i: int) -> str | None:
   """The text after "the answer is" in sentence i, or else the next sentence."""
   low = to_lower(parts[i])
-  if not _CUE_WORD.search(low):
+  if not _RE.cue_word.search(low):
     return None
   end = None
-  for match in _CUE.finditer(low):
+  for match in _RE.cue.finditer(low):
     end = match.end()
   if end is None or not is_assertion(parts[i]):
     return None
@@ -104,9 +61,9 @@ def text_after_cue(parts: list[str], i: int) -> str | None:
 
 def affirmed_letter(sentence: str) -> tuple[str, str] | None:
   """The letter that a sentence calls right, and the text after the letter."""
-  if not _PRAISE.search(sentence):
+  if not _RE.praise.search(sentence):
     return None
-  match = _AFFIRMED.search(sentence)
+  match = _RE.affirmed.search(sentence)
   if not match or is_denial(sentence):
     return None
   group = next(i for i in (1, 2, 3) if match[i])
