@@ -17,6 +17,7 @@ from data_pipelines.sources import build, mathvista
 from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
+from data_pipelines.validation import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,6 @@ class Dataset:
       max_new_tokens=max_new_tokens,
       shards=shards,
       shard_count=shard_count,
-      completion_source=self.completions,
       shuffle_options=self.settings.shuffle_options,
     )
     return pipeline.make_pipeline(
@@ -72,15 +72,30 @@ class Dataset:
     )
 
   def eval_batches(
-    self, *, num_problems: int, batch_size: int, **shards: Any
+    self,
+    *,
+    num_problems: int,
+    batch_size: int,
+    kind: str = "online",
+    max_new_tokens: int = 0,
+    **shards: Any,
   ) -> pipeline.EvalBatches:
     """The eval split in order, for a process's `shards` and `shard_count`."""
     builder = self._builder(
-      source=self.eval, kind="online", seed=0, max_new_tokens=0, **shards
+      source=self.eval,
+      kind=kind,
+      seed=0,
+      max_new_tokens=max_new_tokens,
+      **shards,
     )
     return pipeline.make_eval_batches(
       builder, num_problems=num_problems, batch_size=batch_size
     )
+
+  def preference_batches(self, **options: Any) -> pipeline.EvalBatches:
+    """The batches of `eval_batches` with labelled completions, if any."""
+    kind = "preference" if self.completions else "online"
+    return self.eval_batches(kind=kind, **options)
 
   def make_prompts(
     self, problems: Sequence[records.Problem], *, batch_size: int
@@ -96,31 +111,11 @@ class Dataset:
     )
     return batches[0]
 
-  def preference_batches(
-    self,
-    *,
-    num_problems: int,
-    batch_size: int,
-    max_new_tokens: int,
-    **shards: Any,
-  ) -> pipeline.EvalBatches:
-    """The eval split with its labelled completions, if it has any."""
-    builder = self._builder(
-      source=self.eval,
-      kind="preference" if self.completions else "online",
-      seed=0,
-      max_new_tokens=max_new_tokens,
-      completion_source=self.completions,
-      **shards,
-    )
-    return pipeline.make_eval_batches(
-      builder, num_problems=num_problems, batch_size=batch_size
-    )
-
   def _builder(self, **arguments: Any) -> prompt_rows.RowBuilder:
     settings = self.settings
     return prompt_rows.RowBuilder(
       tokenizer=self.tokenizer,
+      completion_source=self.completions,
       num_labelled=settings.preference_completions,
       prompt_buckets=settings.prompt_buckets,
       image_size=self.model.image_size,
@@ -157,10 +152,7 @@ def open_dataset(
   else:
     request = synthetic_request(settings, model.vocab_size, str(folder))
     manifest = build.build_data_dir(request)
-  _check_splits(settings, manifest, for_training)
-  _check_vocabulary(settings, model, manifest)
-  if for_training:
-    _check_training(settings, manifest)
+  _check_manifest(settings, model, manifest, for_training)
   identity = {
     "data.dir: its records": manifest["fingerprint"],
     "data.dir: its tokenizer": manifest["tokenizer"]["fingerprint"],
@@ -256,22 +248,19 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def _check_splits(
-  settings: DataConfig, manifest: dict[str, Any], for_training: bool
+def _check_manifest(
+  settings: DataConfig,
+  model: ModelInputs,
+  manifest: dict[str, Any],
+  for_training: bool,
 ) -> None:
+  """Refuses a data dir that lacks a split, or that the run may not use."""
+  splits = manifest["counts"]
   names = ["train_split", "eval_split"] if for_training else ["eval_split"]
   for name in names:
     split = getattr(settings, name)
-    if split not in manifest["counts"]:
-      raise ValueError(
-        f"data.{name} ({split!r}) must be one of the splits of the data "
-        f"dir, {', '.join(manifest['counts'])}; set data.{name}."
-      )
-
-
-def _check_vocabulary(
-  settings: DataConfig, model: ModelInputs, manifest: dict[str, Any]
-) -> None:
+    rule = f"be one of the splits of the data dir, {', '.join(splits)}"
+    require(split in splits, f"data.{name}", split, rule, f"set data.{name}")
   size = manifest["tokenizer"]["vocab_size"]
   if not settings.tokenizer and size > model.vocab_size:
     raise ValueError(
@@ -279,17 +268,21 @@ def _check_vocabulary(
       f"than the {size} pieces of the data dir's tokenizer; prepare the data "
       "with a smaller --vocab_size."
     )
-
-
-def _check_training(settings: DataConfig, manifest: dict[str, Any]) -> None:
-  if settings.train_split == "test":
-    raise ValueError(
-      "data.train_split ('test') must hold answers, and those of test are not "
-      "public; set data.train_split=train."
-    )
-  if manifest["terms"] and not settings.accept_mathvista_training_terms:
-    raise ValueError(
-      "data.accept_mathvista_training_terms (False) must be True to train on "
-      "MathVista, whose licence prohibits using it as a training set; train "
-      "on other data, or set it once you have read the licence."
-    )
+  if not for_training:
+    return
+  require(
+    settings.train_split != "test",
+    "data.train_split",
+    "test",
+    "hold answers, and those of test are not public",
+    "set data.train_split=train",
+  )
+  accepts = settings.accept_mathvista_training_terms
+  require(
+    accepts or not manifest["terms"],
+    "data.accept_mathvista_training_terms",
+    accepts,
+    "be True to train on MathVista, whose licence prohibits using it as a "
+    "training set",
+    "train on other data, or set it once you have read the licence",
+  )

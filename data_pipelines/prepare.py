@@ -5,7 +5,9 @@
 A complete data dir is reused as it is. docs/data-and-terms.md has the details.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -14,14 +16,6 @@ from data_pipelines import validation
 from data_pipelines.sources import build, synthetic
 
 FLAGS = flags.FLAGS
-_SPEC_FLAGS = (
-  *("num_problems", "seed", "difficulty", "image_size"),
-  *("multi_choice_share", "min_options", "max_options"),
-)
-_REQUEST_FLAGS = (
-  *("data_dir", "seed", "eval_fraction"),
-  *("vocab_size", "max_reject_fraction"),
-)
 
 
 def _define_flags() -> None:
@@ -65,17 +59,18 @@ def _define_flags() -> None:
   )
 
 
+def _from_flags(cls: type, **given: Any) -> Any:
+  """An object whose other fields are the flags with their names."""
+  names = {field.name for field in dataclasses.fields(cls)} - given.keys()
+  return cls(**given, **{name: getattr(FLAGS, name) for name in names})
+
+
 def _request() -> build.Request:
-  source: synthetic.Spec | str = FLAGS.source
+  source = FLAGS.source
   if source == build.SYNTHETIC:
     with validation.user_errors():
-      source = synthetic.Spec(
-        kinds=tuple(FLAGS.kinds),
-        **{name: getattr(FLAGS, name) for name in _SPEC_FLAGS},
-      )
-  return build.Request(
-    source=source, **{name: getattr(FLAGS, name) for name in _REQUEST_FLAGS}
-  )
+      source = _from_flags(synthetic.Spec, kinds=tuple(FLAGS.kinds))
+  return _from_flags(build.Request, source=source)
 
 
 def main(argv: Sequence[str]) -> None:

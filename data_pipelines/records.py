@@ -14,31 +14,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from data_pipelines import tables
+
 QUESTION_TYPES = ("multi_choice", "free_form")
 ANSWER_TYPES = ("text", "integer", "float", "list")
 MAX_PRECISION = 6
 MAX_CHOICES = 26
 
-_HINTS = {
-  "text": (
-    "Hint: Please answer the question and provide the correct option letter, "
-    "e.g., A, B, C, D, at the end."
-  ),
-  "integer": (
-    "Hint: Please answer the question requiring an integer answer and provide "
-    "the final value, e.g., 1, 2, 3, at the end."
-  ),
-  "float": (
-    "Hint: Please answer the question requiring a floating-point number with "
-    "{count} decimal {places} and provide the final value, e.g., {examples}, "
-    "at the end."
-  ),
-  "list": (
-    "Hint: Please answer the question requiring a Python list as an answer and "
-    "provide the final list, e.g., [1, 2, 3], [1.2, 1.3, 1.4], at the end."
-  ),
-}
-_COUNTS = ("one", "two", "three", "four", "five", "six")
+_TEXTS = tables.read("data_pipelines", "mathvista.toml")
 
 
 class BadRecord(ValueError):
@@ -115,18 +98,15 @@ def official_query(problem: Problem) -> str:
   """
   is_choice = problem.question_type == "multi_choice"
   kind = "text" if is_choice else problem.answer_type
-  if kind not in _HINTS:
-    raise BadRecord(
-      "unknown_answer_type", f"answer_type {problem.answer_type!r}"
-    )
-  hint = _HINTS[kind]
+  _require(kind in ANSWER_TYPES, "unknown_answer_type", f"answer_type {kind!r}")
+  hint = _TEXTS["hints"][kind]
   if kind == "float":
     precision = problem.precision
     _check_precision(precision)
     digits = "23456789"
     examples = (f"1.{digits[i : i + precision]}" for i in range(3))
     hint = hint.format(
-      count=_COUNTS[precision - 1],
+      count=_TEXTS["counts"][precision - 1],
       places="place" if precision == 1 else "places",
       examples=", ".join(examples),
     )
@@ -162,11 +142,11 @@ def from_row(row: Mapping[str, Any]) -> Problem:
   """
   image = row.get("decoded_image")
   image_bytes = image.get("bytes") if isinstance(image, Mapping) else None
-  if not isinstance(image_bytes, bytes) or not image_bytes:
-    raise BadRecord(
-      "missing_image",
-      f"decoded_image.bytes holds no encoded image of {row.get('image')!r}",
-    )
+  _require(
+    isinstance(image_bytes, bytes) and image_bytes,
+    "missing_image",
+    f"decoded_image.bytes holds no encoded image of {row.get('image')!r}",
+  )
   return dataclasses.replace(from_result(row), image_bytes=image_bytes)
 
 
@@ -176,21 +156,17 @@ def from_result(row: Mapping[str, Any]) -> Problem:
   Raises:
     BadRecord: A field has a wrong type.
   """
-  problem = Problem(
-    pid=_text(row, "pid"),
-    question=_text(row, "question"),
-    image_path=_text(row, "image"),
-    choices=_texts(row, "choices"),
-    unit=_text(row, "unit"),
-    precision=_precision(row.get("precision")),
-    answer=_text(row, "answer"),
-    question_type=_text(row, "question_type"),
-    answer_type=_text(row, "answer_type"),
-    query=_text(row, "query").strip(),
-    solution=_text(row, "solution"),
-    metadata=_metadata(row.get("metadata")),
-  )
-  return problem if problem.query else with_official_query(problem)
+  parsers = {"choices": _texts, "precision": _precision, "metadata": _metadata}
+  columns = {name: name for name in FIELDS} | {"image_path": "image"}
+  del columns["image_bytes"]
+  required = ("pid", "question", "answer", "question_type", "answer_type")
+  values: dict[str, Any] = dict.fromkeys(required, "")
+  for name, column in columns.items():
+    if (value := row.get(column)) is not None:
+      values[name] = parsers.get(name, _text)(column, value)
+  problem = Problem(**values)
+  query = problem.query.strip() or official_query(problem)
+  return dataclasses.replace(problem, query=query)
 
 
 def validate(problem: Problem) -> None:
@@ -199,12 +175,9 @@ def validate(problem: Problem) -> None:
   Raises:
     BadRecord: The record cannot be asked or its answer cannot be checked.
   """
-  if not problem.pid.strip():
-    raise BadRecord("missing_pid", "pid is empty")
-  if not problem.question.strip():
-    raise BadRecord("empty_question", "question is empty")
-  if not problem.image_bytes:
-    raise BadRecord("missing_image", "image_bytes is empty")
+  _require(problem.pid.strip(), "missing_pid", "pid is empty")
+  _require(problem.question.strip(), "empty_question", "question is empty")
+  _require(problem.image_bytes, "missing_image", "image_bytes is empty")
   validate_types(problem)
 
 
@@ -215,24 +188,22 @@ def validate_types(problem: Problem) -> None:
     BadRecord: The types, the options, the precision and the answer do not fit
       together.
   """
-  if problem.question_type not in QUESTION_TYPES:
-    raise BadRecord(
-      "unknown_question_type",
-      f"question_type {problem.question_type!r} is none of {QUESTION_TYPES}",
-    )
-  if problem.answer_type not in ANSWER_TYPES:
-    raise BadRecord(
-      "unknown_answer_type",
-      f"answer_type {problem.answer_type!r} is none of {ANSWER_TYPES}",
-    )
+  for name, known in (
+    ("question_type", QUESTION_TYPES),
+    ("answer_type", ANSWER_TYPES),
+  ):
+    value = getattr(problem, name)
+    detail = f"{name} {value!r} is none of {known}"
+    _require(value in known, f"unknown_{name}", detail)
   if problem.question_type == "multi_choice":
     _check_choices(problem)
-  elif problem.answer_type == "text":
-    raise BadRecord(
-      "unverifiable_text", "a free-form answer of type text has no rule"
-    )
   elif problem.answer_type == "float":
     _check_precision(problem.precision)
+  _require(
+    problem.question_type == "multi_choice" or problem.answer_type != "text",
+    "unverifiable_text",
+    "a free-form answer of type text has no rule",
+  )
 
 
 def to_example(problem: Problem) -> dict[str, Any]:
@@ -261,76 +232,70 @@ def from_example(example: Mapping[str, Any]) -> Problem:
   )
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
-  """The column as text; "" if null or absent."""
-  value = row.get(name)
-  return "" if value is None else _checked_text(name, value)
+def _require(holds: object, reason: str, detail: str) -> None:
+  """Raises a BadRecord unless the rule holds."""
+  if not holds:
+    raise BadRecord(reason, detail)
 
 
-def _checked_text(name: str, value: Any) -> str:
-  if not isinstance(value, str):
-    raise BadRecord("not_text", f"{name} holds a {type(value).__name__}")
+def _text(column: str, value: Any) -> str:
+  detail = f"{column} holds a {type(value).__name__}"
+  _require(isinstance(value, str), "not_text", detail)
   return value
 
 
-def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  """The column as a list of texts; () if null or absent."""
-  values = row.get(name)
-  if values is None:
-    return ()
-  if isinstance(values, str) or not isinstance(values, Iterable):
-    raise BadRecord("not_a_list", f"{name} holds a {type(values).__name__}")
-  return tuple(_checked_text(name, value) for value in values)
+def _texts(column: str, values: Any) -> tuple[str, ...]:
+  is_list = isinstance(values, Iterable) and not isinstance(values, str)
+  detail = f"{column} holds a {type(values).__name__}"
+  _require(is_list, "not_a_list", detail)
+  return tuple(_text(column, value) for value in values)
 
 
-def _metadata(value: Any) -> dict[str, Any]:
-  """The column without nulls; must be JSON, because it is stored as JSON."""
-  if value is None:
-    return {}
+def _metadata(column: str, value: Any) -> dict[str, Any]:
+  """The metadata without nulls; must be JSON, because they are stored so."""
   try:
     return json.loads(
       json.dumps({k: v for k, v in value.items() if v is not None})
     )
   except (AttributeError, TypeError, ValueError) as error:
-    raise BadRecord(
-      "bad_metadata", f"metadata are not JSON: {error}"
-    ) from error
+    detail = f"{column} are not JSON: {error}"
+    raise BadRecord("bad_metadata", detail) from error
 
 
-def _precision(value: Any) -> int:
-  """The column as an int; -1 if null or NaN."""
-  if value is None or (isinstance(value, float) and math.isnan(value)):
+def _precision(column: str, value: Any) -> int:
+  """The precision as an int; -1 for NaN."""
+  if isinstance(value, float) and math.isnan(value):
     return -1
-  if not isinstance(value, int | float) or not float(value).is_integer():
-    raise BadRecord("bad_precision", f"precision {value!r} is not whole")
+  is_whole = isinstance(value, int | float) and float(value).is_integer()
+  _require(is_whole, "bad_precision", f"{column} {value!r} is not whole")
   return int(value)
 
 
 def _check_precision(precision: int) -> None:
-  if not 1 <= precision <= MAX_PRECISION:
-    raise BadRecord(
-      "bad_precision",
-      f"precision {precision} of a float answer is not 1 to {MAX_PRECISION}",
-    )
+  _require(
+    1 <= precision <= MAX_PRECISION,
+    "bad_precision",
+    f"precision {precision} of a float answer is not 1 to {MAX_PRECISION}",
+  )
 
 
 def _check_choices(problem: Problem) -> None:
   """Checks a multiple-choice record; two options may have the same text."""
-  if problem.answer_type != "text":
-    raise BadRecord(
-      "mismatched_types",
-      f"a multi_choice answer has type text, not {problem.answer_type!r}",
-    )
-  if not 1 <= len(problem.choices) <= MAX_CHOICES:
-    raise BadRecord(
-      "bad_choices",
-      f"{len(problem.choices)} choices; letters allow 1 to {MAX_CHOICES}",
-    )
-  if problem.has_answer and problem.answer not in problem.choices:
-    raise BadRecord(
-      "answer_not_in_choices",
-      f"answer {problem.answer!r} is none of the choices",
-    )
+  _require(
+    problem.answer_type == "text",
+    "mismatched_types",
+    f"a multi_choice answer has type text, not {problem.answer_type!r}",
+  )
+  _require(
+    1 <= len(problem.choices) <= MAX_CHOICES,
+    "bad_choices",
+    f"{len(problem.choices)} choices; letters allow 1 to {MAX_CHOICES}",
+  )
+  _require(
+    not problem.has_answer or problem.answer in problem.choices,
+    "answer_not_in_choices",
+    f"answer {problem.answer!r} is none of the choices",
+  )
 
 
 def _to_text(value: str | bytes) -> str:

@@ -164,7 +164,7 @@ class _Writer:
   @property
   def right_completion(self) -> str:
     """The completion with the right answer."""
-    answer = verify.final_answer(self.problem)
+    answer = self.problem.answer
     if self.lettered and answer in self.problem.choices:
       right = self.problem.choices.index(answer)
       answer = self.option(right, right)

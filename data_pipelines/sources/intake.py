@@ -15,7 +15,6 @@ from data_pipelines.sources import (
   folders,
   mathvista,
   near_duplicates,
-  splits,
   synthetic,
 )
 from data_pipelines.verifier import verify
@@ -106,7 +105,7 @@ def _hash_image(
   records.validate(problem)
   image = images.decode(problem.image_bytes)
   if problem.has_answer:
-    answer = verify.final_answer(problem)
+    answer = problem.answer
     if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
       raise records.BadRecord(
         "answer_fails_verifier", f"the verifier rejects {answer!r} as an answer"
@@ -132,6 +131,17 @@ def fingerprint(
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def split_of(image: str, *, salt: str, eval_fraction: float) -> str:
+  """The split of every problem that shows one image: "train" or "eval".
+
+  A pure function of the image's hash and the salt, so adding or removing
+  records never moves another record. Another salt is an independent division.
+  """
+  digest = hashlib.sha256(f"{salt}|{image}".encode()).digest()
+  position = int.from_bytes(digest[:8]) / 2**64
+  return "eval" if position < eval_fraction else "train"
+
+
 def assign_splits(
   accepted: Sequence[AcceptedRecord], *, salt: str, eval_fraction: float
 ) -> dict[tuple[str, int], str]:
@@ -147,7 +157,7 @@ def assign_splits(
     if record.key[0] == "test" or not record.has_answer:
       assigned[record.key] = "test"
     else:
-      assigned[record.key] = splits.split_of(
+      assigned[record.key] = split_of(
         record.image, salt=salt, eval_fraction=eval_fraction
       )
     if assigned[record.key] != "train":

