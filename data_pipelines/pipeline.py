@@ -98,7 +98,7 @@ def make_pipeline(
     .repeat()
     .batch(prompts_per_step, drop_remainder=True)
   )
-  steps = order.map_with_index(functools.partial(_train_batch, builder, index))
+  steps = order.map_with_index(functools.partial(_build_batch, builder, index))
   # Sliced before workers share the steps: a worker's own position depends on
   # the number of workers, and the step must be the whole position.
   stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
@@ -166,41 +166,39 @@ class EvalBatches:
     index: record_index.RecordIndex,
     batch_size: int,
   ):
-    self._builder, self._index, self._size = builder, index, batch_size
+    self._builder, self._size = builder, batch_size
+    self._num_problems = len(index.lengths)
+    num_batches = -(-self._num_problems // batch_size)
+    self._index = index.pad_to(num_batches * batch_size)
 
   def with_source(self, source: records.Source) -> "EvalBatches":
     """The batches of another source with equal texts, maybe other crops."""
     builder = dataclasses.replace(self._builder, source=source)
-    index = self._index
+    count = self._num_problems
+    index = self._index.select(slice(count))
     if builder.pan_and_scan.enabled:
-      count = len(index.lengths)
       index = record_index.scan(builder, count, needs_answers=False)
     return EvalBatches(builder, index, self._size)
 
   def __len__(self) -> int:
-    return -(-len(self._index.lengths) // self._size)
+    return len(self._index.lengths) // self._size
+
+  def _rows(self, number: int) -> np.ndarray:
+    return np.arange(number * self._size, (number + 1) * self._size)
 
   def shapes(self) -> set[tuple[int, int]]:
     """Prompt buckets, each with images per row, of all batches."""
     return {
-      self._batch_index(i).batch_shape(self._builder) for i in range(len(self))
+      self._index.select(self._rows(i)).batch_shape(self._builder)
+      for i in range(len(self))
     }
-
-  def _batch_index(self, number: int) -> record_index.RecordIndex:
-    first = number * self._size
-    part = self._index.select(slice(first, first + self._size))
-    return part.pad_to(self._size)
 
   def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
-    first = index * self._size
+    rows = self._rows(index)
     return _build_batch(
-      self._builder,
-      np.arange(first, first + self._size),
-      self._batch_index(index),
-      step=0,
-      first_row=first,
+      self._builder, self._index, 0, rows, first_row=int(rows[0])
     )
 
   def __iter__(self) -> Iterator[Batch]:
@@ -218,34 +216,24 @@ def _check_batch_size(
     )
 
 
-def _train_batch(
-  builder: prompt_rows.RowBuilder,
-  index: record_index.RecordIndex,
-  step: int,
-  indices: np.ndarray,
-) -> Batch:
-  return _build_batch(
-    builder, indices, index.select(indices), step=step, first_row=0
-  )
-
-
 def _build_batch(
   builder: prompt_rows.RowBuilder,
-  indices: np.ndarray,
   index: record_index.RecordIndex,
-  *,
   step: int,
-  first_row: int,
+  indices: np.ndarray,
+  *,
+  first_row: int = 0,
 ) -> Batch:
   """Builds this reader's rows of a batch.
 
   Args:
     builder: Builds the rows.
-    indices: The record of each row of all shards.
-    index: The sizes of these records.
+    index: The sizes of all records.
     step: Seeds rejected completions and orders of options, with the row.
+    indices: The record of each row of all shards.
     first_row: The `prompt_index` of the first row.
   """
+  index = index.select(indices)
   size = len(indices) // builder.shard_count
   numbers = [
     i

@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -83,54 +83,47 @@ def find(folder: epath.PathLike) -> Folder:
 
 def _open_parquet(folder: epath.PathLike) -> Folder | None:
   shards = mathvista.shards(folder)
-  if not shards:
-    return None
   paths = [path for split in shards.values() for path in split]
-  return Folder(
-    _readers(mathvista.rows, shards), _sizes(paths[0].parent, paths)
-  )
+  return _folder(mathvista.rows, shards, paths)
 
 
 def _open_json(folder: epath.PathLike) -> Folder | None:
   root = epath.Path(folder)
   for parent in (root, root / "data"):
-    paths = {split: parent / f"{split}.json" for split in _JSON_SPLITS}
-    paths = {split: path for split, path in paths.items() if path.exists()}
-    if paths:
+    splits = {split: parent / f"{split}.json" for split in _JSON_SPLITS}
+    splits = {split: path for split, path in splits.items() if path.exists()}
+    if splits:
       images = (parent / "images").glob("*")
-      sizes = _sizes(parent, [*paths.values(), *images])
-      return Folder(_readers(json_rows, paths), sizes)
+      return _folder(json_rows, splits, [*splits.values(), *images])
   return None
 
 
 def _open_array_record(folder: epath.PathLike) -> Folder | None:
-  if "://" in os.fspath(folder) or not (sources := mathvista.sources(folder)):
-    return None
+  sources = {} if "://" in os.fspath(folder) else mathvista.sources(folder)
   paths = [path for source in sources.values() for path in source.paths]
-  sizes = _sizes(pathlib.Path(paths[0]).parent, paths)
-  return Folder(_readers(_read_problems, sources), sizes)
+  return _folder(_read_problems, sources, paths)
 
 
-def _readers(
-  read: Callable[[Any], Iterable[RawRecord]], splits: Mapping[str, Any]
-) -> Readers:
-  return {
+def _folder(
+  read: Callable[[Any], Iterable[RawRecord]],
+  splits: Mapping[str, Any],
+  paths: Sequence[epath.PathLike],
+) -> Folder | None:
+  """The splits and files of a folder; None if it has none of this layout.
+
+  Paths are relative to the first file's folder, so that a folder may be moved.
+  """
+  if not splits:
+    return None
+  readers = {
     split: functools.partial(read, files) for split, files in splits.items()
   }
-
-
-def _sizes(
-  root: epath.PathLike, paths: Iterable[epath.PathLike]
-) -> list[tuple[str, int]]:
-  """Relative paths and sizes, so that a folder may be moved."""
-  root = epath.Path(root)
-  return sorted(
-    (
-      epath.Path(path).relative_to(root).as_posix(),
-      epath.Path(path).stat().length,
-    )
-    for path in paths
-  )
+  files = list(map(epath.Path, paths))
+  root = files[0].parent
+  sizes = [
+    (file.relative_to(root).as_posix(), file.stat().length) for file in files
+  ]
+  return Folder(readers, sorted(sizes))
 
 
 def _read_problems(source: mathvista.Source) -> Iterator[RawRecord]:

@@ -186,7 +186,5 @@ def _with_crops(
   if not num_crops:
     return image
   original, crops = map(tokenizer.encode, _CROPS)
-  ids = [*original, *image, *crops, *image]
-  for _ in range(num_crops - 1):
-    ids += [*tokenizer.encode(" "), *image]
-  return ids
+  another = [*tokenizer.encode(" "), *image]
+  return [*original, *image, *crops, *image, *another * (num_crops - 1)]

@@ -9,10 +9,10 @@ import decimal
 import itertools
 import re
 
-from data_pipelines.verifier import language, numbers, phrases
+from data_pipelines.verifier import numbers, patterns, phrases
 from data_pipelines.verifier.options import Options, is_denied
 
-_RE = language.patterns("free_text")
+_RE = patterns.load("free_text")
 # An answer in its canonical spelling, and the rule that found it.
 type Found = tuple[str | None, str]
 _NOTHING: Found = (None, "none")
@@ -22,19 +22,6 @@ _MAX_BESIDE = 400
 # More numbers or letters in one sentence are ignored.
 _MAX_NUMBERS = 100
 _MAX_BRACKETED = 50
-_BRACKETED = re.compile(r"\(\s*([A-Z])\s*\)")
-
-_LISTED_OPTION = re.compile(r"[ \t]*\(?[A-H][).:][^\n]*")
-# Chinese characters are word characters, yet a letter may touch them.
-_LETTER = re.compile(
-  r"\(\s*([A-Z])\s*\)"
-  r"|(?<![\w'(\u4e00-\u9fff])([A-Z])(?![\w'])"
-  r"|(?<=[\u4e00-\u9fff])([A-Z])(?![\w'])"
-  r"|(?<![\w'])([A-Z])(?=[\u4e00-\u9fff])"
-)
-_FIRST_LETTER = re.compile(
-  r"\s*(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\s*[).:](?=\s|\Z)|\s*\n))"
-)
 
 
 def without_listed_options(text: str) -> str:
@@ -43,7 +30,8 @@ def without_listed_options(text: str) -> str:
     return text
   lines = text.split("\n")
   listed = [
-    bool(_LISTED_OPTION.fullmatch(line)) and not phrases.affirmed_letter(line)
+    bool(_RE.listed_option.fullmatch(line))
+    and not phrases.affirmed_letter(line)
     for line in lines
   ]
   kept = [
@@ -102,7 +90,7 @@ def _from_last_line(
     end = sentences[-1][-80:]
     match = _RE.final_letter.search(end)
     letter = match[1] if match else None
-    others = {m[1] for m in _BRACKETED.finditer(sentences[-1])} - {letter}
+    others = {m[1] for m in _RE.bracketed.finditer(sentences[-1])} - {letter}
     if match and letter in options.letters and not others:
       if not is_denied(end, match.start(1)):
         return options.letters[match[1]], "cue"
@@ -116,7 +104,7 @@ def _from_letter(
 ) -> Found | None:
   """The letter at the start of the text, or the only letter in brackets."""
   letters = _bracketed_options(sentences, options)
-  match = _FIRST_LETTER.match(text)
+  match = _RE.first_letter.match(text)
   if match and len(letters) < 2 and not phrases.is_denial(sentences[0]):
     rest = text[match.end() :]
     word = _RE.opener.match(rest) if options.are_yes_and_no else None
@@ -136,7 +124,9 @@ def _bracketed_options(sentences: list[str], options: Options) -> set[str]:
     _option_of_letter(match[1], sentence[match.end() :], options) or ""
     for sentence in sentences
     if "(" in sentence and not phrases.is_denial(sentence)
-    for match in itertools.islice(_BRACKETED.finditer(sentence), _MAX_BRACKETED)
+    for match in itertools.islice(
+      _RE.bracketed.finditer(sentence), _MAX_BRACKETED
+    )
     if match[1] in options.letters and not is_denied(sentence, match.start())
   }
 
@@ -146,7 +136,7 @@ def _first_option(after: str, options: Options) -> str | None:
   named = options.from_answer(after)
   if named is not None:
     return named
-  for match in _LETTER.finditer(after[:_MAX_BESIDE]):
+  for match in _RE.letter.finditer(after[:_MAX_BESIDE]):
     letter = match[1] or match[2] or match[3] or match[4]
     if is_denied(after[:_MAX_BESIDE], match.start()):
       continue
@@ -244,12 +234,9 @@ def find_number(text: str) -> Found:
   return _NOTHING
 
 
-_MERE_NUMBERS = re.compile(r"(?:[-+\d.,;:/%$\s]|\bor\b|\band\b)*+")
-
-
 def lists_numbers(text: str) -> bool:
   """True if a text contains several different numbers and no words."""
-  if not _MERE_NUMBERS.fullmatch(text):
+  if not _RE.mere_numbers.fullmatch(text):
     return False
   found = itertools.islice(numbers.numerals(text), _MAX_NUMBERS)
   return len({number.value for number in found}) > 1
@@ -269,7 +256,7 @@ def _is_year(number: numbers.Numeral) -> bool:
 
 def _concluding_number(sentence: str) -> numbers.Numeral | None:
   """The number that a sentence concludes with."""
-  if len(_BRACKETED.findall(sentence)) > 1:
+  if len(_RE.bracketed.findall(sentence)) > 1:
     return None
   parts = _RE.conclusion.split(sentence)
   if len(parts) > 1 and _find_numbers(parts[-1]):

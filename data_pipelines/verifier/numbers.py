@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_pipelines import tables
-from data_pipelines.verifier import language
+from data_pipelines.verifier import patterns
 
 # No answer has more digits, and longer runs are slow to read.
 _MAX_DIGITS = 30
 # Rounds of LaTeX replacement: nested fractions are replaced from inside.
 _MAX_NESTING = 4
 
-_RE = language.patterns("numbers")
+_RE = patterns.load("numbers")
 _TABLES = tables.read("data_pipelines.verifier", "numbers.toml")
 WORDS, _SCALES = _TABLES["words"], _TABLES["scales"]
 _HAN_DIGITS, _HAN_TENS = _TABLES["han_digits"], _TABLES["han_tens"]
@@ -79,18 +79,6 @@ _HAN = re.compile(
   rf"[{''.join(_HAN_DIGITS)}{''.join(_HAN_TENS)}]{{1,9}}"
   r"(?![\u5206\u4e07\u4ebf])"
 )
-_UNIT = re.compile(
-  # Not letters that may be variables, or words that change the number.
-  r"(?!\s?(?:[xyzin](?![\w'\"])|(?:or|and|to|at|than|times|squared|cubed|plus"
-  r"|minus|over)\b|in\s))"
-  r"\s?(?:%|\u00b0\s?[CF]?|[A-Za-z\u00b5\u03a9\u4e00-\u9fff][^\d,;:()=\n]{0,40}"
-  r"(?:\^\{?-?[23]\}?|\u00b2|\u00b3)?)?\s?[.!]?\s*\Z"
-)
-_NAME = re.compile(
-  r"\s*(?:[^\d=\n<>!\u2260\u2264\u2265]{0,40}[=\u2248])?\s*"
-  r"(?:about |approximately |~)?"
-  r"[$\u00a3\u20ac\u00a5]?\s*"
-)
 
 
 class Numeral(NamedTuple):
@@ -112,14 +100,14 @@ class Numeral(NamedTuple):
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, without LaTeX and markup."""
   if "<" in text:
-    text = _TOKEN.sub("", text)
+    text = _RE.token.sub("", text)
   if not text.isascii():
     text = _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
   text = text.replace("\\$", "").replace("$", "").replace("`", "")
   text = text.replace("**", "")
   if "S" in text:
-    text = _OCR_DOLLAR.sub("", text)
+    text = _RE.ocr_dollar.sub("", text)
   if "\\" in text or "{,}" in text or "\u221a" in text:
     before = None
     for _ in range(_MAX_NESTING):
@@ -130,25 +118,14 @@ def plain(text: str) -> str:
         if sign in text:
           text = pattern.sub(replacement, text)
   if "#" in text:
-    text = _HEADING.sub(_answer_heading, text)
+    text = _RE.heading.sub(_answer_heading, text)
   if "- " in text:
-    text = _APART.sub(r"\1-", text)
+    text = _RE.apart.sub(r"\1-", text)
   if "inus" in text or "egative" in text or "\u8d1f" in text:
     text = _MINUS.sub("-", text)
   return text
 
 
-# OCR writes "S24" for "$24"; "S1 = 5" is a name.
-_OCR_DOLLAR = re.compile(
-  r"S(?<![\w\\]S)(?=\d{1,9}(?:\.\d{1,9})?(?![\d\w])(?!\s?=))"
-)
-# Special tokens of several models.
-_TOKEN = re.compile(
-  r"<\|\w{1,30}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>"
-)
-_HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]{0,200})", re.MULTILINE)
-# "x = - 3", but not "10 - 3" and no list item.
-_APART = re.compile(r"([=\u2248]\s?)-[ ](?=\d)")
 _MINUS = re.compile(
   r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
   r"minus[ ]|\bnegative[ ]|\u8d1f[ ]?)"
@@ -192,12 +169,12 @@ def only_number(text: str) -> decimal.Decimal | None:
   None for two numbers, and for anything that is no finite number.
   """
   text = plain(text).strip() if len(text) <= 200 else ""
-  if _SPACED_THOUSANDS.fullmatch(text):
+  if _RE.spaced_thousands.fullmatch(text):
     text = text.replace(" ", "")
   if text[:2] == "- ":
     text = f"-{text[2:]}"
-  text = _ASIDE.sub("", text)
-  name = _NAME.match(text)
+  text = _RE.aside.sub("", text)
+  name = _RE.name.match(text)
   match = name and (
     _NUMBER.match(text, name.end()) or _WORD.match(text, name.end())
   )
@@ -209,16 +186,9 @@ def only_number(text: str) -> decimal.Decimal | None:
   if match is None or value is None:
     return None
   rest = text[match.end() :]
-  if not _UNIT.match(rest) or len(rest.split()) > 4 or _WORD.search(rest):
+  if not _RE.unit.match(rest) or len(rest.split()) > 4 or _WORD.search(rest):
     return None
   return value
-
-
-_SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
-# "7 (seven)" and "7 (3 + 4)" have one answer.
-_ASIDE = re.compile(
-  r"(?<=\w) \((?:[^()\d]{0,80}|[^()=]{1,40}[-+*/\u00d7][^()=]{1,40})\)\.?\Z"
-)
 
 
 def canonical(value: decimal.Decimal) -> str:

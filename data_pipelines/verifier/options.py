@@ -10,23 +10,16 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from data_pipelines.verifier import language, numbers
+from data_pipelines.verifier import numbers, patterns
 
-_RE = language.patterns("options")
+_RE = patterns.load("options")
 # Characters that are read beside a letter.
 _MAX_BESIDE = 400
 # Mentions that are read in one text.
 _MAX_MENTIONS = 200
 
-_LETTERED = re.compile(
-  r"[(\[]?\s*([A-Za-z])\s*(?:[)\].:,]+|\Z|(?=\s))\)?[:-]?\s*", re.ASCII
-)
 _YES = ("是", "是的", "对", "正确", "بله")
 _NO = ("否", "不是", "不", "不对", "خیر")
-_LOW_LETTER = re.compile(
-  r"(?:\(\s*)?(?P<letter>[a-z])"
-  r"(?:\s*\)|(?![\w'])(?!(?<=a) (?!or |and )[a-z]{2}))\s*"
-)
 
 
 def _fold(text: str) -> str:
@@ -77,7 +70,7 @@ class Options:
     named = self.from_text(text) or self._from_number_text(text)
     if named is not None:
       return named
-    match = _LETTERED.match(text)
+    match = _RE.lettered.match(text)
     lettered = self.letters.get(match[1].upper()) if match else None
     if lettered is None or match is None:
       return None
@@ -116,7 +109,7 @@ class Options:
       rest = rest.lstrip(" *_'\".,;:/&|-")
       joined = _RE.joined.match(rest) if named else None
       rest = rest[joined.end() :] if joined else rest
-      lettered = _LOW_LETTER.match(rest)
+      lettered = _RE.low_letter.match(rest)
       mention = self.mention.match(rest)
       if mention and named and self.are_yes_and_no and not joined:
         # "Yes, no other bar is higher."

@@ -4,12 +4,9 @@ English, Chinese and Persian. Every rule reads a lower-case copy with the same
 indices as the text, in linear time. Knows nothing of options or numbers.
 """
 
-import re
+from data_pipelines.verifier import patterns
 
-from data_pipelines.verifier import language
-
-_RE = language.patterns("phrases")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_RE = patterns.load("phrases")
 
 
 def to_lower(text: str) -> str:
@@ -20,7 +17,7 @@ def to_lower(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
   """Sentences and lines in order, without empty ones."""
-  return [part for part in _SENTENCE.split(text) if part and part.strip()]
+  return [part for part in _RE.sentence.split(text) if part and part.strip()]
 
 
 def is_refusal(text: str) -> bool:

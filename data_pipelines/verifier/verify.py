@@ -12,18 +12,23 @@ References:
 
 import dataclasses
 import decimal
-import re
 
 from data_pipelines import records
-from data_pipelines.verifier import free_text, numbers, options, phrases
+from data_pipelines.verifier import (
+  free_text,
+  numbers,
+  options,
+  patterns,
+  phrases,
+)
 
+_RE = patterns.load("verify")
 # The first and last characters that are read of a longer completion.
 _HEAD, _TAIL = 1_000, 3_000
 # A longer text in a tag is no answer.
 _MAX_ANSWER = 400
 # A completion with more tags has no answer.
 _MAX_TAGS = 16
-_ORDINARY_INTEGER = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _parse(text: str, problem: records.Problem) -> str | None:
   text = text.strip()
   if problem.answer_type == "list":
     return _parse_list(text)
-  if _ORDINARY_INTEGER.fullmatch(text):
+  if _RE.ordinary_integer.fullmatch(text):
     return str(int(text))
   value = numbers.only_number(numbers.strip_lead_in(text))
   return None if value is None else numbers.canonical(value)
@@ -132,11 +137,11 @@ def _from_free_text(
   text: str, problem: records.Problem
 ) -> tuple[str | None, str]:
   """The answer in free text, and the rule that found it."""
-  text = _HINT.sub("", text)
-  odd = _ODD_TAG.findall(text)
+  text = _RE.hint.sub("", text)
+  odd = _RE.odd_tag.findall(text)
   if odd:
     return _parse(odd[-1], problem), "tag"
-  fields = [match[match.lastgroup or 0] for match in _FIELD.finditer(text)]
+  fields = [match[match.lastgroup or 0] for match in _RE.field.finditer(text)]
   if fields:
     answers = {_parse(field, problem) for field in fields}
     return (answers.pop() if len(answers) == 1 else None), "json"
@@ -152,7 +157,7 @@ def _from_free_text(
     _parse(part, problem)
     for line in text.split("\n")
     if "**" in line and phrases.is_assertion(line)
-    for part in _BOLD.findall(line)
+    for part in _RE.bold.findall(line)
   } - {None}
   if len(bold) == 1:
     return bold.pop(), "bold"
@@ -166,25 +171,10 @@ def _from_free_text(
   return free_text.find_number(text)
 
 
-# The hints of the official prompts, which some models repeat.
-_HINT = re.compile(r"Hint: Please answer[^\n]{0,300}")
-_ODD_TAG = re.compile(r"<answer>([^<>]{0,400})</answer>", re.IGNORECASE)
-_FIELD = re.compile(
-  r"""["'](?:final[_ ]?|correct[_ ]?)?answer\d?["']\s{0,9}:\s{0,9}(?:"""
-  r""""(?P<double>[^"\n]{0,400})"|'(?P<single>[^'\n]{0,400})'"""
-  r"""|(?P<list>\[[^\[\]]{0,400}\])|(?P<value>[^,}\n"'\[]{1,100}))""",
-  re.IGNORECASE,
-)
-_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
-
-
-_OTHER_BOX = re.compile(r"\}\s?\$?\s?(?:or|and|,|/)\s?\$?\s?\Z")
-
-
 def _last_box(text: str) -> str | None:
   r"""The content of the last \boxed{...}, with balanced braces."""
   start = text.rfind(r"\boxed{")
-  if start < 0 or _OTHER_BOX.search(text[max(0, start - 40) : start]):
+  if start < 0 or _RE.other_box.search(text[max(0, start - 40) : start]):
     return None
   depth, start = 1, start + len(r"\boxed{")
   for i in range(start, min(len(text), start + _MAX_ANSWER)):
@@ -192,11 +182,6 @@ def _last_box(text: str) -> str | None:
     if not depth:
       return text[start:i]
   return None
-
-
-_BRACKETED = re.compile(
-  r"\[[^\[\]]{0,300}(?:\[[^\[\]]{0,100}\][^\[\]]{0,100})*\]"
-)
 
 
 _NO_SPACE_OR_QUOTES = str.maketrans("", "", " \t\n\r'\"")
@@ -227,10 +212,7 @@ def _parse_list(text: str) -> str | None:
   return f"[{','.join(items)}]"
 
 
-_ROUND = re.compile(r"\((?:[^(),]{1,30},){1,20}[^(),]{1,30}\)")
-
-
 def _from_last_list(text: str) -> tuple[str | None, str]:
-  found = _BRACKETED.findall(text) or _ROUND.findall(text)
+  found = _RE.bracketed.findall(text) or _RE.round.findall(text)
   answer = _parse_list(found[-1]) if found else None
   return (answer, "statement") if answer else (None, "none")

@@ -1,14 +1,14 @@
-"""The patterns of language.toml, compiled for the modules that use them."""
+"""The patterns of patterns.toml, compiled for the modules that use them."""
 
 import re
 import types
 
 from data_pipelines import tables
 
-_SECTIONS = tables.read("data_pipelines.verifier", "language.toml")
+_SECTIONS = tables.read("data_pipelines.verifier", "patterns.toml")
 
 
-def patterns(section: str) -> types.SimpleNamespace:
+def load(section: str) -> types.SimpleNamespace:
   """The patterns of one section, each as an attribute."""
   return types.SimpleNamespace(
     **{
