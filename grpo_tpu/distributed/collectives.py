@@ -29,21 +29,14 @@ def gather_bytes(data: bytes) -> list[bytes]:
   sizes = np.ravel(sizes).tolist()
   # A power of two of blocks.
   width = _BLOCK << max(0, -(-max(sizes) // _BLOCK) - 1).bit_length()
-  rows = multihost_utils.process_allgather(_padded_row(data, width))
+  row = np.frombuffer(data.ljust(width, b"\0"), np.uint8)
+  rows = multihost_utils.process_allgather(row)
   return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def broadcast_string(text: str) -> str:
   """The string of process 0; the strings of the others are ignored."""
-  if num_processes() == 1:
-    return text
-  encoded = text.encode()
-  size = multihost_utils.broadcast_one_to_all(np.int32(len(encoded)))
-  width = -(-int(size) // _BLOCK) * _BLOCK
-  # The strings of the other processes may be longer.
-  row = _padded_row(encoded[:width], width)
-  received = np.asarray(multihost_utils.broadcast_one_to_all(row))
-  return received.tobytes().rstrip(b"\0").decode(errors="ignore")
+  return gather_bytes(text.encode())[0].decode()
 
 
 def first_error(error: str) -> str:
@@ -56,7 +49,3 @@ def first_error(error: str) -> str:
       suffix = f" (process {index})" if num_processes() > 1 else ""
       return encoded.decode() + suffix
   return ""
-
-
-def _padded_row(data: bytes, width: int) -> np.ndarray:
-  return np.frombuffer(data.ljust(width, b"\0"), np.uint8)

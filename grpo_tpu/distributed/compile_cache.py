@@ -13,11 +13,9 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_persistent_cache(folder: str) -> None:
-  """Enables JAX's persistent compilation cache.
+  """Has JAX keep compiled programs in a folder, unless it is "".
 
-  Args:
-    folder: Where programs are kept; "" for nowhere. The environment variable
-      JAX_COMPILATION_CACHE_DIR takes precedence.
+  The environment variable JAX_COMPILATION_CACHE_DIR takes precedence.
   """
   if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return

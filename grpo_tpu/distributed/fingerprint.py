@@ -5,7 +5,7 @@ import json
 import pathlib
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -19,17 +19,15 @@ _PACKAGES = (
 )
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Dotted names and the values that JSON would give back."""
-
-  def walk(section: Mapping[str, Any], prefix: str) -> Iterator:
-    for name, value in section.items():
-      if isinstance(value, Mapping):
-        yield from walk(value, f"{prefix}{name}.")
-      else:
-        yield f"{prefix}{name}", json.loads(json.dumps(value, default=str))
-
-  return dict(walk(values, ""))
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = json.loads(json.dumps(value, default=str))
+  return flat
 
 
 def diff(
@@ -37,12 +35,9 @@ def diff(
   new: Mapping[str, Any],
   default: Callable[[str], Any],
 ) -> dict[str, tuple[Any, Any]]:
-  """Old and new value of each name whose values differ, sorted by name.
+  """Old and new value of each name whose flat values differ, sorted by name.
 
-  Args:
-    old: Flat values.
-    new: Flat values.
-    default: Gives the value of a name that one of the two does not have.
+  `default` gives the value of a name that one of the two does not have.
   """
   values = {
     name: tuple(x[name] if name in x else default(name) for x in (old, new))
@@ -53,13 +48,12 @@ def diff(
 
 def code_hashes(root: pathlib.Path = ROOT) -> dict[str, str]:
   """A hash of each of our files; the commit of a host may be unknown."""
-  return {
-    str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[
-      :12
-    ]
-    for package in _OURS
-    for path in sorted((root / package).rglob("*.py"))
-  }
+  hashes = {}
+  for package in _OURS:
+    for path in sorted((root / package).rglob("*.py")):
+      content = hashlib.sha256(path.read_bytes())
+      hashes[str(path.relative_to(root))] = content.hexdigest()[:12]
+  return hashes
 
 
 def package_versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ References:
   https://docs.jax.dev/en/latest/multi_process.html
 """
 
-import dataclasses
 import functools
 import glob
 import importlib.util
@@ -20,7 +19,7 @@ import os
 import socket
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -35,19 +34,12 @@ from grpo_tpu.distributed.settings import DistributedConfig
 _SHUTDOWN_SECONDS = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessAddress:
-  """The index of a process in a run, and the address of process 0.
+class ProcessAddress(NamedTuple):
+  """The index of a process in a run, and the address of process 0."""
 
-  Attributes:
-    coordinator_address: HOST:PORT of process 0.
-    num_processes: The number of processes.
-    process_id: The index of this process, from 0.
-  """
-
-  coordinator_address: str
+  coordinator_address: str  # HOST:PORT of process 0.
   num_processes: int
-  process_id: int
+  process_id: int  # From 0.
 
 
 def read_process_address(
@@ -63,11 +55,8 @@ def read_process_address(
   Raises:
     ValueError: A part is missing or invalid.
   """
-  parts = {
-    "coordinator_address": coordinator_address,
-    "num_processes": num_processes,
-    "process_id": process_id,
-  }
+  given = (coordinator_address, num_processes, process_id)
+  parts = dict(zip(ProcessAddress._fields, given, strict=True))
   for name, value in parts.items():
     if value is None:
       parts[name] = os.environ.get(f"JAX_{name.upper()}") or None
@@ -114,12 +103,12 @@ def initialize(
     shutdown_timeout_seconds=config.shutdown_timeout_seconds,
   )
   if address:
-    coordinator, count, index = dataclasses.astuple(address)
     logging.info(
       "Process %d of %d joins the others at %s (time limit %d s).",
-      *(index, count, coordinator, config.initialization_timeout_seconds),
+      *(address.process_id, address.num_processes),
+      *(address.coordinator_address, config.initialization_timeout_seconds),
     )
-    join(coordinator, count, index)
+    join(*address)
   elif _has_tpu():
     join()
   else:
@@ -152,26 +141,21 @@ def exchange_json(
   Raises:
     RuntimeError: A process sent nothing in time; JAX names the process.
   """
-  if jax.process_count() == 1:
+  num_processes = jax.process_count()
+  if num_processes == 1:
     return [value]
-  client = _state().client
-  folder = f"grpo_tpu/{topic}"
+  client, folder = _state().client, f"grpo_tpu/{topic}"
   client.key_value_set(f"{folder}/{jax.process_index()}", json.dumps(value))
   client.wait_at_barrier(folder, round(timeout_seconds * 1000))
   values = dict(client.key_value_dir_get(folder))
-  return [
-    json.loads(values[f"{folder}/{index}"])
-    for index in range(jax.process_count())
-  ]
+  return [json.loads(values[f"{folder}/{i}"]) for i in range(num_processes)]
 
 
 def straggler_metrics(alone_seconds: float) -> dict[str, float]:
   """The metrics of the slowest host; all processes must call it.
 
+  `alone_seconds` is the time in which this host did not wait for the others.
   One slow device does not show here, because all hosts wait for it.
-
-  Args:
-    alone_seconds: The time of this host without waiting for other hosts.
   """
   if jax.process_count() == 1:
     return {}

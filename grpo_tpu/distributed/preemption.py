@@ -25,13 +25,8 @@ class Poll:
   """
 
   def __init__(self, on_poll: Callable[[], None] = lambda: None):
-    """Begins to count polls.
-
-    Args:
-      on_poll: Called at each poll, as a sign of life.
-    """
-    self._tick = 0
-    self._on_poll = on_poll
+    """Begins to count polls; each calls `on_poll`, as a sign of life."""
+    self._tick, self._on_poll = 0, on_poll
 
   def __call__(self) -> None:
     """Raises `Preempted` at the same poll of every process, or returns."""

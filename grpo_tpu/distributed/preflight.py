@@ -25,13 +25,7 @@ def facts(
   identity: Mapping[str, str],
   flags: Mapping[str, str],
 ) -> Facts:
-  """The flags, settings, code, packages and data of this host.
-
-  Args:
-    settings: The nested settings of the run.
-    identity: Fingerprints of its data and tokenizers.
-    flags: The flags that all hosts must share.
-  """
+  """The flags that all hosts share, settings, code, packages and data."""
   return {
     "flag": flags,
     "config": fingerprint.flatten(settings),
@@ -47,7 +41,7 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
   Args:
     key: A name that no other call uses.
     own: The facts of this process.
-    timeout_seconds: Longest wait for the others.
+    timeout_seconds: The longest wait for the others.
 
   Raises:
     ValueError: Some host differs from host 0. Every process gets the same
@@ -75,12 +69,13 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
     for index in range(1, len(hosts))
     for difference in _differences(details[index], details[0])
   ]
-  more = len(differences) - _SHOWN
+  shown = differences[:_SHOWN]
+  if len(differences) > _SHOWN:
+    shown.append(f"and {len(differences) - _SHOWN} more")
   raise ValueError(
     f"all hosts must run the same, but not all do as host 0 "
-    f"({hosts[0]['name']}): {'; '.join(differences[:_SHOWN])}"
-    f"{f'; and {more} more' if more > 0 else ''}. Start every host with the"
-    " same command, from the same code and packages."
+    f"({hosts[0]['name']}): {'; '.join(shown)}. Start every host with the same "
+    "command, from the same code and packages."
   )
 
 

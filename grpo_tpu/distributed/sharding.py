@@ -43,10 +43,8 @@ RULES = (
   (r"(attn_vec_einsum|linear)/lora_b", P(None, None, "fsdp")),  # [*, r, D]
   (r"vision_encoder/embedding/kernel", P()),  # [patch, patch, 3, width]
   (r"vision_encoder/pos_embedding", P()),  # [1, N, width]
-  (
-    r"(query|key|value)/kernel",
-    P(None, "fsdp", None, None),
-  ),  # [*, width, q, h]
+  # [*, width, q, h]
+  (r"(query|key|value)/kernel", P(None, "fsdp", None, None)),
   (r"out/kernel", P(None, None, None, "fsdp")),  # [layers, q, h, width]
   (r"mlp_in/kernel", P(None, "fsdp", None)),  # [layers, width, F]
   (r"mlp_out/kernel", P(None, None, "fsdp")),  # [layers, F, width]
@@ -76,16 +74,10 @@ def make_mesh(
   *,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """The device mesh: neighbours in a slice are neighbours in the mesh.
+  """The mesh of these devices, or all; neighbours in a slice stay neighbours.
 
   If the devices belong to several slices, only `replica` spans the data-centre
   network between them.
-
-  Args:
-    replica: The number of copies of the parameters.
-    fsdp: The number of shards of the parameters and of each copy's batch.
-    tensor: The number of shards of heads and hidden widths.
-    devices: The devices to use; all devices if None.
 
   Raises:
     ValueError: The axes do not multiply out to the number of devices, or do not
@@ -162,10 +154,11 @@ def constrain_activation(x: jax.Array, kind: str) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  spec = [
-    axis if axis and size % _num_shards(mesh, axis) == 0 else None
-    for size, axis in zip(x.shape, ACTIVATIONS[kind], strict=False)
-  ]
+  spec = list(ACTIVATIONS[kind])
+  for index, axis in enumerate(spec):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    if x.shape[index] % math.prod(mesh.shape[name] for name in names):
+      spec[index] = None
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -180,12 +173,6 @@ def cache_spec(mesh: Mesh, name: str, num_kv_heads: int) -> P:
       is_split = num_kv_heads % mesh.shape["tensor"] == 0
       return spec if is_split else P(None, *BATCH)
   raise ValueError(f"no sharding rule matches the cache {name}.")
-
-
-def _num_shards(mesh: AbstractMesh, axis: str | tuple[str, ...]) -> int:
-  """The number of shards of an array axis."""
-  names = (axis,) if isinstance(axis, str) else axis
-  return math.prod(mesh.shape[name] for name in names)
 
 
 def _fit_spec(
@@ -216,20 +203,14 @@ def data_shards(
 
   Shard `i` belongs to the devices at index `i` of the batch axes. Every process
   with such a device reads the shard: processes that share a `tensor` axis read
-  the same rows. The shards of a process need not be adjacent.
-
-  Args:
-    mesh: The mesh of the run.
-    process_index: The process; this one if None.
+  the same rows. The shards of a process need not be adjacent. `process_index`
+  None stands for this process.
   """
   if process_index is None:
     process_index = jax.process_index()
   rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-  shards = tuple(
-    index
-    for index, devices in enumerate(rows)
-    if any(device.process_index == process_index for device in devices)
-  )
+  owners = [{device.process_index for device in row} for row in rows]
+  shards = tuple(i for i, x in enumerate(owners) if process_index in x)
   return shards, len(rows)
 
 
@@ -251,10 +232,7 @@ def abstract_batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def device_put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Makes global device arrays from this process's rows of each array.
-
-  The rows are those of the process's `data_shards`, in order.
-  """
+  """Makes global device arrays from the rows of the process's `data_shards`."""
   sharding, (shards, count) = batch_sharding(mesh), data_shards(mesh)
 
   def device_put(rows):
@@ -282,11 +260,9 @@ def local_rows(mesh: Mesh, tree: Any) -> Any:
 
 
 def all_rows(mesh: Mesh, tree: Any) -> Any:
-  """The rows of all processes, in batch order, as NumPy arrays.
+  """The rows of all processes in batch order, as NumPy arrays.
 
-  Args:
-    mesh: The mesh of the run.
-    tree: This process's rows, as for `device_put_batch`.
+  `tree` holds this process's rows, as for `device_put_batch`.
   """
   rows = _reshard(device_put_batch(mesh, tree), replicated_sharding(mesh))
   return jax.device_get(rows)

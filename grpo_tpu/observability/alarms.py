@@ -18,8 +18,8 @@ class Alarms:
     """Watches the metrics that have an alarm.
 
     Args:
-      own_samples: True if the policy sampled the completions. If it did not,
-        alarms that say something about its own samples alone are off.
+      own_samples: False if the policy did not sample the completions; alarms
+        about its own samples are off then.
     """
     self._watched = [
       (metric, metric.alarm)
@@ -31,24 +31,20 @@ class Alarms:
   def check(self, step: int, scalars: Mapping[str, Any]) -> list[str]:
     """Logs a warning for each new alarm and returns the metrics' names.
 
-    Args:
-      step: The step of the scalars.
-      scalars: Values by metric name. The state of an alarm whose metric is
-        missing does not change.
+    An alarm whose metric is not in `scalars` stays as it is.
     """
     new = []
     for metric, alarm in self._watched:
-      if metric.name not in scalars:
+      name = metric.name
+      if name not in scalars:
         continue
-      value = float(scalars[metric.name])
+      value = float(scalars[name])
       if not alarm.is_triggered(value):
-        self._triggered.discard(metric.name)
-      elif metric.name not in self._triggered:
-        self._triggered.add(metric.name)
-        new.append(metric.name)
-        logging.warning(
-          "Step %d: %s is %.3g (limit %g). %s",
-          *(step, metric.name, value, alarm.limit),
-          metric.advice.replace("`", ""),
-        )
+        self._triggered.discard(name)
+      elif name not in self._triggered:
+        self._triggered.add(name)
+        new.append(name)
+        advice = metric.advice.replace("`", "")
+        text = "Step %d: %s is %.3g (limit %g). %s"
+        logging.warning(text, step, name, value, alarm.limit, advice)
     return new

@@ -27,11 +27,9 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   width = enlarged.shape[1]
   # Most letters are 0.6 times as wide as the font size.
   size = width / (0.62 * _CHARACTERS_PER_LINE)
-  lines = [
-    line
-    for text in texts
-    for line in textwrap.wrap(text, _CHARACTERS_PER_LINE) or [""]
-  ]
+  lines = []
+  for text in texts:
+    lines += textwrap.wrap(text, _CHARACTERS_PER_LINE) or [""]
   if len(lines) > _MAX_LINES:
     lines = [*lines[: _MAX_LINES - 1], "..."]
   line_height = round(1.35 * size)

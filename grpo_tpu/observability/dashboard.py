@@ -14,12 +14,7 @@ from grpo_tpu.observability import registry
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """Curves that are read together.
-
-  Attributes:
-    title: The title above the chart.
-    metrics: The metrics whose curves it shows.
-  """
+  """Curves that are read together."""
 
   title: str
   metrics: tuple[registry.Metric, ...]

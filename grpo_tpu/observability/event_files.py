@@ -1,9 +1,8 @@
 """TensorBoard's event files, written by a background thread.
 
-The thread runs calls with a CLU writer and knows nothing of their content. CLU
-imports TensorFlow, which takes ten seconds or more. The thread does the import
-too, and calls wait in a queue meanwhile, so training never waits. CLU's own
-`AsyncWriter` would import it in the main thread, and raises errors there.
+CLU imports TensorFlow, which takes ten seconds or more. The thread does the
+import too, and calls wait in a queue meanwhile, so training never waits. CLU's
+own `AsyncWriter` would import it in the main thread, and raises errors there.
 
 References:
   CLU, https://github.com/google/CommonLoopUtils
@@ -38,14 +37,12 @@ class EventFiles:
     """
     self._workdir = workdir
     self.failures = 0
-    # Since the last report: the failures, the first error, and the time.
-    self._num_failures, self._first_error = 0, None
     self._reported = time.monotonic()
-    # Holds calls to make; an `Event` to set once everything before it is on
-    # disk; None to end.
-    self._queue: queue.SimpleQueue[
-      Callable[[Any], None] | threading.Event | None
-    ] = queue.SimpleQueue()
+    self._errors: list[Exception] = []  # Since then.
+    # Holds calls to make, and None to end.
+    self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = (
+      queue.SimpleQueue()
+    )
     self._thread = threading.Thread(
       target=self._run, args=(resume_step,), name="events", daemon=True
     )
@@ -57,30 +54,21 @@ class EventFiles:
     if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
       self._report()
 
-  def flush(self) -> None:
-    """Waits until everything is on disk; logs failures."""
-    is_flushed = threading.Event()
-    self._queue.put(is_flushed)
-    is_flushed.wait()
-    self._report()
-
   def close(self) -> None:
-    """Flushes and ends the thread; nothing can be written afterwards."""
+    """Waits until everything is on disk and ends the thread."""
     self._queue.put(None)
     self._thread.join()
     self._report()
 
   def _run(self, resume_step: int | None) -> None:
     events = self._attempt(_open_events, self._workdir, resume_step)
-    while (item := self._queue.get()) is not None:
-      if events is not None and not isinstance(item, threading.Event):
-        self._attempt(item, events)
-      # A flush per step loses little in a kill; the calls that waited for the
-      # import share one.
-      if events is not None and self._queue.empty():
-        self._attempt(events.flush)
-      if isinstance(item, threading.Event):
-        item.set()
+    while (call := self._queue.get()) is not None:
+      if events is not None:
+        self._attempt(call, events)
+        # A flush per step loses little in a kill; the calls that waited for
+        # the import share one.
+        if self._queue.empty():
+          self._attempt(events.flush)
     if events is not None:
       self._attempt(events.close)
 
@@ -89,18 +77,15 @@ class EventFiles:
       return call(*args)
     except Exception as error:
       self.failures += 1
-      self._num_failures += 1
-      self._first_error = self._first_error or error
-      return None
+      self._errors.append(error)
 
   def _report(self) -> None:
-    count, error = self._num_failures, self._first_error
-    self._num_failures, self._first_error = 0, None
+    errors, self._errors = self._errors, []
     self._reported = time.monotonic()
-    if count:
+    if errors:
       logging.warning(
         "TensorBoard files in %s are incomplete: %d writes failed, first: %r.",
-        *(self._workdir, count, error),
+        *(self._workdir, len(errors), errors[0]),
       )
 
 

@@ -24,21 +24,13 @@ _RESUME = "run the same command again to resume"
 
 
 class ExitReport:
-  """The progress of the program, and its report at the end.
-
-  Attributes:
-    clock: The time of the run by phase.
-    step: The last step that was done; None before the first and in modes that
-      do not train.
-    skipped_updates: Updates that this process skipped.
-    has_run_record: True once `run.json` in the workdir lists this attempt.
-  """
+  """The progress of the program, and its report at the end."""
 
   def __init__(self) -> None:
     self.clock = goodput.Clock()
-    self.step: int | None = None
-    self.skipped_updates = 0
-    self.has_run_record = False
+    self.step: int | None = None  # The last step that was done.
+    self.skipped_updates = 0  # By this process.
+    self.has_run_record = False  # True once `run.json` lists this attempt.
     self._workdir: pathlib.Path | None = None
 
   def attach_run(self, workdir: pathlib.Path) -> None:
@@ -86,23 +78,23 @@ class ExitReport:
 
   def _report(self, code: ExitCode, reason: str, what_next: str) -> None:
     step = "" if self.step is None else f" at step {self.step}"
-    is_done = code == ExitCode.DONE
-    lines = [
-      f"Finished{step} (exit code 0)."
-      if is_done
-      else f"Stopped{step} (exit code {code:d}): {reason}."
-    ]
+    if code == ExitCode.DONE:
+      level, label = logging.INFO, "View"
+      lines = [f"Finished{step} (exit code 0)."]
+    else:
+      level, label = logging.WARNING, "Next"
+      lines = [f"Stopped{step} (exit code {code:d}): {reason}."]
     newest = best = None
     if self._workdir is not None:
       newest = reader.newest_path(self._workdir / "checkpoints")
       best = reader.best_path(self._workdir / "checkpoints")
       lines.append(f"Checkpoint: {newest or 'none'}")
     if what_next:
-      lines.append(f"{'View' if is_done else 'Next'}: {what_next}")
+      lines.append(f"{label}: {what_next}")
     if self._workdir is not None:
       lines.append(f"Time: {goodput.summary(self.clock.shares())}")
     for line in lines:
-      logging.log(logging.INFO if is_done else logging.WARNING, "%s", line)
+      logging.log(level, "%s", line)
     if self._workdir is None or not self.has_run_record or jax.process_index():
       return
     facts = {

@@ -36,13 +36,9 @@ class Clock:
     unix_now: Callable[[], float] = time.time,
     age_seconds: float | None = None,
   ):
-    """Enters the phase "restart", as of the start of the process.
+    """Enters the phase "restart", which began with the process.
 
-    Args:
-      now: A monotonic clock.
-      unix_now: A clock that agrees with the earlier processes' clock, in
-        seconds since 1970.
-      age_seconds: The age of the process; None asks the system.
+    The clocks stand in for the system's in tests, as does the process's age.
     """
     if age_seconds is None:
       age_seconds = time.time() - psutil.Process().create_time()
@@ -56,21 +52,19 @@ class Clock:
     """Adds the sums of the earlier processes.
 
     Args:
-      path: Their `metrics.jsonl`, before the lines after `resume_step` are
-        removed.
+      path: Their `metrics.jsonl`, still with the lines after `resume_step`.
       resume_step: The last step that is not repeated.
     """
     rows = _timed_rows(path)
     kept = [row for row in rows if row["step"] <= resume_step]
     if not kept:
       return
-    run_seconds = kept[-1]["perf/run_seconds"]
+    last, end = kept[-1], rows[-1]["perf/unix_seconds"]
     for phase in PHASES:
-      share = kept[-1][f"perf/goodput_{phase}"]
-      self._seconds[phase] += share * run_seconds
-    last, end = kept[-1]["perf/unix_seconds"], rows[-1]["perf/unix_seconds"]
+      share = last[f"perf/goodput_{phase}"]
+      self._seconds[phase] += share * last["perf/run_seconds"]
     # The clocks of two machines may differ a little.
-    self._seconds["lost"] += max(end - last, 0.0)
+    self._seconds["lost"] += max(end - last["perf/unix_seconds"], 0.0)
     self._seconds["restart"] += max(self._unix_start - end, 0.0)
 
   @contextlib.contextmanager
@@ -116,10 +110,7 @@ class Clock:
 
   def scalars(self) -> dict[str, float]:
     """The metrics of all time until now."""
-    shares = self.shares()
-    return {
-      f"perf/goodput_{phase}": value for phase, value in shares.items()
-    } | {
+    return {f"perf/goodput_{k}": x for k, x in self.shares().items()} | {
       "perf/run_seconds": sum(self._seconds.values()),
       "perf/unix_seconds": self._unix_now(),
     }

@@ -26,19 +26,12 @@ class JsonLines:
   """
 
   def __init__(self, path: pathlib.Path, *, resume_step: int | None) -> None:
-    """Opens the file.
-
-    Args:
-      path: The file, made if missing.
-      resume_step: The last step to keep; None empties the file.
-    """
+    """Opens the file with the lines up to `resume_step`; None keeps no line."""
     _rewind(path, resume_step)
     # Unbuffered: a line is one write, so a kill cuts at most the last line.
     self._file = path.open("ab", buffering=0)
     self._size = os.fstat(self._file.fileno()).st_size
-    self._waiting: collections.deque[bytes] = collections.deque(
-      maxlen=_MAX_WAITING_LINES
-    )
+    self._waiting = collections.deque[bytes](maxlen=_MAX_WAITING_LINES)
     self.failures = 0
 
   def append(self, row: Mapping[str, Any]) -> None:

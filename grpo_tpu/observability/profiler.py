@@ -23,12 +23,10 @@ class Profiler:
   """
 
   def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int]):
-    """Prepares the trace.
+    """Prepares a trace of the first to the last step; empty `steps` for none.
 
-    Args:
-      folder: The workdir. The trace goes to `plugins/profile/steps-FIRST-LAST/`
-        below it, one file per host.
-      steps: The first and the last step to trace; empty for none.
+    It goes to `plugins/profile/steps-FIRST-LAST/` below the folder, one file
+    per host.
     """
     self._folder = folder
     self._first, self._last = steps or (0, 0)

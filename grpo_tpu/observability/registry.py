@@ -21,18 +21,11 @@ _ANY_WORD = r"[\w.-]+"
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-  """The range in which a metric is healthy, limits included.
-
-  Attributes:
-    above: The upper limit.
-    below: The lower limit.
-    own_samples: True if the limits mean something only for completions that
-      the policy itself sampled.
-  """
+  """The range in which a metric is healthy, limits included."""
 
   above: float = math.inf
   below: float = -math.inf
-  own_samples: bool = False
+  own_samples: bool = False  # Limits only completions of the policy itself.
 
   @property
   def limit(self) -> float:
@@ -46,16 +39,7 @@ class Alarm:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """One metric.
-
-  Attributes:
-    name: The name in `metrics.jsonl`. `{slice}` in it stands for any one word.
-    unit: The unit; "1" for a value without one.
-    meaning: What is measured, and over what.
-    advice: How to read a change, and what to do.
-    chart: The title of the metric's chart.
-    alarm: When the log warns about the metric, or None for never.
-  """
+  """One metric; the head of `metrics.toml` explains the fields."""
 
   name: str
   unit: str
@@ -82,7 +66,7 @@ def metrics() -> tuple[Metric, ...]:
   made = []
   for name, fields in _declarations()["metrics"].items():
     alarm = Alarm(**fields["alarm"]) if "alarm" in fields else None
-    made.append(Metric(name=name, **(fields | {"alarm": alarm})))
+    made.append(Metric(name, **fields | {"alarm": alarm}))
   return tuple(made)
 
 

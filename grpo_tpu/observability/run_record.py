@@ -47,8 +47,7 @@ class RunRecord:
   Attributes:
     workdir: The run's folder.
     settings: The nested settings of the run.
-    defaults: The nested settings that a run has by default. A record that lacks
-      a newer setting was made with its default.
+    defaults: Nested defaults, which count for settings newer than the record.
     data: Fingerprints of the data.
   """
 
@@ -68,12 +67,9 @@ class RunRecord:
       self._refuse(self._changes(record["essence"], self._must_match()))
 
   def check_data(self, meta: Mapping[str, Any]) -> None:
-    """Refuses to resume from a checkpoint that was made with other data.
+    """Refuses to resume from a checkpoint whose `meta` names other data.
 
     Somebody may have copied the checkpoint into the workdir.
-
-    Args:
-      meta: The metadata of the checkpoint.
 
     Raises:
       ValueError: The message lists every change.
@@ -82,27 +78,25 @@ class RunRecord:
     self._refuse(self._changes(saved, self.data))
 
   def write(self, weights: str) -> None:
-    """Records the next attempt of the run.
-
-    Args:
-      weights: `model.weights` with its step.
-    """
-    before = read(self.workdir)
+    """Records the next attempt; `weights` is `model.weights` with its step."""
     essence = self._must_match()
-    accepted = before["accepted_changes"] if before else []
-    changes = self._changes(before["essence"], essence) if before else {}
-    data = self.settings["data"]
+    before = read(self.workdir) or {
+      "essence": essence,
+      "accepted_changes": [],
+      "attempts": [],
+    }
+    accepted = before["accepted_changes"]
+    changes = self._changes(before["essence"], essence)
+    terms = "accept_mathvista_training_terms"
     record = {
       "essence": essence,
       "accepted_changes": [*accepted, changes] if changes else accepted,
       "weights": weights,
-      "accepted_mathvista_training_terms": (
-        data["accept_mathvista_training_terms"]
-      ),
+      "accepted_mathvista_training_terms": self.settings["data"][terms],
       "config": self.settings,
       "data": self.data,
       "packages": fingerprint.package_versions(),
-      "attempts": [*(before["attempts"] if before else []), _new_attempt()],
+      "attempts": [*before["attempts"], _new_attempt()],
       "end": None,
     }
     pathlib.Path(self.workdir).mkdir(parents=True, exist_ok=True)
@@ -110,21 +104,21 @@ class RunRecord:
 
   def _must_match(self) -> dict[str, Any]:
     """The settings and fingerprints that decide the run's numbers."""
-    data, settings = self.settings["data"], fingerprint.flatten(self.settings)
-    dropped = list(_MAY_DIFFER)
-    if self.settings["optimizer"]["schedule"] == "constant":
-      dropped.append("train.num_steps")
-    if not data["pan_and_scan"]["enabled"]:
-      dropped.append("data.pan_and_scan")
-    if not self.settings["model"]["lora"]["rank"]:
-      dropped.append("model.lora")
+    settings = fingerprint.flatten(self.settings)
+    dropped = [f"{name}." for name in _MAY_DIFFER]
+    if settings["optimizer.schedule"] == "constant":
+      dropped.append("train.num_steps.")
+    if not settings["data.pan_and_scan.enabled"]:
+      dropped.append("data.pan_and_scan.")
+    if not settings["model.lora.rank"]:
+      dropped.append("model.lora.")
     kept = {
       name: value
       for name, value in settings.items()
-      if not any(f"{name}.".startswith(f"{x}.") for x in dropped)
+      if not f"{name}.".startswith(tuple(dropped))
     }
     # A later version may word the template of this name differently.
-    template = chat_prompts.TEMPLATES[data["prompt_template"]]
+    template = chat_prompts.TEMPLATES[settings["data.prompt_template"]]
     kept["data.prompt_template: its text"] = template.fingerprint
     return kept | dict(self.data)
 
@@ -175,10 +169,8 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
 def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
   """Records how the current attempt has ended.
 
-  Args:
-    workdir: The run's folder, with a record of this attempt.
-    facts: `exit_code`, `reason`, `step` and more, which stay under `end` until
-      the next start.
+  The facts, `exit_code`, `reason`, `step` and more, stay under `end` until the
+  next start.
   """
   record = read(workdir)
   assert record is not None

@@ -44,26 +44,15 @@ _SECONDS_BETWEEN_PROGRESS_LINES = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A completion for people to read.
+  """A completion for people to read."""
 
-  Attributes:
-    pid: The id of the problem.
-    prompt: The prompt, as the model reads it.
-    completion: The completion, as the model wrote it.
-    answer: The correct answer.
-    reward: The weighted total.
-    rewards: Each reward by name, before its weight.
-    image: uint8 [H, W, 3], or None for a problem without an image. Only the
-      event files hold it.
-  """
-
-  pid: str
+  pid: str  # The id of the problem.
   prompt: str
   completion: str
-  answer: str
-  reward: float
-  rewards: Mapping[str, float]
-  image: np.ndarray | None
+  answer: str  # The correct one.
+  reward: float  # The weighted total.
+  rewards: Mapping[str, float]  # By name, before weights.
+  image: np.ndarray | None  # uint8 [H, W, 3]; only the event files hold it.
 
 
 class Writer:
@@ -103,11 +92,13 @@ class Writer:
       workdir = pathlib.Path(workdir)
       (workdir / "samples").mkdir(parents=True, exist_ok=True)
       sampled = None if resume_step is None else resume_step + has_partial_step
-      for name in ("metrics", "samples/train", "samples/eval"):
-        self._lines[name] = JsonLines(
-          workdir / f"{name}.jsonl",
-          resume_step=sampled if name == "samples/train" else resume_step,
-        )
+      for name, kept in (
+        ("metrics", resume_step),
+        ("samples/train", sampled),
+        ("samples/eval", resume_step),
+      ):
+        path = workdir / f"{name}.jsonl"
+        self._lines[name] = JsonLines(path, resume_step=kept)
       self._events = event_files.EventFiles(workdir, resume_step=sampled)
 
   def __enter__(self) -> Self:
@@ -117,11 +108,7 @@ class Writer:
     self.close()
 
   def write(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-    """Writes all metrics of a step; called once per step.
-
-    Args:
-      step: Greater than every step before.
-      scalars: Values by metric name. Device arrays are fetched.
+    """Writes all metrics of a step in one call; steps must ascend.
 
     Raises:
       ValueError: A name is not declared, a value is not one number, or the step
@@ -158,22 +145,25 @@ class Writer:
       return
     texts, images = {}, {}
     for index, sample in enumerate(samples):
-      self._lines[f"samples/{split}"].append(
-        {
-          "step": step,
-          "pid": sample.pid,
-          "prompt": sample.prompt,
-          "completion": sample.completion,
-          "answer": sample.answer,
+      row = (
+        {"step": step}
+        | vars(sample)
+        | {
           "reward": float(sample.reward),
           "rewards": {k: float(v) for k, v in sample.rewards.items()},
         }
       )
+      del row["image"]
+      self._lines[f"samples/{split}"].append(row)
       tag = f"samples/{split}/{index}"
       texts[f"{tag}/text"] = sample_text(sample)
       if sample.image is not None:
-        shown = captions.add_caption(sample.image, _caption(sample))
-        images[f"{tag}/image"] = shown
+        words = (
+          f"right answer: {sample.answer}",
+          f"reward {sample.reward:.2f}:",
+          sample.completion,
+        )
+        images[f"{tag}/image"] = captions.add_caption(sample.image, words)
     self._events.write(lambda events: events.write_texts(step, texts))
     self._events.write(lambda events: events.write_images(step, images))
 
@@ -188,11 +178,9 @@ class Writer:
       name: value if isinstance(value, bool | int | float) else str(value)
       for name, value in fingerprint.flatten(config).items()
     }
-    self._events.write(
-      lambda events: events.write_texts(step, {"config": text})
-    )
-    self._events.write(lambda events: events.write_hparams(hparams))
-    self._events.write(lambda events: dashboard.write(events, step))
+    self._events.write(lambda x: x.write_texts(step, {"config": text}))
+    self._events.write(lambda x: x.write_hparams(hparams))
+    self._events.write(lambda x: dashboard.write(x, step))
 
   def log_progress(self, num_steps: int) -> None:
     """Logs a line about the step just written, at most every few seconds.
@@ -205,41 +193,29 @@ class Writer:
     if step > 0 and self._progress_start is None:
       # Step 0 trains nothing, and the step after it compiles.
       self._progress_start = (step, now)
-    is_due = (
-      now - self._progress_time >= _SECONDS_BETWEEN_PROGRESS_LINES
-      or step >= num_steps
-      or any(name.startswith("eval/") for name in self._scalars)
-    )
-    if not is_due:
+    is_due = now - self._progress_time >= _SECONDS_BETWEEN_PROGRESS_LINES
+    is_evaluated = any(name.startswith("eval/") for name in self._scalars)
+    if not (is_due or is_evaluated or step >= num_steps):
       return
     self._progress_time = now
     first_step, start = self._progress_start or (step, now)
-    eta_seconds = None
+    eta = None
     if step > first_step:
-      eta_seconds = (num_steps - step) * (now - start) / (step - first_step)
-    scalars = self._scalars
-    line = progress_line(step, num_steps, scalars, eta_seconds=eta_seconds)
+      eta = (num_steps - step) * (now - start) / (step - first_step)
+    line = progress_line(step, num_steps, self._scalars, eta_seconds=eta)
     logging.info("%s", line)
 
   @property
   def failures(self) -> int:
     """The number of failed writes, none of which stopped the run."""
-    if self._events is None:
-      return 0
-    lines = sum(each.failures for each in self._lines.values())
-    return lines + self._events.failures
-
-  def flush(self) -> None:
-    """Waits until everything that can be written is on disk."""
-    if self._events is not None:
-      self._events.flush()
+    files = [*self._lines.values(), self._events]
+    return sum(file.failures for file in files if file)
 
   def close(self) -> None:
-    """Flushes and closes; nothing can be written afterwards."""
-    for lines in self._lines.values():
-      lines.close()
-    if self._events is not None:
-      self._events.close()
+    """Waits until everything is written and closes the files."""
+    for file in [*self._lines.values(), self._events]:
+      if file:
+        file.close()
 
 
 def progress_line(
@@ -249,14 +225,7 @@ def progress_line(
   *,
   eta_seconds: float | None,
 ) -> str:
-  """The text of a progress line.
-
-  Args:
-    step: The step that was just done.
-    num_steps: The number of steps of the run.
-    scalars: The metrics of the step by name.
-    eta_seconds: The time until the last step is done; None if unknown.
-  """
+  """The text of a progress line; without ETA if `eta_seconds` is None."""
   parts = [f"step {step}/{num_steps}"]
   parts += [
     text.format(scalars[name]) for name, text in _PROGRESS if name in scalars
@@ -272,26 +241,11 @@ def progress_line(
 def sample_text(sample: Sample) -> str:
   """A sample as Markdown, which TensorBoard renders."""
   rewards = ", ".join(f"{k} {v:.2f}" for k, v in sample.rewards.items())
-  return "\n\n".join(
-    (
-      f"**{sample.pid}**: reward {sample.reward:.3f} ({rewards})",
-      "right answer:",
-      _code_block(sample.answer),
-      "completion:",
-      _code_block(sample.completion),
-      "prompt:",
-      _code_block(sample.prompt),
-    )
-  )
-
-
-def _caption(sample: Sample) -> Sequence[str]:
-  """The texts below the image of a sample."""
-  return (
-    f"right answer: {sample.answer}",
-    f"reward {sample.reward:.2f}:",
-    sample.completion,
-  )
+  parts = [f"**{sample.pid}**: reward {sample.reward:.3f} ({rewards})"]
+  parts += ["right answer:", _code_block(sample.answer)]
+  parts += ["completion:", _code_block(sample.completion)]
+  parts += ["prompt:", _code_block(sample.prompt)]
+  return "\n\n".join(parts)
 
 
 def _to_number(name: str, value: Any) -> int | float:

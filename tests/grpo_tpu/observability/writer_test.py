@@ -179,7 +179,6 @@ def test_only_process_0_writes(tmp_path):
     w.write_samples(1, [make_sample()], split="train")
     w.write_config({"seed": 0})
     w.log_progress(1)
-    w.flush()
   assert not (tmp_path / "run").exists()
 
 
