@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from data_pipelines import prompt_rows, record_index, records
+from data_pipelines.validation import require
 
 # `shapes` looks at no more steps: a rarer shape may be compiled when it comes.
 _MAX_STEPS_EXAMINED = 10_000
@@ -209,11 +210,9 @@ def _check_batch_size(
   builder: prompt_rows.RowBuilder, setting: str, batch_size: int
 ) -> None:
   """Requires that the shards can share a batch evenly."""
-  if batch_size < 1 or batch_size % builder.shard_count:
-    raise ValueError(
-      f"{setting} ({batch_size}) must be a positive multiple of the number "
-      f"of data shards ({builder.shard_count})."
-    )
+  holds = batch_size > 0 and batch_size % builder.shard_count == 0
+  rule = f"be a positive multiple of the data shards ({builder.shard_count})"
+  require(holds, setting, batch_size, rule, "")
 
 
 def _build_batch(

@@ -15,6 +15,7 @@ from data_pipelines import images, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.validation import require, require_one_of
 
 KINDS = ("online", "demonstrations", "preference")
 # Values that stand in place of a prompt's length.
@@ -82,29 +83,18 @@ class RowBuilder:
   pan_and_scan: images.PanAndScan = images.WHOLE
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise ValueError(f"data.kind ({self.kind!r}) must be one of {KINDS}.")
-    if self.num_images not in (0, 1):
-      raise ValueError(
-        f"num_images ({self.num_images}) must be 0 or 1: a problem has one "
-        "image, and data.pan_and_scan adds crops of it."
-      )
-    shortest = self.shortest_prompt
-    if (
-      list(self.prompt_buckets) != sorted(set(self.prompt_buckets))
-      or max(self.prompt_buckets, default=0) < shortest
-    ):
-      raise ValueError(
-        f"data.prompt_buckets ({self.prompt_buckets}) must ascend to at least "
-        f"{shortest}, the length of a prompt without a question."
-      )
-    if not self.shards or list(self.shards) != sorted(
-      set(self.shards) & set(range(self.shard_count))
-    ):
-      raise ValueError(
-        f"shards ({self.shards}) must be one or more indices, ascending, each "
-        f"at least 0 and below shard_count ({self.shard_count})."
-      )
+    require_one_of("data.kind", self.kind, KINDS)
+    rule = "be 0 or 1: a problem has one image, and pan and scan adds crops"
+    require(self.num_images in (0, 1), "num_images", self.num_images, rule, "")
+    buckets, shortest = self.prompt_buckets, self.shortest_prompt
+    ascends = list(buckets) == sorted(set(buckets))
+    rule = f"ascend to at least {shortest}, as for a prompt without a question"
+    holds = ascends and max(buckets, default=0) >= shortest
+    require(holds, "data.prompt_buckets", buckets, rule, "")
+    known = sorted(set(self.shards) & set(range(self.shard_count)))
+    rule = f"be ascending indices below shard_count ({self.shard_count})"
+    holds = bool(known) and list(self.shards) == known
+    require(holds, "shards", self.shards, rule, "")
 
   @property
   def shortest_prompt(self) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines import tables
 from data_pipelines.sources import drawing
@@ -19,8 +19,7 @@ from data_pipelines.sources.drawing import Canvas
 _WORDS = tables.read("data_pipelines.sources", "scenes.toml")
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
   """A question about an image, before options are drawn for it."""
 
   text: str
@@ -32,8 +31,7 @@ class Question:
   precision: int = -1  # Decimal places of a float.
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
   """A way to draw images, and the kinds of question that they answer."""
 
   name: str
@@ -117,10 +115,9 @@ def _ask_shape(canvas: Canvas, facts: list[tuple[str, str]]) -> Question:
 # Many shapes, some of them to be counted.
 
 
-@dataclasses.dataclass(frozen=True)
-class _ShapeCounts:
+class _ShapeCounts(NamedTuple):
   name: str  # The objects to be counted.
-  count: int
+  num_asked: int
   num_others: int
 
 
@@ -153,15 +150,15 @@ def _draw_counted_shapes(canvas: Canvas) -> _ShapeCounts:
 def _ask_count(canvas: Canvas, facts: _ShapeCounts) -> Question:
   text = _wording(canvas, "count", objects=facts.name)
   counts = range(_least_count(canvas.level), canvas.level.max_count + 1)
-  return _ask_integer(text, facts.count, counts)
+  return _ask_integer(text, facts.num_asked, counts)
 
 
 def _ask_total(canvas: Canvas, facts: _ShapeCounts) -> Question:
-  total = facts.count + facts.num_others
+  total = facts.num_asked + facts.num_others
   text = _wording(canvas, "total")
   solution = ""
   if facts.num_others:
-    solution = f"{facts.count} + {facts.num_others} = {total}."
+    solution = f"{facts.num_asked} + {facts.num_others} = {total}."
   most = canvas.level.max_count + canvas.level.num_distractors
   return _ask_integer(text, total, range(1, most + 1), solution)
 
@@ -265,8 +262,7 @@ def _ask_table_list(canvas: Canvas, facts: _Values) -> Question:
 # A table of prices in quarters, or of weights in tenths.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decimals:
+class _Decimals(NamedTuple):
   color: str  # The row that is asked about.
   parts: int  # The row's value, in quarters or tenths.
   most: int  # The largest value that could have been.
@@ -303,8 +299,7 @@ def _ask_decimal(
 # A clock.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Clock:
+class _Clock(NamedTuple):
   hour: int
   minute: int
   minutes: range  # The minutes that could have been.
@@ -337,8 +332,7 @@ def _ask_clock_time(canvas: Canvas, facts: _Clock) -> Question:
 # A grid of dots, some of them black.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dots:
+class _Dots(NamedTuple):
   rows: int
   columns: int
   total: int

@@ -9,10 +9,11 @@ import decimal
 import itertools
 import re
 
-from data_pipelines.verifier import numbers, patterns, phrases
+from data_pipelines import tables
+from data_pipelines.verifier import numbers, phrases
 from data_pipelines.verifier.options import Options, is_denied
 
-_RE = patterns.load("free_text")
+_RE = tables.patterns("free_text")
 # An answer in its canonical spelling, and the rule that found it.
 type Found = tuple[str | None, str]
 _NOTHING: Found = (None, "none")

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data_pipelines import tables
-from data_pipelines.verifier import patterns
 
 # No answer has more digits, and longer runs are slow to read.
 _MAX_DIGITS = 30
 # Rounds of LaTeX replacement: nested fractions are replaced from inside.
 _MAX_NESTING = 4
 
-_RE = patterns.load("numbers")
+_RE = tables.patterns("numbers")
 _TABLES = tables.read("data_pipelines.verifier", "numbers.toml")
 WORDS, _SCALES = _TABLES["words"], _TABLES["scales"]
 _HAN_DIGITS, _HAN_TENS = _TABLES["han_digits"], _TABLES["han_tens"]

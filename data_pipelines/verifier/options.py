@@ -10,9 +10,10 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from data_pipelines.verifier import numbers, patterns
+from data_pipelines import tables
+from data_pipelines.verifier import numbers
 
-_RE = patterns.load("options")
+_RE = tables.patterns("options")
 # Characters that are read beside a letter.
 _MAX_BESIDE = 400
 # Mentions that are read in one text.

@@ -4,9 +4,9 @@ English, Chinese and Persian. Every rule reads a lower-case copy with the same
 indices as the text, in linear time. Knows nothing of options or numbers.
 """
 
-from data_pipelines.verifier import patterns
+from data_pipelines import tables
 
-_RE = patterns.load("phrases")
+_RE = tables.patterns("phrases")
 
 
 def to_lower(text: str) -> str:

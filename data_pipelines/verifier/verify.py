@@ -13,16 +13,10 @@ References:
 import dataclasses
 import decimal
 
-from data_pipelines import records
-from data_pipelines.verifier import (
-  free_text,
-  numbers,
-  options,
-  patterns,
-  phrases,
-)
+from data_pipelines import records, tables
+from data_pipelines.verifier import free_text, numbers, options, phrases
 
-_RE = patterns.load("verify")
+_RE = tables.patterns("verify")
 # The first and last characters that are read of a longer completion.
 _HEAD, _TAIL = 1_000, 3_000
 # A longer text in a tag is no answer.
