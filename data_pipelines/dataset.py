@@ -100,11 +100,9 @@ class Dataset:
   def make_prompts(
     self, problems: Sequence[records.Problem], *, batch_size: int
   ) -> pipeline.Batch:
-    """Prompts of any problems, in one batch for a sampler on one process.
+    """Prompts of at most `batch_size` problems, for a sampler on one process.
 
-    Args:
-      problems: At most `batch_size` problems.
-      batch_size: Rows of the batch; padding rows come last.
+    Padding rows fill the batch.
     """
     batches = dataclasses.replace(self, eval=problems).eval_batches(
       num_problems=batch_size, batch_size=batch_size, shards=(0,), shard_count=1
@@ -130,14 +128,10 @@ class Dataset:
 def open_dataset(
   settings: DataConfig, model: ModelInputs, workdir: str, *, for_training: bool
 ) -> Dataset:
-  """Opens the data dir of a run, or makes the synthetic one.
+  """Opens the data dir of a run, or makes the synthetic one in its workdir.
 
-  Args:
-    settings: The settings of the data.
-    model: The inputs of the model.
-    workdir: The run's folder.
-    for_training: False opens the eval split alone. Terms of use and missing
-      answers do not stop an evaluation.
+  An evaluation opens the eval split alone, and neither terms of use nor missing
+  answers stop it.
 
   Raises:
     ValueError: The data do not exist, do not fit the model, or may not be

@@ -140,14 +140,9 @@ def make_eval_batches(
 ) -> "EvalBatches":
   """One reader's batches of the first problems of a source, in its order.
 
-  Args:
-    builder: Builds the rows.
-    num_problems: Number of problems; all of them if there are fewer.
-    batch_size: Rows of a batch over all shards.
-
-  Returns:
-    Batches of equal size, built when asked for; padding rows fill the last
-    one. A row counts as a problem, answered or not, if its problem has a pid.
+  All batches have `batch_size` rows over all shards and are built when asked
+  for; padding rows fill the last one. A row counts as a problem, answered or
+  not, if its problem has a pid.
 
   Raises:
     ValueError: A setting breaks a rule.
@@ -225,12 +220,8 @@ def _build_batch(
 ) -> Batch:
   """Builds this reader's rows of a batch.
 
-  Args:
-    builder: Builds the rows.
-    index: The sizes of all records.
-    step: Seeds rejected completions and orders of options, with the row.
-    indices: The record of each row of all shards.
-    first_row: The `prompt_index` of the first row.
+  The batch asks the records `indices`, over all shards; `first_row` is the
+  `prompt_index` of the first. Step and row seed what is drawn for a row.
   """
   index = index.select(indices)
   size = len(indices) // builder.shard_count

@@ -21,15 +21,13 @@ import decimal
 import functools
 import json
 import os
-import pathlib
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import records
+from data_pipelines import records, tables
 from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
 
@@ -43,9 +41,9 @@ _CHOICE_KINDS, _NUMBER_KINDS = ("distractor", "conflict"), ("perturbation",)
 _TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 # In many lengths, because one about as long as the answer is chosen.
-_REFUSALS = tomllib.loads(
-  pathlib.Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8")
-)["refusals"]
+_REFUSALS = tables.read("data_pipelines.preferences", "refusals.toml")[
+  "refusals"
+]
 _NUM_NEAREST = 3
 
 

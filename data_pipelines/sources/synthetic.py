@@ -85,14 +85,16 @@ def problem(spec: Spec, index: int) -> records.Problem:
   facts = scene.draw(canvas)
   question = scene.questions[kind](canvas, facts)
   choices = _options(question, spec, rng)
+  if choices:
+    question = question._replace(answer_type="text", unit="", precision=-1)
   result = records.Problem(
     pid=f"synthetic-{spec.seed}-{index:06d}",
     question=question.text,
     choices=choices,
-    unit="" if choices else question.unit,
-    precision=-1 if choices else question.precision,
+    unit=question.unit,
+    precision=question.precision,
     question_type="multi_choice" if choices else "free_form",
-    answer_type="text" if choices else question.answer_type,
+    answer_type=question.answer_type,
     image_path=f"images/{index}.png",
     image_bytes=_encode_png(canvas.image),
     answer=question.answer,

@@ -103,19 +103,9 @@ def encode_prompt(
   """Encodes the user's turn and the start of the model's turn.
 
   Images come before the text: all prompts with equally many images have them at
-  the same indices, so attention masks over images can be static.
-
-  Args:
-    problem: The problem to ask.
-    tokenizer: Encodes the text.
-    num_images: Images shown; 0 for a model without vision.
-    soft_tokens: Placeholders for each image, and for each crop.
-    num_crops: Crops shown after each image, introduced as transformers'
-      Gemma3Processor does.
-    template: Adds the instruction.
-
-  Returns:
-    Ids that end where the completion begins.
+  the same indices, so attention masks over images can be static. Each image and
+  each crop has `soft_tokens` placeholders. The crops follow their image, with
+  the words of transformers' Gemma3Processor.
   """
   chat = tokenizer.chat
   image = [

@@ -136,10 +136,7 @@ _MINUS = re.compile(
 def _answer_heading(match: re.Match[str]) -> str:
   """The text of a heading; a heading "Answer" becomes "Answer:"."""
   text = match[1].strip(" \t*#")
-  return f"{text}:" if text.casefold() in _ANSWER_HEADINGS else match[1]
-
-
-_ANSWER_HEADINGS = ("answer", "final answer", "the answer", "correct answer")
+  return f"{text}:" if _RE.answer_heading.fullmatch(text) else match[1]
 
 
 def strip_lead_in(text: str) -> str:
