@@ -5,6 +5,8 @@ References:
 """
 
 import dataclasses
+import pathlib
+import tomllib
 
 # Layers per period: five local ones, then a global one (section 2).
 PERIOD = 6
@@ -117,89 +119,19 @@ class ModelConfig:
     return self.vision.soft_tokens if self.vision else 0
 
 
-_SIGLIP = VisionConfig(
-  image_size=896,
-  patch_size=14,
-  width=1152,
-  depth=27,
-  mlp_dim=4304,
-  num_heads=16,
-  soft_tokens=256,
-)
-
-
-def _released_config(
-  num_layers: int,
-  embed_dim: int,
-  hidden_dim: int,
-  num_heads: int,
-  num_kv_heads: int,
-  *,
-  head_dim: int = 256,
-  sliding_window: int = 1024,
-  query_scale: float = 256**-0.5,
-  global_rope_factor: float = 8.0,
-  vision: VisionConfig | None = _SIGLIP,
+def _make_config(
+  *, query_pre_attn_scalar: int, vision: dict | None = None, **sizes
 ) -> ModelConfig:
   return ModelConfig(
-    vocab_size=262_144,
-    num_layers=num_layers,
-    embed_dim=embed_dim,
-    hidden_dim=hidden_dim,
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
-    sliding_window=sliding_window,
-    query_scale=query_scale,
-    local_rope_base=10_000.0,
-    global_rope_base=1_000_000.0,
-    global_rope_factor=global_rope_factor,
-    vision=vision,
+    **sizes,
+    query_scale=query_pre_attn_scalar**-0.5,
+    vision=VisionConfig(**vision) if vision else None,
   )
 
 
 CONFIGS = {
-  # For tests and the smoke run: every mechanism of the released sizes, small
-  # enough to learn on two cores.
-  "tiny": ModelConfig(
-    vocab_size=1024,
-    num_layers=6,
-    embed_dim=64,
-    hidden_dim=192,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=32,
-    sliding_window=32,
-    query_scale=32**-0.5,
-    local_rope_base=10_000.0,
-    global_rope_base=1_000_000.0,
-    global_rope_factor=8.0,
-    vision=VisionConfig(
-      image_size=48,
-      patch_size=8,
-      width=64,
-      depth=2,
-      mlp_dim=192,
-      num_heads=2,
-      soft_tokens=9,
-      # As in the tokenizers that data_pipelines trains.
-      start_of_image=109,
-      end_of_image=110,
-      image_token=1024,
-    ),
-  ),
-  "gemma3_270m": _released_config(
-    18, 640, 2048, 4, 1,
-    sliding_window=512, global_rope_factor=1.0, vision=None,
-  ),
-  "gemma3_1b": _released_config(
-    26, 1152, 6912, 4, 1,
-    sliding_window=512, global_rope_factor=1.0, vision=None,
-  ),
-  "gemma3_4b": _released_config(34, 2560, 10_240, 8, 4),
-  "gemma3_12b": _released_config(48, 3840, 15_360, 16, 8),
-  "gemma3_27b": _released_config(
-    62, 5376, 21_504, 32, 16,
-    head_dim=128, query_scale=(5376 / 32) ** -0.5,
-  ),
-}  # fmt: skip
+  name: _make_config(**fields)
+  for name, fields in tomllib.loads(
+    pathlib.Path(__file__).with_name("sizes.toml").read_text()
+  ).items()
+}

@@ -12,69 +12,29 @@ References:
   (arXiv:2106.09685)
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Array
 
 from data_pipelines.validation import require
 from grpo_tpu.models.gemma3 import config as gemma3_config
-from grpo_tpu.models.gemma3 import weights
+from grpo_tpu.models.gemma3 import leaves, weights
 from grpo_tpu.models.settings import LoraConfig
 
 # Axes of stacked weights: layers, and matrices side by side within a layer.
 _STACKED = "ln"
-
-
-class Target(NamedTuple):
-  """A weight that may have an adapter.
-
-  Attributes:
-    path: Path in the tree of `weights`.
-    axes: One letter per axis.
-    summed: The axes that a product with the weight sums.
-    modules: Names in transformers, within a layer: one for each of the stacked
-      matrices.
-  """
-
-  path: tuple[str, ...]
-  axes: str
-  summed: str
-  modules: tuple[str, ...]
-
-
-# The keys are `settings.LORA_TARGETS`.
+# Paths of the weights that may have an adapter, by `settings.LORA_TARGETS`.
 _TARGETS = {
-  name: Target(path, axes, summed, modules)
-  for name, path, axes, summed, modules in (
-    ("q", ("layers", "attn", "q_einsum"), "lqdh", "d", ("self_attn.q_proj",)),
-    (
-      "kv",
-      ("layers", "attn", "kv_einsum"),
-      "lnkdh",
-      "d",
-      ("self_attn.k_proj", "self_attn.v_proj"),
-    ),
-    (
-      "output",
-      ("layers", "attn", "attn_vec_einsum"),
-      "lqhd",
-      "qh",
-      ("self_attn.o_proj",),
-    ),
-    (
-      "gating",
-      ("layers", "mlp", "gating_einsum"),
-      "lnfd",
-      "d",
-      ("mlp.gate_proj", "mlp.up_proj"),
-    ),
-    ("linear", ("layers", "mlp", "linear"), "lfd", "f", ("mlp.down_proj",)),
-    ("projector", ("embedder", "mm_input_projection"), "wd", "w", ()),
-  )
+  "q": "layers/attn/q_einsum",
+  "kv": "layers/attn/kv_einsum",
+  "output": "layers/attn/attn_vec_einsum",
+  "gating": "layers/mlp/gating_einsum",
+  "linear": "layers/mlp/linear",
+  "projector": "embedder/mm_input_projection",
 }
 
 
@@ -124,21 +84,18 @@ def abstract_adapters(
   Raises:
     ValueError: If the model has none of the targets.
   """
-  params = weights.abstract_params(config, jnp.dtype(jnp.float32))
-  tree: dict[str, Any] = {}
-  for target in model_targets(config, lora):
-    shape = get_path(params, target.path).shape
-    sizes = dict(zip(target.axes, shape, strict=True)) | {"r": lora.rank}
-    *parents, name = target.path
-    parent = tree
-    for part in parents:
-      parent = parent.setdefault(part, {})
-    a, b = (
-      jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in axes), jnp.float32)
-      for axes in _factor_axes(target.axes, target.summed)
-    )
-    parent[name] = {"lora_a": a, "lora_b": b}
-  return tree
+  params = leaves.by_path(
+    weights.abstract_params(config, jnp.dtype(jnp.float32))
+  )
+  tree = {}
+  for path in model_targets(config, lora):
+    leaf = leaves.LEAVES[path]
+    sizes = leaf.sizes(params[path].shape) | {"r": lora.rank}
+    factors = _factor_axes(leaf.axes, leaf.summed)
+    for name, axes in zip(("lora_a", "lora_b"), factors, strict=True):
+      shape = tuple(sizes[axis] for axis in axes)
+      tree[f"{path}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return traverse_util.unflatten_dict(tree, sep="/")
 
 
 def initial_adapters(
@@ -149,20 +106,15 @@ def initial_adapters(
   `A` is normal, drawn from its path and the seed; its variance is one over the
   number of terms that a product with it sums. `B` is zero.
   """
-  summed_of = {
-    "/".join(target.path): (target.axes, target.summed)
-    for target in _TARGETS.values()
-  }
 
   def draw(path, shape):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     weight, _, factor = name.rpartition("/")
     if factor == "lora_b":
       return np.zeros(shape.shape, np.float32)
-    axes, summed = summed_of[weight]
-    a_axes, _ = _factor_axes(axes, summed)
-    sizes = dict(zip(a_axes, shape.shape, strict=True))
-    std = math.prod(sizes[axis] for axis in summed) ** -0.5
+    leaf = leaves.LEAVES[weight]
+    a_axes, _ = _factor_axes(leaf.axes, leaf.summed)
+    std = leaf.fan_in(dict(zip(a_axes, shape.shape, strict=True))) ** -0.5
     rng = np.random.default_rng([seed, *name.encode()])
     return rng.standard_normal(shape.shape, np.float32) * np.float32(std)
 
@@ -191,10 +143,10 @@ def merge_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   small change of a large weight may be lost.
   """
 
-  def merge(weight, factors, target):
-    a_axes, b_axes = _factor_axes(target.axes, target.summed)
+  def merge(weight, factors, leaf):
+    a_axes, b_axes = _factor_axes(leaf.axes, leaf.summed)
     change = jnp.einsum(
-      f"{a_axes},{b_axes}->{target.axes}",
+      f"{a_axes},{b_axes}->{leaf.axes}",
       factors["lora_a"],
       factors["lora_b"] * lora.scale,
       precision=jax.lax.Precision.HIGHEST,
@@ -206,15 +158,15 @@ def merge_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
 
 def model_targets(
   config: gemma3_config.ModelConfig, lora: LoraConfig
-) -> list[Target]:
-  """The targets that the model has, in the order of `TARGETS`.
+) -> list[str]:
+  """Paths of the targets that the model has, in the order of `LORA_TARGETS`.
 
   Raises:
     ValueError: If the model has none of them.
   """
   targets = [
-    target
-    for name, target in _TARGETS.items()
+    path
+    for name, path in _TARGETS.items()
     if name in lora.targets and (config.vision or name != "projector")
   ]
   require(
@@ -234,26 +186,16 @@ def _factor_axes(axes: str, summed: str) -> tuple[str, str]:
   return f"{stacked}{summed}r", f"{stacked}r{others}"
 
 
-def get_path(tree: dict, path: tuple[str, ...]) -> Any:
-  """The node of a nested dictionary at a path."""
-  for part in path:
-    tree = tree[part]
-  return tree
+def flatten(adapters: dict) -> dict[str, Any]:
+  """The two factors `lora_a` and `lora_b` by the path of their weight."""
+  return traverse_util.flatten_dict(
+    adapters, sep="/", is_leaf=lambda _, node: "lora_a" in node
+  )
 
 
 def _replace_weights(params: dict, adapters: dict, change) -> dict:
-  """A tree like `params` with `change(weight, factors, target)` for weights."""
-  targets = {target.path: target for target in _TARGETS.values()}
-
-  def replace_below(params, adapters, path):
-    tree = dict(params)
-    for name, below in adapters.items():
-      here = (*path, name)
-      tree[name] = (
-        change(params[name], below, targets[here])
-        if here in targets
-        else replace_below(params[name], below, here)
-      )
-    return tree
-
-  return replace_below(params, adapters, ())
+  """A tree like `params` with `change(weight, factors, leaf)` for weights."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for path, factors in flatten(adapters).items():
+    flat[path] = change(flat[path], factors, leaves.LEAVES[path])
+  return traverse_util.unflatten_dict(flat, sep="/")

@@ -6,14 +6,15 @@ are those of the `gemma` library; norms hold the deviation of their scale from
 one.
 """
 
-import math
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import (
   assembly,
   gguf,
@@ -33,15 +34,50 @@ def abstract_params(
     dtype: Type of the decoder. Image tower and projector stay in fp32, as
       released.
   """
-  text = _text_shapes(config)
-  shapes = {name: _cast_shapes(tree, dtype) for name, tree in text.items()}
+  sizes, tower_sizes = _decoder_sizes(config), {}
   if config.vision:
-    shapes |= {"vision_encoder": _vision_shapes(config.vision)}
-    shapes["embedder"] |= {
-      "mm_soft_embedding_norm": {"scale": _f32(config.vision.width)},
-      "mm_input_projection": _f32(config.vision.width, config.embed_dim),
-    }
-  return shapes
+    sizes["w"] = config.vision.width
+    tower_sizes = _tower_sizes(config.vision)
+  tree = {}
+  for path, leaf in leaves.LEAVES.items():
+    in_tower, in_projector = path.startswith("vision_encoder/"), "/mm_" in path
+    if config.vision or not (in_tower or in_projector):
+      length = tower_sizes if in_tower else sizes
+      tree[path] = jax.ShapeDtypeStruct(
+        tuple(length[axis] for axis in leaf.axes),
+        jnp.float32 if in_tower or in_projector else dtype,
+      )
+  return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def _decoder_sizes(config: gemma3_config.ModelConfig) -> dict[str, int]:
+  """Length of each axis of `leaves.toml` in the decoder."""
+  return {
+    "l": config.num_layers,
+    "n": 2,
+    "d": config.embed_dim,
+    "f": config.hidden_dim,
+    "q": config.num_heads,
+    "k": config.num_kv_heads,
+    "h": config.head_dim,
+    "v": config.vocab_size,
+  }
+
+
+def _tower_sizes(config: gemma3_config.VisionConfig) -> dict[str, int]:
+  """Length of each axis of `leaves.toml` in the image tower."""
+  return {
+    "l": config.depth,
+    "n": 1,
+    "w": config.width,
+    "f": config.mlp_dim,
+    "q": config.num_heads,
+    "h": config.width // config.num_heads,
+    "s": (config.image_size // config.patch_size) ** 2,
+    "y": config.patch_size,
+    "x": config.patch_size,
+    "c": 3,
+  }
 
 
 def random_params(
@@ -68,7 +104,8 @@ def random_params(
       is_layer_norm = name.startswith("vision_encoder")
       return np.full(shape.shape, float(is_layer_norm), shape.dtype)
     rng = np.random.default_rng([seed, *name.encode()])
-    std = _fan_in(name, shape.shape) ** -0.5
+    leaf = leaves.LEAVES[name]
+    std = leaf.fan_in(leaf.sizes(shape.shape)) ** -0.5
     return (rng.standard_normal(shape.shape, np.float32) * std).astype(
       shape.dtype
     )
@@ -120,96 +157,17 @@ def _open_gemma(
   return orbax_gemma.Checkpoint(path, config, _f32_params(config))
 
 
+def _open_gguf(
+  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> gguf.File:
+  return gguf.File(path, config, _f32_params(config))
+
+
 # Functions of a config and a path, by the scheme of `model.weights`. Each
 # refuses files of another model without a device. The `load` method of the
 # result takes shapes, types and shardings, and returns the tree.
-OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": gguf.File}
+OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
 
 
 def _f32_params(config: gemma3_config.ModelConfig) -> dict:
   return abstract_params(config, jnp.dtype(jnp.float32))
-
-
-def _fan_in(name: str, shape: tuple[int, ...]) -> int:
-  """Number of terms that a product with this matrix sums."""
-  leaf = name.rsplit("/", 1)[-1]
-  match leaf:
-    case "input_embedding" | "pos_embedding":
-      return shape[-1]
-    case "q_einsum" | "kv_einsum":
-      return shape[-2]
-    case "gating_einsum":
-      return shape[-1]
-    case "attn_vec_einsum":
-      return shape[-3] * shape[-2]
-    case "linear" | "mm_input_projection":
-      return shape[-2]
-  # Kernels of the image tower: [layers, in..., out...].
-  parent = name.rsplit("/", 2)[-2]
-  match parent:
-    case "embedding":
-      return math.prod(shape[:-1])
-    case "query" | "key" | "value":
-      return shape[-3]
-    case "out":
-      return shape[-3] * shape[-2]
-    case "mlp_in" | "mlp_out":
-      return shape[-2]
-  raise AssertionError(f"no rule for {name}")
-
-
-def _text_shapes(config: gemma3_config.ModelConfig) -> dict:
-  layers, d, f = config.num_layers, config.embed_dim, config.hidden_dim
-  q, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-  return {
-    "embedder": {"input_embedding": _f32(config.vocab_size, d)},
-    "layers": {
-      "pre_attention_norm": {"scale": _f32(layers, d)},
-      "attn": {
-        "q_einsum": _f32(layers, q, d, h),
-        "kv_einsum": _f32(layers, 2, k, d, h),
-        "query_norm": {"scale": _f32(layers, h)},
-        "key_norm": {"scale": _f32(layers, h)},
-        "attn_vec_einsum": _f32(layers, q, h, d),
-      },
-      "post_attention_norm": {"scale": _f32(layers, d)},
-      "pre_ffw_norm": {"scale": _f32(layers, d)},
-      "mlp": {
-        "gating_einsum": _f32(layers, 2, f, d),
-        "linear": _f32(layers, f, d),
-      },
-      "post_ffw_norm": {"scale": _f32(layers, d)},
-    },
-    "final_norm": {"scale": _f32(d)},
-  }
-
-
-def _vision_shapes(config: gemma3_config.VisionConfig) -> dict:
-  layers, d, f = config.depth, config.width, config.mlp_dim
-  q, h = config.num_heads, config.width // config.num_heads
-  patch, side = config.patch_size, config.image_size // config.patch_size
-  projection = {"kernel": _f32(layers, d, q, h), "bias": _f32(layers, q, h)}
-  norm = {"scale": _f32(layers, d), "bias": _f32(layers, d)}
-  return {
-    "embedding": {"kernel": _f32(patch, patch, 3, d), "bias": _f32(d)},
-    "pos_embedding": _f32(1, side * side, d),
-    "layers": {
-      "attention_norm": norm,
-      "query": projection,
-      "key": projection,
-      "value": projection,
-      "out": {"kernel": _f32(layers, q, h, d), "bias": _f32(layers, d)},
-      "mlp_norm": norm,
-      "mlp_in": {"kernel": _f32(layers, d, f), "bias": _f32(layers, f)},
-      "mlp_out": {"kernel": _f32(layers, f, d), "bias": _f32(layers, d)},
-    },
-    "norm": {"scale": _f32(d), "bias": _f32(d)},
-  }
-
-
-def _f32(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _cast_shapes(tree: dict, dtype: jnp.dtype) -> dict:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)

@@ -13,8 +13,9 @@ from configs import base
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import leaves as gemma3_leaves
 from grpo_tpu.models.gemma3 import lora
-from grpo_tpu.models.gemma3.convert import assembly, orbax_gemma
+from grpo_tpu.models.gemma3.convert import assembly
 from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import train_state
 from tests.grpo_tpu.checkpoint import checkpointing
@@ -215,10 +216,10 @@ def test_released_weights_lie_where_the_rules_say(params_of, mesh, tmp_path):
 def in_the_librarys_layout(params):
   """By the names that the loader reads, which its own tests hold."""
   wanted = {
-    orbax_gemma._library_name(path, layer): (path, layer)
+    gemma3_leaves.LEAVES[path].gemma.format(layer): (path, layer)
     for path, layer, _ in assembly.pieces(params)
   }
-  found = assembly.by_path(params)
+  found = gemma3_leaves.by_path(params)
   tree = {}
   for name, (path, layer) in wanted.items():
     *parents, last = name.split("/")

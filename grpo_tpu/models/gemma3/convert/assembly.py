@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 
 # Paths of the trees whose leaves are stacked.
 _STACKS = ("layers", "vision_encoder/layers")
@@ -41,7 +42,7 @@ def assemble(abstract: dict, read: Read) -> dict:
     abstract: Shapes, dtypes and shardings of the stacked tree.
     read: Reads pieces. A NumPy array is cast and put on its devices.
   """
-  shapes = by_path(abstract)
+  shapes = leaves.by_path(abstract)
   values: dict[str, jax.Array] = {}
   for path, shape in shapes.items():
     if _stack_of(path) is None:
@@ -51,23 +52,16 @@ def assemble(abstract: dict, read: Read) -> dict:
     inside = {p: s for p, s in shapes.items() if _stack_of(p) == stack}
     if inside:
       values |= _fill_stack(inside, read)
-  leaves = [values[path] for path in shapes]
-  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-  """Leaves by path, as in `layers/attn/q_einsum`."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  return jax.tree.unflatten(
+    jax.tree.structure(abstract), [values[path] for path in shapes]
+  )
 
 
 def pieces(
   abstract: dict,
 ) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
   """Path, layer (None outside of stacks) and shape of every piece."""
-  for path, leaf in by_path(abstract).items():
+  for path, leaf in leaves.by_path(abstract).items():
     if _stack_of(path) is None:
       yield path, None, leaf.shape
     else:
@@ -128,7 +122,7 @@ def check_tensors(
   wanted: Mapping[str, tuple[int, ...]],
   source: str,
   *,
-  unreadable: Mapping[str, str],
+  faults: Mapping[str, str],
 ) -> None:
   """Checks tensors by name and shape.
 
@@ -136,28 +130,28 @@ def check_tensors(
     found: Shapes of the file's tensors, by the file's names.
     wanted: Shapes of the model's tensors, by the same names.
     source: The file's kind and path, for the message.
-    unreadable: The reason why a tensor cannot be read, by name.
+    faults: Other reasons to refuse a tensor, by name.
 
   Raises:
     ValueError: Lists every tensor at fault.
   """
-  faults = []
-  for name in sorted(found.keys() | wanted.keys()):
+  faults = dict(faults)
+  for name in (found.keys() | wanted.keys()) - faults.keys():
     if name not in found:
-      faults.append(f"  {name}: missing, wanted {_brackets(wanted[name])}")
+      faults[name] = f"missing, wanted {_brackets(wanted[name])}"
     elif name not in wanted:
-      faults.append(f"  {name}: extra, {_brackets(found[name])}")
-    elif tuple(found[name]) != tuple(wanted[name]):
-      faults.append(
-        f"  {name}: {_brackets(found[name])}, wanted {_brackets(wanted[name])}"
+      faults[name] = f"extra, {_brackets(found[name])}"
+    elif found[name] != wanted[name]:
+      faults[name] = (
+        f"{_brackets(found[name])}, wanted {_brackets(wanted[name])}"
       )
-    elif name in unreadable:
-      faults.append(f"  {name}: {unreadable[name]}")
   if faults:
     raise ValueError(
       f"{source} must hold the tensors of its model and no others, but "
-      f"{len(faults)} tensors differ:\n" + "\n".join(faults) + "\nGive the "
-      "complete, unaltered file of a released or converted Gemma 3 model."
+      f"{len(faults)} tensors differ:\n"
+      + "".join(f"  {name}: {faults[name]}\n" for name in sorted(faults))
+      + "Give the complete, unaltered file of a released or converted Gemma 3 "
+      "model."
     )
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly
 
 _RMS_EPSILON = 1e-6
@@ -27,24 +28,6 @@ _IGNORED_KEYS = (
   "rope.scaling.finetuned",
   "rope.scaling.original_context_length",
 )
-# Names of the file's tensors of a layer, by our path.
-_LAYER_NAMES = {
-  "layers/pre_attention_norm/scale": ("attn_norm",),
-  "layers/attn/q_einsum": ("attn_q",),
-  "layers/attn/kv_einsum": ("attn_k", "attn_v"),
-  "layers/attn/query_norm/scale": ("attn_q_norm",),
-  "layers/attn/key_norm/scale": ("attn_k_norm",),
-  "layers/attn/attn_vec_einsum": ("attn_output",),
-  "layers/post_attention_norm/scale": ("post_attention_norm",),
-  "layers/pre_ffw_norm/scale": ("ffn_norm",),
-  "layers/mlp/gating_einsum": ("ffn_gate", "ffn_up"),
-  "layers/mlp/linear": ("ffn_down",),
-  "layers/post_ffw_norm/scale": ("post_ffw_norm",),
-}
-_OTHER_NAMES = {
-  "embedder/input_embedding": "token_embd.weight",
-  "final_norm/scale": "output_norm.weight",
-}
 # Number of elements that are dequantized at a time.
 _BLOCK = 1 << 24
 
@@ -54,14 +37,16 @@ class File:
 
   def __init__(
     self,
-    config: gemma3_config.ModelConfig,
     path: str | os.PathLike[str],
+    config: gemma3_config.ModelConfig,
+    abstract_params: dict,
   ):
     """Checks the metadata; reads no tensor.
 
     Args:
-      config: Sizes of the model that it must hold.
       path: The file, on this machine.
+      config: Sizes of the model that it must hold.
+      abstract_params: Shapes of the stacked tree.
 
     Raises:
       ValueError: If the `gguf` package is missing, or the file holds another
@@ -81,9 +66,9 @@ class File:
       )
     assembly.check_tensors(
       shapes,
-      _file_shapes(config),
+      leaves.file_shapes(abstract_params, "gguf"),
       source,
-      unreadable=_unreadable(self._library, self._tensors),
+      faults=_unreadable(self._library, self._tensors),
     )
 
   def load(self, abstract_params: dict) -> dict:
@@ -97,24 +82,23 @@ class File:
     for path, piece in pieces.items():
       yield path, self._piece(layer, path, piece)
 
-  def _piece(self, layer, path: str, piece) -> np.ndarray:
-    names = _names(path, layer)
+  def _piece(
+    self, layer: int | None, path: str, piece: jax.ShapeDtypeStruct
+  ) -> np.ndarray:
+    leaf = leaves.LEAVES[path]
+    names = [name.format(layer) for name in leaf.gguf]
     if path.endswith("/scale"):
       # Files hold the whole factor; the tree holds its deviation from one.
       return self._dequantize(names[0], np.dtype(np.float32)) - 1
-    parts = [self._dequantize(name, piece.dtype) for name in names]
-    match path.rsplit("/", 1)[-1]:
-      case "q_einsum":  # [Q * H, D] to [Q, D, H]
-        return _heads_first(parts[0], piece.shape)
-      case "kv_einsum":  # Twice [K * H, D] to [2, K, D, H]
-        return np.stack([_heads_first(x, piece.shape[1:]) for x in parts])
-      case "attn_vec_einsum":  # [D, Q * H] to [Q, H, D]
-        return parts[0].T.reshape(piece.shape)
-      case "gating_einsum":  # Twice [F, D] to [2, F, D]
-        return np.stack(parts)
-      case "linear":  # [D, F] to [F, D]
-        return parts[0].T
-    return parts[0]  # The embedding, [V, D].
+    axes, order = leaf.axes.removeprefix("l"), leaf.file_axes.replace(" ", "")
+    sizes = dict(zip(axes, piece.shape, strict=True))
+    matrices = [
+      self._dequantize(name, piece.dtype)
+      .reshape([sizes[axis] for axis in order])
+      .transpose([order.index(axis) for axis in axes.removeprefix("n")])
+      for name in names
+    ]
+    return np.stack(matrices) if axes[0] == "n" else matrices[0]
 
   def _dequantize(self, name: str, dtype: np.dtype) -> np.ndarray:
     """Dequantizes a tensor, a block of rows at a time."""
@@ -152,18 +136,6 @@ def _open(path: str | os.PathLike[str]) -> tuple[Any, Any]:
       f"GGUF file {os.fspath(path)} must be a whole GGUF file on this machine, "
       f"but cannot be read: {error}; name another, or fetch it again."
     ) from error
-
-
-def _names(path: str, layer: int | None) -> list[str]:
-  """Names of the file's tensors that make up one piece."""
-  if path in _OTHER_NAMES:
-    return [_OTHER_NAMES[path]]
-  return [f"blk.{layer}.{name}.weight" for name in _LAYER_NAMES[path]]
-
-
-def _heads_first(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  heads, width, size = shape
-  return x.reshape(heads, size, width).transpose(0, 2, 1)
 
 
 class _Metadata:
@@ -268,30 +240,6 @@ def _check_arithmetic(
     [metadata.rest[key] for key in unknown],
     "absent, because this program does not know the key",
   )
-
-
-def _file_shapes(
-  config: gemma3_config.ModelConfig,
-) -> dict[str, tuple[int, ...]]:
-  """The shape of each tensor in the file of a model."""
-  d, f, h = config.embed_dim, config.hidden_dim, config.head_dim
-  q, k = config.num_heads * h, config.num_kv_heads * h
-  layer = {
-    **dict.fromkeys(("attn_norm", "post_attention_norm"), (d,)),
-    **dict.fromkeys(("ffn_norm", "post_ffw_norm"), (d,)),
-    **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (h,)),
-    **{"attn_q": (q, d), "attn_k": (k, d), "attn_v": (k, d)},
-    **{"attn_output": (d, q), "ffn_down": (d, f)},
-    **dict.fromkeys(("ffn_gate", "ffn_up"), (f, d)),
-  }
-  return {
-    "token_embd.weight": (config.vocab_size, d),
-    "output_norm.weight": (d,),
-  } | {
-    f"blk.{i}.{name}.weight": shape
-    for i in range(config.num_layers)
-    for name, shape in layer.items()
-  }
 
 
 def _unreadable(library: Any, tensors: Mapping[str, Any]) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """Loads the parameter tree from Hugging Face safetensors, and saves it.
 
 Loading reads one tensor at a time, and only the slices that this host's devices
-hold. `huggingface_config` knows the sizes, `huggingface_layout` the tensor of
-each leaf.
+hold. `huggingface_config` knows the sizes, `leaves` the tensors of each leaf.
 
 References:
   safetensors, https://huggingface.co/docs/safetensors
@@ -26,8 +25,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly, huggingface_config
-from grpo_tpu.models.gemma3.convert import huggingface_layout as layouts
+from grpo_tpu.models.gemma3.convert import huggingface_names as names
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -78,24 +78,19 @@ class Checkpoint:
         file's, as `huggingface_config.differences` allows.
 
     Raises:
-      ValueError: Lists every tensor that is missing, left over, misshaped or of
-        a wrong type.
+      ValueError: Lists every tensor that is missing, extra, misshaped or of a
+        wrong type.
     """
     self._directory = pathlib.Path(directory)
     self._tensors: dict[str, _Tensor] = {}
-    faults = self._read_headers()
-    faults += self._compare(_file_shapes(abstract_params))
-    if faults:
-      raise ValueError(
-        f"{self._directory} does not hold the tensors of this model:\n"
-        + "\n".join(f"  {fault}" for fault in faults)
-        + "\nGive a whole checkpoint of the model named."
-      )
+    unreadable = self._read_headers()
+    wanted = leaves.file_shapes(abstract_params, "huggingface")
+    self._check_tensors(wanted, unreadable)
 
   @property
   def dtype(self) -> np.dtype:
     """Type of the embedding, and so of the decoder."""
-    return np.dtype(_DTYPES[self._tensors[layouts.EMBEDDING].dtype])
+    return np.dtype(_DTYPES[self._tensors[names.EMBEDDING].dtype])
 
   def load(self, abstract_params: Any) -> Any:
     """Loads the tree with these shapes, types and shardings.
@@ -117,8 +112,8 @@ class Checkpoint:
   def _piece(
     self, path: str, layer: int | None, wanted: jax.ShapeDtypeStruct
   ) -> jax.Array:
-    layout = layouts.LAYOUTS[path]
-    axes = layout.ours if layer is None else layout.ours.removeprefix("l")
+    leaf = leaves.LEAVES[path]
+    axes = leaf.axes if layer is None else leaf.axes.removeprefix("l")
     stacked = () if layer is None else (layer,)
     sizes = dict(zip(axes, wanted.shape, strict=True))
     # Devices that hold the same slice share what was read once.
@@ -132,14 +127,14 @@ class Checkpoint:
           axis: slice(*x.indices(sizes[axis])[:2])
           for axis, x in zip(axes, index, strict=True)
         }
-        parts[key] = self._slices(layout, stacked, sizes, bounds, wanted.dtype)
+        parts[key] = self._slices(leaf, stacked, sizes, bounds, wanted.dtype)
       return parts[key]
 
     return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
 
   def _slices(
     self,
-    layout: layouts.Layout,
+    leaf: leaves.Leaf,
     stacked: tuple[int, ...],
     sizes: Mapping[str, int],
     bounds: dict[str, slice],
@@ -148,18 +143,21 @@ class Checkpoint:
     """Reads slices of a piece from the tensors that hold its parts."""
     shape = tuple(x.stop - x.start for x in bounds.values())
     out = _aligned_empty(shape, np.dtype(dtype))
-    if "p" not in bounds:
-      _copy(self._tensors[layout.tensor(stacked)], layout, sizes, bounds, out)
+    matrices = bounds.pop("n", None)
+    if matrices is None:
+      name = leaf.tensor("huggingface", stacked)
+      _copy(self._tensors[name], leaf, sizes, bounds, out)
       return out
-    parts = bounds.pop("p")
-    for values, part in zip(out, range(parts.start, parts.stop), strict=True):
-      tensor = self._tensors[layout.tensor((*stacked, part))]
-      _copy(tensor, layout, sizes, bounds, values)
+    for values, n in zip(
+      out, range(matrices.start, matrices.stop), strict=True
+    ):
+      name = leaf.tensor("huggingface", (*stacked, n))
+      _copy(self._tensors[name], leaf, sizes, bounds, values)
     return out
 
-  def _read_headers(self) -> list[str]:
-    """Fills in the tensors of all files; returns faults."""
-    faults = []
+  def _read_headers(self) -> dict[str, str]:
+    """Fills in the tensors of all files; returns faults by name."""
+    faults = {}
     for path in _files(self._directory):
       try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -168,39 +166,41 @@ class Checkpoint:
             tensor = _Tensor(
               path, name, tuple(part.get_shape()), part.get_dtype()
             )
-            common = layouts.common_name(name)
+            common = names.common_name(name)
             if common in self._tensors:
-              faults.append(f"{name}: there twice")
-            elif not layouts.UNUSED.match(common):
+              faults[name] = "there twice"
+            elif not names.UNUSED.match(common):
               self._tensors[common] = tensor
       except (OSError, safetensors.SafetensorError) as error:
-        faults.append(f"{path.name}: cannot be read ({error})")
+        faults[path.name] = f"cannot be read ({error})"
     return faults
 
-  def _compare(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The faults of the tensors."""
-    faults = []
-    for name in sorted(wanted.keys() | self._tensors.keys() - {layouts.HEAD}):
-      tensor, shape = self._tensors.get(name), wanted.get(name)
-      if tensor is None:
-        faults.append(f"{layouts.released_name(name)}: missing, wanted {shape}")
-      elif shape is None:
-        faults.append(f"{tensor.name}: left over, {tensor.shape}")
-      elif tensor.shape != shape and not _is_longer(name, tensor.shape, shape):
-        faults.append(f"{tensor.name}: {tensor.shape}, wanted {shape}")
-      elif tensor.dtype not in _DTYPES:
-        faults.append(
-          f"{tensor.name}: of type {tensor.dtype}, wanted {', '.join(_DTYPES)}"
+  def _check_tensors(
+    self, wanted: dict[str, tuple[int, ...]], faults: dict[str, str]
+  ) -> None:
+    """Checks the tensors; messages have their names in the files."""
+    head = self._tensors.pop(names.HEAD, None)
+    embedding = self._tensors.get(names.EMBEDDING)
+    if embedding:
+      rows, *width = wanted[names.EMBEDDING]
+      rows = max((rows, *embedding.shape[:1]))  # It may have more than needed.
+      wanted[names.EMBEDDING] = (rows, *width)
+      if head and not _are_equal(head, embedding):
+        faults[head.name] = (
+          "differs from the embedding, to which it must be tied"
         )
-    head, embedding = (
-      self._tensors.get(layouts.HEAD),
-      self._tensors.get(layouts.EMBEDDING),
+    faults |= {
+      x.name: f"of type {x.dtype}, wanted {', '.join(_DTYPES)}"
+      for x in self._tensors.values()
+      if x.dtype not in _DTYPES
+    }
+    in_files = {common: x.name for common, x in self._tensors.items()}
+    assembly.check_tensors(
+      {x.name: x.shape for x in self._tensors.values()},
+      {in_files.get(k, names.released_name(k)): v for k, v in wanted.items()},
+      f"checkpoint {self._directory}",
+      faults=faults,
     )
-    if head and embedding and not _are_equal(head, embedding):
-      faults.append(
-        f"{head.name}: differs from the embedding, to which it must be tied"
-      )
-    return faults
 
 
 def save(
@@ -291,21 +291,6 @@ def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
     )
 
 
-def _leaves(tree: Any) -> Iterator[tuple[layouts.Layout, Any]]:
-  """Each leaf with its layout, in the order of the tree."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield layouts.layout_of(path), leaf
-
-
-def _file_shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor of the tree, by its name in files."""
-  return {
-    layout.tensor(index): layout.file_shape(leaf.shape)
-    for layout, leaf in _leaves(abstract_params)
-    for index in np.ndindex(*leaf.shape[: layout.num_stacked])
-  }
-
-
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The files with the tensors of a folder."""
   if not (directory / _INDEX).is_file():
@@ -314,15 +299,6 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   return [
     directory / name for name in sorted(set(index["weight_map"].values()))
   ]
-
-
-def _is_longer(
-  name: str, there: tuple[int, ...], here: tuple[int, ...]
-) -> bool:
-  """True if the tensor is an embedding with more rows than needed."""
-  return (
-    name == layouts.EMBEDDING and there[0] > here[0] and there[1:] == here[1:]
-  )
 
 
 def _are_equal(a: _Tensor, b: _Tensor) -> bool:
@@ -337,7 +313,7 @@ def _are_equal(a: _Tensor, b: _Tensor) -> bool:
 
 def _copy(
   tensor: _Tensor,
-  layout: layouts.Layout,
+  leaf: leaves.Leaf,
   sizes: Mapping[str, int],
   bounds: Mapping[str, slice],
   out: np.ndarray,
@@ -346,39 +322,37 @@ def _copy(
 
   Args:
     tensor: The tensor in its file, where one axis may merge several of ours.
-    layout: The layout of the leaf.
+    leaf: The leaf that the tensor belongs to.
     sizes: Length of each of our axes.
     bounds: Slice of each of our axes, in the order of `out`.
     out: The array to fill.
   """
-  axes, groups = [*bounds], layout.file.split()
-  order = [axis for group in groups for axis in group]
+  axes, groups = [*bounds], leaf.file_axes.split()
+  order = "".join(groups)
   # A view with the axes in the order of the file.
   by_file = out.transpose([axes.index(axis) for axis in order])
-  # Reads a slice of the first of merged axes, and slices the others after.
+  # Of merged axes the first is cut when read, and the others after that.
+  firsts = [group[0] for group in groups]
   tails = [math.prod(sizes[axis] for axis in group[1:]) for group in groups]
-  firsts = [bounds[group[0]] for group in groups]
   cuts = [
-    slice(first.start * tail, first.stop * tail)
-    for first, tail in zip(firsts, tails, strict=True)
+    slice(bounds[axis].start * tail, bounds[axis].stop * tail)
+    for axis, tail in zip(firsts, tails, strict=True)
   ]
-  split = [
-    n
-    for first, group in zip(firsts, groups, strict=True)
-    for n in (first.stop - first.start, *(sizes[a] for a in group[1:]))
+  shape = [
+    bounds[axis].stop - bounds[axis].start if axis in firsts else sizes[axis]
+    for axis in order
   ]
   inner = tuple(
-    slice(None) if axis in {group[0] for group in groups} else bounds[axis]
-    for axis in order
+    slice(None) if axis in firsts else bounds[axis] for axis in order
   )
   row_bytes = 4 * tails[0] * math.prod(cut.stop - cut.start for cut in cuts[1:])
   rows = max(1, _CHUNK_BYTES // max(row_bytes, 1))
-  first, tail = firsts[0], tails[0]
-  for start in range(first.start, first.stop, rows):
-    stop = min(start + rows, first.stop)
-    block = tensor.read((slice(start * tail, stop * tail), *cuts[1:]))
-    block = block.reshape(stop - start, *split[1:])[inner]
-    by_file[start - first.start : stop - first.start] = block
+  first, tail = bounds[firsts[0]].start, tails[0]
+  for start in range(0, shape[0], rows):
+    stop = min(start + rows, shape[0])
+    read = slice((first + start) * tail, (first + stop) * tail)
+    block = tensor.read((read, *cuts[1:]))
+    by_file[start:stop] = block.reshape(stop - start, *shape[1:])[inner]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -397,21 +371,19 @@ def _shards(
 ) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
   """For each file, functions that make its tensors, by name."""
   shard, size = {}, 0
-  for layout, leaf in _leaves(params):
-    kind = np.dtype(dtype or leaf.dtype)
-    num_bytes = math.prod(layout.file_shape(leaf.shape)) * kind.itemsize
-    for index in np.ndindex(*leaf.shape[: layout.num_stacked]):
+  for path, x in leaves.by_path(params).items():
+    leaf = leaves.LEAVES[path]
+    kind = np.dtype(dtype or x.dtype)
+    num_bytes = math.prod(leaf.file_shape(leaf.sizes(x.shape))) * kind.itemsize
+    for index in np.ndindex(*x.shape[: leaf.num_stacked]):
       if shard and size + num_bytes > shard_bytes:
         yield shard
         shard, size = {}, 0
-      name = layout.tensor(index)
-      rows = (
-        huggingface_config.num_rows(config)
-        if name == layouts.EMBEDDING
-        else None
-      )
+      name = leaf.tensor("huggingface", index)
+      is_embedding = name == names.EMBEDDING
+      rows = huggingface_config.num_rows(config) if is_embedding else None
       shard[_exported_name(name, config)] = functools.partial(
-        _tensor, layout, leaf, index, kind, rows
+        _tensor, leaf, x, index, kind, rows
       )
       size += num_bytes
   yield shard
@@ -419,23 +391,24 @@ def _shards(
 
 def _exported_name(name: str, config: gemma3_config.ModelConfig) -> str:
   if config.vision:
-    return layouts.released_name(name)
+    return names.released_name(name)
   return name.replace("text.", "model.", 1)
 
 
 def _tensor(
-  layout: layouts.Layout,
-  leaf: Any,
+  leaf: leaves.Leaf,
+  x: Any,
   index: tuple[int, ...],
   dtype: np.dtype,
   rows: int | None,
 ) -> np.ndarray:
   """A tensor of a file, made from its leaf."""
-  axes = layout.ours[layout.num_stacked :]
-  order = [axis for group in layout.file.split() for axis in group]
-  piece = _on_host(leaf[index] if index else leaf)
+  axes = leaf.axes[leaf.num_stacked :]
+  order = leaf.file_axes.replace(" ", "")
+  piece = _on_host(x[index] if index else x)
   piece = piece.transpose([axes.index(axis) for axis in order])
-  tensor = piece.reshape(layout.file_shape(leaf.shape)).astype(dtype)
+  shape = leaf.file_shape(leaf.sizes(x.shape))
+  tensor = piece.reshape(shape).astype(dtype)
   if rows is not None and rows > len(tensor):
     # Never learned; their mean gives them the mean likelihood, as released.
     mean = piece.astype(np.float32).mean(axis=0, keepdims=True)

@@ -9,7 +9,6 @@ References:
   `gm.ckpts` of https://github.com/google-deepmind/gemma
 """
 
-import functools
 import json
 import os
 import re
@@ -20,25 +19,12 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax import traverse_util
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly
 
-# Parts of our names and the library's names for them, image tower first.
-_LIBRARY_NAMES = (
-  (r"^vision_encoder/layers/", "vision_encoder/encoderblock_{layer}/"),
-  (r"^vision_encoder/norm/", "vision_encoder/encoder_norm/"),
-  (r"/attention_norm/", "/LayerNorm_0/"),
-  (r"/mlp_norm/", "/LayerNorm_1/"),
-  (r"/(query|key|value|out)/", r"/MultiHeadDotProductAttention_0/\1/"),
-  (r"/mlp_in/", "/MlpBlock_0/Dense_0/"),
-  (r"/mlp_out/", "/MlpBlock_0/Dense_1/"),
-  (r"/encode", "/Transformer/encode"),
-  (r"^vision_encoder/", "vision_encoder/siglip_encoder/"),
-  (r"^layers/", "layer_{layer}/"),
-  (r"/(query|key)_norm/", r"/_\1_norm/"),
-  (r"/(q_einsum|kv_einsum|attn_vec_einsum|mm_input_projection)$", r"/\1/w"),
-)
 # Parts of names in the flat layout, and what the nested one has instead.
 _FLAT = (
   (r"^transformer/", ""),
@@ -72,10 +58,10 @@ class Checkpoint:
     self._keys, shapes = _tensors(self._path, source)
     _check_size(shapes, config, source)
     wanted = {
-      _library_name(path, layer): shape
+      leaves.LEAVES[path].gemma.format(layer): shape
       for path, layer, shape in assembly.pieces(abstract_params)
     }
-    assembly.check_tensors(shapes, wanted, source, unreadable={})
+    assembly.check_tensors(shapes, wanted, source, faults={})
 
   def load(self, abstract_params: dict) -> dict:
     """Loads the tree with these shapes, types and shardings."""
@@ -83,16 +69,15 @@ class Checkpoint:
 
   def _read(
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
-  ) -> list[tuple[str, jax.Array]]:
+  ) -> list[tuple[str, Any]]:
     """Reads the given pieces of a layer to their devices, all at once."""
-    keys = {path: self._keys[_library_name(path, layer)] for path in pieces}
-    wanted: dict[str, Any] = {}
-    for path, piece in pieces.items():
-      *parents, leaf = keys[path]
-      inner = wanted
-      for parent in parents:
-        inner = inner.setdefault(parent, {})
-      inner[leaf] = piece
+    keys = {
+      path: self._keys[leaves.LEAVES[path].gemma.format(layer)]
+      for path in pieces
+    }
+    wanted = traverse_util.unflatten_dict(
+      {keys[path]: piece for path, piece in pieces.items()}
+    )
     args = ocp.args.PyTreeRestore(
       wanted,
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -100,10 +85,8 @@ class Checkpoint:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       tree = reader.restore(self._path, args=args)
-    return [
-      (path, functools.reduce(lambda node, key: node[key], keys[path], tree))
-      for path in pieces
-    ]
+    found = traverse_util.flatten_dict(tree)
+    return [(path, found[keys[path]]) for path in pieces]
 
 
 def _tensors(
@@ -160,13 +143,6 @@ def _no_checkpoint(source: str) -> ValueError:
     f"{source} must be the folder of an Orbax checkpoint of the gemma library, "
     "but there is none; give the folder that holds _METADATA."
   )
-
-
-def _library_name(path: str, layer: int | None) -> str:
-  """The nested name of the tensor of one piece."""
-  for pattern, replacement in _LIBRARY_NAMES:
-    path = re.sub(pattern, replacement, path)
-  return path.replace("{layer}", str(layer))
 
 
 def _check_size(

@@ -9,8 +9,10 @@ import pathlib
 
 import jax
 import numpy as np
+from safetensors import numpy as safetensors
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.settings import LoraConfig
 
@@ -39,17 +41,18 @@ def save(
     directory: The folder; it is created if missing.
     base_model: Name or path of the model that the adapters belong to.
   """
-  # From the "export" extra, which training does not need.
-  from safetensors import numpy as safetensors
-
   prefix = "model.language_model." if config.vision else "model."
   tensors, modules, parameters = {}, [], []
-  for target in loras.model_targets(config, lora):
-    factors = jax.device_get(loras.get_path(adapters, target.path))
-    a, b = factors["lora_a"], factors["lora_b"]
-    if target.path[0] == "layers":
-      modules += target.modules
-      tensors |= _layer_tensors(f"{prefix}layers", target, lora.rank, a, b)
+  factors = loras.flatten(jax.device_get(adapters))
+  for path in loras.model_targets(config, lora):
+    a, b = factors[path]["lora_a"], factors[path]["lora_b"]
+    if path.startswith("layers/"):
+      names = [
+        name.removeprefix("text.layers.{}.").removesuffix(".weight")
+        for name in leaves.LEAVES[path].huggingface
+      ]
+      modules += names
+      tensors |= _layer_tensors(f"{prefix}layers", names, lora.rank, a, b)
     else:
       parameters.append(_PROJECTOR)
       module, _, _ = f"model.{_PROJECTOR}".rpartition(".")
@@ -67,21 +70,16 @@ def save(
 
 
 def _layer_tensors(
-  prefix: str, target: loras.Target, rank: int, a: np.ndarray, b: np.ndarray
+  prefix: str, names: list[str], rank: int, a: np.ndarray, b: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Tensors of a weight in all layers."""
+  """Tensors of a weight, which may be several modules, in all layers."""
   tensors = {}
   for layer, (a_layer, b_layer) in enumerate(zip(a, b, strict=True)):
-    if len(target.modules) == 1:
+    if len(names) == 1:
       a_layer, b_layer = a_layer[None], b_layer[None]
-    for name, a_matrix, b_matrix in zip(
-      target.modules, a_layer, b_layer, strict=True
-    ):
-      tensors |= _tensors(
-        f"{prefix}.{layer}.{name}",
-        a_matrix.reshape(-1, rank),
-        b_matrix.reshape(rank, -1),
-      )
+    for name, x, y in zip(names, a_layer, b_layer, strict=True):
+      module = f"{prefix}.{layer}.{name}"
+      tensors |= _tensors(module, x.reshape(-1, rank), y.reshape(rank, -1))
   return tensors
 
 

@@ -141,10 +141,10 @@ def test_one_error_lists_every_fault_of_the_tensors(tiny, changed):
     lines = str(error.value).splitlines()[1:-1]
     assert [line.strip() for line in sorted(lines)] == [
       f"{layer}input_layernorm.weight: of type I8, wanted F32, BF16, F16",
-      f"{layer}mlp.up_proj.weight: missing, wanted (24, 16)",
-      f"{layer}self_attn.q_proj.weight: (3, 16), wanted (16, 16)",
-      "one.too.many: left over, (2, 3)",
-      "vision_tower.vision_model.post_layernorm.bias: missing, wanted (16,)",
+      f"{layer}mlp.up_proj.weight: missing, wanted [24,16]",
+      f"{layer}self_attn.q_proj.weight: [3,16], wanted [16,16]",
+      "one.too.many: extra, [2,3]",
+      "vision_tower.vision_model.post_layernorm.bias: missing, wanted [16]",
     ]
 
 
