@@ -71,9 +71,7 @@ mkdir -p "$workdir/logs"
 
 port=$("$python" -c '
 import socket
-with socket.socket() as s:
-  s.bind(("127.0.0.1", 0))
-  print(s.getsockname()[1])
+print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])
 ')
 export JAX_PLATFORMS=cpu
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$hosts

@@ -66,12 +66,8 @@ python_candidates() {
     for folder in "${PYENV_ROOT:-}" "${HOME:-}/.pyenv"; do
       printf '%s\n' "$folder/versions/$name"*/bin/python
     done
+    uv python find --no-project "$name" 2>/dev/null || true
   done
-  if command -v uv >/dev/null; then
-    for name in 3.12 3.13; do
-      uv python find --no-project "$name" 2>/dev/null || true
-    done
-  fi
 }
 
 find_python() {

@@ -45,7 +45,7 @@ def label_results(
   written = ("groups", "completions")
   left_out = ("without_right", "without_wrong", "without_answer")
   left_out += ("not_in_data_dir", "empty", "repeated")
-  counts = dict.fromkeys(written + left_out, 0)
+  counts: dict[str, int] = dict.fromkeys(written + left_out, 0)
   texts, problems = _read_responses(paths, counts)
   if data_dir:
     with user_errors():

@@ -1,11 +1,10 @@
 """Grades the completions of a batch: sums for metrics, records for files."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from data_pipelines import pipeline, records
+from data_pipelines import pipeline
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
 
@@ -90,12 +89,25 @@ def graded_completions(
       continue
     asked = bool(batch.valid[row])
     is_graded = problem.has_answer or not is_readable[row]
-    record = _record(
-      problem,
-      response=texts[row] if asked else "",
-      extraction=rewards.answers[row] if asked else None,
-    )
-    record["true_false"] = bool(is_right[row]) if is_graded else None
+    extraction = rewards.answers[row] if asked else None
+    # A record in MathVista's results format, without its image.
+    record = {
+      "pid": problem.pid,
+      "question": problem.question,
+      "image": problem.image_path,
+      "choices": list(problem.choices) or None,
+      "unit": problem.unit or None,
+      "precision": problem.precision if problem.precision >= 0 else None,
+      "answer": problem.answer,
+      "question_type": problem.question_type,
+      "answer_type": problem.answer_type,
+      "metadata": dict(problem.metadata),
+      "query": problem.query,
+      "response": texts[row] if asked else "",
+      "extraction": extraction,
+      "prediction": extraction,
+      "true_false": bool(is_right[row]) if is_graded else None,
+    }
     completions.append(
       scores.GradedCompletion(
         index=int(batch.prompt_index[row]),
@@ -114,25 +126,3 @@ def _is_readable(batch: pipeline.Batch) -> np.ndarray:
 
 def _is_right(batch: pipeline.Batch, rewards: scoring.Scores) -> np.ndarray:
   return batch.valid & (rewards.components["accuracy"] > 0.5)
-
-
-def _record(
-  problem: records.Problem, *, response: str, extraction: str | None
-) -> dict[str, Any]:
-  """A record in MathVista's results format, without its image."""
-  return {
-    "pid": problem.pid,
-    "question": problem.question,
-    "image": problem.image_path,
-    "choices": list(problem.choices) or None,
-    "unit": problem.unit or None,
-    "precision": problem.precision if problem.precision >= 0 else None,
-    "answer": problem.answer,
-    "question_type": problem.question_type,
-    "answer_type": problem.answer_type,
-    "metadata": dict(problem.metadata),
-    "query": problem.query,
-    "response": response,
-    "extraction": extraction,
-    "prediction": extraction,
-  }

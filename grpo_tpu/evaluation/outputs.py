@@ -53,12 +53,12 @@ def write(
       `weights` with the checkpoint's step, and `seed`.
   """
   split = facts["split"]
-  _write_json(folder / f"output_{split}.json", _results(evaluation.greedy))
+  _write_results(folder / f"output_{split}.json", evaluation.greedy)
   for number, draw in enumerate(evaluation.samples):
     name = f"output_{split}_{number:03}.json"
-    _write_json(folder / "samples" / name, _results(draw))
+    _write_results(folder / "samples" / name, draw)
   for name, completions in evaluation.ablated.items():
-    _write_json(folder / f"output_{split}_{name}.json", _results(completions))
+    _write_results(folder / f"output_{split}_{name}.json", completions)
   temperature = settings.temperature if evaluation.samples else 0.0
   figures = {**facts, "temperature": temperature}
   figures |= evaluation.figures(settings.ks)
@@ -102,10 +102,10 @@ def make_example(
   )
 
 
-def _results(
-  completions: Sequence[scores.GradedCompletion],
-) -> dict[str, dict[str, Any]]:
-  return {each.record["pid"]: each.record for each in completions}
+def _write_results(
+  path: pathlib.Path, completions: Sequence[scores.GradedCompletion]
+) -> None:
+  _write_json(path, {each.record["pid"]: each.record for each in completions})
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

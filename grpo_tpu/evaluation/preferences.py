@@ -16,8 +16,13 @@ from grpo_tpu.observability import writer
 from grpo_tpu.rl import preference_metrics, score
 from grpo_tpu.rl.experience import Collector
 
-# Lower edges of the buckets of reward margins.
-_EDGES = (0.0, 0.25, 0.5, 0.75)
+# Buckets of reward margins with their lower edges.
+_BUCKETS = {
+  "margin_0.0_to_0.25": 0.0,
+  "margin_0.25_to_0.5": 0.25,
+  "margin_0.5_to_0.75": 0.5,
+  "margin_0.75_and_more": 0.75,
+}
 
 
 def evaluate_preferences(
@@ -64,19 +69,12 @@ def evaluate_preferences(
       "implicit_preference_margin",
     )
   }
-  for name in _bucket_names():
+  for name in _BUCKETS:
     if totals[f"pairs/{name}"]:
       scalars[f"eval/implicit_preference_accuracy/{name}"] = (
         totals[f"accuracy/{name}"] / totals[f"pairs/{name}"]
       )
   return scalars
-
-
-def _bucket_names() -> list[str]:
-  highs = [*(f"to_{edge}" for edge in _EDGES[1:]), "and_more"]
-  return [
-    f"margin_{low}_{high}" for low, high in zip(_EDGES, highs, strict=True)
-  ]
 
 
 @jax.jit
@@ -101,8 +99,9 @@ def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
   sums["pairs"] = valid.sum()
   margin = better - worse
   # A pair whose rewards contradict its labels falls into the lowest bucket.
-  bucket = jnp.searchsorted(np.array(_EDGES[1:]), margin, side="right")
-  for index, name in enumerate(_bucket_names()):
+  edges = np.array(list(_BUCKETS.values())[1:])
+  bucket = jnp.searchsorted(edges, margin, side="right")
+  for index, name in enumerate(_BUCKETS):
     inside = valid & (bucket == index)
     wins = accuracies["implicit_preference_accuracy"]
     sums[f"pairs/{name}"] = inside.sum()

@@ -199,7 +199,6 @@ class _Session:
       name: collections.deque(maxlen=config.error_window)
       for name in config.weights
     }
-    self._num_failed = dict.fromkeys(config.weights, 0)
     self._num_logged = dict.fromkeys(config.weights, 0)
     self._last = dict.fromkeys(config.weights, "see the other hosts' logs")
 
@@ -220,13 +219,10 @@ class _Session:
     recent = self._recent[name]
     limit = self._config.max_error_fraction * self._config.error_window
     for has_failed in failed.tolist():
-      if len(recent) == recent.maxlen:
-        self._num_failed[name] -= recent[0]
       recent.append(has_failed)
-      self._num_failed[name] += has_failed
-      if has_failed and self._num_failed[name] > limit:
+      if has_failed and (num_failed := sum(recent)) > limit:
         raise RewardError(
-          f"reward {name} failed on {self._num_failed[name]} of the last "
+          f"reward {name} failed on {num_failed} of the last "
           f"{len(recent)} completions, but rewards.max_error_fraction "
           f"({self._config.max_error_fraction:g}) allows {limit:g} of "
           f"{self._config.error_window}; {self._last[name]}. Fix the reward; "

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from launch.pod import exits, gcloud, jobset, slices, supervision, workers
+from launch.pod import gcloud, jobset, slices, supervision, workers
 from launch.pod import settings as pod_settings
-
-Exit = exits.Exit
+from launch.pod.exits import Exit, Failure
 
 _VERBS = {
   "create": "request the slice, unless it exists",
@@ -176,7 +175,7 @@ def main(words: Sequence[str]) -> int:
   logging.basicConfig(format="%(message)s", level=logging.INFO)
   try:
     return int(_run(_parser().parse_args(words)))
-  except exits.Failure as failure:
+  except Failure as failure:
     code, message = failure.exit, str(failure)
   except ValueError as error:
     code, message = Exit.BAD_REQUEST, str(error)

@@ -10,10 +10,8 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from launch.pod import exits
 from launch.pod import settings as pod_settings
-
-Exit = exits.Exit
+from launch.pod.exits import Exit, Failure
 
 _ERRORS: dict[str, list[str]] = tomllib.loads(
   pathlib.Path(__file__).with_name("errors.toml").read_text(encoding="utf-8")
@@ -57,7 +55,7 @@ class Gcloud:
     """Asks the API for the "tpu-vm" or the "queued-resources" of the slice."""
     try:
       answer = self.tpus(kind, "describe", self.settings.name, "--format=json")
-    except exits.Failure as failure:
+    except Failure as failure:
       if failure.exit == Exit.ABSENT:
         return None
       raise
@@ -67,9 +65,7 @@ class Gcloud:
     """Runs a command of `gcloud compute tpus`; returns its output."""
     result = self._run(self._tpus_call(words))
     if result.returncode:
-      raise exits.Failure(
-        classify_error(result.stderr), error_tail(result.stderr)
-      )
+      raise Failure(classify_error(result.stderr), error_tail(result.stderr))
     return result.stdout
 
   def copy(self, worker: int, files: Sequence[str]) -> None:
@@ -106,7 +102,7 @@ class Gcloud:
     try:
       return subprocess.Popen(call, text=True, errors="replace", **streams)
     except FileNotFoundError as error:
-      raise exits.Failure(
+      raise Failure(
         Exit.NO_GCLOUD, f"{call[0]} was not found on PATH."
       ) from error
 
@@ -126,11 +122,8 @@ class Gcloud:
     return ["gcloud", *track, "compute", "tpus", *words, *location, "--quiet"]
 
   def _connection_flags(self, program: str) -> list[str]:
-    route = {
-      "external": [],
-      "internal": ["--internal-ip"],
-      "iap": ["--tunnel-through-iap"],
-    }[self.settings.ssh]
+    routes = {"internal": ["--internal-ip"], "iap": ["--tunnel-through-iap"]}
+    route = routes.get(self.settings.ssh, [])
     options = ("ConnectTimeout=20", "ServerAliveInterval=20")
     return [*route, *(f"--{program}-flag=-o{option}" for option in options)]
 
@@ -141,14 +134,14 @@ class Gcloud:
     name = f"Worker {worker} of {self.settings.name}"
     tail = error_tail(stderr)
     if returncode == 255 or "return code [255]" in stderr:
-      raise exits.Failure(
+      raise Failure(
         Exit.WORKER_UNREACHABLE, f"{name} could not be reached by ssh: {tail}"
       )
     if re.search(r"^ERROR: (\(gcloud|gcloud crashed)", stderr, re.MULTILINE):
-      raise exits.Failure(classify_error(stderr), tail)
+      raise Failure(classify_error(stderr), tail)
     # Bash exits with 127 if the script is missing: nothing was sent yet.
     if returncode == 127 and WORKER_SCRIPT in stderr:
-      raise exits.Failure(Exit.NOT_SET_UP, f"{name} is not set up.")
+      raise Failure(Exit.NOT_SET_UP, f"{name} is not set up.")
     codes = {Exit.BUSY, Exit.NOT_SET_UP, Exit.BAD_REQUEST, Exit.TIMEOUT}
     code = returncode if returncode in codes else Exit.WORKER_FAILED
-    raise exits.Failure(Exit(code), f"{name}: {tail}")
+    raise Failure(Exit(code), f"{name}: {tail}")

@@ -6,10 +6,9 @@ import logging
 import time
 from typing import Any
 
-from launch.pod import exits, gcloud, shapes
+from launch.pod import gcloud, shapes
 from launch.pod import settings as pod_settings
-
-Exit = exits.Exit
+from launch.pod.exits import Exit, Failure
 
 
 class State(enum.Enum):
@@ -24,8 +23,9 @@ class State(enum.Enum):
   DELETING = "deleting"
 
 
-# States of the API. All others are PENDING.
-_NODE_STATES = {
+# States of queued resources and of TPU VMs in the API. All others are PENDING.
+_STATES = {
+  "FAILED": State.FAILED,
   "READY": State.READY,
   "PREEMPTED": State.PREEMPTED,
   "TERMINATED": State.PREEMPTED,
@@ -33,10 +33,6 @@ _NODE_STATES = {
   "STOPPED": State.SUSPENDED,
   "HIDING": State.SUSPENDED,
   "HIDDEN": State.SUSPENDED,
-  "DELETING": State.DELETING,
-}
-_REQUEST_STATES = {
-  "FAILED": State.FAILED,
   "SUSPENDING": State.SUSPENDED,
   "SUSPENDED": State.SUSPENDED,
   "DELETING": State.DELETING,
@@ -54,9 +50,9 @@ class Slice:
   num_workers: int  # The number of machines; 0 until it has any.
   is_queued: bool  # True if the slice belongs to a queued resource.
 
-  def failure(self, name: str) -> exits.Failure:
+  def failure(self, name: str) -> Failure:
     """The failure of a verb that needs a ready slice."""
-    return exits.Failure(
+    return Failure(
       Exit.__members__.get(self.state.name, Exit.TIMEOUT),
       f"The slice {name} is {self.state.value}: {self.details}.",
     )
@@ -71,7 +67,7 @@ def from_api(
   state = State.ABSENT
   if request is not None:
     answer = request.get("state", {})
-    state = _REQUEST_STATES.get(answer.get("state", ""), State.PENDING)
+    state = _STATES.get(answer.get("state", ""), State.PENDING)
     details.append(f"the queued resource is {answer.get('state', 'new')}")
     if reason := answer.get("failedData", {}).get("error", {}).get("message"):
       details.append(reason)
@@ -82,7 +78,7 @@ def from_api(
     details.append(f"the TPU VM is {node.get('state', 'new')}")
     # A failed or suspended request explains more than its machines do.
     if state in (State.ABSENT, State.PENDING):
-      state = _NODE_STATES.get(node.get("state", ""), State.PENDING)
+      state = _STATES.get(node.get("state", ""), State.PENDING)
   return Slice(
     state=state,
     details="; ".join(details) or "no slice has this name",
@@ -130,7 +126,7 @@ def require_ready(cloud: gcloud.Gcloud) -> Slice:
 def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
   if not found.is_ours:
     label = f"{pod_settings.LABEL}={settings.name}"
-    raise exits.Failure(
+    raise Failure(
       Exit.NOT_OURS,
       f"{settings.name} in {settings.zone} lacks the label {label}, so these"
       " scripts did not create it.",
@@ -148,7 +144,7 @@ def create(cloud: gcloud.Gcloud) -> None:
     return
   _require_ours(settings, found)
   if found.accelerator_type != settings.accelerator_type:
-    raise exits.Failure(
+    raise Failure(
       Exit.BAD_REQUEST,
       f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must be the type of"
       f" the existing slice {settings.name} ({found.accelerator_type!r});"

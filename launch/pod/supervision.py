@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from data_pipelines.validation import ExitCode
-from launch.pod import exits, gcloud, slices, workers
+from launch.pod import gcloud, slices, workers
+from launch.pod.exits import Exit, Failure
 
-Exit = exits.Exit
 State = slices.State
 
 _ABORTED = 134  # SIGABRT: JAX ended the process.
@@ -68,7 +68,7 @@ class Supervisor:
     while True:
       try:
         code, was_stopped = self._attempt()
-      except exits.Failure as failure:
+      except Failure as failure:
         if failure.exit not in _TRANSIENT:
           raise
         reason = f"{failure} (exit code {failure.exit}, {failure.exit.name})"
@@ -77,7 +77,7 @@ class Supervisor:
           return code
         reason = f"The run ended with exit code {code}."
       if self._restarts >= limit:
-        raise exits.Failure(
+        raise Failure(
           Exit.RESTARTS_SPENT,
           f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
         )

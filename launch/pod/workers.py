@@ -10,12 +10,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
-from launch.pod import exits, gcloud
-
-Exit = exits.Exit
-T = TypeVar("T")
+from launch.pod import gcloud
+from launch.pod.exits import Exit, Failure
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,7 +27,7 @@ _TERMINAL = ("-tt",)
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 
 
-def on_each(
+def on_each[T](
   cloud: gcloud.Gcloud, num_workers: int, action: Callable[[int], T]
 ) -> list[T]:
   """Calls an action with the number of each worker; returns the results."""
@@ -39,9 +36,9 @@ def on_each(
   parallel = _MAX_PARALLEL_CALLS if has_key and not cloud.dry_run else 1
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
     futures = [pool.submit(action, worker) for worker in range(num_workers)]
-  failures: list[exits.Failure] = []
+  failures: list[Failure] = []
   for error in [future.exception() for future in futures]:
-    if isinstance(error, exits.Failure):
+    if isinstance(error, Failure):
       failures.append(error)
     elif error is not None:
       raise error
@@ -49,7 +46,7 @@ def on_each(
     codes = [failure.exit for failure in failures]
     worst = next((code for code in _WORST_FIRST if code in codes), codes[0])
     messages = dict.fromkeys(str(failure) for failure in failures)
-    raise exits.Failure(worst, "\n".join(messages))
+    raise Failure(worst, "\n".join(messages))
   return [future.result() for future in futures]
 
 
@@ -98,11 +95,11 @@ def _git(*words: str, rule: str = "git must succeed") -> str:
       ["git", "-C", str(ROOT), *words], capture_output=True, text=True
     )
   except FileNotFoundError as error:
-    raise exits.Failure(
+    raise Failure(
       Exit.BAD_REQUEST, "git must be on PATH, to send the committed files."
     ) from error
   if result.returncode:
-    raise exits.Failure(Exit.BAD_REQUEST, f"{rule}: {result.stderr.strip()}")
+    raise Failure(Exit.BAD_REQUEST, f"{rule}: {result.stderr.strip()}")
   return result.stdout.strip()
 
 
@@ -204,7 +201,7 @@ def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
   """The status of one worker."""
   try:
     return Status.parse(cloud.run_on_worker(worker, _script("status")))
-  except exits.Failure as failure:
+  except Failure as failure:
     if failure.exit == Exit.NOT_SET_UP:
       return Status.parse("")
     raise
