@@ -13,10 +13,8 @@ Orbax alone restores a flipped byte, casts a leaf whose dtype has changed, and
 reports a failed save only at the next save; here each of these is an error.
 Orbax's `CheckpointManager` is not used: it deletes older steps before a
 manifest could be written, and it polls for preemption with the step number,
-which would disturb the run's own polls.
-
-References:
-  Orbax, https://orbax.readthedocs.io/en/latest/guides/checkpoint/
+which would disturb the run's own polls. Orbax is described in
+https://orbax.readthedocs.io/en/latest/guides/checkpoint/.
 """
 
 import concurrent.futures
@@ -30,14 +28,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from grpo_tpu.checkpoint import (
-  directory_lock,
-  finite,
-  manifest,
-  quarantine,
-  reader,
-  retention,
-)
+from grpo_tpu.checkpoint import finite, manifest, reader, retention
+from grpo_tpu.checkpoint.directory_lock import DirectoryLock
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.distributed import collectives
@@ -75,20 +67,17 @@ class Checkpoints:
     self._block_seconds = 0.0
     self._config = config
     self._directory = epath.Path(directory).resolve()
-    self._lock = directory_lock.DirectoryLock(self._directory)
+    self._lock = DirectoryLock(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
     )
-    self._thread = concurrent.futures.ThreadPoolExecutor(
-      1, thread_name_prefix="checkpoints"
-    )
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
     self._pending: concurrent.futures.Future[None] | None = None
     self._pending_info: CheckpointInfo | None = None
     self._removal: concurrent.futures.Future[None] | None = None
     self._save_time = time.monotonic()
-    error = self._open_directory() if collectives.is_first_process() else ""
-    if error := collectives.broadcast_string(error):
+    if error := reader.ask_first_process(self._open_directory):
       raise CheckpointError(error)
     self._saved = reader.broadcast_checkpoints(self._directory)
 
@@ -121,15 +110,14 @@ class Checkpoints:
     partial_step: reader.PartialStepData | None = None,
     force: bool = False,
   ) -> bool:
-    """Starts to save `state`, if the step is due or `force` is set.
+    """Starts to save `state` if it is due, and returns True if it has started.
 
     Must be called after every step, because this call notices that an earlier
     save has failed. The failure is logged and counted, and this step is saved
     in its stead, due or not.
 
     Returns when the values are copied, so the caller may donate `state` at
-    once; files are written in the background. A second save waits for the
-    first one.
+    once. A thread writes the files; a second save waits for the first one.
 
     Args:
       step: Finished steps.
@@ -139,9 +127,6 @@ class Checkpoints:
       metrics: Metrics of this step, which may include the best metric.
       partial_step: The interrupted step after `step`; always saved.
       force: Save although the step is not due. A saved step is not repeated.
-
-    Returns:
-      True if a save was started.
 
     Raises:
       ValueError: The step is older than the newest saved one.
@@ -205,14 +190,13 @@ class Checkpoints:
 
     Damaged checkpoints that are newer are moved into `quarantine/` and counted.
 
+    Returns None if nothing has been saved yet.
+
     Args:
       abstract_state: The wanted tree: leaves with shape, dtype and sharding
         (`jax.ShapeDtypeStruct` or arrays). The mesh may differ from the one
         that saved the checkpoint.
       partial_step_sharding: Sharding of the arrays of a partial step.
-
-    Returns:
-      The checkpoint; None if nothing has been saved yet.
 
     Raises:
       ValueError: The newest checkpoint's leaves differ from `abstract_state`.
@@ -224,16 +208,12 @@ class Checkpoints:
       path = self._directory / info.name
       damage = reader.find_damage(path)
       if not damage:
-        restored = reader.read_checkpoint(
+        logging.info("Restoring %s.", path)
+        return reader.read_checkpoint(
           path, abstract_state, partial_step_sharding
         )
-        logging.info("Restored %s.", path)
-        return restored
       self._quarantine(info, damage)
-    lost = ""
-    if collectives.is_first_process():
-      lost = ", ".join(quarantine.lost_steps(self._directory))
-    if lost := collectives.broadcast_string(lost):
+    if lost := reader.ask_first_process(self._lost_steps):
       raise CheckpointError(
         f"no checkpoint in {self._directory} is whole: {lost}. Look into its"
         " quarantine folder and bring a good copy back, or use an empty"
@@ -263,11 +243,9 @@ class Checkpoints:
     if not self._config.every_minutes:
       return False
     seconds = time.monotonic() - self._save_time
-    return bool(
-      collectives.broadcast_string(
-        "y" * (seconds >= self._config.every_minutes * 60)
-      )
-    )
+    is_late = seconds >= self._config.every_minutes * 60
+    # The clocks of the processes differ, so the first one decides.
+    return bool(collectives.broadcast_string("y" * is_late))
 
   def _start_save(
     self,
@@ -282,24 +260,24 @@ class Checkpoints:
       return False
     if self._removal is not None:
       self._removal.result()
-    error = self._write_error() if collectives.is_first_process() else ""
-    if error := collectives.broadcast_string(error):
+    if error := reader.ask_first_process(self._write_error):
       self._count_failure(f"{info.name}: {error}")
       return False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
-    record = {
-      "step": info.step,
-      "leaves": reader.describe_leaves(state),
-      "meta": dict(meta),
-      "unfinished": None,
-    }
+    unfinished = None
     if partial_step is not None:
-      record["unfinished"] = {
+      items["unfinished"] = ocp.args.PyTreeSave(partial_step.arrays)
+      unfinished = {
         "updates_done": partial_step.updates_done,
         "leaves": reader.describe_leaves(partial_step.arrays),
         "record": partial_step.record,
       }
-      items["unfinished"] = ocp.args.PyTreeSave(partial_step.arrays)
+    record = {
+      "step": info.step,
+      "leaves": reader.describe_leaves(state),
+      "meta": dict(meta),
+      "unfinished": unfinished,
+    }
     items["meta"] = ocp.args.JsonSave(record)
     path = self._directory / info.name
     self._save_time = time.monotonic()
@@ -410,11 +388,17 @@ class Checkpoints:
       path,
       damage,
     )
-    error = (
-      quarantine.move(path, damage) if collectives.is_first_process() else ""
-    )
-    if error := collectives.broadcast_string(error):
+    label = damage.partition(":")[0].replace(" ", "-")
+    target = path.parent / "quarantine" / f"{path.name}-{label}"
+    if error := reader.ask_first_process(lambda: manifest.move(path, target)):
       raise CheckpointError(error)
+
+  def _lost_steps(self) -> str:
+    """Names in quarantine; without step 0, with which every run starts."""
+    folder = self._directory / "quarantine"
+    paths = folder.iterdir() if folder.exists() else ()
+    names = {path.name for path in paths}
+    return ", ".join(sorted(n for n in names if not n.startswith(f"{0:08}-")))
 
 
 def _remove_steps(directory: epath.Path, names: list[str]) -> None:

@@ -14,15 +14,12 @@ def is_finite(state: Any) -> bool:
     for leaf in jax.tree.leaves(state)
     if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size
   ]
-  unsharded_axes = tuple(
-    tuple(
-      axis
-      for axis, size in enumerate(leaf.sharding.shard_shape(leaf.shape))
-      if size == leaf.shape[axis]
-    )
-    for leaf in leaves
-  )
-  return not leaves or bool(_all_finite(leaves, unsharded_axes))
+  unsharded_axes = []
+  for leaf in leaves:
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    axes = [i for i, size in enumerate(shard) if size == leaf.shape[i]]
+    unsharded_axes.append(tuple(axes))
+  return not leaves or bool(_all_finite(leaves, tuple(unsharded_axes)))
 
 
 @functools.partial(jax.jit, static_argnames=("unsharded_axes",))

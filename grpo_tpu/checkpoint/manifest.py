@@ -30,23 +30,17 @@ def path_for(folder: epath.Path) -> epath.Path:
 
 
 def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
-  """Reads all files of `folder` and writes its manifest.
+  """Reads all files of a finished `folder` and writes its manifest.
 
-  Args:
-    folder: A folder that nobody writes to any more.
-    facts: More values to store in the manifest, as JSON can hold them.
+  The manifest also stores `facts`, which JSON must be able to hold.
   """
   files = _list_files(folder)
-  body = {
-    "name": folder.name,
-    "facts": dict(facts),
-    "files": {
-      name: {"bytes": size, "crc32c": checksum}
-      for name, size, checksum in zip(
-        files, _sizes(files), _checksums(files.values()), strict=True
-      )
-    },
+  checksums = _checksums(files.values())
+  rows = {
+    name: {"bytes": path.stat().length, "crc32c": checksum}
+    for (name, path), checksum in zip(files.items(), checksums, strict=True)
   }
+  body = {"name": folder.name, "facts": dict(facts), "files": rows}
   text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
   path = path_for(folder)
   # Renamed when complete, so that a kill leaves no partial manifest.
@@ -88,19 +82,39 @@ def find_damage(
       return f"unknown file: {extra[0]}"
     names = sorted(wanted, key=lambda name: (-wanted[name]["bytes"], name))
     names = [name for name in names[part::parts] if name.startswith(under)]
-    files = {name: folder / name for name in names}
-    for name, size in zip(names, _sizes(files), strict=True):
-      if size is None:
+    paths = [folder / name for name in names]
+    for name, path in zip(names, paths, strict=True):
+      if not path.exists() or path.is_dir():
         return f"missing file: {name}"
+      size = path.stat().length
       if size != wanted[name]["bytes"]:
         return f"wrong size: {name} {size}, not {wanted[name]['bytes']}"
-    for name, value in zip(names, _checksums(files.values()), strict=True):
+    for name, value in zip(names, _checksums(paths), strict=True):
       if value != wanted[name]["crc32c"]:
         return f"wrong checksum: {name} {value}, not {wanted[name]['crc32c']}"
   except OSError as error:
     if error.errno != errno.EIO:  # EIO: the disk lost the data for good.
       raise
     return f"unreadable file: {error}"
+  return ""
+
+
+def move(folder: epath.Path, target: epath.Path) -> str:
+  """Moves a folder and its manifest; returns an error or "".
+
+  Adds a number to the name of a target that exists.
+  """
+  free, number = target, 1
+  try:
+    while free.exists() or path_for(free).exists():
+      number += 1
+      free = target.with_name(f"{target.name}-{number}")
+    free.parent.mkdir(exist_ok=True)
+    for old, new in ((path_for(folder), path_for(free)), (folder, free)):
+      if old.exists():
+        old.rename(new)
+  except OSError as error:
+    return f"{folder} is damaged, and cannot be moved aside: {error}"
   return ""
 
 
@@ -125,22 +139,9 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
 
 def _list_files(folder: epath.Path) -> dict[str, epath.Path]:
   """All files in the folder and below, by their path within it."""
-  files, folders = {}, [folder] if folder.is_dir() else []
-  while folders:
-    for path in folders.pop().iterdir():
-      if path.is_dir():
-        folders.append(path)
-      else:
-        files[path.relative_to(folder).as_posix()] = path
+  paths = [root / name for root, _, names in folder.walk() for name in names]
+  files = {path.relative_to(folder).as_posix(): path for path in paths}
   return dict(sorted(files.items()))
-
-
-def _sizes(files: Mapping[str, epath.Path]) -> list[int | None]:
-  """Sizes in bytes; None for a path that is not a file."""
-  return [
-    path.stat().length if path.exists() and not path.is_dir() else None
-    for path in files.values()
-  ]
 
 
 def _checksums(paths: Iterable[epath.Path]) -> list[str]:

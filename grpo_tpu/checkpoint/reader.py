@@ -8,11 +8,10 @@ run call these functions together.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -42,14 +41,7 @@ class PartialStepData:
 
 @dataclasses.dataclass(frozen=True)
 class RestoredCheckpoint:
-  """The contents of a checkpoint.
-
-  Attributes:
-    step: Finished steps.
-    state: The arrays.
-    meta: The values that were saved beside the arrays.
-    partial_step: The interrupted step after `step`; None without one.
-  """
+  """The contents of a checkpoint, as `Checkpoints.save` describes them."""
 
   step: int
   state: Any
@@ -60,15 +52,12 @@ class RestoredCheckpoint:
 def restore_params(
   directory: epath.PathLike, step: int | None, abstract_params: Any
 ) -> tuple[Any, int]:
-  """Reads only the `params` of another run's state.
+  """Reads only the `params` of another run's state, and returns their step.
 
   Args:
     directory: The other run's checkpoints.
     step: The step to read; None for the newest whole one.
     abstract_params: The `params` part of what `Checkpoints.restore` takes.
-
-  Returns:
-    The parameters and the step that they come from.
 
   Raises:
     ValueError: The step is missing or damaged, or its leaves differ from
@@ -77,8 +66,7 @@ def restore_params(
   if step is None:
     step = newest_step(directory)
   path = _finished_path(directory, step)
-  if damage := find_damage(path):
-    raise ValueError(_damage_message(path, damage))
+  _refuse_damage(path, find_damage(path))
   wanted = {"params": abstract_params}
   saved = _read_record(path)["leaves"]
   saved = {k: v for k, v in saved.items() if k.startswith("params/")}
@@ -95,8 +83,7 @@ def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
     ValueError: The step is missing or damaged.
   """
   path = _finished_path(directory, step)
-  if damage := manifest.find_damage(path, under="meta/"):
-    raise ValueError(_damage_message(path, damage))
+  _refuse_damage(path, manifest.find_damage(path, under="meta/"))
   return _read_record(path)["meta"]
 
 
@@ -109,9 +96,7 @@ def newest_step(directory: epath.PathLike) -> int:
     ValueError: No step is whole.
   """
   folder = epath.Path(directory).resolve()
-  newest = collectives.broadcast_string(
-    _newest_whole(folder) if collectives.is_first_process() else ""
-  )
+  newest = ask_first_process(lambda: _newest_whole(folder))
   if not newest:
     raise ValueError(
       f"no checkpoint in {folder} is whole: give the workdir of a run that has"
@@ -122,17 +107,14 @@ def newest_step(directory: epath.PathLike) -> int:
 
 def steps(directory: epath.PathLike) -> list[int]:
   """The finished steps in a directory, whole or not, in ascending order."""
-  return [
-    info.step
-    for info in list_checkpoints(epath.Path(directory).resolve())
-    if not info.updates
-  ]
+  saved = list_checkpoints(epath.Path(directory).resolve())
+  return [info.step for info in saved if not info.updates]
 
 
 def newest_path(directory: epath.PathLike) -> epath.Path | None:
-  """The newest checkpoint with a manifest, partial steps included.
+  """The newest checkpoint with a manifest, or None; its files may be damaged.
 
-  Returns None if there is none. The files are not verified.
+  A partial step counts too.
   """
   folder = epath.Path(directory).resolve()
   whole = [info for info in list_checkpoints(folder) if info.is_whole]
@@ -140,16 +122,15 @@ def newest_path(directory: epath.PathLike) -> epath.Path | None:
 
 
 def best_path(directory: epath.PathLike) -> epath.Path | None:
-  """The checkpoint with the best score, the later one of two equals.
+  """The checkpoint with the best score, the later one of two equals, or None.
 
-  Returns None if no checkpoint has a score. The files are not verified.
+  Its files may be damaged.
   """
   folder = epath.Path(directory).resolve()
   # The score stands in the manifest, so a scored checkpoint is whole.
   scored = [x for x in list_checkpoints(folder) if x.score is not None]
-  if not scored:
-    return None
-  return folder / max(scored, key=lambda info: (info.score, info)).name
+  best = max(scored, key=lambda info: (info.score, info), default=None)
+  return best and folder / best.name
 
 
 def _newest_whole(folder: epath.Path) -> str:
@@ -174,31 +155,34 @@ def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
   return folder / CheckpointInfo(step).name
 
 
-def _damage_message(path: epath.Path, damage: str) -> str:
-  return (
-    f"checkpoint {path} is damaged: {damage}; name another step, or no step for"
-    " the newest whole one."
-  )
+def _refuse_damage(path: epath.Path, damage: str) -> None:
+  if damage:
+    raise ValueError(
+      f"checkpoint {path} is damaged: {damage}; name another step, or no step"
+      " for the newest whole one."
+    )
 
 
 def find_damage(path: epath.Path) -> str:
-  """Verifies a checkpoint, every process a share of the files.
-
-  Returns the damage that the first process with one found, or "".
-  """
+  """Verifies a checkpoint, every process a share; returns damage or ""."""
   parts = collectives.num_processes()
   part = jax.process_index() if parts > 1 else 0
-  return collectives.first_error(
-    manifest.find_damage(path, part=part, parts=parts)
+  damage = manifest.find_damage(path, part=part, parts=parts)
+  return collectives.first_error(damage)
+
+
+def ask_first_process(function: Callable[[], str]) -> str:
+  """The result of `function` on process 0, the only one that calls it."""
+  return collectives.broadcast_string(
+    function() if collectives.is_first_process() else ""
   )
 
 
 def broadcast_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
   """The checkpoints that process 0 lists, on every process."""
-  rows = []
-  if collectives.is_first_process():
-    rows = [dataclasses.astuple(info) for info in list_checkpoints(directory)]
-  rows = json.loads(collectives.broadcast_string(json.dumps(rows)))
+  found = list_checkpoints(directory) if collectives.is_first_process() else []
+  text = json.dumps([dataclasses.astuple(info) for info in found])
+  rows = json.loads(collectives.broadcast_string(text))
   return [CheckpointInfo(*row) for row in rows]
 
 
@@ -234,12 +218,9 @@ def read_checkpoint(
   record = _read_record(path)
   _check_leaves(record["leaves"], describe_leaves(abstract_state), path)
   state = _read_arrays(path / "state", abstract_state)
-  return RestoredCheckpoint(
-    record["step"],
-    state,
-    record["meta"],
-    _read_partial_step(path, record["unfinished"], partial_step_sharding),
-  )
+  unfinished = record["unfinished"]
+  partial_step = _read_partial_step(path, unfinished, partial_step_sharding)
+  return RestoredCheckpoint(record["step"], state, record["meta"], partial_step)
 
 
 def _read_partial_step(
@@ -254,9 +235,7 @@ def _read_partial_step(
   for name, leaf in saved["leaves"].items():
     dtype, _, shape = leaf.removesuffix("]").partition("[")
     sizes = tuple(int(size) for size in shape.split(",") if size)
-    wanted[name] = jax.ShapeDtypeStruct(
-      sizes, jnp.dtype(dtype), sharding=sharding
-    )
+    wanted[name] = jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
   arrays = _read_arrays(path / "unfinished", wanted)
   return PartialStepData(saved["updates_done"], arrays, saved["record"])
 
@@ -274,9 +253,7 @@ def _read_arrays(
   # Without a sharding Orbax would use the mesh that the checkpoint came from.
   assert all(leaf.sharding for leaf in jax.tree.leaves(abstract))
   abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=leaf.sharding
-    ),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     abstract,
   )
   args = ocp.args.PyTreeRestore(
@@ -302,22 +279,23 @@ def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
   """Raises one ValueError that lists all leaves that differ."""
-  pairs = [
-    (name, saved.get(name, "nothing"), wanted.get(name, "nothing"))
+  differing = {
+    name: (saved.get(name, "nothing"), wanted.get(name, "nothing"))
     for name in sorted(saved.keys() | wanted.keys())
-  ]
-  differing = [(name, old, new) for name, old, new in pairs if old != new]
+    if saved.get(name) != wanted.get(name)
+  }
   if not differing:
     return
-  shown = [
-    f"  {name}: saved {old}, wanted {new}"
-    for name, old, new in differing[:_MISMATCHES_SHOWN]
+  lines = [
+    f"  {k}: saved {old}, wanted {new}" for k, (old, new) in differing.items()
   ]
-  if len(differing) > len(shown):
-    shown.append(f"  and {len(differing) - len(shown)} more")
-  if all(o.partition("[")[2] == n.partition("[")[2] for _, o, n in differing):
+  shown = lines[:_MISMATCHES_SHOWN]
+  if len(lines) > len(shown):
+    shown.append(f"  and {len(lines) - len(shown)} more")
+  shapes = [[x.partition("[")[2] for x in pair] for pair in differing.values()]
+  if all(old == new for old, new in shapes):
     settings = "model.param_dtype"
-  elif any(name.startswith("params/") for name, *_ in differing):
+  elif any(name.startswith("params/") for name in differing):
     settings = "model.name and model.lora"
   else:
     settings = "model.train_vision, model.lora and optimizer"

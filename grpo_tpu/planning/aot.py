@@ -5,6 +5,7 @@ many times as long. A thread compiles, and the process must end as soon as the
 files exist, so one process compiles one program. Knows nothing of this project.
 """
 
+import collections
 import dataclasses
 import math
 import pathlib
@@ -48,17 +49,13 @@ _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Equal collectives in a compiled program.
+  """Equal collectives in a compiled program, with the result's dtype and shape.
 
-  Attributes:
-    name: Name of the operation.
-    dtype: XLA's name of the result's dtype.
-    shape: Shape of the result.
-    count: Occurrences in the text; trips of loops are not counted.
+  Trips of loops do not count: `count` is the number of occurrences in the text.
   """
 
   name: str
-  dtype: str
+  dtype: str  # XLA's name, as in "bf16".
   shape: tuple[int, ...]
   count: int
 
@@ -68,25 +65,18 @@ class Collective:
     return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class CompiledProgram:
-  """The facts about a program that are known before code generation.
-
-  Attributes:
-    hbm_bytes: Bytes of one device, for arguments and temporaries.
-    collectives: The collectives in the program's text.
-  """
-
-  hbm_bytes: int
-  collectives: tuple[Collective, ...]
-
-
-def compile_buffers(lowered: Any, folder: pathlib.Path) -> CompiledProgram:
+def compile_buffers(
+  lowered: Any, folder: pathlib.Path
+) -> tuple[int, list[Collective]]:
   """Compiles until buffers are assigned; the process must end soon after.
 
   Args:
     lowered: A jitted function, lowered for the devices of a described slice.
     folder: A new folder, for the compiler's files.
+
+  Returns:
+    Bytes of one device, for arguments and temporaries, and the collectives in
+    the program's text.
 
   Raises:
     Exception: The compiler's error, unless the program only needs too much
@@ -109,9 +99,7 @@ def compile_buffers(lowered: Any, folder: pathlib.Path) -> CompiledProgram:
     is_over = not thread.is_alive()
     hbm_bytes, text = _assigned_bytes(folder), _optimized_hlo(folder)
     time.sleep(0.0 if is_over else 0.1)
-  return CompiledProgram(
-    hbm_bytes or _required_bytes(failures), collectives(text)
-  )
+  return hbm_bytes or _required_bytes(failures), collectives(text)
 
 
 def _assigned_bytes(folder: pathlib.Path) -> int | None:
@@ -142,9 +130,10 @@ def _required_bytes(failures: list[Exception]) -> int:
   raise failures[0] if failures else RuntimeError("nothing was compiled")
 
 
-def collectives(hlo: str) -> tuple[Collective, ...]:
+def collectives(hlo: str) -> list[Collective]:
   """The collectives in the text of an optimized program, largest first."""
-  counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
+  counts: collections.Counter[tuple[str, str, tuple[int, ...]]]
+  counts = collections.Counter()
   computation = ""
   for line in hlo.splitlines():
     if line.endswith("{"):
@@ -154,7 +143,6 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
       # TPUs write a reduce-scatter as an all-reduce in a named computation.
       if name == "all-reduce" and _REDUCE_SCATTER.match(computation):
         name = "reduce-scatter"
-      key = name, dtype, tuple(int(x) for x in dims.split(",") if x)
-      counts[key] = counts.get(key, 0) + 1
+      counts[name, dtype, tuple(int(x) for x in dims.split(",") if x)] += 1
   found = [Collective(*key, count) for key, count in counts.items()]
-  return tuple(sorted(found, key=lambda x: -x.num_bytes))
+  return sorted(found, key=lambda x: -x.num_bytes)

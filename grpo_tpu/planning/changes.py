@@ -2,39 +2,33 @@
 
 import itertools
 import math
+import operator
 import shlex
 from typing import Any
 
-from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import hardware
+from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed.hardware import Topology
 
 type Changes = dict[str, Any]  # New values by setting, as in {"mesh.fsdp": 8}.
 
 
-def apply_changes(
-  config: run_config.Config, changes: Changes
-) -> run_config.Config | None:
+def apply_changes(config: Config, changes: Changes) -> Config | None:
   """The changed settings, or None if they break a rule."""
   values = config.to_dict()
   for name, value in changes.items():
-    *sections, setting = name.split(".")
-    section = values
-    for each in sections:
-      section = section[each]
-    section[setting] = value
+    section, setting = name.split(".")
+    values[section][setting] = value
   try:
-    return run_config.Config.from_config_dict(values)
+    return Config.from_config_dict(values)
   except ValueError:
     return None
 
 
-def drop_unchanged(config: run_config.Config, changes: Changes) -> Changes:
+def drop_unchanged(config: Config, changes: Changes) -> Changes:
   """Drops the changes that set what the settings already have."""
 
   def current(name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-      value = getattr(value, part)
+    value = operator.attrgetter(name)(config)
     if name == "rollout.prompts_at_a_time" and value is None:
       return changes.get("data.prompts_per_step", config.data.prompts_per_step)
     return value
@@ -53,12 +47,12 @@ def format_flags(changes: Changes) -> str:
   )
 
 
-def data_shards(config: run_config.Config) -> int:
+def data_shards(config: Config) -> int:
   """Number of parts that the mesh cuts a batch into."""
   return config.mesh.replica * config.mesh.fsdp
 
 
-def check_mesh(config: run_config.Config, topology: hardware.Topology) -> None:
+def check_mesh(config: Config, topology: Topology) -> None:
   """Checks that the mesh covers the slice.
 
   Raises:
@@ -84,9 +78,7 @@ def check_mesh(config: run_config.Config, topology: hardware.Topology) -> None:
   raise ValueError(f"{rule}; set {settings}.")
 
 
-def nearest_mesh(
-  config: run_config.Config, topology: hardware.Topology
-) -> Changes:
+def nearest_mesh(config: Config, topology: Topology) -> Changes:
   """Changes to the mesh for a slice that is nearest to the run's mesh.
 
   Keeps the number of tensor shards if possible, then the number of replicas.
@@ -100,20 +92,19 @@ def nearest_mesh(
     far = abs(math.log(tensor / mesh.tensor))
     return far, abs(math.log(replica / mesh.replica)), tensor, replica
 
-  for replica, tensor in sorted(
-    itertools.product(divisors, divisors), key=distance
-  ):
+  pairs = itertools.product(divisors, divisors)
+  for replica, tensor in sorted(pairs, key=distance):
     if devices % (tensor * replica) or replica % topology.num_slices:
       continue
     fsdp = devices // tensor // replica
     changes = change_mesh(config, replica, fsdp, tensor)
-    if apply_changes(config, changes) is not None:
+    if apply_changes(config, changes):
       return changes
   raise AssertionError("every model suits a mesh of replicas alone")
 
 
 def change_mesh(
-  config: run_config.Config, replica: int, fsdp: int, tensor: int
+  config: Config, replica: int, fsdp: int, tensor: int
 ) -> Changes:
   """Changes to a mesh, with batch sizes as near as the mesh divides them."""
   shards = replica * fsdp

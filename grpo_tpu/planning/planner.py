@@ -12,35 +12,35 @@ import json
 import multiprocessing
 import os
 import pathlib
+import resource
+import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import hardware
-from grpo_tpu.planning import compile_worker, programs, roofline
+from grpo_tpu.distributed.hardware import Topology
+from grpo_tpu.planning import aot, flops, programs, roofline
 
 # Each process takes a core and one or two gigabytes of this machine's memory.
 _MAX_PROCESSES = 4
+# Files in which a worker leaves its results and its messages.
+_ANSWER, _OUTPUT = "answer.json", "output.txt"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The needs of a run on a slice.
+  """The needs of a run on a slice."""
 
-  Attributes:
-    config: The run's settings.
-    topology: The slice.
-    programs: One dict per program, as in `plan.json`.
-    resident: Bytes per device that stay between programs, by class.
-  """
-
-  config: run_config.Config
-  topology: hardware.Topology
-  programs: list[dict[str, Any]]
-  resident: dict[str, int]
+  config: Config
+  topology: Topology
+  programs: list[dict[str, Any]]  # As in `plan.json`.
+  resident: dict[str, int]  # Bytes per device that stay, by class.
 
   @property
   def peak(self) -> dict[str, Any]:
@@ -96,15 +96,9 @@ def check_compiler() -> None:
 class Compiler:
   """Compiles programs in parallel, each one only once."""
 
-  def __init__(self, num_processes: int | None = None):
-    """Starts no process yet.
-
-    Args:
-      num_processes: Programs compiled in parallel; None for one per core, up to
-        a limit.
-    """
+  def __init__(self):
     cores = len(os.sched_getaffinity(0))
-    self.num_processes = num_processes or min(cores, _MAX_PROCESSES)
+    self.num_processes = min(cores, _MAX_PROCESSES)
     self._pool = concurrent.futures.ThreadPoolExecutor(self.num_processes)
     self._compiled: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
 
@@ -114,34 +108,21 @@ class Compiler:
     return len(self._compiled)
 
   def plan(
-    self,
-    config: run_config.Config,
-    topology: hardware.Topology,
-    names: Sequence[str] | None = None,
+    self, config: Config, topology: Topology, names: Sequence[str] | None = None
   ) -> Plan:
-    """Compiles a run's programs for a slice.
-
-    Args:
-      config: The run's settings.
-      topology: The slice.
-      names: The programs to compile; None for all.
-    """
-    names = programs.names(config) if names is None else names
-    futures = [self._submit(config, topology, name) for name in names]
+    """Compiles the named programs of a run for a slice, by default all."""
+    futures = []
+    for name in programs.names(config) if names is None else names:
+      settings = relevant_settings(config, name)
+      key = json.dumps([settings, str(topology), name])
+      if key not in self._compiled:
+        args = compile_program, config, topology, name
+        self._compiled[key] = self._pool.submit(*args)
+      futures.append(self._compiled[key])
     return _make_plan(config, topology, [x.result() for x in futures])
 
-  def _submit(
-    self, config: run_config.Config, topology: hardware.Topology, name: str
-  ) -> concurrent.futures.Future[dict[str, Any]]:
-    key = json.dumps([relevant_settings(config, name), str(topology), name])
-    if key not in self._compiled:
-      self._compiled[key] = self._pool.submit(
-        compile_program, config, topology, name
-      )
-    return self._compiled[key]
 
-
-def relevant_settings(config: run_config.Config, name: str) -> dict[str, Any]:
+def relevant_settings(config: Config, name: str) -> dict[str, Any]:
   """The settings, without those that cannot change the program `name`."""
   values, part = config.to_dict(), programs.part_of(name)
   model, rollout = values["model"], values["rollout"]
@@ -161,7 +142,7 @@ def relevant_settings(config: run_config.Config, name: str) -> dict[str, Any]:
 
 
 def compile_program(
-  config: run_config.Config, topology: hardware.Topology, name: str
+  config: Config, topology: Topology, name: str
 ) -> dict[str, Any]:
   """Compiles one program in a process of its own.
 
@@ -169,19 +150,15 @@ def compile_program(
     RuntimeError: The process failed; the message ends with its output.
   """
   context = multiprocessing.get_context("forkserver")
-  # The server imports the module once for all of its processes.
-  context.set_forkserver_preload([compile_worker.__name__])
+  # The server imports this module once for all of its processes.
+  context.set_forkserver_preload([__name__])
   with tempfile.TemporaryDirectory(prefix="grpo_tpu_plan_") as temporary:
     folder = pathlib.Path(temporary)
-    process = context.Process(
-      target=compile_worker.run,
-      args=(config.to_dict(), str(topology), name, folder),
-      daemon=True,
-    )
+    args = config.to_dict(), str(topology), name, folder
+    process = context.Process(target=_run_worker, args=args, daemon=True)
     process.start()
     process.join()
-    answer = folder / compile_worker.ANSWER
-    output = folder / compile_worker.OUTPUT
+    answer, output = folder / _ANSWER, folder / _OUTPUT
     if not answer.exists():
       reason = output.read_text()[-4000:] if output.exists() else ""
       raise RuntimeError(
@@ -192,10 +169,57 @@ def compile_program(
     return json.loads(answer.read_text())
 
 
+def _run_worker(
+  values: dict[str, Any], topology: str, name: str, folder: pathlib.Path
+) -> None:
+  """Compiles a program in this process and ends the process.
+
+  Writes the results into `_ANSWER` and all messages, of the compiler too, into
+  `_OUTPUT`. Without an answer the messages hold the error.
+  """
+  output = os.open(folder / _OUTPUT, os.O_WRONLY | os.O_CREAT)
+  for stream in (1, 2):
+    os.dup2(output, stream)
+  os.environ.update(aot.ENVIRONMENT | {"TMPDIR": str(folder)})
+  jax.config.update("jax_platforms", aot.ENVIRONMENT["JAX_PLATFORMS"])
+  try:
+    config = Config.from_config_dict(values)
+    described = hardware.parse_topology(topology)
+    answer = _measure(config, described, name, folder / "dump")
+    (folder / _ANSWER).write_text(json.dumps(answer))
+  except BaseException:
+    traceback.print_exc()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(0)  # The compiler's thread is still running.
+
+
+def _measure(
+  config: Config, topology: Topology, name: str, folder: pathlib.Path
+) -> dict[str, Any]:
+  """Traces and compiles a program; returns its needs."""
+  mesh = programs.described_mesh(config, topology)
+  program = programs.find(config, mesh, name)
+  traced = program.trace(mesh)
+  answer = {
+    "name": program.name,
+    "flops": flops.count_jaxpr(traced.jaxpr, while_trips=program.while_trips),
+    "bytes_by_class": program.bytes_by_class(),
+    "kept_bytes": programs.device_bytes(program.kept),
+    "rest_bytes": program.rest_bytes(traced.out_info, mesh),
+    "completion_tokens": program.tokens,
+  }
+  hbm_bytes, collectives = aot.compile_buffers(traced.lower(), folder)
+  usage = resource.getrusage(resource.RUSAGE_SELF)
+  return answer | {
+    "hbm_bytes": hbm_bytes,
+    "collectives": [dataclasses.asdict(x) for x in collectives],
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+  }
+
+
 def _make_plan(
-  config: run_config.Config,
-  topology: hardware.Topology,
-  answers: list[dict[str, Any]],
+  config: Config, topology: Topology, answers: list[dict[str, Any]]
 ) -> Plan:
   """Adds the resident arrays and the bounds to the compiled programs."""
   resident = programs.resident_bytes(config)
@@ -207,9 +231,11 @@ def _make_plan(
       max(0, size - by_class.get(kind, 0)) for kind, size in resident.items()
     )
     temporaries = max(0, hbm_bytes - sum(by_class.values()))
-    flops = answer["flops"] / topology.num_devices
+    device_flops = answer["flops"] / topology.num_devices
     least_bytes = roofline.least_hbm_bytes(config, name) + answer["rest_bytes"]
     sent = roofline.sent_bytes(config, topology, name)
+    chip = topology.chip
+    bounds = roofline.bounds_seconds(chip, device_flops, least_bytes, sent)
     rows.append(
       {
         "name": name,
@@ -219,13 +245,11 @@ def _make_plan(
         "bytes_by_class": by_class | {"temporaries": temporaries},
         "beside_bytes": beside,
         "flops": answer["flops"],
-        "flops_per_device": flops,
+        "flops_per_device": device_flops,
         "least_hbm_traffic_bytes": least_bytes,
         "collective_bytes": sent,
         "defects": roofline.find_defects(config, answer["collectives"]),
-        "bounds_seconds": roofline.bounds_seconds(
-          topology.chip, flops, least_bytes, sent
-        ),
+        "bounds_seconds": bounds,
         "completion_tokens": answer["completion_tokens"],
         "cpu_seconds": answer["cpu_seconds"],
       }

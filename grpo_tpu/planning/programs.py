@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.checkpoint import load
-from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import hardware, sharding
+from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rl import learner, score
@@ -74,48 +75,36 @@ class Program(NamedTuple):
     return rest + total // mesh.devices.size
 
 
-def names(config: run_config.Config) -> list[str]:
+def names(config: Config) -> list[str]:
   """The programs of a run: those of a step in its order, then evaluation's."""
   has_vision = bool(config.model_config.vision)
   kinds = ["text", "image"] if has_vision else ["text"]
   chunk, new = config.rollout.chunk_tokens, config.rollout.max_new_tokens
-  is_online = config.data.kind == "online"
-  is_evaluated = bool(config.eval.every_steps)
-
-  def each(step: str, kinds: list[str] = kinds) -> list[str]:
-    return [f"{step} ({kind})" for kind in kinds]
-
+  kind = config.data.kind
+  is_online, is_evaluated = kind == "online", bool(config.eval.every_steps)
   # Rollouts read encoded images, and so do updates that do not train the tower.
   reads_features = is_online or is_evaluated or not config.model.train_vision
-  groups = (
-    (has_vision and reads_features, ["pictures (image)"]),
-    # Only prefill reads images; later programs read the prompt's cache.
-    (is_online, each("prefill")),
-    (is_online and new > 1, ["decode_chunk"]),
-    # Rows can move only if decoding takes more than one chunk.
-    (is_online and chunk < new - 1, ["move"]),
-    (is_online, ["results"]),
-    (_has_scoring(config), each("score")),
-    (True, each("train_step")),
-    (is_evaluated, each("evaluation_prefill", kinds[-1:])),
-    (is_evaluated and new > 1, ["evaluation_decode"]),
-    (
-      is_evaluated and config.data.kind == "preference",
-      each("evaluation_score", kinds[-1:]),
-    ),
-  )
-  return [name for is_needed, group in groups if is_needed for name in group]
-
-
-def _has_scoring(config: run_config.Config) -> bool:
-  """True if a step scores its batch before the first update."""
-  if config.data.kind == "demonstrations":
-    return False
-  return (
+  # A step may score its batch before the first update.
+  is_scored = kind != "demonstrations" and (
     config.has_reference
     or config.train.num_iterations > 1
     or config.shaping.top_entropy_share < 1
   )
+  needed = {
+    "pictures (image)": has_vision and reads_features,
+    # Only prefill reads images; later programs read the prompt's cache.
+    **{f"prefill ({x})": is_online for x in kinds},
+    "decode_chunk": is_online and new > 1,
+    # Rows can move only if decoding takes more than one chunk.
+    "move": is_online and chunk < new - 1,
+    "results": is_online,
+    **{f"score ({x})": is_scored for x in kinds},
+    **{f"train_step ({x})": True for x in kinds},
+    f"evaluation_prefill ({kinds[-1]})": is_evaluated,
+    "evaluation_decode": is_evaluated and new > 1,
+    f"evaluation_score ({kinds[-1]})": is_evaluated and kind == "preference",
+  }
+  return [name for name, is_needed in needed.items() if is_needed]
 
 
 def step_of(name: str) -> str:
@@ -124,10 +113,10 @@ def step_of(name: str) -> str:
 
 
 def part_of(name: str) -> str:
-  """The part of a run that a program belongs to.
+  """The part of a run that a program belongs to, one of four.
 
-  Returns "pictures", "rollout", "evaluation" or "update"; a setting of its own
-  decides how much each part does together.
+  For each of "pictures", "rollout", "evaluation" and "update", a setting of its
+  own decides how much runs together.
   """
   step = step_of(name)
   if step in ("score", "train_step"):
@@ -137,7 +126,7 @@ def part_of(name: str) -> str:
   return step if step == "pictures" else "rollout"
 
 
-def reads_pixels(config: run_config.Config, name: str) -> bool:
+def reads_pixels(config: Config, name: str) -> bool:
   """True if a program reads images of `model.image_size`."""
   if step_of(name) == "pictures":
     return True
@@ -145,32 +134,29 @@ def reads_pixels(config: run_config.Config, name: str) -> bool:
   return scores and config.model.train_vision and "(image)" in name
 
 
-def completions_per_prompt(config: run_config.Config) -> int:
+def completions_per_prompt(config: Config) -> int:
   """Completions in each bundle of a training batch."""
-  if config.data.kind == "online":
-    return config.rollout.num_generations
-  if config.data.kind == "preference":
-    return config.data.preference_completions
-  return 1
+  widths = {
+    "online": config.rollout.num_generations,
+    "preference": config.data.preference_completions,
+  }
+  return widths.get(config.data.kind, 1)
 
 
-def described_mesh(
-  config: run_config.Config, topology: hardware.Topology
-) -> Mesh:
+def described_mesh(config: Config, topology: Topology) -> Mesh:
   """The run's mesh on a slice that need not exist.
 
   Raises:
     ValueError: The mesh does not cover the slice.
   """
   chip = topology.chip
-  described = topologies.get_topology_desc(
+  slices = topology.num_slices
+  devices = topologies.get_topology_desc(
     platform="tpu",
     topology_name=f"{chip.name}:{topology.shape}",
-    **({"num_slices": topology.num_slices} if topology.num_slices > 1 else {}),
-  )
-  return sharding.make_mesh(
-    **dataclasses.asdict(config.mesh), devices=described.devices
-  )
+    **({"num_slices": slices} if slices > 1 else {}),
+  ).devices
+  return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
 
 
 def device_bytes(tree: Any) -> int:
@@ -188,7 +174,7 @@ def _item_bytes(x: Any) -> int:
   return 8 if is_key else x.dtype.itemsize
 
 
-def resident_bytes(config: run_config.Config) -> dict[str, int]:
+def resident_bytes(config: Config) -> dict[str, int]:
   """Bytes per device that stay between programs, by class; needs no device.
 
   With LoRA the frozen base counts as parameters, and is the reference too.
@@ -206,19 +192,18 @@ def resident_bytes(config: run_config.Config) -> dict[str, int]:
 
 
 def _abstract_state(
-  config: run_config.Config, mesh: Mesh
+  config: Config, mesh: Mesh
 ) -> tuple[TrainState, dict | None]:
   """The state, and the frozen base under LoRA's adapters."""
   tx = learner.policy_optimizer(config.model, config.optimizer_config)
   state = learner.abstract_state(config.model, mesh, tx)
-  if config.lora is None:
-    return state, None
-  return state, load.abstract_params(config.model, mesh)
+  frozen = load.abstract_params(config.model, mesh) if config.lora else None
+  return state, frozen
 
 
-def find(config: run_config.Config, mesh: Mesh, name: str) -> Program:
+def find(config: Config, mesh: Mesh, name: str) -> Program:
   """The program with this name, one of `names`."""
-  programs = AbstractPrograms(config, mesh, name)
+  programs = _AbstractPrograms(config, mesh, name)
   match step_of(name).removeprefix("evaluation_"):
     case "pictures":
       return programs.encode_images()
@@ -238,21 +223,14 @@ class _ScalableShape(jax.ShapeDtypeStruct):
   __rmul__ = __mul__
 
 
-class AbstractPrograms:
+class _AbstractPrograms:
   """Makes the programs of a run with the arguments that `name` needs."""
 
-  def __init__(self, config: run_config.Config, mesh: Mesh, name: str):
+  def __init__(self, config: Config, mesh: Mesh, name: str):
     """Makes the abstract state; compiles nothing."""
     self._config, self._mesh, self._name = config, mesh, name
-    rollout = config.rollout
-    # Evaluation decodes one greedy completion per prompt.
     self._is_evaluation = part_of(name) == "evaluation"
     self._has_images = "(image)" in name
-    self._rows, self._temperature = rollout.num_generations, rollout.temperature
-    self._prompts = config.data.prompts_per_step // config.num_rollouts
-    if self._is_evaluation:
-      self._prompts = config.eval.batch_size
-      self._rows, self._temperature = 1, 0.0
     self._state, self._frozen = _abstract_state(config, mesh)
     vision = config.model_config.vision
     # The sampler reads nothing else of a tokenizer.
@@ -275,47 +253,42 @@ class AbstractPrograms:
 
   def rollout(self) -> Program:
     """One of the rollout's programs, which run one after the other."""
-    config = self._config.rollout
-    settings = self._sampler.engine_settings(self._rows, self._temperature)
-    functions = engine.Engine(settings, self._mesh)
-    params = self._run_params()
-    prompts = self._abstract_prompts(self._prompts)
-    limit = self._array(jnp.int32, self._prompts, self._rows)
+    config, rollout = self._config, self._config.rollout
+    name, step = self._name, step_of(self._name)
+    num_prompts = config.data.prompts_per_step // config.num_rollouts
+    num_rows, temperature = rollout.num_generations, rollout.temperature
+    if self._is_evaluation:  # Decodes one greedy completion per prompt.
+      num_prompts, num_rows, temperature = config.eval.batch_size, 1, 0.0
+    functions = engine.Engine(
+      self._sampler.engine_settings(num_rows, temperature), self._mesh
+    )
+    params, prompts = self._run_params(), self._abstract_prompts(num_prompts)
+    limit = self._array(jnp.int32, num_prompts, num_rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    args, step = (params, prompts, limit, key), step_of(self._name)
+    args = params, prompts, limit, key
     if step.endswith("prefill"):
       parts = {"params": params, "batch": prompts}
-      return Program(self._name, functions.prefill, args, parts)
+      return Program(name, functions.prefill, args, parts)
     state = functions.abstract_state(*args)
-    if step == "results":  # The caches still exist.
-      return Program(
-        name=self._name,
-        function=functions.results,
-        args=(state.output, limit),
-        parts={"batch": state.output},
-        kept=(state.replace(output=None), prompts),
-      )
+    if step == "results":
+      args, parts = (state.output, limit), {"batch": state.output}
+      kept = state.replace(output=None), prompts  # The caches still exist.
+      return Program(name, functions.results, args, parts, kept=kept)
     if step == "move":
-      shards = data_shards(self._config)
+      shards = data_shards(config)
       # The largest grid that rows can move into.
-      shapes = compaction.ladder(self._prompts // shards, self._rows)
+      shapes = compaction.ladder(num_prompts // shards, num_rows)
       bundles, width = shapes[min(1, len(shapes) - 1)]
       rows = self._array(jnp.int32, shards * bundles, width)
-      moved = self._array(jnp.int32, shards * bundles)
-      return Program(
-        name=self._name,
-        function=functions.move_rows,
-        args=(state, rows, rows, moved),
-        parts={"caches": state},
-        kept=prompts,
-      )
-    alive = self._array(bool, self._prompts, self._rows)
+      args = state, rows, rows, self._array(jnp.int32, shards * bundles)
+      parts = {"caches": state}
+      return Program(name, functions.move_rows, args, parts, kept=prompts)
     # The loop over tokens, and in it the one over a period's local layers.
-    num_tokens = min(config.chunk_tokens, config.max_new_tokens - 1)
+    num_tokens = min(rollout.chunk_tokens, rollout.max_new_tokens - 1)
     return Program(
-      name=self._name,
-      function=functions.decode_chunk,
-      args=(params, state, alive),
+      name,
+      functions.decode_chunk,
+      args=(params, state, self._array(bool, num_prompts, num_rows)),
       parts={"params": params, "caches": state},
       kept=prompts,
       while_trips=(num_tokens, gemma3_config.PERIOD - 1),
@@ -323,36 +296,33 @@ class AbstractPrograms:
 
   def score(self) -> Program:
     """Scores a batch under the reference or the current parameters."""
-    config, forward = self._config, self._sampler.forward
-    params, part = self._run_params(), "params"
+    config, params, part = self._config, self._run_params(), "params"
     if config.has_reference and not config.lora:
       part = "reference"
       params = abstract_reference(config.model, self._mesh, on_device=True)
-    # Evaluation scores its batch in one part.
-    prompts = config.data.prompts_per_step
-    num_microbatches = config.num_microbatches
-    if self._is_evaluation:
-      prompts, num_microbatches = config.eval.batch_size, 1
+    prompts, parts = config.data.prompts_per_step, config.num_microbatches
+    if self._is_evaluation:  # Scores its batch in one part.
+      prompts, parts = config.eval.batch_size, 1
     bundles = self._bundles(prompts)
     return Program(
-      name=self._name,
-      function=score.score_batch,
-      args=(forward, params, bundles),
-      kwargs={"num_microbatches": num_microbatches},
+      self._name,
+      score.score_batch,
+      args=(self._sampler.forward, params, bundles),
+      kwargs={"num_microbatches": parts},
       parts={part: params, "batch": bundles},
       tokens=math.prod(bundles.completion_ids.shape),
     )
 
   def update(self) -> Program:
     """Updates the parameters once."""
-    bundles = self._bundles(self._config.data.prompts_per_step)
     config, state, frozen = self._config, self._state, self._frozen
-    forward = self._sampler.forward
+    bundles = self._bundles(config.data.prompts_per_step)
+    trainer = learner.Learner(
+      config.model, self._sampler.forward, self._mesh, config.learner_config
+    )
     return Program(
-      name=self._name,
-      function=learner.Learner(
-        config.model, forward, self._mesh, config.learner_config
-      ).update,
+      self._name,
+      trainer.update,
       args=(state, bundles, frozen),
       parts={
         "params": (state.params, frozen),

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_tpu.config import schema as run_config
+from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import hardware, sharding
+from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.planning import programs
 from grpo_tpu.planning.changes import data_shards
@@ -29,11 +30,7 @@ def bounds_seconds(
 ) -> dict[str, float]:
   """Seconds that one call takes at least, by the resource that bounds it.
 
-  Args:
-    chip: The chip.
-    flops: Operations of one device.
-    hbm_bytes: Bytes that one device reads and writes.
-    sent: What `sent_bytes` returns.
+  Work and bytes are those of one device, the sent ones as `sent_bytes` gives.
   """
   per = chip.devices_per_chip
   return {
@@ -45,34 +42,22 @@ def bounds_seconds(
 
 
 def step_bounds(
-  config: run_config.Config,
-  topology: hardware.Topology,
-  rows: Sequence[dict[str, Any]],
+  config: Config, topology: Topology, rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-  """Bounds of a whole step of text and of a step of images.
-
-  Args:
-    config: The run's settings.
-    topology: The slice.
-    rows: The programs, as `plan.json` has them.
-  """
+  """Bounds of a whole step of text and of images, from rows of `plan.json`."""
   tokens = max(row["completion_tokens"] for row in rows)
+  chips = topology.num_chips
   return {
     kind: {
       "step_seconds_at_least": seconds,
       "completion_tokens_per_second_at_most": tokens / seconds,
-      "chip_hours_per_1000_steps_at_least": seconds
-      * topology.num_chips
-      * 1000
-      / 3600,
+      "chip_hours_per_1000_steps_at_least": seconds * chips * 1000 / 3600,
     }
     for kind, seconds in _step_seconds(config, rows).items()
   }
 
 
-def least_step_seconds(
-  config: run_config.Config, topology: hardware.Topology
-) -> float:
+def least_step_seconds(config: Config, topology: Topology) -> float:
   """A bound of a whole step that needs no compilation."""
   rows = []
   for name in programs.names(config):
@@ -84,7 +69,7 @@ def least_step_seconds(
 
 
 def _step_seconds(
-  config: run_config.Config, rows: Sequence[dict[str, Any]]
+  config: Config, rows: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
   """Adds up the programs' bounds, each as often as a step calls the program."""
   rollouts = config.num_rollouts
@@ -112,15 +97,9 @@ def _step_seconds(
 
 
 def sent_bytes(
-  config: run_config.Config, topology: hardware.Topology, program: str
+  config: Config, topology: Topology, program: str
 ) -> dict[str, float]:
-  """Bytes that a device sends in one call, within its slice and to others.
-
-  Args:
-    config: The run's settings.
-    topology: Decides whether replicas lie in one slice or in several.
-    program: One of `programs.names`.
-  """
+  """Bytes that a device sends in one call, within its slice and to others."""
   mesh, step = config.mesh, programs.step_of(program)
   used, trained = _weight_bytes(config)
   batch_tokens = _batch_tokens(config, config.data.prompts_per_step)
@@ -161,7 +140,7 @@ def sent_bytes(
   return {"ici": ici, "dcn": dcn}
 
 
-def least_hbm_bytes(config: run_config.Config, program: str) -> int:
+def least_hbm_bytes(config: Config, program: str) -> int:
   """Bytes of weights and caches that a device reads in one call, at least."""
   step = programs.step_of(program)
   sharded, _ = _weight_bytes(config)
@@ -169,7 +148,7 @@ def least_hbm_bytes(config: run_config.Config, program: str) -> int:
     case "move" | "results":
       return 0  # Arguments and results are counted apart.
     case "pictures":
-      return int(_tower_bytes(config))
+      return _tower_bytes(config)
     case "score":
       return int(sharded * config.num_microbatches)
     case "train_step":
@@ -181,18 +160,18 @@ def least_hbm_bytes(config: run_config.Config, program: str) -> int:
   return int(sharded)
 
 
-def tokens_per_chunk(config: run_config.Config) -> int:
+def tokens_per_chunk(config: Config) -> int:
   """Tokens per row that one call of a decoding program writes."""
   settings = config.rollout
   return max(1, min(settings.chunk_tokens, settings.max_new_tokens - 1))
 
 
-def _passes(config: run_config.Config) -> int:
+def _passes(config: Config) -> int:
   """Passes of a microbatch through the layers, recomputation included."""
   return 3 if config.model.remat in ("full", "offload") else 2
 
 
-def _rollout_rows(config: run_config.Config, step: str) -> tuple[float, float]:
+def _rollout_rows(config: Config, step: str) -> tuple[float, float]:
   """Prompts and completions that a data shard decodes together."""
   shards = data_shards(config)
   if step.startswith("evaluation"):
@@ -201,7 +180,7 @@ def _rollout_rows(config: run_config.Config, step: str) -> tuple[float, float]:
   return prompts, prompts * config.rollout.num_generations
 
 
-def _cache_bytes(config: run_config.Config, step: str) -> float:
+def _cache_bytes(config: Config, step: str) -> float:
   """Bytes that all decoding steps read of prompts and of completions.
 
   A completion is half written on average.
@@ -220,61 +199,60 @@ def _cache_bytes(config: run_config.Config, step: str) -> float:
   return reads / (config.mesh.tensor if is_split else 1)
 
 
-def _compute_bytes(config: run_config.Config) -> int:
+def _compute_bytes(config: Config) -> int:
   return jnp.dtype(config.model.compute_dtype).itemsize
 
 
-def _abstract_params(config: run_config.Config) -> dict[str, Any]:
+def _abstract_params(config: Config) -> dict[str, Any]:
   dtype = jnp.dtype(config.model.compute_dtype)
   return weights.abstract_params(config.model_config, dtype)
 
 
-def _num_elements(tree: Any) -> int:
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+def _tower_bytes(config: Config) -> int:
+  """Bytes of the image tower's weights, which are kept in fp32, as they run."""
+  leaves = jax.tree.leaves(_abstract_params(config)["vision_encoder"])
+  return sum(math.prod(x.shape) for x in leaves) * _compute_bytes(config)
 
 
-def _tower_bytes(config: run_config.Config) -> float:
-  """Bytes of the image tower's weights in the compute dtype."""
-  tower = _abstract_params(config)["vision_encoder"]
-  return float(_num_elements(tower) * _compute_bytes(config))
+def _whole_bytes(tree: Any) -> int:
+  """Bytes of a tree's arrays, unsharded."""
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def _weight_bytes(config: run_config.Config) -> tuple[float, float]:
+def _weight_bytes(config: Config) -> tuple[float, float]:
   """Bytes of the decoder's weights and of the gradients.
 
   Both of one tensor shard, unsharded along fsdp, without the image tower.
   """
   shapes = _abstract_params(config)
   shapes.pop("vision_encoder", None)
-  used = sum(
-    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)
-  )
-  used /= config.mesh.tensor
+  used = _whole_bytes(shapes) / config.mesh.tensor
   if config.lora is None:
     item = jnp.dtype(config.model.param_dtype).itemsize
     return used, used / _compute_bytes(config) * item
   adapters = lora.abstract_adapters(config.model_config, config.lora)
-  return used, float(4 * _num_elements(adapters))
+  return used, float(_whole_bytes(adapters))
 
 
-def _batch_tokens(config: run_config.Config, prompts: int) -> float:
+def _batch_tokens(config: Config, prompts: int) -> float:
   """Tokens of a data shard in a batch of `prompts` bundles."""
   return prompts * sum(_bundle_tokens(config)) / data_shards(config)
 
 
-def _bundle_tokens(config: run_config.Config) -> tuple[int, int]:
+def _bundle_tokens(config: Config) -> tuple[int, int]:
   """Tokens of a prompt, and of all its completions together."""
   prompt = config.data.prompt_buckets[-1]
   completions = programs.completions_per_prompt(config)
   return prompt, completions * config.rollout.max_new_tokens
 
 
-def _forward_bytes(config: run_config.Config, tokens: float) -> float:
+def _forward_bytes(config: Config, tokens: float) -> float:
   """Bytes of activations that a device sends in a forward pass."""
   return _embedded_bytes(config, tokens) + _reduced_bytes(config, tokens)
 
 
-def _embedded_bytes(config: run_config.Config, tokens: float) -> float:
+def _embedded_bytes(config: Config, tokens: float) -> float:
   """Bytes sent to look up embeddings, or to return their gradients.
 
   Data shards exchange columns, and tensor shards reduce the rows.
@@ -284,73 +262,60 @@ def _embedded_bytes(config: run_config.Config, tokens: float) -> float:
   return parts * _activation_bytes(config, tokens)
 
 
-def _reduced_bytes(config: run_config.Config, tokens: float) -> float:
+def _reduced_bytes(config: Config, tokens: float) -> float:
   """Bytes that tensor shards send to reduce activations, twice per layer."""
   tensor = config.mesh.tensor
   times = 2 * config.model_config.num_layers * 2 * (tensor - 1) / tensor
   return times * _activation_bytes(config, tokens)
 
 
-def _activation_bytes(config: run_config.Config, tokens: float) -> float:
+def _activation_bytes(config: Config, tokens: float) -> float:
   return tokens * config.model_config.embed_dim * _compute_bytes(config)
 
 
 def find_defects(
-  config: run_config.Config, collectives: Iterable[Mapping[str, Any]]
+  config: Config, collectives: Iterable[Mapping[str, Any]]
 ) -> list[str]:
   """Describes large collectives that the sharding plan does not ask for.
 
-  Args:
-    config: The run's settings.
-    collectives: The fields of each `aot.Collective`.
+  Takes the fields of each `aot.Collective`.
   """
   weight_axes = _weight_axes(config)
-  # Looked-up rows of the embedding travel to the devices of their tokens.
   width = config.model_config.embed_dim
   columns = width // config.mesh.fsdp
-  looked_up = {tokens * columns for tokens in _tokens_read_together(config)}
+  # Looked-up rows of the embedding travel to the devices of their tokens.
+  prompts = config.data.prompts_per_step // config.num_rollouts
+  batches = config.train.microbatch_bundles, prompts, config.eval.batch_size
+  looked_up = {
+    bundles // config.mesh.replica * tokens * columns
+    for bundles in batches
+    for tokens in _bundle_tokens(config)
+  }
   defects = []
   for entry in collectives:
     shape = tuple(x for x in entry["shape"] if x > 1)
     size = math.prod(shape) * (2 if entry["dtype"] == "bf16" else 4)
     if size < _LARGE_BYTES:
       continue
-    name = entry["name"]
-    text = f"{name} of {entry['dtype']}{list(entry['shape'])}"
-    text += f" ({size / 2**20:.0f} MiB)"
+    name, dtype = entry["name"], entry["dtype"]
+    text = f"{name} of {dtype}{list(entry['shape'])} ({size / 2**20:.0f} MiB)"
     is_weight = tuple(sorted(shape)) in weight_axes
     if shape[0] == config.mesh.fsdp and shape[-1] == columns:
       # The columns of a weight, split into one part per shard.
       is_weight |= tuple(sorted((*shape[1:-1], width))) in weight_axes
-    is_looked_up = (
-      shape[-1] in (width, columns) or math.prod(shape) in looked_up
-    )
+    is_row = shape[-1] in (width, columns) or math.prod(shape) in looked_up
     if name == "all-reduce" and is_weight and data_shards(config) > 1:
       defects.append(f"{text}: a gradient that is not reduce-scattered")
     elif name == "all-gather" and not is_weight:
       defects.append(f"{text}: activations are gathered")
-    elif name == "all-to-all" and not is_looked_up:
+    elif name == "all-to-all" and not is_row:
       defects.append(f"{text}: activations are resharded")
     elif name == "all-reduce" and config.mesh.tensor == 1:
       defects.append(f"{text}: partial products are summed")
   return defects
 
 
-def _tokens_read_together(config: run_config.Config) -> set[int]:
-  """Token counts of the batches that programs read, per replica."""
-  prompts = (
-    config.train.microbatch_bundles,
-    config.data.prompts_per_step // config.num_rollouts,
-    config.eval.batch_size,
-  )
-  return {
-    x // config.mesh.replica * y
-    for x in prompts
-    for y in _bundle_tokens(config)
-  }
-
-
-def _weight_axes(config: run_config.Config) -> set[tuple[int, ...]]:
+def _weight_axes(config: Config) -> set[tuple[int, ...]]:
   """Sorted axes of every weight and of its part on a tensor shard."""
   shapes = _abstract_params(config)
   mesh = jax.sharding.AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
