@@ -19,18 +19,11 @@ from grpo_tpu.models.settings import LoraConfig, ModelSettings
 
 
 class SavedAdapters(NamedTuple):
-  """Adapters of a run's checkpoint.
+  """Adapters of a run's checkpoint."""
 
-  Attributes:
-    adapters: The factors, on the mesh.
-    config: Rank, scale and targets.
-    base_weights: The weights that the adapters belong to, as `model.weights`
-      names them.
-  """
-
-  adapters: dict
+  adapters: dict  # The factors, on the mesh.
   config: LoraConfig
-  base_weights: str
+  base_weights: str  # The weights below them, as `model.weights` names them.
 
 
 def load_params(model: ModelSettings, mesh: Mesh) -> dict:

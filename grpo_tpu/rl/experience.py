@@ -38,23 +38,12 @@ type Metrics = dict[str, writer.Scalar]
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-  """A batch to learn from, and what there is to report about it.
+  """A batch to learn from, and what there is to report about it."""
 
-  Attributes:
-    batch: Bundles on the mesh, with advantages.
-    metrics: By metric name.
-    samples: Completions for people to look at.
-    num_batches: Number of batches of prompts that were read.
-  """
-
-  batch: TrainBatch
+  batch: TrainBatch  # On the mesh, with advantages.
   metrics: Metrics
-  samples: list[writer.Sample]
-  num_batches: int
-
-  def seconds(self, phase: str) -> float:
-    """Seconds spent waiting in phase "data" or "reward"; 0 if not measured."""
-    return float(self.metrics.get(f"perf/{phase}_seconds", 0.0))
+  samples: list[writer.Sample]  # For people to look at.
+  num_batches: int  # The batches of prompts that were read.
 
 
 class ScoredGroups(flax.struct.PyTreeNode):
@@ -72,12 +61,7 @@ class ScoredGroups(flax.struct.PyTreeNode):
 
 
 class Collector:
-  """Collects experience.
-
-  Attributes:
-    sampler: Samples and decodes completions.
-    config: The settings.
-  """
+  """Collects experience."""
 
   def __init__(self, sampler: Sampler, config: CollectorConfig):
     """Collects nothing yet."""
@@ -161,19 +145,17 @@ class Collector:
     )
     reward_end = time.perf_counter()
     groups, metrics = self._make_groups(batch, sampled, rewards, valid)
-    metrics |= (
-      diagnostics.reward_statistics(groups.rewards, valid)
-      | _error_counts(scores)
-      | {
-        "data/skipped": self._num_skipped(batch),
-        "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
-        "perf/data_seconds": start - wait_start,
-        "perf/rollout_seconds": rollout_end - start,
-        "perf/reward_seconds": reward_end - rollout_end,
-        "perf/reward_overlap_seconds": scorer.seconds_before(rollout_end),
-      }
-      | sampled.metrics
-    )
+    metrics |= diagnostics.reward_statistics(groups.rewards, valid)
+    metrics |= _error_counts(scores)
+    metrics |= {
+      "data/skipped": self._num_skipped(batch),
+      "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
+      "perf/data_seconds": start - wait_start,
+      "perf/rollout_seconds": rollout_end - start,
+      "perf/reward_seconds": reward_end - rollout_end,
+      "perf/reward_overlap_seconds": scorer.seconds_before(rollout_end),
+    }
+    metrics |= sampled.metrics
     kept = samples.first_samples(
       sampler.mesh, batch, texts, scores, count=num_samples
     )
@@ -271,25 +253,17 @@ class Collector:
       self.sampler.mesh, (rewards, valid, preferred)
     )
     mask = batch.completion_mask & valid[..., None]
-    batch = batch.replace(completion_mask=mask)
-    return (
-      ScoredGroups(batch, rewards, valid),
-      preferred,
-      _error_counts(scores),
-    )
+    groups = ScoredGroups(batch.replace(completion_mask=mask), rewards, valid)
+    return groups, preferred, _error_counts(scores)
 
   def group_rewards(
     self, scores: scoring.Scores, prompts: pipeline.Batch
   ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """`rewards` and `valid` of `ScoredGroups`, for this process's rows."""
-    shape = (len(prompts.valid), -1)
-    heuristics = sum(
-      self.config.rewards.weights[name] * scores.components[name]
-      for name in HEURISTICS
-    )
+    shape, weights = (len(prompts.valid), -1), self.config.rewards.weights
     named = scores.components | {
       "total": scores.total,
-      "heuristics": heuristics,
+      "heuristics": sum(weights[x] * scores.components[x] for x in HEURISTICS),
     }
     rewards = {
       name: np.asarray(values, np.float32).reshape(shape)
@@ -307,13 +281,7 @@ class Collector:
     )
     if images is None:
       images = sharding.device_put_batch(mesh, prompts.images)
-    return TrainBatch(
-      prompt_ids=prompt_ids,
-      prompt_length=prompt_length,
-      images=images,
-      completion_ids=ids,
-      completion_mask=mask,
-    )
+    return TrainBatch(prompt_ids, prompt_length, images, ids, mask)
 
   def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
     changes, metrics = _advantages(
@@ -335,12 +303,11 @@ class Collector:
     return int((~self._gather(prompts.valid)).sum())
 
 
-_SUMMED = {"reward/errors", "data/skipped"}
-_AVERAGED = {
-  "perf/rollout_tokens_per_second",
-  "perf/live_row_share",
+_SUMMED = ("reward/errors", "data/skipped")
+_AVERAGED = (
+  *("perf/rollout_tokens_per_second", "perf/live_row_share"),
   "perf/decode_bandwidth_share",
-}
+)
 
 
 def _combine_metrics(metrics: list[Metrics]) -> Metrics:
@@ -360,9 +327,7 @@ def _combine_metrics(metrics: list[Metrics]) -> Metrics:
 
 def _error_counts(scores: scoring.Scores) -> Metrics:
   """Failures of each reward, and of all rewards together."""
-  counts: Metrics = {
-    f"reward/{name}_errors": count for name, count in scores.errors.items()
-  }
+  counts: Metrics = {f"reward/{k}_errors": x for k, x in scores.errors.items()}
   return counts | {"reward/errors": sum(scores.errors.values())}
 
 
@@ -378,19 +343,19 @@ def _best_groups(
   both = (groups, more)
   length = max(x.batch.prompt_ids.shape[1] for x in both)
   num_images = max(x.batch.images.shape[1] for x in both)
-  groups, more = (_pad_prompts(x, length, num_images) for x in both)
-  return _merge(sharding.batch_sharding(mesh), groups, more)
 
+  def pad(x: jax.Array, size: int) -> jax.Array:
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, size - x.shape[1])
+    return jnp.pad(x, padding)
 
-def _pad_prompts(
-  groups: ScoredGroups, length: int, num_images: int
-) -> ScoredGroups:
-  ids, images = groups.batch.prompt_ids, groups.batch.images
-  ids = jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])))
-  padding = [(0, 0), (0, num_images - images.shape[1])]
-  padding += [(0, 0)] * (images.ndim - 2)
-  batch = groups.batch.replace(prompt_ids=ids, images=jnp.pad(images, padding))
-  return groups.replace(batch=batch)
+  def pad_prompts(groups: ScoredGroups) -> ScoredGroups:
+    ids = pad(groups.batch.prompt_ids, length)
+    images = pad(groups.batch.images, num_images)
+    batch = groups.batch.replace(prompt_ids=ids, images=images)
+    return groups.replace(batch=batch)
+
+  return _merge(sharding.batch_sharding(mesh), *map(pad_prompts, both))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -433,13 +398,13 @@ def _advantages(
     baseline=baseline,
     valid=valid.reshape(-1),
   ).reshape(total.shape)
+  sample_size = diagnostics.effective_sample_size(advantages)
+  share = diagnostics.advantage_share(
+    heuristics, total, advantages, valid=valid
+  )
   metrics = {
-    "rollout/effective_sample_size": diagnostics.effective_sample_size(
-      advantages
-    ),
-    "rollout/heuristic_advantage_share": diagnostics.advantage_share(
-      heuristics, total, advantages, valid=valid
-    ),
+    "rollout/effective_sample_size": sample_size,
+    "rollout/heuristic_advantage_share": share,
   }
   if clip is not None:
     advantages = jnp.clip(advantages, -clip, clip)

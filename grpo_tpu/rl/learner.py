@@ -54,15 +54,11 @@ class Learner:
 
   def init(self, params: dict) -> TrainState:
     """The state before the first update of the parameters, or adapters."""
-    abstract = self.abstract_state()
-    init = jax.jit(
-      self.tx.init,
-      out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state),
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+    init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
     # Two arrays, because an update takes over the memory of each.
     step, position = (
-      jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-      for _ in range(2)
+      jax.device_put(jnp.zeros((), jnp.int32), shardings.step) for _ in range(2)
     )
     return TrainState(step, position, params, init(params))
 

@@ -18,19 +18,12 @@ from grpo_tpu.rl.train_batch import TrainBatch
 
 @dataclasses.dataclass
 class PartialStep:
-  """The batch and the metrics of a step that is not finished.
-
-  Attributes:
-    batch: The batch to learn from.
-    num_batches: Number of batches of prompts that the step has read.
-    metrics: The step's metrics so far.
-    skipped: One number per finished update: 1 if its gradient was not finite,
-      else 0.
-  """
+  """The batch and the metrics of a step that is not finished."""
 
   batch: TrainBatch
-  num_batches: int
+  num_batches: int  # The batches of prompts that the step has read.
   metrics: writer.Scalars
+  # One number per finished update: 1 if its gradient was not finite, else 0.
   skipped: list[float]
 
   @property

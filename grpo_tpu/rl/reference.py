@@ -28,8 +28,7 @@ class Reference:
         f"devices, which have {', '.join(sorted(kinds))}; set "
         "model.reference_memory=device."
       )
-    params = _cast(params, model)
-    self._params = self._move(params, self._memory)
+    self._params = self._move(_cast(params, model), self._memory)
 
   @property
   def params(self) -> dict:
@@ -48,13 +47,7 @@ class Reference:
 def abstract_reference(
   model: ModelSettings, mesh: Mesh, *, on_device: bool = False
 ) -> dict:
-  """Shapes, types and shardings of a reference's parameters.
-
-  Args:
-    model: The settings.
-    mesh: The devices.
-    on_device: True for the copy that runs, False for the copy that is kept.
-  """
+  """Shapes, types and shardings of the copy that is kept, or that runs."""
   params = load.abstract_params(model, mesh)
   kind = "device" if on_device else model.reference_memory
   return jax.tree.map(

@@ -23,15 +23,8 @@ def first_samples(
 ) -> list[Sample]:
   """The first completion of each of the first `count` valid prompts.
 
-  Every process gets the same samples, except that only the process that writes
-  is sure to have their images.
-
-  Args:
-    mesh: The devices.
-    prompts: The prompts of this process.
-    texts: Their completions, one list per prompt.
-    scores: Their rewards, completion by completion.
-    count: Number of samples, over all processes.
+  Every process gives its own prompts, with one list of texts each, and gets the
+  same samples. Only the process that writes is sure to have their images.
   """
   if not count:
     return []
@@ -39,33 +32,24 @@ def first_samples(
   rows = sharding.process_rows(mesh, len(is_valid), jax.process_index())
   chosen = np.flatnonzero(is_valid)[:count].tolist()
   width = len(texts[0])
-  own = {
-    row: Sample(
-      pid=prompts.problems[i].pid,
-      prompt=prompts.problems[i].query,
+  writer_rows = sharding.process_rows(mesh, len(is_valid), 0)
+  own, sent, everywhere = {}, {}, {}
+  for i, row in enumerate(rows):
+    if row not in chosen:
+      continue
+    problem = prompts.problems[i]
+    own[row] = sent[row] = Sample(
+      pid=problem.pid,
+      prompt=problem.query,
       completion=texts[i][0],
-      answer=prompts.problems[i].answer,
+      answer=problem.answer,
       reward=float(scores.total[i * width]),
-      rewards={
-        name: float(values[i * width])
-        for name, values in scores.components.items()
-      },
+      rewards={k: float(x[i * width]) for k, x in scores.components.items()},
       image=prompts.images[i, 0] if prompts.images.shape[1] else None,
     )
-    for i, row in enumerate(rows)
-    if row in chosen
-  }
-  # Images are large, and the process that writes mostly has its own.
-  writer_rows = sharding.process_rows(mesh, len(is_valid), 0)
-  sent = {
-    row: dataclasses.replace(sample, image=None)
-    if row in writer_rows
-    else sample
-    for row, sample in own.items()
-  }
-  everywhere = {
-    row: sample
-    for process in collectives.gather_bytes(pickle.dumps(sent))
-    for row, sample in pickle.loads(process).items()
-  }
+    if row in writer_rows:
+      # Images are large, and the process that writes has its own.
+      sent[row] = dataclasses.replace(own[row], image=None)
+  for process in collectives.gather_bytes(pickle.dumps(sent)):
+    everywhere |= pickle.loads(process)
   return [(everywhere | own)[row] for row in chosen]

@@ -63,14 +63,9 @@ def score_batch(
   *,
   num_microbatches: int,
 ) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
-  """`token_logps` of a whole batch, without gradient.
+  """`token_logps` of a whole batch, without gradient, part after part.
 
-  Args:
-    forward: How the network runs.
-    params: The parameters to score under.
-    batch: Bundles; only prompts, images and completions are read.
-    num_microbatches: Number of parts that run one after the other; divides the
-      number of bundles.
+  The number of bundles must be a multiple of `num_microbatches`.
   """
 
   def score_part(_, micro):

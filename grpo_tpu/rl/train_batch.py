@@ -57,7 +57,6 @@ def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
   def split(x):
     # No -1 here: the images of a text model have no elements.
     rows = x.shape[0] // count
-    x = x.reshape(rows, count, *x.shape[1:])
-    return x.swapaxes(0, 1)
+    return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
 
   return jax.tree.map(split, batch)

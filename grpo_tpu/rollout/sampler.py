@@ -27,16 +27,10 @@ type Texts = Mapping[int, list[str]]
 
 
 class Samples(NamedTuple):
-  """Completions of a batch of prompts.
-
-  Attributes:
-    completions: Global arrays.
-    images: Image features that training may read in place of pixels; None if
-      it must read pixels.
-    metrics: Counts and seconds, by metric name.
-  """
+  """Completions of a batch of prompts."""
 
   completions: engine.Completions
+  # Image features that training may read; None if it must read pixels.
   images: jax.Array | None
   metrics: dict[str, float]
 
@@ -44,11 +38,7 @@ class Samples(NamedTuple):
 class Sampler:
   """Samples completions; holds compiled functions, no parameters.
 
-  Attributes:
-    forward: How the network runs, in sampling and in training.
-    settings: How completions are sampled.
-    mesh: The devices.
-    tokenizer: Decodes completions.
+  `forward` says how the network runs, in sampling and in training.
   """
 
   def __init__(
@@ -122,10 +112,8 @@ class Sampler:
     start = time.perf_counter()
     images = self._image_rows(params, prompts)
     encode_seconds = time.perf_counter() - start
-    rows = (
-      *(prompts.prompt_ids, prompts.prompt_length),
-      *(images, prompts.prompt_index),
-    )
+    ids, length = prompts.prompt_ids, prompts.prompt_length
+    rows = (ids, length, images, prompts.prompt_index)
     whole = self._put_prompts(rows)
     settings = self.engine_settings(
       num_completions, temperature, top_k=top_k, top_p=top_p
@@ -134,19 +122,18 @@ class Sampler:
     def sample_part(part: int):
       def report_texts(ids: Mapping[int, list[list[int]]]) -> None:
         assert on_finished is not None
-        on_finished(
-          {
-            index * num_parts + part: [self.tokenizer.decode(x) for x in rows]
-            for index, rows in ids.items()
-          }
-        )
+        texts = {
+          index * num_parts + part: [self.tokenizer.decode(x) for x in rows]
+          for index, rows in ids.items()
+        }
+        on_finished(texts)
 
+      prompts = whole
+      if num_parts > 1:  # Every `num_parts`-th prompt of each shard.
+        prompts = self._put_prompts([x[part::num_parts] for x in rows])
       return generate.sample_completions(
         params,
-        # Every `num_parts`-th prompt of each shard.
-        whole
-        if num_parts == 1
-        else self._put_prompts([x[part::num_parts] for x in rows]),
+        prompts,
         key,
         settings=settings,
         mesh=self.mesh,
@@ -178,13 +165,8 @@ class Sampler:
   ) -> None:
     """Compiles the programs of `sample` before it is called.
 
-    Args:
-      params: The parameters.
-      shapes: Padded prompt lengths, each with a number of images.
-      num_prompts: Prompts of a batch, over all processes.
-      num_completions: See `sample`.
-      temperature: See `sample`.
-      num_parts: See `sample`.
+    A shape is a padded prompt length and a number of images. `num_prompts`
+    counts the prompts of a batch over all processes.
     """
     params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -192,11 +174,9 @@ class Sampler:
     )
     if self.image_encoder:
       self.image_encoder.compile_ahead(params)
-    key = jax.ShapeDtypeStruct(
-      (),
-      jax.random.key(0).dtype,
-      sharding=sharding.replicated_sharding(self.mesh),
-    )
+    replicated = sharding.replicated_sharding(self.mesh)
+    dtype = jax.random.key(0).dtype
+    key = jax.ShapeDtypeStruct((), dtype, sharding=replicated)
     for length, num_images in sorted(shapes):
       generate.compile_ahead(
         params,
@@ -216,15 +196,10 @@ class Sampler:
 
     images = array(np.uint8, 0, 0, 0, 3)
     if vision := self.forward.config.vision:
-      images = array(
-        self.forward.dtype, num_images, vision.soft_tokens, vision.width
-      )
-    return engine.Prompts(
-      ids=array(np.int32, length),
-      length=array(np.int32),
-      images=images,
-      index=array(np.int32),
-    )
+      shape = (num_images, vision.soft_tokens, vision.width)
+      images = array(self.forward.dtype, *shape)
+    ids, number = array(np.int32, length), array(np.int32)
+    return engine.Prompts(ids, length=number, images=images, index=number)
 
   def engine_settings(
     self,
@@ -262,9 +237,8 @@ class Sampler:
 
   def texts(self, completions: engine.Completions) -> list[list[str]]:
     """Decoded completions, one list per prompt of this process."""
-    return self.decode(
-      *sharding.local_rows(self.mesh, (completions.ids, completions.mask))
-    )
+    rows = completions.ids, completions.mask
+    return self.decode(*sharding.local_rows(self.mesh, rows))
 
   def decode(self, ids: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     """Decodes the tokens of `ids` [U, C, T] at which `mask` is True."""

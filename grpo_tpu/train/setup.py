@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -85,17 +86,16 @@ def start(
     report.has_run_record = True
     if step is not None:
       report.clock.resume(folder / "metrics.jsonl", step)
-    metric_writer = stack.enter_context(
-      writer.Writer(
-        workdir,
-        is_writer=jax.process_index() == 0,
-        resume_step=step,
-        has_partial_step=trainer.partial is not None,
-      )
+    metric_writer = writer.Writer(
+      workdir,
+      is_writer=jax.process_index() == 0,
+      resume_step=step,
+      has_partial_step=trainer.partial is not None,
     )
+    stack.enter_context(metric_writer)
     metric_writer.write_config(config.to_dict())
-    trainer.write_samples = lambda step, samples: metric_writer.write_samples(
-      step, samples, split="train"
+    trainer.write_samples = functools.partial(
+      metric_writer.write_samples, split="train"
     )
     profile = stack.enter_context(
       profiler.Profiler(folder, config.profile.steps)
@@ -115,7 +115,7 @@ class Run:
   Attributes:
     trainer: Takes the steps.
     state: The state that the run starts from.
-    start: Number of finished steps.
+    start: The number of steps before it.
   """
 
   def __init__(
@@ -166,13 +166,9 @@ class Run:
       try:
         yield
       except preemption.Preempted:
-        partial = self.trainer.partial
-        self._save(
-          step - 1,
-          self.trainer.state,
-          partial_step=partial.to_data() if partial else None,
-          force=True,
-        )
+        state, partial = self.trainer.state, self.trainer.partial
+        data = partial.to_data() if partial else None
+        self._save(step - 1, state, partial_step=data, force=True)
         self._wait_for_checkpoints()
         raise
       finally:
@@ -198,7 +194,7 @@ class Run:
     if jax.process_index() == 0:
       self._alarms.check(step, metrics)
     metrics |= self._checkpoints.scalars()
-    metrics |= {"perf/write_failures": self._writer.failures}
+    metrics["perf/write_failures"] = self._writer.failures
     self._metrics = metrics
     self._writer.write(step, metrics)
     self._writer.log_progress(self._config.train.num_steps)
@@ -226,9 +222,8 @@ class Run:
 
 def _fix_weights(config: Config, saved: dict[str, Any] | None) -> Config:
   """The settings with the step of `model.weights` that the run started from."""
-  weights = (
-    saved["weights"] if saved else load.resolve_weights(config.model.weights)
-  )
+  named = config.model.weights
+  weights = saved["weights"] if saved else load.resolve_weights(named)
   model = dataclasses.replace(config.model, weights=weights)
   return dataclasses.replace(config, model=model)
 
@@ -238,11 +233,7 @@ def _restore_or_init(
   checkpoints: checkpointer.Checkpoints,
   record: run_record.RunRecord,
 ) -> int | None:
-  """Gives the trainer the newest state, or a new one.
-
-  Returns:
-    The number of finished steps; None for a new run.
-  """
+  """Gives the trainer the newest state and returns its step; None if new."""
   row_sharding = sharding.batch_sharding(trainer.mesh)
   restored = checkpoints.restore(
     trainer.learner.abstract_state(), partial_step_sharding=row_sharding
@@ -256,11 +247,9 @@ def _restore_or_init(
     trainer.init()
   step = restored.step if restored else None
   updates = trainer.partial.updates_done if trainer.partial else 0
-  preflight.check(
-    "restored",
-    {"checkpoint": {"step": step, "updates": updates}},
-    timeout_seconds=trainer.config.distributed.preflight_timeout_seconds,
-  )
+  timeout = trainer.config.distributed.preflight_timeout_seconds
+  facts = {"checkpoint": {"step": step, "updates": updates}}
+  preflight.check("restored", facts, timeout_seconds=timeout)
   return step
 
 

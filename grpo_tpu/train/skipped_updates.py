@@ -6,17 +6,12 @@ from absl import logging
 
 
 class SkippedUpdates:
-  """Counts updates that were skipped because a gradient was not finite.
-
-  Attributes:
-    count: Skipped updates of this process.
-  """
+  """Counts updates that were skipped because a gradient was not finite."""
 
   def __init__(self, limit: int):
     """Allows fewer than `limit` skipped updates in a row."""
     self.count = 0
-    self._limit = limit
-    self._in_a_row = 0
+    self._limit, self._in_a_row = limit, 0
 
   def check(self, step: int, skipped: Sequence[float]) -> None:
     """Counts the updates of a step; each is 1 if it was skipped, else 0.
@@ -35,10 +30,7 @@ class SkippedUpdates:
     logging.warning(
       "Step %d skipped %d updates whose gradients were not finite; %d in a row"
       " (train.max_skipped_updates is %d).",
-      step,
-      count,
-      longest,
-      self._limit,
+      *(step, count, longest, self._limit),
     )
     if longest >= self._limit:
       raise FloatingPointError(

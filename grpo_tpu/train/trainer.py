@@ -58,12 +58,8 @@ class Trainer:
   ):
     """Loads the frozen parameters that the settings need.
 
-    Args:
-      config: The settings; `model.weights` must name its step.
-      data: The problems.
-      mesh: The devices.
-      poll: Called where a step can be interrupted; raises to interrupt it.
-      clock: Adds up the seconds of each phase.
+    `config.model.weights` must name its step. `poll` is called where a step can
+    be interrupted, and raises to interrupt it.
     """
     self.config, self.mesh = config, mesh
     self._poll, self._clock = poll, clock or goodput.Clock()
@@ -84,29 +80,23 @@ class Trainer:
       config.learner_config,
       frozen=params if config.lora else None,
     )
-    num_microbatches = config.num_microbatches
-    self._score_batch = compile_cache.AotJit(
-      jax.jit(
-        lambda params, batch: score.score_batch(
-          forward, params, batch, num_microbatches=num_microbatches
-        )
-      )
+    score_batch = functools.partial(
+      score.score_batch, forward, num_microbatches=config.num_microbatches
     )
+    self._score_batch = compile_cache.AotJit(jax.jit(score_batch))
     self._data = data
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
-    eval_options = self._shards | {
+    eval_options: dict[str, Any] = self._shards | {
       "num_problems": config.eval.num_problems,
       "batch_size": config.eval.batch_size,
     }
     self._eval_batches = data.eval_batches(**eval_options)
-    self._preference_batches = (
-      data.preference_batches(
+    self._preference_batches = None
+    if config.data.kind == "preference":
+      self._preference_batches = data.preference_batches(
         max_new_tokens=config.rollout.max_new_tokens, **eval_options
       )
-      if config.data.kind == "preference"
-      else None
-    )
     # Prompt shapes to come, until their programs are compiled.
     self._shapes: set[tuple[int, int]] = set()
     self._prompts: Iterator[pipeline.Batch] = iter(())
@@ -134,15 +124,13 @@ class Trainer:
   def init(self, params: dict | None = None) -> TrainState:
     """The state before the first step; data are read from their beginning.
 
-    Args:
-      params: The trained parameters; None loads `model.weights`.
+    Without `params` it holds those of `model.weights`, or new adapters.
     """
+    model, seed = self.config.model, self.config.seed
     if params is None and self.config.lora:
-      params = load.initial_adapters(
-        self.config.model, self.mesh, seed=self.config.seed
-      )
+      params = load.initial_adapters(model, self.mesh, seed=seed)
     elif params is None:
-      params = load.load_params(self.config.model, self.mesh)
+      params = load.load_params(model, self.mesh)
     state = self.learner.init(params)
     self.resume(state)
     return state
@@ -216,12 +204,12 @@ class Trainer:
         num_samples=samples.count if every and step % every == 0 else 0,
         poll=self._poll,
       )
+    metrics = experience.metrics
     for phase in ("data", "reward"):
-      self._clock.reassign("rollout", phase, experience.seconds(phase))
+      seconds = float(metrics.get(f"perf/{phase}_seconds", 0.0))
+      self._clock.reassign("rollout", phase, seconds)
     self.write_samples(step, experience.samples)
-    return PartialStep(
-      experience.batch, experience.num_batches, experience.metrics, []
-    )
+    return PartialStep(experience.batch, experience.num_batches, metrics, [])
 
   def score(self, state: TrainState, batch: TrainBatch) -> TrainBatch:
     """Adds reference and old log-probabilities, and entropy weights."""
@@ -249,11 +237,9 @@ class Trainer:
       if is_off_policy:
         batch = batch.replace(old_per_token_logps=old_logps)
       if weighs_entropy:
-        batch = batch.replace(
-          token_weights=_top_entropy_weights(
-            entropy, batch.completion_mask, share=share
-          )
-        )
+        mask = batch.completion_mask
+        weights = _top_entropy_weights(entropy, mask, share=share)
+        batch = batch.replace(token_weights=weights)
     return reshard(batch, sharding.batch_sharding(self.mesh))
 
   def _score(
@@ -278,22 +264,19 @@ class Trainer:
     assert partial is not None and step is not None
     if not partial.updates_done:
       first_update = (step - 1) * self.config.train.num_iterations
-      partial.metrics["train/learning_rate"] = jnp.asarray(
-        self._schedule(first_update)
-      )
+      learning_rate = jnp.asarray(self._schedule(first_update))
+      partial.metrics["train/learning_rate"] = learning_rate
     while partial.updates_done < self.config.train.num_iterations:
       if partial.updates_done:
         self._poll()
       with self._clock.phase("update"):
         state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
-    end = time.perf_counter()
-    seconds = end - self._start
+    end, tokens = time.perf_counter(), float(partial.metrics["train/tokens"])
     partial.metrics |= {
       "perf/update_seconds": end - self._scored,
-      "perf/step_seconds": seconds,
-      "perf/tokens_per_second": float(partial.metrics["train/tokens"])
-      / seconds,
+      "perf/step_seconds": end - self._start,
+      "perf/tokens_per_second": tokens / (end - self._start),
       "train/skipped_updates": sum(partial.skipped),
     }
     state = state.replace(
@@ -318,11 +301,7 @@ class Trainer:
   def evaluate(
     self, state: TrainState
   ) -> tuple[writer.Scalars, list[writer.Sample]]:
-    """Accuracy, and preference accuracy if there are pairs, on held-out data.
-
-    Returns:
-      Metrics, and completions for people to look at.
-    """
+    """Metrics on held-out data, and completions for people to look at."""
     params = self.learner.params(state)
     result = evaluate.evaluate_greedy(
       self.sampler,
@@ -335,25 +314,16 @@ class Trainer:
     metrics: writer.Scalars = dict(result.scalars)
     if self._preference_batches is not None:
       assert self._reference is not None
+      reference, batches = self._reference.params, self._preference_batches
       metrics |= preferences.evaluate_preferences(
-        self.collector,
-        params,
-        self._reference.params,
-        self._preference_batches,
+        self.collector, params, reference, batches
       )
     return metrics, result.samples
 
   def _compile_for_shapes(
-    self,
-    program: compile_cache.AotJit,
-    first: Any,
-    batch: TrainBatch,
-    *rest: Any,
+    self, program: compile_cache.AotJit, first: Any, batch: Any, *rest: Any
   ) -> None:
-    """Compiles a program for the prompt shapes to come, after its first call.
-
-    The arguments after `program` are those of its first call.
-    """
+    """Compiles a program for the prompt shapes to come, after a call of it."""
     ids, images = batch.prompt_ids, batch.images
     shapes = self._shapes - {(ids.shape[1], images.shape[1])}
     for length, num_images in sorted(shapes):
