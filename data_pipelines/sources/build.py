@@ -193,19 +193,16 @@ def _write(
   )
   counts = collections.Counter(splits.values())
   _require_both_sides(request, counts)
-  problems = {
-    split: intake.SplitView(readers, splits, split)
-    for split in ("train", "eval", "test")
-    if counts[split]
-  }
-  texts = map(chat_prompts.chat_text, next(iter(problems.values())))
+  written = [split for split in ("train", "eval", "test") if counts[split]]
+  read_split = functools.partial(intake.read_split, readers, splits)
+  texts = map(chat_prompts.chat_text, read_split(written[0]))
   with validation.user_errors():
     tokenizer.train(
       itertools.islice(texts, _MAX_TOKENIZER_TEXTS),
       folder / _TOKENIZER,
       request.vocab_size,
     )
-  mathvista.write(problems, folder)
+  mathvista.write({split: read_split(split) for split in written}, folder)
   with open(folder / _REJECTS, "w") as file:
     file.writelines(json.dumps(each, default=str) + "\n" for each in rejects)
   is_synthetic = isinstance(request.source, synthetic.Spec)
@@ -214,7 +211,7 @@ def _write(
   manifest = {
     "source": SYNTHETIC if is_synthetic else request.source,
     "terms": mathvista.terms(num_original, len(accepted)),
-    "counts": {split: counts[split] for split in problems},
+    "counts": {split: counts[split] for split in written},
     "rejects": _reasons(rejects),
     "withheld": sorted(
       record.pid for record in accepted if splits[record.key] == intake.WITHHELD

@@ -168,23 +168,12 @@ def assign_splits(
   return assigned
 
 
-class SplitView:
-  """The problems of one split, read from the source again on each pass."""
-
-  def __init__(
-    self,
-    readers: folders.Readers,
-    assigned: Mapping[tuple[str, int], str],
-    split: str,
-  ):
-    self._readers = readers
-    self._indices: dict[str, set[int]] = {}
-    for (source_split, index), side in assigned.items():
-      if side == split:
-        self._indices.setdefault(source_split, set()).add(index)
-
-  def __iter__(self) -> Iterator[records.Problem]:
-    for source_split, indices in self._indices.items():
-      for index, raw in enumerate(self._readers[source_split]()):
-        if index in indices:
-          yield _problem(raw)
+def read_split(
+  readers: folders.Readers, assigned: Mapping[tuple[str, int], str], split: str
+) -> Iterator[records.Problem]:
+  """Reads the problems of one split from the source again."""
+  keys = dict.fromkeys(key for key, side in assigned.items() if side == split)
+  for source_split in dict.fromkeys(name for name, _ in keys):
+    for index, raw in enumerate(readers[source_split]()):
+      if (source_split, index) in keys:
+        yield _problem(raw)

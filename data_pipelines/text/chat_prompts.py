@@ -144,23 +144,18 @@ def check_images(
     BadRecord: "image_count" if <start_of_image>, or the placeholders after it,
       differ in number.
   """
-  starts = [
-    i for i, token in enumerate(ids) if token == tokenizer.start_of_image
-  ]
-  if len(starts) != num_images:
-    raise records.BadRecord(
-      "image_count",
-      f"the prompt has {len(starts)} <start_of_image> for {num_images} images",
-    )
   placeholder = tokenizer.chat.image_placeholder
   run = [placeholder] * soft_tokens
-  runs = sum(list(ids[i + 1 : i + 1 + soft_tokens]) == run for i in starts)
+  starts = [i for i, x in enumerate(ids, 1) if x == tokenizer.start_of_image]
+  runs = sum(list(ids[i : i + soft_tokens]) == run for i in starts)
   placeholders = list(ids).count(placeholder)
-  if runs != num_images or placeholders != num_images * soft_tokens:
+  found = (len(starts), runs, placeholders)
+  if found != (num_images, num_images, num_images * soft_tokens):
     raise records.BadRecord(
       "image_count",
-      f"the prompt has {placeholders} placeholders, of which {runs} runs of "
-      f"{soft_tokens} follow a <start_of_image>, for {num_images} images",
+      f"the prompt has {len(starts)} <start_of_image> for {num_images} images, "
+      f"and {placeholders} placeholders, of which {runs} runs of {soft_tokens} "
+      "follow a <start_of_image>",
     )
 
 

@@ -222,13 +222,13 @@ def test_added_records_move_no_other(count):
   assert all(many["testmini", i] != "withheld" for i in range(40))
 
 
-def test_a_split_view_has_the_assigned_problems_and_can_be_read_twice():
+def test_a_split_has_the_assigned_problems_and_can_be_read_twice():
   sources = readers(testmini=with_bad(), test=PROBLEMS[:0])
   _, sides = placed(sources)
   read = []
   for split in ("train", "eval", "test"):
-    chosen = intake.SplitView(sources, sides, split)
-    assert list(chosen) == list(chosen)
+    chosen = list(intake.read_split(sources, sides, split))
+    assert list(intake.read_split(sources, sides, split)) == chosen
     read += chosen
   assert sorted(read, key=lambda p: p.pid) == PROBLEMS
 
