@@ -77,7 +77,7 @@ def compute(
     `ablations`. Each figure is a `statistics.share`. Without public answers
     `accuracy` is None and `note` gives the reason.
   """
-  kept = _graded(greedy)
+  kept = _select_graded(greedy)
   result: dict[str, Any] = {
     "problems": len(greedy),
     "asked": sum(each.asked for each in greedy),
@@ -100,12 +100,14 @@ def compute(
       for row in rows
     ],
     "ablations": {
-      name: _ablation(is_right, _graded(completions))
+      name: _ablation(is_right, _select_graded(completions))
       for name, completions in ablated.items()
     },
   }
   if samples:
-    result["sampled"] = _sample_figures([_graded(x) for x in samples], ks)
+    result["sampled"] = _sample_figures(
+      [_select_graded(x) for x in samples], ks
+    )
   return result
 
 
@@ -135,13 +137,15 @@ def examples(
 
   Without public answers, any completions.
   """
-  graded = _graded(completions)
+  graded = _select_graded(completions)
   chosen = [x for x in graded or completions if x.asked and not x.is_right]
   indices = np.linspace(0, len(chosen), min(count, len(chosen)), endpoint=False)
   return [chosen[int(index)] for index in indices]
 
 
-def _graded(completions: Sequence[GradedCompletion]) -> list[GradedCompletion]:
+def _select_graded(
+  completions: Sequence[GradedCompletion],
+) -> list[GradedCompletion]:
   """The completions that figures count; none if no answer is public."""
   if not any(each.record["answer"] for each in completions):
     return []

@@ -47,13 +47,9 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
     folder = f"/buckets/{settings.bucket}"
     workdir = f"{folder}/{settings.path_in_bucket}"
     pod_metadata["annotations"] = {"gke-gcsfuse/volumes": "true"}
-    volume["csi"] = {
-      "driver": "gcsfuse.csi.storage.gke.io",
-      "volumeAttributes": {
-        "bucketName": settings.bucket,
-        "mountOptions": _MOUNT_OPTIONS,
-      },
-    }
+    attributes = {"bucketName": settings.bucket, "mountOptions": _MOUNT_OPTIONS}
+    driver = "gcsfuse.csi.storage.gke.io"
+    volume["csi"] = {"driver": driver, "volumeAttributes": attributes}
   else:
     # Every node has mounted the path already.
     volume["hostPath"] = {"path": folder, "type": "Directory"}
