@@ -41,13 +41,9 @@ class ImageEncoder:
   ):
     """Encodes nothing yet.
 
-    Args:
-      config: Sizes of the tower.
-      mesh: The devices.
-      dtype: Type of the matrix products and of the features.
-      per_shard: Number of images that each data shard encodes at a time.
-      cache_bytes: Size of this process's cache of the features used last; 0 for
-        a tower that is trained.
+    Each data shard will encode `per_shard` images at a time. This process's
+    cache of the features used last has `cache_bytes`, 0 for a tower that is
+    trained.
     """
     self._config, self._mesh, self._dtype = config, mesh, dtype
     self._per_shard, self._cache_bytes = per_shard, cache_bytes
@@ -60,12 +56,7 @@ class ImageEncoder:
   def features(
     self, params: dict, images: UInt8[np.ndarray, "U I height width 3"]
   ) -> Float[np.ndarray, "U I S tower_width"]:
-    """The output of `vision.soft_tokens` for this process's images.
-
-    Args:
-      params: The tree of `weights`.
-      images: Images of this process's prompts.
-    """
+    """The output of `vision.soft_tokens` for this process's images."""
     flat = images.reshape(-1, *images.shape[2:])
     names = [hashlib.blake2b(x.tobytes()).digest() for x in flat]
     known = {x: self._cache[x] for x in names if x in self._cache}

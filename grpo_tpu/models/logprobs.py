@@ -98,14 +98,7 @@ def sharded_per_token_logps(
   scattered once, whatever the number of chunks; `chunk_size` counts tokens of a
   shard. Tensor shards hold the logits of their part of the vocabulary. Uses the
   mesh of `jax.set_mesh`; without one, or if the mesh does not divide the
-  bundles, it is plain `per_token_logps`.
-
-  Args:
-    states: As in `per_token_logps`.
-    ids: As in `per_token_logps`.
-    embedding: As in `per_token_logps`.
-    is_early: As in `per_token_logps`.
-    **kwargs: The other arguments of `per_token_logps`.
+  bundles, it is plain `per_token_logps`, whose arguments it takes.
   """
   mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
   shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in batch)
@@ -257,14 +250,8 @@ def output_logits(
 
   Sampler and trainer both use this function, so a banned id is in neither's
   softmax and a sampled token has the probability that is trained. If only one
-  of them banned it, the ratio would start off 1.
-
-  Args:
-    states: Final states.
-    embedding: Output embedding.
-    temperature: Divisor of the logits.
-    banned_ids: Ids of probability 0.
-    first_id: Id of the embedding's first row, if it is a part.
+  of them banned it, the ratio would start off 1. `first_id` is the id of the
+  first row of an output embedding that is a part.
   """
   logits = jnp.einsum(
     "...d,vd->...v",

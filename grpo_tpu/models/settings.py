@@ -136,27 +136,21 @@ class ModelSettings:
 
   def _check_with_adapters(self) -> None:
     """Checks that the image tower and the reference have no settings."""
-    rank = self.lora.rank
-    off = "or model.lora.rank=0"
-    require(
-      not self.train_vision,
-      "model.train_vision",
-      self.train_vision,
-      f"be False with adapters (model.lora.rank={rank}), which leave the image "
-      "tower frozen",
-      f"set model.train_vision=False, {off}",
-    )
-    for name, value, plain in (
-      ("model.reference_dtype", self.reference_dtype, None),
-      ("model.reference_memory", self.reference_memory, "device"),
+    with_adapters = f"with adapters (model.lora.rank={self.lora.rank})"
+    no_tower = "which leave the image tower frozen"
+    no_copy = "because the reference is the frozen model below them and no copy"
+    for name, plain, reason in (
+      ("train_vision", False, no_tower),
+      ("reference_dtype", None, no_copy),
+      ("reference_memory", "device", no_copy),
     ):
+      value = getattr(self, name)
       require(
         value == plain,
-        name,
+        f"model.{name}",
         value,
-        f"be {plain} with adapters (model.lora.rank={rank}), because the "
-        "reference is the frozen model below them and no copy",
-        f"set {name}={plain}, {off}",
+        f"be {plain} {with_adapters}, {reason}",
+        f"set model.{name}={plain}, or model.lora.rank=0",
       )
 
   @property

@@ -21,11 +21,8 @@ def group_correctness(
   """The shares of groups that are all right, all wrong, and mixed.
 
   Only mixed groups teach what is right. The three shares add up to 1 over the
-  groups with a valid row; without such a group they are 0.
-
-  Args:
-    correct: True for completions with the right answer.
-    valid: False where correctness is unknown; None means that all are valid.
+  groups with a valid row, whose correctness is known; without such a group they
+  are 0.
   """
   correct = jnp.asarray(correct)
   known = jnp.ones_like(correct) if valid is None else jnp.asarray(valid)
@@ -70,11 +67,8 @@ def advantage_share(
   over that of both: 0 if the part never differs within a group, 1 if only the
   part does, 0 if nothing does.
 
-  Args:
-    part: This part of each completion's reward, weight included.
-    total: The whole reward.
-    advantages: The advantages from the whole reward.
-    valid: False on rows to leave out; None means that all count.
+  `part` includes its weight, `total` is the whole reward, and `advantages` come
+  from the whole reward. Only valid rows count.
   """
   part, total, advantages = (
     jnp.asarray(x, jnp.float32) for x in (part, total, advantages)
@@ -106,11 +100,9 @@ def advantage_share(
 def reward_statistics(
   rewards: dict[str, Float[Array, "B G"]], valid: Bool[Array, "B G"]
 ) -> Metrics:
-  """Means and spreads of the rewards, over the batch and within groups.
+  """Means and spreads of the valid rewards, over the batch and within groups.
 
-  Args:
-    rewards: By name; "total" and "heuristics" are sums of the others.
-    valid: False on rows that do not count.
+  The rewards "total" and "heuristics" are sums of the others.
   """
   total = rewards["total"]
   correctness = group_correctness(rewards["accuracy"] > 0.5, valid=valid)

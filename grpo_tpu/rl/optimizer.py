@@ -42,11 +42,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clipping and AdamW; the moments are float32 whatever the parameters' type.
 
-  Args:
-    config: See `settings.OptimizerConfig`.
-    is_frozen: Takes the path of a leaf, as in "vision/norm/scale", and returns
-      True if it must not change. A frozen leaf has no state, its update is 0,
-      and its gradient does not enter the norm.
+  `is_frozen` takes the path of a leaf, as in "vision/norm/scale". A frozen leaf
+  has no state, its update is 0, and its gradient does not enter the norm.
   """
 
   def label(params):

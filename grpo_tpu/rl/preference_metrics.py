@@ -15,13 +15,9 @@ def all_pairs(
 ) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
   """The scores of every two completions of a group, as chosen and rejected.
 
-  Args:
-    scores: One per completion.
-    preferred: True at [u, i, j] where completion i is preferred to j.
-
-  Returns:
-    For each of the U C C ordered pairs: the score of the chosen completion, the
-    score of the rejected one, and True if the pair has such a label.
+  For each of the U C C ordered pairs: the score of the chosen completion, the
+  score of the rejected one, and True if the pair has such a label, which is
+  `preferred[u, i, j]` if completion i is preferred to j.
   """
   scores, preferred = jnp.asarray(scores), jnp.asarray(preferred)
   shape = preferred.shape
@@ -36,12 +32,9 @@ def accuracy(
   *,
   valid: Bool[ArrayLike, " B"] | None = None,
 ) -> Float[Array, ""]:
-  """The share of pairs whose chosen completion scores higher; a tie is half.
+  """The share of valid pairs whose chosen completion scores higher.
 
-  Args:
-    chosen: Score of each pair's chosen completion.
-    rejected: Score of each pair's rejected completion.
-    valid: False on pairs to leave out; None means that all count.
+  A tie counts half.
   """
   difference = jnp.asarray(chosen) - jnp.asarray(rejected)
   wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
@@ -60,21 +53,11 @@ def implicit_preference(
   """Preferences of the policy itself, relative to the reference.
 
   A completion's implicit reward is beta times its log-ratio to the reference.
-
-  Args:
-    chosen_logps: Log-probability of each whole chosen completion under the
-      policy: the sum over its tokens, or their mean for a measure that does not
-      depend on length. The other three arguments must match.
-    rejected_logps: Log-probability of the rejected completion.
-    ref_chosen_logps: Log-probability of the chosen completion under the
-      reference.
-    ref_rejected_logps: Log-probability of the rejected completion under the
-      reference.
-    beta: Scale of the implicit reward; no accuracy depends on it.
-    valid: False on pairs to leave out; None means that all count.
+  Log-probabilities are those of whole completions: the sums over their tokens,
+  or the means for a measure that does not depend on length.
 
   Returns:
-    Means over pairs: `implicit_preference_accuracy` (ties count half),
+    Means over valid pairs: `implicit_preference_accuracy` (ties count half),
     `chosen_reward`, `rejected_reward`, and their difference
     `implicit_preference_margin`.
   """

@@ -280,8 +280,8 @@ class LearnerConfig:
   """The settings of an update, besides the network.
 
   Attributes:
-    objective: The GRPO objective; None for demonstrations.
-    optimizer: Learning rate, schedule and clipping.
+    objective: None for demonstrations.
+    optimizer: Settings of AdamW.
     shaping: Entropy bonus and sampler correction are read.
     num_microbatches: Number of parts that a batch is cut into.
   """

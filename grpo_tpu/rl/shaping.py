@@ -22,12 +22,7 @@ def length_penalty(
   """The penalty of a completion's length, to add to its reward: 0 down to -1.
 
   0 up to `max_length - soft_tokens`, then evenly down to -1 at `max_length`
-  (DAPO, equation 13).
-
-  Args:
-    length: Length in tokens, the end of turn included.
-    max_length: Most tokens of a completion.
-    soft_tokens: Number of last tokens that are penalised.
+  (DAPO, equation 13). Lengths are in tokens, the end of turn included.
   """
   over = jnp.asarray(length, jnp.float32) - (max_length - soft_tokens)
   return -jnp.clip(over / soft_tokens, 0.0, 1.0)
@@ -66,11 +61,8 @@ def sampler_weights(
 ) -> Float[Array, "*rows T"]:
   """Ratios of the old policy to the sampler, before any cap; 1 on padding.
 
-  Args:
-    old: Log-probabilities of the old policy, as training computes them.
-    sampler: Log-probabilities as the sampler computed them.
-    mask: True on sampled tokens.
-    correction: "token" or "sequence"; see `settings.ShapingConfig`.
+  `old` and `sampler` are log-probabilities, as training and as the sampler
+  computed them; for `correction` see `settings.ShapingConfig`.
   """
   gap = jnp.where(mask, old - sampler, 0.0)
   if correction == "sequence":

@@ -87,12 +87,7 @@ def moves(
   """Moves down the ladder, one shape at a time, as far as live rows fit.
 
   One shape at a time needs one compiled function per pair of neighbours.
-
-  Args:
-    grid: The grid now.
-    live: True for cells that hold a live row.
-    shapes: Shapes from `ladder`.
-    num_completions: Number of rows of each prompt at the start (`C`).
+  `shapes` come from `ladder`; `num_completions` is `C`, that of the start.
   """
   steps = []
   for shape in shapes[shapes.index(grid.shape) + 1 :]:

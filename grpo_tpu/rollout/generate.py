@@ -44,9 +44,7 @@ class StopStrings:
   def find_end(self, ids: list[int], known: int) -> int | None:
     """Number of tokens up to the end of the first stop string, or None.
 
-    Args:
-      ids: Tokens of a completion.
-      known: Number of leading tokens that are known to hold no stop string.
+    The first `known` tokens are known to hold no stop string.
     """
     if not self._contains_any(ids):
       return None
@@ -315,12 +313,7 @@ def compile_ahead(
 ) -> None:
   """Compiles everything that a rollout of such prompts may run.
 
-  Args:
-    params: Shapes and shardings of the parameters.
-    prompts: Shapes and shardings of the prompts of all processes.
-    step_key: Shape and sharding of the key.
-    settings: How to sample.
-    mesh: The devices.
+  The arrays are given as shapes and shardings, the prompts of all processes.
   """
   functions = engine.Engine(settings, mesh)
   _, shards = sharding.data_shards(mesh)

@@ -44,10 +44,7 @@ def sample(
   uniform number with a running sum is less robust: with `V` steps, the number
   is often close to one of them.
 
-  Args:
-    logits: Logits in fp32, already divided by the temperature.
-    keys: Keys from `row_keys`.
-    t: Index of the token in its completion.
+  The logits are in fp32 and already divided by the temperature.
   """
   peak = logits.max(axis=-1)
   blocks = _blocks(logits - peak[..., None])
@@ -98,10 +95,9 @@ def greedy(
 def top_k_top_p(
   logits: Float[Array, "*batch V"], *, top_k: int, top_p: float
 ) -> Float[Array, "*batch V"]:
-  """Makes all but the likeliest tokens impossible.
+  """Makes all but the likeliest tokens impossible; never for training.
 
-  Never use it for training, where the probability of a sampled token must be
-  the one that is trained.
+  There the probability of a sampled token must be the one that is trained.
 
   Args:
     logits: Logits, already divided by the temperature.

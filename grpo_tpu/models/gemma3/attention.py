@@ -43,12 +43,10 @@ class AttentionSpec(NamedTuple):
 
 
 def choose_implementation(setting: str, platform: str) -> str:
-  """Chooses the implementation: einsum, splash or interpreted_splash.
+  """Chooses einsum, splash or interpreted_splash for `model.attention`.
 
-  Args:
-    setting: The setting `model.attention`.
-    platform: JAX's name for the devices' platform. Off TPUs the kernel runs in
-      an interpreter, which is slow and only useful for tests.
+  Off TPUs the kernel runs in an interpreter, which is slow and only useful for
+  tests.
   """
   assert setting in ATTENTION_KINDS, setting
   if setting == "auto":
@@ -70,7 +68,8 @@ def attend(
   """Attention of each query to its own row and to its bundle's prompt.
 
   One softmax runs over both parts, in fp32, so the result equals that of
-  separate rows that each hold a copy of the prompt.
+  separate rows that each hold a copy of the prompt. It is arbitrary but finite
+  on padding.
 
   Args:
     q: Queries, scaled and rotated.
@@ -80,9 +79,6 @@ def attend(
     prompt: Keys and values of the prompt, shared by the `C` completions of a
       bundle. Without it the rows are the prompts themselves, and `C` is 1.
     implementation: The result of `choose_implementation`.
-
-  Returns:
-    The weighted sum of values for each query; arbitrary but finite on padding.
   """
   if implementation != "einsum":
     # Imported here because it loads slowly and few machines need it.
@@ -155,14 +151,9 @@ def attend_cached(
 ) -> Float[Array, "U C Q H"]:
   """Attention of one token of each row to caches with heads before tokens.
 
-  One softmax runs over both parts, as in `attend`.
-
-  Args:
-    q: Queries, scaled and rotated.
-    own: Keys and values of each row.
-    prompt: Keys and values of each bundle's prompt.
-    sees_own: True for slots of the row's cache that hold a token.
-    sees_prompt: True for cached prompt tokens that the query sees.
+  One softmax runs over both parts, as in `attend`. `own` and `prompt` are keys
+  and values; a query sees their slots where `sees_own` and `sees_prompt` are
+  True.
   """
   u, c, num_heads, head_dim = q.shape
   (k, v), (prompt_k, prompt_v) = own, prompt
@@ -206,10 +197,7 @@ def prompt_mask(
 ) -> Bool[Array, "U 1 P P"]:
   """Mask of the prompt tokens that each prompt token sees.
 
-  Args:
-    image_block: See `AttentionSpec`.
-    prompt_length: Number of tokens before the padding.
-    window: Reach in positions, in both directions.
+  The arguments are attributes of `AttentionSpec`.
   """
   index = jnp.arange(image_block.shape[1])
   query, key = index[:, None], index[None, :]

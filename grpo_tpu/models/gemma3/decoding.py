@@ -55,15 +55,9 @@ def least_bytes_read(
 ) -> int:
   """Bytes that decoding has to read at least.
 
-  Each token reads the weights once for all rows, and the caches of live rows
-  and of their prompts.
-
-  Args:
-    config: Sizes of the network.
-    params: Its parameters.
-    steps: Number of tokens that decoding samples for each row.
-    prompt_length: Padded length of the prompts.
-    dtype: Type of the cache.
+  Each token reads the weights once for all rows, and the caches, of type
+  `dtype`, of live rows and of their padded prompts. `steps` are the numbers of
+  tokens that decoding samples for each row.
   """
   num_global, window = sum(config.global_layers), config.sliding_window
   num_local = config.num_layers - num_global
@@ -159,15 +153,8 @@ def decode(
 ) -> tuple[Float[Array, "U C D"], Cache]:
   """Reads token `t` of every completion; returns the states that predict more.
 
-  Args:
-    config: Sizes of the network.
-    params: The stacked tree of `weights`.
-    cache: Keys and values of prompts and of tokens before `t`; the result has
-      those of token `t` too.
-    prompt_length: Number of ids of each prompt before its padding.
-    ids: Token `t` of each row.
-    t: Index of these tokens in their completions.
-    dtype: Type of the matrix products.
+  The cache holds keys and values of prompts and of tokens before `t`; the new
+  one has those of token `t` too.
   """
   x = text.embed(config, params, ids[:, :, None], dtype)
   tables = text.rope_tables(config, (prompt_length + t)[:, None])

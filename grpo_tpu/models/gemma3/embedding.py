@@ -38,15 +38,11 @@ def output_embedding(params: dict) -> Float[Array, "V D"]:
 def lookup(
   table: Float[Array, "V D"], ids: Int[Array, "U ..."], dtype: jnp.dtype
 ) -> Float[Array, "U ... D"]:
-  """The rows of `ids`, cast to `dtype`.
+  """The rows of `ids`, cast to `dtype` before they travel.
 
   Uses the mesh of `jax.set_mesh`. Without one, or if it does not divide the
-  first axis of the ids, the lookup is left to the compiler.
-
-  Args:
-    table: Carries the gradient, which adds up in fp32 on a mesh.
-    ids: Ids below `V`.
-    dtype: Type of the result, and of the rows that travel.
+  first axis of the ids, the lookup is left to the compiler. The gradient of
+  `table` adds up in fp32 on a mesh.
   """
   mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
   if mesh.empty or mesh.size == 1:

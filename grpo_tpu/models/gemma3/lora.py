@@ -56,10 +56,8 @@ class AdaptedWeight(NamedTuple):
 def einsum(equation: str, x: Array, weight: Array | AdaptedWeight) -> Array:
   """`jnp.einsum` of activations and a weight that may have an adapter.
 
-  Args:
-    equation: An equation of two terms; `n` is the axis of stacked matrices.
-    x: Activations; their type is that of the products.
-    weight: The weight; it is cast to the type of `x`.
+  The products have the type of `x`. In the equation of two terms, `n` is the
+  axis of stacked matrices.
   """
   if not isinstance(weight, AdaptedWeight):
     return jnp.einsum(equation, x, weight.astype(x.dtype))

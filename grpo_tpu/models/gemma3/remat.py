@@ -15,14 +15,11 @@ _INPUT = "layer_input"
 
 
 def rematerialize(layer: Callable, policy: str) -> Callable:
-  """Wraps a layer so that the backward pass recomputes parts of it.
+  """Wraps the body of a scan so that the backward pass recomputes parts of it.
 
-  Args:
-    layer: The body of a scan.
-    policy: "none" keeps everything that the backward pass reads. "dots" keeps
-      the products with weights and recomputes the rest, attention scores too.
-      "full" keeps only the layer's input. "offload" recomputes as much as
-      "full", and keeps the input in host memory.
+  "none" keeps everything that the backward pass reads. "dots" keeps the
+  products with weights and recomputes the rest, attention scores too. "full"
+  keeps only the layer's input. "offload" keeps the same, in host memory.
   """
   assert policy in REMAT_POLICIES, policy
   policies = jax.checkpoint_policies

@@ -67,20 +67,11 @@ def attend(
   prompt: tuple[Array, Array] | None,
   interpret: bool,
 ) -> Float[Array, "U C t Q H"]:
-  """`attention.attend` by the kernel.
+  """`attention.attend` by the kernel, or off TPUs by its interpreter.
 
-  Args:
-    q: Queries, scaled and rotated.
-    k: Keys of the row itself.
-    v: Values of the row itself.
-    prompt_length: Number of tokens of each prompt before its padding.
-    image_block: Number of the image of each prompt token; needed without
-      `prompt`.
-    window: Reach of local layers.
-    soft_tokens: Longest block of an image; at most `window`.
-    is_global: True if this layer has no window.
-    prompt: Keys and values of the prompt, which every completion reads.
-    interpret: Runs the kernel in an interpreter, off TPUs.
+  The arguments are those of `attention.attend` and `attention.AttentionSpec`,
+  whose `local_window` is `window` here. `image_block` is needed without
+  `prompt`.
   """
   length = q.shape[2]
   q, k, v = (_pad(x) for x in (q, k, v))

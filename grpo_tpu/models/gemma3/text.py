@@ -96,21 +96,11 @@ def bundle_states(
 
   Index `t` holds the state that predicts completion token `t`: that of the
   prompt's last token for the first, that of token `t - 1` for the others. The
-  result and its gradient equal those of `C` separate rows that repeat prompt
-  and images.
+  result and its gradient, which flows to `params`, equal those of `C` separate
+  rows that repeat prompt and images.
 
-  Args:
-    config: Sizes of the network.
-    params: The stacked tree of `weights`; carries the gradient.
-    prompt_ids: See `prompt_states`.
-    prompt_length: See `prompt_states`.
-    images: See `prompt_states`.
-    completion_ids: Ids of each prompt's completions, padded on the right.
-    dtype: See `prompt_states`.
-    remat: Rematerialization of the layers, one of `REMAT_POLICIES`.
-    vision_remat: Rematerialization of the image tower; unused if the tower
-      carries no gradient.
-    implementation: See `prompt_states`.
+  The arguments are those of `prompt_states`, ids of completions, padded on the
+  right, and one of `REMAT_POLICIES` for the layers and for the image tower.
   """
   x, blocks = _embed_prompt(
     config, params, prompt_ids, images, dtype, vision_remat

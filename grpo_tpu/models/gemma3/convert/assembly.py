@@ -124,13 +124,10 @@ def check_tensors(
   *,
   faults: Mapping[str, str],
 ) -> None:
-  """Checks tensors by name and shape.
+  """Checks the shapes of a file's tensors by the file's names.
 
-  Args:
-    found: Shapes of the file's tensors, by the file's names.
-    wanted: Shapes of the model's tensors, by the same names.
-    source: The file's kind and path, for the message.
-    faults: Other reasons to refuse a tensor, by name.
+  `faults` are other reasons to refuse a tensor, by name; `source` is the file's
+  kind and path.
 
   Raises:
     ValueError: Lists every tensor at fault.

@@ -41,12 +41,7 @@ class File:
     config: gemma3_config.ModelConfig,
     abstract_params: dict,
   ):
-    """Checks the metadata; reads no tensor.
-
-    Args:
-      path: The file, on this machine.
-      config: Sizes of the model that it must hold.
-      abstract_params: Shapes of the stacked tree.
+    """Checks the metadata of a file on this machine; reads no tensor.
 
     Raises:
       ValueError: If the `gguf` package is missing, or the file holds another

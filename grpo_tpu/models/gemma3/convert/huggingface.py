@@ -72,10 +72,8 @@ class Checkpoint:
   ) -> None:
     """Checks every header; reads no tensor but a head that must be tied.
 
-    Args:
-      directory: A folder with one or more *.safetensors.
-      abstract_params: Shapes of the tree. Its embedding may be shorter than the
-        file's, as `huggingface_config.differences` allows.
+    The embedding may be longer than that of `abstract_params`, as
+    `huggingface_config.differences` allows.
 
     Raises:
       ValueError: Lists every tensor that is missing, extra, misshaped or of a
@@ -83,9 +81,9 @@ class Checkpoint:
     """
     self._directory = pathlib.Path(directory)
     self._tensors: dict[str, _Tensor] = {}
-    unreadable = self._read_headers()
+    faults = self._read_headers()
     wanted = leaves.file_shapes(abstract_params, "huggingface")
-    self._check_tensors(wanted, unreadable)
+    self._check_tensors(wanted, faults)
 
   @property
   def dtype(self) -> np.dtype:
@@ -320,12 +318,8 @@ def _copy(
 ) -> None:
   """Fills `out` with a part of a tensor, with the axes and type of `out`.
 
-  Args:
-    tensor: The tensor in its file, where one axis may merge several of ours.
-    leaf: The leaf that the tensor belongs to.
-    sizes: Length of each of our axes.
-    bounds: Slice of each of our axes, in the order of `out`.
-    out: The array to fill.
+  One axis of the file may merge several of ours, which have these lengths
+  (`sizes`) and slices (`bounds`, in the order of `out`).
   """
   axes, groups = [*bounds], leaf.file_axes.split()
   order = "".join(groups)

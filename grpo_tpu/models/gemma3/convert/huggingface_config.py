@@ -13,54 +13,20 @@ import dataclasses
 import json
 import os
 import pathlib
+import tomllib
 from typing import Any
 
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
 
-# Sizes: the name in config.json, our name, and the default of transformers.
-_TEXT_SIZES = (
-  ("vocab_size", "vocab_size", 262_208),
-  ("hidden_size", "embed_dim", 2304),
-  ("intermediate_size", "hidden_dim", 9216),
-  ("num_hidden_layers", "num_layers", 26),
-  ("num_attention_heads", "num_heads", 8),
-  ("num_key_value_heads", "num_kv_heads", 4),
-  ("head_dim", "head_dim", 256),
-  ("sliding_window", "sliding_window", 4096),
-)
-_VISION_SIZES = (
-  ("hidden_size", "width", 768),
-  ("intermediate_size", "mlp_dim", 3072),
-  ("num_hidden_layers", "depth", 12),
-  ("num_attention_heads", "num_heads", 12),
-  ("image_size", "image_size", 224),
-  ("patch_size", "patch_size", 16),
-)
-_IMAGE_SIZES = (
-  ("mm_tokens_per_image", "soft_tokens", 256),
-  ("boi_token_index", "start_of_image", 255_999),
-  ("eoi_token_index", "end_of_image", 256_000),
-  ("image_token_index", "image_token", 262_144),
-)
+_TABLES = tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text())
 # Fields with the only value that our arithmetic has; also their defaults.
-_TEXT_CONSTANTS = {
-  "model_type": "gemma3_text",
-  "hidden_activation": "gelu_pytorch_tanh",
-  "rms_norm_eps": 1e-6,
-  "attention_bias": False,
+_CONSTANTS: dict[str, dict[str, Any]] = _TABLES["constants"]
+_CONSTANTS["text"] |= {
   "final_logit_softcapping": None,
   "attn_logit_softcapping": None,
-  "tie_word_embeddings": True,
 }
-_VISION_CONSTANTS = {
-  "model_type": "siglip_vision_model",
-  "hidden_act": "gelu_pytorch_tanh",
-  "layer_norm_eps": 1e-6,
-  "num_channels": 3,
-}
-_TOP_CONSTANTS = {"model_type": "gemma3", "tie_word_embeddings": True}
 _VISION_MODEL, _TEXT_MODEL = _ARCHITECTURES = (
   "Gemma3ForConditionalGeneration",
   "Gemma3ForCausalLM",
@@ -106,13 +72,13 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
     )
   if architecture == _TEXT_MODEL:
     text, tower = values, None
-    faults = _faults(text, _TEXT_CONSTANTS)
+    faults = _faults(text, _CONSTANTS["text"])
   else:
     text = values.get("text_config") or {}
     tower = values.get("vision_config") or {}
-    faults = _faults(values, _TOP_CONSTANTS)
-    faults += _faults(text, _TEXT_CONSTANTS, "text_config.")
-    faults += _faults(tower, _VISION_CONSTANTS, "vision_config.")
+    faults = _faults(values, _CONSTANTS["top"])
+    faults += _faults(text, _CONSTANTS["text"], "text_config.")
+    faults += _faults(tower, _CONSTANTS["vision"], "vision_config.")
   faults += _faults(values, {"quantization_config": None})
   faults += _layer_faults(text) + _rope_faults(text)
   if faults:
@@ -120,13 +86,13 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
   vision = None
   if tower is not None:
     vision = gemma3_config.VisionConfig(
-      **_sizes(tower, _VISION_SIZES), **_sizes(values, _IMAGE_SIZES)
+      **_sizes(tower, "vision"), **_sizes(values, "images")
     )
   local, far = _rope(text)
   is_linear = far["rope_type"] == "linear"
   scalar = _positive_integer(text, "query_pre_attn_scalar", 256)
   return gemma3_config.ModelConfig(
-    **_sizes(text, _TEXT_SIZES),
+    **_sizes(text, "text"),
     query_scale=scalar**-0.5,
     local_rope_base=float(local["rope_theta"]),
     global_rope_base=float(far["rope_theta"]),
@@ -135,11 +101,17 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
   )
 
 
-def _sizes(values: dict, table: tuple) -> dict[str, Any]:
+def _sizes(values: dict, section: str) -> dict[str, int]:
+  """The sizes of a section by our names."""
   return {
     ours: _positive_integer(values, name, default)
-    for name, ours, default in table
+    for name, (ours, default) in _TABLES["sizes"][section].items()
   }
+
+
+def _sizes_to_json(config: Any, section: str) -> dict[str, int]:
+  sizes = _TABLES["sizes"][section]
+  return {name: getattr(config, ours) for name, (ours, _) in sizes.items()}
 
 
 def _positive_integer(values: dict, name: str, default: int) -> int:
@@ -264,8 +236,8 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
     )
   tower, factor = config.vision, config.global_rope_factor
   text = (
-    {name: getattr(config, ours) for name, ours, _ in _TEXT_SIZES}
-    | _TEXT_CONSTANTS
+    _sizes_to_json(config, "text")
+    | _CONSTANTS["text"]
     | {
       "attention_dropout": 0.0,
       "bos_token_id": GEMMA3.bos,
@@ -284,15 +256,15 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
   )
   if not tower:
     return text | {"architectures": [_TEXT_MODEL], "torch_dtype": dtype}
-  vision = {name: getattr(tower, ours) for name, ours, _ in _VISION_SIZES}
+  vision = _sizes_to_json(tower, "vision")
   others = {"attention_dropout": 0.0, "vision_use_head": False}
   return (
-    {name: getattr(tower, ours) for name, ours, _ in _IMAGE_SIZES}
-    | _TOP_CONSTANTS
+    _sizes_to_json(tower, "images")
+    | _CONSTANTS["top"]
     | {
       "architectures": [_VISION_MODEL],
       "text_config": text,
       "torch_dtype": dtype,
-      "vision_config": vision | _VISION_CONSTANTS | others,
+      "vision_config": vision | _CONSTANTS["vision"] | others,
     }
   )

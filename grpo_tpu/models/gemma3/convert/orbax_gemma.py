@@ -44,10 +44,7 @@ class Checkpoint:
   ):
     """Checks names and shapes; needs no device and reads no tensor.
 
-    Args:
-      path: The checkpoint's folder, local or on gs://.
-      config: Sizes of the model that it must hold.
-      abstract_params: Shapes of the stacked tree.
+    The folder may be local or on gs://.
 
     Raises:
       ValueError: If there is no checkpoint or it is of another size; or lists

@@ -32,14 +32,8 @@ def save(
   `PeftModel.from_pretrained` loads them onto `Gemma3ForCausalLM` of a text size
   and `Gemma3ForConditionalGeneration` of one with an image tower. There the
   projector is not a linear layer but a parameter, which peft 0.17 and later can
-  adapt.
-
-  Args:
-    config: Sizes of the network.
-    lora: The adapters' configuration.
-    adapters: The adapters' tree, of arrays that this process holds whole.
-    directory: The folder; it is created if missing.
-    base_model: Name or path of the model that the adapters belong to.
+  adapt. This process must hold the arrays whole. `base_model` is the name or
+  path of the model that the adapters belong to.
   """
   prefix = "model.language_model." if config.vision else "model."
   tensors, modules, parameters = {}, [], []
