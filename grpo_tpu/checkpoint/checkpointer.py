@@ -189,7 +189,6 @@ class Checkpoints:
     """Reads the newest whole checkpoint, sharded as in `abstract_state`.
 
     Damaged checkpoints that are newer are moved into `quarantine/` and counted.
-
     Returns None if nothing has been saved yet.
 
     Args:
@@ -390,14 +389,14 @@ class Checkpoints:
     )
     label = damage.partition(":")[0].replace(" ", "-")
     target = path.parent / "quarantine" / f"{path.name}-{label}"
-    if error := reader.ask_first_process(lambda: manifest.move(path, target)):
+    error = reader.ask_first_process(lambda: manifest.move_aside(path, target))
+    if error:
       raise CheckpointError(error)
 
   def _lost_steps(self) -> str:
     """Names in quarantine; without step 0, with which every run starts."""
     folder = self._directory / "quarantine"
-    paths = folder.iterdir() if folder.exists() else ()
-    names = {path.name for path in paths}
+    names = [x.name for x in folder.iterdir()] if folder.exists() else []
     return ", ".join(sorted(n for n in names if not n.startswith(f"{0:08}-")))
 
 

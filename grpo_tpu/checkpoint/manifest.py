@@ -99,10 +99,10 @@ def find_damage(
   return ""
 
 
-def move(folder: epath.Path, target: epath.Path) -> str:
-  """Moves a folder and its manifest; returns an error or "".
+def move_aside(folder: epath.Path, target: epath.Path) -> str:
+  """Moves a damaged folder and its manifest; returns an error or "".
 
-  Adds a number to the name of a target that exists.
+  If the target exists, a number is added to its name.
   """
   free, number = target, 1
   try:

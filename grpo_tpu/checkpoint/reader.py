@@ -52,7 +52,7 @@ class RestoredCheckpoint:
 def restore_params(
   directory: epath.PathLike, step: int | None, abstract_params: Any
 ) -> tuple[Any, int]:
-  """Reads only the `params` of another run's state, and returns their step.
+  """Reads only another run's `params`; returns them and their step.
 
   Args:
     directory: The other run's checkpoints.

@@ -172,9 +172,10 @@ class _Search:
 
     if fits(0):
       return values[0]
-    indices = range(len(values))
-    index = bisect.bisect_left(indices, True, lo=1, key=fits)
-    return values[index] if index < len(values) else None
+    last = len(values) - 1
+    if not fits(last):
+      return None
+    return values[bisect.bisect_left(range(last), True, lo=1, key=fits)]
 
   def _fits(self, changes: Changes, part: str) -> bool:
     """Compiles one part of the run, and returns True if it fits."""
@@ -191,8 +192,9 @@ class _Search:
     # Stops after the first programs that do not fit.
     for some in itertools.batched(names, self.compiler.num_processes):
       plan = self.compiler.plan(config, self.topology, some)
+      new = changing.drop_unchanged(self.config, changes)
       text = f"{plan.peak['name']} leaves {plan.room:.1%} of {self.topology}"
-      logging.info("%s free with %s", text, changing.format_flags(changes))
+      logging.info("%s free with: %s", text, changing.format_flags(new))
       if not plan.fits(self.margin):
         return False
     return True

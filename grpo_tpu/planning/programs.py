@@ -67,9 +67,8 @@ class Program(NamedTuple):
 
   def rest_bytes(self, results: Any, mesh: Mesh) -> int:
     """Bytes of one device for results and for arguments except weights."""
-    total = sum(
-      math.prod(x.shape) * _item_bytes(x) for x in jax.tree.leaves(results)
-    )
+    leaves = jax.tree.leaves(results)
+    total = sum(math.prod(x.shape) * _item_bytes(x) for x in leaves)
     sizes = self.bytes_by_class()
     rest = sum(size for name, size in sizes.items() if name != "params")
     return rest + total // mesh.devices.size
