@@ -53,7 +53,13 @@ def run(
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)
     else:
-      write = _model_writer(model, settings, load.load_params(exported, mesh))
+      write = functools.partial(
+        huggingface.save,
+        model.network,
+        load.load_params(exported, mesh),
+        dtype=jnp.dtype(settings.dtype),
+        tokenizer_dir=settings.tokenizer_dir or _hf_folder(model.weights),
+      )
   logging.info("Exporting %s.", name)
   write(_folder(workdir))
 
@@ -79,18 +85,6 @@ def find_weights(
       "leave it out for the newest whole one."
     )
   return f"run:{workdir}@{step}"
-
-
-def _model_writer(
-  model: ModelSettings, settings: ExportConfig, params: dict
-) -> Callable[[pathlib.Path], None]:
-  return functools.partial(
-    huggingface.save,
-    model.network,
-    params,
-    dtype=jnp.dtype(settings.dtype),
-    tokenizer_dir=settings.tokenizer_dir or _hf_folder(model.weights) or None,
-  )
 
 
 def _adapter_writer(

@@ -65,7 +65,8 @@ def score_batch(
 ) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
   """`token_logps` of a whole batch, without gradient, part after part.
 
-  The number of bundles must be a multiple of `num_microbatches`.
+  The number of bundles must be a multiple of `num_microbatches`. Only prompts,
+  images and completions are read.
   """
 
   def score_part(_, micro):
