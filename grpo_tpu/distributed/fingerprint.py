@@ -10,6 +10,8 @@ from importlib import metadata
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Tables of words, sizes and metrics are code too.
+_CODE = (".py", ".toml", ".j2")
 _OURS = ("grpo_tpu", "data_pipelines")
 # The packages that decide the arithmetic or the order of the data.
 _PACKAGES = (
@@ -50,7 +52,8 @@ def code_hashes(root: pathlib.Path = ROOT) -> dict[str, str]:
   """A hash of each of our files; the commit of a host may be unknown."""
   hashes = {}
   for package in _OURS:
-    for path in sorted((root / package).rglob("*.py")):
+    files = (root / package).rglob("*")
+    for path in sorted(x for x in files if x.suffix in _CODE):
       content = hashlib.sha256(path.read_bytes())
       hashes[str(path.relative_to(root))] = content.hexdigest()[:12]
   return hashes

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-import pathlib
 import re
-import tomllib
+
+from data_pipelines import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Chip:
 
 CHIPS = {
   name: Chip(name, **fields)
-  for name, fields in tomllib.loads(
-    pathlib.Path(__file__).with_name("hardware.toml").read_text()
-  ).items()
+  for name, fields in tables.read(__package__, "hardware.toml").items()
 }
 
 

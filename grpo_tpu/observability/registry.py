@@ -8,13 +8,12 @@ on which chart of the dashboard a metric stands, and when it raises an alarm.
 import dataclasses
 import difflib
 import functools
-import importlib.resources
 import math
 import re
 import sys
-import tomllib
 from collections.abc import Mapping
-from typing import Any
+
+from data_pipelines import tables
 
 _ANY_WORD = r"[\w.-]+"
 
@@ -55,16 +54,12 @@ class Metric:
 
 
 @functools.cache
-def _declarations() -> Mapping[str, Any]:
-  file = importlib.resources.files("grpo_tpu.observability") / "metrics.toml"
-  return tomllib.loads(file.read_text())
-
-
-@functools.cache
 def metrics() -> tuple[Metric, ...]:
   """All metrics, in the order in which a line of `metrics.jsonl` has them."""
   made = []
-  for name, fields in _declarations()["metrics"].items():
+  for name, fields in tables.read(__package__, "metrics.toml")[
+    "metrics"
+  ].items():
     alarm = Alarm(**fields["alarm"]) if "alarm" in fields else None
     made.append(Metric(name, **fields | {"alarm": alarm}))
   return tuple(made)
@@ -72,7 +67,7 @@ def metrics() -> tuple[Metric, ...]:
 
 def chart_titles() -> Mapping[str, list[str]]:
   """The titles of each dashboard section's charts, by section."""
-  return _declarations()["charts"]
+  return tables.read(__package__, "metrics.toml")["charts"]
 
 
 @functools.cache

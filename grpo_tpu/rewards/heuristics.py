@@ -7,10 +7,10 @@ Chinese character counts as a word.
 
 import collections
 import itertools
-import pathlib
 import re
-import tomllib
 from typing import NamedTuple
+
+from data_pipelines import tables
 
 MAX_LENGTH, MAX_REASONING_WORDS, MAX_COHERENCE = 0.5, 0.3, 0.2
 
@@ -24,9 +24,7 @@ _WORDS_PER_CONNECTIVE = 4
 _MOST_USES = 4
 _SENTENCE_WORDS = (4, 60)
 
-_WORDS = tomllib.loads(
-  pathlib.Path(__file__).with_name("connectives.toml").read_text("utf-8")
-)
+_WORDS = tables.read(__package__, "connectives.toml")
 _CONNECTIVES = frozenset(_WORDS["english"] + _WORDS["chinese"])
 _WORD = re.compile(
   "|".join(_WORDS["chinese"])

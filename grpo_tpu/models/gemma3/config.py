@@ -5,8 +5,8 @@ References:
 """
 
 import dataclasses
-import pathlib
-import tomllib
+
+from data_pipelines import tables
 
 # Layers per period: five local ones, then a global one (section 2).
 PERIOD = 6
@@ -131,7 +131,5 @@ def _make_config(
 
 CONFIGS = {
   name: _make_config(**fields)
-  for name, fields in tomllib.loads(
-    pathlib.Path(__file__).with_name("sizes.toml").read_text()
-  ).items()
+  for name, fields in tables.read(__package__, "sizes.toml").items()
 }

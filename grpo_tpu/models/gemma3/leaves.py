@@ -11,13 +11,13 @@ References:
 
 import dataclasses
 import math
-import pathlib
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+
+from data_pipelines import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,7 @@ class Leaf:
 
 LEAVES = {
   path: Leaf(**fields)
-  for path, fields in tomllib.loads(
-    pathlib.Path(__file__).with_suffix(".toml").read_text()
-  ).items()
+  for path, fields in tables.read(__package__, "leaves.toml").items()
 }
 
 

@@ -13,14 +13,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import tomllib
 from typing import Any
 
+from data_pipelines import tables
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
 
-_TABLES = tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text())
+_TABLES = tables.read(__package__, "huggingface_config.toml")
 # Fields with the only value that our arithmetic has; also their defaults.
 _CONSTANTS: dict[str, dict[str, Any]] = _TABLES["constants"]
 _CONSTANTS["text"] |= {
