@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
+import pathlib
 import re
-
-from data_pipelines import tables
+import tomllib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Chip:
 
 CHIPS = {
   name: Chip(name, **fields)
-  for name, fields in tables.read(__package__, "hardware.toml").items()
+  for name, fields in tomllib.loads(
+    pathlib.Path(__file__).with_name("hardware.toml").read_text()
+  ).items()
 }
 
 
