@@ -21,7 +21,7 @@ ANSWER_TYPES = ("text", "integer", "float", "list")
 MAX_PRECISION = 6
 MAX_CHOICES = 26
 
-_TEXTS = tables.read("data_pipelines", "mathvista.toml")
+_TEXTS = tables.read("data_pipelines.sources", "mathvista.toml")
 
 
 class BadRecord(ValueError):

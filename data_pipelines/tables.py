@@ -16,8 +16,8 @@ def read(package: str, name: str) -> dict[str, Any]:
 
 
 def patterns(section: str) -> types.SimpleNamespace:
-  """The regular expressions of a section of patterns.toml, as attributes."""
-  texts = read("data_pipelines", "patterns.toml")[section]
+  """The patterns of a section of `verifier/patterns.toml`, as attributes."""
+  texts = read("data_pipelines.verifier", "patterns.toml")[section]
   return types.SimpleNamespace(
     **{
       name: re.compile("".join(map(str.lstrip, text.splitlines())))

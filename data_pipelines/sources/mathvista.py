@@ -23,7 +23,9 @@ from etils import epath
 from data_pipelines import records, tables, validation
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
-SOURCES = frozenset(tables.read("data_pipelines", "mathvista.toml")["sources"])
+SOURCES = frozenset(
+  tables.read("data_pipelines.sources", "mathvista.toml")["sources"]
+)
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:
