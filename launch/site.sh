@@ -4,8 +4,9 @@
 #
 #   bash launch/site.sh
 #
-# Open build/site/index.html. A dead link, or a page that is in no menu, ends
-# the build with an error. Further arguments go to `mkdocs build`.
+# Open build/site/index.html. The search needs a server:
+# `python3 -m http.server --directory build/site`. A dead link, or a page that is
+# in no menu, ends the build with an error. Further arguments go to `mkdocs build`.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
