@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import pathlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,35 @@ def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
   if not holds:
     remedy = f"; {remedy}" if remedy else ""
     raise ValueError(f"{name} ({value!r}) must {rule}{remedy}.")
+
+
+def to_path(name: str, value: str) -> pathlib.Path:
+  """The path that a flag or a setting names; a leading `~` is the home.
+
+  Raises:
+    ValueError: The value is empty, as of a shell variable that is not set.
+  """
+  require(bool(value.strip()), name, value, "name a file or a folder", "")
+  return pathlib.Path(value).expanduser()
+
+
+def printable(text: str, *, keep: str = "") -> str:
+  """The text with backslash escapes for what a terminal would obey.
+
+  Control characters (a carriage return, ESC), line and paragraph separators,
+  surrogates and format characters (text direction) are escaped, but for those
+  in `keep` and the joiners that many scripts need.
+  """
+  if text.isascii() and text.isprintable():
+    return text
+  keep += "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+  return "".join(
+    character.encode("unicode_escape").decode("ascii")
+    if character not in keep
+    and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    else character
+    for character in text
+  )
 
 
 def require_all(

@@ -1,0 +1,100 @@
+"""Files from elsewhere: read within limits, and refused in words.
+
+Whatever such a file holds, the readers here raise a ValueError that names the
+file, the field and the rule, or an OSError. Only the standard library is
+imported here.
+"""
+
+import json
+import os
+import pathlib
+import stat
+from typing import Any
+
+from data_pipelines.validation import printable
+
+# Ample for any index, configuration or manifest.
+MAX_JSON_BYTES = 256 * 2**20
+
+_KINDS = {
+  dict: "an object",
+  list: "a list",
+  str: "a string",
+  int: "an integer",
+  float: "a number",
+  bool: "true or false",
+}
+
+
+def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
+  """The content of a regular file of at most `max_bytes` bytes.
+
+  A link may point to such a file; a device, a pipe or a folder is refused
+  before anything is read.
+  """
+  path = pathlib.Path(path)
+  status = path.stat()
+  if not stat.S_ISREG(status.st_mode):
+    raise ValueError(f"{printable(str(path))} must be a regular file.")
+  if status.st_size > max_bytes:
+    raise ValueError(
+      f"{printable(str(path))} has {status.st_size} bytes, which must be at "
+      f"most {max_bytes}."
+    )
+  with path.open("rb") as file:
+    return file.read(max_bytes)
+
+
+def read_json(
+  path: str | os.PathLike, kind: type = dict, max_bytes: int = MAX_JSON_BYTES
+) -> Any:
+  """The JSON document in a file; see `read_bytes` and `parse_json`."""
+  return parse_json(read_bytes(path, max_bytes), str(path), kind)
+
+
+def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
+  """The JSON document in a text.
+
+  Args:
+    text: The document, in UTF-8 if it is bytes.
+    source: What holds it, for the error.
+    kind: The type of its outermost value.
+
+  Raises:
+    ValueError: The text is no JSON, nests too deeply, or is of another type.
+  """
+  try:
+    document = json.loads(text)
+  except RecursionError:
+    raise ValueError(f"{printable(source)} nests too deeply.") from None
+  except ValueError as error:
+    raise ValueError(f"{printable(source)} is not JSON: {error}.") from None
+  return check_kind(document, kind, source)
+
+
+def get_field(document: dict, name: str, kind: type, source: str) -> Any:
+  """The value of a field that a JSON object must have.
+
+  Raises:
+    ValueError: The object has no such field, or its value is of another type.
+  """
+  if name not in document:
+    raise ValueError(f"{printable(source)} must have a field {name!r}.")
+  return check_kind(document[name], kind, f"{name!r} in {source}")
+
+
+def check_kind(value: Any, kind: type, source: str) -> Any:
+  """The value, if its JSON type is `kind`; an integer is also a float.
+
+  Raises:
+    ValueError: The value is of another type.
+  """
+  kinds = (int, float) if kind is float else kind
+  if not isinstance(value, kinds) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    shown = printable(repr(value)[:60])
+    raise ValueError(
+      f"{printable(source)} must be {_KINDS[kind]}, not {shown}."
+    )
+  return value

@@ -1,0 +1,77 @@
+"""Files from elsewhere are read within limits and refused in words."""
+
+import os
+
+import pytest
+
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable, to_path
+
+
+@pytest.mark.parametrize(
+  "text, rule",
+  [
+    ("[" * 10**6, "nests too deeply"),
+    ('{"a":' * 10**6, "nests too deeply"),
+    ("[1]", "must be an object"),
+    ("null", "must be an object"),
+    ("{", "is not JSON"),
+    (b'{"a": "\xff"}', "is not JSON"),
+    ('{"a": ' + "1" * 5000 + "}", "is not JSON"),
+    ("", "is not JSON"),
+  ],
+)
+def test_any_text_is_an_object_or_a_value_error(text, rule):
+  with pytest.raises(ValueError, match=rule) as error:
+    untrusted.parse_json(text, "the index")
+  assert str(error.value).startswith("the index ")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "value, kind",
+  [(True, int), ("1", int), (1.0, int), (1, str), ([], dict), (None, bool)],
+)
+def test_a_field_of_another_type_is_named(value, kind):
+  with pytest.raises(ValueError, match="'size' in the index must be"):
+    untrusted.get_field({"size": value}, "size", kind, "the index")
+
+
+def test_a_missing_field_is_named():
+  with pytest.raises(ValueError, match="the index must have a field 'size'"):
+    untrusted.get_field({}, "size", int, "the index")
+
+
+def test_an_integer_is_a_number():
+  assert untrusted.get_field({"size": 3}, "size", float, "the index") == 3
+
+
+def test_only_regular_files_within_the_limit_are_read(tmp_path):
+  (tmp_path / "file").write_bytes(b"12345")
+  (tmp_path / "link").symlink_to(tmp_path / "file")
+  (tmp_path / "zero").symlink_to("/dev/zero")
+  os.mkfifo(tmp_path / "pipe")
+  assert untrusted.read_bytes(tmp_path / "link", 5) == b"12345"
+  with pytest.raises(ValueError, match="5 bytes, which must be at most 4"):
+    untrusted.read_bytes(tmp_path / "file", 4)
+  for name in ("zero", "pipe", "."):
+    with pytest.raises(ValueError, match="must be a regular file"):
+      untrusted.read_bytes(tmp_path / name, 100)
+
+
+def test_what_a_terminal_obeys_is_escaped_and_other_text_is_not():
+  obeyed = "\x1b[2J\r\x85\u2028\u2029\u202e\ud800\x00\n"
+  shown = printable(obeyed)
+  assert shown.isascii() and shown.isprintable()
+  plain = "naïve 日本語 \u0645\u06cc\u200c\u062e \u00a0 👩\u200d🔬"
+  assert printable(plain) == plain
+  assert printable("a\nb\r", keep="\n") == "a\nb\\r"
+
+
+def test_a_path_expands_the_home_and_is_never_empty(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/someone")
+  assert str(to_path("--workdir", "~/run")) == "/home/someone/run"
+  assert str(to_path("--workdir", "run")) == "run"
+  for empty in ("", "  "):
+    with pytest.raises(ValueError, match=r"--workdir \('.*'\) must name"):
+      to_path("--workdir", empty)
