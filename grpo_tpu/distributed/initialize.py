@@ -174,19 +174,20 @@ def shutdown(code: int) -> NoReturn:
   the others wait for this one in a collective, which fails when it is gone. A
   normal exit would wait for them at a barrier that they never reach.
   """
-  for child in multiprocessing.active_children():
-    child.terminate()
-  state = _state()
-  # Not by `jax.process_count`, which would start the devices.
-  if state.client is not None and state.num_processes > 1:
-    try:
+  try:
+    for child in multiprocessing.active_children():
+      child.terminate()
+    state = _state()
+    # Not by `jax.process_count`, which would start the devices.
+    if state.client is not None and state.num_processes > 1:
       _wait_for_others(state)
-    except Exception as error:  # Nothing may stop the exit.
-      logging.warning("Exiting without waiting for other processes: %s", error)
-  std_logging.shutdown()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+    std_logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+  except Exception as error:  # Nothing may change the exit code.
+    logging.warning("Exiting without waiting for other processes: %s", error)
+  finally:
+    os._exit(code)
 
 
 def _wait_for_others(state: Any) -> None:

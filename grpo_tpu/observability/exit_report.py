@@ -24,13 +24,24 @@ _RESUME = "run the same command again to resume"
 
 
 class ExitReport:
-  """The progress of the program, and its report at the end."""
+  """The progress of the program, and its report at the end.
+
+  Nothing that goes wrong in the report changes the exit code.
+
+  Attributes:
+    clock: How the time divides.
+    step: The last step that was done.
+    skipped_updates: By this process.
+    has_run_record: True once `run.json` lists this attempt.
+    what_next: What to do with the result of the mode, such as "open FILE".
+  """
 
   def __init__(self) -> None:
     self.clock = goodput.Clock()
-    self.step: int | None = None  # The last step that was done.
-    self.skipped_updates = 0  # By this process.
-    self.has_run_record = False  # True once `run.json` lists this attempt.
+    self.step: int | None = None
+    self.skipped_updates = 0
+    self.has_run_record = False
+    self.what_next = ""
     self._workdir: pathlib.Path | None = None
 
   def attach_run(self, workdir: pathlib.Path) -> None:
@@ -44,21 +55,25 @@ class ExitReport:
 
   def report_done(self) -> None:
     """Reports that the program has done its work."""
-    view = ""
-    if self._workdir is not None:
-      view = f"tensorboard --logdir={shlex.quote(str(self._workdir))}"
-    self._report(ExitCode.DONE, "done", view)
+    what_next = self.what_next
+    if self._workdir is not None and not what_next:
+      what_next = f"tensorboard --logdir={shlex.quote(str(self._workdir))}"
+    self._report(ExitCode.DONE, "done", what_next)
 
   def exit_with(self, error: BaseException) -> NoReturn:
     """Logs the error, reports it and ends this process at once."""
-    code, reason, what_next = _describe(error)
-    if code == ExitCode.BAD_INPUT:
-      logging.error("%s", error)
-    elif code == ExitCode.FAILED and not isinstance(error, KeyboardInterrupt):
-      logging.error("The run failed.", exc_info=error)
-    self._report(code, reason, what_next)
-    pool.close_all()
-    initialize.shutdown(code)
+    code = _exit_code(error)
+    try:
+      with _logged_errors("The error could not be shown"):
+        if code == ExitCode.BAD_INPUT:
+          logging.error("%s", error)
+        elif code == ExitCode.FAILED:
+          logging.error("The run failed.", exc_info=error)
+      self._report(code, *_describe(error))
+      with _logged_errors("The workers could not be ended"):
+        pool.close_all()
+    finally:
+      initialize.shutdown(code)
 
   @contextlib.contextmanager
   def abort_peers_on_error(self) -> Iterator[None]:
@@ -77,53 +92,80 @@ class ExitReport:
       self.exit_with(error)
 
   def _report(self, code: ExitCode, reason: str, what_next: str) -> None:
-    step = "" if self.step is None else f" at step {self.step}"
-    if code == ExitCode.DONE:
-      level, label = logging.INFO, "View"
-      lines = [f"Finished{step} (exit code 0)."]
-    else:
-      level, label = logging.WARNING, "Next"
-      lines = [f"Stopped{step} (exit code {code:d}): {reason}."]
     newest = best = None
     if self._workdir is not None:
-      newest = reader.newest_path(self._workdir / "checkpoints")
-      best = reader.best_path(self._workdir / "checkpoints")
-      lines.append(f"Checkpoint: {newest or 'none'}")
+      folder = self._workdir / "checkpoints"
+      with _logged_errors(f"{folder} could not be listed"):
+        newest, best = reader.newest_path(folder), reader.best_path(folder)
+    with _logged_errors("The end could not be shown"):
+      self._log_end(code, reason, what_next, f"{newest or 'none'}")
+    if self._workdir is None or not self.has_run_record:
+      return
+    with _logged_errors("run.json does not say how the run ended"):
+      if jax.process_index():
+        return
+      facts = {
+        "reason": reason,
+        "exit_code": code,
+        "step": self.step,
+        "newest_checkpoint": newest and str(newest),
+        "best_checkpoint": best and str(best),
+        "next": what_next,
+        "skipped_updates": self.skipped_updates,
+        "wall_seconds": self.clock.scalars()["perf/run_seconds"],
+        "goodput": self.clock.shares(),
+      }
+      run_record.close(self._workdir, facts)
+
+  def _log_end(
+    self, code: ExitCode, reason: str, what_next: str, newest: str
+  ) -> None:
+    if code == ExitCode.BAD_INPUT:  # The error above has said the rest.
+      logging.warning("Next: %s (exit code %d).", what_next, code)
+      return
+    step = "" if self.step is None else f" at step {self.step}"
+    if code == ExitCode.DONE:
+      level, lines = logging.INFO, [f"Finished{step} (exit code 0)."]
+    else:
+      level = logging.WARNING
+      lines = [f"Stopped{step} (exit code {code:d}): {reason}."]
+    if self._workdir is not None:
+      lines.append(f"Checkpoint: {newest}")
     if what_next:
-      lines.append(f"{label}: {what_next}")
+      is_view = code == ExitCode.DONE and not self.what_next
+      lines.append(f"{'View' if is_view else 'Next'}: {what_next}")
     if self._workdir is not None:
       lines.append(f"Time: {goodput.summary(self.clock.shares())}")
     for line in lines:
       logging.log(level, "%s", line)
-    if self._workdir is None or not self.has_run_record or jax.process_index():
-      return
-    facts = {
-      "reason": reason,
-      "exit_code": code,
-      "step": self.step,
-      "newest_checkpoint": newest and str(newest),
-      "best_checkpoint": best and str(best),
-      "next": what_next,
-      "skipped_updates": self.skipped_updates,
-      "wall_seconds": self.clock.scalars()["perf/run_seconds"],
-      "goodput": self.clock.shares(),
-    }
-    try:
-      run_record.close(self._workdir, facts)
-    except (OSError, ValueError) as error:
-      logging.warning("run.json does not say how the run ended: %s", error)
 
 
-def _describe(error: BaseException) -> tuple[ExitCode, str, str]:
-  """The exit code for an error, the reason in words, and what to do next."""
+@contextlib.contextmanager
+def _logged_errors(message: str) -> Iterator[None]:
+  """Logs an error of the body, which must not change the exit code."""
+  try:
+    yield
+  except Exception as error:
+    logging.warning("%s: %s: %s", message, type(error).__name__, error)
+
+
+def _exit_code(error: BaseException) -> ExitCode:
   if isinstance(error, SettingError):
-    reason = "invalid setting, flag or data, see above"
-    what_next = "fix what the error names and run the command again"
-    return ExitCode.BAD_INPUT, reason, what_next
+    return ExitCode.BAD_INPUT
   if isinstance(error, preemption.Preempted):
-    return ExitCode.PREEMPTED, "preempted, everything is saved", _RESUME
-  if isinstance(error, KeyboardInterrupt):
-    return ExitCode.FAILED, "interrupted from the keyboard", _RESUME
-  first_line = (str(error).splitlines() or [""])[0]
-  what_next = f"read the error and docs/troubleshooting.md, then {_RESUME}"
-  return ExitCode.FAILED, f"{type(error).__name__}: {first_line}", what_next
+    return ExitCode.PREEMPTED
+  return ExitCode.FAILED
+
+
+def _describe(error: BaseException) -> tuple[str, str]:
+  """The reason of the end in words, and what to do next."""
+  code = _exit_code(error)
+  if code == ExitCode.BAD_INPUT:
+    reason = "invalid setting, flag or data, see above"
+    return reason, "fix what the error names and run the command again"
+  if code == ExitCode.PREEMPTED:
+    return "preempted, everything is saved", _RESUME
+  reason = type(error).__name__
+  with contextlib.suppress(Exception):
+    reason += f": {(str(error).splitlines() or [''])[0]}"
+  return reason, f"read the error and docs/troubleshooting.md, then {_RESUME}"

@@ -1,12 +1,15 @@
 """However the program ends, its last lines say how, and what to do next."""
 
 import json
+import shutil
 
 import jax
 import pytest
 
 from configs import base
 from data_pipelines import validation
+from data_pipelines.workers import pool
+from grpo_tpu.checkpoint import manifest
 from grpo_tpu.config import schema
 from grpo_tpu.distributed import initialize, preemption
 from grpo_tpu.observability import exit_report, run_record
@@ -56,7 +59,87 @@ def last_lines(caplog):
   return [line for line in lines[start:] if "run.json" not in line]
 
 
-@pytest.mark.parametrize("code", ERRORS)
+def remove(folder):
+  shutil.rmtree(folder)
+
+
+def replace_by_file(folder):
+  folder.mkdir(exist_ok=True)
+  remove(folder)
+  folder.write_text("")
+
+
+def write_manifest(folder, text):
+  (folder / "checkpoints" / "00000007").mkdir(parents=True)
+  path = folder / "checkpoints" / "00000007.manifest.json"
+  assert path == manifest.path_for(path.with_name("00000007"))
+  path.write_text(text)
+
+
+DAMAGES = {
+  "no record": lambda folder: (folder / "run.json").unlink(),
+  "no workdir": remove,
+  "a file for the checkpoints": lambda folder: replace_by_file(
+    folder / "checkpoints"
+  ),
+  "a folder for the record": lambda folder: (
+    (folder / "run.json").unlink(),
+    (folder / "run.json").mkdir(),
+  ),
+  "a foreign manifest": lambda folder: write_manifest(folder, '{"files": 3}'),
+  "a list for a manifest": lambda folder: write_manifest(folder, "[]"),
+} | {
+  f"a record of {text[:16]}": lambda folder, text=text: (
+    folder / "run.json"
+  ).write_text(text)
+  for text in ("{}", "[]", "3", '{"attempts":[]}', '{"atte', "[" * 10**5)
+}
+ENDS = {
+  0: lambda report: report.report_done(),
+  76: lambda report: report.report_stuck("no progress"),
+} | {
+  code: lambda report, error=error: exit_code_of(report, error)
+  for code, error in ERRORS.items()
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_workdir_changes_neither_the_exit_code_nor_the_words(
+  tmp_path, caplog, damage, code, monkeypatch
+):
+  caplog.set_level("INFO", logger="absl")
+  closed = []
+  monkeypatch.setattr(pool, "close_all", lambda: closed.append(True))
+  folder = tmp_path / "run"
+  folder.mkdir()
+  report = run_report(folder)
+  DAMAGES[damage](folder)
+  assert ENDS[code](report) in (None, code)
+  headline = last_lines(caplog)[0]
+  assert f"(exit code {code})" in headline
+  assert closed == [True] * (code in ERRORS)
+
+
+def test_a_failure_to_end_the_workers_does_not_change_the_exit_code(
+  monkeypatch,
+):
+  def fail():
+    raise RuntimeError("no such process")
+
+  monkeypatch.setattr(pool, "close_all", fail)
+  assert exit_code_of(exit_report.ExitReport(), ERRORS[75]) == 75
+
+
+def test_an_error_without_words_still_ends_with_1():
+  class Mute(Exception):
+    def __str__(self):
+      raise RuntimeError("no words")
+
+  assert exit_code_of(exit_report.ExitReport(), Mute()) == 1
+
+
+@pytest.mark.parametrize("code", [75, 1])
 @pytest.mark.parametrize("has_run", [False, True])
 def test_the_last_lines_have_code_reason_step_checkpoint_and_what_next(
   tmp_path, caplog, code, has_run
@@ -65,7 +148,7 @@ def test_the_last_lines_have_code_reason_step_checkpoint_and_what_next(
   assert exit_code_of(report, ERRORS[code]) == code
   headline, *lines = last_lines(caplog)
   step = " at step 7" if has_run else ""
-  reason = {64: "invalid setting", 75: "preempted", 1: "ValueError: it broke"}
+  reason = {75: "preempted", 1: "ValueError: it broke"}
   assert headline.startswith(
     f"Stopped{step} (exit code {code}): {reason[code]}"
   )
@@ -73,7 +156,6 @@ def test_the_last_lines_have_code_reason_step_checkpoint_and_what_next(
   assert len(lines) == len(starts)
   assert all(map(str.startswith, lines, starts))
   what_next = {
-    64: "fix what the error names",
     75: "run the same command again to resume",
     1: "docs/troubleshooting.md",
   }
@@ -93,35 +175,38 @@ def test_a_finished_run_points_at_its_checkpoint_and_curves(tmp_path, caplog):
   ]
 
 
-def test_an_invalid_setting_is_named_once(caplog):
-  exit_code_of(exit_report.ExitReport(), ERRORS[64])
-  assert caplog.text.count("must be at least 0") == 1
-
-
-def test_an_interrupted_run_says_how_to_resume(tmp_path, caplog):
-  assert exit_code_of(run_report(tmp_path), KeyboardInterrupt()) == 1
-  assert "Next: run the same command again to resume" in last_lines(caplog)
-  assert "Traceback" not in caplog.text
-
-
-@pytest.mark.parametrize(
-  ("code", "end"),
-  [
-    (0, lambda report: report.report_done()),
-    (76, lambda report: report.report_stuck("no progress")),
-    *(
-      (code, lambda report, error=error: exit_code_of(report, error))
-      for code, error in ERRORS.items()
-    ),
-  ],
-)
-def test_run_json_says_the_same(tmp_path, caplog, code, end):
+def test_a_mode_says_what_to_do_with_its_result(tmp_path, caplog):
   caplog.set_level("INFO", logger="absl")
-  end(run_report(tmp_path))
+  report = exit_report.ExitReport()
+  report.what_next = "open runs/smoke/eval/report.html"
+  report.report_done()
+  assert last_lines(caplog) == [
+    "Finished (exit code 0).",
+    "Next: open runs/smoke/eval/report.html",
+  ]
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_refusal_takes_two_lines_that_do_not_repeat(
+  tmp_path, caplog, has_run
+):
+  report = run_report(tmp_path) if has_run else exit_report.ExitReport()
+  exit_code_of(report, ERRORS[64])
+  assert [record.getMessage() for record in caplog.records] == [
+    "seed (-1) must be at least 0",
+    "Next: fix what the error names and run the command again (exit code 64).",
+  ]
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_run_json_says_the_same(tmp_path, caplog, code):
+  caplog.set_level("INFO", logger="absl")
+  ENDS[code](run_report(tmp_path))
   record = json.loads((tmp_path / "run.json").read_text())
   assert record["end"]["exit_code"] == code and record["end"]["step"] == 7
   log = "\n".join(last_lines(caplog))
-  assert record["end"]["reason"] in (log if code else "done")
+  if code not in (0, 64):
+    assert record["end"]["reason"] in log
   assert record["end"]["next"] in log
   assert sum(record["end"]["goodput"].values()) == pytest.approx(1)
   (attempt,) = record["attempts"]
