@@ -2,13 +2,15 @@
 
 Whatever such a file holds, the readers here raise a ValueError that names the
 file, the field and the rule, or an OSError. Only the standard library is
-imported here.
+imported here, but for a file on gs://.
 """
 
 import json
+import math
 import os
 import pathlib
 import stat
+from collections.abc import Iterable
 from typing import Any
 
 from data_pipelines.validation import printable
@@ -21,7 +23,7 @@ _KINDS = {
   list: "a list",
   str: "a string",
   int: "an integer",
-  float: "a number",
+  float: "a finite number",
   bool: "true or false",
 }
 
@@ -30,8 +32,12 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
   """The content of a regular file of at most `max_bytes` bytes.
 
   A link may point to such a file; a device, a pipe or a folder is refused
-  before anything is read.
+  before anything is read. A path with a scheme, as of gs://, has no such.
   """
+  if "://" in os.fspath(path):
+    from etils import epath
+
+    return epath.Path(path).read_bytes()
   path = pathlib.Path(path)
   status = path.stat()
   if not stat.S_ISREG(status.st_mode):
@@ -87,14 +93,41 @@ def check_kind(value: Any, kind: type, source: str) -> Any:
   """The value, if its JSON type is `kind`; an integer is also a float.
 
   Raises:
-    ValueError: The value is of another type.
+    ValueError: The value is of another type, or a number that is not finite.
   """
   kinds = (int, float) if kind is float else kind
-  if not isinstance(value, kinds) or (
-    isinstance(value, bool) and kind is not bool
+  if (
+    not isinstance(value, kinds)
+    or (isinstance(value, bool) and kind is not bool)
+    or (kind is float and not _is_finite(value))
   ):
-    shown = printable(repr(value)[:60])
     raise ValueError(
-      f"{printable(source)} must be {_KINDS[kind]}, not {shown}."
+      f"{printable(source)} must be {_KINDS[kind]}, not {shorten(value)}."
     )
   return value
+
+
+def check_items(values: Iterable[Any], kind: type, source: str) -> None:
+  """Checks the type of each value of a list or of an object's values.
+
+  Raises:
+    ValueError: A value is of another type; the first such is named.
+  """
+  for index, value in enumerate(values):
+    check_kind(value, kind, f"item {index} of {source}")
+
+
+def shorten(value: Any) -> str:
+  """A value for an error: as Python writes it, cut and printable."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # Deeply nested, or thousands of digits.
+    text = f"a {type(value).__name__}"
+  return printable(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _is_finite(value: float) -> bool:
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # An integer beyond the range of a float.
+    return False

@@ -46,6 +46,34 @@ def test_an_integer_is_a_number():
   assert untrusted.get_field({"size": 3}, "size", float, "the index") == 3
 
 
+@pytest.mark.parametrize(
+  "text", ["NaN", "-Infinity", "1e999", "1" * 400, "true"]
+)
+def test_a_number_is_finite(text):
+  document = untrusted.parse_json(f'{{"size": {text}}}', "the index")
+  with pytest.raises(ValueError, match="'size' in the index must be a finite"):
+    untrusted.get_field(document, "size", float, "the index")
+
+
+def test_the_first_item_of_another_type_is_named():
+  untrusted.check_items(["a", "b"], str, "names")
+  with pytest.raises(ValueError, match="item 1 of names must be a string, not"):
+    untrusted.check_items(["a", 3, 4], str, "names")
+
+
+@pytest.mark.parametrize(
+  "value",
+  ["a" * 10**6, 10**5000, "\x1b\u202e" * 9],
+  ids=["long", "digits", "escapes"],
+)
+def test_a_value_in_an_error_is_short_and_printable(value):
+  nested = [value]
+  for _ in range(100_000):
+    nested = [nested]
+  for shown in (untrusted.shorten(value), untrusted.shorten(nested)):
+    assert len(shown) <= 60 and shown.isascii() and shown.isprintable()
+
+
 def test_only_regular_files_within_the_limit_are_read(tmp_path):
   (tmp_path / "file").write_bytes(b"12345")
   (tmp_path / "link").symlink_to(tmp_path / "file")
