@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.synthetic.min_options = 3
   config.data.synthetic.max_options = 4
   config.data.prompt_buckets = (44, 256, 512, 1024)
+  config.model.weights = "random:0"
   config.model.compute_dtype = "float32"
   config.model.train_vision = True
   config.rollout.max_new_tokens = 6

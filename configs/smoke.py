@@ -23,6 +23,7 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   config.data.synthetic.max_options = 4
   # Synthetic prompts fit the first; real questions need the others.
   config.data.prompt_buckets = (44, 256, 512, 1024)
+  config.model.weights = "random:0"
   config.model.compute_dtype = "float32"
   config.model.train_vision = True
   config.model.vision_remat = "none"  # The tower is small.

@@ -28,6 +28,7 @@ def main(_: Sequence[str]) -> None:
     with user_errors():
       config = Config.from_config_dict(flags.CONFIG.value)
       address = flags.process_address()
+      config = _resolve(config)
       run, identity = _open_mode(config, report)
     if flags.MODE.value != "plan":
       _start_devices(config, address, identity)
@@ -35,6 +36,18 @@ def main(_: Sequence[str]) -> None:
     report.report_done()
   except BaseException as error:
     report.exit_with(error)
+
+
+def _resolve(config: Config) -> Config:
+  """The settings with the weights and the data that the mode reads."""
+  from grpo_tpu.config import sources
+
+  return sources.resolve(
+    config,
+    flags.MODE.value,
+    flags.WORKDIR.value,
+    has_weights_flag=flags.has_override("model.weights"),
+  )
 
 
 def _open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:

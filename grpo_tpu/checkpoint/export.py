@@ -1,4 +1,4 @@
-"""--mode=export: writes the newest checkpoint in the format of Hugging Face."""
+"""--mode=export: writes `model.weights` in the format of Hugging Face."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.validation import user_errors
-from grpo_tpu.checkpoint import load, reader
+from grpo_tpu.checkpoint import load
 from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.settings import MeshConfig
@@ -26,7 +26,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(_folder(workdir))
-  find_weights(model, settings, workdir)
+  load.resolve_weights(model.weights)
   tokenizer_dir = settings.tokenizer_dir
   if tokenizer_dir and not pathlib.Path(tokenizer_dir).is_dir():
     raise ValueError(
@@ -48,7 +48,7 @@ def run(
   """
   with user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
-    name = find_weights(model, settings, workdir)
+    name = load.resolve_weights(model.weights)
     exported = dataclasses.replace(model, weights=name)
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)
@@ -62,29 +62,6 @@ def run(
       )
   logging.info("Exporting %s.", name)
   write(_folder(workdir))
-
-
-def find_weights(
-  model: ModelSettings, settings: ExportConfig, workdir: str
-) -> str:
-  """The weights to export, as `model.weights` names them, with their step.
-
-  Raises:
-    ValueError: There is no such checkpoint.
-  """
-  folder, step = f"{workdir}/checkpoints", settings.step
-  saved = reader.steps(folder)
-  if not saved and step is None:
-    return load.resolve_weights(model.weights)
-  if step is None:
-    step = reader.newest_step(folder)
-  elif step not in saved:
-    steps = ", ".join(map(str, saved)) or "none"
-    raise ValueError(
-      f"export.step ({step}) must be one of the steps in {folder} ({steps}); "
-      "leave it out for the newest whole one."
-    )
-  return f"run:{workdir}@{step}"
 
 
 def _adapter_writer(

@@ -32,6 +32,8 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
   Raises:
     ValueError: The files or the run do not exist, or belong to another model.
   """
+  if not model.weights:
+    raise ValueError(model.describe_weights())
   scheme, _, rest = model.weights.partition(":")
   abstract = abstract_params(model, mesh)
   if scheme == "run":

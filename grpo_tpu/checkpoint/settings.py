@@ -60,11 +60,10 @@ class ExportConfig:
   """The output of --mode=export.
 
   Attributes:
-    step: Step of the workdir's checkpoint; None for the newest, or for
-      `model.weights` if there is none.
+    step: Step of the checkpoint of the workdir's run; None for the newest.
     dtype: Type of all tensors.
     tokenizer_dir: Folder whose tokenizer and processor files are copied; ""
-      takes those of an "hf:DIR" in `model.weights`.
+      takes those of the "hf:DIR" that the weights come from.
     adapter: Export the adapters alone, in fp32 for peft, and do not merge them
       into the model.
   """

@@ -13,10 +13,11 @@ if typing.TYPE_CHECKING:
 
 MODES = {
   "train": "Trains until `train.num_steps`; resumes the run in the workdir.",
-  "evaluate": "Evaluates `model.weights` on `data.eval_split`, and writes a"
-  " report to the workdir.",
-  "export": "Exports the newest checkpoint of the workdir, or `model.weights`,"
-  " in Hugging Face format.",
+  "evaluate": "Evaluates the newest checkpoint of the run in the workdir, or"
+  " the `model.weights` named, on `data.eval_split`, and writes a report to the"
+  " workdir.",
+  "export": "Exports the newest checkpoint of the run in the workdir, or the"
+  " `model.weights` named, in Hugging Face format.",
   "plan": "Plans the run for a slice: memory, work and bounds, without a TPU.",
 }
 
@@ -71,6 +72,12 @@ ALL = (
   *(CONFIG, WORKDIR, TOPOLOGY, ADVISE),
   *(_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID),
 )
+
+
+def has_override(setting: str) -> bool:
+  """True if the command line sets this setting, as in "model.weights"."""
+  flag = flags.FLAGS[CONFIG.name]
+  return setting in config_flags.get_override_values(flag)
 
 
 def process_address() -> "initialize.ProcessAddress | None":

@@ -255,7 +255,7 @@ def _check_rewards(config: Config) -> None:
 def _check_weights(config: Config) -> None:
   """Checks that the files of the weights, if any, fit the model named."""
   scheme, _, rest = config.model.weights.partition(":")
-  if scheme in ("random", "run"):
+  if scheme in ("", "random", "run"):
     return
   from grpo_tpu.models.gemma3 import weights
 

@@ -1,6 +1,7 @@
 """Settings of the network: size, weights, types, attention, adapters."""
 
 import dataclasses
+import re
 from dataclasses import field
 
 from data_pipelines.validation import (
@@ -18,13 +19,7 @@ ATTENTION_KINDS = ("auto", "einsum", "splash")
 # In descending order of the device memory that they take.
 REMAT_POLICIES = ("none", "dots", "full", "offload")
 LORA_TARGETS = ("q", "kv", "output", "gating", "linear", "projector")
-_WEIGHTS = {
-  "random": "random:SEED",
-  "run": "run:WORKDIR[@STEP]",
-  "hf": "hf:DIR",
-  "gemma": "gemma:DIR",
-  "gguf": "gguf:FILE",
-}
+_WEIGHTS = ("hf", "gguf", "gemma", "run", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +58,12 @@ class ModelSettings:
     image_size: Side in pixels that images are resized to; None is the tower's
       own. At half of it the tower reads a quarter of the patches and makes as
       many soft tokens. Exports use the tower's own.
-    weights: "random:SEED"; "run:WORKDIR[@STEP]" for the newest or given
-      checkpoint of another run; "hf:DIR" for a local Hugging Face checkpoint,
-      with config.json and *.safetensors; "gemma:DIR" for a checkpoint in the
-      layout of the `gemma` library, local or on gs://; "gguf:FILE" for a text
-      model.
+    weights: "hf:DIR" for a local Hugging Face checkpoint, with config.json and
+      *.safetensors; "gemma:DIR" for a checkpoint in the layout of the `gemma`
+      library, local or on gs://; "gguf:FILE" for a text model;
+      "run:WORKDIR[@STEP]" for the newest or given checkpoint of another run;
+      "random:SEED" draws them, for tests. "" names none, which is enough for
+      --mode=plan.
     param_dtype: Type of the decoder's parameters.
     compute_dtype: Type of the decoder's matrix products.
     attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
@@ -103,14 +99,11 @@ class ModelSettings:
   def __post_init__(self):
     check_fields(self, "model")
     scheme, _, rest = self.weights.partition(":")
-    holds = scheme in _WEIGHTS and bool(rest)
-    require(
-      holds and (scheme != "random" or rest.isdecimal()),
-      "model.weights",
-      self.weights,
-      f"be one of {', '.join(_WEIGHTS.values())}",
-      "set model.weights=random:0",
-    )
+    is_named = scheme in _WEIGHTS and bool(rest)
+    if self.weights and (
+      not is_named or (scheme == "random" and not rest.isdecimal())
+    ):
+      raise ValueError(self.describe_weights())
     self._check_image_size()
     if self.lora.rank:
       self._check_with_adapters()
@@ -152,6 +145,30 @@ class ModelSettings:
         f"be {plain} {with_adapters}, {reason}",
         f"set model.{name}={plain}, or model.lora.rank=0",
       )
+
+  def describe_weights(self) -> str:
+    """An error that says what `weights` may be, and how to get them."""
+    name = self.hub_name or "google/gemma-3-SIZE-it"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", self.weights):
+      name = self.weights  # As transformers and vLLM take it.
+    folder = name.partition("/")[2]
+    return (
+      f"model.weights ({self.weights!r}) must name the parameters of "
+      f"{self.name}:\n"
+      f"  hf:DIR, a Hugging Face folder, as in --config.model.weights="
+      f"hf:{folder} after\n"
+      f"    hf download {name} --local-dir {folder}\n"
+      "  gguf:FILE, a GGUF file of a text model\n"
+      "  gemma:DIR, a checkpoint of the gemma library\n"
+      "  run:WORKDIR[@STEP], a checkpoint of another run\n"
+      "  random:SEED, which draws them, for tests"
+    )
+
+  @property
+  def hub_name(self) -> str:
+    """The released model on Hugging Face; "" for `tiny`, the only other."""
+    size = self.name.removeprefix("gemma3_")
+    return f"google/gemma-3-{size}-it" if size != self.name else ""
 
   @property
   def network(self) -> gemma3_config.ModelConfig:

@@ -18,10 +18,11 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "peers" / "gemma3_transformers.py"
 RANK = 4
 
 
-def exported(workdir, **settings):
+def exported(workdir, weights, **settings):
   """What --mode=export makes of a workdir, on this process's devices."""
   values = base.get_config().to_dict()
   values["mesh"]["fsdp"] = 8
+  values["model"]["weights"] = weights
   values["export"] |= settings | {"dtype": "float32"}
   config = run_config.Config.from_config_dict(values)
   export.check(config.model, config.export, str(workdir))
@@ -44,7 +45,7 @@ def inputs():
 def folder(peers_python, new_run, tmp_path_factory):
   """Logits of the start, of the merged run, and of the start with adapters."""
   folder = tmp_path_factory.mktemp("exported")
-  exported(folder).rename(folder / "start")
+  exported(folder, "random:0").rename(folder / "start")
   run = new_run(
     f"--config.model.weights=hf:{folder}/start",
     f"--config.model.lora.rank={RANK}",
@@ -53,8 +54,9 @@ def folder(peers_python, new_run, tmp_path_factory):
     "--config.optimizer.learning_rate=3e-2",
     "--config.eval.every_steps=2",
   ).start()
-  exported(run.workdir).rename(folder / "merged")
-  exported(run.workdir, adapter=True).rename(folder / "adapter")
+  trained = f"run:{run.workdir}"
+  exported(run.workdir, trained).rename(folder / "merged")
+  exported(run.workdir, trained, adapter=True).rename(folder / "adapter")
   np.savez(folder / "inputs.npz", **inputs())
   for command in (
     ("answer", folder, "start", "merged"),

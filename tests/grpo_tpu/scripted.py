@@ -177,6 +177,7 @@ def make_run(
 ):
   values = base.get_config()
   values.data.kind = kind
+  values.model.weights = "random:0"
   values.rollout.num_generations = 4
   values.rollout.max_new_tokens = MAX_NEW_TOKENS
   values.objective.update(objective)

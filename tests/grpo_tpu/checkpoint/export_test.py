@@ -56,7 +56,8 @@ def assert_equal(actual, expected, factor):
 def test_the_newest_or_a_given_step_goes_out_and_can_be_started_from(tmp_path):
   params, mesh = save(tmp_path, 2, 3)
   for step, factor in ((None, 3), (2, 2)):
-    config = changed(export={"dtype": "float32", "step": step})
+    named = f"run:{tmp_path}" + ("" if step is None else f"@{step}")
+    config = changed(export={"dtype": "float32"}, model={"weights": named})
     export.check(config.model, config.export, str(tmp_path))
     run_export(config, tmp_path)
     there = tmp_path / f"export_{step}"
@@ -65,14 +66,6 @@ def test_the_newest_or_a_given_step_goes_out_and_can_be_started_from(tmp_path):
     start = changed(model={"weights": f"hf:{there}"})
     assert_equal(load.load_params(start.model, mesh), params, factor)
     assert load.resolve_weights(start.model.weights) == f"hf:{there}"
-
-
-def test_without_a_checkpoint_the_weights_named_go_out(tmp_path):
-  config = changed(model={"weights": "random:1"})
-  assert (
-    export.find_weights(config.model, config.export, str(tmp_path))
-    == "random:1"
-  )
 
 
 def test_a_model_without_adapters_has_none_to_export(tmp_path):
@@ -88,13 +81,12 @@ def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
   folder = epath.Path(tmp_path / "checkpoints" / "00000007")
   folder.mkdir(parents=True)
   workdir = str(tmp_path)
+  model = {"weights": f"run:{tmp_path}"}
+  config = changed(model=model)
   with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
-    export.check(changed().model, changed().export, workdir)
-  manifest.write(folder, {"score": None})
-  config = changed(export={"step": 5})
-  with pytest.raises(ValueError, match=r"export.step \(5\).*7"):
     export.check(config.model, config.export, workdir)
-  config = changed(export={"tokenizer_dir": "/no/such"})
+  manifest.write(folder, {"score": None})
+  config = changed(model=model, export={"tokenizer_dir": "/no/such"})
   with pytest.raises(ValueError, match="export.tokenizer_dir .'/no/such'"):
     export.check(config.model, config.export, workdir)
   (tmp_path / "export").mkdir()

@@ -160,7 +160,7 @@ BROKEN_RULES = {
   "data.synthetic.max_options": [9],
   "model.name": ["gemma3_5b"],
   "model.weights": [
-    "random", "random:", "random:x", "random:-1", "run:", "hub:x", "", ":3",
+    "random", "random:", "random:x", "random:-1", "run:", "hub:x", ":3",
     "hf:", "hf:/no/such", "gemma:", "gguf:", "gguf",
     "gemma:/no/such", "gguf:/no/such",
   ],

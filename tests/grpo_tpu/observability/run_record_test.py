@@ -102,7 +102,7 @@ def test_every_start_is_an_attempt_and_has_its_own_end(workdir):
       {},
       "model.weights",
       "'random:1'",
-      "'random:0'",
+      "''",
     ),
     (
       changed("data", kind="preference"),

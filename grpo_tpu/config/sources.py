@@ -1,0 +1,143 @@
+"""The weights and the data that a mode reads, settled before devices start.
+
+Nothing is trained, evaluated or exported from random parameters, or on drawn
+problems instead of real ones, unless the settings ask for it. A workdir with a
+run is evaluated and exported at its newest checkpoint.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from grpo_tpu.checkpoint import reader
+from grpo_tpu.config.schema import Config
+from grpo_tpu.observability import run_record
+
+
+def resolve(
+  config: Config, mode: str, workdir: str, *, has_weights_flag: bool
+) -> Config:
+  """The settings with the weights and the data that a mode reads.
+
+  Args:
+    config: The settings of the user.
+    mode: One of the modes of the program.
+    workdir: The flag --workdir.
+    has_weights_flag: True if the command line sets `model.weights`. The random
+      weights of a config file are where training starts, and nothing to
+      evaluate or to export.
+
+  Raises:
+    ValueError: The settings must name weights or data, or the workdir holds a
+      run of another model.
+  """
+  if mode == "plan":
+    return config
+  if mode != "train":
+    config = _take_run(config, mode, workdir, has_weights_flag)
+  needs = [] if config.model.weights else [config.model.describe_weights()]
+  if config.model.hub_name and mode != "export" and not config.data.dir:
+    needs.append(_describe_data(config, mode))
+  if needs:
+    raise ValueError("\n".join(needs))
+  if config.model.hub_name and config.model.weights.startswith("random:"):
+    logging.warning(
+      "model.weights (%r) draws the parameters of %s at random: this model is "
+      "noise, good for tests of the program alone.",
+      config.model.weights,
+      config.model.name,
+    )
+  return config
+
+
+def _take_run(
+  config: Config, mode: str, workdir: str, has_weights_flag: bool
+) -> Config:
+  """The settings with the checkpoint of the workdir's run, if it has one."""
+  named = config.model.weights
+  if named.startswith("random:") and not has_weights_flag:
+    named = ""
+  record = run_record.read(workdir)
+  if record is None and not reader.steps(f"{workdir}/checkpoints"):
+    if not named:
+      raise ValueError(
+        f"--workdir ({workdir!r}) must hold a run to {mode}, and there is none "
+        "in this folder. Correct it, or name the weights, as in "
+        "--config.model.weights=run:WORKDIR or =hf:DIR."
+      )
+    return config
+  trained = record["config"] if record else {}
+  if named not in ("", trained.get("model", {}).get("weights")):
+    logging.warning(
+      "Reads model.weights (%r), which are not those of the run in %s.",
+      named,
+      workdir,
+    )
+    return config
+  _check_model(config, trained, workdir)
+  step = _export_step(config, workdir) if mode == "export" else None
+  weights = f"run:{workdir}" + ("" if step is None else f"@{step}")
+  logging.info("Reads the run in the workdir: model.weights=%s.", weights)
+  return _with_run(config, trained, weights)
+
+
+def _check_model(
+  config: Config, trained: Mapping[str, Any], workdir: str
+) -> None:
+  """Refuses to read the run of another model."""
+  for name, was in trained.get("model", {}).items():
+    value = getattr(config.model, name, was)
+    if name in ("name", "image_size") and value != was:
+      raise ValueError(
+        f"model.{name} ({value!r}) must be that of the run in --workdir "
+        f"({workdir!r}), which has {was!r}. Give the --config of that run, "
+        "another --workdir, or weights of this model in model.weights."
+      )
+
+
+def _export_step(config: Config, workdir: str) -> int | None:
+  """The setting `export.step`, if the run has such a checkpoint."""
+  step, saved = config.export.step, reader.steps(f"{workdir}/checkpoints")
+  if step is not None and step not in saved:
+    steps = ", ".join(map(str, saved)) or "none"
+    raise ValueError(
+      f"export.step ({step}) must be one of the steps of the run in {workdir} "
+      f"({steps}); leave it out for the newest whole one."
+    )
+  return step
+
+
+def _with_run(
+  config: Config, trained: Mapping[str, Any], weights: str
+) -> Config:
+  """The settings with a run's checkpoint and, where none are named, its data.
+
+  An export takes the tokenizer files of the folder that training started from.
+  """
+  data, export = config.data, config.export
+  if not data.dir and (folder := trained.get("data", {}).get("dir")):
+    logging.info("Reads the data of the run: data.dir=%s.", folder)
+    data = dataclasses.replace(data, dir=folder)
+  scheme, _, start = trained.get("model", {}).get("weights", "").partition(":")
+  is_folder = scheme == "hf" and pathlib.Path(start).is_dir()
+  if is_folder and not export.tokenizer_dir:
+    export = dataclasses.replace(export, tokenizer_dir=start)
+  model = dataclasses.replace(config.model, weights=weights)
+  return dataclasses.replace(config, model=model, data=data, export=export)
+
+
+def _describe_data(config: Config, mode: str) -> str:
+  """What `data.dir` may be for a released model, and how to get it."""
+  kind = " --eval_fraction=1" if mode == "evaluate" else ""
+  return (
+    f"data.dir ('') must name the data for {config.model.name}, as in "
+    f"--config.data.dir=DIR after\n"
+    f"    python -m data_pipelines.prepare --source=FOLDER{kind} "
+    "--data_dir=DIR\n"
+    "  with a folder of MathVista or of your own problems, see "
+    "docs/data-and-terms.md, or\n"
+    "    python -m data_pipelines.prepare --source=synthetic --data_dir=DIR"
+  )

@@ -1,0 +1,151 @@
+"""No mode takes random weights or drawn data for real ones unasked."""
+
+import dataclasses
+import json
+import logging as python_logging
+
+import pytest
+
+from configs import base, gemma3_4b_v5e_16, smoke
+from grpo_tpu.config import sources
+from grpo_tpu.config.schema import Config
+
+READING = ("evaluate", "export")
+MODES = ("train", *READING)
+SMOKE = Config.from_config_dict(smoke.get_config())
+BIG = Config.from_config_dict(gemma3_4b_v5e_16.get_config())
+
+
+def changed(config, **sections):
+  parts = {
+    name: dataclasses.replace(getattr(config, name), **values)
+    for name, values in sections.items()
+  }
+  return dataclasses.replace(config, **parts)
+
+
+def resolve(config, mode, workdir, *, flag=False):
+  return sources.resolve(config, mode, str(workdir), has_weights_flag=flag)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A workdir with a run of the smoke config on data of its own."""
+
+  def write(weights="run:START", name="tiny", folder="DATA"):
+    config = changed(SMOKE).to_dict()
+    config["model"] |= {"weights": weights, "name": name}
+    config["data"] |= {"dir": folder}
+    record = {"config": config, "weights": weights}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    return tmp_path
+
+  return write
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_draws_weights_unasked(mode, tmp_path):
+  config = Config.from_config_dict(base.get_config())
+  with pytest.raises(ValueError, match="--workdir|model.weights") as caught:
+    resolve(config, mode, tmp_path / "none")
+  assert "model.weights=" in str(caught.value)
+  assert not (tmp_path / "none").exists()
+
+
+def test_a_released_model_gets_the_commands_for_weights_and_data(tmp_path):
+  with pytest.raises(ValueError) as caught:
+    resolve(BIG, "train", tmp_path)
+  for words in (
+    "model.weights ('') must name the parameters of gemma3_4b",
+    "hf download google/gemma-3-4b-it --local-dir gemma-3-4b-it",
+    "--config.model.weights=hf:gemma-3-4b-it",
+    "random:SEED, which draws them, for tests",
+    "data.dir ('') must name the data for gemma3_4b",
+    "python -m data_pipelines.prepare --source=FOLDER",
+  ):
+    assert words in str(caught.value)
+  assert "random:0" not in str(caught.value)
+
+
+def test_a_plan_needs_neither_weights_nor_data(tmp_path):
+  assert resolve(BIG, "plan", tmp_path) == BIG
+
+
+def test_random_weights_of_a_released_model_are_taken_with_a_warning(
+  tmp_path, caplog
+):
+  config = changed(BIG, model={"weights": "random:0"}, data={"dir": "DATA"})
+  with caplog.at_level(python_logging.WARNING):
+    assert resolve(config, "train", tmp_path) == config
+    assert resolve(SMOKE, "train", tmp_path) == SMOKE
+  (message,) = caplog.messages
+  assert "gemma3_4b at random: this model is noise" in message
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_a_workdir_without_a_run_is_refused_unless_weights_are_named(
+  mode, tmp_path
+):
+  folder = tmp_path / "typo"
+  with pytest.raises(ValueError, match=rf"^--workdir \('{folder}'\) must hold"):
+    resolve(SMOKE, mode, folder)
+  assert not folder.exists()
+  assert resolve(SMOKE, mode, folder, flag=True) == SMOKE
+  named = changed(SMOKE, model={"weights": "run:OTHER"})
+  assert resolve(named, mode, folder) == named
+
+
+@pytest.mark.parametrize("mode", READING)
+@pytest.mark.parametrize("named", ["", "random:0", "run:START"])
+def test_a_run_in_the_workdir_is_read_at_its_newest_checkpoint(
+  mode, named, run, caplog
+):
+  """Its own start, as in the command that trained it, names nothing else."""
+  workdir = run()
+  with caplog.at_level(python_logging.INFO):
+    config = resolve(changed(SMOKE, model={"weights": named}), mode, workdir)
+  assert config.model.weights == f"run:{workdir}"
+  assert f"model.weights=run:{workdir}" in caplog.text
+  # Neither another drawn set nor a model without its tokenizer.
+  assert (config.data.dir, config.export.tokenizer_dir) == ("DATA", "")
+  assert resolve(
+    changed(SMOKE, data={"dir": "MINE"}), mode, workdir
+  ).data.dir == ("MINE")
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_weights_that_are_named_win_over_the_run(mode, run, caplog):
+  workdir = run()
+  named = changed(SMOKE, model={"weights": "run:OTHER"})
+  assert resolve(named, mode, workdir) == named
+  assert "model.weights ('run:OTHER'), which are not those of the run" in (
+    caplog.text
+  )
+  assert resolve(SMOKE, mode, workdir, flag=True) == SMOKE
+
+
+def test_an_export_has_the_tokenizer_that_training_started_with(run, tmp_path):
+  (tmp_path / "start").mkdir()
+  config = resolve(SMOKE, "export", run(f"hf:{tmp_path}/start"))
+  assert config.export.tokenizer_dir == f"{tmp_path}/start"
+  mine = changed(SMOKE, export={"tokenizer_dir": "MINE"})
+  assert resolve(mine, "export", tmp_path).export.tokenizer_dir == "MINE"
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_the_run_of_another_model_is_refused(mode, run):
+  workdir = run(name="gemma3_1b")
+  with pytest.raises(
+    ValueError, match=rf"^model.name \('tiny'\) .*{workdir}.*'gemma3_1b'"
+  ):
+    resolve(SMOKE, mode, workdir)
+
+
+def test_a_step_that_was_not_saved_is_refused(run):
+  config = changed(SMOKE, export={"step": 5})
+  workdir = run()
+  with pytest.raises(ValueError, match=r"^export.step \(5\) .*\(none\)"):
+    resolve(config, "export", workdir)
+  (workdir / "checkpoints" / "00000005").mkdir(parents=True)
+  assert resolve(config, "export", workdir).model.weights == f"run:{workdir}@5"
+  assert resolve(config, "evaluate", workdir).model.weights == f"run:{workdir}"
