@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import enum
+import errno
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,13 +29,49 @@ class SettingError(ValueError):
   """A setting, flag or data set must change before the program can run."""
 
 
+# The machine or its network failed: a second try may succeed.
+_MACHINE_ERRORS = (
+  *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT),
+  *(errno.ECONNRESET, errno.EHOSTDOWN, errno.ENOMEM, errno.ENFILE),
+)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Turns a ValueError from the body into a SettingError."""
+  """Turns a ValueError from the body into a SettingError.
+
+  For checks alone: libraries raise ValueErrors too when a file or another host
+  is lost, so what computes or reads much stands inside `run_errors`.
+  """
   try:
     yield
   except ValueError as error:
+    if isinstance(error, SettingError) or is_machine_failure(error):
+      raise
     raise SettingError(str(error)) from error
+
+
+@contextlib.contextmanager
+def run_errors(action: str) -> Iterator[None]:
+  """Turns a ValueError, but no SettingError, into a RuntimeError.
+
+  No setting is to blame if a library cannot do the action.
+  """
+  try:
+    yield
+  except SettingError:
+    raise
+  except ValueError as error:
+    raise RuntimeError(f"cannot {action}: {error}") from error
+
+
+def is_machine_failure(error: BaseException | None) -> bool:
+  """True if the error came from an I/O error that no setting can mend."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+      return True
+    error = error.__cause__
+  return False
 
 
 def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:

@@ -84,8 +84,7 @@ def _start_devices(config: Config, address: Any, identity: Mapping) -> None:
   common = {"--mode": flags.MODE.value, "--workdir": flags.WORKDIR.value}
   facts = preflight.facts(config.to_dict(), identity, common)
   limit = config.distributed.preflight_timeout_seconds
-  with user_errors():
-    preflight.check("start", facts, timeout_seconds=limit)
+  preflight.check("start", facts, timeout_seconds=limit)
 
 
 if __name__ == "__main__":

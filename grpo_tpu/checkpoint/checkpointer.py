@@ -198,7 +198,7 @@ class Checkpoints:
       partial_step_sharding: Sharding of the arrays of a partial step.
 
     Raises:
-      ValueError: The newest checkpoint's leaves differ from `abstract_state`.
+      SettingError: The newest checkpoint's leaves differ from `abstract_state`.
       CheckpointError: There are checkpoints, but none is whole.
     """
     self._collect_pending(is_blocking=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data_pipelines.validation import SettingError, run_errors, user_errors
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
@@ -30,12 +31,18 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
   """The parameters that `model.weights` names, sharded over the mesh.
 
   Raises:
-    ValueError: The files or the run do not exist, or belong to another model.
+    SettingError: The files or the run do not exist, or belong to another model.
+    RuntimeError: They cannot be read.
   """
   if not model.weights:
-    raise ValueError(model.describe_weights())
-  scheme, _, rest = model.weights.partition(":")
+    raise SettingError(model.describe_weights())
   abstract = abstract_params(model, mesh)
+  with run_errors(f"load {model.weights}"):
+    return _load_params(model, mesh, abstract)
+
+
+def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
+  scheme, _, rest = model.weights.partition(":")
   if scheme == "run":
     saved = load_adapters(model, mesh)
     if saved:
@@ -44,7 +51,9 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
     params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
   if scheme in weights.OPENERS:
-    return weights.OPENERS[scheme](model.network, rest).load(abstract)
+    with user_errors():
+      checkpoint = weights.OPENERS[scheme](model.network, rest)
+    return checkpoint.load(abstract)
   values = weights.random_params(
     model.network, int(rest), np.dtype(model.param_dtype)
   )
@@ -73,7 +82,7 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   """The adapters that `model.weights` names; None if it names a whole model.
 
   Raises:
-    ValueError: The run has no such checkpoint, or one of another model.
+    SettingError: The run has no such checkpoint, or one of another model.
   """
   scheme, _, rest = resolve_weights(model.weights).partition(":")
   workdir, step = _split_run(rest)
@@ -94,7 +103,7 @@ def resolve_weights(name: str) -> str:
   """`model.weights` with the step that it means now, so that it stays fixed.
 
   Raises:
-    ValueError: The run has no checkpoint.
+    SettingError: The run has no checkpoint.
   """
   scheme, _, rest = name.partition(":")
   if scheme != "run":
@@ -120,7 +129,7 @@ def _merge(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
   try:
     params = load_params(base, mesh)
   except (OSError, ValueError) as error:
-    raise ValueError(
+    raise SettingError(
       f"model.weights ({model.weights!r}) is a run that saved adapters only, "
       f"and the weights they belong to ({saved.base_weights!r}) cannot be "
       f"read: {error}"

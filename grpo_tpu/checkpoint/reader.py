@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from data_pipelines.validation import SettingError, run_errors
 from grpo_tpu.checkpoint import manifest
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
@@ -60,7 +61,7 @@ def restore_params(
     abstract_params: The `params` part of what `Checkpoints.restore` takes.
 
   Raises:
-    ValueError: The step is missing or damaged, or its leaves differ from
+    SettingError: The step is missing or damaged, or its leaves differ from
       `abstract_params`.
   """
   if step is None:
@@ -80,7 +81,7 @@ def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
   """Reads the `meta` that a step of another run was saved with.
 
   Raises:
-    ValueError: The step is missing or damaged.
+    SettingError: The step is missing or damaged.
   """
   path = _finished_path(directory, step)
   _refuse_damage(path, manifest.find_damage(path, under="meta/"))
@@ -93,12 +94,12 @@ def newest_step(directory: epath.PathLike) -> int:
   Process 0 decides, because the other run may be saving a step right now.
 
   Raises:
-    ValueError: No step is whole.
+    SettingError: No step is whole.
   """
   folder = epath.Path(directory).resolve()
   newest = ask_first_process(lambda: _newest_whole(folder))
   if not newest:
-    raise ValueError(
+    raise SettingError(
       f"no checkpoint in {folder} is whole: give the workdir of a run that has"
       " saved one."
     )
@@ -148,7 +149,7 @@ def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
   folder = epath.Path(directory).resolve()
   saved = steps(folder)
   if step not in saved:
-    raise ValueError(
+    raise SettingError(
       f"no checkpoint of step {step} in {folder}: there are"
       f" {', '.join(map(str, saved)) or 'none'}."
     )
@@ -157,7 +158,7 @@ def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
 
 def _refuse_damage(path: epath.Path, damage: str) -> None:
   if damage:
-    raise ValueError(
+    raise SettingError(
       f"checkpoint {path} is damaged: {damage}; name another step, or no step"
       " for the newest whole one."
     )
@@ -213,7 +214,7 @@ def read_checkpoint(
   """Reads a verified checkpoint; see `Checkpoints.restore` for the arguments.
 
   Raises:
-    ValueError: The saved leaves differ from `abstract_state`.
+    SettingError: The saved leaves differ from `abstract_state`.
   """
   record = _read_record(path)
   _check_leaves(record["leaves"], describe_leaves(abstract_state), path)
@@ -243,7 +244,8 @@ def _read_partial_step(
 def _read_record(path: epath.Path) -> dict[str, Any]:
   # A `Checkpointer` would synchronize the hosts after each item, and hang if
   # one of them has failed. A bare handler does not.
-  return dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
+  with run_errors(f"read {path}"):
+    return dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
 
 
 def _read_arrays(
@@ -261,7 +263,10 @@ def _read_arrays(
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=is_partial,
   )
-  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+  with (
+    run_errors(f"read {path}"),
+    contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
+  ):
     return handler.restore(path, args=args)
 
 
@@ -278,7 +283,7 @@ def describe_leaves(tree: Any) -> dict[str, str]:
 def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
-  """Raises one ValueError that lists all leaves that differ."""
+  """Raises one SettingError that lists all leaves that differ."""
   differing = {
     name: (saved.get(name, "nothing"), wanted.get(name, "nothing"))
     for name in sorted(saved.keys() | wanted.keys())
@@ -299,7 +304,7 @@ def _check_leaves(
     settings = "model.name and model.lora"
   else:
     settings = "model.train_vision, model.lora and optimizer"
-  raise ValueError(
+  raise SettingError(
     f"checkpoint {path} does not match the state that the settings make:\n"
     + "\n".join(shown)
     + f"\nSet {settings} to what it was saved with, or start in an empty"

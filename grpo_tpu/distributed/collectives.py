@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data_pipelines.validation import run_errors
+
 _BLOCK = 4096  # Messages are padded to blocks, so that few sizes are compiled.
 
 
@@ -22,9 +24,18 @@ def is_first_process() -> bool:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-  """The bytes of every process, of any length, by process index."""
+  """The bytes of every process, of any length, by process index.
+
+  Raises:
+    RuntimeError: Another process is lost.
+  """
   if num_processes() == 1:
     return [data]
+  with run_errors("exchange data with the other processes"):
+    return _gather(data)
+
+
+def _gather(data: bytes) -> list[bytes]:
   sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))
   sizes = np.ravel(sizes).tolist()
   # A power of two of blocks.

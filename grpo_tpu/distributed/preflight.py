@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.validation import SettingError
 from grpo_tpu.distributed import fingerprint, initialize
 
 _SHOWN = 5
@@ -44,7 +45,7 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
     timeout_seconds: The longest wait for the others.
 
   Raises:
-    ValueError: Some host differs from host 0. Every process gets the same
+    SettingError: Some host differs from host 0. Every process gets the same
       message, with the host, the difference and the remedy.
     RuntimeError: A process has not answered in time.
   """
@@ -72,7 +73,7 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
   shown = differences[:_SHOWN]
   if len(differences) > _SHOWN:
     shown.append(f"and {len(differences) - _SHOWN} more")
-  raise ValueError(
+  raise SettingError(
     f"all hosts must run the same, but not all do as host 0 "
     f"({hosts[0]['name']}): {'; '.join(shown)}. Start every host with the same "
     "command, from the same code and packages."

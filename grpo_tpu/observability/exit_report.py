@@ -14,7 +14,11 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from data_pipelines.validation import ExitCode, SettingError
+from data_pipelines.validation import (
+  ExitCode,
+  SettingError,
+  is_machine_failure,
+)
 from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, preemption
@@ -150,7 +154,7 @@ def _logged_errors(message: str) -> Iterator[None]:
 
 
 def _exit_code(error: BaseException) -> ExitCode:
-  if isinstance(error, SettingError):
+  if isinstance(error, SettingError) and not is_machine_failure(error):
     return ExitCode.BAD_INPUT
   if isinstance(error, preemption.Preempted):
     return ExitCode.PREEMPTED

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from data_pipelines import validation
 from data_pipelines.text import chat_prompts
 from grpo_tpu.distributed import fingerprint
 
@@ -60,7 +61,7 @@ class RunRecord:
     """Refuses to resume a run of other settings or other data.
 
     Raises:
-      ValueError: The message lists every change.
+      SettingError: The message lists every change.
     """
     record = read(self.workdir)
     if record is not None:
@@ -72,7 +73,7 @@ class RunRecord:
     Somebody may have copied the checkpoint into the workdir.
 
     Raises:
-      ValueError: The message lists every change.
+      SettingError: The message lists every change.
     """
     saved = {name: meta.get(name) for name in self.data}
     self._refuse(self._changes(saved, self.data))
@@ -141,7 +142,7 @@ class RunRecord:
     if self.settings["checkpoint"]["accept_changes"]:
       logging.warning("Resuming %s with changes:\n%s", self.workdir, listed)
       return
-    raise ValueError(
+    raise validation.SettingError(
       f"--workdir ({self.workdir}) has a run that was started with other "
       f"settings or data:\n{listed}\nSet them back, choose an empty --workdir, "
       "or set checkpoint.accept_changes=True to continue anyway."

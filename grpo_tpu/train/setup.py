@@ -78,8 +78,7 @@ def start(
     checkpoints = stack.enter_context(
       checkpointer.Checkpoints(folder / "checkpoints", config.checkpoint)
     )
-    with validation.user_errors():
-      step = _restore_or_init(trainer, checkpoints, record)
+    step = _restore_or_init(trainer, checkpoints, record)
     # Not before: a run that is refused has not started.
     if jax.process_index() == 0:
       record.write(trainer.config.model.weights)

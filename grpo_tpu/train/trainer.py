@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from data_pipelines import dataset, pipeline
+from data_pipelines import dataset, pipeline, validation
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import compile_cache, sharding
@@ -141,12 +141,13 @@ class Trainer:
     """Reads data from where `state`, and the step under way, have come to."""
     self.state, self.partial, self._step = state, partial, None
     position = int(state.position) + (partial.num_batches if partial else 0)
-    batches = self._data.train_batches(
-      seed=self.config.seed,
-      max_new_tokens=self.config.rollout.max_new_tokens,
-      start_step=position,
-      **self._shards,
-    )
+    with validation.user_errors():
+      batches = self._data.train_batches(
+        seed=self.config.seed,
+        max_new_tokens=self.config.rollout.max_new_tokens,
+        start_step=position,
+        **self._shards,
+      )
     num_batches = self.config.train.num_steps
     if self.config.shaping.zero_variance == "resample":
       num_batches *= self.config.shaping.max_batches

@@ -1,5 +1,6 @@
 """Rules of settings: bounds, choices, and the words of their errors."""
 
+import errno
 import math
 from dataclasses import dataclass, field
 
@@ -86,3 +87,42 @@ def test_exit_codes_are_those_that_the_documents_promise():
     "PREEMPTED": 75,
     "STUCK": 76,
   }
+
+
+def failed_read(number):
+  """An error that a reader raises for an I/O error."""
+  try:
+    raise OSError(number, "it failed")
+  except OSError as error:
+    raise ValueError("FILE cannot be read") from error
+
+
+def test_a_file_that_is_missing_is_an_error_of_the_user():
+  with pytest.raises(validation.SettingError), validation.user_errors():
+    failed_read(errno.ENOENT)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_a_disk_that_fails_is_no_error_of_the_user(number):
+  with pytest.raises(ValueError) as caught, validation.user_errors():
+    failed_read(number)
+  assert not isinstance(caught.value, validation.SettingError)
+
+
+def test_what_a_library_cannot_do_is_no_error_of_the_user():
+  with (
+    pytest.raises(RuntimeError, match="cannot read FILE: NOT_FOUND"),
+    validation.user_errors(),
+    validation.run_errors("read FILE"),
+  ):
+    raise ValueError("NOT_FOUND: no such object")
+
+
+def test_a_refusal_inside_such_an_action_stays_one():
+  refusal = validation.SettingError("seed (-1) must be at least 0")
+  with (
+    pytest.raises(validation.SettingError) as caught,
+    validation.run_errors("read FILE"),
+  ):
+    raise refusal
+  assert caught.value is refusal
