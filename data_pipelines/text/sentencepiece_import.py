@@ -9,13 +9,14 @@ References:
   tokenizer.json: https://huggingface.co/docs/tokenizers
 """
 
+import contextlib
 import importlib
-import json
 import os
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+from data_pipelines.text import gguf_header, untrusted
 from data_pipelines.text.chat_format import GEMMA3
 
 # SentencePiece's types of pieces; GGUF uses the same numbers.
@@ -36,42 +37,37 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
   """Rebuilds the SentencePiece model from the metadata of a GGUF file.
 
   Raises:
-    ValueError: The `gguf` package is missing, or the file has no such
-      vocabulary.
+    ValueError: The file has no such vocabulary.
   """
-  try:
-    import gguf
-  except ImportError as error:
-    raise ValueError(
-      f"tokenizer file {path} must be read with the gguf package, which is not "
-      'installed; run pip install "grpo_tpu[export]".'
-    ) from error
-  try:
-    fields = gguf.GGUFReader(os.fspath(path)).fields
-    read = {
-      name: fields[f"tokenizer.ggml.{name}"].contents()
-      for name in ("model", "tokens", "scores", "token_type")
-    }
-  # The reader may raise any of these for noise or a truncated file.
-  except (ValueError, IndexError, KeyError, OverflowError) as error:
-    raise ValueError(
-      f"tokenizer file {path} must be a GGUF file with a vocabulary, but "
-      f"cannot be read: {error!r}; give that of a Gemma 3."
-    ) from error
-  if read["model"] != "llama":
-    raise ValueError(
-      f"tokenizer file {path} has tokenizer.ggml.model {read['model']!r}, "
-      "which must be 'llama' as in every Gemma 3; give such a file."
-    )
-  pieces = []
-  columns = (read["tokens"], read["scores"], read["token_type"])
-  for text, score, kind in zip(*columns, strict=True):
-    # GGUF calls <start_of_turn> a control; encoding would split a control into
-    # ordinary pieces.
-    if kind in (_CONTROL, _USER_DEFINED):
-      text, kind = _escape_spaces(text), _USER_DEFINED
-    pieces.append(_Piece(text, score, kind))
-  return _serialize(pieces)
+  with _refuse_damage(
+    f"tokenizer file {path}", "a GGUF file with a vocabulary"
+  ):
+    metadata = gguf_header.read(path, "it").metadata
+    prefix = "tokenizer.ggml."
+    model = untrusted.get_field(metadata, f"{prefix}model", str, "it")
+    if model != "llama":
+      raise ValueError(
+        f"its tokenizer.ggml.model is {untrusted.shorten(model)}, and must be "
+        "'llama' as in every Gemma 3."
+      )
+    columns = []
+    for name, kind in (("tokens", str), ("scores", float), ("token_type", int)):
+      column = untrusted.get_field(metadata, prefix + name, list, "it")
+      untrusted.check_items(column, kind, f"its {prefix}{name}")
+      columns.append(column)
+    if len({len(column) for column in columns}) > 1:
+      raise ValueError(
+        f"it has {len(columns[0])} tokens, {len(columns[1])} scores and "
+        f"{len(columns[2])} types, which must be as many."
+      )
+    pieces = []
+    for text, score, kind in zip(*columns, strict=True):
+      # GGUF calls <start_of_turn> a control; encoding would split a control
+      # into ordinary pieces.
+      if kind in (_CONTROL, _USER_DEFINED):
+        text, kind = _escape_spaces(text), _USER_DEFINED
+      pieces.append(_Piece(text, score, kind))
+    return _serialize(pieces)
 
 
 def from_tokenizer_json(content: bytes, name: str) -> bytes:
@@ -81,48 +77,73 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
     ValueError: The file is no tokenizer.json of byte-pair merges with bytes as
       fallback.
   """
+  wanted = "a tokenizer.json of byte-pair merges"
+  with _refuse_damage(f"tokenizer file {name}", wanted):
+    tokenizer = untrusted.parse_json(content, "it")
+    model = untrusted.get_field(tokenizer, "model", dict, "it")
+    kind = model.get("type")
+    if kind != "BPE" or not model.get("byte_fallback"):
+      raise ValueError(
+        f"its model is of type {untrusted.shorten(kind)}, and must be 'BPE' "
+        "with byte_fallback as in every Gemma 3."
+      )
+    added = _added_tokens(tokenizer)
+    ids = untrusted.get_field(model, "vocab", dict, "its model") | added
+    untrusted.check_items(ids.values(), int, "its ids")
+    merges = untrusted.get_field(model, "merges", list, "its model")
+    ids.pop(_SOFT_TOKEN, None)
+    texts = sorted(ids, key=ids.__getitem__)
+    if [ids[text] for text in texts] != list(range(len(texts))):
+      raise ValueError(
+        f"it must give its {len(texts)} pieces the ids from 0 on, each once."
+      )
+    # SentencePiece merges pairs in the order of their results.
+    rank: dict[str, int] = {}
+    for merge in merges:
+      rank.setdefault(_merge_pair(merge), len(rank))
+
+    def piece(text: str) -> _Piece:
+      if text in added:
+        return _Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
+      if _BYTE_NAME.fullmatch(text):
+        return _Piece(text, 0.0, _BYTE)
+      return _Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
+
+    return _serialize([piece(text) for text in texts])
+
+
+@contextlib.contextmanager
+def _refuse_damage(source: str, kind: str) -> Iterator[None]:
+  """Says what a file must be if the body cannot read it."""
   try:
-    tokenizer = json.loads(content)
-    model, added = tokenizer["model"], tokenizer["added_tokens"]
-    ids = dict(model["vocab"]) | {x["content"]: x["id"] for x in added}
-    merges = [_pair(merge) for merge in model["merges"]]
-  except (ValueError, KeyError, TypeError) as error:
+    yield
+  except (OSError, ValueError) as error:
     raise ValueError(
-      f"tokenizer file {name} must be a tokenizer.json of byte-pair merges, "
-      f"but cannot be read: {error!r}; give that of a Gemma 3."
+      f"{source} must be {kind}, but cannot be read: {error} Give that of a "
+      "Gemma 3."
     ) from error
-  if model.get("type") != "BPE" or not model.get("byte_fallback"):
-    raise ValueError(
-      f"tokenizer file {name} has a model of type {model.get('type')!r}, which "
-      "must be 'BPE' with byte_fallback as in every Gemma 3; give such a file."
-    )
-  ids.pop(_SOFT_TOKEN, None)
-  texts = sorted(ids, key=ids.__getitem__)
-  if [ids[text] for text in texts] != list(range(len(texts))):
-    raise ValueError(
-      f"tokenizer file {name} must give its {len(texts)} pieces the ids from 0 "
-      "on, each once; give that of a Gemma 3."
-    )
-  # SentencePiece merges pairs in the order of their results.
-  rank: dict[str, int] = {}
-  for left, right in merges:
-    rank.setdefault(left + right, len(rank))
-  whole = {x["content"] for x in added}
-
-  def piece(text: str) -> _Piece:
-    if text in whole:
-      return _Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
-    if _BYTE_NAME.fullmatch(text):
-      return _Piece(text, 0.0, _BYTE)
-    return _Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
-
-  return _serialize([piece(text) for text in texts])
 
 
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-  """The two halves of a merge; older files write it as one string."""
-  left, right = merge.split(" ") if isinstance(merge, str) else merge
-  return left, right
+def _added_tokens(tokenizer: dict[str, Any]) -> dict[str, int]:
+  """The id of each added token by its text."""
+  added = {}
+  rows = untrusted.get_field(tokenizer, "added_tokens", list, "it")
+  untrusted.check_items(rows, dict, "its added_tokens")
+  for row in rows:
+    text = untrusted.get_field(row, "content", str, "an added token")
+    added[text] = untrusted.get_field(row, "id", int, "an added token")
+  return added
+
+
+def _merge_pair(merge: Any) -> str:
+  """The result of a merge; older files write its halves as one string."""
+  halves = merge.split(" ") if isinstance(merge, str) else merge
+  untrusted.check_kind(halves, list, "each of its merges")
+  untrusted.check_items(halves, str, "a merge")
+  if len(halves) != 2:
+    shown = untrusted.shorten(merge)
+    raise ValueError(f"each of its merges must have two halves, not {shown}.")
+  return "".join(halves)
 
 
 def _escape_spaces(text: str) -> str:
@@ -139,7 +160,13 @@ def _serialize(pieces: Sequence[_Piece]) -> bytes:
       kind = _CONTROL
     elif number == GEMMA3.unk:
       kind = _UNKNOWN
-    proto.pieces.add(piece=text, score=score, type=kind)
+    try:
+      proto.pieces.add(piece=text, score=score, type=kind)
+    except ValueError as error:
+      raise ValueError(
+        f"piece {number} must be text of one of SentencePiece's types, but "
+        f"is {untrusted.shorten(text)} of type {kind}: {error}."
+      ) from error
   names = [piece.text for piece in pieces[: GEMMA3.unk + 1]]
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   trainer.model_type = 2  # BPE.

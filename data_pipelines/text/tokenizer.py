@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sentencepiece
 from etils import epath
 
-from data_pipelines.text import sentencepiece_import
+from data_pipelines.text import sentencepiece_import, untrusted
 from data_pipelines.text.chat_format import GEMMA3, ChatFormat
 
 # Names the file that the `gemma` library reads, in that library's folder.
@@ -164,11 +164,11 @@ def _read_model(path: str) -> bytes:
   if path == GEMMA:
     file = epath.Path(folder) / "tokenizer" / "tokenizer_gemma3.model"
   file = file.expanduser()
+  if file.suffix == ".gguf":
+    return sentencepiece_import.from_gguf(file)
   try:
-    if file.suffix == ".gguf":
-      return sentencepiece_import.from_gguf(file)
-    content = file.read_bytes()
-  except OSError as error:
+    content = untrusted.read_bytes(file, untrusted.MAX_JSON_BYTES)
+  except (OSError, ValueError) as error:
     raise ValueError(
       f"tokenizer file {file} must be a file that can be read: {error}; give "
       "Gemma 3's tokenizer.model, a .gguf file, a tokenizer.json, or gemma for "

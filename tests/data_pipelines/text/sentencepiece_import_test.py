@@ -1,6 +1,7 @@
 """A rebuilt vocabulary encodes like its original file."""
 
 import json
+import os
 import sys
 
 import hypothesis
@@ -204,6 +205,41 @@ def test_a_json_of_something_else_is_refused(content, match, tmp_path):
     tokens.Tokenizer(tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    ({"merges": [["a", 2]]}, "item 1 of a merge must be a string"),
+    ({"merges": ["a b c"]}, "must have two halves"),
+    ({"merges": 3}, "'merges' in its model must be a list"),
+    ({"vocab": {"a": 0, "b": "1"}}, "item 1 of its ids must be an integer"),
+    ({"vocab": {"a": 0, "b": [1]}}, "item 1 of its ids must be an integer"),
+    ({"vocab": {"a": 10**400}}, "must give its 2 pieces the ids from 0"),
+    ({"vocab": {"\ud800": 1}}, "piece 1 must be text"),
+    ({"vocab": [["a", 0]]}, "'vocab' in its model must be an object"),
+    ({"added": [{"id": 0, "content": 3}]}, "'content' in an added token must"),
+    ({"added": [3]}, "item 0 of its added_tokens must be an object"),
+    ({"added": {}}, "'added_tokens' in it must be a list"),
+    ({"merges": "nested"}, "nests too deeply"),
+  ],
+)
+def test_a_tokenizer_json_of_other_types_is_refused(change, match, tmp_path):
+  model = {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}
+  added = change.pop("added", [{"id": 0, "content": "<pad>"}])
+  text = json.dumps({"model": model | change, "added_tokens": added})
+  text = text.replace('"nested"', "[" * 10**6)
+  (tmp_path / "tokenizer.json").write_text(text)
+  match = f"tokenizer.json must be a tokenizer.json of.*{match}"
+  with pytest.raises(ValueError, match=match):
+    tokens.Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["t.model", "tokenizer.json", "t.gguf"])
+def test_a_pipe_is_no_tokenizer(name, tmp_path):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(ValueError, match=f"{name} must be .* a regular file"):
+    tokens.Tokenizer(tmp_path / name)
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"noise" * 99])
 def test_a_gguf_of_noise_is_refused(content, tmp_path):
   (tmp_path / "noise.gguf").write_bytes(content)
@@ -211,10 +247,38 @@ def test_a_gguf_of_noise_is_refused(content, tmp_path):
     tokens.Tokenizer(tmp_path / "noise.gguf")
 
 
-def test_without_the_gguf_package_its_extra_is_named(tmp_path, monkeypatch):
+def test_a_vocabulary_of_a_gguf_file_needs_no_package(gguf_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "gguf", None)
-  with pytest.raises(ValueError, match=r"pip install \"grpo_tpu\[export\]\""):
-    tokens.Tokenizer(tmp_path / "any.gguf")
+  assert tokens.Tokenizer(gguf_path).vocab_size == 512
+
+
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    (lambda w: w.add_token_list(["a", "b"]), "2 tokens, 5 scores and 5 types"),
+    (lambda w: w.add_string("tokenizer.ggml.tokens", "a"), "must be a list"),
+    (
+      lambda w: w.add_array("tokenizer.ggml.tokens", [1]),
+      "item 0 of its .*str",
+    ),
+    (lambda w: w.add_array("tokenizer.ggml.scores", ["a"]), "finite number"),
+    (lambda w: w.add_token_types([99] * 5), "piece 4 must be text of one of"),
+  ],
+)
+def test_a_gguf_vocabulary_of_other_types_is_refused(tmp_path, change, match):
+  gguf = pytest.importorskip("gguf", reason="the extra export is missing")
+  path = tmp_path / "bad.gguf"
+  writer = gguf.GGUFWriter(path, "gemma3")
+  writer.add_tokenizer_model("llama")
+  writer.add_token_list(list("abcde"))
+  writer.add_token_scores([0.0] * 5)
+  writer.add_token_types([NORMAL] * 5)
+  change(writer)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  with pytest.raises(ValueError, match=f"bad.gguf must be a GGUF.*{match}"):
+    tokens.Tokenizer(path)
 
 
 def test_the_librarys_own_file_is_found_in_its_cache(

@@ -8,13 +8,16 @@ References:
   The meaning of its keys for Gemma 3: `llm_build_gemma3` of llama.cpp.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from data_pipelines.text import gguf_header, untrusted
+from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly
@@ -49,11 +52,11 @@ class File:
         missing, extra, misshaped or unreadable.
     """
     source = f"GGUF file {os.fspath(path)}"
-    self._library, file = _open(path)
-    self._tensors = {tensor.name: tensor for tensor in file.tensors}
-    fields = {name: field.contents for name, field in file.fields.items()}
-    shapes = {name: _shape(x) for name, x in self._tensors.items()}
-    found = _read_config(fields, shapes, source)
+    self._path = path
+    self._library, header = _open(path, source)
+    self._tensors = header.tensors
+    shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+    found = _read_config(header.metadata, shapes, source)
     if differences := assembly.config_differences(found, config):
       raise ValueError(
         f"{source} must hold the model of model.name, but differs in "
@@ -63,7 +66,7 @@ class File:
       shapes,
       leaves.file_shapes(abstract_params, "gguf"),
       source,
-      faults=_unreadable(self._library, self._tensors),
+      faults=_find_faults(self._library, header),
     )
 
   def load(self, abstract_params: dict) -> dict:
@@ -98,49 +101,54 @@ class File:
   def _dequantize(self, name: str, dtype: np.dtype) -> np.ndarray:
     """Dequantizes a tensor, a block of rows at a time."""
     tensor = self._tensors[name]
-    shape = _shape(tensor)
-    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    out = np.empty((rows.shape[0], shape[-1]), dtype)
-    step = max(1, _BLOCK // shape[-1])
-    for start in range(0, rows.shape[0], step):
-      block = rows[start : start + step]
-      out[start : start + step] = self._library.dequantize(
-        block, tensor.tensor_type
-      )
-    return out.reshape(shape)
+    kind = self._library.GGMLQuantizationType(tensor.kind)
+    rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    row_bytes = _row_bytes(self._library, kind, width)
+    data = np.memmap(
+      self._path, mode="r", offset=tensor.start, shape=(rows, row_bytes)
+    )
+    out = np.empty((rows, width), dtype)
+    step = max(1, _BLOCK // width)
+    for start in range(0, rows, step):
+      block = data[start : start + step]
+      out[start : start + step] = self._library.dequantize(block, kind)
+    return out.reshape(tensor.shape)
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-  return tuple(map(int, reversed(tensor.shape)))
-
-
-def _open(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-  """The `gguf` package, and its reader of the file."""
+def _open(
+  path: str | os.PathLike[str], source: str
+) -> tuple[Any, gguf_header.Header]:
+  """The `gguf` package, and the header of the file."""
   try:
     import gguf
   except ImportError as error:
     raise ValueError(
-      f"GGUF file {os.fspath(path)} must be read with the gguf package, which "
-      'is not installed; run pip install "grpo_tpu[export]".'
+      f"{source} must be read with the gguf package, which is not installed; "
+      'run pip install "grpo_tpu[export]".'
     ) from error
   try:
-    return gguf, gguf.GGUFReader(path)
-  # Everything that the reader raises for a file of noise, or one cut short.
-  except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+    return gguf, gguf_header.read(path, "it")
+  except (OSError, ValueError) as error:
     raise ValueError(
-      f"GGUF file {os.fspath(path)} must be a whole GGUF file on this machine, "
-      f"but cannot be read: {error}; name another, or fetch it again."
+      f"{source} must be a whole GGUF file on this machine, but cannot be "
+      f"read: {error} Name another, or fetch it again."
     ) from error
+
+
+def _row_bytes(library: Any, kind: int, width: int) -> int:
+  """Bytes of the last axis of a tensor, rounded up to whole blocks."""
+  block, block_bytes = library.GGML_QUANT_SIZES[kind]
+  return -(-width // block) * block_bytes
 
 
 class _Metadata:
   """The keys of a file under `gemma3.`, which `take` removes one by one."""
 
-  def __init__(self, fields: Mapping[str, Callable[[], Any]], source: str):
+  def __init__(self, fields: Mapping[str, Any], source: str):
     self._source = source
     self.rest = {
-      name.removeprefix("gemma3."): read()
-      for name, read in fields.items()
+      name.removeprefix("gemma3."): value
+      for name, value in fields.items()
       if name.startswith("gemma3.")
     }
 
@@ -154,17 +162,32 @@ class _Metadata:
       )
     return value
 
+  def take_size(self, key: str, default: int | None = None) -> int:
+    """Removes a key whose value is an integer of at least 1."""
+    value = self.take(key, default)
+    holds = isinstance(value, int) and value >= 1
+    self.require(holds, f"gemma3.{key}", value, "an integer of at least 1")
+    return value
+
+  def take_factor(self, key: str, default: float | None = None) -> float:
+    """Removes a key whose value is a finite number above 0."""
+    value = self.take(key, default)
+    holds = isinstance(value, int | float) and 0 < value < math.inf
+    self.require(holds, f"gemma3.{key}", value, "a finite number above 0")
+    return float(value)
+
   def require(self, holds: bool, name: str, value: Any, rule: str) -> None:
     """Raises a ValueError unless a rule holds."""
     if not holds:
       raise ValueError(
-        f"{self._source} has {name} {value!r}, which must be {rule}; this "
-        "program computes nothing else, so give the file of a released Gemma 3."
+        f"{self._source} has {printable(name)} {untrusted.shorten(value)}, "
+        f"which must be {rule}; this program computes nothing else, so give "
+        "the file of a released Gemma 3."
       )
 
 
 def _read_config(
-  fields: Mapping[str, Callable[[], Any]],
+  fields: Mapping[str, Any],
   shapes: Mapping[str, tuple[int, ...]],
   source: str,
 ) -> gemma3_config.ModelConfig:
@@ -174,28 +197,28 @@ def _read_config(
     ValueError: If a key is missing, or asks for arithmetic other than ours.
   """
   metadata = _Metadata(fields, source)
-  take, require = metadata.take, metadata.require
+  size, factor = metadata.take_size, metadata.take_factor
   name = "general.architecture"
-  architecture = fields.get(name, lambda: None)()
-  require(architecture == "gemma3", name, architecture, "'gemma3'")
-  num_layers, embed_dim = take("block_count"), take("embedding_length")
-  num_heads = take("attention.head_count")
-  head_dim = take("attention.key_length", embed_dim // num_heads)
+  architecture = fields.get(name)
+  metadata.require(architecture == "gemma3", name, architecture, "'gemma3'")
+  num_layers, embed_dim = size("block_count"), size("embedding_length")
+  num_heads = size("attention.head_count")
+  head_dim = size("attention.key_length", embed_dim // num_heads)
   # As in llama.cpp: 27B alone scales by its width per head.
   per_head = embed_dim / num_heads if num_layers == _LAYERS_OF_27B else head_dim
   config = gemma3_config.ModelConfig(
     vocab_size=shapes.get("token_embd.weight", (0,))[0],
     num_layers=num_layers,
     embed_dim=embed_dim,
-    hidden_dim=take("feed_forward_length"),
+    hidden_dim=size("feed_forward_length"),
     num_heads=num_heads,
-    num_kv_heads=take("attention.head_count_kv"),
+    num_kv_heads=size("attention.head_count_kv"),
     head_dim=head_dim,
-    sliding_window=take("attention.sliding_window"),
-    query_scale=float(take("attention.scale", per_head**-0.5)),
-    local_rope_base=float(take("rope.freq_base_swa", 10_000.0)),
-    global_rope_base=float(take("rope.freq_base")),
-    global_rope_factor=float(take("rope.scaling.factor", 1.0)),
+    sliding_window=size("attention.sliding_window"),
+    query_scale=factor("attention.scale", per_head**-0.5),
+    local_rope_base=factor("rope.freq_base_swa", 10_000.0),
+    global_rope_base=factor("rope.freq_base"),
+    global_rope_factor=factor("rope.scaling.factor", 1.0),
     vision=None,
   )
   _check_arithmetic(metadata, config)
@@ -218,7 +241,7 @@ def _check_arithmetic(
     found = take(key, only)
     require(found == only, f"gemma3.{key}", found, f"{only!r}")
   key = "attention.layer_norm_rms_epsilon"
-  epsilon = take(key)
+  epsilon = metadata.take_factor(key)
   is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
   require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
   kind = take("rope.scaling.type", "none")
@@ -237,17 +260,37 @@ def _check_arithmetic(
   )
 
 
-def _unreadable(library: Any, tensors: Mapping[str, Any]) -> dict[str, str]:
-  """Tensors of a type that the package cannot dequantize, with the reason."""
-  refused = set()
-  for kind in {tensor.tensor_type for tensor in tensors.values()}:
+def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:
+  """Tensors that cannot be read, with the reason."""
+  kinds = {tensor.kind for tensor in header.tensors.values()}
+  known = {kind for kind in kinds if _is_known(library, kind)}
+  names = {kind.value: kind.name for kind in library.GGMLQuantizationType}
+  faults = {}
+  for name, tensor in header.tensors.items():
+    if tensor.kind not in known:
+      kind = names.get(tensor.kind, tensor.kind)
+      faults[name] = f"of type {kind}, which gguf cannot dequantize"
+      continue
+    block, _ = library.GGML_QUANT_SIZES[tensor.kind]
+    if tensor.shape[-1] % block:
+      faults[name] = f"rows of {tensor.shape[-1]}, no multiple of {block}"
+    size = math.prod(tensor.shape[:-1]) * _row_bytes(
+      library, tensor.kind, tensor.shape[-1]
+    )
+    if tensor.start + size > header.num_bytes:
+      faults[name] = (
+        f"ends at byte {tensor.start + size}, and the file has "
+        f"{header.num_bytes}"
+      )
+  return faults
+
+
+def _is_known(library: Any, kind: int) -> bool:
+  """True if the package can dequantize a type."""
+  try:
+    kind = library.GGMLQuantizationType(kind)
     _, block_bytes = library.GGML_QUANT_SIZES[kind]
-    try:
-      library.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-    except NotImplementedError:
-      refused.add(kind)
-  return {
-    name: f"of type {tensor.tensor_type.name}, which gguf cannot dequantize"
-    for name, tensor in tensors.items()
-    if tensor.tensor_type in refused
-  }
+    library.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+  except (KeyError, NotImplementedError, ValueError):
+    return False
+  return True

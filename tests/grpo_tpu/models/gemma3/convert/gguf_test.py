@@ -302,7 +302,47 @@ def test_a_file_cut_short_is_refused(params, tmp_path):
     tmp_path / "cut.gguf", metadata(CONFIG), tensors_of(CONFIG, params)
   )
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(ValueError, match="cut.gguf must be a whole GGUF file"):
+  with pytest.raises(ValueError, match=r"blk.6.ffn_down.weight: ends at byte"):
+    load(path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"attention.head_count": 0}, "head_count 0.*integer of at least 1"),
+    ({"attention.head_count_kv": 0}, "head_count_kv 0.*at least 1"),
+    ({"attention.key_length": 0}, "key_length 0.*at least 1"),
+    ({"block_count": 0}, "block_count 0.*at least 1"),
+    ({"block_count": 2**32 - 1}, r"num_layers \(4294967295, not 7\)"),
+    ({"block_count": "7"}, "block_count '7'.*integer"),
+    ({"embedding_length": 64.0}, r"embedding_length 64\.0.*integer"),
+    ({"rope.freq_base": "1e6"}, "rope.freq_base '1e6'.*finite number above 0"),
+    ({"rope.freq_base": float("nan")}, "freq_base nan.*finite number above 0"),
+    ({"rope.scaling.factor": -8.0}, r"factor -8\.0.*finite number above 0"),
+    ({"attention.layer_norm_rms_epsilon": "1e-6"}, "epsilon '1e-6'.*number"),
+    ({"attention.value_length": "\x1b" * 999}, r"'(\\x1b)+\.\.\., which"),
+  ],
+)
+def test_a_size_that_is_none_is_refused_by_name(tmp_path, changes, match):
+  """At once: a refusal never takes time or memory by what the file claims."""
+  path = write(tmp_path / "lies.gguf", metadata(CONFIG, **changes), {})
+  with pytest.raises(ValueError, match=match):
+    load(path)
+
+
+def test_a_tensor_larger_than_the_file_is_refused(params, tmp_path):
+  """The file claims 2**40 rows of a tensor that has 40."""
+  path = write(
+    tmp_path / "large.gguf", metadata(CONFIG), tensors_of(CONFIG, params)
+  )
+  content = path.read_bytes()
+  entry = (2).to_bytes(4, "little") + (64).to_bytes(8, "little")
+  rows = (40).to_bytes(8, "little")
+  assert content.count(entry + rows) == 1
+  path.write_bytes(
+    content.replace(entry + rows, entry + (2**40).to_bytes(8, "little"))
+  )
+  with pytest.raises(ValueError, match=r"vocab_size \(1099511627776, not 40"):
     load(path)
 
 
