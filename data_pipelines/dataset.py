@@ -5,19 +5,28 @@ Draws the synthetic set under the workdir if the settings name no data dir.
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from etils import epath
 
 from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.sources import build, mathvista
-from data_pipelines.text import chat_prompts
+from data_pipelines.text import chat_prompts, own_tokenizer, untrusted
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
-from data_pipelines.validation import require
+from data_pipelines.validation import printable, require
+
+_MANIFEST_FIELDS = {
+  "fingerprint": str,
+  "terms": str,
+  "counts": dict,
+  "tokenizer": dict,
+  "files": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,26 +149,31 @@ def open_dataset(
   # Everything that needs no data is checked before data are drawn.
   completions, file_identity = _open_completions(settings)
   folder = pathlib.Path(settings.dir or pathlib.Path(workdir) / "data")
-  own_tokenizer = _open_tokenizer(settings, model)
+  own = own_tokenizer.find(model.weights)
+  tokenizer = _open_tokenizer(settings, model, own)
   if settings.dir:
     manifest = _read_manifest(folder)
   else:
     request = synthetic_request(settings, model.vocab_size, str(folder))
     manifest = build.build_data_dir(request)
-  _check_manifest(settings, model, manifest, for_training)
+  _check_manifest(settings, manifest, for_training)
+  of_data = manifest["tokenizer"]["fingerprint"]
   identity = {
     "data.dir: its records": manifest["fingerprint"],
-    "data.dir: its tokenizer": manifest["tokenizer"]["fingerprint"],
+    own_tokenizer.OF_DATA_DIR: of_data,
   }
-  if own_tokenizer:
-    identity["data.tokenizer: its contents"] = own_tokenizer.fingerprint
+  if tokenizer and (settings.tokenizer or tokenizer.fingerprint != of_data):
+    identity[own_tokenizer.OF_TOKENIZER] = tokenizer.fingerprint
+  tokenizer = tokenizer or _open_small_tokenizer(model, folder, manifest)
+  if not settings.tokenizer:
+    _check_recorded(model, own, tokenizer)
   train = None
   if for_training:
     train = mathvista.source(folder, settings.train_split)
   return Dataset(
     settings=settings,
     model=model,
-    tokenizer=own_tokenizer or tokens.Tokenizer(folder / "tokenizer.model"),
+    tokenizer=tokenizer,
     train=train,
     eval=mathvista.source(folder, settings.eval_split),
     completions=completions,
@@ -198,53 +212,115 @@ def _open_completions(
 
 
 def _open_tokenizer(
-  settings: DataConfig, model: ModelInputs
+  settings: DataConfig, model: ModelInputs, own: own_tokenizer.Found
 ) -> tokens.Tokenizer | None:
-  """Opens the model's own tokenizer, if the settings name one.
+  """Opens the tokenizer of the settings, or else that of the weights, if any.
 
   Raises:
     ValueError: The tokenizer is another model's, or released weights have none.
   """
-  name, size = settings.tokenizer, model.vocab_size
+  size, name = model.vocab_size, settings.tokenizer
+  setting, is_exact = f"data.tokenizer ({name!r})", True
+  path = epath.Path(own.path).expanduser()
+  if not name and (own.path == tokens.GEMMA or (own.path and path.exists())):
+    name = own.path
+    setting = f"the tokenizer of model.weights ({model.weights!r})"
+    is_exact = size == GEMMA3.vocab_size  # A small one may have fewer pieces.
   if name:
     try:
       tokenizer = tokens.Tokenizer(name)
     except ValueError as error:
+      raise ValueError(f"{setting} must be the model's own: {error}") from error
+    if tokenizer.vocab_size > size or (
+      is_exact and tokenizer.vocab_size < size
+    ):
       raise ValueError(
-        f"data.tokenizer ({name!r}) must be the model's own: {error}"
-      ) from error
-    if tokenizer.vocab_size != size:
-      raise ValueError(
-        f"data.tokenizer ({name!r}) has {tokenizer.vocab_size} pieces, but "
-        f"model.name ({model.name!r}) has {size} embeddings; set "
-        "data.tokenizer to the tokenizer of the model."
+        f"{setting} has {tokenizer.vocab_size} pieces, but model.name "
+        f"({model.name!r}) has {size} embeddings; set data.tokenizer to the "
+        "tokenizer of the model."
       )
     return tokenizer
-  scheme = model.weights.partition(":")[0]
-  if scheme not in ("random", "run") and size == GEMMA3.vocab_size:
+  # Random weights of a released size know no tokens, so any ids will do.
+  scheme, _, folder = model.weights.partition(":")
+  if scheme != "random" and size == GEMMA3.vocab_size:
+    folder = folder if scheme == "hf" else "DIR"
     raise ValueError(
       "data.tokenizer ('') must name Gemma's tokenizer, because model.weights "
-      f"({model.weights!r}) are released weights, which do not know the ids of "
-      "the data dir's small tokenizer; set data.tokenizer to a "
-      "tokenizer.model, a tokenizer.json or a .gguf file, or to gemma."
+      f"({model.weights!r}) have none beside them, and do not know the ids of "
+      "the data dir's small tokenizer. Get it, as by\n"
+      f"    hf download {model.hub_name} tokenizer.model --local-dir {folder}\n"
+      f"  and set data.tokenizer={folder}/tokenizer.model. A tokenizer.json, a "
+      ".gguf file, or gemma for that of the gemma library, will do too."
     )
   return None
 
 
+def _open_small_tokenizer(
+  model: ModelInputs, folder: pathlib.Path, manifest: dict[str, Any]
+) -> tokens.Tokenizer:
+  """Opens the tokenizer of a data dir, which the model must have ids for."""
+  size = manifest["tokenizer"]["vocab_size"]
+  if size > model.vocab_size:
+    raise ValueError(
+      f"model.name ({model.name!r}) has {model.vocab_size} embeddings, fewer "
+      f"than the {size} pieces of the data dir's tokenizer; prepare the data "
+      "with a smaller --vocab_size."
+    )
+  tokenizer = tokens.Tokenizer(folder / "tokenizer.model")
+  if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+    _refuse_changed(folder, "tokenizer.model holds another tokenizer")
+  return tokenizer
+
+
+def _check_recorded(
+  model: ModelInputs, own: own_tokenizer.Found, tokenizer: tokens.Tokenizer
+) -> None:
+  """Refuses a tokenizer that is not the one that a run was trained with."""
+  if own.fingerprint not in ("", tokenizer.fingerprint):
+    raise ValueError(
+      f"model.weights ({model.weights!r}) was trained with another tokenizer, "
+      f"which is no longer in {own.path!r}; set data.dir to the data of that "
+      "run, or data.tokenizer to its tokenizer."
+    )
+
+
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a data dir whose files are those that it lists.
+
+  Raises:
+    ValueError: The folder is no data dir, or a file has another size.
+  """
+  source = str(folder / "manifest.json")
   try:
-    return json.loads((folder / "manifest.json").read_text())
+    manifest = untrusted.read_json(source)
+    for name, kind in _MANIFEST_FIELDS.items():
+      untrusted.get_field(manifest, name, kind, source)
+    for name, kind in (("vocab_size", int), ("fingerprint", str)):
+      untrusted.get_field(manifest["tokenizer"], name, kind, source)
+    untrusted.check_items(manifest["files"].values(), int, source)
   except (OSError, ValueError) as error:
     raise ValueError(
       f"data.dir ({str(folder)!r}) must be a folder that "
       f"data_pipelines.prepare has made: {error}; run python -m "
       f"data_pipelines.prepare --data_dir={folder} first."
     ) from error
+  for name, size in manifest["files"].items():
+    path = folder / name
+    found = path.stat().st_size if path.is_file() else "no"
+    if found != size:
+      _refuse_changed(folder, f"{name} had {size} bytes and has {found}")
+  return manifest
+
+
+def _refuse_changed(folder: pathlib.Path, change: str) -> NoReturn:
+  raise ValueError(
+    f"data.dir ({str(folder)!r}) must be as data_pipelines.prepare made it, "
+    f"but {printable(change)}; prepare the data again, in another folder."
+  )
 
 
 def _check_manifest(
   settings: DataConfig,
-  model: ModelInputs,
   manifest: dict[str, Any],
   for_training: bool,
 ) -> None:
@@ -255,13 +331,6 @@ def _check_manifest(
     split = getattr(settings, name)
     rule = f"be one of the splits of the data dir, {', '.join(splits)}"
     require(split in splits, f"data.{name}", split, rule, f"set data.{name}")
-  size = manifest["tokenizer"]["vocab_size"]
-  if not settings.tokenizer and size > model.vocab_size:
-    raise ValueError(
-      f"model.name ({model.name!r}) has {model.vocab_size} embeddings, fewer "
-      f"than the {size} pieces of the data dir's tokenizer; prepare the data "
-      "with a smaller --vocab_size."
-    )
   if not for_training:
     return
   require(

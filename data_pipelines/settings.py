@@ -25,7 +25,8 @@ class DataConfig:
     dir: Folder that `data_pipelines.prepare` wrote; "" draws the synthetic set
       once, under the workdir.
     tokenizer: The model's own tokenizer: "gemma", or a tokenizer.model,
-      tokenizer.json or .gguf file; "" takes the small one in the data dir.
+      tokenizer.json or .gguf file; "" takes the one beside `model.weights`, or
+      that of their run. The tiny model takes the small one in the data dir.
     synthetic: The synthetic set.
     synthetic_eval_fraction: Share of the synthetic images in the eval split.
     train_split: Split to train on.
@@ -106,6 +107,7 @@ class ModelInputs:
   Attributes:
     name: The setting `model.name`.
     weights: The setting `model.weights`.
+    hub_name: The released model on Hugging Face; "" for no released one.
     vocab_size: Rows of the embedding.
     image_size: Side of an image in pixels; 0 for a model without images.
     soft_tokens: Placeholders for each image.
@@ -113,6 +115,7 @@ class ModelInputs:
 
   name: str
   weights: str
+  hub_name: str
   vocab_size: int
   image_size: int
   soft_tokens: int

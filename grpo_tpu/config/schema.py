@@ -81,6 +81,7 @@ class Config:
     return ModelInputs(
       name=self.model.name,
       weights=self.model.weights,
+      hub_name=self.model.hub_name,
       vocab_size=self.model_config.vocab_size,
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,

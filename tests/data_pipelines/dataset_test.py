@@ -13,7 +13,6 @@ from configs import base
 from data_pipelines import dataset, pipeline, prompt_rows
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
-from grpo_tpu.models.gemma3 import weights
 
 
 def settings(**data):
@@ -132,16 +131,13 @@ def test_identity_is_that_of_records_and_tokenizer(workdir, data_dir):
   assert others.identity == data.identity | {"data.dir: its records": "others"}
 
 
-def test_the_models_own_tokenizer_stands_in_for_the_data_dirs(
-  workdir, tmp_path
-):
+def test_the_models_own_tokenizer_stands_in_for_the_data_dirs(workdir, own):
   """Gemma's own, were the model one of the released sizes."""
-  texts = [f"{i:x} of {i * 7919:x} is {i * 104729:b}" for i in range(3000)]
-  tokens.train(texts, tmp_path / "own.model", vocab_size=1024)
-  own = tokens.Tokenizer(tmp_path / "own.model")
+  path = str(own / "tokenizer.model")
+  own = tokens.Tokenizer(path)
   assert own.vocab_size == 1024
   without = opened(settings(), workdir)
-  data = opened(settings(tokenizer=str(tmp_path / "own.model")), workdir)
+  data = opened(settings(tokenizer=path), workdir)
   assert data.tokenizer.fingerprint == own.fingerprint
   assert data.identity == without.identity | {
     "data.tokenizer: its contents": own.fingerprint
@@ -157,14 +153,148 @@ def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):
     opened(settings(tokenizer=str(tmp_path / "none.model")), workdir)
 
 
-def test_released_weights_want_their_own_tokenizer(workdir, monkeypatch):
-  monkeypatch.setitem(weights.OPENERS, "gguf", lambda config, path: None)
-  config = settings()
-  model = dataclasses.replace(
-    config.model, name="gemma3_270m", weights="gguf:270m.gguf"
+def opened_with(weights, workdir, name="tiny", **data):
+  """The data set of a model with other weights, which are not looked at."""
+  model = settings(**data).model
+  config = dataclasses.replace(
+    settings(**data), model=dataclasses.replace(model, name=name)
   )
-  with pytest.raises(ValueError, match=r"data.tokenizer \(''\) must name"):
-    opened(dataclasses.replace(config, model=model), workdir)
+  return dataset.open_dataset(
+    config.data,
+    dataclasses.replace(config.model_inputs, weights=weights),
+    str(workdir),
+    for_training=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+  """A folder with a tokenizer, as weights have one beside them."""
+  folder = tmp_path_factory.mktemp("own")
+  texts = [f"{i:x} of {i * 7919:x} is {i * 104729:b}" for i in range(3000)]
+  tokens.train(texts, folder / "tokenizer.model", vocab_size=1024)
+  return folder
+
+
+def test_the_tokenizer_beside_weights_is_the_default(workdir, own):
+  fingerprint = tokens.Tokenizer(own / "tokenizer.model").fingerprint
+  data = opened_with(f"hf:{own}", workdir)
+  assert data.tokenizer.fingerprint == fingerprint
+  assert data.identity["data.tokenizer: its contents"] == fingerprint
+  # One that is named comes first.
+  named = str(workdir / "data" / "tokenizer.model")
+  data = opened_with(f"hf:{own}", workdir, tokenizer=named)
+  assert data.tokenizer.fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_released_weights_want_their_own_tokenizer(
+  workdir, own, tmp_path, beside
+):
+  """Not one of another size, nor the small one of the data."""
+  folder = own if beside else tmp_path
+  with pytest.raises(ValueError) as caught:
+    opened_with(f"hf:{folder}", workdir, name="gemma3_4b")
+  if beside:
+    assert f"model.weights ('hf:{folder}') has 1024 pieces" in str(caught.value)
+  else:
+    assert str(caught.value).startswith("data.tokenizer ('') must name Gemma's")
+    assert (
+      f"hf download google/gemma-3-4b-it tokenizer.model --local-dir {folder}"
+      in str(caught.value)
+    )
+
+
+def test_random_weights_of_a_released_size_read_the_small_tokenizer(workdir):
+  folder = str(workdir / "data")
+  data = opened_with("random:0", workdir, name="gemma3_4b", dir=folder)
+  assert data.identity == opened(settings(), workdir).identity
+
+
+def write_record(folder, data, identity, weights="random:0"):
+  folder.mkdir()
+  config = {"data": {"tokenizer": "", "dir": ""} | data}
+  record = {"config": config, "data": identity, "weights": weights}
+  (folder / "run.json").write_text(json.dumps(record))
+  return f"run:{folder}"
+
+
+def test_a_run_hands_on_the_tokenizer_that_it_was_trained_with(
+  workdir, own, tmp_path
+):
+  small = opened(settings(), workdir).identity
+  small_print = small["data.dir: its tokenizer"]
+  beside = tokens.Tokenizer(own / "tokenizer.model").fingerprint
+  first = write_record(
+    tmp_path / "first",
+    {"tokenizer": str(own / "tokenizer.model")},
+    {"data.tokenizer: its contents": beside},
+  )
+  data = opened_with(first, workdir)
+  assert data.tokenizer.fingerprint == beside
+  # That of its own weights, and so of the run before it.
+  second = write_record(
+    tmp_path / "second",
+    {},
+    {"data.tokenizer: its contents": beside},
+    weights=f"{first}@7",
+  )
+  assert opened_with(f"{second}@9", workdir).tokenizer.fingerprint == beside
+  # That of its data, which is that of these data: nothing else is recorded.
+  third = write_record(
+    tmp_path / "third",
+    {"dir": str(workdir / "data")},
+    {"data.dir: its tokenizer": small_print},
+  )
+  assert opened_with(third, workdir).identity == small
+
+
+def test_a_run_whose_tokenizer_is_gone_or_changed_is_refused(
+  workdir, own, tmp_path
+):
+  """Its model knows other ids than those of these data."""
+  for number, folder in enumerate(("/no/such", str(workdir / "data"))):
+    weights = write_record(
+      tmp_path / f"{number}",
+      {"dir": folder},
+      {"data.dir: its tokenizer": "other"},
+    )
+    with pytest.raises(
+      ValueError, match=rf"^model.weights .*trained with another.*{folder}"
+    ):
+      opened_with(weights, workdir)
+    with pytest.raises(ValueError, match="must have a field 'config'"):
+      (tmp_path / f"{number}" / "run.json").write_text('{"data": {}}')
+      opened_with(weights, workdir)
+
+
+def test_a_run_that_starts_from_itself_is_refused(workdir, tmp_path):
+  weights = write_record(
+    tmp_path / "run",
+    {},
+    {"data.tokenizer: its contents": "x"},
+    weights=f"run:{tmp_path}/run",
+  )
+  with pytest.raises(ValueError, match="must not start from itself"):
+    opened_with(weights, workdir)
+
+
+def test_files_that_are_not_those_of_the_manifest_are_noticed(
+  workdir, own, data_dir
+):
+  """A record file of another length; a tokenizer of the same length."""
+  model = data_dir / "tokenizer.model"
+  shutil.copy(own / "tokenizer.model", model)
+  files = json.loads((data_dir / "manifest.json").read_text())["files"]
+  files["tokenizer.model"] = model.stat().st_size
+  edit_manifest(data_dir, files=files)
+  with pytest.raises(ValueError, match="holds another tokenizer; prepare the"):
+    opened(settings(dir=str(data_dir)))
+  (data_dir / "mathvista" / "1.0.0" / "features.json").unlink()
+  with pytest.raises(
+    ValueError, match=r"^data.dir .*features.json had \d+ bytes and has no"
+  ):
+    opened(settings(dir=str(data_dir)))
 
 
 def write_replies(path, pids, rejected="no"):
@@ -317,8 +447,6 @@ def test_a_tokenizer_larger_than_the_models_is_refused(data_dir):
     ValueError, match=r"^model.name \('tiny'\) has 1024 .*1025"
   ):
     opened(settings(dir=str(data_dir)))
-  edit_manifest(data_dir, tokenizer={"vocab_size": 1024, "fingerprint": "x"})
-  opened(settings(dir=str(data_dir)))
 
 
 @pytest.mark.parametrize("name", ["train_split", "eval_split"])
@@ -342,7 +470,7 @@ def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
 
 def test_an_evaluation_needs_no_split_to_train_on(data_dir):
   """As `prepare --eval_fraction=1` makes it, for all of testmini."""
-  edit_manifest(data_dir, counts={"eval": 1})
+  edit_manifest(data_dir, counts={"eval": 1}, files={})
   for path in (data_dir / "mathvista" / "1.0.0").glob("*-train.*"):
     path.unlink()
   config = settings(dir=str(data_dir))

@@ -124,6 +124,7 @@ def test_training_on_mathvista_is_refused_with_64(tmp_path, changes, named):
     "counts": {"train": 1, "eval": 1, "test": 1},
     "tokenizer": {"vocab_size": 512, "fingerprint": "x"},
     "fingerprint": "y",
+    "files": {},
   }
   (tmp_path / "data").mkdir()
   (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
