@@ -226,8 +226,14 @@ def policy_loss(
   advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
   advantages = advantages[:, None]
 
-  estimators = _kl_estimators(logps - constant(ref_per_token_logps))
-  kl = _kl_term(estimators, logps, ratio, token_ratio, config)
+  ref_log_ratio = jax.lax.stop_gradient(logps) - constant(ref_per_token_logps)
+  estimators = _kl_estimators(ref_log_ratio)
+  weight = token_ratio if config.kl_gradient == "reverse" else ratio
+  kl = _with_gradient(
+    _kl_value(ref_log_ratio, weight, config),
+    _kl_gradient(ref_log_ratio, weight, mask, config),
+    logps,
+  )
   per_token_loss = -weights * _surrogate(ratio, logps, advantages, config)
   if token_weights is not None:
     per_token_loss *= constant(token_weights)
@@ -255,8 +261,20 @@ def policy_loss(
   return loss, metrics
 
 
+def _with_gradient(value, gradient, x):
+  """`value` as a function of `x`, whose derivative is `gradient`.
+
+  A limit on a value inside a differentiated function would cut its gradient
+  off, and what is left of a sum may point the wrong way. So values and
+  gradients are limited each on its own.
+  """
+  value, gradient = jax.lax.stop_gradient((value, gradient))
+  return value + gradient * (x - jax.lax.stop_gradient(x))  # The term is 0.
+
+
 def _ratio(log_ratio):
-  return jnp.exp(jnp.minimum(log_ratio, _MAX_EXPONENT))
+  ratio = jnp.exp(jnp.minimum(log_ratio, _MAX_EXPONENT))
+  return _with_gradient(ratio, ratio, log_ratio)
 
 
 def _at_least_one(count):
@@ -331,17 +349,50 @@ def _kl_estimators(log_ratio):
   }
 
 
-def _kl_term(estimators, logps, ratio, token_ratio, config):
-  value = estimators[config.kl_estimator]
-  if config.kl_gradient == "estimator":
-    return value
+def _kl_value(log_ratio, weight, config):
+  value = _kl_estimators(log_ratio)[config.kl_estimator]
   if config.kl_gradient == "importance_weighted":
-    # Two capped exponentials: their product would overflow.
-    return jnp.minimum(ratio * value, math.exp(_MAX_EXPONENT))
-  # grad KL(policy || ref) = E_old[ratio * log(policy / ref) * grad log policy],
-  # with the token's own ratio: a row's ratio is not an importance weight.
-  direction = jax.lax.stop_gradient(token_ratio * estimators["k1"]) * logps
-  # The second term is 0; it only gives the value that gradient.
-  return jax.lax.stop_gradient(value) + (
-    direction - jax.lax.stop_gradient(direction)
-  )
+    # Two limited exponentials: their product would overflow.
+    return jnp.minimum(weight * value, math.exp(_MAX_EXPONENT))
+  return value
+
+
+def _kl_gradient(log_ratio, weight, mask, config):
+  """The derivative of the KL term by each token's log-probability.
+
+  Args:
+    log_ratio: That of the policy over the reference.
+    weight: The importance ratio. For "reverse" it is the token's own: a row's
+      ratio is not an importance weight.
+    mask: True on the tokens of the loss.
+    config: The terms of the loss.
+  """
+  if config.kl_gradient == "reverse":
+    # grad KL(policy || ref) = E_old[ratio * log(policy/ref) * grad log policy].
+    return weight * log_ratio
+  slope = {
+    "k1": jnp.ones_like(log_ratio),
+    "k2": log_ratio,
+    "k3": -jnp.expm1(jnp.minimum(-log_ratio, _MAX_EXPONENT)),
+  }[config.kl_estimator]
+  if config.kl_gradient == "estimator":
+    return slope
+  # A token's own ratio r has the derivative r, so the one of r * k is r * (k +
+  # dk). Summed beforehand: k3 and its slope are huge and nearly cancel out.
+  both = {
+    "k1": log_ratio + 1,
+    "k2": 0.5 * jnp.square(log_ratio) + log_ratio,
+    "k3": log_ratio,
+  }[config.kl_estimator]
+  slope, both = (_limited(weight * x) for x in (slope, both))
+  if config.importance == "token":
+    return both
+  # Each token of a row moves the row's ratio by its share.
+  slope, both = (jnp.where(mask, x, 0.0) for x in (slope, both))
+  mean_slope, mean = (_row_means(x, mask)[:, None] for x in (slope, both))
+  return mean + (slope - mean_slope)
+
+
+def _limited(x):
+  limit = math.exp(_MAX_EXPONENT)
+  return jnp.clip(x, -limit, limit)

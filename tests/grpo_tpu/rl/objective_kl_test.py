@@ -1,6 +1,7 @@
 """The effect of the KL term on the policy, by enumerating every token."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,91 @@ def test_expected_kl_gradient_is_the_documented_one(
     rtol=1e-4,
     atol=1e-6,
   )
+
+
+# --- Far from the reference, where values are limited to exp(60).
+
+FAR = [sign * nats for nats in (59.0, 61.0, 80.0, 200.0) for sign in (-1, 1)]
+
+
+def gradient_of(logps, old, ref, *, advantage=0.0, **changes):
+  """The gradient of one row's loss in its log-probabilities."""
+  config = dataclasses.replace(PRESETS["dapo"], **changes)
+  rows = [jnp.float32(x)[None] for x in (old, ref)]
+
+  def loss_of(logps):
+    mask = jnp.ones(logps.shape, bool)
+    advantages = jnp.full(1, advantage)
+    return objective.policy_loss(logps, *rows, advantages, mask, config=config)
+
+  return jax.grad(loss_of, has_aux=True)(jnp.float32(logps)[None])[0][0]
+
+
+@pytest.mark.parametrize("x", FAR)
+@pytest.mark.parametrize("gradient", ["estimator", "importance_weighted"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_far_from_the_reference_the_gradient_is_the_derivative(
+  estimator, gradient, x
+):
+  """A token that is `x` nats more likely than under the reference.
+
+  On policy the ratio r is 1 and its derivative too, so r k has k + dk:
+    k1 = x                 dk = 1
+    k2 = x^2 / 2           dk = x
+    k3 = exp(-x) - 1 + x   dk = 1 - exp(-x), no larger than exp(60)
+  """
+  expected = {
+    ("estimator", "k1"): 1.0,
+    ("estimator", "k2"): x,
+    ("estimator", "k3"): 1 - math.exp(min(-x, 60)),  # -1.1e26 at -61.
+    ("importance_weighted", "k1"): x + 1,
+    ("importance_weighted", "k2"): x**2 / 2 + x,
+    ("importance_weighted", "k3"): x,  # exp(-x) cancels out: -61 at -61.
+  }[gradient, estimator]
+  for importance in ("token", "sequence"):  # Equal for a row of one token.
+    grad = gradient_of(
+      *([-300.0], [-300.0], [-300.0 - x]),
+      **{"beta": 1.0, "importance": importance},
+      **{"kl_estimator": estimator, "kl_gradient": gradient},
+    )
+    np.testing.assert_allclose(grad, [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", FAR)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_reverse_gradient_is_the_log_ratio_however_far(estimator, x):
+  grad = gradient_of(
+    *([-300.0], [-300.0], [-300.0 - x]),
+    **{"beta": 1.0, "kl_gradient": "reverse", "kl_estimator": estimator},
+  )
+  np.testing.assert_allclose(grad, [x], rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", FAR)
+def test_a_row_returns_to_the_reference_where_one_token_is_far(x):
+  """With a row's ratio, for a far token beside one at the reference.
+
+  By hand, with r = 1 and a mean over two tokens: the row's ratio gives each
+  token half of (k3 + dk) + 0, and k3's own slope the far one half of dk, the
+  other minus half of dk.
+  """
+  grad = gradient_of(
+    *([-300.0, -1.0], [-300.0, -1.0], [-300.0 - x, -1.0]),
+    **{"beta": 1.0, "importance": "sequence"},
+    **{"kl_estimator": "k3", "kl_gradient": "importance_weighted"},
+  )
+  slope = 1 - math.exp(min(-x, 60))
+  expected = np.array([x + slope, x - slope]) / 2 / 2  # Over two tokens.
+  np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("nats", [59.0, 61.0, 80.0, 200.0])
+def test_a_worse_token_that_has_become_likely_is_pushed_down(nats, importance):
+  """The gradient of the ratio is the ratio, which ends growing at exp(60)."""
+  grad = gradient_of(
+    *([-300.0 + nats], [-300.0], [-300.0]),
+    **{"advantage": -1.0, "dual_clip": None, "importance": importance},
+    **{"beta": 0.0},
+  )
+  np.testing.assert_allclose(grad, [math.exp(min(nats, 60))], rtol=1e-5)
