@@ -16,14 +16,14 @@ class ForwardConfig(flax.struct.PyTreeNode):
     config: Sizes of the network.
     dtype: Type of the matrix products.
     remat: Rematerialization of the layers, one of `REMAT_POLICIES`.
-    temperature: Temperature of the policy.
+    temperature: Temperature of sampling, and of scoring what was sampled.
     chunk_size: Number of tokens whose logits exist at a time.
     train_vision: True if gradients reach the image tower.
     vision_remat: Rematerialization of the image tower.
     attention: Implementation, from `gemma3.attention.choose_implementation`.
     banned_ids: Token ids of probability 0, as in the rollout.
     min_new_tokens: Number of tokens before which stop tokens have
-      probability 0.
+      probability 0 in sampling, and in scoring what was sampled.
   """
 
   config: gemma3_config.ModelConfig = flax.struct.field(pytree_node=False)

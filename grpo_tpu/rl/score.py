@@ -20,7 +20,9 @@ def token_logps(
 ) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
   """Log-probability of each completion token, and the entropy at its position.
 
-  Differentiable in `params`.
+  Sampled completions are scored as the sampler drew them, with its temperature
+  and without early stop tokens. Others, such as demonstrations, were not drawn
+  that way: they are scored at temperature 1. Differentiable in `params`.
   """
   states = text.bundle_states(
     forward.config,
@@ -38,19 +40,20 @@ def token_logps(
     states,
     batch.completion_ids,
     embedding.output_embedding(params),
-    temperature=forward.temperature,
+    temperature=forward.temperature if batch.is_sampled else 1.0,
     chunk_size=forward.chunk_size,
     banned_ids=forward.banned_ids,
-    is_early=_is_early(forward, batch.completion_ids.shape),
+    is_early=_is_early(forward, batch),
   )
 
 
 def _is_early(
-  forward: ForwardConfig, shape: tuple[int, ...]
+  forward: ForwardConfig, batch: TrainBatch
 ) -> Bool[Array, "U C T"] | None:
   """True for positions at which the sampler could not draw a stop token."""
-  if not forward.min_new_tokens:
+  if not (batch.is_sampled and forward.min_new_tokens):
     return None
+  shape = batch.completion_ids.shape
   is_early = jnp.arange(shape[-1]) < forward.min_new_tokens
   return jnp.broadcast_to(is_early[None, None], shape)
 
@@ -66,7 +69,7 @@ def score_batch(
   """`token_logps` of a whole batch, without gradient, part after part.
 
   The number of bundles must be a multiple of `num_microbatches`. Only prompts,
-  images and completions are read.
+  images and completions are read, and whether these were sampled.
   """
 
   def score_part(_, micro):

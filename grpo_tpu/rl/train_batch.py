@@ -26,7 +26,8 @@ class TrainBatch(flax.struct.PyTreeNode):
     ref_per_token_logps: Log-probabilities under the frozen reference; None
       stands for the current policy.
     sampler_logps: Log-probabilities as the sampler computed them, to measure
-      its mismatch with training; None measures nothing.
+      its mismatch with training; None says that the completions came with the
+      data, and no temperature shaped them.
     token_weights: Factors of each token's surrogate; None stands for 1.
     counted: True for completions that belong to the batch, masked ones too;
       None stands for all.
@@ -46,6 +47,11 @@ class TrainBatch(flax.struct.PyTreeNode):
   token_weights: Float[Array, "U C T"] | None = None
   counted: Bool[Array, "U C"] | None = None
   preferred: Bool[Array, "U C C"] | None = None
+
+  @property
+  def is_sampled(self) -> bool:
+    """True if our sampler drew the completions, in its own way."""
+    return self.sampler_logps is not None
 
 
 def microbatches(batch: TrainBatch, count: int) -> TrainBatch:

@@ -14,7 +14,8 @@ class RolloutConfig:
     max_new_tokens: Most tokens of a completion (`T`).
     min_new_tokens: Tokens of a completion before its stop token, at least. In
       sampling and training the softmax leaves stop tokens out until then.
-    temperature: Divisor of the logits, in training too.
+    temperature: Divisor of the logits, in training on the samples too.
+      Completions that come with the data are scored at 1, whatever this is.
     stop_strings: Texts that end a completion like a stop token, at the first
       token that completes one of them.
     chunk_tokens: Tokens that all rows decode between two looks of the host, at

@@ -112,7 +112,12 @@ def trainer_logps(
     banned_ids=banned_ids,
     min_new_tokens=min_new_tokens,
   )
-  bundles = TrainBatch(*prompts, jnp.asarray(ids), jnp.asarray(ids > 0))
+  bundles = TrainBatch(
+    *prompts,
+    completion_ids=jnp.asarray(ids),
+    completion_mask=jnp.asarray(ids > 0),
+    sampler_logps=jnp.zeros(ids.shape),  # Scored as sampled.
+  )
   logps, entropy = jax.jit(score.token_logps)(
     model, params or tiny.params, bundles
   )
