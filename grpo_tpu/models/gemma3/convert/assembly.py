@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
 
+_MAX_LISTED = 200
 # Paths of the trees whose leaves are stacked.
 _STACKS = ("layers", "vision_encoder/layers")
 
@@ -130,7 +132,7 @@ def check_tensors(
   kind and path.
 
   Raises:
-    ValueError: Lists every tensor at fault.
+    ValueError: Lists the tensors at fault, `_MAX_LISTED` at most.
   """
   faults = dict(faults)
   for name in (found.keys() | wanted.keys()) - faults.keys():
@@ -143,11 +145,14 @@ def check_tensors(
         f"{_brackets(found[name])}, wanted {_brackets(wanted[name])}"
       )
   if faults:
+    listed = sorted(faults)[:_MAX_LISTED]
+    lines = [f"  {printable(name)}: {faults[name]}\n" for name in listed]
+    if len(faults) > len(listed):
+      lines.append(f"  and {len(faults) - len(listed)} more\n")
     raise ValueError(
       f"{source} must hold the tensors of its model and no others, but "
-      f"{len(faults)} tensors differ:\n"
-      + "".join(f"  {name}: {faults[name]}\n" for name in sorted(faults))
-      + "Give the complete, unaltered file of a released or converted Gemma 3 "
+      f"{len(faults)} tensors differ:\n{''.join(lines)}"
+      "Give the complete, unaltered file of a released or converted Gemma 3 "
       "model."
     )
 

@@ -24,6 +24,8 @@ import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
 
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly, huggingface_config
@@ -32,6 +34,8 @@ from grpo_tpu.models.gemma3.convert import huggingface_names as names
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONFIG = "config.json"
+_SUFFIX = ".safetensors"
+_MAX_LISTED = 10
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 # Bytes of a file in host memory at a time, and of a file that is written.
 _CHUNK_BYTES = 64 << 20
@@ -155,9 +159,11 @@ class Checkpoint:
 
   def _read_headers(self) -> dict[str, str]:
     """Fills in the tensors of all files; returns faults by name."""
-    faults = {}
+    faults, unreadable = {}, []
     for path in _files(self._directory):
       try:
+        if path.exists() and not path.is_file():
+          raise OSError("it must be a regular file")
         with safetensors.safe_open(path, framework="numpy") as file:
           for name in file.keys():  # noqa: SIM118, it is no dict.
             part = file.get_slice(name)
@@ -170,7 +176,13 @@ class Checkpoint:
             elif not names.UNUSED.match(common):
               self._tensors[common] = tensor
       except (OSError, safetensors.SafetensorError) as error:
-        faults[path.name] = f"cannot be read ({error})"
+        unreadable.append(f"{printable(path.name)}: cannot be read ({error})")
+    if unreadable:
+      listed = "; ".join(unreadable[:_MAX_LISTED])
+      raise ValueError(
+        f"checkpoint {self._directory} must hold whole safetensors files, but "
+        f"{len(unreadable)} are not: {listed}. Fetch the checkpoint again."
+      )
     return faults
 
   def _check_tensors(
@@ -183,7 +195,12 @@ class Checkpoint:
       rows, *width = wanted[names.EMBEDDING]
       rows = max((rows, *embedding.shape[:1]))  # It may have more than needed.
       wanted[names.EMBEDDING] = (rows, *width)
-      if head and not _are_equal(head, embedding):
+      # One that has another shape or type is refused below.
+      is_readable = (
+        embedding.shape == wanted[names.EMBEDDING]
+        and embedding.dtype in _DTYPES
+      )
+      if head and is_readable and not _are_equal(head, embedding):
         faults[head.name] = (
           "differs from the embedding, to which it must be tied"
         )
@@ -293,10 +310,18 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The files with the tensors of a folder."""
   if not (directory / _INDEX).is_file():
     return [directory / _SINGLE]
-  index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-  return [
-    directory / name for name in sorted(set(index["weight_map"].values()))
-  ]
+  index = untrusted.read_json(directory / _INDEX)
+  files = untrusted.get_field(index, "weight_map", dict, _INDEX).values()
+  untrusted.check_items(files, str, f"the weight_map of {_INDEX}")
+  for name in files:
+    if pathlib.PurePath(name).name != name or not name.endswith(_SUFFIX):
+      raise ValueError(
+        f"{directory / _INDEX} must name files beside it, not "
+        f"{untrusted.shorten(name)}; give the index of the checkpoint."
+      )
+  if not files:
+    raise ValueError(f"{directory / _INDEX} must name the files of tensors.")
+  return [directory / name for name in sorted(set(files))]
 
 
 def _are_equal(a: _Tensor, b: _Tensor) -> bool:

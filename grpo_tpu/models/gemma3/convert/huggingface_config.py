@@ -10,12 +10,12 @@ References:
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
 
 from data_pipelines import tables
+from data_pipelines.text import untrusted
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
@@ -31,6 +31,8 @@ _VISION_MODEL, _TEXT_MODEL = _ARCHITECTURES = (
   "Gemma3ForConditionalGeneration",
   "Gemma3ForCausalLM",
 )
+# Larger than any model, and small enough to list the tensors of each layer.
+_MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
 # Rows from the placeholder's on, in the embeddings of released checkpoints.
 _ROWS_FROM_IMAGE_TOKEN = 64
 
@@ -46,40 +48,42 @@ def read(
   """
   path = pathlib.Path(directory) / "config.json"
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = untrusted.read_json(path)
   except OSError as error:
     raise ValueError(
       f"{path} cannot be read ({error.strerror}); give the local folder of a "
       "Hugging Face checkpoint, with config.json and *.safetensors."
     ) from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
   try:
     return _parse(values)
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
+    reason = str(error).removesuffix(".")
     raise ValueError(
-      f"{path} describes a model that cannot be run here: {error}. Give a "
+      f"{path} describes a model that cannot be run here: {reason}. Give a "
       "checkpoint of Gemma 3."
     ) from error
 
 
 def _parse(values: dict) -> gemma3_config.ModelConfig:
-  architecture = (values.get("architectures") or [None])[0]
+  architectures = values.get("architectures")
+  names = untrusted.check_kind(architectures or [], list, "architectures")
+  architecture = names[0] if names else None
   if architecture not in _ARCHITECTURES:
     raise ValueError(
-      f"architectures ({values.get('architectures')!r}) must be one of "
+      f"architectures ({untrusted.shorten(architectures)}) must be one of "
       f"{', '.join(_ARCHITECTURES)}"
     )
   if architecture == _TEXT_MODEL:
     text, tower = values, None
     faults = _faults(text, _CONSTANTS["text"])
   else:
-    text = values.get("text_config") or {}
-    tower = values.get("vision_config") or {}
+    text = _section(values, "text_config")
+    tower = _section(values, "vision_config")
     faults = _faults(values, _CONSTANTS["top"])
     faults += _faults(text, _CONSTANTS["text"], "text_config.")
     faults += _faults(tower, _CONSTANTS["vision"], "vision_config.")
-  faults += _faults(values, {"quantization_config": None})
+  for each in (values, text):
+    faults += _faults(each, {"quantization_config": None})
   faults += _layer_faults(text) + _rope_faults(text)
   if faults:
     raise ValueError("; ".join(faults))
@@ -89,14 +93,14 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
       **_sizes(tower, "vision"), **_sizes(values, "images")
     )
   local, far = _rope(text)
-  is_linear = far["rope_type"] == "linear"
+  has_factor = far["rope_type"] == "linear"
   scalar = _positive_integer(text, "query_pre_attn_scalar", 256)
   return gemma3_config.ModelConfig(
     **_sizes(text, "text"),
     query_scale=scalar**-0.5,
-    local_rope_base=float(local["rope_theta"]),
-    global_rope_base=float(far["rope_theta"]),
-    global_rope_factor=float(far["factor"]) if is_linear else 1.0,
+    local_rope_base=_positive_number(local, "rope_theta"),
+    global_rope_base=_positive_number(far, "rope_theta"),
+    global_rope_factor=_positive_number(far, "factor") if has_factor else 1.0,
     vision=vision,
   )
 
@@ -114,17 +118,33 @@ def _sizes_to_json(config: Any, section: str) -> dict[str, int]:
   return {name: getattr(config, ours) for name, (ours, _) in sizes.items()}
 
 
+def _section(values: dict, name: str) -> dict:
+  """An object of the file; empty if it is absent or null."""
+  value = values.get(name)
+  return {} if value is None else untrusted.check_kind(value, dict, name)
+
+
 def _positive_integer(values: dict, name: str, default: int) -> int:
   value = values.get(name, default)
-  if type(value) is not int or value < 1:
-    raise ValueError(f"{name} ({value!r}) must be a positive integer")
+  most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+  if type(value) is not int or not 1 <= value <= most:
+    raise ValueError(
+      f"{name} ({untrusted.shorten(value)}) must be an integer of 1 to {most}"
+    )
   return value
+
+
+def _positive_number(values: dict, name: str) -> float:
+  value = untrusted.check_kind(values[name], float, name)
+  if value <= 0:
+    raise ValueError(f"{name} ({untrusted.shorten(value)}) must be above 0")
+  return float(value)
 
 
 def _faults(values: dict, constants: dict, prefix: str = "") -> list[str]:
   """The fields with a value other than the only one that is supported."""
   return [
-    f"{prefix}{name} ({values[name]!r}) must be {only!r}"
+    f"{prefix}{name} ({untrusted.shorten(values[name])}) must be {only!r}"
     for name, only in constants.items()
     if values.get(name, only) != only
   ]
@@ -139,7 +159,8 @@ def _layer_faults(text: dict) -> list[str]:
     faults.append("use_bidirectional_attention (True) must be False")
   for name in ("sliding_window_pattern", "_sliding_window_pattern"):
     if not kinds and text.get(name, period) != period:
-      faults.append(f"{name} ({text[name]!r}) must be {period}")
+      shown = untrusted.shorten(text[name])
+      faults.append(f"{name} ({shown}) must be {period}")
   num_layers = _positive_integer(text, "num_hidden_layers", 26)
   expected = [
     "sliding_attention" if (i + 1) % period else "full_attention"
@@ -155,10 +176,10 @@ def _layer_faults(text: dict) -> list[str]:
 
 def _rope(text: dict) -> tuple[dict, dict]:
   """RoPE of local and of global layers, in the terms of transformers 5."""
-  both = text.get("rope_parameters") or {}
-  local = {"rope_type": "default"} | (both.get("sliding_attention") or {})
-  far = {"rope_type": "default"} | (both.get("full_attention") or {})
-  scaling = text.get("rope_scaling") or {}
+  both = _section(text, "rope_parameters")
+  local = {"rope_type": "default"} | _section(both, "sliding_attention")
+  far = {"rope_type": "default"} | _section(both, "full_attention")
+  scaling = _section(text, "rope_scaling")
   if "type" in scaling:  # Before transformers 4.43.
     scaling = {"rope_type": scaling["type"]} | scaling
   far |= scaling
@@ -168,18 +189,18 @@ def _rope(text: dict) -> tuple[dict, dict]:
 
 
 def _rope_faults(text: dict) -> list[str]:
-  both = text.get("rope_parameters") or {}
+  both = _section(text, "rope_parameters")
   if not both.keys() <= {"sliding_attention", "full_attention"}:
     return [
       "rope_parameters must have sliding_attention and full_attention, not "
-      f"{', '.join(sorted(both))}"
+      f"{untrusted.shorten(sorted(both))}"
     ]
   local, far = _rope(text)
   faults = _faults(local, {"rope_type": "default"}, "local layers' ")
   if far["rope_type"] not in ("default", "linear"):
     faults.append(
-      f"global layers' rope_type ({far['rope_type']!r}) must be 'default' or "
-      "'linear'"
+      f"global layers' rope_type ({untrusted.shorten(far['rope_type'])}) must "
+      "be 'default' or 'linear'"
     )
   if far["rope_type"] == "linear" and "factor" not in far:
     faults.append("the linear rope_type of global layers must have a factor")

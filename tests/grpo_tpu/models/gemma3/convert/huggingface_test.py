@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -322,6 +324,146 @@ def test_a_config_of_other_arithmetic_is_refused_by_field(
 
   with pytest.raises(ValueError, match=f"config.json.*{named}"):
     weights.from_hf(changed(values=spoil))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "rule"),
+  [
+    ("architectures", {"a": 1}, "architectures must be a list"),
+    ("architectures", 3, "architectures must be a list"),
+    ("text_config", "x", "text_config must be an object"),
+    ("vision_config", [1], "vision_config must be an object"),
+    ("text_config.num_hidden_layers", 10**9, "an integer of 1 to 1000"),
+    ("vision_config.num_hidden_layers", 10**9, "an integer of 1 to 1000"),
+    ("text_config.hidden_size", 10**400, "hidden_size .* integer of 1 to 2147"),
+    ("text_config.vocab_size", True, "vocab_size .* must be an integer"),
+    ("text_config.rope_parameters", [1], "rope_parameters must be an object"),
+    (
+      "text_config.rope_parameters",
+      {"full_attention": 3},
+      "full_attention must be an object",
+    ),
+    ("text_config.rope_scaling", "x", "rope_scaling must be an object"),
+    ("text_config.rope_theta", float("nan"), "rope_theta must be a finite"),
+    ("text_config.rope_theta", 10**400, "rope_theta must be a finite"),
+    ("text_config.rope_theta", 0, r"rope_theta \(0\) must be above 0"),
+    ("text_config.rope_theta", "1e6", "rope_theta must be a finite number"),
+    ("text_config.rope_local_base_freq", -1.0, "must be above 0"),
+    (
+      "text_config.rope_scaling",
+      {"rope_type": "linear", "factor": -8.0},
+      r"factor \(-8\.0\) must be above 0",
+    ),
+    (
+      "text_config.rope_scaling",
+      {"rope_type": "linear", "factor": float("inf")},
+      "factor must be a finite number",
+    ),
+    ("text_config.quantization_config", {"bits": 4}, "quantization_config"),
+    ("text_config.hidden_activation", "a" * 10**6, r"'aa.*\.\.\.\) must be"),
+  ],
+)
+def test_a_value_of_another_type_or_size_is_refused_by_field(
+  changed, field, value, rule
+):
+  def spoil(values):
+    section, _, name = field.rpartition(".")
+    (values[section] if section else values)[name] = value
+    return values
+
+  with pytest.raises(ValueError, match=f"config.json.*{rule}") as error:
+    weights.from_hf(changed(values=spoil))
+  assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForCausalLM", "Gemma3ForCond"])
+def test_quantized_weights_of_any_architecture_are_refused(tmp_path, name):
+  """Their tensors would be refused too, but without the reason."""
+  text = RELEASED["gemma3_1b"] | {"quantization_config": {"bits": 4}}
+  (tmp_path / "config.json").write_text(json.dumps(text))
+  with pytest.raises(ValueError, match="quantization_config .* must be None"):
+    huggingface_config.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("text", "rule"),
+  [
+    ("[]", "must be an object, not"),
+    ("null", "must be an object, not None"),
+    ('{"text_config": ' + "[" * 10**6, "nests too deeply"),
+    ('{"text_config": ' + "1" * 5000 + "}", "is not JSON"),
+    ("\xff", "is not JSON"),
+  ],
+)
+def test_a_config_of_something_else_is_refused(tmp_path, text, rule):
+  (tmp_path / "config.json").write_text(text, encoding="latin-1")
+  with pytest.raises(ValueError, match=f"config.json {rule}"):
+    huggingface_config.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("index", "rule"),
+  [
+    ({}, "must have a field 'weight_map'"),
+    ([], "must be an object"),
+    (None, "must be an object"),
+    ({"weight_map": ["a"]}, "must be an object"),
+    ({"weight_map": {}}, "must name the files"),
+    ({"weight_map": {"a": 1}}, "item 0 of the weight_map .* a string"),
+    ({"weight_map": {"a": "x", "b": ["x"]}}, "item 1 of the weight_map"),
+    ({"weight_map": {"a": "../../etc/passwd"}}, "must name files beside it"),
+    ({"weight_map": {"a": "/dev/zero"}}, "must name files beside it"),
+    ({"weight_map": {"a": ""}}, "must name files beside it"),
+    ({"weight_map": {"a": ".."}}, "must name files beside it"),
+    ({"weight_map": {"a": "pipe.safetensors"}}, "must be a regular file"),
+    ({"weight_map": {"a": "\0.safetensors"}}, r"\\x00.* cannot be read"),
+    ({"weight_map": {"a": "\x1b[.safetensors"}}, r"\\x1b\[.* cannot be read"),
+  ],
+)
+def test_an_index_of_something_else_is_refused(whole, tmp_path, index, rule):
+  (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+  (tmp_path / huggingface._INDEX).write_text(json.dumps(index))
+  os.mkfifo(tmp_path / "pipe.safetensors")
+  with pytest.raises(ValueError, match=rule) as error:
+    weights.from_hf(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("kind", "shape", "fault"),
+  [
+    ("F32", [], r": \[\], wanted \[130,16\]"),
+    ("F32", [4, 0], r": \[4,0\], wanted \[130,16\]"),
+    ("F8_E4M3", [130, 16], "of type F8_E4M3, wanted F32, BF16, F16"),
+  ],
+)
+def test_an_embedding_and_head_of_any_shape_and_type_are_refused(
+  tiny, whole, tmp_path, kind, shape, fault
+):
+  """Comparing such a head with its embedding once ended in a traceback."""
+  (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+  size = math.prod(shape) * (1 if kind == "F8_E4M3" else 4)
+  entries = {
+    name: {"dtype": kind, "shape": shape, "data_offsets": [0, 0]}
+    for name in ("model.embed_tokens.weight", "lm_head.weight")
+  }
+  for index, entry in enumerate(entries.values()):
+    entry["data_offsets"] = [index * size, (index + 1) * size]
+  text = json.dumps(entries).encode()
+  (tmp_path / "model.safetensors").write_bytes(
+    len(text).to_bytes(8, "little") + text + bytes(2 * size)
+  )
+  with pytest.raises(ValueError, match=f"embed_tokens.weight.*{fault}"):
+    weights.from_hf(tmp_path)
+
+
+def test_a_list_of_faults_ends(whole, tmp_path):
+  (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+  tensors = {f"t{i}": np.zeros(1, np.float32) for i in range(3000)}
+  safetensors.save_file(tensors, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match=r"and \d+ more") as error:
+    weights.from_hf(tmp_path)
+  assert len(str(error.value)) < 20_000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
