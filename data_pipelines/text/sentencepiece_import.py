@@ -118,8 +118,9 @@ def _refuse_damage(source: str, kind: str) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError) as error:
+    reason = str(error).removesuffix(".")
     raise ValueError(
-      f"{source} must be {kind}, but cannot be read: {error} Give that of a "
+      f"{source} must be {kind}, but cannot be read: {reason}. Give that of a "
       "Gemma 3."
     ) from error
 

@@ -129,9 +129,10 @@ def _open(
   try:
     return gguf, gguf_header.read(path, "it")
   except (OSError, ValueError) as error:
+    reason = str(error).removesuffix(".")
     raise ValueError(
       f"{source} must be a whole GGUF file on this machine, but cannot be "
-      f"read: {error} Name another, or fetch it again."
+      f"read: {reason}. Name another, or fetch it again."
     ) from error
 
 

@@ -9,7 +9,6 @@ References:
   `gm.ckpts` of https://github.com/google-deepmind/gemma
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ import tensorstore
 from etils import epath
 from flax import traverse_util
 
+from data_pipelines.text import untrusted
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
 from grpo_tpu.models.gemma3.convert import assembly
@@ -94,29 +94,42 @@ def _tensors(
   Parses the files, because Orbax would start the devices to list them.
   """
   try:
-    record = json.loads((path / "_METADATA").read_text())
-    found = [
-      tuple(str(key["key"]) for key in entry["key_metadata"])
-      for entry in record["tree_metadata"].values()
-    ]
-    headers = _headers(path, found)
-  except (OSError, ValueError, KeyError) as error:
-    raise _no_checkpoint(source) from error
+    record = untrusted.read_json(path / "_METADATA")
+    entries = untrusted.get_field(record, "tree_metadata", dict, "_METADATA")
+    found = [_key(entry) for entry in entries.values()]
+    stored = _shapes(path, found)
+  except (OSError, ValueError) as error:
+    raise _no_checkpoint(source, error) from error
   keys, shapes = {}, {}
   for key in found:
     name = "/".join(key)
     for pattern, replacement in _FLAT:
       name = re.sub(pattern, replacement, name)
     # A tensor that is named but not stored is missing.
-    if key in headers:
-      keys[name], shapes[name] = key, tuple(headers[key]["shape"])
+    if key in stored:
+      keys[name], shapes[name] = key, stored[key]
   return keys, shapes
 
 
-def _headers(
+def _key(entry: Any) -> tuple[str, ...]:
+  """The names on the way to a tensor, from an entry of the metadata."""
+  untrusted.check_kind(entry, dict, "an entry of tree_metadata")
+  parts = untrusted.get_field(entry, "key_metadata", list, "an entry")
+  untrusted.check_items(parts, dict, "key_metadata")
+  names = [part.get("key") for part in parts]
+  # Items of a list have numbers for names.
+  if not all(type(name) in (str, int) for name in names):
+    raise ValueError(f"{untrusted.shorten(names)} must be names of a tensor.")
+  key = tuple(map(str, names))
+  if ".." in "/".join(key).split("/"):
+    raise ValueError(f"{untrusted.shorten(key)} must lie in the checkpoint.")
+  return key
+
+
+def _shapes(
   path: epath.Path, keys: Iterable[tuple[str, ...]]
-) -> dict[tuple[str, ...], Mapping[str, Any]]:
-  """The Zarr metadata, of either version, of each stored array."""
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """The shape of each stored array, from Zarr metadata of either version."""
   url = os.fspath(path) if "://" in os.fspath(path) else f"file://{path}"
   is_one_store = (path / "manifest.ocdbt").exists()
   store = tensorstore.KvStore.open(
@@ -128,17 +141,22 @@ def _headers(
     ]
     for key in keys
   }
-  texts = {
-    key: b"".join(read.result().value for read in pair)
-    for key, pair in reads.items()
-  }
-  return {key: json.loads(text) for key, text in texts.items() if text}
+  shapes = {}
+  for key, pair in reads.items():
+    if text := b"".join(read.result().value for read in pair):
+      name = f"the header of {'.'.join(key)}"
+      header = untrusted.parse_json(text, name)
+      shape = untrusted.get_field(header, "shape", list, name)
+      untrusted.check_items(shape, int, f"the shape in {name}")
+      shapes[key] = tuple(shape)
+  return shapes
 
 
-def _no_checkpoint(source: str) -> ValueError:
+def _no_checkpoint(source: str, error: Exception) -> ValueError:
+  reason = str(error).removesuffix(".")
   return ValueError(
     f"{source} must be the folder of an Orbax checkpoint of the gemma library, "
-    "but there is none; give the folder that holds _METADATA."
+    f"but there is none: {reason}. Give the folder that holds _METADATA."
   )
 
 

@@ -206,6 +206,54 @@ def test_a_folder_without_a_checkpoint_is_refused(content, tmp_path):
     load(tmp_path / "none")
 
 
+def entry(*names):
+  return {"key_metadata": [{"key": name} for name in names]}
+
+
+@pytest.mark.parametrize(
+  ("metadata", "rule"),
+  [
+    ([], "must be an object"),
+    ({"tree_metadata": [1]}, "'tree_metadata' in _METADATA must be an object"),
+    (
+      {"tree_metadata": {"a": 3}},
+      "an entry of tree_metadata must be an object",
+    ),
+    ({"tree_metadata": {"a": {}}}, "must have a field 'key_metadata'"),
+    ({"tree_metadata": {"a": {"key_metadata": [3]}}}, "item 0 of key_metadata"),
+    ({"tree_metadata": {"a": entry("a", ["b"])}}, "must be names of a tensor"),
+    ({"tree_metadata": {"a": {"key_metadata": [{}]}}}, "must be names of"),
+    ({"tree_metadata": {"a": entry("..", "b")}}, "must lie in the checkpoint"),
+    ({"tree_metadata": {"a": entry("a/../b")}}, "must lie in the checkpoint"),
+    ({"tree_metadata": "nested"}, "nests too deeply"),
+  ],
+)
+def test_metadata_of_something_else_is_refused(tmp_path, metadata, rule):
+  text = json.dumps(metadata).replace('"nested"', "[" * 10**6)
+  (tmp_path / "_METADATA").write_text(text)
+  with pytest.raises(ValueError, match=f"but there is none: .*{rule}") as error:
+    load(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("header", "rule"),
+  [
+    ({}, "must have a field 'shape'"),
+    ([], "the header of a.b must be an object"),
+    ({"shape": 3}, "'shape' in the header of a.b must be a list"),
+    ({"shape": [3, "4"]}, "item 1 of the shape in the header of a.b must be"),
+  ],
+)
+def test_an_array_of_something_else_is_refused(tmp_path, header, rule):
+  metadata = {"tree_metadata": {"a": entry("a", "b")}}
+  (tmp_path / "_METADATA").write_text(json.dumps(metadata))
+  (tmp_path / "a.b").mkdir()
+  (tmp_path / "a.b" / ".zarray").write_text(json.dumps(header))
+  with pytest.raises(ValueError, match=f"but there is none: .*{rule}"):
+    load(tmp_path)
+
+
 def test_a_checkpoint_with_one_folder_per_array_is_read(params, tmp_path):
   """As old versions of Orbax wrote them, with either version of Zarr."""
   for name, is_third in (("second", False), ("third", True)):
