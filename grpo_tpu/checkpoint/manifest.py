@@ -14,6 +14,9 @@ from typing import Any
 import google_crc32c
 from etils import epath
 
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable
+
 SUFFIX = ".manifest.json"
 UNFINISHED_SUFFIX = f"{SUFFIX}.tmp"
 _CHUNK_BYTES = 1 << 24
@@ -77,21 +80,30 @@ def find_damage(
   except ManifestError as error:
     return str(error)
   try:
-    extra = sorted(_list_files(folder).keys() - wanted.keys())
-    if extra:
-      return f"unknown file: {extra[0]}"
+    found = _list_files(folder)
+    if extra := sorted(found.keys() - wanted.keys()):
+      return f"unknown file: {printable(extra[0])}"
     names = sorted(wanted, key=lambda name: (-wanted[name]["bytes"], name))
     names = [name for name in names[part::parts] if name.startswith(under)]
-    paths = [folder / name for name in names]
-    for name, path in zip(names, paths, strict=True):
-      if not path.exists() or path.is_dir():
-        return f"missing file: {name}"
-      size = path.stat().length
+    for name in names:
+      # A name that leads out of the folder is not among those found.
+      if name not in found:
+        return f"missing file: {printable(name)}"
+      size = found[name].stat().length
       if size != wanted[name]["bytes"]:
-        return f"wrong size: {name} {size}, not {wanted[name]['bytes']}"
+        return (
+          f"wrong size: {printable(name)} {size}, not "
+          f"{untrusted.shorten(wanted[name]['bytes'])}"
+        )
+    paths = [found[name] for name in names]
     for name, value in zip(names, _checksums(paths), strict=True):
       if value != wanted[name]["crc32c"]:
-        return f"wrong checksum: {name} {value}, not {wanted[name]['crc32c']}"
+        return (
+          f"wrong checksum: {printable(name)} {value}, not "
+          f"{printable(wanted[name]['crc32c'][:8])}"
+        )
+  except FileNotFoundError as error:  # A link to nothing.
+    return f"missing file: {error}"
   except OSError as error:
     if error.errno != errno.EIO:  # EIO: the disk lost the data for good.
       raise
@@ -121,20 +133,39 @@ def move_aside(folder: epath.Path, target: epath.Path) -> str:
 def _read_body(folder: epath.Path) -> dict[str, Any]:
   path = path_for(folder)
   try:
-    whole = json.loads(path.read_bytes())
-    body = whole["body"]
-    is_unchanged = whole["crc32c"] == _json_checksum(body)
+    whole = untrusted.read_json(path)
+    body = untrusted.get_field(whole, "body", dict, "it")
+    if whole.get("crc32c") != _json_checksum(body):
+      raise ValueError("its checksum differs")
+    _check_body(body)
   except FileNotFoundError as error:
     raise ManifestError(f"no manifest: {path.name}") from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ManifestError(f"damaged manifest: {path.name}: {error}") from error
-  if not is_unchanged:
-    raise ManifestError(f"damaged manifest: {path.name}: its checksum differs")
   if body["name"] != folder.name:
+    made_for = untrusted.shorten(body["name"])
     raise ManifestError(
-      f"foreign manifest: {path.name} was made for {body['name']}"
+      f"foreign manifest: {path.name} was made for {made_for}"
     )
   return body
+
+
+def _check_body(body: dict[str, Any]) -> None:
+  """Checks the types of a manifest whose checksum is right.
+
+  Raises:
+    ValueError: Another program has written it.
+  """
+  untrusted.get_field(body, "name", str, "it")
+  facts = untrusted.get_field(body, "facts", dict, "it")
+  if facts.get("score") is not None:
+    untrusted.get_field(facts, "score", float, "its facts")
+  files = untrusted.get_field(body, "files", dict, "it")
+  for name, row in files.items():
+    source = f"its entry of {name}"
+    untrusted.check_kind(row, dict, source)
+    untrusted.get_field(row, "bytes", int, source)
+    untrusted.get_field(row, "crc32c", str, source)
 
 
 def _list_files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -151,6 +182,9 @@ def _checksums(paths: Iterable[epath.Path]) -> list[str]:
 
 def _checksum(path: epath.Path) -> str:
   value = 0
+  # Only what has a size is opened: a pipe or a device would never end.
+  if not path.stat().length:
+    return f"{value:08x}"
   with path.open("rb") as file:
     while chunk := file.read(_CHUNK_BYTES):
       value = google_crc32c.extend(value, chunk)

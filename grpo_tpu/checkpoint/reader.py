@@ -16,12 +16,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, run_errors
 from grpo_tpu.checkpoint import manifest
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10
+_PARTIAL_STEP_FIELDS = {"updates_done": int, "leaves": dict, "record": dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,7 @@ def list_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
       continue
     try:
       facts = manifest.read(directory / info.name)
-      info = dataclasses.replace(info, score=facts["score"])
+      info = dataclasses.replace(info, score=facts.get("score"))
     except manifest.ManifestError:
       info = dataclasses.replace(info, is_whole=False)
     checkpoints.add(info)
@@ -245,7 +247,26 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
   # A `Checkpointer` would synchronize the hosts after each item, and hang if
   # one of them has failed. A bare handler does not.
   with run_errors(f"read {path}"):
-    return dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
+    try:
+      record = ocp.JsonCheckpointHandler().restore(path / "meta")
+    except RecursionError:
+      raise ValueError("its record nests too deeply") from None
+  try:
+    untrusted.check_kind(record, dict, "its record")
+    for name, kind in (("step", int), ("leaves", dict), ("meta", dict)):
+      untrusted.get_field(record, name, kind, "its record")
+    untrusted.check_items(record["leaves"].values(), str, "its leaves")
+    if (partial := record.get("unfinished")) is not None:
+      untrusted.check_kind(partial, dict, "its unfinished step")
+      for name, kind in _PARTIAL_STEP_FIELDS.items():
+        untrusted.get_field(partial, name, kind, "its unfinished step")
+      untrusted.check_items(partial["leaves"].values(), str, "its leaves")
+  except ValueError as error:
+    raise SettingError(
+      f"checkpoint {path} is whole, but not one of this program: {error} Name "
+      "another, or use an empty workdir."
+    ) from error
+  return {"unfinished": None} | record
 
 
 def _read_arrays(

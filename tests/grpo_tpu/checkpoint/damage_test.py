@@ -4,6 +4,7 @@ Each test damages the newest of two checkpoints on disk, file by file, and
 checks which one a run would resume from.
 """
 
+import json
 import logging
 import pathlib
 import shutil
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from grpo_tpu.checkpoint import checkpointer, reader
+from data_pipelines.validation import SettingError
+from grpo_tpu.checkpoint import checkpointer, manifest, reader
 from tests.grpo_tpu.checkpoint import checkpointing
 
 # One of each kind of file in a checkpoint.
@@ -142,6 +145,55 @@ def test_without_a_good_manifest_a_checkpoint_is_not_trusted(folder, damage):
   assert_is(got, 1)
   kind = "no-manifest" if damage == "deleted" else "damaged-manifest"
   assert (folder / "quarantine" / f"00000002-{kind}").is_dir()
+
+
+def seal(folder, body):
+  """Writes a manifest of step 2 whose own checksum is right."""
+  whole = {"crc32c": manifest._json_checksum(body), "body": body}
+  (folder / "00000002.manifest.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"files": None},
+    {"files": {"meta": 3}},
+    {"facts": {"score": "best"}},
+    {"facts": []},
+    {"name": 3},
+  ],
+)
+def test_a_sealed_manifest_of_another_program_costs_its_checkpoint_alone(
+  folder, change
+):
+  path = folder / "00000002.manifest.json"
+  seal(folder, json.loads(path.read_text())["body"] | change)
+  assert reader.newest_path(folder) == folder / "00000001"
+  assert reader.best_path(folder) is None
+  got, _ = restored(folder)
+  assert_is(got, 1)
+  assert (folder / "quarantine" / "00000002-damaged-manifest").is_dir()
+
+
+@pytest.mark.parametrize(
+  ("change", "rule"),
+  [
+    ({"step": "2"}, "'step' in its record must be an integer"),
+    ({"leaves": [1]}, "'leaves' in its record must be an object"),
+    ({"leaves": {"a": 1}}, "item 0 of its leaves must be a string"),
+    ({"meta": None}, "'meta' in its record must be an object"),
+    ({"unfinished": 3}, "its unfinished step must be an object"),
+    ({"unfinished": {}}, "must have a field 'updates_done'"),
+  ],
+)
+def test_a_whole_checkpoint_of_another_program_is_refused_in_words(
+  folder, change, rule
+):
+  path = folder / "00000002" / "meta" / "metadata"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  manifest.write(epath.Path(folder / "00000002"), {"score": None})
+  with pytest.raises(SettingError, match=f"not one of this program: .*{rule}"):
+    restored(folder)
 
 
 def test_a_folder_that_is_gone_is_missed(folder, caplog):

@@ -84,6 +84,92 @@ def test_a_manifest_is_held_to_its_own_checksum(folder):
   assert manifest.find_damage(folder).startswith("damaged manifest: ")
 
 
+def seal(folder, change):
+  """Changes the body of a manifest and makes its checksum right again."""
+  path = manifest.path_for(folder)
+  body = json.loads(path.read_text())["body"]
+  body = change(body) or body
+  whole = {"crc32c": manifest._json_checksum(body), "body": body}
+  path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+  ("change", "rule"),
+  [
+    (lambda b: [b], "'body' in it must be an object"),
+    (lambda b: b.pop("files") and b, "must have a field 'files'"),
+    (lambda b: b.pop("facts") and b, "must have a field 'facts'"),
+    (lambda b: b.pop("name") and b, "must have a field 'name'"),
+    (lambda b: b | {"name": ["00000007"]}, "'name' in it must be a string"),
+    (lambda b: b | {"facts": [1]}, "'facts' in it must be an object"),
+    (lambda b: b | {"facts": {"score": "a"}}, "'score' in its facts must be"),
+    (lambda b: b | {"facts": {"score": 10**400}}, "'score' in its facts"),
+    (lambda b: b | {"files": ["meta"]}, "'files' in it must be an object"),
+    (lambda b: b | {"files": {"meta": 3}}, "its entry of meta must be"),
+    (lambda b: b | {"files": {"meta": {}}}, "must have a field 'bytes'"),
+    (
+      lambda b: b | {"files": {"meta": {"bytes": "2", "crc32c": ""}}},
+      "'bytes' in its entry of meta must be an integer",
+    ),
+    (
+      lambda b: b | {"files": {"meta": {"bytes": 2, "crc32c": 3}}},
+      "'crc32c' in its entry of meta must be a string",
+    ),
+  ],
+)
+def test_a_sealed_manifest_of_another_program_is_damage(folder, change, rule):
+  seal(folder, change)
+  damage = manifest.find_damage(folder)
+  assert damage.startswith("damaged manifest: 00000007.manifest.json: ")
+  assert rule in damage
+  with pytest.raises(manifest.ManifestError):
+    manifest.read(folder)
+
+
+def test_a_manifest_that_nests_is_damage(folder):
+  manifest.path_for(folder).write_text('{"body":' + "[" * 10**6)
+  assert "nests too deeply" in manifest.find_damage(folder)
+  for depth in (500, 2000, 5000):
+    text = '{"crc32c": "0", "body": {"a":' + "[" * depth + "]" * depth + "}}"
+    manifest.path_for(folder).write_text(text)
+    assert manifest.find_damage(folder).startswith("damaged manifest: ")
+
+
+def test_a_manifest_that_is_no_file_is_damage(folder):
+  path = manifest.path_for(folder)
+  path.unlink()
+  os.mkfifo(path)
+  assert "must be a regular file" in manifest.find_damage(folder)
+  path.unlink()
+  path.mkdir()
+  assert "must be a regular file" in manifest.find_damage(folder)
+
+
+@pytest.mark.parametrize(
+  "name", ["../secret", "/etc/hostname", "state/../../secret", "a\0b"]
+)
+def test_no_file_outside_the_folder_is_read(folder, name, monkeypatch):
+  (folder.parent / "secret").write_text("1234")
+  seal(folder, lambda b: b["files"].update({name: {"bytes": 4, "crc32c": ""}}))
+  damage = manifest.find_damage(folder)
+  assert damage.startswith("missing file: ") and "4" not in damage
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "nothing"])
+def test_a_file_without_an_end_is_not_read(folder, target):
+  """A sealed manifest may name it."""
+  path = folder / "state" / "empty"
+  path.unlink()
+  if target == "pipe":
+    os.mkfifo(path)
+  else:
+    os.symlink(target, path)
+  row = {"bytes": 0, "crc32c": "12345678"}
+  seal(folder, lambda b: b["files"].update({"state/empty": row}))
+  damage = manifest.find_damage(folder)
+  assert damage.startswith(("wrong checksum: state/empty", "missing file: "))
+
+
 def test_a_folder_without_its_own_manifest_is_not_trusted(folder):
   path = manifest.path_for(folder)
   other = folder.with_name("00000008")
