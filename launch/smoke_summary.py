@@ -18,10 +18,11 @@ import sys
 def main() -> None:
   """Writes `smoke.json` and prints its content."""
   workdir = pathlib.Path(sys.argv[1])
-  text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
-  rows = [json.loads(line) for line in text.splitlines()]
+  rows = _read_rows(workdir / "metrics.jsonl")
   accuracies = {
-    row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row
+    row["step"]: row["eval/accuracy"]
+    for row in rows
+    if isinstance(row.get("eval/accuracy"), int | float)
   }
   if 0 not in accuracies or len(accuracies) < 2:
     raise ValueError(
@@ -42,6 +43,19 @@ def main() -> None:
     f"{result['wall_seconds']} s.\n"
     f"View: .venv/bin/tensorboard --logdir={shlex.quote(str(workdir))}\n"
   )
+
+
+def _read_rows(path: pathlib.Path) -> list[dict]:
+  """The metrics of each step; skips lines that others wrote into the file."""
+  rows = []
+  for line in path.read_bytes().splitlines():
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+      rows.append(row)
+  return rows
 
 
 if __name__ == "__main__":

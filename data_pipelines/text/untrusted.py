@@ -117,13 +117,13 @@ def check_items(values: Iterable[Any], kind: type, source: str) -> None:
     check_kind(value, kind, f"item {index} of {source}")
 
 
-def shorten(value: Any) -> str:
+def shorten(value: Any, length: int = 60) -> str:
   """A value for an error: as Python writes it, cut and printable."""
   try:
     text = repr(value)
   except (RecursionError, ValueError):  # Deeply nested, or thousands of digits.
     text = f"a {type(value).__name__}"
-  return printable(text if len(text) <= 60 else f"{text[:57]}...")
+  return printable(text if len(text) <= length else f"{text[: length - 3]}...")
 
 
 def _is_finite(value: float) -> bool:

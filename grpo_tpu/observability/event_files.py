@@ -12,9 +12,10 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
+import google_crc32c
 from absl import logging
 
 _SECONDS_BETWEEN_REPORTS = 60.0
@@ -94,30 +95,66 @@ def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
   from clu import metric_writers
 
   for path in sorted(workdir.glob("events.out.tfevents.*")):
-    if resume_step is None:
-      path.unlink()
-    else:
-      _rewind(path, resume_step)
+    try:
+      if resume_step is None:
+        path.unlink()
+      else:
+        _rewind(path, resume_step)
+    except OSError as error:  # The new file does not depend on the old ones.
+      logging.warning("%s stays as it is: %s", path, error)
   return metric_writers.SummaryWriter(str(workdir))
 
 
 def _rewind(path: pathlib.Path, resume_step: int) -> None:
-  """Keeps only complete events up to `resume_step` in the file.
+  """Keeps the events up to `resume_step` that lie before the first bad record.
 
   A session's START event would hide the others from TensorBoard's own server,
   but not from other readers.
   """
   import tensorflow as tf
+  from google.protobuf import message
 
+  if not path.is_file():
+    raise OSError("it is no regular file")
   # TensorBoard must not take the unfinished copy for an event file.
   temporary = path.with_name("rewound.tmp")
   with path.open("rb") as file, temporary.open("wb") as kept:
-    # A record: length in 8 bytes, 4 of checksum, content, 4 of checksum.
-    while len(head := file.read(12)) == 12:
-      length = int.from_bytes(head[:8], "little")
-      body = file.read(length + 4)
-      if len(body) < length + 4:
-        break  # Cut short by a kill.
-      if tf.compat.v1.Event.FromString(body[:length]).step <= resume_step:
-        kept.write(head + body)
+    num_bytes, end = path.stat().st_size, 0
+    for record, content in _records(file, num_bytes):
+      try:
+        step = tf.compat.v1.Event.FromString(content).step
+      except message.DecodeError:
+        break
+      end += len(record)
+      if step <= resume_step:
+        kept.write(record)
+  if end < num_bytes:
+    logging.warning(
+      "%s: removed the last %d bytes, which a kill or a crash has damaged.",
+      *(path, num_bytes - end),
+    )
   temporary.replace(path)
+
+
+def _records(file: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, bytes]]:
+  """The whole records of an event file, with their contents, up to a bad one.
+
+  A record is the length of its content in 8 bytes, their checksum in 4, the
+  content, and its checksum in 4.
+  """
+  while len(head := file.read(12)) == 12:
+    length = int.from_bytes(head[:8], "little")
+    # A length is trusted only with its checksum, and within the file.
+    if head[8:] != _checksum(head[:8]) or length > num_bytes:
+      return
+    body = file.read(length + 4)
+    if body[length:] != _checksum(body[:length]):
+      return
+    yield head + body, body[:length]
+
+
+def _checksum(content: bytes) -> bytes:
+  """The masked CRC of TensorFlow's record files."""
+  crc = google_crc32c.value(content)
+  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+  return masked.to_bytes(4, "little")

@@ -6,14 +6,15 @@ lines hold the duration of the run and its shares so far.
 """
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import psutil
 
+from data_pipelines.text import untrusted
 from grpo_tpu.distributed import compile_cache
+from grpo_tpu.observability import json_lines
 
 # `restart`: from the last step of a process to the first step of the next; for
 # the first process, its start. `lost`: steps that a later process repeated.
@@ -21,6 +22,10 @@ from grpo_tpu.distributed import compile_cache
 PHASES = (
   *("data", "rollout", "reward", "update", "compile", "evaluate"),
   *("checkpoint", "restart", "lost", "other"),
+)
+_TIMES = (
+  *("perf/run_seconds", "perf/unix_seconds"),
+  *(f"perf/goodput_{phase}" for phase in PHASES),
 )
 # In these phases the hosts wait for each other.
 _TOGETHER = ("rollout", "update", "evaluate")
@@ -133,10 +138,12 @@ def summary(shares: Mapping[str, float]) -> str:
 
 
 def _timed_rows(path: pathlib.Path) -> list[dict]:
-  """The complete lines of the file that hold times; none without the file."""
+  """The rows of the file that hold every time; none without the file."""
   rows = []
-  if path.exists():
-    for line in path.read_bytes().splitlines():
-      with contextlib.suppress(ValueError):
-        rows.append(json.loads(line))
-  return [row for row in rows if "perf/run_seconds" in row]
+  for _, row in json_lines.read_rows(path):
+    with contextlib.suppress(ValueError):
+      if row is not None:
+        for name in _TIMES:
+          untrusted.get_field(row, name, float, "a line")
+        rows.append(row)
+  return rows

@@ -9,10 +9,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
+
+from data_pipelines.text import untrusted
 
 _SECONDS_BETWEEN_WARNINGS = 60.0
 _MAX_WAITING_LINES = 1000
@@ -69,25 +71,44 @@ class JsonLines:
     self._size += len(line)
 
 
-def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
-  """Keeps only complete lines up to `resume_step`; None keeps no line."""
-  kept = []
-  if resume_step is not None and path.exists():
-    for line in path.read_bytes().splitlines(keepends=True):
+def read_rows(
+  path: pathlib.Path,
+) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+  """Each line of the file and its row; None if the line is no row of a step.
+
+  Others may have written into the file, and a kill cuts the last line short. A
+  file that is missing or no regular file has no lines.
+  """
+  if not path.is_file():
+    return
+  with path.open("rb") as file:
+    for line in file:
       try:
-        step = json.loads(line)["step"]
+        row = untrusted.parse_json(line, "a line")
+        untrusted.get_field(row, "step", int, "a line")
       except ValueError:
-        step = None
-      if step is None or not line.endswith(b"\n"):
-        logging.warning("%s: dropped a broken line: %r", path, line[:80])
-      elif step <= resume_step:
-        kept.append(line)
+        row = None
+      yield line, row if line.endswith(b"\n") else None
+
+
+def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
+  """Keeps only complete rows up to `resume_step`; None keeps no line."""
+  num_removed, first = 0, b""
   # The rename is atomic: a kill before it leaves the file unchanged.
   temporary = path.with_name(f"{path.name}.tmp")
   with temporary.open("wb") as file:
-    file.writelines(kept)
+    for line, row in read_rows(path) if resume_step is not None else ():
+      if row is None:
+        num_removed, first = num_removed + 1, first or line
+      elif row["step"] <= resume_step:
+        file.write(line)
     file.flush()
     os.fsync(file.fileno())
+  if num_removed:
+    logging.warning(
+      "%s: removed %d lines that are not complete rows of a step, first: %s",
+      *(path, num_removed, untrusted.shorten(first)),
+    )
   temporary.replace(path)
 
 

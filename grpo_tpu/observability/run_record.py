@@ -18,7 +18,7 @@ import jax
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.text import chat_prompts
+from data_pipelines.text import chat_prompts, untrusted
 from grpo_tpu.distributed import fingerprint
 
 # Settings and sections that may differ when a run resumes: they change a step's
@@ -37,6 +37,11 @@ _MAY_DIFFER = (
   "rewards.error_window",
   *("train.microbatch_bundles", "train.max_skipped_updates"),
 )
+# The fields of the record that later programs read.
+_FIELDS = {
+  **{"essence": dict, "accepted_changes": list, "weights": str},
+  **{"config": dict, "attempts": list},
+}
 # The facts about its end that every attempt keeps.
 _KEPT = ("exit_code", "reason", "step")
 
@@ -136,7 +141,9 @@ class RunRecord:
     if not changes:
       return
     listed = "\n".join(
-      f"  {name}: was {each['was']!r}, is {each['is']!r}"
+      f"  {validation.printable(name)}: was "
+      f"{untrusted.shorten(each['was'], 300)}, is "
+      f"{untrusted.shorten(each['is'], 300)}"
       for name, each in changes.items()
     )
     if self.settings["checkpoint"]["accept_changes"]:
@@ -153,18 +160,35 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   """The record in `workdir`, or None if there is none.
 
   Raises:
-    ValueError: The file is damaged.
+    SettingError: The file is damaged, or not of this program.
   """
   path = pathlib.Path(workdir) / "run.json"
   try:
-    return json.loads(path.read_text())
+    record = untrusted.read_json(path)
+    _check_record(record)
+    return record
   except FileNotFoundError:
     return None
-  except ValueError as error:
-    raise ValueError(
-      f"{path} must be the record of a run, but cannot be read: {error}; "
+  except (OSError, ValueError) as error:
+    reason = str(error).removesuffix(".")
+    raise validation.SettingError(
+      f"{path} must be the record of a run, but cannot be read: {reason}; "
       "restore the file, or choose an empty --workdir."
     ) from error
+
+
+def _check_record(record: dict[str, Any]) -> None:
+  """Raises a ValueError unless the record has the fields that are read."""
+  for name, kind in _FIELDS.items():
+    untrusted.get_field(record, name, kind, "it")
+  if not record["attempts"]:
+    raise ValueError("'attempts' in it must not be empty")
+  untrusted.check_items(record["attempts"], dict, "its attempts")
+  for section, name in (("model", "weights"), ("data", "dir")):
+    settings = record["config"].get(section, {})
+    untrusted.check_kind(settings, dict, f"{section!r} in its config")
+    if name in settings:
+      untrusted.get_field(settings, name, str, f"its config.{section}")
 
 
 def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
@@ -172,9 +196,13 @@ def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
 
   The facts, `exit_code`, `reason`, `step` and more, stay under `end` until the
   next start.
+
+  Raises:
+    ValueError: The file is gone or damaged.
   """
   record = read(workdir)
-  assert record is not None
+  if record is None:
+    raise ValueError("the file is gone")
   kept = {name: facts[name] for name in _KEPT}
   record["attempts"][-1] |= {"ended": _now()} | kept
   record["end"] = dict(facts)

@@ -125,6 +125,17 @@ def summarise(workdir: pathlib.Path) -> subprocess.CompletedProcess[str]:
   )
 
 
+def test_the_summary_skips_lines_of_others(tmp_path):
+  write_metrics(tmp_path, METRICS)
+  foreign = ["5", "[]", '{"note": "x"}', '{"step": "a"}', "[" * 10**6, "{"]
+  foreign += ['{"step": 9, "eval/accuracy": null}']
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write("\n".join(foreign))
+  result = summarise(tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert "0.500 before GRPO, 0.750 after" in result.stdout
+
+
 def test_the_summary_compares_before_the_first_update_with_the_end(tmp_path):
   workdir = tmp_path / "a run"
   write_metrics(workdir, METRICS)

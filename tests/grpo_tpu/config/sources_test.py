@@ -36,7 +36,8 @@ def run(tmp_path):
     config = changed(SMOKE).to_dict()
     config["model"] |= {"weights": weights, "name": name}
     config["data"] |= {"dir": folder}
-    record = {"config": config, "weights": weights}
+    record = {"config": config, "weights": weights, "essence": {}}
+    record |= {"accepted_changes": [], "attempts": [{}]}
     (tmp_path / "run.json").write_text(json.dumps(record))
     return tmp_path
 

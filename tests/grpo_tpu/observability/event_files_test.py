@@ -133,3 +133,81 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
     "metrics",
     "samples",
   ]
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+  """The bytes of a file with an event of each step from 1 to 6."""
+  import tensorflow as tf
+
+  path = str(tmp_path_factory.mktemp("events") / "x")
+  with tf.io.TFRecordWriter(path) as file:
+    for step in range(1, 7):
+      event = tf.compat.v1.Event(step=step, file_version=f"{step}" * 50)
+      file.write(event.SerializeToString())
+  with open(path, "rb") as file:
+    return file.read()
+
+
+def steps_of(path):
+  import tensorflow as tf
+
+  return [
+    tf.compat.v1.Event.FromString(record.numpy()).step
+    for record in tf.data.TFRecordDataset(str(path))
+  ]
+
+
+@pytest.mark.parametrize(
+  ("damage", "kept"),
+  [
+    (lambda x, size: x, 4),
+    (lambda x, size: x[: 2 * size] + bytes(size) + x[3 * size :], 2),
+    (lambda x, size: x[: 3 * size] + b"\xff" * 8 + x[3 * size + 8 :], 3),
+    (lambda x, size: x[: size + 7] + b"\x40" + x[size + 8 :], 1),
+    (lambda x, size: x[: size + 30] + b"?" + x[size + 31 :], 1),
+    (lambda x, size: x[: 2 * size - 1] + b"?" + x[2 * size :], 1),
+    (lambda x, size: x[: 2 * size - 1], 1),
+    (lambda x, size: b"", 0),
+    (lambda x, size: b"noise" * 99, 0),
+  ],
+  ids=[
+    *("whole", "zeros", "length", "high bit", "body", "last byte"),
+    *("cut", "empty", "noise"),
+  ],
+)
+def test_rewinding_ends_at_the_first_bad_record(
+  tmp_path, events, damage, kept, caplog
+):
+  path = tmp_path / "events.out.tfevents.1"
+  damaged = damage(events, len(events) // 6)
+  path.write_bytes(damaged)
+  event_files._rewind(path, 4)
+  assert steps_of(path) == list(range(1, kept + 1))
+  assert ("which a kill" in caplog.text) == (damaged not in (events, b""))
+  assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_record_of_something_else_ends_rewinding(tmp_path, events):
+  """Its checksums are right, and its content is no event."""
+  content = b"\xff" * 20
+  head = len(content).to_bytes(8, "little")
+  record = head + event_files._checksum(head)
+  record += content + event_files._checksum(content)
+  path = tmp_path / "events.out.tfevents.1"
+  path.write_bytes(events[: len(events) // 6] + record + events)
+  event_files._rewind(path, 4)
+  assert steps_of(path) == [1]
+
+
+def test_a_file_that_cannot_be_rewound_costs_no_later_event(
+  tmp_path, monkeypatch, caplog
+):
+  (tmp_path / "events.out.tfevents.1").mkdir()
+  (tmp_path / "events.out.tfevents.2").write_bytes(bytes(100))
+  with writer.Writer(tmp_path, is_writer=True, resume_step=3) as w:
+    w.write(4, {"train/loss": 0.5})
+  assert "tfevents.1 stays as it is" in caplog.text
+  assert w.failures == 0
+  files = [x for x in tmp_path.glob("events.*") if x.is_file()]
+  assert 4 in [step for path in files for step in steps_of(path)]

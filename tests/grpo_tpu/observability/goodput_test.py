@@ -74,6 +74,14 @@ def test_a_restart_keeps_the_sums_and_counts_lost_steps(tmp_path):
       with first.phase("update"):
         time.now += 10
       file.write(json.dumps({"step": step} | first.scalars()) + "\n")
+    for foreign in (
+      *("5", "[1]", "{}", '{"step": 9}', "[" * 10**6),
+      '{"step": 9, "perf/run_seconds": 1}',
+      json.dumps({"step": 9} | dict.fromkeys(first.scalars(), "a")),
+      json.dumps({"step": 9} | dict.fromkeys(first.scalars(), None)),
+      json.dumps({"step": 9} | dict.fromkeys(first.scalars(), 10**400)),
+    ):
+      file.write(f"{foreign}\n")
     file.write('{"step": 3, "torn')
   time.now += 5
   second = new_clock(time)

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from data_pipelines.text import chat_prompts
+from data_pipelines.validation import SettingError
 from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.observability import run_record
@@ -336,10 +337,62 @@ def test_a_kill_while_writing_leaves_the_old_record(workdir, monkeypatch):
   assert record is not None and record["weights"] == WEIGHTS
 
 
-def test_the_error_of_a_damaged_record_names_the_file(tmp_path):
-  (tmp_path / "run.json").write_text('{"essence": {')
-  with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
-    run_record.read(tmp_path)
+@pytest.mark.parametrize(
+  "content",
+  [
+    *(b'{"essence": {', b"", b"{}", b"[]", b"3", b"null", b"\xff\xfe{}"),
+    *(b"[" * 10**6, b'{"attempts": []}'),
+  ],
+  ids=lambda content: content[:16].decode("latin-1"),
+)
+def test_the_error_of_a_damaged_record_names_the_file(tmp_path, content):
+  (tmp_path / "run.json").write_bytes(content)
+  path = re.escape(str(tmp_path / "run.json"))
+  with pytest.raises(
+    SettingError, match=f"^{path} must be the record of a run, but cannot"
+  ) as error:
+    check(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "rule"),
+  [
+    ({"essence": []}, "'essence' in it must be an object"),
+    ({"weights": 3}, "'weights' in it must be a string"),
+    ({"attempts": []}, "'attempts' in it must not be empty"),
+    ({"attempts": [3]}, "item 0 of its attempts must be an object"),
+    ({"accepted_changes": {}}, "'accepted_changes' in it must be a list"),
+    ({"config": [1]}, "'config' in it must be an object"),
+    ({"config": {"model": 3}}, "'model' in its config must be an object"),
+    (
+      {"config": {"data": {"dir": 3}}},
+      "'dir' in its config.data must be a str",
+    ),
+  ],
+)
+def test_a_record_of_another_program_is_refused(workdir, change, rule):
+  path = workdir / "run.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(SettingError, match=rule):
+    check(workdir)
+
+
+def test_a_pipe_or_a_folder_is_no_record(tmp_path):
+  os.mkfifo(tmp_path / "run.json")
+  with pytest.raises(SettingError, match="must be a regular file"):
+    check(tmp_path)
+  (tmp_path / "run.json").unlink()
+  (tmp_path / "run.json").mkdir()
+  with pytest.raises(SettingError, match="must be a regular file"):
+    check(tmp_path)
+
+
+def test_a_lost_record_is_said_at_the_end(workdir):
+  (workdir / "run.json").unlink()
+  with pytest.raises(ValueError, match="the file is gone"):
+    run_record.close(workdir, {"exit_code": 75, "reason": "", "step": 4})
+  assert not (workdir / "run.json").exists()
 
 
 def test_a_run_does_not_resume_without_its_file_of_completions(tmp_path):
