@@ -12,6 +12,7 @@ References:
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable, Iterator
 
 import grain
@@ -105,7 +106,10 @@ def make_pipeline(
   stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
   if worker_processes:
     stream = stream.mp_prefetch(
-      grain.multiprocessing.MultiprocessingOptions(num_workers=worker_processes)
+      grain.multiprocessing.MultiprocessingOptions(
+        num_workers=worker_processes
+      ),
+      worker_init_fn=_ignore_interrupts,
     )
 
   def shape_of(step: int) -> tuple[int, int]:
@@ -113,6 +117,11 @@ def make_pipeline(
     return index.select(indices).batch_shape(builder)
 
   return TrainBatches(iter(stream), shape_of)
+
+
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+  """Leaves Ctrl-C to the trainer, which needs the batches to save."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainBatches:

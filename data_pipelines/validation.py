@@ -23,6 +23,7 @@ class ExitCode(enum.IntEnum):
   BAD_INPUT = 64  # EX_USAGE of sysexits.h: a wrong setting, flag or data set.
   PREEMPTED = 75  # EX_TEMPFAIL: the same command resumes the run.
   STUCK = 76  # The watchdog saw no progress.
+  INTERRUPTED = 130  # Ctrl-C, and nothing was saved.
 
 
 class SettingError(ValueError):

@@ -12,10 +12,12 @@ from absl import app
 from data_pipelines.validation import user_errors
 from grpo_tpu.config import flags, usage
 from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed import interrupt
 
 
 def cli() -> None:
   """Reads the flags and runs the program."""
+  interrupt.listen()
   app.run(main, flags_parser=usage.parse_flags)
 
 

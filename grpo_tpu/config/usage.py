@@ -32,8 +32,8 @@ grpo_tpu --config=FILE --workdir=DIR [--mode=MODE] [--config.SETTING=VALUE ...]
 
 `python -m grpo_tpu` is the same program. `--helpfull` lists the flags of all
 libraries too. Exit codes: 0 done, 64 a wrong setting, flag or data set, 75
-preempted and saved (run the same command again), 76 no progress, 1 any other
-error.
+preempted or Ctrl-C, and saved (run the same command again), 76 no progress,
+130 Ctrl-C and nothing saved, 1 any other error.
 """
 # The settings of the objective change a preset, whose class documents them.
 _DOCUMENTED_BY: dict[type, type] = {ObjectiveSettings: ObjectiveConfig}

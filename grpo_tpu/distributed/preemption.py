@@ -2,7 +2,7 @@
 
 SIGTERM to any process of a run is the notice. JAX receives it, tells the other
 processes and picks the poll at which all of them stop. A Python handler for
-SIGTERM would turn that off.
+SIGTERM would turn that off. The first Ctrl-C sends this process SIGTERM.
 
 References:
   `jax.experimental.multihost_utils.reached_preemption_sync_point`

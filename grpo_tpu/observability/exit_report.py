@@ -21,7 +21,7 @@ from data_pipelines.validation import (
 )
 from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import reader
-from grpo_tpu.distributed import initialize, preemption
+from grpo_tpu.distributed import initialize, interrupt, preemption
 from grpo_tpu.observability import goodput, run_record
 
 _RESUME = "run the same command again to resume"
@@ -168,7 +168,8 @@ def _describe(error: BaseException) -> tuple[str, str]:
     reason = "invalid setting, flag or data, see above"
     return reason, "fix what the error names and run the command again"
   if code == ExitCode.PREEMPTED:
-    return "preempted, everything is saved", _RESUME
+    cause = "interrupted" if interrupt.is_pressed() else "preempted"
+    return f"{cause}, everything is saved", _RESUME
   reason = type(error).__name__
   with contextlib.suppress(Exception):
     reason += f": {(str(error).splitlines() or [''])[0]}"

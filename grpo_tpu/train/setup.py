@@ -18,6 +18,7 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import (
   compile_cache,
   initialize,
+  interrupt,
   preemption,
   preflight,
   sharding,
@@ -48,7 +49,7 @@ def start(
     SettingError: A setting that only the devices or the workdir can refute.
   """
   folder = pathlib.Path(workdir)
-  with contextlib.ExitStack() as stack:
+  with interrupt.saving(), contextlib.ExitStack() as stack:
     with validation.user_errors():
       record = run_record.RunRecord(
         workdir,

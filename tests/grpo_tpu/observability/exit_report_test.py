@@ -11,7 +11,7 @@ from data_pipelines import validation
 from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import manifest
 from grpo_tpu.config import schema
-from grpo_tpu.distributed import initialize, preemption
+from grpo_tpu.distributed import initialize, interrupt, preemption
 from grpo_tpu.observability import exit_report, run_record
 
 CONFIG = schema.Config.from_config_dict(base.get_config())
@@ -173,6 +173,12 @@ def test_a_finished_run_points_at_its_checkpoint_and_curves(tmp_path, caplog):
     "Checkpoint: none",
     f"View: tensorboard --logdir='{folder}'",
   ]
+
+
+def test_an_interrupted_run_says_so(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(interrupt, "is_pressed", lambda: True)
+  assert exit_code_of(run_report(tmp_path), ERRORS[75]) == 75
+  assert "interrupted, everything is saved" in last_lines(caplog)[0]
 
 
 def test_a_mode_says_what_to_do_with_its_result(tmp_path, caplog):

@@ -1,0 +1,165 @@
+"""Ctrl-C in a terminal: processes of their own on a pseudo-terminal."""
+
+import os
+import pathlib
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+SOON = 60
+
+START = """
+import contextlib, hashlib, os, signal, sys, time
+from grpo_tpu.distributed import interrupt
+interrupt.listen()
+is_run = {is_run}
+if is_run:
+  # As JAX's own handler, which is none of Python's.
+  import ctypes
+  notice = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+    lambda number: os.write(1, b"notice\\n")
+  )
+  ctypes.CDLL(None).signal(signal.SIGTERM, notice)
+with interrupt.saving() if is_run else contextlib.nullcontext():
+  print("ready", flush=True)
+  {body}
+print("done", flush=True)
+"""
+POLL = """
+  while not interrupt.is_pressed():
+    time.sleep(0.01)
+  time.sleep(1)
+"""
+# A call of C that no signal interrupts, as a compilation is.
+COMPILE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+FORK = """
+  if not os.fork():
+    time.sleep(3)
+    os._exit(0)
+  time.sleep(0.5)
+  print("forked", flush=True)
+  while not interrupt.is_pressed():
+    time.sleep(0.01)
+  print("child", os.wait()[1], flush=True)
+"""
+
+
+class Terminal:
+  """A program with a terminal of its own, whose keys the test presses."""
+
+  def __init__(self, code: str):
+    self._ours, theirs = pty.openpty()
+    self.process = subprocess.Popen(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      stdin=theirs,
+      stdout=theirs,
+      stderr=theirs,
+      start_new_session=True,
+      preexec_fn=_take_terminal,
+    )
+    os.close(theirs)
+    self.text = ""
+
+  def wait_for(self, words: str) -> None:
+    deadline = time.monotonic() + SOON
+    while words not in self.text:
+      assert time.monotonic() < deadline, self.text
+      if select.select([self._ours], [], [], 0.1)[0]:
+        try:
+          self.text += os.read(self._ours, 4096).decode()
+        except OSError:  # The program has ended.
+          assert words in self.text, self.text
+
+  def press(self) -> None:
+    os.write(self._ours, b"\x03")
+
+  def end(self) -> int:
+    try:
+      return self.process.wait(timeout=SOON)
+    finally:
+      self.process.kill()
+      os.close(self._ours)
+
+
+def _take_terminal() -> None:
+  import fcntl
+  import termios
+
+  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start():
+  opened = []
+
+  def new(body: str, *, is_run: bool = True) -> Terminal:
+    code = START.format(is_run=is_run, body=body)
+    opened.append(Terminal(code))
+    opened[-1].wait_for("ready")
+    return opened[-1]
+
+  yield new
+  for each in opened:
+    each.process.kill()
+
+
+def test_the_first_interrupt_of_a_run_is_a_notice_and_the_run_goes_on(start):
+  terminal = start(POLL)
+  terminal.press()
+  terminal.wait_for("Interrupted: saving; press Ctrl-C again to leave at once.")
+  terminal.wait_for("notice")
+  terminal.wait_for("done")
+  assert terminal.end() == 0
+  assert "Traceback" not in terminal.text
+
+
+def test_the_second_interrupt_leaves_even_from_a_compilation(start):
+  terminal = start(COMPILE)
+  terminal.press()
+  terminal.wait_for("Interrupted: saving")
+  time.sleep(0.3)
+  assert terminal.process.poll() is None
+  terminal.press()
+  terminal.wait_for("leaving at once, nothing is saved (exit code 130)")
+  assert terminal.end() == 130
+
+
+@pytest.mark.parametrize("body", [POLL, COMPILE])
+def test_one_interrupt_ends_a_mode_that_has_nothing_to_save(start, body):
+  terminal = start(body, is_run=False)
+  terminal.press()
+  terminal.wait_for("Interrupted: leaving at once")
+  assert terminal.end() == 130
+  assert "Traceback" not in terminal.text
+
+
+def test_a_forked_child_leaves_the_interrupt_to_its_parent(start):
+  """The child has the socket too, and one key must not count twice."""
+  terminal = start(FORK)
+  terminal.wait_for("forked")
+  terminal.press()
+  terminal.wait_for("child 0")
+  terminal.wait_for("done")
+  assert terminal.end() == 0
+
+
+def test_a_job_in_the_background_goes_on_ignoring_interrupts():
+  code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+  code += START.format(is_run=False, body="time.sleep(0.5)")
+  process = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  with process:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read() == "done\n"
+  assert process.returncode == 0
