@@ -77,6 +77,17 @@ def imports_at_start(source: str) -> set[str]:
   return found
 
 
+UNPICKLING = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_unpickles(name):
+  """What is unpickled may run as code, whoever has sent it."""
+  roots = {x.partition(".")[0] for x in imports(FILES[name].read_text())}
+  assert not roots & UNPICKLING
+  assert "allow_pickle=True" not in FILES[name].read_text()
+
+
 def room(name: str) -> str:
   """The entry of the table that a dotted name belongs to, itself if none."""
   prefixes = itertools.accumulate(name.split("."), lambda a, b: f"{a}.{b}")

@@ -1,7 +1,8 @@
 """Picks completions for people to look at."""
 
-import dataclasses
-import pickle
+import base64
+import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,12 +34,12 @@ def first_samples(
   chosen = np.flatnonzero(is_valid)[:count].tolist()
   width = len(texts[0])
   writer_rows = sharding.process_rows(mesh, len(is_valid), 0)
-  own, sent, everywhere = {}, {}, {}
+  own, sent, everywhere = {}, [], {}
   for i, row in enumerate(rows):
     if row not in chosen:
       continue
     problem = prompts.problems[i]
-    own[row] = sent[row] = Sample(
+    own[row] = Sample(
       pid=problem.pid,
       prompt=problem.query,
       completion=texts[i][0],
@@ -47,9 +48,25 @@ def first_samples(
       rewards={k: float(x[i * width]) for k, x in scores.components.items()},
       image=prompts.images[i, 0] if prompts.images.shape[1] else None,
     )
-    if row in writer_rows:
-      # Images are large, and the process that writes has its own.
-      sent[row] = dataclasses.replace(own[row], image=None)
-  for process in collectives.gather_bytes(pickle.dumps(sent)):
-    everywhere |= pickle.loads(process)
+    # Images are large, and the process that writes has its own.
+    sent.append([row, _to_json(own[row], with_image=row not in writer_rows)])
+  for process in collectives.gather_bytes(json.dumps(sent).encode()):
+    everywhere |= {row: _from_json(x) for row, x in json.loads(process)}
   return [(everywhere | own)[row] for row in chosen]
+
+
+def _to_json(sample: Sample, *, with_image: bool) -> dict[str, Any]:
+  image = sample.image if with_image else None
+  encoded = image is not None and {
+    "shape": image.shape,
+    "dtype": image.dtype.str,
+    "data": base64.b64encode(image.tobytes()).decode(),
+  }
+  return vars(sample) | {"image": encoded or None}
+
+
+def _from_json(fields: dict[str, Any]) -> Sample:
+  if image := fields["image"]:
+    data = np.frombuffer(base64.b64decode(image["data"]), image["dtype"])
+    fields |= {"image": data.reshape(image["shape"])}
+  return Sample(**fields)
