@@ -6,8 +6,11 @@ Every worker process imports this module, so nothing heavy is imported here.
 import dataclasses
 import importlib
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from data_pipelines.validation import printable
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
@@ -52,14 +55,36 @@ def resolve(path: str, *, setting: str = "function") -> Callable:
 
 
 def call(function: Callable, arguments: Sequence[Any]) -> Any:
-  """Calls the function; an exception becomes a `Failure`."""
+  """Calls the function; an exception or `sys.exit` becomes a `Failure`.
+
+  The reason ends with a file and line if something that the function called
+  has raised.
+  """
   try:
     return function(*arguments)
-  except Exception as error:  # A user's function may raise anything.
-    return Failure(one_line(error))
+  except (Exception, SystemExit) as error:  # A user's function may raise any.
+    return Failure(one_line(error) + _location(error))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
   """Formats an exception as one log line of at most about 500 characters."""
-  text = " ".join(f"{type(error).__name__}: {error}".split())
+  try:
+    text = str(error)[:5_000]
+  except Exception:  # A user's class may raise here, too.
+    text = "(without words)"
+  text = printable(" ".join(f"{type(error).__name__}: {text}".split()))
   return text if len(text) <= 500 else f"{text[:500]}..."
+
+
+def _location(error: BaseException) -> str:
+  """The file and line that raised, as a suffix of a reason, or "".
+
+  The line is in the file of what the function called, for example of a user's
+  function, and not in a library that this file called in turn.
+  """
+  frames = [
+    (frame.f_code.co_filename, line)
+    for frame, line in traceback.walk_tb(error.__traceback__)
+  ][2:]  # Without `call` and the function itself.
+  own = [f" ({file}:{line})" for file, line in frames if file == frames[0][0]]
+  return printable(own[-1]) if own else ""

@@ -1,48 +1,58 @@
-"""Worker processes for calls that may hang or crash.
+"""Worker processes for calls that may hang, crash or answer nonsense.
 
-Each worker has its own thread and its own pipe, so a crash is always the fault
+Each worker has its own thread and its own connection, so a fault is always that
 of exactly one call. `multiprocessing` processes are no alternative: spawned
 ones import the program's main module, and jax with it; forked ones inherit
 JAX's locks without the threads that hold them. For the choice against a library
 see docs/adr/0005-a-pipe-for-each-reward-worker.md.
 """
 
-import contextlib
-import multiprocessing
-import os
 import queue
-import signal
-import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
-from multiprocessing import connection
 from typing import Any
 
+from absl import logging
+
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable
 from data_pipelines.workers import functions
+from data_pipelines.workers.process import Process
 
 # Time for Python to start and to import the users' modules.
 _START_SECONDS = 120.0
+_MAX_ERROR_CHARACTERS = 1000
 _OPEN_POOLS: "weakref.WeakSet[Pool]" = weakref.WeakSet()
+
+# Raises a ValueError for a result that its caller cannot use.
+type Check = Callable[[Any], None]
 
 
 class Pool:
   """Calls functions in `num_workers` processes, which start when needed."""
 
   def __init__(
-    self, paths: Sequence[str], *, num_workers: int, timeout_seconds: float
+    self,
+    paths: Sequence[str],
+    *,
+    num_workers: int,
+    timeout_seconds: float,
+    memory_gib: float,
   ):
     """Creates the pool without starting a process.
 
     Args:
       paths: The functions that each worker imports before its first call.
-      num_workers: With 0, calls run in this process and have no timeout.
-      timeout_seconds: Time after which a call is killed.
+      num_workers: With 0, calls run in this process without limits.
+      timeout_seconds: Time after which a call is killed, sending included.
+      memory_gib: Limit of a worker's memory, and of each process it starts.
     """
     self._workers = [
-      _Worker(tuple(paths), timeout_seconds) for _ in range(num_workers)
+      _Worker(tuple(paths), timeout_seconds, memory_gib)
+      for _ in range(num_workers)
     ]
     self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._workers:
@@ -50,26 +60,39 @@ class Pool:
     self._threads = futures.ThreadPoolExecutor(num_workers or 1)
     _OPEN_POOLS.add(self)
 
-  def submit(self, path: str, *arguments: Any) -> futures.Future[Any]:
+  def submit(
+    self, path: str, *arguments: Any, check: Check = lambda _: None
+  ) -> futures.Future[Any]:
     """Starts a call of one of the pool's functions.
 
-    The arguments and the result are pickled.
+    Args:
+      path: The function's path.
+      *arguments: Values that JSON can hold.
+      check: Raises a ValueError for a result that is not as promised; its
+        worker can no longer be trusted and is replaced.
 
     Returns:
-      A future of the function's result, or of a `functions.Failure` if the
-      function raised, was killed or ended its process. The future raises
-      RuntimeError if no worker can be started.
+      A future of the function's result, a JSON value, or of a
+      `functions.Failure` if the function raised, was killed, ended its process
+      or did not pass the check. The future raises RuntimeError if no worker can
+      be started.
     """
     if self._workers:
-      return self._threads.submit(self._call, path, arguments)
+      return self._threads.submit(self._call, (path, arguments), check)
+    result = functions.call(functions.resolve(path), arguments)
+    if not isinstance(result, functions.Failure):
+      try:
+        check(result)
+      except ValueError as error:
+        result = functions.Failure(str(error))
     done: futures.Future[Any] = futures.Future()
-    done.set_result(functions.call(functions.resolve(path), arguments))
+    done.set_result(result)
     return done
 
-  def _call(self, path: str, arguments: tuple) -> Any:
+  def _call(self, task: tuple[str, tuple], check: Check) -> Any:
     worker = self._idle.get()
     try:
-      return worker.call((path, arguments))
+      return worker.call(task, check)
     finally:
       self._idle.put(worker)
 
@@ -80,6 +103,8 @@ class Pool:
     for worker in self._workers:
       worker.close()
     self._threads.shutdown(wait=True)
+    for worker in self._workers:
+      worker.end()
 
 
 def close_all() -> None:
@@ -89,89 +114,95 @@ def close_all() -> None:
 
 
 class _Worker:
-  """One process at a time with its pipe. Calls come from one thread."""
+  """One process at a time. Calls come from one thread at a time."""
 
-  def __init__(self, paths: tuple[str, ...], timeout_seconds: float):
-    self._paths = paths
+  def __init__(
+    self, paths: tuple[str, ...], timeout_seconds: float, memory_gib: float
+  ):
+    self._paths, self._memory_gib = paths, memory_gib
     self._timeout_seconds = timeout_seconds
     self._lock = threading.Lock()
-    self._process: subprocess.Popen | None = None
-    self._pipe: connection.Connection | None = None
+    self._process: Process | None = None
     self._is_closed = False
 
-  def call(self, task: tuple[str, tuple]) -> Any:
-    """Runs one call; kills the process if it takes too long."""
-    pipe = self._pipe or self._start()
+  def call(self, task: tuple[str, tuple], check: Check) -> Any:
+    """Runs one call; kills the process unless it answers as it should."""
+    process = self._process
+    if process is not None and not process.is_idle():
+      logging.warning("A worker %s between two calls.", self.end())
+      process = None
+    process = process or self._start()
+    result = self._exchange(process, task, self._timeout_seconds, check)
+    if not isinstance(result, functions.Failure):
+      return result
+    if result.reason.partition(":")[0].endswith("MemoryError"):
+      self.end()  # What it still holds may leave no room for the next call.
+      limit = f" (a worker may take {self._memory_gib:g} GiB)"
+      result = functions.Failure(result.reason + limit)
+    return result
+
+  def _exchange(
+    self, process: Process, message: Any, seconds: float, check: Check
+  ) -> Any:
+    """The result of a call; ends the process if it is at fault."""
     try:
-      pipe.send(task)
-      if pipe.poll(self._timeout_seconds):
-        return pipe.recv()
-      reason = f"it took longer than {self._timeout_seconds:g} seconds"
-      self._end()
+      answer = process.exchange(message, timeout_seconds=seconds)
+      if "error" in answer:
+        error = untrusted.get_field(answer, "error", str, "its answer")
+        process.log_output()
+        return functions.Failure(printable(error[:_MAX_ERROR_CHARACTERS]))
+      result = answer.get("result")
+      check(result)
+      process.log_output()
+      return result
+    except TimeoutError:
+      reason = f"it took longer than {seconds:g} seconds"
+      self.end()
     except (EOFError, OSError):
-      reason = f"its process ended with exit code {self._end(patience=1.0)}"
+      reason = f"its process {self.end()}"
+    except (ValueError, RecursionError) as error:
+      reason = printable(str(error)[:_MAX_ERROR_CHARACTERS]).rstrip(".")
+      self.end()
     return functions.Failure(reason)
 
-  def _start(self) -> connection.Connection:
-    ours, theirs = multiprocessing.Pipe()
-    environment = os.environ | {
-      # The worker finds users' modules where this process does.
-      "PYTHONPATH": os.pathsep.join(sys.path),
-      # Functions that depend on hash order agree in all workers.
-      "PYTHONHASHSEED": "0",
-    }
-    command = [sys.executable, "-m", "data_pipelines.workers.worker"]
+  def _start(self) -> Process:
+    if sys.platform != "linux":
+      message = (
+        "On this system a worker's memory is not limited, and what it starts "
+        "in another session outlives it."
+      )
+      logging.log_first_n(logging.WARNING, message, 1)
     with self._lock:
       if self._is_closed:
         raise RuntimeError("the pool is closed, so it starts no worker.")
-      with theirs:
-        self._process = subprocess.Popen(
-          [*command, str(theirs.fileno())],
-          stdin=subprocess.DEVNULL,
-          pass_fds=(theirs.fileno(),),
-          # Ctrl-C must reach the trainer alone. The session also groups the
-          # worker with its own children, which are killed together.
-          start_new_session=True,
-          env=environment,
-        )
-      self._pipe = ours
-    fault = "it does not respond"
-    try:
-      ours.send((self._paths, self._timeout_seconds))
-      if ours.poll(_START_SECONDS):
-        fault = ours.recv()
-    except (EOFError, OSError):
-      fault = "its process ended; see its output above"
-    if fault is None:
-      return ours
-    self._end()
+      try:
+        self._process = process = Process()
+      except OSError as error:
+        raise RuntimeError(f"a worker cannot be started: {error}.") from error
+    message = (self._paths, int(self._memory_gib * 2**30))
+    result = self._exchange(process, message, _START_SECONDS, lambda _: None)
+    if not isinstance(result, functions.Failure):
+      return process
+    self.end()
     raise RuntimeError(
-      f"a worker for {self._paths} cannot be started: {fault}."
+      f"a worker for {self._paths} cannot be started: {result.reason}."
     )
 
-  def _end(self, *, patience: float = 0.0) -> int:
-    """The exit code; kills the process if it outlives `patience` seconds."""
+  def end(self) -> str:
+    """Kills the process, if there is one, and says how it ended."""
     with self._lock:
-      process, pipe = self._process, self._pipe
-      self._process = self._pipe = None
-    assert process is not None and pipe is not None
-    pipe.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(patience)
-    return _kill(process)
+      process, self._process = self._process, None
+    if process is None:
+      return "has ended"
+    how = process.kill()
+    process.log_output()
+    process.close()
+    return how
 
   def close(self) -> None:
     """Kills the process for good; a running call then fails."""
     with self._lock:
       self._is_closed = True
       if self._process is not None:
-        # The pipe stays open: another thread may be waiting on it.
-        _kill(self._process)
-
-
-def _kill(process: subprocess.Popen) -> int:
-  """Kills a process and its children, and returns its exit code."""
-  if process.returncode is None:  # Else its id may belong to another process.
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)
-  return process.wait()
+        # The connection stays open: another thread may be waiting on it.
+        self._process.kill()

@@ -1,52 +1,162 @@
-"""The program of a worker process: calls functions until its pipe closes.
+"""The program of a worker: calls functions until its connection closes.
 
-`pool` starts it as `python -m data_pipelines.workers.worker FD`. It imports
-neither jax nor TensorFlow nor the main program, so many workers start within a
-second. When the main program dies, an idle worker ends because the pipe closes,
-and a busy one ends by SIGALRM, which no code can delay.
+`process` starts it as `python -m data_pipelines.workers.worker FD PARENT`. It
+imports neither jax nor TensorFlow nor the main program, so many workers start
+within a second. It forks: the child is the worker, and this process is its
+guardian. The guardian runs none of the users' code. When the worker ends, when
+SIGTERM arrives, or when the parent is gone, it kills all that the worker has
+started: the worker's process group, and on Linux every descendant, also in a
+session of its own, because orphans become children of the guardian.
 """
 
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import resource
 import signal
+import socket
 import sys
-from multiprocessing import connection
+from typing import Any
 
 from data_pipelines.workers import functions
 
-# The pool kills slow calls; this much later there is no pool left.
-_GRACE_SECONDS = 1.0
+_HEADER_BYTES = 8
+_IS_LINUX = sys.platform == "linux"
+# From linux/prctl.h.
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_AWAITED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGALRM}
+# The time within which the guardian notices that the parent is gone.
+_POLL_SECONDS = 1.0
 
 
-def serve(pipe: connection.Connection) -> None:
-  """Serves calls until the other end of the pipe closes.
+def serve(connection: socket.socket) -> None:
+  """Serves calls until the other end of the connection closes.
 
-  The first message holds the paths of all functions and the timeout of a call;
-  the reply is None, or the reason why a path cannot be resolved. Each later
-  message holds a path and arguments; the reply is that of `functions.call`.
+  The first message holds the paths of all functions and the memory limit; the
+  answer has the error of a path that cannot be resolved. Each later message
+  holds a path and arguments; the answer has the `result` or the `error`.
   """
-  paths, timeout_seconds = pipe.recv()
+  reader = connection.makefile("rb")
+
+  def receive() -> Any:
+    header = reader.read(_HEADER_BYTES)
+    if not header:
+      raise EOFError
+    return json.loads(reader.read(int.from_bytes(header)))
+
+  def send(answer: dict[str, Any]) -> None:
+    document = json.dumps(answer, allow_nan=False).encode()
+    connection.sendall(len(document).to_bytes(_HEADER_BYTES) + document)
+
+  paths, memory_bytes = receive()
+  _limit(memory_bytes)
   try:
     resolved = {path: functions.resolve(path) for path in paths}
   except ValueError as error:
-    pipe.send(str(error))
+    send({"error": str(error)})
     return
-  pipe.send(None)
+  send({"result": None})
   while True:
-    path, arguments = pipe.recv()
-    # The default action runs no Python code, so it also ends a loop in C.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _GRACE_SECONDS)
+    path, arguments = receive()
     result = functions.call(resolved[path], arguments)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    pipe.send(result)
+    with contextlib.suppress(Exception):  # A function may have closed it.
+      sys.stdout.flush()
+    if isinstance(result, functions.Failure):
+      send({"error": result.reason})
+      continue
+    try:
+      send({"result": result})
+    except (TypeError, ValueError, RecursionError) as error:
+      send({"error": f"its result is not JSON: {functions.one_line(error)}"})
+
+
+def _limit(memory_bytes: int) -> None:
+  """Limits this process and, each on its own, those that it starts."""
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  with contextlib.suppress(OSError, ValueError):  # macOS may refuse.
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most != resource.RLIM_INFINITY:
+      memory_bytes = min(memory_bytes, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+  with contextlib.suppress(OSError):
+    # When the machine runs out of memory, the system kills this first.
+    pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def guard(worker: int, parent: int) -> int:
+  """Waits for the worker's end or an order; kills all it started.
+
+  Returns:
+    The worker's exit code, or 128 and the signal that ended it.
+  """
+  signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS, _POLL_SECONDS)
+  status = None
+  while status is None and os.getppid() == parent:
+    if signal.sigwait(_AWAITED) == signal.SIGTERM:
+      break
+    status = _reap(worker)
+  if status is None:
+    os.kill(worker, signal.SIGKILL)  # It may have no group yet.
+  with contextlib.suppress(OSError):
+    os.killpg(worker, signal.SIGKILL)
+  while True:
+    for child in _children() if _IS_LINUX else ():
+      with contextlib.suppress(OSError):
+        os.kill(child, signal.SIGKILL)
+    try:
+      # A process is this one's child before its own parent can be reaped.
+      ended, raw = os.waitpid(-1, 0)
+    except ChildProcessError:
+      break
+    status = raw if ended == worker else status
+  code = os.waitstatus_to_exitcode(status or 0)
+  return code if code >= 0 else 128 - code
+
+
+def _reap(worker: int) -> int | None:
+  """Reaps what has ended; the worker's status if it is among them."""
+  while True:
+    ended, status = os.waitpid(-1, os.WNOHANG)
+    if ended in (0, worker):
+      return status if ended else None
+
+
+def _children() -> list[int]:
+  """The ids of this process's children."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    with contextlib.suppress(OSError):
+      parent = path.read_bytes().rpartition(b")")[2].split()[1]
+      if int(parent) == os.getpid():
+        found.append(int(path.parent.name))
+  return found
 
 
 def main() -> None:
-  """Serves the pipe whose file descriptor is the first argument."""
-  with connection.Connection(int(sys.argv[1])) as pipe:
-    try:
-      serve(pipe)
-    except (EOFError, OSError):
-      pass  # The main program is gone.
+  """Forks the worker that serves the first argument's file descriptor."""
+  descriptor, parent = map(int, sys.argv[1:])
+  libc = ctypes.CDLL(None)
+  guardian = os.getpid()
+  signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+  if _IS_LINUX:
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+  if worker := os.fork():
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (descriptor, 1, 2):
+      os.dup2(null, number)
+    # At once: nothing of this process is worth a clean end.
+    os._exit(guard(worker, parent))
+  if _IS_LINUX:
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != guardian:
+    return
+  os.setsid()
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
+  with socket.socket(fileno=descriptor) as connection:
+    with contextlib.suppress(EOFError, OSError):  # The parent is gone.
+      serve(connection)
 
 
 if __name__ == "__main__":

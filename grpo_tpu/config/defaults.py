@@ -99,6 +99,7 @@ _DEFAULTS = dict(
     custom=(),  # As in ("package.module:function",).
     custom_weights=(),
     num_workers=4,
+    worker_memory_gib=8.0,
     rows_per_call=16,
     timeout_seconds=5.0,
     max_error_fraction=0.1,

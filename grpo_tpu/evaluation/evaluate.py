@@ -145,7 +145,13 @@ def evaluate_greedy(
     ).completions
     groups = sampler.texts(completions)
     texts = [group[0] for group in groups]
-    scores = scoring.score(texts, batch.problems, rewards, gather=all_rows)
+    scores = scoring.score(
+      texts,
+      batch.problems,
+      rewards,
+      is_present=batch.valid,
+      gather=all_rows,
+    )
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
@@ -231,7 +237,11 @@ def _sample_draws(
     for number, draw in enumerate(draws):
       texts = [group[number] for group in groups]
       scores = scoring.score(
-        texts, batch.problems, config.rewards, gather=all_rows
+        texts,
+        batch.problems,
+        config.rewards,
+        is_present=batch.valid,
+        gather=all_rows,
       )
       ended = stopped[:, number]
       draw += grading.graded_completions(batch, texts, scores, ended)

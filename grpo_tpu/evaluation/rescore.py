@@ -6,12 +6,13 @@
 
 Prints the mean and standard deviation of each reward, and how many totals
 differ from the saved ones; with the rewards of the run none differs. Uses no
-device. The exit codes are those of `main`.
+device. The exit codes are those of `main`: 1 if the failures of a reward would
+end a run.
 """
 
 import dataclasses
 import json
-import pathlib
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,12 @@ from ml_collections import config_flags
 from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
+from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
+
+_MAX_SAMPLE_BYTES = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Result:
   rows: list[dict[str, Any]]
   table: str  # The mean and standard deviation of each reward.
   num_changed: int  # Totals that differ from the saved ones in any digit.
+  num_valid: int  # Rows on which no reward failed; only these are compared.
+  error: str  # Why the failures would end a run, or "".
 
 
 def rescore(
@@ -43,16 +49,16 @@ def rescore(
   problems: Mapping[str, records.Problem],
   config: RewardConfig,
 ) -> Result:
-  """Computes the rewards of lines of `samples/*.jsonl`.
-
-  Raises:
-    RewardError: A reward failed too often.
-  """
-  scores = scoring.score(
-    [row["completion"] for row in rows],
-    [problems[row["pid"]] for row in rows],
-    config,
-  )
+  """Computes the rewards of lines of `samples/*.jsonl`."""
+  error = ""
+  try:
+    scores = scoring.score(
+      [row["completion"] for row in rows],
+      [problems[row["pid"]] for row in rows],
+      config,
+    )
+  except scoring.RewardError as caught:
+    scores, error = caught.scores, str(caught)
   new = [
     dict(row)
     | {
@@ -63,7 +69,13 @@ def rescore(
     for i, row in enumerate(rows)
   ]
   changed = [a["reward"] != b["reward"] for a, b in zip(rows, new, strict=True)]
-  return Result(new, _table(rows, scores, config), sum(changed))
+  return Result(
+    rows=new,
+    table=_table(rows, scores, config),
+    num_changed=int(np.sum(changed & scores.valid)),
+    num_valid=int(scores.valid.sum()),
+    error=error,
+  )
 
 
 def _table(
@@ -71,28 +83,36 @@ def _table(
   scores: scoring.Scores,
   config: RewardConfig,
 ) -> str:
-  """One line per reward, with statistics over the rows without a failure."""
-  lines = ["reward                weight     mean      std    saved  failed"]
+  """One line per reward, with statistics over the rows where it did not fail.
+
+  The total is that of the rows where no reward failed.
+  """
+  lines = ["reward                weight     mean      std    saved  rows"]
   columns = [
-    (name, f"{config.weights[name]:.3g}", values, scores.errors[name])
+    (name, f"{config.weights[name]:.3g}", values, ~scores.failed[name])
     for name, values in scores.components.items()
   ]
-  columns.append(("total", "", scores.total, int((~scores.valid).sum())))
-  for name, weight, values, failures in columns:
-    kept = values[scores.valid].astype(np.float64)
-    mean, std = (kept.mean(), kept.std()) if kept.size else (0.0, 0.0)
+  columns.append(("total", "", scores.total, scores.valid))
+  for name, weight, values, is_kept in columns:
+    kept = values[is_kept].astype(np.float64)
     before = [
       row["reward"] if name == "total" else row["rewards"].get(name)
-      for row, is_kept in zip(rows, scores.valid, strict=True)
-      if is_kept
+      for row, keep in zip(rows, is_kept, strict=True)
+      if keep
     ]
     # A sample holds null for a value that is not finite, and nothing for a new
     # reward.
     finite = [x for x in before if x is not None]
-    saved = f"{np.mean(finite):8.4f}" if finite else "       -"
-    lines.append(
-      f"{name:20}  {weight:>6} {mean:8.4f} {std:8.4f} {saved} {failures:7}"
-    )
+    cells = [
+      f"{function(numbers):8.4f}" if len(numbers) else "       -"
+      for function, numbers in (
+        (np.mean, kept),
+        (np.std, kept),
+        (np.mean, finite),
+      )
+    ]
+    count = f"{len(kept)} of {len(values)}"
+    lines.append(f"{name:20}  {weight:>6} {' '.join(cells)}  {count}")
   return "\n".join(lines)
 
 
@@ -103,29 +123,40 @@ def read_samples(path: str) -> list[dict[str, Any]]:
     ValueError: There is no such file, or it holds something else.
   """
   try:
-    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    content = untrusted.read_bytes(
+      validation.to_path("--samples", path), _MAX_SAMPLE_BYTES
+    )
   except OSError as error:
     raise ValueError(
       f"--samples ({path!r}) must be a file such as "
       f"WORKDIR/samples/train.jsonl, but {error}; name a file."
     ) from error
+  lines = content.splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
-      kinds = {"pid": str, "completion": str, "rewards": dict}
-      if not all(isinstance(row[k], kind) for k, kind in kinds.items()):
-        raise ValueError("pid, completion or rewards is of another type")
-      rows.append(row | {"reward": row["reward"]})
-    except (ValueError, KeyError, TypeError) as error:
+      rows.append(_read_sample(line, f"line {number}"))
+    except ValueError as error:
       if number == len(lines) and not line.endswith(b"\n"):
         logging.warning("%s: skipped an unfinished last line.", path)
         break
       raise ValueError(
-        f"--samples ({path!r}) must hold one sample per line, but line "
-        f"{number} does not: {error!r}; remove the line."
+        f"--samples ({path!r}) must hold one sample per line, but {error} "
+        "Remove the line."
       ) from error
   return rows
+
+
+def _read_sample(line: bytes, source: str) -> dict[str, Any]:
+  row = untrusted.parse_json(line, source)
+  for name, kind in (("pid", str), ("completion", str), ("rewards", dict)):
+    untrusted.get_field(row, name, kind, source)
+  if "reward" not in row:
+    raise ValueError(f"{source} must have a field 'reward'.")
+  for name, value in [("reward", row["reward"]), *row["rewards"].items()]:
+    if value is not None:  # As a value that is not finite is saved.
+      untrusted.check_kind(value, float, f"{name!r} in {source}")
+  return row
 
 
 def read_problems(
@@ -155,13 +186,17 @@ def main(argv: Sequence[str]) -> None:
       config = run_config.Config.from_config_dict(flags.FLAGS.config)
       rows = read_samples(flags.FLAGS.samples)
       problems = read_problems({x["pid"] for x in rows}, flags.FLAGS.data_dir)
+      out = flags.FLAGS.out and validation.to_path("--out", flags.FLAGS.out)
     result = rescore(rows, problems, config.rewards)
-    if flags.FLAGS.out:
+    if out:
       text = "".join(json.dumps(row) + "\n" for row in result.rows)
-      pathlib.Path(flags.FLAGS.out).write_text(text)
+      out.write_text(text)
     print(result.table)
-    changed = f"{result.num_changed} of {len(rows)}"
+    changed = f"{result.num_changed} of {result.num_valid}"
     print(changed, "totals differ from the saved ones.")
+    if result.error:
+      logging.error("A run would end here: %s", result.error)
+      sys.exit(validation.ExitCode.FAILED)
   except validation.SettingError as error:
     command_flags.refuse(error)
   finally:

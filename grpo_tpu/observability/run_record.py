@@ -34,7 +34,7 @@ _MAY_DIFFER = (
   *("model.logits_chunk", "model.reference_memory"),
   *("rewards.num_workers", "rewards.rows_per_call"),
   *("rewards.timeout_seconds", "rewards.max_error_fraction"),
-  "rewards.error_window",
+  *("rewards.error_window", "rewards.worker_memory_gib"),
   *("train.microbatch_bundles", "train.max_skipped_updates"),
 )
 # The fields of the record that later programs read.

@@ -24,10 +24,15 @@ class BackgroundScorer:
     problems: Sequence[records.Problem],
     config: RewardConfig,
     *,
+    valid: np.ndarray,
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
   ):
-    """Takes the problem of each prompt of this process."""
+    """Takes the problem of each prompt of this process.
+
+    Where `valid` is False, the prompt is a stand-in.
+    """
     self._problems, self._config, self._gather = problems, config, gather
+    self._valid = valid
     self._pending: dict[int, futures.Future[scoring.RawScores]] = {}
     self._spans: list[tuple[float, float]] = []
 
@@ -47,7 +52,7 @@ class BackgroundScorer:
     """Scores of all completions, prompt by prompt, submitted or not.
 
     Raises:
-      RewardError: A reward has failed too often.
+      RewardError: A reward has failed too often, or on every completion.
     """
     self.submit({i: x for i, x in enumerate(texts) if i not in self._pending})
     parts = [self._pending[index].result() for index in range(len(texts))]
@@ -61,6 +66,11 @@ class BackgroundScorer:
   def _score(self, index: int, completions: list[str]) -> scoring.RawScores:
     start = time.perf_counter()
     problems = [self._problems[index]] * len(completions)
-    scores = scoring.raw_scores(completions, problems, self._config)
+    scores = scoring.raw_scores(
+      completions,
+      problems,
+      self._config,
+      is_present=np.full(len(completions), self._valid[index]),
+    )
     self._spans.append((start, time.perf_counter()))
     return scores

@@ -4,11 +4,13 @@ A call that fails is repeated row by row, so that a bad row fails alone. Results
 depend on neither the order nor the speed of the workers.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 from data_pipelines import records
 from data_pipelines.workers import functions, pool
+from grpo_tpu.rewards import custom
 from grpo_tpu.rewards.settings import RewardConfig
 
 _CALL = "grpo_tpu.rewards.custom:call"
@@ -20,6 +22,7 @@ def make_pool(config: RewardConfig) -> pool.Pool:
     (_CALL, *config.custom),
     num_workers=config.num_workers,
     timeout_seconds=config.timeout_seconds,
+    memory_gib=config.worker_memory_gib,
   )
 
 
@@ -39,8 +42,9 @@ def start(
 
   def start_call(path: str, rows: range) -> futures.Future:
     some_completions = [completions[row] for row in rows]
-    some_problems = [problems[row] for row in rows]
-    return workers.submit(_CALL, path, some_completions, some_problems)
+    encoded = custom.encode([problems[row] for row in rows])
+    check = functools.partial(custom.check, count=len(rows))
+    return workers.submit(_CALL, path, some_completions, *encoded, check=check)
 
   calls = {
     path: [start_call(path, rows) for rows in spans] for path in config.custom
@@ -60,6 +64,8 @@ def start(
         if row in repeated:
           index, result = 0, repeated[row].result()
         failed = isinstance(result, functions.Failure)
-        yield result if failed else result[index]
+        value = result if failed else result[index]
+        is_reason = isinstance(value, str)
+        yield functions.Failure(value) if is_reason else value
 
   return wait_for

@@ -1,7 +1,8 @@
 """Rewards of completions: the components of every row, and their weighted sum.
 
 A reward that raises, hangs or returns no finite number is a failure: the row is
-excluded and counted instead of scoring 0, and too many failures end the run.
+excluded and counted instead of scoring 0. Too many failures end the run, as
+does a reward that fails on every row of a step.
 Built-in rewards take time linear in the completion and run in this process;
 users' rewards (`custom`) run in workers. This module knows no groups,
 advantages or tokens.
@@ -15,14 +16,25 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import records
+from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
 from data_pipelines.workers import functions
-from grpo_tpu.rewards import accuracy, calls, heuristics
+from grpo_tpu.rewards import (
+  accuracy,
+  calls,
+  custom,
+  error_budget,
+  heuristics,
+)
 from grpo_tpu.rewards.settings import COMPONENTS, RewardConfig
 
 
 class RewardError(RuntimeError):
-  """A reward failed on more completions than `max_error_fraction` allows."""
+  """A reward failed on every completion, or on more than are allowed."""
+
+  def __init__(self, message: str, scores: "Scores"):
+    super().__init__(message)
+    self.scores = scores  # Those that were found.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +63,7 @@ class RawScores:
 
   problems: Sequence[records.Problem]
   answers: list[str | None]  # The answer extracted from each completion.
+  is_present: np.ndarray  # bool [N]; False for a stand-in, which is no row.
   values: np.ndarray  # float32 [components, N], before weights.
   faults: dict[tuple[int, int], str]  # Reasons of failures by (component, row).
 
@@ -60,7 +73,7 @@ class RawScores:
     failures = np.zeros(self.values.shape, bool)
     for index in self.faults:
       failures[index] = True
-    return failures
+    return failures & self.is_present
 
 
 def score(
@@ -68,6 +81,7 @@ def score(
   problems: Sequence[records.Problem],
   config: RewardConfig,
   *,
+  is_present: np.ndarray | None = None,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
   """Computes every reward of every completion.
@@ -76,6 +90,8 @@ def score(
     completions: Decoded text, without the end of turn.
     problems: The problem of each completion.
     config: The weights and limits.
+    is_present: bool [N], False for a stand-in, which no user's reward sees and
+      whose failures do not count; None means that all are present.
     gather: Maps the rows of this process to the rows of all processes, in the
       same order everywhere, so that all processes count the same failures.
 
@@ -87,9 +103,8 @@ def score(
       processes together.
     RuntimeError: A worker cannot be started.
   """
-  return reduce(
-    [raw_scores(completions, problems, config)], config, gather=gather
-  )
+  raw = raw_scores(completions, problems, config, is_present=is_present)
+  return reduce([raw], config, gather=gather)
 
 
 def score_groups(
@@ -97,6 +112,7 @@ def score_groups(
   problems: Sequence[records.Problem],
   config: RewardConfig,
   *,
+  is_present: np.ndarray | None = None,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
   """`score` for completions grouped by prompt, in the order of the groups."""
@@ -106,13 +122,17 @@ def score_groups(
     for _ in group
   ]
   flat = [text for group in texts for text in group]
-  return score(flat, repeated, config, gather=gather)
+  if is_present is not None:
+    is_present = is_present.reshape(-1)
+  return score(flat, repeated, config, is_present=is_present, gather=gather)
 
 
 def raw_scores(
   completions: Sequence[str],
   problems: Sequence[records.Problem],
   config: RewardConfig,
+  *,
+  is_present: np.ndarray | None = None,
 ) -> RawScores:
   """The first half of `score`, which depends on no other call.
 
@@ -125,7 +145,15 @@ def raw_scores(
     )
   # Workers start first and run while this process computes its own rewards.
   workers = _session(config).workers
-  wait_for = calls.start(workers, completions, problems, config)
+  if is_present is None:
+    is_present = np.ones(len(completions), bool)
+  rows = np.flatnonzero(is_present).tolist()
+  wait_for = calls.start(
+    workers,
+    [completions[row] for row in rows],
+    [problems[row] for row in rows],
+    config,
+  )
   values = np.zeros((len(config.weights), len(completions)), np.float32)
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
@@ -137,11 +165,12 @@ def raw_scores(
     values[: len(COMPONENTS), row] = own
     faults |= {(COMPONENTS.index(x), row): why for x, why in failures.items()}
   for component, path in enumerate(config.custom, start=len(COMPONENTS)):
-    for row, result in enumerate(wait_for(path)):
-      values[component, row], fault = _check_value(result)
-      if fault is not None:
-        faults[component, row] = fault
-  return RawScores(problems, answers, values, faults)
+    for row, result in zip(rows, wait_for(path), strict=True):
+      if isinstance(result, functions.Failure):
+        faults[component, row] = result.reason
+      else:
+        values[component, row] = result
+  return RawScores(problems, answers, is_present, values, faults)
 
 
 def reduce(
@@ -156,25 +185,29 @@ def reduce(
     RewardError: A reward failed too often, as in `score`.
   """
   session, names = _session(config), list(config.weights)
-  for part in parts:
-    for (component, row), fault in part.faults.items():
-      session.log(names[component], part.problems[row], fault)
+  session.log(parts)
   values = np.concatenate([part.values for part in parts], axis=1)
   failures = np.concatenate([part.failures for part in parts], axis=1)
-  everywhere = dict(zip(names, gather(failures.T).T, strict=True))
-  for name, rows in everywhere.items():
-    session.count(name, rows)
+  is_present = np.concatenate([part.is_present for part in parts])
+  everywhere = gather(np.column_stack([is_present, failures.T]))
+  counted = everywhere[everywhere[:, 0], 1:].T
   total = np.zeros(values.shape[1], np.float32)
   # Row by row, so that a total does not depend on the other rows.
   for weight, component in zip(config.weights.values(), values, strict=True):
     total += np.float32(weight) * component
-  return Scores(
+  scores = Scores(
     total=np.where(failures.any(axis=0), np.float32(0), total),
     components=dict(zip(names, values, strict=True)),
     failed=dict(zip(names, failures, strict=True)),
-    errors={name: int(rows.sum()) for name, rows in everywhere.items()},
+    errors={
+      name: int(rows.sum()) for name, rows in zip(names, counted, strict=True)
+    },
     answers=[answer for part in parts for answer in part.answers],
   )
+  for name, rows in zip(names, counted, strict=True):
+    if reason := session.count(name, rows):
+      raise RewardError(reason, scores)
+  return scores
 
 
 def _session(config: RewardConfig) -> "_Session":
@@ -194,56 +227,64 @@ class _Session:
 
   def __init__(self, config: RewardConfig):
     self.workers = calls.make_pool(config)
-    self._config = config
-    self._recent: dict[str, collections.deque[bool]] = {
-      name: collections.deque(maxlen=config.error_window)
+    self._errors = {
+      name: error_budget.ErrorBudget(
+        config.max_error_fraction, config.error_window
+      )
       for name in config.weights
     }
-    self._num_logged = dict.fromkeys(config.weights, 0)
-    self._last = dict.fromkeys(config.weights, "see the other hosts' logs")
+    self._paths = {custom.name(path): path for path in config.custom}
+    # How often each fault of a reward was seen, and the first of this batch.
+    self._seen: dict[str, collections.Counter[str]] = {
+      name: collections.Counter() for name in config.weights
+    }
+    self._first: dict[str, str] = {}
 
-  def log(self, name: str, problem: records.Problem, fault: str) -> None:
-    """Logs the first failures of a reward; `Scores.errors` counts all."""
-    self._last[name] = f"the last one was problem {problem.pid}: {fault}"
-    self._num_logged[name] += 1
-    if self._num_logged[name] <= _MOST_LOGGED:
-      message = "Reward %s failed on a completion of problem %s: %s"
-      logging.warning(message, name, problem.pid, fault)
+  def log(self, parts: Sequence[RawScores]) -> None:
+    """Logs each fault when it is new, and again at ten times the count."""
+    names = list(self._errors)
+    found: dict[tuple[str, str], list[str]] = {}
+    for part in parts:
+      for (component, row), fault in part.faults.items():
+        if part.is_present[row]:
+          pids = found.setdefault((names[component], fault), [])
+          pids.append(printable(part.problems[row].pid))
+    self._first = {}
+    for (name, fault), pids in found.items():
+      self._first.setdefault(name, f", of problem {pids[0]}: {fault}")
+      seen = self._seen[name]
+      if fault not in seen and len(seen) >= _MOST_DIFFERENT:
+        continue
+      before, seen[fault] = seen[fault], seen[fault] + len(pids)
+      if len(str(seen[fault])) > len(str(before or "")):
+        message = "Reward %s failed on %d completions, here of problem %s: %s"
+        source = self._describe(name)
+        logging.warning(message, source, seen[fault], pids[0], fault)
 
-  def count(self, name: str, failed: np.ndarray) -> None:
-    """Counts the failures of one reward, in the rows' order.
+  def count(self, name: str, failed: np.ndarray) -> str:
+    """Counts the failures of one reward on the rows of a batch.
 
-    Raises:
-      RewardError: There are more failures than allowed.
+    Returns:
+      The reason to end the run, or "".
     """
-    recent = self._recent[name]
-    limit = self._config.max_error_fraction * self._config.error_window
-    for has_failed in failed.tolist():
-      recent.append(has_failed)
-      if has_failed and (num_failed := sum(recent)) > limit:
-        raise RewardError(
-          f"reward {name} failed on {num_failed} of the last "
-          f"{len(recent)} completions, but rewards.max_error_fraction "
-          f"({self._config.max_error_fraction:g}) allows {limit:g} of "
-          f"{self._config.error_window}; {self._last[name]}. Fix the reward; "
-          "if it is only slow, raise rewards.timeout_seconds."
-        )
+    reason = self._errors[name].count(failed.tolist())
+    if not reason:
+      return ""
+    first = self._first.get(name, " is in the log of another host")
+    return (
+      f"reward {self._describe(name)} failed on {reason}; the first "
+      f"error{first}. Fix the reward; if it is only slow, raise "
+      "rewards.timeout_seconds."
+    )
+
+  def _describe(self, name: str) -> str:
+    """The reward's name, with the place of its definition if it is a user's."""
+    path = self._paths.get(name)
+    return f"{name} ({printable(custom.location(path))})" if path else name
 
 
-_MOST_LOGGED = 10
+_MOST_DIFFERENT = 10  # Faults of a reward that are logged.
 _SESSIONS: dict[RewardConfig, _Session] = {}
-
-
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-def _check_value(value: float | functions.Failure) -> tuple[float, str | None]:
-  """Returns a finite value and None; else 0 and the reason."""
-  if isinstance(value, functions.Failure):
-    return 0.0, value.reason
-  if abs(value) <= _LARGEST:  # Never true for NaN.
-    return value, None
-  return 0.0, f"a reward must be a finite float32, not {value}"
 
 
 def _score_one(
@@ -269,9 +310,11 @@ def _score_one(
   faults: dict[str, str] = {}
   for name, reward in rewards.items():
     try:
-      values[COMPONENTS.index(name)], fault = _check_value(float(reward()))
+      value = custom.to_reward(reward())
     except Exception as error:
-      fault = functions.one_line(error)
-    if fault is not None:
-      faults[name] = fault
+      value = functions.one_line(error)
+    if isinstance(value, str):
+      faults[name] = value
+    else:
+      values[COMPONENTS.index(name)] = value
   return verdict.answer, values, faults

@@ -46,14 +46,19 @@ class RewardConfig:
       name is the component's name.
     custom_weights: Weights of the functions in `custom`, in the same order.
     num_workers: Processes that call users' functions. With 0, this process
-      calls them, and a function that hangs stops the run.
+      calls them: without a timeout or a limit of memory, and what ends the
+      process ends the run.
+    worker_memory_gib: Memory in GiB that a worker may allocate, and each
+      process that it starts. Linux only.
     rows_per_call: The most completions per call. A call that fails is repeated
       row by row; a row that fails alone is excluded.
-    timeout_seconds: Time after which a worker's call fails.
+    timeout_seconds: Time after which a worker's call fails, which includes
+      sending it.
     max_error_fraction: The run ends when a component has failed on more than
-      this share of `error_window` rows; 1 never ends the run.
-    error_window: Number of the most recent rows whose failures are counted.
-      Rows that do not exist yet count as successes.
+      this share of the last rows. A component that fails on every row of a step
+      always ends the run.
+    error_window: Number of the most recent rows that `max_error_fraction` looks
+      at; before as many have been scored, it looks at all.
   """
 
   preset: str = field(metadata=one_of(PRESETS))
@@ -66,6 +71,7 @@ class RewardConfig:
   custom: tuple[str, ...]
   custom_weights: tuple[float, ...]
   num_workers: int = field(metadata=interval("[0, inf)", 4))
+  worker_memory_gib: float = field(metadata=interval("[0.25, inf)", 8.0))
   rows_per_call: int = field(metadata=at_least(1))
   timeout_seconds: float = field(metadata=interval("(0, inf)", 5.0))
   max_error_fraction: float = field(metadata=interval("[0, 1]", 0.1))

@@ -125,7 +125,10 @@ class Collector:
     batch = next(prompts)
     start = time.perf_counter()
     with background.BackgroundScorer(
-      batch.problems, self.config.rewards, gather=self._gather
+      batch.problems,
+      self.config.rewards,
+      valid=batch.valid,
+      gather=self._gather,
     ) as scorer:
       sampled = sampler.sample(
         params,
@@ -239,11 +242,16 @@ class Collector:
     assert prompts.completion_ids is not None
     assert prompts.completion_mask is not None and prompts.labels is not None
     texts = self.sampler.decode(prompts.completion_ids, prompts.completion_mask)
+    is_labelled = np.isfinite(prompts.labels)
     scores = scoring.score_groups(
-      texts, prompts.problems, self.config.rewards, gather=self._gather
+      texts,
+      prompts.problems,
+      self.config.rewards,
+      is_present=is_labelled & prompts.valid[:, None],
+      gather=self._gather,
     )
     rewards, valid = self.group_rewards(scores, prompts)
-    valid &= np.isfinite(prompts.labels)
+    valid &= is_labelled
     if self.config.label_rewards:
       rewards["total"] = np.where(valid, prompts.labels, 0).astype(np.float32)
       rewards["heuristics"] = np.zeros_like(rewards["total"])

@@ -19,6 +19,7 @@ from tests.grpo_tpu.scripted import PROBLEMS
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 COMPLETIONS = ("<answer>3</answer>", "I say 3.", "", "Trap <answer>3</answer>")
 CONFIG = config_of()
+ALL = ["4", "of", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_other_weights_change_what_they_weigh(saved, data_dir):
   assert [row["reward"] for row in result.rows] == [1.5, 0.0, 0.0, 1.5]
   assert result.num_changed == 2
   lines = [line.split() for line in result.table.splitlines()]
-  assert lines[2] == ["format", "0.5", "0.5000", "0.5000", "0.5000", "0"]
-  assert lines[-1] == ["total", "0.7500", "0.7500", "0.5500", "0"]
+  assert lines[2] == ["format", "0.5", "0.5000", "0.5000", "0.5000", *ALL]
+  assert lines[-1] == ["total", "0.7500", "0.7500", "0.5500", *ALL]
 
 
 def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
@@ -89,9 +90,11 @@ def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
   lines = [line.split() for line in result.table.splitlines()]
   brevity = [1 / (1 + len(completion)) for completion in COMPLETIONS[:3]]
   mean, std = f"{np.mean(brevity):.4f}", f"{np.std(brevity):.4f}"
-  assert lines[-2] == ["raising", "2", mean, std, "-", "1"]
-  # One of the three remaining completions is right.
-  assert lines[1][:3] == ["accuracy", "1", "0.3333"]
+  assert lines[-2] == ["raising", "2", mean, std, "-", "3", "of", "4"]
+  # The others did not fail: of all rows, half are right.
+  assert lines[1] == ["accuracy", "1", "0.5000", "0.5000", "0.5000", *ALL]
+  assert lines[-1][-3:] == ["3", "of", "4"]
+  assert not result.error
 
 
 def test_an_unfinished_last_line_is_skipped(saved):
@@ -101,7 +104,22 @@ def test_an_unfinished_last_line_is_skipped(saved):
   assert rescore.read_samples(saved) == whole[:-1]
 
 
-@pytest.mark.parametrize("line", ["{", '{"pid": "p0"}', "3"])
+SAMPLE = '{"pid": "p0", "completion": "", "reward": %s, "rewards": %s}'
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "{",
+    '{"pid": "p0"}',
+    "3",
+    "[" * 100_000,
+    SAMPLE % ('"a"', "{}"),
+    SAMPLE % ("1" + "0" * 400, "{}"),
+    SAMPLE % ("0", "[]"),
+    SAMPLE % ("0", '{"accuracy": []}'),
+  ],
+)
 def test_a_line_that_is_no_sample_is_refused_by_its_number(saved, line):
   with open(saved, "a") as file:
     file.write(line + "\n")
@@ -149,6 +167,25 @@ def test_the_command_touches_no_device(saved, data_dir, tmp_path):
   assert [row["rewards"]["brevity"] for row in rows] == pytest.approx(
     [1 / (1 + len(completion)) for completion in COMPLETIONS]
   )
+
+
+def test_a_reward_that_always_fails_has_no_mean_and_exits_1(saved, data_dir):
+  result = command(
+    f"--samples={saved}",
+    f"--data_dir={data_dir}",
+    "--config.rewards.custom=('tests.grpo_tpu.rewards.user_rewards:misspelt',)",
+    "--config.rewards.custom_weights=(1,)",
+  )
+  assert result.returncode == 1, result.stderr
+  lines = [line.split() for line in result.stdout.splitlines()]
+  none = ["-", "-", "-", "0", "of", "4"]
+  assert lines[-3] == ["misspelt", "1", *none]
+  assert lines[-2] == ["total", *none]
+  assert result.stdout.endswith("0 of 0 totals differ from the saved ones.\n")
+  assert lines[1][-3:] == ALL
+  assert "every one of the last 4 completions" in result.stderr
+  assert "user_rewards.py:" in result.stderr
+  assert "Traceback" not in result.stderr
 
 
 def test_the_command_exits_64_on_a_missing_file():

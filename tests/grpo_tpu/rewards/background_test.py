@@ -69,9 +69,9 @@ def test_finished_completions_are_scored_while_others_decode(run, monkeypatch):
   handed_out, begun = threading.Event(), threading.Event()
   raw_scores = scoring.raw_scores
 
-  def told(completions, problems, config):
+  def told(*arguments, **options):
     begun.set()
-    return raw_scores(completions, problems, config)
+    return raw_scores(*arguments, **options)
 
   def poll():
     # However busy this machine, a payment that was asked for gets its turn.

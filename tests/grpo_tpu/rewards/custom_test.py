@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from grpo_tpu.rewards import custom, scoring, settings
+from grpo_tpu.rewards import scoring, settings
+from tests.data_pipelines.workers.pool_test import await_end, is_alive
 from tests.grpo_tpu.rewards import user_rewards
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -34,6 +35,7 @@ def config_of(*names, **changes):
     custom=tuple(f"{HERE}:{name}" for name in names),
     custom_weights=(2.0,) * len(names),
     num_workers=0,
+    worker_memory_gib=8.0,
     rows_per_call=4,
     timeout_seconds=20.0,
     max_error_fraction=1.0,
@@ -68,42 +70,36 @@ def _closed():
   scoring.close()
 
 
-def is_alive(pid):
-  """True for a running process, False for a zombie."""
-  if not pathlib.Path("/proc/self/stat").exists():
-    pytest.skip("no /proc, so a zombie looks like a running process")
-  try:
-    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-  except (FileNotFoundError, ProcessLookupError):
-    return False
-  return state.split()[0] not in "ZX"
-
-
-def await_end(pid, seconds=20.0):
-  deadline = time.monotonic() + seconds
-  while is_alive(pid):
-    assert time.monotonic() < deadline, f"process {pid} still runs"
-    time.sleep(0.02)
-
-
 @pytest.mark.parametrize(
   ("name", "num_workers", "reason"),
   [
     ("sleeping", 2, "longer than 1 seconds"),
     ("stuck", 2, "longer than 1 seconds"),
     ("dying", 2, "exit code 3"),
-    ("leaving", 2, "exit code 4"),
+    ("leaving", 2, "SystemExit: 4"),
+    ("leaving", 0, "SystemExit: 4"),
     ("raising", 2, "RuntimeError: out of order"),
     ("raising", 0, "RuntimeError: out of order"),
     ("unsendable", 2, "_Unsendable: strange"),
     ("nan", 2, "not nan"),
     ("nan", 0, "not nan"),
     ("infinite", 0, "finite float32"),
-    ("text", 0, "ValueError"),
-    ("nothing", 0, "TypeError"),
+    ("text", 0, "finite float32, not 'much'"),
+    ("digits", 0, "finite float32, not '1'"),
+    ("digits", 2, "finite float32, not '1'"),
+    ("none", 0, "finite float32, not None"),
+    ("none", 2, "finite float32, not None"),
+    ("huge", 2, "not an object of type int"),
+    ("stubborn", 0, "not an object of type Stubborn"),
+    ("nothing", 0, "TypeError: it must return a list"),
+    ("coroutine", 0, "an object of type coroutine"),
+    ("coroutine", 2, "an object of type coroutine"),
+    ("string", 0, "an object of type str"),
+    ("mapping", 2, "an object of type dict"),
+    ("endless", 0, "too many rewards for 1 completions"),
     ("short", 2, "0 rewards for 1 completions"),
     ("short", 0, "0 rewards for 1 completions"),
-    ("long", 0, "2 rewards for 1 completions"),
+    ("long", 0, "too many rewards for 1 completions"),
   ],
 )
 def test_a_reward_that_fails_excludes_its_row_alone_and_the_run_continues(
@@ -145,19 +141,31 @@ def test_a_rows_reward_does_not_depend_on_workers_and_timing(num_workers):
     np.testing.assert_array_equal(found.total, plain.total)
 
 
-def test_a_reward_is_called_with_whole_problems(monkeypatch):
-  """The problem keeps its image, and one call gets all rows it is given."""
-  calls = []
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_reward_is_called_with_whole_problems(num_workers):
+  """Also with their pictures, and with text that UTF-8 cannot hold."""
+  problem = dataclasses.replace(
+    make_problem(2),
+    image_bytes=bytes(range(256)),
+    choices=("a", "b"),
+    query="\ud800\r",
+  )
+  config = config_of("whole", num_workers=num_workers, rows_per_call=9)
+  others = [make_problem(0), make_problem(1)]
+  texts = [repr(each) for each in (problem, *others, problem)]
+  found = scoring.score(texts, [problem, *others, problem], config)
+  # The reward is the number of rows of its call, where all are as sent.
+  np.testing.assert_array_equal(found.components["whole"], [4, 4, 4, 4])
 
-  def reward(completions, problems):
-    calls.append(len(completions))
-    assert all(problem == make_problem(2) for problem in problems)
-    return [0.0] * len(completions)
 
-  monkeypatch.setattr(user_rewards, "recorded", reward, raising=False)
-  path = f"{HERE}:recorded"
-  assert custom.call(path, ["a", "b"], [make_problem(2)] * 2) == [0.0, 0.0]
-  assert calls == [2]
+@pytest.mark.parametrize("name", ["generated", "array", "scalars", "boolean"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_any_sequence_of_numbers_will_do(name, num_workers):
+  found = score(TEXTS, config_of(name, num_workers=num_workers))
+  expected = [1 / (1 + len(text)) for text in TEXTS]
+  if name == "boolean":
+    expected = [1] * len(TEXTS)
+  np.testing.assert_allclose(found.components[name], expected, rtol=1e-3)
 
 
 def test_workers_start_without_jax_and_tensorflow():
@@ -241,7 +249,7 @@ def test_no_process_outlives_a_trainer_that_is_killed(tmp_path):
   trainer.stdout.close()
   await_end(idle)
   await_end(hung)
-  os.kill(int(path.read_text().split()[1]), signal.SIGKILL)
+  await_end(int(path.read_text().split()[1]))
 
 
 def test_a_worker_that_cannot_start_ends_the_run(monkeypatch):
@@ -264,7 +272,8 @@ def test_one_failure_too_many_ends_the_run(num_workers):
   score(TRAPPED, config)
   score(TEXTS, config)
   with pytest.raises(
-    scoring.RewardError, match=r"raising failed on 4 of the last 22 .*out of or"
+    scoring.RewardError,
+    match=r"raising .*failed on 4 of the last 22 .*out of or",
   ):
     score(TRAPPED, config)
 
@@ -293,6 +302,17 @@ def test_failures_are_counted_per_reward():
     ([f"{HERE}:no_such"], "has no 'no_such'"),
     ([f"{HERE}:not_callable"], "has no 'not_callable' that can be called"),
     ([f"{HERE}:of_one"], "too many positional arguments"),
+    *(
+      ([f"{HERE}:{name}"], "name a function that is not async")
+      for name in (
+        "co",
+        "co_generator",
+        "judge",
+        "judge_method",
+        "partial_co",
+        "partial_judge",
+      )
+    ),
     ([f"{HERE}:accuracy"], "give accuracy another name"),
     ([f"{HERE}:nan", f"{HERE}:nan"], "give nan another name"),
   ],
@@ -320,3 +340,70 @@ def test_a_reward_that_cannot_be_called_is_refused_by_name(paths, message):
 def test_a_setting_that_breaks_its_rule_is_named(name, value):
   with pytest.raises(ValueError, match=rf"^rewards.{name} \("):
     config_of("brevity", **{name: value})
+
+
+def test_a_function_that_runs_an_async_one_is_a_reward():
+  """What the error about async functions proposes is accepted and works."""
+  found = score(TEXTS, config_of("awaited", num_workers=1))
+  np.testing.assert_allclose(
+    found.components["awaited"], user_rewards.brevity(TEXTS, None)
+  )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_reward_that_fails_on_every_row_ends_the_run_at_once(num_workers):
+  """Whatever is allowed; the error names the user's file and line."""
+  config = config_of(
+    "misspelt", num_workers=num_workers, max_error_fraction=1.0
+  )
+  with pytest.raises(
+    scoring.RewardError,
+    match=r"misspelt \(.*user_rewards.py:\d+\) failed on every one of the "
+    r"last 6 completions; the first error, of problem p0: AttributeError: "
+    r".*'anwser' \(.*user_rewards.py:\d+\)\. Fix",
+  ) as raised:
+    score(TEXTS, config)
+  assert raised.value.scores.errors["misspelt"] == len(TEXTS)
+
+
+def test_stand_ins_are_no_rows():
+  """No user's reward sees them, and they hide no reward that always fails."""
+  problems = [make_problem(i) for i in range(len(TRAPPED))]
+  is_present = np.logical_not(ROW_FAILS)
+  found = scoring.score(
+    TRAPPED, problems, config_of("raising"), is_present=is_present
+  )
+  assert found.valid.all() and not any(found.errors.values())
+  scoring.close()
+  with pytest.raises(scoring.RewardError, match="every one of the last 2 "):
+    scoring.score(
+      TRAPPED, problems, config_of("raising"), is_present=np.array(ROW_FAILS)
+    )
+
+
+def test_all_hosts_count_all_rows():
+  """A reward that works on another host has not failed on every row."""
+
+  def gather(rows):
+    return np.concatenate([rows, np.array([[True] + [False] * 6])])
+
+  config = config_of("misspelt")
+  with pytest.raises(scoring.RewardError):
+    scoring.reduce(
+      [scoring.raw_scores(["x"], [make_problem()], config)], config
+    )
+  scoring.close()
+  raw = scoring.raw_scores(["x"], [make_problem()], config)
+  assert scoring.reduce([raw], config, gather=gather).errors["misspelt"] == 1
+
+
+def test_the_same_error_is_logged_once_with_its_count(caplog):
+  config = config_of("raising")
+  for _ in range(4):
+    score(TRAPPED, config)
+  logged = [x for x in caplog.messages if "out of order" in x]
+  assert len(logged) == 1 and "failed on 2 completions" in logged[0]
+  for _ in range(6):
+    score(TRAPPED, config)
+  logged = [x for x in caplog.messages if "out of order" in x]
+  assert len(logged) == 2 and "failed on 10 completions" in logged[1]

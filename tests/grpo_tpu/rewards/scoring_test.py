@@ -22,6 +22,7 @@ CONFIG = settings.RewardConfig(
   custom=(),
   custom_weights=(),
   num_workers=0,
+  worker_memory_gib=8.0,
   rows_per_call=16,
   timeout_seconds=5.0,
   max_error_fraction=1.0,

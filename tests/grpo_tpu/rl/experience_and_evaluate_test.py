@@ -348,6 +348,7 @@ def test_a_users_reward_that_fails_makes_no_answer_wrong(
   run_with_custom_reward, tokenizer
 ):
   replies = {pid: [f"none {reply[0]}"] for pid, reply in GREEDY.items()}
+  replies["p0"] = GREEDY["p0"]  # Failing on all would end the run.
   batches = batches_of(tokenizer, batch_size=4, indices=[0, 2, 5])
   scalars = run_with_custom_reward(replies).evaluate(batches).scalars
   assert scalars["eval/accuracy"] == 1.0
