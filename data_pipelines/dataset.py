@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from data_pipelines import pipeline, prompt_rows, records
+from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.sources import build, mathvista
@@ -42,7 +42,9 @@ class Dataset:
     completions: Labelled completions for kind "preference"; None for
       others.
     identity: Fingerprints of the records, the tokenizers and the file of
-      labelled completions, if any. A run resumes only with equal ones.
+      labelled completions, if any, and of the records that training leaves out.
+      A run resumes only with equal ones.
+    train_index: Sizes of the records to train on; None measures them later.
   """
 
   settings: DataConfig
@@ -52,6 +54,7 @@ class Dataset:
   eval: records.Source
   completions: preferences.Source | None
   identity: dict[str, str]
+  train_index: record_index.RecordIndex | None = None
 
   def train_batches(
     self,
@@ -64,17 +67,15 @@ class Dataset:
   ) -> pipeline.TrainBatches:
     """The endless training batches of this process, after `start_step`."""
     assert self.train is not None, "opened for evaluation alone"
-    builder = self._builder(
-      source=self.train,
-      kind=self.settings.kind,
+    builder = self._train_builder(
       seed=seed,
       max_new_tokens=max_new_tokens,
       shards=shards,
       shard_count=shard_count,
-      shuffle_options=self.settings.shuffle_options,
     )
     return pipeline.make_pipeline(
       builder,
+      index=self.train_index,
       prompts_per_step=self.settings.prompts_per_step,
       start_step=start_step,
       worker_processes=self.settings.worker_processes,
@@ -87,11 +88,16 @@ class Dataset:
     batch_size: int,
     kind: str = "online",
     max_new_tokens: int = 0,
+    split: str | None = None,
     **shards: Any,
   ) -> pipeline.EvalBatches:
-    """The eval split in order, for a process's `shards` and `shard_count`."""
+    """The eval split in order, for a process's `shards` and `shard_count`.
+
+    The log names it as `split`, or as the settings do.
+    """
     builder = self._builder(
       source=self.eval,
+      split=self.settings.eval_split if split is None else split,
       kind=kind,
       seed=0,
       max_new_tokens=max_new_tokens,
@@ -104,7 +110,8 @@ class Dataset:
   def preference_batches(self, **options: Any) -> pipeline.EvalBatches:
     """The batches of `eval_batches` with labelled completions, if any."""
     kind = "preference" if self.completions else "online"
-    return self.eval_batches(kind=kind, **options)
+    split = f"{self.settings.eval_split}, with labelled completions"
+    return self.eval_batches(kind=kind, split=split, **options)
 
   def make_prompts(
     self, problems: Sequence[records.Problem], *, batch_size: int
@@ -114,9 +121,42 @@ class Dataset:
     Padding rows fill the batch.
     """
     batches = dataclasses.replace(self, eval=problems).eval_batches(
-      num_problems=batch_size, batch_size=batch_size, shards=(0,), shard_count=1
+      num_problems=batch_size,
+      batch_size=batch_size,
+      split="",
+      shards=(0,),
+      shard_count=1,
     )
     return batches[0]
+
+  def measure_train_records(self) -> "Dataset":
+    """This with its `train_index`; `identity` has the records left out.
+
+    Raises:
+      ValueError: No record can be used for training.
+    """
+    assert self.train is not None, "opened for evaluation alone"
+    builder = self._train_builder(
+      seed=0,
+      max_new_tokens=self.model.max_new_tokens,
+      shards=(0,),
+      shard_count=1,
+    )
+    index = record_index.scan(builder, len(self.train), for_training=True)
+    identity = self.identity
+    # Always named, it would part a run from its older checkpoints.
+    if left_out := index.left_out:
+      identity = identity | {"data.dir: its records left out": left_out}
+    return dataclasses.replace(self, train_index=index, identity=identity)
+
+  def _train_builder(self, **arguments: Any) -> prompt_rows.RowBuilder:
+    return self._builder(
+      source=self.train,
+      split=self.settings.train_split,
+      kind=self.settings.kind,
+      shuffle_options=self.settings.shuffle_options,
+      **arguments,
+    )
 
   def _builder(self, **arguments: Any) -> prompt_rows.RowBuilder:
     settings = self.settings
@@ -170,7 +210,7 @@ def open_dataset(
   train = None
   if for_training:
     train = mathvista.source(folder, settings.train_split)
-  return Dataset(
+  data = Dataset(
     settings=settings,
     model=model,
     tokenizer=tokenizer,
@@ -179,6 +219,7 @@ def open_dataset(
     completions=completions,
     identity=identity | file_identity,
   )
+  return data.measure_train_records() if for_training else data
 
 
 def synthetic_request(

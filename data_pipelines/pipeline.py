@@ -1,10 +1,11 @@
 """Batches for training and evaluation, in an order that seed and step fix.
 
 Step s asks the records `order[s * B : (s + 1) * B]` of one endless shuffled
-sequence. A reader builds the rows of its shards of that batch and no others,
-so neither the number of shards nor a restart changes what a step holds, and
-the step is the whole position. An unusable record becomes a masked row, never
-a gap. Knows nothing of devices, sampling or rewards.
+sequence of the usable records. A reader builds the rows of its shards of that
+batch and no others, so neither the number of shards nor a restart changes what
+a step holds, and the step is the whole position. A record that turns out to be
+damaged becomes a masked row, never a gap. Knows nothing of devices, sampling or
+rewards.
 
 References:
   Grain: https://github.com/google/grain
@@ -39,8 +40,9 @@ class Batch:
       the black images after them are never read.
     prompt_index: int32 [B], the row's index in the batch of all shards; in an
       evaluation, its index among all problems.
-    valid: bool [B]. False marks a stand-in: a record that is damaged or too
-      long, or padding. Such a row is well-formed and must not count.
+    valid: bool [B]. False marks a stand-in: a record that is damaged or, in an
+      evaluation, too long, or padding. Such a row is well-formed and must not
+      count.
     problems: The B problems. A damaged one is empty except for a pid that
       names its index; one that is too long is itself; padding has the pid "".
     completion_ids: int32 [B, C, T], or None for kind "online". C = 1 for
@@ -68,6 +70,7 @@ def make_pipeline(
   prompts_per_step: int,
   start_step: int,
   worker_processes: int = 0,
+  index: record_index.RecordIndex | None = None,
 ) -> "TrainBatches":
   """The endless batches of one reader, from `start_step` on.
 
@@ -78,6 +81,8 @@ def make_pipeline(
     worker_processes: Processes that build batches; 0 builds the same batches
       in threads of this process. Needs parsed absl flags, which Grain reads,
       and a `__main__` that can be imported again.
+    index: Sizes of all records; None measures them. Each epoch is a
+      permutation of those that can be used.
 
   Returns:
     An iterator whose n-th batch is that of step `start_step + n`.
@@ -86,18 +91,14 @@ def make_pipeline(
     ValueError: A setting breaks a rule, or no record can be used.
   """
   _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
-  count = len(builder.source)
-  index = record_index.scan(builder, count, needs_answers=True)
-  if not index.lengths.any():
-    raise ValueError(
-      f"none of the {count} records can be used for training: the warnings "
-      "above give the reasons; raise data.prompt_buckets or prepare the data "
-      "again."
-    )
+  if index is None:
+    index = record_index.scan(builder, len(builder.source), for_training=True)
+  usable = index.usable
   order = (
-    grain.MapDataset.range(count)
+    grain.MapDataset.range(len(usable))
     .shuffle(seed=builder.seed)
     .repeat()
+    .map(functools.partial(np.take, usable))
     .batch(prompts_per_step, drop_remainder=True)
   )
   steps = order.map_with_index(functools.partial(_build_batch, builder, index))
@@ -158,7 +159,7 @@ def make_eval_batches(
   """
   _check_batch_size(builder, "eval.batch_size", batch_size)
   count = min(num_problems, len(builder.source))
-  index = record_index.scan(builder, count, needs_answers=False)
+  index = record_index.scan(builder, count, for_training=False)
   return EvalBatches(builder, index, batch_size)
 
 
@@ -182,7 +183,7 @@ class EvalBatches:
     count = self._num_problems
     index = self._index.select(slice(count))
     if builder.pan_and_scan.enabled:
-      index = record_index.scan(builder, count, needs_answers=False)
+      index = record_index.scan(builder, count, for_training=False)
     return EvalBatches(builder, index, self._size)
 
   def __len__(self) -> int:

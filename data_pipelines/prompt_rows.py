@@ -1,7 +1,8 @@
 """One row of a batch: a problem's prompt ids, images and given completions.
 
-A record that is damaged or too long becomes a stand-in row of the same shape,
-marked invalid, so that no row ever moves. Knows nothing of steps or devices.
+A record that turns out to be damaged, or is too long to be evaluated, becomes a
+stand-in row of the same shape, marked invalid, so that no row ever moves. Knows
+nothing of steps or devices.
 """
 
 import dataclasses
@@ -63,6 +64,7 @@ class RowBuilder:
       `shuffle_options` can change it. `Batch.problems` are as asked.
     pan_and_scan: Which images are followed by crops. A batch has room for as
       many images as its richest row on any shard has.
+    split: Name of the split in the log; "" logs nothing about it.
   """
 
   source: records.Source
@@ -81,6 +83,7 @@ class RowBuilder:
   template: chat_prompts.Template = chat_prompts.TAGGED
   shuffle_options: bool = False
   pan_and_scan: images.PanAndScan = images.WHOLE
+  split: str = ""
 
   def __post_init__(self):
     require_one_of("data.kind", self.kind, KINDS)
@@ -151,7 +154,7 @@ class RowBuilder:
           shown = self._images(problem, prompt, slots)
           return Row(prompt, completions, labels, shown, True, problem)
       except UNREADABLE as error:
-        warn_masked(index, error)
+        warn_unusable(index, error)
     return Row(
       prompt=self._prompt(_stand_in(""), 0),
       completions=[[]] * self.num_completions,
@@ -255,9 +258,9 @@ class RowBuilder:
     return np.concatenate([views, self._blank(slots - len(views))])
 
 
-def warn_masked(index: int, error: Exception) -> None:
-  """Logs the first few unusable records; `Batch.valid` counts the rest."""
-  message = "Record %d is masked: %s"
+def warn_unusable(index: int, error: Exception) -> None:
+  """Logs the first few unusable records; others are counted alone."""
+  message = "Record %d cannot be used: %s"
   logging.log_first_n(logging.WARNING, message, 3, index, error)
 
 

@@ -4,13 +4,29 @@ Every reader measures every record, so that all readers know how far a batch's
 prompts and images must be padded without asking each other.
 """
 
+import collections
+import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
-from data_pipelines import prompt_rows
+from data_pipelines import prompt_rows, records
 from data_pipelines.text import shuffle_options
+
+# What is wrong with a record that a setting leaves out, and that setting.
+_TOO_LONG = {
+  "prompt_too_long": (
+    "with a prompt of more than {longest_prompt} tokens",
+    "the last of data.prompt_buckets",
+  ),
+  "completion_too_long": (
+    "with a completion of more than {longest_completion} tokens",
+    "rollout.max_new_tokens",
+  ),
+}
+_UNREADABLE = ("that cannot be used, see the warnings", "")
 
 
 class RecordIndex(NamedTuple):
@@ -24,6 +40,20 @@ class RecordIndex(NamedTuple):
 
   lengths: np.ndarray
   num_images: np.ndarray
+
+  @property
+  def usable(self) -> np.ndarray:
+    """int64 [m], the indices of the records that can be used, ascending."""
+    return np.flatnonzero(self.lengths > 0)
+
+  @property
+  def left_out(self) -> str:
+    """Count and digest of the records that cannot be used; "" for none."""
+    missing = np.flatnonzero(self.lengths == prompt_rows.UNUSABLE)
+    if not missing.size:
+      return ""
+    digest = hashlib.sha256(missing.astype("<i8").tobytes()).hexdigest()
+    return f"{missing.size} of {len(self.lengths)}, sha256 {digest[:16]}"
 
   def select(self, indices: np.ndarray | slice) -> "RecordIndex":
     """The sizes of these records alone."""
@@ -45,40 +75,74 @@ class RecordIndex(NamedTuple):
 
 
 def scan(
-  builder: prompt_rows.RowBuilder, count: int, *, needs_answers: bool
+  builder: prompt_rows.RowBuilder, count: int, *, for_training: bool
 ) -> RecordIndex:
   """Measures the first `count` records of the builder's source.
 
+  Logs once how many can be used, and what is wrong with the others.
+
   Raises:
-    ValueError: `needs_answers`, and a usable problem has no public answer.
+    ValueError: `for_training`, and no record can be used, or a usable problem
+      has no public answer.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
+  left_out: collections.Counter[str] = collections.Counter()
   num_choices = num_fixed = 0
   for index in range(count):
     try:
       problem = builder.source[index]
       lengths[index], num_images[index] = builder.measure(problem)
     except prompt_rows.UNREADABLE as error:
-      prompt_rows.warn_masked(index, error)
+      reason = error.reason if isinstance(error, records.BadRecord) else ""
+      left_out[reason] += 1
+      if reason not in _TOO_LONG:
+        prompt_rows.warn_unusable(index, error)
       continue
     if builder.shuffle_options and problem.choices:
       num_choices += 1
       num_fixed += shuffle_options.is_fixed(problem)
-    if needs_answers and not problem.has_answer:
+    if for_training and not problem.has_answer:
       raise ValueError(
         f"problem {problem.pid} has no public answer, and training needs one "
         "for every problem; train on another split."
       )
-  logging.info(
-    "%d of %d problems can be used and fit into data.prompt_buckets.",
-    np.count_nonzero(lengths),
-    count,
-  )
+  found = RecordIndex(lengths, num_images)
+  _report(builder, found, left_out, for_training)
   if builder.shuffle_options:
     logging.info(
       "Options are shuffled, except in %d of %d problems that refer to them.",
       num_fixed,
       num_choices,
     )
-  return RecordIndex(lengths, num_images)
+  return found
+
+
+def _report(
+  builder: prompt_rows.RowBuilder,
+  index: RecordIndex,
+  left_out: Mapping[str, int],
+  for_training: bool,
+) -> None:
+  """Logs how many records can be used; refuses to train on none."""
+  faults: collections.Counter[tuple[str, str]] = collections.Counter()
+  for reason, number in left_out.items():
+    faults[_TOO_LONG.get(reason, _UNREADABLE)] += number
+  limits = {
+    "longest_prompt": builder.prompt_buckets[-1],
+    "longest_completion": builder.max_new_tokens,
+  }
+  listed = ", ".join(
+    f"{number} {fault.format_map(limits)}" + (setting and f" ({setting})")
+    for (fault, setting), number in faults.items()
+  )
+  listed = listed and f"; left out: {listed}"
+  usable, count = len(index.usable), len(index.lengths)
+  if for_training and not usable:
+    raise ValueError(
+      f"none of the {count} records can be used for training{listed}. Raise "
+      "what is named here, or prepare the data again."
+    )
+  if builder.split:
+    message = "%s: %d of %d problems can be used%s."
+    logging.info(message, builder.split, usable, count, listed)

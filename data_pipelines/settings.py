@@ -111,6 +111,7 @@ class ModelInputs:
     vocab_size: Rows of the embedding.
     image_size: Side of an image in pixels; 0 for a model without images.
     soft_tokens: Placeholders for each image.
+    max_new_tokens: The setting `rollout.max_new_tokens`.
   """
 
   name: str
@@ -119,3 +120,4 @@ class ModelInputs:
   vocab_size: int
   image_size: int
   soft_tokens: int
+  max_new_tokens: int

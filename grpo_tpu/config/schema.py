@@ -85,6 +85,7 @@ class Config:
       vocab_size=self.model_config.vocab_size,
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
+      max_new_tokens=self.rollout.max_new_tokens,
     )
 
   @property

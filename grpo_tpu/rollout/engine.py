@@ -81,7 +81,7 @@ class RowState(flax.struct.PyTreeNode):
     length: Number of tokens so far.
     live: True until the row ends.
     stopped: True if a stop token ended the row.
-    limit: Most tokens of the row.
+    limit: Most tokens of the row; a row of 0 never lives.
     keys: Random key of the row.
   """
 
@@ -202,7 +202,7 @@ class Engine:
       index=index.reshape(shape),
       ids=jnp.full(shape, GEMMA3.pad, jnp.int32),
       length=jnp.zeros(shape, jnp.int32),
-      live=jnp.ones(shape, bool),
+      live=limit > 0,
       stopped=jnp.zeros(shape, bool),
       limit=limit,
       keys=keys,

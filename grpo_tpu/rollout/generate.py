@@ -131,7 +131,8 @@ def sample_completions(
     mesh: The devices.
     stop_strings: Strings that end a completion.
     row_limits: Most tokens of each row of this process, at most
-      `max_new_tokens`; None gives every row that many.
+      `max_new_tokens`; None gives every row that many. A row of 0 has no token,
+      and neither it nor a short one changes the samples of the others.
     poll: Called between chunks, equally often on every process. An exception
       from it abandons the rollout.
     on_finished: Called between chunks with the token ids of those of this
@@ -286,17 +287,18 @@ class _Rollout:
   def _report(
     self, prefill_seconds: float, decode_seconds: float
   ) -> RolloutReport:
+    decoded = np.maximum(self._length - 1, 0)
     return RolloutReport(
       prefill_seconds=prefill_seconds,
       decode_seconds=decode_seconds,
       tokens=int(self._length.sum()),
-      decoded=int((self._length - 1).sum()),
+      decoded=int(decoded.sum()),
       row_steps=self._row_steps,
       moves=self._moves,
       least_bytes=decoding.least_bytes_read(
         self._settings.config,
         self._params,
-        steps=(self._length - 1).astype(np.int64),
+        steps=decoded.astype(np.int64),
         prompt_length=self._prompts.ids.shape[1],
         dtype=self._settings.dtype,
       ),

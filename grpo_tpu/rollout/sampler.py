@@ -94,7 +94,8 @@ class Sampler:
 
     Args:
       params: The parameters.
-      prompts: The prompts of this process.
+      prompts: The prompts of this process; those that are not valid get
+        completions without a token.
       key: The key that each row's key is folded from.
       num_completions: Completions per prompt.
       temperature: Divides the logits; 0 takes the most likely token.
@@ -115,6 +116,8 @@ class Sampler:
     ids, length = prompts.prompt_ids, prompts.prompt_length
     rows = (ids, length, images, prompts.prompt_index)
     whole = self._put_prompts(rows)
+    limits = np.where(prompts.valid, self.settings.max_new_tokens, 0)
+    limits = np.repeat(limits[:, None], num_completions, axis=1)
     settings = self.engine_settings(
       num_completions, temperature, top_k=top_k, top_p=top_p
     )
@@ -138,6 +141,7 @@ class Sampler:
         settings=settings,
         mesh=self.mesh,
         stop_strings=self._stop_strings,
+        row_limits=limits[part::num_parts],
         poll=poll,
         on_finished=report_texts if on_finished else None,
       )

@@ -354,12 +354,12 @@ def test_problems_are_asked_whether_or_not_a_file_has_replies(
   path = tmp_path / "replies.jsonl"
   write_replies(path, ["no such pid"])
   config = settings(kind="preference", preference_file=str(path))
-  data = opened(config, workdir)
+  data = opened(config, workdir, for_training=False)
   batch = eval_batches(data, config)[0]
   assert batch.valid.all() and batch.labels is None
   assert not preference_batches(data, config)[0].valid.any()
   with pytest.raises(ValueError, match="^none of the .* can be used"):
-    train_batches(data, config)
+    opened(config, workdir)
 
 
 def test_nothing_is_drawn_for_a_run_whose_file_of_replies_is_bad(tmp_path):
@@ -375,7 +375,7 @@ def test_identity_has_the_hash_of_a_file_of_replies(workdir, tmp_path):
   hashes = []
   for rejected in ("no", "no", "perhaps"):
     write_replies(path, ["1"], rejected)
-    identity = opened(config, workdir).identity
+    identity = opened(config, workdir, for_training=False).identity
     hashes.append(identity["data.preference_file: its contents"])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert identity == opened(settings(), workdir).identity | {
@@ -466,6 +466,28 @@ def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
   ):
     opened(settings(dir=str(data_dir), train_split="test"))
   opened(settings(dir=str(data_dir), eval_split="test"))
+
+
+LEFT_OUT = "data.dir: its records left out"
+
+
+def test_identity_names_the_records_that_training_leaves_out(workdir):
+  """What the buckets, the tokenizer or the template leave out of the order."""
+  whole = opened(settings(), workdir)
+  assert LEFT_OUT not in whole.identity
+  lengths = sorted(whole.train_index.lengths.tolist())
+  middle, longest = lengths[len(lengths) // 2], lengths[-1]
+  assert middle < longest, "prompts differ in length"
+  named = []
+  for bucket in (middle, longest - 1):
+    data = opened(settings(prompt_buckets=(bucket,)), workdir)
+    named.append(data.identity.pop(LEFT_OUT))
+    assert data.identity == whole.identity
+    count = sum(length > bucket for length in lengths)
+    assert named[-1].startswith(f"{count} of {len(lengths)}, sha256 ")
+  assert named[0] != named[1]
+  bucketed = opened(settings(prompt_buckets=(longest,)), workdir)
+  assert bucketed.identity == whole.identity
 
 
 def test_an_evaluation_needs_no_split_to_train_on(data_dir):

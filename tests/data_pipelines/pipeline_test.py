@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import logging
 
 import numpy as np
 import PIL.Image
@@ -299,24 +300,23 @@ def test_own_completions_keep_their_order_and_labels(tokenizer):
     tokenizer, kind="preference", completion_source=own_completions
   )
   for batch in found:
-    np.testing.assert_array_equal(
-      batch.valid, [p.pid not in ("p1", "p2") for p in batch.problems]
-    )
-    for row in np.flatnonzero(batch.valid):
+    assert batch.valid.all()
+    for row in range(4):
       pid = batch.problems[row].pid
+      assert pid not in ("p1", "p2")
       texts = [tokenizer.decode(ids) for ids in batch.completion_ids[row]]
       assert texts == [pid, f"not {pid}"]
       np.testing.assert_array_equal(batch.labels[row], [-0.5, 3.0])
-  assert not all(batch.valid.all() for batch in found)
 
 
 def test_a_missing_completion_has_no_label_and_no_tokens(tokenizer):
   """The third of a group of two, and all completions of an invalid row."""
   source = FailingSource(PROBLEMS, unreadable={3})
-  for batch in batches(
+  for batch in eval_batches(
     tokenizer,
     source,
     kind="preference",
+    max_new_tokens=24,
     completion_source=own_completions,
     num_labelled=3,
   ):
@@ -345,10 +345,10 @@ def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
   source = FailingSource(problems, unreadable={2})
   asked = {}
   for good, bad in zip(
-    batches(tokenizer), batches(tokenizer, source), strict=True
+    eval_batches(tokenizer), eval_batches(tokenizer, source), strict=True
   ):
     for row, problem in enumerate(good.problems):
-      if problem.pid in ("p2", "p4", "p6"):
+      if problem.pid in ("p2", "p4", "p6", ""):
         assert not bad.valid[row]
         asked[problem.pid] = bad.problems[row].pid
         frame = bad.prompt_ids[row, : bad.prompt_length[row]]
@@ -358,7 +358,50 @@ def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
         assert bad.valid[row]
         assert bad.problems[row] == problem
         np.testing.assert_array_equal(bad.images[row], good.images[row])
-  assert asked == {"p2": "unreadable:2", "p4": "p4", "p6": "p6"}
+  assert asked == {"p2": "unreadable:2", "p4": "p4", "p6": "p6", "": ""}
+
+
+def pids_of(found):
+  return [problem.pid for batch in found for problem in batch.problems]
+
+
+@pytest.mark.parametrize("kind", prompt_rows.KINDS)
+def test_an_epoch_is_a_permutation_of_the_usable_records(tokenizer, kind):
+  """Their order is that of a source of these records alone."""
+  problems = [*PROBLEMS]
+  problems[4] = dataclasses.replace(PROBLEMS[4], query="7" * 90)
+  # Too long only where the completion comes with the problem.
+  problems[7] = dataclasses.replace(PROBLEMS[7], solution="7" * 24)
+  left_out = {2, 4, 9} | ({7} if kind != "online" else set())
+  usable = [p for i, p in enumerate(problems) if i not in left_out]
+  source, epoch = FailingSource(problems, unreadable={2, 9}), len(usable)
+  found = batches(tokenizer, source, kind=kind, steps=3 * epoch // 4 + 1)
+  assert all(batch.valid.all() for batch in found)
+  pids = pids_of(found)
+  for start in range(0, 3 * epoch, epoch):
+    assert sorted(pids[start : start + epoch]) == sorted(p.pid for p in usable)
+  alone = batches(tokenizer, usable, kind=kind, steps=3 * epoch // 4 + 1)
+  assert pids == pids_of(alone)
+
+
+@pytest.mark.parametrize("kind", ["online", "demonstrations"])
+def test_what_is_left_out_is_said_once_with_its_setting(
+  tokenizer, caplog, kind
+):
+  problems = [*PROBLEMS]
+  problems[4] = dataclasses.replace(PROBLEMS[4], query="7" * 90)
+  problems[7] = dataclasses.replace(PROBLEMS[7], solution="7" * 24)
+  with caplog.at_level(logging.INFO, "absl"):
+    batches(tokenizer, problems, kind=kind, split="train")
+  expected = {
+    "online": "train: 12 of 13 problems can be used; left out: 1 with a prompt "
+    "of more than 64 tokens (the last of data.prompt_buckets).",
+    "demonstrations": "train: 11 of 13 problems can be used; left out: 1 with "
+    "a prompt of more than 64 tokens (the last of data.prompt_buckets), 1 with "
+    "a completion of more than 24 tokens (rollout.max_new_tokens).",
+  }
+  assert caplog.messages == [expected[kind]]
+  assert caplog.records[0].levelname == "INFO"
 
 
 def test_a_bad_record_looks_the_same_to_every_shard(tokenizer):
@@ -370,15 +413,6 @@ def test_a_bad_record_looks_the_same_to_every_shard(tokenizer):
   ]
   for batch, parts in zip(whole, zip(*halves, strict=True), strict=True):
     assert_same(batch, joined(parts))
-
-
-def test_a_completion_that_does_not_fit_masks_its_row(tokenizer):
-  long = dataclasses.replace(PROBLEMS[0], solution="7" * 24)
-  problems = [long, *PROBLEMS[1:]]
-  for batch in batches(tokenizer, problems, kind="demonstrations"):
-    for row, problem in enumerate(batch.problems):
-      assert batch.valid[row] == (problem.pid != "p0")
-      assert batch.completion_mask[row].any() == batch.valid[row]
 
 
 def test_a_completion_of_exactly_the_most_tokens_fits(tokenizer):
@@ -394,7 +428,7 @@ def test_a_completion_of_exactly_the_most_tokens_fits(tokenizer):
     found = batches(
       tokenizer, kind="demonstrations", max_new_tokens=longest - spare
     )
-    assert all(batch.valid.all() for batch in found) == (spare == 0)
+    assert (len(set(pids_of(found))) == NUM_PROBLEMS) == (spare == 0)
 
 
 def test_every_row_of_a_step_draws_its_own_wrong_completion(tokenizer):
@@ -407,11 +441,10 @@ def test_every_row_of_a_step_draws_its_own_wrong_completion(tokenizer):
   assert len(set(drawn)) == len(drawn)
 
 
-def test_a_step_of_nothing_but_bad_records_keeps_its_shape(tokenizer):
+def test_one_usable_record_is_enough(tokenizer):
   source = FailingSource(PROBLEMS, unreadable=set(range(NUM_PROBLEMS)) - {3})
-  for batch in batches(tokenizer, source, prompts_per_step=1):
-    assert batch.prompt_ids.shape[0] == 1
-    assert batch.valid[0] == (batch.problems[0].pid == "p3")
+  for batch in batches(tokenizer, source):
+    assert [p.pid for p in batch.problems] == ["p3"] * 4
 
 
 COLOURS = ("red", "blue", "green", "black", "white")

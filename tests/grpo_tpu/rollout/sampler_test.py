@@ -28,17 +28,21 @@ def test_the_marks_of_an_image_are_banned_where_tokens_are_scored(mesh):
   assert sampler.forward.banned_ids == settings.banned_ids == (7, 9)
 
 
-def test_prompts_decoded_some_at_a_time_say_what_they_say_together(mesh):
-  """Each prompt has the same draws, reported by its index in the batch."""
+def test_prompts_say_what_they_say_alone_or_beside_any_others(mesh):
+  """In any number of parts, and beside a prompt that is not valid.
+
+  Each prompt has the same draws, reported by its index in the batch.
+  """
   rng = np.random.default_rng(0)
   model = dataclasses.replace(
     BASE.model, weights="random:0", compute_dtype="float32"
   )
   tower = model.network.vision
-  batch = types.SimpleNamespace(
+  whole = types.SimpleNamespace(
     prompt_ids=rng.integers(200, 900, (16, 6)).astype(np.int32),
     prompt_length=np.full(16, 6, np.int32),
     prompt_index=np.arange(16, dtype=np.int32),
+    valid=np.ones(16, bool),
     images=np.zeros((16, 1, tower.image_size, tower.image_size, 3), np.uint8),
   )
   settings = dataclasses.replace(BASE.rollout, max_new_tokens=5)
@@ -46,10 +50,12 @@ def test_prompts_decoded_some_at_a_time_say_what_they_say_together(mesh):
     start_of_image=1000, end_of_image=1001, decode=str
   )
   sampler = Sampler(model, settings, mesh, tokenizer)
-  results = []
+  # A prompt that asks nothing, as padding does.
+  part = types.SimpleNamespace(**vars(whole) | {"valid": np.arange(16) != 5})
+  results, costs = [], []
   with jax.set_mesh(mesh):
     params = load.load_params(model, mesh)
-    for num_parts in (1, 2):
+    for num_parts, batch in ((1, whole), (2, whole), (1, part), (2, part)):
       texts = {}
       sampled = sampler.sample(
         params,
@@ -62,6 +68,17 @@ def test_prompts_decoded_some_at_a_time_say_what_they_say_together(mesh):
       )
       assert texts == dict(enumerate(sampler.texts(sampled.completions)))
       results.append(jax.device_get(sampled.completions))
-  np.testing.assert_array_equal(results[0].ids, results[1].ids)
-  np.testing.assert_array_equal(results[0].mask, results[1].mask)
-  np.testing.assert_allclose(results[0].logps, results[1].logps, rtol=1e-5)
+      costs.append(sampled.metrics["perf/decode_bytes"])
+  first = results[0]
+  for other, asked in zip(results[1:], (whole, part, part), strict=True):
+    # Token for token what it was, and nothing for a prompt that is not valid.
+    kept = first.mask & asked.valid[:, None, None]
+    np.testing.assert_array_equal(other.mask, kept)
+    np.testing.assert_array_equal(other.ids, np.where(kept, first.ids, 0))
+    np.testing.assert_allclose(
+      other.logps, np.where(kept, first.logps, 0), rtol=1e-5
+    )
+    np.testing.assert_array_equal(
+      other.stopped, first.stopped & asked.valid[:, None]
+    )
+  assert costs[2] < costs[0]
