@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+from data_pipelines import terminal
 from data_pipelines.validation import ExitCode
 
 
@@ -14,6 +15,8 @@ def parse(argv: Sequence[str]) -> list[str]:
 
   A flag that cannot be read ends the program with exit code 64.
   """
+  terminal.set_up()
+  terminal.die_of_interrupts()
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:

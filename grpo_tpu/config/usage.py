@@ -47,7 +47,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   if len(argv) == 1 or {"--help", "-help", "-h"} & set(argv):
     sys.stdout.write(text())
     sys.exit(ExitCode.DONE)
-  logs.silence_libraries()
+  logs.set_up()
   try:
     with user_errors():
       return flags.parse(argv)

@@ -1,20 +1,23 @@
-"""A filter for stderr: messages of this project, and warnings of libraries."""
+"""What stderr shows: messages of this project, and warnings of libraries."""
 
 import logging as std_logging
 import pathlib
 
 from absl import logging
 
+from data_pipelines import terminal
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _OURS = (str(_ROOT / "grpo_tpu"), str(_ROOT / "data_pipelines"))
 
 
-def silence_libraries() -> None:
-  """Drops messages of libraries below the level of a warning.
+def set_up() -> None:
+  """Escapes what the log shows, and drops messages of libraries.
 
-  Orbax, Grain and TFDS use absl's logger and write more lines for one
-  checkpoint than a run does in an hour.
+  Warnings of libraries stay. Orbax, Grain and TFDS use absl's logger and write
+  more lines for one checkpoint than a run does in an hour.
   """
+  terminal.set_up()
   logging.get_absl_handler().addFilter(is_worth_showing)
 
 

@@ -25,6 +25,7 @@ from data_pipelines import records, validation
 from data_pipelines.sources import mathvista
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
+from grpo_tpu.distributed import logs
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
 
@@ -204,6 +205,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+  logs.set_up()
   try:
     arguments = flags.FLAGS(list(argv))
     # A missing config file raises only when its settings are read.

@@ -30,7 +30,7 @@ def test_the_filter_holds_for_every_logger_of_absl(capfd):
 
   handler = absl_logging.get_absl_handler()
   before = list(handler.filters)
-  logs.silence_libraries()
+  logs.set_up()
   try:
     for level, words in ((logging.INFO, "chat"), (logging.ERROR, "alarm")):
       handler.handle(

@@ -1,0 +1,55 @@
+"""What a program shows on a terminal: text, and nothing that it obeys.
+
+Log messages, and the traceback of an error, may quote data, files and flags. A
+terminal would obey the control characters in them.
+"""
+
+import os
+import signal
+import sys
+import traceback
+import types
+
+from absl import logging
+
+from data_pipelines.validation import printable
+
+# Lines that TensorFlow would print when it is imported.
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
+
+class PrintableFormatter(logging.PythonFormatter):
+  """Formats a record, and the exception in it, with visible escapes."""
+
+  def format(self, record) -> str:
+    """The line of the log."""
+    return printable(super().format(record), keep="\n\t")
+
+
+def set_up() -> None:
+  """Escapes what the program logs, and silences TensorFlow's import.
+
+  Call it before TensorFlow is imported.
+  """
+  logging.get_absl_handler().setFormatter(PrintableFormatter())
+  sys.excepthook = _show_error
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
+
+
+def die_of_interrupts() -> None:
+  """Makes Ctrl-C end a program without a traceback, as the signal does.
+
+  Does nothing if the program must ignore it, as a shell's background job does.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _show_error(
+  kind: type[BaseException],
+  error: BaseException,
+  trace: types.TracebackType | None,
+) -> None:
+  text = "".join(traceback.format_exception(kind, error, trace))
+  sys.stderr.write(printable(text, keep="\n\t"))
