@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from google.protobuf import message
+
 from data_pipelines.text import gguf_header, untrusted
 from data_pipelines.text.chat_format import GEMMA3
 
@@ -151,11 +153,33 @@ def _escape_spaces(text: str) -> str:
   return text.replace(" ", _SPACE)
 
 
+def check_pieces(model: bytes) -> None:
+  """Checks the pieces of a SentencePiece model.
+
+  Its library ends the process where a piece is empty or holds a zero byte, and
+  cannot decode one that is no text.
+
+  Raises:
+    ValueError: A piece is such, or this is no SentencePiece model.
+  """
+  try:
+    pieces = _model_format().ModelProto.FromString(model).pieces
+  except message.DecodeError as error:
+    raise ValueError(str(error)) from error
+  for number, piece in enumerate(pieces):
+    text = piece.piece
+    if not isinstance(text, str) or not text or "\0" in text:
+      raise ValueError(f"piece {number} is {untrusted.shorten(text)}")
+
+
+def _model_format() -> Any:
+  # Generated at run time, so type checkers cannot see its contents.
+  return importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+
+
 def _serialize(pieces: Sequence[_Piece]) -> bytes:
   """A SentencePiece model file with these pieces."""
-  # Generated at run time, so type checkers cannot see its contents.
-  format = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
-  proto = format.ModelProto()
+  proto = _model_format().ModelProto()
   for number, (text, score, kind) in enumerate(pieces):
     if number in (GEMMA3.pad, GEMMA3.eos, GEMMA3.bos):
       kind = _CONTROL

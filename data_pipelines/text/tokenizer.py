@@ -90,10 +90,12 @@ class Tokenizer:
     self.fingerprint = hashlib.sha256(self._model).hexdigest()
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
+      sentencepiece_import.check_pieces(self._model)
       self._processor.LoadFromSerializedProto(self._model)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
       raise ValueError(
-        f"tokenizer file {self._path} is not a SentencePiece model; {_REMEDY}."
+        f"tokenizer file {self._path} is not a SentencePiece model: "
+        f"{untrusted.shorten(str(error), 200)}; {_REMEDY}."
       ) from error
     self.vocab_size = self._processor.GetPieceSize()
     self._check_layout()

@@ -48,7 +48,8 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
       f"most {max_bytes}."
     )
   with path.open("rb") as file:
-    return file.read(max_bytes)
+    # By its size: Python allocates what it is asked to read.
+    return file.read(status.st_size)
 
 
 def read_json(

@@ -233,6 +233,17 @@ def test_a_tokenizer_json_of_other_types_is_refused(change, match, tmp_path):
     tokens.Tokenizer(tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize("text", ["", "a\0b", "\x7f\x7f"])
+def test_a_piece_that_would_end_the_process_is_refused(path, tmp_path, text):
+  """SentencePiece itself aborts where a piece holds a zero byte."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+  proto.pieces.add(piece=text, score=0.0, type=USER_DEFINED)
+  content = proto.SerializeToString().replace(b"\x7f\x7f", b"\xff\xff")
+  (tmp_path / "bad.model").write_bytes(content)
+  with pytest.raises(ValueError, match=r"not a SentencePiece .*piece \d+ is"):
+    tokens.Tokenizer(tmp_path / "bad.model")
+
+
 @pytest.mark.parametrize("name", ["t.model", "tokenizer.json", "t.gguf"])
 def test_a_pipe_is_no_tokenizer(name, tmp_path):
   os.mkfifo(tmp_path / name)

@@ -1,6 +1,7 @@
 """Files from elsewhere are read within limits and refused in words."""
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_a_value_in_an_error_is_short_and_printable(value):
     nested = [nested]
   for shown in (untrusted.shorten(value), untrusted.shorten(nested)):
     assert len(shown) <= 60 and shown.isascii() and shown.isprintable()
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path):
+  (tmp_path / "file").write_bytes(b"12345")
+  tracemalloc.start()
+  assert untrusted.read_bytes(tmp_path / "file", 1 << 30) == b"12345"
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 1 << 20
 
 
 def test_only_regular_files_within_the_limit_are_read(tmp_path):
