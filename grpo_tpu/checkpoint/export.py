@@ -50,6 +50,9 @@ def run(
     mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
     name = load.resolve_weights(model.weights)
     exported = dataclasses.replace(model, weights=name)
+    if settings.dtype == "float32":
+      # Reads masters, and merges adapters, without rounding to `param_dtype`.
+      exported = dataclasses.replace(exported, param_dtype="float32")
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)
     else:

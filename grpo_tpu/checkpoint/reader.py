@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, run_errors
@@ -24,6 +26,8 @@ from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10
 _PARTIAL_STEP_FIELDS = {"updates_done": int, "leaves": dict, "record": dict}
+_FLOATS = {"float32", "bfloat16"}
+_MASTERS = "opt_state/masters"  # Paths of `rl.masters` in a state.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,9 @@ def restore_params(
 ) -> tuple[Any, int]:
   """Reads only another run's `params`; returns them and their step.
 
+  Values get the wanted types. Where float32 is wanted, they come from the
+  masters of a run that has any (`rl.masters`).
+
   Args:
     directory: The other run's checkpoints.
     step: The step to read; None for the newest whole one.
@@ -64,17 +71,30 @@ def restore_params(
 
   Raises:
     SettingError: The step is missing or damaged, or its leaves differ from
-      `abstract_params`.
+      `abstract_params` by more than a floating-point type.
   """
   if step is None:
     step = newest_step(directory)
   path = _finished_path(directory, step)
   _refuse_damage(path, find_damage(path))
-  wanted = {"params": abstract_params}
   saved = _read_record(path)["leaves"]
-  saved = {k: v for k, v in saved.items() if k.startswith("params/")}
-  _check_leaves(saved, describe_leaves(wanted), path)
-  params = _read_arrays(path / "state", wanted, is_partial=True)["params"]
+  wanted = describe_leaves({"params": abstract_params})
+  _check_leaves(_cast_leaves(saved, wanted), wanted, path)
+  abstract = traverse_util.flatten_dict(abstract_params, sep="/")
+  # Where float32 is wanted, masters are what the rounded parameters are not.
+  sources = {
+    name: f"{_MASTERS}/{name}"
+    if leaf.dtype == jnp.float32 and f"{_MASTERS}/{name}" in saved
+    else f"params/{name}"
+    for name, leaf in abstract.items()
+  }
+  tree = {source: abstract[name] for name, source in sources.items()}
+  tree = traverse_util.unflatten_dict(tree, sep="/")
+  arrays = _read_arrays(path / "state", tree, is_partial=True)
+  arrays = traverse_util.flatten_dict(arrays, sep="/")
+  params = traverse_util.unflatten_dict(
+    {name: arrays[source] for name, source in sources.items()}, sep="/"
+  )
   logging.info("Read the parameters of %s.", path)
   return params, step
 
@@ -301,6 +321,19 @@ def describe_leaves(tree: Any) -> dict[str, str]:
   }
 
 
+def _cast_leaves(
+  saved: Mapping[str, str], wanted: Mapping[str, str]
+) -> dict[str, str]:
+  """The saved parameters, with the wanted types if both are floating-point."""
+
+  def cast(name: str, leaf: str) -> str:
+    old, _, shape = leaf.partition("[")
+    new = wanted.get(name, leaf).partition("[")[0]
+    return f"{new}[{shape}" if {old, new} <= _FLOATS else leaf
+
+  return {k: cast(k, v) for k, v in saved.items() if k.startswith("params/")}
+
+
 def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
@@ -325,9 +358,15 @@ def _check_leaves(
     settings = "model.name and model.lora"
   else:
     settings = "model.train_vision, model.lora and optimizer"
+  remedy = f"Set {settings} to what it was saved with, or start in an empty"
+  if any(x.startswith(_MASTERS) for x in wanted.keys() - saved.keys()):
+    remedy = (
+      "If it has parameters in bfloat16 and no masters of them in float32, as"
+      f" older versions saved it, set model.weights=run:{path.parent.parent} in"
+      " an empty"
+    )
   raise SettingError(
     f"checkpoint {path} does not match the state that the settings make:\n"
     + "\n".join(shown)
-    + f"\nSet {settings} to what it was saved with, or start in an empty"
-    " workdir."
+    + f"\n{remedy} workdir."
   )

@@ -64,7 +64,9 @@ class ModelSettings:
       "run:WORKDIR[@STEP]" for the newest or given checkpoint of another run;
       "random:SEED" draws them, for tests. "" names none, which is enough for
       --mode=plan.
-    param_dtype: Type of the decoder's parameters.
+    param_dtype: Type of the decoder's parameters. If they are trained in
+      bfloat16, the optimizer holds and updates masters in float32, which are in
+      the checkpoints too.
     compute_dtype: Type of the decoder's matrix products.
     attention: "einsum", "splash" (a kernel for TPUs), or "auto" for splash on
       TPUs and einsum elsewhere.

@@ -22,7 +22,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.planning.changes import data_shards
-from grpo_tpu.rl import learner, score
+from grpo_tpu.rl import learner, masters, score
 from grpo_tpu.rl.reference import abstract_reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
@@ -37,8 +37,8 @@ class Program(NamedTuple):
     name: The name in the report, one of `names`.
     function: The jitted function.
     args: Shapes with shardings, or static values.
-    parts: The shapes among the arguments by class: "params", "optimizer",
-      "reference", "caches" and "batch".
+    parts: The shapes among the arguments by class: "params", "masters",
+      "optimizer", "reference", "caches" and "batch".
     kwargs: Static values.
     kept: Other shapes that stay on the devices while the program runs, besides
       the resident ones.
@@ -185,7 +185,7 @@ def resident_bytes(config: Config) -> dict[str, int]:
     reference = abstract_reference(config.model, mesh)
   return {
     "params": device_bytes((state.params, frozen)),
-    "optimizer": device_bytes(state.opt_state),
+    **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},
     "reference": device_bytes(reference),
   }
 
@@ -198,6 +198,13 @@ def _abstract_state(
   state = learner.abstract_state(config.model, mesh, tx)
   frozen = load.abstract_params(config.model, mesh) if config.lora else None
   return state, frozen
+
+
+def _optimizer_parts(state: TrainState) -> dict[str, Any]:
+  """The optimizer's state by class; "masters" only if parameters have any."""
+  if isinstance(state.opt_state, masters.MastersState):
+    return state.opt_state._asdict()
+  return {"optimizer": state.opt_state}
 
 
 def find(config: Config, mesh: Mesh, name: str) -> Program:
@@ -325,7 +332,7 @@ class _AbstractPrograms:
       args=(state, bundles, frozen),
       parts={
         "params": (state.params, frozen),
-        "optimizer": state.opt_state,
+        **_optimizer_parts(state),
         "batch": bundles,
       },
       tokens=math.prod(bundles.completion_ids.shape),

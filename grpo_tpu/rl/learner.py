@@ -1,5 +1,6 @@
 """Parameters or adapters, their optimizer, and the update of both."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,7 @@ from grpo_tpu.distributed import compile_cache
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import ModelSettings
-from grpo_tpu.rl import train_step
-from grpo_tpu.rl.optimizer import make_optimizer
+from grpo_tpu.rl import masters, optimizer, train_step
 from grpo_tpu.rl.settings import LearnerConfig, OptimizerConfig
 from grpo_tpu.rl.train_state import TrainState
 
@@ -51,20 +51,51 @@ class Learner:
         lora=model.adapters,
       )
     )
+    self._lost_fraction = jax.jit(
+      functools.partial(optimizer.lost_fraction, config.optimizer)
+    )
 
   def init(self, params: dict) -> TrainState:
-    """The state before the first update of the parameters, or adapters."""
-    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-    init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
+    """The state before the first update of the parameters, or adapters.
+
+    Parameters that are finer than `model.param_dtype` are rounded to it. They
+    become the masters, which take over their memory.
+    """
+    wanted = self.abstract_state()
+    shardings = jax.tree.map(lambda x: x.sharding, wanted)
+    are_finer = [
+      x.dtype != y.dtype
+      for x, y in zip(
+        *map(jax.tree.leaves, (params, wanted.params)), strict=True
+      )
+    ]
+    if any(are_finer):
+      params, opt_state = jax.jit(
+        self._init_from_finer,
+        donate_argnums=0,
+        out_shardings=(shardings.params, shardings.opt_state),
+      )(params)
+    else:
+      init = jax.jit(self.tx.init, out_shardings=shardings.opt_state)
+      opt_state = init(params)
     # Two arrays, because an update takes over the memory of each.
     step, position = (
       jax.device_put(jnp.zeros((), jnp.int32), shardings.step) for _ in range(2)
     )
-    return TrainState(step, position, params, init(params))
+    return TrainState(step, position, params, opt_state)
+
+  def _init_from_finer(self, finer: dict) -> tuple[dict, Any]:
+    wanted = self.abstract_state().params
+    params = jax.tree.map(lambda x, y: x.astype(y.dtype), finer, wanted)
+    return params, masters.replace_masters(self.tx.init(params), finer)
 
   def params(self, state: TrainState) -> dict:
     """Parameters of the forward pass, with the adapters in their places."""
     return forward_params(self._model, state.params, self.frozen)
+
+  def lost_fraction(self, state: TrainState) -> jax.Array:
+    """Share of the weights whose last update was lost by rounding."""
+    return self._lost_fraction(state.params, state.opt_state)
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the state."""
@@ -95,7 +126,7 @@ def policy_optimizer(
   model: ModelSettings, config: OptimizerConfig
 ) -> optax.GradientTransformation:
   """The optimizer; it leaves an image tower alone that is not trained."""
-  return make_optimizer(
+  return optimizer.make_optimizer(
     config,
     is_frozen=lambda path: (
       path.startswith("vision_encoder") and not model.train_vision

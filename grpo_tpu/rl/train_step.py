@@ -18,7 +18,13 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import LoraConfig
-from grpo_tpu.rl import objective, preference_metrics, score, shaping
+from grpo_tpu.rl import (
+  masters,
+  objective,
+  preference_metrics,
+  score,
+  shaping,
+)
 from grpo_tpu.rl.settings import ObjectiveConfig
 from grpo_tpu.rl.train_batch import TrainBatch, microbatches
 from grpo_tpu.rl.train_state import TrainState
@@ -199,7 +205,7 @@ def _apply_if(
 
   def apply(params, opt_state):
     updates, opt_state = tx.update(gradient, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    return masters.apply_updates(params, updates, opt_state), opt_state
 
   # A branch can write in place. A choice between old and new, element by
   # element, has XLA on a CPU hold both: two more copies of the moments.

@@ -130,7 +130,9 @@ class Trainer:
     if params is None and self.config.lora:
       params = load.initial_adapters(model, self.mesh, seed=seed)
     elif params is None:
-      params = load.load_params(model, self.mesh)
+      # Masters start from what the files hold, before it is rounded.
+      finest = dataclasses.replace(model, param_dtype="float32")
+      params = load.load_params(finest, self.mesh)
     state = self.learner.init(params)
     self.resume(state)
     return state
@@ -264,8 +266,8 @@ class Trainer:
     partial, step = self.partial, self._step
     assert partial is not None and step is not None
     if not partial.updates_done:
-      first_update = (step - 1) * self.config.train.num_iterations
-      learning_rate = jnp.asarray(self._schedule(first_update))
+      num_updates = int(optimizer.num_updates(state.opt_state))
+      learning_rate = jnp.asarray(self._schedule(num_updates))
       partial.metrics["train/learning_rate"] = learning_rate
     while partial.updates_done < self.config.train.num_iterations:
       if partial.updates_done:
@@ -273,12 +275,14 @@ class Trainer:
       with self._clock.phase("update"):
         state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
+    lost_fraction = self.learner.lost_fraction(state)
     end, tokens = time.perf_counter(), float(partial.metrics["train/tokens"])
     partial.metrics |= {
       "perf/update_seconds": end - self._scored,
       "perf/step_seconds": end - self._start,
       "perf/tokens_per_second": tokens / (end - self._start),
       "train/skipped_updates": sum(partial.skipped),
+      "train/update_below_half_ulp_fraction": lost_fraction,
     }
     state = state.replace(
       step=state.step + 1, position=state.position + partial.num_batches

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_tpu.checkpoint import checkpointer, finite, reader
 from grpo_tpu.observability import registry
+from grpo_tpu.rl import masters
 from tests.grpo_tpu.checkpoint import checkpointing
 
 META = {"fingerprint": "ab12", "position": 96, "config": {"beta": 0.1}}
@@ -231,10 +232,24 @@ def test_the_parameters_of_another_run_are_read_alone(tmp_path):
   assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_parameters_of_another_run_come_in_the_wanted_types(tmp_path):
+  """From masters, where the run has them and float32 is wanted."""
+  fine = {"a": {"w": jnp.float32(1.001), "b": jnp.float32(2.003)}}
+  rounded = optax.tree.cast(fine, jnp.bfloat16)
+  kept = {"a": fine["a"] | {"b": optax.MaskedNode()}}
+  opt_state = masters.MastersState(kept, ())
+  save_one(tmp_path, {"params": rounded, "opt_state": opt_state})
+  got, _ = reader.restore_params(tmp_path, None, rounded)
+  assert_trees_equal(got, rounded)
+  got, _ = reader.restore_params(tmp_path, None, fine)
+  b = rounded["a"]["b"].astype(jnp.float32)
+  assert_trees_equal(got, {"a": {"w": fine["a"]["w"], "b": b}})
+
+
 def test_parameters_that_do_not_fit_are_refused(tmp_path):
   save_one(tmp_path, make_state())
-  wanted = make_state(dtype=jnp.bfloat16).params
-  with pytest.raises(ValueError, match="params/attention/w: saved float32"):
+  wanted = make_state(width=5).params
+  with pytest.raises(ValueError, match=r"params/b: saved bfloat16\[8,4\]"):
     reader.restore_params(tmp_path, None, wanted)
   with pytest.raises(ValueError, match="params/b: .* wanted nothing"):
     reader.restore_params(

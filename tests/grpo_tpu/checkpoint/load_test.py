@@ -124,8 +124,6 @@ def test_a_workdir_with_an_at_sign_resolves_to_its_own_newest(
 
 def test_another_models_checkpoint_is_refused_leaf_by_leaf(params_of, tmp_path):
   save(tmp_path, params_of("random:1"), (1.0,))
-  with pytest.raises(ValueError, match="(?s)saved float32.*wanted bfloat16"):
-    params_of(f"run:{tmp_path}", param_dtype="bfloat16")
   with pytest.raises(ValueError, match="(?s)input_embedding: saved .*model"):
     params_of(f"run:{tmp_path}", name="gemma3_270m")
 

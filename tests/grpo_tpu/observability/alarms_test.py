@@ -35,6 +35,7 @@ def test_the_alarms_and_their_limits():
     "train/effective_sample_share": (0.3, True),
     "train/clip_fraction": (0.5, True),
     "train/grad_norm": (1e30, False),
+    "train/update_below_half_ulp_fraction": (0.8, False),
     "train/sampler_logp_difference_mean": (0.05, False),
     "rollout/all_right_fraction": (0.9, False),
     "rollout/all_wrong_fraction": (0.9, False),

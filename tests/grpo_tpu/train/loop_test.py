@@ -45,12 +45,15 @@ class Arithmetic(trainer.Trainer):
     self.mesh = None
     self.collector = self
     self.learner = types.SimpleNamespace(
-      params=lambda state: state.params, update=self._update, frozen=None
+      params=lambda state: state.params,
+      update=self._update,
+      frozen=None,
+      lost_fraction=lambda state: 0.0,
     )
     self.skipped_updates = SkippedUpdates(settings.max_skipped_updates)
     self._done, self._skips, self._poll = done, skips, poll
     self._clock, self._key = goodput.Clock(), None
-    self._schedule = lambda update: 0.1
+    self._schedule = lambda update: 0.5**update
     self._shapes = set()
     self.write_samples = lambda step, samples: done.append(("samples", step))
 
@@ -91,8 +94,9 @@ class Arithmetic(trainer.Trainer):
     self._done.append(("updated", self._step, number, new))
     skipped = float(self._skips((self._step, number)))
     metrics = {f"loss{number}": jnp.float32(new / 7)}
+    count = state.opt_state["count"] + int(1 - skipped)
     return (
-      state.replace(params={"w": jnp.int32(new)}),
+      state.replace(params={"w": jnp.int32(new)}, opt_state={"count": count}),
       metrics | {"skipped_updates": skipped},
     )
 
@@ -134,7 +138,7 @@ def lines_but_for_time(done):
 def train(done, checkpoints, *, on_poll=lambda: None, **options):
   """From the newest checkpoint, or from the start."""
   zero = jnp.zeros((), jnp.int32)
-  new = train_state.TrainState(zero, zero, {"w": zero}, ())
+  new = train_state.TrainState(zero, zero, {"w": zero}, {"count": zero})
   step, state, saved = checkpoints.newest or (0, new, None)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   partial = saved and partial_step.PartialStep.from_data(saved, sharding)
@@ -243,6 +247,8 @@ def test_too_many_skipped_in_a_row_end_the_run_before_it_saves_again(
     assert train(done, checkpoints, **options).skipped_updates == 2
     lines = [event[2] for event in done if event[0] == "line"]
     assert [line["train/skipped_updates"] for line in lines] == [1, 1, 0]
+    # The optimizer has counted one update of each of the first two steps.
+    assert [line["train/learning_rate"] for line in lines] == [1, 0.5, 0.25]
     return
   with pytest.raises(FloatingPointError, match="2 updates in a row"):
     train(done, checkpoints, **options)
