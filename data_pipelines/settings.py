@@ -10,6 +10,7 @@ from data_pipelines.validation import (
   at_least,
   check_fields,
   interval,
+  is_path,
   one_of,
   require_all,
 )
@@ -53,8 +54,8 @@ class DataConfig:
   """
 
   kind: str = field(metadata=one_of(prompt_rows.KINDS))
-  dir: str
-  tokenizer: str
+  dir: str = field(metadata=is_path())
+  tokenizer: str = field(metadata=is_path())
   synthetic: synthetic.Spec
   synthetic_eval_fraction: float = field(metadata=interval("(0, 1)", 0.1))
   train_split: str
@@ -66,7 +67,7 @@ class DataConfig:
   shuffle_options: bool
   pan_and_scan: images.PanAndScan
   preference_completions: int = field(metadata=at_least(2))
-  preference_file: str
+  preference_file: str = field(metadata=is_path())
   preference_kinds: tuple[str, ...] = field(metadata=one_of(completions.KINDS))
   preference_rewards: str = field(metadata=one_of(("functions", "labels")))
   accept_mathvista_training_terms: bool

@@ -86,10 +86,31 @@ def to_path(name: str, value: str) -> pathlib.Path:
   """The path that a flag or a setting names; a leading `~` is the home.
 
   Raises:
-    ValueError: The value is empty, as of a shell variable that is not set.
+    ValueError: The value is empty, as of a shell variable that is not set, or
+      nothing can have such a name.
   """
   require(bool(value.strip()), name, value, "name a file or a folder", "")
-  return pathlib.Path(value).expanduser()
+  try:
+    path = pathlib.Path(value).expanduser()
+    path.lstat()
+  except (FileNotFoundError, NotADirectoryError, PermissionError):
+    pass  # Whoever opens it says so.
+  # No such home; a name that is too long, a loop of links; a null character.
+  except (RuntimeError, OSError, ValueError) as error:
+    raise ValueError(
+      f"{name} ({value!r}) must name a file or a folder: {error}."
+    ) from error
+  return path
+
+
+def expand_path(name: str, value: str) -> str:
+  """The text of a path as `to_path` reads it; "" and addresses stay."""
+  return value if not value or "://" in value else str(to_path(name, value))
+
+
+def is_path() -> Mapping[str, Any]:
+  """The metadata of a field that names a file or a folder, or "" for none."""
+  return {"expand": expand_path}
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -47,14 +47,14 @@ def _resolve(config: Config) -> Config:
   return sources.resolve(
     config,
     flags.MODE.value,
-    flags.WORKDIR.value,
+    flags.workdir(),
     has_weights_flag=flags.has_override("model.weights"),
   )
 
 
 def _open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   """The mode, ready to run, and the fingerprints of the data it opened."""
-  mode, workdir = flags.MODE.value, flags.WORKDIR.value
+  mode, workdir = flags.MODE.value, flags.workdir()
   if mode == "plan":
     from grpo_tpu.planning import plan
 
@@ -83,7 +83,7 @@ def _start_devices(config: Config, address: Any, identity: Mapping) -> None:
 
   compile_cache.enable_persistent_cache(config.compilation_cache_dir)
   initialize.initialize(config.distributed, address)
-  common = {"--mode": flags.MODE.value, "--workdir": flags.WORKDIR.value}
+  common = {"--mode": flags.MODE.value, "--workdir": flags.workdir()}
   facts = preflight.facts(config.to_dict(), identity, common)
   limit = config.distributed.preflight_timeout_seconds
   preflight.check("start", facts, timeout_seconds=limit)

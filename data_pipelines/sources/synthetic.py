@@ -34,7 +34,8 @@ class Spec:
   """The settings of a set of synthetic problems.
 
   Attributes:
-    num_problems: Number of problems.
+    num_problems: Number of problems; all are drawn into memory, some thousand
+      a second, at a few kB each.
     seed: Random seed of the set.
     difficulty: A higher one has more objects, colors and distractors, larger
       values and more varied wording.
@@ -47,7 +48,7 @@ class Spec:
       answers.
   """
 
-  num_problems: int = field(metadata=at_least(1))
+  num_problems: int = field(metadata=interval("[1, 1000000]", 10_000))
   seed: int = field(metadata=at_least(0))
   difficulty: int = field(metadata=interval(f"[1, {len(drawing.LEVELS)}]", 1))
   kinds: tuple[str, ...] = field(metadata=one_of(KINDS))

@@ -6,6 +6,7 @@ from data_pipelines.validation import (
   at_least,
   check_fields,
   interval,
+  is_path,
   one_of,
   require_all,
 )
@@ -70,7 +71,7 @@ class ExportConfig:
 
   step: int | None = field(metadata=interval("[0, inf)", None))
   dtype: str = field(metadata=one_of(DTYPES))
-  tokenizer_dir: str
+  tokenizer_dir: str = field(metadata=is_path())
   adapter: bool
 
   def __post_init__(self):

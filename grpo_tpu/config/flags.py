@@ -1,12 +1,16 @@
 """The command-line flags of the program, and what is wrong with bad ones."""
 
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipelines import validation
 from grpo_tpu.config import defaults
+from grpo_tpu.config.parse import describe_unknown
 
 if typing.TYPE_CHECKING:
   from grpo_tpu.distributed import initialize
@@ -74,6 +78,15 @@ ALL = (
 )
 
 
+def workdir() -> str:
+  """The folder of the run, without `~`.
+
+  Raises:
+    ValueError: Nothing can have such a name.
+  """
+  return str(validation.to_path("--workdir", WORKDIR.value or ""))
+
+
 def has_override(setting: str) -> bool:
   """True if the command line sets this setting, as in "model.weights"."""
   flag = flags.FLAGS[CONFIG.name]
@@ -104,9 +117,12 @@ def parse(argv: Sequence[str]) -> list[str]:
   """
   flags.mark_flag_as_required("config")
   try:
-    arguments = flags.FLAGS(list(argv))
+    words, unset = _read_overrides(argv)
+    arguments = flags.FLAGS(words)
     # A missing config file raises when its values are first read.
     CONFIG.value.items()
+    for name in unset:
+      CONFIG.value.update_from_flattened_dict({name: None})
   except Exception as error:  # Config files may raise anything.
     # Without this, absl complains that it is too early to log.
     flags.FLAGS.mark_as_parsed()
@@ -119,8 +135,53 @@ def parse(argv: Sequence[str]) -> list[str]:
   return arguments
 
 
+def _read_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Checks the names of the settings that flags change.
+
+  Returns:
+    The arguments for absl, with the home in the place of a leading `~` of the
+    config file; and the settings that become None, for which it has no word.
+
+  Raises:
+    ValueError: There is no such setting, or its config file has no name.
+  """
+  default = defaults.get_config().to_dict()
+  words, unset = [], dict[str, None]()
+  for word in argv:
+    name, equals, value = word.partition("=")
+    if equals and name in ("--config", "-config"):
+      path, colon, kind = value.partition(":")
+      with validation.user_errors():
+        path = validation.to_path("--config", path)
+        is_file = path.is_file() or not path.exists()
+        validation.require(is_file, "--config", str(path), "name a file", "")
+      word = f"{name}={path}{colon}{kind}"
+    elif match := re.fullmatch(r"--?config\.(.+)", name):
+      setting, held = match[1], _find_default(match[1], default, word)
+      unset.pop(setting, None)
+      if held is None and value == "None":
+        unset[setting] = None
+        continue
+    words.append(word)
+  return words, list(unset)
+
+
+def _find_default(setting: str, values: Mapping[str, Any], word: str) -> Any:
+  """The default of a setting, or the settings of a section."""
+  value, prefix = values, ""
+  for part in setting.split("."):
+    names = list(value) if isinstance(value, Mapping) else []
+    if part not in names:
+      unknown = describe_unknown(prefix, part, names)
+      raise validation.SettingError(f"{validation.printable(word)}: {unknown}")
+    value, prefix = value[part], f"{prefix}{part}."
+  return value
+
+
 def _explain(error: Exception, argv: Sequence[str]) -> str:
   """The whole error in one line; the libraries give only a part."""
+  if isinstance(error, validation.SettingError):
+    return str(error)
   if isinstance(error, OSError):
     reason = str(error).splitlines()[-1].strip()
     return f"--config must name a file, such as configs/smoke.py: {reason}."

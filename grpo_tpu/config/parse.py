@@ -4,7 +4,10 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
+
+from data_pipelines.text import untrusted
 
 
 def build_section(cls: type, values: Any, prefix: str = "") -> Any:
@@ -30,20 +33,19 @@ def build_section(cls: type, values: Any, prefix: str = "") -> Any:
   given = dict(values.items())
   for name in given:
     if name not in names:
-      close = difflib.get_close_matches(name, names, n=1) or names[:1]
-      raise ValueError(
-        f"{prefix}{name} ({given[name]!r}) is not a setting; did you mean "
-        f"{prefix}{close[0]}?"
-      )
+      raise ValueError(describe_unknown(prefix, name, names))
   for name in names:
     if name not in given:
       raise ValueError(
         f"{prefix}{name} is missing; start from "
         "grpo_tpu.config.defaults.get_config(), which has every setting."
       )
-  parsed = {
-    name: _parse(hints[name], given[name], f"{prefix}{name}") for name in names
-  }
+  parsed = {}
+  for each in dataclasses.fields(cls):
+    name = f"{prefix}{each.name}"
+    value = _parse(hints[each.name], given[each.name], name)
+    expand = each.metadata.get("expand", lambda name, value: value)
+    parsed[each.name] = expand(name, value)
   try:
     return cls(**parsed)
   except ValueError as error:
@@ -51,6 +53,18 @@ def build_section(cls: type, values: Any, prefix: str = "") -> Any:
       raise
     # Classes with other users too do not know the name of their section.
     raise ValueError(f"{prefix}{error}") from error
+
+
+def describe_unknown(prefix: str, name: str, names: Sequence[str]) -> str:
+  """An error that names the settings of a section, and asks for a similar one.
+
+  A similar spelling may mean something else, so it is only a question.
+  """
+  close = difflib.get_close_matches(name, names, n=1)
+  question = f"; did you mean {prefix}{close[0]}?" if close else "."
+  section = prefix.rstrip(".") or "a config"
+  held = f"has {', '.join(names)}" if names else "is no section"
+  return f"{prefix}{name} is not a setting: {section} {held}{question}"
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
@@ -67,9 +81,14 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
       return tuple(_parse(item, x, name) for x in value)
     wanted = f"a tuple of {item.__name__}"
   else:
-    if hint is float and type(value) is int:
-      return float(value)
     # bool is an int to Python, but True is not a number of steps.
+    if type(value) is int and hint in (int, float):
+      if abs(value) >= 2**31:
+        raise ValueError(
+          f"{name} ({untrusted.shorten(value)}) must be a number that fits in "
+          "32 bits."
+        )
+      return hint(value)
     if type(value) is hint:
       return value
     wanted = hint.__name__

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.text import chat_prompts
-from data_pipelines.validation import require, require_all
+from data_pipelines.validation import expand_path, require, require_all
 from grpo_tpu.checkpoint.settings import CheckpointConfig, ExportConfig
 from grpo_tpu.config import parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
@@ -166,6 +166,8 @@ class Config:
 
 def _check_run(config: Config) -> None:
   """Checks the length of the run against what happens during it."""
+  # Stays as it is written, for run.json: a resume may have another home.
+  expand_path("compilation_cache_dir", config.compilation_cache_dir)
   last, num_steps = config.profile.steps[-1:], config.train.num_steps
   require(
     not last or last[0] <= num_steps,

@@ -103,7 +103,9 @@ def _describe_metadata(metadata: Mapping[str, Any]) -> str:
   """The values that a setting may have."""
   if "choices" in metadata:
     return f", choices {', '.join(metadata['choices'])}"
-  return f", {describe_bounds(metadata['bounds'])}"
+  if "bounds" in metadata:
+    return f", {describe_bounds(metadata['bounds'])}"
+  return ""
 
 
 def _meanings(cls: type) -> dict[str, str]:

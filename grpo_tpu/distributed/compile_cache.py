@@ -1,13 +1,14 @@
 """Compiled programs: kept on disk, counted, and compiled ahead of time."""
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import NamedSharding
+
+from data_pipelines.validation import to_path
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -19,7 +20,7 @@ def enable_persistent_cache(folder: str) -> None:
   """
   if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
-  path = str(pathlib.Path(folder).expanduser())
+  path = str(to_path("compilation_cache_dir", folder))
   logging.info("Compilation cache: %s", path)
   jax.config.update("jax_compilation_cache_dir", path)
 

@@ -21,9 +21,9 @@ class MeshConfig:
     tensor: Parts that heads, hidden width and vocabulary are cut into.
   """
 
-  replica: int = field(metadata=at_least(1))
-  fsdp: int = field(metadata=at_least(1))
-  tensor: int = field(metadata=at_least(1))
+  replica: int = field(metadata=interval("[1, 65536]", 1))
+  fsdp: int = field(metadata=interval("[1, 65536]", 1))
+  tensor: int = field(metadata=interval("[1, 65536]", 1))
 
   def __post_init__(self):
     check_fields(self, "mesh")

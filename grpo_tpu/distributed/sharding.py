@@ -85,19 +85,24 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   shape = (replica, fsdp, tensor)
-  if np.prod(shape) != len(devices):
-    raise ValueError(
-      f"mesh.replica * mesh.fsdp * mesh.tensor ({replica} * {fsdp} * {tensor}) "
-      f"must equal the number of devices ({len(devices)}); set "
-      f"mesh.fsdp={len(devices)} to shard over all of them."
-    )
   # CPU and GPU devices may have no slice index.
   slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # The whole mesh: an axis alone might lead from one error to the other.
+  tensor_near = math.gcd(tensor, len(devices) // slices)
+  fsdp_near = len(devices) // slices // tensor_near
+  remedy = (
+    f"set mesh.replica={slices} mesh.fsdp={fsdp_near} mesh.tensor={tensor_near}"
+  )
+  if math.prod(shape) != len(devices):
+    raise ValueError(
+      f"mesh.replica * mesh.fsdp * mesh.tensor ({replica} * {fsdp} * {tensor}) "
+      f"must equal the number of devices ({len(devices)}); {remedy}."
+    )
   if replica % slices:
     raise ValueError(
       f"mesh.replica ({replica}) must be a multiple of the number of slices "
       f"({slices}), because no other axis may span the network between them; "
-      f"set mesh.replica={slices}."
+      f"{remedy}."
     )
   if slices == 1:
     layout = mesh_utils.create_device_mesh(
@@ -187,7 +192,8 @@ def _fit_spec(
       axes[index] = None  # Replicates the one head of 270M and 1B.
       continue
     shards = mesh.shape[axis]
-    near = next(n for n in range(shards, 0, -1) if shape[index] % n == 0)
+    most = min(shards, shape[index])
+    near = next(n for n in range(most, 0, -1) if shape[index] % n == 0)
     raise ValueError(
       f"mesh.{axis} ({shards}) must divide axis {index} of {name} {shape}; "
       f"choose a divisor of {shape[index]}: the nearest below is "

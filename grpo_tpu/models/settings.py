@@ -7,6 +7,7 @@ from dataclasses import field
 from data_pipelines.validation import (
   at_least,
   check_fields,
+  expand_path,
   interval,
   one_of,
   require,
@@ -20,6 +21,14 @@ ATTENTION_KINDS = ("auto", "einsum", "splash")
 REMAT_POLICIES = ("none", "dots", "full", "offload")
 LORA_TARGETS = ("q", "kv", "output", "gating", "linear", "projector")
 _WEIGHTS = ("hf", "gguf", "gemma", "run", "random")
+
+
+def _expand_weights(name: str, value: str) -> str:
+  """The weights with the home in the place of a leading `~` of their path."""
+  scheme, _, rest = value.partition(":")
+  if scheme in _WEIGHTS and scheme != "random":
+    return f"{scheme}:{expand_path(name, rest)}"
+  return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class ModelSettings:
 
   name: str = field(metadata=one_of(gemma3_config.CONFIGS))
   image_size: int | None
-  weights: str
+  weights: str = field(metadata={"expand": _expand_weights})
   param_dtype: str = field(metadata=one_of(DTYPES))
   compute_dtype: str = field(metadata=one_of(DTYPES))
   attention: str = field(metadata=one_of(ATTENTION_KINDS))

@@ -30,8 +30,9 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
   )
   assert result.returncode == 64, result.stderr
   assert "Traceback" not in result.stderr
-  # Two lines, without absl's complaint that it is too early to log.
-  error, what_next = result.stderr.splitlines()
+  # Nothing else, as absl's complaint that it is too early to log.
+  error, *commands, what_next = result.stderr.splitlines()
+  assert all(line.startswith(("  ", "data.dir")) for line in commands)
   assert [x[0] for x in (error, what_next)] == ["E", "W"]
   assert "Next: fix what the error names and run" in what_next
   assert what_next.endswith("(exit code 64).")
@@ -46,7 +47,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     ([CONFIG, WORKDIR, "--wrokdir=x"], ["wrokdir"]),
     (
       [CONFIG, WORKDIR, "--config.train.num_stepz=7"],
-      ["--config.train.num_stepz=7", 'Did you mean "num_steps"'],
+      ["--config.train.num_stepz=7: ", "did you mean train.num_steps?"],
     ),
     (
       [CONFIG, WORKDIR, "--config.train.num_steps=many"],
@@ -83,6 +84,30 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
       ["--config=configs/smoke.py:warmup", WORKDIR],
       ["stage ('warmup') must be warm_start or grpo"],
     ),
+    (
+      ["--config=configs/gemma3_4b_v5e_16.py", WORKDIR],
+      ["hf download google/gemma-3-4b-it", "prepare --source=FOLDER"],
+    ),
+    (
+      [CONFIG, WORKDIR, "--mode=export"],
+      ["/run') must hold a run to export"],
+    ),
+    (
+      [CONFIG, WORKDIR, "--mode=evaluate"],
+      ["/run') must hold a run to evaluate"],
+    ),
+    (
+      [CONFIG, WORKDIR, "--config.model.weights=google/gemma-3-1b-it"],
+      ["hf download google/gemma-3-1b-it --local-dir gemma-3-1b-it"],
+    ),
+    ([CONFIG, "--workdir="], ["--workdir ('') must name a file or a folder"]),
+    ([CONFIG, "--workdir=" + "n" * 300], ["--workdir ('nnn", "too long"]),
+    (["--config=", WORKDIR], ["--config ('') must name a file"]),
+    (["--config=/dev/zero", WORKDIR], ["--config ('/dev/zero') must name"]),
+    (
+      [CONFIG, WORKDIR, "--config.mesh.tensor=1000000000"],
+      ["mesh.tensor (1000000000) must be at least 1 and at most 65536"],
+    ),
   ],
   ids=[
     "unknown flag",
@@ -96,6 +121,15 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "no such reward",
     "no such weights",
     "unknown stage",
+    "no weights and data",
+    "nothing to export",
+    "nothing to evaluate",
+    "a name on a hub",
+    "empty workdir",
+    "long workdir",
+    "empty config",
+    "a device for a config",
+    "huge mesh",
   ],
 )
 def test_a_user_error_exits_64_before_devices_start(tmp_path, arguments, named):
@@ -154,6 +188,24 @@ def test_help_has_every_setting_with_its_default_and_choices():
   assert "`model.remat`: (default 'full', choices none, dots, full, " in page
   assert "`objective.surrogate`: (default None, choices clip, cispo, " in page
   assert "`optimizer.b1`: (default 0.9, at least 0 and below 1) Decay" in page
+
+
+def test_a_setting_can_become_none_and_a_value_again():
+  code = (
+    "import sys\n"
+    "from grpo_tpu.config import flags, schema\n"
+    "flags.parse(sys.argv)\n"
+    "config = schema.Config.from_config_dict(flags.CONFIG.value)\n"
+    "print(config.objective.dual_clip, config.objective.beta,\n"
+    "      config.model.reference_dtype, flags.has_override('model.name'))"
+  )
+  result = run(
+    *("-c", code, CONFIG, WORKDIR, "--config.objective.dual_clip=2.0"),
+    *("--config.objective.beta=None", "--config.objective.beta=0.25"),
+    *("--config.objective.dual_clip=None", "--config.model.name=tiny"),
+    "--config.model.reference_dtype=None",
+  )
+  assert result.stdout == "None 0.25 None True\n", result.stderr
 
 
 @pytest.mark.parametrize(

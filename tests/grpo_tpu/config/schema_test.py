@@ -1,13 +1,18 @@
 """Settings: each is required, typed and checked, and errors name it."""
 
+import ast
 import dataclasses
+import operator
+import re
 import typing
 
+import jax
 import pytest
 
 from data_pipelines.text import chat_prompts
 from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
+from grpo_tpu.distributed import compile_cache
 from grpo_tpu.rewards import accuracy
 from grpo_tpu.rl.settings import PRESETS
 
@@ -80,8 +85,19 @@ def test_a_missing_setting_is_named(name):
 def test_a_misspelt_setting_is_named_with_a_similar_one(name, meant):
   with pytest.raises(ValueError) as caught:
     built({name: 7})
+  message = str(caught.value)
+  section = name.rpartition(".")[0] or "a config"
+  assert message.startswith(f"{name} is not a setting: {section} has ")
+  assert message.endswith(f"; did you mean {meant}?")
+  assert f" {meant.rpartition('.')[2]}" in message
+
+
+def test_an_unknown_setting_gets_the_names_of_its_section():
+  with pytest.raises(ValueError) as caught:
+    built({"optimizer.lr": 1e-3})
   assert str(caught.value) == (
-    f"{name} (7) is not a setting; did you mean {meant}?"
+    "optimizer.lr is not a setting: optimizer has learning_rate, schedule, "
+    "warmup_steps, end_fraction, b1, b2, eps, weight_decay, max_grad_norm."
   )
 
 
@@ -130,6 +146,95 @@ def test_a_value_of_another_type_is_refused(name, value):
   )
   assert str(caught.value).startswith(f"{name} ({wrong!r})")
   assert str(caught.value).endswith("; write it like its default.")
+
+
+PATHS = sorted(
+  name
+  for name in FIELDS
+  if re.search(r"(dir|file|tokenizer|model\.weights)$", name)
+)
+
+
+def test_settings_that_are_paths_are_known():
+  """A new one gets `is_path` as its metadata, and a line here."""
+  assert PATHS == [
+    *("compilation_cache_dir", "data.dir", "data.preference_file"),
+    *("data.tokenizer", "export.tokenizer_dir", "model.weights"),
+  ]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_leading_tilde_is_the_home_in_every_path(name, monkeypatch, tmp_path):
+  """Also where a shell does not expand it, as after an equals sign."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+
+  def parsed(value):
+    config = built({name: value})
+    if name == "compilation_cache_dir":
+      monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+      compile_cache.enable_persistent_cache(config.compilation_cache_dir)
+      return jax.config.jax_compilation_cache_dir
+    return operator.attrgetter(name)(config)
+
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    prefix = "run:" if name == "model.weights" else ""
+    assert parsed(f"{prefix}~/a b") == f"{prefix}{tmp_path}/a b"
+    assert parsed(f"{prefix}x/~/y") == f"{prefix}x/~/y"
+    for wrong in (" ", "~no_such_user/x", "n" * 300, "a\0b"):
+      with pytest.raises(ValueError, match=rf"^{name} \(.*must name a file"):
+        parsed(f"{prefix}{wrong}")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_an_address_is_no_path():
+  assert built({"data.tokenizer": "gs://b//t.model"}).data.tokenizer == (
+    "gs://b//t.model"
+  )
+
+
+@pytest.mark.parametrize(
+  "value",
+  [10**400, -(10**400), 2**31, 10**5000],
+  ids=["400", "-400", "10", "5000 digits"],
+)
+@pytest.mark.parametrize(
+  "name", ["rollout.temperature", "train.num_steps", "objective.beta"]
+)
+def test_an_integer_that_no_number_can_hold_is_refused(name, value):
+  with pytest.raises(
+    ValueError, match=rf"^{name} \(.*fits in 32 bits"
+  ) as error:
+    built({name: value})
+  assert len(str(error.value)) < 150
+
+
+def test_a_remedy_leads_out():
+  """Done again and again, remedies end, and never with the same error."""
+  count = 0
+  for name, values in BROKEN_RULES.items():
+    for value in values:
+      changes, seen = {name: value}, set()
+      while (error := refusal(changes)) and (
+        remedy := re.search(r"; set ([\w.]+)=([^;]+?)(, or .*)?\.$", error)
+      ):
+        assert error not in seen, error
+        seen.add(error)
+        try:
+          changes[remedy[1]] = ast.literal_eval(remedy[2])
+        except (SyntaxError, ValueError):
+          changes[remedy[1]] = remedy[2]
+      count += not error
+  assert count > 70
+
+
+def refusal(changes):
+  try:
+    built(changes)
+  except ValueError as error:
+    return str(error)
+  return ""
 
 
 @pytest.mark.parametrize("name", ["data", "data.synthetic", "optimizer"])

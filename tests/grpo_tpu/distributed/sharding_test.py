@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,30 @@ def test_a_mesh_of_other_than_all_devices_is_refused_with_the_remedy():
     sharding.make_mesh(2, 2, 1)
   assert str(error.value) == (
     "mesh.replica * mesh.fsdp * mesh.tensor (2 * 2 * 1) must equal the number "
-    "of devices (8); set mesh.fsdp=8 to shard over all of them."
+    "of devices (8); set mesh.replica=1 mesh.fsdp=8 mesh.tensor=1."
   )
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize(
+  "shape", [(1, 4, 4), (1, 8, 4), (4, 1, 1), (3, 5, 7), (1, 10**9, 10**9)]
+)
+def test_the_remedy_for_a_mesh_leads_out_in_one_step(shape, slices):
+  """From the mesh of a large slice to any fewer devices."""
+  for count in (2, 6, 8):
+    devices = fake_devices(count, 1, slices=slices)
+    with pytest.raises(ValueError) as error:
+      sharding.make_mesh(*shape, devices=devices)
+    axes = dict(re.findall(r"mesh\.(\w+)=(\d+)", str(error.value)))
+    axes = {name: int(size) for name, size in axes.items()}
+    mesh = sharding.make_mesh(**axes, devices=devices)
+    assert mesh.size == count
+
+
+def test_a_huge_axis_is_refused_at_once():
+  mesh = sharding.abstract_mesh(1, 1, 10**12)
+  with pytest.raises(ValueError, match=r"nearest below is mesh\.tensor=6\."):
+    sharding.param_shardings(mesh, {"mlp": {"linear": jnp.zeros((1, 6, 6))}})
 
 
 def test_a_batch_is_unchanged_after_a_round_trip_through_the_mesh():
@@ -313,7 +336,8 @@ def test_a_replica_axis_smaller_than_the_slices_is_refused_with_the_remedy():
     sharding.make_mesh(1, 8, 1, devices=fake_devices(4, 2, slices=2))
   assert str(error.value) == (
     "mesh.replica (1) must be a multiple of the number of slices (2), because "
-    "no other axis may span the network between them; set mesh.replica=2."
+    "no other axis may span the network between them; set mesh.replica=2 "
+    "mesh.fsdp=4 mesh.tensor=1."
   )
 
 
