@@ -8,26 +8,41 @@ References:
   https://github.com/lupantech/MathVista).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from data_pipelines import tables
+from data_pipelines.text.untrusted import shorten
+from data_pipelines.validation import printable
 
 QUESTION_TYPES = ("multi_choice", "free_form")
 ANSWER_TYPES = ("text", "integer", "float", "list")
 MAX_PRECISION = 6
 MAX_CHOICES = 26
+# Characters of a text or of the metadata; more fit into no prompt.
+MAX_TEXT = 100_000
+# Levels of lists and objects in one another.
+MAX_DEPTH = 32
+_MAX_DETAIL = 300
+# The metadata that slices of a score are named by.
+_SLICES = ("task", "category", "context", "grade", "source", "split")
+_NAMES = str | int | float | None
 
 _TEXTS = tables.read("data_pipelines.sources", "mathvista.toml")
 
 
 class BadRecord(ValueError):
-  """An unusable record; `reason` is a stable slug to count."""
+  """An unusable record; `reason` is a stable slug to count.
+
+  The detail may quote what the record holds: it is cut, and printable.
+  """
 
   def __init__(self, reason: str, detail: str):
+    detail = printable(detail[:_MAX_DETAIL])
     super().__init__(f"{reason}: {detail}")
     self.reason = reason
     self.detail = detail
@@ -35,6 +50,21 @@ class BadRecord(ValueError):
   def __reduce__(self):
     """Makes the exception picklable, to return from a worker process."""
     return type(self), (self.reason, self.detail)
+
+
+@contextlib.contextmanager
+def all_faults(reason: str = "unreadable") -> Iterator[None]:
+  """Raises a `BadRecord` for every exception of the body.
+
+  Libraries raise nearly every kind of exception for a damaged record, which
+  costs this one record.
+  """
+  try:
+    yield
+  except BadRecord:
+    raise
+  except Exception as error:
+    raise BadRecord(reason, f"{type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +118,11 @@ class Source(Protocol):
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
+# The columns of a row in a parquet file.
+COLUMNS = frozenset(FIELDS) - {"image_path", "image_bytes"} | {
+  "image",
+  "decoded_image",
+}
 
 
 def official_query(problem: Problem) -> str:
@@ -98,7 +133,8 @@ def official_query(problem: Problem) -> str:
   """
   is_choice = problem.question_type == "multi_choice"
   kind = "text" if is_choice else problem.answer_type
-  _require(kind in ANSWER_TYPES, "unknown_answer_type", f"answer_type {kind!r}")
+  detail = f"answer_type {shorten(kind)}"
+  _require(kind in ANSWER_TYPES, "unknown_answer_type", detail)
   hint = _TEXTS["hints"][kind]
   if kind == "float":
     precision = problem.precision
@@ -131,8 +167,8 @@ def from_row(row: Mapping[str, Any]) -> Problem:
 
   Args:
     row: Column name to value; `decoded_image` is a struct of `bytes` and
-      `path`. A missing `query` is built; `solution` is this project's own
-      optional column.
+      `path`, or the reason why the image cannot be read. A missing `query` is
+      built; `solution` is this project's own optional column.
 
   Returns:
     The problem with the row's image bytes.
@@ -141,11 +177,14 @@ def from_row(row: Mapping[str, Any]) -> Problem:
     BadRecord: A column is missing or has a wrong type.
   """
   image = row.get("decoded_image")
+  if isinstance(image, BadRecord):
+    raise image
   image_bytes = image.get("bytes") if isinstance(image, Mapping) else None
   _require(
     isinstance(image_bytes, bytes) and image_bytes,
     "missing_image",
-    f"decoded_image.bytes holds no encoded image of {row.get('image')!r}",
+    "decoded_image.bytes holds no encoded image of "
+    f"{shorten(row.get('image'))}",
   )
   return dataclasses.replace(from_result(row), image_bytes=image_bytes)
 
@@ -178,6 +217,12 @@ def validate(problem: Problem) -> None:
   _require(problem.pid.strip(), "missing_pid", "pid is empty")
   _require(problem.question.strip(), "empty_question", "question is empty")
   _require(problem.image_bytes, "missing_image", "image_bytes is empty")
+  for name in FIELDS:
+    value = getattr(problem, name)
+    for text in value if isinstance(value, tuple) else (value,):
+      if isinstance(text, str):
+        check_text(name, text)
+  check_text("metadata", to_example(problem)["metadata"])
   validate_types(problem)
 
 
@@ -193,7 +238,7 @@ def validate_types(problem: Problem) -> None:
     ("answer_type", ANSWER_TYPES),
   ):
     value = getattr(problem, name)
-    detail = f"{name} {value!r} is none of {known}"
+    detail = f"{name} {shorten(value)} is none of {known}"
     _require(value in known, f"unknown_{name}", detail)
   if problem.question_type == "multi_choice":
     _check_choices(problem)
@@ -227,7 +272,7 @@ def from_example(example: Mapping[str, Any]) -> Problem:
     image_bytes=bytes(example["image_bytes"]),
     choices=tuple(_to_text(choice) for choice in example["choices"]),
     precision=int(example["precision"]),
-    metadata=json.loads(_to_text(example["metadata"])),
+    metadata=_metadata("metadata", json.loads(_to_text(example["metadata"]))),
     **fields,
   )
 
@@ -244,6 +289,27 @@ def _text(column: str, value: Any) -> str:
   return value
 
 
+def check_text(name: str, text: str) -> None:
+  """Refuses a text that cannot be stored or encoded as tokens.
+
+  Raises:
+    BadRecord: The text is too long, or holds a NUL or a lone surrogate.
+  """
+  rule = f"has more than {MAX_TEXT} characters"
+  _require(len(text) <= MAX_TEXT, "text_too_long", f"{name} {rule}")
+  is_text = "\0" not in text and text == text.encode(errors="ignore").decode()
+  _require(is_text, "not_text", f"{name} holds a NUL or a lone surrogate")
+
+
+def is_shallow(value: Any, depth: int = MAX_DEPTH) -> bool:
+  """True for a value that has at most `depth` lists in one another."""
+  if isinstance(value, Mapping):
+    value = tuple(value.values())
+  if not isinstance(value, list | tuple):
+    return True
+  return depth > 0 and all(is_shallow(each, depth - 1) for each in value)
+
+
 def _texts(column: str, values: Any) -> tuple[str, ...]:
   is_list = isinstance(values, Iterable) and not isinstance(values, str)
   detail = f"{column} holds a {type(values).__name__}"
@@ -254,20 +320,42 @@ def _texts(column: str, values: Any) -> tuple[str, ...]:
 def _metadata(column: str, value: Any) -> dict[str, Any]:
   """The metadata without nulls; must be JSON, because they are stored so."""
   try:
-    return json.loads(
+    _require(is_shallow(value), "bad_metadata", f"{column} nest too deeply")
+    found = json.loads(
       json.dumps({k: v for k, v in value.items() if v is not None})
     )
-  except (AttributeError, TypeError, ValueError) as error:
+  except (AttributeError, TypeError, OverflowError, ValueError) as error:
+    if isinstance(error, BadRecord):
+      raise
     detail = f"{column} are not JSON: {error}"
     raise BadRecord("bad_metadata", detail) from error
+  for name in _SLICES:
+    _check_name(name, found.get(name))
+  skills = found.get("skills", ())
+  detail = f"skills holds a {type(skills).__name__}"
+  _require(isinstance(skills, str | list | tuple), "bad_metadata", detail)
+  for skill in skills:
+    _check_name("skills", skill)
+  return found
+
+
+def _check_name(name: str, value: Any) -> None:
+  """Refuses metadata that cannot name a slice of the records."""
+  detail = f"{name} holds a {type(value).__name__}"
+  _require(isinstance(value, _NAMES), "bad_metadata", detail)
 
 
 def _precision(column: str, value: Any) -> int:
   """The precision as an int; -1 for NaN."""
   if isinstance(value, float) and math.isnan(value):
     return -1
-  is_whole = isinstance(value, int | float) and float(value).is_integer()
-  _require(is_whole, "bad_precision", f"{column} {value!r} is not whole")
+  is_whole = isinstance(value, int) or (
+    isinstance(value, float) and value.is_integer()
+  )
+  # It is stored in 32 bits.
+  holds = is_whole and abs(value) < 2**31
+  detail = f"{column} {shorten(value)} is no small whole number"
+  _require(holds, "bad_precision", detail)
   return int(value)
 
 
@@ -284,7 +372,7 @@ def _check_choices(problem: Problem) -> None:
   _require(
     problem.answer_type == "text",
     "mismatched_types",
-    f"a multi_choice answer has type text, not {problem.answer_type!r}",
+    f"a multi_choice answer has type text, not {shorten(problem.answer_type)}",
   )
   _require(
     1 <= len(problem.choices) <= MAX_CHOICES,
@@ -294,7 +382,7 @@ def _check_choices(problem: Problem) -> None:
   _require(
     not problem.has_answer or problem.answer in problem.choices,
     "answer_not_in_choices",
-    f"answer {problem.answer!r} is none of the choices",
+    f"answer {shorten(problem.answer)} is none of the choices",
   )
 
 

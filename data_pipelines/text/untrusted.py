@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 import stat
 from collections.abc import Iterable
 from typing import Any
@@ -28,28 +29,37 @@ _KINDS = {
 }
 
 
-def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
-  """The content of a regular file of at most `max_bytes` bytes.
+def size_of(path: str | os.PathLike) -> int:
+  """The bytes of a regular file.
 
-  A link may point to such a file; a device, a pipe or a folder is refused
-  before anything is read. A path with a scheme, as of gs://, has no such.
+  A link may point to such a file; a device, a pipe or a folder is refused. A
+  path with a scheme, as of gs://, has no such.
   """
   if "://" in os.fspath(path):
     from etils import epath
 
-    return epath.Path(path).read_bytes()
-  path = pathlib.Path(path)
-  status = path.stat()
+    return epath.Path(path).stat().length
+  status = pathlib.Path(path).stat()
   if not stat.S_ISREG(status.st_mode):
-    raise ValueError(f"{printable(str(path))} must be a regular file.")
-  if status.st_size > max_bytes:
+    raise ValueError(f"{printable(os.fspath(path))} must be a regular file.")
+  return status.st_size
+
+
+def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
+  """The content of a regular file of at most `max_bytes` bytes."""
+  size = size_of(path)
+  if size > max_bytes:
     raise ValueError(
-      f"{printable(str(path))} has {status.st_size} bytes, which must be at "
-      f"most {max_bytes}."
+      f"{printable(os.fspath(path))} has {size} bytes, which must be at most "
+      f"{max_bytes}."
     )
-  with path.open("rb") as file:
+  if "://" in os.fspath(path):
+    from etils import epath
+
+    return epath.Path(path).read_bytes()
+  with open(path, "rb") as file:
     # By its size: Python allocates what it is asked to read.
-    return file.read(status.st_size)
+    return file.read(size)
 
 
 def read_json(
@@ -118,11 +128,22 @@ def check_items(values: Iterable[Any], kind: type, source: str) -> None:
     check_kind(value, kind, f"item {index} of {source}")
 
 
+class _Short(reprlib.Repr):
+  """As Python writes a value, but for the content of bytes."""
+
+  def repr_bytes(self, value: bytes, level: int) -> str:
+    del level
+    return f"<{len(value)} bytes>"
+
+
+_SHORT = _Short(maxstring=1000, maxother=1000, maxlong=1000)
+
+
 def shorten(value: Any, length: int = 60) -> str:
-  """A value for an error: as Python writes it, cut and printable."""
+  """A value for an error: as Python writes it, cut, printable, no picture."""
   try:
-    text = repr(value)
-  except (RecursionError, ValueError):  # Deeply nested, or thousands of digits.
+    text = _SHORT.repr(value)
+  except Exception:  # Thousands of digits; and `repr` runs code of any type.
     text = f"a {type(value).__name__}"
   return printable(text if len(text) <= length else f"{text[: length - 3]}...")
 

@@ -152,7 +152,9 @@ def test_threads_may_decode_at_once_and_leave_warnings_as_they_were(
   monkeypatch.setattr(
     images.Image,
     "open",
-    lambda file, open=Image.open: time.sleep(0) or open(file),
+    lambda file, open=Image.open, **options: (
+      time.sleep(0) or open(file, **options)
+    ),
   )
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     decoded = list(pool.map(images.decode, [data] * 200))
