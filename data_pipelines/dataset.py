@@ -195,7 +195,8 @@ def open_dataset(
     manifest = _read_manifest(folder)
   else:
     request = synthetic_request(settings, model.vocab_size, str(folder))
-    manifest = build.build_data_dir(request)
+    _refuse_prepared(folder)
+    manifest = build.build_data_dir(request, overwrite=True)
   _check_manifest(settings, manifest, for_training)
   of_data = manifest["tokenizer"]["fingerprint"]
   identity = {
@@ -220,6 +221,18 @@ def open_dataset(
     identity=identity | file_identity,
   )
   return data.measure_train_records() if for_training else data
+
+
+def _refuse_prepared(folder: pathlib.Path) -> None:
+  """Refuses to draw problems where a user has prepared others."""
+  manifest = build.read_manifest(folder)
+  if manifest and manifest["source"] != build.SYNTHETIC:
+    source = untrusted.shorten(manifest["source"])
+    raise ValueError(
+      f"data.dir ('') must be set, because {str(folder)!r} holds data that "
+      f"were prepared from {source}; set data.dir={folder} to use them, or "
+      "choose another --workdir."
+    )
 
 
 def synthetic_request(

@@ -9,6 +9,9 @@ from absl import flags, logging
 from data_pipelines import terminal
 from data_pipelines.validation import ExitCode
 
+# Characters of a reason, which may quote a file.
+_MAX_LENGTH = 4_000
+
 
 def parse(argv: Sequence[str]) -> list[str]:
   """Reads the flags and returns the other words, for `app.run`.
@@ -25,5 +28,5 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def refuse(message: object) -> NoReturn:
   """Logs the reason, and ends the program with exit code 64."""
-  logging.error("%s", message)
+  logging.error("%s", str(message)[:_MAX_LENGTH])
   sys.exit(ExitCode.BAD_INPUT)

@@ -2,7 +2,9 @@
 
     python -m data_pipelines.prepare --source=synthetic --data_dir=DIR
 
-A complete data dir is reused as it is. docs/data-and-terms.md has the details.
+A complete data dir is reused as it is. One that was made from another source
+or with other flags is kept, unless --overwrite is given. See
+docs/data-and-terms.md for the details.
 """
 
 import dataclasses
@@ -17,6 +19,13 @@ from data_pipelines.sources import build, synthetic
 
 FLAGS = flags.FLAGS
 
+# What a run without a data dir draws: a test compares them with the defaults of
+# the settings.
+_KINDS = (
+  *("color", "shape", "count", "bar_value", "bar_max", "table_value"),
+  *("clock_time", "dot_total"),
+)
+
 
 def _define_flags() -> None:
   """Defines the flags, for the command alone and not for importers."""
@@ -28,9 +37,12 @@ def _define_flags() -> None:
     "images/), or a data dir.",
   )
   flags.DEFINE_string("data_dir", "", "The folder to build.")
+  flags.DEFINE_bool(
+    "overwrite", False, "Replace a data dir of another source or other flags."
+  )
   flags.DEFINE_integer("seed", 0, "Random seed.")
   flags.DEFINE_float(
-    "eval_fraction", 0.2, "Expected share of answered images for eval."
+    "eval_fraction", 0.1, "Expected share of answered images for eval."
   )
   flags.DEFINE_integer("vocab_size", 1024, "Most pieces of the tokenizer.")
   flags.DEFINE_float(
@@ -38,17 +50,17 @@ def _define_flags() -> None:
   )
   flags.DEFINE_integer("num_problems", 10_000, "Number of synthetic problems.")
   flags.DEFINE_integer(
-    "difficulty", 1, "Difficulty of synthetic problems, 1-5."
+    "difficulty", 2, "Difficulty of synthetic problems, 1-5."
   )
   flags.DEFINE_list(
     "kinds",
-    list(synthetic.KINDS),
+    list(_KINDS),
     "Kinds of synthetic problems, each equally often.",
   )
   flags.DEFINE_integer("image_size", 96, "Side of synthetic images, in pixels.")
   flags.DEFINE_float(
     "multi_choice_share",
-    0.2,
+    0.25,
     "Share of synthetic number questions with options.",
   )
   flags.DEFINE_integer(
@@ -80,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
       raise validation.SettingError(
         f"arguments ({argv[1:]}) must be flags; see --help."
       )
-    build.build_data_dir(_request())
+    build.build_data_dir(_request(), overwrite=FLAGS.overwrite)
   except validation.SettingError as error:
     command_flags.refuse(error)
 

@@ -15,13 +15,13 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 
 from data_pipelines import validation
 from data_pipelines.sources import folders, intake, mathvista, synthetic
-from data_pipelines.text import chat_prompts, tokenizer
+from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
 FORMAT = 2
@@ -57,16 +57,23 @@ class Request:
   )
 
   def __post_init__(self):
-    holds, rule = self.data_dir != "", "be the path of a folder"
     with validation.user_errors():
       validation.check_fields(self)
-      validation.require(holds, "data_dir", self.data_dir, rule, "")
+      validation.to_path("data_dir", self.data_dir)
+      if isinstance(self.source, str):
+        validation.to_path("source", self.source)
 
 
-def build_data_dir(request: Request) -> dict[str, Any]:
+def build_data_dir(
+  request: Request, *, overwrite: bool = False
+) -> dict[str, Any]:
   """Builds the data dir, unless it is complete already.
 
   If two processes ask for the same one, the second waits and reuses it.
+
+  Args:
+    request: The source and the contents.
+    overwrite: True replaces a data dir that was made by another request.
 
   Returns:
     The manifest: `source`, `terms` (whose terms forbid training, or ""),
@@ -77,16 +84,21 @@ def build_data_dir(request: Request) -> dict[str, Any]:
   Raises:
     SettingError: The request, the source or the folder must change first.
   """
+  data_dir = _find_data_dir(request)
   readers, options = _open_source(request)
-  data_dir = pathlib.Path(request.data_dir).resolve()
   building = data_dir.with_name(f".{data_dir.name}.building")
   retired = data_dir.with_name(f".{data_dir.name}.retired")
-  _require_replaceable(data_dir)
   with _lock(data_dir):
-    manifest = _read_reusable(data_dir, options)
+    manifest = read_manifest(data_dir)
     if manifest is not None:
-      logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
-      return manifest
+      changes = _changes(manifest["request"], options)
+      if changes and not overwrite:
+        _refuse_to_replace(data_dir, manifest, changes)
+      if not changes and manifest["files"] == _sizes(data_dir):
+        logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
+        return manifest
+      why = f"{changes[0]}." if changes else "some of its files are damaged."
+      logging.info("Rebuilding %s: %s", data_dir, why)
     # A killed process leaves these.
     for leftover in (building, retired):
       shutil.rmtree(leftover, ignore_errors=True)
@@ -112,27 +124,40 @@ def _open_source(request: Request) -> tuple[folders.Readers, dict[str, Any]]:
     draw = functools.cache(lambda: list(synthetic.problems(spec)))
     readers: folders.Readers = {SYNTHETIC: draw}
   else:
-    folder = folders.find(request.source)
-    # Names and sizes, not the path: a snapshot may be moved.
-    readers, options["source"] = folder.readers, folder.files
+    is_remote = "://" in request.source
+    path = None if is_remote else validation.to_path("source", request.source)
+    folder = folders.find(path or request.source)
+    # Names and contents, not the path: a snapshot may be moved.
+    readers, options["source"] = folder.readers, "folder"
+    options["files"] = folder.files
   # JSON turns tuples into lists, in the manifest too.
   return readers, json.loads(json.dumps({"format": FORMAT, **options}))
 
 
-def _require_replaceable(data_dir: pathlib.Path) -> None:
-  """Refuses a folder with files that this module did not write."""
-  if not data_dir.exists():
-    return
-  if not data_dir.is_dir():
+def _find_data_dir(request: Request) -> pathlib.Path:
+  """The data dir; refuses one with files that this module did not write."""
+  data_dir = validation.to_path("data_dir", request.data_dir)
+  named = f"data_dir ({request.data_dir!r})"
+  if "://" in request.data_dir or not data_dir.resolve().name:
+    raise validation.SettingError(f"{named} must be a local folder, below /.")
+  try:
+    data_dir = data_dir.resolve()
+    is_new = not data_dir.exists()
+    if not is_new and not data_dir.is_dir():
+      raise validation.SettingError(f"{named} must be a folder, not a file.")
+    found = set() if is_new else {path.name for path in data_dir.iterdir()}
+  except OSError as error:
     raise validation.SettingError(
-      f"data_dir ({str(data_dir)!r}) must be a folder, not a file."
-    )
-  foreign = sorted({path.name for path in data_dir.iterdir()} - _OWN_FILES)
-  if foreign:
+      f"{named} must be a folder that can be made: {error}; choose another "
+      "folder."
+    ) from error
+  if foreign := sorted(found - _OWN_FILES):
+    listed = validation.printable(", ".join(foreign[:3]))
     raise validation.SettingError(
-      f"data_dir ({str(data_dir)!r}) must be new, empty or made by prepare, "
-      f"but holds {', '.join(foreign[:3])}; choose another folder."
+      f"{named} must be new, empty or made by prepare, but holds {listed}; "
+      "choose another folder."
     )
+  return data_dir
 
 
 @contextlib.contextmanager
@@ -151,22 +176,54 @@ def _lock(data_dir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _read_reusable(
-  data_dir: pathlib.Path, options: Mapping[str, Any]
-) -> dict[str, Any] | None:
-  """The manifest of a complete data dir that was made with these options."""
-  if not (data_dir / _MANIFEST).exists():
+def read_manifest(data_dir: pathlib.Path) -> dict[str, Any] | None:
+  """The manifest of a data dir; None without one, or if it is damaged."""
+  path = data_dir / _MANIFEST
+  if not path.exists():
     return None
   try:
-    manifest = json.loads((data_dir / _MANIFEST).read_text())
-    if manifest["request"] == options and manifest["files"] == _sizes(data_dir):
-      return manifest
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    logging.warning("Cannot read the manifest of %s: %r", data_dir, error)
-  logging.info(
-    "Rebuilding %s: incomplete, or made with other options", data_dir
+    manifest = untrusted.read_json(path)
+    for name in ("request", "files", "counts"):
+      untrusted.get_field(manifest, name, dict, str(path))
+    untrusted.get_field(manifest, "source", str, str(path))
+  except (OSError, ValueError) as error:
+    logging.warning("Rebuilding %s: %s", data_dir, error)
+    return None
+  return manifest
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """The differences between two requests, in words."""
+  changes = []
+  sides = [dict(each) for each in (before, now)]
+  old, new = (side.pop("files", {}) for side in sides)
+  for side in sides:
+    if isinstance(spec := side.get("source"), dict):
+      side["source"] = SYNTHETIC
+      side |= {f"source.{name}": value for name, value in spec.items()}
+  for name in sorted(sides[0].keys() | sides[1].keys()):
+    values = [side.get(name, "not set") for side in sides]
+    if values[0] != values[1]:
+      was, is_now = map(untrusted.shorten, values)
+      changes.append(f"{name} was {was} and is {is_now}")
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name):
+      word = "is new" if name not in old else "has changed"
+      word = "is gone" if name not in new else word
+      changes.append(f"{validation.printable(name)} of the source {word}")
+  return changes
+
+
+def _refuse_to_replace(
+  data_dir: pathlib.Path, manifest: Mapping[str, Any], changes: Sequence[str]
+) -> NoReturn:
+  more = f" and {len(changes) - 3} more changes" if len(changes) > 3 else ""
+  raise validation.SettingError(
+    f"data_dir ({str(data_dir)!r}) was made from "
+    f"{untrusted.shorten(manifest['source'])} by another request: "
+    f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
+    "--overwrite to replace it."
   )
-  return None
 
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:

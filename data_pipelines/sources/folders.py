@@ -15,6 +15,7 @@ References:
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -23,8 +24,9 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import records, validation
+from data_pipelines import images, records, validation
 from data_pipelines.sources import mathvista
+from data_pipelines.text import untrusted
 
 # A problem, a row of a parquet file, or the reason why there is neither.
 RawRecord = records.Problem | Mapping[str, Any] | records.BadRecord
@@ -39,7 +41,7 @@ class Folder:
   """A folder of problems in a known layout."""
 
   readers: Readers
-  files: list[tuple[str, int]]  # Relative path and size in bytes of each file.
+  files: dict[str, str]  # Hash of the content of each file, by relative path.
 
 
 def find(folder: epath.PathLike) -> Folder:
@@ -93,8 +95,15 @@ def _open_json(folder: epath.PathLike) -> Folder | None:
     splits = {split: parent / f"{split}.json" for split in _JSON_SPLITS}
     splits = {split: path for split, path in splits.items() if path.exists()}
     if splits:
-      images = (parent / "images").glob("*")
-      return _folder(json_rows, splits, [*splits.values(), *images])
+      names = [
+        entry.get("image")
+        for path in splits.values()
+        for _, entry in _json_entries(path)
+        if isinstance(entry, dict)
+      ]
+      found = [_image_path(parent, name) for name in names]
+      paths = [path for path in found if path is not None]
+      return _folder(json_rows, splits, [*splits.values(), *paths])
   return None
 
 
@@ -120,19 +129,33 @@ def _folder(
   }
   files = list(map(epath.Path, paths))
   root = files[0].parent
-  sizes = [
-    (file.relative_to(root).as_posix(), file.stat().length) for file in files
-  ]
-  return Folder(readers, sorted(sizes))
+  named = {file.relative_to(root).as_posix(): file for file in files}
+  return Folder(readers, {name: _hash(named[name]) for name in sorted(named)})
+
+
+def _hash(path: epath.Path) -> str:
+  """A hash of a file's content; "" if it is no file that can be read."""
+  digest = hashlib.sha256()
+  try:
+    untrusted.size_of(path)
+    with path.open("rb") as file:
+      while block := file.read(2**20):
+        digest.update(block)
+  # A name may be too long, hold a NUL, or name a folder.
+  except (OSError, ValueError):
+    return ""
+  return digest.hexdigest()[:32]
 
 
 def _read_problems(source: mathvista.Source) -> Iterator[RawRecord]:
   for index in range(len(source)):
     try:
-      yield source[index]
-    # TFDS raises many kinds of errors for a damaged or foreign example.
-    except Exception as error:
-      yield records.BadRecord("unreadable", f"{type(error).__name__}: {error}")
+      with records.all_faults():
+        problem = source[index]
+    except records.BadRecord as error:
+      yield error
+    else:
+      yield problem
 
 
 def json_rows(path: epath.Path) -> Iterator[RawRecord]:
@@ -143,21 +166,28 @@ def json_rows(path: epath.Path) -> Iterator[RawRecord]:
   Raises:
     SettingError: The file is no JSON object.
   """
+  for pid, entry in _json_entries(path):
+    yield _json_row(pid, entry, path.parent)
+
+
+def _json_entries(path: epath.Path) -> Iterable[tuple[str, Any]]:
+  """The pids of a JSON file, each with what the file holds for it."""
   try:
     document = json.loads(
-      path.read_text(encoding="utf-8"), object_pairs_hook=_keep_duplicate_keys
+      untrusted.read_bytes(path, untrusted.MAX_JSON_BYTES),
+      object_pairs_hook=_keep_duplicate_keys,
     )
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
+    why = "it nests too deeply" if isinstance(error, RecursionError) else error
     raise validation.SettingError(
-      f"source file ({path}) must be JSON: {error}; fetch it again."
+      f"source file ({path}) must be JSON: {why}; fetch it again."
     ) from error
   if not isinstance(document, dict | _DuplicateKeys):
     raise validation.SettingError(
       f"source file ({path}) must map pids to problems, but holds a "
       f"{type(document).__name__}; take testmini.json of the GitHub repository."
     )
-  for pid, entry in document.items():
-    yield _json_row(pid, entry, path.parent)
+  return document.items()
 
 
 class _DuplicateKeys:
@@ -179,24 +209,30 @@ def _keep_duplicate_keys(
 
 def _json_row(pid: str, entry: Any, folder: epath.Path) -> RawRecord:
   if not isinstance(entry, dict):
-    return records.BadRecord("not_a_record", f"{pid!r} is no JSON object")
+    detail = f"{untrusted.shorten(pid)} is no JSON object"
+    return records.BadRecord("not_a_record", detail)
   row = {"pid": pid, **entry}
   if row["pid"] != pid:
-    return records.BadRecord(
-      "mismatched_pid", f"the record at {pid!r} has the pid {row['pid']!r}"
+    detail = (
+      f"the record at {untrusted.shorten(pid)} has the pid "
+      f"{untrusted.shorten(row['pid'])}"
     )
-  name = row.get("image")
-  image = {"bytes": _read_image(folder, name), "path": name}
+    return records.BadRecord("mismatched_pid", detail)
+  path = _image_path(folder, row.get("image"))
+  image: Any = None
+  if path is not None:
+    try:
+      with records.all_faults("missing_image"):
+        content = untrusted.read_bytes(path, images.MAX_BYTES)
+        image = {"bytes": content, "path": row["image"]}
+    except records.BadRecord as error:
+      image = error
   return {**row, "decoded_image": image}
 
 
-def _read_image(folder: epath.Path, name: Any) -> bytes | None:
-  """The bytes of an image; None if it is missing or outside the folder."""
+def _image_path(folder: epath.Path, name: Any) -> epath.Path | None:
+  """The path of an image; None without one, or outside the folder."""
   parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
   if not parts or parts[0] == "/" or ".." in parts:
     return None
-  try:
-    return folder.joinpath(*parts).read_bytes()
-  # A name may be too long, hold a NUL or name a folder.
-  except (OSError, ValueError):
-    return None
+  return folder.joinpath(*parts)

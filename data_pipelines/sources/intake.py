@@ -17,6 +17,8 @@ from data_pipelines.sources import (
   near_duplicates,
   synthetic,
 )
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
 
 # The split of training records whose image has a near-duplicate in `eval` or
@@ -48,9 +50,9 @@ def check_records(
   for split, reader in readers.items():
     for index, raw in enumerate(reader()):
       try:
-        problem = _problem(raw)
-        image, image_hash = _hash_image(problem)
-        if problem.pid in pids:
+        with records.all_faults():
+          record, image_hash = _summarize((split, index), raw)
+        if record.pid in pids:
           raise records.BadRecord("duplicate_pid", "another record has its pid")
       except records.BadRecord as error:
         why = {"reason": error.reason, "detail": error.detail}
@@ -58,20 +60,10 @@ def check_records(
           {"split": split, "index": index, "pid": _pid(raw), **why}
         )
         continue
-      pids.add(problem.pid)
-      if image_hash is not None or image not in hashes:
-        hashes[image] = image_hash
-      accepted.append(
-        AcceptedRecord(
-          key=(split, index),
-          pid=problem.pid,
-          image=image,
-          group=image,
-          has_answer=problem.has_answer,
-          is_mathvista=mathvista.is_original(problem.metadata),
-          digest=_digest(problem),
-        )
-      )
+      pids.add(record.pid)
+      if image_hash is not None or record.image not in hashes:
+        hashes[record.image] = image_hash
+      accepted.append(record)
   groups = near_duplicates.groups(hashes)
   return [
     dataclasses.replace(record, group=groups[record.image])
@@ -80,15 +72,39 @@ def check_records(
 
 
 def _problem(raw: folders.RawRecord) -> records.Problem:
+  """The problem of a record, which may raise anything."""
   if isinstance(raw, records.BadRecord):
     raise raw
   return raw if isinstance(raw, records.Problem) else records.from_row(raw)
 
 
-def _pid(raw: folders.RawRecord) -> Any:
+def _pid(raw: folders.RawRecord) -> str | None:
+  """The pid for a message; of any type in the source."""
   if isinstance(raw, Mapping):
-    return raw.get("pid")
-  return raw.pid if isinstance(raw, records.Problem) else None
+    pid = raw.get("pid")
+  else:
+    pid = raw.pid if isinstance(raw, records.Problem) else None
+  if isinstance(pid, str):
+    return printable(pid[:60])
+  return None if pid is None else untrusted.shorten(pid)
+
+
+def _summarize(
+  key: tuple[str, int], raw: folders.RawRecord
+) -> tuple[AcceptedRecord, near_duplicates.ImageHash | None]:
+  """The summary of a record, and the hash of how its image looks."""
+  problem = _problem(raw)
+  image, image_hash = _hash_image(problem)
+  record = AcceptedRecord(
+    key=key,
+    pid=problem.pid,
+    image=image,
+    group=image,
+    has_answer=problem.has_answer,
+    is_mathvista=mathvista.is_original(problem.metadata),
+    digest=_digest(problem),
+  )
+  return record, image_hash
 
 
 def _hash_image(
@@ -103,12 +119,14 @@ def _hash_image(
     BadRecord: The problem cannot be asked, shown or scored.
   """
   records.validate(problem)
+  mathvista.check_storable(problem)
   image = images.decode(problem.image_bytes)
   if problem.has_answer:
     answer = problem.answer
     if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
       raise records.BadRecord(
-        "answer_fails_verifier", f"the verifier rejects {answer!r} as an answer"
+        "answer_fails_verifier",
+        f"the verifier rejects {untrusted.shorten(answer)} as an answer",
       )
   perceptual = None
   if not synthetic.is_synthetic(problem):

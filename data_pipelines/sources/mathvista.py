@@ -8,6 +8,7 @@ References:
 """
 
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from array_record.python import array_record_data_source
 from etils import epath
 
 from data_pipelines import records, tables, validation
+from data_pipelines.validation import printable
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
 SOURCES = frozenset(
@@ -73,8 +76,12 @@ def shards(folder: epath.PathLike) -> dict[str, list[epath.Path]]:
   return found
 
 
-def rows(paths: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
+def rows(
+  paths: Iterable[epath.Path],
+) -> Iterator[dict[str, Any] | records.BadRecord]:
   """The rows of the files, in order, for `records.from_row`.
+
+  Columns that no problem has are not read.
 
   Raises:
     SettingError: A file is damaged or no parquet file.
@@ -88,16 +95,39 @@ def rows(paths: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
       remote = "://" in os.fspath(path)
       content = pa.BufferReader(path.read_bytes()) if remote else path
       with pq.ParquetFile(content) as file:
+        columns = [x for x in file.schema_arrow.names if x in records.COLUMNS]
         # Few rows at a time: each carries a whole image.
-        for batch in file.iter_batches(batch_size=64):
-          yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+          yield from _batch_rows(batch)
+    except Exception as error:  # Damaged bytes raise nearly every kind.
+      if validation.is_machine_failure(error):
+        raise
       raise validation.SettingError(
         f"source file ({path}) must be a whole parquet file: {error}; fetch it "
         "again."
       ) from error
 
 
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | records.BadRecord]:
+  """The rows of an Arrow batch, with a BadRecord for each that is damaged."""
+  try:
+    yield from batch.to_pylist()
+  except (ArithmeticError, ValueError):  # A text that is no UTF-8, a date.
+    for index in range(batch.num_rows):
+      try:
+        with records.all_faults():
+          row = batch.slice(index, 1).to_pylist()[0]
+      except records.BadRecord as error:
+        row = error
+      yield row
+
+
+def check_storable(problem: records.Problem) -> None:
+  """Raises for a problem that `write` cannot write."""
+  _features().serialize_example(records.to_example(problem))
+
+
+@functools.cache
 def _features() -> tfds.features.FeaturesDict:
   """The stored type of each field of a problem."""
   text = tfds.features.Text()
@@ -154,13 +184,23 @@ def write(
   builder = MathVista(problems=problems, data_dir=os.fspath(data_dir))
   scratch = pathlib.Path(data_dir) / "downloads"
   tfds.disable_progress_bar()
-  # TFDS prints to stdout, which belongs to the caller.
-  with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare(
-      download_dir=os.fspath(scratch),
-      # Otherwise TFDS asks the network for a published copy.
-      download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(min(verbosity, logging.WARNING))
+  try:
+    # TFDS prints to stdout, which belongs to the caller.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(
+        download_dir=os.fspath(scratch),
+        # Otherwise TFDS asks the network for a published copy.
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+  except OSError:
+    raise
+  except Exception as error:  # Its message may hold a whole picture.
+    why = f"{type(error).__name__}: {printable(str(error)[:200])}"
+    raise RuntimeError(f"cannot write the problems: {why}") from None
+  finally:
+    logging.set_verbosity(verbosity)
   for folder in (scratch / "extracted", scratch):
     if folder.is_dir():
       folder.rmdir()
@@ -187,8 +227,10 @@ class Source:
   def __getitem__(self, index: int, /) -> records.Problem:
     if not 0 <= index < self._length:
       raise IndexError(f"{index} is not in 0 .. {self._length - 1}")
-    example: Any = self._features.deserialize_example_np(self._reader[index])
-    return records.from_example(example)
+    # TFDS raises many kinds of errors for a damaged or foreign example.
+    with records.all_faults():
+      example: Any = self._features.deserialize_example_np(self._reader[index])
+      return records.from_example(example)
 
   def __getstate__(self) -> dict[str, Any]:
     return {"paths": self.paths, "_length": self._length}

@@ -1,6 +1,8 @@
 import collections
 import dataclasses
 import json
+import os
+import pathlib
 import shutil
 import sys
 
@@ -22,6 +24,9 @@ SPEC = synthetic.Spec(
   min_options=2,
   max_options=4,
 )
+
+
+SHARD = "testmini-00000-of-00001-0.parquet"
 
 
 def request(folder, **changes):
@@ -58,7 +63,7 @@ def snapshot(tmp_path):
   def write(num_bad=0):
     folder = tmp_path / "snapshot"
     folder.mkdir(exist_ok=True)
-    path = folder / "testmini-00000-of-00001-0.parquet"
+    path = folder / SHARD
     pq.write_table(pa.Table.from_pylist(list(rows(num_bad))), path)
     return str(folder)
 
@@ -103,9 +108,19 @@ def test_a_complete_data_dir_is_reused(tmp_path, monkeypatch):
     {"source": dataclasses.replace(SPEC, difficulty=2)},
   ],
 )
-def test_another_request_replaces_the_data_dir(tmp_path, change):
+def test_another_request_replaces_the_data_dir_only_if_asked(tmp_path, change):
   build.build_data_dir(request(tmp_path / "data"))
-  build.build_data_dir(request(tmp_path / "data", **change))
+  whole = contents(tmp_path / "data")
+  wanted = request(tmp_path / "data", **change)
+  (name,) = change
+  named = "source.difficulty" if name == "source" else name
+  with pytest.raises(
+    validation.SettingError,
+    match=rf"{named} was .* and is .*another --data_dir, or add --overwrite",
+  ):
+    build.build_data_dir(wanted)
+  assert contents(tmp_path / "data") == whole
+  build.build_data_dir(wanted, overwrite=True)
   build.build_data_dir(request(tmp_path / "fresh", **change))
   assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
@@ -139,10 +154,10 @@ def test_a_killed_run_leaves_the_old_data_dir_and_no_other(
     context.setattr(build.shutil, "rmtree", lambda *args, **kwargs: None)
     context.setattr(build.mathvista, "write", lambda *args: sys.exit(9))
     with pytest.raises(SystemExit):
-      build.build_data_dir(request(tmp_path / "data", seed=1))
+      build.build_data_dir(request(tmp_path / "data", seed=1), overwrite=True)
   assert contents(tmp_path / "data") == whole
   assert (tmp_path / ".data.building/tokenizer.model").exists()
-  build.build_data_dir(request(tmp_path / "data", seed=1))
+  build.build_data_dir(request(tmp_path / "data", seed=1), overwrite=True)
   assert {path.name for path in tmp_path.iterdir()} == {"data", ".data.lock"}
   assert contents(tmp_path / "data") != whole
 
@@ -184,13 +199,27 @@ def test_too_many_rejects_stop_it(tmp_path, snapshot, num_bad, share):
   assert not (tmp_path / "data").exists()
 
 
-def test_a_changed_snapshot_is_read_again(tmp_path, snapshot):
+def test_a_changed_snapshot_is_named_and_read_again_if_asked(
+  tmp_path, snapshot
+):
   wanted = request(
     tmp_path / "data", source=snapshot(), max_reject_fraction=0.5
   )
   before = build.build_data_dir(wanted)
-  snapshot(num_bad=1)
-  assert build.build_data_dir(wanted)["fingerprint"] != before["fingerprint"]
+  path = pathlib.Path(snapshot(num_bad=1)) / SHARD
+  with pytest.raises(validation.SettingError, match=f"{SHARD} .* has changed"):
+    build.build_data_dir(wanted)
+  after = build.build_data_dir(wanted, overwrite=True)
+  assert after["fingerprint"] != before["fingerprint"]
+  # Neither another time nor another place is another content.
+  os.utime(path, (1, 1))
+  moved = path.parent.rename(tmp_path / "moved")
+  assert (
+    build.build_data_dir(
+      request(tmp_path / "data", source=str(moved), max_reject_fraction=0.5)
+    )
+    == after
+  )
 
 
 @pytest.mark.parametrize("fraction, split", [(0.0, "train"), (1.0, "eval")])
