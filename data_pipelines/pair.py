@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines.preferences import label_results
-from data_pipelines.validation import SettingError
+from data_pipelines.validation import SettingError, to_path, user_errors
 
 FLAGS = flags.FLAGS
 
@@ -24,9 +24,13 @@ def main(argv: Sequence[str]) -> None:
         f"results ({argv[1:]}) and out ({FLAGS.out!r}) must name files, as in "
         "output_a.json output_b.json --out=FILE."
       )
-    counts = label_results.label_results(
-      argv[1:], FLAGS.out, data_dir=FLAGS.data_dir
-    )
+    with user_errors():
+      results = [to_path("results file", name) for name in argv[1:]]
+      out = to_path("out", FLAGS.out)
+      data_dir = ""
+      if FLAGS["data_dir"].present:
+        data_dir = to_path("data_dir", FLAGS.data_dir)
+    counts = label_results.label_results(results, out, data_dir=data_dir)
   except SettingError as error:
     command_flags.refuse(error)
   listed = ", ".join(f"{name} {count}" for name, count in counts.items())

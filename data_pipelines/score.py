@@ -14,13 +14,14 @@ Wilson intervals. Multiple choice is also shown above chance: 0 for guessing,
 `strict_true_false` added; `--scores` writes the figures as JSON.
 """
 
+import signal
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines.scoring import score_file
-from data_pipelines.validation import SettingError
+from data_pipelines.validation import SettingError, to_path, user_errors
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +33,16 @@ def main(argv: Sequence[str]) -> None:
       raise SettingError(
         f"arguments ({argv[1:]}) must be one results file; see --help."
       )
-    print(score_file.score_file(argv[1], out=FLAGS.out, scores=FLAGS.scores))
+    # A reader that ends early, such as head, ends this program in silence.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    with user_errors():
+      file = to_path("results file", argv[1])
+      outputs = {
+        name: str(to_path(name, getattr(FLAGS, name)))
+        for name in ("out", "scores")
+        if FLAGS[name].present
+      }
+    print(score_file.score_file(str(file), **outputs))
   except SettingError as error:
     command_flags.refuse(error)
 

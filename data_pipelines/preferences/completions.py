@@ -19,7 +19,7 @@ least two completions of the problem and higher labels for better ones.
 import dataclasses
 import decimal
 import functools
-import json
+import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import records, tables
-from data_pipelines.text import chat_prompts
+from data_pipelines.text import chat_prompts, untrusted
 from data_pipelines.verifier import verify
 
 KINDS = ("distractor", "perturbation", "refusal", "conflict", "truncation")
@@ -100,9 +100,9 @@ def from_file(path: str | os.PathLike[str], count: int) -> Source:
 def _read(path: str | os.PathLike[str]) -> dict[str, Group]:
   by_pid: dict[str, Group] = {}
   try:
-    with open(path, encoding="utf-8") as file:
-      lines = list(file)
-  except (OSError, UnicodeDecodeError) as error:
+    content = untrusted.read_bytes(path, untrusted.MAX_JSON_BYTES)
+    lines = list(io.StringIO(content.decode("utf-8"), newline=None))
+  except (OSError, ValueError) as error:
     raise ValueError(
       f"data.preference_file ({str(path)!r}) must be a file of labelled "
       f"completions: {error}; name one, or leave the setting empty."
@@ -124,7 +124,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Group]:
 
 
 def _parse_line(line: str) -> tuple[str, Group]:
-  row = json.loads(line)
+  row = untrusted.parse_json(line, "it")
   group = tuple(
     LabelledCompletion(x["text"], x["label"]) for x in row["completions"]
   )
@@ -133,6 +133,7 @@ def _parse_line(line: str) -> tuple[str, Group]:
   for text, label in group:
     if not isinstance(text, str) or not isinstance(label, int | float):
       raise TypeError("a text must be a string, and a label a number")
+    records.check_text("text", text)
     if not abs(label) < 1e38:  # The range of float32.
       raise ValueError("a label must be finite")
   if not isinstance(row["pid"], str | int):

@@ -1,18 +1,21 @@
 """Labels the responses of results files, for `data.preference_file`.
 
 Several files give several responses to one problem. The verifier labels each
-response 1.0 or 0.0, and problems without both labels are left out.
+response 1.0 or 0.0, and problems without both labels are left out, as are
+records that cannot be used.
 """
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
+
+from absl import logging
 
 from data_pipelines import records
 from data_pipelines.preferences import completions
 from data_pipelines.scoring import results
 from data_pipelines.sources import mathvista
+from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError, user_errors
 from data_pipelines.verifier import verify
 
@@ -44,15 +47,19 @@ def label_results(
   """
   written = ("groups", "completions")
   left_out = ("without_right", "without_wrong", "without_answer")
-  left_out += ("not_in_data_dir", "empty", "repeated")
+  left_out += ("not_in_data_dir", "empty", "repeated", "unusable")
   counts: dict[str, int] = dict.fromkeys(written + left_out, 0)
-  texts, problems = _read_responses(paths, counts)
+  texts, problems, first_fault = _read_responses(paths, counts)
   if data_dir:
     with user_errors():
       problems = mathvista.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
-    reason, group = _group(problems.get(pid), responses)
+    try:
+      with records.all_faults():
+        reason, group = _group(problems.get(pid), responses)
+    except records.BadRecord:
+      reason, group = "unusable", []
     counts[reason or "groups"] += 1
     if reason:
       continue
@@ -62,33 +69,36 @@ def label_results(
   if not lines:
     raise SettingError(
       f"the results ({', '.join(map(str, paths))}) must hold a right and a "
-      f"wrong response to some problem, but hold none: {counts}; add the "
-      "results of another model."
+      f"wrong response to some problem, but hold none: {counts}{first_fault}; "
+      "add the results of another model."
     )
-  unfinished = pathlib.Path(f"{os.fspath(out)}.unfinished")
-  unfinished.write_text("".join(lines), encoding="utf-8")
-  os.replace(unfinished, out)
+  results.write("out", out, "".join(lines))
   return counts
 
 
 def _read_responses(
   paths: Iterable[str | os.PathLike[str]], counts: dict[str, int]
-) -> tuple[dict[str, list[str]], dict[str, records.Problem]]:
-  """The different responses to each problem, and the problems, by pid."""
+) -> tuple[dict[str, list[str]], dict[str, records.Problem], str]:
+  """Reads the different responses to each problem, and the problems, by pid.
+
+  The last value describes the first record that cannot be used, if any.
+  """
   texts: dict[str, list[str]] = {}
   problems: dict[str, records.Problem] = {}
+  first_fault = ""
   for path in paths:
     for pid, row in results.read_rows(path):
       try:
-        problem = records.from_result({**row, "pid": pid})
-        text = results.response_of(row) or ""
+        with records.all_faults():
+          problem = records.from_result({**row, "pid": pid})
+          text = results.response_of(row) or ""
+          records.check_text("response", text)
+          records.check_text("pid", pid)
       except records.BadRecord as error:
-        raise results.error_in(
-          path,
-          f"describe a problem and a response in every record, but pid {pid} "
-          f"does not: {error}",
-          "correct the record",
-        ) from error
+        counts["unusable"] += 1
+        where = f"pid {shorten(pid)} of {os.path.basename(path)}"
+        first_fault = first_fault or f"; the first unusable: {where}, {error}"
+        continue
       problems.setdefault(pid, problem)
       responses = texts.setdefault(pid, [])
       if not text.strip():
@@ -97,7 +107,11 @@ def _read_responses(
         counts["repeated"] += 1
       else:
         responses.append(text)
-  return texts, problems
+  if first_fault:
+    logging.warning(
+      "%d records are left out%s", counts["unusable"], first_fault
+    )
+  return texts, problems, first_fault
 
 
 def _group(

@@ -10,6 +10,7 @@ References:
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,8 @@ from typing import Any
 
 from data_pipelines import records
 from data_pipelines.scoring import figures
+from data_pipelines.text import untrusted
+from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError
 
 
@@ -49,7 +52,8 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
   results, faults = [], []
   for pid, row in rows:
     try:
-      results.append(_to_result(pid, row))
+      with records.all_faults():
+        results.append(_to_result(pid, row))
     except records.BadRecord as error:
       faults.append((pid, error))
   if faults:
@@ -59,7 +63,8 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
     raise error_in(
       path,
       f"hold records in MathVista's schema, but {len(faults)} of {len(rows)} "
-      f"do not match ({counted}; the first: pid {pid!r}, {first.detail})",
+      f"do not match ({counted}; the first: pid {shorten(pid)}, "
+      f"{first.detail})",
       "correct or remove them",
     )
   return results
@@ -77,7 +82,8 @@ def read_rows(
   """
   path = pathlib.Path(path)
   try:
-    text = path.read_text(encoding="utf-8-sig")
+    content = untrusted.read_bytes(path, untrusted.MAX_JSON_BYTES)
+    text = content.decode("utf-8-sig")
   except (OSError, ValueError) as error:
     raise error_in(
       path, f"be a text file, but {error}", "name another file"
@@ -115,6 +121,27 @@ def error_in(
   return SettingError(f"{file} must {fault}; {remedy}.")
 
 
+def write(flag: str, path: str | os.PathLike[str], text: str) -> None:
+  """Writes a text to the file of a flag, whole or not at all.
+
+  Raises:
+    SettingError: The file cannot be written.
+  """
+  target = pathlib.Path(path)
+  part = target.parent / f".{target.name}.part"
+  try:
+    # UTF-8 has no lone surrogates, so they are written as JSON escapes.
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    part.replace(target)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
+    raise SettingError(
+      f"--{flag} ({os.fspath(path)!r}) must be a file that can be written: "
+      f"{error}; name another file."
+    ) from error
+
+
 def _rows_by_pid(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
   """The records of a JSON object whose keys are their pids."""
   if not isinstance(parsed, dict) or not all(
@@ -129,7 +156,8 @@ def _rows_by_pid(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
     if _pid_of(row) not in (None, pid):
       raise error_in(
         path,
-        f"key each record by its pid, but {pid!r} has pid {row['pid']!r}",
+        f"key each record by its pid, but {shorten(pid)} has pid "
+        f"{shorten(row['pid'])}",
         "correct one of them",
       )
     yield pid, row
@@ -154,14 +182,14 @@ def _check_pids(
       raise error_in(
         path,
         f"hold one JSON object with a pid in each {unit}, but {unit} {number} "
-        f"does not: {json.dumps(row)[:80]!r}",
+        f"does not: {shorten(row)}",
         f"correct the {unit}",
       )
     if pid in first:
       raise error_in(
         path,
-        f"hold each pid once, but {pid!r} is in {unit}s {first[pid]} and "
-        f"{number}",
+        f"hold each pid once, but {shorten(pid)} is in {unit}s {first[pid]} "
+        f"and {number}",
         "use one file per run",
       )
     first[pid] = number
@@ -190,18 +218,15 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   table: dict[str, Any] = {}
   for key, value in pairs:
     if key in table:
-      raise ValueError(f"key {key!r} occurs twice in one object")
+      raise ValueError(f"key {shorten(key)} occurs twice in one object")
     table[key] = value
   return table
 
 
 def _to_result(pid: str, row: Mapping[str, Any]) -> Result:
   """The record with its problem; raises BadRecord if one breaks the schema."""
+  if not records.is_shallow(row):
+    raise records.BadRecord("nested", "its fields nest too deeply")
   problem = records.from_result({**row, "pid": pid})
   records.validate_types(problem)
-  skills = problem.metadata.get("skills", [])
-  if not isinstance(skills, str | list):
-    raise records.BadRecord(
-      "bad_metadata", f"skills holds a {type(skills).__name__}"
-    )
   return Result(problem, row, response_of(row))

@@ -2,12 +2,13 @@
 
 import json
 import os
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines import records
 from data_pipelines.scoring import grading, results
-from data_pipelines.validation import SettingError
+from data_pipelines.text import untrusted
+from data_pipelines.validation import SettingError, printable
 
 _HEADINGS = ("", "problems", "strict", "official", "stored", "above chance")
 
@@ -29,7 +30,7 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
       f"results file ({path!r}), --out ({out!r}) and --scores ({scores!r}) "
       "must be different files; rename the outputs."
     )
-  graded = [grading.grade(result) for result in results.read(path)]
+  graded = list(_grade(path, results.read(path)))
   if not any(each.result.problem.has_answer for each in graded):
     raise results.error_in(
       path,
@@ -37,8 +38,11 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
       "score testmini",
     )
   found = grading.summary(graded)
-  _write("out", out, grading.strict_records(graded))
-  _write("scores", scores, {"file": os.path.basename(path), **found})
+  if out:
+    results.write("out", out, _to_json(grading.strict_records(graded)))
+  if scores:
+    figures = {"file": os.path.basename(path), **found}
+    results.write("scores", scores, _to_json(figures))
   return format_scores(found)
 
 
@@ -76,7 +80,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
       dimension = row["dimension"]
       yield (dimension,) + ("",) * (len(_HEADINGS) - 1)
     yield (
-      f"  {row['name']}",
+      f"  {printable(row['name'])}",
       str(row["strict"]["problems"]),
       *(_percent(row[x]) for x in ("strict", "official", "stored")),
       _percent(row["multi_choice"]),
@@ -90,21 +94,21 @@ def _percent(share: Mapping[str, float] | None) -> str:
   return f"{value:5.1f} [{low:5.1f}, {high:5.1f}]"
 
 
-def _write(flag: str, path: str, value: Any) -> None:
-  """Writes JSON to the file of a flag, whole or not at all."""
-  if not path:
-    return
-  target = pathlib.Path(path)
-  part = target.with_name(f".{target.name}.part")
-  try:
-    # UTF-8 has no lone surrogates, so they are written as JSON escapes.
-    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
-      json.dump(value, file, indent=2, ensure_ascii=False)
-      file.write("\n")
-    part.replace(target)
-  except OSError as error:
-    part.unlink(missing_ok=True)
-    raise SettingError(
-      f"--{flag} ({path!r}) must be a file that can be written: {error}; name "
-      "another file."
-    ) from error
+def _grade(
+  path: str, read: Iterable[results.Result]
+) -> Iterator[grading.GradedRecord]:
+  for result in read:
+    try:
+      with records.all_faults():
+        yield grading.grade(result)
+    except records.BadRecord as error:
+      pid = untrusted.shorten(result.problem.pid)
+      raise results.error_in(
+        path,
+        f"hold records that can be graded, but pid {pid} cannot: {error}",
+        "correct or remove it",
+      ) from error
+
+
+def _to_json(value: Any) -> str:
+  return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -157,6 +157,7 @@ def test_a_problem_without_both_labels_is_left_out_and_counted(tmp_path):
     "not_in_data_dir": 0,
     "empty": 2,
     "repeated": 0,
+    "unusable": 0,
   }
 
 
@@ -217,12 +218,15 @@ def test_the_problems_of_a_data_dir_take_precedence(tmp_path):
     (None, "must be a text file"),
     ("{", "must be JSON"),
     ("3", "one JSON object"),
-    ("[3]", "record 1 does not: '3'"),
+    ("[3]", "record 1 does not: 3"),
     ('{"1": 3}', "one JSON object"),
     (json.dumps([record()] * 2), "hold each pid once.*'1'"),
     (json.dumps([{"response": "7"}]), "a pid in each record.*response"),
-    (json.dumps([record(response=7)]), "pid 1 .*response holds a int"),
-    (json.dumps([record(answer=12)]), "must describe a problem.*answer"),
+    (
+      json.dumps([record(response=7)]),
+      "unusable': 1.*pid '1' .*response holds a int",
+    ),
+    (json.dumps([record(answer=12)]), "unusable': 1.*answer holds a int"),
     (json.dumps([record()]), "a right and a wrong response"),
   ],
 )
