@@ -59,7 +59,7 @@ def run(
       write = functools.partial(
         huggingface.save,
         model.network,
-        load.load_params(exported, mesh),
+        load.load_merged(exported, mesh),
         dtype=jnp.dtype(settings.dtype),
         tokenizer_dir=settings.tokenizer_dir or _hf_folder(model.weights),
       )

@@ -1,7 +1,8 @@
 """The parameters that `model.weights` names, on a mesh.
 
 Weights are drawn at random, read from another program's files, or restored
-from a run's checkpoint, into which its adapters are merged.
+from a run's checkpoint. Its adapters stay beside the weights they were trained
+on, for in a narrow type a sum would lose them, or are merged on request.
 """
 
 import dataclasses
@@ -28,7 +29,11 @@ class SavedAdapters(NamedTuple):
 
 
 def load_params(model: ModelSettings, mesh: Mesh) -> dict:
-  """The parameters that `model.weights` names, sharded over the mesh.
+  """The parameters that `model.weights` names, as the network runs them.
+
+  They are sharded over the mesh. Those of a run with adapters hold
+  `lora.AdaptedWeight`s: with its `model.param_dtype`, they are the policy of
+  that run to the bit. For plain arrays, see `load_merged`.
 
   Raises:
     SettingError: The files or the run do not exist, or belong to another model.
@@ -41,12 +46,25 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
     return _load_params(model, mesh, abstract)
 
 
+def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
+  """The parameters of `load_params` with any adapters merged into them.
+
+  Sums are made in fp32, and rounded once to `model.param_dtype`.
+  """
+  params = load_params(model, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
+  if jax.tree.structure(params) == jax.tree.structure(shardings):
+    return params
+  return jax.jit(lora.merge_adapters, out_shardings=shardings)(params)
+
+
 def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
   scheme, _, rest = model.weights.partition(":")
   if scheme == "run":
     saved = load_adapters(model, mesh)
     if saved:
-      return _merge(model, mesh, saved)
+      base = _load_base(model, mesh, saved)
+      return lora.with_adapters(base, saved.adapters, saved.config)
     workdir, step = _split_run(rest)
     params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
@@ -123,24 +141,17 @@ def with_shardings(mesh: Mesh, tree: Any) -> Any:
   )
 
 
-def _merge(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
-  """Merges saved adapters into the parameters that they belong to."""
+def _load_base(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
+  """The parameters that saved adapters belong to."""
   base = dataclasses.replace(model, weights=saved.base_weights)
   try:
-    params = load_params(base, mesh)
+    return load_params(base, mesh)
   except (OSError, ValueError) as error:
     raise SettingError(
       f"model.weights ({model.weights!r}) is a run that saved adapters only, "
       f"and the weights they belong to ({saved.base_weights!r}) cannot be "
       f"read: {error}"
     ) from error
-  merge = jax.jit(
-    lora.merge_adapters,
-    static_argnums=2,
-    donate_argnums=0,
-    out_shardings=jax.tree.map(lambda x: x.sharding, params),
-  )
-  return merge(params, saved.adapters, saved.config)
 
 
 def _on_mesh(values: dict, abstract: dict) -> dict:

@@ -69,7 +69,9 @@ class Trainer:
     self.collector = Collector(self.sampler, config.collector_config)
     params, forward, self._reference = None, self.sampler.forward, None
     if config.has_reference or config.lora:
-      params = load.load_params(config.model, mesh)
+      # Adapters of an earlier run stay beside their base, in the base of ours.
+      load_start = load.load_params if config.lora else load.load_merged
+      params = load_start(config.model, mesh)
       if config.has_reference:
         # With adapters, the reference is their base itself and no copy of it.
         self._reference = Reference(params, config.model, mesh)
@@ -132,7 +134,7 @@ class Trainer:
     elif params is None:
       # Masters start from what the files hold, before it is rounded.
       finest = dataclasses.replace(model, param_dtype="float32")
-      params = load.load_params(finest, self.mesh)
+      params = load.load_merged(finest, self.mesh)
     state = self.learner.init(params)
     self.resume(state)
     return state

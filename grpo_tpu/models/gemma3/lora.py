@@ -1,8 +1,10 @@
 """Low-rank adapters: a small tree that is trained beside a frozen one.
 
 A weight `W` acts as `W + alpha / rank * A B`, by two thin products beside the
-frozen one, so the sum itself is only made for export. Without its adapters the
-policy is what it started from, so the reference is the frozen tree and no copy.
+frozen one. The sum itself is only made where one tree must hold the whole
+model: in bf16 it would lose a small change of a large weight. Without its
+adapters the policy is what it started from, so the reference is the frozen tree
+and no copy. That tree may have adapters of its own, from an earlier run.
 
 Stacked matrices that share an input (keys and values, gate and up) have an
 adapter each, as the separate matrices of other implementations do.
@@ -42,13 +44,13 @@ class AdaptedWeight(NamedTuple):
   """A frozen weight with its adapter, in a tree in place of the weight.
 
   Attributes:
-    weight: The weight, as in the tree of `weights`.
+    weight: The weight, as in the tree of `weights`, or one with an adapter.
     a: First factor: the stacked and summed axes, then the rank.
     b: Second factor: the stacked axes, the rank, then the others; includes the
       scale.
   """
 
-  weight: Array
+  weight: "Array | AdaptedWeight"
   a: Array
   b: Array
 
@@ -61,7 +63,7 @@ def einsum(equation: str, x: Array, weight: Array | AdaptedWeight) -> Array:
   """
   if not isinstance(weight, AdaptedWeight):
     return jnp.einsum(equation, x, weight.astype(x.dtype))
-  y = jnp.einsum(equation, x, weight.weight.astype(x.dtype))
+  y = einsum(equation, x, weight.weight)
   terms, result = equation.split("->")
   x_axes, axes = terms.split(",")
   summed = "".join(axis for axis in axes if axis not in result)
@@ -125,33 +127,46 @@ def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   Only the second factors are copied, to include the scale. The gradient flows
   to the adapters, and to `params` if asked for.
   """
-  return _replace_weights(
-    params,
-    adapters,
-    lambda weight, factors, _: AdaptedWeight(
-      weight, factors["lora_a"], factors["lora_b"] * lora.scale
-    ),
-  )
-
-
-def merge_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
-  """Merges the adapters into the frozen weights.
-
-  Sums are made in fp32 and rounded once, to the weight's own type: in bf16 a
-  small change of a large weight may be lost.
-  """
-
-  def merge(weight, factors, leaf):
-    a_axes, b_axes = _factor_axes(leaf.axes, leaf.summed)
-    change = jnp.einsum(
-      f"{a_axes},{b_axes}->{leaf.axes}",
-      factors["lora_a"],
-      factors["lora_b"] * lora.scale,
-      precision=jax.lax.Precision.HIGHEST,
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for path, factors in flatten(adapters).items():
+    flat[path] = AdaptedWeight(
+      flat[path], factors["lora_a"], factors["lora_b"] * lora.scale
     )
-    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+  return traverse_util.unflatten_dict(flat, sep="/")
 
-  return _replace_weights(params, adapters, merge)
+
+def merge_adapters(params: dict) -> dict:
+  """Merges the adapters of a tree into its weights; see `with_adapters`.
+
+  Sums are made in fp32 and rounded once, to the frozen weight's own type: in
+  bf16 a small change of a large weight may be lost.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for path, weight in flat.items():
+    if isinstance(weight, AdaptedWeight):
+      total = _sum(weight, leaves.LEAVES[path])
+      flat[path] = total.astype(frozen_weight(weight).dtype)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def frozen_weight(weight: Array | AdaptedWeight) -> Array:
+  """The weight below all its adapters."""
+  while isinstance(weight, AdaptedWeight):
+    weight = weight.weight
+  return weight
+
+
+def _sum(weight: Array | AdaptedWeight, leaf: leaves.Leaf) -> Array:
+  """A weight with the products of its adapters, in fp32."""
+  if not isinstance(weight, AdaptedWeight):
+    return weight.astype(jnp.float32)
+  a_axes, b_axes = _factor_axes(leaf.axes, leaf.summed)
+  return _sum(weight.weight, leaf) + jnp.einsum(
+    f"{a_axes},{b_axes}->{leaf.axes}",
+    weight.a,
+    weight.b,
+    precision=jax.lax.Precision.HIGHEST,
+  )
 
 
 def model_targets(
@@ -189,11 +204,3 @@ def flatten(adapters: dict) -> dict[str, Any]:
   return traverse_util.flatten_dict(
     adapters, sep="/", is_leaf=lambda _, node: "lora_a" in node
   )
-
-
-def _replace_weights(params: dict, adapters: dict, change) -> dict:
-  """A tree like `params` with `change(weight, factors, leaf)` for weights."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  for path, factors in flatten(adapters).items():
-    flat[path] = change(flat[path], factors, leaves.LEAVES[path])
-  return traverse_util.unflatten_dict(flat, sep="/")

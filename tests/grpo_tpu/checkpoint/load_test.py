@@ -17,7 +17,7 @@ from grpo_tpu.models.gemma3 import leaves as gemma3_leaves
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import assembly
 from grpo_tpu.models.settings import LoraConfig
-from grpo_tpu.rl import train_state
+from grpo_tpu.rl import learner, train_state
 from tests.grpo_tpu.checkpoint import checkpointing
 
 BASE = run_config.Config.from_config_dict(base.get_config())
@@ -147,6 +147,22 @@ def save_adapters(workdir, mesh, base_weights, *, step=3):
   return adapters
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_with_adapters_is_read_as_the_policy_that_it_trained(
+  params_of, mesh, tmp_path, dtype
+):
+  """To the bit, in the type of its base. The second is based on the first."""
+  first = save_adapters(tmp_path / "a", mesh, "random:2")
+  second = save_adapters(tmp_path / "b", mesh, f"run:{tmp_path}/a@3", step=4)
+  policy = params_of("random:2", param_dtype=dtype)
+  for name, adapters in (("a", first), ("b", second)):
+    model = settings_of(f"run:{tmp_path}/{name}", param_dtype=dtype, lora=LORA)
+    policy = learner.forward_params(model, adapters, policy)
+    jax.tree.map(
+      np.testing.assert_array_equal, load.load_params(model, mesh), policy
+    )
+
+
 def test_a_run_with_adapters_continues_as_the_model_they_made(
   params_of, mesh, tmp_path
 ):
@@ -155,9 +171,9 @@ def test_a_run_with_adapters_continues_as_the_model_they_made(
   second = save_adapters(tmp_path / "b", mesh, f"run:{tmp_path}/a@3", step=4)
   expected = params_of("random:2")
   for name, adapters in (("a", first), ("b", second)):
-    expected = lora.merge_adapters(expected, adapters, LORA)
+    expected = lora.merge_adapters(lora.with_adapters(expected, adapters, LORA))
     settings = settings_of(f"run:{tmp_path}/{name}")
-    got = load.load_params(settings, mesh)
+    got = load.load_merged(settings, mesh)
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
       got,

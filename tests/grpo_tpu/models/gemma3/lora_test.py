@@ -180,7 +180,9 @@ def test_a_merged_weight_includes_the_product_of_the_factors(
   """The other weights do not change, to the bit."""
   path, _, _ = SHAPES[name]
   before, factors = by_path(tiny.params), by_path(adapters)
-  after = by_path(lora.merge_adapters(tiny.params, adapters, LORA))
+  after = by_path(
+    lora.merge_adapters(lora.with_adapters(tiny.params, adapters, LORA))
+  )
   change = slow_change(
     name, factors[f"{path}/lora_a"], factors[f"{path}/lora_b"], 5 / 3
   )
@@ -193,12 +195,56 @@ def test_a_merged_weight_includes_the_product_of_the_factors(
     np.testing.assert_array_equal(after[other], before[other])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_merged_weight_is_the_exact_sum_rounded_once(tiny, dtype):
+  """Two adapters on one another, against float64: in fp32 nothing is lost."""
+  base = jax.tree.map(lambda x: x.astype(dtype), tiny.params)
+  params, before = base, by_path(base)
+  changes = {path: 0.0 for path, _, _ in SHAPES.values()}
+  for seed in (1, 2):
+    adapters = random_adapters(tiny.config, seed=seed)
+    params = lora.with_adapters(params, adapters, LORA)
+    factors = by_path(adapters)
+    for name, (path, _, _) in SHAPES.items():
+      a, b = (factors[f"{path}/lora_{x}"] for x in "ab")
+      changes[path] = changes[path] + slow_change(name, a, b, 5 / 3)
+  merged = by_path(lora.merge_adapters(params))
+  for path, change in changes.items():
+    assert merged[path].dtype == dtype
+    weight = np.float64(before[path])
+
+    def error(rounded, weight=weight, change=change):
+      gap = np.float64(rounded) - weight - change
+      return np.linalg.norm(gap) / np.linalg.norm(change)
+
+    least = error((weight + change).astype(dtype))
+    assert error(merged[path]) < (
+      1e-6 if dtype == jnp.float32 else 1.01 * least
+    )
+
+
+def test_adapters_on_adapters_act_as_both(tiny):
+  """A run that starts from another's adapters has them in its frozen base."""
+  bundles = bundles_of(tiny)
+  params = tiny.params
+  for seed in (1, 2):
+    params = lora.with_adapters(
+      params, random_adapters(tiny.config, seed=seed), LORA
+    )
+  np.testing.assert_allclose(
+    logits_of(tiny, params, bundles),
+    logits_of(tiny, lora.merge_adapters(params), bundles),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
 def test_adapted_logits_are_those_of_the_merged_weights(tiny, adapters):
   bundles = bundles_of(tiny)
   actual = logits_of(
     tiny, lora.with_adapters(tiny.params, adapters, LORA), bundles
   )
-  merged = lora.merge_adapters(tiny.params, adapters, LORA)
+  merged = lora.merge_adapters(lora.with_adapters(tiny.params, adapters, LORA))
   expected = logits_of(tiny, merged, bundles)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
   base = logits_of(tiny, tiny.params, bundles)
@@ -254,7 +300,7 @@ def test_gradients_are_the_merged_weights_by_the_chain_rule(tiny, adapters):
     )
 
   actual = by_path(of_adapters(tiny.params, adapters))
-  merged = lora.merge_adapters(tiny.params, adapters, LORA)
+  merged = lora.merge_adapters(lora.with_adapters(tiny.params, adapters, LORA))
   through = by_path(jax.jit(jax.grad(loss))(merged))
   factors, scale = by_path(adapters), 5 / 3
   # The linear map of A alone, and of B alone, has its matrix in its values at

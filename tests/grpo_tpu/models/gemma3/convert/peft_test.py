@@ -95,7 +95,9 @@ def expected_changes(config, adapters):
     lambda x: jnp.zeros(x.shape, x.dtype),
     weights.abstract_params(config, jnp.float32),
   )
-  change = jax.device_get(lora.merge_adapters(zeros, adapters, LORA))
+  change = jax.device_get(
+    lora.merge_adapters(lora.with_adapters(zeros, adapters, LORA))
+  )
   attn, mlp = change["layers"]["attn"], change["layers"]["mlp"]
   head = "model.language_model." if config.vision else "model."
 
