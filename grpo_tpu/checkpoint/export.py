@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
+from data_pipelines.text import untrusted
 from data_pipelines.validation import user_errors
 from grpo_tpu.checkpoint import load
 from grpo_tpu.checkpoint.settings import ExportConfig
@@ -26,7 +27,8 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(_folder(workdir))
-  load.resolve_weights(model.weights)
+  name = load.resolve_weights(model.weights)
+  huggingface.read_generation_config(_source_dir(name, settings))
   tokenizer_dir = settings.tokenizer_dir
   if tokenizer_dir and not pathlib.Path(tokenizer_dir).is_dir():
     raise ValueError(
@@ -61,7 +63,8 @@ def run(
         model.network,
         load.load_merged(exported, mesh),
         dtype=jnp.dtype(settings.dtype),
-        tokenizer_dir=settings.tokenizer_dir or _hf_folder(model.weights),
+        tokenizer_dir=settings.tokenizer_dir or _origin(name),
+        source_dir=_source_dir(name, settings),
       )
   logging.info("Exporting %s.", name)
   write(_folder(workdir))
@@ -88,6 +91,28 @@ def _adapter_writer(
     base_model=_hf_folder(saved.base_weights),
   )
   return write if jax.process_index() == 0 else lambda directory: None
+
+
+def _source_dir(name: str, settings: ExportConfig) -> str:
+  """The folder whose sampling defaults an export keeps; "" for none."""
+  return _origin(name) or settings.tokenizer_dir
+
+
+def _origin(name: str) -> str:
+  """The folder of `hf:` weights that a model began as; "" if it is unknown.
+
+  The record of a run names the weights that it started from, maybe a run too.
+  """
+  seen = set()
+  while name.startswith("run:") and name not in seen:
+    seen.add(name)
+    try:
+      record = untrusted.read_json(f"{load.workdir_of(name)}/run.json")
+      name = untrusted.get_field(record, "weights", str, "run.json")
+    except (OSError, ValueError):
+      return ""
+  folder = _hf_folder(name)
+  return folder if pathlib.Path(folder).is_dir() else ""
 
 
 def _hf_folder(name: str) -> str:

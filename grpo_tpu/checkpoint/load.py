@@ -132,6 +132,11 @@ def resolve_weights(name: str) -> str:
   return f"run:{workdir}@{step}"
 
 
+def workdir_of(name: str) -> str:
+  """The workdir of `run:` weights."""
+  return _split_run(name.removeprefix("run:"))[0]
+
+
 def with_shardings(mesh: Mesh, tree: Any) -> Any:
   """Shapes with the shardings that the rules give to parameters."""
   return jax.tree.map(

@@ -1,5 +1,7 @@
 """--mode=export, and starting from what it wrote: `model.weights=hf:DIR`."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,53 @@ def test_the_newest_or_a_given_step_goes_out_and_can_be_started_from(tmp_path):
     start = changed(model={"weights": f"hf:{there}"})
     assert_equal(load.load_params(start.model, mesh), params, factor)
     assert load.resolve_weights(start.model.weights) == f"hf:{there}"
+
+
+SAMPLING = {"do_sample": True, "top_k": 64, "top_p": 0.95}
+
+
+@pytest.mark.parametrize(
+  "named", ["hf", "run", "run of a run", "tokenizer_dir"]
+)
+def test_an_export_keeps_how_its_source_asks_to_be_sampled_from(
+  tmp_path, named
+):
+  """Of whatever it began as; the three ids alone are written anew."""
+  source, workdir = tmp_path / "source", tmp_path / "run"
+  source.mkdir()
+  run_export(changed(model={"weights": "random:1"}), source)
+  hf = source / "export"
+  file = hf / "generation_config.json"
+  ids = json.loads(file.read_text())
+  file.write_text(json.dumps(SAMPLING | {"eos_token_id": 7}))
+  export_settings = {}
+  weights = f"hf:{hf}"
+  if named.startswith("run"):
+    save(workdir, 2)
+    first = workdir if named == "run" else tmp_path / "first"
+    first.mkdir(exist_ok=True)
+    (first / "run.json").write_text(json.dumps({"weights": weights}))
+    if named == "run of a run":
+      record = {"weights": f"run:{first}@9"}
+      (workdir / "run.json").write_text(json.dumps(record))
+    weights = f"run:{workdir}"
+  elif named == "tokenizer_dir":
+    weights, export_settings = "random:1", {"tokenizer_dir": str(hf)}
+  config = changed(model={"weights": weights}, export=export_settings)
+  export.check(config.model, config.export, str(workdir))
+  run_export(config, workdir)
+  written = json.loads((workdir / "export" / file.name).read_text())
+  assert written == SAMPLING | ids
+  assert set(ids) == {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def test_a_damaged_file_of_the_source_is_refused_at_once(tmp_path):
+  (tmp_path / "generation_config.json").write_text("[")
+  config = changed(
+    model={"weights": "random:1"}, export={"tokenizer_dir": str(tmp_path)}
+  )
+  with pytest.raises(ValueError, match="generation_config.json is not JSON"):
+    export.check(config.model, config.export, str(tmp_path))
 
 
 def test_a_model_without_adapters_has_none_to_export(tmp_path):

@@ -34,6 +34,7 @@ from grpo_tpu.models.gemma3.convert import huggingface_names as names
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONFIG = "config.json"
+_GENERATION_CONFIG = "generation_config.json"
 _SUFFIX = ".safetensors"
 _MAX_LISTED = 10
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
@@ -225,6 +226,7 @@ def save(
   *,
   dtype: Any = None,
   tokenizer_dir: str | os.PathLike[str] | None = None,
+  source_dir: str | os.PathLike[str] | None = None,
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
   """Saves a checkpoint that transformers loads and that gives the same logits.
@@ -238,13 +240,17 @@ def save(
     directory: A folder without a checkpoint; it is created if missing.
     dtype: Type of all tensors; None keeps the type of each.
     tokenizer_dir: Folder of the tokenizer and processor files to copy, if any.
+    source_dir: Folder of the checkpoint that the model was trained from, if
+      any. How servers sample from it by default is kept.
     shard_bytes: Most bytes of tensors in a file, unless one tensor is larger.
 
   Raises:
-    ValueError: If `directory` holds a checkpoint.
+    ValueError: If `directory` holds a checkpoint, or a file of `source_dir` is
+      damaged.
   """
   directory = pathlib.Path(directory)
   check_no_checkpoint(directory)
+  generation = read_generation_config(source_dir)
   is_writer = jax.process_index() == 0
   unfinished = directory / ".unfinished"
   if is_writer:
@@ -269,7 +275,7 @@ def save(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(unfinished / _INDEX, index)
   values = huggingface_config.to_json(config, kind.name)
-  _write_companions(unfinished, values, tokenizer_dir)
+  _write_companions(unfinished, values, generation, tokenizer_dir)
   for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
     os.replace(path, directory / path.name)
   unfinished.rmdir()
@@ -279,18 +285,30 @@ def save(
 def _write_companions(
   folder: pathlib.Path,
   values: dict[str, Any],
+  generation: dict[str, Any],
   tokenizer_dir: str | os.PathLike[str] | None,
 ) -> None:
   """Writes config.json and the other files beside the weights."""
   _write_json(folder / _CONFIG, values)
   text = values.get("text_config", values)
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-  _write_json(
-    folder / "generation_config.json", {name: text[name] for name in ids}
-  )
+  generation = generation | {name: text[name] for name in ids}
+  _write_json(folder / _GENERATION_CONFIG, generation)
   for name in _TOKENIZER_FILES if tokenizer_dir else ():
     if (path := pathlib.Path(tokenizer_dir or "") / name).is_file():
       shutil.copy(path, folder / name)
+
+
+def read_generation_config(
+  directory: str | os.PathLike[str] | None,
+) -> dict[str, Any]:
+  """How a checkpoint asks to be sampled from; {} if it does not say.
+
+  Raises:
+    ValueError: The file is damaged.
+  """
+  path = pathlib.Path(directory or "") / _GENERATION_CONFIG
+  return untrusted.read_json(path) if directory and path.is_file() else {}
 
 
 def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
