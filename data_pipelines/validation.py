@@ -90,8 +90,9 @@ def to_path(name: str, value: str) -> pathlib.Path:
       nothing can have such a name.
   """
   require(bool(value.strip()), name, value, "name a file or a folder", "")
+  path = pathlib.Path(value)
   try:
-    path = pathlib.Path(value).expanduser()
+    path = path.expanduser()
     path.lstat()
   except (FileNotFoundError, NotADirectoryError, PermissionError):
     pass  # Whoever opens it says so.

@@ -34,7 +34,7 @@ def main(_: Sequence[str]) -> None:
       run, identity = _open_mode(config, report)
     if flags.MODE.value != "plan":
       _start_devices(config, address, identity)
-    run()
+    report.what_next = run() or ""
     report.report_done()
   except BaseException as error:
     report.exit_with(error)

@@ -42,8 +42,10 @@ def run(
   settings: ExportConfig,
   mesh_config: MeshConfig,
   workdir: str,
-) -> None:
+) -> str:
   """Writes `workdir`/export: a transformers checkpoint, or a peft adapter.
+
+  Returns what to do next.
 
   Raises:
     SettingError: A setting that only the devices or the weights can refute.
@@ -67,7 +69,12 @@ def run(
         source_dir=_source_dir(name, settings),
       )
   logging.info("Exporting %s.", name)
-  write(_folder(workdir))
+  folder = _folder(workdir)
+  write(folder)
+  if settings.adapter:
+    return f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+  kind = "ImageTextToText" if model.network.vision else "CausalLM"
+  return f"transformers.AutoModelFor{kind}.from_pretrained({str(folder)!r})"
 
 
 def _adapter_writer(

@@ -6,6 +6,7 @@ settings can be read in a moment; the checks that need it do.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
 from grpo_tpu.models.gemma3.config import ModelConfig
 from grpo_tpu.models.settings import LoraConfig, ModelSettings
 from grpo_tpu.observability import registry
-from grpo_tpu.rewards.settings import RewardConfig
+from grpo_tpu.rewards.settings import COMPONENTS, RewardConfig
 from grpo_tpu.rl.settings import (
   CollectorConfig,
   LearnerConfig,
@@ -150,8 +151,18 @@ class Config:
     return self.data.prompts_per_step // self.train.microbatch_bundles
 
   def to_dict(self) -> dict[str, Any]:
-    """Nested plain values, as `run.json` holds them."""
+    """Nested plain values, as the user set them."""
     return dataclasses.asdict(self)
+
+  def to_resolved_dict(self) -> dict[str, Any]:
+    """The same with the values of the presets, as `run.json` shows them."""
+    values = self.to_dict()
+    values["objective"] |= dataclasses.asdict(self.objective_config)
+    values["objective"]["advantage_scale"] = self.objective.scale
+    weights = self.rewards.weights
+    values["rewards"] |= {name: weights[name] for name in COMPONENTS}
+    values["rewards"]["gate_heuristics"] = self.rewards.is_gated
+    return values
 
   @classmethod
   def from_config_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -258,7 +269,8 @@ def _check_rewards(config: Config) -> None:
 
 def _check_weights(config: Config) -> None:
   """Checks that the files of the weights, if any, fit the model named."""
-  scheme, _, rest = config.model.weights.partition(":")
+  named, name = config.model.weights, config.model.name
+  scheme, _, rest = named.partition(":")
   if scheme in ("", "random", "run"):
     return
   from grpo_tpu.models.gemma3 import weights
@@ -266,9 +278,13 @@ def _check_weights(config: Config) -> None:
   try:
     weights.OPENERS[scheme](config.model_config, rest)
   except ValueError as error:
+    remedy = "Change one of the two."
+    if scheme == "hf" and not pathlib.Path(rest).exists():
+      repository = config.model.hub_name or "google/gemma-3-SIZE-it"
+      remedy = f"Get one by: hf download {repository} --local-dir {rest}"
     raise ValueError(
-      f"model.weights ({config.model.weights!r}) must be a checkpoint of "
-      f"model.name ({config.model.name!r}): {error} Change one of the two."
+      f"model.weights ({named!r}) must be a checkpoint of model.name "
+      f"({name!r}): {error} {remedy}"
     ) from error
 
 

@@ -59,8 +59,10 @@ def evaluate(
   return evaluation.figures(config.eval.ks)
 
 
-def run(config: Config, workdir: str, data: dataset.Dataset) -> None:
+def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
   """Evaluates `model.weights` on the eval split and writes `workdir`/eval.
+
+  Returns what to do next.
 
   Raises:
     SettingError: A setting does not fit the data, the devices or the weights.
@@ -76,6 +78,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> None:
     batches = _eval_batches(data, config, mesh)
   with jax.set_mesh(mesh):
     evaluation = evaluate_all(sampler, params, batches, sources, config)
+  folder = pathlib.Path(workdir) / "eval"
   if jax.process_index() == 0:
     facts = {
       "split": config.data.eval_split,
@@ -84,8 +87,8 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> None:
       "weights": weights,
       "seed": config.seed,
     }
-    folder = pathlib.Path(workdir) / "eval"
     outputs.write(evaluation, folder, data.eval, config.eval, facts)
+  return f"open {folder / 'report.html'}"
 
 
 def evaluate_all(

@@ -52,15 +52,19 @@ class RunRecord:
 
   Attributes:
     workdir: The run's folder.
-    settings: The nested settings of the run.
+    settings: The nested settings of the run, as the user set them; a resume
+      compares these.
     defaults: Nested defaults, which count for settings newer than the record.
     data: Fingerprints of the data.
+    resolved: The settings with the values of presets, to show; None shows
+      `settings`.
   """
 
   workdir: str
   settings: Mapping[str, Any]
   defaults: Mapping[str, Any]
   data: Mapping[str, str]
+  resolved: Mapping[str, Any] | None = None
 
   def check(self) -> None:
     """Refuses to resume a run of other settings or other data.
@@ -99,7 +103,7 @@ class RunRecord:
       "accepted_changes": [*accepted, changes] if changes else accepted,
       "weights": weights,
       "accepted_mathvista_training_terms": self.settings["data"][terms],
-      "config": self.settings,
+      "config": self.resolved or self.settings,
       "data": self.data,
       "packages": fingerprint.package_versions(),
       "attempts": [*before["attempts"], _new_attempt()],

@@ -56,6 +56,7 @@ def start(
         config.to_dict(),
         defaults=defaults.get_config().to_dict(),
         data=data.identity,
+        resolved=config.to_resolved_dict(),
       )
       record.check()
       saved = run_record.read(workdir)
@@ -93,7 +94,7 @@ def start(
       has_partial_step=trainer.partial is not None,
     )
     stack.enter_context(metric_writer)
-    metric_writer.write_config(config.to_dict())
+    metric_writer.write_config(config.to_resolved_dict())
     trainer.write_samples = functools.partial(
       metric_writer.write_samples, split="train"
     )

@@ -574,6 +574,24 @@ def test_a_value_overrides_the_preset():
   )
 
 
+def test_the_resolved_settings_are_those_that_run():
+  """No preset is left to look up, and they build the same run."""
+  changes = {"objective.preset": "gspo", "rewards.preset": "full"}
+  config = built(changes | {"objective.beta": 0.1, "rewards.format": 0.0})
+  shown = config.to_resolved_dict()
+  assert shown["objective"]["epsilon_high"] == 4e-4
+  assert shown["objective"]["beta"] == 0.1
+  assert shown["objective"]["advantage_scale"] == "group"
+  assert shown["rewards"]["coherence"] == shown["rewards"]["accuracy"] == 1.0
+  assert shown["rewards"]["format"] == 0.0
+  assert shown["rewards"]["gate_heuristics"] is True
+  again = run_config.Config.from_config_dict(shown)
+  assert again.objective_config == config.objective_config
+  assert again.rewards.weights == config.rewards.weights
+  # A resume compares what the user set.
+  assert config.to_dict()["objective"]["epsilon_high"] is None
+
+
 def test_an_override_of_zero_is_not_taken_for_none():
   config = built({"objective.preset": "dapo", "objective.beta": 0.0})
   assert config.objective.beta == 0.0

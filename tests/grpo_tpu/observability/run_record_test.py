@@ -69,6 +69,17 @@ def test_a_run_resumes_with_the_settings_of_its_record(workdir):
   assert card["end"] is attempt["ended"] is attempt["exit_code"] is None
 
 
+def test_the_record_shows_the_values_that_run(tmp_path):
+  """And a resume still compares what the user set."""
+  shown = CONFIG.to_resolved_dict()
+  record = dataclasses.replace(record_of(tmp_path), resolved=shown)
+  record.write(WEIGHTS)
+  saved = run_record.read(tmp_path)
+  assert saved is not None and saved["config"]["objective"]["beta"] == 0.0
+  assert saved["essence"]["objective.beta"] is None
+  check(tmp_path)
+
+
 def test_every_start_is_an_attempt_and_has_its_own_end(workdir):
   """A killed attempt has no end; `end` is that of the last attempt."""
   words = {"exit_code": 75, "reason": "preempted", "step": 4, "best": None}
