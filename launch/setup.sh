@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # The environment of every script here: `.venv`, complete and current, on a
 # machine that has only Python. Scripts source this file. The installed extra is
-# `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice.
+# `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice. pip installs only
+# files whose SHA-256 is in locks/, which launch/lock.sh writes.
 #
-# A venv is used only if its stamp matches setup.py, constraints.txt, the extra,
-# the interpreter and the folder of the checkout. The stamp is written last.
-# Otherwise (killed set-up, changed pins, upgraded Python, moved folder) the venv
-# is made from scratch. Later changes inside the venv are not noticed.
+# A venv is used only if its stamp matches setup.py, the locks, the extra, the
+# interpreter and the folder of the checkout. The stamp is written last. Otherwise
+# (killed set-up, changed pins, upgraded Python, moved folder) the venv is made
+# from scratch. Later changes inside the venv are not noticed.
 #
 # $GRPO_TPU_BASE_PYTHON names the Python to make .venv with. $GRPO_TPU_VENV names
 # a venv of your own, which is used without any check.
@@ -91,17 +92,25 @@ ${rejected:-  no Python at all
 \`pyenv install 3.12\` or \`uv python install 3.12\`, and rerun."
 }
 
+# Sets `locks`, the build tools' first. The one of `check` is complete.
+list_locks() {
+  locks=(locks/build.txt locks/base.txt "locks/$extra.txt")
+  if [[ $extra == check ]]; then locks=(locks/build.txt locks/check.txt); fi
+}
+
 # The stamp of a current venv; empty if the venv has no working Python.
 expected_stamp() {
+  local locks
+  list_locks
   "$venv/bin/python" -I -c '
 import hashlib, os, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 words = os.fsencode(root) + sys.version.encode() + sys.argv[2].encode()
 digest = hashlib.sha256(words)
-for name in ("setup.py", "constraints.txt"):
+for name in ("setup.py", *sys.argv[3:]):
   digest.update((root / name).read_bytes())
 print(digest.hexdigest())
-' "$root" "$extra" 2>/dev/null
+' "$root" "$extra" "${locks[@]}" 2>/dev/null
 }
 
 venv_is_current() {
@@ -112,7 +121,7 @@ venv_is_current() {
 
 install() {
   "$venv/bin/python" -m pip install --quiet --progress-bar off --log "$log" \
-    --constraint constraints.txt "$@" && return
+    "$@" && return
   say "pip could not install the pinned set. The reason is above, the details \
 are in $log. Fix it and rerun."
   exit 1
@@ -121,10 +130,13 @@ are in $log. Fix it and rerun."
 # The target of a link to an existing folder.
 real_folder() { (cd "$1" 2>/dev/null && pwd -P) || printf '%s\n' "$1"; }
 
+# The locks are complete. Of all packages, only promise has no wheel.
+locked=(--no-deps --require-hashes --only-binary :all: --no-binary promise)
+
 make_venv() {
-  local python
+  local python locks
   python=$(find_python) || exit
-  say "Making .venv with $python; this takes minutes, once. Details: $log"
+  say "Making ${venv##*/} with $python; this takes minutes, once. Details: $log"
   # These settings of pip would install elsewhere; the user's others apply.
   unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
   export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -133,9 +145,14 @@ make_venv() {
   # link and then fails, so it gets the target.
   "$python" -m venv --clear "$(real_folder "$venv")" || exit
   cd "$root" || exit
-  # The build tools are pinned, and installed once instead of per package.
-  install setuptools wheel
-  install --no-build-isolation --editable ".[$extra]"
+  # The build tools are locked too, and installed once instead of per package.
+  list_locks
+  install "${locked[@]}" --requirement "${locks[0]}"
+  locks=("${locks[@]:1}")
+  install "${locked[@]}" --no-build-isolation "${locks[@]/#/--requirement=}"
+  if [[ $extra != check ]]; then
+    install --no-deps --no-build-isolation --editable .
+  fi
   expected_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"
 }
 
@@ -152,9 +169,19 @@ with bin/python; make one there, or unset GRPO_TPU_VENV to use .venv."
     # Prevents two set-ups at once. pip inherits the lock and keeps it if the
     # script is killed. (macOS has no flock.)
     if command -v flock >/dev/null && ! flock -n 9; then
-      say "Waiting for another set-up of .venv to end."
+      say "Waiting for another set-up of ${venv##*/} to end."
       flock 9
     fi
     if ! venv_is_current; then make_venv; fi
-  ) 9>"$root/.venv.lock" || exit
+  ) 9>"$root/${venv##*/}.lock" || exit
+}
+
+# Makes a venv that can read configs, unless .venv is there: a laptop that only
+# starts runs needs a tenth of it.
+ensure_check_venv() {
+  if [[ ! ${GRPO_TPU_VENV:-} ]] && ! venv_is_current; then
+    venv=$root/.venv-check extra=check
+    stamp=$venv/complete.stamp log=$venv/install.log
+  fi
+  ensure_venv
 }

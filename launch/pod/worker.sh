@@ -59,8 +59,10 @@ ensure_python() {
   if (source "$code/launch/setup.sh" && find_python) >/dev/null 2>&1; then
     return
   fi
-  python3 -m pip install --quiet --user uv
-  PATH=$HOME/.local/bin:$PATH uv python install 3.12
+  python3 -m pip install --quiet --user --require-hashes \
+    --only-binary :all: --requirement "$code/locks/uv.txt"
+  # uv knows the SHA-256 of each version.
+  PATH=$HOME/.local/bin:$PATH uv python install 3.12.14
 }
 
 setup() {
@@ -160,6 +162,17 @@ write() {
   mv "$state/$1.new" "$state/$1"
 }
 
+# Prints NAME=TEXT for the last log line of this run whose text, behind the
+# logger's prefix with the LEVEL, matches the PATTERN.
+# last_said NAME PATTERN [LEVEL]
+last_said() {
+  local line
+  line=$(tail -n 400 "$output" 2>/dev/null | tac |
+    sed '/^[^ ]*Z the run starts: /q' |
+    sed -nE "s/^${3:-[A-Z]}[0-9]{4} [^]]*\] ($2)\$/\1/p" | head -n 1) || true
+  if [[ $line ]]; then echo "$1=${line:0:500}"; fi
+}
+
 status() {
   local workdir file name
   if is_running; then
@@ -178,6 +191,12 @@ status() {
     if [[ -s $file ]]; then echo "${name,,}=$(cat "$file")"; fi
   done
   [[ -s $state/workdir ]] || return 0
+  last_said progress 'step [0-9]*\/[0-9]* .*'
+  if ! is_running; then
+    last_said error '.*' E
+    last_said end '(Finished|Stopped).*'
+    last_said next 'Next: .*'
+  fi
   workdir=$(cat "$state/workdir")
   if [[ -s $workdir/metrics.jsonl ]]; then
     echo "step=$(tail -n 5 "$workdir/metrics.jsonl" |

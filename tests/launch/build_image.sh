@@ -60,7 +60,7 @@ for mounted in /etc/pip.conf /etc/xdg/pip /etc/ssl/certs ${named[@]+"${named[@]}
   if [[ -e $mounted ]]; then volumes+=(--volume "$mounted:$mounted:ro"); fi
 done
 "${tool[@]}" bud --signature-policy "$folder/policy.json" --isolation chroot \
-  --pull-never --build-arg BASE_IMAGE=localhost/base --build-arg EXTRAS= \
+  --pull-never --build-arg BASE_IMAGE=localhost/base --build-arg EXTRA= \
   "${volumes[@]}" --tag localhost/grpo_tpu "$root"
 
 container=$("${tool[@]}" from --signature-policy "$folder/policy.json" \

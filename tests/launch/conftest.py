@@ -29,7 +29,9 @@ class Checkout:
       made.mkdir()
     shutil.copytree(ROOT / "launch", self.root / "launch")
     (self.root / "setup.py").write_text("setup")
-    (self.root / "constraints.txt").write_text("a==1")
+    (self.root / "locks").mkdir()
+    for name in ("base", "build", "check", "dev", "tpu"):
+      (self.root / "locks" / f"{name}.txt").write_text("a==1")
     self.calls.touch()
     for command in COMMANDS:
       if found := shutil.which(command):

@@ -56,14 +56,21 @@ def test_it_does_not_run_as_root():
 def test_the_base_can_be_replaced_and_has_a_fixed_version():
   (base,) = re.findall(r"^ARG BASE_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)
   assert instructions("FROM") == ["${BASE_IMAGE}"]
-  assert re.fullmatch(r"python:3\.1[23]-slim-[a-z]+", base)
+  tag = r"python:(3\.1[23]\.\d+)-slim-[a-z]+@sha256:[0-9a-f]{64}"
+  version = re.fullmatch(tag, base)[1]
+  # The workers of a slice have the same Python.
+  worker = (ROOT / "launch" / "pod" / "worker.sh").read_text()
+  assert f"uv python install {version}\n" in worker
 
 
-def test_every_installation_uses_the_pins():
-  for line in instructions("RUN"):
-    for command in line.split("&&"):
-      if "pip install" in command:
-        assert "--constraint constraints.txt" in command
+def test_every_installation_requires_checksums():
+  commands = [x for line in instructions("RUN") for x in line.split("&&")]
+  commands = [command for command in commands if "pip install" in command]
+  assert len(commands) == 2
+  for command in commands:
+    assert "--require-hashes" in command and "--only-binary :all:" in command
+    for lock in re.findall(r"--requirement (\S+)", command)[:1]:
+      assert (ROOT / lock).exists()
 
 
 @pytest.mark.nightly

@@ -94,16 +94,17 @@ def test_the_first_run_installs_the_pinned_set_with_its_build_tools(checkout):
   result = checkout.run(ENSURE)
   assert result.returncode == 0, result.stderr
   assert result.stdout == f"ready: {checkout.root}/.venv\n"
-  venv, tools, packages = checkout.called()
+  venv, tools, packages, project = checkout.called()
   assert venv == ["-m", "venv", "--clear", f"{checkout.root}/.venv"]
-  pins = ["--constraint", "constraints.txt"]
-  assert tools[-4:] == [*pins, "setuptools", "wheel"]
-  assert packages[-5:] == [
-    *pins,
-    "--no-build-isolation",
-    "--editable",
-    ".[dev]",
+  locked = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+  locked += ["--no-binary", "promise"]
+  assert tools[-8:] == [*locked, "--requirement", "locks/build.txt"]
+  assert packages[-9:] == [
+    *(*locked, "--no-build-isolation"),
+    *("--requirement=locks/base.txt", "--requirement=locks/dev.txt"),
   ]
+  alone = ["--no-deps", "--no-build-isolation", "--editable", "."]
+  assert project[-4:] == alone
 
 
 def ready(checkout) -> None:
@@ -126,8 +127,8 @@ def is_made_again(checkout) -> bool:
   result = checkout.run(ENSURE)
   assert result.returncode == 0, result.stderr
   asked = checkout.called()
-  assert len(asked) in (0, 3)
-  return len(asked) == 3
+  assert len(asked) in (0, 4)
+  return len(asked) == 4
 
 
 def vanished_python(root: pathlib.Path) -> None:
@@ -149,7 +150,9 @@ DAMAGE = {
     (root / ".venv").mkdir(),
   ),
   "a requirement added": lambda root: (root / "setup.py").write_text("more"),
-  "a pin moved": lambda root: (root / "constraints.txt").write_text("a==2"),
+  "a pin moved": lambda root: (root / "locks/base.txt").write_text("a==2"),
+  "a tool moved": lambda root: (root / "locks/dev.txt").write_text("a==2"),
+  "a builder moved": lambda root: (root / "locks/build.txt").write_text("a"),
 }
 
 
@@ -165,7 +168,9 @@ def test_another_extra_makes_the_venv_again_and_is_installed(checkout):
   ready(checkout)
   checkout.environment["GRPO_TPU_EXTRA"] = "tpu"
   assert checkout.run(ENSURE).returncode == 0
-  assert any(".[tpu]" in call for call in checkout.called())
+  called = checkout.called()
+  assert any("--requirement=locks/tpu.txt" in call for call in called)
+  assert not any("--requirement=locks/dev.txt" in call for call in called)
   assert not is_made_again(checkout)
 
 
@@ -180,12 +185,12 @@ def test_a_checkout_that_moved_makes_its_venv_again(checkout):
   ready(checkout)
   checkout.root.rename(checkout.root.with_name("moved"))
   checkout.run(ENSURE.replace("a checkout", "moved"))
-  assert len(checkout.called()) == 3
+  assert len(checkout.called()) == 4
 
 
 def test_pip_that_fails_fails_the_script_and_the_next_run_repairs(checkout):
   checkout.add_python(checkout.path / "python3.12")
-  checkout.environment["EXITS"] = ".[dev]=2"
+  checkout.environment["EXITS"] = "--requirement=locks/dev.txt=2"
   result = checkout.run(ENSURE)
   assert (result.returncode, result.stdout) == (1, "")
   assert "pip could not install" in result.stderr
@@ -210,7 +215,7 @@ def test_two_first_runs_at_once_set_up_once(checkout):
   both = [checkout.start(ENSURE) for _ in range(2)]
   errors = [process.communicate(timeout=60)[1] for process in both]
   assert [process.returncode for process in both] == [0, 0]
-  assert len(checkout.called()) == 3
+  assert len(checkout.called()) == 4
   assert sum("Waiting for another set-up" in error for error in errors) == 1
 
 
@@ -220,7 +225,7 @@ def test_pip_obeys_the_user_but_installs_into_the_venv(checkout):
   checkout.environment["PIP"] = "tell"
   assert checkout.run(ENSURE).returncode == 0
   recorded = [c for c in checkout.called() if c[0] == "settings of pip"]
-  assert len(recorded) == 2
+  assert len(recorded) == 3
   for settings in recorded:
     assert "PIP_INDEX_URL=here" in settings
     assert "PIP_TARGET=/there" not in settings
@@ -239,10 +244,58 @@ def test_every_requirement_is_pinned(monkeypatch):
     canonical(re.split(r"[^\w.-]", requirement)[0])
     for requirement in itertools.chain(*lists)
   }
+  locked = {name for name, _ in versions("base", "dev", "tpu")}
+  assert {"jax", "ruff", "gguf"} <= required <= locked
+
+
+def versions(*locks: str) -> set[tuple[str, str]]:
+  """Each name and version in these locks."""
+  texts = [(ROOT / "locks" / f"{name}.txt").read_text() for name in locks]
+  found = re.findall(r"^([\w.-]+)==([\w.]+)", "\n".join(texts), re.MULTILINE)
+  return set(found)
+
+
+LOCKS = ("base", "build", "check", "dev", "tpu", "uv")
+
+
+def test_the_locks_hold_the_pinned_versions_and_no_others():
+  """After a change of a pin, run launch/lock.sh."""
   pins = (ROOT / "constraints.txt").read_text()
-  pinned = set(re.findall(r"^([\w.-]+)==\d", pins, re.MULTILINE))
-  assert {"jax", "ruff", "gguf"} <= required <= pinned
-  assert {"setuptools", "wheel"} <= pinned
+  pinned = re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE)
+  assert versions(*LOCKS) == set(pinned)
+  assert {name for name, _ in versions("build")} >= {"setuptools", "wheel"}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_has_checksums_and_no_address(name):
+  text = (ROOT / "locks" / f"{name}.txt").read_text()
+  for part in re.split(r"\n(?=[a-z])", text.strip())[1:]:
+    first, *hashes = part.split("\n")
+    assert re.fullmatch(r"[a-z0-9-]+==\S+( ; [^/]+)? \\", first), first
+    assert hashes
+    for line in hashes:
+      assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+
+
+CHECK = ENSURE.replace("ensure_venv", "ensure_check_venv")
+
+
+def test_a_laptop_that_only_starts_runs_gets_a_small_venv(checkout):
+  checkout.add_python(checkout.path / "python3.12")
+  result = checkout.run(CHECK)
+  assert result.stdout == f"ready: {checkout.root}/.venv-check\n"
+  *_, packages = called = checkout.called()
+  assert packages[-1] == "--requirement=locks/check.txt"
+  assert len(called) == 3  # The project is not installed.
+  checkout.run(CHECK)
+  assert checkout.called() == []
+
+
+def test_a_complete_venv_also_checks(checkout):
+  ready(checkout)
+  result = checkout.run(CHECK)
+  assert result.stdout == f"ready: {checkout.root}/.venv\n"
+  assert checkout.called() == []
 
 
 def test_a_venv_of_the_user_is_used_without_changes(checkout):
