@@ -6,11 +6,13 @@ launch/tpu.sh [--settings=FILE] [--dry-run] VERB ...
 import argparse
 import logging
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from launch.pod import gcloud, jobset, slices, supervision, workers
+from data_pipelines.validation import printable
+from launch.pod import check, gcloud, jobset, slices, supervision, workers
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
 
@@ -27,6 +29,9 @@ _VERBS = {
   "delete": "delete the slice, which costs money until then",
   "jobset": "print a JobSet that runs the same command on GKE",
 }
+
+
+_DRY_RUN = "(dry run) "  # Before whatever a dry run only assumes.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
   pause = "before a restart, in seconds, doubled each time (default: 30)"
   add("supervise", "--pause", pause, type=seconds, default=30.0)
   add("run supervise jobset", "config", "configs/....py", metavar="CONFIG")
+  no_check = "do not check config and flags on this machine first"
+  add("run supervise jobset", "--no-check", no_check, action="store_true")
   more = "more flags of the program"
   add("run supervise jobset", "flags", more, nargs="*", metavar="-- FLAG")
   count = _number(int, 0, 10**9)
@@ -101,6 +108,10 @@ def _run(arguments: argparse.Namespace) -> int:
     job = workers.Job(arguments.config, tuple(arguments.flags))
     if not settings.image:
       workers.require_committed(job.config)
+    if arguments.no_check:
+      logging.warning("Not checked: a wrong setting ends the run with 64.")
+    else:
+      check.check(settings, job)
     if verb == "supervise":
       return _supervise(cloud, job, arguments)
     if verb == "jobset":
@@ -126,16 +137,26 @@ def _run(arguments: argparse.Namespace) -> int:
 def _supervise(
   cloud: gcloud.Gcloud, job: workers.Job, arguments: argparse.Namespace
 ) -> int:
-  code = supervision.Supervisor(
-    cloud,
-    job,
-    queue_seconds=arguments.timeout,
-    poll_seconds=arguments.poll,
-    pause_seconds=arguments.pause,
-  ).supervise()
-  logging.info("The run ended with exit code %d.", code)
-  logging.info("The slice still exists and costs money until you `delete` it.")
-  return code
+  try:
+    code = supervision.Supervisor(
+      cloud,
+      job,
+      queue_seconds=arguments.timeout,
+      poll_seconds=arguments.poll,
+      pause_seconds=arguments.pause,
+    ).supervise()
+    logging.info("The run ended with exit code %d.", code)
+    if code == Exit.BAD_REQUEST:
+      logging.info("`status` and `logs` say what the program refused.")
+    return code
+  finally:
+    delete = ["bash", "launch/tpu.sh", "delete"]
+    if arguments.settings != _parser().get_default("settings"):
+      delete.insert(2, f"--settings={arguments.settings}")
+    logging.warning(
+      "If %s exists, it costs money until you delete it: %s",
+      *(cloud.settings.name, shlex.join(delete)),
+    )
 
 
 def _on_workers(
@@ -149,9 +170,14 @@ def _on_workers(
       logging.warning("%d files with uncommitted changes are not sent.", unsent)
     logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
   elif verb == "status":
-    sys.stdout.write(f"{cloud.settings.name}: ready, {count} workers.\n")
+    lines = [f"{cloud.settings.name}: ready, {count} workers."]
     for worker, status in enumerate(workers.status(cloud, count)):
-      sys.stdout.write(f"worker {worker}: {status}\n")
+      lines.append(f"worker {worker}: {status}")
+      # The workers of a run say much the same.
+      details = [f"  {line}" for line in status.details]
+      lines += [line for line in details if line not in lines]
+    prefix = _DRY_RUN if cloud.dry_run else ""
+    sys.stdout.writelines(f"{prefix}{printable(line)}\n" for line in lines)
   elif verb == "stop":
     workers.stop(cloud, count, kill=arguments.kill)
     logging.info("The run has ended on all workers.")
@@ -172,16 +198,20 @@ def _on_workers(
 
 def main(words: Sequence[str]) -> int:
   """Runs a verb; returns the exit code."""
-  logging.basicConfig(format="%(message)s", level=logging.INFO)
   try:
-    return int(_run(_parser().parse_args(words)))
+    arguments = _parser().parse_args(words)
+    prefix = _DRY_RUN if arguments.dry_run else ""
+    logging.basicConfig(
+      format=f"{prefix}%(message)s", level=logging.INFO, force=True
+    )
+    return int(_run(arguments))
   except Failure as failure:
     code, message = failure.exit, str(failure)
   except ValueError as error:
     code, message = Exit.BAD_REQUEST, str(error)
   except KeyboardInterrupt:
     code, message = Exit.INTERRUPTED, "Interrupted."
-  logging.error("%s", message)
+  logging.error("%s", printable(message, keep="\n"))
   logging.error("Exit code %d (%s). Next: %s", code, code.name, code.next_step)
   return code
 

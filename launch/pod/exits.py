@@ -6,7 +6,7 @@ so the codes of the launcher start at 80.
 
 import enum
 
-from data_pipelines.validation import ExitCode
+from data_pipelines.validation import ExitCode, printable
 
 
 class Exit(enum.IntEnum):
@@ -50,5 +50,6 @@ class Failure(Exception):
   """
 
   def __init__(self, code: Exit, message: str):
-    super().__init__(message)
+    # Parts of it come from gcloud and from workers.
+    super().__init__(printable(message, keep="\n"))
     self.exit = code

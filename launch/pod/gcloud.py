@@ -59,7 +59,13 @@ class Gcloud:
       if failure.exit == Exit.ABSENT:
         return None
       raise
-    return json.loads(answer) if answer else None
+    if not answer:
+      return None
+    try:
+      described = json.loads(answer)
+    except ValueError as error:
+      raise Failure(Exit.GCLOUD, f"gcloud printed no JSON: {error}") from error
+    return described
 
   def tpus(self, *words: str) -> str:
     """Runs a command of `gcloud compute tpus`; returns its output."""

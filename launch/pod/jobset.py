@@ -53,7 +53,7 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
   else:
     # Every node has mounted the path already.
     volume["hostPath"] = {"path": folder, "type": "Directory"}
-  words = [f"--config={job.config}", *job.flags, f"--workdir={workdir}"]
+  words = [*job.words, f"--workdir={workdir}"]
   values = {
     "name": settings.name,
     "namespace": settings.kubernetes_namespace,

@@ -61,6 +61,20 @@ class Settings:
         f"be {rule['rule']}",
         rule["remedy"] + " without quotes" * is_quoted,
       )
+    validation.require(
+      validation.printable(self.workdir) == self.workdir,
+      "WORKDIR",
+      self.workdir,
+      "have no control characters",
+      "write it again, or choose another path",
+    )
+    validation.require(
+      not self.image or ":" not in self.workdir.removeprefix("gs://"),
+      "WORKDIR",
+      self.workdir,
+      "have no colon if IMAGE is set, because no container can mount it",
+      "choose another path",
+    )
 
   @property
   def all_labels(self) -> str:

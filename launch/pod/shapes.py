@@ -1,7 +1,8 @@
 """Accelerator types: their hosts, and their names on GKE.
 
 `create` and `run` accept types that are not in this table, because the API says
-how many workers there are. Only `jobset` and `--dry-run` need the table.
+how many workers there are. `jobset`, `--dry-run` and the check of the mesh need
+the table.
 
 References:
   https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
@@ -28,10 +29,16 @@ _NAMES = {
 class Shape:
   """The hosts of a slice."""
 
+  chip: str  # Its name in `hardware.CHIPS`.
   gke_accelerator: str  # The accelerator label of its GKE node pools.
   topology: str  # The topology label of its GKE node pools, such as "4x4".
   hosts: int
   chips_per_host: int
+
+  @property
+  def slice_name(self) -> str:
+    """The slice as `--topology` names it, such as "v5e:4x4"."""
+    return f"{self.chip}:{self.topology}"
 
 
 def _make_shapes() -> dict[str, Shape]:
@@ -42,7 +49,7 @@ def _make_shapes() -> dict[str, Shape]:
       # Eight chips in a plane share one machine; eight in a cube have two.
       hosts = 1 if topology == "2x4" else math.ceil(chips / _CHIPS_PER_HOST)
       size = chips * hardware.CHIPS[name].cores_per_chip
-      shape = Shape(gke_accelerator, topology, hosts, chips // hosts)
+      shape = Shape(name, gke_accelerator, topology, hosts, chips // hosts)
       shapes[f"{prefix}-{size}"] = shape
   return shapes
 

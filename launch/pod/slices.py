@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from data_pipelines.validation import printable
 from launch.pod import gcloud, shapes
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
@@ -81,7 +82,7 @@ def from_api(
       state = _STATES.get(node.get("state", ""), State.PENDING)
   return Slice(
     state=state,
-    details="; ".join(details) or "no slice has this name",
+    details=printable("; ".join(details)) or "no slice has this name",
     is_ours=spec.get("labels", {}).get(pod_settings.LABEL) == name,
     accelerator_type=spec.get("acceleratorType", ""),
     num_workers=len((node or {}).get("networkEndpoints", [])),

@@ -138,7 +138,7 @@ class Supervisor:
     codes = [_LOST if x.exit_code is None else x.exit_code for x in statuses]
     if self.cloud.dry_run:
       codes = [ExitCode.DONE]
-    logging.info("Exit codes of the workers: %s.", codes)
+    logging.info("Exit codes of the workers: %s.", [*map(int, codes)])
     code = run_exit_code(codes)
     if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
       # A vanishing slice also looks like an error to its last hosts.

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 
+from data_pipelines.validation import printable
 from launch.pod import gcloud
 from launch.pod.exits import Exit, Failure
 
@@ -68,12 +69,14 @@ class Job:
   flags: Sequence[str]  # More flags of the program.
 
   def __post_init__(self):
-    path = pathlib.PurePosixPath(self.config.partition(":")[0])
+    name = self.config.partition(":")[0]
+    path = pathlib.PurePosixPath(name)
     is_inside = not path.is_absolute() and ".." not in path.parts
-    if not (self.config.isprintable() and is_inside):
+    is_file = path.suffix == ".py" and not name.startswith("-")
+    if not (self.config.isprintable() and is_inside and is_file):
       raise ValueError(
-        f"CONFIG ({self.config!r}) must be a path inside the checkout; write,"
-        " for example, configs/smoke.py."
+        f"CONFIG ({self.config!r}) must be a Python file inside the checkout;"
+        " write, for example, configs/smoke.py."
       )
     for flag in self.flags:
       if not (flag.startswith("--") and flag.isprintable()):
@@ -86,6 +89,11 @@ class Job:
           f"{flag!r} must not be among the flags: the workdir is WORKDIR in the"
           " settings, and the config is the first argument; remove the flag."
         )
+
+  @property
+  def words(self) -> list[str]:
+    """The config and the flags, as the program gets them."""
+    return [f"--config={self.config}", *self.flags]
 
 
 def _git(*words: str, rule: str = "git must succeed") -> str:
@@ -122,6 +130,20 @@ def require_committed(config: str) -> None:
   _git("cat-file", "-e", f"{commit()}:{path}", rule=rule)
 
 
+def is_committed(config: str) -> bool:
+  """True if a config is in the last commit of this checkout, if it is one."""
+  try:
+    require_committed(config)
+  except Failure:
+    return False
+  return True
+
+
+def archive(version: str, path: pathlib.Path) -> None:
+  """Writes the files of a commit to a .tar or .tar.gz file."""
+  _git("archive", f"--output={path}", version)
+
+
 def count_uncommitted() -> int:
   """Counts the files with changes that will not be sent."""
   return len(_git("status", "--porcelain").splitlines())
@@ -137,10 +159,10 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
     files = [str(script)]
     words = ["setup-image", version]
     if not settings.image:
-      archive = pathlib.Path(folder, _ARCHIVE)
-      _git("archive", "--format=tar.gz", f"--output={archive}", version)
-      files.append(str(archive))
-      sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+      path = pathlib.Path(folder, _ARCHIVE)
+      archive(version, path)
+      files.append(str(path))
+      sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
       words = ["setup", version, sha256]
     on_each(cloud, num_workers, lambda worker: cloud.copy(worker, files))
     _run_script(cloud, num_workers, *words, settings.bucket or "")
@@ -150,8 +172,17 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
 def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
   """Starts the same command on every worker, and returns."""
   words = ["run", cloud.settings.workdir, cloud.settings.image]
-  words += [f"--config={job.config}", *job.flags]
+  words += job.words
   _run_script(cloud, num_workers, *words)
+
+
+_STATES = {
+  "none": "no run yet",
+  "running": "running",
+  "ended": "ended with exit code {}",
+  "lost": "lost: the machine restarted, or the run was killed",
+}
+_DETAILS = ("progress", "error", "end", "next")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,30 +196,36 @@ class Status:
   workdir: str  # The path of the workdir on the worker.
   step: int  # The last step in the workdir's metrics; -1 if there is none.
   checkpoint: int  # The step of the newest checkpoint; -1 if there is none.
+  details: Sequence[str] = ()  # From its log: the last step, why the run ended.
 
   @classmethod
   def parse(cls, text: str) -> "Status":
-    """Parses the output of `worker.sh status`."""
-    lines = [line.partition("=") for line in text.splitlines()]
+    """Parses the output of `worker.sh status`.
+
+    Raises:
+      ValueError: The text is something else.
+    """
+    # A value may hold what Python, unlike the worker, takes for the end of a
+    # line.
+    lines = [line.partition("=") for line in text.split("\n")]
     values = {name: value for name, _, value in lines}
     code = values.get("exit_code", "")
+    state = values.get("state", "none")
+    if state not in _STATES:
+      raise ValueError(f"state is {state!r}")
     return cls(
-      state=values.get("state", "none"),
+      state=state,
       exit_code=int(code) if code else None,
       was_stopped="stopped" in values,
       commit=values.get("commit", ""),
       workdir=values.get("workdir", ""),
       step=int(values.get("step") or -1),
       checkpoint=int(values.get("checkpoint") or -1),
+      details=[values[name] for name in _DETAILS if values.get(name)],
     )
 
   def __str__(self) -> str:
-    state = {
-      "none": "no run yet",
-      "running": "running",
-      "ended": f"ended with exit code {self.exit_code}",
-      "lost": "lost: the machine restarted, or the run was killed",
-    }[self.state]
+    state = _STATES[self.state].format(self.exit_code)
     version = self.commit or "not set up"
     step = "none" if self.step < 0 else self.step
     checkpoint = "none" if self.checkpoint < 0 else self.checkpoint
@@ -200,11 +237,18 @@ class Status:
 def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
   """The status of one worker."""
   try:
-    return Status.parse(cloud.run_on_worker(worker, _script("status")))
+    text = cloud.run_on_worker(worker, _script("status"))
   except Failure as failure:
     if failure.exit == Exit.NOT_SET_UP:
       return Status.parse("")
     raise
+  try:
+    return Status.parse(text)
+  except ValueError as error:
+    name = f"Worker {worker} of {cloud.settings.name}"
+    raise Failure(
+      Exit.WORKER_FAILED, f"{name} gave no valid status: {error}"
+    ) from error
 
 
 def status(cloud: gcloud.Gcloud, num_workers: int) -> list[Status]:
@@ -229,7 +273,8 @@ def logs(
     prefix = f"[worker {worker}] " if len(workers) > 1 else ""
     for line in process.stdout or ():
       with lock:
-        sys.stdout.write(prefix + line)
+        text = printable(line.rstrip("\n"), keep="\t")
+        sys.stdout.write(f"{prefix}{text}\n")
         sys.stdout.flush()
 
   with contextlib.ExitStack() as stack:

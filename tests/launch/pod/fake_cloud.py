@@ -51,6 +51,16 @@ if [[ $2 == grpo_tpu.main ]]; then
 fi
 exec "{sys.executable}" "$@"
 """
+# The program's check of a command; refuses what the test tells it to.
+CHECK = """import os, pathlib, sys
+
+cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
+with open(cloud / "checked", "a", encoding="utf-8") as checked:
+  checked.write(repr(sys.argv[1:]) + "\\n")
+if (cloud / "refusal").exists():
+  sys.stderr.write((cloud / "refusal").read_text())
+  sys.exit(64)
+"""
 SSH = f"""#!/bin/bash
 exec "{sys.executable}" -IS "{HERE}/pretend_ssh.py" "$@"
 """
@@ -329,6 +339,8 @@ class Laptop:
     ):
       (self.checkout / name).parent.mkdir(exist_ok=True)
       shutil.copy(ROOT / name, self.checkout / name)
+    (self.checkout / "grpo_tpu" / "planning").mkdir()
+    (self.checkout / "grpo_tpu" / "planning" / "check.py").write_text(CHECK)
     (self.checkout / "configs").mkdir()
     (self.checkout / "configs" / "my config.py").write_text('"""Mine."""\n')
     (self.checkout / ".gitignore").write_text("launch/tpu.env\n")

@@ -4,6 +4,7 @@ import jsonschema
 import pytest
 import yaml
 
+from grpo_tpu.distributed import hardware
 from launch.pod import jobset, shapes, workers
 from tests.launch.pod import fake_cloud
 
@@ -142,7 +143,12 @@ def test_a_slice_has_its_hosts(
 ):
   """From Google's tables."""
   shape = shapes.SHAPES[accelerator_type]
-  assert shape == shapes.Shape(accelerator, topology, hosts, chips_per_host)
+  assert shape == shapes.Shape(
+    shape.chip, accelerator, topology, hosts, chips_per_host
+  )
+  assert hardware.parse_topology(shape.slice_name).num_chips == (
+    hosts * chips_per_host
+  )
   job = job_of(manifest(ACCELERATOR_TYPE=accelerator_type))
   assert job["parallelism"] == job["completions"] == hosts
   limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]

@@ -3,8 +3,11 @@
 import pathlib
 import shlex
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
+from data_pipelines import validation
 from launch.pod import settings
 from tests.launch.pod import fake_cloud
 
@@ -97,6 +100,12 @@ def test_a_workdir_is_a_bucket_path_or_an_absolute_path(value):
   assert refusal(text(WORKDIR=value)).startswith(f"WORKDIR ({value!r}) must be")
 
 
+@pytest.mark.parametrize("character", "\x85\u2028\u202e")
+def test_a_workdir_holds_nothing_that_a_terminal_obeys(character):
+  said = refusal(text(WORKDIR=f"/mnt/a{character}exit_code=0"))
+  assert said.startswith("WORKDIR ('/mnt/a\\") and said.isprintable()
+
+
 @pytest.mark.parametrize(
   "value, bucket, path",
   [
@@ -137,6 +146,53 @@ def test_a_value_has_one_line():
 
 def test_our_own_label_cannot_be_set():
   assert "LABELS" in refusal(text(LABELS="grpo-tpu=other"))
+
+
+@pytest.mark.parametrize("labels", ["a=-", "a=b-", "a-=1", "a_=1", "a=1,b=_"])
+def test_a_label_that_kubernetes_refuses_is_refused(labels):
+  assert "LABELS" in refusal(text(LABELS=labels))
+  assert settings.parse(text(LABELS="a-b=c_d,e=")).labels == "a-b=c_d,e="
+
+
+def test_an_image_mounts_the_workdir_which_can_have_no_colon():
+  settings.parse(text(WORKDIR="/mnt/a:b"))
+  settings.parse(text(WORKDIR="gs://my-bucket/a", IMAGE="an-image"))
+  for workdir in ("/mnt/a:b", "gs://my-bucket/a:b"):
+    assert "colon" in refusal(text(WORKDIR=workdir, IMAGE="an-image"))
+
+
+def test_a_section_is_no_line_of_the_file():
+  assert "Line 1 ('[DEFAULT]')" in refusal("[DEFAULT]\n" + text())
+
+
+LINES = st.lists(
+  st.builds(
+    "{}{}{}".format,
+    st.sampled_from([*fake_cloud.SETTINGS, "#", "[x]", ""]) | st.text(),
+    st.sampled_from(["=", " = ", "==", ""]),
+    st.sampled_from([*fake_cloud.SETTINGS.values(), *HOSTILE]) | st.text(),
+  )
+)
+
+
+@hypothesis.given(LINES)
+def test_any_file_is_read_or_refused_in_words(lines):
+  try:
+    settings.parse(text() + "\n".join(lines))
+  except ValueError as error:
+    assert str(error)
+
+
+@hypothesis.given(
+  name=st.sampled_from(sorted(fake_cloud.SETTINGS)), value=st.text()
+)
+def test_any_value_that_is_taken_is_printed_as_it_is(name, value):
+  try:
+    found = settings.parse(text(**{name: value}))
+  except ValueError:
+    return
+  taken = getattr(found, name.lower())
+  assert validation.printable(taken) == taken
 
 
 @pytest.mark.parametrize("name", ["missing.env", "."])

@@ -118,6 +118,42 @@ def test_a_run_has_its_arguments_its_log_and_its_exit_code(worker, tmp_path):
   assert not list(worker.home.rglob("owned"))
 
 
+LOG = """\
+E1130 08:26:00.044358 140 a.py:20] an error of another run
+2026-11-30T09:00:00Z the run starts: 'x'
+I1130 08:26:58.744358 140 writer.py:206] step 99/100  reward 0.76  ETA 0:01
+I1130 08:26:58.744367 140 writer.py:206] step 100/100  reward 0.8  ETA 0:00
+E1130 08:26:59.744367 140 exit_report.py:206] a ([x] y) must be; set a=/x.
+W1130 08:26:59.038312 140 exit_report.py:97] Stopped (exit code 64): see above.
+W1130 08:26:59.038313 140 exit_report.py:97] Next: fix what the error names
+"""
+
+
+def test_the_status_of_a_run_that_has_ended_says_why(worker, tmp_path):
+  (tmp_path / "log").write_text(LOG)
+  worker.add("trainer", f"cat '{tmp_path}/log'; exit 64")
+  worker.do("run", str(tmp_path), "")
+  eventually(lambda: worker.status().state == "ended")
+  assert worker.status().details == [
+    "step 100/100  reward 0.8  ETA 0:00",
+    "a ([x] y) must be; set a=/x.",
+    "Stopped (exit code 64): see above.",
+    "Next: fix what the error names",
+  ]
+  worker.add("trainer", "exit 0")
+  worker.do("run", str(tmp_path), "")
+  eventually(lambda: worker.status().exit_code == 0)
+  assert worker.status().details == []
+
+
+def test_the_status_of_a_run_has_its_progress(worker, tmp_path):
+  (tmp_path / "log").write_text(LOG)
+  worker.add("trainer", f"cat '{tmp_path}/log'; exec sleep 60")
+  worker.do("run", str(tmp_path), "")
+  eventually(lambda: worker.status().details)
+  assert worker.status().details == ["step 100/100  reward 0.8  ETA 0:00"]
+
+
 def test_a_run_outlives_the_session_that_started_it(worker, tmp_path):
   worker.do("run", str(tmp_path), "")
   assert os.getsid(worker.pid()) not in (os.getsid(0), worker.pid())

@@ -1,0 +1,96 @@
+"""Checks what a run asks for before anything is created or started.
+
+The program of the commit that will run reads the config and the flags, in a
+process of its own on this machine.
+"""
+
+import logging
+import os
+import pathlib
+import subprocess
+import tarfile
+import tempfile
+
+from launch.pod import gcloud, shapes, workers
+from launch.pod import settings as pod_settings
+from launch.pod.exits import Exit, Failure
+
+_FIND_PYTHON = 'source "$0"; ensure_check_venv; printf %s "$venv/bin/python"'
+
+
+def check(settings: pod_settings.Settings, job: workers.Job) -> None:
+  """Checks config and flags, and the mesh against ACCELERATOR_TYPE.
+
+  Raises:
+    Failure: The program would refuse them, or the check could not be made.
+  """
+  if settings.image and not workers.is_committed(job.config):
+    logging.warning(
+      "Not checked: no commit of this checkout has %s. A wrong setting ends the"
+      " run with 64.",
+      job.config,
+    )
+    return
+  words = [*job.words, "--workdir=/workdir"]
+  shape = shapes.SHAPES.get(settings.accelerator_type)
+  if shape is None:
+    logging.warning(
+      "Not checked: the mesh, because no table has ACCELERATOR_TYPE %s.",
+      settings.accelerator_type,
+    )
+  else:
+    words.append(f"--topology={shape.slice_name}")
+  code, reason = _run(words)
+  if code == Exit.BAD_REQUEST:
+    where = f"ACCELERATOR_TYPE ({settings.accelerator_type})"
+    raise Failure(
+      Exit.BAD_REQUEST,
+      f"The program would refuse this run on {where}: {reason}",
+    )
+  if code:
+    raise Failure(
+      Exit.BAD_REQUEST,
+      f"The check of the run failed with exit code {code}: {reason}\nStart the"
+      " run with --no-check to go without.",
+    )
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+  """Runs the check in the files of the commit; the exit code and the error."""
+  python = _python()
+  with tempfile.TemporaryDirectory() as folder:
+    archive = pathlib.Path(folder, "code.tar")
+    workers.archive(workers.commit(), archive)
+    code = pathlib.Path(folder, "code")
+    with tarfile.open(archive) as tar:
+      tar.extractall(code, filter="data")
+    result = subprocess.run(
+      [python, "-P", "-m", "grpo_tpu.planning.check", *words],
+      cwd=code,
+      env=os.environ | {"PYTHONPATH": str(code), "JAX_PLATFORMS": "cpu"},
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+      errors="replace",
+    )
+  return result.returncode, gcloud.error_tail(result.stderr)
+
+
+def _python() -> str:
+  """A Python that can import the program's settings; makes it if necessary."""
+  if python := os.environ.get("GRPO_TPU_PYTHON"):
+    return python
+  script = str(workers.ROOT / "launch" / "setup.sh")
+  # What it prints to stderr is for the user.
+  made = subprocess.run(
+    ["bash", "-euo", "pipefail", "-c", _FIND_PYTHON, script],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  if made.returncode:
+    raise Failure(
+      Exit.BAD_REQUEST,
+      "The run cannot be checked without the environment above; start it"
+      " unchecked with --no-check.",
+    )
+  return made.stdout
