@@ -53,7 +53,7 @@ ACCEPTED = {
   ),
 }
 REFUSED = {
-  "'lr'": (V5E_16, *NAMED, "--config.optimizer.lr=1"),
+  "optimizer.lr": (V5E_16, *NAMED, "--config.optimizer.lr=1"),
   "'confg'": (V5E_16, *NAMED, "--confg=1"),
   "must be full or lora": (f"{V5E_16}:lor", *NAMED),
   "configs/nowhere.py": ("--config=configs/nowhere.py",),

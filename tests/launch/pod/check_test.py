@@ -110,7 +110,7 @@ def test_the_program_itself_answers(tmp_path, monkeypatch):
   config = "configs/gemma3_4b_v5e_16.py:lora"
   check.check(fake_cloud.settings(), workers.Job(config, named))
   for changes, flags, words in (
-    ({}, (*named, "--config.optimizer.lr=1"), "'lr'"),
+    ({}, (*named, "--config.optimizer.lr=1"), "optimizer.lr"),
     ({"ACCELERATOR_TYPE": "v5litepod-32"}, named, "the 32 devices of v5e:4x8"),
   ):
     with pytest.raises(exits.Failure, match=words) as raised:
