@@ -196,6 +196,8 @@ def open_dataset(
   else:
     request = synthetic_request(settings, model.vocab_size, str(folder))
     _refuse_prepared(folder)
+    if (pathlib.Path(workdir) / "run.json").exists():
+      _refuse_other_draw(request, workdir)
     manifest = build.build_data_dir(request, overwrite=True)
   _check_manifest(settings, manifest, for_training)
   of_data = manifest["tokenizer"]["fingerprint"]
@@ -232,6 +234,16 @@ def _refuse_prepared(folder: pathlib.Path) -> None:
       f"data.dir ('') must be set, because {str(folder)!r} holds data that "
       f"were prepared from {source}; set data.dir={folder} to use them, or "
       "choose another --workdir."
+    )
+
+
+def _refuse_other_draw(request: build.Request, workdir: str) -> None:
+  """Refuses to draw anew what the run of a workdir has read."""
+  if changes := build.find_changes(request):
+    raise ValueError(
+      f"data.synthetic must be what the run in --workdir ({workdir!r}) has "
+      f"drawn, but {'; '.join(changes[:3])}. Set it back, name the data in "
+      "data.dir, or choose another --workdir."
     )
 
 

@@ -192,6 +192,14 @@ def read_manifest(data_dir: pathlib.Path) -> dict[str, Any] | None:
   return manifest
 
 
+def find_changes(request: Request) -> list[str]:
+  """The changes, in words, since the request that made a data dir, if any."""
+  manifest = read_manifest(validation.to_path("data_dir", request.data_dir))
+  if manifest is None:
+    return []
+  return _changes(manifest["request"], _open_source(request)[1])
+
+
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """The differences between two requests, in words."""
   changes = []

@@ -105,6 +105,23 @@ def test_a_set_is_drawn_under_the_workdir_once(workdir):
   assert len(data.eval) > 0
 
 
+def test_the_drawn_set_of_a_run_is_not_drawn_anew(workdir, tmp_path):
+  """An evaluation with other settings would leave a run without its data."""
+  shutil.copytree(workdir / "data", tmp_path / "data")
+  (tmp_path / "run.json").write_text("{}")
+  before = opened(settings(), tmp_path).identity
+  other = settings(synthetic_eval_fraction=0.4)
+  with pytest.raises(
+    ValueError,
+    match=r"^data.synthetic must be .*eval_fraction was 0\.3 and is 0\.4\. Set",
+  ):
+    opened(other, tmp_path, for_training=False)
+  assert opened(settings(), tmp_path).identity == before
+  # Before there is a run, the settings decide.
+  (tmp_path / "run.json").unlink()
+  assert opened(other, tmp_path).identity != before
+
+
 def test_prompts_of_any_problems_equal_those_of_the_eval_split(workdir):
   """Row by row, with padding after them."""
   data = opened(settings(), workdir)
