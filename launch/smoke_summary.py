@@ -41,7 +41,8 @@ def main() -> None:
     f"Eval accuracy: {result['warm_start_accuracy']:.3f} before GRPO, "
     f"{result['final_accuracy']:.3f} after {result['steps']} steps, in "
     f"{result['wall_seconds']} s.\n"
-    f"View: .venv/bin/tensorboard --logdir={shlex.quote(str(workdir))}\n"
+    f"View: .venv/bin/tensorboard --logdir={shlex.quote(str(workdir))}"
+    "  # http://localhost:6006/#custom_scalars\n"
   )
 
 

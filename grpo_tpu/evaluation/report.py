@@ -2,7 +2,8 @@
 
 Pure: takes figures and examples, returns strings. The HTML page embeds its
 images and styles and loads nothing from a network. Text from models and data
-sets is escaped, and the page's content security policy forbids scripts.
+sets is escaped, and control characters in it are visible. The page's content
+security policy forbids scripts.
 """
 
 import base64
@@ -13,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 from PIL import Image
+
+from data_pipelines.validation import printable
 
 # Pixels of an image's longer side, and characters of a completion.
 _MAX_SIDE = 480
@@ -178,9 +182,16 @@ def _as_code(text: Any) -> str:
   return "\n".join(f"    {row}" for row in lines)
 
 
+def _as_text(value: Any) -> Any:
+  """The value with its control characters visible, if it is a text."""
+  is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+  return printable(value, keep="\n\t") if is_text else value
+
+
 _PAGES = jinja2.Environment(
   loader=jinja2.PackageLoader("grpo_tpu.evaluation"),
   autoescape=jinja2.select_autoescape(["html.j2"]),
+  finalize=_as_text,
   undefined=jinja2.StrictUndefined,
   trim_blocks=True,
   lstrip_blocks=True,

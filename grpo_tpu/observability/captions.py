@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipelines.validation import printable
+
 # Smaller images are enlarged by a whole number, pixel by pixel.
 _MIN_WIDTH = 320
 _CHARACTERS_PER_LINE = 32
@@ -17,7 +19,8 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
   Args:
     image: uint8 [height, width, 3].
-    texts: Each begins a new line. Lines that do not fit the strip are dropped.
+    texts: Each begins a new line, and has at most a third of the strip unless
+      it is the last one. Lines that do not fit are dropped.
 
   Returns:
     uint8 [1, height', width', 3], as an image summary takes it.
@@ -28,10 +31,10 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   # Most letters are 0.6 times as wide as the font size.
   size = width / (0.62 * _CHARACTERS_PER_LINE)
   lines = []
-  for text in texts:
-    lines += textwrap.wrap(text, _CHARACTERS_PER_LINE) or [""]
-  if len(lines) > _MAX_LINES:
-    lines = [*lines[: _MAX_LINES - 1], "..."]
+  for index, text in enumerate(texts):
+    is_last = index == len(texts) - 1
+    room = max(_MAX_LINES - len(lines), 1) if is_last else _MAX_LINES // 3
+    lines += _wrap(text, room)
   line_height = round(1.35 * size)
   strip = Image.new("RGB", (width, line_height * len(lines) + 8), "white")
   draw = ImageDraw.Draw(strip)
@@ -39,3 +42,10 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   for index, line in enumerate(lines):
     draw.text((6, 4 + index * line_height), line, fill="black", font=font)
   return np.concatenate([enlarged, np.asarray(strip)])[None]
+
+
+def _wrap(text: str, room: int) -> list[str]:
+  """The text in at most `room` lines; an ellipsis marks what is dropped."""
+  text = printable(" ".join(text.split()))
+  lines = textwrap.wrap(text, _CHARACTERS_PER_LINE) or [""]
+  return lines if len(lines) <= room else [*lines[: room - 1], "..."]

@@ -24,6 +24,8 @@ from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, interrupt, preemption
 from grpo_tpu.observability import goodput, run_record
 
+# TensorBoard would open on its first metrics, by name.
+_CURVES = "http://localhost:6006/#custom_scalars"
 _RESUME = "run the same command again to resume"
 
 
@@ -61,7 +63,8 @@ class ExitReport:
     """Reports that the program has done its work."""
     what_next = self.what_next
     if self._workdir is not None and not what_next:
-      what_next = f"tensorboard --logdir={shlex.quote(str(self._workdir))}"
+      folder = shlex.quote(str(self._workdir))
+      what_next = f"tensorboard --logdir={folder}  # {_CURVES}"
     self._report(ExitCode.DONE, "done", what_next)
 
   def exit_with(self, error: BaseException) -> NoReturn:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from data_pipelines.validation import printable
 from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import captions, dashboard, event_files, registry
 from grpo_tpu.observability.json_lines import JsonLines
@@ -159,6 +160,7 @@ class Writer:
       texts[f"{tag}/text"] = sample_text(sample)
       if sample.image is not None:
         words = (
+          sample.prompt,
           f"right answer: {sample.answer}",
           f"reward {sample.reward:.2f}:",
           sample.completion,
@@ -239,9 +241,12 @@ def progress_line(
 
 
 def sample_text(sample: Sample) -> str:
-  """A sample as Markdown, which TensorBoard renders."""
+  """A sample as Markdown, which TensorBoard renders.
+
+  All of its own text stands in code blocks, where Markdown has no meaning.
+  """
   rewards = ", ".join(f"{k} {v:.2f}" for k, v in sample.rewards.items())
-  parts = [f"**{sample.pid}**: reward {sample.reward:.3f} ({rewards})"]
+  parts = [_code_block(f"{sample.pid}: reward {sample.reward:.3f} ({rewards})")]
   parts += ["right answer:", _code_block(sample.answer)]
   parts += ["completion:", _code_block(sample.completion)]
   parts += ["prompt:", _code_block(sample.prompt)]
@@ -260,5 +265,9 @@ def _to_number(name: str, value: Any) -> int | float:
 
 
 def _code_block(text: str) -> str:
-  """Indents text so that Markdown shows it literally, tags and fences too."""
-  return "\n".join(f"    {line}" for line in text.split("\n"))
+  """Indents text so that Markdown shows it literally, tags and fences too.
+
+  Other line breaks than this one would end the block, so they are escaped.
+  """
+  lines = printable(text, keep="\n\t").split("\n")
+  return "\n".join(f"    {line}" for line in lines)

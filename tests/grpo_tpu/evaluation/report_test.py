@@ -130,6 +130,26 @@ def test_foreign_text_is_escaped_in_the_page():
   assert "49" not in page.text
 
 
+def test_control_characters_are_visible_on_both_pages():
+  controls = "\x1b\x07\x85\u202e\u2066\ud800"
+  evil = f"3{controls}4"
+  found = scores(evil, evil, metadata={"source": evil}) | {"weights": evil}
+  shown = example(
+    **{k: evil for k in ("pid", "question", "answer", "response", "unit")},
+    choices=[evil],
+    metadata={"source": evil},
+  )
+  for name in ("report.md", "report.html"):
+    page = report.render(name, found, found["slices"], [shown])
+    assert not set(page) & set(controls)
+    assert page.count(r"3\x1b\x07") >= 7 and r"\u202e\u2066\ud800" in page
+
+
+def test_the_page_is_titled_by_what_was_evaluated():
+  _, page = pages(scores("testmini", "tiny"))
+  assert page.text.count("Evaluation of tiny on testmini") == 2
+
+
 def test_the_page_forbids_scripts_and_loads_nothing():
   _, page = pages(scores(), (), [example()])
   policies = [

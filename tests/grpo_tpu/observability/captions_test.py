@@ -32,6 +32,17 @@ def test_other_text_changes_the_strip_and_more_text_makes_it_higher():
   assert long.shape[0] > three.shape[0]
 
 
+def test_a_long_question_leaves_room_for_what_was_answered():
+  image = random_image(48, 48)
+  texts = ["why " * 500, "right answer: 3", "no " * 500]
+  shown = [
+    captions.add_caption(image, [*texts[:n], "x", *texts[n + 1 :]])
+    for n in range(3)
+  ]
+  whole = captions.add_caption(image, texts)
+  assert not any(np.array_equal(whole, other) for other in shown)
+
+
 def test_any_text_gives_a_strip_of_limited_height():
   image = random_image(48, 48)
   (endless,) = captions.add_caption(image, ["a" * 100_000])

@@ -171,7 +171,8 @@ def test_a_finished_run_points_at_its_checkpoint_and_curves(tmp_path, caplog):
   assert last_lines(caplog)[:3] == [
     "Finished at step 7 (exit code 0).",
     "Checkpoint: none",
-    f"View: tensorboard --logdir='{folder}'",
+    f"View: tensorboard --logdir='{folder}'"
+    "  # http://localhost:6006/#custom_scalars",
   ]
 
 

@@ -1,5 +1,6 @@
 """A run writes declared names, every digit, and no step twice."""
 
+import dataclasses
 import json
 import math
 import re
@@ -274,6 +275,43 @@ def test_a_sample_text_shows_tags_and_fences_as_they_are():
   for line in ("```", "<answer>", "", "3</answer>", "How many?"):
     assert f"    {line}" in code
   assert not [line for line in lines if line not in code and "<" in line]
+
+
+BREAKS = [
+  *("\n", "\r", "\r\n", "\r\r", "\n\n", "\x0b", "\x0c", "\x1c", "\x85"),
+  *("\u2028", "\u2029", "\x02", "\x03", "\x00"),
+]
+
+
+@pytest.mark.parametrize("field", ["pid", "prompt", "completion", "answer"])
+def test_a_sample_renders_to_nothing_but_text_in_tensorboard(field):
+  """Whatever breaks a line, no image is fetched, nothing links or shouts."""
+  plugin_util = pytest.importorskip("tensorboard.plugin_util")
+  hostile = "".join(
+    f"x{each}{each}# BIG{each}![t](https://evil.example/b.png){each}"
+    f"[click](https://evil.example){each}<img src=x>{each}** ~~~ ``` {each}"
+    for each in BREAKS
+  )
+  sample = dataclasses.replace(make_sample(), **{field: hostile})
+  text = writer.sample_text(sample)
+  page = str(plugin_util.markdown_to_safe_html(text))
+  tags = set(re.findall(r"<\s*/?\s*(\w+)", page))
+  assert tags <= {"p", "pre", "code"}
+  assert page.count("![t](https://evil.example/b.png)") == len(BREAKS)
+
+
+def test_an_image_shows_the_question_too(tmp_path, events):
+  image = np.zeros((2, 2, 3), np.uint8)
+  with open_writer(tmp_path) as w:
+    for prompt in ("How many?", "How much?"):
+      sample = dataclasses.replace(make_sample(image=image), prompt=prompt)
+      w.write_samples(5, [sample], split="eval")
+  first, second = (
+    args[1]["samples/eval/0/image"]
+    for name, *args in events.calls
+    if name == "write_images"
+  )
+  assert first.shape == second.shape and (first != second).any()
 
 
 def test_the_config_is_text_and_flat_hparams(tmp_path, events):
