@@ -9,6 +9,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 
 from data_pipelines.validation import to_path
+from grpo_tpu.distributed import activity
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -33,6 +34,12 @@ def on_compile(callback: Callable[[float], None]) -> None:
       callback(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def describe_folder() -> str:
+  """Where compiled programs are kept, for a log."""
+  folder = jax.config.jax_compilation_cache_dir
+  return f"kept in {folder}" if folder else "not kept for the next start"
 
 
 class CompileCounter:
@@ -61,6 +68,7 @@ class AotJit:
   def __init__(self, jitted: Any):
     """Wraps the result of `jax.jit`; calls take positional arguments only."""
     self._jitted, self._compiled = jitted, {}
+    self._is_called = False
 
   def trace(self, *args: Any) -> Any:
     """Traces the function for these arguments, without compiling it."""
@@ -79,6 +87,7 @@ class AotJit:
     key = _signature(args)
     if key not in self._compiled:
       self._compiled[key] = self._jitted.lower(*args).compile()
+    activity.advance()
     compiled = self._compiled[key]
     return jax.tree.map(
       lambda x, out: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out),
@@ -89,7 +98,11 @@ class AotJit:
   def __call__(self, *args: Any) -> Any:
     """Calls the function."""
     compiled = self._compiled.get(_signature(args)) if self._compiled else None
-    return (compiled or self._jitted)(*args)
+    if compiled or self._is_called:
+      return (compiled or self._jitted)(*args)
+    self._is_called = True
+    with activity.doing(f"compiling {self._jitted.__name__}"):
+      return self._jitted(*args)
 
 
 def _signature(args: Any) -> Any:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from data_pipelines import dataset, pipeline, records, validation
 from data_pipelines.scoring import ablations
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
-from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.distributed import activity, collectives, sharding
 from grpo_tpu.evaluation import grading, outputs
 from grpo_tpu.evaluation.scores import GradedCompletion
 from grpo_tpu.observability import writer
@@ -76,7 +76,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
     sampler = Sampler(model, config.rollout, mesh, data.tokenizer)
     params = load.load_params(model, mesh)
     batches = _eval_batches(data, config, mesh)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), activity.reporting():
     evaluation = evaluate_all(sampler, params, batches, sources, config)
   folder = pathlib.Path(workdir) / "eval"
   if jax.process_index() == 0:
@@ -124,7 +124,7 @@ def evaluate_all(
 def evaluate_greedy(
   sampler: Sampler,
   params: dict,
-  batches: Iterable[pipeline.Batch],
+  batches: Collection[pipeline.Batch],
   *,
   rewards: RewardConfig,
   num_samples: int,
@@ -137,7 +137,7 @@ def evaluate_greedy(
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
   kept, graded = [], []
-  for batch in batches:
+  for batch in activity.counted("evaluation", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,
@@ -213,7 +213,7 @@ def _eval_batches(
 def _sample_draws(
   sampler: Sampler,
   params: dict,
-  batches: Iterable[pipeline.Batch],
+  batches: Collection[pipeline.Batch],
   config: Config,
 ) -> list[list[GradedCompletion]]:
   """Samples and grades `eval.num_samples` completions of each problem.
@@ -225,7 +225,7 @@ def _sample_draws(
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
-  for batch in batches:
+  for batch in activity.counted("sampling", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,

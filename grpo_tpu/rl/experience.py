@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines import pipeline
-from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed import activity, sharding
 from grpo_tpu.observability import writer
 from grpo_tpu.rewards import background, scoring
 from grpo_tpu.rewards.settings import HEURISTICS
@@ -122,7 +122,8 @@ class Collector:
     """Samples and scores the completions of one batch of prompts."""
     sampler, settings = self.sampler, self.sampler.settings
     wait_start = time.perf_counter()
-    batch = next(prompts)
+    with activity.doing("waiting for data"):
+      batch = next(prompts)
     start = time.perf_counter()
     with background.BackgroundScorer(
       batch.problems,
@@ -142,7 +143,8 @@ class Collector:
       )
       texts = sampler.texts(sampled.completions)
       rollout_end = time.perf_counter()
-      scores = scorer.result(texts)
+      with activity.doing("waiting for rewards"):
+        scores = scorer.result(texts)
     rewards, valid = sharding.device_put_batch(
       sampler.mesh, self.group_rewards(scores, batch)
     )

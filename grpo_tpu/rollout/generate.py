@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from grpo_tpu.distributed import hardware, sharding
+from grpo_tpu.distributed import activity, hardware, sharding
 from grpo_tpu.models.gemma3 import decoding
 from grpo_tpu.rollout import compaction, engine
 
@@ -139,7 +139,9 @@ def sample_completions(
       process's prompts whose last completion has just ended.
   """
   rollout = _Rollout(params, prompts, settings, mesh, stop_strings)
-  return rollout.run(step_key, row_limits, poll, on_finished)
+  total = settings.max_new_tokens
+  with activity.doing("rollout", total=total, unit="tokens") as task:
+    return rollout.run(step_key, row_limits, poll, on_finished, task)
 
 
 class _Rollout:
@@ -171,7 +173,7 @@ class _Rollout:
     self._is_emitted = np.zeros(shape[:2], bool)
     self._row_steps = self._moves = 0
 
-  def run(self, step_key, row_limits, poll, on_finished):
+  def run(self, step_key, row_limits, poll, on_finished, task):
     started = time.perf_counter()
     if row_limits is None:
       num_rows = self._local_part(self._live).shape[0]
@@ -189,7 +191,7 @@ class _Rollout:
         self._emit_finished(state, on_finished)
       poll()
       state, alive = self._move_together(state)
-      before = int(self._t)
+      before = task.done = int(self._t)
       state, view = self._engine.decode_chunk(self._params, state, alive)
       self._update(state, view)
       self._row_steps += (int(self._t) - before) * self._grid.rows.size
@@ -338,6 +340,16 @@ def compile_ahead(
     )
     alive = array(bool, bundles, width)
     state, _ = functions.decode_chunk.prepare(params, state, alive)
+
+
+def num_programs(settings: engine.Settings, num_prompts: int) -> int:
+  """The number of programs that `compile_ahead` compiles for one shape.
+
+  `num_prompts` are those of a shard.
+  """
+  if settings.max_new_tokens == 1:
+    return 2
+  return 1 + 2 * len(grid_shapes(settings, num_prompts))
 
 
 def grid_shapes(

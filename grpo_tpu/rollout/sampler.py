@@ -190,6 +190,22 @@ class Sampler:
         mesh=self.mesh,
       )
 
+  def num_programs(
+    self,
+    num_shapes: int,
+    *,
+    num_prompts: int,
+    num_completions: int,
+    temperature: float,
+    num_parts: int = 1,
+  ) -> int:
+    """The number of programs that `compile_ahead` compiles for such shapes."""
+    shards = sharding.data_shards(self.mesh)[1]
+    settings = self.engine_settings(num_completions, temperature)
+    per_shard = num_prompts // num_parts // shards
+    of_shape = generate.num_programs(settings, per_shard)
+    return num_shapes * of_shape + (self.image_encoder is not None)
+
   def abstract_prompts(
     self, num_prompts: int, length: int, num_images: int
   ) -> engine.Prompts:

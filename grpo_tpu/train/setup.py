@@ -16,6 +16,7 @@ from grpo_tpu.checkpoint import checkpointer, load
 from grpo_tpu.config import defaults
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import (
+  activity,
   compile_cache,
   initialize,
   interrupt,
@@ -77,10 +78,12 @@ def start(
     report.attach_run(folder)
     stack.enter_context(watch)
     stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(activity.reporting())
     checkpoints = stack.enter_context(
       checkpointer.Checkpoints(folder / "checkpoints", config.checkpoint)
     )
-    step = _restore_or_init(trainer, checkpoints, record)
+    with activity.doing("Restoring the run"):
+      step = _restore_or_init(trainer, checkpoints, record)
     # Not before: a run that is refused has not started.
     if jax.process_index() == 0:
       record.write(trainer.config.model.weights)
@@ -163,7 +166,7 @@ class Run:
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
     """Takes a step inside; a preemption saves what is done and passes on."""
-    with self._profiler.step(step):
+    with self._profiler.step(step), activity.doing(f"Step {step}"):
       try:
         yield
       except preemption.Preempted:
@@ -213,11 +216,11 @@ class Run:
       self._wait_for_checkpoints()
 
   def _save(self, step: int, state: Any, **options: Any) -> None:
-    with self._clock.phase("checkpoint"):
+    with self._clock.phase("checkpoint"), activity.doing("Saving"):
       self._checkpoints.save(step, state, self._meta, **options)
 
   def _wait_for_checkpoints(self) -> None:
-    with self._clock.phase("checkpoint"):
+    with self._clock.phase("checkpoint"), activity.doing("Saving"):
       self._checkpoints.wait()
 
 

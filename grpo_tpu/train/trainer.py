@@ -12,12 +12,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, validation
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
-from grpo_tpu.distributed import compile_cache, sharding
+from grpo_tpu.distributed import activity, compile_cache, sharding
 from grpo_tpu.evaluation import evaluate, preferences
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.rl import optimizer, score, shaping
@@ -164,23 +165,28 @@ class Trainer:
     The first update, and the first scoring, compile theirs for further shapes.
     """
     params, config = self.learner.params(state), self.config
+    plans: list[tuple[set[tuple[int, int]], dict[str, Any]]] = []
     if config.data.kind == "online":
-      self.sampler.compile_ahead(
-        params,
-        self._shapes,
-        num_prompts=config.data.prompts_per_step,
-        num_completions=config.rollout.num_generations,
-        temperature=config.rollout.temperature,
-        num_parts=config.num_rollouts,
-      )
+      rollout = {
+        "num_prompts": config.data.prompts_per_step,
+        "num_completions": config.rollout.num_generations,
+        "temperature": config.rollout.temperature,
+        "num_parts": config.num_rollouts,
+      }
+      plans.append((self._shapes, rollout))
     if config.eval.every_steps:
-      self.sampler.compile_ahead(
-        params,
-        self._eval_batches.shapes(),
-        num_prompts=config.eval.batch_size,
-        num_completions=1,
-        temperature=0.0,
-      )
+      greedy = {
+        "num_prompts": config.eval.batch_size,
+        "num_completions": 1,
+        "temperature": 0.0,
+      }
+      plans.append((set(self._eval_batches.shapes()), greedy))
+    total = sum(self.sampler.num_programs(len(x), **how) for x, how in plans)
+    folder = compile_cache.describe_folder()
+    logging.info("Compiling %d programs (%s).", total, folder)
+    with activity.doing("Compiling", total=total, unit="programs"):
+      for shapes, how in plans:
+        self.sampler.compile_ahead(params, shapes, **how)
 
   def collect(
     self, state: TrainState, step: int
@@ -274,7 +280,9 @@ class Trainer:
     while partial.updates_done < self.config.train.num_iterations:
       if partial.updates_done:
         self._poll()
-      with self._clock.phase("update"):
+      number = f"update {partial.updates_done + 1}"
+      total = self.config.train.num_iterations
+      with self._clock.phase("update"), activity.doing(f"{number} of {total}"):
         state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
     lost_fraction = self.learner.lost_fraction(state)
