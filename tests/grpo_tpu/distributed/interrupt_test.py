@@ -1,9 +1,5 @@
 """Ctrl-C in a terminal: processes of their own on a pseudo-terminal."""
 
-import os
-import pathlib
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -11,8 +7,7 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-SOON = 60
+from tests.terminal import ROOT, Terminal
 
 START = """
 import contextlib, hashlib, os, signal, sys, time
@@ -50,65 +45,19 @@ FORK = """
 """
 
 
-class Terminal:
-  """A program with a terminal of its own, whose keys the test presses."""
-
-  def __init__(self, code: str):
-    self._ours, theirs = pty.openpty()
-    self.process = subprocess.Popen(
-      [sys.executable, "-c", code],
-      cwd=ROOT,
-      stdin=theirs,
-      stdout=theirs,
-      stderr=theirs,
-      start_new_session=True,
-      preexec_fn=_take_terminal,
-    )
-    os.close(theirs)
-    self.text = ""
-
-  def wait_for(self, words: str) -> None:
-    deadline = time.monotonic() + SOON
-    while words not in self.text:
-      assert time.monotonic() < deadline, self.text
-      if select.select([self._ours], [], [], 0.1)[0]:
-        try:
-          self.text += os.read(self._ours, 4096).decode()
-        except OSError:  # The program has ended.
-          assert words in self.text, self.text
-
-  def press(self) -> None:
-    os.write(self._ours, b"\x03")
-
-  def end(self) -> int:
-    try:
-      return self.process.wait(timeout=SOON)
-    finally:
-      self.process.kill()
-      os.close(self._ours)
-
-
-def _take_terminal() -> None:
-  import fcntl
-  import termios
-
-  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def start():
   opened = []
 
   def new(body: str, *, is_run: bool = True) -> Terminal:
     code = START.format(is_run=is_run, body=body)
-    opened.append(Terminal(code))
+    opened.append(Terminal(sys.executable, "-c", code))
     opened[-1].wait_for("ready")
     return opened[-1]
 
   yield new
   for each in opened:
-    each.process.kill()
+    each.close()
 
 
 def test_the_first_interrupt_of_a_run_is_a_notice_and_the_run_goes_on(start):
