@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -13,7 +14,7 @@ from data_pipelines import validation
 from grpo_tpu.checkpoint import export, load, manifest
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
-from grpo_tpu.rl import train_state
+from grpo_tpu.rl import masters, train_state
 from tests.grpo_tpu.checkpoint import checkpointing
 
 
@@ -115,6 +116,33 @@ def test_a_damaged_file_of_the_source_is_refused_at_once(tmp_path):
   )
   with pytest.raises(ValueError, match="generation_config.json is not JSON"):
     export.check(config.model, config.export, str(tmp_path))
+
+
+def test_masters_go_out_in_float32_and_start_another_run(tmp_path):
+  """Of a run in bfloat16; an export in bfloat16 has the weights that ran."""
+  config = changed(model={"weights": "random:1", "param_dtype": "bfloat16"})
+  mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
+  fine = load.load_params(changed(model={"weights": "random:1"}).model, mesh)
+  params = load.load_params(config.model, mesh)
+  kept = jax.tree.map(
+    lambda x, y: optax.MaskedNode() if x.dtype == y.dtype else x, fine, params
+  )
+  at = jax.device_put(jnp.int32(1), sharding.replicated_sharding(mesh))
+  state = train_state.TrainState(at, at, params, masters.MastersState(kept, ()))
+  with checkpointing.opened(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(1, state, {})
+  run = {"weights": f"run:{tmp_path}"}
+  assert_equal(load.load_params(changed(model=run).model, mesh), fine, 1)
+  for dtype, expected in (("float32", fine), ("bfloat16", params)):
+    run_export(
+      changed(model=run | {"param_dtype": "bfloat16"}, export={"dtype": dtype}),
+      tmp_path,
+    )
+    there = tmp_path / f"export_{dtype}"
+    (tmp_path / "export").rename(there)
+    start = changed(model={"weights": f"hf:{there}", "param_dtype": dtype})
+    got = load.load_params(start.model, mesh)
+    assert_equal(got["layers"], expected["layers"], 1)
 
 
 def test_a_model_without_adapters_has_none_to_export(tmp_path):

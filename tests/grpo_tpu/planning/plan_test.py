@@ -79,6 +79,28 @@ def test_the_table_says_how_much_room_there_is(gibibytes, verdict):
   assert lines[-1].startswith(verdict)
 
 
+def test_the_table_has_masters_beside_parameters_if_a_run_has_them():
+  row = {
+    "name": "train_step (text)",
+    "bytes_by_class": {"params": 2**30, "masters": 2**31},
+    "beside_bytes": 0,
+    "resident_bytes": 2**32,
+    "flops": 2e12,
+    "least_hbm_traffic_bytes": 3e9,
+    "collective_bytes": {"ici": 4e9, "dcn": 0.0},
+    "bounds_seconds": {"compute": 1.0, "hbm": 0.5, "ici": 0.25, "dcn": 0.0},
+    "completion_tokens": 7,
+    "defects": [],
+  }
+  topology = hardware.parse_topology("v5e:4x4")
+  made = planner.Plan(config_of_4b(), topology, [row], {"masters": 2**31})
+  lines = plan.table(made).splitlines()
+  head = next(x for x in lines if x.startswith("HBM")).split()
+  sizes = next(x for x in lines if x.startswith("train_step")).split()
+  assert head[5:7] == ["params", "masters"]
+  assert sizes[2:4] == ["1.00", "2.00"]
+
+
 def test_a_plan_wants_a_topology(tmp_path):
   with pytest.raises(validation.SettingError, match="--topology.*v5e:4x4"):
     plan.run(config_of_4b(), str(tmp_path), None, advise=False)

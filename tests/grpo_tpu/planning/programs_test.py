@@ -121,3 +121,42 @@ def test_eval_groups_are_scored_one_whole_batch_at_a_time():
   # Weights once, and the activations of twice as many bundles.
   assert moved["score (image)"] < moved["evaluation_score (image)"]
   assert moved["evaluation_score (image)"] < 2 * moved["score (image)"]
+
+
+def test_weights_trained_in_bfloat16_have_masters_in_the_plan():
+  """Four bytes beside each two of the decoder, and the moments as before."""
+  mesh = {"mesh.fsdp": 4, "mesh.tensor": 2}
+  config = config_of_4b(**mesh, **{"model.param_dtype": "bfloat16"})
+  short = programs.resident_bytes(config)
+  full = programs.resident_bytes(config_of_4b(**mesh))
+  assert "masters" not in full
+  assert short["optimizer"] == full["optimizer"]
+  assert short["params"] == full["params"] - short["masters"] / 2
+  # The image tower and the projector are float32 already.
+  assert 0.8 * full["params"] < short["masters"] < full["params"]
+  program = programs.find(
+    config, sharding.make_mesh(1, 4, 2), "train_step (text)"
+  )
+  sizes = program.bytes_by_class()
+  for name in ("params", "masters", "optimizer"):
+    assert sizes[name] == short[name]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "gemma3_4b_v5e_16",
+    "gemma3_4b_v6e_16",
+    "gemma3_4b_v5p_16",
+    "gemma3_12b_v5p_64",
+    "gemma3_27b_v5p_256",
+    "gemma3_27b_v6e_256",
+  ],
+)
+def test_overlays_train_float32_weights_or_adapters(name):
+  """Bfloat16 is the type of frozen weights alone, so none has masters."""
+  full, lora = config_of(name, "full"), config_of(name, "lora")
+  assert full.model.param_dtype == "float32"
+  assert lora.model.param_dtype == "bfloat16" and lora.lora
+  for config in (full, lora):
+    assert "masters" not in programs.resident_bytes(config)

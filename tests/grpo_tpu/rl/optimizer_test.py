@@ -1,6 +1,7 @@
 """Laws of an update: schedule, clipping, weight decay, frozen leaves."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -145,6 +146,55 @@ def test_a_frozen_subtree_has_no_state_no_update_and_no_norm():
   np.testing.assert_array_equal(
     updates_of(config, loud, params, vision)["vision"]["mlp"]["kernel"], 0.0
   )
+
+
+@pytest.mark.parametrize(
+  ("rate", "least", "most"),
+  [(1e-6, 0.0, 0.01), (3e-9, 0.2, 0.7), (1e-11, 0.99, 1.0)],
+  ids=["healthy", "small", "far too small"],
+)
+def test_lost_updates_are_those_that_leave_their_weights_alone(
+  rate, least, most
+):
+  """As many as stay what they were, although their update is not 0."""
+  config = config_of(
+    learning_rate=rate, schedule="linear", warmup_steps=2, weight_decay=0.1
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(scale):
+    matrix, frozen = rng.normal(0, scale, (2, 64, 32)).astype(np.float32)
+    scale = matrix[0] * (np.arange(32) % 2)  # Half the gradients are 0.
+    return {"kernel": matrix, "scale": scale, "vision": {"kernel": frozen}}
+
+  params = draw(0.02)
+  tx = optimizer.make_optimizer(config, is_frozen=vision)
+  state = tx.init(params)
+  for _ in range(4):
+    updates, state = tx.update(draw(1e-3), state, params)
+    before, params = params, optax.apply_updates(params, updates)
+  lost = moved = 0
+  for old, new, update in zip(
+    *map(jax.tree.leaves, (before, params, updates)), strict=True
+  ):
+    moved += np.sum(update != 0)
+    lost += np.sum((update != 0) & (old == new))
+  found = jax.jit(functools.partial(optimizer.lost_fraction, config))(
+    params, state
+  )
+  np.testing.assert_allclose(found, lost / moved, atol=2e-3)
+  assert least <= found <= most
+  assert optimizer.num_updates(state) == 4
+
+
+def test_nothing_is_lost_where_nothing_should_move():
+  """Before the first update, and with no gradient at all."""
+  params = params_of()
+  tx = optimizer.make_optimizer(CONFIG, is_frozen=nothing)
+  state = tx.init(params)
+  assert optimizer.lost_fraction(CONFIG, params, state) == 0
+  _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+  assert optimizer.lost_fraction(CONFIG, params, state) == 0
 
 
 def test_moments_are_float32_for_bfloat16_params():
