@@ -79,3 +79,22 @@ def test_optimizer_reference_and_position_survive_a_kill(new_run):
   assert unbroken.column("train/old_kl")[-1] > 0
   assert len(set(unbroken.column("train/learning_rate"))) > 2
   assert sum(unbroken.column("rollout/batches")[:2]) > 2
+
+
+def test_masters_of_bfloat16_weights_survive_a_kill(new_run):
+  """At a rate at which an update moves masters and few of the weights."""
+  settings = (
+    "--config.model.param_dtype=bfloat16",
+    "--config.model.train_vision=False",
+    "--config.train.num_steps=4",
+    "--config.train.num_iterations=2",
+    "--config.optimizer.learning_rate=1e-5",
+    "--config.eval.every_steps=0",
+  )
+  unbroken = new_run(*settings).start()
+  resumed = new_run(*settings)
+  resumed.kill_at(3)
+  resumed.start()
+  assert_same(resumed, unbroken)
+  # The masters decide this one, to the bit.
+  assert unbroken.column("train/update_below_half_ulp_fraction")[-1] > 0

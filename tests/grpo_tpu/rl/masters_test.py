@@ -15,6 +15,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import learner, masters, optimizer, score
+from grpo_tpu.rl.partial_step import PartialStep
 from grpo_tpu.rl.settings import (
   PRESETS,
   LearnerConfig,
@@ -207,15 +208,24 @@ def test_an_update_takes_over_the_masters_and_a_skipped_one_leaves_them(mesh):
   assert np.mean(master_of(after) != embedding) > 0.9
 
 
-def test_a_run_with_masters_resumes_to_the_same_bits(mesh, tmp_path):
+def test_a_step_with_masters_resumes_between_two_updates_to_the_same_bits(
+  mesh, tmp_path
+):
   made, state, _ = start(mesh)
-  state, _ = made.update(state, make_batch(mesh), None)
+  batch = make_batch(mesh)
+  state, _ = made.update(state, batch, None)
+  partial = PartialStep(batch, 1, {}, [0.0]).to_data()
   with checkpointing.opened(tmp_path) as checkpoints:
-    checkpoints.save(1, state, {})
-  expected, _ = made.update(state, make_batch(mesh, 2.0), None)
+    checkpoints.save(0, state, {}, partial_step=partial)
+  expected, _ = made.update(state, batch, None)
+  rows = sharding.batch_sharding(mesh)
   with checkpointing.opened(tmp_path) as checkpoints:
-    restored = checkpoints.restore(made.abstract_state())
-  resumed, _ = made.update(restored.state, make_batch(mesh, 2.0), None)
+    restored = checkpoints.restore(
+      made.abstract_state(), partial_step_sharding=rows
+    )
+  again = PartialStep.from_data(restored.partial_step, rows)
+  assert again.updates_done == 1
+  resumed, _ = made.update(restored.state, again.batch, None)
   assert_equal(resumed, expected)
 
 
