@@ -205,6 +205,13 @@ def _read_config(
   num_layers, embed_dim = size("block_count"), size("embedding_length")
   num_heads = size("attention.head_count")
   head_dim = size("attention.key_length", embed_dim // num_heads)
+  num_kv_heads = size("attention.head_count_kv")
+  metadata.require(
+    num_heads % num_kv_heads == 0,
+    "gemma3.attention.head_count_kv",
+    num_kv_heads,
+    f"a divisor of the head_count of {num_heads}",
+  )
   # As in llama.cpp: 27B alone scales by its width per head.
   per_head = embed_dim / num_heads if num_layers == _LAYERS_OF_27B else head_dim
   config = gemma3_config.ModelConfig(
@@ -213,7 +220,7 @@ def _read_config(
     embed_dim=embed_dim,
     hidden_dim=size("feed_forward_length"),
     num_heads=num_heads,
-    num_kv_heads=size("attention.head_count_kv"),
+    num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     sliding_window=size("attention.sliding_window"),
     query_scale=factor("attention.scale", per_head**-0.5),

@@ -121,7 +121,8 @@ def _key(entry: Any) -> tuple[str, ...]:
   if not all(type(name) in (str, int) for name in names):
     raise ValueError(f"{untrusted.shorten(names)} must be names of a tensor.")
   key = tuple(map(str, names))
-  if ".." in "/".join(key).split("/"):
+  path = "/".join(key)
+  if ".." in path.split("/") or not path.isprintable():
     raise ValueError(f"{untrusted.shorten(key)} must lie in the checkpoint.")
   return key
 

@@ -311,6 +311,7 @@ def test_a_file_cut_short_is_refused(params, tmp_path):
   [
     ({"attention.head_count": 0}, "head_count 0.*integer of at least 1"),
     ({"attention.head_count_kv": 0}, "head_count_kv 0.*at least 1"),
+    ({"attention.head_count_kv": 4}, "head_count_kv 4.*a divisor of .* 6"),
     ({"attention.key_length": 0}, "key_length 0.*at least 1"),
     ({"block_count": 0}, "block_count 0.*at least 1"),
     ({"block_count": 2**32 - 1}, r"num_layers \(4294967295, not 7\)"),

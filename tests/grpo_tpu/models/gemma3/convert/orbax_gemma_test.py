@@ -225,6 +225,7 @@ def entry(*names):
     ({"tree_metadata": {"a": {"key_metadata": [{}]}}}, "must be names of"),
     ({"tree_metadata": {"a": entry("..", "b")}}, "must lie in the checkpoint"),
     ({"tree_metadata": {"a": entry("a/../b")}}, "must lie in the checkpoint"),
+    ({"tree_metadata": {"a": entry("\ud800")}}, "must lie in the checkpoint"),
     ({"tree_metadata": "nested"}, "nests too deeply"),
   ],
 )
