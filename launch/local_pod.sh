@@ -57,7 +57,7 @@ while (($#)); do
   shift
 done
 [[ $workdir ]] || fail "--workdir=DIR must name a folder for the run; $usage."
-[[ $workdir == /* ]] || workdir=$PWD/$workdir
+workdir=$(absolute "$workdir")
 arguments+=("--workdir=$workdir")
 
 # Tests set the interpreter and need no venv.

@@ -36,6 +36,15 @@ fail() {
   exit 64
 }
 
+# absolute PATH: prints it from the root. The shell expands no ~ after --workdir=.
+absolute() {
+  case $1 in
+    /*) printf '%s\n' "$1" ;;
+    \~ | \~/*) printf '%s\n' "$HOME${1:1}" ;;
+    *) printf '%s\n' "$PWD/$1" ;;
+  esac
+}
+
 # Prints the path of the real interpreter (not of a shim, nor of a venv that is
 # about to be cleared), or the reason to reject it. Also valid in Python 2.
 probe='

@@ -5,7 +5,8 @@
 #
 # Everything is written to DIR (default runs/smoke), at the end also smoke.json.
 # You can stop or kill the script at any time; the same command resumes the run.
-# Settings (--config...) apply to both training stages.
+# Settings (--config...) apply to both training stages, but for the number of steps
+# and the optimizer's, which are for GRPO alone.
 # The exit code is that of the failing stage; 64 is a wrong command line.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -14,9 +15,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 workdir=$root/runs/smoke
 seed=0
 settings=()
+grpo_settings=()
 while (($#)); do
   case $1 in
     --workdir=?*) workdir=${1#*=} ;;
+    --config.train.num_steps=* | --config.optimizer.*=*)
+      grpo_settings+=("$1")
+      ;;
     --config.*=*)
       settings+=("$1")
       [[ $1 != --config.seed=* ]] || seed=${1#*=}
@@ -26,7 +31,7 @@ while (($#)); do
   esac
   shift
 done
-[[ $workdir == /* ]] || workdir=$PWD/$workdir
+workdir=$(absolute "$workdir")
 
 ensure_venv
 cd "$root"
@@ -59,6 +64,7 @@ say "2/3 Warm start: supervised training on worked answers."
 say "3/3 GRPO: sample completions, score them, update the policy."
 "${run_stage[@]}" grpo_tpu.main --config=configs/smoke.py \
   --config.model.weights="run:$workdir/warm_start" \
-  --workdir="$workdir" "${common[@]}" 8>&-
+  --workdir="$workdir" "${common[@]}" \
+  ${grpo_settings[@]+"${grpo_settings[@]}"} 8>&-
 
 "$venv/bin/python" launch/smoke_summary.py "$workdir" $((SECONDS - started))

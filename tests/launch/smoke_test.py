@@ -69,6 +69,18 @@ def test_settings_reach_both_trainings_and_the_seed_the_data_too(machine):
   assert all(call[-2:] == settings for call in trainings)
 
 
+def test_steps_and_optimizer_are_for_grpo_alone(machine):
+  settings = ["--config.train.num_steps=20", "--config.optimizer.b1=0.8"]
+  _, (_, warm_start, grpo) = stages(machine, *settings)
+  assert not set(settings) & set(warm_start)
+  assert grpo[-2:] == settings
+
+
+def test_a_workdir_in_the_home_folder_is_expanded(machine):
+  _, (_, _, grpo) = stages(machine, "--workdir=~/a run")
+  assert f"--workdir={machine.home}/a run" in grpo
+
+
 def test_a_workdir_is_relative_to_the_current_folder(machine):
   _, (_, _, grpo) = stages(machine, "--workdir=my runs/1")
   assert f"--workdir={machine.home}/my runs/1" in grpo
@@ -116,10 +128,12 @@ def test_two_runs_do_not_share_a_workdir(machine):
   assert "another --workdir=DIR" in result.stderr
 
 
-def summarise(workdir: pathlib.Path) -> subprocess.CompletedProcess[str]:
+def summarise(
+  workdir: pathlib.Path, seconds: str = "12"
+) -> subprocess.CompletedProcess[str]:
   script = ROOT / "launch" / "smoke_summary.py"
   return subprocess.run(
-    [sys.executable, "-IS", str(script), str(workdir), "12"],
+    [sys.executable, "-IS", str(script), str(workdir), seconds],
     capture_output=True,
     text=True,
   )
@@ -148,7 +162,19 @@ def test_the_summary_compares_before_the_first_update_with_the_end(tmp_path):
     "steps": 3,
   }
   assert "0.500 before GRPO, 0.750 after 3 steps" in result.stdout
-  assert f"tensorboard --logdir='{workdir}'" in result.stdout
+  tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
+  assert f"View: {tensorboard} '--logdir={workdir}'  # http" in result.stdout
+
+
+def test_a_finished_run_started_again_keeps_its_seconds(tmp_path):
+  write_metrics(tmp_path, METRICS)
+  summarise(tmp_path, "12")
+  assert "in 12 s" in summarise(tmp_path, "3").stdout
+  more = {"step": 4, "eval/accuracy": 0.8}
+  write_metrics(tmp_path, [*METRICS, more])
+  assert "in 3 s" in summarise(tmp_path, "3").stdout
+  (tmp_path / "smoke.json").write_text("[" * 10**5)
+  assert "in 5 s" in summarise(tmp_path, "5").stdout
 
 
 @pytest.mark.parametrize(
