@@ -196,7 +196,7 @@ def _open(image_bytes: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:  # Its words name an address.
       known = ", ".join(FORMATS)
       raise records.BadRecord(
-        "undecodable_image", f"its header is that of no {known}"
+        "undecodable_image", f"it is none of {known}"
       ) from None
   if isinstance(image, TiffImagePlugin.TiffImageFile):
     # A tile is decoded whole, however small the image.

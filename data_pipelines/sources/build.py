@@ -111,7 +111,8 @@ def build_data_dir(
     finally:
       for leftover in (building, retired):
         shutil.rmtree(leftover, ignore_errors=True)
-  logging.info("Prepared %s: %s.", data_dir, manifest["counts"])
+  rejects = f"; rejected: {manifest['rejects']}" if manifest["rejects"] else ""
+  logging.info("Prepared %s: %s%s.", data_dir, manifest["counts"], rejects)
   return manifest
 
 

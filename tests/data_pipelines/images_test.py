@@ -2,15 +2,17 @@ import concurrent.futures
 import dataclasses
 import io
 import itertools
+import os
 import struct
 import time
+import tracemalloc
 import warnings
 import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, TiffImagePlugin
 
 from data_pipelines import images, records
 
@@ -112,6 +114,117 @@ def test_a_huge_image_is_refused_by_its_header(width, height, reason):
   with pytest.raises(records.BadRecord) as caught:
     images.decode(header_only_png(width, height))
   assert caught.value.reason == reason
+
+
+def refusal(data):
+  with pytest.raises(records.BadRecord) as caught:
+    images.decode(data)
+  return caught.value
+
+
+def test_a_program_is_no_picture_and_is_not_run(tmp_path, monkeypatch):
+  """PIL would hand it to Ghostscript, which it looks for on PATH."""
+  called = tmp_path / "called"
+  (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+  (tmp_path / "gs").chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+  monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+  program = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop"
+  )
+  for read in (
+    images.decode,
+    lambda data: images.num_crops(data, PAN_AND_SCAN),
+  ):
+    with pytest.raises(records.BadRecord, match="undecodable_image") as caught:
+      read(program)
+    assert "none of PNG, JPEG, WEBP, GIF, BMP, TIFF" in caught.value.detail
+  assert not called.exists()
+
+
+@pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "JPEG2000"])
+def test_only_known_formats_are_opened(format):
+  data = encoded(Image.fromarray(make_image(16, 16)), format)
+  assert refusal(data).reason == "undecodable_image"
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_of_several_pages_the_first_is_shown(format):
+  first, *others = (
+    Image.new("RGB", (9, 7), (index, 250, 3)) for index in range(200)
+  )
+  options = {"lossless": True} if format == "WEBP" else {}
+  data = encoded(first, format, save_all=True, append_images=others, **options)
+  decoded = images.decode(data)
+  assert decoded.shape == (7, 9, 3)
+  assert (decoded == (0, 250, 3)).all()
+
+
+def progressive(scans):
+  """A progressive JPEG whose last scan is repeated up to `scans` scans."""
+  data = encoded(Image.fromarray(make_image()), "JPEG", progressive=True)
+  last, found = data.rindex(b"\xff\xda"), data.count(b"\xff\xda")
+  return data[:-2] + data[last:-2] * (scans - found) + b"\xff\xd9"
+
+
+def huge_tile():
+  """A TIFF of 4 x 4 pixels whose one tile claims 50 megapixels."""
+  tags = {256: 4, 257: 4, 258: 8, 259: 8, 262: 1, 277: 1}
+  tags |= {322: 10_000, 323: 5_001, 324: 8, 325: 8}
+  entries = [struct.pack("<HHLL", tag, 4, 1, tags[tag]) for tag in tags]
+  start = b"II*\0" + struct.pack("<L", 16) + bytes(8)
+  return start + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize(
+  "data, unit",
+  [
+    (header_only_png(images.MAX_SIDE + 1, 1), "pixels on a side"),
+    (header_only_png(1, 40_000_000), "pixels on a side"),
+    (progressive(images.MAX_SCANS + 1), "scans"),
+    (b"\xff\xd8" + b"\xff\xe5\0\2" * 11_000, "segments"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(images.MAX_BYTES), "bytes"),
+    (huge_tile(), "pixels in a tile"),
+  ],
+  ids=["wide", "tall", "scans", "segments", "bytes", "tile"],
+)
+def test_limits_hold_before_anything_is_decoded(monkeypatch, data, unit):
+  monkeypatch.setattr(
+    images.Image.Image, "load", lambda image: pytest.fail("decoded")
+  )
+  error = refusal(data)
+  assert error.reason == "image_too_large"
+  assert f" {unit}, and the limit is " in error.detail
+
+
+def test_what_follows_a_jpeg_is_not_counted():
+  """Phones append films, whose bytes hold what starts a scan."""
+  data = progressive(images.MAX_SCANS)
+  assert images.decode(data + b"\xff\xda\0\2" * 200).shape == (12, 20, 3)
+
+
+def test_lying_tags_of_a_tiff_warn_nobody():
+  info = TiffImagePlugin.ImageFileDirectory_v2()
+  info[34665] = 7  # The address of more tags.
+  data = encoded(
+    Image.fromarray(make_image()), "TIFF", tiffinfo=info, compression="tiff_lzw"
+  )
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert images.decode(data).shape == (12, 20, 3)
+  assert said == []
+
+
+def test_sixteen_bits_take_no_more_memory_than_needed():
+  side = 1000
+  data = encoded(Image.new("I;16", (side, side), 257 * 3), "PNG")
+  tracemalloc.start()
+  try:
+    assert (images.decode(data) == 3).all()
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert peak < 15 * side**2  # Bytes; 64-bit integers would take 24 and more.
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])

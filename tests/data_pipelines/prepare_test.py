@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from grpo_tpu.config import defaults
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -26,6 +28,63 @@ def test_the_command_makes_what_its_flags_say(tmp_path):
   drawn = json.loads((tmp_path / "data/manifest.json").read_text())["request"]
   assert drawn["source"]["kinds"] == ["color", "count"]
   assert drawn["source"]["difficulty"] == 2
+
+
+def test_its_defaults_are_those_of_a_run_and_it_says_one_line(tmp_path):
+  args = ["--num_problems=60", "--image_size=32"]
+  done = run(f"--data_dir={tmp_path / 'data'}", *args)
+  assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+  drawn = json.loads((tmp_path / "data/manifest.json").read_text())["request"]
+  data = defaults.get_config().data
+  wanted = data.synthetic.to_dict() | {"num_problems": 60, "image_size": 32}
+  assert drawn["source"] == wanted | {"kinds": list(data.synthetic.kinds)}
+  assert drawn["eval_fraction"] == data.synthetic_eval_fraction
+
+
+def test_another_data_dir_is_kept_unless_it_may_be_replaced(tmp_path):
+  args = [f"--data_dir={tmp_path / 'data'}", "--num_problems=60"]
+  args += ["--image_size=32", "--kinds=count"]
+  assert run(*args).returncode == 0
+  before = (tmp_path / "data/manifest.json").read_bytes()
+  again = run(*args)
+  assert again.returncode == 0 and "Reusing" in again.stderr
+  done = run(*args, "--seed=1")
+  assert done.returncode == 64 and "Traceback" not in done.stderr
+  for word in ("seed was 0 and is 1", "another --data_dir", "--overwrite"):
+    assert word in done.stderr
+  assert (tmp_path / "data/manifest.json").read_bytes() == before
+  assert run(*args, "--seed=1", "--overwrite").returncode == 0
+  assert (tmp_path / "data/manifest.json").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--data_dir="],
+    ["--data_dir=/"],
+    ["--data_dir=gs://bucket/data"],
+    ["--data_dir=~nobody_of_this_name/data"],
+    [f"--data_dir={'a' * 300}"],
+    ["--data_dir=data", "--source="],
+    ["--data_dir=data", "--source=/dev/zero"],
+  ],
+)
+def test_a_path_that_can_be_none_exits_64(flags):
+  done = run(*flags)
+  assert done.returncode == 64 and "Traceback" not in done.stderr
+  assert " must " in done.stderr
+  assert not (ROOT / "data").exists() and not (ROOT / "gs:").exists()
+
+
+def test_a_leading_tilde_is_the_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  done = run("--data_dir=~/data", "--num_problems=60", "--image_size=32")
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "data" / "manifest.json").exists()
+  done = run("--source=~/data", "--data_dir=~/again")
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "again" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

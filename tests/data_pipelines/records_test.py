@@ -30,6 +30,12 @@ CHOICE = {
 }
 
 
+def nest(depth, inside=1):
+  for _ in range(depth):
+    inside = [inside]
+  return inside
+
+
 def fixture_rows(fixtures):
   folder = fixtures / "mathvista_schema" / "data"
   for path in sorted(folder.glob("*.parquet")):
@@ -121,10 +127,32 @@ def test_nulls_are_empty_and_a_null_answer_is_none_given():
     ({"precision": 1.5}, "bad_precision"),
     ({"precision": float("inf")}, "bad_precision"),
     ({"precision": "two"}, "bad_precision"),
+    ({"precision": 10**400}, "bad_precision"),
+    ({"precision": 10**5000}, "bad_precision"),
+    ({"precision": 2**31}, "bad_precision"),
+    ({"precision": -1e300}, "bad_precision"),
+    ({"question": "a \ud800 b"}, "not_text"),
+    ({"query": "a \ud800 b"}, "not_text"),
+    ({"pid": "\udfff"}, "not_text"),
+    ({**CHOICE, "choices": ["3", "\ud800"]}, "not_text"),
+    ({"solution": "a \0 b"}, "not_text"),
+    ({"question": "a" * (records.MAX_TEXT + 1)}, "text_too_long"),
+    ({"image": {"bytes": b"1"}}, "not_text"),
     ({"choices": "AB"}, "not_a_list"),
     ({"choices": [3, 4]}, "not_text"),
     ({"metadata": "none"}, "bad_metadata"),
     ({"metadata": {"skills": {1}}}, "bad_metadata"),
+    ({"metadata": {"skills": 3}}, "bad_metadata"),
+    ({"metadata": {"skills": ["a", ["b"]]}}, "bad_metadata"),
+    ({"metadata": {"source": ["a"]}}, "bad_metadata"),
+    ({"metadata": {"source": {}}}, "bad_metadata"),
+    ({"metadata": {"grade": [4]}}, "bad_metadata"),
+    ({"metadata": {"more": nest(5000)}}, "bad_metadata"),
+    ({"metadata": {"more": nest(records.MAX_DEPTH + 1)}}, "bad_metadata"),
+    ({"metadata": {"more": "\ud800"}}, "not_text"),
+    ({"metadata": {"\ud800": 1}}, "not_text"),
+    ({"metadata": {"more": 10**5000}}, "bad_metadata"),
+    ({"metadata": {"more": "a" * records.MAX_TEXT}}, "text_too_long"),
     ({**CHOICE, "answer": "5"}, "answer_not_in_choices"),
     ({**CHOICE, "choices": None}, "bad_choices"),
     ({**CHOICE, "choices": ["3"] * 27}, "bad_choices"),
@@ -152,6 +180,51 @@ def test_a_bad_record_says_why(change, reason):
 )
 def test_unusual_records_are_not_bad(change):
   records.validate(records.from_row({**ROW, **change}))
+
+
+@pytest.mark.parametrize(
+  "metadata",
+  [{"skills": "a"}, {"grade": 4}, {"source": None}, {"more": nest(20)}],
+)
+def test_harmless_metadata_are_kept(metadata):
+  records.validate(records.from_row({**ROW, "metadata": metadata}))
+
+
+def test_a_stored_problem_of_bad_metadata_is_a_bad_record():
+  """A data dir may come from an older version, which did not look."""
+  example = records.to_example(records.from_row(ROW))
+  with pytest.raises(records.BadRecord, match="bad_metadata"):
+    records.from_example({**example, "metadata": '{"skills": 3}'})
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"decoded_image": None, "image": {"bytes": b"\x89PNG" * 10**6}},
+    {"decoded_image": None, "image": [{"bytes": b"\x89PNG" * 10**6}]},
+    {"answer_type": "\x89PNG" * 10**6, "query": "?"},
+    {**CHOICE, "answer": "\x1b[2J\x89PNG" * 10**6},
+  ],
+)
+def test_a_detail_is_short_printable_and_shows_no_picture(change):
+  with pytest.raises(records.BadRecord) as caught:
+    records.validate(records.from_row({**ROW, **change}))
+  detail = caught.value.detail
+  assert len(detail) <= 300 and detail.isprintable()
+  assert "PNGPNG" not in detail and "PNG\\x89PNG\\x89PNG" not in detail
+
+
+def test_any_exception_of_a_record_is_its_own():
+  for error in (RecursionError("a\x1b"), OverflowError(), KeyError("a")):
+    with pytest.raises(records.BadRecord) as caught:
+      with records.all_faults("slug"):
+        raise error
+    assert caught.value.reason == "slug"
+    assert type(error).__name__ in caught.value.detail
+    assert "\x1b" not in caught.value.detail
+  with pytest.raises(records.BadRecord, match="^first: a$"):
+    with records.all_faults("slug"):
+      raise records.BadRecord("first", "a")
 
 
 def test_a_reason_survives_the_way_back_from_a_worker():

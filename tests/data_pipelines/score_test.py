@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 
@@ -326,6 +327,42 @@ def test_outputs_must_be_writable_files_of_their_own(
   assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
+def test_the_table_of_a_hostile_file_is_text(tmp_path):
+  """A terminal would obey it, and its encoding has no lone surrogates."""
+  hostile = "\x1b]0;owned\x07\r\u202e\ud800"
+  rows = [record("1", "5")]
+  rows[0]["metadata"] = {"source": hostile, "skills": [hostile]}
+  path = write_lines(tmp_path / "a.jsonl", rows)
+  done = command(path)
+  assert done.returncode == 0 and done.stderr == ""
+  assert all(line.isprintable() for line in done.stdout.splitlines())
+  assert r"\x1b]0;owned\x07\r\u202e\ud800" in done.stdout
+
+
+def test_a_reader_that_ends_early_ends_it_in_silence(tmp_path):
+  path = write_lines(tmp_path / "a.jsonl", HAND)
+  # The pipe's reader is gone before anything is written.
+  words = f"{sys.executable} -m data_pipelines.score {path} | true"
+  done = subprocess.run(
+    ["bash", "-c", f"{words}; exit ${{PIPESTATUS[0]}}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.stderr == ""
+  assert done.returncode in (0, 128 + signal.SIGPIPE)
+
+
+def test_a_record_that_cannot_be_graded_is_named(tmp_path, monkeypatch):
+  def fail(result):
+    raise RecursionError("too deep")
+
+  monkeypatch.setattr(score_file.grading, "grade", fail)
+  path = write_lines(tmp_path / "a.jsonl", [record("7", "5")])
+  with pytest.raises(SettingError, match="pid '7' cannot.*RecursionError"):
+    score_file.score_file(str(path))
+
+
 def test_a_split_without_public_answers_has_no_score(tmp_path):
   rows = [record("1", "5", ""), record("unreadable:2", "", "")]
   path = write_lines(tmp_path / "a.jsonl", rows)
@@ -341,6 +378,9 @@ def test_a_split_without_public_answers_has_no_score(tmp_path):
     (["a.json", "b.json"], "must be one results file"),
     (["nowhere.json"], "results file ('nowhere.json') must be a text file"),
     (["a.json", "--colour=red"], "'colour'"),
+    (["a.json", "--out="], "out ('') must name a file"),
+    ([""], "results file ('') must name a file"),
+    (["/dev/zero"], "must be a regular file"),
   ],
 )
 def test_a_user_error_exits_64_with_the_reason(args, message):

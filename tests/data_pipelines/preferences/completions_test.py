@@ -361,6 +361,10 @@ BAD_LINES = {
   "huge": line_of("1", (1.0, 10**400)),
   "no string": line_of().replace('"a"', "null"),
   "no name": line_of().replace('"1"', "null"),
+  "nested": "[" * 100_000,
+  "surrogate": line_of().replace('"a"', '"\\ud800"'),
+  "zero byte": line_of().replace('"a"', '"\\u0000"'),
+  "digits": line_of("1", (1.0, 2)).replace("2", "2" * 5000),
 }
 
 
@@ -372,6 +376,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, line):
   said = str(error.value)
   assert said.startswith(f"data.preference_file ({str(path)!r}) line 2 must be")
   assert repr(line[:80]) in said
+  assert len(said) < 1000
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -379,3 +384,5 @@ def test_a_missing_file_is_refused(tmp_path):
     ValueError, match=r"^data.preference_file \('.*none'\) must be a file"
   ):
     preferences.from_file(tmp_path / "none", 2)
+  with pytest.raises(ValueError, match="must be a regular file"):
+    preferences.from_file("/dev/zero", 2)

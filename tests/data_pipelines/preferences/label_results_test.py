@@ -161,6 +161,24 @@ def test_a_problem_without_both_labels_is_left_out_and_counted(tmp_path):
   }
 
 
+def test_a_record_that_cannot_be_used_costs_itself_alone(tmp_path):
+  bad = [
+    record("2", response=7),
+    record("3", response="12 \ud800"),
+    record("4", precision=10**400),
+    record("5", metadata={"skills": 3}),
+    record("6", answer=12),
+  ]
+  files = [
+    write(tmp_path / f"{i}.json", record("1", text), *bad)
+    for i, text in enumerate(["12", "7"])
+  ]
+  out = tmp_path / "out.jsonl"
+  counts = label_results.label_results(files, out)
+  assert groups(out) == {"1": [("12", 1.0), ("7", 0.0)]}
+  assert counts["groups"] == 1 and counts["unusable"] == 2 * len(bad)
+
+
 def test_a_response_that_two_files_share_counts_once(tmp_path):
   counts, found = paired(tmp_path, "12", "7", "7", "12")
   assert found["1"] == [("12", 1.0), ("7", 0.0)]

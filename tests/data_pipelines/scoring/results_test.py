@@ -130,6 +130,8 @@ def test_an_unreadable_record_counts(tmp_path):
     ("a.jsonl", f"{json.dumps(record())}\n5", "line 2 does not: 5"),
     ("a.jsonl", '{"pid": ""}', "line 1 does not"),
     ("a.jsonl", '{"pid": true}', "line 1 does not"),
+    ("a.jsonl", "[" * 900 + "]" * 900, "line 1 does not: [[[[[["),
+    ("a.json", f'{{"{"a" * 10**6}": {{"pid": "2"}}}}', "aaa... has pid '2'"),
     (
       "a.jsonl",
       "\n".join(json.dumps(record(pid)) for pid in ("1", "2", "1")),
@@ -138,12 +140,14 @@ def test_an_unreadable_record_counts(tmp_path):
   ],
 )
 def test_a_file_of_another_layout_is_refused(tmp_path, name, text, message):
-  assert message in refusal(written(tmp_path, text, name))
+  said = refusal(written(tmp_path, text, name))
+  assert message in said and len(said) < 1000
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
   assert "No such file" in refusal(tmp_path / "none.json")
-  assert "regular file" in refusal(tmp_path)
+  for path in (tmp_path, "/dev/zero"):
+    assert "regular file" in refusal(path)
   (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
   assert "decode" in refusal(tmp_path / "a.json")
 
@@ -159,6 +163,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     ({"response": 5}, "not_text"),
     ({"metadata": "none"}, "bad_metadata"),
     ({"metadata": {"skills": 5}}, "bad_metadata"),
+    ({"metadata": {"task": ["a"]}}, "bad_metadata"),
+    ({"precision": 10**400}, "bad_precision"),
+    ({"more": json.loads("[" * 200 + "]" * 200)}, "nested"),
     (
       {"question_type": "multi_choice", "answer_type": "text"},
       "bad_choices",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from etils.epath import backend
 from PIL import Image
 
-from data_pipelines import records, validation
+from data_pipelines import images, records, validation
 from data_pipelines.sources import folders, intake, mathvista
 
 
@@ -136,6 +137,24 @@ def test_an_image_that_is_not_there_is_missing(tmp_path, image):
   assert [reject["pid"] for reject in rejects] == ["1"]
 
 
+def test_an_image_must_be_a_regular_file_of_limited_size(tmp_path, monkeypatch):
+  """A link to /dev/zero and a pipe, which a reader would never end with."""
+  monkeypatch.setattr(images, "MAX_BYTES", 1000)
+  names = ["zero.jpg", "pipe.jpg", "large.jpg", "gone.jpg"]
+  entries = {name: {**ENTRY, "image": f"images/{name}"} for name in names}
+  folder = github(tmp_path, entries | {"1": ENTRY})
+  (folder / "images" / "zero.jpg").symlink_to("/dev/zero")
+  os.mkfifo(folder / "images" / "pipe.jpg")
+  (folder / "images" / "large.jpg").write_bytes(bytes(1001))
+  (folder / "images" / "gone.jpg").symlink_to(folder / "nothing")
+  kept, rejects = intake.check_records(folders.find(folder).readers)
+  assert [record.pid for record in kept] == ["1"]
+  assert [each["reason"] for each in rejects] == ["missing_image"] * 4
+  rules = ("regular file", "regular file", "at most 1000", "No such file")
+  for each, rule in zip(rejects, rules, strict=True):
+    assert rule in each["detail"]
+
+
 def test_an_image_outside_the_folder_is_never_read(tmp_path):
   (tmp_path / "secret.jpg").write_bytes(make_image())
   for name in ("../secret.jpg", str(tmp_path / "secret.jpg")):
@@ -173,7 +192,7 @@ def test_a_field_that_is_given_twice_makes_a_bad_record(tmp_path):
   assert read(github(tmp_path, text)) == ["not_a_record"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]", "3", "\udcff", "[" * 10**6])
 def test_a_damaged_json_file_is_named(tmp_path, text):
   github(tmp_path, {})
   path = tmp_path / "testmini.json"

@@ -54,6 +54,7 @@ BAD = {
   "empty_question": {"question": ""},
   "undecodable_image": {"image_bytes": PROBLEMS[0].image_bytes[:100]},
   "answer_fails_verifier": {"answer": "a few"},
+  "not_text": {"question": "\ud800"},
 }
 
 
@@ -97,6 +98,36 @@ def test_rows_that_are_no_problem_are_rejected_too():
     (None, "missing_image"),
     ("1", "unknown_answer_type"),
   ]
+
+
+def test_whatever_a_record_raises_is_its_own_reject(monkeypatch):
+  verify = intake.verify.verify
+
+  def fail(response, problem):
+    if problem.pid == PROBLEMS[3].pid:
+      raise RecursionError("too deep\x1b[2J")
+    return verify(response, problem)
+
+  monkeypatch.setattr(intake.verify, "verify", fail)
+  kept, rejects = intake.check_records(readers(testmini=PROBLEMS))
+  assert len(kept) == 39
+  assert rejects[0]["reason"] == "unreadable"
+  assert rejects[0]["detail"] == "RecursionError: too deep\\x1b[2J"
+
+
+def test_the_pid_of_a_reject_is_a_short_text():
+  pids = [
+    "\x1b[2J",
+    "a" * 10**6,
+    b"PNG" * 10**6,
+    {"a": b"PNG" * 10**6},
+    10**5000,
+  ]
+  rows = [{"pid": pid} for pid in pids]
+  _, rejects = intake.check_records(readers(testmini=rows))
+  for reject in rejects:
+    assert len(reject["pid"]) <= 64 and reject["pid"].isprintable()
+    assert "PNG" not in json.dumps(reject)
 
 
 def test_an_unreadable_record_is_rejected_with_its_reason():

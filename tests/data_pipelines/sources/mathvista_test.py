@@ -157,6 +157,37 @@ def test_rows_come_in_the_order_of_the_files(tmp_path):
   assert pids == [str(pid) for pid in range(130)]
 
 
+def text_column(texts):
+  """Bytes as a column of text, which nothing checks."""
+  column = pa.array(texts, pa.binary())
+  return pa.Array.from_buffers(pa.string(), len(texts), column.buffers())
+
+
+@pytest.mark.parametrize("name, reasons", [("question", [4]), ("other", [])])
+def test_text_that_is_no_utf8_costs_its_row_if_it_is_used(
+  tmp_path, name, reasons
+):
+  texts = [b"a"] * 4 + [b"\xff"] + [b"a"] * 4
+  pids = [str(i) for i in range(9)]
+  path = epath.Path(tmp_path / "a.parquet")
+  pq.write_table(pa.table({"pid": pids, name: text_column(texts)}), path)
+  found = list(mathvista.rows([path]))
+  assert [
+    i for i in range(9) if isinstance(found[i], records.BadRecord)
+  ] == reasons
+  assert [row["pid"] for row in found if isinstance(row, dict)] == [
+    pid for i, pid in enumerate(pids) if i not in reasons
+  ]
+
+
+def test_columns_that_no_problem_has_are_not_read(tmp_path):
+  path = epath.Path(tmp_path / "a.parquet")
+  when = pa.array([2**40], pa.int64()).cast(pa.timestamp("s"))
+  table = pa.table({"pid": ["1"], "when": when, "image": ["a.png"]})
+  pq.write_table(table, path)
+  assert list(mathvista.rows([path])) == [{"pid": "1", "image": "a.png"}]
+
+
 def test_a_damaged_file_is_named(tmp_path):
   path = epath.Path(tmp_path / "a.parquet")
   pq.write_table(pa.table({"pid": ["1"]}), path)
@@ -179,6 +210,24 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_what_is_mathvistas_own_is_known(metadata, is_original):
   assert len(mathvista.SOURCES) == 31
   assert mathvista.is_original(metadata) == is_original
+
+
+def test_a_failure_to_write_shows_no_picture(tmp_path):
+  """All that `validate` lets through can be written; others are a bug."""
+  picture = b"\x89PNG" * 10**6
+  problem = records.Problem(
+    pid="1",
+    question="\ud800",
+    answer="1",
+    question_type="free_form",
+    answer_type="integer",
+    image_bytes=picture,
+  )
+  with pytest.raises(Exception) as caught:
+    mathvista.check_storable(problem)
+  with pytest.raises(RuntimeError, match="cannot write") as caught:
+    mathvista.write({"train": [problem]}, tmp_path)
+  assert len(str(caught.value)) < 300 and "PNG" not in str(caught.value)
 
 
 def test_one_original_in_twenty_puts_all_under_its_terms():
