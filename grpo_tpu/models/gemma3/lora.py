@@ -127,7 +127,7 @@ def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   Only the second factors are copied, to include the scale. The gradient flows
   to the adapters, and to `params` if asked for.
   """
-  flat = traverse_util.flatten_dict(params, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   for path, factors in flatten(adapters).items():
     flat[path] = AdaptedWeight(
       flat[path], factors["lora_a"], factors["lora_b"] * lora.scale
@@ -141,7 +141,7 @@ def merge_adapters(params: dict) -> dict:
   Sums are made in fp32 and rounded once, to the frozen weight's own type: in
   bf16 a small change of a large weight may be lost.
   """
-  flat = traverse_util.flatten_dict(params, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   for path, weight in flat.items():
     if isinstance(weight, AdaptedWeight):
       total = _sum(weight, leaves.LEAVES[path])
