@@ -11,8 +11,6 @@ References:
 import dataclasses
 import mmap
 import os
-import pathlib
-import stat
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -69,12 +67,9 @@ def read(path: str | os.PathLike[str], source: str) -> Header:
     OSError: The file cannot be read.
     ValueError: It is no whole GGUF file.
   """
-  if not stat.S_ISREG(pathlib.Path(path).stat().st_mode):
-    raise ValueError(f"{source} must be a regular file.")
+  if not untrusted.size_of(path):
+    raise ValueError(f"{source} is empty.")
   with open(path, "rb") as file:
-    num_bytes = os.fstat(file.fileno()).st_size
-    if not num_bytes:
-      raise ValueError(f"{source} is empty.")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
       return _Parser(content, source).header()
 

@@ -171,8 +171,9 @@ def _read_model(path: str) -> bytes:
   try:
     content = untrusted.read_bytes(file, untrusted.MAX_JSON_BYTES)
   except (OSError, ValueError) as error:
+    reason = str(error).removesuffix(".")
     raise ValueError(
-      f"tokenizer file {file} must be a file that can be read: {error}; give "
+      f"tokenizer file {file} must be a file that can be read: {reason}; give "
       "Gemma 3's tokenizer.model, a .gguf file, a tokenizer.json, or gemma for "
       "the gemma library's file in $GEMMA_CACHE_DIR."
     ) from error

@@ -63,10 +63,15 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
 
 
 def read_json(
-  path: str | os.PathLike, kind: type = dict, max_bytes: int = MAX_JSON_BYTES
+  path: str | os.PathLike,
+  kind: type = dict,
+  max_bytes: int = MAX_JSON_BYTES,
+  *,
+  source: str = "",
 ) -> Any:
   """The JSON document in a file; see `read_bytes` and `parse_json`."""
-  return parse_json(read_bytes(path, max_bytes), str(path), kind)
+  source = source or os.fspath(path)
+  return parse_json(read_bytes(path, max_bytes), source, kind)
 
 
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:

@@ -133,7 +133,7 @@ def move_aside(folder: epath.Path, target: epath.Path) -> str:
 def _read_body(folder: epath.Path) -> dict[str, Any]:
   path = path_for(folder)
   try:
-    whole = untrusted.read_json(path)
+    whole = untrusted.read_json(path, source="it")
     body = untrusted.get_field(whole, "body", dict, "it")
     if whole.get("crc32c") != _json_checksum(body):
       raise ValueError("its checksum differs")

@@ -107,7 +107,11 @@ def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
   if num_removed:
     logging.warning(
       "%s: removed %d lines that are not complete rows of a step, first: %s",
-      *(path, num_removed, untrusted.shorten(first)),
+      *(
+        path,
+        num_removed,
+        untrusted.shorten(first[:80].decode("utf-8", "replace")),
+      ),
     )
   temporary.replace(path)
 

@@ -168,7 +168,7 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   """
   path = pathlib.Path(workdir) / "run.json"
   try:
-    record = untrusted.read_json(path)
+    record = untrusted.read_json(path, source="it")
     _check_record(record)
     return record
   except FileNotFoundError:

@@ -56,6 +56,9 @@ def test_a_line_of_others_is_removed_and_ends_nothing(
   (record,) = caplog.records
   assert "removed 2 lines that are not complete rows" in record.getMessage()
   assert record.getMessage().isprintable()
+  assert (
+    foreign.decode("utf-8", "replace")[:3].strip("\x1b[") in record.getMessage()
+  )
 
 
 def test_lines_of_the_run_alone_need_no_warning(tmp_path, caplog):

@@ -166,7 +166,7 @@ class _Metadata:
   def take_size(self, key: str, default: int | None = None) -> int:
     """Removes a key whose value is an integer of at least 1."""
     value = self.take(key, default)
-    holds = isinstance(value, int) and value >= 1
+    holds = type(value) is int and value >= 1
     self.require(holds, f"gemma3.{key}", value, "an integer of at least 1")
     return value
 

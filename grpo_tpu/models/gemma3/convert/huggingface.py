@@ -328,17 +328,18 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   """The files with the tensors of a folder."""
   if not (directory / _INDEX).is_file():
     return [directory / _SINGLE]
-  index = untrusted.read_json(directory / _INDEX)
-  files = untrusted.get_field(index, "weight_map", dict, _INDEX).values()
-  untrusted.check_items(files, str, f"the weight_map of {_INDEX}")
+  path = directory / _INDEX
+  index = untrusted.read_json(path)
+  files = untrusted.get_field(index, "weight_map", dict, str(path)).values()
+  untrusted.check_items(files, str, f"the weight_map of {path}")
   for name in files:
     if pathlib.PurePath(name).name != name or not name.endswith(_SUFFIX):
       raise ValueError(
-        f"{directory / _INDEX} must name files beside it, not "
+        f"{path} must name files beside it, not "
         f"{untrusted.shorten(name)}; give the index of the checkpoint."
       )
   if not files:
-    raise ValueError(f"{directory / _INDEX} must name the files of tensors.")
+    raise ValueError(f"{path} must name the files of tensors.")
   return [directory / name for name in sorted(set(files))]
 
 

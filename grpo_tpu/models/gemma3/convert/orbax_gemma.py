@@ -94,7 +94,7 @@ def _tensors(
   Parses the files, because Orbax would start the devices to list them.
   """
   try:
-    record = untrusted.read_json(path / "_METADATA")
+    record = untrusted.read_json(path / "_METADATA", source="_METADATA")
     entries = untrusted.get_field(record, "tree_metadata", dict, "_METADATA")
     found = [_key(entry) for entry in entries.values()]
     stored = _shapes(path, found)
