@@ -57,10 +57,11 @@ def test_the_base_can_be_replaced_and_has_a_fixed_version():
   (base,) = re.findall(r"^ARG BASE_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)
   assert instructions("FROM") == ["${BASE_IMAGE}"]
   tag = r"python:(3\.1[23]\.\d+)-slim-[a-z]+@sha256:[0-9a-f]{64}"
-  version = re.fullmatch(tag, base)[1]
+  found = re.fullmatch(tag, base)
+  assert found, base
   # The workers of a slice have the same Python.
   worker = (ROOT / "launch" / "pod" / "worker.sh").read_text()
-  assert f"uv python install {version}\n" in worker
+  assert f"uv python install {found[1]}\n" in worker
 
 
 def test_every_installation_requires_checksums():

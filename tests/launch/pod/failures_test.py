@@ -198,6 +198,26 @@ def test_an_uncommitted_config_is_not_sent(laptop):
   assert "commit it" in said
 
 
+@real
+def test_supervise_that_ends_says_how_to_stop_paying(laptop, cloud, tmp_path):
+  """The slice is still there, whether the run or the launcher failed."""
+  laptop.settings["WORKDIR"] = str(tmp_path / "a workdir")
+  cloud.add_node("grpo-1", OURS)
+  cloud.tell("end", Exit.BAD_REQUEST)
+  done = laptop.tpu("supervise", "--poll=0.1", CONFIG)
+  assert done.returncode == Exit.BAD_REQUEST
+  words = (
+    "grpo-1 exists, it costs money until you delete it: bash launch/tpu.sh"
+  )
+  assert f"If {words} delete\n" in done.stderr
+  assert "`status` and `logs` say what the program refused." in done.stderr
+  assert "grpo-1" in cloud.nodes
+
+  cloud.nodes["grpo-1"]["labels"] = {}
+  cloud.nodes["grpo-1"]["state"] = "PREEMPTED"
+  assert words in fails(laptop, Exit.NOT_OURS, "supervise", CONFIG)
+
+
 # Error output of the real gcloud 528.
 @pytest.mark.parametrize(
   "words, kind",
