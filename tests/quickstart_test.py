@@ -14,8 +14,10 @@ import time
 import urllib.request
 
 import pytest
+from pyarrow import parquet
 
 from data_pipelines import records
+from grpo_tpu.config import defaults
 from grpo_tpu.rewards import custom
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -116,6 +118,29 @@ def test_the_data_of_the_guide_can_be_trained_on(checkout):
   assert manifest["terms"] == "" and manifest["counts"]["train"] > 30
 
 
+def test_mathvista_as_the_page_prepares_it_is_evaluated_whole(
+  checkout, fixtures, tmp_path
+):
+  """All of testmini is in the split that the page's command evaluates."""
+  (block,) = [x for x in blocks("data-and-terms.md", "sh") if "MathVista" in x]
+  download, prepare, evaluate = block.replace("\\\n", " ").splitlines()
+  assert download.startswith("hf download google/gemma-3-4b-it --local-dir /")
+  assert f"--config.model.weights=hf:{download.split()[-1]}" in evaluate
+  python = f'"{checkout}/.venv/bin/python"'
+  prepare = prepare.replace("python", python, 1).replace(
+    "=DIR", f"={tmp_path}/d"
+  )
+  source = str(fixtures / "mathvista_schema")
+  run_in_shell(prepare.replace("/data/MathVista", source), checkout, 300)
+  manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+  (testmini,) = pathlib.Path(source, "data").glob("testmini-*.parquet")
+  assert manifest["counts"]["eval"] == parquet.read_metadata(testmini).num_rows
+  assert set(manifest["counts"]) == {"eval", "test"}
+  values = defaults.get_config()
+  assert values.data.eval_split == "eval" and "eval_split" not in evaluate
+  assert values.eval.num_problems >= 1000 and "num_problems" not in evaluate
+
+
 @pytest.mark.nightly
 def test_the_quickstart_runs_as_it_stands(checkout):
   """Every block, in order, in a fresh copy of the checkout."""
@@ -128,7 +153,9 @@ def test_the_quickstart_runs_as_it_stands(checkout):
         assert noise not in output
   runs = checkout / "runs"
   assert json.loads((runs / "smoke" / "smoke.json").read_text())["steps"] == 100
-  assert (runs / "smoke-evaluation" / "eval" / "report.html").is_file()
+  scores = json.loads((runs / "smoke" / "eval" / "scores.json").read_text())
+  assert scores["weights"].endswith("runs/smoke@100")
+  assert scores["accuracy"]["share"] > 0.8
   assert list((runs / "smoke" / "export").glob("*.safetensors"))
   preference = json.loads((runs / "preference" / "run.json").read_text())
   assert preference["end"]["exit_code"] == 0
