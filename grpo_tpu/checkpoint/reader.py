@@ -268,11 +268,11 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
   # one of them has failed. A bare handler does not.
   with run_errors(f"read {path}"):
     try:
-      record = ocp.JsonCheckpointHandler().restore(path / "meta")
+      found = ocp.JsonCheckpointHandler().restore(path / "meta")
     except RecursionError:
       raise ValueError("its record nests too deeply") from None
   try:
-    untrusted.check_kind(record, dict, "its record")
+    record: dict[str, Any] = untrusted.check_kind(found, dict, "its record")
     for name, kind in (("step", int), ("leaves", dict), ("meta", dict)):
       untrusted.get_field(record, name, kind, "its record")
     untrusted.check_items(record["leaves"].values(), str, "its leaves")
