@@ -110,3 +110,17 @@ def test_the_slow_host_is_named(start, tmp_path):
   assert row["perf/slowest_host"] == 1
   # Against the median, which of two lies half-way.
   assert row["perf/straggler_seconds"] > 0.5
+
+
+@pytest.mark.nightly
+def test_a_reward_that_always_fails_ends_both_by_its_name(start, tmp_path):
+  hosts = start(
+    tmp_path / "run",
+    "--config.rewards.custom=('tests.grpo_tpu.rewards.user_rewards:misspelt',)",
+    "--config.rewards.custom_weights=(1.0,)",
+  )
+  end = hosts.end()
+  assert end.codes == [1, 1], end.logs
+  for log in end.logs:
+    assert "misspelt" in log and "every one of the last 32 completions" in log
+    assert "user_rewards.py:" in log
