@@ -122,5 +122,5 @@ def test_a_reward_that_always_fails_ends_both_by_its_name(start, tmp_path):
   end = hosts.end()
   assert end.codes == [1, 1], end.logs
   for log in end.logs:
-    assert "misspelt" in log and "every one of the last 32 completions" in log
+    assert "misspelt" in log and "failed on every one of the last" in log
     assert "user_rewards.py:" in log
