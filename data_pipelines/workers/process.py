@@ -101,7 +101,8 @@ class Process:
               selector.unregister(self._output)
             continue
           if events & selectors.EVENT_WRITE:
-            unsent = unsent[self._socket.send(unsent) :]
+            with contextlib.suppress(BlockingIOError):
+              unsent = unsent[self._socket.send(unsent) :]
             if not unsent:
               selector.modify(self._socket, selectors.EVENT_READ)
           if events & selectors.EVENT_READ:
