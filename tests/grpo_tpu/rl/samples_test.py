@@ -1,0 +1,99 @@
+"""Samples are the same on every host; text and images arrive as they were."""
+
+import contextlib
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines import records
+from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.rl import samples
+
+ROWS = 4  # On each of two hosts.
+
+
+def pixels(row):
+  rng = np.random.default_rng(row)
+  return rng.integers(0, 256, (1, 3, 5, 3), dtype=np.uint8)
+
+
+def prompts_of(rows):
+  return types.SimpleNamespace(
+    valid=np.array([row != 1 for row in rows]),
+    problems=[
+      records.Problem(
+        pid=f"p{row}\ud800",
+        question="",
+        query=f"What is {row}?\r\u2028",
+        answer=str(row),
+        question_type="free_form",
+        answer_type="integer",
+      )
+      for row in rows
+    ],
+    images=np.stack([pixels(row) for row in rows]),
+  )
+
+
+def scores_of(rows):
+  # Thirds: they need every digit of a float.
+  values = np.float32([(row + column) / 3 for row in rows for column in (0, 9)])
+  return types.SimpleNamespace(total=values, components={"accuracy": -values})
+
+
+@pytest.fixture
+def collect(monkeypatch):
+  """What both hosts get, as they exchange their bytes."""
+
+  def collected(count):
+    found, sent = [], []
+    for host in (0, 1, 0, 1):  # First to see what each sends, then to get all.
+      rows = range(host * ROWS, (host + 1) * ROWS)
+      monkeypatch.setattr(
+        sharding, "all_rows", lambda *_: prompts_of(range(2 * ROWS)).valid
+      )
+      monkeypatch.setattr(
+        sharding,
+        "process_rows",
+        lambda mesh, count, index: range(index * ROWS, (index + 1) * ROWS),
+      )
+      monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+
+      def gather(data):
+        sent.append(data)
+        return (sent * 2)[:2]
+
+      monkeypatch.setattr(collectives, "gather_bytes", gather)
+      texts = [[f"text {row}\x1b", "other"] for row in rows]
+      with contextlib.suppress(KeyError):  # Until both have sent.
+        found.append(
+          samples.first_samples(
+            None, prompts_of(rows), texts, scores_of(rows), count=count
+          )
+        )
+    return found[-2:]
+
+  return collected
+
+
+def without_image(sample):
+  return {k: v for k, v in vars(sample).items() if k != "image"}
+
+
+def test_every_host_gets_the_first_valid_rows_of_all(collect):
+  first, second = collect(5)
+  chosen = [0, 2, 3, 4, 5]
+  assert [x.pid for x in first] == [f"p{row}\ud800" for row in chosen]
+  assert list(map(without_image, first)) == list(map(without_image, second))
+  assert [x.completion for x in first] == [f"text {x}\x1b" for x in chosen]
+  assert [x.reward for x in first] == [np.float32(x / 3) for x in chosen]
+  assert first[0].rewards == {"accuracy": -first[0].reward}
+
+
+def test_the_host_that_writes_has_all_images(collect):
+  first, _ = collect(5)
+  for sample, row in zip(first, [0, 2, 3, 4, 5], strict=True):
+    assert sample.image is not None and sample.image.dtype == np.uint8
+    np.testing.assert_array_equal(sample.image, pixels(row)[0])
