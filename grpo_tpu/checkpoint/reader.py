@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -80,21 +79,21 @@ def restore_params(
   saved = _read_record(path)["leaves"]
   wanted = describe_leaves({"params": abstract_params})
   _check_leaves(_cast_leaves(saved, wanted), wanted, path)
-  abstract = traverse_util.flatten_dict(abstract_params, sep="/")
-  # Where float32 is wanted, masters are what the rounded parameters are not.
+  # A master of the wanted type is what the rounded parameter is not.
   sources = {
-    name: f"{_MASTERS}/{name}"
-    if leaf.dtype == jnp.float32 and f"{_MASTERS}/{name}" in saved
-    else f"params/{name}"
-    for name, leaf in abstract.items()
+    name: master
+    if saved.get(master := name.replace("params", _MASTERS, 1)) == leaf
+    else name
+    for name, leaf in wanted.items()
   }
-  tree = {source: abstract[name] for name, source in sources.items()}
+  abstract = traverse_util.flatten_dict({"params": abstract_params}, sep="/")
+  tree = {sources[name]: leaf for name, leaf in abstract.items()}
   tree = traverse_util.unflatten_dict(tree, sep="/")
-  arrays = _read_arrays(path / "state", tree, is_partial=True)
-  arrays = traverse_util.flatten_dict(arrays, sep="/")
+  tree = _read_arrays(path / "state", tree, is_partial=True)
+  arrays = traverse_util.flatten_dict(tree, sep="/")
   params = traverse_util.unflatten_dict(
     {name: arrays[source] for name, source in sources.items()}, sep="/"
-  )
+  )["params"]
   logging.info("Read the parameters of %s.", path)
   return params, step
 

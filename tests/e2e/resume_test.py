@@ -81,6 +81,7 @@ def test_optimizer_reference_and_position_survive_a_kill(new_run):
   assert sum(unbroken.column("rollout/batches")[:2]) > 2
 
 
+@pytest.mark.nightly
 def test_masters_of_bfloat16_weights_survive_a_kill(new_run):
   """At a rate at which an update moves masters and few of the weights."""
   settings = (

@@ -29,9 +29,9 @@ CHANGES = {
 
 
 def weight_changes(workdir, num_steps, **changes):
-  """Changes of masters, or weights, and of rounded weights; lost fractions.
+  """Masters or weights at first, their changes, and those of rounded weights.
 
-  Masters start from the float32 weights that a run in float32 starts from.
+  Also returns each update's lost fraction.
   """
   values = smoke.get_config("warm_start")
   values.update_from_flattened_dict(
@@ -58,7 +58,7 @@ def weight_changes(workdir, num_steps, **changes):
       state, metrics = trainer.update(state, batch)
       lost.append(float(metrics["train/update_below_half_ulp_fraction"]))
     finest, rounded = jax.tree.map(np.subtract, weights(state), before)
-  return finest, rounded, lost
+  return before[0], finest, rounded, lost
 
 
 def relative_distance(actual, expected):
@@ -78,10 +78,12 @@ def test_masters_change_as_float32_weights_do(
   tmp_path, record_property, num_steps
 ):
   """On the same batches at a rate of 1e-6; rounded weights alone do not."""
-  expected, _, lost_in_float32 = weight_changes(tmp_path, num_steps)
-  actual, rounded, lost = weight_changes(
+  start, expected, _, lost_in_float32 = weight_changes(tmp_path, num_steps)
+  masters_start, actual, rounded, lost = weight_changes(
     tmp_path, num_steps, **{"model.param_dtype": "bfloat16"}
   )
+  # Masters are not rounded at first either.
+  jax.tree.map(np.testing.assert_array_equal, masters_start, start)
   of_masters = relative_distance(actual, expected)
   of_rounded = relative_distance(rounded, expected)
   record_property("relative distance of masters", of_masters)
@@ -94,7 +96,7 @@ def test_masters_change_as_float32_weights_do(
 
 
 def test_updates_far_too_small_ring_the_alarm(tmp_path, caplog):
-  _, _, lost = weight_changes(tmp_path, 2, **{"optimizer.learning_rate": 1e-12})
+  *_, lost = weight_changes(tmp_path, 2, **{"optimizer.learning_rate": 1e-12})
   name = "train/update_below_half_ulp_fraction"
   assert alarms.Alarms(own_samples=False).check(2, {name: lost[-1]}) == [name]
   assert "raise optimizer.learning_rate" in caplog.text
