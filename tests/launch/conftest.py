@@ -57,18 +57,22 @@ class Checkout:
     line = " ".join(f"'{word}'" for word in (*words, ",".join(lacks)))
     return self.add(path, f'#!/bin/bash\nexec {line} "$@"\n')
 
+  def variables(self) -> dict[str, str]:
+    """The environment of a program on this machine."""
+    return {
+      "PATH": f"{self.path}{os.pathsep}{self.tools}",
+      "HOME": str(self.home),
+      "CALLS": str(self.calls),
+      "EXITS": "",
+      **self.environment,
+    }
+
   def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts a line of bash that sees only the tools of this machine."""
     return subprocess.Popen(
       ["bash", "-c", script, "bash", *arguments],
       cwd=self.home,
-      env={
-        "PATH": f"{self.path}{os.pathsep}{self.tools}",
-        "HOME": str(self.home),
-        "CALLS": str(self.calls),
-        "EXITS": "",
-        **self.environment,
-      },
+      env=self.variables(),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

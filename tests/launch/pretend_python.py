@@ -6,7 +6,8 @@
 ITSELF. All else becomes a line of $CALLS, a list in JSON; then pip sleeps
 ($PIP=sleep), kills its caller ($PIP=kill) or writes down its settings
 ($PIP=tell). At last it ends with the code that $EXITS has for one of its words
-("word=code word=code"), or hangs if $HANGS is one of them.
+("word=code word=code"), hangs if $HANGS is one of them, or waits for Ctrl-C and
+ends with 75 if $SAVES is one of them.
 """
 
 import json
@@ -63,6 +64,10 @@ for entry in os.environ.get("EXITS", "").split():
   word, _, code = entry.rpartition("=")
   if word in arguments:
     sys.exit(int(code))
+if os.environ.get("SAVES") in arguments:
+  signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
+  print("waiting for Ctrl-C", flush=True)
+  time.sleep(60)
 if os.environ.get("HANGS") in arguments:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   time.sleep(60)

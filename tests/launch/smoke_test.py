@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.terminal import Terminal
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMOKE = 'exec bash "../a checkout/launch/smoke.sh" "$@"'
 METRICS = [
@@ -106,6 +108,22 @@ def test_a_stage_that_fails_ends_the_run_with_its_exit_code(machine, word, ran):
   machine.environment["EXITS"] = f"{word}=64"
   code, calls = stages(machine)
   assert (code, len(calls)) == (64, ran)
+
+
+def test_ctrl_c_ends_the_run_with_the_code_of_the_stage_that_saved(machine):
+  """The terminal sends it to the script as well, which must wait."""
+  variables = {"SAVES": "--config=configs/smoke.py:warm_start"}
+  terminal = Terminal(
+    *("bash", str(machine.root / "launch" / "smoke.sh")),
+    environment=machine.variables() | variables,
+  )
+  try:
+    terminal.wait_for("waiting for Ctrl-C")
+    terminal.press()
+    assert terminal.end() == 75, terminal.text
+  finally:
+    terminal.close()
+  assert "3/3" not in terminal.text
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines import validation
 from grpo_tpu.checkpoint import reader
-from grpo_tpu.distributed import collectives, sharding
+from grpo_tpu.distributed import collectives, initialize, sharding
 from grpo_tpu.observability import exit_report
 from grpo_tpu.train import setup
 from tests.grpo_tpu.checkpoint.checkpointing import opened
@@ -30,7 +30,7 @@ def workdir(tmp_path, mesh):
   return tmp_path
 
 
-def exit_code(workdir: pathlib.Path, mesh, *, length=8) -> int:
+def exit_code(workdir: pathlib.Path, mesh, words: str, *, length=8) -> int:
   """The code with which a run that cannot be restored ends."""
   placement = sharding.batch_sharding(mesh)
   leaf = jax.ShapeDtypeStruct((length,), np.float32, sharding=placement)
@@ -42,24 +42,28 @@ def exit_code(workdir: pathlib.Path, mesh, *, length=8) -> int:
   )
   record = types.SimpleNamespace(check_data=lambda meta: None)
   with opened(workdir / "checkpoints") as checkpoints:
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(Exception, match=words) as caught:
       # The run is refused by whatever surrounds the restore, too.
       with validation.user_errors():
         setup._restore_or_init(trainer, checkpoints, record)
-  return exit_report._exit_code(caught.value)
+  # The code with which the process would end.
+  codes = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(initialize, "shutdown", codes.append)
+    exit_report.ExitReport().exit_with(caught.value)
+  return codes[0]
 
 
 def test_data_that_vanish_after_they_were_verified_end_a_run_with_1(
   workdir, mesh, monkeypatch
 ):
   def verify_and_remove(path):
-    for file in (path / "state").glob("**/*"):
-      if file.is_file() and "manifest" not in file.name:
-        file.unlink()
+    for file in pathlib.Path(path).glob("state/**/manifest.ocdbt"):
+      file.unlink()
     return ""
 
   monkeypatch.setattr(reader, "find_damage", verify_and_remove)
-  assert exit_code(workdir, mesh) == 1
+  assert exit_code(workdir, mesh, "NOT_FOUND") == 1
 
 
 def test_an_error_of_the_storage_library_ends_a_run_with_1(
@@ -69,11 +73,11 @@ def test_an_error_of_the_storage_library_ends_a_run_with_1(
     raise ValueError("NOT_FOUND: Error opening zarr driver")
 
   monkeypatch.setattr(reader.ocp.PyTreeCheckpointHandler, "restore", fail)
-  assert exit_code(workdir, mesh) == 1
+  assert exit_code(workdir, mesh, "NOT_FOUND") == 1
 
 
 def test_a_leaf_of_another_shape_ends_a_run_with_64(workdir, mesh):
-  assert exit_code(workdir, mesh, length=16) == 64
+  assert exit_code(workdir, mesh, "w: saved", length=16) == 64
 
 
 def test_a_lost_peer_ends_a_run_with_1(monkeypatch):
