@@ -43,18 +43,19 @@ _SETTINGS = (
   "--config.data.prompts_per_step=16",
   "--config.rollout.num_generations=4",
   "--config.rewards.num_workers=2",
-  "--config.rewards.custom=('benchmarks.soak:no_reward',)",
+  "--config.rewards.custom=('soak_reward:zero',)",
   "--config.rewards.custom_weights=(0.1,)",
   "--config.optimizer.schedule=constant",
   "--config.train.num_steps=1000000",
 )
 
-type Row = dict[str, int]
-
-
-def no_reward(completions, problems) -> list[float]:
-  """A user's reward, so that the run starts its worker processes."""
+# A user's reward, so that the run starts its worker processes.
+_REWARD = """
+def zero(completions, problems):
   return [0.0] * len(completions)
+"""
+
+type Row = dict[str, int]
 
 
 def usage(pid: int) -> Row:
@@ -75,10 +76,13 @@ def watch(workdir: pathlib.Path, minutes: float) -> tuple[list[Row], int]:
   """Runs for that long after step 1; the usage after steps, the exit code."""
   command = [sys.executable, "-m", "grpo_tpu", "--config=configs/smoke.py"]
   log = workdir.with_name(f"{workdir.name}.log")
+  (workdir.parent / "soak_reward.py").write_text(_REWARD)
+  paths = [str(workdir.parent), os.environ.get("PYTHONPATH", "")]
   with log.open("wb") as file:
     process = subprocess.Popen(
       [*command, f"--workdir={workdir}", *_SETTINGS],
       cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
       stdout=file,
       stderr=subprocess.STDOUT,
     )
@@ -96,8 +100,11 @@ def watch(workdir: pathlib.Path, minutes: float) -> tuple[list[Row], int]:
     code = process.wait(timeout=300)
   finally:
     process.kill()
-  if code != 75:
-    sys.stderr.write(log.read_text()[-4000:])
+  if len(rows) < 10:
+    raise RuntimeError(
+      f"the run ended with {code} after {len(rows)} steps; see {log}:\n"
+      + log.read_text()[-4000:]
+    )
   return rows, code
 
 
