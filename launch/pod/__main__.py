@@ -37,7 +37,7 @@ _DRY_RUN = "(dry run) "  # Before whatever a dry run only assumes.
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     self.print_usage(sys.stderr)
-    self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {message}.\n")
+    self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {printable(message)}.\n")
 
 
 def _number(

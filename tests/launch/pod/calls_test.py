@@ -7,11 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
 from launch.pod import __main__ as command_line
 from launch.pod import check
+from launch.pod.exits import Exit
 from tests.launch.pod import fake_cloud
 
 CONFIG = "configs/smoke.py"
@@ -113,6 +115,39 @@ def test_gcloud_accepts_every_flag_of_every_call(
   } <= flags
   wrong = parse([[*calls[0], "--nope"]])
   assert wrong.returncode == 2 and "--nope" in wrong.stderr
+
+
+WORDS = (
+  *("create", "run", "supervise", "logs", "status", "jobset", "tensorboard"),
+  *(CONFIG, "configs/smoke.py:x", "", "--", "-", "--help", "--dry-run", "-n"),
+  *("--lines=1e9", "--poll=nan", "--timeout=-1", "--port=65536", "-w", "9"),
+  *("--config.a=1", "--workdir=x", "a b", "\x1b[2J\r", "\udc80", "1" * 5000),
+  *("--settings=", "--settings=/", "--settings=\udc80", "--no-check", "\x85"),
+)
+
+
+def test_any_command_line_is_run_or_refused_in_words(capfd, settings_file):
+  random = Random(0)
+  file, codes = settings_file(IMAGE="an-image"), set(map(int, Exit))
+  for _ in range(400):
+    words = random.choices(WORDS, k=random.randint(0, 5))
+    try:
+      code = command_line.main([file, "--dry-run", *words])
+    except SystemExit as end:
+      code = end.code
+    assert code in codes, words
+  out, err = capfd.readouterr()
+  assert "\x1b" not in out + err and "\x85" not in out + err
+  assert "Traceback" not in err
+
+
+def test_a_dry_run_says_that_it_assumes(capfd, settings_file):
+  for words in (("delete",), ("supervise", CONFIG), ("status",)):
+    command_line.main([settings_file(), "--dry-run", *words])
+    out, err = capfd.readouterr()
+    lines = [x for x in (out + err).splitlines() if not x.startswith("gcloud ")]
+    assert lines
+    assert all(line.startswith("(dry run) ") for line in lines), lines
 
 
 def test_each_verb_names_the_slice_its_project_and_its_zone(

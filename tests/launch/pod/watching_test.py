@@ -73,8 +73,9 @@ def test_logs_of_all_workers_of_one_and_of_new_lines(running, laptop, cloud):
     for number in (1, 0):
       log = cloud.worker(number) / "grpo_tpu" / "run" / "log"
       with log.open("a", encoding="utf-8") as file:
-        file.write("a new line\n")
-      assert lines.get(timeout=60) == f"[worker {number}] a new line"
+        file.write("a new\x1b[2J line\n")  # As a terminal would obey it.
+      text = f"[worker {number}] a new\\x1b[2J line"
+      assert lines.get(timeout=60) == text
     interrupt(process)
   assert laptop.tpu("status").stdout.count("running") == 2
   assert "tail" not in [process.name() for process in cloud.processes()]
