@@ -67,7 +67,7 @@ def _run(words: list[str]) -> tuple[int, str]:
     result = subprocess.run(
       [python, "-P", "-m", "grpo_tpu.planning.check", *words],
       cwd=code,
-      env=os.environ | {"PYTHONPATH": str(code), "JAX_PLATFORMS": "cpu"},
+      env=os.environ | {"PYTHONPATH": str(code)},
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,

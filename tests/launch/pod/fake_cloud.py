@@ -55,6 +55,8 @@ exec "{sys.executable}" "$@"
 CHECK = """import os, pathlib, sys
 
 cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
+if not os.path.samefile(os.getcwd(), os.environ["PYTHONPATH"]):
+  sys.exit("CONFIG is read from another folder than the program")
 with open(cloud / "checked", "a", encoding="utf-8") as checked:
   checked.write(repr(sys.argv[1:]) + "\\n")
 if (cloud / "refusal").exists():
