@@ -381,6 +381,18 @@ def test_stand_ins_are_no_rows():
     )
 
 
+def test_no_reward_is_called_for_a_stand_in():
+  """The reward is the number of rows of its call."""
+  problems = [make_problem(i) for i in range(4)]
+  found = scoring.score(
+    list(map(repr, problems)),
+    problems,
+    config_of("whole"),
+    is_present=np.array([True, False, False, True]),
+  )
+  np.testing.assert_array_equal(found.components["whole"], [2, 0, 0, 2])
+
+
 def test_all_hosts_count_all_rows():
   """A reward that works on another host has not failed on every row."""
 

@@ -167,6 +167,24 @@ def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
   assert found.answers == [None, None]
 
 
+def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
+  verified = verify.verify
+
+  def failing(response, problem):
+    if response == "stand-in":
+      raise RecursionError
+    return verified(response, problem)
+
+  monkeypatch.setattr(verify, "verify", failing)
+  found = scoring.score(
+    ["5", "stand-in"],
+    [make_problem()] * 2,
+    CONFIG,
+    is_present=np.array([True, False]),
+  )
+  assert found.errors["accuracy"] == 0 and not found.failed["accuracy"].any()
+
+
 def test_no_completions_give_no_scores():
   found = scores()
   assert found.total.shape == (0,)
