@@ -52,7 +52,7 @@ prepare=(
   --source=synthetic --seed="$seed" --num_problems=12000 --difficulty=1
   --kinds="bar_max,color" --image_size=48 --multi_choice_share=0
   --min_options=3 --max_options=4 --eval_fraction=0.1 --vocab_size=1024
-  --max_reject_fraction=0 --data_dir="$workdir/data"
+  --max_reject_fraction=0 --data_dir="$workdir/data" --overwrite
 )
 common=(--config.data.dir="$workdir/data" ${settings[@]+"${settings[@]}"})
 

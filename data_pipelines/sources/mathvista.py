@@ -244,7 +244,7 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
   """Every split in the folder that `write` was given, or in its subfolder.
 
   Raises:
-    SettingError: A file of a split is missing.
+    SettingError: A file of a split is missing or damaged.
   """
   root = pathlib.Path(data_dir)
   files: dict[str, list[pathlib.Path]] = {}
@@ -259,7 +259,19 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
         "some are missing; make them again with 'python -m "
         "data_pipelines.prepare'."
       )
-  return {split: Source(paths) for split, paths in files.items()}
+  return {split: _open_source(split, files[split]) for split in files}
+
+
+def _open_source(split: str, paths: Sequence[pathlib.Path]) -> Source:
+  try:
+    return Source(paths)
+  except Exception as error:  # As for torn bytes, a folder or no access.
+    if validation.is_machine_failure(error):
+      raise
+    raise validation.SettingError(
+      f"split ({split!r}) must have whole files in {paths[0].parent}: {error}; "
+      "make them again with 'python -m data_pipelines.prepare'."
+    ) from error
 
 
 def source(data_dir: str | os.PathLike[str], split: str) -> Source:

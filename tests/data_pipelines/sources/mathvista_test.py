@@ -212,6 +212,22 @@ def test_what_is_mathvistas_own_is_known(metadata, is_original):
   assert mathvista.is_original(metadata) == is_original
 
 
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.write_bytes(b"abc"),
+    lambda path: (path.unlink(), path.mkdir()),
+  ],
+)
+def test_a_damaged_split_is_named(tmp_path, damage):
+  mathvista.write({"train": [PROBLEM]}, tmp_path)
+  (path,) = tmp_path.rglob("*.array_record-*")
+  damage(path)
+  with pytest.raises(validation.SettingError, match="'train'.* whole files"):
+    mathvista.source(tmp_path, "train")
+
+
 def test_a_failure_to_write_shows_no_picture(tmp_path):
   """All that `validate` lets through can be written; others are a bug."""
   picture = b"\x89PNG" * 10**6
