@@ -141,7 +141,8 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
   except FileNotFoundError as error:
     raise ManifestError(f"no manifest: {path.name}") from error
   except (ValueError, RecursionError) as error:
-    raise ManifestError(f"damaged manifest: {path.name}: {error}") from error
+    reason = str(error).removesuffix(".")
+    raise ManifestError(f"damaged manifest: {path.name}: {reason}") from error
   if body["name"] != folder.name:
     made_for = untrusted.shorten(body["name"])
     raise ManifestError(
