@@ -168,6 +168,8 @@ def drawn(program, tmp_path_factory) -> pathlib.Path:
     "--source=synthetic",
     f"--data_dir={folder}",
     "--num_problems=300",
+    "--difficulty=1",
+    "--eval_fraction=0.2",
     "--kinds=color,count",
     "--image_size=48",
     "--multi_choice_share=0",
