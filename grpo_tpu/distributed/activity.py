@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 
 from absl import logging
 
@@ -59,10 +59,10 @@ def doing(name: str, *, total: int = 0, unit: str = "") -> Iterator[Task]:
 
 
 def counted[Item](
-  name: str, items: Collection[Item], *, unit: str
+  name: str, items: Iterable[Item], *, total: int, unit: str
 ) -> Iterator[Item]:
   """Yields the items, each a part of a task."""
-  with doing(name, total=len(items), unit=unit) as task:
+  with doing(name, total=total, unit=unit) as task:
     for item in items:
       yield item
       task.done += 1

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,7 +124,7 @@ def evaluate_all(
 def evaluate_greedy(
   sampler: Sampler,
   params: dict,
-  batches: Collection[pipeline.Batch],
+  batches: pipeline.EvalBatches | Sequence[pipeline.Batch],
   *,
   rewards: RewardConfig,
   num_samples: int,
@@ -137,7 +137,10 @@ def evaluate_greedy(
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
   kept, graded = [], []
-  for batch in activity.counted("evaluation", batches, unit="batches"):
+  total = len(batches)
+  for batch in activity.counted(
+    "evaluation", batches, total=total, unit="batches"
+  ):
     completions = sampler.sample(
       params,
       batch,
@@ -213,7 +216,7 @@ def _eval_batches(
 def _sample_draws(
   sampler: Sampler,
   params: dict,
-  batches: Collection[pipeline.Batch],
+  batches: pipeline.EvalBatches | Sequence[pipeline.Batch],
   config: Config,
 ) -> list[list[GradedCompletion]]:
   """Samples and grades `eval.num_samples` completions of each problem.
@@ -225,7 +228,10 @@ def _sample_draws(
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
-  for batch in activity.counted("sampling", batches, unit="batches"):
+  total = len(batches)
+  for batch in activity.counted(
+    "sampling", batches, total=total, unit="batches"
+  ):
     completions = sampler.sample(
       params,
       batch,
