@@ -92,7 +92,13 @@ def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
 
 def abstract_adapters(model: ModelSettings, mesh: Mesh) -> dict:
   """Shapes, types and shardings of the adapters of `model.lora`."""
-  shapes = lora.abstract_adapters(model.network, model.lora)
+  return _abstract_adapters(model, mesh, model.lora)
+
+
+def _abstract_adapters(
+  model: ModelSettings, mesh: Mesh, config: LoraConfig
+) -> dict:
+  shapes = lora.abstract_adapters(model.network, config)
   return with_shardings(mesh, shapes)
 
 
@@ -112,7 +118,8 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
     return None
   base_weights = saved.pop("weights")
   config = LoraConfig(**saved | {"targets": tuple(saved["targets"])})
-  abstract = abstract_adapters(dataclasses.replace(model, lora=config), mesh)
+  # Not by the settings of our own adapters: this run may train without any.
+  abstract = _abstract_adapters(model, mesh, config)
   adapters, _ = reader.restore_params(folder, step, abstract)
   return SavedAdapters(adapters, config, base_weights)
 

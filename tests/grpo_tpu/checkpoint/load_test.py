@@ -196,6 +196,11 @@ def test_saved_adapters_come_with_what_they_belong_to(
   assert found is not None
   assert (found.config, found.base_weights) == (LORA, "random:2")
   jax.tree.map(np.testing.assert_array_equal, found.adapters, saved)
+  # What only training with adapters of one's own forbids is no matter.
+  towers = settings_of(
+    f"run:{tmp_path}/a", train_vision=True, reference_dtype="bfloat16"
+  )
+  assert load.load_adapters(towers, mesh) is not None
   save(tmp_path / "whole", params_of("random:2"), (1.0,))
   assert adapters_of(f"run:{tmp_path}/whole") is None
 
