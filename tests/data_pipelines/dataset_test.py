@@ -122,6 +122,18 @@ def test_the_drawn_set_of_a_run_is_not_drawn_anew(workdir, tmp_path):
   assert opened(other, tmp_path).identity != before
 
 
+def test_data_that_a_user_prepared_are_never_drawn_over(data_dir):
+  edit_manifest(data_dir, source="/data/mine")
+  before = (data_dir / "manifest.json").read_bytes()
+  with pytest.raises(
+    ValueError,
+    match=rf"^data.dir \(''\) must be set, .*/data/mine.*data.dir={data_dir}",
+  ):
+    opened(settings(), data_dir.parent)
+  assert (data_dir / "manifest.json").read_bytes() == before
+  assert opened(settings(dir=str(data_dir))).identity
+
+
 def test_prompts_of_any_problems_equal_those_of_the_eval_split(workdir):
   """Row by row, with padding after them."""
   data = opened(settings(), workdir)

@@ -138,8 +138,8 @@ def test_a_program_is_no_picture_and_is_not_run(tmp_path, monkeypatch):
   ):
     with pytest.raises(records.BadRecord, match="undecodable_image") as caught:
       read(program)
+    assert not called.exists()
     assert "none of PNG, JPEG, WEBP, GIF, BMP, TIFF" in caught.value.detail
-  assert not called.exists()
 
 
 @pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "JPEG2000"])
