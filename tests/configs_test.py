@@ -12,6 +12,7 @@ import pytest
 from data_pipelines import dataset
 from data_pipelines.sources import build, synthetic
 from grpo_tpu.config import schema as run_config
+from grpo_tpu.config import sources as run_sources
 from grpo_tpu.distributed import hardware
 from grpo_tpu.planning import changes
 
@@ -74,6 +75,19 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
   topology = hardware.parse_topology(TOPOLOGIES[path.stem])
   assert path.stem.endswith(topology.slice_name.replace("-", "_"))
   changes.check_mesh(config, topology)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_trains_no_noise(path, tmp_path):
+  """It asks for weights and data, with the commands; a plan needs neither."""
+  config = validated(path)
+  flag = {"has_weights_flag": False}
+  with pytest.raises(ValueError) as caught:
+    run_sources.resolve(config, "train", str(tmp_path), **flag)
+  size = config.model.name.removeprefix("gemma3_")
+  assert f"hf download google/gemma-3-{size}-it " in str(caught.value)
+  assert "\ndata.dir ('') must name the data" in str(caught.value)
+  assert run_sources.resolve(config, "plan", str(tmp_path), **flag) == config
 
 
 def test_an_overlay_of_another_kind_is_refused():
