@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 from absl import logging
 
@@ -59,9 +59,10 @@ def doing(name: str, *, total: int = 0, unit: str = "") -> Iterator[Task]:
 
 
 def counted[Item](
-  name: str, items: Iterable[Item], *, total: int, unit: str
+  name: str, items: Iterable[Item], *, unit: str
 ) -> Iterator[Item]:
-  """Yields the items, each a part of a task."""
+  """Yields the items, each a part of a task if their number is known."""
+  total = len(items) if isinstance(items, Sized) else 0
   with doing(name, total=total, unit=unit) as task:
     for item in items:
       yield item

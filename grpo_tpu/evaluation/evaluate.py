@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -124,7 +124,7 @@ def evaluate_all(
 def evaluate_greedy(
   sampler: Sampler,
   params: dict,
-  batches: pipeline.EvalBatches | Sequence[pipeline.Batch],
+  batches: Iterable[pipeline.Batch],
   *,
   rewards: RewardConfig,
   num_samples: int,
@@ -137,10 +137,7 @@ def evaluate_greedy(
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
   kept, graded = [], []
-  total = len(batches)
-  for batch in activity.counted(
-    "evaluation", batches, total=total, unit="batches"
-  ):
+  for batch in activity.counted("evaluation", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,
@@ -216,7 +213,7 @@ def _eval_batches(
 def _sample_draws(
   sampler: Sampler,
   params: dict,
-  batches: pipeline.EvalBatches | Sequence[pipeline.Batch],
+  batches: Iterable[pipeline.Batch],
   config: Config,
 ) -> list[list[GradedCompletion]]:
   """Samples and grades `eval.num_samples` completions of each problem.
@@ -228,10 +225,7 @@ def _sample_draws(
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
-  total = len(batches)
-  for batch in activity.counted(
-    "sampling", batches, total=total, unit="batches"
-  ):
+  for batch in activity.counted("sampling", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,
