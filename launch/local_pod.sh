@@ -129,6 +129,6 @@ $workdir/logs/host-$host.log."
     fi
   done
   if [[ $deadline ]] && ((SECONDS >= deadline)); then send KILL; fi
-  sleep 0.1
+  sleep 0.1 || true # Ctrl-C kills it too, and must not end the script.
 done
 exit "$code"

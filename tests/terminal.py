@@ -19,7 +19,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 class Terminal:
-  """Runs a program from the checkout.
+  """Runs a program, from the checkout by default.
 
   Attributes:
     process: The program.
@@ -31,13 +31,14 @@ class Terminal:
     *command: str,
     environment: dict[str, str] | None = None,
     seconds: float = 60,
+    folder: pathlib.Path = ROOT,
   ):
     """Starts the program; it has so many seconds for each thing."""
     self._seconds = seconds
     self._ours, theirs = pty.openpty()
     self.process = subprocess.Popen(
       [sys.executable, "-c", _BECOME, *command],
-      cwd=ROOT,
+      cwd=folder,
       env=environment,
       stdin=theirs,
       stdout=theirs,

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.terminal import Terminal
+
 LOCAL_POD = (
   pathlib.Path(__file__).resolve().parents[2] / "launch" / "local_pod.sh"
 )
@@ -152,6 +154,25 @@ def test_a_signal_preempts_every_host(machine, number):
   process.send_signal(number)
   process.communicate(timeout=60)
   assert process.returncode == 75
+
+
+def test_ctrl_c_on_a_terminal_preempts_every_host(machine):
+  """The terminal sends it to all that the script has started, too."""
+  saves = "trap 'exit 75' TERM; while :; do sleep 0.1 || :; done"
+  variables = {"ACT_0": saves, "ACT_1": saves}
+  terminal = Terminal(
+    *("bash", str(LOCAL_POD), "-n", "2", WORKDIR),
+    environment=machine.environment | variables,
+    folder=machine.home,
+  )
+  try:
+    machine.wait_for(0)
+    machine.wait_for(1)
+    time.sleep(0.5)  # Both set their traps.
+    terminal.press()
+    assert terminal.end() == 75, terminal.text
+  finally:
+    terminal.close()
 
 
 def test_a_second_signal_kills_the_hosts(machine):

@@ -116,6 +116,7 @@ def test_ctrl_c_ends_the_run_with_the_code_of_the_stage_that_saved(machine):
   terminal = Terminal(
     *("bash", str(machine.root / "launch" / "smoke.sh")),
     environment=machine.variables() | variables,
+    folder=machine.home,
   )
   try:
     terminal.wait_for("waiting for Ctrl-C")
