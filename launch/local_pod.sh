@@ -85,7 +85,9 @@ for ((host = 0; host < hosts; host++)); do
   if ((host)); then
     "${run_host[@]}" "${arguments[@]}" >>"$output" 2>&1 &
   else
-    "${run_host[@]}" "${arguments[@]}" > >(exec tee -a "$output" >&2) 2>&1 &
+    # Ctrl-C must not end the log before the host has said its last words.
+    "${run_host[@]}" "${arguments[@]}" \
+      > >(trap '' INT && exec tee -a "$output" >&2) 2>&1 &
   fi
   pids+=($!)
 done

@@ -158,7 +158,7 @@ def test_a_signal_preempts_every_host(machine, number):
 
 def test_ctrl_c_on_a_terminal_preempts_every_host(machine):
   """The terminal sends it to all that the script has started, too."""
-  saves = "trap 'exit 75' TERM; while :; do sleep 0.1 || :; done"
+  saves = "trap 'echo saved; exit 75' TERM; while :; do sleep 0.1 || :; done"
   variables = {"ACT_0": saves, "ACT_1": saves}
   terminal = Terminal(
     *("bash", str(LOCAL_POD), "-n", "2", WORKDIR),
@@ -173,6 +173,8 @@ def test_ctrl_c_on_a_terminal_preempts_every_host(machine):
     assert terminal.end() == 75, terminal.text
   finally:
     terminal.close()
+  logs = machine.home / "my runs" / "1" / "logs"
+  assert [x.read_text().count("saved") for x in logs.iterdir()] == [1, 1]
 
 
 def test_a_second_signal_kills_the_hosts(machine):
