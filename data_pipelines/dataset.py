@@ -238,7 +238,7 @@ def _refuse_prepared(folder: pathlib.Path) -> None:
 
 
 def _refuse_other_draw(request: build.Request, workdir: str) -> None:
-  """Refuses to draw anew what the run of a workdir has read."""
+  """Refuses to replace the drawn data of a run by others."""
   if changes := build.find_changes(request):
     raise ValueError(
       f"data.synthetic must be what the run in --workdir ({workdir!r}) has "

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from data_pipelines import terminal
+from data_pipelines.text import terminal
 from data_pipelines.validation import ExitCode
 
 # Characters of a reason, which may quote a file.

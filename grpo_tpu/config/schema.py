@@ -155,7 +155,7 @@ class Config:
     return dataclasses.asdict(self)
 
   def to_resolved_dict(self) -> dict[str, Any]:
-    """The same with the values of the presets, as `run.json` shows them."""
+    """These settings with the values of the presets, for `run.json`."""
     values = self.to_dict()
     values["objective"] |= dataclasses.asdict(self.objective_config)
     values["objective"]["advantage_scale"] = self.objective.scale

@@ -130,7 +130,7 @@ def _with_run(
 
 
 def _describe_data(config: Config, mode: str) -> str:
-  """What `data.dir` may be for a released model, and how to get it."""
+  """An error that says what `data.dir` may be, and how to get it."""
   kind = " --eval_fraction=1" if mode == "evaluate" else ""
   return (
     f"data.dir ('') must name the data for {config.model.name}, as in "

@@ -58,7 +58,7 @@ def doing(name: str, *, total: int = 0, unit: str = "") -> Iterator[Task]:
     _tasks.remove(task)
 
 
-def counted[Item](
+def count_parts[Item](
   name: str, items: Iterable[Item], *, unit: str
 ) -> Iterator[Item]:
   """Yields the items, each a part of a task if their number is known."""

@@ -1,11 +1,11 @@
-"""What stderr shows: messages of this project, and warnings of libraries."""
+"""The log on stderr: messages of this project, and warnings of libraries."""
 
 import logging as std_logging
 import pathlib
 
 from absl import logging
 
-from data_pipelines import terminal
+from data_pipelines.text import terminal
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _OURS = (str(_ROOT / "grpo_tpu"), str(_ROOT / "data_pipelines"))

@@ -137,7 +137,7 @@ def evaluate_greedy(
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums: collections.Counter[str] = collections.Counter()
   kept, graded = [], []
-  for batch in activity.counted("evaluation", batches, unit="batches"):
+  for batch in activity.count_parts("evaluation", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,
@@ -225,7 +225,7 @@ def _sample_draws(
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
-  for batch in activity.counted("sampling", batches, unit="batches"):
+  for batch in activity.count_parts("sampling", batches, unit="batches"):
     completions = sampler.sample(
       params,
       batch,

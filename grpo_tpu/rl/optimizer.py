@@ -102,10 +102,10 @@ def lost_fraction(
 ) -> Float[Array, ""]:
   """Share of the weights whose last update was lost by rounding.
 
-  Of the weights with an update other than 0, these are the ones whose update is
-  smaller than half the distance from the weight, or its master, to the next
-  float32 number. Updates are computed again, from the state after them: another
-  reader of the old weights would have the update itself hold a copy.
+  A lost update is not 0, but smaller than half the distance from the weight, or
+  its master, to the next float32 number. Updates are computed again, from the
+  state after them: another reader of the old weights would have the update
+  itself hold a copy.
   """
   count = jnp.maximum(num_updates(state), 1)
   rate = jnp.asarray(make_schedule(config)(count - 1))

@@ -42,7 +42,7 @@ def test_a_task_that_raises_is_over(said):
 
 
 def test_items_count_even_if_the_loop_ends_early():
-  for item in activity.counted("evaluation", "abc", unit="batches"):
+  for item in activity.count_parts("evaluation", "abc", unit="batches"):
     if item == "b":
       assert str(activity._tasks[0]) == "evaluation, 1 of 3 batches"
       break

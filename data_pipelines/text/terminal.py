@@ -1,4 +1,4 @@
-"""What a program shows on a terminal: text, and nothing that it obeys.
+"""Output for a terminal: text, and nothing that a terminal obeys.
 
 Log messages, and the traceback of an error, may quote data, files and flags. A
 terminal would obey the control characters in them.

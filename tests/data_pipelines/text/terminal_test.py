@@ -8,7 +8,7 @@ import sys
 import pytest
 from absl import logging as absl_logging
 
-from data_pipelines import terminal
+from data_pipelines.text import terminal
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\x85\u202e\ud800"
 ESCAPED = r"\x1b]0;owned\x07\x1b[2J\r\x85\u202e\ud800"
