@@ -76,7 +76,7 @@ def test_random_weights_of_a_released_model_are_taken_with_a_warning(
   tmp_path, caplog
 ):
   config = changed(BIG, model={"weights": "random:0"}, data={"dir": "DATA"})
-  with caplog.at_level(python_logging.WARNING):
+  with caplog.at_level(python_logging.WARNING, "absl"):
     assert resolve(config, "train", tmp_path) == config
     assert resolve(SMOKE, "train", tmp_path) == SMOKE
   (message,) = caplog.messages
@@ -103,7 +103,7 @@ def test_a_run_in_the_workdir_is_read_at_its_newest_checkpoint(
 ):
   """Its own start, as in the command that trained it, names nothing else."""
   workdir = run()
-  with caplog.at_level(python_logging.INFO):
+  with caplog.at_level(python_logging.INFO, "absl"):
     config = resolve(changed(SMOKE, model={"weights": named}), mode, workdir)
   assert config.model.weights == f"run:{workdir}"
   assert f"model.weights=run:{workdir}" in caplog.text
