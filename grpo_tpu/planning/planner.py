@@ -13,10 +13,12 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import jax
@@ -156,7 +158,12 @@ def compile_program(
     folder = pathlib.Path(temporary)
     args = config.to_dict(), str(topology), name, folder
     process = context.Process(target=_run_worker, args=args, daemon=True)
+    # The server would answer Ctrl-C by a traceback. Starting the tracker of
+    # resources unblocks it, so that comes first.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     process.join()
     answer, output = folder / _ANSWER, folder / _OUTPUT
     if not answer.exists():
@@ -177,6 +184,8 @@ def _run_worker(
   Writes the results into `_ANSWER` and all messages, of the compiler too, into
   `_OUTPUT`. Without an answer the messages hold the error.
   """
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
   output = os.open(folder / _OUTPUT, os.O_WRONLY | os.O_CREAT)
   for stream in (1, 2):
     os.dup2(output, stream)

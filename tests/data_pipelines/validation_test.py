@@ -86,6 +86,7 @@ def test_exit_codes_are_those_that_the_documents_promise():
     "BAD_INPUT": 64,
     "PREEMPTED": 75,
     "STUCK": 76,
+    "INTERRUPTED": 130,
   }
 
 

@@ -86,8 +86,8 @@ def test_masters_change_as_float32_weights_do(
   jax.tree.map(np.testing.assert_array_equal, masters_start, start)
   of_masters = relative_distance(actual, expected)
   of_rounded = relative_distance(rounded, expected)
-  record_property("relative distance of masters", of_masters)
-  record_property("relative distance of rounded weights", of_rounded)
+  record_property("relative distance of masters", float(of_masters))
+  record_property("relative distance of rounded weights", float(of_rounded))
   assert of_masters < 0.05 and of_rounded > 1
   alarm = alarms.Alarms(own_samples=False)
   name = "train/update_below_half_ulp_fraction"
