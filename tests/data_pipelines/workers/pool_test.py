@@ -263,7 +263,7 @@ def test_a_worker_that_takes_too_much_memory_is_replaced(open_pool):
 
 
 def test_what_a_call_prints_is_bounded_and_printable(open_pool, caplog):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, "absl")
   workers = open_pool("print_much")
   assert call(workers, "print_much") == "done"
   lines = [record.getMessage() for record in caplog.records]
