@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import psutil
-from absl import app, flags
+from absl import app, flags, logging
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _EVERY = 2  # Steps between saves.
@@ -186,6 +186,7 @@ def report(rows: list[Row], bare: list[Row], code: int) -> dict[str, Any]:
 def main(_: Any) -> None:
   """Runs, imitates, prints."""
   if _BARE.value:
+    logging.set_verbosity(logging.WARNING)
     print(json.dumps(bare_rows(_BARE.value, _SAVES.value)))
     return
   with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +196,12 @@ def main(_: Any) -> None:
     checkpoints = sorted((workdir / "checkpoints").glob("[0-9]" * 8))
     command = [sys.executable, __file__, f"--bare={checkpoints[-1]}"]
     command += [f"--bare_saves={_SAVES.value}"]
-    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    output = subprocess.run(
+      command,
+      stdout=subprocess.PIPE,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      check=True,
+    ).stdout
   result = report(rows, json.loads(output.splitlines()[-1]), code)
   print(f"{'step':>8} {'RSS MB':>8} {'anon MB':>8} {'threads':>8} {'files':>6}")
   for row in rows[:: max(1, len(rows) // 10)]:
