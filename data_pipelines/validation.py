@@ -67,7 +67,7 @@ def run_errors(action: str) -> Iterator[None]:
 
 
 def is_machine_failure(error: BaseException | None) -> bool:
-  """True if the error came from an I/O error that no setting can mend."""
+  """True if an I/O error caused the error, which no setting can repair."""
   while error is not None:
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
       return True

@@ -79,7 +79,7 @@ def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
 
   Args:
     text: The document, in UTF-8 if it is bytes.
-    source: What holds it, for the error.
+    source: The name of its file or field, for the error.
     kind: The type of its outermost value.
 
   Raises:

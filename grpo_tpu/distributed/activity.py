@@ -22,7 +22,7 @@ class Task:
   """Something that the main thread does, perhaps as a part of another task.
 
   Attributes:
-    name: What it is, as in "rollout".
+    name: The name in the log, as in "rollout".
     total: The number of its parts; 0 if it has none.
     unit: The parts, as in "tokens".
     done: The number of parts that are done.

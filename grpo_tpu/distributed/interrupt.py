@@ -52,7 +52,7 @@ def saving() -> Iterator[None]:
 
 
 def is_pressed() -> bool:
-  """True once Ctrl-C has told the run to save."""
+  """True once a Ctrl-C makes the run save."""
   return _is_pressed.is_set()
 
 

@@ -39,7 +39,7 @@ class ExitReport:
     step: The last step that was done.
     skipped_updates: By this process.
     has_run_record: True once `run.json` lists this attempt.
-    what_next: What to do with the result of the mode, such as "open FILE".
+    what_next: Advice on the result of the mode, such as "open FILE".
   """
 
   def __init__(self) -> None:
