@@ -84,7 +84,7 @@ def batch(args, rows: list[list[int]]) -> pipeline.Batch:
     out[: len(row)] = row
   nothing = {
     field.name: "" for field in dataclasses.fields(records.Problem)
-  } | {"choices": (), "metadata": {}, "precision": -1, "image_bytes": b""}
+  } | {"choices": (), "metadata": {}, "precision": -1, "images": ()}
   asked = nothing | {"question_type": "free_form", "answer_type": "text"}
   return pipeline.Batch(
     prompt_ids=ids,

@@ -50,8 +50,6 @@ def problem(answer: str, kind: str, *choices: str) -> records.Problem:
   return records.Problem(
     pid="1",
     question="?",
-    image_path="",
-    image_bytes=b"",
     choices=choices,
     unit="",
     precision=2 if kind == "float" else -1,

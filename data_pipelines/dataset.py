@@ -14,7 +14,7 @@ from etils import epath
 from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
-from data_pipelines.sources import build, mathvista
+from data_pipelines.sources import build, stored
 from data_pipelines.text import chat_prompts, own_tokenizer, untrusted
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
@@ -50,7 +50,7 @@ class Dataset:
   settings: DataConfig
   model: ModelInputs
   tokenizer: tokens.Tokenizer
-  train: mathvista.Source | None
+  train: stored.Source | None
   eval: records.Source
   completions: preferences.Source | None
   identity: dict[str, str]
@@ -212,13 +212,13 @@ def open_dataset(
     _check_recorded(model, own, tokenizer)
   train = None
   if for_training:
-    train = mathvista.source(folder, settings.train_split)
+    train = stored.source(folder, settings.train_split)
   data = Dataset(
     settings=settings,
     model=model,
     tokenizer=tokenizer,
     train=train,
-    eval=mathvista.source(folder, settings.eval_split),
+    eval=stored.source(folder, settings.eval_split),
     completions=completions,
     identity=identity | file_identity,
   )

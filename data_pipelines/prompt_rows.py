@@ -170,7 +170,7 @@ class RowBuilder:
   def _num_crops(self, problem: records.Problem) -> int:
     if not self.num_images:
       return 0
-    return images.num_crops(problem.image_bytes, self.pan_and_scan)
+    return images.num_crops(problem.images[0], self.pan_and_scan)
 
   def _prompt(self, problem: records.Problem, num_crops: int) -> list[int]:
     return chat_prompts.encode_prompt(
@@ -207,10 +207,10 @@ class RowBuilder:
     self, problem: records.Problem, position: list[int]
   ) -> tuple[list[list[int]], list[float]]:
     """The ids and labels of the completions that come with the prompt."""
-    given: tuple[preferences.LabelledCompletion, ...] = ()
+    given: tuple[records.LabelledCompletion, ...] = ()
     if self.kind == "demonstrations":
       text = chat_prompts.demonstration(problem, template=self.template)
-      given = (preferences.LabelledCompletion(text, 1.0),)
+      given = (records.LabelledCompletion(text, 1.0),)
     elif self.kind == "preference":
       source = self.completion_source or preferences.synthesize(
         self.num_labelled, template=self.template
@@ -241,7 +241,7 @@ class RowBuilder:
     """
     views = self._blank(0)
     if self.num_images:
-      image = images.decode(problem.image_bytes)
+      image = images.decode(problem.images[0])
       views = images.views(image, self.image_size, self.pan_and_scan)
     chat_prompts.check_images(
       prompt,

@@ -102,7 +102,7 @@ def scan(
     if builder.shuffle_options and problem.choices:
       num_choices += 1
       num_fixed += shuffle_options.is_fixed(problem)
-    if for_training and not problem.has_answer:
+    if for_training and not problem.is_checkable:
       raise ValueError(
         f"problem {problem.pid} has no public answer, and training needs one "
         "for every problem; train on another split."

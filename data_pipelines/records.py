@@ -1,6 +1,6 @@
-"""One problem in MathVista's schema: reads, checks and encodes it.
+"""One problem, with any number of pictures: checks and encodes it.
 
-Knows nothing of files, splits or pixels: an image is its published bytes. An
+Knows nothing of files, splits or pixels: a picture is its published bytes. An
 unusable record raises `BadRecord`, whose reason is a short slug to count.
 
 References:
@@ -13,14 +13,22 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data_pipelines import tables
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import printable
 
 QUESTION_TYPES = ("multi_choice", "free_form")
-ANSWER_TYPES = ("text", "integer", "float", "list")
+# "scored" answers have a scorer of their own, see `metadata`; "unchecked" ones
+# no rule can check, so that only users' and models' rewards can pay for them.
+ANSWER_TYPES = (
+  *("text", "integer", "float", "list", "expression", "scored", "unchecked"),
+)
+# Stands in a question or a query where a picture goes. Without any mark the
+# pictures come first.
+IMAGE_MARK = "<image>"
+MAX_IMAGES = 16
 MAX_PRECISION = 6
 MAX_CHOICES = 26
 # Characters of a text or of the metadata; more fit into no prompt.
@@ -67,46 +75,62 @@ def all_faults(reason: str = "unreadable") -> Iterator[None]:
     raise BadRecord(reason, f"{type(error).__name__}: {error}") from error
 
 
+class LabelledCompletion(NamedTuple):
+  """A completion and its label; a higher label is better."""
+
+  text: str
+  label: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-  """An image, a question and a checkable answer.
+  """A question with its pictures, and what a right answer is.
 
   Attributes:
     pid: The name of the problem, unique in its data set.
-    question: The question alone.
-    image_path: The image's path in the source; its suffix may be wrong.
-    image_bytes: The image as published, still encoded.
+    question: The question alone, with an `IMAGE_MARK` for each picture, or
+      without any.
+    images: The pictures as published, still encoded; none for text alone.
+    image_path: The first picture's path in the source; its suffix may be wrong.
     choices: The options of a multiple-choice question, else empty.
     unit: The unit of the answer, or "".
     precision: Decimal places of a float answer, or -1.
+    tolerance: Largest relative error of a number that is right; 0 for none.
     answer: The answer, for a multiple-choice question the text of the option;
       "" if it is not public.
+    aliases: Other answers that are as right.
     question_type: "multi_choice" or "free_form".
-    answer_type: "text" (all multiple-choice ones), "integer", "float", "list".
-    query: The official query text, byte for byte.
+    answer_type: One of `ANSWER_TYPES`; "text" for all multiple-choice ones.
+    query: What a prompt asks: for MathVista's records the official text, byte
+      for byte, for others the question and its options.
     solution: A worked answer without tags, or "".
-    metadata: Category, context, grade, img_height, img_width, language,
-      skills, source, split and task, as the source has them.
+    completions: Labelled completions that came with the problem.
+    metadata: The source's other columns; of MathVista category, context, grade,
+      img_height, img_width, language, skills, source, split and task. A
+      "scored" problem has the name of its `scorer` and its `entry`.
   """
 
   pid: str
   question: str
+  images: tuple[bytes, ...] = ()
   image_path: str = ""
-  image_bytes: bytes = b""
   choices: tuple[str, ...] = ()
   unit: str = ""
   precision: int = -1
+  tolerance: float = 0.0
   answer: str
+  aliases: tuple[str, ...] = ()
   question_type: str
   answer_type: str
   query: str = ""
   solution: str = ""
+  completions: tuple[LabelledCompletion, ...] = ()
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def has_answer(self) -> bool:
-    """True if the answer is public, so that a completion can be checked."""
-    return self.answer != ""
+  def is_checkable(self) -> bool:
+    """True if rules can check a completion: the answer is public."""
+    return self.answer_type != "unchecked" and self.answer != ""
 
 
 class Source(Protocol):
@@ -119,7 +143,7 @@ class Source(Protocol):
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 # The columns of a row in a parquet file.
-COLUMNS = frozenset(FIELDS) - {"image_path", "image_bytes"} | {
+COLUMNS = frozenset(FIELDS) - {"image_path", "images"} | {
   "image",
   "decoded_image",
 }
@@ -134,7 +158,7 @@ def official_query(problem: Problem) -> str:
   is_choice = problem.question_type == "multi_choice"
   kind = "text" if is_choice else problem.answer_type
   detail = f"answer_type {shorten(kind)}"
-  _require(kind in ANSWER_TYPES, "unknown_answer_type", detail)
+  _require(kind in _TEXTS["hints"], "unknown_answer_type", detail)
   hint = _TEXTS["hints"][kind]
   if kind == "float":
     precision = problem.precision
@@ -146,12 +170,26 @@ def official_query(problem: Problem) -> str:
       places="place" if precision == 1 else "places",
       examples=", ".join(examples),
     )
-  unit = f" (Unit: {problem.unit})" if problem.unit else ""
-  lines = [hint, f"Question: {problem.question}{unit}"]
+  lines = [hint, f"Question: {_with_unit(problem)}"]
   if problem.choices:
     lines.append("Choices:")
-    lines += [f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices)]
+    lines += _lettered(problem)
   return "\n".join(lines).strip()
+
+
+def plain_query(problem: Problem) -> str:
+  """The question and its options, without a hint how to answer."""
+  return "\n".join([_with_unit(problem), *_lettered(problem)]).strip()
+
+
+def _with_unit(problem: Problem) -> str:
+  unit = f" (Unit: {problem.unit})" if problem.unit else ""
+  return f"{problem.question}{unit}"
+
+
+def _lettered(problem: Problem) -> list[str]:
+  """The options, one per line, with their letters."""
+  return [f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices)]
 
 
 def with_official_query(problem: Problem) -> Problem:
@@ -186,7 +224,7 @@ def from_row(row: Mapping[str, Any]) -> Problem:
     "decoded_image.bytes holds no encoded image of "
     f"{shorten(row.get('image'))}",
   )
-  return dataclasses.replace(from_result(row), image_bytes=image_bytes)
+  return dataclasses.replace(from_result(row), images=(image_bytes,))
 
 
 def from_result(row: Mapping[str, Any]) -> Problem:
@@ -195,9 +233,16 @@ def from_result(row: Mapping[str, Any]) -> Problem:
   Raises:
     BadRecord: A field has a wrong type.
   """
-  parsers = {"choices": _texts, "precision": _precision, "metadata": _metadata}
+  parsers = {
+    "choices": _texts,
+    "aliases": _texts,
+    "precision": _precision,
+    "tolerance": _tolerance,
+    "completions": _completions,
+    "metadata": _metadata,
+  }
   columns = {name: name for name in FIELDS} | {"image_path": "image"}
-  del columns["image_bytes"]
+  del columns["images"]
   required = ("pid", "question", "answer", "question_type", "answer_type")
   values: dict[str, Any] = dict.fromkeys(required, "")
   for name, column in columns.items():
@@ -216,10 +261,12 @@ def validate(problem: Problem) -> None:
   """
   _require(problem.pid.strip(), "missing_pid", "pid is empty")
   _require(problem.question.strip(), "empty_question", "question is empty")
-  _require(problem.image_bytes, "missing_image", "image_bytes is empty")
+  _check_images(problem)
   for name in FIELDS:
     value = getattr(problem, name)
     for text in value if isinstance(value, tuple) else (value,):
+      if isinstance(text, LabelledCompletion):
+        text = text.text
       if isinstance(text, str):
         check_text(name, text)
   check_text("metadata", to_example(problem)["metadata"])
@@ -244,17 +291,26 @@ def validate_types(problem: Problem) -> None:
     _check_choices(problem)
   elif problem.answer_type == "float":
     _check_precision(problem.precision)
-  _require(
-    problem.question_type == "multi_choice" or problem.answer_type != "text",
-    "unverifiable_text",
-    "a free-form answer of type text has no rule",
-  )
+
+
+def _check_images(problem: Problem) -> None:
+  """Refuses pictures that are empty, too many, or not as many as marks."""
+  count = len(problem.images)
+  _require(all(problem.images), "missing_image", "a picture is empty")
+  detail = f"{count} pictures; at most {MAX_IMAGES} are shown"
+  _require(count <= MAX_IMAGES, "too_many_images", detail)
+  marks = problem.query.count(IMAGE_MARK)
+  detail = f"{marks} marks {IMAGE_MARK} for {count} pictures"
+  reason = "image_count" if count else "missing_image"
+  _require(marks in (0, count), reason, detail)
 
 
 def to_example(problem: Problem) -> dict[str, Any]:
   """The flat features that the TFDS builder stores."""
   example = {name: getattr(problem, name) for name in FIELDS}
-  example["choices"] = list(problem.choices)
+  for name in ("images", "choices", "aliases"):
+    example[name] = list(example[name])
+  example["completions"] = json.dumps(problem.completions, ensure_ascii=False)
   example["metadata"] = json.dumps(
     dict(problem.metadata), ensure_ascii=False, sort_keys=True
   )
@@ -269,9 +325,14 @@ def from_example(example: Mapping[str, Any]) -> Problem:
     if field.type is str
   }
   return Problem(
-    image_bytes=bytes(example["image_bytes"]),
+    images=tuple(bytes(image) for image in example["images"]),
     choices=tuple(_to_text(choice) for choice in example["choices"]),
+    aliases=tuple(_to_text(alias) for alias in example["aliases"]),
     precision=int(example["precision"]),
+    tolerance=float(example["tolerance"]),
+    completions=_completions(
+      "completions", json.loads(_to_text(example["completions"]))
+    ),
     metadata=_metadata("metadata", json.loads(_to_text(example["metadata"]))),
     **fields,
   )
@@ -359,6 +420,29 @@ def _precision(column: str, value: Any) -> int:
   return int(value)
 
 
+def _tolerance(column: str, value: Any) -> float:
+  """The relative tolerance; 0 for NaN."""
+  holds = isinstance(value, int | float) and not value < 0 and value < 1
+  detail = f"{column} {shorten(value)} is no share from 0 to below 1"
+  _require(holds or value != value, "bad_tolerance", detail)
+  return 0.0 if value != value else float(value)
+
+
+def _completions(column: str, values: Any) -> tuple[LabelledCompletion, ...]:
+  """Pairs of a text and a label."""
+  detail = f"{column} {shorten(values)} are no pairs of text and label"
+  _require(isinstance(values, list | tuple), "bad_completions", detail)
+  found = []
+  for each in values:
+    is_pair = isinstance(each, list | tuple) and len(each) == 2
+    holds = is_pair and isinstance(each[0], str)
+    # The range of float32; False for NaN.
+    holds = holds and isinstance(each[1], int | float) and abs(each[1]) < 1e38
+    _require(holds, "bad_completions", detail)
+    found.append(LabelledCompletion(each[0], float(each[1])))
+  return tuple(found)
+
+
 def _check_precision(precision: int) -> None:
   _require(
     1 <= precision <= MAX_PRECISION,
@@ -380,7 +464,7 @@ def _check_choices(problem: Problem) -> None:
     f"{len(problem.choices)} choices; letters allow 1 to {MAX_CHOICES}",
   )
   _require(
-    not problem.has_answer or problem.answer in problem.choices,
+    not problem.is_checkable or problem.answer in problem.choices,
     "answer_not_in_choices",
     f"answer {shorten(problem.answer)} is none of the choices",
   )

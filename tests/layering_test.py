@@ -176,7 +176,7 @@ def test_slow_libraries_are_imported_where_they_are_used(name):
   # Light by itself, but the trainer reads ArrayRecord and has no use for it.
   assert (
     "tensorflow_datasets" not in roots
-    or name == "data_pipelines.sources.mathvista"
+    or name == "data_pipelines.sources.stored"
   )
 
 

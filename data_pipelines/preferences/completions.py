@@ -23,7 +23,6 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -47,14 +46,7 @@ _REFUSALS = tables.read("data_pipelines.preferences", "refusals.toml")[
 _NUM_NEAREST = 3
 
 
-class LabelledCompletion(NamedTuple):
-  """A completion and its label; a higher label is better."""
-
-  text: str
-  label: float
-
-
-type Group = tuple[LabelledCompletion, ...]
+type Group = tuple[records.LabelledCompletion, ...]
 # Gives the labelled completions of a problem.
 type Source = Callable[[records.Problem, np.random.Generator], Group]
 
@@ -126,7 +118,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Group]:
 def _parse_line(line: str) -> tuple[str, Group]:
   row = untrusted.parse_json(line, "it")
   group = tuple(
-    LabelledCompletion(x["text"], x["label"]) for x in row["completions"]
+    records.LabelledCompletion(x["text"], x["label"])
+    for x in row["completions"]
   )
   if len(group) < 2:
     raise ValueError("too few completions")
@@ -201,8 +194,8 @@ def _synthesize_group(
       rejected.append(text)
   if not rejected:
     raise records.BadRecord("no_wrong_answer", f"none found for {detail}")
-  wrong = (LabelledCompletion(text, 0.0) for text in rejected)
-  return (LabelledCompletion(chosen, 1.0), *wrong)
+  wrong = (records.LabelledCompletion(text, 0.0) for text in rejected)
+  return (records.LabelledCompletion(chosen, 1.0), *wrong)
 
 
 def _wrong_option(

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from absl import logging
 
 from data_pipelines import records
-from data_pipelines.preferences import completions
 from data_pipelines.scoring import results
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import stored
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError, user_errors
 from data_pipelines.verifier import verify
@@ -52,7 +51,7 @@ def label_results(
   texts, problems, first_fault = _read_responses(paths, counts)
   if data_dir:
     with user_errors():
-      problems = mathvista.problems_by_pid(data_dir, texts)
+      problems = stored.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
     try:
@@ -116,11 +115,11 @@ def _read_responses(
 
 def _group(
   problem: records.Problem | None, texts: Sequence[str]
-) -> tuple[str, list[completions.LabelledCompletion]]:
+) -> tuple[str, list[records.LabelledCompletion]]:
   """Labels the responses to a problem, or names the reason against a group."""
   if problem is None:
     return "not_in_data_dir", []
-  if not problem.has_answer:
+  if not problem.is_checkable:
     return "without_answer", []
   right, wrong = [], []
   for text in texts:
@@ -138,4 +137,4 @@ def _group(
     wrong.remove(worse)
     pairs += [(better, 1.0), (worse, 0.0)]
   pairs += [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
-  return "", [completions.LabelledCompletion(*pair) for pair in pairs]
+  return "", [records.LabelledCompletion(*pair) for pair in pairs]

@@ -76,7 +76,7 @@ def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
   hashes = {}
   for index in range(count):
     try:
-      image = images.decode(problems[index].image_bytes)
+      image = images.decode(problems[index].images[0])
       hashes[index] = images.pixel_hash(image)
     except (ValueError, OSError):
       continue  # The evaluation masks an unreadable image.
@@ -97,10 +97,10 @@ class _Ablation:
   def __getitem__(self, index: int, /) -> records.Problem:
     problem = self.problems[index]
     if self.givers is None:
-      image = _grey(problem.image_bytes)
+      image = _grey(problem.images[0])
     else:
-      image = self.problems[self.givers.get(index, index)].image_bytes
-    return dataclasses.replace(problem, image_bytes=image)
+      image = self.problems[self.givers.get(index, index)].images[0]
+    return dataclasses.replace(problem, images=(image,))
 
 
 def _grey(image: bytes) -> bytes:

@@ -39,7 +39,7 @@ class Result:
 
     A record that an evaluation could not read counts as wrong.
     """
-    return self.problem.has_answer or figures.is_unreadable(self.problem.pid)
+    return self.problem.is_checkable or figures.is_unreadable(self.problem.pid)
 
 
 def read(path: str | os.PathLike[str]) -> list[Result]:

@@ -31,7 +31,7 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
       "must be different files; rename the outputs."
     )
   graded = list(_grade(path, results.read(path)))
-  if not any(each.result.problem.has_answer for each in graded):
+  if not any(each.result.problem.is_checkable for each in graded):
     raise results.error_in(
       path,
       "have public answers, but has none, like the benchmark's test split",

@@ -20,15 +20,15 @@ from typing import Any, NoReturn
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.sources import folders, intake, mathvista, synthetic
+from data_pipelines.sources import folders, intake, mathvista, stored, synthetic
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
-FORMAT = 2
+FORMAT = 3
 SYNTHETIC = "synthetic"
 _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
-_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, mathvista.MathVista.name}
+_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, stored.Problems.name}
 _MAX_TOKENIZER_TEXTS = 3_000
 
 
@@ -268,7 +268,7 @@ def _write(
       folder / _TOKENIZER,
       request.vocab_size,
     )
-  mathvista.write({split: read_split(split) for split in written}, folder)
+  stored.write({split: read_split(split) for split in written}, folder)
   with open(folder / _REJECTS, "w") as file:
     file.writelines(json.dumps(each, default=str) + "\n" for each in rejects)
   is_synthetic = isinstance(request.source, synthetic.Spec)

@@ -3,7 +3,7 @@
 - The Hugging Face snapshot: `testmini-*.parquet`, `test-*.parquet`.
 - The GitHub layout: `testmini.json`, `test.json`, keyed by pid, and the
   images that they name, `images/N.jpg`, beside them.
-- A data dir, or the ArrayRecord files that `mathvista.write` wrote.
+- A data dir, or the ArrayRecord files that `stored.write` wrote.
 
 The files of the first two may also lie in `data/` under the folder. Records are
 not checked here: an unreadable one is passed on as its own `BadRecord`.
@@ -25,7 +25,7 @@ from typing import Any
 from etils import epath
 
 from data_pipelines import images, records, validation
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import mathvista, stored
 from data_pipelines.text import untrusted
 
 # A problem, a row of a parquet file, or the reason why there is neither.
@@ -108,7 +108,7 @@ def _open_json(folder: epath.PathLike) -> Folder | None:
 
 
 def _open_array_record(folder: epath.PathLike) -> Folder | None:
-  sources = {} if "://" in os.fspath(folder) else mathvista.sources(folder)
+  sources = {} if "://" in os.fspath(folder) else stored.sources(folder)
   paths = [path for source in sources.values() for path in source.paths]
   return _folder(_read_problems, sources, paths)
 
@@ -147,7 +147,7 @@ def _hash(path: epath.Path) -> str:
   return digest.hexdigest()[:32]
 
 
-def _read_problems(source: mathvista.Source) -> Iterator[RawRecord]:
+def _read_problems(source: stored.Source) -> Iterator[RawRecord]:
   for index in range(len(source)):
     try:
       with records.all_faults():

@@ -15,6 +15,7 @@ from data_pipelines.sources import (
   folders,
   mathvista,
   near_duplicates,
+  stored,
   synthetic,
 )
 from data_pipelines.text import untrusted
@@ -34,7 +35,7 @@ class AcceptedRecord:
   pid: str
   image: str  # The hash of its pixels.
   group: str  # The smallest hash among its image's near-duplicates.
-  has_answer: bool
+  is_checkable: bool
   is_mathvista: bool
   digest: str
 
@@ -100,7 +101,7 @@ def _summarize(
     pid=problem.pid,
     image=image,
     group=image,
-    has_answer=problem.has_answer,
+    is_checkable=problem.is_checkable,
     is_mathvista=mathvista.is_original(problem.metadata),
     digest=_digest(problem),
   )
@@ -119,9 +120,9 @@ def _hash_image(
     BadRecord: The problem cannot be asked, shown or scored.
   """
   records.validate(problem)
-  mathvista.check_storable(problem)
-  image = images.decode(problem.image_bytes)
-  if problem.has_answer:
+  stored.check_storable(problem)
+  image = images.decode(problem.images[0])
+  if problem.is_checkable:
     answer = problem.answer
     if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
       raise records.BadRecord(
@@ -136,7 +137,7 @@ def _hash_image(
 
 def _digest(problem: records.Problem) -> str:
   example = records.to_example(problem)
-  digest = hashlib.sha256(example.pop("image_bytes"))
+  digest = hashlib.sha256(b"".join(example.pop("images")))
   digest.update(json.dumps(example, sort_keys=True).encode())
   return digest.hexdigest()
 
@@ -172,7 +173,7 @@ def assign_splits(
   assigned = {}
   held_out = set()
   for record in accepted:
-    if record.key[0] == "test" or not record.has_answer:
+    if record.key[0] == "test" or not record.is_checkable:
       assigned[record.key] = "test"
     else:
       assigned[record.key] = split_of(

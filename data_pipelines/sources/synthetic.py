@@ -97,7 +97,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
     question_type="multi_choice" if choices else "free_form",
     answer_type=question.answer_type,
     image_path=f"images/{index}.png",
-    image_bytes=_encode_png(canvas.image),
+    images=(_encode_png(canvas.image),),
     answer=question.answer,
     solution=question.solution,
     metadata={

@@ -68,7 +68,9 @@ def normalize(extraction: str, problem: records.Problem) -> str | None:
 
 def is_right(extraction: str, problem: records.Problem) -> bool:
   """True if the normalized extraction is the problem's public answer."""
-  return problem.has_answer and normalize(extraction, problem) == problem.answer
+  return (
+    problem.is_checkable and normalize(extraction, problem) == problem.answer
+  )
 
 
 def _option(extraction: str, choices: tuple[str, ...]) -> str:

@@ -96,7 +96,7 @@ def _clip(text: str) -> str:
 
 def _is_right(answer: str, problem: records.Problem) -> bool:
   """True if a parsed answer is the problem's."""
-  if not problem.has_answer:
+  if not problem.is_checkable:
     return False
   if problem.question_type == "multi_choice":
     return answer.strip() == problem.answer.strip()

@@ -192,7 +192,7 @@ def make_ablated_sources(
 def _any_answers(problems: records.Source, count: int) -> bool:
   for index in range(count):
     with contextlib.suppress(ValueError, OSError):  # A damaged record.
-      if problems[index].has_answer:
+      if problems[index].is_checkable:
         return True
   return False
 

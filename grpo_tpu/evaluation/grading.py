@@ -28,7 +28,7 @@ def metric_columns(
   problems = np.array([bool(p.pid) for p in batch.problems])
   # A failure of a user's reward says nothing about the answer.
   asked = problems & batch.valid & ~rewards.failed["accuracy"]
-  public = np.array([p.has_answer for p in batch.problems])
+  public = np.array([p.is_checkable for p in batch.problems])
   # An unreadable problem counts as wrong, although its answer is unknown.
   graded = problems & (public | ~_is_readable(batch))
   accuracy = graded & _is_right(batch, rewards)
@@ -88,7 +88,7 @@ def graded_completions(
     if not problem.pid:
       continue
     asked = bool(batch.valid[row])
-    is_graded = problem.has_answer or not is_readable[row]
+    is_graded = problem.is_checkable or not is_readable[row]
     extraction = rewards.answers[row] if asked else None
     # A record in MathVista's results format, without its image.
     record = {

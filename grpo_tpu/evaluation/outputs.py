@@ -88,7 +88,7 @@ def make_example(
 ) -> report.Example:
   """An example of the report, with its image if the image is readable."""
   try:
-    pixels = images.decode(problems[completion.index].image_bytes)
+    pixels = images.decode(problems[completion.index].images[0])
     image = report.image_uri(pixels)
   except (ValueError, OSError):
     image = ""

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import stored
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import logs
@@ -168,7 +168,7 @@ def read_problems(
   Raises:
     ValueError: The folder is no data dir, or lacks some problems.
   """
-  problems = mathvista.problems_by_pid(data_dir, pids)
+  problems = stored.problems_by_pid(data_dir, pids)
   if missing := sorted(set(pids) - problems.keys()):
     raise ValueError(
       f"--data_dir ({data_dir!r}) must hold the problems of all samples, but "

@@ -84,7 +84,7 @@ def encode(
   index = {key: number for number, key in enumerate(unique)}
   examples = [
     records.to_example(problem)
-    | {"image_bytes": base64.b64encode(problem.image_bytes).decode()}
+    | {"images": [base64.b64encode(x).decode() for x in problem.images]}
     for problem in unique.values()
   ]
   return examples, [index[id(problem)] for problem in problems]
@@ -107,7 +107,7 @@ def call(
   """
   problems = [
     records.from_example(
-      dict(each) | {"image_bytes": base64.b64decode(each["image_bytes"])}
+      dict(each) | {"images": [base64.b64decode(x) for x in each["images"]]}
     )
     for each in examples
   ]

@@ -319,7 +319,7 @@ def test_files_that_are_not_those_of_the_manifest_are_noticed(
   edit_manifest(data_dir, files=files)
   with pytest.raises(ValueError, match="holds another tokenizer; prepare the"):
     opened(settings(dir=str(data_dir)))
-  (data_dir / "mathvista" / "1.0.0" / "features.json").unlink()
+  (data_dir / "problems" / "1.0.0" / "features.json").unlink()
   with pytest.raises(
     ValueError, match=r"^data.dir .*features.json had \d+ bytes and has no"
   ):
@@ -488,7 +488,7 @@ def test_a_split_that_is_not_there_is_refused(data_dir, name):
 
 def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
   edit_manifest(data_dir, counts={"train": 1, "eval": 1, "test": 1})
-  for path in (data_dir / "mathvista" / "1.0.0").glob("*-eval.*"):
+  for path in (data_dir / "problems" / "1.0.0").glob("*-eval.*"):
     shutil.copy(path, path.with_name(path.name.replace("-eval.", "-test.")))
   with pytest.raises(
     ValueError, match=r"^data.train_split \('test'\).*answers"
@@ -522,7 +522,7 @@ def test_identity_names_the_records_that_training_leaves_out(workdir):
 def test_an_evaluation_needs_no_split_to_train_on(data_dir):
   """As `prepare --eval_fraction=1` makes it, for all of testmini."""
   edit_manifest(data_dir, counts={"eval": 1}, files={})
-  for path in (data_dir / "mathvista" / "1.0.0").glob("*-train.*"):
+  for path in (data_dir / "problems" / "1.0.0").glob("*-train.*"):
     path.unlink()
   config = settings(dir=str(data_dir))
   data = opened(config, for_training=False)

@@ -35,8 +35,7 @@ def make_problem(index):
   return records.Problem(
     pid=f"p{index}",
     question=question,
-    image_path="",
-    image_bytes=make_image(index, list(SIZES)[WHICH[index]]),
+    images=(make_image(index, list(SIZES)[WHICH[index]]),),
     choices=(),
     unit="",
     precision=-1,
@@ -92,7 +91,7 @@ def eval_batches(tokenizer, source=PROBLEMS, **changes):
 
 
 def num_shown(problem):
-  return 1 + SIZES[PIL.Image.open(io.BytesIO(problem.image_bytes)).size]
+  return 1 + SIZES[PIL.Image.open(io.BytesIO(problem.images[0])).size]
 
 
 def assert_same(left, right):
@@ -122,7 +121,7 @@ def test_a_row_shows_its_image_then_its_crops_then_nothing(tokenizer):
       ids = batch.prompt_ids[row, : batch.prompt_length[row]].tolist()
       assert ids == expected
       assert ids.count(tokenizer.start_of_image) == count
-      decoded = images.decode(problem.image_bytes)
+      decoded = images.decode(problem.images[0])
       views = images.views(decoded, IMAGE_SIZE, SETTINGS)
       np.testing.assert_array_equal(batch.images[row, :count], views)
       assert not batch.images[row, count:].any()
@@ -177,7 +176,7 @@ class ChangingSource:
 
 def with_images(size):
   return [
-    dataclasses.replace(problem, image_bytes=make_image(index, size))
+    dataclasses.replace(problem, images=(make_image(index, size),))
     for index, problem in enumerate(PROBLEMS)
   ]
 
@@ -212,7 +211,7 @@ def test_a_header_that_lies_about_its_image_masks_the_row(
 
 def test_an_unreadable_header_masks_its_row(tokenizer):
   damaged = [
-    dataclasses.replace(problem, image_bytes=b"" if index == 5 else b"?")
+    dataclasses.replace(problem, images=(b"" if index == 5 else b"?",))
     if index in (5, 8)
     else problem
     for index, problem in enumerate(PROBLEMS)
@@ -242,7 +241,7 @@ def test_options_are_shuffled_only_where_crops_leave_room(
 
 
 def test_a_model_that_cannot_see_reads_no_header(tokenizer):
-  blind = [dataclasses.replace(p, image_bytes=b"") for p in PROBLEMS]
+  blind = [dataclasses.replace(p, images=()) for p in PROBLEMS]
   for batch in batches(tokenizer, blind, num_images=0, soft_tokens=0):
     assert batch.valid.all() and batch.images.shape[1] == 0
 

@@ -12,7 +12,7 @@ from absl import flags
 
 from data_pipelines import pipeline, prompt_rows, records
 from data_pipelines.preferences import completions as preferences
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import stored
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
@@ -36,8 +36,7 @@ def make_problem(index):
   return records.Problem(
     pid=f"p{index}",
     question=question,
-    image_path="",
-    image_bytes=make_image(index),
+    images=(make_image(index),),
     choices=(),
     unit="",
     precision=-1,
@@ -168,8 +167,8 @@ def test_worker_processes_give_the_batches_of_none(
   tokenizer, tmp_path, parsed_flags
 ):
   """From the files of a data dir, for one of two shards, from step 3 on."""
-  mathvista.write({"train": PROBLEMS}, tmp_path)
-  source = mathvista.source(tmp_path, "train")
+  stored.write({"train": PROBLEMS}, tmp_path)
+  source = stored.source(tmp_path, "train")
   place = dict(kind="preference", shards=(1,), shard_count=2)
   unbroken = batches(tokenizer, source, **place)
   found = batches(
@@ -290,9 +289,9 @@ def own_completions(problem, rng):
   if problem.pid == "p1":
     raise records.BadRecord("no_completions", "none for p1")
   last = "7" * 24 if problem.pid == "p2" else f"not {problem.pid}"
-  return preferences.LabelledCompletion(
+  return records.LabelledCompletion(
     problem.pid, -0.5
-  ), preferences.LabelledCompletion(last, 3.0)
+  ), records.LabelledCompletion(last, 3.0)
 
 
 def test_own_completions_keep_their_order_and_labels(tokenizer):
@@ -339,7 +338,7 @@ def test_a_problem_asked_again_may_get_another_wrong_completion(tokenizer):
 def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
   """Records that are unreadable, too long, or have a damaged image."""
   long = dataclasses.replace(PROBLEMS[4], query="7" * 90)
-  torn = dataclasses.replace(PROBLEMS[6], image_bytes=b"no picture")
+  torn = dataclasses.replace(PROBLEMS[6], images=(b"no picture",))
   problems = [*PROBLEMS]
   problems[4], problems[6] = long, torn
   source = FailingSource(problems, unreadable={2})

@@ -104,8 +104,8 @@ def test_precision_may_be_null_float_or_int(precision, whole):
 def test_nulls_are_empty_and_a_null_answer_is_none_given():
   problem = records.from_row({**ROW, "answer": None, "metadata": None})
   assert (problem.choices, problem.unit, problem.metadata) == ((), "", {})
-  assert not problem.has_answer
-  assert records.from_row(ROW).has_answer
+  assert not problem.is_checkable
+  assert records.from_row(ROW).is_checkable
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,6 @@ def test_nulls_are_empty_and_a_null_answer_is_none_given():
     ({"question_type": "essay", "query": "?"}, "unknown_question_type"),
     ({"answer_type": "date"}, "unknown_answer_type"),
     ({"answer_type": "date", "query": "?"}, "unknown_answer_type"),
-    ({"answer_type": "text", "query": "?"}, "unverifiable_text"),
     ({"answer_type": "float"}, "bad_precision"),
     ({"answer_type": "float", "precision": 0, "query": "?"}, "bad_precision"),
     ({"precision": 1.5}, "bad_precision"),
@@ -239,7 +238,12 @@ PROBLEMS = st.builds(
   **{
     f.name: TEXT for f in dataclasses.fields(records.Problem) if f.type is str
   },
-  image_bytes=st.binary(),
+  images=st.lists(st.binary()).map(tuple),
+  aliases=st.lists(TEXT).map(tuple),
+  tolerance=st.floats(0, 0.9),
+  completions=st.lists(
+    st.builds(records.LabelledCompletion, TEXT, st.floats(-9, 9))
+  ).map(tuple),
   choices=st.lists(TEXT).map(tuple),
   precision=st.integers(-1, 9),
   metadata=st.dictionaries(TEXT, TEXT | st.lists(TEXT) | st.integers()),

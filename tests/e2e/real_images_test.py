@@ -5,7 +5,7 @@ import io
 import PIL.Image
 import pytest
 
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import stored
 
 pytestmark = pytest.mark.e2e
 
@@ -21,11 +21,11 @@ def test_grpo_trains_on_every_image_of_a_mathvista_snapshot(
     f"--source={fixtures / 'mathvista_schema'}",
     f"--data_dir={data}",
   )
-  problems = mathvista.source(data, "train")
+  problems = stored.source(data, "train")
   # An epoch is done before the last step is.
   assert len(problems) <= NUM_STEPS * PROMPTS_PER_STEP
   images = [
-    PIL.Image.open(io.BytesIO(problems[i].image_bytes))
+    PIL.Image.open(io.BytesIO(problems[i].images[0]))
     for i in range(len(problems))
   ]
   assert {image.mode for image in images} == {"RGB", "RGBA", "L", "P"}

@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipelines import images, records
 from data_pipelines.preferences import completions, label_results
 from data_pipelines.scoring import score_file
-from data_pipelines.sources import folders, intake, mathvista
+from data_pipelines.sources import folders, intake, stored
 from data_pipelines.validation import SettingError
 from tests.data_pipelines.sources import folders_test
 from tests.fuzz import harness
@@ -91,7 +91,7 @@ def check_source(folder):
   intake.fingerprint(kept, splits)
   for split in set(splits.values()):
     for problem in intake.read_split(found.readers, splits, split):
-      mathvista.check_storable(problem)
+      stored.check_storable(problem)
 
 
 @harness.both_durations

@@ -53,7 +53,7 @@ def make_problem(index):
     pid=f"p{index}",
     question=question,
     image_path=f"images/{index}.png",
-    image_bytes=file.getvalue(),
+    images=(file.getvalue(),),
     choices=("red", "blue") if is_choice else (),
     unit="",
     precision=1 if answer_type == "float" else -1,

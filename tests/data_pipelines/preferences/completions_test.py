@@ -18,8 +18,6 @@ def make_problem(answer, choices=(), answer_type="integer", precision=-1):
   return records.Problem(
     pid="1",
     question="",
-    image_path="",
-    image_bytes=b"",
     choices=choices,
     unit="",
     precision=precision,

@@ -35,7 +35,7 @@ def ablated(kind, source=None, *, num_problems=COUNT, seed=0):
 
 
 def images_of(source, indices):
-  return [images.decode(source[i].image_bytes) for i in indices]
+  return [images.decode(source[i].images[0]) for i in indices]
 
 
 READABLE = [i for i in EVERY if i != UNREADABLE]
@@ -46,18 +46,18 @@ def test_only_the_image_changes(kind):
   source, real = ablated(kind), Source(EVERY)
   assert len(source) == len(real)
   for index in READABLE:
-    got = dataclasses.replace(source[index], image_bytes=b"")
-    assert got == dataclasses.replace(real[index], image_bytes=b"")
+    got = dataclasses.replace(source[index], images=())
+    assert got == dataclasses.replace(real[index], images=())
 
 
 @pytest.mark.parametrize("kind", ablations.KINDS)
 def test_unreadable_problems_stay_unreadable(kind):
   broken = scripted.make_problem(0)
-  broken = dataclasses.replace(broken, image_bytes=broken.image_bytes[:40])
+  broken = dataclasses.replace(broken, images=(broken.images[0][:40],))
   whole = [scripted.make_problem(i) for i in (1, 2, 3)]
   source = ablated(kind, Problems([*whole, broken]), num_problems=4)
   with pytest.raises(ValueError, match="undecodable"):
-    images.decode(source[3].image_bytes)
+    images.decode(source[3].images[0])
   with pytest.raises(ValueError, match="truncated"):
     ablated(kind)[UNREADABLE]
 
@@ -85,7 +85,7 @@ def test_each_image_goes_to_one_other_problem(seed):
 
 def test_only_the_seed_determines_the_shuffle():
   def shuffled(seed):
-    return [ablated("shuffled", seed=seed)[i].image_bytes for i in READABLE]
+    return [ablated("shuffled", seed=seed)[i].images[0] for i in READABLE]
 
   assert shuffled(3) == shuffled(3)
   assert len({tuple(shuffled(seed)) for seed in range(5)}) == 5
@@ -93,9 +93,9 @@ def test_only_the_seed_determines_the_shuffle():
 
 def test_only_the_asked_problems_are_shuffled():
   source, real = ablated("shuffled", num_problems=4), Source(EVERY)
-  asked = {real[i].image_bytes for i in range(4)}
-  assert {source[i].image_bytes for i in range(4)} == asked
-  assert source[5].image_bytes == real[5].image_bytes
+  asked = {real[i].images[0] for i in range(4)}
+  assert {source[i].images[0] for i in range(4)} == asked
+  assert source[5].images[0] == real[5].images[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -126,7 +126,7 @@ def test_another_encoding_is_not_another_image():
   image = PIL.Image.new("RGB", (9, 7), (9, 9, 9))
   files = [encoded(image, kind) for kind in ("PNG", "BMP")]
   problems = [
-    dataclasses.replace(scripted.make_problem(i), image_bytes=file)
+    dataclasses.replace(scripted.make_problem(i), images=(file,))
     for i, file in enumerate(files)
   ]
   with pytest.raises(

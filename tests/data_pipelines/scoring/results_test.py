@@ -103,7 +103,7 @@ def test_a_record_without_a_response_is_read(tmp_path, missing):
 def test_an_unreadable_record_counts(tmp_path):
   row = record("unreadable:7", answer="", question="", metadata={})
   (read,) = results.read(written(tmp_path, json.dumps({row["pid"]: row})))
-  assert read.counts and not read.problem.has_answer
+  assert read.counts and not read.problem.is_checkable
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
   [
     ({"question_type": None}, "unknown_question_type"),
     ({"answer_type": "number"}, "unknown_answer_type"),
-    ({"answer_type": "text"}, "unverifiable_text"),
     ({"answer_type": "float"}, "bad_precision"),
     ({"answer": 5}, "not_text"),
     ({"response": 5}, "not_text"),

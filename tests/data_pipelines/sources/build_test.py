@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import images, validation
-from data_pipelines.sources import build, mathvista, synthetic
+from data_pipelines.sources import build, stored, synthetic
 from data_pipelines.text import tokenizer
 
 SPEC = synthetic.Spec(
@@ -53,7 +53,7 @@ def rows(num_bad):
   """Sixty rows of a snapshot, the first few without a question."""
   for index, problem in enumerate(synthetic.problems(SPEC)):
     row = dataclasses.asdict(problem)
-    row["decoded_image"] = {"bytes": row.pop("image_bytes"), "path": None}
+    row["decoded_image"] = {"bytes": row.pop("images")[0], "path": None}
     row["choices"] = list(problem.choices) or None
     yield {**row, "question": "" if index < num_bad else problem.question}
 
@@ -75,7 +75,7 @@ def test_a_data_dir_has_all_that_a_run_needs(tmp_path):
   assert manifest == json.loads((tmp_path / "data/manifest.json").read_text())
   problems = []
   for split, count in manifest["counts"].items():
-    source = mathvista.source(tmp_path / "data", split)
+    source = stored.source(tmp_path / "data", split)
     assert len(source) == count
     problems += source
   assert set(manifest["counts"]) == {"train", "eval"}
@@ -133,7 +133,7 @@ def test_another_request_replaces_the_data_dir_only_if_asked(tmp_path, change):
     lambda folder: (folder / "manifest.json").write_text("[]"),
     lambda folder: (folder / "tokenizer.model").unlink(),
     lambda folder: (folder / "tokenizer.model").write_bytes(b""),
-    lambda folder: shutil.rmtree(folder / "mathvista"),
+    lambda folder: shutil.rmtree(folder / "problems"),
   ],
 )
 def test_an_incomplete_data_dir_is_rebuilt(tmp_path, damage):
@@ -152,7 +152,7 @@ def test_a_killed_run_leaves_the_old_data_dir_and_no_other(
   # After SIGKILL nothing is cleaned up.
   with monkeypatch.context() as context:
     context.setattr(build.shutil, "rmtree", lambda *args, **kwargs: None)
-    context.setattr(build.mathvista, "write", lambda *args: sys.exit(9))
+    context.setattr(build.stored, "write", lambda *args: sys.exit(9))
     with pytest.raises(SystemExit):
       build.build_data_dir(request(tmp_path / "data", seed=1), overwrite=True)
   assert contents(tmp_path / "data") == whole
@@ -266,9 +266,9 @@ def test_the_snapshot_is_divided_without_leaks_or_rejects(divided):
   assert 0.2 < counts["eval"] / 323 < 0.4
   sides = collections.defaultdict(set)
   for split in counts:
-    for problem in mathvista.source(folder, split):
-      assert problem.has_answer == (split != "test")
-      sides[images.pixel_hash(images.decode(problem.image_bytes))].add(split)
+    for problem in stored.source(folder, split):
+      assert problem.is_checkable == (split != "test")
+      sides[images.pixel_hash(images.decode(problem.images[0]))].add(split)
   assert all(len(splits) == 1 for splits in sides.values())
   assert 304 + 60 <= len(sides) <= 305 + 60
 
@@ -281,8 +281,8 @@ def test_a_prepared_folder_is_a_source_that_gives_itself(divided, tmp_path):
     assert again[name] == manifest[name]
   assert again["rejects"] == {} and again["withheld"] == []
   for split in manifest["counts"]:
-    assert list(mathvista.source(tmp_path / "data", split)) == list(
-      mathvista.source(folder, split)
+    assert list(stored.source(tmp_path / "data", split)) == list(
+      stored.source(folder, split)
     )
 
 

@@ -12,7 +12,7 @@ from etils.epath import backend
 from PIL import Image
 
 from data_pipelines import images, records, validation
-from data_pipelines.sources import folders, intake, mathvista
+from data_pipelines.sources import folders, intake, mathvista, stored
 
 
 def make_image(shade=0):
@@ -117,7 +117,7 @@ def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
   github(tmp_path, {"7": ENTRY, "8": {**ENTRY, "pid": "8", "precision": 2}})
   first, second = read(tmp_path)
   assert (first.pid, second.pid, second.precision) == ("7", "8", 2)
-  assert first.image_bytes == make_image(5)
+  assert first.images[0] == make_image(5)
   assert first.metadata == {"source": "mine"}
   assert first.query == (
     "Hint: Please answer the question requiring an integer answer and provide "
@@ -203,8 +203,8 @@ def test_a_damaged_json_file_is_named(tmp_path, text):
 
 def test_written_problems_are_a_source_by_either_folder(tmp_path):
   problems = read(parquet(tmp_path / "snapshot", "123"))
-  mathvista.write({"train": problems[:2], "test": problems[2:]}, tmp_path / "d")
-  inner = tmp_path / "d" / "mathvista" / "1.0.0"
+  stored.write({"train": problems[:2], "test": problems[2:]}, tmp_path / "d")
+  inner = tmp_path / "d" / "problems" / "1.0.0"
   for folder in (tmp_path / "d", inner):
     train = read(folder, "train")
     assert sorted(train, key=lambda p: p.pid) == problems[:2]
@@ -216,16 +216,16 @@ def test_a_torn_example_is_a_bad_record_and_the_rest_are_read(
   tmp_path, monkeypatch
 ):
   problems = read(parquet(tmp_path / "snapshot", "12345"))
-  mathvista.write({"train": problems}, tmp_path / "d")
+  stored.write({"train": problems}, tmp_path / "d")
   whole = read(tmp_path / "d", "train")
-  get = mathvista.Source.__getitem__
+  get = stored.Source.__getitem__
 
   def torn(source, index, /):
     if index == 3:
       source._features.deserialize_example_np(b"\xff" * 9)
     return get(source, index)
 
-  monkeypatch.setattr(mathvista.Source, "__getitem__", torn)
+  monkeypatch.setattr(stored.Source, "__getitem__", torn)
   assert read(tmp_path / "d", "train") == whole[:3] + ["unreadable"] + whole[4:]
 
 
@@ -327,9 +327,9 @@ def test_datasets_and_the_builder_read_the_same_records(
     for split, reader in readers.items()
   }
   assert ours == theirs
-  mathvista.write(ours, tmp_path / "d")
+  stored.write(ours, tmp_path / "d")
   for split, problems in theirs.items():
-    written = list(mathvista.source(tmp_path / "d", split))
+    written = list(stored.source(tmp_path / "d", split))
     assert sorted(written, key=lambda p: int(p.pid)) == sorted(
       problems, key=lambda p: int(p.pid)
     )

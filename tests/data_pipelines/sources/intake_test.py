@@ -39,8 +39,8 @@ def bomb():
 
 # For each reason, the changes that make a problem bad.
 BAD = {
-  "missing_image": {"image_bytes": b""},
-  "image_too_large": {"image_bytes": bomb()},
+  "missing_image": {"images": (b"",)},
+  "image_too_large": {"images": (bomb(),)},
   "unknown_question_type": {"question_type": "essay"},
   "unknown_answer_type": {"answer_type": "date"},
   "answer_not_in_choices": {
@@ -52,7 +52,7 @@ BAD = {
   "missing_pid": {"pid": ""},
   "duplicate_pid": {"pid": PROBLEMS[0].pid},
   "empty_question": {"question": ""},
-  "undecodable_image": {"image_bytes": PROBLEMS[0].image_bytes[:100]},
+  "undecodable_image": {"images": (PROBLEMS[0].images[0][:100],)},
   "answer_fails_verifier": {"answer": "a few"},
   "not_text": {"question": "\ud800"},
 }
@@ -184,7 +184,7 @@ def test_what_the_source_calls_test_stays_test():
 
 def copies(problem, count):
   """Real problems whose images look alike and differ in pixels."""
-  image = np.array(images.decode(problem.image_bytes))
+  image = np.array(images.decode(problem.images[0]))
   for i in range(count):
     image[0, 0] = 10 * i
     file = io.BytesIO()
@@ -192,7 +192,7 @@ def copies(problem, count):
     yield dataclasses.replace(
       problem,
       pid=f"copy-{problem.pid}-{i}",
-      image_bytes=file.getvalue(),
+      images=(file.getvalue(),),
       metadata={"source": "mine"},
     )
 

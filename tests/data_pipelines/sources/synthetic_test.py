@@ -33,7 +33,7 @@ def kind_of(problem):
 
 
 def pixels(problem):
-  return np.asarray(Image.open(io.BytesIO(problem.image_bytes)))
+  return np.asarray(Image.open(io.BytesIO(problem.images[0])))
 
 
 def is_painted(image, color):
@@ -59,7 +59,7 @@ def num_blobs(mask):
 def test_every_problem_is_valid_and_its_answer_right(difficulty, image_size):
   for problem in drawn(difficulty=difficulty, image_size=image_size):
     records.validate(problem)
-    shape = images.decode(problem.image_bytes).shape
+    shape = images.decode(problem.images[0]).shape
     assert shape == (image_size, image_size, 3)
     answer = problem.answer
     assert verify.verify(f"<answer>{answer}</answer>", problem).correct
@@ -75,8 +75,8 @@ def test_a_problem_depends_on_its_settings_and_index_alone():
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"difficulty": 3}])
 def test_another_seed_or_difficulty_draws_other_images(change):
-  ours = {problem.image_bytes for problem in drawn()}
-  assert not ours & {problem.image_bytes for problem in drawn(**change)}
+  ours = {problem.images[0] for problem in drawn()}
+  assert not ours & {problem.images[0] for problem in drawn(**change)}
 
 
 def test_the_set_covers_the_schema():
@@ -98,7 +98,7 @@ def test_images_differ_but_for_those_asked_about_twice():
   problems = drawn(num_problems=2000, difficulty=1)
   by_image = collections.defaultdict(list)
   for problem in problems:
-    by_image[problem.image_bytes].append(problem)
+    by_image[problem.images[0]].append(problem)
   repeated = [group for group in by_image.values() if len(group) > 1]
   assert 0.03 < len(repeated) / len(problems) < 0.07  # At most one in 16.
   for group in repeated:
@@ -111,7 +111,7 @@ def test_asked_for_directly_a_number_has_no_options():
     ("color", "multi_choice"),
     ("count", "free_form"),
   }
-  assert len({p.image_bytes for p in problems}) == len(problems)
+  assert len({p.images[0] for p in problems}) == len(problems)
   every = drawn(kinds=("count",), multi_choice_share=1.0)
   assert {p.question_type for p in every} == {"multi_choice"}
 

@@ -30,8 +30,6 @@ def make_problem(
   problem = records.Problem(
     pid="1",
     question=question,
-    image_path="",
-    image_bytes=b"",
     choices=tuple(choices),
     unit="",
     precision=-1,
@@ -58,7 +56,7 @@ def problems(request):
     folder = request.getfixturevalue("fixtures") / "mathvista_schema"
     paths = mathvista.shards(folder)["testmini"]
     found = [records.from_row(row) for row in mathvista.rows(paths)]
-  return [p for p in found if p.choices and p.has_answer]
+  return [p for p in found if p.choices and p.is_checkable]
 
 
 def letter_of(problem, text):

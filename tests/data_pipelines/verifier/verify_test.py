@@ -122,8 +122,6 @@ def make_problem(answer, choices=(), answer_type="integer", precision=-1):
   return records.Problem(
     pid="1",
     question="",
-    image_path="",
-    image_bytes=b"",
     choices=choices,
     unit="",
     precision=precision,
@@ -692,7 +690,7 @@ def test_the_right_answer_is_right_however_it_is_rendered(
   ):
     for row in pq.read_table(path).to_pylist():
       problem = records.from_row(row)
-      if problem.has_answer:
+      if problem.is_checkable:
         problems[f"schema {problem.pid}"] = problem
   assert len(problems) == 1323
   missed = []

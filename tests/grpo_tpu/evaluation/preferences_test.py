@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines import pipeline
-from data_pipelines.preferences import completions
+from data_pipelines import pipeline, records
 from grpo_tpu.evaluation import preferences
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rl import score
@@ -24,7 +23,7 @@ COMPLETIONS = {
 def completion_source(problem, rng):
   del rng
   given = COMPLETIONS[int(problem.pid.removeprefix("p"))]
-  return tuple(completions.LabelledCompletion(*each) for each in given)
+  return tuple(records.LabelledCompletion(*each) for each in given)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import stored
 from grpo_tpu.evaluation import rescore
 from grpo_tpu.observability import writer as metrics
 from grpo_tpu.rewards import scoring
@@ -26,7 +26,7 @@ ALL = ["4", "of", "4"]
 def data_dir(tmp_path_factory):
   """A data dir with two splits, as prepare makes one."""
   folder = tmp_path_factory.mktemp("rescore") / "data"
-  mathvista.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
+  stored.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
   return str(folder)
 
 

@@ -45,17 +45,15 @@ def config_of(*names, **changes):
 
 
 def make_problem(index=0):
-  values = dict.fromkeys(records.FIELDS, "") | {
-    "pid": f"p{index}",
-    "image_bytes": b"picture",
-    "choices": (),
-    "precision": -1,
-    "answer": str(index),
-    "question_type": "free_form",
-    "answer_type": "integer",
-    "metadata": {"skills": ["arithmetic"]},
-  }
-  return records.Problem(**values)
+  return records.Problem(
+    pid=f"p{index}",
+    question="",
+    images=(b"picture",),
+    answer=str(index),
+    question_type="free_form",
+    answer_type="integer",
+    metadata={"skills": ["arithmetic"]},
+  )
 
 
 def score(texts, config):
@@ -146,7 +144,7 @@ def test_a_reward_is_called_with_whole_problems(num_workers):
   """Also with their pictures, and with text that UTF-8 cannot hold."""
   problem = dataclasses.replace(
     make_problem(2),
-    image_bytes=bytes(range(256)),
+    images=(bytes(range(256)),),
     choices=("a", "b"),
     query="\ud800\r",
   )

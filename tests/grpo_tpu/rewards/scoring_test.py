@@ -38,8 +38,6 @@ def make_problem(answer="5"):
   return records.Problem(
     pid="1",
     question="",
-    image_path="",
-    image_bytes=b"",
     choices=(),
     unit="",
     precision=-1,

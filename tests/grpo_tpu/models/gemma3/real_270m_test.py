@@ -209,8 +209,6 @@ def test_a_prompt_is_gemmas_chat_turn_id_by_id(tokenizer):
   problem = records.Problem(
     pid="1",
     question="",
-    image_path="",
-    image_bytes=b"",
     choices=(),
     unit="",
     precision=-1,

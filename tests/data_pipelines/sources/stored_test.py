@@ -10,14 +10,14 @@ import pytest
 from etils import epath
 
 from data_pipelines import records, validation
-from data_pipelines.sources import mathvista
+from data_pipelines.sources import mathvista, stored
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PROBLEM = records.Problem(
   pid="1",
   question="图中有几个圆?",
   image_path="images/1.jpg",
-  image_bytes=b"\x89PNG\0\xff not really",
+  images=(b"\x89PNG\0\xff not really",),
   choices=(),
   unit="g",
   precision=-1,
@@ -38,22 +38,22 @@ def numbered(count):
 
 
 def test_what_is_written_is_read_whatever_its_fields_hold(tmp_path):
-  mathvista.write({"train": [PROBLEM, CHOICE], "eval": [CHOICE]}, tmp_path)
-  train = mathvista.source(tmp_path, "train")
+  stored.write({"train": [PROBLEM, CHOICE], "eval": [CHOICE]}, tmp_path)
+  train = stored.source(tmp_path, "train")
   assert len(train) == 2
   assert sorted(train, key=lambda p: p.pid) == [PROBLEM, CHOICE]
-  assert list(mathvista.source(tmp_path, "eval")) == [CHOICE]
+  assert list(stored.source(tmp_path, "eval")) == [CHOICE]
 
 
 def test_writing_keeps_nothing_but_the_data_set(tmp_path, capfd):
-  mathvista.write({"train": [PROBLEM]}, tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ["mathvista"]
+  stored.write({"train": [PROBLEM]}, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["problems"]
   assert capfd.readouterr().out == ""
 
 
 def test_the_same_problems_give_the_same_files(tmp_path):
   def files(name):
-    mathvista.write({"train": numbered(20)}, tmp_path / name)
+    stored.write({"train": numbered(20)}, tmp_path / name)
     return {
       path.name: path.read_bytes()
       for path in (tmp_path / name).rglob("*")
@@ -64,8 +64,8 @@ def test_the_same_problems_give_the_same_files(tmp_path):
 
 
 def test_a_source_goes_to_a_worker_as_its_paths(tmp_path):
-  mathvista.write({"train": numbered(5)}, tmp_path)
-  source = mathvista.source(tmp_path, "train")
+  stored.write({"train": numbered(5)}, tmp_path)
+  source = stored.source(tmp_path, "train")
   assert source[4]  # An open reader must not be in the way.
   sent = pickle.dumps(source)
   assert len(sent) < 1000
@@ -73,8 +73,8 @@ def test_a_source_goes_to_a_worker_as_its_paths(tmp_path):
 
 
 def test_an_index_outside_is_refused(tmp_path):
-  mathvista.write({"train": numbered(3)}, tmp_path)
-  source = mathvista.source(tmp_path, "train")
+  stored.write({"train": numbered(3)}, tmp_path)
+  source = stored.source(tmp_path, "train")
   for index in (-1, 3):
     with pytest.raises(IndexError):
       source[index]
@@ -82,31 +82,31 @@ def test_an_index_outside_is_refused(tmp_path):
 
 def test_a_source_names_what_is_missing(tmp_path):
   with pytest.raises(ValueError, match="data_pipelines.prepare"):
-    mathvista.source(tmp_path, "train")
-  mathvista.write({"train": numbered(3)}, tmp_path)
+    stored.source(tmp_path, "train")
+  stored.write({"train": numbered(3)}, tmp_path)
   with pytest.raises(ValueError, match=r"split \('eval'\).*\['train'\]"):
-    mathvista.source(tmp_path, "eval")
+    stored.source(tmp_path, "eval")
   [file] = tmp_path.rglob("*.array_record-*")
   file.rename(file.with_name(file.name.replace("of-00001", "of-00002")))
   with pytest.raises(ValueError, match="some are missing"):
-    mathvista.source(tmp_path, "train")
+    stored.source(tmp_path, "train")
 
 
 READ = """
 import sys
-from data_pipelines.sources import mathvista
-[problem] = mathvista.source(sys.argv[1], "train")
+from data_pipelines.sources import mathvista, stored
+[problem] = stored.source(sys.argv[1], "train")
 assert problem.pid == "1"
 assert "tensorflow" not in sys.modules
 import tensorflow_datasets as tfds
-builder = tfds.builder_from_directory(sys.argv[1] + "/mathvista/1.0.0")
+builder = tfds.builder_from_directory(sys.argv[1] + "/problems/1.0.0")
 [example] = builder.as_data_source("train")
-assert example["image_bytes"] == problem.image_bytes
+assert [bytes(x) for x in example["images"]] == list(problem.images)
 """
 
 
 def test_reading_takes_no_tensorflow_and_tfds_reads_it_too(tmp_path):
-  mathvista.write({"train": [PROBLEM]}, tmp_path)
+  stored.write({"train": [PROBLEM]}, tmp_path)
   command = [sys.executable, "-c", READ, str(tmp_path)]
   subprocess.run(command, cwd=ROOT, check=True, timeout=60)
 
@@ -221,11 +221,11 @@ def test_what_is_mathvistas_own_is_known(metadata, is_original):
   ],
 )
 def test_a_damaged_split_is_named(tmp_path, damage):
-  mathvista.write({"train": [PROBLEM]}, tmp_path)
+  stored.write({"train": [PROBLEM]}, tmp_path)
   (path,) = tmp_path.rglob("*.array_record-*")
   damage(path)
   with pytest.raises(validation.SettingError, match="'train'.* whole files"):
-    mathvista.source(tmp_path, "train")
+    stored.source(tmp_path, "train")
 
 
 def test_a_failure_to_write_shows_no_picture(tmp_path):
@@ -237,12 +237,12 @@ def test_a_failure_to_write_shows_no_picture(tmp_path):
     answer="1",
     question_type="free_form",
     answer_type="integer",
-    image_bytes=picture,
+    images=(picture,),
   )
   with pytest.raises(Exception) as caught:
-    mathvista.check_storable(problem)
+    stored.check_storable(problem)
   with pytest.raises(RuntimeError, match="cannot write") as caught:
-    mathvista.write({"train": [problem]}, tmp_path)
+    stored.write({"train": [problem]}, tmp_path)
   assert len(str(caught.value)) < 300 and "PNG" not in str(caught.value)
 
 
