@@ -12,6 +12,7 @@ References:
 
 import dataclasses
 import decimal
+from collections.abc import Sequence
 
 from data_pipelines import records, tables
 from data_pipelines.verifier import free_text, numbers, options, phrases
@@ -35,14 +36,33 @@ class Verdict:
     how: The rule that found it: "tag", "json", "boxed", "bare", "bold", "cue",
       "letter", "statement" or "none".
     correct: True if the answer is the problem's.
+    abstained: True if no rule can tell, because the problem has no answer to
+      compare with or the comparison took too long; then `correct` is False.
   """
 
   answer: str | None
   how: str
   correct: bool
+  abstained: bool = False
 
 
 _NOTHING = Verdict(answer=None, how="none", correct=False)
+
+
+def verify_all(
+  completions: Sequence[str], problems: Sequence[records.Problem]
+) -> list[Verdict]:
+  """Judges each completion as `verify` does, many at a time.
+
+  Args:
+    completions: Any texts.
+    problems: The problem of each completion.
+
+  Returns:
+    The verdicts in the order of the completions.
+  """
+  pairs = zip(completions, problems, strict=True)
+  return [verify(completion, problem) for completion, problem in pairs]
 
 
 def verify(completion: str, problem: records.Problem) -> Verdict:
@@ -61,14 +81,16 @@ def verify(completion: str, problem: records.Problem) -> Verdict:
   """
   _, _, completion = completion.rpartition("</think>")
   if "<think>" in completion:  # The thinking was cut off.
-    return _NOTHING
+    return dataclasses.replace(_NOTHING, abstained=not problem.is_checkable)
   if "<answer>" in completion:
     answer, how = _from_tags(completion, problem), "tag"
   else:
     answer, how = _from_free_text(_clip(completion), problem)
+  unknown = not problem.is_checkable
   if answer is None:
-    return _NOTHING
-  return Verdict(answer=answer, how=how, correct=_is_right(answer, problem))
+    return dataclasses.replace(_NOTHING, abstained=unknown)
+  correct = _is_right(answer, problem)
+  return Verdict(answer=answer, how=how, correct=correct, abstained=unknown)
 
 
 def _from_tags(completion: str, problem: records.Problem) -> str | None:
