@@ -42,6 +42,7 @@ setuptools.setup(
     "jax",
     "jaxtyping",
     "jinja2",
+    "math-verify",
     "ml-collections",
     "numpy",
     "optax",
@@ -82,6 +83,8 @@ setuptools.setup(
     ],
     "docs": _DOCS,
     "export": ["gguf"],
+    # Parts of it are built with a C compiler where it is installed.
+    "reasoning": ["reasoning-gym"],
     "tpu": ["jax[tpu]"],
   },
 )

@@ -4,10 +4,10 @@
 #
 #   bash launch/lock.sh
 #
-# build.txt has the build tools, base.txt what setup.py requires, dev.txt and
-# tpu.txt what these extras add, check.txt what reading a config imports, and
-# uv.txt the uv of this script and of the workers. Without a change of the pins the
-# files stay the same, unless a release got more files. No address of a package
+# build.txt has the build tools, base.txt what setup.py requires, dev.txt, tpu.txt
+# and reasoning.txt what these extras add, check.txt what reading a config imports,
+# and uv.txt the uv of this script and of the workers. Without a change of the pins
+# the files stay the same, unless a release got more files. No address of a package
 # index is written.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -42,7 +42,7 @@ compile() {
   "$folder/venv/bin/uv" --quiet pip compile --universal --python-version 3.12 \
     --generate-hashes --no-annotate --no-header --constraint constraints.txt \
     "$@" >"$folder/$name.txt"
-  if [[ $name == dev || $name == tpu ]]; then base=(locks/base.txt); fi
+  case $name in dev | tpu | reasoning) base=(locks/base.txt) ;; esac
   "$python" -I -c "$filter" "$folder/$name.txt" ${base[@]+"${base[@]}"} \
     >"$folder/$name.lock"
   mv "$folder/$name.lock" "locks/$name.txt"
@@ -51,6 +51,7 @@ compile() {
 compile base setup.py
 compile dev setup.py --extra dev --extra export
 compile tpu setup.py --extra tpu
+compile reasoning setup.py --extra reasoning
 compile build - <<<$'setuptools\nwheel'
 compile uv - <<<uv
 # tests/grpo_tpu/planning/check_test.py holds the list.

@@ -101,9 +101,10 @@ ${rejected:-  no Python at all
 \`pyenv install 3.12\` or \`uv python install 3.12\`, and rerun."
 }
 
-# Sets `locks`, the build tools' first. The one of `check` is complete.
+# Sets `locks`: the build tools', two that are required, one that is optional. The
+# one of `check` is complete.
 list_locks() {
-  locks=(locks/build.txt locks/base.txt "locks/$extra.txt")
+  locks=(locks/build.txt locks/base.txt "locks/$extra.txt" locks/reasoning.txt)
   if [[ $extra == check ]]; then locks=(locks/build.txt locks/check.txt); fi
 }
 
@@ -139,8 +140,10 @@ are in $log. Fix it and rerun."
 # The target of a link to an existing folder.
 real_folder() { (cd "$1" 2>/dev/null && pwd -P) || printf '%s\n' "$1"; }
 
-# The locks are complete. Of all packages, only promise has no wheel.
-locked=(--no-deps --require-hashes --only-binary :all: --no-binary promise)
+# The locks are complete. Only these packages have no wheel; pycosat needs a C
+# compiler.
+locked=(--no-deps --require-hashes --only-binary :all:
+  --no-binary "promise,cellpylib,pycosat,zss")
 
 make_venv() {
   local python locks
@@ -157,10 +160,15 @@ make_venv() {
   # The build tools are locked too, and installed once instead of per package.
   list_locks
   install "${locked[@]}" --requirement "${locks[0]}"
-  locks=("${locks[@]:1}")
-  install "${locked[@]}" --no-build-isolation "${locks[@]/#/--requirement=}"
+  locks=("${locks[@]/#/--requirement=}")
+  install "${locked[@]}" --no-build-isolation "${locks[@]:1:2}"
   if [[ $extra != check ]]; then
     install --no-deps --no-build-isolation --editable .
+    (install "${locked[@]}" --no-build-isolation "${locks[3]}" 2>/dev/null) ||
+      say "Left out reasoning-gym, which needs a C compiler and Python's headers \
+(details: $log). To use its tasks, install these (for example \`apt install \
+build-essential python3.12-dev\`) and run \`$venv/bin/pip install --constraint \
+constraints.txt reasoning-gym\`."
   fi
   expected_stamp >"$stamp.new" && mv "$stamp.new" "$stamp"
 }

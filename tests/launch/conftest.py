@@ -30,7 +30,7 @@ class Checkout:
     shutil.copytree(ROOT / "launch", self.root / "launch")
     (self.root / "setup.py").write_text("setup")
     (self.root / "locks").mkdir()
-    for name in ("base", "build", "check", "dev", "tpu"):
+    for name in ("base", "build", "check", "dev", "reasoning", "tpu"):
       (self.root / "locks" / f"{name}.txt").write_text("a==1")
     self.calls.touch()
     for command in COMMANDS:
