@@ -167,7 +167,7 @@ class Dataset:
       prompt_buckets=settings.prompt_buckets,
       image_size=self.model.image_size,
       soft_tokens=self.model.soft_tokens,
-      num_images=int(self.model.image_size > 0),
+      model_name=self.model.name,
       pan_and_scan=settings.pan_and_scan,
       template=chat_prompts.TEMPLATES[settings.prompt_template],
       **arguments,

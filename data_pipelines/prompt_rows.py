@@ -50,9 +50,8 @@ class RowBuilder:
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
       A batch takes the smallest that holds its longest prompt on any shard.
     max_new_tokens: T; a longer completion makes its row invalid.
-    image_size: H, in pixels.
+    image_size: H, in pixels; 0 for a model without an image tower.
     soft_tokens: Placeholders for each image.
-    num_images: Images in a prompt: 0 or 1.
     shards: The parts of a batch that are read here; ascending, and not always
       adjacent.
     shard_count: Number of equal parts that a batch is cut into.
@@ -65,6 +64,7 @@ class RowBuilder:
     pan_and_scan: Which images are followed by crops. A batch has room for as
       many images as its richest row on any shard has.
     split: Name of the split in the log; "" logs nothing about it.
+    model_name: The setting `model.name`, for the log.
   """
 
   source: records.Source
@@ -75,7 +75,6 @@ class RowBuilder:
   max_new_tokens: int
   image_size: int
   soft_tokens: int
-  num_images: int
   shards: tuple[int, ...]
   shard_count: int
   completion_source: preferences.Source | None = None
@@ -84,11 +83,10 @@ class RowBuilder:
   shuffle_options: bool = False
   pan_and_scan: images.PanAndScan = images.WHOLE
   split: str = ""
+  model_name: str = ""
 
   def __post_init__(self):
     require_one_of("data.kind", self.kind, KINDS)
-    rule = "be 0 or 1: a problem has one image, and pan and scan adds crops"
-    require(self.num_images in (0, 1), "num_images", self.num_images, rule, "")
     buckets, shortest = self.prompt_buckets, self.shortest_prompt
     ascends = list(buckets) == sorted(set(buckets))
     rule = f"ascend to at least {shortest}, as for a prompt without a question"
@@ -102,7 +100,7 @@ class RowBuilder:
   @property
   def shortest_prompt(self) -> int:
     """Tokens of a prompt without a question."""
-    return len(self._prompt(_stand_in(""), 0))
+    return len(self._prompt(_stand_in(""), ()))
 
   @property
   def num_completions(self) -> int:
@@ -114,9 +112,15 @@ class RowBuilder:
     """Counts the tokens of a usable problem's prompt, and its images.
 
     Raises:
-      BadRecord: The prompt or a completion is too long, or the image's header
-        is damaged.
+      BadRecord: The prompt or a completion is too long, an image's header is
+        damaged, or the model sees no pictures.
     """
+    if problem.images and not self.image_size:
+      raise records.BadRecord(
+        "unseen_pictures",
+        f"{problem.pid} has pictures, which model.name ({self.model_name!r}) "
+        "cannot see",
+      )
     num_crops = self._num_crops(problem)
     length = len(self._prompt(problem, num_crops))
     if length > self.prompt_buckets[-1]:
@@ -127,7 +131,7 @@ class RowBuilder:
       )
     if self.num_completions:
       self._completions(problem, [0, 0])
-    return length, self.num_images + num_crops
+    return length, len(num_crops) + sum(num_crops)
 
   def build(
     self, index: int, length: int, position: list[int], shape: tuple[int, int]
@@ -156,7 +160,7 @@ class RowBuilder:
       except UNREADABLE as error:
         warn_unusable(index, error)
     return Row(
-      prompt=self._prompt(_stand_in(""), 0),
+      prompt=self._prompt(_stand_in(""), ()),
       completions=[[]] * self.num_completions,
       labels=[math.nan] * self.num_completions,
       images=self._blank(slots),
@@ -167,16 +171,18 @@ class RowBuilder:
   def _blank(self, slots: int) -> np.ndarray:
     return np.zeros((slots, self.image_size, self.image_size, 3), np.uint8)
 
-  def _num_crops(self, problem: records.Problem) -> int:
-    if not self.num_images:
-      return 0
-    return images.num_crops(problem.images[0], self.pan_and_scan)
+  def _num_crops(self, problem: records.Problem) -> tuple[int, ...]:
+    """The number of crops of each picture."""
+    return tuple(
+      images.num_crops(picture, self.pan_and_scan) for picture in problem.images
+    )
 
-  def _prompt(self, problem: records.Problem, num_crops: int) -> list[int]:
+  def _prompt(
+    self, problem: records.Problem, num_crops: tuple[int, ...]
+  ) -> list[int]:
     return chat_prompts.encode_prompt(
       problem,
       self.tokenizer,
-      num_images=self.num_images,
       soft_tokens=self.soft_tokens,
       num_crops=num_crops,
       template=self.template,
@@ -187,7 +193,7 @@ class RowBuilder:
     problem: records.Problem,
     position: list[int],
     bucket: int,
-    num_crops: int,
+    num_crops: tuple[int, ...],
   ) -> records.Problem:
     """Gives the problem its options in the row's order, if that is asked for.
 
@@ -237,12 +243,17 @@ class RowBuilder:
     """The prompt's images, followed by black ones up to `slots`.
 
     Raises:
-      BadRecord: The image is damaged, or differs from its header.
+      BadRecord: An image is damaged, or differs from its header.
     """
-    views = self._blank(0)
-    if self.num_images:
-      image = images.decode(problem.images[0])
-      views = images.views(image, self.image_size, self.pan_and_scan)
+    views = np.concatenate(
+      [
+        self._blank(0),
+        *(
+          images.views(images.decode(x), self.image_size, self.pan_and_scan)
+          for x in problem.images
+        ),
+      ]
+    )
     chat_prompts.check_images(
       prompt,
       self.tokenizer,

@@ -15,18 +15,31 @@ from absl import logging
 from data_pipelines import prompt_rows, records
 from data_pipelines.text import shuffle_options
 
-# What is wrong with a record that a setting leaves out, and that setting.
-_TOO_LONG = {
+# What is wrong with a record that a setting leaves out, that setting, and what
+# to do if no record is left.
+_LEFT_OUT = {
   "prompt_too_long": (
     "with a prompt of more than {longest_prompt} tokens",
-    "the last of data.prompt_buckets",
+    " (the last of data.prompt_buckets)",
+    "raise data.prompt_buckets",
   ),
   "completion_too_long": (
     "with a completion of more than {longest_completion} tokens",
-    "rollout.max_new_tokens",
+    " (rollout.max_new_tokens)",
+    "raise rollout.max_new_tokens",
+  ),
+  "unseen_pictures": (
+    "with pictures, which model.name ({model!r}) cannot see",
+    "",
+    "set model.name to one with an image tower, such as gemma3_4b, or data.dir "
+    "to problems without pictures",
   ),
 }
-_UNREADABLE = ("that cannot be used, see the warnings", "")
+_UNREADABLE = (
+  "that cannot be used, see the warnings",
+  "",
+  "prepare them again",
+)
 
 
 class RecordIndex(NamedTuple):
@@ -71,7 +84,7 @@ class RecordIndex(NamedTuple):
     """The prompt bucket and the images per row of a batch of these records."""
     longest = max(int(self.lengths.max()), builder.shortest_prompt)
     bucket = next(size for size in builder.prompt_buckets if size >= longest)
-    return bucket, max(int(self.num_images.max()), builder.num_images)
+    return bucket, int(self.num_images.max())
 
 
 def scan(
@@ -79,11 +92,14 @@ def scan(
 ) -> RecordIndex:
   """Measures the first `count` records of the builder's source.
 
-  Logs once how many can be used, and what is wrong with the others.
+  Logs once how many can be used, and what is wrong with the others. Problems
+  with pictures that the model cannot see are padding in an evaluation, where
+  other unusable records are problems without an answer.
 
   Raises:
-    ValueError: `for_training`, and no record can be used, or a usable problem
-      has no public answer.
+    ValueError: The model cannot see the pictures of any problem; or
+      `for_training`, and no record can be used, or a usable problem has no
+      public answer.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
@@ -96,7 +112,9 @@ def scan(
     except prompt_rows.UNREADABLE as error:
       reason = error.reason if isinstance(error, records.BadRecord) else ""
       left_out[reason] += 1
-      if reason not in _TOO_LONG:
+      if reason == "unseen_pictures" and not for_training:
+        lengths[index] = prompt_rows.PADDING
+      if reason not in _LEFT_OUT:
         prompt_rows.warn_unusable(index, error)
       continue
     if builder.shuffle_options and problem.choices:
@@ -125,23 +143,27 @@ def _report(
   for_training: bool,
 ) -> None:
   """Logs how many records can be used; refuses to train on none."""
-  faults: collections.Counter[tuple[str, str]] = collections.Counter()
+  faults = collections.Counter[tuple[str, str, str]]()
   for reason, number in left_out.items():
-    faults[_TOO_LONG.get(reason, _UNREADABLE)] += number
-  limits = {
+    faults[_LEFT_OUT.get(reason, _UNREADABLE)] += number
+  facts = {
     "longest_prompt": builder.prompt_buckets[-1],
     "longest_completion": builder.max_new_tokens,
+    "model": builder.model_name,
   }
   listed = ", ".join(
-    f"{number} {fault.format_map(limits)}" + (setting and f" ({setting})")
-    for (fault, setting), number in faults.items()
+    f"{number} {fault.format_map(facts)}{setting}"
+    for (fault, setting, _), number in faults.items()
   )
   listed = listed and f"; left out: {listed}"
   usable, count = len(index.usable), len(index.lengths)
-  if for_training and not usable:
+  is_unseen = 0 < left_out.get("unseen_pictures", 0) == count
+  if is_unseen or (for_training and not usable):
+    remedies = "; ".join(remedy for _, _, remedy in faults)
+    use = "training" if for_training else "evaluation"
     raise ValueError(
-      f"none of the {count} records can be used for training{listed}. Raise "
-      "what is named here, or prepare the data again."
+      f"none of the {count} records can be used for {use}{listed}. To go on, "
+      f"{remedies or 'prepare the data again'}."
     )
   if builder.split:
     message = "%s: %d of %d problems can be used%s."

@@ -9,6 +9,7 @@ References:
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -95,19 +96,21 @@ def encode_prompt(
   problem: records.Problem,
   tokenizer: tokens.Tokenizer,
   *,
-  num_images: int,
   soft_tokens: int,
-  num_crops: int = 0,
+  num_crops: Sequence[int] | None = None,
   template: Template = TAGGED,
 ) -> list[int]:
   """Encodes the user's turn and the start of the model's turn.
 
-  Images come before the text: all prompts with equally many images have them at
-  the same indices, so attention masks over images can be static. Each image and
-  each crop has `soft_tokens` placeholders. The crops follow their image, with
-  the words of transformers' Gemma3Processor.
+  The pictures stand where the text has an `IMAGE_MARK` for each, or before the
+  text if it has none. Each picture and each crop has `soft_tokens`
+  placeholders. The crops follow their picture, with the words of transformers'
+  Gemma3Processor; `num_crops` counts those of each picture.
+
+  Raises:
+    BadRecord: "image_count" if the marks are not as many as the pictures.
   """
-  chat = tokenizer.chat
+  chat, num_images = tokenizer.chat, len(problem.images)
   image = [
     chat.blank_line,
     tokenizer.start_of_image,
@@ -115,12 +118,27 @@ def encode_prompt(
     tokenizer.end_of_image,
     chat.blank_line,
   ]
+  parts = prompt_text(problem, template=template).split(records.IMAGE_MARK)
+  if len(parts) == 1:
+    parts = [""] * num_images + parts
+  if len(parts) != num_images + 1:
+    raise records.BadRecord(
+      "image_count",
+      f"the prompt has {len(parts) - 1} marks {records.IMAGE_MARK} for "
+      f"{num_images} pictures",
+    )
+  before = [
+    [*tokenizer.encode(part), *_with_crops(image, count, tokenizer)]
+    for part, count in zip(
+      parts[:-1], num_crops or [0] * num_images, strict=True
+    )
+  ]
   return [
     chat.bos,
     chat.start_of_turn,
     *tokenizer.encode(chat.user),
-    *_with_crops(image, num_crops, tokenizer) * num_images,
-    *tokenizer.encode(prompt_text(problem, template=template)),
+    *itertools.chain.from_iterable(before),
+    *tokenizer.encode(parts[-1]),
     chat.end_of_turn,
     chat.newline,
     chat.start_of_turn,

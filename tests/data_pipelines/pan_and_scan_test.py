@@ -64,7 +64,6 @@ SHARED = dict(
   prompt_buckets=(64, 256),
   image_size=IMAGE_SIZE,
   soft_tokens=SOFT_TOKENS,
-  num_images=1,
   shards=(0,),
   shard_count=1,
   pan_and_scan=SETTINGS,
@@ -114,9 +113,8 @@ def test_a_row_shows_its_image_then_its_crops_then_nothing(tokenizer):
       expected = chat_prompts.encode_prompt(
         problem,
         tokenizer,
-        num_images=1,
         soft_tokens=SOFT_TOKENS,
-        num_crops=count - 1,
+        num_crops=[count - 1],
       )
       ids = batch.prompt_ids[row, : batch.prompt_length[row]].tolist()
       assert ids == expected
@@ -242,7 +240,7 @@ def test_options_are_shuffled_only_where_crops_leave_room(
 
 def test_a_model_that_cannot_see_reads_no_header(tokenizer):
   blind = [dataclasses.replace(p, images=()) for p in PROBLEMS]
-  for batch in batches(tokenizer, blind, num_images=0, soft_tokens=0):
+  for batch in batches(tokenizer, blind, image_size=0, soft_tokens=0):
     assert batch.valid.all() and batch.images.shape[1] == 0
 
 

@@ -50,6 +50,8 @@ def make_problem(index):
 
 
 PROBLEMS = [make_problem(index) for index in range(NUM_PROBLEMS)]
+TEXTS = [dataclasses.replace(problem, images=()) for problem in PROBLEMS]
+BLIND = dict(image_size=0, soft_tokens=0, model_name="gemma3_270m")
 
 
 class FailingSource:
@@ -79,7 +81,6 @@ def make_builder(tokenizer, source, **changes):
     kind="online",
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
-    num_images=1,
     shards=(0,),
     shard_count=1,
   )
@@ -215,7 +216,7 @@ def test_a_row_is_its_problem(tokenizer):
     assert batch.valid.all()
     for row, problem in enumerate(batch.problems):
       ids = chat_prompts.encode_prompt(
-        problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
+        problem, tokenizer, soft_tokens=SOFT_TOKENS
       )
       length = batch.prompt_length[row]
       assert batch.prompt_ids[row, :length].tolist() == ids
@@ -240,9 +241,87 @@ def test_prompts_are_padded_to_the_smallest_bucket_that_holds_the_step(
 
 
 def test_a_model_that_cannot_see_gets_no_images(tokenizer):
-  (batch,) = batches(tokenizer, num_images=0, soft_tokens=0, steps=1)
-  assert batch.images.shape == (4, 0, IMAGE_SIZE, IMAGE_SIZE, 3)
+  (batch,) = batches(tokenizer, TEXTS, **BLIND, steps=1)
+  assert batch.images.shape == (4, 0, 0, 0, 3)
   assert GEMMA3.image_placeholder not in batch.prompt_ids
+
+
+def mixed_problem(index):
+  """A problem with 0, 1 or 2 pictures, of which every second marks them."""
+  count = (0, 0, 0, 1, 2)[index % 5]
+  query = " and ".join(["Which", *[records.IMAGE_MARK] * count])
+  return dataclasses.replace(
+    PROBLEMS[index],
+    images=tuple(make_image(index + i) for i in range(count)),
+    query=query if index % 2 else PROBLEMS[index].query,
+  )
+
+
+MIXED = [mixed_problem(index) for index in range(NUM_PROBLEMS)]
+
+
+@pytest.mark.parametrize("shard_count", [1, 2])
+def test_a_row_shows_its_own_pictures_and_a_batch_has_room_for_the_most(
+  tokenizer, shard_count
+):
+  widths = set()
+  shards = [
+    batches(
+      tokenizer,
+      MIXED,
+      steps=13,
+      prompts_per_step=2,
+      shards=(shard,),
+      shard_count=shard_count,
+    )
+    for shard in range(shard_count)
+  ]
+  for parts in zip(*shards, strict=True):
+    batch = joined(parts)
+    most = max(len(problem.images) for problem in batch.problems)
+    widths.add(most)
+    assert batch.valid.all()
+    assert batch.images.shape == (2, most, IMAGE_SIZE, IMAGE_SIZE, 3)
+    for ids, shown, problem in zip(
+      batch.prompt_ids, batch.images, batch.problems, strict=True
+    ):
+      count, index = len(problem.images), int(problem.pid[1:])
+      assert (ids == GEMMA3.image_placeholder).sum() == count * SOFT_TOKENS
+      for i in range(count):
+        colour = [(index + i) * 19 % 256, 255 - index - i, 7]
+        assert (shown[i] == colour).all()
+      assert not shown[count:].any()
+  assert widths == {0, 1, 2}
+
+
+def test_a_text_model_leaves_out_problems_with_pictures(tokenizer, caplog):
+  caplog.set_level(logging.INFO, logger="absl")
+  texts = {p.pid for p in MIXED if not p.images}
+  training = batches(tokenizer, MIXED, **BLIND, split="train", steps=4)
+  asked = {p.pid for batch in training for p in batch.problems}
+  assert asked == texts
+  assert (
+    "train: 9 of 13 problems can be used; left out: 4 with pictures, which "
+    "model.name ('gemma3_270m') cannot see."
+  ) in caplog.text
+  # In an evaluation they do not count as problems, and no row moves.
+  evaluation = list(eval_batches(tokenizer, MIXED, **BLIND, num_problems=13))
+  rows = [p.pid for batch in evaluation for p in batch.problems][:13]
+  assert rows == [p.pid if p.pid in texts else "" for p in MIXED]
+  assert [b.valid.sum() for b in evaluation] == [3, 3, 2, 1]
+
+
+def test_a_text_model_without_a_text_problem_is_refused_by_name(tokenizer):
+  remedy = (
+    r"none of the 13 records .* 13 with pictures, which model.name "
+    r"\('gemma3_270m'\) cannot see. To go on, set model.name to one with an "
+    "image tower, such as gemma3_4b, or data.dir to problems without pictures"
+  )
+  for read in (batches, eval_batches):
+    with pytest.raises(ValueError, match=remedy):
+      read(
+        tokenizer, **BLIND, **({"num_problems": 13} if read != batches else {})
+      )
 
 
 def test_demonstrations_come_with_the_worked_answer(tokenizer):
@@ -351,7 +430,7 @@ def test_a_bad_record_masks_its_row_and_shifts_nothing(tokenizer):
         assert not bad.valid[row]
         asked[problem.pid] = bad.problems[row].pid
         frame = bad.prompt_ids[row, : bad.prompt_length[row]]
-        assert (frame == GEMMA3.image_placeholder).sum() == SOFT_TOKENS
+        assert GEMMA3.image_placeholder not in frame
         assert not bad.images[row].any()
       else:
         assert bad.valid[row]
@@ -484,7 +563,7 @@ def test_shuffled_rows_ask_what_the_reward_will_see(tokenizer, kind):
       letter = chr(65 + problem.choices.index(problem.answer))
       assert verify.verify(f"<answer>{letter}</answer>", problem).correct
       ids = chat_prompts.encode_prompt(
-        problem, tokenizer, num_images=1, soft_tokens=SOFT_TOKENS
+        problem, tokenizer, soft_tokens=SOFT_TOKENS
       )
       length = batch.prompt_length[row]
       assert batch.prompt_ids[row, :length].tolist() == ids
@@ -566,11 +645,7 @@ def test_an_order_that_the_bucket_cannot_hold_is_not_taken(tmp_path):
   tokenizer = tokens.Tokenizer(path)
 
   def length(problem):
-    return len(
-      chat_prompts.encode_prompt(
-        problem, tokenizer, num_images=1, soft_tokens=3
-      )
-    )
+    return len(chat_prompts.encode_prompt(problem, tokenizer, soft_tokens=3))
 
   orders = [
     shuffle_options.shuffle(CHOICES[0], np.random.default_rng(seed))
@@ -608,7 +683,6 @@ def test_prompts_and_completions_follow_the_template(tokenizer, name):
     return chat_prompts.encode_prompt(
       problem,
       tokenizer,
-      num_images=1,
       soft_tokens=SOFT_TOKENS,
       template=template,
     )
@@ -726,7 +800,6 @@ def test_evaluation_takes_problems_without_answers_and_training_does_not(
     (dict(prompt_buckets=(64, 32)), "must ascend"),
     (dict(prompt_buckets=(8,)), "must ascend to at least"),
     (dict(prompt_buckets=()), "must ascend to at least"),
-    (dict(num_images=2), r"num_images \(2\) must be 0 or 1"),
     (dict(shards=(1,)), r"shards \(\(1,\)\) must"),
     (dict(prompt_buckets=(24,)), "none of the 13 records"),
     (dict(kind="demonstrations", max_new_tokens=4), "none of the 13 records"),

@@ -121,13 +121,13 @@ def test_images_are_introduced_in_the_words_of_transformers(
   files, theirs, tokenizer, row
 ):
   problem = records.from_result({"question": "How many?", "query": "How many?"})
+  problem = dataclasses.replace(problem, images=(b"image",))
   for i, data in enumerate(files):
     ids = chat_prompts.encode_prompt(
       problem,
       tokenizer,
-      num_images=1,
       soft_tokens=SOFT_TOKENS,
-      num_crops=images.num_crops(data, SETTINGS[row]),
+      num_crops=[images.num_crops(data, SETTINGS[row])],
     )
     assert spelt(ids, tokenizer) == (
       f"<bos><start_of_turn>user\n{theirs[f'text_{row}_{i}']}"

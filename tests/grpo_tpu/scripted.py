@@ -197,7 +197,6 @@ def make_builder(source, tokenizer, **changes):
     max_new_tokens=MAX_NEW_TOKENS,
     image_size=IMAGE_SIZE,
     soft_tokens=SOFT_TOKENS,
-    num_images=1,
     shards=(0,),
     shard_count=1,
   )

@@ -216,13 +216,13 @@ def test_a_prompt_is_gemmas_chat_turn_id_by_id(tokenizer):
     question_type="free_form",
     answer_type="text",
     query=CAPITAL,
+    images=(b"image",),
     solution="",
     metadata={},
   )
   ids = chat_prompts.encode_prompt(
     problem,
     tokenizer,
-    num_images=1,
     soft_tokens=3,
     template=chat_prompts.TEMPLATES["plain"],
   )
