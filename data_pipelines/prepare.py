@@ -48,6 +48,22 @@ def _define_flags() -> None:
   flags.DEFINE_float(
     "max_reject_fraction", 0.01, "Fail above this share of unusable records."
   )
+  flags.DEFINE_list(
+    "split",
+    [],
+    "The splits to divide into train and eval, or train=NAME,eval=NAME to keep "
+    "them. By default the names of the splits decide.",
+  )
+  flags.DEFINE_enum(
+    "near_duplicates",
+    "exact",
+    ["exact", "perceptual", "none"],
+    "What train loses to eval: images with equal pixels, also those that look "
+    "alike, or nothing.",
+  )
+  flags.DEFINE_list(
+    "exclude", [], "Data dirs; what also stands in one of them never trains."
+  )
   flags.DEFINE_integer("num_problems", 10_000, "Number of synthetic problems.")
   flags.DEFINE_integer(
     "difficulty", 2, "Difficulty of synthetic problems, 1-5."
@@ -73,15 +89,18 @@ def _define_flags() -> None:
 
 def _from_flags(cls: type, **given: Any) -> Any:
   """An object whose other fields are the flags with their names."""
-  names = {field.name for field in dataclasses.fields(cls)} - given.keys()
-  return cls(**given, **{name: getattr(FLAGS, name) for name in names})
+  for field in dataclasses.fields(cls):
+    if field.name not in given and field.name in FLAGS:
+      value = getattr(FLAGS, field.name)
+      given[field.name] = tuple(value) if isinstance(value, list) else value
+  return cls(**given)
 
 
 def _request() -> build.Request:
   source = FLAGS.source
   if source == build.SYNTHETIC:
     with validation.user_errors():
-      source = _from_flags(synthetic.Spec, kinds=tuple(FLAGS.kinds))
+      source = _from_flags(synthetic.Spec)
   return _from_flags(build.Request, source=source)
 
 

@@ -37,17 +37,24 @@ class Request:
   """The source and the contents of a data dir.
 
   Attributes:
-    source: The settings of synthetic problems, or a folder that `folders` can
-      read.
+    source: The settings of synthetic problems, a path that `folders` can read,
+      or such a path for each of `train`, `eval` and `test`.
     data_dir: The folder to build.
     seed: Another seed is another division into train and eval.
     eval_fraction: Expected share of the answered images that `eval` gets; 0
       makes no `eval`, 1 no `train`.
     vocab_size: Largest number of pieces of the tokenizer.
     max_reject_fraction: Largest share of unusable records.
+    columns: The source's column for each of ours that is not to be guessed.
+    unchecked_answers: "keep" keeps records whose answer no rule can check.
+    split: Names of the source's splits to divide, or `train=NAME` and
+      `eval=NAME` to keep them; () follows their names.
+    near_duplicates: Images that are withheld from `train` because of `eval`:
+      "exact" copies, "perceptual" for look-alikes too, or "none".
+    exclude: Data dirs; what also stands in one of them never trains.
   """
 
-  source: synthetic.Spec | str
+  source: synthetic.Spec | str | Mapping[str, str]
   data_dir: str
   seed: int = field(metadata=validation.at_least(0))
   eval_fraction: float = field(metadata=validation.interval("[0, 1]", 0.2))
@@ -55,6 +62,16 @@ class Request:
   max_reject_fraction: float = field(
     metadata=validation.interval("[0, 1)", 0.01)
   )
+  columns: Mapping[str, str] = field(default_factory=dict)
+  unchecked_answers: str = field(
+    default="reject", metadata=validation.one_of(("reject", "keep"))
+  )
+  split: tuple[str, ...] = ()
+  near_duplicates: str = field(
+    default="exact",
+    metadata=validation.one_of(("exact", "perceptual", "none")),
+  )
+  exclude: tuple[str, ...] = ()
 
   def __post_init__(self):
     with validation.user_errors():
