@@ -15,7 +15,12 @@ from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.sources import build, stored
-from data_pipelines.text import chat_prompts, own_tokenizer, untrusted
+from data_pipelines.text import (
+  chat_prompts,
+  own_tokenizer,
+  run_prompts,
+  untrusted,
+)
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
 from data_pipelines.validation import printable, require
@@ -41,9 +46,10 @@ class Dataset:
     eval: Problems to evaluate on.
     completions: Labelled completions for kind "preference"; None for
       others.
-    identity: Fingerprints of the records, the tokenizers and the file of
-      labelled completions, if any, and of the records that training leaves out.
-      A run resumes only with equal ones.
+    identity: Fingerprints of the records, the tokenizers, the files of labelled
+      completions and of the template, if any, and of the records that training
+      leaves out. A run resumes only with equal ones.
+    template: How prompts ask for completions.
     train_index: Sizes of the records to train on; None measures them later.
   """
 
@@ -54,6 +60,7 @@ class Dataset:
   eval: records.Source
   completions: preferences.Source | None
   identity: dict[str, str]
+  template: chat_prompts.Template = chat_prompts.TAGGED
   train_index: record_index.RecordIndex | None = None
 
   def train_batches(
@@ -169,25 +176,33 @@ class Dataset:
       soft_tokens=self.model.soft_tokens,
       model_name=self.model.name,
       pan_and_scan=settings.pan_and_scan,
-      template=chat_prompts.TEMPLATES[settings.prompt_template],
+      template=self.template,
       **arguments,
     )
 
 
 def open_dataset(
-  settings: DataConfig, model: ModelInputs, workdir: str, *, for_training: bool
+  settings: DataConfig,
+  model: ModelInputs,
+  workdir: str,
+  *,
+  for_training: bool,
+  seed: int = 0,
 ) -> Dataset:
   """Opens the data dir of a run, or makes the synthetic one in its workdir.
 
   An evaluation opens the eval split alone, and neither terms of use nor missing
-  answers stop it.
+  answers stop it. The seed draws the solved examples of `data.few_shot`.
 
   Raises:
     ValueError: The data do not exist, do not fit the model, or may not be
       trained on.
   """
   # Everything that needs no data is checked before data are drawn.
-  completions, file_identity = _open_completions(settings)
+  template = chat_prompts.open_template(settings.prompt_template)
+  completions, file_identity = _open_completions(settings, template)
+  if template.file:
+    file_identity[chat_prompts.OF_TEMPLATE] = template.fingerprint
   folder = pathlib.Path(settings.dir or pathlib.Path(workdir) / "data")
   own = own_tokenizer.find(model.weights)
   tokenizer = _open_tokenizer(settings, model, own)
@@ -210,17 +225,26 @@ def open_dataset(
   tokenizer = tokenizer or _open_small_tokenizer(model, folder, manifest)
   if not settings.tokenizer:
     _check_recorded(model, own, tokenizer)
-  train = None
-  if for_training:
+  train, evaluated = None, stored.source(folder, settings.eval_split)
+  if for_training or settings.few_shot:
     train = stored.source(folder, settings.train_split)
+  template = run_prompts.complete(
+    template,
+    system=settings.system_prompt,
+    few_shot=settings.few_shot,
+    seed=seed,
+    train=[train] if train else [],
+    asked=[x for x in (train, evaluated) if x],
+  )
   data = Dataset(
     settings=settings,
     model=model,
     tokenizer=tokenizer,
-    train=train,
-    eval=stored.source(folder, settings.eval_split),
+    train=train if for_training else None,
+    eval=evaluated,
     completions=completions,
     identity=identity | file_identity,
+    template=template,
   )
   return data.measure_train_records() if for_training else data
 
@@ -262,14 +286,13 @@ def synthetic_request(
 
 
 def _open_completions(
-  settings: DataConfig,
+  settings: DataConfig, template: chat_prompts.Template
 ) -> tuple[preferences.Source | None, dict[str, str]]:
   """Opens the labelled completions of a run, and hashes their file, if any."""
   if settings.kind != "preference":
     return None, {}
   count, file = settings.preference_completions, settings.preference_file
   if not file:
-    template = chat_prompts.TEMPLATES[settings.prompt_template]
     kinds = settings.preference_kinds
     return preferences.synthesize(count, kinds=kinds, template=template), {}
   completions = preferences.from_file(file, count)

@@ -177,6 +177,14 @@ def official_query(problem: Problem) -> str:
   return "\n".join(lines).strip()
 
 
+def has_hint(problem: Problem) -> bool:
+  """True if MathVista has a hint for such an answer."""
+  if problem.answer_type == "float":
+    return 1 <= problem.precision <= MAX_PRECISION
+  is_choice = problem.question_type == "multi_choice"
+  return is_choice or problem.answer_type in ("integer", "list")
+
+
 def plain_query(problem: Problem) -> str:
   """The question and its options, without a hint how to answer."""
   return "\n".join([_with_unit(problem), *_lettered(problem)]).strip()

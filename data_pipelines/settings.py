@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import completions
 from data_pipelines.sources import synthetic
-from data_pipelines.text import chat_prompts
+from data_pipelines.text import chat_prompts, template_files
 from data_pipelines.validation import (
   at_least,
   check_fields,
@@ -13,6 +13,7 @@ from data_pipelines.validation import (
   is_path,
   one_of,
   require_all,
+  require_one_of,
 )
 
 
@@ -37,7 +38,13 @@ class DataConfig:
     prompts_per_step: Prompts of a step, over all hosts (`B`).
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
     prompt_template: How prompts ask for a completion, and how completions made
-      by the data pipeline state the answer.
+      by the data pipeline state the answer: tagged, boxed, plain, reasoned,
+      mathvista (the official query with its hint), or the path of a .jinja
+      file, see docs/data.md.
+    system_prompt: Text before the first user's turn, as Gemma 3's chat template
+      has it; "" for none.
+    few_shot: Solved examples in each prompt, for base models: problems without
+      pictures of the train split, drawn by the seed; never the one asked.
     shuffle_options: Shuffle the options of each training prompt; evaluation
       never does.
     pan_and_scan: Crops of long images, shown after the whole image in training
@@ -63,7 +70,9 @@ class DataConfig:
   worker_processes: int = field(metadata=interval("[0, inf)", 0))
   prompts_per_step: int = field(metadata=at_least(1))
   prompt_buckets: tuple[int, ...]
-  prompt_template: str = field(metadata=one_of(chat_prompts.TEMPLATES))
+  prompt_template: str = field(metadata=is_path())
+  system_prompt: str
+  few_shot: int = field(metadata=interval("[0, 64]", 4))
   shuffle_options: bool
   pan_and_scan: images.PanAndScan
   preference_completions: int = field(metadata=at_least(2))
@@ -74,6 +83,9 @@ class DataConfig:
 
   def __post_init__(self):
     check_fields(self, "data")
+    name, known = self.prompt_template, (*chat_prompts.TEMPLATES, "PATH.jinja")
+    if not name.endswith(template_files.SUFFIX):
+      require_one_of("data.prompt_template", name, known)
     lengths = self.prompt_buckets
     ascend = list(lengths) == sorted({n for n in lengths if n > 0})
     require_all(

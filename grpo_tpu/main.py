@@ -71,7 +71,11 @@ def _open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   from grpo_tpu.train import loop
 
   data = dataset.open_dataset(
-    config.data, config.model_inputs, workdir, for_training=mode == "train"
+    config.data,
+    config.model_inputs,
+    workdir,
+    for_training=mode == "train",
+    seed=config.seed,
   )
   if mode == "evaluate":
     return partial(evaluate.run, config, workdir, data), data.identity

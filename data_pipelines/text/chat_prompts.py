@@ -1,19 +1,22 @@
 """Encodes problems as chat prompts, and worked answers as completions.
 
-A template adds an instruction to the official query, and writes completions
-that follow the instruction. Images are runs of placeholders.
+A template adds an instruction to the query, or is a file that writes the whole
+text; completions follow it. Images are runs of placeholders.
 
 References:
   Gemma 3's chat and image layout: https://arxiv.org/abs/2503.19786
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from data_pipelines import records
+from data_pipelines.text import template_files
 from data_pipelines.text import tokenizer as tokens
 
 
@@ -21,15 +24,30 @@ from data_pipelines.text import tokenizer as tokens
 class Template:
   """The instruction on how to answer, and completions that follow it."""
 
-  instruction: str  # Text after the official query; "" adds none.
+  instruction: str  # Text after the query; "" adds none.
   # Texts before and after the reasoning, and the answer, of a completion.
   reasoning: tuple[str, str] = ("", "")
   answer: tuple[str, str] = ("<answer>", "</answer>")
+  is_official: bool = False  # True asks MathVista's query where there is one.
+  file: template_files.TemplateFile | None = None  # Writes the whole text.
+  system: str = ""  # Text before the first turn's.
+  # Solved problems without pictures; the last is a spare, shown where one of
+  # the others is asked.
+  examples: tuple[records.Problem, ...] = ()
 
   @property
   def fingerprint(self) -> str:
-    """SHA-256 of all its text, in hexadecimal."""
-    text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+    """SHA-256 of its wording, without what other settings add to it."""
+    parts = {
+      "instruction": self.instruction,
+      "reasoning": self.reasoning,
+      "answer": self.answer,
+    }
+    if self.is_official:
+      parts["is_official"] = True
+    if self.file:
+      parts["file"] = self.file.source
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -46,7 +64,11 @@ TEMPLATES = {
     "as <answer>...</answer>.",
     reasoning=("<reasoning>", "</reasoning>"),
   ),
+  "mathvista": Template("", answer=("The answer is ", "."), is_official=True),
 }
+
+# The name of a template's fingerprint in the record of a run.
+OF_TEMPLATE = "data.prompt_template: its text"
 
 # Text before an image that is also shown in crops, and before its crops.
 _CROPS = (
@@ -55,13 +77,115 @@ _CROPS = (
 )
 
 
+def open_template(name: str) -> Template:
+  """The built-in template of this name, or that of a jinja file.
+
+  Raises:
+    ValueError: The file is missing, or is no text of a template.
+  """
+  if name in TEMPLATES:
+    return TEMPLATES[name]
+  file = template_files.read(name)
+  if file.answer_style not in TEMPLATES:
+    reason = f"its comment asks for the answer as {file.answer_style}"
+    raise file.refuse(reason, f"choose one of {', '.join(TEMPLATES)}")
+  style = TEMPLATES[file.answer_style]
+  return dataclasses.replace(
+    style, instruction="", is_official=False, file=file
+  )
+
+
+def asks_for_tag(name: str) -> bool:
+  """True if prompts ask for the <answer> tag, or if a file is not here yet."""
+  with contextlib.suppress(ValueError):
+    template = open_template(name)
+    text = template.file.source if template.file else template.instruction
+    return "<answer>" in text
+  return True
+
+
 def prompt_text(
   problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
-  """The text of the user's turn: the official query and the instruction."""
-  if not template.instruction:
-    return problem.query
-  return f"{problem.query}\n{template.instruction}"
+  """The text of the user's turn, with its image marks if it has any.
+
+  Raises:
+    BadRecord: The template's file cannot write it.
+  """
+  if template.file:
+    return _render(problem, template)
+  query = problem.query
+  if template.is_official and records.has_hint(problem):
+    query = records.official_query(problem)
+  return f"{query}\n{template.instruction}" if template.instruction else query
+
+
+def _render(problem: records.Problem, template: Template) -> str:
+  """The text that the template's file writes; "" for a stand-in."""
+  assert template.file
+  if not problem.question:
+    return ""
+  return template.file.render(variables(problem, template))
+
+
+def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
+  """The variables of a template's file, never with the problem's answer."""
+  has_marks = records.IMAGE_MARK in problem.question + problem.query
+  count = len(problem.images)
+  return _question(problem) | {
+    "image": records.IMAGE_MARK,
+    "images": "" if has_marks else records.IMAGE_MARK * count,
+    "num_images": count,
+    "examples": [
+      _question(each)
+      | {
+        "answer": each.answer,
+        "solution": each.solution,
+        "completion": demonstration(each, template=template),
+      }
+      for each in examples(problem, template)
+    ],
+  }
+
+
+def _question(problem: records.Problem) -> dict[str, Any]:
+  return {
+    "question": problem.question,
+    "query": problem.query,
+    "choices": [
+      {"letter": chr(65 + i), "text": text}
+      for i, text in enumerate(problem.choices)
+    ],
+    "unit": problem.unit,
+    "precision": problem.precision,
+    "question_type": problem.question_type,
+    "answer_type": problem.answer_type,
+    "metadata": dict(problem.metadata),
+  }
+
+
+def examples(
+  problem: records.Problem, template: Template
+) -> list[records.Problem]:
+  """The solved problems shown with this one, which is never among them."""
+  shown = [x for x in template.examples if x.question != problem.question]
+  return shown[: max(0, len(template.examples) - 1)]
+
+
+def earlier_turns(
+  problem: records.Problem, template: Template
+) -> list[tuple[str, str]]:
+  """The user's text and the completion of each example, shown as turns.
+
+  A template's file that uses `examples` has placed them in its own text.
+  """
+  if not template.examples or (template.file and template.file.uses_examples):
+    return []
+  bare = dataclasses.replace(template, examples=())
+  return [
+    (prompt_text(x, template=bare), demonstration(x, template=template))
+    for x in examples(problem, template)
+  ]
 
 
 def demonstration(
@@ -105,7 +229,9 @@ def encode_prompt(
   The pictures stand where the text has an `IMAGE_MARK` for each, or before the
   text if it has none. Each picture and each crop has `soft_tokens`
   placeholders. The crops follow their picture, with the words of transformers'
-  Gemma3Processor; `num_crops` counts those of each picture.
+  Gemma3Processor; `num_crops` counts those of each picture. The system text
+  opens the first user's turn, and solved examples are earlier turns, as in
+  Gemma 3's own template.
 
   Raises:
     BadRecord: "image_count" if the marks are not as many as the pictures.
@@ -133,10 +259,18 @@ def encode_prompt(
       parts[:-1], num_crops or [0] * num_images, strict=True
     )
   ]
+  system = tokenizer.encode(f"{template.system}\n\n" * bool(template.system))
+  ids = [chat.bos]
+  for asked, completion in earlier_turns(problem, template):
+    for role, text in ((chat.user, asked), (chat.model, completion)):
+      ids += [chat.start_of_turn, *tokenizer.encode(role), *system]
+      ids += [*tokenizer.encode(text), chat.end_of_turn, chat.newline]
+      system = []
   return [
-    chat.bos,
+    *ids,
     chat.start_of_turn,
     *tokenizer.encode(chat.user),
+    *system,
     *itertools.chain.from_iterable(before),
     *tokenizer.encode(parts[-1]),
     chat.end_of_turn,

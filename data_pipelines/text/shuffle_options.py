@@ -6,6 +6,7 @@ letters move. A problem whose words depend on the order keeps its order.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,15 +27,17 @@ def shuffle(
   order = rng.permutation(len(problem.choices))
   choices = tuple(problem.choices[i] for i in order)
   changed = dataclasses.replace(problem, choices=choices)
-  return records.with_official_query(changed)
+  layout = _layout(problem)
+  assert layout is not None  # Or its order were fixed.
+  return dataclasses.replace(changed, query=layout(changed))
 
 
 def is_fixed(problem: records.Problem) -> bool:
   """True if there are no options to move, or if they must keep their order.
 
   They must if the question or the solution refers to one by letter or position,
-  if an option is or contains such a letter or refers to other options, or if
-  the query differs from the official layout.
+  if an option is or contains such a letter, refers to other options or shows an
+  image, or if the query is neither the official nor the plain one.
   """
   if problem.question_type != "multi_choice" or len(problem.choices) < 2:
     return True
@@ -47,5 +50,14 @@ def is_fixed(problem: records.Problem) -> bool:
       for text in (problem.solution, *problem.choices)
     )
     or any(map(_RE.relative.search, problem.choices))
-    or problem.query != records.official_query(problem)
+    or any(records.IMAGE_MARK in text for text in problem.choices)
+    or _layout(problem) is None
   )
+
+
+def _layout(
+  problem: records.Problem,
+) -> Callable[[records.Problem], str] | None:
+  """The function that has written the problem's query."""
+  layouts = (records.official_query, records.plain_query)
+  return next((x for x in layouts if x(problem) == problem.query), None)

@@ -249,7 +249,7 @@ def _check_rewards(config: Config) -> None:
     ),
   )
   weight, name = config.rewards.weights["format"], config.data.prompt_template
-  asks = "<answer>" in chat_prompts.TEMPLATES[name].instruction
+  asks = chat_prompts.asks_for_tag(name)
   require(
     asks or not weight or not is_online,
     "rewards.format",

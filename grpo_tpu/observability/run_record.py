@@ -127,9 +127,13 @@ class RunRecord:
       for name, value in settings.items()
       if not f"{name}.".startswith(tuple(dropped))
     }
-    # A later version may word the template of this name differently.
-    template = chat_prompts.TEMPLATES[settings["data.prompt_template"]]
-    kept["data.prompt_template: its text"] = template.fingerprint
+    # A later version may word the template of this name differently. A file is
+    # known by its contents, which are among the data.
+    name = settings["data.prompt_template"]
+    if template := chat_prompts.TEMPLATES.get(name):
+      kept[chat_prompts.OF_TEMPLATE] = template.fingerprint
+    else:
+      kept["data.prompt_template"] = pathlib.Path(name).name
     return kept | dict(self.data)
 
   def _changes(

@@ -119,7 +119,11 @@ class Trainer:
     if `data.dir` is empty.
     """
     data = dataset.open_dataset(
-      config.data, config.model_inputs, workdir, for_training=True
+      config.data,
+      config.model_inputs,
+      workdir,
+      for_training=True,
+      seed=config.seed,
     )
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     return cls(config, data, mesh)

@@ -230,6 +230,7 @@ PROMPTS_AND_REPLIES = {
     "<reasoning>2 + 3 = 5.</reasoning> <answer>5</answer>",
     "<answer>5</answer>",
   ),
+  "mathvista": ("", "2 + 3 = 5. The answer is 5.", "The answer is 5."),
 }
 
 
