@@ -8,6 +8,7 @@ docs/data-and-terms.md for the details.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_pipelines.sources import build, synthetic
 
 FLAGS = flags.FLAGS
 
+_SPLITS = ("train", "eval", "test")
 # What a run without a data dir draws: a test compares them with the defaults of
 # the settings.
 _KINDS = (
@@ -32,9 +34,27 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "source",
     build.SYNTHETIC,
-    "'synthetic' to draw problems, or a folder: a MathVista snapshot "
-    "(testmini-*.parquet, also on gs://), the GitHub layout (testmini.json and "
-    "images/), or a data dir.",
+    "'synthetic' to draw problems, or a folder or file of problems, also on "
+    "gs://, or one for each split: train=PATH,eval=PATH,test=PATH. See "
+    "docs/data.md for the formats.",
+  )
+  flags.DEFINE_list(
+    "columns",
+    [],
+    "The source's columns that are not to be guessed, as question=problem,"
+    "answer=reward_model.ground_truth; pid= for no such column.",
+  )
+  flags.DEFINE_enum(
+    "unchecked_answers",
+    "reject",
+    ["reject", "keep"],
+    "Records without an answer, or with one that no rule can check: reject "
+    "them, or keep them for rewards that need no rule.",
+  )
+  flags.DEFINE_float(
+    "tolerance",
+    None,
+    "Largest relative error of a right number; 0.05 for ChartQA.",
   )
   flags.DEFINE_string("data_dir", "", "The folder to build.")
   flags.DEFINE_bool(
@@ -101,7 +121,31 @@ def _request() -> build.Request:
   if source == build.SYNTHETIC:
     with validation.user_errors():
       source = _from_flags(synthetic.Spec)
-  return _from_flags(build.Request, source=source)
+  elif re.match(f"({'|'.join(_SPLITS)})=", source):
+    source = _pairs("source", source.split(","), _SPLITS)
+  columns = _pairs("columns", FLAGS.columns)
+  return _from_flags(build.Request, source=source, columns=columns)
+
+
+def _pairs(
+  flag: str, items: Sequence[str], known: Sequence[str] = ()
+) -> dict[str, str]:
+  """The names on the left of "=", each with what stands on the right.
+
+  Raises:
+    SettingError: An item has no "=", or a name is unknown or there twice.
+  """
+  pairs: dict[str, str] = {}
+  for item in items:
+    name, sign, value = item.strip().partition("=")
+    if not sign or name in pairs or (known and name not in known):
+      names = ", ".join(known) or "ours=theirs"
+      raise validation.SettingError(
+        f"{flag} ({','.join(items)!r}) must be pairs of {names}, each name "
+        f"once, but holds {item!r}; see --help."
+      )
+    pairs[name] = value
+  return pairs
 
 
 def main(argv: Sequence[str]) -> None:

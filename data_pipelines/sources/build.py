@@ -47,6 +47,7 @@ class Request:
     max_reject_fraction: Largest share of unusable records.
     columns: The source's column for each of ours that is not to be guessed.
     unchecked_answers: "keep" keeps records whose answer no rule can check.
+    tolerance: Largest relative error of a right number; None for the source's.
     split: Names of the source's splits to divide, or `train=NAME` and
       `eval=NAME` to keep them; () follows their names.
     near_duplicates: Images that are withheld from `train` because of `eval`:
@@ -65,6 +66,9 @@ class Request:
   columns: Mapping[str, str] = field(default_factory=dict)
   unchecked_answers: str = field(
     default="reject", metadata=validation.one_of(("reject", "keep"))
+  )
+  tolerance: float | None = field(
+    default=None, metadata=validation.interval("[0, 1)", 0.05)
   )
   split: tuple[str, ...] = ()
   near_duplicates: str = field(
