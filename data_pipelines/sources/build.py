@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.sources import folders, intake, mathvista, stored, synthetic
+from data_pipelines.sources import files, intake, mathvista, stored, synthetic
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
@@ -37,7 +37,7 @@ class Request:
   """The source and the contents of a data dir.
 
   Attributes:
-    source: The settings of synthetic problems, a path that `folders` can read,
+    source: The settings of synthetic problems, a path that `files` can read,
       or such a path for each of `train`, `eval` and `test`.
     data_dir: The folder to build.
     seed: Another seed is another division into train and eval.
@@ -137,18 +137,18 @@ def build_data_dir(
   return manifest
 
 
-def _open_source(request: Request) -> tuple[folders.Readers, dict[str, Any]]:
+def _open_source(request: Request) -> tuple[files.Readers, dict[str, Any]]:
   """The source's readers, and the options that a manifest must match."""
   options = asdict(request)
   del options["data_dir"]
   if isinstance(request.source, synthetic.Spec):
     spec = request.source
     draw = functools.cache(lambda: list(synthetic.problems(spec)))
-    readers: folders.Readers = {SYNTHETIC: draw}
+    readers: files.Readers = {SYNTHETIC: draw}
   else:
     is_remote = "://" in request.source
     path = None if is_remote else validation.to_path("source", request.source)
-    folder = folders.find(path or request.source)
+    folder = files.find(path or request.source)
     # Names and contents, not the path: a snapshot may be moved.
     readers, options["source"] = folder.readers, "folder"
     options["files"] = folder.files
@@ -267,7 +267,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _write(
   request: Request,
-  readers: folders.Readers,
+  readers: files.Readers,
   options: dict[str, Any],
   folder: pathlib.Path,
 ) -> dict[str, Any]:

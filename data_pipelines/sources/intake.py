@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines import images, records
 from data_pipelines.sources import (
-  folders,
+  files,
   mathvista,
   near_duplicates,
   stored,
@@ -41,7 +41,7 @@ class AcceptedRecord:
 
 
 def check_records(
-  readers: folders.Readers,
+  readers: files.Readers,
 ) -> tuple[list[AcceptedRecord], list[dict[str, Any]]]:
   """The usable records, and the rejected ones with their reasons."""
   accepted: list[AcceptedRecord] = []
@@ -72,17 +72,23 @@ def check_records(
   ], rejects
 
 
-def _problem(raw: folders.RawRecord) -> records.Problem:
+def _problem(raw: files.RawRecord) -> records.Problem:
   """The problem of a record, which may raise anything."""
   if isinstance(raw, records.BadRecord):
     raise raw
-  return raw if isinstance(raw, records.Problem) else records.from_row(raw)
+  if isinstance(raw, records.Problem):
+    return raw
+  row = raw.values
+  if "decoded_image" not in row:
+    image = raw.read(row.get("image"))
+    row = {**row, "decoded_image": {"bytes": image}}
+  return records.from_row(row)
 
 
-def _pid(raw: folders.RawRecord) -> str | None:
+def _pid(raw: files.RawRecord) -> str | None:
   """The pid for a message; of any type in the source."""
-  if isinstance(raw, Mapping):
-    pid = raw.get("pid")
+  if isinstance(raw, files.Row):
+    pid = raw.values.get("pid")
   else:
     pid = raw.pid if isinstance(raw, records.Problem) else None
   if isinstance(pid, str):
@@ -91,7 +97,7 @@ def _pid(raw: folders.RawRecord) -> str | None:
 
 
 def _summarize(
-  key: tuple[str, int], raw: folders.RawRecord
+  key: tuple[str, int], raw: files.RawRecord
 ) -> tuple[AcceptedRecord, near_duplicates.ImageHash | None]:
   """The summary of a record, and the hash of how its image looks."""
   problem = _problem(raw)
@@ -188,7 +194,7 @@ def assign_splits(
 
 
 def read_split(
-  readers: folders.Readers, assigned: Mapping[tuple[str, int], str], split: str
+  readers: files.Readers, assigned: Mapping[tuple[str, int], str], split: str
 ) -> Iterator[records.Problem]:
   """Reads the problems of one split from the source again."""
   keys = dict.fromkeys(key for key, side in assigned.items() if side == split)

@@ -15,9 +15,9 @@ from PIL import Image
 from data_pipelines import images, records
 from data_pipelines.preferences import completions, label_results
 from data_pipelines.scoring import score_file
-from data_pipelines.sources import folders, intake, stored
+from data_pipelines.sources import files, intake, stored
 from data_pipelines.validation import SettingError
-from tests.data_pipelines.sources import folders_test
+from tests.data_pipelines.sources import files_test
 from tests.fuzz import harness
 
 FORMATS = {
@@ -79,7 +79,7 @@ def test_a_picture_is_decoded_or_a_bad_record(name, seconds, monkeypatch):
 def check_source(folder):
   """Reads a source as prepare does: each record is kept or rejected."""
   try:
-    found = folders.find(folder)
+    found = files.find(folder)
     kept, rejects = intake.check_records(found.readers)
   except SettingError as error:
     assert str(folder) in str(error)
@@ -97,14 +97,14 @@ def check_source(folder):
 @harness.both_durations
 def test_records_of_testmini_are_kept_or_rejected(tmp_path, seconds):
   entries = {
-    "1": folders_test.ENTRY,
-    "2": folders_test.ENTRY
+    "1": files_test.ENTRY,
+    "2": files_test.ENTRY
     | {"question_type": "multi_choice", "answer_type": "text"}
     | {"choices": ["3", "4"], "metadata": {"skills": ["a"], "source": "TQA"}},
-    "3": folders_test.ENTRY
+    "3": files_test.ENTRY
     | {"answer_type": "float", "precision": 1, "answer": "0.5", "unit": "g"},
   }
-  folder = folders_test.github(tmp_path, entries)
+  folder = files_test.github(tmp_path, entries)
 
   def read(content):
     (folder / "testmini.json").write_bytes(content)
@@ -115,7 +115,7 @@ def test_records_of_testmini_are_kept_or_rejected(tmp_path, seconds):
 
 @harness.both_durations
 def test_rows_of_parquet_are_kept_or_rejected(tmp_path, seconds):
-  folder = folders_test.parquet(tmp_path / "valid", ("1", "2", "3"))
+  folder = files_test.parquet(tmp_path / "valid", ("1", "2", "3"))
   (path,) = folder.iterdir()
   plain = io.BytesIO()
   pq.write_table(
@@ -131,7 +131,7 @@ def test_rows_of_parquet_are_kept_or_rejected(tmp_path, seconds):
 
 
 RESULT = {
-  **folders_test.ENTRY,
+  **files_test.ENTRY,
   "metadata": {"source": "TQA", "skills": ["a", "b"], "grade": "x"},
   "response": "The answer is 3.",
   "extraction": "3",

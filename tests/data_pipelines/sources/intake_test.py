@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import images, records
-from data_pipelines.sources import intake, synthetic
+from data_pipelines.sources import files, intake, synthetic
 
 SPEC = synthetic.Spec(
   num_problems=40,
@@ -65,6 +65,10 @@ def with_bad():
   ]
 
 
+def no_file(name):
+  raise records.BadRecord("missing_image", f"no {name!r}")
+
+
 def readers(**problems):
   return {split: lambda p=p: iter(p) for split, p in problems.items()}
 
@@ -93,6 +97,7 @@ def test_a_rejected_record_does_not_claim_its_pid():
 
 def test_rows_that_are_no_problem_are_rejected_too():
   rows = [{}, {"pid": "1", "decoded_image": {"bytes": b"GIF89a"}}]
+  rows = [files.Row(row, no_file) for row in rows]
   _, rejects = intake.check_records(readers(testmini=rows))
   assert [(r["pid"], r["reason"]) for r in rejects] == [
     (None, "missing_image"),
@@ -123,7 +128,7 @@ def test_the_pid_of_a_reject_is_a_short_text():
     {"a": b"PNG" * 10**6},
     10**5000,
   ]
-  rows = [{"pid": pid} for pid in pids]
+  rows = [files.Row({"pid": pid}, no_file) for pid in pids]
   _, rejects = intake.check_records(readers(testmini=rows))
   for reject in rejects:
     assert len(reject["pid"]) <= 64 and reject["pid"].isprintable()
