@@ -7,14 +7,14 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from etils import epath
+from absl import logging
 
 from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
-from data_pipelines.sources import build, stored
+from data_pipelines.sources import build, data_dirs, mixtures
 from data_pipelines.text import (
   chat_prompts,
   own_tokenizer,
@@ -22,16 +22,6 @@ from data_pipelines.text import (
   untrusted,
 )
 from data_pipelines.text import tokenizer as tokens
-from data_pipelines.text.chat_format import GEMMA3
-from data_pipelines.validation import printable, require
-
-_MANIFEST_FIELDS = {
-  "fingerprint": str,
-  "terms": str,
-  "counts": dict,
-  "tokenizer": dict,
-  "files": dict,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +34,7 @@ class Dataset:
     tokenizer: Encodes prompts and decodes completions.
     train: Problems to train on; None for a run that does not train.
     eval: Problems to evaluate on.
+    shares: The share of each data set in the prompts, as whole numbers.
     completions: Labelled completions for kind "preference"; None for
       others.
     identity: Fingerprints of the records, the tokenizers, the files of labelled
@@ -56,8 +47,9 @@ class Dataset:
   settings: DataConfig
   model: ModelInputs
   tokenizer: tokens.Tokenizer
-  train: stored.Source | None
+  train: records.Source | None
   eval: records.Source
+  shares: tuple[int, ...]
   completions: preferences.Source | None
   identity: dict[str, str]
   template: chat_prompts.Template = chat_prompts.TAGGED
@@ -84,6 +76,7 @@ class Dataset:
       builder,
       index=self.train_index,
       prompts_per_step=self.settings.prompts_per_step,
+      shares=self.shares,
       start_step=start_step,
       worker_processes=self.settings.worker_processes,
     )
@@ -103,7 +96,7 @@ class Dataset:
     The log names it as `split`, or as the settings do.
     """
     builder = self._builder(
-      source=self.eval,
+      source=mixtures.first(self.eval, num_problems),
       split=self.settings.eval_split if split is None else split,
       kind=kind,
       seed=0,
@@ -165,9 +158,15 @@ class Dataset:
       **arguments,
     )
 
-  def _builder(self, **arguments: Any) -> prompt_rows.RowBuilder:
+  def _builder(
+    self, source: records.Source | None, **arguments: Any
+  ) -> prompt_rows.RowBuilder:
+    assert source is not None
     settings = self.settings
     return prompt_rows.RowBuilder(
+      source=source,
+      sets=source.sets if isinstance(source, mixtures.Mixture) else {},
+      pays_unchecked=self.model.pays_unchecked,
       tokenizer=self.tokenizer,
       completion_source=self.completions,
       num_labelled=settings.preference_completions,
@@ -203,31 +202,29 @@ def open_dataset(
   completions, file_identity = _open_completions(settings, template)
   if template.file:
     file_identity[chat_prompts.OF_TEMPLATE] = template.fingerprint
-  folder = pathlib.Path(settings.dir or pathlib.Path(workdir) / "data")
   own = own_tokenizer.find(model.weights)
-  tokenizer = _open_tokenizer(settings, model, own)
-  if settings.dir:
-    manifest = _read_manifest(folder)
+  tokenizer = own_tokenizer.open_own(settings, model, own)
+  if settings.weighted_dirs:
+    dirs = data_dirs.open_all(settings)
   else:
-    request = synthetic_request(settings, model.vocab_size, str(folder))
-    _refuse_prepared(folder)
-    if (pathlib.Path(workdir) / "run.json").exists():
-      _refuse_other_draw(request, workdir)
-    manifest = build.build_data_dir(request, overwrite=True)
-  _check_manifest(settings, manifest, for_training)
-  of_data = manifest["tokenizer"]["fingerprint"]
-  identity = {
-    "data.dir: its records": manifest["fingerprint"],
-    own_tokenizer.OF_DATA_DIR: of_data,
-  }
+    dirs = [_draw(settings, model, pathlib.Path(workdir))]
+  needs_train = for_training or bool(settings.few_shot)
+  data_dirs.check(
+    settings, dirs, needs_train=needs_train, for_training=for_training
+  )
+  of_data = dirs[0].manifest["tokenizer"]["fingerprint"]
+  identity = data_dirs.identity(dirs) | {own_tokenizer.OF_DATA_DIR: of_data}
   if tokenizer and (settings.tokenizer or tokenizer.fingerprint != of_data):
     identity[own_tokenizer.OF_TOKENIZER] = tokenizer.fingerprint
-  tokenizer = tokenizer or _open_small_tokenizer(model, folder, manifest)
+  if not tokenizer:
+    tokenizer = own_tokenizer.open_small(model, dirs[0])
+    if len(dirs) > 1:
+      logging.info("Takes the tokenizer of %s.", dirs[0].folder)
   if not settings.tokenizer:
-    _check_recorded(model, own, tokenizer)
-  train, evaluated = None, stored.source(folder, settings.eval_split)
-  if for_training or settings.few_shot:
-    train = stored.source(folder, settings.train_split)
+    own_tokenizer.check_recorded(model, own, tokenizer)
+  train, evaluated = None, data_dirs.open_split(dirs, settings.eval_split)
+  if needs_train:
+    train = data_dirs.open_split(dirs, settings.train_split)
   template = run_prompts.complete(
     template,
     system=settings.system_prompt,
@@ -242,11 +239,25 @@ def open_dataset(
     tokenizer=tokenizer,
     train=train if for_training else None,
     eval=evaluated,
+    shares=tuple(each.share for each in dirs),
     completions=completions,
     identity=identity | file_identity,
     template=template,
   )
   return data.measure_train_records() if for_training else data
+
+
+def _draw(
+  settings: DataConfig, model: ModelInputs, workdir: pathlib.Path
+) -> data_dirs.DataDir:
+  """The synthetic set of a run, drawn in its workdir unless it is there."""
+  folder = workdir / "data"
+  request = synthetic_request(settings, model.vocab_size, str(folder))
+  _refuse_prepared(folder)
+  if (workdir / "run.json").exists():
+    _refuse_other_draw(request, str(workdir))
+  manifest = build.build_data_dir(request, overwrite=True)
+  return data_dirs.DataDir("data.dir", folder.name, folder, 1, manifest)
 
 
 def _refuse_prepared(folder: pathlib.Path) -> None:
@@ -298,143 +309,3 @@ def _open_completions(
   completions = preferences.from_file(file, count)
   digest = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
   return completions, {"data.preference_file: its contents": digest}
-
-
-def _open_tokenizer(
-  settings: DataConfig, model: ModelInputs, own: own_tokenizer.Found
-) -> tokens.Tokenizer | None:
-  """Opens the tokenizer of the settings, or else that of the weights, if any.
-
-  Raises:
-    ValueError: The tokenizer is another model's, or released weights have none.
-  """
-  size, name = model.vocab_size, settings.tokenizer
-  setting, is_exact = f"data.tokenizer ({name!r})", True
-  path = epath.Path(own.path).expanduser()
-  if not name and (own.path == tokens.GEMMA or (own.path and path.exists())):
-    name = own.path
-    setting = f"the tokenizer of model.weights ({model.weights!r})"
-    is_exact = size == GEMMA3.vocab_size  # A small one may have fewer pieces.
-  if name:
-    try:
-      tokenizer = tokens.Tokenizer(name)
-    except ValueError as error:
-      raise ValueError(f"{setting} must be the model's own: {error}") from error
-    if tokenizer.vocab_size > size or (
-      is_exact and tokenizer.vocab_size < size
-    ):
-      raise ValueError(
-        f"{setting} has {tokenizer.vocab_size} pieces, but model.name "
-        f"({model.name!r}) has {size} embeddings; set data.tokenizer to the "
-        "tokenizer of the model."
-      )
-    return tokenizer
-  # Random weights of a released size know no tokens, so any ids will do.
-  scheme, _, folder = model.weights.partition(":")
-  if scheme != "random" and size == GEMMA3.vocab_size:
-    folder = folder if scheme == "hf" else "DIR"
-    raise ValueError(
-      "data.tokenizer ('') must name Gemma's tokenizer, because model.weights "
-      f"({model.weights!r}) have none beside them, and do not know the ids of "
-      "the data dir's small tokenizer. Get it, as by\n"
-      f"    hf download {model.hub_name} tokenizer.model --local-dir {folder}\n"
-      f"  and set data.tokenizer={folder}/tokenizer.model. A tokenizer.json, a "
-      ".gguf file, or gemma for that of the gemma library, will do too."
-    )
-  return None
-
-
-def _open_small_tokenizer(
-  model: ModelInputs, folder: pathlib.Path, manifest: dict[str, Any]
-) -> tokens.Tokenizer:
-  """Opens the tokenizer of a data dir, which the model must have ids for."""
-  size = manifest["tokenizer"]["vocab_size"]
-  if size > model.vocab_size:
-    raise ValueError(
-      f"model.name ({model.name!r}) has {model.vocab_size} embeddings, fewer "
-      f"than the {size} pieces of the data dir's tokenizer; prepare the data "
-      "with a smaller --vocab_size."
-    )
-  tokenizer = tokens.Tokenizer(folder / "tokenizer.model")
-  if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
-    _refuse_changed(folder, "tokenizer.model holds another tokenizer")
-  return tokenizer
-
-
-def _check_recorded(
-  model: ModelInputs, own: own_tokenizer.Found, tokenizer: tokens.Tokenizer
-) -> None:
-  """Refuses a tokenizer that is not the one that a run was trained with."""
-  if own.fingerprint not in ("", tokenizer.fingerprint):
-    raise ValueError(
-      f"model.weights ({model.weights!r}) was trained with another tokenizer, "
-      f"which is no longer in {own.path!r}; set data.dir to the data of that "
-      "run, or data.tokenizer to its tokenizer."
-    )
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """The manifest of a data dir whose files are those that it lists.
-
-  Raises:
-    ValueError: The folder is no data dir, or a file has another size.
-  """
-  source = str(folder / "manifest.json")
-  try:
-    manifest = untrusted.read_json(source)
-    for name, kind in _MANIFEST_FIELDS.items():
-      untrusted.get_field(manifest, name, kind, source)
-    for name, kind in (("vocab_size", int), ("fingerprint", str)):
-      untrusted.get_field(manifest["tokenizer"], name, kind, source)
-    untrusted.check_items(manifest["files"].values(), int, source)
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"data.dir ({str(folder)!r}) must be a folder that "
-      f"data_pipelines.prepare has made: {error}; run python -m "
-      f"data_pipelines.prepare --data_dir={folder} first."
-    ) from error
-  for name, size in manifest["files"].items():
-    path = folder / name
-    found = path.stat().st_size if path.is_file() else "no"
-    if found != size:
-      _refuse_changed(folder, f"{name} had {size} bytes and has {found}")
-  return manifest
-
-
-def _refuse_changed(folder: pathlib.Path, change: str) -> NoReturn:
-  raise ValueError(
-    f"data.dir ({str(folder)!r}) must be as data_pipelines.prepare made it, "
-    f"but {printable(change)}; prepare the data again, in another folder."
-  )
-
-
-def _check_manifest(
-  settings: DataConfig,
-  manifest: dict[str, Any],
-  for_training: bool,
-) -> None:
-  """Refuses a data dir that lacks a split, or that the run may not use."""
-  splits = manifest["counts"]
-  names = ["train_split", "eval_split"] if for_training else ["eval_split"]
-  for name in names:
-    split = getattr(settings, name)
-    rule = f"be one of the splits of the data dir, {', '.join(splits)}"
-    require(split in splits, f"data.{name}", split, rule, f"set data.{name}")
-  if not for_training:
-    return
-  require(
-    settings.train_split != "test",
-    "data.train_split",
-    "test",
-    "hold answers, and those of test are not public",
-    "set data.train_split=train",
-  )
-  accepts = settings.accept_mathvista_training_terms
-  require(
-    accepts or not manifest["terms"],
-    "data.accept_mathvista_training_terms",
-    accepts,
-    "be True to train on MathVista, whose licence prohibits using it as a "
-    "training set",
-    "train on other data, or set it once you have read the licence",
-  )

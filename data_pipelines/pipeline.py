@@ -14,12 +14,14 @@ References:
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from data_pipelines import prompt_rows, record_index, records
+from data_pipelines.sources import mixtures
 from data_pipelines.validation import require
 
 # `shapes` looks at no more steps: a rarer shape may be compiled when it comes.
@@ -51,6 +53,8 @@ class Batch:
       all False for a missing completion.
     labels: float32 [B, C] for "preference", higher for the preferred, NaN for a
       missing completion; otherwise None.
+    sets: bool [B] for each data set of a mixture, True on its rows; {} for one
+      data set.
   """
 
   prompt_ids: np.ndarray
@@ -62,6 +66,7 @@ class Batch:
   completion_ids: np.ndarray | None
   completion_mask: np.ndarray | None
   labels: np.ndarray | None
+  sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def make_pipeline(
@@ -71,6 +76,7 @@ def make_pipeline(
   start_step: int,
   worker_processes: int = 0,
   index: record_index.RecordIndex | None = None,
+  shares: Sequence[int] = (1,),
 ) -> "TrainBatches":
   """The endless batches of one reader, from `start_step` on.
 
@@ -81,8 +87,9 @@ def make_pipeline(
     worker_processes: Processes that build batches; 0 builds the same batches
       in threads of this process. Needs parsed absl flags, which Grain reads,
       and a `__main__` that can be imported again.
-    index: Sizes of all records; None measures them. Each epoch is a
-      permutation of those that can be used.
+    index: Sizes of all records; None measures them. Each epoch of a data set
+      is a permutation of those that can be used.
+    shares: The share of each data set in the rows, as whole numbers.
 
   Returns:
     An iterator whose n-th batch is that of step `start_step + n`.
@@ -93,14 +100,8 @@ def make_pipeline(
   _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
   if index is None:
     index = record_index.scan(builder, len(builder.source), for_training=True)
-  usable = index.usable
-  order = (
-    grain.MapDataset.range(len(usable))
-    .shuffle(seed=builder.seed)
-    .repeat()
-    .map(functools.partial(np.take, usable))
-    .batch(prompts_per_step, drop_remainder=True)
-  )
+  order = _order(builder, index.usable, shares)
+  order = order.batch(prompts_per_step, drop_remainder=True)
   steps = order.map_with_index(functools.partial(_build_batch, builder, index))
   # Sliced before workers share the steps: a worker's own position depends on
   # the number of workers, and the step must be the whole position.
@@ -118,6 +119,30 @@ def make_pipeline(
     return index.select(indices).batch_shape(builder)
 
   return TrainBatches(iter(stream), shape_of)
+
+
+def _order(
+  builder: prompt_rows.RowBuilder, usable: np.ndarray, shares: Sequence[int]
+) -> grain.MapDataset:
+  """The indices of the records to ask, without end.
+
+  Each data set is shuffled by a seed of its own, and repeats.
+  """
+  parts = []
+  ranges = builder.sets.values() or [range(len(builder.source))]
+  for number, each in enumerate(ranges):
+    own = usable[(each.start <= usable) & (usable < each.stop)]
+    parts.append(
+      grain.MapDataset.range(len(own))
+      .shuffle(seed=(builder.seed + number) % 2**32)
+      .repeat()
+      .map(functools.partial(np.take, own))
+    )
+  if len(parts) == 1:
+    return parts[0]
+  # Grain's own type is private.
+  order: Any = mixtures.Order(shares)
+  return grain.MapDataset.select_from_datasets(parts, order)
 
 
 def _ignore_interrupts(worker: int, num_workers: int) -> None:
@@ -247,6 +272,7 @@ def _build_batch(
     )
     for i in numbers
   ]
+  asked = np.asarray(indices)[numbers]
   pad = builder.tokenizer.chat.pad
   ids, mask = None, None
   if builder.num_completions:
@@ -264,6 +290,10 @@ def _build_batch(
     labels=np.array([row.labels for row in rows], np.float32)
     if builder.kind == "preference"
     else None,
+    sets={
+      name: (each.start <= asked) & (asked < each.stop)
+      for name, each in builder.sets.items()
+    },
   )
 
 

@@ -7,6 +7,7 @@ nothing of steps or devices.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,9 @@ class RowBuilder:
       many images as its richest row on any shard has.
     split: Name of the split in the log; "" logs nothing about it.
     model_name: The setting `model.name`, for the log.
+    sets: The records of each data set of a mixture, by name; {} for one.
+    pays_unchecked: True if rewards can judge completions of problems whose
+      answer rules cannot check.
   """
 
   source: records.Source
@@ -84,6 +88,8 @@ class RowBuilder:
   pan_and_scan: images.PanAndScan = images.WHOLE
   split: str = ""
   model_name: str = ""
+  sets: Mapping[str, range] = dataclasses.field(default_factory=dict)
+  pays_unchecked: bool = False
 
   def __post_init__(self):
     require_one_of("data.kind", self.kind, KINDS)
@@ -107,6 +113,11 @@ class RowBuilder:
     """Completions that come with each prompt."""
     kinds = {"online": 0, "demonstrations": 1, "preference": self.num_labelled}
     return kinds[self.kind]
+
+  def can_teach(self, problem: records.Problem) -> bool:
+    """True if something pays for a completion of a measured problem."""
+    is_demonstrated = self.kind == "demonstrations" and bool(problem.answer)
+    return problem.is_checkable or self.pays_unchecked or is_demonstrated
 
   def measure(self, problem: records.Problem) -> tuple[int, int]:
     """Counts the tokens of a usable problem's prompt, and its images.

@@ -7,13 +7,14 @@ prompts and images must be padded without asking each other.
 import collections
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from absl import logging
 
 from data_pipelines import prompt_rows, records
 from data_pipelines.text import shuffle_options
+from data_pipelines.validation import printable, require
 
 # What is wrong with a record that a setting leaves out, that setting, and what
 # to do if no record is left.
@@ -98,12 +99,13 @@ def scan(
 
   Raises:
     ValueError: The model cannot see the pictures of any problem; or
-      `for_training`, and no record can be used, or a usable problem has no
-      public answer.
+      `for_training`, and no record of a data set can be used, or nothing pays
+      for a completion of a usable problem.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
   left_out: collections.Counter[str] = collections.Counter()
+  unpaid: list[str] = []
   num_choices = num_fixed = 0
   for index in range(count):
     try:
@@ -120,11 +122,10 @@ def scan(
     if builder.shuffle_options and problem.choices:
       num_choices += 1
       num_fixed += shuffle_options.is_fixed(problem)
-    if for_training and not problem.is_checkable:
-      raise ValueError(
-        f"problem {problem.pid} has no public answer, and training needs one "
-        "for every problem; train on another split."
-      )
+    if for_training and not builder.can_teach(problem):
+      unpaid.append(problem.pid)
+  if unpaid:
+    _refuse_unpaid(builder, unpaid, count)
   found = RecordIndex(lengths, num_images)
   _report(builder, found, left_out, for_training)
   if builder.shuffle_options:
@@ -134,6 +135,21 @@ def scan(
       num_choices,
     )
   return found
+
+
+def _refuse_unpaid(
+  builder: prompt_rows.RowBuilder, pids: list[str], count: int
+) -> NoReturn:
+  labels = ", data.preference_rewards=labels for completions with labels"
+  raise ValueError(
+    f"data.train_split ({builder.split!r}) must hold answers that rules can "
+    f"check, or a reward must pay without them, but {len(pids)} of {count} "
+    f"problems have none, the first {printable(pids[0])}. Set rewards.custom "
+    "to a function that judges them, with a weight in rewards.custom_weights"
+    f"{labels if builder.kind == 'preference' else ''}; or train on problems "
+    "with answers, which are all that data_pipelines.prepare keeps without "
+    "--unchecked_answers=keep."
+  )
 
 
 def _report(
@@ -165,6 +181,11 @@ def _report(
       f"none of the {count} records can be used for {use}{listed}. To go on, "
       f"{remedies or 'prepare the data again'}."
     )
+  for name, each in builder.sets.items() if for_training else ():
+    lengths = index.lengths[each.start : each.stop]
+    remedy = "leave it out, or use another model or longer prompts"
+    rule = f"name data with records that can be used, and {name} has none"
+    require((lengths > 0).any(), "data.dirs", list(builder.sets), rule, remedy)
   if builder.split:
     message = "%s: %d of %d problems can be used%s."
     logging.info(message, builder.split, usable, count, listed)

@@ -1,5 +1,8 @@
 """Settings of the data, and what the pipeline must know of the model."""
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_pipelines import images, prompt_rows
@@ -9,12 +12,26 @@ from data_pipelines.text import chat_prompts, template_files
 from data_pipelines.validation import (
   at_least,
   check_fields,
+  expand_path,
   interval,
   is_path,
   one_of,
+  require,
   require_all,
   require_one_of,
 )
+
+
+def _expand_dirs(
+  name: str, dirs: Sequence[tuple[str, float]]
+) -> tuple[tuple[str, float], ...]:
+  return tuple((expand_path(name, folder), weight) for folder, weight in dirs)
+
+
+_DIRS = {
+  "expand": _expand_dirs,
+  "like": '(("/data/geo", 0.7), ("/data/gsm8k", 0.3))',
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,9 @@ class DataConfig:
       completions from the data pipeline.
     dir: Folder that `data_pipelines.prepare` wrote; "" draws the synthetic set
       once, under the workdir.
+    dirs: Several such folders instead, each with its weight, as in
+      (("/data/geo", 0.7), ("/data/gsm8k", 0.3)). The weights are shares of the
+      prompts; each set is shuffled by the seed and repeats.
     tokenizer: The model's own tokenizer: "gemma", or a tokenizer.model,
       tokenizer.json or .gguf file; "" takes the one beside `model.weights`, or
       that of their run. The tiny model takes the small one in the data dir.
@@ -62,6 +82,7 @@ class DataConfig:
 
   kind: str = field(metadata=one_of(prompt_rows.KINDS))
   dir: str = field(metadata=is_path())
+  dirs: tuple[tuple[str, float], ...] = field(metadata=_DIRS)
   tokenizer: str = field(metadata=is_path())
   synthetic: synthetic.Spec
   synthetic_eval_fraction: float = field(metadata=interval("(0, 1)", 0.1))
@@ -81,8 +102,29 @@ class DataConfig:
   preference_rewards: str = field(metadata=one_of(("functions", "labels")))
   accept_mathvista_training_terms: bool
 
+  @property
+  def weighted_dirs(self) -> tuple[tuple[str, float], ...]:
+    """The data dirs with their weights; () for the synthetic set."""
+    return self.dirs or (((self.dir, 1.0),) if self.dir else ())
+
+  def _check_dirs(self) -> None:
+    names = [folder for folder, _ in self.dirs]
+    holds = not (self.dirs and self.dir)
+    rule = "be empty beside data.dirs"
+    require(holds, "data.dir", self.dir, rule, "add it to data.dirs instead")
+    for folder, weight in self.dirs:
+      require(bool(folder.strip()), "data.dirs", self.dirs, "name folders", "")
+      holds = math.isfinite(weight) and weight > 0
+      rule = f"give {folder!r} a finite weight above 0"
+      remedy = "set its weight, or leave it out"
+      require(holds, "data.dirs", self.dirs, rule, remedy)
+    is_once = len({os.path.realpath(name) for name in names}) == len(names)
+    remedy = "add the weights of the one that is there twice"
+    require(is_once, "data.dirs", self.dirs, "name each folder once", remedy)
+
   def __post_init__(self):
     check_fields(self, "data")
+    self._check_dirs()
     name, known = self.prompt_template, (*chat_prompts.TEMPLATES, "PATH.jinja")
     if not name.endswith(template_files.SUFFIX):
       require_one_of("data.prompt_template", name, known)
@@ -125,6 +167,8 @@ class ModelInputs:
     image_size: Side of an image in pixels; 0 for a model without images.
     soft_tokens: Placeholders for each image.
     max_new_tokens: The setting `rollout.max_new_tokens`.
+    pays_unchecked: True if users' rewards, or labels, can judge completions of
+      problems whose answer rules cannot check.
   """
 
   name: str
@@ -134,3 +178,4 @@ class ModelInputs:
   image_size: int
   soft_tokens: int
   max_new_tokens: int
+  pays_unchecked: bool = False

@@ -1,11 +1,15 @@
-"""Finds the tokenizer that belongs to the weights that a model starts from."""
+"""Finds and opens the tokenizer that belongs to the weights of a run."""
 
 import pathlib
 from typing import NamedTuple
 
 from etils import epath
 
+from data_pipelines.settings import DataConfig, ModelInputs
+from data_pipelines.sources import data_dirs
+from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text import untrusted
+from data_pipelines.text.chat_format import GEMMA3
 
 # The names of fingerprints in the `data` of a run's record.
 OF_TOKENIZER = "data.tokenizer: its contents"
@@ -49,9 +53,10 @@ def find(weights: str) -> Found:
     settings = untrusted.get_field(record, "config", dict, source)
     settings = untrusted.get_field(settings, "data", dict, source)
     name = untrusted.get_field(settings, "tokenizer", str, source)
-    folder = untrusted.get_field(settings, "dir", str, source)
     if not name and OF_TOKENIZER not in identity:
-      name = str(pathlib.Path(folder or workdir / "data") / _NAMES[0])
+      folders = [folder for folder, _ in data_dirs.recorded(settings, source)]
+      folder = folders[0] if folders else workdir / "data"
+      name = str(pathlib.Path(folder) / _NAMES[0])
     if name:
       return Found(name, fingerprint)
     weights = untrusted.get_field(record, "weights", str, source)
@@ -69,3 +74,82 @@ def _find_beside(scheme: str, path: str) -> str:
   folders = (folder, folder.parent) if scheme == "gemma" else (folder,)
   files = (each / name for each in folders for name in _NAMES)
   return next((str(file) for file in files if file.exists()), "")
+
+
+def open_own(
+  settings: DataConfig, model: ModelInputs, own: Found
+) -> tokens.Tokenizer | None:
+  """Opens the tokenizer of the settings, or else that of the weights, if any.
+
+  Raises:
+    ValueError: The tokenizer is another model's, or released weights have none.
+  """
+  size, name = model.vocab_size, settings.tokenizer
+  setting, is_exact = f"data.tokenizer ({name!r})", True
+  path = epath.Path(own.path).expanduser()
+  if not name and (own.path == tokens.GEMMA or (own.path and path.exists())):
+    name = own.path
+    setting = f"the tokenizer of model.weights ({model.weights!r})"
+    is_exact = size == GEMMA3.vocab_size  # A small one may have fewer pieces.
+  if name:
+    try:
+      tokenizer = tokens.Tokenizer(name)
+    except ValueError as error:
+      raise ValueError(f"{setting} must be the model's own: {error}") from error
+    if tokenizer.vocab_size > size or (
+      is_exact and tokenizer.vocab_size < size
+    ):
+      raise ValueError(
+        f"{setting} has {tokenizer.vocab_size} pieces, but model.name "
+        f"({model.name!r}) has {size} embeddings; set data.tokenizer to the "
+        "tokenizer of the model."
+      )
+    return tokenizer
+  # Random weights of a released size know no tokens, so any ids will do.
+  scheme, _, folder = model.weights.partition(":")
+  if scheme != "random" and size == GEMMA3.vocab_size:
+    folder = folder if scheme == "hf" else "DIR"
+    raise ValueError(
+      "data.tokenizer ('') must name Gemma's tokenizer, because model.weights "
+      f"({model.weights!r}) have none beside them, and do not know the ids of "
+      "the data dir's small tokenizer. Get it, as by\n"
+      f"    hf download {model.hub_name} tokenizer.model --local-dir {folder}\n"
+      f"  and set data.tokenizer={folder}/tokenizer.model. A tokenizer.json, a "
+      ".gguf file, or gemma for that of the gemma library, will do too."
+    )
+  return None
+
+
+def open_small(model: ModelInputs, data: data_dirs.DataDir) -> tokens.Tokenizer:
+  """Opens the tokenizer of a data dir, which the model must have ids for.
+
+  Raises:
+    ValueError: It has too many pieces, or is not the one that was made there.
+  """
+  made = data.manifest["tokenizer"]
+  if made["vocab_size"] > model.vocab_size:
+    raise ValueError(
+      f"model.name ({model.name!r}) has {model.vocab_size} embeddings, fewer "
+      f"than the {made['vocab_size']} pieces of the data dir's tokenizer; "
+      "prepare the data with a smaller --vocab_size."
+    )
+  tokenizer = tokens.Tokenizer(data.folder / "tokenizer.model")
+  if tokenizer.fingerprint != made["fingerprint"]:
+    data.refuse_changed("tokenizer.model holds another tokenizer")
+  return tokenizer
+
+
+def check_recorded(
+  model: ModelInputs, own: Found, tokenizer: tokens.Tokenizer
+) -> None:
+  """Refuses a tokenizer that is not the one that a run was trained with.
+
+  Raises:
+    ValueError: The run's own tokenizer is gone.
+  """
+  if own.fingerprint not in ("", tokenizer.fingerprint):
+    raise ValueError(
+      f"model.weights ({model.weights!r}) was trained with another tokenizer, "
+      f"which is no longer in {own.path!r}; set data.dir to the data of that "
+      "run, or data.tokenizer to its tokenizer."
+    )

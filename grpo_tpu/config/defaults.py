@@ -13,6 +13,7 @@ _DEFAULTS = dict(
   data=dict(
     kind="online",
     dir="",  # The synthetic set, under the workdir.
+    dirs=(),
     tokenizer="",  # The small one in the data dir.
     synthetic=dict(
       num_problems=10_000,

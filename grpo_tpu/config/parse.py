@@ -43,7 +43,12 @@ def build_section(cls: type, values: Any, prefix: str = "") -> Any:
   parsed = {}
   for each in dataclasses.fields(cls):
     name = f"{prefix}{each.name}"
-    value = _parse(hints[each.name], given[each.name], name)
+    value = _parse(
+      hints[each.name],
+      given[each.name],
+      name,
+      like=each.metadata.get("like", "its default"),
+    )
     expand = each.metadata.get("expand", lambda name, value: value)
     parsed[each.name] = expand(name, value)
   try:
@@ -67,7 +72,7 @@ def describe_unknown(prefix: str, name: str, names: Sequence[str]) -> str:
   return f"{prefix}{name} is not a setting: {section} {held}{question}"
 
 
-def _parse(hint: Any, value: Any, name: str) -> Any:
+def _parse(hint: Any, value: Any, name: str, *, like: Any) -> Any:
   """The value of a setting, checked against the annotation of its field."""
   if dataclasses.is_dataclass(hint):
     return build_section(typing.cast(type, hint), value, f"{name}.")
@@ -76,10 +81,15 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
       return None
     hint = next(x for x in hint.__args__ if x is not types.NoneType)
   if typing.get_origin(hint) is tuple:
-    item = typing.get_args(hint)[0]
-    if isinstance(value, list | tuple):
-      return tuple(_parse(item, x, name) for x in value)
-    wanted = f"a tuple of {item.__name__}"
+    items = typing.get_args(hint)
+    is_list = isinstance(value, list | tuple)
+    if is_list and items[-1] is ...:
+      items = items[:1] * len(value)
+    if is_list and len(items) == len(value):
+      pairs = zip(items, value, strict=True)
+      return tuple(_parse(item, x, name, like=like) for item, x in pairs)
+    wanted = " and ".join(x.__name__ for x in items if x is not ...)
+    wanted = f"a tuple of {wanted}"
   else:
     # bool is an int to Python, but True is not a number of steps.
     if type(value) is int and hint in (int, float):
@@ -94,5 +104,5 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
     wanted = hint.__name__
   raise ValueError(
     f"{name} ({value!r}) must be of type {wanted}, not "
-    f"{type(value).__name__}; write it like its default."
+    f"{type(value).__name__}; write it like {like}."
   )

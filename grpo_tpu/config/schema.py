@@ -87,7 +87,14 @@ class Config:
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       max_new_tokens=self.rollout.max_new_tokens,
+      pays_unchecked=self._pays_unchecked,
     )
+
+  @property
+  def _pays_unchecked(self) -> bool:
+    kind, labels = self.data.kind, self.data.preference_rewards == "labels"
+    has_labels = kind == "preference" and labels
+    return has_labels or any(self.rewards.custom_weights)
 
   @property
   def lora(self) -> LoraConfig | None:

@@ -1,0 +1,178 @@
+"""The data dirs that a run names: that they are whole, and may be used."""
+
+import pathlib
+from typing import Any, NamedTuple, NoReturn
+
+from absl import logging
+
+from data_pipelines.settings import DataConfig
+from data_pipelines.sources import mixtures, stored
+from data_pipelines.text import untrusted
+from data_pipelines.validation import printable, require
+
+_MANIFEST_FIELDS = {
+  "fingerprint": str,
+  "terms": str,
+  "counts": dict,
+  "tokenizer": dict,
+  "files": dict,
+}
+
+
+class DataDir(NamedTuple):
+  """A folder that `data_pipelines.prepare` made.
+
+  Attributes:
+    setting: The setting that names it.
+    name: Its name in metrics, and before the pids of a mixture.
+    folder: The folder.
+    share: Its part of the prompts, a whole number beside those of the others.
+    manifest: The contents of its manifest.json.
+  """
+
+  setting: str
+  name: str
+  folder: pathlib.Path
+  share: int
+  manifest: dict[str, Any]
+
+  def refuse_changed(self, change: str) -> NoReturn:
+    """Raises a ValueError, because the data are not as they were made."""
+    raise ValueError(
+      f"{self.setting} ({str(self.folder)!r}) must be as "
+      f"data_pipelines.prepare made it, but {printable(change)}; prepare the "
+      "data again, in another folder."
+    )
+
+
+def open_all(settings: DataConfig) -> list[DataDir]:
+  """The data dirs of the settings, whose files are those that they list.
+
+  Raises:
+    ValueError: A folder is no data dir, or a file has another size.
+  """
+  folders = [folder for folder, _ in settings.weighted_dirs]
+  shares = mixtures.whole_shares([x for _, x in settings.weighted_dirs])
+  setting = "data.dirs" if settings.dirs else "data.dir"
+  parts = zip(mixtures.names(folders), folders, shares, strict=True)
+  opened = [_open(setting, *each) for each in parts]
+  if len(opened) > 1:
+    listed = (f"{100 * x.share / sum(shares):.4g} % {x.name}" for x in opened)
+    logging.info("Prompts come from %s.", ", ".join(listed))
+  return opened
+
+
+def recorded(settings: Any, source: str) -> list[tuple[str, float]]:
+  """The data dirs in the `data` settings of a run's record, with weights.
+
+  Raises:
+    ValueError: The record, named `source`, holds something else.
+  """
+  dirs = []
+  for pair in settings.get("dirs", ()):
+    untrusted.check_kind(pair, list, f"'dirs' in {source}")
+    name, weight = pair if len(pair) == 2 else (None, None)
+    untrusted.check_kind(name, str, f"'dirs' in {source}")
+    untrusted.check_kind(weight, float, f"'dirs' in {source}")
+    dirs.append((name, weight))
+  folder = untrusted.get_field(settings, "dir", str, source)
+  return dirs or ([(folder, 1.0)] if folder else [])
+
+
+def open_split(
+  dirs: list[DataDir], split: str
+) -> stored.Source | mixtures.Mixture:
+  """The problems of a split in those data dirs that have it."""
+  sources = {
+    each.name: stored.source(each.folder, split)
+    for each in dirs
+    if split in each.manifest["counts"]
+  }
+  if len(dirs) == 1:
+    return sources[dirs[0].name]
+  return mixtures.Mixture(sources)
+
+
+def identity(dirs: list[DataDir]) -> dict[str, str]:
+  """Fingerprints of the records; with several sets also their shares."""
+  if len(dirs) == 1:
+    return {"data.dir: its records": dirs[0].manifest["fingerprint"]}
+  total = sum(each.share for each in dirs)
+  return {
+    f"data.dirs: records and share of set {number}": (
+      f"{each.manifest['fingerprint']}, {each.share} of {total}"
+    )
+    for number, each in enumerate(dirs, start=1)
+  }
+
+
+def check(
+  settings: DataConfig,
+  dirs: list[DataDir],
+  *,
+  needs_train: bool,
+  for_training: bool,
+) -> None:
+  """Refuses data dirs that lack a split, or that the run may not use.
+
+  Raises:
+    ValueError: The message names the data dir.
+  """
+  for each in dirs if needs_train else ():
+    _require_split("train_split", settings.train_split, each)
+  lacking = [x for x in dirs if settings.eval_split not in x.manifest["counts"]]
+  if len(lacking) == len(dirs):
+    _require_split("eval_split", settings.eval_split, dirs[0])
+  for each in lacking:
+    logging.warning(
+      "%s has no split %s: it is not evaluated.",
+      each.folder,
+      settings.eval_split,
+    )
+  accepts = settings.accept_mathvista_training_terms
+  terms = [str(each.folder) for each in dirs if each.manifest["terms"]]
+  require(
+    accepts or not (for_training and terms),
+    "data.accept_mathvista_training_terms",
+    accepts,
+    f"be True to train on MathVista, which is in {', '.join(terms)}, and whose "
+    "licence prohibits using it as a training set",
+    "train on other data, or set it once you have read the licence",
+  )
+
+
+def _require_split(name: str, split: str, data_dir: DataDir) -> None:
+  counts = data_dir.manifest["counts"]
+  require(
+    split in counts,
+    f"data.{name}",
+    split,
+    f"be one of the splits of the data dir {data_dir.folder}, "
+    f"{', '.join(counts)}",
+    f"set data.{name}, or prepare the data again with such a split",
+  )
+
+
+def _open(setting: str, name: str, folder: str, share: int) -> DataDir:
+  """A data dir whose files have the sizes that it lists."""
+  source = str(pathlib.Path(folder) / "manifest.json")
+  try:
+    manifest = untrusted.read_json(source)
+    for field, kind in _MANIFEST_FIELDS.items():
+      untrusted.get_field(manifest, field, kind, source)
+    for field, kind in (("vocab_size", int), ("fingerprint", str)):
+      untrusted.get_field(manifest["tokenizer"], field, kind, source)
+    untrusted.check_items(manifest["files"].values(), int, source)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{setting} ({folder!r}) must be a folder that data_pipelines.prepare "
+      f"has made: {error}; run python -m data_pipelines.prepare "
+      f"--data_dir={folder} first."
+    ) from error
+  opened = DataDir(setting, name, pathlib.Path(folder), share, manifest)
+  for file, size in manifest["files"].items():
+    path = opened.folder / file
+    found = path.stat().st_size if path.is_file() else "no"
+    if found != size:
+      opened.refuse_changed(f"{file} had {size} bytes and has {found}")
+  return opened
