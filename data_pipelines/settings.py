@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import completions
 from data_pipelines.sources import synthetic
-from data_pipelines.text import chat_prompts, template_files
+from data_pipelines.text import chat_prompts, template_files, untrusted
 from data_pipelines.validation import (
   at_least,
   check_fields,
@@ -179,3 +180,22 @@ class ModelInputs:
   soft_tokens: int
   max_new_tokens: int
   pays_unchecked: bool = False
+
+
+def recorded_dirs(
+  settings: Mapping[str, Any], source: str
+) -> list[tuple[str, float]]:
+  """The data dirs in the `data` settings of a run's record, with weights.
+
+  Raises:
+    ValueError: The record, named `source`, holds something else.
+  """
+  dirs = []
+  for pair in settings.get("dirs", ()):
+    untrusted.check_kind(pair, list, f"'dirs' in {source}")
+    name, weight = pair if len(pair) == 2 else (None, None)
+    untrusted.check_kind(name, str, f"'dirs' in {source}")
+    untrusted.check_kind(weight, float, f"'dirs' in {source}")
+    dirs.append((name, weight))
+  folder = untrusted.get_field(settings, "dir", str, source)
+  return dirs or ([(folder, 1.0)] if folder else [])

@@ -62,23 +62,6 @@ def open_all(settings: DataConfig) -> list[DataDir]:
   return opened
 
 
-def recorded(settings: Any, source: str) -> list[tuple[str, float]]:
-  """The data dirs in the `data` settings of a run's record, with weights.
-
-  Raises:
-    ValueError: The record, named `source`, holds something else.
-  """
-  dirs = []
-  for pair in settings.get("dirs", ()):
-    untrusted.check_kind(pair, list, f"'dirs' in {source}")
-    name, weight = pair if len(pair) == 2 else (None, None)
-    untrusted.check_kind(name, str, f"'dirs' in {source}")
-    untrusted.check_kind(weight, float, f"'dirs' in {source}")
-    dirs.append((name, weight))
-  folder = untrusted.get_field(settings, "dir", str, source)
-  return dirs or ([(folder, 1.0)] if folder else [])
-
-
 def open_split(
   dirs: list[DataDir], split: str
 ) -> stored.Source | mixtures.Mixture:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from data_pipelines.settings import DataConfig, ModelInputs
+from data_pipelines.settings import DataConfig, ModelInputs, recorded_dirs
 from data_pipelines.sources import data_dirs
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text import untrusted
@@ -54,7 +54,7 @@ def find(weights: str) -> Found:
     settings = untrusted.get_field(settings, "data", dict, source)
     name = untrusted.get_field(settings, "tokenizer", str, source)
     if not name and OF_TOKENIZER not in identity:
-      folders = [folder for folder, _ in data_dirs.recorded(settings, source)]
+      folders = [folder for folder, _ in recorded_dirs(settings, source)]
       folder = folders[0] if folders else workdir / "data"
       name = str(pathlib.Path(folder) / _NAMES[0])
     if name:

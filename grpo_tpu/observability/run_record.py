@@ -18,6 +18,7 @@ import jax
 from absl import logging
 
 from data_pipelines import validation
+from data_pipelines.settings import recorded_dirs
 from data_pipelines.text import chat_prompts, untrusted
 from grpo_tpu.distributed import fingerprint
 
@@ -27,7 +28,8 @@ from grpo_tpu.distributed import fingerprint
 _MAY_DIFFER = (
   *("checkpoint", "eval", "export", "mesh", "samples"),
   *("distributed", "profile"),
-  *("data.dir", "data.tokenizer", "data.worker_processes", "data.synthetic"),
+  *("data.dir", "data.dirs", "data.tokenizer"),
+  *("data.worker_processes", "data.synthetic"),
   *("data.synthetic_eval_fraction", "data.preference_file"),
   "data.accept_mathvista_training_terms",
   *("model.attention", "model.remat", "model.vision_remat"),
@@ -197,6 +199,8 @@ def _check_record(record: dict[str, Any]) -> None:
     untrusted.check_kind(settings, dict, f"{section!r} in its config")
     if name in settings:
       untrusted.get_field(settings, name, str, f"its config.{section}")
+  if "dirs" in record["config"].get("data", {}):
+    recorded_dirs(record["config"]["data"], "its config.data")
 
 
 def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:

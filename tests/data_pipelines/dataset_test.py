@@ -486,17 +486,6 @@ def test_a_split_that_is_not_there_is_refused(data_dir, name):
     opened(settings(dir=str(data_dir), **{name: "tset"}))
 
 
-def test_unanswered_problems_are_evaluated_but_not_trained_on(data_dir):
-  edit_manifest(data_dir, counts={"train": 1, "eval": 1, "test": 1})
-  for path in (data_dir / "problems" / "1.0.0").glob("*-eval.*"):
-    shutil.copy(path, path.with_name(path.name.replace("-eval.", "-test.")))
-  with pytest.raises(
-    ValueError, match=r"^data.train_split \('test'\).*answers"
-  ):
-    opened(settings(dir=str(data_dir), train_split="test"))
-  opened(settings(dir=str(data_dir), eval_split="test"))
-
-
 LEFT_OUT = "data.dir: its records left out"
 
 

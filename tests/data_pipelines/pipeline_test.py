@@ -114,6 +114,11 @@ def joined(shards):
     parts = [getattr(shard, field.name) for shard in shards]
     if field.name == "problems":
       values[field.name] = sum(parts, ())
+    elif field.name == "sets":
+      values[field.name] = {
+        name: np.concatenate([part[name] for part in parts])
+        for name in parts[0]
+      }
     else:
       values[field.name] = None if parts[0] is None else np.concatenate(parts)
   return pipeline.Batch(**values)
@@ -787,7 +792,9 @@ def test_evaluation_takes_problems_without_answers_and_training_does_not(
   assert all(
     b.valid[: len(b.problems)].any() for b in eval_batches(tokenizer, hidden)
   )
-  with pytest.raises(ValueError, match="no public answer"):
+  with pytest.raises(
+    ValueError, match="13 of 13 problems have none, the first p0"
+  ):
     batches(tokenizer, hidden)
 
 
