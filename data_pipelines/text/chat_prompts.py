@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ class Template:
   is_official: bool = False  # True asks MathVista's query where there is one.
   file: template_files.TemplateFile | None = None  # Writes the whole text.
   system: str = ""  # Text before the first turn's.
-  # Solved problems without pictures; the last is a spare, shown where one of
-  # the others is asked.
+  few_shot: int = 0  # Solved examples in a prompt.
+  # Solved problems without pictures, and a spare for where one is asked itself.
   examples: tuple[records.Problem, ...] = ()
 
   @property
@@ -66,6 +67,12 @@ TEMPLATES = {
   ),
   "mathvista": Template("", answer=("The answer is ", "."), is_official=True),
 }
+
+# What a template's file may show of the problem asked, beside the options.
+_SHOWN = (
+  *("question", "query", "unit", "precision", "metadata"),
+  *("question_type", "answer_type"),
+)
 
 # The name of a template's fingerprint in the record of a run.
 OF_TEMPLATE = "data.prompt_template: its text"
@@ -113,63 +120,48 @@ def prompt_text(
     BadRecord: The template's file cannot write it.
   """
   if template.file:
-    return _render(problem, template)
+    # A stand-in has no question to show.
+    row = problem.question and variables(problem, template)
+    return template.file.render(row) if row else ""
   query = problem.query
   if template.is_official and records.has_hint(problem):
     query = records.official_query(problem)
   return f"{query}\n{template.instruction}" if template.instruction else query
 
 
-def _render(problem: records.Problem, template: Template) -> str:
-  """The text that the template's file writes; "" for a stand-in."""
-  assert template.file
-  if not problem.question:
-    return ""
-  return template.file.render(variables(problem, template))
-
-
 def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
   """The variables of a template's file, never with the problem's answer."""
   has_marks = records.IMAGE_MARK in problem.question + problem.query
   count = len(problem.images)
-  return _question(problem) | {
+  return _shown(problem) | {
     "image": records.IMAGE_MARK,
     "images": "" if has_marks else records.IMAGE_MARK * count,
     "num_images": count,
     "examples": [
-      _question(each)
+      _shown(each)
       | {
         "answer": each.answer,
         "solution": each.solution,
         "completion": demonstration(each, template=template),
       }
-      for each in examples(problem, template)
+      for each in _examples(problem, template)
     ],
   }
 
 
-def _question(problem: records.Problem) -> dict[str, Any]:
-  return {
-    "question": problem.question,
-    "query": problem.query,
-    "choices": [
-      {"letter": chr(65 + i), "text": text}
-      for i, text in enumerate(problem.choices)
-    ],
-    "unit": problem.unit,
-    "precision": problem.precision,
-    "question_type": problem.question_type,
-    "answer_type": problem.answer_type,
-    "metadata": dict(problem.metadata),
-  }
+def _shown(problem: records.Problem) -> dict[str, Any]:
+  """What a template may show of a problem."""
+  shown = {name: getattr(problem, name) for name in _SHOWN}
+  lettered = zip(string.ascii_uppercase, problem.choices, strict=False)
+  return shown | {"choices": [{"letter": x, "text": y} for x, y in lettered]}
 
 
-def examples(
+def _examples(
   problem: records.Problem, template: Template
 ) -> list[records.Problem]:
   """The solved problems shown with this one, which is never among them."""
-  shown = [x for x in template.examples if x.question != problem.question]
-  return shown[: max(0, len(template.examples) - 1)]
+  others = [x for x in template.examples if x.question != problem.question]
+  return others[: template.few_shot]
 
 
 def earlier_turns(
@@ -184,7 +176,7 @@ def earlier_turns(
   bare = dataclasses.replace(template, examples=())
   return [
     (prompt_text(x, template=bare), demonstration(x, template=template))
-    for x in examples(problem, template)
+    for x in _examples(problem, template)
   ]
 
 

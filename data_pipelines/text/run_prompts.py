@@ -40,7 +40,7 @@ def complete(
   template = dataclasses.replace(template, system=system)
   if few_shot:
     drawn = _draw(template, few_shot, seed, train)
-    template = dataclasses.replace(template, examples=drawn)
+    template = dataclasses.replace(template, few_shot=few_shot, examples=drawn)
   if template.file:
     first = [
       problem

@@ -119,10 +119,8 @@ def read(path: str) -> TemplateFile:
   try:
     source = untrusted.read_bytes(path, _MAX_BYTES).decode("utf-8-sig")
   except (OSError, ValueError) as error:
-    reason = f"it cannot be read: {untrusted.shorten(str(error), 200)}"
-    raise file.refuse(reason, "name a file of text in UTF-8") from error
-  if "\0" in source:
-    raise file.refuse("it holds NUL bytes", "name a file of text in UTF-8")
+    remedy = "name a file of text in UTF-8"
+    raise file.refuse(f"it cannot be read: {error}", remedy) from error
   if found := _CHAT_TOKENS.search(source):
     line = source.count("\n", 0, found.start()) + 1
     raise file.refuse(
@@ -151,20 +149,10 @@ def _environment() -> "jinja2.Environment":
   from jinja2 import sandbox
 
   environment = sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    finalize=_printed,
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
   )
   del environment.globals["lipsum"], environment.filters["random"]
   return environment
-
-
-def _printed(value: Any) -> Any:
-  """The value to print; refuses a method, whose text is an address."""
-  if callable(value):
-    raise TypeError("a method is printed; call it, as in question.upper()")
-  return value
 
 
 @functools.lru_cache(maxsize=8)
