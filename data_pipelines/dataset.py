@@ -198,7 +198,9 @@ def open_dataset(
       trained on.
   """
   # Everything that needs no data is checked before data are drawn.
-  template = chat_prompts.open_template(settings.prompt_template)
+  template = chat_prompts.open_template(
+    settings.prompt_template, settings.system_prompt
+  )
   completions, file_identity = _open_completions(settings, template)
   if template.file:
     file_identity[chat_prompts.OF_TEMPLATE] = template.fingerprint
@@ -227,7 +229,6 @@ def open_dataset(
     train = data_dirs.open_split(dirs, settings.train_split)
   template = run_prompts.complete(
     template,
-    system=settings.system_prompt,
     few_shot=settings.few_shot,
     seed=seed,
     train=[train] if train else [],

@@ -147,6 +147,12 @@ class DataConfig:
         completions.DEFAULT_KINDS,
       ),
       (
+        "system_prompt",
+        bool(self.system_prompt.strip()) or not self.system_prompt,
+        "hold more than white space",
+        "''",
+      ),
+      (
         "shuffle_options",
         not (self.shuffle_options and self.preference_file),
         "be False with a data.preference_file, whose completions name options "

@@ -40,14 +40,11 @@ class Template:
   def fingerprint(self) -> str:
     """SHA-256 of its wording, without what other settings add to it."""
     parts = {
-      "instruction": self.instruction,
-      "reasoning": self.reasoning,
-      "answer": self.answer,
+      x: getattr(self, x) for x in ("instruction", "reasoning", "answer")
     }
-    if self.is_official:
-      parts["is_official"] = True
-    if self.file:
-      parts["file"] = self.file.source
+    # Without these a template has the fingerprint that earlier runs recorded.
+    parts |= {"is_official": True} if self.is_official else {}
+    parts |= {"file": self.file.source} if self.file else {}
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -84,22 +81,18 @@ _CROPS = (
 )
 
 
-def open_template(name: str) -> Template:
+def open_template(name: str, system: str = "") -> Template:
   """The built-in template of this name, or that of a jinja file.
 
   Raises:
     ValueError: The file is missing, or is no text of a template.
   """
-  if name in TEMPLATES:
-    return TEMPLATES[name]
-  file = template_files.read(name)
-  if file.answer_style not in TEMPLATES:
-    reason = f"its comment asks for the answer as {file.answer_style}"
-    raise file.refuse(reason, f"choose one of {', '.join(TEMPLATES)}")
-  style = TEMPLATES[file.answer_style]
-  return dataclasses.replace(
-    style, instruction="", is_official=False, file=file
-  )
+  template = TEMPLATES.get(name)
+  if template is None:
+    file = template_files.read(name)
+    style = TEMPLATES[file.style]
+    template = dataclasses.replace(style, instruction="", file=file)
+  return dataclasses.replace(template, system=system)
 
 
 def asks_for_tag(name: str) -> bool:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -11,24 +10,22 @@ from data_pipelines import records
 from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
 
-# Records that are looked at for examples, and problems that try a template.
+# Records of a source that are looked at for examples, or try a template.
 _MAX_LOOKS, _MAX_TRIES = 5_000, 16
 
 
 def complete(
   template: chat_prompts.Template,
   *,
-  system: str,
   few_shot: int,
   seed: int,
   train: Sequence[records.Source],
   asked: Sequence[records.Source],
 ) -> chat_prompts.Template:
-  """Adds the system text and the examples, and tries a template's file.
+  """Adds the solved examples, and tries a template's file on problems.
 
   Args:
-    template: The template without either.
-    system: The setting `data.system_prompt`.
+    template: The template without examples.
     few_shot: The setting `data.few_shot`.
     seed: Draws the examples.
     train: The problems that examples are drawn from.
@@ -37,24 +34,23 @@ def complete(
   Raises:
     ValueError: There are too few examples, or the file cannot write prompts.
   """
-  template = dataclasses.replace(template, system=system)
   if few_shot:
-    drawn = _draw(template, few_shot, seed, train)
-    template = dataclasses.replace(template, few_shot=few_shot, examples=drawn)
+    examples = _draw(template, few_shot, seed, train)
+    template = dataclasses.replace(
+      template, few_shot=few_shot, examples=examples
+    )
   if template.file:
     first = [
-      problem
+      chat_prompts.variables(problem, template)
       for source in asked
-      for problem in itertools.islice(
-        _readable(source, range(len(source))), _MAX_TRIES
-      )
+      for problem in _readable(source, range(min(len(source), _MAX_TRIES)))
     ]
-    _try_out(template, first)
+    template.file.try_out(first)
   return template
 
 
 def _readable(
-  source: records.Source, indices: Sequence[int]
+  source: records.Source, indices: Iterable[int]
 ) -> Iterator[records.Problem]:
   for index in indices:
     try:
@@ -91,31 +87,3 @@ def _draw(
       f"set data.few_shot={len(found)}."
     )
   return tuple(found.values())
-
-
-def _try_out(
-  template: chat_prompts.Template, problems: Sequence[records.Problem]
-) -> None:
-  """Refuses a file that fails for a problem or leaves out all questions."""
-  file = template.file
-  assert file
-  texts = file.try_out([chat_prompts.variables(x, template) for x in problems])
-  for problem, text in zip(problems, texts, strict=True):
-    marks, count = text.count(records.IMAGE_MARK), len(problem.images)
-    if marks not in (0, count):
-      reason = (
-        f"it writes {marks} marks for the {count} images of {problem.pid}"
-      )
-      raise file.refuse(reason, "write {{ images }}, which fits every problem")
-  shown = [
-    _letters(problem.question) in _letters(text)
-    for problem, text in zip(problems, texts, strict=True)
-  ]
-  if shown and not any(shown):
-    reason = "it leaves out the question" if any(texts) else "it writes no text"
-    raise file.refuse(reason, "write {{ question }} or {{ query }} in it")
-
-
-def _letters(text: str) -> str:
-  """The letters and digits, in one case."""
-  return re.sub(r"[\W_]+", "", text.replace(records.IMAGE_MARK, "")).casefold()

@@ -1,8 +1,8 @@
 """Jinja files that write the user's turn of a prompt.
 
-A file sees the variables of one problem, and no other file. Its first renders
-are in a worker process, where an endless loop can be ended. jinja2 is imported
-where it is used, because the check of a command line does without.
+A file sees the variables of one problem, and no other file. It first runs in a
+worker process, where an endless loop can be ended. jinja2 is imported where it
+is used, because the check of a command line does without.
 """
 
 import dataclasses
@@ -10,26 +10,20 @@ import functools
 import re
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipelines import records
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 from data_pipelines.workers import functions, pool
 
-if TYPE_CHECKING:
-  import jinja2
-
 SUFFIX = ".jinja"
 _MAX_BYTES = 2**20
 _TIMEOUT_SECONDS, _MEMORY_GIB = 20.0, 1.0
 _RENDER = "data_pipelines.text.template_files:render_all"
-_ANSWER = re.compile(r"\{#-?\s*answer\s*:\s*(\w+)\s*-?#\}")
-_CHAT_TOKENS = re.compile(
-  "<bos>|<eos>|<(?:start|end)_of_turn>|<(?:start|end)_of_image>"
-)
-# What the text asks for tells how completions state the answer.
-_ASKED = (
+_CHAT_TOKENS = re.compile(r"<(bos|eos|(start|end)_of_(turn|image))>")
+# The built-in template that asks for the answer in the same way.
+_STYLES = (
   ("<reasoning>", "reasoned"),
   ("<answer>", "tagged"),
   (r"\boxed", "boxed"),
@@ -44,11 +38,9 @@ class TemplateFile:
   source: str
 
   @property
-  def answer_style(self) -> str:
-    """The built-in template whose completions its prompts ask for."""
-    if found := _ANSWER.search(self.source):
-      return found[1]
-    return next((name for text, name in _ASKED if text in self.source), "plain")
+  def style(self) -> str:
+    """The built-in template with the completions that its text asks for."""
+    return next((name for x, name in _STYLES if x in self.source), "plain")
 
   @functools.cached_property
   def uses_examples(self) -> bool:
@@ -67,45 +59,48 @@ class TemplateFile:
     try:
       text = _compile(self.path, self.source).render(variables).strip()
     except Exception as error:  # Filters raise nearly anything.
-      raise records.BadRecord(
-        "prompt_template", _reason(error, self.path)
-      ) from (error)
-    records.check_text(f"the text of {self.path}", text)
+      reason = _reason(error, self.path)
+      raise records.BadRecord("prompt_template", reason) from error
+    records.check_text("the text", text)
     return text
 
-  def refuse(self, reason: str, remedy: str) -> ValueError:
-    """The error for a file that cannot write prompts."""
-    return ValueError(
-      f"data.prompt_template ({self.path!r}) must be a jinja template of the "
-      f"user's turn, but {printable(reason.rstrip('.'))}; {remedy}."
-    )
-
-  def try_out(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The texts for the first problems, rendered within time and memory.
+  def try_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Renders the first problems, within time and memory.
 
     Args:
       rows: The variables of each problem, of values that JSON can hold.
 
     Raises:
-      ValueError: The template is wrong, or fails for one of them.
+      ValueError: The template is wrong, fails for one of them, has a wrong
+        number of image marks, or shows no question.
     """
-    workers = pool.Pool(
-      (_RENDER,),
-      num_workers=1,
-      timeout_seconds=_TIMEOUT_SECONDS,
-      memory_gib=_MEMORY_GIB,
-    )
+    limits = {"timeout_seconds": _TIMEOUT_SECONDS, "memory_gib": _MEMORY_GIB}
+    workers = pool.Pool((_RENDER,), num_workers=1, **limits)
     try:
       found = workers.submit(_RENDER, self.path, self.source, rows).result()
     finally:
       workers.close()
     if isinstance(found, functions.Failure):
-      remedy = "look for a loop that does not end or a text that only grows"
-      raise self.refuse(f"rendering it failed: {found.reason}", remedy)
+      raise self._refusal(found.reason, "bound its loops and its text")
     if isinstance(found, str):
-      names = ", ".join(rows[0]) if rows else "question"
-      raise self.refuse(found, f"correct it; a template may use {names}")
-    return found
+      names = ", ".join(rows[0] if rows else ())
+      raise self._refusal(found, f"a template may use {names}")
+    for text, row in zip(found, rows, strict=True):
+      marks, count = text.count(records.IMAGE_MARK), row["num_images"]
+      if marks not in (0, count):
+        reason = f"it writes {marks} image marks where there are {count} images"
+        raise self._refusal(reason, "write {{ images }}, which always fits")
+    if rows and not any(map(_shows_question, found, rows)):
+      reason = (
+        "it leaves out the question" if any(found) else "it writes no text"
+      )
+      raise self._refusal(reason, "write {{ question }} or {{ query }} in it")
+
+  def _refusal(self, reason: str, remedy: str) -> ValueError:
+    return ValueError(
+      f"data.prompt_template ({self.path!r}) must be a jinja template of the "
+      f"user's turn, but {printable(reason.rstrip('.: '))}; {remedy}."
+    )
 
 
 def read(path: str) -> TemplateFile:
@@ -120,14 +115,11 @@ def read(path: str) -> TemplateFile:
     source = untrusted.read_bytes(path, _MAX_BYTES).decode("utf-8-sig")
   except (OSError, ValueError) as error:
     remedy = "name a file of text in UTF-8"
-    raise file.refuse(f"it cannot be read: {error}", remedy) from error
+    raise file._refusal(f"it cannot be read: {error}", remedy) from error
   if found := _CHAT_TOKENS.search(source):
     line = source.count("\n", 0, found.start()) + 1
-    raise file.refuse(
-      f"line {line} holds {found[0]}",
-      "leave out the tokens of the chat, which the program adds, and write "
-      "{{ image }} where a picture goes",
-    )
+    remedy = "leave out the chat's tokens, which the program adds"
+    raise file._refusal(f"line {line} has {found[0]}", remedy)
   return TemplateFile(path, source)
 
 
@@ -135,15 +127,14 @@ def render_all(
   path: str, source: str, rows: Sequence[Mapping[str, Any]]
 ) -> list[str] | str:
   """The text for each row of variables, or why there is none; for a worker."""
-  file = TemplateFile(path, source)
   try:
-    return [file.render(row) for row in rows]
+    return [TemplateFile(path, source).render(row) for row in rows]
   except records.BadRecord as error:
     return error.detail
 
 
 @functools.cache
-def _environment() -> "jinja2.Environment":
+def _environment() -> Any:
   """Templates that reach no file, and render the same text every time."""
   import jinja2
   from jinja2 import sandbox
@@ -156,21 +147,25 @@ def _environment() -> "jinja2.Environment":
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(path: str, source: str) -> "jinja2.Template":
-  import jinja2
-
+def _compile(path: str, source: str) -> Any:
   environment = _environment()
   code = environment.compile(source, path, path)
   variables = environment.make_globals(None)
-  return jinja2.Template.from_code(environment, code, variables)
+  return environment.template_class.from_code(environment, code, variables)
 
 
 def _reason(error: Exception, path: str) -> str:
   """The line of the template where an error arose, and its message."""
-  line = getattr(error, "lineno", None)
-  if line is None:
-    for frame, number in traceback.walk_tb(error.__traceback__):
-      if frame.f_code.co_filename == path:
-        line = number
+  lines = [getattr(error, "lineno", None)]  # Of a syntax error.
+  for frame, line in traceback.walk_tb(error.__traceback__):
+    if frame.f_code.co_filename == path:
+      lines.append(line)
   message = getattr(error, "message", None) or functions.one_line(error)
-  return f"line {line}: {message}" if line else message
+  return f"line {lines[-1]}: {message}" if lines[-1] else message
+
+
+def _shows_question(text: str, row: Mapping[str, Any]) -> bool:
+  """True if the text has the letters and digits of the question."""
+  question = row["question"].replace(records.IMAGE_MARK, "")
+  asked, shown = (re.sub(r"[\W_]+", "", x).casefold() for x in (question, text))
+  return asked in shown

@@ -298,3 +298,28 @@ def test_a_completion_ends_its_turn(tokenizer):
   ids = chat_prompts.encode_completion("<answer>5</answer>", tokenizer)
   assert ids[-1] == GEMMA3.end_of_turn
   assert tokenizer.decode(ids) == "<answer>5</answer>"
+
+
+def test_mathvista_asks_any_problem_as_mathvista_does():
+  template = chat_prompts.TEMPLATES["mathvista"]
+  official = make_problem("What colour?", "red", "", ("red", "blue"))
+  for query in (official.query, records.plain_query(official)):
+    problem = dataclasses.replace(official, query=query)
+    text = chat_prompts.prompt_text(problem, template=template)
+    assert text == (
+      "Hint: Please answer the question and provide the correct option letter, "
+      "e.g., A, B, C, D, at the end.\nQuestion: What colour?\nChoices:\n(A) red"
+      "\n(B) blue"
+    )
+  kinds = ("text", "expression", "scored", "unchecked", "float")
+  for kind in kinds:  # MathVista has no hint for these, nor for precision -1.
+    plain = dataclasses.replace(make_problem(), answer_type=kind, query="Why?")
+    assert chat_prompts.prompt_text(plain, template=template) == "Why?"
+  half = dataclasses.replace(
+    make_problem("Half?"), answer_type="float", precision=1, query="Half?"
+  )
+  assert chat_prompts.prompt_text(half, template=template) == (
+    "Hint: Please answer the question requiring a floating-point number with "
+    "one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4, at "
+    "the end.\nQuestion: Half?"
+  )

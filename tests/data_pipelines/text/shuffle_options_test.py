@@ -139,6 +139,7 @@ def test_every_order_is_as_likely_as_another():
     make_problem(choices=("red", "blue", "both")),
     make_problem(choices=("red", "blue", "以上都不是")),
     dataclasses.replace(make_problem(), query="Which? A: red, B: blue"),
+    make_problem(choices=("<image>", "<image>", "a square")),
   ],
   ids=lambda p: f"{p.question} {p.choices} {p.solution}"[:60],
 )
@@ -163,3 +164,20 @@ def test_a_problem_whose_words_depend_on_the_order_keeps_it(problem):
 )
 def test_a_letter_that_names_no_option_is_no_hindrance(problem):
   assert not shuffle_options.is_fixed(problem)
+
+
+def test_a_plain_query_is_rewritten_as_a_plain_one():
+  """Here by hand; marks of pictures stay in the question."""
+  problem = make_problem(
+    choices=("red", "blue"), question="Is <image> more like <image>?"
+  )
+  problem = dataclasses.replace(
+    problem,
+    unit="cm",
+    query="Is <image> more like <image>? (Unit: cm)\n(A) red\n(B) blue",
+  )
+  queries = {shuffled(problem, seed).query for seed in range(20)}
+  assert queries == {
+    problem.query,
+    "Is <image> more like <image>? (Unit: cm)\n(A) blue\n(B) red",
+  }
