@@ -40,12 +40,15 @@ def complete(
       template, few_shot=few_shot, examples=examples
     )
   if template.file:
-    first = [
+    # From the first to the last: a mixture has one set after the other.
+    tried = [
       chat_prompts.variables(problem, template)
       for source in asked
-      for problem in _readable(source, range(min(len(source), _MAX_TRIES)))
+      for problem in _readable(
+        source, range(0, len(source), -(-len(source) // _MAX_TRIES) or 1)
+      )
     ]
-    template.file.try_out(first)
+    template.file.try_out(tried)
   return template
 
 

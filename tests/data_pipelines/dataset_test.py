@@ -455,6 +455,45 @@ def test_the_settings_reach_prompts_and_replies(workdir):
   assert len(refusals) == 8 and not set(refusals) & set(wrong)
 
 
+def test_a_template_file_reaches_prompts_and_the_identity(workdir, tmp_path):
+  path = tmp_path / "mine.jinja"
+  config = settings(prompt_template=str(path), system_prompt="Be brief.")
+  plain, seen = opened(settings(), workdir).identity, set()
+  for mark in ("!", "?"):
+    path.write_text(f"{{{{ question }}}}\nPut it in <answer>{mark}")
+    data = opened(config, workdir)
+    problem = data.eval[0]
+    prompt = data.make_prompts([problem], batch_size=1).prompt_ids[0]
+    prompt = [token for token in prompt.tolist() if token > 107]
+    asked = f"{problem.question}\nPut it in <answer>{mark}"
+    for text in ("Be brief.\n\n", asked):
+      ids = [x for x in data.tokenizer.encode(text) if x > 107]
+      assert any(prompt[i : i + len(ids)] == ids for i in range(len(prompt))), (
+        text
+      )
+    ((name, fingerprint),) = data.identity.items() - plain.items()
+    assert name == "data.prompt_template: its text"
+    seen.add(fingerprint)
+  assert len(seen) == 2
+  path.write_text("{{ question }}<answer>\n{{ metadata.topic }}")
+  with pytest.raises(ValueError, match="mine.jinja.*line 2.*'topic'"):
+    opened(config, workdir)
+  # Pictures are in every drawn problem, so none is an example.
+  with pytest.raises(
+    ValueError, match=r"^data.few_shot \(1\) must be at most 0"
+  ):
+    opened(settings(few_shot=1), workdir)
+
+
+def test_a_missing_template_is_refused_before_data_are_drawn(tmp_path):
+  config = settings(prompt_template=str(tmp_path / "none.jinja"))
+  with pytest.raises(
+    ValueError, match="^data.prompt_template .*cannot be read"
+  ):
+    opened(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
 def test_training_on_mathvista_needs_its_terms_accepted(data_dir):
   edit_manifest(data_dir, terms="mathvista")
   config = settings(dir=str(data_dir))
