@@ -4,7 +4,7 @@
 
 A complete data dir is reused as it is. One that was made from another source
 or with other flags is kept, unless --overwrite is given. See
-docs/data-and-terms.md for the details.
+docs/data.md for the details.
 """
 
 import dataclasses

@@ -73,7 +73,7 @@ class DataConfig:
     preference_completions: Labelled completions of a prompt, for kind
       "preference".
     preference_file: JSON lines of labelled completions, see
-      docs/data-and-terms.md; "" draws one correct completion and wrong ones.
+      docs/data.md; "" draws one correct completion and wrong ones.
     preference_kinds: Kinds of the wrong completions that are drawn.
     preference_rewards: "functions" scores labelled completions with the reward
       functions; "labels" takes the labels as rewards.

@@ -122,7 +122,7 @@ def test_mathvista_as_the_page_prepares_it_is_evaluated_whole(
   checkout, fixtures, tmp_path
 ):
   """All of testmini is in the split that the page's command evaluates."""
-  (block,) = [x for x in blocks("data-and-terms.md", "sh") if "MathVista" in x]
+  (block,) = [x for x in blocks("data.md", "sh") if "MathVista" in x]
   download, prepare, evaluate = block.replace("\\\n", " ").splitlines()
   assert download.startswith("hf download google/gemma-3-4b-it --local-dir /")
   assert f"--config.model.weights=hf:{download.split()[-1]}" in evaluate

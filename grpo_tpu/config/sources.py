@@ -153,6 +153,6 @@ def _describe_data(config: Config, mode: str) -> str:
     f"    python -m data_pipelines.prepare --source=FOLDER{kind} "
     "--data_dir=DIR\n"
     "  with a folder of MathVista or of your own problems, see "
-    "docs/data-and-terms.md, or\n"
+    "docs/data.md, or\n"
     "    python -m data_pipelines.prepare --source=synthetic --data_dir=DIR"
   )
