@@ -37,7 +37,7 @@ MAX_TEXT = 100_000
 MAX_DEPTH = 32
 _MAX_DETAIL = 300
 # The metadata that slices of a score are named by.
-_SLICES = ("task", "category", "context", "grade", "source", "split")
+SLICES = ("task", "category", "context", "grade", "source", "split")
 _NAMES = str | int | float | None
 
 _TEXTS = tables.read("data_pipelines.sources", "mathvista.toml")
@@ -398,7 +398,7 @@ def _metadata(column: str, value: Any) -> dict[str, Any]:
       raise
     detail = f"{column} are not JSON: {error}"
     raise BadRecord("bad_metadata", detail) from error
-  for name in _SLICES:
+  for name in SLICES:
     _check_name(name, found.get(name))
   skills = found.get("skills", ())
   detail = f"skills holds a {type(skills).__name__}"

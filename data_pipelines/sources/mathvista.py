@@ -7,19 +7,23 @@ References:
   The snapshot: https://huggingface.co/datasets/AI4Math/MathVista
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from data_pipelines import records, tables, validation
+from data_pipelines.sources import choices, gold, metadata, pictures
+from data_pipelines.text import untrusted
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
-SOURCES = frozenset(
-  tables.read("data_pipelines.sources", "mathvista.toml")["sources"]
-)
+_TABLE = tables.read("data_pipelines.sources", "mathvista.toml")
+SOURCES = frozenset(_TABLE["sources"])
+_HINTED = _TABLE["hints"]
+_SPELLINGS = tables.read("data_pipelines.sources", "columns.toml")
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:
@@ -39,6 +43,90 @@ def terms(num_original: int, num_problems: int) -> str:
   data sets in this schema may use the same sources.
   """
   return "mathvista" if 20 * num_original > num_problems else ""
+
+
+def is_schema(sample: Sequence[Mapping[str, Any]]) -> bool:
+  """True if most rows have MathVista's columns, with types that it knows."""
+  fits = [
+    "question" in row
+    and _spelling("question_types", row.get("question_type"))
+    in records.QUESTION_TYPES
+    and _spelling("answer_types", row.get("answer_type")) in _HINTED
+    for row in sample
+  ]
+  return 2 * sum(fits) > len(fits)
+
+
+def to_problem(
+  values: Mapping[str, Any], read_file: Callable[[str], bytes]
+) -> records.Problem:
+  """The problem of a row in MathVista's schema, with the official query.
+
+  Other spellings of a good record are healed: numbers that are no texts, a
+  letter as the answer, options in an object, a float without precision.
+
+  Raises:
+    BadRecord: The row is no problem.
+  """
+  healed = {k: v for k, v in values.items() if not gold.is_missing(v)}
+  images = pictures.read(
+    values.get("decoded_image"), "decoded_image", read_file
+  )
+  images = images or pictures.read(values.get("image"), "image", read_file)
+  for name in ("question_type", "answer_type"):
+    healed[name] = _spelling(f"{name}s", values.get(name))
+  for name in ("pid", "unit", "answer"):
+    value = gold.plain(healed.get(name, ""))
+    healed[name] = (
+      gold.read(value, name).answer
+      if name == "answer" and not isinstance(value, str)
+      else str(value)
+    )
+  if not isinstance(image := healed.get("image"), str):
+    image = image.get("path") if isinstance(image, Mapping) else None
+  healed["image"] = image if isinstance(image, str) and len(image) < 300 else ""
+  found = choices.read(values.get("choices"), "choices")
+  if not isinstance(values.get("choices"), list):
+    healed["choices"] = found.texts
+  if healed["question_type"] == "multi_choice":
+    healed["answer_type"] = "text"
+    if (answer := healed["answer"]) and answer not in healed.get("choices", ()):
+      found = found._replace(texts=tuple(healed["choices"]))
+      healed["answer"] = choices.right_option(answer, found, "answer", None)
+  elif healed["answer_type"] in ("integer", "float"):
+    read = gold.read(healed["answer"], "answer") if healed["answer"] else None
+    precision = gold.to_float(healed.get("precision")) or -1
+    if read and read.answer_type == "float" and precision < 1:
+      healed |= {"answer_type": "float", "precision": read.precision}
+  _require_types(healed)
+  others = {k: v for k, v in values.items() if k not in records.COLUMNS}
+  own = healed.get("metadata")
+  if isinstance(own, Mapping) and others:
+    healed["metadata"] = {**metadata.read(others), **own}
+  return dataclasses.replace(records.from_result(healed), images=tuple(images))
+
+
+def _spelling(table: str, value: Any) -> Any:
+  """MathVista's name of a type that is spelt in another way."""
+  text = (
+    re.sub("[^a-z]", "", value.casefold()) if isinstance(value, str) else ""
+  )
+  names = (ours for ours, theirs in _SPELLINGS[table].items() if text in theirs)
+  return next(names, value)
+
+
+def _require_types(values: Mapping[str, Any]) -> None:
+  for name, known in (
+    ("question_type", records.QUESTION_TYPES),
+    ("answer_type", tuple(_HINTED)),
+  ):
+    if values[name] not in known:
+      raise records.BadRecord(
+        f"unknown_{name}",
+        f"{name} {untrusted.shorten(values[name])} is none of "
+        f"{', '.join(known)}; correct it, or leave both columns of types out "
+        "to have them inferred",
+      )
 
 
 def shards(folder: epath.PathLike) -> dict[str, list[epath.Path]]:

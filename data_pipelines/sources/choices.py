@@ -1,0 +1,249 @@
+"""Reads the options of a question, and finds the one that a gold names."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from data_pipelines.records import BadRecord
+from data_pipelines.sources import gold
+from data_pipelines.text import untrusted
+from data_pipelines.verifier import options
+
+_LETTERED = re.compile(r"\s*\(?([A-Z])\s?[.):\u3001\uff1a\uff0e]\s*(?=\S)")
+# "A. 12", "(A) 12", "A:12", at the start of a line or behind a blank.
+_MARKER = re.compile(
+  r"(?:^|(?<=[\s;,|]))(?:\(([A-Z])\)|([A-Z])\s?[.):\u3001\uff1a\uff0e])[^\S\n]*",
+  re.MULTILINE,
+)
+_HEADING = re.compile(
+  r"[\s*]*(?:(?:answer )?(?:choices|options)(?: are)?|\u9009\u9879)"
+  r"\s*[:\uff1a]?[\s*]*\Z",
+  re.IGNORECASE,
+)
+_QUOTES = re.compile(r"(['\"])\s+(['\"])")
+_TEXT_KEYS = ("text", "content", "value", "option", "answer")
+_LETTER_KEYS = ("label", "key", "letter", "id")
+_MAX_CHARACTERS = 50_000
+
+
+class Choices(NamedTuple):
+  """The texts of the options, and the names that the source gives them."""
+
+  texts: tuple[str, ...] = ()
+  letters: tuple[str, ...] = ()
+
+
+def read(value: Any, column: str) -> Choices:
+  """The options in a value: a list, an object, or a text of either.
+
+  Letters before the texts ("A. 12 cm") are taken off, if all have one.
+
+  Raises:
+    BadRecord: The value is none of these.
+  """
+  value = gold.plain(value)
+  if isinstance(value, str):
+    value = _from_text(value.strip(), column)
+  if gold.is_missing(value):
+    return Choices()
+  if isinstance(value, Mapping):
+    value = _from_object(value)
+  if not isinstance(value, list | tuple):
+    raise _bad(column, value)
+  items = [_item(gold.plain(each), column) for each in value]
+  letters = [letter or chr(65 + i) for i, (letter, _) in enumerate(items)]
+  texts = [text for _, text in items]
+  found = [_LETTERED.match(text) for text in texts]
+  own = [match[1] for match in found if match]
+  # As many different letters as options.
+  if texts and len(set(own)) == len(texts) and own == sorted(own):
+    letters = own
+    texts = [
+      text[match.end() :].strip()
+      for text, match in zip(texts, found, strict=True)
+      if match
+    ]
+  return Choices(tuple(texts), tuple(letters))
+
+
+def _bad(column: str, value: Any) -> BadRecord:
+  return BadRecord(
+    "bad_choices",
+    f"{column} holds {untrusted.shorten(value)}; give a list of options, an "
+    "object of letters and options, or name another: --columns=choices=NAME",
+  )
+
+
+def _from_object(value: Mapping[str, Any]) -> Any:
+  """The options of {"A": "12 cm"} or {"text": [...], "label": [...]}."""
+  texts, letters = gold.plain(value.get("text")), gold.plain(value.get("label"))
+  if isinstance(texts, list):
+    letters = letters or [None] * len(texts)
+    return [
+      {"text": x, "label": y} for x, y in zip(texts, letters, strict=True)
+    ]
+  pairs = [(str(k), v) for k, v in value.items() if not gold.is_missing(v)]
+  return [{"label": k, "text": v} for k, v in sorted(pairs)]
+
+
+def _from_text(text: str, column: str) -> Any:
+  """The options in JSON, in Python's spelling, or one after another."""
+  if not text or text in ("[]", "{}") or len(text) > _MAX_CHARACTERS:
+    return None if len(text) < 3 else _refuse(column, text)
+  if text[0] in "[{" and text[-1] in "]}":
+    # NumPy prints a list without commas.
+    spaced = _QUOTES.sub(r"\1, \2", text)
+    for parse, spelling in ((json.loads, text), (ast.literal_eval, spaced)):
+      try:
+        return parse(spelling)
+      except (ValueError, SyntaxError, RecursionError, MemoryError):
+        continue
+  if found := split_lettered(text):
+    return [{"label": x, "text": y} for x, y in found[1]]
+  for mark in ("\n", ";", "|", "\t", ","):
+    if mark in text:
+      return [part.strip() for part in text.split(mark) if part.strip()]
+  return _refuse(column, text)
+
+
+def _refuse(column: str, value: Any) -> Any:
+  raise _bad(column, value)
+
+
+def _item(value: Any, column: str) -> tuple[str, str]:
+  """The letter, or "", and the text of an option."""
+  letter = ""
+  if isinstance(value, Mapping):
+    letter = next((str(value[k]) for k in _LETTER_KEYS if k in value), "")
+    value = next((value[k] for k in _TEXT_KEYS if k in value), None)
+  if isinstance(value, bool) or isinstance(value, int | float):
+    value = str(value)
+  if not isinstance(value, str):
+    raise _bad(column, value)
+  return letter.strip(), value.strip()
+
+
+def split_lettered(
+  text: str,
+) -> tuple[str, list[tuple[str, str]], str] | None:
+  """A text with lettered options: before them, each with its letter, after.
+
+  None without at least two that are lettered from A on. The last option ends
+  with its line.
+  """
+  marks = list(_MARKER.finditer(text))
+  starts = [i for i, mark in enumerate(marks) if (mark[1] or mark[2]) == "A"]
+  for start in reversed(starts):
+    chain = [marks[start]]
+    for mark in marks[start + 1 :]:
+      if (mark[1] or mark[2]) == chr(65 + len(chain)):
+        chain.append(mark)
+    ends = [mark.start() for mark in chain[1:]] + [len(text)]
+    parts = [text[m.end() : e] for m, e in zip(chain, ends, strict=True)]
+    parts[-1], _, rest = parts[-1].partition("\n")
+    parts = [part.strip().rstrip(";,|").strip() for part in parts]
+    if len(chain) > 1 and all(parts):
+      before = _HEADING.sub("", text[: chain[0].start()]).rstrip()
+      letters = [mark[1] or mark[2] for mark in chain]
+      return before, list(zip(letters, parts, strict=True)), rest.strip()
+  return None
+
+
+def right_option(
+  value: Any, choices: Choices, column: str, index_base: int | None
+) -> str:
+  """The text of the option that a gold names by text, letter or index.
+
+  Args:
+    value: The gold as the source writes it.
+    choices: The options.
+    column: The gold's column, for the error.
+    index_base: The index of the first option, where the golds are indices.
+
+  Raises:
+    BadRecord: The gold names none of them, or several.
+  """
+  value = gold.plain(value)
+  if isinstance(value, list | tuple) and len(value) == 1:
+    value = gold.plain(value[0])
+  if isinstance(value, Mapping) and not gold.is_picture(value):
+    keys = (*_LETTER_KEYS, *_TEXT_KEYS, "ground_truth")
+    value = next((value[k] for k in keys if value.get(k) is not None), None)
+  if gold.is_missing(value) or gold.is_picture(value):
+    gold.read(value, column)
+  index = to_index(value)
+  if index_base is not None and index is not None:
+    if 0 <= index - index_base < len(choices.texts):
+      return choices.texts[index - index_base]
+    raise _no_option(value, choices, column)
+  named = gold.unwrap(str(value))[0] if isinstance(value, str) else str(value)
+  # A text that is written as it stands goes before any letter.
+  for text in (str(value).strip(), named):
+    if text in choices.texts:
+      return text
+  by_letter = dict(zip(choices.letters, choices.texts, strict=True))
+  core = named.strip("()[]. :").strip()
+  for letter in (core, core.upper()):
+    if letter in by_letter:
+      return by_letter[letter]
+  match = _LETTERED.match(named)
+  if match and match[1] in by_letter:
+    also = options.parse_options(choices.texts).from_text(named[match.end() :])
+    if also in (None, by_letter[match[1]]):
+      return by_letter[match[1]]
+    raise _no_option(value, choices, column)
+  found = options.parse_options(choices.texts).from_answer(named)
+  if found is None:
+    raise _no_option(value, choices, column)
+  return found
+
+
+def to_index(value: Any) -> int | None:
+  """A whole number, also in digits; None for anything else."""
+  value = gold.plain(value)
+  if isinstance(value, str) and value.strip().isdecimal() and len(value) < 9:
+    return int(value)
+  if isinstance(value, float) and value.is_integer():
+    return int(value)
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  return value if is_int else None
+
+
+def index_base(rows: Sequence[tuple[Any, Choices]]) -> int | None:
+  """The index of the first option in golds that count the options.
+
+  None unless more of the golds are indices than equal an option.
+
+  Args:
+    rows: Golds, each with its options.
+  """
+  rows = [
+    (gold.plain(value), choices) for value, choices in rows if choices.texts
+  ]
+  indices = [to_index(value) for value, _ in rows]
+  if not indices or None in indices:
+    return None
+  equal = sum(
+    str(i) in choices.texts
+    for i, (_, choices) in zip(indices, rows, strict=True)
+  )
+  if 2 * equal >= len(indices):
+    return None
+  named = all(
+    str(i) in c.letters for i, (_, c) in zip(indices, rows, strict=True)
+  )
+  if named:
+    return None
+  last = any(i == len(c.texts) for i, (_, c) in zip(indices, rows, strict=True))
+  return 1 if last and 0 not in indices else 0
+
+
+def _no_option(value: Any, choices: Choices, column: str) -> BadRecord:
+  listed = untrusted.shorten(list(choices.texts), 120)
+  return BadRecord(
+    "answer_not_in_choices",
+    f"{column} holds {untrusted.shorten(value)}, which is none of the options "
+    f"{listed}, no letter or index of one; correct it",
+  )

@@ -1,0 +1,342 @@
+r"""Reads gold answers as data sets write them, and infers their types.
+
+Knows nothing of columns or options. A gold may be a number, a text, a list of
+accepted texts, or a worked answer that marks its end by `<answer>`, `\boxed{}`,
+`####` or "The answer is".
+"""
+
+import decimal
+import json
+import math
+import numbers as number_types
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from data_pipelines import records, tables
+from data_pipelines.records import BadRecord
+from data_pipelines.text import untrusted
+from data_pipelines.verifier import numbers
+
+# A longer text without a mark is an essay, which no rule compares.
+MAX_CHARACTERS, MAX_WORDS = 200, 20
+KEEP = "or keep it with --unchecked_answers=keep"
+
+_TABLE = tables.read("data_pipelines.sources", "columns.toml")["readings"]
+_NOT_UNITS = frozenset(_TABLE["not_units"])
+_INNER = ("value", "answer", "text", "target", "ground_truth", "answers")
+
+_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_TAGS = re.compile(r"</?(?:think|answer)>")
+_CUE = re.compile(
+  r"(?:^|[\n.!])[ \t*]*(?:(?:therefore|so|thus|hence)[, ]+)?(?:the )?"
+  r"(?:final |correct )?answer(?: is:?|\s?[:=])[\s*]*(\S[^\n]*?)[\s*]*\Z",
+  re.IGNORECASE,
+)
+_WRAPS = tuple(
+  re.compile(pattern, re.DOTALL)
+  for pattern in (
+    *(r"\$\$([^$]+)\$\$", r"\$((?:[^$\\]|\\.)+)\$", r"\*\*([^*]+)\*\*"),
+    *(r"\\\(((?:(?!\\\)).)+)\\\)", r"\\\[((?:(?!\\\]).)+)\\\]", r"`([^`]+)`"),
+    r"\\(?:text|mathrm|textbf|mathbf|mbox)\s?\{([^{}]*)\}",
+  )
+)
+_NUMBER = re.compile(
+  r"(?P<before>\\?\$|[\u20ac\u00a3\u00a5])?\s?(?P<sign>[-+\u2212])?\s?"
+  r"(?P<money>\\?\$)?"
+  r"(?P<digits>\d{1,3}(?:(?:,|\{,\}|[ ]|\\,)\d{3})+(?!\d)|\d+|(?=\.\d))"
+  r"(?P<part>\.\d*)?(?P<power>[eE][-+]?\d{1,3}"
+  r"|\s?(?:\u00d7|\\times)\s?10\^\{?-?\d{1,3}\}?)?(?P<unit>\D.*)?",
+  re.DOTALL,
+)
+_DEGREES = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\degree|\bdegrees?\b|\u00ba")
+_UNIT_TEXT = re.compile(
+  r"\\(?:text|mathrm|mbox|rm|operatorname)\s?\{([^{}]*)\}"
+)
+_UNIT = re.compile(
+  r"|[%$\u20ac\u00a3\u00a5]|\u00b0\s?[CFK]?|[\u00b5\u03bc\u03a9]?[A-Za-z]+"
+  r"(?:\^-?\d|[\u00b2\u00b3])?"
+  r"(?:[ /\u00b7*.]{1,3}[A-Za-z]+(?:\^-?\d|[\u00b2\u00b3])?){0,3}"
+)
+_NAMED = re.compile(r"(?:\\?[A-Za-z\u2220\u25b3]{1,8}[\s_\d]*){1,2}=\s*(.+)")
+_FUNCTIONS = "|".join(_TABLE["functions"])
+_SYMBOLS = re.compile(
+  rf"(?:\d+(?:\.\d+)?|(?:{_FUNCTIONS})(?![a-z])|[A-Za-z](?![A-Za-z])"
+  r"|[-+*/^=<>(){}\[\],.|!_\s\u2212\u221a\u221e\u03c0\u03b8\u00b1\u00d7\u00f7"
+  r"\u00b7\u00b2\u00b3\u2264\u2265\u2260\u222a\u2229\u00bd\u00bc\u00be\u00b0])+"
+)
+_OPERATOR = re.compile(
+  r"[+*/^=<>\u221a\u221e\u03c0\u00b1\u00b2\u00b3\u2264\u2265\u00bd\u00bc\u00be!]"
+  rf"|\A[-\u2212]|\d\s?[A-Za-z(]|\d\s?,|\(.*,|(?:{_FUNCTIONS})\s?\(?\w|[A-Za-z)]\s?[-\u2212]"
+)
+_COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+")
+
+
+class Gold(NamedTuple):
+  """A right answer, as the fields of a `records.Problem`."""
+
+  answer: str
+  answer_type: str = "text"
+  unit: str = ""
+  precision: int = -1
+  aliases: tuple[str, ...] = ()
+
+
+def read(value: Any, column: str) -> Gold:
+  """The right answer that a value of a column gives.
+
+  A list of texts is several accepted answers; one of numbers is a list.
+
+  Raises:
+    BadRecord: The value is empty, or no rule can check it.
+  """
+  value = plain(value)
+  if is_picture(value):
+    detail = f"{column} holds a picture; name the answer: --columns=answer=NAME"
+    raise BadRecord("unreadable_answer", detail)
+  if isinstance(value, Mapping):
+    gold = read(_inner(value), column)
+    return _with_aliases(gold, value.get("aliases"))
+  if isinstance(value, list | tuple):
+    items = [plain(item) for item in value]
+    items = [item for item in items if not is_missing(item)]
+    if len(items) > 1 and all(map(_is_number, items)):
+      texts = (_number_text(item) for item in items)
+      return Gold(f"[{', '.join(texts)}]", "list")
+    first = read(items[0] if items else None, column)
+    return _with_aliases(first, items[1:])
+  if isinstance(value, bool):
+    return (
+      Gold("yes", aliases=("true",))
+      if value
+      else Gold("no", aliases=("false",))
+    )
+  if _is_number(value):
+    return _from_text(_number_text(value), column)
+  if is_missing(value):
+    detail = f"{column} is empty; fill it in, leave the record out, {KEEP}"
+    raise BadRecord("missing_answer", detail)
+  if not isinstance(value, str):
+    detail = f"{column} holds a {type(value).__name__}; give a text or a number"
+    raise BadRecord("unreadable_answer", detail)
+  return _from_text(unwrap(value)[0], column)
+
+
+def plain(value: Any) -> Any:
+  """The value as Python's own type; NumPy's numbers and arrays have others."""
+  return value.tolist() if hasattr(value, "tolist") else value
+
+
+def is_missing(value: Any) -> bool:
+  """True for a null, NaN, or blank value."""
+  if isinstance(value, float | decimal.Decimal):
+    return value != value
+  return value is None or (
+    isinstance(value, str | list | tuple | Mapping)
+    and not (value.strip() if isinstance(value, str) else value)
+  )
+
+
+def is_picture(value: Any) -> bool:
+  """True for bytes, and for a struct of bytes and a path."""
+  if isinstance(value, list | tuple) and value:
+    value = value[0]
+  if isinstance(value, Mapping):
+    return "bytes" in value and "path" in value
+  return isinstance(value, bytes)
+
+
+def unwrap(text: str) -> tuple[str, str]:
+  """The final answer that a text marks, and the worked answer around it.
+
+  The worked answer is "" where the text is its final answer alone.
+  """
+  said = _THINKING.sub("", text).strip() or text.strip()
+  gold = said
+  for _ in range(4):
+    before, gold = gold, _inside(gold).strip()
+    if gold == before:
+      break
+  core = said.replace(gold, "", 1)
+  is_alone = said == text.strip() and len(core) < 40 and "\n" not in core
+  return gold, "" if is_alone else without_tags(text)
+
+
+def without_tags(text: str) -> str:
+  """The text without tags of thinking and answer."""
+  return _TAGS.sub("", text).strip()
+
+
+def as_text(value: Any) -> str:
+  """A value that no rule reads as a reference text; "" for a picture."""
+  if isinstance(value, str):
+    return value.strip()
+  return "" if is_picture(value) else json.dumps(value, default=str)
+
+
+def _inside(text: str) -> str:
+  """The text inside the outermost mark of a final answer; itself without."""
+  start, end = text.rfind("<answer>"), text.rfind("</answer>")
+  if 0 <= start < end:
+    return text[start + len("<answer>") : end]
+  if "####" in text:
+    return text.rpartition("####")[2]
+  for box in (r"\boxed", r"\fbox"):
+    if (start := text.rfind(box)) >= 0:
+      content = _braced(text, start + len(box))
+      if content is not None:
+        return content
+  if match := _CUE.search(text[-1000:]):
+    return match[1].removesuffix(".")
+  for wrap in _WRAPS:
+    if match := wrap.fullmatch(text):
+      return match[1]
+  return text
+
+
+def _braced(text: str, start: int) -> str | None:
+  """The text between the balanced braces that open at or after `start`."""
+  start += len(text[start : start + 2]) - len(text[start : start + 2].lstrip())
+  if text[start : start + 1] != "{":
+    return None
+  depth = 0
+  for end in range(start, len(text)):
+    depth += {"{": 1, "}": -1}.get(text[end], 0)
+    if not depth:
+      return text[start + 1 : end]
+  return None
+
+
+def _from_text(text: str, column: str) -> Gold:
+  """The gold that an unwrapped text is."""
+  text = " ".join(text.split())
+  if not text:
+    return read(None, column)
+  end = text.removesuffix(".")
+  named = _NAMED.fullmatch(end)
+  for candidate in (end, named[1] if named else end):
+    if gold := _number(candidate.strip()):
+      return gold
+  if len(text) > MAX_CHARACTERS or len(text.split()) > MAX_WORDS:
+    detail = (
+      f"{column} has {len(text)} characters and marks no final answer by "
+      rf"<answer>, \boxed{{}} or ####; name another column, {KEEP}"
+    )
+    raise BadRecord("unreadable_answer", detail)
+  if end[:1] == "[" and end[-1] == "]" and "\\" not in end:
+    return Gold(end, "list")
+  if _is_expression(end):
+    return Gold(end, "expression")
+  text = end if "." not in end else text
+  is_word = re.fullmatch(r"[\d.,]*[-A-Za-z ]+", text) is not None
+  value = numbers.only_number(text) if is_word else None
+  return Gold(
+    text, aliases=() if value is None else (numbers.canonical(value),)
+  )
+
+
+def _number(text: str) -> Gold | None:
+  """The gold of a number with or without a unit; None for anything else."""
+  match = _NUMBER.fullmatch(text)
+  if not match or len(text) > 100:
+    return None
+  unit = _unit(match["unit"] or "")
+  money = (match["before"] or match["money"] or "").strip("\\")
+  if unit is None or (money and unit):
+    return None
+  digits = re.sub(r"\D", "", match["digits"]) or "0"
+  sign = "-" if match["sign"] in ("-", "\u2212") else ""
+  number = f"{sign}{digits}{(match['part'] or '').rstrip('.')}"
+  if match["power"]:
+    value = numbers.only_number(text)
+    is_ordinary = value is not None and abs(value) < 10**15
+    number = numbers.canonical(value) if value and is_ordinary else ""
+  if not number or len(number) > 30:
+    return Gold(text, "expression" if match["power"] else "text")
+  unit = unit or money
+  _, _, places = number.partition(".")
+  if not places:
+    return Gold(number, "integer", unit)
+  if 0 < abs(decimal.Decimal(number)) < decimal.Decimal("1e-4"):
+    return Gold(number, "expression", unit)  # No float has such precision.
+  return Gold(number, "float", unit, min(len(places), records.MAX_PRECISION))
+
+
+def _unit(text: str) -> str | None:
+  """The unit behind a number in plain letters; None if it is no unit."""
+  is_apart = text[:1].isspace() or text[:1] in "\\~"
+  unit = _DEGREES.sub("\u00b0", _UNIT_TEXT.sub(r" \1", text))
+  unit = re.sub(r"\\[,;: !]|~", " ", unit).replace("\\%", "%")
+  unit = re.sub(r"\^\s?\{(-?\d)\}", r"^\1", unit)
+  unit = " ".join(unit.split()).rstrip(".")
+  if not _UNIT.fullmatch(unit) or _NOT_UNITS & set(unit.casefold().split()):
+    return None
+  # "5 m" is a length, "5x" a product.
+  letters = _TABLE["apart" if is_apart else "joined"]
+  is_letter = re.fullmatch("[A-Za-z]", unit) is not None
+  return None if is_letter and unit not in letters else unit
+
+
+def _is_expression(text: str) -> bool:
+  """True for LaTeX and for symbols, false for words."""
+  if "\\" in text:
+    rest = _COMMAND.sub(" ", text)
+    return not re.search(rf"(?!(?:{_FUNCTIONS})\b)\b[A-Za-z]{{4,}}", rest)
+  if re.search(r"[A-Za-z]\.", text) or re.fullmatch("[-A-Z/]+", text):
+    return False  # Abbreviations, and what joins names.
+  has_operator = _OPERATOR.search(text) is not None
+  return has_operator and _SYMBOLS.fullmatch(text) is not None
+
+
+def _with_aliases(gold: Gold, values: Any) -> Gold:
+  others = aliases(gold.answer, values)
+  return gold._replace(aliases=tuple(dict.fromkeys((*gold.aliases, *others))))
+
+
+def aliases(answer: str, values: Any) -> tuple[str, ...]:
+  """The texts of other accepted answers, without the answer itself."""
+  values = plain(values)
+  if isinstance(values, Mapping):
+    values = values.get("aliases") or values.get("text")
+  values = values if isinstance(values, list | tuple) else [values]
+  texts = []
+  for value in map(plain, values):
+    if isinstance(value, Mapping):
+      value = _inner(value)
+    if _is_number(value):
+      value = _number_text(value)
+    if isinstance(value, str) and value.strip():
+      texts.append(unwrap(value)[0])
+  return tuple(text for text in dict.fromkeys(texts) if text != answer)
+
+
+def _inner(value: Mapping[str, Any]) -> Any:
+  return next((value[x] for x in _INNER if value.get(x) is not None), None)
+
+
+def to_float(value: Any) -> float | None:
+  """A number, also in digits; None for anything else."""
+  value = plain(value)
+  try:
+    number = (
+      float(value) if isinstance(value, str) or _is_number(value) else None
+    )
+  except (ValueError, OverflowError):
+    return None
+  return number if number is None or math.isfinite(number) else None
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, number_types.Real | decimal.Decimal) and not (
+    isinstance(value, bool) or is_missing(value)
+  )
+
+
+def _number_text(value: Any) -> str:
+  """A number in digits; 3.0 as "3", since readers of gaps make floats."""
+  if not math.isfinite(value):
+    detail = f"{untrusted.shorten(value)} is no finite number; correct it"
+    raise BadRecord("unreadable_answer", detail)
+  if isinstance(value, float):
+    return str(int(value)) if value.is_integer() else repr(value)
+  return f"{value:f}" if isinstance(value, decimal.Decimal) else str(value)

@@ -1,0 +1,164 @@
+"""Guesses the column of each role from names in use and the values beneath."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipelines import tables
+from data_pipelines.sources import conversations, gold, pictures
+
+Rows = Sequence[Mapping[str, Any]]
+Paths = tuple[str, ...]
+
+_TABLE = tables.read("data_pipelines.sources", "columns.toml")
+NAMES: dict[str, list[str]] = _TABLE["names"]
+# These name other things than pictures too.
+_WEAK = frozenset(NAMES["images"][NAMES["images"].index("file_name") :])
+_NUMBERED_IMAGE = re.compile(r"(?:image|img|picture)_?(\d{1,2})")
+_LETTERED = re.compile(r"(?:option|choice|opt|op)?_?([a-h])")
+_STRUCTS = ("json", "reward_model")
+
+
+def paths(sample: Rows) -> dict[str, str]:
+  """Each column by its name in the table's spelling.
+
+  Some structs give their inner columns too, with a dot: a tar's `json`.
+  """
+  found: dict[str, str] = {}
+  inner: dict[str, str] = {}
+  for row in sample:
+    for name, value in row.items():
+      found.setdefault(normal(name), name)
+      if isinstance(value, Mapping) and name in _STRUCTS:
+        for key in value:
+          inner.setdefault(normal(f"{name}.{key}"), f"{name}.{key}")
+  return {**inner, **found}
+
+
+def normal(name: str) -> str:
+  """The name in the spelling of the table: "Final Answer" as "final_answer"."""
+  name = re.sub(r"\.(?:txt|json|cls|text)$", "", name.removeprefix("json."))
+  name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+  return re.sub(r"[^a-z0-9.]+", "_", name.casefold()).strip("_") or name
+
+
+def at(row: Mapping[str, Any], path: str) -> Any:
+  """The value at a path, with dots into structs; None if it is not there."""
+  if path in row:
+    return row[path]
+  name, _, rest = path.partition(".")
+  inner = row.get(name)
+  return at(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def is_there(sample: Rows, path: str) -> bool:
+  """True if a row has such a column, maybe with a null."""
+  if any(path in row for row in sample):
+    return True
+  name, _, rest = path.partition(".")
+  inner = [row[name] for row in sample if isinstance(row.get(name), Mapping)]
+  return bool(rest) and is_there(inner, rest)
+
+
+def guess(
+  sample: Rows, known: Mapping[str, str], given: Mapping[str, Paths]
+) -> tuple[dict[str, Paths], list[str]]:
+  """The columns of each role, and notes on what was not taken.
+
+  Args:
+    sample: The first rows.
+    known: The result of `paths`.
+    given: Roles that are not to be guessed.
+  """
+  names = dict(given)
+  taken = {path for found in given.values() for path in found}
+  notes = []
+  for role in NAMES:
+    if role in given:
+      continue
+    fitting = [
+      path for path in _fitting(role, sample, known) if path not in taken
+    ]
+    names[role] = tuple(fitting[:1])
+    if not fitting:
+      names[role] = _others(role, sample, known, taken)
+    elif role in ("question", "answer"):
+      texts = [[str(at(row, x))[:500] for row in sample] for x in fitting]
+      others = [x for x, t in zip(fitting, texts, strict=True) if t != texts[0]]
+      if others:
+        notes.append(f"{role} is {fitting[0]}, not {', '.join(others)}")
+    taken.update(names[role])
+  return names, notes
+
+
+def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
+  """The columns that may have the role, the likelier ones first."""
+  found = [
+    known[name]
+    for name in NAMES[role]
+    if name in known
+    and any(_fits(role, name, at(row, known[name])) for row in sample)
+  ]
+  names = {normal(path) for path in known.values()}
+  if role in ("chosen", "rejected", "chosen_score", "rejected_score"):
+    return found if {"chosen", "rejected"} <= names else []
+  if role == "pid":
+    return [path for path in found if _is_unique(sample, path)]
+  if role == "question" and {"chosen", "rejected"} <= names:
+    return [path for path in found if normal(path) != "messages"]
+  if role == "context" and "instruction" in names and "input" in known:
+    return [known["input"]]
+  return found
+
+
+def _others(
+  role: str, sample: Rows, known: Mapping[str, str], taken: set[str]
+) -> Paths:
+  """Columns that no single name gives: image_1, image_2; A, B, C; pictures."""
+  free = {name: path for name, path in known.items() if path not in taken}
+  if role == "choices":
+    found = _numbered(free, _LETTERED)
+    return found if len(found) > 1 else ()
+  if role != "images":
+    return ()
+  held = [
+    path
+    for path in free.values()
+    if any(gold.is_picture(at(row, path)) for row in sample)
+  ]
+  return _numbered(free, _NUMBERED_IMAGE) or tuple(held[:1])
+
+
+def _numbered(known: Mapping[str, str], pattern: re.Pattern[str]) -> Paths:
+  """The columns that match, by their letter or number."""
+  found = [
+    (match[1].zfill(2), path)
+    for name, path in known.items()
+    if (match := pattern.fullmatch(name))
+  ]
+  return tuple(path for _, path in sorted(found))
+
+
+def _fits(role: str, name: str, value: Any) -> bool:
+  """True for a value that a column of this role may hold."""
+  value = gold.plain(value)
+  if gold.is_missing(value):
+    return False
+  if role in ("question", "chosen", "rejected", "response"):
+    is_text = isinstance(value, str) and not pictures.is_picture_text(value)
+    return is_text or conversations.messages(value) is not None
+  if role == "images":
+    value = value[0] if isinstance(value, list | tuple) else value
+    if not isinstance(value, str | bytes | Mapping):
+      return False
+    is_text = isinstance(value, str) and name in _WEAK
+    return pictures.is_picture_text(value) if is_text else True
+  if role in ("system", "context", "solution"):
+    return isinstance(value, str)
+  return not gold.is_picture(value) and not pictures.is_picture_text(value)
+
+
+def _is_unique(sample: Rows, path: str) -> bool:
+  values = [at(row, path) for row in sample]
+  texts = {str(x) for x in values if isinstance(x, str | int | float)}
+  return len(texts) == len(values)

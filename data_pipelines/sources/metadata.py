@@ -1,0 +1,57 @@
+"""Keeps the other columns of a row as JSON, without pictures."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines import records
+from data_pipelines.sources import gold
+
+# Characters of JSON of one record.
+_MAX_LENGTH = 30_000
+_LONE_SURROGATE = re.compile(
+  r"\\ud[89ab]\w\w(?!\\ud[c-f]\w\w)|(?<!\\ud[89ab]\w\w)\\ud[c-f]\w\w|\\u0000"
+)
+
+
+def read(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The values that JSON can hold, each only while there is room for it.
+
+  Bytes and nulls are dropped, and so are values that nest too deeply. What
+  names slices of a score is made a name.
+  """
+  kept: dict[str, Any] = {}
+  room = _MAX_LENGTH
+  for name, value in values.items():
+    if not records.is_shallow(value):
+      continue
+    try:
+      text = json.dumps(value, default=_to_json, allow_nan=False)
+      text = _LONE_SURROGATE.sub("", text)
+      value = json.loads(text)
+    except (ValueError, TypeError):
+      continue
+    if value in (None, "", [], {}) or len(text) > room:
+      continue
+    room -= len(text)
+    is_name = isinstance(value, str | int | float)
+    if name in records.SLICES or name == "skills":
+      value = value if is_name and name != "skills" else _names(name, value)
+    kept[str(name)] = value
+  return kept
+
+
+def _names(name: str, value: Any) -> Any:
+  """A value of which `records` can make names of slices."""
+  if name == "skills" and isinstance(value, list):
+    return [x if isinstance(x, str) else json.dumps(x) for x in value]
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _to_json(value: Any) -> Any:
+  """A value that JSON does not know as one that it does; null for bytes."""
+  if isinstance(value, bytes | bytearray):
+    return None
+  plain = gold.plain(value)
+  return str(value) if plain is value else plain

@@ -1,0 +1,183 @@
+"""Reads the pictures of a row, and puts their marks where the text has them."""
+
+import base64
+import binascii
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.records import IMAGE_MARK, BadRecord
+from data_pipelines.sources import gold
+from data_pipelines.text import untrusted
+
+_SUFFIXES = frozenset(
+  ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ico".split()
+)
+# Any long code, and a short one that begins as PNG, JPEG, GIF or WebP.
+_BASE64 = re.compile(
+  r"(?=.{200}|iVBORw0KG|/9j/|R0lGOD|UklGR)[\w+/\-\s]{64,}={0,2}\s*", re.ASCII
+)
+_DATA_URL = re.compile(r"data:[\w/.+-]*(?:;[\w=-]+)*;base64,", re.IGNORECASE)
+# A mark of any model's format; a number says which picture.
+_MARK = re.compile(
+  r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>"
+  r"|<img>(?:[^<>]{1,500}</img>)?"
+  r"|<\|?image(?:[ _-]?(?P<number>\d{1,2}))?\|?>|<\|image_pad\|>"
+  r"|<image_placeholder>|<ImageHere>|<im_start><image><im_end>",
+  re.IGNORECASE,
+)
+
+
+def read(
+  value: Any, column: str, read_file: Callable[[str], bytes]
+) -> list[bytes]:
+  """The pictures in a value: bytes, a struct, a path, base64, or a list.
+
+  Args:
+    value: The value of a column; nulls hold no picture.
+    column: Its name, for the error.
+    read_file: Gives the bytes of a file that the row names.
+
+  Raises:
+    BadRecord: The value is something else, or a file is not there.
+  """
+  value = gold.plain(value)
+  if gold.is_missing(value):
+    return []
+  if isinstance(value, str) and value.lstrip()[:1] == "[":
+    value = untrusted.parse_json(value.replace("'", '"'), column, list)
+  if isinstance(value, list | tuple):
+    parts = [read(each, column, read_file) for each in value]
+    return list(itertools.chain.from_iterable(parts))
+  if isinstance(value, Mapping):
+    keys = (
+      "bytes",
+      "path",
+      "image",
+      "url",
+      "image_url",
+      "image_path",
+      "file_name",
+    )
+    found = (value[key] for key in keys if not gold.is_missing(value.get(key)))
+    return read(next(found, None), column, read_file)
+  if isinstance(value, bytes):
+    return [value] if value else []
+  if not isinstance(value, str):
+    raise BadRecord(
+      "missing_image",
+      f"{column} holds {untrusted.shorten(value)}, which is no picture; name "
+      "another column: --columns=images=NAME, or none: --columns=images=",
+    )
+  return [_from_text(value.strip(), column, read_file)]
+
+
+def _from_text(
+  text: str, column: str, read_file: Callable[[str], bytes]
+) -> bytes:
+  """The picture of a data URL, of base64, or of a named file."""
+  match = _DATA_URL.match(text)
+  if match or _BASE64.fullmatch(text):
+    code = text[match.end() if match else 0 :]
+    try:
+      return base64.b64decode(code.translate(_URL_SAFE), validate=False)
+    except (binascii.Error, ValueError) as error:
+      detail = f"{column} holds damaged base64: {error}"
+      raise BadRecord("missing_image", detail) from error
+  if text.startswith(("http://", "https://")):
+    raise BadRecord(
+      "missing_image",
+      f"{column} holds the address {untrusted.shorten(text)}; download the "
+      "pictures and write their paths",
+    )
+  named = text.replace("\\", "/").removeprefix("file://")
+  # Files that were made elsewhere may name that machine's folders.
+  parts = pathlib.PurePosixPath(named).parts
+  tails = [str(pathlib.PurePosixPath(*parts[-n:])) for n in (3, 2, 1)]
+  first = None
+  for candidate in [named, *(tails if parts[:1] == ("/",) else ())]:
+    try:
+      return read_file(candidate)
+    except BadRecord as error:
+      first = first or error
+  detail = f"{column}: {first.detail}" if first else column
+  raise BadRecord("missing_image", detail)
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def is_picture_text(value: Any) -> bool:
+  """True for a text that can be nothing but a picture or a picture's name."""
+  if not isinstance(value, str) or not value.strip():
+    return False
+  if _DATA_URL.match(value) or _BASE64.fullmatch(value.strip()):
+    return True
+  return pathlib.PurePosixPath(value[-300:]).suffix.lower() in _SUFFIXES
+
+
+def place_marks(
+  question: str, options: Sequence[str], count: int, *, is_merged: bool
+) -> tuple[str, tuple[str, ...], list[int]]:
+  """Gives the question an `IMAGE_MARK` for each picture, or none at all.
+
+  Options have no marks, because they may be shuffled: they name their picture,
+  "image 2", whose mark then follows the question with the same name.
+
+  Args:
+    question: The question, with marks of any format.
+    options: The options, which may have marks too.
+    count: The number of pictures.
+    is_merged: True if one picture may hold all that numbered marks name.
+
+  Returns:
+    The question, the options, and the order of the pictures in the question.
+
+  Raises:
+    BadRecord: A mark has no picture, or a picture no mark.
+  """
+  marks = [m for text in (question, *options) for m in _MARK.finditer(text)]
+  if not marks:
+    return question, tuple(options), list(range(count))
+  is_numbered = any(mark["number"] for mark in marks)
+  numbers = [
+    int(m["number"] or 1) if is_numbered else i + 1 for i, m in enumerate(marks)
+  ]
+  if is_numbered and is_merged and count == 1 and max(numbers) > 1:
+    named = [_MARK.sub(_name, text) for text in (question, *options)]
+    return named[0], tuple(named[1:]), [0]
+  if (
+    not count
+    or max(numbers) > count
+    or (not is_numbered and len(numbers) < count)
+  ):
+    raise BadRecord(
+      "image_count" if count else "missing_image",
+      f"the text has {len(marks)} marks such as {marks[0][0][:20]} for {count} "
+      "pictures; give one mark per picture or none, or name the pictures' "
+      "column: --columns=images=NAME",
+    )
+  remaining = iter(numbers)
+  order: list[int] = []
+
+  def place(mark: re.Match[str]) -> str:
+    number = next(remaining)
+    if number - 1 in order:
+      return f"image {number}"
+    order.append(number - 1)
+    return IMAGE_MARK
+
+  question = _MARK.sub(place, question)
+  options = [
+    _MARK.sub(lambda _: f"image {next(remaining)}", x) for x in options
+  ]
+  for missing in [i for i in range(count) if i not in order]:
+    order.append(missing)
+    question = f"{question}\nimage {missing + 1}: {IMAGE_MARK}"
+  return question, tuple(options), order
+
+
+def _name(mark: re.Match[str]) -> str:
+  return f"image {mark['number'] or 1}"
