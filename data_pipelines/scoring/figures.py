@@ -13,7 +13,7 @@ from data_pipelines.scoring import statistics
 
 DIMENSIONS = (
   *("question_type", "answer_type", "task", "category", "context", "grade"),
-  *("source", "skill"),
+  *("source", "skill", "data_set"),
 )
 
 

@@ -26,7 +26,7 @@ class Mixture:
   """The problems of several sources, one source after another.
 
   A problem's pid starts with the name of its data set, as in "geo/12", because
-  two sets may have the same pids.
+  two sets may have the same pids. Its metadata name it as `data_set`.
 
   Attributes:
     sets: The indices of each data set's problems, by its name.
@@ -48,8 +48,7 @@ class Mixture:
     if not 0 <= index < len(self):
       raise IndexError(f"{index} is not in 0 .. {len(self) - 1}")
     name = list(self.sets)[bisect.bisect_right(self._ends, index)]
-    problem = self._sources[name][index - self.sets[name].start]
-    return dataclasses.replace(problem, pid=f"{name}/{problem.pid}")
+    return _rename(self._sources[name][index - self.sets[name].start], name)
 
   def first(self, count: int) -> "Mixture":
     """At most `count` problems, as many of each set as its size allows."""
@@ -63,6 +62,13 @@ class Mixture:
     return Mixture(
       {name: _First(self._sources[name], x) for name, x in taken.items() if x}
     )
+
+
+def _rename(problem: records.Problem, name: str) -> records.Problem:
+  """The problem as one of a mixture."""
+  metadata = {**problem.metadata, "data_set": name}
+  pid = f"{name}/{problem.pid}"
+  return dataclasses.replace(problem, pid=pid, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +185,7 @@ def problems_by_pid(
   problems = {}
   for name, folder in zip(names(folders), folders, strict=True):
     own = {x.removeprefix(f"{name}/") for x in pids if x.startswith(f"{name}/")}
-    for pid, problem in stored.problems_by_pid(folder, own).items():
-      pid = f"{name}/{pid}"
-      problems[pid] = dataclasses.replace(problem, pid=pid)
+    for problem in stored.problems_by_pid(folder, own).values():
+      renamed = _rename(problem, name)
+      problems[renamed.pid] = renamed
   return problems

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, records
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
 
-_TYPES = ("multi_choice", "free_form", "integer", "float", "text", "list")
+_TYPES = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
 
 
 def metric_columns(
@@ -43,11 +43,13 @@ def metric_columns(
     "completion_length": np.where(asked, mask[:, 0].sum(-1), 0),
     "truncated_fraction": asked & ~stopped[:, 0],
   }
+  slices = dict(batch.sets)
   for name in _TYPES:
-    inside = graded & np.array(
+    slices[name] = np.array(
       [name in (p.question_type, p.answer_type) for p in batch.problems]
     )
-    columns[f"graded/{name}"] = inside
+  for name, inside in slices.items():
+    columns[f"graded/{name}"] = graded & inside
     columns[f"accuracy/{name}"] = accuracy & inside
   return {name: rows.astype(np.float32) for name, rows in columns.items()}
 
@@ -67,11 +69,10 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
     return scalars
   scalars["eval/accuracy"] = sums["accuracy"] / sums["graded"]
   scalars["eval/reward"] = sums["reward"] / sums["graded"]
-  for name in _TYPES:
-    if sums[f"graded/{name}"]:
-      scalars[f"eval/accuracy/{name}"] = (
-        sums[f"accuracy/{name}"] / sums[f"graded/{name}"]
-      )
+  for name, total in sums.items():
+    prefix, _, inside = name.partition("/")
+    if prefix == "graded" and inside and total:
+      scalars[f"eval/accuracy/{inside}"] = sums[f"accuracy/{inside}"] / total
   return scalars
 
 

@@ -98,14 +98,18 @@ def advantage_share(
 
 @jax.jit
 def reward_statistics(
-  rewards: dict[str, Float[Array, "B G"]], valid: Bool[Array, "B G"]
+  rewards: dict[str, Float[Array, "B G"]],
+  valid: Bool[Array, "B G"],
+  known: Bool[Array, "B G"],
 ) -> Metrics:
   """Means and spreads of the valid rewards, over the batch and within groups.
 
-  The rewards "total" and "heuristics" are sums of the others.
+  The rewards "total" and "heuristics" are sums of the others. Accuracy counts
+  the rows `known` alone, which are those of the valid ones that rules can
+  check.
   """
   total = rewards["total"]
-  correctness = group_correctness(rewards["accuracy"] > 0.5, valid=valid)
+  correctness = group_correctness(rewards["accuracy"] > 0.5, valid=known)
   count = jnp.maximum(valid.sum(axis=1), 1)
   centered = total - (jnp.where(valid, total, 0.0).sum(1) / count)[:, None]
   spread = jnp.sqrt(
@@ -117,19 +121,32 @@ def reward_statistics(
   metrics = {
     "rollout/reward": valid_mean(total, valid),
     "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,
-    "rollout/accuracy": valid_mean(rewards["accuracy"], valid),
+    "rollout/accuracy": valid_mean(rewards["accuracy"], known),
     "rollout/unanimous_fraction": unanimous.sum() / num_groups,
     "rollout/all_right_fraction": correctness["all_right"],
     "rollout/all_wrong_fraction": correctness["all_wrong"],
     "rollout/mixed_fraction": correctness["mixed"],
   }
   for name in sorted(rewards.keys() - {"total", "heuristics"}):
-    mean = valid_mean(rewards[name], valid)
+    counts = known if name == "accuracy" else valid
+    mean = valid_mean(rewards[name], counts)
     metrics[f"reward/{name}_mean"] = mean
     metrics[f"reward/{name}_std"] = jnp.sqrt(
-      valid_mean(jnp.square(rewards[name] - mean), valid)
+      valid_mean(jnp.square(rewards[name] - mean), counts)
     )
   return metrics
+
+
+_OF_ACCURACY = (
+  *("rollout/accuracy", "reward/accuracy_mean", "reward/accuracy_std"),
+  *("rollout/all_right_fraction", "rollout/all_wrong_fraction"),
+  "rollout/mixed_fraction",
+)
+
+
+def without_accuracy(metrics: Metrics) -> Metrics:
+  """The metrics of a batch of which no answer can be checked."""
+  return {k: value for k, value in metrics.items() if k not in _OF_ACCURACY}
 
 
 @jax.jit

@@ -26,6 +26,7 @@ from grpo_tpu.rl import (
   objective,
   preference_metrics,
   samples,
+  set_metrics,
   shaping,
 )
 from grpo_tpu.rl.settings import CollectorConfig
@@ -150,10 +151,9 @@ class Collector:
     )
     reward_end = time.perf_counter()
     groups, metrics = self._make_groups(batch, sampled, rewards, valid)
-    metrics |= diagnostics.reward_statistics(groups.rewards, valid)
+    metrics |= self._reward_metrics(batch, groups)
     metrics |= _error_counts(scores)
     metrics |= {
-      "data/skipped": self._num_skipped(batch),
       "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
       "perf/data_seconds": start - wait_start,
       "perf/rollout_seconds": rollout_end - start,
@@ -199,11 +199,9 @@ class Collector:
     """
     start = time.perf_counter()
     batch = next(prompts)
-    metrics: Metrics = {
-      "data/skipped": self._num_skipped(batch),
-      "perf/data_seconds": time.perf_counter() - start,
-    }
+    metrics: Metrics = {"perf/data_seconds": time.perf_counter() - start}
     if self.config.kind == "demonstrations":
+      metrics |= set_metrics.set_metrics(self._gather, batch)
       labelled = self.labelled_completions(params, batch)
       return Experience(labelled, metrics, [], 1)
     groups, preferred, errors = self.preference_groups(params, batch)
@@ -213,7 +211,7 @@ class Collector:
     )
     accuracy = preference_metrics.accuracy(chosen, rejected, valid=is_pair)
     metrics |= advantage_metrics
-    metrics |= diagnostics.reward_statistics(groups.rewards, groups.valid)
+    metrics |= self._reward_metrics(batch, groups)
     metrics |= errors | {"train/preference_accuracy": accuracy}
     train_batch = train_batch.replace(preferred=preferred)
     return Experience(train_batch, metrics, [], 1)
@@ -309,11 +307,26 @@ class Collector:
   def _gather(self, rows: Any) -> Any:
     return sharding.all_rows(self.sampler.mesh, rows)
 
-  def _num_skipped(self, prompts: pipeline.Batch) -> int:
-    return int((~self._gather(prompts.valid)).sum())
+  def _reward_metrics(
+    self, prompts: pipeline.Batch, groups: ScoredGroups
+  ) -> Metrics:
+    """Metrics of rewards and records; those of accuracy where it is known."""
+    mesh, rewards = self.sampler.mesh, groups.rewards
+    is_known = np.array([x.is_checkable for x in prompts.problems])
+    has_known = bool(self._gather(is_known & prompts.valid).any())
+    known = sharding.device_put_batch(mesh, is_known)[:, None] & groups.valid
+    metrics = diagnostics.reward_statistics(rewards, groups.valid, known)
+    if not has_known:
+      metrics = diagnostics.without_accuracy(metrics)
+    rows = {
+      "reward": (rewards["total"], groups.valid),
+      "accuracy": (rewards["accuracy"], known),
+    }
+    own = sharding.local_rows(mesh, rows) if prompts.sets else {}
+    return metrics | set_metrics.set_metrics(self._gather, prompts, own)
 
 
-_SUMMED = ("reward/errors", "data/skipped")
+_SUMMED = ("reward/errors",)
 _AVERAGED = (
   *("perf/rollout_tokens_per_second", "perf/live_row_share"),
   "perf/decode_bandwidth_share",
@@ -326,10 +339,11 @@ def _combine_metrics(metrics: list[Metrics]) -> Metrics:
   if len(metrics) == 1:
     return combined | metrics[0]
   fetched = jax.device_get(metrics)
-  for name in metrics[0]:
+  # A batch without a row of some data set has no metric of it.
+  for name in dict.fromkeys(name for batch in metrics for name in batch):
     values = [batch[name] for batch in fetched if name in batch]
     values = np.array(values, np.float32)
-    is_sum = name in _SUMMED or name.endswith("_errors")
+    is_sum = name in _SUMMED or name.endswith(("_errors", "/skipped"))
     is_sum |= name.startswith("perf/") and name not in _AVERAGED
     combined[name] = values.sum() if is_sum else values.mean()
   return combined

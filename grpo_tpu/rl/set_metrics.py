@@ -1,0 +1,39 @@
+"""Counts the records of a batch, and splits its rewards by data set."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import pipeline
+
+
+def set_metrics(
+  gather: Callable[[Any], Any],
+  prompts: pipeline.Batch,
+  rewards: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> dict[str, float]:
+  """The `data/` metrics of a step, over the rows of all processes.
+
+  Args:
+    gather: Maps the rows of this process to the rows of all processes.
+    prompts: The rows of this process.
+    rewards: By name, the values of this process's completions, and where they
+      count; each [rows, completions].
+
+  Returns:
+    The number of unusable rows; for a mixture also each data set's share of the
+    rows, its unusable ones, and its mean rewards where some row counts.
+  """
+  own = {"valid": prompts.valid, "sets": dict(prompts.sets), "rewards": rewards}
+  rows = gather(own)
+  valid = rows["valid"]
+  metrics = {"data/skipped": float((~valid).sum())}
+  for name, inside in rows["sets"].items():
+    metrics[f"data/{name}/share"] = float(inside.mean())
+    metrics[f"data/{name}/skipped"] = float((inside & ~valid).sum())
+    for reward, (values, counts) in (rows["rewards"] or {}).items():
+      if (counts & inside[:, None]).any():
+        mean = values[counts & inside[:, None]].mean(dtype=np.float64)
+        metrics[f"data/{name}/{reward}"] = float(mean)
+  return metrics
