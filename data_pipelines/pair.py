@@ -42,8 +42,8 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "data_dir",
     "",
-    "Folder from data_pipelines.prepare with the problems; without it the "
-    "results files describe the problems.",
+    "Folder from data_pipelines.prepare with the problems; DIR,DIR for those of"
+    " data.dirs. Without it the results files describe the problems.",
   )
   logging.set_verbosity(logging.INFO)
   app.run(main, flags_parser=command_flags.parse)

@@ -13,7 +13,7 @@ from absl import logging
 
 from data_pipelines import records
 from data_pipelines.scoring import results
-from data_pipelines.sources import stored
+from data_pipelines.sources import mixtures
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError, user_errors
 from data_pipelines.verifier import verify
@@ -51,7 +51,7 @@ def label_results(
   texts, problems, first_fault = _read_responses(paths, counts)
   if data_dir:
     with user_errors():
-      problems = stored.problems_by_pid(data_dir, texts)
+      problems = mixtures.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
     try:

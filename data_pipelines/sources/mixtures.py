@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines import records
+from data_pipelines import records, validation
 from data_pipelines.sources import stored
 
 # Shares are whole numbers whose sum is at most this.
@@ -57,7 +57,7 @@ class Mixture:
     by_size = sorted(self.sets, key=lambda name: len(self.sets[name]))
     for number, name in enumerate(by_size):
       rest = count - sum(taken.values())
-      fair = -(-rest // (len(by_size) - number))
+      fair = rest // (len(by_size) - number)
       taken[name] = min(len(self.sets[name]), fair)
     return Mixture(
       {name: _First(self._sources[name], x) for name, x in taken.items() if x}
@@ -173,13 +173,20 @@ def names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def problems_by_pid(
-  folders: Sequence[str | os.PathLike[str]], pids: Collection[str]
+  data_dirs: str | os.PathLike[str], pids: Collection[str]
 ) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from all splits of the data dirs of a run.
+  """Reads the problems of some pids from all splits of a run's data dirs.
+
+  Args:
+    data_dirs: A data dir, or those of a mixture with commas between them.
+    pids: As in the run.
 
   Raises:
     ValueError: A folder holds no prepared problems.
   """
+  named = os.fspath(data_dirs)
+  parts = [named] if os.path.isdir(named) else named.split(",")
+  folders = [validation.to_path("data_dir", part) for part in parts]
   if len(folders) == 1:
     return stored.problems_by_pid(folders[0], pids)
   problems = {}

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, records, validation
 from data_pipelines.scoring import ablations
+from data_pipelines.sources import mixtures
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, collectives, sharding
@@ -52,7 +53,8 @@ def evaluate(
 
   Returns the figures of `scores.compute`, and the `eval/` metrics as `scalars`.
   """
-  sources = make_ablated_sources(config, data.eval)
+  problems = mixtures.first(data.eval, config.eval.num_problems)
+  sources = make_ablated_sources(config, problems)
   batches = _eval_batches(data, config, sampler.mesh)
   with jax.set_mesh(sampler.mesh):
     evaluation = evaluate_all(sampler, params, batches, sources, config)
@@ -68,7 +70,8 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
     SettingError: A setting does not fit the data, the devices or the weights.
   """
   with validation.user_errors():
-    sources = make_ablated_sources(config, data.eval)
+    problems = mixtures.first(data.eval, config.eval.num_problems)
+    sources = make_ablated_sources(config, problems)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     # The report names the step that was read, even if a run saves newer ones.
     weights = load.resolve_weights(config.model.weights)
@@ -87,7 +90,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
       "weights": weights,
       "seed": config.seed,
     }
-    outputs.write(evaluation, folder, data.eval, config.eval, facts)
+    outputs.write(evaluation, folder, problems, config.eval, facts)
   return f"open {folder / 'report.html'}"
 
 

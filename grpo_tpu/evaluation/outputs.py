@@ -47,7 +47,7 @@ def write(
   Args:
     evaluation: The completions and metrics.
     folder: The folder to write to, `WORKDIR/eval`.
-    problems: The split, whose images the report shows.
+    problems: The problems, whose images the report shows.
     settings: The settings of the evaluation.
     facts: The first fields of `scores.json`: `split`, `split_size`, `model`,
       `weights` with the checkpoint's step, and `seed`.
@@ -74,7 +74,7 @@ def write(
     page = report.render(name, figures, worst, examples)
     (folder / name).write_text(page, encoding="utf-8")
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
-  if rest := len(problems) - len(evaluation.greedy):
+  if rest := facts["split_size"] - len(evaluation.greedy):
     logging.warning(
       "eval.num_problems (%d) leaves out %d problems of %s.",
       *(settings.num_problems, rest, split),

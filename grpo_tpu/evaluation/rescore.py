@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
-from data_pipelines.sources import stored
+from data_pipelines.sources import mixtures
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import logs
@@ -163,17 +163,18 @@ def _read_sample(line: bytes, source: str) -> dict[str, Any]:
 def read_problems(
   pids: Collection[str], data_dir: str
 ) -> dict[str, records.Problem]:
-  """Reads the problems of these pids from a data dir.
+  """Reads the problems of these pids from the data dirs of a run.
 
   Raises:
-    ValueError: The folder is no data dir, or lacks some problems.
+    ValueError: A folder is no data dir, or they lack some problems.
   """
-  problems = stored.problems_by_pid(data_dir, pids)
+  problems = mixtures.problems_by_pid(data_dir, pids)
   if missing := sorted(set(pids) - problems.keys()):
     raise ValueError(
       f"--data_dir ({data_dir!r}) must hold the problems of all samples, but "
       f"{len(missing)} are not in it, for example {missing[0]!r}; name the "
-      "data dir of the run (WORKDIR/data if it had none)."
+      "data dir of the run (WORKDIR/data if it had none), or those of its "
+      "data.dirs with commas between them."
     )
   return problems
 
@@ -221,7 +222,12 @@ if __name__ == "__main__":
     "config", None, "Settings; only `rewards` is used.", lock_config=True
   )
   flags.DEFINE_string("samples", None, "WORKDIR/samples/train.jsonl of a run.")
-  flags.DEFINE_string("data_dir", None, "Folder with the run's problems.")
+  flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder with the run's problems; DIR,DIR for those of its data.dirs, in "
+    "their order.",
+  )
   flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
   flags.mark_flags_as_required(["config", "samples", "data_dir"])
   app.run(main, flags_parser=_parse_flags)
