@@ -92,6 +92,7 @@ def make_builder(tokenizer, source, **changes):
 def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
   settings = dict(seed=5, prompt_buckets=(34, 36, 64), max_new_tokens=24)
   order = dict(prompts_per_step=4, start_step=0, worker_processes=0)
+  order["shares"] = (1,)
   for name in order.keys() & changes.keys():
     order[name] = changes.pop(name)
   builder = make_builder(tokenizer, source, **settings | changes)
@@ -205,6 +206,65 @@ def test_an_epoch_asks_each_problem_once_and_the_next_in_another_order(
   assert sorted(first) == sorted(problem.pid for problem in PROBLEMS)
   assert sorted(second) == sorted(first)
   assert first != second
+
+
+# Text problems and those with pictures, 1 to 3.
+TWO_SETS = [*TEXTS[:4], *PROBLEMS[4:]]
+MIXTURE = dict(
+  sets={"text": range(4), "seen": range(4, NUM_PROBLEMS)}, shares=(1, 3)
+)
+
+
+def asked(found):
+  return [problem.pid for batch in found for problem in batch.problems]
+
+
+def test_each_set_of_a_mixture_comes_as_it_would_alone(tokenizer):
+  """Its share of any prefix, and its own order, which never ends."""
+  found = batches(tokenizer, TWO_SETS, steps=12, **MIXTURE)
+  is_text = np.concatenate([batch.sets["text"] for batch in found])
+  np.testing.assert_array_equal(
+    is_text, ~np.concatenate([batch.sets["seen"] for batch in found])
+  )
+  counts = np.cumsum(is_text) - np.arange(1, 49) / 4
+  assert np.abs(counts).max() < 1
+  for number, (part, inside) in enumerate(
+    [(TWO_SETS[:4], is_text), (TWO_SETS[4:], ~is_text)]
+  ):
+    alone = asked(batches(tokenizer, part, steps=12, seed=5 + number))
+    pids = [pid for pid, x in zip(asked(found), inside, strict=True) if x]
+    assert pids == alone[: len(pids)]
+
+
+def test_one_set_of_any_weight_is_no_mixture(tokenizer):
+  whole = dict(sets={"all": range(NUM_PROBLEMS)}, shares=(9,))
+  for left, right in zip(
+    batches(tokenizer), batches(tokenizer, **whole), strict=True
+  ):
+    assert_same(left, dataclasses.replace(right, sets={}))
+
+
+def test_hosts_and_restarts_change_nothing_of_a_mixture(tokenizer):
+  alone = batches(tokenizer, TWO_SETS, **MIXTURE)
+  shards = [
+    batches(
+      tokenizer,
+      TWO_SETS,
+      steps=3,
+      start_step=5,
+      shards=(index,),
+      shard_count=2,
+      **MIXTURE,
+    )
+    for index in range(2)
+  ]
+  for whole, parts in zip(alone[5:], zip(*shards, strict=True), strict=True):
+    assert_same(whole, joined(parts))
+
+
+def test_a_set_without_a_usable_record_is_named(tokenizer):
+  with pytest.raises(ValueError, match=r"^data.dirs .*, and seen has none"):
+    batches(tokenizer, TWO_SETS, **MIXTURE, **BLIND)
 
 
 def test_another_seed_is_another_order(tokenizer):
