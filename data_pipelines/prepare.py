@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines import validation
-from data_pipelines.sources import build, synthetic
+from data_pipelines.sources import build, reasoning_gym, synthetic
 
 FLAGS = flags.FLAGS
 
@@ -84,7 +84,7 @@ def _define_flags() -> None:
   flags.DEFINE_list(
     "exclude", [], "Data dirs; what also stands in one of them never trains."
   )
-  flags.DEFINE_integer("num_problems", 10_000, "Number of synthetic problems.")
+  flags.DEFINE_integer("num_problems", 10_000, "Number of problems to draw.")
   flags.DEFINE_integer(
     "difficulty", 2, "Difficulty of synthetic problems, 1-5."
   )
@@ -121,6 +121,10 @@ def _request() -> build.Request:
   if source == build.SYNTHETIC:
     with validation.user_errors():
       source = _from_flags(synthetic.Spec)
+  elif source.startswith(reasoning_gym.PREFIX):
+    with validation.user_errors():
+      tasks = reasoning_gym.parse_tasks(source)
+      source = _from_flags(reasoning_gym.Spec, tasks=tasks, version="")
   elif re.match(f"({'|'.join(_SPLITS)})=", source):
     source = _pairs("source", source.split(","), _SPLITS)
   columns = _pairs("columns", FLAGS.columns)

@@ -20,7 +20,14 @@ from typing import Any, NoReturn
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.sources import files, intake, mathvista, stored, synthetic
+from data_pipelines.sources import (
+  files,
+  intake,
+  mathvista,
+  reasoning_gym,
+  stored,
+  synthetic,
+)
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
@@ -37,8 +44,8 @@ class Request:
   """The source and the contents of a data dir.
 
   Attributes:
-    source: The settings of synthetic problems, a path that `files` can read,
-      or such a path for each of `train`, `eval` and `test`.
+    source: The settings of synthetic or reasoning_gym's problems, a path that
+      `files` can read, or such a path for each of `train`, `eval` and `test`.
     data_dir: The folder to build.
     seed: Another seed is another division into train and eval.
     eval_fraction: Expected share of the answered images that `eval` gets; 0
@@ -55,7 +62,7 @@ class Request:
     exclude: Data dirs; what also stands in one of them never trains.
   """
 
-  source: synthetic.Spec | str | Mapping[str, str]
+  source: synthetic.Spec | reasoning_gym.Spec | str | Mapping[str, str]
   data_dir: str
   seed: int = field(metadata=validation.at_least(0))
   eval_fraction: float = field(metadata=validation.interval("[0, 1]", 0.2))
@@ -145,6 +152,8 @@ def _open_source(request: Request) -> tuple[files.Readers, dict[str, Any]]:
     spec = request.source
     draw = functools.cache(lambda: list(synthetic.problems(spec)))
     readers: files.Readers = {SYNTHETIC: draw}
+  elif isinstance(request.source, reasoning_gym.Spec):
+    readers = {"": functools.partial(reasoning_gym.problems, request.source)}
   else:
     is_remote = "://" in request.source
     path = None if is_remote else validation.to_path("source", request.source)
@@ -296,7 +305,7 @@ def _write(
   num_original = sum(record.is_mathvista for record in accepted)
   trained = tokenizer.Tokenizer(folder / _TOKENIZER)
   manifest = {
-    "source": SYNTHETIC if is_synthetic else request.source,
+    "source": SYNTHETIC if is_synthetic else str(request.source),
     "terms": mathvista.terms(num_original, len(accepted)),
     "counts": {split: counts[split] for split in written},
     "rejects": _reasons(rejects),

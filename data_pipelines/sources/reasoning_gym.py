@@ -1,0 +1,310 @@
+"""Text problems of the library reasoning_gym, each with a scorer of its own.
+
+Problem `i` of a set is a function of the settings and `i` alone. The library
+draws and scores in worker processes, whose hash seed is fixed; its global
+random state is set before each draw.
+
+References:
+  reasoning_gym: https://github.com/open-thought/reasoning-gym
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import io
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import rapidfuzz
+
+from data_pipelines import records
+from data_pipelines.validation import at_least, check_fields, interval, require
+from data_pipelines.workers import functions
+from data_pipelines.workers.pool import Pool
+
+PREFIX = "reasoning_gym:"
+_HERE = "data_pipelines.sources.reasoning_gym"
+# Drawn by one call of a worker, within this time; some tasks are slow.
+_CHUNK, _SECONDS, _MEMORY_GIB = 25, 300.0, 4.0
+
+# Tasks that do not train, and why.
+_REFUSED = {
+  "boxnet": "it gives no right answer to hold its scorer to",
+  "coin_flip": "its scorer takes 0 for nearly every probability",
+  "complex_arithmetic": "its scorer takes nan for every number",
+  "composite": "it mixes other tasks; name these",
+  "game_of_life_halting": "its scorer takes every answer",
+  "puzzle24": "its scorer takes other numbers than those of the puzzle",
+  "rush_hour": "it gives no right answer to hold its scorer to",
+  "time_intervals": "what it draws depends on the day",
+}
+# Where tasks without an `answer` give one.
+_EXAMPLES = ("possible_answer", "example_answer", "example_correct_answer")
+# Scorers that compare with tuples, of which JSON makes lists.
+_WITH_TUPLES = ("arc_agi", "rearc")
+# Scorers that run an answer or a part of the entry as Python, by `eval` or by
+# `parse_expr` of sympy. A test compares with the library.
+_BY_EVAL = (
+  *("binary_matrix", "bitwise_arithmetic", "n_queens", "number_sorting"),
+  *("spiral_matrix", "string_insertion"),
+)
+_BY_SYMPY = (
+  *("countdown", "intermediate_integration", "polynomial_multiplication"),
+  "simple_integration",
+)
+_LITERAL = (
+  *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Name, ast.BinOp),
+  *(ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context),
+)
+_MATHEMATICAL = frozenset(
+  "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp "
+  "log ln sqrt Abs abs Rational Integer".split()
+)
+# What a scorer raises for an answer that it cannot read.
+_UNREADABLE = (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Spec:
+  """The settings of a set of problems.
+
+  Attributes:
+    tasks: Names of the library's tasks, which take turns.
+    num_problems: Number of problems, all held in memory.
+    seed: Random seed of the set.
+    version: The library's version; another one may draw other problems.
+  """
+
+  tasks: tuple[str, ...]
+  num_problems: int = field(metadata=interval("[1, 1000000]", 10_000))
+  seed: int = field(metadata=at_least(0))
+  version: str = ""
+
+  def __post_init__(self):
+    check_fields(self)
+    known = sorted(_library().factory.DATASETS)
+    rule = "name tasks after the colon, each once"
+    distinct = len(set(self.tasks)) == len(self.tasks)
+    require(bool(self.tasks) and distinct, "source", str(self), rule, "")
+    for task in self.tasks:
+      _require_task(task, known)
+    version = importlib.metadata.version("reasoning-gym")
+    object.__setattr__(self, "version", version)
+
+  def __str__(self):
+    return PREFIX + ",".join(self.tasks)
+
+
+def parse_tasks(source: str) -> tuple[str, ...]:
+  """The tasks that a source "reasoning_gym:TASK,TASK" names."""
+  names = source.removeprefix(PREFIX).split(",")
+  return tuple(name.strip() for name in names if name.strip())
+
+
+def _library() -> Any:
+  """The library, which takes more than a second to import.
+
+  Raises:
+    ValueError: It is not installed.
+  """
+  try:
+    return importlib.import_module("reasoning_gym")
+  except ImportError as error:
+    raise ValueError(
+      f"source ({PREFIX}...) needs the package reasoning-gym, but the import "
+      f"failed: {error}; install it, as by pip install --constraint "
+      "constraints.txt reasoning-gym, which needs a C compiler."
+    ) from error
+
+
+def _require_task(task: str, known: Sequence[str]) -> None:
+  """Refuses a task that the library does not have, or that does not train."""
+  near = rapidfuzz.process.extract(
+    task, known, scorer=rapidfuzz.fuzz.ratio, limit=3, score_cutoff=60
+  )
+  names = ", ".join(name for name, *_ in near)
+  question = f"did you mean {names}? " if names else ""
+  remedy = (
+    f"{question}The README of the library lists all {len(known)}: "
+    "https://github.com/open-thought/reasoning-gym"
+  )
+  rule = "name tasks of reasoning_gym"
+  require(task in known, "source", PREFIX + task, rule, remedy)
+  why = _REFUSED.get(task, "")
+  rule = f"name another task: {task} does not train, because {why}"
+  require(not why, "source", PREFIX + task, rule, "")
+
+
+type _Raw = records.Problem | records.BadRecord
+
+
+@functools.lru_cache(maxsize=1)
+def problems(spec: Spec) -> Sequence[_Raw]:
+  """All problems of the set in order; what cannot be drawn is a reject."""
+  calls: list[tuple] = []
+  count = -(-spec.num_problems // len(spec.tasks))
+  for task in spec.tasks:
+    for start in range(0, count, _CHUNK):
+      stop = min(start + _CHUNK, count)
+      calls.append((task, spec.seed, count, start, stop))
+  pool = Pool(
+    [f"{_HERE}:draw"],
+    num_workers=min(os.cpu_count() or 1, len(calls)),
+    timeout_seconds=_SECONDS,
+    memory_gib=_MEMORY_GIB,
+  )
+  try:
+    waiting = [pool.submit(f"{_HERE}:draw", *call) for call in calls]
+    entries = dict(_collect(zip(calls, waiting, strict=True)))
+  finally:
+    pool.close()
+  turns = ((task, i) for i in range(count) for task in spec.tasks)
+  keys = [key for key, _ in zip(turns, range(spec.num_problems), strict=False)]
+  return [_problem(*key, entries[key]) for key in keys]
+
+
+def _collect(
+  calls: Iterable[tuple[tuple, futures.Future]],
+) -> Iterator[tuple[tuple[str, int], Any]]:
+  """Each entry, or the words of a failure, by task and index."""
+  for (task, _, _, start, stop), future in calls:
+    drawn = future.result()
+    if isinstance(drawn, functions.Failure):
+      drawn = [drawn.reason] * (stop - start)
+    for index, entry in zip(range(start, stop), drawn, strict=True):
+      yield (task, index), entry
+
+
+def draw(
+  task: str, seed: int, size: int, start: int, stop: int
+) -> list[dict[str, Any] | str]:
+  """Draws entries of a task, or says why an entry cannot be drawn.
+
+  Only equal in processes with equal PYTHONHASHSEED, such as workers.
+
+  Args:
+    task: A task of the library.
+    seed: Random seed of the task.
+    size: Number of entries of the task, on which some tasks depend.
+    start: The first entry to draw.
+    stop: The entry after the last one.
+
+  Returns:
+    The library's entries, as JSON can hold them.
+  """
+  with contextlib.redirect_stdout(io.StringIO()):
+    dataset = _dataset(task, seed, size)
+    return [_draw_one(dataset, seed, index) for index in range(start, stop)]
+
+
+@functools.lru_cache(maxsize=1)
+def _dataset(task: str, seed: int, size: int) -> Any:
+  return _library().create_dataset(task, seed=seed, size=size)
+
+
+def _draw_one(dataset: Any, seed: int, index: int) -> dict[str, Any] | str:
+  random.seed(f"{seed} {index}")
+  np.random.seed([seed % 2**32, index])
+  try:
+    entry = dict(dataset[index])
+    return json.loads(json.dumps(entry, allow_nan=False))
+  except Exception as error:  # Whatever the library raises.
+    return functions.one_line(error)
+
+
+def _problem(task: str, index: int, entry: dict[str, Any] | str) -> _Raw:
+  try:
+    with records.all_faults():
+      if isinstance(entry, str):
+        raise records.BadRecord("not_drawn", f"{task} {index}: {entry}")
+      question, answer = entry.pop("question"), entry["answer"]
+      if answer is None:
+        given = (entry["metadata"].get(name) for name in _EXAMPLES)
+        answer = next(each for each in given if each is not None)
+      problem = records.Problem(
+        pid=f"{task}-{index}",
+        question=question,
+        answer=answer if isinstance(answer, str) else json.dumps(answer),
+        question_type="free_form",
+        answer_type="scored",
+        query=question,
+        metadata={
+          "scorer": f"{PREFIX}{task}",
+          "entry": entry,
+          "source": "reasoning_gym",
+          "task": task,
+        },
+      )
+      records.validate(problem)
+      return problem
+  except records.BadRecord as error:
+    return error
+
+
+def score_answer(task: str, answer: str, entry: Mapping[str, Any]) -> float:
+  """The library's score of an answer, for a worker: 1.0 alone is right.
+
+  An answer that would run as code, or that the scorer cannot read, gets 0.0.
+
+  Args:
+    task: The task that drew the entry.
+    answer: The text of an answer.
+    entry: The entry, `metadata["entry"]` of its problem.
+  """
+  metadata = entry["metadata"]
+  parts = map(metadata.get, ("integrand", "problem"))
+  evaluated = (answer, entry["answer"], *parts)
+  if task in (*_BY_EVAL, *_BY_SYMPY):
+    texts = [text for text in evaluated if text is not None]
+    if not all(_is_harmless(text, task in _BY_SYMPY) for text in texts):
+      return 0.0
+  if task in _WITH_TUPLES:
+    entry = {**entry, "metadata": _with_tuples(metadata)}
+  with contextlib.redirect_stdout(io.StringIO()):
+    try:
+      return float(_scorer(task)(answer, entry))
+    except _UNREADABLE:
+      return 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _scorer(task: str) -> Any:
+  return _library().get_score_answer_fn(task)
+
+
+def _with_tuples(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {name: _with_tuples(each) for name, each in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_harmless(text: str, is_for_sympy: bool) -> bool:
+  """True for text of numbers, names and operators, or that is no Python.
+
+  `parse_expr` changes a text before it runs it, so that what is no Python may
+  become some; it takes calls of mathematical functions.
+  """
+  try:
+    nodes = list(ast.walk(ast.parse(text.lstrip(), mode="eval")))
+  except (SyntaxError, ValueError):
+    return not is_for_sympy
+  for node in nodes:
+    if is_for_sympy and isinstance(node, ast.Call):
+      name = node.func
+      known = isinstance(name, ast.Name) and name.id in _MATHEMATICAL
+      if not known or node.keywords:
+        return False
+    elif is_for_sympy and isinstance(node, ast.Constant):
+      if not isinstance(node.value, int | float):
+        return False
+    elif not isinstance(node, _LITERAL):
+      return False
+  return True
