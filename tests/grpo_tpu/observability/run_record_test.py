@@ -256,6 +256,27 @@ def test_a_template_with_another_text_is_refused(workdir, monkeypatch):
   assert now.fingerprint in str(e.value) and before.fingerprint in str(e.value)
 
 
+def test_a_template_file_is_known_by_its_name_and_its_text(tmp_path):
+  """Its folder may be another one, as on another machine."""
+  here = changed("data", prompt_template="/here/mine.jinja")
+  there = changed("data", prompt_template="/there/mine.jinja")
+  text = {"data.prompt_template: its text": "cccc"}
+  write(tmp_path, here, IDENTITY | text)
+  check(tmp_path, there, IDENTITY | text)
+  for config, identity in (
+    (here, IDENTITY | {"data.prompt_template: its text": "dddd"}),
+    (changed("data", prompt_template="/here/other.jinja"), IDENTITY | text),
+    (CONFIG, IDENTITY),
+  ):
+    with pytest.raises(ValueError, match="  data.prompt_template"):
+      check(tmp_path, config, identity)
+  with pytest.raises(ValueError, match="data.system_prompt: was '', is 'Hi'"):
+    config = changed(
+      "data", prompt_template="/here/mine.jinja", system_prompt="Hi"
+    )
+    check(tmp_path, config, IDENTITY | text)
+
+
 @pytest.mark.parametrize(
   "config",
   [
