@@ -18,6 +18,7 @@ _MAX_DIGITS = 30
 _MAX_NESTING = 4
 
 _RE = tables.patterns("numbers")
+LEAD_IN = _RE.lead_in  # "The answer is".
 _TABLES = tables.read("data_pipelines.verifier", "numbers.toml")
 WORDS, _SCALES = _TABLES["words"], _TABLES["scales"]
 _HAN_DIGITS, _HAN_TENS = _TABLES["han_digits"], _TABLES["han_tens"]
@@ -96,12 +97,17 @@ class Numeral(NamedTuple):
     return _value(self.match)
 
 
+def raise_digits(text: str) -> str:
+  """The text with raised digits as powers: "x^2" for an x and a raised 2."""
+  return _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
+
+
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, without LaTeX and markup."""
   if "<" in text:
     text = _RE.token.sub("", text)
   if not text.isascii():
-    text = _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
+    text = raise_digits(text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
   text = text.replace("\\$", "").replace("$", "").replace("`", "")
   text = text.replace("**", "")
@@ -116,13 +122,17 @@ def plain(text: str) -> str:
       for sign, pattern, replacement in _LATEX:
         if sign in text:
           text = pattern.sub(replacement, text)
-  if "#" in text:
-    text = _RE.heading.sub(_answer_heading, text)
+  text = open_headings(text)
   if "- " in text:
     text = _RE.apart.sub(r"\1-", text)
   if "inus" in text or "egative" in text or "\u8d1f" in text:
     text = _MINUS.sub("-", text)
   return text
+
+
+def open_headings(text: str) -> str:
+  """The text with headings as lines; a heading "Answer" becomes "Answer:"."""
+  return _RE.heading.sub(_answer_heading, text) if "#" in text else text
 
 
 _MINUS = re.compile(

@@ -12,10 +12,21 @@ References:
 
 import dataclasses
 import decimal
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
 
 from data_pipelines import records, tables
-from data_pipelines.verifier import free_text, numbers, options, phrases
+from data_pipelines.verifier import (
+  comparisons,
+  free_text,
+  latex,
+  numbers,
+  options,
+  phrases,
+  written,
+)
 
 _RE = tables.patterns("verify")
 # The first and last characters that are read of a longer completion.
@@ -47,22 +58,7 @@ class Verdict:
 
 
 _NOTHING = Verdict(answer=None, how="none", correct=False)
-
-
-def verify_all(
-  completions: Sequence[str], problems: Sequence[records.Problem]
-) -> list[Verdict]:
-  """Judges each completion as `verify` does, many at a time.
-
-  Args:
-    completions: Any texts.
-    problems: The problem of each completion.
-
-  Returns:
-    The verdicts in the order of the completions.
-  """
-  pairs = zip(completions, problems, strict=True)
-  return [verify(completion, problem) for completion, problem in pairs]
+_UNKNOWN = dataclasses.replace(_NOTHING, abstained=True)
 
 
 def verify(completion: str, problem: records.Problem) -> Verdict:
@@ -77,23 +73,157 @@ def verify(completion: str, problem: records.Problem) -> Verdict:
     problem: The question. Without a public answer no completion is correct.
 
   Returns:
-    The verdict. Never raises, whatever the completion.
+    The verdict, whatever the completion.
+
+  Raises:
+    RuntimeError: An expression needs a worker, and none can be started.
   """
-  _, _, completion = completion.rpartition("</think>")
-  if "<think>" in completion:  # The thinking was cut off.
-    return dataclasses.replace(_NOTHING, abstained=not problem.is_checkable)
-  if "<answer>" in completion:
-    answer, how = _from_tags(completion, problem), "tag"
-  else:
-    answer, how = _from_free_text(_clip(completion), problem)
+  verdict = _start(completion, problem)
+  return verdict if isinstance(verdict, Verdict) else verdict()
+
+
+def verify_all(
+  completions: Sequence[str], problems: Sequence[records.Problem]
+) -> list[Verdict]:
+  """Judges each completion as `verify` does; expressions are compared together.
+
+  Args:
+    completions: Any texts.
+    problems: The problem of each completion.
+
+  Returns:
+    The verdicts in the order of the completions.
+
+  Raises:
+    RuntimeError: An expression needs a worker, and none can be started.
+  """
+  started = [_start(*each) for each in zip(completions, problems, strict=True)]
+  try:
+    return [each if isinstance(each, Verdict) else each() for each in started]
+  except BaseException:
+    comparisons.close()  # Else Ctrl-C would wait for what has been started.
+    raise
+
+
+def _start(
+  completion: str, problem: records.Problem
+) -> Verdict | Callable[[], Verdict]:
+  """The verdict, or a function that waits for it."""
+  kind = problem.answer_type
+  if problem.question_type != "multi_choice":
+    if kind == "text" and (pair := written.yes_or_no(problem.answer)):
+      problem = _as_choice(problem, pair)
+    elif kind in _WRITTEN:
+      return _start_written(completion, problem, _WRITTEN[kind])
+  parse = functools.partial(_parse, problem=problem)
+  answer, how = _find(
+    completion, parse, lambda text: _from_free_text(text, problem)
+  )
   unknown = not problem.is_checkable
   if answer is None:
-    return dataclasses.replace(_NOTHING, abstained=unknown)
+    return _UNKNOWN if unknown else _NOTHING
   correct = _is_right(answer, problem)
   return Verdict(answer=answer, how=how, correct=correct, abstained=unknown)
 
 
-def _from_tags(completion: str, problem: records.Problem) -> str | None:
+def _find(
+  completion: str,
+  parse: Callable[[str], str | None],
+  from_free_text: Callable[[str], tuple[str | None, str]],
+) -> tuple[str | None, str]:
+  """The answer in the tags, or else in the text, and the rule that found it."""
+  _, _, completion = completion.rpartition("</think>")
+  if "<think>" in completion:  # The thinking was cut off.
+    return None, "none"
+  if "<answer>" in completion:
+    return _from_tags(completion, parse), "tag"
+  return from_free_text(_clip(completion))
+
+
+# How the answers of each type are written; `unchecked` ones as texts.
+_WRITTEN = {
+  "text": "text",
+  "expression": "expression",
+  "scored": "scored",
+  "unchecked": "text",
+}
+
+
+def _start_written(
+  completion: str, problem: records.Problem, kind: str
+) -> Verdict | Callable[[], Verdict]:
+  """Judges an answer that is a text, an expression or for a scorer."""
+  answer, how = _find(
+    completion,
+    functools.partial(written.clean, kind=kind),
+    functools.partial(written.find, kind=kind),
+  )
+  if not problem.is_checkable:
+    if answer is None:
+      return _UNKNOWN
+    return Verdict(answer=answer, how=how, correct=False, abstained=True)
+  if answer is None:
+    return _NOTHING
+  verdict = functools.partial(Verdict, answer=answer, how=how)
+  if kind == "text":
+    golds = problem.answer, *problem.aliases
+    return verdict(correct=any(written.same_text(answer, x) for x in golds))
+  pending = _compare(answer, problem)
+  if isinstance(pending, bool):
+    return verdict(correct=pending)
+
+  def wait() -> Verdict:
+    results = [comparisons.is_right(each) for each in pending]
+    correct = True in results
+    abstained = None in results and not correct
+    return verdict(correct=correct, abstained=abstained)
+
+  return wait
+
+
+def _compare(
+  answer: str, problem: records.Problem
+) -> bool | list[futures.Future[Any]]:
+  """Compares an expression, or starts to compare it in a worker."""
+  if problem.answer_type == "scored":
+    scorer, _, task = str(problem.metadata.get("scorer", "")).partition(":")
+    path = comparisons.SCORERS.get(scorer)
+    if path is None:
+      return False
+    entry = problem.metadata.get("entry")
+    return [comparisons.start(path, task, answer, entry)]
+  pending = []
+  for text in (problem.answer, *problem.aliases):
+    gold = latex.normalize(text)
+    if latex.key(gold) == latex.key(answer):
+      return True
+    value, found = latex.number(gold), latex.number(answer)
+    if value is not None and found is not None:
+      if abs(found - value) <= problem.tolerance * abs(value):
+        return True
+    elif latex.is_readable(gold) and latex.is_readable(answer):
+      if problem.unit and value is not None:
+        gold = f"{gold}\\text{{{problem.unit}}}"
+      arguments = gold, answer, problem.tolerance
+      pending.append(comparisons.start(comparisons.EXPRESSIONS, *arguments))
+  return pending or False
+
+
+def _as_choice(
+  problem: records.Problem, pair: tuple[str, str]
+) -> records.Problem:
+  """A question for yes or no as one of two options."""
+  (answer,) = [
+    x for x in pair if x.casefold() == written.text_key(problem.answer)
+  ]
+  return dataclasses.replace(
+    problem, question_type="multi_choice", choices=pair, answer=answer
+  )
+
+
+def _from_tags(
+  completion: str, parse: Callable[[str], str | None]
+) -> str | None:
   """The answer of the last tag, if all tags with an answer agree."""
   end = len(completion)
   texts: list[str] = []
@@ -106,7 +236,7 @@ def _from_tags(completion: str, problem: records.Problem) -> str | None:
   # A nested tag, or one closed twice.
   if completion.count("</answer>") != len(texts):
     return None
-  last, *others = [_parse(text, problem) for text in dict.fromkeys(texts)]
+  last, *others = [parse(text) for text in dict.fromkeys(texts)]
   return last if not set(others) - {last, None} else None
 
 
@@ -120,14 +250,27 @@ def _is_right(answer: str, problem: records.Problem) -> bool:
   """True if a parsed answer is the problem's."""
   if not problem.is_checkable:
     return False
+  return _equals(answer, problem.answer, problem) or any(
+    _equals(answer, alias, problem) for alias in problem.aliases
+  )
+
+
+def _equals(answer: str, gold: str, problem: records.Problem) -> bool:
+  """True if a parsed answer is this right one."""
   if problem.question_type == "multi_choice":
-    return answer.strip() == problem.answer.strip()
+    return answer.strip() == gold.strip()
   if problem.answer_type == "list":
-    return answer == _parse_list(problem.answer)
-  right = numbers.only_number(problem.answer)
+    right = _parse_list(gold)
+    return answer == right or (
+      right is not None and _lists_are_close(answer, right, problem.tolerance)
+    )
+  right = numbers.only_number(gold)
   if right is None:
     return False
   error = abs(decimal.Decimal(answer) - right)
+  # Relative to the right answer, as ChartQA's relaxed accuracy.
+  if error <= decimal.Decimal(str(problem.tolerance)) * abs(right):
+    return True
   if problem.answer_type == "float" and problem.precision >= 0:
     # Rounds to the right answer, whichever way a half is rounded.
     return 2 * error <= decimal.Decimal(1).scaleb(-problem.precision)
@@ -198,6 +341,20 @@ def _last_box(text: str) -> str | None:
     if not depth:
       return text[start:i]
   return None
+
+
+def _lists_are_close(answer: str, right: str, tolerance: float) -> bool:
+  """True if lists differ only in numbers that are close to each other."""
+  if not tolerance or _RE.number.sub("0", answer) != _RE.number.sub("0", right):
+    return False
+  limit = decimal.Decimal(str(tolerance))
+  return all(
+    abs(decimal.Decimal(found) - decimal.Decimal(value))
+    <= limit * abs(decimal.Decimal(value))
+    for found, value in zip(
+      _RE.number.findall(answer), _RE.number.findall(right), strict=True
+    )
+  )
 
 
 _NO_SPACE_OR_QUOTES = str.maketrans("", "", " \t\n\r'\"")

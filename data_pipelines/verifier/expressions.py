@@ -1,0 +1,360 @@
+r"""Compares two mathematical expressions by value, in a worker process.
+
+math-verify's parser reads the values in them. They are compared here: exactly
+if both are rational, else to 20 digits at several points; what has no value
+there is left to math-verify. Alone it is too loose for a reward: it pays
+`(1,2)` for `\{1,2\}`, 0.333333 for 1/3, `neve` for `even` and `x^2 = 5` for 5.
+The main program imports neither math-verify nor sympy, which take a second.
+"""
+
+import fractions
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipelines.verifier import latex
+from data_pipelines.verifier.latex import Shape
+
+# Expressions that agree at these points are equal.
+_POINTS = (1.37, -0.73, 2.61, -3.17, 0.41)
+_DIGITS, _MAX_ERROR = 30, 1e-20
+# A power or factorial with more binary digits is not computed.
+_MAX_BITS = 20_000
+_MAX_PARTS, _MAX_SYMBOLS = 24, 12
+# A sympy expression.
+type Expression = Any
+
+
+def is_equal(gold: str, answer: str, tolerance: float) -> bool:
+  """True if two texts mean the same.
+
+  Args:
+    gold: The right answer, normalized and readable, see `latex`.
+    answer: Another one.
+    tolerance: Largest relative error of a number that is right.
+  """
+  try:
+    match = _Comparison(tolerance).matches
+    return match(latex.parse(gold), latex.parse(answer))
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    return False  # Sympy raises these for what has no value.
+
+
+class _Comparison:
+  """Comparisons of a right answer with another one, with a tolerance."""
+
+  def __init__(self, tolerance: float):
+    self._tolerance = tolerance
+
+  def matches(self, gold: Shape, answer: Shape) -> bool:
+    """True if two shapes mean the same."""
+    kinds = {gold.kind, answer.kind}
+    if "word" in kinds:
+      return _words(gold) == _words(answer) != ""
+    if "system" in kinds:
+      return len(kinds) == 1 and self._pair_up(gold.parts, answer.parts)
+    if "equation" in kinds:
+      return self._equations(gold, answer)
+    if "set" in kinds:
+      # A set of one value is that value.
+      sets = [x.parts if x.kind == "set" else (x,) for x in (gold, answer)]
+      return self._pair_up(*sets)
+    if kinds & {"relation", "either"} or (gold.kind != answer.kind):
+      return self._regions(gold, answer)
+    if gold.kind == "value":
+      return self._quantities(gold.text, answer.text)
+    pairs = zip(gold.parts, answer.parts, strict=False)
+    return (gold.text, len(gold.parts)) == (
+      answer.text,
+      len(answer.parts),
+    ) and (all(self.matches(*pair) for pair in pairs))
+
+  def _pair_up(
+    self,
+    gold: Sequence[Any],
+    answer: Sequence[Any],
+    matches: Callable[[Any, Any], bool] | None = None,
+  ) -> bool:
+    """True if each part matches another part, in any order."""
+    if len(gold) != len(answer) or len(gold) > _MAX_PARTS:
+      return False
+    left = list(answer)
+    for part in gold:
+      found = (x for x in left if (matches or self.matches)(part, x))
+      partner = next(found, None)
+      if partner is None:
+        return False
+      left.remove(partner)
+    return True
+
+  def _equations(self, gold: Shape, answer: Shape) -> bool:
+    """Compares where at least one side is an equation."""
+    value = gold.parts[-1] if gold.kind == "equation" else gold
+    found = answer.parts[-1] if answer.kind == "equation" else answer
+    if answer.kind == "equation" and not self._is_consistent(answer):
+      return False
+    if gold.kind != "equation":
+      return _gives_a_value(answer.parts[0].text) and self.matches(gold, found)
+    name = gold.parts[0].text
+    if answer.kind != "equation":
+      return latex.is_name(name) and self.matches(value, answer)
+    other = answer.parts[0].text
+    names = {latex.key(name), latex.key(other)}
+    are_names = latex.is_name(name) and latex.is_name(other)
+    # The graph y = x^2 is that of f(x) = x^2.
+    is_graph = "y" in names and any("(" in each for each in names)
+    if are_names and (len(names) == 1 or is_graph):
+      if self.matches(value, found):
+        return True
+    if latex.is_name(name) and not _has_symbols(value):
+      return False  # 2x = 10 does not solve for x = 5.
+    first, second = _difference(gold), _difference(answer)
+    return bool(_ratio(_numerator(first), _numerator(second)))
+
+  def _is_consistent(self, equation: Shape) -> bool:
+    """False if two sides of an equation are different numbers: 2 + 2 = 5."""
+    sides = [x.text for x in equation.parts if x.kind == "value"]
+    numbers = [x for x in sides if not latex.is_name(x) and not _symbols(x)]
+    return all(self._quantities(numbers[0], x) for x in numbers[1:])
+
+  def _regions(self, gold: Shape, answer: Shape) -> bool:
+    """Compares inequalities and intervals."""
+    region, other = latex.bounds(gold), latex.bounds(answer)
+    if region and other:
+      names = {region[0], other[0]} - {""}
+      return len(names) < 2 and self._pair_up(region[1], other[1], self._bounds)
+    if region or gold.kind != answer.kind:
+      return False
+    if gold.kind == "either":
+      return self._pair_up(gold.parts, answer.parts)
+
+    def matches(first: tuple, second: tuple) -> bool:
+      ratio = _ratio(first[1], second[1])
+      return first[0] == second[0] and ratio is not None and ratio > 0
+
+    pairs = _inequalities(gold), _inequalities(answer)
+    return gold.kind == "relation" and self._pair_up(*pairs, matches)
+
+  def _bounds(self, gold: latex.Bound, answer: latex.Bound) -> bool:
+    return gold.is_closed == answer.is_closed and (
+      self._quantities(gold.low, answer.low)
+      and self._quantities(gold.high, answer.high)
+    )
+
+  def _quantities(self, gold: str, answer: str) -> bool:
+    """True if two values are equal, units included.
+
+    A unit may be left out. Two units must measure the same.
+    """
+    (value, unit), (found, other) = latex.unit(gold), latex.unit(answer)
+    if unit and not other:
+      found, other = _with_letter(answer, unit)
+    elif other and not unit:
+      value, unit = _with_letter(gold, other)
+    if unit and other:
+      if unit[0] != other[0]:
+        return False
+      return self._values(value, found, other[1] / unit[1])
+    if unit is other:
+      return self._values(value, found)
+    dimension, factor = unit or other or (None, fractions.Fraction(1))
+    turned = factor if other else 1 / factor
+    if dimension == latex.DEGREES:
+      scale = _parsed(r"\frac{\pi}{180}")
+      turned = scale if other else 1 / scale
+    if dimension in (latex.DEGREES, latex.PERCENT):
+      if self._values(value, found, turned):
+        return True
+    if dimension == latex.PERCENT and other:
+      number = latex.number(found)  # 0.5 is not 0.5 %.
+      if number is None or abs(number) <= 1:
+        return False
+    return self._values(value, found)
+
+  def _values(self, gold: str, answer: str, factor: Expression = 1) -> bool:
+    """True if the first value is the second one times the factor."""
+    if factor == 1 and latex.key(gold) == latex.key(answer):
+      return True
+    right, other = _read(gold), _read(answer)
+    if right is None or other is None:
+      return False
+    if isinstance(factor, fractions.Fraction):
+      import sympy
+
+      factor = sympy.Rational(factor.numerator, factor.denominator)
+    other = other * factor if factor != 1 else other
+    pairs = _sample(right, other)
+    if pairs is None:
+      return factor == 1 and _math_verify(right, other)
+    error = max(self._tolerance, _MAX_ERROR)
+    return all(_is_close(*pair, error) for pair in pairs)
+
+
+def _words(shape: Shape) -> str:
+  """The words of a text, in lower case."""
+  text = shape.text.replace(r"\text", " ").replace("{", " ").replace("}", " ")
+  return " ".join(text.casefold().split())
+
+
+def _with_letter(text: str, unit: latex.Unit) -> tuple[str, latex.Unit | None]:
+  """Divides "5 m" if the other side has a unit of length."""
+  value, found = latex.unit(text, is_letter=True)
+  return (value, found) if found and found[0] == unit[0] else (text, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(text: str) -> Expression | None:
+  """The expression of a text, None if it has none of bounded size."""
+  spelling = latex.spelling(text)
+  if spelling is None:
+    return None
+  try:
+    found = _parsed(spelling)
+    return found if _bits(found) <= _MAX_BITS else None
+  except Exception:  # The parser raises nearly everything.
+    return None
+
+
+def _parsed(text: str) -> Expression:
+  import sympy
+  from latex2sympy2_extended import latex2sympy2
+
+  found = latex2sympy2.latex2sympy(
+    text,
+    is_real=True,
+    normalization_config=None,
+    conversion_config=latex2sympy2.ConversionConfig(lowercase_symbols=False),
+  )
+  if not isinstance(found, sympy.Expr):
+    raise ValueError(f"{text} is no value")
+  return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
+
+
+def _bits(expression: Expression) -> float:
+  """An upper bound of the binary digits of a value at the points."""
+  import sympy
+
+  parts = [_bits(part) for part in expression.args]
+  if expression.is_Rational:
+    return max(expression.p.bit_length(), expression.q.bit_length())
+  if isinstance(expression, sympy.Pow | sympy.exp):
+    base = parts[0] if len(parts) == 2 else 2
+    return max(base, 1) * 2 ** min(parts[-1], 64)
+  if isinstance(expression, sympy.factorial):
+    return parts[0] * 2 ** min(parts[0], 64)
+  return 3 + sum(parts)
+
+
+def _symbols(text: str) -> set:
+  """The variables of a value; of what cannot be read the text itself."""
+  found = _read(latex.unit(text)[0])
+  return {text} if found is None else found.free_symbols
+
+
+def _has_symbols(shape: Shape) -> bool:
+  parts = shape.parts or (shape,)
+  return any(part.text and _symbols(part.text) for part in parts)
+
+
+def _gives_a_value(left: str) -> bool:
+  """True if an equation with this left side gives a value.
+
+  So do x, f(2), x + y and sin x. But 2x = 10 is unsolved.
+  """
+  if latex.is_name(left):
+    return True
+  found = _read(left)
+  return found is not None and not (
+    len(found.free_symbols) == 1 and found.is_rational_function()
+  )
+
+
+def _difference(relation: Shape) -> Expression:
+  left, right = _read(relation.parts[0].text), _read(relation.parts[-1].text)
+  if left is None or right is None:
+    raise ValueError("a side is no value")
+  return left - right
+
+
+def _numerator(expression: Expression) -> Expression:
+  import sympy
+
+  return sympy.fraction(sympy.together(expression))[0]
+
+
+def _inequalities(chain: Shape) -> list[tuple[str, Expression]]:
+  """Each "<" or "<=" of a chain, and the difference of its sides."""
+  found = []
+  for i, operator in enumerate(chain.text.split()):
+    left, right = chain.parts[i : i + 2]
+    if operator in (">", r"\ge"):
+      left, right = right, left
+    operator = {">": "<", r"\ge": r"\le"}.get(operator, operator)
+    sides = Shape("relation", (left, right))
+    found.append((operator, _difference(sides)))
+  return found
+
+
+def _ratio(first: Expression, second: Expression) -> float | None:
+  """The constant ratio of two expressions that are no constants."""
+  pairs = _sample(first, second)
+  if not pairs or len(pairs) < 2 or 0 in pairs[0]:
+    return None
+  (one, other), *rest = pairs
+  same = all(_is_close(one * b, a * other, _MAX_ERROR) for a, b in rest)
+  varies = any(not _is_close(one, a, _MAX_ERROR) for a, _ in rest)
+  return float(one / other) if same and varies else None
+
+
+def _sample(first: Expression, second: Expression) -> list[tuple] | None:
+  """The values of two expressions at the points where one has a value."""
+  import sympy
+
+  symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+  if len(symbols) > _MAX_SYMBOLS:
+    return None
+  pairs = []
+  for i in range(len(_POINTS) if symbols else 1):
+    point = {
+      symbol: sympy.Rational(str(_POINTS[(i + 2 * j) % 5]))
+      + sympy.Rational(j, 7)
+      for j, symbol in enumerate(symbols)
+    }
+    values = [_value(expression, point) for expression in (first, second)]
+    if None in values:
+      return None
+    if any(value.is_finite or value.is_infinite for value in values):
+      pairs.append(tuple(values))
+  return pairs or None
+
+
+def _value(expression: Expression, point: dict) -> Expression | None:
+  """The value at a point: exact, or to 30 digits; None if it is no number."""
+  import sympy
+
+  value = expression.doit() if not point else expression
+  if not value.is_Rational and not value.is_infinite:
+    value = value.evalf(_DIGITS, subs=point)
+  is_number = isinstance(value, sympy.Expr) and value.is_number
+  return value if is_number and value.is_comparable is not None else None
+
+
+def _is_close(right: Expression, other: Expression, error: float) -> bool:
+  """True if two numbers are equal, or the second is close to the first."""
+  if right == other:
+    return True
+  if not (right.is_finite and other.is_finite):
+    return False
+  if right.is_Rational and other.is_Rational and error == _MAX_ERROR:
+    return False
+  distance = abs(right - other)
+  return bool(distance <= error * abs(right))
+
+
+def _math_verify(gold: Expression, answer: Expression) -> bool:
+  """What math-verify says of two expressions of the same variables."""
+  import math_verify
+
+  return gold.free_symbols == answer.free_symbols and (
+    math_verify.verify(gold, answer, timeout_seconds=None)
+  )

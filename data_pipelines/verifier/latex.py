@@ -1,0 +1,360 @@
+r"""Reads mathematics in LaTeX or plain text as text, without evaluating it.
+
+Finds the shape of an answer: one value, a set, a tuple, an interval, a matrix,
+an equation or an inequality. Shapes are compared in `expressions`: `(1,2)` is
+never `\{1,2\}`. Takes time linear in the text, which is at most `MAX_LENGTH`
+characters long. Knows nothing of sympy.
+"""
+
+import fractions
+import functools
+import re
+from typing import NamedTuple
+
+from data_pipelines import tables
+from data_pipelines.verifier import numbers
+
+# A longer answer is compared as text alone, as is one that nests deeper: the
+# parser takes seconds for what nests deeply.
+MAX_LENGTH = 1000
+_MAX_DEPTH, _MAX_COMMANDS, _MAX_DIGITS = 8, 100, 40
+
+_TABLES = tables.read("data_pipelines.verifier", "latex.toml")
+_RULES = [(re.compile(pattern), to) for pattern, to in _TABLES["rules"]]
+_COMMANDS = frozenset(_TABLES["commands"].split())
+_CHARACTERS = {
+  character: latex
+  for latex, characters in _TABLES["characters"].items()
+  for character in characters
+}
+_UNITS = {
+  name: (dimension, fractions.Fraction(factor))
+  for dimension, units in _TABLES["units"].items()
+  for name, factor in units.items()
+}
+_RE = tables.patterns("latex")
+
+
+class Shape(NamedTuple):
+  """An answer and its parts.
+
+  Attributes:
+    kind: "value", "set", "tuple", "interval", "union", "matrix", "relation",
+      "either", "equation", "system" or "word".
+    parts: The parts' shapes; of a relation and an equation its sides.
+    text: The text of a value or a word, the brackets of a tuple or an interval,
+      the operators of a relation, the size of a matrix.
+  """
+
+  kind: str
+  parts: tuple["Shape", ...] = ()
+  text: str = ""
+
+
+@functools.lru_cache(maxsize=4096)
+def normalize(text: str) -> str:
+  """The text in the one spelling that is compared.
+
+  Longer texts than `MAX_LENGTH` only lose the space around them.
+  """
+  if len(text) > MAX_LENGTH:
+    return text.strip()
+  text = "".join(_CHARACTERS.get(x, x) for x in numbers.raise_digits(text))
+  for pattern, replacement in _RULES:
+    text = pattern.sub(replacement, text)
+  if text.strip()[:1] not in ("(", "[", "{", "\\"):
+    text = _RE.thousands.sub(lambda match: match[0].replace(",", ""), text)
+  text = _RE.repeating.sub(_repeating, _braced(text))
+  return text.strip(" *").rstrip(" .,;:*").strip() or text.strip()
+
+
+def key(text: str) -> str:
+  """The normalized text without the space that means nothing."""
+  return _RE.mere_space.sub("", normalize(text))
+
+
+def number(text: str) -> fractions.Fraction | None:
+  """The value of a text that is one number without a unit, else None."""
+  match = _RE.number.fullmatch(normalize(text))
+  if not match or len(match[0]) > _MAX_DIGITS:
+    return None
+  whole, above, below = match["whole"], match["above"], match["below"]
+  if whole is not None:
+    value = fractions.Fraction(whole)
+  else:
+    value = fractions.Fraction(int(above), int(below)) if int(below) else None
+  return -value if value is not None and match["sign"] else value
+
+
+def is_readable(text: str) -> bool:
+  """True for a text so small that evaluating it cannot take long."""
+  text = normalize(text)
+  if len(text) > MAX_LENGTH or text.count("\\") > _MAX_COMMANDS:
+    return False
+  if _RE.too_long.search(text):
+    return False
+  if any(name not in _COMMANDS for name in _RE.command.findall(text)):
+    return False
+  depth = deepest = 0
+  for character in text:
+    depth += (character in "({[") - (character in ")}]")
+    deepest = max(deepest, depth)
+  return deepest <= _MAX_DEPTH
+
+
+def _braced(text: str) -> str:
+  """The text with braces where plain text has them round: "sqrt(2)"."""
+  while match := _RE.round_argument.search(text):
+    start, depth = match.end(), 1
+    for end in range(start, len(text)):
+      depth += {"(": 1, ")": -1}.get(text[end], 0)
+      if not depth:
+        break
+    else:
+      break
+    inside = text[start:end]
+    text = f"{text[: match.start()]}{match[1]}{{{inside}}}{text[end + 1 :]}"
+  return text
+
+
+def _repeating(match: re.Match[str]) -> str:
+  r"""The fraction of a repeating decimal, as 0.\overline{3}."""
+  before, after, again = match[1] or "0", match[2], match[3]
+  if len(match[0]) > _MAX_DIGITS:
+    return match[0]
+  nines = (10 ** len(again) - 1) * 10 ** len(after)
+  value = int(before + after + again) - int(before + after)
+  return rf"\frac{{{value}}}{{{nines}}}"
+
+
+def _decimal(match: re.Match[str]) -> str:
+  """An exact fraction, because the parser reads decimals as floats."""
+  before, after = match[1], match[2]
+  return rf"\frac{{{int(before + after)}}}{{{10 ** len(after)}}}"
+
+
+def split(text: str, pattern: re.Pattern[str]) -> list[str]:
+  """Splits at the matches of a pattern outside all brackets; keeps groups."""
+  parts, start, depth, index = [], 0, 0, 0
+  while index < len(text):
+    if not depth and (match := pattern.match(text, index)):
+      parts += [text[start:index], *match.groups()]
+      start = index = match.end()
+      continue
+    token = _RE.token.match(text, index)
+    assert token is not None
+    depth += bool(_RE.opening.fullmatch(token[0]))
+    depth -= bool(_RE.closing.fullmatch(token[0]))
+    index = token.end()
+  return [part.strip() for part in (*parts, text[start:])]
+
+
+def parse(text: str) -> Shape:
+  """The shape of a normalized text."""
+  text = text.strip()
+  if match := _RE.member.match(text):
+    text = text[match.end() :]
+  if match := _RE.matrix.fullmatch(text):
+    rows = [x for x in split(match[1], _RE.row) if x]
+    cells = [split(row, _RE.cell) for row in rows]
+    size = f"{len(rows)}x{','.join(str(len(row)) for row in cells)}"
+    parts = tuple(parse(cell) for row in cells for cell in row)
+    return Shape("matrix", parts, size)
+  for pattern, make in (
+    (_RE.separator, _several),
+    (_RE.relation, _relation),
+    (_RE.cup, _union),
+  ):
+    if len(parts := split(text, pattern)) > 1:
+      return make(parts)
+  if unit(text)[1] is None and _RE.word.search(text):
+    return Shape("word", text=text)
+  if (bracketed := _bracketed(text)) is not None:
+    return bracketed
+  if r"\pm" in text or r"\mp" in text:
+    plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
+    minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
+    return Shape("set", (parse(plus), parse(minus)))
+  return Shape("value", text=text)
+
+
+def _several(parts: list[str]) -> Shape:
+  """The shape of a list without brackets."""
+  shapes = tuple(parse(part) for part in parts if part)
+  kinds = {shape.kind for shape in shapes}
+  if shapes and shapes[0].kind == "equation" and kinds <= {"equation", "value"}:
+    names = [s.parts[0].text for s in shapes if s.kind == "equation"]
+    if len(set(names)) > 1 and kinds == {"equation"}:
+      return Shape("system", shapes)
+    if len(set(names)) == 1:
+      values = tuple(shape.parts[-1:] or (shape,) for shape in shapes)
+      value = Shape("set", tuple(each[0] for each in values))
+      return Shape("equation", (shapes[0].parts[0], value))
+  return Shape("either" if kinds <= {"relation", "interval"} else "set", shapes)
+
+
+def _relation(parts: list[str]) -> Shape:
+  """The shape of an equation or an inequality, which may be a chain."""
+  sides, operators = parts[::2], parts[1::2]
+  if r"\approx" in operators:  # What stands before it is exact.
+    sides = [x for x in sides[: operators.index(r"\approx") + 1] if x]
+    operators = operators[: len(sides) - 1]
+    if len(sides) < 2:
+      return parse(sides[0] if sides else parts[-1])
+  if set(operators) != {"="}:
+    texts = tuple(Shape("value", text=side) for side in sides)
+    return Shape("relation", texts, " ".join(operators))
+  first = Shape("value", text=sides[0])
+  return Shape("equation", (first, *map(parse, sides[1:])))
+
+
+def _union(parts: list[str]) -> Shape:
+  return Shape("either", tuple(parse(part) for part in parts))
+
+
+def _bracketed(text: str) -> Shape | None:
+  """The shape of a text in one pair of brackets, with commas in it."""
+  opening = _RE.opening.match(text)
+  closing = _RE.last_closing.search(text)
+  if not opening or not closing or len(split(text, _RE.any)) > 1:
+    return None
+  inside = text[opening.end() : closing.start()]
+  # The first bracket must close with the last one.
+  depth = 0
+  for token in _RE.token.findall(inside):
+    depth += bool(_RE.opening.fullmatch(token))
+    depth -= bool(_RE.closing.fullmatch(token))
+    if depth < 0:
+      return None
+  parts = tuple(parse(part) for part in split(inside, _RE.comma))
+  brackets = opening[0] + closing[0]
+  if brackets in (r"\{\}", "{}"):
+    return Shape("set", parts) if len(parts) > 1 or "\\" in brackets else None
+  if len(parts) < 2:
+    return None
+  if brackets in ("()", r"\langle\rangle"):
+    return Shape("tuple", parts, "()")
+  if brackets == "[]" and len(parts) != 2:
+    return Shape("tuple", parts, "[]")
+  return Shape("interval", parts, brackets) if len(parts) == 2 else None
+
+
+# The exponent of each dimension, and the factor to its base unit.
+type Unit = tuple[frozenset[tuple[str, int]], fractions.Fraction]
+PERCENT, DEGREES = frozenset({("%", 1)}), frozenset({("degree", 1)})
+
+
+def unit(text: str, *, is_letter: bool = False) -> tuple[str, Unit | None]:
+  """Divides a value from its unit.
+
+  Args:
+    text: A normalized value.
+    is_letter: True if a last single letter, as in "5 m", is a unit.
+
+  Returns:
+    The value, and its unit or None. "%" is a unit without a dimension.
+  """
+  if text.endswith("%"):
+    return text[:-1].strip(), (PERCENT, fractions.Fraction(1, 100))
+  if text.endswith("°") and not _RE.trigonometric.search(text):
+    return text[:-1].strip(), (DEGREES, fractions.Fraction(1))
+  match = _RE.unit.search(text)
+  value = text[: match.start()].strip() if match else ""
+  if match is None or not _RE.has_value.search(value):
+    return text, None
+  words = _RE.unit_word.findall(match[0].replace(r"\text", " "))
+  is_marked = r"\text" in match[0] or "/" in match[0]
+  names = [_unit_name(word[1]) for word in words]
+  if not is_marked and not all(
+    len(name) > 2 or (name in _UNITS and (len(name) > 1 or is_letter))
+    for name in names
+  ):
+    return text, None
+  dimensions: dict[str, int] = {}
+  factor = fractions.Fraction(1)
+  for (sign, _, power), name in zip(words, names, strict=True):
+    exponent = int(power or 1) * (-1 if sign.strip() in ("/", "per") else 1)
+    dimension, one = _UNITS.get(name, (name, fractions.Fraction(1)))
+    dimensions[dimension] = dimensions.get(dimension, 0) + exponent
+    factor *= one**exponent
+  return value, (frozenset(dimensions.items()), factor)
+
+
+def _unit_name(word: str) -> str:
+  names = _TABLES["unit_names"]
+  for name in (word, word.removesuffix("s"), word.lower()):
+    if name in _UNITS:
+      return name
+    if name.lower() in names:
+      return names[name.lower()]
+  return word.removesuffix("s").lower()
+
+
+class Bound(NamedTuple):
+  """The part of the number line between two values."""
+
+  low: str
+  high: str
+  is_closed: tuple[bool, bool]
+
+
+def bounds(shape: Shape) -> tuple[str, list[Bound]] | None:
+  """The variable ("" if none is named) and the intervals that a shape means."""
+  if shape.kind == "value" and shape.text == r"\mathbb{R}":
+    return "", [Bound(r"-\infty", r"\infty", (False, False))]
+  if shape.kind == "interval" or (shape.kind, shape.text) == ("tuple", "()"):
+    if len(shape.parts) != 2 or any(x.kind != "value" for x in shape.parts):
+      return None
+    closed = shape.text[0] == "[", shape.text[1] == "]"
+    return "", [Bound(shape.parts[0].text, shape.parts[1].text, closed)]
+  if shape.kind == "either":
+    found = [bounds(part) for part in shape.parts]
+    names = {each[0] if each else None for each in found}
+    if None in names or len(names) > 1:
+      return None
+    return names.pop() or "", [b for each in found if each for b in each[1]]
+  return _bounds_of_relation(shape) if shape.kind == "relation" else None
+
+
+def _bounds_of_relation(shape: Shape) -> tuple[str, list[Bound]] | None:
+  """The variable of an inequality that is solved for it, and its intervals."""
+  sides = [part.text for part in shape.parts]
+  operators = shape.text.split()
+  if operators[0] in (">", r"\ge"):  # Reads it from its right end.
+    sides, operators = sides[::-1], operators[::-1]
+    turned = {">": "<", r"\ge": r"\le"}
+    operators = [turned.get(operator, "") for operator in operators]
+  closed = [operator == r"\le" for operator in operators]
+  is_name = [bool(_RE.variable.fullmatch(side)) for side in sides]
+  if operators == [r"\ne"] and any(is_name):
+    name, value = sides if is_name[0] else sides[::-1]
+    pieces = [(r"-\infty", value), (value, r"\infty")]
+    return name, [Bound(*piece, (False, False)) for piece in pieces]
+  if not set(operators) <= {"<", r"\le"}:
+    return None
+  if len(sides) == 3 and is_name[1]:
+    return sides[1], [Bound(sides[0], sides[2], (closed[0], closed[1]))]
+  if len(sides) == 2 and is_name[1]:
+    return sides[1], [Bound(sides[0], r"\infty", (closed[0], False))]
+  if len(sides) == 2 and is_name[0]:
+    return sides[0], [Bound(r"-\infty", sides[1], (False, closed[0]))]
+  return None
+
+
+def is_name(text: str) -> bool:
+  """True for a text that names a value, as "x", "f(x)" and "AB"."""
+  return _RE.name.fullmatch(text.strip()) is not None
+
+
+def spelling(text: str) -> str | None:
+  """The text as the parser reads it right, or None if it would misread it.
+
+  The parser takes "2(3)" for 2 + 3, "x(2)" for a function and "AB" for a * b.
+  """
+  if _RE.trigonometric.search(text):
+    text = _RE.degrees.sub(r"(\\frac{\\pi}{180}\\cdot \1)", text)
+  text = _RE.decimal.sub(_decimal, text)
+  text = _RE.mixed.sub(r"\1\\frac{\2}{\3}", text)
+  text = _RE.applied.sub(r"\1\\cdot ", text)
+  text = _RE.capitals.sub(lambda match: f"Z_{{{match[0]}}}", text)
+  return None if _RE.misread.search(text) else text

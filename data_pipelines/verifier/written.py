@@ -1,0 +1,175 @@
+r"""Finds an answer that is a text or an expression, and compares texts.
+
+The most explicit answer counts: a tag, a field, a box, an answer line, a bare
+answer, and last the formula that the last sentence ends on. Different answers
+in tags or fields are no answer; several boxes side by side are one list.
+"""
+
+import unicodedata
+
+from data_pipelines import tables
+from data_pipelines.verifier import latex, numbers, options, phrases
+
+_RE = tables.patterns("written")
+# A longer answer is none. The answers of scorers may be whole grids.
+_MAX_LENGTH = {"text": 1000, "expression": latex.MAX_LENGTH, "scored": 20_000}
+_MAX_BARE = 200
+# "Unknown" may be an answer; a longer refusal is none.
+_MAX_WORD = 20
+
+
+def find(text: str, kind: str) -> tuple[str | None, str]:
+  """The answer in a completion without a tag, and the rule that found it.
+
+  Args:
+    text: The completion, or its first and last characters.
+    kind: "text", "expression" or "scored".
+  """
+  fields = {clean(x, kind) for x in map(_json_text, _RE.field.findall(text))}
+  if fields:
+    return (fields.pop() if len(fields) == 1 else None), "json"
+  if boxes := _last_boxes(text):
+    return clean(", ".join(boxes), kind), "boxed"
+  text = numbers.open_headings(_RE.token.sub("", text)).strip()
+  parts = phrases.sentences(text)
+  for i in range(len(parts) - 1, -1, -1):
+    after = phrases.text_after_cue(parts, i)
+    if after is not None:
+      if phrases.is_refusal(after):
+        return None, "none"
+      return clean(_announced(after), kind), "cue"
+  if kind == "scored":  # A scorer reads the whole of an answer, such as a grid.
+    return clean(text, kind), "bare"
+  if phrases.is_refusal(text) and (len(parts) > 1 or len(text) > _MAX_WORD):
+    return None, "none"
+  if "\n" not in text and len(text) <= _MAX_BARE and text[-1:] != "?":
+    if kind == "text" or _is_formula(text):
+      return clean(text, kind), "bare"
+  bold = {
+    x
+    for line in text.split("\n")
+    if "**" in line and phrases.is_assertion(line)
+    for x in _RE.bold.findall(line)
+  }
+  if len(bold) == 1 and (kind == "text" or _is_formula(min(bold))):
+    return clean(bold.pop(), kind), "bold"
+  if kind == "expression" and parts:
+    return _last_formula(text, parts[-1])
+  return None, "none"
+
+
+def clean(text: str, kind: str) -> str | None:
+  """The answer in a text that should contain nothing else, else None."""
+  text = text.strip()
+  if kind == "scored":
+    return text if 0 < len(text) <= _MAX_LENGTH[kind] else None
+  if len(text) > 2 * _MAX_LENGTH[kind]:
+    return None
+  if boxes := _last_boxes(text):
+    text = ", ".join(boxes)
+  text = text.replace("**", "") if kind == "text" else text.strip("*` \n")
+  match = numbers.LEAD_IN.match(text)
+  if match and match.end() < len(text):
+    text = text[match.end() :]
+  text = text.strip(" \t\n\"'`")
+  if kind == "expression":
+    text = latex.normalize(text)
+  return text if 0 < len(text) <= _MAX_LENGTH[kind] else None
+
+
+def same_text(first: str, second: str) -> bool:
+  """True if two texts differ only in case, articles, markup and spelling."""
+  one, two = text_key(first), text_key(second)
+  return one == two or (
+    # A number alone may be a word: "three". Units and dates are exact.
+    " " not in one + two
+    and (value := numbers.only_number(one)) is not None
+    and not one[:1] == "0" != two[:1]
+    and value == numbers.only_number(two)
+    and not _RE.has_unit.search(one + " " + two)
+  )
+
+
+def text_key(text: str) -> str:
+  """A text without case, articles, markup, quotes and final punctuation."""
+  plain = unicodedata.normalize("NFKC", text).casefold()
+  plain = _RE.text_command.sub(r"\1", plain)
+  plain = _RE.markup.sub("", plain).translate(_QUOTES)
+  plain = " ".join(_RE.article.sub(" ", f" {plain} ").split())
+  plain = plain.strip(" \"'.,;:!?")
+  return plain or " ".join(text.split())
+
+
+_QUOTES = str.maketrans(
+  "\u201c\u201d\u2018\u2019\u2013\u2014\u2212", "\"\"''---"
+)
+
+
+def _json_text(groups: tuple[str, ...]) -> str:
+  return next((x for x in groups if x), "").replace("\\\\", "\\")
+
+
+def _last_boxes(text: str) -> list[str]:
+  r"""The content of the last \boxed{...}, and of those right beside it."""
+  found: list[str] = []
+  end = len(text)
+  while len(found) < 16:
+    start = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
+    if start < 0:
+      break
+    inside, close = _balanced(text, text.index("{", start) + 1)
+    if close < 0:
+      return []
+    if found and not _RE.between_boxes.fullmatch(text[close:end]):
+      break
+    found.insert(0, inside)
+    end = start
+  return found
+
+
+def _balanced(text: str, start: int) -> tuple[str, int]:
+  """The text up to the closing brace, and the index after it; -1 for none."""
+  depth = 1
+  for i in range(start, min(len(text), start + 4000)):
+    depth += {"{": 1, "}": -1}.get(text[i], 0)
+    if not depth:
+      return text[start:i], i + 1
+  return "", -1
+
+
+def _announced(after: str) -> str:
+  """The answer in the text after "the answer is"."""
+  after = after.strip(" *:")
+  match = _RE.formula.match(after)
+  if match and _RE.explains.match(after[match.end() :]):
+    return match[0]
+  return after
+
+
+def _is_formula(text: str) -> bool:
+  """True for a text without words."""
+  normal = latex.normalize(text)
+  return bool(normal) and not _RE.prose.search(normal)
+
+
+def _last_formula(text: str, sentence: str) -> tuple[str | None, str]:
+  """The formula that the last sentence states, or the last line."""
+  line = text.rpartition("\n")[2].strip()
+  if line != text and _is_formula(line):
+    return clean(line, "expression"), "statement"
+  found = list(_RE.formula.finditer(sentence))
+  if not found or not phrases.is_assertion(sentence):
+    return None, "none"
+  last = found[-1]
+  before = sentence[: last.start()]
+  is_only = len(found) == 1 or _RE.states.search(before)
+  if not is_only or options.is_denied(sentence, last.start()):
+    return None, "none"
+  return clean(last[0], "expression"), "statement"
+
+
+def yes_or_no(answer: str) -> tuple[str, str] | None:
+  """Yes and No, or True and False, if the answer is one of them."""
+  pairs = {"yes": ("Yes", "No"), "true": ("True", "False")}
+  pairs |= {"no": pairs["yes"], "false": pairs["true"]}
+  return pairs.get(text_key(answer))
