@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from data_pipelines.records import BadRecord
 from data_pipelines.sources import gold
 from data_pipelines.text import untrusted
-from data_pipelines.verifier import options
+from data_pipelines.verifier import numbers, options
 
 _LETTERED = re.compile(r"\s*\(?([A-Z])\s?[.):\u3001\uff1a\uff0e]\s*(?=\S)")
 # "A. 12", "(A) 12", "A:12", at the start of a line or behind a blank.
@@ -219,25 +219,22 @@ def index_base(rows: Sequence[tuple[Any, Choices]]) -> int | None:
   Args:
     rows: Golds, each with its options.
   """
-  rows = [
-    (gold.plain(value), choices) for value, choices in rows if choices.texts
+  counted = [
+    (to_index(value), choices) for value, choices in rows if choices.texts
   ]
-  indices = [to_index(value) for value, _ in rows]
-  if not indices or None in indices:
+  if not counted or any(index is None for index, _ in counted):
     return None
-  equal = sum(
-    str(i) in choices.texts
-    for i, (_, choices) in zip(indices, rows, strict=True)
+  found = [(index or 0, choices) for index, choices in counted]
+  named = sum(
+    str(index) in choices.letters
+    or any(index == numbers.only_number(text) for text in choices.texts)
+    for index, choices in found
   )
-  if 2 * equal >= len(indices):
+  beyond = sum(index > len(choices.texts) for index, choices in found)
+  if 2 * named >= len(found) or 10 * beyond > len(found):
     return None
-  named = all(
-    str(i) in c.letters for i, (_, c) in zip(indices, rows, strict=True)
-  )
-  if named:
-    return None
-  last = any(i == len(c.texts) for i, (_, c) in zip(indices, rows, strict=True))
-  return 1 if last and 0 not in indices else 0
+  has_last = any(index == len(choices.texts) for index, choices in found)
+  return 1 if has_last and all(index for index, _ in found) else 0
 
 
 def _no_option(value: Any, choices: Choices, column: str) -> BadRecord:

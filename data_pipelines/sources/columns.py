@@ -140,7 +140,9 @@ def _describe(
   used = {path for paths in names.values() for path in paths}
   pairs = [f"{role}={'+'.join(x)}" for role, x in names.items() if x]
   parts = [", ".join(pairs), *notes]
-  if others := [path for path in known if path not in used]:
+  # Not the inner columns of a struct that is one.
+  others = {path.partition(".")[0] for path in known if path not in used}
+  if others := sorted(others & set(known)):
     parts.append(f"metadata: {_listed(others)}")
   line = f"Columns: {'; '.join(parts)}. To change: --columns=ours=theirs,..."
   return validation.printable(line)
@@ -344,7 +346,7 @@ def _with_answer(
   """
   names = columns.names
   value = gold.plain(_first(values, names["answer"]))
-  reply = _reply(values, names, talk)
+  reply = "" if problem.completions else _reply(values, names, talk)
   from_reply = gold.is_missing(value) and reply != ""
   value = reply if from_reply else value
   around = gold.unwrap(value)[1] if isinstance(value, str) else ""
@@ -361,7 +363,7 @@ def _with_answer(
     if from_reply and not answered.choices and len(words) > _MAX_REPLY_WORDS:
       raise BadRecord("unreadable_answer", "the reply is a sentence")
   except BadRecord:
-    has_completions = bool(problem.completions or reply)
+    has_completions = problem.completions or reply
     is_empty = from_reply or gold.is_missing(value)
     is_kept = settings.unchecked_answers == "keep"
     if not (is_kept or (is_empty and has_completions)):
@@ -374,7 +376,7 @@ def _with_answer(
     is_demonstration = reply != ""
     text = "" if is_empty else gold.as_text(value)[: records.MAX_TEXT]
     answered = dataclasses.replace(problem, answer=text)
-  if is_demonstration and not problem.completions:
+  if is_demonstration:
     demonstration = LabelledCompletion(reply, 1.0)
     answered = dataclasses.replace(answered, completions=(demonstration,))
   return _with_measures(answered, values, columns, settings)

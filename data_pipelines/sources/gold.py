@@ -33,6 +33,11 @@ _CUE = re.compile(
   r"(?:final |correct )?answer(?: is:?|\s?[:=])[\s*]*(\S[^\n]*?)[\s*]*\Z",
   re.IGNORECASE,
 )
+# What stands around an answer that has no reasons.
+_MARKS = re.compile(
+  r"\\[A-Za-z]+|</?\w+>|\b(?:therefore|final|correct|answer)\b", re.IGNORECASE
+)
+_MIN_CHARACTERS = 8
 _WRAPS = tuple(
   re.compile(pattern, re.DOTALL)
   for pattern in (
@@ -149,17 +154,16 @@ def is_picture(value: Any) -> bool:
 def unwrap(text: str) -> tuple[str, str]:
   """The final answer that a text marks, and the worked answer around it.
 
-  The worked answer is "" where the text is its final answer alone.
+  The worked answer is "" where little but the final answer stands there.
   """
-  said = _THINKING.sub("", text).strip() or text.strip()
-  gold = said
+  gold = _THINKING.sub("", text).strip() or text.strip()
   for _ in range(4):
     before, gold = gold, _inside(gold).strip()
     if gold == before:
       break
-  core = said.replace(gold, "", 1)
-  is_alone = said == text.strip() and len(core) < 40 and "\n" not in core
-  return gold, "" if is_alone else without_tags(text)
+  around = _MARKS.sub("", text.strip().replace(gold, "", 1))
+  is_worked = sum(map(str.isalnum, around)) >= _MIN_CHARACTERS
+  return gold, without_tags(text) if is_worked else ""
 
 
 def without_tags(text: str) -> str:

@@ -72,7 +72,7 @@ def guess(
   """
   names = dict(given)
   taken = {path for found in given.values() for path in found}
-  notes = []
+  rivals: dict[str, list[str]] = {}
   for role in NAMES:
     if role in given:
       continue
@@ -84,10 +84,14 @@ def guess(
       names[role] = _others(role, sample, known, taken)
     elif role in ("question", "answer"):
       texts = [[str(at(row, x))[:500] for row in sample] for x in fitting]
-      others = [x for x, t in zip(fitting, texts, strict=True) if t != texts[0]]
-      if others:
-        notes.append(f"{role} is {fitting[0]}, not {', '.join(others)}")
+      pairs = zip(fitting, texts, strict=True)
+      rivals[role] = [path for path, text in pairs if text != texts[0]]
     taken.update(names[role])
+  notes = [
+    f"{role} is {names[role][0]}, not {', '.join(others)}"
+    for role, paths in rivals.items()
+    if (others := [path for path in paths if path not in taken])
+  ]
   return names, notes
 
 
@@ -154,7 +158,8 @@ def _fits(role: str, name: str, value: Any) -> bool:
     is_text = isinstance(value, str) and name in _WEAK
     return pictures.is_picture_text(value) if is_text else True
   if role in ("system", "context", "solution"):
-    return isinstance(value, str)
+    # Some call a kind of picture the context.
+    return isinstance(value, str) and (name != "context" or len(value) > 80)
   return not gold.is_picture(value) and not pictures.is_picture_text(value)
 
 

@@ -32,8 +32,8 @@ def is_original(metadata: Mapping[str, Any]) -> bool:
   Its `source` and its `split` must be MathVista's: the training split of
   Geometry3K belongs to Geometry3K.
   """
-  split = metadata.get("split") or "testmini"
-  return metadata.get("source") in SOURCES and split in ("testmini", "test")
+  has_split = metadata.get("split") in ("testmini", "test")
+  return has_split and metadata.get("source") in SOURCES
 
 
 def terms(num_original: int, num_problems: int) -> str:

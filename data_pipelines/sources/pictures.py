@@ -97,7 +97,8 @@ def _from_text(
   parts = pathlib.PurePosixPath(named).parts
   tails = [str(pathlib.PurePosixPath(*parts[-n:])) for n in (3, 2, 1)]
   first = None
-  for candidate in [named, *(tails if parts[:1] == ("/",) else ())]:
+  is_absolute = re.match("/|[A-Za-z]:/", named)
+  for candidate in [named, *(tails if is_absolute else ())]:
     try:
       return read_file(candidate)
     except BadRecord as error:

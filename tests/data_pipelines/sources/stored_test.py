@@ -201,7 +201,7 @@ def test_a_damaged_file_is_named(tmp_path):
   [
     ({"source": "GeoQA+", "split": "testmini"}, True),
     ({"source": "GeoQA+", "split": "test"}, True),
-    ({"source": "GeoQA+"}, True),
+    ({"source": "GeoQA+"}, False),
     ({"source": "GeoQA+", "split": "train"}, False),
     ({"source": "mine", "split": "testmini"}, False),
     ({}, False),
