@@ -1,5 +1,6 @@
 """The commands and the code of the guides work as they stand."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -17,6 +18,8 @@ import pytest
 from pyarrow import parquet
 
 from data_pipelines import records
+from data_pipelines.sources import stored
+from data_pipelines.text import chat_prompts
 from grpo_tpu.config import defaults
 from grpo_tpu.rewards import custom
 
@@ -116,6 +119,81 @@ def test_the_data_of_the_guide_can_be_trained_on(checkout):
   )
   assert sum(manifest["counts"].values()) == 60 and not manifest["rejects"]
   assert manifest["terms"] == "" and manifest["counts"]["train"] > 30
+
+
+def write_examples(folder: pathlib.Path) -> None:
+  """The files that the commands of the page on data name."""
+  lines = [
+    {
+      "question": f"Ann has {i} apples and buys 4. How many has she?",
+      "answer": f"{i} + 4 = {i + 4}.\n#### {i + 4}",
+    }
+    for i in range(40)
+  ]
+  (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  rows = [f"1,What is {i} and 1?,{i},{i + 1},{i + 2},B" for i in range(40)]
+  quiz = "\n".join(["id,frage,A,B,C,richtig", *rows])
+  (folder / "quiz.csv").write_text(quiz)
+
+
+def test_the_commands_of_the_page_on_data_prepare_data(checkout, tmp_path):
+  """Each as it stands; what they make is what the page says."""
+  write_examples(checkout)
+  commands = [
+    block for block in blocks("data.md", "sh") if "MathVista" not in block
+  ]
+  path = f"export PATH='{checkout}/.venv/bin':$PATH\n"
+  for command in commands:
+    run_in_shell(path + command, checkout, timeout=300)
+  found = {}
+  for folder in sorted((checkout / "data").iterdir()):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["terms"] == "" and not manifest["rejects"]
+    found[folder.name] = sum(manifest["counts"].values())
+    assert all((folder / name).exists() for name in listed_files())
+  assert found == {"drawn": 200, "questions": 40, "quiz": 40}
+  train = stored.source(checkout / "data" / "questions", "train")
+  problem = train[0]
+  assert problem.answer_type == "integer" and not problem.images
+  assert f"+ 4 = {problem.answer}." in problem.solution
+  quiz = stored.source(checkout / "data" / "quiz", "train")[0]
+  assert quiz.question_type == "multi_choice"
+  assert quiz.answer == quiz.choices[1]
+
+
+def listed_files() -> list[str]:
+  """The files of a data dir, as the page lists them."""
+  text = (ROOT / "docs" / "data.md").read_text().partition("\n## ")[0]
+  names = re.findall(r"^\| `([\w.]+/?)` \|", text, re.M)
+  assert "manifest.json" in names
+  return names
+
+
+def test_the_templates_of_the_page_on_data_write_prompts(tmp_path):
+  problem = records.Problem(
+    pid="1",
+    question="Which is longer?",
+    images=(b"1",),
+    choices=("the red line", "the blue line"),
+    answer="the red line",
+    unit="cm",
+    question_type="multi_choice",
+    answer_type="text",
+  )
+  first, second = blocks("data.md", "jinja")
+  texts = []
+  for number, source in enumerate((first, second)):
+    (tmp_path / f"{number}.jinja").write_text(source)
+    template = chat_prompts.open_template(str(tmp_path / f"{number}.jinja"))
+    solved = dataclasses.replace(problem, question="Which is short?")
+    template = dataclasses.replace(template, few_shot=1, examples=(solved,))
+    template.file.try_out([chat_prompts.variables(problem, template)])
+    texts.append(chat_prompts.prompt_text(problem, template=template))
+  assert texts == [
+    "<image>Which is longer?\n(A) the red line\n(B) the blue line\n"
+    "Answer in cm. Put the last line in <answer></answer>.",
+    "Q: Which is short?\nA: The answer is the red line.\n\nQ: Which is longer?",
+  ]
 
 
 def test_mathvista_as_the_page_prepares_it_is_evaluated_whole(

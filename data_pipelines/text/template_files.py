@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from data_pipelines import records
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
@@ -95,6 +97,9 @@ class TemplateFile:
         "it leaves out the question" if any(found) else "it writes no text"
       )
       raise self._refusal(reason, "write {{ question }} or {{ query }} in it")
+    if found:
+      shown = untrusted.shorten(found[0], 1000)
+      logging.info("The first prompt of %s: %s", self.path, shown)
 
   def _refusal(self, reason: str, remedy: str) -> ValueError:
     return ValueError(
