@@ -226,7 +226,7 @@ class RowBuilder:
     """The ids and labels of the completions that come with the prompt."""
     given: tuple[records.LabelledCompletion, ...] = ()
     if self.kind == "demonstrations":
-      text = chat_prompts.demonstration(problem, template=self.template)
+      text = preferences.demonstration(problem, template=self.template)
       given = (records.LabelledCompletion(text, 1.0),)
     elif self.kind == "preference":
       source = self.completion_source or preferences.synthesize(

@@ -71,7 +71,8 @@ class DataConfig:
     pan_and_scan: Crops of long images, shown after the whole image in training
       and evaluation; each costs the tokens of an image.
     preference_completions: Labelled completions of a prompt, for kind
-      "preference".
+      "preference". Of those that came with a problem these are the best, the
+      worst, the second best, and so on.
     preference_file: JSON lines of labelled completions, see
       docs/data.md; "" draws one correct completion and wrong ones.
     preference_kinds: Kinds of the wrong completions that are drawn.

@@ -1,8 +1,9 @@
 """Labelled completions of a problem, for training without sampling.
 
-They are synthesized, one right and the others wrong, or read from a file.
-Synthesized completions have about the same length and the same style, so that
-neither reveals the label. This module knows no tokens and no batches.
+They are read from a file, or came with the problem, or are synthesized, one
+right and the others wrong. Synthesized completions have about the same length
+and the same style, so that neither reveals the label. This module knows no
+tokens and no batches.
 
 Kinds of wrong completions:
   distractor: another option.
@@ -35,6 +36,8 @@ KINDS = ("distractor", "perturbation", "refusal", "conflict", "truncation")
 DEFAULT_KINDS = ("distractor", "perturbation")
 # Kinds for multiple choice only, and for numbers only.
 _CHOICE_KINDS, _NUMBER_KINDS = ("distractor", "conflict"), ("perturbation",)
+# Answer types, apart from options, of which wrong completions can be made.
+_ALTERED = ("integer", "float", "list")
 
 # Draws per wrong completion, because rounding may undo a small change.
 _TRIES = 32
@@ -57,7 +60,10 @@ def synthesize(
   kinds: Sequence[str] = DEFAULT_KINDS,
   template: chat_prompts.Template = chat_prompts.TAGGED,
 ) -> Source:
-  """Makes completions from the problem: one right, up to `count - 1` wrong.
+  """Gives the problem's own completions, or makes some from its answer.
+
+  Of its own with two labels or more it takes the best, the worst, the second
+  best, and so on. Made ones are one right and up to `count - 1` wrong.
 
   Args:
     count: Completions of a group, if the problem allows so many different ones.
@@ -69,6 +75,38 @@ def synthesize(
   return functools.partial(
     _synthesize_group, count=count, kinds=kinds, template=template
   )
+
+
+def demonstration(
+  problem: records.Problem, *, template: chat_prompts.Template
+) -> str:
+  """The best of the problem's own completions, or else its worked answer.
+
+  A lone completion counts with a positive label.
+
+  Raises:
+    BadRecord: It has neither.
+  """
+  labels = [label for _, label in problem.completions]
+  if labels and (max(labels) > 0 or max(labels) > min(labels)):
+    return max(problem.completions, key=lambda each: each.label).text
+  if problem.answer:
+    return chat_prompts.demonstration(problem, template=template)
+  raise records.BadRecord(
+    "no_demonstration",
+    f"{problem.pid} has neither an answer nor a completion with a label above "
+    "0; give it one of the two",
+  )
+
+
+def _own(problem: records.Problem, count: int) -> Group:
+  """The problem's own completions; () unless their labels differ."""
+  ranked = sorted(problem.completions, key=lambda each: -each.label)
+  if len({each.label for each in ranked}) < 2:
+    return ()
+  ends = zip(ranked, reversed(ranked), strict=True)
+  order = [each for pair in ends for each in pair]
+  return tuple(order[: min(count, len(ranked))])
 
 
 def from_file(path: str | os.PathLike[str], count: int) -> Source:
@@ -171,7 +209,16 @@ def _synthesize_group(
   kinds: Sequence[str],
   template: chat_prompts.Template,
 ) -> Group:
+  if own := _own(problem, count):
+    return own
   is_choice = problem.question_type == "multi_choice"
+  if not is_choice and problem.answer_type not in _ALTERED:
+    raise records.BadRecord(
+      "no_completions",
+      f"{problem.pid} has no completions with different labels, and no wrong "
+      f"ones can be made of its {problem.answer_type} answer; give it a chosen "
+      "and a rejected completion, or name a data.preference_file",
+    )
   writer = _Writer(problem, template, "conflict" in kinds and is_choice)
   chosen = writer.right_completion
   detail = f"{problem.answer!r} of {problem.pid}"

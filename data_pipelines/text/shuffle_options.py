@@ -36,10 +36,12 @@ def is_fixed(problem: records.Problem) -> bool:
   """True if there are no options to move, or if they must keep their order.
 
   They must if the question or the solution refers to one by letter or position,
-  if an option is or contains such a letter, refers to other options or shows an
-  image, or if the query is neither the official nor the plain one.
+  if completions came with the problem, which may do so, if an option is or
+  contains such a letter, refers to other options or shows an image, or if the
+  query is neither the official nor the plain one.
   """
-  if problem.question_type != "multi_choice" or len(problem.choices) < 2:
+  is_choice = problem.question_type == "multi_choice"
+  if not is_choice or len(problem.choices) < 2 or problem.completions:
     return True
   letters = {chr(65 + i) for i in range(len(problem.choices))}
   # A lone letter in a worked solution can only be an option's.

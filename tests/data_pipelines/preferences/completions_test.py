@@ -46,6 +46,9 @@ PROBLEMS = {
 }
 
 
+RIGHT = "One by one. <answer>12</answer>"
+
+
 def pair(problem, seed):
   """The texts of the right and of the wrong completion."""
   rng = np.random.default_rng(seed)
@@ -107,6 +110,67 @@ def test_a_problem_without_a_pair_gives_the_reason(problem, reason):
   with pytest.raises(records.BadRecord) as error:
     preferences.synthesize(2)(problem, np.random.default_rng(0))
   assert error.value.reason == reason
+
+
+def with_own(problem: records.Problem, *labels: float) -> records.Problem:
+  """The problem with a completion for each label, named by its place."""
+  own = (records.LabelledCompletion(f"{i}.", x) for i, x in enumerate(labels))
+  return dataclasses.replace(problem, completions=tuple(own))
+
+
+@pytest.mark.parametrize(
+  ("labels", "count", "places"),
+  [
+    ((0.0, 1.0), 2, "10"),
+    ((0.2, 0.9, -1.0, 0.5), 2, "12"),
+    ((0.2, 0.9, -1.0, 0.5), 3, "123"),
+    ((0.2, 0.9, -1.0, 0.5), 9, "1230"),
+    ((1.0, 1.0, 0.0), 2, "02"),
+    ((3.0, 2.0, 1.0), 3, "021"),
+  ],
+)
+@pytest.mark.parametrize("answer_type", ["integer", "text", "unchecked"])
+def test_own_completions_are_given_from_both_ends(
+  labels, count, places, answer_type
+):
+  problem = make_problem("5", answer_type=answer_type)
+  given = preferences.synthesize(count)(
+    with_own(problem, *labels), np.random.default_rng(0)
+  )
+  assert "".join(text[0] for text, _ in given) == places
+  assert [label for _, label in given] == [labels[int(i)] for i in places]
+
+
+@pytest.mark.parametrize("labels", [(), (1.0,), (0.5, 0.5)])
+def test_without_two_labels_completions_are_made_where_they_can_be(labels):
+  rng = np.random.default_rng(0)
+  given = preferences.synthesize(2)(with_own(PROBLEMS["integer"], *labels), rng)
+  assert given[0].text == RIGHT
+  for kind in ("text", "expression", "scored", "unchecked"):
+    problem = with_own(make_problem("x", answer_type=kind), *labels)
+    with pytest.raises(records.BadRecord, match=f"its {kind} answer") as error:
+      preferences.synthesize(2)(problem, rng)
+    assert error.value.reason == "no_completions"
+
+
+@pytest.mark.parametrize(
+  ("labels", "place"),
+  [((0.5, 2.0, 2.0), "1"), ((-3.0, -1.0), "1"), ((1.0,), "0")],
+)
+def test_the_best_own_completion_is_the_demonstration(labels, place):
+  problem = with_own(PROBLEMS["integer"], *labels)
+  text = preferences.demonstration(problem, template=chat_prompts.TAGGED)
+  assert text == f"{place}."
+
+
+@pytest.mark.parametrize("labels", [(), (0.0,), (-1.0, -1.0)])
+def test_completions_of_no_worth_demonstrate_nothing(labels):
+  problem = with_own(PROBLEMS["integer"], *labels)
+  text = preferences.demonstration(problem, template=chat_prompts.TAGGED)
+  assert text == RIGHT
+  problem = dataclasses.replace(problem, answer="", answer_type="unchecked")
+  with pytest.raises(records.BadRecord, match="no_demonstration"):
+    preferences.demonstration(problem, template=chat_prompts.TAGGED)
 
 
 # The number of different wrong answers, up to the three that are asked for:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -27,18 +28,18 @@ pytestmark = [
 EVALUATED = (*reasoning_gym._BY_EVAL, *reasoning_gym._BY_SYMPY)
 
 # Without care they depend on the order of sets, or on the global generator.
-FICKLE = ("isomorphic_strings", "ransom_note", "codeio", "list_functions")
+FICKLE = ("isomorphic_strings", "ransom_note", "list_functions")
 DRAW = """
 import sys
 from data_pipelines.sources import reasoning_gym
-spec = reasoning_gym.Spec(tuple(sys.argv[1:]), num_problems=32, seed=7)
+spec = reasoning_gym.Spec(tuple(sys.argv[1:]), num_problems=24, seed=7)
 print(reasoning_gym.problems(spec))
 """
 
 
 def test_another_process_draws_the_same_problems():
   here = reasoning_gym.problems(
-    reasoning_gym.Spec(FICKLE, num_problems=32, seed=7)
+    reasoning_gym.Spec(FICKLE, num_problems=24, seed=7)
   )
   there = subprocess.run(
     [sys.executable, "-c", DRAW, *FICKLE],
@@ -48,9 +49,17 @@ def test_another_process_draws_the_same_problems():
     text=True,
   )
   assert there.stdout == f"{here}\n"
-  assert [each.pid for each in here[3:6]] == [
+  assert [each.pid for each in here[2:5]] == [
     *("list_functions-0", "isomorphic_strings-1", "ransom_note-1")
   ]
+
+
+def test_the_global_generator_makes_no_difference():
+  draws = []
+  for seed in (1, 2):
+    random.seed(seed)
+    draws.append(reasoning_gym.draw("list_functions", 3, 30, 0, 30))
+  assert draws[0] == draws[1]
 
 
 def drawn(task: str, count: int = 4) -> list[tuple[str, dict]]:
@@ -93,7 +102,7 @@ SLOW = ("futoshiki", "knight_swap", "sokoban")
   "task", sorted({*DATASETS} - {*reasoning_gym._REFUSED})
 )
 def test_each_task_is_scored_as_by_the_library_and_pays_no_constant(task):
-  if task not in (*FICKLE, "prime_factorization", "word_ladder"):
+  if task not in (*FICKLE, "codeio", "word_ladder"):
     check_scores(task)
   pairs = drawn(task, 4 if task in SLOW else 20)
   for constant in ("", "0", "1", "nan", "[]", "{}", "not it"):
