@@ -5,10 +5,12 @@ folders'. Nothing is checked here but that files are whole: an unreadable row is
 passed on as its own `BadRecord`.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -21,6 +23,7 @@ from etils import epath
 from data_pipelines import images, records, validation
 from data_pipelines.sources import readers, stored
 from data_pipelines.text import untrusted
+from data_pipelines.validation import printable
 
 
 class Row(NamedTuple):
@@ -45,8 +48,8 @@ class Folder:
   """The data in a folder or a file.
 
   Attributes:
-    readers: What reads each split, in the order of the files' names.
-    files: The hash of the content of each file, also of pictures that rows
+    readers: What reads each split, its files in the order of their names.
+    files: The hash of the content of each file, also of the pictures that rows
       name, by path relative to the data.
   """
 
@@ -54,27 +57,27 @@ class Folder:
   files: dict[str, str]
 
 
-_SPLIT = re.compile(
-  "(?<![a-z])(train|training|val|valid|validation|dev|eval|evaluation|test"
-  "|testing|testmini)(?![a-z])"
-)
-# What follows the split in the name of a shard.
-_SHARD = re.compile(r"([-_.]?\d+)*([-_]of[-_]\d+)?([-_][0-9a-f]{8,})?")
-_COUNT = re.compile(r"-of-(\d+)\b")
-# Files about the data, and the ones in a data dir beside its problems.
-_NO_DATA = re.compile(
-  r"\..*|cache-.*|(dataset_infos?|dataset_dict|state|manifest|features|config"
-  r"|query|source)\.json|rejects\.jsonl"
-)
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_MAX_DEPTH = 6
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 class _File(NamedTuple):
   path: epath.Path
   kind: str  # A key of `readers.KINDS`.
   split: str
+  is_exact: bool  # True for train.json, train-00000-of-00002.json.
+
+
+_SPLIT = re.compile(
+  "(?<![a-z])(train|training|val|valid|validation|dev|eval|evaluation|test"
+  "|testing|testmini)(?![a-z])"
+)
+# The number of a shard, and a hash.
+_SHARD = re.compile(r"([-_.]?\d+)*([-_]of[-_]\d+)?([-_][0-9a-f]{8,})?")
+_COUNT = re.compile(r"-\d+-of-(\d+)\b")
+# Files about the data.
+_NO_DATA = re.compile(
+  r"cache-.*|rejects\.jsonl"
+  r"|(dataset_infos?|dataset_dict|state|features|manifest)\.json"
+)
+_MAX_DEPTH = 6
+_KNOWN = ", ".join(readers.KINDS)
 
 
 def find(path: epath.PathLike) -> Folder:
@@ -87,9 +90,9 @@ def find(path: epath.PathLike) -> Folder:
     root = epath.Path(path)
     root = root if "://" in os.fspath(path) else root.resolve()
     if root.is_dir():
-      return _open_data_dir(root) or _open_files(root, _choose(root))
+      return _open_data_dir(root) or _open(root, _choose(root))
     if root.exists():
-      return _open_files(root.parent, [_single(root)])
+      return _open(root.parent, [_single(root)])
   except validation.SettingError:
     raise
   # A bucket's library may raise anything for a missing name or credential.
@@ -99,135 +102,110 @@ def find(path: epath.PathLike) -> Folder:
       "path or the access to it, or copy it to a local folder."
     ) from error
   remedy = "correct the path"
-  if _HUB_NAME.fullmatch(os.fspath(path)):
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path)):
     remedy += (
-      f", or get a data set of the Hugging Face hub with 'hf download "
+      f"; for a data set on the Hugging Face hub, run 'hf download "
       f"{os.fspath(path)} --repo-type dataset --local-dir DIR' and give DIR"
     )
-  raise _refusal(path, "be a folder or a file, but there is none", remedy)
+  raise _refusal(path, "be a folder or a file, and there is none", remedy)
 
 
 def _refusal(path: Any, rule: str, remedy: str) -> validation.SettingError:
   return validation.SettingError(
-    f"source ({os.fspath(path)!r}) must {rule}; {remedy}."
+    f"source ({os.fspath(path)!r}) must {printable(rule)}; {printable(remedy)}."
   )
 
 
-def _kind(name: str) -> str:
-  """The kind of a file by its name's end; "" if it holds no data."""
-  name = name.lower()
-  if _NO_DATA.fullmatch(name):
-    return ""
-  name = name.removesuffix(".gz")
-  return next((kind for kind in readers.KINDS if name.endswith(kind)), "")
+def _file(path: epath.Path, relative: str) -> _File | None:
+  """A file with its kind and split; None if its name's end is unknown."""
+  *folders, name = relative.lower().split("/")
+  stem = name.removesuffix(".gz")
+  kind = next((kind for kind in readers.KINDS if stem.endswith(kind)), None)
+  if kind is None:
+    return None
+  found = map(_SPLIT.search, (name, *reversed(folders)))
+  split = next((match[1] for match in found if match), "")
+  stem = stem.removesuffix(kind)
+  is_shard = _SHARD.fullmatch(stem.removeprefix(split)) is not None
+  return _File(path, kind, split, bool(split) and is_shard)
 
 
 def _single(path: epath.Path) -> _File:
-  kind = _kind(path.name)
-  if not kind:
-    rule = f"end in one of {', '.join(readers.KINDS)}, or be a folder of such"
-    remedy = "unpack or convert the file"
-    raise _refusal(path, rule, remedy)
-  return _File(path, kind, _split(path.name))
-
-
-def _split(relative: str) -> str:
-  """The split that a file's name, or else its nearest folder's, speaks of."""
-  for part in reversed(relative.lower().split("/")):
-    if match := _SPLIT.search(part):
-      return match[1]
-  return ""
+  file = _file(path, path.name)
+  if file is None:
+    rule = f"end in one of {_KNOWN}, or be a folder of such files"
+    raise _refusal(path, rule, "unpack or convert it")
+  return file
 
 
 def _choose(root: epath.Path) -> list[_File]:
   """The files of a folder to read, in the order of their names."""
-  listed = sorted(_walk(root), key=os.fspath)
-  found = [
-    _File(path, kind, _split(path.relative_to(root).as_posix()))
-    for path in listed
-    if (kind := _kind(path.name))
-  ]
+  listed = {
+    path.relative_to(root).as_posix(): path for path in _walk(root, set())
+  }
+  dicts = {p for p in listed.values() if p.name == "dataset_dict.json"}
+  found = []
+  for name, path in sorted(listed.items()):
+    file = None if _NO_DATA.fullmatch(path.name) else _file(path, name)
+    # The folders of a DatasetDict are splits of any name.
+    if file and (path.parent.parent / "dataset_dict.json") in dicts:
+      file = file._replace(split=path.parent.name)
+    found += [file] if file else []
   if not found:
-    others = ", ".join(path.name for path in listed[:3]) or "nothing"
-    kinds = ", ".join(readers.KINDS)
-    raise _refusal(
-      root,
-      f"hold files that end in one of {kinds}, but holds "
-      f"{validation.printable(others)}",
-      "unpack or convert the data, or give a data dir that prepare made",
-    )
-  chosen = _without_others(found)
+    others = ", ".join(sorted(listed)[:3]) or "nothing"
+    rule = f"hold files that end in one of {_KNOWN}, and holds {others}"
+    raise _refusal(root, rule, "unpack or convert the data, or give its folder")
+  # testmini.json, not annot_testmini.json or query.json.
+  named = [file for file in found if file.split] or found
+  exact = {file.split for file in named if file.is_exact}
+  chosen = [x for x in named if x.is_exact or x.split not in exact]
   if left_out := [file.path.name for file in found if file not in chosen]:
-    names = validation.printable(", ".join(left_out[:3]))
-    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    logging.info("Left out of the source: %s%s.", names, more)
-  _require_one_kind(root, chosen)
-  _require_all_shards(root, chosen)
+    more = " and others" if len(left_out) > 3 else ""
+    names = printable(", ".join(left_out[:3]))
+    logging.info("Not read, for other files name a split: %s%s.", names, more)
+  _check_choice(root, chosen)
   return chosen
 
 
-def _walk(folder: epath.Path, depth: int = _MAX_DEPTH) -> Iterator[epath.Path]:
+def _walk(
+  folder: epath.Path, seen: set[str], depth: int = _MAX_DEPTH
+) -> Iterator[epath.Path]:
   """The files under a folder, except hidden ones and pictures."""
+  if depth < 0 or (place := os.path.realpath(folder)) in seen:
+    return
+  seen.add(place)
   for path in folder.iterdir():
     name = path.name.lower()
-    if name.startswith(".") or name.endswith(_PICTURES):
+    if name.startswith(".") or name.endswith(readers.PICTURES):
       continue
     # On gs:// each question takes a while.
-    if _kind(name) or not depth or not path.is_dir():
+    if name.endswith(tuple(readers.KINDS)) or not path.is_dir():
       yield path
     else:
-      yield from _walk(path, depth - 1)
+      yield from _walk(path, seen, depth - 1)
 
 
-def _without_others(files: Sequence[_File]) -> list[_File]:
-  """The files of splits; of those, the ones that the split alone names.
-
-  Without any split in a name, all files are one pool.
-  """
-  named = [file for file in files if file.split] or list(files)
-  exact = {_set(file) for file in named if _is_exact(file)}
-  return [file for file in named if _is_exact(file) or _set(file) not in exact]
-
-
-def _set(file: _File) -> tuple[str, str, str]:
-  return os.fspath(file.path.parent), file.kind, file.split
-
-
-def _is_exact(file: _File) -> bool:
-  """True for train.json and train-00000-of-00002.json, not for train_x.json."""
-  stem = file.path.name.lower().removesuffix(".gz").removesuffix(file.kind)
-  has_split = stem.startswith(file.split) and file.split != ""
-  return has_split and bool(_SHARD.fullmatch(stem.removeprefix(file.split)))
-
-
-def _require_one_kind(root: epath.Path, files: Sequence[_File]) -> None:
+def _check_choice(root: epath.Path, files: Sequence[_File]) -> None:
+  """Refuses a split of several kinds, or without all its shards."""
   first: dict[str, _File] = {}
+  shards = collections.defaultdict(list)
   for file in files:
     other = first.setdefault(file.split, file)
     if other.kind != file.kind:
       one, two = (x.path.relative_to(root).as_posix() for x in (other, file))
-      raise _refusal(
-        root,
-        f"hold one kind of files for a split, not {one} and {two}",
-        f"give one of them, as in --source={other.path}",
+      rule = f"hold one kind of files for a split, not {one} and {two}"
+      remedy = f"give one of them, as in --source={other.path}"
+      raise _refusal(root, rule, remedy)
+    if match := _COUNT.search(file.path.name):
+      stem = file.path.name[: match.start()]
+      shards[file.path.parent, stem].append(int(match[1]))
+  for (_, stem), counts in shards.items():
+    if set(counts) != {len(counts)}:
+      rule = (
+        f"have all files of a split, and has {len(counts)} named {stem}-... of "
+        f"{max(counts)}, or two sets of them"
       )
-
-
-def _require_all_shards(root: epath.Path, files: Sequence[_File]) -> None:
-  sets: dict[tuple[str, ...], list[str]] = {}
-  for file in files:
-    stem = re.split(r"-\d+-of-", file.path.name)[0]
-    sets.setdefault((*_set(file), stem), []).append(file.path.name)
-  for names in sets.values():
-    # A name without a count, such as train-all.parquet, cannot be checked.
-    counts = [_COUNT.search(name) for name in names]
-    if any(count and int(count[1]) != len(names) for count in counts):
-      raise _refusal(
-        root,
-        "have all files of a split, but not all those that belong to "
-        f"{names[0]} are there, or there is another set",
-        "fetch it again into an empty folder",
-      )
+      raise _refusal(root, rule, "fetch it again into an empty folder")
 
 
 def _open_data_dir(root: epath.Path) -> Folder | None:
@@ -239,13 +217,11 @@ def _open_data_dir(root: epath.Path) -> Folder | None:
     split: functools.partial(_read_problems, source)
     for split, source in sources.items()
   }
-  paths = [
-    epath.Path(path) for source in sources.values() for path in source.paths
-  ]
+  paths = [path for source in sources.values() for path in source.paths]
   return Folder(found, _hashes(paths, []))
 
 
-def _open_files(root: epath.Path, files: Sequence[_File]) -> Folder:
+def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
   splits: dict[str, list[_File]] = {}
   for file in files:
     splits.setdefault(file.split, []).append(file)
@@ -253,7 +229,7 @@ def _open_files(root: epath.Path, files: Sequence[_File]) -> Folder:
     split: functools.partial(_read_rows, group, root)
     for split, group in splits.items()
   }
-  paths = [file.path for file in files]
+  paths = [os.fspath(file.path) for file in files]
   return Folder(found, _hashes(paths, _named_pictures(files, root)))
 
 
@@ -272,10 +248,8 @@ def _read_rows(files: Sequence[_File], root: epath.Path) -> Iterator[RawRecord]:
   for file in files:
     read = functools.partial(_read_picture, file.path.parent, root)
     for values in readers.KINDS[file.kind](file.path):
-      if isinstance(values, records.BadRecord):
-        yield values
-      else:
-        yield Row(values, read)
+      is_bad = isinstance(values, records.BadRecord)
+      yield values if is_bad else Row(values, read)
 
 
 def _candidates(folder: epath.Path, root: epath.Path, name: Any) -> list[str]:
@@ -296,8 +270,7 @@ def _candidates(folder: epath.Path, root: epath.Path, name: Any) -> list[str]:
   inside = [path for path in paths if path.startswith(top)]
   if not inside:
     detail = (
-      f"{shown} is outside {top}; give the folder that holds data and pictures "
-      "as the source"
+      f"{shown} is outside {top}; give a folder that holds data and files"
     )
     raise records.BadRecord("missing_image", detail)
   return list(dict.fromkeys(inside))
@@ -311,86 +284,63 @@ def _join(base: str, name: str) -> str:
 
 
 def _read_picture(folder: epath.Path, root: epath.Path, name: str) -> bytes:
-  """The content of a picture that a row in the folder names."""
+  """The content of a picture that a row of a file in the folder names."""
   with records.all_faults("missing_image"):
     for path in _candidates(folder, root, name):
       try:
-        return untrusted.read_bytes(epath.Path(path), images.MAX_BYTES)
+        return untrusted.read_bytes(path, images.MAX_BYTES)
       except (FileNotFoundError, NotADirectoryError):
         continue
   raise records.BadRecord(
     "missing_image",
-    f"No such file: {untrusted.shorten(name)}, neither beside the data nor in "
-    "images/ there",
+    f"No such file: {untrusted.shorten(name)}, beside the data or in images/",
   )
 
 
-def _named_pictures(
-  files: Sequence[_File], root: epath.Path
-) -> list[epath.Path]:
-  """The pictures that rows name, as far as their names end like pictures."""
+def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
+  """The paths of the pictures that rows name, each as `_read_picture` does."""
 
   @functools.cache
   def listed(folder: str) -> frozenset[str]:
     path = epath.Path(folder)
     # A bucket's library has errors of its own for a folder that is not there.
-    return frozenset(
-      [each.name for each in path.iterdir()] if path.is_dir() else ()
-    )
+    found = path.iterdir() if path.is_dir() else ()
+    return frozenset(each.name for each in found)
 
   found: dict[str, None] = {}
   for file in files:
-    if file.kind == ".tar":
-      continue
-    is_columnar = file.kind in (".parquet", ".arrow")
-    options = {"binary": False} if is_columnar else {}
-    for values in readers.KINDS[file.kind](file.path, **options):
-      for name in _strings(values):
-        try:
-          paths = _candidates(file.path.parent, root, name)
-        except records.BadRecord:
-          continue
-        for path in paths:
-          parent, _, base = path.rpartition("/")
-          if base in listed(parent):
-            found[path] = None
-            break
-  return [epath.Path(path) for path in found]
+    for name in readers.picture_names(file.path, file.kind):
+      try:
+        paths = _candidates(file.path.parent, root, name)
+      except records.BadRecord:
+        continue
+      there = (
+        p
+        for p in paths
+        if posixpath.basename(p) in listed(posixpath.dirname(p))
+      )
+      found.update(dict.fromkeys(itertools.islice(there, 1)))
+  return list(found)
 
 
-def _strings(value: Any) -> Iterator[str]:
-  """The texts inside a value that may name a picture."""
-  if isinstance(value, str):
-    if len(value) < 1000 and value.lower().endswith(_PICTURES):
-      yield value
-  elif isinstance(value, Mapping):
-    for each in value.values():
-      yield from _strings(each)
-  elif isinstance(value, list):
-    for each in value:
-      yield from _strings(each)
+def _hashes(paths: Sequence[str], pictures: Sequence[str]) -> dict[str, str]:
+  """The hashes of files, by path relative to the folder of the data.
 
-
-def _hashes(
-  paths: Sequence[epath.Path], pictures: Sequence[epath.Path]
-) -> dict[str, str]:
-  """The hashes of files, by paths relative to the folder of the data.
-
-  A source may thus be moved.
+  The source may thus be moved.
   """
-  base = posixpath.commonpath([os.fspath(path.parent) for path in paths])
+  base = posixpath.commonpath(list(map(posixpath.dirname, paths)))
   every = [*paths, *pictures]
-  names = [posixpath.relpath(os.fspath(path), base) for path in every]
+  names = [posixpath.relpath(path, base) for path in every]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return dict(sorted(zip(names, pool.map(_hash, every), strict=True)))
 
 
-def _hash(path: epath.Path) -> str:
+def _hash(path: str) -> str:
   """A hash of a file's content; "" if it is no file that can be read."""
   digest = hashlib.sha256()
   try:
     untrusted.size_of(path)
-    with path.open("rb") as file:
+    with epath.Path(path).open("rb") as file:
       while block := file.read(2**20):
         digest.update(block)
   # A name may be too long, hold a NUL, or name a folder.

@@ -6,12 +6,17 @@ may be on gs://, and nothing is held whole that can be read in parts.
 """
 
 import contextlib
+import csv
+import functools
 import gzip
 import io
+import itertools
 import json
 import os
+import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, cast
 
 from etils import epath
 
@@ -21,10 +26,12 @@ from data_pipelines.text import untrusted
 # The columns of a record, or the reason why it cannot be read.
 Values = Mapping[str, Any] | records.BadRecord
 
+# The ends of names of pictures.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # A picture in Base64 is a part of its line.
 MAX_LINE = 64 * 2**20
-# Few rows at a time: each carries whole pictures.
-_BATCH = 16
+# Bytes of rows that are held at once, and of a file.
+_BATCH = 8 * 2**20
 _BUFFER = 2**20
 
 
@@ -73,11 +80,15 @@ def _whole(path: epath.Path, kind: str) -> Iterator[None]:
   except Exception as error:  # Damaged bytes raise nearly every kind.
     if validation.is_machine_failure(error):
       raise
-    why = validation.printable(f"{type(error).__name__}: {error}"[:300])
-    raise validation.SettingError(
-      f"source file ({path}) must be a whole {kind} file: {why}; fetch it "
-      "again."
-    ) from error
+    why = str(error)[:300] or type(error).__name__
+    raise _refusal(path, f"be a whole {kind} file: {why}") from error
+
+
+def _refusal(
+  path: epath.Path, rule: str, remedy: str = "fetch it again"
+) -> validation.SettingError:
+  text = f"source file ({path}) must {rule}; {remedy}."
+  return validation.SettingError(validation.printable(text))
 
 
 def parquet(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
@@ -88,7 +99,10 @@ def parquet(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   with _whole(path, "parquet"), _open(path) as opened:
     with pq.ParquetFile(pa.PythonFile(opened), buffer_size=_BUFFER) as file:
       names = _column_names(file.schema_arrow, binary)
-      for batch in file.iter_batches(batch_size=_BATCH, columns=names):
+      groups = map(file.metadata.row_group, range(file.num_row_groups))
+      num_bytes = sum(group.total_byte_size for group in groups)
+      size = _batch_size(file.metadata.num_rows, num_bytes)
+      for batch in file.iter_batches(batch_size=size, columns=names):
         yield from _batch_rows(batch)
 
 
@@ -109,9 +123,15 @@ def arrow(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
       file = batches = pa.ipc.open_stream(source)
     names = _column_names(file.schema, binary)
     for batch in batches:
+      size = _batch_size(batch.num_rows, batch.nbytes)
       batch = batch.select(names)
-      for start in range(0, batch.num_rows, _BATCH):
-        yield from _batch_rows(batch.slice(start, _BATCH))
+      for start in range(0, batch.num_rows, size):
+        yield from _batch_rows(batch.slice(start, size))
+
+
+def _batch_size(num_rows: int, num_bytes: int) -> int:
+  """How many rows to hold at once: of whole pictures, few."""
+  return max(1, min(1000, _BATCH * num_rows // max(num_bytes, 1)))
 
 
 def _column_names(schema: Any, binary: bool) -> list[str]:
@@ -174,56 +194,52 @@ def _open_text(path: epath.Path) -> Iterator[IO[str]]:
     )
 
 
-def _lines(text: IO[str]) -> Iterator[str | None]:
-  """The lines that are not blank; None for each that is too long."""
-  while line := text.readline(MAX_LINE):
-    if len(line) == MAX_LINE and not line.endswith("\n"):
-      while (rest := text.readline(MAX_LINE)) and not rest.endswith("\n"):
-        pass
-      yield None
-    elif line.strip():
-      yield line
-    else:
-      yield ""
+def _lines(text: IO[str]) -> Iterator[tuple[int, str]]:
+  """The number and the text of each line that is not blank.
+
+  A line that is too long is cut, and so no JSON.
+  """
+  for number in itertools.count(1):
+    line = text.readline(MAX_LINE)
+    rest = line
+    while len(rest) == MAX_LINE and not rest.endswith("\n"):
+      rest = text.readline(MAX_LINE)
+    if line.strip():
+      yield number, line
+    elif not line:
+      return
 
 
 def json_lines(path: epath.Path) -> Iterator[Values]:
   """The objects of a JSONL file, one on each line that is not blank."""
   with _whole(path, "JSONL"), _open_text(path) as text:
-    for number, line in enumerate(_lines(text), start=1):
-      if line == "":
-        continue
+    for number, line in _lines(text):
       where = f"line {number} of {path.name}"
       try:
-        yield _parse_line(line, where)
-      except records.BadRecord as error:
-        yield error
+        row = _parse(line)
+      except ValueError as error:
+        row = records.BadRecord("not_a_record", f"{where} is no JSON: {error}")
+      yield _require_object(row, where)
 
 
-def _parse_line(line: str | None, where: str) -> Values:
-  if line is None:
-    detail = f"{where} has more than {MAX_LINE} characters"
-    raise records.BadRecord("not_a_record", detail)
+def _parse(text: str) -> Any:
+  """The JSON document in a text; an object with a key twice is a tuple."""
+  if len(text) == MAX_LINE:
+    raise ValueError(f"it has {MAX_LINE} characters or more")
   try:
-    line.encode()
-    row = json.loads(line, object_pairs_hook=_keep_duplicate_keys)
-  except (ValueError, RecursionError) as error:
-    detail = f"{where} is not JSON in UTF-8: {_why(error)}"
-    raise records.BadRecord("not_a_record", detail) from error
-  return _require_object(row, where)
-
-
-def _why(error: Exception) -> str:
-  deep = isinstance(error, RecursionError)
-  return "it nests too deeply" if deep else str(error)
+    text.encode()
+    return json.loads(text, object_pairs_hook=_keep_duplicate_keys)
+  except UnicodeEncodeError:
+    raise ValueError("it is not UTF-8") from None
+  except RecursionError:
+    raise ValueError("it nests too deeply") from None
 
 
 def _require_object(row: Any, where: str) -> Values:
-  if isinstance(row, dict):
+  """The row, or why it is none."""
+  if isinstance(row, dict | records.BadRecord):
     return row
-  why = "is no JSON object"
-  if isinstance(row, _DuplicateKeys):
-    why = f"has the field {untrusted.shorten(row.duplicate)} twice"
+  why = "has a field twice" if isinstance(row, tuple) else "is no JSON object"
   return records.BadRecord("not_a_record", f"{where} {why}")
 
 
@@ -233,107 +249,238 @@ def json_document(path: epath.Path) -> Iterator[Values]:
   The object maps each pid to its record, or has one list of records among its
   fields. A file of JSON lines by the name of `.json` is read as such.
   """
-  with _whole(path, "JSON"):
-    if _is_lines(path):
+  with _whole(path, "JSON"), _open_text(path) as text:
+    start = [line for _, line in itertools.islice(_lines(text), 2)]
+    if len(start) == 2 and _is_object(start[0]) and start[1][0] == "{":
       yield from json_lines(path)
       return
-    document = _parse_document(path)
+    text.seek(0)
+    content = text.read(untrusted.MAX_JSON_BYTES + 1)
+    if len(content) > untrusted.MAX_JSON_BYTES:
+      rule = f"have at most {untrusted.MAX_JSON_BYTES} characters"
+      raise _refusal(path, rule, "write its records as JSONL, one on a line")
+    document = _parse(content)
     if isinstance(document, list):
-      named = None
-      items: Iterable[tuple[Any, Any]] = enumerate(document)
-    else:
-      named, items = _find_records(document)
-    for key, row in items:
-      if named:
-        yield _named_row(key, row)
-      else:
-        yield _require_object(row, f"record {key} of {path.name}")
+      document = {"": document}
+    if not isinstance(document, dict | tuple):
+      kind = type(document).__name__
+      raise _refusal(path, f"hold a list or an object, not a {kind}")
+    yield from _find_records(document, path)
 
 
-def _is_lines(path: epath.Path) -> bool:
-  """True for a file whose first line is an object and that goes on."""
-  with _open_text(path) as text:
-    lines = (line for line in _lines(text) if line != "")
-    first, second = next(lines, None), next(lines, None)
-  if first is None or second is None or not second.lstrip().startswith("{"):
-    return False
+def _is_object(line: str) -> bool:
   try:
-    return isinstance(json.loads(first), dict)
-  except (ValueError, RecursionError):
+    return isinstance(_parse(line), dict | tuple)
+  except ValueError:
     return False
 
 
-def _parse_document(path: epath.Path) -> Any:
-  limit = untrusted.MAX_JSON_BYTES
-  with _open_text(path) as text:
-    content = text.read(limit + 1)
-  if len(content) > limit:
-    raise ValueError(
-      f"it has more than {limit} bytes; write its records as JSONL, one on "
-      "each line"
-    )
-  try:
-    content.encode()
-    document = json.loads(content, object_pairs_hook=_keep_duplicate_keys)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(_why(error)) from error
-  if not isinstance(document, list | dict | _DuplicateKeys):
-    kind = type(document).__name__
-    raise ValueError(f"it must hold a list or an object, not a {kind}")
-  return document
-
-
-def _find_records(document: Any) -> tuple[bool, Iterable[tuple[Any, Any]]]:
-  """True and the records of an object by pid, or False and its one list."""
-  items = list(document.items())
+def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
+  """The records of the one list in an object, or of the object by pid."""
+  is_pairs = isinstance(document, tuple)
+  items = document if is_pairs else list(document.items())
   lists = {
     key: value
     for key, value in items
-    if isinstance(value, list) and any(isinstance(x, dict) for x in value)
+    if key == "" or isinstance(value, list) and dict in map(type, value)
   }
-  is_map = any(isinstance(value, dict | _DuplicateKeys) for _, value in items)
   if len(lists) > 1:
     named = ", ".join(map(untrusted.shorten, lists))
-    raise ValueError(f"it must hold one list of records, not several: {named}")
+    remedy = "write the records, with all their fields, to a file of their own"
+    raise _refusal(path, f"hold one list, not several: {named}", remedy)
   if lists:
-    return False, enumerate(*lists.values())
-  if is_map or not items or isinstance(document, _DuplicateKeys):
-    return True, items
-  return False, [(0, document)]  # JSONL of one line.
+    for index, row in enumerate(*lists.values()):
+      yield _require_object(row, f"record {index} of {path.name}")
+  elif is_pairs or any(isinstance(value, dict | tuple) for _, value in items):
+    yield from (_named_row(*item) for item in items)
+  elif items:
+    yield document  # One line of JSONL.
 
 
 def _named_row(pid: str, row: Any) -> Values:
   """A record that its pid names."""
-  checked = _require_object(row, untrusted.shorten(pid))
+  named = untrusted.shorten(pid)
+  checked = _require_object(row, named)
   if isinstance(checked, records.BadRecord):
     return checked
   given = checked.get("pid")
   if given is not None and str(given) != pid:
-    detail = (
-      f"the record at {untrusted.shorten(pid)} has the pid "
-      f"{untrusted.shorten(given)}"
-    )
+    detail = f"the record at {named} has the pid {untrusted.shorten(given)}"
     return records.BadRecord("mismatched_pid", detail)
   return {**checked, "pid": pid}
 
 
-class _DuplicateKeys:
-  """A JSON object with a key twice; a dict would keep only the last one."""
-
-  def __init__(self, pairs: list[tuple[str, Any]]):
-    self._pairs = pairs
-    keys = [key for key, _ in pairs]
-    self.duplicate = next(key for key in keys if keys.count(key) > 1)
-
-  def items(self) -> list[tuple[str, Any]]:
-    return self._pairs
-
-
 def _keep_duplicate_keys(
   pairs: list[tuple[str, Any]],
-) -> dict[str, Any] | _DuplicateKeys:
+) -> dict[str, Any] | tuple[tuple[str, Any], ...]:
+  """A JSON object; its pairs if a key is there twice, as no dict can say."""
   found = dict(pairs)
-  return found if len(found) == len(pairs) else _DuplicateKeys(pairs)
+  return found if len(found) == len(pairs) else tuple(pairs)
+
+
+def table(path: epath.Path) -> Iterator[Values]:
+  """The rows of a CSV or TSV file as texts, by the names in its first row."""
+  csv.field_size_limit(MAX_LINE)
+  with _whole(path, "CSV"), _open_text(path) as text:
+    first = text.readline(MAX_LINE)
+    is_tsv = ".tsv" in path.name.lower()
+    # Where the comma is decimal, Excel writes semicolons.
+    delimiter = "\t" if is_tsv else max(",;\t", key=first.count)
+    pieces = iter(functools.partial(text.readline, MAX_LINE), "")
+    rows = csv.reader(itertools.chain([first], pieces), delimiter=delimiter)
+    header = [
+      name.strip() or f"Unnamed: {index}"
+      for index, name in enumerate(next(rows, []))
+    ]
+    if len(set(header)) < len(header):
+      raise ValueError("two columns have one name")
+    for number in itertools.count(1):
+      where = f"row {number} of {path.name}"
+      try:
+        row = next(rows)
+        "".join(row).encode()
+      except StopIteration:
+        return
+      except (csv.Error, UnicodeEncodeError) as error:
+        why = error if isinstance(error, csv.Error) else "it is not UTF-8"
+        yield records.BadRecord("not_a_record", f"{where}: {why}")
+        continue
+      if len(row) == len(header):
+        yield dict(zip(header, row, strict=True))
+      elif row:
+        detail = f"{where} has {len(row)} fields, and the first {len(header)}"
+        yield records.BadRecord("not_a_record", detail)
+
+
+def tar(path: epath.Path) -> Iterator[Values]:
+  """The samples of a webdataset shard, in the order of their first members.
+
+  Members whose paths are equal up to the first dot of the name are a sample.
+
+  - `x.json` gives columns; any other text, such as `x.answer.txt`, one column
+    of its name. Without JSON, `x.txt` is the `question` and `x.cls` the
+    `answer`.
+  - A picture such as `x.jpg` is the column `jpg` and also `image`; several, as
+    `x.0.jpg` and `x.1.jpg`, are `images`, by number. They stand in for the
+    names of pictures that the JSON has there.
+  - The common path is `__key__`, and with the shard's name the `pid` where the
+    JSON gives none.
+  """
+  with _whole(path, "tar"), _open(path) as opened:
+    samples = itertools.groupby(_members(opened), lambda member: member.key)
+    for key, members in samples:
+      try:
+        row = _sample(key, members)
+      except records.BadRecord as error:
+        yield error
+        continue
+      # Each shard may count its samples from 0.
+      pid = {} if "id" in row else {"pid": f"{path.stem}/{key}"}
+      yield {**pid, **row, "__key__": key}
+
+
+class _Member(NamedTuple):
+  """A file in a tar: its sample, its name there, and what reads it."""
+
+  key: str
+  name: str
+  size: int
+  read: Callable[[], bytes]
+
+
+class _Bounded(io.BufferedReader):
+  """A tar whose headers cannot ask for any amount of memory."""
+
+  def read(self, size: int | None = -1, /) -> bytes:
+    if size is None or not 0 <= size <= 2 * MAX_LINE:
+      raise ValueError(f"a header has {size} bytes")
+    return super().read(size)
+
+
+def _members(opened: IO[bytes]) -> Iterator[_Member]:
+  """The regular files of a tar; nothing is unpacked."""
+  bounded: Any = _Bounded(cast(io.RawIOBase, opened), _BUFFER)
+  with tarfile.open(fileobj=bounded, mode="r:") as file:
+    while member := file.next():
+      file.members.clear()  # Otherwise they add up.
+      folder, _, base = member.name.rpartition("/")
+      key, _, name = base.partition(".")
+      # macOS adds files with a hidden name.
+      if member.isreg() and not member.issparse() and key and name:
+        key = f"{folder}/{key}".removeprefix("./").lstrip("/")
+        read = functools.partial(_read_member, file, member)
+        yield _Member(key, name.lower(), member.size, read)
+    # A damaged header ends the loop too.
+    bounded.seek(file.offset)
+    if bounded.read(tarfile.BLOCKSIZE).strip(b"\0"):
+      raise ValueError(f"no header at byte {file.offset}")
+
+
+def _read_member(file: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+  opened = file.extractfile(member)
+  assert opened is not None  # It is a regular file.
+  return opened.read(member.size)
+
+
+def _sample(key: str, members: Iterable[_Member]) -> dict[str, Any]:
+  """The columns of a sample; see `tar`."""
+  row: dict[str, Any] = {}
+  pictures: dict[str, bytes] = {}
+  fields: dict[str, Any] | None = None
+  total = 0
+  for member in members:
+    name = member.name
+    is_picture = f".{name}".endswith(PICTURES)
+    if member.size > _BUFFER and not is_picture and name != "json":
+      continue  # A film, say.
+    total += member.size
+    if total > MAX_LINE:
+      detail = f"{key} has more than {MAX_LINE} bytes"
+      raise records.BadRecord("image_too_large", detail)
+    content = member.read()
+    if is_picture:
+      pictures[name] = content
+    elif name == "json":
+      fields = _fields(content, f"{key}.json")
+    elif (text := _to_text(content)) is not None:
+      row[name.removesuffix(".txt")] = text
+  if fields is None:
+    for name, column in (("txt", "question"), ("cls", "answer")):
+      if name in row:
+        row.setdefault(column, row.pop(name))
+  row |= fields or {}
+  if pictures:
+    row.pop("image", None)
+    row.pop("images", None)
+    ordered = [pictures[name] for name in sorted(pictures, key=_by_number)]
+    row |= pictures
+    row |= {"images": ordered} if len(ordered) > 1 else {"image": ordered[0]}
+  return row
+
+
+def _fields(content: bytes, where: str) -> dict[str, Any]:
+  with records.all_faults("not_a_record"):
+    row = _parse(content.decode("utf-8-sig"))
+  row = _require_object(row, where)
+  if isinstance(row, records.BadRecord):
+    raise row
+  return dict(row)
+
+
+def _to_text(content: bytes) -> str | None:
+  """The text in a member; None for one of another kind."""
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError:
+    return None
+  return None if "\0" in text else text.strip()
+
+
+def _by_number(name: str) -> list[Any]:
+  """A key by which 2 comes before 10."""
+  parts: list[Any] = re.split(r"(\d+)", name)
+  parts[1::2] = map(int, parts[1::2])
+  return parts
 
 
 # By the end of a file's name.
@@ -341,5 +488,26 @@ KINDS: Mapping[str, Callable[..., Iterator[Values]]] = {
   ".parquet": parquet,
   ".jsonl": json_lines,
   ".json": json_document,
+  ".csv": table,
+  ".tsv": table,
   ".arrow": arrow,
+  ".tar": tar,
 }
+
+
+def picture_names(path: epath.Path, kind: str) -> Iterator[str]:
+  """The texts in the rows of a file that may name a picture beside it."""
+  if kind != ".tar":
+    is_columnar = kind in (".parquet", ".arrow")
+    options = {"binary": False} if is_columnar else {}
+    for values in KINDS[kind](path, **options):
+      yield from _picture_names(values)
+
+
+def _picture_names(value: Any) -> Iterator[str]:
+  if isinstance(value, str):
+    if len(value) < 1000 and value.lower().endswith(PICTURES):
+      yield value
+  elif isinstance(value, Mapping | list):
+    for each in value.values() if isinstance(value, Mapping) else value:
+      yield from _picture_names(each)

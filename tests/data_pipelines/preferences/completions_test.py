@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.preferences import completions as preferences
-from data_pipelines.sources import mathvista, synthetic
+from data_pipelines.sources import files, synthetic
 from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
 
@@ -220,8 +220,8 @@ def test_default_draws_never_change(name):
 @pytest.fixture(scope="module")
 def problems(fixtures):
   """Published problems with an answer, and synthetic ones."""
-  paths = mathvista.shards(fixtures / "mathvista_schema")["testmini"]
-  published = [records.from_row(row) for row in mathvista.rows(paths)]
+  rows = files.find(fixtures / "mathvista_schema").readers["testmini"]()
+  published = [records.from_row(row.values) for row in rows]
   spec = synthetic.Spec(
     num_problems=150,
     seed=0,

@@ -4,10 +4,7 @@ import pickle
 import subprocess
 import sys
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from etils import epath
 
 from data_pipelines import records, validation
 from data_pipelines.sources import mathvista, stored
@@ -109,91 +106,6 @@ def test_reading_takes_no_tensorflow_and_tfds_reads_it_too(tmp_path):
   stored.write({"train": [PROBLEM]}, tmp_path)
   command = [sys.executable, "-c", READ, str(tmp_path)]
   subprocess.run(command, cwd=ROOT, check=True, timeout=60)
-
-
-def test_shards_are_found_by_their_split_not_their_hash(tmp_path):
-  folder = tmp_path / "data"
-  folder.mkdir()
-  names = [
-    "test-00001-of-00002-ffff.parquet",
-    "test-00000-of-00002-aaaa.parquet",
-    "testmini-00000-of-00001-bbbb.parquet",
-  ]
-  for name in [*names, "README.md"]:
-    (folder / name).touch()
-  for place in (tmp_path, folder):
-    found = mathvista.shards(place)
-    assert {s: [path.name for path in paths] for s, paths in found.items()} == {
-      "test": [names[1], names[0]],
-      "testmini": [names[2]],
-    }
-
-
-def test_a_folder_without_shards_has_none(tmp_path):
-  for folder in (tmp_path, tmp_path / "missing"):
-    assert mathvista.shards(folder) == {}
-
-
-@pytest.mark.parametrize(
-  "names",
-  [
-    ["test-00000-of-00002-aaaa.parquet"],
-    ["test-00000-of-00001-a.parquet", "test-00000-of-00001-b.parquet"],
-  ],
-  ids=["one missing", "two sets"],
-)
-def test_shards_that_are_no_whole_set_are_refused(tmp_path, names):
-  for name in names:
-    (tmp_path / name).touch()
-  with pytest.raises(validation.SettingError, match="all files of a split"):
-    mathvista.shards(tmp_path)
-
-
-def test_rows_come_in_the_order_of_the_files(tmp_path):
-  paths = [epath.Path(tmp_path / name) for name in ("a.parquet", "b.parquet")]
-  for path, pids in zip(paths, (range(100), range(100, 130)), strict=True):
-    pq.write_table(pa.table({"pid": [str(pid) for pid in pids]}), path)
-  pids = [row["pid"] for row in mathvista.rows(paths)]
-  assert pids == [str(pid) for pid in range(130)]
-
-
-def text_column(texts):
-  """Bytes as a column of text, which nothing checks."""
-  column = pa.array(texts, pa.binary())
-  return pa.Array.from_buffers(pa.string(), len(texts), column.buffers())
-
-
-@pytest.mark.parametrize("name, reasons", [("question", [4]), ("other", [])])
-def test_text_that_is_no_utf8_costs_its_row_if_it_is_used(
-  tmp_path, name, reasons
-):
-  texts = [b"a"] * 4 + [b"\xff"] + [b"a"] * 4
-  pids = [str(i) for i in range(9)]
-  path = epath.Path(tmp_path / "a.parquet")
-  pq.write_table(pa.table({"pid": pids, name: text_column(texts)}), path)
-  found = list(mathvista.rows([path]))
-  assert [
-    i for i in range(9) if isinstance(found[i], records.BadRecord)
-  ] == reasons
-  assert [row["pid"] for row in found if isinstance(row, dict)] == [
-    pid for i, pid in enumerate(pids) if i not in reasons
-  ]
-
-
-def test_columns_that_no_problem_has_are_not_read(tmp_path):
-  path = epath.Path(tmp_path / "a.parquet")
-  when = pa.array([2**40], pa.int64()).cast(pa.timestamp("s"))
-  table = pa.table({"pid": ["1"], "when": when, "image": ["a.png"]})
-  pq.write_table(table, path)
-  assert list(mathvista.rows([path])) == [{"pid": "1", "image": "a.png"}]
-
-
-def test_a_damaged_file_is_named(tmp_path):
-  path = epath.Path(tmp_path / "a.parquet")
-  pq.write_table(pa.table({"pid": ["1"]}), path)
-  path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(validation.SettingError, match=str(path)):
-    list(mathvista.rows([path]))
 
 
 @pytest.mark.parametrize(

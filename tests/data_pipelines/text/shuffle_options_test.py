@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from data_pipelines.sources import mathvista, synthetic
+from data_pipelines.sources import files, synthetic
 from data_pipelines.text import shuffle_options
 from data_pipelines.verifier import verify
 
@@ -54,8 +54,10 @@ def problems(request):
     found = list(synthetic.problems(SPEC))
   else:
     folder = request.getfixturevalue("fixtures") / "mathvista_schema"
-    paths = mathvista.shards(folder)["testmini"]
-    found = [records.from_row(row) for row in mathvista.rows(paths)]
+    found = [
+      records.from_row(row.values)
+      for row in files.find(folder).readers["testmini"]()
+    ]
   return [p for p in found if p.choices and p.is_checkable]
 
 
