@@ -194,17 +194,21 @@ def _open_text(path: epath.Path) -> Iterator[IO[str]]:
     )
 
 
-def _lines(text: IO[str]) -> Iterator[tuple[int, str]]:
-  """The number and the text of each line that is not blank.
+def _is_cut(text: IO[str], line: str) -> bool:
+  """True for a line that is too long, of which the rest is then skipped."""
+  is_cut = False
+  while len(line) == MAX_LINE and not line.endswith("\n"):
+    line, is_cut = text.readline(MAX_LINE), True
+  return is_cut
 
-  A line that is too long is cut, and so no JSON.
-  """
+
+def _lines(text: IO[str]) -> Iterator[tuple[int, str | None]]:
+  """Each line that is not blank with its number; None for one that is cut."""
   for number in itertools.count(1):
     line = text.readline(MAX_LINE)
-    rest = line
-    while len(rest) == MAX_LINE and not rest.endswith("\n"):
-      rest = text.readline(MAX_LINE)
-    if line.strip():
+    if _is_cut(text, line):
+      yield number, None
+    elif line.strip():
       yield number, line
     elif not line:
       return
@@ -222,10 +226,10 @@ def json_lines(path: epath.Path) -> Iterator[Values]:
       yield _require_object(row, where)
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str | None) -> Any:
   """The JSON document in a text; an object with a key twice is a tuple."""
-  if len(text) == MAX_LINE:
-    raise ValueError(f"it has {MAX_LINE} characters or more")
+  if text is None:
+    raise ValueError(f"it has more than {MAX_LINE} characters")
   try:
     text.encode()
     return json.loads(text, object_pairs_hook=_keep_duplicate_keys)
@@ -251,7 +255,7 @@ def json_document(path: epath.Path) -> Iterator[Values]:
   """
   with _whole(path, "JSON"), _open_text(path) as text:
     start = [line for _, line in itertools.islice(_lines(text), 2)]
-    if len(start) == 2 and _is_object(start[0]) and start[1][0] == "{":
+    if len(start) == 2 and _is_object(start[0]) and _is_object(start[1]):
       yield from json_lines(path)
       return
     text.seek(0)
@@ -268,7 +272,7 @@ def json_document(path: epath.Path) -> Iterator[Values]:
     yield from _find_records(document, path)
 
 
-def _is_object(line: str) -> bool:
+def _is_object(line: str | None) -> bool:
   try:
     return isinstance(_parse(line), dict | tuple)
   except ValueError:
@@ -326,8 +330,8 @@ def table(path: epath.Path) -> Iterator[Values]:
     is_tsv = ".tsv" in path.name.lower()
     # Where the comma is decimal, Excel writes semicolons.
     delimiter = "\t" if is_tsv else max(",;\t", key=first.count)
-    pieces = iter(functools.partial(text.readline, MAX_LINE), "")
-    rows = csv.reader(itertools.chain([first], pieces), delimiter=delimiter)
+    lines = itertools.chain([first], iter(functools.partial(_line, text), ""))
+    rows = csv.reader(lines, delimiter=delimiter)
     header = [
       name.strip() or f"Unnamed: {index}"
       for index, name in enumerate(next(rows, []))
@@ -350,6 +354,13 @@ def table(path: epath.Path) -> Iterator[Values]:
       elif row:
         detail = f"{where} has {len(row)} fields, and the first {len(header)}"
         yield records.BadRecord("not_a_record", detail)
+
+
+def _line(text: IO[str]) -> str:
+  line = text.readline(MAX_LINE)
+  if _is_cut(text, line):
+    raise csv.Error(f"a line has more than {MAX_LINE} characters")
+  return line
 
 
 def tar(path: epath.Path) -> Iterator[Values]:
@@ -399,8 +410,10 @@ class _Bounded(io.BufferedReader):
 
 def _members(opened: IO[bytes]) -> Iterator[_Member]:
   """The regular files of a tar; nothing is unpacked."""
-  bounded: Any = _Bounded(cast(io.RawIOBase, opened), _BUFFER)
-  with tarfile.open(fileobj=bounded, mode="r:") as file:
+  with (
+    _Bounded(cast(io.RawIOBase, opened), _BUFFER) as bounded,
+    tarfile.open(fileobj=bounded, mode="r:") as file,
+  ):
     while member := file.next():
       file.members.clear()  # Otherwise they add up.
       folder, _, base = member.name.rpartition("/")

@@ -1,18 +1,26 @@
-"""The same problems in each layout of a folder."""
+"""Each kind of file, read as another library reads it, and damaged ones."""
 
+import datetime
+import decimal
 import io
 import json
 import os
 import pathlib
+import pickle
+import random
+import tarfile
+import tracemalloc
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 from etils.epath import backend
 from PIL import Image
 
 from data_pipelines import images, records, validation
-from data_pipelines.sources import files, intake, mathvista, stored
+from data_pipelines.sources import files, intake, readers, stored
 
 
 def make_image(shade=0):
@@ -73,9 +81,9 @@ def read(folder, split="testmini"):
 def as_github(snapshot, folder):
   """The parquet snapshot in the layout of the GitHub repository."""
   (folder / "images").mkdir(parents=True)
-  for split, paths in mathvista.shards(snapshot).items():
+  for split, reader in files.find(snapshot).readers.items():
     entries = {}
-    for row in mathvista.rows(paths):
+    for row in (dict(raw.values) for raw in reader()):
       image = row.pop("decoded_image")
       row.pop("query")
       (folder / row["image"]).write_bytes(image["bytes"])
@@ -84,6 +92,455 @@ def as_github(snapshot, folder):
       entries[row["pid"]] = row
     (folder / f"{split}.json").write_text(json.dumps(entries, indent=1))
   return folder
+
+
+ROWS = [
+  {"question": 'a, "b"\nc?', "answer": "x", "image": "pics/a.png"},
+  {"question": "é\u2028;\t", "answer": "", "image": "none.png"},
+  {"question": "'", "answer": "0.50", "image": ""},
+  {"question": " <image> ", "answer": "[1]", "image": "b"},
+]
+
+
+def write_arrow(path, rows, new):
+  table = pa.Table.from_pylist(rows)
+  with new(f"{path}.arrow", table.schema) as file:
+    file.write_table(table, max_chunksize=3)
+
+
+def write_tar(path, rows):
+  with tarfile.open(f"{path}.tar", "w") as file:
+    for index, row in enumerate(rows):
+      add(file, f"{index:03}.json", json.dumps(row).encode())
+
+
+def add(file, name, content, **header):
+  member = tarfile.TarInfo(name)
+  member.size = len(content)
+  for key, value in header.items():
+    setattr(member, key, value)
+  file.addfile(member, io.BytesIO(content))
+
+
+def frame(rows):
+  return pd.DataFrame(rows)
+
+
+def gzipped(path, rows):
+  frame(rows).to_json(f"{path}.jsonl.gz", orient="records", lines=True)
+
+
+def in_folder(write):
+  def make(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, rows)
+
+  return make
+
+
+# Writers of other libraries, but for JSON.
+WRITERS = {
+  "parquet": lambda p, rows: frame(rows).to_parquet(f"{p}.parquet"),
+  "Arrow file": lambda p, rows: write_arrow(p, rows, pa.ipc.new_file),
+  "Arrow stream": lambda p, rows: write_arrow(p, rows, pa.ipc.new_stream),
+  "feather": lambda p, rows: frame(rows).to_feather(f"{p}.arrow"),
+  "JSONL": lambda p, rows: frame(rows).to_json(
+    f"{p}.jsonl", orient="records", lines=True
+  ),
+  "JSONL, gzip": gzipped,
+  "JSONL by another name": lambda p, rows: frame(rows).to_json(
+    f"{p}.json", orient="records", lines=True
+  ),
+  "JSON": lambda p, rows: frame(rows).to_json(f"{p}.json", orient="records"),
+  "JSON, indented": lambda p, rows: frame(rows).to_json(
+    f"{p}.json", orient="records", indent=1
+  ),
+  "JSON in an object": lambda p, rows: pathlib.Path(f"{p}.json").write_text(
+    json.dumps({"version": 1, "tags": ["a"], "data": rows})
+  ),
+  "CSV": lambda p, rows: frame(rows).to_csv(f"{p}.csv", index=False),
+  "CSV of Excel": lambda p, rows: frame(rows).to_csv(
+    f"{p}.csv", index=False, sep=";", encoding="utf-8-sig"
+  ),
+  "TSV": lambda p, rows: frame(rows).to_csv(f"{p}.tsv", index=False, sep="\t"),
+  "UTF-16": lambda p, rows: frame(rows).to_csv(
+    f"{p}.tsv", index=False, sep="\t", encoding="utf-16"
+  ),
+  "tar": write_tar,
+}
+WRITERS = {kind: in_folder(write) for kind, write in WRITERS.items()}
+
+
+def values(found):
+  """The rows by split, as plain values; a reason for each bad record."""
+  return {
+    split: [
+      raw.reason if isinstance(raw, records.BadRecord) else dict(raw.values)
+      for raw in reader()
+    ]
+    for split, reader in found.readers.items()
+  }
+
+
+def without_keys(rows):
+  return [
+    {k: v for k, v in row.items() if k not in ("pid", "__key__")}
+    for row in rows
+  ]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_other_libraries_write_is_read(tmp_path, kind):
+  WRITERS[kind](tmp_path / "d" / "a-train", ROWS)
+  (path,) = (tmp_path / "d").iterdir()
+  for source in (tmp_path / "d", path):
+    found = files.find(source)
+    # Twice: a source is read in several passes, and in other processes.
+    for each in (found, pickle.loads(pickle.dumps(found))):
+      assert without_keys(values(each)["train"]) == ROWS
+    assert list(found.files) == [path.name]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("kind", ["JSONL", "JSON", "CSV"])
+def test_a_byte_order_mark_and_blank_lines_are_no_data(tmp_path, kind, mark):
+  WRITERS[kind](tmp_path / "a", ROWS[2:])
+  (path,) = tmp_path.iterdir()
+  path.write_text(mark + path.read_text().replace("\n", "\r\n\r\n"))
+  assert values(files.find(path)) == {"": ROWS[2:]}
+
+
+def test_folders_that_datasets_saves_are_read(tmp_path):
+  datasets = pytest.importorskip("datasets")
+  datasets.disable_progress_bars()
+  rows = [
+    {
+      "question": str(i),
+      "n": i,
+      "image": {"bytes": make_image(i), "path": None},
+    }
+    for i in range(9)
+  ]
+  whole = datasets.Dataset.from_list(rows)
+  whole = whole.cast_column("image", datasets.Image())
+  whole.save_to_disk(tmp_path / "one", num_shards=2)
+  parts = {"train": range(5), "odd": range(5, 7), "validation": range(7, 9)}
+  datasets.DatasetDict(
+    {split: whole.select(part) for split, part in parts.items()}
+  ).save_to_disk(tmp_path / "dict")
+  assert values(files.find(tmp_path / "one")) == {"": rows}
+  assert values(files.find(tmp_path / "dict")) == {
+    split: [rows[i] for i in parts[split]] for split in sorted(parts)
+  }
+  next((tmp_path / "one").glob("*-00000-*.arrow")).unlink()
+  with pytest.raises(validation.SettingError, match="all files of a split"):
+    files.find(tmp_path / "one")
+
+
+def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
+  one, two = make_image(1), make_image(2)
+  with tarfile.open(tmp_path / "s.tar", "w") as file:
+    add(file, "d", b"", type=tarfile.DIRTYPE)
+    add(file, "./d/a.v1.png", one)
+    add(file, "./d/a.JSON", b'{"question": "?", "image": "a.png", "n": [1]}')
+    add(file, "../b.10.jpg", two)
+    add(file, "../b.9.jpg", one)
+    add(file, "../b.txt", b"How many?\n")
+    add(file, "../b.cls", b"3")
+    add(file, "c.question.txt", "é".encode())
+    add(file, "c.npy", b"\x93NUMPY\0")
+    add(file, "c.mp4", b"a" * (2**20 + 1))
+    add(file, "c.zero", b"", type=tarfile.CHRTYPE)
+    add(file, "c.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    add(file, "._c.png", b"of macOS")
+    add(file, "e.json", b'{"id": 7, "id": 8}')
+    add(file, "f.json", b'{"id": 7}')
+  assert values(files.find(tmp_path / "s.tar"))[""] == [
+    {"pid": "s/d/a", "__key__": "d/a", "question": "?", "n": [1]}
+    | {"image": one, "v1.png": one},
+    {"pid": "s/../b", "__key__": "../b", "question": "How many?"}
+    | {"answer": "3", "images": [one, two], "9.jpg": one, "10.jpg": two},
+    {"pid": "s/c", "__key__": "c", "question": "é"},
+    "not_a_record",
+    {"__key__": "f", "id": 7},
+  ]
+
+
+@pytest.mark.parametrize(
+  "names, splits",
+  [
+    ("a.jsonl b.jsonl", {"": "a.jsonl b.jsonl"}),
+    ("train.jsonl notes.jsonl", {"train": "train.jsonl"}),
+    ("gsm8k-TRAIN.csv x_test_v2.tsv", {"train": 0, "test": 1}),
+    ("data/train-00000-of-00001-0123456789abcdef.parquet", {"train": 0}),
+    ("default/train/0000.parquet default/test/0000.parquet", {"train": 0}),
+    ("a/train.csv b/train.csv", {"train": "a/train.csv b/train.csv"}),
+    ("testmini.json annot_testmini.json query.json", {"testmini": 0}),
+    ("testmini.parquet testmini_text_only.json", {"testmini": 0}),
+    ("valid.jsonl dev.jsonl", {"valid": 0, "dev": 1}),
+    ("pretrain.jsonl contest.jsonl", {"": "contest.jsonl pretrain.jsonl"}),
+    ("train/validation.csv train/a.csv", {"train": 1, "validation": 0}),
+    ("train2017.json", {"train": 0}),
+    ("README.md .cache/a.json images/a.png x.jsonl data.zip", {"": "x.jsonl"}),
+    ("dataset_infos.json cache-1.arrow data.arrow", {"": "data.arrow"}),
+  ],
+)
+def test_names_tell_the_split(tmp_path, names, splits):
+  for name in names.split():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+  (tmp_path / "loop").symlink_to(tmp_path)
+  chosen = files._choose(epath.Path(tmp_path))
+  found: dict[str, list[str]] = {}
+  for file in chosen:
+    name = file.path.relative_to(tmp_path).as_posix()
+    found.setdefault(file.split, []).append(name)
+  for split, expected in splits.items():
+    if isinstance(expected, int):
+      expected = names.split()[expected]
+    assert found[split] == expected.split()
+  assert sum(map(len, found.values())) <= len(names.split())
+
+
+@pytest.mark.parametrize(
+  "names, words",
+  [
+    ("train.parquet train.jsonl", "one kind .*--source=.*/train.jsonl"),
+    ("a.csv b.json", "one kind"),
+    ("test-00000-of-00002-aaaa.parquet", "all files of a split"),
+    (
+      "test-00000-of-00001-a.parquet test-00000-of-00001-b.parquet",
+      "all files of a split",
+    ),
+    ("README.md", r"\.parquet.*holds README\.md"),
+    ("images.zip", r"\.parquet.*holds images\.zip"),
+    ("", "holds nothing"),
+  ],
+)
+def test_a_folder_that_cannot_be_read_says_why(tmp_path, names, words):
+  for name in names.split():
+    (tmp_path / name).touch()
+  with pytest.raises(validation.SettingError, match=words) as caught:
+    files.find(tmp_path)
+  assert "MathVista" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("owner/name", "none; .*hf download owner/name --repo-type dataset"),
+    ("/no/such/folder", "must be a folder or a file, and there is none"),
+    ("a.zip", r"must end in one of \.parquet.*unpack"),
+  ],
+)
+def test_a_source_that_is_no_data_says_why(tmp_path, monkeypatch, name, words):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.zip").touch()
+  with pytest.raises(validation.SettingError, match=words):
+    files.find(name)
+
+
+def test_a_row_reads_pictures_inside_the_source_alone(tmp_path):
+  """Beside its file, in images/ there, or from the top of the source."""
+  places = ["s/d/a.png", "s/d/images/b.png", "s/pics/c.png", "s/images/d.png"]
+  for place in [*places, "secret.png", "s2/e.png"]:
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_bytes(place.encode())
+  (tmp_path / "s" / "d" / "a.jsonl").write_text('{"a": 1}')
+  (row,) = files.find(tmp_path / "s").readers[""]()
+  names = ["a.png", "b.png", "pics/c.png", "d.png"]
+  assert [row.read(name) for name in names] == [x.encode() for x in places]
+  for prefix in ("", "file://"):
+    assert row.read(f"{prefix}{tmp_path}/{places[0]}") == places[0].encode()
+  assert row.read("../pics/c.png") == places[2].encode()
+  for name, words in (
+    ("../../../secret.png", "outside"),
+    (f"{tmp_path}/secret.png", "outside"),
+    (f"{tmp_path}/s2/e.png", "outside"),
+    (f"file://{tmp_path}/secret.png", "outside"),
+    ("https://example.com/a.png", "download"),
+    ("gone.png", "No such file"),
+    ("a.png\0", "null"),
+    ("", "names no file"),
+    (None, "names no file"),
+    ("d", "No such file|regular file"),
+  ):
+    with pytest.raises(records.BadRecord, match=words) as caught:
+      row.read(name)
+    assert caught.value.reason == "missing_image"
+
+
+@pytest.mark.parametrize("kind", ["JSONL", "CSV", "parquet", "Arrow stream"])
+def test_a_changed_picture_changes_the_source(tmp_path, kind):
+  WRITERS[kind](tmp_path / "d" / "a", ROWS)
+  (tmp_path / "pics").mkdir()
+  for name in ("a.png", "other.png"):
+    (tmp_path / "pics" / name).write_bytes(b"1")
+  before = files.find(tmp_path).files
+  (data,) = (tmp_path / "d").iterdir()
+  assert sorted(before) == ["../pics/a.png", data.name]
+  (tmp_path / "pics" / "a.png").write_bytes(b"2")
+  after = files.find(tmp_path).files
+  assert {k for k in after if after[k] != before[k]} == {"../pics/a.png"}
+
+
+def test_a_row_is_plain_values(tmp_path):
+  when = datetime.datetime(2026, 1, 2, 3, 4, 5)
+  table = pa.table(
+    {
+      "when": pa.array([when]),
+      "price": pa.array([decimal.Decimal("1.50")]),
+      "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int32())),
+      "half": pa.array([0.5], pa.float16()),
+      "word": pa.array(["a"]).dictionary_encode(),
+      "deep": pa.array([[{"x": [b"1", None]}]]),
+    }
+  )
+  pq.write_table(table, tmp_path / "a.parquet")
+  (row,) = values(files.find(tmp_path))[""]
+  assert row == {"when": str(when), "price": "1.50", "map": {"a": 1}} | {
+    "half": 0.5,
+    "word": "a",
+    "deep": [{"x": [b"1", None]}],
+  }
+  assert type(row["half"]) is float
+
+
+def text_column(texts):
+  """Bytes as a column of text, which nothing checks."""
+  column = pa.array(texts, pa.binary())
+  return pa.Array.from_buffers(pa.string(), len(texts), column.buffers())
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_text_that_is_no_utf8_costs_its_row(tmp_path, suffix):
+  texts = [b"a"] * 4 + [b"\xff"] + [b"a"] * 4
+  table = pa.table({"n": list(range(9)), "text": text_column(texts)})
+  path = tmp_path / f"a.{suffix}"
+  if suffix == "parquet":
+    pq.write_table(table, path)
+  else:
+    with pa.ipc.new_file(path, table.schema) as file:
+      file.write_table(table)
+  found = values(files.find(path))[""]
+  assert found[4] == "unreadable"
+  assert [row["n"] for row in found if row != "unreadable"] == [
+    *(0, 1, 2, 3, 5, 6, 7, 8)
+  ]
+
+
+@pytest.mark.parametrize(
+  "name, content",
+  [
+    ("a.jsonl", b'{"a": 1}\n%b\n{"a": 2}\n'),
+    ("a.csv", b'a\n"1"\n%b\n2\n'),
+  ],
+)
+@pytest.mark.parametrize(
+  "bad",
+  [b'{"a": 3', b'{"a": 1, "a": 2}', b"[1]", b"\xff,1", b"[" * 10**5, b"1,2,3"],
+)
+def test_a_bad_line_costs_itself_alone(tmp_path, name, content, bad):
+  (tmp_path / name).write_bytes(content % bad)
+  first, middle, last = files.find(tmp_path).readers[""]()
+  assert [str(each.values["a"]) for each in (first, last)] == ["1", "2"]
+  if isinstance(middle, records.BadRecord):
+    assert middle.reason == "not_a_record"
+    assert f"2 of {name}" in middle.detail
+  else:
+    assert name == "a.csv" and b"," not in bad.replace(b'", "', b"")
+
+
+def test_a_line_that_is_too_long_costs_itself_alone(tmp_path, monkeypatch):
+  monkeypatch.setattr(readers, "MAX_LINE", 50)
+  (tmp_path / "a.jsonl").write_text(
+    '{"a": 1}\n{"a": "%s"}\n{"a": 2}' % ("x" * 99)
+  )
+  (tmp_path / "a.csv").write_text("a\n1\n%s\n2\n" % ("x" * 130))
+  for name in ("a.jsonl", "a.csv"):
+    found = list(files.find(tmp_path / name).readers[""]())
+    bad = [each for each in found if isinstance(each, records.BadRecord)]
+    assert len(bad) == 1
+    assert [str(found[i].values["a"]) for i in (0, -1)] == ["1", "2"]
+
+
+def test_a_json_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(readers.untrusted, "MAX_JSON_BYTES", 50)
+  WRITERS["JSON"](tmp_path / "a", ROWS)
+  with pytest.raises(validation.SettingError, match="a.json.*as JSONL"):
+    files.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name, content",
+  [
+    ("a.parquet", b"PAR1"),
+    ("a.arrow", b""),
+    ("a.arrow", b"ARROW1\0\0"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08"),
+    ("a.csv", b"a,a\n1,2\n"),
+    ("a.json", b'{"a": [{"b": 1}], "c": [{"d": 1}]}'),
+    ("a.json", b"3"),
+    ("a.tar", b"a" * 1024),
+  ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(validation.SettingError, match=str(path)):
+    values(files.find(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "kind", ["parquet", "Arrow file", "JSONL, gzip", "tar"]
+)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_torn_file_is_named(tmp_path, kind, share):
+  rows = [{"a": random.Random(i).randbytes(100).hex()} for i in range(500)]
+  WRITERS[kind](tmp_path / "a", rows)
+  (path,) = tmp_path.iterdir()
+  whole = path.read_bytes()
+  path.write_bytes(whole[: int(share * len(whole)) // 512 * 512 - 200])
+  with pytest.raises(validation.SettingError, match=str(path)):
+    values(files.find(path))
+
+
+def test_a_damaged_header_does_not_end_a_tar(tmp_path):
+  WRITERS["tar"](tmp_path / "a", ROWS)
+  content = bytearray((tmp_path / "a.tar").read_bytes())
+  content[1024] ^= 1  # The name in the second header, which its sum covers.
+  (tmp_path / "a.tar").write_bytes(content)
+  with pytest.raises(validation.SettingError, match="no header at byte 1024"):
+    values(files.find(tmp_path))
+
+
+def test_a_header_of_a_tar_takes_no_memory(tmp_path):
+  """A name of 1 GiB, which `tarfile` would read at once."""
+  member = tarfile.TarInfo("a")
+  member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**30
+  with open(tmp_path / "a.tar", "wb") as file:
+    file.write(member.tobuf())
+    file.truncate(2**30 + 2048)
+  with pytest.raises(validation.SettingError, match="a header has"):
+    list(readers.tar(epath.Path(tmp_path / "a.tar")))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "Arrow stream", "JSONL", "CSV"])
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+  """30 MB of rows, of which a reader holds few at a time."""
+  row = {"text": "x" * 30_000}
+  WRITERS[kind](tmp_path / "a", [row | {"n": i} for i in range(1000)])
+  (path,) = tmp_path.iterdir()
+  reader = readers.KINDS[path.suffix](epath.Path(path))
+  next(reader)
+  tracemalloc.start()
+  before = pa.total_allocated_bytes()
+  high = 0
+  for _ in reader:
+    high = max(high, pa.total_allocated_bytes() - before)
+  assert tracemalloc.get_traced_memory()[1] < 20e6
+  tracemalloc.stop()
+  assert high < 20e6
 
 
 def test_both_layouts_of_the_snapshot_hold_the_same_problems(
@@ -96,15 +553,6 @@ def test_both_layouts_of_the_snapshot_hold_the_same_problems(
     assert read(folder, split) == shipped
     assert len(shipped) == count
     assert all(isinstance(problem, records.Problem) for problem in shipped)
-
-
-def test_json_may_lie_in_the_folder_or_in_its_data(tmp_path):
-  github(tmp_path / "a", {"1": ENTRY})
-  github(tmp_path / "b" / "data", {"1": ENTRY})
-  assert read(tmp_path / "a") == read(tmp_path / "b")
-  found = files.find(tmp_path / "a").files
-  assert found == files.find(tmp_path / "b").files
-  assert list(found) == ["images/1.jpg", "testmini.json"]
 
 
 def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
@@ -221,21 +669,6 @@ def test_a_torn_example_is_a_bad_record_and_the_rest_are_read(
   assert read(tmp_path / "d", "train") == whole[:3] + ["unreadable"] + whole[4:]
 
 
-def test_a_folder_of_two_kinds_is_refused(tmp_path):
-  github(tmp_path, {"1": ENTRY})
-  parquet(tmp_path)
-  with pytest.raises(validation.SettingError, match="one kind of files"):
-    files.find(tmp_path)
-
-
-def test_a_folder_of_no_kind_says_how_to_get_one(tmp_path):
-  (tmp_path / "README.md").touch()
-  (tmp_path / "query.json").write_text("{}")
-  for folder in (tmp_path, tmp_path / "missing"):
-    with pytest.raises(validation.SettingError, match="must"):
-      files.find(folder)
-
-
 @pytest.mark.parametrize("name", ["images/1.jpg", "pics/a/2.jpg"])
 def test_another_content_of_the_same_size_is_another_hash(tmp_path, name):
   (tmp_path / "pics" / "a").mkdir(parents=True)
@@ -287,17 +720,21 @@ class Bucket(type(backend.tf_backend)):
     return super().stat(self.local(path))
 
 
-@pytest.mark.parametrize("layout", ["parquet", "GitHub"])
-def test_a_bucket_is_read_as_a_folder_is(tmp_path, layout, monkeypatch):
-  if layout == "GitHub":
-    missing = {**ENTRY, "image": "images/9.jpg"}
-    github(tmp_path / "data", {"1": ENTRY, "2": missing})
-  else:
-    parquet(tmp_path / "data", "12")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_bucket_is_read_as_a_folder_is(tmp_path, kind, monkeypatch):
+  """In parts: no file is read whole but a JSON document."""
+  WRITERS[kind](tmp_path / "d" / "train", ROWS)
+  (tmp_path / "d" / "pics").mkdir()
+  (tmp_path / "d" / "pics" / "a.png").write_bytes(b"a picture")
   monkeypatch.setattr(backend, "tf_backend", Bucket(tmp_path))
-  assert read("s3://bucket") == read(tmp_path)
-  assert len(read("s3://bucket")) == 2
-  assert files.find("s3://bucket").files == files.find(tmp_path).files
+  bucket, local = files.find("s3://bucket/d"), files.find(tmp_path / "d")
+  assert values(bucket) == values(local) and len(values(local)["train"]) == 4
+  assert bucket.files == local.files
+  (row, *_) = bucket.readers["train"]()
+  for name in ("pics/a.png", "s3://bucket/d/pics/a.png"):
+    assert row.read(name) == b"a picture"
+  with pytest.raises(records.BadRecord, match="outside"):
+    row.read("../../b.png")
 
 
 def test_a_bucket_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
@@ -319,10 +756,9 @@ def test_datasets_and_the_builder_read_the_same_records(
     split: [records.from_row(row) for row in loaded[split]]
     for split in ("testmini", "test")
   }
-  readers = files.find(snapshot).readers
   ours = {
     split: [intake._problem(row) for row in reader()]
-    for split, reader in readers.items()
+    for split, reader in files.find(snapshot).readers.items()
   }
   assert ours == theirs
   stored.write(ours, tmp_path / "d")

@@ -54,10 +54,8 @@ def problems(request):
     found = list(synthetic.problems(SPEC))
   else:
     folder = request.getfixturevalue("fixtures") / "mathvista_schema"
-    found = [
-      records.from_row(row.values)
-      for row in files.find(folder).readers["testmini"]()
-    ]
+    rows = files.find(folder).readers["testmini"]()
+    found = [records.from_row(row.values) for row in rows]
   return [p for p in found if p.choices and p.is_checkable]
 
 
