@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import posixpath
 import re
@@ -252,28 +251,15 @@ def _read_rows(files: Sequence[_File], root: epath.Path) -> Iterator[RawRecord]:
       yield values if is_bad else Row(values, read)
 
 
-def _candidates(folder: epath.Path, root: epath.Path, name: Any) -> list[str]:
-  """The paths that a row may mean, of which none leaves the root.
-
-  Raises:
-    BadRecord: Each of them does.
-  """
-  shown = untrusted.shorten(name)
-  if not isinstance(name, str) or not name:
-    raise records.BadRecord("missing_image", f"{shown} names no file")
-  name, top = name.removeprefix("file://"), os.fspath(root).rstrip("/") + "/"
-  if "://" in name and not name.startswith(top):
-    detail = f"{shown} is an address; download the picture and name its file"
-    raise records.BadRecord("missing_image", detail)
+def _candidates(folder: epath.Path, root: epath.Path, name: str) -> list[str]:
+  """The paths that a row may mean, of which none leaves the root."""
+  top = os.fspath(root).rstrip("/") + "/"
+  name = name.removeprefix("file://")
+  if not name or "://" in name and not name.startswith(top):
+    return []
   bases = [folder, folder / "images", root, root / "images"]
   paths = [_join(os.fspath(base), name) for base in bases]
-  inside = [path for path in paths if path.startswith(top)]
-  if not inside:
-    detail = (
-      f"{shown} is outside {top}; give a folder that holds data and files"
-    )
-    raise records.BadRecord("missing_image", detail)
-  return list(dict.fromkeys(inside))
+  return list(dict.fromkeys(path for path in paths if path.startswith(top)))
 
 
 def _join(base: str, name: str) -> str:
@@ -283,22 +269,28 @@ def _join(base: str, name: str) -> str:
   return f"{scheme}{mark}{posixpath.normpath(rest)}"
 
 
-def _read_picture(folder: epath.Path, root: epath.Path, name: str) -> bytes:
+def _read_picture(folder: epath.Path, root: epath.Path, name: Any) -> bytes:
   """The content of a picture that a row of a file in the folder names."""
+  shown = untrusted.shorten(name)
+  if not isinstance(name, str):
+    raise records.BadRecord("missing_image", f"{shown} names no file")
+  paths = _candidates(folder, root, name)
   with records.all_faults("missing_image"):
-    for path in _candidates(folder, root, name):
+    for path in paths:
       try:
         return untrusted.read_bytes(path, images.MAX_BYTES)
       except (FileNotFoundError, NotADirectoryError):
         continue
-  raise records.BadRecord(
-    "missing_image",
-    f"No such file: {untrusted.shorten(name)}, beside the data or in images/",
-  )
+  why = f"No such file: {shown}, beside the data or in images/"
+  if not paths:
+    why = f"{shown} is outside {root}; give a folder that holds it and the data"
+    if "://" in name.removeprefix("file://"):
+      why = f"{shown} is an address; download the picture and name its file"
+  raise records.BadRecord("missing_image", why)
 
 
 def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
-  """The paths of the pictures that rows name, each as `_read_picture` does."""
+  """The paths of the pictures that rows name."""
 
   @functools.cache
   def listed(folder: str) -> frozenset[str]:
@@ -310,16 +302,13 @@ def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
   found: dict[str, None] = {}
   for file in files:
     for name in readers.picture_names(file.path, file.kind):
-      try:
-        paths = _candidates(file.path.parent, root, name)
-      except records.BadRecord:
-        continue
-      there = (
-        p
-        for p in paths
-        if posixpath.basename(p) in listed(posixpath.dirname(p))
-      )
-      found.update(dict.fromkeys(itertools.islice(there, 1)))
+      name = name.replace("\\", "/")
+      # A path on another machine: `columns` looks for its last parts.
+      tails = [name.split("/")[-n:] for n in (3, 2, 1) if name[0] == "/"]
+      for each in (name, *map("/".join, tails)):
+        for path in _candidates(file.path.parent, root, each):
+          if posixpath.basename(path) in listed(posixpath.dirname(path)):
+            found[path] = None
   return list(found)
 
 

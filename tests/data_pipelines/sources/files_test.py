@@ -361,7 +361,7 @@ def test_a_row_reads_pictures_inside_the_source_alone(tmp_path):
     ("https://example.com/a.png", "download"),
     ("gone.png", "No such file"),
     ("a.png\0", "null"),
-    ("", "names no file"),
+    ("", "outside"),
     (None, "names no file"),
     ("d", "No such file|regular file"),
   ):
