@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from data_pipelines import records
 from data_pipelines.records import BadRecord
 from data_pipelines.sources import gold
 from data_pipelines.text import untrusted
@@ -26,6 +27,8 @@ _QUOTES = re.compile(r"(['\"])\s+(['\"])")
 _TEXT_KEYS = ("text", "content", "value", "option", "answer")
 _LETTER_KEYS = ("label", "key", "letter", "id")
 _MAX_CHARACTERS = 50_000
+# Characters of a question in which options are looked for, and letters A.
+_MAX_LETTERED, _MAX_STARTS = 20_000, 50
 
 
 class Choices(NamedTuple):
@@ -50,7 +53,7 @@ def read(value: Any, column: str) -> Choices:
     return Choices()
   if isinstance(value, Mapping):
     value = _from_object(value)
-  if not isinstance(value, list | tuple):
+  if not isinstance(value, list | tuple) or len(value) > records.MAX_CHOICES:
     raise _bad(column, value)
   items = [_item(gold.plain(each), column) for each in value]
   letters = [letter or chr(65 + i) for i, (letter, _) in enumerate(items)]
@@ -71,8 +74,9 @@ def read(value: Any, column: str) -> Choices:
 def _bad(column: str, value: Any) -> BadRecord:
   return BadRecord(
     "bad_choices",
-    f"{column} holds {untrusted.shorten(value)}; give a list of options, an "
-    "object of letters and options, or name another: --columns=choices=NAME",
+    f"{column} holds {untrusted.shorten(value)}; give a list of at most "
+    f"{records.MAX_CHOICES} options, an object of letters and options, or name "
+    "another: --columns=choices=NAME",
   )
 
 
@@ -133,9 +137,11 @@ def split_lettered(
   None without at least two that are lettered from A on. The last option ends
   with its line.
   """
+  if len(text) > _MAX_LETTERED:
+    return None
   marks = list(_MARKER.finditer(text))
   starts = [i for i, mark in enumerate(marks) if (mark[1] or mark[2]) == "A"]
-  for start in reversed(starts):
+  for start in starts[:-_MAX_STARTS:-1]:
     chain = [marks[start]]
     for mark in marks[start + 1 :]:
       if (mark[1] or mark[2]) == chr(65 + len(chain)):
@@ -205,10 +211,8 @@ def to_index(value: Any) -> int | None:
   value = gold.plain(value)
   if isinstance(value, str) and value.strip().isdecimal() and len(value) < 9:
     return int(value)
-  if isinstance(value, float) and value.is_integer():
-    return int(value)
-  is_int = isinstance(value, int) and not isinstance(value, bool)
-  return value if is_int else None
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return int(value) if is_number and value % 1 == 0 else None
 
 
 def index_base(rows: Sequence[tuple[Any, Choices]]) -> int | None:

@@ -462,11 +462,8 @@ def _reply(
 ) -> str:
   """The reply that a row demonstrates, or ""."""
   value = _first(values, names["response"])
-  if found := conversations.messages(value):
-    value = conversations.last_reply(found)
-  if not isinstance(value, str) or not value.strip():
-    value = talk.reply if talk else ""
-  return value.strip()
+  reply, _ = conversations.read_reply(value, "+".join(names["response"]))
+  return reply or (talk.reply.strip() if talk else "")
 
 
 def _others(

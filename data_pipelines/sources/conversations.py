@@ -37,7 +37,7 @@ class Conversation(NamedTuple):
   is_cut: bool
 
 
-def messages(value: Any) -> list[Mapping[str, Any]] | None:
+def messages(value: Any) -> list[Any] | None:
   """The messages of a value or of its JSON text; None if it has none."""
   value = gold.plain(value)
   if isinstance(value, str) and value.lstrip()[:2] in ("[{", '{"'):

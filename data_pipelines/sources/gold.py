@@ -26,7 +26,6 @@ _TABLE = tables.read("data_pipelines.sources", "columns.toml")["readings"]
 _NOT_UNITS = frozenset(_TABLE["not_units"])
 _INNER = ("value", "answer", "text", "target", "ground_truth", "answers")
 
-_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _CUE = re.compile(
   r"(?:^|[\n.!])[ \t*]*(?:(?:therefore|so|thus|hence)[, ]+)?(?:the )?"
@@ -66,9 +65,9 @@ _UNIT = re.compile(
 _NAMED = re.compile(r"(?:\\?[A-Za-z\u2220\u25b3]{1,8}[\s_\d]*){1,2}=\s*(.+)")
 _FUNCTIONS = "|".join(_TABLE["functions"])
 _SYMBOLS = re.compile(
-  rf"(?:\d+(?:\.\d+)?|(?:{_FUNCTIONS})(?![a-z])|[A-Za-z](?![A-Za-z])"
+  rf"(?:\d++(?:\.\d++)?|(?:{_FUNCTIONS})(?![a-z])|[A-Za-z](?![A-Za-z])"
   r"|[-+*/^=<>(){}\[\],.|!_\s\u2212\u221a\u221e\u03c0\u03b8\u00b1\u00d7\u00f7"
-  r"\u00b7\u00b2\u00b3\u2264\u2265\u2260\u222a\u2229\u00bd\u00bc\u00be\u00b0])+"
+  r"\u00b7\u00b2\u00b3\u2264\u2265\u2260\u222a\u2229\u00bd\u00bc\u00be\u00b0])++"
 )
 _OPERATOR = re.compile(
   r"[+*/^=<>\u221a\u221e\u03c0\u00b1\u00b2\u00b3\u2264\u2265\u00bd\u00bc\u00be!]"
@@ -156,7 +155,7 @@ def unwrap(text: str) -> tuple[str, str]:
 
   The worked answer is "" where little but the final answer stands there.
   """
-  gold = _THINKING.sub("", text).strip() or text.strip()
+  gold = text.rpartition("</think>")[2].strip() or text.strip()
   for _ in range(4):
     before, gold = gold, _inside(gold).strip()
     if gold == before:
@@ -241,8 +240,8 @@ def _from_text(text: str, column: str) -> Gold:
 
 def _number(text: str) -> Gold | None:
   """The gold of a number with or without a unit; None for anything else."""
-  match = _NUMBER.fullmatch(text)
-  if not match or len(text) > 100:
+  match = _NUMBER.fullmatch(text) if len(text) <= 100 else None
+  if not match:
     return None
   unit = _unit(match["unit"] or "")
   money = (match["before"] or match["money"] or "").strip("\\")

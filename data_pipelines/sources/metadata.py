@@ -1,7 +1,6 @@
 """Keeps the other columns of a row as JSON, without pictures."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,6 @@ from data_pipelines.sources import gold
 
 # Characters of JSON of one record.
 _MAX_LENGTH = 30_000
-_LONE_SURROGATE = re.compile(
-  r"\\ud[89ab]\w\w(?!\\ud[c-f]\w\w)|(?<!\\ud[89ab]\w\w)\\ud[c-f]\w\w|\\u0000"
-)
 
 
 def read(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +23,10 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     if not records.is_shallow(value):
       continue
     try:
-      text = json.dumps(value, default=_to_json, allow_nan=False)
-      text = _LONE_SURROGATE.sub("", text)
+      text = json.dumps(
+        value, default=_to_json, allow_nan=False, ensure_ascii=False
+      )
+      text = text.encode(errors="ignore").decode().replace("\\u0000", "")
       value = json.loads(text)
     except (ValueError, TypeError):
       continue
