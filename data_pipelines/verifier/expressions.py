@@ -48,11 +48,15 @@ class _Comparison:
 
   def matches(self, gold: Shape, answer: Shape) -> bool:
     """True if two shapes mean the same."""
+    pair = [gold, answer]
     kinds = {gold.kind, answer.kind}
     if "word" in kinds:
       return _words(gold) == _words(answer) != ""
-    if "system" in kinds:
-      return len(kinds) == 1 and self._pair_up(gold.parts, answer.parts)
+    if gold.kind == answer.kind == "system":
+      return self._pair_up(gold.parts, answer.parts)
+    if kinds == {"system", "tuple"}:
+      pair = [latex.as_tuple(x) if x.kind == "system" else x for x in pair]
+      gold, answer = pair
     if "equation" in kinds:
       return self._equations(gold, answer)
     if "set" in kinds:

@@ -152,8 +152,10 @@ def split(text: str, pattern: re.Pattern[str]) -> list[str]:
 def parse(text: str) -> Shape:
   """The shape of a normalized text."""
   text = text.strip()
-  if match := _RE.member.match(text):
+  if match := _RE.member.match(text) or _RE.named_point.match(text):
     text = text[match.end() :]
+  if match := _RE.described.fullmatch(text):
+    text = match[1]
   if match := _RE.matrix.fullmatch(text):
     rows = [x for x in split(match[1], _RE.row) if x]
     cells = [split(row, _RE.cell) for row in rows]
@@ -204,6 +206,11 @@ def _relation(parts: list[str]) -> Shape:
   if set(operators) != {"="}:
     texts = tuple(Shape("value", text=side) for side in sides)
     return Shape("relation", texts, " ".join(operators))
+  if _RE.variables.fullmatch(sides[0]) and len(sides) == 2:
+    names, values = parse(sides[0]).parts, parse(sides[1]).parts
+    if len(names) == len(values):
+      pairs = zip(names, values, strict=True)
+      return Shape("system", tuple(Shape("equation", pair) for pair in pairs))
   first = Shape("value", text=sides[0])
   return Shape("equation", (first, *map(parse, sides[1:])))
 
@@ -228,8 +235,10 @@ def _bracketed(text: str) -> Shape | None:
       return None
   parts = tuple(parse(part) for part in split(inside, _RE.comma))
   brackets = opening[0] + closing[0]
+  if brackets == "{}" and len(parts) == 1:
+    return parts[0]
   if brackets in (r"\{\}", "{}"):
-    return Shape("set", parts) if len(parts) > 1 or "\\" in brackets else None
+    return Shape("set", parts)
   if len(parts) < 2:
     return None
   if brackets in ("()", r"\langle\rangle"):
@@ -266,8 +275,8 @@ def unit(text: str, *, is_letter: bool = False) -> tuple[str, Unit | None]:
   is_marked = r"\text" in match[0] or "/" in match[0]
   names = [_unit_name(word[1]) for word in words]
   if not is_marked and not all(
-    len(name) > 2 or (name in _UNITS and (len(name) > 1 or is_letter))
-    for name in names
+    len(word) > 2 or (name in _UNITS and (len(word) > 1 or is_letter))
+    for name, (_, word, _) in zip(names, words, strict=True)
   ):
     return text, None
   dimensions: dict[str, int] = {}
@@ -302,6 +311,9 @@ def bounds(shape: Shape) -> tuple[str, list[Bound]] | None:
   """The variable ("" if none is named) and the intervals that a shape means."""
   if shape.kind == "value" and shape.text == r"\mathbb{R}":
     return "", [Bound(r"-\infty", r"\infty", (False, False))]
+  if match := _RE.without_point.fullmatch(shape.text):
+    shape = parse(rf"x \ne {match[1]}")
+    return "", (_bounds_of_relation(shape) or ("", []))[1]
   if shape.kind == "interval" or (shape.kind, shape.text) == ("tuple", "()"):
     if len(shape.parts) != 2 or any(x.kind != "value" for x in shape.parts):
       return None
@@ -341,6 +353,12 @@ def _bounds_of_relation(shape: Shape) -> tuple[str, list[Bound]] | None:
   return None
 
 
+def as_tuple(system: Shape) -> Shape:
+  """The values of a system of equations, in the order of their names."""
+  ordered = sorted(system.parts, key=lambda equation: equation.parts[0].text)
+  return Shape("tuple", tuple(each.parts[-1] for each in ordered), "()")
+
+
 def is_name(text: str) -> bool:
   """True for a text that names a value, as "x", "f(x)" and "AB"."""
   return _RE.name.fullmatch(text.strip()) is not None
@@ -353,6 +371,8 @@ def spelling(text: str) -> str | None:
   """
   if _RE.trigonometric.search(text):
     text = _RE.degrees.sub(r"(\\frac{\\pi}{180}\\cdot \1)", text)
+  else:
+    text = text.replace("°", " ")
   text = _RE.decimal.sub(_decimal, text)
   text = _RE.mixed.sub(r"\1\\frac{\2}{\3}", text)
   text = _RE.applied.sub(r"\1\\cdot ", text)

@@ -5,6 +5,7 @@ answer, and last the formula that the last sentence ends on. Different answers
 in tags or fields are no answer; several boxes side by side are one list.
 """
 
+import re
 import unicodedata
 
 from data_pipelines import tables
@@ -13,6 +14,7 @@ from data_pipelines.verifier import latex, numbers, options, phrases
 _RE = tables.patterns("written")
 # A longer answer is none. The answers of scorers may be whole grids.
 _MAX_LENGTH = {"text": 1000, "expression": latex.MAX_LENGTH, "scored": 20_000}
+_NONE = (None, "none")
 _MAX_BARE = 200
 # "Unknown" may be an answer; a longer refusal is none.
 _MAX_WORD = 20
@@ -31,17 +33,18 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
   if boxes := _last_boxes(text):
     return clean(", ".join(boxes), kind), "boxed"
   text = numbers.open_headings(_RE.token.sub("", text)).strip()
+  text = _RE.bold_heading.sub(r"\1:", _RE.display.sub(_one_line, text))
   parts = phrases.sentences(text)
   for i in range(len(parts) - 1, -1, -1):
     after = phrases.text_after_cue(parts, i)
     if after is not None:
       if phrases.is_refusal(after):
-        return None, "none"
+        return _NONE
       return clean(_announced(after), kind), "cue"
   if kind == "scored":  # A scorer reads the whole of an answer, such as a grid.
     return clean(text, kind), "bare"
   if phrases.is_refusal(text) and (len(parts) > 1 or len(text) > _MAX_WORD):
-    return None, "none"
+    return _NONE
   if "\n" not in text and len(text) <= _MAX_BARE and text[-1:] != "?":
     if kind == "text" or _is_formula(text):
       return clean(text, kind), "bare"
@@ -55,7 +58,7 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
     return clean(bold.pop(), kind), "bold"
   if kind == "expression" and parts:
     return _last_formula(text, parts[-1])
-  return None, "none"
+  return _NONE
 
 
 def clean(text: str, kind: str) -> str | None:
@@ -73,6 +76,9 @@ def clean(text: str, kind: str) -> str | None:
     text = text[match.end() :]
   text = text.strip(" \t\n\"'`")
   if kind == "expression":
+    is_prose = not _is_formula(text) and len(text) > _MAX_WORD
+    if is_prose and (found := _last_formula(text, text)[0]):
+      return found
     text = latex.normalize(text)
   return text if 0 < len(text) <= _MAX_LENGTH[kind] else None
 
@@ -84,9 +90,8 @@ def same_text(first: str, second: str) -> bool:
     # A number alone may be a word: "three". Units and dates are exact.
     " " not in one + two
     and (value := numbers.only_number(one)) is not None
-    and not one[:1] == "0" != two[:1]
     and value == numbers.only_number(two)
-    and not _RE.has_unit.search(one + " " + two)
+    and not _RE.is_exact.search(one + " " + two)
   )
 
 
@@ -103,6 +108,11 @@ def text_key(text: str) -> str:
 _QUOTES = str.maketrans(
   "\u201c\u201d\u2018\u2019\u2013\u2014\u2212", "\"\"''---"
 )
+
+
+def _one_line(match: re.Match[str]) -> str:
+  """A formula that is displayed, as one in a line."""
+  return f"${' '.join((match[1] or match[2]).split())}$"
 
 
 def _json_text(groups: tuple[str, ...]) -> str:
@@ -143,7 +153,7 @@ def _announced(after: str) -> str:
   match = _RE.formula.match(after)
   if match and _RE.explains.match(after[match.end() :]):
     return match[0]
-  return after
+  return _RE.reason.split(after, maxsplit=1)[0]
 
 
 def _is_formula(text: str) -> bool:
@@ -158,13 +168,17 @@ def _last_formula(text: str, sentence: str) -> tuple[str | None, str]:
   if line != text and _is_formula(line):
     return clean(line, "expression"), "statement"
   found = list(_RE.formula.finditer(sentence))
-  if not found or not phrases.is_assertion(sentence):
-    return None, "none"
+  if not phrases.is_assertion(sentence) or phrases.is_refusal(sentence):
+    return _NONE
+  if not found:
+    match = _RE.stated.match(sentence[-400:])
+    is_stated = match is not None and _is_formula(match[1])
+    return (clean(match[1], "expression"), "statement") if is_stated else _NONE
   last = found[-1]
   before = sentence[: last.start()]
   is_only = len(found) == 1 or _RE.states.search(before)
   if not is_only or options.is_denied(sentence, last.start()):
-    return None, "none"
+    return _NONE
   return clean(last[0], "expression"), "statement"
 
 
