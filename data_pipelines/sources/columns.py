@@ -217,7 +217,7 @@ def to_problem(
       label = default if score is None else score
       completions.append(LabelledCompletion(reply, label))
   question = _question(values, names, talk)
-  images, is_merged = _images(row, names, talk)
+  images, is_merged = _images(row, columns, talk)
   found = _choices(values, names["choices"])
   question, options, order = pictures.place_marks(
     question, found.texts, len(images), is_merged=is_merged
@@ -294,19 +294,21 @@ def _question(
 
 def _images(
   row: Row,
-  names: Mapping[str, guesses.Paths],
+  columns: Columns,
   talk: conversations.Conversation | None,
 ) -> tuple[list[bytes], bool]:
   """The pictures, and whether one of them may stand for several."""
+  names = columns.names
   found: list[bytes] = []
-  for path in names["images"]:
+  paths = names["images"] or guesses.unseen_images(row.values, columns.known)
+  for path in paths:
     found += pictures.read(guesses.at(row.values, path), path, row.read)
   if not found and talk is not None:
     found = pictures.read(
       list(talk.images), "+".join(names["question"]), row.read
     )
-  value = gold.plain(_first(row.values, names["images"]))
-  is_list = isinstance(value, list | tuple) or len(names["images"]) > 1
+  value = gold.plain(_first(row.values, paths))
+  is_list = isinstance(value, list | tuple) or len(paths) > 1
   return found, not is_list
 
 
@@ -474,9 +476,6 @@ def _others(
   """The other columns as metadata."""
   used = {path for paths in names.values() for path in paths}
   others = {k: v for k, v in values.items() if k not in used}
-  if isinstance(inner := others.get("json"), Mapping):
-    del others["json"]
-    others |= {k: v for k, v in inner.items() if f"json.{k}" not in used}
   system = _first(values, names["system"]) or (talk.system if talk else "")
   if system:
     others["system"] = system

@@ -16,20 +16,19 @@ NAMES: dict[str, list[str]] = _TABLE["names"]
 _WEAK = frozenset(NAMES["images"][NAMES["images"].index("file_name") :])
 _NUMBERED_IMAGE = re.compile(r"(?:image|img|picture)_?(\d{1,2})")
 _LETTERED = re.compile(r"(?:option|choice|opt|op)?_?([a-h])")
-_STRUCTS = ("json", "reward_model")
 
 
 def paths(sample: Rows) -> dict[str, str]:
   """Each column by its name in the table's spelling.
 
-  Some structs give their inner columns too, with a dot: a tar's `json`.
+  The struct in which verl has its answers gives its inner columns too.
   """
   found: dict[str, str] = {}
   inner: dict[str, str] = {}
   for row in sample:
     for name, value in row.items():
       found.setdefault(normal(name), name)
-      if isinstance(value, Mapping) and name in _STRUCTS:
+      if isinstance(value, Mapping) and name == "reward_model":
         for key in value:
           inner.setdefault(normal(f"{name}.{key}"), f"{name}.{key}")
   return {**inner, **found}
@@ -37,7 +36,6 @@ def paths(sample: Rows) -> dict[str, str]:
 
 def normal(name: str) -> str:
   """The name in the spelling of the table: "Final Answer" as "final_answer"."""
-  name = re.sub(r"\.(?:txt|json|cls|text)$", "", name.removeprefix("json."))
   name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
   return re.sub(r"[^a-z0-9.]+", "_", name.casefold()).strip("_") or name
 
@@ -49,6 +47,16 @@ def at(row: Mapping[str, Any], path: str) -> Any:
   name, _, rest = path.partition(".")
   inner = row.get(name)
   return at(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def unseen_images(row: Mapping[str, Any], known: Sequence[str]) -> Paths:
+  """The first column for pictures that the first rows of the source lack."""
+  found = [
+    path
+    for path in row
+    if path not in known and normal(path) in NAMES["images"]
+  ]
+  return tuple(found[:1])
 
 
 def is_there(sample: Rows, path: str) -> bool:
@@ -97,12 +105,20 @@ def guess(
 
 def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
   """The columns that may have the role, the likelier ones first."""
+  named = [name for name in NAMES[role] if name in known]
   found = [
     known[name]
-    for name in NAMES[role]
-    if name in known
-    and any(_fits(role, name, at(row, known[name])) for row in sample)
+    for name in named
+    if any(_fits(role, name, at(row, known[name])) for row in sample)
   ]
+  if not found and role not in ("question", "context", "pid"):
+    # Later rows may hold what the first ones lack.
+    found = [
+      known[name]
+      for name in named
+      if name not in _WEAK
+      and all(gold.is_missing(at(row, known[name])) for row in sample)
+    ]
   names = {normal(path) for path in known.values()}
   if role in ("chosen", "rejected", "chosen_score", "rejected_score"):
     return found if {"chosen", "rejected"} <= names else []

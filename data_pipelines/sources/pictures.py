@@ -86,12 +86,6 @@ def _from_text(
     except (binascii.Error, ValueError) as error:
       detail = f"{column} holds damaged base64: {error}"
       raise BadRecord("missing_image", detail) from error
-  if text.startswith(("http://", "https://")):
-    raise BadRecord(
-      "missing_image",
-      f"{column} holds the address {untrusted.shorten(text)}; download the "
-      "pictures and write their paths",
-    )
   named = text.replace("\\", "/").removeprefix("file://")
   # Files that were made elsewhere may name that machine's folders.
   parts = pathlib.PurePosixPath(named).parts
