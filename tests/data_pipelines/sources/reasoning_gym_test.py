@@ -82,7 +82,10 @@ def check_scores(task: str) -> None:
   for index, (right, entry) in enumerate(pairs):
     assert reasoning_gym.score_answer(task, right, entry) == 1.0
     for answer in answers:
-      expected = dataset.score_answer(answer, dataset[index]) == 1.0
+      try:
+        expected = dataset.score_answer(answer, dataset[index]) == 1.0
+      except ValueError:  # So prime_factorization says that it reads no number.
+        expected = False
       score = reasoning_gym.score_answer(task, answer, entry)
       assert (score == 1.0) == expected, (answer, entry)
 
@@ -102,7 +105,9 @@ SLOW = ("futoshiki", "knight_swap", "sokoban")
   "task", sorted({*DATASETS} - {*reasoning_gym._REFUSED})
 )
 def test_each_task_is_scored_as_by_the_library_and_pays_no_constant(task):
-  if task not in (*FICKLE, "codeio", "word_ladder"):
+  # Of intermediate_integration an integral is an answer, which is refused.
+  fickle = (*FICKLE, "codeio", "intermediate_integration", "word_ladder")
+  if task not in fickle:
     check_scores(task)
   pairs = drawn(task, 4 if task in SLOW else 20)
   for constant in ("", "0", "1", "nan", "[]", "{}", "not it"):
