@@ -161,7 +161,13 @@ def evaluate_greedy(
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
-    columns = grading.metric_columns(batch, scores, mask, stopped)
+    columns = grading.metric_columns(
+      batch,
+      scores,
+      mask,
+      stopped,
+      pays_unchecked=any(rewards.custom_weights),
+    )
     # All rows are summed in their order, so the number of hosts is irrelevant.
     sums.update(
       {k: rows.sum(dtype=float) for k, rows in all_rows(columns).items()}

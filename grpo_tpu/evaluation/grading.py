@@ -16,6 +16,8 @@ def metric_columns(
   rewards: scoring.Scores,
   mask: np.ndarray,
   stopped: np.ndarray,
+  *,
+  pays_unchecked: bool,
 ) -> dict[str, np.ndarray]:
   """The summands of the metrics, one float32 per row of the batch.
 
@@ -24,6 +26,7 @@ def metric_columns(
     rewards: The rewards of one completion per problem.
     mask: bool [rows, 1, T], True on the completion's tokens.
     stopped: bool [rows, 1], True if the completion ended by itself.
+    pays_unchecked: True if a user's reward pays without a public answer.
   """
   problems = np.array([bool(p.pid) for p in batch.problems])
   # A failure of a user's reward says nothing about the answer.
@@ -32,6 +35,7 @@ def metric_columns(
   # An unreadable problem counts as wrong, although its answer is unknown.
   graded = problems & (public | ~_is_readable(batch))
   accuracy = graded & _is_right(batch, rewards)
+  rewarded = problems if pays_unchecked else graded
   columns = {
     "problems": problems,
     "public": public,
@@ -39,7 +43,8 @@ def metric_columns(
     "asked": asked,
     "accuracy": accuracy,
     "format": np.where(asked, rewards.components["format"], 0.0),
-    "reward": np.where(asked & graded, rewards.total, 0.0),
+    "rewarded": rewarded,
+    "reward": np.where(asked & rewarded, rewards.total, 0.0),
     "completion_length": np.where(asked, mask[:, 0].sum(-1), 0),
     "truncated_fraction": asked & ~stopped[:, 0],
   }
@@ -57,7 +62,8 @@ def metric_columns(
 def metrics(sums: Mapping[str, float]) -> dict[str, float]:
   """The `eval/` metrics from the sums of all columns of `metric_columns`.
 
-  Accuracy and reward are missing if no answer is public.
+  Accuracy is missing if no answer is public, and so is the reward unless one
+  pays without.
   """
   problems, asked = max(sums["problems"], 1), max(sums["asked"], 1)
   scalars = {
@@ -65,10 +71,11 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
     "eval/completion_length": sums["completion_length"] / asked,
     "eval/truncated_fraction": sums["truncated_fraction"] / asked,
   }
+  if sums["public"] or sums["rewarded"] > sums["graded"]:
+    scalars["eval/reward"] = sums["reward"] / sums["rewarded"]
   if not sums["public"]:
     return scalars
   scalars["eval/accuracy"] = sums["accuracy"] / sums["graded"]
-  scalars["eval/reward"] = sums["reward"] / sums["graded"]
   for name, total in sums.items():
     prefix, _, inside = name.partition("/")
     if prefix == "graded" and inside and total:

@@ -171,6 +171,19 @@ def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
   assert [i for i in EVERY if right[i]] == [2, 3, 5, 9, 10]
 
 
+def test_each_data_set_has_its_own_accuracy(run_of, tokenizer):
+  """Of 0 to 3 the right ones are those of RIGHT; padding is in no set."""
+  (batch,) = batches_of(tokenizer, batch_size=6, indices=[0, 1, 2, 3, 5])
+  sets = {"a": [1, 1, 0, 0, 0, 0], "b": [0, 0, 1, 1, 1, 0], "c": [0] * 6}
+  sets = {name: np.array(inside, bool) for name, inside in sets.items()}
+  batch = dataclasses.replace(batch, sets=sets)
+  scalars = run_of(GREEDY).evaluate([batch]).scalars
+  right = [i in RIGHT for i in (0, 1, 2, 3, 5)]
+  assert scalars["eval/accuracy/a"] == np.mean(right[:2])
+  assert scalars["eval/accuracy/b"] == np.mean(right[2:])
+  assert "eval/accuracy/c" not in scalars
+
+
 @pytest.mark.parametrize("batch_size", [2, len(SCRIPT)])
 def test_samples_are_the_first_usable_problems(evaluated, batch_size):
   samples = evaluated(batch_size, num_samples=8).samples
@@ -256,6 +269,56 @@ def test_statistics_are_those_worked_by_hand(run_of, tokenizer):
   assert scalars["rollout/all_wrong_fraction"] == 0.25
   assert scalars["rollout/unanimous_fraction"] == 0.5
   assert scalars["rollout/truncated_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_each_data_set_has_its_own_rewards(
+  run_of, tokenizer, tmp_path, num_devices
+):
+  """One, two, none and four of four are right; the fifth is damaged."""
+  run = run_of(GROUPS, num_devices=num_devices)
+  indices = [0, 1, 2, 3, UNREADABLE, 4]
+  (batch,) = batches_of(tokenizer, batch_size=6, indices=indices)
+  sets = {"a": [1, 1, 0, 0, 0, 0], "b": [0, 0, 1, 1, 0, 0]}
+  sets |= {"c": [0, 0, 0, 0, 1, 0], "text-2": [0, 0, 0, 0, 0, 1]}
+  sets = {name: np.array(inside, bool) for name, inside in sets.items()}
+  batch = next(unanswered([dataclasses.replace(batch, sets=sets)], [4]))
+  found = run.collect([batch], jax.random.key(0))
+  got = {k: v for k, v in lasting(found.metrics).items() if k.count("/") > 1}
+  assert got == pytest.approx(
+    {
+      **{"data/a/accuracy": 3 / 8, "data/b/accuracy": 4 / 8},
+      **{"data/a/reward": 3 / 8 + 0.1, "data/b/reward": 4 / 8 + 0.1},
+      # Its answer is not public, and three of four say none.
+      "data/text-2/reward": 0.1 / 4,
+      **{"data/a/share": 2 / 6, "data/b/share": 2 / 6},
+      **{"data/c/share": 1 / 6, "data/text-2/share": 1 / 6},
+      **{"data/a/skipped": 0, "data/b/skipped": 0},
+      **{"data/c/skipped": 1, "data/text-2/skipped": 0},
+    }
+  )
+  with metrics.Writer(tmp_path, is_writer=False, resume_step=None) as writer:
+    writer.write(1, found.metrics)
+
+
+def test_accuracy_is_of_what_rules_can_check(run_of, tokenizer):
+  """One, two, none and four of four are right."""
+  run, indices = run_of(GROUPS), [0, 1, 2, 3]
+  (batch,) = batches_of(tokenizer, batch_size=4, indices=indices)
+  every = lasting(run.collect([batch], jax.random.key(0)).metrics)
+  some, none = (
+    lasting(run.collect(list(batches), jax.random.key(0)).metrics)
+    for batches in (unanswered([batch], [2, 3]), unanswered([batch], indices))
+  )
+  assert some["rollout/accuracy"] == some["reward/accuracy_mean"] == 3 / 8
+  assert some["rollout/mixed_fraction"] == 1.0
+  assert some["reward/format_mean"] == none["reward/format_mean"] == 1.0
+  missing = {name for name in every if name not in none}
+  assert missing == {
+    *("rollout/accuracy", "reward/accuracy_mean", "reward/accuracy_std"),
+    *("rollout/all_right_fraction", "rollout/all_wrong_fraction"),
+    "rollout/mixed_fraction",
+  }
 
 
 def test_truncation_and_lengths_count_completions_of_usable_prompts(
@@ -354,6 +417,17 @@ def test_a_users_reward_that_fails_makes_no_answer_wrong(
   assert scalars["eval/accuracy"] == 1.0
 
 
+def test_a_users_reward_pays_without_a_public_answer(
+  run_with_custom_reward, tokenizer
+):
+  """Its 2.0 by its weight of 0.5, and 0.1 for the format."""
+  batches = batches_of(tokenizer, batch_size=4, indices=[0, 2, 5])
+  run = run_with_custom_reward(GREEDY)
+  scalars = run.evaluate(unanswered(batches, EVERY)).scalars
+  assert scalars["eval/reward"] == pytest.approx(1.1)
+  assert "eval/accuracy" not in scalars
+
+
 def test_samples_carry_the_rewards_of_their_own_completion(run_of, tokenizer):
   run = run_of(GROUPS)
   batch, found = online(run, tokenizer, num_samples=99)
@@ -421,8 +495,12 @@ def test_over_batches_counts_add_up_and_means_are_averaged():
   batches = [
     {"reward/own_errors": n, "reward/own_mean": float(n)} for n in (1, 4)
   ]
+  # The first batch had no row of this data set.
+  batches[1] |= {"data/geo/accuracy": 0.5, "data/geo/skipped": 3}
   assert experience._combine_metrics(batches) == {
     "rollout/batches": 2,
     "reward/own_errors": 5,
     "reward/own_mean": 2.5,
+    "data/geo/accuracy": 0.5,
+    "data/geo/skipped": 3,
   }
