@@ -435,6 +435,8 @@ def _checked(
   columns: Columns,
 ) -> Problem:
   """The problem with a gold that rules can check."""
+  if isinstance(value, list) and len(value) == 1:
+    value = gold.plain(value[0])
   if not found.texts and isinstance(value, str):
     # The options may stand in the question: "A. 12 cm".
     named = _LETTER.match(gold.unwrap(value)[0])

@@ -115,13 +115,14 @@ def read(value: Any, column: str) -> Gold:
       if value
       else Gold("no", aliases=("false",))
     )
-  if _is_number(value):
+  if _is_number(value) and math.isfinite(value):
     return _from_text(_number_text(value), column)
   if is_missing(value):
     detail = f"{column} is empty; fill it in, leave the record out, {KEEP}"
     raise BadRecord("missing_answer", detail)
   if not isinstance(value, str):
-    detail = f"{column} holds a {type(value).__name__}; give a text or a number"
+    shown = untrusted.shorten(value)
+    detail = f"{column} holds {shown}; give a text or a finite number"
     raise BadRecord("unreadable_answer", detail)
   return _from_text(unwrap(value)[0], column)
 
@@ -190,11 +191,17 @@ def _inside(text: str) -> str:
       if content is not None:
         return content
   if match := _CUE.search(text[-1000:]):
-    return match[1].removesuffix(".")
+    return _without_stop(match[1])
   for wrap in _WRAPS:
     if match := wrap.fullmatch(text):
       return match[1]
   return text
+
+
+def _without_stop(text: str) -> str:
+  """The text without the full stop of its sentence; "U.S." keeps its own."""
+  end = text.removesuffix(".")
+  return text if "." in end and end[-1:].isalpha() else end
 
 
 def _braced(text: str, start: int) -> str | None:
@@ -230,7 +237,7 @@ def _from_text(text: str, column: str) -> Gold:
     return Gold(end, "list")
   if _is_expression(end):
     return Gold(end, "expression")
-  text = end if "." not in end else text
+  text = _without_stop(text)
   is_word = re.fullmatch(r"[\d.,]*[-A-Za-z ]+", text) is not None
   value = numbers.only_number(text) if is_word else None
   return Gold(
@@ -337,9 +344,6 @@ def _is_number(value: Any) -> bool:
 
 def _number_text(value: Any) -> str:
   """A number in digits; 3.0 as "3", since readers of gaps make floats."""
-  if not math.isfinite(value):
-    detail = f"{untrusted.shorten(value)} is no finite number; correct it"
-    raise BadRecord("unreadable_answer", detail)
   if isinstance(value, float):
     return str(int(value)) if value.is_integer() else repr(value)
   return f"{value:f}" if isinstance(value, decimal.Decimal) else str(value)

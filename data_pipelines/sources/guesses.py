@@ -169,10 +169,8 @@ def _fits(role: str, name: str, value: Any) -> bool:
     return is_text or conversations.messages(value) is not None
   if role == "images":
     value = value[0] if isinstance(value, list | tuple) else value
-    if not isinstance(value, str | bytes | Mapping):
-      return False
-    is_text = isinstance(value, str) and name in _WEAK
-    return pictures.is_picture_text(value) if is_text else True
+    is_sure = gold.is_picture(value) or pictures.is_picture_text(value)
+    return is_sure or name not in _WEAK
   if role in ("system", "context", "solution"):
     # Some call a kind of picture the context.
     return isinstance(value, str) and (name != "context" or len(value) > 80)
