@@ -114,7 +114,7 @@ def make_pipeline(
       worker_init_fn=_ignore_interrupts,
     )
 
-  def shape_of(step: int) -> tuple[int, int]:
+  def shape_of(step: int) -> record_index.BatchShape:
     indices = np.asarray(order[start_step + step])
     return index.select(indices).batch_shape(builder)
 
@@ -154,7 +154,9 @@ class TrainBatches:
   """Batches without end, and the shapes of those to come."""
 
   def __init__(
-    self, stream: Iterator[Batch], shape_of: Callable[[int], tuple[int, int]]
+    self,
+    stream: Iterator[Batch],
+    shape_of: Callable[[int], record_index.BatchShape],
   ):
     self._stream, self._shape_of = stream, shape_of
 
@@ -164,8 +166,8 @@ class TrainBatches:
   def __next__(self) -> Batch:
     return next(self._stream)
 
-  def shapes(self, num_steps: int) -> set[tuple[int, int]]:
-    """Prompt buckets, each with images per row, of the first batches."""
+  def shapes(self, num_steps: int) -> set[record_index.BatchShape]:
+    """The shapes of the first batches."""
     num_steps = min(num_steps, _MAX_STEPS_EXAMINED)
     return {self._shape_of(step) for step in range(num_steps)}
 
@@ -217,8 +219,8 @@ class EvalBatches:
   def _rows(self, number: int) -> np.ndarray:
     return np.arange(number * self._size, (number + 1) * self._size)
 
-  def shapes(self) -> set[tuple[int, int]]:
-    """Prompt buckets, each with images per row, of all batches."""
+  def shapes(self) -> set[record_index.BatchShape]:
+    """The shapes of all batches."""
     return {
       self._index.select(self._rows(i)).batch_shape(self._builder)
       for i in range(len(self))
@@ -268,7 +270,7 @@ def _build_batch(
   shape = index.batch_shape(builder)
   rows = [
     builder.build(
-      int(indices[i]), int(index.lengths[i]), [step, first_row + i], shape
+      int(indices[i]), int(index.lengths[i]), [step, first_row + i], shape[:2]
     )
     for i in numbers
   ]

@@ -43,6 +43,20 @@ _UNREADABLE = (
 )
 
 
+class BatchShape(NamedTuple):
+  """The shape of a batch over all shards.
+
+  Attributes:
+    prompt_length: The bucket that its prompts are padded to.
+    images_per_row: Images and crops that its richest row shows.
+    num_images: Images and crops that all its rows show.
+  """
+
+  prompt_length: int
+  images_per_row: int
+  num_images: int
+
+
 class RecordIndex(NamedTuple):
   """Sizes of the rows of some records.
 
@@ -81,11 +95,12 @@ class RecordIndex(NamedTuple):
       np.pad(self.num_images, missing),
     )
 
-  def batch_shape(self, builder: prompt_rows.RowBuilder) -> tuple[int, int]:
-    """The prompt bucket and the images per row of a batch of these records."""
+  def batch_shape(self, builder: prompt_rows.RowBuilder) -> BatchShape:
+    """The shape of a batch of these records."""
     longest = max(int(self.lengths.max()), builder.shortest_prompt)
     bucket = next(size for size in builder.prompt_buckets if size >= longest)
-    return bucket, int(self.num_images.max())
+    counts = self.num_images
+    return BatchShape(bucket, int(counts.max()), int(counts.sum()))
 
 
 def scan(

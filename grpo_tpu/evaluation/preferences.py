@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import pipeline
 from grpo_tpu.observability import writer
-from grpo_tpu.rl import preference_metrics, score
+from grpo_tpu.rl import pictures, preference_metrics, score
 from grpo_tpu.rl.experience import Collector
 
 # Buckets of reward margins with their lower edges.
@@ -47,9 +47,10 @@ def evaluate_preferences(
   totals: collections.Counter[str] = collections.Counter()
   for batch in batches:
     groups, preferred, _ = collector.preference_groups(params, batch)
-    forward = collector.sampler.forward
+    forward, mesh = collector.sampler.forward, collector.sampler.mesh
+    bundles = pictures.with_num_encoded(groups.batch, mesh)
     logps, ref_logps = (
-      score.score_batch(forward, x, groups.batch, num_microbatches=1)[0]
+      score.score_batch(forward, x, bundles, num_microbatches=1)[0]
       for x in (params, reference)
     )
     sums = _sums(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -54,22 +54,36 @@ class ImageEncoder:
     self.num_encoded = 0
 
   def features(
-    self, params: dict, images: UInt8[np.ndarray, "U I height width 3"]
+    self,
+    params: dict,
+    images: UInt8[np.ndarray, "U I height width 3"],
+    num_images: Int[np.ndarray, " U"],
   ) -> Float[np.ndarray, "U I S tower_width"]:
-    """The output of `vision.soft_tokens` for this process's images."""
-    flat = images.reshape(-1, *images.shape[2:])
-    names = [hashlib.blake2b(x.tobytes()).digest() for x in flat]
+    """The output of `vision.soft_tokens` for this process's images.
+
+    Only the first `num_images` of a row are images; the features of others are
+    zeros, and cost nothing.
+    """
+    shape = (*images.shape[:2], self._config.soft_tokens, self._config.width)
+    features = np.zeros(shape, self._dtype)
+    self.num_encoded = 0
+    if not features.size:  # On every process.
+      return features
+    is_image = np.arange(shape[1]) < num_images[:, None]
+    own = images[is_image]
+    names = [hashlib.blake2b(x.tobytes()).digest() for x in own]
     known = {x: self._cache[x] for x in names if x in self._cache}
     new = {
       name: image
-      for name, image in zip(names, flat, strict=True)
+      for name, image in zip(names, own, strict=True)
       if name not in known
     }
     encoded = self._encode_all(params, list(new.values()))
     known |= dict(zip(new, encoded, strict=True))
     self._store(known)
-    shape = (*images.shape[:2], self._config.soft_tokens, self._config.width)
-    return np.stack([known[name] for name in names]).reshape(shape)
+    if names:
+      features[is_image] = np.stack([known[name] for name in names])
+    return features
 
   def compile_ahead(self, params: dict) -> None:
     """Compiles `encode` for parameters given as shapes."""
@@ -103,7 +117,7 @@ class ImageEncoder:
     return rows[: len(images)]
 
   def _store(self, used: dict[bytes, np.ndarray]) -> None:
-    if not self._cache_bytes:
+    if not (self._cache_bytes and used):
       return
     self._cache |= used
     for name in used:

@@ -33,7 +33,8 @@ class PartialStep:
 
   def to_data(self) -> reader.PartialStepData:
     """The form that a checkpoint holds."""
-    fields = {k: v for k, v in vars(self.batch).items() if v is not None}
+    fields = vars(self.batch.replace(num_encoded=None))  # Chosen again.
+    fields = {k: v for k, v in fields.items() if v is not None}
     record: dict[str, Any] = {
       "num_batches": self.num_batches,
       "scalars": {

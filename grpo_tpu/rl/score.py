@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import embedding, text
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.rl.train_batch import TrainBatch, microbatches
+from grpo_tpu.rl import pictures
+from grpo_tpu.rl.train_batch import TrainBatch, microbatches, whole_batch
 
 
 def token_logps(
@@ -72,11 +73,12 @@ def score_batch(
   images and completions are read, and whether these were sampled.
   """
 
+  batch, _ = pictures.encode(forward, params, batch, num_microbatches)
+
   def score_part(_, micro):
     return None, token_logps(forward, params, micro)
 
   _, parts = jax.lax.scan(
     score_part, None, microbatches(batch, num_microbatches)
   )
-  shape = batch.completion_ids.shape
-  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(shape), parts)
+  return jax.tree.map(whole_batch, parts)

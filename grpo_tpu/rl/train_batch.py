@@ -33,6 +33,8 @@ class TrainBatch(flax.struct.PyTreeNode):
       None stands for all.
     preferred: True at [u, i, j] where completion i is labelled better than j,
       for the implicit preference metrics; None measures nothing.
+    num_encoded: Number of slots of `images` that the tower encodes, if they
+      are pixels; see `pictures`. 0 encodes them all, in their microbatches.
   """
 
   prompt_ids: Int[Array, "U P"]
@@ -47,6 +49,7 @@ class TrainBatch(flax.struct.PyTreeNode):
   token_weights: Float[Array, "U C T"] | None = None
   counted: Bool[Array, "U C"] | None = None
   preferred: Bool[Array, "U C C"] | None = None
+  num_encoded: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def is_sampled(self) -> bool:
@@ -66,3 +69,9 @@ def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
     return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
 
   return jax.tree.map(split, batch)
+
+
+def whole_batch(parts: jax.Array) -> jax.Array:
+  """The inverse of `microbatches`, for one array."""
+  rows = parts.swapaxes(0, 1)
+  return rows.reshape(-1, *parts.shape[2:])

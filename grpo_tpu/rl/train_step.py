@@ -21,12 +21,13 @@ from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import (
   masters,
   objective,
+  pictures,
   preference_metrics,
   score,
   shaping,
 )
 from grpo_tpu.rl.settings import ObjectiveConfig
-from grpo_tpu.rl.train_batch import TrainBatch, microbatches
+from grpo_tpu.rl.train_batch import TrainBatch, microbatches, whole_batch
 from grpo_tpu.rl.train_state import TrainState
 
 
@@ -63,11 +64,18 @@ def make_train_step(
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state, batch, frozen=None):
     totals = _totals(batch, config)
-    (value, metrics, gradient), maxima = _add_up(
-      lambda micro: loss.terms(state.params, frozen, micro, totals),
+    batch, tower_gradient = pictures.encode(
+      forward, state.params, batch, num_microbatches
+    )
+    ((value, metrics, gradient), maxima), image_gradient = _add_up(
+      lambda micro: loss.terms(
+        state.params, frozen, micro, totals, of_images=bool(tower_gradient)
+      ),
       batch,
       num_microbatches,
     )
+    if tower_gradient:
+      gradient |= tower_gradient(*image_gradient)
     if "ratio_squared" in metrics:
       squared = metrics.pop("ratio_squared")
       metrics["effective_sample_share"] = jnp.where(
@@ -97,16 +105,32 @@ class _Loss:
   sampler_correction: str
   lora: LoraConfig | None
 
-  def terms(self, trained: Any, frozen: Any, micro: TrainBatch, totals: dict):
-    """Loss, metrics and fp32 gradient, which add up; and maxima."""
-    (value, (metrics, maxima)), gradient = jax.value_and_grad(
-      self, has_aux=True
-    )(trained, frozen, micro, totals)
+  def terms(
+    self,
+    trained: Any,
+    frozen: Any,
+    micro: TrainBatch,
+    totals: dict,
+    *,
+    of_images: bool = False,
+  ):
+    """Loss, metrics and fp32 gradient, which add up; and maxima.
+
+    Beside them the gradient of the images, in a list; [] if it is not wanted.
+    """
+
+    def loss(trained, images):
+      return self(trained, frozen, micro.replace(images=images), totals)
+
+    argnums = (0, 1) if of_images else (0,)
+    (value, (metrics, maxima)), (gradient, *image_gradient) = (
+      jax.value_and_grad(loss, argnums, has_aux=True)(trained, micro.images)
+    )
     # Parts add up in fp32, whatever the type of the parameters.
     gradient = optax.tree.cast(gradient, jnp.float32)
     # Each device adds up its own shard alone.
     gradient = sharding.constrain_params(gradient)
-    return (value, metrics, gradient), maxima
+    return ((value, metrics, gradient), maxima), image_gradient
 
   def __call__(self, trained, frozen, micro, totals):
     forward, lora = self.forward, self.lora
@@ -178,21 +202,22 @@ def _totals(
 def _add_up(
   terms: Callable[[TrainBatch], tuple], batch: TrainBatch, num_parts: int
 ) -> tuple:
-  """Sums and maxima of `terms` over the microbatches of a batch."""
+  """Sums and maxima of `terms` over microbatches; the gradients of images."""
   if num_parts == 1:
     # No second gradient to add this one to.
     return terms(batch)
 
   def accumulate(carry, micro):
-    (sums, maxima), (new_sums, new_maxima) = carry, terms(micro)
+    (sums, maxima), ((new_sums, new_maxima), rows) = carry, terms(micro)
     sums = jax.tree.map(jnp.add, sums, new_sums)
-    return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
+    return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), rows
 
   parts = microbatches(batch, num_parts)
-  shapes = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+  shapes, _ = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
   # None of the maxima is ever below 0.
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.scan(accumulate, zeros, parts)[0]
+  totals, rows = jax.lax.scan(accumulate, zeros, parts)
+  return totals, jax.tree.map(whole_batch, rows)
 
 
 def _apply_if(

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, record_index
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.image_features import ImageEncoder
 from grpo_tpu.models.network import make_forward
@@ -160,28 +161,28 @@ class Sampler:
   def compile_ahead(
     self,
     params: dict,
-    shapes: Iterable[tuple[int, int]],
+    shapes: Iterable[record_index.BatchShape],
     *,
     num_prompts: int,
     num_completions: int,
     temperature: float,
     num_parts: int = 1,
   ) -> None:
-    """Compiles the programs of `sample` before it is called.
+    """Compiles the programs of `sample` for batches of these shapes.
 
-    A shape is a padded prompt length and a number of images. `num_prompts`
-    counts the prompts of a batch over all processes.
+    `num_prompts` counts the prompts of a batch over all processes.
     """
     params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       params,
     )
-    if self.image_encoder:
+    shown = {shape[:2] for shape in shapes}
+    if self.image_encoder and any(per_row for _, per_row in shown):
       self.image_encoder.compile_ahead(params)
     replicated = sharding.replicated_sharding(self.mesh)
     dtype = jax.random.key(0).dtype
     key = jax.ShapeDtypeStruct((), dtype, sharding=replicated)
-    for length, num_images in sorted(shapes):
+    for length, num_images in sorted(shown):
       generate.compile_ahead(
         params,
         self.abstract_prompts(num_prompts // num_parts, length, num_images),
@@ -192,7 +193,7 @@ class Sampler:
 
   def num_programs(
     self,
-    num_shapes: int,
+    shapes: Iterable[record_index.BatchShape],
     *,
     num_prompts: int,
     num_completions: int,
@@ -204,7 +205,9 @@ class Sampler:
     settings = self.engine_settings(num_completions, temperature)
     per_shard = num_prompts // num_parts // shards
     of_shape = generate.num_programs(settings, per_shard)
-    return num_shapes * of_shape + (self.image_encoder is not None)
+    shown = {shape[:2] for shape in shapes}
+    has_images = self.image_encoder and any(per_row for _, per_row in shown)
+    return len(shown) * of_shape + bool(has_images)
 
   def abstract_prompts(
     self, num_prompts: int, length: int, num_images: int
@@ -272,9 +275,12 @@ class Sampler:
 
   def _image_rows(self, params: dict, prompts: pipeline.Batch) -> np.ndarray:
     """Features of this process's images, on the host."""
-    if self.image_encoder is None:
+    encoder, vision = self.image_encoder, self.forward.config.vision
+    if encoder is None or vision is None:
       return prompts.images
-    return self.image_encoder.features(params, prompts.images)
+    is_soft = prompts.prompt_ids == GEMMA3.image_placeholder
+    num_images = is_soft.sum(axis=1) // vision.soft_tokens
+    return encoder.features(params, prompts.images, num_images)
 
   def _put_prompts(self, rows: Any) -> engine.Prompts:
     return engine.Prompts(*sharding.device_put_batch(self.mesh, tuple(rows)))

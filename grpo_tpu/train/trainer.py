@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines import dataset, pipeline, validation
+from data_pipelines import dataset, pipeline, record_index, validation
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
 from grpo_tpu.evaluation import evaluate, preferences
 from grpo_tpu.observability import goodput, writer
-from grpo_tpu.rl import optimizer, score, shaping
+from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
 from grpo_tpu.rl.partial_step import PartialStep, reshard
@@ -101,7 +101,7 @@ class Trainer:
         max_new_tokens=config.rollout.max_new_tokens, **eval_options
       )
     # Prompt shapes to come, until their programs are compiled.
-    self._shapes: set[tuple[int, int]] = set()
+    self._shapes: set[record_index.BatchShape] = set()
     self._prompts: Iterator[pipeline.Batch] = iter(())
     self._step: int | None = None
     self.state: TrainState | None = None
@@ -169,7 +169,7 @@ class Trainer:
     The first update, and the first scoring, compile theirs for further shapes.
     """
     params, config = self.learner.params(state), self.config
-    plans: list[tuple[set[tuple[int, int]], dict[str, Any]]] = []
+    plans: list[tuple[set[record_index.BatchShape], dict[str, Any]]] = []
     if config.data.kind == "online":
       rollout = {
         "num_prompts": config.data.prompts_per_step,
@@ -185,7 +185,7 @@ class Trainer:
         "temperature": 0.0,
       }
       plans.append((set(self._eval_batches.shapes()), greedy))
-    total = sum(self.sampler.num_programs(len(x), **how) for x, how in plans)
+    total = sum(self.sampler.num_programs(x, **how) for x, how in plans)
     folder = compile_cache.describe_folder()
     logging.info("Compiling %d programs (%s).", total, folder)
     with activity.doing("Compiling", total=total, unit="programs"):
@@ -206,7 +206,8 @@ class Trainer:
     if self.partial is None:
       self._poll()
       self.partial = self._collect(state, step)
-    return self.partial.batch, self.partial.metrics
+    batch = pictures.with_num_encoded(self.partial.batch, self.mesh)
+    return batch, self.partial.metrics
 
   def _collect(self, state: TrainState, step: int) -> PartialStep:
     samples, every = self.config.samples, self.config.samples.every_steps
@@ -344,11 +345,16 @@ class Trainer:
   ) -> None:
     """Compiles a program for the prompt shapes to come, after a call of it."""
     ids, images = batch.prompt_ids, batch.images
-    shapes = self._shapes - {(ids.shape[1], images.shape[1])}
-    for length, num_images in sorted(shapes):
+    current = (ids.shape[1], images.shape[1], batch.num_encoded)
+    others = {}
+    for length, per_row, num_images in sorted(self._shapes):
       other = _abstract(batch).replace(
-        prompt_ids=_resize(ids, length), images=_resize(images, num_images)
+        prompt_ids=_resize(ids, length), images=_resize(images, per_row)
       )
+      other = pictures.with_num_encoded(other, self.mesh, num_images)
+      others[length, per_row, other.num_encoded] = other
+    others.pop(current, None)
+    for other in others.values():
       program.prepare(_abstract(first), other, *_abstract(rest))
 
 

@@ -47,6 +47,33 @@ class Tiny:
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     return jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(images)
 
+  def mixed_prompts(
+    self, counts: Sequence[int], *, seed: int = 0
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prompts of `counts` images each, between words, with noise in no slot.
+
+    A row's ids, length and images depend on its index, its count and the seed
+    alone. What a slot without an image holds is black.
+    """
+    vision = self.config.vision
+    assert vision is not None
+    block = [108, *[GEMMA3.image_placeholder] * vision.soft_tokens, 108]
+    rows, slots, side = [], max(counts), vision.image_size
+    images = np.zeros((len(counts), slots, side, side, 3), np.uint8)
+    for number, count in enumerate(counts):
+      rng = np.random.default_rng([seed, number])
+      words = rng.integers(110, self.config.vocab_size, (count + 1, 3))
+      row = [GEMMA3.bos, *words[0, : 1 + number % 3]]
+      for each in words[1:]:
+        row += [*block, *each]
+      rows.append(row)
+      images[number, :count] = rng.integers(0, 256, (count, side, side, 3))
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((len(rows), max(lengths) + 1), np.int32)
+    for out, row in zip(ids, rows, strict=True):
+      out[: len(row)] = row
+    return jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(images)
+
   def sampled(
     self,
     prompts: tuple[jax.Array, jax.Array, jax.Array],

@@ -278,7 +278,9 @@ def test_cached_features_give_the_same_rows_as_pixels(
     cache_bytes=2**20,
   )
   for num_encoded in (PROMPTS, 0):
-    features = encoder.features(tiny.params, np.asarray(images))
+    features = encoder.features(
+      tiny.params, np.asarray(images), np.ones(PROMPTS, int)
+    )
     assert encoder.num_encoded == num_encoded
     seen = sampled(tiny, (ids, length, features), np.arange(PROMPTS))
     np.testing.assert_array_equal(seen.ids, completions.ids)

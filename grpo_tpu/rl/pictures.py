@@ -1,0 +1,113 @@
+"""Encodes a batch's pixels for an update that trains the image tower.
+
+A batch has as many slots for images in every row as its richest row shows. Here
+the tower encodes the images alone, in chunks that all devices share, whatever
+rows and microbatches they are in. A batch that fills nearly all slots does
+without: its microbatches encode them, as `models.gemma3.text` does.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from data_pipelines.text.chat_format import GEMMA3
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models.gemma3 import vision
+from grpo_tpu.models.network import ForwardConfig
+from grpo_tpu.rl.train_batch import TrainBatch
+
+
+def with_num_encoded(
+  batch: TrainBatch, mesh: Mesh, num_images: int | None = None
+) -> TrainBatch:
+  """Says how many slots the tower encodes for a batch, if it has pixels.
+
+  The number is a multiple of an eighth of the slots, so that few programs are
+  compiled, and 0 for all. Without `num_images` the images are counted.
+  """
+  is_pixels = batch.images.dtype == jnp.uint8 and batch.images.size
+  if not is_pixels:
+    return batch.replace(num_encoded=0)
+  if num_images is None:
+    num_images = int(_count_images(batch.prompt_ids))
+  shards = sharding.data_shards(mesh)[1]
+  slots = batch.images.shape[0] * batch.images.shape[1]
+  part = shards * max(1, slots // (8 * shards))
+  number = max(1, -(-num_images // part)) * part
+  return batch.replace(num_encoded=number if number < slots else 0)
+
+
+@jax.jit
+def _count_images(prompt_ids: Array) -> Array:
+  """The number of runs of placeholders in the prompts of all processes."""
+  is_soft = prompt_ids == GEMMA3.image_placeholder
+  return (is_soft[:, 1:] & ~is_soft[:, :-1]).sum()
+
+
+def encode(
+  forward: ForwardConfig, params: dict, batch: TrainBatch, num_parts: int
+) -> tuple[TrainBatch, Callable[[Array], dict] | None]:
+  """Replaces pixels with features, if the batch says how many to encode.
+
+  Args:
+    forward: How the network runs.
+    params: Its parameters.
+    batch: The bundles; without `num_encoded` they stay as they are.
+    num_parts: Number of microbatches. The tower runs on no more images at a
+      time than a microbatch would.
+
+  Returns:
+    The batch, and a function that maps the gradient of its features to the
+    gradient of the tower's parameters, in fp32; None without `num_encoded`.
+  """
+  if not batch.num_encoded:
+    return batch, None
+  config, images = forward.config.vision, batch.images
+  assert config is not None
+  rows, slots = images.shape[:2]
+  pixels = images.reshape(rows * slots, *images.shape[2:])
+  is_soft = batch.prompt_ids == GEMMA3.image_placeholder
+  counts = is_soft.sum(axis=1, keepdims=True) // config.soft_tokens
+  is_image = jnp.arange(slots)[None] < counts
+  order = jnp.argsort(~is_image.ravel(), stable=True)[: batch.num_encoded]
+  at_once = math.gcd(batch.num_encoded, max(1, rows // num_parts) * slots)
+  chunks = order.reshape(-1, at_once)
+  tower = params["vision_encoder"]
+  types = jax.tree.map(lambda x: x.dtype, tower)
+
+  def encode_chunk(tower, chunk):
+    # Gradients of chunks add up in fp32, whatever the type of the parameters.
+    tower = jax.tree.map(lambda x, dtype: x.astype(dtype), tower, types)
+    return vision.soft_tokens(
+      config,
+      tower,
+      sharding.constrain_activation(pixels[chunk], "bundles"),
+      dtype=forward.dtype,
+      remat=forward.vision_remat,
+    )
+
+  if len(chunks) > 1:  # Or the backward pass would hold all chunks.
+    encode_chunk = jax.checkpoint(encode_chunk)
+
+  def encode_all(tower) -> Float[Array, "U I S tower_width"]:
+    _, found = jax.lax.scan(
+      lambda _, chunk: (None, encode_chunk(tower, chunk)), None, chunks
+    )
+    found = found.reshape(batch.num_encoded, *found.shape[2:])
+    features = jnp.zeros((len(pixels), *found.shape[1:]), found.dtype)
+    features = features.at[order].set(found)
+    features = features.reshape(rows, slots, *found.shape[1:])
+    return sharding.constrain_activation(features, "bundles")
+
+  tower = jax.tree.map(lambda x: x.astype(jnp.float32), tower)
+  features, pull = jax.vjp(encode_all, tower)
+
+  def tower_gradient(gradient: Array) -> dict:
+    tree = {"vision_encoder": pull(gradient.astype(features.dtype))[0]}
+    return sharding.constrain_params(tree)
+
+  return batch.replace(images=features, num_encoded=0), tower_gradient
