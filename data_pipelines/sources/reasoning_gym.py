@@ -215,7 +215,7 @@ def _draw_one(dataset: Any, seed: int, index: int) -> dict[str, Any] | str:
   np.random.seed([seed % 2**32, index])
   try:
     entry = dict(dataset[index])
-    return json.loads(json.dumps(entry, allow_nan=False))
+    return json.loads(json.dumps(entry, allow_nan=False, default=str))
   except Exception as error:  # Whatever the library raises.
     return functions.one_line(error)
 
