@@ -58,7 +58,8 @@ _UNIT_TEXT = re.compile(
   r"\\(?:text|mathrm|mbox|rm|operatorname)\s?\{([^{}]*)\}"
 )
 _UNIT = re.compile(
-  r"|[%$\u20ac\u00a3\u00a5]|\u00b0\s?[CFK]?|[\u00b5\u03bc\u03a9]?[A-Za-z]+"
+  r"|[%$\u20ac\u00a3\u00a5\u2103]|\u00b0\s?[CFK]?|[\u4e00-\u9fff]{1,3}"
+  r"|[\u00b5\u03bc\u03a9]?[A-Za-z]+"
   r"(?:\^-?\d|[\u00b2\u00b3])?"
   r"(?:[ /\u00b7*.]{1,3}[A-Za-z]+(?:\^-?\d|[\u00b2\u00b3])?){0,3}"
 )
@@ -66,6 +67,7 @@ _NAMED = re.compile(r"(?:\\?[A-Za-z\u2220\u25b3]{1,8}[\s_\d]*){1,2}=\s*(.+)")
 _FUNCTIONS = "|".join(_TABLE["functions"])
 _SYMBOLS = re.compile(
   rf"(?:\d++(?:\.\d++)?|(?:{_FUNCTIONS})(?![a-z])|[A-Za-z](?![A-Za-z])"
+  r"|(?<=\d)[a-z]{2,3}(?![A-Za-z])"
   r"|[-+*/^=<>(){}\[\],.|!_\s\u2212\u221a\u221e\u03c0\u03b8\u00b1\u00d7\u00f7"
   r"\u00b7\u00b2\u00b3\u2264\u2265\u2260\u222a\u2229\u00bd\u00bc\u00be\u00b0])++"
 )
@@ -110,11 +112,8 @@ def read(value: Any, column: str) -> Gold:
     first = read(items[0] if items else None, column)
     return _with_aliases(first, items[1:])
   if isinstance(value, bool):
-    return (
-      Gold("yes", aliases=("true",))
-      if value
-      else Gold("no", aliases=("false",))
-    )
+    answer, alias = ("yes", "true") if value else ("no", "false")
+    return Gold(answer, aliases=(alias,))
   if _is_number(value) and math.isfinite(value):
     return _from_text(_number_text(value), column)
   if is_missing(value):
@@ -147,7 +146,8 @@ def is_picture(value: Any) -> bool:
   if isinstance(value, list | tuple) and value:
     value = value[0]
   if isinstance(value, Mapping):
-    return "bytes" in value and "path" in value
+    held = value.get("bytes", 0)
+    return isinstance(held, bytes) or (held is None and "path" in value)
   return isinstance(value, bytes)
 
 
@@ -180,11 +180,12 @@ def as_text(value: Any) -> str:
 
 def _inside(text: str) -> str:
   """The text inside the outermost mark of a final answer; itself without."""
-  start, end = text.rfind("<answer>"), text.rfind("</answer>")
-  if 0 <= start < end:
-    return text[start + len("<answer>") : end]
-  if "####" in text:
-    return text.rpartition("####")[2]
+  start, close = text.rfind("<answer>"), text.rfind("</answer>")
+  if 0 <= start < close:
+    return text[start + len("<answer>") : close]
+  _, mark, end = text.rpartition("####")
+  if mark and "\n" not in end.strip():
+    return end
   for box in (r"\boxed", r"\fbox"):
     if (start := text.rfind(box)) >= 0:
       content = _braced(text, start + len(box))
@@ -281,10 +282,11 @@ def _unit(text: str) -> str | None:
   unit = " ".join(unit.split()).rstrip(".")
   if not _UNIT.fullmatch(unit) or _NOT_UNITS & set(unit.casefold().split()):
     return None
-  # "5 m" is a length, "5x" a product.
-  letters = _TABLE["apart" if is_apart else "joined"]
-  is_letter = re.fullmatch("[A-Za-z]", unit) is not None
-  return None if is_letter and unit not in letters else unit
+  # "5 m" is a length, "5x" and "5xy" are products.
+  name = re.match("[A-Za-z]*", unit)[0]
+  is_product = 0 < len(name) < (2 if is_apart else 4)
+  known = _TABLE["apart" if is_apart else "joined"]
+  return None if is_product and name not in known else unit
 
 
 def _is_expression(text: str) -> bool:
@@ -292,8 +294,8 @@ def _is_expression(text: str) -> bool:
   if "\\" in text:
     rest = _COMMAND.sub(" ", text)
     return not re.search(rf"(?!(?:{_FUNCTIONS})\b)\b[A-Za-z]{{4,}}", rest)
-  if re.search(r"[A-Za-z]\.", text) or re.fullmatch("[-A-Z/]+", text):
-    return False  # Abbreviations, and what joins names.
+  if re.search(r"[A-Za-z]\.|\d(?:st|nd|rd|th|D)\b|^[-A-Z/]+$", text):
+    return False  # Abbreviations, ordinals, and what joins names.
   has_operator = _OPERATOR.search(text) is not None
   return has_operator and _SYMBOLS.fullmatch(text) is not None
 

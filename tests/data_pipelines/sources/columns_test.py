@@ -387,6 +387,7 @@ def test_metadata_are_json_without_pictures_and_bounded():
   made = problem(
     question="q",
     answer="1",
+    image="images/1.png",
     thumb={"bytes": png(1), "w": 8},
     raw=png(1),
     deep=deep,
