@@ -130,6 +130,31 @@ def test_rows_of_parquet_are_kept_or_rejected(tmp_path, seconds):
   harness.fuzz(read, valid, seconds, allowed=(), extra_bytes=2 << 30)
 
 
+@pytest.mark.parametrize(
+  "kind", ["parquet", "Arrow file", "Arrow stream", "JSON", "CSV", "tar"]
+)
+@harness.both_durations
+def test_rows_of_each_kind_are_read_or_refused(tmp_path, kind, seconds):
+  files_test.WRITERS[kind](tmp_path / "a", files_test.ROWS)
+  (path,) = tmp_path.iterdir()
+
+  def read(content):
+    path.write_bytes(content)
+    try:
+      found = files.find(path)
+      for row in found.readers[""]():
+        if isinstance(row, files.Row):
+          assert all(isinstance(name, str) for name in row.values)
+          json.dumps(row.values, default=repr)
+        else:
+          assert len(row.detail) <= 300 and row.detail.isprintable()
+    except SettingError as error:
+      assert str(path) in str(error) and len(str(error)) < 1000
+
+  valid = [path.read_bytes()]
+  harness.fuzz(read, valid, seconds / 4, allowed=(), extra_bytes=2 << 30)
+
+
 RESULT = {
   **files_test.ENTRY,
   "metadata": {"source": "TQA", "skills": ["a", "b"], "grade": "x"},
