@@ -97,7 +97,9 @@ def parquet(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   import pyarrow.parquet as pq
 
   with _whole(path, "parquet"), _open(path) as opened:
-    with pq.ParquetFile(pa.PythonFile(opened), buffer_size=_BUFFER) as file:
+    # Otherwise whole row groups are read ahead.
+    limits = {"buffer_size": _BUFFER, "pre_buffer": False}
+    with pq.ParquetFile(pa.PythonFile(opened), **limits) as file:
       names = _column_names(file.schema_arrow, binary)
       groups = map(file.metadata.row_group, range(file.num_row_groups))
       num_bytes = sum(group.total_byte_size for group in groups)
