@@ -245,7 +245,7 @@ def from_result(row: Mapping[str, Any]) -> Problem:
     "choices": _texts,
     "aliases": _texts,
     "precision": _precision,
-    "tolerance": _tolerance,
+    "tolerance": to_tolerance,
     "completions": _completions,
     "metadata": _metadata,
   }
@@ -428,8 +428,12 @@ def _precision(column: str, value: Any) -> int:
   return int(value)
 
 
-def _tolerance(column: str, value: Any) -> float:
-  """The relative tolerance; 0 for NaN."""
+def to_tolerance(column: str, value: Any) -> float:
+  """The relative tolerance; 0 for NaN.
+
+  Raises:
+    BadRecord: It is no share from 0 to below 1.
+  """
   holds = isinstance(value, int | float) and not value < 0 and value < 1
   detail = f"{column} {shorten(value)} is no share from 0 to below 1"
   _require(holds or value != value, "bad_tolerance", detail)

@@ -10,6 +10,7 @@ import json
 import math
 import numbers as number_types
 import re
+import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -283,7 +284,7 @@ def _unit(text: str) -> str | None:
   if not _UNIT.fullmatch(unit) or _NOT_UNITS & set(unit.casefold().split()):
     return None
   # "5 m" is a length, "5x" and "5xy" are products.
-  name = re.match("[A-Za-z]*", unit)[0]
+  name = unit[: len(unit) - len(unit.lstrip(string.ascii_letters))]
   is_product = 0 < len(name) < (2 if is_apart else 4)
   known = _TABLE["apart" if is_apart else "joined"]
   return None if is_product and name not in known else unit

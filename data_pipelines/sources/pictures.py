@@ -104,6 +104,15 @@ def _from_text(
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
+def path_of(value: Any) -> str:
+  """The path of the first picture in a value, if it names one; else ""."""
+  while isinstance(value, list | tuple) and value:
+    value = gold.plain(value[0])
+  if isinstance(value, Mapping):
+    value = value.get("path")
+  return value if isinstance(value, str) and len(value) < 200 else ""
+
+
 def is_picture_text(value: Any) -> bool:
   """True for a text that can be nothing but a picture or a picture's name."""
   if not isinstance(value, str) or not value.strip():
