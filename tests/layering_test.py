@@ -32,6 +32,7 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Each is, or imports, TensorFlow: ten seconds and more, wanted by few runs.
 IMPORTED_WHERE_USED = {"clu", "gemma", "kauldron", "tensorflow"}
+IMPORTED_WHERE_USED |= {"sympy", "latex2sympy2_extended", "math_verify"}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -122,9 +122,10 @@ def _group(
   if not problem.is_checkable:
     return "without_answer", []
   right, wrong = [], []
-  for text in texts:
-    correct = verify.verify(text, problem).correct
-    (right if correct else wrong).append(text)
+  verdicts = verify.verify_all(texts, [problem] * len(texts))
+  for text, verdict in zip(texts, verdicts, strict=True):
+    if not verdict.abstained:
+      (right if verdict.correct else wrong).append(text)
   if not right or not wrong:
     return "without_wrong" if right else "without_right", []
   pairs = []

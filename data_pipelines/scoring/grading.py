@@ -27,10 +27,15 @@ class GradedRecord:
   stored: bool | None
 
 
-def grade(result: results.Result) -> GradedRecord:
+def verdicts(found: Sequence[results.Result]) -> list[verify.Verdict]:
+  """Judges all responses together; a missing one counts as empty."""
+  responses = [result.response or "" for result in found]
+  return verify.verify_all(responses, [result.problem for result in found])
+
+
+def grade(result: results.Result, verdict: verify.Verdict) -> GradedRecord:
   """Grades one record in each way; a missing response counts as empty."""
   problem, response = result.problem, result.response or ""
-  verdict = verify.verify(response, problem)
   extraction = result.record.get("extraction")
   has_extraction = extraction is not None
   if not has_extraction:

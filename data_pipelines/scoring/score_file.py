@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import records
@@ -30,7 +30,7 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
       f"results file ({path!r}), --out ({out!r}) and --scores ({scores!r}) "
       "must be different files; rename the outputs."
     )
-  graded = list(_grade(path, results.read(path)))
+  graded = list(_grade(path, list(results.read(path))))
   if not any(each.result.problem.is_checkable for each in graded):
     raise results.error_in(
       path,
@@ -95,12 +95,12 @@ def _percent(share: Mapping[str, float] | None) -> str:
 
 
 def _grade(
-  path: str, read: Iterable[results.Result]
+  path: str, read: Sequence[results.Result]
 ) -> Iterator[grading.GradedRecord]:
-  for result in read:
+  for result, verdict in zip(read, grading.verdicts(read), strict=True):
     try:
       with records.all_faults():
-        yield grading.grade(result)
+        yield grading.grade(result, verdict)
     except records.BadRecord as error:
       pid = untrusted.shorten(result.problem.pid)
       raise results.error_in(

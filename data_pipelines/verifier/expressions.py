@@ -231,7 +231,10 @@ def _parsed(text: str) -> Expression:
   )
   if not isinstance(found, sympy.Expr):
     raise ValueError(f"{text} is no value")
-  return found.xreplace({sympy.Symbol("i", real=True): sympy.I})
+  # An unknown function has a value of its own for each argument.
+  unknown = found.atoms(sympy.core.function.AppliedUndef)
+  names = {each: sympy.Symbol(str(each)) for each in unknown}
+  return found.xreplace({sympy.Symbol("i", real=True): sympy.I, **names})
 
 
 def _bits(expression: Expression) -> float:

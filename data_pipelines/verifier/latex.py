@@ -18,6 +18,7 @@ from data_pipelines.verifier import numbers
 # parser takes seconds for what nests deeply.
 MAX_LENGTH = 1000
 _MAX_DEPTH, _MAX_COMMANDS, _MAX_DIGITS = 8, 100, 40
+_MAX_SIGNS = 10  # Bars and slashes, which the parser tries in many ways.
 
 _TABLES = tables.read("data_pipelines.verifier", "latex.toml")
 _RULES = [(re.compile(pattern), to) for pattern, to in _TABLES["rules"]]
@@ -91,7 +92,7 @@ def is_readable(text: str) -> bool:
   text = normalize(text)
   if len(text) > MAX_LENGTH or text.count("\\") > _MAX_COMMANDS:
     return False
-  if _RE.too_long.search(text):
+  if _RE.too_long.search(text) or max(map(text.count, "|/")) > _MAX_SIGNS:
     return False
   if any(name not in _COMMANDS for name in _RE.command.findall(text)):
     return False

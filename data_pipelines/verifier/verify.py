@@ -100,7 +100,7 @@ def verify_all(
   started = [_start(*each) for each in zip(completions, problems, strict=True)]
   try:
     return [each if isinstance(each, Verdict) else each() for each in started]
-  except BaseException:
+  except (KeyboardInterrupt, SystemExit):
     comparisons.close()  # Else Ctrl-C would wait for what has been started.
     raise
 
@@ -166,8 +166,8 @@ def _start_written(
     return _NOTHING
   verdict = functools.partial(Verdict, answer=answer, how=how)
   if kind == "text":
-    golds = problem.answer, *problem.aliases
-    return verdict(correct=any(written.same_text(answer, x) for x in golds))
+    right = any(written.same_text(answer, gold) for gold in _golds(problem))
+    return verdict(correct=right)
   pending = _compare(answer, problem)
   if isinstance(pending, bool):
     return verdict(correct=pending)
@@ -179,6 +179,15 @@ def _start_written(
     return verdict(correct=correct, abstained=abstained)
 
   return wait
+
+
+def _golds(problem: records.Problem) -> list[str]:
+  """The right answers of a problem, read as answers in tags are."""
+  texts = (problem.answer, *problem.aliases)
+  return [_clean(text, problem.answer_type) or text for text in texts]
+
+
+_clean = functools.lru_cache(maxsize=4096)(written.clean)
 
 
 def _compare(
@@ -193,8 +202,7 @@ def _compare(
     entry = problem.metadata.get("entry")
     return [comparisons.start(path, task, answer, entry)]
   pending = []
-  for text in (problem.answer, *problem.aliases):
-    gold = latex.normalize(text)
+  for gold in _golds(problem):
     if latex.key(gold) == latex.key(answer):
       return True
     value, found = latex.number(gold), latex.number(answer)

@@ -54,7 +54,7 @@ class Pool:
       _Worker(tuple(paths), timeout_seconds, memory_gib)
       for _ in range(num_workers)
     ]
-    self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
     for worker in self._workers:
       self._idle.put(worker)
     self._threads = futures.ThreadPoolExecutor(num_workers or 1)

@@ -157,10 +157,11 @@ def raw_scores(
   values = np.zeros((len(config.weights), len(completions)), np.float32)
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
-  for row, (text, problem) in enumerate(
-    zip(completions, problems, strict=True)
+  verdicts = _verdicts(completions, problems)
+  for row, (text, verdict) in enumerate(
+    zip(completions, verdicts, strict=True)
   ):
-    answer, own, failures = _score_one(text, problem, config)
+    answer, own, failures = _score_one(text, verdict, config)
     answers.append(answer)
     values[: len(COMPONENTS), row] = own
     faults |= {(COMPONENTS.index(x), row): why for x, why in failures.items()}
@@ -287,15 +288,32 @@ _MOST_DIFFERENT = 10  # Faults of a reward that are logged.
 _SESSIONS: dict[RewardConfig, _Session] = {}
 
 
+def _verdicts(
+  completions: Sequence[str], problems: Sequence[records.Problem]
+) -> list[verify.Verdict | str]:
+  """The verdict on each completion, or the reason why it has none."""
+  try:
+    found = verify.verify_all(completions, problems)
+  except Exception as error:
+    if len(completions) < 2:
+      return [functions.one_line(error)]
+    pairs = zip(completions, problems, strict=True)
+    return [_verdicts([text], [problem])[0] for text, problem in pairs]
+  return [
+    "the comparison with the right answer took too long, or ended its process"
+    if verdict.abstained and problem.is_checkable
+    else verdict
+    for verdict, problem in zip(found, problems, strict=True)
+  ]
+
+
 def _score_one(
-  text: str, problem: records.Problem, config: RewardConfig
+  text: str, verdict: verify.Verdict | str, config: RewardConfig
 ) -> tuple[str | None, list[float], dict[str, str]]:
   """The answer of one completion, its components and their failures."""
   values = [0.0] * len(COMPONENTS)
-  try:
-    verdict = verify.verify(text, problem)
-  except Exception as error:
-    return None, values, {"accuracy": functions.one_line(error)}
+  if isinstance(verdict, str):
+    return None, values, {"accuracy": verdict}
   reasoning = heuristics.read(accuracy.reasoning(text))
   rewards: dict[str, Callable[[], float]] = {
     "accuracy": lambda: accuracy.accuracy(verdict),

@@ -155,10 +155,10 @@ def test_a_reward_that_fails_excludes_its_row_and_is_counted(
 
 
 def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
-  def failing(response, problem):
-    raise RecursionError(response)
+  def failing(responses, problems):
+    raise RecursionError(responses)
 
-  monkeypatch.setattr(verify, "verify", failing)
+  monkeypatch.setattr(verify, "verify_all", failing)
   found = scores("5", "6")
   assert not found.valid.any()
   assert found.errors["accuracy"] == 2
@@ -166,14 +166,14 @@ def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
 
 
 def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
-  verified = verify.verify
+  verified = verify.verify_all
 
-  def failing(response, problem):
-    if response == "stand-in":
+  def failing(responses, problems):
+    if "stand-in" in responses:
       raise RecursionError
-    return verified(response, problem)
+    return verified(responses, problems)
 
-  monkeypatch.setattr(verify, "verify", failing)
+  monkeypatch.setattr(verify, "verify_all", failing)
   found = scoring.score(
     ["5", "stand-in"],
     [make_problem()] * 2,
