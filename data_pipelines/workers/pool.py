@@ -54,6 +54,7 @@ class Pool:
       _Worker(tuple(paths), timeout_seconds, memory_gib)
       for _ in range(num_workers)
     ]
+    # The last to finish is the next to work: others need not start.
     self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
     for worker in self._workers:
       self._idle.put(worker)
