@@ -78,10 +78,8 @@ def _draw(
   for problem in problems:
     if len(found) > few_shot:
       break
-    if problem.images or not problem.is_checkable:
-      continue
     completion = chat_prompts.demonstration(problem, template=template)
-    if verify.verify(completion, problem).correct:
+    if not problem.images and verify.verify(completion, problem).correct:
       found.setdefault(problem.question, problem)
   if len(found) < few_shot:
     raise ValueError(

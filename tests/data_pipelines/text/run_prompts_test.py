@@ -194,3 +194,16 @@ def test_a_file_may_place_the_examples_itself(tokenizer, tmp_path):
   assert shown(ASKED, complete(str(path), few_shot=2)) == [
     f"Here are examples. What is {i} plus 1?" for i in (first, second)
   ]
+
+
+@pytest.mark.parametrize("late", [1, 15, 16, 40, 59])
+def test_a_file_is_tried_on_problems_from_first_to_last(tmp_path, late):
+  """As on each set of a mixture."""
+  path = tmp_path / "mine.jinja"
+  path.write_text("{{ question }} {{ metadata.level }}")
+  problems = [
+    make_problem(i, metadata={} if late <= i < late + 20 else {"level": i})
+    for i in range(80)
+  ]
+  with pytest.raises(ValueError, match="'level'"):
+    complete(str(path), train=problems)

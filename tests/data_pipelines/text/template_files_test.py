@@ -51,9 +51,9 @@ def tried(tmp_path, source, *problems):
     ("{{ query }}\nThink!\n", CHOICES.query + "\nThink!"),
     (
       "{# A comment. #}\n{{ images }}\n{{ question }}\n"
-      "{% for option in choices %}\n"
+      "  {% for option in choices %}\n"
       "- {{ option.letter }}: {{ option.text }}\n"
-      "{% endfor %}\n"
+      "  {% endfor %}\n"
       "{% if unit %}In {{ unit }}.{% endif %} {{ num_images }} pictures.",
       "<image><image>\nWhich is taller?\n- A: the oak\n- B: the elm\n"
       "In m. 2 pictures.",

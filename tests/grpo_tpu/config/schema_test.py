@@ -428,6 +428,18 @@ def test_the_answer_tag_is_rewarded_only_if_the_prompt_asks_for_it(template):
   built(changes | {"data.kind": "demonstrations"})
 
 
+def test_the_answer_tag_may_be_asked_for_by_a_file(tmp_path):
+  path = tmp_path / "mine.jinja"
+  changes = {"data.prompt_template": str(path)}
+  built(changes)  # A machine that checks a command may lack the file.
+  path.write_text("{{ question }} Use <answer>.")
+  built(changes)
+  path.write_text("{{ question }}")
+  with pytest.raises(ValueError, match=r"^rewards.format \(0.1\).*mine.jinja"):
+    built(changes)
+  built(changes | {"rewards.format": 0})
+
+
 @pytest.mark.parametrize(
   ("changes", "name"),
   [
