@@ -208,10 +208,10 @@ def test_an_epoch_asks_each_problem_once_and_the_next_in_another_order(
   assert first != second
 
 
-# Text problems and those with pictures, 1 to 3.
+# Text problems and those with pictures, 3 to 1.
 TWO_SETS = [*TEXTS[:4], *PROBLEMS[4:]]
 MIXTURE = dict(
-  sets={"text": range(4), "seen": range(4, NUM_PROBLEMS)}, shares=(1, 3)
+  sets={"text": range(4), "seen": range(4, NUM_PROBLEMS)}, shares=(3, 1)
 )
 
 
@@ -226,7 +226,7 @@ def test_each_set_of_a_mixture_comes_as_it_would_alone(tokenizer):
   np.testing.assert_array_equal(
     is_text, ~np.concatenate([batch.sets["seen"] for batch in found])
   )
-  counts = np.cumsum(is_text) - np.arange(1, 49) / 4
+  counts = np.cumsum(is_text) - np.arange(1, 49) * 3 / 4
   assert np.abs(counts).max() < 1
   for number, (part, inside) in enumerate(
     [(TWO_SETS[:4], is_text), (TWO_SETS[4:], ~is_text)]

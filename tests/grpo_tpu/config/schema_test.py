@@ -645,3 +645,26 @@ def test_image_size_overrides_the_towers_size():
 def test_prompts_at_a_time_divide_a_step_into_rollouts():
   assert built().num_rollouts == 1
   assert built({"rollout.prompts_at_a_time": 16}).num_rollouts == 4
+
+
+OWN = {"rewards.custom": ("tests.grpo_tpu.rewards.user_rewards:without_none",)}
+
+
+@pytest.mark.parametrize(
+  ("changes", "pays"),
+  [
+    ({}, False),
+    (OWN | {"rewards.custom_weights": (0.0,)}, False),
+    (OWN | {"rewards.custom_weights": (0.5,)}, True),
+    ({"data.preference_rewards": "labels"}, False),
+    (
+      {
+        "data.kind": "preference",
+        "data.preference_rewards": "labels",
+      },
+      True,
+    ),
+  ],
+)
+def test_own_rewards_and_labels_pay_without_answers(changes, pays):
+  assert built(changes).model_inputs.pays_unchecked == pays
