@@ -58,6 +58,8 @@ class DataConfig:
       uses threads, which suffice unless images are huge. The batches are equal.
     prompts_per_step: Prompts of a step, over all hosts (`B`).
     prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
+    images_per_prompt: Images and crops of each prompt in a plan; a run takes
+      those of its data.
     prompt_template: How prompts ask for a completion, and how completions made
       by the data pipeline state the answer: tagged, boxed, plain, reasoned,
       mathvista (the official query with its hint), or the path of a .jinja
@@ -93,6 +95,7 @@ class DataConfig:
   worker_processes: int = field(metadata=interval("[0, inf)", 0))
   prompts_per_step: int = field(metadata=at_least(1))
   prompt_buckets: tuple[int, ...]
+  images_per_prompt: int = field(metadata=at_least(1))
   prompt_template: str = field(metadata=is_path())
   system_prompt: str
   few_shot: int = field(metadata=interval("[0, 64]", 4))

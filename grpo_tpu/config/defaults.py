@@ -34,6 +34,7 @@ _DEFAULTS = dict(
     worker_processes=0,
     prompts_per_step=64,
     prompt_buckets=(384, 512, 1024, 2048),
+    images_per_prompt=1,
     prompt_template="tagged",
     system_prompt="",
     few_shot=0,

@@ -231,6 +231,17 @@ def _check_images(config: Config) -> None:
     "set data.pan_and_scan.enabled=False",
   )
 
+  vision, data = config.model_config.vision, config.data
+  most = max(1, data.prompt_buckets[-1] // vision.soft_tokens) if vision else 1
+  require(
+    data.images_per_prompt <= most,
+    "data.images_per_prompt",
+    data.images_per_prompt,
+    f"be at most {most}: no more fit into the last of data.prompt_buckets "
+    f"({data.prompt_buckets[-1]}) of {config.model.name}",
+    f"set data.images_per_prompt={most}",
+  )
+
 
 def _check_rewards(config: Config) -> None:
   """Checks rewards and their shaping against the prompts and completions."""

@@ -29,7 +29,7 @@ _MAY_DIFFER = (
   *("checkpoint", "eval", "export", "mesh", "samples"),
   *("distributed", "profile"),
   *("data.dir", "data.dirs", "data.tokenizer"),
-  *("data.worker_processes", "data.synthetic"),
+  *("data.worker_processes", "data.synthetic", "data.images_per_prompt"),
   *("data.synthetic_eval_fraction", "data.preference_file"),
   "data.accept_mathvista_training_terms",
   *("model.attention", "model.remat", "model.vision_remat"),

@@ -2,7 +2,8 @@
 
 They are the functions that training runs, on devices that need not exist. Of
 each program only the largest size is planned: prompts as long as the longest
-bucket, completions of full length, and no row that has ended.
+bucket, completions of full length, and no row that has ended. Prompts are text
+alone, or all have `data.images_per_prompt`, as the largest mixed batch.
 """
 
 import dataclasses
@@ -352,10 +353,10 @@ class _AbstractPrograms:
     )
 
   def _abstract_prompts(self, num_prompts: int) -> engine.Prompts:
-    length = self._config.data.prompt_buckets[-1]
-    return self._sampler.abstract_prompts(
-      num_prompts, length, int(self._has_images)
-    )
+    data = self._config.data
+    images = data.images_per_prompt if self._has_images else 0
+    length = data.prompt_buckets[-1]
+    return self._sampler.abstract_prompts(num_prompts, length, images)
 
   def _array(self, dtype: Any, *shape: int) -> Any:
     return sharding.abstract_batch(self._mesh, dtype, *shape)
@@ -367,7 +368,8 @@ class _AbstractPrograms:
     images, vision = asked.images, config.model_config.vision
     if vision and self._has_images and config.model.train_vision:
       side = vision.shown_size
-      images = self._array(jnp.uint8, prompts, 1, side, side, 3)
+      shape = (asked.images.shape[1], side, side, 3)
+      images = self._array(jnp.uint8, prompts, *shape)
     logps = self._array(jnp.float32, prompts, width, new)
     is_old = kind == "preference" or config.train.num_iterations > 1
     share = config.shaping.top_entropy_share

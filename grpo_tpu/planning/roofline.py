@@ -74,7 +74,8 @@ def _step_seconds(
   """Adds up the programs' bounds, each as often as a step calls the program."""
   rollouts = config.num_rollouts
   chunks = (config.rollout.max_new_tokens - 1) / tokens_per_chunk(config)
-  images = config.data.prompts_per_step / config.rollout.pictures_per_shard
+  images = config.data.prompts_per_step * config.data.images_per_prompt
+  images /= config.rollout.pictures_per_shard
   calls = {
     "pictures": math.ceil(images / data_shards(config)),
     "prefill": rollouts,

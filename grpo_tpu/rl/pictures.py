@@ -2,8 +2,9 @@
 
 A batch has as many slots for images in every row as its richest row shows. Here
 the tower encodes the images alone, in chunks that all devices share, whatever
-rows and microbatches they are in. A batch that fills nearly all slots does
-without: its microbatches encode them, as `models.gemma3.text` does.
+rows and microbatches they are in. The backward pass computes them once more, a
+fifth of the tower's work, so a batch that fills more than three quarters of the
+slots does without: its microbatches encode all slots.
 """
 
 import math
@@ -27,7 +28,7 @@ def with_num_encoded(
   """Says how many slots the tower encodes for a batch, if it has pixels.
 
   The number is a multiple of an eighth of the slots, so that few programs are
-  compiled, and 0 for all. Without `num_images` the images are counted.
+  compiled, or 0 for all. Without `num_images` the images are counted.
   """
   is_pixels = batch.images.dtype == jnp.uint8 and batch.images.size
   if not is_pixels:
@@ -38,7 +39,7 @@ def with_num_encoded(
   slots = batch.images.shape[0] * batch.images.shape[1]
   part = shards * max(1, slots // (8 * shards))
   number = max(1, -(-num_images // part)) * part
-  return batch.replace(num_encoded=number if number < slots else 0)
+  return batch.replace(num_encoded=number if 4 * number <= 3 * slots else 0)
 
 
 @jax.jit

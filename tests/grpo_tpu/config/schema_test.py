@@ -410,6 +410,17 @@ def test_a_text_model_cannot_have_crops():
     built(crops | {"model.name": "gemma3_1b"})
 
 
+def test_a_plan_has_no_more_images_than_fit_into_a_prompt():
+  many = {"data.images_per_prompt": 4, "data.prompt_buckets": (512, 1024)}
+  built(many | {"model.name": "gemma3_4b"})
+  for name, changes in (
+    ("gemma3_4b", {"data.images_per_prompt": 5}),
+    ("gemma3_1b", {"data.images_per_prompt": 2}),
+  ):
+    with pytest.raises(ValueError, match="^data.images_per_prompt .* at most"):
+      built(many | {"model.name": name} | changes)
+
+
 @pytest.mark.parametrize("template", chat_prompts.TEMPLATES)
 def test_the_answer_tag_is_rewarded_only_if_the_prompt_asks_for_it(template):
   """The rule holds for sampled completions, and it fits the reward itself."""

@@ -160,3 +160,18 @@ def test_overlays_train_float32_weights_or_adapters(name):
   assert lora.model.param_dtype == "bfloat16" and lora.lora
   for config in (full, lora):
     assert "masters" not in programs.resident_bytes(config)
+
+
+def test_a_plan_has_as_many_images_in_a_prompt_as_the_setting_says():
+  """Pixels or features; text programs have none."""
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  for trained, per_image in ((True, 3), (False, 2)):
+    changes = {"data.images_per_prompt": 2, "model.train_vision": trained}
+    config = config_of("smoke", **changes)
+    for name, count in (("image", 2), ("text", 0)):
+      _, bundles, _ = programs.find(config, mesh, f"train_step ({name})").args
+      assert bundles.images.shape[:2] == (64, count)
+      if count:
+        assert len(bundles.images.shape) == 2 + per_image
+    _, prompts, *_ = programs.find(config, mesh, "prefill (image)").args
+    assert prompts.images.shape[:2] == (64, 2)

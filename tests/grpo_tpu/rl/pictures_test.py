@@ -149,7 +149,7 @@ def test_the_tower_encodes_no_more_than_an_eighth_of_the_slots_too_many(tiny):
   for num_images in range(129):
     found = pictures.with_num_encoded(pixels, mesh, num_images).num_encoded
     assert found % 16 == 0
-    assert found == 0 if num_images > 112 else found - 16 < max(num_images, 1)
+    assert found == 0 if num_images > 96 else found - 16 < max(num_images, 1)
     assert found == 0 or found >= num_images
   features = pixels.replace(images=np.zeros((64, 2, 4, 5), np.float32))
   text = pixels.replace(images=np.zeros((64, 0, 4, 4, 3), np.uint8))
