@@ -162,6 +162,10 @@ def _choose(root: epath.Path) -> list[_File]:
     more = " and others" if len(left_out) > 3 else ""
     names = printable(", ".join(left_out[:3]))
     logging.info("Not read, for other files name a split: %s%s.", names, more)
+  folders = {file.path.parent.relative_to(root).as_posix() for file in chosen}
+  if len(folders) > len({file.split for file in chosen}):
+    names = printable(", ".join(sorted(folders)[:9]))
+    logging.info("Reading all folders, as one source: %s.", names)
   _check_choice(root, chosen)
   return chosen
 
@@ -281,7 +285,7 @@ def _read_picture(folder: epath.Path, root: epath.Path, name: Any) -> bytes:
         return untrusted.read_bytes(path, images.MAX_BYTES)
       except (FileNotFoundError, NotADirectoryError):
         continue
-  why = f"No such file: {shown}, beside the data or in images/"
+  why = f"No such file: {shown}, beside the data or in images/; unpack it there"
   if not paths:
     why = f"{shown} is outside {root}; give a folder that holds it and the data"
     if "://" in name.removeprefix("file://"):

@@ -58,6 +58,7 @@ class _Remote(io.RawIOBase):
 @contextlib.contextmanager
 def _open(path: epath.Path) -> Iterator[IO[bytes]]:
   """A file, of which one on gs:// is read in parts too."""
+  untrusted.size_of(path)  # Refuses a pipe.
   with path.open("rb") as file:
     is_remote = "://" in os.fspath(path)
     yield io.BufferedReader(_Remote(file), _BUFFER) if is_remote else file
@@ -235,8 +236,9 @@ def _require_object(row: Any, where: str) -> Values:
 def json_document(path: epath.Path) -> Iterator[Values]:
   """The records of a JSON file: a list, or an object that holds them.
 
-  The object maps each pid to its record, or has one list of records among its
-  fields. A file of JSON lines by the name of `.json` is read as such.
+  The object maps each pid to its record, or each column to its values as pandas
+  writes it, or has one list of records among its fields. A file of JSON lines
+  by the name of `.json` is read as such.
   """
   with _whole(path, "JSON"), _open_text(path) as text:
     start = [
@@ -251,22 +253,31 @@ def json_document(path: epath.Path) -> Iterator[Values]:
       rule = f"have at most {untrusted.MAX_JSON_BYTES} characters"
       raise _refusal(path, rule, "write its records as JSONL, one on a line")
     document = _parse(content)
-    if isinstance(document, list):
-      document = {"": document}
-    if not isinstance(document, dict | tuple):
+    if not isinstance(document, list | dict | tuple):
       kind = type(document).__name__
       raise _refusal(path, f"hold a list or an object, not a {kind}")
-    yield from _find_records(document, path)
+    is_list = isinstance(document, list)
+    yield from (_listed if is_list else _find_records)(document, path)
+
+
+def _listed(rows: Iterable[Any], path: epath.Path) -> Iterator[Values]:
+  for index, row in enumerate(rows):
+    yield _require_object(row, f"record {index} of {path.name}")
 
 
 def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
-  """The records of the one list in an object, or of the object by pid."""
+  """The records of the one list in an object, or of the object itself."""
   is_pairs = isinstance(document, tuple)
   items = document if is_pairs else list(document.items())
+  columns = {key: values for key, value in items if (values := _column(value))}
+  if len(columns) == len(items) and len(set(map(len, columns.values()))) == 1:
+    rows = zip(*columns.values(), strict=True)
+    yield from (dict(zip(columns, row, strict=True)) for row in rows)
+    return
   lists = {
     key: value
     for key, value in items
-    if isinstance(value, list) and (key == "" or dict in map(type, value))
+    if isinstance(value, list) and dict in map(type, value)
   }
   if len(lists) > 1:
     named = ", ".join(map(untrusted.shorten, lists))
@@ -274,12 +285,20 @@ def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
     raise _refusal(path, f"hold one list, not several: {named}", remedy)
   if lists:
     (rows,) = lists.values()
-    for index, row in enumerate(rows):
-      yield _require_object(row, f"record {index} of {path.name}")
+    yield from _listed(rows, path)
   elif is_pairs or any(isinstance(value, dict | tuple) for _, value in items):
     yield from itertools.starmap(_named_row, items)
   elif items:
     yield document  # One line of JSONL.
+
+
+def _column(value: Any) -> list[Any] | None:
+  """The values of a column that stands alone; None for another value."""
+  if isinstance(value, dict) and [*value] == [*map(str, range(len(value)))]:
+    return [*value.values()]
+  return (
+    value if isinstance(value, list) and dict not in map(type, value) else None
+  )
 
 
 def _named_row(pid: str, row: Any) -> Values:

@@ -158,6 +158,10 @@ WRITERS = {
   "JSON in an object": lambda p, rows: pathlib.Path(f"{p}.json").write_text(
     json.dumps({"version": 1, "tags": ["a"], "data": rows})
   ),
+  "JSON by columns": lambda p, rows: frame(rows).to_json(f"{p}.json"),
+  "JSON of lists": lambda p, rows: pathlib.Path(f"{p}.json").write_text(
+    json.dumps(frame(rows).to_dict("list"))
+  ),
   "CSV": lambda p, rows: frame(rows).to_csv(f"{p}.csv", index=False),
   "CSV of Excel": lambda p, rows: frame(rows).to_csv(
     f"{p}.csv", index=False, sep=";", encoding="utf-8-sig"
