@@ -115,9 +115,9 @@ class RowBuilder:
     return kinds[self.kind]
 
   def can_teach(self, problem: records.Problem) -> bool:
-    """True if something pays for a completion of a measured problem."""
-    is_demonstrated = self.kind == "demonstrations" and bool(problem.answer)
-    return problem.is_checkable or self.pays_unchecked or is_demonstrated
+    """True if something pays for a completion, or one is shown."""
+    is_shown = self.kind == "demonstrations"
+    return problem.is_checkable or self.pays_unchecked or is_shown
 
   def measure(self, problem: records.Problem) -> tuple[int, int]:
     """Counts the tokens of a usable problem's prompt, and its images.

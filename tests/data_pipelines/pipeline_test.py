@@ -852,10 +852,40 @@ def test_evaluation_takes_problems_without_answers_and_training_does_not(
   assert all(
     b.valid[: len(b.problems)].any() for b in eval_batches(tokenizer, hidden)
   )
+  hidden[0] = PROBLEMS[0]
   with pytest.raises(
-    ValueError, match="13 of 13 problems have none, the first p0"
+    ValueError, match="12 of 13 problems have none, the first p1. Set rewards"
   ):
     batches(tokenizer, hidden)
+
+
+@pytest.mark.parametrize(
+  ("kind", "pays", "answer", "fault"),
+  [
+    ("online", False, "a long text", "13 of 13 problems have none"),
+    ("online", True, "", ""),
+    # It states the reference answer, which no rule need check.
+    ("demonstrations", False, "a long text", ""),
+    ("demonstrations", False, "", "none of the 13 records can be used"),
+    ("preference", False, "a text", "have none.*preference_rewards=labels"),
+    ("preference", True, "a text", ""),
+  ],
+)
+def test_training_takes_what_something_pays_for(
+  tokenizer, kind, pays, answer, fault
+):
+  unchecked = [
+    dataclasses.replace(x, answer_type="unchecked", answer=answer)
+    for x in PROBLEMS
+  ]
+  given = tuple(records.LabelledCompletion(x, float(x)) for x in "12")
+  settings = dict(kind=kind, pays_unchecked=pays, steps=1)
+  settings["completion_source"] = lambda problem, rng: given
+  if not fault:
+    assert batches(tokenizer, unchecked, **settings)[0].valid.all()
+    return
+  with pytest.raises(ValueError, match=fault):
+    batches(tokenizer, unchecked, **settings)
 
 
 @pytest.mark.parametrize(
