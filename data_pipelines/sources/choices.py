@@ -1,6 +1,7 @@
 """Reads the options of a question, and finds the one that a gold names."""
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -48,85 +49,67 @@ def read(value: Any, column: str) -> Choices:
   """
   value = gold.plain(value)
   if isinstance(value, str):
-    value = _from_text(value.strip(), column)
-  if gold.is_missing(value):
-    return Choices()
+    value = _from_text(value.strip())
   if isinstance(value, Mapping):
     value = _from_object(value)
-  if not isinstance(value, list | tuple) or len(value) > records.MAX_CHOICES:
-    raise _bad(column, value)
-  items = [_item(gold.plain(each), column) for each in value]
-  letters = [letter or chr(65 + i) for i, (letter, _) in enumerate(items)]
-  texts = [text for _, text in items]
-  found = [_LETTERED.match(text) for text in texts]
-  own = [match[1] for match in found if match]
-  # As many different letters as options.
-  if texts and len(set(own)) == len(texts) and own == sorted(own):
+  items = list(value) if isinstance(value, list | tuple) else value
+  while items and isinstance(items, list) and gold.is_missing(items[-1]):
+    items.pop()
+  if gold.is_missing(items):
+    return Choices()
+  is_list = isinstance(items, list) and len(items) <= records.MAX_CHOICES
+  pairs = [_item(gold.plain(each)) for each in items] if is_list else []
+  texts = [text for _, text in pairs if text is not None]
+  if not pairs or len(texts) < len(pairs):
+    raise BadRecord(
+      "bad_choices",
+      f"{column} holds {untrusted.shorten(value)}; give a list of at most "
+      f"{records.MAX_CHOICES} options, an object of letters and options, or "
+      "name another: --columns=choices=NAME",
+    )
+  letters = [letter or chr(65 + i) for i, (letter, _) in enumerate(pairs)]
+  found = [match for text in texts if (match := _LETTERED.match(text))]
+  own = [match[1] for match in found]
+  if len(own) == len(texts) and own == sorted(set(own)):
     letters = own
-    texts = [
-      text[match.end() :].strip()
-      for text, match in zip(texts, found, strict=True)
-      if match
-    ]
+    texts = [match.string[match.end() :].strip() for match in found]
   return Choices(tuple(texts), tuple(letters))
 
 
-def _bad(column: str, value: Any) -> BadRecord:
-  return BadRecord(
-    "bad_choices",
-    f"{column} holds {untrusted.shorten(value)}; give a list of at most "
-    f"{records.MAX_CHOICES} options, an object of letters and options, or name "
-    "another: --columns=choices=NAME",
-  )
-
-
-def _from_object(value: Mapping[str, Any]) -> Any:
+def _from_object(value: Mapping[str, Any]) -> list[Any]:
   """The options of {"A": "12 cm"} or {"text": [...], "label": [...]}."""
   texts, letters = gold.plain(value.get("text")), gold.plain(value.get("label"))
   if isinstance(texts, list):
-    letters = letters or [None] * len(texts)
-    return [
-      {"text": x, "label": y} for x, y in zip(texts, letters, strict=True)
-    ]
-  pairs = [(str(k), v) for k, v in value.items() if not gold.is_missing(v)]
-  return [{"label": k, "text": v} for k, v in sorted(pairs)]
+    pairs = zip(letters or [""] * len(texts), texts, strict=True)
+  else:
+    pairs = sorted((str(k), v) for k, v in value.items() if v is not None)
+  return [{"label": letter, "text": text} for letter, text in pairs]
 
 
-def _from_text(text: str, column: str) -> Any:
+def _from_text(text: str) -> Any:
   """The options in JSON, in Python's spelling, or one after another."""
-  if not text or text in ("[]", "{}") or len(text) > _MAX_CHARACTERS:
-    return None if len(text) < 3 else _refuse(column, text)
-  if text[0] in "[{" and text[-1] in "]}":
+  if len(text) > _MAX_CHARACTERS or text[:1] + text[-1:] in ("[]", "{}"):
     # NumPy prints a list without commas.
-    spaced = _QUOTES.sub(r"\1, \2", text)
+    spaced = _QUOTES.sub(r"\1, \2", text[:_MAX_CHARACTERS])
     for parse, spelling in ((json.loads, text), (ast.literal_eval, spaced)):
-      try:
+      with contextlib.suppress(ValueError, SyntaxError, RecursionError):
         return parse(spelling)
-      except (ValueError, SyntaxError, RecursionError, MemoryError):
-        continue
+    return text
   if found := split_lettered(text):
     return [{"label": x, "text": y} for x, y in found[1]]
-  for mark in ("\n", ";", "|", "\t", ","):
-    if mark in text:
-      return [part.strip() for part in text.split(mark) if part.strip()]
-  return _refuse(column, text)
+  mark = next((mark for mark in "\n;|\t," if mark in text), None)
+  return text.split(mark) if mark else text
 
 
-def _refuse(column: str, value: Any) -> Any:
-  raise _bad(column, value)
-
-
-def _item(value: Any, column: str) -> tuple[str, str]:
-  """The letter, or "", and the text of an option."""
+def _item(value: Any) -> tuple[str, str | None]:
+  """The letter, or "", and the text of an option; None if it is no text."""
   letter = ""
   if isinstance(value, Mapping):
     letter = next((str(value[k]) for k in _LETTER_KEYS if k in value), "")
     value = next((value[k] for k in _TEXT_KEYS if k in value), None)
-  if isinstance(value, bool) or isinstance(value, int | float):
+  if isinstance(value, int | float):
     value = str(value)
-  if not isinstance(value, str):
-    raise _bad(column, value)
-  return letter.strip(), value.strip()
+  return letter.strip(), value.strip() if isinstance(value, str) else None
 
 
 def split_lettered(

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import itertools
 import pathlib
 import re
@@ -47,7 +48,8 @@ def read(
   if gold.is_missing(value):
     return []
   if isinstance(value, str) and value.lstrip()[:1] == "[":
-    value = untrusted.parse_json(value.replace("'", '"'), column, list)
+    with contextlib.suppress(ValueError):
+      value = untrusted.parse_json(value.replace("'", '"'), column, list)
   if isinstance(value, list | tuple):
     parts = [read(each, column, read_file) for each in value]
     return list(itertools.chain.from_iterable(parts))
