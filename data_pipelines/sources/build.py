@@ -13,14 +13,15 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from absl import logging
 
-from data_pipelines import validation
+from data_pipelines import records, validation
 from data_pipelines.sources import (
+  columns,
   files,
   intake,
   mathvista,
@@ -159,10 +160,41 @@ def _open_source(request: Request) -> tuple[files.Readers, dict[str, Any]]:
     path = None if is_remote else validation.to_path("source", request.source)
     folder = files.find(path or request.source)
     # Names and contents, not the path: a snapshot may be moved.
-    readers, options["source"] = folder.readers, "folder"
+    readers, options["source"] = _mapped(request, folder.readers), "folder"
     options["files"] = folder.files
   # JSON turns tuples into lists, in the manifest too.
   return readers, json.loads(json.dumps({"format": FORMAT, **options}))
+
+
+def _mapped(request: Request, readers: files.Readers) -> files.Readers:
+  """The readers of the problems that the rows of a source are."""
+  rows = itertools.chain.from_iterable(read() for read in readers.values())
+  sample = [x.values for x in rows if isinstance(x, files.Row)][:100]
+  if not sample:
+    return readers
+  chosen = columns.choose(sample, request.columns)
+  logging.info("%s", chosen.described)
+  settings = columns.Settings(request.unchecked_answers, request.tolerance)
+  return {
+    split: functools.partial(_problems, read, chosen, settings)
+    for split, read in readers.items()
+  }
+
+
+def _problems(
+  read: Callable[[], Iterable[files.RawRecord]],
+  chosen: columns.Columns,
+  settings: columns.Settings,
+) -> Iterator[files.RawRecord]:
+  """The problems of a split's rows, or why one is none."""
+  for number, raw in enumerate(read()):
+    if isinstance(raw, files.Row):
+      try:
+        with records.all_faults():
+          raw = columns.to_problem(raw, chosen, number, settings)
+      except records.BadRecord as error:
+        raw = error
+    yield raw
 
 
 def _find_data_dir(request: Request) -> pathlib.Path:

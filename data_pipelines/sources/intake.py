@@ -78,11 +78,7 @@ def _problem(raw: files.RawRecord) -> records.Problem:
     raise raw
   if isinstance(raw, records.Problem):
     return raw
-  row = raw.values
-  if "decoded_image" not in row:
-    image = raw.read(row.get("image"))
-    row = {**row, "decoded_image": {"bytes": image}}
-  return records.from_row(row)
+  raise AssertionError("its row was never read")
 
 
 def _pid(raw: files.RawRecord) -> str | None:
@@ -127,7 +123,7 @@ def _hash_image(
   """
   records.validate(problem)
   stored.check_storable(problem)
-  image = images.decode(problem.images[0])
+  pictures = [images.decode(image) for image in problem.images]
   if problem.is_checkable:
     answer = problem.answer
     if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
@@ -135,6 +131,10 @@ def _hash_image(
         "answer_fails_verifier",
         f"the verifier rejects {untrusted.shorten(answer)} as an answer",
       )
+  if len(pictures) != 1:
+    shown = "".join(map(images.pixel_hash, pictures)) or problem.question
+    return hashlib.sha256(shown.encode()).hexdigest(), None
+  (image,) = pictures
   perceptual = None
   if not synthetic.is_synthetic(problem):
     perceptual = near_duplicates.hash_image(image)

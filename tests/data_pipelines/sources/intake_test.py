@@ -95,16 +95,6 @@ def test_a_rejected_record_does_not_claim_its_pid():
   assert len(kept) == len(rejects) == 1
 
 
-def test_rows_that_are_no_problem_are_rejected_too():
-  rows = [{}, {"pid": "1", "decoded_image": {"bytes": b"GIF89a"}}]
-  rows = [files.Row(row, no_file) for row in rows]
-  _, rejects = intake.check_records(readers(testmini=rows))
-  assert [(r["pid"], r["reason"]) for r in rejects] == [
-    (None, "missing_image"),
-    ("1", "unknown_answer_type"),
-  ]
-
-
 def test_whatever_a_record_raises_is_its_own_reject(monkeypatch):
   verify = intake.verify.verify
 
