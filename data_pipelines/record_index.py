@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import prompt_rows, records
+from data_pipelines.sources import reasoning_gym
 from data_pipelines.text import shuffle_options
 from data_pipelines.validation import printable, require
 
@@ -113,15 +114,15 @@ def scan(
   other unusable records are problems without an answer.
 
   Raises:
-    ValueError: The model cannot see the pictures of any problem; or
-      `for_training`, and no record of a data set can be used, or nothing pays
-      for a completion of a usable problem.
+    ValueError: What scores a problem is not installed; or the model cannot see
+      the pictures of any problem; or `for_training`, and no record of a data
+      set can be used, or nothing pays for a completion of a usable problem.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
   left_out: collections.Counter[str] = collections.Counter()
   unpaid: list[str] = []
-  num_choices = num_fixed = 0
+  num_choices = num_fixed = num_scored = 0
   for index in range(count):
     try:
       problem = builder.source[index]
@@ -134,11 +135,14 @@ def scan(
       if reason not in _LEFT_OUT:
         prompt_rows.warn_unusable(index, error)
       continue
+    num_scored += problem.answer_type == "scored"
     if builder.shuffle_options and problem.choices:
       num_choices += 1
       num_fixed += shuffle_options.is_fixed(problem)
     if for_training and not builder.can_teach(problem):
       unpaid.append(problem.pid)
+  if num_scored:
+    reasoning_gym.require_library()
   if unpaid:
     _refuse_unpaid(builder, unpaid, count)
   found = RecordIndex(lengths, num_images)

@@ -10,6 +10,7 @@ References:
 
 import ast
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -23,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import rapidfuzz
 
 from data_pipelines import records
 from data_pipelines.validation import at_least, check_fields, interval, require
@@ -90,6 +90,7 @@ class Spec:
 
   def __post_init__(self):
     check_fields(self)
+    require_library()
     known = sorted(_library().factory.DATASETS)
     rule = "name tasks after the colon, each once"
     distinct = len(set(self.tasks)) == len(self.tasks)
@@ -109,28 +110,30 @@ def parse_tasks(source: str) -> tuple[str, ...]:
   return tuple(name.strip() for name in names if name.strip())
 
 
-def _library() -> Any:
-  """The library, which takes more than a second to import.
+def require_library() -> None:
+  """Checks that the library is installed.
 
   Raises:
-    ValueError: It is not installed.
+    ValueError: It is not.
   """
   try:
-    return importlib.import_module("reasoning_gym")
-  except ImportError as error:
+    importlib.metadata.version("reasoning-gym")
+  except importlib.metadata.PackageNotFoundError as error:
     raise ValueError(
-      f"source ({PREFIX}...) needs the package reasoning-gym, but the import "
-      f"failed: {error}; install it, as by pip install --constraint "
-      "constraints.txt reasoning-gym, which needs a C compiler."
+      "problems of reasoning_gym need the package reasoning-gym; install it, "
+      "as by pip install --constraint constraints.txt reasoning-gym, which "
+      "needs a C compiler."
     ) from error
+
+
+def _library() -> Any:
+  """The library, which takes more than a second to import."""
+  return importlib.import_module("reasoning_gym")
 
 
 def _require_task(task: str, known: Sequence[str]) -> None:
   """Refuses a task that the library does not have, or that does not train."""
-  near = rapidfuzz.process.extract(
-    task, known, scorer=rapidfuzz.fuzz.ratio, limit=3, score_cutoff=60
-  )
-  names = ", ".join(name for name, *_ in near)
+  names = ", ".join(difflib.get_close_matches(task, known))
   question = f"did you mean {names}? " if names else ""
   remedy = (
     f"{question}The README of the library lists all {len(known)}: "

@@ -1,6 +1,7 @@
 """The stream of batches has one order for every reader and every start."""
 
 import dataclasses
+import importlib.metadata
 import io
 import itertools
 import logging
@@ -10,7 +11,7 @@ import PIL.Image
 import pytest
 from absl import flags
 
-from data_pipelines import pipeline, prompt_rows, records
+from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.sources import stored
 from data_pipelines.text import chat_prompts, shuffle_options
@@ -910,3 +911,21 @@ def test_a_setting_that_breaks_a_rule_is_refused(tokenizer, changes, message):
 def test_no_records_are_refused(tokenizer):
   with pytest.raises(ValueError, match="none of the 0 records"):
     batches(tokenizer, [])
+
+
+@pytest.mark.parametrize("for_training", [True, False])
+def test_problems_whose_scorer_is_not_installed_are_refused(
+  tokenizer, monkeypatch, for_training
+):
+  """At the start of a run, and not when the first completion is judged."""
+  scored = dataclasses.replace(PROBLEMS[0], answer_type="scored")
+  settings = dict(seed=5, prompt_buckets=(64,), max_new_tokens=24)
+  builder = make_builder(tokenizer, [PROBLEMS[1], scored], **settings)
+
+  def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", missing)
+  with pytest.raises(ValueError, match="install it, as by pip install"):
+    record_index.scan(builder, 2, for_training=for_training)
+  record_index.scan(builder, 1, for_training=for_training)
