@@ -17,9 +17,10 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 # Several of the kernel's blocks, none of them filled by a row.
 NUM_PROMPT, NUM_OWN, WINDOW, SOFT_TOKENS = 300, 140, 60, 50
 LENGTHS = np.array([290, 131])
-# Of the prompts: one with two images, across blocks, and one of text alone.
+# Of the prompts: one with images first, in its middle and last, across blocks,
+# and one of text alone.
 IMAGES = np.zeros((2, NUM_PROMPT), np.int32)
-IMAGES[0, 100:150], IMAGES[0, 240:290] = 1, 2
+IMAGES[0, 4:54], IMAGES[0, 100:150], IMAGES[0, 240:290] = 1, 2, 3
 COMPLETIONS = {"prompts": 1, "completions": 2}
 
 
