@@ -45,6 +45,18 @@ PIECES = (
 )  # fmt: skip
 
 
+EXPRESSIONS = (
+  (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}"),
+  (r"2\sqrt{3}", r"The answer is $\sqrt{12}$."),
+  (r"5\pi", "<answer>10\u03c0/2</answer>"),
+  ("[0, \u221e)", r"<answer>$x \ge 0$</answer>"),
+  ("(x+y)^2", "<answer>x^2 + 2xy + y^2</answer>"),
+  ("y = 2x + 1", "<answer>2x - y + 1 = 0</answer>"),
+  (r"1 \pm 2i", "<answer>1 + 2i, 1 - 2i</answer>"),
+  (r"5\text{ cm}", "<answer>50 mm</answer>"),
+)
+
+
 def problem(answer: str, kind: str, *choices: str) -> records.Problem:
   """A problem with the fields that the verifier needs."""
   return records.Problem(
@@ -68,6 +80,8 @@ PROBLEMS = (
   problem("[1, 2.5]", "list"),
   problem("blue", "text", "red", "blue", "dark green", "18"),
   problem("Yes", "text", "Yes", "No"),
+  problem("dark green", "text"),
+  problem(r"2\sqrt{3}", "expression"),
 )
 
 
@@ -95,6 +109,22 @@ def hostile() -> None:
     print(f"  {milliseconds:8.2f}  {text!r} asked for {answer!r}")
 
 
+def expressions() -> None:
+  """Prints the time of expressions: the first, another one, the same again."""
+  start = time.perf_counter()
+  verify.verify("<answer>x</answer>", problem("y", "expression"))
+  print(f"the first expression: {1e3 * (time.perf_counter() - start):.0f} ms")
+  for name, prefix in (("cold", "{}"), ("warm", "3+{}"), ("cached", "3+{}")):
+    times = []
+    for gold, response in EXPRESSIONS:
+      asked = problem(prefix.format(gold), "expression")
+      start = time.perf_counter()
+      verify.verify(response, asked)
+      times.append(1e3 * (time.perf_counter() - start))
+    mean = sum(times) / len(times)
+    print(f"expressions, {name}: mean {mean:.2f} ms, most {max(times):.2f} ms")
+
+
 def real(path: str) -> None:
   """Prints the costs of the completions in a file."""
   costs = []
@@ -111,6 +141,7 @@ def real(path: str) -> None:
 
 
 if __name__ == "__main__":
+  expressions()
   hostile()
   for name in sys.argv[1:]:
     real(name)

@@ -80,7 +80,7 @@ def start(path: str, *arguments: Any) -> futures.Future[Any]:
   state = _state
   with state.lock:
     found = state.cache.get(key)
-    if found is None or found.cancelled():
+    if found is None or (found.done() and not _has_result(found)):
       workers = state.pool_for(path)
       found = workers.submit(path, *arguments, check=_check)
       state.cache[key] = found
@@ -88,6 +88,10 @@ def start(path: str, *arguments: Any) -> futures.Future[Any]:
         state.cache.popitem(last=False)
     state.cache.move_to_end(key)
   return found
+
+
+def _has_result(comparison: futures.Future[Any]) -> bool:
+  return not comparison.cancelled() and comparison.exception() is None
 
 
 def is_right(comparison: futures.Future[Any]) -> bool | None:

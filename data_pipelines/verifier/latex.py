@@ -79,12 +79,14 @@ def number(text: str) -> fractions.Fraction | None:
   match = _RE.number.fullmatch(normalize(text))
   if not match or len(match[0]) > _MAX_DIGITS:
     return None
-  whole, above, below = match["whole"], match["above"], match["below"]
-  if whole is not None:
-    value = fractions.Fraction(whole)
+  if match["whole"] is not None:
+    value = fractions.Fraction(match["whole"])
   else:
-    value = fractions.Fraction(int(above), int(below)) if int(below) else None
-  return -value if value is not None and match["sign"] else value
+    below = int(match["below"] or match["bottom"])
+    if not below:
+      return None
+    value = fractions.Fraction(int(match["above"] or match["top"]), below)
+  return -value if match["sign"] else value
 
 
 def is_readable(text: str) -> bool:

@@ -57,6 +57,8 @@ class Verdict:
   abstained: bool = False
 
 
+# A parser is slow on what it has not read before.
+_TYPICAL = r"\frac{\sqrt{3}}{2} x^{2} + 2 \pi (x - 1) - \sin 2 x"
 _NOTHING = Verdict(answer=None, how="none", correct=False)
 _UNKNOWN = dataclasses.replace(_NOTHING, abstained=True)
 
@@ -103,6 +105,12 @@ def verify_all(
   except (KeyboardInterrupt, SystemExit):
     comparisons.close()  # Else Ctrl-C would wait for what has been started.
     raise
+
+
+def start_workers(problems: Sequence[records.Problem]) -> None:
+  """Starts a worker if a problem will need one, which takes two seconds."""
+  if any(problem.answer_type == "expression" for problem in problems):
+    comparisons.start(comparisons.EXPRESSIONS, _TYPICAL, "x", 0.0)
 
 
 def _start(

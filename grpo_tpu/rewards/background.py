@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from data_pipelines import records
+from data_pipelines.verifier import verify
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
 
@@ -38,6 +39,7 @@ class BackgroundScorer:
 
   def __enter__(self) -> Self:
     self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    verify.start_workers(self._problems)  # While the devices decode.
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -165,6 +165,19 @@ def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
   assert found.answers == [None, None]
 
 
+def test_only_a_comparison_that_was_ended_excludes_its_row(monkeypatch):
+  """Rules cannot judge an unchecked answer: other rewards pay for it."""
+  ended = verify.Verdict("5", "tag", correct=False, abstained=True)
+  monkeypatch.setattr(
+    verify, "verify_all", lambda responses, _: [ended] * len(responses)
+  )
+  unchecked = dataclasses.replace(make_problem(), answer_type="unchecked")
+  found = scoring.score(["5", "6"], [make_problem(), unchecked], CONFIG)
+  assert found.failed["accuracy"].tolist() == [True, False]
+  assert found.components["accuracy"].tolist() == [0, 0]
+  assert found.answers == [None, "5"]
+
+
 def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
   verified = verify.verify_all
 
