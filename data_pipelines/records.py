@@ -318,6 +318,8 @@ def to_example(problem: Problem) -> dict[str, Any]:
   example = {name: getattr(problem, name) for name in FIELDS}
   for name in ("images", "choices", "aliases"):
     example[name] = list(example[name])
+  # As text, because TFDS stores every float in 32 bits.
+  example["tolerance"] = repr(problem.tolerance)
   example["completions"] = json.dumps(problem.completions, ensure_ascii=False)
   example["metadata"] = json.dumps(
     dict(problem.metadata), ensure_ascii=False, sort_keys=True
@@ -337,7 +339,7 @@ def from_example(example: Mapping[str, Any]) -> Problem:
     choices=tuple(_to_text(choice) for choice in example["choices"]),
     aliases=tuple(_to_text(alias) for alias in example["aliases"]),
     precision=int(example["precision"]),
-    tolerance=float(example["tolerance"]),
+    tolerance=float(_to_text(example["tolerance"])),
     completions=_completions(
       "completions", json.loads(_to_text(example["completions"]))
     ),

@@ -38,7 +38,6 @@ def _features() -> tfds.features.FeaturesDict:
     "choices": tfds.features.Sequence(text),
     "aliases": tfds.features.Sequence(text),
     "precision": tfds.features.Scalar(dtype=np.int32),
-    "tolerance": tfds.features.Scalar(dtype=np.float64),
   }
   return tfds.features.FeaturesDict(
     {name: others.get(name, text) for name in records.FIELDS}

@@ -18,6 +18,7 @@ PROBLEM = records.Problem(
   choices=(),
   unit="g",
   precision=-1,
+  tolerance=0.05,
   answer="[1, 2]",
   question_type="free_form",
   answer_type="list",
