@@ -2,7 +2,7 @@
 
 An ablation is a source of the same problems with other images. A policy with
 the same accuracy on it does not use the image. Every image is replaced and none
-is dropped, so prompts keep their layout.
+is dropped, so prompts keep their layout. A text problem stays as it is.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ def source(
 
   Args:
     kind: "removed" replaces each image by a plain grey one of the same shape;
-      "shuffled" permutes the readable images so that each problem gets another
-      image.
+      "shuffled" permutes the readable images of all problems so that another
+      image stands in the place of each.
     problems: The real problems.
     num_problems: The number of problems, from the first, that are shuffled.
     seed: Seed of the shuffle, which depends only on the seed and the images.
 
   Raises:
     ValueError: The kind is unknown, or the images cannot be shuffled so that
-      every problem gets another one.
+      another one stands in the place of each.
   """
   if kind == "removed":
     return _Ablation(problems, None)
@@ -60,9 +60,9 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
   longest = int(np.bincount(run).max()) if len(names) else 1
   if 2 * longest > len(keys):
     raise ValueError(
-      "eval.ablations ('shuffled') must have another image for each problem, "
-      f"but {longest} of {len(keys)} problems have the same image; leave "
-      "'shuffled' out, or raise eval.num_problems."
+      "eval.ablations ('shuffled') must have another image for each image, "
+      f"but {longest} of {len(keys)} images are the same; leave 'shuffled' "
+      "out, or raise eval.num_problems."
     )
   ranks = np.random.default_rng(seed).permutation(len(names))
   order = np.argsort(ranks[run], kind="stable")
@@ -71,25 +71,30 @@ def derangement(keys: list[str], seed: int) -> np.ndarray:
   return givers
 
 
-def _givers(problems: records.Source, count: int, seed: int) -> dict[int, int]:
-  """The index of the problem whose image each problem gets."""
+def _givers(
+  problems: records.Source, count: int, seed: int
+) -> dict[tuple[int, int], tuple[int, int]]:
+  """The picture that each picture makes way for, as problem and number."""
   hashes = {}
   for index in range(count):
     try:
-      image = images.decode(problems[index].images[0])
-      hashes[index] = images.pixel_hash(image)
+      found = [images.decode(picture) for picture in problems[index].images]
     except (ValueError, OSError):
       continue  # The evaluation masks an unreadable image.
-  indices = np.array(list(hashes), np.int64)
-  givers = indices[derangement(list(hashes.values()), seed)]
-  return dict(zip(hashes, givers.tolist(), strict=True))
+    for number, image in enumerate(found):
+      hashes[index, number] = images.pixel_hash(image)
+  places = list(hashes)
+  givers = derangement(list(hashes.values()), seed)
+  return {
+    place: places[giver] for place, giver in zip(places, givers, strict=True)
+  }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ablation:
   problems: records.Source
-  # The index of the problem whose image each problem gets; None for grey ones.
-  givers: dict[int, int] | None
+  # The picture in the place of each, as problem and number; None for grey ones.
+  givers: dict[tuple[int, int], tuple[int, int]] | None
 
   def __len__(self) -> int:
     return len(self.problems)
@@ -97,10 +102,12 @@ class _Ablation:
   def __getitem__(self, index: int, /) -> records.Problem:
     problem = self.problems[index]
     if self.givers is None:
-      image = _grey(problem.images[0])
+      shown = map(_grey, problem.images)
     else:
-      image = self.problems[self.givers.get(index, index)].images[0]
-    return dataclasses.replace(problem, images=(image,))
+      places = ((index, number) for number in range(len(problem.images)))
+      givers = (self.givers.get(place, place) for place in places)
+      shown = (self.problems[giver].images[number] for giver, number in givers)
+    return dataclasses.replace(problem, images=tuple(shown))
 
 
 def _grey(image: bytes) -> bytes:

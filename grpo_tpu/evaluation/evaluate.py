@@ -189,8 +189,10 @@ def make_ablated_sources(
     logging.info("No eval.ablations: %s is a text model.", config.model.name)
     return {}
   count = min(config.eval.num_problems, len(problems))
-  if not _any_answers(problems, count):
-    logging.info("No eval.ablations: the answers of the split are not public.")
+  if not _any_images(problems, count):
+    logging.info(
+      "No eval.ablations: no problem shows an image and has a public answer."
+    )
     return {}
   return {
     name: ablations.source(name, problems, num_problems=count, seed=config.seed)
@@ -198,10 +200,11 @@ def make_ablated_sources(
   }
 
 
-def _any_answers(problems: records.Source, count: int) -> bool:
+def _any_images(problems: records.Source, count: int) -> bool:
+  """True if a problem that rules can check shows an image."""
   for index in range(count):
     with contextlib.suppress(ValueError, OSError):  # A damaged record.
-      if problems[index].is_checkable:
+      if problems[index].is_checkable and problems[index].images:
         return True
   return False
 

@@ -74,7 +74,7 @@ def write(
     page = report.render(name, figures, worst, examples)
     (folder / name).write_text(page, encoding="utf-8")
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
-  if rest := facts["split_size"] - len(evaluation.greedy):
+  if (rest := facts["split_size"] - settings.num_problems) > 0:
     logging.warning(
       "eval.num_problems (%d) leaves out %d problems of %s.",
       *(settings.num_problems, rest, split),
@@ -86,19 +86,19 @@ def make_example(
   draws: Sequence[Sequence[scores.GradedCompletion]],
   problems: records.Source,
 ) -> report.Example:
-  """An example of the report, with its image if the image is readable."""
+  """An example of the report, with its images if they are readable."""
   try:
-    pixels = images.decode(problems[completion.index].images[0])
-    image = report.image_uri(pixels)
+    shown = map(images.decode, problems[completion.index].images)
+    uris = tuple(map(report.image_uri, shown))
   except (ValueError, OSError):
-    image = ""
+    uris = ()
   same = [x for draw in draws for x in draw if x.index == completion.index]
   return report.Example(
     record=completion.record,
     outcome=completion.outcome,
     num_samples=len(same),
     samples_right=sum(x.is_right for x in same),
-    image=image,
+    images=uris,
   )
 
 

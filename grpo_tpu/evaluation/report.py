@@ -45,7 +45,7 @@ class Example:
   outcome: str  # One of `scores.OUTCOMES`.
   num_samples: int  # The number of sampled answers to the same problem.
   samples_right: int
-  image: str  # From `image_uri`, or "".
+  images: tuple[str, ...]  # From `image_uri`.
 
 
 def image_uri(image: np.ndarray) -> str:
@@ -134,7 +134,7 @@ def _example_view(example: Example) -> dict[str, Any]:
     "tags": [str(tag) for tag in tags if tag],
     "num_samples": example.num_samples,
     "samples_right": example.samples_right,
-    "image": example.image,
+    "images": example.images,
   }
 
 

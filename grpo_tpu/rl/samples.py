@@ -39,6 +39,7 @@ def first_samples(
     if row not in chosen:
       continue
     problem = prompts.problems[i]
+    has_image = problem.images and prompts.images.shape[1]
     own[row] = Sample(
       pid=problem.pid,
       prompt=problem.query,
@@ -46,7 +47,8 @@ def first_samples(
       answer=problem.answer,
       reward=float(scores.total[i * width]),
       rewards={k: float(x[i * width]) for k, x in scores.components.items()},
-      image=prompts.images[i, 0] if prompts.images.shape[1] else None,
+      # Further images of the prompt are not shown, nor a slot without one.
+      image=prompts.images[i, 0] if has_image else None,
     )
     # Images are large, and the process that writes has its own.
     sent.append([row, _to_json(own[row], with_image=row not in writer_rows)])

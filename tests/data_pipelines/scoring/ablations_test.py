@@ -98,6 +98,33 @@ def test_only_the_asked_problems_are_shuffled():
   assert source[5].images[0] == real[5].images[0]
 
 
+def several(counts):
+  """Problems of so many different images each."""
+  pool = [scripted.make_problem(i).images[0] for i in READABLE]
+  problems = []
+  for index, count in enumerate(counts):
+    shown, pool = tuple(pool[:count]), pool[count:]
+    problem = scripted.make_problem(READABLE[index])
+    problems.append(dataclasses.replace(problem, images=shown))
+  return Problems(problems)
+
+
+@pytest.mark.parametrize("kind", ablations.KINDS)
+def test_every_image_of_a_problem_is_replaced_and_a_text_stays(kind):
+  real = several((2, 0, 3, 1))
+  other = ablated(kind, real, num_problems=4)
+  assert [len(x.images) for x in map(other.__getitem__, range(4))] == [
+    *(2, 0, 3, 1)
+  ]
+  before, after = (
+    [images.pixel_hash(images.decode(x)) for i in range(4) for x in s[i].images]
+    for s in (real, other)
+  )
+  assert all(a != b for a, b in zip(before, after, strict=True))
+  if kind == "shuffled":
+    assert sorted(before) == sorted(after)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_derangement_changes_every_key(seed):
   rng = np.random.default_rng(seed)
@@ -130,7 +157,7 @@ def test_another_encoding_is_not_another_image():
     for i, file in enumerate(files)
   ]
   with pytest.raises(
-    ValueError, match=r"eval.ablations.*2 of 2 problems have the same"
+    ValueError, match=r"eval.ablations.*2 of 2 images are the same"
   ):
     ablated("shuffled", Problems(problems), num_problems=2)
 

@@ -226,6 +226,18 @@ def test_there_is_no_ablation_without_answers(tokenizer):
   assert evaluate.make_ablated_sources(config, Unanswered(EVERY)) == {}
 
 
+class Texts(Source):
+  """The problems of a split without their images."""
+
+  def __getitem__(self, index, /):
+    return dataclasses.replace(super().__getitem__(index), images=())
+
+
+def test_there_is_no_ablation_without_images(tokenizer):
+  config = run_of(Dicing, tokenizer).config
+  assert evaluate.make_ablated_sources(config, Texts(EVERY)) == {}
+
+
 def test_completions_come_from_all_hosts(everything, monkeypatch):
   """Two threads stand for two hosts, each with its own rows."""
   host, sent, barrier = threading.local(), {}, threading.Barrier(2)
@@ -331,9 +343,10 @@ def test_a_split_without_answers_is_written_with_a_note(tokenizer, tmp_path):
 def test_a_damaged_image_is_only_missing_from_the_report(everything):
   answer = everything.greedy[UNREADABLE]
   example = outputs.make_example(answer, everything.samples, Source(EVERY))
-  assert (example.image, example.num_samples) == ("", NUM_SAMPLES)
+  assert (example.images, example.num_samples) == ((), NUM_SAMPLES)
   whole = outputs.make_example(everything.greedy[1], [], Source(EVERY))
-  assert whole.image.startswith("data:image/")
+  (image,) = whole.images
+  assert image.startswith("data:image/")
   assert everything.greedy[TOO_LONG].outcome == "not asked"
 
 

@@ -36,13 +36,13 @@ def record(**changes):
   } | changes
 
 
-def example(image=IMAGE, num_samples=0, samples_right=0, **changes):
+def example(images=(IMAGE,), num_samples=0, samples_right=0, **changes):
   return report.Example(
     record=record(**changes),
     outcome="wrong",
     num_samples=num_samples,
     samples_right=samples_right,
-    image=image,
+    images=images,
   )
 
 
@@ -211,8 +211,10 @@ def test_an_example_shows_what_was_asked_expected_and_got():
   assert "(B) 3 \u2713" in page.text and "(C) 4 \u2717" in page.text
   assert "(A) 2 " not in page.text and "in cm" in page.text
   assert "5 of 8 right" in page.text and "5 of 8 samples are right" in text
-  _, page = pages(scores(), (), [example(extraction=None, image="")])
+  _, page = pages(scores(), (), [example(extraction=None, images=())])
   assert "nothing" in page.text and "no image" in page.text
+  two = [example(images=(IMAGE, IMAGE))]
+  assert report.render("report.html", scores(), (), two).count(IMAGE) == 2
   assert "img" not in {tag for tag, _ in page.tags}
 
 

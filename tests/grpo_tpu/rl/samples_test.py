@@ -12,6 +12,7 @@ from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rl import samples
 
 ROWS = 4  # On each of two hosts.
+TEXT = 3  # The row of a text problem.
 
 
 def pixels(row):
@@ -30,6 +31,7 @@ def prompts_of(rows):
         answer=str(row),
         question_type="free_form",
         answer_type="integer",
+        images=() if row == TEXT else (b"image",),
       )
       for row in rows
     ],
@@ -95,5 +97,8 @@ def test_every_host_gets_the_first_valid_rows_of_all(collect):
 def test_the_host_that_writes_has_all_images(collect):
   first, _ = collect(5)
   for sample, row in zip(first, [0, 2, 3, 4, 5], strict=True):
+    if row == TEXT:  # Not the empty slot beside other rows' images.
+      assert sample.image is None
+      continue
     assert sample.image is not None and sample.image.dtype == np.uint8
     np.testing.assert_array_equal(sample.image, pixels(row)[0])
