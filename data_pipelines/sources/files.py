@@ -151,14 +151,15 @@ def _choose(root: epath.Path) -> list[_File]:
       file = file._replace(split=path.parent.name)
     found += [file] if file else []
   if not found:
-    others = ", ".join(sorted(listed)[:3]) or "nothing"
+    others = ", ".join(sorted(listed)[:3]) or "none"
     rule = f"hold files that end in one of {_KNOWN}, and holds {others}"
     raise _refusal(root, rule, "unpack or convert the data, or give its folder")
   # testmini.json, not annot_testmini.json or query.json.
   named = [file for file in found if file.split] or found
   exact = {file.split for file in named if file.is_exact}
   chosen = [x for x in named if x.is_exact or x.split not in exact]
-  if left_out := [file.path.name for file in found if file not in chosen]:
+  kept = set(chosen)
+  if left_out := [file.path.name for file in found if file not in kept]:
     more = " and others" if len(left_out) > 3 else ""
     names = printable(", ".join(left_out[:3]))
     logging.info("Not read, for other files name a split: %s%s.", names, more)

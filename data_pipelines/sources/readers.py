@@ -361,9 +361,9 @@ def tar(path: epath.Path) -> Iterator[Values]:
 
   Members whose paths are equal up to the first dot of the name are a sample.
 
-  - `x.json` gives columns; any other text, such as `x.answer.txt`, one column
-    of its name. Without JSON, `x.txt` is the `question` and `x.cls` the
-    `answer`.
+  - `x.json` gives columns; any other text, such as `x.answer.txt` or
+    `x.choices.json`, one column of its name. Without JSON, `x.txt` is the
+    `question` and `x.cls` the `answer`.
   - A picture such as `x.jpg` is the column `jpg` and also `image`; several, as
     `x.0.jpg` and `x.1.jpg`, are `images`, by number. They stand in for the
     names of pictures that the JSON has there.
@@ -432,6 +432,9 @@ def _sample(
     text = content.decode("utf-8-sig", "surrogateescape").strip()
     if name == "json":
       fields = _json_row(text, f"{key}.json")
+    elif name.endswith(".json"):
+      with records.all_faults("not_a_record"):
+        row[name.removesuffix(".json")] = _parse(text)
     elif text == text.encode(errors="replace").decode():  # It was UTF-8.
       row[name.removesuffix(".txt")] = text
   if isinstance(fields, records.BadRecord):

@@ -252,6 +252,7 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     add(file, "../b.txt", b"How many?\n")
     add(file, "../b.cls", b"3")
     add(file, "c.question.txt", "é".encode())
+    add(file, "c.choices.json", b'["x"]')
     add(file, "c.npy", b"\x93NUMPY\0")
     add(file, "c.mp4", b"a" * (2**20 + 1))
     add(file, "c.zero", b"", type=tarfile.CHRTYPE)
@@ -264,7 +265,7 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     | {"image": one, "v1.png": one},
     {"pid": "s/../b", "__key__": "../b", "question": "How many?"}
     | {"answer": "3", "images": [one, two], "9.jpg": one, "10.jpg": two},
-    {"pid": "s/c", "__key__": "c", "question": "é"},
+    {"pid": "s/c", "__key__": "c", "question": "é", "choices": ["x"]},
     "not_a_record",
     {"__key__": "f", "id": 7},
   ]
@@ -318,7 +319,7 @@ def test_names_tell_the_split(tmp_path, names, splits):
     ),
     ("README.md", r"\.parquet.*holds README\.md"),
     ("images.zip", r"\.parquet.*holds images\.zip"),
-    ("", "holds nothing"),
+    ("", "holds none"),
   ],
 )
 def test_a_folder_that_cannot_be_read_says_why(tmp_path, names, words):
