@@ -1,7 +1,7 @@
 r"""Compares two mathematical expressions by value, in a worker process.
 
 math-verify's parser reads the values in them. They are compared here: exactly
-if both are rational, else to 20 digits at several points; what has no value
+if both are rational, else to 45 digits at several points; what has no value
 there is left to math-verify. Alone it is too loose for a reward: it pays
 `(1,2)` for `\{1,2\}`, 0.333333 for 1/3, `neve` for `even` and `x^2 = 5` for 5.
 The main program imports neither math-verify nor sympy, which take a second.
@@ -17,7 +17,7 @@ from data_pipelines.verifier.latex import Shape
 
 # Expressions that agree at these points are equal.
 _POINTS = (1.37, -0.73, 2.61, -3.17, 0.41)
-_DIGITS, _MAX_ERROR = 30, 1e-20
+_DIGITS, _MAX_ERROR = 60, 1e-45
 # A power or factorial with more binary digits is not computed.
 _MAX_BITS = 20_000
 _MAX_PARTS, _MAX_SYMBOLS = 24, 12
@@ -63,7 +63,7 @@ class _Comparison:
       # A set of one value is that value.
       sets = [x.parts if x.kind == "set" else (x,) for x in (gold, answer)]
       return self._pair_up(*sets)
-    if kinds & {"relation", "either"} or (gold.kind != answer.kind):
+    if kinds & {"relation", "either", "both"} or (gold.kind != answer.kind):
       return self._regions(gold, answer)
     if gold.kind == "value":
       return self._quantities(gold.text, answer.text)
@@ -129,7 +129,7 @@ class _Comparison:
       return len(names) < 2 and self._pair_up(region[1], other[1], self._bounds)
     if region or gold.kind != answer.kind:
       return False
-    if gold.kind == "either":
+    if gold.kind in ("either", "both"):
       return self._pair_up(gold.parts, answer.parts)
 
     def matches(first: tuple, second: tuple) -> bool:
@@ -336,7 +336,7 @@ def _sample(first: Expression, second: Expression) -> list[tuple] | None:
 
 
 def _value(expression: Expression, point: dict) -> Expression | None:
-  """The value at a point: exact, or to 30 digits; None if it is no number."""
+  """The value at a point: exact, or to 60 digits; None if it is no number."""
   import sympy
 
   value = expression.doit() if not point else expression

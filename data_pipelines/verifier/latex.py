@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
   Attributes:
     kind: "value", "set", "tuple", "interval", "union", "matrix", "relation",
-      "either", "equation", "system" or "word".
+      "either", "both", "equation", "system" or "word".
     parts: The parts' shapes; of a relation and an equation its sides.
     text: The text of a value or a word, the brackets of a tuple or an interval,
       the operators of a relation, the size of a matrix.
@@ -166,6 +166,7 @@ def parse(text: str) -> Shape:
     parts = tuple(parse(cell) for row in cells for cell in row)
     return Shape("matrix", parts, size)
   for pattern, make in (
+    (_RE.both, _both),
     (_RE.separator, _several),
     (_RE.relation, _relation),
     (_RE.cup, _union),
@@ -198,6 +199,15 @@ def _several(parts: list[str]) -> Shape:
   return Shape("either" if kinds <= {"relation", "interval"} else "set", shapes)
 
 
+def _both(parts: list[str]) -> Shape:
+  """The shape of two conditions, or of values, joined by "and"."""
+  several = _several(parts)
+  shapes = several.parts
+  if len(shapes) == 2 and {shape.kind for shape in shapes} == {"relation"}:
+    return Shape("both", shapes)
+  return parse(", ".join(parts))
+
+
 def _relation(parts: list[str]) -> Shape:
   """The shape of an equation or an inequality, which may be a chain."""
   sides, operators = parts[::2], parts[1::2]
@@ -214,6 +224,8 @@ def _relation(parts: list[str]) -> Shape:
     if len(names) == len(values):
       pairs = zip(names, values, strict=True)
       return Shape("system", tuple(Shape("equation", pair) for pair in pairs))
+  if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
+    sides = sides[::-1]  # 5 = x.
   first = Shape("value", text=sides[0])
   return Shape("equation", (first, *map(parse, sides[1:])))
 
@@ -242,7 +254,7 @@ def _bracketed(text: str) -> Shape | None:
     return parts[0]
   if brackets in (r"\{\}", "{}"):
     return Shape("set", parts)
-  if len(parts) < 2:
+  if len(parts) < 2 and brackets != "[]":
     return None
   if brackets in ("()", r"\langle\rangle"):
     return Shape("tuple", parts, "()")
@@ -328,6 +340,18 @@ def bounds(shape: Shape) -> tuple[str, list[Bound]] | None:
     if None in names or len(names) > 1:
       return None
     return names.pop() or "", [b for each in found if each for b in each[1]]
+  if shape.kind == "both":
+    found = [bounds(part) for part in shape.parts]
+    if any(not each or len(each[1]) > 1 for each in found):
+      return None
+    (name, [one]), (other, [two]) = sorted(
+      (each for each in found if each),
+      key=lambda each: each[1][0].low != r"-\infty",
+    )
+    is_between = one.low == r"-\infty" and two.high == r"\infty"
+    closed = two.is_closed[0], one.is_closed[1]
+    between = Bound(two.low, one.high, closed)
+    return (name, [between]) if name == other and is_between else None
   return _bounds_of_relation(shape) if shape.kind == "relation" else None
 
 

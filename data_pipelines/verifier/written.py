@@ -174,12 +174,15 @@ def _last_formula(text: str, sentence: str) -> tuple[str | None, str]:
     match = _RE.stated.match(sentence[-400:])
     is_stated = match is not None and _is_formula(match[1])
     return (clean(match[1], "expression"), "statement") if is_stated else _NONE
-  last = found[-1]
-  before = sentence[: last.start()]
-  is_only = len(found) == 1 or _RE.states.search(before)
-  if not is_only or options.is_denied(sentence, last.start()):
+  texts, start = [found[-1][0]], found[-1].start()
+  for each in reversed(found[:-1]):  # "x = 1 and x = 2" is one list.
+    if not _RE.joined.fullmatch(sentence[each.end() : start]):
+      break
+    texts, start = [each[0], *texts], each.start()
+  is_only = len(found) == len(texts) or _RE.states.search(sentence[:start])
+  if not is_only or options.is_denied(sentence, start):
     return _NONE
-  return clean(last[0], "expression"), "statement"
+  return clean(", ".join(texts), "expression"), "statement"
 
 
 def yes_or_no(answer: str) -> tuple[str, str] | None:
