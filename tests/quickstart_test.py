@@ -126,7 +126,7 @@ def write_examples(folder: pathlib.Path) -> None:
   lines = [
     {
       "question": f"Ann has {i} apples and buys 4. How many has she?",
-      "answer": f"{i} + 4 = {i + 4}.\n#### {i + 4}",
+      "answer": f"Ann has {i} + 4 = {i + 4} apples.\n#### {i + 4}",
     }
     for i in range(40)
   ]
@@ -155,7 +155,7 @@ def test_the_commands_of_the_page_on_data_prepare_data(checkout, tmp_path):
   train = stored.source(checkout / "data" / "questions", "train")
   problem = train[0]
   assert problem.answer_type == "integer" and not problem.images
-  assert f"+ 4 = {problem.answer}." in problem.solution
+  assert f"+ 4 = {problem.answer} apples." in problem.solution
   quiz = stored.source(checkout / "data" / "quiz", "train")[0]
   assert quiz.question_type == "multi_choice"
   assert quiz.answer == quiz.choices[1]
