@@ -175,15 +175,18 @@ def _walk(
   folder: epath.Path, seen: set[str], depth: int = _MAX_DEPTH
 ) -> Iterator[epath.Path]:
   """The files under a folder, except hidden ones and pictures."""
-  if depth < 0 or (place := os.path.realpath(folder)) in seen:
+  place = os.fspath(folder)
+  place = place if "://" in place else os.path.realpath(place)
+  if depth < 0 or place in seen:
     return
   seen.add(place)
   for path in folder.iterdir():
     name = path.name.lower()
     if name.startswith(".") or name.endswith(readers.PICTURES):
       continue
-    # On gs:// each question takes a while.
-    if name.endswith(tuple(readers.KINDS)) or not path.is_dir():
+    # Spark writes folders such as a.parquet. On gs:// each question takes long.
+    is_known = "://" in place and name.endswith(tuple(readers.KINDS))
+    if is_known or not path.is_dir():
       yield path
     else:
       yield from _walk(path, seen, depth - 1)

@@ -57,11 +57,15 @@ class _Remote(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(path: epath.Path) -> Iterator[IO[bytes]]:
-  """A file, of which one on gs:// is read in parts too."""
+  """A file, unpacked if it is gzip; one on gs:// is read in parts too."""
   untrusted.size_of(path)  # Refuses a pipe.
-  with path.open("rb") as file:
-    is_remote = "://" in os.fspath(path)
-    yield io.BufferedReader(_Remote(file), _BUFFER) if is_remote else file
+  with path.open("rb") as file, contextlib.ExitStack() as stack:
+    opened: Any = file
+    if "://" in os.fspath(path):
+      opened = io.BufferedReader(_Remote(file), _BUFFER)
+    if path.name.lower().endswith(".gz"):
+      opened = stack.enter_context(gzip.GzipFile(fileobj=opened))
+    yield opened
 
 
 @contextlib.contextmanager
@@ -160,11 +164,8 @@ def _checked_rows(batch: Any) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _open_text(path: epath.Path) -> Iterator[IO[str]]:
-  """A text file, unpacked if it is gzip; bytes that are no UTF-8 are kept."""
-  with _open(path) as raw, contextlib.ExitStack() as stack:
-    opened: Any = raw
-    if path.name.lower().endswith(".gz"):
-      opened = stack.enter_context(gzip.GzipFile(fileobj=raw))
+  """A text file, of which bytes that are no UTF-8 are kept."""
+  with _open(path) as opened:
     # Excel's "Unicode text" is UTF-16; "-sig" drops a byte order mark.
     is_wide = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
     opened.seek(0)
@@ -376,6 +377,7 @@ def tar(path: epath.Path) -> Iterator[Values]:
     _Bounded(cast(io.RawIOBase, opened), _BUFFER) as bounded,
     tarfile.open(fileobj=bounded, mode="r:") as file,
   ):
+    shard = re.split(r"(?i)\.tar", path.name)[0]
     samples = itertools.groupby(_members(file), lambda x: _key_and_name(x)[0])
     for key, members in samples:
       try:
@@ -384,7 +386,7 @@ def tar(path: epath.Path) -> Iterator[Values]:
         yield error
         continue
       # Each shard may count its samples from 0.
-      pid = {} if "id" in row else {"pid": f"{path.stem}/{key}"}
+      pid = {} if "id" in row else {"pid": f"{shard}/{key}"}
       yield {**pid, **row, "__key__": key}
     # A damaged header ends the members too.
     bounded.seek(file.offset)

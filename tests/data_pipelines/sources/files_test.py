@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from etils.epath import backend
 from PIL import Image
 
 from data_pipelines import images, records, validation
-from data_pipelines.sources import files, intake, readers, stored
+from data_pipelines.sources import files, mathvista, readers, stored
 
 
 def make_image(shade=0):
@@ -71,11 +72,20 @@ def read(folder, split="testmini"):
   """The problems, with the reason in place of each bad record."""
   found = []
   for raw in files.find(folder).readers[split]():
-    try:
-      found.append(intake._problem(raw))
-    except records.BadRecord as error:
-      found.append(error.reason)
+    raw = problem(raw)
+    found.append(raw.reason if isinstance(raw, records.BadRecord) else raw)
   return found
+
+
+def problem(raw):
+  """The problem of a record in MathVista's schema, or why it is none."""
+  try:
+    with records.all_faults():
+      if isinstance(raw, files.Row):
+        return mathvista.to_problem(raw.values, raw.read)
+  except records.BadRecord as error:
+    return error
+  return raw
 
 
 def as_github(snapshot, folder):
@@ -130,6 +140,13 @@ def gzipped(path, rows):
   frame(rows).to_json(f"{path}.jsonl.gz", orient="records", lines=True)
 
 
+def pack(path, rows):
+  write_tar(path, rows)
+  content = pathlib.Path(f"{path}.tar").read_bytes()
+  pathlib.Path(f"{path}.tar").unlink()
+  pathlib.Path(f"{path}.tar.gz").write_bytes(gzip.compress(content))
+
+
 def in_folder(write):
   def make(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +188,7 @@ WRITERS = {
     f"{p}.tsv", index=False, sep="\t", encoding="utf-16"
   ),
   "tar": write_tar,
+  "tar, gzip": pack,
 }
 WRITERS = {kind: in_folder(write) for kind, write in WRITERS.items()}
 
@@ -287,6 +305,7 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     ("train/validation.csv train/a.csv", {"train": 1, "validation": 0}),
     ("train2017.json", {"train": 0}),
     ("README.md .cache/a.json images/a.png x.jsonl data.zip", {"": "x.jsonl"}),
+    ("train.parquet/part-0.parquet train.parquet/_SUCCESS", {"train": 0}),
     ("dataset_infos.json cache-1.arrow data.arrow", {"": "data.arrow"}),
   ],
 )
@@ -574,14 +593,15 @@ def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
 
 @pytest.mark.parametrize(
   "image",
-  [None, 3, "", "images/9.jpg", "images", "images/\0.jpg", "x" * 5000],
+  [None, 3, "", "images/9.jpg", "images", "images/\0.jpg", "x" * 5000 + ".jpg"],
 )
 def test_an_image_that_is_not_there_is_missing(tmp_path, image):
   github(tmp_path, {"1": {**ENTRY, "image": image}, "2": ENTRY})
   missing, there = read(tmp_path)
-  assert missing == "missing_image" and there.pid == "2"
-  _, rejects = intake.check_records(files.find(tmp_path).readers)
-  assert [reject["pid"] for reject in rejects] == ["1"]
+  assert there.pid == "2"
+  # Without any name the problem has no picture.
+  nameless = image in (None, "") and missing.images == ()
+  assert nameless or missing == "missing_image"
 
 
 def test_an_image_must_be_a_regular_file_of_limited_size(tmp_path, monkeypatch):
@@ -594,12 +614,12 @@ def test_an_image_must_be_a_regular_file_of_limited_size(tmp_path, monkeypatch):
   os.mkfifo(folder / "images" / "pipe.jpg")
   (folder / "images" / "large.jpg").write_bytes(bytes(1001))
   (folder / "images" / "gone.jpg").symlink_to(folder / "nothing")
-  kept, rejects = intake.check_records(files.find(folder).readers)
-  assert [record.pid for record in kept] == ["1"]
-  assert [each["reason"] for each in rejects] == ["missing_image"] * 4
+  *rejects, kept = map(problem, files.find(folder).readers["testmini"]())
+  assert kept.pid == "1"
+  assert [each.reason for each in rejects] == ["missing_image"] * 4
   rules = ("regular file", "regular file", "at most 1000", "No such file")
   for each, rule in zip(rejects, rules, strict=True):
-    assert rule in each["detail"]
+    assert rule in each.detail
 
 
 def test_an_image_outside_the_folder_is_never_read(tmp_path):
@@ -621,15 +641,12 @@ def test_an_entry_that_is_no_problem_says_why(tmp_path, entry, reason):
   assert read(github(tmp_path, {"1": entry})) == [reason]
 
 
-def test_a_pid_that_is_given_twice_is_a_duplicate(tmp_path):
+def test_a_pid_that_is_given_twice_is_read_twice(tmp_path):
   """A plain parser would silently keep the last one."""
   other = json.dumps({**ENTRY, "answer": "4"})
   text = f'{{"1": {json.dumps(ENTRY)}, "1": {other}}}'
-  kept, rejects = intake.check_records(
-    files.find(github(tmp_path, text)).readers
-  )
-  assert [(record.pid, record.key[1]) for record in kept] == [("1", 0)]
-  assert [(r["pid"], r["reason"]) for r in rejects] == [("1", "duplicate_pid")]
+  found = read(github(tmp_path, text))
+  assert [(each.pid, each.answer) for each in found] == [("1", "3"), ("1", "4")]
 
 
 def test_a_field_that_is_given_twice_makes_a_bad_record(tmp_path):
@@ -762,7 +779,7 @@ def test_datasets_and_the_builder_read_the_same_records(
     for split in ("testmini", "test")
   }
   ours = {
-    split: [intake._problem(row) for row in reader()]
+    split: [problem(row) for row in reader()]
     for split, reader in files.find(snapshot).readers.items()
   }
   assert ours == theirs
