@@ -324,7 +324,8 @@ def table(path: epath.Path) -> Iterator[Values]:
     # Where the comma is decimal, Excel writes semicolons.
     delimiter = "\t" if is_tsv else max(",;\t", key=first.count)
     lines = itertools.chain([first], iter(lambda: _line(text), ""))
-    rows = csv.reader(cast(Iterable[str], lines), delimiter=delimiter)
+    given = cast(Iterable[str], lines)
+    rows = csv.reader(given, delimiter=delimiter, strict=True)
     header = [
       name.strip() or f"Unnamed: {index}"
       for index, name in enumerate(next(rows, []))
@@ -339,9 +340,13 @@ def table(path: epath.Path) -> Iterator[Values]:
         detail += f"has {len(row)} fields, and the first {len(header)}"
       except StopIteration:
         return
-      except (csv.Error, UnicodeEncodeError):
+      except (csv.Error, UnicodeEncodeError) as error:
+        if "end of data" in str(error):  # The rest of the file is one field.
+          raise ValueError(
+            f"{detail}opens a quote that nothing closes"
+          ) from error
         row = None
-        detail += f"is not UTF-8, or a line has over {MAX_LINE} characters"
+        detail += f"is no CSV in UTF-8, or over {MAX_LINE} characters long"
       if row is not None and len(row) == len(header):
         yield dict(zip(header, row, strict=True))
       elif row != []:

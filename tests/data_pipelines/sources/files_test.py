@@ -304,6 +304,7 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     ("pretrain.jsonl contest.jsonl", {"": "contest.jsonl pretrain.jsonl"}),
     ("train/validation.csv train/a.csv", {"train": 1, "validation": 0}),
     ("train2017.json", {"train": 0}),
+    ("train/test/a.csv", {"test": 0}),
     ("README.md .cache/a.json images/a.png x.jsonl data.zip", {"": "x.jsonl"}),
     ("train.parquet/part-0.parquet train.parquet/_SUCCESS", {"train": 0}),
     ("dataset_infos.json cache-1.arrow data.arrow", {"": "data.arrow"}),
@@ -462,7 +463,15 @@ def test_text_that_is_no_utf8_costs_its_row(tmp_path, suffix):
 )
 @pytest.mark.parametrize(
   "bad",
-  [b'{"a": 3', b'{"a": 1, "a": 2}', b"[1]", b"\xff,1", b"[" * 10**5, b"1,2,3"],
+  [
+    b'"3" 4',
+    b'{"a": 3',
+    b'{"a": 1, "a": 2}',
+    b"[1]",
+    b"\xff,1",
+    b"[" * 10**5,
+    b"1,2,3",
+  ],
 )
 def test_a_bad_line_costs_itself_alone(tmp_path, name, content, bad):
   (tmp_path / name).write_bytes(content % bad)
@@ -503,6 +512,7 @@ def test_a_json_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
     ("a.arrow", b"ARROW1\0\0"),
     ("a.jsonl.gz", b"\x1f\x8b\x08"),
     ("a.csv", b"a,a\n1,2\n"),
+    ("a.csv", b'a,b\n1,"2\n3,4\n'),
     ("a.json", b'{"a": [{"b": 1}], "c": [{"d": 1}]}'),
     ("a.json", b"3"),
     ("a.tar", b"a" * 1024),
