@@ -101,3 +101,42 @@ def test_a_wrong_flag_exits_64_and_says_why(tmp_path, args, said):
   assert done.returncode == 64
   assert said in done.stderr and "Traceback" not in done.stderr
   assert list(tmp_path.iterdir()) == []
+
+
+def test_the_guess_of_the_columns_is_said_and_can_be_overruled(tmp_path):
+  rows = [
+    {"frage": f"What is {i} + 1?", "problem": "none", "richtig": i + 1}
+    for i in range(20)
+  ]
+  source = tmp_path / "quiz.jsonl"
+  source.write_text("\n".join(map(json.dumps, rows)))
+  args = [f"--source={source}", "--eval_fraction=0", "--vocab_size=512"]
+  columns = "--columns=question=frage,answer=richtig"
+  done = run(f"--data_dir={tmp_path / 'data'}", *args, columns)
+  assert done.returncode == 0, done.stderr
+  assert "Columns: question=frage, answer=richtig" in done.stderr
+  assert "metadata: problem." in done.stderr
+  done = run(f"--data_dir={tmp_path / 'data'}", *args, "--overwrite")
+  assert done.returncode == 64 and "Traceback" not in done.stderr
+  assert "no column of frage, problem, richtig seems" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "args, said",
+  [
+    (["--columns=answer=final"], "final is none of label, question."),
+    (["--columns=gold=label"], "gold is none of pid, question, context"),
+    (["--columns=label"], "must be pairs of ours=theirs"),
+    (["--columns=answer=label,answer=question"], "each name once"),
+    (["--source=train=a.jsonl,dev=b.jsonl"], "must be pairs of train, eval"),
+    (["--tolerance=1"], "tolerance (1.0) must be"),
+  ],
+)
+def test_a_wrong_column_or_source_exits_64_and_says_which_there_are(
+  tmp_path, args, said
+):
+  source = tmp_path / "quiz.jsonl"
+  source.write_text('{"question": "q", "label": 1}\n')
+  done = run(f"--data_dir={tmp_path / 'data'}", f"--source={source}", *args)
+  assert done.returncode == 64 and "Traceback" not in done.stderr
+  assert said in done.stderr and done.stderr.count("\n") == 1
