@@ -25,7 +25,9 @@ def machine(compiled, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def new_pod(machine, tmp_path_factory):
-  return lambda: pods.Pod(machine, tmp_path_factory.mktemp("pod") / "a run")
+  return lambda *settings: pods.Pod(
+    machine, tmp_path_factory.mktemp("pod") / "a run", *settings
+  )
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,22 @@ def test_a_run_that_is_killed_and_killed_again_is_the_unbroken_one(
   pod.finish(TWO)
   assert pod.rows() == two.rows()
   assert pod.samples() == two.samples()
+
+
+@pytest.mark.nightly
+def test_a_mixture_of_pictures_and_text_is_the_same_on_any_hosts(
+  machine, new_pod
+):
+  """Also after the second of two hosts is killed while both sample."""
+  alone = new_pod(machine.mixture()).finish(ALONE)
+  two = new_pod(machine.mixture()).finish(TWO)
+  assert_same_run(two, alone)
+  shares = [row["data/sums/share"] for row in two.rows()[1:]]
+  assert shares == [2 / 8, 3 / 8, 2 / 8, 2 / 8, 3 / 8]
+  sets = [sample["pid"].partition("/")[0] for sample in two.samples()]
+  assert (sets.count("data"), sets.count("sums")) == (28, 12)
+  broken = new_pod(machine.mixture())
+  assert broken.start(TWO, "kill@4:1:rollout+0.2") != 0
+  broken.finish(TWO)
+  assert broken.rows() == two.rows()
+  assert broken.samples() == two.samples()

@@ -67,17 +67,34 @@ class Machine:
       "JAX_COMPILATION_CACHE_DIR": compiled,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    subprocess.run(
-      [
-        *(sys.executable, "-m", "data_pipelines.prepare"),
-        *("--source=synthetic", f"--data_dir={self.data}"),
-        *("--num_problems=300", "--kinds=color,count", "--image_size=48"),
-        "--multi_choice_share=0",
-      ],
-      cwd=ROOT,
-      check=True,
-      capture_output=True,
+    _prepare(
+      *("--source=synthetic", f"--data_dir={self.data}"),
+      *("--num_problems=300", "--kinds=color,count", "--image_size=48"),
+      "--multi_choice_share=0",
     )
+
+  def mixture(self) -> str:
+    """The setting for seven prompts with a picture to three of text."""
+    text = self.data.with_name("sums")
+    lines = [
+      json.dumps({"question": f"{n} + {n % 7}?", "answer": n + n % 7})
+      for n in range(100)
+    ]
+    source = self.data.with_name("sums.jsonl")
+    source.write_text("\n".join(lines))
+    if not text.exists():
+      _prepare(f"--source={source}", f"--data_dir={text}")
+    dirs = ((str(self.data), 0.7), (str(text), 0.3))
+    return f"--config.data.dirs={dirs}"
+
+
+def _prepare(*arguments: str) -> None:
+  subprocess.run(
+    [sys.executable, "-m", "data_pipelines.prepare", *arguments],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+  )
 
 
 class Pod:
@@ -88,6 +105,8 @@ class Pod:
   ) -> None:
     self.workdir = workdir
     self._machine, self._settings = machine, settings
+    if not any(each.startswith("--config.data.dir") for each in settings):
+      self._settings = (*settings, f"--config.data.dir={machine.data}")
 
   def start(self, topology: Topology, fault: str = "") -> int:
     """Trains until the end or the fault; the exit code of the pod."""
@@ -97,7 +116,6 @@ class Pod:
         *("-n", str(topology.hosts), "-m", str(topology.devices), "--"),
         *TINY,
         f"--workdir={self.workdir}",
-        f"--config.data.dir={self._machine.data}",
         f"--config.mesh.fsdp={topology.fsdp}",
         f"--config.mesh.tensor={topology.tensor}",
         f"--config.mesh.replica={topology.replica}",
