@@ -204,7 +204,8 @@ def _report(
     lengths = index.lengths[each.start : each.stop]
     remedy = "leave it out, or use another model or longer prompts"
     rule = f"name data with records that can be used, and {name} has none"
-    require((lengths > 0).any(), "data.dirs", list(builder.sets), rule, remedy)
+    holds = bool((lengths > 0).any())
+    require(holds, "data.dirs", list(builder.sets), rule, remedy)
   if builder.split:
     message = "%s: %d of %d problems can be used%s."
     logging.info(message, builder.split, usable, count, listed)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from data_pipelines.validation import (
   interval,
   is_path,
   one_of,
-  require,
   require_all,
   require_one_of,
 )
@@ -112,24 +111,10 @@ class DataConfig:
     """The data dirs with their weights; () for the synthetic set."""
     return self.dirs or (((self.dir, 1.0),) if self.dir else ())
 
-  def _check_dirs(self) -> None:
-    names = [folder for folder, _ in self.dirs]
-    holds = not (self.dirs and self.dir)
-    rule = "be empty beside data.dirs"
-    require(holds, "data.dir", self.dir, rule, "add it to data.dirs instead")
-    for folder, weight in self.dirs:
-      require(bool(folder.strip()), "data.dirs", self.dirs, "name folders", "")
-      holds = math.isfinite(weight) and weight > 0
-      rule = f"give {folder!r} a finite weight above 0"
-      remedy = "set its weight, or leave it out"
-      require(holds, "data.dirs", self.dirs, rule, remedy)
-    is_once = len({os.path.realpath(name) for name in names}) == len(names)
-    remedy = "add the weights of the one that is there twice"
-    require(is_once, "data.dirs", self.dirs, "name each folder once", remedy)
-
   def __post_init__(self):
     check_fields(self, "data")
-    self._check_dirs()
+    weights = [weight for _, weight in self.dirs]
+    folders = {os.path.realpath(folder) for folder, _ in self.dirs}
     name, known = self.prompt_template, (*chat_prompts.TEMPLATES, "PATH.jinja")
     if not name.endswith(template_files.SUFFIX):
       require_one_of("data.prompt_template", name, known)
@@ -138,6 +123,19 @@ class DataConfig:
     require_all(
       self,
       "data",
+      ("dir", not (self.dir and self.dirs), "be empty beside data.dirs", "''"),
+      (
+        "dirs",
+        len(folders) == len(self.dirs) and all(x.strip() for x, _ in self.dirs),
+        "name each folder once",
+        _DIRS["like"],
+      ),
+      (
+        "dirs",
+        all(0 < weight < math.inf for weight in weights),
+        "have finite weights above 0",
+        _DIRS["like"],
+      ),
       (
         "prompt_buckets",
         bool(lengths) and ascend,
@@ -193,19 +191,16 @@ class ModelInputs:
 
 
 def recorded_dirs(
-  settings: Mapping[str, Any], source: str
-) -> list[tuple[str, float]]:
-  """The data dirs in the `data` settings of a run's record, with weights.
+  settings: dict[str, Any], source: str
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+  """`dir` and `dirs` in the `data` settings of a run's record.
 
   Raises:
     ValueError: The record, named `source`, holds something else.
   """
-  dirs = []
-  for pair in settings.get("dirs", ()):
-    untrusted.check_kind(pair, list, f"'dirs' in {source}")
-    name, weight = pair if len(pair) == 2 else (None, None)
-    untrusted.check_kind(name, str, f"'dirs' in {source}")
-    untrusted.check_kind(weight, float, f"'dirs' in {source}")
-    dirs.append((name, weight))
+  dirs = untrusted.get_field({"dirs": [], **settings}, "dirs", list, source)
+  untrusted.check_items(dirs, list, source)
+  untrusted.check_items([folder for folder, _ in dirs], str, source)
+  untrusted.check_items([weight for _, weight in dirs], float, source)
   folder = untrusted.get_field(settings, "dir", str, source)
-  return dirs or ([(folder, 1.0)] if folder else [])
+  return folder, tuple((name, weight) for name, weight in dirs)

@@ -5,11 +5,12 @@ Knows nothing of prompts or batches.
 
 import bisect
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -32,13 +33,16 @@ class Mixture:
     sets: The indices of each data set's problems, by its name.
   """
 
-  def __init__(self, sources: Mapping[str, records.Source]):
-    self._sources = dict(sources)
-    ends = np.cumsum([len(source) for source in sources.values()]).tolist()
-    self._ends = ends
+  def __init__(
+    self, sources: Mapping[str, records.Source], counts: Mapping[str, int] = {}
+  ):
+    """Takes the first `counts` problems of a source, or all of them."""
+    self._sources = sources
+    sizes = [counts.get(name, len(each)) for name, each in sources.items()]
+    ends = self._ends = list(itertools.accumulate(sizes))
     self.sets = {
-      name: range(start, end)
-      for name, start, end in zip(sources, [0, *ends], ends, strict=False)
+      name: range(end - size, end)
+      for name, size, end in zip(sources, sizes, ends, strict=True)
     }
 
   def __len__(self) -> int:
@@ -52,16 +56,12 @@ class Mixture:
 
   def first(self, count: int) -> "Mixture":
     """At most `count` problems, as many of each set as its size allows."""
-    taken = dict.fromkeys(self._sources, 0)
+    counts: dict[str, int] = {}
     # The smallest sets first, so that the others share what these leave over.
-    by_size = sorted(self.sets, key=lambda name: len(self.sets[name]))
-    for number, name in enumerate(by_size):
-      rest = count - sum(taken.values())
-      fair = rest // (len(by_size) - number)
-      taken[name] = min(len(self.sets[name]), fair)
-    return Mixture(
-      {name: _First(self._sources[name], x) for name, x in taken.items() if x}
-    )
+    for name in sorted(self.sets, key=lambda name: len(self.sets[name])):
+      fair = (count - sum(counts.values())) // (len(self.sets) - len(counts))
+      counts[name] = min(len(self.sets[name]), fair)
+    return Mixture(self._sources, counts)
 
 
 def _rename(problem: records.Problem, name: str) -> records.Problem:
@@ -69,20 +69,6 @@ def _rename(problem: records.Problem, name: str) -> records.Problem:
   metadata = {**problem.metadata, "data_set": name}
   pid = f"{name}/{problem.pid}"
   return dataclasses.replace(problem, pid=pid, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-  """The first problems of a source."""
-
-  source: records.Source
-  count: int
-
-  def __len__(self) -> int:
-    return self.count
-
-  def __getitem__(self, index: int, /) -> records.Problem:
-    return self.source[index]
 
 
 def first(problems: records.Source, count: int) -> records.Source:
@@ -106,37 +92,27 @@ class Order:
 
   def __init__(self, shares: Sequence[int]):
     """Shares are whole numbers; the order repeats after their sum."""
-    self._shares = tuple(shares)
-    self._sets, self._earlier = zip(*_quota_order(shares), strict=True)
+    self._shares, self._period = tuple(shares), list[tuple[int, int]]()
+    total, asked = sum(shares), [0] * len(shares)
+    for position in range(total):
+      # A set's next turn comes before `(asked + 1) * total / share`. Of those
+      # that would not get ahead by one, the first to be late goes first.
+      _, number = min(
+        (-(-(count + 1) * total // share), number)
+        for number, (count, share) in enumerate(zip(asked, shares, strict=True))
+        if count * total < share * (position + 1)
+      )
+      self._period.append((number, asked[number]))
+      asked[number] += 1
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, position: int) -> tuple[int, int]:
     """The number of the data set, and how often it has been asked before."""
-    period, rest = divmod(position, len(self._sets))
-    number = self._sets[rest]
-    return number, period * self._shares[number] + self._earlier[rest]
-
-
-def _quota_order(shares: Sequence[int]) -> Iterator[tuple[int, int]]:
-  """One period: each position's set, and how often it was asked before.
-
-  Of the sets that would not get ahead by one, that goes first which would be
-  the first to fall behind by one.
-  """
-  total = sum(shares)
-  asked = [0] * len(shares)
-  for position in range(total):
-    # Once more is due after `asked * total / share` positions, and late at the
-    # end of the next such span.
-    _, number = min(
-      (-(-(count + 1) * total // share), number)
-      for number, (count, share) in enumerate(zip(asked, shares, strict=True))
-      if count * total < share * (position + 1)
-    )
-    yield number, asked[number]
-    asked[number] += 1
+    periods, rest = divmod(position, len(self._period))
+    number, asked = self._period[rest]
+    return number, periods * self._shares[number] + asked
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -175,11 +151,9 @@ def names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
 def problems_by_pid(
   data_dirs: str | os.PathLike[str], pids: Collection[str]
 ) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from all splits of a run's data dirs.
+  """Reads the problems of some pids from a run's data dirs, by pid.
 
-  Args:
-    data_dirs: A data dir, or those of a mixture with commas between them.
-    pids: As in the run.
+  `data_dirs` has commas between those of a mixture.
 
   Raises:
     ValueError: A folder holds no prepared problems.
@@ -189,10 +163,9 @@ def problems_by_pid(
   folders = [validation.to_path("data_dir", part) for part in parts]
   if len(folders) == 1:
     return stored.problems_by_pid(folders[0], pids)
-  problems = {}
+  found = []
   for name, folder in zip(names(folders), folders, strict=True):
     own = {x.removeprefix(f"{name}/") for x in pids if x.startswith(f"{name}/")}
-    for problem in stored.problems_by_pid(folder, own).values():
-      renamed = _rename(problem, name)
-      problems[renamed.pid] = renamed
-  return problems
+    problems = stored.problems_by_pid(folder, own).values()
+    found += [_rename(problem, name) for problem in problems]
+  return {problem.pid: problem for problem in found}

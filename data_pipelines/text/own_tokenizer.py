@@ -54,8 +54,8 @@ def find(weights: str) -> Found:
     settings = untrusted.get_field(settings, "data", dict, source)
     name = untrusted.get_field(settings, "tokenizer", str, source)
     if not name and OF_TOKENIZER not in identity:
-      folders = [folder for folder, _ in recorded_dirs(settings, source)]
-      folder = folders[0] if folders else workdir / "data"
+      folder, dirs = recorded_dirs(settings, source)
+      folder = dirs[0][0] if dirs else folder or workdir / "data"
       name = str(pathlib.Path(folder) / _NAMES[0])
     if name:
       return Found(name, fingerprint)

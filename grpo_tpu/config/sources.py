@@ -7,12 +7,12 @@ run is evaluated and exported at its newest checkpoint.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from data_pipelines.settings import DataConfig, recorded_dirs
+from data_pipelines.settings import recorded_dirs
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.config.schema import Config
 from grpo_tpu.observability import run_record
@@ -122,26 +122,15 @@ def _with_run(
   data, export = config.data, config.export
   saved = trained.get("data")
   if saved and not data.weighted_dirs:
-    data = _with_dirs(data, recorded_dirs(saved, "the record of the run"))
+    folder, dirs = recorded_dirs(saved, "the record of the run")
+    data = dataclasses.replace(data, dir=folder, dirs=dirs)
+    logging.info("Reads the data of the run: %s.", folder or dirs or "drawn")
   scheme, _, start = trained.get("model", {}).get("weights", "").partition(":")
   is_folder = scheme == "hf" and pathlib.Path(start).is_dir()
   if is_folder and not export.tokenizer_dir:
     export = dataclasses.replace(export, tokenizer_dir=start)
   model = dataclasses.replace(config.model, weights=weights)
   return dataclasses.replace(config, model=model, data=data, export=export)
-
-
-def _with_dirs(
-  data: DataConfig, dirs: Sequence[tuple[str, float]]
-) -> DataConfig:
-  """The settings with a run's data dirs; those of a drawn set have none."""
-  if not dirs:
-    return data
-  if len(dirs) > 1:
-    logging.info("Reads the data of the run: data.dirs=%s.", tuple(dirs))
-    return dataclasses.replace(data, dirs=tuple(dirs))
-  logging.info("Reads the data of the run: data.dir=%s.", dirs[0][0])
-  return dataclasses.replace(data, dir=dirs[0][0])
 
 
 def _describe_data(config: Config, mode: str) -> str:

@@ -137,18 +137,6 @@ def reward_statistics(
   return metrics
 
 
-_OF_ACCURACY = (
-  *("rollout/accuracy", "reward/accuracy_mean", "reward/accuracy_std"),
-  *("rollout/all_right_fraction", "rollout/all_wrong_fraction"),
-  "rollout/mixed_fraction",
-)
-
-
-def without_accuracy(metrics: Metrics) -> Metrics:
-  """The metrics of a batch of which no answer can be checked."""
-  return {k: value for k, value in metrics.items() if k not in _OF_ACCURACY}
-
-
 @jax.jit
 def rollout_statistics(
   mask: Bool[Array, "B G T"],

@@ -317,15 +317,20 @@ class Collector:
     known = sharding.device_put_batch(mesh, is_known)[:, None] & groups.valid
     metrics = diagnostics.reward_statistics(rewards, groups.valid, known)
     if not has_known:
-      metrics = diagnostics.without_accuracy(metrics)
+      metrics = {k: x for k, x in metrics.items() if k not in _ACCURACIES}
     rows = {
       "reward": (rewards["total"], groups.valid),
       "accuracy": (rewards["accuracy"], known),
     }
     own = sharding.local_rows(mesh, rows) if prompts.sets else {}
-    return metrics | set_metrics.set_metrics(self._gather, prompts, own)
+    return {**metrics, **set_metrics.set_metrics(self._gather, prompts, own)}
 
 
+_ACCURACIES = (
+  "rollout/accuracy",
+  "reward/accuracy_mean",
+  "reward/accuracy_std",
+)
 _SUMMED = ("reward/errors",)
 _AVERAGED = (
   *("perf/rollout_tokens_per_second", "perf/live_row_share"),

@@ -118,11 +118,14 @@ def test_terms_are_those_of_any_set(copied):
 @pytest.mark.parametrize(
   ("dirs", "fault"),
   [
-    ([("a", 1.0), ("a/../a", 2.0)], "must name each folder once; add the w"),
-    ([("a", 0.0)], "must give 'a' a finite weight above 0; set its weight"),
-    ([("a", float("nan"))], "must give 'a' a finite weight above 0"),
-    ([("a", float("inf"))], "must give 'a' a finite weight above 0"),
-    ([("", 1.0)], "must name folders"),
+    (
+      [("a", 1.0), ("a/../a", 2.0)],
+      "must name each folder once; set data.dirs=",
+    ),
+    ([("a", 0.0)], "must have finite weights above 0; set data.dirs="),
+    ([("a", float("nan"))], "must have finite weights above 0"),
+    ([("a", float("inf"))], "must have finite weights above 0"),
+    ([("", 1.0)], "must name each folder once"),
     (["a", "b"], r"must be of type a tuple.*like \(\(\"/data/geo\", 0.7\), \("),
     ([("a", "b")], r"must be of type float.*like \(\(\"/data/geo\", 0.7\), \("),
     ([("a", 1.0, 2.0)], "must be of type a tuple of str and float"),
