@@ -16,7 +16,8 @@ from data_pipelines.verifier import numbers, options
 _LETTERED = re.compile(r"\s*\(?([A-Z])\s?[.):\u3001\uff1a\uff0e]\s*(?=\S)")
 # "A. 12", "(A) 12", "A:12", at the start of a line or behind a blank.
 _MARKER = re.compile(
-  r"(?:^|(?<=[\s;,|]))(?:\(([A-Z])\)|([A-Z])\s?[.):\u3001\uff1a\uff0e])[^\S\n]*",
+  r"(?:(?:^|(?<=[\s;,|]))(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])\s?[.):\uff1a])"
+  r"|(?P<c>[A-Z])[\u3001\uff0e])[^\S\n]*",
   re.MULTILINE,
 )
 _HEADING = re.compile(
@@ -122,12 +123,12 @@ def split_lettered(
   """
   if len(text) > _MAX_LETTERED:
     return None
-  marks = list(_MARKER.finditer(text))
-  starts = [i for i, mark in enumerate(marks) if (mark[1] or mark[2]) == "A"]
+  marks = [(m[m.lastgroup or 0], m) for m in _MARKER.finditer(text)]
+  starts = [i for i, (letter, _) in enumerate(marks) if letter == "A"]
   for start in starts[:-_MAX_STARTS:-1]:
-    chain = [marks[start]]
-    for mark in marks[start + 1 :]:
-      if (mark[1] or mark[2]) == chr(65 + len(chain)):
+    chain = [marks[start][1]]
+    for letter, mark in marks[start + 1 :]:
+      if letter == chr(65 + len(chain)):
         chain.append(mark)
     ends = [mark.start() for mark in chain[1:]] + [len(text)]
     parts = [text[m.end() : e] for m, e in zip(chain, ends, strict=True)]
@@ -135,8 +136,8 @@ def split_lettered(
     parts = [part.strip().rstrip(";,|").strip() for part in parts]
     if len(chain) > 1 and all(parts):
       before = _HEADING.sub("", text[: chain[0].start()]).rstrip()
-      letters = [mark[1] or mark[2] for mark in chain]
-      return before, list(zip(letters, parts, strict=True)), rest.strip()
+      lettered = [(chr(65 + i), part) for i, part in enumerate(parts)]
+      return before, lettered, rest.strip()
   return None
 
 

@@ -29,7 +29,7 @@ _CHARTQA = (
 )
 # A reply with more words is a demonstration, no text to compare with.
 _MAX_REPLY_WORDS = 5
-_LETTER = re.compile(r"\(?([A-Ha-h])(?![A-Za-z])")
+_LETTER = re.compile(r"\(?([A-Ha-h])(?:[).:\uff0e]|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +365,7 @@ class _Row:
       named = _LETTER.match(gold.unwrap(value)[0])
     # The options may stand in the question: "A. 12 cm".
     split = choices.split_lettered(problem.question) if named else None
-    if named and split and named[1].upper() in dict(split[1]):
+    if named and split:
       letters, texts = zip(*split[1], strict=True)
       if not any(records.IMAGE_MARK in text for text in texts):
         found = choices.Choices(texts, letters)

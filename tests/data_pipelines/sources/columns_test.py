@@ -146,6 +146,26 @@ def test_an_option_is_named_by_letter_or_text(gold):
     assert (made.answer, made.question_type) == ("7 cm", "multi_choice")
 
 
+@pytest.mark.parametrize(
+  "asked",
+  [
+    *(
+      "q\nA. 3\nB. 4\nC. 5",
+      "q Choices: (A) 3 (B) 4 (C) 5",
+      "q A: 3; B: 4; C: 5",
+    ),
+    *("q\nChoices:\nA:3\nB:4\nC:5", "q\uff08\uff09\nA\uff0e3B\uff0e4C\uff0e5"),
+    "q\n**Options:**\nA) 3, B) 4, C) 5",
+  ],
+)
+def test_options_in_the_question_are_taken_out_of_it(asked):
+  made = problem(question=asked, answer="B")
+  assert made.question.rstrip("\uff08\uff09") == "q"
+  assert (made.choices, made.answer) == (("3", "4", "5"), "4")
+  assert reject(question=asked, answer="D").reason == "answer_not_in_choices"
+  assert problem(question=asked, answer="Bob").answer_type == "text"
+
+
 def test_whole_numbers_count_the_options_where_they_are_no_options():
   rows = [
     {"question": "q", "choices": ["x", "y", "z"], "answer": i} for i in (0, 2)
@@ -153,6 +173,9 @@ def test_whole_numbers_count_the_options_where_they_are_no_options():
   assert [each.answer for each in problems(rows)] == ["x", "z"]
   rows = [{**row, "answer": str(row["answer"] + 1)} for row in rows]
   assert [each.answer for each in problems(rows)] == ["x", "z"]
+  counted = [{**row, "answer": i + 1} for i, row in enumerate(rows * 2)]
+  counted[3]["answer"] = 3
+  assert [x.answer for x in problems(counted)] == ["x", "y", "z", "z"]
   numbers = [{**row, "choices": ["1", "2.0", "3"]} for row in rows]
   assert [each.answer for each in problems(numbers)] == ["1", "3"]
 
