@@ -101,7 +101,7 @@ def test_word_problems_train_and_a_killed_run_resumes(program, words, tmp_path):
   assert sum(counts(words).values()) == 160
   problem = stored.source(words, "train")[0]
   assert problem.answer_type == "integer" and problem.images == ()
-  assert problem.solution and "<<" not in problem.solution
+  assert problem.solution.endswith(f"#### {problem.answer}")
   given = (
     *SETTINGS,
     f"--config.data.dir={words}",
@@ -115,26 +115,34 @@ def test_word_problems_train_and_a_killed_run_resumes(program, words, tmp_path):
   assert_same(killed.start(), unbroken)
 
 
-def test_a_drawn_task_trains_on_its_own_scorer(program, tmp_path):
+@pytest.fixture
+def puzzles(program, tmp_path) -> pathlib.Path:
   pytest.importorskip("reasoning_gym", reason="set-up could not build it here")
-  data = tmp_path / "data"
   program.run(
     *("data_pipelines.prepare", "--source=reasoning_gym:gcd,spell_backward"),
-    *(f"--data_dir={data}", "--num_problems=160"),
+    *(f"--data_dir={tmp_path / 'data'}", "--num_problems=160"),
   )
-  assert sum(counts(data).values()) == 160
-  problems = [stored.source(data, "train")[i] for i in range(8)]
+  return tmp_path / "data"
+
+
+def test_answers_to_drawn_puzzles_are_judged_by_their_scorer(puzzles):
+  assert sum(counts(puzzles).values()) == 160
+  problems = [stored.source(puzzles, "train")[i] for i in range(8)]
   right = [f"I find <answer>{each.answer}</answer>" for each in problems]
-  verdicts = verify.verify_all(
-    right + [f"{x} or 2" for x in right], problems * 2
-  )
-  assert [each.correct for each in verdicts[:8]] == [True] * 8
+  # The scorer itself pays a part for these.
+  padded = [text.replace("<answer>", "<answer>It is ") for text in right]
+  verdicts = verify.verify_all(right + padded, problems * 2)
+  assert [each.correct for each in verdicts] == [True] * 8 + [False] * 8
+
+
+@pytest.mark.nightly
+def test_drawn_puzzles_train(program, puzzles, tmp_path):
   run = Run(
-    *(program, tmp_path / "run", *SETTINGS, f"--config.data.dir={data}"),
+    *(program, tmp_path / "run", *SETTINGS, f"--config.data.dir={puzzles}"),
     *("--config.train.num_steps=2", "--config.data.prompt_buckets=(256,)"),
   ).start()
   assert run.column("data/skipped") == [0] * 2
-  assert run.column("reward/accuracy") != []
+  assert len(run.column("reward/accuracy_mean")) == 2
 
 
 @pytest.mark.nightly
