@@ -9,6 +9,8 @@ docs/data.md for the details.
 
 import dataclasses
 import re
+import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from absl import app, flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines import validation
-from data_pipelines.sources import build, reasoning_gym, synthetic
+from data_pipelines.sources import build, processes, reasoning_gym, synthetic
 
 FLAGS = flags.FLAGS
 
@@ -159,9 +161,20 @@ def main(argv: Sequence[str]) -> None:
       raise validation.SettingError(
         f"arguments ({argv[1:]}) must be flags; see --help."
       )
-    build.build_data_dir(_request(), overwrite=FLAGS.overwrite)
+    # Ctrl-C must not leave an unfinished folder behind.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+    cores = processes.count_cores()
+    build.build_data_dir(
+      _request(),
+      overwrite=FLAGS.overwrite,
+      num_workers=cores if cores > 1 else 0,
+    )
   except validation.SettingError as error:
     command_flags.refuse(error)
+  except KeyboardInterrupt:
+    logging.error("Stopped by Ctrl-C; nothing was written.")
+    sys.exit(validation.ExitCode.INTERRUPTED)
 
 
 if __name__ == "__main__":

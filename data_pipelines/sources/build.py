@@ -5,38 +5,35 @@ the source has unanswered ones, `test`), `tokenizer.model` trained on them,
 `rejects.jsonl` and `manifest.json`. A complete one is reused as it is.
 """
 
-import collections
 import contextlib
 import fcntl
-import functools
-import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from absl import logging
 
-from data_pipelines import records, validation
+from data_pipelines import validation
+from data_pipelines.records import IMAGE_MARK
 from data_pipelines.sources import (
-  columns,
-  files,
-  intake,
+  divide,
+  exclusion,
   mathvista,
-  reasoning_gym,
+  origin,
+  splits,
   stored,
-  synthetic,
 )
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
 FORMAT = 3
-SYNTHETIC = "synthetic"
+SYNTHETIC = origin.SYNTHETIC
 _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
-_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, stored.Problems.name}
+_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, stored.NAME}
 _MAX_TOKENIZER_TEXTS = 3_000
 
 
@@ -63,7 +60,7 @@ class Request:
     exclude: Data dirs; what also stands in one of them never trains.
   """
 
-  source: synthetic.Spec | reasoning_gym.Spec | str | Mapping[str, str]
+  source: origin.Source
   data_dir: str
   seed: int = field(metadata=validation.at_least(0))
   eval_fraction: float = field(metadata=validation.interval("[0, 1]", 0.2))
@@ -94,7 +91,7 @@ class Request:
 
 
 def build_data_dir(
-  request: Request, *, overwrite: bool = False
+  request: Request, *, overwrite: bool = False, num_workers: int = 0
 ) -> dict[str, Any]:
   """Builds the data dir, unless it is complete already.
 
@@ -103,18 +100,20 @@ def build_data_dir(
   Args:
     request: The source and the contents.
     overwrite: True replaces a data dir that was made by another request.
+    num_workers: The number of processes that check records, of which nothing
+      that is written depends; with 0 this one does.
 
   Returns:
     The manifest: `source`, `terms` (whose terms forbid training, or ""),
     `counts` by split, `rejects` by reason, `withheld` pids that are in no
-    split (see `intake.assign_splits`), `fingerprint` of all records in any
-    order, `salt` of the division, `tokenizer`, `files`.
+    split, by reason and each with its twin, `fingerprint` of the records in
+    any order, `salt` of the division, `tokenizer`, `files`.
 
   Raises:
     SettingError: The request, the source or the folder must change first.
   """
   data_dir = _find_data_dir(request)
-  readers, options = _open_source(request)
+  source, options = _open_source(request)
   building = data_dir.with_name(f".{data_dir.name}.building")
   retired = data_dir.with_name(f".{data_dir.name}.retired")
   with _lock(data_dir):
@@ -133,68 +132,31 @@ def build_data_dir(
       shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir()
     try:
-      manifest = _write(request, readers, options, building)
+      manifest = _write(request, source, options, building, num_workers)
       if data_dir.exists():
         data_dir.rename(retired)
       building.rename(data_dir)
     finally:
       for leftover in (building, retired):
         shutil.rmtree(leftover, ignore_errors=True)
-  rejects = f"; rejected: {manifest['rejects']}" if manifest["rejects"] else ""
+  rejects = ""
+  if manifest["rejects"]:
+    rejects = f"; rejected, see {_REJECTS}: {manifest['rejects']}"
   logging.info("Prepared %s: %s%s.", data_dir, manifest["counts"], rejects)
   return manifest
 
 
-def _open_source(request: Request) -> tuple[files.Readers, dict[str, Any]]:
-  """The source's readers, and the options that a manifest must match."""
+def _open_source(request: Request) -> tuple[origin.Origin, dict[str, Any]]:
+  """The source, and the options that a manifest must match."""
   options = asdict(request)
   del options["data_dir"]
-  if isinstance(request.source, synthetic.Spec):
-    spec = request.source
-    draw = functools.cache(lambda: list(synthetic.problems(spec)))
-    readers: files.Readers = {SYNTHETIC: draw}
-  elif isinstance(request.source, reasoning_gym.Spec):
-    readers = {"": functools.partial(reasoning_gym.problems, request.source)}
-  else:
-    is_remote = "://" in request.source
-    path = None if is_remote else validation.to_path("source", request.source)
-    folder = files.find(path or request.source)
+  source = origin.open_source(request.source)
+  if source.files:
     # Names and contents, not the path: a snapshot may be moved.
-    readers, options["source"] = _mapped(request, folder.readers), "folder"
-    options["files"] = folder.files
+    options |= {"source": "folder", "files": source.files}
+  options["exclude"] = [exclusion.fingerprint(each) for each in request.exclude]
   # JSON turns tuples into lists, in the manifest too.
-  return readers, json.loads(json.dumps({"format": FORMAT, **options}))
-
-
-def _mapped(request: Request, readers: files.Readers) -> files.Readers:
-  """The readers of the problems that the rows of a source are."""
-  rows = itertools.chain.from_iterable(read() for read in readers.values())
-  sample = [x.values for x in rows if isinstance(x, files.Row)][:100]
-  if not sample:
-    return readers
-  chosen = columns.choose(sample, request.columns)
-  logging.info("%s", chosen.described)
-  settings = columns.Settings(request.unchecked_answers, request.tolerance)
-  return {
-    split: functools.partial(_problems, read, chosen, settings)
-    for split, read in readers.items()
-  }
-
-
-def _problems(
-  read: Callable[[], Iterable[files.RawRecord]],
-  chosen: columns.Columns,
-  settings: columns.Settings,
-) -> Iterator[files.RawRecord]:
-  """The problems of a split's rows, or why one is none."""
-  for number, raw in enumerate(read()):
-    if isinstance(raw, files.Row):
-      try:
-        with records.all_faults():
-          raw = columns.to_problem(raw, chosen, number, settings)
-      except records.BadRecord as error:
-        raw = error
-    yield raw
+  return source, json.loads(json.dumps({"format": FORMAT, **options}))
 
 
 def _find_data_dir(request: Request) -> pathlib.Path:
@@ -308,43 +270,47 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
 
 def _write(
   request: Request,
-  readers: files.Readers,
+  source: origin.Origin,
   options: dict[str, Any],
   folder: pathlib.Path,
+  num_workers: int,
 ) -> dict[str, Any]:
   """Writes a data dir into an empty folder, and returns its manifest."""
-  accepted, rejects = intake.check_records(readers)
-  _limit_rejects(request, len(accepted), rejects)
   salt = f"seed-{request.seed}"
-  splits = intake.assign_splits(
-    accepted, salt=salt, eval_fraction=request.eval_fraction
-  )
-  counts = collections.Counter(splits.values())
-  _require_both_sides(request, counts)
-  written = [split for split in ("train", "eval", "test") if counts[split]]
-  read_split = functools.partial(intake.read_split, readers, splits)
-  texts = map(chat_prompts.chat_text, read_split(written[0]))
-  with validation.user_errors():
-    tokenizer.train(
-      itertools.islice(texts, _MAX_TOKENIZER_TEXTS),
-      folder / _TOKENIZER,
-      request.vocab_size,
+  with contextlib.closing(stored.Scratch(folder)) as scratch:
+    division = divide.divide(
+      request, source, scratch, salt=salt, num_workers=num_workers
     )
-  stored.write({split: read_split(split) for split in written}, folder)
+    written = division.splits
+    first = next(iter(written.values()))[:_MAX_TOKENIZER_TEXTS]
+    texts = (
+      chat_prompts.chat_text(stored.decode(scratch[record.place]))
+      for record in first
+    )
+    with validation.user_errors():
+      tokenizer.train(
+        (text.replace(IMAGE_MARK, "") for text in texts),
+        folder / _TOKENIZER,
+        request.vocab_size,
+      )
+    places = {
+      split: [(record.pid, record.place) for record in chosen]
+      for split, chosen in written.items()
+    }
+    stored.write_encoded(scratch, places, folder)
   with open(folder / _REJECTS, "w") as file:
-    file.writelines(json.dumps(each, default=str) + "\n" for each in rejects)
-  is_synthetic = isinstance(request.source, synthetic.Spec)
-  num_original = sum(record.is_mathvista for record in accepted)
+    lines = (json.dumps(each._asdict()) for each in division.rejects)
+    file.writelines(f"{line}\n" for line in lines)
+  everything = [each for chosen in written.values() for each in chosen]
+  num_original = sum(record.is_mathvista for record in everything)
   trained = tokenizer.Tokenizer(folder / _TOKENIZER)
   manifest = {
-    "source": SYNTHETIC if is_synthetic else str(request.source),
-    "terms": mathvista.terms(num_original, len(accepted)),
-    "counts": {split: counts[split] for split in written},
-    "rejects": _reasons(rejects),
-    "withheld": sorted(
-      record.pid for record in accepted if splits[record.key] == intake.WITHHELD
-    ),
-    "fingerprint": intake.fingerprint(accepted, splits),
+    "source": source.name,
+    "terms": mathvista.terms(num_original, len(everything)),
+    "counts": {split: len(chosen) for split, chosen in written.items()},
+    "rejects": divide.reasons(division.rejects),
+    "withheld": splits.by_reason(division.withheld),
+    "fingerprint": splits.fingerprint(written),
     "salt": salt,
     "tokenizer": {
       "fingerprint": trained.fingerprint,
@@ -355,42 +321,3 @@ def _write(
   }
   (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
   return manifest
-
-
-def _require_both_sides(request: Request, counts: Mapping[str, int]) -> None:
-  """Refuses a division that leaves either train or eval without problems."""
-  if not 0 < request.eval_fraction < 1:
-    return
-  if (counts["train"] > 0) != (counts["eval"] > 0):
-    raise validation.SettingError(
-      f"eval_fraction ({request.eval_fraction}) must leave problems to both "
-      f"splits, but train gets {counts['train']} problems and eval "
-      f"{counts['eval']}; move it towards 0.5 or give more problems."
-    )
-
-
-def _limit_rejects(
-  request: Request, num_accepted: int, rejects: Sequence[Mapping[str, Any]]
-) -> None:
-  total = num_accepted + len(rejects)
-  if not total:
-    raise validation.SettingError(
-      f"source ({request.source!r}) must hold at least one record."
-    )
-  # The limit is below 1, so at least one record is accepted.
-  if len(rejects) / total <= request.max_reject_fraction:
-    return
-  counts = ", ".join(f"{n} {why}" for why, n in _reasons(rejects).items())
-  first = rejects[0]
-  raise validation.SettingError(
-    f"{len(rejects)} of {total} records are unusable ({counts}); the limit is "
-    f"max_reject_fraction ({request.max_reject_fraction}). The first one: pid "
-    f"{first['pid']} of {first['split']}, {first['detail']}. Fix the source or "
-    "raise max_reject_fraction."
-  )
-
-
-def _reasons(rejects: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-  """The number of rejected records for each reason, by name."""
-  counts = collections.Counter(reject["reason"] for reject in rejects)
-  return dict(sorted(counts.items()))

@@ -1,20 +1,30 @@
-"""Checks the records of a source and assigns each usable one to a split.
+"""Checks the records of a source, and keeps the usable ones on disk.
 
-A source is read more than once instead of being held in memory: a first pass
-keeps a short summary of each record, and later passes select by the summaries.
+The source is read once, record by record. Processes make a problem of each
+record, check it and hash it. Of a usable one a short summary stays in memory,
+enough to decide its split; the problem itself goes to a scratch file.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import re
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
 
 from data_pipelines import images, records
 from data_pipelines.sources import (
+  columns,
   files,
   mathvista,
   near_duplicates,
+  processes,
   stored,
   synthetic,
 )
@@ -22,123 +32,212 @@ from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
 
-# The split of training records whose image has a near-duplicate in `eval` or
-# `test`. It is never written.
-WITHHELD = "withheld"
+# So few records are checked sooner than processes start.
+_FEW = 200
+_BATCH = 8
+_LOG_SECONDS = 10.0
+# Bytes that an error message quotes, perhaps of an image.
+_QUOTED_BYTES = re.compile(r"""\bb(['"]).*?\\{1,2}x.*""", re.DOTALL)
+
+
+# Of images, by the hash of their pixels: the index in the problem, and the
+# perceptual hash.
+type Hashes = dict[str, tuple[int, near_duplicates.ImageHash]]
+
+
+class Item(NamedTuple):
+  """A record as its reader gives it, and where it stands in the source."""
+
+  split: str  # The source's.
+  index: int
+  number: int  # The index among the records of all splits.
+  raw: files.RawRecord
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+  """The summary of a usable record.
+
+  Attributes:
+    split: The source's split.
+    index: The index in that split.
+    pid: The name of the problem.
+    groups: A hash of the pixels of each image; of a text problem one of its
+      question. Records that share a hash must not be divided.
+    is_hidden: True if there is an answer, but it is not public.
+    is_mathvista: True if MathVista's terms cover it.
+    digest: A hash of the whole record.
+    place: The index in the scratch file.
+  """
+
+  split: str
+  index: int
+  pid: str
+  groups: tuple[str, ...]
+  is_hidden: bool
+  is_mathvista: bool
+  digest: str
+  place: int = -1
+
+
+class _Checked(NamedTuple):
+  """A usable record, as a process sends it."""
+
+  record: Record
+  example: bytes
+  looks: Hashes
+
+
+class Reject(NamedTuple):
+  """A record that cannot be used, and why."""
+
+  split: str
+  index: int
+  pid: str | None
+  reason: str
+  detail: str
 
 
 @dataclasses.dataclass(frozen=True)
-class AcceptedRecord:
-  """The summary of a usable record, enough to assign it to a split."""
+class Checker:
+  """Checks records, in whatever process.
 
-  key: tuple[str, int]  # The source's split, and the index in it.
-  pid: str
-  image: str  # The hash of its pixels.
-  group: str  # The smallest hash among its image's near-duplicates.
-  is_checkable: bool
-  is_mathvista: bool
-  digest: str
+  Attributes:
+    chosen: The columns of each of the source's splits that holds rows.
+    settings: How answers are read.
+    with_looks: True to hash perceptually too.
+  """
 
-
-def check_records(
-  readers: files.Readers,
-) -> tuple[list[AcceptedRecord], list[dict[str, Any]]]:
-  """The usable records, and the rejected ones with their reasons."""
-  accepted: list[AcceptedRecord] = []
-  rejects: list[dict[str, Any]] = []
-  hashes: dict[str, near_duplicates.ImageHash | None] = {}
-  pids: set[str] = set()
-  for split, reader in readers.items():
-    for index, raw in enumerate(reader()):
-      try:
-        with records.all_faults():
-          record, image_hash = _summarize((split, index), raw)
-        if record.pid in pids:
-          raise records.BadRecord("duplicate_pid", "another record has its pid")
-      except records.BadRecord as error:
-        why = {"reason": error.reason, "detail": error.detail}
-        rejects.append(
-          {"split": split, "index": index, "pid": _pid(raw), **why}
-        )
-        continue
-      pids.add(record.pid)
-      if image_hash is not None or record.image not in hashes:
-        hashes[record.image] = image_hash
-      accepted.append(record)
-  groups = near_duplicates.groups(hashes)
-  return [
-    dataclasses.replace(record, group=groups[record.image])
-    for record in accepted
-  ], rejects
-
-
-def _problem(raw: files.RawRecord) -> records.Problem:
-  """The problem of a record, which may raise anything."""
-  if isinstance(raw, records.BadRecord):
-    raise raw
-  if isinstance(raw, records.Problem):
-    return raw
-  raise AssertionError("its row was never read")
-
-
-def _pid(raw: files.RawRecord) -> str | None:
-  """The pid for a message; of any type in the source."""
-  if isinstance(raw, files.Row):
-    pid = raw.values.get("pid")
-  else:
-    pid = raw.pid if isinstance(raw, records.Problem) else None
-  if isinstance(pid, str):
-    return printable(pid[:60])
-  return None if pid is None else untrusted.shorten(pid)
-
-
-def _summarize(
-  key: tuple[str, int], raw: files.RawRecord
-) -> tuple[AcceptedRecord, near_duplicates.ImageHash | None]:
-  """The summary of a record, and the hash of how its image looks."""
-  problem = _problem(raw)
-  image, image_hash = _hash_image(problem)
-  record = AcceptedRecord(
-    key=key,
-    pid=problem.pid,
-    image=image,
-    group=image,
-    is_checkable=problem.is_checkable,
-    is_mathvista=mathvista.is_original(problem.metadata),
-    digest=_digest(problem),
+  chosen: Mapping[str, columns.Columns] = dataclasses.field(
+    default_factory=dict
   )
-  return record, image_hash
+  settings: columns.Settings = columns.Settings()
+  with_looks: bool = False
+
+  def __call__(self, items: Sequence[Item]) -> list[_Checked | Reject]:
+    """A result for each record; no record's fault is an exception."""
+    return [self._check(item) for item in items]
+
+  def _check(self, item: Item) -> _Checked | Reject:
+    try:
+      with records.all_faults():
+        return self._summarize(item, self._judged(self.problem(item)))
+    except records.BadRecord as error:
+      return self.reject(item, error)
+
+  def reject(self, item: Item, why: records.BadRecord) -> Reject:
+    """The entry of a record in the list of rejects; holds no image."""
+    detail = _QUOTED_BYTES.sub("(bytes)", why.detail)
+    return Reject(item.split, item.index, self._pid(item), why.reason, detail)
+
+  def _pid(self, item: Item) -> str | None:
+    """The pid for a message; of any type in the source."""
+    pid, raw = None, item.raw
+    if isinstance(raw, records.Problem):
+      pid = raw.pid
+    elif isinstance(raw, files.Row):
+      known = self.chosen[item.split].names.get("pid", ("pid",))
+      pid = raw.values.get(known[0]) if known else None
+    if isinstance(pid, str):
+      return printable(pid[:60])
+    return None if pid is None else untrusted.shorten(pid)
+
+  def problem(self, item: Item) -> records.Problem:
+    """The problem of a record, which a run can ask and show.
+
+    Raises:
+      BadRecord: There is none. A row may raise anything else, too.
+    """
+    raw = item.raw
+    if isinstance(raw, records.BadRecord):
+      raise raw
+    problem = raw
+    if isinstance(raw, files.Row):
+      known = self.chosen[item.split]
+      problem = columns.to_problem(raw, known, item.number, self.settings)
+    records.validate(problem)
+    if _has_no_answer(problem) and item.split.partition("/")[0] != "test":
+      raise records.BadRecord(
+        "missing_answer",
+        "the answer is empty; name its column with --columns=answer=NAME, or "
+        "add --unchecked_answers=keep for rewards that need none",
+      )
+    return problem
+
+  def _judged(self, problem: records.Problem) -> records.Problem:
+    """The problem, if the verifier takes its answer for right.
+
+    One at a time, so that each process has one worker for expressions.
+
+    Raises:
+      BadRecord: It does not, and unchecked answers are rejected.
+    """
+    if not problem.is_checkable:
+      return problem
+    verdict = verify.verify(f"<answer>{problem.answer}</answer>", problem)
+    if verdict.correct:
+      return problem
+    if self.settings.unchecked_answers == "keep" and not problem.choices:
+      return dataclasses.replace(problem, answer_type="unchecked")
+    does = "cannot check" if verdict.abstained else "rejects"
+    raise records.BadRecord(
+      "answer_fails_verifier",
+      f"the verifier {does} {untrusted.shorten(problem.answer)} as an answer "
+      f"of type {problem.answer_type}; correct it, or add "
+      "--unchecked_answers=keep",
+    )
+
+  def _summarize(self, item: Item, problem: records.Problem) -> _Checked:
+    """The summary of a problem, which raises if an image cannot be shown.
+
+    Synthetic images look alike and still have different answers, so only equal
+    pixels make them duplicates: they have no perceptual hash.
+    """
+    with_looks = self.with_looks and not synthetic.is_synthetic(problem)
+    groups, looks = hash_groups(problem, with_looks)
+    record = Record(
+      split=item.split,
+      index=item.index,
+      pid=problem.pid,
+      groups=groups,
+      is_hidden=_has_no_answer(problem),
+      is_mathvista=mathvista.is_original(problem.metadata),
+      digest=_digest(problem),
+    )
+    return _Checked(record, stored.encode(problem), looks)
 
 
-def _hash_image(
-  problem: records.Problem,
-) -> tuple[str, near_duplicates.ImageHash | None]:
-  """Checks a problem, and hashes its image exactly and perceptually.
+def _has_no_answer(problem: records.Problem) -> bool:
+  """True for a problem that neither rules nor labels can judge by mistake."""
+  is_unchecked = problem.answer_type == "unchecked" or problem.completions
+  return not problem.answer and not is_unchecked
 
-  Synthetic images look alike and still have different answers, so only equal
-  pixels make them duplicates: they have no perceptual hash.
+
+def hash_groups(
+  problem: records.Problem, with_looks: bool
+) -> tuple[tuple[str, ...], Hashes]:
+  """The groups of a problem, and the perceptual hashes of its images.
 
   Raises:
-    BadRecord: The problem cannot be asked, shown or scored.
+    BadRecord: An image cannot be decoded.
   """
-  records.validate(problem)
-  stored.check_storable(problem)
-  pictures = [images.decode(image) for image in problem.images]
-  if problem.is_checkable:
-    answer = problem.answer
-    if not verify.verify(f"<answer>{answer}</answer>", problem).correct:
-      raise records.BadRecord(
-        "answer_fails_verifier",
-        f"the verifier rejects {untrusted.shorten(answer)} as an answer",
-      )
-  if len(pictures) != 1:
-    shown = "".join(map(images.pixel_hash, pictures)) or problem.question
-    return hashlib.sha256(shown.encode()).hexdigest(), None
-  (image,) = pictures
-  perceptual = None
-  if not synthetic.is_synthetic(problem):
-    perceptual = near_duplicates.hash_image(image)
-  return images.pixel_hash(image), perceptual
+  if not problem.images:
+    lines = [_normalized(text) for text in problem.choices]
+    text = "\n".join([_normalized(problem.question), *sorted(lines)])
+    return (f"text-{hashlib.sha256(text.encode()).hexdigest()}",), {}
+  groups: list[str] = []
+  looks: Hashes = {}
+  for index, encoded in enumerate(problem.images):
+    image = images.decode(encoded)
+    groups.append(images.pixel_hash(image))
+    if with_looks:
+      looks[groups[-1]] = (index, near_duplicates.hash_image(image))
+  return tuple(groups), looks
+
+
+def _normalized(text: str) -> str:
+  """The text without what does not change its meaning: case, blanks, forms."""
+  return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _digest(problem: records.Problem) -> str:
@@ -148,57 +247,127 @@ def _digest(problem: records.Problem) -> str:
   return digest.hexdigest()
 
 
-def fingerprint(
-  accepted: Sequence[AcceptedRecord], splits: Mapping[tuple[str, int], str]
-) -> str:
-  """One hash of all records and their splits, in any order."""
-  lines = sorted(f"{splits[each.key]} {each.digest}\n" for each in accepted)
-  return hashlib.sha256("".join(lines).encode()).hexdigest()
+def choose_columns(
+  readers: files.Readers, given: Mapping[str, str]
+) -> columns.Columns | None:
+  """The columns of a source, by its first rows; None if it holds problems."""
+  share = max(1, 100 // len(readers))
+  rows: list[Mapping[str, Any]] = []
+  for read in readers.values():
+    found = itertools.islice(read(), share)
+    rows += [raw.values for raw in found if isinstance(raw, files.Row)]
+  return columns.choose(rows, given) if rows else None
 
 
-def split_of(image: str, *, salt: str, eval_fraction: float) -> str:
-  """The split of every problem that shows one image: "train" or "eval".
+def check_records(
+  readers: files.Readers,
+  checker: Checker,
+  scratch: stored.Scratch,
+  looks: near_duplicates.Looks,
+  *,
+  num_workers: int = 0,
+  total: int | None = None,
+) -> tuple[list[Record], list[Reject]]:
+  """The usable records, whose problems `scratch` gets, and the rejected ones.
 
-  A pure function of the image's hash and the salt, so adding or removing
-  records never moves another record. Another salt is an independent division.
+  Args:
+    readers: What reads each split of the source.
+    checker: Checks the records.
+    scratch: Gets the usable problems, in the order of the source.
+    looks: Gets the perceptual hashes of their images.
+    num_workers: The number of processes, if there are many records.
+    total: The number of records, if it is known, for the log.
   """
-  digest = hashlib.sha256(f"{salt}|{image}".encode()).digest()
-  position = int.from_bytes(digest[:8]) / 2**64
-  return "eval" if position < eval_fraction else "train"
+  accepted: list[Record] = []
+  rejects: list[Reject] = []
+  taken: dict[str, Record] = {}
+  with contextlib.closing(_check(readers, checker, num_workers)) as results:
+    for checked in _with_progress(results, total):
+      if isinstance(checked, Reject):
+        rejects.append(checked)
+        continue
+      record, example, hashes = checked
+      other = taken.get(record.pid)
+      # Names often start again in each split of a source.
+      if other and other.split != record.split:
+        if other.digest != record.digest:
+          record, example = _renamed(record, example)
+          other = taken.get(record.pid)
+      if other:
+        rejects.append(_duplicate(record, other))
+        continue
+      record = dataclasses.replace(record, place=scratch.append(example))
+      taken[record.pid] = record
+      looks.add(hashes, record.place)
+      accepted.append(record)
+  return accepted, rejects
 
 
-def assign_splits(
-  accepted: Sequence[AcceptedRecord], *, salt: str, eval_fraction: float
-) -> dict[tuple[str, int], str]:
-  """The split of every record; no image of `train` has a duplicate elsewhere.
+def _check(
+  readers: files.Readers, checker: Checker, num_workers: int
+) -> Iterator[_Checked | Reject]:
+  """The result for each record, in order."""
 
-  A record's split depends on its own image alone, so that no other record can
-  move it. Where a group of near-duplicates gets both `train` and another split,
-  its `train` records are withheld.
-  """
-  assigned = {}
-  held_out = set()
-  for record in accepted:
-    if record.key[0] == "test" or not record.is_checkable:
-      assigned[record.key] = "test"
-    else:
-      assigned[record.key] = split_of(
-        record.image, salt=salt, eval_fraction=eval_fraction
-      )
-    if assigned[record.key] != "train":
-      held_out.add(record.group)
-  for record in accepted:
-    if assigned[record.key] == "train" and record.group in held_out:
-      assigned[record.key] = WITHHELD
-  return assigned
+  def lost(item: Item, how: str) -> Reject:
+    detail = f"the process that read it {how}; look for a damaged image"
+    return checker.reject(item, records.BadRecord("lost_process", detail))
+
+  items = _items(readers)
+  few = itertools.batched(itertools.islice(items, _FEW), _BATCH)
+  yield from processes.map_in_order(checker, few, num_workers=0, lost=lost)
+  yield from processes.map_in_order(
+    checker,
+    itertools.batched(items, _BATCH),
+    num_workers=num_workers,
+    lost=lost,
+  )
 
 
-def read_split(
-  readers: files.Readers, assigned: Mapping[tuple[str, int], str], split: str
-) -> Iterator[records.Problem]:
-  """Reads the problems of one split from the source again."""
-  keys = dict.fromkeys(key for key, side in assigned.items() if side == split)
-  for source_split in dict.fromkeys(name for name, _ in keys):
-    for index, raw in enumerate(readers[source_split]()):
-      if (source_split, index) in keys:
-        yield _problem(raw)
+def _items(readers: files.Readers) -> Iterator[Item]:
+  numbers = itertools.count()
+  for split, read in readers.items():
+    for index, raw in enumerate(read()):
+      yield Item(split, index, next(numbers), raw)
+
+
+def _renamed(record: Record, example: bytes) -> tuple[Record, bytes]:
+  """The record with the name of its split before its own."""
+  pid = f"{record.split}:{record.pid}"
+  problem = dataclasses.replace(stored.decode(example), pid=pid)
+  record = dataclasses.replace(record, pid=pid, digest=_digest(problem))
+  return record, stored.encode(problem)
+
+
+def _duplicate(record: Record, other: Record) -> Reject:
+  detail = (
+    f"record {other.index} of {other.split or 'the source'} has its pid; name "
+    "a column of unique values with --columns=pid=NAME, or none with "
+    "--columns=pid="
+  )
+  pid = printable(record.pid[:60])
+  return Reject(record.split, record.index, pid, "duplicate_pid", detail)
+
+
+def _with_progress[T](results: Iterable[T], total: int | None) -> Iterator[T]:
+  """Passes results on, and logs now and then how many there were."""
+  start = last = time.monotonic()
+  for count, result in enumerate(results, 1):
+    yield result
+    now = time.monotonic()
+    if now - last < _LOG_SECONDS:
+      continue
+    last, speed = now, count / (now - start)
+    left = ""
+    if total is not None:
+      left = f" of {total:,}, {max(total - count, 0) / speed:,.0f} s left"
+    logging.info("Checked %s records%s; %.0f/s.", f"{count:,}", left, speed)
+
+
+def hash_all(
+  problems: Sequence[records.Problem], *, with_looks: bool
+) -> list[tuple[tuple[str, ...], Hashes]]:
+  """The groups of problems that were checked before; see `hash_groups`."""
+  return [
+    hash_groups(each, with_looks and not synthetic.is_synthetic(each))
+    for each in problems
+  ]

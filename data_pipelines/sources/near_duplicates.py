@@ -1,8 +1,6 @@
-"""Groups of images that look alike, which must not be divided over splits.
+"""Finds copies of images: grey, of fewer colors, of other quality or size.
 
-Two images are near-duplicates if their pixels are equal, or if they look alike:
-a grey or palette copy, another quality or another size. Two images look alike
-if all of these hold:
+Two images are candidates if all of these hold:
 
 - 64-bit codes at most `MAX_DISTANCE` bits apart. A code holds the signs of the
   8 x 8 lowest frequencies of the grey image, compared with their median;
@@ -10,7 +8,8 @@ if all of these hold:
 - no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels. By
   the code alone, two charts that differ in one bar would look alike.
 
-docs/adr/0006 has measurements.
+Tables and figures of one layout are candidates too, so the images themselves
+are then compared, see `are_copies`. docs/adr/0006 has measurements.
 
 References:
   The code is pHash's: Zauner, Implementation and Benchmarking of Perceptual
@@ -18,14 +17,24 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines import images
+from data_pipelines.sources import stored
+
 MAX_DISTANCE = 8
 MAX_STRETCH = 0.03
 MAX_CONTRAST = 24
+# The largest part of the contrast within a window that may differ. Windows are
+# as large as a letter; windows of less contrast than the noise have its.
+MAX_DIFFERENCE = 0.15
+_WINDOW, _NOISE = 4, 1600.0
+_MAX_SIDE = 640
+_CACHED = 4096
 
 # Rows are frequencies 0 to 7 of 32 samples. Integers, because a sum of floats
 # may differ between machines and change a bit of a code.
@@ -61,47 +70,96 @@ def hash_image(image: np.ndarray) -> ImageHash:
   )
 
 
-def similar_pairs(hashes: Sequence[ImageHash]) -> Iterator[tuple[int, int]]:
-  """The indices of every two images that look alike.
-
-  Compares all with all: 0.2 s for 6,000 images, 1.3 s for 30,000.
-  """
-  codes = np.array([each.code for each in hashes], np.uint64)
-  ratios = np.log([each.ratio for each in hashes])
-  cells = np.frombuffer(b"".join(each.cells for each in hashes), np.uint8)
-  cells = cells.reshape(-1, 16 * 16).astype(np.int16)
-  for i in range(len(hashes)):
-    distances = np.bitwise_count(codes[i + 1 :] ^ codes[i])
-    others = i + 1 + np.flatnonzero(distances <= MAX_DISTANCE)
-    stretches = np.abs(ratios[others] - ratios[i])
-    others = others[stretches <= np.log1p(MAX_STRETCH)]
-    contrasts = np.abs(cells[others] - cells[i]).max(axis=1, initial=0)
-    for j in others[contrasts <= MAX_CONTRAST]:
+def similar_pairs(
+  hashes: Sequence[ImageHash], others: Sequence[ImageHash]
+) -> Iterator[tuple[int, int]]:
+  """The indices of every image and every other one that may be its copy."""
+  codes = np.array([each.code for each in others], np.uint64)
+  ratios = np.log([each.ratio for each in others])
+  cells = np.frombuffer(b"".join(each.cells for each in others), np.uint8)
+  cells = cells.reshape(-1, 16 * 16)
+  for i, each in enumerate(hashes):
+    distances = np.bitwise_count(codes ^ np.uint64(each.code))
+    found = np.flatnonzero(distances <= MAX_DISTANCE)
+    stretches = np.abs(ratios[found] - np.log(each.ratio))
+    found = found[stretches <= np.log1p(MAX_STRETCH)]
+    own = np.frombuffer(each.cells, np.uint8).astype(np.int16)
+    contrasts = np.abs(cells[found] - own).max(axis=1, initial=0)
+    for j in found[contrasts <= MAX_CONTRAST]:
       yield i, int(j)
 
 
-def groups(hashes: Mapping[str, ImageHash | None]) -> dict[str, str]:
-  """The group of every image, by the hash of its pixels.
+def are_copies(first: Image.Image, second: Image.Image) -> bool:
+  """True if two grey images show the same, letter by letter.
 
-  Args:
-    hashes: Perceptual hashes by `images.pixel_hash`; None for an image that has
-      no duplicates except exact copies.
-
-  Returns:
-    For each pixel hash, the smallest one of its group. A near-duplicate of a
-    near-duplicate is in the group too, even if the two do not look alike.
+  Both are shrunk to half the size of the smaller one. In each window of
+  4 x 4, the mean square of the difference is compared with the contrast of
+  both. JPEG's noise and other sizes change little of it, another letter much.
   """
-  parent = {image: image for image in hashes}
+  width, height = map(min, first.size, second.size)
+  scale = min(0.5, _MAX_SIDE / max(width, height))
+  size = (_multiple(width * scale), _multiple(height * scale))
+  one, two = _windows(first, size), _windows(second, size)
+  difference = np.square(one - two).mean(axis=1)
+  contrast = one.var(axis=1) + two.var(axis=1) + _NOISE
+  return bool((difference <= MAX_DIFFERENCE * contrast).all())
 
-  def root(image: str) -> str:
-    while parent[image] != image:
-      parent[image] = parent[parent[image]]
-      image = parent[image]
-    return image
 
-  seen = {name: each for name, each in hashes.items() if each is not None}
-  names = list(seen)
-  for i, j in similar_pairs(list(seen.values())):
-    first, second = sorted((root(names[i]), root(names[j])))
-    parent[second] = first
-  return {image: root(image) for image in hashes}
+def _multiple(length: float) -> int:
+  return max(_WINDOW, int(length) // _WINDOW * _WINDOW)
+
+
+def _windows(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+  """The grey levels of each window, [windows, 16]."""
+  # Not BOX, of which a line at a border is in one cell or in the next.
+  small = image.resize(size, Image.Resampling.BILINEAR)
+  grey = np.asarray(small, np.float32)
+  rows, columns = size[1] // _WINDOW, size[0] // _WINDOW
+  grey = grey.reshape(rows, _WINDOW, columns, _WINDOW)
+  return grey.transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+
+
+class Looks:
+  """The perceptual hashes of images, whose problems are in a scratch file."""
+
+  def __init__(self, scratch: stored.Scratch):
+    self._scratch = scratch
+    self._found: dict[str, tuple[ImageHash, int, int]] = {}
+    self._grey = functools.lru_cache(_CACHED)(self._read)
+
+  def add(self, hashes: Mapping[str, tuple[int, ImageHash]], at: int) -> None:
+    """Adds the hashes of a problem's images, by the hash of their pixels.
+
+    Args:
+      hashes: The index among the images of the problem, and the hash.
+      at: The index of the problem in the scratch file.
+    """
+    for image, (index, each) in hashes.items():
+      self._found.setdefault(image, (each, at, index))
+
+  def find(self, names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """The images that are copies of others, each with the first such one.
+
+    Names without a perceptual hash are of no image, or of a drawn one.
+    """
+    names, others = (
+      [name for name in each if name in self._found] for each in (names, others)
+    )
+    pairs = similar_pairs(
+      *([self._found[x][0] for x in y] for y in (names, others))
+    )
+    copies: dict[str, str] = {}
+    for i, j in pairs:
+      if names[i] not in copies and are_copies(
+        self._grey(names[i]), self._grey(others[j])
+      ):
+        copies[names[i]] = others[j]
+    return copies
+
+  def _read(self, image: str) -> Image.Image:
+    """The grey image, of at most twice `_MAX_SIDE`."""
+    _, at, index = self._found[image]
+    problem = stored.decode(self._scratch[at])
+    grey = Image.fromarray(images.decode(problem.images[index])).convert("L")
+    grey.thumbnail((2 * _MAX_SIDE, 2 * _MAX_SIDE), Image.Resampling.BILINEAR)
+    return grey

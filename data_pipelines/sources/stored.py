@@ -6,24 +6,24 @@ faster than decoding.
 
 import contextlib
 import functools
-import io
+import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
-from array_record.python import array_record_data_source
+from array_record.python import array_record_data_source, array_record_module
+from etils import epath
+from tensorflow_datasets.core import dataset_info, naming
+from tensorflow_datasets.core.utils import shard_utils
 
 from data_pipelines import records, validation
-from data_pipelines.validation import printable
 
-
-def check_storable(problem: records.Problem) -> None:
-  """Raises for a problem that `write` cannot write."""
-  _features().serialize_example(records.to_example(problem))
+NAME, VERSION = "problems", "1.0.0"
 
 
 @functools.cache
@@ -44,32 +44,50 @@ def _features() -> tfds.features.FeaturesDict:
   )
 
 
-class Problems(tfds.core.GeneratorBasedBuilder):
-  """Problems as a TFDS data set."""
+def encode(problem: records.Problem) -> bytes:
+  """The bytes of a problem in a file; raises for one that cannot be stored."""
+  return _features().serialize_example(records.to_example(problem))
 
-  name = "problems"
-  VERSION = tfds.core.Version("1.0.0")
-  # Otherwise TFDS looks for checksums beside this file, with a package that it
-  # does not install.
-  code_path = None
 
-  def __init__(
-    self, *, problems: Mapping[str, Iterable[records.Problem]], data_dir: str
-  ):
-    self._problems = problems
-    super().__init__(data_dir=data_dir, file_format="array_record")
+def decode(example: bytes) -> records.Problem:
+  """The problem that `encode` was given.
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(builder=self, features=_features())
+  Raises:
+    BadRecord: The bytes are damaged, or another data set's.
+  """
+  # TFDS raises many kinds of errors for a damaged or foreign example.
+  with records.all_faults():
+    fields: Any = _features().deserialize_example_np(example)
+    return records.from_example(fields)
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
-    return {split: self._generate_examples(split) for split in self._problems}
 
-  def _generate_examples(self, split: str) -> Iterator[tuple[str, Any]]:
-    for problem in self._problems[split]:
-      yield problem.pid, records.to_example(problem)
+class Scratch:
+  """Encoded problems on disk, in a file that goes when it is closed."""
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    self._file = tempfile.TemporaryFile(dir=folder)
+    self._ends = [0]
+
+  def __len__(self) -> int:
+    return len(self._ends) - 1
+
+  def append(self, example: bytes) -> int:
+    """Adds an encoded problem, and returns its index."""
+    self._file.write(example)
+    self._ends.append(self._ends[-1] + len(example))
+    return len(self) - 1
+
+  def size(self, index: int) -> int:
+    """Bytes of an encoded problem."""
+    return self._ends[index + 1] - self._ends[index]
+
+  def __getitem__(self, index: int) -> bytes:
+    self._file.flush()
+    return os.pread(self._file.fileno(), self.size(index), self._ends[index])
+
+  def close(self) -> None:
+    """Removes the file."""
+    self._file.close()
 
 
 def write(
@@ -79,33 +97,84 @@ def write(
   """Writes the problems that `source(data_dir, split)` reads.
 
   Args:
-    problems: By split, each with at least one problem and read once. Their
-      order on disk follows a hash of their pids.
+    problems: By split, each with at least one problem. Their order on disk
+      follows a hash of their pids.
     data_dir: An empty or new folder.
   """
-  builder = Problems(problems=problems, data_dir=os.fspath(data_dir))
-  scratch = pathlib.Path(data_dir) / "downloads"
-  tfds.disable_progress_bar()
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(min(verbosity, logging.WARNING))
-  try:
-    # TFDS prints to stdout, which belongs to the caller.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(
-        download_dir=os.fspath(scratch),
-        # Otherwise TFDS asks the network for a published copy.
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-      )
-  except OSError:
-    raise
-  except Exception as error:  # Its message may hold a whole picture.
-    why = f"{type(error).__name__}: {printable(str(error)[:200])}"
-    raise RuntimeError(f"cannot write the problems: {why}") from None
-  finally:
-    logging.set_verbosity(verbosity)
-  for folder in (scratch / "extracted", scratch):
-    if folder.is_dir():
-      folder.rmdir()
+  pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+  with contextlib.closing(Scratch(data_dir)) as scratch:
+    splits = {
+      split: [(each.pid, scratch.append(encode(each))) for each in chosen]
+      for split, chosen in problems.items()
+    }
+    write_encoded(scratch, splits, data_dir)
+
+
+def write_encoded(
+  scratch: Scratch,
+  splits: Mapping[str, Iterable[tuple[str, int]]],
+  data_dir: str | os.PathLike[str],
+) -> None:
+  """Writes problems as `write` does: for each split their pids and indices.
+
+  One problem at a time is in memory. The files are those that TFDS would write,
+  and TFDS reads them.
+  """
+  folder = pathlib.Path(data_dir) / NAME / VERSION
+  folder.mkdir(parents=True)
+  infos = []
+  for split, pids in splits.items():
+    template = naming.ShardedFileTemplate(
+      data_dir=epath.Path(folder),
+      dataset_name=NAME,
+      split=split,
+      filetype_suffix="array_record",
+    )
+    # The order of TFDS's own writer, which would hold all in memory.
+    ordered = sorted((_hash(split, pid), index) for pid, index in pids)
+    indices = [index for _, index in ordered]
+    infos.append(_write_split(scratch, indices, template))
+  info = dataset_info.DatasetInfo(
+    builder=dataset_info.DatasetIdentity(
+      name=NAME,
+      version=tfds.core.Version(VERSION),
+      data_dir=os.fspath(folder),
+      module_name=__name__,
+    ),
+    features=_features(),
+  )
+  info.set_file_format("array_record")
+  info.set_splits(tfds.core.splits.SplitDict(infos))
+  info.write_to_directory(folder)
+
+
+def _write_split(
+  scratch: Scratch, indices: Sequence[int], template: Any
+) -> tfds.core.SplitInfo:
+  """Writes the files of one split, and returns what TFDS must know of it."""
+  num_bytes = sum(map(scratch.size, indices))
+  num_shards = shard_utils.ShardConfig.calculate_number_shards(
+    num_bytes, len(indices)
+  )
+  bounds = [0, *shard_utils.get_shard_boundaries(len(indices), num_shards)]
+  for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
+    path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
+    writer = array_record_module.ArrayRecordWriter(
+      os.fspath(path), "group_size:1"
+    )
+    for index in indices[start:end]:
+      writer.write(scratch[index])
+    writer.close()
+  return tfds.core.SplitInfo(
+    name=template.split,
+    shard_lengths=[end - start for start, end in itertools.pairwise(bounds)],
+    num_bytes=num_bytes,
+    filename_template=template,
+  )
+
+
+def _hash(split: str, pid: str) -> bytes:
+  return hashlib.md5(f"{split}{pid}".encode()).digest()
 
 
 class Source:
@@ -121,7 +190,6 @@ class Source:
 
   def _open(self) -> None:
     self._reader = array_record_data_source.ArrayRecordDataSource(self.paths)
-    self._features = _features()
 
   def __len__(self) -> int:
     return self._length
@@ -129,10 +197,9 @@ class Source:
   def __getitem__(self, index: int, /) -> records.Problem:
     if not 0 <= index < self._length:
       raise IndexError(f"{index} is not in 0 .. {self._length - 1}")
-    # TFDS raises many kinds of errors for a damaged or foreign example.
     with records.all_faults():
-      example: Any = self._features.deserialize_example_np(self._reader[index])
-      return records.from_example(example)
+      example = self._reader[index]
+    return decode(example)
 
   def __getstate__(self) -> dict[str, Any]:
     return {"paths": self.paths, "_length": self._length}
@@ -150,8 +217,8 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
   """
   root = pathlib.Path(data_dir)
   files: dict[str, list[pathlib.Path]] = {}
-  for folder in (root / Problems.name / str(Problems.VERSION), root):
-    found = sorted(folder.glob(f"{Problems.name}-*.array_record-*"))
+  for folder in (root / NAME / VERSION, root):
+    found = sorted(folder.glob(f"{NAME}-*.array_record-*"))
     for path in found if not files else ():
       files.setdefault(path.name.split("-")[1].split(".")[0], []).append(path)
   for split, paths in files.items():

@@ -90,7 +90,7 @@ def check_source(folder):
           continue
         with contextlib.suppress(records.BadRecord):
           records.validate(problem)
-          stored.check_storable(problem)
+          stored.encode(problem)
           verify.verify(f"<answer>{problem.answer}</answer>", problem)
   except SettingError as error:
     assert str(folder) in str(error)

@@ -1,0 +1,236 @@
+"""Reads a source and divides its records into the splits of a data dir."""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from absl import logging
+
+from data_pipelines import validation
+from data_pipelines.sources import (
+  columns,
+  exclusion,
+  intake,
+  near_duplicates,
+  origin,
+  splits,
+  stored,
+)
+
+
+class Options(Protocol):
+  """The part of `build.Request` that decides the splits."""
+
+  source: origin.Source
+  eval_fraction: float
+  max_reject_fraction: float
+  columns: Mapping[str, str]
+  unchecked_answers: str
+  tolerance: float | None
+  split: tuple[str, ...]
+  near_duplicates: str
+  exclude: tuple[str, ...]
+
+
+class Division(NamedTuple):
+  """The records of each split, and those that are in none."""
+
+  splits: dict[str, list[intake.Record]]
+  rejects: list[intake.Reject]
+  withheld: list[splits.Withheld]
+
+
+def divide(
+  options: Options,
+  source: origin.Origin,
+  scratch: stored.Scratch,
+  *,
+  salt: str,
+  num_workers: int,
+) -> Division:
+  """Checks the records of a source, and gives each one its split.
+
+  Args:
+    options: What is asked for.
+    source: The opened source.
+    scratch: Gets the usable problems.
+    salt: Another salt is another division.
+    num_workers: The number of processes that check records.
+
+  Raises:
+    SettingError: The source or the options must change first.
+  """
+  names = list(source.readers)
+  are_ours = isinstance(options.source, Mapping)
+  places = splits.plan(names, options.split, are_ours=are_ours)
+  near, looks = options.near_duplicates, near_duplicates.Looks(scratch)
+  look_at_excluded = bool(options.exclude) and near != "none"
+  excluded = exclusion.read(
+    options.exclude,
+    scratch,
+    looks,
+    with_looks=look_at_excluded,
+    num_workers=num_workers,
+  )
+  checker = intake.Checker(
+    chosen=origin.choose_columns(source, options.columns, places),
+    settings=columns.Settings(options.unchecked_answers, options.tolerance),
+    with_looks=near == "perceptual" or look_at_excluded,
+  )
+  records, rejects = intake.check_records(
+    {name: source.readers[name] for name in places},
+    checker,
+    scratch,
+    looks,
+    num_workers=num_workers,
+  )
+  _limit_rejects(options, len(records), rejects)
+  if names not in ([""], [origin.SYNTHETIC]):
+    logging.info("%s", splits.describe(places, names))
+  sides = splits.assign(
+    records, places, salt=salt, eval_fraction=options.eval_fraction
+  )
+  withheld = splits.withhold(
+    records, sides, near=near, looks=looks, excluded=excluded
+  )
+  _log_withheld(withheld.values())
+  found: dict[str, list[intake.Record]] = {}
+  for index, record in enumerate(records):
+    side = splits.WITHHELD if index in withheld else sides[index]
+    found.setdefault(side, []).append(record)
+  _require_train(options, found, list(withheld.values()))
+  _require_both_sides(options, places, found, salt)
+  kept = {side: found[side] for side in splits.OURS if side in found}
+  return Division(kept, rejects, list(withheld.values()))
+
+
+def reasons(rejects: Sequence[intake.Reject]) -> dict[str, int]:
+  """The number of rejected records for each reason, by name."""
+  counts = collections.Counter(reject.reason for reject in rejects)
+  return dict(sorted(counts.items()))
+
+
+def _limit_rejects(
+  options: Options, num_accepted: int, rejects: Sequence[intake.Reject]
+) -> None:
+  total = num_accepted + len(rejects)
+  if not total:
+    raise validation.SettingError(
+      f"source ({str(options.source)!r}) must hold at least one record."
+    )
+  # The limit is below 1, so at least one record is accepted.
+  if len(rejects) / total <= options.max_reject_fraction:
+    return
+  counts = ", ".join(f"{n} {why}" for why, n in reasons(rejects).items())
+  first = rejects[0]
+  where = f" of {first.split}" if first.split else ""
+  raise validation.SettingError(
+    f"{len(rejects)} of {total} records are unusable ({counts}); the limit is "
+    f"max_reject_fraction ({options.max_reject_fraction}). The first one: "
+    f"record {first.index}{where}, pid {first.pid}, {first.reason}: "
+    f"{first.detail}. Fix the source, choose its columns with --columns or its "
+    "splits with --split, or raise --max_reject_fraction."
+  )
+
+
+def _log_withheld(withheld: collections.abc.Iterable[splits.Withheld]) -> None:
+  if found := splits.by_reason(withheld):
+    logging.warning("Withheld from train: %s.", _listed(found))
+
+
+def _listed(found: Mapping[str, Sequence[str]]) -> str:
+  """Each reason with its number of records, and three of them."""
+  return "; ".join(
+    f"{len(pairs)} {reason} ({validation.printable(', '.join(pairs[:3]))})"
+    for reason, pairs in found.items()
+  )
+
+
+_REMEDIES = {
+  "same": (
+    "add --near_duplicates=none to keep them, or evaluate on other data with "
+    "--source=train=PATH,eval=PATH"
+  ),
+  "similar": "use --near_duplicates=exact",
+  "excluded": "name other data dirs in --exclude",
+}
+
+
+def _require_train(
+  options: Options,
+  found: Mapping[str, Sequence[intake.Record]],
+  withheld: Sequence[splits.Withheld],
+) -> None:
+  """Refuses to withhold all that could be trained on."""
+  if "train" in found or not withheld:
+    return
+  reasons = splits.by_reason(withheld)
+  most = max(reasons, key=lambda reason: len(reasons[reason]))
+  kind = most.partition("_")[0]
+  name = "exclude" if kind == "excluded" else "near_duplicates"
+  value = getattr(options, name)
+  raise validation.SettingError(
+    f"{name} ({value!r}) must leave problems to train, but all are withheld: "
+    f"{_listed(reasons)}; {_REMEDIES[kind]}."
+  )
+
+
+def _require_both_sides(
+  options: Options,
+  places: Mapping[str, str],
+  found: Mapping[str, Sequence[intake.Record]],
+  salt: str,
+) -> None:
+  """Refuses a division that leaves either train or eval without problems."""
+  counts = {side: len(found.get(side, ())) for side in ("train", "eval")}
+  if (counts["train"] > 0) == (counts["eval"] > 0):
+    return
+  if "eval" in places.values():
+    kept = [repr(name) for name, ours in places.items() if ours != "eval"]
+    if counts["train"]:
+      raise validation.SettingError(
+        f"split ({','.join(options.split)!r}) must leave problems to eval, but "
+        "no record that the source has for it has an answer; divide the others "
+        f"with --split={','.join(kept)}."
+      )
+    return
+  divided = splits.DIVIDED in places.values()
+  if not divided or not 0 < options.eval_fraction < 1:
+    return
+  side = "train" if counts["train"] else "eval"
+  firsts = {record.groups[0]: record.pid for record in reversed(found[side])}
+  count = counts[side]
+  named = (
+    f"eval_fraction ({options.eval_fraction}) must leave problems to both "
+  )
+  if len(firsts) == 1 and count > 1:
+    (group,) = firsts
+    what = "question" if group.startswith("text-") else "image"
+    pids = ", ".join(record.pid for record in found[side][:3])
+    raise validation.SettingError(
+      f"{named}splits, but all {count} records ({pids}, ...) have the same "
+      f"{what}, and what shares one is never divided; leave an image that says "
+      "nothing out of the source, give eval data of its own with --source="
+      "train=PATH,eval=PATH, or set --eval_fraction=0 for no eval."
+    )
+  remedy = _working_fraction(
+    [splits.position(group, salt) for group in firsts], side
+  )
+  raise validation.SettingError(
+    f"{named}splits, but train gets {counts['train']} problems and eval "
+    f"{counts['eval']}; {remedy}."
+  )
+
+
+def _working_fraction(positions: Sequence[float], side: str) -> str:
+  """The fraction nearest to the given one that divides the groups."""
+  if len(positions) < 2:
+    return "give more problems, or set --eval_fraction=0 for no eval"
+  ordered = sorted(positions)
+  low, high = ordered[:2] if side == "train" else ordered[-2:]
+  for digits in range(1, 12):
+    value = math.ceil((low + (high - low) / 4) * 10**digits) / 10**digits
+    if low < value <= high:
+      return f"set --eval_fraction={value}, or give more problems"
+  return "give more problems, or set --eval_fraction=0 for no eval"

@@ -1,0 +1,85 @@
+"""Reads the data dirs whose problems must not be trained on."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+from data_pipelines import records, validation
+from data_pipelines.sources import (
+  intake,
+  near_duplicates,
+  processes,
+  stored,
+)
+from data_pipelines.text import untrusted
+
+_BATCH = 8
+
+
+def fingerprint(folder: str) -> str:
+  """The fingerprint of a data dir.
+
+  Raises:
+    SettingError: The folder is none.
+  """
+  with validation.user_errors():
+    path = validation.to_path("exclude", folder) / "manifest.json"
+  try:
+    manifest = untrusted.read_json(path)
+    return untrusted.get_field(manifest, "fingerprint", str, str(path))
+  except (OSError, ValueError) as error:
+    raise validation.SettingError(
+      f"exclude ({folder!r}) must name data dirs that prepare made: {error}."
+    ) from error
+
+
+def read(
+  folders: Sequence[str],
+  scratch: stored.Scratch,
+  looks: near_duplicates.Looks,
+  *,
+  with_looks: bool,
+  num_workers: int,
+) -> dict[str, str]:
+  """The groups of all problems of data dirs, each with a problem's name.
+
+  Args:
+    folders: The data dirs.
+    scratch: Gets the problems whose images have perceptual hashes.
+    looks: Gets the perceptual hashes.
+    with_looks: True to hash perceptually too.
+    num_workers: The number of processes.
+  """
+  found: dict[str, str] = {}
+  for folder in folders:
+    problems, named = itertools.tee(_problems(folder))
+    results = processes.map_in_order(
+      functools.partial(intake.hash_all, with_looks=with_looks),
+      itertools.batched(problems, _BATCH),
+      num_workers=num_workers,
+      lost=functools.partial(_refuse, folder),
+    )
+    for problem, (groups, hashes) in zip(named, results, strict=True):
+      for group in groups:
+        found.setdefault(group, f"{problem.pid} of {folder}")
+      if hashes:
+        looks.add(hashes, scratch.append(stored.encode(problem)))
+  return found
+
+
+def _problems(folder: str) -> Iterator[records.Problem]:
+  path = validation.to_path("exclude", folder)
+  for source in stored.sources(path).values():
+    for index in range(len(source)):
+      try:
+        yield source[index]
+      except records.BadRecord as error:
+        _refuse(folder, None, str(error))
+
+
+def _refuse(folder: str, problem: records.Problem | None, how: str) -> None:
+  name = f" {problem.pid}" if problem else ""
+  raise validation.SettingError(
+    f"exclude ({folder!r}) must hold whole problems, but one{name} cannot be "
+    f"read: {how}; prepare it again."
+  )

@@ -1,0 +1,98 @@
+"""Opens what a data dir is made from: drawn problems, files, or several."""
+
+import functools
+from collections.abc import Container, Mapping
+from typing import NamedTuple
+
+from absl import logging
+
+from data_pipelines import validation
+from data_pipelines.sources import (
+  columns,
+  files,
+  intake,
+  reasoning_gym,
+  synthetic,
+)
+
+SYNTHETIC = "synthetic"
+# What `--source` is: drawn problems, a path, or one for each of our splits.
+type Source = synthetic.Spec | reasoning_gym.Spec | str | Mapping[str, str]
+
+
+class Origin(NamedTuple):
+  """An opened source.
+
+  Attributes:
+    name: The source in words.
+    readers: What reads each split; of several paths the names of their splits
+      begin with ours, as "train/validation".
+    parts: The splits of each path, which have the same columns.
+    files: The hash of each file's content.
+  """
+
+  name: str
+  readers: files.Readers
+  parts: list[list[str]]
+  files: dict[str, str]
+
+
+def open_source(source: Source) -> Origin:
+  """Opens a source without reading its records.
+
+  Raises:
+    SettingError: There are no data, or they are ambiguous.
+  """
+  if isinstance(source, synthetic.Spec):
+    draw = functools.cache(lambda: list(synthetic.problems(source)))
+    return Origin(SYNTHETIC, {SYNTHETIC: draw}, [], {})
+  if isinstance(source, reasoning_gym.Spec):
+    draw = functools.partial(reasoning_gym.problems, source)
+    return Origin(str(source), {"": draw}, [], {})
+  if isinstance(source, str):
+    folder = _find(source)
+    parts = [list(folder.readers)]
+    return Origin(source, folder.readers, parts, folder.files)
+  readers, parts, hashes = {}, [], {}
+  for ours, path in source.items():
+    folder = _find(path)
+    chosen = _matching(ours, list(folder.readers))
+    named = {f"{ours}/{name}": folder.readers[name] for name in chosen}
+    parts.append(list(named))
+    readers |= named
+    hashes |= {f"{ours}/{name}": each for name, each in folder.files.items()}
+  name = ",".join(f"{ours}={path}" for ours, path in source.items())
+  return Origin(name, readers, parts, hashes)
+
+
+def _find(path: str) -> files.Folder:
+  is_remote = "://" in path
+  return files.find(path if is_remote else validation.to_path("source", path))
+
+
+def _matching(ours: str, names: list[str]) -> list[str]:
+  """The splits at a path that is given for one of ours.
+
+  A folder that holds train and test gives its train where train is asked for;
+  if no name fits, all splits are taken.
+  """
+  if len(names) > 1:
+    similar = {"eval": ("validation", "valid", "val", "dev")}.get(ours, ())
+    for name in (ours, *similar):
+      if name in names:
+        logging.info("Of the source for %s, the split %r is read.", ours, name)
+        return [name]
+  return names
+
+
+def choose_columns(
+  origin: Origin, given: Mapping[str, str], used: Container[str]
+) -> dict[str, columns.Columns]:
+  """The columns of each used split of the source, if it holds rows."""
+  chosen: dict[str, columns.Columns] = {}
+  for part in origin.parts:
+    readers = {name: origin.readers[name] for name in part if name in used}
+    if readers and (found := intake.choose_columns(readers, given)) is not None:
+      logging.info("%s", found.described)
+      chosen |= dict.fromkeys(readers, found)
+  return chosen

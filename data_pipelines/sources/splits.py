@@ -1,0 +1,204 @@
+"""Decides which record trains, which is evaluated, and which is withheld.
+
+The source's own splits are kept if their names say what they are; otherwise
+records are divided by a hash. In both cases what `eval` or `test` shows is
+withheld from `train`. docs/adr/0006 has the reasons.
+"""
+
+import collections
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from data_pipelines import validation
+from data_pipelines.sources import near_duplicates
+from data_pipelines.sources.intake import Record
+
+OURS = ("train", "eval", "test")
+# The place of a source split whose records are divided into train and eval.
+DIVIDED = "divided"
+# The split of a record that is never written.
+WITHHELD = "withheld"
+_VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
+
+
+class Withheld(NamedTuple):
+  """Why a record does not train: what it shares, and with which record."""
+
+  reason: str
+  pid: str
+  twin: str
+
+
+def plan(
+  names: Sequence[str], given: Sequence[str] = (), *, are_ours: bool = False
+) -> dict[str, str]:
+  """Where the records of each of the source's splits go.
+
+  Args:
+    names: The source's splits.
+    given: The setting `split`: names to divide, or pairs such as
+      "eval=validation".
+    are_ours: True if the names begin with our own, as "train/part".
+
+  Returns:
+    For each split that is used, "train", "eval", "test" or `DIVIDED`.
+
+  Raises:
+    SettingError: The source has no such split.
+  """
+  if are_ours:
+    chosen = {name: name.partition("/")[0] for name in names}
+  elif given:
+    chosen = _chosen(names, given)
+  else:
+    chosen = _by_name(names)
+  if "eval" not in chosen.values():
+    divided = {
+      name: DIVIDED for name, ours in chosen.items() if ours == "train"
+    }
+    chosen |= divided
+  return chosen
+
+
+def _chosen(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+  chosen = {}
+  for item in given:
+    ours, sign, name = item.strip().rpartition("=")
+    known = ours in OURS if sign else True
+    if name not in names or name in chosen or not known:
+      listed = ", ".join(repr(each) for each in names)
+      raise validation.SettingError(
+        f"split ({','.join(given)!r}) must be names of splits, or pairs of one "
+        f"of {', '.join(OURS)} and a name, each once; the source has {listed}, "
+        f"and {item!r} is neither."
+      )
+    chosen[name] = ours if sign else DIVIDED
+  if DIVIDED in chosen.values() and len(set(chosen.values())) > 1:
+    raise validation.SettingError(
+      f"split ({','.join(given)!r}) must be names or pairs, not both."
+    )
+  return chosen
+
+
+def _by_name(names: Sequence[str]) -> dict[str, str]:
+  """Splits whose names say what they are, if there are all that it takes."""
+  folded = {name: name.casefold() for name in names}
+  found = set(folded.values())
+  has_validation = bool(found.intersection(_VALIDATION))
+  if "train" not in found or not (has_validation or "test" in found):
+    return dict.fromkeys(names, DIVIDED)
+  places = dict.fromkeys(_VALIDATION, "eval") | {"train": "train"}
+  places["test"] = "test" if has_validation else "eval"
+  return {name: places[each] for name, each in folded.items() if each in places}
+
+
+def describe(places: Mapping[str, str], names: Sequence[str]) -> str:
+  """Where each split goes, in one line for the log."""
+  parts = [
+    f"{name!r} is divided into train and eval"
+    if ours == DIVIDED
+    else f"{ours} is {name!r}"
+    for name, ours in places.items()
+  ]
+  if left_out := [repr(name) for name in names if name not in places]:
+    parts.append(f"left out: {', '.join(left_out)} (--split takes them too)")
+  return f"Splits of the source: {'; '.join(parts)}."
+
+
+def split_of(group: str, *, salt: str, eval_fraction: float) -> str:
+  """The split of every problem of a group: "train" or "eval".
+
+  A pure function of the group's hash and the salt, so adding or removing
+  records never moves another record. Another salt is an independent division.
+  """
+  return "eval" if position(group, salt) < eval_fraction else "train"
+
+
+def position(group: str, salt: str) -> float:
+  """Where a group stands between 0, the first in eval, and 1."""
+  digest = hashlib.sha256(f"{salt}|{group}".encode()).digest()
+  return int.from_bytes(digest[:8]) / 2**64
+
+
+def assign(
+  records: Sequence[Record],
+  places: Mapping[str, str],
+  *,
+  salt: str,
+  eval_fraction: float,
+) -> list[str]:
+  """The split of each record, from itself alone.
+
+  A problem with several images has the split of the first one.
+  """
+  return [
+    "test"
+    if record.is_hidden
+    else places[record.split]
+    if places[record.split] != DIVIDED
+    else split_of(record.groups[0], salt=salt, eval_fraction=eval_fraction)
+    for record in records
+  ]
+
+
+def withhold(
+  records: Sequence[Record],
+  sides: Sequence[str],
+  *,
+  near: str,
+  looks: near_duplicates.Looks,
+  excluded: Mapping[str, str],
+) -> dict[int, Withheld]:
+  """The records of `train` that are withheld, by their index.
+
+  Args:
+    records: All records.
+    sides: Their splits.
+    near: "exact", "perceptual" or "none": what `train` loses to other splits.
+    looks: The perceptual hashes of images, of excluded ones too.
+    excluded: What must not train: hashes as in `Record.groups`, each with the
+      name of its problem.
+  """
+  held: dict[str, str] = {}
+  for record, side in zip(records, sides, strict=True):
+    for group in record.groups if side != "train" and near != "none" else ():
+      held.setdefault(group, record.pid)
+  trained = [i for i, side in enumerate(sides) if side == "train"]
+  shown = dict.fromkeys(group for i in trained for group in records[i].groups)
+  similar = looks.find(shown, held) if near == "perceptual" else {}
+  alike = looks.find(shown, excluded) if near != "none" else {}
+  rules = [
+    ("same", held, {}),
+    ("similar", held, similar),
+    ("excluded_same", excluded, {}),
+    ("excluded_similar", excluded, alike),
+  ]
+  found = {}
+  for i in trained:
+    for kind, twins, copies in rules:
+      groups = [copies.get(group, group) for group in records[i].groups]
+      names = [twins[group] for group in groups if group in twins]
+      if names:
+        what = "question" if records[i].groups[0][:5] == "text-" else "image"
+        found[i] = Withheld(f"{kind}_{what}", records[i].pid, names[0])
+        break
+  return found
+
+
+def by_reason(withheld: Iterable[Withheld]) -> dict[str, list[str]]:
+  """For each reason, every withheld pid with its twin, as "pid ~ pid"."""
+  found: dict[str, list[str]] = collections.defaultdict(list)
+  for each in withheld:
+    found[each.reason].append(f"{each.pid} ~ {each.twin}")
+  return dict(sorted(found.items()))
+
+
+def fingerprint(chosen: Mapping[str, Iterable[Record]]) -> str:
+  """One hash of all records of the splits, in any order."""
+  lines = sorted(
+    f"{split} {record.digest}\n"
+    for split, found in chosen.items()
+    for record in found
+  )
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
