@@ -20,6 +20,11 @@ _SUFFIXES = frozenset(
 _BASE64 = re.compile(
   r"(?=.{200}|iVBORw0KG|/9j/|R0lGOD|UklGR)[\w+/\-\s]{64,}={0,2}\s*", re.ASCII
 )
+# What a struct of a picture may have, the picture itself first.
+_KEYS = (
+  *("bytes", "path", "image", "url", "image_url", "image_path", "file_name"),
+)
+_URL_SAFE = str.maketrans("-_", "+/")
 _DATA_URL = re.compile(r"data:[\w/.+-]*(?:;[\w=-]+)*;base64,", re.IGNORECASE)
 # A mark of any model's format; a number says which picture.
 _MARK = re.compile(
@@ -54,19 +59,10 @@ def read(
     parts = [read(each, column, read_file) for each in value]
     return list(itertools.chain.from_iterable(parts))
   if isinstance(value, Mapping):
-    keys = (
-      "bytes",
-      "path",
-      "image",
-      "url",
-      "image_url",
-      "image_path",
-      "file_name",
-    )
-    found = (value[key] for key in keys if not gold.is_missing(value.get(key)))
+    found = (value[x] for x in _KEYS if not gold.is_missing(value.get(x)))
     return read(next(found, None), column, read_file)
-  if isinstance(value, bytes):
-    return [value] if value else []
+  if isinstance(value, bytes) and value:
+    return [value]
   if not isinstance(value, str):
     raise BadRecord(
       "missing_image",
@@ -101,9 +97,6 @@ def _from_text(
       first = first or error
   detail = f"{column}: {first.detail}" if first else column
   raise BadRecord("missing_image", detail)
-
-
-_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def path_of(value: Any) -> str:
@@ -148,9 +141,11 @@ def place_marks(
   if not marks:
     return question, tuple(options), list(range(count))
   is_numbered = any(mark["number"] for mark in marks)
-  numbers = [
-    int(m["number"] or 1) if is_numbered else i + 1 for i, m in enumerate(marks)
-  ]
+  numbers = [int(mark["number"] or 1) for mark in marks]
+  if not is_numbered:
+    numbers = list(range(1, len(marks) + 1))
+  elif 0 in numbers:  # As Python counts.
+    numbers = [number + 1 for number in numbers]
   if is_numbered and is_merged and count == 1 and max(numbers) > 1:
     named = [_MARK.sub(_name, text) for text in (question, *options)]
     return named[0], tuple(named[1:]), [0]

@@ -217,6 +217,13 @@ def test_numbered_marks_say_which_picture_and_options_have_none():
   assert made.choices == ("image 2", "neither") and made.answer == "image 2"
 
 
+def test_marks_may_be_numbered_from_0():
+  row = {"images": [struct(0), struct(1)], "answer": "1"}
+  made = problem(question="<image_1> or <image_0>?", **row)
+  assert made.question == "<image> or <image>?"
+  assert made.images == (png(1), png(0))
+
+
 @pytest.mark.parametrize(
   "marks", ["<image>", "<image><image><image>", "<image 3>"]
 )
@@ -371,6 +378,7 @@ def test_a_source_without_a_question_is_refused_with_its_columns():
       "missing_image",
       "no.png",
     ),
+    ({"question": "q", "answer": "1", "image": b""}, "missing_image", "image"),
     (
       {"question": "q", "answer": "1", "options": "x"},
       "bad_choices",
