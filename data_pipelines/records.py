@@ -246,7 +246,7 @@ def from_result(row: Mapping[str, Any]) -> Problem:
     "aliases": _texts,
     "precision": _precision,
     "tolerance": to_tolerance,
-    "completions": _completions,
+    "completions": to_completions,
     "metadata": _metadata,
   }
   columns = {name: name for name in FIELDS} | {"image_path": "image"}
@@ -340,7 +340,7 @@ def from_example(example: Mapping[str, Any]) -> Problem:
     aliases=tuple(_to_text(alias) for alias in example["aliases"]),
     precision=int(example["precision"]),
     tolerance=float(_to_text(example["tolerance"])),
-    completions=_completions(
+    completions=to_completions(
       "completions", json.loads(_to_text(example["completions"]))
     ),
     metadata=_metadata("metadata", json.loads(_to_text(example["metadata"]))),
@@ -442,8 +442,12 @@ def to_tolerance(column: str, value: Any) -> float:
   return 0.0 if value != value else float(value)
 
 
-def _completions(column: str, values: Any) -> tuple[LabelledCompletion, ...]:
-  """Pairs of a text and a label."""
+def to_completions(column: str, values: Any) -> tuple[LabelledCompletion, ...]:
+  """The completions in pairs of a text and a label.
+
+  Raises:
+    BadRecord: They are none.
+  """
   detail = f"{column} {shorten(values)} are no pairs of text and label"
   _require(isinstance(values, list | tuple), "bad_completions", detail)
   found = []

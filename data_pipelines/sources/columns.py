@@ -244,7 +244,18 @@ class _Row:
   ) -> tuple[tuple[LabelledCompletion, ...], conversations.Conversation | None]:
     """The labelled completions, and the conversation before them."""
     talk = self.conversation("question")
-    completions = []
+    given = self.get("completions") or ()
+    if isinstance(given, list | tuple):
+      given = [
+        (x.get("text"), x.get("label")) if isinstance(x, Mapping) else x
+        for x in given
+      ]
+    name = self.name("completions")
+    completions = list(records.to_completions(name, given))
+    if isinstance(good := self.get("response_label"), bool):
+      name = self.name("response")
+      reply, _ = conversations.read_reply(self.get("response"), name)
+      completions += [LabelledCompletion(reply, float(good))] if reply else []
     for role, default in (("chosen", 1.0), ("rejected", 0.0)):
       reply, before = conversations.read_reply(self.get(role), self.name(role))
       talk = talk or (None if self.get("question") else before)

@@ -122,6 +122,8 @@ def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
   names = {normal(path) for path in known.values()}
   if role in ("chosen", "rejected", "chosen_score", "rejected_score"):
     return found if {"chosen", "rejected"} <= names else []
+  if role == "response_label" and not names & {*NAMES["response"]}:
+    return []
   if role == "pid":
     return [path for path in found if _is_unique(sample, path)]
   if role == "question" and {"chosen", "rejected"} <= names:
@@ -167,6 +169,11 @@ def _fits(role: str, name: str, value: Any) -> bool:
   if role in ("question", "chosen", "rejected", "response"):
     is_text = isinstance(value, str) and not pictures.is_picture_text(value)
     return is_text or conversations.messages(value) is not None
+  if role == "response_label":
+    return isinstance(value, bool)
+  if role == "completions":
+    first = value[0] if isinstance(value, list | tuple) else None
+    return isinstance(first, Mapping) and {"text", "label"} <= first.keys()
   if role == "images":
     value = value[0] if isinstance(value, list | tuple) else value
     is_sure = gold.is_picture(value) or pictures.is_picture_text(value)

@@ -311,6 +311,20 @@ def test_a_pair_of_replies_is_labelled_completions(row, expected):
   assert problem(**row, image=struct(1), answer="7").answer == "7"
 
 
+def test_completions_with_labels_are_kept_and_their_labels_are_no_answers():
+  given = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
+  assert problem(question="q", completions=given).completions == PAIR
+  for good in (True, False):
+    made = problem(prompt="q", completion="seven", label=good)
+    assert made.completions == (("seven", float(good)),)
+    assert (made.answer, made.answer_type) == ("", "unchecked")
+  assert problem(prompt="q", completion="seven", label="7").answer == "7"
+  assert problem(question="q", label=True).answer == "yes"
+  for wrong in ([{"text": "good", "label": "best"}], [*given, "bad"]):
+    found = reject(question="q", completions=wrong)
+    assert found.reason == "bad_completions"
+
+
 def test_columns_of_measures_go_before_what_the_gold_says():
   row = {"question": "q", "answer": "5.0", "unit": "kg", "precision": 2.0}
   made = problem(**row, aliases=["five"], tolerance=0.1)
