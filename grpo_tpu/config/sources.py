@@ -136,6 +136,8 @@ def _with_run(
 def _describe_data(config: Config, mode: str) -> str:
   """An error that says what `data.dir` may be, and how to get it."""
   kind = " --eval_fraction=1" if mode == "evaluate" else ""
+  has_vision = config.model_config.vision is not None
+  drawn = "synthetic" if has_vision else "reasoning_gym:basic_arithmetic"
   return (
     f"data.dir ('') must name the data for {config.model.name}, as in "
     f"--config.data.dir=DIR after\n"
@@ -143,5 +145,5 @@ def _describe_data(config: Config, mode: str) -> str:
     "--data_dir=DIR\n"
     "  with a folder of MathVista or of your own problems, see "
     "docs/data.md, or\n"
-    "    python -m data_pipelines.prepare --source=synthetic --data_dir=DIR"
+    f"    python -m data_pipelines.prepare --source={drawn} --data_dir=DIR"
   )

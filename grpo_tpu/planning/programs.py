@@ -3,7 +3,7 @@
 They are the functions that training runs, on devices that need not exist. Of
 each program only the largest size is planned: prompts as long as the longest
 bucket, completions of full length, and no row that has ended. Prompts are text
-alone, or all have `data.images_per_prompt`, as the largest mixed batch.
+alone, or all have `data.images_per_prompt`; "mixed" ones show half of these.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.planning.changes import data_shards
-from grpo_tpu.rl import learner, masters, score
+from grpo_tpu.rl import learner, masters, pictures, score
 from grpo_tpu.rl.reference import abstract_reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
@@ -79,6 +79,9 @@ def names(config: Config) -> list[str]:
   """The programs of a run: those of a step in its order, then evaluation's."""
   has_vision = bool(config.model_config.vision)
   kinds = ["text", "image"] if has_vision else ["text"]
+  # A trained tower runs apart from the microbatches if prompts differ.
+  differ = config.data.images_per_prompt > 1 and config.model.train_vision
+  updates = [*kinds, "mixed"] if differ else kinds
   chunk, new = config.rollout.chunk_tokens, config.rollout.max_new_tokens
   kind = config.data.kind
   is_online, is_evaluated = kind == "online", bool(config.eval.every_steps)
@@ -98,8 +101,8 @@ def names(config: Config) -> list[str]:
     # Rows can move only if decoding takes more than one chunk.
     "move": is_online and chunk < new - 1,
     "results": is_online,
-    **{f"score ({x})": is_scored for x in kinds},
-    **{f"train_step ({x})": True for x in kinds},
+    **{f"score ({x})": is_scored for x in updates},
+    **{f"train_step ({x})": True for x in updates},
     f"evaluation_prefill ({kinds[-1]})": is_evaluated,
     "evaluation_decode": is_evaluated and new > 1,
     f"evaluation_score ({kinds[-1]})": is_evaluated and kind == "preference",
@@ -131,7 +134,7 @@ def reads_pixels(config: Config, name: str) -> bool:
   if step_of(name) == "pictures":
     return True
   scores = part_of(name) == "update" or step_of(name) == "evaluation_score"
-  return scores and config.model.train_vision and "(image)" in name
+  return scores and config.model.train_vision and "(text)" not in name
 
 
 def completions_per_prompt(config: Config) -> int:
@@ -237,7 +240,7 @@ class _AbstractPrograms:
     """Makes the abstract state; compiles nothing."""
     self._config, self._mesh, self._name = config, mesh, name
     self._is_evaluation = part_of(name) == "evaluation"
-    self._has_images = "(image)" in name
+    self._has_images = "(image)" in name or "(mixed)" in name
     self._state, self._frozen = _abstract_state(config, mesh)
     vision = config.model_config.vision
     # The sampler reads nothing else of a tokenizer.
@@ -375,7 +378,7 @@ class _AbstractPrograms:
     share = config.shaping.top_entropy_share
     has_weights = share < 1 and kind != "demonstrations"
     preferred = self._array(jnp.bool_, prompts, width, width)
-    return TrainBatch(
+    batch = TrainBatch(
       prompt_ids=asked.ids,
       prompt_length=asked.length,
       images=images,
@@ -388,3 +391,7 @@ class _AbstractPrograms:
       token_weights=logps if has_weights else None,
       preferred=preferred if kind == "preference" else None,
     )
+    if "(mixed)" not in self._name:
+      return batch
+    half = prompts * config.data.images_per_prompt // 2
+    return pictures.with_num_encoded(batch, self._mesh, half)

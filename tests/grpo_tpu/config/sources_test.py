@@ -68,6 +68,13 @@ def test_a_released_model_gets_the_commands_for_weights_and_data(tmp_path):
   assert "random:0" not in str(caught.value)
 
 
+def test_a_text_model_is_offered_drawn_texts(tmp_path):
+  model = {"name": "gemma3_270m", "weights": "random:0"}
+  with pytest.raises(ValueError, match="--source=reasoning_gym:") as caught:
+    resolve(changed(BIG, model=model), "train", tmp_path)
+  assert "--source=synthetic" not in str(caught.value)
+
+
 def test_a_plan_needs_neither_weights_nor_data(tmp_path):
   assert resolve(BIG, "plan", tmp_path) == BIG
 

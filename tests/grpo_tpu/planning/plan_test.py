@@ -164,6 +164,23 @@ def test_the_smoke_config_is_planned(tmp_path, libtpu):
 
 @pytest.mark.aot
 @pytest.mark.nightly
+def test_a_mixed_batch_is_compiled(libtpu):
+  """Prompts of two images and of fewer, with the image tower trained."""
+  changes = {"mesh.fsdp": 16, "data.images_per_prompt": 2}
+  config, described = (
+    config_of("smoke", **changes),
+    hardware.parse_topology("v5e:4x4"),
+  )
+  found = {
+    kind: planner.compile_program(config, described, f"train_step ({kind})")
+    for kind in ("mixed", "image")
+  }
+  assert found["mixed"]["flops"] < found["image"]["flops"]
+  assert found["mixed"]["hbm_bytes"] < 1.2 * found["image"]["hbm_bytes"]
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
 def test_learning_from_preferences_is_planned(tmp_path, libtpu):
   done = main_in_plan_mode(
     tmp_path,

@@ -7,7 +7,7 @@ import pytest
 
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.planning import changes as changing
-from grpo_tpu.planning import planner, programs, roofline
+from grpo_tpu.planning import flops, planner, programs, roofline
 from tests.grpo_tpu.planning.planning_cases import (
   config_of,
   config_of_4b,
@@ -175,3 +175,19 @@ def test_a_plan_has_as_many_images_in_a_prompt_as_the_setting_says():
         assert len(bundles.images.shape) == 2 + per_image
     _, prompts, *_ = programs.find(config, mesh, "prefill (image)").args
     assert prompts.images.shape[:2] == (64, 2)
+    # A frozen tower has encoded what prompts show, whichever have them.
+    assert ("train_step (mixed)" in programs.names(config)) == trained
+
+
+def test_a_mixed_update_encodes_half_as_many_images():
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  changes = {"data.images_per_prompt": 2, "train.microbatch_bundles": 16}
+  config = config_of("smoke", **changes)
+  work = []
+  for name in ("text", "mixed", "image"):
+    traced = programs.find(config, mesh, f"train_step ({name})").trace(mesh)
+    work.append(flops.count_jaxpr(traced.jaxpr))
+  text, mixed, image = work
+  # The tower of `smoke` saves its forward pass, and then runs it twice: four
+  # passes in place of three for half of the images.
+  assert 0.6 < (mixed - text) / (image - text) < 0.8
