@@ -363,12 +363,15 @@ def test_gsm8k(tmp_path):
     for i in range(1, NUM_RECORDS)
   ]
   write_lines(tmp_path / "g", rows, "train.jsonl")
+  write_lines(tmp_path / "g", [{**rows[0], "question": "Else?"}], "test.jsonl")
   problems, manifest = prepared(tmp_path, tmp_path / "g")
-  assert manifest["counts"] == {"train": NUM_RECORDS - 1}
+  assert manifest["counts"] == {"train": NUM_RECORDS - 1, "eval": 1}
+  by_question = {each.question: each.pid for each in problems.values()}
   for i in (0, 5, 10):
     check(
       problems,
       i,
+      by_question[rows[i]["question"]],
       answer=f"{i + 1}000",
       answer_type="integer",
       images=(),
@@ -378,21 +381,20 @@ def test_gsm8k(tmp_path):
 
 def test_llava_conversations(tmp_path):
   write_pictures(tmp_path / "g")
-  replies = ["4", "The bar is red.", "B"]
+  replies = ["4", "The bar is red.", "B", "A long description. " * 20]
   rows = [
     {
       "id": f"{i:03d}",
       "image": f"{i}.png",
       "conversations": [
         {"from": "human", "value": f"<image>\nWhat is in {i}?"},
-        {"from": "gpt", "value": replies[i % 3]},
+        {"from": "gpt", "value": replies[i % 4]},
       ],
     }
     for i in range(NUM_RECORDS)
   ]
   rows[1]["conversations"] += rows[0]["conversations"]
-  for row in rows[2::3]:
-    row["conversations"][0]["value"] += "\nA. cat\nB. dog\nAnswer by letter."
+  rows[2]["conversations"][0]["value"] += "\nA. cat\nB. dog\nAnswer by letter."
   (tmp_path / "g/llava.json").write_text(json.dumps(rows))
   problems, manifest = prepared(tmp_path, tmp_path / "g")
   assert manifest["counts"] == {"train": NUM_RECORDS}
@@ -407,6 +409,8 @@ def test_llava_conversations(tmp_path):
     answer="dog",
     completions=(),
   )
+  problem = check(problems, 3, "003", answer="", answer_type="unchecked")
+  assert problem.completions == ((replies[3].strip(), 1.0),)
 
 
 def test_vlm_r1(tmp_path):
