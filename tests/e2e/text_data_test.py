@@ -195,3 +195,17 @@ def test_expressions_train_are_evaluated_scored_and_paired(program, tmp_path):
   pairs = tmp_path / "pairs.jsonl"
   found = label_results.label_results([results, right], pairs)
   assert found["groups"] + found["without_wrong"] == 8
+
+
+@pytest.mark.nightly
+def test_the_sizes_of_gemma_3_270m_train_on_texts(program, words, tmp_path):
+  """8 GiB of memory; a minute of it is compiling."""
+  run = Run(
+    *(program, tmp_path / "run", *SETTINGS, f"--config.data.dir={words}"),
+    *("--config.model.name=gemma3_270m", "--config.model.train_vision=False"),
+    *("--config.train.num_steps=5", "--config.train.microbatch_bundles=1"),
+    *("--config.data.prompts_per_step=2", "--config.rollout.num_generations=2"),
+    "--config.checkpoint.every_steps=100",
+  ).start()
+  assert run.column("data/skipped") == [0] * 5
+  assert [row["step"] for row in run.rows()] == list(range(6))
