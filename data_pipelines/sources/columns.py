@@ -209,12 +209,14 @@ def to_problem(
 
 
 def pid(values: Mapping[str, Any], columns: Columns, number: int) -> str:
-  """The name of a row: its id, or its number."""
+  """The name of a row: its id if that is a text or a number, or its number."""
   paths = columns.names.get("pid", ("pid",))
   value = gold.plain(guesses.at(values, paths[0])) if paths else None
   if isinstance(value, float) and value.is_integer():
     value = int(value)
-  return str(number) if gold.is_missing(value) else str(value).strip()
+  is_name = isinstance(value, str | int | float) and not gold.is_missing(value)
+  is_long = isinstance(value, int) and value.bit_length() > 1000
+  return str(value).strip() if is_name and not is_long else str(number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,16 +131,13 @@ class Checker:
     return Reject(item.split, item.index, self._pid(item), why.reason, detail)
 
   def _pid(self, item: Item) -> str | None:
-    """The pid for a message; of any type in the source."""
-    pid, raw = None, item.raw
-    if isinstance(raw, records.Problem):
-      pid = raw.pid
-    elif isinstance(raw, files.Row):
-      known = self.chosen[item.split].names.get("pid", ("pid",))
-      pid = raw.values.get(known[0]) if known else None
-    if isinstance(pid, str):
-      return printable(pid[:60])
-    return None if pid is None else untrusted.shorten(pid)
+    """The pid for a message, or the number of a row that has none."""
+    raw = item.raw
+    if isinstance(raw, files.Row):
+      pid = columns.pid(raw.values, self.chosen[item.split], item.number)
+    else:
+      pid = raw.pid if isinstance(raw, records.Problem) else None
+    return None if pid is None else printable(pid[:60])
 
   def problem(self, item: Item) -> records.Problem:
     """The problem of a record, which a run can ask and show.

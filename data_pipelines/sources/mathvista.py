@@ -71,11 +71,8 @@ def to_problem(
     healed[name] = _spelling(f"{name}s", values.get(name))
   for name in ("pid", "unit", "answer"):
     value = gold.plain(healed.get(name, ""))
-    healed[name] = (
-      gold.read(value, name).answer
-      if name == "answer" and not isinstance(value, str)
-      else str(value)
-    )
+    is_number = isinstance(value, int | float)
+    healed[name] = gold.read(value, name).answer if is_number else value
   if not isinstance(image := healed.get("image"), str):
     image = image.get("path") if isinstance(image, Mapping) else None
   healed["image"] = image if isinstance(image, str) and len(image) < 300 else ""
