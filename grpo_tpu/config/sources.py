@@ -141,9 +141,9 @@ def _describe_data(config: Config, mode: str) -> str:
   return (
     f"data.dir ('') must name the data for {config.model.name}, as in "
     f"--config.data.dir=DIR after\n"
-    f"    python -m data_pipelines.prepare --source=FOLDER{kind} "
+    f"    python -m data_pipelines.prepare --source=PATH{kind} "
     "--data_dir=DIR\n"
-    "  with a folder of MathVista or of your own problems, see "
+    "  with a file or folder of questions and answers, see "
     "docs/data.md, or\n"
     f"    python -m data_pipelines.prepare --source={drawn} --data_dir=DIR"
   )

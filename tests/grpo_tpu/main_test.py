@@ -86,7 +86,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     ),
     (
       ["--config=configs/gemma3_4b_v5e_16.py", WORKDIR],
-      ["hf download google/gemma-3-4b-it", "prepare --source=FOLDER"],
+      ["hf download google/gemma-3-4b-it", "prepare --source=PATH"],
     ),
     (
       [CONFIG, WORKDIR, "--mode=export"],

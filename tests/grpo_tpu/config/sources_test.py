@@ -62,7 +62,7 @@ def test_a_released_model_gets_the_commands_for_weights_and_data(tmp_path):
     "--config.model.weights=hf:gemma-3-4b-it",
     "random:SEED, which draws them, for tests",
     "data.dir ('') must name the data for gemma3_4b",
-    "python -m data_pipelines.prepare --source=FOLDER",
+    "python -m data_pipelines.prepare --source=PATH",
   ):
     assert words in str(caught.value)
   assert "random:0" not in str(caught.value)
