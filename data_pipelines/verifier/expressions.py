@@ -5,6 +5,7 @@ if both are rational, else to 45 digits at several points; what has no value
 there is left to math-verify. Alone it is too loose for a reward: it pays
 `(1,2)` for `\{1,2\}`, 0.333333 for 1/3, `neve` for `even` and `x^2 = 5` for 5.
 The main program imports neither math-verify nor sympy, which take a second.
+Values are sympy expressions; their types are unknown here.
 """
 
 import fractions
@@ -17,12 +18,10 @@ from data_pipelines.verifier.latex import Shape
 
 # Expressions that agree at these points are equal.
 _POINTS = (1.37, -0.73, 2.61, -3.17, 0.41)
-_DIGITS, _MAX_ERROR = 60, 1e-45
+_DIGITS, _MAX_ERROR, _NOISE = 60, 1e-45, 1e-50
 # A power or factorial with more binary digits is not computed.
 _MAX_BITS = 20_000
 _MAX_PARTS, _MAX_SYMBOLS = 24, 12
-# A sympy expression.
-type Expression = Any
 
 
 def is_equal(gold: str, answer: str, tolerance: float) -> bool:
@@ -52,26 +51,30 @@ class _Comparison:
     kinds = {gold.kind, answer.kind}
     if "word" in kinds:
       return _words(gold) == _words(answer) != ""
-    if gold.kind == answer.kind == "system":
-      return self._pair_up(gold.parts, answer.parts)
     if kinds == {"system", "tuple"}:
-      pair = [latex.as_tuple(x) if x.kind == "system" else x for x in pair]
-      gold, answer = pair
+      pair = [x if x.kind == "tuple" else latex.as_tuple(x) for x in pair]
+      return self.matches(*pair)
     if "equation" in kinds:
       return self._equations(gold, answer)
-    if "set" in kinds:
+    if "set" in kinds and kinds != {"set", "union"}:
       # A set of one value is that value.
-      sets = [x.parts if x.kind == "set" else (x,) for x in (gold, answer)]
-      return self._pair_up(*sets)
-    if kinds & {"relation", "either", "both"} or (gold.kind != answer.kind):
-      return self._regions(gold, answer)
+      pair = [x if x.kind == "set" else Shape("set", (x,)) for x in pair]
+      return self._pair_up(pair[0].parts, pair[1].parts)
+    if len(kinds) > 1 and kinds != {"set", "union"}:
+      return False
     if gold.kind == "value":
       return self._quantities(gold.text, answer.text)
+    if gold.kind == "relation":
+      first, second = _inequalities(gold), _inequalities(answer)
+      return self._pair_up(first, second, _is_same_inequality)
+    if gold.kind in ("set", "union", "system"):
+      return self._pair_up(gold.parts, answer.parts)
+    are_alike = gold.text == answer.text and (
+      len({gold.name, answer.name} - {""}) < 2
+      and len(gold.parts) == len(answer.parts)
+    )
     pairs = zip(gold.parts, answer.parts, strict=False)
-    return (gold.text, len(gold.parts)) == (
-      answer.text,
-      len(answer.parts),
-    ) and (all(self.matches(*pair) for pair in pairs))
+    return are_alike and all(self.matches(*pair) for pair in pairs)
 
   def _pair_up(
     self,
@@ -121,30 +124,6 @@ class _Comparison:
     numbers = [x for x in sides if not latex.is_name(x) and not _symbols(x)]
     return all(self._quantities(numbers[0], x) for x in numbers[1:])
 
-  def _regions(self, gold: Shape, answer: Shape) -> bool:
-    """Compares inequalities and intervals."""
-    region, other = latex.bounds(gold), latex.bounds(answer)
-    if region and other:
-      names = {region[0], other[0]} - {""}
-      return len(names) < 2 and self._pair_up(region[1], other[1], self._bounds)
-    if region or gold.kind != answer.kind:
-      return False
-    if gold.kind in ("either", "both"):
-      return self._pair_up(gold.parts, answer.parts)
-
-    def matches(first: tuple, second: tuple) -> bool:
-      ratio = _ratio(first[1], second[1])
-      return first[0] == second[0] and ratio is not None and ratio > 0
-
-    pairs = _inequalities(gold), _inequalities(answer)
-    return gold.kind == "relation" and self._pair_up(*pairs, matches)
-
-  def _bounds(self, gold: latex.Bound, answer: latex.Bound) -> bool:
-    return gold.is_closed == answer.is_closed and (
-      self._quantities(gold.low, answer.low)
-      and self._quantities(gold.high, answer.high)
-    )
-
   def _quantities(self, gold: str, answer: str) -> bool:
     """True if two values are equal, units included.
 
@@ -164,8 +143,7 @@ class _Comparison:
     dimension, factor = unit or other or (None, fractions.Fraction(1))
     turned = factor if other else 1 / factor
     if dimension == latex.DEGREES:
-      scale = _parsed(r"\frac{\pi}{180}")
-      turned = scale if other else 1 / scale
+      turned = _parsed(r"\frac{\pi}{180}" if other else r"\frac{180}{\pi}")
     if dimension in (latex.DEGREES, latex.PERCENT):
       if self._values(value, found, turned):
         return True
@@ -175,7 +153,7 @@ class _Comparison:
         return False
     return self._values(value, found)
 
-  def _values(self, gold: str, answer: str, factor: Expression = 1) -> bool:
+  def _values(self, gold: str, answer: str, factor: Any = 1) -> bool:
     """True if the first value is the second one times the factor."""
     if factor == 1 and latex.key(gold) == latex.key(answer):
       return True
@@ -207,7 +185,7 @@ def _with_letter(text: str, unit: latex.Unit) -> tuple[str, latex.Unit | None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(text: str) -> Expression | None:
+def _read(text: str) -> Any:
   """The expression of a text, None if it has none of bounded size."""
   spelling = latex.spelling(text)
   if spelling is None:
@@ -219,7 +197,7 @@ def _read(text: str) -> Expression | None:
     return None
 
 
-def _parsed(text: str) -> Expression:
+def _parsed(text: str) -> Any:
   import sympy
   from latex2sympy2_extended import latex2sympy2
 
@@ -231,13 +209,19 @@ def _parsed(text: str) -> Expression:
   )
   if not isinstance(found, sympy.Expr):
     raise ValueError(f"{text} is no value")
+  odd = {  # The real root: sympy takes a complex cube root of -8.
+    each: -((-each.base) ** each.exp)
+    for each in found.atoms(sympy.Pow)
+    if each.exp.is_Rational and each.exp.q % 2 and each.exp.p == 1
+    if each.exp.q > 1 and each.base.is_negative
+  }
   # An unknown function has a value of its own for each argument.
   unknown = found.atoms(sympy.core.function.AppliedUndef)
   names = {each: sympy.Symbol(str(each)) for each in unknown}
-  return found.xreplace({sympy.Symbol("i", real=True): sympy.I, **names})
+  return found.xreplace({sympy.Symbol("i", real=True): sympy.I, **names, **odd})
 
 
-def _bits(expression: Expression) -> float:
+def _bits(expression: Any) -> float:
   """An upper bound of the binary digits of a value at the points."""
   import sympy
 
@@ -276,20 +260,20 @@ def _gives_a_value(left: str) -> bool:
   )
 
 
-def _difference(relation: Shape) -> Expression:
+def _difference(relation: Shape) -> Any:
   left, right = _read(relation.parts[0].text), _read(relation.parts[-1].text)
   if left is None or right is None:
     raise ValueError("a side is no value")
   return left - right
 
 
-def _numerator(expression: Expression) -> Expression:
+def _numerator(expression: Any) -> Any:
   import sympy
 
   return sympy.fraction(sympy.together(expression))[0]
 
 
-def _inequalities(chain: Shape) -> list[tuple[str, Expression]]:
+def _inequalities(chain: Shape) -> list[tuple[str, Any]]:
   """Each "<" or "<=" of a chain, and the difference of its sides."""
   found = []
   for i, operator in enumerate(chain.text.split()):
@@ -302,7 +286,14 @@ def _inequalities(chain: Shape) -> list[tuple[str, Expression]]:
   return found
 
 
-def _ratio(first: Expression, second: Expression) -> float | None:
+def _is_same_inequality(
+  first: tuple[str, Any], second: tuple[str, Any]
+) -> bool:
+  ratio = _ratio(first[1], second[1])
+  return first[0] == second[0] and ratio is not None and ratio > 0
+
+
+def _ratio(first: Any, second: Any) -> float | None:
   """The constant ratio of two expressions that are no constants."""
   pairs = _sample(first, second)
   if not pairs or len(pairs) < 2 or 0 in pairs[0]:
@@ -313,7 +304,7 @@ def _ratio(first: Expression, second: Expression) -> float | None:
   return float(one / other) if same and varies else None
 
 
-def _sample(first: Expression, second: Expression) -> list[tuple] | None:
+def _sample(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
   """The values of two expressions at the points where one has a value."""
   import sympy
 
@@ -327,15 +318,15 @@ def _sample(first: Expression, second: Expression) -> list[tuple] | None:
       + sympy.Rational(j, 7)
       for j, symbol in enumerate(symbols)
     }
-    values = [_value(expression, point) for expression in (first, second)]
-    if None in values:
+    one, two = _value(first, point), _value(second, point)
+    if one is None or two is None:
       return None
-    if any(value.is_finite or value.is_infinite for value in values):
-      pairs.append(tuple(values))
+    if any(value.is_finite or value.is_infinite for value in (one, two)):
+      pairs.append((one, two))
   return pairs or None
 
 
-def _value(expression: Expression, point: dict) -> Expression | None:
+def _value(expression: Any, point: dict) -> Any:
   """The value at a point: exact, or to 60 digits; None if it is no number."""
   import sympy
 
@@ -343,10 +334,10 @@ def _value(expression: Expression, point: dict) -> Expression | None:
   if not value.is_Rational and not value.is_infinite:
     value = value.evalf(_DIGITS, subs=point)
   is_number = isinstance(value, sympy.Expr) and value.is_number
-  return value if is_number and value.is_comparable is not None else None
+  return value if is_number else None
 
 
-def _is_close(right: Expression, other: Expression, error: float) -> bool:
+def _is_close(right: Any, other: Any, error: float) -> bool:
   """True if two numbers are equal, or the second is close to the first."""
   if right == other:
     return True
@@ -354,11 +345,10 @@ def _is_close(right: Expression, other: Expression, error: float) -> bool:
     return False
   if right.is_Rational and other.is_Rational and error == _MAX_ERROR:
     return False
-  distance = abs(right - other)
-  return bool(distance <= error * abs(right))
+  return bool(abs(right - other) <= (error * abs(right) or _NOISE))
 
 
-def _math_verify(gold: Expression, answer: Expression) -> bool:
+def _math_verify(gold: Any, answer: Any) -> bool:
   """What math-verify says of two expressions of the same variables."""
   import math_verify
 

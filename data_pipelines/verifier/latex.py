@@ -40,16 +40,19 @@ class Shape(NamedTuple):
   """An answer and its parts.
 
   Attributes:
-    kind: "value", "set", "tuple", "interval", "union", "matrix", "relation",
-      "either", "both", "equation", "system" or "word".
+    kind: "value", "set", "tuple" (also an interval), "union", "matrix",
+      "equation", "system" (of equations), "relation" (an inequality that is
+      not solved) or "word".
     parts: The parts' shapes; of a relation and an equation its sides.
-    text: The text of a value or a word, the brackets of a tuple or an interval,
-      the operators of a relation, the size of a matrix.
+    text: The text of a value or a word, the brackets of a tuple, the operators
+      of a relation, the size of a matrix.
+    name: The variable that an interval is for, if one is named.
   """
 
   kind: str
   parts: tuple["Shape", ...] = ()
   text: str = ""
+  name: str = ""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,6 +162,10 @@ def parse(text: str) -> Shape:
     text = text[match.end() :]
   if match := _RE.described.fullmatch(text):
     text = match[1]
+  if text == r"\mathbb{R}":
+    text = rf"({','.join(_INTERVAL)})"
+  elif match := _RE.without_point.fullmatch(text):
+    text = rf"x \ne {match[1]}"
   if match := _RE.matrix.fullmatch(text):
     rows = [x for x in split(match[1], _RE.row) if x]
     cells = [split(row, _RE.cell) for row in rows]
@@ -193,19 +200,48 @@ def _several(parts: list[str]) -> Shape:
     if len(set(names)) > 1 and kinds == {"equation"}:
       return Shape("system", shapes)
     if len(set(names)) == 1:
-      values = tuple(shape.parts[-1:] or (shape,) for shape in shapes)
-      value = Shape("set", tuple(each[0] for each in values))
-      return Shape("equation", (shapes[0].parts[0], value))
-  return Shape("either" if kinds <= {"relation", "interval"} else "set", shapes)
+      values = tuple(s.parts[-1] if s.parts else s for s in shapes)
+      return Shape("equation", (shapes[0].parts[0], Shape("set", values)))
+  return Shape("union" if any(s.name for s in shapes) else "set", shapes)
 
 
 def _both(parts: list[str]) -> Shape:
   """The shape of two conditions, or of values, joined by "and"."""
-  several = _several(parts)
-  shapes = several.parts
-  if len(shapes) == 2 and {shape.kind for shape in shapes} == {"relation"}:
-    return Shape("both", shapes)
+  low, high = shapes = parse(parts[0]), parse(parts[-1])
+  if len(parts) == 2 and all(shape.name for shape in shapes):
+    if low.parts[0].text == _INTERVAL[0]:
+      low, high = high, low
+    if low.name == high.name and low.parts[1].text == _INTERVAL[1]:
+      ends = low.parts[0], high.parts[1]
+      return Shape("tuple", ends, low.text[0] + high.text[1], low.name)
   return parse(", ".join(parts))
+
+
+_TURNED = {">": "<", r"\ge": r"\le"}
+_INTERVAL = (r"-\infty", r"\infty")
+
+
+def _solved(sides: list[str], operators: list[str]) -> Shape | None:
+  """The interval of an inequality that is solved for a variable."""
+  if operators[0] in _TURNED:  # Reads it from its right end.
+    sides, operators = sides[::-1], operators[::-1]
+    operators = [_TURNED.get(operator, "") for operator in operators]
+  is_name = [_RE.variable.fullmatch(side) is not None for side in sides]
+  if operators == [r"\ne"] and any(is_name):
+    name, value = sides if is_name[0] else sides[::-1]
+    pieces = [name, "<", value], [value, "<", name]
+    return Shape("union", tuple(map(_relation, pieces)))
+  if not set(operators) <= {"<", r"\le"}:
+    return None
+  if len(sides) == 2 and any(is_name):
+    place = 2 if is_name[1] else 0
+    sides.insert(place, _INTERVAL[place // 2])
+    operators.insert(place // 2, "<")
+  if len(sides) != 3 or not _RE.variable.fullmatch(sides[1]):
+    return None
+  ends = tuple(Shape("value", text=side) for side in sides[::2])
+  opening, closing = (operator == r"\le" for operator in operators)
+  return Shape("tuple", ends, "(["[opening] + ")]"[closing], sides[1])
 
 
 def _relation(parts: list[str]) -> Shape:
@@ -218,7 +254,8 @@ def _relation(parts: list[str]) -> Shape:
       return parse(sides[0] if sides else parts[-1])
   if set(operators) != {"="}:
     texts = tuple(Shape("value", text=side) for side in sides)
-    return Shape("relation", texts, " ".join(operators))
+    relation = Shape("relation", texts, " ".join(operators))
+    return _solved(sides, operators) or relation
   if _RE.variables.fullmatch(sides[0]) and len(sides) == 2:
     names, values = parse(sides[0]).parts, parse(sides[1]).parts
     if len(names) == len(values):
@@ -231,7 +268,7 @@ def _relation(parts: list[str]) -> Shape:
 
 
 def _union(parts: list[str]) -> Shape:
-  return Shape("either", tuple(parse(part) for part in parts))
+  return Shape("union", tuple(parse(part) for part in parts))
 
 
 def _bracketed(text: str) -> Shape | None:
@@ -254,13 +291,9 @@ def _bracketed(text: str) -> Shape | None:
     return parts[0]
   if brackets in (r"\{\}", "{}"):
     return Shape("set", parts)
-  if len(parts) < 2 and brackets != "[]":
-    return None
-  if brackets in ("()", r"\langle\rangle"):
-    return Shape("tuple", parts, "()")
-  if brackets == "[]" and len(parts) != 2:
-    return Shape("tuple", parts, "[]")
-  return Shape("interval", parts, brackets) if len(parts) == 2 else None
+  brackets = brackets.replace(r"\langle", "(").replace(r"\rangle", ")")
+  is_tuple = len(parts) > 1 or brackets == "[]"
+  return Shape("tuple", parts, brackets) if is_tuple else None
 
 
 # The exponent of each dimension, and the factor to its base unit.
@@ -312,72 +345,6 @@ def _unit_name(word: str) -> str:
     if name.lower() in names:
       return names[name.lower()]
   return word.removesuffix("s").lower()
-
-
-class Bound(NamedTuple):
-  """The part of the number line between two values."""
-
-  low: str
-  high: str
-  is_closed: tuple[bool, bool]
-
-
-def bounds(shape: Shape) -> tuple[str, list[Bound]] | None:
-  """The variable ("" if none is named) and the intervals that a shape means."""
-  if shape.kind == "value" and shape.text == r"\mathbb{R}":
-    return "", [Bound(r"-\infty", r"\infty", (False, False))]
-  if match := _RE.without_point.fullmatch(shape.text):
-    shape = parse(rf"x \ne {match[1]}")
-    return "", (_bounds_of_relation(shape) or ("", []))[1]
-  if shape.kind == "interval" or (shape.kind, shape.text) == ("tuple", "()"):
-    if len(shape.parts) != 2 or any(x.kind != "value" for x in shape.parts):
-      return None
-    closed = shape.text[0] == "[", shape.text[1] == "]"
-    return "", [Bound(shape.parts[0].text, shape.parts[1].text, closed)]
-  if shape.kind == "either":
-    found = [bounds(part) for part in shape.parts]
-    names = {each[0] if each else None for each in found}
-    if None in names or len(names) > 1:
-      return None
-    return names.pop() or "", [b for each in found if each for b in each[1]]
-  if shape.kind == "both":
-    found = [bounds(part) for part in shape.parts]
-    if any(not each or len(each[1]) > 1 for each in found):
-      return None
-    (name, [one]), (other, [two]) = sorted(
-      (each for each in found if each),
-      key=lambda each: each[1][0].low != r"-\infty",
-    )
-    is_between = one.low == r"-\infty" and two.high == r"\infty"
-    closed = two.is_closed[0], one.is_closed[1]
-    between = Bound(two.low, one.high, closed)
-    return (name, [between]) if name == other and is_between else None
-  return _bounds_of_relation(shape) if shape.kind == "relation" else None
-
-
-def _bounds_of_relation(shape: Shape) -> tuple[str, list[Bound]] | None:
-  """The variable of an inequality that is solved for it, and its intervals."""
-  sides = [part.text for part in shape.parts]
-  operators = shape.text.split()
-  if operators[0] in (">", r"\ge"):  # Reads it from its right end.
-    sides, operators = sides[::-1], operators[::-1]
-    turned = {">": "<", r"\ge": r"\le"}
-    operators = [turned.get(operator, "") for operator in operators]
-  closed = [operator == r"\le" for operator in operators]
-  is_name = [bool(_RE.variable.fullmatch(side)) for side in sides]
-  if operators == [r"\ne"] and any(is_name):
-    name, value = sides if is_name[0] else sides[::-1]
-    pieces = [(r"-\infty", value), (value, r"\infty")]
-    return name, [Bound(*piece, (False, False)) for piece in pieces]
-  if not set(operators) <= {"<", r"\le"}:
-    return None
-  if len(sides) == 3 and is_name[1]:
-    return sides[1], [Bound(sides[0], sides[2], (closed[0], closed[1]))]
-  if len(sides) == 2 and is_name[1]:
-    return sides[1], [Bound(sides[0], r"\infty", (closed[0], False))]
-  if len(sides) == 2 and is_name[0]:
-    return sides[0], [Bound(r"-\infty", sides[1], (False, closed[0]))]
-  return None
 
 
 def as_tuple(system: Shape) -> Shape:

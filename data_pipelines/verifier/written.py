@@ -172,8 +172,9 @@ def _last_formula(text: str, sentence: str) -> tuple[str | None, str]:
     return _NONE
   if not found:
     match = _RE.stated.match(sentence[-400:])
-    is_stated = match is not None and _is_formula(match[1])
-    return (clean(match[1], "expression"), "statement") if is_stated else _NONE
+    if match is None or not _is_formula(match[1]):
+      return _NONE
+    return clean(match[1], "expression"), "statement"
   texts, start = [found[-1][0]], found[-1].start()
   for each in reversed(found[:-1]):  # "x = 1 and x = 2" is one list.
     if not _RE.joined.fullmatch(sentence[each.end() : start]):
