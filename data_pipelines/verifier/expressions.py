@@ -212,8 +212,8 @@ def _parsed(text: str) -> Any:
   odd = {  # The real root: sympy takes a complex cube root of -8.
     each: -((-each.base) ** each.exp)
     for each in found.atoms(sympy.Pow)
-    if each.exp.is_Rational and each.exp.q % 2 and each.exp.p == 1
-    if each.exp.q > 1 and each.base.is_negative
+    if each.base.is_negative and (1 / each.exp).is_odd and each.exp != -1
+    if each.exp != 1
   }
   # An unknown function has a value of its own for each argument.
   unknown = found.atoms(sympy.core.function.AppliedUndef)
@@ -300,8 +300,7 @@ def _ratio(first: Any, second: Any) -> float | None:
     return None
   (one, other), *rest = pairs
   same = all(_is_close(one * b, a * other, _MAX_ERROR) for a, b in rest)
-  varies = any(not _is_close(one, a, _MAX_ERROR) for a, _ in rest)
-  return float(one / other) if same and varies else None
+  return float(one / other) if same else None
 
 
 def _sample(first: Any, second: Any) -> list[tuple[Any, Any]] | None:

@@ -73,6 +73,11 @@ def test_a_wrong_or_uncertain_text_is_not(response):
   assert not is_right(response, PARIS)
 
 
+def test_fields_that_differ_are_no_answer():
+  response = '{"answer": "Paris", "answer2": "London"}'
+  assert verify.verify(response, PARIS).answer is None
+
+
 @pytest.mark.parametrize(
   ("gold", "answer", "right"),
   [
