@@ -13,7 +13,7 @@ from absl import flags
 
 from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
-from data_pipelines.sources import stored
+from data_pipelines.sources import mixtures, stored
 from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
@@ -53,6 +53,11 @@ def make_problem(index):
 PROBLEMS = [make_problem(index) for index in range(NUM_PROBLEMS)]
 TEXTS = [dataclasses.replace(problem, images=()) for problem in PROBLEMS]
 BLIND = dict(image_size=0, soft_tokens=0, model_name="gemma3_270m")
+# Text problems and those with pictures, 3 to 1.
+TWO_SETS = [*TEXTS[:4], *PROBLEMS[4:]]
+MIXTURE = dict(
+  sets={"text": range(4), "seen": range(4, NUM_PROBLEMS)}, shares=(3, 1)
+)
 
 
 class FailingSource:
@@ -174,10 +179,13 @@ def parsed_flags():
 def test_worker_processes_give_the_batches_of_none(
   tokenizer, tmp_path, parsed_flags
 ):
-  """From the files of a data dir, for one of two shards, from step 3 on."""
-  stored.write({"train": PROBLEMS}, tmp_path)
-  source = stored.source(tmp_path, "train")
-  place = dict(kind="preference", shards=(1,), shard_count=2)
+  """From the files of two data dirs, for one of two shards, from step 3 on."""
+  sources = {}
+  for name, part in (("text", TWO_SETS[:4]), ("seen", TWO_SETS[4:])):
+    stored.write({"train": part}, tmp_path / name)
+    sources[name] = stored.source(tmp_path / name, "train")
+  source = mixtures.Mixture(sources)
+  place = dict(kind="preference", shards=(1,), shard_count=2, **MIXTURE)
   unbroken = batches(tokenizer, source, **place)
   found = batches(
     tokenizer, source, **place, start_step=3, steps=5, worker_processes=2
@@ -207,13 +215,6 @@ def test_an_epoch_asks_each_problem_once_and_the_next_in_another_order(
   assert sorted(first) == sorted(problem.pid for problem in PROBLEMS)
   assert sorted(second) == sorted(first)
   assert first != second
-
-
-# Text problems and those with pictures, 3 to 1.
-TWO_SETS = [*TEXTS[:4], *PROBLEMS[4:]]
-MIXTURE = dict(
-  sets={"text": range(4), "seen": range(4, NUM_PROBLEMS)}, shares=(3, 1)
-)
 
 
 def asked(found):
