@@ -93,9 +93,11 @@ def choose(
     return Columns({}, is_mathvista=True, known=everything, described=line)
   names, notes = guesses.guess(sample, known, fixed)
   if not (names["question"] or names["chosen"]):
+    held = [x for x in everything if guesses.holds_pictures(sample, x)]
+    where = f" (pictures stand in {_listed(held)})" if held else ""
     raise validation.SettingError(
       f"columns must name the question, which none of {_listed(everything)} "
-      "seems to be; set --columns=question=NAME."
+      f"seems to be{where}; set --columns=question=NAME."
     )
   base, more = _survey(sample, names)
   notes += more

@@ -143,12 +143,13 @@ def _others(
     return found if len(found) > 1 else ()
   if role != "images":
     return ()
-  held = [
-    path
-    for path in free.values()
-    if any(gold.is_picture(at(row, path)) for row in sample)
-  ]
+  held = [path for path in free.values() if holds_pictures(sample, path)]
   return _numbered(free, _NUMBERED_IMAGE) or tuple(held[:1])
+
+
+def holds_pictures(sample: Rows, path: str) -> bool:
+  """True if a row has a picture there, not only a picture's name."""
+  return any(gold.is_picture(at(row, path)) for row in sample)
 
 
 def _numbered(known: Mapping[str, str], pattern: re.Pattern[str]) -> Paths:
