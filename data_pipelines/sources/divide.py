@@ -125,11 +125,12 @@ def _limit_rejects(
   counts = ", ".join(f"{n} {why}" for why, n in reasons(rejects).items())
   first = rejects[0]
   where = f" of {first.split}" if first.split else ""
+  where += f", pid {first.pid}" if first.pid else ""
   raise validation.SettingError(
     f"{len(rejects)} of {total} records are unusable ({counts}); the limit is "
     f"max_reject_fraction ({options.max_reject_fraction}). The first one: "
-    f"record {first.index}{where}, pid {first.pid}, {first.reason}: "
-    f"{first.detail}. Fix the source, choose its columns with --columns or its "
+    f"record {first.index}{where}, {first.reason}: {first.detail}. "
+    "Fix the source, choose its columns with --columns or its "
     "splits with --split, or raise --max_reject_fraction."
   )
 

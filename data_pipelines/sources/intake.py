@@ -287,9 +287,8 @@ def check_records(
       other = taken.get(record.pid)
       # Names often start again in each split of a source.
       if other and other.split != record.split:
-        if other.digest != record.digest:
-          record, example = _renamed(record, example)
-          other = taken.get(record.pid)
+        record, example = _renamed(record, example)
+        other = taken.get(record.pid)
       if other:
         rejects.append(_duplicate(record, other))
         continue

@@ -57,7 +57,9 @@ def open_source(source: Source) -> Origin:
   for ours, path in source.items():
     folder = _find(path)
     chosen = _matching(ours, list(folder.readers))
-    named = {f"{ours}/{name}": folder.readers[name] for name in chosen}
+    named = {
+      f"{ours}/{name}".rstrip("/"): folder.readers[name] for name in chosen
+    }
     parts.append(list(named))
     readers |= named
     hashes |= {f"{ours}/{name}": each for name, each in folder.files.items()}

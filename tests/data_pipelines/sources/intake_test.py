@@ -136,11 +136,10 @@ def test_a_reject_quotes_no_bytes():
   assert reject.detail == "cannot read (bytes)"
 
 
-def test_a_record_that_stands_in_two_splits_is_a_duplicate():
-  both = readers(testmini=PROBLEMS[:1], test=PROBLEMS[:1])
-  kept, rejects = check(both)
-  assert [record.split for record in kept] == ["testmini"]
-  assert [reject.reason for reject in rejects] == ["duplicate_pid"]
+def test_a_pid_is_taken_once_in_a_split():
+  kept, [reject] = check(readers(train=[PROBLEMS[0], *PROBLEMS[:2]]))
+  assert [record.index for record in kept] == [0, 2]
+  assert (reject.index, reject.reason) == (1, "duplicate_pid")
 
 
 def test_names_that_start_again_in_another_split_get_its_name():
