@@ -210,10 +210,7 @@ def open_dataset(
     dirs = data_dirs.open_all(settings)
   else:
     dirs = [_draw(settings, model, pathlib.Path(workdir))]
-  needs_train = for_training or bool(settings.few_shot)
-  data_dirs.check(
-    settings, dirs, needs_train=needs_train, for_training=for_training
-  )
+  data_dirs.check(settings, dirs, for_training=for_training)
   of_data = dirs[0].manifest["tokenizer"]["fingerprint"]
   identity = data_dirs.identity(dirs) | {own_tokenizer.OF_DATA_DIR: of_data}
   if tokenizer and (settings.tokenizer or tokenizer.fingerprint != of_data):
@@ -225,7 +222,7 @@ def open_dataset(
   if not settings.tokenizer:
     own_tokenizer.check_recorded(model, own, tokenizer)
   train, evaluated = None, data_dirs.open_split(dirs, settings.eval_split)
-  if needs_train:
+  if for_training or settings.few_shot:
     train = data_dirs.open_split(dirs, settings.train_split)
   template = run_prompts.complete(
     template,

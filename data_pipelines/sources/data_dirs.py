@@ -90,18 +90,14 @@ def identity(dirs: list[DataDir]) -> dict[str, str]:
 
 
 def check(
-  settings: DataConfig,
-  dirs: list[DataDir],
-  *,
-  needs_train: bool,
-  for_training: bool,
+  settings: DataConfig, dirs: list[DataDir], *, for_training: bool
 ) -> None:
   """Refuses data dirs that lack a split, or that the run may not use.
 
   Raises:
     ValueError: The message names the data dir.
   """
-  for each in dirs if needs_train else ():
+  for each in dirs if for_training or settings.few_shot else ():
     _require_split("train_split", settings.train_split, each)
   lacking = [x for x in dirs if settings.eval_split not in x.manifest["counts"]]
   if len(lacking) == len(dirs):
