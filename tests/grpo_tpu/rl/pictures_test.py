@@ -155,18 +155,3 @@ def test_the_tower_encodes_no_more_than_an_eighth_of_the_slots_too_many(tiny):
   text = pixels.replace(images=np.zeros((64, 0, 4, 4, 3), np.uint8))
   for other in (features, text):
     assert pictures.with_num_encoded(other, mesh, 1).num_encoded == 0
-
-
-def test_work_follows_the_images_not_the_slots(tiny, bundles):
-  model = forward_of(tiny)
-
-  def flops(num_encoded):
-    batch = bundles.replace(num_encoded=num_encoded)
-    program = score.score_batch.lower(
-      model, tiny.params, batch, num_microbatches=1
-    )
-    return program.compile().cost_analysis()["flops"]
-
-  a_tower = (flops(4) - flops(2)) / 2
-  assert a_tower > 0
-  assert flops(0) - flops(4) >= 0.9 * 4 * a_tower
