@@ -106,6 +106,8 @@ def guess(
 def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
   """The columns that may have the role, the likelier ones first."""
   named = [name for name in NAMES[role] if name in known]
+  if role == "answer" and "b" in known:
+    named = [name for name in named if name != "a"]  # An option.
   found = [
     known[name]
     for name in named
@@ -119,14 +121,15 @@ def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
       if name not in _WEAK
       and all(gold.is_missing(at(row, known[name])) for row in sample)
     ]
-  names = {normal(path) for path in known.values()}
+  names = known.keys()
+  is_pair = names & {*NAMES["chosen"]} and names & {*NAMES["rejected"]}
   if role in ("chosen", "rejected", "chosen_score", "rejected_score"):
-    return found if {"chosen", "rejected"} <= names else []
+    return found if is_pair else []
   if role == "response_label" and not names & {*NAMES["response"]}:
     return []
   if role == "pid":
     return [path for path in found if _is_unique(sample, path)]
-  if role == "question" and {"chosen", "rejected"} <= names:
+  if role == "question" and is_pair:
     return [path for path in found if normal(path) != "messages"]
   if role == "context" and "instruction" in names and "input" in known:
     return [known["input"]]

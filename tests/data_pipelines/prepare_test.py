@@ -125,11 +125,8 @@ def test_the_guess_of_the_columns_is_said_and_can_be_overruled(tmp_path):
   "args, said",
   [
     (["--columns=answer=final"], "final is none of label, question."),
-    (["--columns=gold=label"], "gold is none of pid, question, context"),
     (["--columns=label"], "must be pairs of ours=theirs"),
-    (["--columns=answer=label,answer=question"], "each name once"),
     (["--source=train=a.jsonl,dev=b.jsonl"], "must be pairs of train, eval"),
-    (["--tolerance=1"], "tolerance (1.0) must be"),
   ],
 )
 def test_a_wrong_column_or_source_exits_64_and_says_which_there_are(
