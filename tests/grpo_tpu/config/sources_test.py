@@ -32,10 +32,10 @@ def resolve(config, mode, workdir, *, flag=False):
 def run(tmp_path):
   """A workdir with a run of the smoke config on data of its own."""
 
-  def write(weights="run:START", name="tiny", folder="DATA"):
+  def write(weights="run:START", name="tiny", folder="DATA", **data):
     config = changed(SMOKE).to_dict()
     config["model"] |= {"weights": weights, "name": name}
-    config["data"] |= {"dir": folder}
+    config["data"] |= {"dir": folder} | data
     record = {"config": config, "weights": weights, "essence": {}}
     record |= {"accepted_changes": [], "attempts": [{}]}
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -119,6 +119,25 @@ def test_a_run_in_the_workdir_is_read_at_its_newest_checkpoint(
   assert resolve(
     changed(SMOKE, data={"dir": "MINE"}), mode, workdir
   ).data.dir == ("MINE")
+
+
+def test_a_mixture_is_data_and_is_read_again(run, tmp_path):
+  dirs = (("A", 0.7), ("B", 3.0))
+  config = changed(BIG, model={"weights": "random:0"}, data={"dirs": dirs})
+  assert resolve(config, "train", tmp_path) == config
+  workdir = run(folder="", dirs=dirs)
+  assert resolve(SMOKE, "evaluate", workdir).data.dirs == dirs
+  own = resolve(changed(SMOKE, data={"dir": "MINE"}), "evaluate", workdir)
+  assert (own.data.dir, own.data.dirs) == ("MINE", ())
+
+
+@pytest.mark.parametrize(
+  "dirs", ["A", {"A": 1}, [["A"]], [["A", "B"]], [[1, 2]], ["AB"], [[]], 3]
+)
+def test_data_dirs_that_no_run_has_are_refused(run, dirs):
+  workdir = run(folder="", dirs=dirs)
+  with pytest.raises(ValueError, match=r"run.json must be the record of a run"):
+    resolve(SMOKE, "evaluate", workdir)
 
 
 @pytest.mark.parametrize("mode", READING)
