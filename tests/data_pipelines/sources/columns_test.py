@@ -346,6 +346,15 @@ def test_the_solution_is_the_gold_only_where_there_is_no_answer():
   assert (made.answer, made.solution) == ("8", row["solution"])
 
 
+def test_what_a_question_needs_stands_beside_it():
+  made = problem(instruction="Add.", input="3 and 4", output="7")
+  assert (made.question, made.answer) == ("Add.\n3 and 4", "7")
+  made = problem(passage="Ann has 3.", question="How many?", answer=3)
+  assert made.question == "Ann has 3.\nHow many?"
+  made = problem(context="photo", question="How many?", answer=3)
+  assert made.metadata == {"context": "photo"}
+
+
 def test_given_columns_overrule_the_guess():
   row = {"question": "a", "problem": "b", "answer": "1", "x": {"y": "2"}}
   assert problem(**row).question == "a"

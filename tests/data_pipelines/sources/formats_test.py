@@ -413,6 +413,27 @@ def test_llava_conversations(tmp_path):
   assert problem.completions == ((replies[3].strip(), 1.0),)
 
 
+def test_preference_pairs(tmp_path):
+  """RLAIF-V's columns."""
+  rows = [
+    {
+      "ds_name": "mine",
+      "image": struct(i),
+      "question": f"What is in picture {i}?",
+      "chosen": f"A square of color {i}.",
+      "rejected": "A cat.",
+      "idx": i,
+      "image_path": f"{i}.jpg",
+    }
+    for i in range(NUM_RECORDS)
+  ]
+  problems, manifest = prepared(tmp_path, write_parquet(tmp_path / "g", rows))
+  assert manifest["counts"] == {"train": NUM_RECORDS}
+  for i in (0, 4, 11):
+    pair = ((f"A square of color {i}.", 1.0), ("A cat.", 0.0))
+    check(problems, i, answer="", completions=pair, images=(png(i),))
+
+
 def test_vlm_r1(tmp_path):
   write_pictures(tmp_path / "g")
   rows = [
