@@ -148,7 +148,7 @@ def _survey(
   for values in sample:
     row = _Row(files.Row(values, str.encode), Columns(names))  # Reads no file.
     try:
-      talk = row.conversation("question")
+      talk = row.conversation()
       golds.append((row.get("answer"), row.options()))
     except BadRecord:
       continue
@@ -238,16 +238,16 @@ class _Row:
     """The columns of a role, for an error."""
     return "+".join(self.columns.names.get(role, ())) or role
 
-  def conversation(self, role: str) -> conversations.Conversation | None:
-    """The conversation that a column holds, if it does."""
-    found = conversations.messages(self.get(role))
+  def conversation(self) -> conversations.Conversation | None:
+    """The conversation that the question's column holds, if it does."""
+    found = conversations.messages(self.get("question"))
     return conversations.read(found) if found else None
 
   def preferences(
     self,
   ) -> tuple[tuple[LabelledCompletion, ...], conversations.Conversation | None]:
     """The labelled completions, and the conversation before them."""
-    talk = self.conversation("question")
+    talk = self.conversation()
     given = self.get("completions") or ()
     if isinstance(given, list | tuple):
       given = [
@@ -413,7 +413,8 @@ class _Row:
         changes["precision"] = min(int(places), records.MAX_PRECISION)
         changes["answer_type"] = "float"
       found = gold.to_float(self.get("tolerance"))
-      for tolerance in (settings.tolerance, self.columns.tolerance):
+      own = problem.tolerance or None
+      for tolerance in (own, settings.tolerance, self.columns.tolerance):
         found = tolerance if found is None else found
       changes["tolerance"] = records.to_tolerance("tolerance", found)
     return dataclasses.replace(problem, **changes) if changes else problem
