@@ -43,7 +43,7 @@ class _State:
 
   def pool_for(self, path: str) -> pool.Pool:
     """The pool of a function; the lock is held."""
-    if path not in self.pools:
+    if path not in self.pools or self.pools[path].is_closed:
       self.pools[path] = pool.Pool(
         (path, *_ALSO_IMPORTED.get(path, ())),
         num_workers=_NUM_WORKERS,

@@ -59,6 +59,7 @@ class Pool:
     for worker in self._workers:
       self._idle.put(worker)
     self._threads = futures.ThreadPoolExecutor(num_workers or 1)
+    self.is_closed = False
     _OPEN_POOLS.add(self)
 
   def submit(
@@ -99,6 +100,7 @@ class Pool:
 
   def close(self) -> None:
     """Kills every process, also a busy one, and waits for their ends."""
+    self.is_closed = True
     _OPEN_POOLS.discard(self)
     self._threads.shutdown(wait=False, cancel_futures=True)
     for worker in self._workers:

@@ -164,6 +164,8 @@ def test_equal_pairs_are_compared_once(monkeypatch, no_workers):
   assert not is_right("x", make_problem(r"2\sqrt{3}"))
   assert is_right(r"\sqrt{12}", problems[0])
   assert len(calls) == 3
+  pool.close_all()  # As another program's end in this process.
+  assert is_right(r"\frac{6}{\sqrt{3}}", problems[0])
 
 
 def test_aliases_units_and_tolerance_of_an_expression():
