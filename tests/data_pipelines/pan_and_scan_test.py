@@ -126,6 +126,27 @@ def test_a_row_shows_its_image_then_its_crops_then_nothing(tokenizer):
   assert slots == {1, 3, 4, 5}
 
 
+def test_each_of_several_images_is_followed_by_its_own_crops(tokenizer):
+  shown = [make_image(i, size) for i, size in enumerate(SIZES)]
+  problem = dataclasses.replace(PROBLEMS[0], images=tuple(shown))
+  (batch,) = batches(
+    tokenizer, [problem], prompts_per_step=1, steps=1, prompt_buckets=(512,)
+  )
+  views = [
+    images.views(images.decode(image), IMAGE_SIZE, SETTINGS) for image in shown
+  ]
+  assert [len(x) for x in views] == [1 + count for count in SIZES.values()]
+  np.testing.assert_array_equal(batch.images[0], np.concatenate(views))
+  ids = chat_prompts.encode_prompt(
+    problem,
+    tokenizer,
+    soft_tokens=SOFT_TOKENS,
+    num_crops=list(SIZES.values()),
+  )
+  assert batch.prompt_ids[0, : len(ids)].tolist() == ids
+  assert batch.valid.all()
+
+
 def test_every_shard_has_the_slots_of_the_whole_step(tokenizer):
   shards = [
     batches(tokenizer, shards=(index,), shard_count=2) for index in range(2)
