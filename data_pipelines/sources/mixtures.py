@@ -30,6 +30,7 @@ class Mixture:
   two sets may have the same pids. Its metadata name it as `data_set`.
 
   Attributes:
+    sources: The problems of each data set, by its name.
     sets: The indices of each data set's problems, by its name.
   """
 
@@ -37,7 +38,7 @@ class Mixture:
     self, sources: Mapping[str, records.Source], counts: Mapping[str, int] = {}
   ):
     """Takes the first `counts` problems of a source, or all of them."""
-    self._sources = sources
+    self.sources = sources
     sizes = [counts.get(name, len(each)) for name, each in sources.items()]
     ends = self._ends = list(itertools.accumulate(sizes))
     self.sets = {
@@ -52,16 +53,7 @@ class Mixture:
     if not 0 <= index < len(self):
       raise IndexError(f"{index} is not in 0 .. {len(self) - 1}")
     name = list(self.sets)[bisect.bisect_right(self._ends, index)]
-    return _rename(self._sources[name][index - self.sets[name].start], name)
-
-  def first(self, count: int) -> "Mixture":
-    """At most `count` problems, as many of each set as its size allows."""
-    counts: dict[str, int] = {}
-    # The smallest sets first, so that the others share what these leave over.
-    for name in sorted(self.sets, key=lambda name: len(self.sets[name])):
-      fair = (count - sum(counts.values())) // (len(self.sets) - len(counts))
-      counts[name] = min(len(self.sets[name]), fair)
-    return Mixture(self._sources, counts)
+    return _rename(self.sources[name][index - self.sets[name].start], name)
 
 
 def _rename(problem: records.Problem, name: str) -> records.Problem:
@@ -72,10 +64,18 @@ def _rename(problem: records.Problem, name: str) -> records.Problem:
 
 
 def first(problems: records.Source, count: int) -> records.Source:
-  """The first `count` problems of a source, or a fair part of a mixture."""
-  if isinstance(problems, Mixture):
-    return problems.first(count)
-  return problems
+  """The problems, of a mixture at most `count`.
+
+  Of each set there are as many as its size allows.
+  """
+  if not isinstance(problems, Mixture):
+    return problems
+  sets, counts = problems.sets, dict[str, int]()
+  # The smallest sets first, so that the others share what these leave over.
+  for name in sorted(sets, key=lambda name: len(sets[name])):
+    fair = (count - sum(counts.values())) // (len(sets) - len(counts))
+    counts[name] = min(len(sets[name]), fair)
+  return Mixture(problems.sources, counts)
 
 
 class Order:

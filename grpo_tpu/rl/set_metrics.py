@@ -28,10 +28,10 @@ def set_metrics(
   own = {"valid": prompts.valid, "sets": dict(prompts.sets), "rewards": rewards}
   rows = gather(own)
   valid = rows["valid"]
-  metrics = {"data/skipped": float((~valid).sum())}
+  metrics: dict[str, float] = {"data/skipped": int((~valid).sum())}
   for name, inside in rows["sets"].items():
     metrics[f"data/{name}/share"] = float(inside.mean())
-    metrics[f"data/{name}/skipped"] = float((inside & ~valid).sum())
+    metrics[f"data/{name}/skipped"] = int((inside & ~valid).sum())
     for reward, (values, counts) in (rows["rewards"] or {}).items():
       if (counts & inside[:, None]).any():
         mean = values[counts & inside[:, None]].mean(dtype=np.float64)
