@@ -23,7 +23,7 @@ _MAX_SIGNS = 10  # Bars and slashes, which the parser tries in many ways.
 _TABLES = tables.read("data_pipelines.verifier", "latex.toml")
 _RULES = [(re.compile(pattern), to) for pattern, to in _TABLES["rules"]]
 _COMMANDS = frozenset(_TABLES["commands"].split())
-_CHARACTERS = {
+_CHARACTERS = numbers.FULL_WIDTH | {
   character: latex
   for latex, characters in _TABLES["characters"].items()
   for character in characters

@@ -23,7 +23,8 @@ _TABLES = tables.read("data_pipelines.verifier", "numbers.toml")
 WORDS, _SCALES = _TABLES["words"], _TABLES["scales"]
 _HAN_DIGITS, _HAN_TENS = _TABLES["han_digits"], _TABLES["han_tens"]
 # Full-width ASCII characters follow ASCII's order.
-_CHARACTERS = {chr(0xFEE0 + i): chr(i) for i in range(0x21, 0x7F)} | {
+FULL_WIDTH = {chr(0xFEE0 + i): chr(i) for i in range(0x21, 0x7F)}
+_CHARACTERS = FULL_WIDTH | {
   character: ascii
   for ascii, characters in _TABLES["characters"].items()
   for character in characters

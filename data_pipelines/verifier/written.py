@@ -76,8 +76,7 @@ def clean(text: str, kind: str) -> str | None:
     text = text[match.end() :]
   text = text.strip(" \t\n\"'`")
   if kind == "expression":
-    is_prose = not _is_formula(text) and len(text) > _MAX_WORD
-    if is_prose and (found := _last_formula(text, text)[0]):
+    if not _is_formula(text) and (found := _last_formula(text, text)[0]):
       return found
     text = latex.normalize(text)
   return text if 0 < len(text) <= _MAX_LENGTH[kind] else None
@@ -149,7 +148,7 @@ def _balanced(text: str, start: int) -> tuple[str, int]:
 
 def _announced(after: str) -> str:
   """The answer in the text after "the answer is"."""
-  after = after.strip(" *:")
+  after = after.strip(" *:\uff1a")
   match = _RE.formula.match(after)
   if match and _RE.explains.match(after[match.end() :]):
     return match[0]
