@@ -142,11 +142,6 @@ class Source(Protocol):
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
-# The columns of a row in a parquet file.
-COLUMNS = frozenset(FIELDS) - {"image_path", "images"} | {
-  "image",
-  "decoded_image",
-}
 
 
 def official_query(problem: Problem) -> str:
@@ -203,36 +198,6 @@ def _lettered(problem: Problem) -> list[str]:
 def with_official_query(problem: Problem) -> Problem:
   """The problem with the query that MathVista would ship for it."""
   return dataclasses.replace(problem, query=official_query(problem))
-
-
-def from_row(row: Mapping[str, Any]) -> Problem:
-  """The problem in one row of the Hugging Face parquet files.
-
-  Nulls become "", () or -1. Checks only the types of the columns; `validate`
-  checks the values.
-
-  Args:
-    row: Column name to value; `decoded_image` is a struct of `bytes` and
-      `path`, or the reason why the image cannot be read. A missing `query` is
-      built; `solution` is this project's own optional column.
-
-  Returns:
-    The problem with the row's image bytes.
-
-  Raises:
-    BadRecord: A column is missing or has a wrong type.
-  """
-  image = row.get("decoded_image")
-  if isinstance(image, BadRecord):
-    raise image
-  image_bytes = image.get("bytes") if isinstance(image, Mapping) else None
-  _require(
-    isinstance(image_bytes, bytes) and image_bytes,
-    "missing_image",
-    "decoded_image.bytes holds no encoded image of "
-    f"{shorten(row.get('image'))}",
-  )
-  return dataclasses.replace(from_result(row), images=(image_bytes,))
 
 
 def from_result(row: Mapping[str, Any]) -> Problem:

@@ -16,6 +16,7 @@ from data_pipelines.text import untrusted
 # Values of `metadata.source`; MathVista's terms cover all of them.
 _TABLE = tables.read("data_pipelines.sources", "mathvista.toml")
 SOURCES = frozenset(_TABLE["sources"])
+_COLUMNS = frozenset(records.FIELDS) | {"image", "decoded_image"}
 _HINTED = _TABLE["hints"]
 _SPELLINGS = tables.read("data_pipelines.sources", "columns.toml")
 
@@ -90,7 +91,7 @@ def to_problem(
     if read and read.answer_type == "float" and precision < 1:
       healed |= {"answer_type": "float", "precision": read.precision}
   _require_types(healed)
-  others = {k: v for k, v in values.items() if k not in records.COLUMNS}
+  others = {k: v for k, v in values.items() if k not in _COLUMNS}
   own = healed.get("metadata")
   if isinstance(own, Mapping) and others:
     healed["metadata"] = {**metadata.read(others), **own}

@@ -34,7 +34,7 @@ ROW = {
 }
 CHOICE = {"question_type": "multi_choice", "answer_type": "text"}
 PROBLEMS = [
-  records.from_row(ROW | change)
+  records.from_result(ROW | change)
   for change in (
     {},
     {"answer_type": "float", "precision": 2, "answer": "1.25"},
@@ -74,7 +74,7 @@ def fuzz_records(data: atheris.FuzzedDataProvider) -> None:
       except (ValueError, RecursionError):
         pass
   try:
-    problem = records.from_row(row)
+    problem = records.from_result(row)
     records.validate(problem)
   except records.BadRecord:
     return

@@ -221,7 +221,7 @@ def test_default_draws_never_change(name):
 def problems(fixtures):
   """Published problems with an answer, and synthetic ones."""
   rows = files.find(fixtures / "mathvista_schema").readers["testmini"]()
-  published = [records.from_row(row.values) for row in rows]
+  published = [records.from_result(row.values) for row in rows]
   spec = synthetic.Spec(
     num_problems=150,
     seed=0,

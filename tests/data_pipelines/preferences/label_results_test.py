@@ -92,7 +92,7 @@ def test_real_responses_become_groups_that_the_verifier_agrees_with(
   differences = []
   for pid, group in found.items():
     row = rows[0][pid] | {"decoded_image": {"bytes": b"-"}, "query": "-"}
-    problem = records.from_row(row)
+    problem = records.from_result(row)
     texts = {run[pid]["response"] for run in rows}
     assert {text for text, _ in group} <= texts
     assert len(group) == len({text for text, _ in group})
@@ -114,7 +114,7 @@ def test_training_reads_the_written_file(results, tmp_path):
   rows = next(iter(results[1].values()))
   for pid in groups(out):
     row = rows[pid] | {"decoded_image": {"bytes": b"-"}, "query": "-"}
-    better, worse = source(records.from_row(row), rng)
+    better, worse = source(records.from_result(row), rng)
     assert (better.label, worse.label) == (1.0, 0.0)
 
 
@@ -217,7 +217,7 @@ def test_lists_and_lines_of_records_are_read_too(tmp_path):
 def test_the_problems_of_a_data_dir_take_precedence(tmp_path):
   """The data dir's answer is used, and a pid that it lacks is left out."""
   row = record("1", answer="7") | {"decoded_image": {"bytes": b"-"}}
-  problem = records.from_row(row)
+  problem = records.from_result(row)
   data_dir = tmp_path / "data"
   stored.write({"train": [problem]}, data_dir)
   files = [

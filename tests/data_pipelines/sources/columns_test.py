@@ -485,7 +485,12 @@ def test_mathvistas_schema_is_read_as_ever():
   rows = list(official_rows())
   rows[0] |= {"tolerance": 0.1, "answer_type": "integer", "answer": "3"}
   rows[0] |= {"question_type": "free_form", "choices": None}
-  assert problems(rows) == [records.from_row(row) for row in rows]
+  assert problems(rows) == [
+    dataclasses.replace(
+      records.from_result(row), images=(row["decoded_image"]["bytes"],)
+    )
+    for row in rows
+  ]
   assert all("Hint: Please answer" in each.query for each in problems(rows))
 
 

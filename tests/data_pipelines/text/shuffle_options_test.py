@@ -55,7 +55,7 @@ def problems(request):
   else:
     folder = request.getfixturevalue("fixtures") / "mathvista_schema"
     rows = files.find(folder).readers["testmini"]()
-    found = [records.from_row(row.values) for row in rows]
+    found = [records.from_result(row.values) for row in rows]
   return [p for p in found if p.choices and p.is_checkable]
 
 

@@ -689,7 +689,7 @@ def test_the_right_answer_is_right_however_it_is_rendered(
     (fixtures / "mathvista_schema" / "data").glob("*.parquet")
   ):
     for row in pq.read_table(path).to_pylist():
-      problem = records.from_row(row)
+      problem = records.from_result(row)
       if problem.is_checkable:
         problems[f"schema {problem.pid}"] = problem
   assert len(problems) == 1323
