@@ -18,7 +18,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
-from tensorflow_datasets.core import dataset_info, naming
+from tensorflow_datasets.core import (
+  dataset_info,
+  example_serializer,
+  naming,
+)
 from tensorflow_datasets.core.utils import shard_utils
 
 from data_pipelines import records, validation
@@ -46,7 +50,16 @@ def _features() -> tfds.features.FeaturesDict:
 
 def encode(problem: records.Problem) -> bytes:
   """The bytes of a problem in a file; raises for one that cannot be stored."""
-  return _features().serialize_example(records.to_example(problem))
+  example = _features().encode_example(records.to_example(problem))
+  # Without this, the order of the fields differs from process to process.
+  return (
+    _serializer().get_tf_example(example).SerializeToString(deterministic=True)
+  )
+
+
+@functools.cache
+def _serializer() -> example_serializer.ExampleSerializer:
+  return example_serializer.ExampleSerializer(_features().get_serialized_info())
 
 
 def decode(example: bytes) -> records.Problem:

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from data_pipelines import images, validation
 from data_pipelines.sources import build, stored, synthetic
 from data_pipelines.text import tokenizer
+from tests.data_pipelines.sources import layouts
 
 SPEC = synthetic.Spec(
   num_problems=60,
@@ -305,3 +307,136 @@ def test_mathvistas_own_records_put_all_records_under_its_terms(tmp_path):
     pq.write_table(pa.Table.from_pylist(table), path)
     wanted = request(tmp_path / source, source=str(folder))
     assert build.build_data_dir(wanted)["terms"] == terms
+
+
+def write_rows(folder, rows, name="data.jsonl"):
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = (json.dumps(row) for row in rows)
+  (folder / name).write_text("\n".join(lines))
+  return str(folder)
+
+
+def questions(count, start=0):
+  return [
+    {"question": f"What is {i} + {i}?", "answer": str(2 * i)}
+    for i in range(start, start + count)
+  ]
+
+
+def draw_layouts(folder, *names, count):
+  rows = []
+  for name in names:
+    for i in range(count):
+      folder.mkdir(parents=True, exist_ok=True)
+      layouts.LAYOUTS[name](i).save(folder / f"{name}{i}.png")
+      image = f"{name}{i}.png"
+      rows.append({"question": f"{i}?", "answer": "1", "image": image})
+  return write_rows(folder, rows)
+
+
+@pytest.mark.parametrize(
+  "count", [12, pytest.param(200, marks=pytest.mark.nightly)]
+)
+def test_tables_and_plots_of_one_layout_are_all_kept(tmp_path, count):
+  source = draw_layouts(tmp_path / "source", "table", "plot", count=count)
+  for near in ("exact", "perceptual"):
+    wanted = request(tmp_path / near, source=source, near_duplicates=near)
+    manifest = build.build_data_dir(wanted)
+    assert manifest["withheld"] == {}
+    assert sum(manifest["counts"].values()) == 2 * count
+
+
+def test_what_an_excluded_data_dir_holds_never_trains(tmp_path):
+  """Four tables, of which two are there as smaller JPEGs, and a question."""
+  source = draw_layouts(tmp_path / "source", "table", count=4)
+  both = [{"question": "WHAT is 1 + 1?", "answer": "2"}]
+  lines = (tmp_path / "source/data.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  write_rows(tmp_path / "source", rows + both)
+  (tmp_path / "held").mkdir()
+  for i in range(2):
+    small = layouts.table(i).reduce(2)
+    small.save(tmp_path / "held" / f"{i}.jpg", quality=70)
+  images_of = [
+    {"question": f"e{i}?", "answer": "1", "image": f"{i}.jpg"} for i in range(2)
+  ]
+  held = write_rows(tmp_path / "held", images_of + questions(1, start=1))
+  build.build_data_dir(request(tmp_path / "e", source=held, eval_fraction=1.0))
+  changes = {"source": source, "eval_fraction": 0.0}
+  wanted = request(tmp_path / "d", exclude=(str(tmp_path / "e"),), **changes)
+  manifest = build.build_data_dir(wanted)
+  assert manifest["counts"] == {"train": 2}
+  assert {k: len(v) for k, v in manifest["withheld"].items()} == {
+    "excluded_same_question": 1,
+    "excluded_similar_image": 2,
+  }
+  with pytest.raises(validation.SettingError, match="exclude was"):
+    build.build_data_dir(request(tmp_path / "d", **changes))
+  with pytest.raises(validation.SettingError, match=r"^exclude \(.*\) must "):
+    request_of_none = request(tmp_path / "x", exclude=(held,), **changes)
+    build.build_data_dir(request_of_none)
+
+
+def test_the_splits_of_a_source_are_kept(tmp_path):
+  folder = tmp_path / "source"
+  write_rows(folder, questions(8), "train.jsonl")
+  write_rows(folder, questions(6, start=5), "test.jsonl")
+  manifest = build.build_data_dir(request(tmp_path / "a", source=str(folder)))
+  assert manifest["counts"] == {"train": 5, "eval": 6}
+  assert len(manifest["withheld"]["same_question"]) == 3
+  paths = {"train": str(folder / "test.jsonl"), "test": str(folder)}
+  wanted = request(tmp_path / "b", source=paths, near_duplicates="none")
+  manifest = build.build_data_dir(wanted)
+  assert manifest["counts"]["test"] == 6
+  assert manifest["counts"]["train"] + manifest["counts"]["eval"] == 6
+
+
+def test_an_error_names_the_true_reason_and_a_remedy_that_works(tmp_path):
+  same = [{**row, "question": "One?"} for row in questions(9)]
+  source = write_rows(tmp_path / "same", same)
+  with pytest.raises(validation.SettingError, match="have the same question"):
+    build.build_data_dir(request(tmp_path / "a", source=source))
+  source = write_rows(tmp_path / "few", questions(4))
+  for fraction in (0.0001, 0.9999):
+    changes = {"source": source, "eval_fraction": fraction}
+    with pytest.raises(validation.SettingError) as caught:
+      build.build_data_dir(request(tmp_path / "b", **changes))
+    remedy = re.search(r"--eval_fraction=([\d.]+),", str(caught.value))[1]
+    changes["eval_fraction"] = float(remedy)
+    manifest = build.build_data_dir(request(tmp_path / "b", **changes))
+    assert set(manifest["counts"]) == {"train", "eval"}
+    shutil.rmtree(tmp_path / "b")
+  folder = tmp_path / "twice"
+  for name in ("train.jsonl", "test.jsonl"):
+    write_rows(folder, questions(4), name)
+  with pytest.raises(
+    validation.SettingError, match=r"^near_duplicates .* all are withheld"
+  ):
+    build.build_data_dir(request(tmp_path / "c", source=str(folder)))
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
+  source = write_rows(tmp_path / "source", questions(230))
+  for workers in (0, 2):
+    wanted = request(tmp_path / f"{workers}", source=source)
+    build.build_data_dir(wanted, num_workers=workers)
+  assert contents(tmp_path / "0") == contents(tmp_path / "2")
+
+
+def test_a_changed_label_or_image_is_seen(tmp_path):
+  source = draw_layouts(tmp_path / "source", "table", count=6)
+  wanted = request(tmp_path / "d", source=source)
+  build.build_data_dir(wanted)
+  path = tmp_path / "source/data.jsonl"
+  text = path.read_text()
+  path.write_text(text.replace('"answer": "1"', '"answer": "7"', 1))
+  with pytest.raises(
+    validation.SettingError, match="data.jsonl .* has changed"
+  ):
+    build.build_data_dir(wanted)
+  path.write_text(text)
+  layouts.table(99).save(tmp_path / "source/table3.png")
+  with pytest.raises(
+    validation.SettingError, match="table3.png .* has changed"
+  ):
+    build.build_data_dir(wanted)
