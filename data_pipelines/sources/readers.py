@@ -362,7 +362,7 @@ class _Bounded(io.BufferedReader):
     return super().read(size)
 
 
-def tar(path: epath.Path) -> Iterator[Values]:
+def tar(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   """The samples of a webdataset shard, in the order of their first members.
 
   Members whose paths are equal up to the first dot of the name are a sample.
@@ -386,7 +386,7 @@ def tar(path: epath.Path) -> Iterator[Values]:
     samples = itertools.groupby(_members(file), lambda x: _key_and_name(x)[0])
     for key, members in samples:
       try:
-        row = _sample(file, key, members)
+        row = _sample(file, key, members, binary)
       except records.BadRecord as error:
         yield error
         continue
@@ -416,7 +416,10 @@ def _key_and_name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _sample(
-  file: tarfile.TarFile, key: str, members: Iterable[tarfile.TarInfo]
+  file: tarfile.TarFile,
+  key: str,
+  members: Iterable[tarfile.TarInfo],
+  binary: bool,
 ) -> dict[str, Any]:
   """The columns of a sample; see `tar`."""
   row: dict[str, Any] = {}
@@ -426,8 +429,9 @@ def _sample(
   for member in members:
     name = _key_and_name(member)[1]
     is_picture = f".{name}".endswith(PICTURES)
-    if member.size > _BUFFER and not is_picture and name != "json":
-      continue  # A film, say.
+    is_film = member.size > _BUFFER and not is_picture and name != "json"
+    if is_film or (is_picture and not binary):
+      continue
     total += member.size
     if total > MAX_LINE:
       detail = f"{key} has more than {MAX_LINE} bytes"
@@ -481,10 +485,10 @@ KINDS: Mapping[str, Callable[..., Iterator[Values]]] = {
 
 def picture_names(path: epath.Path, kind: str) -> Iterator[str]:
   """The texts in the rows of a file that may name a picture beside it."""
-  if kind != ".tar":
-    options = {"binary": False} if kind in (".parquet", ".arrow") else {}
-    for values in KINDS[kind](path, **options):
-      yield from _picture_names(values)
+  has_bytes = kind in (".parquet", ".arrow", ".tar")
+  options = {"binary": False} if has_bytes else {}
+  for values in KINDS[kind](path, **options):
+    yield from _picture_names(values)
 
 
 def _picture_names(value: Any) -> Iterator[str]:

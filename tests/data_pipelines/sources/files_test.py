@@ -398,7 +398,7 @@ def test_a_row_reads_pictures_inside_the_source_alone(tmp_path):
     assert caught.value.reason == "missing_image"
 
 
-@pytest.mark.parametrize("kind", ["JSONL", "CSV", "parquet", "Arrow stream"])
+@pytest.mark.parametrize("kind", ["JSONL", "CSV", "parquet", "tar"])
 @pytest.mark.parametrize(
   "name", ["pics/a.png", "pics\\a.png", "/home/ann/pics/a.png", "../pics/a.png"]
 )
@@ -480,6 +480,7 @@ def test_text_that_is_no_utf8_costs_its_row(tmp_path, suffix):
   "bad",
   [
     b'"3" 4',
+    b'{"a": "\xff"}',
     b'{"a": 3',
     b'{"a": 1, "a": 2}',
     b"[1]",
@@ -512,6 +513,12 @@ def test_a_line_that_is_too_long_costs_itself_alone(tmp_path, monkeypatch):
     assert [str(found[i].values["a"]) for i in (0, -1)] == ["1", "2"]
 
 
+def test_a_json_document_of_two_lists_is_refused(tmp_path):
+  (tmp_path / "a.json").write_text('{"a": [{"b": 1}], "c": [{"d": 1}]}')
+  with pytest.raises(validation.SettingError, match="one list.*'a', 'c'"):
+    files.find(tmp_path)
+
+
 def test_a_json_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(readers.untrusted, "MAX_JSON_BYTES", 50)
   WRITERS["JSON"](tmp_path / "a", ROWS)
@@ -528,7 +535,6 @@ def test_a_json_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
     ("a.jsonl.gz", b"\x1f\x8b\x08"),
     ("a.csv", b"a,a\n1,2\n"),
     ("a.csv", b'a,b\n1,"2\n3,4\n'),
-    ("a.json", b'{"a": [{"b": 1}], "c": [{"d": 1}]}'),
     ("a.json", b"3"),
     ("a.tar", b"a" * 1024),
   ],
@@ -630,7 +636,7 @@ def test_both_layouts_of_the_snapshot_hold_the_same_problems(
 
 
 def test_an_entry_is_a_problem_whose_pid_is_its_key(tmp_path):
-  github(tmp_path, {"7": ENTRY, "8": {**ENTRY, "pid": "8", "precision": 2}})
+  github(tmp_path, {"7": ENTRY, "8": {**ENTRY, "pid": 8, "precision": 2}})
   first, second = read(tmp_path)
   assert (first.pid, second.pid, second.precision) == ("7", "8", 2)
   assert first.images[0] == make_image(5)
