@@ -233,6 +233,20 @@ def test_a_byte_order_mark_and_blank_lines_are_no_data(tmp_path, kind, mark):
   assert values(files.find(path)) == {"": ROWS[2:]}
 
 
+@pytest.mark.parametrize(
+  "name, text, row",
+  [
+    ("a.tsv", "a,b,c\td\n1\t2\n", {"a,b,c": "1", "d": "2"}),
+    ("a.csv", "a;b,c,d\n1;2,3,4\n", {"a;b": "1;2", "c": "3", "d": "4"}),
+    ("a.csv", ",a, b \n0,1,2\n", {"Unnamed: 0": "0", "a": "1", "b": "2"}),
+    ("a.csv", "a\tb\n1,5\t2\n", {"a": "1,5", "b": "2"}),
+  ],
+)
+def test_the_header_of_a_table_tells_its_columns(tmp_path, name, text, row):
+  (tmp_path / name).write_text(text)
+  assert values(files.find(tmp_path)) == {"": [row]}
+
+
 def test_folders_that_datasets_saves_are_read(tmp_path):
   datasets = pytest.importorskip("datasets")
   datasets.disable_progress_bars()
