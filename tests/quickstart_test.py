@@ -18,7 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from data_pipelines import records
-from data_pipelines.sources import stored
+from data_pipelines.sources import guesses, readers, stored
 from data_pipelines.text import chat_prompts
 from grpo_tpu.config import defaults
 from grpo_tpu.rewards import custom
@@ -167,6 +167,42 @@ def listed_files() -> list[str]:
   names = re.findall(r"^\| `([\w.]+/?)` \|", text, re.M)
   assert "manifest.json" in names
   return names
+
+
+def table(heading: str) -> list[tuple[set[str], set[str]]]:
+  """The words in code of each row of the tables under a heading."""
+  page = (ROOT / "docs" / "data.md").read_text()
+  text = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+  rows = re.findall(r"^\| (.*?) \| (.*) \|$", text, re.M)
+  return [tuple(set(re.findall("`([^`]+)`", x)) for x in row) for row in rows]
+
+
+def test_the_page_on_data_names_what_there_is():
+  kinds = set().union(*(names for names, _ in table("Formats")))
+  assert kinds & set(readers.KINDS) == set(readers.KINDS)
+  for roles, names in table("Columns"):
+    assert roles <= guesses.NAMES.keys(), roles
+    known = {name for role in roles for name in guesses.NAMES[role]}
+    assert {name for name in names if len(name) > 1} <= known, roles
+  files = (ROOT / "data_pipelines").rglob("*.py")
+  source = "".join(path.read_text() for path in files)
+  reasons = set().union(*(x for x, _ in table("When records are rejected")))
+  assert len(reasons) > 10
+  assert not [each for each in reasons if f'"{each}"' not in source]
+  variables = set(
+    chat_prompts.variables(
+      records.Problem(
+        pid="1",
+        question="Why?",
+        answer="",
+        question_type="free_form",
+        answer_type="text",
+      ),
+      chat_prompts.TEMPLATES["plain"],
+    )
+  )
+  named = set().union(*(x for x, _ in table("Prompts"))) - {"tagged"}
+  assert variables <= named and named - variables <= set(chat_prompts.TEMPLATES)
 
 
 def test_the_templates_of_the_page_on_data_write_prompts(tmp_path):
