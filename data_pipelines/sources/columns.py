@@ -125,7 +125,7 @@ def _describe(
 ) -> str:
   """The columns in one line, for the log."""
   used = {path for paths in names.values() for path in paths}
-  pairs = [f"{role}={'+'.join(x)}" for role, x in names.items() if x]
+  pairs = [f"{role}={'|'.join(x)}" for role, x in names.items() if x]
   parts = [", ".join(pairs), *notes]
   # Not the inner columns of a struct that is one.
   others = {path.partition(".")[0] for path in known if path not in used}
@@ -229,14 +229,14 @@ class _Row:
   columns: Columns
 
   def get(self, role: str) -> Any:
-    """The value of a role; None without a column."""
+    """The value of a role, from its first column that has one; else None."""
     paths = self.columns.names.get(role, ())
-    value = guesses.at(self.row.values, paths[0]) if paths else None
-    return gold.plain(value)
+    found = (gold.plain(guesses.at(self.row.values, path)) for path in paths)
+    return next((value for value in found if not gold.is_missing(value)), None)
 
   def name(self, role: str) -> str:
     """The columns of a role, for an error."""
-    return "+".join(self.columns.names.get(role, ())) or role
+    return "|".join(self.columns.names.get(role, ())) or role
 
   def conversation(self) -> conversations.Conversation | None:
     """The conversation that the question's column holds, if it does."""

@@ -424,6 +424,19 @@ def test_later_rows_may_have_what_the_first_ones_lack():
     assert made.images == (png(2),)
 
 
+def test_records_of_two_kinds_have_each_their_columns():
+  rows: list[dict] = [{"question": "q", "answer": "1"} for _ in range(8)]
+  rows += [{"problem": "p", "solution": "It is \\boxed{2}."}] * 2
+  assert [(x.question, x.answer) for x in problems(rows)] == (
+    [("q", "1")] * 8 + [("p", "2")] * 2
+  )
+  # A hole is no record of another kind.
+  rows = [{"question": "q", "answer": "1", "label": 7} for _ in range(20)]
+  rows[3]["answer"] = None
+  with pytest.raises(records.BadRecord, match="answer is empty"):
+    problems(rows)
+
+
 def test_ids_that_repeat_name_no_record():
   rows = [
     {"id": i // 2, "idx": i, "question": "q", "answer": "1"} for i in range(4)

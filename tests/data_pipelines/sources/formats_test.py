@@ -254,12 +254,14 @@ def test_mathverse(tmp_path):
       "answer": "C" if i % 2 == 0 else f"{i}.5",
       "question_type": "multi-choice" if i % 2 == 0 else "free-form",
       "metadata": {"split": "testmini", "source": "GeoQA", "subfield": "Angle"},
-      "query_wo": "Please directly answer the question",
+      "query_wo": "Answer the question in the image.",
       "query_cot": "Please first conduct reasoning",
       "question_for_eval": "q",
     }
     for i in range(NUM_RECORDS)
   ]
+  # The version "Vision Only" has its question in the picture.
+  rows[4]["question"] = rows[6]["question"] = ""
   problems, manifest = prepared(
     tmp_path, write_parquet(tmp_path / "g", rows, "testmini.parquet")
   )
@@ -269,6 +271,7 @@ def test_mathverse(tmp_path):
   problem = check(problems, 3, answer="3.5", answer_type="float", precision=1)
   assert problem.metadata["problem_version"] == "Text Dominant"
   check(problems, 2, question="AB = 2. Find the angle.")
+  check(problems, 4, question="Answer the question in the image.", answer="C")
 
 
 def test_mathvision(tmp_path):
