@@ -66,7 +66,7 @@ class DataConfig:
     system_prompt: Text before the first user's turn, as Gemma 3's chat template
       has it; "" for none.
     few_shot: Solved examples in each prompt, for base models: problems without
-      pictures of the train split, drawn by the seed; never the one asked.
+      images of the train split, drawn by the seed; never the one asked.
     shuffle_options: Shuffle the options of each training prompt; evaluation
       never does.
     pan_and_scan: Crops of long images, shown after the whole image in training

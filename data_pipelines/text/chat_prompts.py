@@ -33,7 +33,7 @@ class Template:
   file: template_files.TemplateFile | None = None  # Writes the whole text.
   system: str = ""  # Text before the first turn's.
   few_shot: int = 0  # Solved examples in a prompt.
-  # Solved problems without pictures, and a spare for where one is asked itself.
+  # Solved problems without images, and a spare for where one is asked itself.
   examples: tuple[records.Problem, ...] = ()
 
   @property

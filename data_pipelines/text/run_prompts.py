@@ -84,7 +84,7 @@ def _draw(
   if len(found) < few_shot:
     raise ValueError(
       f"data.few_shot ({few_shot}) must be at most {len(found)}, the problems "
-      "with an answer and without pictures that were found in the train split; "
+      "with an answer and without images that were found in the train split; "
       f"set data.few_shot={len(found)}."
     )
   return tuple(found.values())
