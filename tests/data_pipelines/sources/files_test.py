@@ -511,7 +511,17 @@ def test_a_bad_line_costs_itself_alone(tmp_path, name, content, bad):
     assert middle.reason == "not_a_record"
     assert f"2 of {name}" in middle.detail
   else:
-    assert name == "a.csv" and b"," not in bad.replace(b'", "', b"")
+    assert name == "a.csv" and bad.isascii()
+    assert b"," not in bad.replace(b'", "', b"")
+
+
+def test_a_picture_in_base64_fits_into_a_cell(tmp_path):
+  """The csv module alone takes 131,072 characters."""
+  row = {"image": "iVBORw0KGgo" * 50_000, "answer": "1"}
+  for kind in ("CSV", "JSONL"):
+    WRITERS[kind](tmp_path / kind, [row])
+  for path in tmp_path.iterdir():
+    assert values(files.find(path)) == {"": [row]}
 
 
 def test_a_line_that_is_too_long_costs_itself_alone(tmp_path, monkeypatch):
