@@ -76,7 +76,9 @@ _OPERATOR = re.compile(
   r"[+*/^=<>\u221a\u221e\u03c0\u00b1\u00b2\u00b3\u2264\u2265\u00bd\u00bc\u00be!]"
   rf"|\A[-\u2212]|\d\s?[A-Za-z(]|\d\s?,|\(.*,|(?:{_FUNCTIONS})\s?\(?\w|[A-Za-z)]\s?[-\u2212]"
 )
-_COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+")
+_COMMAND = re.compile(
+  r"\\(?:text|mathrm|mbox|begin|end)\s?\{[^{}]*\}|\\[A-Za-z]+"
+)
 
 
 class Gold(NamedTuple):

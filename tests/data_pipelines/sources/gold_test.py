@@ -48,6 +48,7 @@ GOLDS = (
   ("(-1, 3]", "(-1, 3]", "expression"),
   (r"\{1,2\}", r"\{1,2\}", "expression"),
   ("-x", "-x", "expression"),
+  (r"\begin{pmatrix}1\\2\end{pmatrix}",) * 2 + ("expression",),
   ("10^5", "10^5", "expression"),
   ("yes", "yes", "text"),
   ("Paris.", "Paris", "text"),
