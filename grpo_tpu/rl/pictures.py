@@ -27,8 +27,8 @@ def with_num_encoded(
 ) -> TrainBatch:
   """Says how many slots the tower encodes for a batch, if it has pixels.
 
-  The number is a multiple of an eighth of the slots, so that few programs are
-  compiled, or 0 for all. Without `num_images` the images are counted.
+  The number is a quarter, a half or three quarters of the slots, so that few
+  programs are compiled; 0 is all. Without `num_images` they are counted.
   """
   is_pixels = batch.images.dtype == jnp.uint8 and batch.images.size
   if not is_pixels:
@@ -37,7 +37,7 @@ def with_num_encoded(
     num_images = int(_count_images(batch.prompt_ids))
   shards = sharding.data_shards(mesh)[1]
   slots = batch.images.shape[0] * batch.images.shape[1]
-  part = shards * max(1, slots // (8 * shards))
+  part = shards * max(1, slots // (4 * shards))
   number = max(1, -(-num_images // part)) * part
   return batch.replace(num_encoded=number if 4 * number <= 3 * slots else 0)
 

@@ -122,7 +122,7 @@ def test_scores_equal_those_of_transformers(
     train_vision=True,
   )
   packed = pictures.with_num_encoded(bundles, conftest.mesh_of())
-  assert packed.num_encoded == 5
+  assert packed.num_encoded == 6
   found, _ = score.score_batch(forward, params, packed, num_microbatches=2)
 
   rows, starts = [], []
