@@ -404,7 +404,7 @@ def _members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
   while member := file.next():
     cast(Any, file).members.clear()  # Otherwise they add up.
     # macOS adds files with a hidden name.
-    if member.isreg() and not member.issparse() and all(_key_and_name(member)):
+    if member.isreg() and all(_key_and_name(member)):
       yield member
 
 

@@ -291,6 +291,7 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     add(file, "c.zero", b"", type=tarfile.CHRTYPE)
     add(file, "c.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     add(file, "._c.png", b"of macOS")
+    add(file, "c/._c.png", b"of macOS")
     add(file, "e.json", b'{"id": 7, "id": 8}')
     add(file, "f.json", b'{"id": 7}')
   assert values(files.find(tmp_path / "s.tar"))[""] == [
@@ -591,6 +592,17 @@ def test_a_damaged_header_does_not_end_a_tar(tmp_path):
   (tmp_path / "a.tar").write_bytes(content)
   with pytest.raises(validation.SettingError, match="no header at byte 1024"):
     values(files.find(tmp_path))
+
+
+def test_a_sample_that_is_too_large_costs_itself_alone(tmp_path, monkeypatch):
+  """As a sparse file may be, which takes no space in the tar."""
+  monkeypatch.setattr(readers, "MAX_LINE", 2000)
+  with tarfile.open(tmp_path / "a.tar", "w") as file:
+    for name in ("a.0.png", "b.0.png", "b.1.png", "b.2.png", "c.0.png"):
+      add(file, name, bytes(900))
+  first, bad, last = values(files.find(tmp_path))[""]
+  assert bad == "image_too_large"
+  assert first["image"] == last["image"] == bytes(900)
 
 
 def test_a_header_of_a_tar_takes_no_memory(tmp_path):
