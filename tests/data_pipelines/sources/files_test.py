@@ -279,11 +279,14 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
   with tarfile.open(tmp_path / "s.tar", "w") as file:
     add(file, "d", b"", type=tarfile.DIRTYPE)
     add(file, "./d/a.v1.png", one)
-    add(file, "./d/a.JSON", b'{"question": "?", "image": "a.png", "n": [1]}')
+    add(file, "./d/a.JSON", b'{"question": "?", "images": ["a.png"], "n": [1]}')
     add(file, "../b.10.jpg", two)
     add(file, "../b.9.jpg", one)
     add(file, "../b.txt", b"How many?\n")
     add(file, "../b.cls", b"3")
+    add(file, "b2.json", b'{"image": "b2.png"}')
+    add(file, "b2.0.png", one)
+    add(file, "b2.1.png", two)
     add(file, "c.question.txt", "é".encode())
     add(file, "c.choices.json", b'["x"]')
     add(file, "c.npy", b"\x93NUMPY\0")
@@ -299,6 +302,8 @@ def test_a_webdataset_shard_has_a_row_for_each_key(tmp_path):
     | {"image": one, "v1.png": one},
     {"pid": "s/../b", "__key__": "../b", "question": "How many?"}
     | {"answer": "3", "images": [one, two], "9.jpg": one, "10.jpg": two},
+    {"pid": "s/b2", "__key__": "b2", "images": [one, two]}
+    | {"0.png": one, "1.png": two},
     {"pid": "s/c", "__key__": "c", "question": "é", "choices": ["x"]},
     "not_a_record",
     {"__key__": "f", "id": 7},
