@@ -100,9 +100,9 @@ def demonstration(
 
 
 def _own(problem: records.Problem, count: int) -> Group:
-  """The problem's own completions; () unless their labels differ."""
+  """The problem's own completions; () unless texts and labels differ."""
   ranked = sorted(problem.completions, key=lambda each: -each.label)
-  if len({each.label for each in ranked}) < 2:
+  if any(len(set(values)) < 2 for values in zip(*ranked, strict=True)):
     return ()
   ends = zip(ranked, reversed(ranked), strict=True)
   order = [each for pair in ends for each in pair]
@@ -215,9 +215,9 @@ def _synthesize_group(
   if not is_choice and problem.answer_type not in _ALTERED:
     raise records.BadRecord(
       "no_completions",
-      f"{problem.pid} has no completions with different labels, and no wrong "
-      f"ones can be made of its {problem.answer_type} answer; give it a chosen "
-      "and a rejected completion, or name a data.preference_file",
+      f"{problem.pid} has no different completions with different labels, and "
+      f"no wrong ones can be made of its {problem.answer_type} answer; give it "
+      "a chosen and a rejected completion, or name a data.preference_file",
     )
   writer = _Writer(problem, template, "conflict" in kinds and is_choice)
   chosen = writer.right_completion

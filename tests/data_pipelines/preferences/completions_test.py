@@ -153,6 +153,17 @@ def test_without_two_labels_completions_are_made_where_they_can_be(labels):
     assert error.value.reason == "no_completions"
 
 
+def test_equal_texts_are_no_pair():
+  own = (
+    records.LabelledCompletion("5.", 1.0),
+    records.LabelledCompletion("5.", 0.0),
+  )
+  problem = make_problem("five", answer_type="text")
+  problem = dataclasses.replace(problem, completions=own)
+  with pytest.raises(records.BadRecord, match="no different completions"):
+    preferences.synthesize(2)(problem, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(
   ("labels", "place"),
   [((0.5, 2.0, 2.0), "1"), ((-3.0, -1.0), "1"), ((1.0,), "0")],
