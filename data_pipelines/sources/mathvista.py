@@ -77,13 +77,14 @@ def to_problem(
   if not isinstance(image := healed.get("image"), str):
     image = image.get("path") if isinstance(image, Mapping) else None
   healed["image"] = image if isinstance(image, str) and len(image) < 300 else ""
-  found = choices.read(values.get("choices"), "choices")
-  if not isinstance(values.get("choices"), list):
-    healed["choices"] = found.texts
+  given = values.get("choices")
+  found = choices.read(given, "choices")
+  is_plain = isinstance(given, list) and all(isinstance(x, str) for x in given)
+  healed["choices"] = tuple(given) if given and is_plain else found.texts
   if healed["question_type"] == "multi_choice":
     healed["answer_type"] = "text"
-    if (answer := healed["answer"]) and answer not in healed.get("choices", ()):
-      found = found._replace(texts=tuple(healed["choices"]))
+    if (answer := healed["answer"]) and answer not in healed["choices"]:
+      found = found._replace(texts=healed["choices"])
       healed["answer"] = choices.right_option(answer, found, "answer", None)
   elif healed["answer_type"] in ("integer", "float"):
     read = gold.read(healed["answer"], "answer") if healed["answer"] else None

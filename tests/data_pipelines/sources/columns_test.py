@@ -524,6 +524,11 @@ def test_harmless_spellings_of_mathvistas_schema_are_healed():
       row["precision"] = None
     rows.append(row)
   assert problems(rows) == expected
+  choice = next(x for x in official_rows() if x["choices"])
+  (made,) = problems([choice | {"choices": [1, 2.5], "answer": 2.5}])
+  assert (made.choices, made.answer) == (("1", "2.5"), "2.5")
+  with pytest.raises(records.BadRecord, match="answer_not_in_choices"):
+    problems([choice | {"choices": []}])
 
 
 def test_an_unknown_type_is_a_reject_that_names_the_known_ones():
