@@ -543,6 +543,15 @@ def test_a_line_that_is_too_long_costs_itself_alone(tmp_path, monkeypatch):
     assert [str(found[i].values["a"]) for i in (0, -1)] == ["1", "2"]
 
 
+def test_a_json_document_may_be_one_record_or_none(tmp_path):
+  for text, rows in (
+    ('{"a": 1, "b": null}', [{"a": 1, "b": None}]),
+    ("{}", []),
+  ):
+    (tmp_path / "a.json").write_text(text)
+    assert values(files.find(tmp_path)) == {"": rows}
+
+
 def test_a_json_document_of_two_lists_is_refused(tmp_path):
   (tmp_path / "a.json").write_text('{"a": [{"b": 1}], "c": [{"d": 1}]}')
   with pytest.raises(validation.SettingError, match="one list.*'a', 'c'"):
