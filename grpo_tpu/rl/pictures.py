@@ -16,10 +16,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from data_pipelines.text.chat_format import GEMMA3
-from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models.gemma3 import vision
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl.train_batch import TrainBatch
+
+
+def _count_images(prompt_ids: Array) -> Array:
+  """The number of runs of placeholders in the prompts of all processes."""
+  is_soft = prompt_ids == GEMMA3.image_placeholder
+  return (is_soft[:, 1:] & ~is_soft[:, :-1]).sum()
+
+
+count_images = compile_cache.AotJit(jax.jit(_count_images))
+
+
+def has_pixels(batch: TrainBatch) -> bool:
+  """True for images that no tower has encoded."""
+  return batch.images.dtype == jnp.uint8 and batch.images.size > 0
 
 
 def with_num_encoded(
@@ -30,23 +44,15 @@ def with_num_encoded(
   The number is a quarter, a half or three quarters of the slots, so that few
   programs are compiled; 0 is all. Without `num_images` they are counted.
   """
-  is_pixels = batch.images.dtype == jnp.uint8 and batch.images.size
-  if not is_pixels:
+  if not has_pixels(batch):
     return batch.replace(num_encoded=0)
   if num_images is None:
-    num_images = int(_count_images(batch.prompt_ids))
+    num_images = int(count_images(batch.prompt_ids))
   shards = sharding.data_shards(mesh)[1]
   slots = batch.images.shape[0] * batch.images.shape[1]
   part = shards * max(1, slots // (4 * shards))
   number = max(1, -(-num_images // part)) * part
   return batch.replace(num_encoded=number if 4 * number <= 3 * slots else 0)
-
-
-@jax.jit
-def _count_images(prompt_ids: Array) -> Array:
-  """The number of runs of placeholders in the prompts of all processes."""
-  is_soft = prompt_ids == GEMMA3.image_placeholder
-  return (is_soft[:, 1:] & ~is_soft[:, :-1]).sum()
 
 
 def encode(

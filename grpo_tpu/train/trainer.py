@@ -356,6 +356,8 @@ class Trainer:
     others.pop(current, None)
     for other in others.values():
       program.prepare(_abstract(first), other, *_abstract(rest))
+      if pictures.has_pixels(other):
+        pictures.count_images.prepare(other.prompt_ids)
 
 
 def _abstract(tree: Any) -> Any:
