@@ -18,55 +18,27 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from data_pipelines import records
+from data_pipelines import records, tables
 from data_pipelines.validation import at_least, check_fields, interval, require
 from data_pipelines.workers import functions
 from data_pipelines.workers.pool import Pool
 
 PREFIX = "reasoning_gym:"
-_HERE = "data_pipelines.sources.reasoning_gym"
+_DRAW = "data_pipelines.sources.reasoning_gym:draw"
 # Drawn by one call of a worker, within this time; some tasks are slow.
 _CHUNK, _SECONDS, _MEMORY_GIB = 25, 300.0, 4.0
 
-# Tasks that do not train, and why.
-_REFUSED = {
-  "boxnet": "it gives no right answer to hold its scorer to",
-  "coin_flip": "its scorer takes 0 for nearly every probability",
-  "complex_arithmetic": "its scorer takes nan for every number",
-  "composite": "it mixes other tasks; name these",
-  "game_of_life_halting": "its scorer takes every answer",
-  "puzzle24": "its scorer takes other numbers than those of the puzzle",
-  "rush_hour": "it gives no right answer to hold its scorer to",
-  "time_intervals": "what it draws depends on the day",
-}
-# Where tasks without an `answer` give one.
-_EXAMPLES = ("possible_answer", "example_answer", "example_correct_answer")
-# Scorers that compare with tuples, of which JSON makes lists.
-_WITH_TUPLES = ("arc_agi", "rearc")
-# Scorers that run an answer or a part of the entry as Python, by `eval` or by
-# `parse_expr` of sympy. A test compares with the library.
-_BY_EVAL = (
-  *("binary_matrix", "bitwise_arithmetic", "n_queens", "number_sorting"),
-  *("spiral_matrix", "string_insertion"),
-)
-_BY_SYMPY = (
-  *("countdown", "intermediate_integration", "polynomial_multiplication"),
-  "simple_integration",
-)
+_TASKS = tables.read("data_pipelines.sources", "reasoning_gym.toml")
+EVALUATED = (*_TASKS["by_eval"], *_TASKS["by_sympy"])
 _LITERAL = (
   *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Name, ast.BinOp),
   *(ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context),
-)
-_MATHEMATICAL = frozenset(
-  "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp "
-  "log ln sqrt Abs abs Rational Integer".split()
 )
 # What a scorer raises for an answer that it cannot read.
 _UNREADABLE = (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError)
@@ -141,7 +113,7 @@ def _require_task(task: str, known: Sequence[str]) -> None:
   )
   rule = "name tasks of reasoning_gym"
   require(task in known, "source", PREFIX + task, rule, remedy)
-  why = _REFUSED.get(task, "")
+  why = _TASKS["refused"].get(task, "")
   rule = f"name another task: {task} does not train, because {why}"
   require(not why, "source", PREFIX + task, rule, "")
 
@@ -152,38 +124,30 @@ type _Raw = records.Problem | records.BadRecord
 @functools.lru_cache(maxsize=1)
 def problems(spec: Spec) -> Sequence[_Raw]:
   """All problems of the set in order; what cannot be drawn is a reject."""
-  calls: list[tuple] = []
   count = -(-spec.num_problems // len(spec.tasks))
-  for task in spec.tasks:
-    for start in range(0, count, _CHUNK):
-      stop = min(start + _CHUNK, count)
-      calls.append((task, spec.seed, count, start, stop))
+  calls = [
+    (task, spec.seed, count, start, min(start + _CHUNK, count))
+    for task in spec.tasks
+    for start in range(0, count, _CHUNK)
+  ]
+  entries: dict[str, list] = {task: [] for task in spec.tasks}
   pool = Pool(
-    [f"{_HERE}:draw"],
+    [_DRAW],
     num_workers=min(os.cpu_count() or 1, len(calls)),
     timeout_seconds=_SECONDS,
     memory_gib=_MEMORY_GIB,
   )
   try:
-    waiting = [pool.submit(f"{_HERE}:draw", *call) for call in calls]
-    entries = dict(_collect(zip(calls, waiting, strict=True)))
+    waiting = [pool.submit(_DRAW, *call) for call in calls]
+    for (task, _, _, start, stop), future in zip(calls, waiting, strict=True):
+      drawn = future.result()
+      if isinstance(drawn, functions.Failure):
+        drawn = [drawn.reason] * (stop - start)
+      entries[task] += drawn
   finally:
     pool.close()
-  turns = ((task, i) for i in range(count) for task in spec.tasks)
-  keys = [key for key, _ in zip(turns, range(spec.num_problems), strict=False)]
-  return [_problem(*key, entries[key]) for key in keys]
-
-
-def _collect(
-  calls: Iterable[tuple[tuple, futures.Future]],
-) -> Iterator[tuple[tuple[str, int], Any]]:
-  """Each entry, or the words of a failure, by task and index."""
-  for (task, _, _, start, stop), future in calls:
-    drawn = future.result()
-    if isinstance(drawn, functions.Failure):
-      drawn = [drawn.reason] * (stop - start)
-    for index, entry in zip(range(start, stop), drawn, strict=True):
-      yield (task, index), entry
+  turns = [(task, i) for i in range(count) for task in spec.tasks]
+  return [_problem(x, i, entries[x][i]) for x, i in turns[: spec.num_problems]]
 
 
 def draw(
@@ -203,24 +167,23 @@ def draw(
   Returns:
     The library's entries, as JSON can hold them.
   """
+  drawn: list[dict[str, Any] | str] = []
   with contextlib.redirect_stdout(io.StringIO()):
     dataset = _dataset(task, seed, size)
-    return [_draw_one(dataset, seed, index) for index in range(start, stop)]
+    for index in range(start, stop):
+      random.seed(f"{seed} {index}")
+      np.random.seed([seed % 2**32, index])
+      try:
+        entry = json.dumps(dataset[index], allow_nan=False, default=str)
+        drawn.append(json.loads(entry))
+      except Exception as error:  # Whatever the library raises.
+        drawn.append(functions.one_line(error))
+  return drawn
 
 
 @functools.lru_cache(maxsize=1)
 def _dataset(task: str, seed: int, size: int) -> Any:
   return _library().create_dataset(task, seed=seed, size=size)
-
-
-def _draw_one(dataset: Any, seed: int, index: int) -> dict[str, Any] | str:
-  random.seed(f"{seed} {index}")
-  np.random.seed([seed % 2**32, index])
-  try:
-    entry = dict(dataset[index])
-    return json.loads(json.dumps(entry, allow_nan=False, default=str))
-  except Exception as error:  # Whatever the library raises.
-    return functions.one_line(error)
 
 
 def _problem(task: str, index: int, entry: dict[str, Any] | str) -> _Raw:
@@ -230,7 +193,7 @@ def _problem(task: str, index: int, entry: dict[str, Any] | str) -> _Raw:
         raise records.BadRecord("not_drawn", f"{task} {index}: {entry}")
       question, answer = entry.pop("question"), entry["answer"]
       if answer is None:
-        given = (entry["metadata"].get(name) for name in _EXAMPLES)
+        given = (entry["metadata"].get(name) for name in _TASKS["examples"])
         answer = next(each for each in given if each is not None)
       problem = records.Problem(
         pid=f"{task}-{index}",
@@ -265,11 +228,12 @@ def score_answer(task: str, answer: str, entry: Mapping[str, Any]) -> float:
   metadata = entry["metadata"]
   parts = map(metadata.get, ("integrand", "problem"))
   evaluated = (answer, entry["answer"], *parts)
-  if task in (*_BY_EVAL, *_BY_SYMPY):
+  if task in EVALUATED:
     texts = [text for text in evaluated if text is not None]
-    if not all(_is_harmless(text, task in _BY_SYMPY) for text in texts):
+    is_for_sympy = task in _TASKS["by_sympy"]
+    if not all(_is_harmless(text, is_for_sympy) for text in texts):
       return 0.0
-  if task in _WITH_TUPLES:
+  if task in _TASKS["with_tuples"]:
     entry = {**entry, "metadata": _with_tuples(metadata)}
   with contextlib.redirect_stdout(io.StringIO()):
     try:
@@ -302,7 +266,7 @@ def _is_harmless(text: str, is_for_sympy: bool) -> bool:
   for node in nodes:
     if is_for_sympy and isinstance(node, ast.Call):
       name = node.func
-      known = isinstance(name, ast.Name) and name.id in _MATHEMATICAL
+      known = isinstance(name, ast.Name) and name.id in _TASKS["functions"]
       if not known or node.keywords:
         return False
     elif is_for_sympy and isinstance(node, ast.Constant):

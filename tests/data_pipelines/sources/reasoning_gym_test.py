@@ -25,7 +25,8 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-EVALUATED = (*reasoning_gym._BY_EVAL, *reasoning_gym._BY_SYMPY)
+REFUSED = {*reasoning_gym._TASKS["refused"]}
+EVALUATED = reasoning_gym.EVALUATED
 
 # Without care they depend on the order of sets, or on the global generator.
 FICKLE = ("isomorphic_strings", "ransom_note", "list_functions")
@@ -101,9 +102,7 @@ SLOW = ("futoshiki", "knight_swap", "sokoban")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-  "task", sorted({*DATASETS} - {*reasoning_gym._REFUSED})
-)
+@pytest.mark.parametrize("task", sorted({*DATASETS} - REFUSED))
 def test_each_task_is_scored_as_by_the_library_and_pays_no_constant(task):
   # Of intermediate_integration an integral is an answer, which is refused.
   fickle = (*FICKLE, "codeio", "intermediate_integration", "word_ladder")
@@ -158,7 +157,7 @@ def test_every_scorer_that_runs_text_is_known():
     text = "\n".join([scorer, *helpers])
     if re.search(r"(?<!literal_)\b(eval|exec|parse_expr|sympify)\(", text):
       found.add(task)
-  assert found - {*reasoning_gym._REFUSED} == {*EVALUATED}
+  assert found - REFUSED == {*EVALUATED}
 
 
 def test_a_constant_answer_of_a_refused_scorer_would_pay():
