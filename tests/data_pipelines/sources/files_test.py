@@ -643,6 +643,13 @@ def test_offsets_beyond_the_data_cost_their_row(tmp_path):
   assert first == {"n": 0, "text": "a"} and "unreadable" in rest
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  """Rows would hold the last one alone."""
+  pq.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "a.parquet")
+  with pytest.raises(validation.SettingError, match="two columns"):
+    files.find(tmp_path)
+
+
 def test_a_pipe_is_refused(tmp_path):
   """A reader would wait for it."""
   os.mkfifo(tmp_path / "a.jsonl")
