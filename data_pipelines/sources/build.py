@@ -11,7 +11,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from absl import logging
@@ -26,6 +26,7 @@ from data_pipelines.sources import (
   splits,
   stored,
 )
+from data_pipelines.sources.request import Request
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
@@ -35,59 +36,6 @@ _MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
 _TOKENIZER = "tokenizer.model"
 _OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, stored.NAME}
 _MAX_TOKENIZER_TEXTS = 3_000
-
-
-@dataclass(frozen=True)
-class Request:
-  """The source and the contents of a data dir.
-
-  Attributes:
-    source: The settings of synthetic or reasoning_gym's problems, a path that
-      `files` can read, or such a path for each of `train`, `eval` and `test`.
-    data_dir: The folder to build.
-    seed: Another seed is another division into train and eval.
-    eval_fraction: Expected share of the answered images that `eval` gets; 0
-      makes no `eval`, 1 no `train`.
-    vocab_size: Largest number of pieces of the tokenizer.
-    max_reject_fraction: Largest share of unusable records.
-    columns: The source's column for each of ours that is not to be guessed.
-    unchecked_answers: "keep" keeps records whose answer no rule can check.
-    tolerance: Largest relative error of a right number; None for the source's.
-    split: Names of the source's splits to divide, or `train=NAME` and
-      `eval=NAME` to keep them; () follows their names.
-    near_duplicates: Images that are withheld from `train` because of `eval`:
-      "exact" copies, "perceptual" for look-alikes too, or "none".
-    exclude: Data dirs; what also stands in one of them never trains.
-  """
-
-  source: origin.Source
-  data_dir: str
-  seed: int = field(metadata=validation.at_least(0))
-  eval_fraction: float = field(metadata=validation.interval("[0, 1]", 0.2))
-  vocab_size: int
-  max_reject_fraction: float = field(
-    metadata=validation.interval("[0, 1)", 0.01)
-  )
-  columns: Mapping[str, str] = field(default_factory=dict)
-  unchecked_answers: str = field(
-    default="reject", metadata=validation.one_of(("reject", "keep"))
-  )
-  tolerance: float | None = field(
-    default=None, metadata=validation.interval("[0, 1)", 0.05)
-  )
-  split: tuple[str, ...] = ()
-  near_duplicates: str = field(
-    default="exact",
-    metadata=validation.one_of(("exact", "perceptual", "none")),
-  )
-  exclude: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    with validation.user_errors():
-      validation.check_fields(self)
-      validation.to_path("data_dir", self.data_dir)
-      if isinstance(self.source, str):
-        validation.to_path("source", self.source)
 
 
 def build_data_dir(
@@ -281,7 +229,7 @@ def _write(
     division = divide.divide(
       request, source, scratch, salt=salt, num_workers=num_workers
     )
-    written = division.splits
+    written = division.by_split
     first = next(iter(written.values()))[:_MAX_TOKENIZER_TEXTS]
     texts = (
       chat_prompts.chat_text(stored.decode(scratch[record.place]))
@@ -299,7 +247,7 @@ def _write(
     }
     stored.write_encoded(scratch, places, folder)
   with open(folder / _REJECTS, "w") as file:
-    lines = (json.dumps(each._asdict()) for each in division.rejects)
+    lines = (json.dumps(asdict(each)) for each in division.rejects)
     file.writelines(f"{line}\n" for line in lines)
   everything = [each for chosen in written.values() for each in chosen]
   num_original = sum(record.is_mathvista for record in everything)

@@ -2,8 +2,8 @@
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from absl import logging
 
@@ -17,32 +17,19 @@ from data_pipelines.sources import (
   splits,
   stored,
 )
-
-
-class Options(Protocol):
-  """The part of `build.Request` that decides the splits."""
-
-  source: origin.Source
-  eval_fraction: float
-  max_reject_fraction: float
-  columns: Mapping[str, str]
-  unchecked_answers: str
-  tolerance: float | None
-  split: tuple[str, ...]
-  near_duplicates: str
-  exclude: tuple[str, ...]
+from data_pipelines.sources.request import Request
 
 
 class Division(NamedTuple):
   """The records of each split, and those that are in none."""
 
-  splits: dict[str, list[intake.Record]]
+  by_split: dict[str, list[intake.Record]]
   rejects: list[intake.Reject]
   withheld: list[splits.Withheld]
 
 
 def divide(
-  options: Options,
+  options: Request,
   source: origin.Origin,
   scratch: stored.Scratch,
   *,
@@ -112,7 +99,7 @@ def reasons(rejects: Sequence[intake.Reject]) -> dict[str, int]:
 
 
 def _limit_rejects(
-  options: Options, num_accepted: int, rejects: Sequence[intake.Reject]
+  options: Request, num_accepted: int, rejects: Sequence[intake.Reject]
 ) -> None:
   total = num_accepted + len(rejects)
   if not total:
@@ -135,7 +122,7 @@ def _limit_rejects(
   )
 
 
-def _log_withheld(withheld: collections.abc.Iterable[splits.Withheld]) -> None:
+def _log_withheld(withheld: Iterable[splits.Withheld]) -> None:
   if found := splits.by_reason(withheld):
     logging.warning("Withheld from train: %s.", _listed(found))
 
@@ -159,7 +146,7 @@ _REMEDIES = {
 
 
 def _require_train(
-  options: Options,
+  options: Request,
   found: Mapping[str, Sequence[intake.Record]],
   withheld: Sequence[splits.Withheld],
 ) -> None:
@@ -178,7 +165,7 @@ def _require_train(
 
 
 def _require_both_sides(
-  options: Options,
+  options: Request,
   places: Mapping[str, str],
   found: Mapping[str, Sequence[intake.Record]],
   salt: str,

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from data_pipelines import records, validation
 from data_pipelines.sources import (
@@ -77,7 +78,7 @@ def _problems(folder: str) -> Iterator[records.Problem]:
         _refuse(folder, None, str(error))
 
 
-def _refuse(folder: str, problem: records.Problem | None, how: str) -> None:
+def _refuse(folder: str, problem: records.Problem | None, how: str) -> NoReturn:
   name = f" {problem.pid}" if problem else ""
   raise validation.SettingError(
     f"exclude ({folder!r}) must hold whole problems, but one{name} cannot be "

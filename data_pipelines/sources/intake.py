@@ -13,7 +13,7 @@ import json
 import re
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -45,7 +45,8 @@ _QUOTED_BYTES = re.compile(r"""\bb(['"]).*?\\{1,2}x.*""", re.DOTALL)
 type Hashes = dict[str, tuple[int, near_duplicates.ImageHash]]
 
 
-class Item(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
   """A record as its reader gives it, and where it stands in the source."""
 
   split: str  # The source's.
@@ -88,7 +89,8 @@ class _Checked(NamedTuple):
   looks: Hashes
 
 
-class Reject(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reject:
   """A record that cannot be used, and why."""
 
   split: str
@@ -145,13 +147,13 @@ class Checker:
     Raises:
       BadRecord: There is none. A row may raise anything else, too.
     """
-    raw = item.raw
-    if isinstance(raw, records.BadRecord):
-      raise raw
-    problem = raw
-    if isinstance(raw, files.Row):
+    if isinstance(item.raw, records.BadRecord):
+      raise item.raw
+    if isinstance(item.raw, records.Problem):
+      problem = item.raw
+    else:
       known = self.chosen[item.split]
-      problem = columns.to_problem(raw, known, item.number, self.settings)
+      problem = columns.to_problem(item.raw, known, item.number, self.settings)
     records.validate(problem)
     if _has_no_answer(problem) and item.split.partition("/")[0] != "test":
       raise records.BadRecord(
@@ -301,7 +303,7 @@ def check_records(
 
 def _check(
   readers: files.Readers, checker: Checker, num_workers: int
-) -> Iterator[_Checked | Reject]:
+) -> Generator[_Checked | Reject, None, None]:
   """The result for each record, in order."""
 
   def lost(item: Item, how: str) -> Reject:

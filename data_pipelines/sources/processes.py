@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent import futures
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,12 +29,12 @@ def count_cores() -> int:
 
 
 def map_in_order[T, R](
-  function: Callable[[list[T]], list[R]],
-  batches: Iterable[list[T]],
+  function: Callable[[Sequence[T]], list[R]],
+  batches: Iterable[Sequence[T]],
   *,
   num_workers: int,
   lost: Callable[[T, str], R],
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
   """The results of a picklable function, record by record.
 
   Args:
@@ -73,10 +73,10 @@ class _Workers:
     for _ in range(num_workers):
       self._idle.put(None)
 
-  def submit(self, batch: list[Any]) -> futures.Future[list[Any]]:
+  def submit(self, batch: Sequence[Any]) -> futures.Future[list[Any]]:
     return self._threads.submit(self._call, batch)
 
-  def _call(self, batch: list[Any]) -> list[Any]:
+  def _call(self, batch: Sequence[Any]) -> list[Any]:
     worker = self._idle.get()
     try:
       worker = worker or self._start()
@@ -125,7 +125,7 @@ class _Workers:
 class _Worker:
   """One process that calls a function when it is told to."""
 
-  def __init__(self, function: Callable[[list[Any]], list[Any]]):
+  def __init__(self, function: Callable[[Sequence[Any]], list[Any]]):
     context = multiprocessing.get_context("forkserver")
     # What every worker imports is imported once. The main module, which may be
     # large, is not among it.
@@ -154,7 +154,7 @@ class _Worker:
         f"a process that reads records cannot start: it {how}."
       )
 
-  def exchange(self, batch: list[Any]) -> Any:
+  def exchange(self, batch: Sequence[Any]) -> Any:
     """The results for a batch, or how the process failed, in words."""
     with contextlib.suppress(OSError):  # `_receive` says what happened.
       self._connection.send(batch)

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 from etils import epath
 from tensorflow_datasets.core import (
   dataset_info,
   example_serializer,
+  file_adapters,
   naming,
+  splits,
 )
 from tensorflow_datasets.core.utils import shard_utils
 
@@ -59,7 +61,8 @@ def encode(problem: records.Problem) -> bytes:
 
 @functools.cache
 def _serializer() -> example_serializer.ExampleSerializer:
-  return example_serializer.ExampleSerializer(_features().get_serialized_info())
+  specs: Any = _features().get_serialized_info()
+  return example_serializer.ExampleSerializer(specs)
 
 
 def decode(example: bytes) -> records.Problem:
@@ -116,16 +119,16 @@ def write(
   """
   pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
   with contextlib.closing(Scratch(data_dir)) as scratch:
-    splits = {
+    places = {
       split: [(each.pid, scratch.append(encode(each))) for each in chosen]
       for split, chosen in problems.items()
     }
-    write_encoded(scratch, splits, data_dir)
+    write_encoded(scratch, places, data_dir)
 
 
 def write_encoded(
   scratch: Scratch,
-  splits: Mapping[str, Iterable[tuple[str, int]]],
+  places: Mapping[str, Iterable[tuple[str, int]]],
   data_dir: str | os.PathLike[str],
 ) -> None:
   """Writes problems as `write` does: for each split their pids and indices.
@@ -136,7 +139,7 @@ def write_encoded(
   folder = pathlib.Path(data_dir) / NAME / VERSION
   folder.mkdir(parents=True)
   infos = []
-  for split, pids in splits.items():
+  for split, pids in places.items():
     template = naming.ShardedFileTemplate(
       data_dir=epath.Path(folder),
       dataset_name=NAME,
@@ -157,7 +160,7 @@ def write_encoded(
     features=_features(),
   )
   info.set_file_format("array_record")
-  info.set_splits(tfds.core.splits.SplitDict(infos))
+  info.set_splits(splits.SplitDict(infos))
   info.write_to_directory(folder)
 
 
@@ -172,12 +175,9 @@ def _write_split(
   bounds = [0, *shard_utils.get_shard_boundaries(len(indices), num_shards)]
   for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
     path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
-    writer = array_record_module.ArrayRecordWriter(
-      os.fspath(path), "group_size:1"
+    file_adapters.ArrayRecordFileAdapter.write_examples(
+      path, ((index, scratch[index]) for index in indices[start:end])
     )
-    for index in indices[start:end]:
-      writer.write(scratch[index])
-    writer.close()
   return tfds.core.SplitInfo(
     name=template.split,
     shard_lengths=[end - start for start, end in itertools.pairwise(bounds)],

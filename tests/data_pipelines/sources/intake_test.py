@@ -83,7 +83,7 @@ def test_a_bad_record_is_rejected_with_its_reason():
   assert [reject.reason for reject in rejects] == list(BAD)
   assert [reject.index for reject in rejects] == list(range(40, 40 + len(BAD)))
   assert rejects[0].pid == "bad-missing_image"
-  json.dumps(rejects)
+  json.dumps([dataclasses.asdict(each) for each in rejects])
 
 
 def test_a_rejected_record_does_not_claim_its_pid():
@@ -119,7 +119,7 @@ def test_the_pid_of_a_reject_is_a_short_text():
   _, rejects = check(readers(testmini=rows))
   for reject in rejects:
     assert len(reject.pid) <= 64 and reject.pid.isprintable()
-    assert "PNG" not in json.dumps(reject)
+    assert "PNG" not in json.dumps(dataclasses.asdict(reject))
 
 
 def test_an_unreadable_record_is_rejected_with_its_reason():
