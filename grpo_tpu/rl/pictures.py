@@ -73,48 +73,62 @@ def encode(
   """
   if not batch.num_encoded:
     return batch, None
-  config, images = forward.config.vision, batch.images
-  assert config is not None
-  rows, slots = images.shape[:2]
-  pixels = images.reshape(rows * slots, *images.shape[2:])
-  is_soft = batch.prompt_ids == GEMMA3.image_placeholder
-  counts = is_soft.sum(axis=1, keepdims=True) // config.soft_tokens
-  is_image = jnp.arange(slots)[None] < counts
-  order = jnp.argsort(~is_image.ravel(), stable=True)[: batch.num_encoded]
-  at_once = math.gcd(batch.num_encoded, max(1, rows // num_parts) * slots)
-  chunks = order.reshape(-1, at_once)
   tower = params["vision_encoder"]
   types = jax.tree.map(lambda x: x.dtype, tower)
 
-  def encode_chunk(tower, chunk):
-    # Gradients of chunks add up in fp32, whatever the type of the parameters.
-    tower = jax.tree.map(lambda x, dtype: x.astype(dtype), tower, types)
-    return vision.soft_tokens(
-      config,
-      tower,
-      sharding.constrain_activation(pixels[chunk], "bundles"),
-      dtype=forward.dtype,
-      remat=forward.vision_remat,
-    )
-
-  if len(chunks) > 1:  # Or the backward pass would hold all chunks.
-    encode_chunk = jax.checkpoint(encode_chunk)
-
-  def encode_all(tower) -> Float[Array, "U I S tower_width"]:
-    _, found = jax.lax.scan(
-      lambda _, chunk: (None, encode_chunk(tower, chunk)), None, chunks
-    )
-    found = found.reshape(batch.num_encoded, *found.shape[2:])
-    features = jnp.zeros((len(pixels), *found.shape[1:]), found.dtype)
-    features = features.at[order].set(found)
-    features = features.reshape(rows, slots, *found.shape[1:])
-    return sharding.constrain_activation(features, "bundles")
+  def features_of(tower):
+    return _features(forward, batch, num_parts, tower, types)
 
   tower = jax.tree.map(lambda x: x.astype(jnp.float32), tower)
-  features, pull = jax.vjp(encode_all, tower)
+  features, pull = jax.vjp(features_of, tower)
 
   def tower_gradient(gradient: Array) -> dict:
     tree = {"vision_encoder": pull(gradient.astype(features.dtype))[0]}
     return sharding.constrain_params(tree)
 
   return batch.replace(images=features, num_encoded=0), tower_gradient
+
+
+def _features(
+  forward: ForwardConfig,
+  batch: TrainBatch,
+  num_parts: int,
+  tower: dict,
+  types: dict,
+) -> Float[Array, "U I S tower_width"]:
+  """Features of the images, and zeros in slots that are not encoded.
+
+  Each chunk has the parameters of the tower in their `types`; the gradients of
+  chunks add up in fp32.
+  """
+  config = forward.config.vision
+  assert config is not None
+  rows, slots, *size = batch.images.shape
+  pixels = batch.images.reshape(rows * slots, *size)
+  is_soft = batch.prompt_ids == GEMMA3.image_placeholder
+  counts = is_soft.sum(axis=1, keepdims=True) // config.soft_tokens
+  is_image = jnp.arange(slots)[None] < counts
+  order = jnp.argsort(~is_image.ravel(), stable=True)[: batch.num_encoded]
+  at_once = math.gcd(batch.num_encoded, max(1, rows // num_parts) * slots)
+
+  def encode_chunk(tower, chunk):
+    return vision.soft_tokens(
+      config,
+      jax.tree.map(lambda x, dtype: x.astype(dtype), tower, types),
+      sharding.constrain_activation(pixels[chunk], "bundles"),
+      dtype=forward.dtype,
+      remat=forward.vision_remat,
+    )
+
+  if at_once < batch.num_encoded:  # Or backward would hold all chunks.
+    encode_chunk = jax.checkpoint(encode_chunk)
+  _, found = jax.lax.scan(
+    lambda _, chunk: (None, encode_chunk(tower, chunk)),
+    None,
+    order.reshape(-1, at_once),
+  )
+  found = found.reshape(batch.num_encoded, *found.shape[2:])
+  features = jnp.zeros((len(pixels), *found.shape[1:]), found.dtype)
+  features = features.at[order].set(found)
+  features = features.reshape(rows, slots, *found.shape[1:])
+  return sharding.constrain_activation(features, "bundles")
