@@ -71,6 +71,9 @@ def divide(
     scratch,
     looks,
     num_workers=num_workers,
+    total=sum(source.counts[name] for name in places)
+    if places.keys() <= source.counts.keys()
+    else None,
   )
   _limit_rejects(options, len(records), rejects)
   if names not in ([""], [origin.SYNTHETIC]):

@@ -29,12 +29,14 @@ class Origin(NamedTuple):
       begin with ours, as "train/validation".
     parts: The splits of each path, which have the same columns.
     files: The hash of each file's content.
+    counts: The number of records of each split where it is known.
   """
 
   name: str
   readers: files.Readers
   parts: list[list[str]]
   files: dict[str, str]
+  counts: dict[str, int]
 
 
 def open_source(source: Source) -> Origin:
@@ -45,26 +47,26 @@ def open_source(source: Source) -> Origin:
   """
   if isinstance(source, synthetic.Spec):
     draw = functools.cache(lambda: list(synthetic.problems(source)))
-    return Origin(SYNTHETIC, {SYNTHETIC: draw}, [], {})
+    counts = {SYNTHETIC: source.num_problems}
+    return Origin(SYNTHETIC, {SYNTHETIC: draw}, [], {}, counts)
   if isinstance(source, reasoning_gym.Spec):
     draw = functools.partial(reasoning_gym.problems, source)
-    return Origin(str(source), {"": draw}, [], {})
+    return Origin(str(source), {"": draw}, [], {}, {"": source.num_problems})
   if isinstance(source, str):
     folder = _find(source)
     parts = [list(folder.readers)]
-    return Origin(source, folder.readers, parts, folder.files)
-  readers, parts, hashes = {}, [], {}
+    return Origin(source, folder.readers, parts, folder.files, folder.counts)
+  readers, parts, hashes, counts = {}, [], {}, {}
   for ours, path in source.items():
     folder = _find(path)
     chosen = _matching(ours, list(folder.readers))
-    named = {
-      f"{ours}/{name}".rstrip("/"): folder.readers[name] for name in chosen
-    }
-    parts.append(list(named))
-    readers |= named
+    keys = {name: f"{ours}/{name}".rstrip("/") for name in chosen}
+    parts.append(list(keys.values()))
+    readers |= {key: folder.readers[name] for name, key in keys.items()}
+    counts |= {keys[x]: n for x, n in folder.counts.items() if x in keys}
     hashes |= {f"{ours}/{name}": each for name, each in folder.files.items()}
   name = ",".join(f"{ours}={path}" for ours, path in source.items())
-  return Origin(name, readers, parts, hashes)
+  return Origin(name, readers, parts, hashes, counts)
 
 
 def _find(path: str) -> files.Folder:

@@ -12,7 +12,7 @@ from data_pipelines.sources import (
 
 
 def columns_of(readers, given=()):
-  source = origin.Origin("", readers, [[name] for name in readers], {})
+  source = origin.Origin("", readers, [[name] for name in readers], {}, {})
   return origin.choose_columns(source, dict(given), readers)
 
 
