@@ -1,5 +1,6 @@
 """Reads the data dirs whose problems must not be trained on."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -60,11 +61,13 @@ def read(
       num_workers=num_workers,
       lost=functools.partial(_refuse, folder),
     )
-    for problem, (groups, hashes) in zip(named, results, strict=True):
-      for group in groups:
-        found.setdefault(group, f"{problem.pid} of {folder}")
-      if hashes:
-        looks.add(hashes, scratch.append(stored.encode(problem)))
+    # Closed also by Ctrl-C, or its threads would hold up the end.
+    with contextlib.closing(results):
+      for problem, (groups, hashes) in zip(named, results, strict=True):
+        for group in groups:
+          found.setdefault(group, f"{problem.pid} of {folder}")
+        if hashes:
+          looks.add(hashes, scratch.append(stored.encode(problem)))
   return found
 
 

@@ -43,6 +43,8 @@ def map_in_order[T, R](
     batches: The records, which are read a few batches ahead.
     num_workers: The number of processes; with 0 all is done in this one.
     lost: The result of a record whose process died or hung, and how.
+
+  The iteration must be closed, as by `contextlib.closing`, or ended.
   """
   if not num_workers:
     for batch in batches:

@@ -87,15 +87,17 @@ def test_few_batches_are_read_ahead_and_all_ends_with_the_iteration():
 
 
 PROGRAM = """
+import contextlib
 import sys
 from data_pipelines.sources import processes
 from tests.data_pipelines.sources import processes_test
 results = processes.map_in_order(
   processes_test.hang_at_37, processes_test.BATCHES, num_workers=2, lost=None
 )
-print(next(results), flush=True)
-assert "jax" not in sys.modules and "tensorflow" not in sys.modules
-list(results)
+with contextlib.closing(results):
+  print(next(results), flush=True)
+  assert "jax" not in sys.modules and "tensorflow" not in sys.modules
+  list(results)
 """
 
 
