@@ -18,7 +18,8 @@ from absl import app, flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines import validation
-from data_pipelines.sources import build, processes, reasoning_gym, synthetic
+from data_pipelines.sources import build, processes
+from data_pipelines.sources.drawn import reasoning_gym, synthetic
 
 FLAGS = flags.FLAGS
 

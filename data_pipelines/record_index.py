@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from data_pipelines import prompt_rows, records
-from data_pipelines.sources import reasoning_gym
+from data_pipelines.sources.drawn import reasoning_gym
 from data_pipelines.text import shuffle_options
 from data_pipelines.validation import printable, require
 

@@ -40,7 +40,7 @@ _MAX_DETAIL = 300
 SLICES = ("task", "category", "context", "grade", "source", "split")
 _NAMES = str | int | float | None
 
-_TEXTS = tables.read("data_pipelines.sources", "mathvista.toml")
+_TEXTS = tables.read("data_pipelines.sources.rows", "mathvista.toml")
 
 
 class BadRecord(ValueError):

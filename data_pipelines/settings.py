@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import completions
-from data_pipelines.sources import synthetic
+from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import chat_prompts, template_files, untrusted
 from data_pipelines.validation import (
   at_least,

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from data_pipelines import dataset
-from data_pipelines.sources import build, synthetic
+from data_pipelines.sources import build
+from data_pipelines.sources.drawn import synthetic
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.config import sources as run_sources
 from grpo_tpu.distributed import hardware

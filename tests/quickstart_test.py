@@ -18,7 +18,8 @@ import pytest
 from pyarrow import parquet
 
 from data_pipelines import records
-from data_pipelines.sources import guesses, readers, stored
+from data_pipelines.sources import readers, stored
+from data_pipelines.sources.rows import guesses
 from data_pipelines.text import chat_prompts
 from grpo_tpu.config import defaults
 from grpo_tpu.rewards import custom

@@ -18,15 +18,9 @@ from absl import logging
 
 from data_pipelines import validation
 from data_pipelines.records import IMAGE_MARK
-from data_pipelines.sources import (
-  divide,
-  exclusion,
-  mathvista,
-  origin,
-  splits,
-  stored,
-)
+from data_pipelines.sources import divide, exclusion, origin, splits, stored
 from data_pipelines.sources.request import Request
+from data_pipelines.sources.rows import mathvista
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.

@@ -9,7 +9,6 @@ from absl import logging
 
 from data_pipelines import validation
 from data_pipelines.sources import (
-  columns,
   exclusion,
   intake,
   near_duplicates,
@@ -18,6 +17,7 @@ from data_pipelines.sources import (
   stored,
 )
 from data_pipelines.sources.request import Request
+from data_pipelines.sources.rows import columns
 
 
 class Division(NamedTuple):

@@ -7,12 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from data_pipelines import records, validation
-from data_pipelines.sources import (
-  intake,
-  near_duplicates,
-  processes,
-  stored,
-)
+from data_pipelines.sources import intake, near_duplicates, processes, stored
 from data_pipelines.text import untrusted
 
 _BATCH = 8

@@ -19,15 +19,9 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from data_pipelines import images, records
-from data_pipelines.sources import (
-  columns,
-  files,
-  mathvista,
-  near_duplicates,
-  processes,
-  stored,
-  synthetic,
-)
+from data_pipelines.sources import files, near_duplicates, processes, stored
+from data_pipelines.sources.drawn import synthetic
+from data_pipelines.sources.rows import columns, mathvista
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 from data_pipelines.verifier import verify

@@ -7,13 +7,9 @@ from typing import NamedTuple
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.sources import (
-  columns,
-  files,
-  intake,
-  reasoning_gym,
-  synthetic,
-)
+from data_pipelines.sources import files, intake
+from data_pipelines.sources.drawn import reasoning_gym, synthetic
+from data_pipelines.sources.rows import columns
 
 SYNTHETIC = "synthetic"
 # What `--source` is: drawn problems, a path, or one for each of our splits.

@@ -17,7 +17,7 @@ from data_pipelines.workers import functions, pool
 EXPRESSIONS = "data_pipelines.verifier.expressions:is_equal"
 # The functions that a record's `scorer` may name before its colon.
 SCORERS = {
-  "reasoning_gym": "data_pipelines.sources.reasoning_gym:score_answer",
+  "reasoning_gym": "data_pipelines.sources.drawn.reasoning_gym:score_answer",
 }
 # Imported before the first call, whose time does not count it.
 _ALSO_IMPORTED = {

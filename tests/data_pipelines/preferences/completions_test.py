@@ -9,7 +9,8 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.preferences import completions as preferences
-from data_pipelines.sources import files, synthetic
+from data_pipelines.sources import files
+from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import chat_prompts
 from data_pipelines.verifier import verify
 

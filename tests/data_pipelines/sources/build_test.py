@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import images, validation
-from data_pipelines.sources import build, stored, synthetic
+from data_pipelines.sources import build, stored
+from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import tokenizer
 from tests.data_pipelines.sources import layouts
 

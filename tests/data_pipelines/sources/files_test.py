@@ -22,7 +22,8 @@ from etils.epath import backend
 from PIL import Image
 
 from data_pipelines import images, records, validation
-from data_pipelines.sources import files, mathvista, readers, stored
+from data_pipelines.sources import files, readers, stored
+from data_pipelines.sources.rows import mathvista
 
 
 def make_image(shade=0):

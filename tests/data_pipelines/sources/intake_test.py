@@ -4,7 +4,9 @@ import struct
 import zlib
 
 from data_pipelines import records
-from data_pipelines.sources import columns, files, intake, synthetic
+from data_pipelines.sources import files, intake
+from data_pipelines.sources.drawn import synthetic
+from data_pipelines.sources.rows import columns
 from tests.data_pipelines.sources import taken
 
 SPEC = synthetic.Spec(

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from data_pipelines import records, validation
-from data_pipelines.sources import mathvista, stored
+from data_pipelines.sources import stored
+from data_pipelines.sources.rows import mathvista
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PROBLEM = records.Problem(
@@ -92,7 +93,8 @@ def test_a_source_names_what_is_missing(tmp_path):
 
 READ = """
 import sys
-from data_pipelines.sources import mathvista, stored
+from data_pipelines.sources import stored
+from data_pipelines.sources.rows import mathvista
 [problem] = stored.source(sys.argv[1], "train")
 assert problem.pid == "1"
 assert "tensorflow" not in sys.modules

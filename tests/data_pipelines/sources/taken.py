@@ -3,12 +3,7 @@
 import contextlib
 import tempfile
 
-from data_pipelines.sources import (
-  intake,
-  near_duplicates,
-  origin,
-  stored,
-)
+from data_pipelines.sources import intake, near_duplicates, origin, stored
 
 
 def columns_of(readers, given=()):

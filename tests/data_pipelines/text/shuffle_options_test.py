@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from data_pipelines.sources import files, synthetic
+from data_pipelines.sources import files
+from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import shuffle_options
 from data_pipelines.verifier import verify
 

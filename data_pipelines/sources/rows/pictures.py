@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.records import IMAGE_MARK, BadRecord
-from data_pipelines.sources import gold
+from data_pipelines.sources.rows import gold
 from data_pipelines.text import untrusted
 
 _SUFFIXES = frozenset(

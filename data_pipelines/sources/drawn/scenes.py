@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from data_pipelines import tables
-from data_pipelines.sources import drawing
-from data_pipelines.sources.drawing import Canvas
+from data_pipelines.sources.drawn import drawing
+from data_pipelines.sources.drawn.drawing import Canvas
 
-_WORDS = tables.read("data_pipelines.sources", "scenes.toml")
+_WORDS = tables.read("data_pipelines.sources.drawn", "scenes.toml")
 
 
 class Question(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines import records
-from data_pipelines.sources import gold
+from data_pipelines.sources.rows import gold
 
 # Characters of JSON of one record.
 _MAX_LENGTH = 30_000

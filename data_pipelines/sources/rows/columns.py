@@ -11,10 +11,10 @@ from typing import Any
 
 from data_pipelines import records, validation
 from data_pipelines.records import BadRecord, LabelledCompletion, Problem
-from data_pipelines.sources import (
+from data_pipelines.sources import files
+from data_pipelines.sources.rows import (
   choices,
   conversations,
-  files,
   gold,
   guesses,
   mathvista,

@@ -23,7 +23,7 @@ from data_pipelines.verifier import numbers
 MAX_CHARACTERS, MAX_WORDS = 200, 20
 KEEP = "or keep it with --unchecked_answers=keep"
 
-_TABLE = tables.read("data_pipelines.sources", "columns.toml")["readings"]
+_TABLE = tables.read("data_pipelines.sources.rows", "columns.toml")["readings"]
 _NOT_UNITS = frozenset(_TABLE["not_units"])
 _INNER = ("value", "answer", "text", "target", "ground_truth", "answers")
 

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from data_pipelines import records
-from data_pipelines.sources import reasoning_gym
+from data_pipelines.sources.drawn import reasoning_gym
 
 library = pytest.importorskip(
   "reasoning_gym", reason="set-up could not build reasoning-gym here"
@@ -32,7 +32,7 @@ EVALUATED = reasoning_gym.EVALUATED
 FICKLE = ("isomorphic_strings", "ransom_note", "list_functions")
 DRAW = """
 import sys
-from data_pipelines.sources import reasoning_gym
+from data_pipelines.sources.drawn import reasoning_gym
 spec = reasoning_gym.Spec(tuple(sys.argv[1:]), num_problems=24, seed=7)
 print(reasoning_gym.problems(spec))
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from data_pipelines.records import IMAGE_MARK, BadRecord
-from data_pipelines.sources import gold
+from data_pipelines.sources.rows import gold
 from data_pipelines.text import untrusted
 
 _ROLE_KEYS = ("role", "from", "speaker")

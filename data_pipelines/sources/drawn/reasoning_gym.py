@@ -30,11 +30,11 @@ from data_pipelines.workers import functions
 from data_pipelines.workers.pool import Pool
 
 PREFIX = "reasoning_gym:"
-_DRAW = "data_pipelines.sources.reasoning_gym:draw"
+_DRAW = "data_pipelines.sources.drawn.reasoning_gym:draw"
 # Drawn by one call of a worker, within this time; some tasks are slow.
 _CHUNK, _SECONDS, _MEMORY_GIB = 25, 300.0, 4.0
 
-_TASKS = tables.read("data_pipelines.sources", "reasoning_gym.toml")
+_TASKS = tables.read("data_pipelines.sources.drawn", "reasoning_gym.toml")
 EVALUATED = (*_TASKS["by_eval"], *_TASKS["by_sympy"])
 _LITERAL = (
   *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Name, ast.BinOp),

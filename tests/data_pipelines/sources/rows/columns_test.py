@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from data_pipelines import records, validation
-from data_pipelines.sources import columns, files, synthetic
+from data_pipelines.sources import files
+from data_pipelines.sources.drawn import synthetic
+from data_pipelines.sources.rows import columns
 
 
 def png(i: int) -> bytes:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from data_pipelines import tables
 
-_TABLES = tables.read("data_pipelines.sources", "drawing.toml")
+_TABLES = tables.read("data_pipelines.sources.drawn", "drawing.toml")
 COLORS = {name: tuple(color) for name, color in _TABLES["colors"].items()}
 SHAPES = tuple(_TABLES["shapes"])
 INK, FAINT, WHITE = (40, 40, 40), (200, 200, 200), (255, 255, 255)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import images, records
-from data_pipelines.sources import drawing, scenes, synthetic
+from data_pipelines.sources.drawn import drawing, scenes, synthetic
 from data_pipelines.verifier import verify
 
 SPEC = synthetic.Spec(

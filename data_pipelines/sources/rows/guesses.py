@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines import tables
-from data_pipelines.sources import conversations, gold, pictures
+from data_pipelines.sources.rows import conversations, gold, pictures
 
 Rows = Sequence[Mapping[str, Any]]
 Paths = tuple[str, ...]
 
-_TABLE = tables.read("data_pipelines.sources", "columns.toml")
+_TABLE = tables.read("data_pipelines.sources.rows", "columns.toml")
 NAMES: dict[str, list[str]] = _TABLE["names"]
 # These name other things than pictures too.
 _WEAK = frozenset(NAMES["images"][NAMES["images"].index("file_name") :])

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import records, tables
-from data_pipelines.sources import choices, gold, metadata, pictures
+from data_pipelines.sources.rows import choices, gold, metadata, pictures
 from data_pipelines.text import untrusted
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
-_TABLE = tables.read("data_pipelines.sources", "mathvista.toml")
+_TABLE = tables.read("data_pipelines.sources.rows", "mathvista.toml")
 SOURCES = frozenset(_TABLE["sources"])
 _COLUMNS = frozenset(records.FIELDS) | {"image", "decoded_image"}
 _HINTED = _TABLE["hints"]
-_SPELLINGS = tables.read("data_pipelines.sources", "columns.toml")
+_SPELLINGS = tables.read("data_pipelines.sources.rows", "columns.toml")
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:

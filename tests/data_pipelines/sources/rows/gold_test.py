@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from data_pipelines.sources import gold
+from data_pipelines.sources.rows import gold
 from data_pipelines.verifier import verify
 
 # For each value the answer, its type, and the unit or the precision.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines import records
-from data_pipelines.sources import drawing, scenes
+from data_pipelines.sources.drawn import drawing, scenes
 from data_pipelines.validation import (
   at_least,
   check_fields,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines import records
 from data_pipelines.records import BadRecord
-from data_pipelines.sources import gold
+from data_pipelines.sources.rows import gold
 from data_pipelines.text import untrusted
 from data_pipelines.verifier import numbers, options
 

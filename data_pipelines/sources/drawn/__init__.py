@@ -1,0 +1,1 @@
+"""Draws problems: pictures of our own, and texts of reasoning_gym."""

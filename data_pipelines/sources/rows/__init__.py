@@ -1,0 +1,1 @@
+"""Turns rows of any columns into problems."""
