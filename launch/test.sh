@@ -25,7 +25,9 @@ if (($# == 0)); then
   else
     say "Skipped shellcheck, which has no wheel for this machine."
   fi
-  # The tests of a file share one process and its fixtures.
-  set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
+  # The tests of a file share one process and its fixtures. The longest files
+  # come first, see tests/conftest.py.
+  set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+    --no-loadscope-reorder
 fi
 exec "$bin/python" -m pytest -m "not tpu and not nightly" "$@"

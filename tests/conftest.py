@@ -22,6 +22,15 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Folders of tests that start whole programs.
+_LONGEST = ("multihost", "e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Starts the longest files first, so that no worker waits for one."""
+  items.sort(key=lambda item: item.path.parent.name not in _LONGEST)
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> str:
   """Where programs that tests start keep what they compile for each other.

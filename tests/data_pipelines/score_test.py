@@ -354,7 +354,7 @@ def test_a_reader_that_ends_early_ends_it_in_silence(tmp_path):
 
 
 def test_a_record_that_cannot_be_graded_is_named(tmp_path, monkeypatch):
-  def fail(result):
+  def fail(result, verdict):
     raise RecursionError("too deep")
 
   monkeypatch.setattr(score_file.grading, "grade", fail)
