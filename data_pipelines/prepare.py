@@ -87,6 +87,11 @@ def _define_flags() -> None:
   flags.DEFINE_list(
     "exclude", [], "Data dirs; what also stands in one of them never trains."
   )
+  _define_drawing_flags()
+
+
+def _define_drawing_flags() -> None:
+  """Defines the flags of sources that are drawn."""
   flags.DEFINE_integer("num_problems", 10_000, "Number of problems to draw.")
   flags.DEFINE_integer(
     "difficulty", 2, "Difficulty of synthetic problems, 1-5."

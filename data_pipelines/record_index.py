@@ -114,9 +114,9 @@ def scan(
   other unusable records are problems without an answer.
 
   Raises:
-    ValueError: What scores a problem is not installed; or the model cannot see
-      the pictures of any problem; or `for_training`, and no record of a data
-      set can be used, or nothing pays for a completion of a usable problem.
+    ValueError: The scorer of a problem is not installed; or the model sees no
+      picture of any problem; or `for_training`, and no record of a data set can
+      be used, or nothing pays for a completion of a usable problem.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)

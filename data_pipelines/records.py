@@ -168,7 +168,7 @@ def official_query(problem: Problem) -> str:
   lines = [hint, f"Question: {_with_unit(problem)}"]
   if problem.choices:
     lines.append("Choices:")
-    lines += _lettered(problem)
+    lines += _letter_options(problem)
   return "\n".join(lines).strip()
 
 
@@ -182,7 +182,7 @@ def has_hint(problem: Problem) -> bool:
 
 def plain_query(problem: Problem) -> str:
   """The question and its options, without a hint how to answer."""
-  return "\n".join([_with_unit(problem), *_lettered(problem)]).strip()
+  return "\n".join([_with_unit(problem), *_letter_options(problem)]).strip()
 
 
 def _with_unit(problem: Problem) -> str:
@@ -190,7 +190,7 @@ def _with_unit(problem: Problem) -> str:
   return f"{problem.question}{unit}"
 
 
-def _lettered(problem: Problem) -> list[str]:
+def _letter_options(problem: Problem) -> list[str]:
   """The options, one per line, with their letters."""
   return [f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices)]
 

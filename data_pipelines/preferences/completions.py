@@ -62,8 +62,9 @@ def synthesize(
 ) -> Source:
   """Gives the problem's own completions, or makes some from its answer.
 
-  Of its own with two labels or more it takes the best, the worst, the second
-  best, and so on. Made ones are one right and up to `count - 1` wrong.
+  It takes the best of its own completions, then the worst, the second best, and
+  so on, if their labels differ. Else it makes one right completion and up to
+  `count - 1` wrong ones.
 
   Args:
     count: Completions of a group, if the problem allows so many different ones.
@@ -99,7 +100,7 @@ def demonstration(
   )
 
 
-def _own(problem: records.Problem, count: int) -> Group:
+def _rank_own(problem: records.Problem, count: int) -> Group:
   """The problem's own completions; () unless texts and labels differ."""
   ranked = sorted(problem.completions, key=lambda each: -each.label)
   if any(len(set(values)) < 2 for values in zip(*ranked, strict=True)):
@@ -209,7 +210,7 @@ def _synthesize_group(
   kinds: Sequence[str],
   template: chat_prompts.Template,
 ) -> Group:
-  if own := _own(problem, count):
+  if own := _rank_own(problem, count):
     return own
   is_choice = problem.question_type == "multi_choice"
   if not is_choice and problem.answer_type not in _ALTERED:

@@ -39,7 +39,7 @@ def divide(
   """Checks the records of a source, and gives each one its split.
 
   Args:
-    options: What is asked for.
+    options: The request.
     source: The opened source.
     scratch: Gets the usable problems.
     salt: Another salt is another division.
@@ -53,27 +53,21 @@ def divide(
   places = splits.plan(names, options.split, are_ours=are_ours)
   near, looks = options.near_duplicates, near_duplicates.Looks(scratch)
   look_at_excluded = bool(options.exclude) and near != "none"
-  excluded = exclusion.read(
-    options.exclude,
-    scratch,
-    looks,
-    with_looks=look_at_excluded,
-    num_workers=num_workers,
-  )
+  reading = {"with_looks": look_at_excluded, "num_workers": num_workers}
+  excluded = exclusion.read(options.exclude, scratch, looks, **reading)
   checker = intake.Checker(
     chosen=origin.choose_columns(source, options.columns, places),
     settings=columns.Settings(options.unchecked_answers, options.tolerance),
     with_looks=near == "perceptual" or look_at_excluded,
   )
+  counts = [source.counts.get(name) for name in places]
   records, rejects = intake.check_records(
     {name: source.readers[name] for name in places},
     checker,
     scratch,
     looks,
     num_workers=num_workers,
-    total=sum(source.counts[name] for name in places)
-    if places.keys() <= source.counts.keys()
-    else None,
+    total=None if None in counts else sum(filter(None, counts)),
   )
   _limit_rejects(options, len(records), rejects)
   if names not in ([""], [origin.SYNTHETIC]):
@@ -127,10 +121,10 @@ def _limit_rejects(
 
 def _log_withheld(withheld: Iterable[splits.Withheld]) -> None:
   if found := splits.by_reason(withheld):
-    logging.warning("Withheld from train: %s.", _listed(found))
+    logging.warning("Withheld from train: %s.", _list_examples(found))
 
 
-def _listed(found: Mapping[str, Sequence[str]]) -> str:
+def _list_examples(found: Mapping[str, Sequence[str]]) -> str:
   """Each reason with its number of records, and three of them."""
   return "; ".join(
     f"{len(pairs)} {reason} ({validation.printable(', '.join(pairs[:3]))})"
@@ -163,7 +157,7 @@ def _require_train(
   value = getattr(options, name)
   raise validation.SettingError(
     f"{name} ({value!r}) must leave problems to train, but all are withheld: "
-    f"{_listed(reasons)}; {_REMEDIES[kind]}."
+    f"{_list_examples(reasons)}; {_REMEDIES[kind]}."
   )
 
 

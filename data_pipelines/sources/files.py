@@ -142,19 +142,19 @@ def _single(path: epath.Path) -> _File:
 
 def _choose(root: epath.Path) -> list[_File]:
   """The files of a folder to read, in the order of their names."""
-  listed = {
+  list_folder = {
     path.relative_to(root).as_posix(): path for path in _walk(root, set())
   }
-  dicts = {p for p in listed.values() if p.name == "dataset_dict.json"}
+  dicts = {p for p in list_folder.values() if p.name == "dataset_dict.json"}
   found = []
-  for name, path in sorted(listed.items()):
+  for name, path in sorted(list_folder.items()):
     file = None if _NO_DATA.fullmatch(path.name) else _file(path, name)
     # The folders of a DatasetDict are splits of any name.
     if file and (path.parent.parent / "dataset_dict.json") in dicts:
       file = file._replace(split=path.parent.name)
     found += [file] if file else []
   if not found:
-    others = ", ".join(sorted(listed)[:3]) or "none"
+    others = ", ".join(sorted(list_folder)[:3]) or "none"
     rule = f"hold files that end in one of {_KNOWN}, and holds {others}"
     raise _refusal(root, rule, "unpack or convert the data, or give its folder")
   # testmini.json, not annot_testmini.json or query.json.
@@ -324,7 +324,7 @@ def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
   """The paths of the pictures that rows name."""
 
   @functools.cache
-  def listed(folder: str) -> frozenset[str]:
+  def list_folder(folder: str) -> frozenset[str]:
     path = epath.Path(folder)
     # A bucket's library has errors of its own for a folder that is not there.
     found = path.iterdir() if path.is_dir() else ()
@@ -338,7 +338,7 @@ def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
       tails = [name.split("/")[-n:] for n in (3, 2, 1) if name[0] == "/"]
       for each in (name, *map("/".join, tails)):
         for path in _candidates(file.path.parent, root, each):
-          if posixpath.basename(path) in listed(posixpath.dirname(path)):
+          if posixpath.basename(path) in list_folder(posixpath.dirname(path)):
             found[path] = None
   return list(found)
 

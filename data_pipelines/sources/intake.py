@@ -75,7 +75,7 @@ class Record:
   place: int = -1
 
 
-class _Checked(NamedTuple):
+class _CheckedRecord(NamedTuple):
   """A usable record, as a process sends it."""
 
   record: Record
@@ -110,14 +110,14 @@ class Checker:
   settings: columns.Settings = columns.Settings()
   with_looks: bool = False
 
-  def __call__(self, items: Sequence[Item]) -> list[_Checked | Reject]:
+  def __call__(self, items: Sequence[Item]) -> list[_CheckedRecord | Reject]:
     """A result for each record; no record's fault is an exception."""
     return [self._check(item) for item in items]
 
-  def _check(self, item: Item) -> _Checked | Reject:
+  def _check(self, item: Item) -> _CheckedRecord | Reject:
     try:
       with records.all_faults():
-        return self._summarize(item, self._judged(self.problem(item)))
+        return self._summarize(item, self._judge(self.problem(item)))
     except records.BadRecord as error:
       return self.reject(item, error)
 
@@ -157,7 +157,7 @@ class Checker:
       )
     return problem
 
-  def _judged(self, problem: records.Problem) -> records.Problem:
+  def _judge(self, problem: records.Problem) -> records.Problem:
     """The problem, if the verifier takes its answer for right.
 
     One at a time, so that each process has one worker for expressions.
@@ -180,7 +180,7 @@ class Checker:
       "--unchecked_answers=keep",
     )
 
-  def _summarize(self, item: Item, problem: records.Problem) -> _Checked:
+  def _summarize(self, item: Item, problem: records.Problem) -> _CheckedRecord:
     """The summary of a problem, which raises if an image cannot be shown.
 
     Synthetic images look alike and still have different answers, so only equal
@@ -197,7 +197,7 @@ class Checker:
       is_mathvista=mathvista.is_original(problem.metadata),
       digest=_digest(problem),
     )
-    return _Checked(record, stored.encode(problem), looks)
+    return _CheckedRecord(record, stored.encode(problem), looks)
 
 
 def _has_no_answer(problem: records.Problem) -> bool:
@@ -215,8 +215,8 @@ def hash_groups(
     BadRecord: An image cannot be decoded.
   """
   if not problem.images:
-    lines = [_normalized(text) for text in problem.choices]
-    text = "\n".join([_normalized(problem.question), *sorted(lines)])
+    lines = [_normalize(text) for text in problem.choices]
+    text = "\n".join([_normalize(problem.question), *sorted(lines)])
     return (f"text-{hashlib.sha256(text.encode()).hexdigest()}",), {}
   groups: list[str] = []
   looks: Hashes = {}
@@ -228,7 +228,7 @@ def hash_groups(
   return tuple(groups), looks
 
 
-def _normalized(text: str) -> str:
+def _normalize(text: str) -> str:
   """The text without what does not change its meaning: case, blanks, forms."""
   return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
@@ -283,7 +283,7 @@ def check_records(
       other = taken.get(record.pid)
       # Names often start again in each split of a source.
       if other and other.split != record.split:
-        record, example = _renamed(record, example)
+        record, example = _rename(record, example)
         other = taken.get(record.pid)
       if other:
         rejects.append(_duplicate(record, other))
@@ -297,7 +297,7 @@ def check_records(
 
 def _check(
   readers: files.Readers, checker: Checker, num_workers: int
-) -> Generator[_Checked | Reject, None, None]:
+) -> Generator[_CheckedRecord | Reject, None, None]:
   """The result for each record, in order."""
 
   def lost(item: Item, how: str) -> Reject:
@@ -322,7 +322,7 @@ def _items(readers: files.Readers) -> Iterator[Item]:
       yield Item(split, index, next(numbers), raw)
 
 
-def _renamed(record: Record, example: bytes) -> tuple[Record, bytes]:
+def _rename(record: Record, example: bytes) -> tuple[Record, bytes]:
   """The record with the name of its split before its own."""
   pid = f"{record.split}:{record.pid}"
   problem = dataclasses.replace(stored.decode(example), pid=pid)

@@ -64,9 +64,9 @@ def _rename(problem: records.Problem, name: str) -> records.Problem:
 
 
 def first(problems: records.Source, count: int) -> records.Source:
-  """The problems, of a mixture at most `count`.
+  """The problems; at most `count` of a mixture.
 
-  Of each set there are as many as its size allows.
+  The sets have equal parts, as far as their sizes allow.
   """
   if not isinstance(problems, Mixture):
     return problems

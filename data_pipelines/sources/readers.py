@@ -258,10 +258,10 @@ def json_document(path: epath.Path) -> Iterator[Values]:
       kind = type(document).__name__
       raise _refusal(path, f"hold a list or an object, not a {kind}")
     is_list = isinstance(document, list)
-    yield from (_listed if is_list else _find_records)(document, path)
+    yield from (_read_list if is_list else _find_records)(document, path)
 
 
-def _listed(rows: Iterable[Any], path: epath.Path) -> Iterator[Values]:
+def _read_list(rows: Iterable[Any], path: epath.Path) -> Iterator[Values]:
   for index, row in enumerate(rows):
     yield _require_object(row, f"record {index} of {path.name}")
 
@@ -286,7 +286,7 @@ def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
     raise _refusal(path, f"hold one list, not several: {named}", remedy)
   if lists:
     (rows,) = lists.values()
-    yield from _listed(rows, path)
+    yield from _read_list(rows, path)
   elif is_pairs or any(isinstance(value, dict | tuple) for _, value in items):
     yield from itertools.starmap(_named_row, items)
   elif items:
@@ -353,7 +353,7 @@ def table(path: epath.Path) -> Iterator[Values]:
         yield records.BadRecord("not_a_record", detail)
 
 
-class _Bounded(io.BufferedReader):
+class _BoundedReader(io.BufferedReader):
   """A tar whose headers cannot ask for any amount of memory."""
 
   def read(self, size: int | None = -1, /) -> bytes:
@@ -379,7 +379,7 @@ def tar(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   with (
     _whole(path, "tar"),
     _open(path) as opened,
-    _Bounded(cast(io.RawIOBase, opened), _BUFFER) as bounded,
+    _BoundedReader(cast(io.RawIOBase, opened), _BUFFER) as bounded,
     tarfile.open(fileobj=bounded, mode="r:") as file,
   ):
     shard = re.split(r"(?i)\.tar", path.name)[0]

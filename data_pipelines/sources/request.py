@@ -1,4 +1,4 @@
-"""What a data dir is to hold."""
+"""The request for a data dir: its source and its contents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -50,7 +50,7 @@ def plan(
   if are_ours:
     chosen = {name: name.partition("/")[0] for name in names}
   elif given:
-    chosen = _chosen(names, given)
+    chosen = _choose(names, given)
   else:
     chosen = _by_name(names)
   if "eval" not in chosen.values():
@@ -61,7 +61,7 @@ def plan(
   return chosen
 
 
-def _chosen(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+def _choose(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
   chosen = {}
   for item in given:
     ours, sign, name = item.strip().rpartition("=")

@@ -10,7 +10,6 @@ References:
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import string
 from collections.abc import Sequence
@@ -126,12 +125,12 @@ def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
   """The variables of a template's file, never with the problem's answer."""
   has_marks = records.IMAGE_MARK in problem.question + problem.query
   count = len(problem.images)
-  return _shown(problem) | {
+  return _variables(problem) | {
     "image": records.IMAGE_MARK,
     "images": "" if has_marks else records.IMAGE_MARK * count,
     "num_images": count,
     "examples": [
-      _shown(each)
+      _variables(each)
       | {
         "answer": each.answer,
         "solution": each.solution,
@@ -142,8 +141,8 @@ def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
   }
 
 
-def _shown(problem: records.Problem) -> dict[str, Any]:
-  """What a template may show of a problem."""
+def _variables(problem: records.Problem) -> dict[str, Any]:
+  """The variables that a template may show of a problem."""
   shown = {name: getattr(problem, name) for name in _SHOWN}
   lettered = zip(string.ascii_uppercase, problem.choices, strict=False)
   return shown | {"choices": [{"letter": x, "text": y} for x, y in lettered]}
@@ -221,29 +220,10 @@ def encode_prompt(
   Raises:
     BadRecord: "image_count" if the marks are not as many as the pictures.
   """
-  chat, num_images = tokenizer.chat, len(problem.images)
-  image = [
-    chat.blank_line,
-    tokenizer.start_of_image,
-    *[chat.image_placeholder] * soft_tokens,
-    tokenizer.end_of_image,
-    chat.blank_line,
-  ]
-  parts = prompt_text(problem, template=template).split(records.IMAGE_MARK)
-  if len(parts) == 1:
-    parts = [""] * num_images + parts
-  if len(parts) != num_images + 1:
-    raise records.BadRecord(
-      "image_count",
-      f"the prompt has {len(parts) - 1} marks {records.IMAGE_MARK} for "
-      f"{num_images} pictures",
-    )
-  before = [
-    [*tokenizer.encode(part), *_with_crops(image, count, tokenizer)]
-    for part, count in zip(
-      parts[:-1], num_crops or [0] * num_images, strict=True
-    )
-  ]
+  chat = tokenizer.chat
+  text = prompt_text(problem, template=template)
+  num_crops = num_crops or [0] * len(problem.images)
+  shown = _encode_with_images(text, tokenizer, soft_tokens, num_crops)
   system = tokenizer.encode(f"{template.system}\n\n" * bool(template.system))
   ids = [chat.bos]
   for asked, completion in earlier_turns(problem, template):
@@ -256,13 +236,43 @@ def encode_prompt(
     chat.start_of_turn,
     *tokenizer.encode(chat.user),
     *system,
-    *itertools.chain.from_iterable(before),
-    *tokenizer.encode(parts[-1]),
+    *shown,
     chat.end_of_turn,
     chat.newline,
     chat.start_of_turn,
     *tokenizer.encode(chat.model),
   ]
+
+
+def _encode_with_images(
+  text: str,
+  tokenizer: tokens.Tokenizer,
+  soft_tokens: int,
+  num_crops: Sequence[int],
+) -> list[int]:
+  """Encodes a text with its pictures and their crops."""
+  chat = tokenizer.chat
+  image = [
+    chat.blank_line,
+    tokenizer.start_of_image,
+    *[chat.image_placeholder] * soft_tokens,
+    tokenizer.end_of_image,
+    chat.blank_line,
+  ]
+  parts = text.split(records.IMAGE_MARK)
+  if len(parts) == 1:
+    parts = [""] * len(num_crops) + parts
+  if len(parts) != len(num_crops) + 1:
+    raise records.BadRecord(
+      "image_count",
+      f"the prompt has {len(parts) - 1} marks {records.IMAGE_MARK} for "
+      f"{len(num_crops)} pictures",
+    )
+  ids: list[int] = []
+  for part, count in zip(parts, num_crops, strict=False):
+    ids += tokenizer.encode(part)
+    ids += _with_crops(image, count, tokenizer)
+  return ids + tokenizer.encode(parts[-1])
 
 
 def check_images(

@@ -143,7 +143,7 @@ class _Comparison:
     dimension, factor = unit or other or (None, fractions.Fraction(1))
     turned = factor if other else 1 / factor
     if dimension == latex.DEGREES:
-      turned = _parsed(r"\frac{\pi}{180}" if other else r"\frac{180}{\pi}")
+      turned = _parse(r"\frac{\pi}{180}" if other else r"\frac{180}{\pi}")
     if dimension in (latex.DEGREES, latex.PERCENT):
       if self._values(value, found, turned):
         return True
@@ -191,13 +191,13 @@ def _read(text: str) -> Any:
   if spelling is None:
     return None
   try:
-    found = _parsed(spelling)
+    found = _parse(spelling)
     return found if _bits(found) <= _MAX_BITS else None
   except Exception:  # The parser raises nearly everything.
     return None
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
   import sympy
   from latex2sympy2_extended import latex2sympy2
 
@@ -348,7 +348,7 @@ def _is_close(right: Any, other: Any, error: float) -> bool:
 
 
 def _math_verify(gold: Any, answer: Any) -> bool:
-  """What math-verify says of two expressions of the same variables."""
+  """True if math-verify takes two expressions for equal."""
   import math_verify
 
   return gold.free_symbols == answer.free_symbols and (

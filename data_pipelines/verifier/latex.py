@@ -68,7 +68,7 @@ def normalize(text: str) -> str:
     text = pattern.sub(replacement, text)
   if text.strip()[:1] not in ("(", "[", "{", "\\"):
     text = _RE.thousands.sub(lambda match: match[0].replace(",", ""), text)
-  text = _RE.repeating.sub(_repeating, _braced(text))
+  text = _RE.repeating.sub(_repeating, _add_braces(text))
   return text.strip(" *").rstrip(" .,;:*").strip() or text.strip()
 
 
@@ -108,7 +108,7 @@ def is_readable(text: str) -> bool:
   return deepest <= _MAX_DEPTH
 
 
-def _braced(text: str) -> str:
+def _add_braces(text: str) -> str:
   """The text with braces where plain text has them round: "sqrt(2)"."""
   while match := _RE.round_argument.search(text):
     start, depth = match.end(), 1
@@ -182,7 +182,7 @@ def parse(text: str) -> Shape:
       return make(parts)
   if unit(text)[1] is None and _RE.word.search(text):
     return Shape("word", text=text)
-  if (bracketed := _bracketed(text)) is not None:
+  if (bracketed := _parse_brackets(text)) is not None:
     return bracketed
   if r"\pm" in text or r"\mp" in text:
     plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
@@ -221,7 +221,7 @@ _TURNED = {">": "<", r"\ge": r"\le"}
 _INTERVAL = (r"-\infty", r"\infty")
 
 
-def _solved(sides: list[str], operators: list[str]) -> Shape | None:
+def _solve(sides: list[str], operators: list[str]) -> Shape | None:
   """The interval of an inequality that is solved for a variable."""
   if operators[0] in _TURNED:  # Reads it from its right end.
     sides, operators = sides[::-1], operators[::-1]
@@ -255,7 +255,7 @@ def _relation(parts: list[str]) -> Shape:
   if set(operators) != {"="}:
     texts = tuple(Shape("value", text=side) for side in sides)
     relation = Shape("relation", texts, " ".join(operators))
-    return _solved(sides, operators) or relation
+    return _solve(sides, operators) or relation
   if _RE.variables.fullmatch(sides[0]) and len(sides) == 2:
     names, values = parse(sides[0]).parts, parse(sides[1]).parts
     if len(names) == len(values):
@@ -271,7 +271,7 @@ def _union(parts: list[str]) -> Shape:
   return Shape("union", tuple(parse(part) for part in parts))
 
 
-def _bracketed(text: str) -> Shape | None:
+def _parse_brackets(text: str) -> Shape | None:
   """The shape of a text in one pair of brackets, with commas in it."""
   opening = _RE.opening.match(text)
   closing = _RE.last_closing.search(text)

@@ -40,7 +40,7 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
     if after is not None:
       if phrases.is_refusal(after):
         return _NONE
-      return clean(_announced(after), kind), "cue"
+      return clean(_read_announcement(after), kind), "cue"
   if kind == "scored":  # A scorer reads the whole of an answer, such as a grid.
     return clean(text, kind), "bare"
   if phrases.is_refusal(text) and (len(parts) > 1 or len(text) > _MAX_WORD):
@@ -126,7 +126,7 @@ def _last_boxes(text: str) -> list[str]:
     start = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
     if start < 0:
       break
-    inside, close = _balanced(text, text.index("{", start) + 1)
+    inside, close = _find_brace(text, text.index("{", start) + 1)
     if close < 0:
       return []
     if found and not _RE.between_boxes.fullmatch(text[close:end]):
@@ -136,7 +136,7 @@ def _last_boxes(text: str) -> list[str]:
   return found
 
 
-def _balanced(text: str, start: int) -> tuple[str, int]:
+def _find_brace(text: str, start: int) -> tuple[str, int]:
   """The text up to the closing brace, and the index after it; -1 for none."""
   depth = 1
   for i in range(start, min(len(text), start + 4000)):
@@ -146,7 +146,7 @@ def _balanced(text: str, start: int) -> tuple[str, int]:
   return "", -1
 
 
-def _announced(after: str) -> str:
+def _read_announcement(after: str) -> str:
   """The answer in the text after "the answer is"."""
   after = after.strip(" *:\uff1a")
   match = _RE.formula.match(after)

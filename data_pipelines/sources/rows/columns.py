@@ -94,10 +94,11 @@ def choose(
   names, notes = guesses.guess(sample, known, fixed)
   if not (names["question"] or names["chosen"]):
     held = [x for x in everything if guesses.holds_pictures(sample, x)]
-    where = f" (pictures stand in {_listed(held)})" if held else ""
+    where = f" (pictures stand in {_list_names(held)})" if held else ""
     raise validation.SettingError(
-      f"columns must name the question, which none of {_listed(everything)} "
-      f"seems to be{where}; set --columns=question=NAME."
+      "columns must name the question, which none of "
+      f"{_list_names(everything)} seems to be{where}; set "
+      "--columns=question=NAME."
     )
   base, more = _survey(sample, names)
   notes += more
@@ -114,7 +115,7 @@ def _refusal(
   pair = validation.printable(f"{ours}={theirs}")
   return validation.SettingError(
     f"columns ({pair}) must name what there is, but "
-    f"{validation.printable(unknown)} is none of {_listed(known)}."
+    f"{validation.printable(unknown)} is none of {_list_names(known)}."
   )
 
 
@@ -130,12 +131,12 @@ def _describe(
   # Not the inner columns of a struct that is one.
   others = {path.partition(".")[0] for path in known if path not in used}
   if others := sorted(others & set(known)):
-    parts.append(f"metadata: {_listed(others)}")
+    parts.append(f"metadata: {_list_names(others)}")
   line = f"Columns: {'; '.join(parts)}. To change: --columns=ours=theirs,..."
   return validation.printable(line)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
   more = f" and {len(names) - 40} more" if len(names) > 40 else ""
   return validation.printable(", ".join(names[:40]) or "no column") + more
 
@@ -213,7 +214,7 @@ def to_problem(
 def pid(values: Mapping[str, Any], columns: Columns, number: int) -> str:
   """The name of a row: its id if that is a text or a number, or its number."""
   paths = columns.names.get("pid", ("pid",))
-  value = gold.plain(guesses.at(values, paths[0])) if paths else None
+  value = gold.plain(guesses.value_at(values, paths[0])) if paths else None
   if isinstance(value, float) and value.is_integer():
     value = int(value)
   is_name = isinstance(value, str | int | float) and not gold.is_missing(value)
@@ -231,7 +232,9 @@ class _Row:
   def get(self, role: str) -> Any:
     """The value of a role, from its first column that has one; else None."""
     paths = self.columns.names.get(role, ())
-    found = (gold.plain(guesses.at(self.row.values, path)) for path in paths)
+    found = (
+      gold.plain(guesses.value_at(self.row.values, path)) for path in paths
+    )
     return next((value for value in found if not gold.is_missing(value)), None)
 
   def name(self, role: str) -> str:
@@ -299,7 +302,7 @@ class _Row:
     values, read = self.row
     paths = self.columns.names["images"]
     paths = paths or guesses.unseen_images(values, self.columns.known)
-    held = [gold.plain(guesses.at(values, path)) for path in paths]
+    held = [gold.plain(guesses.value_at(values, path)) for path in paths]
     found = [
       picture
       for path, value in zip(paths, held, strict=True)
@@ -315,7 +318,9 @@ class _Row:
     paths = self.columns.names["choices"]
     if len(paths) < 2:
       return choices.read(self.get("choices"), self.name("choices"))
-    found = [gold.plain(guesses.at(self.row.values, path)) for path in paths]
+    found = [
+      gold.plain(guesses.value_at(self.row.values, path)) for path in paths
+    ]
     found = [value for value in found if not gold.is_missing(value)]
     return choices.read(found, self.name("choices"))
 
@@ -343,7 +348,7 @@ class _Row:
       problem = dataclasses.replace(problem, solution=worked)
     is_demonstration = reply != "" and (not from_reply or around != "")
     try:
-      answered = self._checked(problem, found, value, name)
+      answered = self._check_gold(problem, found, value, name)
       if from_reply and answered.answer_type == "text" and not answered.choices:
         if len(answered.answer.split()) > _MAX_REPLY_WORDS:
           raise BadRecord("unreadable_answer", "the reply is a sentence")
@@ -365,11 +370,11 @@ class _Row:
     if not self.columns.names["answer"]:
       raise BadRecord(
         "missing_answer",
-        f"no column of {_listed(self.columns.known)} seems to be the answer; "
-        f"name it with --columns=answer=NAME, {gold.KEEP}",
+        f"no column of {_list_names(self.columns.known)} seems to be the "
+        f"answer; name it with --columns=answer=NAME, {gold.KEEP}",
       )
 
-  def _checked(
+  def _check_gold(
     self, problem: Problem, found: choices.Choices, value: Any, name: str
   ) -> Problem:
     """The problem with a gold that rules can check."""

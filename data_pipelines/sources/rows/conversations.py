@@ -64,7 +64,7 @@ def _is_message(value: Any) -> bool:
 def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
   """The question and the reply of some messages.
 
-  Of several questions with replies the first pair counts. Where the last
+  The first question that has a reply counts, with its reply. Where the last
   message is a question, or `last` is True, what was said before is quoted in
   the question.
 

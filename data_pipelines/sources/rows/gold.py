@@ -191,7 +191,7 @@ def _inside(text: str) -> str:
     return end
   for box in (r"\boxed", r"\fbox"):
     if (start := text.rfind(box)) >= 0:
-      content = _braced(text, start + len(box))
+      content = _inside_braces(text, start + len(box))
       if content is not None:
         return content
   if match := _CUE.search(text[-1000:]):
@@ -208,7 +208,7 @@ def _without_stop(text: str) -> str:
   return text if "." in end and end[-1:].isalpha() else end
 
 
-def _braced(text: str, start: int) -> str | None:
+def _inside_braces(text: str, start: int) -> str | None:
   """The text between the balanced braces that open at or after `start`."""
   start += len(text[start : start + 2]) - len(text[start : start + 2].lstrip())
   if text[start : start + 1] != "{":

@@ -40,13 +40,13 @@ def normal(name: str) -> str:
   return re.sub(r"[^a-z0-9.]+", "_", name.casefold()).strip("_") or name
 
 
-def at(row: Mapping[str, Any], path: str) -> Any:
+def value_at(row: Mapping[str, Any], path: str) -> Any:
   """The value at a path, with dots into structs; None if it is not there."""
   if path in row:
     return row[path]
   name, _, rest = path.partition(".")
   inner = row.get(name)
-  return at(inner, rest) if rest and isinstance(inner, Mapping) else None
+  return value_at(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
 def unseen_images(row: Mapping[str, Any], known: Sequence[str]) -> Paths:
@@ -91,7 +91,7 @@ def guess(
     if not fitting:
       names[role] = _others(role, sample, known, taken)
     elif role in ("question", "answer"):
-      texts = [[str(at(row, x))[:500] for row in sample] for x in fitting]
+      texts = [[str(value_at(row, x))[:500] for row in sample] for x in fitting]
       pairs = zip(fitting, texts, strict=True)
       rivals[role] = [path for path, text in pairs if text != texts[0]]
       names[role] = _covering(sample, fitting)
@@ -112,7 +112,9 @@ def _covering(sample: Rows, fitting: Sequence[str]) -> Paths:
   found: list[str] = []
   empty = list(sample)
   for path in fitting:
-    rest = [row for row in empty if gold.is_missing(gold.plain(at(row, path)))]
+    rest = [
+      row for row in empty if gold.is_missing(gold.plain(value_at(row, path)))
+    ]
     if not found or 10 * (len(empty) - len(rest)) >= len(sample):
       found.append(path)
       empty = rest
@@ -127,7 +129,7 @@ def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
   found = [
     known[name]
     for name in named
-    if any(_fits(role, name, at(row, known[name])) for row in sample)
+    if any(_fits(role, name, value_at(row, known[name])) for row in sample)
   ]
   if not found and role not in ("question", "context", "pid"):
     # Later rows may hold what the first ones lack.
@@ -135,7 +137,7 @@ def _fitting(role: str, sample: Rows, known: Mapping[str, str]) -> list[str]:
       known[name]
       for name in named
       if name not in _WEAK
-      and all(gold.is_missing(at(row, known[name])) for row in sample)
+      and all(gold.is_missing(value_at(row, known[name])) for row in sample)
     ]
   names = known.keys()
   is_pair = names & {*NAMES["chosen"]} and names & {*NAMES["rejected"]}
@@ -158,20 +160,20 @@ def _others(
   """Columns that no single name gives: image_1, image_2; A, B, C; pictures."""
   free = {name: path for name, path in known.items() if path not in taken}
   if role == "choices":
-    found = _numbered(free, _LETTERED)
+    found = _order_columns(free, _LETTERED)
     return found if len(found) > 1 else ()
   if role != "images":
     return ()
   held = [path for path in free.values() if holds_pictures(sample, path)]
-  return _numbered(free, _NUMBERED_IMAGE) or tuple(held[:1])
+  return _order_columns(free, _NUMBERED_IMAGE) or tuple(held[:1])
 
 
 def holds_pictures(sample: Rows, path: str) -> bool:
   """True if a row has a picture there, not only a picture's name."""
-  return any(gold.is_picture(at(row, path)) for row in sample)
+  return any(gold.is_picture(value_at(row, path)) for row in sample)
 
 
-def _numbered(known: Mapping[str, str], pattern: re.Pattern[str]) -> Paths:
+def _order_columns(known: Mapping[str, str], pattern: re.Pattern[str]) -> Paths:
   """The columns that match, by their letter or number."""
   found = [
     (match[1].zfill(2), path)
@@ -205,6 +207,6 @@ def _fits(role: str, name: str, value: Any) -> bool:
 
 
 def _is_unique(sample: Rows, path: str) -> bool:
-  values = [at(row, path) for row in sample]
+  values = [value_at(row, path) for row in sample]
   texts = {str(x) for x in values if isinstance(x, str | int | float)}
   return len(texts) == len(values)
