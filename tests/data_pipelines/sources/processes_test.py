@@ -88,7 +88,10 @@ def test_few_batches_are_read_ahead_and_all_ends_with_the_iteration():
 
 PROGRAM = """
 import contextlib
+import signal
 import sys
+# A shell's background jobs inherit that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from data_pipelines.sources import processes
 from tests.data_pipelines.sources import processes_test
 results = processes.map_in_order(
