@@ -115,7 +115,7 @@ class RowBuilder:
     return kinds[self.kind]
 
   def can_teach(self, problem: records.Problem) -> bool:
-    """True if something pays for a completion, or one is shown."""
+    """True if a reward can score a completion, or the record has one."""
     is_shown = self.kind == "demonstrations"
     return problem.is_checkable or self.pays_unchecked or is_shown
 

@@ -116,7 +116,7 @@ def scan(
   Raises:
     ValueError: The scorer of a problem is not installed; or the model sees no
       picture of any problem; or `for_training`, and no record of a data set can
-      be used, or nothing pays for a completion of a usable problem.
+      be used, or no reward can score the completions of a usable problem.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)

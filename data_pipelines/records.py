@@ -101,8 +101,8 @@ class Problem:
     aliases: Other answers that are as right.
     question_type: "multi_choice" or "free_form".
     answer_type: One of `ANSWER_TYPES`; "text" for all multiple-choice ones.
-    query: What a prompt asks: for MathVista's records the official text, byte
-      for byte, for others the question and its options.
+    query: The text that a prompt shows: MathVista's official text, byte for
+      byte, or for other records the question and its options.
     solution: A worked answer without tags, or "".
     completions: Labelled completions that came with the problem.
     metadata: The source's other columns; of MathVista category, context, grade,

@@ -48,7 +48,7 @@ class Folder:
   """The data in a folder or a file.
 
   Attributes:
-    readers: What reads each split, its files in the order of their names.
+    readers: The reader of each split, its files in the order of their names.
     files: The hash of the content of each file, also of the pictures that rows
       name, by path relative to the data.
     counts: The number of records of each split where that costs little to know.

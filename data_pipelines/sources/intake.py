@@ -264,7 +264,7 @@ def check_records(
   """The usable records, whose problems `scratch` gets, and the rejected ones.
 
   Args:
-    readers: What reads each split of the source.
+    readers: The reader of each split of the source.
     checker: Checks the records.
     scratch: Gets the usable problems, in the order of the source.
     looks: Gets the perceptual hashes of their images.

@@ -21,7 +21,7 @@ class Origin(NamedTuple):
 
   Attributes:
     name: The source in words.
-    readers: What reads each split; of several paths the names of their splits
+    readers: The reader of each split. Splits of several paths have names that
       begin with ours, as "train/validation".
     parts: The splits of each path, which have the same columns.
     files: The hash of each file's content.

@@ -125,7 +125,7 @@ class _Workers:
 
 
 class _Worker:
-  """One process that calls a function when it is told to."""
+  """A process that calls a function on each batch that it receives."""
 
   def __init__(self, function: Callable[[Sequence[Any]], list[Any]]):
     context = multiprocessing.get_context("forkserver")

@@ -157,8 +157,8 @@ def withhold(
     sides: Their splits.
     near: "exact", "perceptual" or "none": what `train` loses to other splits.
     looks: The perceptual hashes of images, of excluded ones too.
-    excluded: What must not train: hashes as in `Record.groups`, each with the
-      name of its problem.
+    excluded: The groups that must not train, as in `Record.groups`, each with
+      the name of its problem.
   """
   held: dict[str, str] = {}
   for record, side in zip(records, sides, strict=True):

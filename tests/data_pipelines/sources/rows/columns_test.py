@@ -237,7 +237,8 @@ def test_marks_and_pictures_of_other_numbers_are_rejected(marks):
 
 def turns(*texts, system=""):
   roles = ("user", "assistant") * len(texts)
-  found = [{"role": r, "content": t} for r, t in zip(roles, texts)]  # noqa: B905
+  pairs = zip(roles, texts, strict=False)
+  found = [{"role": role, "content": text} for role, text in pairs]
   return [{"role": "system", "content": system}] * bool(system) + found
 
 
