@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import printable
 

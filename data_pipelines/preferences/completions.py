@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines import records, tables
-from data_pipelines.text import chat_prompts, untrusted
+from data_pipelines import records
+from data_pipelines.text import chat_prompts, tables, untrusted
 from data_pipelines.verifier import verify
 
 KINDS = ("distractor", "perturbation", "refusal", "conflict", "truncation")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines import records, tables
+from data_pipelines import records
+from data_pipelines.text import tables
 
 _RE = tables.patterns("shuffle_options")
 

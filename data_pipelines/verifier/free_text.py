@@ -9,7 +9,7 @@ import decimal
 import itertools
 import re
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 from data_pipelines.verifier import numbers, phrases
 from data_pipelines.verifier.options import Options, is_denied
 

@@ -11,7 +11,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 from data_pipelines.verifier import numbers
 
 # A longer answer is compared as text alone, as is one that nests deeper: the

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 # No answer has more digits, and longer runs are slow to read.
 _MAX_DIGITS = 30

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 from data_pipelines.verifier import numbers
 
 _RE = tables.patterns("options")

@@ -4,7 +4,7 @@ English, Chinese and Persian. Every rule reads a lower-case copy with the same
 indices as the text, in linear time. Knows nothing of options or numbers.
 """
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 _RE = tables.patterns("phrases")
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
-from data_pipelines import records, tables
+from data_pipelines import records
+from data_pipelines.text import tables
 from data_pipelines.verifier import (
   comparisons,
   free_text,

@@ -8,7 +8,7 @@ in tags or fields are no answer; several boxes side by side are one list.
 import re
 import unicodedata
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 from data_pipelines.verifier import latex, numbers, options, phrases
 
 _RE = tables.patterns("written")

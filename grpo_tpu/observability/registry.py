@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 _ANY_WORD = r"[\w.-]+"
 

@@ -10,7 +10,7 @@ import itertools
 import re
 from typing import NamedTuple
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 MAX_LENGTH, MAX_REASONING_WORDS, MAX_COHERENCE = 0.5, 0.3, 0.2
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 _TABLES = tables.read("data_pipelines.sources.drawn", "drawing.toml")
 COLORS = {name: tuple(color) for name, color in _TABLES["colors"].items()}

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import records, tables
+from data_pipelines import records
+from data_pipelines.text import tables
 from data_pipelines.validation import at_least, check_fields, interval, require
 from data_pipelines.workers import functions
 from data_pipelines.workers.pool import Pool

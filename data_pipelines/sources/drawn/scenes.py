@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from data_pipelines import tables
 from data_pipelines.sources.drawn import drawing
 from data_pipelines.sources.drawn.drawing import Canvas
+from data_pipelines.text import tables
 
 _WORDS = tables.read("data_pipelines.sources.drawn", "scenes.toml")
 

@@ -14,9 +14,9 @@ import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from data_pipelines import records, tables
+from data_pipelines import records
 from data_pipelines.records import BadRecord
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 from data_pipelines.verifier import numbers
 
 # A longer text without a mark is an essay, which no rule compares.

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines import tables
 from data_pipelines.sources.rows import conversations, gold, pictures
+from data_pipelines.text import tables
 
 Rows = Sequence[Mapping[str, Any]]
 Paths = tuple[str, ...]

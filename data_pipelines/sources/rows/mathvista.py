@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import records, tables
+from data_pipelines import records
 from data_pipelines.sources.rows import choices, gold, metadata, pictures
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 
 # Values of `metadata.source`; MathVista's terms cover all of them.
 _TABLE = tables.read("data_pipelines.sources.rows", "mathvista.toml")

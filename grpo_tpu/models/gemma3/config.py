@@ -6,7 +6,7 @@ References:
 
 import dataclasses
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 # Layers per period: five local ones, then a global one (section 2).
 PERIOD = 6

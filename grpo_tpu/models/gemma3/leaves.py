@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from data_pipelines import tables
+from data_pipelines.text import tables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,7 @@ import os
 import pathlib
 from typing import Any
 
-from data_pipelines import tables
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
