@@ -108,8 +108,11 @@ def strict_records(graded: Sequence[GradedRecord]) -> dict[str, dict[str, Any]]:
   return {
     each.result.problem.pid: {
       **each.result.record,
-      "strict_answer": each.answer,
-      "strict_true_false": each.strict if each.result.counts else None,
+      **results.strict_fields(
+        each.result.problem,
+        each.answer,
+        each.strict if each.result.counts else None,
+      ),
     }
     for each in graded
   }

@@ -24,6 +24,11 @@ from data_pipelines.text import untrusted
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError
 
+# The metadata of a record that an evaluation could not read: MathVista's
+# programs need all of these.
+_SLICES = ("language", "source", "category", "task", "context", "grade")
+NO_METADATA = dict.fromkeys(_SLICES, "") | {"skills": []}
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -98,6 +103,24 @@ def read_rows(
   if not rows:
     raise error_in(path, "hold a record, but is empty", "name another file")
   return rows
+
+
+def strict_fields(
+  problem: records.Problem, answer: str | None, is_right: bool | None
+) -> dict[str, Any]:
+  """Our reading of a response and our verdict, as a record holds them.
+
+  `extraction`, `prediction` and `true_false` belong to MathVista's programs.
+
+  Args:
+    problem: The problem.
+    answer: The answer that the verifier has read. A list is written with the
+      blanks that MathVista's answers have.
+    is_right: The verdict; None if the answer is not public.
+  """
+  if answer is not None and problem.answer_type == "list":
+    answer = answer.replace(",", ", ")
+  return {"strict_answer": answer, "strict_true_false": is_right}
 
 
 def response_of(record: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from data_pipelines import pipeline, records
+from data_pipelines.scoring import results
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
 
@@ -97,8 +98,8 @@ def graded_completions(
       continue
     asked = bool(batch.valid[row])
     is_graded = problem.is_checkable or not is_readable[row]
-    extraction = rewards.answers[row] if asked else None
-    # A record in MathVista's results format, without its image.
+    # A record in MathVista's results format, without its image and without
+    # what MathVista's own programs add.
     record = {
       "pid": problem.pid,
       "question": problem.question,
@@ -109,13 +110,19 @@ def graded_completions(
       "answer": problem.answer,
       "question_type": problem.question_type,
       "answer_type": problem.answer_type,
-      "metadata": dict(problem.metadata),
+      "metadata": dict(problem.metadata) or results.NO_METADATA,
       "query": problem.query,
       "response": texts[row] if asked else "",
-      "extraction": extraction,
-      "prediction": extraction,
-      "true_false": bool(is_right[row]) if is_graded else None,
+      **results.strict_fields(
+        problem,
+        rewards.answers[row] if asked else None,
+        bool(is_right[row]) if is_graded else None,
+      ),
     }
+    if problem.aliases:
+      record["aliases"] = list(problem.aliases)
+    if problem.tolerance:
+      record["tolerance"] = problem.tolerance
     completions.append(
       scores.GradedCompletion(
         index=int(batch.prompt_index[row]),

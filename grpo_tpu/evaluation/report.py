@@ -128,7 +128,7 @@ def _example_view(example: Example) -> dict[str, Any]:
       {"text": f"({chr(65 + index)}) {text}", "mark": _mark(text, record)}
       for index, text in enumerate(record["choices"] or ())
     ],
-    "is_graded": record["true_false"] is not None,
+    "is_graded": record["strict_true_false"] is not None,
     "response": response,
     "reason": _OUTCOMES[example.outcome],
     "tags": [str(tag) for tag in tags if tag],
@@ -142,8 +142,8 @@ def _mark(text: str, record: Mapping[str, Any]) -> str:
   """The CSS class of an option."""
   if record["answer"] and text == record["answer"]:
     return "right"
-  if text == record["extraction"]:
-    return "given" if record["true_false"] is None else "wrong"
+  if text == record["strict_answer"]:
+    return "given" if record["strict_true_false"] is None else "wrong"
   return ""
 
 

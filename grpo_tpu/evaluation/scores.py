@@ -24,8 +24,8 @@ class GradedCompletion:
   """One completion of one problem."""
 
   index: int  # The problem's index in the split.
-  # In MathVista's results format; `true_false` is None if the answer is not
-  # public.
+  # In MathVista's results format with `results.strict_fields`;
+  # `strict_true_false` is None if the answer is not public.
   record: dict[str, Any]
   asked: bool  # False for a problem that cannot be read or is too long.
   stopped: bool  # True if the completion ended by itself.
@@ -33,14 +33,14 @@ class GradedCompletion:
   @property
   def is_right(self) -> bool:
     """True for the right answer; False also if the answer is not public."""
-    return bool(self.record["true_false"])
+    return bool(self.record["strict_true_false"])
 
   @property
   def vote(self) -> str | None:
     """The answer as a vote in maj@k; see `statistics.vote`."""
     precision = self.record["precision"]
     return statistics.vote(
-      self.record["extraction"],
+      self.record["strict_answer"],
       answer_type=self.record["answer_type"],
       precision=-1 if precision is None else precision,
     )
@@ -52,7 +52,7 @@ class GradedCompletion:
       return "not asked"
     if self.is_right:
       return "right"
-    if self.record["extraction"] is not None:
+    if self.record["strict_answer"] is not None:
       return "wrong"
     return "no answer" if self.stopped else "cut off"
 
@@ -149,7 +149,7 @@ def _select_graded(
   """The completions that figures count; none if no answer is public."""
   if not any(each.record["answer"] for each in completions):
     return []
-  return [x for x in completions if x.record["true_false"] is not None]
+  return [x for x in completions if x.record["strict_true_false"] is not None]
 
 
 def _chance(completion: GradedCompletion) -> float:

@@ -102,7 +102,7 @@ def test_evaluate_finds_what_training_found_last(evaluation, unbroken):
   def accuracy(name):
     answers = json.loads((folder / name).read_text())
     assert len(answers) == 32
-    return np.mean([answer["true_false"] for answer in answers.values()])
+    return np.mean([answer["strict_true_false"] for answer in answers.values()])
 
   assert scores["scalars"]["eval/accuracy"] == accuracy("output_eval.json")
   assert scores["accuracy"]["share"] == accuracy("output_eval.json")

@@ -174,7 +174,7 @@ def test_every_sample_counts(everything):
   assert sampled["pass_at_k"]["6"]["share"] == right.any(0).mean()
   wins = 0
   for row in zip(*everything.samples, strict=True):
-    votes = [x.record["extraction"] for x in row]
+    votes = [x.record["strict_answer"] for x in row]
     counts = collections.Counter(x for x in votes if x is not None)
     if counts:
       most = max(counts.values())
@@ -321,7 +321,10 @@ def test_a_split_without_answers_is_written_with_a_note(tokenizer, tmp_path):
     dataclasses.replace(
       x,
       record=x.record
-      | {"answer": "", "true_false": None if x.index != UNREADABLE else False},
+      | {
+        "answer": "",
+        "strict_true_false": None if x.index != UNREADABLE else False,
+      },
     )
     for x in everything.greedy
   ]
@@ -332,8 +335,8 @@ def test_a_split_without_answers_is_written_with_a_note(tokenizer, tmp_path):
   assert figures["note"] == scores.NO_ANSWERS
   assert "slices" not in figures and "sampled" not in figures
   results = read(tmp_path / "eval" / "output_eval.json")
-  assert results["p0"]["prediction"] == "3"
-  assert results["p0"]["true_false"] is None
+  assert results["p0"]["strict_answer"] == "3"
+  assert results["p0"]["strict_true_false"] is None
   for name in ("report.md", "report.html"):
     text = (tmp_path / "eval" / name).read_text("utf-8")
     assert scores.NO_ANSWERS in text

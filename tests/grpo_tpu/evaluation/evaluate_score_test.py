@@ -17,14 +17,12 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   batches = scripted.batches_of(tokenizer, batch_size=11)
   result = run.evaluate(batches)
   path, out = tmp_path / "output.json", tmp_path / "out.json"
-  path.write_text(
-    json.dumps({x.record["pid"]: x.record for x in result.completions})
-  )
+  written = {x.record["pid"]: x.record for x in result.completions}
+  path.write_text(json.dumps(written))
   scores = tmp_path / "scores.json"
   score_file.score_file(str(path), out=str(out), scores=str(scores))
   for record in json.loads(out.read_text()).values():
-    assert record["strict_true_false"] == record["true_false"]
-    assert record["strict_answer"] == record["extraction"]
+    assert record == written[record["pid"]]
   found = json.loads(scores.read_text())
   assert found["records"] == found["scored"] == len(scripted.SCRIPT)
   whole, *rows = found["rows"]

@@ -31,8 +31,8 @@ def record(**changes):
     "answer_type": "integer",
     "metadata": {"task": "counting", "source": "drawn"},
     "response": "I see <answer>4</answer>",
-    "extraction": "4",
-    "true_false": False,
+    "strict_answer": "4",
+    "strict_true_false": False,
   } | changes
 
 
@@ -48,7 +48,9 @@ def example(images=(IMAGE,), num_samples=0, samples_right=0, **changes):
 
 def scores(split="testmini", model="tiny", **changes):
   answers = [
-    figures.GradedCompletion(i, record(true_false=i < 3, **changes), True, True)
+    figures.GradedCompletion(
+      i, record(strict_true_false=i < 3, **changes), True, True
+    )
     for i in range(8)
   ]
   return {
@@ -96,7 +98,7 @@ EVERYWHERE = {
   "choices": [EVIL, "3"],
   "answer": EVIL,
   "response": EVIL,
-  "extraction": EVIL,
+  "strict_answer": EVIL,
   "metadata": {"task": EVIL, "source": EVIL, "skills": [EVIL]},
 }
 
@@ -211,7 +213,7 @@ def test_an_example_shows_what_was_asked_expected_and_got():
   assert "(B) 3 \u2713" in page.text and "(C) 4 \u2717" in page.text
   assert "(A) 2 " not in page.text and "in cm" in page.text
   assert "5 of 8 right" in page.text and "5 of 8 samples are right" in text
-  _, page = pages(scores(), (), [example(extraction=None, images=())])
+  _, page = pages(scores(), (), [example(strict_answer=None, images=())])
   assert "nothing" in page.text and "no image" in page.text
   two = [example(images=(IMAGE, IMAGE))]
   assert report.render("report.html", scores(), (), two).count(IMAGE) == 2
@@ -220,7 +222,7 @@ def test_an_example_shows_what_was_asked_expected_and_got():
 
 def test_an_ungraded_answer_is_called_neither_right_nor_wrong():
   shown = example(
-    *(IMAGE, 8, 0), choices=["2", "4"], answer="", true_false=None
+    *(IMAGE, 8, 0), choices=["2", "4"], answer="", strict_true_false=None
   )
   found = {
     **{"split": "test", "model": "tiny", "weights": "random:0"},

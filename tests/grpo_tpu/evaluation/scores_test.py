@@ -18,8 +18,8 @@ def answer(index, got, *, gold="3", asked=True, stopped=True, **record):
     "answer_type": "integer",
     "metadata": {"task": "counting"},
     "response": f"<answer>{got}</answer>",
-    "extraction": got,
-    "true_false": got == gold if gold else None,
+    "strict_answer": got,
+    "strict_true_false": got == gold if gold else None,
   } | record
   return scores.GradedCompletion(index, record, asked, stopped)
 
@@ -33,7 +33,7 @@ DAMAGED = answer(
   gold="",
   asked=False,
   metadata={},
-  true_false=False,
+  strict_true_false=False,
 )
 HIDDEN = answer(6, "3", gold="")
 ALL = [RIGHT, WRONG, SILENT, CUT, UNASKED, DAMAGED, HIDDEN]
@@ -127,7 +127,12 @@ def test_samples_are_judged_problem_by_problem():
 def test_floats_that_round_alike_outvote_another():
   def near(got):
     return answer(
-      0, got, gold="1.2", answer_type="float", precision=1, true_false=False
+      0,
+      got,
+      gold="1.2",
+      answer_type="float",
+      precision=1,
+      strict_true_false=False,
     )
 
   right = answer(0, "1.2", gold="1.2", answer_type="float", precision=1)

@@ -116,21 +116,21 @@ def test_records_are_in_mathvistas_results_format(evaluated):
   # As the benchmark's own scorer reads and leaves them.
   keys = (
     "question image choices unit precision answer question_type answer_type "
-    "pid metadata query response extraction prediction true_false"
+    "pid metadata query response strict_answer strict_true_false"
   )
   for pid, record in results.items():
     assert set(record) == set(keys.split())
     assert record["pid"] == pid
-  assert {pid for pid, record in results.items() if record["true_false"]} == {
-    f"p{i}" for i in RIGHT
-  }
+  assert {
+    pid for pid, record in results.items() if record["strict_true_false"]
+  } == {f"p{i}" for i in RIGHT}
   choice, number, unasked = results["p4"], results["p2"], results["p8"]
   assert choice["choices"] == ["red", "blue"] and choice["precision"] is None
-  assert choice["extraction"] == choice["prediction"] == "red"
+  assert choice["strict_answer"] == "red"
   assert choice["response"] == "<answer>red</answer>"
   assert number["choices"] is None and number["precision"] == 1
   assert number["unit"] is None and number["answer"] == "1.5"
-  assert (unasked["response"], unasked["extraction"]) == ("", None)
+  assert (unasked["response"], unasked["strict_answer"]) == ("", None)
   assert unasked["metadata"] == {"source": "drawn", "skills": ["arithmetic"]}
 
 
@@ -155,8 +155,8 @@ def test_without_public_answers_nothing_is_graded(run_of, tokenizer):
     "eval/truncated_fraction",
   }
   asked = [x for x in result.completions if x.asked]
-  assert [x.record["true_false"] for x in asked] == [None] * len(ASKED)
-  assert asked[0].record["prediction"] == "3"
+  assert [x.record["strict_true_false"] for x in asked] == [None] * len(ASKED)
+  assert asked[0].record["strict_answer"] == "3"
 
 
 def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
@@ -166,7 +166,7 @@ def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
   # Of 11 problems 7 are left, a damaged one among them; of 6 right ones 5.
   assert result.scalars["eval/accuracy"] == pytest.approx(5 / 7)
   assert result.scalars["eval/accuracy/integer"] == pytest.approx(1 / 3)
-  right = [x.record["true_false"] for x in result.completions]
+  right = [x.record["strict_true_false"] for x in result.completions]
   assert [i for i in EVERY if right[i] is None] == hidden
   assert [i for i in EVERY if right[i]] == [2, 3, 5, 9, 10]
 
