@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.sources.drawn import drawing, scenes
@@ -21,7 +20,7 @@ from data_pipelines.validation import (
   require,
 )
 
-_SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.questions}
+_SCENE_OF = {kind: scene for scene in scenes.SCENES for kind in scene.kinds}
 KINDS = tuple(_SCENE_OF)
 # `metadata.source` starts with this, then names the kind.
 SOURCE = "synthetic/"
@@ -83,11 +82,12 @@ def problem(spec: Spec, index: int) -> records.Problem:
   canvas = drawing.make_canvas(
     rng, size=spec.image_size, difficulty=spec.difficulty
   )
-  facts = scene.draw(canvas)
-  question = scene.questions[kind](canvas, facts)
+  question = scene.ask(canvas, kind)
   choices = _options(question, spec, rng)
   if choices:
     question = question._replace(answer_type="text", unit="", precision=-1)
+  png = io.BytesIO()
+  canvas.image.save(png, "PNG", compress_level=1)
   result = records.Problem(
     pid=f"synthetic-{spec.seed}-{index:06d}",
     question=question.text,
@@ -97,7 +97,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
     question_type="multi_choice" if choices else "free_form",
     answer_type=question.answer_type,
     image_path=f"images/{index}.png",
-    images=(_encode_png(canvas.image),),
+    images=(png.getvalue(),),
     answer=question.answer,
     solution=question.solution,
     metadata={
@@ -140,9 +140,3 @@ def _options(
   others = rng.permutation(len(question.pool))[: count - 1]
   options = [question.answer, *(question.pool[i] for i in others)]
   return tuple(options[i] for i in rng.permutation(len(options)))
-
-
-def _encode_png(image: Image.Image) -> bytes:
-  png = io.BytesIO()
-  image.save(png, "PNG", compress_level=1)
-  return png.getvalue()

@@ -272,5 +272,5 @@ def test_a_wrong_setting_is_named_with_its_rule(change, name):
 
 
 def test_every_kind_belongs_to_one_scene():
-  kinds = [kind for scene in scenes.SCENES for kind in scene.questions]
+  kinds = [kind for scene in scenes.SCENES for kind in scene.kinds]
   assert len(set(kinds)) == len(kinds)
