@@ -64,7 +64,9 @@ _NOTHING = Verdict(answer=None, how="none", correct=False)
 _UNKNOWN = dataclasses.replace(_NOTHING, abstained=True)
 
 
-def verify(completion: str, problem: records.Problem) -> Verdict:
+def verify(
+  completion: str, problem: records.Problem, *, truncated: bool = False
+) -> Verdict:
   """Finds the answer of a completion and judges it.
 
   Text between <think> tags is ignored. In a completion with an <answer> tag the
@@ -74,6 +76,8 @@ def verify(completion: str, problem: records.Problem) -> Verdict:
   Args:
     completion: Any text, from "" to a megabyte of noise.
     problem: The question. Without a public answer no completion is correct.
+    truncated: True if the completion was cut off at a limit of tokens; only a
+      closed tag or box gives it an answer.
 
   Returns:
     The verdict, whatever the completion.
@@ -81,18 +85,21 @@ def verify(completion: str, problem: records.Problem) -> Verdict:
   Raises:
     RuntimeError: An expression needs a worker, and none can be started.
   """
-  verdict = _start(completion, problem)
+  verdict = _start(completion, problem, truncated)
   return verdict if isinstance(verdict, Verdict) else verdict()
 
 
 def verify_all(
-  completions: Sequence[str], problems: Sequence[records.Problem]
+  completions: Sequence[str],
+  problems: Sequence[records.Problem],
+  truncated: Sequence[bool] | None = None,
 ) -> list[Verdict]:
   """Judges each completion as `verify` does; expressions are compared together.
 
   Args:
     completions: Any texts.
     problems: The problem of each completion.
+    truncated: True where a completion was cut off; None if none was.
 
   Returns:
     The verdicts in the order of the completions.
@@ -100,7 +107,10 @@ def verify_all(
   Raises:
     RuntimeError: An expression needs a worker, and none can be started.
   """
-  started = [_start(*each) for each in zip(completions, problems, strict=True)]
+  if truncated is None:
+    truncated = [False] * len(completions)
+  rows = zip(completions, problems, truncated, strict=True)
+  started = [_start(*row) for row in rows]
   try:
     return [each if isinstance(each, Verdict) else each() for each in started]
   except (KeyboardInterrupt, SystemExit):
@@ -115,7 +125,7 @@ def start_workers(problems: Sequence[records.Problem]) -> None:
 
 
 def _start(
-  completion: str, problem: records.Problem
+  completion: str, problem: records.Problem, truncated: bool
 ) -> Verdict | Callable[[], Verdict]:
   """The verdict, or a function that waits for it."""
   kind = problem.answer_type
@@ -123,10 +133,10 @@ def _start(
     if kind == "text" and (pair := written.yes_or_no(problem.answer)):
       problem = _as_choice(problem, pair)
     elif kind in _WRITTEN:
-      return _start_written(completion, problem, _WRITTEN[kind])
+      return _start_written(completion, problem, _WRITTEN[kind], truncated)
   parse = functools.partial(_parse, problem=problem)
   answer, how = _find(
-    completion, parse, lambda text: _from_free_text(text, problem)
+    completion, parse, lambda text: _from_free_text(text, problem), truncated
   )
   unknown = not problem.is_checkable
   if answer is None:
@@ -139,6 +149,7 @@ def _find(
   completion: str,
   parse: Callable[[str], str | None],
   from_free_text: Callable[[str], tuple[str | None, str]],
+  truncated: bool,
 ) -> tuple[str | None, str]:
   """The answer in the tags, or else in the text, and the rule that found it."""
   _, _, completion = completion.rpartition("</think>")
@@ -146,7 +157,9 @@ def _find(
     return None, "none"
   if "<answer>" in completion:
     return _from_tags(completion, parse), "tag"
-  return from_free_text(_clip(completion))
+  answer, how = from_free_text(_clip(completion))
+  is_closed = how in ("tag", "boxed")
+  return (None, "none") if truncated and not is_closed else (answer, how)
 
 
 # How the answers of each type are written; `unchecked` ones as texts.
@@ -159,13 +172,14 @@ _WRITTEN = {
 
 
 def _start_written(
-  completion: str, problem: records.Problem, kind: str
+  completion: str, problem: records.Problem, kind: str, truncated: bool
 ) -> Verdict | Callable[[], Verdict]:
   """Judges an answer that is a text, an expression or for a scorer."""
   answer, how = _find(
     completion,
     functools.partial(written.clean, kind=kind),
     functools.partial(written.find, kind=kind),
+    truncated,
   )
   if not problem.is_checkable:
     if answer is None:

@@ -151,15 +151,16 @@ def evaluate_greedy(
     ).completions
     groups = sampler.texts(completions)
     texts = [group[0] for group in groups]
+    mask, stopped = sharding.local_rows(
+      sampler.mesh, (completions.mask, completions.stopped)
+    )
     scores = scoring.score(
       texts,
       batch.problems,
       rewards,
       is_present=batch.valid,
+      truncated=(~stopped[:, 0]).tolist(),
       gather=all_rows,
-    )
-    mask, stopped = sharding.local_rows(
-      sampler.mesh, (completions.mask, completions.stopped)
     )
     columns = grading.metric_columns(
       batch,
@@ -251,14 +252,15 @@ def _sample_draws(
     stopped = sharding.local_rows(sampler.mesh, completions.stopped)
     for number, draw in enumerate(draws):
       texts = [group[number] for group in groups]
+      ended = stopped[:, number]
       scores = scoring.score(
         texts,
         batch.problems,
         config.rewards,
         is_present=batch.valid,
+        truncated=(~ended).tolist(),
         gather=all_rows,
       )
-      ended = stopped[:, number]
       draw += grading.graded_completions(batch, texts, scores, ended)
   return draws
 

@@ -45,18 +45,27 @@ class BackgroundScorer:
   def __exit__(self, *_: object) -> None:
     self._thread.shutdown(cancel_futures=True)
 
-  def submit(self, texts: Mapping[int, list[str]]) -> None:
+  def submit(
+    self,
+    texts: Mapping[int, list[str]],
+    truncated: Mapping[int, Sequence[bool]],
+  ) -> None:
     """Starts to score the completions of some prompts, by prompt index."""
     for index, group in texts.items():
-      self._pending[index] = self._thread.submit(self._score, index, group)
+      self._pending[index] = self._thread.submit(
+        self._score, index, group, truncated[index]
+      )
 
-  def result(self, texts: Sequence[list[str]]) -> scoring.Scores:
+  def result(
+    self, texts: Sequence[list[str]], truncated: Sequence[Sequence[bool]]
+  ) -> scoring.Scores:
     """Scores of all completions, prompt by prompt, submitted or not.
 
     Raises:
       RewardError: A reward has failed too often, or on every completion.
     """
-    self.submit({i: x for i, x in enumerate(texts) if i not in self._pending})
+    rest = {i: x for i, x in enumerate(texts) if i not in self._pending}
+    self.submit(rest, dict(enumerate(truncated)))
     parts = [self._pending[index].result() for index in range(len(texts))]
     return scoring.reduce(parts, self._config, gather=self._gather)
 
@@ -65,7 +74,9 @@ class BackgroundScorer:
     spans = self._spans
     return sum(max(min(end, time_point) - start, 0) for start, end in spans)
 
-  def _score(self, index: int, completions: list[str]) -> scoring.RawScores:
+  def _score(
+    self, index: int, completions: list[str], truncated: Sequence[bool]
+  ) -> scoring.RawScores:
     start = time.perf_counter()
     problems = [self._problems[index]] * len(completions)
     scores = scoring.raw_scores(
@@ -73,6 +84,7 @@ class BackgroundScorer:
       problems,
       self._config,
       is_present=np.full(len(completions), self._valid[index]),
+      truncated=truncated,
     )
     self._spans.append((start, time.perf_counter()))
     return scores

@@ -82,6 +82,7 @@ def score(
   config: RewardConfig,
   *,
   is_present: np.ndarray | None = None,
+  truncated: Sequence[bool] | None = None,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
   """Computes every reward of every completion.
@@ -92,6 +93,8 @@ def score(
     config: The weights and limits.
     is_present: bool [N], False for a stand-in, which no user's reward sees and
       whose failures do not count; None means that all are present.
+    truncated: True where a completion was cut off, see `verify.verify`; None
+      means that none was.
     gather: Maps the rows of this process to the rows of all processes, in the
       same order everywhere, so that all processes count the same failures.
 
@@ -103,7 +106,9 @@ def score(
       processes together.
     RuntimeError: A worker cannot be started.
   """
-  raw = raw_scores(completions, problems, config, is_present=is_present)
+  raw = raw_scores(
+    completions, problems, config, is_present=is_present, truncated=truncated
+  )
   return reduce([raw], config, gather=gather)
 
 
@@ -133,6 +138,7 @@ def raw_scores(
   config: RewardConfig,
   *,
   is_present: np.ndarray | None = None,
+  truncated: Sequence[bool] | None = None,
 ) -> RawScores:
   """The first half of `score`, which depends on no other call.
 
@@ -157,7 +163,7 @@ def raw_scores(
   values = np.zeros((len(config.weights), len(completions)), np.float32)
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
-  verdicts = _verdicts(completions, problems)
+  verdicts = _verdicts(completions, problems, truncated)
   for row, (text, verdict) in enumerate(
     zip(completions, verdicts, strict=True)
   ):
@@ -289,16 +295,19 @@ _SESSIONS: dict[RewardConfig, _Session] = {}
 
 
 def _verdicts(
-  completions: Sequence[str], problems: Sequence[records.Problem]
+  completions: Sequence[str],
+  problems: Sequence[records.Problem],
+  truncated: Sequence[bool] | None,
 ) -> list[verify.Verdict | str]:
   """The verdict on each completion, or the reason why it has none."""
   try:
-    found = verify.verify_all(completions, problems)
+    found = verify.verify_all(completions, problems, truncated)
   except Exception as error:
     if len(completions) < 2:
       return [functions.one_line(error)]
-    pairs = zip(completions, problems, strict=True)
-    return [_verdicts([text], [problem])[0] for text, problem in pairs]
+    flags = [False] * len(completions) if truncated is None else truncated
+    rows = zip(completions, problems, flags, strict=True)
+    return [_verdicts(*([x] for x in row))[0] for row in rows]
   return [
     "the comparison with the right answer took too long, or ended its process"
     if verdict.abstained and problem.is_checkable

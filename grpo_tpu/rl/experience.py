@@ -145,7 +145,8 @@ class Collector:
       texts = sampler.texts(sampled.completions)
       rollout_end = time.perf_counter()
       with activity.doing("waiting for rewards"):
-        scores = scorer.result(texts)
+        stopped = sharding.local_rows(sampler.mesh, sampled.completions.stopped)
+        scores = scorer.result(texts, (~stopped).tolist())
     rewards, valid = sharding.device_put_batch(
       sampler.mesh, self.group_rewards(scores, batch)
     )

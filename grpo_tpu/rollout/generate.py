@@ -21,7 +21,9 @@ from grpo_tpu.models.gemma3 import decoding
 from grpo_tpu.rollout import compaction, engine
 
 # Takes the token ids of every completion of some prompts, by prompt index.
-type OnFinished = Callable[[Mapping[int, list[list[int]]]], None]
+type OnFinished = Callable[
+  [Mapping[int, list[list[int]]], Mapping[int, list[bool]]], None
+]
 
 
 def no_poll() -> None:
@@ -136,7 +138,8 @@ def sample_completions(
     poll: Called between chunks, equally often on every process. An exception
       from it abandons the rollout.
     on_finished: Called between chunks with the token ids of those of this
-      process's prompts whose last completion has just ended.
+      process's prompts whose last completion has just ended, and with True for
+      each completion that was cut off.
   """
   rollout = _Rollout(params, prompts, settings, mesh, stop_strings)
   total = settings.max_new_tokens
@@ -262,10 +265,12 @@ class _Rollout:
     prompts = np.flatnonzero(self._local_part(is_new))
     if not prompts.size:
       return
-    ids = sharding.local_rows(self._mesh, state.output.ids)
-    length = np.minimum(
-      self._local_part(self._length), self._local_part(self._cut)
+    ids, stopped = sharding.local_rows(
+      self._mesh, (state.output.ids, state.output.stopped)
     )
+    length, cut = self._local_part(self._length), self._local_part(self._cut)
+    truncated = ~stopped & (cut > length)
+    length = np.minimum(length, cut)
     on_finished(
       {
         int(prompt): [
@@ -273,7 +278,8 @@ class _Rollout:
           for row, n in zip(ids[prompt], length[prompt], strict=True)
         ]
         for prompt in prompts
-      }
+      },
+      {int(prompt): truncated[prompt].tolist() for prompt in prompts},
     )
 
   def _local_part(self, by_shard: np.ndarray) -> np.ndarray:

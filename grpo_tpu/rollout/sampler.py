@@ -25,6 +25,7 @@ from grpo_tpu.rollout import engine, generate
 from grpo_tpu.rollout.settings import RolloutConfig
 
 type Texts = Mapping[int, list[str]]
+type Truncated = Mapping[int, list[bool]]
 
 
 class Samples(NamedTuple):
@@ -89,7 +90,7 @@ class Sampler:
     top_p: float = 1.0,
     num_parts: int = 1,
     poll: Callable[[], None] = generate.no_poll,
-    on_finished: Callable[[Texts], None] | None = None,
+    on_finished: Callable[[Texts, Truncated], None] | None = None,
   ) -> Samples:
     """Samples completions of this process's prompts.
 
@@ -109,7 +110,8 @@ class Sampler:
       poll: Called between chunks of tokens, equally often on every process. It
         may raise, which abandons the rollout.
       on_finished: Called between chunks with the texts of prompts whose
-        completions have all ended, by the prompt's index in `prompts`.
+        completions have all ended, by the prompt's index in `prompts`, and with
+        True for each completion that was cut off.
     """
     start = time.perf_counter()
     images = self._image_rows(params, prompts)
@@ -124,13 +126,15 @@ class Sampler:
     )
 
     def sample_part(part: int):
-      def report_texts(ids: Mapping[int, list[list[int]]]) -> None:
+      def report_texts(
+        ids: Mapping[int, list[list[int]]], truncated: Truncated
+      ) -> None:
         assert on_finished is not None
-        texts = {
-          index * num_parts + part: [self.tokenizer.decode(x) for x in rows]
-          for index, rows in ids.items()
-        }
-        on_finished(texts)
+        decode, place = self.tokenizer.decode, lambda i: i * num_parts + part
+        on_finished(
+          {place(i): [decode(x) for x in rows] for i, rows in ids.items()},
+          {place(i): flags for i, flags in truncated.items()},
+        )
 
       prompts = whole
       if num_parts > 1:  # Every `num_parts`-th prompt of each shard.

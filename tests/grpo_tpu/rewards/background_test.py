@@ -43,7 +43,7 @@ class Tailed(scripted.ScriptedSampler):
       row_limits=limits,
       mesh=self.mesh,
       poll=poll,
-      on_finished=lambda ids: on_finished(decode(ids)),
+      on_finished=lambda ids, cut: on_finished(decode(ids), cut),
     )
     return Samples(completions, None, report.scalars(self.mesh))
 

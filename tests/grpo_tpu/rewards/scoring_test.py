@@ -155,7 +155,7 @@ def test_a_reward_that_fails_excludes_its_row_and_is_counted(
 
 
 def test_a_verifier_that_fails_excludes_its_row(monkeypatch):
-  def failing(responses, problems):
+  def failing(responses, *_):
     raise RecursionError(responses)
 
   monkeypatch.setattr(verify, "verify_all", failing)
@@ -169,7 +169,7 @@ def test_only_a_comparison_that_was_ended_excludes_its_row(monkeypatch):
   """Rules cannot judge an unchecked answer: other rewards pay for it."""
   ended = verify.Verdict("5", "tag", correct=False, abstained=True)
   monkeypatch.setattr(
-    verify, "verify_all", lambda responses, _: [ended] * len(responses)
+    verify, "verify_all", lambda responses, *_: [ended] * len(responses)
   )
   unchecked = dataclasses.replace(make_problem(), answer_type="unchecked")
   found = scoring.score(["5", "6"], [make_problem(), unchecked], CONFIG)
@@ -181,10 +181,10 @@ def test_only_a_comparison_that_was_ended_excludes_its_row(monkeypatch):
 def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
   verified = verify.verify_all
 
-  def failing(responses, problems):
+  def failing(responses, *others):
     if "stand-in" in responses:
       raise RecursionError
-    return verified(responses, problems)
+    return verified(responses, *others)
 
   monkeypatch.setattr(verify, "verify_all", failing)
   found = scoring.score(
@@ -194,6 +194,18 @@ def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
     is_present=np.array([True, False]),
   )
   assert found.errors["accuracy"] == 0 and not found.failed["accuracy"].any()
+
+
+def test_a_completion_that_was_cut_off_has_no_answer_in_its_prose():
+  """But a closed tag or box counts."""
+  texts = ["It is 5", "It is 5", r"\boxed{5}, or", "<answer>5</answer>, o"]
+  found = scoring.score(
+    texts,
+    [make_problem()] * 4,
+    CONFIG,
+    truncated=[False, True, True, True],
+  )
+  assert found.answers == ["5", None, "5", "5"]
 
 
 def test_no_completions_give_no_scores():

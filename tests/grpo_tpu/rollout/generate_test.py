@@ -392,13 +392,14 @@ def test_finished_prompts_are_emitted_once_and_complete(tiny, prompts):
     num_completions=1,
     max_new_tokens=40,
     chunk_tokens=1,
-    on_finished=parts.append,
+    on_finished=lambda *new: parts.append(new),
     poll=lambda: polls.append(len(parts)),
   )
   assert len(parts) > 1 and len(polls) > 2
-  assert sorted(p for part in parts for p in part) == list(range(PROMPTS))
-  for part in parts:
+  assert sorted(p for part, _ in parts for p in part) == list(range(PROMPTS))
+  for part, truncated in parts:
     for prompt, rows in part.items():
+      assert truncated[prompt] == (~completions.stopped[prompt]).tolist()
       for ids, row, mask in zip(
         rows, completions.ids[prompt], completions.mask[prompt], strict=True
       ):

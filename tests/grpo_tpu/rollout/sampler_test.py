@@ -1,5 +1,6 @@
 """The sampler draws what the settings say, in any number of parts."""
 
+import collections
 import dataclasses
 import types
 
@@ -59,7 +60,7 @@ def test_prompts_say_what_they_say_alone_or_beside_any_others(mesh):
   with jax.set_mesh(mesh):
     params = load.load_params(model, mesh)
     for num_parts, batch in ((1, whole), (2, whole), (1, part), (2, part)):
-      texts = {}
+      finished = []
       sampled = sampler.sample(
         params,
         batch,
@@ -67,9 +68,14 @@ def test_prompts_say_what_they_say_alone_or_beside_any_others(mesh):
         num_completions=2,
         temperature=1.0,
         num_parts=num_parts,
-        on_finished=texts.update,
+        on_finished=lambda *new, kept=finished: kept.append(new),
+      )
+      texts, flags = (
+        dict(collections.ChainMap(*x)) for x in zip(*finished, strict=True)
       )
       assert texts == dict(enumerate(sampler.texts(sampled.completions)))
+      cut_off = ~np.asarray(sampled.completions.stopped)
+      assert flags == dict(enumerate(cut_off.tolist()))
       results.append(jax.device_get(sampled.completions))
       costs.append(sampled.metrics["perf/decode_bytes"])
   first = results[0]
