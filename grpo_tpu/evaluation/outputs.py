@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines import images, records
+from data_pipelines.scoring import pages
 from grpo_tpu.config import sections
 from grpo_tpu.evaluation import report, scores
 
@@ -89,7 +90,7 @@ def make_example(
   """An example of the report, with its images if they are readable."""
   try:
     shown = map(images.decode, problems[completion.index].images)
-    uris = tuple(map(report.image_uri, shown))
+    uris = tuple(map(pages.image_uri, shown))
   except (ValueError, OSError):
     uris = ()
   same = [x for draw in draws for x in draw if x.index == completion.index]

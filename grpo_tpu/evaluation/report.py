@@ -1,28 +1,13 @@
 """The report of an evaluation, as a Markdown page and as an HTML page.
 
-Pure: takes figures and examples, returns strings. The HTML page embeds its
-images and styles and loads nothing from a network. Text from models and data
-sets is escaped, and control characters in it are visible. The page's content
-security policy forbids scripts.
+Pure: takes figures and examples, returns strings; see `pages`.
 """
 
-import base64
 import dataclasses
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import markupsafe
-import numpy as np
-from PIL import Image
-
-from data_pipelines.validation import printable
-
-# Pixels of an image's longer side, and characters of a completion.
-_MAX_SIDE = 480
-_MAX_TEXT = 4_000
+from data_pipelines.scoring import pages
 
 _ABLATIONS = {
   "removed": "a plain grey image instead",
@@ -45,27 +30,16 @@ class Example:
   outcome: str  # One of `scores.OUTCOMES`.
   num_samples: int  # The number of sampled answers to the same problem.
   samples_right: int
-  images: tuple[str, ...]  # From `image_uri`.
-
-
-def image_uri(image: np.ndarray) -> str:
-  """Encodes an image, uint8 [height, width, 3], as a PNG or JPEG data URI."""
-  small = Image.fromarray(image)
-  small.thumbnail((_MAX_SIDE, _MAX_SIDE))
-  encoded = []
-  for kind, options in (("png", {}), ("jpeg", {"quality": 80})):
-    file = io.BytesIO()
-    small.save(file, kind, **options)
-    encoded.append((len(file.getvalue()), kind, file.getvalue()))
-  _, kind, data = min(encoded)
-  return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+  images: tuple[str, ...]  # From `pages.image_uri`.
 
 
 def line(scores: Mapping[str, Any]) -> str:
   """The greedy accuracy in one line."""
   if not scores["accuracy"]:
     return f"{scores['split']}: {scores['note']}"
-  return f"{scores['split']}: greedy accuracy {_figure(scores['accuracy'])}"
+  return (
+    f"{scores['split']}: greedy accuracy {pages.figure(scores['accuracy'])}"
+  )
 
 
 def render(
@@ -82,7 +56,9 @@ def render(
   slices: dict[str, list[Mapping[str, Any]]] = {}
   for row in scores.get("slices", ()):
     slices.setdefault(row["dimension"], []).append(row)
-  return _PAGES.get_template(f"{name}.j2").render(
+  return pages.render(
+    f"{name}.j2",
+    package="grpo_tpu.evaluation",
     scores=scores,
     rows=_overall_rows(scores) if scores["accuracy"] else [],
     worst=worst,
@@ -116,9 +92,6 @@ def _overall_rows(
 def _example_view(example: Example) -> dict[str, Any]:
   """The values of an example that the templates show."""
   record = example.record
-  response = record["response"]
-  if (rest := len(response) - _MAX_TEXT) > 0:
-    response = f"{response[:_MAX_TEXT]}\n[... {rest} more characters]"
   tags = [record["answer_type"]] + [
     record["metadata"].get(name) for name in ("task", "context", "source")
   ]
@@ -129,7 +102,6 @@ def _example_view(example: Example) -> dict[str, Any]:
       for index, text in enumerate(record["choices"] or ())
     ],
     "is_graded": record["strict_true_false"] is not None,
-    "response": response,
     "reason": _OUTCOMES[example.outcome],
     "tags": [str(tag) for tag in tags if tag],
     "num_samples": example.num_samples,
@@ -145,64 +117,3 @@ def _mark(text: str, record: Mapping[str, Any]) -> str:
   if text == record["strict_answer"]:
     return "given" if record["strict_true_false"] is None else "wrong"
   return ""
-
-
-def _percent(share: float) -> str:
-  return f"{100 * share:.1f} %"
-
-
-def _points(share: float) -> str:
-  return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _interval(figure: Mapping[str, Any]) -> str:
-  return f"{100 * figure['low']:.1f} to {100 * figure['high']:.1f}"
-
-
-def _figure(figure: Mapping[str, Any]) -> str:
-  return (
-    f"{_percent(figure['share'])} ({_interval(figure)}; "
-    f"{figure['problems']} problems)"
-  )
-
-
-def _p_value(value: float) -> str:
-  return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _as_cell(text: Any) -> str:
-  """Escapes a text for one cell of a Markdown table."""
-  plain = " ".join(str(text).split())
-  return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", plain)
-
-
-def _as_code(text: Any) -> str:
-  """Formats a text as an indented code block, which no text can end."""
-  lines = str(text).splitlines() or [""]
-  return "\n".join(f"    {row}" for row in lines)
-
-
-def _as_text(value: Any) -> Any:
-  """The value with its control characters visible, if it is a text."""
-  is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
-  return printable(value, keep="\n\t") if is_text else value
-
-
-_PAGES = jinja2.Environment(
-  loader=jinja2.PackageLoader("grpo_tpu.evaluation"),
-  autoescape=jinja2.select_autoescape(["html.j2"]),
-  finalize=_as_text,
-  undefined=jinja2.StrictUndefined,
-  trim_blocks=True,
-  lstrip_blocks=True,
-  keep_trailing_newline=True,
-)
-_PAGES.filters |= {
-  "cell": _as_cell,
-  "code": _as_code,
-  "figure": _figure,
-  "interval": _interval,
-  "p_value": _p_value,
-  "percent": _percent,
-  "points": _points,
-}

@@ -1,13 +1,10 @@
 """The report shows every figure and never runs the text that it shows."""
 
-import base64
 import html.parser
-import io
 
 import numpy as np
-import PIL.Image
-import pytest
 
+from data_pipelines.scoring.pages import image_uri
 from grpo_tpu.evaluation import report
 from grpo_tpu.evaluation import scores as figures
 
@@ -16,7 +13,7 @@ EVIL = (
   '"\' onload="x" {{ 7 * 7 }} | `a` **b** [c](javascript:alert(1))\n\n'
   "    # head\r\n```\u2028<script>"
 )
-IMAGE = report.image_uri(np.full((3, 4, 3), 200, np.uint8))
+IMAGE = image_uri(np.full((3, 4, 3), 200, np.uint8))
 
 
 def record(**changes):
@@ -264,22 +261,6 @@ def test_a_long_completion_is_cut_and_the_cut_is_marked():
   )
   assert "xx\n[... 6000 more characters]" in text
   assert text.count("x" * 4_000) == 1 and "x" * 4_001 not in text
-
-
-@pytest.mark.parametrize("kind", ["flat", "noisy"])
-def test_an_image_is_shrunk_and_kept_in_the_smaller_format(kind):
-  image = np.full((700, 960, 3), 77, np.uint8)
-  if kind == "noisy":
-    image = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
-  uri = report.image_uri(image)
-  wanted = {"flat": "png", "noisy": "jpeg"}[kind]
-  head = f"data:image/{wanted};base64,"
-  assert uri.startswith(head)
-  shown = PIL.Image.open(io.BytesIO(base64.b64decode(uri[len(head) :])))
-  assert shown.size == (480, 350)
-  mean = np.asarray(shown).mean()
-  assert mean == pytest.approx(image.mean(), abs=1)
-  assert report.image_uri(image) == uri
 
 
 def test_one_line_gives_the_result():

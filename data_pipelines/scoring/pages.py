@@ -1,0 +1,123 @@
+"""Pages for people, rendered from templates.
+
+An HTML page embeds its images and styles and loads nothing from a network. Text
+from models and data sets is escaped, and control characters in it are visible.
+The page's content security policy forbids scripts.
+"""
+
+import base64
+import functools
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import markupsafe
+import numpy as np
+from PIL import Image
+
+from data_pipelines.validation import printable
+
+_PACKAGE = "data_pipelines.scoring"
+# Pixels of an image's longer side, and characters of a completion.
+_MAX_SIDE = 480
+_MAX_TEXT = 4_000
+
+
+def render(template: str, *, package: str = _PACKAGE, **values: Any) -> str:
+  """Renders a template of a package, or of this one, as text.
+
+  A template may extend or import this package's `page.html.j2`.
+  """
+  return _environment(package).get_template(template).render(**values)
+
+
+def image_uri(image: np.ndarray) -> str:
+  """Encodes an image, uint8 [height, width, 3], as a PNG or JPEG data URI."""
+  small = Image.fromarray(image)
+  small.thumbnail((_MAX_SIDE, _MAX_SIDE))
+  encoded = []
+  for kind, options in (("png", {}), ("jpeg", {"quality": 80})):
+    file = io.BytesIO()
+    small.save(file, kind, **options)
+    encoded.append((len(file.getvalue()), kind, file.getvalue()))
+  _, kind, data = min(encoded)
+  return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def figure(share: Mapping[str, Any]) -> str:
+  """A `statistics.share` with its interval, in words."""
+  return (
+    f"{_percent(share['share'])} ({_interval(share)}; "
+    f"{share['problems']} problems)"
+  )
+
+
+@functools.cache
+def _environment(package: str) -> jinja2.Environment:
+  environment = jinja2.Environment(
+    loader=jinja2.ChoiceLoader(
+      [jinja2.PackageLoader(package), jinja2.PackageLoader(_PACKAGE)]
+    ),
+    autoescape=jinja2.select_autoescape(["html.j2"]),
+    finalize=_as_text,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+  )
+  environment.filters |= {
+    "cell": _as_cell,
+    "clip": _clip,
+    "code": _as_code,
+    "figure": figure,
+    "interval": _interval,
+    "name": lambda text: printable(str(text)),
+    "p_value": p_value,
+    "percent": _percent,
+    "points": _points,
+  }
+  return environment
+
+
+def p_value(value: float) -> str:
+  """A p-value in words."""
+  return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _percent(share: float) -> str:
+  return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+  return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(share: Mapping[str, Any]) -> str:
+  return f"{100 * share['low']:.1f} to {100 * share['high']:.1f}"
+
+
+def _clip(text: str) -> str:
+  """The text; the rest of a long one is counted."""
+  rest = len(text) - _MAX_TEXT
+  more = f"\n[... {rest} more characters]" if rest > 0 else ""
+  return text[:_MAX_TEXT] + more
+
+
+def _as_cell(text: Any) -> str:
+  """Escapes a text for one cell of a Markdown table."""
+  plain = " ".join(str(text).split())
+  return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", plain)
+
+
+def _as_code(text: Any) -> str:
+  """Formats a text as an indented code block, which no text can end."""
+  lines = str(text).splitlines() or [""]
+  return "\n".join(f"    {row}" for row in lines)
+
+
+def _as_text(value: Any) -> Any:
+  """The value with its control characters visible, if it is a text."""
+  is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+  return printable(value, keep="\n\t") if is_text else value
