@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from data_pipelines import records, validation
-from data_pipelines.sources import stored
 
 # Shares are whole numbers whose sum is at most this.
 _MAX_PERIOD = 100_000
@@ -158,6 +157,9 @@ def problems_by_pid(
   Raises:
     ValueError: A folder holds no prepared problems.
   """
+  # Slow to import, and the settings need the names alone.
+  from data_pipelines.sources import stored
+
   named = os.fspath(data_dirs)
   parts = [named] if os.path.isdir(named) else named.split(",")
   folders = [validation.to_path("data_dir", part) for part in parts]

@@ -79,7 +79,8 @@ class Checkpoints:
     self._save_time = time.monotonic()
     if error := reader.ask_first_process(self._open_directory):
       raise CheckpointError(error)
-    self._saved = reader.broadcast_checkpoints(self._directory)
+    saved = reader.broadcast_checkpoints(self._directory)
+    self._saved = retention.drop_scores(saved, config.scored_by)
 
   def __enter__(self) -> Self:
     return self
@@ -138,6 +139,7 @@ class Checkpoints:
         step,
         partial_step.updates_done if partial_step else 0,
         score=retention.score(metrics or {}, self._config),
+        metric=self._config.scored_by,
       )
       self._collect_pending(is_blocking=False)
       newest = self._pending_info or (self._saved[-1] if self._saved else None)
@@ -310,7 +312,8 @@ class Checkpoints:
     try:
       self._writer.wait_until_finished()
       if collectives.is_first_process():
-        manifest.write(path, {"score": info.score})
+        facts = {"score": info.score, "metric": info.metric}
+        manifest.write(path, facts)
     except Exception:
       # Logged now: the other hosts may learn of the failure much later.
       logging.exception("%s could not be saved.", path)

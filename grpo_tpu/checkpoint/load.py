@@ -59,7 +59,7 @@ def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
 
 
 def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
-  scheme, _, rest = model.weights.partition(":")
+  scheme, _, rest = resolve_weights(model.weights).partition(":")
   if scheme == "run":
     saved = load_adapters(model, mesh)
     if saved:
@@ -136,6 +136,8 @@ def resolve_weights(name: str) -> str:
   workdir, step = _split_run(rest)
   if step is None:
     step = reader.newest_step(f"{workdir}/checkpoints")
+  elif step == "best":
+    step = reader.best_step(f"{workdir}/checkpoints")
   return f"run:{workdir}@{step}"
 
 
@@ -177,9 +179,11 @@ def _on_mesh(values: dict, abstract: dict) -> dict:
   )
 
 
-def _split_run(rest: str) -> tuple[str, int | None]:
-  """Splits `WORKDIR[@STEP]`; the workdir may contain an @ too."""
+def _split_run(rest: str) -> tuple[str, Any]:
+  """Splits `WORKDIR[@STEP]` or `WORKDIR@best`; the workdir may contain an @."""
   workdir, at, step = rest.rpartition("@")
+  if at and step == "best":
+    return workdir, step
   if at and step.isdecimal():
     return workdir, int(step)
   return rest, None

@@ -161,6 +161,8 @@ def _check_body(body: dict[str, Any]) -> None:
   facts = untrusted.get_field(body, "facts", dict, "it")
   if facts.get("score") is not None:
     untrusted.get_field(facts, "score", float, "its facts")
+  if "metric" in facts:
+    untrusted.get_field(facts, "metric", str, "its facts")
   files = untrusted.get_field(body, "files", dict, "it")
   for name, row in files.items():
     source = f"its entry of {name}"

@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, run_errors
-from grpo_tpu.checkpoint import manifest
+from grpo_tpu.checkpoint import manifest, retention
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
 
@@ -146,13 +146,33 @@ def newest_path(directory: epath.PathLike) -> epath.Path | None:
 def best_path(directory: epath.PathLike) -> epath.Path | None:
   """The checkpoint with the best score, the later one of two equals, or None.
 
-  Its files may be damaged.
+  If the best metric has changed, the newest score decides which one counts. Its
+  files may be damaged.
   """
   folder = epath.Path(directory).resolve()
   # The score stands in the manifest, so a scored checkpoint is whole.
   scored = [x for x in list_checkpoints(folder) if x.score is not None]
-  best = max(scored, key=lambda info: (info.score, info), default=None)
-  return best and folder / best.name
+  if not scored:
+    return None
+  same = retention.drop_scores(scored, scored[-1].metric)
+  same = [x for x in same if x.score is not None]
+  return folder / max(same, key=lambda info: (info.score, info)).name
+
+
+def best_step(directory: epath.PathLike) -> int:
+  """The step of `best_path`, which process 0 decides.
+
+  Raises:
+    SettingError: No checkpoint has a score.
+  """
+  best = ask_first_process(lambda: getattr(best_path(directory), "name", ""))
+  if not best:
+    raise SettingError(
+      f"no checkpoint in {directory} is known as the best: its run must have "
+      "trained with checkpoint.best_metric, as in eval/accuracy. Name a step"
+      " instead, or none for the newest."
+    )
+  return int(best)
 
 
 def _newest_whole(folder: epath.Path) -> str:
@@ -220,7 +240,8 @@ def list_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
       continue
     try:
       facts = manifest.read(directory / info.name)
-      info = dataclasses.replace(info, score=facts.get("score"))
+      scored = {k: facts[k] for k in ("score", "metric") if k in facts}
+      info = dataclasses.replace(info, **scored)
     except manifest.ManifestError:
       info = dataclasses.replace(info, is_whole=False)
     checkpoints.add(info)

@@ -21,12 +21,14 @@ class CheckpointInfo:
     is_whole: False if the manifest is missing or damaged. Only a whole
       checkpoint can be trusted.
     score: Value of the best metric, higher is better; None without one.
+    metric: The metric of the score; see `CheckpointConfig.scored_by`.
   """
 
   step: int
   updates: int = 0
   is_whole: bool = dataclasses.field(default=True, compare=False)
   score: float | None = dataclasses.field(default=None, compare=False)
+  metric: str = dataclasses.field(default="", compare=False)
 
   @property
   def name(self) -> str:
@@ -39,6 +41,19 @@ class CheckpointInfo:
     match = _NAME.fullmatch(name)
     info = match and cls(int(match[1]), int(match[2] or 0))
     return info if info and info.name == name else None
+
+
+def drop_scores(
+  checkpoints: Sequence[CheckpointInfo], metric: str
+) -> list[CheckpointInfo]:
+  """The checkpoints without the scores by other metrics.
+
+  Older versions did not record the metric.
+  """
+  return [
+    x if x.metric in ("", metric) else dataclasses.replace(x, score=None)
+    for x in checkpoints
+  ]
 
 
 def score(metrics: Mapping[str, Any], config: CheckpointConfig) -> float | None:

@@ -22,8 +22,8 @@ class CheckpointConfig:
     every_minutes: Also save the first step that ends this many minutes after
       the last save began; 0 for never.
     keep: How many of the newest whole checkpoints to keep.
-    best_metric: A metric such as "eval/accuracy". Steps that have it are saved
-      too, and the best of them are kept; "" for none.
+    best_metric: A metric of evaluations, such as "eval/accuracy". Steps that
+      have it are saved too, and the best of them are kept; "" for none.
     best_mode: "max" if a higher metric is better, "min" if a lower one is.
     keep_best: How many of the best checkpoints to keep.
     max_failures: How many failed saves in a row end the run.
@@ -44,16 +44,11 @@ class CheckpointConfig:
 
   def __post_init__(self):
     check_fields(self, "checkpoint")
-    require_all(
-      self,
-      "checkpoint",
-      (
-        "best_metric",
-        not self.best_metric or self.best_metric.startswith("eval/"),
-        "be a metric of evaluations, or empty for none",
-        "eval/accuracy",
-      ),
-    )
+
+  @property
+  def scored_by(self) -> str:
+    """The best metric and its direction, as the manifests name them."""
+    return f"{self.best_metric} {self.best_mode}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,8 @@ class ExportConfig:
   """The output of --mode=export.
 
   Attributes:
-    step: Step of the checkpoint of the workdir's run; None for the newest.
+    step: Step of the checkpoint of the workdir's run, or "best", the one with
+      the best `checkpoint.best_metric`; None for the newest.
     dtype: Type of all tensors.
     tokenizer_dir: Folder whose tokenizer and processor files are copied; ""
       takes those of the "hf:DIR" that the weights come from.
@@ -69,10 +65,14 @@ class ExportConfig:
       into the model.
   """
 
-  step: int | None = field(metadata=interval("[0, inf)", None))
+  step: str | None
   dtype: str = field(metadata=one_of(DTYPES))
   tokenizer_dir: str = field(metadata=is_path())
   adapter: bool
 
   def __post_init__(self):
     check_fields(self, "export")
+    step = "best" if self.step is None else self.step
+    rule = "be a step, best, or None for the newest"
+    holds = step == "best" or (step.isascii() and step.isdecimal())
+    require_all(self, "export", ("step", holds, rule, "best"))

@@ -151,6 +151,7 @@ _DEFAULTS = dict(
     num_iterations=1,
     microbatch_bundles=8,
     max_skipped_updates=10,
+    stop_when="",  # As in "eval/accuracy >= 0.95".
   ),
   checkpoint=dict(
     every_steps=50,
@@ -165,21 +166,22 @@ _DEFAULTS = dict(
   ),
   eval=dict(
     every_steps=50,
+    sets=(),  # As in (("mathvista", "/data/mathvista", "testmini"),).
     num_problems=1000,
     batch_size=64,
-    # The rest is for --mode=evaluate alone.
     num_samples=0,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
-    ks=(1, 8),
+    ks=(),
+    # The rest is for --mode=evaluate alone.
     ablations=("removed", "shuffled"),
     num_examples=24,
   ),
   samples=dict(every_steps=10, count=4),
   profile=dict(steps=()),
   # For --mode=export alone.
-  export=dict(step=int, dtype="bfloat16", tokenizer_dir="", adapter=False),
+  export=dict(step=str, dtype="bfloat16", tokenizer_dir="", adapter=False),
 )
 
 

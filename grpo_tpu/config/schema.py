@@ -14,11 +14,10 @@ from data_pipelines.settings import DataConfig, ModelInputs
 from data_pipelines.text import chat_prompts
 from data_pipelines.validation import expand_path, require, require_all
 from grpo_tpu.checkpoint.settings import CheckpointConfig, ExportConfig
-from grpo_tpu.config import parse, sections
+from grpo_tpu.config import eval_metrics, parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
 from grpo_tpu.models.gemma3.config import ModelConfig
 from grpo_tpu.models.settings import LoraConfig, ModelSettings
-from grpo_tpu.observability import registry
 from grpo_tpu.rewards.settings import COMPONENTS, RewardConfig
 from grpo_tpu.rl.settings import (
   CollectorConfig,
@@ -201,16 +200,7 @@ def _check_run(config: Config) -> None:
     "be at least 0, and fit in 31 bits",
     "set seed=1",
   )
-  metric = config.checkpoint.best_metric
-  require(
-    not metric
-    or (config.eval.every_steps > 0 and registry.is_declared(metric)),
-    "checkpoint.best_metric",
-    metric,
-    "be empty, or a metric of docs/metrics.md, with eval.every_steps "
-    f"({config.eval.every_steps}) above 0",
-    "set checkpoint.best_metric=eval/accuracy",
-  )
+  eval_metrics.check(config.eval, config.data, config.train, config.checkpoint)
 
 
 def _check_images(config: Config) -> None:

@@ -1,15 +1,67 @@
 """Sections of the settings that belong to the program and not to one part."""
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
+from data_pipelines import records
 from data_pipelines.scoring import ablations
 from data_pipelines.validation import (
   at_least,
   check_fields,
+  expand_path,
   interval,
   one_of,
   require_all,
 )
+
+# The first are slices in metrics, the last is a folder of results.
+_TAKEN = {*records.QUESTION_TYPES, *records.ANSWER_TYPES, "samples"}
+
+
+def _expand_sets(
+  name: str, sets: Sequence[tuple[str, str, str]]
+) -> tuple[tuple[str, str, str], ...]:
+  return tuple((x, expand_path(name, folder), y) for x, folder, y in sets)
+
+
+_SETS = {
+  "expand": _expand_sets,
+  "like": '(("mathvista", "/data/mathvista", "testmini"),)',
+}
+
+
+_RULE = re.compile(r"\s*(eval/\S+?)\s*([<>]=)\s*(\S+)\s*")
+
+
+class StopRule(NamedTuple):
+  """The target of `train.stop_when`."""
+
+  metric: str
+  comparison: str  # ">=" or "<=".
+  limit: float
+
+  @classmethod
+  def parse(cls, text: str) -> Self | None:
+    """Reads "eval/accuracy >= 0.95"; None is no rule."""
+    if (match := _RULE.fullmatch(text)) is None:
+      return None
+    try:
+      limit = float(match[3])
+    except ValueError:
+      return None
+    return cls(match[1], match[2], limit) if math.isfinite(limit) else None
+
+  def __str__(self) -> str:
+    return f"{self.metric} {self.comparison} {self.limit:g}"
+
+  def is_met(self, metrics: Mapping[str, Any]) -> bool:
+    """True if the metric is there and has reached the limit."""
+    value = float(metrics.get(self.metric, math.nan))
+    least = self.comparison == ">="
+    return value >= self.limit if least else value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -23,40 +75,62 @@ class TrainConfig:
       time; divides `data.prompts_per_step`.
     max_skipped_updates: Consecutive updates with gradients that are not finite
       before the run stops.
+    stop_when: A target such as "eval/accuracy >= 0.95": a metric of
+      evaluations, >= or <=, a number. The run ends at the first evaluation that
+      meets it; "" for none.
   """
 
   num_steps: int = field(metadata=at_least(1))
   num_iterations: int = field(metadata=at_least(1))
   microbatch_bundles: int = field(metadata=at_least(1))
   max_skipped_updates: int = field(metadata=at_least(1))
+  stop_when: str
+
+  @property
+  def stop_rule(self) -> StopRule | None:
+    """The target of `stop_when`, if any."""
+    return StopRule.parse(self.stop_when)
 
   def __post_init__(self):
     check_fields(self, "train")
+    require_all(
+      self,
+      "train",
+      (
+        "stop_when",
+        not self.stop_when or self.stop_rule is not None,
+        "be a metric of evaluations, >= or <=, and a number, or empty",
+        "'eval/accuracy >= 0.95'",
+      ),
+    )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-  """Evaluation on the eval split: greedy in training, more in its own mode.
+  """Evaluation on the eval split and further sets; more in its own mode.
 
   Attributes:
     every_steps: Steps between evaluations, which also happen before the first
       step and after the last; 0 for never.
-    num_problems: Problems to evaluate, the first ones of the split.
+    sets: Sets beside `data.eval_split`, each with a name for metrics and files,
+      a data dir and a split, as in (("math", "/data/mathvista", "testmini"),).
+    num_problems: Problems to evaluate of each set, the first ones.
     batch_size: Problems decoded together.
-    num_samples: Completions of each problem that --mode=evaluate samples beside
-      the greedy one; 0 for none.
+    num_samples: Completions of each problem that are sampled beside the greedy
+      one, for mean@n and pass@k; 0 for none.
     temperature: Divisor of their logits.
     top_k: Number of likeliest tokens that they are sampled from; 0 for all.
     top_p: Share of the probability that they are sampled from, likeliest tokens
       first; 1.0 for all.
-    ks: The k of pass@k and maj@k, at most `num_samples`; not used without
-      samples.
+    ks: The k of pass@k and maj@k, at most `num_samples`; () for 1, 2, 4 and so
+      on.
     ablations: Further evaluations by --mode=evaluate, with images removed or
       exchanged between problems.
     num_examples: Wrong answers that the report shows.
   """
 
   every_steps: int = field(metadata=interval("[0, inf)", 0))
+  sets: tuple[tuple[str, str, str], ...] = field(metadata=_SETS)
   num_problems: int = field(metadata=at_least(1))
   batch_size: int = field(metadata=at_least(1))
   num_samples: int = field(metadata=interval("[0, inf)", 0))
@@ -67,12 +141,47 @@ class EvalConfig:
   ablations: tuple[str, ...] = field(metadata=one_of(ablations.KINDS))
   num_examples: int = field(metadata=interval("[0, inf)", 0))
 
+  @property
+  def pass_ks(self) -> tuple[int, ...]:
+    """The k of pass@k and maj@k."""
+    return self.ks or tuple(2**i for i in range(self.num_samples.bit_length()))
+
+  @property
+  def sampling(self) -> dict[str, Any]:
+    """How the sampler draws the `num_samples` completions."""
+    return {
+      "num_completions": self.num_samples,
+      "temperature": self.temperature,
+      "top_k": self.top_k,
+      "top_p": self.top_p,
+    }
+
   def __post_init__(self):
     check_fields(self, "eval")
     most = self.num_samples or float("inf")
+    names = [name for name, *_ in self.sets]
     require_all(
       self,
       "eval",
+      (
+        "sets",
+        len(set(names)) == len(names)
+        and all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names),
+        "have a name each, of letters, digits, _ and -, and no name twice",
+        _SETS["like"],
+      ),
+      (
+        "sets",
+        _TAKEN.isdisjoint(names),
+        f"have none of the names {', '.join(sorted(_TAKEN))}",
+        _SETS["like"],
+      ),
+      (
+        "sets",
+        all(folder.strip() and split for _, folder, split in self.sets),
+        "name a data dir and a split each",
+        _SETS["like"],
+      ),
       (
         "ks",
         list(self.ks) == sorted({k for k in self.ks if 1 <= k <= most}),

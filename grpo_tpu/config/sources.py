@@ -6,6 +6,7 @@ run is evaluated and exported at its newest checkpoint.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
-from grpo_tpu.checkpoint import reader
+from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
 from grpo_tpu.observability import run_record
 
@@ -72,7 +73,10 @@ def _take_run(
       )
     return config
   trained = record["config"] if record else {}
-  if named not in ("", trained.get("model", {}).get("weights")):
+  is_own = named.startswith("run:") and os.path.realpath(
+    load.workdir_of(named)
+  ) == os.path.realpath(workdir)
+  if not is_own and named not in ("", trained.get("model", {}).get("weights")):
     logging.warning(
       "Reads model.weights (%r), which are not those of the run in %s.",
       named,
@@ -80,8 +84,10 @@ def _take_run(
     )
     return config
   _check_model(config, trained, workdir)
-  step = _export_step(config, workdir) if mode == "export" else None
-  weights = f"run:{workdir}" + ("" if step is None else f"@{step}")
+  step = _export_step(config, workdir) if mode == "export" else ""
+  weights = f"run:{workdir}" + (f"@{step}" if step else "")
+  if is_own and not step:
+    weights = named
   logging.info("Reads the run in the workdir: model.weights=%s.", weights)
   return _with_run(config, trained, weights)
 
@@ -100,10 +106,10 @@ def _check_model(
       )
 
 
-def _export_step(config: Config, workdir: str) -> int | None:
-  """The setting `export.step`, if the run has such a checkpoint."""
-  step, saved = config.export.step, reader.steps(f"{workdir}/checkpoints")
-  if step is not None and step not in saved:
+def _export_step(config: Config, workdir: str) -> str:
+  """The setting `export.step`, if the run has such a checkpoint; "" if None."""
+  step, saved = config.export.step or "", reader.steps(f"{workdir}/checkpoints")
+  if step not in ("", "best") and int(step) not in saved:
     steps = ", ".join(map(str, saved)) or "none"
     raise ValueError(
       f"export.step ({step}) must be one of the steps of the run in {workdir} "

@@ -70,7 +70,8 @@ class ModelSettings:
     weights: "hf:DIR" for a local Hugging Face checkpoint, with config.json and
       *.safetensors; "gemma:DIR" for a checkpoint in the layout of the `gemma`
       library, local or on gs://; "gguf:FILE" for a text model;
-      "run:WORKDIR[@STEP]" for the newest or given checkpoint of another run;
+      "run:WORKDIR" for the newest checkpoint of another run, "run:WORKDIR@STEP"
+      for one of its steps or @best for that with its best metric;
       "random:SEED" draws them, for tests. "" names none, which is enough for
       --mode=plan.
     param_dtype: Type of the decoder's parameters. If they are trained in
@@ -171,7 +172,7 @@ class ModelSettings:
       f"    hf download {name} --local-dir {folder}\n"
       "  gguf:FILE, a GGUF file of a text model\n"
       "  gemma:DIR, a checkpoint of the gemma library\n"
-      "  run:WORKDIR[@STEP], a checkpoint of another run\n"
+      "  run:WORKDIR[@STEP or @best], a checkpoint of another run\n"
       "  random:SEED, which draws them, for tests"
     )
 

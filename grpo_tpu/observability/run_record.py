@@ -38,6 +38,7 @@ _MAY_DIFFER = (
   *("rewards.timeout_seconds", "rewards.max_error_fraction"),
   *("rewards.error_window", "rewards.worker_memory_gib"),
   *("train.microbatch_bundles", "train.max_skipped_updates"),
+  "train.stop_when",
 )
 # The fields of the record that later programs read.
 _FIELDS = {
