@@ -130,7 +130,7 @@ def main() -> None:
     while True:
       runner.wait()
       experience = collect(
-        state.params, prompts, key, position=runner.steps, num_samples=0
+        state.params, prompts, key, position=runner.steps, num_shown=None
       )
       ref_logps, _ = score_reference(
         sampler.forward,

@@ -11,6 +11,7 @@ References:
 import collections
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,6 +139,23 @@ class Tokenizer:
       if 0 <= token < self.vocab_size and token not in self._controls:
         kept.append(token)
     return self._processor.Decode(kept)
+
+  def transcribe(self, ids: Sequence[int]) -> str:
+    """Decodes a prompt with its control tokens by name.
+
+    `[image 1]` stands for the run of placeholders of the first image.
+    """
+    parts, num_images = [], 0
+    controls = {x: x for x in [*self._controls, self.chat.image_placeholder]}
+    for control, run in itertools.groupby(map(int, ids), controls.get):
+      if control is None:
+        parts.append(self._processor.Decode(list(run)))
+      elif control == self.chat.image_placeholder:
+        num_images += 1
+        parts.append(f"[image {num_images}]")
+      else:
+        parts += [self._processor.IdToPiece(x) for x in run]
+    return "".join(parts)
 
   def _check_layout(self) -> None:
     chat = self.chat

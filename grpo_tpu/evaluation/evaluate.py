@@ -25,7 +25,7 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, collectives, sharding
 from grpo_tpu.evaluation import grading, outputs
 from grpo_tpu.evaluation.scores import GradedCompletion
-from grpo_tpu.observability import writer
+from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
 from grpo_tpu.rl import samples
@@ -41,7 +41,9 @@ class GreedyResult:
   """
 
   scalars: dict[str, float]  # The `eval/` metrics of all hosts.
-  samples: list[writer.Sample]  # Some completions of this host, for people.
+  samples: list[
+    sample_files.Sample
+  ]  # Some completions of this host, for people.
   # All completions of this host, in the order of the split.
   completions: list[GradedCompletion]
 

@@ -1,7 +1,7 @@
 """Scores the saved completions of a run again, with other rewards if wanted.
 
     python -m grpo_tpu.evaluation.rescore --config=configs/base.py \\
-      --data_dir=DIR --samples=WORKDIR/samples/train.jsonl \\
+      --data_dir=DIR --samples=WORKDIR/samples \\
       --config.rewards.format=0.5
 
 Prints the mean and standard deviation of each reward, and how many totals
@@ -11,33 +11,31 @@ end a run.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
-from data_pipelines.sources import mixtures
+from data_pipelines.sources import mixtures, readers
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import logs
+from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
-
-_MAX_SAMPLE_BYTES = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
   """The new rewards of saved completions."""
 
-  # The saved rows with new `reward` and `rewards`, and the names of the rewards
-  # that `failed`.
+  # The saved rows with the new rewards, answers and validity.
   rows: list[dict[str, Any]]
   table: str  # The mean and standard deviation of each reward.
   num_changed: int  # Totals that differ from the saved ones in any digit.
@@ -50,7 +48,7 @@ def rescore(
   problems: Mapping[str, records.Problem],
   config: RewardConfig,
 ) -> Result:
-  """Computes the rewards of lines of `samples/*.jsonl`."""
+  """Computes the rewards of rows of `samples/*.parquet`."""
   error = ""
   try:
     scores = scoring.score(
@@ -60,15 +58,13 @@ def rescore(
     )
   except scoring.RewardError as caught:
     scores, error = caught.scores, str(caught)
-  new = [
-    dict(row)
-    | {
-      "reward": float(scores.total[i]),
-      "rewards": {k: float(v[i]) for k, v in scores.components.items()},
-      "failed": [name for name, failed in scores.failed.items() if failed[i]],
-    }
-    for i, row in enumerate(rows)
-  ]
+  new = []
+  for i, row in enumerate(rows):
+    penalty = np.float32(row.get("length_penalty") or 0)
+    rewards = {f"reward/{k}": float(x[i]) for k, x in scores.components.items()}
+    rewards["reward"] = float(scores.total[i] + penalty)
+    own = {"read_answer": scores.answers[i], "valid": bool(scores.valid[i])}
+    new.append({**row, **rewards, **own})
   changed = [a["reward"] != b["reward"] for a, b in zip(rows, new, strict=True)]
   return Result(
     rows=new,
@@ -97,12 +93,11 @@ def _table(
   for name, weight, values, is_kept in columns:
     kept = values[is_kept].astype(np.float64)
     before = [
-      row["reward"] if name == "total" else row["rewards"].get(name)
+      row.get("reward" if name == "total" else f"reward/{name}")
       for row, keep in zip(rows, is_kept, strict=True)
       if keep
     ]
-    # A sample holds null for a value that is not finite, and nothing for a new
-    # reward.
+    # A sample has no value of a new reward.
     finite = [x for x in before if x is not None]
     cells = [
       f"{function(numbers):8.4f}" if len(numbers) else "       -"
@@ -118,44 +113,40 @@ def _table(
 
 
 def read_samples(path: str) -> list[dict[str, Any]]:
-  """Reads a file of samples, except for an unfinished last line.
+  """Reads the samples of a run: their folder, or a file of it.
 
   Raises:
-    ValueError: There is no such file, or it holds something else.
+    ValueError: There are none, or the files hold something else.
   """
+  named = epath.Path(validation.to_path("--samples", path))
+  files = sorted(named.glob("*.parquet")) if named.is_dir() else [named]
   try:
-    content = untrusted.read_bytes(
-      validation.to_path("--samples", path), _MAX_SAMPLE_BYTES
-    )
-  except OSError as error:
+    rows = [
+      _check_sample(row, f"row {number} of {validation.printable(str(file))}")
+      for file in files
+      for number, row in enumerate(readers.parquet(file), start=1)
+    ]
+    if not rows:
+      raise ValueError("it has no samples")
+    return rows
+  except (OSError, ValueError) as error:
+    reason = str(error).removesuffix(".")
     raise ValueError(
-      f"--samples ({path!r}) must be a file such as "
-      f"WORKDIR/samples/train.jsonl, but {error}; name a file."
+      f"--samples ({path!r}) must be WORKDIR/samples of a run, or a file in "
+      f"it: {reason}; name another folder."
     ) from error
-  lines = content.splitlines(keepends=True)
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      rows.append(_read_sample(line, f"line {number}"))
-    except ValueError as error:
-      if number == len(lines) and not line.endswith(b"\n"):
-        logging.warning("%s: skipped an unfinished last line.", path)
-        break
-      raise ValueError(
-        f"--samples ({path!r}) must hold one sample per line, but {error} "
-        "Remove the line."
-      ) from error
-  return rows
 
 
-def _read_sample(line: bytes, source: str) -> dict[str, Any]:
-  row = untrusted.parse_json(line, source)
-  for name, kind in (("pid", str), ("completion", str), ("rewards", dict)):
-    untrusted.get_field(row, name, kind, source)
-  if "reward" not in row:
-    raise ValueError(f"{source} must have a field 'reward'.")
-  for name, value in [("reward", row["reward"]), *row["rewards"].items()]:
-    if value is not None:  # As a value that is not finite is saved.
+def _check_sample(row: Any, source: str) -> dict[str, Any]:
+  if isinstance(row, records.BadRecord):
+    raise ValueError(f"{source} is damaged: {row}.")
+  for name in ("pid", "completion"):
+    untrusted.get_field(row, name, str, source)
+  untrusted.get_field(row, "reward", float, source)
+  for name, value in row.items():
+    # Of rewards that not all rows have, some are missing.
+    is_reward = name.startswith("reward/") or name == "length_penalty"
+    if is_reward and value is not None:
       untrusted.check_kind(value, float, f"{name!r} in {source}")
   return row
 
@@ -191,8 +182,7 @@ def main(argv: Sequence[str]) -> None:
       out = flags.FLAGS.out and validation.to_path("--out", flags.FLAGS.out)
     result = rescore(rows, problems, config.rewards)
     if out:
-      text = "".join(json.dumps(row) + "\n" for row in result.rows)
-      out.write_text(text)
+      sample_files.write_rows(out, result.rows)
     print(result.table)
     changed = f"{result.num_changed} of {result.num_valid}"
     print(changed, "totals differ from the saved ones.")
@@ -221,13 +211,17 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", None, "Settings; only `rewards` is used.", lock_config=True
   )
-  flags.DEFINE_string("samples", None, "WORKDIR/samples/train.jsonl of a run.")
+  flags.DEFINE_string(
+    "samples", None, "WORKDIR/samples of a run, or a file of it."
+  )
   flags.DEFINE_string(
     "data_dir",
     None,
     "Folder with the run's problems; DIR,DIR for those of its data.dirs, in "
     "their order.",
   )
-  flags.DEFINE_string("out", "", "File for the samples with their new rewards.")
+  flags.DEFINE_string(
+    "out", "", "Parquet file for the samples with their new rewards."
+  )
   flags.mark_flags_as_required(["config", "samples", "data_dir"])
   app.run(main, flags_parser=_parse_flags)

@@ -1,12 +1,14 @@
 """The layout of TensorBoard's Custom Scalars tab.
 
 The layout travels in the event files, so nobody has to set anything up.
-`metrics.toml` says which metrics share a chart.
+`metrics.toml` says which metrics share a chart. A run shows the charts of the
+metrics that it has written.
 """
 
 import dataclasses
 import functools
 import re
+from collections.abc import Collection
 from typing import Any
 
 from grpo_tpu.observability import registry
@@ -32,7 +34,7 @@ class Chart:
 
 @functools.cache
 def sections() -> dict[str, list[Chart]]:
-  """The charts of each section, from top to bottom."""
+  """All charts of each section, from top to bottom."""
   by_chart: dict[str, list[registry.Metric]] = {}
   for metric in registry.metrics():
     by_chart.setdefault(metric.chart, []).append(metric)
@@ -42,15 +44,28 @@ def sections() -> dict[str, list[Chart]]:
   }
 
 
-def write(events: Any, step: int) -> None:
+def drawn(names: Collection[str]) -> dict[str, list[Chart]]:
+  """The charts on which metrics of these names have a curve."""
+  rows = {
+    registry.metrics()[registry.row_index(name)]
+    for name in filter(registry.is_declared, names)
+  }
+  found = {
+    section: [chart for chart in charts if rows.intersection(chart.metrics)]
+    for section, charts in sections().items()
+  }
+  return {section: charts for section, charts in found.items() if charts}
+
+
+def write(events: Any, step: int, charts: dict[str, list[Chart]]) -> None:
   """Writes the layout with a CLU writer; TensorBoard shows the newest one."""
   from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
   messages: Any = layout_pb2  # Generated on import, unknown to type checkers.
   layout = messages.Layout()
-  for title, charts in sections().items():
+  for title, members in charts.items():
     category = layout.category.add(title=title)
-    for chart in charts:
+    for chart in members:
       curves = messages.MultilineChartContent(tag=chart.patterns)
       category.chart.add(title=chart.title, multiline=curves)
   tag = metadata.CONFIG_SUMMARY_TAG

@@ -25,11 +25,12 @@ class JsonLines:
 
   Attributes:
     failures: The number of failed writes.
+    names: The fields of all rows, but for the step.
   """
 
   def __init__(self, path: pathlib.Path, *, resume_step: int | None) -> None:
     """Opens the file with the lines up to `resume_step`; None keeps no line."""
-    _rewind(path, resume_step)
+    self.names = _rewind(path, resume_step)
     # Unbuffered: a line is one write, so a kill cuts at most the last line.
     self._file = path.open("ab", buffering=0)
     self._size = os.fstat(self._file.fileno()).st_size
@@ -40,6 +41,7 @@ class JsonLines:
     """Writes the row and all lines that wait, if the disk permits."""
     line = json.dumps(_replace_nan(row), allow_nan=False).encode() + b"\n"
     self._waiting.append(line)
+    self.names |= row.keys() - {"step"}
     try:
       while self._waiting:
         self._write(self._waiting[0])
@@ -91,9 +93,14 @@ def read_rows(
       yield line, row if line.endswith(b"\n") else None
 
 
-def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
-  """Keeps only complete rows up to `resume_step`; None keeps no line."""
+def _rewind(path: pathlib.Path, resume_step: int | None) -> set[str]:
+  """Keeps only complete rows up to `resume_step`; None keeps no line.
+
+  Returns:
+    The fields of these rows, but for the step.
+  """
   num_removed, first = 0, b""
+  names: set[str] = set()
   # The rename is atomic: a kill before it leaves the file unchanged.
   temporary = path.with_name(f"{path.name}.tmp")
   with temporary.open("wb") as file:
@@ -102,6 +109,7 @@ def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
         num_removed, first = num_removed + 1, first or line
       elif row["step"] <= resume_step:
         file.write(line)
+        names |= row.keys()
     file.flush()
     os.fsync(file.fileno())
   if num_removed:
@@ -114,6 +122,7 @@ def _rewind(path: pathlib.Path, resume_step: int | None) -> None:
       ),
     )
   temporary.replace(path)
+  return names - {"step"}
 
 
 def _replace_nan(value: Any) -> Any:

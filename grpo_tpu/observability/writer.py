@@ -1,15 +1,14 @@
-"""Writes the metrics and sample completions of a run.
+"""Writes the metrics and the completions of a run.
 
 A `Writer` puts the metrics of a step on one line of `metrics.jsonl`, with every
-digit, and into TensorBoard's event files, together with the dashboard. Sample
-completions go into `samples/` and the event files.
+digit, and into TensorBoard's event files, together with the dashboard. All
+completions of a step go into `samples/`, and a few into the event files.
 
 A line of `metrics.jsonl` is `{"step": 7, "train/loss": -0.1, ...}`, with the
 names in the order of `metrics.toml`. A number that is not finite is `null`,
 since JSON has no NaN.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from data_pipelines.validation import printable
 from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import captions, dashboard, event_files, registry
 from grpo_tpu.observability.json_lines import JsonLines
+from grpo_tpu.observability.sample_files import Sample, SampleFiles
 
 type Scalar = bool | int | float | np.generic | np.ndarray | jax.Array
 type Scalars = dict[str, Scalar]
@@ -41,19 +41,6 @@ _PROGRESS = (
   ("perf/tokens_per_second", "{:.0f} tokens/s"),
 )
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """A completion for people to read."""
-
-  pid: str  # The id of the problem.
-  prompt: str
-  completion: str
-  answer: str  # The correct one.
-  reward: float  # The weighted total.
-  rewards: Mapping[str, float]  # By name, before weights.
-  image: np.ndarray | None  # uint8 [H, W, 3]; only the event files hold it.
 
 
 class Writer:
@@ -83,23 +70,20 @@ class Writer:
       has_partial_step: True if the run resumes inside the next step, whose
         samples are written and whose metrics are not.
     """
-    self._lines: dict[str, JsonLines] = {}
+    self._lines: JsonLines | None = None
+    self._samples: SampleFiles | None = None
     self._events: event_files.EventFiles | None = None
     self._last_step = -1 if resume_step is None else resume_step
     self._progress_start: tuple[int, float] | None = None
     self._progress_time = -math.inf
     self._scalars: dict[str, int | float] = {}
+    self._charts: dict[str, list[dashboard.Chart]] = {}
     if is_writer:
       workdir = pathlib.Path(workdir)
-      (workdir / "samples").mkdir(parents=True, exist_ok=True)
       sampled = None if resume_step is None else resume_step + has_partial_step
-      for name, kept in (
-        ("metrics", resume_step),
-        ("samples/train", sampled),
-        ("samples/eval", resume_step),
-      ):
-        path = workdir / f"{name}.jsonl"
-        self._lines[name] = JsonLines(path, resume_step=kept)
+      self._samples = SampleFiles(workdir / "samples", resume_step=sampled)
+      path = workdir / "metrics.jsonl"
+      self._lines = JsonLines(path, resume_step=resume_step)
       self._events = event_files.EventFiles(workdir, resume_step=sampled)
 
   def __enter__(self) -> Self:
@@ -122,14 +106,18 @@ class Writer:
         "metrics of a step in one call."
       )
     self._last_step = step
-    if self._events is None:
+    if self._lines is None or self._events is None:
       return
     fetched = jax.device_get(dict(scalars))
     self._scalars = {
       name: _to_number(name, fetched[name])
       for name in sorted(scalars, key=lambda name: (order[name], name))
     }
-    self._lines["metrics"].append({"step": step} | self._scalars)
+    self._lines.append({"step": step} | self._scalars)
+    charts = dashboard.drawn(self._lines.names)
+    if charts != self._charts:
+      self._charts = charts
+      self._events.write(lambda events: dashboard.write(events, step, charts))
     self._events.write(
       lambda events, scalars=self._scalars: events.write_scalars(step, scalars)
     )
@@ -141,36 +129,21 @@ class Writer:
     *,
     split: Literal["train", "eval"],
   ) -> None:
-    """Writes completions to `samples/<split>.jsonl` and the event files."""
-    if self._events is None:
+    """Writes the completions of a training step, and shows some of a split."""
+    if self._samples is None or self._events is None:
       return
-    texts, images = {}, {}
-    for index, sample in enumerate(samples):
-      row = (
-        {"step": step}
-        | vars(sample)
-        | {
-          "reward": float(sample.reward),
-          "rewards": {k: float(v) for k, v in sample.rewards.items()},
-        }
-      )
-      del row["image"]
-      self._lines[f"samples/{split}"].append(row)
-      tag = f"samples/{split}/{index}"
-      texts[f"{tag}/text"] = sample_text(sample)
-      if sample.image is not None:
-        words = (
-          sample.prompt,
-          f"right answer: {sample.answer}",
-          f"reward {sample.reward:.2f}:",
-          sample.completion,
-        )
-        images[f"{tag}/image"] = captions.add_caption(sample.image, words)
-    self._events.write(lambda events: events.write_texts(step, texts))
-    self._events.write(lambda events: events.write_images(step, images))
+    if split == "train" and samples:
+      self._samples.write(step, [sample.columns for sample in samples])
+    if shown := [x for x in samples if x.question is not None]:
+      self._events.write(lambda events: _show(events, step, shown, split))
+
+  def flush(self) -> None:
+    """Waits until the completions written so far are on the disk."""
+    if self._samples:
+      self._samples.flush()
 
   def write_config(self, config: Mapping[str, Any]) -> None:
-    """Writes the settings and the dashboard into the event files."""
+    """Writes the settings into the event files."""
     if self._events is None:
       return
     step = max(self._last_step, 0)
@@ -182,7 +155,6 @@ class Writer:
     }
     self._events.write(lambda x: x.write_texts(step, {"config": text}))
     self._events.write(lambda x: x.write_hparams(hparams))
-    self._events.write(lambda x: dashboard.write(x, step))
 
   def log_progress(self, num_steps: int) -> None:
     """Logs a line about the step just written, at most every few seconds.
@@ -210,12 +182,12 @@ class Writer:
   @property
   def failures(self) -> int:
     """The number of failed writes, none of which stopped the run."""
-    files = [*self._lines.values(), self._events]
+    files = (self._lines, self._samples, self._events)
     return sum(file.failures for file in files if file)
 
   def close(self) -> None:
     """Waits until everything is written and closes the files."""
-    for file in [*self._lines.values(), self._events]:
+    for file in (self._lines, self._samples, self._events):
       if file:
         file.close()
 
@@ -240,17 +212,49 @@ def progress_line(
   return "  ".join(parts)
 
 
+def _show(
+  events: Any, step: int, samples: Sequence[Sample], split: str
+) -> None:
+  """Writes samples as texts and captioned images, with a CLU writer."""
+  texts, images = {}, {}
+  for index, sample in enumerate(samples):
+    tag, columns = f"samples/{split}/{index}", sample.columns
+    texts[f"{tag}/text"] = sample_text(sample)
+    if sample.image is not None:
+      words = (
+        sample.question or "",
+        f"right answer: {columns['answer']}",
+        f"{_verdict(columns)}:",
+        columns["completion"],
+      )
+      images[f"{tag}/image"] = captions.add_caption(sample.image, words)
+  events.write_texts(step, texts)
+  events.write_images(step, images)
+
+
 def sample_text(sample: Sample) -> str:
   """A sample as Markdown, which TensorBoard renders.
 
   All of its own text stands in code blocks, where Markdown has no meaning.
   """
-  rewards = ", ".join(f"{k} {v:.2f}" for k, v in sample.rewards.items())
-  parts = [_code_block(f"{sample.pid}: reward {sample.reward:.3f} ({rewards})")]
-  parts += ["right answer:", _code_block(sample.answer)]
-  parts += ["completion:", _code_block(sample.completion)]
-  parts += ["prompt:", _code_block(sample.prompt)]
+  columns = sample.columns
+  rewards = ", ".join(
+    f"{name.removeprefix('reward/')} {value:.2f}"
+    for name, value in columns.items()
+    if name.startswith("reward/")
+  )
+  head = f"{columns['pid']}: {_verdict(columns)} ({rewards})"
+  parts = [_code_block(head)]
+  parts += ["right answer:", _code_block(columns["answer"])]
+  parts += ["completion:", _code_block(columns["completion"])]
+  parts += ["question:", _code_block(sample.question or "")]
   return "\n\n".join(parts)
+
+
+def _verdict(columns: Mapping[str, Any]) -> str:
+  """The reward and the advantage, of those that a completion has."""
+  numbers = ((name, columns.get(name)) for name in ("reward", "advantage"))
+  return ", ".join(f"{name} {x:.3f}" for name, x in numbers if x is not None)
 
 
 def _to_number(name: str, value: Any) -> int | float:

@@ -104,7 +104,8 @@ def reward_statistics(
 ) -> Metrics:
   """Means and spreads of the valid rewards, over the batch and within groups.
 
-  The rewards "total" and "heuristics" are sums of the others. Accuracy counts
+  The rewards "total" and "heuristics" are sums of the others, and a
+  "length_penalty" is no reward. Accuracy counts
   the rows `known` alone, which are those of the valid ones that rules can
   check.
   """
@@ -127,7 +128,9 @@ def reward_statistics(
     "rollout/all_wrong_fraction": correctness["all_wrong"],
     "rollout/mixed_fraction": correctness["mixed"],
   }
-  for name in sorted(rewards.keys() - {"total", "heuristics"}):
+  for name in sorted(
+    rewards.keys() - {"total", "heuristics", "length_penalty"}
+  ):
     counts = known if name == "accuracy" else valid
     mean = valid_mean(rewards[name], counts)
     metrics[f"reward/{name}_mean"] = mean

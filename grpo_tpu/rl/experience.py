@@ -14,11 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines import pipeline
 from grpo_tpu.distributed import activity, sharding
-from grpo_tpu.observability import writer
+from grpo_tpu.observability import sample_files, writer
 from grpo_tpu.rewards import background, scoring
 from grpo_tpu.rewards.settings import HEURISTICS
 from grpo_tpu.rl import (
@@ -43,7 +43,7 @@ class Experience:
 
   batch: TrainBatch  # On the mesh, with advantages.
   metrics: Metrics
-  samples: list[writer.Sample]  # For people to look at.
+  samples: list[sample_files.Sample]  # For people to read.
   num_batches: int  # The batches of prompts that were read.
 
 
@@ -52,13 +52,16 @@ class ScoredGroups(flax.struct.PyTreeNode):
 
   Attributes:
     batch: Bundles without advantages.
-    rewards: By name, before weights; "total" and "heuristics" are weighted.
+    rewards: By name, before weights; "total" and "heuristics" are weighted. A
+      "length_penalty" is part of the total.
     valid: False for rows that a malformed prompt or a failed reward excludes.
+    group: The number of each group in its step.
   """
 
   batch: TrainBatch
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]
+  group: Int[Array, " U"]
 
 
 class Collector:
@@ -75,7 +78,7 @@ class Collector:
     key: jax.Array,
     *,
     position: int,
-    num_samples: int,
+    num_shown: int | None,
     poll: Callable[[], None] = generate.no_poll,
   ) -> Experience:
     """Collects the experience of one step.
@@ -91,20 +94,22 @@ class Collector:
       key: The run's key; each batch's key is folded from it and the batch's
         number.
       position: Number of batches that the run has read before.
-      num_samples: Number of completions to keep for people to look at.
+      num_shown: Number of samples that TensorBoard shows; None keeps no
+        samples at all.
       poll: See `Sampler.sample`.
     """
     if self.config.kind != "online":
-      return self._collect_offline(params, prompts)
+      return self._collect_offline(params, prompts, num_shown)
     resamples = self.config.shaping.zero_variance == "resample"
     limit = self.config.shaping.max_batches if resamples else 1
-    groups, metrics, kept = None, [], []
+    groups, metrics, kept = None, [], list[sample_files.Sample]()
     for number in range(position + 1, position + limit + 1):
       new, batch_metrics, new_samples = self._sample_batch(
         params,
         prompts,
         jax.random.fold_in(key, number),
-        num_samples=num_samples - len(kept),
+        num_before=len(metrics),
+        num_shown=num_shown,
         poll=poll,
       )
       metrics.append(batch_metrics)
@@ -115,12 +120,16 @@ class Collector:
     assert groups is not None
     batch, advantage_metrics = self._add_advantages(groups)
     step_metrics = _combine_metrics(metrics) | advantage_metrics
+    if num_shown is not None:
+      mesh = self.sampler.mesh
+      samples.add_advantages(mesh, kept, groups.group, batch.advantages)
+      kept = samples.gather(kept)
     return Experience(batch, step_metrics, kept, len(metrics))
 
   def _sample_batch(
-    self, params, prompts, key, *, num_samples, poll
-  ) -> tuple[ScoredGroups, Metrics, list[writer.Sample]]:
-    """Samples and scores the completions of one batch of prompts."""
+    self, params, prompts, key, *, num_before, num_shown, poll
+  ) -> tuple[ScoredGroups, Metrics, list[sample_files.Sample]]:
+    """Samples and scores the next batch, after `num_before` of the step."""
     sampler, settings = self.sampler, self.sampler.settings
     wait_start = time.perf_counter()
     with activity.doing("waiting for data"):
@@ -151,7 +160,10 @@ class Collector:
       sampler.mesh, self.group_rewards(scores, batch)
     )
     reward_end = time.perf_counter()
-    groups, metrics = self._make_groups(batch, sampled, rewards, valid)
+    first_group = num_before * valid.shape[0]
+    groups, metrics = self._make_groups(
+      batch, sampled, rewards, valid, first_group
+    )
     metrics |= self._reward_metrics(batch, groups)
     metrics |= _error_counts(scores)
     metrics |= {
@@ -162,13 +174,38 @@ class Collector:
       "perf/reward_overlap_seconds": scorer.seconds_before(rollout_end),
     }
     metrics |= sampled.metrics
-    kept = samples.first_samples(
-      sampler.mesh, batch, texts, scores, count=num_samples
+    if num_shown is None:
+      return groups, metrics, []
+    completions = sampled.completions
+    mask, stopped = sharding.local_rows(
+      sampler.mesh, (completions.mask, completions.stopped)
+    )
+    answers = iter(scores.answers)
+    kept = samples.step_samples(
+      sampler,
+      batch,
+      texts,
+      mask.sum(axis=-1),
+      self._reward_columns(groups),
+      num_shown=0 if num_before else num_shown,
+      first_group=first_group,
+      stopped=stopped,
+      more={"read_answer": [[next(answers) for _ in x] for x in texts]},
     )
     return groups, metrics, kept
 
+  def _reward_columns(self, groups: ScoredGroups) -> dict[str, jax.Array]:
+    """The columns of samples that say what completions earned."""
+    rewards = groups.rewards
+    columns = {"reward": rewards["total"], "valid": groups.valid}
+    for name in self.config.rewards.weights:
+      columns[f"reward/{name}"] = rewards[name]
+    if "length_penalty" in rewards:
+      columns["length_penalty"] = rewards["length_penalty"]
+    return columns
+
   def _make_groups(
-    self, prompts, sampled, rewards, valid
+    self, prompts, sampled, rewards, valid, first_group
   ) -> tuple[ScoredGroups, Metrics]:
     """Joins completions and rewards; shapes what truncated completions get."""
     completions = sampled.completions
@@ -188,10 +225,14 @@ class Collector:
     elif self.config.shaping.truncated == "mask":
       mask &= completions.stopped[..., None]
     batch = batch.replace(completion_mask=mask, sampler_logps=completions.logps)
-    return ScoredGroups(batch, rewards, valid), metrics
+    group = self._put_group(prompts, first_group)
+    return ScoredGroups(batch, rewards, valid, group), metrics
 
   def _collect_offline(
-    self, params: dict, prompts: Iterator[pipeline.Batch]
+    self,
+    params: dict,
+    prompts: Iterator[pipeline.Batch],
+    num_shown: int | None,
   ) -> Experience:
     """Takes the completions that come with the next batch.
 
@@ -204,7 +245,7 @@ class Collector:
     if self.config.kind == "demonstrations":
       metrics |= set_metrics.set_metrics(self._gather, batch)
       labelled = self.labelled_completions(params, batch)
-      return Experience(labelled, metrics, [], 1)
+      return Experience(labelled, metrics, self._given(batch, {}, num_shown), 1)
     groups, preferred, errors = self.preference_groups(params, batch)
     train_batch, advantage_metrics = self._add_advantages(groups)
     chosen, rejected, is_pair = preference_metrics.all_pairs(
@@ -215,7 +256,34 @@ class Collector:
     metrics |= self._reward_metrics(batch, groups)
     metrics |= errors | {"train/preference_accuracy": accuracy}
     train_batch = train_batch.replace(preferred=preferred)
-    return Experience(train_batch, metrics, [], 1)
+    columns = self._reward_columns(groups)
+    columns["advantage"] = train_batch.advantages
+    kept = self._given(batch, columns, num_shown)
+    return Experience(train_batch, metrics, kept, 1)
+
+  def _given(
+    self,
+    prompts: pipeline.Batch,
+    columns: dict[str, jax.Array],
+    num_shown: int | None,
+  ) -> list[sample_files.Sample]:
+    """The samples of completions that came with the data."""
+    if num_shown is None:
+      return []
+    ids, mask = prompts.completion_ids, prompts.completion_mask
+    assert ids is not None and mask is not None
+    labels = prompts.labels
+    kept = samples.step_samples(
+      self.sampler,
+      prompts,
+      self.sampler.decode(ids, mask),
+      mask.sum(axis=-1),
+      columns,
+      num_shown=num_shown,
+      more={} if labels is None else {"label": labels.tolist()},
+    )
+    # A prompt may have fewer completions than others.
+    return samples.gather([x for x in kept if x.columns["completion_tokens"]])
 
   def labelled_completions(
     self, params: dict, prompts: pipeline.Batch
@@ -262,7 +330,8 @@ class Collector:
       self.sampler.mesh, (rewards, valid, preferred)
     )
     mask = batch.completion_mask & valid[..., None]
-    groups = ScoredGroups(batch.replace(completion_mask=mask), rewards, valid)
+    batch = batch.replace(completion_mask=mask)
+    groups = ScoredGroups(batch, rewards, valid, self._put_group(prompts))
     return groups, preferred, _error_counts(scores)
 
   def group_rewards(
@@ -291,6 +360,12 @@ class Collector:
     if images is None:
       images = sharding.device_put_batch(mesh, prompts.images)
     return TrainBatch(prompt_ids, prompt_length, images, ids, mask)
+
+  def _put_group(self, prompts: pipeline.Batch, first: int = 0) -> jax.Array:
+    """The numbers of groups, on the mesh."""
+    return sharding.device_put_batch(
+      self.sampler.mesh, prompts.prompt_index + first
+    )
 
   def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
     changes, metrics = _advantages(
@@ -403,11 +478,12 @@ def _merge(
 
 @functools.partial(jax.jit, static_argnames=("max_length", "soft_tokens"))
 def _penalise_length(rewards, mask, valid, *, max_length, soft_tokens):
-  """Rewards less the length penalty, and the mean penalty."""
+  """Rewards with the length penalty, and its mean."""
   penalty = shaping.length_penalty(
     mask.sum(axis=-1), max_length=max_length, soft_tokens=soft_tokens
   )
-  rewards = rewards | {"total": rewards["total"] + penalty}
+  total = rewards["total"] + penalty
+  rewards = rewards | {"total": total, "length_penalty": penalty}
   return rewards, diagnostics.valid_mean(penalty, valid)
 
 

@@ -217,6 +217,7 @@ class Run:
 
   def _save(self, step: int, state: Any, **options: Any) -> None:
     with self._clock.phase("checkpoint"), activity.doing("Saving"):
+      self._writer.flush()  # No saved step lacks its samples.
       self._checkpoints.save(step, state, self._meta, **options)
 
   def _wait_for_checkpoints(self) -> None:

@@ -21,6 +21,7 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
 from grpo_tpu.evaluation import evaluate, preferences
 from grpo_tpu.observability import goodput, writer
+from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
@@ -107,7 +108,7 @@ class Trainer:
     self.state: TrainState | None = None
     self.partial: PartialStep | None = None
     self.skipped_updates = SkippedUpdates(config.train.max_skipped_updates)
-    self.write_samples: Callable[[int, list[writer.Sample]], None] = (
+    self.write_samples: Callable[[int, list[Sample]], None] = (
       lambda step, samples: None
     )
 
@@ -217,14 +218,15 @@ class Trainer:
         self._prompts,
         self._key,
         position=int(state.position),
-        num_samples=samples.count if every and step % every == 0 else 0,
+        num_shown=samples.count if every and step % every == 0 else None,
         poll=self._poll,
       )
     metrics = experience.metrics
     for phase in ("data", "reward"):
       seconds = float(metrics.get(f"perf/{phase}_seconds", 0.0))
       self._clock.reassign("rollout", phase, seconds)
-    self.write_samples(step, experience.samples)
+    if experience.samples:
+      self.write_samples(step, experience.samples)
     return PartialStep(experience.batch, experience.num_batches, metrics, [])
 
   def score(self, state: TrainState, batch: TrainBatch) -> TrainBatch:
@@ -318,9 +320,7 @@ class Trainer:
     partial.skipped.append(float(metrics["skipped_updates"]))
     return state
 
-  def evaluate(
-    self, state: TrainState
-  ) -> tuple[writer.Scalars, list[writer.Sample]]:
+  def evaluate(self, state: TrainState) -> tuple[writer.Scalars, list[Sample]]:
     """Metrics on held-out data, and completions for people to look at."""
     params = self.learner.params(state)
     result = evaluate.evaluate_greedy(

@@ -21,7 +21,13 @@ from grpo_tpu.evaluation import rescore
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface
-from grpo_tpu.observability import event_files, goodput, json_lines, run_record
+from grpo_tpu.observability import (
+  event_files,
+  goodput,
+  json_lines,
+  run_record,
+  sample_files,
+)
 from tests.fuzz import harness
 
 TINY = dataclasses.replace(
@@ -282,14 +288,15 @@ def test_lines_of_metrics_are_kept_or_removed(tmp_path, seconds):
 
 @harness.both_durations
 def test_samples_are_read_or_refused(tmp_path, seconds):
-  path = tmp_path / "train.jsonl"
-  sample = {"pid": "p", "completion": "c", "reward": 1.0, "rewards": {"a": 1}}
+  path = tmp_path / "step_00000001.parquet"
+  sample = {"pid": "p", "completion": "c", "reward": 1.0, "reward/a": 1.0}
+  sample_files.write_rows(path, [sample] * 2)
 
   def read(content):
     path.write_bytes(content)
     rescore.read_samples(str(path))
 
-  harness.fuzz(read, [json.dumps(sample).encode()], seconds)
+  harness.fuzz(read, [path.read_bytes()], seconds)
 
 
 @harness.both_durations

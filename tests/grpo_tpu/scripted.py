@@ -140,13 +140,13 @@ class Run:
   def tokenizer(self):
     return self.sampler.tokenizer
 
-  def collect(self, prompts, key, *, position=0, num_samples=0, **options):
+  def collect(self, prompts, key, *, position=0, num_shown=None, **options):
     return self.collector.collect(
       {},
       iter(prompts),
       key,
       position=position,
-      num_samples=num_samples,
+      num_shown=num_shown,
       **options,
     )
 

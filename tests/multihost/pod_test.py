@@ -48,7 +48,7 @@ def four(new_pod):
 def assert_same_run(pod, other):
   """The same prompts and completions; numbers to the rounding of fp32."""
   text = ("step", "pid", "prompt", "completion", "answer")
-  assert len(pod.samples()) == 5 * 8
+  assert len(pod.samples()) == 5 * 8 * 4
   assert [[x[k] for k in text] for x in pod.samples()] == [
     [x[k] for k in text] for x in other.samples()
   ]
@@ -126,8 +126,8 @@ def test_a_mixture_of_pictures_and_text_is_the_same_on_any_hosts(
   assert_same_run(two, alone)
   shares = [row["data/sums/share"] for row in two.rows()[1:]]
   assert shares == [2 / 8, 3 / 8, 2 / 8, 2 / 8, 3 / 8]
-  sets = [sample["pid"].partition("/")[0] for sample in two.samples()]
-  assert (sets.count("data"), sets.count("sums")) == (28, 12)
+  sets = [sample["set"] for sample in two.samples()]
+  assert (sets.count("data"), sets.count("sums")) == (4 * 28, 4 * 12)
   broken = new_pod(machine.mixture())
   assert broken.start(TWO, "kill@4:1:rollout+0.2") != 0
   broken.finish(TWO)

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 
+from pyarrow import parquet
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Several processes compile at a time, on a machine that may be busy.
 TIMEOUT_SECONDS = 600
@@ -157,6 +159,6 @@ class Pod:
     ]
 
   def samples(self) -> list[dict]:
-    """A completion of every prompt of every step, in the order of the batch."""
-    text = (self.workdir / "samples" / "train.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """All completions of every step, in the order of the batch."""
+    files = sorted((self.workdir / "samples").glob("*.parquet"))
+    return [row for x in files for row in parquet.read_table(x).to_pylist()]

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from data_pipelines.sources import stored
 from grpo_tpu.evaluation import rescore
-from grpo_tpu.observability import writer as metrics
+from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from tests.grpo_tpu.rewards.custom_test import config_of
 from tests.grpo_tpu.scripted import PROBLEMS
@@ -35,15 +37,16 @@ def samples_of(config):
   problems = [PROBLEMS[i % 3] for i in range(len(COMPLETIONS))]
   scores = scoring.score(COMPLETIONS, problems, config)
   return [
-    metrics.Sample(
-      pid=problem.pid,
-      prompt="What?",
-      completion=completion,
-      answer=problem.answer,
-      reward=float(scores.total[i]),
-      rewards={k: float(v[i]) for k, v in scores.components.items()},
-      image=None,
-    )
+    {
+      "step": 1,
+      "pid": problem.pid,
+      "completion": completion,
+      "answer": problem.answer,
+      "read_answer": scores.answers[i],
+      "reward": float(scores.total[i]),
+      **{f"reward/{k}": float(v[i]) for k, v in scores.components.items()},
+      "valid": True,
+    }
     for i, (problem, completion) in enumerate(
       zip(problems, COMPLETIONS, strict=True)
     )
@@ -52,10 +55,13 @@ def samples_of(config):
 
 @pytest.fixture
 def saved(tmp_path):
-  """The file of samples that a run writes."""
-  with metrics.Writer(tmp_path, is_writer=True, resume_step=None) as writer:
-    writer.write_samples(1, samples_of(CONFIG), split="train")
-  return str(tmp_path / "samples" / "train.jsonl")
+  """The folder of samples that a run writes."""
+  folder = tmp_path / "samples"
+  folder.mkdir()
+  rows = samples_of(CONFIG)
+  for step, part in enumerate((rows[:1], rows[1:])):
+    sample_files.write_rows(folder / f"step_0000000{step}.parquet", part)
+  return str(folder)
 
 
 def score_again(saved, data_dir, config):
@@ -68,7 +74,17 @@ def test_the_rewards_of_the_run_change_nothing(saved, data_dir):
   result = score_again(saved, data_dir, CONFIG)
   assert result.num_changed == 0
   rows = rescore.read_samples(saved)
-  assert [row | {"failed": []} for row in rows] == result.rows
+  assert rows == result.rows
+
+
+def test_a_length_penalty_stays_in_the_total(saved, data_dir):
+  rows = [
+    row | {"reward": float(np.float32(row["reward"]) + np.float32(-0.3))}
+    for row in rescore.read_samples(saved)
+  ]
+  rows = [row | {"length_penalty": float(np.float32(-0.3))} for row in rows]
+  problems = rescore.read_problems({row["pid"] for row in rows}, data_dir)
+  assert rescore.rescore(rows, problems, CONFIG).num_changed == 0
 
 
 def test_other_weights_change_what_they_weigh(saved, data_dir):
@@ -85,7 +101,7 @@ def test_other_weights_change_what_they_weigh(saved, data_dir):
 def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
   result = score_again(saved, data_dir, config_of("raising"))
   scoring.close()
-  assert [row["failed"] for row in result.rows] == [[], [], [], ["raising"]]
+  assert [row["valid"] for row in result.rows] == [True, True, True, False]
   assert result.rows[3]["reward"] == 0.0
   lines = [line.split() for line in result.table.splitlines()]
   brevity = [1 / (1 + len(completion)) for completion in COMPLETIONS[:3]]
@@ -97,34 +113,36 @@ def test_a_new_reward_that_fails_leaves_its_row_out(saved, data_dir):
   assert not result.error
 
 
-def test_an_unfinished_last_line_is_skipped(saved):
-  path = pathlib.Path(saved)
-  whole = rescore.read_samples(saved)
-  path.write_bytes(path.read_bytes()[:-5])
-  assert rescore.read_samples(saved) == whole[:-1]
-
-
-SAMPLE = '{"pid": "p0", "completion": "", "reward": %s, "rewards": %s}'
-
-
 @pytest.mark.parametrize(
-  "line",
+  "changes",
   [
-    "{",
-    '{"pid": "p0"}',
-    "3",
-    "[" * 100_000,
-    SAMPLE % ('"a"', "{}"),
-    SAMPLE % ("1" + "0" * 400, "{}"),
-    SAMPLE % ("0", "[]"),
-    SAMPLE % ("0", '{"accuracy": []}'),
+    {"pid": None},
+    {"completion": 3},
+    {"reward": "a"},
+    {"reward": None},
+    {"reward": np.nan},
+    {"reward/accuracy": "a"},
   ],
 )
-def test_a_line_that_is_no_sample_is_refused_by_its_number(saved, line):
-  with open(saved, "a") as file:
-    file.write(line + "\n")
-  with pytest.raises(ValueError, match=r"^--samples \(.* line 5 "):
+def test_a_row_that_is_no_sample_is_refused_by_its_number(
+  saved, tmp_path, changes
+):
+  path = tmp_path / "bad.parquet"
+  rows = [row | changes for row in rescore.read_samples(saved)]
+  parquet.write_table(pa.Table.from_pylist(rows), path)
+  with pytest.raises(ValueError, match="row 1 of .*bad.parquet"):
+    rescore.read_samples(str(path))
+
+
+def test_files_without_samples_are_refused(saved, tmp_path):
+  (path, _) = sorted(pathlib.Path(saved).iterdir())
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ValueError, match="step_00000000.parquet.* whole parquet"):
     rescore.read_samples(saved)
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  with pytest.raises(ValueError, match="^--samples .* has no samples; name"):
+    rescore.read_samples(str(empty))
 
 
 def test_missing_problems_are_named(data_dir, tmp_path):
@@ -152,7 +170,7 @@ def command(*arguments):
 
 
 def test_the_command_touches_no_device(saved, data_dir, tmp_path):
-  out = tmp_path / "out.jsonl"
+  out = tmp_path / "out.parquet"
   result = command(
     f"--samples={saved}",
     f"--data_dir={data_dir}",
@@ -164,7 +182,7 @@ def test_the_command_touches_no_device(saved, data_dir, tmp_path):
   assert result.returncode == 0, result.stderr
   assert result.stdout.endswith("4 of 4 totals differ from the saved ones.\n")
   rows = rescore.read_samples(str(out))
-  assert [row["rewards"]["brevity"] for row in rows] == pytest.approx(
+  assert [row["reward/brevity"] for row in rows] == pytest.approx(
     [1 / (1 + len(completion)) for completion in COMPLETIONS]
   )
 

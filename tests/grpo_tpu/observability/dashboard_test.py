@@ -58,6 +58,22 @@ def test_no_two_charts_have_the_same_title():
   assert len(set(titles)) == len(titles)
 
 
+def test_the_first_chart_is_the_eval_accuracy_alone():
+  charts = dashboard.drawn(["train/loss", "eval/accuracy", "rollout/accuracy"])
+  assert charts["Learning"][0].patterns == ["^eval/accuracy$"]
+
+
+@pytest.mark.parametrize("metric", registry.metrics(), ids=lambda m: m.name)
+def test_no_chart_is_empty_and_none_is_missing(metric):
+  name = example(metric.name)
+  found = [x for charts in dashboard.drawn([name]).values() for x in charts]
+  assert [x.title for x in found] == [metric.chart]
+
+
+def test_a_name_of_another_version_is_on_no_chart():
+  assert dashboard.drawn(["train/no_such_metric"]) == {}
+
+
 def test_tensorboard_reads_the_layout():
   from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -67,7 +83,7 @@ def test_tensorboard_reads_the_layout():
     def write_summaries(self, *arguments):
       calls.append(arguments)
 
-  dashboard.write(Events(), 7)
+  dashboard.write(Events(), 7, dashboard.sections())
   ((step, values, metadata),) = calls
   assert step == 7
   assert list(values) == ["custom_scalars__config__"]

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo_tpu.observability import event_files, writer
+from grpo_tpu.observability import event_files, sample_files, writer
 
 
 class MemoryEvents:
@@ -96,7 +96,8 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
     with writer.Writer(tmp_path, is_writer=True, resume_step=resume_step) as w:
       w.write_config({"seed": 1, "mesh": {"fsdp": 4}})
       for step in steps:
-        sample = writer.Sample("p", "?", f"at {loss}", "3", 1.0, {}, image)
+        columns = {"pid": "p", "completion": f"at {loss}", "answer": "3"}
+        sample = sample_files.Sample(columns, "?", image)
         w.write(step, {"train/loss": loss})
         w.write_samples(step, [sample], split="train")
 

@@ -1,6 +1,5 @@
 """A run writes declared names, every digit, and no step twice."""
 
-import dataclasses
 import json
 import math
 import re
@@ -9,11 +8,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_tpu.observability import event_files, writer
+from grpo_tpu.observability import event_files, sample_files, writer
 
 SCALARS = {
   "train/loss": -0.25,
@@ -54,16 +54,31 @@ def rows_of(path):
   return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def make_sample(pid="p1", *, completion="<answer>3</answer>", image=None):
-  return writer.Sample(
-    pid=pid,
-    prompt="How many?",
-    completion=completion,
-    answer="3",
-    reward=0.9,
-    rewards={"format": np.float32(1), "coherence": math.nan},
-    image=image,
-  )
+def make_sample(
+  pid="p1",
+  *,
+  completion="<answer>3</answer>",
+  question="How many?",
+  answer="3",
+  image=None,
+):
+  columns = {
+    "group": 0,
+    "generation": 0,
+    "pid": pid,
+    "prompt": f"<bos>{question}",
+    "completion": completion,
+    "answer": answer,
+    "reward": 0.9,
+    "reward/format": 1.0,
+    "advantage": None,
+  }
+  return sample_files.Sample(columns, question, image)
+
+
+def samples_of(path):
+  """The rows of all files in the folder of samples."""
+  return pandas.read_parquet(path / "samples")
 
 
 def test_a_line_has_its_names_in_declared_order(tmp_path):
@@ -194,18 +209,25 @@ def test_a_resumed_run_ends_with_the_lines_of_the_unbroken_one(
     with open_writer(path, resume_step=resume_step) as w:
       for step in steps:
         w.write(step, {"train/loss": 1 / (step + 1)})
-        w.write_samples(step, [make_sample(f"p{step}")] * 2, split="eval")
+        w.write_samples(step, [make_sample(f"p{step}")] * 2, split="train")
 
   run(tmp_path / "unbroken", range(9), None)
   run(tmp_path / "broken", range(killed_after + 1), None)
-  for name in ("metrics.jsonl", "samples/eval.jsonl"):
-    path = tmp_path / "broken" / name
-    torn = path.read_bytes().splitlines(keepends=True)[-1][:num_torn_bytes]
-    path.write_bytes(path.read_bytes() + torn)
+  path = tmp_path / "broken" / "metrics.jsonl"
+  torn = path.read_bytes().splitlines(keepends=True)[-1][:num_torn_bytes]
+  path.write_bytes(path.read_bytes() + torn)
+  late = tmp_path / "broken" / "samples" / ".step_00000004.parquet.tmp"
+  late.write_bytes(b"PAR1, and then a kill")
   run(tmp_path / "broken", range(4, 9), 3)
-  for name in ("metrics.jsonl", "samples/eval.jsonl"):
+  files = sorted(
+    x.relative_to(tmp_path / "unbroken")
+    for x in (tmp_path / "unbroken").rglob("*.*")
+  )
+  assert len(files) == 1 + 9
+  for name in files:
     expected = (tmp_path / "unbroken" / name).read_bytes()
     assert (tmp_path / "broken" / name).read_bytes() == expected
+  assert not late.exists()
 
 
 def test_a_whole_line_without_its_end_counts_as_torn(tmp_path):
@@ -226,26 +248,30 @@ def test_a_run_from_the_start_removes_the_files_of_an_earlier_run(tmp_path):
       w.write(0, {"eval/accuracy": 0.5})
       w.write_samples(0, [make_sample()], split="train")
   assert len(rows_of(tmp_path / "metrics.jsonl")) == 1
-  assert len(rows_of(tmp_path / "samples" / "train.jsonl")) == 1
+  assert len(samples_of(tmp_path)) == 1
 
 
-def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
+def test_a_sample_is_a_row_a_text_and_an_image(tmp_path, events):
   image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-  samples = [make_sample("a"), make_sample("b", image=image)]
+  hidden = sample_files.Sample(make_sample("c").columns)
+  samples = [make_sample("a"), make_sample("b", image=image), hidden]
   with open_writer(tmp_path) as w:
-    w.write_samples(5, samples, split="eval")
-  rows = rows_of(tmp_path / "samples" / "eval.jsonl")
-  assert [row["pid"] for row in rows] == ["a", "b"]
-  assert rows[0] == {
+    w.write_samples(5, samples, split="train")
+    w.write_samples(5, samples[:2], split="eval")
+  rows = samples_of(tmp_path)
+  assert rows.pid.tolist() == ["a", "b", "c"]
+  assert rows.iloc[0].dropna().to_dict() == {
     "step": 5,
+    "group": 0,
+    "generation": 0,
     "pid": "a",
-    "prompt": "How many?",
+    "prompt": "<bos>How many?",
     "completion": "<answer>3</answer>",
     "answer": "3",
-    "reward": 0.9,
-    "rewards": {"format": 1.0, "coherence": None},
+    "reward": np.float32(0.9),
+    "reward/format": 1.0,
   }
-  assert rows_of(tmp_path / "samples" / "train.jsonl") == []
+  assert np.isnan(rows.advantage[0]) and rows.advantage.dtype == np.float32
   calls = {name: args for name, *args in events.calls}
   step, texts = calls["write_texts"]
   assert (step, list(texts)) == (
@@ -260,12 +286,15 @@ def test_a_sample_is_a_line_a_text_and_an_image(tmp_path, events):
   assert shown.shape[0] > 320 and shown.shape[1] == 320
 
 
-def test_any_completion_stays_on_one_line(tmp_path):
+def test_any_completion_is_kept(tmp_path):
   completion = "a\nb\r\u2028c\x00\u00e9\U0001f600"
   with open_writer(tmp_path) as w:
-    w.write_samples(1, [make_sample(completion=completion)], split="train")
-  (row,) = rows_of(tmp_path / "samples" / "train.jsonl")
-  assert row["completion"] == completion
+    for step, text in enumerate((completion, "a lone \ud800")):
+      w.write_samples(step, [make_sample(completion=text)], split="train")
+  assert samples_of(tmp_path).completion.tolist() == [
+    completion,
+    r"a lone \ud800",
+  ]
 
 
 def test_a_sample_text_shows_tags_and_fences_as_they_are():
@@ -283,7 +312,7 @@ BREAKS = [
 ]
 
 
-@pytest.mark.parametrize("field", ["pid", "prompt", "completion", "answer"])
+@pytest.mark.parametrize("field", ["pid", "question", "completion", "answer"])
 def test_a_sample_renders_to_nothing_but_text_in_tensorboard(field):
   """Whatever breaks a line, no image is fetched, nothing links or shouts."""
   plugin_util = pytest.importorskip("tensorboard.plugin_util")
@@ -292,7 +321,7 @@ def test_a_sample_renders_to_nothing_but_text_in_tensorboard(field):
     f"[click](https://evil.example){each}<img src=x>{each}** ~~~ ``` {each}"
     for each in BREAKS
   )
-  sample = dataclasses.replace(make_sample(), **{field: hostile})
+  sample = make_sample(**{field: hostile})
   text = writer.sample_text(sample)
   page = str(plugin_util.markdown_to_safe_html(text))
   tags = set(re.findall(r"<\s*/?\s*(\w+)", page))
@@ -303,8 +332,8 @@ def test_a_sample_renders_to_nothing_but_text_in_tensorboard(field):
 def test_an_image_shows_the_question_too(tmp_path, events):
   image = np.zeros((2, 2, 3), np.uint8)
   with open_writer(tmp_path) as w:
-    for prompt in ("How many?", "How much?"):
-      sample = dataclasses.replace(make_sample(image=image), prompt=prompt)
+    for question in ("How many?", "How much?"):
+      sample = make_sample(question=question, image=image)
       w.write_samples(5, [sample], split="eval")
   first, second = (
     args[1]["samples/eval/0/image"]
@@ -320,7 +349,6 @@ def test_the_config_is_text_and_flat_hparams(tmp_path, events):
     w.write_config(config)
   calls = {name: args for name, *args in events.calls}
   assert '"fsdp": 4' in calls["write_texts"][1]["config"]
-  assert list(calls["write_summaries"][1]) == ["custom_scalars__config__"]
   assert calls["write_hparams"] == [
     {"seed": 1, "mesh.fsdp": 4, "buckets": "[64, 128]", "dir": "None"}
   ]
@@ -383,21 +411,40 @@ def test_a_partial_step_keeps_its_samples(tmp_path):
   with open_writer(tmp_path) as w:
     for step in (1, 2, 3):
       w.write_samples(step, [make_sample()], split="train")
-      w.write_samples(step, [make_sample()], split="eval")
       w.write(step, {})
   for has_partial_step, steps in ((True, [1, 2]), (False, [1])):
     writer.Writer(
       tmp_path, is_writer=True, resume_step=1, has_partial_step=has_partial_step
     ).close()
-    found = {
-      name: [
-        json.loads(line)["step"]
-        for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
-      ]
-      for name in ("metrics", "samples/train", "samples/eval")
-    }
-    assert found == {
-      "metrics": [1],
-      "samples/train": steps,
-      "samples/eval": [1],
-    }
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1]
+    assert samples_of(tmp_path).step.tolist() == steps
+
+
+def test_a_layout_follows_each_metric_that_is_new(tmp_path, events):
+  """A resumed run shows what it showed before it stopped."""
+
+  def count():
+    return sum(name == "write_summaries" for name, *_ in events.calls)
+
+  with open_writer(tmp_path) as w:
+    for step, scalars in enumerate(({}, SCALARS, SCALARS)):
+      w.write(step, scalars)
+  assert count() == 1
+  with open_writer(tmp_path, resume_step=2) as w:
+    w.write(3, {"train/loss": 0.5})
+  first, second = (
+    args[1] for name, *args in events.calls if name == "write_summaries"
+  )
+  assert first == second
+
+
+def test_a_file_that_cannot_be_written_is_counted(tmp_path, caplog):
+  with open_writer(tmp_path) as w:
+    (tmp_path / "samples" / ".step_00000001.parquet.tmp").mkdir()
+    for step in (1, 2):
+      w.write_samples(step, [make_sample()], split="train")
+    w.flush()
+    assert w.failures == 1
+    assert samples_of(tmp_path).step.tolist() == [2]
+  assert "Samples in" in caplog.text

@@ -187,8 +187,8 @@ def test_each_data_set_has_its_own_accuracy(run_of, tokenizer):
 @pytest.mark.parametrize("batch_size", [2, len(SCRIPT)])
 def test_samples_are_the_first_usable_problems(evaluated, batch_size):
   samples = evaluated(batch_size, num_samples=8).samples
-  assert [s.pid for s in samples] == [f"p{i}" for i in ASKED[:8]]
-  assert samples[7].completion == SCRIPT[9][2]
+  assert [s.columns["pid"] for s in samples] == [f"p{i}" for i in ASKED[:8]]
+  assert samples[7].columns["completion"] == SCRIPT[9][2]
 
 
 def test_evaluation_names_are_declared(evaluated, tmp_path):
@@ -196,9 +196,9 @@ def test_evaluation_names_are_declared(evaluated, tmp_path):
     writer.write(1, evaluated().scalars)
 
 
-def online(run, tokenizer, indices=EVERY, num_samples=0):
+def online(run, tokenizer, indices=EVERY, num_shown=None):
   (batch,) = batches_of(tokenizer, batch_size=len(indices), indices=indices)
-  return batch, run.collect([batch], jax.random.key(0), num_samples=num_samples)
+  return batch, run.collect([batch], jax.random.key(0), num_shown=num_shown)
 
 
 def lasting(scalars):
@@ -428,20 +428,57 @@ def test_a_users_reward_pays_without_a_public_answer(
   assert "eval/accuracy" not in scalars
 
 
-def test_samples_carry_the_rewards_of_their_own_completion(run_of, tokenizer):
+def test_samples_are_all_completions_with_what_they_earned(run_of, tokenizer):
   run = run_of(GROUPS)
-  batch, found = online(run, tokenizer, num_samples=99)
-  assert [s.pid for s in found.samples] == [f"p{i}" for i in ASKED]
-  for sample, row in zip(found.samples, ASKED, strict=True):
-    scores = scoring.score(
-      [GROUPS[sample.pid][0]], [batch.problems[row]], run.config.rewards
-    )
-    assert sample.reward == pytest.approx(scores.total[0])
-    assert sample.rewards == pytest.approx(
-      {name: value[0] for name, value in scores.components.items()}
-    )
-    assert sample.completion == GROUPS[sample.pid][0]
+  batch, found = online(run, tokenizer, num_shown=3)
+  rows = [sample.columns for sample in found.samples]
+  assert [(x["group"], x["generation"]) for x in rows] == [
+    (group, generation) for group in EVERY for generation in range(4)
+  ]
+  advantages = np.asarray(found.batch.advantages)
+  mask = np.asarray(found.batch.completion_mask)
+  for row in rows:
+    group, generation = row["group"], row["generation"]
+    assert row["advantage"] == advantages[group, generation]
+    assert row["valid"] == (group in ASKED)
+    if group not in ASKED:
+      continue
+    (scores,) = [
+      scoring.score(
+        [GROUPS[row["pid"]][generation]],
+        [batch.problems[group]],
+        run.config.rewards,
+      )
+    ]
+    assert row["completion"] == GROUPS[row["pid"]][generation]
+    assert row["read_answer"] == scores.answers[0]
+    assert row["reward"] == scores.total[0]
+    assert {f"reward/{k}": x[0] for k, x in scores.components.items()} == {
+      name: value for name, value in row.items() if name.startswith("reward/")
+    }
+    assert row["completion_tokens"] == mask[group, generation].sum()
+    text = run.tokenizer.encode(row["completion"])
+    is_whole = len(text) < MAX_NEW_TOKENS
+    assert row["finish_reason"] == ("stop" if is_whole else "length")
+  shown = [x for x in found.samples if x.question is not None]
+  assert [x.columns["group"] for x in shown] == list(ASKED[:3])
+  for sample, row in zip(shown, ASKED, strict=False):
+    assert sample.columns["generation"] == 0
+    assert sample.question == batch.problems[row].query
     np.testing.assert_array_equal(sample.image, batch.images[row, 0])
+
+
+def test_a_sample_holds_the_prompt_as_the_model_read_it(run_of, tokenizer):
+  batch, found = online(run_of(GROUPS), tokenizer, num_shown=0)
+  for group in ASKED:
+    row = found.samples[4 * group].columns
+    ids = batch.prompt_ids[group, : batch.prompt_length[group]].tolist()
+    assert row["prompt_tokens"] == len(ids)
+    assert row["prompt"].startswith("<bos><start_of_turn>user\n")
+    assert row["prompt"].endswith("<end_of_turn>\n<start_of_turn>model\n")
+    assert "<start_of_image>[image 1]<end_of_image>" in row["prompt"]
+    assert batch.problems[group].query in row["prompt"]
+    assert "Write the final answer as <answer>" in row["prompt"]
 
 
 def test_names_of_a_step_are_declared(run_of, tokenizer, tmp_path):
@@ -450,7 +487,7 @@ def test_names_of_a_step_are_declared(run_of, tokenizer, tmp_path):
     writer.write(1, found.metrics)
 
 
-def offline(run, tokenizer):
+def offline(run, tokenizer, num_shown=None):
   config = run.config
   # In the order of the source, and with the rows that training leaves out.
   count = len(SCRIPT)
@@ -459,7 +496,7 @@ def offline(run, tokenizer):
     num_problems=count,
     batch_size=count,
   )
-  return batch, run.collect([batch], jax.random.key(0))
+  return batch, run.collect([batch], jax.random.key(0), num_shown=num_shown)
 
 
 def test_demonstrations_are_learnt_from_where_they_are_usable(
@@ -474,6 +511,26 @@ def test_demonstrations_are_learnt_from_where_they_are_usable(
   )
   assert lasting(found.metrics) == {"data/skipped": 2.0}
   assert not found.samples
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "preference"])
+def test_samples_of_given_completions_have_what_they_have(
+  run_of, tokenizer, kind
+):
+  batch, found = offline(run_of({}, kind=kind), tokenizer, num_shown=1)
+  rows = [sample.columns for sample in found.samples]
+  count = {"demonstrations": 1, "preference": 2}[kind]
+  assert [(x["group"], x["generation"]) for x in rows] == [
+    (group, generation) for group in ASKED for generation in range(count)
+  ]
+  assert {x["finish_reason"] for x in rows} == {"stop"}
+  names = {"label", "reward", "advantage", "valid", "reward/accuracy"}
+  is_preference = kind == "preference"
+  assert names & rows[0].keys() == (names if is_preference else set())
+  for row in rows if is_preference else ():
+    group, generation = row["group"], row["generation"]
+    assert row["label"] == batch.labels[group, generation]
+    assert row["advantage"] == found.batch.advantages[group, generation]
 
 
 def test_the_chosen_completion_of_a_pair_is_preferred(

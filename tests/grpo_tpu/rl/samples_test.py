@@ -1,6 +1,7 @@
 """Samples are the same on every host; text and images arrive as they were."""
 
 import contextlib
+import hashlib
 import types
 
 import jax
@@ -13,6 +14,7 @@ from grpo_tpu.rl import samples
 
 ROWS = 4  # On each of two hosts.
 TEXT = 3  # The row of a text problem.
+IMAGE_ID = f"sha256:{hashlib.sha256(b'image').hexdigest()}"
 
 
 def pixels(row):
@@ -36,6 +38,8 @@ def prompts_of(rows):
       for row in rows
     ],
     images=np.stack([pixels(row) for row in rows]),
+    prompt_index=np.array(rows),
+    sets={"odd": np.array([row % 2 == 1 for row in rows])},
   )
 
 
@@ -62,6 +66,9 @@ def collect(monkeypatch):
         lambda mesh, count, index: range(index * ROWS, (index + 1) * ROWS),
       )
       monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+      monkeypatch.setattr(
+        collectives, "is_first_process", lambda host=host: host == 0
+      )
 
       def gather(data):
         sent.append(data)
@@ -80,18 +87,25 @@ def collect(monkeypatch):
   return collected
 
 
-def without_image(sample):
-  return {k: v for k, v in vars(sample).items() if k != "image"}
-
-
 def test_every_host_gets_the_first_valid_rows_of_all(collect):
   first, second = collect(5)
   chosen = [0, 2, 3, 4, 5]
-  assert [x.pid for x in first] == [f"p{row}\ud800" for row in chosen]
-  assert list(map(without_image, first)) == list(map(without_image, second))
-  assert [x.completion for x in first] == [f"text {x}\x1b" for x in chosen]
-  assert [x.reward for x in first] == [np.float32(x / 3) for x in chosen]
-  assert first[0].rewards == {"accuracy": -first[0].reward}
+  assert [x.columns for x in first] == [x.columns for x in second]
+  assert [x.question for x in first] == [x.question for x in second]
+  assert [x.columns for x in first] == [
+    {
+      "group": row,
+      "generation": 0,
+      "pid": f"p{row}\ud800",
+      "set": "odd" if row % 2 else "",
+      "image": "" if row == TEXT else IMAGE_ID,
+      "answer": str(row),
+      "completion": f"text {row}\x1b",
+      "reward": np.float32(row / 3),
+      "reward/accuracy": -np.float32(row / 3),
+    }
+    for row in chosen
+  ]
 
 
 def test_the_host_that_writes_has_all_images(collect):

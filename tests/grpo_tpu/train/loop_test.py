@@ -85,7 +85,7 @@ class Arithmetic(trainer.Trainer):
       ids, jnp.ones(2, jnp.int32), jnp.zeros((2, 0)), ids[:, None], mask
     )
     metrics = {"train/tokens": float(sum(taken) + 1)}
-    return experience.Experience(batch, metrics, [], count)
+    return experience.Experience(batch, metrics, ["a sample"], count)
 
   def _update(self, state, batch, frozen):
     number = self.partial.updates_done
@@ -151,6 +151,7 @@ def train(done, checkpoints, *, on_poll=lambda: None, **options):
     write=lambda step, scalars: done.append(("line", step, dict(scalars))),
     write_samples=lambda step, samples, split: done.append((split, step)),
     log_progress=lambda num_steps: None,
+    flush=lambda: None,
   )
   watch = types.SimpleNamespace(
     mark=on_poll, end_startup=lambda: done.append("started")

@@ -1,0 +1,123 @@
+"""The completions of a run: a parquet file for each logged step.
+
+A file is put whole, by a background thread, so that no step waits for it.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+# The columns and their types in a file; one for each reward follows `reward`.
+COLUMNS = {
+  "step": "int64",
+  "group": "int64",
+  "generation": "int64",
+  "pid": "string",
+  "set": "string",
+  "image": "string",
+  "prompt": "string",
+  "completion": "string",
+  "answer": "string",
+  "read_answer": "string",
+  "finish_reason": "string",
+  "prompt_tokens": "int64",
+  "completion_tokens": "int64",
+  "reward": "float32",
+  "length_penalty": "float32",
+  "label": "float32",
+  "advantage": "float32",
+  "valid": "bool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A completion for people to read."""
+
+  columns: dict[str, Any]  # Its values of `COLUMNS` and of each reward.
+  question: str | None = None  # Without one, TensorBoard does not show it.
+  image: np.ndarray | None = None  # uint8 [H, W, 3], for TensorBoard.
+
+
+class SampleFiles:
+  """The files `step_00000010.parquet` in one folder.
+
+  An error of the disk never stops the run.
+
+  Attributes:
+    failures: The number of files that could not be written.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, resume_step: int | None) -> None:
+    """Makes the folder and removes later steps; all of them for None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = "" if resume_step is None else _name(resume_step)
+    for path in folder.glob("step_*.parquet"):
+      if path.name > kept:
+        path.unlink()
+    self._folder, self.failures = folder, 0
+    self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    self._write: futures.Future[None] | None = None
+
+  def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Starts to write a step's rows, once the file before is written."""
+    self.flush()
+    rows = [{"step": step} | row for row in rows]
+    path = self._folder / _name(step)
+    self._write = self._thread.submit(write_rows, path, rows)
+
+  def flush(self) -> None:
+    """Waits until the files are on the disk."""
+    try:
+      if self._write:
+        self._write.result()
+    except Exception as error:
+      self.failures += 1
+      logging.warning("Samples in %s are incomplete: %r", self._folder, error)
+    self._write = None
+
+  def close(self) -> None:
+    """Waits for the last file and ends the thread."""
+    self.flush()
+    self._thread.shutdown()
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes or replaces a parquet file of rows with the same columns."""
+  import pyarrow as pa  # Imported here: a run starts without it.
+  from pyarrow import parquet
+
+  names = []
+  for name in COLUMNS:
+    names += [name] * (name in rows[0])
+    if name == "reward":
+      names += [x for x in rows[0] if x.startswith("reward/")]
+  columns = {}
+  for name in names:
+    kind = pa.type_for_alias(COLUMNS.get(name, "float32"))
+    values = [_encodable(row[name]) for row in rows]
+    columns[name] = pa.array(values, kind)
+  # Readers of the folder pass over names that begin with a dot.
+  temporary = path.with_name(f".{path.name}.tmp")
+  with temporary.open("wb") as file:
+    parquet.write_table(pa.table(columns), file, compression="zstd")
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def _name(step: int) -> str:
+  return f"step_{step:08}.parquet"
+
+
+def _encodable(value: Any) -> Any:
+  """The value; in a text, escapes stand for what UTF-8 cannot encode."""
+  if isinstance(value, str):
+    return value.encode("utf-8", "backslashreplace").decode()
+  return value
