@@ -67,7 +67,7 @@ def _open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
     parts = config.model, config.export, config.mesh
     return partial(export.run, *parts, workdir), {}
   from data_pipelines import dataset
-  from grpo_tpu.evaluation import evaluate
+  from grpo_tpu.evaluation import eval_sets, evaluate
   from grpo_tpu.train import loop
 
   data = dataset.open_dataset(
@@ -77,9 +77,12 @@ def _open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
     for_training=mode == "train",
     seed=config.seed,
   )
+  sets = eval_sets.open_sets(config, data)
+  identity = {k: x for each in sets.values() for k, x in each.identity.items()}
   if mode == "evaluate":
-    return partial(evaluate.run, config, workdir, data), data.identity
-  return partial(loop.train, config, workdir, data, report), data.identity
+    return partial(evaluate.run, config, workdir, data), identity
+  eval_sets.check_targets(config, sets)
+  return partial(loop.train, config, workdir, data, report), identity
 
 
 def _start_devices(config: Config, address: Any, identity: Mapping) -> None:

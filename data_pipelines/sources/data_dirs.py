@@ -55,7 +55,7 @@ def open_all(settings: DataConfig) -> list[DataDir]:
   shares = mixtures.whole_shares([x for _, x in settings.weighted_dirs])
   setting = "data.dirs" if settings.dirs else "data.dir"
   parts = zip(mixtures.names(folders), folders, shares, strict=True)
-  opened = [_open(setting, *each) for each in parts]
+  opened = [open_dir(setting, *each) for each in parts]
   if len(opened) > 1:
     listed = (f"{100 * x.share / sum(shares):.4g} % {x.name}" for x in opened)
     logging.info("Prompts come from %s.", ", ".join(listed))
@@ -98,10 +98,10 @@ def check(
     ValueError: The message names the data dir.
   """
   for each in dirs if for_training or settings.few_shot else ():
-    _require_split("train_split", settings.train_split, each)
+    require_split("data.train_split", settings.train_split, each)
   lacking = [x for x in dirs if settings.eval_split not in x.manifest["counts"]]
   if len(lacking) == len(dirs):
-    _require_split("eval_split", settings.eval_split, dirs[0])
+    require_split("data.eval_split", settings.eval_split, dirs[0])
   for each in lacking:
     logging.warning(
       "%s has no split %s: it is not evaluated.",
@@ -120,20 +120,25 @@ def check(
   )
 
 
-def _require_split(name: str, split: str, data_dir: DataDir) -> None:
+def require_split(setting: str, split: str, data_dir: DataDir) -> None:
+  """Raises a ValueError unless the data dir has the split."""
   counts = data_dir.manifest["counts"]
   require(
     split in counts,
-    f"data.{name}",
+    setting,
     split,
     f"be one of the splits of the data dir {data_dir.folder}, "
     f"{', '.join(counts)}",
-    f"set data.{name}, or prepare the data again with such a split",
+    f"correct {setting}, or prepare the data again with such a split",
   )
 
 
-def _open(setting: str, name: str, folder: str, share: int) -> DataDir:
-  """A data dir whose files have the sizes that it lists."""
+def open_dir(setting: str, name: str, folder: str, share: int = 1) -> DataDir:
+  """A data dir whose files have the sizes that it lists.
+
+  Raises:
+    ValueError: The folder is no data dir, or a file has another size.
+  """
   source = str(pathlib.Path(folder) / "manifest.json")
   try:
     manifest = untrusted.read_json(source)

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ from data_pipelines.sources import mixtures
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, collectives, sharding
-from grpo_tpu.evaluation import grading, outputs
-from grpo_tpu.evaluation.scores import GradedCompletion
+from grpo_tpu.evaluation import eval_sets, grading, outputs
+from grpo_tpu.evaluation.scores import GradedCompletion, sample_metrics
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
@@ -57,43 +58,52 @@ def evaluate(
   """
   problems = mixtures.first(data.eval, config.eval.num_problems)
   sources = make_ablated_sources(config, problems)
-  batches = _eval_batches(data, config, sampler.mesh)
+  batches = make_batches(data, config, sampler.mesh)
   with jax.set_mesh(sampler.mesh):
     evaluation = evaluate_all(sampler, params, batches, sources, config)
-  return evaluation.figures(config.eval.ks)
+  return evaluation.figures(config.eval.pass_ks)
 
 
 def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
-  """Evaluates `model.weights` on the eval split and writes `workdir`/eval.
+  """Evaluates `model.weights` on the eval split and on `eval.sets`.
 
-  Returns what to do next.
+  Writes `workdir`/eval, and `workdir`/eval/NAME for each further set. Returns
+  what to do next.
 
   Raises:
     SettingError: A setting does not fit the data, the devices or the weights.
   """
   with validation.user_errors():
-    problems = mixtures.first(data.eval, config.eval.num_problems)
-    sources = make_ablated_sources(config, problems)
+    sets = eval_sets.open_sets(config, data)
+    problems = {
+      name: mixtures.first(each.eval, config.eval.num_problems)
+      for name, each in sets.items()
+    }
+    sources = {k: make_ablated_sources(config, x) for k, x in problems.items()}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     # The report names the step that was read, even if a run saves newer ones.
     weights = load.resolve_weights(config.model.weights)
     model = dataclasses.replace(config.model, weights=weights)
     sampler = Sampler(model, config.rollout, mesh, data.tokenizer)
     params = load.load_params(model, mesh)
-    batches = _eval_batches(data, config, mesh)
-  with jax.set_mesh(mesh), activity.reporting():
-    evaluation = evaluate_all(sampler, params, batches, sources, config)
-  folder = pathlib.Path(workdir) / "eval"
-  if jax.process_index() == 0:
-    facts = {
-      "split": config.data.eval_split,
-      "split_size": len(data.eval),
-      "model": config.model.name,
-      "weights": weights,
-      "seed": config.seed,
-    }
-    outputs.write(evaluation, folder, problems, config.eval, facts)
-  return f"open {folder / 'report.html'}"
+    batches = {k: make_batches(x, config, mesh, k) for k, x in sets.items()}
+  for name, each in sets.items():
+    with jax.set_mesh(mesh), activity.reporting():
+      evaluation = evaluate_all(
+        sampler, params, batches[name], sources[name], config, name=name
+      )
+    if jax.process_index() == 0:
+      facts = {
+        "set": name,
+        "split": each.settings.eval_split,
+        "split_size": len(each.eval),
+        "model": config.model.name,
+        "weights": weights,
+        "seed": config.seed,
+      }
+      folder = pathlib.Path(workdir) / "eval" / name
+      outputs.write(evaluation, folder, problems[name], config.eval, facts)
+  return f"open {pathlib.Path(workdir) / 'eval' / 'report.html'}"
 
 
 def evaluate_all(
@@ -102,28 +112,72 @@ def evaluate_all(
   batches: pipeline.EvalBatches,
   ablated_sources: Mapping[str, records.Source],
   config: Config,
+  *,
+  name: str = "",
 ) -> outputs.Evaluation:
   """Evaluates greedily, by sampling, and greedily with ablated images."""
-
-  def greedy_result(batches: pipeline.EvalBatches) -> GreedyResult:
-    return evaluate_greedy(
-      sampler, params, batches, rewards=config.rewards, num_samples=0
-    )
-
-  greedy = greedy_result(batches)
-  draws = []
-  if config.eval.num_samples:
-    draws = _sample_draws(sampler, params, batches, config)
+  result, draws = evaluate_set(sampler, params, batches, config, name=name)
   ablated = {
-    name: _gather(greedy_result(batches.with_source(source)).completions)
-    for name, source in ablated_sources.items()
+    kind: evaluate_greedy(
+      sampler,
+      params,
+      batches.with_source(source),
+      rewards=config.rewards,
+      num_samples=0,
+    ).completions
+    for kind, source in ablated_sources.items()
   }
   return outputs.Evaluation(
-    scalars=greedy.scalars,
-    greedy=_gather(greedy.completions),
+    scalars=result.scalars,
+    greedy=_gather(result.completions),
     samples=[_gather(draw) for draw in draws],
-    ablated=ablated,
+    ablated={kind: _gather(x) for kind, x in ablated.items()},
   )
+
+
+def evaluate_set(
+  sampler: Sampler,
+  params: dict,
+  batches: Iterable[pipeline.Batch],
+  config: Config,
+  *,
+  name: str = "",
+  num_shown: int = 0,
+  poll: Callable[[], None] = generate.no_poll,
+) -> tuple[GreedyResult, list[list[GradedCompletion]]]:
+  """Evaluates one set greedily, and with `eval.num_samples` if there are any.
+
+  Returns the greedy result with the metrics of both, and this host's sampled
+  completions, one list per draw. `num_shown` completions are for people.
+  """
+  result = evaluate_greedy(
+    sampler,
+    params,
+    batches,
+    rewards=config.rewards,
+    num_samples=num_shown,
+    poll=poll,
+  )
+  if not config.eval.num_samples:
+    return result, []
+  key = sampling_key(config.seed, name)
+  draws = _sample_draws(sampler, params, batches, config, key, poll)
+  sampled = sample_metrics(
+    _count_right(draws),
+    num_samples=config.eval.num_samples,
+    ks=config.eval.pass_ks,
+  )
+  scalars = result.scalars | sampled
+  return dataclasses.replace(result, scalars=scalars), draws
+
+
+def sampling_key(seed: int, name: str) -> jax.Array:
+  """The key of the samples of a set, the same at every step.
+
+  Training folds the numbers of its batches, from 1 on, into the run's key.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), 0)
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def evaluate_greedy(
@@ -212,14 +266,16 @@ def _any_images(problems: records.Source, count: int) -> bool:
   return False
 
 
-def _eval_batches(
-  data: dataset.Dataset, config: Config, mesh: Mesh
+def make_batches(
+  data: dataset.Dataset, config: Config, mesh: Mesh, name: str = ""
 ) -> pipeline.EvalBatches:
-  """The problems of this process."""
+  """The problems of this process, of the set with this name."""
   shards, shard_count = sharding.data_shards(mesh)
+  split = data.settings.eval_split
   return data.eval_batches(
     num_problems=config.eval.num_problems,
     batch_size=config.eval.batch_size,
+    split=f"{name} ({split})" if name else split,
     shards=shards,
     shard_count=shard_count,
   )
@@ -230,12 +286,13 @@ def _sample_draws(
   params: dict,
   batches: Iterable[pipeline.Batch],
   config: Config,
+  key: jax.Array,
+  poll: Callable[[], None],
 ) -> list[list[GradedCompletion]]:
   """Samples and grades `eval.num_samples` completions of each problem.
 
-  A completion depends only on the run's seed, the problem's index in the split
-  and the number of the draw. Returns one list of this host's completions per
-  draw.
+  A completion depends only on the key, the problem's index in the split and the
+  number of the draw. Returns one list of this host's completions per draw.
   """
   settings = config.eval
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
@@ -244,11 +301,9 @@ def _sample_draws(
     completions = sampler.sample(
       params,
       batch,
-      jax.random.key(config.seed),
-      num_completions=settings.num_samples,
-      temperature=settings.temperature,
-      top_k=settings.top_k,
-      top_p=settings.top_p,
+      key,
+      **settings.sampling,
+      poll=poll,
     ).completions
     groups = sampler.texts(completions)
     stopped = sharding.local_rows(sampler.mesh, completions.stopped)
@@ -265,6 +320,23 @@ def _sample_draws(
       )
       draw += grading.graded_completions(batch, texts, scores, ended)
   return draws
+
+
+def _count_right(draws: Sequence[Sequence[GradedCompletion]]) -> list[int]:
+  """The right samples of each graded problem of all hosts, in their order.
+
+  Empty if no answer is public.
+  """
+  local = [
+    (row[0].index, bool(row[0].record["answer"]), sum(x.is_right for x in row))
+    for row in zip(*draws, strict=True)
+    if row[0].record["strict_true_false"] is not None
+  ]
+  hosts = collectives.gather_bytes(json.dumps(local).encode())
+  # Hosts that share a tensor axis have the same rows.
+  rows = sorted({tuple(row) for host in hosts for row in json.loads(host)})
+  is_public = any(has_answer for _, has_answer, _ in rows)
+  return [count for _, _, count in rows] if is_public else []
 
 
 def _gather(completions: list[GradedCompletion]) -> list[GradedCompletion]:

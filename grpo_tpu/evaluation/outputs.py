@@ -47,11 +47,12 @@ def write(
 
   Args:
     evaluation: The completions and metrics.
-    folder: The folder to write to, `WORKDIR/eval`.
+    folder: The folder to write to, `WORKDIR/eval` or `WORKDIR/eval/SET`.
     problems: The problems, whose images the report shows.
     settings: The settings of the evaluation.
-    facts: The first fields of `scores.json`: `split`, `split_size`, `model`,
-      `weights` with the checkpoint's step, and `seed`.
+    facts: The first fields of `scores.json`: `set`, "" for the run's own,
+      `split`, `split_size`, `model`, `weights` with the checkpoint's step, and
+      `seed`.
   """
   split = facts["split"]
   _write_results(folder / f"output_{split}.json", evaluation.greedy)
@@ -62,7 +63,7 @@ def write(
     _write_results(folder / f"output_{split}_{name}.json", completions)
   temperature = settings.temperature if evaluation.samples else 0.0
   figures = {**facts, "temperature": temperature}
-  figures |= evaluation.figures(settings.ks)
+  figures |= evaluation.figures(settings.pass_ks)
   _write_json(folder / "scores.json", figures)
   worst = scores.worst_slices(
     figures, count=_WORST_SLICES, min_problems=_MIN_PROBLEMS

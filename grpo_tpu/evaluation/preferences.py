@@ -12,17 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import pipeline
+from grpo_tpu.config.eval_metrics import MARGIN_BUCKETS
 from grpo_tpu.observability import writer
 from grpo_tpu.rl import pictures, preference_metrics, score
 from grpo_tpu.rl.experience import Collector
-
-# Buckets of reward margins with their lower edges.
-_BUCKETS = {
-  "margin_0.0_to_0.25": 0.0,
-  "margin_0.25_to_0.5": 0.25,
-  "margin_0.5_to_0.75": 0.5,
-  "margin_0.75_and_more": 0.75,
-}
 
 
 def evaluate_preferences(
@@ -70,7 +63,7 @@ def evaluate_preferences(
       "implicit_preference_margin",
     )
   }
-  for name in _BUCKETS:
+  for name in MARGIN_BUCKETS:
     if totals[f"pairs/{name}"]:
       scalars[f"eval/implicit_preference_accuracy/{name}"] = (
         totals[f"accuracy/{name}"] / totals[f"pairs/{name}"]
@@ -100,9 +93,9 @@ def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
   sums["pairs"] = valid.sum()
   margin = better - worse
   # A pair whose rewards contradict its labels falls into the lowest bucket.
-  edges = np.array(list(_BUCKETS.values())[1:])
+  edges = np.array(list(MARGIN_BUCKETS.values())[1:])
   bucket = jnp.searchsorted(edges, margin, side="right")
-  for index, name in enumerate(_BUCKETS):
+  for index, name in enumerate(MARGIN_BUCKETS):
     inside = valid & (bucket == index)
     wins = accuracies["implicit_preference_accuracy"]
     sums[f"pairs/{name}"] = inside.sum()

@@ -35,11 +35,10 @@ class Example:
 
 def line(scores: Mapping[str, Any]) -> str:
   """The greedy accuracy in one line."""
+  split = " ".join(filter(None, (scores.get("set"), scores["split"])))
   if not scores["accuracy"]:
-    return f"{scores['split']}: {scores['note']}"
-  return (
-    f"{scores['split']}: greedy accuracy {pages.figure(scores['accuracy'])}"
-  )
+    return f"{split}: {scores['note']}"
+  return f"{split}: greedy accuracy {pages.figure(scores['accuracy'])}"
 
 
 def render(

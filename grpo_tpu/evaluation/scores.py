@@ -111,6 +111,24 @@ def compute(
   return result
 
 
+def sample_metrics(
+  num_right: Sequence[int], *, num_samples: int, ks: Iterable[int]
+) -> dict[str, float]:
+  """The metrics mean@n and pass@k, means over the problems.
+
+  `num_right` has the right samples of each graded problem; without any there
+  are no metrics.
+  """
+  if not num_right:
+    return {}
+  mean = sum(num_right) / num_samples / len(num_right)
+  metrics = {f"eval/mean_at_{num_samples}": mean}
+  for k in ks:
+    chances = [statistics.pass_at_k(num_samples, x, k) for x in num_right]
+    metrics[f"eval/pass_at_{k}"] = sum(chances) / len(chances)
+  return metrics
+
+
 def worst_slices(
   scores: Mapping[str, Any], *, count: int, min_problems: int
 ) -> list[dict[str, Any]]:

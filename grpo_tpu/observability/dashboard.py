@@ -24,7 +24,7 @@ class Chart:
   @property
   def patterns(self) -> list[str]:
     """Regular expressions for the names of the curves, each matched once."""
-    sliced = [x.pattern for x in self.metrics if "{slice}" in x.name]
+    sliced = [x.pattern for x in self.metrics if "{" in x.name]
     return [
       f"^{metric.pattern}$"
       for metric in self.metrics

@@ -50,7 +50,8 @@ class Metric:
   @property
   def pattern(self) -> str:
     """A regular expression that matches each name of the metric in full."""
-    return re.escape(self.name).replace(r"\{slice\}", _ANY_WORD)
+    escaped = re.escape(self.name).replace(r"\{slice\}", _ANY_WORD)
+    return escaped.replace(r"\{k\}", r"\d+")
 
 
 @functools.cache
@@ -81,7 +82,7 @@ def row_index(name: str) -> int:
   if name in names and "{" not in name:
     return names.index(name)
   for index, metric in enumerate(metrics()):
-    if "{slice}" in metric.name and re.fullmatch(metric.pattern, name):
+    if "{" in metric.name and re.fullmatch(metric.pattern, name):
       return index
   close = difflib.get_close_matches(name, names, n=1)
   question = f" Did you mean {close[0]!r}?" if close else ""
@@ -118,7 +119,8 @@ _PREFACE = """\
 # Metrics
 
 Every number that a run writes to `metrics.jsonl` and to TensorBoard. `{slice}`
-stands for one word: a type of problem, or the name of a custom reward function.
+stands for one word: a type of problem, or the name of a custom reward function;
+`{k}` stands for a number.
 Each `train/` and `rollout/` metric covers one step. Only `perf/` and
 `checkpoint/` metrics differ between two runs of one seed. Some metrics have an
 alarm: the log warns when the value crosses the limit in the advice. For several

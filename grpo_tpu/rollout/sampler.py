@@ -168,13 +168,13 @@ class Sampler:
     shapes: Iterable[record_index.BatchShape],
     *,
     num_prompts: int,
-    num_completions: int,
-    temperature: float,
     num_parts: int = 1,
+    **sampling: Any,
   ) -> None:
     """Compiles the programs of `sample` for batches of these shapes.
 
-    `num_prompts` counts the prompts of a batch over all processes.
+    `num_prompts` counts the prompts of a batch over all processes; `sampling`
+    is for `engine_settings`.
     """
     params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -191,7 +191,7 @@ class Sampler:
         params,
         self.abstract_prompts(num_prompts // num_parts, length, num_images),
         key,
-        settings=self.engine_settings(num_completions, temperature),
+        settings=self.engine_settings(**sampling),
         mesh=self.mesh,
       )
 
@@ -200,13 +200,12 @@ class Sampler:
     shapes: Iterable[record_index.BatchShape],
     *,
     num_prompts: int,
-    num_completions: int,
-    temperature: float,
     num_parts: int = 1,
+    **sampling: Any,
   ) -> int:
     """The number of programs that `compile_ahead` compiles for such shapes."""
     shards = sharding.data_shards(self.mesh)[1]
-    settings = self.engine_settings(num_completions, temperature)
+    settings = self.engine_settings(**sampling)
     per_shard = num_prompts // num_parts // shards
     of_shape = generate.num_programs(settings, per_shard)
     shown = {shape[:2] for shape in shapes}

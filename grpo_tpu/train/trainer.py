@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, record_index, validation
 from grpo_tpu.checkpoint import load
+from grpo_tpu.config import eval_metrics
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
-from grpo_tpu.evaluation import evaluate, preferences
+from grpo_tpu.evaluation import eval_sets, evaluate, preferences
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rl import optimizer, pictures, score, shaping
@@ -91,15 +92,17 @@ class Trainer:
     self._data = data
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
-    eval_options: dict[str, Any] = self._shards | {
-      "num_problems": config.eval.num_problems,
-      "batch_size": config.eval.batch_size,
+    self._eval_batches = {
+      name: evaluate.make_batches(each, config, mesh, name)
+      for name, each in eval_sets.open_sets(config, data).items()
     }
-    self._eval_batches = data.eval_batches(**eval_options)
     self._preference_batches = None
     if config.data.kind == "preference":
       self._preference_batches = data.preference_batches(
-        max_new_tokens=config.rollout.max_new_tokens, **eval_options
+        num_problems=config.eval.num_problems,
+        batch_size=config.eval.batch_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        **self._shards,
       )
     # Prompt shapes to come, until their programs are compiled.
     self._shapes: set[record_index.BatchShape] = set()
@@ -180,12 +183,12 @@ class Trainer:
       }
       plans.append((self._shapes, rollout))
     if config.eval.every_steps:
-      greedy = {
-        "num_prompts": config.eval.batch_size,
-        "num_completions": 1,
-        "temperature": 0.0,
-      }
-      plans.append((set(self._eval_batches.shapes()), greedy))
+      shapes = set().union(*(x.shapes() for x in self._eval_batches.values()))
+      ways = [{"num_completions": 1, "temperature": 0.0}]
+      if config.eval.num_samples:
+        ways.append(config.eval.sampling)
+      batch = {"num_prompts": config.eval.batch_size}
+      plans += [(shapes, batch | way) for way in ways]
     total = sum(self.sampler.num_programs(x, **how) for x, how in plans)
     folder = compile_cache.describe_folder()
     logging.info("Compiling %d programs (%s).", total, folder)
@@ -222,6 +225,10 @@ class Trainer:
         poll=self._poll,
       )
     metrics = experience.metrics
+    if index := self._data.train_index:
+      position = int(state.position) + experience.num_batches
+      asked = position * self.config.data.prompts_per_step
+      metrics["data/epoch"] = asked / len(index.usable)
     for phase in ("data", "reward"):
       seconds = float(metrics.get(f"perf/{phase}_seconds", 0.0))
       self._clock.reassign("rollout", phase, seconds)
@@ -321,24 +328,31 @@ class Trainer:
     return state
 
   def evaluate(self, state: TrainState) -> tuple[writer.Scalars, list[Sample]]:
-    """Metrics on held-out data, and completions for people to look at."""
-    params = self.learner.params(state)
-    result = evaluate.evaluate_greedy(
-      self.sampler,
-      params,
-      self._eval_batches,
-      rewards=self.config.rewards,
-      num_samples=self.config.samples.count,
-      poll=self._poll,
-    )
-    metrics: writer.Scalars = dict(result.scalars)
+    """Metrics on held-out data, and completions for people to look at.
+
+    The completions are of the run's own eval split.
+    """
+    params, metrics = self.learner.params(state), dict[str, writer.Scalar]()
+    shown = list[Sample]()
+    for name, batches in self._eval_batches.items():
+      result, _ = evaluate.evaluate_set(
+        self.sampler,
+        params,
+        batches,
+        self.config,
+        name=name,
+        num_shown=0 if name else self.config.samples.count,
+        poll=self._poll,
+      )
+      metrics |= eval_metrics.of_set(result.scalars, name)
+      shown += result.samples
     if self._preference_batches is not None:
       assert self._reference is not None
       reference, batches = self._reference.params, self._preference_batches
       metrics |= preferences.evaluate_preferences(
         self.collector, params, reference, batches
       )
-    return metrics, result.samples
+    return metrics, shown
 
   def _compile_for_shapes(
     self, program: compile_cache.AotJit, first: Any, batch: Any, *rest: Any

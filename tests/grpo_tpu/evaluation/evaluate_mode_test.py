@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import pathlib
 import threading
@@ -124,7 +125,9 @@ def test_evaluate_gives_the_figures_of_all_completions(everything, tokenizer):
     asked.update(options)
     return batches_of(run.tokenizer, batch_size=options["batch_size"])
 
-  data = types.SimpleNamespace(eval=Source(EVERY), eval_batches=eval_batches)
+  data = types.SimpleNamespace(
+    eval=Source(EVERY), eval_batches=eval_batches, settings=run.config.data
+  )
   figures = evaluate.evaluate(run.sampler, {}, data, run.config)
   assert figures == everything.figures(SETTINGS["ks"])
   assert figures["accuracy"]["share"] == len(RIGHT) / len(EVERY)
@@ -181,6 +184,55 @@ def test_every_sample_counts(everything):
       winner = next(x for x in votes if counts.get(x) == most)
       wins += row[votes.index(winner)].is_right
   assert sampled["maj_at_k"]["6"]["share"] == pytest.approx(wins / len(EVERY))
+
+
+def test_the_metrics_of_samples_are_the_figures_and_those_of_brute_force(
+  everything,
+):
+  """pass@2 is the share of right ones among all pairs of draws."""
+  sampled = everything.figures(SETTINGS["ks"])["sampled"]
+  scalars = everything.scalars
+  assert scalars["eval/mean_at_6"] == pytest.approx(
+    sampled["accuracy"]["share"]
+  )
+  for k in SETTINGS["ks"]:
+    wanted = np.mean(
+      [
+        any(x.is_right for x in chosen)
+        for row in zip(*everything.samples, strict=True)
+        for chosen in itertools.combinations(row, k)
+      ]
+    )
+    assert scalars[f"eval/pass_at_{k}"] == pytest.approx(wanted)
+    assert sampled["pass_at_k"][str(k)]["share"] == pytest.approx(wanted)
+
+
+def test_samples_without_public_answers_have_no_metrics(everything):
+  def hidden(answer):
+    graded = False if answer.index == UNREADABLE else None
+    record = answer.record | {"answer": "", "strict_true_false": graded}
+    return dataclasses.replace(answer, record=record)
+
+  draws = [[hidden(x) for x in draw] for draw in everything.samples]
+  assert evaluate._count_right(everything.samples)
+  assert evaluate._count_right(draws) == []
+  assert scores.sample_metrics([], num_samples=6, ks=(1,)) == {}
+
+
+def test_each_set_has_samples_of_its_own(tokenizer):
+  run = run_of(Dicing, tokenizer)
+  batches = batches_of(run.tokenizer, batch_size=11)
+  found = [
+    evaluate.evaluate_set(run.sampler, {}, batches, run.config, name=name)
+    for name in ("", "geo", "geo")
+  ]
+  assert found[1][1] == found[2][1] != found[0][1]
+  assert found[1][0].completions == found[0][0].completions
+  # Training folds the numbers of its batches, from 1 on, into the run's key.
+  training = jax.random.fold_in(jax.random.key(0), 1)
+  for name in ("", "geo"):
+    key = jax.random.key_data(evaluate.sampling_key(0, name))
+    assert (key != jax.random.key_data(training)).any()
 
 
 def test_ablations_cost_only_a_policy_that_uses_the_image(
@@ -255,14 +307,26 @@ def test_completions_come_from_all_hosts(everything, monkeypatch):
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
     return evaluate._gather(kept)
 
+  def count_on(index):
+    host.index = index
+    return evaluate._count_right(
+      [
+        [x for x in draw if (x.index in (0, 1, 8)) != index]
+        for draw in everything.samples
+      ]
+    )
+
+  alone = evaluate._count_right(everything.samples)
   monkeypatch.setattr(collectives, "gather_bytes", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
     for answers in hosts.map(answers_on, range(2)):
       assert answers == everything.greedy
+    assert list(hosts.map(count_on, range(2))) == [alone, alone]
 
 
 def write(evaluation, workdir, config, source):
   facts = {
+    "set": "",
     "split": config.data.eval_split,
     "split_size": len(source),
     "model": config.model.name,

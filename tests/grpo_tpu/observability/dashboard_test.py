@@ -14,7 +14,7 @@ CHARTS = [
 
 
 def example(name: str) -> str:
-  return name.replace("{slice}", "free-form.2")
+  return name.replace("{slice}", "free-form.2").replace("{k}", "8")
 
 
 def test_the_sections_are_the_questions_about_a_run():
@@ -43,7 +43,10 @@ def test_a_chart_shows_its_metrics_and_no_other(pair):
   """`rollout/reward` must not bring `rollout/reward_std` along."""
   _, chart = pair
   names = {metric.name for metric in chart.metrics}
-  wanted = {re.escape(name).replace(r"\{slice\}", ".+") for name in names}
+  wanted = {
+    re.escape(name).replace(r"\{slice\}", ".+").replace(r"\{k\}", ".+")
+    for name in names
+  }
   shown = {
     name
     for name in map(example, (m.name for m in registry.metrics()))

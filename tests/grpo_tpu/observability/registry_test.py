@@ -24,7 +24,7 @@ def test_each_metric_is_declared_once_with_all_fields():
   assert len(set(names)) == len(names)
   groups = "train|rollout|reward|eval|perf|data|checkpoint"
   for metric in registry.metrics():
-    word = r"([a-z0-9_]+(/{slice})?|{slice}[_/][a-z]+)"
+    word = r"([a-z0-9_]+({k})?(/{slice})?|{slice}[_/][a-z]+)"
     assert re.fullmatch(f"({groups})/{word}", metric.name)
     assert metric.unit and metric.meaning and metric.advice
 
@@ -60,9 +60,12 @@ def test_everything_that_an_advice_names_exists(metric):
 
 def test_the_index_of_a_name_is_the_index_of_its_row():
   for index, metric in enumerate(registry.metrics()):
-    if "{slice}" not in metric.name:
+    if "{" not in metric.name:
       assert registry.row_index(metric.name) == index
   sliced = registry.row_index("eval/accuracy/free_form")
   assert registry.metrics()[sliced].name == "eval/accuracy/{slice}"
+  sampled = registry.row_index("eval/pass_at_16/geo-1")
+  assert registry.metrics()[sampled].name == "eval/pass_at_{k}/{slice}"
+  assert not registry.is_declared("eval/pass_at_k")
   with pytest.raises(ValueError, match="mean 'train/loss'.*metrics.toml"):
     registry.row_index("train/los")
