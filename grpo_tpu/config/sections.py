@@ -194,11 +194,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-  """Completions to look at, in TensorBoard and in the workdir's samples folder.
+  """Completions to read, in the workdir's samples folder and in TensorBoard.
 
   Attributes:
-    every_steps: Steps between samples; 0 for never.
-    count: Completions each time.
+    every_steps: Steps between files with all completions of a step; 0 for
+      never.
+    count: Completions that TensorBoard shows each time.
   """
 
   every_steps: int = field(metadata=interval("[0, inf)", 0))

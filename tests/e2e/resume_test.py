@@ -2,8 +2,16 @@
 
 import json
 import pathlib
+import re
 
+import numpy as np
 import pytest
+from pyarrow import parquet
+
+from grpo_tpu.observability import sample_files
+from grpo_tpu.rewards.settings import COMPONENTS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.e2e
 
@@ -45,6 +53,49 @@ def test_every_step_is_a_different_one(unbroken):
   assert sorted(samples(unbroken)) == [
     f"step_0000000{step}.parquet" for step in (2, 4, 6)
   ]
+
+
+def test_the_samples_of_a_step_add_up_to_its_metrics(unbroken):
+  table = parquet.read_table(unbroken.workdir / "samples").to_pylist()
+  for row in unbroken.rows()[2::2]:
+    own = [x for x in table if x["step"] == row["step"] and x["valid"]]
+    means = {
+      "rollout/reward": np.mean([x["reward"] for x in own]),
+      "rollout/accuracy": np.mean([x["reward/accuracy"] for x in own]),
+      "rollout/completion_length": np.mean(
+        [x["completion_tokens"] for x in own]
+      ),
+      "rollout/truncated_fraction": np.mean(
+        [x["finish_reason"] == "length" for x in own]
+      ),
+    }
+    assert {name: row[name] for name in means} == pytest.approx(means, rel=1e-5)
+
+
+def test_the_code_of_the_guide_reads_the_samples(
+  unbroken, tmp_path, monkeypatch, capsys
+):
+  """The page names every column with its type, in the order of a file."""
+  page = (ROOT / "docs" / "samples.md").read_text()
+  (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.M)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "smoke").symlink_to(unbroken.workdir)
+  monkeypatch.chdir(tmp_path)
+  exec(code, {})
+  assert "<start_of_turn>user" in capsys.readouterr().out
+  rows = re.findall(r"^\| `(.*?)` \| (\w+) \|", page, re.M)
+  known = [(k, x) for k, x in rows if k != "reward/NAME"]
+  assert known == list(sample_files.COLUMNS.items())
+  schema = parquet.read_schema(
+    unbroken.workdir / "samples" / "step_00000002.parquet"
+  )
+  # Arrow's own name of float32 is "float".
+  found = [(x.name, str(x.type).replace("float", "float32")) for x in schema]
+  shown = [x for x in found if not x[0].startswith("reward/")]
+  assert shown == [x for x in known if x[0] not in ("label", "length_penalty")]
+  assert {x for x in found if x not in shown} == {
+    (f"reward/{name}", "float32") for name in COMPONENTS
+  }
 
 
 def test_a_finished_run_is_left_as_it_is(unbroken):
