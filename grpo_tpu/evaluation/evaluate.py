@@ -231,7 +231,7 @@ def evaluate_greedy(
     )
     graded += grading.graded_completions(batch, texts, scores, stopped[:, 0])
     kept += samples.first_samples(
-      sampler.mesh, batch, groups, scores, count=num_samples - len(kept)
+      sampler, batch, groups, scores, count=num_samples - len(kept)
     )
   return GreedyResult(grading.metrics(sums), kept, graded)
 

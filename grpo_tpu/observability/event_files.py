@@ -8,14 +8,14 @@ References:
   CLU, https://github.com/google/CommonLoopUtils
 """
 
+import contextlib
 import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
-import google_crc32c
 from absl import logging
 
 _SECONDS_BETWEEN_REPORTS = 60.0
@@ -113,48 +113,25 @@ def _rewind(path: pathlib.Path, resume_step: int) -> None:
   """
   import tensorflow as tf
   from google.protobuf import message
+  from tensorboard.backend.event_processing import event_file_loader
 
   if not path.is_file():
     raise OSError("it is no regular file")
   # TensorBoard must not take the unfinished copy for an event file.
   temporary = path.with_name("rewound.tmp")
-  with path.open("rb") as file, temporary.open("wb") as kept:
-    num_bytes, end = path.stat().st_size, 0
-    for record, content in _records(file, num_bytes):
-      try:
-        step = tf.compat.v1.Event.FromString(content).step
-      except message.DecodeError:
-        break
-      end += len(record)
-      if step <= resume_step:
-        kept.write(record)
+  end, num_bytes = 0, path.stat().st_size
+  reader = event_file_loader.RawEventFileLoader(str(path))
+  with (
+    tf.io.TFRecordWriter(str(temporary)) as kept,
+    contextlib.suppress(message.DecodeError),
+  ):
+    for content in reader.Load():
+      if tf.compat.v1.Event.FromString(content).step <= resume_step:
+        kept.write(content)
+      end += len(content) + 16  # The length, and two checksums.
   if end < num_bytes:
     logging.warning(
       "%s: removed the last %d bytes, which a kill or a crash has damaged.",
       *(path, num_bytes - end),
     )
   temporary.replace(path)
-
-
-def _records(file: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-  """The whole records of an event file, with their contents, up to a bad one.
-
-  A record is the length of its content in 8 bytes, their checksum in 4, the
-  content, and its checksum in 4.
-  """
-  while len(head := file.read(12)) == 12:
-    length = int.from_bytes(head[:8], "little")
-    # A length is trusted only with its checksum, and within the file.
-    if head[8:] != _checksum(head[:8]) or length > num_bytes:
-      return
-    body = file.read(length + 4)
-    if body[length:] != _checksum(body[:length]):
-      return
-    yield head + body, body[:length]
-
-
-def _checksum(content: bytes) -> bytes:
-  """The masked CRC of TensorFlow's record files."""
-  crc = google_crc32c.value(content)
-  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-  return masked.to_bytes(4, "little")

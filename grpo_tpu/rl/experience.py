@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 from data_pipelines import pipeline
 from grpo_tpu.distributed import activity, sharding
@@ -30,7 +29,7 @@ from grpo_tpu.rl import (
   shaping,
 )
 from grpo_tpu.rl.settings import CollectorConfig
-from grpo_tpu.rl.train_batch import TrainBatch
+from grpo_tpu.rl.train_batch import ScoredGroups, TrainBatch
 from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
 
@@ -45,23 +44,6 @@ class Experience:
   metrics: Metrics
   samples: list[sample_files.Sample]  # For people to read.
   num_batches: int  # The batches of prompts that were read.
-
-
-class ScoredGroups(flax.struct.PyTreeNode):
-  """The completions of a batch of prompts with their rewards.
-
-  Attributes:
-    batch: Bundles without advantages.
-    rewards: By name, before weights; "total" and "heuristics" are weighted. A
-      "length_penalty" is part of the total.
-    valid: False for rows that a malformed prompt or a failed reward excludes.
-    group: The number of each group in its step.
-  """
-
-  batch: TrainBatch
-  rewards: dict[str, Float[Array, "U C"]]
-  valid: Bool[Array, "U C"]
-  group: Int[Array, " U"]
 
 
 class Collector:
@@ -121,8 +103,8 @@ class Collector:
     batch, advantage_metrics = self._add_advantages(groups)
     step_metrics = _combine_metrics(metrics) | advantage_metrics
     if num_shown is not None:
-      mesh = self.sampler.mesh
-      samples.add_advantages(mesh, kept, groups.group, batch.advantages)
+      assert batch.advantages is not None
+      samples.add_advantages(self.sampler, kept, groups.group, batch.advantages)
       kept = samples.gather(kept)
     return Experience(batch, step_metrics, kept, len(metrics))
 
@@ -176,33 +158,17 @@ class Collector:
     metrics |= sampled.metrics
     if num_shown is None:
       return groups, metrics, []
-    completions = sampled.completions
+    completions, answers = sampled.completions, iter(scores.answers)
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
-    answers = iter(scores.answers)
     kept = samples.step_samples(
-      sampler,
-      batch,
-      texts,
-      mask.sum(axis=-1),
-      self._reward_columns(groups),
+      *(sampler, batch, texts, mask, groups),
       num_shown=0 if num_before else num_shown,
-      first_group=first_group,
       stopped=stopped,
-      more={"read_answer": [[next(answers) for _ in x] for x in texts]},
+      read_answer=[[next(answers) for _ in group] for group in texts],
     )
     return groups, metrics, kept
-
-  def _reward_columns(self, groups: ScoredGroups) -> dict[str, jax.Array]:
-    """The columns of samples that say what completions earned."""
-    rewards = groups.rewards
-    columns = {"reward": rewards["total"], "valid": groups.valid}
-    for name in self.config.rewards.weights:
-      columns[f"reward/{name}"] = rewards[name]
-    if "length_penalty" in rewards:
-      columns["length_penalty"] = rewards["length_penalty"]
-    return columns
 
   def _make_groups(
     self, prompts, sampled, rewards, valid, first_group
@@ -245,7 +211,7 @@ class Collector:
     if self.config.kind == "demonstrations":
       metrics |= set_metrics.set_metrics(self._gather, batch)
       labelled = self.labelled_completions(params, batch)
-      return Experience(labelled, metrics, self._given(batch, {}, num_shown), 1)
+      return Experience(labelled, metrics, self._given(batch, num_shown), 1)
     groups, preferred, errors = self.preference_groups(params, batch)
     train_batch, advantage_metrics = self._add_advantages(groups)
     chosen, rejected, is_pair = preference_metrics.all_pairs(
@@ -256,16 +222,15 @@ class Collector:
     metrics |= self._reward_metrics(batch, groups)
     metrics |= errors | {"train/preference_accuracy": accuracy}
     train_batch = train_batch.replace(preferred=preferred)
-    columns = self._reward_columns(groups)
-    columns["advantage"] = train_batch.advantages
-    kept = self._given(batch, columns, num_shown)
+    kept = self._given(batch, num_shown, groups, train_batch.advantages)
     return Experience(train_batch, metrics, kept, 1)
 
   def _given(
     self,
     prompts: pipeline.Batch,
-    columns: dict[str, jax.Array],
     num_shown: int | None,
+    groups: ScoredGroups | None = None,
+    advantages: jax.Array | None = None,
   ) -> list[sample_files.Sample]:
     """The samples of completions that came with the data."""
     if num_shown is None:
@@ -273,15 +238,15 @@ class Collector:
     ids, mask = prompts.completion_ids, prompts.completion_mask
     assert ids is not None and mask is not None
     labels = prompts.labels
+    more = {} if labels is None else {"label": labels.tolist()}
+    texts = self.sampler.decode(ids, mask)
     kept = samples.step_samples(
-      self.sampler,
-      prompts,
-      self.sampler.decode(ids, mask),
-      mask.sum(axis=-1),
-      columns,
+      *(self.sampler, prompts, texts, mask, groups),
       num_shown=num_shown,
-      more={} if labels is None else {"label": labels.tolist()},
+      **more,
     )
+    if groups is not None and advantages is not None:
+      samples.add_advantages(self.sampler, kept, groups.group, advantages)
     # A prompt may have fewer completions than others.
     return samples.gather([x for x in kept if x.columns["completion_tokens"]])
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-Metrics = dict[str, Float[Array, ""]]
+from grpo_tpu.rl import diagnostics
 
 
 def all_pairs(
@@ -30,7 +30,7 @@ def accuracy(
   chosen: Num[ArrayLike, " B"],
   rejected: Num[ArrayLike, " B"],
   *,
-  valid: Bool[ArrayLike, " B"] | None = None,
+  valid: Bool[ArrayLike, " B"],
 ) -> Float[Array, ""]:
   """The share of valid pairs whose chosen completion scores higher.
 
@@ -38,42 +38,4 @@ def accuracy(
   """
   difference = jnp.asarray(chosen) - jnp.asarray(rejected)
   wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
-  return _mean(wins, valid)
-
-
-def implicit_preference(
-  chosen_logps: Float[ArrayLike, " B"],
-  rejected_logps: Float[ArrayLike, " B"],
-  ref_chosen_logps: Float[ArrayLike, " B"],
-  ref_rejected_logps: Float[ArrayLike, " B"],
-  *,
-  beta: float | int,
-  valid: Bool[ArrayLike, " B"] | None = None,
-) -> Metrics:
-  """Preferences of the policy itself, relative to the reference.
-
-  A completion's implicit reward is beta times its log-ratio to the reference.
-  Log-probabilities are those of whole completions: the sums over their tokens,
-  or the means for a measure that does not depend on length.
-
-  Returns:
-    Means over valid pairs: `implicit_preference_accuracy` (ties count half),
-    `chosen_reward`, `rejected_reward`, and their difference
-    `implicit_preference_margin`.
-  """
-  chosen = jnp.asarray(chosen_logps) - jnp.asarray(ref_chosen_logps)
-  rejected = jnp.asarray(rejected_logps) - jnp.asarray(ref_rejected_logps)
-  return {
-    "implicit_preference_accuracy": accuracy(chosen, rejected, valid=valid),
-    "chosen_reward": beta * _mean(chosen, valid),
-    "rejected_reward": beta * _mean(rejected, valid),
-    "implicit_preference_margin": beta * _mean(chosen - rejected, valid),
-  }
-
-
-def _mean(values, valid):
-  """The mean of the valid values, 0 if there are none."""
-  if valid is None:
-    return values.mean()
-  valid = jnp.asarray(valid)
-  return jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+  return diagnostics.valid_mean(wins, valid)

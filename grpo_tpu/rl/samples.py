@@ -4,60 +4,63 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from data_pipelines import pipeline, records
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rl.train_batch import ScoredGroups
 from grpo_tpu.rollout.sampler import Sampler
-
-# By the name of a column, its value of each completion of each prompt.
-type Columns = Mapping[str, Sequence[Sequence[Any]]]
 
 
 def make_samples(
-  mesh: Mesh,
+  sampler: Sampler,
   prompts: pipeline.Batch,
-  columns: Columns,
+  texts: list[list[str]],
+  columns: Mapping[str, list],
   *,
   num_shown: int,
-  first_group: int = 0,
 ) -> list[Sample]:
-  """The samples of this process, without advantages.
+  """The samples of this process.
 
   TensorBoard shows the first completion of each of the first `num_shown` valid
-  prompts of all processes. Groups are numbered from `first_group` on.
+  prompts of all processes. Further `columns` have a value of each prompt, or a
+  list with those of its completions.
   """
+  mesh = sampler.mesh
   is_valid = sharding.all_rows(mesh, prompts.valid)
   rows = sharding.process_rows(mesh, len(is_valid), jax.process_index())
   shown = set(np.flatnonzero(is_valid)[:num_shown].tolist())
   made = []
   for i, problem in enumerate(prompts.problems):
+    length = int(prompts.prompt_length[i])
     about = {
-      "group": first_group + int(prompts.prompt_index[i]),
+      "group": int(prompts.prompt_index[i]),
       "pid": problem.pid,
-      "set": next((x for x, rows in prompts.sets.items() if rows[i]), ""),
+      "set": next((x for x, inside in prompts.sets.items() if inside[i]), ""),
       "image": _image_id(problem),
+      "prompt": sampler.tokenizer.transcribe(prompts.prompt_ids[i, :length]),
+      "prompt_tokens": length,
       "answer": problem.answer,
     }
-    for generation in range(len(columns["completion"][i])):
-      own = {name: x[i][generation] for name, x in columns.items()}
-      is_shown = generation == 0 and rows[i] in shown
+    for generation, text in enumerate(texts[i]):
+      own = {
+        name: x[i][generation] if isinstance(x[i], list) else x[i]
+        for name, x in columns.items()
+      }
+      row = about | {"generation": generation, "completion": text} | own
+      if generation or rows[i] not in shown:
+        made.append(Sample(row))
+        continue
       # Further images of the prompt are not shown, nor a slot without one.
-      has_image = is_shown and problem.images and prompts.images.shape[1]
-      made.append(
-        Sample(
-          about | {"generation": generation} | own,
-          question=problem.query if is_shown else None,
-          image=prompts.images[i, 0] if has_image else None,
-        )
-      )
+      has_image = problem.images and prompts.images.shape[1]
+      image = prompts.images[i, 0] if has_image else None
+      made.append(Sample(row, problem.query, image))
   return made
 
 
@@ -65,54 +68,36 @@ def step_samples(
   sampler: Sampler,
   prompts: pipeline.Batch,
   texts: list[list[str]],
-  lengths: np.ndarray,
-  values: Mapping[str, jax.Array],
+  mask: np.ndarray,
+  groups: ScoredGroups | None = None,
   *,
   num_shown: int,
-  first_group: int = 0,
   stopped: np.ndarray | bool = True,
-  more: Columns | None = None,
+  **columns: list,
 ) -> list[Sample]:
-  """The samples of this process of a step of training.
+  """The samples of this process of a step of training, without advantages.
 
-  Args:
-    sampler: Sampled the completions, or reads those of the data.
-    prompts: The prompts of this process.
-    texts: The completions of each prompt.
-    lengths: Their numbers of tokens, [B, C].
-    values: Columns of the whole batch, on the mesh.
-    num_shown: See `make_samples`.
-    first_group: See `make_samples`.
-    stopped: False for truncated completions.
-    more: Columns of this process.
+  `mask` [B, C, T] is True on tokens of completions, and `stopped` False for
+  those that were cut off; demonstrations have no `groups`.
   """
-  count = len(texts[0])
-  own = sharding.local_rows(sampler.mesh, dict(values))
-  reasons = np.broadcast_to(np.where(stopped, "stop", "length"), lengths.shape)
-  columns = {name: x.tolist() for name, x in own.items()} | {
-    "prompt": [
-      [sampler.tokenizer.transcribe(ids[:length])] * count
-      for ids, length in zip(
-        prompts.prompt_ids, prompts.prompt_length, strict=True
-      )
-    ],
-    "prompt_tokens": [[x] * count for x in prompts.prompt_length.tolist()],
-    "completion": texts,
-    "completion_tokens": lengths.tolist(),
-    "finish_reason": reasons.tolist(),
-    **(more or {}),
-  }
-  return make_samples(
-    sampler.mesh,
-    prompts,
-    columns,
-    num_shown=num_shown,
-    first_group=first_group,
-  )
+  reasons = np.where(stopped, "stop", "length")
+  columns["finish_reason"] = np.broadcast_to(reasons, mask.shape[:2]).tolist()
+  columns["completion_tokens"] = mask.sum(axis=-1).tolist()
+  if groups is not None:
+    rewards = dict(groups.rewards)
+    del rewards["heuristics"]
+    values = {"group": groups.group, "valid": groups.valid}
+    values["reward"] = rewards.pop("total")
+    if "length_penalty" in rewards:
+      values["length_penalty"] = rewards.pop("length_penalty")
+    values |= {f"reward/{name}": x for name, x in rewards.items()}
+    own = sharding.local_rows(sampler.mesh, values)
+    columns |= {name: x.tolist() for name, x in own.items()}
+  return make_samples(sampler, prompts, texts, columns, num_shown=num_shown)
 
 
 def first_samples(
-  mesh: Mesh,
+  sampler: Sampler,
   prompts: pipeline.Batch,
   texts: list[list[str]],
   scores: scoring.Scores,
@@ -126,29 +111,30 @@ def first_samples(
   """
   if not count:
     return []
-  rewards = {"reward": scores.total} | {
-    f"reward/{name}": values for name, values in scores.components.items()
-  }
+  rewards = {f"reward/{name}": x for name, x in scores.components.items()}
+  rewards["reward"] = scores.total
   columns = {k: x.reshape(len(texts), -1).tolist() for k, x in rewards.items()}
-  columns["completion"] = texts
-  made = make_samples(mesh, prompts, columns, num_shown=count)
+  made = make_samples(sampler, prompts, texts, columns, num_shown=count)
   return gather([x for x in made if x.question is not None])
 
 
 def add_advantages(
-  mesh: Mesh, samples: list[Sample], group: jax.Array, advantages: jax.Array
+  sampler: Sampler,
+  samples: list[Sample],
+  group: jax.Array,
+  advantages: jax.Array,
 ) -> None:
-  """Adds the advantage to samples, None where their group was not kept.
+  """Adds their advantages to samples; None where the group was not kept.
 
   `group` [U] holds the numbers of the groups whose `advantages` [U, C] are.
   """
+  mesh = sampler.mesh
   own = sharding.local_rows(mesh, (group, advantages))
   numbers, values = sharding.all_rows(mesh, own)
   found = dict(zip(numbers.tolist(), values.tolist(), strict=True))
-  for sample in samples:
-    kept = found.get(sample.columns["group"])
-    generation = sample.columns["generation"]
-    sample.columns["advantage"] = kept[generation] if kept else None
+  for columns in (sample.columns for sample in samples):
+    kept = found.get(columns["group"])
+    columns["advantage"] = kept[columns["generation"]] if kept else None
 
 
 def gather(own: list[Sample]) -> list[Sample]:
@@ -177,7 +163,6 @@ def _to_json(sample: Sample, with_image: bool) -> dict[str, Any]:
   image = sample.image if with_image else None
   encoded = image is not None and {
     "shape": image.shape,
-    "dtype": image.dtype.str,
     "data": base64.b64encode(image.tobytes()).decode(),
   }
   return vars(sample) | {"image": encoded or None}
@@ -186,6 +171,6 @@ def _to_json(sample: Sample, with_image: bool) -> dict[str, Any]:
 def _from_json(fields: dict[str, Any]) -> Sample:
   sample = Sample(**fields)
   if image := fields["image"]:
-    data = np.frombuffer(base64.b64decode(image["data"]), image["dtype"])
+    data = np.frombuffer(base64.b64decode(image["data"]), np.uint8)
     sample = dataclasses.replace(sample, image=data.reshape(image["shape"]))
   return sample

@@ -57,6 +57,23 @@ class TrainBatch(flax.struct.PyTreeNode):
     return self.sampler_logps is not None
 
 
+class ScoredGroups(flax.struct.PyTreeNode):
+  """The completions of a batch of prompts with their rewards.
+
+  Attributes:
+    batch: Bundles without advantages.
+    rewards: By name, before weights; "total" and "heuristics" are weighted. A
+      "length_penalty" is part of the total.
+    valid: False for rows that a malformed prompt or a failed reward excludes.
+    group: The number of each group in its step.
+  """
+
+  batch: TrainBatch
+  rewards: dict[str, Float[Array, "U C"]]
+  valid: Bool[Array, "U C"]
+  group: Int[Array, " U"]
+
+
 def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
   """Reshapes `[U, ...]` to `[count, U / count, ...]`.
 

@@ -19,6 +19,7 @@ from grpo_tpu.models.gemma3 import lora as loras
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import (
+  diagnostics,
   masters,
   objective,
   pictures,
@@ -279,12 +280,10 @@ def _implicit_preference(
   gain = logps - micro.ref_per_token_logps
   gain = jnp.where(micro.completion_mask, gain, 0.0).sum(-1)
   chosen, rejected, valid = preference_metrics.all_pairs(gain, micro.preferred)
-  zeros = jnp.zeros_like(chosen)
-  metrics = preference_metrics.implicit_preference(
-    chosen, rejected, zeros, zeros, beta=1, valid=valid
-  )
+  accuracy = preference_metrics.accuracy(chosen, rejected, valid=valid)
+  margin = diagnostics.valid_mean(chosen - rejected, valid)
   share = valid.sum() / num_pairs
   return {
-    name: metrics[name] * share
-    for name in ("implicit_preference_accuracy", "implicit_preference_margin")
+    "implicit_preference_accuracy": accuracy * share,
+    "implicit_preference_margin": margin * share,
   }

@@ -191,11 +191,12 @@ def test_rewinding_ends_at_the_first_bad_record(
 
 def test_a_record_of_something_else_ends_rewinding(tmp_path, events):
   """Its checksums are right, and its content is no event."""
-  content = b"\xff" * 20
-  head = len(content).to_bytes(8, "little")
-  record = head + event_files._checksum(head)
-  record += content + event_files._checksum(content)
+  import tensorflow as tf
+
   path = tmp_path / "events.out.tfevents.1"
+  with tf.io.TFRecordWriter(str(path)) as file:
+    file.write(b"\xff" * 20)
+  record = path.read_bytes()
   path.write_bytes(events[: len(events) // 6] + record + events)
   event_files._rewind(path, 4)
   assert steps_of(path) == [1]

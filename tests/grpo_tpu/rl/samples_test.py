@@ -13,6 +13,10 @@ from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.rl import samples
 
 ROWS = 4  # On each of two hosts.
+SAMPLER = types.SimpleNamespace(
+  mesh=None,
+  tokenizer=types.SimpleNamespace(transcribe=lambda x: str(x.tolist())),
+)
 TEXT = 3  # The row of a text problem.
 IMAGE_ID = f"sha256:{hashlib.sha256(b'image').hexdigest()}"
 
@@ -39,6 +43,8 @@ def prompts_of(rows):
     ],
     images=np.stack([pixels(row) for row in rows]),
     prompt_index=np.array(rows),
+    prompt_ids=np.full((len(rows), 4), 7),
+    prompt_length=np.array([3] * len(rows)),
     sets={"odd": np.array([row % 2 == 1 for row in rows])},
   )
 
@@ -79,7 +85,7 @@ def collect(monkeypatch):
       with contextlib.suppress(KeyError):  # Until both have sent.
         found.append(
           samples.first_samples(
-            None, prompts_of(rows), texts, scores_of(rows), count=count
+            SAMPLER, prompts_of(rows), texts, scores_of(rows), count=count
           )
         )
     return found[-2:]
@@ -99,6 +105,8 @@ def test_every_host_gets_the_first_valid_rows_of_all(collect):
       "pid": f"p{row}\ud800",
       "set": "odd" if row % 2 else "",
       "image": "" if row == TEXT else IMAGE_ID,
+      "prompt": "[7, 7, 7]",
+      "prompt_tokens": 3,
       "answer": str(row),
       "completion": f"text {row}\x1b",
       "reward": np.float32(row / 3),
