@@ -35,7 +35,7 @@ class Example:
 
 def line(scores: Mapping[str, Any]) -> str:
   """The greedy accuracy in one line."""
-  split = " ".join(filter(None, (scores.get("set"), scores["split"])))
+  split = " ".join(filter(None, (scores["set"], scores["split"])))
   if not scores["accuracy"]:
     return f"{split}: {scores['note']}"
   return f"{split}: greedy accuracy {pages.figure(scores['accuracy'])}"

@@ -51,6 +51,7 @@ def scores(split="testmini", model="tiny", **changes):
     for i in range(8)
   ]
   return {
+    "set": "",
     "split": split,
     "model": model,
     "weights": "run:x@6",
@@ -87,6 +88,7 @@ def pages(found, worst=(), examples=()):
 
 
 EVERYWHERE = {
+  "set": "",
   "split": EVIL,
   "model": EVIL,
   "pid": EVIL,
@@ -222,7 +224,7 @@ def test_an_ungraded_answer_is_called_neither_right_nor_wrong():
     *(IMAGE, 8, 0), choices=["2", "4"], answer="", strict_true_false=None
   )
   found = {
-    **{"split": "test", "model": "tiny", "weights": "random:0"},
+    **{"set": "", "split": "test", "model": "tiny", "weights": "random:0"},
     "split_size": 5141,
     **{"problems": 1, "asked": 1, "graded": 0, "accuracy": None, "note": "No."},
   }
@@ -267,5 +269,5 @@ def test_one_line_gives_the_result():
   assert report.line(scores()) == (
     "testmini: greedy accuracy 37.5 % (13.7 to 69.4; 8 problems)"
   )
-  hidden = {"split": "test", "accuracy": None, "note": "No."}
-  assert report.line(hidden) == "test: No."
+  hidden = {"set": "geo", "split": "test", "accuracy": None, "note": "No."}
+  assert report.line(hidden) == "geo test: No."
