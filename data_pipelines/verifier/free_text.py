@@ -25,6 +25,23 @@ _MAX_NUMBERS = 100
 _MAX_BRACKETED = 50
 
 
+def without_positions(text: str) -> str:
+  """The text without the numbers of a list's items: 1., 2. and so on."""
+  found = {int(x) for x in _RE.position.findall(text)}
+
+  def replacement(match: re.Match[str]) -> str:
+    place = int(match[1])
+    is_counted = place == 1 or {place - 1, place + 1} & found
+    return "" if is_counted else match[0]
+
+  return _RE.position.sub(replacement, text) if found else text
+
+
+def is_hedged(text: str) -> bool:
+  """True if a text only supposes several things."""
+  return len(_RE.hedged.findall(text)) > 1 and not phrases.has_cue(text)
+
+
 def without_listed_options(text: str) -> str:
   """The text without adjacent lines that list options."""
   if "\n" not in text:
@@ -51,9 +68,12 @@ class _Conflict(Exception):
 
 def find_option(text: str, options: Options) -> Found:
   """The option that a free text chooses, and the rule that found it."""
+  sentences = _join_letters(phrases.sentences(text), options)
+  named = _remaining(sentences[-1][-400:], options) if sentences else None
+  if named is not None:
+    return named, "cue"
   if options.names_several(text):
     return _NOTHING
-  sentences = phrases.sentences(text)
   try:
     return (
       _from_cue(sentences, options)
@@ -63,6 +83,32 @@ def find_option(text: str, options: Options) -> Found:
     )
   except _Conflict:
     return _NOTHING
+
+
+def _join_letters(sentences: list[str], options: Options) -> list[str]:
+  """The sentences; a letter and a full stop go with an option's text."""
+  joined: list[str] = []
+  for sentence in sentences:
+    if joined and _RE.ends_in_letter.search(joined[-1][-8:]):
+      if (
+        options.from_answer(sentence)
+        and len(sentence.split()) > 1
+        or (options.from_text(sentence))
+      ):
+        joined[-1] += f" {sentence}"
+        continue
+    joined.append(sentence)
+  return joined
+
+
+def _remaining(sentence: str, options: Options) -> str | None:
+  """The option that is left after a sentence rules out others."""
+  match = _RE.remaining.fullmatch(sentence)
+  if match is None or not phrases.is_denial(match[1]):
+    return None
+  denied = {"".join(groups) for groups in _RE.letter.findall(match[1])}
+  is_last = denied and match[2] not in denied
+  return options.letters.get(match[2]) if is_last else None
 
 
 def _from_cue(sentences: list[str], options: Options) -> Found | None:
@@ -128,8 +174,18 @@ def _bracketed_options(sentences: list[str], options: Options) -> set[str]:
     for match in itertools.islice(
       _RE.bracketed.finditer(sentence), _MAX_BRACKETED
     )
-    if match[1] in options.letters and not is_denied(sentence, match.start())
+    if match[1] in options.letters
+    and not is_denied(sentence, _start_of_name(sentence, match, options))
   }
+
+
+def _start_of_name(
+  sentence: str, match: re.Match[str], options: Options
+) -> int:
+  """The index of the option's text right before its letter, or the letter's."""
+  before = sentence[: match.start()].rstrip().casefold()
+  name = options.letters[match[1]].casefold()
+  return len(before) - len(name) if before.endswith(name) else match.start()
 
 
 def _first_option(after: str, options: Options) -> str | None:
@@ -137,6 +193,11 @@ def _first_option(after: str, options: Options) -> str | None:
   named = options.from_answer(after)
   if named is not None:
     return named
+  if small := _RE.small_letter.match(after):
+    named = options.letters.get(small[1].upper())
+    return (
+      options.points_in(small[1])[0] if small[1] in (options.points) else named
+    )
   for match in _RE.letter.finditer(after[:_MAX_BESIDE]):
     letter = match[1] or match[2] or match[3] or match[4]
     if is_denied(after[:_MAX_BESIDE], match.start()):
@@ -145,7 +206,7 @@ def _first_option(after: str, options: Options) -> str | None:
     article = match[2] == "A" and _RE.article.match(after)
     if letter in options.letters and not article:
       return _option_of_letter(letter, after[match.end() :], options)
-  mentioned = options.mentions(after)
+  mentioned = options.mentions(after) or options.points_in(after)
   return mentioned[0] if mentioned else None
 
 
@@ -167,11 +228,16 @@ def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
   """The only option that a text without letters mentions."""
   if options.are_yes_and_no:
     return _yes_or_no(sentences, options)
+  unknown = [x for x in options.letters.values() if _RE.undecidable.search(x)]
+  if len(unknown) == 1 and _RE.undecidable.search("".join(sentences[-1:])):
+    if not _RE.unseen.search(text):
+      return unknown[0], "statement"
   if phrases.is_refusal(text) or _RE.none_of_them.search(text):
     return _NOTHING
   sentences = [_RE.condition.sub("", sentence) for sentence in sentences]
   for part in (sentences[-1:], sentences[:1], sentences):
     mentioned = options.mentions(" ".join(part))
+    mentioned += options.points_in(" ".join(part))
     if len(mentioned) == 1:
       return mentioned[0], "statement"
   value, _ = find_number(text) if options.are_numbers else _NOTHING
@@ -213,7 +279,7 @@ def find_number(text: str) -> Found:
     after = phrases.text_after_cue(sentences, i)
     if after is None:
       continue
-    if phrases.is_refusal(after):
+    if phrases.is_refusal(after) or _gives_several(after):
       return _NOTHING
     only = numbers.only_number(after)
     if only is not None:
@@ -224,15 +290,25 @@ def find_number(text: str) -> Found:
       return _as_answer(found[0], "cue")
   if phrases.is_refusal(text):
     return _NOTHING
+  if sentences and _RE.none_there.match(sentences[-1]):
+    return "0", "statement"
   for sentence in reversed(sentences):
     if "|" in sentence:  # A row of a table is no conclusion.
       continue
+    if _gives_several(sentence):
+      return _NOTHING
     chosen = _concluding_number(sentence)
     if chosen is not None:
       return _as_answer(chosen, "statement")
     if _RE.range.search(sentence):
       return _NOTHING
   return _NOTHING
+
+
+def _gives_several(sentence: str) -> bool:
+  """True if a sentence ends on several values, as in "x = 3 or x = 5"."""
+  conclusion = _RE.conclusion.split(sentence)[-1]
+  return "=" in conclusion and bool(_RE.alternatives.search(conclusion))
 
 
 def lists_numbers(text: str) -> bool:

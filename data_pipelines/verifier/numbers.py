@@ -1,8 +1,9 @@
 """Finds numbers in text, as people and models write them, with exact values.
 
 Digits of several scripts, thousands separators, fractions, powers of ten,
-LaTeX, units and number words. Every pattern is bounded, so the cost is linear
-in the text. Knows nothing of questions or options.
+LaTeX, units and number words. A number that is a part of a larger expression
+has no value: "2 sqrt(3)", "5 ft 4 in". Every pattern is bounded, so the cost is
+linear in the text. Knows nothing of questions or options.
 """
 
 import decimal
@@ -30,6 +31,7 @@ _CHARACTERS = FULL_WIDTH | {
   for character in characters
 }
 _CHARACTER = re.compile(f"[{re.escape(''.join(_CHARACTERS))}]")
+SIGNS: dict[str, str] = _TABLES["signs"]  # Of equal meaning in an option.
 _RAISED = str.maketrans(_TABLES["raised"], "0123456789-")
 _RAISED_RUN = re.compile(f"[{_TABLES['raised']}]+")
 _LATEX = tuple(
@@ -40,24 +42,24 @@ _LATEX = tuple(
 _NUMBER = re.compile(
   r"""
   (?P<sign>(?<![\w.)\]}%\u00b0^])[-+])?
-  (?<![A-Za-z0-9_.^\u221a])(?<!\d:)(?<!\^-)(?<!\u00b1)(?<!\u00b1[ ])
+  (?<![A-Za-z0-9_.^])(?<!\^-)
   (?>
-    (?P<whole>\d{1,3}(?:,\d{3})++(?!\d)|\d++)
-    (?:\.(?P<part>\d++))?
+    (?P<whole>\d{1,3}(?:,\d{3})++(?!\d) | \d{1,3}(?:[ ]\d{3})++(?!\d)
+      | \d{1,3}(?:'\d{3})++(?!\d) | \d{1,3}(?:\.\d{3}){2,9}+(?!\.?\d)
+      | \d{1,3}(?:\.\d{3}){1,9}+(?=,\d{1,2}(?!\d)) | \d++)
+    (?:\.(?P<part>\d++) | ,(?P<comma_part>\d{1,2}|\d{4,30})(?![\d,]|\.\d))?
     | \.(?P<bare_part>\d++)
   )
   (?!\.\d)
-  (?:\s?[\u00d7x*]\s?10\s?\^\s?\{?(?P<power>-?\d{1,3})\}?
+  (?:\s?[\u00d7x*]\s?10\s?\^\s?[({]?(?P<power>-?\d{1,3})[)}]?
     | [eE](?P<exponent>[-+]?\d{1,3})(?![\w.])
+    | (?<=10)(?<![\d.,]10)\^(?P<of_ten>-?\d{1,2})(?![\w.])
     | \s?/\s?(?P<divisor>\d{1,30}(?:\.\d{1,30})?)
-    | [ ](?P<numerator>\d{1,3})/(?P<denominator>\d{1,3})(?![\d./])
-    | (?P<scale>k(?![\w])
+    | [ ](?P<numerator>\d{1,3})/(?P<denominator>\d{1,3})(?![\d/]|\.\d)
+    | (?P<scale>(?:[kKMB]|[bm]n)(?!\w)
       | \s?(?i:dozen|hundred|thousand|million|billion|trillion)(?i:s?)\b
       | \s?[\u4e07\u4ebf])
   )?
-  (?![\^\u221a\u03c0]|[eE][-+]?\d|:\d|\+(?:\s*\Z|\s+[A-Za-z])
-    |[xyzin]\b|\s?(?:[<>\u2264\u2265\u2260]|or[ ](?:more|fewer|less)\b
-    |at[ ](?:most|least)\b|squared\b|cubed\b))
   """,
   re.VERBOSE | re.ASCII,
 )
@@ -76,6 +78,19 @@ _WORD = re.compile(
   r"(?:\s(?P<dozen>dozen)\b)?",
   re.IGNORECASE,
 )
+_UNIT_NAMES = {
+  name: unit
+  for unit, names in _TABLES["units"].items()
+  for name in (unit, *names.split())
+}
+# What makes a number a part of a larger expression: the text after and before.
+_UNIT = "|".join(re.escape(name) for name in _UNIT_NAMES if name.isalpha())
+_PART_AFTER = re.compile(
+  _TABLES["part_after"].format(unit=_UNIT, words=_UNITS), re.VERBOSE | re.ASCII
+)
+_PART_BEFORE = re.compile(_TABLES["part_before"], re.VERBOSE | re.ASCII)
+_JOINED_BEFORE = re.compile(_TABLES["joined_before"].format(unit=_UNIT))
+_UNIT_AFTER = re.compile(rf"\s?(?:{_UNIT})\b")
 _HAN = re.compile(
   rf"[{''.join(_HAN_DIGITS)}{''.join(_HAN_TENS)}]{{1,9}}"
   r"(?![\u5206\u4e07\u4ebf])"
@@ -105,16 +120,20 @@ def raise_digits(text: str) -> str:
 
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, without LaTeX and markup."""
+  text = open_headings(text)
   if "<" in text:
-    text = _RE.token.sub("", text)
+    text = _RE.quoted.sub(r"\1", _RE.token.sub(" ", text))
   if not text.isascii():
     text = raise_digits(text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
   text = text.replace("\\$", "").replace("$", "").replace("`", "")
-  text = text.replace("**", "")
+  if "**" in text:
+    text = _RE.power.sub("^", text).replace("**", "")
+  if "__" in text:
+    text = text.replace("__", "")
   if "S" in text:
     text = _RE.ocr_dollar.sub("", text)
-  if "\\" in text or "{,}" in text or "\u221a" in text:
+  if any(mark in text for mark in _LATEX_MARKS):
     before = None
     for _ in range(_MAX_NESTING):
       if text == before:
@@ -123,7 +142,10 @@ def plain(text: str) -> str:
       for sign, pattern, replacement in _LATEX:
         if sign in text:
           text = pattern.sub(replacement, text)
-  text = open_headings(text)
+  if ":" in text:
+    text = _RE.early.sub("", text)
+  if ">" in text or "\u2192" in text or "\u21d2" in text:
+    text = _RE.arrow.sub("= ", text)
   if "- " in text:
     text = _RE.apart.sub(r"\1-", text)
   if "inus" in text or "egative" in text or "\u8d1f" in text:
@@ -133,9 +155,12 @@ def plain(text: str) -> str:
 
 def open_headings(text: str) -> str:
   """The text with headings as lines; a heading "Answer" becomes "Answer:"."""
+  if "**" in text:
+    text = _RE.bold_heading.sub(r"\1:", text)
   return _RE.heading.sub(_answer_heading, text) if "#" in text else text
 
 
+_LATEX_MARKS = "\\", "{", "\u221a", "sqrt"
 _MINUS = re.compile(
   r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
   r"minus[ ]|\bnegative[ ]|\u8d1f[ ]?)"
@@ -160,13 +185,38 @@ def strip_lead_in(text: str) -> str:
 
 
 def numerals(text: str) -> Iterator[Numeral]:
-  """Every number in digits of a plain text, in order."""
-  return map(Numeral, _NUMBER.finditer(text))
+  """Every number in digits of a plain text, in order; no "Figure 2"."""
+  return _without_labels(_NUMBER.finditer(text))
 
 
 def number_words(text: str) -> Iterator[Numeral]:
-  """Every number in words of a plain text, in order."""
-  return map(Numeral, _WORD.finditer(text))
+  """Every number in words of a plain text, in order; no "step two"."""
+  return _without_labels(_WORD.finditer(text))
+
+
+def _without_labels(found: Iterator[re.Match[str]]) -> Iterator[Numeral]:
+  return (Numeral(x) for x in found if not _RE.label.search(_text_before(x)))
+
+
+def _text_before(match: re.Match[str]) -> str:
+  return match.string[max(0, match.start() - 40) : match.start()]
+
+
+def has_other_unit(text: str, answer: str, unit: str) -> bool:
+  """True if a plain text last gives this value another unit than this one."""
+  asked = _unit_name(unit) if unit else None
+  if asked is None:
+    return False
+  found = [*numerals(text), *number_words(text)]
+  found = [x for x in found if x.value == decimal.Decimal(answer)]
+  last = max(found, key=lambda number: number.start, default=None)
+  word = last and _RE.unit_word.match(text, last.match.end())
+  return bool(word) and _unit_name(word[1]) not in (None, asked)
+
+
+def _unit_name(word: str) -> str | None:
+  word = word.strip()
+  return _UNIT_NAMES.get(word, _UNIT_NAMES.get(word.casefold()))
 
 
 def only_number(text: str) -> decimal.Decimal | None:
@@ -176,8 +226,6 @@ def only_number(text: str) -> decimal.Decimal | None:
   None for two numbers, and for anything that is no finite number.
   """
   text = plain(text).strip() if len(text) <= 200 else ""
-  if _RE.spaced_thousands.fullmatch(text):
-    text = text.replace(" ", "")
   if text[:2] == "- ":
     text = f"-{text[2:]}"
   text = _RE.aside.sub("", text)
@@ -208,15 +256,24 @@ def canonical(value: decimal.Decimal) -> str:
 
 
 def _value(match: re.Match[str]) -> decimal.Decimal | None:
-  """The value of a match of `_NUMBER` or `_WORD`."""
+  """The value of a match of `_NUMBER` or `_WORD`, if nothing belongs to it."""
+  text, before, end = match.string, _text_before(match), match.end()
+  if _PART_AFTER.match(text, end) or _PART_BEFORE.search(before):
+    return None
+  if _UNIT_AFTER.match(text, end) and _JOINED_BEFORE.search(before):
+    return None
   if match.re is _WORD:
     return _words_value(match)
-  whole = (match["whole"] or "0").replace(",", "")
-  part = match["part"] or match["bare_part"] or ""
+  whole = _RE.separators.sub("", match["whole"] or "0")
+  part = match["part"] or match["bare_part"] or match["comma_part"] or ""
+  if match["comma_part"] and before[-1:] in tuple("[({,;"):  # A list.
+    return None
   if len(whole) + len(part) > _MAX_DIGITS:
     return None
   value = decimal.Decimal(f"{match['sign'] or ''}{whole}.{part or '0'}")
   exponent = int(match["power"] or match["exponent"] or 0)
+  if match["of_ten"] is not None:
+    exponent = int(match["of_ten"]) - 1
   if abs(exponent) > _MAX_DIGITS:
     return None
   if match["divisor"] is not None:

@@ -27,6 +27,9 @@ def _fold(text: str) -> str:
   """A form of the text that is equal for two spellings of one option."""
   text = numbers.plain(text).casefold().replace("degrees", "\u00b0")
   text = text.replace("degree", "\u00b0").replace(" ", "")
+  if "\\" in text or "=" in text:
+    for spelling, sign in numbers.SIGNS.items():
+      text = text.replace(spelling, sign)
   return text.strip("\"'*_ \t\n").rstrip(".").strip("\"'*_ \t\n")
 
 
@@ -38,14 +41,18 @@ class Options:
     exact = {text.strip(): text for text in reversed(choices)}
     brackets = {f"({letter})": text for letter, text in self.letters.items()}
     self.direct = self.letters | brackets | exact
-    self.folded = _unambiguous((_fold(text), text) for text in choices)
-    values = [(numbers.only_number(text), text) for text in choices]
+    names = dict(zip(choices, _without_letters(choices), strict=True))
+    self.folded = _unambiguous((_fold(name), x) for x, name in names.items())
+    self.folded |= _unambiguous((_fold(text), text) for text in choices)
+    # Points and variables, which a sentence may name.
+    self.points = {x: t for t, x in names.items() if _RE.point.fullmatch(x)}
+    values = [(numbers.only_number(name), x) for x, name in names.items()]
     self.values = _unambiguous((v, text) for v, text in values if v is not None)
     self.are_numbers = len(self.values) == len(exact)
     # A lone letter is no mention: it may be a letter or an article.
-    plain = {text: numbers.plain(text) for text in choices}
+    plain = {text: numbers.plain(name) for text, name in names.items()}
     spaced = {
-      _to_spaced(plain[t]) for t in choices if not re.fullmatch("[A-Za-z]", t)
+      _to_spaced(x) for x in plain.values() if not _RE.point.fullmatch(x)
     }
     ranked = sorted(spaced - {""}, key=lambda t: (-len(t), t))
     self.mention = re.compile(
@@ -77,8 +84,7 @@ class Options:
       return None
     rest = text[match.end() :]
     if not rest.strip(" .)\n"):
-      # A lower-case letter may be a word or a variable, except in brackets.
-      return lettered if match[1].isupper() or "(" in match[0] else None
+      return lettered
     also = self.from_text(rest) or self._from_number_text(rest)
     return lettered if also is not None and also == lettered else None
 
@@ -96,6 +102,18 @@ class Options:
       )
       if not is_denied(spaced, match.start())
       and not (match[0][0].isdigit() and _is_compared(spaced, match.start()))
+    )
+    return list(dict.fromkeys(option for option in found if option))
+
+  def points_in(self, text: str) -> list[str]:
+    """The different options of one letter that a plain text names."""
+    if not self.points or _RE.letter_range.search(text):
+      return []
+    found = (
+      self.points.get(match[1] or match[2])
+      for match in itertools.islice(_RE.lone_letter.finditer(text), 200)
+      if not is_denied(text, match.start())
+      and not _is_compared(text, match.start())
     )
     return list(dict.fromkeys(option for option in found if option))
 
@@ -141,6 +159,15 @@ class Options:
   def _from_number_text(self, text: str) -> str | None:
     value = numbers.only_number(text)
     return None if value is None else self.values.get(value)
+
+
+def _without_letters(choices: tuple[str, ...]) -> tuple[str, ...]:
+  """The texts without letters of their own, as in "A. 30" and "B. 45"."""
+  found = [_RE.own_letter.match(text) for text in choices]
+  for index, match in enumerate(found):
+    if match is None or match[1] != chr(65 + index):
+      return choices
+  return tuple(m.string[m.end() :] for m in found if m)
 
 
 def is_denied(text: str, start: int) -> bool:

@@ -1,7 +1,8 @@
 """Phrases that announce, affirm, deny or refuse an answer.
 
-English, Chinese and Persian. Every rule reads a lower-case copy with the same
-indices as the text, in linear time. Knows nothing of options or numbers.
+English, and the words before an answer in other languages. Every rule reads a
+lower-case copy with the same indices as the text, in linear time. Knows nothing
+of options or numbers.
 """
 
 from data_pipelines.text import tables
@@ -48,7 +49,7 @@ def text_after_cue(parts: list[str], i: int) -> str | None:
   end = None
   for match in _RE.cue.finditer(low):
     end = match.end()
-  if end is None or not is_assertion(parts[i]):
+  if end is None or not is_assertion(_RE.reason.split(parts[i], 1)[0]):
     return None
   after = parts[i][end:]
   if not after.strip(" :*\"'") and i + 1 < len(parts):

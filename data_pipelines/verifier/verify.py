@@ -30,6 +30,7 @@ from data_pipelines.verifier import (
 )
 
 _RE = tables.patterns("verify")
+_THINKING = tables.read("data_pipelines.verifier", "patterns.toml")["thinking"]
 # The first and last characters that are read of a longer completion.
 _HEAD, _TAIL = 1_000, 3_000
 # A longer text in a tag is no answer.
@@ -134,7 +135,7 @@ def _start(
       problem = _as_choice(problem, pair)
     elif kind in _WRITTEN:
       return _start_written(completion, problem, _WRITTEN[kind], truncated)
-  parse = functools.partial(_parse, problem=problem)
+  parse = functools.partial(_read, problem=problem)
   answer, how = _find(
     completion, parse, lambda text: _from_free_text(text, problem), truncated
   )
@@ -152,14 +153,32 @@ def _find(
   truncated: bool,
 ) -> tuple[str | None, str]:
   """The answer in the tags, or else in the text, and the rule that found it."""
-  _, _, completion = completion.rpartition("</think>")
-  if "<think>" in completion:  # The thinking was cut off.
+  visible = without_thinking(completion)
+  if visible is None:
     return None, "none"
+  completion = visible
   if "<answer>" in completion:
     return _from_tags(completion, parse), "tag"
   answer, how = from_free_text(_clip(completion))
   is_closed = how in ("tag", "boxed")
   return (None, "none") if truncated and not is_closed else (answer, how)
+
+
+def without_thinking(completion: str) -> str | None:
+  """The completion after its thinking; None if the thinking was cut off."""
+  low = phrases.to_lower(completion)
+  if not any(word in low for word in _THINKING["words"]):
+    return completion
+  ends = [low.rfind(close) + len(close) for _, close in _THINKING["marks"]]
+  closes = [close for _, close in _THINKING["marks"]]
+  start = max(
+    (end for end, close in zip(ends, closes, strict=True) if end >= len(close)),
+    default=0,
+  )
+  low = low[start:]
+  if any(opening in low for opening, _ in _THINKING["marks"]):
+    return None
+  return completion[start:]
 
 
 # How the answers of each type are written; `unchecked` ones as texts.
@@ -319,8 +338,19 @@ def _parse(text: str, problem: records.Problem) -> str | None:
     return _parse_list(text)
   if _RE.ordinary_integer.fullmatch(text):
     return str(int(text))
-  value = numbers.only_number(numbers.strip_lead_in(text))
-  return None if value is None else numbers.canonical(value)
+  plain = numbers.strip_lead_in(text)
+  value = numbers.only_number(plain)
+  if value is None:
+    return None
+  answer = numbers.canonical(value)
+  has_other_unit = numbers.has_other_unit(plain, answer, problem.unit)
+  return None if has_other_unit else answer
+
+
+def _read(text: str, problem: records.Problem) -> str | None:
+  """The answer in a tag or a box, which may hold a sentence."""
+  answer = _parse(text, problem)
+  return answer or _from_free_text(_clip(text), problem)[0]
 
 
 def _from_free_text(
@@ -330,16 +360,21 @@ def _from_free_text(
   text = _RE.hint.sub("", text)
   odd = _RE.odd_tag.findall(text)
   if odd:
-    return _parse(odd[-1], problem), "tag"
+    answers = {_read(inside, problem) for _, inside in odd}
+    return (answers.pop() if len(answers) == 1 else None), "tag"
   fields = [match[match.lastgroup or 0] for match in _RE.field.finditer(text)]
   if fields:
     answers = {_parse(field, problem) for field in fields}
     return (answers.pop() if len(answers) == 1 else None), "json"
-  boxed = _last_box(text)
-  if boxed is not None:
-    answer = _parse(boxed, problem)
-    if answer is not None:
-      return answer, "boxed"
+  boxes, end = written.last_boxes(text)
+  if boxes:
+    answer = _from_boxes(boxes, problem)
+    later = _stated_after(text[end:], problem)
+    # A box with no option is a step of the work.
+    if later or answer or problem.question_type != "multi_choice":
+      return later or (answer, "boxed")
+  elif end:  # The last box is not closed.
+    return None, "none"
   answer = _parse(text, problem)
   if answer is not None:
     return answer, "bare"
@@ -352,25 +387,36 @@ def _from_free_text(
   if len(bold) == 1:
     return bold.pop(), "bold"
   text = free_text.without_listed_options(numbers.plain(text))
+  text = free_text.without_positions(text)
   if problem.answer_type == "list":
     return _from_last_list(text)
-  if free_text.lists_numbers(text):
+  if free_text.lists_numbers(text) or free_text.is_hedged(text):
     return None, "none"
   if problem.question_type == "multi_choice":
     return free_text.find_option(text, options.parse_options(problem.choices))
-  return free_text.find_number(text)
+  answer, how = free_text.find_number(text)
+  if answer and numbers.has_other_unit(text, answer, problem.unit):
+    return None, "none"
+  return answer, how
 
 
-def _last_box(text: str) -> str | None:
-  r"""The content of the last \boxed{...}, with balanced braces."""
-  start = text.rfind(r"\boxed{")
-  if start < 0 or _RE.other_box.search(text[max(0, start - 40) : start]):
-    return None
-  depth, start = 1, start + len(r"\boxed{")
-  for i in range(start, min(len(text), start + _MAX_ANSWER)):
-    depth += {"{": 1, "}": -1}.get(text[i], 0)
-    if not depth:
-      return text[start:i]
+def _from_boxes(boxes: list[str], problem: records.Problem) -> str | None:
+  """The answer in boxes side by side, which must agree or be one list."""
+  if problem.answer_type == "list":
+    boxes = [", ".join(boxes)]
+  answers = {_read(box, problem) for box in boxes}
+  return answers.pop() if len(answers) == 1 else None
+
+
+def _stated_after(
+  text: str, problem: records.Problem
+) -> tuple[str | None, str] | None:
+  """The answer that a text announces, if there is nothing else beside it."""
+  parts = phrases.sentences(numbers.plain(text))
+  for i in range(len(parts) - 1, -1, -1):
+    after = phrases.text_after_cue(parts, i)
+    if after and (answer := _parse(after.strip(" *:"), problem)):
+      return answer, "cue"
   return None
 
 
@@ -393,9 +439,9 @@ _NO_SPACE_OR_QUOTES = str.maketrans("", "", " \t\n\r'\"")
 
 def _parse_list(text: str) -> str | None:
   """The canonical spelling of a list: "[1,2.5]"; None if it is no list."""
-  text = numbers.strip_lead_in(text)
+  text = _RE.row_word.sub(", ", numbers.strip_lead_in(text).rstrip("."))
   bracketed = text[:1] == "["
-  if text[:1] == "(" and text[-1:] == ")":
+  if text[:1] + text[-1:] in ("()", "{}"):
     text = text[1:-1]
   if not bracketed:
     text = f"[{text}]"
@@ -417,6 +463,10 @@ def _parse_list(text: str) -> str | None:
 
 
 def _from_last_list(text: str) -> tuple[str | None, str]:
+  """The last list in brackets, or the only row of numbers in the last line."""
   found = _RE.bracketed.findall(text) or _RE.round.findall(text)
+  if not found and not phrases.is_refusal(text):
+    found = _RE.row.findall("".join(phrases.sentences(text)[-1:]))
+    found = found if len(found) == 1 else []
   answer = _parse_list(found[-1]) if found else None
   return (answer, "statement") if answer else (None, "none")

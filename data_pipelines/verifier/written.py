@@ -30,10 +30,15 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
   fields = {clean(x, kind) for x in map(_json_text, _RE.field.findall(text))}
   if fields:
     return (fields.pop() if len(fields) == 1 else None), "json"
-  if boxes := _last_boxes(text):
+  boxes, end = last_boxes(text)
+  if line := _RE.answer_line.findall(text[end:]) if boxes else None:
+    return clean(line[-1], kind), "cue"
+  if boxes:
     return clean(", ".join(boxes), kind), "boxed"
+  if end:  # The last box is not closed.
+    return _NONE
   text = numbers.open_headings(_RE.token.sub("", text)).strip()
-  text = _RE.bold_heading.sub(r"\1:", _RE.display.sub(_one_line, text))
+  text = _RE.display.sub(_one_line, text)
   parts = phrases.sentences(text)
   for i in range(len(parts) - 1, -1, -1):
     after = phrases.text_after_cue(parts, i)
@@ -68,7 +73,7 @@ def clean(text: str, kind: str) -> str | None:
     return text if 0 < len(text) <= _MAX_LENGTH[kind] else None
   if len(text) > 2 * _MAX_LENGTH[kind]:
     return None
-  if boxes := _last_boxes(text):
+  if boxes := last_boxes(text)[0]:
     text = ", ".join(boxes)
   text = text.replace("**", "") if kind == "text" else text.strip("*` \n")
   match = numbers.LEAD_IN.match(text)
@@ -118,22 +123,31 @@ def _json_text(groups: tuple[str, ...]) -> str:
   return next((x for x in groups if x), "").replace("\\\\", "\\")
 
 
-def _last_boxes(text: str) -> list[str]:
-  r"""The content of the last \boxed{...}, and of those right beside it."""
+def last_boxes(text: str) -> tuple[list[str], int]:
+  r"""The content of the last \boxed{...}, and of those right beside it.
+
+  Also gives the index after the last box. A box that is not closed has no
+  content, yet an index.
+  """
   found: list[str] = []
-  end = len(text)
+  end, last = len(text), 0
   while len(found) < 16:
-    start = max(text.rfind(r"\boxed{", 0, end), text.rfind(r"\fbox{", 0, end))
+    start = max(text.rfind(name, 0, end) for name in _BOXES)
     if start < 0:
       break
     inside, close = _find_brace(text, text.index("{", start) + 1)
+    last = last or max(close, 1)
     if close < 0:
-      return []
+      return found, last
     if found and not _RE.between_boxes.fullmatch(text[close:end]):
       break
-    found.insert(0, inside)
+    if inside.strip():
+      found.insert(0, inside)
     end = start
-  return found
+  return found, last
+
+
+_BOXES = r"\boxed{", r"\fbox{", r"\framebox{"
 
 
 def _find_brace(text: str, start: int) -> tuple[str, int]:

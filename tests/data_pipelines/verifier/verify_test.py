@@ -268,6 +268,8 @@ def test_a_wrong_or_uncertain_number_is_not(response):
   "response",
   [
     "B",
+    "b",
+    "<answer>b</answer>",
     "(B)",
     "B.",
     "B) blue",
@@ -330,8 +332,6 @@ def test_a_right_option_is_found_by_letter_or_text(response):
     "red",
     "bluebell",
     "light-blueish",
-    "b",
-    "<answer>b</answer>",
     "E",
     "<answer>A. blue</answer>",
     "<answer>B. red</answer>",
