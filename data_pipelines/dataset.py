@@ -22,6 +22,7 @@ from data_pipelines.text import (
   untrusted,
 )
 from data_pipelines.text import tokenizer as tokens
+from data_pipelines.validation import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,18 @@ class Dataset:
       shard_count=1,
     )
     return batches[0]
+
+  def check_prompt(self, problem: records.Problem) -> None:
+    """Refuses a problem that cannot be asked.
+
+    Raises:
+      BadRecord: It has no question or too long a one, or other marks than
+        pictures, or the model sees none.
+    """
+    records.validate(problem)
+    shards = {"shards": (0,), "shard_count": 1}
+    options = {"kind": "online", "seed": 0, "max_new_tokens": 0} | shards
+    self._builder(source=[problem], **options).measure(problem)
 
   def measure_train_records(self) -> "Dataset":
     """This with its `train_index`; `identity` has the records left out.
@@ -243,6 +256,53 @@ def open_dataset(
     template=template,
   )
   return data.measure_train_records() if for_training else data
+
+
+def open_prompts(
+  settings: DataConfig, model: ModelInputs, *, seed: int = 0
+) -> Dataset:
+  """Opens what writes prompts of a person's questions: no problems.
+
+  Only solved examples, and a tokenizer that stands nowhere else, need data.
+
+  Raises:
+    ValueError: There are none, or they do not fit the model.
+  """
+  template = chat_prompts.open_template(
+    settings.prompt_template, settings.system_prompt
+  )
+  own = own_tokenizer.find(model.weights)
+  tokenizer = own_tokenizer.open_own(settings, model, own)
+  train = []
+  if settings.few_shot or not tokenizer:
+    rule = "name the data of the model, for its tokenizer or data.few_shot"
+    named = bool(settings.weighted_dirs)
+    require(named, "data.dir", settings.dir, rule, "set data.tokenizer too")
+    dirs = data_dirs.open_all(settings)
+    tokenizer = tokenizer or own_tokenizer.open_small(model, dirs[0])
+    if settings.few_shot:
+      data_dirs.check(settings, dirs, for_training=False)
+      train = [data_dirs.open_split(dirs, settings.train_split)]
+  if not settings.tokenizer:
+    own_tokenizer.check_recorded(model, own, tokenizer)
+  template = run_prompts.complete(
+    template,
+    few_shot=settings.few_shot,
+    seed=seed,
+    train=train,
+    asked=[[records.make_question("What is it?")]],
+  )
+  return Dataset(
+    settings=settings,
+    model=model,
+    tokenizer=tokenizer,
+    train=None,
+    eval=[],
+    shares=(1,),
+    completions=None,
+    identity={},
+    template=template,
+  )
 
 
 def _draw(

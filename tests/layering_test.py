@@ -25,8 +25,9 @@ FLOORS = {
   7: {"grpo_tpu.config"},
   8: {"grpo_tpu.evaluation", "grpo_tpu.planning"},
   9: {"grpo_tpu.train"},
-  10: {"grpo_tpu.main"},
-  11: {"grpo_tpu.__main__"},
+  10: {"grpo_tpu.modes"},
+  11: {"grpo_tpu.main"},
+  12: {"grpo_tpu.__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -22,6 +22,11 @@ MODES = {
   " workdir.",
   "export": "Exports the newest checkpoint of the run in the workdir, or the"
   " `model.weights` named, in Hugging Face format.",
+  "answer": "Answers a question about pictures, or those typed at a prompt,"
+  " with the newest checkpoint of the run in the workdir, or the"
+  " `model.weights` named, on one process. Asks as the run's training did,"
+  " whatever the config file says. Writes the text to standard output as its"
+  " tokens come, and nothing to the workdir.",
   "plan": "Plans the run for a slice: memory, work and bounds, without a TPU.",
 }
 
@@ -35,8 +40,8 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder for everything that the run writes, as in --workdir=runs/smoke.",
-  required=True,
+  "Folder for everything that the run writes, as in --workdir=runs/smoke."
+  " --mode=answer needs none if `model.weights` are named.",
 )
 flags.register_validator(
   "workdir",
@@ -56,6 +61,29 @@ ADVISE = flags.DEFINE_bool(
   "With --mode=plan, search for the largest step that fits, and print its"
   " settings.",
 )
+QUESTION = flags.DEFINE_string(
+  "question",
+  None,
+  "With --mode=answer, the question. Its pictures stand where it has <image>,"
+  " or first. By default the lines of standard input are the questions.",
+)
+IMAGES = flags.DEFINE_multi_string(
+  "image",
+  [],
+  "With --mode=answer, the file of a picture",
+)
+TEMPERATURE = flags.DEFINE_float(
+  "temperature",
+  0.0,
+  "With --mode=answer, the divisor of the logits; 0 takes the likeliest"
+  " tokens.",
+)
+SAMPLES = flags.DEFINE_integer(
+  "samples",
+  1,
+  "With --mode=answer, the number of answers, which `seed` draws; at"
+  " temperature 0 all are the same.",
+)
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
   None,
@@ -72,19 +100,22 @@ _PROCESS_ID = flags.DEFINE_integer(
   None,
   "Index of this process, as in --process_id=0. By default JAX_PROCESS_ID.",
 )
+_OF_ANSWER = (QUESTION, IMAGES, TEMPERATURE, SAMPLES)
 ALL = (
-  *(CONFIG, WORKDIR, TOPOLOGY, ADVISE),
+  *(CONFIG, WORKDIR, *_OF_ANSWER, TOPOLOGY, ADVISE),
   *(_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID),
 )
 
 
 def workdir() -> str:
-  """The folder of the run, without `~`.
+  """The folder of the run, without `~`; "" if --mode=answer has none.
 
   Raises:
     ValueError: Nothing can have such a name.
   """
-  return str(validation.to_path("--workdir", WORKDIR.value or ""))
+  if WORKDIR.value is None:
+    return ""
+  return str(validation.to_path("--workdir", WORKDIR.value))
 
 
 def has_override(setting: str) -> bool:
@@ -101,9 +132,15 @@ def process_address() -> "initialize.ProcessAddress | None":
   """
   from grpo_tpu.distributed import initialize
 
-  return initialize.read_process_address(
+  address = initialize.read_process_address(
     _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
+  if MODE.value == "answer" and address and address.num_processes > 1:
+    raise ValueError(
+      f"--num_processes ({address.num_processes}) must be 1 with --mode=answer,"
+      " which runs on one process; leave it out."
+    )
+  return address
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -132,7 +169,22 @@ def parse(argv: Sequence[str]) -> list[str]:
     if word in MODES:
       question = f"did you mean --mode={word}?"
     raise ValueError(f"{word!r} is not a flag; {question}")
+  _check_mode()
   return arguments
+
+
+def _check_mode() -> None:
+  """Refuses flags of another mode, and a missing --workdir."""
+  if MODE.value == "answer":
+    return
+  if WORKDIR.value is None:
+    raise ValueError("--workdir must name the folder of the run.")
+  for flag in _OF_ANSWER:
+    if flag.present:
+      raise ValueError(
+        f"--{flag.name} must go with --mode=answer, and not with "
+        f"--mode={MODE.value}; leave one of them out."
+      )
 
 
 def _read_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,21 +2,32 @@
 
 Nothing is trained, evaluated or exported from random parameters, or on drawn
 problems instead of real ones, unless the settings ask for it. A workdir with a
-run is evaluated and exported at its newest checkpoint.
+run is read at its newest checkpoint.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
+from data_pipelines.text import untrusted
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
+from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import run_record
+
+# The settings of a run that decide what it is asked, and where it ends.
+_OF_PROMPTS = (
+  *("seed", "data.prompt_template", "data.system_prompt", "data.few_shot"),
+  *("data.pan_and_scan.", "data.prompt_buckets", "data.train_split"),
+  *("rollout.max_new_tokens", "rollout.min_new_tokens"),
+  "rollout.stop_strings",
+)
 
 
 def resolve(
@@ -41,7 +52,7 @@ def resolve(
   if mode != "train":
     config = _take_run(config, mode, workdir, has_weights_flag)
   needs = [] if config.model.weights else [config.model.describe_weights()]
-  has_data = config.data.weighted_dirs or mode == "export"
+  has_data = config.data.weighted_dirs or mode in ("export", "answer")
   if config.model.hub_name and not has_data:
     needs.append(_describe_data(config, mode))
   if needs:
@@ -63,8 +74,9 @@ def _take_run(
   named = config.model.weights
   if named.startswith("random:") and not has_weights_flag:
     named = ""
-  record = run_record.read(workdir)
-  if record is None and not reader.steps(f"{workdir}/checkpoints"):
+  record = run_record.read(workdir) if workdir else None
+  is_run = workdir and (record or reader.steps(f"{workdir}/checkpoints"))
+  if not is_run:
     if not named:
       raise ValueError(
         f"--workdir ({workdir!r}) must hold a run to {mode}, and there is none "
@@ -90,6 +102,38 @@ def _take_run(
     weights = named
   logging.info("Reads the run in the workdir: model.weights=%s.", weights)
   return _with_run(config, trained, weights)
+
+
+def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
+  """The settings with the prompts and limits that a `run:` was trained with.
+
+  Those for which `is_flag` is true stay.
+
+  Raises:
+    ValueError: The record of the run holds no such settings.
+  """
+  if not config.model.weights.startswith("run:"):
+    return config
+  workdir = load.workdir_of(config.model.weights)
+  record = run_record.read(workdir)
+  if record is None:
+    return config
+  values = config.to_dict()
+  trained = fingerprint.flatten(record["config"])
+  for name, value in fingerprint.flatten(values).items():
+    was = trained.get(name, value)
+    if name.startswith(_OF_PROMPTS) and was != value and not is_flag(name):
+      logging.info("As in training: %s=%r", name, was)
+      *sections, last = name.split(".")
+      functools.reduce(dict.__getitem__, sections, values)[last] = was
+  config = Config.from_config_dict(values)
+  if config.data.weighted_dirs:
+    return config
+  saved = untrusted.get_field(record["config"], "data", dict, workdir)
+  folder, dirs = recorded_dirs(saved, workdir)
+  folder = folder or ("" if dirs else f"{workdir}/data")
+  data = dataclasses.replace(config.data, dir=folder, dirs=dirs)
+  return dataclasses.replace(config, data=data)
 
 
 def _check_model(

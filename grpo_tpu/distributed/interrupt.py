@@ -51,6 +51,22 @@ def saving() -> Iterator[None]:
     _can_save.clear()
 
 
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+  """Makes Ctrl-C a KeyboardInterrupt, so that a line editor can clean up."""
+  handler = signal.getsignal(signal.SIGINT)
+  if handler is signal.SIG_IGN:
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  socket_number = signal.set_wakeup_fd(-1)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(socket_number, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, handler)
+
+
 def is_pressed() -> bool:
   """True once a Ctrl-C makes the run save."""
   return _is_pressed.is_set()
@@ -61,13 +77,14 @@ def _watch(numbers: socket.socket) -> None:
     if number[0] != signal.SIGINT:
       continue
     if _is_pressed.is_set() or not _can_save.is_set():
-      _leave()
+      leave()
     _is_pressed.set()
     logging.warning("Interrupted: saving; press Ctrl-C again to leave at once.")
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _leave() -> NoReturn:
+def leave() -> NoReturn:
+  """Ends the program at once."""
   try:
     logging.warning(
       "Interrupted: leaving at once, nothing is saved (exit code %d).",

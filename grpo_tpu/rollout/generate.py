@@ -8,6 +8,7 @@ moves them together and emits finished prompts.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,6 +25,7 @@ from grpo_tpu.rollout import compaction, engine
 type OnFinished = Callable[
   [Mapping[int, list[list[int]]], Mapping[int, list[bool]]], None
 ]
+type OnTokens = Callable[[Mapping[int, list[list[int]]]], None]
 
 
 def no_poll() -> None:
@@ -122,6 +124,7 @@ def sample_completions(
   row_limits: Int[np.ndarray, "U C"] | None = None,
   poll: Callable[[], None] = no_poll,
   on_finished: OnFinished | None = None,
+  on_tokens: OnTokens | None = None,
 ) -> tuple[engine.Completions, RolloutReport]:
   """Samples `num_completions` completions of each prompt.
 
@@ -140,11 +143,14 @@ def sample_completions(
     on_finished: Called between chunks with the token ids of those of this
       process's prompts whose last completion has just ended, and with True for
       each completion that was cut off.
+    on_tokens: Called between chunks with the token ids so far of all of this
+      process's prompts.
   """
   rollout = _Rollout(params, prompts, settings, mesh, stop_strings)
   total = settings.max_new_tokens
   with activity.doing("rollout", total=total, unit="tokens") as task:
-    return rollout.run(step_key, row_limits, poll, on_finished, task)
+    emit = functools.partial(rollout.emit, on_finished, on_tokens)
+    return rollout.run(step_key, row_limits, poll, emit, task)
 
 
 class _Rollout:
@@ -176,7 +182,7 @@ class _Rollout:
     self._is_emitted = np.zeros(shape[:2], bool)
     self._row_steps = self._moves = 0
 
-  def run(self, step_key, row_limits, poll, on_finished, task):
+  def run(self, step_key, row_limits, poll, emit, task):
     started = time.perf_counter()
     if row_limits is None:
       num_rows = self._local_part(self._live).shape[0]
@@ -190,8 +196,7 @@ class _Rollout:
     self._update(state, view)
     prefilled = time.perf_counter()
     while self._live.any():
-      if on_finished:
-        self._emit_finished(state, on_finished)
+      emit(state)
       poll()
       state, alive = self._move_together(state)
       before = task.done = int(self._t)
@@ -199,8 +204,7 @@ class _Rollout:
       self._update(state, view)
       self._row_steps += (int(self._t) - before) * self._grid.rows.size
     done = time.perf_counter()
-    if on_finished:
-      self._emit_finished(state, on_finished)
+    emit(state)
     completions = self._engine.results(
       state.output, self._device_put(self._cut)
     )
@@ -258,12 +262,17 @@ class _Rollout:
     flags = np.take_along_axis(live, rows.reshape(len(rows), -1), axis=1)
     return flags.reshape(rows.shape) & (rows >= 0)
 
-  def _emit_finished(self, state: engine.State, on_finished: OnFinished):
-    """Passes on this process's prompts whose rows have just all ended."""
+  def emit(
+    self,
+    on_finished: OnFinished | None,
+    on_tokens: OnTokens | None,
+    state: engine.State,
+  ) -> None:
+    """Passes on tokens of this process's prompts to those who wait for them."""
     is_new = ~self._live.any(axis=-1) & ~self._is_emitted
     self._is_emitted |= is_new
-    prompts = np.flatnonzero(self._local_part(is_new))
-    if not prompts.size:
+    finished = np.flatnonzero(self._local_part(is_new))
+    if not (on_tokens or (on_finished and finished.size)):
       return
     ids, stopped = sharding.local_rows(
       self._mesh, (state.output.ids, state.output.stopped)
@@ -271,16 +280,19 @@ class _Rollout:
     length, cut = self._local_part(self._length), self._local_part(self._cut)
     truncated = ~stopped & (cut > length)
     length = np.minimum(length, cut)
-    on_finished(
-      {
-        int(prompt): [
-          row[:n].tolist()
-          for row, n in zip(ids[prompt], length[prompt], strict=True)
-        ]
-        for prompt in prompts
-      },
-      {int(prompt): truncated[prompt].tolist() for prompt in prompts},
-    )
+    tokens = {
+      prompt: [row[:n].tolist() for row, n in zip(*each, strict=True)]
+      for prompt, each in enumerate(zip(ids, length, strict=True))
+      if on_tokens or prompt in finished
+    }
+    if on_finished and finished.size:
+      done = finished.tolist()
+      on_finished(
+        {prompt: tokens[prompt] for prompt in done},
+        {prompt: truncated[prompt].tolist() for prompt in done},
+      )
+    if on_tokens:
+      on_tokens(tokens)
 
   def _local_part(self, by_shard: np.ndarray) -> np.ndarray:
     """This process's part of `[shards, u, ...]`, its shards concatenated."""

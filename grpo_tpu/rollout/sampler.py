@@ -91,6 +91,7 @@ class Sampler:
     num_parts: int = 1,
     poll: Callable[[], None] = generate.no_poll,
     on_finished: Callable[[Texts, Truncated], None] | None = None,
+    on_tokens: generate.OnTokens | None = None,
   ) -> Samples:
     """Samples completions of this process's prompts.
 
@@ -112,6 +113,8 @@ class Sampler:
       on_finished: Called between chunks with the texts of prompts whose
         completions have all ended, by the prompt's index in `prompts`, and with
         True for each completion that was cut off.
+      on_tokens: Called between chunks with the token ids so far of all prompts
+        of a part, by the prompt's index in the part.
     """
     start = time.perf_counter()
     images = self._image_rows(params, prompts)
@@ -149,6 +152,7 @@ class Sampler:
         row_limits=limits[part::num_parts],
         poll=poll,
         on_finished=report_texts if on_finished else None,
+        on_tokens=on_tokens,
       )
 
     parts, reports = zip(*map(sample_part, range(num_parts)), strict=True)

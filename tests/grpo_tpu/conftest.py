@@ -86,6 +86,7 @@ class Tiny:
     row_limits: np.ndarray | None = None,
     poll: Callable[[], None] = generate.no_poll,
     on_finished: generate.OnFinished | None = None,
+    on_tokens: generate.OnTokens | None = None,
     **settings: Any,
   ) -> tuple[engine.Completions, generate.RolloutReport]:
     """Completions and the report; on one device if no mesh is given."""
@@ -117,6 +118,7 @@ class Tiny:
         row_limits=row_limits,
         poll=poll,
         on_finished=on_finished,
+        on_tokens=on_tokens,
       )
 
 

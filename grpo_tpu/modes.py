@@ -1,0 +1,71 @@
+"""What each mode reads, checked before devices start, and what it then runs."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from grpo_tpu.config import flags
+from grpo_tpu.config.schema import Config
+
+
+def resolve(config: Config) -> Config:
+  """The settings with the weights and the data that the mode reads.
+
+  Raises:
+    ValueError: They must be named, or do not fit together.
+  """
+  from grpo_tpu.config import sources
+
+  mode, has_flag = flags.MODE.value, flags.has_override
+  has_weights = has_flag("model.weights")
+  config = sources.resolve(
+    config, mode, flags.workdir(), has_weights_flag=has_weights
+  )
+  return sources.as_trained(config, has_flag) if mode == "answer" else config
+
+
+def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
+  """The mode, ready to run, and the fingerprints of the data it opened.
+
+  Raises:
+    ValueError: Data, or a flag of the mode, cannot be used.
+  """
+  mode, workdir = flags.MODE.value, flags.workdir()
+  if mode == "plan":
+    from grpo_tpu.planning import plan
+
+    run = partial(plan.run, advise=flags.ADVISE.value)
+    return partial(run, config, workdir, flags.TOPOLOGY.value), {}
+  if mode == "export":
+    from grpo_tpu.checkpoint import export
+
+    export.check(config.model, config.export, workdir)
+    parts = config.model, config.export, config.mesh
+    return partial(export.run, *parts, workdir), {}
+  if mode == "answer":
+    from grpo_tpu.evaluation import answer
+
+    return answer.open_answers(
+      config,
+      question=flags.QUESTION.value,
+      image_files=flags.IMAGES.value,
+      temperature=flags.TEMPERATURE.value,
+      num_samples=flags.SAMPLES.value,
+    ), {}
+  from data_pipelines import dataset
+  from grpo_tpu.evaluation import eval_sets, evaluate
+  from grpo_tpu.train import loop
+
+  data = dataset.open_dataset(
+    config.data,
+    config.model_inputs,
+    workdir,
+    for_training=mode == "train",
+    seed=config.seed,
+  )
+  sets = eval_sets.open_sets(config, data)
+  identity = {k: x for each in sets.values() for k, x in each.identity.items()}
+  if mode == "evaluate":
+    return partial(evaluate.run, config, workdir, data), identity
+  eval_sets.check_targets(config, sets)
+  return partial(loop.train, config, workdir, data, report), identity
