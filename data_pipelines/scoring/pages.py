@@ -14,9 +14,9 @@ from typing import Any
 
 import jinja2
 import markupsafe
-import numpy as np
 from PIL import Image
 
+from data_pipelines import images
 from data_pipelines.validation import printable
 
 _PACKAGE = "data_pipelines.scoring"
@@ -33,23 +33,26 @@ def render(template: str, *, package: str = _PACKAGE, **values: Any) -> str:
   return _environment(package).get_template(template).render(**values)
 
 
-def image_uri(image: np.ndarray) -> str:
-  """Encodes an image, uint8 [height, width, 3], as a PNG or JPEG data URI."""
-  small = Image.fromarray(image)
+def image_uri(encoded: bytes) -> str:
+  """Encodes an image as a small PNG or JPEG data URI; "" for a damaged one."""
+  try:
+    small = Image.fromarray(images.decode(encoded))
+  except (ValueError, OSError):
+    return ""
   small.thumbnail((_MAX_SIDE, _MAX_SIDE))
-  encoded = []
+  found = []
   for kind, options in (("png", {}), ("jpeg", {"quality": 80})):
     file = io.BytesIO()
     small.save(file, kind, **options)
-    encoded.append((len(file.getvalue()), kind, file.getvalue()))
-  _, kind, data = min(encoded)
+    found.append((len(file.getvalue()), kind, file.getvalue()))
+  _, kind, data = min(found)
   return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def figure(share: Mapping[str, Any]) -> str:
   """A `statistics.share` with its interval, in words."""
   return (
-    f"{_percent(share['share'])} ({_interval(share)}; "
+    f"{100 * share['share']:.1f} % ({_interval(share)}; "
     f"{share['problems']} problems)"
   )
 
@@ -72,26 +75,14 @@ def _environment(package: str) -> jinja2.Environment:
     "clip": _clip,
     "code": _as_code,
     "figure": figure,
+    "image_uri": image_uri,
     "interval": _interval,
     "name": lambda text: printable(str(text)),
-    "p_value": p_value,
-    "percent": _percent,
-    "points": _points,
+    "p_value": lambda x: "p < 0.001" if x < 0.001 else f"p = {x:.3f}",
+    "percent": lambda x: f"{100 * x:.1f} %",
+    "points": lambda x: f"{100 * x:+.1f}".replace("-", "\N{MINUS SIGN}"),
   }
   return environment
-
-
-def p_value(value: float) -> str:
-  """A p-value in words."""
-  return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _percent(share: float) -> str:
-  return f"{100 * share:.1f} %"
-
-
-def _points(share: float) -> str:
-  return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _interval(share: Mapping[str, Any]) -> str:
@@ -107,14 +98,12 @@ def _clip(text: str) -> str:
 
 def _as_cell(text: Any) -> str:
   """Escapes a text for one cell of a Markdown table."""
-  plain = " ".join(str(text).split())
-  return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", plain)
+  return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", " ".join(str(text).split()))
 
 
 def _as_code(text: Any) -> str:
   """Formats a text as an indented code block, which no text can end."""
-  lines = str(text).splitlines() or [""]
-  return "\n".join(f"    {row}" for row in lines)
+  return "\n".join(f"    {row}" for row in str(text).splitlines() or [""])
 
 
 def _as_text(value: Any) -> Any:

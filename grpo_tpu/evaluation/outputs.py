@@ -8,8 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from data_pipelines import images, records
-from data_pipelines.scoring import pages
+from data_pipelines import records
 from grpo_tpu.config import sections
 from grpo_tpu.evaluation import report, scores
 
@@ -90,17 +89,16 @@ def make_example(
 ) -> report.Example:
   """An example of the report, with its images if they are readable."""
   try:
-    shown = map(images.decode, problems[completion.index].images)
-    uris = tuple(map(pages.image_uri, shown))
+    images = problems[completion.index].images
   except (ValueError, OSError):
-    uris = ()
+    images = ()
   same = [x for draw in draws for x in draw if x.index == completion.index]
   return report.Example(
     record=completion.record,
     outcome=completion.outcome,
     num_samples=len(same),
     samples_right=sum(x.is_right for x in same),
-    images=uris,
+    images=images,
   )
 
 

@@ -30,7 +30,7 @@ class Example:
   outcome: str  # One of `scores.OUTCOMES`.
   num_samples: int  # The number of sampled answers to the same problem.
   samples_right: int
-  images: tuple[str, ...]  # From `pages.image_uri`.
+  images: tuple[bytes, ...]  # Encoded.
 
 
 def line(scores: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ def render(
     worst=worst,
     slices=slices,
     outcomes=_OUTCOMES,
-    examples=[_example_view(example) for example in examples],
+    examples=examples,
   )
 
 
@@ -86,33 +86,3 @@ def _overall_rows(
       # For k = 1 both equal the accuracy of one sample.
       rows += [(f"{name}@{k}", note, x) for k, x in figures.items() if k != "1"]
   return rows
-
-
-def _example_view(example: Example) -> dict[str, Any]:
-  """The values of an example that the templates show."""
-  record = example.record
-  tags = [record["answer_type"]] + [
-    record["metadata"].get(name) for name in ("task", "context", "source")
-  ]
-  return {
-    **record,
-    "choices": [
-      {"text": f"({chr(65 + index)}) {text}", "mark": _mark(text, record)}
-      for index, text in enumerate(record["choices"] or ())
-    ],
-    "is_graded": record["strict_true_false"] is not None,
-    "reason": _OUTCOMES[example.outcome],
-    "tags": [str(tag) for tag in tags if tag],
-    "num_samples": example.num_samples,
-    "samples_right": example.samples_right,
-    "images": example.images,
-  }
-
-
-def _mark(text: str, record: Mapping[str, Any]) -> str:
-  """The CSS class of an option."""
-  if record["answer"] and text == record["answer"]:
-    return "right"
-  if text == record["strict_answer"]:
-    return "given" if record["strict_true_false"] is None else "wrong"
-  return ""

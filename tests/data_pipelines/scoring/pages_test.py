@@ -15,7 +15,9 @@ def test_an_image_is_shrunk_and_kept_in_the_smaller_format(kind):
   image = np.full((700, 960, 3), 77, np.uint8)
   if kind == "noisy":
     image = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
-  uri = image_uri(image)
+  file = io.BytesIO()
+  PIL.Image.fromarray(image).save(file, "png")
+  uri = image_uri(file.getvalue())
   wanted = {"flat": "png", "noisy": "jpeg"}[kind]
   head = f"data:image/{wanted};base64,"
   assert uri.startswith(head)
@@ -23,4 +25,8 @@ def test_an_image_is_shrunk_and_kept_in_the_smaller_format(kind):
   assert shown.size == (480, 350)
   mean = np.asarray(shown).mean()
   assert mean == pytest.approx(image.mean(), abs=1)
-  assert image_uri(image) == uri
+  assert image_uri(file.getvalue()) == uri
+
+
+def test_a_damaged_image_is_none():
+  assert image_uri(b"\x89PNG") == ""

@@ -1,8 +1,9 @@
 """The report shows every figure and never runs the text that it shows."""
 
 import html.parser
+import io
 
-import numpy as np
+import PIL.Image
 
 from data_pipelines.scoring.pages import image_uri
 from grpo_tpu.evaluation import report
@@ -13,7 +14,10 @@ EVIL = (
   '"\' onload="x" {{ 7 * 7 }} | `a` **b** [c](javascript:alert(1))\n\n'
   "    # head\r\n```\u2028<script>"
 )
-IMAGE = image_uri(np.full((3, 4, 3), 200, np.uint8))
+_FILE = io.BytesIO()
+PIL.Image.new("RGB", (4, 3), "grey").save(_FILE, "png")
+PNG = _FILE.getvalue()
+IMAGE = image_uri(PNG)
 
 
 def record(**changes):
@@ -33,7 +37,7 @@ def record(**changes):
   } | changes
 
 
-def example(images=(IMAGE,), num_samples=0, samples_right=0, **changes):
+def example(images=(PNG,), num_samples=0, samples_right=0, **changes):
   return report.Example(
     record=record(**changes),
     outcome="wrong",
@@ -214,14 +218,17 @@ def test_an_example_shows_what_was_asked_expected_and_got():
   assert "5 of 8 right" in page.text and "5 of 8 samples are right" in text
   _, page = pages(scores(), (), [example(strict_answer=None, images=())])
   assert "nothing" in page.text and "no image" in page.text
-  two = [example(images=(IMAGE, IMAGE))]
+  two = [example(images=(PNG,) * 2)]
   assert report.render("report.html", scores(), (), two).count(IMAGE) == 2
   assert "img" not in {tag for tag, _ in page.tags}
 
 
 def test_an_ungraded_answer_is_called_neither_right_nor_wrong():
   shown = example(
-    *(IMAGE, 8, 0), choices=["2", "4"], answer="", strict_true_false=None
+    *((PNG,), 8, 0),
+    choices=["2", "4"],
+    answer="",
+    strict_true_false=None,
   )
   found = {
     **{"set": "", "split": "test", "model": "tiny", "weights": "random:0"},
