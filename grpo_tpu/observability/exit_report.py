@@ -39,6 +39,7 @@ class ExitReport:
     step: The last step that was done.
     skipped_updates: By this process.
     has_run_record: True once `run.json` lists this attempt.
+    reason: Why a run that is done has ended.
     what_next: Advice on the result of the mode, such as "open FILE".
   """
 
@@ -47,6 +48,7 @@ class ExitReport:
     self.step: int | None = None
     self.skipped_updates = 0
     self.has_run_record = False
+    self.reason = "done"
     self.what_next = ""
     self._workdir: pathlib.Path | None = None
 
@@ -65,7 +67,7 @@ class ExitReport:
     if self._workdir is not None and not what_next:
       folder = shlex.quote(str(self._workdir))
       what_next = f"tensorboard --logdir={folder}  # {_CURVES}"
-    self._report(ExitCode.DONE, "done", what_next)
+    self._report(ExitCode.DONE, self.reason, what_next)
 
   def exit_with(self, error: BaseException) -> NoReturn:
     """Logs the error, reports it and ends this process at once."""

@@ -16,7 +16,7 @@ def train(
   data: dataset.Dataset,
   report: exit_report.ExitReport,
 ) -> None:
-  """Trains to `train.num_steps`, from the workdir's newest checkpoint if any.
+  """Trains to `train.num_steps` or `train.stop_when`; resumes a workdir's run.
 
   Raises:
     SettingError: A setting that only the devices or the workdir can refute.
@@ -25,9 +25,8 @@ def train(
       exits instead.
   """
   with setup.start(config, workdir, data, report) as run:
-    state, start = run.state, run.start
-    trainer = run.trainer
-    for step in range(start + 1, config.train.num_steps + 1):
+    trainer, state = run.trainer, run.state
+    for step in run.steps():
       with run.step(step):
         batch, rollout_metrics = trainer.collect(state, step)
         batch = trainer.score(state, batch)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import jax
 from absl import logging
 
 from data_pipelines import dataset, validation
+from data_pipelines.text import untrusted
 from grpo_tpu.checkpoint import checkpointer, load
 from grpo_tpu.config import defaults
 from grpo_tpu.config.schema import Config
@@ -83,7 +85,7 @@ def start(
       checkpointer.Checkpoints(folder / "checkpoints", config.checkpoint)
     )
     with activity.doing("Restoring the run"):
-      step = _restore_or_init(trainer, checkpoints, record)
+      step, evaluation = _restore_or_init(trainer, checkpoints, record)
     # Not before: a run that is refused has not started.
     if jax.process_index() == 0:
       record.write(trainer.config.model.weights)
@@ -108,7 +110,7 @@ def start(
     run = Run(
       trainer, data.identity, checkpoints, metric_writer, watch, report, profile
     )
-    run.begin(step)
+    run.begin(step, evaluation)
     yield run
     run.finish()
 
@@ -144,17 +146,23 @@ class Run:
       own_samples=self._config.data.kind != "preference"
     )
     self._metrics: writer.Scalars = {}
+    # The metrics of an evaluation after the last finished step, if there was.
+    self._evaluation: dict[str, float] = {}
     assert trainer.state is not None
     self.state, self.start = trainer.state, 0
 
-  def begin(self, restored_step: int | None) -> None:
+  def begin(
+    self, restored_step: int | None, evaluation: dict[str, float]
+  ) -> None:
     """Compiles; evaluates, writes and saves the state of a new run."""
+    self._evaluation = evaluation
     self.trainer.compile_ahead(self.state)
     num_steps = self._config.train.num_steps
     self._clock.start_steps()
     if restored_step is None:
       metrics = jax.device_get(self.evaluate(self.state, 0))
       self._metrics = metrics | self._clock.scalars()
+      self._evaluation = _evaluation_of(metrics)
       self._writer.write(0, self._metrics)
       self._writer.log_progress(num_steps)
       self.save(0, self.state)
@@ -162,6 +170,24 @@ class Run:
     self.start = self._report.step = restored_step or 0
     if self.start >= num_steps:
       logging.info("Nothing left to do: step %d of %d.", self.start, num_steps)
+
+  def steps(self) -> Iterator[int]:
+    """The numbers of the steps to take, until `train.stop_when` is met."""
+    for step in range(self.start + 1, self._config.train.num_steps + 1):
+      if self._has_met_target():
+        rule = self._config.train.stop_rule
+        value = self._evaluation[rule.metric]
+        reason = (
+          f"train.stop_when ({rule}) is met: {rule.metric} is {value:.6g}"
+        )
+        logging.info("%s at step %d.", reason, step - 1)
+        self._report.reason = reason
+        return
+      yield step
+
+  def _has_met_target(self) -> bool:
+    rule = self._config.train.stop_rule
+    return rule is not None and rule.is_met(self._evaluation)
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
@@ -200,6 +226,7 @@ class Run:
     metrics |= self._checkpoints.scalars()
     metrics["perf/write_failures"] = self._writer.failures
     self._metrics = metrics
+    self._evaluation = _evaluation_of(metrics)
     self._writer.write(step, metrics)
     self._writer.log_progress(self._config.train.num_steps)
     self._report.step = step
@@ -207,7 +234,8 @@ class Run:
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves a checkpoint if the step is due, first or last."""
-    is_forced = step in (0, self._config.train.num_steps)
+    is_last = step == self._config.train.num_steps or self._has_met_target()
+    is_forced = step == 0 or is_last
     self._save(step, state, metrics=self._metrics, force=is_forced)
 
   def finish(self) -> None:
@@ -218,7 +246,9 @@ class Run:
   def _save(self, step: int, state: Any, **options: Any) -> None:
     with self._clock.phase("checkpoint"), activity.doing("Saving"):
       self._writer.flush()  # No saved step lacks its samples.
-      self._checkpoints.save(step, state, self._meta, **options)
+      # A resumed run must know what this evaluation has met.
+      meta = self._meta | {"evaluation": self._evaluation}
+      self._checkpoints.save(step, state, meta, **options)
 
   def _wait_for_checkpoints(self) -> None:
     with self._clock.phase("checkpoint"), activity.doing("Saving"):
@@ -237,8 +267,12 @@ def _restore_or_init(
   trainer: Trainer,
   checkpoints: checkpointer.Checkpoints,
   record: run_record.RunRecord,
-) -> int | None:
-  """Gives the trainer the newest state and returns its step; None if new."""
+) -> tuple[int | None, dict[str, float]]:
+  """Gives the trainer the newest state.
+
+  Returns its step, None if it is new, and the metrics of the evaluation after
+  that step, {} if there was none or the next step is under way.
+  """
   row_sharding = sharding.batch_sharding(trainer.mesh)
   restored = checkpoints.restore(
     trainer.learner.abstract_state(), partial_step_sharding=row_sharding
@@ -250,12 +284,24 @@ def _restore_or_init(
     trainer.resume(restored.state, partial)
   else:
     trainer.init()
+  evaluation = {}
+  if restored and not restored.partial_step:
+    evaluation = restored.meta.get("evaluation", {})
+    with validation.user_errors():
+      untrusted.check_kind(evaluation, dict, "the checkpoint's evaluation")
+      untrusted.check_items(evaluation.values(), float, "its evaluation")
   step = restored.step if restored else None
   updates = trainer.partial.updates_done if trainer.partial else 0
   timeout = trainer.config.distributed.preflight_timeout_seconds
   facts = {"checkpoint": {"step": step, "updates": updates}}
   preflight.check("restored", facts, timeout_seconds=timeout)
-  return step
+  return step, evaluation
+
+
+def _evaluation_of(metrics: writer.Scalars) -> dict[str, float]:
+  """The finite metrics of evaluations, as a checkpoint keeps them."""
+  values = {k: float(x) for k, x in metrics.items() if k.startswith("eval/")}
+  return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _checkpoint_meta(config: Config, identity: dict[str, str]) -> dict:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
+from grpo_tpu.config import sections
 from grpo_tpu.distributed import preemption
 from grpo_tpu.observability import exit_report, goodput
 from grpo_tpu.rl import experience, partial_step, train_state
@@ -29,15 +30,24 @@ IDENTITY = {"data": "a"}
 class Arithmetic(trainer.Trainer):
   """Trains on integers; every part of a step writes down that it was done."""
 
-  def __init__(self, done, *, num_iterations, poll, skips=lambda update: False):
+  def __init__(
+    self,
+    done,
+    *,
+    num_iterations,
+    poll,
+    skips=lambda update: False,
+    stop_when="",
+  ):
     settings = types.SimpleNamespace(
       num_steps=NUM_STEPS,
       num_iterations=num_iterations,
       max_skipped_updates=2,
+      stop_rule=sections.StopRule.parse(stop_when),
     )
     self.config = types.SimpleNamespace(
       train=settings,
-      data=types.SimpleNamespace(kind="online"),
+      data=types.SimpleNamespace(kind="online", prompts_per_step=2),
       samples=types.SimpleNamespace(every_steps=0),
       eval=types.SimpleNamespace(every_steps=1),
       lora=None,
@@ -55,6 +65,8 @@ class Arithmetic(trainer.Trainer):
     self._clock, self._key = goodput.Clock(), None
     self._schedule = lambda update: 0.5**update
     self._shapes = set()
+    index = types.SimpleNamespace(usable=range(4))
+    self._data = types.SimpleNamespace(train_index=index)
     self.write_samples = lambda step, samples: done.append(("samples", step))
 
   def resume(self, state, partial=None):
@@ -114,9 +126,10 @@ class Checkpoints:
     self.is_on_disk = False
 
   def save(self, step, state, meta, *, metrics=None, partial_step=None, force):
-    assert meta == IDENTITY
+    assert {k: meta[k] for k in IDENTITY} == IDENTITY
     if force:
-      self.newest = (step, state, partial_step)
+      evaluation = {} if partial_step else meta["evaluation"]
+      self.newest = (step, state, partial_step, evaluation)
       self.is_on_disk = False
 
   def wait(self):
@@ -135,11 +148,11 @@ def lines_but_for_time(done):
   ]
 
 
-def train(done, checkpoints, *, on_poll=lambda: None, **options):
+def train(done, checkpoints, *, on_poll=lambda: None, is_new=False, **options):
   """From the newest checkpoint, or from the start."""
   zero = jnp.zeros((), jnp.int32)
   new = train_state.TrainState(zero, zero, {"w": zero}, {"count": zero})
-  step, state, saved = checkpoints.newest or (0, new, None)
+  step, state, saved, evaluated = checkpoints.newest or (0, new, None, {})
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   partial = saved and partial_step.PartialStep.from_data(saved, sharding)
   arithmetic = Arithmetic(
@@ -164,7 +177,7 @@ def train(done, checkpoints, *, on_poll=lambda: None, **options):
 
   @contextlib.contextmanager
   def start(*_):
-    run.begin(step)
+    run.begin(None if is_new else step, evaluated)
     yield run
     run.finish()
 
@@ -216,6 +229,54 @@ def test_stopped_at_any_poll_it_does_all_once_and_in_the_same_order(
     assert lines_but_for_time(done) == lines_but_for_time(whole), number
 
 
+def test_it_stops_where_the_target_is_first_met_however_often_it_is_stopped(
+  notice,
+):
+  whole, polls = [], []
+  checkpoints = Checkpoints()
+  train(whole, checkpoints, num_iterations=1, on_poll=lambda: polls.append(1))
+  values = [x[2]["eval/accuracy"] for x in whole if x[0] == "line"]
+  assert values == sorted(set(values))
+  target = {"num_iterations": 1, "stop_when": f"eval/accuracy >= {values[1]}"}
+  wanted = whole[: next(i for i, x in enumerate(whole) if x[:2] == ("line", 2))]
+  for number in range(1, len(polls) + 1):
+    done, checkpoints = [], Checkpoints()
+    notice(number)
+    with contextlib.suppress(preemption.Preempted):
+      train(done, checkpoints, **target)
+    notice(NEVER)
+    report = train(done, checkpoints, **target)
+    assert checkpoints.newest[0] == report.step == 2
+    assert "train.stop_when (eval/accuracy >= " in report.reason
+    done = [x for x in lines_but_for_time(done) if x != "started"]
+    expected = [x for x in lines_but_for_time(wanted) if x != "started"]
+    assert done[: len(expected)] == expected
+    assert done[-1][:2] == ("line", 2)
+    # Started again it does nothing more; with another target it continues.
+    train(done, checkpoints, **target)
+    assert done[-1][:2] == ("line", 2)
+    train(done, checkpoints, **target | {"stop_when": "eval/accuracy <= -1"})
+    again = [x for x in lines_but_for_time(done) if x != "started"]
+    assert again == [x for x in lines_but_for_time(whole) if x != "started"]
+
+
+def test_an_epoch_is_a_pass_over_the_usable_problems(notice):
+  """Two of the four in each batch, and four batches in three steps."""
+  done = []
+  train(done, Checkpoints(), num_iterations=1)
+  epochs = [x[2]["data/epoch"] for x in done if x[0] == "line"]
+  assert epochs == [0.5, 1.5, 2.0]
+
+
+def test_a_target_that_the_start_meets_takes_no_step(notice):
+  done, checkpoints = [], Checkpoints()
+  options = {"num_iterations": 1, "stop_when": "eval/accuracy <= 0"}
+  assert train(done, checkpoints, is_new=True, **options).step == 0
+  assert checkpoints.newest[0] == 0
+  assert train(done, checkpoints, **options).step == 0
+  assert [x[:2] for x in done] == [("eval", 0), ("line", 0)]
+
+
 def test_a_partial_step_is_saved_only_after_its_first_update(notice):
   """Before that, the same completions can be sampled again."""
   kept = []
@@ -224,7 +285,7 @@ def test_a_partial_step_is_saved_only_after_its_first_update(notice):
     notice(number)
     with pytest.raises(preemption.Preempted):
       train([], checkpoints, num_iterations=3)
-    step, _, unfinished = checkpoints.newest
+    step, _, unfinished, _ = checkpoints.newest
     assert step == 0
     kept.append(unfinished and unfinished.updates_done)
   assert kept == [None, None, None, 1, 2, 3, 3]
