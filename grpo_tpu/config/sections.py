@@ -147,14 +147,18 @@ class EvalConfig:
     return self.ks or tuple(2**i for i in range(self.num_samples.bit_length()))
 
   @property
-  def sampling(self) -> dict[str, Any]:
-    """How the sampler draws the `num_samples` completions."""
-    return {
+  def ways(self) -> list[dict[str, Any]]:
+    """How completions are made: greedily, then the `num_samples` if any."""
+    greedy = {"num_completions": 1, "temperature": 0.0}
+    if not self.num_samples:
+      return [greedy]
+    sampling = {
       "num_completions": self.num_samples,
       "temperature": self.temperature,
       "top_k": self.top_k,
       "top_p": self.top_p,
     }
+    return [greedy, sampling]
 
   def __post_init__(self):
     check_fields(self, "eval")

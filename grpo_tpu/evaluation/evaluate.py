@@ -302,7 +302,7 @@ def _sample_draws(
       params,
       batch,
       key,
-      **settings.sampling,
+      **settings.ways[-1],
       poll=poll,
     ).completions
     groups = sampler.texts(completions)

@@ -266,11 +266,15 @@ class _AbstractPrograms:
     config, rollout = self._config, self._config.rollout
     name, step = self._name, step_of(self._name)
     num_prompts = config.data.prompts_per_step // config.num_rollouts
-    num_rows, temperature = rollout.num_generations, rollout.temperature
-    if self._is_evaluation:  # Decodes one greedy completion per prompt.
-      num_prompts, num_rows, temperature = config.eval.batch_size, 1, 0.0
+    sampling = {
+      "num_completions": rollout.num_generations,
+      "temperature": rollout.temperature,
+    }
+    if self._is_evaluation:
+      num_prompts, sampling = config.eval.batch_size, config.eval.ways[-1]
+    num_rows = sampling["num_completions"]
     functions = engine.Engine(
-      self._sampler.engine_settings(num_rows, temperature), self._mesh
+      self._sampler.engine_settings(**sampling), self._mesh
     )
     params, prompts = self._run_params(), self._abstract_prompts(num_prompts)
     limit = self._array(jnp.int32, num_prompts, num_rows)

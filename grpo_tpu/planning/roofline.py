@@ -176,7 +176,8 @@ def _rollout_rows(config: Config, step: str) -> tuple[float, float]:
   """Prompts and completions that a data shard decodes together."""
   shards = data_shards(config)
   if step.startswith("evaluation"):
-    return config.eval.batch_size / shards, config.eval.batch_size / shards
+    prompts = config.eval.batch_size / shards
+    return prompts, prompts * config.eval.ways[-1]["num_completions"]
   prompts = config.data.prompts_per_step / config.num_rollouts / shards
   return prompts, prompts * config.rollout.num_generations
 

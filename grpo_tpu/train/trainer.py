@@ -184,11 +184,8 @@ class Trainer:
       plans.append((self._shapes, rollout))
     if config.eval.every_steps:
       shapes = set().union(*(x.shapes() for x in self._eval_batches.values()))
-      ways = [{"num_completions": 1, "temperature": 0.0}]
-      if config.eval.num_samples:
-        ways.append(config.eval.sampling)
       batch = {"num_prompts": config.eval.batch_size}
-      plans += [(shapes, batch | way) for way in ways]
+      plans += [(shapes, batch | way) for way in config.eval.ways]
     total = sum(self.sampler.num_programs(x, **how) for x, how in plans)
     folder = compile_cache.describe_folder()
     logging.info("Compiling %d programs (%s).", total, folder)

@@ -49,6 +49,7 @@ def test_a_program_is_compiled_again_only_if_relevant_settings_change(
     ("rollout.prompts_at_a_time", 8, {"rollout"}),
     ("rollout.pictures_per_shard", 4, {"pictures"}),
     ("eval.batch_size", 32, {"evaluation"}),
+    ("eval.num_samples", 8, {"evaluation"}),
     ("model.image_size", 448, {"pictures"}),
     ("data.prompts_per_step", 128, {"update", "rollout", "pictures"}),
     ("data.prompt_buckets", (384,), {"update", "rollout", "evaluation"}),
@@ -77,6 +78,7 @@ def test_programs_with_equal_relevant_settings_have_equal_arguments(name):
     ("rollout.prompts_at_a_time", 32),
     ("rollout.pictures_per_shard", 4),
     ("eval.batch_size", 128),
+    ("eval.num_samples", 3),
   ):
     new = changing.apply_changes(config, {setting: value})
     for program in programs.names(config):
@@ -97,6 +99,24 @@ def test_the_programs_of_learning_from_preferences_are_all_there():
   never = config_of("preference", **{"eval.every_steps": 0})
   parts = {programs.part_of(name) for name in programs.names(never)}
   assert parts == {"update"}
+
+
+def test_the_evaluation_is_planned_with_its_samples():
+  """Their caches are the larger ones; the prompts are cached once."""
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  found = {
+    n: programs.find(
+      config_of("smoke", **{"eval.num_samples": n}), mesh, "evaluation_decode"
+    )
+    for n in (0, 4)
+  }
+  rows = [x.args[2].shape for x in found.values()]
+  assert rows == [(256, 1), (256, 4)]
+  greedy, sampled = (x.bytes_by_class()["caches"] for x in found.values())
+  assert greedy < sampled < 4 * greedy
+  assert (
+    found[4].bytes_by_class()["params"] == (found[0].bytes_by_class()["params"])
+  )
 
 
 def test_eval_groups_are_scored_one_whole_batch_at_a_time():
