@@ -241,7 +241,7 @@ def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
     if len(mentioned) == 1:
       return mentioned[0], "statement"
   value, _ = find_number(text) if options.are_numbers else _NOTHING
-  named = options.from_value(decimal.Decimal(value)) if value else None
+  named = options.from_value(decimal.Decimal(value), text) if value else None
   return (named, "statement") if named else _NOTHING
 
 

@@ -51,9 +51,9 @@ _NUMBER = re.compile(
     | \.(?P<bare_part>\d++)
   )
   (?!\.\d)
-  (?:\s?[\u00d7x*]\s?10\s?\^\s?[({]?(?P<power>-?\d{1,3})[)}]?
-    | [eE](?P<exponent>[-+]?\d{1,3})(?![\w.])
-    | (?<=10)(?<![\d.,]10)\^(?P<of_ten>-?\d{1,2})(?![\w.])
+  (?:\s?[\u00d7\u00b7x*]\s?10\s?\^\s?[({]?(?P<power>-?\d{1,3})[)}]?
+    | [eE](?P<exponent>[-+]?\d{1,3})(?!\w|\.\d)
+    | (?<=10)(?<![\d.,]10)\^(?P<of_ten>-?\d{1,2})(?!\w|\.\d)
     | \s?/\s?(?P<divisor>\d{1,30}(?:\.\d{1,30})?)
     | [ ](?P<numerator>\d{1,3})/(?P<denominator>\d{1,3})(?![\d/]|\.\d)
     | (?P<scale>(?:[kKMB]|[bm]n)(?!\w)
@@ -126,11 +126,12 @@ def plain(text: str) -> str:
   if not text.isascii():
     text = raise_digits(text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
-  text = text.replace("\\$", "").replace("$", "").replace("`", "")
+  for mark in ("\\$", "US$", "$", "`"):
+    text = text.replace(mark, "")
   if "**" in text:
     text = _RE.power.sub("^", text).replace("**", "")
-  if "__" in text:
-    text = text.replace("__", "")
+  if "_" in text:
+    text = _RE.italics.sub(r"\1", text.replace("__", ""))
   if "S" in text:
     text = _RE.ocr_dollar.sub("", text)
   if any(mark in text for mark in _LATEX_MARKS):
@@ -145,7 +146,7 @@ def plain(text: str) -> str:
   if ":" in text:
     text = _RE.early.sub("", text)
   if ">" in text or "\u2192" in text or "\u21d2" in text:
-    text = _RE.arrow.sub("= ", text)
+    text = _RE.arrow.sub(" = ", _RE.first_arrow.sub("", text))
   if "- " in text:
     text = _RE.apart.sub(r"\1-", text)
   if "inus" in text or "egative" in text or "\u8d1f" in text:
@@ -181,7 +182,7 @@ def strip_lead_in(text: str) -> str:
   match = _RE.lead_in.match(text)
   if match and match.end() < len(text):
     text = text[match.end() :]
-  return text.strip(" \t\n\"'*_")
+  return text.strip(" \t\n\"'*_\u2705\U0001f449")
 
 
 def numerals(text: str) -> Iterator[Numeral]:
@@ -202,16 +203,23 @@ def _text_before(match: re.Match[str]) -> str:
   return match.string[max(0, match.start() - 40) : match.start()]
 
 
-def has_other_unit(text: str, answer: str, unit: str) -> bool:
+def has_other_unit(text: str, value: decimal.Decimal, unit: str) -> bool:
   """True if a plain text last gives this value another unit than this one."""
   asked = _unit_name(unit) if unit else None
   if asked is None:
     return False
   found = [*numerals(text), *number_words(text)]
-  found = [x for x in found if x.value == decimal.Decimal(answer)]
+  found = [x for x in found if x.value == value]
   last = max(found, key=lambda number: number.start, default=None)
   word = last and _RE.unit_word.match(text, last.match.end())
   return bool(word) and _unit_name(word[1]) not in (None, asked)
+
+
+def unit_of(text: str) -> str:
+  """The unit of the first number in a plain text, or ""."""
+  first = next(numerals(text), None)
+  word = first and _RE.unit_word.match(text, first.match.end())
+  return (_unit_name(word[1]) if word else None) or ""
 
 
 def _unit_name(word: str) -> str | None:

@@ -72,7 +72,7 @@ class Options:
     text = text.strip()
     if text in self.direct:
       return self.direct[text]
-    text = numbers.strip_lead_in(text).removesuffix(".")
+    text = numbers.strip_lead_in(text).rstrip(".!")
     if text in self.direct:
       return self.direct[text]
     named = self.from_text(text) or self._from_number_text(text)
@@ -152,13 +152,16 @@ class Options:
     match = self.mention.match(_to_spaced(text))
     return self.spaced.get(match[0]) if match else None
 
-  def from_value(self, value: decimal.Decimal) -> str | None:
-    """The option with this value, if every option is a number."""
-    return self.values.get(value) if self.are_numbers else None
+  def from_value(self, value: decimal.Decimal | None, text: str) -> str | None:
+    """The option with this value, and with the unit that the text gives it."""
+    named = None if value is None else self.values.get(value)
+    if named is None or value is None:
+      return None
+    unit = numbers.unit_of(numbers.plain(named))
+    return None if numbers.has_other_unit(text, value, unit) else named
 
   def _from_number_text(self, text: str) -> str | None:
-    value = numbers.only_number(text)
-    return None if value is None else self.values.get(value)
+    return self.from_value(numbers.only_number(text), text)
 
 
 def _without_letters(choices: tuple[str, ...]) -> tuple[str, ...]:

@@ -342,9 +342,9 @@ def _parse(text: str, problem: records.Problem) -> str | None:
   value = numbers.only_number(plain)
   if value is None:
     return None
-  answer = numbers.canonical(value)
-  has_other_unit = numbers.has_other_unit(plain, answer, problem.unit)
-  return None if has_other_unit else answer
+  if numbers.has_other_unit(plain, value, problem.unit):
+    return None
+  return numbers.canonical(value)
 
 
 def _read(text: str, problem: records.Problem) -> str | None:
@@ -395,7 +395,9 @@ def _from_free_text(
   if problem.question_type == "multi_choice":
     return free_text.find_option(text, options.parse_options(problem.choices))
   answer, how = free_text.find_number(text)
-  if answer and numbers.has_other_unit(text, answer, problem.unit):
+  if answer and numbers.has_other_unit(
+    text, decimal.Decimal(answer), problem.unit
+  ):
     return None, "none"
   return answer, how
 

@@ -13,11 +13,13 @@ def accuracy(verdict: verify.Verdict) -> float:
 def well_formed(completion: str) -> float:
   """1 for one <answer>...</answer> that holds a letter or digit; else 0.
 
-  Punctuation alone scores 0, so copying the instruction's "..." does not help.
+  Tags in the thinking do not count. Punctuation alone scores 0, so copying the
+  instruction's "..." does not help.
   """
-  if completion.count(_OPEN) != 1 or completion.count(_CLOSE) != 1:
+  visible = verify.without_thinking(completion) or ""
+  if visible.count(_OPEN) != 1 or visible.count(_CLOSE) != 1:
     return 0.0
-  inside = completion.partition(_OPEN)[2].partition(_CLOSE)
+  inside = visible.partition(_OPEN)[2].partition(_CLOSE)
   return float(bool(inside[1]) and any(map(str.isalnum, inside[0])))
 
 

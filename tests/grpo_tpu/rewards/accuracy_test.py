@@ -30,6 +30,9 @@ def test_accuracy_is_the_verdict(correct):
     ("<answer><answer>5</answer>", 0.0),
     ("<answer>5</answer></answer>", 0.0),
     ("<Answer>5</Answer>", 0.0),
+    ("<think>Maybe <answer>4</answer>?</think><answer>5</answer>", 1.0),
+    ("<think>So <answer>5</answer></think>", 0.0),
+    ("<think>So <answer>5</answer>", 0.0),
   ],
 )
 def test_format_is_exactly_one_tag_with_content(completion, expected):
