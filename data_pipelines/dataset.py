@@ -57,24 +57,14 @@ class Dataset:
   train_index: record_index.RecordIndex | None = None
 
   def train_batches(
-    self,
-    *,
-    seed: int,
-    max_new_tokens: int,
-    shards: tuple[int, ...],
-    shard_count: int,
-    start_step: int,
+    self, *, start_step: int, **builder: Any
   ) -> pipeline.TrainBatches:
-    """The endless training batches of this process, after `start_step`."""
-    assert self.train is not None, "opened for evaluation alone"
-    builder = self._train_builder(
-      seed=seed,
-      max_new_tokens=max_new_tokens,
-      shards=shards,
-      shard_count=shard_count,
-    )
+    """The endless training batches of this process, after `start_step`.
+
+    `builder` holds `seed`, `max_new_tokens`, `shards` and `shard_count`.
+    """
     return pipeline.make_pipeline(
-      builder,
+      self._train_builder(**builder),
       index=self.train_index,
       prompts_per_step=self.settings.prompts_per_step,
       shares=self.shares,
@@ -143,11 +133,7 @@ class Dataset:
     self._builder(source=[problem], **options).measure(problem)
 
   def measure_train_records(self) -> "Dataset":
-    """This with its `train_index`; `identity` has the records left out.
-
-    Raises:
-      ValueError: No record can be used for training.
-    """
+    """This with its `train_index`; `identity` has the records left out."""
     assert self.train is not None, "opened for evaluation alone"
     builder = self._train_builder(
       seed=0,
@@ -311,15 +297,6 @@ def _draw(
   """The synthetic set of a run, drawn in its workdir unless it is there."""
   folder = workdir / "data"
   request = synthetic_request(settings, model.vocab_size, str(folder))
-  _refuse_prepared(folder)
-  if (workdir / "run.json").exists():
-    _refuse_other_draw(request, str(workdir))
-  manifest = build.build_data_dir(request, overwrite=True)
-  return data_dirs.DataDir("data.dir", folder.name, folder, 1, manifest)
-
-
-def _refuse_prepared(folder: pathlib.Path) -> None:
-  """Refuses to draw problems where a user has prepared others."""
   manifest = build.read_manifest(folder)
   if manifest and manifest["source"] != build.SYNTHETIC:
     source = untrusted.shorten(manifest["source"])
@@ -328,16 +305,15 @@ def _refuse_prepared(folder: pathlib.Path) -> None:
       f"were prepared from {source}; set data.dir={folder} to use them, or "
       "choose another --workdir."
     )
-
-
-def _refuse_other_draw(request: build.Request, workdir: str) -> None:
-  """Refuses to replace the drawn data of a run by others."""
-  if changes := build.find_changes(request):
+  is_started = (workdir / "run.json").exists()
+  if changes := build.find_changes(request) if is_started else []:
     raise ValueError(
-      f"data.synthetic must be what the run in --workdir ({workdir!r}) has "
-      f"drawn, but {'; '.join(changes[:3])}. Set it back, name the data in "
+      f"data.synthetic must be what the run in --workdir ({str(workdir)!r}) "
+      f"has drawn, but {'; '.join(changes[:3])}. Set it back, name the data in "
       "data.dir, or choose another --workdir."
     )
+  manifest = build.build_data_dir(request, overwrite=True)
+  return data_dirs.DataDir("data.dir", folder.name, folder, 1, manifest)
 
 
 def synthetic_request(

@@ -56,9 +56,6 @@ _UPRIGHT = {
 class PanAndScan:
   """Settings of pan and scan, which shows long images again in crops.
 
-  transformers' Gemma3ImageProcessor names them `pan_and_scan_min_crop_size` and
-  so on.
-
   Attributes:
     enabled: False shows each image whole, without crops.
     min_crop_size: Fewest pixels of a crop's shorter side; an image whose crops
@@ -83,34 +80,32 @@ class PanAndScan:
     require(holds, "min_crop_size", self.min_crop_size, rule, "")
 
 
-# Transformers' numbers.
+# The numbers of transformers' Gemma3ImageProcessor.
 WHOLE = PanAndScan(
   enabled=False, min_crop_size=256, max_num_crops=4, min_ratio_to_activate=1.2
 )
 
 
 def decode(image_bytes: bytes) -> np.ndarray:
-  """Decodes an image as a viewer shows it on a white page.
-
-  Args:
-    image_bytes: An encoded image in one of `FORMATS` and any mode; the bytes
-      tell the format, never a file name. Of several frames or pages the first
-      is decoded, and the others are not looked at.
+  """Decodes the first frame of an image as a viewer shows it on a white page.
 
   Returns:
     uint8 [height, width, 3]: upright by its EXIF orientation, transparency
     composited over white, grey and CMYK as RGB, 16 bits scaled to 8.
 
   Raises:
-    BadRecord: "image_too_large" above a limit, before decoding;
-      "undecodable_image" for a corrupt or truncated image, or another format.
+    BadRecord: "image_too_large" or "undecodable_image".
   """
   with records.all_faults("undecodable_image"):
     image = _open(image_bytes)
     # Only the tags of a TIFF are read, and warned of, while it is decoded.
     with _silence() if image.format == "TIFF" else contextlib.nullcontext():
       image.load()
-    orientation = _orientation(image)
+    with _silence():
+      try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+      except Exception:  # PIL's EXIF reader raises as freely as its decoders.
+        orientation = None
     rgb = _as_rgb(image)
     if orientation in _UPRIGHT:
       rgb = rgb.transpose(_UPRIGHT[orientation])
@@ -119,10 +114,8 @@ def decode(image_bytes: bytes) -> np.ndarray:
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
   """Resizes the whole image to uint8 [size, size, 3], bilinearly."""
-  square = Image.fromarray(image).resize(
-    (size, size), Image.Resampling.BILINEAR
-  )
-  return np.asarray(square)
+  bilinear = Image.Resampling.BILINEAR
+  return np.asarray(Image.fromarray(image).resize((size, size), bilinear))
 
 
 def crop_boxes(
@@ -154,10 +147,7 @@ def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
   """Counts the crops that `views` would make, from the image's header alone.
 
   The EXIF orientation can only swap height and width, which gives the same
-  count.
-
-  Raises:
-    BadRecord: The header is damaged, or the image too large.
+  count. A damaged header raises a BadRecord.
   """
   if not settings.enabled:
     return 0
@@ -194,10 +184,8 @@ def _open(image_bytes: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
       raise records.BadRecord("image_too_large", str(error)) from error
     except Image.UnidentifiedImageError:  # Its words name an address.
-      known = ", ".join(FORMATS)
-      raise records.BadRecord(
-        "undecodable_image", f"it is none of {known}"
-      ) from None
+      detail = f"it is none of {', '.join(FORMATS)}"
+      raise records.BadRecord("undecodable_image", detail) from None
   if isinstance(image, TiffImagePlugin.TiffImageFile):
     # A tile is decoded whole, however small the image.
     width = image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0)
@@ -222,26 +210,15 @@ def _limit_scans(jpeg: bytes) -> None:
 
 def _limit(number: int, limit: int, unit: str) -> None:
   if number > limit:
-    raise records.BadRecord(
-      "image_too_large", f"{number} {unit}, and the limit is {limit}"
-    )
-
-
-def _orientation(image: Image.Image) -> int:
-  """The EXIF orientation; 1 (upright) if absent or damaged."""
-  with _silence():
-    try:
-      return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # PIL's EXIF reader raises as freely as its decoders.
-      return 1
+    detail = f"{number} {unit}, and the limit is {limit}"
+    raise records.BadRecord("image_too_large", detail)
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
   """Suppresses PIL's warnings of damaged metadata and of large images.
 
-  Holds a lock, because `warnings.catch_warnings` replaces a list that all
-  threads share; nothing slow belongs inside.
+  Nothing slow belongs inside: the list of warnings is all threads'.
   """
   with _WARNINGS_LOCK, warnings.catch_warnings():
     warnings.simplefilter("ignore")

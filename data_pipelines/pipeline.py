@@ -83,19 +83,12 @@ def make_pipeline(
   Args:
     builder: Builds the rows; its seed also fixes the order of the records.
     prompts_per_step: Rows of a step over all shards.
-    start_step: The first step to yield.
+    start_step: The step of the first batch.
     worker_processes: Processes that build batches; 0 builds the same batches
-      in threads of this process. Needs parsed absl flags, which Grain reads,
-      and a `__main__` that can be imported again.
+      in threads. Needs absl flags, and a `__main__` that can be imported again.
     index: Sizes of all records; None measures them. Each epoch of a data set
       is a permutation of those that can be used.
     shares: The share of each data set in the rows, as whole numbers.
-
-  Returns:
-    An iterator whose n-th batch is that of step `start_step + n`.
-
-  Raises:
-    ValueError: A setting breaks a rule, or no record can be used.
   """
   _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
   if index is None:
@@ -107,12 +100,8 @@ def make_pipeline(
   # the number of workers, and the step must be the whole position.
   stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
   if worker_processes:
-    stream = stream.mp_prefetch(
-      grain.multiprocessing.MultiprocessingOptions(
-        num_workers=worker_processes
-      ),
-      worker_init_fn=_ignore_interrupts,
-    )
+    options = grain.multiprocessing.MultiprocessingOptions(worker_processes)
+    stream = stream.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
 
   def shape_of(step: int) -> record_index.BatchShape:
     indices = np.asarray(order[start_step + step])
@@ -124,10 +113,7 @@ def make_pipeline(
 def _order(
   builder: prompt_rows.RowBuilder, usable: np.ndarray, shares: Sequence[int]
 ) -> grain.MapDataset:
-  """The indices of the records to ask, without end.
-
-  Each data set is shuffled by a seed of its own, and repeats.
-  """
+  """The indices of the records to ask; a data set has a seed and repeats."""
   parts = []
   ranges = builder.sets.values() or [range(len(builder.source))]
   for number, each in enumerate(ranges):
@@ -177,12 +163,8 @@ def make_eval_batches(
 ) -> "EvalBatches":
   """One reader's batches of the first problems of a source, in its order.
 
-  All batches have `batch_size` rows over all shards and are built when asked
-  for; padding rows fill the last one. A row counts as a problem, answered or
-  not, if its problem has a pid.
-
-  Raises:
-    ValueError: A setting breaks a rule.
+  All have `batch_size` rows over all shards; padding rows fill the last one. A
+  row counts as a problem, answered or not, if its problem has a pid.
   """
   _check_batch_size(builder, "eval.batch_size", batch_size)
   count = min(num_problems, len(builder.source))
@@ -229,9 +211,9 @@ class EvalBatches:
   def __getitem__(self, index: int) -> Batch:
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
-    rows = self._rows(index)
+    rows, first_row = self._rows(index), index * self._size
     return _build_batch(
-      self._builder, self._index, 0, rows, first_row=int(rows[0])
+      self._builder, self._index, 0, rows, first_row=first_row
     )
 
   def __iter__(self) -> Iterator[Batch]:
@@ -255,18 +237,13 @@ def _build_batch(
   *,
   first_row: int = 0,
 ) -> Batch:
-  """Builds this reader's rows of a batch.
+  """Builds this reader's rows of a batch that asks the records `indices`.
 
-  The batch asks the records `indices`, over all shards; `first_row` is the
-  `prompt_index` of the first. Step and row seed what is drawn for a row.
+  The first has the `prompt_index` `first_row`. Step and row seed what is drawn.
   """
   index = index.select(indices)
-  size = len(indices) // builder.shard_count
-  numbers = [
-    i
-    for shard in builder.shards
-    for i in range(shard * size, (shard + 1) * size)
-  ]
+  numbers = np.arange(len(indices)).reshape(builder.shard_count, -1)
+  numbers = numbers[list(builder.shards)].ravel().tolist()
   shape = index.batch_shape(builder)
   rows = [
     builder.build(
@@ -275,11 +252,18 @@ def _build_batch(
     for i in numbers
   ]
   asked = np.asarray(indices)[numbers]
+  labels = np.array([row.labels for row in rows], np.float32)
   pad = builder.tokenizer.chat.pad
   ids, mask = None, None
   if builder.num_completions:
-    completions = [row.completions for row in rows]
-    ids, mask = _pad_completions(completions, builder.max_new_tokens, pad)
+    flat = [each for row in rows for each in row.completions]
+    width = builder.max_new_tokens
+    lengths = np.array([len(each) for each in flat])
+    mask = np.arange(width) < lengths[:, None]
+    ids, mask = (
+      each.reshape(len(rows), -1, width)
+      for each in (_pad(flat, width, pad), mask)
+    )
   return Batch(
     prompt_ids=_pad([row.prompt for row in rows], shape[0], pad),
     prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
@@ -289,25 +273,12 @@ def _build_batch(
     problems=tuple(row.problem for row in rows),
     completion_ids=ids,
     completion_mask=mask,
-    labels=np.array([row.labels for row in rows], np.float32)
-    if builder.kind == "preference"
-    else None,
+    labels=labels if builder.kind == "preference" else None,
     sets={
       name: (each.start <= asked) & (asked < each.stop)
       for name, each in builder.sets.items()
     },
   )
-
-
-def _pad_completions(
-  completions: list[list[list[int]]], width: int, pad: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ids and mask of the rows' completions, each [B, C, width]."""
-  flat = [ids for row in completions for ids in row]
-  shape = (len(completions), -1, width)
-  lengths = np.array([len(ids) for ids in flat])
-  mask = np.arange(width) < lengths[:, None]
-  return _pad(flat, width, pad).reshape(shape), mask.reshape(shape)
 
 
 def _pad(sequences: list[list[int]], width: int, pad: int) -> np.ndarray:

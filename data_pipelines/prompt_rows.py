@@ -120,12 +120,7 @@ class RowBuilder:
     return problem.is_checkable or self.pays_unchecked or is_shown
 
   def measure(self, problem: records.Problem) -> tuple[int, int]:
-    """Counts the tokens of a usable problem's prompt, and its images.
-
-    Raises:
-      BadRecord: The prompt or a completion is too long, an image's header is
-        damaged, or the model sees no pictures.
-    """
+    """Counts the tokens of a usable problem's prompt, and its images."""
     if problem.images and not self.image_size:
       raise records.BadRecord(
         "unseen_pictures",
@@ -152,8 +147,7 @@ class RowBuilder:
     Args:
       index: The record's index in the source.
       length: Its prompt's length, `UNUSABLE` or `PADDING`.
-      position: The step and the row's index in the batch, which seed what is
-        drawn for the row.
+      position: The step and the row's index in it, which seed what is drawn.
       shape: The batch's prompt bucket, and its images per row.
     """
     bucket, slots = shape
@@ -208,8 +202,7 @@ class RowBuilder:
   ) -> records.Problem:
     """Gives the problem its options in the row's order, if that is asked for.
 
-    All shards chose the bucket by the prompts as published; an order whose
-    prompt does not fit into the bucket is not taken.
+    An order whose prompt does not fit into the bucket is not taken.
     """
     if not self.shuffle_options:
       return problem
@@ -251,33 +244,22 @@ class RowBuilder:
   def _images(
     self, problem: records.Problem, prompt: list[int], slots: int
   ) -> np.ndarray:
-    """The prompt's images, followed by black ones up to `slots`.
-
-    Raises:
-      BadRecord: An image is damaged, or differs from its header.
-    """
-    views = np.concatenate(
-      [
-        self._blank(0),
-        *(
-          images.views(images.decode(x), self.image_size, self.pan_and_scan)
-          for x in problem.images
-        ),
-      ]
-    )
+    """The prompt's images, followed by black ones up to `slots`."""
+    views = [
+      images.views(images.decode(x), self.image_size, self.pan_and_scan)
+      for x in problem.images
+    ]
+    count, soft_tokens = sum(map(len, views)), self.soft_tokens
     chat_prompts.check_images(
-      prompt,
-      self.tokenizer,
-      num_images=len(views),
-      soft_tokens=self.soft_tokens,
+      prompt, self.tokenizer, num_images=count, soft_tokens=soft_tokens
     )
-    if len(views) > slots:
+    if count > slots:
       raise records.BadRecord(
         "image_count",
-        f"{problem.pid} shows {len(views)} images, and no problem of its batch "
+        f"{problem.pid} shows {count} images, and no problem of its batch "
         f"showed more than {slots} when the data were opened",
       )
-    return np.concatenate([views, self._blank(slots - len(views))])
+    return np.concatenate([*views, self._blank(slots - count)])
 
 
 def warn_unusable(index: int, error: Exception) -> None:
@@ -288,10 +270,5 @@ def warn_unusable(index: int, error: Exception) -> None:
 
 def _stand_in(pid: str) -> records.Problem:
   """A problem without a question."""
-  return records.Problem(
-    pid=pid,
-    question="",
-    answer="",
-    question_type="free_form",
-    answer_type="integer",
-  )
+  types = {"question_type": "free_form", "answer_type": "integer"}
+  return records.Problem(pid=pid, question="", answer="", **types)

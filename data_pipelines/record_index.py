@@ -7,7 +7,7 @@ prompts and images must be padded without asking each other.
 import collections
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -114,9 +114,8 @@ def scan(
   other unusable records are problems without an answer.
 
   Raises:
-    ValueError: The scorer of a problem is not installed; or the model sees no
-      picture of any problem; or `for_training`, and no record of a data set can
-      be used, or no reward can score the completions of a usable problem.
+    ValueError: The scorer of a problem is not installed; no record can be used;
+      or `for_training`, and no reward can score a usable problem.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
@@ -144,7 +143,16 @@ def scan(
   if num_scored:
     reasoning_gym.require_library()
   if unpaid:
-    _refuse_unpaid(builder, unpaid, count)
+    labels = ", data.preference_rewards=labels for completions with labels"
+    raise ValueError(
+      f"data.train_split ({builder.split!r}) must hold answers that rules can "
+      f"check, or a reward must pay without them, but {len(unpaid)} of {count} "
+      f"problems have none, the first {printable(unpaid[0])}. Set "
+      "rewards.custom to a function that judges them, with a weight in "
+      f"rewards.custom_weights{labels if builder.kind == 'preference' else ''};"
+      " or train on problems with answers, which are all that "
+      "data_pipelines.prepare keeps without --unchecked_answers=keep."
+    )
   found = RecordIndex(lengths, num_images)
   _report(builder, found, left_out, for_training)
   if builder.shuffle_options:
@@ -154,21 +162,6 @@ def scan(
       num_choices,
     )
   return found
-
-
-def _refuse_unpaid(
-  builder: prompt_rows.RowBuilder, pids: list[str], count: int
-) -> NoReturn:
-  labels = ", data.preference_rewards=labels for completions with labels"
-  raise ValueError(
-    f"data.train_split ({builder.split!r}) must hold answers that rules can "
-    f"check, or a reward must pay without them, but {len(pids)} of {count} "
-    f"problems have none, the first {printable(pids[0])}. Set rewards.custom "
-    "to a function that judges them, with a weight in rewards.custom_weights"
-    f"{labels if builder.kind == 'preference' else ''}; or train on problems "
-    "with answers, which are all that data_pipelines.prepare keeps without "
-    "--unchecked_answers=keep."
-  )
 
 
 def _report(

@@ -11,7 +11,6 @@ References:
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +37,6 @@ MAX_DEPTH = 32
 _MAX_DETAIL = 300
 # The metadata that slices of a score are named by.
 SLICES = ("task", "category", "context", "grade", "source", "split")
-_NAMES = str | int | float | None
 
 _TEXTS = tables.read("data_pipelines.sources.rows", "mathvista.toml")
 
@@ -62,11 +60,7 @@ class BadRecord(ValueError):
 
 @contextlib.contextmanager
 def all_faults(reason: str = "unreadable") -> Iterator[None]:
-  """Raises a `BadRecord` for every exception of the body.
-
-  Libraries raise nearly every kind of exception for a damaged record, which
-  costs this one record.
-  """
+  """Raises a `BadRecord` for whatever a library raises for a damaged record."""
   try:
     yield
   except BadRecord:
@@ -158,11 +152,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 def official_query(problem: Problem) -> str:
-  """The text that MathVista ships as `query`: hint, question, options.
-
-  Raises:
-    BadRecord: The types or the precision have no hint.
-  """
+  """The text that MathVista ships as `query`: hint, question, options."""
   is_choice = problem.question_type == "multi_choice"
   kind = "text" if is_choice else problem.answer_type
   detail = f"answer_type {shorten(kind)}"
@@ -178,11 +168,9 @@ def official_query(problem: Problem) -> str:
       places="place" if precision == 1 else "places",
       examples=", ".join(examples),
     )
-  lines = [hint, f"Question: {_with_unit(problem)}"]
-  if problem.choices:
-    lines.append("Choices:")
-    lines += _letter_options(problem)
-  return "\n".join(lines).strip()
+  question, *options = _lines(problem)
+  heading = ["Choices:"] if options else []
+  return "\n".join([hint, f"Question: {question}", *heading, *options]).strip()
 
 
 def has_hint(problem: Problem) -> bool:
@@ -195,17 +183,14 @@ def has_hint(problem: Problem) -> bool:
 
 def plain_query(problem: Problem) -> str:
   """The question and its options, without a hint how to answer."""
-  return "\n".join([_with_unit(problem), *_letter_options(problem)]).strip()
+  return "\n".join(_lines(problem)).strip()
 
 
-def _with_unit(problem: Problem) -> str:
+def _lines(problem: Problem) -> list[str]:
+  """The question with its unit, then the options with their letters."""
   unit = f" (Unit: {problem.unit})" if problem.unit else ""
-  return f"{problem.question}{unit}"
-
-
-def _letter_options(problem: Problem) -> list[str]:
-  """The options, one per line, with their letters."""
-  return [f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices)]
+  options = (f"({chr(65 + i)}) {x}" for i, x in enumerate(problem.choices))
+  return [f"{problem.question}{unit}", *options]
 
 
 def with_official_query(problem: Problem) -> Problem:
@@ -214,11 +199,7 @@ def with_official_query(problem: Problem) -> Problem:
 
 
 def from_result(row: Mapping[str, Any]) -> Problem:
-  """The problem in one record of a results file, without image bytes.
-
-  Raises:
-    BadRecord: A field has a wrong type.
-  """
+  """The problem in one record of a results file, without image bytes."""
   parsers = {
     "choices": _texts,
     "aliases": _texts,
@@ -227,12 +208,11 @@ def from_result(row: Mapping[str, Any]) -> Problem:
     "completions": to_completions,
     "metadata": _metadata,
   }
-  columns = {name: name for name in FIELDS} | {"image_path": "image"}
-  del columns["images"]
   required = ("pid", "question", "answer", "question_type", "answer_type")
   values: dict[str, Any] = dict.fromkeys(required, "")
-  for name, column in columns.items():
-    if (value := row.get(column)) is not None:
+  for name in FIELDS:
+    column = "image" if name == "image_path" else name
+    if name != "images" and (value := row.get(column)) is not None:
       values[name] = parsers.get(name, _text)(column, value)
   problem = Problem(**values)
   query = problem.query.strip() or official_query(problem)
@@ -240,14 +220,17 @@ def from_result(row: Mapping[str, Any]) -> Problem:
 
 
 def validate(problem: Problem) -> None:
-  """Refuses a record that no run can use; `images.decode` checks the image.
-
-  Raises:
-    BadRecord: The record cannot be asked or its answer cannot be checked.
-  """
+  """Refuses a record that no run can use; `images.decode` checks the image."""
   _require(problem.pid.strip(), "missing_pid", "pid is empty")
   _require(problem.question.strip(), "empty_question", "question is empty")
-  _check_images(problem)
+  count = len(problem.images)
+  _require(all(problem.images), "missing_image", "a picture is empty")
+  detail = f"{count} pictures; at most {MAX_IMAGES} are shown"
+  _require(count <= MAX_IMAGES, "too_many_images", detail)
+  marks = problem.query.count(IMAGE_MARK)
+  detail = f"{marks} marks {IMAGE_MARK} for {count} pictures"
+  reason = "image_count" if count else "missing_image"
+  _require(marks in (0, count), reason, detail)
   for name in FIELDS:
     value = getattr(problem, name)
     for text in value if isinstance(value, tuple) else (value,):
@@ -260,12 +243,7 @@ def validate(problem: Problem) -> None:
 
 
 def validate_types(problem: Problem) -> None:
-  """Refuses a problem whose answer cannot be checked.
-
-  Raises:
-    BadRecord: The types, the options, the precision and the answer do not fit
-      together.
-  """
+  """Refuses types, options, precision and answer that do not fit together."""
   for name, known in (
     ("question_type", QUESTION_TYPES),
     ("answer_type", ANSWER_TYPES),
@@ -274,21 +252,16 @@ def validate_types(problem: Problem) -> None:
     detail = f"{name} {shorten(value)} is none of {known}"
     _require(value in known, f"unknown_{name}", detail)
   if problem.question_type == "multi_choice":
-    _check_choices(problem)
+    kind, count = problem.answer_type, len(problem.choices)
+    detail = f"a multi_choice answer has type text, not {shorten(kind)}"
+    _require(kind == "text", "mismatched_types", detail)
+    detail = f"{count} choices; letters allow 1 to {MAX_CHOICES}"
+    _require(1 <= count <= MAX_CHOICES, "bad_choices", detail)
+    is_there = not problem.is_checkable or problem.answer in problem.choices
+    detail = f"answer {shorten(problem.answer)} is none of the choices"
+    _require(is_there, "answer_not_in_choices", detail)
   elif problem.answer_type == "float":
     _check_precision(problem.precision)
-
-
-def _check_images(problem: Problem) -> None:
-  """Refuses pictures that are empty, too many, or not as many as marks."""
-  count = len(problem.images)
-  _require(all(problem.images), "missing_image", "a picture is empty")
-  detail = f"{count} pictures; at most {MAX_IMAGES} are shown"
-  _require(count <= MAX_IMAGES, "too_many_images", detail)
-  marks = problem.query.count(IMAGE_MARK)
-  detail = f"{marks} marks {IMAGE_MARK} for {count} pictures"
-  reason = "image_count" if count else "missing_image"
-  _require(marks in (0, count), reason, detail)
 
 
 def to_example(problem: Problem) -> dict[str, Any]:
@@ -307,22 +280,24 @@ def to_example(problem: Problem) -> dict[str, Any]:
 
 def from_example(example: Mapping[str, Any]) -> Problem:
   """The inverse of `to_example`; text may be UTF-8 bytes."""
-  fields = {
-    field.name: _to_text(example[field.name])
+
+  def text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+  values: dict[str, Any] = {
+    field.name: text(example[field.name])
     for field in dataclasses.fields(Problem)
     if field.type is str
   }
+  for name, parse in (("completions", to_completions), ("metadata", _metadata)):
+    values[name] = parse(name, json.loads(text(example[name])))
   return Problem(
-    images=tuple(bytes(image) for image in example["images"]),
-    choices=tuple(_to_text(choice) for choice in example["choices"]),
-    aliases=tuple(_to_text(alias) for alias in example["aliases"]),
+    images=tuple(map(bytes, example["images"])),
+    choices=tuple(map(text, example["choices"])),
+    aliases=tuple(map(text, example["aliases"])),
     precision=int(example["precision"]),
-    tolerance=float(_to_text(example["tolerance"])),
-    completions=to_completions(
-      "completions", json.loads(_to_text(example["completions"]))
-    ),
-    metadata=_metadata("metadata", json.loads(_to_text(example["metadata"]))),
-    **fields,
+    tolerance=float(text(example["tolerance"])),
+    **values,
   )
 
 
@@ -332,18 +307,18 @@ def _require(holds: object, reason: str, detail: str) -> None:
     raise BadRecord(reason, detail)
 
 
-def _text(column: str, value: Any) -> str:
+def _require_kind(column: str, value: Any, kinds: Any, reason: str) -> None:
   detail = f"{column} holds a {type(value).__name__}"
-  _require(isinstance(value, str), "not_text", detail)
+  _require(isinstance(value, kinds), reason, detail)
+
+
+def _text(column: str, value: Any) -> str:
+  _require_kind(column, value, str, "not_text")
   return value
 
 
 def check_text(name: str, text: str) -> None:
-  """Refuses a text that cannot be stored or encoded as tokens.
-
-  Raises:
-    BadRecord: The text is too long, or holds a NUL or a lone surrogate.
-  """
+  """Refuses a text that is too long, or holds a NUL or a lone surrogate."""
   rule = f"has more than {MAX_TEXT} characters"
   _require(len(text) <= MAX_TEXT, "text_too_long", f"{name} {rule}")
   is_text = "\0" not in text and text == text.encode(errors="ignore").decode()
@@ -360,72 +335,51 @@ def is_shallow(value: Any, depth: int = MAX_DEPTH) -> bool:
 
 
 def _texts(column: str, values: Any) -> tuple[str, ...]:
-  is_list = isinstance(values, Iterable) and not isinstance(values, str)
-  detail = f"{column} holds a {type(values).__name__}"
-  _require(is_list, "not_a_list", detail)
+  kinds = () if isinstance(values, str) else Iterable
+  _require_kind(column, values, kinds, "not_a_list")
   return tuple(_text(column, value) for value in values)
 
 
 def _metadata(column: str, value: Any) -> dict[str, Any]:
   """The metadata without nulls; must be JSON, because they are stored so."""
+  _require(is_shallow(value), "bad_metadata", f"{column} nest too deeply")
   try:
-    _require(is_shallow(value), "bad_metadata", f"{column} nest too deeply")
-    found = json.loads(
-      json.dumps({k: v for k, v in value.items() if v is not None})
-    )
+    known = {k: v for k, v in value.items() if v is not None}
+    found = json.loads(json.dumps(known))
   except (AttributeError, TypeError, OverflowError, ValueError) as error:
-    if isinstance(error, BadRecord):
-      raise
     detail = f"{column} are not JSON: {error}"
     raise BadRecord("bad_metadata", detail) from error
-  for name in SLICES:
-    _check_name(name, found.get(name))
   skills = found.get("skills", ())
-  detail = f"skills holds a {type(skills).__name__}"
-  _require(isinstance(skills, str | list | tuple), "bad_metadata", detail)
-  for skill in skills:
-    _check_name("skills", skill)
+  _require_kind("skills", skills, str | list | tuple, "bad_metadata")
+  slices = [(name, found.get(name)) for name in SLICES]
+  for name, each in (*slices, *(("skills", skill) for skill in skills)):
+    _require_kind(name, each, str | int | float | None, "bad_metadata")
   return found
-
-
-def _check_name(name: str, value: Any) -> None:
-  """Refuses metadata that cannot name a slice of the records."""
-  detail = f"{name} holds a {type(value).__name__}"
-  _require(isinstance(value, _NAMES), "bad_metadata", detail)
 
 
 def _precision(column: str, value: Any) -> int:
   """The precision as an int; -1 for NaN."""
-  if isinstance(value, float) and math.isnan(value):
+  if value != value:
     return -1
-  is_whole = isinstance(value, int) or (
-    isinstance(value, float) and value.is_integer()
-  )
   # It is stored in 32 bits.
-  holds = is_whole and abs(value) < 2**31
+  is_small = isinstance(value, int | float) and abs(value) < 2**31
   detail = f"{column} {shorten(value)} is no small whole number"
-  _require(holds, "bad_precision", detail)
+  _require(is_small and value % 1 == 0, "bad_precision", detail)
   return int(value)
 
 
 def to_tolerance(column: str, value: Any) -> float:
-  """The relative tolerance; 0 for NaN.
-
-  Raises:
-    BadRecord: It is no share from 0 to below 1.
-  """
-  holds = isinstance(value, int | float) and not value < 0 and value < 1
+  """The relative tolerance, from 0 to below 1; 0 for NaN."""
+  if value != value:
+    return 0.0
+  holds = isinstance(value, int | float) and 0 <= value < 1
   detail = f"{column} {shorten(value)} is no share from 0 to below 1"
-  _require(holds or value != value, "bad_tolerance", detail)
-  return 0.0 if value != value else float(value)
+  _require(holds, "bad_tolerance", detail)
+  return float(value)
 
 
 def to_completions(column: str, values: Any) -> tuple[LabelledCompletion, ...]:
-  """The completions in pairs of a text and a label.
-
-  Raises:
-    BadRecord: They are none.
-  """
+  """The completions in pairs of a text and a label."""
   detail = f"{column} {shorten(values)} are no pairs of text and label"
   _require(isinstance(values, list | tuple), "bad_completions", detail)
   found = []
@@ -440,31 +394,5 @@ def to_completions(column: str, values: Any) -> tuple[LabelledCompletion, ...]:
 
 
 def _check_precision(precision: int) -> None:
-  _require(
-    1 <= precision <= MAX_PRECISION,
-    "bad_precision",
-    f"precision {precision} of a float answer is not 1 to {MAX_PRECISION}",
-  )
-
-
-def _check_choices(problem: Problem) -> None:
-  """Checks a multiple-choice record; two options may have the same text."""
-  _require(
-    problem.answer_type == "text",
-    "mismatched_types",
-    f"a multi_choice answer has type text, not {shorten(problem.answer_type)}",
-  )
-  _require(
-    1 <= len(problem.choices) <= MAX_CHOICES,
-    "bad_choices",
-    f"{len(problem.choices)} choices; letters allow 1 to {MAX_CHOICES}",
-  )
-  _require(
-    not problem.is_checkable or problem.answer in problem.choices,
-    "answer_not_in_choices",
-    f"answer {shorten(problem.answer)} is none of the choices",
-  )
-
-
-def _to_text(value: str | bytes) -> str:
-  return value.decode() if isinstance(value, bytes) else str(value)
+  rule = f"precision {precision} of a float answer is not 1 to {MAX_PRECISION}"
+  _require(1 <= precision <= MAX_PRECISION, "bad_precision", rule)

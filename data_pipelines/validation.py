@@ -39,10 +39,9 @@ _MACHINE_ERRORS = (
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Turns a ValueError from the body into a SettingError.
+  """Turns a ValueError from the body, which only checks, into a SettingError.
 
-  For checks alone: libraries raise ValueErrors too when a file or another host
-  is lost, so what computes or reads much stands inside `run_errors`.
+  Libraries raise ValueErrors too when a file or another host is lost.
   """
   try:
     yield
@@ -54,10 +53,7 @@ def user_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_errors(action: str) -> Iterator[None]:
-  """Turns a ValueError, but no SettingError, into a RuntimeError.
-
-  No setting is to blame if a library cannot do the action.
-  """
+  """Turns a ValueError of a library, which no setting caused, into another."""
   try:
     yield
   except SettingError:
@@ -83,12 +79,7 @@ def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
 
 
 def to_path(name: str, value: str) -> pathlib.Path:
-  """The path that a flag or a setting names; a leading `~` is the home.
-
-  Raises:
-    ValueError: The value is empty, as of a shell variable that is not set, or
-      nothing can have such a name.
-  """
+  """The path that a flag or a setting names; a leading `~` is the home."""
   require(bool(value.strip()), name, value, "name a file or a folder", "")
   path = pathlib.Path(value)
   try:
@@ -117,12 +108,11 @@ def is_path() -> Mapping[str, Any]:
 def printable(text: str, *, keep: str = "") -> str:
   """The text with backslash escapes for what a terminal would obey.
 
-  Control characters (a carriage return, ESC), line and paragraph separators,
-  surrogates and format characters (text direction) are escaped, but for those
-  in `keep` and the joiners that many scripts need.
+  Those are control and format characters, separators and surrogates.
   """
   if text.isascii() and text.isprintable():
     return text
+  # Many scripts need the joiners.
   keep += "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
   return "".join(
     character.encode("unicode_escape").decode("ascii")
@@ -136,13 +126,9 @@ def printable(text: str, *, keep: str = "") -> str:
 def require_all(
   section: Any, prefix: str, *rules: tuple[str, bool, str, Any]
 ) -> None:
-  """Checks rules of one section of the settings.
+  """Checks rules of one section of the settings, such as "optimizer".
 
-  Args:
-    section: The object whose attributes are the settings.
-    prefix: The section's name, as in "optimizer".
-    *rules: For each rule the setting, whether the rule holds, the rule in words
-      and a value that would do.
+  A rule is a setting, whether it holds, its words, and a value that would do.
   """
   for name, holds, rule, value in rules:
     setting = f"{prefix}.{name}"
@@ -159,12 +145,7 @@ def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
 
 
 def interval(bounds: str, example: Any) -> Mapping[str, Any]:
-  """The metadata of a numeric field, with a value that would do.
-
-  Args:
-    bounds: An interval such as "[0, 1)": a square bracket includes the bound.
-    example: A value within it, for the remedy of an error.
-  """
+  """The metadata of a number in an interval such as "[0, 1)"."""
   return {"bounds": bounds, "example": example}
 
 
@@ -192,41 +173,28 @@ def check_fields(section: Any, prefix: str = "") -> None:
     name = f"{prefix}.{name}" if prefix else name
     if value is None:
       continue
-    if "bounds" in field.metadata:
-      bounds, example = field.metadata["bounds"], field.metadata["example"]
-      remedy = f"set {name}={example}" if prefix else ""
-      require(
-        _is_within(value, bounds), name, value, _rule(value, bounds), remedy
-      )
-    if "choices" in field.metadata:
-      choices = field.metadata["choices"]
-      if isinstance(value, tuple):
-        holds = set(value) <= set(choices) and len(set(value)) == len(value)
-        rule = f"be names of {', '.join(choices)}, each once"
-        remedy = f"set {name}={choices}" if prefix else ""
-        require(holds, name, value, rule, remedy)
-      else:
-        require_one_of(name, value, choices)
-
-
-def _is_within(value: float, bounds: str) -> bool:
-  low, high = map(float, bounds[1:-1].split(", "))
-  above = low <= value if bounds[0] == "[" else low < value
-  return above and (value <= high if bounds[-1] == "]" else value < high)
-
-
-def _rule(value: float, bounds: str) -> str:
-  is_open = isinstance(value, float) and bounds.endswith("inf)")
-  return f"be {describe_bounds(bounds)}{' and finite' if is_open else ''}"
+    if bounds := field.metadata.get("bounds"):
+      low, high = map(float, bounds[1:-1].split(", "))
+      holds = low <= value if bounds[0] == "[" else low < value
+      holds = holds and (value <= high if bounds[-1] == "]" else value < high)
+      is_open = isinstance(value, float) and bounds.endswith("inf)")
+      rule = f"be {describe_bounds(bounds)}{' and finite' if is_open else ''}"
+      remedy = f"set {name}={field.metadata['example']}" if prefix else ""
+      require(holds, name, value, rule, remedy)
+    choices = field.metadata.get("choices", ())
+    if choices and isinstance(value, tuple):
+      holds = set(value) <= set(choices) and len(set(value)) == len(value)
+      rule = f"be names of {', '.join(choices)}, each once"
+      remedy = f"set {name}={choices}" if prefix else ""
+      require(holds, name, value, rule, remedy)
+    elif choices:
+      require_one_of(name, value, choices)
 
 
 def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
-  """Checks that a setting is one of its choices.
-
-  A similar spelling may mean something else entirely, so the error asks and
-  never tells the user to set it.
-  """
+  """Checks that a setting is one of its choices."""
   if value not in choices:
+    # Only a question: a similar spelling may mean something else entirely.
     close = difflib.get_close_matches(str(value), choices, n=1)
     question = f"; did you mean {close[0]}?" if close else "."
     listed = ", ".join(choices)

@@ -56,23 +56,17 @@ class _Remote(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _open(path: epath.Path) -> Iterator[IO[bytes]]:
-  """A file, unpacked if it is gzip; one on gs:// is read in parts too."""
-  untrusted.size_of(path)  # Refuses a pipe.
-  with path.open("rb") as file, contextlib.ExitStack() as stack:
-    opened: Any = file
-    if "://" in os.fspath(path):
-      opened = io.BufferedReader(_Remote(file), _BUFFER)
-    if path.name.lower().endswith(".gz"):
-      opened = stack.enter_context(gzip.GzipFile(fileobj=opened))
-    yield opened
-
-
-@contextlib.contextmanager
-def _whole(path: epath.Path, kind: str) -> Iterator[None]:
-  """Refuses a file in which the body finds a fault."""
+def _open(path: epath.Path, kind: str) -> Iterator[IO[bytes]]:
+  """A file, unpacked if it is gzip; one in which the body fails is refused."""
   try:
-    yield
+    untrusted.size_of(path)  # Refuses a pipe.
+    with path.open("rb") as file, contextlib.ExitStack() as stack:
+      opened: Any = file
+      if "://" in os.fspath(path):  # Read in parts too.
+        opened = io.BufferedReader(_Remote(file), _BUFFER)
+      if path.name.lower().endswith(".gz"):
+        opened = stack.enter_context(gzip.GzipFile(fileobj=opened))
+      yield opened
   except validation.SettingError:
     raise
   except Exception as error:  # Damaged bytes raise nearly every kind.
@@ -97,8 +91,7 @@ def parquet(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   # Otherwise whole row groups are read ahead.
   limits = {"buffer_size": _BUFFER, "pre_buffer": False}
   with (
-    _whole(path, "parquet"),
-    _open(path) as opened,
+    _open(path, "parquet") as opened,
     pq.ParquetFile(pa.PythonFile(opened), **limits) as file,
   ):
     names = _column_names(file.schema_arrow, binary)
@@ -113,7 +106,7 @@ def arrow(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   """The rows of an Arrow file, in the format for files or for streams."""
   import pyarrow as pa
 
-  with _whole(path, "Arrow"), _open(path) as opened:
+  with _open(path, "Arrow") as opened:
     is_file = opened.read(6) == b"ARROW1"
     opened.seek(0)
     is_remote = "://" in os.fspath(path)
@@ -146,26 +139,21 @@ def _column_names(schema: Any, binary: bool) -> list[str]:
 def _batch_rows(batch: Any) -> Iterator[Values]:
   """The rows of an Arrow batch, with a BadRecord for each that is damaged."""
   try:
-    yield from _checked_rows(batch)
-  except (ArithmeticError, ValueError):  # A text that is no UTF-8, a date.
-    for index in range(batch.num_rows):
-      try:
-        with records.all_faults():
-          (row,) = _checked_rows(batch.slice(index, 1))
-      except records.BadRecord as error:
-        row = error
-      yield row
-
-
-def _checked_rows(batch: Any) -> list[dict[str, Any]]:
-  batch.validate(full=True)  # Otherwise any offset would be followed.
-  return batch.to_pylist(maps_as_pydicts="strict")
+    batch.validate(full=True)  # Otherwise any offset would be followed.
+    yield from batch.to_pylist(maps_as_pydicts="strict")
+  except (ArithmeticError, ValueError) as error:  # No UTF-8, an odd date.
+    if batch.num_rows == 1:
+      detail = f"{type(error).__name__}: {error}"
+      yield records.BadRecord("unreadable", detail)
+    else:
+      for index in range(batch.num_rows):
+        yield from _batch_rows(batch.slice(index, 1))
 
 
 @contextlib.contextmanager
-def _open_text(path: epath.Path) -> Iterator[IO[str]]:
+def _open_text(path: epath.Path, kind: str) -> Iterator[IO[str]]:
   """A text file, of which bytes that are no UTF-8 are kept."""
-  with _open(path) as opened:
+  with _open(path, kind) as opened:
     # Excel's "Unicode text" is UTF-16; "-sig" drops a byte order mark.
     is_wide = opened.read(2) in (b"\xff\xfe", b"\xfe\xff")
     opened.seek(0)
@@ -194,7 +182,7 @@ def _lines(text: IO[str]) -> Iterator[tuple[int, str | None]]:
 
 def json_lines(path: epath.Path) -> Iterator[Values]:
   """The objects of a JSONL file, one on each line that is not blank."""
-  with _whole(path, "JSONL"), _open_text(path) as text:
+  with _open_text(path, "JSONL") as text:
     for number, line in _lines(text):
       yield _json_row(line, f"line {number} of {path.name}")
 
@@ -241,11 +229,9 @@ def json_document(path: epath.Path) -> Iterator[Values]:
   writes it, or has one list of records among its fields. A file of JSON lines
   by the name of `.json` is read as such.
   """
-  with _whole(path, "JSON"), _open_text(path) as text:
-    start = [
-      _json_row(line, "") for _, line in itertools.islice(_lines(text), 2)
-    ]
-    if [type(row) for row in start] == [dict, dict]:
+  with _open_text(path, "JSON") as text:
+    start = itertools.islice(_lines(text), 2)
+    if [type(_json_row(line, "")) for _, line in start] == [dict, dict]:
       yield from json_lines(path)
       return
     text.seek(0)
@@ -257,17 +243,15 @@ def json_document(path: epath.Path) -> Iterator[Values]:
     if not isinstance(document, list | dict | tuple):
       kind = type(document).__name__
       raise _refusal(path, f"hold a list or an object, not a {kind}")
-    is_list = isinstance(document, list)
-    yield from (_read_list if is_list else _find_records)(document, path)
-
-
-def _read_list(rows: Iterable[Any], path: epath.Path) -> Iterator[Values]:
-  for index, row in enumerate(rows):
-    yield _require_object(row, f"record {index} of {path.name}")
+    yield from _find_records(document, path)
 
 
 def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
-  """The records of the one list in an object, or of the object itself."""
+  """The records of a list, of the one list in an object, or of an object."""
+  if isinstance(document, list):
+    for index, row in enumerate(document):
+      yield _require_object(row, f"record {index} of {path.name}")
+    return
   is_pairs = isinstance(document, tuple)
   items = document if is_pairs else list(document.items())
   columns = {key: values for key, value in items if (values := _column(value))}
@@ -285,8 +269,7 @@ def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
     remedy = "write the records, with all their fields, to a file of their own"
     raise _refusal(path, f"hold one list, not several: {named}", remedy)
   if lists:
-    (rows,) = lists.values()
-    yield from _read_list(rows, path)
+    yield from _find_records(*lists.values(), path)
   elif is_pairs or any(isinstance(value, dict | tuple) for _, value in items):
     yield from itertools.starmap(_named_row, items)
   elif items:
@@ -297,9 +280,8 @@ def _column(value: Any) -> list[Any] | None:
   """The values of a column that stands alone; None for another value."""
   if isinstance(value, dict) and [*value] == [*map(str, range(len(value)))]:
     return [*value.values()]
-  return (
-    value if isinstance(value, list) and dict not in map(type, value) else None
-  )
+  is_column = isinstance(value, list) and dict not in map(type, value)
+  return value if is_column else None
 
 
 def _named_row(pid: str, row: Any) -> Values:
@@ -318,7 +300,7 @@ def _named_row(pid: str, row: Any) -> Values:
 def table(path: epath.Path) -> Iterator[Values]:
   """The rows of a CSV or TSV file as texts, by the names in its first row."""
   csv.field_size_limit(MAX_LINE)
-  with _whole(path, "CSV"), _open_text(path) as text:
+  with _open_text(path, "CSV") as text:
     first = _line(text) or ""
     is_tsv = ".tsv" in path.name.lower()
     # Where the comma is decimal, Excel writes semicolons.
@@ -365,20 +347,14 @@ class _BoundedReader(io.BufferedReader):
 def tar(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   """The samples of a webdataset shard, in the order of their first members.
 
-  Members whose paths are equal up to the first dot of the name are a sample.
-
-  - `x.json` gives columns; any other text, such as `x.answer.txt` or
-    `x.choices.json`, one column of its name. Without JSON, `x.txt` is the
-    `question` and `x.cls` the `answer`.
-  - A picture such as `x.jpg` is the column `jpg` and also `image`; several, as
-    `x.0.jpg` and `x.1.jpg`, are `images`, by number. They stand in for the
-    names of pictures that the JSON has there.
-  - The common path is `__key__`, and with the shard's name the `pid` where the
-    JSON gives none.
+  Members whose paths are equal up to the first dot of the name are a sample,
+  `__key__`: `x.json` gives columns; any other text, such as `x.answer.txt` or
+  `x.choices.json`, one column of its name; without JSON, `x.txt` is the
+  `question` and `x.cls` the `answer`. A picture such as `x.jpg` is the column
+  `jpg` and also `image`; several, as `x.0.jpg` and `x.1.jpg`, are `images`.
   """
   with (
-    _whole(path, "tar"),
-    _open(path) as opened,
+    _open(path, "tar") as opened,
     _BoundedReader(cast(io.RawIOBase, opened), _BUFFER) as bounded,
     tarfile.open(fileobj=bounded, mode="r:") as file,
   ):

@@ -44,15 +44,18 @@ def read(value: Any, column: str) -> Choices:
   """The options in a value: a list, an object, or a text of either.
 
   Letters before the texts ("A. 12 cm") are taken off, if all have one.
-
-  Raises:
-    BadRecord: The value is none of these.
   """
   value = gold.plain(value)
   if isinstance(value, str):
     value = _from_text(value.strip())
   if isinstance(value, Mapping):
-    value = _from_object(value)
+    # {"A": "12 cm"} or {"text": [...], "label": [...]}.
+    texts, letters = (gold.plain(value.get(x)) for x in ("text", "label"))
+    if isinstance(texts, list):
+      pairs = zip(letters or [""] * len(texts), texts, strict=True)
+    else:
+      pairs = sorted((str(k), v) for k, v in value.items() if v is not None)
+    value = [{"label": letter, "text": text} for letter, text in pairs]
   items = list(value) if isinstance(value, list | tuple) else value
   while items and isinstance(items, list) and gold.is_missing(items[-1]):
     items.pop()
@@ -75,16 +78,6 @@ def read(value: Any, column: str) -> Choices:
     letters = own
     texts = [match.string[match.end() :].strip() for match in found]
   return Choices(tuple(texts), tuple(letters))
-
-
-def _from_object(value: Mapping[str, Any]) -> list[Any]:
-  """The options of {"A": "12 cm"} or {"text": [...], "label": [...]}."""
-  texts, letters = gold.plain(value.get("text")), gold.plain(value.get("label"))
-  if isinstance(texts, list):
-    pairs = zip(letters or [""] * len(texts), texts, strict=True)
-  else:
-    pairs = sorted((str(k), v) for k, v in value.items() if v is not None)
-  return [{"label": letter, "text": text} for letter, text in pairs]
 
 
 def _from_text(text: str) -> Any:
@@ -146,14 +139,7 @@ def right_option(
 ) -> str:
   """The text of the option that a gold names by text, letter or index.
 
-  Args:
-    value: The gold as the source writes it.
-    choices: The options.
-    column: The gold's column, for the error.
-    index_base: The index of the first option, where the golds are indices.
-
-  Raises:
-    BadRecord: The gold names none of them, or several.
+  `index_base` is the index of the first option, where the golds are indices.
   """
   value = gold.plain(value)
   if isinstance(value, list | tuple) and len(value) == 1:
@@ -178,13 +164,13 @@ def right_option(
   for letter in (core, core.upper()):
     if letter in by_letter:
       return by_letter[letter]
-  match = _LETTERED.match(named)
+  match, parsed = _LETTERED.match(named), options.parse_options(choices.texts)
   if match and match[1] in by_letter:
-    also = options.parse_options(choices.texts).from_text(named[match.end() :])
-    if also in (None, by_letter[match[1]]):
-      return by_letter[match[1]]
-    raise _no_option(value, choices, column)
-  found = options.parse_options(choices.texts).from_answer(named)
+    also = parsed.from_text(named[match.end() :])
+    found = by_letter[match[1]]
+    found = found if also in (None, found) else None
+  else:
+    found = parsed.from_answer(named)
   if found is None:
     raise _no_option(value, choices, column)
   return found
@@ -200,19 +186,16 @@ def to_index(value: Any) -> int | None:
 
 
 def index_base(rows: Sequence[tuple[Any, Choices]]) -> int | None:
-  """The index of the first option in golds that count the options.
+  """The index of the first option in golds that count their options.
 
   None unless more of the golds are indices than equal an option.
-
-  Args:
-    rows: Golds, each with its options.
   """
-  counted = [
-    (to_index(value), choices) for value, choices in rows if choices.texts
-  ]
-  if not counted or any(index is None for index, _ in counted):
-    return None
-  found = [(index or 0, choices) for index, choices in counted]
+  found = []
+  for value, choices in rows:
+    if choices.texts:
+      if (index := to_index(value)) is None:
+        return None
+      found.append((index, choices))
   named = sum(
     str(index) in choices.letters
     or any(index == numbers.only_number(text) for text in choices.texts)

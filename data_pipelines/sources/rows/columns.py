@@ -24,9 +24,8 @@ from data_pipelines.sources.rows import (
 from data_pipelines.text import untrusted
 
 _SYNONYMS = {"id": "pid", "image": "images", "options": "choices"}
-_CHARTQA = (
-  *({"query", "label", "human_or_machine"}, {"imgname", "query", "label"}),
-)
+# Columns of ChartQA's two layouts, beside query and label.
+_OF_CHARTQA = {"human_or_machine", "imgname"}
 # A reply with more words is a demonstration, no text to compare with.
 _MAX_REPLY_WORDS = 5
 _LETTER = re.compile(r"\(?([A-Ha-h])(?:[).:\uff0e]|$)")
@@ -34,36 +33,22 @@ _LETTER = re.compile(r"\(?([A-Ha-h])(?:[).:\uff0e]|$)")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How golds are read.
+  """How golds are read."""
 
-  Attributes:
-    unchecked_answers: "keep" keeps records whose answer no rule can check.
-    tolerance: Largest relative error of a right number; None for the source's.
-  """
-
-  unchecked_answers: str = "reject"
-  tolerance: float | None = None
+  unchecked_answers: str = "reject"  # "keep" keeps what no rule can check.
+  tolerance: float | None = None  # Largest relative error; None as columns say.
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Which column of a source is which.
+  """Which column of a source is which."""
 
-  Attributes:
-    names: For each role its columns, with dots into structs.
-    is_mathvista: True for MathVista's schema.
-    index_base: The index of the first option, where answers are indices.
-    tolerance: Largest relative error of a right number.
-    known: The columns of the source.
-    described: The columns in one line.
-  """
-
-  names: Mapping[str, tuple[str, ...]]
-  is_mathvista: bool = False
-  index_base: int | None = None
-  tolerance: float = 0.0
-  known: tuple[str, ...] = ()
-  described: str = ""
+  names: Mapping[str, guesses.Paths]  # The columns of each role.
+  is_mathvista: bool = False  # True for MathVista's schema.
+  index_base: int | None = None  # Of the first option, if answers are indices.
+  tolerance: float = 0.0  # Largest relative error of a right number.
+  known: guesses.Paths = ()  # The columns of the source.
+  described: str = ""  # The columns in one line.
 
 
 def choose(
@@ -71,12 +56,7 @@ def choose(
 ) -> Columns:
   """Guesses the columns from the first rows of a source.
 
-  Args:
-    sample: The rows, at most some hundred.
-    given: Columns that are not to be guessed, by role; "" for no such column.
-
-  Raises:
-    SettingError: A given role or column is unknown, or none is the question.
+  Columns that are `given` for a role are not guessed; "" is no such column.
   """
   known = guesses.paths(sample)
   everything = tuple(sorted(known.values()))
@@ -102,8 +82,9 @@ def choose(
     )
   base, more = _survey(sample, names)
   notes += more
-  tolerance = 0.05 if any(x <= known.keys() for x in _CHARTQA) else 0.0
-  if tolerance:
+  tolerance = 0.0
+  if {"query", "label"} <= known.keys() and known.keys() & _OF_CHARTQA:
+    tolerance = 0.05
     notes.append("tolerance=0.05, as ChartQA is scored")
   line = _describe(names, everything, notes)
   return Columns(names, False, base, tolerance, everything, line)
@@ -171,17 +152,7 @@ def _survey(
 def to_problem(
   row: files.Row, columns: Columns, number: int, settings: Settings
 ) -> Problem:
-  """The problem of a row.
-
-  Args:
-    row: The row.
-    columns: The result of `choose` for its source.
-    number: Names a row that has no id.
-    settings: How golds are read.
-
-  Raises:
-    BadRecord: The row is no problem.
-  """
+  """The problem of a row; `number` names one that has no id."""
   if columns.is_mathvista:
     problem = mathvista.to_problem(row.values, row.read)
     return _Row(row, columns).with_measures(problem, settings)
@@ -214,7 +185,7 @@ def to_problem(
 def pid(values: Mapping[str, Any], columns: Columns, number: int) -> str:
   """The name of a row: its id if that is a text or a number, or its number."""
   paths = columns.names.get("pid", ("pid",))
-  value = gold.plain(guesses.value_at(values, paths[0])) if paths else None
+  value = guesses.value_at(values, paths[0]) if paths else None
   if isinstance(value, float) and value.is_integer():
     value = int(value)
   is_name = isinstance(value, str | int | float) and not gold.is_missing(value)
@@ -229,13 +200,15 @@ class _Row:
   row: files.Row
   columns: Columns
 
+  def all(self, role: str) -> list[Any]:
+    """The values of a role's columns, without missing ones."""
+    paths = self.columns.names.get(role, ())
+    found = (guesses.value_at(self.row.values, x) for x in paths)
+    return [value for value in found if not gold.is_missing(value)]
+
   def get(self, role: str) -> Any:
     """The value of a role, from its first column that has one; else None."""
-    paths = self.columns.names.get(role, ())
-    found = (
-      gold.plain(guesses.value_at(self.row.values, path)) for path in paths
-    )
-    return next((value for value in found if not gold.is_missing(value)), None)
+    return next(iter(self.all(role)), None)
 
   def name(self, role: str) -> str:
     """The columns of a role, for an error."""
@@ -259,10 +232,9 @@ class _Row:
       ]
     name = self.name("completions")
     completions = list(records.to_completions(name, given))
-    if isinstance(good := self.get("response_label"), bool):
-      name = self.name("response")
-      reply, _ = conversations.read_reply(self.get("response"), name)
-      completions += [LabelledCompletion(reply, float(good))] if reply else []
+    good = self.get("response_label")
+    if isinstance(good, bool) and (reply := self.reply(None)):
+      completions.append(LabelledCompletion(reply, float(good)))
     for role, default in (("chosen", 1.0), ("rejected", 0.0)):
       reply, before = conversations.read_reply(self.get(role), self.name(role))
       talk = talk or (None if self.get("question") else before)
@@ -302,11 +274,10 @@ class _Row:
     values, read = self.row
     paths = self.columns.names["images"]
     paths = paths or guesses.unseen_images(values, self.columns.known)
-    held = [gold.plain(guesses.value_at(values, path)) for path in paths]
+    held = [guesses.value_at(values, path) for path in paths]
+    parts = zip(held, paths, strict=True)
     found = [
-      picture
-      for path, value in zip(paths, held, strict=True)
-      for picture in pictures.read(value, path, read)
+      x for value, path in parts for x in pictures.read(value, path, read)
     ]
     if not found and talk is not None:
       found = pictures.read(list(talk.images), self.name("question"), read)
@@ -315,13 +286,8 @@ class _Row:
 
   def options(self) -> choices.Choices:
     """The options, in one column or a column each."""
-    paths = self.columns.names["choices"]
-    if len(paths) < 2:
-      return choices.read(self.get("choices"), self.name("choices"))
-    found = [
-      gold.plain(guesses.value_at(self.row.values, path)) for path in paths
-    ]
-    found = [value for value in found if not gold.is_missing(value)]
+    is_list = len(self.columns.names["choices"]) > 1
+    found = self.all("choices") if is_list else self.get("choices")
     return choices.read(found, self.name("choices"))
 
   def with_answer(
@@ -356,7 +322,12 @@ class _Row:
       is_empty = from_reply or gold.is_missing(value)
       is_shown = is_empty and bool(problem.completions or reply)
       if settings.unchecked_answers != "keep" and not is_shown:
-        self._require_column()
+        if not self.columns.names["answer"]:
+          raise BadRecord(
+            "missing_answer",
+            f"no column of {_list_names(self.columns.known)} seems to be the "
+            f"answer; name it with --columns=answer=NAME, {gold.KEEP}",
+          ) from None
         raise
       is_demonstration = reply != ""
       text = "" if is_empty else gold.as_text(value)[: records.MAX_TEXT]
@@ -365,14 +336,6 @@ class _Row:
       shown = (LabelledCompletion(reply, 1.0),)
       answered = dataclasses.replace(answered, completions=shown)
     return answered
-
-  def _require_column(self) -> None:
-    if not self.columns.names["answer"]:
-      raise BadRecord(
-        "missing_answer",
-        f"no column of {_list_names(self.columns.known)} seems to be the "
-        f"answer; name it with --columns=answer=NAME, {gold.KEEP}",
-      )
 
   def _check_gold(
     self, problem: Problem, found: choices.Choices, value: Any, name: str
@@ -417,12 +380,11 @@ class _Row:
       if places >= 1:
         changes["precision"] = min(int(places), records.MAX_PRECISION)
         changes["answer_type"] = "float"
-      found = gold.to_float(self.get("tolerance"))
-      own = problem.tolerance or None
-      for tolerance in (own, settings.tolerance, self.columns.tolerance):
-        found = tolerance if found is None else found
-      changes["tolerance"] = records.to_tolerance("tolerance", found)
-    return dataclasses.replace(problem, **changes) if changes else problem
+      given = gold.to_float(self.get("tolerance")), problem.tolerance or None
+      known = (*given, settings.tolerance, self.columns.tolerance)
+      first = next(each for each in known if each is not None)
+      changes["tolerance"] = records.to_tolerance("tolerance", first)
+    return dataclasses.replace(problem, **changes)
 
   def others(self, talk: conversations.Conversation | None) -> dict[str, Any]:
     """The other columns."""

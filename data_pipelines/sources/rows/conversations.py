@@ -11,6 +11,7 @@ from data_pipelines.text import untrusted
 
 _ROLE_KEYS = ("role", "from", "speaker")
 _TEXT_KEYS = ("content", "value", "text")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")
 _TURNS = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {
   **dict.fromkeys(("user", "human", "question"), "user"),
@@ -20,21 +21,13 @@ _ROLES = {
 
 
 class Conversation(NamedTuple):
-  """A question and its reply.
-
-  Attributes:
-    question: The text of the user.
-    reply: The text of the assistant, or "".
-    system: The text of the system, or "".
-    images: The pictures that the messages hold, as values of a column.
-    is_cut: True if later questions and replies are left out.
-  """
+  """A question and its reply; "" where there is no such text."""
 
   question: str
   reply: str
   system: str
-  images: tuple[Any, ...]
-  is_cut: bool
+  images: tuple[Any, ...]  # What messages hold, as values of a column.
+  is_cut: bool  # True if later questions and replies are left out.
 
 
 def messages(value: Any) -> list[Any] | None:
@@ -47,18 +40,13 @@ def messages(value: Any) -> list[Any] | None:
       return None
   if isinstance(value, Mapping):
     value = [value]
-  is_list = isinstance(value, list | tuple) and len(value) > 0
-  if not is_list or not all(map(_is_message, value)):
+  if not isinstance(value, list | tuple) or not value:
     return None
+  for each in value:
+    keys = each.keys() if isinstance(each, Mapping) else set()
+    if not keys & set(_ROLE_KEYS) or not keys & set(_TEXT_KEYS):
+      return None
   return list(value)
-
-
-def _is_message(value: Any) -> bool:
-  return (
-    isinstance(value, Mapping)
-    and any(key in value for key in _ROLE_KEYS)
-    and any(key in value for key in _TEXT_KEYS)
-  )
 
 
 def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
@@ -67,9 +55,6 @@ def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
   The first question that has a reply counts, with its reply. Where the last
   message is a question, or `last` is True, what was said before is quoted in
   the question.
-
-  Raises:
-    BadRecord: A role is unknown, or there is no question.
   """
   images: list[list[Any]] = []
   turns = []
@@ -105,9 +90,6 @@ def read_reply(value: Any, column: str) -> tuple[str, Conversation | None]:
 
   The reply is a text, messages of which the last is the reply, or a text of
   turns that begin with "Human:" and "Assistant:". "" for a missing one.
-
-  Raises:
-    BadRecord: The value is something else.
   """
   if gold.is_missing(gold.plain(value)):
     return "", None
@@ -136,10 +118,8 @@ def _role(message: Mapping[str, Any]) -> str:
 
 def _text(message: Mapping[str, Any], images: list[Any]) -> str:
   """The text of a message, with a mark for each picture; adds its pictures."""
-  content = next(
-    (message[k] for k in _TEXT_KEYS if message.get(k) is not None), ""
-  )
-  content = gold.plain(content)
+  given = (message[k] for k in _TEXT_KEYS if message.get(k) is not None)
+  content = gold.plain(next(given, ""))
   if isinstance(content, str):
     return content
   parts = [content] if isinstance(content, Mapping) else content
@@ -152,19 +132,13 @@ def _text(message: Mapping[str, Any], images: list[Any]) -> str:
       texts.append(part)
     elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
       texts.append(part["text"])
-    elif isinstance(part, Mapping) and _is_image(part):
+    elif isinstance(part, Mapping) and (
+      "image" in str(part.get("type", "")) or "image" in part
+    ):
       texts.append(IMAGE_MARK)
-      keys = ("image", "image_url", "url", "path", "bytes")
-      held = next(
-        (part[k] for k in keys if not gold.is_missing(part.get(k))), None
-      )
-      if held is not None:
-        images.append(held)
+      held = (part.get(key) for key in _IMAGE_KEYS)
+      images += [each for each in held if not gold.is_missing(each)][:1]
     else:
       detail = f"a part of a message is {untrusted.shorten(part)}"
       raise BadRecord("not_text", f"{detail}; give texts and images alone")
   return "\n".join(text for text in texts if text)
-
-
-def _is_image(part: Mapping[str, Any]) -> bool:
-  return "image" in str(part.get("type", "")) or "image" in part

@@ -5,6 +5,7 @@ accepted texts, or a worked answer that marks its end by `<answer>`, `\boxed{}`,
 `####` or "The answer is".
 """
 
+import contextlib
 import decimal
 import json
 import math
@@ -92,28 +93,25 @@ class Gold(NamedTuple):
 
 
 def read(value: Any, column: str) -> Gold:
-  """The right answer that a value of a column gives.
+  """The right answer that a value of a column gives; raises for none.
 
   A list of texts is several accepted answers; one of numbers is a list.
-
-  Raises:
-    BadRecord: The value is empty, or no rule can check it.
   """
   value = plain(value)
   if is_picture(value):
     detail = f"{column} holds a picture; name the answer: --columns=answer=NAME"
     raise BadRecord("unreadable_answer", detail)
-  if isinstance(value, Mapping):
-    gold = read(_inner(value), column)
-    return _with_aliases(gold, value.get("aliases"))
-  if isinstance(value, list | tuple):
-    items = [plain(item) for item in value]
-    items = [item for item in items if not is_missing(item)]
-    if len(items) > 1 and all(map(_is_number, items)):
-      texts = (_number_text(item) for item in items)
-      return Gold(f"[{', '.join(texts)}]", "list")
-    first = read(items[0] if items else None, column)
-    return _with_aliases(first, items[1:])
+  if isinstance(value, Mapping | list | tuple):
+    if isinstance(value, Mapping):
+      first, more = _inner(value), value.get("aliases")
+    else:
+      items = [x for x in map(plain, value) if not is_missing(x)]
+      if len(items) > 1 and all(map(_is_number, items)):
+        return Gold(f"[{', '.join(map(_number_text, items))}]", "list")
+      first, more = items[0] if items else None, items[1:]
+    gold = read(first, column)
+    others = (*gold.aliases, *aliases(gold.answer, more))
+    return gold._replace(aliases=tuple(dict.fromkeys(others)))
   if isinstance(value, bool):
     answer, alias = ("yes", "true") if value else ("no", "false")
     return Gold(answer, aliases=(alias,))
@@ -190,10 +188,9 @@ def _inside(text: str) -> str:
   if mark and "\n" not in end.strip():
     return end
   for box in (r"\boxed", r"\fbox"):
-    if (start := text.rfind(box)) >= 0:
-      content = _inside_braces(text, start + len(box))
-      if content is not None:
-        return content
+    _, mark, end = text.rpartition(box)
+    if mark and (content := _inside_braces(end)) is not None:
+      return content
   if match := _CUE.search(text[-1000:]):
     return _without_stop(match[1])
   for wrap in _WRAPS:
@@ -208,9 +205,9 @@ def _without_stop(text: str) -> str:
   return text if "." in end and end[-1:].isalpha() else end
 
 
-def _inside_braces(text: str, start: int) -> str | None:
-  """The text between the balanced braces that open at or after `start`."""
-  start += len(text[start : start + 2]) - len(text[start : start + 2].lstrip())
+def _inside_braces(text: str) -> str | None:
+  """The text between the balanced braces that it begins with."""
+  start = len(text[:2]) - len(text[:2].lstrip())
   if text[start : start + 1] != "{":
     return None
   depth = 0
@@ -232,11 +229,11 @@ def _from_text(text: str, column: str) -> Gold:
     if gold := _number(candidate.strip()):
       return gold
   if len(text) > MAX_CHARACTERS or len(text.split()) > MAX_WORDS:
-    detail = (
+    raise BadRecord(
+      "unreadable_answer",
       f"{column} has {len(text)} characters and marks no final answer by "
-      rf"<answer>, \boxed{{}} or ####; name another column, {KEEP}"
+      rf"<answer>, \boxed{{}} or ####; name another column, {KEEP}",
     )
-    raise BadRecord("unreadable_answer", detail)
   if end[:1] == "[" and end[-1] == "]" and "\\" not in end:
     return Gold(end, "list")
   if _is_expression(end):
@@ -244,9 +241,8 @@ def _from_text(text: str, column: str) -> Gold:
   text = _without_stop(text)
   is_word = re.fullmatch(r"[\d.,]*[-A-Za-z ]+", text) is not None
   value = numbers.only_number(text) if is_word else None
-  return Gold(
-    text, aliases=() if value is None else (numbers.canonical(value),)
-  )
+  others = () if value is None else (numbers.canonical(value),)
+  return Gold(text, aliases=others)
 
 
 def _number(text: str) -> Gold | None:
@@ -303,11 +299,6 @@ def _is_expression(text: str) -> bool:
   return has_operator and _SYMBOLS.fullmatch(text) is not None
 
 
-def _with_aliases(gold: Gold, values: Any) -> Gold:
-  others = aliases(gold.answer, values)
-  return gold._replace(aliases=tuple(dict.fromkeys((*gold.aliases, *others))))
-
-
 def aliases(answer: str, values: Any) -> tuple[str, ...]:
   """The texts of other accepted answers, without the answer itself."""
   values = plain(values)
@@ -332,13 +323,12 @@ def _inner(value: Mapping[str, Any]) -> Any:
 def to_float(value: Any) -> float | None:
   """A number, also in digits; None for anything else."""
   value = plain(value)
-  try:
-    number = (
-      float(value) if isinstance(value, str) or _is_number(value) else None
-    )
-  except (ValueError, OverflowError):
+  if not (isinstance(value, str) or _is_number(value)):
     return None
-  return number if number is None or math.isfinite(number) else None
+  with contextlib.suppress(ValueError, OverflowError):
+    if math.isfinite(number := float(value)):
+      return number
+  return None
 
 
 def _is_number(value: Any) -> bool:

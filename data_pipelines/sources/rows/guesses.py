@@ -41,9 +41,9 @@ def normal(name: str) -> str:
 
 
 def value_at(row: Mapping[str, Any], path: str) -> Any:
-  """The value at a path, with dots into structs; None if it is not there."""
+  """The plain value at a path, with dots into structs; None for no such."""
   if path in row:
-    return row[path]
+    return gold.plain(row[path])
   name, _, rest = path.partition(".")
   inner = row.get(name)
   return value_at(inner, rest) if rest and isinstance(inner, Mapping) else None
@@ -51,12 +51,8 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
 
 def unseen_images(row: Mapping[str, Any], known: Sequence[str]) -> Paths:
   """The first column for pictures that the first rows of the source lack."""
-  found = [
-    path
-    for path in row
-    if path not in known and normal(path) in NAMES["images"]
-  ]
-  return tuple(found[:1])
+  new = (x for x in row if x not in known and normal(x) in NAMES["images"])
+  return tuple(new)[:1]
 
 
 def is_there(sample: Rows, path: str) -> bool:
@@ -73,10 +69,7 @@ def guess(
 ) -> tuple[dict[str, Paths], list[str]]:
   """The columns of each role, and notes on what was not taken.
 
-  Args:
-    sample: The first rows.
-    known: The result of `paths`.
-    given: Roles that are not to be guessed.
+  `known` is the result of `paths`; roles that are `given` are not guessed.
   """
   names = dict(given)
   taken = {path for found in given.values() for path in found}
@@ -84,9 +77,7 @@ def guess(
   for role in NAMES:
     if role in given:
       continue
-    fitting = [
-      path for path in _fitting(role, sample, known) if path not in taken
-    ]
+    fitting = [x for x in _fitting(role, sample, known) if x not in taken]
     names[role] = tuple(fitting[:1])
     if not fitting:
       names[role] = _others(role, sample, known, taken)
@@ -112,9 +103,7 @@ def _covering(sample: Rows, fitting: Sequence[str]) -> Paths:
   found: list[str] = []
   empty = list(sample)
   for path in fitting:
-    rest = [
-      row for row in empty if gold.is_missing(gold.plain(value_at(row, path)))
-    ]
+    rest = [row for row in empty if gold.is_missing(value_at(row, path))]
     if not found or 10 * (len(empty) - len(rest)) >= len(sample):
       found.append(path)
       empty = rest
@@ -185,7 +174,6 @@ def _order_columns(known: Mapping[str, str], pattern: re.Pattern[str]) -> Paths:
 
 def _fits(role: str, name: str, value: Any) -> bool:
   """True for a value that a column of this role may hold."""
-  value = gold.plain(value)
   if gold.is_missing(value):
     return False
   if role in ("question", "chosen", "rejected", "response"):

@@ -22,10 +22,9 @@ _SPELLINGS = tables.read("data_pipelines.sources.rows", "columns.toml")
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:
-  """True for a record that looks like MathVista's, whose terms forbid training.
+  """True for a record of MathVista's own splits, whose terms forbid training.
 
-  Its `source` and its `split` must be MathVista's: the training split of
-  Geometry3K belongs to Geometry3K.
+  The training split of Geometry3K belongs to Geometry3K.
   """
   has_split = metadata.get("split") in ("testmini", "test")
   return has_split and metadata.get("source") in SOURCES
@@ -59,15 +58,11 @@ def to_problem(
 
   Other spellings of a good record are healed: numbers that are no texts, a
   letter as the answer, options in an object, a float without precision.
-
-  Raises:
-    BadRecord: The row is no problem.
   """
   healed = {k: v for k, v in values.items() if not gold.is_missing(v)}
-  images = pictures.read(
-    values.get("decoded_image"), "decoded_image", read_file
-  )
-  images = images or pictures.read(values.get("image"), "image", read_file)
+  images = []
+  for name in ("decoded_image", "image"):
+    images = images or pictures.read(values.get(name), name, read_file)
   for name in ("question_type", "answer_type"):
     healed[name] = _spelling(f"{name}s", values.get(name))
   for name in ("pid", "unit", "answer"):
@@ -91,7 +86,15 @@ def to_problem(
     precision = gold.to_float(healed.get("precision")) or -1
     if read and read.answer_type == "float" and precision < 1:
       healed |= {"answer_type": "float", "precision": read.precision}
-  _require_types(healed)
+  types = {"question_type": records.QUESTION_TYPES, "answer_type": [*_HINTED]}
+  for name, known in types.items():
+    if healed[name] not in known:
+      raise records.BadRecord(
+        f"unknown_{name}",
+        f"{name} {untrusted.shorten(healed[name])} is none of "
+        f"{', '.join(known)}; correct it, or leave both columns of types out "
+        "to have them inferred",
+      )
   others = {k: v for k, v in values.items() if k not in _COLUMNS}
   own = healed.get("metadata")
   if isinstance(own, Mapping) and others:
@@ -101,22 +104,7 @@ def to_problem(
 
 def _spelling(table: str, value: Any) -> Any:
   """MathVista's name of a type that is spelt in another way."""
-  text = (
-    re.sub("[^a-z]", "", value.casefold()) if isinstance(value, str) else ""
-  )
+  given = value.casefold() if isinstance(value, str) else ""
+  text = re.sub("[^a-z]", "", given)
   names = (ours for ours, theirs in _SPELLINGS[table].items() if text in theirs)
   return next(names, value)
-
-
-def _require_types(values: Mapping[str, Any]) -> None:
-  for name, known in (
-    ("question_type", records.QUESTION_TYPES),
-    ("answer_type", tuple(_HINTED)),
-  ):
-    if values[name] not in known:
-      raise records.BadRecord(
-        f"unknown_{name}",
-        f"{name} {untrusted.shorten(values[name])} is none of "
-        f"{', '.join(known)}; correct it, or leave both columns of types out "
-        "to have them inferred",
-      )

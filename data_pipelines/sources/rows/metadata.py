@@ -19,13 +19,12 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
   """
   kept: dict[str, Any] = {}
   room = _MAX_LENGTH
+  options = {"allow_nan": False, "ensure_ascii": False}
   for name, value in values.items():
     if not records.is_shallow(value):
       continue
     try:
-      text = json.dumps(
-        value, default=_to_json, allow_nan=False, ensure_ascii=False
-      )
+      text = json.dumps(value, default=_to_json, **options)
       text = text.encode(errors="ignore").decode().replace("\\u0000", "")
       value = json.loads(text)
     except (ValueError, TypeError):
@@ -33,18 +32,14 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     if value in (None, "", [], {}) or len(text) > room:
       continue
     room -= len(text)
-    is_name = isinstance(value, str | int | float)
-    if name in records.SLICES or name == "skills":
-      value = value if is_name and name != "skills" else _names(name, value)
+    if name == "skills" and isinstance(value, list):
+      value = [x if isinstance(x, str) else json.dumps(x) for x in value]
+    elif name == "skills" and not isinstance(value, str):
+      value = json.dumps(value)
+    elif name in records.SLICES and isinstance(value, list | dict):
+      value = json.dumps(value)
     kept[str(name)] = value
   return kept
-
-
-def _names(name: str, value: Any) -> Any:
-  """A value of which `records` can make names of slices."""
-  if name == "skills" and isinstance(value, list):
-    return [x if isinstance(x, str) else json.dumps(x) for x in value]
-  return value if isinstance(value, str) else json.dumps(value)
 
 
 def _to_json(value: Any) -> Any:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import contextlib
-import itertools
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,7 @@ _BASE64 = re.compile(
   r"(?=.{200}|iVBORw0KG|/9j/|R0lGOD|UklGR)[\w+/\-\s]{64,}={0,2}\s*", re.ASCII
 )
 # What a struct of a picture may have, the picture itself first.
-_KEYS = (
-  *("bytes", "path", "image", "url", "image_url", "image_path", "file_name"),
-)
+_KEYS = "bytes path image url image_url image_path file_name".split()
 _URL_SAFE = str.maketrans("-_", "+/")
 _DATA_URL = re.compile(r"data:[\w/.+-]*(?:;[\w=-]+)*;base64,", re.IGNORECASE)
 # A mark of any model's format; a number says which picture.
@@ -41,13 +38,7 @@ def read(
 ) -> list[bytes]:
   """The pictures in a value: bytes, a struct, a path, base64, or a list.
 
-  Args:
-    value: The value of a column; nulls hold no picture.
-    column: Its name, for the error.
-    read_file: Gives the bytes of a file that the row names.
-
-  Raises:
-    BadRecord: The value is something else, or a file is not there.
+  Nulls hold none. `read_file` gives the bytes of a file that the row names.
   """
   value = gold.plain(value)
   if gold.is_missing(value):
@@ -56,8 +47,7 @@ def read(
     with contextlib.suppress(ValueError):
       value = untrusted.parse_json(value.replace("'", '"'), column, list)
   if isinstance(value, list | tuple):
-    parts = [read(each, column, read_file) for each in value]
-    return list(itertools.chain.from_iterable(parts))
+    return [x for each in value for x in read(each, column, read_file)]
   if isinstance(value, Mapping):
     found = (value[x] for x in _KEYS if not gold.is_missing(value.get(x)))
     return read(next(found, None), column, read_file)
@@ -133,9 +123,6 @@ def place_marks(
 
   Returns:
     The question, the options, and the order of the pictures in the question.
-
-  Raises:
-    BadRecord: A mark has no picture, or a picture no mark.
   """
   marks = [m for text in (question, *options) for m in _MARK.finditer(text)]
   if not marks:
@@ -147,13 +134,13 @@ def place_marks(
   elif 0 in numbers:  # As Python counts.
     numbers = [number + 1 for number in numbers]
   if is_numbered and is_merged and count == 1 and max(numbers) > 1:
-    named = [_MARK.sub(_name, text) for text in (question, *options)]
-    return named[0], tuple(named[1:]), [0]
-  if (
-    not count
-    or max(numbers) > count
-    or (not is_numbered and len(numbers) < count)
-  ):
+    question, *options = (
+      _MARK.sub(lambda mark: f"image {mark['number'] or 1}", text)
+      for text in (question, *options)
+    )
+    return question, tuple(options), [0]
+  is_short = not is_numbered and len(numbers) < count
+  if not count or max(numbers) > count or is_short:
     raise BadRecord(
       "image_count" if count else "missing_image",
       f"the text has {len(marks)} marks such as {marks[0][0][:20]} for {count} "
@@ -178,7 +165,3 @@ def place_marks(
     order.append(missing)
     question = f"{question}\nimage {missing + 1}: {IMAGE_MARK}"
   return question, tuple(options), order
-
-
-def _name(mark: re.Match[str]) -> str:
-  return f"image {mark['number'] or 1}"
