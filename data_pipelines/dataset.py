@@ -27,34 +27,20 @@ from data_pipelines.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The data that a run reads.
-
-  Attributes:
-    settings: The settings of the data.
-    model: The inputs of the model.
-    tokenizer: Encodes prompts and decodes completions.
-    train: Problems to train on; None for a run that does not train.
-    eval: Problems to evaluate on.
-    shares: The share of each data set in the prompts, as whole numbers.
-    completions: Labelled completions for kind "preference"; None for
-      others.
-    identity: Fingerprints of the records, the tokenizers, the files of labelled
-      completions and of the template, if any, and of the records that training
-      leaves out. A run resumes only with equal ones.
-    template: How prompts ask for completions.
-    train_index: Sizes of the records to train on; None measures them later.
-  """
+  """The data that a run reads."""
 
   settings: DataConfig
   model: ModelInputs
   tokenizer: tokens.Tokenizer
-  train: records.Source | None
+  train: records.Source | None  # None for a run that does not train.
   eval: records.Source
-  shares: tuple[int, ...]
-  completions: preferences.Source | None
+  shares: tuple[int, ...]  # Of each data set in the prompts, whole numbers.
+  completions: preferences.Source | None  # None unless for "preference".
+  # Fingerprints of records, tokenizers, files of completions and of a template,
+  # and of what training leaves out. A run resumes only with equal ones.
   identity: dict[str, str]
   template: chat_prompts.Template = chat_prompts.TAGGED
-  train_index: record_index.RecordIndex | None = None
+  train_index: record_index.RecordIndex | None = None  # None measures later.
 
   def train_batches(
     self, *, start_step: int, **builder: Any
@@ -82,9 +68,9 @@ class Dataset:
     split: str | None = None,
     **shards: Any,
   ) -> pipeline.EvalBatches:
-    """The eval split in order, for a process's `shards` and `shard_count`.
+    """The eval split, by the name `split` in the log, in order.
 
-    The log names it as `split`, or as the settings do.
+    `shards` holds the `shards` and `shard_count` of a process.
     """
     builder = self._builder(
       source=mixtures.first(self.eval, num_problems),
@@ -111,14 +97,9 @@ class Dataset:
 
     Padding rows fill the batch.
     """
-    batches = dataclasses.replace(self, eval=problems).eval_batches(
-      num_problems=batch_size,
-      batch_size=batch_size,
-      split="",
-      shards=(0,),
-      shard_count=1,
-    )
-    return batches[0]
+    size = {"num_problems": batch_size, "batch_size": batch_size}
+    asked = dataclasses.replace(self, eval=problems)
+    return asked.eval_batches(**size, split="", shards=(0,), shard_count=1)[0]
 
   def check_prompt(self, problem: records.Problem) -> None:
     """Refuses a problem that cannot be asked.
@@ -191,10 +172,6 @@ def open_dataset(
 
   An evaluation opens the eval split alone, and neither terms of use nor missing
   answers stop it. The seed draws the solved examples of `data.few_shot`.
-
-  Raises:
-    ValueError: The data do not exist, do not fit the model, or may not be
-      trained on.
   """
   # Everything that needs no data is checked before data are drawn.
   template = chat_prompts.open_template(

@@ -45,30 +45,18 @@ _UNREADABLE = (
 
 
 class BatchShape(NamedTuple):
-  """The shape of a batch over all shards.
+  """The shape of a batch over all shards."""
 
-  Attributes:
-    prompt_length: The bucket that its prompts are padded to.
-    images_per_row: Images and crops that its richest row shows.
-    num_images: Images and crops that all its rows show.
-  """
-
-  prompt_length: int
-  images_per_row: int
-  num_images: int
+  prompt_length: int  # The bucket that its prompts are padded to.
+  images_per_row: int  # Images and crops that its richest row shows.
+  num_images: int  # Images and crops that all its rows show.
 
 
 class RecordIndex(NamedTuple):
-  """Sizes of the rows of some records.
+  """Sizes of the rows of some records, both int32 [n]."""
 
-  Attributes:
-    lengths: int32 [n], tokens of each prompt; `prompt_rows.UNUSABLE` for a
-      record that cannot be used, `prompt_rows.PADDING` where there is none.
-    num_images: int32 [n], images and crops that each prompt shows.
-  """
-
-  lengths: np.ndarray
-  num_images: np.ndarray
+  lengths: np.ndarray  # Tokens of each prompt, or `UNUSABLE` or `PADDING`.
+  num_images: np.ndarray  # Images and crops that each prompt shows.
 
   @property
   def usable(self) -> np.ndarray:

@@ -64,14 +64,9 @@ def synthesize(
 
   It takes the best of its own completions, then the worst, the second best, and
   so on, if their labels differ. Else it makes one right completion and up to
-  `count - 1` wrong ones.
-
-  Args:
-    count: Completions of a group, if the problem allows so many different ones.
-    kinds: The kinds of wrong completions, some of `KINDS`, drawn with equal
-      probability. With "conflict", every completion gives the letter and the
-      text of an option, because a letter alone would reveal the conflict.
-    template: The format of the completions.
+  `count - 1` wrong ones, of kinds drawn with equal probability. With "conflict"
+  every completion gives the letter and the text of an option, because a letter
+  alone would reveal the conflict.
   """
   return functools.partial(
     _synthesize_group, count=count, kinds=kinds, template=template
@@ -84,9 +79,6 @@ def demonstration(
   """The best of the problem's own completions, or else its worked answer.
 
   A lone completion counts with a positive label.
-
-  Raises:
-    BadRecord: It has neither.
   """
   labels = [label for _, label in problem.completions]
   if labels and (max(labels) > 0 or max(labels) > min(labels)):
@@ -111,11 +103,7 @@ def _rank_own(problem: records.Problem, count: int) -> Group:
 
 
 def from_file(path: str | os.PathLike[str], count: int) -> Source:
-  """Takes the first `count` completions of each problem from a file.
-
-  Raises:
-    ValueError: The file is missing, or a line breaks a rule.
-  """
+  """Takes the first `count` completions of each problem from a file."""
   by_pid = _read(path)
 
   def source(problem: records.Problem, rng: np.random.Generator) -> Group:
@@ -156,18 +144,12 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Group]:
 
 def _parse_line(line: str) -> tuple[str, Group]:
   row = untrusted.parse_json(line, "it")
-  group = tuple(
-    records.LabelledCompletion(x["text"], x["label"])
-    for x in row["completions"]
-  )
-  if len(group) < 2:
+  pairs = [(x["text"], x["label"]) for x in row["completions"]]
+  if len(pairs) < 2:
     raise ValueError("too few completions")
-  for text, label in group:
-    if not isinstance(text, str) or not isinstance(label, int | float):
-      raise TypeError("a text must be a string, and a label a number")
+  group = records.to_completions("completions", pairs)
+  for text, _ in group:
     records.check_text("text", text)
-    if not abs(label) < 1e38:  # The range of float32.
-      raise ValueError("a label must be finite")
   if not isinstance(row["pid"], str | int):
     raise TypeError("a pid must be a string")
   return str(row["pid"]), group
@@ -281,18 +263,13 @@ def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
   solution, length = writer.problem.solution, len(writer.right_completion)
   texts = []
   for words in _REFUSALS:
-    excess = max(0, len(writer.write(words)) - length)
-    texts.append(writer.write(words, _without_end(solution, excess)))
+    kept = solution
+    excess = len(writer.write(words)) - length
+    if excess > 0:  # Cut at a word boundary.
+      kept = kept[: max(0, len(kept) - excess) + 1].rpartition(" ")[0].rstrip()
+    texts.append(writer.write(words, kept))
   texts.sort(key=lambda text: (abs(len(text) - length), text))
   return texts[rng.integers(_NUM_NEAREST)]
-
-
-def _without_end(text: str, length: int) -> str:
-  """Cuts at least `length` characters off the end, at a word boundary."""
-  if not length:
-    return text
-  kept = text[: max(0, len(text) - length) + 1]
-  return kept.rpartition(" ")[0].rstrip()
 
 
 def _conflict(writer: _Writer, rng: np.random.Generator) -> str | None:

@@ -25,24 +25,19 @@ def label_results(
   *,
   data_dir: str | os.PathLike[str] = "",
 ) -> dict[str, int]:
-  """Writes one group of labelled completions per line.
+  """Writes one group of labelled completions per line, whole or not at all.
 
-  Groups are in the order in which the files first name their problems. A group
-  starts with the right and the wrong completion that are closest in length,
-  then the next closest two, and so on; completions without a partner follow. So
-  the first few completions of a group compare texts of similar length.
+  A group starts with the right and the wrong completion that are closest in
+  length, then the next closest two, and so on; those without a partner follow.
 
   Args:
     paths: Results files, each with at most one response to a problem.
-    out: The file to write, whole or not at all.
+    out: The file to write.
     data_dir: A folder from `data_pipelines.prepare` that holds the problems; ""
       takes each problem from its first record.
 
   Returns:
     The numbers of groups, completions, and problems and responses left out.
-
-  Raises:
-    SettingError: A file breaks a rule, or no group can be made.
   """
   written = ("groups", "completions")
   left_out = ("without_right", "without_wrong", "without_answer")

@@ -10,9 +10,9 @@ import fcntl
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import logging
 
@@ -47,12 +47,8 @@ def build_data_dir(
 
   Returns:
     The manifest: `source`, `terms` (whose terms forbid training, or ""),
-    `counts` by split, `rejects` by reason, `withheld` pids that are in no
-    split, by reason and each with its twin, `fingerprint` of the records in
-    any order, `salt` of the division, `tokenizer`, `files`.
-
-  Raises:
-    SettingError: The request, the source or the folder must change first.
+    `counts` by split, `rejects` by reason, `withheld` pids by reason, each with
+    its twin, `fingerprint` of the records, `salt`, `tokenizer`, `files`.
   """
   data_dir = _find_data_dir(request)
   source, options = _open_source(request)
@@ -63,7 +59,14 @@ def build_data_dir(
     if manifest is not None:
       changes = _changes(manifest["request"], options)
       if changes and not overwrite:
-        _refuse_to_replace(data_dir, manifest, changes)
+        left = len(changes) - 3
+        more = f" and {left} more changes" if left > 0 else ""
+        raise validation.SettingError(
+          f"data_dir ({str(data_dir)!r}) was made from "
+          f"{untrusted.shorten(manifest['source'])} by another request: "
+          f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
+          "--overwrite to replace it."
+        )
       if not changes and manifest["files"] == _sizes(data_dir):
         logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
         return manifest
@@ -107,12 +110,11 @@ def _find_data_dir(request: Request) -> pathlib.Path:
   named = f"data_dir ({request.data_dir!r})"
   if "://" in request.data_dir or not data_dir.resolve().name:
     raise validation.SettingError(f"{named} must be a local folder, below /.")
+  data_dir = data_dir.resolve()
   try:
-    data_dir = data_dir.resolve()
-    is_new = not data_dir.exists()
-    if not is_new and not data_dir.is_dir():
-      raise validation.SettingError(f"{named} must be a folder, not a file.")
-    found = set() if is_new else {path.name for path in data_dir.iterdir()}
+    found = {path.name for path in data_dir.iterdir()}
+  except FileNotFoundError:
+    return data_dir
   except OSError as error:
     raise validation.SettingError(
       f"{named} must be a folder that can be made: {error}; choose another "
@@ -189,18 +191,6 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   return changes
 
 
-def _refuse_to_replace(
-  data_dir: pathlib.Path, manifest: Mapping[str, Any], changes: Sequence[str]
-) -> NoReturn:
-  more = f" and {len(changes) - 3} more changes" if len(changes) > 3 else ""
-  raise validation.SettingError(
-    f"data_dir ({str(data_dir)!r}) was made from "
-    f"{untrusted.shorten(manifest['source'])} by another request: "
-    f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
-    "--overwrite to replace it."
-  )
-
-
 def _sizes(folder: pathlib.Path) -> dict[str, int]:
   """Bytes of every file under the folder except the manifest."""
   return {
@@ -250,7 +240,7 @@ def _write(
     "source": source.name,
     "terms": mathvista.terms(num_original, len(everything)),
     "counts": {split: len(chosen) for split, chosen in written.items()},
-    "rejects": divide.reasons(division.rejects),
+    "rejects": divide.count_reasons(division.rejects),
     "withheld": splits.by_reason(division.withheld),
     "fingerprint": splits.fingerprint(written),
     "salt": salt,

@@ -10,31 +10,17 @@ from data_pipelines.sources import mixtures, stored
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable, require
 
-_MANIFEST_FIELDS = {
-  "fingerprint": str,
-  "terms": str,
-  "counts": dict,
-  "tokenizer": dict,
-  "files": dict,
-}
+_TEXTS, _OBJECTS = ("fingerprint", "terms"), ("counts", "tokenizer", "files")
 
 
 class DataDir(NamedTuple):
-  """A folder that `data_pipelines.prepare` made.
+  """A folder that `data_pipelines.prepare` made."""
 
-  Attributes:
-    setting: The setting that names it.
-    name: Its name in metrics, and before the pids of a mixture.
-    folder: The folder.
-    share: Its part of the prompts, a whole number beside those of the others.
-    manifest: The contents of its manifest.json.
-  """
-
-  setting: str
-  name: str
+  setting: str  # That names it.
+  name: str  # In metrics, and before the pids of a mixture.
   folder: pathlib.Path
-  share: int
-  manifest: dict[str, Any]
+  share: int  # Its part of the prompts, beside those of the others.
+  manifest: dict[str, Any]  # The contents of its manifest.json.
 
   def refuse_changed(self, change: str) -> NoReturn:
     """Raises a ValueError, because the data are not as they were made."""
@@ -46,11 +32,7 @@ class DataDir(NamedTuple):
 
 
 def open_all(settings: DataConfig) -> list[DataDir]:
-  """The data dirs of the settings, whose files are those that they list.
-
-  Raises:
-    ValueError: A folder is no data dir, or a file has another size.
-  """
+  """The data dirs of the settings, whose files are those that they list."""
   folders = [folder for folder, _ in settings.weighted_dirs]
   shares = mixtures.whole_shares([x for _, x in settings.weighted_dirs])
   setting = "data.dirs" if settings.dirs else "data.dir"
@@ -92,22 +74,15 @@ def identity(dirs: list[DataDir]) -> dict[str, str]:
 def check(
   settings: DataConfig, dirs: list[DataDir], *, for_training: bool
 ) -> None:
-  """Refuses data dirs that lack a split, or that the run may not use.
-
-  Raises:
-    ValueError: The message names the data dir.
-  """
+  """Refuses data dirs that lack a split, or that the run may not use."""
   for each in dirs if for_training or settings.few_shot else ():
     require_split("data.train_split", settings.train_split, each)
   lacking = [x for x in dirs if settings.eval_split not in x.manifest["counts"]]
   if len(lacking) == len(dirs):
     require_split("data.eval_split", settings.eval_split, dirs[0])
   for each in lacking:
-    logging.warning(
-      "%s has no split %s: it is not evaluated.",
-      each.folder,
-      settings.eval_split,
-    )
+    message = "%s has no split %s: it is not evaluated."
+    logging.warning(message, each.folder, settings.eval_split)
   accepts = settings.accept_mathvista_training_terms
   terms = [str(each.folder) for each in dirs if each.manifest["terms"]]
   require(
@@ -142,8 +117,9 @@ def open_dir(setting: str, name: str, folder: str, share: int = 1) -> DataDir:
   source = str(pathlib.Path(folder) / "manifest.json")
   try:
     manifest = untrusted.read_json(source)
-    for field, kind in _MANIFEST_FIELDS.items():
-      untrusted.get_field(manifest, field, kind, source)
+    for kind, fields in ((str, _TEXTS), (dict, _OBJECTS)):
+      for field in fields:
+        untrusted.get_field(manifest, field, kind, source)
     for field, kind in (("vocab_size", int), ("fingerprint", str)):
       untrusted.get_field(manifest["tokenizer"], field, kind, source)
     untrusted.check_items(manifest["files"].values(), int, source)

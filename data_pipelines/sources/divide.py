@@ -2,8 +2,8 @@
 
 import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 
@@ -38,15 +38,7 @@ def divide(
 ) -> Division:
   """Checks the records of a source, and gives each one its split.
 
-  Args:
-    options: The request.
-    source: The opened source.
-    scratch: Gets the usable problems.
-    salt: Another salt is another division.
-    num_workers: The number of processes that check records.
-
-  Raises:
-    SettingError: The source or the options must change first.
+  `scratch` gets the usable problems. Another salt is another division.
   """
   names = list(source.readers)
   are_ours = isinstance(options.source, Mapping)
@@ -78,18 +70,20 @@ def divide(
   withheld = splits.withhold(
     records, sides, near=near, looks=looks, excluded=excluded
   )
-  _log_withheld(withheld.values())
+  if reasons := splits.by_reason(withheld.values()):
+    logging.warning("Withheld from train: %s.", _list_examples(reasons))
   found: dict[str, list[intake.Record]] = {}
   for index, record in enumerate(records):
     side = splits.WITHHELD if index in withheld else sides[index]
     found.setdefault(side, []).append(record)
-  _require_train(options, found, list(withheld.values()))
+  if reasons and "train" not in found:
+    _refuse_to_withhold_all(options, reasons)
   _require_both_sides(options, places, found, salt)
   kept = {side: found[side] for side in splits.OURS if side in found}
   return Division(kept, rejects, list(withheld.values()))
 
 
-def reasons(rejects: Sequence[intake.Reject]) -> dict[str, int]:
+def count_reasons(rejects: Sequence[intake.Reject]) -> dict[str, int]:
   """The number of rejected records for each reason, by name."""
   counts = collections.Counter(reject.reason for reject in rejects)
   return dict(sorted(counts.items()))
@@ -106,7 +100,8 @@ def _limit_rejects(
   # The limit is below 1, so at least one record is accepted.
   if len(rejects) / total <= options.max_reject_fraction:
     return
-  counts = ", ".join(f"{n} {why}" for why, n in reasons(rejects).items())
+  reasons = count_reasons(rejects).items()
+  counts = ", ".join(f"{n} {why}" for why, n in reasons)
   first = rejects[0]
   where = f" of {first.split}" if first.split else ""
   where += f", pid {first.pid}" if first.pid else ""
@@ -117,11 +112,6 @@ def _limit_rejects(
     "Fix the source, choose its columns with --columns or its "
     "splits with --split, or raise --max_reject_fraction."
   )
-
-
-def _log_withheld(withheld: Iterable[splits.Withheld]) -> None:
-  if found := splits.by_reason(withheld):
-    logging.warning("Withheld from train: %s.", _list_examples(found))
 
 
 def _list_examples(found: Mapping[str, Sequence[str]]) -> str:
@@ -142,15 +132,9 @@ _REMEDIES = {
 }
 
 
-def _require_train(
-  options: Request,
-  found: Mapping[str, Sequence[intake.Record]],
-  withheld: Sequence[splits.Withheld],
-) -> None:
-  """Refuses to withhold all that could be trained on."""
-  if "train" in found or not withheld:
-    return
-  reasons = splits.by_reason(withheld)
+def _refuse_to_withhold_all(
+  options: Request, reasons: Mapping[str, Sequence[str]]
+) -> NoReturn:
   most = max(reasons, key=lambda reason: len(reasons[reason]))
   kind = most.partition("_")[0]
   name = "exclude" if kind == "excluded" else "near_duplicates"
@@ -184,38 +168,28 @@ def _require_both_sides(
   if not divided or not 0 < options.eval_fraction < 1:
     return
   side = "train" if counts["train"] else "eval"
-  firsts = {record.groups[0]: record.pid for record in reversed(found[side])}
-  count = counts[side]
-  named = (
-    f"eval_fraction ({options.eval_fraction}) must leave problems to both "
-  )
-  if len(firsts) == 1 and count > 1:
-    (group,) = firsts
-    what = "question" if group.startswith("text-") else "image"
+  groups = {record.groups[0] for record in found[side]}
+  but = f"train gets {counts['train']} problems and eval {counts['eval']}"
+  remedy = "give more problems, or set --eval_fraction=0 for no eval"
+  if len(groups) > 1:
+    ordered = sorted(splits.position(group, salt) for group in groups)
+    low, high = ordered[:2] if side == "train" else ordered[-2:]
+    # The shortest number between the two.
+    for digits in range(11, 0, -1):
+      value = math.ceil((low + (high - low) / 4) * 10**digits) / 10**digits
+      if low < value <= high:
+        remedy = f"set --eval_fraction={value}, or give more problems"
+  elif counts[side] > 1:
+    what = "question" if groups.pop().startswith("text-") else "image"
     pids = ", ".join(record.pid for record in found[side][:3])
-    raise validation.SettingError(
-      f"{named}splits, but all {count} records ({pids}, ...) have the same "
-      f"{what}, and what shares one is never divided; leave an image that says "
-      "nothing out of the source, give eval data of its own with --source="
-      "train=PATH,eval=PATH, or set --eval_fraction=0 for no eval."
+    but = f"all {counts[side]} records ({pids}, ...) have the same {what}, and "
+    but += "what shares one is never divided"
+    remedy = (
+      "leave an image that says nothing out of the source, give eval data of "
+      "its own with --source=train=PATH,eval=PATH, or set --eval_fraction=0 "
+      "for no eval"
     )
-  remedy = _working_fraction(
-    [splits.position(group, salt) for group in firsts], side
-  )
   raise validation.SettingError(
-    f"{named}splits, but train gets {counts['train']} problems and eval "
-    f"{counts['eval']}; {remedy}."
+    f"eval_fraction ({options.eval_fraction}) must leave problems to both "
+    f"splits, but {but}; {remedy}."
   )
-
-
-def _working_fraction(positions: Sequence[float], side: str) -> str:
-  """The fraction nearest to the given one that divides the groups."""
-  if len(positions) < 2:
-    return "give more problems, or set --eval_fraction=0 for no eval"
-  ordered = sorted(positions)
-  low, high = ordered[:2] if side == "train" else ordered[-2:]
-  for digits in range(1, 12):
-    value = math.ceil((low + (high - low) / 4) * 10**digits) / 10**digits
-    if low < value <= high:
-      return f"set --eval_fraction={value}, or give more problems"
-  return "give more problems, or set --eval_fraction=0 for no eval"

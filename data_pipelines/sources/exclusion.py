@@ -14,11 +14,7 @@ _BATCH = 8
 
 
 def fingerprint(folder: str) -> str:
-  """The fingerprint of a data dir.
-
-  Raises:
-    SettingError: The folder is none.
-  """
+  """The fingerprint of a data dir."""
   with validation.user_errors():
     path = validation.to_path("exclude", folder) / "manifest.json"
   try:
@@ -40,12 +36,7 @@ def read(
 ) -> dict[str, str]:
   """The groups of all problems of data dirs, each with a problem's name.
 
-  Args:
-    folders: The data dirs.
-    scratch: Gets the problems whose images have perceptual hashes.
-    looks: Gets the perceptual hashes.
-    with_looks: True to hash perceptually too.
-    num_workers: The number of processes.
+  `looks` gets the perceptual hashes, if any, and `scratch` their problems.
   """
   found: dict[str, str] = {}
   for folder in folders:

@@ -27,15 +27,10 @@ from data_pipelines.validation import printable
 
 
 class Row(NamedTuple):
-  """A record as its file holds it.
+  """A record as its file holds it."""
 
-  Attributes:
-    values: Column name to plain Python value.
-    read: Returns the bytes of a file that the row names; raises `BadRecord`.
-  """
-
-  values: Mapping[str, Any]
-  read: Callable[[str], bytes]
+  values: Mapping[str, Any]  # Plain Python values by column.
+  read: Callable[[str], bytes]  # The bytes of a file that the row names.
 
 
 type RawRecord = records.Problem | Row | records.BadRecord
@@ -45,18 +40,12 @@ type Readers = Mapping[str, Callable[[], Iterable[RawRecord]]]
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """The data in a folder or a file.
+  """The data in a folder or a file."""
 
-  Attributes:
-    readers: The reader of each split, its files in the order of their names.
-    files: The hash of the content of each file, also of the pictures that rows
-      name, by path relative to the data.
-    counts: The number of records of each split where that costs little to know.
-  """
-
-  readers: Readers
+  readers: Readers  # The files of a split in the order of their names.
+  # The hashes of files, also of pictures that rows name, by relative path.
   files: dict[str, str]
-  counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  counts: dict[str, int]  # Records of each split, where that costs little.
 
 
 class _File(NamedTuple):
@@ -83,18 +72,17 @@ _KNOWN = ", ".join(readers.KINDS)
 
 
 def find(path: epath.PathLike) -> Folder:
-  """Finds the data in a folder or a file, locally or on gs://.
-
-  Raises:
-    SettingError: There is no data, or it is ambiguous or not whole.
-  """
+  """Finds the data in a folder or a file, locally or on gs://."""
   try:
     root = epath.Path(path)
     root = root if "://" in os.fspath(path) else root.resolve()
     if root.is_dir():
       return _open_data_dir(root) or _open(root, _choose(root))
     if root.exists():
-      return _open(root.parent, [_single(root)])
+      if file := _file(root, root.name):
+        return _open(root.parent, [file])
+      rule = f"end in one of {_KNOWN}, or be a folder of such files"
+      raise _refusal(root, rule, "unpack or convert it")
   except validation.SettingError:
     raise
   # A bucket's library may raise anything for a missing name or credential.
@@ -132,29 +120,19 @@ def _file(path: epath.Path, relative: str) -> _File | None:
   return _File(path, kind, split, bool(split) and is_shard)
 
 
-def _single(path: epath.Path) -> _File:
-  file = _file(path, path.name)
-  if file is None:
-    rule = f"end in one of {_KNOWN}, or be a folder of such files"
-    raise _refusal(path, rule, "unpack or convert it")
-  return file
-
-
 def _choose(root: epath.Path) -> list[_File]:
   """The files of a folder to read, in the order of their names."""
-  list_folder = {
-    path.relative_to(root).as_posix(): path for path in _walk(root, set())
-  }
-  dicts = {p for p in list_folder.values() if p.name == "dataset_dict.json"}
+  paths = {x.relative_to(root).as_posix(): x for x in _walk(root, set())}
+  dicts = {x for x in paths.values() if x.name == "dataset_dict.json"}
   found = []
-  for name, path in sorted(list_folder.items()):
+  for name, path in sorted(paths.items()):
     file = None if _NO_DATA.fullmatch(path.name) else _file(path, name)
     # The folders of a DatasetDict are splits of any name.
     if file and (path.parent.parent / "dataset_dict.json") in dicts:
       file = file._replace(split=path.parent.name)
     found += [file] if file else []
   if not found:
-    others = ", ".join(sorted(list_folder)[:3]) or "none"
+    others = ", ".join(sorted(paths)[:3]) or "none"
     rule = f"hold files that end in one of {_KNOWN}, and holds {others}"
     raise _refusal(root, rule, "unpack or convert the data, or give its folder")
   # testmini.json, not annot_testmini.json or query.json.
@@ -233,6 +211,8 @@ def _open_data_dir(root: epath.Path) -> Folder | None:
 
 
 def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
+  import pyarrow.parquet as pq  # Imported here: ArrayRecord does not need it.
+
   splits: dict[str, list[_File]] = {}
   for file in files:
     splits.setdefault(file.split, []).append(file)
@@ -242,36 +222,23 @@ def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
   }
   paths = [os.fspath(file.path) for file in files]
   hashes = _hashes(paths, _named_pictures(files, root))
-  return Folder(found, hashes, _count_rows(splits))
-
-
-def _count_rows(splits: Mapping[str, Sequence[_File]]) -> dict[str, int]:
-  """The number of rows of each split of local parquet files."""
-  import pyarrow.parquet as pq  # Imported here: ArrayRecord does not need it.
-
-  counts = {}
-  # Whoever reads a damaged file says so.
-  with contextlib.suppress(Exception):
-    for split, files in splits.items():
-      is_known = all(
-        file.kind == ".parquet" and "://" not in os.fspath(file.path)
-        for file in files
-      )
-      if is_known:
-        rows = (pq.read_metadata(file.path).num_rows for file in files)
-        counts[split] = sum(rows)
-  return counts
+  counts: dict[str, int] = {}
+  is_local = "://" not in os.fspath(root)
+  with contextlib.suppress(Exception):  # Whoever reads a damaged file says so.
+    for split, group in splits.items():
+      if is_local and {file.kind for file in group} == {".parquet"}:
+        counts[split] = sum(pq.read_metadata(x.path).num_rows for x in group)
+  return Folder(found, hashes, counts)
 
 
 def _read_problems(source: stored.Source) -> Iterator[RawRecord]:
   for index in range(len(source)):
     try:
       with records.all_faults():
-        problem = source[index]
+        raw: RawRecord = source[index]
     except records.BadRecord as error:
-      yield error
-    else:
-      yield problem
+      raw = error
+    yield raw
 
 
 def _read_rows(files: Sequence[_File], root: epath.Path) -> Iterator[RawRecord]:
@@ -288,16 +255,14 @@ def _candidates(folder: epath.Path, root: epath.Path, name: str) -> list[str]:
   name = name.removeprefix("file://")
   if not name or "://" in name and not name.startswith(top):
     return []
-  bases = [folder, folder / "images", root, root / "images"]
-  paths = [_join(os.fspath(base), name) for base in bases]
-  return list(dict.fromkeys(path for path in paths if path.startswith(top)))
-
-
-def _join(base: str, name: str) -> str:
-  """The path of a name under a base, without `..`; an absolute one stays."""
-  path = name if "://" in name else posixpath.join(base, name)
-  scheme, mark, rest = path.rpartition("://")
-  return f"{scheme}{mark}{posixpath.normpath(rest)}"
+  found: dict[str, None] = {}
+  for base in (folder, folder / "images", root, root / "images"):
+    path = name if "://" in name else posixpath.join(os.fspath(base), name)
+    scheme, mark, rest = path.rpartition("://")
+    path = f"{scheme}{mark}{posixpath.normpath(rest)}"  # Without `..`.
+    if path.startswith(top):
+      found[path] = None
+  return list(found)
 
 
 def _read_picture(folder: epath.Path, root: epath.Path, name: Any) -> bytes:
@@ -344,10 +309,7 @@ def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
 
 
 def _hashes(paths: Sequence[str], pictures: Sequence[str]) -> dict[str, str]:
-  """The hashes of files, by path relative to the folder of the data.
-
-  The source may thus be moved.
-  """
+  """The hashes of files, by path relative to the folder of the data."""
   base = posixpath.commonpath(list(map(posixpath.dirname, paths)))
   every = [*paths, *pictures]
   names = [posixpath.relpath(path, base) for path in every]
@@ -358,12 +320,11 @@ def _hashes(paths: Sequence[str], pictures: Sequence[str]) -> dict[str, str]:
 def _hash(path: str) -> str:
   """A hash of a file's content; "" if it is no file that can be read."""
   digest = hashlib.sha256()
-  try:
+  # A name may be too long, hold a NUL, or name a folder.
+  with contextlib.suppress(OSError, ValueError):
     untrusted.size_of(path)
     with epath.Path(path).open("rb") as file:
       while block := file.read(2**20):
         digest.update(block)
-  # A name may be too long, hold a NUL, or name a folder.
-  except (OSError, ValueError):
-    return ""
-  return digest.hexdigest()[:32]
+    return digest.hexdigest()[:32]
+  return ""

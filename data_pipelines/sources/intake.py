@@ -51,28 +51,18 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-  """The summary of a usable record.
+  """The summary of a usable record."""
 
-  Attributes:
-    split: The source's split.
-    index: The index in that split.
-    pid: The name of the problem.
-    groups: A hash of the pixels of each image; of a text problem one of its
-      question. Records that share a hash must not be divided.
-    is_hidden: True if there is an answer, but it is not public.
-    is_mathvista: True if MathVista's terms cover it.
-    digest: A hash of the whole record.
-    place: The index in the scratch file.
-  """
-
-  split: str
-  index: int
+  split: str  # The source's.
+  index: int  # In that split.
   pid: str
+  # A hash of the pixels of each image; of a text problem one of its question.
+  # Records that share a hash must not be divided.
   groups: tuple[str, ...]
-  is_hidden: bool
-  is_mathvista: bool
-  digest: str
-  place: int = -1
+  is_hidden: bool  # True if there is an answer, but it is not public.
+  is_mathvista: bool  # True if MathVista's terms cover it.
+  digest: str  # A hash of the whole record.
+  place: int = -1  # The index in the scratch file.
 
 
 class _CheckedRecord(NamedTuple):
@@ -96,51 +86,38 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-  """Checks records, in whatever process.
+  """Checks records, in whatever process."""
 
-  Attributes:
-    chosen: The columns of each of the source's splits that holds rows.
-    settings: How answers are read.
-    with_looks: True to hash perceptually too.
-  """
-
-  chosen: Mapping[str, columns.Columns] = dataclasses.field(
-    default_factory=dict
-  )
+  # The columns of each of the source's splits that holds rows.
+  chosen: Mapping[str, columns.Columns]
   settings: columns.Settings = columns.Settings()
-  with_looks: bool = False
+  with_looks: bool = False  # True to hash perceptually too.
 
   def __call__(self, items: Sequence[Item]) -> list[_CheckedRecord | Reject]:
     """A result for each record; no record's fault is an exception."""
-    return [self._check(item) for item in items]
-
-  def _check(self, item: Item) -> _CheckedRecord | Reject:
-    try:
-      with records.all_faults():
-        return self._summarize(item, self._judge(self.problem(item)))
-    except records.BadRecord as error:
-      return self.reject(item, error)
+    results = []
+    for item in items:
+      try:
+        with records.all_faults():
+          checked = self._summarize(item, self._judge(self.problem(item)))
+      except records.BadRecord as error:
+        checked = self.reject(item, error)
+      results.append(checked)
+    return results
 
   def reject(self, item: Item, why: records.BadRecord) -> Reject:
     """The entry of a record in the list of rejects; holds no image."""
-    detail = _QUOTED_BYTES.sub("(bytes)", why.detail)
-    return Reject(item.split, item.index, self._pid(item), why.reason, detail)
-
-  def _pid(self, item: Item) -> str | None:
-    """The pid for a message, or the number of a row that has none."""
-    raw = item.raw
+    raw, pid = item.raw, None
     if isinstance(raw, files.Row):
       pid = columns.pid(raw.values, self.chosen[item.split], item.number)
-    else:
-      pid = raw.pid if isinstance(raw, records.Problem) else None
-    return None if pid is None else printable(pid[:60])
+    elif isinstance(raw, records.Problem):
+      pid = raw.pid
+    pid = None if pid is None else printable(pid[:60])
+    detail = _QUOTED_BYTES.sub("(bytes)", why.detail)
+    return Reject(item.split, item.index, pid, why.reason, detail)
 
   def problem(self, item: Item) -> records.Problem:
-    """The problem of a record, which a run can ask and show.
-
-    Raises:
-      BadRecord: There is none. A row may raise anything else, too.
-    """
+    """The problem of a record; raises whatever a row without one may raise."""
     if isinstance(item.raw, records.BadRecord):
       raise item.raw
     if isinstance(item.raw, records.Problem):
@@ -161,9 +138,6 @@ class Checker:
     """The problem, if the verifier takes its answer for right.
 
     One at a time, so that each process has one worker for expressions.
-
-    Raises:
-      BadRecord: It does not, and unchecked answers are rejected.
     """
     if not problem.is_checkable:
       return problem
@@ -181,13 +155,8 @@ class Checker:
     )
 
   def _summarize(self, item: Item, problem: records.Problem) -> _CheckedRecord:
-    """The summary of a problem, which raises if an image cannot be shown.
-
-    Synthetic images look alike and still have different answers, so only equal
-    pixels make them duplicates: they have no perceptual hash.
-    """
-    with_looks = self.with_looks and not synthetic.is_synthetic(problem)
-    groups, looks = hash_groups(problem, with_looks)
+    """The summary of a problem, which raises if an image cannot be shown."""
+    groups, looks = hash_groups(problem, self.with_looks)
     record = Record(
       split=item.split,
       index=item.index,
@@ -209,17 +178,15 @@ def _has_no_answer(problem: records.Problem) -> bool:
 def hash_groups(
   problem: records.Problem, with_looks: bool
 ) -> tuple[tuple[str, ...], Hashes]:
-  """The groups of a problem, and the perceptual hashes of its images.
-
-  Raises:
-    BadRecord: An image cannot be decoded.
-  """
+  """The groups of a problem, and the perceptual hashes of its images."""
   if not problem.images:
     lines = [_normalize(text) for text in problem.choices]
     text = "\n".join([_normalize(problem.question), *sorted(lines)])
     return (f"text-{hashlib.sha256(text.encode()).hexdigest()}",), {}
   groups: list[str] = []
   looks: Hashes = {}
+  # Drawn images look alike and still have different answers.
+  with_looks = with_looks and not synthetic.is_synthetic(problem)
   for index, encoded in enumerate(problem.images):
     image = images.decode(encoded)
     groups.append(images.pixel_hash(image))
@@ -261,15 +228,10 @@ def check_records(
   num_workers: int = 0,
   total: int | None = None,
 ) -> tuple[list[Record], list[Reject]]:
-  """The usable records, whose problems `scratch` gets, and the rejected ones.
+  """The usable records and the rejected ones, in the order of the source.
 
-  Args:
-    readers: The reader of each split of the source.
-    checker: Checks the records.
-    scratch: Gets the usable problems, in the order of the source.
-    looks: Gets the perceptual hashes of their images.
-    num_workers: The number of processes, if there are many records.
-    total: The number of records, if it is known, for the log.
+  `scratch` gets the usable problems, `looks` their perceptual hashes. `total`
+  is the number of records, if it is known, for the log.
   """
   accepted: list[Record] = []
   rejects: list[Reject] = []
@@ -283,10 +245,20 @@ def check_records(
       other = taken.get(record.pid)
       # Names often start again in each split of a source.
       if other and other.split != record.split:
-        record, example = _rename(record, example)
-        other = taken.get(record.pid)
+        pid = f"{record.split}:{record.pid}"
+        problem = dataclasses.replace(stored.decode(example), pid=pid)
+        example, digest = stored.encode(problem), _digest(problem)
+        record = dataclasses.replace(record, pid=pid, digest=digest)
+        other = taken.get(pid)
       if other:
-        rejects.append(_duplicate(record, other))
+        pid = printable(record.pid[:60])
+        detail = (
+          f"record {other.index} of {other.split or 'the source'} has its pid; "
+          "name a column of unique values with --columns=pid=NAME, or none "
+          "with --columns=pid="
+        )
+        reason = "duplicate_pid"
+        rejects.append(Reject(record.split, record.index, pid, reason, detail))
         continue
       record = dataclasses.replace(record, place=scratch.append(example))
       taken[record.pid] = record
@@ -304,40 +276,18 @@ def _check(
     detail = f"the process that read it {how}; look for a damaged image"
     return checker.reject(item, records.BadRecord("lost_process", detail))
 
-  items = _items(readers)
-  few = itertools.batched(itertools.islice(items, _FEW), _BATCH)
-  yield from processes.map_in_order(checker, few, num_workers=0, lost=lost)
-  yield from processes.map_in_order(
-    checker,
-    itertools.batched(items, _BATCH),
-    num_workers=num_workers,
-    lost=lost,
-  )
-
-
-def _items(readers: files.Readers) -> Iterator[Item]:
   numbers = itertools.count()
-  for split, read in readers.items():
-    for index, raw in enumerate(read()):
-      yield Item(split, index, next(numbers), raw)
-
-
-def _rename(record: Record, example: bytes) -> tuple[Record, bytes]:
-  """The record with the name of its split before its own."""
-  pid = f"{record.split}:{record.pid}"
-  problem = dataclasses.replace(stored.decode(example), pid=pid)
-  record = dataclasses.replace(record, pid=pid, digest=_digest(problem))
-  return record, stored.encode(problem)
-
-
-def _duplicate(record: Record, other: Record) -> Reject:
-  detail = (
-    f"record {other.index} of {other.split or 'the source'} has its pid; name "
-    "a column of unique values with --columns=pid=NAME, or none with "
-    "--columns=pid="
+  items = (
+    Item(split, index, next(numbers), raw)
+    for split, read in readers.items()
+    for index, raw in enumerate(read())
   )
-  pid = printable(record.pid[:60])
-  return Reject(record.split, record.index, pid, "duplicate_pid", detail)
+  few = itertools.islice(items, _FEW)
+  for each, count in ((few, 0), (items, num_workers)):
+    batches = itertools.batched(each, _BATCH)
+    yield from processes.map_in_order(
+      checker, batches, num_workers=count, lost=lost
+    )
 
 
 def _with_progress[T](results: Iterable[T], total: int | None) -> Iterator[T]:
@@ -359,7 +309,4 @@ def hash_all(
   problems: Sequence[records.Problem], *, with_looks: bool
 ) -> list[tuple[tuple[str, ...], Hashes]]:
   """The groups of problems that were checked before; see `hash_groups`."""
-  return [
-    hash_groups(each, with_looks and not synthetic.is_synthetic(each))
-    for each in problems
-  ]
+  return [hash_groups(each, with_looks) for each in problems]

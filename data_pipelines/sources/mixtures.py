@@ -26,11 +26,8 @@ class Mixture:
   """The problems of several sources, one source after another.
 
   A problem's pid starts with the name of its data set, as in "geo/12", because
-  two sets may have the same pids. Its metadata name it as `data_set`.
-
-  Attributes:
-    sources: The problems of each data set, by its name.
-    sets: The indices of each data set's problems, by its name.
+  two sets may have the same pids. Its metadata name it as `data_set`. `sets`
+  holds the indices of each set's problems, by its name.
   """
 
   def __init__(
@@ -63,10 +60,7 @@ def _rename(problem: records.Problem, name: str) -> records.Problem:
 
 
 def first(problems: records.Source, count: int) -> records.Source:
-  """The problems; at most `count` of a mixture.
-
-  The sets have equal parts, as far as their sizes allow.
-  """
+  """The problems; at most `count` of a mixture, as equally as sizes allow."""
   if not isinstance(problems, Mixture):
     return problems
   sets, counts = problems.sets, dict[str, int]()
@@ -81,16 +75,15 @@ class Order:
   """Which data set each position of an endless mixture asks, and for what.
 
   The map of `grain.MapDataset.select_from_datasets`. In any prefix of n
-  positions, each set has been asked its share of n, up to less than one.
-  `MapDataset.mix` rounds the shares (0.7 and 0.3 to 233 and 100 of 333), and
-  with three sets and more a set may be further behind.
+  positions, each set has been asked its share of n, up to less than one;
+  `MapDataset.mix` rounds the shares. They are whole numbers here, and the order
+  repeats after their sum.
 
   References:
     Balinski and Young, The Quota Method of Apportionment, 1975
   """
 
   def __init__(self, shares: Sequence[int]):
-    """Shares are whole numbers; the order repeats after their sum."""
     self._shares, self._period = tuple(shares), list[tuple[int, int]]()
     total, asked = sum(shares), [0] * len(shares)
     for position in range(total):
@@ -131,19 +124,14 @@ def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-  """A name for each folder: its last part, made unique.
-
-  It is one word, fit for the name of a metric.
-  """
+  """A name for each folder: its last part as one word, made unique."""
   found: list[str] = []
   for folder in folders:
     last = pathlib.Path(os.path.abspath(folder)).name
-    name = base = re.sub(r"[^\w.-]+", "_", last) or "data"
-    number = 1
-    while name in (*_TAKEN, *found):
-      number += 1
-      name = f"{base}-{number}"
-    found.append(name)
+    base = re.sub(r"[^\w.-]+", "_", last) or "data"
+    numbered = (f"{base}-{number}" for number in itertools.count(2))
+    candidates = itertools.chain([base], numbered)
+    found.append(next(x for x in candidates if x not in (*_TAKEN, *found)))
   return found
 
 
@@ -153,9 +141,6 @@ def problems_by_pid(
   """Reads the problems of some pids from a run's data dirs, by pid.
 
   `data_dirs` has commas between those of a mixture.
-
-  Raises:
-    ValueError: A folder holds no prepared problems.
   """
   # Slow to import, and the settings need the names alone.
   from data_pipelines.sources import stored
@@ -165,9 +150,10 @@ def problems_by_pid(
   folders = [validation.to_path("data_dir", part) for part in parts]
   if len(folders) == 1:
     return stored.problems_by_pid(folders[0], pids)
-  found = []
+  found = {}
   for name, folder in zip(names(folders), folders, strict=True):
     own = {x.removeprefix(f"{name}/") for x in pids if x.startswith(f"{name}/")}
-    problems = stored.problems_by_pid(folder, own).values()
-    found += [_rename(problem, name) for problem in problems]
-  return {problem.pid: problem for problem in found}
+    for problem in stored.problems_by_pid(folder, own).values():
+      problem = _rename(problem, name)
+      found[problem.pid] = problem
+  return found

@@ -55,9 +55,8 @@ class ImageHash:
 def hash_image(image: np.ndarray) -> ImageHash:
   """The perceptual hash of an image, uint8 [height, width, 3]."""
   height, width, _ = image.shape
-  small = (
-    Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
-  )
+  grey_image = Image.fromarray(image).convert("L")
+  small = grey_image.resize((32, 32), Image.Resampling.BOX)
   grey = np.asarray(small, np.int64)
   waves = (_COSINES @ grey @ _COSINES.T).ravel()
   # The first is the mean brightness, which is no shape.
@@ -92,21 +91,19 @@ def similar_pairs(
 def are_copies(first: Image.Image, second: Image.Image) -> bool:
   """True if two grey images show the same, letter by letter.
 
-  Both are shrunk to half the size of the smaller one. In each window of
-  4 x 4, the mean square of the difference is compared with the contrast of
-  both. JPEG's noise and other sizes change little of it, another letter much.
+  Both are shrunk to half the size of the smaller one. In each window of 4 x 4,
+  the mean square of the difference is compared with the contrast of both.
   """
   width, height = map(min, first.size, second.size)
   scale = min(0.5, _MAX_SIDE / max(width, height))
-  size = (_multiple(width * scale), _multiple(height * scale))
-  one, two = _windows(first, size), _windows(second, size)
+  width, height = (
+    max(_WINDOW, int(side * scale) // _WINDOW * _WINDOW)
+    for side in (width, height)
+  )
+  one, two = (_windows(each, (width, height)) for each in (first, second))
   difference = np.square(one - two).mean(axis=1)
   contrast = one.var(axis=1) + two.var(axis=1) + _NOISE
   return bool((difference <= MAX_DIFFERENCE * contrast).all())
-
-
-def _multiple(length: float) -> int:
-  return max(_WINDOW, int(length) // _WINDOW * _WINDOW)
 
 
 def _windows(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -130,9 +127,7 @@ class Looks:
   def add(self, hashes: Mapping[str, tuple[int, ImageHash]], at: int) -> None:
     """Adds the hashes of a problem's images, by the hash of their pixels.
 
-    Args:
-      hashes: The index among the images of the problem, and the hash.
-      at: The index of the problem in the scratch file.
+    With each goes its index in the problem, whose own in the file is `at`.
     """
     for image, (index, each) in hashes.items():
       self._found.setdefault(image, (each, at, index))
@@ -142,18 +137,14 @@ class Looks:
 
     Names without a perceptual hash are of no image, or of a drawn one.
     """
-    names, others = (
-      [name for name in each if name in self._found] for each in (names, others)
-    )
-    pairs = similar_pairs(
-      *([self._found[x][0] for x in y] for y in (names, others))
-    )
+    names = [name for name in names if name in self._found]
+    others = [name for name in others if name in self._found]
+    first, second = ([self._found[x][0] for x in y] for y in (names, others))
     copies: dict[str, str] = {}
-    for i, j in pairs:
-      if names[i] not in copies and are_copies(
-        self._grey(names[i]), self._grey(others[j])
-      ):
-        copies[names[i]] = others[j]
+    for i, j in similar_pairs(first, second):
+      if names[i] not in copies:
+        if are_copies(self._grey(names[i]), self._grey(others[j])):
+          copies[names[i]] = others[j]
     return copies
 
   def _read(self, image: str) -> Image.Image:

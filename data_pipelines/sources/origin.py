@@ -17,30 +17,18 @@ type Source = synthetic.Spec | reasoning_gym.Spec | str | Mapping[str, str]
 
 
 class Origin(NamedTuple):
-  """An opened source.
+  """An opened source."""
 
-  Attributes:
-    name: The source in words.
-    readers: The reader of each split. Splits of several paths have names that
-      begin with ours, as "train/validation".
-    parts: The splits of each path, which have the same columns.
-    files: The hash of each file's content.
-    counts: The number of records of each split where it is known.
-  """
-
-  name: str
+  name: str  # In words.
+  # Splits of several paths have names that begin with ours, as "train/val".
   readers: files.Readers
-  parts: list[list[str]]
-  files: dict[str, str]
-  counts: dict[str, int]
+  parts: list[list[str]]  # The splits of each path, which have equal columns.
+  files: dict[str, str]  # The hash of each file's content.
+  counts: dict[str, int]  # The records of each split where that is known.
 
 
 def open_source(source: Source) -> Origin:
-  """Opens a source without reading its records.
-
-  Raises:
-    SettingError: There are no data, or they are ambiguous.
-  """
+  """Opens a source without reading its records."""
   if isinstance(source, synthetic.Spec):
     draw = functools.cache(lambda: list(synthetic.problems(source)))
     counts = {SYNTHETIC: source.num_problems}

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -37,12 +36,9 @@ def map_in_order[T, R](
 ) -> Generator[R, None, None]:
   """The results of a picklable function, record by record.
 
-  Args:
-    function: Gives one result for each record of a batch. What it raises ends
-      the iteration.
-    batches: The records, which are read a few batches ahead.
-    num_workers: The number of processes; with 0 all is done in this one.
-    lost: The result of a record whose process died or hung, and how.
+  What the function raises ends the iteration. `lost` gives the result of a
+  record whose process died or hung, and gets told how. Batches are read a few
+  ahead. With 0 workers all is done in this process.
 
   The iteration must be closed, as by `contextlib.closing`, or ended.
   """
@@ -64,49 +60,50 @@ def map_in_order[T, R](
 
 
 class _Workers:
-  """Processes, each with a thread of this process that waits for it."""
+  """Threads of this process, each with a process that it waits for."""
 
   def __init__(self, function: Any, num_workers: int, lost: Any):
     self._function, self._lost = function, lost
     self._threads = futures.ThreadPoolExecutor(num_workers)
-    self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+    self._own = threading.local()
     self._all: set[_Worker] = set()
     self._lock, self._is_closed = threading.Lock(), False
-    for _ in range(num_workers):
-      self._idle.put(None)
 
   def submit(self, batch: Sequence[Any]) -> futures.Future[list[Any]]:
     return self._threads.submit(self._call, batch)
 
   def _call(self, batch: Sequence[Any]) -> list[Any]:
-    worker = self._idle.get()
-    try:
-      worker = worker or self._start()
-      how = worker.exchange(batch)
-      if not isinstance(how, str):
-        return how
-      # One of these records is to blame: each gets a process of its own.
-      results = []
-      for record in batch:
-        self._end(worker)
-        worker = self._start()
-        how = worker.exchange([record])
-        is_lost = isinstance(how, str)
-        results.append(self._lost(record, how) if is_lost else how[0])
-      self._end(worker)
-      worker = None
-      return results
-    finally:
-      self._idle.put(worker)
+    how = self._exchange(batch)
+    if not isinstance(how, str):
+      return how
+    # One of these records is to blame: each gets a process of its own.
+    results = []
+    for record in batch:
+      how = self._exchange([record])
+      if isinstance(how, str):
+        results.append(self._lost(record, how))
+      else:
+        results += how
+        self._end(self._own.worker)
+    return results
 
-  def _start(self) -> "_Worker":
-    with self._lock:
-      if self._is_closed:
-        raise futures.CancelledError
-      worker = _Worker(self._function)
-      self._all.add(worker)
-    worker.wait_until_ready()
-    return worker
+  def _exchange(self, batch: Sequence[Any]) -> Any:
+    """The results of the thread's process, or how it ended."""
+    worker = getattr(self._own, "worker", None)
+    if worker not in self._all:
+      with self._lock:
+        if self._is_closed:
+          raise futures.CancelledError
+        self._own.worker = worker = _Worker(self._function)
+        self._all.add(worker)
+      if how := worker.receive():
+        raise RuntimeError(
+          f"a process that reads records cannot start: it {how}."
+        )
+    result = worker.exchange(batch)
+    if isinstance(result, str):
+      self._end(worker)
+    return result
 
   def _end(self, worker: "_Worker") -> None:
     with self._lock:
@@ -118,14 +115,17 @@ class _Workers:
     with self._lock:
       self._is_closed = True
       for worker in self._all:
-        worker.kill()
+        worker.process.kill()
     self._threads.shutdown(cancel_futures=True)
     for worker in self._all:
       worker.end()
 
 
 class _Worker:
-  """A process that calls a function on each batch that it receives."""
+  """A process that calls a function on each batch that it receives.
+
+  At first it sends None, once its imports are done.
+  """
 
   def __init__(self, function: Callable[[Sequence[Any]], list[Any]]):
     context = multiprocessing.get_context("forkserver")
@@ -133,58 +133,43 @@ class _Worker:
     # large, is not among it.
     context.set_forkserver_preload([function.__module__])
     self._connection, theirs = context.Pipe()
-    self._process = context.Process(
+    self.process = context.Process(
       target=_serve, args=(theirs, function), daemon=True
     )
     # Ctrl-C reaches the whole group; only this process must act on it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-      self._process.start()
+      self.process.start()
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
       theirs.close()
 
-  def wait_until_ready(self) -> None:
-    """Waits for the imports.
-
-    Raises:
-      RuntimeError: The process cannot start.
-    """
-    how = self._receive()
-    if how is not None:
-      raise RuntimeError(
-        f"a process that reads records cannot start: it {how}."
-      )
-
   def exchange(self, batch: Sequence[Any]) -> Any:
     """The results for a batch, or how the process failed, in words."""
-    with contextlib.suppress(OSError):  # `_receive` says what happened.
+    with contextlib.suppress(OSError):  # `receive` says what happened.
       self._connection.send(batch)
-    result = self._receive()
+    result = self.receive()
     if isinstance(result, Exception):
       raise result
     return result
 
-  def _receive(self) -> Any:
+  def receive(self) -> Any:
+    """What the process sends, or how it failed, in words."""
     try:
       if self._connection.poll(_PATIENCE_SECONDS):
         return self._connection.recv()
     except (EOFError, OSError):
-      self._process.join()
-      code = self._process.exitcode or 0
+      self.process.join()
+      code = self.process.exitcode or 0
       if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
       return f"ended with exit code {code}"
     return f"took longer than {_PATIENCE_SECONDS:g} seconds"
 
-  def kill(self) -> None:
-    """Kills the process, which may be busy."""
-    self._process.kill()
-
   def end(self) -> None:
-    """Kills the process and waits for its end."""
-    self._process.kill()
-    self._process.join()
+    """Kills the process, which may be busy, and waits for its end."""
+    self.process.kill()
+    self.process.join()
     self._connection.close()
 
 

@@ -33,19 +33,13 @@ class Withheld(NamedTuple):
 def plan(
   names: Sequence[str], given: Sequence[str] = (), *, are_ours: bool = False
 ) -> dict[str, str]:
-  """Where the records of each of the source's splits go.
+  """The place of each split that is used: one of `OURS`, or `DIVIDED`.
 
   Args:
     names: The source's splits.
     given: The setting `split`: names to divide, or pairs such as
       "eval=validation".
     are_ours: True if the names begin with our own, as "train/part".
-
-  Returns:
-    For each split that is used, "train", "eval", "test" or `DIVIDED`.
-
-  Raises:
-    SettingError: The source has no such split.
   """
   if are_ours:
     chosen = {name: name.partition("/")[0] for name in names}
@@ -53,12 +47,9 @@ def plan(
     chosen = _choose(names, given)
   else:
     chosen = _by_name(names)
-  if "eval" not in chosen.values():
-    divided = {
-      name: DIVIDED for name, ours in chosen.items() if ours == "train"
-    }
-    chosen |= divided
-  return chosen
+  if "eval" in chosen.values():
+    return chosen
+  return {x: DIVIDED if y == "train" else y for x, y in chosen.items()}
 
 
 def _choose(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
@@ -95,28 +86,25 @@ def _by_name(names: Sequence[str]) -> dict[str, str]:
 
 def describe(places: Mapping[str, str], names: Sequence[str]) -> str:
   """Where each split goes, in one line for the log."""
-  parts = [
-    f"{name!r} is divided into train and eval"
-    if ours == DIVIDED
-    else f"{ours} is {name!r}"
-    for name, ours in places.items()
-  ]
+  parts = []
+  for name, ours in places.items():
+    divided = f"{name!r} is divided into train and eval"
+    parts.append(divided if ours == DIVIDED else f"{ours} is {name!r}")
   if left_out := [repr(name) for name in names if name not in places]:
     parts.append(f"left out: {', '.join(left_out)} (--split takes them too)")
   return f"Splits of the source: {'; '.join(parts)}."
 
 
 def split_of(group: str, *, salt: str, eval_fraction: float) -> str:
-  """The split of every problem of a group: "train" or "eval".
-
-  A pure function of the group's hash and the salt, so adding or removing
-  records never moves another record. Another salt is an independent division.
-  """
+  """The split of every problem of a group: "train" or "eval"."""
   return "eval" if position(group, salt) < eval_fraction else "train"
 
 
 def position(group: str, salt: str) -> float:
-  """Where a group stands between 0, the first in eval, and 1."""
+  """Where a group stands between 0, the first in eval, and 1.
+
+  Adding or removing records never moves another record.
+  """
   digest = hashlib.sha256(f"{salt}|{group}".encode()).digest()
   return int.from_bytes(digest[:8]) / 2**64
 
@@ -128,18 +116,15 @@ def assign(
   salt: str,
   eval_fraction: float,
 ) -> list[str]:
-  """The split of each record, from itself alone.
-
-  A problem with several images has the split of the first one.
-  """
-  return [
-    "test"
-    if record.is_hidden
-    else places[record.split]
-    if places[record.split] != DIVIDED
-    else split_of(record.groups[0], salt=salt, eval_fraction=eval_fraction)
-    for record in records
-  ]
+  """The split of each record, from itself alone, of its first image."""
+  sides = []
+  for record in records:
+    side = "test" if record.is_hidden else places[record.split]
+    if side == DIVIDED:
+      group = record.groups[0]
+      side = split_of(group, salt=salt, eval_fraction=eval_fraction)
+    sides.append(side)
+  return sides
 
 
 def withhold(

@@ -36,11 +36,10 @@ NAME, VERSION = "problems", "1.0.0"
 def _features() -> tfds.features.FeaturesDict:
   """The stored type of each field of a problem."""
   text = tfds.features.Text()
+  # Not tfds.features.Image, which would decode and encode again.
+  picture = tfds.features.Tensor(shape=(), dtype=np.object_)
   others = {
-    # Not tfds.features.Image, which would decode and encode again.
-    "images": tfds.features.Sequence(
-      tfds.features.Tensor(shape=(), dtype=np.object_)
-    ),
+    "images": tfds.features.Sequence(picture),
     "choices": tfds.features.Sequence(text),
     "aliases": tfds.features.Sequence(text),
     "precision": tfds.features.Scalar(dtype=np.int32),
@@ -52,11 +51,10 @@ def _features() -> tfds.features.FeaturesDict:
 
 def encode(problem: records.Problem) -> bytes:
   """The bytes of a problem in a file; raises for one that cannot be stored."""
-  example = _features().encode_example(records.to_example(problem))
-  # Without this, the order of the fields differs from process to process.
-  return (
-    _serializer().get_tf_example(example).SerializeToString(deterministic=True)
-  )
+  fields = _features().encode_example(records.to_example(problem))
+  example = _serializer().get_tf_example(fields)
+  # Otherwise the order of the fields differs from process to process.
+  return example.SerializeToString(deterministic=True)
 
 
 @functools.cache
@@ -66,12 +64,7 @@ def _serializer() -> example_serializer.ExampleSerializer:
 
 
 def decode(example: bytes) -> records.Problem:
-  """The problem that `encode` was given.
-
-  Raises:
-    BadRecord: The bytes are damaged, or another data set's.
-  """
-  # TFDS raises many kinds of errors for a damaged or foreign example.
+  """The problem that `encode` was given; raises for damaged bytes."""
   with records.all_faults():
     fields: Any = _features().deserialize_example_np(example)
     return records.from_example(fields)
@@ -106,35 +99,21 @@ class Scratch:
     self._file.close()
 
 
-def write(
-  problems: Mapping[str, Iterable[records.Problem]],
-  data_dir: str | os.PathLike[str],
-) -> None:
-  """Writes the problems that `source(data_dir, split)` reads.
-
-  Args:
-    problems: By split, each with at least one problem. Their order on disk
-      follows a hash of their pids.
-    data_dir: An empty or new folder.
-  """
-  pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
-  with contextlib.closing(Scratch(data_dir)) as scratch:
-    places = {
-      split: [(each.pid, scratch.append(encode(each))) for each in chosen]
-      for split, chosen in problems.items()
-    }
-    write_encoded(scratch, places, data_dir)
-
-
 def write_encoded(
   scratch: Scratch,
   places: Mapping[str, Iterable[tuple[str, int]]],
   data_dir: str | os.PathLike[str],
 ) -> None:
-  """Writes problems as `write` does: for each split their pids and indices.
+  """Writes the problems that `source(data_dir, split)` reads.
 
   One problem at a time is in memory. The files are those that TFDS would write,
   and TFDS reads them.
+
+  Args:
+    scratch: The encoded problems.
+    places: For each split the pids of its problems and their indices in
+      `scratch`, at least one. A hash of the pids is their order on disk.
+    data_dir: An empty or new folder.
   """
   folder = pathlib.Path(data_dir) / NAME / VERSION
   folder.mkdir(parents=True)
@@ -147,7 +126,10 @@ def write_encoded(
       filetype_suffix="array_record",
     )
     # The order of TFDS's own writer, which would hold all in memory.
-    ordered = sorted((_hash(split, pid), index) for pid, index in pids)
+    ordered = sorted(
+      (hashlib.md5(f"{split}{pid}".encode()).digest(), index)
+      for pid, index in pids
+    )
     indices = [index for _, index in ordered]
     infos.append(_write_split(scratch, indices, template))
   info = dataset_info.DatasetInfo(
@@ -186,82 +168,57 @@ def _write_split(
   )
 
 
-def _hash(split: str, pid: str) -> bytes:
-  return hashlib.md5(f"{split}{pid}".encode()).digest()
-
-
 class Source:
   """The problems of one split by index.
 
   A source can be sent to a worker process, which opens the files again.
   """
 
-  def __init__(self, paths: Sequence[pathlib.Path]):
+  def __init__(self, paths: Sequence[pathlib.Path | str]):
     self.paths = [os.fspath(path) for path in paths]
-    self._open()
-    self._length = len(self._reader)
-
-  def _open(self) -> None:
     self._reader = array_record_data_source.ArrayRecordDataSource(self.paths)
 
   def __len__(self) -> int:
-    return self._length
+    return len(self._reader)
 
   def __getitem__(self, index: int, /) -> records.Problem:
-    if not 0 <= index < self._length:
-      raise IndexError(f"{index} is not in 0 .. {self._length - 1}")
+    if not 0 <= index < len(self):
+      raise IndexError(f"{index} is not in 0 .. {len(self) - 1}")
     with records.all_faults():
       example = self._reader[index]
     return decode(example)
 
-  def __getstate__(self) -> dict[str, Any]:
-    return {"paths": self.paths, "_length": self._length}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._open()
+  def __reduce__(self):
+    return type(self), (self.paths,)
 
 
 def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
-  """Every split in the folder that `write` was given, or in its subfolder.
-
-  Raises:
-    SettingError: A file of a split is missing or damaged.
-  """
+  """Every split in the folder of a data dir, or in its subfolder."""
   root = pathlib.Path(data_dir)
   files: dict[str, list[pathlib.Path]] = {}
   for folder in (root / NAME / VERSION, root):
-    found = sorted(folder.glob(f"{NAME}-*.array_record-*"))
-    for path in found if not files else ():
+    names = sorted(folder.glob(f"{NAME}-*.array_record-*"))
+    for path in names if not files else ():
       files.setdefault(path.name.split("-")[1].split(".")[0], []).append(path)
+  found = {}
   for split, paths in files.items():
-    if not paths[-1].name.endswith(f"-of-{len(paths):05d}"):
+    try:
+      if not paths[-1].name.endswith(f"-of-{len(paths):05d}"):
+        raise ValueError("some are missing")
+      found[split] = Source(paths)
+    except Exception as error:  # As for torn bytes, a folder or no access.
+      if validation.is_machine_failure(error):
+        raise
       raise validation.SettingError(
-        f"split ({split!r}) must have all its files in {paths[0].parent}, but "
-        "some are missing; make them again with 'python -m "
+        f"split ({split!r}) must have whole files, all of them, in "
+        f"{paths[0].parent}: {error}; make them again with 'python -m "
         "data_pipelines.prepare'."
-      )
-  return {split: _open_source(split, files[split]) for split in files}
-
-
-def _open_source(split: str, paths: Sequence[pathlib.Path]) -> Source:
-  try:
-    return Source(paths)
-  except Exception as error:  # As for torn bytes, a folder or no access.
-    if validation.is_machine_failure(error):
-      raise
-    raise validation.SettingError(
-      f"split ({split!r}) must have whole files in {paths[0].parent}: {error}; "
-      "make them again with 'python -m data_pipelines.prepare'."
-    ) from error
+      ) from error
+  return found
 
 
 def source(data_dir: str | os.PathLike[str], split: str) -> Source:
-  """Random access to the problems of a split that `write` wrote.
-
-  Raises:
-    ValueError: No problems have been written there, or no such split.
-  """
+  """Random access to the problems of a split of a data dir."""
   found = _require_sources(data_dir)
   if split not in found:
     raise ValueError(
@@ -274,11 +231,7 @@ def source(data_dir: str | os.PathLike[str], split: str) -> Source:
 def problems_by_pid(
   data_dir: str | os.PathLike[str], pids: Container[str]
 ) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from all splits, except damaged records.
-
-  Raises:
-    ValueError: No problems have been written there.
-  """
+  """Reads the problems of some pids from all splits, except damaged records."""
   problems = {}
   for split in _require_sources(data_dir).values():
     for index in range(len(split)):

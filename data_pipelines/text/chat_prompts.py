@@ -38,9 +38,8 @@ class Template:
   @property
   def fingerprint(self) -> str:
     """SHA-256 of its wording, without what other settings add to it."""
-    parts = {
-      x: getattr(self, x) for x in ("instruction", "reasoning", "answer")
-    }
+    names = ("instruction", "reasoning", "answer")
+    parts = {name: getattr(self, name) for name in names}
     # Without these a template has the fingerprint that earlier runs recorded.
     parts |= {"is_official": True} if self.is_official else {}
     parts |= {"file": self.file.source} if self.file else {}
@@ -81,11 +80,7 @@ _CROPS = (
 
 
 def open_template(name: str, system: str = "") -> Template:
-  """The built-in template of this name, or that of a jinja file.
-
-  Raises:
-    ValueError: The file is missing, or is no text of a template.
-  """
+  """The built-in template of this name, or that of a jinja file."""
   template = TEMPLATES.get(name)
   if template is None:
     file = template_files.read(name)
@@ -106,11 +101,7 @@ def asks_for_tag(name: str) -> bool:
 def prompt_text(
   problem: records.Problem, *, template: Template = TAGGED
 ) -> str:
-  """The text of the user's turn, with its image marks if it has any.
-
-  Raises:
-    BadRecord: The template's file cannot write it.
-  """
+  """The text of the user's turn, with its image marks if it has any."""
   if template.file:
     # A stand-in has no question to show.
     row = problem.question and variables(problem, template)
@@ -192,11 +183,7 @@ def with_answer(
 
 
 def chat_text(problem: records.Problem) -> str:
-  """Both turns as plain text, to train a tokenizer on.
-
-  Always in the default template, so that a data dir's tokenizer does not depend
-  on the runs that read it.
-  """
+  """Both turns as plain text in the default template, to train a tokenizer."""
   return f"user\n{prompt_text(problem)}\nmodel\n{demonstration(problem)}"
 
 
@@ -212,13 +199,9 @@ def encode_prompt(
 
   The pictures stand where the text has an `IMAGE_MARK` for each, or before the
   text if it has none. Each picture and each crop has `soft_tokens`
-  placeholders. The crops follow their picture, with the words of transformers'
-  Gemma3Processor; `num_crops` counts those of each picture. The system text
-  opens the first user's turn, and solved examples are earlier turns, as in
-  Gemma 3's own template.
-
-  Raises:
-    BadRecord: "image_count" if the marks are not as many as the pictures.
+  placeholders. The crops, `num_crops` of each picture, follow it with the words
+  of transformers' Gemma3Processor. The system text opens the first user's turn,
+  and solved examples are earlier turns, as in Gemma 3's own template.
   """
   chat = tokenizer.chat
   text = prompt_text(problem, template=template)
@@ -271,7 +254,10 @@ def _encode_with_images(
   ids: list[int] = []
   for part, count in zip(parts, num_crops, strict=False):
     ids += tokenizer.encode(part)
-    ids += _with_crops(image, count, tokenizer)
+    # Before the image, its first crop and each other crop.
+    words = [*_CROPS, *[" "] * (count - 1)] if count else [""]
+    for each in words:
+      ids += [*tokenizer.encode(each), *image]
   return ids + tokenizer.encode(parts[-1])
 
 
@@ -282,14 +268,10 @@ def check_images(
   num_images: int,
   soft_tokens: int,
 ) -> None:
-  """Requires a run of placeholders for every image that a prompt shows.
+  """Requires a run of placeholders for every image or crop of a prompt.
 
   The model fills placeholders in order: with one too many or too few it would
-  silently read another image's soft tokens. Crops count as images.
-
-  Raises:
-    BadRecord: "image_count" if <start_of_image>, or the placeholders after it,
-      differ in number.
+  silently read another image's soft tokens.
   """
   placeholder = tokenizer.chat.image_placeholder
   run = [placeholder] * soft_tokens
@@ -309,14 +291,3 @@ def check_images(
 def encode_completion(text: str, tokenizer: tokens.Tokenizer) -> list[int]:
   """The ids of a whole completion, with the end of turn."""
   return [*tokenizer.encode(text), tokenizer.chat.end_of_turn]
-
-
-def _with_crops(
-  image: list[int], num_crops: int, tokenizer: tokens.Tokenizer
-) -> list[int]:
-  """The ids of an image, then of its crops, with words around them."""
-  if not num_crops:
-    return image
-  original, crops = map(tokenizer.encode, _CROPS)
-  another = [*tokenizer.encode(" "), *image]
-  return [*original, *image, *crops, *image, *another * (num_crops - 1)]

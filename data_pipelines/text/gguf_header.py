@@ -32,41 +32,24 @@ _SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor's description.
+  """A tensor's description."""
 
-  Attributes:
-    kind: The format's number of the element type.
-    shape: Sizes, the slowest axis first.
-    start: Its first byte in the file.
-  """
-
-  kind: int
-  shape: tuple[int, ...]
-  start: int
+  kind: int  # The format's number of the element type.
+  shape: tuple[int, ...]  # The slowest axis first.
+  start: int  # Its first byte in the file.
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """The header of a file.
+  """The header of a file."""
 
-  Attributes:
-    num_bytes: Size of the file.
-    metadata: Numbers, booleans, strings and lists of one of these, by key.
-    tensors: By name.
-  """
-
-  num_bytes: int
-  metadata: dict[str, Any]
-  tensors: dict[str, Tensor]
+  num_bytes: int  # Size of the file.
+  metadata: dict[str, Any]  # Numbers, booleans, strings and lists, by key.
+  tensors: dict[str, Tensor]  # By name.
 
 
 def read(path: str | os.PathLike[str], source: str) -> Header:
-  """Reads the header of a local file; `source` names the file in errors.
-
-  Raises:
-    OSError: The file cannot be read.
-    ValueError: It is no whole GGUF file.
-  """
+  """Reads the header of a local file; `source` names the file in errors."""
   if not untrusted.size_of(path):
     raise ValueError(f"{source} is empty.")
   with open(path, "rb") as file:
@@ -113,13 +96,10 @@ class _Parser:
       kind = self._number("I")
       shown = untrusted.shorten(key)
       if kind == _ARRAY:
-        yield key, self._array(shown)
+        kind, length = self._number("I"), self._number("Q")
+        yield key, self._values(kind, length, shown)
       else:
         yield key, self._values(kind, 1, shown)[0]
-
-  def _array(self, what: str) -> list[Any]:
-    kind, count = self._number("I"), self._number("Q")
-    return self._values(kind, count, what)
 
   def _values(self, kind: int, count: int, what: str) -> list[Any]:
     if kind == _STRING:
@@ -163,9 +143,8 @@ class _Parser:
     try:
       return text.decode()
     except UnicodeDecodeError:
-      raise ValueError(
-        f"{what} in {self._source} must be text in UTF-8."
-      ) from None
+      reason = f"{what} in {self._source} must be text in UTF-8."
+      raise ValueError(reason) from None
 
   def _number(self, code: str) -> int:
     text = self._take(struct.calcsize(code), "a number")

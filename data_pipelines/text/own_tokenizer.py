@@ -30,9 +30,6 @@ def find(weights: str) -> Found:
 
   It stands beside a checkpoint, and within a GGUF file. A run's is the one that
   it used: named in its settings, that of its weights, or that of its data.
-
-  Raises:
-    ValueError: The record of a run cannot be read.
   """
   fingerprint = ""
   for _ in range(_MAX_RUNS):
@@ -79,11 +76,7 @@ def _find_beside(scheme: str, path: str) -> str:
 def open_own(
   settings: DataConfig, model: ModelInputs, own: Found
 ) -> tokens.Tokenizer | None:
-  """Opens the tokenizer of the settings, or else that of the weights, if any.
-
-  Raises:
-    ValueError: The tokenizer is another model's, or released weights have none.
-  """
+  """Opens the tokenizer of the settings, or that of the weights, if any."""
   size, name = model.vocab_size, settings.tokenizer
   setting, is_exact = f"data.tokenizer ({name!r})", True
   path = epath.Path(own.path).expanduser()
@@ -96,9 +89,8 @@ def open_own(
       tokenizer = tokens.Tokenizer(name)
     except ValueError as error:
       raise ValueError(f"{setting} must be the model's own: {error}") from error
-    if tokenizer.vocab_size > size or (
-      is_exact and tokenizer.vocab_size < size
-    ):
+    missing = size - tokenizer.vocab_size
+    if missing < 0 or (is_exact and missing):
       raise ValueError(
         f"{setting} has {tokenizer.vocab_size} pieces, but model.name "
         f"({model.name!r}) has {size} embeddings; set data.tokenizer to the "
@@ -121,11 +113,7 @@ def open_own(
 
 
 def open_small(model: ModelInputs, data: data_dirs.DataDir) -> tokens.Tokenizer:
-  """Opens the tokenizer of a data dir, which the model must have ids for.
-
-  Raises:
-    ValueError: It has too many pieces, or is not the one that was made there.
-  """
+  """Opens the tokenizer of a data dir, which the model must have ids for."""
   made = data.manifest["tokenizer"]
   if made["vocab_size"] > model.vocab_size:
     raise ValueError(
@@ -142,11 +130,7 @@ def open_small(model: ModelInputs, data: data_dirs.DataDir) -> tokens.Tokenizer:
 def check_recorded(
   model: ModelInputs, own: Found, tokenizer: tokens.Tokenizer
 ) -> None:
-  """Refuses a tokenizer that is not the one that a run was trained with.
-
-  Raises:
-    ValueError: The run's own tokenizer is gone.
-  """
+  """Refuses a tokenizer that is not the one that a run was trained with."""
   if own.fingerprint not in ("", tokenizer.fingerprint):
     raise ValueError(
       f"model.weights ({model.weights!r}) was trained with another tokenizer, "

@@ -22,17 +22,9 @@ def complete(
   train: Sequence[records.Source],
   asked: Sequence[records.Source],
 ) -> chat_prompts.Template:
-  """Adds the solved examples, and tries a template's file on problems.
+  """Adds solved examples, and tries a template's file on problems asked.
 
-  Args:
-    template: The template without examples.
-    few_shot: The setting `data.few_shot`.
-    seed: Draws the examples.
-    train: The problems that examples are drawn from.
-    asked: The problems that the run asks.
-
-  Raises:
-    ValueError: There are too few examples, or the file cannot write prompts.
+  The seed draws `few_shot` examples from the problems of `train`.
   """
   if few_shot:
     examples = _draw(template, few_shot, seed, train)

@@ -36,14 +36,8 @@ class _Piece(NamedTuple):
 
 
 def from_gguf(path: str | os.PathLike[str]) -> bytes:
-  """Rebuilds the SentencePiece model from the metadata of a GGUF file.
-
-  Raises:
-    ValueError: The file has no such vocabulary.
-  """
-  with _refuse_damage(
-    f"tokenizer file {path}", "a GGUF file with a vocabulary"
-  ):
+  """Rebuilds the SentencePiece model from the metadata of a GGUF file."""
+  with _refuse_damage(path, "a GGUF file with a vocabulary"):
     metadata = gguf_header.read(path, "it").metadata
     prefix = "tokenizer.ggml."
     model = untrusted.get_field(metadata, f"{prefix}model", str, "it")
@@ -75,12 +69,9 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
 def from_tokenizer_json(content: bytes, name: str) -> bytes:
   """Rebuilds the SentencePiece model from a Hugging Face tokenizer.json.
 
-  Raises:
-    ValueError: The file is no tokenizer.json of byte-pair merges with bytes as
-      fallback.
+  That must be of byte-pair merges with bytes as fallback.
   """
-  wanted = "a tokenizer.json of byte-pair merges"
-  with _refuse_damage(f"tokenizer file {name}", wanted):
+  with _refuse_damage(name, "a tokenizer.json of byte-pair merges"):
     tokenizer = untrusted.parse_json(content, "it")
     model = untrusted.get_field(tokenizer, "model", dict, "it")
     kind = model.get("type")
@@ -89,7 +80,14 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
         f"its model is of type {untrusted.shorten(kind)}, and must be 'BPE' "
         "with byte_fallback as in every Gemma 3."
       )
-    added = _added_tokens(tokenizer)
+    rows = untrusted.get_field(tokenizer, "added_tokens", list, "it")
+    untrusted.check_items(rows, dict, "its added_tokens")
+    added = {
+      untrusted.get_field(
+        row, "content", str, "an added token"
+      ): untrusted.get_field(row, "id", int, "an added token")
+      for row in rows
+    }
     ids = untrusted.get_field(model, "vocab", dict, "its model") | added
     untrusted.check_items(ids.values(), int, "its ids")
     merges = untrusted.get_field(model, "merges", list, "its model")
@@ -115,27 +113,16 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _refuse_damage(source: str, kind: str) -> Iterator[None]:
+def _refuse_damage(path: object, kind: str) -> Iterator[None]:
   """Says what a file must be if the body cannot read it."""
   try:
     yield
   except (OSError, ValueError) as error:
     reason = str(error).removesuffix(".")
     raise ValueError(
-      f"{source} must be {kind}, but cannot be read: {reason}. Give that of a "
-      "Gemma 3."
+      f"tokenizer file {path} must be {kind}, but cannot be read: {reason}. "
+      "Give that of a Gemma 3."
     ) from error
-
-
-def _added_tokens(tokenizer: dict[str, Any]) -> dict[str, int]:
-  """The id of each added token by its text."""
-  added = {}
-  rows = untrusted.get_field(tokenizer, "added_tokens", list, "it")
-  untrusted.check_items(rows, dict, "its added_tokens")
-  for row in rows:
-    text = untrusted.get_field(row, "content", str, "an added token")
-    added[text] = untrusted.get_field(row, "id", int, "an added token")
-  return added
 
 
 def _merge_pair(merge: Any) -> str:
@@ -158,9 +145,6 @@ def check_pieces(model: bytes) -> None:
 
   Its library ends the process where a piece is empty or holds a zero byte, and
   cannot decode one that is no text.
-
-  Raises:
-    ValueError: A piece is such, or this is no SentencePiece model.
   """
   try:
     pieces = _model_format().ModelProto.FromString(model).pieces

@@ -19,17 +19,13 @@ _RE = tables.patterns("shuffle_options")
 def shuffle(
   problem: records.Problem, rng: np.random.Generator
 ) -> records.Problem:
-  """The problem with its options in a random order, also in the query.
-
-  A problem whose order `is_fixed` is returned unchanged.
-  """
-  if is_fixed(problem):
+  """The problem with its options in a random order, unless that `is_fixed`."""
+  layout = None if is_fixed(problem) else _layout(problem)
+  if layout is None:
     return problem
   order = rng.permutation(len(problem.choices))
   choices = tuple(problem.choices[i] for i in order)
   changed = dataclasses.replace(problem, choices=choices)
-  layout = _layout(problem)
-  assert layout is not None  # Or its order were fixed.
   return dataclasses.replace(changed, query=layout(changed))
 
 

@@ -5,6 +5,7 @@ worker process, where an endless loop can be ended. jinja2 is imported where it
 is used, because the check of a command line does without.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -53,15 +54,16 @@ class TemplateFile:
     return any(name.name == "examples" for name in names)
 
   def render(self, variables: Mapping[str, Any]) -> str:
-    """The text for one problem, without white space around it.
-
-    Raises:
-      BadRecord: The template fails for this problem, or writes too much.
-    """
+    """The text for one problem, without white space around it."""
     try:
       text = _compile(self.path, self.source).render(variables).strip()
     except Exception as error:  # Filters raise nearly anything.
-      reason = _reason(error, self.path)
+      lines = [getattr(error, "lineno", None)]  # Of a syntax error.
+      for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == self.path:
+          lines.append(line)
+      reason = getattr(error, "message", None) or functions.one_line(error)
+      reason = f"line {lines[-1]}: {reason}" if lines[-1] else reason
       raise records.BadRecord("prompt_template", reason) from error
     records.check_text("the text", text)
     return text
@@ -69,19 +71,12 @@ class TemplateFile:
   def try_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
     """Renders the first problems, within time and memory.
 
-    Args:
-      rows: The variables of each problem, of values that JSON can hold.
-
-    Raises:
-      ValueError: The template is wrong, fails for one of them, has a wrong
-        number of image marks, or shows no question.
+    `rows` are the variables of each, of values that JSON can hold.
     """
     limits = {"timeout_seconds": _TIMEOUT_SECONDS, "memory_gib": _MEMORY_GIB}
     workers = pool.Pool((_RENDER,), num_workers=1, **limits)
-    try:
+    with contextlib.closing(workers):
       found = workers.submit(_RENDER, self.path, self.source, rows).result()
-    finally:
-      workers.close()
     if isinstance(found, functions.Failure):
       raise self._refusal(found.reason, "bound its loops and its text")
     if isinstance(found, str):
@@ -93,10 +88,9 @@ class TemplateFile:
         reason = f"it writes {marks} image marks where there are {count} images"
         raise self._refusal(reason, "write {{ images }}, which always fits")
     if rows and not any(map(_shows_question, found, rows)):
-      reason = (
-        "it leaves out the question" if any(found) else "it writes no text"
-      )
-      raise self._refusal(reason, "write {{ question }} or {{ query }} in it")
+      does = "leaves out the question" if any(found) else "writes no text"
+      remedy = "write {{ question }} or {{ query }} in it"
+      raise self._refusal(f"it {does}", remedy)
     if found:
       shown = untrusted.shorten(found[0], 1000)
       logging.info("The first prompt of %s: %s", self.path, shown)
@@ -109,12 +103,7 @@ class TemplateFile:
 
 
 def read(path: str) -> TemplateFile:
-  """Reads a template without compiling it.
-
-  Raises:
-    ValueError: The file is missing, too large or no text, or its text holds the
-      tokens of chat turns.
-  """
+  """Reads a template without compiling it; refuses the tokens of chat turns."""
   file = TemplateFile(path, "")
   try:
     source = untrusted.read_bytes(path, _MAX_BYTES).decode("utf-8-sig")
@@ -157,16 +146,6 @@ def _compile(path: str, source: str) -> Any:
   code = environment.compile(source, path, path)
   variables = environment.make_globals(None)
   return environment.template_class.from_code(environment, code, variables)
-
-
-def _reason(error: Exception, path: str) -> str:
-  """The line of the template where an error arose, and its message."""
-  lines = [getattr(error, "lineno", None)]  # Of a syntax error.
-  for frame, line in traceback.walk_tb(error.__traceback__):
-    if frame.f_code.co_filename == path:
-      lines.append(line)
-  message = getattr(error, "message", None) or functions.one_line(error)
-  return f"line {lines[-1]}: {message}" if lines[-1] else message
 
 
 def _shows_question(text: str, row: Mapping[str, Any]) -> bool:

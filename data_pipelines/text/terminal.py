@@ -1,8 +1,4 @@
-"""Output for a terminal: text, and nothing that a terminal obeys.
-
-Log messages, and the traceback of an error, may quote data, files and flags. A
-terminal would obey the control characters in them.
-"""
+"""Logs for a terminal, which would obey control characters in quoted data."""
 
 import os
 import signal
@@ -27,10 +23,7 @@ class PrintableFormatter(logging.PythonFormatter):
 
 
 def set_up() -> None:
-  """Escapes what the program logs, and silences TensorFlow's import.
-
-  Call it before TensorFlow is imported.
-  """
+  """Escapes what the program logs; silences TensorFlow, if called before it."""
   logging.get_absl_handler().setFormatter(PrintableFormatter())
   sys.excepthook = _show_error
   for name, value in _QUIET.items():

@@ -60,12 +60,8 @@ _TRAINER_OPTIONS = dict(
 class Tokenizer:
   """A SentencePiece model with the special tokens of a chat format.
 
-  Attributes:
-    chat: The chat format.
-    vocab_size: Number of ids; valid ids are 0 to `vocab_size - 1`.
-    start_of_image: The id that opens an image.
-    end_of_image: The id that closes an image.
-    fingerprint: SHA-256 of the model file, in hexadecimal.
+  `vocab_size` is the number of ids, `start_of_image` and `end_of_image` open
+  and close an image, and `fingerprint` is the SHA-256 of the model file.
   """
 
   def __init__(
@@ -81,10 +77,7 @@ class Tokenizer:
         `tokenizer.json` of Hugging Face; or "gemma" for
         `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`.
       model: The SentencePiece model of that file, if it was read before.
-      chat: The special tokens that the model must have.
-
-    Raises:
-      ValueError: There is no such file, or its special tokens have other ids.
+      chat: The special tokens that the model must have, with the same ids.
     """
     self._path, self.chat = os.fspath(path), chat
     self._model = _read_model(self._path) if model is None else model
@@ -100,13 +93,10 @@ class Tokenizer:
       ) from error
     self.vocab_size = self._processor.GetPieceSize()
     self._check_layout()
-    self.start_of_image, self.end_of_image = map(
-      self._processor.PieceToId, chat.image_names
-    )
-    self._controls = frozenset(range(chat.end_of_turn + 1)) - {chat.unk} | {
-      self.start_of_image,
-      self.end_of_image,
-    }
+    image_ids = [self._processor.PieceToId(name) for name in chat.image_names]
+    self.start_of_image, self.end_of_image = image_ids
+    controls = {*range(chat.end_of_turn + 1), *image_ids}
+    self._controls = frozenset(controls - {chat.unk})
     names = sorted(self._processor.IdToPiece(i) for i in self._controls)
     self._control_names = re.compile("|".join(map(re.escape, names)))
 
@@ -115,15 +105,11 @@ class Tokenizer:
     return type(self), (self._path, self._model, self.chat)
 
   def encode(self, text: str) -> list[int]:
-    """Encodes plain text, which never gives the id of a control token.
-
-    SentencePiece would read "<end_of_turn>" in a question as the end of the
-    turn; here the name of a control token is encoded in ordinary pieces.
-    """
+    """Encodes plain text, in which "<end_of_turn>" ends no turn."""
     ids: list[int] = []
     start = 0
-    # Names are cut after the first character: neither half is a name, nor part
-    # of another name.
+    # Names of control tokens are cut after the first character: neither half is
+    # a name, nor part of another name.
     for match in self._control_names.finditer(text):
       ids += self._processor.Encode(text[start : match.start() + 1])
       start = match.start() + 1
@@ -131,14 +117,10 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decodes ids up to the first stop id, without control tokens or images."""
-    kept = []
-    for token in ids:
-      token = int(token)
-      if token in self.chat.stop_ids:
-        break
-      if 0 <= token < self.vocab_size and token not in self._controls:
-        kept.append(token)
-    return self._processor.Decode(kept)
+    stops, controls = self.chat.stop_ids, self._controls
+    kept = itertools.takewhile(lambda x: x not in stops, map(int, ids))
+    known = (x for x in kept if 0 <= x < self.vocab_size and x not in controls)
+    return self._processor.Decode(list(known))
 
   def transcribe(self, ids: Sequence[int]) -> str:
     """Decodes a prompt with its control tokens by name.
@@ -207,16 +189,8 @@ def train(
 
   Equal texts in equal order give equal files, byte for byte. Gemma's own image
   ids do not fit, so image tokens follow the newlines; the answer tag gets its
-  own pieces.
-
-  Args:
-    texts: Texts that the vocabulary should encode well, for example the prompts
-      and worked answers of a data set.
-    path: The file to write; replaced whole or not at all.
-    vocab_size: Largest number of ids; fewer if the texts hold fewer pieces.
-
-  Raises:
-    ValueError: `vocab_size` leaves no room for text, or there is no text.
+  own pieces. There are at most `vocab_size` ids, fewer if the texts hold fewer
+  pieces. The file is replaced whole or not at all.
   """
   special = ["<mask>", "[multimodal]", *(f"<unused{i}>" for i in range(99))]
   special += [name for i, name in GEMMA3.names.items() if i > GEMMA3.unk]

@@ -8,7 +8,6 @@ imported here, but for a file on gs://.
 import json
 import math
 import os
-import pathlib
 import reprlib
 import stat
 from collections.abc import Iterable
@@ -30,16 +29,12 @@ _KINDS = {
 
 
 def size_of(path: str | os.PathLike) -> int:
-  """The bytes of a regular file.
-
-  A link may point to such a file; a device, a pipe or a folder is refused. A
-  path with a scheme, as of gs://, has no such.
-  """
+  """The bytes of a regular file; a device, a pipe or a folder is refused."""
   if "://" in os.fspath(path):
     from etils import epath
 
     return epath.Path(path).stat().length
-  status = pathlib.Path(path).stat()
+  status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
     raise ValueError(f"{printable(os.fspath(path))} must be a regular file.")
   return status.st_size
@@ -75,15 +70,9 @@ def read_json(
 
 
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
-  """The JSON document in a text.
+  """The JSON document in a text, whose outermost value is of type `kind`.
 
-  Args:
-    text: The document, in UTF-8 if it is bytes.
-    source: The name of its file or field, for the error.
-    kind: The type of its outermost value.
-
-  Raises:
-    ValueError: The text is no JSON, nests too deeply, or is of another type.
+  Errors call the text `source`.
   """
   try:
     document = json.loads(text)
@@ -95,28 +84,22 @@ def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
 
 
 def get_field(document: dict, name: str, kind: type, source: str) -> Any:
-  """The value of a field that a JSON object must have.
-
-  Raises:
-    ValueError: The object has no such field, or its value is of another type.
-  """
+  """The value of a field that a JSON object must have, of type `kind`."""
   if name not in document:
     raise ValueError(f"{printable(source)} must have a field {name!r}.")
   return check_kind(document[name], kind, f"{name!r} in {source}")
 
 
 def check_kind(value: Any, kind: type, source: str) -> Any:
-  """The value, if its JSON type is `kind`; an integer is also a float.
-
-  Raises:
-    ValueError: The value is of another type, or a number that is not finite.
-  """
+  """The value, if its JSON type is `kind`; an integer is also a float."""
   kinds = (int, float) if kind is float else kind
-  if (
-    not isinstance(value, kinds)
-    or (isinstance(value, bool) and kind is not bool)
-    or (kind is float and not _is_finite(value))
-  ):
+  holds = isinstance(value, kinds) and (type(value) is not bool or kind is bool)
+  if holds and kind is float:
+    try:
+      holds = math.isfinite(value)
+    except OverflowError:  # An integer beyond the range of a float.
+      holds = False
+  if not holds:
     raise ValueError(
       f"{printable(source)} must be {_KINDS[kind]}, not {shorten(value)}."
     )
@@ -124,11 +107,7 @@ def check_kind(value: Any, kind: type, source: str) -> Any:
 
 
 def check_items(values: Iterable[Any], kind: type, source: str) -> None:
-  """Checks the type of each value of a list or of an object's values.
-
-  Raises:
-    ValueError: A value is of another type; the first such is named.
-  """
+  """Checks the type of each value; an error names the first other one."""
   for index, value in enumerate(values):
     check_kind(value, kind, f"item {index} of {source}")
 
@@ -151,10 +130,3 @@ def shorten(value: Any, length: int = 60) -> str:
   except Exception:  # Thousands of digits; and `repr` runs code of any type.
     text = f"a {type(value).__name__}"
   return printable(text if len(text) <= length else f"{text[: length - 3]}...")
-
-
-def _is_finite(value: float) -> bool:
-  try:
-    return math.isfinite(value)
-  except OverflowError:  # An integer beyond the range of a float.
-    return False

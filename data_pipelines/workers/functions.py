@@ -25,12 +25,7 @@ class Failure:
 def resolve(path: str, *, setting: str = "function") -> Callable:
   """Imports the function at "package.module:function".
 
-  Args:
-    path: The function's path.
-    setting: The name of the setting that holds the path, for errors.
-
-  Raises:
-    ValueError: The path names no function that can be imported.
+  Errors name `setting`, which holds the path.
   """
   if not _PATH.fullmatch(path):
     raise ValueError(
@@ -63,7 +58,13 @@ def call(function: Callable, arguments: Sequence[Any]) -> Any:
   try:
     return function(*arguments)
   except (Exception, SystemExit) as error:  # A user's function may raise any.
-    return Failure(one_line(error) + _location(error))
+    frames = [
+      (frame.f_code.co_filename, line)
+      for frame, line in traceback.walk_tb(error.__traceback__)
+    ][2:]  # Without this function and the one that it calls.
+    # Not in a library that the file called in turn.
+    own = [f" ({x}:{line})" for x, line in frames if x == frames[0][0]]
+    return Failure(one_line(error) + printable("".join(own[-1:])))
 
 
 def one_line(error: BaseException) -> str:
@@ -74,17 +75,3 @@ def one_line(error: BaseException) -> str:
     text = "(without words)"
   text = printable(" ".join(f"{type(error).__name__}: {text}".split()))
   return text if len(text) <= 500 else f"{text[:500]}..."
-
-
-def _location(error: BaseException) -> str:
-  """The file and line that raised, as a suffix of a reason, or "".
-
-  The line is in the file of what the function called, for example of a user's
-  function, and not in a library that this file called in turn.
-  """
-  frames = [
-    (frame.f_code.co_filename, line)
-    for frame, line in traceback.walk_tb(error.__traceback__)
-  ][2:]  # Without `call` and the function itself.
-  own = [f" ({file}:{line})" for file, line in frames if file == frames[0][0]]
-  return printable(own[-1]) if own else ""

@@ -1,10 +1,8 @@
 """Worker processes for calls that may hang, crash or answer nonsense.
 
 Each worker has its own thread and its own connection, so a fault is always that
-of exactly one call. `multiprocessing` processes are no alternative: spawned
-ones import the program's main module, and jax with it; forked ones inherit
-JAX's locks without the threads that hold them. For the choice against a library
-see docs/adr/0005-a-pipe-for-each-reward-worker.md.
+of exactly one call. docs/adr/0005-a-pipe-for-each-reward-worker.md says why no
+library does this.
 """
 
 import queue
@@ -65,19 +63,15 @@ class Pool:
   def submit(
     self, path: str, *arguments: Any, check: Check = lambda _: None
   ) -> futures.Future[Any]:
-    """Starts a call of one of the pool's functions.
+    """Starts a call of one of the pool's functions, with JSON's values.
 
-    Args:
-      path: The function's path.
-      *arguments: Values that JSON can hold.
-      check: Raises a ValueError for a result that is not as promised; its
-        worker can no longer be trusted and is replaced.
+    `check` raises a ValueError for a result that is not as promised; its worker
+    can no longer be trusted and is replaced.
 
     Returns:
-      A future of the function's result, a JSON value, or of a
-      `functions.Failure` if the function raised, was killed, ended its process
-      or did not pass the check. The future raises RuntimeError if no worker can
-      be started.
+      A future of the result, a JSON value, or of a `functions.Failure` if the
+      function raised, was killed, ended its process or did not pass the check.
+      It raises RuntimeError if no worker can be started.
     """
     if self._workers:
       return self._threads.submit(self._call, (path, arguments), check)
@@ -170,10 +164,8 @@ class _Worker:
 
   def _start(self) -> Process:
     if sys.platform != "linux":
-      message = (
-        "On this system a worker's memory is not limited, and what it starts "
-        "in another session outlives it."
-      )
+      message = "On this system a worker's memory has no limit, and what it "
+      message += "starts in another session outlives it."
       logging.log_first_n(logging.WARNING, message, 1)
     with self._lock:
       if self._is_closed:

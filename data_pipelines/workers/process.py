@@ -33,11 +33,7 @@ class Process:
   """A guardian process and, below it, the worker; see `worker`."""
 
   def __init__(self) -> None:
-    """Starts the process without waiting for it.
-
-    Raises:
-      OSError: The system refuses to start it.
-    """
+    """Starts the process without waiting for it."""
     self._socket, theirs = socket.socketpair()
     self._socket.setblocking(False)
     self._printed = bytearray()
@@ -80,7 +76,6 @@ class Process:
     Raises:
       TimeoutError: The worker did not read all or did not answer.
       EOFError: The worker ended, or closed its end.
-      OSError: The connection is broken.
       ValueError: The answer is too long, no JSON object, or not alone.
     """
     deadline = time.monotonic() + timeout_seconds
@@ -160,11 +155,7 @@ class Process:
 
 
 def _is_whole(answer: bytearray) -> bool:
-  """True if the bytes are one message, False if they are its beginning.
-
-  Raises:
-    ValueError: They are neither.
-  """
+  """True if the bytes are one message, False if they are its beginning."""
   if len(answer) < _HEADER_BYTES:
     return False
   size = int.from_bytes(answer[:_HEADER_BYTES])

@@ -88,8 +88,7 @@ def _limit(memory_bytes: int) -> None:
 def guard(worker: int, parent: int) -> int:
   """Waits for the worker's end or an order; kills all it started.
 
-  Returns:
-    The worker's exit code, or 128 and the signal that ended it.
+  Returns the worker's exit code, or 128 and the signal that ended it.
   """
   signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS, _POLL_SECONDS)
   status = None
@@ -102,9 +101,11 @@ def guard(worker: int, parent: int) -> int:
   with contextlib.suppress(OSError):
     os.killpg(worker, signal.SIGKILL)
   while True:
-    for child in _children() if _IS_LINUX else ():
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):  # None on macOS.
       with contextlib.suppress(OSError):
-        os.kill(child, signal.SIGKILL)
+        parent = path.read_bytes().rpartition(b")")[2].split()[1]
+        if int(parent) == os.getpid():
+          os.kill(int(path.parent.name), signal.SIGKILL)
     try:
       # A process is this one's child before its own parent can be reaped.
       ended, raw = os.waitpid(-1, 0)
@@ -121,17 +122,6 @@ def _reap(worker: int) -> int | None:
     ended, status = os.waitpid(-1, os.WNOHANG)
     if ended in (0, worker):
       return status if ended else None
-
-
-def _children() -> list[int]:
-  """The ids of this process's children."""
-  found = []
-  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-    with contextlib.suppress(OSError):
-      parent = path.read_bytes().rpartition(b")")[2].split()[1]
-      if int(parent) == os.getpid():
-        found.append(int(path.parent.name))
-  return found
 
 
 def main() -> None:

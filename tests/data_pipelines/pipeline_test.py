@@ -18,6 +18,7 @@ from data_pipelines.text import chat_prompts, shuffle_options
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
 from data_pipelines.verifier import verify
+from tests.data_pipelines.sources import taken
 
 NUM_PROBLEMS = 13
 SOFT_TOKENS = 3
@@ -182,7 +183,7 @@ def test_worker_processes_give_the_batches_of_none(
   """From the files of two data dirs, for one of two shards, from step 3 on."""
   sources = {}
   for name, part in (("text", TWO_SETS[:4]), ("seen", TWO_SETS[4:])):
-    stored.write({"train": part}, tmp_path / name)
+    taken.write({"train": part}, tmp_path / name)
     sources[name] = stored.source(tmp_path / name, "train")
   source = mixtures.Mixture(sources)
   place = dict(kind="preference", shards=(1,), shard_count=2, **MIXTURE)

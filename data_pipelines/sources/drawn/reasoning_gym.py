@@ -69,7 +69,17 @@ class Spec:
     distinct = len(set(self.tasks)) == len(self.tasks)
     require(bool(self.tasks) and distinct, "source", str(self), rule, "")
     for task in self.tasks:
-      _require_task(task, known)
+      names = ", ".join(difflib.get_close_matches(task, known))
+      question = f"did you mean {names}? " if names else ""
+      remedy = (
+        f"{question}The README of the library lists all {len(known)}: "
+        "https://github.com/open-thought/reasoning-gym"
+      )
+      rule = "name tasks of reasoning_gym"
+      require(task in known, "source", PREFIX + task, rule, remedy)
+      why = _TASKS["refused"].get(task, "")
+      rule = f"name another task: {task} does not train, because {why}"
+      require(not why, "source", PREFIX + task, rule, "")
     version = importlib.metadata.version("reasoning-gym")
     object.__setattr__(self, "version", version)
 
@@ -84,11 +94,7 @@ def parse_tasks(source: str) -> tuple[str, ...]:
 
 
 def require_library() -> None:
-  """Checks that the library is installed.
-
-  Raises:
-    ValueError: It is not.
-  """
+  """Checks that the library is installed."""
   try:
     importlib.metadata.version("reasoning-gym")
   except importlib.metadata.PackageNotFoundError as error:
@@ -104,21 +110,6 @@ def _library() -> Any:
   return importlib.import_module("reasoning_gym")
 
 
-def _require_task(task: str, known: Sequence[str]) -> None:
-  """Refuses a task that the library does not have, or that does not train."""
-  names = ", ".join(difflib.get_close_matches(task, known))
-  question = f"did you mean {names}? " if names else ""
-  remedy = (
-    f"{question}The README of the library lists all {len(known)}: "
-    "https://github.com/open-thought/reasoning-gym"
-  )
-  rule = "name tasks of reasoning_gym"
-  require(task in known, "source", PREFIX + task, rule, remedy)
-  why = _TASKS["refused"].get(task, "")
-  rule = f"name another task: {task} does not train, because {why}"
-  require(not why, "source", PREFIX + task, rule, "")
-
-
 type _Raw = records.Problem | records.BadRecord
 
 
@@ -132,21 +123,15 @@ def problems(spec: Spec) -> Sequence[_Raw]:
     for start in range(0, count, _CHUNK)
   ]
   entries: dict[str, list] = {task: [] for task in spec.tasks}
-  pool = Pool(
-    [_DRAW],
-    num_workers=min(os.cpu_count() or 1, len(calls)),
-    timeout_seconds=_SECONDS,
-    memory_gib=_MEMORY_GIB,
-  )
-  try:
+  cores = min(os.cpu_count() or 1, len(calls))
+  limits = {"timeout_seconds": _SECONDS, "memory_gib": _MEMORY_GIB}
+  with contextlib.closing(Pool([_DRAW], num_workers=cores, **limits)) as pool:
     waiting = [pool.submit(_DRAW, *call) for call in calls]
     for (task, _, _, start, stop), future in zip(calls, waiting, strict=True):
       drawn = future.result()
       if isinstance(drawn, functions.Failure):
         drawn = [drawn.reason] * (stop - start)
       entries[task] += drawn
-  finally:
-    pool.close()
   turns = [(task, i) for i in range(count) for task in spec.tasks]
   return [_problem(x, i, entries[x][i]) for x, i in turns[: spec.num_problems]]
 
@@ -154,19 +139,10 @@ def problems(spec: Spec) -> Sequence[_Raw]:
 def draw(
   task: str, seed: int, size: int, start: int, stop: int
 ) -> list[dict[str, Any] | str]:
-  """Draws entries of a task, or says why an entry cannot be drawn.
+  """Draws entries of a task, as JSON can hold them, or says why there is none.
 
-  Only equal in processes with equal PYTHONHASHSEED, such as workers.
-
-  Args:
-    task: A task of the library.
-    seed: Random seed of the task.
-    size: Number of entries of the task, on which some tasks depend.
-    start: The first entry to draw.
-    stop: The entry after the last one.
-
-  Returns:
-    The library's entries, as JSON can hold them.
+  Only equal in processes with equal PYTHONHASHSEED, such as workers. Some tasks
+  depend on the size, the number of all entries of the task.
   """
   drawn: list[dict[str, Any] | str] = []
   with contextlib.redirect_stdout(io.StringIO()):
@@ -220,20 +196,16 @@ def score_answer(task: str, answer: str, entry: Mapping[str, Any]) -> float:
   """The library's score of an answer, for a worker: 1.0 alone is right.
 
   An answer that would run as code, or that the scorer cannot read, gets 0.0.
-
-  Args:
-    task: The task that drew the entry.
-    answer: The text of an answer.
-    entry: The entry, `metadata["entry"]` of its problem.
+  `entry` is `metadata["entry"]` of the problem.
   """
   metadata = entry["metadata"]
   parts = map(metadata.get, ("integrand", "problem"))
   evaluated = (answer, entry["answer"], *parts)
   if task in EVALUATED:
-    texts = [text for text in evaluated if text is not None]
     is_for_sympy = task in _TASKS["by_sympy"]
-    if not all(_is_harmless(text, is_for_sympy) for text in texts):
-      return 0.0
+    for text in evaluated:
+      if text is not None and not _is_harmless(text, is_for_sympy):
+        return 0.0
   if task in _TASKS["with_tuples"]:
     entry = {**entry, "metadata": _with_tuples(metadata)}
   with contextlib.redirect_stdout(io.StringIO()):

@@ -9,9 +9,9 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.preferences import completions, label_results
-from data_pipelines.sources import stored
 from data_pipelines.validation import SettingError
 from data_pipelines.verifier import verify
+from tests.data_pipelines.sources import taken
 
 
 def record(pid="1", response="<answer>12</answer>", **changes):
@@ -219,7 +219,7 @@ def test_the_problems_of_a_data_dir_take_precedence(tmp_path):
   row = record("1", answer="7") | {"decoded_image": {"bytes": b"-"}}
   problem = records.from_result(row)
   data_dir = tmp_path / "data"
-  stored.write({"train": [problem]}, data_dir)
+  taken.write({"train": [problem]}, data_dir)
   files = [
     write(tmp_path / f"{i}.json", record("1", text), record("2", text))
     for i, text in enumerate(["12", "7"])

@@ -24,6 +24,7 @@ from PIL import Image
 from data_pipelines import images, records, validation
 from data_pipelines.sources import files, readers, stored
 from data_pipelines.sources.rows import mathvista
+from tests.data_pipelines.sources import taken
 
 
 def make_image(shade=0):
@@ -779,7 +780,7 @@ def test_a_damaged_json_file_is_named(tmp_path, text):
 
 def test_written_problems_are_a_source_by_either_folder(tmp_path):
   problems = read(parquet(tmp_path / "snapshot", "123"))
-  stored.write({"train": problems[:2], "test": problems[2:]}, tmp_path / "d")
+  taken.write({"train": problems[:2], "test": problems[2:]}, tmp_path / "d")
   inner = tmp_path / "d" / "problems" / "1.0.0"
   for folder in (tmp_path / "d", inner):
     train = read(folder, "train")
@@ -792,7 +793,7 @@ def test_a_torn_example_is_a_bad_record_and_the_rest_are_read(
   tmp_path, monkeypatch
 ):
   problems = read(parquet(tmp_path / "snapshot", "12345"))
-  stored.write({"train": problems}, tmp_path / "d")
+  taken.write({"train": problems}, tmp_path / "d")
   whole = read(tmp_path / "d", "train")
   get = stored.Source.__getitem__
 
@@ -901,7 +902,7 @@ def test_datasets_and_the_builder_read_the_same_records(
     for split, reader in files.find(snapshot).readers.items()
   }
   assert ours == theirs
-  stored.write(ours, tmp_path / "d")
+  taken.write(ours, tmp_path / "d")
   for split, problems in theirs.items():
     written = list(stored.source(tmp_path / "d", split))
     assert sorted(written, key=lambda p: int(p.pid)) == sorted(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
-from data_pipelines.sources import mixtures, stored
+from data_pipelines.sources import mixtures
+from tests.data_pipelines.sources import taken
 
 
 def problem(pid, **changes):
@@ -108,7 +109,7 @@ def test_a_part_of_a_mixture_takes_equally_from_its_sets(count, taken):
 
 def test_problems_of_a_run_are_found_by_its_pids(tmp_path):
   for name in ("a", "b"):
-    stored.write({"train": problems("p", 3)}, tmp_path / name)
+    taken.write({"train": problems("p", 3)}, tmp_path / name)
   named = f"{tmp_path}/a,{tmp_path}/b"
   found = mixtures.problems_by_pid(named, {"b/p1", "a/p9", "p2"})
   assert [(x.pid, x.metadata) for x in found.values()] == [

@@ -9,6 +9,7 @@ import pytest
 from data_pipelines import records, validation
 from data_pipelines.sources import stored
 from data_pipelines.sources.rows import mathvista
+from tests.data_pipelines.sources import taken
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PROBLEM = records.Problem(
@@ -37,7 +38,7 @@ def numbered(count):
 
 
 def test_what_is_written_is_read_whatever_its_fields_hold(tmp_path):
-  stored.write({"train": [PROBLEM, CHOICE], "eval": [CHOICE]}, tmp_path)
+  taken.write({"train": [PROBLEM, CHOICE], "eval": [CHOICE]}, tmp_path)
   train = stored.source(tmp_path, "train")
   assert len(train) == 2
   assert sorted(train, key=lambda p: p.pid) == [PROBLEM, CHOICE]
@@ -45,14 +46,14 @@ def test_what_is_written_is_read_whatever_its_fields_hold(tmp_path):
 
 
 def test_writing_keeps_nothing_but_the_data_set(tmp_path, capfd):
-  stored.write({"train": [PROBLEM]}, tmp_path)
+  taken.write({"train": [PROBLEM]}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["problems"]
   assert capfd.readouterr().out == ""
 
 
 def test_the_same_problems_give_the_same_files(tmp_path):
   def files(name):
-    stored.write({"train": numbered(20)}, tmp_path / name)
+    taken.write({"train": numbered(20)}, tmp_path / name)
     return {
       path.name: path.read_bytes()
       for path in (tmp_path / name).rglob("*")
@@ -63,7 +64,7 @@ def test_the_same_problems_give_the_same_files(tmp_path):
 
 
 def test_a_source_goes_to_a_worker_as_its_paths(tmp_path):
-  stored.write({"train": numbered(5)}, tmp_path)
+  taken.write({"train": numbered(5)}, tmp_path)
   source = stored.source(tmp_path, "train")
   assert source[4]  # An open reader must not be in the way.
   sent = pickle.dumps(source)
@@ -72,7 +73,7 @@ def test_a_source_goes_to_a_worker_as_its_paths(tmp_path):
 
 
 def test_an_index_outside_is_refused(tmp_path):
-  stored.write({"train": numbered(3)}, tmp_path)
+  taken.write({"train": numbered(3)}, tmp_path)
   source = stored.source(tmp_path, "train")
   for index in (-1, 3):
     with pytest.raises(IndexError):
@@ -82,7 +83,7 @@ def test_an_index_outside_is_refused(tmp_path):
 def test_a_source_names_what_is_missing(tmp_path):
   with pytest.raises(ValueError, match="data_pipelines.prepare"):
     stored.source(tmp_path, "train")
-  stored.write({"train": numbered(3)}, tmp_path)
+  taken.write({"train": numbered(3)}, tmp_path)
   with pytest.raises(ValueError, match=r"split \('eval'\).*\['train'\]"):
     stored.source(tmp_path, "eval")
   [file] = tmp_path.rglob("*.array_record-*")
@@ -106,7 +107,7 @@ assert [bytes(x) for x in example["images"]] == list(problem.images)
 
 
 def test_reading_takes_no_tensorflow_and_tfds_reads_it_too(tmp_path):
-  stored.write({"train": [PROBLEM]}, tmp_path)
+  taken.write({"train": [PROBLEM]}, tmp_path)
   command = [sys.executable, "-c", READ, str(tmp_path)]
   subprocess.run(command, cwd=ROOT, check=True, timeout=60)
 
@@ -136,7 +137,7 @@ def test_what_is_mathvistas_own_is_known(metadata, is_original):
   ],
 )
 def test_a_damaged_split_is_named(tmp_path, damage):
-  stored.write({"train": [PROBLEM]}, tmp_path)
+  taken.write({"train": [PROBLEM]}, tmp_path)
   (path,) = tmp_path.rglob("*.array_record-*")
   damage(path)
   with pytest.raises(validation.SettingError, match="'train'.* whole files"):
@@ -155,7 +156,7 @@ def test_a_failure_to_write_shows_no_picture(tmp_path):
     images=(picture,),
   )
   with pytest.raises(RuntimeError) as caught:
-    stored.write({"train": [problem]}, tmp_path)
+    taken.write({"train": [problem]}, tmp_path)
   assert len(str(caught.value)) < 300 and "PNG" not in str(caught.value)
 
 

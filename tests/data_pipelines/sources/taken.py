@@ -28,3 +28,14 @@ def check_and_keep(readers, *, num_workers=0, chosen=None, **options):
     )
     problems = [stored.decode(scratch[i]) for i in range(len(scratch))]
   return records, rejects, problems
+
+
+def write(problems, data_dir):
+  """Writes the problems of each split as prepare does."""
+  data_dir.mkdir(parents=True, exist_ok=True)
+  with contextlib.closing(stored.Scratch(data_dir)) as scratch:
+    places = {
+      split: [(each.pid, scratch.append(stored.encode(each))) for each in found]
+      for split, found in problems.items()
+    }
+    stored.write_encoded(scratch, places, data_dir)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_pipelines.sources import stored
 from grpo_tpu.evaluation import rescore
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
+from tests.data_pipelines.sources import taken
 from tests.grpo_tpu.rewards.custom_test import config_of
 from tests.grpo_tpu.scripted import PROBLEMS
 
@@ -28,7 +28,7 @@ ALL = ["4", "of", "4"]
 def data_dir(tmp_path_factory):
   """A data dir with two splits, as prepare makes one."""
   folder = tmp_path_factory.mktemp("rescore") / "data"
-  stored.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
+  taken.write({"train": PROBLEMS[:2], "eval": PROBLEMS[2:4]}, folder)
   return str(folder)
 
 
