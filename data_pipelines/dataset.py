@@ -27,20 +27,32 @@ from data_pipelines.validation import require
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The data that a run reads."""
+  """The data that a run reads.
+
+  Attributes:
+    settings: The settings of the data.
+    model: The inputs of the model.
+    tokenizer: Encodes prompts and decodes completions.
+    train: Problems to train on; None for a run that does not train.
+    eval: Problems to evaluate on.
+    shares: The share of each data set in the prompts, as whole numbers.
+    completions: Labelled completions; None unless for kind "preference".
+    identity: Fingerprints of records, tokenizers, files of completions and of a
+      template, and of what training leaves out. A run resumes with equal ones.
+    template: How prompts ask for completions.
+    train_index: Sizes of the records to train on; None measures them later.
+  """
 
   settings: DataConfig
   model: ModelInputs
   tokenizer: tokens.Tokenizer
-  train: records.Source | None  # None for a run that does not train.
+  train: records.Source | None
   eval: records.Source
-  shares: tuple[int, ...]  # Of each data set in the prompts, whole numbers.
-  completions: preferences.Source | None  # None unless for "preference".
-  # Fingerprints of records, tokenizers, files of completions and of a template,
-  # and of what training leaves out. A run resumes only with equal ones.
+  shares: tuple[int, ...]
+  completions: preferences.Source | None
   identity: dict[str, str]
   template: chat_prompts.Template = chat_prompts.TAGGED
-  train_index: record_index.RecordIndex | None = None  # None measures later.
+  train_index: record_index.RecordIndex | None = None
 
   def train_batches(
     self, *, start_step: int, **builder: Any

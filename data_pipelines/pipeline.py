@@ -34,38 +34,31 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 class Batch:
   """The rows of one step that one reader holds, as NumPy arrays.
 
-  Attributes:
-    prompt_ids: int32 [B, P], padded on the right.
-    prompt_length: int32 [B].
-    images: uint8 [B, I, H, H, 3]; I = 0 for models without vision. A row's
-      images come first, one for each <start_of_image> of its prompt, in order;
-      the black images after them are never read.
-    prompt_index: int32 [B], the row's index in the batch of all shards; in an
-      evaluation, its index among all problems.
-    valid: bool [B]. False marks a stand-in: a record that is damaged or, in an
-      evaluation, too long, or padding. Such a row is well-formed and must not
-      count.
-    problems: The B problems. A damaged one is empty except for a pid that
-      names its index; one that is too long is itself; padding has the pid "".
-    completion_ids: int32 [B, C, T], or None for kind "online". C = 1 for
-      "demonstrations", and `num_labelled` for "preference".
-    completion_mask: bool [B, C, T], True on real tokens and on the end of turn;
-      all False for a missing completion.
-    labels: float32 [B, C] for "preference", higher for the preferred, NaN for a
-      missing completion; otherwise None.
-    sets: bool [B] for each data set of a mixture, True on its rows; {} for one
-      data set.
+  A row's images come first, one for each <start_of_image> of its prompt, in
+  order; the black images after them are never read.
   """
 
-  prompt_ids: np.ndarray
-  prompt_length: np.ndarray
-  images: np.ndarray
+  prompt_ids: np.ndarray  # int32 [B, P], padded on the right.
+  prompt_length: np.ndarray  # int32 [B].
+  images: np.ndarray  # uint8 [B, I, H, H, 3]; I = 0 for models without vision.
+  # int32 [B], the row's index in the batch of all shards; in an evaluation, its
+  # index among all problems.
   prompt_index: np.ndarray
+  # bool [B]. False marks a stand-in, which must not count: a record that is
+  # damaged or, in an evaluation, too long, or padding.
   valid: np.ndarray
+  # B. A damaged one is empty except for a pid that names its index; one that is
+  # too long is itself; padding has the pid "".
   problems: tuple[records.Problem, ...]
+  # int32 [B, C, T], or None for kind "online". C = 1 for "demonstrations", and
+  # `num_labelled` for "preference".
   completion_ids: np.ndarray | None
+  # bool [B, C, T], True up to the end of turn; False for a missing completion.
   completion_mask: np.ndarray | None
+  # float32 [B, C] for "preference", higher for the preferred, NaN for a missing
+  # completion; otherwise None.
   labels: np.ndarray | None
+  # bool [B] for each data set of a mixture, True on its rows; {} for one.
   sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 

@@ -39,57 +39,32 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowBuilder:
-  """Builds the rows that one reader holds.
+  """Builds the rows that one reader holds."""
 
-  Attributes:
-    source: The problems of one split.
-    tokenizer: Encodes prompts and completions.
-    kind: "online", "demonstrations" or "preference": which completions come
-      with a prompt; see `pipeline.Batch`.
-    seed: Seeds the rejected completions of "preference" and the order of
-      options.
-    prompt_buckets: Ascending lengths, in tokens, that prompts are padded to.
-      A batch takes the smallest that holds its longest prompt on any shard.
-    max_new_tokens: T; a longer completion makes its row invalid.
-    image_size: H, in pixels; 0 for a model without an image tower.
-    soft_tokens: Placeholders for each image.
-    shards: The parts of a batch that are read here; ascending, and not always
-      adjacent.
-    shard_count: Number of equal parts that a batch is cut into.
-    completion_source: Labelled completions for "preference"; None
-      draws a right completion and wrong ones.
-    num_labelled: Number of labelled completions for each prompt.
-    template: How prompts ask for a completion and demonstrations answer.
-    shuffle_options: True asks each row with its options in a new order, where
-      `shuffle_options` can change it. `Batch.problems` are as asked.
-    pan_and_scan: Which images are followed by crops. A batch has room for as
-      many images as its richest row on any shard has.
-    split: Name of the split in the log; "" logs nothing about it.
-    model_name: The setting `model.name`, for the log.
-    sets: The records of each data set of a mixture, by name; {} for one.
-    pays_unchecked: True if rewards can judge completions of problems whose
-      answer rules cannot check.
-  """
-
-  source: records.Source
+  source: records.Source  # The problems of one split.
   tokenizer: tokens.Tokenizer
-  kind: str
-  seed: int
+  kind: str  # One of `KINDS`: the completions of a prompt; see `Batch`.
+  seed: int  # For the rejected completions and the order of options.
+  # Ascending lengths, in tokens, that prompts are padded to. A batch takes the
+  # smallest that holds its longest prompt on any shard.
   prompt_buckets: tuple[int, ...]
-  max_new_tokens: int
-  image_size: int
-  soft_tokens: int
-  shards: tuple[int, ...]
-  shard_count: int
+  max_new_tokens: int  # T; a longer completion makes its row invalid.
+  image_size: int  # H, in pixels; 0 for a model without an image tower.
+  soft_tokens: int  # Placeholders for each image.
+  shards: tuple[int, ...]  # The parts of a batch that are read here, ascending.
+  shard_count: int  # Number of equal parts that a batch is cut into.
+  # None draws a right completion and wrong ones for "preference".
   completion_source: preferences.Source | None = None
-  num_labelled: int = 2
+  num_labelled: int = 2  # Labelled completions for each prompt.
   template: chat_prompts.Template = chat_prompts.TAGGED
-  shuffle_options: bool = False
+  shuffle_options: bool = False  # True asks with options in a new order.
+  # A batch has room for as many images and crops as its richest row has.
   pan_and_scan: images.PanAndScan = images.WHOLE
-  split: str = ""
-  model_name: str = ""
+  split: str = ""  # In the log; "" logs nothing about it.
+  model_name: str = ""  # The setting `model.name`, for the log.
+  # The records of each data set of a mixture, by name; {} for one.
   sets: Mapping[str, range] = dataclasses.field(default_factory=dict)
-  pays_unchecked: bool = False
+  pays_unchecked: bool = False  # True if a reward needs no checkable answer.
 
   def __post_init__(self):
     require_one_of("data.kind", self.kind, KINDS)

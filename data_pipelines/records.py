@@ -82,16 +82,14 @@ class Problem:
 
   Attributes:
     pid: The name of the problem, unique in its data set.
-    question: The question alone, with an `IMAGE_MARK` for each picture, or
-      without any.
+    question: The question alone, perhaps with an `IMAGE_MARK` per picture.
     images: The pictures as published, still encoded; none for text alone.
     image_path: The first picture's path in the source; its suffix may be wrong.
     choices: The options of a multiple-choice question, else empty.
     unit: The unit of the answer, or "".
     precision: Decimal places of a float answer, or -1.
     tolerance: Largest relative error of a number that is right; 0 for none.
-    answer: The answer, for a multiple-choice question the text of the option;
-      "" if it is not public.
+    answer: The answer or the option's text; "" if it is not public.
     aliases: Other answers that are as right.
     question_type: "multi_choice" or "free_form".
     answer_type: One of `ANSWER_TYPES`; "text" for all multiple-choice ones.

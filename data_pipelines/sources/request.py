@@ -11,23 +11,7 @@ from data_pipelines.sources import origin
 class Request:
   """The source and the contents of a data dir.
 
-  Attributes:
-    source: The settings of synthetic or reasoning_gym's problems, a path that
-      `files` can read, or such a path for each of `train`, `eval` and `test`.
-    data_dir: The folder to build.
-    seed: Another seed is another division into train and eval.
-    eval_fraction: Expected share of the answered images that `eval` gets; 0
-      makes no `eval`, 1 no `train`.
-    vocab_size: Largest number of pieces of the tokenizer.
-    max_reject_fraction: Largest share of unusable records.
-    columns: The source's column for each of ours that is not to be guessed.
-    unchecked_answers: "keep" keeps records whose answer no rule can check.
-    tolerance: Largest relative error of a right number; None for the source's.
-    split: Names of the source's splits to divide, or `train=NAME` and
-      `eval=NAME` to keep them; () follows their names.
-    near_duplicates: Images that are withheld from `train` because of `eval`:
-      "exact" copies, "perceptual" for look-alikes too, or "none".
-    exclude: Data dirs; what also stands in one of them never trains.
+  The flags of `data_pipelines.prepare` of the same names say what they mean.
   """
 
   source: origin.Source
