@@ -1,11 +1,8 @@
 """Decodes, resizes and crops images, with the same pixels on every host.
 
 The pixels equal those of transformers' Gemma3ImageProcessorPil, pan-and-scan
-included, which a test enforces. Knows nothing of models.
-
-Images may come from anywhere. Only formats that every build of PIL decodes by
-itself are opened, and within limits that no decoder can be slow in: by
-measurement an image at a limit takes at most 10 seconds of a CPU and 1.2 GB.
+included, which a test enforces. Images may come from anywhere: an image at a
+limit takes at most 10 seconds of a CPU and 1.2 GB, by measurement.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2.1: pan and scan.
@@ -92,9 +89,6 @@ def decode(image_bytes: bytes) -> np.ndarray:
   Returns:
     uint8 [height, width, 3]: upright by its EXIF orientation, transparency
     composited over white, grey and CMYK as RGB, 16 bits scaled to 8.
-
-  Raises:
-    BadRecord: "image_too_large" or "undecodable_image".
   """
   with records.all_faults("undecodable_image"):
     image = _open(image_bytes)
@@ -123,8 +117,7 @@ def crop_boxes(
 ) -> list[tuple[int, int, int, int]]:
   """The crops of an image along its longer side; [] if it has none.
 
-  The number of crops makes them as square as possible, none smaller than
-  allowed. All have one size, except the last, which ends with the image. A crop
+  Their number makes them as square as possible, none smaller than allowed. A crop
   is its top, left, bottom and right, in pixels from the top left.
   """
   longer, shorter = max(height, width), min(height, width)
@@ -157,10 +150,7 @@ def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
 
 
 def views(image: np.ndarray, size: int, settings: PanAndScan) -> np.ndarray:
-  """The whole image, then its crops: uint8 [1 + crops, size, size, 3].
-
-  Crops are cut before resizing, so that they show more detail.
-  """
+  """The whole image, then its crops: uint8 [1 + crops, size, size, 3]."""
   boxes = crop_boxes(image.shape[0], image.shape[1], settings)
   crops = [image[top:bottom, left:right] for top, left, bottom, right in boxes]
   return np.stack([resize(view, size) for view in (image, *crops)])

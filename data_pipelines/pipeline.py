@@ -1,11 +1,8 @@
 """Batches for training and evaluation, in an order that seed and step fix.
 
 Step s asks the records `order[s * B : (s + 1) * B]` of one endless shuffled
-sequence of the usable records. A reader builds the rows of its shards of that
-batch and no others, so neither the number of shards nor a restart changes what
-a step holds, and the step is the whole position. A record that turns out to be
-damaged becomes a masked row, never a gap. Knows nothing of devices, sampling or
-rewards.
+sequence of the usable records, whatever the number of shards or restarts. A
+record that turns out to be damaged becomes a masked row, never a gap.
 
 References:
   Grain: https://github.com/google/grain
@@ -77,10 +74,9 @@ def make_pipeline(
     builder: Builds the rows; its seed also fixes the order of the records.
     prompts_per_step: Rows of a step over all shards.
     start_step: The step of the first batch.
-    worker_processes: Processes that build batches; 0 builds the same batches
-      in threads. Needs absl flags, and a `__main__` that can be imported again.
-    index: Sizes of all records; None measures them. Each epoch of a data set
-      is a permutation of those that can be used.
+    worker_processes: Processes that build batches; 0 builds the same ones in
+      threads. Needs absl flags, and a `__main__` that can be imported again.
+    index: Sizes of all records; None measures them.
     shares: The share of each data set in the rows, as whole numbers.
   """
   _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)

@@ -1,8 +1,7 @@
 """One row of a batch: a problem's prompt ids, images and given completions.
 
 A record that turns out to be damaged, or is too long to be evaluated, becomes a
-stand-in row of the same shape, marked invalid, so that no row ever moves. Knows
-nothing of steps or devices.
+stand-in row of the same shape, marked invalid, so that no row ever moves.
 """
 
 import dataclasses

@@ -97,13 +97,8 @@ def scan(
 ) -> RecordIndex:
   """Measures the first `count` records of the builder's source.
 
-  Logs once how many can be used, and what is wrong with the others. Problems
-  with pictures that the model cannot see are padding in an evaluation, where
-  other unusable records are problems without an answer.
-
-  Raises:
-    ValueError: The scorer of a problem is not installed; no record can be used;
-      or `for_training`, and no reward can score a usable problem.
+  Problems with pictures that the model cannot see are padding in an evaluation,
+  where other unusable records are problems without an answer.
   """
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)

@@ -137,10 +137,7 @@ def require_all(
 
 
 def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-  """The metadata of a dataclass field whose value is one of these names.
-
-  A field of type tuple holds one or more of them, each once.
-  """
+  """The metadata of a field that holds one of these names, or a tuple of some."""
   return {"choices": tuple(choices)}
 
 

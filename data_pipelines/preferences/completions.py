@@ -2,8 +2,7 @@
 
 They are read from a file, or came with the problem, or are synthesized, one
 right and the others wrong. Synthesized completions have about the same length
-and the same style, so that neither reveals the label. This module knows no
-tokens and no batches.
+and the same style, so that neither reveals the label.
 
 Kinds of wrong completions:
   distractor: another option.
@@ -12,9 +11,7 @@ Kinds of wrong completions:
   conflict: the letter of one option with the text of another.
   truncation: repeated reasoning that is cut before any answer.
 
-A line of a file is
-`{"pid": "12", "completions": [{"text": "...", "label": 1.0}, ...]}`, with at
-least two completions of the problem and higher labels for better ones.
+docs/data.md shows a line of a file.
 """
 
 import dataclasses
@@ -64,9 +61,8 @@ def synthesize(
 
   It takes the best of its own completions, then the worst, the second best, and
   so on, if their labels differ. Else it makes one right completion and up to
-  `count - 1` wrong ones, of kinds drawn with equal probability. With "conflict"
-  every completion gives the letter and the text of an option, because a letter
-  alone would reveal the conflict.
+  `count - 1` wrong ones. With "conflict" every completion gives letter and text
+  of an option, because a letter alone would reveal the conflict.
   """
   return functools.partial(
     _synthesize_group, count=count, kinds=kinds, template=template

@@ -1,8 +1,7 @@
 """Labels the responses of results files, for `data.preference_file`.
 
-Several files give several responses to one problem. The verifier labels each
-response 1.0 or 0.0, and problems without both labels are left out, as are
-records that cannot be used.
+The verifier labels each response 1.0 or 0.0. Problems without both labels are
+left out.
 """
 
 import json

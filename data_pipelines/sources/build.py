@@ -1,8 +1,6 @@
 """Builds a data dir from a source of problems, whole or not at all.
 
-A data dir holds the problems as ArrayRecord (splits `train`, `eval` and, where
-the source has unanswered ones, `test`), `tokenizer.model` trained on them,
-`rejects.jsonl` and `manifest.json`. A complete one is reused as it is.
+docs/data.md lists its files. A complete one is reused as it is.
 """
 
 import contextlib
@@ -42,13 +40,12 @@ def build_data_dir(
   Args:
     request: The source and the contents.
     overwrite: True replaces a data dir that was made by another request.
-    num_workers: The number of processes that check records, of which nothing
-      that is written depends; with 0 this one does.
+    num_workers: The number of processes that check records; 0 for this one. The
+      files are the same.
 
   Returns:
-    The manifest: `source`, `terms` (whose terms forbid training, or ""),
-    `counts` by split, `rejects` by reason, `withheld` pids by reason, each with
-    its twin, `fingerprint` of the records, `salt`, `tokenizer`, `files`.
+    The manifest, with `terms` (whose terms forbid training, or ""), `counts` by
+    split, `rejects` and `withheld` by reason, and `fingerprint` of the records.
   """
   data_dir = _find_data_dir(request)
   source, options = _open_source(request)

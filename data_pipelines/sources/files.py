@@ -1,8 +1,7 @@
 """Finds the data in a folder or a file, and reads it row by row.
 
 The kind of a file follows from its name's end, the split from its name or its
-folders'. Nothing is checked here but that files are whole: an unreadable row is
-passed on as its own `BadRecord`.
+folders'. An unreadable row is passed on as its own `BadRecord`.
 """
 
 import collections

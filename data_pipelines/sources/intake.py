@@ -1,8 +1,7 @@
 """Checks the records of a source, and keeps the usable ones on disk.
 
-The source is read once, record by record. Processes make a problem of each
-record, check it and hash it. Of a usable one a short summary stays in memory,
-enough to decide its split; the problem itself goes to a scratch file.
+The source is read once, record by record. Of a usable record a short summary
+stays in memory, enough to decide its split.
 """
 
 import contextlib

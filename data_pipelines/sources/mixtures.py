@@ -1,7 +1,4 @@
-"""Several data sets as one, and the order in which their records are asked.
-
-Knows nothing of prompts or batches.
-"""
+"""Several data sets as one, and the order in which their records are asked."""
 
 import bisect
 import dataclasses
@@ -25,9 +22,8 @@ _TAKEN = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
 class Mixture:
   """The problems of several sources, one source after another.
 
-  A problem's pid starts with the name of its data set, as in "geo/12", because
-  two sets may have the same pids. Its metadata name it as `data_set`. `sets`
-  holds the indices of each set's problems, by its name.
+  Two sets may have the same pids, so a pid starts with the name of its set, as
+  in "geo/12"; metadata name it as `data_set`. `sets` holds each set's indices.
   """
 
   def __init__(
@@ -74,10 +70,8 @@ def first(problems: records.Source, count: int) -> records.Source:
 class Order:
   """Which data set each position of an endless mixture asks, and for what.
 
-  The map of `grain.MapDataset.select_from_datasets`. In any prefix of n
-  positions, each set has been asked its share of n, up to less than one;
-  `MapDataset.mix` rounds the shares. They are whole numbers here, and the order
-  repeats after their sum.
+  In any prefix of n positions each set has been asked its share of n, up to
+  less than one; `grain.MapDataset.mix` rounds the shares.
 
   References:
     Balinski and Young, The Quota Method of Apportionment, 1975
@@ -138,10 +132,7 @@ def names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
 def problems_by_pid(
   data_dirs: str | os.PathLike[str], pids: Collection[str]
 ) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from a run's data dirs, by pid.
-
-  `data_dirs` has commas between those of a mixture.
-  """
+  """Reads the problems of some pids from a run's data dirs, DIR or DIR,DIR."""
   # Slow to import, and the settings need the names alone.
   from data_pipelines.sources import stored
 

@@ -127,7 +127,7 @@ class Looks:
   def add(self, hashes: Mapping[str, tuple[int, ImageHash]], at: int) -> None:
     """Adds the hashes of a problem's images, by the hash of their pixels.
 
-    With each goes its index in the problem, whose own in the file is `at`.
+    Each has its index among the images; `at` is the problem's in the file.
     """
     for image, (index, each) in hashes.items():
       self._found.setdefault(image, (each, at, index))

@@ -59,11 +59,7 @@ def _find(path: str) -> files.Folder:
 
 
 def _matching(ours: str, names: list[str]) -> list[str]:
-  """The splits at a path that is given for one of ours.
-
-  A folder that holds train and test gives its train where train is asked for;
-  if no name fits, all splits are taken.
-  """
+  """The splits at a path that is given for one of ours; all if no name fits."""
   if len(names) > 1:
     similar = {"eval": ("validation", "valid", "val", "dev")}.get(ours, ())
     for name in (ours, *similar):

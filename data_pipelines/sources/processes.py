@@ -1,8 +1,7 @@
 """Maps a function over batches of records on all cores, in order.
 
-The results depend neither on the number of processes nor on their speed, and
-only a few batches are in memory. A process that dies or hangs costs the one
-record that it dies of. Knows nothing of what records are.
+Only a few batches are in memory. A process that dies or hangs costs the one
+record that it dies of.
 """
 
 import collections
@@ -37,9 +36,7 @@ def map_in_order[T, R](
   """The results of a picklable function, record by record.
 
   What the function raises ends the iteration. `lost` gives the result of a
-  record whose process died or hung, and gets told how. Batches are read a few
-  ahead. With 0 workers all is done in this process.
-
+  record whose process died or hung. With 0 workers all is done in this process.
   The iteration must be closed, as by `contextlib.closing`, or ended.
   """
   if not num_workers:

@@ -35,11 +35,8 @@ def plan(
 ) -> dict[str, str]:
   """The place of each split that is used: one of `OURS`, or `DIVIDED`.
 
-  Args:
-    names: The source's splits.
-    given: The setting `split`: names to divide, or pairs such as
-      "eval=validation".
-    are_ours: True if the names begin with our own, as "train/part".
+  `given` are names to divide, or pairs such as "eval=validation". Names that
+  `are_ours` begin with our own, as "train/part".
   """
   if are_ours:
     chosen = {name: name.partition("/")[0] for name in names}
@@ -142,8 +139,7 @@ def withhold(
     sides: Their splits.
     near: "exact", "perceptual" or "none": what `train` loses to other splits.
     looks: The perceptual hashes of images, of excluded ones too.
-    excluded: The groups that must not train, as in `Record.groups`, each with
-      the name of its problem.
+    excluded: The groups that must not train, each with a name.
   """
   held: dict[str, str] = {}
   for record, side in zip(records, sides, strict=True):

@@ -104,16 +104,10 @@ def write_encoded(
   places: Mapping[str, Iterable[tuple[str, int]]],
   data_dir: str | os.PathLike[str],
 ) -> None:
-  """Writes the problems that `source(data_dir, split)` reads.
+  """Writes the problems that `source(data_dir, split)` reads, one at a time.
 
-  One problem at a time is in memory. The files are those that TFDS would write,
-  and TFDS reads them.
-
-  Args:
-    scratch: The encoded problems.
-    places: For each split the pids of its problems and their indices in
-      `scratch`, at least one. A hash of the pids is their order on disk.
-    data_dir: An empty or new folder.
+  The files are those that TFDS would write, and TFDS reads them. For each split
+  there are pids and indices in `scratch`; a hash of the pids is their order.
   """
   folder = pathlib.Path(data_dir) / NAME / VERSION
   folder.mkdir(parents=True)
@@ -169,10 +163,7 @@ def _write_split(
 
 
 class Source:
-  """The problems of one split by index.
-
-  A source can be sent to a worker process, which opens the files again.
-  """
+  """The problems of one split by index, also in another process."""
 
   def __init__(self, paths: Sequence[pathlib.Path | str]):
     self.paths = [os.fspath(path) for path in paths]

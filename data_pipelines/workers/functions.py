@@ -52,8 +52,7 @@ def resolve(path: str, *, setting: str = "function") -> Callable:
 def call(function: Callable, arguments: Sequence[Any]) -> Any:
   """Calls the function; an exception or `sys.exit` becomes a `Failure`.
 
-  The reason ends with a file and line if something that the function called
-  has raised.
+  The reason ends with the file and line in which the function failed.
   """
   try:
     return function(*arguments)

@@ -1,9 +1,8 @@
 """The program of a worker: calls functions until its connection closes.
 
-`process` starts it as `python -m data_pipelines.workers.worker FD PARENT`. It
-imports neither jax nor TensorFlow nor the main program, so many workers start
-within a second. It forks: the child is the worker, and this process is its
-guardian. The guardian runs none of the users' code. When the worker ends, when
+It imports neither jax nor TensorFlow nor the main program, so many workers
+start within a second. It forks: the child is the worker, and this process is
+its guardian, which runs none of the users' code. When the worker ends, when
 SIGTERM arrives, or when the parent is gone, it kills all that the worker has
 started: the worker's process group, and on Linux every descendant, also in a
 session of its own, because orphans become children of the guardian.

@@ -111,8 +111,7 @@ def split_lettered(
 ) -> tuple[str, list[tuple[str, str]], str] | None:
   """A text with lettered options: before them, each with its letter, after.
 
-  None without at least two that are lettered from A on. The last option ends
-  with its line.
+  None without at least two from A on. The last option ends with its line.
   """
   if len(text) > _MAX_LETTERED:
     return None

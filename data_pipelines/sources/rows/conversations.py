@@ -52,9 +52,8 @@ def messages(value: Any) -> list[Any] | None:
 def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
   """The question and the reply of some messages.
 
-  The first question that has a reply counts, with its reply. Where the last
-  message is a question, or `last` is True, what was said before is quoted in
-  the question.
+  The first question that has a reply counts. Where the last message is a
+  question, or `last` is True, what was said before is quoted in it.
   """
   images: list[list[Any]] = []
   turns = []
@@ -86,10 +85,10 @@ def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
 
 
 def read_reply(value: Any, column: str) -> tuple[str, Conversation | None]:
-  """A reply, and the conversation before it if the value holds that too.
+  """A reply, or "", and the conversation before it if the value holds that too.
 
-  The reply is a text, messages of which the last is the reply, or a text of
-  turns that begin with "Human:" and "Assistant:". "" for a missing one.
+  The value is a text, messages of which the last is the reply, or a text of
+  turns that begin with "Human:" and "Assistant:".
   """
   if gold.is_missing(gold.plain(value)):
     return "", None

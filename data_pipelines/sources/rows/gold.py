@@ -1,8 +1,7 @@
 r"""Reads gold answers as data sets write them, and infers their types.
 
-Knows nothing of columns or options. A gold may be a number, a text, a list of
-accepted texts, or a worked answer that marks its end by `<answer>`, `\boxed{}`,
-`####` or "The answer is".
+A gold may be a number, a text, a list of accepted texts, or a worked answer
+that marks its end by `<answer>`, `\boxed{}`, `####` or "The answer is".
 """
 
 import contextlib
@@ -153,10 +152,7 @@ def is_picture(value: Any) -> bool:
 
 
 def unwrap(text: str) -> tuple[str, str]:
-  """The final answer that a text marks, and the worked answer around it.
-
-  The worked answer is "" where little but the final answer stands there.
-  """
+  """The final answer that a text marks, and the worked answer around it."""
   gold = text.rpartition("</think>")[2].strip() or text.strip()
   for _ in range(4):
     before, gold = gold, _inside(gold).strip()

@@ -22,10 +22,7 @@ _SPELLINGS = tables.read("data_pipelines.sources.rows", "columns.toml")
 
 
 def is_original(metadata: Mapping[str, Any]) -> bool:
-  """True for a record of MathVista's own splits, whose terms forbid training.
-
-  The training split of Geometry3K belongs to Geometry3K.
-  """
+  """True for a record of MathVista's splits, whose terms forbid training."""
   has_split = metadata.get("split") in ("testmini", "test")
   return has_split and metadata.get("source") in SOURCES
 
@@ -33,8 +30,7 @@ def is_original(metadata: Mapping[str, Any]) -> bool:
 def terms(num_original: int, num_problems: int) -> str:
   """The terms that forbid training on such a mixture: "mathvista", or "".
 
-  More than one original in twenty is enough. Fewer prove nothing, because other
-  data sets in this schema may use the same sources.
+  Few originals prove nothing: other sets in this schema may have such sources.
   """
   return "mathvista" if 20 * num_original > num_problems else ""
 
@@ -56,8 +52,7 @@ def to_problem(
 ) -> records.Problem:
   """The problem of a row in MathVista's schema, with the official query.
 
-  Other spellings of a good record are healed: numbers that are no texts, a
-  letter as the answer, options in an object, a float without precision.
+  Other spellings of a good record are healed.
   """
   healed = {k: v for k, v in values.items() if not gold.is_missing(v)}
   images = []

@@ -14,8 +14,7 @@ _MAX_LENGTH = 30_000
 def read(values: Mapping[str, Any]) -> dict[str, Any]:
   """The values that JSON can hold, each only while there is room for it.
 
-  Bytes and nulls are dropped, and so are values that nest too deeply. What
-  names slices of a score is made a name.
+  What names slices of a score is made a name.
   """
   kept: dict[str, Any] = {}
   room = _MAX_LENGTH

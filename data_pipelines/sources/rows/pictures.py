@@ -113,13 +113,8 @@ def place_marks(
   """Gives the question an `IMAGE_MARK` for each picture, or none at all.
 
   Options have no marks, because they may be shuffled: they name their picture,
-  "image 2", whose mark then follows the question with the same name.
-
-  Args:
-    question: The question, with marks of any format.
-    options: The options, which may have marks too.
-    count: The number of pictures.
-    is_merged: True if one picture may hold all that numbered marks name.
+  "image 2", whose mark then follows the question with the same name. If
+  `is_merged`, one picture may hold all that numbered marks name.
 
   Returns:
     The question, the options, and the order of the pictures in the question.
