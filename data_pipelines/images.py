@@ -117,8 +117,8 @@ def crop_boxes(
 ) -> list[tuple[int, int, int, int]]:
   """The crops of an image along its longer side; [] if it has none.
 
-  Their number makes them as square as possible, none smaller than allowed. A crop
-  is its top, left, bottom and right, in pixels from the top left.
+  Their number makes them as square as possible, none smaller than allowed. A
+  crop is its top, left, bottom and right, in pixels from the top left.
   """
   longer, shorter = max(height, width), min(height, width)
   if not settings.enabled or longer / shorter < settings.min_ratio_to_activate:

@@ -137,7 +137,7 @@ def require_all(
 
 
 def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-  """The metadata of a field that holds one of these names, or a tuple of some."""
+  """The metadata of a field that holds one of these names, or several if a tuple."""
   return {"choices": tuple(choices)}
 
 

@@ -19,7 +19,7 @@ _LETTERED = re.compile(r"(?:option|choice|opt|op)?_?([a-h])")
 
 
 def paths(sample: Rows) -> dict[str, str]:
-  """Each column, and each of verl's struct of answers, by the name in the table."""
+  """Each column, and each of verl's struct of answers, by name in the table."""
   found: dict[str, str] = {}
   inner: dict[str, str] = {}
   for row in sample:
