@@ -6,7 +6,7 @@ stand-in row of the same shape, marked invalid, so that no row ever moves.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,11 +88,6 @@ class RowBuilder:
     kinds = {"online": 0, "demonstrations": 1, "preference": self.num_labelled}
     return kinds[self.kind]
 
-  def can_teach(self, problem: records.Problem) -> bool:
-    """True if a reward can score a completion, or the record has one."""
-    is_shown = self.kind == "demonstrations"
-    return problem.is_checkable or self.pays_unchecked or is_shown
-
   def measure(self, problem: records.Problem) -> tuple[int, int]:
     """Counts the tokens of a usable problem's prompt, and its images."""
     if problem.images and not self.image_size:
@@ -150,14 +145,12 @@ class RowBuilder:
   def _blank(self, slots: int) -> np.ndarray:
     return np.zeros((slots, self.image_size, self.image_size, 3), np.uint8)
 
-  def _num_crops(self, problem: records.Problem) -> tuple[int, ...]:
+  def _num_crops(self, problem: records.Problem) -> list[int]:
     """The number of crops of each picture."""
-    return tuple(
-      images.num_crops(picture, self.pan_and_scan) for picture in problem.images
-    )
+    return [images.num_crops(x, self.pan_and_scan) for x in problem.images]
 
   def _prompt(
-    self, problem: records.Problem, num_crops: tuple[int, ...]
+    self, problem: records.Problem, num_crops: Sequence[int]
   ) -> list[int]:
     return chat_prompts.encode_prompt(
       problem,
@@ -172,7 +165,7 @@ class RowBuilder:
     problem: records.Problem,
     position: list[int],
     bucket: int,
-    num_crops: tuple[int, ...],
+    num_crops: Sequence[int],
   ) -> records.Problem:
     """Gives the problem its options in the row's order, if that is asked for.
 

@@ -17,31 +17,26 @@ from data_pipelines.sources.drawn import reasoning_gym
 from data_pipelines.text import shuffle_options
 from data_pipelines.validation import printable, require
 
-# What is wrong with a record that a setting leaves out, that setting, and what
-# to do if no record is left.
+# What is wrong with a record that a setting leaves out, and what to do if no
+# record is left.
 _LEFT_OUT = {
   "prompt_too_long": (
-    "with a prompt of more than {longest_prompt} tokens",
-    " (the last of data.prompt_buckets)",
+    "with a prompt of more than {longest_prompt} tokens (the last of "
+    "data.prompt_buckets)",
     "raise data.prompt_buckets",
   ),
   "completion_too_long": (
-    "with a completion of more than {longest_completion} tokens",
-    " (rollout.max_new_tokens)",
+    "with a completion of more than {longest_completion} tokens "
+    "(rollout.max_new_tokens)",
     "raise rollout.max_new_tokens",
   ),
   "unseen_pictures": (
     "with pictures, which model.name ({model!r}) cannot see",
-    "",
     "set model.name to one with an image tower, such as gemma3_4b, or data.dir "
     "to problems without pictures",
   ),
 }
-_UNREADABLE = (
-  "that cannot be used, see the warnings",
-  "",
-  "prepare them again",
-)
+_UNREADABLE = ("that cannot be used, see the warnings", "prepare them again")
 
 
 class BatchShape(NamedTuple):
@@ -121,7 +116,9 @@ def scan(
     if builder.shuffle_options and problem.choices:
       num_choices += 1
       num_fixed += shuffle_options.is_fixed(problem)
-    if for_training and not builder.can_teach(problem):
+    # A reward can score a completion, or the record has one.
+    can_teach = builder.pays_unchecked or builder.kind == "demonstrations"
+    if for_training and not (problem.is_checkable or can_teach):
       unpaid.append(problem.pid)
   if num_scored:
     reasoning_gym.require_library()
@@ -154,7 +151,7 @@ def _report(
   for_training: bool,
 ) -> None:
   """Logs how many records can be used; refuses to train on none."""
-  faults = collections.Counter[tuple[str, str, str]]()
+  faults = collections.Counter[tuple[str, str]]()
   for reason, number in left_out.items():
     faults[_LEFT_OUT.get(reason, _UNREADABLE)] += number
   facts = {
@@ -163,14 +160,14 @@ def _report(
     "model": builder.model_name,
   }
   listed = ", ".join(
-    f"{number} {fault.format_map(facts)}{setting}"
-    for (fault, setting, _), number in faults.items()
+    f"{number} {fault.format_map(facts)}"
+    for (fault, _), number in faults.items()
   )
   listed = listed and f"; left out: {listed}"
   usable, count = len(index.usable), len(index.lengths)
   is_unseen = 0 < left_out.get("unseen_pictures", 0) == count
   if is_unseen or (for_training and not usable):
-    remedies = "; ".join(remedy for _, _, remedy in faults)
+    remedies = "; ".join(remedy for _, remedy in faults)
     use = "training" if for_training else "evaluation"
     raise ValueError(
       f"none of the {count} records can be used for {use}{listed}. To go on, "

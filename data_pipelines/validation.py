@@ -137,7 +137,7 @@ def require_all(
 
 
 def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-  """The metadata of a field that holds one of these names, or several if a tuple."""
+  """The metadata of a field that holds one or, as a tuple, more of these."""
   return {"choices": tuple(choices)}
 
 

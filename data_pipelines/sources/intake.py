@@ -38,8 +38,7 @@ _QUOTED_BYTES = re.compile(r"""\bb(['"]).*?\\{1,2}x.*""", re.DOTALL)
 type Hashes = dict[str, tuple[int, near_duplicates.ImageHash]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
   """A record as its reader gives it, and where it stands in the source."""
 
   split: str  # The source's.

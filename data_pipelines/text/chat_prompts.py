@@ -65,18 +65,15 @@ TEMPLATES = {
 
 # What a template's file may show of the problem asked, beside the options.
 _SHOWN = (
-  *("question", "query", "unit", "precision", "metadata"),
-  *("question_type", "answer_type"),
+  "question query unit precision metadata question_type answer_type".split()
 )
 
 # The name of a template's fingerprint in the record of a run.
 OF_TEMPLATE = "data.prompt_template: its text"
 
 # Text before an image that is also shown in crops, and before its crops.
-_CROPS = (
-  "Here is the original image ",
-  " and here are some crops to help you see better ",
-)
+_ORIGINAL = "Here is the original image "
+_CROPS = " and here are some crops to help you see better "
 
 
 def open_template(name: str, system: str = "") -> Template:
@@ -121,20 +118,16 @@ def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
     "images": "" if has_marks else records.IMAGE_MARK * count,
     "num_images": count,
     "examples": [
-      _variables(each)
-      | {
-        "answer": each.answer,
-        "solution": each.solution,
-        "completion": demonstration(each, template=template),
-      }
+      _variables(each, "answer", "solution")
+      | {"completion": demonstration(each, template=template)}
       for each in _examples(problem, template)
     ],
   }
 
 
-def _variables(problem: records.Problem) -> dict[str, Any]:
+def _variables(problem: records.Problem, *more: str) -> dict[str, Any]:
   """The variables that a template may show of a problem."""
-  shown = {name: getattr(problem, name) for name in _SHOWN}
+  shown = {name: getattr(problem, name) for name in (*_SHOWN, *more)}
   lettered = zip(string.ascii_uppercase, problem.choices, strict=False)
   return shown | {"choices": [{"letter": x, "text": y} for x, y in lettered]}
 
@@ -208,23 +201,16 @@ def encode_prompt(
   num_crops = num_crops or [0] * len(problem.images)
   shown = _encode_with_images(text, tokenizer, soft_tokens, num_crops)
   system = tokenizer.encode(f"{template.system}\n\n" * bool(template.system))
-  ids = [chat.bos]
+  turns: list[tuple[str, list[int]]] = []
   for asked, completion in earlier_turns(problem, template):
-    for role, text in ((chat.user, asked), (chat.model, completion)):
-      ids += [chat.start_of_turn, *tokenizer.encode(role), *system]
-      ids += [*tokenizer.encode(text), chat.end_of_turn, chat.newline]
-      system = []
-  return [
-    *ids,
-    chat.start_of_turn,
-    *tokenizer.encode(chat.user),
-    *system,
-    *shown,
-    chat.end_of_turn,
-    chat.newline,
-    chat.start_of_turn,
-    *tokenizer.encode(chat.model),
-  ]
+    turns.append((chat.user, tokenizer.encode(asked)))
+    turns.append((chat.model, tokenizer.encode(completion)))
+  ids = [chat.bos]
+  for role, content in (*turns, (chat.user, shown)):
+    ids += [chat.start_of_turn, *tokenizer.encode(role), *system, *content]
+    ids += [chat.end_of_turn, chat.newline]
+    system = []
+  return [*ids, chat.start_of_turn, *tokenizer.encode(chat.model)]
 
 
 def _encode_with_images(
@@ -255,7 +241,7 @@ def _encode_with_images(
   for part, count in zip(parts, num_crops, strict=False):
     ids += tokenizer.encode(part)
     # Before the image, its first crop and each other crop.
-    words = [*_CROPS, *[" "] * (count - 1)] if count else [""]
+    words = [_ORIGINAL, _CROPS, *[" "] * (count - 1)] if count else [""]
     for each in words:
       ids += [*tokenizer.encode(each), *image]
   return ids + tokenizer.encode(parts[-1])
@@ -273,11 +259,10 @@ def check_images(
   The model fills placeholders in order: with one too many or too few it would
   silently read another image's soft tokens.
   """
-  placeholder = tokenizer.chat.image_placeholder
-  run = [placeholder] * soft_tokens
+  run = [tokenizer.chat.image_placeholder] * soft_tokens
   starts = [i for i, x in enumerate(ids, 1) if x == tokenizer.start_of_image]
   runs = sum(list(ids[i : i + soft_tokens]) == run for i in starts)
-  placeholders = list(ids).count(placeholder)
+  placeholders = list(ids).count(tokenizer.chat.image_placeholder)
   found = (len(starts), runs, placeholders)
   if found != (num_images, num_images, num_images * soft_tokens):
     raise records.BadRecord(
