@@ -109,9 +109,14 @@ class Dataset:
 
     Padding rows fill the batch.
     """
-    size = {"num_problems": batch_size, "batch_size": batch_size}
-    asked = dataclasses.replace(self, eval=problems)
-    return asked.eval_batches(**size, split="", shards=(0,), shard_count=1)[0]
+    batches = dataclasses.replace(self, eval=problems).eval_batches(
+      num_problems=batch_size,
+      batch_size=batch_size,
+      split="",
+      shards=(0,),
+      shard_count=1,
+    )
+    return batches[0]
 
   def check_prompt(self, problem: records.Problem) -> None:
     """Refuses a problem that cannot be asked.

@@ -237,5 +237,5 @@ def warn_unusable(index: int, error: Exception) -> None:
 
 def _stand_in(pid: str) -> records.Problem:
   """A problem without a question."""
-  types = {"question_type": "free_form", "answer_type": "integer"}
-  return records.Problem(pid=pid, question="", answer="", **types)
+  empty = records.make_question("")
+  return dataclasses.replace(empty, pid=pid, answer_type="integer")

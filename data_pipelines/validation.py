@@ -178,7 +178,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
       rule = f"be {describe_bounds(bounds)}{' and finite' if is_open else ''}"
       remedy = f"set {name}={field.metadata['example']}" if prefix else ""
       require(holds, name, value, rule, remedy)
-    choices = field.metadata.get("choices", ())
+    choices: Sequence[str] = field.metadata.get("choices", ())
     if choices and isinstance(value, tuple):
       holds = set(value) <= set(choices) and len(set(value)) == len(value)
       rule = f"be names of {', '.join(choices)}, each once"
@@ -188,7 +188,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
       require_one_of(name, value, choices)
 
 
-def require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+def require_one_of(name: str, value: Any, choices: Sequence[str]) -> None:
   """Checks that a setting is one of its choices."""
   if value not in choices:
     # Only a question: a similar spelling may mean something else entirely.

@@ -38,7 +38,8 @@ _QUOTED_BYTES = re.compile(r"""\bb(['"]).*?\\{1,2}x.*""", re.DOTALL)
 type Hashes = dict[str, tuple[int, near_duplicates.ImageHash]]
 
 
-class Item(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
   """A record as its reader gives it, and where it stands in the source."""
 
   split: str  # The source's.

@@ -269,7 +269,7 @@ def _find_records(document: Any, path: epath.Path) -> Iterator[Values]:
     remedy = "write the records, with all their fields, to a file of their own"
     raise _refusal(path, f"hold one list, not several: {named}", remedy)
   if lists:
-    yield from _find_records(*lists.values(), path)
+    yield from _find_records(next(iter(lists.values())), path)
   elif is_pairs or any(isinstance(value, dict | tuple) for _, value in items):
     yield from itertools.starmap(_named_row, items)
   elif items:
@@ -280,8 +280,9 @@ def _column(value: Any) -> list[Any] | None:
   """The values of a column that stands alone; None for another value."""
   if isinstance(value, dict) and [*value] == [*map(str, range(len(value)))]:
     return [*value.values()]
-  is_column = isinstance(value, list) and dict not in map(type, value)
-  return value if is_column else None
+  if isinstance(value, list) and dict not in map(type, value):
+    return value
+  return None
 
 
 def _named_row(pid: str, row: Any) -> Values:

@@ -102,8 +102,8 @@ def guard(worker: int, parent: int) -> int:
   while True:
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):  # None on macOS.
       with contextlib.suppress(OSError):
-        parent = path.read_bytes().rpartition(b")")[2].split()[1]
-        if int(parent) == os.getpid():
+        above = path.read_bytes().rpartition(b")")[2].split()[1]
+        if int(above) == os.getpid():
           os.kill(int(path.parent.name), signal.SIGKILL)
     try:
       # A process is this one's child before its own parent can be reaped.

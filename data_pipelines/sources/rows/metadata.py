@@ -18,12 +18,14 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
   """
   kept: dict[str, Any] = {}
   room = _MAX_LENGTH
-  options = {"allow_nan": False, "ensure_ascii": False}
+  encode = json.JSONEncoder(
+    default=_to_json, allow_nan=False, ensure_ascii=False
+  ).encode
   for name, value in values.items():
     if not records.is_shallow(value):
       continue
     try:
-      text = json.dumps(value, default=_to_json, **options)
+      text = encode(value)
       text = text.encode(errors="ignore").decode().replace("\\u0000", "")
       value = json.loads(text)
     except (ValueError, TypeError):
