@@ -17,9 +17,7 @@ class Alarms:
   def __init__(self, *, own_samples: bool):
     """Watches the metrics that have an alarm.
 
-    Args:
-      own_samples: False if the policy did not sample the completions; alarms
-        about its own samples are off then.
+    Without `own_samples`, of the policy itself, alarms about these are off.
     """
     self._watched = [
       (metric, metric.alarm)

@@ -15,15 +15,10 @@ _MAX_LINES = 12
 
 
 def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-  """Puts the texts on a white strip below the image.
+  """Puts the texts on a white strip below a uint8 [height, width, 3] image.
 
-  Args:
-    image: uint8 [height, width, 3].
-    texts: Each begins a new line, and has at most a third of the strip unless
-      it is the last one. Lines that do not fit are dropped.
-
-  Returns:
-    uint8 [1, height', width', 3], as an image summary takes it.
+  Each begins a new line, and has at most a third of the strip unless it is the
+  last one. Lines that do not fit are dropped. Returns [1, height', width', 3].
   """
   scale = -(-_MIN_WIDTH // image.shape[1])
   enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -12,13 +12,10 @@ import contextlib
 import pathlib
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
-
-_SECONDS_BETWEEN_REPORTS = 60.0
 
 
 class EventFiles:
@@ -29,17 +26,12 @@ class EventFiles:
   """
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int | None) -> None:
-    """Starts the thread, which opens the files.
+    """Starts the thread, which opens the files in the existing folder.
 
-    Args:
-      workdir: The folder, which exists.
-      resume_step: The last step to keep in files that exist. None removes the
-        files, for a run from the start.
+    Files that exist keep the steps up to `resume_step`; None removes the files.
     """
     self._workdir = workdir
     self.failures = 0
-    self._reported = time.monotonic()
-    self._errors: list[Exception] = []  # Since then.
     # Holds calls to make, and None to end.
     self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = (
       queue.SimpleQueue()
@@ -52,14 +44,11 @@ class EventFiles:
   def write(self, call: Callable[[Any], None]) -> None:
     """Queues a call, which the thread makes with the CLU writer."""
     self._queue.put(call)
-    if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
-      self._report()
 
   def close(self) -> None:
     """Waits until everything is on disk and ends the thread."""
     self._queue.put(None)
     self._thread.join()
-    self._report()
 
   def _run(self, resume_step: int | None) -> None:
     events = self._attempt(_open_events, self._workdir, resume_step)
@@ -78,16 +67,11 @@ class EventFiles:
       return call(*args)
     except Exception as error:
       self.failures += 1
-      self._errors.append(error)
-
-  def _report(self) -> None:
-    errors, self._errors = self._errors, []
-    self._reported = time.monotonic()
-    if errors:
-      logging.warning(
-        "TensorBoard files in %s are incomplete: %d writes failed, first: %r.",
-        *(self._workdir, len(errors), errors[0]),
-      )
+      if str(self.failures).strip("0") == "1":  # And at ten times the count.
+        logging.warning(
+          "TensorBoard files in %s are incomplete: %d writes failed, last: %r.",
+          *(self._workdir, self.failures, error),
+        )
 
 
 def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:

@@ -33,23 +33,15 @@ class ExitReport:
   """The progress of the program, and its report at the end.
 
   Nothing that goes wrong in the report changes the exit code.
-
-  Attributes:
-    clock: How the time divides.
-    step: The last step that was done.
-    skipped_updates: By this process.
-    has_run_record: True once `run.json` lists this attempt.
-    reason: Why a run that is done has ended.
-    what_next: Advice on the result of the mode, such as "open FILE".
   """
 
   def __init__(self) -> None:
     self.clock = goodput.Clock()
-    self.step: int | None = None
-    self.skipped_updates = 0
-    self.has_run_record = False
-    self.reason = "done"
-    self.what_next = ""
+    self.step: int | None = None  # The last step that was done.
+    self.skipped_updates = 0  # By this process.
+    self.has_run_record = False  # True once `run.json` lists this attempt.
+    self.reason = "done"  # Why a run that is done has ended.
+    self.what_next = ""  # Advice on the mode's result, such as "open FILE".
     self._workdir: pathlib.Path | None = None
 
   def attach_run(self, workdir: pathlib.Path) -> None:

@@ -54,11 +54,9 @@ class Clock:
     self._last: dict[str, float] = {}
 
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
-    """Adds the sums of the earlier processes.
+    """Adds the sums of the earlier processes from their `metrics.jsonl`.
 
-    Args:
-      path: Their `metrics.jsonl`, still with the lines after `resume_step`.
-      resume_step: The last step that is not repeated.
+    It still has the lines after `resume_step`, which is not repeated.
     """
     rows = _timed_rows(path)
     kept = [row for row in rows if row["step"] <= resume_step]

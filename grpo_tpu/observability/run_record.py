@@ -51,22 +51,13 @@ _KEPT = ("exit_code", "reason", "step")
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-  """A run that is about to start in a workdir, beside the one recorded there.
-
-  Attributes:
-    workdir: The run's folder.
-    settings: The nested settings of the run, as the user set them; a resume
-      compares these.
-    defaults: Nested defaults, which count for settings newer than the record.
-    data: Fingerprints of the data.
-    resolved: The settings with the values of presets, to show; None shows
-      `settings`.
-  """
+  """A run that is about to start in a workdir, which may hold one's record."""
 
   workdir: str
-  settings: Mapping[str, Any]
-  defaults: Mapping[str, Any]
-  data: Mapping[str, str]
+  settings: Mapping[str, Any]  # As the user set them; a resume compares these.
+  defaults: Mapping[str, Any]  # Count for settings newer than the record.
+  data: Mapping[str, str]  # Fingerprints.
+  # The settings with the values of presets, to show; None shows `settings`.
   resolved: Mapping[str, Any] | None = None
 
   def check(self) -> None:
@@ -205,10 +196,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
-  """Records how the current attempt has ended.
-
-  The facts, `exit_code`, `reason`, `step` and more, stay under `end` until the
-  next start.
+  """Records how the current attempt has ended, until the next start.
 
   Raises:
     ValueError: The file is gone or damaged.

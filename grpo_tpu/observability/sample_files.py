@@ -68,7 +68,7 @@ class SampleFiles:
   def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Starts to write a step's rows, once the file before is written."""
     self.flush()
-    rows = [{"step": step} | row for row in rows]
+    rows = [{"step": step, **row} for row in rows]
     path = self._folder / _name(step)
     self._write = self._thread.submit(write_rows, path, rows)
 

@@ -61,14 +61,10 @@ class Writer:
   ) -> None:
     """Opens the files and removes what a resumed run will write again.
 
-    Args:
-      workdir: The folder of the run, made if missing.
-      is_writer: True on process 0. The others check names and write nothing.
-      resume_step: The step of the restored checkpoint. Later steps are removed,
-        and a last line that a kill cut short. None, for a run from the start,
-        removes everything.
-      has_partial_step: True if the run resumes inside the next step, whose
-        samples are written and whose metrics are not.
+    Steps after the restored `resume_step` are removed, and a last line that a
+    kill cut short; None removes everything. Inside of a partial step the next
+    step's samples are written already. Without `is_writer` the names of metrics
+    are checked, and nothing is written.
     """
     self._lines: JsonLines | None = None
     self._samples: SampleFiles | None = None

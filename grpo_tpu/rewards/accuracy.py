@@ -1,13 +1,8 @@
-"""Rewards for the answer: its correctness and its format."""
+"""The reward for the format of the answer."""
 
 from data_pipelines.verifier import verify
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
-
-
-def accuracy(verdict: verify.Verdict) -> float:
-  """1 for a right answer in any notation; else 0."""
-  return float(verdict.correct)
 
 
 def well_formed(completion: str) -> float:

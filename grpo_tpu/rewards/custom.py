@@ -98,12 +98,10 @@ def call(
 ) -> list[float | str]:
   """Calls the reward at a path with problems as `encode` gives them.
 
-  Returns:
-    For each completion a finite float, or the reason why it has none.
+  Returns for each completion a finite float, or the reason why it has none.
 
   Raises:
-    Exception: Any exception of the function.
-    TypeError: The function is async, or did not return one value per row.
+    Exception: Any of the function; a TypeError for another number of values.
   """
   problems = [
     records.from_example(

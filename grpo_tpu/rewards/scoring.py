@@ -85,21 +85,12 @@ def score(
   truncated: Sequence[bool] | None = None,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
-  """Computes every reward of every completion.
+  """Computes every reward of every completion; no completion raises.
 
-  Args:
-    completions: Decoded text, without the end of turn.
-    problems: The problem of each completion.
-    config: The weights and limits.
-    is_present: bool [N], False for a stand-in, which no user's reward sees and
-      whose failures do not count; None means that all are present.
-    truncated: True where a completion was cut off, see `verify.verify`; None
-      means that none was.
-    gather: Maps the rows of this process to the rows of all processes, in the
-      same order everywhere, so that all processes count the same failures.
-
-  Returns:
-    The scores, row by row; no completion raises.
+  A stand-in, where `is_present` is False, is seen by no user's reward, and its
+  failures do not count. For `truncated` see `verify.verify`. `gather` maps the
+  rows of this process to those of all, in one order everywhere, so that all
+  processes count the same failures.
 
   Raises:
     RewardError: A reward failed too often in this and earlier calls, on all
@@ -110,26 +101,6 @@ def score(
     completions, problems, config, is_present=is_present, truncated=truncated
   )
   return reduce([raw], config, gather=gather)
-
-
-def score_groups(
-  texts: Sequence[Sequence[str]],
-  problems: Sequence[records.Problem],
-  config: RewardConfig,
-  *,
-  is_present: np.ndarray | None = None,
-  gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-) -> Scores:
-  """`score` for completions grouped by prompt, in the order of the groups."""
-  repeated = [
-    problem
-    for problem, group in zip(problems, texts, strict=True)
-    for _ in group
-  ]
-  flat = [text for group in texts for text in group]
-  if is_present is not None:
-    is_present = is_present.reshape(-1)
-  return score(flat, repeated, config, is_present=is_present, gather=gather)
 
 
 def raw_scores(
@@ -325,7 +296,7 @@ def _score_one(
     return None, values, {"accuracy": verdict}
   reasoning = heuristics.read(accuracy.reasoning(text))
   rewards: dict[str, Callable[[], float]] = {
-    "accuracy": lambda: accuracy.accuracy(verdict),
+    "accuracy": lambda: float(verdict.correct),
     "format": lambda: accuracy.well_formed(text),
   }
   if not config.is_gated or verdict.answer is not None:

@@ -13,40 +13,13 @@ from grpo_tpu.rl import shaping
 Metrics = dict[str, Float[Array, ""]]
 
 
-def group_correctness(
-  correct: Bool[ArrayLike, "B G"],
-  *,
-  valid: Bool[ArrayLike, "B G"] | None = None,
-) -> Metrics:
-  """The shares of groups that are all right, all wrong, and mixed.
-
-  Only mixed groups teach what is right. The three shares add up to 1 over the
-  groups with a valid row, whose correctness is known; without such a group they
-  are 0.
-  """
-  correct = jnp.asarray(correct)
-  known = jnp.ones_like(correct) if valid is None else jnp.asarray(valid)
-  some_right = (correct & known).any(axis=1)
-  some_wrong = (~correct & known).any(axis=1)
-  num_groups = jnp.maximum(known.any(axis=1).sum(), 1)
-  return {
-    "all_right": (some_right & ~some_wrong).sum() / num_groups,
-    "all_wrong": (some_wrong & ~some_right).sum() / num_groups,
-    "mixed": (some_right & some_wrong).sum() / num_groups,
-  }
-
-
 def effective_sample_size(
   weights: Float[ArrayLike, "*batch"],
 ) -> Float[Array, ""]:
   """Kish's effective sample size, `(sum |w|)^2 / sum w^2`.
 
-  N for N equal weights, 1 if a single weight is not 0, 0 if all are 0. For
-  advantages it is the number of completions that the gradient rests on; for
-  importance ratios, the number of samples that they are worth.
-
-  References:
-    Kish, Survey Sampling, 1965
+  N for N equal weights, 1 if a single weight is not 0, 0 if all are 0. Of
+  advantages, the number of completions that the gradient rests on.
   """
   weights = jnp.abs(jnp.asarray(weights, jnp.float32))
   squares = jnp.square(weights).sum()
@@ -58,24 +31,19 @@ def advantage_share(
   total: Float[ArrayLike, "B G"],
   advantages: Float[ArrayLike, "B G"],
   *,
-  valid: Bool[ArrayLike, "B G"] | None = None,
+  valid: Bool[ArrayLike, "B G"],
 ) -> Float[Array, ""]:
-  """The share of the advantage that comes from one part of the reward.
+  """The share of the advantage that comes from a (weighted) part of the reward.
 
-  The reward is `part` plus a rest. Both are centered on their group's mean and
+  The part and the rest of the total are centered on their group's mean and
   scaled as the group's advantages were. The share is the part's absolute sum
   over that of both: 0 if the part never differs within a group, 1 if only the
-  part does, 0 if nothing does.
-
-  `part` includes its weight, `total` is the whole reward, and `advantages` come
-  from the whole reward. Only valid rows count.
+  part does, 0 if nothing does. Only valid rows count.
   """
   part, total, advantages = (
     jnp.asarray(x, jnp.float32) for x in (part, total, advantages)
   )
-  is_valid = (
-    jnp.ones(total.shape, bool) if valid is None else jnp.asarray(valid)
-  )
+  is_valid = jnp.asarray(valid)
   count = jnp.maximum(is_valid.sum(axis=1, keepdims=True), 1)
 
   def center(values):
@@ -106,11 +74,13 @@ def reward_statistics(
 
   The rewards "total" and "heuristics" are sums of the others, and a
   "length_penalty" is no reward. Accuracy counts
-  the rows `known` alone, which are those of the valid ones that rules can
-  check.
+  the rows `known` alone: the valid ones that rules can check.
   """
   total = rewards["total"]
-  correctness = group_correctness(rewards["accuracy"] > 0.5, valid=known)
+  correct = rewards["accuracy"] > 0.5
+  some_right = (correct & known).any(axis=1)
+  some_wrong = (~correct & known).any(axis=1)
+  num_known = jnp.maximum(known.any(axis=1).sum(), 1)
   count = jnp.maximum(valid.sum(axis=1), 1)
   centered = total - (jnp.where(valid, total, 0.0).sum(1) / count)[:, None]
   spread = jnp.sqrt(
@@ -124,9 +94,9 @@ def reward_statistics(
     "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,
     "rollout/accuracy": valid_mean(rewards["accuracy"], known),
     "rollout/unanimous_fraction": unanimous.sum() / num_groups,
-    "rollout/all_right_fraction": correctness["all_right"],
-    "rollout/all_wrong_fraction": correctness["all_wrong"],
-    "rollout/mixed_fraction": correctness["mixed"],
+    "rollout/all_right_fraction": (some_right & ~some_wrong).sum() / num_known,
+    "rollout/all_wrong_fraction": (some_wrong & ~some_right).sum() / num_known,
+    "rollout/mixed_fraction": (some_right & some_wrong).sum() / num_known,
   }
   for name in sorted(
     rewards.keys() - {"total", "heuristics", "length_penalty"}

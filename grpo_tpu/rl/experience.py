@@ -70,28 +70,22 @@ class Collector:
     `shaping.max_batches` are read. Groups with variance come first, in the
     order of the data. Metrics are means over all batches, kept or not.
 
-    Args:
-      params: Parameters of the policy.
-      prompts: Batches of prompts from `position` on.
-      key: The run's key; each batch's key is folded from it and the batch's
-        number.
-      position: Number of batches that the run has read before.
-      num_shown: Number of samples that TensorBoard shows; None keeps no
-        samples at all.
-      poll: See `Sampler.sample`.
+    `prompts` are the batches from number `position` on, and each batch's key is
+    folded from the run's and its number. TensorBoard shows `num_shown` samples;
+    None keeps no samples at all. For `poll` see `Sampler.sample`.
     """
     if self.config.kind != "online":
       return self._collect_offline(params, prompts, num_shown)
     resamples = self.config.shaping.zero_variance == "resample"
     limit = self.config.shaping.max_batches if resamples else 1
-    groups, metrics, kept = None, [], list[sample_files.Sample]()
+    groups, metrics, kept = None, [], []
     for number in range(position + 1, position + limit + 1):
       new, batch_metrics, new_samples = self._sample_batch(
         params,
         prompts,
         jax.random.fold_in(key, number),
-        num_before=len(metrics),
-        num_shown=num_shown,
+        first_group=len(metrics) * len(groups.group) if groups else 0,
+        num_shown=0 if num_shown and groups else num_shown,
         poll=poll,
       )
       metrics.append(batch_metrics)
@@ -103,15 +97,13 @@ class Collector:
     batch, advantage_metrics = self._add_advantages(groups)
     step_metrics = _combine_metrics(metrics) | advantage_metrics
     if num_shown is not None:
-      assert batch.advantages is not None
-      samples.add_advantages(self.sampler, kept, groups.group, batch.advantages)
-      kept = samples.gather(kept)
+      kept = samples.with_advantages(self.sampler, kept, groups.group, batch)
     return Experience(batch, step_metrics, kept, len(metrics))
 
   def _sample_batch(
-    self, params, prompts, key, *, num_before, num_shown, poll
+    self, params, prompts, key, *, first_group, num_shown, poll
   ) -> tuple[ScoredGroups, Metrics, list[sample_files.Sample]]:
-    """Samples and scores the next batch, after `num_before` of the step."""
+    """Samples and scores the next batch; numbers groups from `first_group`."""
     sampler, settings = self.sampler, self.sampler.settings
     wait_start = time.perf_counter()
     with activity.doing("waiting for data"):
@@ -138,14 +130,13 @@ class Collector:
       with activity.doing("waiting for rewards"):
         stopped = sharding.local_rows(sampler.mesh, sampled.completions.stopped)
         scores = scorer.result(texts, (~stopped).tolist())
-    rewards, valid = sharding.device_put_batch(
-      sampler.mesh, self.group_rewards(scores, batch)
+    scored = (
+      *self.group_rewards(scores, batch),
+      batch.prompt_index + first_group,
     )
+    scored = sharding.device_put_batch(sampler.mesh, scored)
     reward_end = time.perf_counter()
-    first_group = num_before * valid.shape[0]
-    groups, metrics = self._make_groups(
-      batch, sampled, rewards, valid, first_group
-    )
+    groups, metrics = self._make_groups(batch, sampled, *scored)
     metrics |= self._reward_metrics(batch, groups)
     metrics |= _error_counts(scores)
     metrics |= {
@@ -158,20 +149,18 @@ class Collector:
     metrics |= sampled.metrics
     if num_shown is None:
       return groups, metrics, []
-    completions, answers = sampled.completions, iter(scores.answers)
-    mask, stopped = sharding.local_rows(
-      sampler.mesh, (completions.mask, completions.stopped)
-    )
+    answers = np.array(scores.answers, object).reshape(stopped.shape)
+    mask = sharding.local_rows(sampler.mesh, sampled.completions.mask)
     kept = samples.step_samples(
       *(sampler, batch, texts, mask, groups),
-      num_shown=0 if num_before else num_shown,
+      num_shown=num_shown,
       stopped=stopped,
-      read_answer=[[next(answers) for _ in group] for group in texts],
+      read_answer=answers.tolist(),
     )
     return groups, metrics, kept
 
   def _make_groups(
-    self, prompts, sampled, rewards, valid, first_group
+    self, prompts, sampled, rewards, valid, group
   ) -> tuple[ScoredGroups, Metrics]:
     """Joins completions and rewards; shapes what truncated completions get."""
     completions = sampled.completions
@@ -191,7 +180,6 @@ class Collector:
     elif self.config.shaping.truncated == "mask":
       mask &= completions.stopped[..., None]
     batch = batch.replace(completion_mask=mask, sampler_logps=completions.logps)
-    group = self._put_group(prompts, first_group)
     return ScoredGroups(batch, rewards, valid, group), metrics
 
   def _collect_offline(
@@ -211,7 +199,8 @@ class Collector:
     if self.config.kind == "demonstrations":
       metrics |= set_metrics.set_metrics(self._gather, batch)
       labelled = self.labelled_completions(params, batch)
-      return Experience(labelled, metrics, self._given(batch, num_shown), 1)
+      kept = samples.given_samples(self.sampler, batch, num_shown)
+      return Experience(labelled, metrics, kept, 1)
     groups, preferred, errors = self.preference_groups(params, batch)
     train_batch, advantage_metrics = self._add_advantages(groups)
     chosen, rejected, is_pair = preference_metrics.all_pairs(
@@ -222,33 +211,10 @@ class Collector:
     metrics |= self._reward_metrics(batch, groups)
     metrics |= errors | {"train/preference_accuracy": accuracy}
     train_batch = train_batch.replace(preferred=preferred)
-    kept = self._given(batch, num_shown, groups, train_batch.advantages)
-    return Experience(train_batch, metrics, kept, 1)
-
-  def _given(
-    self,
-    prompts: pipeline.Batch,
-    num_shown: int | None,
-    groups: ScoredGroups | None = None,
-    advantages: jax.Array | None = None,
-  ) -> list[sample_files.Sample]:
-    """The samples of completions that came with the data."""
-    if num_shown is None:
-      return []
-    ids, mask = prompts.completion_ids, prompts.completion_mask
-    assert ids is not None and mask is not None
-    labels = prompts.labels
-    more = {} if labels is None else {"label": labels.tolist()}
-    texts = self.sampler.decode(ids, mask)
-    kept = samples.step_samples(
-      *(self.sampler, prompts, texts, mask, groups),
-      num_shown=num_shown,
-      **more,
+    kept = samples.given_samples(
+      self.sampler, batch, num_shown, groups, train_batch
     )
-    if groups is not None and advantages is not None:
-      samples.add_advantages(self.sampler, kept, groups.group, advantages)
-    # A prompt may have fewer completions than others.
-    return samples.gather([x for x in kept if x.columns["completion_tokens"]])
+    return Experience(train_batch, metrics, kept, 1)
 
   def labelled_completions(
     self, params: dict, prompts: pipeline.Batch
@@ -266,22 +232,21 @@ class Collector:
   def preference_groups(
     self, params: dict, prompts: pipeline.Batch
   ) -> tuple[ScoredGroups, Bool[Array, "U C C"], Metrics]:
-    """Labelled completions with their rewards, and which is preferred.
+    """Labelled completions with their rewards.
 
-    Returns:
-      The groups; True at [u, i, j] where completion i is labelled better than
-      j; and the number of completions on which each reward failed.
+    Also True at [u, i, j] where completion i is labelled better than j, and the
+    number of completions on which each reward failed.
     """
     batch = self.labelled_completions(params, prompts)
     assert prompts.completion_ids is not None
     assert prompts.completion_mask is not None and prompts.labels is not None
     texts = self.sampler.decode(prompts.completion_ids, prompts.completion_mask)
     is_labelled = np.isfinite(prompts.labels)
-    scores = scoring.score_groups(
-      texts,
-      prompts.problems,
+    scores = scoring.score(
+      [text for group in texts for text in group],
+      [x for x in prompts.problems for _ in range(is_labelled.shape[1])],
       self.config.rewards,
-      is_present=is_labelled & prompts.valid[:, None],
+      is_present=(is_labelled & prompts.valid[:, None]).ravel(),
       gather=self._gather,
     )
     rewards, valid = self.group_rewards(scores, prompts)
@@ -291,12 +256,12 @@ class Collector:
       rewards["heuristics"] = np.zeros_like(rewards["total"])
     better = prompts.labels[:, :, None] > prompts.labels[:, None, :]
     preferred = better & valid[:, :, None] & valid[:, None, :]
-    rewards, valid, preferred = sharding.device_put_batch(
-      self.sampler.mesh, (rewards, valid, preferred)
+    rewards, valid, group, preferred = sharding.device_put_batch(
+      self.sampler.mesh, (rewards, valid, prompts.prompt_index, preferred)
     )
     mask = batch.completion_mask & valid[..., None]
     batch = batch.replace(completion_mask=mask)
-    groups = ScoredGroups(batch, rewards, valid, self._put_group(prompts))
+    groups = ScoredGroups(batch, rewards, valid, group)
     return groups, preferred, _error_counts(scores)
 
   def group_rewards(
@@ -325,12 +290,6 @@ class Collector:
     if images is None:
       images = sharding.device_put_batch(mesh, prompts.images)
     return TrainBatch(prompt_ids, prompt_length, images, ids, mask)
-
-  def _put_group(self, prompts: pipeline.Batch, first: int = 0) -> jax.Array:
-    """The numbers of groups, on the mesh."""
-    return sharding.device_put_batch(
-      self.sampler.mesh, prompts.prompt_index + first
-    )
 
   def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
     changes, metrics = _advantages(

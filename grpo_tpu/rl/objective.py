@@ -65,12 +65,7 @@ def group_advantages(
       the group's other valid rows.
     epsilon: Added to the standard deviation.
     valid: False where there is no reward. Such rows, and those whose reward is
-      not finite, stay out of the statistics and get 0. None means that all are
-      valid.
-
-  Raises:
-    ValueError: If `scale` or `baseline` is unknown, or if N is not a multiple
-      of `num_generations`.
+      not finite, stay out of the statistics and get 0.
   """
   for field, value, choices in (
     ("advantage_scale", scale, ADVANTAGE_SCALES),
@@ -124,16 +119,8 @@ def denominator(
 
   The number of unmasked tokens for "token_mean", the number of rows (empty ones
   too) for "sequence_mean", and the number of rows times
-  `config.max_completion_length` for "constant".
-
-  Args:
-    completion_mask: True on the tokens that the loss is taken over.
-    config: The terms of the loss.
-    row_mask: False on rows that are not part of the batch, whose tokens are all
-      masked. None means that all are part of it.
-
-  Raises:
-    ValueError: For "constant" without a `max_completion_length`.
+  `config.max_completion_length` for "constant". `row_mask` is False on rows
+  that are not part of the batch, whose tokens are all masked.
   """
   completion_mask = jnp.asarray(completion_mask)
   if config.aggregation == "token_mean":
@@ -173,25 +160,23 @@ def policy_loss(
   Args:
     per_token_logps: Log-probabilities under the policy being trained; the
       gradient flows through these alone.
-    old_per_token_logps: Log-probabilities of the same tokens under the policy
-      that sampled them. None means the current ones, without gradient, so that
-      the ratio is 1.
-    ref_per_token_logps: Log-probabilities of the same tokens under the frozen
-      reference. None means the current ones, without gradient.
+    old_per_token_logps: The same under the policy that sampled them. None
+      means the current ones, without gradient, so that the ratio is 1.
+    ref_per_token_logps: The same under the frozen reference. None means the
+      current ones, without gradient.
     advantages: One per completion, from `group_advantages`.
     completion_mask: True on sampled tokens up to and including the end of
       turn; False on padding, where the other arrays may hold anything.
     config: The terms of the loss.
-    denominator: The whole batch's `objective.denominator`. None means that
-      this call sees the whole batch.
+    denominator: The whole batch's `objective.denominator`, if this call sees a
+      part of it.
     num_tokens: The whole batch's number of unmasked tokens, which the metrics
       are averaged over. None means `denominator` for "token_mean", and
       otherwise this call's own number.
     sampler_weights: exp(old - sampler log-probability), which corrects for a
       sampler that differs from the old policy; capped at `config.tis_cap`. The
-      KL is not weighted. None means 1.
-    token_weights: Other factors of each token's surrogate, uncapped; 0 leaves a
-      token out. None means 1.
+      KL is not weighted.
+    token_weights: Other factors of each token's surrogate, uncapped.
 
   Returns:
     The loss, averaged as `config.aggregation` says, and metrics averaged over
@@ -360,12 +345,8 @@ def _kl_value(log_ratio, weight, config):
 def _kl_gradient(log_ratio, weight, mask, config):
   """The derivative of the KL term by each token's log-probability.
 
-  Args:
-    log_ratio: That of the policy over the reference.
-    weight: The importance ratio. For "reverse" it is the token's own: a row's
-      ratio is not an importance weight.
-    mask: True on the tokens of the loss.
-    config: The terms of the loss.
+  `log_ratio` is that of the policy over the reference, `weight` the importance
+  ratio. For "reverse" it is the token's own: a row's is no importance weight.
   """
   if config.kl_gradient == "reverse":
     # grad KL(policy || ref) = E_old[ratio * log(policy/ref) * grad log policy].

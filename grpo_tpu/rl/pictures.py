@@ -60,16 +60,10 @@ def encode(
 ) -> tuple[TrainBatch, Callable[[Array], dict] | None]:
   """Replaces pixels with features, if the batch says how many to encode.
 
-  Args:
-    forward: How the network runs.
-    params: Its parameters.
-    batch: The bundles; without `num_encoded` they stay as they are.
-    num_parts: Number of microbatches. The tower runs on no more images at a
-      time than a microbatch would.
-
-  Returns:
-    The batch, and a function that maps the gradient of its features to the
-    gradient of the tower's parameters, in fp32; None without `num_encoded`.
+  With `num_parts` microbatches the tower runs on no more images at a time than
+  a microbatch would. Also returns a function that maps the gradient of the
+  features to that of the tower's parameters, in fp32; None without
+  `num_encoded`.
   """
   if not batch.num_encoded:
     return batch, None

@@ -13,11 +13,10 @@ from grpo_tpu.rl import diagnostics
 def all_pairs(
   scores: Num[ArrayLike, "U C"], preferred: Bool[ArrayLike, "U C C"]
 ) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
-  """The scores of every two completions of a group, as chosen and rejected.
+  """Scores of each ordered pair of a group's completions, chosen and rejected.
 
-  For each of the U C C ordered pairs: the score of the chosen completion, the
-  score of the rejected one, and True if the pair has such a label, which is
-  `preferred[u, i, j]` if completion i is preferred to j.
+  Also True if the pair has such a label: `preferred[u, i, j]` if completion i
+  is preferred to j.
   """
   scores, preferred = jnp.asarray(scores), jnp.asarray(preferred)
   shape = preferred.shape
@@ -32,10 +31,7 @@ def accuracy(
   *,
   valid: Bool[ArrayLike, " B"],
 ) -> Float[Array, ""]:
-  """The share of valid pairs whose chosen completion scores higher.
-
-  A tie counts half.
-  """
+  """The share of valid pairs whose chosen one scores higher; a tie is half."""
   difference = jnp.asarray(chosen) - jnp.asarray(rejected)
   wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
-  return diagnostics.valid_mean(wins, valid)
+  return diagnostics.valid_mean(wins, jnp.asarray(valid))

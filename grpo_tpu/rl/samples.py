@@ -1,11 +1,9 @@
 """Collects the completions of all processes, for people to read."""
 
-import base64
 import dataclasses
 import hashlib
-import json
+import pickle
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ from data_pipelines import pipeline, records
 from grpo_tpu.distributed import collectives, sharding
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rl.train_batch import ScoredGroups
+from grpo_tpu.rl.train_batch import ScoredGroups, TrainBatch
 from grpo_tpu.rollout.sampler import Sampler
 
 
@@ -44,7 +42,9 @@ def make_samples(
       "pid": problem.pid,
       "set": next((x for x, inside in prompts.sets.items() if inside[i]), ""),
       "image": _image_id(problem),
-      "prompt": sampler.tokenizer.transcribe(prompts.prompt_ids[i, :length]),
+      "prompt": sampler.tokenizer.transcribe(
+        prompts.prompt_ids[i, :length].tolist()
+      ),
       "prompt_tokens": length,
       "answer": problem.answer,
     }
@@ -118,23 +118,45 @@ def first_samples(
   return gather([x for x in made if x.question is not None])
 
 
-def add_advantages(
+def given_samples(
   sampler: Sampler,
-  samples: list[Sample],
-  group: jax.Array,
-  advantages: jax.Array,
-) -> None:
-  """Adds their advantages to samples; None where the group was not kept.
+  prompts: pipeline.Batch,
+  num_shown: int | None,
+  groups: ScoredGroups | None = None,
+  batch: TrainBatch | None = None,
+) -> list[Sample]:
+  """The samples of a step whose completions came with the data."""
+  if num_shown is None:
+    return []
+  ids, mask = prompts.completion_ids, prompts.completion_mask
+  assert ids is not None and mask is not None
+  labels = {} if prompts.labels is None else {"label": prompts.labels.tolist()}
+  texts = sampler.decode(ids, mask)
+  kept = step_samples(
+    *(sampler, prompts, texts, mask, groups), num_shown=num_shown, **labels
+  )
+  # A prompt may have fewer completions than others.
+  kept = [x for x in kept if x.columns["completion_tokens"]]
+  if groups is None or batch is None:
+    return gather(kept)
+  return with_advantages(sampler, kept, groups.group, batch)
 
-  `group` [U] holds the numbers of the groups whose `advantages` [U, C] are.
+
+def with_advantages(
+  sampler: Sampler, own: list[Sample], group: jax.Array, batch: TrainBatch
+) -> list[Sample]:
+  """The samples of all processes with the advantages of a batch.
+
+  `group` [U] holds the numbers of the groups in the batch; the advantages of
+  others are None.
   """
-  mesh = sampler.mesh
-  own = sharding.local_rows(mesh, (group, advantages))
-  numbers, values = sharding.all_rows(mesh, own)
+  rows = sharding.local_rows(sampler.mesh, (group, batch.advantages))
+  numbers, values = sharding.all_rows(sampler.mesh, rows)
   found = dict(zip(numbers.tolist(), values.tolist(), strict=True))
-  for columns in (sample.columns for sample in samples):
+  for columns in (sample.columns for sample in own):
     kept = found.get(columns["group"])
     columns["advantage"] = kept[columns["generation"]] if kept else None
+  return gather(own)
 
 
 def gather(own: list[Sample]) -> list[Sample]:
@@ -142,12 +164,12 @@ def gather(own: list[Sample]) -> list[Sample]:
 
   Images are large: the process that writes has its own, and sends none.
   """
-  with_images = not collectives.is_first_process()
-  sent = json.dumps([_to_json(x, with_images) for x in own]).encode()
+  sent = own
+  if collectives.is_first_process():
+    sent = [dataclasses.replace(sample, image=None) for sample in own]
   everywhere = []
-  for process, data in enumerate(collectives.gather_bytes(sent)):
-    is_own = process == jax.process_index()
-    everywhere += own if is_own else map(_from_json, json.loads(data))
+  for process, data in enumerate(collectives.gather_bytes(pickle.dumps(sent))):
+    everywhere += own if process == jax.process_index() else pickle.loads(data)
   order = ("group", "generation")
   return sorted(everywhere, key=lambda x: [x.columns[name] for name in order])
 
@@ -157,20 +179,3 @@ def _image_id(problem: records.Problem) -> str:
   if not problem.images or problem.image_path:
     return problem.image_path
   return f"sha256:{hashlib.sha256(problem.images[0]).hexdigest()}"
-
-
-def _to_json(sample: Sample, with_image: bool) -> dict[str, Any]:
-  image = sample.image if with_image else None
-  encoded = image is not None and {
-    "shape": image.shape,
-    "data": base64.b64encode(image.tobytes()).decode(),
-  }
-  return vars(sample) | {"image": encoded or None}
-
-
-def _from_json(fields: dict[str, Any]) -> Sample:
-  sample = Sample(**fields)
-  if image := fields["image"]:
-    data = np.frombuffer(base64.b64decode(image["data"]), np.uint8)
-    sample = dataclasses.replace(sample, image=data.reshape(image["shape"]))
-  return sample

@@ -13,17 +13,11 @@ def set_metrics(
   prompts: pipeline.Batch,
   rewards: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, float]:
-  """The `data/` metrics of a step, over the rows of all processes.
+  """The `data/` metrics of a step: `gather` gives the rows of all processes.
 
-  Args:
-    gather: Maps the rows of this process to the rows of all processes.
-    prompts: The rows of this process.
-    rewards: By name, the values of this process's completions, and where they
-      count; each [rows, completions].
-
-  Returns:
-    The number of unusable rows; for a mixture also each data set's share of the
-    rows, its unusable ones, and its mean rewards where some row counts.
+  The number of unusable rows; for a mixture also each data set's share of the
+  rows, its unusable ones, and its mean `rewards`. These hold the values of this
+  process's completions, and where they count; each [rows, completions].
   """
   own = {"valid": prompts.valid, "sets": dict(prompts.sets), "rewards": rewards}
   rows = gather(own)

@@ -44,21 +44,13 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
   """Makes the jitted update; it donates the state it is given.
 
-  Args:
-    forward: How the network runs.
-    tx: The optimizer.
-    config: The GRPO objective; None takes the mean negative log-probability of
-      demonstrations.
-    entropy_bonus: See `settings.ShapingConfig`.
-    sampler_correction: See `settings.ShapingConfig`.
-    num_microbatches: Number of parts of a batch; divides its bundles.
-    lora: The adapters that a state holds; None if it holds the whole model.
+  It takes a state, a batch and, for `lora` adapters, the frozen parameters. It
+  gives the new state and metrics named without their group. `state.step` is the
+  caller's to advance, who may update several times on one batch. A gradient
+  that is not finite leaves parameters and optimizer unchanged.
 
-  Returns:
-    A function of a state, a batch and, with adapters, the frozen parameters. It
-    gives the new state and metrics named without their group. `state.step` is
-    the caller's to advance, who may update several times on one batch. A
-    gradient that is not finite leaves parameters and optimizer unchanged.
+  `config` None takes the mean negative log-probability of demonstrations.
+  `num_microbatches` divides the bundles of a batch.
   """
   loss = _Loss(forward, config, entropy_bonus, sampler_correction, lora)
 

@@ -68,7 +68,7 @@ def test_a_failed_call_is_logged_and_the_next_one_made(
   files.close()
   assert "next" in events.calls
   (record,) = caplog.records
-  assert "2 writes failed, first: AttributeError" in record.getMessage()
+  assert "1 writes failed, last: AttributeError" in record.getMessage()
 
 
 def test_a_run_continues_if_the_files_cannot_be_opened(
@@ -82,7 +82,7 @@ def test_a_run_continues_if_the_files_cannot_be_opened(
     w.write(1, {"train/loss": 0.5})
     w.write(2, {"train/loss": 0.5})
   (record,) = caplog.records
-  assert "1 writes failed, first: ImportError('no TensorFlow" in record.message
+  assert "1 writes failed, last: ImportError('no TensorFlow" in record.message
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -2,14 +2,7 @@
 
 import pytest
 
-from data_pipelines.verifier import verify
 from grpo_tpu.rewards import accuracy
-
-
-@pytest.mark.parametrize("correct", [True, False])
-def test_accuracy_is_the_verdict(correct):
-  verdict = verify.Verdict(answer="5", how="tag", correct=correct)
-  assert accuracy.accuracy(verdict) == float(correct)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,28 @@ import pytest
 from grpo_tpu.rl import diagnostics
 
 
+def group_shares(correct, known):
+  rewards = dict.fromkeys(("total", "accuracy"), jnp.float32(correct))
+  found = diagnostics.reward_statistics(rewards, known, known)
+  return {
+    name: found[f"rollout/{name}_fraction"]
+    for name in ("all_right", "all_wrong", "mixed")
+  }
+
+
 def test_group_correctness_counts_groups_with_a_known_answer():
   correct = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0], [0, 1]], bool)
-  valid = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
-  shares = diagnostics.group_correctness(correct, valid=valid)
+  known = jnp.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]], bool)
   # The fourth group knows one answer, a right one; the fifth knows none.
-  assert shares == {"all_right": 0.5, "all_wrong": 0.25, "mixed": 0.25}
-  assert diagnostics.group_correctness(correct)["mixed"] == jnp.float32(0.6)
+  assert group_shares(correct, known) == {
+    "all_right": 0.5,
+    "all_wrong": 0.25,
+    "mixed": 0.25,
+  }
 
 
 def test_groups_without_a_known_answer_have_no_share():
-  shares = diagnostics.group_correctness(
-    jnp.ones((2, 3), bool), valid=jnp.zeros((2, 3), bool)
-  )
+  shares = group_shares(jnp.ones((2, 3), bool), jnp.zeros((2, 3), bool))
   assert shares == {"all_right": 0, "all_wrong": 0, "mixed": 0}
 
 
@@ -61,10 +70,15 @@ REST = np.float32([[0, 3], [2, 0]])
 ADVANTAGES = np.float32([[-1, 1], [1, -1]])
 
 
+def share_of(part, total, advantages):
+  valid = np.ones(total.shape, bool)
+  return diagnostics.advantage_share(part, total, advantages, valid=valid)
+
+
 def test_the_share_of_a_part_weighs_groups_as_their_advantages_do():
-  share = diagnostics.advantage_share(PART, PART + REST, ADVANTAGES)
+  share = share_of(PART, PART + REST, ADVANTAGES)
   np.testing.assert_allclose(share, 1 / 3, rtol=1e-6)
-  of_rest = diagnostics.advantage_share(REST, PART + REST, ADVANTAGES)
+  of_rest = share_of(REST, PART + REST, ADVANTAGES)
   np.testing.assert_allclose(of_rest, 2 / 3, rtol=1e-6)
 
 
@@ -72,15 +86,13 @@ def test_the_share_of_a_part_weighs_groups_as_their_advantages_do():
   ("part", "share"), [([[5.0, 5.0], [-1.0, -1.0]], 0.0), (PART + REST + 9, 1.0)]
 )
 def test_a_part_constant_within_groups_has_no_share(part, share):
-  actual = diagnostics.advantage_share(
-    np.float32(part), PART + REST, ADVANTAGES
-  )
+  actual = share_of(np.float32(part), PART + REST, ADVANTAGES)
   np.testing.assert_allclose(actual, share, atol=1e-6)
 
 
 def test_where_nothing_differs_no_part_has_a_share():
   same = np.full((2, 3), 0.9, np.float32)
-  assert diagnostics.advantage_share(same, same, np.zeros_like(same)) == 0
+  assert share_of(same, same, np.zeros_like(same)) == 0
 
 
 @pytest.mark.parametrize("junk", [100.0, np.nan])
@@ -102,5 +114,5 @@ def test_unanimous_groups_do_not_enter_a_share():
   part = np.append(PART, [[4.0, 0.0]], axis=0).astype(np.float32)
   rest = np.append(REST, [[0.0, 4.0]], axis=0).astype(np.float32)
   advantages = np.append(ADVANTAGES, [[0.0, 0.0]], axis=0).astype(np.float32)
-  share = diagnostics.advantage_share(part, part + rest, advantages)
+  share = share_of(part, part + rest, advantages)
   np.testing.assert_allclose(share, 1 / 3, rtol=1e-6)

@@ -15,7 +15,7 @@ from grpo_tpu.rl import samples
 ROWS = 4  # On each of two hosts.
 SAMPLER = types.SimpleNamespace(
   mesh=None,
-  tokenizer=types.SimpleNamespace(transcribe=lambda x: str(x.tolist())),
+  tokenizer=types.SimpleNamespace(transcribe=lambda x: str(x)),
 )
 TEXT = 3  # The row of a text problem.
 IMAGE_ID = f"sha256:{hashlib.sha256(b'image').hexdigest()}"
