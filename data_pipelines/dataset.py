@@ -118,17 +118,23 @@ class Dataset:
     )
     return batches[0]
 
-  def check_prompt(self, problem: records.Problem) -> None:
-    """Refuses a problem that cannot be asked.
+  def make_question(
+    self, text: str, images: Sequence[bytes]
+  ) -> records.Problem:
+    """A person's question, whose answer nobody knows.
 
     Raises:
-      BadRecord: It has no question or too long a one, or other marks than
-        pictures, or the model sees none.
+      BadRecord: The model cannot be asked this.
     """
+    kinds: Any = {"question_type": "free_form", "answer_type": "unchecked"}
+    texts: Any = {"question": text, "query": text, "answer": ""}
+    shown = tuple(images)
+    problem = records.Problem(pid="--question", images=shown, **texts, **kinds)
     records.validate(problem)
-    shards = {"shards": (0,), "shard_count": 1}
-    options = {"kind": "online", "seed": 0, "max_new_tokens": 0} | shards
-    self._builder(source=[problem], **options).measure(problem)
+    row = {"kind": "online", "seed": 0, "max_new_tokens": 0}
+    row |= {"shards": (0,), "shard_count": 1}
+    self._builder(source=[problem], **row).measure(problem)
+    return problem
 
   def measure_train_records(self) -> "Dataset":
     """This with its `train_index`; `identity` has the records left out."""
@@ -241,48 +247,27 @@ def open_dataset(
 def open_prompts(
   settings: DataConfig, model: ModelInputs, *, seed: int = 0
 ) -> Dataset:
-  """Opens what writes prompts of a person's questions: no problems.
+  """Opens what writes the prompts of a person's questions.
 
   Only solved examples, and a tokenizer that stands nowhere else, need data.
 
   Raises:
     ValueError: There are none, or they do not fit the model.
   """
+  own = own_tokenizer.find(model.weights)
+  tokenizer = own_tokenizer.open_own(settings, model, own)
+  if settings.few_shot or not tokenizer:
+    rule = "name data, for the tokenizer in it or for data.few_shot"
+    named = bool(settings.weighted_dirs)
+    require(named, "data.dir", settings.dir, rule, "or set data.tokenizer")
+    return open_dataset(settings, model, "", for_training=False, seed=seed)
+  if not settings.tokenizer:
+    own_tokenizer.check_recorded(model, own, tokenizer)
   template = chat_prompts.open_template(
     settings.prompt_template, settings.system_prompt
   )
-  own = own_tokenizer.find(model.weights)
-  tokenizer = own_tokenizer.open_own(settings, model, own)
-  train = []
-  if settings.few_shot or not tokenizer:
-    rule = "name the data of the model, for its tokenizer or data.few_shot"
-    named = bool(settings.weighted_dirs)
-    require(named, "data.dir", settings.dir, rule, "set data.tokenizer too")
-    dirs = data_dirs.open_all(settings)
-    tokenizer = tokenizer or own_tokenizer.open_small(model, dirs[0])
-    if settings.few_shot:
-      data_dirs.check(settings, dirs, for_training=False)
-      train = [data_dirs.open_split(dirs, settings.train_split)]
-  if not settings.tokenizer:
-    own_tokenizer.check_recorded(model, own, tokenizer)
-  template = run_prompts.complete(
-    template,
-    few_shot=settings.few_shot,
-    seed=seed,
-    train=train,
-    asked=[[records.make_question("What is it?")]],
-  )
-  return Dataset(
-    settings=settings,
-    model=model,
-    tokenizer=tokenizer,
-    train=None,
-    eval=[],
-    shares=(1,),
-    completions=None,
-    identity={},
-    template=template,
-  )
+  parts = settings, model, tokenizer
+  return Dataset(*parts, None, [], (1,), None, {}, template)
 
 
 def _draw(

@@ -9,27 +9,19 @@ from grpo_tpu.config.schema import Config
 
 
 def resolve(config: Config) -> Config:
-  """The settings with the weights and the data that the mode reads.
-
-  Raises:
-    ValueError: They must be named, or do not fit together.
-  """
+  """The settings with the weights and the data that the mode reads."""
   from grpo_tpu.config import sources
 
-  mode, has_flag = flags.MODE.value, flags.has_override
-  has_weights = has_flag("model.weights")
-  config = sources.resolve(
-    config, mode, flags.workdir(), has_weights_flag=has_weights
-  )
-  return sources.as_trained(config, has_flag) if mode == "answer" else config
+  mode, workdir = flags.MODE.value, flags.workdir()
+  named = flags.has_override("model.weights")
+  config = sources.resolve(config, mode, workdir, has_weights_flag=named)
+  if mode != "answer":
+    return config
+  return sources.as_trained(config, flags.has_override)
 
 
 def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
-  """The mode, ready to run, and the fingerprints of the data it opened.
-
-  Raises:
-    ValueError: Data, or a flag of the mode, cannot be used.
-  """
+  """The mode, ready to run, and the fingerprints of the data it opened."""
   mode, workdir = flags.MODE.value, flags.workdir()
   if mode == "plan":
     from grpo_tpu.planning import plan
@@ -45,13 +37,9 @@ def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   if mode == "answer":
     from grpo_tpu.evaluation import answer
 
-    return answer.open_answers(
-      config,
-      question=flags.QUESTION.value,
-      image_files=flags.IMAGES.value,
-      temperature=flags.TEMPERATURE.value,
-      num_samples=flags.SAMPLES.value,
-    ), {}
+    asked = flags.QUESTION.value, flags.IMAGES.value
+    heat, count = flags.TEMPERATURE.value, flags.SAMPLES.value
+    return answer.open_answers(config, *asked, heat, count), {}
   from data_pipelines import dataset
   from grpo_tpu.evaluation import eval_sets, evaluate
   from grpo_tpu.train import loop

@@ -68,21 +68,19 @@ QUESTION = flags.DEFINE_string(
   " or first. By default the lines of standard input are the questions.",
 )
 IMAGES = flags.DEFINE_multi_string(
-  "image",
-  [],
-  "With --mode=answer, the file of a picture",
+  "image", [], "With --mode=answer, the file of a picture"
 )
 TEMPERATURE = flags.DEFINE_float(
   "temperature",
   0.0,
-  "With --mode=answer, the divisor of the logits; 0 takes the likeliest"
-  " tokens.",
+  "With --mode=answer, the divisor of the logits; 0 takes the likeliest tokens",
+  lower_bound=0.0,
 )
 SAMPLES = flags.DEFINE_integer(
   "samples",
   1,
-  "With --mode=answer, the number of answers, which `seed` draws; at"
-  " temperature 0 all are the same.",
+  "With --mode=answer, the number of answers that `seed` draws",
+  *(1, 1000),
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",
@@ -135,11 +133,10 @@ def process_address() -> "initialize.ProcessAddress | None":
   address = initialize.read_process_address(
     _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
-  if MODE.value == "answer" and address and address.num_processes > 1:
-    raise ValueError(
-      f"--num_processes ({address.num_processes}) must be 1 with --mode=answer,"
-      " which runs on one process; leave it out."
-    )
+  count = address.num_processes if address else 1
+  holds = count == 1 or MODE.value != "answer"
+  rule = "be 1 with --mode=answer, which runs on one process"
+  validation.require(holds, "--num_processes", count, rule, "leave it out")
   return address
 
 
@@ -175,16 +172,14 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def _check_mode() -> None:
   """Refuses flags of another mode, and a missing --workdir."""
-  if MODE.value == "answer":
-    return
-  if WORKDIR.value is None:
-    raise ValueError("--workdir must name the folder of the run.")
+  mode = MODE.value
+  is_answer = mode == "answer"
+  has_workdir, rule = WORKDIR.value is not None, "name the folder of the run"
+  validation.require(is_answer or has_workdir, "--workdir", "", rule, "")
   for flag in _OF_ANSWER:
-    if flag.present:
-      raise ValueError(
-        f"--{flag.name} must go with --mode=answer, and not with "
-        f"--mode={MODE.value}; leave one of them out."
-      )
+    holds = is_answer or not flag.present
+    rule = f"go with --mode=answer, and not with --mode={mode}"
+    validation.require(holds, f"--{flag.name}", flag.value, rule, "")
 
 
 def _read_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -15,18 +15,16 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
-from data_pipelines.text import untrusted
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import run_record
 
-# The settings of a run that decide what it is asked, and where it ends.
+# The settings of a run that decide what it is asked, and where answers end.
 _OF_PROMPTS = (
-  *("seed", "data.prompt_template", "data.system_prompt", "data.few_shot"),
-  *("data.pan_and_scan.", "data.prompt_buckets", "data.train_split"),
-  *("rollout.max_new_tokens", "rollout.min_new_tokens"),
-  "rollout.stop_strings",
+  *("seed", "data.prompt_", "data.system_prompt", "data.few_shot"),
+  *("data.pan_and_scan.", "data.dir", "data.train_split"),
+  *("rollout.max_new_tokens", "rollout.min_new_tokens", "rollout.stop_strings"),
 )
 
 
@@ -108,32 +106,19 @@ def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
   """The settings with the prompts and limits that a `run:` was trained with.
 
   Those for which `is_flag` is true stay.
-
-  Raises:
-    ValueError: The record of the run holds no such settings.
   """
-  if not config.model.weights.startswith("run:"):
-    return config
-  workdir = load.workdir_of(config.model.weights)
-  record = run_record.read(workdir)
-  if record is None:
-    return config
+  scheme, record = config.model.weights.partition(":")[0], None
+  if scheme == "run":
+    record = run_record.read(load.workdir_of(config.model.weights))
   values = config.to_dict()
-  trained = fingerprint.flatten(record["config"])
+  trained = fingerprint.flatten(record["config"]) if record else {}
   for name, value in fingerprint.flatten(values).items():
     was = trained.get(name, value)
     if name.startswith(_OF_PROMPTS) and was != value and not is_flag(name):
       logging.info("As in training: %s=%r", name, was)
       *sections, last = name.split(".")
       functools.reduce(dict.__getitem__, sections, values)[last] = was
-  config = Config.from_config_dict(values)
-  if config.data.weighted_dirs:
-    return config
-  saved = untrusted.get_field(record["config"], "data", dict, workdir)
-  folder, dirs = recorded_dirs(saved, workdir)
-  folder = folder or ("" if dirs else f"{workdir}/data")
-  data = dataclasses.replace(config.data, dir=folder, dirs=dirs)
-  return dataclasses.replace(config, data=data)
+  return Config.from_config_dict(values)
 
 
 def _check_model(

@@ -52,16 +52,14 @@ def saving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raising() -> Iterator[None]:
-  """Makes Ctrl-C a KeyboardInterrupt, so that a line editor can clean up."""
-  handler = signal.getsignal(signal.SIGINT)
-  if handler is signal.SIG_IGN:
-    yield
-    return
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+def editing() -> Iterator[None]:
+  """Lets a line editor restore the terminal before Ctrl-C ends the program."""
+  handler = signal.signal(signal.SIGINT, signal.default_int_handler)
   socket_number = signal.set_wakeup_fd(-1)
   try:
     yield
+  except KeyboardInterrupt:
+    _leave()
   finally:
     signal.set_wakeup_fd(socket_number, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, handler)
@@ -77,14 +75,13 @@ def _watch(numbers: socket.socket) -> None:
     if number[0] != signal.SIGINT:
       continue
     if _is_pressed.is_set() or not _can_save.is_set():
-      leave()
+      _leave()
     _is_pressed.set()
     logging.warning("Interrupted: saving; press Ctrl-C again to leave at once.")
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leave() -> NoReturn:
-  """Ends the program at once."""
+def _leave() -> NoReturn:
   try:
     logging.warning(
       "Interrupted: leaving at once, nothing is saved (exit code %d).",

@@ -3,6 +3,7 @@
 Text alone goes to standard output, as its tokens come; the rest is log.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,61 +12,62 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
 
 from data_pipelines import dataset, images, pipeline, records
 from data_pipelines.text import untrusted
-from data_pipelines.validation import printable, require, to_path, user_errors
+from data_pipelines.validation import (
+  SettingError,
+  printable,
+  require,
+  to_path,
+  user_errors,
+)
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
-from grpo_tpu.distributed import interrupt, sharding
+from grpo_tpu.distributed import activity, interrupt, sharding
 from grpo_tpu.rollout.sampler import Sampler
 
-_MAX_SAMPLES = 1000
-# An incomplete character is decoded as up to three of these.
-_INCOMPLETE, _MOST_INCOMPLETE = "\N{REPLACEMENT CHARACTER}", 3
 _HELP = (
   "Type a question. Each is answered on its own, without those before it. "
   "/image FILE shows a picture with it, /image shows none; an empty line ends."
 )
+# An incomplete character is decoded as up to three of these.
+_INCOMPLETE, _MOST_INCOMPLETE = "\N{REPLACEMENT CHARACTER}", 3
 
 
 def open_answers(
   config: Config,
-  *,
   question: str | None,
   image_files: Sequence[str],
   temperature: float,
-  num_samples: int,
+  num_answers: int,
 ) -> Callable[[], str]:
   """Checks the flags and the first question; returns what answers them all.
 
   Raises:
     ValueError: A flag is wrong, or the model cannot be asked this.
   """
-  rule = "be at least 0 and finite"
-  is_divisor = 0 <= temperature < math.inf
-  require(is_divisor, "--temperature", temperature, rule, "give 0 or 1")
-  rule = f"be at least 1 and at most {_MAX_SAMPLES}"
-  is_number = 1 <= num_samples <= _MAX_SAMPLES
-  require(is_number, "--samples", num_samples, rule, "give 1")
+  is_finite, rule = math.isfinite(temperature), "be a finite number"
+  require(is_finite, "--temperature", temperature, rule, "give 0 or 1")
   pictures = [_read_picture(file) for file in image_files]
   data = dataset.open_prompts(
     config.data, config.model_inputs, seed=config.seed
   )
-  if question is None:
-    problems = read_problems(data, pictures)
+  if question is not None:
+    problems = [_make_question(data, question, pictures)]
+  else:
+    problems = _read_questions(data, pictures)
     first = list(itertools.islice(problems, 1))
     rule = "be given, or stand in a line of standard input"
     require(bool(first or sys.stdin.isatty()), "--question", "", rule, "")
     problems = itertools.chain(first, problems)
-  else:
-    problems = [_make_problem(data, question, pictures)]
   return functools.partial(
-    run, config, data, problems, temperature, num_samples
+    run, config, data, problems, temperature, num_answers
   )
 
 
@@ -74,18 +76,16 @@ def run(
   data: dataset.Dataset,
   problems: Iterable[records.Problem],
   temperature: float,
-  num_samples: int,
+  num_answers: int,
 ) -> str:
   """Answers each problem when it comes.
 
   Raises:
-    SettingError: A setting does not fit the devices or the weights, or a
-      problem cannot be asked.
+    SettingError: A setting does not fit the devices or the weights.
   """
   with user_errors():
     count = jax.process_count()
-    rule = "be on one process"
-    require(count == 1, "--mode=answer", f"{count} processes", rule, "")
+    require(count == 1, "--num_processes", count, "be 1 to answer", "")
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     weights = load.resolve_weights(config.model.weights)
     model = dataclasses.replace(config.model, weights=weights)
@@ -94,14 +94,13 @@ def run(
     )
     sampler = Sampler(model, rollout, mesh, data.tokenizer)
     params = load.load_params(model, mesh)
-    _, shards = sharding.data_shards(mesh)
-  ask = functools.partial(
-    _answer, sampler, params, num_samples, temperature, config.seed
-  )
+  options = {"temperature": temperature, "num_completions": num_answers}
+  _, shards = sharding.data_shards(mesh)
   try:
-    with jax.set_mesh(mesh), user_errors():
+    with jax.set_mesh(mesh):
       for problem in problems:
-        ask(data.make_prompts([problem], batch_size=shards))
+        prompts = data.make_prompts([problem], batch_size=shards)
+        _answer(sampler, params, prompts, jax.random.key(config.seed), options)
   except BrokenPipeError:  # Whoever reads, as `head`, has read enough.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return ""
@@ -110,98 +109,70 @@ def run(
 def _answer(
   sampler: Sampler,
   params: dict,
-  num_samples: int,
-  temperature: float,
-  seed: int,
   prompts: pipeline.Batch,
+  key: jax.Array,
+  options: dict[str, Any],
 ) -> None:
-  """Writes the answers to the first of the prompts, and logs their cost."""
+  """Writes answers to the first of the prompts, and logs their cost."""
   started = time.perf_counter()
-  stream = TextStream(sampler.tokenizer.decode, num_samples)
-  completions = sampler.sample(
-    params,
-    prompts,
-    jax.random.key(seed),
-    num_completions=num_samples,
-    temperature=temperature,
-    on_tokens=lambda ids: _write(stream.new_text(ids[0])),
-  ).completions
-  _write(stream.rest())
-  mask, stopped = sharding.local_rows(
-    sampler.mesh, (completions.mask, completions.stopped)
-  )
-  cut = num_samples - int(stopped[0].sum())
-  share = f"{cut} of {num_samples} " if num_samples > 1 else ""
+  rows, shown = [list[int]()] * options["num_completions"], ""
+
+  def write(ids: Mapping[int, list[list[int]]]) -> None:
+    nonlocal rows, shown
+    waiting.close()  # No log within the text.
+    text = text_so_far(sampler.tokenizer.decode, ids[0], rows)
+    new, rows, shown = text[len(shown) :], ids[0], text
+    # A terminal must not obey what a model says.
+    new = printable(new, keep="\n\t") if sys.stdout.isatty() else new
+    print(new, end="", flush=True)
+
+  with contextlib.ExitStack() as waiting:
+    waiting.enter_context(activity.reporting())
+    completions = sampler.sample(
+      params, prompts, key, on_tokens=write, **options
+    ).completions
+  write({0: rows})
+  stopped = sharding.local_rows(sampler.mesh, completions.stopped)[0]
   limit = sampler.settings.max_new_tokens
+  cut = f"{(~stopped).sum()} of {len(rows)} cut off by rollout.max_new_tokens"
   logging.info(
     "%s tokens in %.1f s%s.",
-    ", ".join(map(str, mask[0].sum(axis=-1))),
+    ", ".join(str(len(ids)) for ids in rows),
     time.perf_counter() - started,
-    f"; {share}cut off by rollout.max_new_tokens ({limit})" if cut else "",
+    "" if stopped.all() else f"; {cut} ({limit})",
   )
 
 
-def _write(text: str) -> None:
-  """Writes to standard output; a terminal must not obey what a model says."""
-  is_terminal = sys.stdout.isatty()
-  sys.stdout.write(printable(text, keep="\n\t") if is_terminal else text)
-  sys.stdout.flush()
+def text_so_far(
+  decode: Callable[[list[int]], str],
+  rows: Sequence[list[int]],
+  rows_before: Sequence[list[int]],
+) -> str:
+  """The text of completions up to the first one that has not ended.
 
-
-class TextStream:
-  """The text of completions, one after the other, as their tokens come.
-
-  A completion that ended while another one was shown comes whole.
+  Such a one has more tokens in `rows` than before.
   """
-
-  def __init__(self, decode: Callable[[list[int]], str], num_completions: int):
-    """Has no text yet."""
-    self._decode = decode
-    self._rows: list[list[int]] = [[] for _ in range(num_completions)]
-    self._number, self._shown = 0, ""  # Of the completion that is shown.
-
-  def new_text(self, rows: list[list[int]], *, is_over: bool = False) -> str:
-    """What is new in the token ids so far of the completions.
-
-    Every completion that has not ended must have grown since the last call.
-    """
-    before, self._rows = self._rows, rows
-    new = ""
-    while self._number < len(rows):
-      ids = rows[self._number]
-      has_ended = is_over or len(ids) == len(before[self._number])
-      text = self._decode(ids)
-      if len(rows) > 1:
-        text = f"[{self._number + 1}] {text}"
-      text = f"{text}\n" if has_ended else complete_characters(text)
-      new += text[len(self._shown) :]
-      self._shown = text
-      if not has_ended:
-        break
-      self._number, self._shown = self._number + 1, ""
-    return new
-
-  def rest(self) -> str:
-    """What is left of the text after the last tokens."""
-    return self.new_text(self._rows, is_over=True)
+  text = ""
+  for number, (ids, before) in enumerate(zip(rows, rows_before, strict=True)):
+    text += f"[{number + 1}] " if len(rows) > 1 else ""
+    text += decode(ids)
+    if len(ids) > len(before):
+      # More bytes may change the last character.
+      count = len(text) - len(text.rstrip(_INCOMPLETE))
+      return text[: len(text) - min(count, _MOST_INCOMPLETE)]
+    text += "\n"
+  return text
 
 
-def complete_characters(text: str) -> str:
-  """The text without what more bytes of its last character may change."""
-  num_incomplete = len(text) - len(text.rstrip(_INCOMPLETE))
-  return text[: len(text) - min(num_incomplete, _MOST_INCOMPLETE)]
-
-
-def read_problems(
+def _read_questions(
   data: dataset.Dataset, pictures: list[bytes]
 ) -> Iterator[records.Problem]:
   """The questions that a person types, each with the pictures shown then.
 
-  They stay for the next question, until other ones are named.
+  The pictures stay for the next question, until others are named.
 
   Raises:
-    ValueError: A line cannot be used, and does not come from a terminal, where
-      its person is told.
+    SettingError: A line cannot be used, and no person is there to be told.
   """
   logging.info(_HELP)
   is_asked = False
@@ -209,52 +180,45 @@ def read_problems(
     command, _, file = line.strip().partition(" ")
     try:
       if command != "/image":
-        problem = _make_problem(data, line, pictures)
-      else:
-        added = [_read_picture(file)] if file else []
-        pictures = [*pictures, *added] if added and not is_asked else added
-        is_asked = False
-        logging.info("The next question shows %d pictures.", len(pictures))
+        yield _make_question(data, line, pictures)
+        is_asked = True
         continue
+      added = [_read_picture(file)] if file else []
+      pictures = [*pictures, *added] if added and not is_asked else added
+      is_asked = False
+      logging.info("Pictures with the next question: %d", len(pictures))
     except ValueError as error:
       if not sys.stdin.isatty():
-        raise
+        raise SettingError(str(error)) from error
       logging.error("%s", error)
-    else:
-      yield problem
-      is_asked = True
 
 
 def _read_lines() -> Iterator[str]:
-  """The lines of standard input up to an empty one, which a person can edit."""
-  is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-  if is_terminal:
+  """The lines of standard input up to an empty one; a person can edit them."""
+  prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+  if prompt:
     importlib.import_module("readline")  # Changes `input`.
+  editing = interrupt.editing if prompt else contextlib.nullcontext
   while True:
     try:
-      with interrupt.raising():
-        line = input("> " if is_terminal else "")
+      with user_errors(), editing():
+        line = input(prompt)
     except EOFError:
       return
-    except KeyboardInterrupt:
-      interrupt.leave()
     if not line.strip():
       return
     yield line
 
 
-def _make_problem(
-  data: dataset.Dataset, question: str, pictures: Sequence[bytes]
+def _make_question(
+  data: dataset.Dataset, text: str, pictures: Sequence[bytes]
 ) -> records.Problem:
-  problem = records.make_question(question, pictures)
   try:
-    data.check_prompt(problem)
+    return data.make_question(text, pictures)
   except records.BadRecord as error:
-    raise ValueError(
-      f"--question ({untrusted.shorten(question)}) must be one that the model "
-      f"can be asked, but {error.detail}."
-    ) from error
-  return problem
+    shown = untrusted.shorten(text)
+    rule = f"be one that the model can be asked: {error.detail}"
+    raise ValueError(f"--question ({shown}) must {rule}.") from error
 
 
 def _read_picture(file: str) -> bytes:
@@ -264,8 +228,7 @@ def _read_picture(file: str) -> bytes:
     content = untrusted.read_bytes(path, images.MAX_BYTES)
     images.decode(content)
   except (OSError, ValueError) as error:
-    reason = getattr(error, "detail", str(error)).rstrip(".")
-    raise ValueError(
-      f"--image ({file!r}) must be the file of a picture: {printable(reason)}."
-    ) from error
+    reason = printable(getattr(error, "detail", str(error)).rstrip("."))
+    rule = f"be the file of a picture: {reason}"
+    raise ValueError(f"--image ({file!r}) must {rule}.") from error
   return content
