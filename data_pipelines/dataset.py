@@ -121,15 +121,8 @@ class Dataset:
   def make_question(
     self, text: str, images: Sequence[bytes]
   ) -> records.Problem:
-    """A person's question, whose answer nobody knows.
-
-    Raises:
-      BadRecord: The model cannot be asked this.
-    """
-    kinds: Any = {"question_type": "free_form", "answer_type": "unchecked"}
-    texts: Any = {"question": text, "query": text, "answer": ""}
-    shown = tuple(images)
-    problem = records.Problem(pid="--question", images=shown, **texts, **kinds)
+    """A person's question; raises BadRecord if the model cannot be asked it."""
+    problem = records.make_question(text, images)
     records.validate(problem)
     row = {"kind": "online", "seed": 0, "max_new_tokens": 0}
     row |= {"shards": (0,), "shard_count": 1}

@@ -11,7 +11,7 @@ References:
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from data_pipelines.text import tables
@@ -123,6 +123,19 @@ class Problem:
   def is_checkable(self) -> bool:
     """True if rules can check a completion: the answer is public."""
     return self.answer_type != "unchecked" and self.answer != ""
+
+
+def make_question(question: str, images: Sequence[bytes] = ()) -> Problem:
+  """A person's question, whose answer nobody knows."""
+  return Problem(
+    pid="this question",
+    question=question,
+    query=question,
+    images=tuple(images),
+    answer="",
+    question_type="free_form",
+    answer_type="unchecked",
+  )
 
 
 class Source(Protocol):
