@@ -39,7 +39,8 @@ def without_positions(text: str) -> str:
 
 def is_hedged(text: str) -> bool:
   """True if a text only supposes several things."""
-  return len(_RE.hedged.findall(text)) > 1 and not phrases.has_cue(text)
+  found = _RE.hedged.findall(phrases.to_lower(text))
+  return len(found) > 1 and not phrases.has_cue(text)
 
 
 def without_listed_options(text: str) -> str:
@@ -90,11 +91,9 @@ def _join_letters(sentences: list[str], options: Options) -> list[str]:
   joined: list[str] = []
   for sentence in sentences:
     if joined and _RE.ends_in_letter.search(joined[-1][-8:]):
-      if (
-        options.from_answer(sentence)
-        and len(sentence.split()) > 1
-        or (options.from_text(sentence))
-      ):
+      # A letter alone is another answer, and an equation is a step.
+      is_text = len(sentence.strip()) > 2 and "=" not in sentence
+      if is_text and options.from_answer(sentence):
         joined[-1] += f" {sentence}"
         continue
     joined.append(sentence)
@@ -335,6 +334,9 @@ def _concluding_number(sentence: str) -> numbers.Numeral | None:
   """The number that a sentence concludes with."""
   if len(_RE.bracketed.findall(sentence)) > 1:
     return None
+  supported, *reasons = _RE.reason.split(sentence, maxsplit=1)
+  if _find_numbers(supported) and "=" not in "".join(reasons):
+    sentence = supported
   parts = _RE.conclusion.split(sentence)
   if len(parts) > 1 and _find_numbers(parts[-1]):
     sentence = parts[-1]

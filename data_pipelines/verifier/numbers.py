@@ -7,6 +7,7 @@ linear in the text. Knows nothing of questions or options.
 """
 
 import decimal
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,7 +32,7 @@ _CHARACTERS = FULL_WIDTH | {
   for character in characters
 }
 _CHARACTER = re.compile(f"[{re.escape(''.join(_CHARACTERS))}]")
-SIGNS: dict[str, str] = _TABLES["signs"]  # Of equal meaning in an option.
+_SIGNS = _TABLES["signs"]
 _RAISED = str.maketrans(_TABLES["raised"], "0123456789-")
 _RAISED_RUN = re.compile(f"[{_TABLES['raised']}]+")
 _LATEX = tuple(
@@ -118,6 +119,7 @@ def raise_digits(text: str) -> str:
   return _RAISED_RUN.sub(lambda m: "^" + m[0].translate(_RAISED), text)
 
 
+@functools.lru_cache(maxsize=256)
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, without LaTeX and markup."""
   text = open_headings(text)
@@ -143,6 +145,9 @@ def plain(text: str) -> str:
       for sign, pattern, replacement in _LATEX:
         if sign in text:
           text = pattern.sub(replacement, text)
+  if any(mark in text for mark in _SIGN_MARKS):
+    for spelling, sign in _SIGNS.items():
+      text = text.replace(spelling, sign)
   if ":" in text:
     text = _RE.early.sub("", text)
   if ">" in text or "\u2192" in text or "\u21d2" in text:
@@ -161,6 +166,7 @@ def open_headings(text: str) -> str:
   return _RE.heading.sub(_answer_heading, text) if "#" in text else text
 
 
+_SIGN_MARKS = "\\", "<=", ">=", "!="
 _LATEX_MARKS = "\\", "{", "\u221a", "sqrt"
 _MINUS = re.compile(
   r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
@@ -236,7 +242,6 @@ def only_number(text: str) -> decimal.Decimal | None:
   text = plain(text).strip() if len(text) <= 200 else ""
   if text[:2] == "- ":
     text = f"-{text[2:]}"
-  text = _RE.aside.sub("", text)
   name = _RE.name.match(text)
   match = name and (
     _NUMBER.match(text, name.end()) or _WORD.match(text, name.end())
@@ -248,7 +253,7 @@ def only_number(text: str) -> decimal.Decimal | None:
     value = _han_value(match[0]) if match else None
   if match is None or value is None:
     return None
-  rest = text[match.end() :]
+  rest = _RE.aside.sub("", text[match.end() :])
   if not _RE.unit.match(rest) or len(rest.split()) > 4 or _WORD.search(rest):
     return None
   return value

@@ -27,9 +27,6 @@ def _fold(text: str) -> str:
   """A form of the text that is equal for two spellings of one option."""
   text = numbers.plain(text).casefold().replace("degrees", "\u00b0")
   text = text.replace("degree", "\u00b0").replace(" ", "")
-  if "\\" in text or "=" in text:
-    for spelling, sign in numbers.SIGNS.items():
-      text = text.replace(spelling, sign)
   return text.strip("\"'*_ \t\n").rstrip(".").strip("\"'*_ \t\n")
 
 
@@ -195,7 +192,7 @@ def _mention_pattern(text: str) -> str:
   if text[-1].isalnum():
     pattern = rf"{pattern}(?!\.\d|,\d{{3}}(?!\d))"
   if "\u221a" in text or text[-1].isdigit():
-    pattern = rf"{pattern}(?!\s?[/^]\s?[\d\u221a])"
+    pattern = rf"{pattern}(?!\s?[/^*\u00d7\u00b7+\u00b1]\s?[\d\u221a(a-z])"
   return pattern
 
 
