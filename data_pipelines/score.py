@@ -5,10 +5,10 @@
 
 Reads MathVista's results format (see `scoring.results`) and prints the share of
 right records, overall and by type of problem: by our verifier on the `response`
-(strict), by MathVista's own rules (official; on the stored `extraction` if
-there is one), and by the file's own `true_false` (stored). Intervals are 95 %
-Wilson intervals. Multiple choice is also shown above chance: 0 for guessing,
-100 for all right.
+(strict), by the rule of the problems' own set (official; on the `extraction`
+that an external program has stored, if there is one), and by the file's own
+`true_false` (stored). Intervals are 95 % Wilson intervals. Multiple choice is
+also shown above chance: 0 for guessing, 100 for all right.
 
 `--out` writes the records, keyed by pid, with `strict_answer` and
 `strict_true_false` added; `--scores` writes the figures as JSON.

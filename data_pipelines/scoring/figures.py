@@ -13,7 +13,8 @@ from data_pipelines.scoring import statistics
 
 DIMENSIONS = (
   *("question_type", "answer_type", "task", "category", "context", "grade"),
-  *("source", "skill", "data_set"),
+  *("source", "skill", "data_set", "subject", "subfield", "level"),
+  *("problem_version", "human_or_machine", "key"),
 )
 
 
@@ -75,6 +76,10 @@ def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
   if is_unreadable(str(record.get("pid"))):
     return
   metadata = record.get("metadata") or {}
+  inner = metadata.get("metadata")  # As MathVerse has it.
+  metadata = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
+  if metadata.get("official_rule") != "wemath":
+    metadata.pop("key", None)  # The name of a record in most other sets.
   for index, dimension in enumerate(DIMENSIONS):
     if dimension == "skill":
       names = metadata.get("skills") or ()
@@ -83,7 +88,7 @@ def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
       names = (record.get(dimension),)
     else:
       names = (metadata.get(dimension),)
-    yield from ((index, str(name)) for name in names if name)
+    yield from ((index, str(x)) for x in names if x not in (None, ""))
 
 
 def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:

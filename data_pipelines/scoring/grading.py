@@ -1,8 +1,8 @@
 """Three ways of grading a record: strict, official and stored.
 
-Strict applies our verifier to the response. Official applies MathVista's own
-normaliser to the stored extraction, or to the response if there is none. Stored
-is the label in the file.
+Strict applies our verifier to the response. Official applies the rule of the
+problem's own set to the extraction that an external program has stored, or to
+the response if there is none. Stored is the label in the file.
 """
 
 import collections
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.scoring import figures, results
-from data_pipelines.verifier import mathvista_official as official
+from data_pipelines.scoring.official import rules, wemath
 from data_pipelines.verifier import verify
 
 
@@ -22,8 +22,9 @@ class GradedRecord:
   result: results.Result
   answer: str | None  # The answer that the verifier extracted.
   strict: bool
-  official: bool
-  has_extraction: bool  # True if `official` grades the file's own extraction.
+  rule: str  # The name of the official rule; "" if the problem has none.
+  official: bool | None  # None without a rule.
+  has_extraction: bool  # True if an external program has stored one.
   stored: bool | None
 
 
@@ -37,18 +38,30 @@ def grade(result: results.Result, verdict: verify.Verdict) -> GradedRecord:
   """Grades one record in each way; a missing response counts as empty."""
   problem, response = result.problem, result.response or ""
   extraction = result.record.get("extraction")
-  has_extraction = extraction is not None
-  if not has_extraction:
-    extraction = official.extraction(response, problem)
+  extraction = None if extraction is None else str(extraction)
+  rule = official_rule(result)
   stored = result.record.get("true_false")
   return GradedRecord(
     result=result,
     answer=verdict.answer,
     strict=verdict.correct,
-    official=official.is_right(str(extraction), problem),
-    has_extraction=has_extraction,
+    rule=rule,
+    official=rules.is_right(rule, response, extraction, problem)
+    if rule
+    else None,
+    has_extraction=extraction is not None,
     stored=stored if isinstance(stored, bool) else None,
   )
+
+
+def official_rule(result: results.Result) -> str:
+  """The name of a record's official rule; "" if its set has none.
+
+  A file that names none was written by another program, in MathVista's format.
+  """
+  named = result.record.get("official_rule")
+  is_foreign = named is None and "official_rule" not in result.problem.metadata
+  return "mathvista" if is_foreign else rules.name_of(result.problem)
 
 
 def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
@@ -60,27 +73,42 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
   Returns:
     A JSON object: `records`; `scored`, the records in the table; `no_answer`,
     the records without a public answer, which are left out of the table;
-    `no_response`, scored as wrong; `stored_extractions`, the records whose
-    official grade uses an extraction from the file; `agreement` of strict and
-    stored labels, None without stored labels; and the `rows` of
-    `figures.table`.
+    `no_response`, scored as wrong; `official_rules`, the records of each rule;
+    `stored_extractions`, the records with an extraction by an external program;
+    `agreement` of strict and stored labels, None without stored labels;
+    `wemath`, the figures of `wemath.steps_metric` for each way of grading, if
+    there are any; and the `rows` of `figures.table`, where each of several
+    rules has a column of its own, as "official_chartqa".
   """
   scored = [each for each in graded if each.result.counts]
+  found = sorted({each.rule for each in scored} - {""})
+  ways = {"strict": [each.strict for each in scored]}
+  for rule in found or [""]:
+    name = f"official_{rule}" if len(found) > 1 else "official"
+    ways[name] = [x.official if x.rule == rule else None for x in scored]
+  ways["stored"] = [each.stored for each in scored]
   return {
     "records": len(graded),
     "scored": len(scored),
     "no_answer": len(graded) - len(scored),
     "no_response": sum(each.result.response is None for each in scored),
+    "official_rules": {x: sum(y.rule == x for y in scored) for x in found},
     "stored_extractions": sum(each.has_extraction for each in scored),
     "agreement": _agreement(scored),
     "rows": figures.table(
       # A record that is keyed by its pid may lack the field.
       [{**x.result.record, "pid": x.result.problem.pid} for x in scored],
-      {
-        way: [getattr(each, way) for each in scored]
-        for way in ("strict", "official", "stored")
-      },
+      ways,
     ),
+    "wemath": {
+      way: wemath.steps_metric(
+        (each.result.problem.metadata, bool(getattr(each, way)))
+        for each in scored
+        if each.rule == "wemath"
+      )
+      for way in ("strict", "official")
+      if "wemath" in found
+    },
   }
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from data_pipelines import records
 from data_pipelines.scoring import grading, results
+from data_pipelines.scoring.official import rules
 from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, printable
 
-_HEADINGS = ("", "problems", "strict", "official", "stored", "above chance")
+_STEPS = ("one_step", "two_step", "three_step")
 
 
 def score_file(path: str, *, out: str = "", scores: str = "") -> str:
@@ -52,9 +53,9 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     f"{scores['scored']} of {scores['records']} records scored "
     f"({scores['no_answer']} have no public answer); "
     f"{scores['no_response']} without a response count as wrong.",
-    f"Official grades use {scores['stored_extractions']} stored extractions "
-    f"and {scores['scored'] - scores['stored_extractions']} responses, without "
-    "a language model.",
+    "strict: the verifier of this program, on the response.",
+    *_official_lines(scores),
+    "stored: the labels (true_false) of the program that wrote the file.",
   ]
   if scores["agreement"]:
     lines.append(
@@ -62,7 +63,9 @@ def format_scores(scores: Mapping[str, Any]) -> str:
       "{missed_wrong} of {wrong} labelled wrong, wrong for {missed_right} of "
       "{right} labelled right.".format(**scores["agreement"])
     )
-  cells = [_HEADINGS, *_cells(scores["rows"])]
+  for way, found in scores["wemath"].items():
+    lines.append(_wemath_line(way, found))
+  cells = list(_cells(scores["rows"]))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines.append("")
   for first, *rest in cells:
@@ -72,17 +75,58 @@ def format_scores(scores: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def _official_lines(scores: Mapping[str, Any]) -> Iterator[str]:
+  """Whose rule the official column is, and what it judges."""
+  counts = scores["official_rules"]
+  for rule, count in counts.items():
+    name = f"official_{rule}" if len(counts) > 1 else "official"
+    yield f"{name}: the rule of {rules.TITLES[rule]}, for {count} records."
+  if not counts:
+    yield "official: none, because no rule of these problems' set is known."
+    return
+  external = scores["stored_extractions"]
+  yield (
+    f"An external program has extracted {external} answers; of the other "
+    f"{scores['scored'] - external} records the official rules read the whole "
+    "response, without a language model."
+  )
+
+
+def _wemath_line(way: str, found: Mapping[str, Any] | None) -> str:
+  """We-Math's metric over the steps of its problems, in one line."""
+  if not found:
+    return f"We-Math, by {way} grades: no problem has all its steps."
+  steps = (f"S{i} {_share(found[x])}" for i, x in enumerate(_STEPS, start=1))
+  parts = [", ".join(steps), f"IK {found['IK']}, IG {found['IG']}"]
+  for name in ("strict", "loose"):
+    each = found[name]
+    parts.append(
+      f"{name}: score {_share(each['score'])}, CM {each['CM']}, RM "
+      f"{each['RM']} ({_share(each['RM_rate'])})"
+    )
+  return (
+    f"We-Math, by {way} grades, {found['problems']} problems: "
+    f"{'; '.join(parts)}."
+  )
+
+
+def _share(value: float | None) -> str:
+  return "-" if value is None else f"{100 * value:.2f} %"
+
+
 def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-  """The cells of each row, with a line of its own for each dimension."""
+  """The headings, and the cells of each row below that of its dimension."""
+  ways = [x for x in rows[0] if x not in ("dimension", "name", "multi_choice")]
+  yield ("", "problems", *ways, "above chance")
   dimension = None
   for row in rows:
     if row["dimension"] != dimension:
       dimension = row["dimension"]
-      yield (dimension,) + ("",) * (len(_HEADINGS) - 1)
+      yield (dimension, *("",) * (len(ways) + 2))
     yield (
       f"  {printable(row['name'])}",
       str(row["strict"]["problems"]),
-      *(_percent(row[x]) for x in ("strict", "official", "stored")),
+      *(_percent(row[way]) for way in ways),
       _percent(row["multi_choice"]),
     )
 

@@ -22,6 +22,9 @@ SCORERS = {
 # Imported before the first call, whose time does not count it.
 _ALSO_IMPORTED = {
   EXPRESSIONS: ("math_verify:verify", "latex2sympy2_extended:latex2sympy"),
+  "data_pipelines.scoring.official.mathvision:same_value": (
+    "latex2sympy2_extended:latex2sympy",
+  ),
   SCORERS["reasoning_gym"]: ("reasoning_gym:get_score_answer_fn",),
 }
 # The sizes of what is compared are limited, so that hardly any takes this long.

@@ -6,6 +6,7 @@ import numpy as np
 
 from data_pipelines import pipeline, records
 from data_pipelines.scoring import results
+from data_pipelines.scoring.official import rules
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
 
@@ -113,6 +114,7 @@ def graded_completions(
       "metadata": dict(problem.metadata) or results.NO_METADATA,
       "query": problem.query,
       "response": texts[row] if asked else "",
+      "official_rule": rules.name_of(problem),
       **results.strict_fields(
         problem,
         rewards.answers[row] if asked else None,

@@ -202,6 +202,8 @@ def test_each_way_of_scoring_by_hand(scored):
     "scored": 8,
     "no_answer": 1,
     "no_response": 1,
+    "official_rules": {"mathvista": 8},
+    "wemath": {},
     "stored_extractions": 2,
     "agreement": {
       "labelled": 3,
@@ -283,8 +285,9 @@ def test_every_figure_is_printed_in_percent(scored):
   _, _, printed = scored(HAND)
   lines = printed.splitlines()
   assert lines[0].startswith("8 of 9 records scored (1 have no public answer)")
-  assert "2 stored extractions and 6 responses" in lines[1]
-  assert "3 stored labels: right for 1 of 1 labelled wrong" in lines[2]
+  assert lines[2] == "official: the rule of MathVista, for 8 records."
+  assert "extracted 2 answers; of the other 6 records" in lines[3]
+  assert "3 stored labels: right for 1 of 1 labelled wrong" in lines[5]
   whole = lines[lines.index("overall") + 1]
   assert " ".join(whole.split()) == (
     "all 8 37.5 [ 13.7, 69.4] 75.0 [ 40.9, 92.9] 66.7 [ 20.8, 93.9] "

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipelines import records, validation
 from data_pipelines.records import BadRecord, LabelledCompletion, Problem
+from data_pipelines.scoring.official import rules
 from data_pipelines.sources import files
 from data_pipelines.sources.rows import (
   choices,
@@ -24,8 +25,6 @@ from data_pipelines.sources.rows import (
 from data_pipelines.text import untrusted
 
 _SYNONYMS = {"id": "pid", "image": "images", "options": "choices"}
-# Columns of ChartQA's two layouts, beside query and label.
-_OF_CHARTQA = {"human_or_machine", "imgname"}
 # A reply with more words is a demonstration, no text to compare with.
 _MAX_REPLY_WORDS = 5
 _LETTER = re.compile(r"\(?([A-Ha-h])(?:[).:\uff0e]|$)")
@@ -45,6 +44,7 @@ class Columns:
 
   names: Mapping[str, guesses.Paths]  # The columns of each role.
   is_mathvista: bool = False  # True for MathVista's schema.
+  official_rule: str = ""  # The set's own rule of scoring, see `rules`.
   index_base: int | None = None  # Of the first option, if answers are indices.
   tolerance: float = 0.0  # Largest relative error of a right number.
   known: guesses.Paths = ()  # The columns of the source.
@@ -57,10 +57,14 @@ def choose(
   """Guesses the columns from the first rows of a source.
 
   Columns that are `given` for a role are not guessed; "" is no such column.
+  For `official_rule` the name of the rule is given.
   """
   known = guesses.paths(sample)
   everything = tuple(sorted(known.values()))
-  fixed = {}
+  given, fixed = dict(given), {}
+  rule = given.pop("official_rule", None)
+  if rule and rule not in rules.TITLES:
+    raise _refusal("official_rule", rule, rule, tuple(rules.TITLES))
   for ours, path in given.items():
     role = _SYNONYMS.get(ours, ours)
     if role not in guesses.NAMES:
@@ -69,8 +73,10 @@ def choose(
       raise _refusal(ours, path, path, everything)
     fixed[role] = (path,) if path else ()
   if not given and mathvista.is_schema(sample):
-    line = "Columns: MathVista's schema, with its official query."
-    return Columns({}, is_mathvista=True, known=everything, described=line)
+    rule = "mathvista" if rule is None else rule
+    notes = [f"official_rule={rule}"] if rule else []
+    line = _describe({}, (), ["MathVista's schema and query", *notes])
+    return Columns({}, True, rule, known=everything, described=line)
   names, notes = guesses.guess(sample, known, fixed)
   if not (names["question"] or names["chosen"]):
     held = [x for x in everything if guesses.holds_pictures(sample, x)]
@@ -82,12 +88,14 @@ def choose(
     )
   base, more = _survey(sample, names)
   notes += more
-  tolerance = 0.0
-  if {"query", "label"} <= known.keys() and known.keys() & _OF_CHARTQA:
-    tolerance = 0.05
+  rule = rules.find(sample, known) if rule is None else rule
+  tolerance = 0.05 if rule == "chartqa" else 0.0
+  if tolerance:
     notes.append("tolerance=0.05, as ChartQA is scored")
+  if rule:
+    notes.append(f"official_rule={rule} ({rules.TITLES[rule]})")
   line = _describe(names, everything, notes)
-  return Columns(names, False, base, tolerance, everything, line)
+  return Columns(names, False, rule, base, tolerance, everything, line)
 
 
 def _refusal(
@@ -108,7 +116,7 @@ def _describe(
   """The columns in one line, for the log."""
   used = {path for paths in names.values() for path in paths}
   pairs = [f"{role}={'|'.join(x)}" for role, x in names.items() if x]
-  parts = [", ".join(pairs), *notes]
+  parts = [*([", ".join(pairs)] if pairs else ()), *notes]
   # Not the inner columns of a struct that is one.
   others = {path.partition(".")[0] for path in known if path not in used}
   if others := sorted(others & set(known)):
@@ -153,10 +161,10 @@ def to_problem(
   row: files.Row, columns: Columns, number: int, settings: Settings
 ) -> Problem:
   """The problem of a row; `number` names one that has no id."""
+  reader = _Row(row, columns)
   if columns.is_mathvista:
     problem = mathvista.to_problem(row.values, row.read)
-    return _Row(row, columns).with_measures(problem, settings)
-  reader = _Row(row, columns)
+    return reader.with_measures(problem, settings)
   completions, talk = reader.preferences()
   images, is_merged = reader.images(talk)
   found = reader.options()
@@ -367,8 +375,14 @@ class _Row:
     )
 
   def with_measures(self, problem: Problem, settings: Settings) -> Problem:
-    """The problem with unit, precision, aliases and tolerance of columns."""
+    """The problem with its unit, measures, aliases and official rule."""
     changes: dict[str, Any] = {}
+    if rule := self.columns.official_rule:
+      changes["metadata"] = {**problem.metadata, "official_rule": rule}
+      if not self.columns.is_mathvista:
+        value = self.get("answer")
+        value = value[0] if isinstance(value, list) and value else value
+        changes["metadata"]["official_answer"] = gold.as_text(value)
     unit = self.get("unit")
     if isinstance(unit, str) and unit.strip():
       changes["unit"] = unit.strip()

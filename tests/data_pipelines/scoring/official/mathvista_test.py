@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies
 
 from data_pipelines import records
-from data_pipelines.verifier import mathvista_official
+from data_pipelines.scoring.official import mathvista
 
 
 def make_problem(answer, choices=(), answer_type="integer", precision=-1):
@@ -51,7 +51,7 @@ FLOAT = make_problem("1.2", answer_type="float", precision=1)
   ],
 )
 def test_any_extraction_becomes_an_option(extraction, wanted):
-  assert mathvista_official.normalize(extraction, RED) == wanted
+  assert mathvista.normalize(extraction, RED) == wanted
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_any_extraction_becomes_an_option(extraction, wanted):
 def test_numbers_are_cut_or_rounded_and_lists_left_alone(
   problem, extraction, wanted
 ):
-  assert mathvista_official.normalize(extraction, problem) == wanted
+  assert mathvista.normalize(extraction, problem) == wanted
 
 
 def test_an_option_that_looks_like_another_letter_is_read_as_it():
   """The published rule has this fault."""
   problem = make_problem("(b)", ("(c)", "(a)", "(b)"))
-  assert mathvista_official.normalize("(b)", problem) == "(a)"
+  assert mathvista.normalize("(b)", problem) == "(a)"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,12 @@ def test_an_option_that_looks_like_another_letter_is_read_as_it():
   ],
 )
 def test_extraction_without_a_language_model(problem, response, wanted):
-  assert mathvista_official.extraction(response, problem) == wanted
+  assert mathvista.extraction(response, problem) == wanted
 
 
 def test_without_a_public_answer_nothing_is_right():
-  assert not mathvista_official.is_right(
-    "", make_problem("", answer_type="list")
-  )
-  assert mathvista_official.is_right("", make_problem("red", ("red", "green")))
+  assert not mathvista.is_right("", make_problem("", answer_type="list"))
+  assert mathvista.is_right("", make_problem("red", ("red", "green")))
 
 
 def test_stored_labels_follow_from_stored_extractions(responses):
@@ -113,9 +111,7 @@ def test_stored_labels_follow_from_stored_extractions(responses):
   differing = [
     (row["model"], row["pid"], row["official_true_false"])
     for row in responses
-    if mathvista_official.is_right(
-      str(row["official_extraction"]), problem_of(row)
-    )
+    if mathvista.is_right(str(row["official_extraction"]), problem_of(row))
     != row["official_true_false"]
   ]
   assert len(responses) == 8000
@@ -138,8 +134,8 @@ def test_completions_without_extractions_score_as_published(
   """
   pairs = [
     (
-      mathvista_official.is_right(
-        mathvista_official.extraction(row["response"], problem), problem
+      mathvista.is_right(
+        mathvista.extraction(row["response"], problem), problem
       ),
       row["official_true_false"],
     )
@@ -159,9 +155,7 @@ def test_junk_scores_on_multiple_choice(responses, response, share):
   """This is why no policy may be trained on this score."""
   problems = [problem_of(row) for row in responses[:1000] if row["choices"]]
   paid = [
-    mathvista_official.is_right(
-      mathvista_official.extraction(response, problem), problem
-    )
+    mathvista.is_right(mathvista.extraction(response, problem), problem)
     for problem in problems
   ]
   assert len(paid) == 540
@@ -189,14 +183,14 @@ def with_choices(choices):
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=400)
 def test_an_extraction_is_the_first_nearest_option_by_the_table(text, choices):
   nearest = min(choices, key=lambda choice: table_distance(choice, text))
-  assert mathvista_official.normalize(text, with_choices(choices)) == nearest
+  assert mathvista.normalize(text, with_choices(choices)) == nearest
 
 
 def test_long_options_are_compared_by_the_table():
   """Longer than a machine's word."""
   text, choices = "abcde" * 30, ["bcdda" * 25, "abcd" * 31, "edcba" * 30]
   nearest = min(choices, key=lambda choice: table_distance(choice, text))
-  assert mathvista_official.normalize(text, with_choices(choices)) == nearest
+  assert mathvista.normalize(text, with_choices(choices)) == nearest
 
 
 @pytest.mark.parametrize("piece", ["x", "(a", 'The answer is "', '".', "1"])
@@ -205,7 +199,5 @@ def test_a_long_completion_costs_little(piece):
   response = piece * (300_000 // len(piece))
   start = time.process_time()
   for problem in (RED, FIVE, FLOAT):
-    mathvista_official.is_right(
-      mathvista_official.extraction(response, problem), problem
-    )
+    mathvista.is_right(mathvista.extraction(response, problem), problem)
   assert time.process_time() - start < 3

@@ -1,0 +1,1 @@
+"""The scoring rules of other data sets, as their own programs have them."""

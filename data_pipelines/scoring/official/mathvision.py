@@ -1,0 +1,143 @@
+r"""MathVision's rules: a letter, a phrase or a box, compared to two places.
+
+Follows the published program with its faults: `\frac{1}{2}` is 0.5, so is
+0.504, and the phrase "the answer is" wins over what follows it in another line.
+Its parser of LaTeX is replaced by another one, in a worker process, for
+expressions of limited size.
+
+References:
+  https://github.com/mathllm/MATH-V (evaluation/).
+"""
+
+import math
+import re
+from typing import Any
+
+from data_pipelines import records
+from data_pipelines.scoring.official.golds import official_answer
+from data_pipelines.text import tables
+from data_pipelines.verifier import comparisons, latex
+
+_SAME_VALUE = f"{__name__}:same_value"
+_TABLE = tables.read("data_pipelines.scoring.official", "mathvision.toml")
+_BOX = re.compile(r"oxed\{(.*)\}", re.DOTALL)
+_ROUND, _CURLY = re.compile(r"\(([a-e])\)"), re.compile(r"\{([a-e])\}")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_SLASH = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
+
+
+def extraction(completion: str, problem: records.Problem) -> str:
+  """The answer in small letters, in the published program's spelling."""
+  del problem
+  text = completion.strip()
+  for letter in "ABCDE":
+    ends = (f" {letter}.", f" ({letter}).")
+    starts = (f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")
+    if text.endswith(ends) or text.startswith(starts):
+      text = letter
+  last = text.split("is ")[-1].rstrip(".")
+  text = last if _float(last) is not None else text
+  if "oxed{" not in text:
+    for phrase in _TABLE["phrases"]:
+      for cue in (phrase, phrase.replace("the", "The")):
+        _, found, rest = text.rpartition(cue)
+        text = rest.strip()
+        if found:
+          text = text.split("\n")[0].split(". ")[0]
+  elif text.count("oxed{") > 1:
+    text = rf"\boxed{{{text.split('oxed{')[-1]}"
+  text = _CURLY.sub(r"\1", _ROUND.sub(r"\1", _clean(text.lower())))
+  return text.rstrip(".").lstrip(":").strip()
+
+
+def _clean(text: str) -> str:
+  """The content of the box, if any, behind "=", without units and layout."""
+  text = text.replace("{}", "")
+  if boxes := _BOX.findall(text):
+    text = boxes[-1]
+  if "}" in text.split("{")[0]:
+    text = text.split("}")[0]
+  text = text.split("=")[-1].split(r"\approx")[-1]
+  for old, new in _TABLE["replacements"]:
+    text = text.replace(old, new)
+  text = f"0{text}" if text[:1] == "." else text
+  if "sqrt" in text:
+    text = re.sub(r"\\sqrt(?!\\sqrt)([^{])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac([^{])(?=\{)", r"\\frac{\1}", text)
+  if text == "0.5":
+    return r"\frac{1}{2}"
+  return _SLASH.sub(r"\\frac{\1}{\2}", text) if _SLASH.fullmatch(text) else text
+
+
+def is_right(extraction: str, problem: records.Problem) -> bool:
+  """True if the extraction is the gold, or the text of its option."""
+  golds = dict.fromkeys([official_answer(problem)])
+  if problem.choices:
+    golds[problem.answer] = None
+  return any(_is_equal(gold, extraction) for gold in golds)
+
+
+def _is_equal(gold: str, answer: str) -> bool:
+  gold, answer = gold.lower().strip(), answer.lower().strip()
+  if not gold or not answer:
+    return False
+  if gold == answer:
+    return True
+  if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer):
+    return round(float(gold), 2) == round(float(answer), 2)
+  if not (latex.is_readable(gold) and latex.is_readable(answer)):
+    return False
+  return bool(
+    comparisons.is_right(comparisons.start(_SAME_VALUE, gold, answer))
+  )
+
+
+def same_value(gold: str, answer: str) -> bool:
+  """True if two different texts have one value to two places.
+
+  Runs in a worker process: the parser may hang.
+  """
+  texts = [_rounded_items(text) for text in (gold, answer)]
+  if texts[0] == texts[1]:
+    return True
+  values = [_value(text) for text in texts]
+  return None not in values and round(values[0], 2) == round(values[1], 2)
+
+
+def _rounded_items(text: str) -> str:
+  """A tuple or list with the value of each item; other text unchanged."""
+  items = text[1:-1].split(",")
+  if text[:1] + text[-1:] not in ("()", "[]") or len(items) < 2:
+    return text
+  values = []
+  for item in items:
+    value = item
+    if "infty" not in item and item not in ("a", "-a"):
+      value = _value(item)
+      if value is None:
+        return text
+      value = str(round(value, 2))
+    values.append(value)
+  return f"{text[0]}{','.join(values)}{text[-1]}"
+
+
+def _value(text: str) -> int | float | None:
+  """The real number that a text stands for; None if it stands for none."""
+  from latex2sympy2_extended import latex2sympy
+
+  try:
+    found: Any = latex2sympy(text)
+    names = {"e": math.e, "pi": math.pi}
+    value = found.subs({x: names[str(x)] for x in found.free_symbols})
+    number = int(value) if value.is_Integer else float(value)
+    return number if math.isfinite(number) else None
+  except Exception:  # The parser raises nearly every kind of exception.
+    return None
+
+
+def _float(text: str) -> float | None:
+  try:
+    return float(text)
+  except ValueError:
+    return None
