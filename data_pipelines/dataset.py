@@ -35,6 +35,7 @@ class Dataset:
     tokenizer: Encodes prompts and decodes completions.
     train: Problems to train on; None for a run that does not train.
     eval: Problems to evaluate on.
+    eval_parts: A sentence for each source of which `eval` has only a part.
     shares: The share of each data set in the prompts, as whole numbers.
     completions: Labelled completions; None unless for kind "preference".
     identity: Fingerprints of records, tokenizers, files of completions and of a
@@ -53,6 +54,7 @@ class Dataset:
   identity: dict[str, str]
   template: chat_prompts.Template = chat_prompts.TAGGED
   train_index: record_index.RecordIndex | None = None
+  eval_parts: tuple[str, ...] = ()
 
   def train_batches(
     self, *, start_step: int, **builder: Any
@@ -233,6 +235,7 @@ def open_dataset(
     completions=completions,
     identity=identity | file_identity,
     template=template,
+    eval_parts=data_dirs.parts(dirs, settings.eval_split),
   )
   return data.measure_train_records() if for_training else data
 

@@ -29,9 +29,15 @@ class GradedRecord:
 
 
 def verdicts(found: Sequence[results.Result]) -> list[verify.Verdict]:
-  """Judges all responses together; a missing one counts as empty."""
-  responses = [result.response or "" for result in found]
-  return verify.verify_all(responses, [result.problem for result in found])
+  """Judges all responses together; a missing one counts as empty.
+
+  `truncated` marks a response that was cut off at a limit of tokens.
+  """
+  return verify.verify_all(
+    [result.response or "" for result in found],
+    [result.problem for result in found],
+    [result.record.get("truncated") is True for result in found],
+  )
 
 
 def grade(result: results.Result, verdict: verify.Verdict) -> GradedRecord:
@@ -81,11 +87,13 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
     rules has a column of its own, as "official_chartqa".
   """
   scored = [each for each in graded if each.result.counts]
-  found = sorted({each.rule for each in scored} - {""})
+  found = rules.columns(
+    rules.Grade(each.result.problem.pid, each.rule, each.official)
+    for each in scored
+  )
   ways = {"strict": [each.strict for each in scored]}
-  for rule in found or [""]:
-    name = f"official_{rule}" if len(found) > 1 else "official"
-    ways[name] = [x.official if x.rule == rule else None for x in scored]
+  for rule, marks in found.items():
+    ways[f"official_{rule}" if len(found) > 1 else "official"] = marks
   ways["stored"] = [each.stored for each in scored]
   return {
     "records": len(graded),

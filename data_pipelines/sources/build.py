@@ -3,6 +3,7 @@
 docs/data.md lists its files. A complete one is reused as it is.
 """
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -233,10 +234,16 @@ def _write(
   everything = [each for chosen in written.values() for each in chosen]
   num_original = sum(record.is_mathvista for record in everything)
   trained = tokenizer.Tokenizer(folder / _TOKENIZER)
+  origins: dict[str, collections.Counter[str]] = {}
+  for split, chosen in written.items():
+    for record in chosen:
+      origins.setdefault(record.split, collections.Counter())[split] += 1
   manifest = {
     "source": source.name,
     "terms": mathvista.terms(num_original, len(everything)),
     "counts": {split: len(chosen) for split, chosen in written.items()},
+    # For each split of the source, how many of its problems are in ours.
+    "source_splits": origins,
     "rejects": divide.count_reasons(division.rejects),
     "withheld": splits.by_reason(division.withheld),
     "fingerprint": splits.fingerprint(written),

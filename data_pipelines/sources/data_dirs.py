@@ -7,6 +7,7 @@ from absl import logging
 
 from data_pipelines.settings import DataConfig
 from data_pipelines.sources import mixtures, stored
+from data_pipelines.sources.origin import SYNTHETIC
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable, require
 
@@ -56,6 +57,26 @@ def open_split(
   if len(dirs) == 1:
     return sources[dirs[0].name]
   return mixtures.Mixture(sources)
+
+
+def parts(dirs: list[DataDir], split: str) -> tuple[str, ...]:
+  """A sentence for each source of which a split holds only a part."""
+  found = []
+  for each in dirs:
+    source = str(each.folder / "manifest.json")
+    origins = each.manifest.get("source_splits", {})
+    untrusted.check_kind(origins, dict, source)
+    for name in origins:
+      counts = untrusted.get_field(origins, name, dict, source)
+      untrusted.check_items(counts.values(), int, source)
+      here, rest = counts.get(split, 0), counts.get("train", 0)
+      if here and rest and "train" != split and name != SYNTHETIC:
+        found.append(
+          f"{each.name}: {split} is {here} of {here + rest} problems of "
+          f"{printable(name) or 'the source'}; the rest is in train. To "
+          "evaluate all, prepare with --eval_fraction=1."
+        )
+  return tuple(found)
 
 
 def identity(dirs: list[DataDir]) -> dict[str, str]:

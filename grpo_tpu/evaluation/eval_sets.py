@@ -37,6 +37,7 @@ def open_sets(
       eval=problems,
       identity=identity,
       template=template,
+      eval_parts=data_dirs.parts([found], split),
     )
   return opened
 

@@ -97,6 +97,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
         "set": name,
         "split": each.settings.eval_split,
         "split_size": len(each.eval),
+        "parts": each.eval_parts,
         "model": config.model.name,
         "weights": weights,
         "seed": config.seed,

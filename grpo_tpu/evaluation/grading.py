@@ -121,6 +121,8 @@ def graded_completions(
         bool(is_right[row]) if is_graded else None,
       ),
     }
+    if asked and not stopped[row]:
+      record["truncated"] = True
     if problem.aliases:
       record["aliases"] = list(problem.aliases)
     if problem.tolerance:

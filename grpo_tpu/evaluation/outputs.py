@@ -50,8 +50,8 @@ def write(
     problems: The problems, whose images the report shows.
     settings: The settings of the evaluation.
     facts: The first fields of `scores.json`: `set`, "" for the run's own,
-      `split`, `split_size`, `model`, `weights` with the checkpoint's step, and
-      `seed`.
+      `split`, `split_size`, `parts` (see `Dataset.eval_parts`), `model`,
+      `weights` with the checkpoint's step, and `seed`.
   """
   split = facts["split"]
   _write_results(folder / f"output_{split}.json", evaluation.greedy)
@@ -75,6 +75,8 @@ def write(
     page = report.render(name, figures, worst, examples)
     (folder / name).write_text(page, encoding="utf-8")
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
+  for part in facts["parts"]:
+    logging.warning("%s", part)
   if (rest := facts["split_size"] - settings.num_problems) > 0:
     logging.warning(
       "eval.num_problems (%d) leaves out %d problems of %s.",

@@ -76,6 +76,9 @@ def _overall_rows(
     (f"Image {name}", _ABLATIONS[name], ablation["accuracy"])
     for name, ablation in scores["ablations"].items()
   ]
+  for each in scores["official"].values():
+    note = "by the set's own rule, on the whole response"
+    rows.append((f"Official: {each['title']}", note, each))
   if sampled := scores.get("sampled"):
     note = f"mean of {sampled['num_samples']}"
     rows.append(("One sample", note, sampled["accuracy"]))

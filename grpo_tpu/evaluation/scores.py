@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines import records
 from data_pipelines.scoring import figures, statistics
+from data_pipelines.scoring.official import rules
 
 NO_ANSWERS = (
   "The answers of this split are not public: predictions are written, and "
@@ -73,9 +75,10 @@ def compute(
     ablated: Greedy completions with ablated images, by name of the ablation.
 
   Returns:
-    Counts, `accuracy`, `chance`, `outcomes`, `slices`, `sampled` and
-    `ablations`. Each figure is a `statistics.share`. Without public answers
-    `accuracy` is None and `note` gives the reason.
+    Counts, `accuracy`, `official` (by rule, with its `title`), `chance`,
+    `outcomes`, `slices`, `sampled` and `ablations`. Each figure is a
+    `statistics.share`. Without public answers `accuracy` is None and `note`
+    gives the reason.
   """
   kept = _select_graded(greedy)
   result: dict[str, Any] = {
@@ -86,11 +89,15 @@ def compute(
   if not kept:
     return result | {"accuracy": None, "note": NO_ANSWERS}
   is_right = [each.is_right for each in kept]
+  official = rules.columns(map(_official_grade, kept))
   overall, *rows = figures.table(
-    [each.record for each in kept], {"right": is_right}
+    [each.record for each in kept], {"right": is_right, **official}
   )
   result |= {
     "accuracy": overall["right"],
+    "official": {
+      name: {"title": rules.TITLES[name], **overall[name]} for name in official
+    },
     "chance": sum(map(_chance, kept)) / len(kept),
     "outcomes": {
       name: sum(each.outcome == name for each in kept) for name in OUTCOMES
@@ -168,6 +175,15 @@ def _select_graded(
   if not any(each.record["answer"] for each in completions):
     return []
   return [x for x in completions if x.record["strict_true_false"] is not None]
+
+
+def _official_grade(completion: GradedCompletion) -> rules.Grade:
+  """The grade of a completion by its set's own rule."""
+  record, is_right = completion.record, None
+  if name := record.get("official_rule", ""):
+    problem = records.from_result(record)
+    is_right = rules.is_right(name, record["response"], None, problem)
+  return rules.Grade(record["pid"], name, is_right)
 
 
 def _chance(completion: GradedCompletion) -> float:

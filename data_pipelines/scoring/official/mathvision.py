@@ -124,6 +124,8 @@ def _rounded_items(text: str) -> str:
 
 def _value(text: str) -> int | float | None:
   """The real number that a text stands for; None if it stands for none."""
+  if "circ" in text:  # The published program cannot read degrees.
+    return None
   from latex2sympy2_extended import latex2sympy
 
   try:

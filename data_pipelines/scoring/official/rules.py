@@ -4,10 +4,11 @@ A prepared problem names its rule in `metadata["official_rule"]`, and keeps the
 gold as the set has it in `metadata["official_answer"]`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from data_pipelines import records
+from data_pipelines.scoring import figures
 from data_pipelines.scoring.official import (
   chartqa,
   mathverse,
@@ -27,6 +28,33 @@ _MODULES = {
   "mathvision": mathvision,
   "wemath": wemath,
 }
+
+
+class Grade(NamedTuple):
+  """A record's pid, the name of its rule or "", and what the rule says."""
+
+  pid: str
+  rule: str
+  is_right: bool | None
+
+
+def columns(graded: Iterable[Grade]) -> dict[str, list[bool | None]]:
+  """For each rule, its grade of each record; None for those of other sets.
+
+  What an evaluation could not read counts as wrong in each column.
+  """
+  graded = list(graded)
+  return {
+    rule: [
+      each.is_right
+      if each.rule == rule
+      else False
+      if figures.is_unreadable(each.pid)
+      else None
+      for each in graded
+    ]
+    for rule in sorted({each.rule for each in graded} - {""})
+  }
 
 
 def find(sample: Sequence[Mapping[str, Any]], known: Mapping[str, str]) -> str:

@@ -325,11 +325,12 @@ def test_completions_come_from_all_hosts(everything, monkeypatch):
     assert list(hosts.map(count_on, range(2))) == [alone, alone]
 
 
-def write(evaluation, workdir, config, source):
+def write(evaluation, workdir, config, source, parts=()):
   facts = {
     "set": "",
     "split": config.data.eval_split,
     "split_size": len(source),
+    "parts": parts,
     "model": config.model.name,
     "weights": config.model.weights,
     "seed": config.seed,
@@ -431,3 +432,15 @@ def test_a_warning_gives_the_number_of_problems_left_out(
   assert caplog.messages == [
     "eval.num_problems (11) leaves out 2 problems of eval."
   ]
+
+
+def test_a_part_of_a_source_is_named_in_log_and_report(
+  everything, tokenizer, tmp_path, caplog
+):
+  logging.set_verbosity(logging.WARNING)
+  config = run_of(Dicing, tokenizer).config
+  part = "geo: eval is 13 of 20 problems of testmini; the rest is in train."
+  write(everything, tmp_path, config, Source(EVERY), (part,))
+  assert caplog.messages == [part]
+  for name in ("report.md", "report.html"):
+    assert part in (tmp_path / "eval" / name).read_text("utf-8")

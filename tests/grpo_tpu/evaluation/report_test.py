@@ -60,6 +60,7 @@ def scores(split="testmini", model="tiny", **changes):
     "model": model,
     "weights": "run:x@6",
     "split_size": 5141,
+    "parts": (),
     **figures.compute(
       answers,
       samples=[answers] * 4,
@@ -233,6 +234,7 @@ def test_an_ungraded_answer_is_called_neither_right_nor_wrong():
   found = {
     **{"set": "", "split": "test", "model": "tiny", "weights": "random:0"},
     "split_size": 5141,
+    "parts": (),
     **{"problems": 1, "asked": 1, "graded": 0, "accuracy": None, "note": "No."},
   }
   text, page = pages(found, (), [shown])

@@ -212,6 +212,12 @@ def test_mm_math(tmp_path):
     assert problem.solution.startswith(f"Since BC = {i + 1}, ")
 
 
+def official(problem):
+  """The name of the set's rule, and the gold as the set has it."""
+  fields = problem.metadata
+  return fields["official_rule"], fields["official_answer"]
+
+
 def test_we_math(tmp_path):
   write_pictures(tmp_path / "g", "testmini")
   rows = [
@@ -237,6 +243,7 @@ def test_we_math(tmp_path):
   check(problems, 1, answer="4π cm", question_type="multi_choice")
   problem = check(problems, 4, answer="No correct answer")
   assert problem.metadata["ID"] == "1"
+  assert official(problem) == ("wemath", "E")
 
 
 def test_mathverse(tmp_path):
@@ -270,6 +277,8 @@ def test_mathverse(tmp_path):
   check(problems, 0, choices=options, answer="60°", images=(png(0),))
   problem = check(problems, 3, answer="3.5", answer_type="float", precision=1)
   assert problem.metadata["problem_version"] == "Text Dominant"
+  assert official(problem) == ("mathverse", "3.5")
+  assert official(problems["0"]) == ("mathverse", "C")
   check(problems, 2, question="AB = 2. Find the angle.")
   check(problems, 4, question="Answer the question in the image.", answer="C")
 
@@ -313,7 +322,8 @@ def test_mathvision(tmp_path):
     problems,
     6,
     metadata={"level": 2, "subject": "solid geometry"}
-    | {"image": "images/6.jpg"},
+    | {"image": "images/6.jpg"}
+    | {"official_rule": "mathvision", "official_answer": "6"},
   )
 
 
@@ -333,6 +343,30 @@ def test_chartqa(tmp_path):
   check(problems, 0, answer="14.5", precision=1, tolerance=0.05)
   check(problems, 1, answer="Yes", answer_type="text", tolerance=0.0)
   check(problems, 2, answer="2019", answer_type="integer", tolerance=0.05)
+  assert official(problems["3"]) == ("chartqa", "[Red, Blue]")
+
+
+def test_a_set_is_what_the_user_says(tmp_path):
+  rows = [
+    {"question": f"What is bar {i}?", "answer": "14 %", "image": struct(i)}
+    | {"type": "human_test" if i else "human"}
+    for i in range(NUM_RECORDS)
+  ]
+  source = write_parquet(tmp_path / "g", rows)
+  problems, _ = prepared(tmp_path, source)
+  assert "official_rule" not in problems["0"].metadata
+  columns = {"official_rule": "chartqa"}
+  problems, _ = prepared(tmp_path / "b", source, columns=columns)
+  problem = check(problems, 0, answer="14", unit="%", tolerance=0.05)
+  assert official(problem) == ("chartqa", "14 %")
+  rows[0]["type"] = "augmented_test"
+  source = write_parquet(tmp_path / "h", rows)
+  problems, _ = prepared(tmp_path / "c", source)
+  assert official(problems["0"])[0] == "chartqa"
+  problems, _ = prepared(tmp_path / "d", source, columns={"official_rule": ""})
+  assert "official_rule" not in problems["0"].metadata
+  with pytest.raises(ValueError, match="quiz is none of mathvista, chartqa"):
+    prepared(tmp_path / "e", source, columns={"official_rule": "quiz"})
 
 
 def test_clevr_70k(tmp_path):
