@@ -503,7 +503,9 @@ def test_mathvistas_schema_is_read_as_ever():
   rows[0] |= {"question_type": "free_form", "choices": None}
   assert problems(rows) == [
     dataclasses.replace(
-      records.from_result(row), images=(row["decoded_image"]["bytes"],)
+      records.from_result(row),
+      images=(row["decoded_image"]["bytes"],),
+      metadata=row["metadata"] | {"official_rule": "mathvista"},
     )
     for row in rows
   ]
