@@ -171,7 +171,7 @@ def _ours(arguments) -> None:
   settings = None
   if arguments.rank:
     settings = LoraConfig(
-      rank=arguments.rank, alpha=_LORA_ALPHA, targets=_LORA_TARGETS
+      rank=arguments.rank, alpha=_LORA_ALPHA, targets=_LORA_TARGETS, init=""
     )
 
   def with_shardings(tree):

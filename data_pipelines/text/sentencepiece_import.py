@@ -29,10 +29,22 @@ _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 _SOFT_TOKEN = "<image_soft_token>"
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
+  """A piece, its rank among merges (the highest merges first), and its type."""
+
   text: str
   score: float
   kind: int
+
+  @property
+  def is_normal(self) -> bool:
+    """True if merges make it."""
+    return self.kind == _NORMAL
+
+  @property
+  def is_symbol(self) -> bool:
+    """True if it is found before any merge."""
+    return self.kind == _USER_DEFINED
 
 
 def from_gguf(path: str | os.PathLike[str]) -> bytes:
@@ -62,7 +74,7 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
       # into ordinary pieces.
       if kind in (_CONTROL, _USER_DEFINED):
         text, kind = _escape_spaces(text), _USER_DEFINED
-      pieces.append(_Piece(text, score, kind))
+      pieces.append(Piece(text, score, kind))
     return _serialize(pieces)
 
 
@@ -102,12 +114,12 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
     for merge in merges:
       rank.setdefault(_merge_pair(merge), len(rank))
 
-    def piece(text: str) -> _Piece:
+    def piece(text: str) -> Piece:
       if text in added:
-        return _Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
+        return Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
       if _BYTE_NAME.fullmatch(text):
-        return _Piece(text, 0.0, _BYTE)
-      return _Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
+        return Piece(text, 0.0, _BYTE)
+      return Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
 
     return _serialize([piece(text) for text in texts])
 
@@ -156,12 +168,18 @@ def check_pieces(model: bytes) -> None:
       raise ValueError(f"piece {number} is {untrusted.shorten(text)}")
 
 
+def read_pieces(model: bytes) -> list[Piece]:
+  """The pieces of a SentencePiece model that has been checked, by id."""
+  proto = _model_format().ModelProto.FromString(model)
+  return [Piece(x.piece, x.score, x.type) for x in proto.pieces]
+
+
 def _model_format() -> Any:
   # Generated at run time, so type checkers cannot see its contents.
   return importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
-def _serialize(pieces: Sequence[_Piece]) -> bytes:
+def _serialize(pieces: Sequence[Piece]) -> bytes:
   """A SentencePiece model file with these pieces."""
   proto = _model_format().ModelProto()
   for number, (text, score, kind) in enumerate(pieces):

@@ -61,7 +61,8 @@ class Tokenizer:
   """A SentencePiece model with the special tokens of a chat format.
 
   `vocab_size` is the number of ids, `start_of_image` and `end_of_image` open
-  and close an image, and `fingerprint` is the SHA-256 of the model file.
+  and close an image, `fingerprint` is the SHA-256 of the file in `model`, and
+  `controls` are the ids that text never gives and decoding leaves out.
   """
 
   def __init__(
@@ -80,12 +81,12 @@ class Tokenizer:
       chat: The special tokens that the model must have, with the same ids.
     """
     self._path, self.chat = os.fspath(path), chat
-    self._model = _read_model(self._path) if model is None else model
-    self.fingerprint = hashlib.sha256(self._model).hexdigest()
+    self.model = _read_model(self._path) if model is None else model
+    self.fingerprint = hashlib.sha256(self.model).hexdigest()
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      sentencepiece_import.check_pieces(self._model)
-      self._processor.LoadFromSerializedProto(self._model)
+      sentencepiece_import.check_pieces(self.model)
+      self._processor.LoadFromSerializedProto(self.model)
     except (RuntimeError, ValueError) as error:
       raise ValueError(
         f"tokenizer file {self._path} is not a SentencePiece model: "
@@ -96,13 +97,13 @@ class Tokenizer:
     image_ids = [self._processor.PieceToId(name) for name in chat.image_names]
     self.start_of_image, self.end_of_image = image_ids
     controls = {*range(chat.end_of_turn + 1), *image_ids}
-    self._controls = frozenset(controls - {chat.unk})
-    names = sorted(self._processor.IdToPiece(i) for i in self._controls)
+    self.controls = frozenset(controls - {chat.unk})
+    names = sorted(self._processor.IdToPiece(i) for i in self.controls)
     self._control_names = re.compile("|".join(map(re.escape, names)))
 
   def __reduce__(self):
     """Pickles with the model, so that worker processes need no file."""
-    return type(self), (self._path, self._model, self.chat)
+    return type(self), (self._path, self.model, self.chat)
 
   def encode(self, text: str) -> list[int]:
     """Encodes plain text, in which "<end_of_turn>" ends no turn."""
@@ -117,7 +118,7 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decodes ids up to the first stop id, without control tokens or images."""
-    stops, controls = self.chat.stop_ids, self._controls
+    stops, controls = self.chat.stop_ids, self.controls
     kept = itertools.takewhile(lambda x: x not in stops, map(int, ids))
     known = (x for x in kept if 0 <= x < self.vocab_size and x not in controls)
     return self._processor.Decode(list(known))
@@ -128,7 +129,7 @@ class Tokenizer:
     `[image 1]` stands for the run of placeholders of the first image.
     """
     parts, num_images = [], 0
-    controls = {x: x for x in [*self._controls, self.chat.image_placeholder]}
+    controls = {x: x for x in [*self.controls, self.chat.image_placeholder]}
     for control, run in itertools.groupby(map(int, ids), controls.get):
       if control is None:
         parts.append(self._processor.Decode(list(run)))

@@ -1,18 +1,18 @@
-"""--mode=export: writes `model.weights` in the format of Hugging Face."""
+"""--mode=export: writes `model.weights` as a Hugging Face folder to serve."""
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines.text import untrusted
 from data_pipelines.validation import user_errors
-from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint import companions, load, model_card
 from grpo_tpu.checkpoint.settings import ExportConfig
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.settings import MeshConfig
@@ -27,14 +27,11 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(_folder(workdir))
-  name = load.resolve_weights(model.weights)
-  huggingface.read_generation_config(_source_dir(name, settings))
-  tokenizer_dir = settings.tokenizer_dir
-  if tokenizer_dir and not pathlib.Path(tokenizer_dir).is_dir():
-    raise ValueError(
-      f"export.tokenizer_dir ({tokenizer_dir!r}) must be a folder with the "
-      "tokenizer's files; correct it, or leave it out."
-    )
+  weights = load.resolve_weights(model.weights)
+  if not settings.adapter:
+    folder = _source_folder(weights, settings)
+    companions.read_generation_config(folder)
+    companions.open_tokenizer(weights, folder)
 
 
 def run(
@@ -52,11 +49,12 @@ def run(
   """
   with user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
-    name = load.resolve_weights(model.weights)
-    exported = dataclasses.replace(model, weights=name)
+    weights = load.resolve_weights(model.weights)
+    exported = dataclasses.replace(model, weights=weights)
     if settings.dtype == "float32":
       # Reads masters, and merges adapters, without rounding to `param_dtype`.
       exported = dataclasses.replace(exported, param_dtype="float32")
+    files = _files(exported, settings) if jax.process_index() == 0 else {}
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)
     else:
@@ -65,21 +63,16 @@ def run(
         model.network,
         load.load_merged(exported, mesh),
         dtype=jnp.dtype(settings.dtype),
-        tokenizer_dir=settings.tokenizer_dir or _origin(name),
-        source_dir=_source_dir(name, settings),
       )
-  logging.info("Exporting %s.", name)
+  logging.info("Exporting %s.", weights)
   folder = _folder(workdir)
-  write(folder)
-  if settings.adapter:
-    return f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
-  kind = "ImageTextToText" if model.network.vision else "CausalLM"
-  return f"transformers.AutoModelFor{kind}.from_pretrained({str(folder)!r})"
+  write(folder, files=files)
+  return f"open {folder / model_card.NAME}, which says how to load and serve it"
 
 
 def _adapter_writer(
   model: ModelSettings, mesh: Mesh, named: str
-) -> Callable[[pathlib.Path], None]:
+) -> Callable[..., None]:
   saved = load.load_adapters(model, mesh)
   if saved is None:
     raise ValueError(
@@ -90,42 +83,33 @@ def _adapter_writer(
   replicate = jax.jit(
     lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
   )
+  scheme, _, base = saved.base_weights.partition(":")
   write = functools.partial(
     peft.save,
     model.network,
     saved.config,
     replicate(saved.adapters),
-    base_model=_hf_folder(saved.base_weights),
+    base_model=base if scheme == "hf" else "",
   )
-  return write if jax.process_index() == 0 else lambda directory: None
+  is_writer = jax.process_index() == 0
+  return write if is_writer else lambda directory, files: None
 
 
-def _source_dir(name: str, settings: ExportConfig) -> str:
-  """The folder whose sampling defaults an export keeps; "" for none."""
-  return _origin(name) or settings.tokenizer_dir
+def _files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:
+  """The files beside the weights by name."""
+  stages, origin = model_card.read_stages(model.weights)
+  card = model_card.render(model, stages, origin, settings.adapter)
+  files: dict[str, Any] = {model_card.NAME: card.encode()}
+  if not settings.adapter:
+    folder = _source_folder(model.weights, settings)
+    opened = companions.open_tokenizer(model.weights, folder)
+    files |= companions.make_files(model.network, folder, opened)
+  return files
 
 
-def _origin(name: str) -> str:
-  """The folder of `hf:` weights that a model began as; "" if it is unknown.
-
-  The record of a run names the weights that it started from, maybe a run too.
-  """
-  seen = set()
-  while name.startswith("run:") and name not in seen:
-    seen.add(name)
-    try:
-      record = untrusted.read_json(f"{load.workdir_of(name)}/run.json")
-      name = untrusted.get_field(record, "weights", str, "run.json")
-    except (OSError, ValueError):
-      return ""
-  folder = _hf_folder(name)
-  return folder if pathlib.Path(folder).is_dir() else ""
-
-
-def _hf_folder(name: str) -> str:
-  """The folder of `hf:` weights; "" for any others."""
-  scheme, _, folder = name.partition(":")
-  return folder if scheme == "hf" else ""
+def _source_folder(weights: str, settings: ExportConfig) -> str:
+  _, origin = model_card.read_stages(weights)
+  return companions.find_folder(weights, origin, settings.tokenizer_dir)
 
 
 def _folder(workdir: str) -> pathlib.Path:

@@ -17,6 +17,7 @@ from data_pipelines.validation import SettingError, run_errors, user_errors
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.gemma3.convert import peft
 from grpo_tpu.models.settings import LoraConfig, ModelSettings
 
 
@@ -65,7 +66,7 @@ def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
     if saved:
       base = _load_base(model, mesh, saved)
       return lora.with_adapters(base, saved.adapters, saved.config)
-    workdir, step = _split_run(rest)
+    workdir, step = split_run(rest)
     params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
   if scheme in weights.OPENERS:
@@ -85,8 +86,14 @@ def abstract_params(model: ModelSettings, mesh: Mesh) -> dict:
 
 
 def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
-  """Adapters that do not change the network yet, drawn from `seed`."""
+  """The adapters of `model.lora.init`, or new ones drawn from `seed`.
+
+  New adapters do not change the network yet.
+  """
   values = lora.initial_adapters(model.network, model.lora, seed)
+  if model.lora.init:
+    with user_errors():
+      values = peft.load(model.network, model.lora, values)
   return _on_mesh(values, abstract_adapters(model, mesh))
 
 
@@ -109,7 +116,7 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
     SettingError: The run has no such checkpoint, or one of another model.
   """
   scheme, _, rest = resolve_weights(model.weights).partition(":")
-  workdir, step = _split_run(rest)
+  workdir, step = split_run(rest)
   if scheme != "run" or step is None:
     return None
   folder = f"{workdir}/checkpoints"
@@ -117,7 +124,9 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   if saved is None:
     return None
   base_weights = saved.pop("weights")
-  config = LoraConfig(**saved | {"targets": tuple(saved["targets"])})
+  config = LoraConfig(
+    **saved | {"targets": tuple(saved["targets"]), "init": ""}
+  )
   # Not by the settings of our own adapters: this run may train without any.
   abstract = _abstract_adapters(model, mesh, config)
   adapters, _ = reader.restore_params(folder, step, abstract)
@@ -133,7 +142,7 @@ def resolve_weights(name: str) -> str:
   scheme, _, rest = name.partition(":")
   if scheme != "run":
     return name
-  workdir, step = _split_run(rest)
+  workdir, step = split_run(rest)
   if step is None:
     step = reader.newest_step(f"{workdir}/checkpoints")
   elif step == "best":
@@ -143,7 +152,7 @@ def resolve_weights(name: str) -> str:
 
 def workdir_of(name: str) -> str:
   """The workdir of `run:` weights."""
-  return _split_run(name.removeprefix("run:"))[0]
+  return split_run(name.removeprefix("run:"))[0]
 
 
 def with_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -179,7 +188,7 @@ def _on_mesh(values: dict, abstract: dict) -> dict:
   )
 
 
-def _split_run(rest: str) -> tuple[str, Any]:
+def split_run(rest: str) -> tuple[str, Any]:
   """Splits `WORKDIR[@STEP]` or `WORKDIR@best`; the workdir may contain an @."""
   workdir, at, step = rest.rpartition("@")
   if at and step == "best":

@@ -59,8 +59,9 @@ class ExportConfig:
     step: Step of the checkpoint of the workdir's run, or "best", the one with
       the best `checkpoint.best_metric`; None for the newest.
     dtype: Type of all tensors.
-    tokenizer_dir: Folder whose tokenizer and processor files are copied; ""
-      takes those of the "hf:DIR" that the weights come from.
+    tokenizer_dir: Folder whose tokenizer, chat template, processor and sampling
+      defaults are copied; "" takes those of the "hf:DIR" that training started
+      from, and writes the run's own where there is none.
     adapter: Export the adapters alone, in fp32 for peft, and do not merge them
       into the model.
   """

@@ -66,6 +66,7 @@ _DEFAULTS = dict(
       rank=0,  # The whole model.
       alpha=32.0,
       targets=("q", "kv", "output", "gating", "linear", "projector"),
+      init="",
     ),
     reference_dtype=str,
     reference_memory="device",

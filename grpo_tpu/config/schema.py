@@ -276,7 +276,11 @@ def _check_rewards(config: Config) -> None:
 
 
 def _check_weights(config: Config) -> None:
-  """Checks that the files of the weights, if any, fit the model named."""
+  """Checks that the files of weights and adapters, if any, fit the model."""
+  if config.model.lora.init:
+    from grpo_tpu.models.gemma3.convert import peft
+
+    peft.check(config.model_config, config.model.lora)
   named, name = config.model.weights, config.model.name
   scheme, _, rest = named.partition(":")
   if scheme in ("", "random", "run"):

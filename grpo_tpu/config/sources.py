@@ -8,7 +8,6 @@ run is read at its newest checkpoint.
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -150,22 +149,14 @@ def _export_step(config: Config, workdir: str) -> str:
 def _with_run(
   config: Config, trained: Mapping[str, Any], weights: str
 ) -> Config:
-  """The settings with a run's checkpoint and, where none are named, its data.
-
-  An export takes the tokenizer files of the folder that training started from.
-  """
-  data, export = config.data, config.export
-  saved = trained.get("data")
+  """The settings with a run's checkpoint, and its data if they name none."""
+  data, saved = config.data, trained.get("data")
   if saved and not data.weighted_dirs:
     folder, dirs = recorded_dirs(saved, "the record of the run")
     data = dataclasses.replace(data, dir=folder, dirs=dirs)
     logging.info("Reads the data of the run: %s.", folder or dirs or "drawn")
-  scheme, _, start = trained.get("model", {}).get("weights", "").partition(":")
-  is_folder = scheme == "hf" and pathlib.Path(start).is_dir()
-  if is_folder and not export.tokenizer_dir:
-    export = dataclasses.replace(export, tokenizer_dir=start)
   model = dataclasses.replace(config.model, weights=weights)
-  return dataclasses.replace(config, model=model, data=data, export=export)
+  return dataclasses.replace(config, model=model, data=data)
 
 
 def _describe_data(config: Config, mode: str) -> str:

@@ -26,7 +26,7 @@ _WEIGHTS = ("hf", "gguf", "gemma", "run", "random")
 def _expand_weights(name: str, value: str) -> str:
   """The weights with the home in the place of a leading `~` of their path."""
   scheme, _, rest = value.partition(":")
-  if scheme in _WEIGHTS and scheme != "random":
+  if scheme in (*_WEIGHTS, "peft") and scheme != "random":
     return f"{scheme}:{expand_path(name, rest)}"
   return value
 
@@ -41,16 +41,25 @@ class LoraConfig:
     targets: Weights with an adapter: queries, keys and values, the output of
       attention, gate and up, down, and the projector of the soft tokens, which
       a text model does not have.
+    init: "peft:DIR" starts from the adapter that peft saved in this folder, of
+      the same rank, alpha and targets; "" from new ones.
   """
 
   rank: int = field(metadata=interval("[0, inf)", 16))
   alpha: float = field(metadata=interval("(0, inf)", 32.0))
   targets: tuple[str, ...] = field(metadata=one_of(LORA_TARGETS))
+  init: str = field(metadata={"expand": _expand_weights})
 
   def __post_init__(self):
     check_fields(self, "model.lora")
     rule = "targets", bool(self.targets), "hold at least one name"
-    require_all(self, "model.lora", (*rule, LORA_TARGETS))
+    is_named = self.init.startswith("peft:") and len(self.init) > len("peft:")
+    require_all(
+      self,
+      "model.lora",
+      (*rule, LORA_TARGETS),
+      ("init", is_named or not self.init, "name a folder", "peft:DIR"),
+    )
 
   @property
   def scale(self) -> float:

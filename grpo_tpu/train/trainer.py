@@ -21,6 +21,7 @@ from grpo_tpu.config import eval_metrics
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
 from grpo_tpu.evaluation import eval_sets, evaluate, preferences
+from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rl import optimizer, pictures, score, shaping
@@ -76,8 +77,13 @@ class Trainer:
       load_start = load.load_params if config.lora else load.load_merged
       params = load_start(config.model, mesh)
       if config.has_reference:
-        # With adapters, the reference is their base itself and no copy of it.
-        self._reference = Reference(params, config.model, mesh)
+        # With adapters, the reference is their base itself and no copy of it,
+        # with those of `model.lora.init`, if any, as they were at the start.
+        start, lora_config = params, config.model.lora
+        if lora_config.init:
+          first = load.initial_adapters(config.model, mesh, seed=config.seed)
+          start = lora.with_adapters(params, first, lora_config)
+        self._reference = Reference(start, config.model, mesh)
     self.learner = Learner(
       config.model,
       forward,

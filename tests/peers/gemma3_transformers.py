@@ -1,6 +1,7 @@
 """Transformers' side of a comparison, run by the Python of the peers' venv.
 
-`make FOLDER` saves tiny random models with inputs and their logits;
+`make FOLDER` saves tiny random models with inputs and their logits, and an
+adapter of peft for each, with the logits of both together;
 `answer FOLDER MODEL...` writes the logits of models that others have saved, and
 `adapt FOLDER BASE ADAPTER` those of one with an adapter, which it names.
 """
@@ -126,6 +127,25 @@ def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
   return torch.gather(out, 1, at).numpy()
 
 
+def with_adapter(model, name: str):
+  """The model with a random adapter of usual targets, none of them zero."""
+  import peft
+
+  if name == "text":  # The default of many scripts.
+    targets = {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
+  else:
+    kinds = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    projector = "multi_modal_projector.mm_input_projection_weight"
+    targets = {
+      "target_modules": rf".*language_model.*\.({kinds})",
+      "target_parameters": [projector],
+    }
+  config = peft.LoraConfig(
+    r=3, lora_alpha=5, init_lora_weights=False, **targets
+  )
+  return peft.get_peft_model(model, config).eval()
+
+
 def main() -> None:
   command, folder = sys.argv[1], pathlib.Path(sys.argv[2])
   if command == "make":
@@ -138,6 +158,9 @@ def main() -> None:
       model.save_pretrained(folder / name)
       answer = logits(model, dict(np.load(folder / "inputs.npz")))
       np.savez(folder / f"{name}.npz", logits=answer)
+      adapted = with_adapter(model, name)
+      adapted.save_pretrained(folder / f"{name}_adapter")
+      write_answer(folder, f"{name}_adapted", adapted)
   elif command == "answer":
     for name in sys.argv[3:]:
       write_answer(folder, name, loaded(folder / name))

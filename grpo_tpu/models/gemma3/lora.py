@@ -30,7 +30,7 @@ from grpo_tpu.models.settings import LoraConfig
 # Axes of stacked weights: layers, and matrices side by side within a layer.
 _STACKED = "ln"
 # Paths of the weights that may have an adapter, by `settings.LORA_TARGETS`.
-_TARGETS = {
+TARGETS = {
   "q": "layers/attn/q_einsum",
   "kv": "layers/attn/kv_einsum",
   "output": "layers/attn/attn_vec_einsum",
@@ -179,7 +179,7 @@ def model_targets(
   """
   targets = [
     path
-    for name, path in _TARGETS.items()
+    for name, path in TARGETS.items()
     if name in lora.targets and (config.vision or name != "projector")
   ]
   require(

@@ -132,10 +132,10 @@ def test_a_rebuilt_vocabulary_has_every_piece_at_its_id(both):
 def test_two_spaces_that_are_a_piece_stay_one():
   """Converters write plain spaces; SentencePiece has its own sign."""
   pieces = [
-    sentencepiece_import._Piece(f"<{n}>", 0.0, USER_DEFINED) for n in range(4)
+    sentencepiece_import.Piece(f"<{n}>", 0.0, USER_DEFINED) for n in range(4)
   ]
   pieces += [
-    sentencepiece_import._Piece(f"<0x{n:02X}>", 0.0, BYTE) for n in range(256)
+    sentencepiece_import.Piece(f"<0x{n:02X}>", 0.0, BYTE) for n in range(256)
   ]
   content = {
     "added_tokens": [
@@ -324,7 +324,7 @@ def test_gemmas_image_tokens_have_gemmas_ids(tmp_path, shift):
   named |= {200 + n: f"<0x{n:02X}>" for n in range(256)}
   texts = [named.get(n, f"piece {n}") for n in range(256_100)]
   pieces = [
-    sentencepiece_import._Piece(
+    sentencepiece_import.Piece(
       text.replace(" ", SPACE), 0.0, BYTE if text.startswith("<0x") else NORMAL
     )
     for text in texts

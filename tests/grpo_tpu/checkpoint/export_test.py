@@ -11,6 +11,7 @@ from etils import epath
 
 from configs import base
 from data_pipelines import validation
+from data_pipelines.text import own_tokenizer
 from grpo_tpu.checkpoint import export, load, manifest
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
@@ -94,9 +95,11 @@ def test_an_export_keeps_how_its_source_asks_to_be_sampled_from(
     save(workdir, 2)
     first = workdir if named == "run" else tmp_path / "first"
     first.mkdir(exist_ok=True)
-    (first / "run.json").write_text(json.dumps({"weights": weights}))
+    record = {"data": {}, "config": {"data": {"tokenizer": "", "dir": ""}}}
+    record["data"][own_tokenizer.OF_TOKENIZER] = ""
+    (first / "run.json").write_text(json.dumps(record | {"weights": weights}))
     if named == "run of a run":
-      record = {"weights": f"run:{first}@9"}
+      record |= {"weights": f"run:{first}@9"}
       (workdir / "run.json").write_text(json.dumps(record))
     weights = f"run:{workdir}"
   elif named == "tokenizer_dir":

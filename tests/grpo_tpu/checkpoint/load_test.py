@@ -128,7 +128,7 @@ def test_another_models_checkpoint_is_refused_leaf_by_leaf(params_of, tmp_path):
     params_of(f"run:{tmp_path}", name="gemma3_270m")
 
 
-LORA = LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"))
+LORA = LoraConfig(rank=8, alpha=4.0, targets=("q", "linear"), init="")
 
 
 def save_adapters(workdir, mesh, base_weights, *, step=3):

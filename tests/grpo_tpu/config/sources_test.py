@@ -114,8 +114,7 @@ def test_a_run_in_the_workdir_is_read_at_its_newest_checkpoint(
     config = resolve(changed(SMOKE, model={"weights": named}), mode, workdir)
   assert config.model.weights == f"run:{workdir}"
   assert f"model.weights=run:{workdir}" in caplog.text
-  # Neither another drawn set nor a model without its tokenizer.
-  assert (config.data.dir, config.export.tokenizer_dir) == ("DATA", "")
+  assert config.data.dir == "DATA"  # And no other drawn set.
   assert resolve(
     changed(SMOKE, data={"dir": "MINE"}), mode, workdir
   ).data.dir == ("MINE")
@@ -149,14 +148,6 @@ def test_weights_that_are_named_win_over_the_run(mode, run, caplog):
     caplog.text
   )
   assert resolve(SMOKE, mode, workdir, flag=True) == SMOKE
-
-
-def test_an_export_has_the_tokenizer_that_training_started_with(run, tmp_path):
-  (tmp_path / "start").mkdir()
-  config = resolve(SMOKE, "export", run(f"hf:{tmp_path}/start"))
-  assert config.export.tokenizer_dir == f"{tmp_path}/start"
-  mine = changed(SMOKE, export={"tokenizer_dir": "MINE"})
-  assert resolve(mine, "export", tmp_path).export.tokenizer_dir == "MINE"
 
 
 @pytest.mark.parametrize("mode", READING)

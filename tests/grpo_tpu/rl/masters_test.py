@@ -232,7 +232,7 @@ def test_a_step_with_masters_resumes_between_two_updates_to_the_same_bits(
 def test_adapters_over_a_bfloat16_base_are_float32_and_have_no_masters(mesh):
   model = settings_of(
     param_dtype="bfloat16",
-    lora=LoraConfig(rank=4, alpha=8.0, targets=("q",)),
+    lora=LoraConfig(rank=4, alpha=8.0, targets=("q",), init=""),
     train_vision=False,
   )
   state = make_learner(model, mesh).abstract_state()

@@ -18,7 +18,7 @@ from grpo_tpu.rl.train_batch import TrainBatch
 from tests.grpo_tpu.checkpoint import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-LORA = LoraConfig(rank=2, alpha=4.0, targets=LORA_TARGETS)
+LORA = LoraConfig(rank=2, alpha=4.0, targets=LORA_TARGETS, init="")
 TX = optimizer.make_optimizer(
   OptimizerConfig(
     learning_rate=3e-2,

@@ -125,6 +125,10 @@ def check_tensors(
   source: str,
   *,
   faults: Mapping[str, str],
+  remedy: str = (
+    "Give the complete, unaltered file of a released or converted Gemma 3 "
+    "model."
+  ),
 ) -> None:
   """Checks the shapes of a file's tensors by the file's names.
 
@@ -151,9 +155,7 @@ def check_tensors(
       lines.append(f"  and {len(faults) - len(listed)} more\n")
     raise ValueError(
       f"{source} must hold the tensors of its model and no others, but "
-      f"{len(faults)} tensors differ:\n{''.join(lines)}"
-      "Give the complete, unaltered file of a released or converted Gemma 3 "
-      "model."
+      f"{len(faults)} tensors differ:\n{''.join(lines)}{remedy}"
     )
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,28 +35,16 @@ from grpo_tpu.models.gemma3.convert import huggingface_names as names
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONFIG = "config.json"
-_GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _SUFFIX = ".safetensors"
 _MAX_LISTED = 10
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 # Bytes of a file in host memory at a time, and of a file that is written.
 _CHUNK_BYTES = 64 << 20
 _SHARD_BYTES = 2 << 30
-# Files that are copied beside the weights.
-_TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-  "preprocessor_config.json",
-  "processor_config.json",
-)
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
   """A tensor in a file, with the header's description."""
 
   path: pathlib.Path
@@ -85,7 +74,7 @@ class Checkpoint:
         wrong type.
     """
     self._directory = pathlib.Path(directory)
-    self._tensors: dict[str, _Tensor] = {}
+    self._tensors: dict[str, Tensor] = {}
     faults = self._read_headers()
     wanted = leaves.file_shapes(abstract_params, "huggingface")
     self._check_tensors(wanted, faults)
@@ -163,20 +152,13 @@ class Checkpoint:
     faults, unreadable = {}, []
     for path in _files(self._directory):
       try:
-        if path.exists() and not path.is_file():
-          raise OSError("it must be a regular file")
-        with safetensors.safe_open(path, framework="numpy") as file:
-          for name in file.keys():  # noqa: SIM118, it is no dict.
-            part = file.get_slice(name)
-            tensor = _Tensor(
-              path, name, tuple(part.get_shape()), part.get_dtype()
-            )
-            common = names.common_name(name)
-            if common in self._tensors:
-              faults[name] = "there twice"
-            elif not names.UNUSED.match(common):
-              self._tensors[common] = tensor
-      except (OSError, safetensors.SafetensorError) as error:
+        for tensor in read_headers(path):
+          common = names.common_name(tensor.name)
+          if common in self._tensors:
+            faults[tensor.name] = "there twice"
+          elif not names.UNUSED.match(common):
+            self._tensors[common] = tensor
+      except OSError as error:
         unreadable.append(f"{printable(path.name)}: cannot be read ({error})")
     if unreadable:
       listed = "; ".join(unreadable[:_MAX_LISTED])
@@ -206,9 +188,8 @@ class Checkpoint:
           "differs from the embedding, to which it must be tied"
         )
     faults |= {
-      x.name: f"of type {x.dtype}, wanted {', '.join(_DTYPES)}"
-      for x in self._tensors.values()
-      if x.dtype not in _DTYPES
+      self._tensors[common].name: fault
+      for common, fault in type_faults(self._tensors).items()
     }
     in_files = {common: x.name for common, x in self._tensors.items()}
     assembly.check_tensors(
@@ -219,14 +200,37 @@ class Checkpoint:
     )
 
 
+def read_headers(path: pathlib.Path) -> list[Tensor]:
+  """The tensors of a safetensors file; raises an OSError if it is damaged."""
+  if path.exists() and not path.is_file():
+    raise OSError("it must be a regular file")
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return [
+        Tensor(path, name, tuple(part.get_shape()), part.get_dtype())
+        for name in file.keys()  # noqa: SIM118, it is no dict.
+        for part in [file.get_slice(name)]
+      ]
+  except safetensors.SafetensorError as error:
+    raise OSError(str(error)) from error
+
+
+def type_faults(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+  """Those of the tensors whose type cannot be read, with the reason."""
+  return {
+    name: f"of type {x.dtype}, wanted {', '.join(_DTYPES)}"
+    for name, x in tensors.items()
+    if x.dtype not in _DTYPES
+  }
+
+
 def save(
   config: gemma3_config.ModelConfig,
   params: Any,
   directory: str | os.PathLike[str],
   *,
   dtype: Any = None,
-  tokenizer_dir: str | os.PathLike[str] | None = None,
-  source_dir: str | os.PathLike[str] | None = None,
+  files: Mapping[str, Any] = types.MappingProxyType({}),
   shard_bytes: int = _SHARD_BYTES,
 ) -> None:
   """Saves a checkpoint that transformers loads and that gives the same logits.
@@ -239,23 +243,17 @@ def save(
     params: The tree, on any devices.
     directory: A folder without a checkpoint; it is created if missing.
     dtype: Type of all tensors; None keeps the type of each.
-    tokenizer_dir: Folder of the tokenizer and processor files to copy, if any.
-    source_dir: Folder of the checkpoint that the model was trained from, if
-      any. How servers sample from it by default is kept.
+    files: Files beside the weights by name, as bytes or as values for JSON.
+      The generation settings get our special ids.
     shard_bytes: Most bytes of tensors in a file, unless one tensor is larger.
 
   Raises:
-    ValueError: If `directory` holds a checkpoint, or a file of `source_dir` is
-      damaged.
+    ValueError: If `directory` holds a checkpoint.
   """
   directory = pathlib.Path(directory)
   check_no_checkpoint(directory)
-  generation = read_generation_config(source_dir)
   is_writer = jax.process_index() == 0
-  unfinished = directory / ".unfinished"
-  if is_writer:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+  unfinished = make_unfinished(directory) if is_writer else directory
   kind = np.dtype(dtype or params["embedder"]["input_embedding"].dtype)
   shards = list(_shards(params, config, dtype, shard_bytes))
   weight_map, total = {}, 0
@@ -271,44 +269,44 @@ def save(
       )
   if not is_writer:
     return
+  values = huggingface_config.to_json(config, kind.name)
+  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+  text = values.get("text_config", values)
+  generation = files.get(GENERATION_CONFIG, {}) | {x: text[x] for x in ids}
+  written = {**files, GENERATION_CONFIG: generation, _CONFIG: values}
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(unfinished / _INDEX, index)
-  values = huggingface_config.to_json(config, kind.name)
-  _write_companions(unfinished, values, generation, tokenizer_dir)
-  for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
-    os.replace(path, directory / path.name)
-  unfinished.rmdir()
+    written[_INDEX] = index
+  finish(unfinished, written)
   logging.info("Wrote %d bytes of parameters to %s.", total, directory)
 
 
-def _write_companions(
-  folder: pathlib.Path,
-  values: dict[str, Any],
-  generation: dict[str, Any],
-  tokenizer_dir: str | os.PathLike[str] | None,
-) -> None:
-  """Writes config.json and the other files beside the weights."""
-  _write_json(folder / _CONFIG, values)
-  text = values.get("text_config", values)
-  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-  generation = generation | {name: text[name] for name in ids}
-  _write_json(folder / _GENERATION_CONFIG, generation)
-  for name in _TOKENIZER_FILES if tokenizer_dir else ():
-    if (path := pathlib.Path(tokenizer_dir or "") / name).is_file():
-      shutil.copy(path, folder / name)
+def make_unfinished(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """An empty folder inside `directory` to write to; see `finish`."""
+  unfinished = pathlib.Path(directory) / ".unfinished"
+  shutil.rmtree(unfinished, ignore_errors=True)
+  unfinished.mkdir(parents=True)
+  return unfinished
 
 
-def read_generation_config(
-  directory: str | os.PathLike[str] | None,
-) -> dict[str, Any]:
-  """How a checkpoint asks to be sampled from; {} if it does not say.
+def finish(unfinished: pathlib.Path, files: Mapping[str, Any]) -> None:
+  """Adds files to an unfinished folder and moves all up, config.json last.
 
-  Raises:
-    ValueError: The file is damaged.
+  `files` are bytes, or values for JSON, by name. All get the permissions of a
+  new file, which safetensors does not give.
   """
-  path = pathlib.Path(directory or "") / _GENERATION_CONFIG
-  return untrusted.read_json(path) if directory and path.is_file() else {}
+  for name, content in files.items():
+    if not isinstance(content, bytes):
+      text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+      content = text.encode()
+    (unfinished / name).write_bytes(content)
+  (unfinished / "new").touch()
+  mode = (unfinished / "new").stat().st_mode & 0o777
+  (unfinished / "new").unlink()
+  for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
+    path.chmod(mode)
+    os.replace(path, unfinished.parent / path.name)
+  unfinished.rmdir()
 
 
 def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
@@ -343,7 +341,7 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   return [directory / name for name in sorted(set(files))]
 
 
-def _are_equal(a: _Tensor, b: _Tensor) -> bool:
+def _are_equal(a: Tensor, b: Tensor) -> bool:
   """Compares two tensors, a chunk at a time."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
@@ -354,7 +352,7 @@ def _are_equal(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _copy(
-  tensor: _Tensor,
+  tensor: Tensor,
   leaf: leaves.Leaf,
   sizes: Mapping[str, int],
   bounds: Mapping[str, slice],
@@ -460,7 +458,3 @@ def _on_host(x: Any) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)
-
-
-def _write_json(path: pathlib.Path, values: Any) -> None:
-  path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -17,7 +17,7 @@ from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS)
+LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS, init="")
 # Of the tiny model: layers 6, D 16, F 24, Q 2, K 1, H 8, width 16.
 SHAPES = {
   "q": ("layers/attn/q_einsum", (6, 16, 3), (6, 3, 2, 8)),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from grpo_tpu.models.gemma3 import weights
-from grpo_tpu.models.gemma3.convert import huggingface
+from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.gemma3.convert import huggingface, peft
+from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 from tests.grpo_tpu.models.gemma3 import whole_rows
 
 pytestmark = pytest.mark.peers
@@ -76,3 +77,25 @@ def test_every_tensor_survives_the_round_trip(saved, name):
   assert ours.keys() == theirs.keys()
   for key, value in theirs.items():
     np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  "name, targets", [("image", LORA_TARGETS), ("text", ("q", "kv"))]
+)
+def test_an_adapter_that_peft_made_acts_as_it_does_there(saved, name, targets):
+  """The text model's has queries and values alone: keys get a zero product."""
+  tokens, images = inputs(saved, name)
+  config, params = weights.from_hf(saved / name)
+  settings = LoraConfig(3, 5.0, targets, init=f"peft:{saved}/{name}_adapter")
+  drawn = lora.initial_adapters(config, settings, 0)
+  adapters = peft.load(config, settings, drawn)
+  adapted = lora.with_adapters(params, adapters, settings)
+  actual = whole_rows.logits(config, adapted, tokens, images)[tokens != 0]
+  there = np.load(saved / f"{name}_adapted.npz")["logits"][tokens != 0]
+  np.testing.assert_allclose(actual, there, rtol=1e-5, atol=1e-5)
+  alone = np.load(saved / f"{name}.npz")["logits"][tokens != 0]
+  assert np.abs(there - alone).max() > 0.1
+  with pytest.raises(
+    ValueError, match=r"set model.lora.rank=3 and model.lora.alpha=5.0\."
+  ):
+    peft.check(config, LoraConfig(4, 1.0, targets, init=settings.init))

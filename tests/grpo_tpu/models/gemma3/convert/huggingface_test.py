@@ -81,9 +81,8 @@ def test_a_saved_checkpoint_loads_as_it_was(tiny, params, whole):
 
 def test_a_checkpoint_in_shards_is_the_same(tiny, params, tmp_path):
   huggingface.save(
-    tiny.config, params, tmp_path, dtype=None, tokenizer_dir=None,
-    shard_bytes=20_000,
-  )  # fmt: skip
+    tiny.config, params, tmp_path, dtype=None, shard_bytes=20_000
+  )
   files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
   assert len(files) > 2
   assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -107,14 +106,14 @@ def test_each_device_gets_the_part_that_the_rules_give_it(tiny, params, whole):
 def test_a_device_reads_no_more_than_its_part(tiny, whole, monkeypatch):
   """Nothing is read twice, and one of two hosts would read half."""
   read = []
-  original = huggingface._Tensor.read
+  original = huggingface.Tensor.read
 
   def counted(tensor, slices):
     part = original(tensor, slices)
     read.append(part.size)
     return part
 
-  monkeypatch.setattr(huggingface._Tensor, "read", counted)
+  monkeypatch.setattr(huggingface.Tensor, "read", counted)
   mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
   wanted = placed(tiny.config, mesh, jnp.float32)
   checkpoint = weights.open_hf(tiny.config, whole)
@@ -157,10 +156,7 @@ def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
   with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
     weights.from_hf(folder)
   sharded = tmp_path / "sharded"
-  huggingface.save(
-    tiny.config, params, sharded, dtype=None, tokenizer_dir=None,
-    shard_bytes=40_000,
-  )  # fmt: skip
+  huggingface.save(tiny.config, params, sharded, dtype=None, shard_bytes=40_000)
   next(sharded.glob("model-00002-*")).unlink()
   with pytest.raises(ValueError, match="model-00002-.*cannot be read"):
     weights.from_hf(sharded)
@@ -203,20 +199,22 @@ def test_rows_from_the_placeholder_on_are_written_and_left_unread(
   assert_equal(checkpoint.load(placed(config, mesh, jnp.float32)), params)
 
 
-def test_an_export_can_be_of_another_type_and_bring_its_tokenizer(
+def test_an_export_can_be_of_another_type_and_bring_files(
   tiny, params, tmp_path
 ):
-  (tmp_path / "from").mkdir()
-  for name in ("tokenizer.json", "secrets.txt"):
-    (tmp_path / "from" / name).write_text(name)
-  huggingface.save(
-    tiny.config, params, tmp_path / "to", dtype=jnp.bfloat16,
-    tokenizer_dir=tmp_path / "from",
-  )  # fmt: skip
-  assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
-    "config.json", "generation_config.json", "model.safetensors",
-    "tokenizer.json",
-  ]  # fmt: skip
+  """All are as readable as any new file, and the ids in them are ours."""
+  there = tmp_path / "to"
+  files = {"tokenizer.model": b"pieces"}
+  files["generation_config.json"] = {"top_k": 64, "eos_token_id": 1}
+  huggingface.save(tiny.config, params, there, dtype=jnp.bfloat16, files=files)
+  assert (there / "tokenizer.model").read_bytes() == b"pieces"
+  generation = json.loads((there / "generation_config.json").read_text())
+  assert generation["top_k"] == 64 and generation["eos_token_id"] == [1, 106]
+  (tmp_path / "new").touch()
+  wanted = (tmp_path / "new").stat().st_mode
+  modes = {path.name: path.stat().st_mode for path in there.iterdir()}
+  names = ["config.json", "model.safetensors", *files]
+  assert modes == dict.fromkeys(names, wanted)
   _, again = weights.from_hf(tmp_path / "to")
   expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   got = again["layers"]["mlp"]["gating_einsum"]

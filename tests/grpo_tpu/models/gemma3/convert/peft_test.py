@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from grpo_tpu.models.gemma3 import lora, weights
 from grpo_tpu.models.gemma3.convert import peft
 from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 
-pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
-LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS, init="")
 # Of a process with torch, which meets ours through files alone.
 ADAPTED = """
 import json, sys
@@ -125,6 +127,7 @@ def expected_changes(config, adapters):
   return found
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind", ["text", "vision"])
 def test_peft_agrees_with_merging(tiny, peers_python, tmp_path, kind):
   """Matrices of the same names in the image tower do not change."""
@@ -159,3 +162,94 @@ def test_peft_agrees_with_merging(tiny, peers_python, tmp_path, kind):
       logits["adapted"], logits["merged"], rtol=1e-4, atol=1e-4
     )
     assert np.abs(logits["adapted"] - logits["base"]).max() > 1e-3
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+  """Adapters and their folder, as `model.lora.init` names it."""
+  rng = np.random.default_rng(1)
+  adapters = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
+    lora.abstract_adapters(tiny.config, LORA),
+  )
+  peft.save(tiny.config, LORA, adapters, tmp_path)
+  return adapters, dataclasses.replace(LORA, init=f"peft:{tmp_path}")
+
+
+def test_adapters_come_back_as_they_went_out(tiny, adapter):
+  adapters, settings = adapter
+  drawn = lora.initial_adapters(tiny.config, LORA, 0)
+  again = peft.load(tiny.config, settings, drawn)
+  jax.tree.map(np.testing.assert_array_equal, again, adapters)
+
+
+def test_other_settings_are_refused_with_those_to_use(tiny, adapter):
+  _, settings = adapter
+  for change, remedy in (
+    (
+      {"rank": 0, "alpha": 1.0},
+      r"model.lora.rank=3 and model.lora.alpha=5.0\.",
+    ),
+    (
+      {"targets": ("q",)},
+      r"set model.lora.targets=\('q', 'kv', .*'projector'\)",
+    ),
+  ):
+    with pytest.raises(ValueError, match=remedy):
+      peft.check(tiny.config, dataclasses.replace(settings, **change))
+
+
+@pytest.mark.parametrize(
+  "change, fault",
+  [
+    ({"use_rslora": True}, r"use_rslora \(True\) must be 'absent"),
+    ({"use_dora": True}, r"use_dora \(True\) must be 'absent"),
+    ({"bias": "all"}, r"bias \('all'\) must be 'none'"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save \(\['lm_head'\]\)"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"peft_type": "IA3"}, r"peft_type \('IA3'\) must be 'LORA'"),
+    ({"init_lora_weights": "pissa"}, "has changed the base model too"),
+    ({"r": "3"}, "'r' in .* must be an integer"),
+    ({"r": 10**9}, "must be above 0"),
+    ({"lora_alpha": -1}, "must be above 0"),
+    ({"r": 4}, "3,16.*wanted"),
+  ],
+)
+def test_adapters_of_another_kind_are_refused_by_name(
+  tiny, adapter, change, fault
+):
+  _, settings = adapter
+  path = pathlib.Path(
+    settings.init.removeprefix("peft:"), "adapter_config.json"
+  )
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(
+    ValueError, match=rf"(?s)model.lora.init \('peft:.*{fault}"
+  ):
+    peft.check(tiny.config, settings)
+
+
+@pytest.mark.parametrize("damage", ["tower", "half", "nan", "cut", "gone"])
+def test_damaged_tensors_are_refused(tiny, adapter, damage):
+  _, settings = adapter
+  file = pathlib.Path(
+    settings.init.removeprefix("peft:"), "adapter_model.safetensors"
+  )
+  tensors = safetensors.load_file(file)
+  first = next(iter(tensors))
+  if damage == "tower":
+    name = "base_model.model.model.vision_tower.encoder.q_proj.lora_A.weight"
+    tensors[name] = tensors[first]
+  elif damage == "half":
+    del tensors[first]
+  elif damage == "nan":
+    tensors[first] = tensors[first] * np.nan
+  safetensors.save_file(tensors, file)
+  if damage == "cut":
+    file.write_bytes(file.read_bytes()[:-9])
+  elif damage == "gone":
+    file.unlink()
+  with pytest.raises(ValueError, match="model.lora.init"):
+    peft.load(
+      tiny.config, settings, lora.initial_adapters(tiny.config, LORA, 0)
+    )
