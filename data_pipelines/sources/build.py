@@ -18,7 +18,7 @@ from absl import logging
 from data_pipelines import validation
 from data_pipelines.records import IMAGE_MARK
 from data_pipelines.sources import divide, exclusion, origin, splits, stored
-from data_pipelines.sources.request import Request
+from data_pipelines.sources.origin import Request
 from data_pipelines.sources.rows import mathvista
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 

@@ -16,7 +16,7 @@ from data_pipelines.sources import (
   splits,
   stored,
 )
-from data_pipelines.sources.request import Request
+from data_pipelines.sources.origin import Request
 from data_pipelines.sources.rows import columns
 
 

@@ -1,7 +1,9 @@
-"""Opens what a data dir is made from: drawn problems, files, or several."""
+"""What a data dir is asked for, and made from: drawn problems or files."""
 
+import dataclasses
 import functools
 from collections.abc import Container, Mapping
+from dataclasses import field
 from typing import NamedTuple
 
 from absl import logging
@@ -10,10 +12,42 @@ from data_pipelines import validation
 from data_pipelines.sources import files, intake
 from data_pipelines.sources.drawn import reasoning_gym, synthetic
 from data_pipelines.sources.rows import columns
+from data_pipelines.validation import at_least, interval, one_of
 
 SYNTHETIC = "synthetic"
+_UNCHECKED, _NEAR = ("reject", "keep"), ("exact", "perceptual", "none")
 # What `--source` is: drawn problems, a path, or one for each of our splits.
 type Source = synthetic.Spec | reasoning_gym.Spec | str | Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """The source and the contents of a data dir.
+
+  The flags of `data_pipelines.prepare` of the same names say what they mean.
+  """
+
+  source: Source
+  data_dir: str
+  seed: int = field(metadata=at_least(0))
+  eval_fraction: float = field(metadata=interval("[0, 1]", 0.2))
+  vocab_size: int
+  max_reject_fraction: float = field(metadata=interval("[0, 1)", 0.01))
+  columns: Mapping[str, str] = field(default_factory=dict)
+  unchecked_answers: str = field(default="reject", metadata=one_of(_UNCHECKED))
+  tolerance: float | None = field(
+    default=None, metadata=interval("[0, 1)", 0.05)
+  )
+  split: tuple[str, ...] = ()
+  near_duplicates: str = field(default="exact", metadata=one_of(_NEAR))
+  exclude: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    with validation.user_errors():
+      validation.check_fields(self)
+      validation.to_path("data_dir", self.data_dir)
+      if isinstance(self.source, str):
+        validation.to_path("source", self.source)
 
 
 class Origin(NamedTuple):

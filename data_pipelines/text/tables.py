@@ -15,9 +15,11 @@ def read(package: str, name: str) -> dict[str, Any]:
   return tomllib.loads(file.read_text("utf-8"))
 
 
-def patterns(section: str) -> types.SimpleNamespace:
-  """The patterns of a section of `verifier/patterns.toml`, as attributes."""
-  texts = read("data_pipelines.verifier", "patterns.toml")[section]
+def patterns(
+  section: str, package: str = "data_pipelines.verifier"
+) -> types.SimpleNamespace:
+  """The patterns of a section of a package's `patterns.toml`, as attributes."""
+  texts = read(package, "patterns.toml")[section]
   return types.SimpleNamespace(
     **{
       name: re.compile("".join(map(str.lstrip, text.splitlines())))

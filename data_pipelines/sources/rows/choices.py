@@ -3,29 +3,16 @@
 import ast
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines import records
 from data_pipelines.records import BadRecord
 from data_pipelines.sources.rows import gold
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 from data_pipelines.verifier import numbers, options
 
-_LETTERED = re.compile(r"\s*\(?([A-Z])\s?[.):\u3001\uff1a\uff0e]\s*(?=\S)")
-# "A. 12", "(A) 12", "A:12", at the start of a line or behind a blank.
-_MARKER = re.compile(
-  r"(?:(?:^|(?<=[\s;,|]))(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])\s?[.):\uff1a])"
-  r"|(?P<c>[A-Z])[\u3001\uff0e])[^\S\n]*",
-  re.MULTILINE,
-)
-_HEADING = re.compile(
-  r"[\s*]*(?:(?:answer )?(?:choices|options)(?: are)?|\u9009\u9879)"
-  r"\s*[:\uff1a]?[\s*]*\Z",
-  re.IGNORECASE,
-)
-_QUOTES = re.compile(r"(['\"])\s+(['\"])")
+_RE = tables.patterns("choices", "data_pipelines.sources.rows")
 _TEXT_KEYS = ("text", "content", "value", "option", "answer")
 _LETTER_KEYS = ("label", "key", "letter", "id")
 _MAX_CHARACTERS = 50_000
@@ -72,7 +59,7 @@ def read(value: Any, column: str) -> Choices:
       "name another: --columns=choices=NAME",
     )
   letters = [letter or chr(65 + i) for i, (letter, _) in enumerate(pairs)]
-  found = [match for text in texts if (match := _LETTERED.match(text))]
+  found = [match for text in texts if (match := _RE.lettered.match(text))]
   own = [match[1] for match in found]
   if len(own) == len(texts) and own == sorted(set(own)):
     letters = own
@@ -84,7 +71,7 @@ def _from_text(text: str) -> Any:
   """The options in JSON, in Python's spelling, or one after another."""
   if len(text) > _MAX_CHARACTERS or text[:1] + text[-1:] in ("[]", "{}"):
     # NumPy prints a list without commas.
-    spaced = _QUOTES.sub(r"\1, \2", text[:_MAX_CHARACTERS])
+    spaced = _RE.quotes.sub(r"\1, \2", text[:_MAX_CHARACTERS])
     for parse, spelling in ((json.loads, text), (ast.literal_eval, spaced)):
       with contextlib.suppress(ValueError, SyntaxError, RecursionError):
         return parse(spelling)
@@ -115,7 +102,7 @@ def split_lettered(
   """
   if len(text) > _MAX_LETTERED:
     return None
-  marks = [(m[m.lastgroup or 0], m) for m in _MARKER.finditer(text)]
+  marks = [(m[m.lastgroup or 0], m) for m in _RE.marker.finditer(text)]
   starts = [i for i, (letter, _) in enumerate(marks) if letter == "A"]
   for start in starts[:-_MAX_STARTS:-1]:
     chain = [marks[start][1]]
@@ -127,7 +114,7 @@ def split_lettered(
     parts[-1], _, rest = parts[-1].partition("\n")
     parts = [part.strip().rstrip(";,|").strip() for part in parts]
     if len(chain) > 1 and all(parts):
-      before = _HEADING.sub("", text[: chain[0].start()]).rstrip()
+      before = _RE.heading.sub("", text[: chain[0].start()]).rstrip()
       lettered = [(chr(65 + i), part) for i, part in enumerate(parts)]
       return before, lettered, rest.strip()
   return None
@@ -163,7 +150,10 @@ def right_option(
   for letter in (core, core.upper()):
     if letter in by_letter:
       return by_letter[letter]
-  match, parsed = _LETTERED.match(named), options.parse_options(choices.texts)
+  match, parsed = (
+    _RE.lettered.match(named),
+    options.parse_options(choices.texts),
+  )
   if match and match[1] in by_letter:
     also = parsed.from_text(named[match.end() :])
     found = by_letter[match[1]]

@@ -27,44 +27,8 @@ _TABLE = tables.read("data_pipelines.sources.rows", "columns.toml")["readings"]
 _NOT_UNITS = frozenset(_TABLE["not_units"])
 _INNER = ("value", "answer", "text", "target", "ground_truth", "answers")
 
-_TAGS = re.compile(r"</?(?:think|answer)>")
-_CUE = re.compile(
-  r"(?:^|[\n.!])[ \t*]*(?:(?:therefore|so|thus|hence)[, ]+)?(?:the )?"
-  r"(?:final |correct )?answer(?: is:?|\s?[:=])[\s*]*(\S[^\n]*?)[\s*]*\Z",
-  re.IGNORECASE,
-)
-# What stands around an answer that has no reasons.
-_MARKS = re.compile(
-  r"\\[A-Za-z]+|</?\w+>|\b(?:therefore|final|correct|answer)\b", re.IGNORECASE
-)
+_RE = tables.patterns("gold", "data_pipelines.sources.rows")
 _MIN_CHARACTERS = 8
-_WRAPS = tuple(
-  re.compile(pattern, re.DOTALL)
-  for pattern in (
-    *(r"\$\$([^$]+)\$\$", r"\$((?:[^$\\]|\\.)+)\$", r"\*\*([^*]+)\*\*"),
-    *(r"\\\(((?:(?!\\\)).)+)\\\)", r"\\\[((?:(?!\\\]).)+)\\\]", r"`([^`]+)`"),
-    r"\\(?:text|mathrm|textbf|mathbf|mbox)\s?\{([^{}]*)\}",
-  )
-)
-_NUMBER = re.compile(
-  r"(?P<before>\\?\$|[\u20ac\u00a3\u00a5])?\s?(?P<sign>[-+\u2212])?\s?"
-  r"(?P<money>\\?\$)?"
-  r"(?P<digits>\d{1,3}(?:(?:,|\{,\}|[ ]|\\,)\d{3})+(?!\d)|\d+|(?=\.\d))"
-  r"(?P<part>\.\d*)?(?P<power>[eE][-+]?\d{1,3}"
-  r"|\s?(?:\u00d7|\\times)\s?10\^\{?-?\d{1,3}\}?)?(?P<unit>\D.*)?",
-  re.DOTALL,
-)
-_DEGREES = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\degree|\bdegrees?\b|\u00ba")
-_UNIT_TEXT = re.compile(
-  r"\\(?:text|mathrm|mbox|rm|operatorname)\s?\{([^{}]*)\}"
-)
-_UNIT = re.compile(
-  r"|[%$\u20ac\u00a3\u00a5\u2103]|\u00b0\s?[CFK]?|[\u4e00-\u9fff]{1,3}"
-  r"|[\u00b5\u03bc\u03a9]?[A-Za-z]+"
-  r"(?:\^-?\d|[\u00b2\u00b3])?"
-  r"(?:[ /\u00b7*.]{1,3}[A-Za-z]+(?:\^-?\d|[\u00b2\u00b3])?){0,3}"
-)
-_NAMED = re.compile(r"(?:\\?[A-Za-z\u2220\u25b3]{1,8}[\s_\d]*){1,2}=\s*(.+)")
 _FUNCTIONS = "|".join(_TABLE["functions"])
 _SYMBOLS = re.compile(
   rf"(?:\d++(?:\.\d++)?|(?:{_FUNCTIONS})(?![a-z])|[A-Za-z](?![A-Za-z])"
@@ -75,9 +39,6 @@ _SYMBOLS = re.compile(
 _OPERATOR = re.compile(
   r"[+*/^=<>\u221a\u221e\u03c0\u00b1\u00b2\u00b3\u2264\u2265\u00bd\u00bc\u00be!]"
   rf"|\A[-\u2212]|\d\s?[A-Za-z(]|\d\s?,|\(.*,|(?:{_FUNCTIONS})\s?\(?\w|[A-Za-z)]\s?[-\u2212]"
-)
-_COMMAND = re.compile(
-  r"\\(?:text|mathrm|mbox|begin|end)\s?\{[^{}]*\}|\\[A-Za-z]+"
 )
 
 
@@ -158,14 +119,14 @@ def unwrap(text: str) -> tuple[str, str]:
     before, gold = gold, _inside(gold).strip()
     if gold == before:
       break
-  around = _MARKS.sub("", text.strip().replace(gold, "", 1))
+  around = _RE.marks.sub("", text.strip().replace(gold, "", 1))
   is_worked = sum(map(str.isalnum, around)) >= _MIN_CHARACTERS
   return gold, without_tags(text) if is_worked else ""
 
 
 def without_tags(text: str) -> str:
   """The text without tags of thinking and answer."""
-  return _TAGS.sub("", text).strip()
+  return _RE.tags.sub("", text).strip()
 
 
 def as_text(value: Any) -> str:
@@ -187,12 +148,10 @@ def _inside(text: str) -> str:
     _, mark, end = text.rpartition(box)
     if mark and (content := _inside_braces(end)) is not None:
       return content
-  if match := _CUE.search(text[-1000:]):
+  if match := _RE.cue.search(text[-1000:]):
     return _without_stop(match[1])
-  for wrap in _WRAPS:
-    if match := wrap.fullmatch(text):
-      return match[1]
-  return text
+  match = _RE.wrap.fullmatch(text)
+  return match[match.lastindex] if match else text
 
 
 def _without_stop(text: str) -> str:
@@ -220,7 +179,7 @@ def _from_text(text: str, column: str) -> Gold:
   if not text:
     return read(None, column)
   end = text.removesuffix(".")
-  named = _NAMED.fullmatch(end)
+  named = _RE.named.fullmatch(end)
   for candidate in (end, named[1] if named else end):
     if gold := _number(candidate.strip()):
       return gold
@@ -243,7 +202,7 @@ def _from_text(text: str, column: str) -> Gold:
 
 def _number(text: str) -> Gold | None:
   """The gold of a number with or without a unit; None for anything else."""
-  match = _NUMBER.fullmatch(text) if len(text) <= 100 else None
+  match = _RE.number.fullmatch(text) if len(text) <= 100 else None
   if not match:
     return None
   unit = _unit(match["unit"] or "")
@@ -271,11 +230,11 @@ def _number(text: str) -> Gold | None:
 def _unit(text: str) -> str | None:
   """The unit behind a number in plain letters; None if it is no unit."""
   is_apart = text[:1].isspace() or text[:1] in "\\~"
-  unit = _DEGREES.sub("\u00b0", _UNIT_TEXT.sub(r" \1", text))
+  unit = _RE.degrees.sub("\u00b0", _RE.unit_text.sub(r" \1", text))
   unit = re.sub(r"\\[,;: !]|~", " ", unit).replace("\\%", "%")
   unit = re.sub(r"\^\s?\{(-?\d)\}", r"^\1", unit)
   unit = " ".join(unit.split()).rstrip(".")
-  if not _UNIT.fullmatch(unit) or _NOT_UNITS & set(unit.casefold().split()):
+  if not _RE.unit.fullmatch(unit) or _NOT_UNITS & set(unit.casefold().split()):
     return None
   # "5 m" is a length, "5x" and "5xy" are products.
   name = unit[: len(unit) - len(unit.lstrip(string.ascii_letters))]
@@ -287,7 +246,7 @@ def _unit(text: str) -> str | None:
 def _is_expression(text: str) -> bool:
   """True for LaTeX and for symbols, false for words."""
   if "\\" in text:
-    rest = _COMMAND.sub(" ", text)
+    rest = _RE.command.sub(" ", text)
     return not re.search(rf"(?!(?:{_FUNCTIONS})\b)\b[A-Za-z]{{4,}}", rest)
   if re.search(r"[A-Za-z]\.|\d(?:st|nd|rd|th|D)\b|^[-A-Z/]+$", text):
     return False  # Abbreviations, ordinals, and what joins names.

@@ -10,27 +10,15 @@ from typing import Any
 
 from data_pipelines.records import IMAGE_MARK, BadRecord
 from data_pipelines.sources.rows import gold
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 
 _SUFFIXES = frozenset(
   ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ico".split()
 )
-# Any long code, and a short one that begins as PNG, JPEG, GIF or WebP.
-_BASE64 = re.compile(
-  r"(?=.{200}|iVBORw0KG|/9j/|R0lGOD|UklGR)[\w+/\-\s]{64,}={0,2}\s*", re.ASCII
-)
+_RE = tables.patterns("pictures", "data_pipelines.sources.rows")
 # What a struct of a picture may have, the picture itself first.
 _KEYS = "bytes path image url image_url image_path file_name".split()
 _URL_SAFE = str.maketrans("-_", "+/")
-_DATA_URL = re.compile(r"data:[\w/.+-]*(?:;[\w=-]+)*;base64,", re.IGNORECASE)
-# A mark of any model's format; a number says which picture.
-_MARK = re.compile(
-  r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>"
-  r"|<img>(?:[^<>]{1,500}</img>)?"
-  r"|<\|?image(?:[ _-]?(?P<number>\d{1,2}))?\|?>|<\|image_pad\|>"
-  r"|<image_placeholder>|<ImageHere>|<im_start><image><im_end>",
-  re.IGNORECASE,
-)
 
 
 def read(
@@ -66,8 +54,8 @@ def _from_text(
   text: str, column: str, read_file: Callable[[str], bytes]
 ) -> bytes:
   """The picture of a data URL, of base64, or of a named file."""
-  match = _DATA_URL.match(text)
-  if match or _BASE64.fullmatch(text):
+  match = _RE.data_url.match(text)
+  if match or _RE.base64.fullmatch(text):
     code = text[match.end() if match else 0 :]
     try:
       return base64.b64decode(code.translate(_URL_SAFE), validate=False)
@@ -102,7 +90,7 @@ def is_picture_text(value: Any) -> bool:
   """True for a text that can be nothing but a picture or a picture's name."""
   if not isinstance(value, str) or not value.strip():
     return False
-  if _DATA_URL.match(value) or _BASE64.fullmatch(value.strip()):
+  if _RE.data_url.match(value) or _RE.base64.fullmatch(value.strip()):
     return True
   return pathlib.PurePosixPath(value[-300:]).suffix.lower() in _SUFFIXES
 
@@ -119,7 +107,7 @@ def place_marks(
   Returns:
     The question, the options, and the order of the pictures in the question.
   """
-  marks = [m for text in (question, *options) for m in _MARK.finditer(text)]
+  marks = [m for text in (question, *options) for m in _RE.mark.finditer(text)]
   if not marks:
     return question, tuple(options), list(range(count))
   is_numbered = any(mark["number"] for mark in marks)
@@ -130,7 +118,7 @@ def place_marks(
     numbers = [number + 1 for number in numbers]
   if is_numbered and is_merged and count == 1 and max(numbers) > 1:
     question, *options = (
-      _MARK.sub(lambda mark: f"image {mark['number'] or 1}", text)
+      _RE.mark.sub(lambda mark: f"image {mark['number'] or 1}", text)
       for text in (question, *options)
     )
     return question, tuple(options), [0]
@@ -152,9 +140,9 @@ def place_marks(
     order.append(number - 1)
     return IMAGE_MARK
 
-  question = _MARK.sub(place, question)
+  question = _RE.mark.sub(place, question)
   options = [
-    _MARK.sub(lambda _: f"image {next(remaining)}", x) for x in options
+    _RE.mark.sub(lambda _: f"image {next(remaining)}", x) for x in options
   ]
   for missing in [i for i in range(count) if i not in order]:
     order.append(missing)
