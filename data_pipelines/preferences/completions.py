@@ -40,9 +40,7 @@ _ALTERED = ("integer", "float", "list")
 _TRIES = 32
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 # In many lengths, because one about as long as the answer is chosen.
-_REFUSALS = tables.read("data_pipelines.preferences", "refusals.toml")[
-  "refusals"
-]
+_TABLE = tables.read("data_pipelines.preferences", "refusals.toml")
 _NUM_NEAREST = 3
 
 
@@ -64,9 +62,8 @@ def synthesize(
   `count - 1` wrong ones. With "conflict" every completion gives letter and text
   of an option, because a letter alone would reveal the conflict.
   """
-  return functools.partial(
-    _synthesize_group, count=count, kinds=kinds, template=template
-  )
+  options = {"count": count, "kinds": kinds, "template": template}
+  return functools.partial(_synthesize_group, **options)
 
 
 def demonstration(
@@ -258,7 +255,7 @@ def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
   """
   solution, length = writer.problem.solution, len(writer.right_completion)
   texts = []
-  for words in _REFUSALS:
+  for words in _TABLE["refusals"]:
     kept = solution
     excess = len(writer.write(words)) - length
     if excess > 0:  # Cut at a word boundary.

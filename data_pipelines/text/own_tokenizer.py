@@ -64,11 +64,9 @@ def _find_beside(scheme: str, path: str) -> str:
   """The tokenizer of a checkpoint of another program; "" if it has none."""
   if scheme == "gguf":
     return path
-  if scheme not in ("hf", "gemma"):
-    return ""
   folder = epath.Path(path).expanduser()
   # Kaggle's archives of the `gemma` library hold it beside the checkpoint.
-  folders = (folder, folder.parent) if scheme == "gemma" else (folder,)
+  folders = {"hf": [folder], "gemma": [folder, folder.parent]}.get(scheme, ())
   files = (each / name for each in folders for name in _NAMES)
   return next((str(file) for file in files if file.exists()), "")
 

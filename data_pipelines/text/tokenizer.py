@@ -46,15 +46,10 @@ _TRAINER_OPTIONS = dict(
   max_sentence_length=1 << 30,
   num_threads=1,
   minloglevel=2,
-  pad_id=GEMMA3.pad,
-  eos_id=GEMMA3.eos,
-  bos_id=GEMMA3.bos,
-  unk_id=GEMMA3.unk,
-  pad_piece=GEMMA3.names[GEMMA3.pad],
-  eos_piece=GEMMA3.names[GEMMA3.eos],
-  bos_piece=GEMMA3.names[GEMMA3.bos],
-  unk_piece=GEMMA3.names[GEMMA3.unk],
 )
+for _name in ("pad", "eos", "bos", "unk"):
+  _TRAINER_OPTIONS[f"{_name}_id"] = getattr(GEMMA3, _name)
+  _TRAINER_OPTIONS[f"{_name}_piece"] = f"<{_name}>"
 
 
 class Tokenizer:
@@ -155,18 +150,16 @@ class Tokenizer:
         )
     for name in chat.image_names:
       if self._processor.PieceToId(name) == chat.unk:
-        raise ValueError(
-          f"tokenizer file {self._path} has no {name}; {_REMEDY}."
-        )
+        reason = f"tokenizer file {self._path} has no {name}; {_REMEDY}."
+        raise ValueError(reason)
 
 
 def _read_model(path: str) -> bytes:
   """Reads a SentencePiece model, or makes one from another format."""
-  folder = os.environ.get("GEMMA_CACHE_DIR", "~/.gemma")
-  file = epath.Path(path)
   if path == GEMMA:
-    file = epath.Path(folder) / "tokenizer" / "tokenizer_gemma3.model"
-  file = file.expanduser()
+    folder = os.environ.get("GEMMA_CACHE_DIR", "~/.gemma")
+    path = f"{folder}/tokenizer/tokenizer_gemma3.model"
+  file = epath.Path(path).expanduser()
   if file.suffix == ".gguf":
     return sentencepiece_import.from_gguf(file)
   try:

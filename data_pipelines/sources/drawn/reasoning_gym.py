@@ -47,19 +47,12 @@ _UNREADABLE = (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class Spec:
-  """The settings of a set of problems.
+  """The settings of a set of problems."""
 
-  Attributes:
-    tasks: Names of the library's tasks, which take turns.
-    num_problems: Number of problems, all held in memory.
-    seed: Random seed of the set.
-    version: The library's version; another one may draw other problems.
-  """
-
-  tasks: tuple[str, ...]
+  tasks: tuple[str, ...]  # Of the library; they take turns.
   num_problems: int = field(metadata=interval("[1, 1000000]", 10_000))
   seed: int = field(metadata=at_least(0))
-  version: str = ""
+  version: str = ""  # Of the library; another one may draw other problems.
 
   def __post_init__(self):
     check_fields(self)
@@ -237,14 +230,13 @@ def _is_harmless(text: str, is_for_sympy: bool) -> bool:
   except (SyntaxError, ValueError):
     return not is_for_sympy
   for node in nodes:
+    holds = isinstance(node, _LITERAL)
     if is_for_sympy and isinstance(node, ast.Call):
       name = node.func
-      known = isinstance(name, ast.Name) and name.id in _TASKS["functions"]
-      if not known or node.keywords:
-        return False
+      holds = isinstance(name, ast.Name) and name.id in _TASKS["functions"]
+      holds = holds and not node.keywords
     elif is_for_sympy and isinstance(node, ast.Constant):
-      if not isinstance(node.value, int | float):
-        return False
-    elif not isinstance(node, _LITERAL):
+      holds = isinstance(node.value, int | float)
+    if not holds:
       return False
   return True
