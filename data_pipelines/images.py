@@ -137,11 +137,7 @@ def crop_boxes(
 
 
 def num_crops(image_bytes: bytes, settings: PanAndScan) -> int:
-  """Counts the crops that `views` would make, from the image's header alone.
-
-  The EXIF orientation can only swap height and width, which gives the same
-  count. A damaged header raises a BadRecord.
-  """
+  """Counts the crops that `views` would make, from the image's header alone."""
   if not settings.enabled:
     return 0
   with records.all_faults("undecodable_image"):
@@ -206,10 +202,7 @@ def _limit(number: int, limit: int, unit: str) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-  """Suppresses PIL's warnings of damaged metadata and of large images.
-
-  Nothing slow belongs inside: the list of warnings is all threads'.
-  """
+  """Suppresses PIL's warnings; nothing slow belongs inside, as threads wait."""
   with _WARNINGS_LOCK, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     yield

@@ -70,14 +70,9 @@ def make_pipeline(
 ) -> "TrainBatches":
   """The endless batches of one reader, from `start_step` on.
 
-  Args:
-    builder: Builds the rows; its seed also fixes the order of the records.
-    prompts_per_step: Rows of a step over all shards.
-    start_step: The step of the first batch.
-    worker_processes: Processes that build batches; 0 builds the same ones in
-      threads. Needs absl flags, and a `__main__` that can be imported again.
-    index: Sizes of all records; None measures them.
-    shares: The share of each data set in the rows, as whole numbers.
+  The builder's seed also fixes the order of the records; an index saves
+  measuring them. With 0 `worker_processes` threads build the same batches;
+  processes need absl flags, and a `__main__` that can be imported again.
   """
   _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
   if index is None:

@@ -113,11 +113,9 @@ class RowBuilder:
   ) -> Row:
     """Builds the row of a record, or an invalid row of the same shape.
 
-    Args:
-      index: The record's index in the source.
-      length: Its prompt's length, `UNUSABLE` or `PADDING`.
-      position: The step and the row's index in it, which seed what is drawn.
-      shape: The batch's prompt bucket, and its images per row.
+    `length` is that of its prompt, `UNUSABLE` or `PADDING`. The position, a
+    step and the row's index in it, seeds what is drawn. The shape is the
+    batch's prompt bucket and its images per row.
     """
     bucket, slots = shape
     problem = _stand_in("" if length == PADDING else f"unreadable:{index}")
@@ -167,10 +165,7 @@ class RowBuilder:
     bucket: int,
     num_crops: Sequence[int],
   ) -> records.Problem:
-    """Gives the problem its options in the row's order, if that is asked for.
-
-    An order whose prompt does not fit into the bucket is not taken.
-    """
+    """The problem with its options in the row's order, if that prompt fits."""
     if not self.shuffle_options:
       return problem
     # The 1 gives another stream than that of the rejected completions; a 0

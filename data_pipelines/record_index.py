@@ -1,7 +1,6 @@
 """The size of every record's row, measured before any row is built.
 
-Every reader measures every record, so that all readers know how far a batch's
-prompts and images must be padded without asking each other.
+Every reader measures every record, to know how far batches must be padded.
 """
 
 import collections

@@ -42,10 +42,7 @@ _TEXTS = tables.read("data_pipelines.sources.rows", "mathvista.toml")
 
 
 class BadRecord(ValueError):
-  """An unusable record; `reason` is a stable slug to count.
-
-  The detail may quote what the record holds: it is cut, and printable.
-  """
+  """An unusable record, a stable slug to count, and a printable detail."""
 
   def __init__(self, reason: str, detail: str):
     detail = printable(detail[:_MAX_DETAIL])

@@ -106,10 +106,7 @@ def is_path() -> Mapping[str, Any]:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-  """The text with backslash escapes for what a terminal would obey.
-
-  Those are control and format characters, separators and surrogates.
-  """
+  """The text with backslash escapes for control and format characters."""
   if text.isascii() and text.isprintable():
     return text
   # Many scripts need the joiners.
@@ -161,10 +158,7 @@ def describe_bounds(bounds: str) -> str:
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-  """Checks the fields of a section that have metadata; None always passes.
-
-  A class that is not always the same section of the settings has no prefix.
-  """
+  """Checks the fields of a section that have metadata; None always passes."""
   for field in dataclasses.fields(section):
     name, value = field.name, getattr(section, field.name)
     name = f"{prefix}.{name}" if prefix else name

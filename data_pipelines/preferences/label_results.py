@@ -28,12 +28,7 @@ def label_results(
 
   A group starts with the right and the wrong completion that are closest in
   length, then the next closest two, and so on; those without a partner follow.
-
-  Args:
-    paths: Results files, each with at most one response to a problem.
-    out: The file to write.
-    data_dir: A folder from `data_pipelines.prepare` that holds the problems; ""
-      takes each problem from its first record.
+  The problems come from `data_dir`, or else from the first record of each.
 
   Returns:
     The numbers of groups, completions, and problems and responses left out.

@@ -34,19 +34,10 @@ _MAX_TOKENIZER_TEXTS = 3_000
 def build_data_dir(
   request: Request, *, overwrite: bool = False, num_workers: int = 0
 ) -> dict[str, Any]:
-  """Builds the data dir, unless it is complete already.
+  """Builds the data dir, unless it is complete already; returns its manifest.
 
-  If two processes ask for the same one, the second waits and reuses it.
-
-  Args:
-    request: The source and the contents.
-    overwrite: True replaces a data dir that was made by another request.
-    num_workers: The number of processes that check records; 0 for this one. The
-      files are the same.
-
-  Returns:
-    The manifest, with `terms` (whose terms forbid training, or ""), `counts` by
-    split, `rejects` and `withheld` by reason, and `fingerprint` of the records.
+  If two processes ask for the same one, the second waits and reuses it. The
+  number of processes that check records changes no file; 0 is this one.
   """
   data_dir = _find_data_dir(request)
   source, options = _open_source(request)

@@ -91,8 +91,8 @@ def similar_pairs(
 def are_copies(first: Image.Image, second: Image.Image) -> bool:
   """True if two grey images show the same, letter by letter.
 
-  Both are shrunk to half the size of the smaller one. In each window of 4 x 4,
-  the mean square of the difference is compared with the contrast of both.
+  Both are shrunk. In each window of 4 x 4, the mean square of the difference is
+  compared with the contrast of both.
   """
   width, height = map(min, first.size, second.size)
   scale = min(0.5, _MAX_SIDE / max(width, height))
@@ -133,10 +133,7 @@ class Looks:
       self._found.setdefault(image, (each, at, index))
 
   def find(self, names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """The images that are copies of others, each with the first such one.
-
-    Names without a perceptual hash are of no image, or of a drawn one.
-    """
+    """The images that are copies of others, each with the first such one."""
     names = [name for name in names if name in self._found]
     others = [name for name in others if name in self._found]
     first, second = ([self._found[x][0] for x in y] for y in (names, others))

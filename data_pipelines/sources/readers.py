@@ -309,10 +309,8 @@ def table(path: epath.Path) -> Iterator[Values]:
     lines = itertools.chain([first], iter(lambda: _line(text), ""))
     given = cast(Iterable[str], lines)
     rows = csv.reader(given, delimiter=delimiter, strict=True)
-    header = [
-      name.strip() or f"Unnamed: {index}"
-      for index, name in enumerate(next(rows, []))
-    ]
+    names = enumerate(next(rows, []))
+    header = [name.strip() or f"Unnamed: {index}" for index, name in names]
     if len(set(header)) < len(header):
       raise ValueError("two columns have one name")
     for number in itertools.count(1):
@@ -325,9 +323,8 @@ def table(path: epath.Path) -> Iterator[Values]:
         return
       except (csv.Error, UnicodeEncodeError) as error:
         if "end of data" in str(error):  # The rest of the file is one field.
-          raise ValueError(
-            f"{detail}opens a quote that nothing closes"
-          ) from error
+          detail += "opens a quote that nothing closes"
+          raise ValueError(detail) from error
         row = None
         detail += f"is no CSV in UTF-8, or over {MAX_LINE} characters long"
       if row is not None and len(row) == len(header):

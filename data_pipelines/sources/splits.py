@@ -1,8 +1,7 @@
 """Decides which record trains, which is evaluated, and which is withheld.
 
-The source's own splits are kept if their names say what they are; otherwise
-records are divided by a hash. In both cases what `eval` or `test` shows is
-withheld from `train`. docs/adr/0006 has the reasons.
+A record's side depends on the source's own splits or on a hash of the record,
+so that others never move it. docs/adr/0006 has the reasons.
 """
 
 import collections
@@ -98,10 +97,7 @@ def split_of(group: str, *, salt: str, eval_fraction: float) -> str:
 
 
 def position(group: str, salt: str) -> float:
-  """Where a group stands between 0, the first in eval, and 1.
-
-  Adding or removing records never moves another record.
-  """
+  """Where a group stands between 0, the first in eval, and 1."""
   digest = hashlib.sha256(f"{salt}|{group}".encode()).digest()
   return int.from_bytes(digest[:8]) / 2**64
 
@@ -134,12 +130,8 @@ def withhold(
 ) -> dict[int, Withheld]:
   """The records of `train` that are withheld, by their index.
 
-  Args:
-    records: All records.
-    sides: Their splits.
-    near: "exact", "perceptual" or "none": what `train` loses to other splits.
-    looks: The perceptual hashes of images, of excluded ones too.
-    excluded: The groups that must not train, each with a name.
+  `near` says what `train` loses to other sides: "exact", "perceptual" or
+  "none". `excluded` are the groups that must not train, each with a name.
   """
   held: dict[str, str] = {}
   for record, side in zip(records, sides, strict=True):

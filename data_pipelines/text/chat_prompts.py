@@ -2,9 +2,6 @@
 
 A template adds an instruction to the query, or is a file that writes the whole
 text; completions follow it. Images are runs of placeholders.
-
-References:
-  Gemma 3's chat and image layout: https://arxiv.org/abs/2503.19786
 """
 
 import contextlib
@@ -16,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines import records
-from data_pipelines.text import template_files
+from data_pipelines.text import tables, template_files
 from data_pipelines.text import tokenizer as tokens
 
 
@@ -47,21 +44,13 @@ class Template:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-TAGGED = Template("Write the final answer as <answer>...</answer>.")
-# The verifier reads the answers of all of them.
 TEMPLATES = {
-  "tagged": TAGGED,
-  "boxed": Template(
-    r"Write the final answer as \boxed{...}.", answer=(r"\boxed{", "}")
-  ),
-  "plain": Template("", answer=("The answer is ", ".")),
-  "reasoned": Template(
-    "Write your reasoning as <reasoning>...</reasoning>, then the final answer "
-    "as <answer>...</answer>.",
-    reasoning=("<reasoning>", "</reasoning>"),
-  ),
-  "mathvista": Template("", answer=("The answer is ", "."), is_official=True),
+  name: Template(
+    **{k: tuple(v) if isinstance(v, list) else v for k, v in x.items()}
+  )
+  for name, x in tables.read("data_pipelines.text", "templates.toml").items()
 }
+TAGGED = TEMPLATES["tagged"]
 
 # What a template's file may show of the problem asked, beside the options.
 _SHOWN = (

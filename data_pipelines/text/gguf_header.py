@@ -1,8 +1,7 @@
 """Reads the header of a GGUF file: its metadata, and where its tensors lie.
 
 Every count, length and offset is checked against the bytes of the file before
-anything is allocated for it. Knows nothing of what the metadata mean, nor of
-how tensors are quantized.
+anything is allocated for it.
 
 References:
   GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

@@ -4,7 +4,6 @@ The model gets the pieces, the order of merges and the type of each piece, which
 is all that encoding reads.
 
 References:
-  SentencePiece: https://github.com/google/sentencepiece
   GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
   tokenizer.json: https://huggingface.co/docs/tokenizers
 """
@@ -79,10 +78,7 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
 
 
 def from_tokenizer_json(content: bytes, name: str) -> bytes:
-  """Rebuilds the SentencePiece model from a Hugging Face tokenizer.json.
-
-  That must be of byte-pair merges with bytes as fallback.
-  """
+  """Rebuilds the model from a tokenizer.json of byte-pair merges."""
   with _refuse_damage(name, "a tokenizer.json of byte-pair merges"):
     tokenizer = untrusted.parse_json(content, "it")
     model = untrusted.get_field(tokenizer, "model", dict, "it")

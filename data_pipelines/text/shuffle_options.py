@@ -32,10 +32,8 @@ def shuffle(
 def is_fixed(problem: records.Problem) -> bool:
   """True if there are no options to move, or if they must keep their order.
 
-  They must if the question or the solution refers to one by letter or position,
-  if completions came with the problem, which may do so, if an option is or
-  contains such a letter, refers to other options or shows an image, or if the
-  query is neither the official nor the plain one.
+  They must if a text may refer to one by letter or position, or if the query is
+  neither the official nor the plain one.
   """
   is_choice = problem.question_type == "multi_choice"
   if not is_choice or len(problem.choices) < 2 or problem.completions:

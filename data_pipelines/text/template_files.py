@@ -1,8 +1,8 @@
 """Jinja files that write the user's turn of a prompt.
 
 A file sees the variables of one problem, and no other file. It first runs in a
-worker process, where an endless loop can be ended. jinja2 is imported where it
-is used, because the check of a command line does without.
+worker process, where an endless loop can be ended. jinja2 is imported late,
+because the check of a command line does without.
 """
 
 import contextlib
@@ -69,10 +69,7 @@ class TemplateFile:
     return text
 
   def try_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Renders the first problems, within time and memory.
-
-    `rows` are the variables of each, of values that JSON can hold.
-    """
+    """Renders the first problems, from variables, within time and memory."""
     limits = {"timeout_seconds": _TIMEOUT_SECONDS, "memory_gib": _MEMORY_GIB}
     workers = pool.Pool((_RENDER,), num_workers=1, **limits)
     with contextlib.closing(workers):

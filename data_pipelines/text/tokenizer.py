@@ -1,8 +1,7 @@
 """Encodes text as token ids and back, with Gemma's special tokens.
 
-One class reads Gemma's own SentencePiece file, the small ones that `train`
-writes, and two other formats of Gemma's vocabulary. Knows nothing of turns or
-images except the names of their tokens.
+Reads Gemma's own SentencePiece file, the small ones that `train` writes, and
+two other formats of Gemma's vocabulary.
 
 References:
   SentencePiece: https://arxiv.org/abs/1808.06226
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sentencepiece
 from etils import epath
 
-from data_pipelines.text import sentencepiece_import, untrusted
+from data_pipelines.text import sentencepiece_import, tables, untrusted
 from data_pipelines.text.chat_format import GEMMA3, ChatFormat
 
 # Names the file that the `gemma` library reads, in that library's folder.
@@ -27,29 +26,12 @@ GEMMA = "gemma"
 _REMEDY = "give Gemma 3's tokenizer.model or one made by data_pipelines.prepare"
 _MIN_TEXT_PIECES = 32
 _NUM_BYTES = 256
-
-
-_TRAINER_OPTIONS = dict(
-  model_type="bpe",
-  hard_vocab_limit=False,
-  character_coverage=1.0,
-  byte_fallback=True,
-  split_digits=True,
-  # Pieces may span words: the hint that opens each prompt becomes one or two
-  # pieces, which halves what a small model has to read.
-  split_by_whitespace=False,
-  split_by_unicode_script=False,
-  max_sentencepiece_length=128,
-  normalization_rule_name="identity",
-  add_dummy_prefix=False,
-  remove_extra_whitespaces=False,
-  max_sentence_length=1 << 30,
-  num_threads=1,
-  minloglevel=2,
-)
-for _name in ("pad", "eos", "bos", "unk"):
-  _TRAINER_OPTIONS[f"{_name}_id"] = getattr(GEMMA3, _name)
-  _TRAINER_OPTIONS[f"{_name}_piece"] = f"<{_name}>"
+_SPECIAL = ("pad", "eos", "bos", "unk")
+_TRAINER_OPTIONS = {
+  **tables.read("data_pipelines.text", "tokenizer.toml")["trainer"],
+  **{f"{name}_id": getattr(GEMMA3, name) for name in _SPECIAL},
+  **{f"{name}_piece": f"<{name}>" for name in _SPECIAL},
+}
 
 
 class Tokenizer:
@@ -181,10 +163,9 @@ def train(
 ) -> None:
   """Writes a small SentencePiece model of `texts` with Gemma's special ids.
 
-  Equal texts in equal order give equal files, byte for byte. Gemma's own image
-  ids do not fit, so image tokens follow the newlines; the answer tag gets its
-  own pieces. There are at most `vocab_size` ids, fewer if the texts hold fewer
-  pieces. The file is replaced whole or not at all.
+  Equal texts in equal order give equal files, byte for byte, of at most
+  `vocab_size` ids. Gemma's own image ids do not fit, so image tokens follow the
+  newlines. The file is replaced whole or not at all.
   """
   special = ["<mask>", "[multimodal]", *(f"<unused{i}>" for i in range(99))]
   special += [name for i, name in GEMMA3.names.items() if i > GEMMA3.unk]

@@ -1,8 +1,7 @@
 """Files from elsewhere: read within limits, and refused in words.
 
 Whatever such a file holds, the readers here raise a ValueError that names the
-file, the field and the rule, or an OSError. Only the standard library is
-imported here, but for a file on gs://.
+file, the field and the rule, or an OSError. Imports the standard library alone.
 """
 
 import json
@@ -70,10 +69,7 @@ def read_json(
 
 
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
-  """The JSON document in a text, whose outermost value is of type `kind`.
-
-  Errors call the text `source`.
-  """
+  """The JSON document in a text, of type `kind`; errors call it `source`."""
   try:
     document = json.loads(text)
   except RecursionError:

@@ -23,10 +23,7 @@ class Failure:
 
 
 def resolve(path: str, *, setting: str = "function") -> Callable:
-  """Imports the function at "package.module:function".
-
-  Errors name `setting`, which holds the path.
-  """
+  """Imports the function at "package.module:function", a value of `setting`."""
   if not _PATH.fullmatch(path):
     raise ValueError(
       f"{setting} ({path!r}) must have the form package.module:function."

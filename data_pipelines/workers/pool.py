@@ -65,13 +65,10 @@ class Pool:
   ) -> futures.Future[Any]:
     """Starts a call of one of the pool's functions, with JSON's values.
 
-    `check` raises a ValueError for a result that is not as promised; its worker
-    can no longer be trusted and is replaced.
-
-    Returns:
-      A future of the result, a JSON value, or of a `functions.Failure` if the
-      function raised, was killed, ended its process or did not pass the check.
-      It raises RuntimeError if no worker can be started.
+    The future is of the result, a JSON value, or of a `functions.Failure` if
+    the function raised, was killed, ended its process, or if `check` raised a
+    ValueError for the result, whose worker is then replaced. The future raises
+    RuntimeError if no worker can be started.
     """
     if self._workers:
       return self._threads.submit(self._call, (path, arguments), check)

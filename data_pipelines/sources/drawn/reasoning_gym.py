@@ -1,8 +1,7 @@
 """Text problems of the library reasoning_gym, each with a scorer of its own.
 
 Problem `i` of a set is a function of the settings and `i` alone. The library
-draws and scores in worker processes, whose hash seed is fixed; its global
-random state is set before each draw.
+draws and scores in worker processes, whose hash seed is fixed.
 
 References:
   reasoning_gym: https://github.com/open-thought/reasoning-gym

@@ -1,7 +1,6 @@
 """Synthetic problems with exact answers, in MathVista's schema.
 
-Problem `i` of a set is a pure function of the settings and `i`: the problem can
-be drawn anywhere, in any order, and has the same bytes each time.
+Problem `i` of a set is a pure function of the settings and `i`.
 """
 
 import io

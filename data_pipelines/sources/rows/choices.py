@@ -93,9 +93,7 @@ def _item(value: Any) -> tuple[str, str | None]:
   return letter.strip(), value.strip() if isinstance(value, str) else None
 
 
-def split_lettered(
-  text: str,
-) -> tuple[str, list[tuple[str, str]], str] | None:
+def split_lettered(text: str) -> tuple[str, list[tuple[str, str]], str] | None:
   """A text with lettered options: before them, each with its letter, after.
 
   None without at least two from A on. The last option ends with its line.

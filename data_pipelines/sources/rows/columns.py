@@ -109,9 +109,7 @@ def _refusal(
 
 
 def _describe(
-  names: Mapping[str, guesses.Paths],
-  known: Sequence[str],
-  notes: Sequence[str],
+  names: Mapping[str, guesses.Paths], known: Sequence[str], notes: Sequence[str]
 ) -> str:
   """The columns in one line, for the log."""
   used = {path for paths in names.values() for path in paths}

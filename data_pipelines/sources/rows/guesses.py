@@ -93,10 +93,7 @@ def guess(
 
 
 def _covering(sample: Rows, fitting: Sequence[str]) -> Paths:
-  """The first column, and others for the rows that it leaves empty.
-
-  Only for a tenth of the rows and more: fewer are holes, not other records.
-  """
+  """The first column, and others that fill a tenth of the rows, empty there."""
   found: list[str] = []
   empty = list(sample)
   for path in fitting:
