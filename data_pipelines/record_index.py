@@ -13,7 +13,6 @@ from absl import logging
 
 from data_pipelines import prompt_rows, records
 from data_pipelines.sources.drawn import reasoning_gym
-from data_pipelines.text import shuffle_options
 from data_pipelines.validation import printable, require
 
 # What is wrong with a record that a setting leaves out, and what to do if no
@@ -98,7 +97,7 @@ def scan(
   num_images = np.zeros(count, np.int32)
   left_out: collections.Counter[str] = collections.Counter()
   unpaid: list[str] = []
-  num_choices = num_fixed = num_scored = 0
+  num_scored = 0
   for index in range(count):
     try:
       problem = builder.source[index]
@@ -112,9 +111,6 @@ def scan(
         prompt_rows.warn_unusable(index, error)
       continue
     num_scored += problem.answer_type == "scored"
-    if builder.shuffle_options and problem.choices:
-      num_choices += 1
-      num_fixed += shuffle_options.is_fixed(problem)
     # A reward can score a completion, or the record has one.
     can_teach = builder.pays_unchecked or builder.kind == "demonstrations"
     if for_training and not (problem.is_checkable or can_teach):
@@ -134,12 +130,6 @@ def scan(
     )
   found = RecordIndex(lengths, num_images)
   _report(builder, found, left_out, for_training)
-  if builder.shuffle_options:
-    logging.info(
-      "Options are shuffled, except in %d of %d problems that refer to them.",
-      num_fixed,
-      num_choices,
-    )
   return found
 
 

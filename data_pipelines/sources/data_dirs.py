@@ -49,14 +49,9 @@ def open_split(
   dirs: list[DataDir], split: str
 ) -> stored.Source | mixtures.Mixture:
   """The problems of a split in those data dirs that have it."""
-  sources = {
-    each.name: stored.source(each.folder, split)
-    for each in dirs
-    if split in each.manifest["counts"]
-  }
-  if len(dirs) == 1:
-    return sources[dirs[0].name]
-  return mixtures.Mixture(sources)
+  having = [each for each in dirs if split in each.manifest["counts"]]
+  sources = {each.name: stored.source(each.folder, split) for each in having}
+  return mixtures.Mixture(sources) if len(dirs) > 1 else sources[dirs[0].name]
 
 
 def parts(dirs: list[DataDir], split: str) -> tuple[str, ...]:

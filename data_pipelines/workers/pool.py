@@ -42,16 +42,11 @@ class Pool:
   ):
     """Creates the pool without starting a process.
 
-    Args:
-      paths: The functions that each worker imports before its first call.
-      num_workers: With 0, calls run in this process without limits.
-      timeout_seconds: Time after which a call is killed, sending included.
-      memory_gib: Limit of a worker's memory, and of each process it starts.
+    Each worker first imports the functions at `paths`. The limits are those of
+    a call; with 0 workers, calls run in this process without limits.
     """
-    self._workers = [
-      _Worker(tuple(paths), timeout_seconds, memory_gib)
-      for _ in range(num_workers)
-    ]
+    limits = (timeout_seconds, memory_gib)
+    self._workers = [_Worker(tuple(paths), *limits) for _ in range(num_workers)]
     # The last to finish is the next to work: others need not start.
     self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
     for worker in self._workers:

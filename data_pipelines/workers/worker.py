@@ -94,7 +94,10 @@ def guard(worker: int, parent: int) -> int:
   while status is None and os.getppid() == parent:
     if signal.sigwait(_AWAITED) == signal.SIGTERM:
       break
-    status = _reap(worker)
+    ended = -1
+    while status is None and ended:  # Reaps all that has ended.
+      ended, raw = os.waitpid(-1, os.WNOHANG)
+      status = raw if ended == worker else None
   if status is None:
     os.kill(worker, signal.SIGKILL)  # It may have no group yet.
   with contextlib.suppress(OSError):
@@ -113,14 +116,6 @@ def guard(worker: int, parent: int) -> int:
     status = raw if ended == worker else status
   code = os.waitstatus_to_exitcode(status or 0)
   return code if code >= 0 else 128 - code
-
-
-def _reap(worker: int) -> int | None:
-  """Reaps what has ended; the worker's status if it is among them."""
-  while True:
-    ended, status = os.waitpid(-1, os.WNOHANG)
-    if ended in (0, worker):
-      return status if ended else None
 
 
 def main() -> None:

@@ -59,7 +59,12 @@ def read(found: list[Mapping[str, Any]], *, last: bool = False) -> Conversation:
   turns = []
   for message in found:
     held: list[Any] = []
-    turns.append((_role(message), _text(message, held)))
+    role = next(message[key] for key in _ROLE_KEYS if key in message)
+    known = _ROLES.get(str(role).casefold())
+    if known is None:
+      detail = f"a message has the role {untrusted.shorten(role)}; use one of "
+      raise BadRecord("unknown_role", f"{detail}{', '.join(_ROLES)}")
+    turns.append((known, _text(message, held)))
     images.append(held)
   system = "\n".join(text for role, text in turns if role == "system")
   users = [i for i, (role, _) in enumerate(turns) if role == "user"]
@@ -104,15 +109,6 @@ def read_reply(value: Any, column: str) -> tuple[str, Conversation | None]:
     detail = f"{column} holds {shown}; give a text or messages"
     raise BadRecord("bad_completions", detail)
   return value.strip(), None
-
-
-def _role(message: Mapping[str, Any]) -> str:
-  role = next(message[key] for key in _ROLE_KEYS if key in message)
-  known = _ROLES.get(str(role).casefold())
-  if known is None:
-    detail = f"a message has the role {untrusted.shorten(role)}; use one of "
-    raise BadRecord("unknown_role", f"{detail}{', '.join(_ROLES)}")
-  return known
 
 
 def _text(message: Mapping[str, Any], images: list[Any]) -> str:
