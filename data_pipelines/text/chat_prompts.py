@@ -44,12 +44,12 @@ class Template:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-TEMPLATES = {
-  name: Template(
-    **{k: tuple(v) if isinstance(v, list) else v for k, v in x.items()}
-  )
-  for name, x in tables.read("data_pipelines.text", "templates.toml").items()
-}
+TEMPLATES: dict[str, Template] = {}
+for _name, _fields in tables.read(
+  "data_pipelines.text", "templates.toml"
+).items():
+  _pairs = {x: tuple(y) for x, y in _fields.items() if isinstance(y, list)}
+  TEMPLATES[_name] = Template(**_fields | _pairs)
 TAGGED = TEMPLATES["tagged"]
 
 # What a template's file may show of the problem asked, beside the options.
