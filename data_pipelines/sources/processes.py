@@ -43,17 +43,15 @@ def map_in_order[T, R](
     for batch in batches:
       yield from function(batch)
     return
-  workers = _Workers(function, num_workers, lost)
   pending: collections.deque[futures.Future[list[R]]] = collections.deque()
-  try:
+  workers = _Workers(function, num_workers, lost)
+  with contextlib.closing(workers):
     for batch in batches:
-      pending.append(workers.submit(batch))
+      pending.append(workers.threads.submit(workers.call, batch))
       if len(pending) > 2 * num_workers:
         yield from pending.popleft().result()
     while pending:
       yield from pending.popleft().result()
-  finally:
-    workers.close()
 
 
 class _Workers:
@@ -61,15 +59,12 @@ class _Workers:
 
   def __init__(self, function: Any, num_workers: int, lost: Any):
     self._function, self._lost = function, lost
-    self._threads = futures.ThreadPoolExecutor(num_workers)
+    self.threads = futures.ThreadPoolExecutor(num_workers)
     self._own = threading.local()
     self._all: set[_Worker] = set()
     self._lock, self._is_closed = threading.Lock(), False
 
-  def submit(self, batch: Sequence[Any]) -> futures.Future[list[Any]]:
-    return self._threads.submit(self._call, batch)
-
-  def _call(self, batch: Sequence[Any]) -> list[Any]:
+  def call(self, batch: Sequence[Any]) -> list[Any]:
     how = self._exchange(batch)
     if not isinstance(how, str):
       return how
@@ -113,7 +108,7 @@ class _Workers:
       self._is_closed = True
       for worker in self._all:
         worker.process.kill()
-    self._threads.shutdown(cancel_futures=True)
+    self.threads.shutdown(cancel_futures=True)
     for worker in self._all:
       worker.end()
 

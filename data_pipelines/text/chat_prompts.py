@@ -45,9 +45,8 @@ class Template:
 
 
 TEMPLATES: dict[str, Template] = {}
-for _name, _fields in tables.read(
-  "data_pipelines.text", "templates.toml"
-).items():
+_TABLE = tables.read("data_pipelines.text", "templates.toml")
+for _name, _fields in _TABLE.items():
   _pairs = {x: tuple(y) for x, y in _fields.items() if isinstance(y, list)}
   TEMPLATES[_name] = Template(**_fields | _pairs)
 TAGGED = TEMPLATES["tagged"]
