@@ -6,6 +6,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -58,6 +59,11 @@ class Terminal:
   def press(self, key: bytes = b"\x03") -> None:
     """Presses a key, Ctrl-C by default: a signal to the whole group."""
     os.write(self._ours, key)
+
+  @property
+  def echoes(self) -> bool:
+    """True if the terminal shows what is typed."""
+    return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
 
   def end(self) -> int:
     """Waits for the end of the program, and returns its exit code."""

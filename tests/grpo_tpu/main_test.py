@@ -100,6 +100,15 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
       [CONFIG, WORKDIR, "--config.model.weights=google/gemma-3-1b-it"],
       ["hf download google/gemma-3-1b-it --local-dir gemma-3-1b-it"],
     ),
+    (
+      [CONFIG, WORKDIR, "--question=What?"],
+      ["--question ('What?') must go with --mode=answer", "--mode=train"],
+    ),
+    (
+      [CONFIG, "--mode=answer", "--num_processes=2", "--process_id=0"]
+      + ["--coordinator_address=127.0.0.1:1"],
+      ["--num_processes (2) must be 1 with --mode=answer"],
+    ),
     ([CONFIG, "--workdir="], ["--workdir ('') must name a file or a folder"]),
     ([CONFIG, "--workdir=" + "n" * 300], ["--workdir ('nnn", "too long"]),
     (["--config=", WORKDIR], ["--config ('') must name a file"]),
@@ -125,6 +134,8 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     "nothing to export",
     "nothing to evaluate",
     "a name on a hub",
+    "a flag of another mode",
+    "several processes to answer",
     "empty workdir",
     "long workdir",
     "empty config",

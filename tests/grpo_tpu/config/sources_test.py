@@ -10,7 +10,7 @@ from configs import base, gemma3_4b_v5e_16, smoke
 from grpo_tpu.config import sources
 from grpo_tpu.config.schema import Config
 
-READING = ("evaluate", "export")
+READING = ("evaluate", "export", "answer")
 MODES = ("train", *READING)
 SMOKE = Config.from_config_dict(smoke.get_config())
 BIG = Config.from_config_dict(gemma3_4b_v5e_16.get_config())
@@ -167,3 +167,36 @@ def test_a_step_that_was_not_saved_is_refused(run):
   (workdir / "checkpoints" / "00000005").mkdir(parents=True)
   assert resolve(config, "export", workdir).model.weights == f"run:{workdir}@5"
   assert resolve(config, "evaluate", workdir).model.weights == f"run:{workdir}"
+
+
+def test_a_question_is_asked_as_the_run_was_trained(run):
+  """Unless a flag says otherwise; what is no prompt stays as it is set."""
+  crops = {"enabled": True, "min_crop_size": 8, "max_num_crops": 2}
+  crops["min_ratio_to_activate"] = 1.5
+  workdir = run(
+    system_prompt="Be brief.", prompt_template="boxed", few_shot=2,
+    pan_and_scan=crops, prompts_per_step=32,
+  )  # fmt: skip
+  asked = changed(SMOKE, model={"weights": f"run:{workdir}@50"})
+  mine = changed(
+    asked, data={"system_prompt": "Mine."}, rollout={"temperature": 0.5}
+  )
+  flags = {"data.system_prompt"}
+  for config, is_flag, system in (
+    (asked, lambda name: False, "Be brief."),
+    (mine, flags.__contains__, "Mine."),
+  ):
+    found = sources.as_trained(config, is_flag)
+    assert found.data.system_prompt == system
+    assert (found.data.prompt_template, found.data.few_shot) == ("boxed", 2)
+    assert found.data.pan_and_scan.min_ratio_to_activate == 1.5
+    assert (found.data.dir, found.rollout) == ("DATA", config.rollout)
+    assert found.data.prompts_per_step == config.data.prompts_per_step
+  assert sources.as_trained(SMOKE, flags.__contains__) == SMOKE
+
+
+def test_a_question_needs_no_workdir_but_weights():
+  named = changed(SMOKE, model={"weights": "run:OTHER"})
+  assert resolve(named, "answer", "") == named
+  with pytest.raises(ValueError, match=r"^--workdir \(''\) must hold a run"):
+    resolve(SMOKE, "answer", "")

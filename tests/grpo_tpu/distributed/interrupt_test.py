@@ -90,6 +90,18 @@ def test_one_interrupt_ends_a_mode_that_has_nothing_to_save(start, body):
   assert "Traceback" not in terminal.text
 
 
+def test_an_interrupt_in_a_line_leaves_the_terminal_as_it_was(start):
+  """Where a line is edited, the terminal does not echo what is typed."""
+  body = "import readline\n  with interrupt.editing(): input('> ')"
+  terminal = start(body, is_run=False)
+  terminal.wait_for("> ")
+  assert not terminal.echoes
+  terminal.press()
+  terminal.wait_for("Interrupted: leaving at once")
+  assert terminal.end() == 130
+  assert "Traceback" not in terminal.text and terminal.echoes
+
+
 def test_a_forked_child_leaves_the_interrupt_to_its_parent(start):
   """The child has the socket too, and one key must not count twice."""
   terminal = start(FORK)

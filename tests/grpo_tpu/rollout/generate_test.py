@@ -383,7 +383,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
 
 def test_finished_prompts_are_emitted_once_and_complete(tiny, prompts):
   """Prompts are emitted as they end, with the same ids as in the results."""
-  parts, polls = [], []
+  parts, polls, seen = [], [], []
   completions = sampled(
     tiny,
     prompts,
@@ -393,6 +393,7 @@ def test_finished_prompts_are_emitted_once_and_complete(tiny, prompts):
     max_new_tokens=40,
     chunk_tokens=1,
     on_finished=lambda *new: parts.append(new),
+    on_tokens=seen.append,
     poll=lambda: polls.append(len(parts)),
   )
   assert len(parts) > 1 and len(polls) > 2
@@ -404,6 +405,13 @@ def test_finished_prompts_are_emitted_once_and_complete(tiny, prompts):
         rows, completions.ids[prompt], completions.mask[prompt], strict=True
       ):
         assert ids == row[mask].tolist()
+  # Those of every prompt, a token longer at each look until the row ends.
+  assert len(seen) == len(polls)
+  for prompt, mask in enumerate(completions.mask):
+    kept = completions.ids[prompt][mask].tolist()
+    assert [ids[prompt] for ids in seen] == [
+      [kept[: look + 1]] for look in range(len(seen))
+    ]
 
 
 def test_a_poll_that_raises_abandons_the_rollout(tiny, prompts):
