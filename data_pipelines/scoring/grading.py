@@ -91,7 +91,10 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
     rules.Grade(each.result.problem.pid, each.rule, each.official)
     for each in scored
   )
-  ways = {"strict": [each.strict for each in scored]}
+  ways: dict[str, Sequence[bool | None]] = {
+    "strict": [each.strict for each in scored],
+    **({} if found else {"official": [None] * len(scored)}),
+  }
   for rule, marks in found.items():
     ways[f"official_{rule}" if len(found) > 1 else "official"] = marks
   ways["stored"] = [each.stored for each in scored]

@@ -157,7 +157,7 @@ class _Comparison:
     """True if the first value is the second one times the factor."""
     if factor == 1 and latex.key(gold) == latex.key(answer):
       return True
-    right, other = _read(gold), _read(answer)
+    right, other = read(gold), read(answer)
     if right is None or other is None:
       return False
     if isinstance(factor, fractions.Fraction):
@@ -185,7 +185,7 @@ def _with_letter(text: str, unit: latex.Unit) -> tuple[str, latex.Unit | None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(text: str) -> Any:
+def read(text: str) -> Any:
   """The expression of a text, None if it has none of bounded size."""
   spelling = latex.spelling(text)
   if spelling is None:
@@ -238,7 +238,7 @@ def _bits(expression: Any) -> float:
 
 def _symbols(text: str) -> set:
   """The variables of a value; of what cannot be read the text itself."""
-  found = _read(latex.unit(text)[0])
+  found = read(latex.unit(text)[0])
   return {text} if found is None else found.free_symbols
 
 
@@ -254,14 +254,14 @@ def _gives_a_value(left: str) -> bool:
   """
   if latex.is_name(left):
     return True
-  found = _read(left)
+  found = read(left)
   return found is not None and not (
     len(found.free_symbols) == 1 and found.is_rational_function()
   )
 
 
 def _difference(relation: Shape) -> Any:
-  left, right = _read(relation.parts[0].text), _read(relation.parts[-1].text)
+  left, right = read(relation.parts[0].text), read(relation.parts[-1].text)
   if left is None or right is None:
     raise ValueError("a side is no value")
   return left - right

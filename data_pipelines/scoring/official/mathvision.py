@@ -11,17 +11,18 @@ References:
 
 import math
 import re
-from typing import Any
 
 from data_pipelines import records
 from data_pipelines.scoring.official.golds import official_answer
 from data_pipelines.text import tables
-from data_pipelines.verifier import comparisons, latex
+from data_pipelines.verifier import comparisons, expressions, latex
 
 _SAME_VALUE = f"{__name__}:same_value"
 _TABLE = tables.read("data_pipelines.scoring.official", "mathvision.toml")
 _BOX = re.compile(r"oxed\{(.*)\}", re.DOTALL)
 _ROUND, _CURLY = re.compile(r"\(([a-e])\)"), re.compile(r"\{([a-e])\}")
+# What makes a number a float for Python, even if it is whole.
+_FRACTIONAL = re.compile(r"\\(?!cdot|times)|[/.]")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _SLASH = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
 
@@ -126,13 +127,12 @@ def _value(text: str) -> int | float | None:
   """The real number that a text stands for; None if it stands for none."""
   if "circ" in text:  # The published program cannot read degrees.
     return None
-  from latex2sympy2_extended import latex2sympy
-
   try:
-    found: Any = latex2sympy(text)
+    found = expressions.read(text.replace("$", "").replace(":", "/"))
     names = {"e": math.e, "pi": math.pi}
     value = found.subs({x: names[str(x)] for x in found.free_symbols})
-    number = int(value) if value.is_Integer else float(value)
+    is_whole = value.is_integer and not _FRACTIONAL.search(text)
+    number = int(value) if is_whole else float(value)
     return number if math.isfinite(number) else None
   except Exception:  # The parser raises nearly every kind of exception.
     return None
