@@ -73,12 +73,17 @@ def results(fixtures, tmp_path_factory):
   return files, runs
 
 
+@pytest.fixture(scope="module")
+def written(results, tmp_path_factory):
+  """The file of labelled completions of all runs, and its counts."""
+  out = tmp_path_factory.mktemp("written") / "pairs.jsonl"
+  return out, label_results.label_results(results[0], out)
+
+
 def test_real_responses_become_groups_that_the_verifier_agrees_with(
-  results, tmp_path
+  results, written
 ):
-  files, runs = results
-  out = tmp_path / "pairs.jsonl"
-  counts = label_results.label_results(files, out)
+  (_, runs), (out, counts) = results, written
   found = groups(out)
   assert counts["groups"] == len(found) > 600
   assert counts["completions"] == sum(map(len, found.values()))
@@ -106,9 +111,8 @@ def test_real_responses_become_groups_that_the_verifier_agrees_with(
   assert np.mean(np.abs(differences)) < 60
 
 
-def test_training_reads_the_written_file(results, tmp_path):
-  out = tmp_path / "pairs.jsonl"
-  label_results.label_results(results[0], out)
+def test_training_reads_the_written_file(results, written):
+  out, _ = written
   source = completions.from_file(out, 2)
   rng = np.random.default_rng(0)
   rows = next(iter(results[1].values()))

@@ -31,14 +31,16 @@ EVALUATED = reasoning_gym.EVALUATED
 # Without care they depend on the order of sets, or on the global generator.
 FICKLE = ("isomorphic_strings", "ransom_note", "list_functions")
 DRAW = """
-import sys
+import os, sys
+os.cpu_count = lambda: 1  # A worker imports the library for seconds.
 from data_pipelines.sources.drawn import reasoning_gym
 spec = reasoning_gym.Spec(tuple(sys.argv[1:]), num_problems=24, seed=7)
 print(reasoning_gym.problems(spec))
 """
 
 
-def test_another_process_draws_the_same_problems():
+def test_another_process_draws_the_same_problems(monkeypatch):
+  monkeypatch.setattr(os, "cpu_count", lambda: 1)
   here = reasoning_gym.problems(
     reasoning_gym.Spec(FICKLE, num_problems=24, seed=7)
   )
