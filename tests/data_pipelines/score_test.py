@@ -391,3 +391,87 @@ def test_a_user_error_exits_64_with_the_reason(args, message):
   assert done.returncode == 64
   assert message in done.stderr and "Traceback" not in done.stderr
   assert done.stdout == ""
+
+
+def official(pid, rule, response, answer, **metadata):
+  """A record of --mode=evaluate whose set has a rule of its own."""
+  metadata |= {"official_rule": rule, "official_answer": answer}
+  return record(
+    pid,
+    response,
+    answer,
+    answer_type="integer" if answer.isdigit() else "text",
+    metadata=metadata,
+    official_rule=rule,
+  )
+
+
+def test_each_official_rule_has_a_column_of_its_own(scored):
+  rows = [
+    official("1", "chartqa", "105", "100", human_or_machine=0),
+    official("2", "chartqa", "<answer>100</answer>", "100", human_or_machine=1),
+    official("3", "mathvision", "The answer is 100.", "100", level=2),
+    record("4", "100", "100", official_rule=""),
+    record("unreadable:4", "", "", official_rule=""),
+  ]
+  found, _, printed = scored(rows)
+  assert found["official_rules"] == {"chartqa": 2, "mathvision": 1}
+  rows = {(x["dimension"], x["name"]): x for x in found["rows"]}
+  shares = {
+    way: share and (share["right"], share["problems"])
+    for way, share in rows["overall", "all"].items()
+    if way.startswith(("strict", "official"))
+  }
+  # What could not be read is wrong by each rule.
+  assert shares == {
+    "strict": (3, 5),
+    "official_chartqa": (1, 3),
+    "official_mathvision": (1, 2),
+  }
+  assert rows["human_or_machine", "0"]["official_chartqa"]["right"] == 1
+  assert rows["level", "2"]["official_chartqa"] is None
+  assert ("level", "2") in rows and ("subject", "") not in rows
+  assert (
+    "official_chartqa: the rule of ChartQA relaxed accuracy, for 2 records."
+    in printed.splitlines()
+  )
+  (alone,) = scored([record("1", "5", official_rule="")])[0]["rows"][:1]
+  assert alone["official"] is None
+
+
+def test_we_maths_metric_is_printed_for_both_ways_of_grading(scored):
+  keys = ("2steps_1", "2steps_2", "2steps_multi")
+  rows = [
+    official(key, "wemath", response, "C", key=key, ID="7")
+    for key, response in zip(
+      keys, ("Answer: C", "<answer>C</answer>", "Answer: C"), strict=True
+    )
+  ]
+  found, _, printed = scored(rows)
+  assert found["wemath"]["official"]["strict"]["RM"] == 1
+  assert found["wemath"]["strict"]["strict"]["CM"] == 1
+  assert (
+    "We-Math, by official grades, 1 problems: S1 50.00 %, S2 100.00 %, S3 -; "
+    "IK 0, IG 0; strict: score 0.00 %, CM 0, RM 1 (100.00 %); "
+    "loose: score 100.00 %, CM 1, RM 0 (0.00 %)." in printed
+  )
+  assert ("key", keys[2]) in {
+    (x["dimension"], x["name"]) for x in found["rows"]
+  }
+
+
+def test_our_reading_never_feeds_the_official_column(scored):
+  row = record("1", "So it is 5 cm, I think.", official_rule="mathvista")
+  row["metadata"] = {"official_rule": "mathvista"}
+  first, out, _ = scored([row])
+  again, _, _ = scored(list(out.values()))
+  assert out["1"]["strict_answer"] == "5" and "extraction" not in out["1"]
+  for found in (first, again):
+    assert found["stored_extractions"] == 0
+    assert found["rows"][0]["strict"]["right"] == 1
+    assert found["rows"][0]["official"]["right"] == 0
+
+
+def test_a_list_is_read_in_the_spelling_of_the_official_answers(scored):
+  row = record("1", "<answer>[1,2]</answer>", "[1, 2]", answer_type="list")
+  assert scored([row])[1]["1"]["strict_answer"] == "[1, 2]"

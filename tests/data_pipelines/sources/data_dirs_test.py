@@ -1,10 +1,12 @@
 """The data dirs of a run: opened together, known by contents and share."""
 
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
+from data_pipelines.sources import data_dirs
 from tests.data_pipelines import dataset_test
 from tests.data_pipelines.dataset_test import (
   edit_manifest,
@@ -151,3 +153,28 @@ def test_the_home_is_expanded_in_every_dir(monkeypatch):
   monkeypatch.setenv("HOME", "/home/me")
   config = settings(dirs=(("~/a", 1.0), ("~/b", 2)))
   assert config.data.dirs == (("/home/me/a", 1.0), ("/home/me/b", 2.0))
+
+
+@pytest.mark.parametrize(
+  ("origins", "wanted"),
+  [
+    (
+      {"testmini": {"eval": 51, "train": 272}},
+      "51 of 323 problems of testmini",
+    ),
+    (
+      {"": {"eval": 1, "train": 9, "test": 5}},
+      "1 of 10 problems of the source",
+    ),
+    ({"testmini": {"eval": 323}, "test": {"test": 60}}, ""),
+    ({"train": {"train": 9}, "validation": {"eval": 3}}, ""),
+    ({"synthetic": {"eval": 1, "train": 9}}, ""),
+    ({}, ""),
+  ],
+)
+def test_a_split_that_is_a_part_of_its_source_is_named(origins, wanted):
+  manifest = {"source_splits": origins} if origins else {}
+  folder = data_dirs.DataDir("data.dir", "geo", pathlib.Path("d"), 1, manifest)
+  found = data_dirs.parts([folder], "eval")
+  assert len(found) == bool(wanted)
+  assert wanted in "".join(found)
