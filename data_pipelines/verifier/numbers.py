@@ -33,69 +33,38 @@ _CHARACTERS = FULL_WIDTH | {
 }
 _CHARACTER = re.compile(f"[{re.escape(''.join(_CHARACTERS))}]")
 _SIGNS = _TABLES["signs"]
+_SIGN = re.compile("|".join(map(re.escape, sorted(_SIGNS, reverse=True))))
 _RAISED = str.maketrans(_TABLES["raised"], "0123456789-")
 _RAISED_RUN = re.compile(f"[{_TABLES['raised']}]+")
-_LATEX = tuple(
-  (sign, re.compile(pattern), replacement)
-  for sign, pattern, replacement in _TABLES["latex"]
-)
-
-_NUMBER = re.compile(
-  r"""
-  (?P<sign>(?<![\w.)\]}%\u00b0^])[-+])?
-  (?<![A-Za-z0-9_.^])(?<!\^-)
-  (?>
-    (?P<whole>\d{1,3}(?:,\d{3})++(?!\d) | \d{1,3}(?:[ ]\d{3})++(?!\d)
-      | \d{1,3}(?:'\d{3})++(?!\d) | \d{1,3}(?:\.\d{3}){2,9}+(?!\.?\d)
-      | \d{1,3}(?:\.\d{3}){1,9}+(?=,\d{1,2}(?!\d)) | \d++)
-    (?:\.(?P<part>\d++) | ,(?P<comma_part>\d{1,2}|\d{4,30})(?![\d,]|\.\d))?
-    | \.(?P<bare_part>\d++)
-  )
-  (?!\.\d)
-  (?:\s?[\u00d7\u00b7x*]\s?10\s?\^\s?[({]?(?P<power>-?\d{1,3})[)}]?
-    | [eE](?P<exponent>[-+]?\d{1,3})(?!\w|\.\d)
-    | (?<=10)(?<![\d.,]10)\^(?P<of_ten>-?\d{1,2})(?!\w|\.\d)
-    | \s?/\s?(?P<divisor>\d{1,30}(?:\.\d{1,30})?)
-    | [ ](?P<numerator>\d{1,3})/(?P<denominator>\d{1,3})(?![\d/]|\.\d)
-    | (?P<scale>(?:[kKMB]|[bm]n)(?!\w)
-      | \s?(?i:dozen|hundred|thousand|million|billion|trillion)(?i:s?)\b
-      | \s?[\u4e07\u4ebf])
-  )?
-  """,
-  re.VERBOSE | re.ASCII,
-)
-_BIG = "hundred|thousand|million|billion|trillion"
-_UNITS = "|".join(sorted(WORDS, key=len, reverse=True))
-# "One" is no count in "no one", "which one", "one can see".
-_ONE = (
-  r"(?<!\bno )(?<!\bany )(?<!\bthe )(?<!\bthis )(?<!\bthat )(?<!\beach )"
-  r"(?<!\bwhich )(?<!\bevery )one\b"
-  r"(?!\s(?:can|could|may|might|must|should|would|another|who|which|that|of)\b)"
-)
-_WORD = re.compile(
-  rf"(?<![-\w])(?P<minus>-)?(?:hundred\b|{_ONE}|(?!one\b)(?:{_UNITS})\b)"
-  r"(?![-\s](?:half|third|quarter|fourth|fifth)s?\b)"
-  rf"(?:(?:[\s-]{{1,2}}|(?<=hundred) and )(?:{_UNITS}|{_BIG})\b){{0,9}}"
-  r"(?:\s(?P<dozen>dozen)\b)?",
-  re.IGNORECASE,
-)
 _UNIT_NAMES = {
   name: unit
   for unit, names in _TABLES["units"].items()
   for name in (unit, *names.split())
 }
-# What makes a number a part of a larger expression: the text after and before.
-_UNIT = "|".join(re.escape(name) for name in _UNIT_NAMES if name.isalpha())
-_PART_AFTER = re.compile(
-  _TABLES["part_after"].format(unit=_UNIT, words=_UNITS), re.VERBOSE | re.ASCII
+_NAMES = {
+  "<word>": "|".join(sorted(WORDS, key=len, reverse=True)),
+  "<unit>": "|".join(name for name in _UNIT_NAMES if name.isalpha()),
+  "<han>": "".join(_HAN_DIGITS | _HAN_TENS),
+}
+
+
+def _compiled(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+  """A pattern, in which "<word>" is any number word, "<unit>" any unit."""
+  for name, names in _NAMES.items():
+    pattern = pattern.replace(name, names)
+  return re.compile(pattern, flags)
+
+
+_MARKUP, _LATEX, _SPELLINGS = (
+  [(mark, _compiled(pattern), to) for mark, pattern, to in _TABLES[name]]
+  for name in ("markup", "latex", "spellings")
 )
-_PART_BEFORE = re.compile(_TABLES["part_before"], re.VERBOSE | re.ASCII)
-_JOINED_BEFORE = re.compile(_TABLES["joined_before"].format(unit=_UNIT))
-_UNIT_AFTER = re.compile(rf"\s?(?:{_UNIT})\b")
-_HAN = re.compile(
-  rf"[{''.join(_HAN_DIGITS)}{''.join(_HAN_TENS)}]{{1,9}}"
-  r"(?![\u5206\u4e07\u4ebf])"
+_NUMBER, _PART_AFTER, _PART_BEFORE, _JOINED_BEFORE, _UNIT_AFTER = (
+  _compiled(_TABLES[name], re.VERBOSE | re.ASCII)
+  for name in ("number", "part_after", "part_before", "joined_before", "unit")
 )
+_WORD = _compiled(_TABLES["word"], re.VERBOSE | re.IGNORECASE)
+_HAN = _compiled(_TABLES["han"])
 
 
 class Numeral(NamedTuple):
@@ -123,39 +92,25 @@ def raise_digits(text: str) -> str:
 def plain(text: str) -> str:
   """The text with ASCII digits and signs, without LaTeX and markup."""
   text = open_headings(text)
-  if "<" in text:
-    text = _RE.quoted.sub(r"\1", _RE.token.sub(" ", text))
   if not text.isascii():
     text = raise_digits(text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
-  for mark in ("\\$", "US$", "$", "`"):
-    text = text.replace(mark, "")
-  if "**" in text:
-    text = _RE.power.sub("^", text).replace("**", "")
-  if "_" in text:
-    text = _RE.italics.sub(r"\1", text.replace("__", ""))
-  if "S" in text:
-    text = _RE.ocr_dollar.sub("", text)
-  if any(mark in text for mark in _LATEX_MARKS):
+  text = _replaced(text, _MARKUP)
+  if any(mark in text for mark in ("\\", "{", "\u221a", "sqrt")):
     before = None
     for _ in range(_MAX_NESTING):
-      if text == before:
-        break
-      before = text
-      for sign, pattern, replacement in _LATEX:
-        if sign in text:
-          text = pattern.sub(replacement, text)
-  if any(mark in text for mark in _SIGN_MARKS):
-    for spelling, sign in _SIGNS.items():
-      text = text.replace(spelling, sign)
-  if ":" in text:
-    text = _RE.early.sub("", text)
-  if ">" in text or "\u2192" in text or "\u21d2" in text:
-    text = _RE.arrow.sub(" = ", _RE.first_arrow.sub("", text))
-  if "- " in text:
-    text = _RE.apart.sub(r"\1-", text)
-  if "inus" in text or "egative" in text or "\u8d1f" in text:
-    text = _MINUS.sub("-", text)
+      if text != before:
+        before, text = text, _replaced(text, _LATEX)
+  if any(mark in text for mark in ("\\", "<=", ">=", "!=")):
+    text = _SIGN.sub(lambda m: _SIGNS[m[0]], text)
+  return _replaced(text, _SPELLINGS)
+
+
+def _replaced(text: str, rules: list[tuple[str, re.Pattern[str], str]]) -> str:
+  """The text after each rule whose mark is in it."""
+  for mark, pattern, to in rules:
+    if mark in text:
+      text = pattern.sub(to, text)
   return text
 
 
@@ -164,16 +119,6 @@ def open_headings(text: str) -> str:
   if "**" in text:
     text = _RE.bold_heading.sub(r"\1:", text)
   return _RE.heading.sub(_answer_heading, text) if "#" in text else text
-
-
-_SIGN_MARKS = "\\", "<=", ">=", "!="
-_LATEX_MARKS = "\\", "{", "\u221a", "sqrt"
-_MINUS = re.compile(
-  r"(?:(?:(?<![\d)\]] )(?<!\w )|(?<=\bis )|(?<=\bbe )|(?<=\bof )|(?<=[=:] ))"
-  r"minus[ ]|\bnegative[ ]|\u8d1f[ ]?)"
-  rf"(?=\d|\.\d|(?:{'|'.join(WORDS)})\b)",
-  re.IGNORECASE,
-)
 
 
 def _answer_heading(match: re.Match[str]) -> str:
