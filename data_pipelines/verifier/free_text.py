@@ -45,22 +45,17 @@ def is_hedged(text: str) -> bool:
 
 def without_listed_options(text: str) -> str:
   """The text without adjacent lines that list options."""
-  if "\n" not in text:
-    return text
   lines = text.split("\n")
   listed = [
     bool(_RE.listed_option.fullmatch(line))
     and not phrases.affirmed_letter(line)
     for line in lines
   ]
-  kept = [
+  return "\n".join(
     line
     for i, line in enumerate(lines)
-    if not (
-      listed[i] and (listed[i - 1 : i] + listed[i + 1 : i + 2]).count(True)
-    )
-  ]
-  return "\n".join(kept)
+    if not listed[i] or sum(listed[max(i - 1, 0) : i + 2]) == 1
+  )
 
 
 class _Conflict(Exception):
@@ -113,12 +108,9 @@ def _remaining(sentence: str, options: Options) -> str | None:
 def _from_cue(sentences: list[str], options: Options) -> Found | None:
   """The option in the last sentence that announces an answer."""
   for i in range(len(sentences) - 1, -1, -1):
-    named, after = None, None
     affirmed = phrases.affirmed_letter(sentences[i])
-    if affirmed is not None:
-      named = _option_of_letter(*affirmed, options)
-    if named is None:
-      after = phrases.text_after_cue(sentences, i)
+    named = _option_of_letter(*affirmed, options) if affirmed else None
+    after = None if named else phrases.text_after_cue(sentences, i)
     if after is not None:
       if options.names_several(after):
         return _NOTHING
@@ -193,10 +185,8 @@ def _first_option(after: str, options: Options) -> str | None:
   if named is not None:
     return named
   if small := _RE.small_letter.match(after):
-    named = options.letters.get(small[1].upper())
-    return (
-      options.points_in(small[1])[0] if small[1] in (options.points) else named
-    )
+    letter = options.letters.get(small[1].upper())
+    return options.points.get(small[1], letter)
   for match in _RE.letter.finditer(after[:_MAX_BESIDE]):
     letter = match[1] or match[2] or match[3] or match[4]
     if is_denied(after[:_MAX_BESIDE], match.start()):
@@ -254,16 +244,18 @@ def _yes_or_no(sentences: list[str], options: Options) -> Found:
     return options.folded[opener[1].casefold()], "statement"
   if len(mentioned) == 1 and not phrases.is_refusal(sentences[-1]):
     return mentioned[0], "statement"
-  text = " ".join(sentences)
+  text, first = " ".join(sentences), sentences[0]
   if (
-    _RE.option.search(text) or phrases.is_refusal(text) or phrases.has_cue(text)
+    len(sentences) > 3
+    or len(first.split()) < 4
+    or not phrases.is_assertion(first)
+    or not _RE.asserted.search(first)
+    or _RE.option.search(text)
+    or phrases.is_refusal(text)
+    or phrases.has_cue(text)
   ):
     return _NOTHING
-  if len(sentences) > 3 or not phrases.is_assertion(sentences[0]):
-    return _NOTHING
-  if len(sentences[0].split()) < 4 or not _RE.asserted.search(sentences[0]):
-    return _NOTHING
-  word = "no" if _RE.negated.search(sentences[0]) else "yes"
+  word = "no" if _RE.negated.search(first) else "yes"
   return options.folded[word], "statement"
 
 
@@ -272,6 +264,8 @@ def find_number(text: str) -> Found:
   sentences = phrases.sentences(text)
   if sentences and _RE.therefore.match(sentences[-1]):
     chosen = _concluding_number(sentences[-1])
+    if _gives_several(sentences[-1]):
+      return _NOTHING
     if chosen is not None and not phrases.has_cue(sentences[-1]):
       return _as_answer(chosen, "statement")
   for i in range(len(sentences) - 1, -1, -1):
@@ -356,14 +350,9 @@ def _concluding_number(sentence: str) -> numbers.Numeral | None:
 
 def _last_stated_number(found: list[numbers.Numeral]) -> numbers.Numeral | None:
   """The last number after a verb such as "is", or else the last number."""
-  last = None
-  for number in reversed(found):
-    if _follows(number, _RE.threshold):
-      continue
-    if _follows(number, _RE.verb):
-      return number
-    last = last or number
-  return last
+  stated = [n for n in reversed(found) if not _follows(n, _RE.threshold)]
+  last = stated[0] if stated else None
+  return next((n for n in stated if _follows(n, _RE.verb)), last)
 
 
 def _follows(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:

@@ -169,25 +169,18 @@ def without_thinking(completion: str) -> str | None:
   low = phrases.to_lower(completion)
   if not any(word in low for word in _THINKING["words"]):
     return completion
-  ends = [low.rfind(close) + len(close) for _, close in _THINKING["marks"]]
-  closes = [close for _, close in _THINKING["marks"]]
-  start = max(
-    (end for end, close in zip(ends, closes, strict=True) if end >= len(close)),
-    default=0,
+  closed = [low.rpartition(close) for _, close in _THINKING["marks"]]
+  visible = min(
+    (after for _, mark, after in closed if mark), key=len, default=low
   )
-  low = low[start:]
-  if any(opening in low for opening, _ in _THINKING["marks"]):
+  if any(opening in visible for opening, _ in _THINKING["marks"]):
     return None
-  return completion[start:]
+  return completion[len(completion) - len(visible) :]
 
 
 # How the answers of each type are written; `unchecked` ones as texts.
-_WRITTEN = {
-  "text": "text",
-  "expression": "expression",
-  "scored": "scored",
-  "unchecked": "text",
-}
+_WRITTEN = {x: x for x in ("text", "expression", "scored")}
+_WRITTEN["unchecked"] = "text"
 
 
 def _start_written(
@@ -263,9 +256,8 @@ def _as_choice(
   problem: records.Problem, pair: tuple[str, str]
 ) -> records.Problem:
   """A question for yes or no as one of two options."""
-  (answer,) = [
-    x for x in pair if x.casefold() == written.text_key(problem.answer)
-  ]
+  right = written.text_key(problem.answer)
+  (answer,) = [x for x in pair if x.casefold() == right]
   return dataclasses.replace(
     problem, question_type="multi_choice", choices=pair, answer=answer
   )
@@ -291,17 +283,15 @@ def _from_tags(
 
 
 def _clip(text: str) -> str:
-  if len(text) <= _HEAD + _TAIL:
-    return text
-  return f"{text[:_HEAD]}\n{text[-_TAIL:]}"
+  is_short = len(text) <= _HEAD + _TAIL
+  return text if is_short else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
 
 
 def _is_right(answer: str, problem: records.Problem) -> bool:
   """True if a parsed answer is the problem's."""
-  if not problem.is_checkable:
-    return False
-  return _equals(answer, problem.answer, problem) or any(
-    _equals(answer, alias, problem) for alias in problem.aliases
+  golds = (problem.answer, *problem.aliases)
+  return problem.is_checkable and any(
+    _equals(answer, gold, problem) for gold in golds
   )
 
 
@@ -309,22 +299,26 @@ def _equals(answer: str, gold: str, problem: records.Problem) -> bool:
   """True if a parsed answer is this right one."""
   if problem.question_type == "multi_choice":
     return answer.strip() == gold.strip()
-  if problem.answer_type == "list":
-    right = _parse_list(gold)
-    return answer == right or (
-      right is not None and _lists_are_close(answer, right, problem.tolerance)
-    )
-  right = numbers.only_number(gold)
-  if right is None:
-    return False
-  error = abs(decimal.Decimal(answer) - right)
   # Relative to the right answer, as ChartQA's relaxed accuracy.
-  if error <= decimal.Decimal(str(problem.tolerance)) * abs(right):
-    return True
+  tolerance = decimal.Decimal(str(problem.tolerance))
+  if problem.answer_type == "list":
+    right = _parse_list(gold) or ""
+    if _RE.number.sub("0", answer) != _RE.number.sub("0", right):
+      return False
+    found, values = map(_RE.number.findall, (answer, right))
+    pairs = zip(
+      map(decimal.Decimal, found), map(decimal.Decimal, values), strict=True
+    )
+    return all(abs(one - two) <= tolerance * abs(two) for one, two in pairs)
+  value = numbers.only_number(gold)
+  if value is None:
+    return False
+  error = abs(decimal.Decimal(answer) - value)
   if problem.answer_type == "float" and problem.precision >= 0:
     # Rounds to the right answer, whichever way a half is rounded.
-    return 2 * error <= decimal.Decimal(1).scaleb(-problem.precision)
-  return error == 0
+    if 2 * error <= decimal.Decimal(1).scaleb(-problem.precision):
+      return True
+  return error <= tolerance * abs(value)
 
 
 def _parse(text: str, problem: records.Problem) -> str | None:
@@ -340,9 +334,7 @@ def _parse(text: str, problem: records.Problem) -> str | None:
     return str(int(text))
   plain = numbers.strip_lead_in(text)
   value = numbers.only_number(plain)
-  if value is None:
-    return None
-  if numbers.has_other_unit(plain, value, problem.unit):
+  if value is None or numbers.has_other_unit(plain, value, problem.unit):
     return None
   return numbers.canonical(value)
 
@@ -395,11 +387,9 @@ def _from_free_text(
   if problem.question_type == "multi_choice":
     return free_text.find_option(text, options.parse_options(problem.choices))
   answer, how = free_text.find_number(text)
-  if answer and numbers.has_other_unit(
-    text, decimal.Decimal(answer), problem.unit
-  ):
-    return None, "none"
-  return answer, how
+  value = decimal.Decimal(answer or 0)
+  has_other_unit = answer and numbers.has_other_unit(text, value, problem.unit)
+  return (None, "none") if has_other_unit else (answer, how)
 
 
 def _from_boxes(boxes: list[str], problem: records.Problem) -> str | None:
@@ -422,20 +412,6 @@ def _stated_after(
   return None
 
 
-def _lists_are_close(answer: str, right: str, tolerance: float) -> bool:
-  """True if lists differ only in numbers that are close to each other."""
-  if not tolerance or _RE.number.sub("0", answer) != _RE.number.sub("0", right):
-    return False
-  limit = decimal.Decimal(str(tolerance))
-  return all(
-    abs(decimal.Decimal(found) - decimal.Decimal(value))
-    <= limit * abs(decimal.Decimal(value))
-    for found, value in zip(
-      _RE.number.findall(answer), _RE.number.findall(right), strict=True
-    )
-  )
-
-
 _NO_SPACE_OR_QUOTES = str.maketrans("", "", " \t\n\r'\"")
 
 
@@ -447,11 +423,8 @@ def _parse_list(text: str) -> str | None:
     text = text[1:-1]
   if not bracketed:
     text = f"[{text}]"
-  if (
-    not text.endswith("]")
-    or len(text) < 3
-    or text.count("[") != text.count("]")
-  ):
+  is_closed = text.endswith("]") and text.count("[") == text.count("]")
+  if not is_closed or len(text) < 3:
     return None
   items = []
   for item in text[1:-1].split(","):
