@@ -158,25 +158,19 @@ def _from_letter(
 
 def _bracketed_options(sentences: list[str], options: Options) -> set[str]:
   """The options whose letters are in brackets and not denied."""
-  return {
-    _option_of_letter(match[1], sentence[match.end() :], options) or ""
-    for sentence in sentences
-    if "(" in sentence and not phrases.is_denial(sentence)
-    for match in itertools.islice(
-      _RE.bracketed.finditer(sentence), _MAX_BRACKETED
-    )
-    if match[1] in options.letters
-    and not is_denied(sentence, _start_of_name(sentence, match, options))
-  }
-
-
-def _start_of_name(
-  sentence: str, match: re.Match[str], options: Options
-) -> int:
-  """The index of the option's text right before its letter, or the letter's."""
-  before = sentence[: match.start()].rstrip().casefold()
-  name = options.letters[match[1]].casefold()
-  return len(before) - len(name) if before.endswith(name) else match.start()
+  found = set()
+  for sentence in sentences:
+    if "(" not in sentence or phrases.is_denial(sentence):
+      continue
+    letters = _RE.bracketed.finditer(sentence)
+    for match in itertools.islice(letters, _MAX_BRACKETED):
+      name = options.letters.get(match[1])
+      before = sentence[: match.start()].rstrip().casefold()
+      before = before.removesuffix((name or "").casefold())  # "not red (A)"
+      if name is not None and not is_denied(before, len(before)):
+        rest = sentence[match.end() :]
+        found.add(_option_of_letter(match[1], rest, options) or "")
+  return found
 
 
 def _first_option(after: str, options: Options) -> str | None:

@@ -8,6 +8,7 @@ characters long. Knows nothing of sympy.
 
 import fractions
 import functools
+import itertools
 import re
 from typing import NamedTuple
 
@@ -82,13 +83,10 @@ def number(text: str) -> fractions.Fraction | None:
   match = _RE.number.fullmatch(normalize(text))
   if not match or len(match[0]) > _MAX_DIGITS:
     return None
-  if match["whole"] is not None:
-    value = fractions.Fraction(match["whole"])
-  else:
-    below = int(match["below"] or match["bottom"])
-    if not below:
-      return None
-    value = fractions.Fraction(int(match["above"] or match["top"]), below)
+  below = fractions.Fraction(match["below"] or match["bottom"] or 1)
+  if not below:
+    return None
+  value = fractions.Fraction(match["above"] or match["top"]) / below
   return -value if match["sign"] else value
 
 
@@ -101,11 +99,8 @@ def is_readable(text: str) -> bool:
     return False
   if any(name not in _COMMANDS for name in _RE.command.findall(text)):
     return False
-  depth = deepest = 0
-  for character in text:
-    depth += (character in "({[") - (character in ")}]")
-    deepest = max(deepest, depth)
-  return deepest <= _MAX_DEPTH
+  steps = ((x in "({[") - (x in ")}]") for x in text)
+  return max(itertools.accumulate(steps), default=0) <= _MAX_DEPTH
 
 
 def _add_braces(text: str) -> str:
@@ -176,7 +171,7 @@ def parse(text: str) -> Shape:
     (_RE.both, _both),
     (_RE.separator, _several),
     (_RE.relation, _relation),
-    (_RE.cup, _union),
+    (_RE.cup, lambda parts: Shape("union", tuple(map(parse, parts)))),
   ):
     if len(parts := split(text, pattern)) > 1:
       return make(parts)
@@ -267,10 +262,6 @@ def _relation(parts: list[str]) -> Shape:
   return Shape("equation", (first, *map(parse, sides[1:])))
 
 
-def _union(parts: list[str]) -> Shape:
-  return Shape("union", tuple(parse(part) for part in parts))
-
-
 def _parse_brackets(text: str) -> Shape | None:
   """The shape of a text in one pair of brackets, with commas in it."""
   opening = _RE.opening.match(text)
@@ -279,12 +270,12 @@ def _parse_brackets(text: str) -> Shape | None:
     return None
   inside = text[opening.end() : closing.start()]
   # The first bracket must close with the last one.
-  depth = 0
-  for token in _RE.token.findall(inside):
-    depth += bool(_RE.opening.fullmatch(token))
-    depth -= bool(_RE.closing.fullmatch(token))
-    if depth < 0:
-      return None
+  steps = (
+    bool(_RE.opening.fullmatch(x)) - bool(_RE.closing.fullmatch(x))
+    for x in _RE.token.findall(inside)
+  )
+  if min(itertools.accumulate(steps), default=0) < 0:
+    return None
   parts = tuple(parse(part) for part in split(inside, _RE.comma))
   brackets = opening[0] + closing[0]
   if brackets == "{}" and len(parts) == 1:

@@ -55,9 +55,9 @@ def _compiled(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
   return re.compile(pattern, flags)
 
 
-_MARKUP, _LATEX, _SPELLINGS = (
+_HEADINGS, _MARKUP, _LATEX, _SPELLINGS = (
   [(mark, _compiled(pattern), to) for mark, pattern, to in _TABLES[name]]
-  for name in ("markup", "latex", "spellings")
+  for name in ("headings", "markup", "latex", "spellings")
 )
 _NUMBER, _PART_AFTER, _PART_BEFORE, _JOINED_BEFORE, _UNIT_AFTER = (
   _compiled(_TABLES[name], re.VERBOSE | re.ASCII)
@@ -116,15 +116,7 @@ def _replaced(text: str, rules: list[tuple[str, re.Pattern[str], str]]) -> str:
 
 def open_headings(text: str) -> str:
   """The text with headings as lines; a heading "Answer" becomes "Answer:"."""
-  if "**" in text:
-    text = _RE.bold_heading.sub(r"\1:", text)
-  return _RE.heading.sub(_answer_heading, text) if "#" in text else text
-
-
-def _answer_heading(match: re.Match[str]) -> str:
-  """The text of a heading; a heading "Answer" becomes "Answer:"."""
-  text = match[1].strip(" \t*#")
-  return f"{text}:" if _RE.answer_heading.fullmatch(text) else match[1]
+  return _replaced(text, _HEADINGS)
 
 
 def strip_lead_in(text: str) -> str:
@@ -147,7 +139,13 @@ def number_words(text: str) -> Iterator[Numeral]:
 
 
 def _without_labels(found: Iterator[re.Match[str]]) -> Iterator[Numeral]:
-  return (Numeral(x) for x in found if not _RE.label.search(_text_before(x)))
+  return (Numeral(x) for x in found if not _is_label(_text_before(x)))
+
+
+def _is_label(before: str) -> bool:
+  """True if the text before a number ends with a noun such as "Figure"."""
+  is_word = before.rstrip(" .(#")[-1:].isalpha()
+  return is_word and _RE.label.search(before[-20:]) is not None
 
 
 def _text_before(match: re.Match[str]) -> str:
@@ -156,26 +154,30 @@ def _text_before(match: re.Match[str]) -> str:
 
 def has_other_unit(text: str, value: decimal.Decimal, unit: str) -> bool:
   """True if a plain text last gives this value another unit than this one."""
-  asked = _unit_name(unit) if unit else None
-  if asked is None:
+  asked = _unit_name(unit or "")
+  if not asked:
     return False
   found = [*numerals(text), *number_words(text)]
-  found = [x for x in found if x.value == value]
+  found = [number for number in found if number.value == value]
   last = max(found, key=lambda number: number.start, default=None)
-  word = last and _RE.unit_word.match(text, last.match.end())
-  return bool(word) and _unit_name(word[1]) not in (None, asked)
+  return _unit_after(last) not in ("", asked)
 
 
 def unit_of(text: str) -> str:
   """The unit of the first number in a plain text, or ""."""
-  first = next(numerals(text), None)
-  word = first and _RE.unit_word.match(text, first.match.end())
-  return (_unit_name(word[1]) if word else None) or ""
+  return _unit_after(next(numerals(text), None))
 
 
-def _unit_name(word: str) -> str | None:
+def _unit_after(number: Numeral | None) -> str:
+  """The unit right after a number, or ""."""
+  match = number and number.match
+  word = match and _RE.unit_word.match(match.string, match.end())
+  return _unit_name(word[1]) if word else ""
+
+
+def _unit_name(word: str) -> str:
   word = word.strip()
-  return _UNIT_NAMES.get(word, _UNIT_NAMES.get(word.casefold()))
+  return _UNIT_NAMES.get(word) or _UNIT_NAMES.get(word.casefold(), "")
 
 
 def only_number(text: str) -> decimal.Decimal | None:

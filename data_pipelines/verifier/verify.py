@@ -97,13 +97,8 @@ def verify_all(
 ) -> list[Verdict]:
   """Judges each completion as `verify` does; expressions are compared together.
 
-  Args:
-    completions: Any texts.
-    problems: The problem of each completion.
-    truncated: True where a completion was cut off; None if none was.
-
-  Returns:
-    The verdicts in the order of the completions.
+  The verdicts are in the order of the completions; `truncated` is True where
+  one was cut off.
 
   Raises:
     RuntimeError: An expression needs a worker, and none can be started.
@@ -129,21 +124,42 @@ def _start(
   completion: str, problem: records.Problem, truncated: bool
 ) -> Verdict | Callable[[], Verdict]:
   """The verdict, or a function that waits for it."""
-  kind = problem.answer_type
-  if problem.question_type != "multi_choice":
-    if kind == "text" and (pair := written.yes_or_no(problem.answer)):
-      problem = _as_choice(problem, pair)
-    elif kind in _WRITTEN:
-      return _start_written(completion, problem, _WRITTEN[kind], truncated)
-  parse = functools.partial(_read, problem=problem)
-  answer, how = _find(
-    completion, parse, lambda text: _from_free_text(text, problem), truncated
-  )
-  unknown = not problem.is_checkable
+  is_choice = problem.question_type == "multi_choice"
+  kind = None if is_choice else _WRITTEN.get(problem.answer_type)
+  if kind == problem.answer_type == "text":
+    if found := written.yes_or_no(problem.answer):
+      kind, (answer, choices) = None, found
+      problem = dataclasses.replace(
+        problem, question_type="multi_choice", choices=choices, answer=answer
+      )
+  if kind:
+    read = functools.partial(written.clean, kind=kind)
+    find = functools.partial(written.find, kind=kind)
+  else:
+    read = functools.partial(_read, problem=problem)
+    find = functools.partial(_from_free_text, problem=problem)
+  answer, how = _find(completion, read, find, truncated)
   if answer is None:
-    return _UNKNOWN if unknown else _NOTHING
-  correct = _is_right(answer, problem)
-  return Verdict(answer=answer, how=how, correct=correct, abstained=unknown)
+    return _NOTHING if problem.is_checkable else _UNKNOWN
+  verdict = functools.partial(Verdict, answer=answer, how=how)
+  if not problem.is_checkable:
+    return verdict(correct=False, abstained=True)
+  pending = _compare(answer, problem, kind)
+  if isinstance(pending, bool):
+    return verdict(correct=pending)
+
+  def wait() -> Verdict:
+    results = [comparisons.is_right(each) for each in pending]
+    correct = True in results
+    abstained = None in results and not correct
+    return verdict(correct=correct, abstained=abstained)
+
+  return wait
+
+
+# How the answers of each type are written; `unchecked` ones as texts.
+_WRITTEN = {x: x for x in ("text", "expression", "scored")}
+_WRITTEN["unchecked"] = "text"
 
 
 def _find(
@@ -178,44 +194,6 @@ def without_thinking(completion: str) -> str | None:
   return completion[len(completion) - len(visible) :]
 
 
-# How the answers of each type are written; `unchecked` ones as texts.
-_WRITTEN = {x: x for x in ("text", "expression", "scored")}
-_WRITTEN["unchecked"] = "text"
-
-
-def _start_written(
-  completion: str, problem: records.Problem, kind: str, truncated: bool
-) -> Verdict | Callable[[], Verdict]:
-  """Judges an answer that is a text, an expression or for a scorer."""
-  answer, how = _find(
-    completion,
-    functools.partial(written.clean, kind=kind),
-    functools.partial(written.find, kind=kind),
-    truncated,
-  )
-  if not problem.is_checkable:
-    if answer is None:
-      return _UNKNOWN
-    return Verdict(answer=answer, how=how, correct=False, abstained=True)
-  if answer is None:
-    return _NOTHING
-  verdict = functools.partial(Verdict, answer=answer, how=how)
-  if kind == "text":
-    right = any(written.same_text(answer, gold) for gold in _golds(problem))
-    return verdict(correct=right)
-  pending = _compare(answer, problem)
-  if isinstance(pending, bool):
-    return verdict(correct=pending)
-
-  def wait() -> Verdict:
-    results = [comparisons.is_right(each) for each in pending]
-    correct = True in results
-    abstained = None in results and not correct
-    return verdict(correct=correct, abstained=abstained)
-
-  return wait
-
-
 def _golds(problem: records.Problem) -> list[str]:
   """The right answers of a problem, read as answers in tags are."""
   texts = (problem.answer, *problem.aliases)
@@ -226,16 +204,21 @@ _clean = functools.lru_cache(maxsize=4096)(written.clean)
 
 
 def _compare(
-  answer: str, problem: records.Problem
+  answer: str, problem: records.Problem, kind: str | None
 ) -> bool | list[futures.Future[Any]]:
-  """Compares an expression, or starts to compare it in a worker."""
-  if problem.answer_type == "scored":
+  """Compares an answer, or starts to compare it in a worker."""
+  if kind == "scored":
     scorer, _, task = str(problem.metadata.get("scorer", "")).partition(":")
     path = comparisons.SCORERS.get(scorer)
     if path is None:
       return False
     entry = problem.metadata.get("entry")
     return [comparisons.start(path, task, answer, entry)]
+  if kind is None:
+    golds = (problem.answer, *problem.aliases)
+    return any(_equals(answer, gold, problem) for gold in golds)
+  if kind == "text":
+    return any(written.same_text(answer, gold) for gold in _golds(problem))
   pending = []
   for gold in _golds(problem):
     if latex.key(gold) == latex.key(answer):
@@ -250,17 +233,6 @@ def _compare(
       arguments = gold, answer, problem.tolerance
       pending.append(comparisons.start(comparisons.EXPRESSIONS, *arguments))
   return pending or False
-
-
-def _as_choice(
-  problem: records.Problem, pair: tuple[str, str]
-) -> records.Problem:
-  """A question for yes or no as one of two options."""
-  right = written.text_key(problem.answer)
-  (answer,) = [x for x in pair if x.casefold() == right]
-  return dataclasses.replace(
-    problem, question_type="multi_choice", choices=pair, answer=answer
-  )
 
 
 def _from_tags(
@@ -285,14 +257,6 @@ def _from_tags(
 def _clip(text: str) -> str:
   is_short = len(text) <= _HEAD + _TAIL
   return text if is_short else f"{text[:_HEAD]}\n{text[-_TAIL:]}"
-
-
-def _is_right(answer: str, problem: records.Problem) -> bool:
-  """True if a parsed answer is the problem's."""
-  golds = (problem.answer, *problem.aliases)
-  return problem.is_checkable and any(
-    _equals(answer, gold, problem) for gold in golds
-  )
 
 
 def _equals(answer: str, gold: str, problem: records.Problem) -> bool:
@@ -354,7 +318,7 @@ def _from_free_text(
   if odd:
     answers = {_read(inside, problem) for _, inside in odd}
     return (answers.pop() if len(answers) == 1 else None), "tag"
-  fields = [match[match.lastgroup or 0] for match in _RE.field.finditer(text)]
+  fields = written.fields(text)
   if fields:
     answers = {_parse(field, problem) for field in fields}
     return (answers.pop() if len(answers) == 1 else None), "json"
@@ -370,12 +334,7 @@ def _from_free_text(
   answer = _parse(text, problem)
   if answer is not None:
     return answer, "bare"
-  bold = {
-    _parse(part, problem)
-    for line in text.split("\n")
-    if "**" in line and phrases.is_assertion(line)
-    for part in _RE.bold.findall(line)
-  } - {None}
+  bold = {_parse(part, problem) for part in written.bold_parts(text)} - {None}
   if len(bold) == 1:
     return bold.pop(), "bold"
   text = free_text.without_listed_options(numbers.plain(text))

@@ -23,13 +23,11 @@ _MAX_WORD = 20
 def find(text: str, kind: str) -> tuple[str | None, str]:
   """The answer in a completion without a tag, and the rule that found it.
 
-  Args:
-    text: The completion, or its first and last characters.
-    kind: "text", "expression" or "scored".
+  `kind` is "text", "expression" or "scored".
   """
-  fields = {clean(x, kind) for x in map(_json_text, _RE.field.findall(text))}
-  if fields:
-    return (fields.pop() if len(fields) == 1 else None), "json"
+  found = {clean(field, kind) for field in fields(text)}
+  if found:
+    return (found.pop() if len(found) == 1 else None), "json"
   boxes, end = last_boxes(text)
   if line := _RE.answer_line.findall(text[end:]) if boxes else None:
     return clean(line[-1], kind), "cue"
@@ -53,12 +51,7 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
   if "\n" not in text and len(text) <= _MAX_BARE and text[-1:] != "?":
     if kind == "text" or _is_formula(text):
       return clean(text, kind), "bare"
-  bold = {
-    x
-    for line in text.split("\n")
-    if "**" in line and phrases.is_assertion(line)
-    for x in _RE.bold.findall(line)
-  }
+  bold = bold_parts(text)
   if len(bold) == 1 and (kind == "text" or _is_formula(min(bold))):
     return clean(bold.pop(), kind), "bold"
   if kind == "expression" and parts:
@@ -119,8 +112,16 @@ def _one_line(match: re.Match[str]) -> str:
   return f"${' '.join((match[1] or match[2]).split())}$"
 
 
-def _json_text(groups: tuple[str, ...]) -> str:
-  return next((x for x in groups if x), "").replace("\\\\", "\\")
+def fields(text: str) -> list[str]:
+  """The values of fields "answer" in JSON."""
+  found = _RE.field.findall(text)
+  return [next(filter(None, x), "").replace("\\\\", "\\") for x in found]
+
+
+def bold_parts(text: str) -> set[str]:
+  """What stands in bold type in lines that assert something."""
+  lines = [x for x in text.split("\n") if "**" in x and phrases.is_assertion(x)]
+  return {part for line in lines for part in _RE.bold.findall(line)}
 
 
 def last_boxes(text: str) -> tuple[list[str], int]:
@@ -199,8 +200,8 @@ def _last_formula(text: str, sentence: str) -> tuple[str | None, str]:
   return clean(", ".join(texts), "expression"), "statement"
 
 
-def yes_or_no(answer: str) -> tuple[str, str] | None:
-  """Yes and No, or True and False, if the answer is one of them."""
-  pairs = {"yes": ("Yes", "No"), "true": ("True", "False")}
-  pairs |= {"no": pairs["yes"], "false": pairs["true"]}
-  return pairs.get(text_key(answer))
+def yes_or_no(answer: str) -> tuple[str, tuple[str, str]] | None:
+  """An answer that is yes, no, true or false, and the two options it is of."""
+  pairs = ("Yes", "No"), ("True", "False")
+  found = ((x, pair) for pair in pairs for x in pair)
+  return next((x for x in found if x[0].casefold() == text_key(answer)), None)

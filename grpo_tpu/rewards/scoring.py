@@ -278,7 +278,7 @@ def _verdicts(
       return [functions.one_line(error)]
     flags = [False] * len(completions) if truncated is None else truncated
     rows = zip(completions, problems, flags, strict=True)
-    return [_verdicts(*([x] for x in row))[0] for row in rows]
+    return [_verdicts([x], [y], [z])[0] for x, y, z in rows]
   return [
     "the comparison with the right answer took too long, or ended its process"
     if verdict.abstained and problem.is_checkable

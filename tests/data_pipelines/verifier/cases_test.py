@@ -36,10 +36,11 @@ def test_verdicts_by_kind(kind):
       group.get("unit"),
       group.get("precision"),
     )
-    for label, response in itertools.chain(
-      ((True, text) for text in group["right"]),
-      ((False, text) for text in group["wrong"]),
-    ):
+    labelled = [(True, text) for text in group["right"]]
+    labelled += [(False, text) for text in group["wrong"]]
+    forms = group.get("forms", ["<>"])
+    for (label, text), form in itertools.product(labelled, forms):
+      response = form.replace("<>", text)
       verdict = verify.verify(response, problem)
       if verdict.correct != label:
         wrong.append((label, problem.answer, response, verdict.answer))
