@@ -29,10 +29,8 @@ from data_pipelines.validation import SettingError, to_path, user_errors
 _MAX_EXAMPLES = 100
 _TYPES = ("question_type", "answer_type")
 # The fields of a problem, besides the question, that decide a verdict.
-_RULES = (*_TYPES, "answer", "aliases", "choices", "unit", "precision")
-_RULES += ("tolerance",)
+_RULES = ("answer", "aliases", "unit", "precision", "tolerance")
 _CHANGES = {"right_to_wrong": -1, "wrong_to_right": 1}
-
 
 Files = list[pathlib.Path]  # The results files of one side, one per run.
 
@@ -54,8 +52,7 @@ def compare_files(
     after: The same for the other side.
     by: Columns of the problems' metadata whose values make slices; also
       `question_type` and `answer_type`.
-    data_dir: Data dir with the problems and their images; "" takes the problems
-      from the files.
+    data_dir: Data dir with the problems and their images, if not the files.
     report: File for a page of what changed, if any.
     scores: File for the figures as JSON, if any; see `_compare`.
 
@@ -63,14 +60,13 @@ def compare_files(
     SettingError: The files cannot be compared, or an output cannot be written.
   """
   pairs = _find_pairs(before, after)
-  outputs = [pathlib.Path(name) for name in (report, scores) if name]
+  outputs = [name for name in (report, scores) if name]
   for side in (files for pair in pairs for files in pair):
     together = [os.path.realpath(file) for file in (*side, *outputs)]
     if len(set(together)) < len(together):
       raise SettingError(
-        f"the runs of a side ({', '.join(map(str, side))}), --report "
-        f"({report!r}) and --scores ({scores!r}) must be different files; name "
-        "each once."
+        f"the runs of a side and the outputs ({', '.join(together)}) must be "
+        "different files; name each once."
       )
   compared = [_compare(x, y, by, data_dir) for x, y in pairs]
   if report:
@@ -155,14 +151,12 @@ def _compare(
   problems, pids = [x.problem for x in judged[0]], {x.pid for x in shared}
   runs = [
     {
-      "file": str(file),
-      "left_out": [pid for pid in every if pid not in pids],
-      "no_response": sum(x.response is None for x in kept),
+      "file": str(files[i]),
+      "left_out": [pid for pid in found[i] if pid not in pids],
+      "no_response": sum(x.response is None for x in judged[i]),
       **statistics.share(int(row.sum()), row.size),
     }
-    for file, every, kept, row in zip(
-      *(files, found, judged, is_right), strict=True
-    )
+    for i, row in enumerate(is_right)
   ]
   count, pairs = len(before), list(zip(judged, verdicts, strict=True))
   table, examples = _figures(is_right, count), {}
@@ -210,28 +204,27 @@ def _slices(
 ) -> list[tuple[str, list[int]]]:
   """The values of a column, with the indices of the problems of each."""
   members: dict[str, list[int]] = {}
-  for index, problem in enumerate(problems):
-    for value in _values(problem, column):
+  # The tables of `score` say "skill".
+  column = "skills" if column == "skill" else column
+  tables = [
+    {**{name: getattr(x, name) for name in _TYPES}, **x.metadata}
+    if not figures.is_unreadable(x.pid)
+    else {}
+    for x in problems
+  ]
+  for index, table in enumerate(tables):
+    values = table.get(column)
+    values = values if isinstance(values, list) else [values]
+    kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
+    for value in dict.fromkeys(map(str, kept)):
       members.setdefault(value, []).append(index)
   if not members:
-    known = {name for x in problems for name in x.metadata}.union(_TYPES)
+    known = sorted({name for table in tables for name in table})
     raise SettingError(
       f"--by ({column!r}) must name columns of the problems; name some of "
-      f"{', '.join(map(shorten, sorted(known)))}."
+      f"{', '.join(map(shorten, known))}."
     )
   return sorted(members.items())
-
-
-def _values(problem: records.Problem, column: str) -> list[str]:
-  if figures.is_unreadable(problem.pid):
-    return []
-  if column in _TYPES:
-    return [getattr(problem, column)]
-  # The tables of `score` say "skill".
-  values = problem.metadata.get("skills" if column == "skill" else column)
-  values = values if isinstance(values, list) else [values]
-  kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
-  return list(dict.fromkeys(map(str, kept)))
 
 
 def _same_problems(
@@ -253,7 +246,7 @@ def _same_problems(
     problems.append(wanted.get(pid, best))
     questions = {_words(x.question) for x in (*own, problems[-1])} - {()}
     # A data dir may hold a corrected answer.
-    fields = ("question_type", "choices") if pid in wanted else _RULES
+    fields = (*_TYPES, "choices", *(_RULES if pid not in wanted else ()))
     rules = {tuple(getattr(x, y) for y in fields) for x in (*own, problems[-1])}
     if len(questions) > 1 or len(rules) > 1:
       faults.append(f"{shorten(pid)} has another question or answer")

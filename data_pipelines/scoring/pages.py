@@ -40,13 +40,13 @@ def image_uri(encoded: bytes) -> str:
   except (ValueError, OSError):
     return ""
   small.thumbnail((_MAX_SIDE, _MAX_SIDE))
-  found = []
-  for kind, options in (("png", {}), ("jpeg", {"quality": 80})):
+  uris = []
+  for kind in ("png", "jpeg"):
     file = io.BytesIO()
-    small.save(file, kind, **options)
-    found.append((len(file.getvalue()), kind, file.getvalue()))
-  _, kind, data = min(found)
-  return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    small.save(file, kind, quality=80)
+    data = base64.b64encode(file.getvalue()).decode()
+    uris.append(f"data:image/{kind};base64,{data}")
+  return min(uris, key=len)
 
 
 def figure(share: Mapping[str, Any]) -> str:

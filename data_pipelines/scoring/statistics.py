@@ -123,10 +123,9 @@ def comparison(
 ) -> dict[str, int | float]:
   """Compares two sets of answers to the same problems.
 
-  Returns:
-    `difference`, the first share of right answers minus the second; the numbers
-    of problems right in `only_first` or `only_second`; and the `p_value` of the
-    exact two-sided sign test on these.
+  `difference` is the first share of right answers minus the second; `p_value`
+  is of the exact two-sided sign test on `only_first` and `only_second`, the
+  numbers of problems right in one alone.
   """
   import scipy.stats
 
@@ -204,7 +203,7 @@ def paired_comparison(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
   low, high = (center + sign * half_width(LEVEL) for sign in (-1, 1))
   if len(before) == len(after) == 1:
     p_value = comparison(after[0], before[0])["p_value"]
-    if p_value > LEVEL:
+    if p_value >= LEVEL:
       low, high = min(low, 0.0), max(high, 0.0)
   elif half_width(_LEAST_P_VALUE) < abs(center):
     p_value = _LEAST_P_VALUE
@@ -222,10 +221,7 @@ def paired_comparison(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """Corrects p-values for their number, after Holm.
-
-  The chance that any of them is below a level by luck is at most the level.
-  """
+  """Corrects p-values for their number, after Holm."""
   order = np.argsort(p_values, kind="stable")
   scaled = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
   corrected = np.empty(len(order))

@@ -12,8 +12,8 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.scoring.comparison import compare_files
-from data_pipelines.sources import stored
 from data_pipelines.validation import SettingError
+from tests.data_pipelines.sources import taken
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -281,7 +281,7 @@ def problem(pid, colour, **changes):
 def test_the_problems_of_a_data_dir_judge_and_are_shown(tmp_path):
   data_dir = tmp_path / "data"
   made = [problem(p, "red", metadata={"task": "t"}) for p in "1234"]
-  stored.write({"eval": made[:2], "train": made[2:]}, data_dir)
+  taken.write({"eval": made[:2], "train": made[2:]}, data_dir)
   # The files hold an older answer.
   before = results(tmp_path / "a.json", "12", pids="123", answer="6")
   after = results(tmp_path / "b.json", "13", pids="123", answer="7")
