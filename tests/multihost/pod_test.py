@@ -133,3 +133,26 @@ def test_a_mixture_of_pictures_and_text_is_the_same_on_any_hosts(
   broken.finish(TWO)
   assert broken.rows() == two.rows()
   assert broken.samples() == two.samples()
+
+
+@pytest.mark.nightly
+def test_sets_and_samples_are_evaluated_by_two_hosts_as_by_one(
+  machine, new_pod
+):
+  sets = ((name, str(machine.data), name) for name in ("train", "eval"))
+  settings = (
+    f"--config.eval.sets={tuple((f'{x}_set', y, z) for x, y, z in sets)}",
+    "--config.train.num_steps=2",
+    "--config.eval.every_steps=1",
+    # Neither hosts nor batches divide it.
+    "--config.eval.num_problems=13",
+    "--config.eval.batch_size=8",
+    "--config.eval.num_samples=4",
+    "--config.eval.temperature=0.7",
+  )
+  one, two = (new_pod(*settings).finish(x) for x in (ALONE, TWO))
+  for row, wanted in zip(two.rows(), one.rows(), strict=True):
+    names = [name for name in wanted if name.startswith("eval/")]
+    assert "eval/pass_at_2/eval_set" in names
+    assert {k: row[k] for k in names} == {k: wanted[k] for k in names}
+  assert len({row["eval/reward/train_set"] for row in one.rows()}) > 1

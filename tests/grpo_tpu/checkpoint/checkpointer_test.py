@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from data_pipelines import validation
 from grpo_tpu.checkpoint import checkpointer, finite, reader
 from grpo_tpu.observability import registry
 from grpo_tpu.rl import masters
@@ -361,6 +362,31 @@ def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
   with checkpointing.opened(tmp_path, **settings) as checkpoints:
     assert save(checkpoints, 7, 0.95)
   assert names(tmp_path) == ["00000007"]
+
+
+def test_scores_by_two_metrics_are_never_compared(tmp_path):
+  """A resume may name another metric, or say that less of it is better."""
+
+  def save(step, value, **settings):
+    name = settings["best_metric"]
+    with checkpointing.opened(tmp_path, keep=1, **settings) as checkpoints:
+      assert checkpoints.save(step, make_state(), {}, metrics={name: value})
+
+  save(1, 0.9, best_metric="eval/accuracy")
+  save(2, 0.2, best_metric="eval/reward")
+  save(3, 0.1, best_metric="eval/reward")
+  assert names(tmp_path) == ["00000002", "00000003"]
+  assert reader.best_path(tmp_path) == tmp_path / "00000002"
+  save(4, 0.3, best_metric="eval/reward", best_mode="min")
+  assert names(tmp_path) == ["00000004"]
+  assert reader.best_step(tmp_path) == 4
+
+
+def test_a_run_without_a_best_metric_has_no_best_step(tmp_path):
+  with checkpointing.opened(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(), {}, metrics={"eval/accuracy": 1.0})
+  with pytest.raises(validation.SettingError, match="checkpoint.best_metric"):
+    reader.best_step(tmp_path)
 
 
 def test_a_step_is_due_once_the_minutes_have_passed(tmp_path, monkeypatch):

@@ -110,6 +110,21 @@ def test_the_newest_step_stays_the_one_it_was(params_of, tmp_path):
   assert load.resolve_weights(f"run:{tmp_path}") == f"run:{tmp_path}@9"
 
 
+def test_the_best_step_is_resolved_and_read(params_of, tmp_path):
+  """Also without a step written out, as a notebook may name it."""
+  params = params_of("random:1")
+  folder = tmp_path / "checkpoints"
+  with checkpointing.opened(folder, best_metric="eval/accuracy") as checkpoints:
+    for step, accuracy in enumerate((0.1, 0.8, 0.8, 0.5), start=1):
+      state = {"params": jax.tree.map(lambda x, s=step: s * x, params)}
+      metrics = {"eval/accuracy": accuracy}
+      checkpoints.save(step, state, {}, metrics=metrics)
+  assert load.resolve_weights(f"run:{tmp_path}@best") == f"run:{tmp_path}@3"
+  best = params_of(f"run:{tmp_path}@best")
+  for a, b in zip(leaves(best), leaves(params), strict=True):
+    np.testing.assert_array_equal(a, np.float32(3) * b)
+
+
 def test_random_weights_resolve_to_themselves():
   assert load.resolve_weights("random:5") == "random:5"
 

@@ -200,3 +200,14 @@ def test_a_question_needs_no_workdir_but_weights():
   assert resolve(named, "answer", "") == named
   with pytest.raises(ValueError, match=r"^--workdir \(''\) must hold a run"):
     resolve(SMOKE, "answer", "")
+
+
+@pytest.mark.parametrize("mode", READING)
+def test_the_best_step_is_that_of_the_run_and_its_data(mode, run, caplog):
+  workdir = run()
+  best = f"run:{workdir}@best"
+  config = resolve(changed(SMOKE, model={"weights": best}), mode, workdir)
+  assert (config.model.weights, config.data.dir) == (best, "DATA")
+  assert "not those of the run" not in caplog.text
+  config = changed(SMOKE, export={"step": "best"})
+  assert resolve(config, "export", workdir).model.weights == best
