@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from data_pipelines import records
 from data_pipelines.validation import at_least, check_fields, interval, require
@@ -37,16 +37,6 @@ _MAX_SEGMENTS = 10_000
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 _WARNINGS_LOCK = threading.Lock()
-
-_UPRIGHT = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +85,10 @@ def decode(image_bytes: bytes) -> np.ndarray:
     # Only the tags of a TIFF are read, and warned of, while it is decoded.
     with _silence() if image.format == "TIFF" else contextlib.nullcontext():
       image.load()
-    with _silence():
-      try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-      except Exception:  # PIL's EXIF reader raises as freely as its decoders.
-        orientation = None
-    rgb = _as_rgb(image)
-    if orientation in _UPRIGHT:
-      rgb = rgb.transpose(_UPRIGHT[orientation])
-    return np.asarray(rgb)
+    # PIL's EXIF reader raises as freely as its decoders.
+    with _silence(), contextlib.suppress(Exception):
+      ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(_as_rgb(image))
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
