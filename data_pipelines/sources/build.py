@@ -93,28 +93,28 @@ def _open_source(request: Request) -> tuple[origin.Origin, dict[str, Any]]:
   return source, json.loads(json.dumps({"format": FORMAT, **options}))
 
 
+def _refusal(data_dir: object, rule: str) -> validation.SettingError:
+  return validation.SettingError(
+    f"data_dir ({str(data_dir)!r}) must {rule}; choose another folder."
+  )
+
+
 def _find_data_dir(request: Request) -> pathlib.Path:
   """The data dir; refuses one with files that this module did not write."""
-  data_dir = validation.to_path("data_dir", request.data_dir)
-  named = f"data_dir ({request.data_dir!r})"
-  if "://" in request.data_dir or not data_dir.resolve().name:
-    raise validation.SettingError(f"{named} must be a local folder, below /.")
-  data_dir = data_dir.resolve()
+  data_dir = validation.to_path("data_dir", request.data_dir).resolve()
+  if "://" in request.data_dir or not data_dir.name:
+    raise _refusal(request.data_dir, "be a local folder, below /")
   try:
     found = {path.name for path in data_dir.iterdir()}
   except FileNotFoundError:
     return data_dir
   except OSError as error:
-    raise validation.SettingError(
-      f"{named} must be a folder that can be made: {error}; choose another "
-      "folder."
-    ) from error
+    rule = f"be a folder that can be made: {error}"
+    raise _refusal(request.data_dir, rule) from error
   if foreign := sorted(found - _OWN_FILES):
     listed = validation.printable(", ".join(foreign[:3]))
-    raise validation.SettingError(
-      f"{named} must be new, empty or made by prepare, but holds {listed}; "
-      "choose another folder."
-    )
+    rule = f"be new, empty or made by prepare, but holds {listed}"
+    raise _refusal(request.data_dir, rule)
   return data_dir
 
 
@@ -125,10 +125,8 @@ def _lock(data_dir: pathlib.Path) -> Iterator[None]:
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = open(data_dir.with_name(f".{data_dir.name}.lock"), "w")
   except OSError as error:
-    raise validation.SettingError(
-      f"data_dir ({str(data_dir)!r}) must be a folder that can be made: "
-      f"{error}; choose another folder."
-    ) from error
+    rule = f"be a folder that can be made: {error}"
+    raise _refusal(data_dir, rule) from error
   with lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     yield

@@ -60,11 +60,10 @@ def read(
 def _problems(folder: str) -> Iterator[records.Problem]:
   path = validation.to_path("exclude", folder)
   for source in stored.sources(path).values():
-    for index in range(len(source)):
-      try:
-        yield source[index]
-      except records.BadRecord as error:
-        _refuse(folder, None, str(error))
+    for each in stored.read_all(source):
+      if isinstance(each, records.BadRecord):
+        _refuse(folder, None, str(each))
+      yield each
 
 
 def _refuse(folder: str, problem: records.Problem | None, how: str) -> NoReturn:

@@ -201,7 +201,7 @@ def _open_data_dir(root: epath.Path) -> Folder | None:
   if not sources:
     return None
   found = {
-    split: functools.partial(_read_problems, source)
+    split: functools.partial(stored.read_all, source)
     for split, source in sources.items()
   }
   paths = [path for source in sources.values() for path in source.paths]
@@ -228,16 +228,6 @@ def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
       if is_local and {file.kind for file in group} == {".parquet"}:
         counts[split] = sum(pq.read_metadata(x.path).num_rows for x in group)
   return Folder(found, hashes, counts)
-
-
-def _read_problems(source: stored.Source) -> Iterator[RawRecord]:
-  for index in range(len(source)):
-    try:
-      with records.all_faults():
-        raw: RawRecord = source[index]
-    except records.BadRecord as error:
-      raw = error
-    yield raw
 
 
 def _read_rows(files: Sequence[_File], root: epath.Path) -> Iterator[RawRecord]:

@@ -4,14 +4,13 @@ Pictures keep their published bytes. Reading needs no TensorFlow and is much
 faster than decoding.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import pathlib
 import tempfile
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,19 +143,18 @@ def _write_split(
   scratch: Scratch, indices: Sequence[int], template: Any
 ) -> tfds.core.SplitInfo:
   """Writes the files of one split, and returns what TFDS must know of it."""
-  num_bytes = sum(map(scratch.size, indices))
-  num_shards = shard_utils.ShardConfig.calculate_number_shards(
-    num_bytes, len(indices)
-  )
-  bounds = [0, *shard_utils.get_shard_boundaries(len(indices), num_shards)]
-  for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
-    path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
-    file_adapters.ArrayRecordFileAdapter.write_examples(
-      path, ((index, scratch[index]) for index in indices[start:end])
-    )
+  count, num_bytes = len(indices), sum(map(scratch.size, indices))
+  config = shard_utils.ShardConfig
+  num_shards = config.calculate_number_shards(num_bytes, count)
+  ends = shard_utils.get_shard_boundaries(count, num_shards)
+  shards = [indices[x:y] for x, y in itertools.pairwise([0, *ends])]
+  for number, shard in enumerate(shards):
+    path = template.sharded_filepath(shard_index=number, num_shards=num_shards)
+    examples = ((index, scratch[index]) for index in shard)
+    file_adapters.ArrayRecordFileAdapter.write_examples(path, examples)
   return tfds.core.SplitInfo(
     name=template.split,
-    shard_lengths=[end - start for start, end in itertools.pairwise(bounds)],
+    shard_lengths=[len(shard) for shard in shards],
     num_bytes=num_bytes,
     filename_template=template,
   )
@@ -223,13 +221,23 @@ def problems_by_pid(
   data_dir: str | os.PathLike[str], pids: Container[str]
 ) -> dict[str, records.Problem]:
   """Reads the problems of some pids from all splits, except damaged records."""
-  problems = {}
-  for split in _require_sources(data_dir).values():
-    for index in range(len(split)):
-      with contextlib.suppress(ValueError, OSError):
-        if (problem := split[index]).pid in pids:
-          problems[problem.pid] = problem
-  return problems
+  return {
+    each.pid: each
+    for split in _require_sources(data_dir).values()
+    for each in read_all(split)
+    if isinstance(each, records.Problem) and each.pid in pids
+  }
+
+
+def read_all(source: Source) -> Iterator[records.Problem | records.BadRecord]:
+  """Reads the problems of a split in order; a damaged one is its fault."""
+  for index in range(len(source)):
+    try:
+      with records.all_faults():
+        raw = source[index]
+    except records.BadRecord as error:
+      raw = error
+    yield raw
 
 
 def _require_sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:

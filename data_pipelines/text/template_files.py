@@ -26,11 +26,7 @@ _TIMEOUT_SECONDS, _MEMORY_GIB = 20.0, 1.0
 _RENDER = "data_pipelines.text.template_files:render_all"
 _CHAT_TOKENS = re.compile(r"<(bos|eos|(start|end)_of_(turn|image))>")
 # The built-in template that asks for the answer in the same way.
-_STYLES = (
-  ("<reasoning>", "reasoned"),
-  ("<answer>", "tagged"),
-  (r"\boxed", "boxed"),
-)
+_STYLES = {"<reasoning>": "reasoned", "<answer>": "tagged", r"\boxed": "boxed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +39,8 @@ class TemplateFile:
   @property
   def style(self) -> str:
     """The built-in template with the completions that its text asks for."""
-    return next((name for x, name in _STYLES if x in self.source), "plain")
+    asked = (name for text, name in _STYLES.items() if text in self.source)
+    return next(asked, "plain")
 
   @functools.cached_property
   def uses_examples(self) -> bool:

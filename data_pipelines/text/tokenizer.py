@@ -50,12 +50,9 @@ class Tokenizer:
   ):
     """Reads the file at `path`, local or on gs://.
 
-    Args:
-      path: A SentencePiece model; a GGUF file, whose metadata are read; a
-        `tokenizer.json` of Hugging Face; or "gemma" for
-        `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`.
-      model: The SentencePiece model of that file, if it was read before.
-      chat: The special tokens that the model must have, with the same ids.
+    It is a SentencePiece model, a GGUF file, a `tokenizer.json` of Hugging
+    Face, or "gemma" for `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`,
+    with the special tokens of `chat`. It is not read if `model` is given.
     """
     self._path, self.chat = os.fspath(path), chat
     self.model = _read_model(self._path) if model is None else model
