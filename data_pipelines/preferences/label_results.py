@@ -24,14 +24,11 @@ def label_results(
   *,
   data_dir: str | os.PathLike[str] = "",
 ) -> dict[str, int]:
-  """Writes one group of labelled completions per line, whole or not at all.
+  """Writes one group of labelled completions per line; returns what it counted.
 
   A group starts with the right and the wrong completion that are closest in
   length, then the next closest two, and so on; those without a partner follow.
   The problems come from `data_dir`, or else from the first record of each.
-
-  Returns:
-    The numbers of groups, completions, and problems and responses left out.
   """
   written = ("groups", "completions")
   left_out = ("without_right", "without_wrong", "without_answer")

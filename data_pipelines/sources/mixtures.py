@@ -102,10 +102,7 @@ class Order:
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
-  """The smallest whole numbers in the ratio of positive weights.
-
-  Ratios that need a sum above 100,000 are rounded to it; no share becomes 0.
-  """
+  """The smallest whole numbers in the ratio of positive weights; none is 0."""
   exact = np.array(weights, np.float64) / max(weights)
   exact /= exact.sum()
   periods = np.arange(1, _MAX_PERIOD + 1)[:, None]

@@ -2,14 +2,13 @@
 
 Two images are candidates if all of these hold:
 
-- 64-bit codes at most `MAX_DISTANCE` bits apart. A code holds the signs of the
-  8 x 8 lowest frequencies of the grey image, compared with their median;
+- 64-bit codes at most `MAX_DISTANCE` bits apart: the signs of the 8 x 8 lowest
+  frequencies of the grey image, compared with their median;
 - side ratios within `MAX_STRETCH` of each other;
-- no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels. By
-  the code alone, two charts that differ in one bar would look alike.
+- no cell of 16 x 16 that differs by more than `MAX_CONTRAST` grey levels.
 
-Tables and figures of one layout are candidates too, so the images themselves
-are then compared, see `are_copies`. docs/adr/0006 has measurements.
+Charts and tables of one layout are candidates too, so the images themselves are
+then compared, see `are_copies`. docs/adr/0006 has measurements.
 
 References:
   The code is pHash's: Zauner, Implementation and Benchmarking of Perceptual

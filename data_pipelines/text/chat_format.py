@@ -1,7 +1,4 @@
-"""The special tokens of Gemma 3's chat format.
-
-Everything that needs a special token finds it here, so that another model
-family can bring a format of its own.
+"""The special tokens of Gemma 3's chat format, for all who need one.
 
 References:
   Gemma 3: https://arxiv.org/abs/2503.19786

@@ -98,10 +98,7 @@ class Tokenizer:
     return self._processor.Decode(list(known))
 
   def transcribe(self, ids: Sequence[int]) -> str:
-    """Decodes a prompt with its control tokens by name.
-
-    `[image 1]` stands for the run of placeholders of the first image.
-    """
+    """Decodes a prompt: control tokens by name, images as `[image 1]`."""
     parts, num_images = [], 0
     controls = {x: x for x in [*self.controls, self.chat.image_placeholder]}
     for control, run in itertools.groupby(map(int, ids), controls.get):
@@ -194,8 +191,8 @@ def train(
 def _common_characters(texts: Sequence[str], most: int) -> Iterator[str]:
   """The texts with only the `most` commonest characters.
 
-  SentencePiece keeps every character of its texts, and fails if they outgrow
-  the vocabulary, as in Chinese; other characters are encoded as bytes.
+  SentencePiece fails if characters outgrow the vocabulary, as in Chinese;
+  others are encoded as bytes.
   """
   counts = collections.Counter(char for text in texts for char in text)
   ranked = sorted(counts, key=lambda char: (-counts[char], char))

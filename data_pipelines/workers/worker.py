@@ -4,8 +4,7 @@ It imports neither jax nor TensorFlow nor the main program, so many workers
 start within a second. It forks: the child is the worker, and this process is
 its guardian, which runs none of the users' code. When the worker ends, when
 SIGTERM arrives, or when the parent is gone, it kills all that the worker has
-started: the worker's process group, and on Linux every descendant, also in a
-session of its own, because orphans become children of the guardian.
+started, on Linux in whatever session, because orphans become its children.
 """
 
 import contextlib
@@ -33,9 +32,8 @@ _POLL_SECONDS = 1.0
 def serve(connection: socket.socket) -> None:
   """Serves calls until the other end of the connection closes.
 
-  The first message holds the paths of all functions and the memory limit; the
-  answer has the error of a path that cannot be resolved. Each later message
-  holds a path and arguments; the answer has the `result` or the `error`.
+  The first message holds the paths of all functions and the memory limit, each
+  later one a path and arguments; answers have a `result` or an `error`.
   """
   reader = connection.makefile("rb")
 
@@ -85,10 +83,7 @@ def _limit(memory_bytes: int) -> None:
 
 
 def guard(worker: int, parent: int) -> int:
-  """Waits for the worker's end or an order; kills all it started.
-
-  Returns the worker's exit code, or 128 and the signal that ended it.
-  """
+  """Kills all the worker started at its end or an order; its exit code."""
   signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS, _POLL_SECONDS)
   status = None
   while status is None and os.getppid() == parent:

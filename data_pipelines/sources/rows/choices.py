@@ -94,10 +94,7 @@ def _item(value: Any) -> tuple[str, str | None]:
 
 
 def split_lettered(text: str) -> tuple[str, list[tuple[str, str]], str] | None:
-  """A text with lettered options: before them, each with its letter, after.
-
-  None without at least two from A on. The last option ends with its line.
-  """
+  """A text before options lettered from A on, each with its letter, after."""
   if len(text) > _MAX_LETTERED:
     return None
   marks = [(m[m.lastgroup or 0], m) for m in _RE.marker.finditer(text)]

@@ -102,10 +102,8 @@ def place_marks(
 
   Options have no marks, because they may be shuffled: they name their picture,
   "image 2", whose mark then follows the question with the same name. If
-  `is_merged`, one picture may hold all that numbered marks name.
-
-  Returns:
-    The question, the options, and the order of the pictures in the question.
+  `is_merged`, one picture may hold all that numbered marks name. Returns
+  question, options, and the order of the pictures in the question.
   """
   marks = [m for text in (question, *options) for m in _RE.mark.finditer(text)]
   if not marks:
