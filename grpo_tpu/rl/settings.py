@@ -179,9 +179,10 @@ class ShapingConfig:
   """Filters and weights of completions and tokens; see docs/objective.md.
 
   Attributes:
-    truncated: Treatment of a completion that ran out of tokens. "keep": as any
-      other. "mask": its reward counts in its group, its tokens do not.
-      "penalise": its reward falls with its length, see `soft_tokens`.
+    truncated: Treatment of a completion that ran out of tokens, which has an
+      answer only in a closed tag or box. "keep": as any other. "mask": its
+      reward counts in its group, its tokens do not. "penalise": its reward
+      falls with its length, see `soft_tokens`.
     soft_tokens: Last tokens of `rollout.max_new_tokens` over which "penalise"
       lowers the reward evenly, by 1 in all.
     zero_variance: Treatment of a group whose rewards are all equal. "keep": its
