@@ -28,10 +28,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
   """
   huggingface.check_no_checkpoint(_folder(workdir))
   weights = load.resolve_weights(model.weights)
-  if not settings.adapter:
-    folder = _source_folder(weights, settings)
-    companions.read_generation_config(folder)
-    companions.open_tokenizer(weights, folder)
+  _make_files(dataclasses.replace(model, weights=weights), settings)
 
 
 def run(
@@ -54,7 +51,8 @@ def run(
     if settings.dtype == "float32":
       # Reads masters, and merges adapters, without rounding to `param_dtype`.
       exported = dataclasses.replace(exported, param_dtype="float32")
-    files = _files(exported, settings) if jax.process_index() == 0 else {}
+    is_writer = jax.process_index() == 0
+    files = _make_files(exported, settings) if is_writer else {}
     if settings.adapter:
       write = _adapter_writer(exported, mesh, model.weights)
     else:
@@ -95,21 +93,16 @@ def _adapter_writer(
   return write if is_writer else lambda directory, files: None
 
 
-def _files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:
+def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:
   """The files beside the weights by name."""
   stages, origin = model_card.read_stages(model.weights)
   card = model_card.render(model, stages, origin, settings.adapter)
   files: dict[str, Any] = {model_card.NAME: card.encode()}
   if not settings.adapter:
-    folder = _source_folder(model.weights, settings)
-    opened = companions.open_tokenizer(model.weights, folder)
-    files |= companions.make_files(model.network, folder, opened)
+    files |= companions.make_files(
+      model.network, model.weights, origin, settings.tokenizer_dir
+    )
   return files
-
-
-def _source_folder(weights: str, settings: ExportConfig) -> str:
-  _, origin = model_card.read_stages(weights)
-  return companions.find_folder(weights, origin, settings.tokenizer_dir)
 
 
 def _folder(workdir: str) -> pathlib.Path:

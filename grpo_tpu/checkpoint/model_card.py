@@ -1,7 +1,6 @@
 """The card of an export: README.md, with the facts that the runs recorded.
 
-It names folders without their paths, so an export does not show where it was
-made.
+It has the names of folders and never their paths.
 """
 
 import json
@@ -24,7 +23,7 @@ class Stage(NamedTuple):
   """A run behind some weights."""
 
   workdir: pathlib.Path
-  step: int | None
+  step: int
   record: Mapping[str, Any]  # Its run.json.
 
   def get(self, name: str) -> Any:
@@ -57,93 +56,77 @@ def render(
 ) -> str:
   """The card, as Markdown with the front matter of the Hugging Face Hub.
 
-  Args:
-    model: The settings of the model.
-    stages: The runs behind it, the newest first.
-    origin: The weights that the first of them started from.
-    adapter: True for adapters alone.
+  `stages` and `origin` are those of `read_stages`; `adapter` is True for
+  adapters alone.
   """
   scheme, _, path = origin.partition(":")
   start = origin if scheme == "random" else pathlib.PurePath(path).name
-  # The sizes of Gemma 3 that are released, and their folders as downloaded.
   is_released = bool(model.hub_name) and scheme != "random"
-  base = f"google/{start}" if start.startswith("gemma-3-") else ""
+  size = model.hub_name.rpartition("/")[2].removesuffix("-it")
+  has_name = scheme == "hf" and start in (size, f"{size}-it", f"{size}-pt")
   newest = stages[0] if stages else None
+  template = newest and chat_prompts.TEMPLATES.get(
+    newest.get("data.prompt_template")
+  )
   return pages.render(
     "model_card.md.j2",
     package="grpo_tpu.checkpoint",
     model=model,
     stages=stages[::-1],
     start=start,
-    base=base if is_released and scheme == "hf" else "",
+    base=f"google/{start}" if has_name else "",
     is_released=is_released,
     adapter=adapter,
     data=[(x.workdir.name, _data_sets(x)) for x in stages[::-1]],
-    accuracies=_accuracies(newest, _data_sets(newest)) if newest else {},
-    prompt=_prompt(newest) if newest else {},
-    lora=next((x for x in stages if x.get("model.lora.rank")), None),
+    accuracies=_accuracies(newest) if newest else {},
+    instruction=template.instruction if template else "",
+    system=newest and newest.get("data.system_prompt"),
   )
-
-
-def _prompt(stage: Stage) -> dict[str, str]:
-  """The texts that prompts added to the question."""
-  name = str(stage.get("data.prompt_template"))
-  template = chat_prompts.TEMPLATES.get(name)
-  return {
-    "template": pathlib.PurePath(name).name,
-    "instruction": template.instruction if template else "",
-    "system": str(stage.get("data.system_prompt") or ""),
-  }
 
 
 def _data_sets(stage: Stage) -> list[dict[str, Any]]:
   """Name, share and manifest of each data set of a run."""
-  saved = stage.get("data") or {}
   try:
-    folder, dirs = recorded_dirs(saved, "the record of the run")
+    settings = stage.get("data") or {}
+    folder, dirs = recorded_dirs(settings, "the record of the run")
   except ValueError:
     return []
-  folders = dirs or ((folder or str(stage.workdir / "data"), 1.0),)
-  total = sum(weight for _, weight in folders)
+  dirs = dirs or ((folder or str(stage.workdir / "data"), 1.0),)
   sets = []
-  for each, weight in folders:
+  for each, weight in dirs:
     path = pathlib.Path(each)
     try:
       manifest = untrusted.read_json(path / "manifest.json")
     except (OSError, ValueError):
       manifest = {}
-    source = str(manifest.get("source") or "not known")
-    if "/" in source:
-      source = pathlib.PurePath(source).name
     known = {x: manifest.get(x) or "" for x in ("fingerprint", "terms")}
-    counts = manifest.get("counts") or {}
-    share = {"name": path.name, "share": weight / total, "source": source}
-    sets.append(share | known | {"counts": counts})
+    known["source"] = pathlib.PurePath(str(manifest.get("source") or "")).name
+    known["counts"] = manifest.get("counts") or {}
+    share = weight / sum(x for _, x in dirs)
+    sets.append({"name": path.name, "share": share} | known)
   return sets
 
 
-def _accuracies(
-  stage: Stage, data: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[int, str]]:
+def _accuracies(stage: Stage) -> dict[str, dict[int, str]]:
   """Accuracy by metric and step: at the start, at this step, last before it."""
   try:
     path = stage.workdir / "metrics.jsonl"
-    text = untrusted.read_bytes(path, _MAX_METRICS_BYTES)
-    rows = {row["step"]: row for row in map(json.loads, text.splitlines())}
-    last = stage.step or 0
+    lines = untrusted.read_bytes(path, _MAX_METRICS_BYTES).splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines)}
+    last = stage.step
     evaluated = [x for x in rows if x <= last and "eval/accuracy" in rows[x]]
   except (OSError, ValueError, TypeError, KeyError):
     return {}
-  steps = sorted({0, last, max(evaluated, default=0)})
+  split = stage.get("data.eval_split")
+  in_split = sum(x["counts"].get(split, 0) for x in _data_sets(stage))
+  problems = min(stage.get("eval.num_problems") or 0, in_split)
   sets = [f"eval/accuracy/{each[0]}" for each in stage.get("eval.sets") or ()]
-  counts = [x["counts"].get(stage.get("data.eval_split"), 0) for x in data]
-  problems = {
-    "eval/accuracy": min(stage.get("eval.num_problems") or 0, sum(counts))
-  }
   return {
     name: {
-      step: _figure(rows.get(step, {}).get(name), problems.get(name, 0))
-      for step in steps
+      step: _figure(
+        rows.get(step, {}).get(name), 0 if name in sets else problems
+      )
+      for step in sorted({0, last, max(evaluated, default=0)})
     }
     for name in ("eval/accuracy", *sets)
   }

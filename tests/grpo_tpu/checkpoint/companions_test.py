@@ -38,28 +38,34 @@ def record(workdir, path, fingerprint, weights="random:0"):
 
 def test_a_run_with_its_own_tokenizer_gets_every_file(tokenizer, tmp_path):
   weights = record(tmp_path, tokenizer._path, tokenizer.fingerprint)
-  opened = companions.open_tokenizer(weights, "")
-  assert opened.fingerprint == tokenizer.fingerprint
-  assert companions.make_files(CONFIG, "", opened).keys() == MADE
+  files = companions.make_files(CONFIG, weights, "random:0")
+  assert files.keys() == MADE
+  assert files["tokenizer.model"] == tokenizer.model
 
 
 def test_files_of_the_source_are_copied_and_the_rest_is_made(
   tokenizer, tmp_path
 ):
-  kept = {"tokenizer.json": b"{}", "processor_config.json": b"mine"}
-  config = b'{"chat_template": "mine"}'
-  for name, content in (kept | {"tokenizer_config.json": config}).items():
-    (tmp_path / name).write_bytes(content)
-  (tmp_path / "secrets.txt").touch()
-  (tmp_path / "generation_config.json").write_text('{"top_k": 64}')
-  files = companions.make_files(CONFIG, str(tmp_path), tokenizer)
-  sampling = {"generation_config.json": {"top_k": 64}}
-  assert files == kept | sampling | {"tokenizer_config.json": config}
-  (tmp_path / "tokenizer_config.json").write_bytes(b"{}")
-  files = companions.make_files(CONFIG, str(tmp_path), tokenizer)
-  assert files.keys() - kept.keys() == {
-    *("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-  }
+  source = tmp_path / "source"
+  source.mkdir()
+  kept = {"tokenizer.model": tokenizer.model, "processor_config.json": b"mine"}
+  kept["tokenizer_config.json"] = b'{"chat_template": "mine"}'
+  for name, content in kept.items():
+    (source / name).write_bytes(content)
+  (source / "secrets.txt").touch()
+  (source / "generation_config.json").write_text('{"top_k": 64}')
+  weights = record(tmp_path / "run", "", "", weights=f"hf:{source}")
+  files = companions.make_files(CONFIG, weights, f"hf:{source}")
+  made = {"tokenizer.json", "generation_config.json"}
+  assert files.keys() == kept.keys() | made
+  assert {name: files[name] for name in kept} == kept
+  assert files["generation_config.json"] == {"top_k": 64}
+  (source / "tokenizer_config.json").write_bytes(b"{}")
+  files = companions.make_files(CONFIG, "random:0", "random:0", str(source))
+  assert files.keys() == kept.keys() | made | {"chat_template.jinja"}
+  (source / "generation_config.json").write_text("[")
+  with pytest.raises(ValueError, match="generation_config.json is not JSON"):
+    companions.make_files(CONFIG, weights, f"hf:{source}")
 
 
 @pytest.mark.parametrize("change", ["gone", "another"])
@@ -68,26 +74,22 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused_with_the_remedy(
 ):
   path = tokenizer._path if change == "another" else tmp_path / "none.model"
   weights = record(tmp_path, path, "0" * 64)
-  with pytest.raises(
-    ValueError,
-    match=r"^export.tokenizer_dir \(''\) must name .*run:.*@3 cannot",
-  ):
-    companions.open_tokenizer(weights, "")
+  remedy = r"^export.tokenizer_dir \(''\) must name a folder with"
+  with pytest.raises(ValueError, match=remedy):
+    companions.make_files(CONFIG, weights, "random:0")
 
 
 def test_a_source_that_is_gone_is_refused_unless_another_is_named(tmp_path):
   weights, origin = "run:R@3", f"hf:{tmp_path}/gone"
-  with pytest.raises(
-    ValueError, match=r"R@3 started from hf:.*, which is gone"
-  ):
-    companions.find_folder(weights, origin, "")
-  named = companions.find_folder(weights, origin, str(tmp_path))
-  assert named == str(tmp_path)
-  assert companions.find_folder(weights, f"hf:{tmp_path}", "") == named
+  lost = "R@3 started from hf:.*, which is gone"
+  with pytest.raises(ValueError, match=lost):
+    companions.make_files(CONFIG, weights, origin)
+  assert companions.make_files(CONFIG, weights, origin, str(tmp_path))
   with pytest.raises(ValueError, match="export.tokenizer_dir .'/no/such'"):
-    companions.find_folder(weights, origin, "/no/such")
+    companions.make_files(CONFIG, weights, origin, "/no/such")
 
 
 def test_weights_without_a_tokenizer_get_a_warning(caplog):
-  assert companions.open_tokenizer("random:0", "") is None
+  files = companions.make_files(CONFIG, "random:0", "random:0")
+  assert not files.keys() & {"tokenizer.json", "tokenizer.model"}
   assert "random:0 has no tokenizer" in caplog.text

@@ -153,29 +153,23 @@ class _Metadata:
       if name.startswith("gemma3.")
     }
 
-  def take(self, key: str, default: Any = None) -> Any:
-    """Removes a key and returns its value; without default it must exist."""
+  def take(self, key: str, kind: type, default: Any = None) -> Any:
+    """Removes a key and returns its value, a size (int) or a factor (float).
+
+    Without a default the key must exist.
+    """
     value = self.rest.pop(key, default)
     if value is None:
       raise ValueError(
         f"{self._source} must say gemma3.{key}, and does not; convert the "
         "model again."
       )
-    return value
-
-  def take_size(self, key: str, default: int | None = None) -> int:
-    """Removes a key whose value is an integer of at least 1."""
-    value = self.take(key, default)
-    holds = type(value) is int and value >= 1
-    self.require(holds, f"gemma3.{key}", value, "an integer of at least 1")
-    return value
-
-  def take_factor(self, key: str, default: float | None = None) -> float:
-    """Removes a key whose value is a finite number above 0."""
-    value = self.take(key, default)
-    holds = isinstance(value, int | float) and 0 < value < math.inf
-    self.require(holds, f"gemma3.{key}", value, "a finite number above 0")
-    return float(value)
+    holds, rule = type(value) is int and value >= 1, "an integer of at least 1"
+    if kind is float:
+      holds = isinstance(value, int | float) and 0 < value < math.inf
+      rule = "a finite number above 0"
+    self.require(holds, f"gemma3.{key}", value, rule)
+    return kind(value)
 
   def require(self, holds: bool, name: str, value: Any, rule: str) -> None:
     """Raises a ValueError unless a rule holds."""
@@ -198,14 +192,16 @@ def _read_config(
     ValueError: If a key is missing, or asks for arithmetic other than ours.
   """
   metadata = _Metadata(fields, source)
-  size, factor = metadata.take_size, metadata.take_factor
-  name = "general.architecture"
+  take, name = metadata.take, "general.architecture"
   architecture = fields.get(name)
   metadata.require(architecture == "gemma3", name, architecture, "'gemma3'")
-  num_layers, embed_dim = size("block_count"), size("embedding_length")
-  num_heads = size("attention.head_count")
-  head_dim = size("attention.key_length", embed_dim // num_heads)
-  num_kv_heads = size("attention.head_count_kv")
+  num_layers, embed_dim = (
+    take("block_count", int),
+    take("embedding_length", int),
+  )
+  num_heads = take("attention.head_count", int)
+  head_dim = take("attention.key_length", int, embed_dim // num_heads)
+  num_kv_heads = take("attention.head_count_kv", int)
   metadata.require(
     num_heads % num_kv_heads == 0,
     "gemma3.attention.head_count_kv",
@@ -218,15 +214,15 @@ def _read_config(
     vocab_size=shapes.get("token_embd.weight", (0,))[0],
     num_layers=num_layers,
     embed_dim=embed_dim,
-    hidden_dim=size("feed_forward_length"),
+    hidden_dim=take("feed_forward_length", int),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
-    sliding_window=size("attention.sliding_window"),
-    query_scale=factor("attention.scale", per_head**-0.5),
-    local_rope_base=factor("rope.freq_base_swa", 10_000.0),
-    global_rope_base=factor("rope.freq_base"),
-    global_rope_factor=factor("rope.scaling.factor", 1.0),
+    sliding_window=take("attention.sliding_window", int),
+    query_scale=take("attention.scale", float, per_head**-0.5),
+    local_rope_base=take("rope.freq_base_swa", float, 10_000.0),
+    global_rope_base=take("rope.freq_base", float),
+    global_rope_factor=take("rope.scaling.factor", float, 1.0),
     vision=None,
   )
   _check_arithmetic(metadata, config)
@@ -237,35 +233,31 @@ def _check_arithmetic(
   metadata: _Metadata, config: gemma3_config.ModelConfig
 ) -> None:
   """Checks all other keys, which must ask for the only arithmetic there is."""
-  take, require = metadata.take, metadata.require
-  for key, only in (
-    ("attention.value_length", config.head_dim),
-    ("rope.dimension_count", config.head_dim),
-    ("attention.sliding_window_pattern", gemma3_config.PERIOD),
-    ("attention.causal", True),
-    ("attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", 0.0),
-  ):
-    found = take(key, only)
-    require(found == only, f"gemma3.{key}", found, f"{only!r}")
-  key = "attention.layer_norm_rms_epsilon"
-  epsilon = metadata.take_factor(key)
-  is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
-  require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
-  kind = take("rope.scaling.type", "none")
+  rest, require = metadata.rest, metadata.require
+  kind = rest.pop("rope.scaling.type", "none")
   require(
     kind == "linear" or (kind == "none" and config.global_rope_factor == 1),
     "gemma3.rope.scaling.type",
     kind,
     "'linear', or 'none' with a gemma3.rope.scaling.factor of 1",
   )
-  unknown = sorted(metadata.rest.keys() - set(_IGNORED_KEYS))
-  require(
-    not unknown,
-    ", ".join(f"gemma3.{key}" for key in unknown),
-    [metadata.rest[key] for key in unknown],
-    "absent, because this program does not know the key",
-  )
+  key = "attention.layer_norm_rms_epsilon"
+  epsilon = metadata.take(key, float)
+  is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
+  require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
+  only = {
+    "attention.value_length": config.head_dim,
+    "rope.dimension_count": config.head_dim,
+    "attention.sliding_window_pattern": gemma3_config.PERIOD,
+    "attention.causal": True,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+  }
+  for key in sorted(rest.keys() - set(_IGNORED_KEYS)):
+    rule = "absent, because this program does not know the key"
+    rule = repr(only[key]) if key in only else rule
+    holds = key in only and rest[key] == only[key]
+    require(holds, f"gemma3.{key}", rest[key], rule)
 
 
 def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:

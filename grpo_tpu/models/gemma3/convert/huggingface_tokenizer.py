@@ -15,7 +15,13 @@ from typing import Any
 from data_pipelines.text import sentencepiece_import, tables, tokenizer
 from grpo_tpu.models.gemma3 import config as gemma3_config
 
-_FILE = "huggingface_tokenizer.toml"
+_FIXED = tables.read(__package__, "huggingface_tokenizer.toml")
+_IMAGE_TOKEN = "<image_soft_token>"
+# Transformers and vLLM join the newlines before an image with others to pieces
+# of up to four, as in Gemma's vocabulary. A small one keeps them apart, as in
+# training: its newlines go by another name, and the pieces that vLLM looks for
+# have ids that no text gives.
+_NEWLINE, _MOST_NEWLINES = "\ue00a", "\n\n\n\n"
 
 
 def chat_template() -> bytes:
@@ -28,34 +34,35 @@ def tokenizer_files(
   source: tokenizer.Tokenizer, config: gemma3_config.ModelConfig
 ) -> dict[str, Any]:
   """The files of a tokenizer by name: their bytes, or values for JSON."""
-  fixed = tables.read(__package__, _FILE)
   pieces = sentencepiece_import.read_pieces(source.model)
   vocab = {piece.text: number for number, piece in enumerate(pieces)}
-  added = [
-    _added_token(number, piece.text, is_special=number in source.controls)
-    for number, piece in enumerate(pieces)
-    if number in source.controls or piece.is_symbol
-  ]
-  values = fixed["tokenizer_config"]
+  content, merges = _FIXED["tokenizer"], list(_merges(pieces))
+  found = {piece.text for piece in pieces if piece.is_symbol}
+  settings = _FIXED["tokenizer_config"]
   if config.vision:
-    names, number = fixed["image_tokens"], config.vision.image_token
-    values = values | names | fixed["processor_config"]
-    values["extra_special_tokens"] = names
-    vocab[names["image_token"]] = number
-    added.append(_added_token(number, names["image_token"], is_special=True))
-    # vLLM wants pieces for the newlines between two images, which a small
-    # vocabulary lacks. No merge makes these two, so no text has their ids.
-    for count in (3, 4):
-      vocab.setdefault("\n" * count, number + count - 2)
-  merges = {"vocab": vocab, "merges": list(_merges(pieces))}
-  content = fixed["tokenizer"] | {
-    "added_tokens": added,
-    "model": fixed["tokenizer"]["model"] | merges,
-  }
+    images = _FIXED["image_tokens"]
+    settings = settings | images | _FIXED["processor_config"]
+    settings["extra_special_tokens"] = images
+    number = config.vision.image_token
+    vocab[_IMAGE_TOKEN] = number
+    if _MOST_NEWLINES not in vocab:
+      content = content | _FIXED["few_newlines"]
+      found -= {"\n", "\n\n"}
+      vocab |= {_NEWLINE: vocab["\n"], _NEWLINE * 2: vocab["\n\n"]}
+      merges.append((_NEWLINE, _NEWLINE))
+      vocab |= {"\n" * i: number + i for i in range(1, len(_MOST_NEWLINES) + 1)}
+  special = source.controls | {vocab.get(_IMAGE_TOKEN)}
+  added = [
+    _added_token(number, text, is_special=number in special)
+    for text, number in vocab.items()
+    if text in found or number in special
+  ]
+  model = content["model"] | {"vocab": vocab, "merges": merges}
+  content = content | {"added_tokens": added, "model": model}
   return {
     "tokenizer.model": source.model,
     "tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
-    "tokenizer_config.json": values,
+    "tokenizer_config.json": settings,
   }
 
 
@@ -64,25 +71,20 @@ def processor_files(config: gemma3_config.ModelConfig) -> dict[str, Any]:
   tower = config.vision
   if tower is None:
     return {}
-  fixed = tables.read(__package__, _FILE)
   length = {"image_seq_length": tower.soft_tokens}
   size = {"size": {"height": tower.image_size, "width": tower.image_size}}
   return {
-    "preprocessor_config.json": fixed["preprocessor_config"] | length | size,
-    "processor_config.json": fixed["processor_config"] | length,
+    "preprocessor_config.json": _FIXED["preprocessor_config"] | length | size,
+    "processor_config.json": _FIXED["processor_config"] | length,
   }
 
 
 def _added_token(number: int, text: str, *, is_special: bool) -> dict[str, Any]:
   """A token that is found in a text before any merge."""
-  return {
-    "id": number,
-    "content": text,
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
+  ids = {"id": number, "content": text, "special": is_special}
+  return ids | {
     "normalized": not is_special,
-    "special": is_special,
+    **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
   }
 
 

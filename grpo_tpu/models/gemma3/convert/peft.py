@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 
-from data_pipelines.text import untrusted
+from data_pipelines.text import tables, untrusted
 from data_pipelines.validation import printable, require
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
@@ -26,20 +26,10 @@ from grpo_tpu.models.gemma3.convert import assembly, huggingface
 from grpo_tpu.models.gemma3.convert import huggingface_names as names
 from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 
+_FIELDS = tables.read(__package__, "peft.toml")
 _TENSORS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _ROOT, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 _MAX_RANK = 2**20
-# Fields that say nothing about the product of the factors. Any other must be
-# absent, null, false or empty.
-_FREE = frozenset(
-  "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out "
-  "inference_mode init_lora_weights layers_pattern layers_to_transform "
-  "lora_alpha lora_dropout megatron_core peft_type peft_version "
-  "qalora_group_size r revision runtime_config target_modules "
-  "target_parameters task_type".split()
-)
-# Initial values that change the base model too.
-_SPOIL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +79,12 @@ def save(
   base_model: str = "",
   files: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes the adapters to a folder.
+  """Writes the adapters, which this process must hold whole, to a folder.
 
   `PeftModel.from_pretrained` loads them onto `Gemma3ForCausalLM` of a text size
-  and `Gemma3ForConditionalGeneration` of one with an image tower. This process
-  must hold the arrays whole. `base_model` is the name or path of the model that
-  the adapters belong to; `files` are those of `huggingface.save`.
+  and `Gemma3ForConditionalGeneration` of one with an image tower. `base_model`
+  is the name or path of the model that the adapters belong to; `files` are
+  those of `huggingface.save`.
   """
   text = "model.language_model" if config.vision else "model"
   prefixes = {"text": text, "projector": "model.multi_modal_projector"}
@@ -109,33 +99,26 @@ def save(
   safetensors.numpy.save_file(
     tensors, unfinished / _TENSORS, metadata={"format": "pt"}
   )
-  settings = _peft_config(lora, base_model, text, modules)
+  alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
+  settings = _FIELDS["written"] | _targets(text, modules)
+  settings |= {"r": lora.rank, "lora_alpha": alpha}
+  settings["base_model_name_or_path"] = base_model
   huggingface.finish(unfinished, {**(files or {}), _SETTINGS: settings})
 
 
-def _peft_config(
-  lora: LoraConfig, base_model: str, text: str, modules: Sequence[_Module]
-) -> dict[str, Any]:
+def _targets(text: str, modules: Sequence[_Module]) -> dict[str, Any]:
+  """The fields that name the matrices."""
   linear = dict.fromkeys(
     x.name.split(".", 3)[3] for x in modules if not x.is_parameter
   )
   # A pattern of whole names, because the image tower has a q_proj too.
-  layer, kinds = (
+  layers, kinds = (
     x.replace(".", r"\.") for x in (f"{text}.layers.", "|".join(linear))
   )
-  parameters = [x.name for x in modules if x.is_parameter]
+  parameters = [f"multi_modal_{x.name}" for x in modules if x.is_parameter]
   return {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base_model,
-    "inference_mode": True,
-    "r": lora.rank,
-    "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "target_modules": rf"{layer}\d+\.({kinds})" if linear else [],
-    "target_parameters": [f"multi_modal_{x}" for x in parameters] or None,
+    "target_modules": rf"{layers}\d+\.({kinds})" if linear else [],
+    "target_parameters": parameters or None,
   }
 
 
@@ -155,87 +138,75 @@ def check(
       names.common_name(x.name.removeprefix(_ROOT)): x
       for x in huggingface.read_headers(folder / _TENSORS)
     }
-    targets = _check_tensors(
-      config, LoraConfig(rank, alpha, LORA_TARGETS, ""), found
-    )
+    targets = _check_tensors(config, rank, found)
   except (OSError, ValueError) as error:
     raise ValueError(
       f"model.lora.init ({lora.init!r}) must be a folder with a LoRA adapter "
       f"of peft for this model, {_SETTINGS} and {_TENSORS}: {error}"
     ) from error
-  wanted = {"rank": rank, "alpha": alpha, "targets": targets}
-  given = dataclasses.asdict(lora)
-  given["targets"] = tuple(x for x in LORA_TARGETS if x in lora.targets)
+  given = tuple(x for x in LORA_TARGETS if x in lora.targets)
   changes = [
-    f"model.lora.{name}={value}"
-    for name, value in wanted.items()
-    if given[name] != value
+    f"model.lora.{name}={wanted}"
+    for name, value, wanted in (
+      ("rank", lora.rank, rank),
+      ("alpha", lora.alpha, alpha),
+      ("targets", given, targets),
+    )
+    if value != wanted
   ]
-  require(
-    not changes,
-    "model.lora.init",
-    lora.init,
-    "have the settings of model.lora",
-    f"set {' and '.join(changes)}",
-  )
+  rule, remedy = "have the settings of model.lora", " and ".join(changes)
+  require(not changes, "model.lora.init", lora.init, rule, f"set {remedy}")
   return found
 
 
 def load(
   config: gemma3_config.ModelConfig, lora: LoraConfig, initial: dict
 ) -> dict:
-  """The adapters that `model.lora.init` names, as NumPy arrays in fp32.
+  """Fills `initial`, NumPy arrays, with the adapters of `model.lora.init`.
 
-  A matrix that the folder lacks, as keys where peft adapted queries and values
-  alone, keeps the factors of `initial`, which is filled in place.
+  Matrices that the folder lacks, as keys where peft adapted queries and values
+  alone, keep theirs.
 
   Raises:
     ValueError: As in `check`, or a factor is not finite.
   """
   found, arrays = check(config, lora), loras.flatten(initial)
-  modules, missing = list(_modules(config, lora)), 0
-  for module in modules:
-    tensors = {end: found.get(module.key + end) for end in _ENDS}
-    missing += None in tensors.values()
+  modules = list(_modules(config, lora))
+  known = [x for x in modules if x.key + _ENDS[0] in found]
+  for module in known:
     for end, values in module.factors(arrays[module.path]).items():
-      if tensor := tensors[end]:
-        values[...] = tensor.read((slice(None), slice(None)))
-        require(
-          bool(np.isfinite(values).all()),
-          "model.lora.init",
-          lora.init,
-          f"hold finite numbers, but {printable(tensor.name)} does not",
-          "give another adapter",
-        )
+      tensor = found[module.key + end]
+      values[...] = tensor.read((slice(None), slice(None)))
+      rule = f"hold finite numbers, and {printable(tensor.name)} does not"
+      is_finite = bool(np.isfinite(values).all())
+      require(is_finite, "model.lora.init", lora.init, rule, "")
   logging.info(
-    "Read the adapters of %s; %d of %d matrices have none there and get new "
-    "ones.",
-    *(lora.init, missing, len(modules)),
+    "Read %s, which has adapters of %d of the %d matrices; the others are new.",
+    *(lora.init, len(known), len(modules)),
   )
   return initial
 
 
 def _read_settings(path: pathlib.Path) -> tuple[int, float]:
   """Rank and alpha, if the rest asks for nothing but the factors' product."""
-  settings = untrusted.read_json(path)
-  only = {"peft_type": "LORA", "bias": "none"}
+  settings, fields = untrusted.read_json(path), _FIELDS["read"]
+  others = (x for x in settings if settings[x] and x not in fields["free"])
+  only = dict.fromkeys(others, "absent or off") | fields["only"]
   faults = [
-    f"{printable(name)} ({untrusted.shorten(value)}) must be "
-    f"{only.get(name, 'absent or off')!r}"
-    for name, value in settings.items()
-    if (value != only[name] if name in only else value and name not in _FREE)
+    f"{printable(name)} ({untrusted.shorten(settings[name])}) must be {rule}"
+    for name, rule in only.items()
+    if settings.get(name, rule) != rule
   ]
-  initial = settings.get("init_lora_weights")
-  if isinstance(initial, str) and initial.startswith(_SPOIL_BASE):
+  initial = str(settings.get("init_lora_weights"))
+  if initial.startswith(tuple(fields["spoil_base"])):
     faults.append(
       f"init_lora_weights ({untrusted.shorten(initial)}) has changed the base "
       "model too; save it in peft with path_initial_model_for_weight_conversion"
     )
-  rank = untrusted.get_field(settings, "r", int, str(path))
-  alpha = untrusted.get_field(settings, "lora_alpha", float, str(path))
+  rank = untrusted.get_field(settings, "r", int, path.name)
+  alpha = untrusted.get_field(settings, "lora_alpha", float, path.name)
   if not 1 <= rank <= _MAX_RANK or alpha <= 0:
-    shown = untrusted.shorten((rank, alpha))
-    faults.append(f"r and lora_alpha {shown} must be above 0")
+    faults.append(f"r ({rank}) and lora_alpha ({alpha}) must be above 0")
   if faults:
     raise ValueError(f"{path.name}: {'; '.join(faults)}.")
   return rank, float(alpha)
@@ -243,25 +214,25 @@ def _read_settings(path: pathlib.Path) -> tuple[int, float]:
 
 def _check_tensors(
   config: gemma3_config.ModelConfig,
-  everything: LoraConfig,
+  rank: int,
   found: Mapping[str, huggingface.Tensor],
 ) -> tuple[str, ...]:
   """Checks names and shapes; returns the targets that have an adapter."""
-  shapes = {
-    path: {x: np.broadcast_to(np.float32(0), y.shape) for x, y in each.items()}
-    for path, each in loras.flatten(
-      loras.abstract_adapters(config, everything)
-    ).items()
-  }
+  everything = LoraConfig(rank, 1.0, LORA_TARGETS, init="")
+  adapters = loras.flatten(loras.abstract_adapters(config, everything))
   wanted, paths = {}, set()
   for module in _modules(config, everything):
     if any(module.key + end in found for end in _ENDS):
       paths.add(module.path)
-      for end, values in module.factors(shapes[module.path]).items():
+      shapes = {
+        name: np.broadcast_to(np.float32(0), x.shape)
+        for name, x in adapters[module.path].items()
+      }
+      for end, values in module.factors(shapes).items():
         wanted[module.key + end] = values.shape
   assembly.check_tensors(
     {name: x.shape for name, x in found.items()},
-    wanted or {"text.layers.0.self_attn.q_proj.lora_A.weight": ()},
+    wanted or {f"text.layers.0.self_attn.q_proj{_ENDS[0]}": ()},
     _TENSORS,
     faults=huggingface.type_faults(found),
     remedy="Give an adapter of the decoder's linear layers and the projector.",
