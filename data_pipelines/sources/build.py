@@ -234,7 +234,7 @@ def _write(
     # For each split of the source, how many of its problems are in ours.
     "source_splits": origins,
     "rejects": divide.count_reasons(division.rejects),
-    "withheld": splits.by_reason(division.withheld),
+    "withheld": division.withheld,
     "fingerprint": splits.fingerprint(written),
     "salt": salt,
     "tokenizer": {

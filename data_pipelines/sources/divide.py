@@ -25,7 +25,7 @@ class Division(NamedTuple):
 
   by_split: dict[str, list[intake.Record]]
   rejects: list[intake.Reject]
-  withheld: list[splits.Withheld]
+  withheld: dict[str, list[str]]  # Pids and their twins by reason.
 
 
 def divide(
@@ -70,17 +70,18 @@ def divide(
   withheld = splits.withhold(
     records, sides, near=near, looks=looks, excluded=excluded
   )
-  if reasons := splits.by_reason(withheld.values()):
+  reasons = splits.by_reason(withheld.values())
+  if reasons:
     logging.warning("Withheld from train: %s.", _list_examples(reasons))
   found: dict[str, list[intake.Record]] = {}
   for index, record in enumerate(records):
-    side = splits.WITHHELD if index in withheld else sides[index]
-    found.setdefault(side, []).append(record)
+    if index not in withheld:
+      found.setdefault(sides[index], []).append(record)
   if reasons and "train" not in found:
     _refuse_to_withhold_all(options, reasons)
   _require_both_sides(options, places, found, salt)
   kept = {side: found[side] for side in splits.OURS if side in found}
-  return Division(kept, rejects, list(withheld.values()))
+  return Division(kept, rejects, reasons)
 
 
 def count_reasons(rejects: Sequence[intake.Reject]) -> dict[str, int]:

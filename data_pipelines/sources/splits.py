@@ -16,8 +16,6 @@ from data_pipelines.sources.intake import Record
 OURS = ("train", "eval", "test")
 # The place of a source split whose records are divided into train and eval.
 DIVIDED = "divided"
-# The split of a record that is never written.
-WITHHELD = "withheld"
 _VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
 
 
@@ -91,11 +89,6 @@ def describe(places: Mapping[str, str], names: Sequence[str]) -> str:
   return f"Splits of the source: {'; '.join(parts)}."
 
 
-def split_of(group: str, *, salt: str, eval_fraction: float) -> str:
-  """The split of every problem of a group: "train" or "eval"."""
-  return "eval" if position(group, salt) < eval_fraction else "train"
-
-
 def position(group: str, salt: str) -> float:
   """Where a group stands between 0, the first in eval, and 1."""
   digest = hashlib.sha256(f"{salt}|{group}".encode()).digest()
@@ -114,8 +107,8 @@ def assign(
   for record in records:
     side = "test" if record.is_hidden else places[record.split]
     if side == DIVIDED:
-      group = record.groups[0]
-      side = split_of(group, salt=salt, eval_fraction=eval_fraction)
+      place = position(record.groups[0], salt)
+      side = "eval" if place < eval_fraction else "train"
     sides.append(side)
   return sides
 

@@ -44,9 +44,8 @@ def find(weights: str) -> Found:
     source = str(workdir / "run.json")
     record = untrusted.read_json(source)
     identity = untrusted.get_field(record, "data", dict, source)
-    fingerprint = fingerprint or str(
-      identity.get(OF_TOKENIZER) or identity.get(OF_DATA_DIR) or ""
-    )
+    known = identity.get(OF_TOKENIZER) or identity.get(OF_DATA_DIR) or ""
+    fingerprint = fingerprint or str(known)
     settings = untrusted.get_field(record, "config", dict, source)
     settings = untrusted.get_field(settings, "data", dict, source)
     name = untrusted.get_field(settings, "tokenizer", str, source)
