@@ -55,6 +55,7 @@ def rescore(
       [row["completion"] for row in rows],
       [problems[row["pid"]] for row in rows],
       config,
+      truncated=[row.get("finish_reason") == "length" for row in rows],
     )
   except scoring.RewardError as caught:
     scores, error = caught.scores, str(caught)

@@ -35,7 +35,8 @@ def data_dir(tmp_path_factory):
 def samples_of(config):
   """The samples that a run with these rewards writes."""
   problems = [PROBLEMS[i % 3] for i in range(len(COMPLETIONS))]
-  scores = scoring.score(COMPLETIONS, problems, config)
+  truncated = [False, True, False, False]  # "I say 3." has no answer then.
+  scores = scoring.score(COMPLETIONS, problems, config, truncated=truncated)
   return [
     {
       "step": 1,
@@ -46,6 +47,7 @@ def samples_of(config):
       "reward": float(scores.total[i]),
       **{f"reward/{k}": float(v[i]) for k, v in scores.components.items()},
       "valid": True,
+      "finish_reason": "length" if truncated[i] else "stop",
     }
     for i, (problem, completion) in enumerate(
       zip(problems, COMPLETIONS, strict=True)
