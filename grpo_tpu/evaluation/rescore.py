@@ -81,10 +81,7 @@ def _table(
   scores: scoring.Scores,
   config: RewardConfig,
 ) -> str:
-  """One line per reward, with statistics over the rows where it did not fail.
-
-  The total is that of the rows where no reward failed.
-  """
+  """A line per reward, with statistics over the rows where it did not fail."""
   lines = ["reward                weight     mean      std    saved  rows"]
   columns = [
     (name, f"{config.weights[name]:.3g}", values, ~scores.failed[name])
@@ -93,19 +90,15 @@ def _table(
   columns.append(("total", "", scores.total, scores.valid))
   for name, weight, values, is_kept in columns:
     kept = values[is_kept].astype(np.float64)
-    before = [
-      row.get("reward" if name == "total" else f"reward/{name}")
-      for row, keep in zip(rows, is_kept, strict=True)
-      if keep
-    ]
-    # A sample has no value of a new reward.
-    finite = [x for x in before if x is not None]
+    column = "reward" if name == "total" else f"reward/{name}"
+    saved = [rows[i].get(column) for i in np.flatnonzero(is_kept)]
+    saved = [x for x in saved if x is not None]  # None for a new reward.
     cells = [
       f"{function(numbers):8.4f}" if len(numbers) else "       -"
       for function, numbers in (
         (np.mean, kept),
         (np.std, kept),
-        (np.mean, finite),
+        (np.mean, saved),
       )
     ]
     count = f"{len(kept)} of {len(values)}"
@@ -114,11 +107,7 @@ def _table(
 
 
 def read_samples(path: str) -> list[dict[str, Any]]:
-  """Reads the samples of a run: their folder, or a file of it.
-
-  Raises:
-    ValueError: There are none, or the files hold something else.
-  """
+  """Reads the samples of a run: their folder, or a file of it."""
   named = epath.Path(validation.to_path("--samples", path))
   files = sorted(named.glob("*.parquet")) if named.is_dir() else [named]
   try:
@@ -155,11 +144,7 @@ def _check_sample(row: Any, source: str) -> dict[str, Any]:
 def read_problems(
   pids: Collection[str], data_dir: str
 ) -> dict[str, records.Problem]:
-  """Reads the problems of these pids from the data dirs of a run.
-
-  Raises:
-    ValueError: A folder is no data dir, or they lack some problems.
-  """
+  """Reads the problems of these pids from the data dirs of a run."""
   problems = mixtures.problems_by_pid(data_dir, pids)
   if missing := sorted(set(pids) - problems.keys()):
     raise ValueError(

@@ -3,16 +3,12 @@
 CLU imports TensorFlow, which takes ten seconds or more. The thread does the
 import too, and calls wait in a queue meanwhile, so training never waits. CLU's
 own `AsyncWriter` would import it in the main thread, and raises errors there.
-
-References:
-  CLU, https://github.com/google/CommonLoopUtils
 """
 
 import contextlib
 import pathlib
-import queue
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 from absl import logging
@@ -30,41 +26,34 @@ class EventFiles:
 
     Files that exist keep the steps up to `resume_step`; None removes the files.
     """
-    self._workdir = workdir
-    self.failures = 0
-    # Holds calls to make, and None to end.
-    self._queue: queue.SimpleQueue[Callable[[Any], None] | None] = (
-      queue.SimpleQueue()
-    )
-    self._thread = threading.Thread(
-      target=self._run, args=(resume_step,), name="events", daemon=True
-    )
-    self._thread.start()
+    self._workdir, self.failures = workdir, 0
+    self._events: Any = None
+    self._thread = futures.ThreadPoolExecutor(max_workers=1)
+    self._thread.submit(self._open, resume_step)
 
   def write(self, call: Callable[[Any], None]) -> None:
     """Queues a call, which the thread makes with the CLU writer."""
-    self._queue.put(call)
+    self._thread.submit(self._call, call)
 
   def close(self) -> None:
     """Waits until everything is on disk and ends the thread."""
-    self._queue.put(None)
-    self._thread.join()
+    self._thread.submit(self._call, lambda events: events.close())
+    self._thread.shutdown()
 
-  def _run(self, resume_step: int | None) -> None:
-    events = self._attempt(_open_events, self._workdir, resume_step)
-    while (call := self._queue.get()) is not None:
-      if events is not None:
-        self._attempt(call, events)
-        # A flush per step loses little in a kill; the calls that waited for
-        # the import share one.
-        if self._queue.empty():
-          self._attempt(events.flush)
-    if events is not None:
-      self._attempt(events.close)
+  def _open(self, resume_step: int | None) -> None:
+    with self._counted_errors():
+      self._events = _open_events(self._workdir, resume_step)
 
-  def _attempt(self, call: Callable[..., Any], *args: Any) -> Any:
+  def _call(self, call: Callable[[Any], None]) -> None:
+    if self._events is not None:
+      with self._counted_errors():
+        call(self._events)
+        self._events.flush()  # A kill loses little.
+
+  @contextlib.contextmanager
+  def _counted_errors(self) -> Iterator[None]:
     try:
-      return call(*args)
+      yield
     except Exception as error:
       self.failures += 1
       if str(self.failures).strip("0") == "1":  # And at ten times the count.

@@ -1,8 +1,7 @@
 """How the program ended: the exit code, the last log lines and `run.json`.
 
-The last lines of the log say why the program ended and at which step, where the
-newest checkpoint is, what to do next and where the time went. `run.json` in the
-workdir holds the same facts for programs.
+They say why and at which step it ended, where the newest checkpoint is, what to
+do next and where the time went.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
 """How the wall time of a run divides into phases, over all its restarts.
 
 The run is in exactly one phase at any time, so the shares add up to 1. A
-restarted process reads the sums of the earlier ones from `metrics.jsonl`, whose
-lines hold the duration of the run and its shares so far.
+restarted process reads the sums of the earlier ones from `metrics.jsonl`.
 """
 
 import contextlib
@@ -54,10 +53,7 @@ class Clock:
     self._last: dict[str, float] = {}
 
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
-    """Adds the sums of the earlier processes from their `metrics.jsonl`.
-
-    It still has the lines after `resume_step`, which is not repeated.
-    """
+    """Adds the sums of the earlier processes, whose rows are not cut yet."""
     rows = _timed_rows(path)
     kept = [row for row in rows if row["step"] <= resume_step]
     if not kept:

@@ -94,11 +94,7 @@ def read_rows(
 
 
 def _rewind(path: pathlib.Path, resume_step: int | None) -> set[str]:
-  """Keeps only complete rows up to `resume_step`; None keeps no line.
-
-  Returns:
-    The fields of these rows, but for the step.
-  """
+  """Keeps complete rows up to `resume_step`, or none; returns their fields."""
   num_removed, first = 0, b""
   names: set[str] = set()
   # The rename is atomic: a kill before it leaves the file unchanged.

@@ -1,10 +1,6 @@
 """A profile of a few steps, for TensorBoard's profile plugin.
 
-A setting asks for the profile, so a restart can examine a slow run: the run
-resumes from its checkpoint and its results do not change.
-
-References:
-  https://docs.jax.dev/en/latest/profiling.html
+A setting asks for it, so a restart can examine a slow run.
 """
 
 import contextlib
@@ -17,16 +13,12 @@ from absl import logging
 
 
 class Profiler:
-  """Traces one range of steps; use as a context manager.
-
-  An error of the trace is logged and never stops the run.
-  """
+  """Traces a range of steps, in a context; its errors never stop the run."""
 
   def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int]):
     """Prepares a trace of the first to the last step; empty `steps` for none.
 
-    It goes to `plugins/profile/steps-FIRST-LAST/` below the folder, one file
-    per host.
+    It goes to `plugins/profile/steps-FIRST-LAST/` below the folder.
     """
     self._folder = folder
     self._first, self._last = steps or (0, 0)
@@ -40,10 +32,7 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
-    """Marks the body as this step, and traces it if the step is in the range.
-
-    A run that resumes inside the range traces the rest of it.
-    """
+    """Marks the body as this step, and traces it if it is in the range."""
     is_wanted = self._first <= step <= self._last
     if is_wanted and not self._is_tracing:
       self._start()

@@ -75,8 +75,7 @@ def chart_titles() -> Mapping[str, list[str]]:
 def row_index(name: str) -> int:
   """The index in `metrics()` of the metric that covers a name.
 
-  Raises:
-    ValueError: No metric covers the name; the error suggests a similar one.
+  Raises a ValueError that suggests a similar name if no metric does.
   """
   names = [metric.name for metric in metrics()]
   if name in names and "{" not in name:

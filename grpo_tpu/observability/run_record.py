@@ -61,22 +61,15 @@ class RunRecord:
   resolved: Mapping[str, Any] | None = None
 
   def check(self) -> None:
-    """Refuses to resume a run of other settings or other data.
-
-    Raises:
-      SettingError: The message lists every change.
-    """
+    """Raises a SettingError that lists changes of settings or data, if any."""
     record = read(self.workdir)
     if record is not None:
       self._refuse(self._changes(record["essence"], self._must_match()))
 
   def check_data(self, meta: Mapping[str, Any]) -> None:
-    """Refuses to resume from a checkpoint whose `meta` names other data.
+    """Raises a SettingError if the `meta` of a checkpoint names other data.
 
     Somebody may have copied the checkpoint into the workdir.
-
-    Raises:
-      SettingError: The message lists every change.
     """
     saved = {name: meta.get(name) for name in self.data}
     self._refuse(self._changes(saved, self.data))
@@ -159,11 +152,7 @@ class RunRecord:
 
 
 def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """The record in `workdir`, or None if there is none.
-
-  Raises:
-    SettingError: The file is damaged, or not of this program.
-  """
+  """The record in `workdir`, or None; a SettingError if it is damaged."""
   path = pathlib.Path(workdir) / "run.json"
   try:
     record = untrusted.read_json(path, source="it")
@@ -196,11 +185,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
-  """Records how the current attempt has ended, until the next start.
-
-  Raises:
-    ValueError: The file is gone or damaged.
-  """
+  """Records how the current attempt has ended, until the next start."""
   record = read(workdir)
   if record is None:
     raise ValueError("the file is gone")

@@ -1,12 +1,9 @@
 """Writes the metrics and the completions of a run.
 
-A `Writer` puts the metrics of a step on one line of `metrics.jsonl`, with every
-digit, and into TensorBoard's event files, together with the dashboard. All
+The metrics of a step are a line of `metrics.jsonl`, `{"step": 7, "train/loss":
+-0.1, ...}`, with every digit, in the order of `metrics.toml`, and `null` for a
+number that is not finite. They go into TensorBoard's event files too. All
 completions of a step go into `samples/`, and a few into the event files.
-
-A line of `metrics.jsonl` is `{"step": 7, "train/loss": -0.1, ...}`, with the
-names in the order of `metrics.toml`. A number that is not finite is `null`,
-since JSON has no NaN.
 """
 
 import json
@@ -47,8 +44,7 @@ class Writer:
   """Writes metrics and samples below `workdir`, on process 0 alone.
 
   An error of the disk never stops the run once the files are open: failures are
-  counted, and logged now and then. Use as a context manager, which waits at its
-  end until everything is written.
+  counted and logged. A context manager, which waits until all is written.
   """
 
   def __init__(
@@ -91,9 +87,7 @@ class Writer:
   def write(self, step: int, scalars: Mapping[str, Scalar]) -> None:
     """Writes all metrics of a step in one call; steps must ascend.
 
-    Raises:
-      ValueError: A name is not declared, a value is not one number, or the step
-        is already written.
+    Raises a ValueError for a name that is not declared, or no number.
     """
     order = {name: registry.row_index(name) for name in scalars}
     if step <= self._last_step:
@@ -229,10 +223,7 @@ def _show(
 
 
 def sample_text(sample: Sample) -> str:
-  """A sample as Markdown, which TensorBoard renders.
-
-  All of its own text stands in code blocks, where Markdown has no meaning.
-  """
+  """A sample as Markdown; its own text stands in code blocks, as it is."""
   columns = sample.columns
   rewards = ", ".join(
     f"{name.removeprefix('reward/')} {value:.2f}"

@@ -28,10 +28,7 @@ class BackgroundScorer:
     valid: np.ndarray,
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
   ):
-    """Takes the problem of each prompt of this process.
-
-    Where `valid` is False, the prompt is a stand-in.
-    """
+    """Takes the problem of each prompt; without `valid` it is a stand-in."""
     self._problems, self._config, self._gather = problems, config, gather
     self._valid = valid
     self._pending: dict[int, futures.Future[scoring.RawScores]] = {}
@@ -59,11 +56,7 @@ class BackgroundScorer:
   def result(
     self, texts: Sequence[list[str]], truncated: Sequence[Sequence[bool]]
   ) -> scoring.Scores:
-    """Scores of all completions, prompt by prompt, submitted or not.
-
-    Raises:
-      RewardError: A reward has failed too often, or on every completion.
-    """
+    """Scores of all completions, prompt by prompt, or a `RewardError`."""
     rest = {i: x for i, x in enumerate(texts) if i not in self._pending}
     self.submit(rest, dict(enumerate(truncated)))
     parts = [self._pending[index].result() for index in range(len(texts))]

@@ -13,17 +13,7 @@ from data_pipelines.workers import functions, pool
 from grpo_tpu.rewards import custom
 from grpo_tpu.rewards.settings import RewardConfig
 
-_CALL = "grpo_tpu.rewards.custom:call"
-
-
-def make_pool(config: RewardConfig) -> pool.Pool:
-  """Creates the workers of users' rewards without starting them."""
-  return pool.Pool(
-    (_CALL, *config.custom),
-    num_workers=config.num_workers,
-    timeout_seconds=config.timeout_seconds,
-    memory_gib=config.worker_memory_gib,
-  )
+CALL = "grpo_tpu.rewards.custom:call"
 
 
 def start(
@@ -34,8 +24,7 @@ def start(
 ) -> Callable[[str], Iterator[float | functions.Failure]]:
   """Starts to call every function of `custom` on every row.
 
-  Returns:
-    A function from a path to the result of each row, in the rows' order.
+  Returns a function from a path to the result of each row.
   """
   size, count = config.rows_per_call, len(completions)
   spans = [range(count)[i : i + size] for i in range(0, count, size)]
@@ -44,7 +33,7 @@ def start(
     some_completions = [completions[row] for row in rows]
     encoded = custom.encode([problems[row] for row in rows])
     check = functools.partial(custom.check, count=len(rows))
-    return workers.submit(_CALL, path, some_completions, *encoded, check=check)
+    return workers.submit(CALL, path, some_completions, *encoded, check=check)
 
   calls = {
     path: [start_call(path, rows) for rows in spans] for path in config.custom

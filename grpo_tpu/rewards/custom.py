@@ -35,9 +35,7 @@ def name(path: str) -> str:
 def resolve(path: str) -> Function:
   """Imports the reward function at "package.module:function".
 
-  Raises:
-    ValueError: There is no such function, it is async, or it does not take
-      completions and problems.
+  Raises a ValueError for one that is async or takes other arguments.
   """
   function = functions.resolve(path, setting="rewards.custom")
   try:
@@ -49,13 +47,9 @@ def resolve(path: str) -> Function:
     ) from error
   except ValueError:
     pass  # Built-in functions may have no signature.
-  require(
-    not _is_async(function),
-    "rewards.custom",
-    path,
-    "name a function that is not async, because nothing awaits it",
-    "write a `def` that calls `asyncio.run` on the async one, and name that",
-  )
+  rule = "name a function that is not async, because nothing awaits it"
+  remedy = "write a `def` that calls `asyncio.run` on it, and name that"
+  require(not _is_async(function), "rewards.custom", path, rule, remedy)
   return function
 
 
@@ -99,9 +93,7 @@ def call(
   """Calls the reward at a path with problems as `encode` gives them.
 
   Returns for each completion a finite float, or the reason why it has none.
-
-  Raises:
-    Exception: Any of the function; a TypeError for another number of values.
+  Raises any error of the function, or a TypeError for other results.
   """
   problems = [
     records.from_example(
@@ -147,11 +139,7 @@ def to_reward(value: Any) -> float | str:
 
 
 def check(values: Any, count: int) -> None:
-  """Checks what came back from `call` in another process.
-
-  Raises:
-    ValueError: It is no list of `count` finite floats or short texts.
-  """
+  """Raises a ValueError for what `call` cannot have returned."""
   if not isinstance(values, list) or len(values) != count:
     raise ValueError(f"its answer is no list of {count} rewards")
   for value in values:

@@ -21,11 +21,7 @@ class ErrorBudget:
     self._streak = 0  # Rows since the last batch with a success.
 
   def count(self, failed: Sequence[bool]) -> str:
-    """Counts a batch of rows in their order.
-
-    Returns:
-      "" or, if the run must end, on which rows the reward failed.
-    """
+    """Counts a batch; if the run must end, returns the rows that failed."""
     self._num_seen += len(failed)
     self._streak = self._streak + len(failed) if all(failed) else 0
     if self._streak >= min(_LONGEST_STREAK, max(self._num_seen, 1)):

@@ -2,10 +2,7 @@
 
 A reward that raises, hangs or returns no finite number is a failure: the row is
 excluded and counted instead of scoring 0. Too many failures end the run, as
-does a reward that fails on every row of a step.
-Built-in rewards take time linear in the completion and run in this process;
-users' rewards (`custom`) run in workers. This module knows no groups,
-advantages or tokens.
+does a reward that fails on every row of a step. Users' rewards run in workers.
 """
 
 import collections
@@ -18,7 +15,7 @@ from absl import logging
 from data_pipelines import records
 from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
-from data_pipelines.workers import functions
+from data_pipelines.workers import functions, pool
 from grpo_tpu.rewards import (
   accuracy,
   calls,
@@ -111,10 +108,7 @@ def raw_scores(
   is_present: np.ndarray | None = None,
   truncated: Sequence[bool] | None = None,
 ) -> RawScores:
-  """The first half of `score`, which depends on no other call.
-
-  A thread may compute it, one call at a time.
-  """
+  """The first half of `score`, which may run in a thread, a call at a time."""
   if len(completions) != len(problems):
     raise ValueError(
       f"{len(completions)} completions need as many problems, not "
@@ -157,11 +151,7 @@ def reduce(
   *,
   gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Scores:
-  """Joins raw scores and counts their failures, in the order of `parts`.
-
-  Raises:
-    RewardError: A reward failed too often, as in `score`.
-  """
+  """Joins raw scores and counts their failures; raises as `score` does."""
   session, names = _session(config), list(config.weights)
   session.log(parts)
   values = np.concatenate([part.values for part in parts], axis=1)
@@ -204,7 +194,12 @@ class _Session:
   """State that lives from batch to batch: the workers and recent failures."""
 
   def __init__(self, config: RewardConfig):
-    self.workers = calls.make_pool(config)
+    self.workers = pool.Pool(
+      (calls.CALL, *config.custom),
+      num_workers=config.num_workers,
+      timeout_seconds=config.timeout_seconds,
+      memory_gib=config.worker_memory_gib,
+    )
     self._errors = {
       name: error_budget.ErrorBudget(
         config.max_error_fraction, config.error_window
@@ -240,11 +235,7 @@ class _Session:
         logging.warning(message, source, seen[fault], pids[0], fault)
 
   def count(self, name: str, failed: np.ndarray) -> str:
-    """Counts the failures of one reward on the rows of a batch.
-
-    Returns:
-      The reason to end the run, or "".
-    """
+    """Counts failures of one reward; the reason to end the run, or ""."""
     reason = self._errors[name].count(failed.tolist())
     if not reason:
       return ""

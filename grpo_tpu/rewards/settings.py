@@ -86,28 +86,20 @@ class RewardConfig:
     self._check_custom()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]
+    remedy = "set 0 to log the component without adding it to the total"
     for name, weight in weights:
-      require(
-        math.isfinite(weight),
-        f"rewards.{name}",
-        weight,
-        "be a finite number",
-        "set 0 to log the component without adding it to the total",
-      )
+      fits, rule = math.isfinite(weight), "be a finite number"
+      require(fits, f"rewards.{name}", weight, rule, remedy)
 
   def _check_custom(self) -> None:
     taken = {*COMPONENTS, "total", "heuristics"}
     for path in self.custom:
       custom.resolve(path)
       name = custom.name(path)
-      require(
-        name not in taken,
-        "rewards.custom",
-        path,
-        "name functions whose names differ from each other and from "
-        f"{', '.join(COMPONENTS)}, total and heuristics",
-        f"give {name} another name",
-      )
+      rule = "name functions whose names differ from each other and from "
+      rule += f"{', '.join(COMPONENTS)}, total and heuristics"
+      remedy = f"give {name} another name"
+      require(name not in taken, "rewards.custom", path, rule, remedy)
       taken.add(name)
 
   @property

@@ -91,8 +91,10 @@ class Collector:
       metrics.append(batch_metrics)
       kept += new_samples
       groups = _best_groups(self.sampler.mesh, groups, new) if groups else new
-      if number < position + limit and _all_informative(groups):
-        break
+      if number < position + limit:
+        total, valid = groups.rewards["total"], groups.valid
+        if jax.jit(shaping.has_reward_variance)(total, valid).all():
+          break
     assert groups is not None
     batch, advantage_metrics = self._add_advantages(groups)
     step_metrics = _combine_metrics(metrics) | advantage_metrics
@@ -327,11 +329,8 @@ class Collector:
 
 
 _ACCURACIES = (
-  "rollout/accuracy",
-  "reward/accuracy_mean",
-  "reward/accuracy_std",
+  *("rollout/accuracy", "reward/accuracy_mean", "reward/accuracy_std"),
 )
-_SUMMED = ("reward/errors",)
 _AVERAGED = (
   *("perf/rollout_tokens_per_second", "perf/live_row_share"),
   "perf/decode_bandwidth_share",
@@ -348,7 +347,7 @@ def _combine_metrics(metrics: list[Metrics]) -> Metrics:
   for name in dict.fromkeys(name for batch in metrics for name in batch):
     values = [batch[name] for batch in fetched if name in batch]
     values = np.array(values, np.float32)
-    is_sum = name in _SUMMED or name.endswith(("_errors", "/skipped"))
+    is_sum = name.endswith(("errors", "/skipped"))
     is_sum |= name.startswith("perf/") and name not in _AVERAGED
     combined[name] = values.sum() if is_sum else values.mean()
   return combined
@@ -360,31 +359,24 @@ def _error_counts(scores: scoring.Scores) -> Metrics:
   return counts | {"reward/errors": sum(scores.errors.values())}
 
 
-def _all_informative(groups: ScoredGroups) -> bool:
-  total, valid = groups.rewards["total"], groups.valid
-  return bool(jax.jit(shaping.has_reward_variance)(total, valid).all())
-
-
 def _best_groups(
   mesh: Any, groups: ScoredGroups, more: ScoredGroups
 ) -> ScoredGroups:
   """As many groups as before: first those with reward variance."""
-  both = (groups, more)
-  length = max(x.batch.prompt_ids.shape[1] for x in both)
-  num_images = max(x.batch.images.shape[1] for x in both)
 
-  def pad(x: jax.Array, size: int) -> jax.Array:
+  def pad(x: jax.Array, other: jax.Array) -> jax.Array:
     padding = [(0, 0)] * x.ndim
-    padding[1] = (0, size - x.shape[1])
+    padding[1] = (0, max(other.shape[1] - x.shape[1], 0))
     return jnp.pad(x, padding)
 
-  def pad_prompts(groups: ScoredGroups) -> ScoredGroups:
-    ids = pad(groups.batch.prompt_ids, length)
-    images = pad(groups.batch.images, num_images)
-    batch = groups.batch.replace(prompt_ids=ids, images=images)
-    return groups.replace(batch=batch)
+  def pad_prompts(groups: ScoredGroups, other: TrainBatch) -> ScoredGroups:
+    batch = groups.batch
+    ids = pad(batch.prompt_ids, other.prompt_ids)
+    images = pad(batch.images, other.images)
+    return groups.replace(batch=batch.replace(prompt_ids=ids, images=images))
 
-  return _merge(sharding.batch_sharding(mesh), *map(pad_prompts, both))
+  both = pad_prompts(groups, more.batch), pad_prompts(more, groups.batch)
+  return _merge(sharding.batch_sharding(mesh), *both)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -21,11 +21,8 @@ from grpo_tpu.rl.train_state import TrainState
 class Learner:
   """Updates a policy on batches.
 
-  Attributes:
-    tx: The optimizer.
-    update: Takes a state, a batch and `frozen`; returns the next state and
-      metrics. See `train_step.make_train_step`.
-    frozen: Parameters under the adapters; None if the whole model is trained.
+  `update` is what `train_step.make_train_step` makes; `frozen` holds the
+  parameters under the adapters, or None.
   """
 
   def __init__(

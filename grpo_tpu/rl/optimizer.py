@@ -1,10 +1,7 @@
 """AdamW with a schedule, clipping by global norm, and frozen subtrees.
 
-Knows only the names of the model's leaves: norms end in "scale", biases in
-"bias".
-
-References:
-  AdamW: Loshchilov and Hutter, arXiv:1711.05101
+Of the model it knows the names of leaves: norms end in "scale", biases in
+"bias". AdamW: Loshchilov and Hutter, arXiv:1711.05101.
 """
 
 import math

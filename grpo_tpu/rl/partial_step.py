@@ -68,13 +68,3 @@ class PartialStep:
       metrics=record["scalars"],
       skipped=record["skipped"],
     )
-
-
-def reshard(batch: TrainBatch, row_sharding: Sharding) -> TrainBatch:
-  """The batch with every array in this sharding.
-
-  An update compiles for the shardings of its arguments, which must not depend
-  on an interruption of the step.
-  """
-  # Not in a compiled program: there would be one for each shape.
-  return jax.device_put(batch, row_sharding)

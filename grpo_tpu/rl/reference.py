@@ -14,11 +14,7 @@ class Reference:
   def __init__(self, params: dict, model: ModelSettings, mesh: Mesh):
     """Keeps `params` as the settings ask, in type and memory.
 
-    Norms and the image tower stay as they are: they are small and computed in
-    fp32.
-
-    Raises:
-      ValueError: The devices have no memory of the kind that is set.
+    Norms and the image tower stay as they are: small, and computed in fp32.
     """
     self._memory = model.reference_memory
     kinds = {m.kind for m in mesh.local_devices[0].addressable_memories()}

@@ -1,9 +1,11 @@
 """Collects the completions of all processes, for people to read."""
 
+import base64
 import dataclasses
 import hashlib
-import pickle
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,13 +86,13 @@ def step_samples(
   columns["finish_reason"] = np.broadcast_to(reasons, mask.shape[:2]).tolist()
   columns["completion_tokens"] = mask.sum(axis=-1).tolist()
   if groups is not None:
-    rewards = dict(groups.rewards)
-    del rewards["heuristics"]
-    values = {"group": groups.group, "valid": groups.valid}
-    values["reward"] = rewards.pop("total")
-    if "length_penalty" in rewards:
-      values["length_penalty"] = rewards.pop("length_penalty")
-    values |= {f"reward/{name}": x for name, x in rewards.items()}
+    names = {"total": "reward", "length_penalty": "length_penalty"}
+    values = {
+      names.get(name, f"reward/{name}"): x
+      for name, x in groups.rewards.items()
+      if name != "heuristics"
+    }
+    values |= {"group": groups.group, "valid": groups.valid}
     own = sharding.local_rows(sampler.mesh, values)
     columns |= {name: x.tolist() for name, x in own.items()}
   return make_samples(sampler, prompts, texts, columns, num_shown=num_shown)
@@ -167,11 +169,25 @@ def gather(own: list[Sample]) -> list[Sample]:
   sent = own
   if collectives.is_first_process():
     sent = [dataclasses.replace(sample, image=None) for sample in own]
+  encoded = json.dumps(list(map(vars, sent)), default=_encode_image).encode()
   everywhere = []
-  for process, data in enumerate(collectives.gather_bytes(pickle.dumps(sent))):
-    everywhere += own if process == jax.process_index() else pickle.loads(data)
+  for process, data in enumerate(collectives.gather_bytes(encoded)):
+    is_own = process == jax.process_index()
+    everywhere += own if is_own else map(_decode, json.loads(data))
   order = ("group", "generation")
   return sorted(everywhere, key=lambda x: [x.columns[name] for name in order])
+
+
+def _encode_image(image: np.ndarray) -> tuple[list[int], str]:
+  return list(image.shape), base64.b64encode(image.tobytes()).decode()
+
+
+def _decode(fields: dict[str, Any]) -> Sample:
+  if fields["image"]:
+    shape, data = fields["image"]
+    pixels = np.frombuffer(base64.b64decode(data), np.uint8)
+    fields["image"] = pixels.reshape(shape)
+  return Sample(**fields)
 
 
 def _image_id(problem: records.Problem) -> str:

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import embedding, text
@@ -25,6 +25,12 @@ def token_logps(
   and without early stop tokens. Others, such as demonstrations, were not drawn
   that way: they are scored at temperature 1. Differentiable in `params`.
   """
+  is_early = None
+  if batch.is_sampled and forward.min_new_tokens:
+    # There the sampler could not draw a stop token.
+    shape = batch.completion_ids.shape
+    is_early = jnp.arange(shape[-1]) < forward.min_new_tokens
+    is_early = jnp.broadcast_to(is_early[None, None], shape)
   states = text.bundle_states(
     forward.config,
     params,
@@ -44,19 +50,8 @@ def token_logps(
     temperature=forward.temperature if batch.is_sampled else 1.0,
     chunk_size=forward.chunk_size,
     banned_ids=forward.banned_ids,
-    is_early=_is_early(forward, batch),
+    is_early=is_early,
   )
-
-
-def _is_early(
-  forward: ForwardConfig, batch: TrainBatch
-) -> Bool[Array, "U C T"] | None:
-  """True for positions at which the sampler could not draw a stop token."""
-  if not (batch.is_sampled and forward.min_new_tokens):
-    return None
-  shape = batch.completion_ids.shape
-  is_early = jnp.arange(shape[-1]) < forward.min_new_tokens
-  return jnp.broadcast_to(is_early[None, None], shape)
 
 
 @functools.partial(jax.jit, static_argnames=("num_microbatches",))

@@ -7,7 +7,6 @@ from data_pipelines.validation import (
   check_fields,
   interval,
   one_of,
-  require,
   require_all,
 )
 from grpo_tpu.rewards.scoring import RewardConfig
@@ -66,28 +65,17 @@ class ObjectiveConfig:
 
   def __post_init__(self):
     check_fields(self, "objective")
-    is_cispo = self.surrogate == "cispo"
+    dual = self.dual_clip
+    is_cap = self.epsilon_high >= 1 or self.surrogate != "cispo"
+    cap = "be at least 1 for cispo, where it is the cap of the ratio itself"
+    allowed = dual is None or self.surrogate == "clip"
+    above = "be above 1, or it cuts a policy that has not moved"
     require_all(
       self,
       "objective",
-      (
-        "epsilon_high",
-        self.epsilon_high >= 1 or not is_cispo,
-        "be at least 1 for cispo, where it is the cap of the ratio itself",
-        5.0,
-      ),
-      (
-        "dual_clip",
-        self.dual_clip is None or self.surrogate == "clip",
-        "be None unless the surrogate is clip",
-        None,
-      ),
-      (
-        "dual_clip",
-        self.dual_clip is None or self.dual_clip > 1,
-        "be above 1, or it cuts a policy that has not moved",
-        3.0,
-      ),
+      ("epsilon_high", is_cap, cap, 5.0),
+      ("dual_clip", allowed, "be None unless the surrogate is clip", None),
+      ("dual_clip", dual is None or dual > 1, above, 3.0),
     )
 
 
@@ -211,13 +199,9 @@ class ShapingConfig:
 
   def __post_init__(self):
     check_fields(self, "shaping")
-    require(
-      self.zero_variance != "resample" or self.max_batches >= 2,
-      "shaping.max_batches",
-      self.max_batches,
-      "be at least 2 to resample",
-      "set shaping.max_batches=3",
-    )
+    fits = self.zero_variance != "resample" or self.max_batches >= 2
+    rule = "be at least 2 to resample"
+    require_all(self, "shaping", ("max_batches", fits, rule, 3))
 
 
 @dataclass(frozen=True)
@@ -256,61 +240,37 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class OptimizerConfig(OptimizerSettings):
-  """The settings of the optimizer for a run of known length.
+  """The settings of the optimizer for a run of known length."""
 
-  Attributes:
-    num_steps: Updates in the whole run, warm-up included. A step with several
-      minibatches or iterations counts as several.
-  """
-
+  # Updates in the whole run, warm-up included: several in a step of several
+  # iterations.
   num_steps: int = field(metadata=at_least(1))
 
   def __post_init__(self):
     super().__post_init__()
-    require(
-      self.warmup_steps < self.num_steps,
-      "optimizer.warmup_steps",
-      self.warmup_steps,
-      f"be below the number of updates ({self.num_steps})",
-      "set optimizer.warmup_steps=0",
-    )
+    rule = f"be below the number of updates ({self.num_steps})"
+    fits = self.warmup_steps < self.num_steps
+    require_all(self, "optimizer", ("warmup_steps", fits, rule, 0))
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-  """The settings of an update, besides the network.
+  """The settings of an update, besides the network."""
 
-  Attributes:
-    objective: None for demonstrations.
-    optimizer: Settings of AdamW.
-    shaping: Entropy bonus and sampler correction are read.
-    num_microbatches: Number of parts that a batch is cut into.
-  """
-
-  objective: ObjectiveConfig | None
+  objective: ObjectiveConfig | None  # None for demonstrations.
   optimizer: OptimizerConfig
-  shaping: ShapingConfig
+  shaping: ShapingConfig  # Entropy bonus and sampler correction are read.
   num_microbatches: int
 
 
 @dataclass(frozen=True)
 class CollectorConfig:
-  """How a batch of experience is made.
-
-  Attributes:
-    kind: Where completions come from, see `data.kind`.
-    rewards: Weights and limits of the rewards.
-    shaping: Treatment of truncated completions and unanimous groups.
-    advantage_scale: See `objective.group_advantages`.
-    advantage_baseline: See `objective.group_advantages`.
-    num_parts: Number of parts in which a batch is decoded.
-    label_rewards: True if labels are the whole reward of preference groups.
-  """
+  """How a batch of experience is made."""
 
   kind: str
   rewards: RewardConfig
   shaping: ShapingConfig
   advantage_scale: str
   advantage_baseline: str
-  num_parts: int
-  label_rewards: bool
+  num_parts: int  # Parts in which a batch is decoded.
+  label_rewards: bool  # Labels are the whole reward of preference groups.

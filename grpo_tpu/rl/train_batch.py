@@ -58,27 +58,18 @@ class TrainBatch(flax.struct.PyTreeNode):
 
 
 class ScoredGroups(flax.struct.PyTreeNode):
-  """The completions of a batch of prompts with their rewards.
+  """The completions of a batch of prompts with their rewards."""
 
-  Attributes:
-    batch: Bundles without advantages.
-    rewards: By name, before weights; "total" and "heuristics" are weighted. A
-      "length_penalty" is part of the total.
-    valid: False for rows that a malformed prompt or a failed reward excludes.
-    group: The number of each group in its step.
-  """
-
-  batch: TrainBatch
+  batch: TrainBatch  # Without advantages.
+  # By name, before weights; "total" and "heuristics" are weighted. A
+  # "length_penalty" is part of the total.
   rewards: dict[str, Float[Array, "U C"]]
-  valid: Bool[Array, "U C"]
-  group: Int[Array, " U"]
+  valid: Bool[Array, "U C"]  # False for a malformed prompt or a failed reward.
+  group: Int[Array, " U"]  # Its number in the step.
 
 
 def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
-  """Reshapes `[U, ...]` to `[count, U / count, ...]`.
-
-  Every device keeps its own rows.
-  """
+  """`[U, ...]` as `[count, U / count, ...]`; devices keep their own rows."""
 
   def split(x):
     # No -1 here: the images of a text model have no elements.

@@ -27,7 +27,7 @@ from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
-from grpo_tpu.rl.partial_step import PartialStep, reshard
+from grpo_tpu.rl.partial_step import PartialStep
 from grpo_tpu.rl.reference import Reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
@@ -268,7 +268,9 @@ class Trainer:
         mask = batch.completion_mask
         weights = _top_entropy_weights(entropy, mask, share=share)
         batch = batch.replace(token_weights=weights)
-    return reshard(batch, sharding.batch_sharding(self.mesh))
+    # Updates compile for shardings, which must not depend on interruptions. A
+    # compiled program would do this once for each shape.
+    return jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
   def _score(
     self, params: dict, batch: TrainBatch

@@ -38,7 +38,7 @@ def make_step(place, *, skipped):
     "perf/rollout_seconds": 0.25,
     "rollout/batches": 3,
   }
-  bundles = partial_step.reshard(bundles, place).replace(num_encoded=3)
+  bundles = jax.device_put(bundles, place).replace(num_encoded=3)
   return partial_step.PartialStep(bundles, 3, scalars, skipped)
 
 
@@ -76,14 +76,3 @@ def test_the_cursor_counts_updates_done_and_those_skipped_are_done(place):
   for skipped in ([], [0.0], [1.0, 0.0]):
     step = make_step(place, skipped=skipped)
     assert step.updates_done == step.to_data().updates_done == len(skipped)
-
-
-def test_resharding_moves_a_batch_and_changes_nothing(place):
-  bundles = make_step(place, skipped=[]).batch
-  alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  moved = partial_step.reshard(bundles, alone)
-  for one, other in zip(
-    jax.tree.leaves(bundles), jax.tree.leaves(moved), strict=True
-  ):
-    assert other.sharding == alone
-    np.testing.assert_array_equal(one, other)
