@@ -23,17 +23,12 @@ def source(
 ) -> records.Source:
   """Makes an ablation of some problems.
 
-  Args:
-    kind: "removed" replaces each image by a plain grey one of the same shape;
-      "shuffled" permutes the readable images of all problems so that another
-      image stands in the place of each.
-    problems: The real problems.
-    num_problems: The number of problems, from the first, that are shuffled.
-    seed: Seed of the shuffle, which depends only on the seed and the images.
+  "removed" replaces each image by a plain grey one of the same shape.
+  "shuffled" permutes the readable images of the first `num_problems`, so that
+  another image stands in the place of each; only the seed and the images count.
 
   Raises:
-    ValueError: The kind is unknown, or the images cannot be shuffled so that
-      another one stands in the place of each.
+    ValueError: The kind is unknown, or the images cannot be shuffled so.
   """
   if kind == "removed":
     return _Ablation(problems, None)
@@ -44,14 +39,11 @@ def source(
 
 
 def derangement(keys: list[str], seed: int) -> np.ndarray:
-  """A random permutation that changes the key at every index.
+  """A random permutation, int64 [len(keys)], that changes each key.
 
   Equal keys are placed side by side, in a random order of keys, and everything
   is rotated by the length of the longest run. That leaves each run, and does
   not wrap around into the same run as long as no run is longer than half.
-
-  Returns:
-    int64 [len(keys)], the index from which each index takes its element.
 
   Raises:
     ValueError: There are no keys, or more than half of them are equal.

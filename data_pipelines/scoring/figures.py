@@ -88,7 +88,9 @@ def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
       names = (record.get(dimension),)
     else:
       names = (metadata.get(dimension),)
-    yield from ((index, str(x)) for x in names if x not in (None, ""))
+    for each in names:
+      if isinstance(each, str | int | float) and each != "":
+        yield index, str(each)
 
 
 def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:

@@ -42,68 +42,54 @@ def verdicts(found: Sequence[results.Result]) -> list[verify.Verdict]:
 
 def grade(result: results.Result, verdict: verify.Verdict) -> GradedRecord:
   """Grades one record in each way; a missing response counts as empty."""
-  problem, response = result.problem, result.response or ""
-  extraction = result.record.get("extraction")
-  extraction = None if extraction is None else str(extraction)
-  rule = official_rule(result)
-  stored = result.record.get("true_false")
+  problem, record = result.problem, result.record
+  extraction, stored = record.get("extraction"), record.get("true_false")
+  rule = rules.name_of(problem)
+  if "official_rule" not in record and "official_rule" not in problem.metadata:
+    rule = "mathvista"  # By another program, in MathVista's format.
+  response = result.response or ""
   return GradedRecord(
     result=result,
     answer=verdict.answer,
     strict=verdict.correct,
     rule=rule,
-    official=rules.is_right(rule, response, extraction, problem)
-    if rule
-    else None,
+    official=rules.is_right(rule, response, extraction, problem),
     has_extraction=extraction is not None,
     stored=stored if isinstance(stored, bool) else None,
   )
 
 
-def official_rule(result: results.Result) -> str:
-  """The name of a record's official rule; "" if its set has none.
-
-  A file that names none was written by another program, in MathVista's format.
-  """
-  named = result.record.get("official_rule")
-  is_foreign = named is None and "official_rule" not in result.problem.metadata
-  return "mathvista" if is_foreign else rules.name_of(result.problem)
-
-
 def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
-  """The counts and the table of a results file.
+  """The counts and the table of a results file, as a JSON object.
 
-  Args:
-    graded: Every record of the file; at least one has a public answer.
-
-  Returns:
-    A JSON object: `records`; `scored`, the records in the table; `no_answer`,
-    the records without a public answer, which are left out of the table;
-    `no_response`, scored as wrong; `official_rules`, the records of each rule;
-    `stored_extractions`, the records with an extraction by an external program;
-    `agreement` of strict and stored labels, None without stored labels;
-    `wemath`, the figures of `wemath.steps_metric` for each way of grading, if
-    there are any; and the `rows` of `figures.table`, where each of several
-    rules has a column of its own, as "official_chartqa".
+  Records without a public answer (`no_answer`) are not `scored`. One without a
+  response is wrong. `official_rules` has the column and the records of each
+  rule, `stored_extractions` the records with an extraction by an external
+  program, `agreement` strict and stored labels, if there are any, `rows` the
+  rows of `figures.table`, and `wemath` the figures of `wemath.steps_metric` for
+  each way of grading.
   """
   scored = [each for each in graded if each.result.counts]
-  found = rules.columns(
-    rules.Grade(each.result.problem.pid, each.rule, each.official)
-    for each in scored
+  marks = rules.columns(
+    (x.result.problem.pid, x.rule, x.official) for x in scored
   )
+  names = {x: f"official_{x}" if len(marks) > 1 else "official" for x in marks}
   ways: dict[str, Sequence[bool | None]] = {
     "strict": [each.strict for each in scored],
-    **({} if found else {"official": [None] * len(scored)}),
+    **(
+      {names[x]: marks[x] for x in marks} or {"official": [None] * len(scored)}
+    ),
+    "stored": [each.stored for each in scored],
   }
-  for rule, marks in found.items():
-    ways[f"official_{rule}" if len(found) > 1 else "official"] = marks
-  ways["stored"] = [each.stored for each in scored]
   return {
     "records": len(graded),
     "scored": len(scored),
     "no_answer": len(graded) - len(scored),
     "no_response": sum(each.result.response is None for each in scored),
-    "official_rules": {x: sum(y.rule == x for y in scored) for x in found},
+    "official_rules": {
+      rule: (name, sum(x.rule == rule for x in scored))
+      for rule, name in names.items()
+    },
     "stored_extractions": sum(each.has_extraction for each in scored),
     "agreement": _agreement(scored),
     "rows": figures.table(
@@ -118,7 +104,7 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
         if each.rule == "wemath"
       )
       for way in ("strict", "official")
-      if "wemath" in found
+      if "wemath" in marks
     },
   }
 

@@ -110,13 +110,9 @@ def strict_fields(
 ) -> dict[str, Any]:
   """Our reading of a response and our verdict, as a record holds them.
 
-  `extraction`, `prediction` and `true_false` belong to MathVista's programs.
-
-  Args:
-    problem: The problem.
-    answer: The answer that the verifier has read. A list is written with the
-      blanks that MathVista's answers have.
-    is_right: The verdict; None if the answer is not public.
+  `extraction`, `prediction` and `true_false` belong to MathVista's programs. A
+  list is written with the blanks that MathVista's answers have. The verdict is
+  None if the answer is not public.
   """
   if answer is not None and problem.answer_type == "list":
     answer = answer.replace(",", ", ")

@@ -11,16 +11,12 @@ from data_pipelines.scoring.official import rules
 from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, printable
 
-_STEPS = ("one_step", "two_step", "three_step")
-
 
 def score_file(path: str, *, out: str = "", scores: str = "") -> str:
   """Scores a results file and returns the table as text.
 
-  Args:
-    path: The results file.
-    out: File for the records with their strict answers, if any.
-    scores: File for the figures as JSON, if any.
+  `out` is a file for the records with their strict answers, `scores` one for
+  the figures as JSON; "" writes none.
 
   Raises:
     SettingError: The file cannot be scored, or an output cannot be written.
@@ -49,13 +45,20 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
 
 def format_scores(scores: Mapping[str, Any]) -> str:
   """Formats `grading.summary` as lines of text, with shares in percent."""
+  external = scores["stored_extractions"]
   lines = [
     f"{scores['scored']} of {scores['records']} records scored "
     f"({scores['no_answer']} have no public answer); "
     f"{scores['no_response']} without a response count as wrong.",
     "strict: the verifier of this program, on the response.",
-    *_official_lines(scores),
+    *(
+      f"{way}: the rule of {rules.TITLES[rule]}, for {count} records."
+      for rule, (way, count) in scores["official_rules"].items()
+    ),
     "stored: the labels (true_false) of the program that wrote the file.",
+    f"An external program has extracted {external} answers; of the other "
+    f"{scores['scored'] - external} records the official rules read the whole "
+    "response, without a language model.",
   ]
   if scores["agreement"]:
     lines.append(
@@ -64,7 +67,8 @@ def format_scores(scores: Mapping[str, Any]) -> str:
       "{right} labelled right.".format(**scores["agreement"])
     )
   for way, found in scores["wemath"].items():
-    lines.append(_wemath_line(way, found))
+    figures = ", ".join(f"{name} {x:.4g}" for name, x in found.items())
+    lines.append(f"We-Math's metric by {way} grades: {figures or 'none'}.")
   cells = list(_cells(scores["rows"]))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines.append("")
@@ -73,45 +77,6 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     columns += [x.rjust(w) for x, w in zip(rest, widths[1:], strict=True)]
     lines.append("  ".join(columns).rstrip())
   return "\n".join(lines)
-
-
-def _official_lines(scores: Mapping[str, Any]) -> Iterator[str]:
-  """Whose rule the official column is, and what it judges."""
-  counts = scores["official_rules"]
-  for rule, count in counts.items():
-    name = f"official_{rule}" if len(counts) > 1 else "official"
-    yield f"{name}: the rule of {rules.TITLES[rule]}, for {count} records."
-  if not counts:
-    yield "official: none, because no rule of these problems' set is known."
-    return
-  external = scores["stored_extractions"]
-  yield (
-    f"An external program has extracted {external} answers; of the other "
-    f"{scores['scored'] - external} records the official rules read the whole "
-    "response, without a language model."
-  )
-
-
-def _wemath_line(way: str, found: Mapping[str, Any] | None) -> str:
-  """We-Math's metric over the steps of its problems, in one line."""
-  if not found:
-    return f"We-Math, by {way} grades: no problem has all its steps."
-  steps = (f"S{i} {_share(found[x])}" for i, x in enumerate(_STEPS, start=1))
-  parts = [", ".join(steps), f"IK {found['IK']}, IG {found['IG']}"]
-  for name in ("strict", "loose"):
-    each = found[name]
-    parts.append(
-      f"{name}: score {_share(each['score'])}, CM {each['CM']}, RM "
-      f"{each['RM']} ({_share(each['RM_rate'])})"
-    )
-  return (
-    f"We-Math, by {way} grades, {found['problems']} problems: "
-    f"{'; '.join(parts)}."
-  )
-
-
-def _share(value: float | None) -> str:
-  return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -223,10 +223,10 @@ def _write(
   everything = [each for chosen in written.values() for each in chosen]
   num_original = sum(record.is_mathvista for record in everything)
   trained = tokenizer.Tokenizer(folder / _TOKENIZER)
-  origins: dict[str, collections.Counter[str]] = {}
+  origins = collections.defaultdict(collections.Counter)
   for split, chosen in written.items():
     for record in chosen:
-      origins.setdefault(record.split, collections.Counter())[split] += 1
+      origins[record.split][split] += 1
   manifest = {
     "source": source.name,
     "terms": mathvista.terms(num_original, len(everything)),

@@ -60,11 +60,10 @@ def parts(dirs: list[DataDir], split: str) -> tuple[str, ...]:
   for each in dirs:
     source = str(each.folder / "manifest.json")
     origins = each.manifest.get("source_splits", {})
-    untrusted.check_kind(origins, dict, source)
-    for name in origins:
+    for name in untrusted.check_kind(origins, dict, source):
       counts = untrusted.get_field(origins, name, dict, source)
-      untrusted.check_items(counts.values(), int, source)
       here, rest = counts.get(split, 0), counts.get("train", 0)
+      untrusted.check_items((here, rest), int, source)
       if here and rest and "train" != split and name != SYNTHETIC:
         found.append(
           f"{each.name}: {split} is {here} of {here + rest} problems of "

@@ -177,13 +177,14 @@ def _select_graded(
   return [x for x in completions if x.record["strict_true_false"] is not None]
 
 
-def _official_grade(completion: GradedCompletion) -> rules.Grade:
-  """The grade of a completion by its set's own rule."""
-  record, is_right = completion.record, None
-  if name := record.get("official_rule", ""):
-    problem = records.from_result(record)
-    is_right = rules.is_right(name, record["response"], None, problem)
-  return rules.Grade(record["pid"], name, is_right)
+def _official_grade(
+  completion: GradedCompletion,
+) -> tuple[str, str, bool | None]:
+  """The pid, the name of the official rule, and what the rule says."""
+  record, problem = completion.record, records.from_result(completion.record)
+  rule = record.get("official_rule", "")
+  right = rules.is_right(rule, record["response"], None, problem)
+  return record["pid"], rule, right
 
 
 def _chance(completion: GradedCompletion) -> float:

@@ -202,7 +202,7 @@ def test_each_way_of_scoring_by_hand(scored):
     "scored": 8,
     "no_answer": 1,
     "no_response": 1,
-    "official_rules": {"mathvista": 8},
+    "official_rules": {"mathvista": ["official", 8]},
     "wemath": {},
     "stored_extractions": 2,
     "agreement": {
@@ -286,7 +286,7 @@ def test_every_figure_is_printed_in_percent(scored):
   lines = printed.splitlines()
   assert lines[0].startswith("8 of 9 records scored (1 have no public answer)")
   assert lines[2] == "official: the rule of MathVista, for 8 records."
-  assert "extracted 2 answers; of the other 6 records" in lines[3]
+  assert "extracted 2 answers; of the other 6 records" in lines[4]
   assert "3 stored labels: right for 1 of 1 labelled wrong" in lines[5]
   whole = lines[lines.index("overall") + 1]
   assert " ".join(whole.split()) == (
@@ -415,7 +415,10 @@ def test_each_official_rule_has_a_column_of_its_own(scored):
     record("unreadable:4", "", "", official_rule=""),
   ]
   found, _, printed = scored(rows)
-  assert found["official_rules"] == {"chartqa": 2, "mathvision": 1}
+  assert found["official_rules"] == {
+    "chartqa": ["official_chartqa", 2],
+    "mathvision": ["official_mathvision", 1],
+  }
   rows = {(x["dimension"], x["name"]): x for x in found["rows"]}
   shares = {
     way: share and (share["right"], share["problems"])
@@ -448,12 +451,12 @@ def test_we_maths_metric_is_printed_for_both_ways_of_grading(scored):
     )
   ]
   found, _, printed = scored(rows)
-  assert found["wemath"]["official"]["strict"]["RM"] == 1
-  assert found["wemath"]["strict"]["strict"]["CM"] == 1
+  assert found["wemath"]["official"]["RM_strict"] == 1
+  assert found["wemath"]["strict"]["CM_strict"] == 1
   assert (
-    "We-Math, by official grades, 1 problems: S1 50.00 %, S2 100.00 %, S3 -; "
-    "IK 0, IG 0; strict: score 0.00 %, CM 0, RM 1 (100.00 %); "
-    "loose: score 100.00 %, CM 1, RM 0 (0.00 %)." in printed
+    "We-Math's metric by official grades: S1 0.5, S2 1, problems 1, IK 0, "
+    "IG 0, CM_strict 0, RM_strict 1, RM_rate_strict 1, score_strict 0, "
+    "CM_loose 1, RM_loose 0, RM_rate_loose 0, score_loose 1." in printed
   )
   assert ("key", keys[2]) in {
     (x["dimension"], x["name"]) for x in found["rows"]

@@ -13,12 +13,6 @@ from data_pipelines.scoring.official.golds import official_answer
 _TOLERANCE = 0.05
 
 
-def extraction(completion: str, problem: records.Problem) -> str:
-  """The completion without the blanks around it."""
-  del problem
-  return completion.strip()
-
-
 def is_right(extraction: str, problem: records.Problem) -> bool:
   """True if the gold is matched; 0, which has no relative error, as a text."""
   gold = official_answer(problem)

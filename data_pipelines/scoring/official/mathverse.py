@@ -15,12 +15,6 @@ from data_pipelines.scoring.official.golds import official_answer
 _LEAD_IN = "Extracted Answer: "
 
 
-def extraction(completion: str, problem: records.Problem) -> str:
-  """The completion without the blanks around it."""
-  del problem
-  return completion.strip()
-
-
 def is_right(extraction: str, problem: records.Problem) -> bool:
   """True if the extraction is the gold; a letter for an option."""
   return extraction.replace(_LEAD_IN, "").strip() == official_answer(problem)

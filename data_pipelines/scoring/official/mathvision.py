@@ -9,6 +9,7 @@ References:
   https://github.com/mathllm/MATH-V (evaluation/).
 """
 
+import contextlib
 import math
 import re
 
@@ -27,17 +28,18 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _SLASH = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
 
 
-def extraction(completion: str, problem: records.Problem) -> str:
+def extraction(completion: str) -> str:
   """The answer in small letters, in the published program's spelling."""
-  del problem
   text = completion.strip()
   for letter in "ABCDE":
     ends = (f" {letter}.", f" ({letter}).")
     starts = (f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n")
     if text.endswith(ends) or text.startswith(starts):
       text = letter
-  last = text.split("is ")[-1].rstrip(".")
-  text = last if _float(last) is not None else text
+  with contextlib.suppress(ValueError):
+    last = text.split("is ")[-1].rstrip(".")
+    float(last)
+    text = last
   if "oxed{" not in text:
     for phrase in _TABLE["phrases"]:
       for cue in (phrase, phrase.replace("the", "The")):
@@ -73,37 +75,33 @@ def _clean(text: str) -> str:
 
 def is_right(extraction: str, problem: records.Problem) -> bool:
   """True if the extraction is the gold, or the text of its option."""
-  golds = dict.fromkeys([official_answer(problem)])
-  if problem.choices:
-    golds[problem.answer] = None
-  return any(_is_equal(gold, extraction) for gold in golds)
+  option = [problem.answer] if problem.choices else []
+  golds = {x.lower().strip() for x in [official_answer(problem), *option]}
+  answer = extraction.lower().strip()
+  if not answer or answer in golds:
+    return bool(answer)
+  return any(_has_value(answer, gold) for gold in sorted(golds - {""}))
 
 
-def _is_equal(gold: str, answer: str) -> bool:
-  gold, answer = gold.lower().strip(), answer.lower().strip()
-  if not gold or not answer:
-    return False
-  if gold == answer:
-    return True
+def _has_value(answer: str, gold: str) -> bool:
   if _NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer):
     return round(float(gold), 2) == round(float(answer), 2)
   if not (latex.is_readable(gold) and latex.is_readable(answer)):
     return False
-  return bool(
-    comparisons.is_right(comparisons.start(_SAME_VALUE, gold, answer))
-  )
+  comparison = comparisons.start(_SAME_VALUE, gold, answer)
+  return comparisons.is_right(comparison) is True
 
 
 def same_value(gold: str, answer: str) -> bool:
-  """True if two different texts have one value to two places.
+  """True if two texts, or tuples of texts, have one value to two places.
 
   Runs in a worker process: the parser may hang.
   """
   texts = [_rounded_items(text) for text in (gold, answer)]
-  if texts[0] == texts[1]:
-    return True
   values = [_value(text) for text in texts]
-  return None not in values and round(values[0], 2) == round(values[1], 2)
+  return texts[0] == texts[1] or (
+    None not in values and len({round(x or 0, 2) for x in values}) == 1
+  )
 
 
 def _rounded_items(text: str) -> str:
@@ -111,16 +109,12 @@ def _rounded_items(text: str) -> str:
   items = text[1:-1].split(",")
   if text[:1] + text[-1:] not in ("()", "[]") or len(items) < 2:
     return text
-  values = []
-  for item in items:
-    value = item
+  for i, item in enumerate(items):
     if "infty" not in item and item not in ("a", "-a"):
-      value = _value(item)
-      if value is None:
+      if (value := _value(item)) is None:
         return text
-      value = str(round(value, 2))
-    values.append(value)
-  return f"{text[0]}{','.join(values)}{text[-1]}"
+      items[i] = str(round(value, 2))
+  return f"{text[0]}{','.join(items)}{text[-1]}"
 
 
 def _value(text: str) -> int | float | None:
@@ -135,11 +129,4 @@ def _value(text: str) -> int | float | None:
     number = int(value) if is_whole else float(value)
     return number if math.isfinite(number) else None
   except Exception:  # The parser raises nearly every kind of exception.
-    return None
-
-
-def _float(text: str) -> float | None:
-  try:
-    return float(text)
-  except ValueError:
     return None

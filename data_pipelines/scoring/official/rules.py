@@ -5,7 +5,7 @@ gold as the set has it in `metadata["official_answer"]`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_pipelines import records
 from data_pipelines.scoring import figures
@@ -21,48 +21,38 @@ from data_pipelines.text import tables
 
 _TABLES = tables.read("data_pipelines.scoring.official", "rules.toml")
 TITLES = {name: table["title"] for name, table in _TABLES.items()}
-_MODULES = {
-  "mathvista": mathvista,
-  "chartqa": chartqa,
-  "mathverse": mathverse,
-  "mathvision": mathvision,
-  "wemath": wemath,
+# How each rule finds an answer, and how it judges it.
+_RULES = {
+  "chartqa": (lambda response, _: response.strip(), chartqa.is_right),
+  "mathverse": (lambda response, _: response.strip(), mathverse.is_right),
+  "mathvision": (lambda x, _: mathvision.extraction(x), mathvision.is_right),
+  "mathvista": (mathvista.extraction, mathvista.is_right),
+  "wemath": (lambda response, _: wemath.extraction(response), wemath.is_right),
 }
 
 
-class Grade(NamedTuple):
-  """A record's pid, the name of its rule or "", and what the rule says."""
-
-  pid: str
-  rule: str
-  is_right: bool | None
-
-
-def columns(graded: Iterable[Grade]) -> dict[str, list[bool | None]]:
+def columns(
+  graded: Iterable[tuple[str, str, bool | None]],
+) -> dict[str, list[bool | None]]:
   """For each rule, its grade of each record; None for those of other sets.
 
-  What an evaluation could not read counts as wrong in each column.
+  What an evaluation could not read counts as wrong in each column. A record is
+  `graded` by its pid, the name of its rule and its grade.
   """
   graded = list(graded)
   return {
-    rule: [
-      each.is_right
-      if each.rule == rule
-      else False
-      if figures.is_unreadable(each.pid)
-      else None
-      for each in graded
+    name: [
+      mark if rule == name else False if figures.is_unreadable(pid) else None
+      for pid, rule, mark in graded
     ]
-    for rule in sorted({each.rule for each in graded} - {""})
+    for name in sorted({rule for _, rule, _ in graded} - {""})
   }
 
 
 def find(sample: Sequence[Mapping[str, Any]], known: Mapping[str, str]) -> str:
   """The name of the rule of the set that has such columns; "" for none.
 
-  Args:
-    sample: The first rows.
-    known: The columns by their names in small letters with "_".
+  `known` has the columns by their names in small letters with "_".
   """
   for name, table in _TABLES.items():
     for signature in table["signatures"]:
@@ -85,17 +75,15 @@ def name_of(problem: records.Problem) -> str:
 
 
 def is_right(
-  name: str, response: str, extraction: str | None, problem: records.Problem
-) -> bool:
-  """Judges a response by the rule of that name.
+  name: str, response: str, extraction: Any, problem: records.Problem
+) -> bool | None:
+  """Judges a response by the rule of that name; None without a rule.
 
-  Args:
-    name: One of `TITLES`.
-    response: The completion.
-    extraction: The answer in it that an external program has found, if any.
-    problem: The question.
+  `extraction` is what an external program has found in it; None for nothing.
   """
-  rule = _MODULES[name]
+  if not name:
+    return None
+  extract, judge = _RULES[name]
   if extraction is None:
-    extraction = rule.extraction(response, problem)
-  return problem.is_checkable and rule.is_right(extraction, problem)
+    extraction = extract(response, problem)
+  return problem.is_checkable and judge(str(extraction), problem)

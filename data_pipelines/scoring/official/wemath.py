@@ -17,9 +17,8 @@ _IGNORED = re.compile("[<>:.]")
 _KEY = re.compile(r"([23])steps_([123]|multi)")
 
 
-def extraction(completion: str, problem: records.Problem) -> str:
+def extraction(completion: str) -> str:
   """The capital letter right behind the last "Answer"; "" if there is none."""
-  del problem
   _, _, rest = completion.rpartition("Answer")
   rest = _IGNORED.sub("", rest.strip()).strip()
   return rest[:1] if rest[:1] in tuple("ABCDEFGH") else ""
@@ -32,52 +31,42 @@ def is_right(extraction: str, problem: records.Problem) -> bool:
 
 def steps_metric(
   graded: Iterable[tuple[Mapping[str, Any], bool]],
-) -> dict[str, Any] | None:
+) -> dict[str, float]:
   """We-Math's figures, from the `metadata` of each record and its grade.
 
-  A problem of two or three steps is asked as a whole and step by step. All
-  steps right and the whole wrong is inadequate generalization (IG), a step and
-  the whole wrong is insufficient knowledge (IK). If the whole is right, it is
-  complete mastery (CM) with the steps right, or else rote memorization (RM):
-  "strict" asks for all steps, "loose" for one.
-
-  Returns:
-    `problems`, the number of problems asked in all parts; the shares of right
-    answers to `one_step`, `two_step` and `three_step` questions; `IK` and `IG`;
-    and for "strict" and "loose" `CM`, `RM`, `RM_rate` and `score`, which is
-    1 - (IG / 2 + IK + RM) / problems. None if no problem is complete.
+  A problem of two or three steps is asked as a whole and step by step; those
+  that were asked in all parts count. S1 is the share of right steps, S2 and S3
+  of right wholes. Insufficient knowledge (IK) is a wrong step and a wrong
+  whole, inadequate generalization (IG) a wrong whole in spite of right steps. A
+  right whole is complete mastery (CM) or rote memorization (RM): "strict" asks
+  for all steps, "loose" for one. What has no value is left out.
   """
   problems = collections.defaultdict(dict)
   for metadata, is_right in graded:
     if match := _KEY.fullmatch(str(metadata.get("key"))):
       problems[int(match[1]), str(metadata.get("ID"))][match[2]] = is_right
   whole = [
-    (steps, [parts[str(i + 1)] for i in range(steps)], parts["multi"])
+    ([parts[str(i + 1)] for i in range(steps)], parts["multi"])
     for (steps, _), parts in problems.items()
     if len(parts) == steps + 1
   ]
+  marks = [("S1", part) for parts, _ in whole for part in parts]
+  marks += [(f"S{len(parts)}", multi) for parts, multi in whole]
+  by_name = collections.defaultdict(list)
+  for name, mark in marks:
+    by_name[name].append(mark)
+  found = {name: sum(x) / len(x) for name, x in sorted(by_name.items())}
   if not whole:
-    return None
-  found: dict[str, Any] = {
-    "problems": len(whole),
-    "one_step": _mean([part for _, parts, _ in whole for part in parts]),
-    "two_step": _mean([multi for steps, _, multi in whole if steps == 2]),
-    "three_step": _mean([multi for steps, _, multi in whole if steps == 3]),
-    "IK": sum(not all(parts) and not multi for _, parts, multi in whole),
-    "IG": sum(all(parts) and not multi for _, parts, multi in whole),
-  }
+    return found
+  found["problems"] = len(whole)
+  found["IK"] = sum(not (all(parts) or multi) for parts, multi in whole)
+  found["IG"] = sum(all(parts) and not multi for parts, multi in whole)
   for name, knows in (("strict", all), ("loose", any)):
-    mastery = sum(knows(parts) and multi for _, parts, multi in whole)
-    rote = sum(multi for *_, multi in whole) - mastery
+    mastery = sum(knows(parts) and multi for parts, multi in whole)
+    rote = sum(multi for _, multi in whole) - mastery
+    found |= {f"CM_{name}": mastery, f"RM_{name}": rote}
+    if mastery + rote:
+      found[f"RM_rate_{name}"] = rote / (mastery + rote)
     lost = found["IG"] / 2 + found["IK"] + rote
-    found[name] = {
-      "CM": mastery,
-      "RM": rote,
-      "RM_rate": rote / (mastery + rote) if mastery + rote else None,
-      "score": 1 - lost / len(whole),
-    }
+    found[f"score_{name}"] = 1 - lost / len(whole)
   return found
-
-
-def _mean(marks: list[bool]) -> float | None:
-  return sum(marks) / len(marks) if marks else None

@@ -203,12 +203,18 @@ def test_we_maths_metric_by_hand():
   found = wemath.steps_metric(reversed(graded))
   assert found == {
     "problems": 5,
-    "one_step": 7 / 11,
-    "two_step": 3 / 4,
-    "three_step": 0,
+    "S1": 7 / 11,
+    "S2": 3 / 4,
+    "S3": 0,
     "IK": 1,
     "IG": 1,
-    "strict": {"CM": 1, "RM": 2, "RM_rate": 2 / 3, "score": 1 - 3.5 / 5},
-    "loose": {"CM": 2, "RM": 1, "RM_rate": 1 / 3, "score": 1 - 2.5 / 5},
+    "CM_strict": 1,
+    "RM_strict": 2,
+    "RM_rate_strict": 2 / 3,
+    "score_strict": 1 - 3.5 / 5,
+    "CM_loose": 2,
+    "RM_loose": 1,
+    "RM_rate_loose": 1 / 3,
+    "score_loose": 1 - 2.5 / 5,
   }
-  assert wemath.steps_metric([({"key": ["x"]}, True), ({}, False)]) is None
+  assert wemath.steps_metric([({"key": ["x"]}, True), ({}, False)]) == {}
