@@ -75,11 +75,7 @@ def check(
   train: TrainConfig,
   checkpoint: CheckpointConfig,
 ) -> None:
-  """Refuses names of sets that mean two things, and metrics never written.
-
-  Raises:
-    ValueError: The message names the setting, and a similar metric.
-  """
+  """Refuses names of sets that mean two things, and metrics never written."""
   taken = {name for name, *_ in evaluation.sets} & {*data_set_names(data)}
   require(
     not taken,
@@ -88,19 +84,13 @@ def check(
     f"not take a name of the data sets of data.dirs, {', '.join(taken)}",
     "rename the set",
   )
+  written = names(evaluation, data) if evaluation.every_steps else []
   for setting, value, metric in targets(train, checkpoint):
-    require(
-      evaluation.every_steps > 0,
-      setting,
-      value,
-      "be empty without evaluations in training",
-      "set eval.every_steps=50",
-    )
-    written = names(evaluation, data)
     if metric not in written:
       close = difflib.get_close_matches(metric, written, n=1)
       question = f"; did you mean {close[0]}?" if close else "."
+      listed = ", ".join(written) or "none, because eval.every_steps is 0"
       raise ValueError(
         f"{setting} ({value!r}) must name a metric that the evaluations of "
-        f"this run write, one of {', '.join(written)}{question}"
+        f"this run write: {listed}{question}"
       )

@@ -1,6 +1,7 @@
 """Sections of the settings that belong to the program and not to one part."""
 
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,11 +58,10 @@ class StopRule(NamedTuple):
   def __str__(self) -> str:
     return f"{self.metric} {self.comparison} {self.limit:g}"
 
-  def is_met(self, metrics: Mapping[str, Any]) -> bool:
+  def is_met(self, metrics: Mapping[str, float]) -> bool:
     """True if the metric is there and has reached the limit."""
-    value = float(metrics.get(self.metric, math.nan))
-    least = self.comparison == ">="
-    return value >= self.limit if least else value <= self.limit
+    compare = operator.ge if self.comparison == ">=" else operator.le
+    return compare(metrics.get(self.metric, math.nan), self.limit)
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,11 @@ class EvalConfig:
   @property
   def ways(self) -> list[dict[str, Any]]:
     """How completions are made: greedily, then the `num_samples` if any."""
+    names = ("temperature", "top_k", "top_p")
+    drawn = {name: getattr(self, name) for name in names}
+    drawn["num_completions"] = self.num_samples
     greedy = {"num_completions": 1, "temperature": 0.0}
-    if not self.num_samples:
-      return [greedy]
-    sampling = {
-      "num_completions": self.num_samples,
-      "temperature": self.temperature,
-      "top_k": self.top_k,
-      "top_p": self.top_p,
-    }
-    return [greedy, sampling]
+    return [greedy, drawn] if self.num_samples else [greedy]
 
   def __post_init__(self):
     check_fields(self, "eval")
@@ -169,21 +164,11 @@ class EvalConfig:
       "eval",
       (
         "sets",
-        len(set(names)) == len(names)
-        and all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names),
-        "have a name each, of letters, digits, _ and -, and no name twice",
-        _SETS["like"],
-      ),
-      (
-        "sets",
-        _TAKEN.isdisjoint(names),
-        f"have none of the names {', '.join(sorted(_TAKEN))}",
-        _SETS["like"],
-      ),
-      (
-        "sets",
-        all(folder.strip() and split for _, folder, split in self.sets),
-        "name a data dir and a split each",
+        len({*names} - _TAKEN) == len(names)
+        and all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
+        and all(folder.strip() and split for _, folder, split in self.sets),
+        "have a name, a data dir and a split each; names are of letters, "
+        f"digits, _ and -, differ, and are none of {', '.join(sorted(_TAKEN))}",
         _SETS["like"],
       ),
       (

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 
-from data_pipelines import dataset
+from data_pipelines import dataset, records
 from data_pipelines.sources import data_dirs, mixtures
 from data_pipelines.text import run_prompts
+from data_pipelines.validation import require
 from grpo_tpu.config import eval_metrics
 from grpo_tpu.config.schema import Config
 
@@ -26,53 +27,46 @@ def open_sets(
     found = data_dirs.open_dir("eval.sets", name, folder)
     data_dirs.require_split("eval.sets", split, found)
     problems = data_dirs.open_split([found], split)
-    settings = dataclasses.replace(data.settings, eval_split=split)
-    template = run_prompts.complete(
+    run_prompts.complete(
       data.template, few_shot=0, seed=0, train=(), asked=[problems]
     )
-    identity = {f"eval.sets: records of {name}": found.manifest["fingerprint"]}
+    records_of = f"eval.sets: records of {name}"
     opened[name] = dataclasses.replace(
       data,
-      settings=settings,
+      settings=dataclasses.replace(data.settings, eval_split=split),
       eval=problems,
-      identity=identity,
-      template=template,
+      identity={records_of: found.manifest["fingerprint"]},
       eval_parts=data_dirs.parts([found], split),
     )
   return opened
 
 
 def check_targets(config: Config, sets: dict[str, dataset.Dataset]) -> None:
-  """Refuses a target that no problem of its set can give a value.
-
-  Raises:
-    ValueError: The message names the setting, its value and the set.
-  """
+  """Refuses a target that no problem of its set can give a value."""
   for setting, value, metric in eval_metrics.targets(
     config.train, config.checkpoint
   ):
     kind, _, inside = metric.removeprefix("eval/").partition("/")
-    own = inside if inside in sets else ""
-    needs_answers = kind.startswith(("accuracy", "mean_at", "pass_at"))
-    if needs_answers and not _has_answers(
-      sets[own], config.eval.num_problems, "" if own else inside
-    ):
-      split = sets[own].settings.eval_split
-      raise ValueError(
-        f"{setting} ({value!r}) must name a metric that is written, but no "
-        f"problem of {own or 'the split'} {split} that counts for it has a "
-        "public answer; name another metric, or evaluate other problems."
-      )
+    data, inside = (sets[inside], "") if inside in sets else (sets[""], inside)
+    if not kind.startswith(("accuracy", "mean_at", "pass_at")):
+      continue
+    problems = mixtures.first(data.eval, config.eval.num_problems)
+    count = min(config.eval.num_problems, len(problems))
+    require(
+      any(_has_answer(problems, index, inside) for index in range(count)),
+      setting,
+      value,
+      "name a metric that is written, but no problem that counts for it of "
+      f"split {data.settings.eval_split} has a public answer",
+      "name another metric, or evaluate other problems",
+    )
 
 
-def _has_answers(data: dataset.Dataset, count: int, inside: str) -> bool:
-  """True if rules can check a problem, of one type or data set if named."""
-  problems = mixtures.first(data.eval, count)
-  for index in range(min(count, len(problems))):
-    with contextlib.suppress(ValueError, OSError):  # A damaged record.
-      problem = problems[index]
-      slices = problem.question_type, problem.answer_type
-      own = (*slices, problem.metadata.get("data_set"))
-      if problem.is_checkable and (not inside or inside in own):
-        return True
+def _has_answer(problems: records.Source, index: int, inside: str) -> bool:
+  """True if rules can check the problem, and it is of the type or data set."""
+  with contextlib.suppress(ValueError, OSError):  # A damaged record.
+    problem = problems[index]
+    slices = (problem.question_type, problem.answer_type, "")
+    own = (*slices, problem.metadata.get("data_set"))
+    return problem.is_checkable and inside in own
   return False

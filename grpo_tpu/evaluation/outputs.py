@@ -80,7 +80,7 @@ def write(
   if (rest := facts["split_size"] - settings.num_problems) > 0:
     logging.warning(
       "eval.num_problems (%d) leaves out %d problems of %s.",
-      *(settings.num_problems, rest, split),
+      *(settings.num_problems, rest, f"{facts['set']} {split}".strip()),
     )
 
 
