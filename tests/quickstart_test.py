@@ -264,6 +264,7 @@ def test_the_quickstart_runs_as_it_stands(checkout):
       check_server(block, checkout)
     else:
       output = run_in_shell(block, checkout, timeout=1800)
+      assert "answer>blue" in output or "--question" not in block
       for noise in ("Traceback", "libtpu", "Unable to initialize backend"):
         assert noise not in output
   runs = checkout / "runs"
