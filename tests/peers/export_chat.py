@@ -3,7 +3,7 @@
 `export_chat.py transformers|vllm EXPORT QUESTIONS.json REPLIES.json`, by the
 Python of the peers' venv, or of one with vLLM. QUESTIONS holds objects with a
 `text` and an `image`, a file or null. REPLIES gets, for each, the `text`, and
-from transformers also the `ids` that its tokenizer gives the question.
+the `ids` that the export's tokenizer gives the question.
 """
 
 import json
@@ -20,6 +20,10 @@ def parts(question: dict, kind: str) -> list[dict]:
   if question["image"] is None:
     return [text]
   return [{"type": kind, kind: Image.open(question["image"])}, text]
+
+
+def ids_of(tokenizer, question: dict) -> list[int]:
+  return tokenizer(question["text"], add_special_tokens=False).input_ids
 
 
 def with_transformers(folder: str, questions: list[dict]) -> list[dict]:
@@ -44,9 +48,8 @@ def with_transformers(folder: str, questions: list[dict]) -> list[dict]:
       **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
     )
     new = output[0, inputs["input_ids"].shape[1] :]
-    tokenizer = processor.tokenizer
-    ids = tokenizer(question["text"], add_special_tokens=False).input_ids
     text = processor.decode(new, skip_special_tokens=True)
+    ids = ids_of(processor.tokenizer, question)
     replies.append({"text": text, "ids": ids})
   return replies
 
@@ -65,7 +68,11 @@ def with_vllm(folder: str, questions: list[dict]) -> list[dict]:
     [[{"role": "user", "content": parts(x, "image_pil")}] for x in questions],
     vllm.SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS),
   )
-  return [{"text": output.outputs[0].text} for output in outputs]
+  tokenizer = model.get_tokenizer()
+  return [
+    {"text": output.outputs[0].text, "ids": ids_of(tokenizer, question)}
+    for output, question in zip(outputs, questions, strict=True)
+  ]
 
 
 def main(library: str, folder: str, questions_path: str, replies: str) -> None:

@@ -77,8 +77,7 @@ class File:
     self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
   ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the given pieces of a layer."""
-    for path, piece in pieces.items():
-      yield path, self._piece(layer, path, piece)
+    return ((x, self._piece(layer, x, pieces[x])) for x in pieces)
 
   def _piece(
     self, layer: int | None, path: str, piece: jax.ShapeDtypeStruct

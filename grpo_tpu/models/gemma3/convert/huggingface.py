@@ -98,8 +98,7 @@ class Checkpoint:
     self, layer: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
   ) -> Iterator[tuple[str, jax.Array]]:
     """Reads the given pieces of a layer."""
-    for path, piece in wanted.items():
-      yield path, self._piece(path, layer, piece)
+    return ((x, self._piece(x, layer, wanted[x])) for x in wanted)
 
   def _piece(
     self, path: str, layer: int | None, wanted: jax.ShapeDtypeStruct
@@ -113,39 +112,23 @@ class Checkpoint:
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
       assert index is not None
-      key = str(index)
-      if key not in parts:
-        bounds = {
-          axis: slice(*x.indices(sizes[axis])[:2])
-          for axis, x in zip(axes, index, strict=True)
-        }
-        parts[key] = self._slices(leaf, stacked, sizes, bounds, wanted.dtype)
-      return parts[key]
+      if (key := str(index)) in parts:
+        return parts[key]
+      bounds = {
+        axis: slice(*x.indices(sizes[axis])[:2])
+        for axis, x in zip(axes, index, strict=True)
+      }
+      shape = tuple(x.stop - x.start for x in bounds.values())
+      out = parts[key] = _aligned_empty(shape, np.dtype(wanted.dtype))
+      matrices, matrix = bounds.pop("n", None), stacked
+      for i in np.ndindex(shape[: matrices is not None]):
+        if matrices:
+          matrix = (*stacked, matrices.start + i[0])
+        tensor = self._tensors[leaf.tensor("huggingface", matrix)]
+        _copy(tensor, leaf, sizes, bounds, out[i])
+      return out
 
     return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
-
-  def _slices(
-    self,
-    leaf: leaves.Leaf,
-    stacked: tuple[int, ...],
-    sizes: Mapping[str, int],
-    bounds: dict[str, slice],
-    dtype: np.dtype,
-  ) -> np.ndarray:
-    """Reads slices of a piece from the tensors that hold its parts."""
-    shape = tuple(x.stop - x.start for x in bounds.values())
-    out = _aligned_empty(shape, np.dtype(dtype))
-    matrices = bounds.pop("n", None)
-    if matrices is None:
-      name = leaf.tensor("huggingface", stacked)
-      _copy(self._tensors[name], leaf, sizes, bounds, out)
-      return out
-    for values, n in zip(
-      out, range(matrices.start, matrices.stop), strict=True
-    ):
-      name = leaf.tensor("huggingface", (*stacked, n))
-      _copy(self._tensors[name], leaf, sizes, bounds, values)
-    return out
 
   def _read_headers(self) -> dict[str, str]:
     """Fills in the tensors of all files; returns faults by name."""
@@ -418,17 +401,11 @@ def _shards(
       name = leaf.tensor("huggingface", index)
       is_embedding = name == names.EMBEDDING
       rows = huggingface_config.num_rows(config) if is_embedding else None
-      shard[_exported_name(name, config)] = functools.partial(
-        _tensor, leaf, x, index, kind, rows
-      )
+      exported = name.replace("text.", "model.", 1)
+      exported = names.released_name(name) if config.vision else exported
+      shard[exported] = functools.partial(_tensor, leaf, x, index, kind, rows)
       size += num_bytes
   yield shard
-
-
-def _exported_name(name: str, config: gemma3_config.ModelConfig) -> str:
-  if config.vision:
-    return names.released_name(name)
-  return name.replace("text.", "model.", 1)
 
 
 def _tensor(

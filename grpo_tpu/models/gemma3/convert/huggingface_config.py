@@ -161,11 +161,8 @@ def _layer_faults(text: dict) -> list[str]:
       shown = untrusted.shorten(text[name])
       faults.append(f"{name} ({shown}) must be {period}")
   num_layers = _positive_integer(text, "num_hidden_layers", 26)
-  expected = [
-    "sliding_attention" if (i + 1) % period else "full_attention"
-    for i in range(num_layers)
-  ]
-  if kinds and kinds != expected:
+  pattern = ["sliding_attention"] * (period - 1) + ["full_attention"]
+  if kinds and kinds != (pattern * num_layers)[:num_layers]:
     faults.append(
       f"layer_types must be full_attention at every {period}th layer and "
       "sliding_attention at all others"
@@ -195,14 +192,15 @@ def _rope_faults(text: dict) -> list[str]:
       f"{untrusted.shorten(sorted(both))}"
     ]
   local, far = _rope(text)
-  faults = _faults(local, {"rope_type": "default"}, "local layers' ")
-  if far["rope_type"] not in ("default", "linear"):
+  faults, kind = [], far["rope_type"]
+  if kind not in ("default", "linear"):
     faults.append(
-      f"global layers' rope_type ({untrusted.shorten(far['rope_type'])}) must "
-      "be 'default' or 'linear'"
+      f"global layers' rope_type ({untrusted.shorten(kind)}) must be 'default' "
+      "or 'linear'"
     )
-  if far["rope_type"] == "linear" and "factor" not in far:
+  if kind == "linear" and "factor" not in far:
     faults.append("the linear rope_type of global layers must have a factor")
+  faults += _faults(local, {"rope_type": "default"}, "local layers' ")
   for name, rope in (("local", local), ("global", far)):
     faults += _faults(rope, {"partial_rotary_factor": 1.0}, f"{name} layers' ")
   return faults
