@@ -120,15 +120,12 @@ def _ignore_interrupts(worker: int, num_workers: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclasses.dataclass
 class TrainBatches:
   """Batches without end, and the shapes of those to come."""
 
-  def __init__(
-    self,
-    stream: Iterator[Batch],
-    shape_of: Callable[[int], record_index.BatchShape],
-  ):
-    self._stream, self._shape_of = stream, shape_of
+  _stream: Iterator[Batch]
+  _shape_of: Callable[[int], record_index.BatchShape]
 
   def __iter__(self) -> Iterator[Batch]:
     return self

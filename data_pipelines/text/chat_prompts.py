@@ -52,9 +52,7 @@ for _name, _fields in _TABLE.items():
 TAGGED = TEMPLATES["tagged"]
 
 # What a template's file may show of the problem asked, beside the options.
-_SHOWN = (
-  "question query unit precision metadata question_type answer_type".split()
-)
+_SHOWN = "question query unit precision metadata question_type answer_type"
 
 # The name of a template's fingerprint in the record of a run.
 OF_TEMPLATE = "data.prompt_template: its text"
@@ -115,7 +113,7 @@ def variables(problem: records.Problem, template: Template) -> dict[str, Any]:
 
 def _variables(problem: records.Problem, *more: str) -> dict[str, Any]:
   """The variables that a template may show of a problem."""
-  shown = {name: getattr(problem, name) for name in (*_SHOWN, *more)}
+  shown = {name: getattr(problem, name) for name in (*_SHOWN.split(), *more)}
   lettered = zip(string.ascii_uppercase, problem.choices, strict=False)
   return shown | {"choices": [{"letter": x, "text": y} for x, y in lettered]}
 

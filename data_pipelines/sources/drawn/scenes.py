@@ -15,6 +15,7 @@ from data_pipelines.sources.drawn.drawing import Canvas
 from data_pipelines.text import tables
 
 _WORDS = tables.read("data_pipelines.sources.drawn", "scenes.toml")
+LABELS = _WORDS["scenes"]  # MathVista's names for problems of each scene.
 
 
 class Question(NamedTuple):
@@ -35,11 +36,6 @@ class Scene(NamedTuple):
   name: str
   ask: Callable[[Canvas, str], Question]  # Draws; asks a question of a kind.
   kinds: tuple[str, ...]
-
-  @property
-  def labels(self) -> dict[str, Any]:
-    """MathVista's names for such problems."""
-    return _WORDS["scenes"][self.name]
 
 
 def _wording(canvas: Canvas, kind: str, **words: str) -> str:

@@ -100,7 +100,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
     answer=question.answer,
     solution=question.solution,
     metadata={
-      **scene.labels,
+      **scenes.LABELS[scene.name],
       "grade": "elementary school",
       "img_height": spec.image_size,
       "img_width": spec.image_size,
@@ -116,11 +116,8 @@ def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:
   """The generator that draws the image, and the kind of question."""
   if index % _REPEAT_EVERY == _REPEAT_EVERY - 1:
     rng, kind = _plan(spec, index - 1)
-    siblings = [
-      other
-      for other in spec.kinds
-      if other != kind and _SCENE_OF[other] is _SCENE_OF[kind]
-    ]
+    related = set(_SCENE_OF[kind].kinds) - {kind}
+    siblings = [other for other in spec.kinds if other in related]
     if siblings:
       return rng, siblings[index // _REPEAT_EVERY % len(siblings)]
   rng = np.random.default_rng([spec.seed, spec.difficulty, index])
