@@ -93,9 +93,8 @@ def _read_responses(
       else:
         responses.append(text)
   if first_fault:
-    logging.warning(
-      "%d records are left out%s", counts["unusable"], first_fault
-    )
+    count = counts["unusable"]
+    logging.warning("%d records are left out%s", count, first_fault)
   return texts, problems, first_fault
 
 

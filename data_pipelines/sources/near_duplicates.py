@@ -31,8 +31,7 @@ MAX_CONTRAST = 24
 # The largest part of the contrast within a window that may differ. Windows are
 # as large as a letter; windows of less contrast than the noise have its.
 MAX_DIFFERENCE = 0.15
-_WINDOW, _NOISE = 4, 1600.0
-_MAX_SIDE = 640
+_WINDOW, _NOISE, _MAX_SIDE = 4, 1600.0, 640
 _CACHED = 4096
 
 # Rows are frequencies 0 to 7 of 32 samples. Integers, because a sum of floats
