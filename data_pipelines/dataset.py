@@ -123,12 +123,17 @@ class Dataset:
   def make_question(
     self, text: str, images: Sequence[bytes]
   ) -> records.Problem:
-    """A person's question; raises BadRecord if the model cannot be asked it."""
+    """A person's question; raises a ValueError if it cannot be asked."""
     problem = records.make_question(text, images)
-    records.validate(problem)
     row = {"kind": "online", "seed": 0, "max_new_tokens": 0}
-    row |= {"shards": (0,), "shard_count": 1}
-    self._builder(source=[problem], **row).measure(problem)
+    row |= {"source": [problem], "shards": (0,), "shard_count": 1}
+    try:
+      records.validate(problem)
+      self._builder(**row).measure(problem)
+    except records.BadRecord as error:
+      rule = f"be one that the model can be asked: {error.detail}"
+      shown = untrusted.shorten(text)
+      raise ValueError(f"--question ({shown}) must {rule}.") from error
     return problem
 
   def measure_train_records(self) -> "Dataset":

@@ -59,7 +59,7 @@ def open_answers(
     config.data, config.model_inputs, seed=config.seed
   )
   if question is not None:
-    problems = [_make_question(data, question, pictures)]
+    problems = [data.make_question(question, pictures)]
   else:
     problems = _read_questions(data, pictures)
     first = list(itertools.islice(problems, 1))
@@ -180,7 +180,7 @@ def _read_questions(
     command, _, file = line.strip().partition(" ")
     try:
       if command != "/image":
-        yield _make_question(data, line, pictures)
+        yield data.make_question(line, pictures)
         is_asked = True
         continue
       added = [_read_picture(file)] if file else []
@@ -199,26 +199,13 @@ def _read_lines() -> Iterator[str]:
   if prompt:
     importlib.import_module("readline")  # Changes `input`.
   editing = interrupt.editing if prompt else contextlib.nullcontext
-  while True:
-    try:
+  with contextlib.suppress(EOFError):
+    while True:
       with user_errors(), editing():
         line = input(prompt)
-    except EOFError:
-      return
-    if not line.strip():
-      return
-    yield line
-
-
-def _make_question(
-  data: dataset.Dataset, text: str, pictures: Sequence[bytes]
-) -> records.Problem:
-  try:
-    return data.make_question(text, pictures)
-  except records.BadRecord as error:
-    shown = untrusted.shorten(text)
-    rule = f"be one that the model can be asked: {error.detail}"
-    raise ValueError(f"--question ({shown}) must {rule}.") from error
+      if not line.strip():
+        return
+      yield line
 
 
 def _read_picture(file: str) -> bytes:
