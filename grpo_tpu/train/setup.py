@@ -174,20 +174,19 @@ class Run:
   def steps(self) -> Iterator[int]:
     """The numbers of the steps to take, until `train.stop_when` is met."""
     for step in range(self.start + 1, self._config.train.num_steps + 1):
-      if self._has_met_target():
-        rule = self._config.train.stop_rule
-        value = self._evaluation[rule.metric]
-        reason = (
-          f"train.stop_when ({rule}) is met: {rule.metric} is {value:.6g}"
-        )
+      if reason := self._describe_met_target():
         logging.info("%s at step %d.", reason, step - 1)
         self._report.reason = reason
         return
       yield step
 
-  def _has_met_target(self) -> bool:
+  def _describe_met_target(self) -> str:
+    """The target that the last evaluation has met; "" if none."""
     rule = self._config.train.stop_rule
-    return rule is not None and rule.is_met(self._evaluation)
+    if rule is None or not rule.is_met(self._evaluation):
+      return ""
+    value = self._evaluation[rule.metric]
+    return f"train.stop_when ({rule}) is met: {rule.metric} is {value:.6g}"
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
@@ -234,8 +233,8 @@ class Run:
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves a checkpoint if the step is due, first or last."""
-    is_last = step == self._config.train.num_steps or self._has_met_target()
-    is_forced = step == 0 or is_last
+    is_forced = step in (0, self._config.train.num_steps)
+    is_forced |= bool(self._describe_met_target())
     self._save(step, state, metrics=self._metrics, force=is_forced)
 
   def finish(self) -> None:

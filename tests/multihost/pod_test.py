@@ -155,4 +155,4 @@ def test_sets_and_samples_are_evaluated_by_two_hosts_as_by_one(
     names = [name for name in wanted if name.startswith("eval/")]
     assert "eval/pass_at_2/eval_set" in names
     assert {k: row[k] for k in names} == {k: wanted[k] for k in names}
-  assert len({row["eval/reward/train_set"] for row in one.rows()}) > 1
+  assert one.rows()[-1]["eval/reward/train_set"] > 0
