@@ -220,11 +220,7 @@ def evaluate_greedy(
       gather=all_rows,
     )
     columns = grading.metric_columns(
-      batch,
-      scores,
-      mask,
-      stopped,
-      pays_unchecked=any(rewards.custom_weights),
+      batch, scores, mask, stopped, pays_unchecked=any(rewards.custom_weights)
     )
     # All rows are summed in their order, so the number of hosts is irrelevant.
     sums.update(
@@ -300,11 +296,7 @@ def _sample_draws(
   draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
   for batch in activity.count_parts("sampling", batches, unit="batches"):
     completions = sampler.sample(
-      params,
-      batch,
-      key,
-      **settings.ways[-1],
-      poll=poll,
+      params, batch, key, **settings.ways[-1], poll=poll
     ).completions
     groups = sampler.texts(completions)
     stopped = sharding.local_rows(sampler.mesh, completions.stopped)
