@@ -410,7 +410,7 @@ def test_each_official_rule_has_a_column_of_its_own(scored):
   rows = [
     official("1", "chartqa", "105", "100", human_or_machine=0),
     official("2", "chartqa", "<answer>100</answer>", "100", human_or_machine=1),
-    official("3", "mathvision", "The answer is 100.", "100", level=2),
+    official("3", "mathvision", "The answer is 100.", "100", level=2, key="3"),
     record("4", "100", "100", official_rule=""),
     record("unreadable:4", "", "", official_rule=""),
   ]
@@ -433,7 +433,7 @@ def test_each_official_rule_has_a_column_of_its_own(scored):
   }
   assert rows["human_or_machine", "0"]["official_chartqa"]["right"] == 1
   assert rows["level", "2"]["official_chartqa"] is None
-  assert ("level", "2") in rows and ("subject", "") not in rows
+  assert ("level", "2") in rows and ("key", "3") not in rows
   assert (
     "official_chartqa: the rule of ChartQA relaxed accuracy, for 2 records."
     in printed.splitlines()
