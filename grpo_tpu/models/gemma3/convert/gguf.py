@@ -261,26 +261,24 @@ def _check_arithmetic(
 
 def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:
   """Tensors that cannot be read, with the reason."""
-  kinds = {tensor.kind for tensor in header.tensors.values()}
-  known = {kind for kind in kinds if _is_known(library, kind)}
+  unknown = {
+    kind
+    for kind in {tensor.kind for tensor in header.tensors.values()}
+    if not _is_known(library, kind)
+  }
   names = {kind.value: kind.name for kind in library.GGMLQuantizationType}
   faults = {}
   for name, tensor in header.tensors.items():
-    if tensor.kind not in known:
-      kind = names.get(tensor.kind, tensor.kind)
+    if (kind := tensor.kind) in unknown:
+      kind = names.get(kind, kind)
       faults[name] = f"of type {kind}, which gguf cannot dequantize"
       continue
-    block, _ = library.GGML_QUANT_SIZES[tensor.kind]
-    if tensor.shape[-1] % block:
-      faults[name] = f"rows of {tensor.shape[-1]}, no multiple of {block}"
-    size = math.prod(tensor.shape[:-1]) * _row_bytes(
-      library, tensor.kind, tensor.shape[-1]
-    )
-    if tensor.start + size > header.num_bytes:
-      faults[name] = (
-        f"ends at byte {tensor.start + size}, and the file has "
-        f"{header.num_bytes}"
-      )
+    *rows, width = tensor.shape
+    if width % (block := library.GGML_QUANT_SIZES[kind][0]):
+      faults[name] = f"rows of {width}, no multiple of {block}"
+    end = tensor.start + math.prod(rows) * _row_bytes(library, kind, width)
+    if end > header.num_bytes:
+      faults[name] = f"ends at byte {end}, and the file has {header.num_bytes}"
   return faults
 
 

@@ -15,7 +15,6 @@ import pathlib
 from typing import Any
 
 from data_pipelines.text import tables, untrusted
-from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import assembly
 
@@ -256,26 +255,21 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
   text = (
     _sizes_to_json(config, "text")
     | _CONSTANTS["text"]
+    | _TABLES["written"]["text"]
     | {
-      "attention_dropout": 0.0,
-      "bos_token_id": GEMMA3.bos,
-      "eos_token_id": list(GEMMA3.stop_ids),
       "max_position_embeddings": 131_072 if tower else 32_768,
-      "pad_token_id": GEMMA3.pad,
       "query_pre_attn_scalar": scalar,
       "rope_local_base_freq": config.local_rope_base,
       "rope_scaling": None
       if factor == 1.0
       else {"factor": factor, "rope_type": "linear"},
       "rope_theta": config.global_rope_base,
-      "sliding_window_pattern": gemma3_config.PERIOD,
       "vocab_size": num_rows(config),
     }
   )
   if not tower:
     return text | {"architectures": [_TEXT_MODEL], "torch_dtype": dtype}
-  vision = _sizes_to_json(tower, "vision")
-  others = {"attention_dropout": 0.0, "vision_use_head": False}
+  vision = _sizes_to_json(tower, "vision") | _TABLES["written"]["vision"]
   return (
     _sizes_to_json(tower, "images")
     | _CONSTANTS["top"]
@@ -283,6 +277,6 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
       "architectures": [_VISION_MODEL],
       "text_config": text,
       "torch_dtype": dtype,
-      "vision_config": vision | _CONSTANTS["vision"] | others,
+      "vision_config": vision | _CONSTANTS["vision"],
     }
   )

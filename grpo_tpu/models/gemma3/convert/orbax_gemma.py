@@ -99,7 +99,12 @@ def _tensors(
     found = [_key(entry) for entry in entries.values()]
     stored = _shapes(path, found)
   except (OSError, ValueError) as error:
-    raise _no_checkpoint(source, error) from error
+    reason = str(error).removesuffix(".")
+    raise ValueError(
+      f"{source} must be the folder of an Orbax checkpoint of the gemma "
+      f"library, but there is none: {reason}. Give the folder that holds "
+      "_METADATA."
+    ) from error
   keys, shapes = {}, {}
   for key in found:
     name = "/".join(key)
@@ -153,14 +158,6 @@ def _shapes(
   return shapes
 
 
-def _no_checkpoint(source: str, error: Exception) -> ValueError:
-  reason = str(error).removesuffix(".")
-  return ValueError(
-    f"{source} must be the folder of an Orbax checkpoint of the gemma library, "
-    f"but there is none: {reason}. Give the folder that holds _METADATA."
-  )
-
-
 def _check_size(
   shapes: Mapping[str, tuple[int, ...]],
   config: gemma3_config.ModelConfig,
@@ -169,27 +166,17 @@ def _check_size(
   """Checks the sizes that tell the released models apart."""
   layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
   embedding = (*shapes.get("embedder/input_embedding", ()), 0, 0)
-  vocab_size, width = embedding[:2]
   has_tower = any(name.startswith("vision_encoder/") for name in shapes)
-  found = _describe(len(layers), vocab_size, width, has_tower)
-  wanted = _describe(
-    config.num_layers,
-    config.vocab_size,
-    config.embed_dim,
-    config.vision is not None,
+  words = "{} layers, {} embeddings of width {} and {} image tower"
+  found, wanted = (
+    words.format(*sizes, "an" if tower else "no")
+    for *sizes, tower in (
+      (len(layers), *embedding[:2], has_tower),
+      (config.num_layers, config.vocab_size, config.embed_dim, config.vision),
+    )
   )
   if found != wanted:
     raise ValueError(
       f"{source} has {found}, but must have those of model.name ({wanted}); "
       "set model.name to the size that was released."
     )
-
-
-def _describe(
-  num_layers: int, vocab_size: int, width: int, has_tower: bool
-) -> str:
-  tower = "an" if has_tower else "no"
-  return (
-    f"{num_layers} layers, {vocab_size} embeddings of width {width} and "
-    f"{tower} image tower"
-  )
