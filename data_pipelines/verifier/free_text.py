@@ -68,7 +68,7 @@ def find_option(text: str, options: Options) -> Found:
   named = _remaining(sentences[-1][-400:], options) if sentences else None
   if named is not None:
     return named, "cue"
-  if options.names_several(text):
+  if options.names_several(text) and not phrases.is_denial(sentences[0]):
     return _NOTHING
   try:
     return (
@@ -88,7 +88,11 @@ def _join_letters(sentences: list[str], options: Options) -> list[str]:
     if joined and _RE.ends_in_letter.search(joined[-1][-8:]):
       # A letter alone is another answer, and an equation is a step.
       is_text = len(sentence.strip()) > 2 and "=" not in sentence
-      if is_text and options.from_answer(sentence):
+      if (
+        is_text
+        and not phrases.has_cue(sentence)
+        and options.from_answer(sentence)
+      ):
         joined[-1] += f" {sentence}"
         continue
     joined.append(sentence)
@@ -97,8 +101,12 @@ def _join_letters(sentences: list[str], options: Options) -> list[str]:
 
 def _remaining(sentence: str, options: Options) -> str | None:
   """The option that is left after a sentence rules out others."""
+  if match := _RE.left.search(sentence):
+    return options.letters.get(match[match.lastindex or 0])
   match = _RE.remaining.fullmatch(sentence)
-  if match is None or not phrases.is_denial(match[1]):
+  if match is None or not (
+    phrases.is_denial(match[1]) or _RE.excluded.search(match[1])
+  ):
     return None
   denied = {"".join(groups) for groups in _RE.letter.findall(match[1])}
   is_last = denied and match[2] not in denied
@@ -218,7 +226,8 @@ def _from_statement(text: str, sentences: list[str], options: Options) -> Found:
   if phrases.is_refusal(text) or _RE.none_of_them.search(text):
     return _NOTHING
   sentences = [_RE.condition.sub("", sentence) for sentence in sentences]
-  for part in (sentences[-1:], sentences[:1], sentences):
+  conclusion = _RE.conclusion.split("".join(sentences[-1:]))[-1:]
+  for part in (conclusion, sentences[-1:], sentences[:1], sentences):
     mentioned = options.mentions(" ".join(part))
     mentioned += options.points_in(" ".join(part))
     if len(mentioned) == 1:

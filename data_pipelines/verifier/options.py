@@ -82,7 +82,9 @@ class Options:
     rest = text[match.end() :]
     if not rest.strip(" .)\n"):
       return lettered
-    also = self.from_text(rest) or self._from_number_text(rest)
+    names = dict.fromkeys((rest, rest.strip(" -()")))
+    found = (self.from_text(x) or self._from_number_text(x) for x in names)
+    also = next(filter(None, found), None)
     return lettered if also is not None and also == lettered else None
 
   def from_text(self, text: str) -> str | None:

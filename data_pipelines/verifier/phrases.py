@@ -46,11 +46,13 @@ def text_after_cue(parts: list[str], i: int) -> str | None:
   low = to_lower(parts[i])
   if not _RE.cue_word.search(low):
     return None
-  end = None
-  for match in _RE.cue.finditer(low):
-    end = match.end()
-  if end is None or not is_assertion(_RE.reason.split(parts[i], 1)[0]):
+  found = list(_RE.cue.finditer(low))
+  # "Since A is wrong, the answer is B" denies its premise alone.
+  start = found[0].start() if found and _RE.premise.match(low) else 0
+  claim = _RE.reason.split(parts[i][start:], maxsplit=1)[0]
+  if not found or not is_assertion(claim):
     return None
+  end = found[-1].end()
   after = parts[i][end:]
   if not after.strip(" :*\"'") and i + 1 < len(parts):
     after = parts[i + 1]

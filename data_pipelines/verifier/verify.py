@@ -305,8 +305,11 @@ def _parse(text: str, problem: records.Problem) -> str | None:
 
 def _read(text: str, problem: records.Problem) -> str | None:
   """The answer in a tag or a box, which may hold a sentence."""
-  answer = _parse(text, problem)
-  return answer or _from_free_text(_clip(text), problem)[0]
+  if answer := _parse(text, problem):
+    return answer
+  answer, how = _from_free_text(_clip(text), problem)
+  is_loose = problem.choices and how in ("letter", "statement")
+  return None if is_loose and not _RE.claim.search(_clip(text)) else answer
 
 
 def _from_free_text(
