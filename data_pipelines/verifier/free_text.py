@@ -6,6 +6,7 @@ several answers are no answer.
 """
 
 import decimal
+import functools
 import itertools
 import re
 
@@ -28,13 +29,10 @@ _MAX_BRACKETED = 50
 def without_positions(text: str) -> str:
   """The text without the numbers of a list's items: 1., 2. and so on."""
   found = {int(x) for x in _RE.position.findall(text)}
-
-  def replacement(match: re.Match[str]) -> str:
-    place = int(match[1])
-    is_counted = place == 1 or {place - 1, place + 1} & found
-    return "" if is_counted else match[0]
-
-  return _RE.position.sub(replacement, text) if found else text
+  counted = {x for x in found if x == 1 or {x - 1, x + 1} & found}
+  return _RE.position.sub(
+    lambda match: "" if int(match[1]) in counted else match[0], text
+  )
 
 
 def is_hedged(text: str) -> bool:
@@ -45,6 +43,8 @@ def is_hedged(text: str) -> bool:
 
 def without_listed_options(text: str) -> str:
   """The text without adjacent lines that list options."""
+  if "\n" not in text:
+    return text
   lines = text.split("\n")
   listed = [
     bool(_RE.listed_option.fullmatch(line))
@@ -364,6 +364,7 @@ def _follows(number: numbers.Numeral, pattern: re.Pattern[str]) -> bool:
   return pattern.search(text) is not None
 
 
+@functools.lru_cache(maxsize=256)
 def _find_numbers(text: str) -> list[numbers.Numeral]:
   """The numbers of a text without ranges: digits, or else number words."""
   if "=" not in text:
