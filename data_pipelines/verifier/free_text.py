@@ -68,7 +68,8 @@ def find_option(text: str, options: Options) -> Found:
   named = _remaining(sentences[-1][-400:], options) if sentences else None
   if named is not None:
     return named, "cue"
-  if options.names_several(text) and not phrases.is_denial(sentences[0]):
+  ruled_out = sentences and _RE.ruled_out.search(sentences[0])
+  if not ruled_out and options.names_several(text):
     return _NOTHING
   try:
     return (
