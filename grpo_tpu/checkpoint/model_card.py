@@ -87,7 +87,7 @@ def render(
 def _data_sets(stage: Stage) -> list[dict[str, Any]]:
   """Name, share and manifest of each data set of a run."""
   try:
-    settings = stage.get("data") or {}
+    settings = untrusted.check_kind(stage.get("data"), dict, "data")
     folder, dirs = recorded_dirs(settings, "the record of the run")
   except ValueError:
     return []
@@ -101,7 +101,8 @@ def _data_sets(stage: Stage) -> list[dict[str, Any]]:
       manifest = {}
     known = {x: manifest.get(x) or "" for x in ("fingerprint", "terms")}
     known["source"] = pathlib.PurePath(str(manifest.get("source") or "")).name
-    known["counts"] = manifest.get("counts") or {}
+    counts = manifest.get("counts")
+    known["counts"] = counts if isinstance(counts, dict) else {}
     share = weight / sum(x for _, x in dirs)
     sets.append({"name": path.name, "share": share} | known)
   return sets
@@ -115,21 +116,20 @@ def _accuracies(stage: Stage) -> dict[str, dict[int, str]]:
     rows = {row["step"]: row for row in map(json.loads, lines)}
     last = stage.step
     evaluated = [x for x in rows if x <= last and "eval/accuracy" in rows[x]]
-  except (OSError, ValueError, TypeError, KeyError):
-    return {}
-  split = stage.get("data.eval_split")
-  in_split = sum(x["counts"].get(split, 0) for x in _data_sets(stage))
-  problems = min(stage.get("eval.num_problems") or 0, in_split)
-  sets = [f"eval/accuracy/{each[0]}" for each in stage.get("eval.sets") or ()]
-  return {
-    name: {
-      step: _figure(
-        rows.get(step, {}).get(name), 0 if name in sets else problems
-      )
-      for step in sorted({0, last, max(evaluated, default=0)})
+    split = stage.get("data.eval_split")
+    in_split = sum(x["counts"].get(split, 0) for x in _data_sets(stage))
+    problems = min(stage.get("eval.num_problems") or 0, in_split)
+    sets = [f"eval/accuracy/{each[0]}" for each in stage.get("eval.sets") or ()]
+    steps = sorted({0, last, max(evaluated, default=0)})
+    return {
+      name: {
+        x: _figure(rows.get(x, {}).get(name), problems * (name not in sets))
+        for x in steps
+      }
+      for name in ("eval/accuracy", *sets)
     }
-    for name in ("eval/accuracy", *sets)
-  }
+  except (OSError, ValueError, TypeError, KeyError):  # Gone or damaged.
+    return {}
 
 
 def _figure(value: Any, problems: int) -> str:

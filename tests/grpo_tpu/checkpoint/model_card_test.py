@@ -100,3 +100,19 @@ def test_runs_are_followed_to_where_they_started(run):
   stages, _ = model_card.read_stages(f"run:{run}@2")
   assert len(stages) == 100  # Damaged: it starts from itself.
   assert model_card.read_stages("hf:DIR") == ([], "hf:DIR")
+
+
+@pytest.mark.parametrize(
+  "name, content",
+  [
+    ("second/metrics.jsonl", "[1]\n"),
+    ("second/metrics.jsonl", '{"step": "1"}\n{"step": []}\n'),
+    ("problems/manifest.json", '{"counts": [1], "source": 3}'),
+    ("problems/manifest.json", '{"counts": {"eval": "many"}}'),
+    ("first/run.json", '{"weights": "random:0", "config": {"data": [1]}}'),
+    ("first/run.json", '{"weights": "random:0", "config": 1}'),
+  ],
+)
+def test_damaged_records_leave_facts_out(run, name, content):
+  (run.parent / name).write_text(content)
+  assert "This is step 2 of the run `second`." in card(f"run:{run}@2")
