@@ -91,7 +91,7 @@ def _table(
   for name, weight, values, is_kept in columns:
     kept = values[is_kept].astype(np.float64)
     column = "reward" if name == "total" else f"reward/{name}"
-    saved = [rows[i].get(column) for i in np.flatnonzero(is_kept)]
+    saved = [rows[i].get(column) for i in np.flatnonzero(is_kept).tolist()]
     saved = [x for x in saved if x is not None]  # None for a new reward.
     cells = [
       f"{function(numbers):8.4f}" if len(numbers) else "       -"

@@ -84,7 +84,9 @@ class Learner:
   def _init_from_finer(self, finer: dict) -> tuple[dict, Any]:
     wanted = self.abstract_state().params
     params = jax.tree.map(lambda x, y: x.astype(y.dtype), finer, wanted)
-    return params, masters.replace_masters(self.tx.init(params), finer)
+    state: Any = self.tx.init(params)
+    found = masters.select(state.masters, lambda _, x: x, finer)
+    return params, state._replace(masters=found)
 
   def params(self, state: TrainState) -> dict:
     """Parameters of the forward pass, with the adapters in their places."""

@@ -15,16 +15,11 @@ from jaxtyping import PyTree
 
 
 class MastersState(NamedTuple):
-  """The state of an optimizer whose weights have masters.
+  """The state of an optimizer whose weights have masters."""
 
-  Attributes:
-    masters: The masters, in a tree like the parameters, with
-      `optax.MaskedNode` in place of weights that need none.
-    optimizer: The optimizer's state without them.
-  """
-
+  # Like the parameters, with `optax.MaskedNode` for weights that need none.
   masters: PyTree
-  optimizer: Any
+  optimizer: Any  # The optimizer's state without them.
 
 
 def add_masters(params: PyTree, is_frozen: PyTree, state: Any) -> Any:
@@ -45,11 +40,6 @@ def add_masters(params: PyTree, is_frozen: PyTree, state: Any) -> Any:
   return MastersState(masters, state) if jax.tree.leaves(masters) else state
 
 
-def replace_masters(state: Any, params: PyTree) -> Any:
-  """The optimizer's state with masters that start from these float32 values."""
-  return state._replace(masters=_select(state.masters, lambda _, x: x, params))
-
-
 def finest(params: PyTree, state: Any) -> PyTree:
   """The parameters in float32: masters where there are any."""
   if isinstance(state, MastersState):
@@ -59,11 +49,6 @@ def finest(params: PyTree, state: Any) -> PyTree:
       state.masters,
     )
   return optax.tree.cast(params, jnp.float32)
-
-
-def update_masters(state: MastersState, updates: PyTree) -> PyTree:
-  """The masters after an update."""
-  return _select(state.masters, optax.apply_updates, updates)
 
 
 def apply_updates(params: PyTree, updates: PyTree, state: Any) -> PyTree:
@@ -78,7 +63,7 @@ def apply_updates(params: PyTree, updates: PyTree, state: Any) -> PyTree:
   )
 
 
-def _select(masters: PyTree, function: Any, tree: PyTree) -> PyTree:
+def select(masters: PyTree, function: Any, tree: PyTree) -> PyTree:
   """`function(master, x)` of the leaves of `tree` that have a master."""
   return jax.tree.map(
     lambda x, master: master if _is_none(master) else function(master, x),

@@ -83,7 +83,7 @@ def make_optimizer(
     if not isinstance(state, masters.MastersState):
       return tx.update(updates, state, params)
     updates, inner = tx.update(updates, state.optimizer, params)
-    moved = masters.update_masters(state, updates)
+    moved = masters.select(state.masters, optax.apply_updates, updates)
     return updates, masters.MastersState(moved, inner)
 
   return optax.GradientTransformation(init, update)

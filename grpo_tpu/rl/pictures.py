@@ -1,10 +1,9 @@
 """Encodes a batch's pixels for an update that trains the image tower.
 
 A batch has as many slots for images in every row as its richest row shows. Here
-the tower encodes the images alone, in chunks that all devices share, whatever
-rows and microbatches they are in. The backward pass computes them once more, a
-fifth of the tower's work, so a batch that fills more than three quarters of the
-slots does without: its microbatches encode all slots.
+the tower encodes the images alone, in chunks that all devices share. The
+backward pass computes them once more, a fifth of the tower's work, so a batch
+that fills more than three quarters of the slots has them all encoded.
 """
 
 import math

@@ -62,7 +62,7 @@ def make_samples(
       # Further images of the prompt are not shown, nor a slot without one.
       has_image = problem.images and prompts.images.shape[1]
       image = prompts.images[i, 0] if has_image else None
-      made.append(Sample(row, problem.query, image))
+      made.append(Sample(row, problem.question or problem.query, image))
   return made
 
 

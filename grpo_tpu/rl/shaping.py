@@ -7,8 +7,7 @@ thresholds are those of the batch.
 References:
   Soft overlong punishment, dynamic sampling: DAPO, arXiv:2503.14476, section 3
   High-entropy tokens: Wang et al., arXiv:2506.01939
-  Truncated importance sampling: Yao et al., "Your efficient RL framework
-    secretly brings you off-policy RL training", 2025
+  Truncated importance sampling: Yao et al., 2025
 """
 
 import jax

@@ -466,7 +466,7 @@ def test_samples_are_all_completions_with_what_they_earned(run_of, tokenizer):
   assert [x.columns["group"] for x in shown] == list(ASKED[:3])
   for sample, row in zip(shown, ASKED, strict=False):
     assert sample.columns["generation"] == 0
-    assert sample.question == batch.problems[row].query
+    assert sample.question == batch.problems[row].question
     np.testing.assert_array_equal(sample.image, batch.images[row, 0])
 
 

@@ -1,10 +1,12 @@
 """Laws of preference metrics: a plain twin, ties, pairs without a label."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_tpu.rl import preference_metrics
+from grpo_tpu.rl import preference_metrics, train_step
 
 
 def test_preference_accuracy_counts_a_tie_as_half():
@@ -39,3 +41,18 @@ def test_pairs_that_do_not_count_enter_no_accuracy(count):
   got = preference_metrics.accuracy(chosen, rejected, valid=valid)
   wins = scores[0, :count] > scores[1, :count]
   assert got == pytest.approx(wins.mean() if count else 0.0)
+
+
+def test_an_update_reports_the_mean_over_the_labelled_pairs():
+  rng = np.random.default_rng(0)
+  logps, ref = rng.normal(size=(2, 3, 2, 4)).astype(np.float32)
+  mask, preferred = rng.random((3, 2, 4)) < 0.7, np.zeros((3, 2, 2), bool)
+  preferred[0, 0, 1] = preferred[2, 1, 0] = True
+  micro = types.SimpleNamespace(
+    ref_per_token_logps=ref, completion_mask=mask, preferred=preferred
+  )
+  got = train_step._implicit_preference(micro, logps, jnp.float32(2))
+  gain = np.where(mask, logps - ref, 0).sum(-1)
+  margins = [gain[0, 0] - gain[0, 1], gain[2, 1] - gain[2, 0]]
+  assert got["implicit_preference_accuracy"] == np.mean(np.array(margins) > 0)
+  assert got["implicit_preference_margin"] == pytest.approx(np.mean(margins))
