@@ -79,7 +79,10 @@ def assert_answers_agree(python, library, exported, folder, *, with_images):
   replies = json.loads(found.read_text())
   texts = greedy_texts(config, data, problems)
   assert any(texts)
-  assert [reply["text"] for reply in replies] == texts
+  # vLLM leaves out the first bytes of a character that was cut off.
+  cut = "\N{REPLACEMENT CHARACTER}"
+  found_texts = [reply["text"].rstrip(cut) for reply in replies]
+  assert found_texts == [text.rstrip(cut) for text in texts]
   for reply, question in zip(replies, questions, strict=True):
     assert reply["ids"] == data.tokenizer.encode(question["text"])
 
