@@ -159,8 +159,8 @@ def _report(
     remedies = "; ".join(remedy for _, remedy in faults)
     use = "training" if for_training else "evaluation"
     raise ValueError(
-      f"none of the {count} records can be used for {use}{listed}. To go on, "
-      f"{remedies or 'prepare the data again'}."
+      f"none of the {count} records can be used for {use}{listed}. To "
+      f"continue, {remedies or 'prepare the data again'}."
     )
   for name, each in builder.sets.items() if for_training else ():
     lengths = index.lengths[each.start : each.stop]

@@ -1,4 +1,4 @@
-"""What each mode reads, checked before devices start, and what it then runs."""
+"""Opens a mode: checks all that it reads before devices start, then runs it."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a data dir is asked for, and made from: drawn problems or files."""
+"""The request for a data dir, and its origin: drawn problems or files."""
 
 import dataclasses
 import functools

@@ -146,7 +146,7 @@ class _Worker:
     return result
 
   def receive(self) -> Any:
-    """What the process sends, or how it failed, in words."""
+    """The next message of the process, or how it failed, in words."""
     try:
       if self._connection.poll(_PATIENCE_SECONDS):
         return self._connection.recv()

@@ -2,7 +2,7 @@ r"""Compares two mathematical expressions by value, in a worker process.
 
 math-verify's parser reads the values in them. They are compared here: exactly
 if both are rational, else to 45 digits at several points; what has no value
-there is left to math-verify. Alone it is too loose for a reward: it pays
+there is left to math-verify. Alone it is too loose for a reward: it takes
 `(1,2)` for `\{1,2\}`, 0.333333 for 1/3, `neve` for `even` and `x^2 = 5` for 5.
 The main program imports neither math-verify nor sympy, which take a second.
 Values are sympy expressions; their types are unknown here.

@@ -48,7 +48,7 @@ _NAMES = {
 }
 
 
-def _compiled(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+def _compile(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
   """A pattern, in which "<word>" is any number word, "<unit>" any unit."""
   for name, names in _NAMES.items():
     pattern = pattern.replace(name, names)
@@ -56,15 +56,15 @@ def _compiled(pattern: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
 
 
 _HEADINGS, _MARKUP, _LATEX, _SPELLINGS = (
-  [(mark, _compiled(pattern), to) for mark, pattern, to in _TABLES[name]]
+  [(mark, _compile(pattern), to) for mark, pattern, to in _TABLES[name]]
   for name in ("headings", "markup", "latex", "spellings")
 )
 _NUMBER, _PART_AFTER, _PART_BEFORE, _JOINED_BEFORE, _UNIT_AFTER = (
-  _compiled(_TABLES[name], re.VERBOSE | re.ASCII)
+  _compile(_TABLES[name], re.VERBOSE | re.ASCII)
   for name in ("number", "part_after", "part_before", "joined_before", "unit")
 )
-_WORD = _compiled(_TABLES["word"], re.VERBOSE | re.IGNORECASE)
-_HAN = _compiled(_TABLES["han"])
+_WORD = _compile(_TABLES["word"], re.VERBOSE | re.IGNORECASE)
+_HAN = _compile(_TABLES["han"])
 
 
 class Numeral(NamedTuple):
@@ -95,18 +95,18 @@ def plain(text: str) -> str:
   if not text.isascii():
     text = raise_digits(text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m[0]], text)
-  text = _replaced(text, _MARKUP)
+  text = _replace(text, _MARKUP)
   if any(mark in text for mark in ("\\", "{", "\u221a", "sqrt")):
     before = None
     for _ in range(_MAX_NESTING):
       if text != before:
-        before, text = text, _replaced(text, _LATEX)
+        before, text = text, _replace(text, _LATEX)
   if any(mark in text for mark in ("\\", "<=", ">=", "!=")):
     text = _SIGN.sub(lambda m: _SIGNS[m[0]], text)
-  return _replaced(text, _SPELLINGS)
+  return _replace(text, _SPELLINGS)
 
 
-def _replaced(text: str, rules: list[tuple[str, re.Pattern[str], str]]) -> str:
+def _replace(text: str, rules: list[tuple[str, re.Pattern[str], str]]) -> str:
   """The text after each rule whose mark is in it."""
   for mark, pattern, to in rules:
     if mark in text:
@@ -116,7 +116,7 @@ def _replaced(text: str, rules: list[tuple[str, re.Pattern[str], str]]) -> str:
 
 def open_headings(text: str) -> str:
   """The text with headings as lines; a heading "Answer" becomes "Answer:"."""
-  return _replaced(text, _HEADINGS)
+  return _replace(text, _HEADINGS)
 
 
 def strip_lead_in(text: str) -> str:

@@ -119,7 +119,7 @@ def fields(text: str) -> list[str]:
 
 
 def bold_parts(text: str) -> set[str]:
-  """What stands in bold type in lines that assert something."""
+  """The parts in bold type of lines that assert something."""
   lines = [x for x in text.split("\n") if "**" in x and phrases.is_assertion(x)]
   return {part for line in lines for part in _RE.bold.findall(line)}
 

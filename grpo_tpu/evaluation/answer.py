@@ -172,7 +172,7 @@ def _read_questions(
   The pictures stay for the next question, until others are named.
 
   Raises:
-    SettingError: A line cannot be used, and no person is there to be told.
+    SettingError: A line cannot be used, and nobody is at a terminal.
   """
   logging.info(_HELP)
   is_asked = False

@@ -28,7 +28,7 @@ def metric_columns(
     rewards: The rewards of one completion per problem.
     mask: bool [rows, 1, T], True on the completion's tokens.
     stopped: bool [rows, 1], True if the completion ended by itself.
-    pays_unchecked: True if a user's reward pays without a public answer.
+    pays_unchecked: True if a user's reward needs no public answer.
   """
   problems = np.array([bool(p.pid) for p in batch.problems])
   # A failure of a user's reward says nothing about the answer.
@@ -65,7 +65,7 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
   """The `eval/` metrics from the sums of all columns of `metric_columns`.
 
   Accuracy is missing if no answer is public, and so is the reward unless one
-  pays without.
+  needs none.
   """
   problems, asked = max(sums["problems"], 1), max(sums["asked"], 1)
   scalars = {

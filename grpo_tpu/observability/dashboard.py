@@ -44,7 +44,7 @@ def sections() -> dict[str, list[Chart]]:
   }
 
 
-def drawn(names: Collection[str]) -> dict[str, list[Chart]]:
+def charts_of(names: Collection[str]) -> dict[str, list[Chart]]:
   """The charts on which metrics of these names have a curve."""
   rows = {
     registry.metrics()[registry.row_index(name)]

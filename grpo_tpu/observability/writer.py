@@ -104,7 +104,7 @@ class Writer:
       for name in sorted(scalars, key=lambda name: (order[name], name))
     }
     self._lines.append({"step": step} | self._scalars)
-    charts = dashboard.drawn(self._lines.names)
+    charts = dashboard.charts_of(self._lines.names)
     if charts != self._charts:
       self._charts = charts
       self._events.write(lambda events: dashboard.write(events, step, charts))

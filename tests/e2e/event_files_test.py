@@ -211,7 +211,7 @@ def page(tmp_path_factory):
 def test_a_browser_shows_the_charts_of_the_layout(tensorboard, page, unbroken):
   page.open(f"{tensorboard}#custom_scalars", width=1280, height=900)
   names = set().union(*unbroken.rows()) - {"step"}
-  charts = dashboard.drawn(names)
+  charts = dashboard.charts_of(names)
   assert charts["Learning"][0].title == "eval accuracy"
   count = sum(map(len, charts.values()))
   cards = "tf-custom-scalar-multi-line-chart-card"

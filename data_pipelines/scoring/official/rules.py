@@ -36,8 +36,8 @@ def columns(
 ) -> dict[str, list[bool | None]]:
   """For each rule, its grade of each record; None for those of other sets.
 
-  What an evaluation could not read counts as wrong in each column. A record is
-  `graded` by its pid, the name of its rule and its grade.
+  A record is `graded` by its pid, the name of its rule and its grade; one that
+  an evaluation could not read is wrong in each column.
   """
   graded = list(graded)
   return {

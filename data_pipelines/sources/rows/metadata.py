@@ -14,7 +14,7 @@ _MAX_LENGTH = 30_000
 def read(values: Mapping[str, Any]) -> dict[str, Any]:
   """The values that JSON can hold, each only while there is room for it.
 
-  What names slices of a score is made a name.
+  Columns that name slices of a score become text.
   """
   kept: dict[str, Any] = {}
   room = _MAX_LENGTH

@@ -62,19 +62,21 @@ def test_no_two_charts_have_the_same_title():
 
 
 def test_the_first_chart_is_the_eval_accuracy_alone():
-  charts = dashboard.drawn(["train/loss", "eval/accuracy", "rollout/accuracy"])
+  charts = dashboard.charts_of(
+    ["train/loss", "eval/accuracy", "rollout/accuracy"]
+  )
   assert charts["Learning"][0].patterns == ["^eval/accuracy$"]
 
 
 @pytest.mark.parametrize("metric", registry.metrics(), ids=lambda m: m.name)
 def test_no_chart_is_empty_and_none_is_missing(metric):
   name = example(metric.name)
-  found = [x for charts in dashboard.drawn([name]).values() for x in charts]
+  found = [x for charts in dashboard.charts_of([name]).values() for x in charts]
   assert [x.title for x in found] == [metric.chart]
 
 
 def test_a_name_of_another_version_is_on_no_chart():
-  assert dashboard.drawn(["train/no_such_metric"]) == {}
+  assert dashboard.charts_of(["train/no_such_metric"]) == {}
 
 
 def test_tensorboard_reads_the_layout():
