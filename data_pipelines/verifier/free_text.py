@@ -59,7 +59,7 @@ def without_listed_options(text: str) -> str:
 
 
 class _Conflict(Exception):
-  """A letter is followed by the text of another option."""
+  """A letter has the text of another option beside it."""
 
 
 def find_option(text: str, options: Options) -> Found:
@@ -178,6 +178,8 @@ def _bracketed_options(sentences: list[str], options: Options) -> set[str]:
       before = before.removesuffix((name or "").casefold())  # "not red (A)"
       if name is not None and not is_denied(before, len(before)):
         rest = sentence[match.end() :]
+        if options.from_end(sentence[: match.start()]) not in (None, name):
+          raise _Conflict
         found.add(_option_of_letter(match[1], rest, options) or "")
   return found
 
@@ -209,7 +211,8 @@ def _option_of_letter(letter: str, rest: str, options: Options) -> str | None:
     _Conflict: The text beside the letter is another option's.
   """
   named = options.letters.get(letter)
-  beside = rest.split("\n", 1)[0][:_MAX_BESIDE].strip(" .)*:,")
+  beside = rest.split("\n", 1)[0][:_MAX_BESIDE].strip(" .()*:,")
+  beside = beside.removeprefix("the ")
   other = options.from_text(beside) or options.from_start(beside)
   if named is not None and other not in (None, named):
     raise _Conflict

@@ -176,8 +176,13 @@ def _unit_after(number: Numeral | None) -> str:
 
 
 def _unit_name(word: str) -> str:
-  word = word.strip()
-  return _UNIT_NAMES.get(word) or _UNIT_NAMES.get(word.casefold(), "")
+  """The unit with a spelling, as in "cm^2" for "square centimeters", or ""."""
+  base, _, power = raise_digits(word.strip()).partition("^")
+  kind, _, rest = base.rpartition(" ")
+  if kind in _TABLES["powers"]:
+    base, power = rest, _TABLES["powers"][kind]
+  name = _UNIT_NAMES.get(base.strip()) or _UNIT_NAMES.get(base.casefold(), "")
+  return f"{name}^{power}" if name and power else name
 
 
 def only_number(text: str) -> decimal.Decimal | None:

@@ -151,6 +151,13 @@ class Options:
     match = self.mention.match(_to_spaced(text))
     return self.spaced.get(match[0]) if match else None
 
+  def from_end(self, text: str) -> str | None:
+    """The option that a plain text ends with."""
+    spaced = _to_spaced(text[-self.longest :])
+    found = self.mention.finditer(spaced)
+    ends = (x[0] for x in found if x.end() == len(spaced))
+    return self.spaced.get(next(ends, ""))
+
   def from_value(self, value: decimal.Decimal | None, text: str) -> str | None:
     """The option with this value, and with the unit that the text gives it."""
     named = None if value is None else self.values.get(value)
