@@ -1,7 +1,7 @@
 """Evaluates parameters on a split.
 
 `evaluate` returns figures, for notebooks. `run`, for --mode=evaluate, also
-writes all results. `evaluate_greedy` is the part that training calls.
+writes all results. `evaluate_set` is the part that training calls.
 """
 
 import collections
@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,25 +29,9 @@ from grpo_tpu.evaluation import eval_sets, grading, outputs
 from grpo_tpu.evaluation.scores import GradedCompletion, sample_metrics
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rewards.settings import RewardConfig
 from grpo_tpu.rl import samples
 from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class GreedyResult:
-  """The result of a greedy evaluation.
-
-  A problem that cannot be asked counts as answered wrongly.
-  """
-
-  scalars: dict[str, float]  # The `eval/` metrics of all hosts.
-  samples: list[
-    sample_files.Sample
-  ]  # Some completions of this host, for people.
-  # All completions of this host, in the order of the split.
-  completions: list[GradedCompletion]
 
 
 def evaluate(
@@ -60,7 +45,9 @@ def evaluate(
   sources = make_ablated_sources(config, problems)
   batches = make_batches(data, config, sampler.mesh)
   with jax.set_mesh(sampler.mesh):
-    evaluation = evaluate_all(sampler, params, batches, sources, config)
+    evaluation = evaluate_set(
+      sampler, params, batches, config, ablated_sources=sources
+    )
   return evaluation.figures(config.eval.pass_ks)
 
 
@@ -89,8 +76,10 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
     batches = {k: make_batches(x, config, mesh, k) for k, x in sets.items()}
   for name, each in sets.items():
     with jax.set_mesh(mesh), activity.reporting():
-      evaluation = evaluate_all(
-        sampler, params, batches[name], sources[name], config, name=name
+      evaluation = evaluate_set(
+        *(sampler, params, batches[name], config),
+        name=name,
+        ablated_sources=sources[name],
       )
     if jax.process_index() == 0:
       facts = {
@@ -107,69 +96,39 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
   return f"open {pathlib.Path(workdir) / 'eval' / 'report.html'}"
 
 
-def evaluate_all(
-  sampler: Sampler,
-  params: dict,
-  batches: pipeline.EvalBatches,
-  ablated_sources: Mapping[str, records.Source],
-  config: Config,
-  *,
-  name: str = "",
-) -> outputs.Evaluation:
-  """Evaluates greedily, by sampling, and greedily with ablated images."""
-  result, draws = evaluate_set(sampler, params, batches, config, name=name)
-  ablated = {
-    kind: evaluate_greedy(
-      sampler,
-      params,
-      batches.with_source(source),
-      rewards=config.rewards,
-      num_samples=0,
-    ).completions
-    for kind, source in ablated_sources.items()
-  }
-  return outputs.Evaluation(
-    scalars=result.scalars,
-    greedy=_gather(result.completions),
-    samples=[_gather(draw) for draw in draws],
-    ablated={kind: _gather(x) for kind, x in ablated.items()},
-  )
-
-
 def evaluate_set(
   sampler: Sampler,
   params: dict,
-  batches: Iterable[pipeline.Batch],
+  batches: pipeline.EvalBatches,
   config: Config,
   *,
   name: str = "",
+  ablated_sources: Mapping[str, records.Source] = types.MappingProxyType({}),
   num_shown: int = 0,
   poll: Callable[[], None] = generate.no_poll,
-) -> tuple[GreedyResult, list[list[GradedCompletion]]]:
-  """Evaluates one set greedily, and with `eval.num_samples` if there are any.
+) -> outputs.Evaluation:
+  """Evaluates one set greedily, with `eval.num_samples` and with ablations.
 
-  Returns the greedy result with the metrics of both, and this host's sampled
-  completions, one list per draw. `num_shown` completions are for people.
+  `num_shown` greedy completions are for people. For `poll` see
+  `Sampler.sample`.
   """
-  result = evaluate_greedy(
-    sampler,
-    params,
-    batches,
-    rewards=config.rewards,
-    num_samples=num_shown,
-    poll=poll,
+  grade = functools.partial(
+    _grade_completions, sampler, params, config=config, poll=poll
   )
-  if not config.eval.num_samples:
-    return result, []
+  greedy, *drawn = config.eval.ways
   key = sampling_key(config.seed, name)
-  draws = _sample_draws(sampler, params, batches, config, key, poll)
-  sampled = sample_metrics(
-    _count_right(draws),
-    num_samples=config.eval.num_samples,
-    ks=config.eval.pass_ks,
+  (answers,), scalars, shown = grade(batches, greedy, key, num_shown=num_shown)
+  samples = [x for way in drawn for x in grade(batches, way, key)[0]]
+  return outputs.Evaluation(
+    scalars=scalars | sample_metrics(samples, config.eval.pass_ks),
+    shown=shown,
+    greedy=answers,
+    samples=samples,
+    ablated={
+      kind: grade(batches.with_source(source), greedy, key)[0][0]
+      for kind, source in ablated_sources.items()
+    },
   )
-  scalars = result.scalars | sampled
-  return dataclasses.replace(result, scalars=scalars), draws
 
 
 def sampling_key(seed: int, name: str) -> jax.Array:
@@ -181,56 +140,63 @@ def sampling_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def evaluate_greedy(
+def _grade_completions(
   sampler: Sampler,
   params: dict,
   batches: Iterable[pipeline.Batch],
+  way: Mapping[str, Any],
+  key: jax.Array,
   *,
-  rewards: RewardConfig,
-  num_samples: int,
-  poll: Callable[[], None] = generate.no_poll,
-) -> GreedyResult:
-  """Decodes and grades one greedy completion per problem of this process.
+  config: Config,
+  poll: Callable[[], None],
+  num_shown: int = 0,
+) -> tuple[
+  list[list[GradedCompletion]], dict[str, float], list[sample_files.Sample]
+]:
+  """Completes and grades all problems in one of `eval.ways`.
 
-  For `poll` see `Sampler.sample`.
+  A completion depends only on the key, the problem's index in the split and the
+  number of the draw.
+
+  Returns:
+    The completions of all hosts in the order of the split, one list per draw;
+    the `eval/` metrics of all draws; and the completions to show.
   """
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
-  sums: collections.Counter[str] = collections.Counter()
-  kept, graded = [], []
+  sums, shown = collections.Counter[str](), list[sample_files.Sample]()
+  draws = [list[GradedCompletion]() for _ in range(way["num_completions"])]
   for batch in activity.count_parts("evaluation", batches, unit="batches"):
     completions = sampler.sample(
-      params,
-      batch,
-      jax.random.key(0),
-      num_completions=1,
-      temperature=0.0,
-      poll=poll,
+      params, batch, key, **way, poll=poll
     ).completions
     groups = sampler.texts(completions)
-    texts = [group[0] for group in groups]
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
-    scores = scoring.score(
-      texts,
-      batch.problems,
-      rewards,
-      is_present=batch.valid,
-      truncated=(~stopped[:, 0]).tolist(),
-      gather=all_rows,
-    )
-    columns = grading.metric_columns(
-      batch, scores, mask, stopped, pays_unchecked=any(rewards.custom_weights)
-    )
-    # All rows are summed in their order, so the number of hosts is irrelevant.
-    sums.update(
-      {k: rows.sum(dtype=float) for k, rows in all_rows(columns).items()}
-    )
-    graded += grading.graded_completions(batch, texts, scores, stopped[:, 0])
-    kept += samples.first_samples(
-      sampler, batch, groups, scores, count=num_samples - len(kept)
-    )
-  return GreedyResult(grading.metrics(sums), kept, graded)
+    for number, draw in enumerate(draws):
+      texts, ended = [group[number] for group in groups], stopped[:, number]
+      scores = scoring.score(
+        texts,
+        batch.problems,
+        config.rewards,
+        is_present=batch.valid,
+        truncated=(~ended).tolist(),
+        gather=all_rows,
+      )
+      columns = grading.metric_columns(
+        *(batch, scores, mask[:, number], ended),
+        pays_unchecked=any(config.rewards.custom_weights),
+      )
+      # All rows are summed in their order, so the number of hosts is
+      # irrelevant.
+      sums.update(
+        {k: rows.sum(dtype=float) for k, rows in all_rows(columns).items()}
+      )
+      draw += grading.graded_completions(batch, texts, scores, ended)
+      shown += samples.first_samples(
+        sampler, batch, groups, scores, count=num_shown - len(shown)
+      )
+  return [_gather(draw) for draw in draws], grading.metrics(sums), shown
 
 
 def make_ablated_sources(
@@ -276,60 +242,6 @@ def make_batches(
     shards=shards,
     shard_count=shard_count,
   )
-
-
-def _sample_draws(
-  sampler: Sampler,
-  params: dict,
-  batches: Iterable[pipeline.Batch],
-  config: Config,
-  key: jax.Array,
-  poll: Callable[[], None],
-) -> list[list[GradedCompletion]]:
-  """Samples and grades `eval.num_samples` completions of each problem.
-
-  A completion depends only on the key, the problem's index in the split and the
-  number of the draw. Returns one list of this host's completions per draw.
-  """
-  settings = config.eval
-  all_rows = functools.partial(sharding.all_rows, sampler.mesh)
-  draws = [list[GradedCompletion]() for _ in range(settings.num_samples)]
-  for batch in activity.count_parts("sampling", batches, unit="batches"):
-    completions = sampler.sample(
-      params, batch, key, **settings.ways[-1], poll=poll
-    ).completions
-    groups = sampler.texts(completions)
-    stopped = sharding.local_rows(sampler.mesh, completions.stopped)
-    for number, draw in enumerate(draws):
-      texts = [group[number] for group in groups]
-      ended = stopped[:, number]
-      scores = scoring.score(
-        texts,
-        batch.problems,
-        config.rewards,
-        is_present=batch.valid,
-        truncated=(~ended).tolist(),
-        gather=all_rows,
-      )
-      draw += grading.graded_completions(batch, texts, scores, ended)
-  return draws
-
-
-def _count_right(draws: Sequence[Sequence[GradedCompletion]]) -> list[int]:
-  """The right samples of each graded problem of all hosts, in their order.
-
-  Empty if no answer is public.
-  """
-  local = [
-    (row[0].index, bool(row[0].record["answer"]), sum(x.is_right for x in row))
-    for row in zip(*draws, strict=True)
-    if row[0].record["strict_true_false"] is not None
-  ]
-  hosts = collectives.gather_bytes(json.dumps(local).encode())
-  # Hosts that share a tensor axis have the same rows.
-  rows = sorted({tuple(row) for host in hosts for row in json.loads(host)})
-  is_public = any(has_answer for _, has_answer, _ in rows)
-  return [count for _, _, count in rows] if is_public else []
 
 
 def _gather(completions: list[GradedCompletion]) -> list[GradedCompletion]:

@@ -26,8 +26,8 @@ def metric_columns(
   Args:
     batch: The problems; padding rows have no pid.
     rewards: The rewards of one completion per problem.
-    mask: bool [rows, 1, T], True on the completion's tokens.
-    stopped: bool [rows, 1], True if the completion ended by itself.
+    mask: bool [rows, T], True on the completion's tokens.
+    stopped: bool [rows], True if the completion ended by itself.
     pays_unchecked: True if a user's reward needs no public answer.
   """
   problems = np.array([bool(p.pid) for p in batch.problems])
@@ -47,8 +47,8 @@ def metric_columns(
     "format": np.where(asked, rewards.components["format"], 0.0),
     "rewarded": rewarded,
     "reward": np.where(asked & rewarded, rewards.total, 0.0),
-    "completion_length": np.where(asked, mask[:, 0].sum(-1), 0),
-    "truncated_fraction": asked & ~stopped[:, 0],
+    "completion_length": np.where(asked, mask.sum(-1), 0),
+    "truncated_fraction": asked & ~stopped,
   }
   slices = dict(batch.sets)
   for name in _TYPES:

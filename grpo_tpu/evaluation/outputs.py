@@ -11,6 +11,7 @@ from absl import logging
 from data_pipelines import records
 from grpo_tpu.config import sections
 from grpo_tpu.evaluation import report, scores
+from grpo_tpu.observability import sample_files
 
 # The list of the worst slices; smaller slices say too little.
 _WORST_SLICES, _MIN_PROBLEMS = 10, 5
@@ -18,9 +19,13 @@ _WORST_SLICES, _MIN_PROBLEMS = 10, 5
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """The completions of a split, from all hosts, in the order of the split."""
+  """The completions of a split, from all hosts, in the order of the split.
 
-  scalars: dict[str, float]  # The `eval/` metrics of the greedy completions.
+  A problem that cannot be asked counts as answered wrongly.
+  """
+
+  scalars: dict[str, float]  # The `eval/` metrics.
+  shown: list[sample_files.Sample]  # Some greedy completions, for people.
   greedy: list[scores.GradedCompletion]
   samples: list[list[scores.GradedCompletion]]  # One list per draw.
   # Greedy completions with ablated images, by name of the ablation.

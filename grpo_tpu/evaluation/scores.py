@@ -119,19 +119,16 @@ def compute(
 
 
 def sample_metrics(
-  num_right: Sequence[int], *, num_samples: int, ks: Iterable[int]
+  draws: Sequence[Sequence[GradedCompletion]], ks: Iterable[int]
 ) -> dict[str, float]:
-  """The metrics mean@n and pass@k, means over the problems.
-
-  `num_right` has the right samples of each graded problem; without any there
-  are no metrics.
-  """
-  if not num_right:
+  """The metrics mean@n and pass@k, means over the graded problems if any."""
+  rows = list(zip(*map(_select_graded, draws), strict=True))
+  if not rows:
     return {}
-  mean = sum(num_right) / num_samples / len(num_right)
-  metrics = {f"eval/mean_at_{num_samples}": mean}
+  n, num_right = len(draws), [sum(x.is_right for x in row) for row in rows]
+  metrics = {f"eval/mean_at_{n}": sum(num_right) / n / len(rows)}
   for k in ks:
-    chances = [statistics.pass_at_k(num_samples, x, k) for x in num_right]
+    chances = [statistics.pass_at_k(n, x, k) for x in num_right]
     metrics[f"eval/pass_at_{k}"] = sum(chances) / len(chances)
   return metrics
 

@@ -340,7 +340,7 @@ class Trainer:
     params, metrics = self.learner.params(state), dict[str, writer.Scalar]()
     shown = list[Sample]()
     for name, batches in self._eval_batches.items():
-      result, _ = evaluate.evaluate_set(
+      result = evaluate.evaluate_set(
         self.sampler,
         params,
         batches,
@@ -350,7 +350,7 @@ class Trainer:
         poll=self._poll,
       )
       metrics |= eval_metrics.of_set(result.scalars, name)
-      shown += result.samples
+      shown += result.shown
     if self._preference_batches is not None:
       assert self._reference is not None
       reference, batches = self._reference.params, self._preference_batches

@@ -151,12 +151,8 @@ class Run:
     )
 
   def evaluate(self, prompts, *, num_samples=0):
-    return evaluate.evaluate_greedy(
-      self.sampler,
-      {},
-      prompts,
-      rewards=self.config.rewards,
-      num_samples=num_samples,
+    return evaluate.evaluate_set(
+      self.sampler, {}, prompts, self.config, num_shown=num_samples
     )
 
 

@@ -96,7 +96,9 @@ def run_of(kind, tokenizer, num_devices=1, seed=0, **settings):
 def evaluate_all(run, batch_size=11, indices=EVERY):
   sources = evaluate.make_ablated_sources(run.config, Source(indices))
   batches = batches_of(run.tokenizer, batch_size=batch_size, indices=indices)
-  return evaluate.evaluate_all(run.sampler, {}, batches, sources, run.config)
+  return evaluate.evaluate_set(
+    run.sampler, {}, batches, run.config, ablated_sources=sources
+  )
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +217,9 @@ def test_samples_without_public_answers_have_no_metrics(everything):
     return dataclasses.replace(answer, record=record)
 
   draws = [[hidden(x) for x in draw] for draw in everything.samples]
-  assert evaluate._count_right(everything.samples)
-  assert evaluate._count_right(draws) == []
-  assert scores.sample_metrics([], num_samples=6, ks=(1,)) == {}
+  assert scores.sample_metrics(everything.samples, ks=(1,))
+  assert scores.sample_metrics(draws, ks=(1,)) == {}
+  assert scores.sample_metrics([], ks=(1,)) == {}
 
 
 def test_each_set_has_samples_of_its_own(tokenizer):
@@ -227,8 +229,8 @@ def test_each_set_has_samples_of_its_own(tokenizer):
     evaluate.evaluate_set(run.sampler, {}, batches, run.config, name=name)
     for name in ("", "geo", "geo")
   ]
-  assert found[1][1] == found[2][1] != found[0][1]
-  assert found[1][0].completions == found[0][0].completions
+  assert found[1].samples == found[2].samples != found[0].samples
+  assert found[1].greedy == found[0].greedy
   # Training folds the numbers of its batches, from 1 on, into the run's key.
   training = jax.random.fold_in(jax.random.key(0), 1)
   for name in ("", "geo"):
@@ -308,21 +310,10 @@ def test_completions_come_from_all_hosts(everything, monkeypatch):
     kept = [x for x in everything.greedy if (x.index in (0, 1, 8)) != index]
     return evaluate._gather(kept)
 
-  def count_on(index):
-    host.index = index
-    return evaluate._count_right(
-      [
-        [x for x in draw if (x.index in (0, 1, 8)) != index]
-        for draw in everything.samples
-      ]
-    )
-
-  alone = evaluate._count_right(everything.samples)
   monkeypatch.setattr(collectives, "gather_bytes", gather)
   with concurrent.futures.ThreadPoolExecutor(2) as hosts:
     for answers in hosts.map(answers_on, range(2)):
       assert answers == everything.greedy
-    assert list(hosts.map(count_on, range(2))) == [alone, alone]
 
 
 def write(evaluation, workdir, config, source, parts=()):
@@ -394,7 +385,7 @@ def test_a_split_without_answers_is_written_with_a_note(tokenizer, tmp_path):
     )
     for x in everything.greedy
   ]
-  unknown = outputs.Evaluation({"eval/format": 1.0}, hidden, [hidden], {})
+  unknown = outputs.Evaluation({"eval/format": 1.0}, [], hidden, [hidden], {})
   write(unknown, tmp_path, run.config, source)
   figures = read(tmp_path / "eval" / "scores.json")
   assert figures["accuracy"] is None and figures["graded"] == 0

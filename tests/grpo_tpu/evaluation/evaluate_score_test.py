@@ -17,7 +17,7 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   batches = scripted.batches_of(tokenizer, batch_size=11)
   result = run.evaluate(batches)
   path, out = tmp_path / "output.json", tmp_path / "out.json"
-  written = {x.record["pid"]: x.record for x in result.completions}
+  written = {x.record["pid"]: x.record for x in result.greedy}
   path.write_text(json.dumps(written))
   scores = tmp_path / "scores.json"
   score_file.score_file(str(path), out=str(out), scores=str(scores))
@@ -26,7 +26,7 @@ def test_a_file_of_evaluate_scores_to_the_same_accuracy(tmp_path):
   found = json.loads(scores.read_text())
   assert found["records"] == found["scored"] == len(scripted.SCRIPT)
   whole, *rows = found["rows"]
-  wanted = figures.compute(result.completions, samples=(), ks=(), ablated={})
+  wanted = figures.compute(result.greedy, samples=(), ks=(), ablated={})
   assert whole["strict"] == wanted["accuracy"]
   assert whole["strict"]["share"] == pytest.approx(
     float(result.scalars["eval/accuracy"])

@@ -93,7 +93,7 @@ def test_the_official_programs_read_our_file(tmp_path, program):
   completions = {f"p{i}": [x[2]] for i, x in enumerate(scripted.SCRIPT)}
   run = scripted.make_run(tokenizer, completions)
   result = run.evaluate(scripted.batches_of(tokenizer, batch_size=4))
-  written = {x.record["pid"]: x.record for x in result.completions}
+  written = {x.record["pid"]: x.record for x in result.greedy}
   for pid, record in written.items():
     assert "extraction" not in record
     if not pid.startswith("unreadable"):

@@ -75,7 +75,7 @@ def test_neither_batch_size_nor_padding_nor_devices_change_a_scalar(
 ):
   wanted, got = evaluated(), evaluated(batch_size, num_devices)
   assert got.scalars == pytest.approx(wanted.scalars, rel=1e-6)
-  assert got.completions == wanted.completions
+  assert got.greedy == wanted.greedy
 
 
 def test_slices_add_up_to_the_whole(evaluated):
@@ -109,7 +109,7 @@ def test_a_slice_without_problems_is_left_out(run_of, tokenizer):
 
 
 def test_records_are_in_mathvistas_results_format(evaluated):
-  results = {x.record["pid"]: x.record for x in evaluated(4).completions}
+  results = {x.record["pid"]: x.record for x in evaluated(4).greedy}
   assert set(results) == {
     "unreadable:7" if i == UNREADABLE else f"p{i}" for i in range(len(SCRIPT))
   }
@@ -156,7 +156,7 @@ def test_without_public_answers_nothing_is_graded(run_of, tokenizer):
     "eval/completion_length",
     "eval/truncated_fraction",
   }
-  asked = [x for x in result.completions if x.asked]
+  asked = [x for x in result.greedy if x.asked]
   assert [x.record["strict_true_false"] for x in asked] == [None] * len(ASKED)
   assert asked[0].record["strict_answer"] == "3"
 
@@ -168,7 +168,7 @@ def test_accuracy_is_of_the_problems_that_can_be_graded(run_of, tokenizer):
   # Of 11 problems 7 are left, a damaged one among them; of 6 right ones 5.
   assert result.scalars["eval/accuracy"] == pytest.approx(5 / 7)
   assert result.scalars["eval/accuracy/integer"] == pytest.approx(1 / 3)
-  right = [x.record["strict_true_false"] for x in result.completions]
+  right = [x.record["strict_true_false"] for x in result.greedy]
   assert [i for i in EVERY if right[i] is None] == hidden
   assert [i for i in EVERY if right[i]] == [2, 3, 5, 9, 10]
 
@@ -188,7 +188,7 @@ def test_each_data_set_has_its_own_accuracy(run_of, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [2, len(SCRIPT)])
 def test_samples_are_the_first_usable_problems(evaluated, batch_size):
-  samples = evaluated(batch_size, num_samples=8).samples
+  samples = evaluated(batch_size, num_samples=8).shown
   assert [s.columns["pid"] for s in samples] == [f"p{i}" for i in ASKED[:8]]
   assert samples[7].columns["completion"] == SCRIPT[9][2]
 
