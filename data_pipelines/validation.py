@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import operator
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,14 +124,14 @@ def printable(text: str, *, keep: str = "") -> str:
 def require_all(
   section: Any, prefix: str, *rules: tuple[str, bool, str, Any]
 ) -> None:
-  """Checks rules of one section of the settings, such as "optimizer".
+  """Checks rules of one section of the settings, or with prefix "" of all.
 
   A rule is a setting, whether it holds, its words, and a value that would do.
   """
   for name, holds, rule, value in rules:
-    setting = f"{prefix}.{name}"
-    remedy = f"set {setting}={value}"
-    require(holds, setting, getattr(section, name), rule, remedy)
+    setting = f"{prefix}.{name}" if prefix else name
+    current = operator.attrgetter(name)(section)
+    require(holds, setting, current, rule, f"set {setting}={value}")
 
 
 def one_of(choices: Iterable[str]) -> Mapping[str, tuple[str, ...]]:

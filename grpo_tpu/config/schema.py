@@ -182,78 +182,75 @@ class Config:
 
 
 def _check_run(config: Config) -> None:
-  """Checks the length of the run against what happens during it."""
+  """Checks the seed, paths, steps and metrics of the run."""
   # Stays as it is written, for run.json: a resume may have another home.
   expand_path("compilation_cache_dir", config.compilation_cache_dir)
   last, num_steps = config.profile.steps[-1:], config.train.num_steps
-  require(
-    not last or last[0] <= num_steps,
-    "profile.steps",
-    config.profile.steps,
-    f"end by train.num_steps ({num_steps})",
-    f"set profile.steps=({num_steps}, {num_steps})",
-  )
-  require(
-    0 <= config.seed < 2**31,
-    "seed",
-    config.seed,
-    "be at least 0, and fit in 31 bits",
-    "set seed=1",
+  require_all(
+    *(config, ""),
+    ("seed", config.seed >= 0, "be at least 0", 1),
+    (
+      "profile.steps",
+      not last or last[0] <= num_steps,
+      f"end by train.num_steps ({num_steps})",
+      (num_steps, num_steps),
+    ),
   )
   eval_metrics.check(config.eval, config.data, config.train, config.checkpoint)
 
 
 def _check_images(config: Config) -> None:
   """Checks the settings that only a model with an image tower has."""
-  require(
-    not (config.rollout.image_cache_mib and config.model.train_vision),
-    "rollout.image_cache_mib",
-    config.rollout.image_cache_mib,
-    "be 0 if the image tower is trained, which changes its results every step",
-    "set rollout.image_cache_mib=0, or model.train_vision=False",
-  )
-  require(
-    not config.data.pan_and_scan.enabled
-    or config.model_config.vision is not None,
-    "data.pan_and_scan.enabled",
-    config.data.pan_and_scan.enabled,
-    f"be False for {config.model.name}, a text model",
-    "set data.pan_and_scan.enabled=False",
-  )
-
   vision, data = config.model_config.vision, config.data
   most = max(1, data.prompt_buckets[-1] // vision.soft_tokens) if vision else 1
-  require(
-    data.images_per_prompt <= most,
-    "data.images_per_prompt",
-    data.images_per_prompt,
-    f"be at most {most}: no more fit into the last of data.prompt_buckets "
-    f"({data.prompt_buckets[-1]}) of {config.model.name}",
-    f"set data.images_per_prompt={most}",
+  require_all(
+    *(config, ""),
+    (
+      "rollout.image_cache_mib",
+      not (config.rollout.image_cache_mib and config.model.train_vision),
+      "be 0 if the image tower is trained, which changes its results every "
+      "step",
+      "0, or model.train_vision=False",
+    ),
+    (
+      "data.pan_and_scan.enabled",
+      not data.pan_and_scan.enabled or vision is not None,
+      f"be False for {config.model.name}, a text model",
+      False,
+    ),
+    (
+      "data.images_per_prompt",
+      data.images_per_prompt <= most,
+      f"be at most {most}: no more fit into the last of data.prompt_buckets "
+      f"({data.prompt_buckets[-1]}) of {config.model.name}",
+      most,
+    ),
   )
 
 
 def _check_rewards(config: Config) -> None:
   """Checks rewards and their shaping against the prompts and completions."""
-  length, is_online = (
-    config.rollout.max_new_tokens,
-    config.data.kind == "online",
-  )
+  length, shaping = config.rollout.max_new_tokens, config.shaping
+  is_online = config.data.kind == "online"
   require_all(
-    config.shaping,
-    "shaping",
+    *(config, ""),
     (
-      "soft_tokens",
-      config.shaping.soft_tokens <= length
-      or config.shaping.truncated != "penalise",
+      "shaping.soft_tokens",
+      shaping.soft_tokens <= length or shaping.truncated != "penalise",
       f"be at most rollout.max_new_tokens ({length})",
       max(1, length // 4),
     ),
     (
-      "zero_variance",
-      is_online or config.shaping.zero_variance != "resample",
+      "shaping.zero_variance",
+      is_online or shaping.zero_variance != "resample",
       "not be resample if completions come with the data",
       "drop",
+    ),
+    (
+      "rollout.num_generations",
+      config.rollout.num_generations >= 2 or not is_online,
+      "be at least 2, for an advantage compares completions of one prompt",
+      8,
     ),
   )
   weight, name = config.rewards.weights["format"], config.data.prompt_template
@@ -265,13 +262,6 @@ def _check_rewards(config: Config) -> None:
     f"be 0 if data.prompt_template ({name!r}) does not ask for the <answer> "
     "tag that it rewards",
     "set rewards.format=0.0, or data.prompt_template=tagged",
-  )
-  require(
-    config.rollout.num_generations >= 2 or not is_online,
-    "rollout.num_generations",
-    config.rollout.num_generations,
-    "be at least 2, for an advantage compares completions of one prompt",
-    "set rollout.num_generations=8",
   )
 
 
@@ -320,31 +310,35 @@ def _check_divisions(config: Config) -> None:
   shards = config.mesh.replica * config.mesh.fsdp
   prompts = config.data.prompts_per_step
   bundles = config.train.microbatch_bundles
-  for name, value in (
-    ("data.prompts_per_step", prompts),
-    ("train.microbatch_bundles", bundles),
-    ("eval.batch_size", config.eval.batch_size),
-  ):
-    require(
-      value % shards == 0,
-      name,
-      value,
-      f"be a multiple of mesh.replica * mesh.fsdp ({shards})",
-      f"set {name}={max(1, round(value / shards)) * shards}",
-    )
-  require(
-    prompts % bundles == 0,
-    "train.microbatch_bundles",
-    bundles,
-    f"divide data.prompts_per_step ({prompts})",
-    f"set train.microbatch_bundles={prompts}",
-  )
   part = config.rollout.prompts_at_a_time
-  require(
-    part is None or (part > 0 and part % shards == 0 and prompts % part == 0),
-    "rollout.prompts_at_a_time",
-    part,
-    f"be None, or divide data.prompts_per_step ({prompts}) into multiples of "
-    f"mesh.replica * mesh.fsdp ({shards})",
-    f"set rollout.prompts_at_a_time={shards}",
+  multiple = f"of mesh.replica * mesh.fsdp ({shards})"
+  sizes = {
+    "data.prompts_per_step": prompts,
+    "train.microbatch_bundles": bundles,
+    "eval.batch_size": config.eval.batch_size,
+  }
+  require_all(
+    *(config, ""),
+    *(
+      (
+        name,
+        size % shards == 0,
+        f"be a multiple {multiple}",
+        max(1, round(size / shards)) * shards,
+      )
+      for name, size in sizes.items()
+    ),
+    (
+      "train.microbatch_bundles",
+      prompts % bundles == 0,
+      f"divide data.prompts_per_step ({prompts})",
+      prompts,
+    ),
+    (
+      "rollout.prompts_at_a_time",
+      part is None or (part > 0 and part % shards == 0 and prompts % part == 0),
+      f"be None, or divide data.prompts_per_step ({prompts}) into multiples "
+      f"{multiple}",
+      shards,
+    ),
   )

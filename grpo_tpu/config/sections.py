@@ -34,7 +34,8 @@ _SETS = {
 }
 
 
-_RULE = re.compile(r"\s*(eval/\S+?)\s*([<>]=)\s*(\S+)\s*")
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?"
+_RULE = re.compile(rf"\s*(eval/\S+?)\s*([<>]=)\s*({_NUMBER})\s*", re.ASCII)
 
 
 class StopRule(NamedTuple):
@@ -47,16 +48,8 @@ class StopRule(NamedTuple):
   @classmethod
   def parse(cls, text: str) -> Self | None:
     """Reads "eval/accuracy >= 0.95"; None is no rule."""
-    if (match := _RULE.fullmatch(text)) is None:
-      return None
-    try:
-      limit = float(match[3])
-    except ValueError:
-      return None
-    return cls(match[1], match[2], limit) if math.isfinite(limit) else None
-
-  def __str__(self) -> str:
-    return f"{self.metric} {self.comparison} {self.limit:g}"
+    match = _RULE.fullmatch(text)
+    return cls(match[1], match[2], float(match[3])) if match else None
 
   def is_met(self, metrics: Mapping[str, float]) -> bool:
     """True if the metric is there and has reached the limit."""

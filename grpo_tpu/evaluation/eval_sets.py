@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from data_pipelines import dataset, records
 from data_pipelines.sources import data_dirs, mixtures
@@ -50,10 +52,10 @@ def check_targets(config: Config, sets: dict[str, dataset.Dataset]) -> None:
     data, inside = (sets[inside], "") if inside in sets else (sets[""], inside)
     if not kind.startswith(("accuracy", "mean_at", "pass_at")):
       continue
-    problems = mixtures.first(data.eval, config.eval.num_problems)
-    count = min(config.eval.num_problems, len(problems))
+    count = config.eval.num_problems
+    problems = mixtures.first(data.eval, count)
     require(
-      any(_has_answer(problems, index, inside) for index in range(count)),
+      any_problem(problems, count, functools.partial(_counts_for, inside)),
       setting,
       value,
       "name a metric that is written, but no problem that counts for it of "
@@ -62,11 +64,21 @@ def check_targets(config: Config, sets: dict[str, dataset.Dataset]) -> None:
     )
 
 
-def _has_answer(problems: records.Source, index: int, inside: str) -> bool:
-  """True if rules can check the problem, and it is of the type or data set."""
-  with contextlib.suppress(ValueError, OSError):  # A damaged record.
-    problem = problems[index]
-    slices = (problem.question_type, problem.answer_type, "")
-    own = (*slices, problem.metadata.get("data_set"))
-    return problem.is_checkable and inside in own
+def any_problem(
+  problems: records.Source,
+  count: int,
+  holds: Callable[[records.Problem], bool],
+) -> bool:
+  """True if `holds` is true of one of the first `count` problems."""
+  for index in range(min(count, len(problems))):
+    with contextlib.suppress(ValueError, OSError):  # A damaged record.
+      if holds(problems[index]):
+        return True
   return False
+
+
+def _counts_for(inside: str, problem: records.Problem) -> bool:
+  """True if rules can check the problem, and it is of the type or data set."""
+  data_set = problem.metadata.get("data_set")
+  own = ("", problem.question_type, problem.answer_type, data_set)
+  return problem.is_checkable and inside in own

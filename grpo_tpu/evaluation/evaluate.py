@@ -5,7 +5,6 @@ writes all results. `evaluate_set` is the part that training calls.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import json
@@ -208,8 +207,10 @@ def make_ablated_sources(
   if config.model_config.vision is None:
     logging.info("No eval.ablations: %s is a text model.", config.model.name)
     return {}
-  count = min(config.eval.num_problems, len(problems))
-  if not _any_images(problems, count):
+  count = config.eval.num_problems
+  if not eval_sets.any_problem(
+    problems, count, lambda x: x.is_checkable and bool(x.images)
+  ):
     logging.info(
       "No eval.ablations: no problem shows an image and has a public answer."
     )
@@ -218,15 +219,6 @@ def make_ablated_sources(
     name: ablations.source(name, problems, num_problems=count, seed=config.seed)
     for name in config.eval.ablations
   }
-
-
-def _any_images(problems: records.Source, count: int) -> bool:
-  """True if a problem that rules can check shows an image."""
-  for index in range(count):
-    with contextlib.suppress(ValueError, OSError):  # A damaged record.
-      if problems[index].is_checkable and problems[index].images:
-        return True
-  return False
 
 
 def make_batches(

@@ -37,7 +37,7 @@ def evaluate_preferences(
   Returns:
     The `eval/` metrics. The buckets in their names are of the reward margin.
   """
-  totals: collections.Counter[str] = collections.Counter()
+  totals = collections.defaultdict[str, list[float]](lambda: [0.0, 0.0])
   for batch in batches:
     groups, preferred, _ = collector.preference_groups(params, batch)
     forward, mesh = collector.sampler.forward, collector.sampler.mesh
@@ -46,61 +46,52 @@ def evaluate_preferences(
       score.score_batch(forward, x, bundles, num_microbatches=1)[0]
       for x in (params, reference)
     )
-    sums = _sums(
+    found = _sums(
       logps - ref_logps,
       groups.batch.completion_mask,
       groups.rewards["total"],
       preferred,
     )
-    totals.update({k: float(v) for k, v in jax.device_get(sums).items()})
-  pairs = max(totals["pairs"], 1)
-  scalars: dict[str, writer.Scalar] = {
-    f"eval/{name}": totals[name] / pairs
-    for name in (
-      "preference_accuracy",
-      "implicit_preference_accuracy",
-      "implicit_preference_accuracy_per_token",
-      "implicit_preference_margin",
-    )
+    for name, (total, count) in jax.device_get(found).items():
+      totals[name][0] += float(total)
+      totals[name][1] += float(count)
+  # A bucket without pairs has no accuracy.
+  return {
+    f"eval/{name}": total / max(count, 1)
+    for name, (total, count) in totals.items()
+    if count or "/" not in name
   }
-  for name in MARGIN_BUCKETS:
-    if totals[f"pairs/{name}"]:
-      scalars[f"eval/implicit_preference_accuracy/{name}"] = (
-        totals[f"accuracy/{name}"] / totals[f"pairs/{name}"]
-      )
-  return scalars
 
 
 @jax.jit
-def _sums(gained, mask, rewards, preferred) -> dict[str, jax.Array]:
-  """Sums over the pairs of a batch, replicated over hosts."""
+def _sums(
+  gained, mask, rewards, preferred
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Each metric's sum over its pairs, of all hosts, and their number."""
   gained = jnp.where(mask, gained, 0.0).sum(axis=-1)
   per_token = gained / jnp.maximum(mask.sum(axis=-1), 1)
   chosen, rejected, valid = preference_metrics.all_pairs(gained, preferred)
   better, worse, _ = preference_metrics.all_pairs(rewards, preferred)
-  accuracies = {
-    "preference_accuracy": _wins(better, worse),
-    "implicit_preference_accuracy": _wins(chosen, rejected),
-    "implicit_preference_accuracy_per_token": _wins(
-      *preference_metrics.all_pairs(per_token, preferred)[:2]
+  wins = _wins(chosen, rejected)
+  pairs = {
+    "preference_accuracy": (_wins(better, worse), valid),
+    "implicit_preference_accuracy": (wins, valid),
+    "implicit_preference_accuracy_per_token": (
+      _wins(*preference_metrics.all_pairs(per_token, preferred)[:2]),
+      valid,
     ),
-    "implicit_preference_margin": chosen - rejected,
+    "implicit_preference_margin": (chosen - rejected, valid),
   }
-  sums = {
-    name: jnp.where(valid, values, 0.0).sum()
-    for name, values in accuracies.items()
-  }
-  sums["pairs"] = valid.sum()
-  margin = better - worse
   # A pair whose rewards contradict its labels falls into the lowest bucket.
   edges = np.array(list(MARGIN_BUCKETS.values())[1:])
-  bucket = jnp.searchsorted(edges, margin, side="right")
+  bucket = jnp.searchsorted(edges, better - worse, side="right")
   for index, name in enumerate(MARGIN_BUCKETS):
     inside = valid & (bucket == index)
-    wins = accuracies["implicit_preference_accuracy"]
-    sums[f"pairs/{name}"] = inside.sum()
-    sums[f"accuracy/{name}"] = jnp.where(inside, wins, 0.0).sum()
-  return sums
+    pairs[f"implicit_preference_accuracy/{name}"] = (wins, inside)
+  return {
+    name: (jnp.where(inside, values, 0.0).sum(), inside.sum())
+    for name, (values, inside) in pairs.items()
+  }
 
 
 def _wins(chosen: jax.Array, rejected: jax.Array) -> jax.Array:

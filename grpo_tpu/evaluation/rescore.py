@@ -12,7 +12,7 @@ end a run.
 
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,21 +88,18 @@ def _table(
     for name, values in scores.components.items()
   ]
   columns.append(("total", "", scores.total, scores.valid))
+
+  def cell(function: Callable[[Any], Any], numbers: Sequence[float]) -> str:
+    return f"{function(numbers):8.4f}" if len(numbers) else "       -"
+
   for name, weight, values, is_kept in columns:
-    kept = values[is_kept].astype(np.float64)
+    kept = values[is_kept].tolist()
     column = "reward" if name == "total" else f"reward/{name}"
     saved = [rows[i].get(column) for i in np.flatnonzero(is_kept).tolist()]
     saved = [x for x in saved if x is not None]  # None for a new reward.
-    cells = [
-      f"{function(numbers):8.4f}" if len(numbers) else "       -"
-      for function, numbers in (
-        (np.mean, kept),
-        (np.std, kept),
-        (np.mean, saved),
-      )
-    ]
+    cells = f"{cell(np.mean, kept)} {cell(np.std, kept)} {cell(np.mean, saved)}"
     count = f"{len(kept)} of {len(values)}"
-    lines.append(f"{name:20}  {weight:>6} {' '.join(cells)}  {count}")
+    lines.append(f"{name:20}  {weight:>6} {cells}  {count}")
   return "\n".join(lines)
 
 
@@ -134,9 +131,8 @@ def _check_sample(row: Any, source: str) -> dict[str, Any]:
     untrusted.get_field(row, name, str, source)
   untrusted.get_field(row, "reward", float, source)
   for name, value in row.items():
-    # Of rewards that not all rows have, some are missing.
-    is_reward = name.startswith("reward/") or name == "length_penalty"
-    if is_reward and value is not None:
+    # None for a reward that other rows have.
+    if name.startswith(("reward/", "length_penalty")) and value is not None:
       untrusted.check_kind(value, float, f"{name!r} in {source}")
   return row
 

@@ -63,7 +63,7 @@ def compute(
   greedy: Sequence[GradedCompletion],
   *,
   samples: Sequence[Sequence[GradedCompletion]],
-  ks: Iterable[int],
+  ks: Sequence[int],
   ablated: Mapping[str, Sequence[GradedCompletion]],
 ) -> dict[str, Any]:
   """Computes every figure as a JSON object.
@@ -89,6 +89,10 @@ def compute(
   if not kept:
     return result | {"accuracy": None, "note": NO_ANSWERS}
   is_right = [each.is_right for each in kept]
+  is_right_ablated = {
+    name: [each.is_right for each in _select_graded(completions)]
+    for name, completions in ablated.items()
+  }
   official = rules.columns(map(_official_grade, kept))
   overall, *rows = figures.table(
     [each.record for each in kept], {"right": is_right, **official}
@@ -107,8 +111,11 @@ def compute(
       for row in rows
     ],
     "ablations": {
-      name: _ablation(is_right, _select_graded(completions))
-      for name, completions in ablated.items()
+      name: {
+        "accuracy": statistics.share(sum(other), len(other)),
+        **statistics.comparison(is_right, other),
+      }
+      for name, other in is_right_ablated.items()
     },
   }
   if samples:
@@ -192,41 +199,29 @@ def _chance(completion: GradedCompletion) -> float:
   return choices.count(completion.record["answer"]) / len(choices)
 
 
-def _ablation(
-  is_right: Sequence[bool], completions: Sequence[GradedCompletion]
-) -> dict[str, Any]:
-  """The accuracy with ablated images, compared with the real accuracy."""
-  ablated = [each.is_right for each in completions]
-  return {
-    "accuracy": statistics.share(sum(ablated), len(ablated)),
-    **statistics.comparison(is_right, ablated),
-  }
-
-
 def _sample_figures(
-  draws: Sequence[Sequence[GradedCompletion]], ks: Iterable[int]
+  draws: Sequence[Sequence[GradedCompletion]], ks: Sequence[int]
 ) -> dict[str, Any]:
   """The figures of sampled completions; each problem has the same weight."""
-  by_problem = list(zip(*draws, strict=True))
-  n = len(draws)
-  is_right = [[each.is_right for each in row] for row in by_problem]
-  votes = [[each.vote for each in row] for row in by_problem]
+  n, rows = len(draws), list(zip(*draws, strict=True))
+  is_right = [[each.is_right for each in row] for row in rows]
+  votes = [[each.vote for each in row] for row in rows]
 
-  def over_problems(chances: Iterable[float]) -> dict[str, Any]:
-    return statistics.share(float(sum(chances)), len(by_problem))
+  def share(chances: Iterable[float]) -> dict[str, Any]:
+    return statistics.share(float(sum(chances)), len(rows))
 
-  passes, majorities = {}, {}
-  for k in ks:
-    passes[str(k)] = over_problems(
-      statistics.pass_at_k(n, sum(row), k) for row in is_right
-    )
-    majorities[str(k)] = over_problems(
-      statistics.maj_at_k(*pair, k)
-      for pair in zip(votes, is_right, strict=True)
-    )
   return {
     "num_samples": n,
-    "accuracy": over_problems(sum(row) / n for row in is_right),
-    "pass_at_k": passes,
-    "maj_at_k": majorities,
+    "accuracy": share(sum(row) / n for row in is_right),
+    "pass_at_k": {
+      str(k): share(statistics.pass_at_k(n, sum(row), k) for row in is_right)
+      for k in ks
+    },
+    "maj_at_k": {
+      str(k): share(
+        statistics.maj_at_k(*pair, k)
+        for pair in zip(votes, is_right, strict=True)
+      )
+      for k in ks
+    },
   }

@@ -115,31 +115,21 @@ def start(
     run.finish()
 
 
+@dataclasses.dataclass
 class Run:
-  """The files and the watchers of a run.
+  """The files and the watchers of a run; see `start`."""
 
-  Attributes:
-    trainer: Takes the steps.
-    state: The state that the run starts from.
-    start: The number of steps before it.
-  """
+  trainer: Trainer  # Takes the steps.
+  identity: dict[str, str]  # Fingerprints of the data.
+  checkpoints: checkpointer.Checkpoints
+  metric_writer: writer.Writer
+  watch: watchdog.Watchdog
+  report: exit_report.ExitReport
+  profiler: profiler.Profiler
 
-  def __init__(
-    self,
-    trainer: Trainer,
-    identity: dict[str, str],
-    checkpoints: checkpointer.Checkpoints,
-    metric_writer: writer.Writer,
-    watch: watchdog.Watchdog,
-    report: exit_report.ExitReport,
-    profile: profiler.Profiler,
-  ):
-    """Does nothing yet; see `start`."""
-    self.trainer, self._config = trainer, trainer.config
-    self._checkpoints, self._writer = checkpoints, metric_writer
-    self._watch, self._report, self._profiler = watch, report, profile
-    self._clock = report.clock
-    self._meta = _checkpoint_meta(trainer.config, identity)
+  def __post_init__(self):
+    self._config, self._clock = self.trainer.config, self.report.clock
+    self._meta = _checkpoint_meta(self._config, self.identity)
     self._compilations = compile_cache.CompileCounter()
     # The policy did not sample the completions of preference data.
     self._alarms = alarms.Alarms(
@@ -148,8 +138,9 @@ class Run:
     self._metrics: writer.Scalars = {}
     # The metrics of an evaluation after the last finished step, if there was.
     self._evaluation: dict[str, float] = {}
-    assert trainer.state is not None
-    self.state, self.start = trainer.state, 0
+    assert self.trainer.state is not None
+    # The state that the run starts from, and the number of steps before it.
+    self.state, self.start = self.trainer.state, 0
 
   def begin(
     self, restored_step: int | None, evaluation: dict[str, float]
@@ -163,11 +154,11 @@ class Run:
       metrics = jax.device_get(self.evaluate(self.state, 0))
       self._metrics = metrics | self._clock.scalars()
       self._evaluation = _evaluation_of(metrics)
-      self._writer.write(0, self._metrics)
-      self._writer.log_progress(num_steps)
+      self.metric_writer.write(0, self._metrics)
+      self.metric_writer.log_progress(num_steps)
       self.save(0, self.state)
       self._clock.start_steps()
-    self.start = self._report.step = restored_step or 0
+    self.start = self.report.step = restored_step or 0
     if self.start >= num_steps:
       logging.info("Nothing left to do: step %d of %d.", self.start, num_steps)
 
@@ -176,7 +167,7 @@ class Run:
     for step in range(self.start + 1, self._config.train.num_steps + 1):
       if reason := self._describe_met_target():
         logging.info("%s at step %d.", reason, step - 1)
-        self._report.reason = reason
+        self.report.reason = reason
         return
       yield step
 
@@ -185,13 +176,14 @@ class Run:
     rule = self._config.train.stop_rule
     if rule is None or not rule.is_met(self._evaluation):
       return ""
+    text = f"{rule.metric} {rule.comparison} {rule.limit:g}"
     value = self._evaluation[rule.metric]
-    return f"train.stop_when ({rule}) is met: {rule.metric} is {value:.6g}"
+    return f"train.stop_when ({text}) is met: {rule.metric} is {value:.6g}"
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:
     """Takes a step inside; a preemption saves what is done and passes on."""
-    with self._profiler.step(step), activity.doing(f"Step {step}"):
+    with self.profiler.step(step), activity.doing(f"Step {step}"):
       try:
         yield
       except preemption.Preempted:
@@ -201,7 +193,7 @@ class Run:
         self._wait_for_checkpoints()
         raise
       finally:
-        self._report.skipped_updates = self.trainer.skipped_updates.count
+        self.report.skipped_updates = self.trainer.skipped_updates.count
 
   def evaluate(self, state: TrainState, step: int) -> writer.Scalars:
     """Metrics on held-out data if the step is due for them, else nothing."""
@@ -212,7 +204,7 @@ class Run:
     with self._clock.phase("evaluate"):
       start = time.perf_counter()
       metrics, samples = self.trainer.evaluate(state)
-      self._writer.write_samples(step, samples, split="eval")
+      self.metric_writer.write_samples(step, samples, split="eval")
       return metrics | {"perf/eval_seconds": time.perf_counter() - start}
 
   def write(self, step: int, metrics: writer.Scalars) -> None:
@@ -222,14 +214,14 @@ class Run:
     metrics = jax.device_get(metrics)
     if jax.process_index() == 0:
       self._alarms.check(step, metrics)
-    metrics |= self._checkpoints.scalars()
-    metrics["perf/write_failures"] = self._writer.failures
+    metrics |= self.checkpoints.scalars()
+    metrics["perf/write_failures"] = self.metric_writer.failures
     self._metrics = metrics
     self._evaluation = _evaluation_of(metrics)
-    self._writer.write(step, metrics)
-    self._writer.log_progress(self._config.train.num_steps)
-    self._report.step = step
-    self._watch.end_startup()
+    self.metric_writer.write(step, metrics)
+    self.metric_writer.log_progress(self._config.train.num_steps)
+    self.report.step = step
+    self.watch.end_startup()
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves a checkpoint if the step is due, first or last."""
@@ -239,19 +231,19 @@ class Run:
 
   def finish(self) -> None:
     """Waits for the last checkpoint."""
-    if self._report.step != self.start:
+    if self.report.step != self.start:
       self._wait_for_checkpoints()
 
   def _save(self, step: int, state: Any, **options: Any) -> None:
     with self._clock.phase("checkpoint"), activity.doing("Saving"):
-      self._writer.flush()  # No saved step lacks its samples.
+      self.metric_writer.flush()  # No saved step lacks its samples.
       # A resumed run must know what this evaluation has met.
       meta = self._meta | {"evaluation": self._evaluation}
-      self._checkpoints.save(step, state, meta, **options)
+      self.checkpoints.save(step, state, meta, **options)
 
   def _wait_for_checkpoints(self) -> None:
     with self._clock.phase("checkpoint"), activity.doing("Saving"):
-      self._checkpoints.wait()
+      self.checkpoints.wait()
 
 
 def _fix_weights(config: Config, saved: dict[str, Any] | None) -> Config:
