@@ -42,7 +42,7 @@ setuptools.setup(
     "jax",
     "jaxtyping",
     "jinja2",
-    "math-verify",
+    "math-verify",  # For its parser alone.
     "ml-collections",
     "numpy",
     "optax",

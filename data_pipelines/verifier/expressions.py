@@ -1,16 +1,17 @@
 r"""Compares two mathematical expressions by value, in a worker process.
 
 math-verify's parser reads the values in them. They are compared here: exactly
-if both are rational, else to 45 digits at several points; what has no value
-there is left to math-verify. Alone it is too loose for a reward: it takes
-`(1,2)` for `\{1,2\}`, 0.333333 for 1/3, `neve` for `even` and `x^2 = 5` for 5.
-The main program imports neither math-verify nor sympy, which take a second.
+if both are rational, else to 45 digits at several points. math-verify's own
+comparison is too loose for a reward: it takes `(1,2)` for `\{1,2\}`, 0.333333
+for 1/3, `neve` for `even` and `x^2 = 5` for 5. The main program imports neither
+the parser nor sympy, which take a second.
 Values are sympy expressions; their types are unknown here.
 """
 
 import fractions
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.verifier import latex
@@ -21,7 +22,7 @@ _POINTS = (1.37, -0.73, 2.61, -3.17, 0.41)
 _DIGITS, _MAX_ERROR, _NOISE = 60, 1e-45, 1e-50
 # A power or factorial with more binary digits is not computed.
 _MAX_BITS = 20_000
-_MAX_PARTS, _MAX_SYMBOLS = 24, 12
+_MAX_PARTS = 24
 
 
 def is_equal(gold: str, answer: str, tolerance: float) -> bool:
@@ -64,31 +65,24 @@ class _Comparison:
       return False
     if gold.kind == "value":
       return self._quantities(gold.text, answer.text)
-    if gold.kind == "relation":
-      first, second = _inequalities(gold), _inequalities(answer)
-      return self._pair_up(first, second, _is_same_inequality)
     if gold.kind in ("set", "union", "system"):
       return self._pair_up(gold.parts, answer.parts)
     are_alike = gold.text == answer.text and (
       len({gold.name, answer.name} - {""}) < 2
       and len(gold.parts) == len(answer.parts)
     )
+    if gold.kind == "relation":
+      return are_alike and _is_same_inequality(gold, answer)
     pairs = zip(gold.parts, answer.parts, strict=False)
     return are_alike and all(self.matches(*pair) for pair in pairs)
 
-  def _pair_up(
-    self,
-    gold: Sequence[Any],
-    answer: Sequence[Any],
-    matches: Callable[[Any, Any], bool] | None = None,
-  ) -> bool:
+  def _pair_up(self, gold: Sequence[Shape], answer: Sequence[Shape]) -> bool:
     """True if each part matches another part, in any order."""
     if len(gold) != len(answer) or len(gold) > _MAX_PARTS:
       return False
     left = list(answer)
     for part in gold:
-      found = (x for x in left if (matches or self.matches)(part, x))
-      partner = next(found, None)
+      partner = next((x for x in left if self.matches(part, x)), None)
       if partner is None:
         return False
       left.remove(partner)
@@ -115,7 +109,9 @@ class _Comparison:
         return True
     if latex.is_name(name) and not _has_symbols(value):
       return False  # 2x = 10 does not solve for x = 5.
-    first, second = _difference(gold), _difference(answer)
+    first, second = (
+      _difference(x.parts[0], x.parts[-1]) for x in (gold, answer)
+    )
     return bool(_ratio(_numerator(first), _numerator(second)))
 
   def _is_consistent(self, equation: Shape) -> bool:
@@ -160,16 +156,11 @@ class _Comparison:
     right, other = read(gold), read(answer)
     if right is None or other is None:
       return False
-    if isinstance(factor, fractions.Fraction):
-      import sympy
+    import sympy
 
-      factor = sympy.Rational(factor.numerator, factor.denominator)
-    other = other * factor if factor != 1 else other
-    pairs = _sample(right, other)
-    if pairs is None:
-      return factor == 1 and _math_verify(right, other)
+    pairs = _sample(right, other * sympy.sympify(factor))
     error = max(self._tolerance, _MAX_ERROR)
-    return all(_is_close(*pair, error) for pair in pairs)
+    return bool(pairs) and all(_is_close(*pair, error) for pair in pairs)
 
 
 def _words(shape: Shape) -> str:
@@ -260,8 +251,8 @@ def _gives_a_value(left: str) -> bool:
   )
 
 
-def _difference(relation: Shape) -> Any:
-  left, right = read(relation.parts[0].text), read(relation.parts[-1].text)
+def _difference(first: Shape, second: Shape) -> Any:
+  left, right = read(first.text), read(second.text)
   if left is None or right is None:
     raise ValueError("a side is no value")
   return left - right
@@ -273,43 +264,33 @@ def _numerator(expression: Any) -> Any:
   return sympy.fraction(sympy.together(expression))[0]
 
 
-def _inequalities(chain: Shape) -> list[tuple[str, Any]]:
-  """Each "<" or "<=" of a chain, and the difference of its sides."""
-  found = []
-  for i, operator in enumerate(chain.text.split()):
-    left, right = chain.parts[i : i + 2]
-    if operator in (">", r"\ge"):
-      left, right = right, left
-    operator = {">": "<", r"\ge": r"\le"}.get(operator, operator)
-    sides = Shape("relation", (left, right))
-    found.append((operator, _difference(sides)))
-  return found
-
-
-def _is_same_inequality(
-  first: tuple[str, Any], second: tuple[str, Any]
-) -> bool:
-  ratio = _ratio(first[1], second[1])
-  return first[0] == second[0] and ratio is not None and ratio > 0
+def _is_same_inequality(gold: Shape, answer: Shape) -> bool:
+  """True if the sides of two chains differ by positive factors alone."""
+  chains = (itertools.pairwise(x.parts) for x in (gold, answer))
+  return all(
+    (_ratio(_difference(*one), _difference(*other)) or 0) > 0
+    for one, other in zip(*chains, strict=True)
+  )
 
 
 def _ratio(first: Any, second: Any) -> float | None:
   """The constant ratio of two expressions that are no constants."""
   pairs = _sample(first, second)
-  if not pairs or len(pairs) < 2 or 0 in pairs[0]:
+  if len(pairs) < 2 or 0 in pairs[0]:
     return None
   (one, other), *rest = pairs
   same = all(_is_close(one * b, a * other, _MAX_ERROR) for a, b in rest)
   return float(one / other) if same else None
 
 
-def _sample(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
-  """The values of two expressions at the points where one has a value."""
+def _sample(first: Any, second: Any) -> list[tuple[Any, Any]]:
+  """The values of two expressions at the points where one has a value.
+
+  None at all if one is no number.
+  """
   import sympy
 
   symbols = sorted(first.free_symbols | second.free_symbols, key=str)
-  if len(symbols) > _MAX_SYMBOLS:
-    return None
   pairs = []
   for i in range(len(_POINTS) if symbols else 1):
     point = {
@@ -319,10 +300,10 @@ def _sample(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
     }
     one, two = _value(first, point), _value(second, point)
     if one is None or two is None:
-      return None
+      return []
     if any(value.is_finite or value.is_infinite for value in (one, two)):
       pairs.append((one, two))
-  return pairs or None
+  return pairs
 
 
 def _value(expression: Any, point: dict) -> Any:
@@ -345,12 +326,3 @@ def _is_close(right: Any, other: Any, error: float) -> bool:
   if right.is_Rational and other.is_Rational and error == _MAX_ERROR:
     return False
   return bool(abs(right - other) <= (error * abs(right) or _NOISE))
-
-
-def _math_verify(gold: Any, answer: Any) -> bool:
-  """True if math-verify takes two expressions for equal."""
-  import math_verify
-
-  return gold.free_symbols == answer.free_symbols and (
-    math_verify.verify(gold, answer, timeout_seconds=None)
-  )

@@ -19,6 +19,7 @@ from data_pipelines.verifier import numbers
 # parser takes seconds for what nests deeply.
 MAX_LENGTH = 1000
 _MAX_DEPTH, _MAX_COMMANDS, _MAX_DIGITS = 8, 100, 40
+_MAX_BRACKETED = 4000
 _MAX_SIGNS = 10  # Bars and slashes, which the parser tries in many ways.
 
 _TABLES = tables.read("data_pipelines.verifier", "latex.toml")
@@ -34,6 +35,7 @@ _UNITS = {
   for dimension, units in _TABLES["units"].items()
   for name, factor in units.items()
 }
+_UNITS |= {name: _UNITS[x] for name, x in _TABLES["unit_names"].items()}
 _RE = tables.patterns("latex")
 
 
@@ -106,16 +108,22 @@ def is_readable(text: str) -> bool:
 def _add_braces(text: str) -> str:
   """The text with braces where plain text has them round: "sqrt(2)"."""
   while match := _RE.round_argument.search(text):
-    start, depth = match.end(), 1
-    for end in range(start, len(text)):
-      depth += {"(": 1, ")": -1}.get(text[end], 0)
-      if not depth:
-        break
-    else:
+    end = find_end(text, match.end(), "()")
+    if end < 0:
       break
-    inside = text[start:end]
+    inside = text[match.end() : end]
     text = f"{text[: match.start()]}{match[1]}{{{inside}}}{text[end + 1 :]}"
   return text
+
+
+def find_end(text: str, start: int, brackets: str = "{}") -> int:
+  """The index of the bracket that closes one right before `start`, or -1."""
+  depth = 1
+  for i in range(start, min(len(text), start + _MAX_BRACKETED)):
+    depth += (text[i] == brackets[0]) - (text[i] == brackets[1])
+    if not depth:
+      return i
+  return -1
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -212,15 +220,12 @@ def _both(parts: list[str]) -> Shape:
   return parse(", ".join(parts))
 
 
-_TURNED = {">": "<", r"\ge": r"\le"}
+_TURNED = {">": "<", r"\ge": r"\le", "<": ">", r"\le": r"\ge"}
 _INTERVAL = (r"-\infty", r"\infty")
 
 
 def _solve(sides: list[str], operators: list[str]) -> Shape | None:
   """The interval of an inequality that is solved for a variable."""
-  if operators[0] in _TURNED:  # Reads it from its right end.
-    sides, operators = sides[::-1], operators[::-1]
-    operators = [_TURNED.get(operator, "") for operator in operators]
   is_name = [_RE.variable.fullmatch(side) is not None for side in sides]
   if operators == [r"\ne"] and any(is_name):
     name, value = sides if is_name[0] else sides[::-1]
@@ -248,6 +253,9 @@ def _relation(parts: list[str]) -> Shape:
     if len(sides) < 2:
       return parse(sides[0] if sides else parts[-1])
   if set(operators) != {"="}:
+    if operators[0] in (">", r"\ge"):  # Reads it from its right end.
+      sides = sides[::-1]
+      operators = [_TURNED.get(x, x) for x in operators[::-1]]
     texts = tuple(Shape("value", text=side) for side in sides)
     relation = Shape("relation", texts, " ".join(operators))
     return _solve(sides, operators) or relation
@@ -310,32 +318,24 @@ def unit(text: str, *, is_letter: bool = False) -> tuple[str, Unit | None]:
   value = text[: match.start()].strip() if match else ""
   if match is None or not _RE.has_value.search(value):
     return text, None
-  words = _RE.unit_word.findall(match[0].replace(r"\text", " "))
   is_marked = r"\text" in match[0] or "/" in match[0]
-  names = [_unit_name(word[1]) for word in words]
-  if not is_marked and not all(
-    len(word) > 2 or (name in _UNITS and (len(word) > 1 or is_letter))
-    for name, (_, word, _) in zip(names, words, strict=True)
-  ):
-    return text, None
   dimensions: dict[str, int] = {}
   factor = fractions.Fraction(1)
-  for (sign, _, power), name in zip(words, names, strict=True):
+  for sign, word, power in _RE.unit_word.findall(
+    match[0].replace(r"\text", " ")
+  ):
+    singular = word.removesuffix("s")
+    spellings = (word, singular, word.lower(), singular.lower())
+    name = next((x for x in spellings if x in _UNITS), None)
+    is_short = len(word) < 3 and (not name or (len(word) < 2 and not is_letter))
+    if is_short and not is_marked:
+      return text, None
+    name = name or singular.lower()
     exponent = int(power or 1) * (-1 if sign.strip() in ("/", "per") else 1)
     dimension, one = _UNITS.get(name, (name, fractions.Fraction(1)))
     dimensions[dimension] = dimensions.get(dimension, 0) + exponent
     factor *= one**exponent
   return value, (frozenset(dimensions.items()), factor)
-
-
-def _unit_name(word: str) -> str:
-  names = _TABLES["unit_names"]
-  for name in (word, word.removesuffix("s"), word.lower()):
-    if name in _UNITS:
-      return name
-    if name.lower() in names:
-      return names[name.lower()]
-  return word.removesuffix("s").lower()
 
 
 def as_tuple(system: Shape) -> Shape:

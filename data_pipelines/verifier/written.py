@@ -136,29 +136,20 @@ def last_boxes(text: str) -> tuple[list[str], int]:
     start = max(text.rfind(name, 0, end) for name in _BOXES)
     if start < 0:
       break
-    inside, close = _find_brace(text, text.index("{", start) + 1)
+    inside = text.index("{", start) + 1
+    close = latex.find_end(text, inside) + 1
     last = last or max(close, 1)
-    if close < 0:
+    if not close:
       return found, last
     if found and not _RE.between_boxes.fullmatch(text[close:end]):
       break
-    if inside.strip():
-      found.insert(0, inside)
+    if content := text[inside : close - 1].strip():
+      found.insert(0, content)
     end = start
   return found, last
 
 
 _BOXES = r"\boxed{", r"\fbox{", r"\framebox{"
-
-
-def _find_brace(text: str, start: int) -> tuple[str, int]:
-  """The text up to the closing brace, and the index after it; -1 for none."""
-  depth = 1
-  for i in range(start, min(len(text), start + 4000)):
-    depth += {"{": 1, "}": -1}.get(text[i], 0)
-    if not depth:
-      return text[start:i], i + 1
-  return "", -1
 
 
 def _read_announcement(after: str) -> str:
