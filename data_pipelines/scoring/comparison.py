@@ -3,7 +3,6 @@
 For the tests see `statistics.paired_comparison`.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,6 @@ from data_pipelines.validation import SettingError, to_path, user_errors
 
 # Problems in each list of changes on the page.
 _MAX_EXAMPLES = 100
-_TYPES = ("question_type", "answer_type")
 # The fields of a problem, besides the question, that decide a verdict.
 _RULES = ("answer", "aliases", "unit", "precision", "tolerance")
 _CHANGES = {"right_to_wrong": -1, "wrong_to_right": 1}
@@ -62,20 +60,14 @@ def compare_files(
   pairs = _find_pairs(before, after)
   outputs = [name for name in (report, scores) if name]
   for side in (files for pair in pairs for files in pair):
-    together = [os.path.realpath(file) for file in (*side, *outputs)]
-    if len(set(together)) < len(together):
-      raise SettingError(
-        f"the runs of a side and the outputs ({', '.join(together)}) must be "
-        "different files; name each once."
-      )
+    results.check_different([*side, *outputs])
   compared = [_compare(x, y, by, data_dir) for x, y in pairs]
   if report:
     page = pages.render("comparison.html.j2", comparisons=compared)
     results.write("report", report, page)
   tables = [table for table, _ in compared]
   if scores:
-    text = json.dumps({"comparisons": tables}, indent=2, ensure_ascii=False)
-    results.write("scores", scores, f"{text}\n")
+    results.write_json("scores", scores, {"comparisons": tables})
   return "\n".join(pages.render("comparison.txt.j2", x=x) for x in tables)
 
 
@@ -204,19 +196,14 @@ def _slices(
 ) -> list[tuple[str, list[int]]]:
   """The values of a column, with the indices of the problems of each."""
   members: dict[str, list[int]] = {}
-  # The tables of `score` say "skill".
-  column = "skills" if column == "skill" else column
   tables = [
-    {**{name: getattr(x, name) for name in _TYPES}, **x.metadata}
+    {**{name: getattr(x, name) for name in figures.TYPES}, **x.metadata}
     if not figures.is_unreadable(x.pid)
     else {}
     for x in problems
   ]
   for index, table in enumerate(tables):
-    values = table.get(column)
-    values = values if isinstance(values, list) else [values]
-    kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
-    for value in dict.fromkeys(map(str, kept)):
+    for value in figures.names_in(table, column):
       members.setdefault(value, []).append(index)
   if not members:
     known = sorted({name for table in tables for name in table})
@@ -246,7 +233,7 @@ def _same_problems(
     problems.append(wanted.get(pid, best))
     questions = {_words(x.question) for x in (*own, problems[-1])} - {()}
     # A data dir may hold a corrected answer.
-    fields = (*_TYPES, "choices", *(_RULES if pid not in wanted else ()))
+    fields = (*figures.TYPES, "choices", *(_RULES if pid not in wanted else ()))
     rules = {tuple(getattr(x, y) for y in fields) for x in (*own, problems[-1])}
     if len(questions) > 1 or len(rules) > 1:
       faults.append(f"{shorten(pid)} has another question or answer")

@@ -11,8 +11,9 @@ import numpy as np
 
 from data_pipelines.scoring import statistics
 
+TYPES = ("question_type", "answer_type")
 DIMENSIONS = (
-  *("question_type", "answer_type", "task", "category", "context", "grade"),
+  *(*TYPES, "task", "category", "context", "grade"),
   *("source", "skill", "data_set", "subject", "subfield", "level"),
   *("problem_version", "human_or_machine", "key"),
 )
@@ -48,7 +49,7 @@ def table(
   """
   members: dict[tuple[int, str], list[int]] = {}
   for index, record in enumerate(records):
-    for key in dict.fromkeys(_slices_of(record)):
+    for key in _slices_of(record):
       members.setdefault(key, []).append(index)
   groups = [("overall", "all", list(range(len(records))))]
   groups += [
@@ -80,17 +81,18 @@ def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
   metadata = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
   if metadata.get("official_rule") != "wemath":
     metadata.pop("key", None)  # The name of a record in most other sets.
+  metadata |= {name: record.get(name) for name in TYPES}
   for index, dimension in enumerate(DIMENSIONS):
-    if dimension == "skill":
-      names = metadata.get("skills") or ()
-      names = (names,) if isinstance(names, str) else names
-    elif dimension.endswith("_type"):
-      names = (record.get(dimension),)
-    else:
-      names = (metadata.get(dimension),)
-    for each in names:
-      if isinstance(each, str | int | float) and each != "":
-        yield index, str(each)
+    for name in names_in(metadata, dimension):
+      yield index, name
+
+
+def names_in(fields: Mapping[str, Any], dimension: str) -> list[str]:
+  """The slices of a record in a dimension; a list gives one for each item."""
+  value = fields.get("skills" if dimension == "skill" else dimension)
+  values = value if isinstance(value, list | tuple) else [value]
+  kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
+  return list(dict.fromkeys(map(str, kept)))
 
 
 def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipelines import records
@@ -53,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
   Raises:
     SettingError: The file or a record breaks a rule.
   """
-  rows = list(read_rows(path))
+  rows = read_rows(path)
   results, faults = [], []
   for pid, row in rows:
     try:
@@ -94,15 +94,45 @@ def read_rows(
       path, f"be a text file, but {error}", "name another file"
     ) from error
   if path.suffix == ".jsonl":
-    pairs = _check_pids(path, "line", _parse_lines(path, text))
-  elif isinstance(parsed := _parse(path, text, "be JSON"), list):
-    pairs = _check_pids(path, "record", enumerate(parsed, start=1))
+    unit = "line"
+    # Not splitlines(): JSON strings may contain other line separators.
+    lines = [x for x in enumerate(text.split("\n"), 1) if x[1].strip()]
+    rows = [(n, _parse(path, x, f"be JSONL in line {n}")) for n, x in lines]
   else:
-    pairs = _rows_by_pid(path, parsed)
-  rows = list(pairs)
+    unit, parsed = "record", _parse(path, text, "be JSON")
+    listed = parsed if isinstance(parsed, list) else [parsed]
+    keyed = parsed if isinstance(parsed, dict) else dict(enumerate(listed, 1))
+    rows = list(keyed.items())
   if not rows:
     raise error_in(path, "hold a record, but is empty", "name another file")
-  return rows
+  found: dict[str, tuple[Any, dict[str, Any]]] = {}
+  for place, row in rows:
+    key = place if isinstance(place, str) else None
+    pid = (_pid_of(row) or key) if isinstance(row, dict) else None
+    where = f"{unit} {shorten(place)}"
+    if pid is None:
+      raise error_in(
+        path,
+        f"hold one JSON object with a pid in each {unit}, but {where} does "
+        f"not: {shorten(row)}",
+        f"correct the {unit}, or give a file of one record per line the "
+        "suffix .jsonl",
+      )
+    if key not in (None, pid):
+      raise error_in(
+        path,
+        f"key each record by its pid, but {where} has pid {shorten(pid)}",
+        "correct one of them",
+      )
+    if pid in found:
+      raise error_in(
+        path,
+        f"hold each pid once, but {shorten(pid)} is in {unit}s "
+        f"{found[pid][0]} and {place}",
+        "use one file per run",
+      )
+    found[pid] = place, row
+  return [(pid, row) for pid, (_, row) in found.items()]
 
 
 def strict_fields(
@@ -161,58 +191,20 @@ def write(flag: str, path: str | os.PathLike[str], text: str) -> None:
     ) from error
 
 
-def _rows_by_pid(path: pathlib.Path, parsed: Any) -> Iterator[tuple[str, dict]]:
-  """The records of a JSON object whose keys are their pids."""
-  if not isinstance(parsed, dict) or not all(
-    isinstance(row, dict) for row in parsed.values()
-  ):
-    raise error_in(
-      path,
-      "hold one JSON object that maps each pid to its record",
-      "name a file with one record per line with the suffix .jsonl",
+def write_json(flag: str, path: str | os.PathLike[str], value: Any) -> None:
+  """Writes a value as JSON to the file of a flag; see `write`."""
+  text = json.dumps(value, indent=2, ensure_ascii=False)
+  write(flag, path, f"{text}\n")
+
+
+def check_different(paths: Iterable[str | os.PathLike[str]]) -> None:
+  """Refuses results files and outputs of which two are one file."""
+  files = [os.path.realpath(path) for path in paths]
+  if len(set(files)) < len(files):
+    raise SettingError(
+      f"the results files and the outputs ({', '.join(files)}) must be "
+      "different files; name each once."
     )
-  for pid, row in parsed.items():
-    if _pid_of(row) not in (None, pid):
-      raise error_in(
-        path,
-        f"key each record by its pid, but {shorten(pid)} has pid "
-        f"{shorten(row['pid'])}",
-        "correct one of them",
-      )
-    yield pid, row
-
-
-def _parse_lines(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
-  """The parsed lines that are not blank, with their numbers."""
-  # Not splitlines(): JSON strings may contain other line separators.
-  for number, line in enumerate(text.split("\n"), start=1):
-    if line.strip():
-      yield number, _parse(path, line, f"be JSONL in line {number}")
-
-
-def _check_pids(
-  path: pathlib.Path, unit: str, rows: Iterable[tuple[int, Any]]
-) -> Iterator[tuple[str, dict]]:
-  """The records of lines or of a list, each with its own pid."""
-  first: dict[str, int] = {}
-  for number, row in rows:
-    pid = _pid_of(row) if isinstance(row, dict) else None
-    if pid is None:
-      raise error_in(
-        path,
-        f"hold one JSON object with a pid in each {unit}, but {unit} {number} "
-        f"does not: {shorten(row)}",
-        f"correct the {unit}",
-      )
-    if pid in first:
-      raise error_in(
-        path,
-        f"hold each pid once, but {shorten(pid)} is in {unit}s {first[pid]} "
-        f"and {number}",
-        "use one file per run",
-      )
-    first[pid] = number
-    yield pid, row
 
 
 def _pid_of(row: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,5 @@
 """Scores a results file: grades it, writes the figures, formats a table."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from data_pipelines import records
 from data_pipelines.scoring import grading, results
 from data_pipelines.scoring.official import rules
 from data_pipelines.text import untrusted
-from data_pipelines.validation import SettingError, printable
+from data_pipelines.validation import printable
 
 
 def score_file(path: str, *, out: str = "", scores: str = "") -> str:
@@ -21,12 +20,7 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
   Raises:
     SettingError: The file cannot be scored, or an output cannot be written.
   """
-  paths = [os.path.realpath(name) for name in (path, out, scores) if name]
-  if len(set(paths)) < len(paths):
-    raise SettingError(
-      f"results file ({path!r}), --out ({out!r}) and --scores ({scores!r}) "
-      "must be different files; rename the outputs."
-    )
+  results.check_different([name for name in (path, out, scores) if name])
   graded = list(_grade(path, list(results.read(path))))
   if not any(each.result.problem.is_checkable for each in graded):
     raise results.error_in(
@@ -36,10 +30,10 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
     )
   found = grading.summary(graded)
   if out:
-    results.write("out", out, _to_json(grading.strict_records(graded)))
+    results.write_json("out", out, grading.strict_records(graded))
   if scores:
     figures = {"file": os.path.basename(path), **found}
-    results.write("scores", scores, _to_json(figures))
+    results.write_json("scores", scores, figures)
   return format_scores(found)
 
 
@@ -117,7 +111,3 @@ def _grade(
         f"hold records that can be graded, but pid {pid} cannot: {error}",
         "correct or remove it",
       ) from error
-
-
-def _to_json(value: Any) -> str:
-  return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

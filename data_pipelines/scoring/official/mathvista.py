@@ -18,7 +18,8 @@ from rapidfuzz.distance import Levenshtein
 from data_pipelines import records
 
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
-_OPENING, _CLOSING = 'The answer is "', '".'
+# The first group is atomic, so that a search takes time linear in the text.
+_QUOTED = re.compile(r'(?m)^(?>.*?The answer is ")(.*)"\.')
 
 
 def extraction(completion: str, problem: records.Problem) -> str:
@@ -35,18 +36,8 @@ def extraction(completion: str, problem: records.Problem) -> str:
       return str(float(completion))
   except ValueError:
     pass
-  quoted = _quoted_answer(completion)
-  return completion if quoted is None else quoted
-
-
-def _quoted_answer(completion: str) -> str | None:
-  """The text in `The answer is "..."`, up to the last `".` of the line."""
-  for line in completion.split("\n"):
-    _, opened, rest = line.partition(_OPENING)
-    inside, closed, _ = rest.rpartition(_CLOSING)
-    if opened and closed:
-      return inside
-  return None
+  quoted = _QUOTED.search(completion)
+  return quoted[1] if quoted else completion
 
 
 def normalize(extraction: str, problem: records.Problem) -> str | None:
