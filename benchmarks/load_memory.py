@@ -11,6 +11,7 @@ largest tensor in the file; the aim is below 1.3.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -25,8 +26,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
-from grpo_tpu.models.gemma3 import weights  # noqa: E402
-from grpo_tpu.models.gemma3.convert import assembly, huggingface  # noqa: E402
+from grpo_tpu.models.gemma3 import leaves, weights  # noqa: E402
+from grpo_tpu.models.gemma3.convert import huggingface  # noqa: E402
+from tests.grpo_tpu.models.gemma3 import one_device  # noqa: E402
 
 # Many layers, so that every tensor is small beside the whole.
 LARGE = dataclasses.replace(
@@ -64,22 +66,19 @@ def status(name: str) -> int:
 
 
 def measure(folder: str, warm_up: str) -> None:
-  """Prints as JSON how much `weights.from_hf` adds to this process's peak."""
+  """Prints as JSON how much loading adds to this process's peak."""
   # JAX's own memory is allocated now, and does not count.
-  jax.block_until_ready(weights.from_hf(warm_up))
+  jax.block_until_ready(one_device.from_hf(warm_up))
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
   before = status("VmRSS")
-  config, params = weights.from_hf(folder)
+  config, params = one_device.from_hf(folder)
   jax.block_until_ready(params)
   num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
   added = status("VmHWM") - before - num_bytes
   itemsize = params["embedder"]["input_embedding"].dtype.itemsize
   shapes = weights.abstract_params(config, jnp.dtype(jnp.float32))
-  # A file may hold one stacked piece of a layer in two tensors.
-  largest = max(
-    int(np.prod(shape)) // (2 if "gating" in path or "kv_" in path else 1)
-    for path, _, shape in assembly.pieces(shapes)
-  )
+  in_file = leaves.file_shapes(shapes, "huggingface").values()
+  largest = max(map(math.prod, in_file))
   found = {"params": num_bytes, "added": added, "largest": largest * itemsize}
   print(json.dumps(found))
 

@@ -44,31 +44,27 @@ def make_files(
       no longer the one of the run.
   """
   scheme, _, start = origin.partition(":")
-  folder = pathlib.Path(tokenizer_dir or (start if scheme == "hf" else ""))
-  is_named = folder != pathlib.Path()
-  if is_named and not folder.is_dir():
+  named = tokenizer_dir or (start if scheme == "hf" else "")
+  folder = pathlib.Path(named)
+  if named and not folder.is_dir():
     reason = f"{weights} started from {origin}, which is gone."
     raise ValueError(_needs_folder(tokenizer_dir, reason))
+  found = {x.name for x in folder.iterdir() if x.is_file()} if named else set()
   copied = {
     name: untrusted.read_bytes(folder / name, untrusted.MAX_JSON_BYTES)
     for name in _COPIED
-    if is_named and (folder / name).is_file()
+    if name in found
   }
-  generation = folder / huggingface.GENERATION_CONFIG
-  has_generation = is_named and generation.is_file()
-  made = {
-    generation.name: untrusted.read_json(generation) if has_generation else {}
-  }
+  made, generation = {}, huggingface.GENERATION_CONFIG
+  if generation in found:
+    made[generation] = untrusted.read_json(folder / generation)
   if not copied.keys() & set(_PROCESSOR):
     made |= writer.processor_files(config)
   beside = next((folder / x for x in _TOKENIZER if x in copied), None)
   if opened := _open_tokenizer(weights, str(beside or "")):
-    files = writer.tokenizer_files(opened, config)
-    made |= {
-      name: content
-      for name, content in files.items()
-      if name not in _TOKENIZER or "tokenizer.json" not in copied
-    }
+    made |= writer.tokenizer_files(opened, config)
+    if "tokenizer.json" in copied:  # Then no other tokenizer stands beside it.
+      del made["tokenizer.model"]
   in_config = b'"chat_template"' in copied.get("tokenizer_config.json", b"")
   if not (in_config or copied.keys() & {_TEMPLATE, "chat_template.json"}):
     made[_TEMPLATE] = writer.chat_template()

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
 
 from data_pipelines.validation import user_errors
 from grpo_tpu.checkpoint import companions, load, model_card
@@ -51,10 +49,22 @@ def run(
     if settings.dtype == "float32":
       # Reads masters, and merges adapters, without rounding to `param_dtype`.
       exported = dataclasses.replace(exported, param_dtype="float32")
-    is_writer = jax.process_index() == 0
-    files = _make_files(exported, settings) if is_writer else {}
+    files = {} if jax.process_index() else _make_files(exported, settings)
     if settings.adapter:
-      write = _adapter_writer(exported, mesh, model.weights)
+      saved = load.load_adapters(exported, mesh)
+      if saved is None:
+        raise ValueError(
+          "export.adapter (True) must go with a run that has saved adapters, "
+          f"and {model.weights} has none; set export.adapter=False."
+        )
+      scheme, _, base = saved.base_weights.partition(":")
+      write = functools.partial(
+        peft.save,
+        model.network,
+        saved.config,
+        saved.adapters,
+        base_model=base if scheme == "hf" else "",
+      )
     else:
       write = functools.partial(
         huggingface.save,
@@ -66,31 +76,6 @@ def run(
   folder = _folder(workdir)
   write(folder, files=files)
   return f"open {folder / model_card.NAME}, which says how to load and serve it"
-
-
-def _adapter_writer(
-  model: ModelSettings, mesh: Mesh, named: str
-) -> Callable[..., None]:
-  saved = load.load_adapters(model, mesh)
-  if saved is None:
-    raise ValueError(
-      "export.adapter (True) must go with a run that has saved adapters, and "
-      f"{named} has none; set export.adapter=False."
-    )
-  # Other processes may hold parts of the factors; the first one writes all.
-  replicate = jax.jit(
-    lambda x: x, out_shardings=sharding.replicated_sharding(mesh)
-  )
-  scheme, _, base = saved.base_weights.partition(":")
-  write = functools.partial(
-    peft.save,
-    model.network,
-    saved.config,
-    replicate(saved.adapters),
-    base_model=base if scheme == "hf" else "",
-  )
-  is_writer = jax.process_index() == 0
-  return write if is_writer else lambda directory, files: None
 
 
 def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:

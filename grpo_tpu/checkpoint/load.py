@@ -60,18 +60,18 @@ def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
 
 
 def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
-  scheme, _, rest = resolve_weights(model.weights).partition(":")
+  name = resolve_weights(model.weights)
+  scheme, _, rest = name.partition(":")
   if scheme == "run":
-    saved = load_adapters(model, mesh)
-    if saved:
+    if saved := load_adapters(model, mesh):
       base = _load_base(model, mesh, saved)
       return lora.with_adapters(base, saved.adapters, saved.config)
-    workdir, step = split_run(rest)
+    workdir, step = split_run(name)
     params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
     return params
   if scheme in weights.OPENERS:
     with user_errors():
-      checkpoint = weights.OPENERS[scheme](model.network, rest)
+      checkpoint = weights.open_files(scheme, model.network, rest)
     return checkpoint.load(abstract)
   values = weights.random_params(
     model.network, int(rest), np.dtype(model.param_dtype)
@@ -97,15 +97,11 @@ def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
   return _on_mesh(values, abstract_adapters(model, mesh))
 
 
-def abstract_adapters(model: ModelSettings, mesh: Mesh) -> dict:
-  """Shapes, types and shardings of the adapters of `model.lora`."""
-  return _abstract_adapters(model, mesh, model.lora)
-
-
-def _abstract_adapters(
-  model: ModelSettings, mesh: Mesh, config: LoraConfig
+def abstract_adapters(
+  model: ModelSettings, mesh: Mesh, config: LoraConfig | None = None
 ) -> dict:
-  shapes = lora.abstract_adapters(model.network, config)
+  """Shapes, types and shardings of the adapters of `config` or `model.lora`."""
+  shapes = lora.abstract_adapters(model.network, config or model.lora)
   return with_shardings(mesh, shapes)
 
 
@@ -115,10 +111,10 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   Raises:
     SettingError: The run has no such checkpoint, or one of another model.
   """
-  scheme, _, rest = resolve_weights(model.weights).partition(":")
-  workdir, step = split_run(rest)
-  if scheme != "run" or step is None:
+  name = resolve_weights(model.weights)
+  if not name.startswith("run:"):
     return None
+  workdir, step = split_run(name)
   folder = f"{workdir}/checkpoints"
   saved = reader.read_meta(folder, step).get("lora")
   if saved is None:
@@ -128,7 +124,7 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
     **saved | {"targets": tuple(saved["targets"]), "init": ""}
   )
   # Not by the settings of our own adapters: this run may train without any.
-  abstract = _abstract_adapters(model, mesh, config)
+  abstract = abstract_adapters(model, mesh, config)
   adapters, _ = reader.restore_params(folder, step, abstract)
   return SavedAdapters(adapters, config, base_weights)
 
@@ -139,20 +135,14 @@ def resolve_weights(name: str) -> str:
   Raises:
     SettingError: The run has no checkpoint.
   """
-  scheme, _, rest = name.partition(":")
-  if scheme != "run":
+  if not name.startswith("run:"):
     return name
-  workdir, step = split_run(rest)
+  workdir, step = split_run(name)
   if step is None:
     step = reader.newest_step(f"{workdir}/checkpoints")
   elif step == "best":
     step = reader.best_step(f"{workdir}/checkpoints")
   return f"run:{workdir}@{step}"
-
-
-def workdir_of(name: str) -> str:
-  """The workdir of `run:` weights."""
-  return split_run(name.removeprefix("run:"))[0]
 
 
 def with_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -188,8 +178,9 @@ def _on_mesh(values: dict, abstract: dict) -> dict:
   )
 
 
-def split_run(rest: str) -> tuple[str, Any]:
-  """Splits `WORKDIR[@STEP]` or `WORKDIR@best`; the workdir may contain an @."""
+def split_run(name: str) -> tuple[str, Any]:
+  """Splits `run:WORKDIR[@STEP]` or `@best`; the workdir may contain an @."""
+  rest = name.removeprefix("run:")
   workdir, at, step = rest.rpartition("@")
   if at and step == "best":
     return workdir, step

@@ -41,7 +41,7 @@ def read_stages(weights: str) -> tuple[list[Stage], str]:
   """
   stages: list[Stage] = []
   while weights.startswith("run:") and len(stages) < _MAX_RUNS:
-    workdir, step = load.split_run(weights.removeprefix("run:"))
+    workdir, step = load.split_run(weights)
     try:
       record = untrusted.read_json(pathlib.Path(workdir) / "run.json")
       weights = untrusted.get_field(record, "weights", str, "run.json")

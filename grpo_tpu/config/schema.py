@@ -278,7 +278,7 @@ def _check_weights(config: Config) -> None:
   from grpo_tpu.models.gemma3 import weights
 
   try:
-    weights.OPENERS[scheme](config.model_config, rest)
+    weights.open_files(scheme, config.model_config, rest)
   except ValueError as error:
     remedy = "Change one of the two."
     if scheme == "hf" and not pathlib.Path(rest).exists():

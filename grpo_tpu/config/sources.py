@@ -83,7 +83,7 @@ def _take_run(
     return config
   trained = record["config"] if record else {}
   is_own = named.startswith("run:") and os.path.realpath(
-    load.workdir_of(named)
+    load.split_run(named)[0]
   ) == os.path.realpath(workdir)
   if not is_own and named not in ("", trained.get("model", {}).get("weights")):
     logging.warning(
@@ -108,7 +108,7 @@ def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
   """
   scheme, record = config.model.weights.partition(":")[0], None
   if scheme == "run":
-    record = run_record.read(load.workdir_of(config.model.weights))
+    record = run_record.read(load.split_run(config.model.weights)[0])
   values = config.to_dict()
   trained = fingerprint.flatten(record["config"]) if record else {}
   for name, value in fingerprint.flatten(values).items():

@@ -10,8 +10,7 @@ import pytest
 from configs import base
 from grpo_tpu.checkpoint import export
 from grpo_tpu.config import schema as run_config
-from grpo_tpu.models.gemma3 import weights
-from tests.grpo_tpu.models.gemma3 import whole_rows
+from tests.grpo_tpu.models.gemma3 import one_device, whole_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.peers]
 SCRIPT = pathlib.Path(__file__).parents[1] / "peers" / "gemma3_transformers.py"
@@ -70,7 +69,7 @@ def test_the_merged_model_and_the_start_with_adapters_are_the_trained_one(
   folder,
 ):
   given = inputs()
-  config, params = weights.from_hf(folder / "merged")
+  config, params = one_device.from_hf(folder / "merged")
   ours = whole_rows.logits(config, params, given["tokens"], given["images"])
   is_real = given["tokens"] != 0
   logits = {

@@ -29,6 +29,7 @@ from grpo_tpu.observability import (
   sample_files,
 )
 from tests.fuzz import harness
+from tests.grpo_tpu.models.gemma3 import one_device
 
 TINY = dataclasses.replace(
   gemma3_config.CONFIGS["tiny"], vocab_size=300, num_layers=6
@@ -51,7 +52,7 @@ def checkpoint(tmp_path_factory):
 
 
 def open_checkpoint(folder):
-  opened = weights.open_hf(TINY, folder)
+  opened = weights.open_files("hf", TINY, folder)
   first = next(iter(opened._tensors.values()))
   first.read((slice(0, 1),) * len(first.shape))
 
@@ -67,7 +68,7 @@ def test_a_hugging_face_config_is_read_or_refused(
     huggingface.huggingface_config.read(tmp_path)
     huggingface.huggingface_config.differences(tmp_path, TINY)
     path.with_name("model.safetensors").unlink(missing_ok=True)
-    weights.from_hf(tmp_path)  # There are no tensors.
+    one_device.from_hf(tmp_path)  # There are no tensors.
 
   with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
     read((checkpoint / "config.json").read_bytes())
@@ -154,7 +155,7 @@ def test_a_gguf_file_is_read_or_refused(gguf_file, tmp_path, seconds):
     path.write_bytes(content)
     sentencepiece_import.from_gguf(path)
     with pytest.raises(ValueError, match=r"x\.gguf"):
-      weights.OPENERS["gguf"](TINY, path)
+      weights.open_files("gguf", TINY, path)
 
   harness.fuzz(read, [whole, whole[:1500]], seconds, extra_bytes=1 << 30)
 
@@ -344,7 +345,7 @@ def test_the_metadata_of_a_gemma_checkpoint_are_read_or_refused(
 
   def read(content):
     (tmp_path / "_METADATA").write_bytes(content)
-    weights.OPENERS["gemma"](TINY, tmp_path)
+    weights.open_files("gemma", TINY, tmp_path)
 
   def refuse(content):
     with pytest.raises(ValueError, match=str(tmp_path)):

@@ -87,8 +87,16 @@ def abstract_adapters(
   params = leaves.by_path(
     weights.abstract_params(config, jnp.dtype(jnp.float32))
   )
-  tree = {}
-  for path in model_targets(config, lora):
+  tree, given = {}, [TARGETS[x] for x in TARGETS if x in lora.targets]
+  paths = [path for path in given if path in params]
+  require(
+    bool(paths),
+    "model.lora.targets",
+    lora.targets,
+    "name a weight of the model; one without a tower has no projector",
+    "set model.lora.targets=('q', 'kv', 'output', 'gating', 'linear')",
+  )
+  for path in paths:
     leaf = leaves.LEAVES[path]
     sizes = leaf.sizes(params[path].shape) | {"r": lora.rank}
     factors = _factor_axes(leaf.axes, leaf.summed)
@@ -106,19 +114,16 @@ def initial_adapters(
   `A` is normal, drawn from its path and the seed; its variance is one over the
   number of terms that a product with it sums. `B` is zero.
   """
-
-  def draw(path, shape):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    weight, _, factor = name.rpartition("/")
-    if factor == "lora_b":
-      return np.zeros(shape.shape, np.float32)
-    leaf = leaves.LEAVES[weight]
+  tree = {}
+  for path, factors in flatten(abstract_adapters(config, lora)).items():
+    leaf, shape = leaves.LEAVES[path], factors["lora_a"].shape
     a_axes, _ = _factor_axes(leaf.axes, leaf.summed)
-    std = leaf.fan_in(dict(zip(a_axes, shape.shape, strict=True))) ** -0.5
-    rng = np.random.default_rng([seed, *name.encode()])
-    return rng.standard_normal(shape.shape, np.float32) * np.float32(std)
-
-  return jax.tree_util.tree_map_with_path(draw, abstract_adapters(config, lora))
+    std = leaf.fan_in(dict(zip(a_axes, shape, strict=True))) ** -0.5
+    rng = np.random.default_rng([seed, *f"{path}/lora_a".encode()])
+    a = rng.standard_normal(shape, np.float32) * np.float32(std)
+    b = np.zeros(factors["lora_b"].shape, np.float32)
+    tree[path] = {"lora_a": a, "lora_b": b}
+  return traverse_util.unflatten_dict(tree, sep="/")
 
 
 def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
@@ -143,53 +148,22 @@ def merge_adapters(params: dict) -> dict:
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   for path, weight in flat.items():
-    if isinstance(weight, AdaptedWeight):
-      total = _sum(weight, leaves.LEAVES[path])
-      flat[path] = total.astype(frozen_weight(weight).dtype)
+    flat[path] = _sum(weight, leaves.LEAVES[path])
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def frozen_weight(weight: Array | AdaptedWeight) -> Array:
-  """The weight below all its adapters."""
-  while isinstance(weight, AdaptedWeight):
-    weight = weight.weight
-  return weight
-
-
 def _sum(weight: Array | AdaptedWeight, leaf: leaves.Leaf) -> Array:
-  """A weight with the products of its adapters, in fp32."""
-  if not isinstance(weight, AdaptedWeight):
-    return weight.astype(jnp.float32)
+  """A weight with the products of all its adapters, in its own type."""
+  adapters = []
+  while isinstance(weight, AdaptedWeight):
+    adapters.append((weight.a, weight.b))
+    weight = weight.weight
   a_axes, b_axes = _factor_axes(leaf.axes, leaf.summed)
-  return _sum(weight.weight, leaf) + jnp.einsum(
-    f"{a_axes},{b_axes}->{leaf.axes}",
-    weight.a,
-    weight.b,
-    precision=jax.lax.Precision.HIGHEST,
-  )
-
-
-def model_targets(
-  config: gemma3_config.ModelConfig, lora: LoraConfig
-) -> list[str]:
-  """Paths of the targets that the model has, in the order of `LORA_TARGETS`.
-
-  Raises:
-    ValueError: If the model has none of them.
-  """
-  targets = [
-    path
-    for name, path in TARGETS.items()
-    if name in lora.targets and (config.vision or name != "projector")
-  ]
-  require(
-    bool(targets),
-    "model.lora.targets",
-    lora.targets,
-    "name a weight of the model; one without a tower has no projector",
-    "set model.lora.targets=('q', 'kv', 'output', 'gating', 'linear')",
-  )
-  return targets
+  equation = f"{a_axes},{b_axes}->{leaf.axes}"
+  total = weight.astype(jnp.float32)
+  for a, b in reversed(adapters):
+    total += jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
+  return total.astype(weight.dtype)
 
 
 def _factor_axes(axes: str, summed: str) -> tuple[str, str]:

@@ -15,13 +15,7 @@ from flax import traverse_util
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
-from grpo_tpu.models.gemma3.convert import (
-  assembly,
-  gguf,
-  huggingface,
-  huggingface_config,
-  orbax_gemma,
-)
+from grpo_tpu.models.gemma3.convert import gguf, huggingface, orbax_gemma
 
 
 def abstract_params(
@@ -95,79 +89,38 @@ def random_params(
     dtype: Type of the decoder.
   """
 
-  def draw(path, shape):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if name.endswith("bias"):
-      return np.zeros(shape.shape, shape.dtype)
-    if name.endswith("scale"):
+  tree = {}
+  for path, shape in leaves.by_path(abstract_params(config, dtype)).items():
+    leaf = leaves.LEAVES[path]
+    if leaf.summed:
+      rng = np.random.default_rng([seed, *path.encode()])
+      std = leaf.fan_in(leaf.sizes(shape.shape)) ** -0.5
+      values = rng.standard_normal(shape.shape, np.float32) * std
+    else:
       # LayerNorm multiplies by its scale, RMSNorm by one plus its scale.
-      is_layer_norm = name.startswith("vision_encoder")
-      return np.full(shape.shape, float(is_layer_norm), shape.dtype)
-    rng = np.random.default_rng([seed, *name.encode()])
-    leaf = leaves.LEAVES[name]
-    std = leaf.fan_in(leaf.sizes(shape.shape)) ** -0.5
-    return (rng.standard_normal(shape.shape, np.float32) * std).astype(
-      shape.dtype
-    )
-
-  return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype))
+      is_factor = path.startswith("vision_encoder") and path.endswith("scale")
+      values = np.full(shape.shape, float(is_factor))
+    tree[path] = values.astype(shape.dtype)
+  return traverse_util.unflatten_dict(tree, sep="/")
 
 
-def from_hf(
-  directory: str | os.PathLike[str],
-) -> tuple[gemma3_config.ModelConfig, dict]:
-  """Loads a Hugging Face checkpoint to the first device, in its decoder's type.
-
-  Image tower and projector are in fp32, as everywhere.
-
-  Args:
-    directory: A folder with config.json and *.safetensors.
-
-  Raises:
-    ValueError: If the config is not one of Gemma 3, or the tensors are not
-      those of the config.
-  """
-  config = huggingface_config.read(directory)
-  checkpoint = huggingface.Checkpoint(directory, _f32_params(config))
-  abstract = abstract_params(config, checkpoint.dtype)
-  return config, checkpoint.load(assembly.on_one_device(abstract))
+# Readers of other programs' files, by the scheme of `model.weights`. Each
+# refuses files of another model without a device. Its `load` method takes
+# shapes, types and shardings, and returns the tree.
+OPENERS = {
+  "hf": huggingface.Checkpoint,
+  "gemma": orbax_gemma.Checkpoint,
+  "gguf": gguf.File,
+}
 
 
-def open_hf(
-  config: gemma3_config.ModelConfig, directory: str | os.PathLike[str]
-) -> huggingface.Checkpoint:
-  """Opens a Hugging Face checkpoint of a known model.
-
-  Checks config.json and the headers without a device. Rows of the embedding
-  from the image placeholder's on, which transformers adds, are never loaded.
+def open_files(
+  scheme: str, config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
+) -> huggingface.Checkpoint | orbax_gemma.Checkpoint | gguf.File:
+  """Opens the files that `model.weights` names by a scheme of `OPENERS`.
 
   Raises:
-    ValueError: If sizes or tensors are not those of `config`; names each.
+    ValueError: They hold another model than that of `config`.
   """
-  if differences := huggingface_config.differences(directory, config):
-    raise ValueError(
-      f"{directory} holds a model of other sizes: {', '.join(differences)}."
-    )
-  return huggingface.Checkpoint(directory, _f32_params(config))
-
-
-def _open_gemma(
-  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
-) -> orbax_gemma.Checkpoint:
-  return orbax_gemma.Checkpoint(path, config, _f32_params(config))
-
-
-def _open_gguf(
-  config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
-) -> gguf.File:
-  return gguf.File(path, config, _f32_params(config))
-
-
-# Functions of a config and a path, by the scheme of `model.weights`. Each
-# refuses files of another model without a device. The `load` method of the
-# result takes shapes, types and shardings, and returns the tree.
-OPENERS = {"hf": open_hf, "gemma": _open_gemma, "gguf": _open_gguf}
-
-
-def _f32_params(config: gemma3_config.ModelConfig) -> dict:
-  return abstract_params(config, jnp.dtype(jnp.float32))
+  shapes = abstract_params(config, jnp.dtype(jnp.float32))
+  return OPENERS[scheme](path, config, shapes)

@@ -12,8 +12,8 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 CONFIG = gemma3_config.CONFIGS["tiny"]
 MADE = {
   *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-  *("chat_template.jinja", "generation_config.json"),
-  *("preprocessor_config.json", "processor_config.json"),
+  *("chat_template.jinja", "preprocessor_config.json"),
+  "processor_config.json",
 }
 
 

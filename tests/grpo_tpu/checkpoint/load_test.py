@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import traverse_util
 
 from configs import base
 from grpo_tpu.checkpoint import load
@@ -15,7 +16,6 @@ from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import leaves as gemma3_leaves
 from grpo_tpu.models.gemma3 import lora
-from grpo_tpu.models.gemma3.convert import assembly
 from grpo_tpu.models.settings import LoraConfig
 from grpo_tpu.rl import learner, train_state
 from tests.grpo_tpu.checkpoint import checkpointing
@@ -249,20 +249,12 @@ def test_released_weights_lie_where_the_rules_say(params_of, mesh, tmp_path):
 
 def in_the_librarys_layout(params):
   """By the names that the loader reads, which its own tests hold."""
-  wanted = {
-    gemma3_leaves.LEAVES[path].gemma.format(layer): (path, layer)
-    for path, layer, _ in assembly.pieces(params)
-  }
-  found = gemma3_leaves.by_path(params)
-  tree = {}
-  for name, (path, layer) in wanted.items():
-    *parents, last = name.split("/")
-    inner = tree
-    for parent in parents:
-      inner = inner.setdefault(parent, {})
-    leaf = np.asarray(found[path])
-    inner[last] = leaf if layer is None else leaf[layer]
-  return tree
+  tensors = {}
+  for path, value in gemma3_leaves.by_path(params).items():
+    leaf = gemma3_leaves.LEAVES[path]
+    for index in np.ndindex(value.shape[: leaf.axes.startswith("l")]):
+      tensors[leaf.gemma.format(*index)] = np.asarray(value[index])
+  return traverse_util.unflatten_dict(tensors, sep="/")
 
 
 @pytest.mark.parametrize("step", ["", "@8"])

@@ -6,13 +6,13 @@ memory holds one tensor of a layer, or the embedding, and never the model. Knows
 nothing of file formats.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -27,14 +27,6 @@ _STACKS = ("layers", "vision_encoder/layers")
 Read = Callable[
   [int | None, dict[str, jax.ShapeDtypeStruct]], Iterable[tuple[str, Any]]
 ]
-
-
-def on_one_device(tree: dict) -> dict:
-  """Shapes with this process's first device as their sharding."""
-  device = SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
-  )
 
 
 def assemble(abstract: dict, read: Read) -> dict:
@@ -57,17 +49,6 @@ def assemble(abstract: dict, read: Read) -> dict:
   return jax.tree.unflatten(
     jax.tree.structure(abstract), [values[path] for path in shapes]
   )
-
-
-def pieces(
-  abstract: dict,
-) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-  """Path, layer (None outside of stacks) and shape of every piece."""
-  for path, leaf in leaves.by_path(abstract).items():
-    if _stack_of(path) is None:
-      yield path, None, leaf.shape
-    else:
-      yield from ((path, i, leaf.shape[1:]) for i in range(leaf.shape[0]))
 
 
 def _stack_of(path: str) -> str | None:
@@ -102,10 +83,8 @@ def _write_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
 
 
 def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  sharding = shape.sharding
-  if isinstance(sharding, NamedSharding):
-    spec = PartitionSpec(*sharding.spec[1:])
-    sharding = NamedSharding(sharding.mesh, spec)
+  spec = PartitionSpec(*shape.sharding.spec[1:])
+  sharding = NamedSharding(shape.sharding.mesh, spec)
   return jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype, sharding=sharding)
 
 

@@ -62,27 +62,29 @@ class Checkpoint:
   """The checked tensors of a folder."""
 
   def __init__(
-    self, directory: str | os.PathLike[str], abstract_params: Any
+    self,
+    directory: str | os.PathLike[str],
+    config: gemma3_config.ModelConfig,
+    abstract_params: dict,
   ) -> None:
     """Checks every header; reads no tensor but a head that must be tied.
 
-    The embedding may be longer than that of `abstract_params`, as
-    `huggingface_config.differences` allows.
+    Rows of the embedding from the image placeholder's on, which transformers
+    adds, are never loaded.
 
     Raises:
-      ValueError: Lists every tensor that is missing, extra, misshaped or of a
-        wrong type.
+      ValueError: Lists every size that is not that of `config`, or every tensor
+        that is missing, extra, misshaped or of a wrong type.
     """
+    if differences := huggingface_config.differences(directory, config):
+      raise ValueError(
+        f"{directory} holds a model of other sizes: {', '.join(differences)}."
+      )
     self._directory = pathlib.Path(directory)
     self._tensors: dict[str, Tensor] = {}
     faults = self._read_headers()
     wanted = leaves.file_shapes(abstract_params, "huggingface")
     self._check_tensors(wanted, faults)
-
-  @property
-  def dtype(self) -> np.dtype:
-    """Type of the embedding, and so of the decoder."""
-    return np.dtype(_DTYPES[self._tensors[names.EMBEDDING].dtype])
 
   def load(self, abstract_params: Any) -> Any:
     """Loads the tree with these shapes, types and shardings.
@@ -418,7 +420,7 @@ def _tensor(
   """A tensor of a file, made from its leaf."""
   axes = leaf.axes[leaf.num_stacked :]
   order = leaf.file_axes.replace(" ", "")
-  piece = _on_host(x[index] if index else x)
+  piece = on_host(x[index] if index else x)
   piece = piece.transpose([axes.index(axis) for axis in order])
   shape = leaf.file_shape(leaf.sizes(x.shape))
   tensor = piece.reshape(shape).astype(dtype)
@@ -430,7 +432,7 @@ def _tensor(
   return np.ascontiguousarray(tensor)
 
 
-def _on_host(x: Any) -> np.ndarray:
+def on_host(x: Any) -> np.ndarray:
   """The whole array, even if other processes hold parts of it."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

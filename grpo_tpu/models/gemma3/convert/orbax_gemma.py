@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
@@ -54,10 +55,11 @@ class Checkpoint:
     source = f"checkpoint {self._path}"
     self._keys, shapes = _tensors(self._path, source)
     _check_size(shapes, config, source)
-    wanted = {
-      leaves.LEAVES[path].gemma.format(layer): shape
-      for path, layer, shape in assembly.pieces(abstract_params)
-    }
+    wanted = {}
+    for path, leaf in leaves.by_path(abstract_params).items():
+      names = leaves.LEAVES[path]
+      for index in np.ndindex(leaf.shape[: names.axes.startswith("l")]):
+        wanted[names.gemma.format(*index)] = leaf.shape[len(index) :]
     assembly.check_tensors(shapes, wanted, source, faults={})
 
   def load(self, abstract_params: dict) -> dict:

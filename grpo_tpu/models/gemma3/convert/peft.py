@@ -79,7 +79,7 @@ def save(
   base_model: str = "",
   files: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes the adapters, which this process must hold whole, to a folder.
+  """Writes the adapters to a folder; every process takes part.
 
   `PeftModel.from_pretrained` loads them onto `Gemma3ForCausalLM` of a text size
   and `Gemma3ForConditionalGeneration` of one with an image tower. `base_model`
@@ -88,7 +88,10 @@ def save(
   """
   text = "model.language_model" if config.vision else "model"
   prefixes = {"text": text, "projector": "model.multi_modal_projector"}
-  arrays, tensors = loras.flatten(jax.device_get(adapters)), {}
+  arrays = loras.flatten(jax.tree.map(huggingface.on_host, adapters))
+  if jax.process_index():
+    return
+  tensors = {}
   modules = list(_modules(config, lora))
   for module in modules:
     kind, dot, rest = module.key.partition(".")

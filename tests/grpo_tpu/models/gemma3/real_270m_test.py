@@ -18,8 +18,7 @@ from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, weights
-from grpo_tpu.models.gemma3.convert import assembly
-from tests.grpo_tpu.models.gemma3 import float64_twin, whole_rows
+from tests.grpo_tpu.models.gemma3 import float64_twin, one_device, whole_rows
 
 CONFIG = gemma3_config.CONFIGS["gemma3_270m"]
 ROOT = pathlib.Path(__file__).resolve().parents[4]
@@ -71,8 +70,8 @@ def tokenizer(file):
 @pytest.fixture(scope="module")
 def params(file):
   abstract = weights.abstract_params(CONFIG, jnp.dtype(jnp.float32))
-  opened = weights.OPENERS["gguf"](CONFIG, file)
-  return opened.load(assembly.on_one_device(abstract))
+  opened = weights.open_files("gguf", CONFIG, file)
+  return opened.load(one_device.on_one_device(abstract))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from data_pipelines.text.chat_format import GEMMA3
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import text, vision, weights
-from grpo_tpu.models.gemma3.convert import assembly
 from grpo_tpu.models.settings import REMAT_POLICIES
-from tests.grpo_tpu.models.gemma3 import float64_twin, whole_rows
+from tests.grpo_tpu.models.gemma3 import float64_twin, one_device, whole_rows
 
 SOFT = GEMMA3.image_placeholder
 VOCAB = 300
@@ -196,9 +195,9 @@ def test_logits_equal_the_gemma_library_on_text_and_images(tmp_path):
   rng = np.random.default_rng(1)
   params = random_params(CONFIG)
   save_with_library(params, tmp_path / "saved")
-  opened = weights.OPENERS["gemma"](CONFIG, tmp_path / "saved")
+  opened = weights.open_files("gemma", CONFIG, tmp_path / "saved")
   abstract = weights.abstract_params(CONFIG, jnp.dtype(jnp.float32))
-  params = opened.load(assembly.on_one_device(abstract))
+  params = opened.load(one_device.on_one_device(abstract))
   start = 255_999
   words = rng.integers(110, VOCAB - 1, (3, 20))
   # The library wants one marker per picture, and pads what it expands.

@@ -11,7 +11,7 @@ import pytest
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
-from grpo_tpu.models.gemma3.convert import assembly
+from tests.grpo_tpu.models.gemma3 import one_device
 
 gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
 
@@ -129,8 +129,8 @@ def write(path, keys, tensors, *, kind="F32", architecture="gemma3"):
 def load(path, config=CONFIG, dtype=jnp.float32):
   """The tree of a file, on one device."""
   abstract = weights.abstract_params(config, jnp.dtype(dtype))
-  opened = weights.OPENERS["gguf"](config, path)
-  return opened.load(assembly.on_one_device(abstract))
+  opened = weights.open_files("gguf", config, path)
+  return opened.load(one_device.on_one_device(abstract))
 
 
 def assert_trees_equal(actual, expected):
@@ -191,7 +191,7 @@ def test_weights_have_the_requested_dtype_and_sharding(params, tmp_path):
     tree,
     sharding.param_shardings(mesh, tree),
   )
-  loaded = weights.OPENERS["gguf"](CONFIG, path).load(want)
+  loaded = weights.open_files("gguf", CONFIG, path).load(want)
   same = jax.tree.map(
     lambda x, w: (
       x.dtype == w.dtype and x.sharding.is_equivalent_to(w.sharding, x.ndim)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from grpo_tpu.models.gemma3 import lora, weights
+from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.convert import huggingface, peft
 from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
-from tests.grpo_tpu.models.gemma3 import whole_rows
+from tests.grpo_tpu.models.gemma3 import one_device, whole_rows
 
 pytestmark = pytest.mark.peers
 SCRIPT = pathlib.Path(__file__).parents[4] / "peers" / "gemma3_transformers.py"
@@ -27,7 +27,7 @@ def saved(peers_python, tmp_path_factory):
   folder = tmp_path_factory.mktemp("transformers")
   transformers(peers_python, "make", folder)
   for name in ("image", "text"):
-    config, params = weights.from_hf(folder / name)
+    config, params = one_device.from_hf(folder / name)
     huggingface.save(config, params, folder / f"{name}_ours")
     huggingface.save(
       config, params, folder / f"{name}_bf16", dtype=jnp.bfloat16
@@ -47,7 +47,7 @@ def inputs(folder, name):
 def test_logits_equal_those_of_transformers(saved, name):
   """Two images, one and none in a batch of different lengths, in fp32."""
   tokens, images = inputs(saved, name)
-  config, params = weights.from_hf(saved / name)
+  config, params = one_device.from_hf(saved / name)
   actual = whole_rows.logits(config, params, tokens, images)
   expected = np.load(saved / f"{name}.npz")["logits"]
   assert np.abs(expected).max() > 1
@@ -85,7 +85,7 @@ def test_every_tensor_survives_the_round_trip(saved, name):
 def test_an_adapter_that_peft_made_acts_as_it_does_there(saved, name, targets):
   """The text model's has queries and values alone: keys get a zero product."""
   tokens, images = inputs(saved, name)
-  config, params = weights.from_hf(saved / name)
+  config, params = one_device.from_hf(saved / name)
   settings = LoraConfig(3, 5.0, targets, init=f"peft:{saved}/{name}_adapter")
   drawn = lora.initial_adapters(config, settings, 0)
   adapters = peft.load(config, settings, drawn)

@@ -18,6 +18,7 @@ from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface, huggingface_config
+from tests.grpo_tpu.models.gemma3 import one_device
 
 ROOT = pathlib.Path(__file__).resolve().parents[5]
 
@@ -74,7 +75,7 @@ def placed(config, mesh, dtype):
 
 
 def test_a_saved_checkpoint_loads_as_it_was(tiny, params, whole):
-  config, again = weights.from_hf(whole)
+  config, again = one_device.from_hf(whole)
   assert config == tiny.config
   assert_equal(again, params)
 
@@ -90,13 +91,13 @@ def test_a_checkpoint_in_shards_is_the_same(tiny, params, tmp_path):
   sizes = [(tmp_path / name).stat().st_size for name in files]
   assert max(sizes) < 30_000
   assert index["metadata"]["total_size"] < sum(sizes)
-  assert_equal(weights.from_hf(tmp_path)[1], params)
+  assert_equal(one_device.from_hf(tmp_path)[1], params)
 
 
 def test_each_device_gets_the_part_that_the_rules_give_it(tiny, params, whole):
   mesh = sharding.make_mesh(replica=1, fsdp=4, tensor=2)
   wanted = placed(tiny.config, mesh, jnp.bfloat16)
-  got = weights.open_hf(tiny.config, whole).load(wanted)
+  got = weights.open_files("hf", tiny.config, whole).load(wanted)
   for x, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     assert x.sharding == w.sharding
   expected = jax.tree.map(lambda x, w: x.astype(w.dtype), params, wanted)
@@ -116,7 +117,7 @@ def test_a_device_reads_no_more_than_its_part(tiny, whole, monkeypatch):
   monkeypatch.setattr(huggingface.Tensor, "read", counted)
   mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
   wanted = placed(tiny.config, mesh, jnp.float32)
-  checkpoint = weights.open_hf(tiny.config, whole)
+  checkpoint = weights.open_files("hf", tiny.config, whole)
   assert not read
   checkpoint.load(wanted)
   assert sum(read) == sum(x.size for x in jax.tree.leaves(wanted))
@@ -136,17 +137,16 @@ def test_one_error_lists_every_fault_of_the_tensors(tiny, changed):
     return tensors
 
   folder = changed(spoil)
-  for reader in (weights.from_hf, lambda x: weights.open_hf(tiny.config, x)):
-    with pytest.raises(ValueError) as error:
-      reader(folder)
-    lines = str(error.value).splitlines()[1:-1]
-    assert [line.strip() for line in sorted(lines)] == [
-      f"{layer}input_layernorm.weight: of type I8, wanted F32, BF16, F16",
-      f"{layer}mlp.up_proj.weight: missing, wanted [24,16]",
-      f"{layer}self_attn.q_proj.weight: [3,16], wanted [16,16]",
-      "one.too.many: extra, [2,3]",
-      "vision_tower.vision_model.post_layernorm.bias: missing, wanted [16]",
-    ]
+  with pytest.raises(ValueError) as error:
+    weights.open_files("hf", tiny.config, folder)
+  lines = str(error.value).splitlines()[1:-1]
+  assert [line.strip() for line in sorted(lines)] == [
+    f"{layer}input_layernorm.weight: of type I8, wanted F32, BF16, F16",
+    f"{layer}mlp.up_proj.weight: missing, wanted [24,16]",
+    f"{layer}self_attn.q_proj.weight: [3,16], wanted [16,16]",
+    "one.too.many: extra, [2,3]",
+    "vision_tower.vision_model.post_layernorm.bias: missing, wanted [16]",
+  ]
 
 
 def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
@@ -154,12 +154,12 @@ def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
   file = folder / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-100])
   with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
-    weights.from_hf(folder)
+    one_device.from_hf(folder)
   sharded = tmp_path / "sharded"
   huggingface.save(tiny.config, params, sharded, dtype=None, shard_bytes=40_000)
   next(sharded.glob("model-00002-*")).unlink()
   with pytest.raises(ValueError, match="model-00002-.*cannot be read"):
-    weights.from_hf(sharded)
+    one_device.from_hf(sharded)
 
 
 @pytest.mark.parametrize(
@@ -173,17 +173,17 @@ def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
 )
 def test_names_of_all_transformers_versions_are_read(params, changed, old, new):
   folder = changed(lambda x: {k.replace(old, new): v for k, v in x.items()})
-  assert_equal(weights.from_hf(folder)[1], params)
+  assert_equal(one_device.from_hf(folder)[1], params)
 
 
 def test_a_head_must_be_tied(params, changed):
   name = "language_model.lm_head.weight"
   embedding = params["embedder"]["input_embedding"]
   folder = changed(lambda x: x | {name: embedding.copy()})
-  assert_equal(weights.from_hf(folder)[1], params)
+  assert_equal(one_device.from_hf(folder)[1], params)
   folder = changed(lambda x: x | {name: embedding + 1})
   with pytest.raises(ValueError, match=f"{name}: differs from the embedding"):
-    weights.from_hf(folder)
+    one_device.from_hf(folder)
 
 
 def test_rows_from_the_placeholder_on_are_written_and_left_unread(
@@ -193,9 +193,9 @@ def test_rows_from_the_placeholder_on_are_written_and_left_unread(
   vision = dataclasses.replace(tiny.config.vision, image_token=130)
   config = dataclasses.replace(tiny.config, vision=vision)
   huggingface.save(config, params, tmp_path)
-  assert weights.from_hf(tmp_path)[0].vocab_size == 130 + 64
+  assert one_device.from_hf(tmp_path)[0].vocab_size == 130 + 64
   mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
-  checkpoint = weights.open_hf(config, tmp_path)
+  checkpoint = weights.open_files("hf", config, tmp_path)
   assert_equal(checkpoint.load(placed(config, mesh, jnp.float32)), params)
 
 
@@ -215,7 +215,7 @@ def test_an_export_can_be_of_another_type_and_bring_files(
   modes = {path.name: path.stat().st_mode for path in there.iterdir()}
   names = ["config.json", "model.safetensors", *files]
   assert modes == dict.fromkeys(names, wanted)
-  _, again = weights.from_hf(tmp_path / "to")
+  _, again = one_device.from_hf(tmp_path / "to")
   expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   got = again["layers"]["mlp"]["gating_einsum"]
   assert got.dtype == jnp.bfloat16
@@ -321,7 +321,7 @@ def test_a_config_of_other_arithmetic_is_refused_by_field(
     return values
 
   with pytest.raises(ValueError, match=f"config.json.*{named}"):
-    weights.from_hf(changed(values=spoil))
+    one_device.from_hf(changed(values=spoil))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_a_value_of_another_type_or_size_is_refused_by_field(
     return values
 
   with pytest.raises(ValueError, match=f"config.json.*{rule}") as error:
-    weights.from_hf(changed(values=spoil))
+    one_device.from_hf(changed(values=spoil))
   assert len(str(error.value)) < 1000
 
 
@@ -423,7 +423,7 @@ def test_an_index_of_something_else_is_refused(whole, tmp_path, index, rule):
   (tmp_path / huggingface._INDEX).write_text(json.dumps(index))
   os.mkfifo(tmp_path / "pipe.safetensors")
   with pytest.raises(ValueError, match=rule) as error:
-    weights.from_hf(tmp_path)
+    one_device.from_hf(tmp_path)
   assert "\n" not in str(error.value)
 
 
@@ -452,7 +452,7 @@ def test_an_embedding_and_head_of_any_shape_and_type_are_refused(
     len(text).to_bytes(8, "little") + text + bytes(2 * size)
   )
   with pytest.raises(ValueError, match=f"embed_tokens.weight.*{fault}"):
-    weights.from_hf(tmp_path)
+    one_device.from_hf(tmp_path)
 
 
 def test_a_list_of_faults_ends(whole, tmp_path):
@@ -460,7 +460,7 @@ def test_a_list_of_faults_ends(whole, tmp_path):
   tensors = {f"t{i}": np.zeros(1, np.float32) for i in range(3000)}
   safetensors.save_file(tensors, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match=r"and \d+ more") as error:
-    weights.from_hf(tmp_path)
+    one_device.from_hf(tmp_path)
   assert len(str(error.value)) < 20_000
 
 

@@ -15,7 +15,7 @@ import pytest
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
-from grpo_tpu.models.gemma3.convert import assembly
+from tests.grpo_tpu.models.gemma3 import one_device
 
 CONFIG = gemma3_config.ModelConfig(
   vocab_size=300,
@@ -129,8 +129,8 @@ def save(path, tree):
 def load(path, config=CONFIG):
   """The tree of a checkpoint in fp32, on one device."""
   abstract = weights.abstract_params(config, jnp.dtype(jnp.float32))
-  opened = weights.OPENERS["gemma"](config, path)
-  return opened.load(assembly.on_one_device(abstract))
+  opened = weights.open_files("gemma", config, path)
+  return opened.load(one_device.on_one_device(abstract))
 
 
 def assert_trees_equal(actual, expected):
@@ -160,7 +160,7 @@ def test_weights_have_the_requested_dtype_and_sharding(params, tmp_path):
     tree,
     sharding.param_shardings(mesh, tree),
   )
-  loaded = weights.OPENERS["gemma"](CONFIG, path).load(want)
+  loaded = weights.open_files("gemma", CONFIG, path).load(want)
   same = jax.tree.map(
     lambda x, w: (
       x.dtype == w.dtype and x.sharding.is_equivalent_to(w.sharding, x.ndim)
@@ -291,8 +291,8 @@ def test_a_checkpoint_is_checked_before_any_device(params, tmp_path):
     f"sizes = json.loads({sizes!r})\n"
     "sizes['vision'] = config.VisionConfig(**sizes['vision'])\n"
     "try:\n"
-    "  weights.OPENERS['gemma'](\n"
-    f"    config.ModelConfig(**sizes), {str(path)!r}\n"
+    "  weights.open_files(\n"
+    f"    'gemma', config.ModelConfig(**sizes), {str(path)!r}\n"
     "  )\n"
     "except ValueError as error:\n"
     "  assert 'final_norm/scale: missing' in str(error)\n"
@@ -309,13 +309,13 @@ def test_neither_the_library_nor_tensorflow_is_imported(params, tmp_path):
   code = (
     "import json, sys\n"
     "from grpo_tpu.models.gemma3 import config, weights\n"
-    "from grpo_tpu.models.gemma3.convert import assembly\n"
+    "from tests.grpo_tpu.models.gemma3 import one_device\n"
     f"sizes = json.loads({sizes!r})\n"
     "sizes['vision'] = config.VisionConfig(**sizes['vision'])\n"
     "config = config.ModelConfig(**sizes)\n"
     "tree = weights.abstract_params(config, 'float32')\n"
-    "tree = assembly.on_one_device(tree)\n"
-    f"weights.OPENERS['gemma'](config, {str(path)!r}).load(tree)\n"
+    "tree = one_device.on_one_device(tree)\n"
+    f"weights.open_files('gemma', config, {str(path)!r}).load(tree)\n"
     "assert {'gemma', 'kauldron', 'tensorflow'}.isdisjoint(sys.modules)\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
