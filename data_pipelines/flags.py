@@ -22,8 +22,9 @@ def parse(argv: Sequence[str]) -> list[str]:
   terminal.die_of_interrupts()
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    refuse(f"{error}; see --help.")
+  except Exception as error:  # A config file may raise anything.
+    flags.FLAGS.mark_as_parsed()
+    refuse(f"{' '.join(str(error).split())}; see --help.")
 
 
 def refuse(message: object) -> NoReturn:

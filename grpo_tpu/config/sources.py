@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
+from data_pipelines.validation import require
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import fingerprint
@@ -72,14 +73,11 @@ def _take_run(
   if named.startswith("random:") and not has_weights_flag:
     named = ""
   record = run_record.read(workdir) if workdir else None
-  is_run = workdir and (record or reader.steps(f"{workdir}/checkpoints"))
-  if not is_run:
-    if not named:
-      raise ValueError(
-        f"--workdir ({workdir!r}) must hold a run to {mode}, and there is none "
-        "in this folder. Correct it, or name the weights, as in "
-        "--config.model.weights=run:WORKDIR or =hf:DIR."
-      )
+  if not workdir or not (record or reader.steps(f"{workdir}/checkpoints")):
+    rule = f"hold a run to {mode}, and there is none in this folder"
+    remedy = "--config.model.weights=run:WORKDIR or =hf:DIR"
+    remedy = f"correct it, or name the weights, as in {remedy}"
+    require(bool(named), "--workdir", workdir, rule, remedy)
     return config
   trained = record["config"] if record else {}
   is_own = named.startswith("run:") and os.path.realpath(
@@ -124,25 +122,30 @@ def _check_model(
   config: Config, trained: Mapping[str, Any], workdir: str
 ) -> None:
   """Refuses to read the run of another model."""
-  for name, was in trained.get("model", {}).items():
-    value = getattr(config.model, name, was)
-    if name in ("name", "image_size") and value != was:
-      raise ValueError(
-        f"model.{name} ({value!r}) must be that of the run in --workdir "
-        f"({workdir!r}), which has {was!r}. Give the --config of that run, "
-        "another --workdir, or weights of this model in model.weights."
-      )
+  for name in ("name", "image_size"):
+    value = getattr(config.model, name)
+    was = trained.get("model", {}).get(name, value)
+    require(
+      value == was,
+      f"model.{name}",
+      value,
+      f"be that of the run in --workdir ({workdir!r}), which has {was!r}",
+      "give the --config of that run, another --workdir, or weights of this "
+      "model in model.weights",
+    )
 
 
 def _export_step(config: Config, workdir: str) -> str:
   """The setting `export.step`, if the run has such a checkpoint; "" if None."""
   step, saved = config.export.step or "", reader.steps(f"{workdir}/checkpoints")
-  if step not in ("", "best") and int(step) not in saved:
-    steps = ", ".join(map(str, saved)) or "none"
-    raise ValueError(
-      f"export.step ({step}) must be one of the steps of the run in {workdir} "
-      f"({steps}); leave it out for the newest whole one."
-    )
+  require(
+    step in ("", "best") or int(step) in saved,
+    "export.step",
+    step,
+    f"be one of the steps of the run in {workdir} "
+    f"({', '.join(map(str, saved)) or 'none'})",
+    "leave it out for the newest whole one",
+  )
   return step
 
 

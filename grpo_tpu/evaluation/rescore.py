@@ -25,7 +25,6 @@ from data_pipelines import records, validation
 from data_pipelines.sources import mixtures, readers
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
-from grpo_tpu.distributed import logs
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.settings import RewardConfig
@@ -177,18 +176,6 @@ def main(argv: Sequence[str]) -> None:
     scoring.close()
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-  logs.set_up()
-  try:
-    arguments = flags.FLAGS(list(argv))
-    # A missing config file raises only when its settings are read.
-    flags.FLAGS.config.items()
-    return arguments
-  except Exception as error:  # A config file may raise anything.
-    flags.FLAGS.mark_as_parsed()
-    command_flags.refuse(f"{' '.join(str(error).split())}; see --help.")
-
-
 if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", None, "Settings; only `rewards` is used.", lock_config=True
@@ -205,5 +192,7 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "out", "", "Parquet file for the samples with their new rewards."
   )
+  # A missing config file raises when its settings are first read.
+  flags.register_validator("config", lambda x: x is None or bool(x.items()))
   flags.mark_flags_as_required(["config", "samples", "data_dir"])
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=command_flags.parse)

@@ -268,20 +268,18 @@ def _restore_or_init(
   restored = checkpoints.restore(
     trainer.learner.abstract_state(), partial_step_sharding=row_sharding
   )
+  step, evaluation = None, {}
   if restored:
     record.check_data(restored.meta)
-    saved = restored.partial_step
+    step, saved = restored.step, restored.partial_step
     partial = saved and PartialStep.from_data(saved, row_sharding)
     trainer.resume(restored.state, partial)
-  else:
-    trainer.init()
-  evaluation = {}
-  if restored and not restored.partial_step:
-    evaluation = restored.meta.get("evaluation", {})
+    evaluation = {} if saved else restored.meta.get("evaluation", {})
     with validation.user_errors():
       untrusted.check_kind(evaluation, dict, "the checkpoint's evaluation")
       untrusted.check_items(evaluation.values(), float, "its evaluation")
-  step = restored.step if restored else None
+  else:
+    trainer.init()
   updates = trainer.partial.updates_done if trainer.partial else 0
   timeout = trainer.config.distributed.preflight_timeout_seconds
   facts = {"checkpoint": {"step": step, "updates": updates}}

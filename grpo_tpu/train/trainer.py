@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,23 +120,6 @@ class Trainer:
     self.write_samples: Callable[[int, list[Sample]], None] = (
       lambda step, samples: None
     )
-
-  @classmethod
-  def from_config(cls, config: Config, workdir: str) -> Self:
-    """A trainer on the devices and data that the settings name.
-
-    For notebooks: writes nothing but the synthetic data set, under `workdir`,
-    if `data.dir` is empty.
-    """
-    data = dataset.open_dataset(
-      config.data,
-      config.model_inputs,
-      workdir,
-      for_training=True,
-      seed=config.seed,
-    )
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    return cls(config, data, mesh)
 
   def init(self, params: dict | None = None) -> TrainState:
     """The state before the first step; data are read from their beginning.

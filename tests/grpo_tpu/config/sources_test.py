@@ -162,7 +162,7 @@ def test_the_run_of_another_model_is_refused(mode, run):
 def test_a_step_that_was_not_saved_is_refused(run):
   config = changed(SMOKE, export={"step": "5"})
   workdir = run()
-  with pytest.raises(ValueError, match=r"^export.step \(5\) .*\(none\)"):
+  with pytest.raises(ValueError, match=r"^export.step \('5'\) .*\(none\)"):
     resolve(config, "export", workdir)
   (workdir / "checkpoints" / "00000005").mkdir(parents=True)
   assert resolve(config, "export", workdir).model.weights == f"run:{workdir}@5"
