@@ -77,7 +77,8 @@ class Config:
   @property
   def model_inputs(self) -> ModelInputs:
     """The inputs of the model, for the data pipeline."""
-    vision = self.model_config.vision
+    vision, is_paired = self.model_config.vision, self.data.kind == "preference"
+    has_labels = is_paired and self.data.preference_rewards == "labels"
     return ModelInputs(
       name=self.model.name,
       weights=self.model.weights,
@@ -86,14 +87,8 @@ class Config:
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       max_new_tokens=self.rollout.max_new_tokens,
-      pays_unchecked=self._pays_unchecked,
+      pays_unchecked=has_labels or any(self.rewards.custom_weights),
     )
-
-  @property
-  def _pays_unchecked(self) -> bool:
-    kind, labels = self.data.kind, self.data.preference_rewards == "labels"
-    has_labels = kind == "preference" and labels
-    return has_labels or any(self.rewards.custom_weights)
 
   @property
   def lora(self) -> LoraConfig | None:
@@ -185,16 +180,13 @@ def _check_run(config: Config) -> None:
   """Checks the seed, paths, steps and metrics of the run."""
   # Stays as it is written, for run.json: a resume may have another home.
   expand_path("compilation_cache_dir", config.compilation_cache_dir)
-  last, num_steps = config.profile.steps[-1:], config.train.num_steps
+  num_steps = config.train.num_steps
+  ends = not config.profile.steps or config.profile.steps[-1] <= num_steps
+  rule = f"end by train.num_steps ({num_steps})"
   require_all(
     *(config, ""),
     ("seed", config.seed >= 0, "be at least 0", 1),
-    (
-      "profile.steps",
-      not last or last[0] <= num_steps,
-      f"end by train.num_steps ({num_steps})",
-      (num_steps, num_steps),
-    ),
+    ("profile.steps", ends, rule, (num_steps, num_steps)),
   )
   eval_metrics.check(config.eval, config.data, config.train, config.checkpoint)
 
@@ -202,29 +194,21 @@ def _check_run(config: Config) -> None:
 def _check_images(config: Config) -> None:
   """Checks the settings that only a model with an image tower has."""
   vision, data = config.model_config.vision, config.data
+  caches = config.rollout.image_cache_mib and config.model.train_vision
+  tower_rule = "be 0 if the image tower is trained, which changes its results"
+  has_crops = data.pan_and_scan.enabled and not vision
+  crops_rule = f"be False for {config.model.name}, a text model"
   most = max(1, data.prompt_buckets[-1] // vision.soft_tokens) if vision else 1
+  rule = (
+    f"be at most {most}: no more fit into the last of data.prompt_buckets "
+    f"({data.prompt_buckets[-1]}) of {config.model.name}"
+  )
+  remedy = "0, or model.train_vision=False"
   require_all(
     *(config, ""),
-    (
-      "rollout.image_cache_mib",
-      not (config.rollout.image_cache_mib and config.model.train_vision),
-      "be 0 if the image tower is trained, which changes its results every "
-      "step",
-      "0, or model.train_vision=False",
-    ),
-    (
-      "data.pan_and_scan.enabled",
-      not data.pan_and_scan.enabled or vision is not None,
-      f"be False for {config.model.name}, a text model",
-      False,
-    ),
-    (
-      "data.images_per_prompt",
-      data.images_per_prompt <= most,
-      f"be at most {most}: no more fit into the last of data.prompt_buckets "
-      f"({data.prompt_buckets[-1]}) of {config.model.name}",
-      most,
-    ),
+    ("rollout.image_cache_mib", not caches, f"{tower_rule} every step", remedy),
+    ("data.pan_and_scan.enabled", not has_crops, crops_rule, False),
+    ("data.images_per_prompt", data.images_per_prompt <= most, rule, most),
   )
 
 
@@ -232,26 +216,17 @@ def _check_rewards(config: Config) -> None:
   """Checks rewards and their shaping against the prompts and completions."""
   length, shaping = config.rollout.max_new_tokens, config.shaping
   is_online = config.data.kind == "online"
+  can_compare = config.rollout.num_generations >= 2 or not is_online
+  fits = shaping.soft_tokens <= length or shaping.truncated != "penalise"
+  tokens_rule = f"be at most rollout.max_new_tokens ({length})"
+  can_draw = is_online or shaping.zero_variance != "resample"
+  variance_rule = "not be resample if completions come with the data"
+  pair = "be at least 2, for an advantage compares completions of one prompt"
   require_all(
     *(config, ""),
-    (
-      "shaping.soft_tokens",
-      shaping.soft_tokens <= length or shaping.truncated != "penalise",
-      f"be at most rollout.max_new_tokens ({length})",
-      max(1, length // 4),
-    ),
-    (
-      "shaping.zero_variance",
-      is_online or shaping.zero_variance != "resample",
-      "not be resample if completions come with the data",
-      "drop",
-    ),
-    (
-      "rollout.num_generations",
-      config.rollout.num_generations >= 2 or not is_online,
-      "be at least 2, for an advantage compares completions of one prompt",
-      8,
-    ),
+    ("shaping.soft_tokens", fits, tokens_rule, max(1, length // 4)),
+    ("shaping.zero_variance", can_draw, variance_rule, "drop"),
+    ("rollout.num_generations", can_compare, pair, 8),
   )
   weight, name = config.rewards.weights["format"], config.data.prompt_template
   asks = chat_prompts.asks_for_tag(name)
@@ -311,34 +286,23 @@ def _check_divisions(config: Config) -> None:
   prompts = config.data.prompts_per_step
   bundles = config.train.microbatch_bundles
   part = config.rollout.prompts_at_a_time
-  multiple = f"of mesh.replica * mesh.fsdp ({shards})"
   sizes = {
     "data.prompts_per_step": prompts,
     "train.microbatch_bundles": bundles,
     "eval.batch_size": config.eval.batch_size,
   }
+  multiple = f"of mesh.replica * mesh.fsdp ({shards})"
+  for name, size in sizes.items():
+    nearest = max(1, round(size / shards)) * shards
+    rule = (name, size % shards == 0, f"be a multiple {multiple}", nearest)
+    require_all(config, "", rule)
+  divisor = f"divide data.prompts_per_step ({prompts})"
+  divides = part is None or (
+    part > 0 and part % shards == 0 and prompts % part == 0
+  )
+  parts = f"be None, or {divisor} into multiples {multiple}"
   require_all(
     *(config, ""),
-    *(
-      (
-        name,
-        size % shards == 0,
-        f"be a multiple {multiple}",
-        max(1, round(size / shards)) * shards,
-      )
-      for name, size in sizes.items()
-    ),
-    (
-      "train.microbatch_bundles",
-      prompts % bundles == 0,
-      f"divide data.prompts_per_step ({prompts})",
-      prompts,
-    ),
-    (
-      "rollout.prompts_at_a_time",
-      part is None or (part > 0 and part % shards == 0 and prompts % part == 0),
-      f"be None, or divide data.prompts_per_step ({prompts}) into multiples "
-      f"{multiple}",
-      shards,
-    ),
+    ("train.microbatch_bundles", prompts % bundles == 0, divisor, prompts),
+    ("rollout.prompts_at_a_time", divides, parts, shards),
   )

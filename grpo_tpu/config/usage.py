@@ -35,8 +35,6 @@ libraries too. Exit codes: 0 done, 64 a wrong setting, flag or data set, 75
 preempted or Ctrl-C, and saved (run the same command again), 76 no progress,
 130 Ctrl-C and nothing saved, 1 any other error.
 """
-# The settings of the objective change a preset, whose class documents them.
-_DOCUMENTED_BY: dict[type, type] = {ObjectiveSettings: ObjectiveConfig}
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -78,13 +76,14 @@ def _section(
   cls: type, values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
   """The items of a section, then the sections within it."""
-  documented = _DOCUMENTED_BY.get(cls, cls)
-  meanings = _meanings(cls) | _meanings(documented)
-  allowed = {
-    each.name: _describe_metadata(each.metadata)
-    for each in (*dataclasses.fields(documented), *dataclasses.fields(cls))
-    if each.metadata
-  }
+  # The settings of the objective change a preset, whose class documents them.
+  documented = ObjectiveConfig if cls is ObjectiveSettings else cls
+  meanings, allowed = _meanings(cls) | _meanings(documented), dict[str, str]()
+  for each in (*dataclasses.fields(documented), *dataclasses.fields(cls)):
+    if choices := each.metadata.get("choices"):
+      allowed[each.name] = f", choices {', '.join(choices)}"
+    elif bounds := each.metadata.get("bounds"):
+      allowed[each.name] = f", {describe_bounds(bounds)}"
   hints = typing.get_type_hints(cls)
   inner = [name for name in hints if dataclasses.is_dataclass(hints[name])]
   if prefix:
@@ -97,15 +96,6 @@ def _section(
       yield _item(f"{prefix}{name}", f"({default}) {meanings[name]}")
   for name in inner:
     yield from _section(hints[name], values[name], f"{prefix}{name}.")
-
-
-def _describe_metadata(metadata: Mapping[str, Any]) -> str:
-  """The values that a setting may have."""
-  if "choices" in metadata:
-    return f", choices {', '.join(metadata['choices'])}"
-  if "bounds" in metadata:
-    return f", {describe_bounds(metadata['bounds'])}"
-  return ""
 
 
 def _meanings(cls: type) -> dict[str, str]:

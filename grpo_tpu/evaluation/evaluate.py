@@ -202,22 +202,19 @@ def make_ablated_sources(
   config: Config, problems: records.Source
 ) -> dict[str, records.Source]:
   """The sources of the ablations that can be evaluated, by name."""
-  if not config.eval.ablations:
-    return {}
-  if config.model_config.vision is None:
-    logging.info("No eval.ablations: %s is a text model.", config.model.name)
-    return {}
-  count = config.eval.num_problems
-  if not eval_sets.any_problem(
+  names, count = config.eval.ablations, config.eval.num_problems
+  can_see = config.model_config.vision is not None and eval_sets.any_problem(
     problems, count, lambda x: x.is_checkable and bool(x.images)
-  ):
+  )
+  if names and not can_see:
     logging.info(
-      "No eval.ablations: no problem shows an image and has a public answer."
+      "No eval.ablations: %s sees no image of a problem with a public answer.",
+      config.model.name,
     )
-    return {}
   return {
     name: ablations.source(name, problems, num_problems=count, seed=config.seed)
-    for name in config.eval.ablations
+    for name in names
+    if can_see
   }
 
 
