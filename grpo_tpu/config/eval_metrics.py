@@ -77,13 +77,8 @@ def check(
 ) -> None:
   """Refuses names of sets that mean two things, and metrics never written."""
   taken = {name for name, *_ in evaluation.sets} & {*data_set_names(data)}
-  require(
-    not taken,
-    "eval.sets",
-    evaluation.sets,
-    f"not take a name of the data sets of data.dirs, {', '.join(taken)}",
-    "rename the set",
-  )
+  rule = f"not take a name of the data sets of data.dirs, {', '.join(taken)}"
+  require(not taken, "eval.sets", evaluation.sets, rule, "rename the set")
   written = names(evaluation, data) if evaluation.every_steps else []
   for setting, value, metric in targets(train, checkpoint):
     if metric not in written:

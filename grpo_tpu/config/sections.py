@@ -86,16 +86,10 @@ class TrainConfig:
 
   def __post_init__(self):
     check_fields(self, "train")
-    require_all(
-      self,
-      "train",
-      (
-        "stop_when",
-        not self.stop_when or self.stop_rule is not None,
-        "be a metric of evaluations, >= or <=, and a number, or empty",
-        "'eval/accuracy >= 0.95'",
-      ),
-    )
+    is_rule = not self.stop_when or self.stop_rule is not None
+    rule = "be a metric of evaluations, >= or <=, and a number, or empty"
+    example = "'eval/accuracy >= 0.95'"
+    require_all(self, "train", ("stop_when", is_rule, rule, example))
 
 
 @dataclass(frozen=True)
@@ -150,27 +144,23 @@ class EvalConfig:
 
   def __post_init__(self):
     check_fields(self, "eval")
-    most = self.num_samples or float("inf")
     names = [name for name, *_ in self.sets]
+    are_named = len({*names} - _TAKEN) == len(names) and all(
+      re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names
+    )
+    are_whole = all(folder.strip() and split for _, folder, split in self.sets)
+    sets_rule = (
+      "have a name, a data dir and a split each; names are of letters, digits, "
+      f"_ and -, differ, and are none of {', '.join(sorted(_TAKEN))}"
+    )
+    most = self.num_samples or float("inf")
+    ascend = list(self.ks) == sorted({k for k in self.ks if 1 <= k <= most})
+    ks_rule = "ascend from at least 1 to at most eval.num_samples"
+    ks = f"(1, {self.num_samples})" if self.num_samples > 1 else "(1,)"
     require_all(
-      self,
-      "eval",
-      (
-        "sets",
-        len({*names} - _TAKEN) == len(names)
-        and all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
-        and all(folder.strip() and split for _, folder, split in self.sets),
-        "have a name, a data dir and a split each; names are of letters, "
-        f"digits, _ and -, differ, and are none of {', '.join(sorted(_TAKEN))}",
-        _SETS["like"],
-      ),
-      (
-        "ks",
-        list(self.ks) == sorted({k for k in self.ks if 1 <= k <= most}),
-        f"ascend from at least 1 to at most eval.num_samples "
-        f"({self.num_samples})",
-        f"(1, {self.num_samples})" if self.num_samples > 1 else "(1,)",
-      ),
+      *(self, "eval"),
+      ("sets", are_named and are_whole, sets_rule, _SETS["like"]),
+      ("ks", ascend, f"{ks_rule} ({self.num_samples})", ks),
     )
 
 
@@ -205,13 +195,6 @@ class ProfileConfig:
 
   def __post_init__(self):
     steps = self.steps
-    require_all(
-      self,
-      "profile",
-      (
-        "steps",
-        not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
-        "be a first step and a last one, counted from 1, or empty for none",
-        (10, 12),
-      ),
-    )
+    ascend = not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
+    rule = "be a first step and a last one, counted from 1, or empty for none"
+    require_all(self, "profile", ("steps", ascend, rule, (10, 12)))

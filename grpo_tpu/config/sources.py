@@ -68,7 +68,10 @@ def resolve(
 def _take_run(
   config: Config, mode: str, workdir: str, has_weights_flag: bool
 ) -> Config:
-  """The settings with the checkpoint of the workdir's run, if it has one."""
+  """The settings with the checkpoint of the workdir's run, if it has one.
+
+  The run also gives the data if the settings name none.
+  """
   named = config.model.weights
   if named.startswith("random:") and not has_weights_flag:
     named = ""
@@ -96,7 +99,13 @@ def _take_run(
   if is_own and not step:
     weights = named
   logging.info("Reads the run in the workdir: model.weights=%s.", weights)
-  return _with_run(config, trained, weights)
+  data, saved = config.data, trained.get("data")
+  if saved and not data.weighted_dirs:
+    folder, dirs = recorded_dirs(saved, "the record of the run")
+    data = dataclasses.replace(data, dir=folder, dirs=dirs)
+    logging.info("Reads the data of the run: %s.", folder or dirs or "drawn")
+  model = dataclasses.replace(config.model, weights=weights)
+  return dataclasses.replace(config, model=model, data=data)
 
 
 def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
@@ -147,19 +156,6 @@ def _export_step(config: Config, workdir: str) -> str:
     "leave it out for the newest whole one",
   )
   return step
-
-
-def _with_run(
-  config: Config, trained: Mapping[str, Any], weights: str
-) -> Config:
-  """The settings with a run's checkpoint, and its data if they name none."""
-  data, saved = config.data, trained.get("data")
-  if saved and not data.weighted_dirs:
-    folder, dirs = recorded_dirs(saved, "the record of the run")
-    data = dataclasses.replace(data, dir=folder, dirs=dirs)
-    logging.info("Reads the data of the run: %s.", folder or dirs or "drawn")
-  model = dataclasses.replace(config.model, weights=weights)
-  return dataclasses.replace(config, model=model, data=data)
 
 
 def _describe_data(config: Config, mode: str) -> str:

@@ -46,7 +46,7 @@ def open_answers(
   image_files: Sequence[str],
   temperature: float,
   num_answers: int,
-) -> Callable[[], str]:
+) -> Callable[[], None]:
   """Checks the flags and the first question; returns what answers them all.
 
   Raises:
@@ -77,7 +77,7 @@ def run(
   problems: Iterable[records.Problem],
   temperature: float,
   num_answers: int,
-) -> str:
+) -> None:
   """Answers each problem when it comes.
 
   Raises:
@@ -103,7 +103,6 @@ def run(
         _answer(sampler, params, prompts, jax.random.key(config.seed), options)
   except BrokenPipeError:  # Whoever reads, as `head`, has read enough.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  return ""
 
 
 def _answer(

@@ -54,14 +54,15 @@ def check_targets(config: Config, sets: dict[str, dataset.Dataset]) -> None:
       continue
     count = config.eval.num_problems
     problems = mixtures.first(data.eval, count)
-    require(
-      any_problem(problems, count, functools.partial(_counts_for, inside)),
-      setting,
-      value,
-      "name a metric that is written, but no problem that counts for it of "
-      f"split {data.settings.eval_split} has a public answer",
-      "name another metric, or evaluate other problems",
+    counts = any_problem(
+      problems, count, functools.partial(_counts_for, inside)
     )
+    rule = (
+      "name a metric that is written, but no problem that counts for it of "
+      f"split {data.settings.eval_split} has a public answer"
+    )
+    remedy = "name another metric, or evaluate other problems"
+    require(counts, setting, value, rule, remedy)
 
 
 def any_problem(

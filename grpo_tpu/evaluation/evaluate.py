@@ -40,8 +40,7 @@ def evaluate(
 
   Returns the figures of `scores.compute`, and the `eval/` metrics as `scalars`.
   """
-  problems = mixtures.first(data.eval, config.eval.num_problems)
-  sources = make_ablated_sources(config, problems)
+  sources = make_ablated_sources(config, data.eval)
   batches = make_batches(data, config, sampler.mesh)
   with jax.set_mesh(sampler.mesh):
     evaluation = evaluate_set(
@@ -61,11 +60,7 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
   """
   with validation.user_errors():
     sets = eval_sets.open_sets(config, data)
-    problems = {
-      name: mixtures.first(each.eval, config.eval.num_problems)
-      for name, each in sets.items()
-    }
-    sources = {k: make_ablated_sources(config, x) for k, x in problems.items()}
+    sources = {k: make_ablated_sources(config, x.eval) for k, x in sets.items()}
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     # The report names the step that was read, even if a run saves newer ones.
     weights = load.resolve_weights(config.model.weights)
@@ -91,7 +86,8 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
         "seed": config.seed,
       }
       folder = pathlib.Path(workdir) / "eval" / name
-      outputs.write(evaluation, folder, problems[name], config.eval, facts)
+      problems = mixtures.first(each.eval, config.eval.num_problems)
+      outputs.write(evaluation, folder, problems, config.eval, facts)
   return f"open {pathlib.Path(workdir) / 'eval' / 'report.html'}"
 
 
@@ -203,6 +199,7 @@ def make_ablated_sources(
 ) -> dict[str, records.Source]:
   """The sources of the ablations that can be evaluated, by name."""
   names, count = config.eval.ablations, config.eval.num_problems
+  problems = mixtures.first(problems, count)
   can_see = config.model_config.vision is not None and eval_sets.any_problem(
     problems, count, lambda x: x.is_checkable and bool(x.images)
   )
