@@ -73,29 +73,19 @@ class Dataset:
     )
 
   def eval_batches(
-    self,
-    *,
-    num_problems: int,
-    batch_size: int,
-    kind: str = "online",
-    max_new_tokens: int = 0,
-    split: str | None = None,
-    **shards: Any,
+    self, *, num_problems: int, batch_size: int, **builder: Any
   ) -> pipeline.EvalBatches:
-    """The eval split, by the name `split` in the log, in order.
+    """The eval split in order.
 
-    `shards` holds the `shards` and `shard_count` of a process.
+    `builder` may hold `kind`, `max_new_tokens`, `shards` and `shard_count`, and
+    `split`, the name in the log.
     """
-    builder = self._builder(
-      source=mixtures.first(self.eval, num_problems),
-      split=self.settings.eval_split if split is None else split,
-      kind=kind,
-      seed=0,
-      max_new_tokens=max_new_tokens,
-      **shards,
-    )
+    builder = {"split": self.settings.eval_split} | builder
+    source = mixtures.first(self.eval, num_problems)
     return pipeline.make_eval_batches(
-      builder, num_problems=num_problems, batch_size=batch_size
+      self._builder(source, **builder),
+      num_problems=num_problems,
+      batch_size=batch_size,
     )
 
   def preference_batches(self, **options: Any) -> pipeline.EvalBatches:
@@ -112,11 +102,7 @@ class Dataset:
     Padding rows fill the batch.
     """
     batches = dataclasses.replace(self, eval=problems).eval_batches(
-      num_problems=batch_size,
-      batch_size=batch_size,
-      split="",
-      shards=(0,),
-      shard_count=1,
+      num_problems=batch_size, batch_size=batch_size, split=""
     )
     return batches[0]
 
@@ -125,11 +111,9 @@ class Dataset:
   ) -> records.Problem:
     """A person's question; raises a ValueError if it cannot be asked."""
     problem = records.make_question(text, images)
-    row = {"kind": "online", "seed": 0, "max_new_tokens": 0}
-    row |= {"source": [problem], "shards": (0,), "shard_count": 1}
     try:
       records.validate(problem)
-      self._builder(**row).measure(problem)
+      self._builder([problem]).measure(problem)
     except records.BadRecord as error:
       rule = f"be one that the model can be asked: {error.detail}"
       shown = untrusted.shorten(text)
@@ -139,12 +123,7 @@ class Dataset:
   def measure_train_records(self) -> "Dataset":
     """This with its `train_index`; `identity` has the records left out."""
     assert self.train is not None, "opened for evaluation alone"
-    builder = self._train_builder(
-      seed=0,
-      max_new_tokens=self.model.max_new_tokens,
-      shards=(0,),
-      shard_count=1,
-    )
+    builder = self._train_builder(max_new_tokens=self.model.max_new_tokens)
     index = record_index.scan(builder, len(self.train), for_training=True)
     identity = self.identity
     # Always named, it would part a run from its older checkpoints.
@@ -215,11 +194,9 @@ def open_dataset(
   if tokenizer and (settings.tokenizer or tokenizer.fingerprint != of_data):
     identity[own_tokenizer.OF_TOKENIZER] = tokenizer.fingerprint
   if not tokenizer:
-    tokenizer = own_tokenizer.open_small(model, dirs[0])
+    tokenizer = own_tokenizer.open_small(model, own, dirs[0])
     if len(dirs) > 1:
       logging.info("Takes the tokenizer of %s.", dirs[0].folder)
-  if not settings.tokenizer:
-    own_tokenizer.check_recorded(model, own, tokenizer)
   train, evaluated = None, data_dirs.open_split(dirs, settings.eval_split)
   if for_training or settings.few_shot:
     train = data_dirs.open_split(dirs, settings.train_split)
@@ -262,8 +239,6 @@ def open_prompts(
     named = bool(settings.weighted_dirs)
     require(named, "data.dir", settings.dir, rule, "or set data.tokenizer")
     return open_dataset(settings, model, "", for_training=False, seed=seed)
-  if not settings.tokenizer:
-    own_tokenizer.check_recorded(model, own, tokenizer)
   template = chat_prompts.open_template(
     settings.prompt_template, settings.system_prompt
   )

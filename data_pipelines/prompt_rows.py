@@ -42,16 +42,18 @@ class RowBuilder:
 
   source: records.Source  # The problems of one split.
   tokenizer: tokens.Tokenizer
-  kind: str  # One of `KINDS`: the completions of a prompt; see `Batch`.
-  seed: int  # For the rejected completions and the order of options.
   # Ascending lengths, in tokens, that prompts are padded to. A batch takes the
   # smallest that holds its longest prompt on any shard.
   prompt_buckets: tuple[int, ...]
-  max_new_tokens: int  # T; a longer completion makes its row invalid.
   image_size: int  # H, in pixels; 0 for a model without an image tower.
   soft_tokens: int  # Placeholders for each image.
-  shards: tuple[int, ...]  # The parts of a batch that are read here, ascending.
-  shard_count: int  # Number of equal parts that a batch is cut into.
+  # One of `KINDS`: the completions of a prompt; see `Batch`.
+  kind: str = "online"
+  max_new_tokens: int = 0  # T; a longer completion makes its row invalid.
+  seed: int = 0  # For the rejected completions and the order of options.
+  # The parts of a batch that are read here, ascending.
+  shards: tuple[int, ...] = (0,)
+  shard_count: int = 1  # Number of equal parts that a batch is cut into.
   # None draws a right completion and wrong ones for "preference".
   completion_source: preferences.Source | None = None
   num_labelled: int = 2  # Labelled completions for each prompt.

@@ -188,11 +188,6 @@ def _lines(problem: Problem) -> list[str]:
   return [f"{problem.question}{unit}", *options]
 
 
-def with_official_query(problem: Problem) -> Problem:
-  """The problem with the query that MathVista would ship for it."""
-  return dataclasses.replace(problem, query=official_query(problem))
-
-
 def from_result(row: Mapping[str, Any]) -> Problem:
   """The problem in one record of a results file, without image bytes."""
   parsers = {

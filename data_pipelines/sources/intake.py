@@ -13,7 +13,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import logging
 
@@ -204,18 +204,6 @@ def _digest(problem: records.Problem) -> str:
   digest = hashlib.sha256(b"".join(example.pop("images")))
   digest.update(json.dumps(example, sort_keys=True).encode())
   return digest.hexdigest()
-
-
-def choose_columns(
-  readers: files.Readers, given: Mapping[str, str]
-) -> columns.Columns | None:
-  """The columns of a source, by its first rows; None if it holds problems."""
-  share = max(1, 100 // len(readers))
-  rows: list[Mapping[str, Any]] = []
-  for read in readers.values():
-    found = itertools.islice(read(), share)
-    rows += [raw.values for raw in found if isinstance(raw, files.Row)]
-  return columns.choose(rows, given) if rows else None
 
 
 def check_records(

@@ -129,19 +129,21 @@ def names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
 def problems_by_pid(
   data_dirs: str | os.PathLike[str], pids: Collection[str]
 ) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from a run's data dirs, DIR or DIR,DIR."""
+  """Reads the problems of some pids from a run's data dirs, DIR or DIR,DIR.
+
+  Damaged records are left out.
+  """
   # Slow to import, and the settings need the names alone.
   from data_pipelines.sources import stored
 
   named = os.fspath(data_dirs)
   parts = [named] if os.path.isdir(named) else named.split(",")
   folders = [validation.to_path("data_dir", part) for part in parts]
-  if len(folders) == 1:
-    return stored.problems_by_pid(folders[0], pids)
   found = {}
   for name, folder in zip(names(folders), folders, strict=True):
-    own = {x.removeprefix(f"{name}/") for x in pids if x.startswith(f"{name}/")}
-    for problem in stored.problems_by_pid(folder, own).values():
-      problem = _rename(problem, name)
-      found[problem.pid] = problem
+    splits = stored.require_sources(folder).values()
+    for each in itertools.chain.from_iterable(map(stored.read_all, splits)):
+      if isinstance(each, records.Problem):
+        each = _rename(each, name) if len(folders) > 1 else each
+        found |= {each.pid: each} if each.pid in pids else {}
   return found

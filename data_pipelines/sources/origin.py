@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Container, Mapping
 from dataclasses import field
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from absl import logging
 
 from data_pipelines import validation
-from data_pipelines.sources import files, intake
+from data_pipelines.sources import files
 from data_pipelines.sources.drawn import reasoning_gym, synthetic
 from data_pipelines.sources.rows import columns
 from data_pipelines.validation import at_least, interval, one_of
@@ -106,11 +107,17 @@ def _matching(ours: str, names: list[str]) -> list[str]:
 def choose_columns(
   origin: Origin, given: Mapping[str, str], used: Container[str]
 ) -> dict[str, columns.Columns]:
-  """The columns of each used split of the source, if it holds rows."""
+  """The columns of each used split, by the first rows, if it holds rows."""
   chosen: dict[str, columns.Columns] = {}
   for part in origin.parts:
-    readers = {name: origin.readers[name] for name in part if name in used}
-    if readers and (found := intake.choose_columns(readers, given)) is not None:
+    names = [name for name in part if name in used]
+    firsts = (
+      itertools.islice(origin.readers[name](), max(1, 100 // len(names)))
+      for name in names
+    )
+    records = itertools.chain.from_iterable(firsts)
+    if rows := [raw.values for raw in records if isinstance(raw, files.Row)]:
+      found = columns.choose(rows, given)
       logging.info("%s", found.described)
-      chosen |= dict.fromkeys(readers, found)
+      chosen |= dict.fromkeys(names, found)
   return chosen

@@ -10,7 +10,7 @@ import itertools
 import os
 import pathlib
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,25 +208,13 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
 
 def source(data_dir: str | os.PathLike[str], split: str) -> Source:
   """Random access to the problems of a split of a data dir."""
-  found = _require_sources(data_dir)
+  found = require_sources(data_dir)
   if split not in found:
     raise ValueError(
       f"split ({split!r}) must be one of {sorted(found)} in "
       f"{os.fspath(data_dir)}; a split that got no problem is not written."
     )
   return found[split]
-
-
-def problems_by_pid(
-  data_dir: str | os.PathLike[str], pids: Container[str]
-) -> dict[str, records.Problem]:
-  """Reads the problems of some pids from all splits, except damaged records."""
-  return {
-    each.pid: each
-    for split in _require_sources(data_dir).values()
-    for each in read_all(split)
-    if isinstance(each, records.Problem) and each.pid in pids
-  }
 
 
 def read_all(source: Source) -> Iterator[records.Problem | records.BadRecord]:
@@ -240,7 +228,8 @@ def read_all(source: Source) -> Iterator[records.Problem | records.BadRecord]:
     yield raw
 
 
-def _require_sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
+def require_sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
+  """Every split of a data dir, of which there must be one."""
   found = sources(data_dir)
   if not found:
     raise ValueError(

@@ -7,12 +7,11 @@ References:
   GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import dataclasses
 import mmap
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.text import untrusted
 
@@ -29,8 +28,7 @@ _SCALARS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
   """A tensor's description."""
 
   kind: int  # The format's number of the element type.
@@ -38,8 +36,7 @@ class Tensor:
   start: int  # Its first byte in the file.
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
   """The header of a file."""
 
   num_bytes: int  # Size of the file.
@@ -75,8 +72,8 @@ class _Parser:
         f"{', '.join(map(str, _VERSIONS))}."
       )
     num_tensors, num_keys = self._number("Q"), self._number("Q")
-    metadata = dict(self._unique(self._metadata(num_keys), "key"))
-    found = dict(self._unique(self._tensors(num_tensors), "tensor"))
+    metadata = self._unique(self._metadata(num_keys), "key")
+    found = self._unique(self._tensors(num_tensors), "tensor")
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     key = f"'general.alignment' in {self._source}"
     untrusted.check_kind(alignment, int, key)
@@ -84,7 +81,7 @@ class _Parser:
       raise ValueError(f"{key} must be a power of two, not {alignment}.")
     data = -(-self._at // alignment) * alignment
     tensors = {
-      name: dataclasses.replace(tensor, start=data + tensor.start)
+      name: tensor._replace(start=data + tensor.start)
       for name, tensor in found.items()
     }
     return Header(len(self._content), metadata, tensors)
@@ -127,15 +124,15 @@ class _Parser:
 
   def _unique(
     self, pairs: Iterator[tuple[str, Any]], what: str
-  ) -> Iterator[tuple[str, Any]]:
-    names = set()
+  ) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, value in pairs:
-      if name in names:
+      if name in found:
         raise ValueError(
           f"{self._source} has {what} {untrusted.shorten(name)} twice."
         )
-      names.add(name)
-      yield name, value
+      found[name] = value
+    return found
 
   def _string(self, what: str) -> str:
     text = self._take(self._number("Q"), what)

@@ -93,6 +93,8 @@ def open_own(
         f"({model.name!r}) has {size} embeddings; set data.tokenizer to the "
         "tokenizer of the model."
       )
+    if not settings.tokenizer:
+      _check_recorded(model, own, tokenizer)
     return tokenizer
   # Random weights of a released size know no tokens, so any ids will do.
   scheme, _, folder = model.weights.partition(":")
@@ -109,7 +111,9 @@ def open_own(
   return None
 
 
-def open_small(model: ModelInputs, data: data_dirs.DataDir) -> tokens.Tokenizer:
+def open_small(
+  model: ModelInputs, own: Found, data: data_dirs.DataDir
+) -> tokens.Tokenizer:
   """Opens the tokenizer of a data dir, which the model must have ids for."""
   made = data.manifest["tokenizer"]
   if made["vocab_size"] > model.vocab_size:
@@ -121,10 +125,11 @@ def open_small(model: ModelInputs, data: data_dirs.DataDir) -> tokens.Tokenizer:
   tokenizer = tokens.Tokenizer(data.folder / "tokenizer.model")
   if tokenizer.fingerprint != made["fingerprint"]:
     data.refuse_changed("tokenizer.model holds another tokenizer")
+  _check_recorded(model, own, tokenizer)
   return tokenizer
 
 
-def check_recorded(
+def _check_recorded(
   model: ModelInputs, own: Found, tokenizer: tokens.Tokenizer
 ) -> None:
   """Refuses a tokenizer that is not the one that a run was trained with."""

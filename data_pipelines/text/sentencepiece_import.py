@@ -20,8 +20,11 @@ from google.protobuf import message
 from data_pipelines.text import gguf_header, untrusted
 from data_pipelines.text.chat_format import GEMMA3
 
-# SentencePiece's types of pieces; GGUF uses the same numbers.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+# Generated at run time, so type checkers cannot see its contents.
+_FORMAT: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+# SentencePiece's types of pieces; GGUF uses the same numbers. `NORMAL` ones are
+# made by merges, `USER_DEFINED` ones are found before any merge.
+NORMAL, _UNKNOWN, _CONTROL, USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 # transformers adds this token after the vocabulary.
@@ -34,16 +37,6 @@ class Piece(NamedTuple):
   text: str
   score: float
   kind: int
-
-  @property
-  def is_normal(self) -> bool:
-    """True if merges make it."""
-    return self.kind == _NORMAL
-
-  @property
-  def is_symbol(self) -> bool:
-    """True if it is found before any merge."""
-    return self.kind == _USER_DEFINED
 
 
 def from_gguf(path: str | os.PathLike[str]) -> bytes:
@@ -71,8 +64,8 @@ def from_gguf(path: str | os.PathLike[str]) -> bytes:
     for text, score, kind in zip(*columns, strict=True):
       # GGUF calls <start_of_turn> a control; encoding would split a control
       # into ordinary pieces.
-      if kind in (_CONTROL, _USER_DEFINED):
-        text, kind = _escape_spaces(text), _USER_DEFINED
+      if kind in (_CONTROL, USER_DEFINED):
+        text, kind = text.replace(" ", _SPACE), USER_DEFINED
       pieces.append(Piece(text, score, kind))
     return _serialize(pieces)
 
@@ -112,10 +105,10 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
 
     def piece(text: str) -> Piece:
       if text in added:
-        return Piece(_escape_spaces(text), 0.0, _USER_DEFINED)
+        return Piece(text.replace(" ", _SPACE), 0.0, USER_DEFINED)
       if _BYTE_NAME.fullmatch(text):
         return Piece(text, 0.0, _BYTE)
-      return Piece(text, -float(rank.get(text, len(rank))), _NORMAL)
+      return Piece(text, -float(rank.get(text, len(rank))), NORMAL)
 
     return _serialize([piece(text) for text in texts])
 
@@ -144,10 +137,6 @@ def _merge_pair(merge: Any) -> str:
   return "".join(halves)
 
 
-def _escape_spaces(text: str) -> str:
-  return text.replace(" ", _SPACE)
-
-
 def check_pieces(model: bytes) -> None:
   """Checks the pieces of a SentencePiece model.
 
@@ -155,7 +144,7 @@ def check_pieces(model: bytes) -> None:
   cannot decode one that is no text.
   """
   try:
-    pieces = _model_format().ModelProto.FromString(model).pieces
+    pieces = _FORMAT.ModelProto.FromString(model).pieces
   except message.DecodeError as error:
     raise ValueError(str(error)) from error
   for number, piece in enumerate(pieces):
@@ -166,18 +155,13 @@ def check_pieces(model: bytes) -> None:
 
 def read_pieces(model: bytes) -> list[Piece]:
   """The pieces of a SentencePiece model that has been checked, by id."""
-  proto = _model_format().ModelProto.FromString(model)
+  proto = _FORMAT.ModelProto.FromString(model)
   return [Piece(x.piece, x.score, x.type) for x in proto.pieces]
-
-
-def _model_format() -> Any:
-  # Generated at run time, so type checkers cannot see its contents.
-  return importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
 def _serialize(pieces: Sequence[Piece]) -> bytes:
   """A SentencePiece model file with these pieces."""
-  proto = _model_format().ModelProto()
+  proto = _FORMAT.ModelProto()
   for number, (text, score, kind) in enumerate(pieces):
     if number in (GEMMA3.pad, GEMMA3.eos, GEMMA3.bos):
       kind = _CONTROL

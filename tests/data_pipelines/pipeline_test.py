@@ -605,7 +605,8 @@ def make_choice(index, choices=COLOURS):
     question_type="multi_choice",
     answer_type="text",
   )
-  return records.with_official_query(problem)
+  query = records.official_query(problem)
+  return dataclasses.replace(problem, query=query)
 
 
 # The last problem refers to its options and keeps their order.

@@ -5,7 +5,7 @@ Problem `i` of a set is a pure function of the settings and `i`.
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def problem(spec: Spec, index: int) -> records.Problem:
       "split": "synthetic",
     },
   )
-  return records.with_official_query(result)
+  return replace(result, query=records.official_query(result))
 
 
 def _plan(spec: Spec, index: int) -> tuple[np.random.Generator, str]:

@@ -159,10 +159,10 @@ def to_problem(
   row: files.Row, columns: Columns, number: int, settings: Settings
 ) -> Problem:
   """The problem of a row; `number` names one that has no id."""
-  reader = _Row(row, columns)
+  reader = _Row(row, columns, settings)
   if columns.is_mathvista:
     problem = mathvista.to_problem(row.values, row.read)
-    return reader.with_measures(problem, settings)
+    return reader.with_measures(problem)
   completions, talk = reader.preferences()
   images, is_merged = reader.images(talk)
   found = reader.options()
@@ -183,8 +183,7 @@ def to_problem(
   )
   found = found._replace(texts=options)
   reply = "" if completions else reader.reply(talk)
-  problem = reader.with_answer(problem, found, reply, settings)
-  problem = reader.with_measures(problem, settings)
+  problem = reader.with_measures(reader.with_answer(problem, found, reply))
   return dataclasses.replace(problem, query=records.plain_query(problem))
 
 
@@ -205,6 +204,7 @@ class _Row:
 
   row: files.Row
   columns: Columns
+  settings: Settings = Settings()
 
   def all(self, role: str) -> list[Any]:
     """The values of a role's columns, without missing ones."""
@@ -297,11 +297,7 @@ class _Row:
     return choices.read(found, self.name("choices"))
 
   def with_answer(
-    self,
-    problem: Problem,
-    found: choices.Choices,
-    reply: str,
-    settings: Settings,
+    self, problem: Problem, found: choices.Choices, reply: str
   ) -> Problem:
     """The problem with its gold, its worked answer and its demonstration.
 
@@ -327,7 +323,7 @@ class _Row:
     except BadRecord:
       is_empty = from_reply or gold.is_missing(value)
       is_shown = is_empty and bool(problem.completions or reply)
-      if settings.unchecked_answers != "keep" and not is_shown:
+      if self.settings.unchecked_answers != "keep" and not is_shown:
         if not self.columns.names["answer"]:
           raise BadRecord(
             "missing_answer",
@@ -372,7 +368,7 @@ class _Row:
       question_type="multi_choice",
     )
 
-  def with_measures(self, problem: Problem, settings: Settings) -> Problem:
+  def with_measures(self, problem: Problem) -> Problem:
     """The problem with its unit, measures, aliases and official rule."""
     changes: dict[str, Any] = {}
     if rule := self.columns.official_rule:
@@ -393,7 +389,7 @@ class _Row:
         changes["precision"] = min(int(places), records.MAX_PRECISION)
         changes["answer_type"] = "float"
       given = gold.to_float(self.get("tolerance")), problem.tolerance or None
-      known = (*given, settings.tolerance, self.columns.tolerance)
+      known = (*given, self.settings.tolerance, self.columns.tolerance)
       first = next(each for each in known if each is not None)
       changes["tolerance"] = records.to_tolerance("tolerance", first)
     return dataclasses.replace(problem, **changes)

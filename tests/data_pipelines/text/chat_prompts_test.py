@@ -25,7 +25,8 @@ def make_problem(
     solution=solution,
     images=(b"image",) * num_images,
   )
-  return records.with_official_query(problem)
+  query = records.official_query(problem)
+  return dataclasses.replace(problem, query=query)
 
 
 @pytest.fixture(scope="module")

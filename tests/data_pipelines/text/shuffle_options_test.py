@@ -41,7 +41,8 @@ def make_problem(
     solution=solution,
     metadata={},
   )
-  return records.with_official_query(problem)
+  query = records.official_query(problem)
+  return dataclasses.replace(problem, query=query)
 
 
 def shuffled(problem, seed=0):
@@ -90,7 +91,7 @@ def test_nothing_but_the_order_and_the_query_changes(problems):
 def test_the_query_is_the_official_one_with_its_option_lines_moved(problems):
   for seed, problem in enumerate(problems):
     changed = shuffled(problem, seed)
-    assert changed.query == records.with_official_query(changed).query
+    assert changed.query == records.official_query(changed)
     # By hand: the lines of the options are the last of the query.
     ahead = problem.query.rpartition("\nChoices:\n")[0]
     lines = [

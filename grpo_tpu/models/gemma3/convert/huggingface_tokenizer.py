@@ -37,7 +37,9 @@ def tokenizer_files(
   pieces = sentencepiece_import.read_pieces(source.model)
   vocab = {piece.text: number for number, piece in enumerate(pieces)}
   content, merges = _FIXED["tokenizer"], list(_merges(pieces))
-  found = {piece.text for piece in pieces if piece.is_symbol}
+  found = {
+    x.text for x in pieces if x.kind == sentencepiece_import.USER_DEFINED
+  }
   settings = _FIXED["tokenizer_config"]
   if config.vision:
     images = _FIXED["image_tokens"]
@@ -92,7 +94,7 @@ def _merges(
   pieces: Sequence[sentencepiece_import.Piece],
 ) -> Iterator[tuple[str, str]]:
   """Pairs of pieces that make a piece, the best piece first."""
-  normal = [piece for piece in pieces if piece.is_normal]
+  normal = [x for x in pieces if x.kind == sentencepiece_import.NORMAL]
   known = {piece.text for piece in normal}
   for piece in sorted(normal, key=lambda piece: -piece.score):
     for cut in range(1, len(piece.text)):
