@@ -82,7 +82,7 @@ class Dataset:
     """
     builder = {"split": self.settings.eval_split} | builder
     source = mixtures.first(self.eval, num_problems)
-    return pipeline.make_eval_batches(
+    return pipeline.EvalBatches(
       self._builder(source, **builder),
       num_problems=num_problems,
       batch_size=batch_size,

@@ -139,42 +139,34 @@ class TrainBatches:
     return {self._shape_of(step) for step in range(num_steps)}
 
 
-def make_eval_batches(
-  builder: prompt_rows.RowBuilder, *, num_problems: int, batch_size: int
-) -> "EvalBatches":
+class EvalBatches:
   """One reader's batches of the first problems of a source, in its order.
 
   All have `batch_size` rows over all shards; padding rows fill the last one. A
-  row counts as a problem, answered or not, if its problem has a pid.
+  row counts as a problem, answered or not, if its problem has a pid. They can
+  be iterated over again.
   """
-  _check_batch_size(builder, "eval.batch_size", batch_size)
-  count = min(num_problems, len(builder.source))
-  index = record_index.scan(builder, count, for_training=False)
-  return EvalBatches(builder, index, batch_size)
-
-
-class EvalBatches:
-  """Batches in a fixed order, which can be iterated over again."""
 
   def __init__(
     self,
     builder: prompt_rows.RowBuilder,
-    index: record_index.RecordIndex,
+    *,
+    num_problems: int,
     batch_size: int,
   ):
+    _check_batch_size(builder, "eval.batch_size", batch_size)
     self._builder, self._size = builder, batch_size
-    self._num_problems = len(index.lengths)
-    num_batches = -(-self._num_problems // batch_size)
-    self._index = index.pad_to(num_batches * batch_size)
+    self._num_problems = min(num_problems, len(builder.source))
+    index = record_index.scan(builder, self._num_problems, for_training=False)
+    self._index = index.pad_to(
+      -(-self._num_problems // batch_size) * batch_size
+    )
 
   def with_source(self, source: records.Source) -> "EvalBatches":
-    """The batches of another source with equal texts, maybe other crops."""
-    builder = dataclasses.replace(self._builder, source=source)
+    """The batches of as many problems of another source."""
+    builder = dataclasses.replace(self._builder, source=source, split="")
     count = self._num_problems
-    index = self._index.select(slice(count))
-    if builder.pan_and_scan.enabled:
-      index = record_index.scan(builder, count, for_training=False)
-    return EvalBatches(builder, index, self._size)
+    return EvalBatches(builder, num_problems=count, batch_size=self._size)
 
   def __len__(self) -> int:
     return len(self._index.lengths) // self._size

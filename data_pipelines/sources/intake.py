@@ -213,18 +213,16 @@ def check_records(
   looks: near_duplicates.Looks,
   *,
   num_workers: int = 0,
-  total: int | None = None,
 ) -> tuple[list[Record], list[Reject]]:
   """The usable records and the rejected ones, in the order of the source.
 
-  `scratch` gets the usable problems, `looks` their perceptual hashes. `total`
-  is the number of records, if it is known, for the log.
+  `scratch` gets the usable problems, `looks` their perceptual hashes.
   """
   accepted: list[Record] = []
   rejects: list[Reject] = []
   taken: dict[str, Record] = {}
   with contextlib.closing(_check(readers, checker, num_workers)) as results:
-    for checked in _with_progress(results, total):
+    for checked in _with_progress(results):
       if isinstance(checked, Reject):
         rejects.append(checked)
         continue
@@ -277,19 +275,15 @@ def _check(
     )
 
 
-def _with_progress[T](results: Iterable[T], total: int | None) -> Iterator[T]:
+def _with_progress[T](results: Iterable[T]) -> Iterator[T]:
   """Passes results on, and logs now and then how many there were."""
   start = last = time.monotonic()
   for count, result in enumerate(results, 1):
     yield result
     now = time.monotonic()
-    if now - last < _LOG_SECONDS:
-      continue
-    last, speed = now, count / (now - start)
-    left = ""
-    if total is not None:
-      left = f" of {total:,}, {max(total - count, 0) / speed:,.0f} s left"
-    logging.info("Checked %s records%s; %.0f/s.", f"{count:,}", left, speed)
+    if now - last >= _LOG_SECONDS:
+      last, speed = now, count / (now - start)
+      logging.info("Checked %s records; %.0f/s.", f"{count:,}", speed)
 
 
 def hash_all(

@@ -19,7 +19,7 @@ import sentencepiece
 from etils import epath
 
 from data_pipelines.text import sentencepiece_import, tables, untrusted
-from data_pipelines.text.chat_format import GEMMA3, ChatFormat
+from data_pipelines.text.chat_format import GEMMA3
 
 # Names the file that the `gemma` library reads, in that library's folder.
 GEMMA = "gemma"
@@ -35,26 +35,23 @@ _TRAINER_OPTIONS = {
 
 
 class Tokenizer:
-  """A SentencePiece model with the special tokens of a chat format.
+  """A SentencePiece model with the special tokens of `chat`.
 
   `vocab_size` is the number of ids, `start_of_image` and `end_of_image` open
   and close an image, `fingerprint` is the SHA-256 of the file in `model`, and
   `controls` are the ids that text never gives and decoding leaves out.
   """
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    model: bytes | None = None,
-    chat: ChatFormat = GEMMA3,
-  ):
+  chat = GEMMA3
+
+  def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
     """Reads the file at `path`, local or on gs://.
 
     It is a SentencePiece model, a GGUF file, a `tokenizer.json` of Hugging
-    Face, or "gemma" for `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`,
-    with the special tokens of `chat`. It is not read if `model` is given.
+    Face, or "gemma" for `$GEMMA_CACHE_DIR/tokenizer/tokenizer_gemma3.model`.
+    It is not read if `model` is given.
     """
-    self._path, self.chat = os.fspath(path), chat
+    self._path, chat = os.fspath(path), self.chat
     self.model = _read_model(self._path) if model is None else model
     self.fingerprint = hashlib.sha256(self.model).hexdigest()
     self._processor = sentencepiece.SentencePieceProcessor()
@@ -77,7 +74,7 @@ class Tokenizer:
 
   def __reduce__(self):
     """Pickles with the model, so that worker processes need no file."""
-    return type(self), (self._path, self.model, self.chat)
+    return type(self), (self._path, self.model)
 
   def encode(self, text: str) -> list[int]:
     """Encodes plain text, in which "<end_of_turn>" ends no turn."""

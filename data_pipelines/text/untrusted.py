@@ -56,16 +56,10 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
     return file.read(size)
 
 
-def read_json(
-  path: str | os.PathLike,
-  kind: type = dict,
-  max_bytes: int = MAX_JSON_BYTES,
-  *,
-  source: str = "",
-) -> Any:
-  """The JSON document in a file; see `read_bytes` and `parse_json`."""
-  source = source or os.fspath(path)
-  return parse_json(read_bytes(path, max_bytes), source, kind)
+def read_json(path: str | os.PathLike, *, source: str = "") -> Any:
+  """The JSON object in a file; see `read_bytes` and `parse_json`."""
+  content = read_bytes(path, MAX_JSON_BYTES)
+  return parse_json(content, source or os.fspath(path))
 
 
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:

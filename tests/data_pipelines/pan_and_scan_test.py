@@ -84,9 +84,7 @@ def eval_batches(tokenizer, source=PROBLEMS, **changes):
   builder = prompt_rows.RowBuilder(
     source=source, tokenizer=tokenizer, **SHARED | dict(seed=0) | changes
   )
-  return pipeline.make_eval_batches(
-    builder, num_problems=len(PROBLEMS), batch_size=5
-  )
+  return pipeline.EvalBatches(builder, num_problems=len(PROBLEMS), batch_size=5)
 
 
 def num_shown(problem):

@@ -112,7 +112,7 @@ def eval_batches(tokenizer, source=PROBLEMS, **changes):
   for name in size.keys() & changes.keys():
     size[name] = changes.pop(name)
   builder = make_builder(tokenizer, source, **settings | changes)
-  return pipeline.make_eval_batches(builder, **size)
+  return pipeline.EvalBatches(builder, **size)
 
 
 def joined(shards):
@@ -382,7 +382,7 @@ def test_a_text_model_leaves_out_problems_with_pictures(tokenizer, caplog):
 def test_a_text_model_without_a_text_problem_is_refused_by_name(tokenizer):
   remedy = (
     r"none of the 13 records .* 13 with pictures, which model.name "
-    r"\('gemma3_270m'\) cannot see. To go on, set model.name to one with an "
+    r"\('gemma3_270m'\) cannot see. To continue, set model.name to one with an "
     "image tower, such as gemma3_4b, or data.dir to problems without pictures"
   )
   for read in (batches, eval_batches):

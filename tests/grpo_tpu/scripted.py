@@ -203,7 +203,7 @@ def make_builder(source, tokenizer, **changes):
 
 def batches_of(tokenizer, *, batch_size, indices=EVERY):
   builder = make_builder(Source(indices), tokenizer)
-  return pipeline.make_eval_batches(
+  return pipeline.EvalBatches(
     builder, num_problems=len(SCRIPT), batch_size=batch_size
   )
 

@@ -7,7 +7,7 @@ from data_pipelines.sources import intake, near_duplicates, origin, stored
 
 
 def columns_of(readers, given=()):
-  source = origin.Origin("", readers, [[name] for name in readers], {}, {})
+  source = origin.Origin("", readers, [[name] for name in readers], {})
   return origin.choose_columns(source, dict(given), readers)
 
 

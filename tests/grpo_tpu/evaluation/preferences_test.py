@@ -51,7 +51,7 @@ def evaluated(tokenizer, monkeypatch):
       completion_source=completion_source,
       num_labelled=3,
     )
-    batches = pipeline.make_eval_batches(
+    batches = pipeline.EvalBatches(
       builder, num_problems=5, batch_size=batch_size
     )
     result = preferences.evaluate_preferences(

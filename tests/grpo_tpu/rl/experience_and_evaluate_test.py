@@ -493,7 +493,7 @@ def offline(run, tokenizer, num_shown=None):
   config = run.config
   # In the order of the source, and with the rows that training leaves out.
   count = len(SCRIPT)
-  (batch,) = pipeline.make_eval_batches(
+  (batch,) = pipeline.EvalBatches(
     make_builder(Source(range(count)), tokenizer, kind=config.data.kind),
     num_problems=count,
     batch_size=count,

@@ -107,7 +107,7 @@ def test_scores_equal_those_of_transformers(
     shards=(0,),
     shard_count=1,
   )
-  (batch,) = pipeline.make_eval_batches(builder, num_problems=4, batch_size=4)
+  (batch,) = pipeline.EvalBatches(builder, num_problems=4, batch_size=4)
   assert batch.valid.all() and batch.images.shape[1] == 2
   bundles = TrainBatch(
     *(batch.prompt_ids, batch.prompt_length, batch.images),
