@@ -1,5 +1,6 @@
 """How the commands of this package read their flags, and refuse bad ones."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,7 +20,10 @@ def parse(argv: Sequence[str]) -> list[str]:
   A flag that cannot be read ends the program with exit code 64.
   """
   terminal.set_up()
-  terminal.die_of_interrupts()
+  # Ctrl-C ends the program without a traceback, unless it must be ignored, as
+  # by a shell's background job.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     return flags.FLAGS(argv)
   except Exception as error:  # A config file may raise anything.

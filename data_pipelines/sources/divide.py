@@ -65,10 +65,9 @@ def divide(
   sides = splits.assign(
     records, places, salt=salt, eval_fraction=options.eval_fraction
   )
-  withheld = splits.withhold(
+  withheld, reasons = splits.withhold(
     records, sides, near=near, looks=looks, excluded=excluded
   )
-  reasons = splits.by_reason(withheld.values())
   if reasons:
     logging.warning("Withheld from train: %s.", _list_examples(reasons))
   found: dict[str, list[intake.Record]] = {}

@@ -71,8 +71,9 @@ _KNOWN = ", ".join(readers.KINDS)
 
 def find(path: epath.PathLike) -> Folder:
   """Finds the data in a folder or a file, locally or on gs://."""
+  with validation.user_errors():
+    root = epath.Path(validation.expand_path("source", os.fspath(path)))
   try:
-    root = epath.Path(path)
     root = root if "://" in os.fspath(path) else root.resolve()
     if root.is_dir():
       return _open_data_dir(root) or _open(root, _choose(root))

@@ -70,12 +70,12 @@ def open_source(source: Source) -> Origin:
     draw = functools.partial(reasoning_gym.problems, source)
     return Origin(str(source), {"": draw}, [], {})
   if isinstance(source, str):
-    folder = _find(source)
+    folder = files.find(source)
     parts = [list(folder.readers)]
     return Origin(source, folder.readers, parts, folder.files)
   readers, parts, hashes = {}, [], {}
   for ours, path in source.items():
-    folder = _find(path)
+    folder = files.find(path)
     chosen = _matching(ours, list(folder.readers))
     keys = {name: f"{ours}/{name}".rstrip("/") for name in chosen}
     parts.append(list(keys.values()))
@@ -83,11 +83,6 @@ def open_source(source: Source) -> Origin:
     hashes |= {f"{ours}/{name}": each for name, each in folder.files.items()}
   name = ",".join(f"{ours}={path}" for ours, path in source.items())
   return Origin(name, readers, parts, hashes)
-
-
-def _find(path: str) -> files.Folder:
-  is_remote = "://" in path
-  return files.find(path if is_remote else validation.to_path("source", path))
 
 
 def _matching(ours: str, names: list[str]) -> list[str]:

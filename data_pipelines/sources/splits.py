@@ -7,7 +7,6 @@ so that others never move it. docs/adr/0006 has the reasons.
 import collections
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from data_pipelines import validation
 from data_pipelines.sources import near_duplicates
@@ -17,14 +16,6 @@ OURS = ("train", "eval", "test")
 # The place of a source split whose records are divided into train and eval.
 DIVIDED = "divided"
 _VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
-
-
-class Withheld(NamedTuple):
-  """Why a record does not train: what it shares, and with which record."""
-
-  reason: str
-  pid: str
-  twin: str
 
 
 def plan(
@@ -120,9 +111,10 @@ def withhold(
   near: str,
   looks: near_duplicates.Looks,
   excluded: Mapping[str, str],
-) -> dict[int, Withheld]:
-  """The records of `train` that are withheld, by their index.
+) -> tuple[set[int], dict[str, list[str]]]:
+  """The indices of the records of `train` that are withheld, and the reasons.
 
+  Each reason, in order, has every pid with its twin, as "pid ~ pid".
   `near` says what `train` loses to other sides: "exact", "perceptual" or
   "none". `excluded` are the groups that must not train, each with a name.
   """
@@ -140,24 +132,18 @@ def withhold(
     ("excluded_same", excluded, {}),
     ("excluded_similar", excluded, alike),
   ]
-  found = {}
+  withheld: set[int] = set()
+  reasons: dict[str, list[str]] = collections.defaultdict(list)
   for i in trained:
     for kind, twins, copies in rules:
       groups = [copies.get(group, group) for group in records[i].groups]
       names = [twins[group] for group in groups if group in twins]
       if names:
         what = "question" if records[i].groups[0][:5] == "text-" else "image"
-        found[i] = Withheld(f"{kind}_{what}", records[i].pid, names[0])
+        withheld.add(i)
+        reasons[f"{kind}_{what}"].append(f"{records[i].pid} ~ {names[0]}")
         break
-  return found
-
-
-def by_reason(withheld: Iterable[Withheld]) -> dict[str, list[str]]:
-  """For each reason, every withheld pid with its twin, as "pid ~ pid"."""
-  found: dict[str, list[str]] = collections.defaultdict(list)
-  for each in withheld:
-    found[each.reason].append(f"{each.pid} ~ {each.twin}")
-  return dict(sorted(found.items()))
+  return withheld, dict(sorted(reasons.items()))
 
 
 def fingerprint(chosen: Mapping[str, Iterable[Record]]) -> str:

@@ -1,7 +1,6 @@
 """Logs for a terminal, which would obey control characters in quoted data."""
 
 import os
-import signal
 import sys
 import traceback
 import types
@@ -28,15 +27,6 @@ def set_up() -> None:
   sys.excepthook = _show_error
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
-
-
-def die_of_interrupts() -> None:
-  """Makes Ctrl-C end a program without a traceback, as the signal does.
-
-  Does nothing if the program must ignore it, as a shell's background job does.
-  """
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _show_error(

@@ -64,11 +64,6 @@ class Spec:
     require(holds, "min_options", self.min_options, rule, "")
 
 
-def is_synthetic(problem: records.Problem) -> bool:
-  """True for a problem whose metadata name this module as the source."""
-  return str(problem.metadata.get("source", "")).startswith(SOURCE)
-
-
 def problems(spec: Spec) -> Iterator[records.Problem]:
   """All problems of the set, in order."""
   return (problem(spec, index) for index in range(spec.num_problems))
