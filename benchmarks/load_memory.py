@@ -40,9 +40,8 @@ SMALL = dataclasses.replace(gemma3_config.CONFIGS["tiny"], vision=None)
 def write(config: gemma3_config.ModelConfig, folder: str, dtype: str) -> None:
   """Writes a checkpoint of this model."""
   shapes = weights.abstract_params(config, jnp.dtype(dtype))
-  huggingface.save(
-    config, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes), folder
-  )
+  ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+  huggingface.save(config, ones, folder, dtype=dtype)
 
 
 def config_of_size(num_bytes: float, dtype: str) -> gemma3_config.ModelConfig:

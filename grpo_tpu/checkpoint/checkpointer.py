@@ -21,7 +21,7 @@ import concurrent.futures
 import contextlib
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
   """Checkpoints could not be written or cannot be trusted."""
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   """The checkpoints in one directory, which one run at a time may write.
 
   Use as a context manager: leaving it waits for the pending save, unless an
@@ -81,9 +81,6 @@ class Checkpoints:
       raise CheckpointError(error)
     saved = reader.broadcast_checkpoints(self._directory)
     self._saved = retention.drop_scores(saved, config.scored_by)
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
     try:

@@ -35,13 +35,11 @@ class DirectoryLock:
     if "://" in os.fspath(self._path):
       return
     file = open(self._path, "a+")
-    is_held = _try_lock(file)
-    if not is_held:
-      logging.warning("Waiting for %s, which another run holds.", self._path)
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not is_held and time.monotonic() < deadline:
+    while not (is_held := _try_lock(file)) and time.monotonic() < deadline:
+      text = "Waiting for %s, which another run holds."
+      logging.log_every_n_seconds(logging.WARNING, text, 60, self._path)
       time.sleep(0.1)
-      is_held = _try_lock(file)
     file.seek(0)
     if not is_held:
       holder = file.read().strip() or "another program"

@@ -91,11 +91,9 @@ def restore_params(
   tree = traverse_util.unflatten_dict(tree, sep="/")
   tree = _read_arrays(path / "state", tree, is_partial=True)
   arrays = traverse_util.flatten_dict(tree, sep="/")
-  params = traverse_util.unflatten_dict(
-    {name: arrays[source] for name, source in sources.items()}, sep="/"
-  )["params"]
+  params = {name: arrays[source] for name, source in sources.items()}
   logging.info("Read the parameters of %s.", path)
-  return params, step
+  return traverse_util.unflatten_dict(params, sep="/")["params"], step
 
 
 def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
@@ -222,10 +220,10 @@ def ask_first_process(function: Callable[[], str]) -> str:
 
 def broadcast_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
   """The checkpoints that process 0 lists, on every process."""
-  found = list_checkpoints(directory) if collectives.is_first_process() else []
-  text = json.dumps([dataclasses.astuple(info) for info in found])
-  rows = json.loads(collectives.broadcast_string(text))
-  return [CheckpointInfo(*row) for row in rows]
+  text = ask_first_process(
+    lambda: json.dumps([*map(dataclasses.astuple, list_checkpoints(directory))])
+  )
+  return [CheckpointInfo(*row) for row in json.loads(text)]
 
 
 def list_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:

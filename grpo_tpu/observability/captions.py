@@ -29,7 +29,12 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   for index, text in enumerate(texts):
     is_last = index == len(texts) - 1
     room = max(_MAX_LINES - len(lines), 1) if is_last else _MAX_LINES // 3
-    lines += _wrap(text, room)
+    lines += textwrap.wrap(
+      printable(" ".join(text.split())),
+      _CHARACTERS_PER_LINE,
+      max_lines=room,
+      placeholder=" ...",
+    ) or [""]
   line_height = round(1.35 * size)
   strip = Image.new("RGB", (width, line_height * len(lines) + 8), "white")
   draw = ImageDraw.Draw(strip)
@@ -37,10 +42,3 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   for index, line in enumerate(lines):
     draw.text((6, 4 + index * line_height), line, fill="black", font=font)
   return np.concatenate([enlarged, np.asarray(strip)])[None]
-
-
-def _wrap(text: str, room: int) -> list[str]:
-  """The text in at most `room` lines; an ellipsis marks what is dropped."""
-  text = printable(" ".join(text.split()))
-  lines = textwrap.wrap(text, _CHARACTERS_PER_LINE) or [""]
-  return lines if len(lines) <= room else [*lines[: room - 1], "..."]

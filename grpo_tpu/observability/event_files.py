@@ -7,60 +7,42 @@ own `AsyncWriter` would import it in the main thread, and raises errors there.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
+from grpo_tpu.observability import background
 
-class EventFiles:
-  """The event files in one folder. An error in them never stops the run.
 
-  Attributes:
-    failures: The number of failed calls.
-  """
+class EventFiles(background.Background):
+  """The event files in one folder."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int | None) -> None:
-    """Starts the thread, which opens the files in the existing folder.
+    """Opens the files in the existing folder.
 
     Files that exist keep the steps up to `resume_step`; None removes the files.
     """
-    self._workdir, self.failures = workdir, 0
+    super().__init__(f"TensorBoard files in {workdir}")
     self._events: Any = None
-    self._thread = futures.ThreadPoolExecutor(max_workers=1)
-    self._thread.submit(self._open, resume_step)
+    self.submit(self._open, workdir, resume_step)
 
   def write(self, call: Callable[[Any], None]) -> None:
     """Queues a call, which the thread makes with the CLU writer."""
-    self._thread.submit(self._call, call)
+    self.submit(self._write, call)
 
   def close(self) -> None:
     """Waits until everything is on disk and ends the thread."""
-    self._thread.submit(self._call, lambda events: events.close())
-    self._thread.shutdown()
+    self.write(lambda events: events.close())
+    super().close()
 
-  def _open(self, resume_step: int | None) -> None:
-    with self._counted_errors():
-      self._events = _open_events(self._workdir, resume_step)
+  def _open(self, workdir: pathlib.Path, resume_step: int | None) -> None:
+    self._events = _open_events(workdir, resume_step)
 
-  def _call(self, call: Callable[[Any], None]) -> None:
+  def _write(self, call: Callable[[Any], None]) -> None:
     if self._events is not None:
-      with self._counted_errors():
-        call(self._events)
-        self._events.flush()  # A kill loses little.
-
-  @contextlib.contextmanager
-  def _counted_errors(self) -> Iterator[None]:
-    try:
-      yield
-    except Exception as error:
-      self.failures += 1
-      if str(self.failures).strip("0") == "1":  # And at ten times the count.
-        logging.warning(
-          "TensorBoard files in %s are incomplete: %d writes failed, last: %r.",
-          *(self._workdir, self.failures, error),
-        )
+      call(self._events)
+      self._events.flush()  # A kill loses little.
 
 
 def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:

@@ -62,14 +62,14 @@ class ExitReport:
 
   def exit_with(self, error: BaseException) -> NoReturn:
     """Logs the error, reports it and ends this process at once."""
-    code = _exit_code(error)
+    code, reason, what_next = _describe(error)
     try:
       with _logged_errors("The error could not be shown"):
         if code == ExitCode.BAD_INPUT:
           logging.error("%s", error)
         elif code == ExitCode.FAILED:
           logging.error("The run failed.", exc_info=error)
-      self._report(code, *_describe(error))
+      self._report(code, reason, what_next)
       with _logged_errors("The workers could not be ended"):
         pool.close_all()
     finally:
@@ -149,24 +149,17 @@ def _logged_errors(message: str) -> Iterator[None]:
     logging.warning("%s: %s: %s", message, type(error).__name__, error)
 
 
-def _exit_code(error: BaseException) -> ExitCode:
+def _describe(error: BaseException) -> tuple[ExitCode, str, str]:
+  """The exit code, the reason of the end in words, and what to do next."""
   if isinstance(error, SettingError) and not is_machine_failure(error):
-    return ExitCode.BAD_INPUT
-  if isinstance(error, preemption.Preempted):
-    return ExitCode.PREEMPTED
-  return ExitCode.FAILED
-
-
-def _describe(error: BaseException) -> tuple[str, str]:
-  """The reason of the end in words, and what to do next."""
-  code = _exit_code(error)
-  if code == ExitCode.BAD_INPUT:
     reason = "invalid setting, flag or data, see above"
-    return reason, "fix what the error names and run the command again"
-  if code == ExitCode.PREEMPTED:
+    what_next = "fix what the error names and run the command again"
+    return ExitCode.BAD_INPUT, reason, what_next
+  if isinstance(error, preemption.Preempted):
     cause = "interrupted" if interrupt.is_pressed() else "preempted"
-    return f"{cause}, everything is saved", _RESUME
+    return ExitCode.PREEMPTED, f"{cause}, everything is saved", _RESUME
   reason = type(error).__name__
   with contextlib.suppress(Exception):
     reason += f": {(str(error).splitlines() or [''])[0]}"
-  return reason, f"read the error and docs/troubleshooting.md, then {_RESUME}"
+  what_next = f"read the error and docs/troubleshooting.md, then {_RESUME}"
+  return ExitCode.FAILED, reason, what_next

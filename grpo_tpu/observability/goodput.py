@@ -7,7 +7,7 @@ restarted process reads the sums of the earlier ones from `metrics.jsonl`.
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import psutil
 
@@ -33,23 +33,12 @@ _TOGETHER = ("rollout", "update", "evaluate")
 class Clock:
   """Adds up seconds by phase; a nested phase interrupts the outer one."""
 
-  def __init__(
-    self,
-    *,
-    now: Callable[[], float] = time.monotonic,
-    unix_now: Callable[[], float] = time.time,
-    age_seconds: float | None = None,
-  ):
-    """Enters the phase "restart", which began with the process.
-
-    The clocks stand in for the system's in tests, as does the process's age.
-    """
-    if age_seconds is None:
-      age_seconds = time.time() - psutil.Process().create_time()
-    self._now, self._unix_now = now, unix_now
+  def __init__(self):
+    """Enters the phase "restart", which began with the process."""
+    self._unix_start = psutil.Process().create_time()
+    age_seconds = time.time() - self._unix_start
     self._seconds = dict.fromkeys(PHASES, 0.0)
-    self._phase, self._since = "restart", now() - age_seconds
-    self._unix_start = unix_now() - age_seconds
+    self._phase, self._since = "restart", time.monotonic() - age_seconds
     self._last: dict[str, float] = {}
 
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
@@ -82,7 +71,7 @@ class Clock:
     self._last = dict(self._seconds)
 
   def _enter(self, name: str) -> None:
-    now = self._now()
+    now = time.monotonic()
     self._seconds[self._phase] += now - self._since
     self._phase, self._since = name, now
 
@@ -111,7 +100,7 @@ class Clock:
     """The metrics of all time until now."""
     return {f"perf/goodput_{k}": x for k, x in self.shares().items()} | {
       "perf/run_seconds": sum(self._seconds.values()),
-      "perf/unix_seconds": self._unix_now(),
+      "perf/unix_seconds": time.time(),
     }
 
   def alone_seconds(self) -> float:

@@ -38,8 +38,15 @@ class JsonLines:
     self.failures = 0
 
   def append(self, row: Mapping[str, Any]) -> None:
-    """Writes the row and all lines that wait, if the disk permits."""
-    line = json.dumps(_replace_nan(row), allow_nan=False).encode() + b"\n"
+    """Writes the row and all lines that wait, if the disk permits.
+
+    JSON has no numbers that are not finite, so these become null.
+    """
+    numbers = {
+      name: None if isinstance(x, float) and not math.isfinite(x) else x
+      for name, x in row.items()
+    }
+    line = json.dumps(numbers, allow_nan=False).encode() + b"\n"
     self._waiting.append(line)
     self.names |= row.keys() - {"step"}
     try:
@@ -119,12 +126,3 @@ def _rewind(path: pathlib.Path, resume_step: int | None) -> set[str]:
     )
   temporary.replace(path)
   return names - {"step"}
-
-
-def _replace_nan(value: Any) -> Any:
-  """Replaces numbers that are not finite, which JSON cannot hold, by None."""
-  if isinstance(value, Mapping):
-    return {key: _replace_nan(each) for key, each in value.items()}
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

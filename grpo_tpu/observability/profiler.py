@@ -6,13 +6,12 @@ A setting asks for it, so a restart can examine a slow run.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import jax
 from absl import logging
 
 
-class Profiler:
+class Profiler(contextlib.AbstractContextManager["Profiler"]):
   """Traces a range of steps, in a context; its errors never stop the run."""
 
   def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int]):
@@ -23,9 +22,6 @@ class Profiler:
     self._folder = folder
     self._first, self._last = steps or (0, 0)
     self._is_tracing = False
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     self._stop()

@@ -11,7 +11,6 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Mapping
 
 from data_pipelines.text import tables
 
@@ -57,18 +56,12 @@ class Metric:
 @functools.cache
 def metrics() -> tuple[Metric, ...]:
   """All metrics, in the order in which a line of `metrics.jsonl` has them."""
+  rows = tables.read(__package__, "metrics.toml")["metrics"]
   made = []
-  for name, fields in tables.read(__package__, "metrics.toml")[
-    "metrics"
-  ].items():
+  for name, fields in rows.items():
     alarm = Alarm(**fields["alarm"]) if "alarm" in fields else None
     made.append(Metric(name, **fields | {"alarm": alarm}))
   return tuple(made)
-
-
-def chart_titles() -> Mapping[str, list[str]]:
-  """The titles of each dashboard section's charts, by section."""
-  return tables.read(__package__, "metrics.toml")["charts"]
 
 
 @functools.cache

@@ -7,11 +7,11 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
-from absl import logging
+
+from grpo_tpu.observability import background
 
 # The columns and their types in a file; one for each reward follows `reward`.
 COLUMNS = {
@@ -45,47 +45,24 @@ class Sample:
   image: np.ndarray | None = None  # uint8 [H, W, 3], for TensorBoard.
 
 
-class SampleFiles:
-  """The files `step_00000010.parquet` in one folder.
-
-  An error of the disk never stops the run.
-
-  Attributes:
-    failures: The number of files that could not be written.
-  """
+class SampleFiles(background.Background):
+  """The files `step_00000010.parquet` in one folder."""
 
   def __init__(self, folder: pathlib.Path, *, resume_step: int | None) -> None:
     """Makes the folder and removes later steps; all of them for None."""
+    super().__init__(f"Samples in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     kept = "" if resume_step is None else _name(resume_step)
     for path in folder.glob("step_*.parquet"):
       if path.name > kept:
         path.unlink()
-    self._folder, self.failures = folder, 0
-    self._thread = futures.ThreadPoolExecutor(max_workers=1)
-    self._write: futures.Future[None] | None = None
+    self._folder = folder
 
   def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Starts to write a step's rows, once the file before is written."""
     self.flush()
     rows = [{"step": step, **row} for row in rows]
-    path = self._folder / _name(step)
-    self._write = self._thread.submit(write_rows, path, rows)
-
-  def flush(self) -> None:
-    """Waits until the files are on the disk."""
-    try:
-      if self._write:
-        self._write.result()
-    except Exception as error:
-      self.failures += 1
-      logging.warning("Samples in %s are incomplete: %r", self._folder, error)
-    self._write = None
-
-  def close(self) -> None:
-    """Waits for the last file and ends the thread."""
-    self.flush()
-    self._thread.shutdown()
+    self.submit(write_rows, self._folder / _name(step), rows)
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -6,13 +6,14 @@ number that is not finite. They go into TensorBoard's event files too. All
 completions of a step go into `samples/`, and a few into the event files.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ _PROGRESS = (
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager["Writer"]):
   """Writes metrics and samples below `workdir`, on process 0 alone.
 
   An error of the disk never stops the run once the files are open: failures are
@@ -69,7 +70,7 @@ class Writer:
     self._progress_start: tuple[int, float] | None = None
     self._progress_time = -math.inf
     self._scalars: dict[str, int | float] = {}
-    self._charts: dict[str, list[dashboard.Chart]] = {}
+    self._charts: dashboard.Charts = {}
     if is_writer:
       workdir = pathlib.Path(workdir)
       sampled = None if resume_step is None else resume_step + has_partial_step
@@ -77,9 +78,6 @@ class Writer:
       path = workdir / "metrics.jsonl"
       self._lines = JsonLines(path, resume_step=resume_step)
       self._events = event_files.EventFiles(workdir, resume_step=sampled)
-
-  def __enter__(self) -> Self:
-    return self
 
   def __exit__(self, *_: object) -> None:
     self.close()

@@ -47,7 +47,9 @@ def checkpoint(tmp_path_factory):
   """A Hugging Face folder of the tiny model, in several files."""
   folder = tmp_path_factory.mktemp("huggingface")
   params = weights.random_params(TINY, 0, np.dtype(np.float32))
-  huggingface.save(TINY, params, folder, shard_bytes=40_000)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(huggingface, "_SHARD_BYTES", 40_000)
+    huggingface.save(TINY, params, folder)
   return folder
 
 
@@ -66,7 +68,7 @@ def test_a_hugging_face_config_is_read_or_refused(
   def read(content):
     path.write_bytes(content)
     huggingface.huggingface_config.read(tmp_path)
-    huggingface.huggingface_config.differences(tmp_path, TINY)
+    huggingface.huggingface_config.check(tmp_path, TINY)
     path.with_name("model.safetensors").unlink(missing_ok=True)
     one_device.from_hf(tmp_path)  # There are no tensors.
 

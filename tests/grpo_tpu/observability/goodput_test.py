@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 
 import jax
 import pytest
@@ -12,23 +13,31 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Time:
-  """A clock that the test sets."""
+  """The clocks that the test sets, in place of the system's."""
 
-  def __init__(self, now: float = 1000.0):
-    self.now = now
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    clocks = dict.fromkeys(("time", "monotonic"), lambda: self.now)
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(**clocks))
+    self._monkeypatch = monkeypatch
 
-  def __call__(self) -> float:
-    return self.now
+  def start_clock(self, *, age_seconds=0.0):
+    """The clock of a process that began so long ago."""
+    start = self.now - age_seconds
+    process = types.SimpleNamespace(create_time=lambda: start)
+    self._monkeypatch.setattr(goodput.psutil, "Process", lambda: process)
+    return goodput.Clock()
 
 
-def new_clock(time, *, age_seconds=0.0):
-  return goodput.Clock(now=time, unix_now=time, age_seconds=age_seconds)
+@pytest.fixture
+def time(monkeypatch):
+  return Time(monkeypatch)
 
 
-def test_every_second_is_in_one_phase():
+def test_every_second_is_in_one_phase(time):
   """Random nested phases."""
-  time, rng = Time(), random.Random(0)
-  clock = new_clock(time, age_seconds=7.0)
+  rng = random.Random(0)
+  clock = time.start_clock(age_seconds=7.0)
   expected = dict.fromkeys(goodput.PHASES, 0.0) | {"restart": 7.0}
 
   def walk(depth, phase):
@@ -51,9 +60,8 @@ def test_every_second_is_in_one_phase():
   assert clock.scalars()["perf/run_seconds"] == pytest.approx(total)
 
 
-def test_compile_time_does_not_count_to_the_phase_around_it():
-  time = Time()
-  clock = new_clock(time)
+def test_compile_time_does_not_count_to_the_phase_around_it(time):
+  clock = time.start_clock()
   clock.listen_to_compiler()
   clock.start_steps()
   with clock.phase("update"):
@@ -64,10 +72,10 @@ def test_compile_time_does_not_count_to_the_phase_around_it():
   assert (shares["compile"], shares["update"]) == pytest.approx((0.8, 0.2))
 
 
-def test_a_restart_keeps_the_sums_and_counts_lost_steps(tmp_path):
+def test_a_restart_keeps_the_sums_and_counts_lost_steps(time, tmp_path):
   """Steps 1 and 2 take 10 s each; step 2 is repeated after a pause of 5 s."""
-  path, time = tmp_path / "metrics.jsonl", Time()
-  first = new_clock(time)
+  path = tmp_path / "metrics.jsonl"
+  first = time.start_clock()
   first.start_steps()
   with path.open("w") as file:
     for step in (1, 2):
@@ -84,7 +92,7 @@ def test_a_restart_keeps_the_sums_and_counts_lost_steps(tmp_path):
       file.write(f"{foreign}\n")
     file.write('{"step": 3, "torn')
   time.now += 5
-  second = new_clock(time)
+  second = time.start_clock()
   time.now += 3
   second.resume(path, 1)
   second.start_steps()
@@ -95,9 +103,8 @@ def test_a_restart_keeps_the_sums_and_counts_lost_steps(tmp_path):
   )
 
 
-def test_only_the_work_of_a_host_alone_makes_it_slow():
-  time = Time()
-  clock = new_clock(time)
+def test_only_the_work_of_a_host_alone_makes_it_slow(time):
+  clock = time.start_clock()
   clock.start_steps()
   for phase, seconds in (("rollout", 50), ("data", 3), ("reward", 4)):
     with clock.phase(phase):

@@ -6,6 +6,7 @@ memory holds one tensor of a layer, or the embedding, and never the model. Knows
 nothing of file formats.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,15 @@ _STACKS = ("layers", "vision_encoder/layers")
 Read = Callable[
   [int | None, dict[str, jax.ShapeDtypeStruct]], Iterable[tuple[str, Any]]
 ]
+
+
+def one_by_one(
+  read_piece: Callable[[int | None, str, jax.ShapeDtypeStruct], Any],
+) -> Read:
+  """Reads pieces by a function of a layer, a path and the wanted shape."""
+  return lambda layer, pieces: (
+    (path, read_piece(layer, path, piece)) for path, piece in pieces.items()
+  )
 
 
 def assemble(abstract: dict, read: Read) -> dict:
@@ -119,14 +129,10 @@ def check_tensors(
   """
   faults = dict(faults)
   for name in (found.keys() | wanted.keys()) - faults.keys():
-    if name not in found:
-      faults[name] = f"missing, wanted {_brackets(wanted[name])}"
-    elif name not in wanted:
-      faults[name] = f"extra, {_brackets(found[name])}"
-    elif found[name] != wanted[name]:
-      faults[name] = (
-        f"{_brackets(found[name])}, wanted {_brackets(wanted[name])}"
-      )
+    old = _brackets(found[name]) if name in found else "missing"
+    new = f", wanted {_brackets(wanted[name])}" if name in wanted else ""
+    if found.get(name) != wanted.get(name):
+      faults[name] = f"{old}{new}" if new else f"extra, {old}"
   if faults:
     listed = sorted(faults)[:_MAX_LISTED]
     lines = [f"  {printable(name)}: {faults[name]}\n" for name in listed]
@@ -138,16 +144,23 @@ def check_tensors(
     )
 
 
-def config_differences(
-  found: gemma3_config.ModelConfig, wanted: gemma3_config.ModelConfig
-) -> list[str]:
-  """The sizes in which two models differ, in words."""
+def check_sizes(
+  found: gemma3_config.ModelConfig,
+  wanted: gemma3_config.ModelConfig,
+  source: str,
+) -> None:
+  """Raises a ValueError with each size in which two models differ."""
   theirs, ours = _sizes(found), _sizes(wanted)
-  return [
+  differences = [
     f"{name} ({theirs.get(name)}, not {ours.get(name)})"
     for name in sorted(theirs.keys() | ours.keys())
-    if not _is_close(theirs.get(name), ours.get(name))
+    if not _are_close(theirs.get(name), ours.get(name))
   ]
+  if differences:
+    raise ValueError(
+      f"{source} must hold the model of model.name, but differs in "
+      f"{', '.join(differences)}; set model.name to the size of the file."
+    )
 
 
 def _sizes(config: gemma3_config.ModelConfig) -> dict[str, Any]:
@@ -159,11 +172,10 @@ def _sizes(config: gemma3_config.ModelConfig) -> dict[str, Any]:
   return sizes | {f"vision.{k}": v for k, v in tower.items() if k not in others}
 
 
-def _is_close(a: Any, b: Any) -> bool:
+def _are_close(a: Any, b: Any) -> bool:
   """True if equal; floats may be rounded to single precision in files."""
-  if isinstance(a, float) and isinstance(b, float):
-    return abs(a - b) <= 1e-6 * abs(b)
-  return a == b
+  are_floats = isinstance(a, float) and isinstance(b, float)
+  return math.isclose(a, b, rel_tol=1e-6) if are_floats else a == b
 
 
 def _brackets(shape: tuple[int, ...]) -> str:

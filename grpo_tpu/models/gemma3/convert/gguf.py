@@ -8,9 +8,10 @@ References:
   The meaning of its keys for Gemma 3: `llm_build_gemma3` of llama.cpp.
 """
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,11 +58,7 @@ class File:
     self._tensors = header.tensors
     shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
     found = _read_config(header.metadata, shapes, source)
-    if differences := assembly.config_differences(found, config):
-      raise ValueError(
-        f"{source} must hold the model of model.name, but differs in "
-        f"{', '.join(differences)}; set model.name to the size of the file."
-      )
+    assembly.check_sizes(found, config, source)
     assembly.check_tensors(
       shapes,
       leaves.file_shapes(abstract_params, "gguf"),
@@ -71,13 +68,7 @@ class File:
 
   def load(self, abstract_params: dict) -> dict:
     """Loads the tree with these shapes, types and shardings."""
-    return assembly.assemble(abstract_params, self._read)
-
-  def _read(
-    self, layer: int | None, pieces: dict[str, jax.ShapeDtypeStruct]
-  ) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the given pieces of a layer."""
-    return ((x, self._piece(layer, x, pieces[x])) for x in pieces)
+    return assembly.assemble(abstract_params, assembly.one_by_one(self._piece))
 
   def _piece(
     self, layer: int | None, path: str, piece: jax.ShapeDtypeStruct
@@ -194,10 +185,8 @@ def _read_config(
   take, name = metadata.take, "general.architecture"
   architecture = fields.get(name)
   metadata.require(architecture == "gemma3", name, architecture, "'gemma3'")
-  num_layers, embed_dim = (
-    take("block_count", int),
-    take("embedding_length", int),
-  )
+  num_layers = take("block_count", int)
+  embed_dim = take("embedding_length", int)
   num_heads = take("attention.head_count", int)
   head_dim = take("attention.key_length", int, embed_dim // num_heads)
   num_kv_heads = take("attention.head_count_kv", int)
@@ -261,15 +250,11 @@ def _check_arithmetic(
 
 def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:
   """Tensors that cannot be read, with the reason."""
-  unknown = {
-    kind
-    for kind in {tensor.kind for tensor in header.tensors.values()}
-    if not _is_known(library, kind)
-  }
   names = {kind.value: kind.name for kind in library.GGMLQuantizationType}
   faults = {}
   for name, tensor in header.tensors.items():
-    if (kind := tensor.kind) in unknown:
+    kind = tensor.kind
+    if not _is_known(library, kind):
       kind = names.get(kind, kind)
       faults[name] = f"of type {kind}, which gguf cannot dequantize"
       continue
@@ -282,6 +267,7 @@ def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:
   return faults
 
 
+@functools.cache
 def _is_known(library: Any, kind: int) -> bool:
   """True if the package can dequantize a type."""
   try:

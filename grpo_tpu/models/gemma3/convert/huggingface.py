@@ -39,7 +39,8 @@ GENERATION_CONFIG = "generation_config.json"
 _SUFFIX = ".safetensors"
 _MAX_LISTED = 10
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-# Bytes of a file in host memory at a time, and of a file that is written.
+# Bytes of a file in host memory at a time, and most bytes of tensors in a file
+# that is written, unless one tensor is larger.
 _CHUNK_BYTES = 64 << 20
 _SHARD_BYTES = 2 << 30
 
@@ -76,10 +77,7 @@ class Checkpoint:
       ValueError: Lists every size that is not that of `config`, or every tensor
         that is missing, extra, misshaped or of a wrong type.
     """
-    if differences := huggingface_config.differences(directory, config):
-      raise ValueError(
-        f"{directory} holds a model of other sizes: {', '.join(differences)}."
-      )
+    huggingface_config.check(directory, config)
     self._directory = pathlib.Path(directory)
     self._tensors: dict[str, Tensor] = {}
     faults = self._read_headers()
@@ -92,36 +90,28 @@ class Checkpoint:
     Beyond the parameters themselves, the host holds at most its own devices'
     part of one leaf at a time.
     """
-    params = assembly.assemble(abstract_params, self._read)
+    params = assembly.assemble(
+      abstract_params, assembly.one_by_one(self._piece)
+    )
     logging.info("Read the parameters of %s.", self._directory)
     return params
 
-  def _read(
-    self, layer: int | None, wanted: Mapping[str, jax.ShapeDtypeStruct]
-  ) -> Iterator[tuple[str, jax.Array]]:
-    """Reads the given pieces of a layer."""
-    return ((x, self._piece(x, layer, wanted[x])) for x in wanted)
-
   def _piece(
-    self, path: str, layer: int | None, wanted: jax.ShapeDtypeStruct
+    self, layer: int | None, path: str, wanted: jax.ShapeDtypeStruct
   ) -> jax.Array:
     leaf = leaves.LEAVES[path]
     axes = leaf.axes if layer is None else leaf.axes.removeprefix("l")
     stacked = () if layer is None else (layer,)
     sizes = dict(zip(axes, wanted.shape, strict=True))
-    # Devices that hold the same slice share what was read once.
-    parts: dict[str, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-      assert index is not None
-      if (key := str(index)) in parts:
-        return parts[key]
+    @functools.cache  # Devices that hold the same slice read it once.
+    def part(index: tuple[slice, ...]) -> np.ndarray:
       bounds = {
         axis: slice(*x.indices(sizes[axis])[:2])
         for axis, x in zip(axes, index, strict=True)
       }
       shape = tuple(x.stop - x.start for x in bounds.values())
-      out = parts[key] = _aligned_empty(shape, np.dtype(wanted.dtype))
+      out = _aligned_empty(shape, np.dtype(wanted.dtype))
       matrices, matrix = bounds.pop("n", None), stacked
       for i in np.ndindex(shape[: matrices is not None]):
         if matrices:
@@ -214,9 +204,8 @@ def save(
   params: Any,
   directory: str | os.PathLike[str],
   *,
-  dtype: Any = None,
+  dtype: Any = jnp.float32,
   files: Mapping[str, Any] = types.MappingProxyType({}),
-  shard_bytes: int = _SHARD_BYTES,
 ) -> None:
   """Saves a checkpoint that transformers loads and that gives the same logits.
 
@@ -227,10 +216,9 @@ def save(
     config: Sizes of the network.
     params: The tree, on any devices.
     directory: A folder without a checkpoint; it is created if missing.
-    dtype: Type of all tensors; None keeps the type of each.
+    dtype: Type of all tensors.
     files: Files beside the weights by name, as bytes or as values for JSON.
       The generation settings get our special ids.
-    shard_bytes: Most bytes of tensors in a file, unless one tensor is larger.
 
   Raises:
     ValueError: If `directory` holds a checkpoint.
@@ -239,8 +227,8 @@ def save(
   check_no_checkpoint(directory)
   is_writer = jax.process_index() == 0
   unfinished = make_unfinished(directory) if is_writer else directory
-  kind = np.dtype(dtype or params["embedder"]["input_embedding"].dtype)
-  shards = list(_shards(params, config, dtype, shard_bytes))
+  kind = np.dtype(dtype)
+  shards = list(_shards(params, config, kind))
   weight_map, total = {}, 0
   for number, shard in enumerate(shards, start=1):
     name = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -277,17 +265,15 @@ def make_unfinished(directory: str | os.PathLike[str]) -> pathlib.Path:
 def finish(unfinished: pathlib.Path, files: Mapping[str, Any]) -> None:
   """Adds files to an unfinished folder and moves all up, config.json last.
 
-  `files` are bytes, or values for JSON, by name. All get the permissions of a
-  new file, which safetensors does not give.
+  `files`, at least one, are bytes, or values for JSON, by name. All get the
+  permissions of a new file, which safetensors does not give.
   """
   for name, content in files.items():
     if not isinstance(content, bytes):
       text = json.dumps(content, indent=2, sort_keys=True) + "\n"
       content = text.encode()
     (unfinished / name).write_bytes(content)
-  (unfinished / "new").touch()
-  mode = (unfinished / "new").stat().st_mode & 0o777
-  (unfinished / "new").unlink()
+  mode = (unfinished / next(iter(files))).stat().st_mode & 0o777
   for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
     path.chmod(mode)
     os.replace(path, unfinished.parent / path.name)
@@ -348,32 +334,26 @@ def _copy(
   One axis of the file may merge several of ours, which have these lengths
   (`sizes`) and slices (`bounds`, in the order of `out`).
   """
-  axes, groups = [*bounds], leaf.file_axes.split()
-  order = "".join(groups)
-  # A view with the axes in the order of the file.
-  by_file = out.transpose([axes.index(axis) for axis in order])
   # Of merged axes the first is cut when read, and the others after that.
-  firsts = [group[0] for group in groups]
-  tails = [math.prod(sizes[axis] for axis in group[1:]) for group in groups]
-  cuts = [
-    slice(bounds[axis].start * tail, bounds[axis].stop * tail)
-    for axis, tail in zip(firsts, tails, strict=True)
-  ]
-  shape = [
-    bounds[axis].stop - bounds[axis].start if axis in firsts else sizes[axis]
-    for axis in order
-  ]
-  inner = tuple(
-    slice(None) if axis in firsts else bounds[axis] for axis in order
-  )
-  row_bytes = 4 * tails[0] * math.prod(cut.stop - cut.start for cut in cuts[1:])
-  rows = max(1, _CHUNK_BYTES // max(row_bytes, 1))
-  first, tail = bounds[firsts[0]].start, tails[0]
+  cuts, shape, inner = [], [], []
+  for first, *others in leaf.file_axes.split():
+    part, tail = bounds[first], math.prod(sizes[axis] for axis in others)
+    cuts.append(slice(part.start * tail, part.stop * tail))
+    shape += [part.stop - part.start, *(sizes[axis] for axis in others)]
+    inner += [slice(None), *(bounds[axis] for axis in others)]
+  # A view with the axes in the order of the file.
+  axes = [*bounds]
+  order = leaf.file_axes.replace(" ", "")
+  by_file = out.transpose([axes.index(axis) for axis in order])
+  length, *others = [cut.stop - cut.start for cut in cuts]
+  tail = length // max(shape[0], 1)
+  rows = max(1, _CHUNK_BYTES // max(4 * tail * math.prod(others), 1))
   for start in range(0, shape[0], rows):
     stop = min(start + rows, shape[0])
-    read = slice((first + start) * tail, (first + stop) * tail)
+    first = cuts[0].start
+    read = slice(first + start * tail, first + stop * tail)
     block = tensor.read((read, *cuts[1:]))
-    by_file[start:stop] = block.reshape(stop - start, *shape[1:])[inner]
+    by_file[start:stop] = block.reshape(stop - start, *shape[1:])[tuple(inner)]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -385,19 +365,15 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _shards(
-  params: Any,
-  config: gemma3_config.ModelConfig,
-  dtype: np.dtype | None,
-  shard_bytes: int,
+  params: Any, config: gemma3_config.ModelConfig, dtype: np.dtype
 ) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
   """For each file, functions that make its tensors, by name."""
   shard, size = {}, 0
   for path, x in leaves.by_path(params).items():
     leaf = leaves.LEAVES[path]
-    kind = np.dtype(dtype or x.dtype)
-    num_bytes = math.prod(leaf.file_shape(leaf.sizes(x.shape))) * kind.itemsize
+    num_bytes = math.prod(leaf.file_shape(leaf.sizes(x.shape))) * dtype.itemsize
     for index in np.ndindex(*x.shape[: leaf.num_stacked]):
-      if shard and size + num_bytes > shard_bytes:
+      if shard and size + num_bytes > _SHARD_BYTES:
         yield shard
         shard, size = {}, 0
       name = leaf.tensor("huggingface", index)
@@ -405,7 +381,7 @@ def _shards(
       rows = huggingface_config.num_rows(config) if is_embedding else None
       exported = name.replace("text.", "model.", 1)
       exported = names.released_name(name) if config.vision else exported
-      shard[exported] = functools.partial(_tensor, leaf, x, index, kind, rows)
+      shard[exported] = functools.partial(_tensor, leaf, x, index, dtype, rows)
       size += num_bytes
   yield shard
 

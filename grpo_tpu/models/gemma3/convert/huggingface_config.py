@@ -152,13 +152,10 @@ def _layer_faults(text: dict) -> list[str]:
   """Faults of the attention pattern, which is a list or a period."""
   period = gemma3_config.PERIOD
   kinds = text.get("layer_types")
-  faults = []
+  names = ("sliding_window_pattern", "_sliding_window_pattern")
+  faults = [] if kinds else _faults(text, dict.fromkeys(names, period))
   if text.get("use_bidirectional_attention"):
     faults.append("use_bidirectional_attention (True) must be False")
-  for name in ("sliding_window_pattern", "_sliding_window_pattern"):
-    if not kinds and text.get(name, period) != period:
-      shown = untrusted.shorten(text[name])
-      faults.append(f"{name} ({shown}) must be {period}")
   num_layers = _positive_integer(text, "num_hidden_layers", 26)
   pattern = ["sliding_attention"] * (period - 1) + ["full_attention"]
   if kinds and kinds != (pattern * num_layers)[:num_layers]:
@@ -205,16 +202,16 @@ def _rope_faults(text: dict) -> list[str]:
   return faults
 
 
-def differences(
+def check(
   directory: str | os.PathLike[str], config: gemma3_config.ModelConfig
-) -> list[str]:
-  """The sizes in which a folder's model differs from `config`, in words.
+) -> None:
+  """Checks that a folder's model has the sizes of `config`.
 
   The embedding may have more rows than `config`, from that of the image
   placeholder on, as in the released checkpoints.
 
   Raises:
-    ValueError: As in `read`.
+    ValueError: As in `read`, or lists the sizes that differ.
   """
   found = read(directory)
   has_spare_rows = found.vision is not None and (
@@ -222,7 +219,7 @@ def differences(
   )
   if has_spare_rows:
     found = dataclasses.replace(found, vocab_size=config.vocab_size)
-  return assembly.config_differences(found, config)
+  assembly.check_sizes(found, config, f"checkpoint {os.fspath(directory)}")
 
 
 def num_rows(config: gemma3_config.ModelConfig) -> int:
@@ -252,6 +249,7 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
       "integer, which is how config.json stores it."
     )
   tower, factor = config.vision, config.global_rope_factor
+  scaling = {"factor": factor, "rope_type": "linear"} if factor != 1.0 else None
   text = (
     _sizes_to_json(config, "text")
     | _CONSTANTS["text"]
@@ -260,9 +258,7 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
       "max_position_embeddings": 131_072 if tower else 32_768,
       "query_pre_attn_scalar": scalar,
       "rope_local_base_freq": config.local_rope_base,
-      "rope_scaling": None
-      if factor == 1.0
-      else {"factor": factor, "rope_type": "linear"},
+      "rope_scaling": scaling,
       "rope_theta": config.global_rope_base,
       "vocab_size": num_rows(config),
     }

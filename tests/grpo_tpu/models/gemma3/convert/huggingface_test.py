@@ -80,10 +80,11 @@ def test_a_saved_checkpoint_loads_as_it_was(tiny, params, whole):
   assert_equal(again, params)
 
 
-def test_a_checkpoint_in_shards_is_the_same(tiny, params, tmp_path):
-  huggingface.save(
-    tiny.config, params, tmp_path, dtype=None, shard_bytes=20_000
-  )
+def test_a_checkpoint_in_shards_is_the_same(
+  tiny, params, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(huggingface, "_SHARD_BYTES", 20_000)
+  huggingface.save(tiny.config, params, tmp_path)
   files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
   assert len(files) > 2
   assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -149,14 +150,17 @@ def test_one_error_lists_every_fault_of_the_tensors(tiny, changed):
   ]
 
 
-def test_damaged_and_missing_files_are_named(tiny, params, changed, tmp_path):
+def test_damaged_and_missing_files_are_named(
+  tiny, params, changed, tmp_path, monkeypatch
+):
   folder = changed()
   file = folder / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-100])
   with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
     one_device.from_hf(folder)
   sharded = tmp_path / "sharded"
-  huggingface.save(tiny.config, params, sharded, dtype=None, shard_bytes=40_000)
+  monkeypatch.setattr(huggingface, "_SHARD_BYTES", 40_000)
+  huggingface.save(tiny.config, params, sharded)
   next(sharded.glob("model-00002-*")).unlink()
   with pytest.raises(ValueError, match="model-00002-.*cannot be read"):
     one_device.from_hf(sharded)
@@ -270,7 +274,7 @@ def test_released_configs_are_those_of_the_sizes(tmp_path, name):
     }  # fmt: skip
   (tmp_path / "config.json").write_text(json.dumps(values))
   config = gemma3_config.CONFIGS[name]
-  assert huggingface_config.differences(tmp_path, config) == []
+  huggingface_config.check(tmp_path, config)
   rows = 262_208 if config.vision else 262_144
   assert huggingface_config.read(tmp_path).vocab_size == rows
   assert huggingface_config.num_rows(config) == rows
@@ -281,9 +285,10 @@ def test_a_written_config_reads_as_itself(tmp_path, name):
   config = gemma3_config.CONFIGS[name]
   values = huggingface_config.to_json(config, "bfloat16")
   (tmp_path / "config.json").write_text(json.dumps(values))
-  assert huggingface_config.differences(tmp_path, config) == []
+  huggingface_config.check(tmp_path, config)
   other = gemma3_config.CONFIGS["gemma3_4b" if name == "tiny" else "tiny"]
-  assert huggingface_config.differences(tmp_path, other)
+  with pytest.raises(ValueError, match="but differs in"):
+    huggingface_config.check(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +486,7 @@ def test_loading_adds_less_than_the_largest_tensor_to_the_memory(
   for name, config in (("small", small), ("large", large)):
     abstract = weights.abstract_params(config, jnp.dtype(dtype))
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
-    huggingface.save(config, ones, tmp_path / name)
+    huggingface.save(config, ones, tmp_path / name, dtype=dtype)
   script = ROOT / "benchmarks" / "load_memory.py"
   found = subprocess.run(
     [
