@@ -13,11 +13,7 @@ def resolve(config: Config) -> Config:
   from grpo_tpu.config import sources
 
   mode, workdir = flags.MODE.value, flags.workdir()
-  named = flags.has_override("model.weights")
-  config = sources.resolve(config, mode, workdir, has_weights_flag=named)
-  if mode != "answer":
-    return config
-  return sources.as_trained(config, flags.has_override)
+  return sources.resolve(config, mode, workdir, flags.has_override)
 
 
 def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:

@@ -43,12 +43,8 @@ def build_section(cls: type, values: Any, prefix: str = "") -> Any:
   parsed = {}
   for each in dataclasses.fields(cls):
     name = f"{prefix}{each.name}"
-    value = _parse(
-      hints[each.name],
-      given[each.name],
-      name,
-      like=each.metadata.get("like", "its default"),
-    )
+    like = each.metadata.get("like", "its default")
+    value = _parse(hints[each.name], given[each.name], name, like=like)
     expand = each.metadata.get("expand", lambda name, value: value)
     parsed[each.name] = expand(name, value)
   try:

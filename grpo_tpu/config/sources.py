@@ -29,7 +29,7 @@ _OF_PROMPTS = (
 
 
 def resolve(
-  config: Config, mode: str, workdir: str, *, has_weights_flag: bool
+  config: Config, mode: str, workdir: str, is_flag: Callable[[str], bool]
 ) -> Config:
   """The settings with the weights and the data that a mode reads.
 
@@ -37,9 +37,9 @@ def resolve(
     config: The settings of the user.
     mode: One of the modes of the program.
     workdir: The flag --workdir.
-    has_weights_flag: True if the command line sets `model.weights`. The random
-      weights of a config file are where training starts, and nothing to
-      evaluate or to export.
+    is_flag: True for a setting that the command line sets. The random weights
+      of a config file are where training starts, and nothing to evaluate or to
+      export.
 
   Raises:
     ValueError: The settings must name weights or data, or the workdir holds a
@@ -48,7 +48,7 @@ def resolve(
   if mode == "plan":
     return config
   if mode != "train":
-    config = _take_run(config, mode, workdir, has_weights_flag)
+    config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]
   has_data = config.data.weighted_dirs or mode in ("export", "answer")
   if config.model.hub_name and not has_data:
@@ -62,7 +62,7 @@ def resolve(
       config.model.weights,
       config.model.name,
     )
-  return config
+  return as_trained(config, is_flag) if mode == "answer" else config
 
 
 def _take_run(

@@ -50,12 +50,9 @@ def metric_columns(
     "completion_length": np.where(asked, mask.sum(-1), 0),
     "truncated_fraction": asked & ~stopped,
   }
-  slices = dict(batch.sets)
-  for name in _TYPES:
-    slices[name] = np.array(
-      [name in (p.question_type, p.answer_type) for p in batch.problems]
-    )
-  for name, inside in slices.items():
+  types = np.array([(p.question_type, p.answer_type) for p in batch.problems])
+  slices = {name: (types == name).any(1) for name in _TYPES}
+  for name, inside in {**batch.sets, **slices}.items():
     columns[f"graded/{name}"] = graded & inside
     columns[f"accuracy/{name}"] = accuracy & inside
   return {name: rows.astype(np.float32) for name, rows in columns.items()}

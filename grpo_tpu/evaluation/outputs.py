@@ -36,8 +36,7 @@ class Evaluation:
     figures = scores.compute(
       self.greedy, samples=self.samples, ks=ks, ablated=self.ablated
     )
-    scalars = {name: float(value) for name, value in self.scalars.items()}
-    return figures | {"scalars": scalars}
+    return figures | {"scalars": {k: float(x) for k, x in self.scalars.items()}}
 
 
 def write(
@@ -59,12 +58,14 @@ def write(
       `weights` with the checkpoint's step, and `seed`.
   """
   split = facts["split"]
-  _write_results(folder / f"output_{split}.json", evaluation.greedy)
+  files = {f"output_{split}.json": evaluation.greedy}
   for number, draw in enumerate(evaluation.samples):
-    name = f"output_{split}_{number:03}.json"
-    _write_results(folder / "samples" / name, draw)
+    files[f"samples/output_{split}_{number:03}.json"] = draw
   for name, completions in evaluation.ablated.items():
-    _write_results(folder / f"output_{split}_{name}.json", completions)
+    files[f"output_{split}_{name}.json"] = completions
+  for name, completions in files.items():
+    records_by_pid = {each.record["pid"]: each.record for each in completions}
+    _write_json(folder / name, records_by_pid)
   temperature = settings.temperature if evaluation.samples else 0.0
   figures = {**facts, "temperature": temperature}
   figures |= evaluation.figures(settings.pass_ks)
@@ -107,12 +108,6 @@ def make_example(
     samples_right=sum(x.is_right for x in same),
     images=images,
   )
-
-
-def _write_results(
-  path: pathlib.Path, completions: Sequence[scores.GradedCompletion]
-) -> None:
-  _write_json(path, {each.record["pid"]: each.record for each in completions})
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -136,7 +136,7 @@ class Run:
       own_samples=self._config.data.kind != "preference"
     )
     self._metrics: writer.Scalars = {}
-    # The metrics of an evaluation after the last finished step, if there was.
+    # The finite metrics of an evaluation after the last finished step, if any.
     self._evaluation: dict[str, float] = {}
     assert self.trainer.state is not None
     # The state that the run starts from, and the number of steps before it.
@@ -152,10 +152,7 @@ class Run:
     self._clock.start_steps()
     if restored_step is None:
       metrics = jax.device_get(self.evaluate(self.state, 0))
-      self._metrics = metrics | self._clock.scalars()
-      self._evaluation = _evaluation_of(metrics)
-      self.metric_writer.write(0, self._metrics)
-      self.metric_writer.log_progress(num_steps)
+      self._write(0, metrics | self._clock.scalars())
       self.save(0, self.state)
       self._clock.start_steps()
     self.start = self.report.step = restored_step or 0
@@ -216,12 +213,16 @@ class Run:
       self._alarms.check(step, metrics)
     metrics |= self.checkpoints.scalars()
     metrics["perf/write_failures"] = self.metric_writer.failures
-    self._metrics = metrics
-    self._evaluation = _evaluation_of(metrics)
-    self.metric_writer.write(step, metrics)
-    self.metric_writer.log_progress(self._config.train.num_steps)
+    self._write(step, metrics)
     self.report.step = step
     self.watch.end_startup()
+
+  def _write(self, step: int, metrics: writer.Scalars) -> None:
+    self._metrics = metrics
+    values = {k: float(x) for k, x in metrics.items() if k.startswith("eval/")}
+    self._evaluation = {k: x for k, x in values.items() if math.isfinite(x)}
+    self.metric_writer.write(step, metrics)
+    self.metric_writer.log_progress(self._config.train.num_steps)
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves a checkpoint if the step is due, first or last."""
@@ -285,12 +286,6 @@ def _restore_or_init(
   facts = {"checkpoint": {"step": step, "updates": updates}}
   preflight.check("restored", facts, timeout_seconds=timeout)
   return step, evaluation
-
-
-def _evaluation_of(metrics: writer.Scalars) -> dict[str, float]:
-  """The finite metrics of evaluations, as a checkpoint keeps them."""
-  values = {k: float(x) for k, x in metrics.items() if k.startswith("eval/")}
-  return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _checkpoint_meta(config: Config, identity: dict[str, str]) -> dict:

@@ -64,8 +64,7 @@ def read(words: list[str]) -> None:
     config = schema.Config.from_config_dict(flags.CONFIG.value)
     workdir = flags.workdir()
     mode = flags.MODE.value
-    has_flag = flags.has_override("model.weights")
-    sources.resolve(config, mode, workdir, has_weights_flag=has_flag)
+    sources.resolve(config, mode, workdir, flags.has_override)
 
 
 def words_of(number: int) -> list[str]:

@@ -25,7 +25,7 @@ def changed(config, **sections):
 
 
 def resolve(config, mode, workdir, *, flag=False):
-  return sources.resolve(config, mode, str(workdir), has_weights_flag=flag)
+  return sources.resolve(config, mode, str(workdir), lambda name: flag)
 
 
 @pytest.fixture
@@ -115,9 +115,8 @@ def test_a_run_in_the_workdir_is_read_at_its_newest_checkpoint(
   assert config.model.weights == f"run:{workdir}"
   assert f"model.weights=run:{workdir}" in caplog.text
   assert config.data.dir == "DATA"  # And no other drawn set.
-  assert resolve(
-    changed(SMOKE, data={"dir": "MINE"}), mode, workdir
-  ).data.dir == ("MINE")
+  mine = resolve(changed(SMOKE, data={"dir": "MINE"}), mode, workdir)
+  assert mine.data.dir == ("DATA" if mode == "answer" else "MINE")
 
 
 def test_a_mixture_is_data_and_is_read_again(run, tmp_path):
