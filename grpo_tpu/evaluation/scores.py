@@ -206,6 +206,7 @@ def _sample_figures(
   n, rows = len(draws), list(zip(*draws, strict=True))
   is_right = [[each.is_right for each in row] for row in rows]
   votes = [[each.vote for each in row] for row in rows]
+  voted = list(zip(votes, is_right, strict=True))
 
   def share(chances: Iterable[float]) -> dict[str, Any]:
     return statistics.share(float(sum(chances)), len(rows))
@@ -218,10 +219,6 @@ def _sample_figures(
       for k in ks
     },
     "maj_at_k": {
-      str(k): share(
-        statistics.maj_at_k(*pair, k)
-        for pair in zip(votes, is_right, strict=True)
-      )
-      for k in ks
+      str(k): share(statistics.maj_at_k(*row, k) for row in voted) for k in ks
     },
   }

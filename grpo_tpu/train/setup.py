@@ -129,7 +129,10 @@ class Run:
 
   def __post_init__(self):
     self._config, self._clock = self.trainer.config, self.report.clock
-    self._meta = _checkpoint_meta(self._config, self.identity)
+    self._meta: dict[str, Any] = self.identity
+    if lora := self._config.lora:
+      weights = {"weights": self._config.model.weights}
+      self._meta = self.identity | {"lora": dataclasses.asdict(lora) | weights}
     self._compilations = compile_cache.CompileCounter()
     # The policy did not sample the completions of preference data.
     self._alarms = alarms.Alarms(
@@ -286,11 +289,3 @@ def _restore_or_init(
   facts = {"checkpoint": {"step": step, "updates": updates}}
   preflight.check("restored", facts, timeout_seconds=timeout)
   return step, evaluation
-
-
-def _checkpoint_meta(config: Config, identity: dict[str, str]) -> dict:
-  """Facts that a checkpoint holds beside the state: on data and adapters."""
-  if config.lora is None:
-    return identity
-  weights = {"weights": config.model.weights}
-  return identity | {"lora": dataclasses.asdict(config.lora) | weights}
