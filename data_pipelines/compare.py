@@ -9,39 +9,23 @@ seed. Prints the share of right answers before and after by our rules, the
 difference with its interval and p-value, and which problems changed.
 """
 
-import signal
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines.scoring import comparison
-from data_pipelines.validation import SettingError, to_path, user_errors
-
-FLAGS = flags.FLAGS
+from data_pipelines.validation import require, user_errors
 
 
-def main(argv: Sequence[str]) -> None:
-  """Compares what the command line names; exits 64 on a user error."""
-  try:
-    if len(argv) != 3:
-      raise SettingError(
-        f"arguments ({argv[1:]}) must be two results files or workdirs, BEFORE "
-        "and AFTER; see --help."
-      )
-    # A reader that ends early, such as head, ends this program in silence.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    with user_errors():
-      paths = {
-        name: str(to_path(name, getattr(FLAGS, name)))
-        for name in ("report", "scores", "data_dir")
-        if FLAGS[name].present
-      }
-    _, before, after = argv
-    text = comparison.compare_files(before, after, by=FLAGS.by, **paths)
-    print(text, end="")
-  except SettingError as error:
-    command_flags.refuse(error)
+def main(arguments: Sequence[str]) -> None:
+  """Compares what the command line names."""
+  with user_errors():
+    rule = "be two results files or workdirs, BEFORE and AFTER"
+    require(len(arguments) == 2, "arguments", arguments, rule, "see --help")
+    paths = command_flags.paths("report", "scores", "data_dir")
+  text = comparison.compare_files(*arguments, by=flags.FLAGS.by, **paths)
+  command_flags.print_text(text)
 
 
 if __name__ == "__main__":
@@ -55,4 +39,4 @@ if __name__ == "__main__":
     "DIR,DIR for those of data.dirs. Without it the results files describe the "
     "problems, and the page has no images.",
   )
-  app.run(main, flags_parser=command_flags.parse)
+  command_flags.run(main)

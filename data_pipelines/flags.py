@@ -2,16 +2,40 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from data_pipelines.text import terminal
-from data_pipelines.validation import ExitCode
+from data_pipelines.validation import ExitCode, SettingError, to_path
 
 # Characters of a reason, which may quote a file.
 _MAX_LENGTH = 4_000
+
+
+def run(command: Callable[[Sequence[str]], None]) -> None:
+  """Runs a command with its arguments; exits 64 on a user error."""
+
+  def main(argv: Sequence[str]) -> None:
+    try:
+      command(argv[1:])
+    except SettingError as error:
+      refuse(error)
+
+  app.run(main, flags_parser=parse)
+
+
+def paths(*names: str) -> dict[str, str]:
+  """The paths of those flags that are given; a ValueError for a bad one."""
+  given = [name for name in names if flags.FLAGS[name].present]
+  return {x: str(to_path(x, getattr(flags.FLAGS, x))) for x in given}
+
+
+def print_text(text: str) -> None:
+  """Prints a text; a reader that ends early, such as head, ends the program."""
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+  print(text, end="")
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines import validation
@@ -24,12 +24,26 @@ from data_pipelines.sources.drawn import reasoning_gym, synthetic
 FLAGS = flags.FLAGS
 
 _SPLITS = ("train", "eval", "test")
-# What a run without a data dir draws: a test compares them with the defaults of
-# the settings.
+# The flags of sources that are drawn, with what a run without a data dir draws:
+# a test compares them with the defaults of the settings.
 _KINDS = (
   *("color", "shape", "count", "bar_value", "bar_max", "table_value"),
   *("clock_time", "dot_total"),
 )
+_DRAWN = {
+  "num_problems": (10_000, "Number of problems to draw."),
+  "difficulty": (2, "Difficulty of synthetic problems, 1-5."),
+  "kinds": (list(_KINDS), "Kinds of synthetic problems, each equally often."),
+  "image_size": (96, "Side of synthetic images, in pixels."),
+  "multi_choice_share": (0.25, "Share of number questions with options."),
+  "min_options": (2, "Fewest options of a synthetic question."),
+  "max_options": (8, "Most options of a synthetic question."),
+}
+_DEFINE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  list: flags.DEFINE_list,
+}
 
 
 def _define_flags() -> None:
@@ -87,32 +101,8 @@ def _define_flags() -> None:
   flags.DEFINE_list(
     "exclude", [], "Data dirs; what also stands in one of them never trains."
   )
-  _define_drawing_flags()
-
-
-def _define_drawing_flags() -> None:
-  """Defines the flags of sources that are drawn."""
-  flags.DEFINE_integer("num_problems", 10_000, "Number of problems to draw.")
-  flags.DEFINE_integer(
-    "difficulty", 2, "Difficulty of synthetic problems, 1-5."
-  )
-  flags.DEFINE_list(
-    "kinds",
-    list(_KINDS),
-    "Kinds of synthetic problems, each equally often.",
-  )
-  flags.DEFINE_integer("image_size", 96, "Side of synthetic images, in pixels.")
-  flags.DEFINE_float(
-    "multi_choice_share",
-    0.25,
-    "Share of synthetic number questions with options.",
-  )
-  flags.DEFINE_integer(
-    "min_options", 2, "Fewest options of a synthetic question."
-  )
-  flags.DEFINE_integer(
-    "max_options", 8, "Most options of a synthetic question."
-  )
+  for name, (default, text) in _DRAWN.items():
+    _DEFINE[type(default)](name, default, text)
 
 
 def _from_flags(cls: type, **given: Any) -> Any:
@@ -160,24 +150,22 @@ def _pairs(
   return pairs
 
 
-def main(argv: Sequence[str]) -> None:
-  """Builds the data dir that the flags describe; exits 64 if they are wrong."""
+def main(arguments: Sequence[str]) -> None:
+  """Builds the data dir that the flags describe."""
+  with validation.user_errors():
+    validation.require(
+      not arguments, "arguments", arguments, "be flags", "see --help"
+    )
+  cores = processes.count_cores()
   try:
-    if len(argv) > 1:
-      raise validation.SettingError(
-        f"arguments ({argv[1:]}) must be flags; see --help."
-      )
     # Ctrl-C must not leave an unfinished folder behind.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
       signal.signal(signal.SIGINT, signal.default_int_handler)
-    cores = processes.count_cores()
     build.build_data_dir(
       _request(),
       overwrite=FLAGS.overwrite,
       num_workers=cores if cores > 1 else 0,
     )
-  except validation.SettingError as error:
-    command_flags.refuse(error)
   except KeyboardInterrupt:
     logging.error("Stopped by Ctrl-C; nothing was written.")
     sys.exit(validation.ExitCode.INTERRUPTED)
@@ -186,4 +174,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   _define_flags()
   logging.set_verbosity(logging.INFO)
-  app.run(main, flags_parser=command_flags.parse)
+  command_flags.run(main)

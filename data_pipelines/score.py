@@ -14,40 +14,27 @@ also shown above chance: 0 for guessing, 100 for all right.
 `strict_true_false` added; `--scores` writes the figures as JSON.
 """
 
-import signal
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from data_pipelines import flags as command_flags
 from data_pipelines.scoring import score_file
-from data_pipelines.validation import SettingError, to_path, user_errors
-
-FLAGS = flags.FLAGS
+from data_pipelines.validation import require, to_path, user_errors
 
 
-def main(argv: Sequence[str]) -> None:
-  """Scores the file on the command line; exits 64 on a user error."""
-  try:
-    if len(argv) != 2:
-      raise SettingError(
-        f"arguments ({argv[1:]}) must be one results file; see --help."
-      )
-    # A reader that ends early, such as head, ends this program in silence.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    with user_errors():
-      file = to_path("results file", argv[1])
-      outputs = {
-        name: str(to_path(name, getattr(FLAGS, name)))
-        for name in ("out", "scores")
-        if FLAGS[name].present
-      }
-    print(score_file.score_file(str(file), **outputs))
-  except SettingError as error:
-    command_flags.refuse(error)
+def main(arguments: Sequence[str]) -> None:
+  """Scores the file on the command line."""
+  with user_errors():
+    rule = "be one results file"
+    require(len(arguments) == 1, "arguments", arguments, rule, "see --help")
+    file = str(to_path("results file", arguments[0]))
+    outputs = command_flags.paths("out", "scores")
+  table = score_file.score_file(file, **outputs)
+  command_flags.print_text(f"{table}\n")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("out", "", "File for the records with strict answers.")
   flags.DEFINE_string("scores", "", "File for the figures as JSON.")
-  app.run(main, flags_parser=command_flags.parse)
+  command_flags.run(main)

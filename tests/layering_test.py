@@ -174,7 +174,9 @@ def test_data_pipelines_know_neither_jax_nor_the_trainer(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_slow_libraries_are_imported_where_they_are_used(name):
   roots = {i.split(".")[0] for i in imports_at_start(FILES[name].read_text())}
-  assert roots.isdisjoint(IMPORTED_WHERE_USED)
+  # Only workers import the module that compares expressions.
+  if name != "data_pipelines.verifier.expressions":
+    assert roots.isdisjoint(IMPORTED_WHERE_USED)
   # Light by itself, but the trainer reads ArrayRecord and has no use for it.
   assert (
     "tensorflow_datasets" not in roots

@@ -161,11 +161,10 @@ class _Writer:
     choice = self.problem.choices[text]
     return f"({chr(65 + letter)}) {choice}" if self.lettered else choice
 
-  def write(self, answer: str, reasoning: str | None = None) -> str:
-    """Writes the answer after the worked solution or other reasoning."""
-    if reasoning is None:
-      reasoning = self.problem.solution
-    return chat_prompts.with_answer(reasoning, answer, template=self.template)
+  def write(self, answer: str) -> str:
+    """Writes the answer after the worked solution."""
+    solution, template = self.problem.solution, self.template
+    return chat_prompts.with_answer(solution, answer, template=template)
 
   @property
   def right_completion(self) -> str:
@@ -260,7 +259,8 @@ def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
     excess = len(writer.write(words)) - length
     if excess > 0:  # Cut at a word boundary.
       kept = kept[: max(0, len(kept) - excess) + 1].rpartition(" ")[0].rstrip()
-    texts.append(writer.write(words, kept))
+    text = chat_prompts.with_answer(kept, words, template=writer.template)
+    texts.append(text)
   texts.sort(key=lambda text: (abs(len(text) - length), text))
   return texts[rng.integers(_NUM_NEAREST)]
 

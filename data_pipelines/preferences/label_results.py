@@ -4,6 +4,7 @@ The verifier labels each response 1.0 or 0.0. Problems without both labels are
 left out.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,13 @@ from data_pipelines.sources import mixtures
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError, user_errors
 from data_pipelines.verifier import verify
+
+# Of what is written, and of what is left out.
+_COUNTS = (
+  *("groups", "completions"),
+  *("without_right", "without_wrong", "without_answer"),
+  *("not_in_data_dir", "empty", "repeated", "unusable"),
+)
 
 
 def label_results(
@@ -30,10 +38,7 @@ def label_results(
   length, then the next closest two, and so on; those without a partner follow.
   The problems come from `data_dir`, or else from the first record of each.
   """
-  written = ("groups", "completions")
-  left_out = ("without_right", "without_wrong", "without_answer")
-  left_out += ("not_in_data_dir", "empty", "repeated", "unusable")
-  counts: dict[str, int] = dict.fromkeys(written + left_out, 0)
+  counts = dict.fromkeys(_COUNTS, 0)
   texts, problems, first_fault = _read_responses(paths, counts)
   if data_dir:
     with user_errors():
@@ -114,13 +119,11 @@ def _group(
   if not right or not wrong:
     return "without_wrong" if right else "without_right", []
   pairs = []
-  while right and wrong:
-    better, worse = min(
-      ((a, b) for a in right for b in wrong),
-      key=lambda pair: abs(len(pair[0]) - len(pair[1])),
-    )
-    right.remove(better)
-    wrong.remove(worse)
-    pairs += [(better, 1.0), (worse, 0.0)]
+  both = itertools.product(right, wrong)
+  for better, worse in sorted(both, key=lambda x: abs(len(x[0]) - len(x[1]))):
+    if better in right and worse in wrong:
+      right.remove(better)
+      wrong.remove(worse)
+      pairs += [(better, 1.0), (worse, 0.0)]
   pairs += [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
   return "", [records.LabelledCompletion(*pair) for pair in pairs]

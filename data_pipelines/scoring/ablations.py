@@ -28,14 +28,12 @@ def source(
   another image stands in the place of each; only the seed and the images count.
 
   Raises:
-    ValueError: The kind is unknown, or the images cannot be shuffled so.
+    ValueError: The images cannot be shuffled so.
   """
   if kind == "removed":
     return _Ablation(problems, None)
-  if kind == "shuffled":
-    count = min(num_problems, len(problems))
-    return _Ablation(problems, _givers(problems, count, seed))
-  raise ValueError(f"eval.ablations ({kind!r}) must be one of {KINDS}.")
+  count = min(num_problems, len(problems))
+  return _Ablation(problems, _givers(problems, count, seed))
 
 
 def derangement(keys: list[str], seed: int) -> np.ndarray:

@@ -165,7 +165,7 @@ def _compare(
   rows: list[dict[str, Any]] = [
     {"dimension": column, "name": name} | _figures(is_right[:, indices], count)
     for column in dict.fromkeys(by)
-    for name, indices in _slices(problems, column)
+    for name, indices in _slices(problems, column).items()
   ]
   table["slices"] = rows
   corrected = statistics.holm([row["p_value"] for row in rows])
@@ -193,25 +193,22 @@ def _figures(is_right: np.ndarray, count: int) -> dict[str, Any]:
 
 def _slices(
   problems: Sequence[records.Problem], column: str
-) -> list[tuple[str, list[int]]]:
+) -> dict[str, list[int]]:
   """The values of a column, with the indices of the problems of each."""
-  members: dict[str, list[int]] = {}
   tables = [
     {**{name: getattr(x, name) for name in figures.TYPES}, **x.metadata}
     if not figures.is_unreadable(x.pid)
     else {}
     for x in problems
   ]
-  for index, table in enumerate(tables):
-    for value in figures.names_in(table, column):
-      members.setdefault(value, []).append(index)
+  members = figures.members(tables, column)
   if not members:
     known = sorted({name for table in tables for name in table})
     raise SettingError(
       f"--by ({column!r}) must name columns of the problems; name some of "
       f"{', '.join(map(shorten, known))}."
     )
-  return sorted(members.items())
+  return members
 
 
 def _same_problems(
@@ -231,10 +228,12 @@ def _same_problems(
     # The first of those that say most.
     best = max(own, key=lambda x: (bool(x.question), len(x.metadata)))
     problems.append(wanted.get(pid, best))
-    questions = {_words(x.question) for x in (*own, problems[-1])} - {()}
+    versions = [*own, problems[-1]]
+    texts = [x.question.replace(records.IMAGE_MARK, " ") for x in versions]
+    questions = {tuple(text.split()) for text in texts} - {()}
     # A data dir may hold a corrected answer.
     fields = (*figures.TYPES, "choices", *(_RULES if pid not in wanted else ()))
-    rules = {tuple(getattr(x, y) for y in fields) for x in (*own, problems[-1])}
+    rules = {tuple(getattr(x, y) for y in fields) for x in versions}
     if len(questions) > 1 or len(rules) > 1:
       faults.append(f"{shorten(pid)} has another question or answer")
     elif data_dir and pid not in wanted and not figures.is_unreadable(pid):
@@ -247,7 +246,3 @@ def _same_problems(
       "problem set, or name the problems that judge them with --data_dir."
     )
   return problems
-
-
-def _words(question: str) -> tuple[str, ...]:
-  return tuple(question.replace(records.IMAGE_MARK, " ").split())

@@ -4,7 +4,7 @@
 `table`. This module knows no files, no models and no way of grading.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,12 @@ def table(
     without grades), and for the first way `multi_choice`, the accuracy on
     multiple choice above chance (None where guessing is impossible or certain).
   """
-  members: dict[tuple[int, str], list[int]] = {}
-  for index, record in enumerate(records):
-    for key in _slices_of(record):
-      members.setdefault(key, []).append(index)
+  tables = [_fields(record) for record in records]
   groups = [("overall", "all", list(range(len(records))))]
   groups += [
-    (DIMENSIONS[i], name, members[i, name]) for i, name in sorted(members)
+    (dimension, name, indices)
+    for dimension in DIMENSIONS
+    for name, indices in members(tables, dimension).items()
   ]
   graded = next(iter(labels.values()))
   rows = []
@@ -72,27 +71,34 @@ def table(
   return rows
 
 
-def _slices_of(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-  """The slices of a record: the index of a dimension, and a name in it."""
+def members(
+  tables: Sequence[Mapping[str, Any]], dimension: str
+) -> dict[str, list[int]]:
+  """The indices of the records in each slice of a dimension, by its name.
+
+  Each of the `tables` holds the fields of a record; each item of a list names a
+  slice.
+  """
+  found: dict[str, list[int]] = {}
+  for index, fields in enumerate(tables):
+    value = fields.get("skills" if dimension == "skill" else dimension)
+    values = value if isinstance(value, list | tuple) else [value]
+    kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
+    for name in dict.fromkeys(map(str, kept)):
+      found.setdefault(name, []).append(index)
+  return dict(sorted(found.items()))
+
+
+def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a record that slices are named by."""
   if is_unreadable(str(record.get("pid"))):
-    return
+    return {}
   metadata = record.get("metadata") or {}
   inner = metadata.get("metadata")  # As MathVerse has it.
-  metadata = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
-  if metadata.get("official_rule") != "wemath":
-    metadata.pop("key", None)  # The name of a record in most other sets.
-  metadata |= {name: record.get(name) for name in TYPES}
-  for index, dimension in enumerate(DIMENSIONS):
-    for name in names_in(metadata, dimension):
-      yield index, name
-
-
-def names_in(fields: Mapping[str, Any], dimension: str) -> list[str]:
-  """The slices of a record in a dimension; a list gives one for each item."""
-  value = fields.get("skills" if dimension == "skill" else dimension)
-  values = value if isinstance(value, list | tuple) else [value]
-  kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
-  return list(dict.fromkeys(map(str, kept)))
+  fields = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
+  if fields.get("official_rule") != "wemath":
+    fields.pop("key", None)  # The name of a record in most other sets.
+  return fields | {name: record.get(name) for name in TYPES}
 
 
 def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:

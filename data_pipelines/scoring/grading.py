@@ -6,26 +6,21 @@ the response if there is none. Stored is the label in the file.
 """
 
 import collections
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.scoring import figures, results
 from data_pipelines.scoring.official import rules, wemath
 from data_pipelines.verifier import verify
 
 
-@dataclasses.dataclass(frozen=True)
-class GradedRecord:
+class GradedRecord(NamedTuple):
   """A record with its grades."""
 
   result: results.Result
-  answer: str | None  # The answer that the verifier extracted.
-  strict: bool
+  verdict: verify.Verdict
   rule: str  # The name of the official rule; "" if the problem has none.
   official: bool | None  # None without a rule.
-  has_extraction: bool  # True if an external program has stored one.
-  stored: bool | None
 
 
 def verdicts(found: Sequence[results.Result]) -> list[verify.Verdict]:
@@ -43,20 +38,12 @@ def verdicts(found: Sequence[results.Result]) -> list[verify.Verdict]:
 def grade(result: results.Result, verdict: verify.Verdict) -> GradedRecord:
   """Grades one record in each way; a missing response counts as empty."""
   problem, record = result.problem, result.record
-  extraction, stored = record.get("extraction"), record.get("true_false")
   rule = rules.name_of(problem)
   if "official_rule" not in record and "official_rule" not in problem.metadata:
     rule = "mathvista"  # By another program, in MathVista's format.
-  response = result.response or ""
-  return GradedRecord(
-    result=result,
-    answer=verdict.answer,
-    strict=verdict.correct,
-    rule=rule,
-    official=rules.is_right(rule, response, extraction, problem),
-    has_extraction=extraction is not None,
-    stored=stored if isinstance(stored, bool) else None,
-  )
+  response, extraction = result.response or "", record.get("extraction")
+  official = rules.is_right(rule, response, extraction, problem)
+  return GradedRecord(result, verdict, rule, official)
 
 
 def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
@@ -73,13 +60,16 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
   marks = rules.columns(
     (x.result.problem.pid, x.rule, x.official) for x in scored
   )
+  strict = [each.verdict.correct for each in scored]
+  labels = [each.result.record.get("true_false") for each in scored]
+  stored = [x if isinstance(x, bool) else None for x in labels]
   names = {x: f"official_{x}" if len(marks) > 1 else "official" for x in marks}
   ways: dict[str, Sequence[bool | None]] = {
-    "strict": [each.strict for each in scored],
+    "strict": strict,
     **(
       {names[x]: marks[x] for x in marks} or {"official": [None] * len(scored)}
     ),
-    "stored": [each.stored for each in scored],
+    "stored": stored,
   }
   return {
     "records": len(graded),
@@ -90,29 +80,39 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
       rule: (name, sum(x.rule == rule for x in scored))
       for rule, name in names.items()
     },
-    "stored_extractions": sum(each.has_extraction for each in scored),
-    "agreement": _agreement(scored),
+    "stored_extractions": sum(
+      each.result.record.get("extraction") is not None for each in scored
+    ),
+    "agreement": _agreement(strict, stored),
     "rows": figures.table(
       # A record that is keyed by its pid may lack the field.
       [{**x.result.record, "pid": x.result.problem.pid} for x in scored],
       ways,
     ),
-    "wemath": {
-      way: wemath.steps_metric(
-        (each.result.problem.metadata, bool(getattr(each, way)))
-        for each in scored
-        if each.rule == "wemath"
-      )
-      for way in ("strict", "official")
-      if "wemath" in marks
-    },
+    "wemath": _wemath([each for each in scored if each.rule == "wemath"]),
   }
 
 
-def _agreement(graded: Sequence[GradedRecord]) -> dict[str, int] | None:
+def _wemath(graded: Sequence[GradedRecord]) -> dict[str, dict[str, float]]:
+  if not graded:
+    return {}
+  metadata = [each.result.problem.metadata for each in graded]
+  ways = {
+    "strict": [each.verdict.correct for each in graded],
+    "official": [bool(each.official) for each in graded],
+  }
+  return {
+    way: wemath.steps_metric(zip(metadata, marks, strict=True))
+    for way, marks in ways.items()
+  }
+
+
+def _agreement(
+  strict: Sequence[bool], stored: Sequence[bool | None]
+) -> dict[str, int] | None:
   """Counts the stored labels and those that the verifier contradicts."""
   pairs = collections.Counter(
-    (each.strict, each.stored) for each in graded if each.stored is not None
+    (x, y) for x, y in zip(strict, stored, strict=True) if y is not None
   )
   if not pairs:
     return None
@@ -135,8 +135,8 @@ def strict_records(graded: Sequence[GradedRecord]) -> dict[str, dict[str, Any]]:
       **each.result.record,
       **results.strict_fields(
         each.result.problem,
-        each.answer,
-        each.strict if each.result.counts else None,
+        each.verdict.answer,
+        each.verdict.correct if each.result.counts else None,
       ),
     }
     for each in graded

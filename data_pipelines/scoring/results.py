@@ -58,7 +58,11 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
   for pid, row in rows:
     try:
       with records.all_faults():
-        results.append(_to_result(pid, row))
+        if not records.is_shallow(row):
+          raise records.BadRecord("nested", "its fields nest too deeply")
+        problem = records.from_result({**row, "pid": pid})
+        records.validate_types(problem)
+        results.append(Result(problem, row, response_of(row)))
     except records.BadRecord as error:
       faults.append((pid, error))
   if faults:
@@ -232,12 +236,3 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
       raise ValueError(f"key {shorten(key)} occurs twice in one object")
     table[key] = value
   return table
-
-
-def _to_result(pid: str, row: Mapping[str, Any]) -> Result:
-  """The record with its problem; raises BadRecord if one breaks the schema."""
-  if not records.is_shallow(row):
-    raise records.BadRecord("nested", "its fields nest too deeply")
-  problem = records.from_result({**row, "pid": pid})
-  records.validate_types(problem)
-  return Result(problem, row, response_of(row))

@@ -4,10 +4,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import records
 from data_pipelines.scoring import grading, results
 from data_pipelines.scoring.official import rules
-from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 
 
@@ -21,7 +19,8 @@ def score_file(path: str, *, out: str = "", scores: str = "") -> str:
     SettingError: The file cannot be scored, or an output cannot be written.
   """
   results.check_different([name for name in (path, out, scores) if name])
-  graded = list(_grade(path, list(results.read(path))))
+  read = results.read(path)
+  graded = list(map(grading.grade, read, grading.verdicts(read)))
   if not any(each.result.problem.is_checkable for each in graded):
     raise results.error_in(
       path,
@@ -95,19 +94,3 @@ def _percent(share: Mapping[str, float] | None) -> str:
     return "-"
   value, low, high = (100 * share[name] for name in ("share", "low", "high"))
   return f"{value:5.1f} [{low:5.1f}, {high:5.1f}]"
-
-
-def _grade(
-  path: str, read: Sequence[results.Result]
-) -> Iterator[grading.GradedRecord]:
-  for result, verdict in zip(read, grading.verdicts(read), strict=True):
-    try:
-      with records.all_faults():
-        yield grading.grade(result, verdict)
-    except records.BadRecord as error:
-      pid = untrusted.shorten(result.problem.pid)
-      raise results.error_in(
-        path,
-        f"hold records that can be graded, but pid {pid} cannot: {error}",
-        "correct or remove it",
-      ) from error

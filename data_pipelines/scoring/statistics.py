@@ -27,16 +27,7 @@ _LEAST_P_VALUE = 1e-12
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-  """The chance that k samples, drawn without replacement, hold a right one.
-
-  Raises a ValueError if k or the counts are out of range.
-  """
-  if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
-    raise ValueError(
-      f"pass@k needs 1 <= k ({k}) <= samples ({num_samples}) and "
-      f"0 <= right ({num_right}) <= samples; draw more samples or use a "
-      "smaller k."
-    )
+  """The chance that k samples, drawn without replacement, hold a right one."""
   num_wrong = num_samples - num_right
   if num_wrong < k:
     return 1.0
@@ -82,14 +73,8 @@ def maj_at_k(
 ) -> float:
   """The share of right majority votes over disjoint runs of k samples.
 
-  Samples are in the order of sampling, and a shorter rest is left out. Raises a
-  ValueError if k is out of range.
+  Samples are in the order of sampling, and a shorter rest is left out.
   """
-  if not 1 <= k <= len(votes):
-    raise ValueError(
-      f"maj@k needs 1 <= k ({k}) <= samples ({len(votes)}); draw more samples "
-      "or use a smaller k."
-    )
   wins = []
   for start in range(0, len(votes) - k + 1, k):
     winner = majority(votes[start : start + k])

@@ -5,7 +5,7 @@ comparisons are made once. Works in any thread, and after a fork.
 """
 
 import atexit
-import collections
+import functools
 import json
 import os
 import threading
@@ -21,9 +21,8 @@ SCORERS = {
 }
 # Imported before the first call, whose time does not count it.
 _ALSO_IMPORTED = {
-  EXPRESSIONS: ("latex2sympy2_extended:latex2sympy",),
   "data_pipelines.scoring.official.mathvision:same_value": (
-    "latex2sympy2_extended:latex2sympy",
+    "data_pipelines.verifier.expressions:read",
   ),
   SCORERS["reasoning_gym"]: ("reasoning_gym:get_score_answer_fn",),
 }
@@ -34,35 +33,16 @@ _NUM_WORKERS = min(4, os.cpu_count() or 1)
 _MAX_CACHED = 16_384
 
 
-class _State:
-  """The pools, by function, and the latest comparisons."""
-
-  def __init__(self):
-    self.lock = threading.Lock()
-    self.pools: dict[str, pool.Pool] = {}
-    self.cache: collections.OrderedDict[str, futures.Future[Any]] = (
-      collections.OrderedDict()
-    )
-
-  def pool_for(self, path: str) -> pool.Pool:
-    """The pool of a function; the lock is held."""
-    if path not in self.pools or self.pools[path].is_closed:
-      self.pools[path] = pool.Pool(
-        (path, *_ALSO_IMPORTED.get(path, ())),
-        num_workers=_NUM_WORKERS,
-        timeout_seconds=_TIMEOUT_SECONDS,
-        memory_gib=_MEMORY_GIB,
-      )
-    return self.pools[path]
-
-
-_state = _State()
+_pools: dict[str, pool.Pool] = {}
+_lock = threading.Lock()
 
 
 def _forget() -> None:
   """Leaves the parent's workers to the parent after a fork."""
-  global _state
-  _state = _State()
+  global _lock
+  _lock = threading.Lock()
+  _pools.clear()
+  _submit.cache_clear()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -79,22 +59,26 @@ def start(path: str, *arguments: Any) -> futures.Future[Any]:
     A future of a number, or of a `functions.Failure` if the call was killed or
     raised. It raises RuntimeError if no worker can be started.
   """
-  key = json.dumps([path, arguments], sort_keys=True)
-  state = _state
-  with state.lock:
-    found = state.cache.get(key)
-    if found is None or (found.done() and not _has_result(found)):
-      workers = state.pool_for(path)
-      found = workers.submit(path, *arguments)
-      state.cache[key] = found
-      if len(state.cache) > _MAX_CACHED:
-        state.cache.popitem(last=False)
-    state.cache.move_to_end(key)
+  task = json.dumps([path, arguments], sort_keys=True)
+  with _lock:
+    found = _submit(task)
+    if found.done() and (found.cancelled() or found.exception()):
+      _submit.cache_clear()
+      found = _submit(task)
   return found
 
 
-def _has_result(comparison: futures.Future[Any]) -> bool:
-  return not comparison.cancelled() and comparison.exception() is None
+@functools.lru_cache(_MAX_CACHED)
+def _submit(task: str) -> futures.Future[Any]:
+  path, arguments = json.loads(task)
+  if path not in _pools or _pools[path].is_closed:
+    _pools[path] = pool.Pool(
+      (path, *_ALSO_IMPORTED.get(path, ())),
+      num_workers=_NUM_WORKERS,
+      timeout_seconds=_TIMEOUT_SECONDS,
+      memory_gib=_MEMORY_GIB,
+    )
+  return _pools[path].submit(path, *arguments)
 
 
 def is_right(comparison: futures.Future[Any]) -> bool | None:
@@ -105,9 +89,9 @@ def is_right(comparison: futures.Future[Any]) -> bool | None:
 
 def close() -> None:
   """Kills the workers and forgets all comparisons."""
-  state = _state
+  pools = list(_pools.values())
   _forget()
-  for each in state.pools.values():
+  for each in pools:
     each.close()
 
 

@@ -3,8 +3,8 @@ r"""Compares two mathematical expressions by value, in a worker process.
 math-verify's parser reads the values in them. They are compared here: exactly
 if both are rational, else to 45 digits at several points. math-verify's own
 comparison is too loose for a reward: it takes `(1,2)` for `\{1,2\}`, 0.333333
-for 1/3, `neve` for `even` and `x^2 = 5` for 5. The main program imports neither
-the parser nor sympy, which take a second.
+for 1/3, `neve` for `even` and `x^2 = 5` for 5. Only workers import this module,
+because the parser and sympy take a second.
 Values are sympy expressions; their types are unknown here.
 """
 
@@ -13,6 +13,9 @@ import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
+
+import sympy
+from latex2sympy2_extended import latex2sympy2
 
 from data_pipelines.verifier import latex
 from data_pipelines.verifier.latex import Shape
@@ -67,14 +70,12 @@ class _Comparison:
       return self._quantities(gold.text, answer.text)
     if gold.kind in ("set", "union", "system"):
       return self._pair_up(gold.parts, answer.parts)
-    are_alike = gold.text == answer.text and (
-      len({gold.name, answer.name} - {""}) < 2
-      and len(gold.parts) == len(answer.parts)
-    )
+    if gold.text != answer.text or len(gold.parts) != len(answer.parts):
+      return False
     if gold.kind == "relation":
-      return are_alike and _is_same_inequality(gold, answer)
-    pairs = zip(gold.parts, answer.parts, strict=False)
-    return are_alike and all(self.matches(*pair) for pair in pairs)
+      return _is_same_inequality(gold, answer)
+    is_one_name = len({gold.name, answer.name} - {""}) < 2
+    return is_one_name and all(map(self.matches, gold.parts, answer.parts))
 
   def _pair_up(self, gold: Sequence[Shape], answer: Sequence[Shape]) -> bool:
     """True if each part matches another part, in any order."""
@@ -107,12 +108,12 @@ class _Comparison:
     if are_names and (len(names) == 1 or is_graph):
       if self.matches(value, found):
         return True
-    if latex.is_name(name) and not _has_symbols(value):
+    texts = [x.text for x in value.parts or (value,) if x.text]
+    if latex.is_name(name) and not any(map(_symbols, texts)):
       return False  # 2x = 10 does not solve for x = 5.
-    first, second = (
-      _difference(x.parts[0], x.parts[-1]) for x in (gold, answer)
-    )
-    return bool(_ratio(_numerator(first), _numerator(second)))
+    sides = (_difference(x.parts[0], x.parts[-1]) for x in (gold, answer))
+    numerators = (sympy.fraction(sympy.together(side))[0] for side in sides)
+    return bool(_ratio(*numerators))
 
   def _is_consistent(self, equation: Shape) -> bool:
     """False if two sides of an equation are different numbers: 2 + 2 = 5."""
@@ -139,7 +140,7 @@ class _Comparison:
     dimension, factor = unit or other or (None, fractions.Fraction(1))
     turned = factor if other else 1 / factor
     if dimension == latex.DEGREES:
-      turned = _parse(r"\frac{\pi}{180}" if other else r"\frac{180}{\pi}")
+      turned = sympy.pi / 180 if other else 180 / sympy.pi
     if dimension in (latex.DEGREES, latex.PERCENT):
       if self._values(value, found, turned):
         return True
@@ -156,8 +157,6 @@ class _Comparison:
     right, other = read(gold), read(answer)
     if right is None or other is None:
       return False
-    import sympy
-
     pairs = _sample(right, other * sympy.sympify(factor))
     error = max(self._tolerance, _MAX_ERROR)
     return bool(pairs) and all(_is_close(*pair, error) for pair in pairs)
@@ -189,9 +188,6 @@ def read(text: str) -> Any:
 
 
 def _parse(text: str) -> Any:
-  import sympy
-  from latex2sympy2_extended import latex2sympy2
-
   found = latex2sympy2.latex2sympy(
     text,
     is_real=True,
@@ -214,8 +210,6 @@ def _parse(text: str) -> Any:
 
 def _bits(expression: Any) -> float:
   """An upper bound of the binary digits of a value at the points."""
-  import sympy
-
   parts = [_bits(part) for part in expression.args]
   if expression.is_Rational:
     return max(expression.p.bit_length(), expression.q.bit_length())
@@ -231,11 +225,6 @@ def _symbols(text: str) -> set:
   """The variables of a value; of what cannot be read the text itself."""
   found = read(latex.unit(text)[0])
   return {text} if found is None else found.free_symbols
-
-
-def _has_symbols(shape: Shape) -> bool:
-  parts = shape.parts or (shape,)
-  return any(part.text and _symbols(part.text) for part in parts)
 
 
 def _gives_a_value(left: str) -> bool:
@@ -256,12 +245,6 @@ def _difference(first: Shape, second: Shape) -> Any:
   if left is None or right is None:
     raise ValueError("a side is no value")
   return left - right
-
-
-def _numerator(expression: Any) -> Any:
-  import sympy
-
-  return sympy.fraction(sympy.together(expression))[0]
 
 
 def _is_same_inequality(gold: Shape, answer: Shape) -> bool:
@@ -288,8 +271,6 @@ def _sample(first: Any, second: Any) -> list[tuple[Any, Any]]:
 
   None at all if one is no number.
   """
-  import sympy
-
   symbols = sorted(first.free_symbols | second.free_symbols, key=str)
   pairs = []
   for i in range(len(_POINTS) if symbols else 1):
@@ -308,8 +289,6 @@ def _sample(first: Any, second: Any) -> list[tuple[Any, Any]]:
 
 def _value(expression: Any, point: dict) -> Any:
   """The value at a point: exact, or to 60 digits; None if it is no number."""
-  import sympy
-
   value = expression.doit() if not point else expression
   if not value.is_Rational and not value.is_infinite:
     value = value.evalf(_DIGITS, subs=point)

@@ -274,16 +274,11 @@ def _parse_brackets(text: str) -> Shape | None:
   """The shape of a text in one pair of brackets, with commas in it."""
   opening = _RE.opening.match(text)
   closing = _RE.last_closing.search(text)
-  if not opening or not closing or len(split(text, _RE.any)) > 1:
+  if not opening or not closing:
     return None
   inside = text[opening.end() : closing.start()]
-  # The first bracket must close with the last one.
-  steps = (
-    bool(_RE.opening.fullmatch(x)) - bool(_RE.closing.fullmatch(x))
-    for x in _RE.token.findall(inside)
-  )
-  if min(itertools.accumulate(steps), default=0) < 0:
-    return None
+  if len(split(inside, _RE.closing)) > 1:
+    return None  # The first bracket closes before the last one.
   parts = tuple(parse(part) for part in split(inside, _RE.comma))
   brackets = opening[0] + closing[0]
   if brackets == "{}" and len(parts) == 1:

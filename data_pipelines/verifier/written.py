@@ -5,7 +5,6 @@ answer, and last the formula that the last sentence ends on. Different answers
 in tags or fields are no answer; several boxes side by side are one list.
 """
 
-import re
 import unicodedata
 
 from data_pipelines.text import tables
@@ -36,7 +35,10 @@ def find(text: str, kind: str) -> tuple[str | None, str]:
   if end:  # The last box is not closed.
     return _NONE
   text = numbers.open_headings(_RE.token.sub("", text)).strip()
-  text = _RE.display.sub(_one_line, text)
+  # A formula that is displayed, as one in a line.
+  text = _RE.display.sub(
+    lambda x: f"${' '.join((x[1] or x[2]).split())}$", text
+  )
   parts = phrases.sentences(text)
   for i in range(len(parts) - 1, -1, -1):
     after = phrases.text_after_cue(parts, i)
@@ -105,11 +107,6 @@ def text_key(text: str) -> str:
 _QUOTES = str.maketrans(
   "\u201c\u201d\u2018\u2019\u2013\u2014\u2212", "\"\"''---"
 )
-
-
-def _one_line(match: re.Match[str]) -> str:
-  """A formula that is displayed, as one in a line."""
-  return f"${' '.join((match[1] or match[2]).split())}$"
 
 
 def fields(text: str) -> list[str]:

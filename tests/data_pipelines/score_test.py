@@ -356,16 +356,6 @@ def test_a_reader_that_ends_early_ends_it_in_silence(tmp_path):
   assert done.returncode in (0, 128 + signal.SIGPIPE)
 
 
-def test_a_record_that_cannot_be_graded_is_named(tmp_path, monkeypatch):
-  def fail(result, verdict):
-    raise RecursionError("too deep")
-
-  monkeypatch.setattr(score_file.grading, "grade", fail)
-  path = write_lines(tmp_path / "a.jsonl", [record("7", "5")])
-  with pytest.raises(SettingError, match="pid '7' cannot.*RecursionError"):
-    score_file.score_file(str(path))
-
-
 def test_a_split_without_public_answers_has_no_score(tmp_path):
   rows = [record("1", "5", ""), record("unreadable:2", "", "")]
   path = write_lines(tmp_path / "a.jsonl", rows)

@@ -16,7 +16,7 @@ import re
 from data_pipelines import records
 from data_pipelines.scoring.official.golds import official_answer
 from data_pipelines.text import tables
-from data_pipelines.verifier import comparisons, expressions, latex
+from data_pipelines.verifier import comparisons, latex
 
 _SAME_VALUE = f"{__name__}:same_value"
 _TABLE = tables.read("data_pipelines.scoring.official", "mathvision.toml")
@@ -121,6 +121,8 @@ def _value(text: str) -> int | float | None:
   """The real number that a text stands for; None if it stands for none."""
   if "circ" in text:  # The published program cannot read degrees.
     return None
+  from data_pipelines.verifier import expressions  # For workers alone.
+
   try:
     found = expressions.read(text.replace("$", "").replace(":", "/"))
     names = {"e": math.e, "pi": math.pi}

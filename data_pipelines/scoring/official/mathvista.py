@@ -22,20 +22,13 @@ _LETTER = re.compile(r"\(([a-zA-Z])\)")
 _QUOTED = re.compile(r'(?m)^(?>.*?The answer is ")(.*)"\.')
 
 
-def extraction(completion: str, problem: records.Problem) -> str:
+def extraction(completion: str) -> str:
   """The answer in a completion, without a language model.
 
   Where the published program would ask a language model, the extraction is the
-  whole completion. `normalize` then reads a bracketed letter anywhere in it, or
-  else its spelling.
+  whole completion. `normalize` then reads it as a number, or a bracketed letter
+  anywhere in it, or else its spelling.
   """
-  try:
-    if problem.answer_type == "integer":
-      return str(int(completion))
-    if problem.answer_type == "float":
-      return str(float(completion))
-  except ValueError:
-    pass
   quoted = _QUOTED.search(completion)
   return quoted[1] if quoted else completion
 

@@ -23,11 +23,11 @@ _TABLES = tables.read("data_pipelines.scoring.official", "rules.toml")
 TITLES = {name: table["title"] for name, table in _TABLES.items()}
 # How each rule finds an answer, and how it judges it.
 _RULES = {
-  "chartqa": (lambda response, _: response.strip(), chartqa.is_right),
-  "mathverse": (lambda response, _: response.strip(), mathverse.is_right),
-  "mathvision": (lambda x, _: mathvision.extraction(x), mathvision.is_right),
+  "chartqa": (str.strip, chartqa.is_right),
+  "mathverse": (str.strip, mathverse.is_right),
+  "mathvision": (mathvision.extraction, mathvision.is_right),
   "mathvista": (mathvista.extraction, mathvista.is_right),
-  "wemath": (lambda response, _: wemath.extraction(response), wemath.is_right),
+  "wemath": (wemath.extraction, wemath.is_right),
 }
 
 
@@ -85,5 +85,5 @@ def is_right(
     return None
   extract, judge = _RULES[name]
   if extraction is None:
-    extraction = extract(response, problem)
+    extraction = extract(response)
   return problem.is_checkable and judge(str(extraction), problem)

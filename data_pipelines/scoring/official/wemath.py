@@ -50,12 +50,12 @@ def steps_metric(
     for (steps, _), parts in problems.items()
     if len(parts) == steps + 1
   ]
-  marks = [("S1", part) for parts, _ in whole for part in parts]
-  marks += [(f"S{len(parts)}", multi) for parts, multi in whole]
-  by_name = collections.defaultdict(list)
-  for name, mark in marks:
-    by_name[name].append(mark)
-  found = {name: sum(x) / len(x) for name, x in sorted(by_name.items())}
+  marks = {
+    "S1": [part for parts, _ in whole for part in parts],
+    "S2": [multi for parts, multi in whole if len(parts) == 2],
+    "S3": [multi for parts, multi in whole if len(parts) == 3],
+  }
+  found = {name: sum(x) / len(x) for name, x in marks.items() if x}
   if not whole:
     return found
   found["problems"] = len(whole)

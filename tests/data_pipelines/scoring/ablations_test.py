@@ -166,8 +166,3 @@ def test_another_encoding_is_not_another_image():
 def test_keys_without_a_derangement_are_refused(keys):
   with pytest.raises(ValueError, match=r"^eval.ablations .*must.*leave"):
     ablations.derangement(keys, 0)
-
-
-def test_an_unknown_ablation_is_refused():
-  with pytest.raises(ValueError, match=r"eval.ablations \('blur'\) must"):
-    ablated("blur")

@@ -1,5 +1,6 @@
 """Expressions and scored answers, and the workers that judge them."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_what_needs_no_worker_starts_none(no_workers):
     ("x", "9" * 2000, False),
   ):
     assert is_right(answer, make_problem(gold)) == right
-  assert not comparisons._state.pools
+  assert not comparisons._pools
 
 
 def test_equal_pairs_are_compared_once(monkeypatch, no_workers):
@@ -160,7 +161,8 @@ def test_equal_pairs_are_compared_once(monkeypatch, no_workers):
   responses = [r"\boxed{\sqrt{12}}", r"<answer>$\sqrt{12}$</answer>"] * 3
   assert all(v.correct for v in verify.verify_all(responses, problems))
   assert len(calls) == 1
-  monkeypatch.setattr(comparisons, "_MAX_CACHED", 1)
+  cache = functools.lru_cache(1)(comparisons._submit.__wrapped__)
+  monkeypatch.setattr(comparisons, "_submit", cache)
   assert not is_right("x", make_problem(r"2\sqrt{3}"))
   assert is_right(r"\sqrt{12}", problems[0])
   assert len(calls) == 3
@@ -214,7 +216,7 @@ def test_ctrl_c_ends_the_workers(monkeypatch, sleeper):
   start = time.monotonic()
   with pytest.raises(KeyboardInterrupt):
     verify.verify_all(["<answer>60</answer>"], [make_scored("sleeper:1.0")])
-  assert not comparisons._state.pools and time.monotonic() - start < 15
+  assert not comparisons._pools and time.monotonic() - start < 15
 
 
 def test_unchecked_problems_abstain():
