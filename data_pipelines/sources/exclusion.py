@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 from data_pipelines import records, validation
 from data_pipelines.sources import intake, near_duplicates, processes, stored
@@ -40,35 +39,26 @@ def read(
   """
   found: dict[str, str] = {}
   for folder in folders:
-    problems, named = itertools.tee(_problems(folder))
+    sources = stored.sources(validation.to_path("exclude", folder)).values()
+    read_all = itertools.chain.from_iterable(map(stored.read_all, sources))
+    problems, named = itertools.tee(read_all)
     results = processes.map_in_order(
       functools.partial(intake.hash_all, with_looks=with_looks),
       itertools.batched(problems, _BATCH),
       num_workers=num_workers,
-      lost=functools.partial(_refuse, folder),
+      lost=lambda each, how: f"{getattr(each, 'pid', '')} {how}",
     )
     # Closed also by Ctrl-C, or its threads would hold up the end.
     with contextlib.closing(results):
-      for problem, (groups, hashes) in zip(named, results, strict=True):
+      for problem, result in zip(named, results, strict=True):
+        if isinstance(problem, records.BadRecord) or isinstance(result, str):
+          raise validation.SettingError(
+            f"exclude ({folder!r}) must hold whole problems, but one cannot be "
+            f"read: {result}; prepare it again."
+          )
+        groups, hashes = result
         for group in groups:
           found.setdefault(group, f"{problem.pid} of {folder}")
         if hashes:
           looks.add(hashes, scratch.append(stored.encode(problem)))
   return found
-
-
-def _problems(folder: str) -> Iterator[records.Problem]:
-  path = validation.to_path("exclude", folder)
-  for source in stored.sources(path).values():
-    for each in stored.read_all(source):
-      if isinstance(each, records.BadRecord):
-        _refuse(folder, None, str(each))
-      yield each
-
-
-def _refuse(folder: str, problem: records.Problem | None, how: str) -> NoReturn:
-  name = f" {problem.pid}" if problem else ""
-  raise validation.SettingError(
-    f"exclude ({folder!r}) must hold whole problems, but one{name} cannot be "
-    f"read: {how}; prepare it again."
-  )

@@ -13,7 +13,6 @@ import re
 import time
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from absl import logging
 
@@ -64,12 +63,8 @@ class Record:
   place: int = -1  # The index in the scratch file.
 
 
-class _CheckedRecord(NamedTuple):
-  """A usable record, as a process sends it."""
-
-  record: Record
-  example: bytes
-  looks: Hashes
+# A usable record, as a process sends it: its summary and its encoded problem.
+type _Checked = tuple[Record, bytes, Hashes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class Checker:
   settings: columns.Settings = columns.Settings()
   with_looks: bool = False  # True to hash perceptually too.
 
-  def __call__(self, items: Sequence[Item]) -> list[_CheckedRecord | Reject]:
+  def __call__(self, items: Sequence[Item]) -> list[_Checked | Reject]:
     """A result for each record; no record's fault is an exception."""
     results = []
     for item in items:
@@ -153,7 +148,7 @@ class Checker:
       "--unchecked_answers=keep",
     )
 
-  def _summarize(self, item: Item, problem: records.Problem) -> _CheckedRecord:
+  def _summarize(self, item: Item, problem: records.Problem) -> _Checked:
     """The summary of a problem, which raises if an image cannot be shown."""
     groups, looks = hash_groups(problem, self.with_looks)
     record = Record(
@@ -165,7 +160,7 @@ class Checker:
       is_mathvista=mathvista.is_original(problem.metadata),
       digest=_digest(problem),
     )
-    return _CheckedRecord(record, stored.encode(problem), looks)
+    return record, stored.encode(problem), looks
 
 
 def _has_no_answer(problem: records.Problem) -> bool:
@@ -255,7 +250,7 @@ def check_records(
 
 def _check(
   readers: files.Readers, checker: Checker, num_workers: int
-) -> Generator[_CheckedRecord | Reject, None, None]:
+) -> Generator[_Checked | Reject, None, None]:
   """The result for each record, in order."""
 
   def lost(item: Item, how: str) -> Reject:
@@ -288,7 +283,16 @@ def _with_progress[T](results: Iterable[T]) -> Iterator[T]:
 
 
 def hash_all(
-  problems: Sequence[records.Problem], *, with_looks: bool
-) -> list[tuple[tuple[str, ...], Hashes]]:
-  """The groups of problems that were checked before; see `hash_groups`."""
-  return [hash_groups(each, with_looks) for each in problems]
+  problems: Sequence[records.Problem | records.BadRecord], *, with_looks: bool
+) -> list[tuple[tuple[str, ...], Hashes] | str]:
+  """The `hash_groups` of problems; of one that cannot be read, the reason."""
+  results = []
+  for each in problems:
+    if isinstance(each, records.BadRecord):
+      results.append(str(each))
+      continue
+    try:
+      results.append(hash_groups(each, with_looks))
+    except records.BadRecord as error:
+      results.append(f"{each.pid}, {error}")
+  return results

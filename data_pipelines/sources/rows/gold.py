@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from data_pipelines import records
 from data_pipelines.records import BadRecord
 from data_pipelines.text import tables, untrusted
-from data_pipelines.verifier import numbers
+from data_pipelines.verifier import latex, numbers
 
 # A longer text without a mark is an essay, which no rule compares.
 MAX_CHARACTERS, MAX_WORDS = 200, 20
@@ -145,9 +145,10 @@ def _inside(text: str) -> str:
   if mark and "\n" not in end.strip():
     return end
   for box in (r"\boxed", r"\fbox"):
-    _, mark, end = text.rpartition(box)
-    if mark and (content := _inside_braces(end)) is not None:
-      return content
+    _, _, end = text.rpartition(box)
+    opened = re.match(r"\s{0,2}\{", end) if end != text else None
+    if opened and (close := latex.find_end(end, opened.end())) >= 0:
+      return end[opened.end() : close]
   if match := _RE.cue.search(text[-1000:]):
     return _without_stop(match[1])
   match = _RE.wrap.fullmatch(text)
@@ -158,19 +159,6 @@ def _without_stop(text: str) -> str:
   """The text without the full stop of its sentence; "U.S." keeps its own."""
   end = text.removesuffix(".")
   return text if "." in end and end[-1:].isalpha() else end
-
-
-def _inside_braces(text: str) -> str | None:
-  """The text between the balanced braces that it begins with."""
-  start = len(text[:2]) - len(text[:2].lstrip())
-  if text[start : start + 1] != "{":
-    return None
-  depth = 0
-  for end in range(start, len(text)):
-    depth += {"{": 1, "}": -1}.get(text[end], 0)
-    if not depth:
-      return text[start + 1 : end]
-  return None
 
 
 def _from_text(text: str, column: str) -> Gold:
