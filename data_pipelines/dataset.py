@@ -63,7 +63,7 @@ class Dataset:
 
     `builder` holds `seed`, `max_new_tokens`, `shards` and `shard_count`.
     """
-    return pipeline.make_pipeline(
+    return pipeline.TrainBatches(
       self._train_builder(**builder),
       index=self.train_index,
       prompts_per_step=self.settings.prompts_per_step,

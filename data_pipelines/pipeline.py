@@ -11,7 +11,7 @@ References:
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -59,39 +59,51 @@ class Batch:
   sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def make_pipeline(
-  builder: prompt_rows.RowBuilder,
-  *,
-  prompts_per_step: int,
-  start_step: int,
-  worker_processes: int = 0,
-  index: record_index.RecordIndex | None = None,
-  shares: Sequence[int] = (1,),
-) -> "TrainBatches":
+class TrainBatches:
   """The endless batches of one reader, from `start_step` on.
 
   The builder's seed also fixes the order of the records; an index saves
   measuring them. With 0 `worker_processes` threads build the same batches;
   processes need absl flags, and a `__main__` that can be imported again.
   """
-  _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
-  if index is None:
-    index = record_index.scan(builder, len(builder.source), for_training=True)
-  order = _order(builder, index.usable, shares)
-  order = order.batch(prompts_per_step, drop_remainder=True)
-  steps = order.map_with_index(functools.partial(_build_batch, builder, index))
-  # Sliced before workers share the steps: a worker's own position depends on
-  # the number of workers, and the step must be the whole position.
-  stream = steps[start_step:].to_iter_dataset(_READ_OPTIONS)
-  if worker_processes:
-    options = grain.multiprocessing.MultiprocessingOptions(worker_processes)
-    stream = stream.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
 
-  def shape_of(step: int) -> record_index.BatchShape:
-    indices = np.asarray(order[start_step + step])
-    return index.select(indices).batch_shape(builder)
+  def __init__(
+    self,
+    builder: prompt_rows.RowBuilder,
+    *,
+    prompts_per_step: int,
+    start_step: int,
+    worker_processes: int = 0,
+    index: record_index.RecordIndex | None = None,
+    shares: Sequence[int] = (1,),
+  ):
+    _check_batch_size(builder, "data.prompts_per_step", prompts_per_step)
+    if index is None:
+      index = record_index.scan(builder, len(builder.source), for_training=True)
+    self._builder, self._index, self._start = builder, index, start_step
+    order = _order(builder, index.usable, shares)
+    self._order = order.batch(prompts_per_step, drop_remainder=True)
+    build = functools.partial(_build_batch, builder, index)
+    # Sliced before workers share the steps: a worker's own position depends on
+    # the number of workers, and the step must be the whole position.
+    steps = self._order.map_with_index(build)[start_step:]
+    stream = steps.to_iter_dataset(_READ_OPTIONS)
+    if worker_processes:
+      options = grain.multiprocessing.MultiprocessingOptions(worker_processes)
+      stream = stream.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+    self._stream = iter(stream)
 
-  return TrainBatches(iter(stream), shape_of)
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._stream)
+
+  def shapes(self, num_steps: int) -> set[record_index.BatchShape]:
+    """The shapes of the first batches."""
+    end = self._start + min(num_steps, _MAX_STEPS_EXAMINED)
+    asked = (np.asarray(self._order[x]) for x in range(self._start, end))
+    return {self._index.select(x).batch_shape(self._builder) for x in asked}
 
 
 def _order(
@@ -118,25 +130,6 @@ def _order(
 def _ignore_interrupts(worker: int, num_workers: int) -> None:
   """Leaves Ctrl-C to the trainer, which needs the batches to save."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@dataclasses.dataclass
-class TrainBatches:
-  """Batches without end, and the shapes of those to come."""
-
-  _stream: Iterator[Batch]
-  _shape_of: Callable[[int], record_index.BatchShape]
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    return next(self._stream)
-
-  def shapes(self, num_steps: int) -> set[record_index.BatchShape]:
-    """The shapes of the first batches."""
-    num_steps = min(num_steps, _MAX_STEPS_EXAMINED)
-    return {self._shape_of(step) for step in range(num_steps)}
 
 
 class EvalBatches:

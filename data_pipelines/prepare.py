@@ -18,12 +18,11 @@ from absl import flags, logging
 
 from data_pipelines import flags as command_flags
 from data_pipelines import validation
-from data_pipelines.sources import build, processes
+from data_pipelines.sources import build, processes, splits
 from data_pipelines.sources.drawn import reasoning_gym, synthetic
 
 FLAGS = flags.FLAGS
 
-_SPLITS = ("train", "eval", "test")
 # The flags of sources that are drawn, with what a run without a data dir draws:
 # a test compares them with the defaults of the settings.
 _KINDS = (
@@ -123,8 +122,8 @@ def _request() -> build.Request:
     with validation.user_errors():
       tasks = reasoning_gym.parse_tasks(source)
       source = _from_flags(reasoning_gym.Spec, tasks=tasks, version="")
-  elif re.match(f"({'|'.join(_SPLITS)})=", source):
-    source = _pairs("source", source.split(","), _SPLITS)
+  elif re.match(f"({'|'.join(splits.OURS)})=", source):
+    source = _pairs("source", source.split(","), splits.OURS)
   columns = _pairs("columns", FLAGS.columns)
   return _from_flags(build.Request, source=source, columns=columns)
 

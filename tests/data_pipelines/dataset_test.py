@@ -562,7 +562,7 @@ def test_an_evaluation_needs_no_split_to_train_on(data_dir):
 def test_worker_processes_are_those_of_the_settings(workdir, monkeypatch):
   seen = []
   monkeypatch.setattr(
-    pipeline, "make_pipeline", lambda *_, **given: seen.append(given)
+    pipeline, "TrainBatches", lambda *_, **given: seen.append(given)
   )
   config = settings(worker_processes=3)
   train_batches(opened(config, workdir), config)

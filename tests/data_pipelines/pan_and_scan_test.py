@@ -77,7 +77,7 @@ def batches(tokenizer, source=PROBLEMS, steps=6, **changes):
   builder = prompt_rows.RowBuilder(
     source=source, tokenizer=tokenizer, **SHARED | dict(seed=3) | changes
   )
-  return list(itertools.islice(pipeline.make_pipeline(builder, **order), steps))
+  return list(itertools.islice(pipeline.TrainBatches(builder, **order), steps))
 
 
 def eval_batches(tokenizer, source=PROBLEMS, **changes):

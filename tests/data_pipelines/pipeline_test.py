@@ -103,7 +103,7 @@ def batches(tokenizer, source=PROBLEMS, steps=8, **changes):
   for name in order.keys() & changes.keys():
     order[name] = changes.pop(name)
   builder = make_builder(tokenizer, source, **settings | changes)
-  return list(itertools.islice(pipeline.make_pipeline(builder, **order), steps))
+  return list(itertools.islice(pipeline.TrainBatches(builder, **order), steps))
 
 
 def eval_batches(tokenizer, source=PROBLEMS, **changes):
