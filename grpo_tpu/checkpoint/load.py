@@ -44,7 +44,22 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
     raise SettingError(model.describe_weights())
   abstract = abstract_params(model, mesh)
   with run_errors(f"load {model.weights}"):
-    return _load_params(model, mesh, abstract)
+    name = resolve_weights(model.weights)
+    scheme, _, rest = name.partition(":")
+    if scheme == "run":
+      if saved := load_adapters(model, mesh):
+        base = _load_base(model, mesh, saved)
+        return lora.with_adapters(base, saved.adapters, saved.config)
+      workdir, step = split_run(name)
+      folder = f"{workdir}/checkpoints"
+      return reader.restore_params(folder, step, abstract)
+    if scheme == "random":
+      dtype = np.dtype(model.param_dtype)
+      values = weights.random_params(model.network, int(rest), dtype)
+      return _on_mesh(values, abstract)
+    with user_errors():
+      checkpoint = weights.open_files(scheme, model.network, rest)
+    return checkpoint.load(abstract)
 
 
 def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
@@ -57,26 +72,6 @@ def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
   if jax.tree.structure(params) == jax.tree.structure(shardings):
     return params
   return jax.jit(lora.merge_adapters, out_shardings=shardings)(params)
-
-
-def _load_params(model: ModelSettings, mesh: Mesh, abstract: dict) -> dict:
-  name = resolve_weights(model.weights)
-  scheme, _, rest = name.partition(":")
-  if scheme == "run":
-    if saved := load_adapters(model, mesh):
-      base = _load_base(model, mesh, saved)
-      return lora.with_adapters(base, saved.adapters, saved.config)
-    workdir, step = split_run(name)
-    params, _ = reader.restore_params(f"{workdir}/checkpoints", step, abstract)
-    return params
-  if scheme in weights.OPENERS:
-    with user_errors():
-      checkpoint = weights.open_files(scheme, model.network, rest)
-    return checkpoint.load(abstract)
-  values = weights.random_params(
-    model.network, int(rest), np.dtype(model.param_dtype)
-  )
-  return _on_mesh(values, abstract)
 
 
 def abstract_params(model: ModelSettings, mesh: Mesh) -> dict:
@@ -125,7 +120,7 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   )
   # Not by the settings of our own adapters: this run may train without any.
   abstract = abstract_adapters(model, mesh, config)
-  adapters, _ = reader.restore_params(folder, step, abstract)
+  adapters = reader.restore_params(folder, step, abstract)
   return SavedAdapters(adapters, config, base_weights)
 
 

@@ -56,24 +56,22 @@ class RestoredCheckpoint:
 
 
 def restore_params(
-  directory: epath.PathLike, step: int | None, abstract_params: Any
-) -> tuple[Any, int]:
-  """Reads only another run's `params`; returns them and their step.
+  directory: epath.PathLike, step: int, abstract_params: Any
+) -> Any:
+  """Reads only another run's `params`.
 
   Values get the wanted types. Where float32 is wanted, they come from the
   masters of a run that has any (`rl.masters`).
 
   Args:
     directory: The other run's checkpoints.
-    step: The step to read; None for the newest whole one.
+    step: The step to read.
     abstract_params: The `params` part of what `Checkpoints.restore` takes.
 
   Raises:
     SettingError: The step is missing or damaged, or its leaves differ from
       `abstract_params` by more than a floating-point type.
   """
-  if step is None:
-    step = newest_step(directory)
   path = _finished_path(directory, step)
   _refuse_damage(path, find_damage(path))
   saved = _read_record(path)["leaves"]
@@ -93,7 +91,7 @@ def restore_params(
   arrays = traverse_util.flatten_dict(tree, sep="/")
   params = {name: arrays[source] for name, source in sources.items()}
   logging.info("Read the parameters of %s.", path)
-  return traverse_util.unflatten_dict(params, sep="/")["params"], step
+  return traverse_util.unflatten_dict(params, sep="/")["params"]
 
 
 def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:

@@ -19,11 +19,7 @@ class Alarms:
 
     Without `own_samples`, of the policy itself, alarms about these are off.
     """
-    self._watched = [
-      (metric, metric.alarm)
-      for metric in registry.metrics()
-      if metric.alarm and (own_samples or not metric.alarm.own_samples)
-    ]
+    self._own_samples = own_samples
     self._triggered: set[str] = set()
 
   def check(self, step: int, scalars: Mapping[str, Any]) -> list[str]:
@@ -32,9 +28,11 @@ class Alarms:
     An alarm whose metric is not in `scalars` stays as it is.
     """
     new = []
-    for metric, alarm in self._watched:
-      name = metric.name
-      if name not in scalars:
+    for metric in registry.metrics():
+      name, alarm = metric.name, metric.alarm
+      if not alarm or name not in scalars:
+        continue
+      if alarm.own_samples and not self._own_samples:
         continue
       value = float(scalars[name])
       if not alarm.is_triggered(value):

@@ -58,8 +58,5 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
     except Exception:
       logging.warning("The trace could not be written.", exc_info=True)
     else:
-      logging.info(
-        "Trace of steps %d to %d: %s",
-        *(self._first, self._last),
-        os.path.join(self._folder, "plugins", "profile"),
-      )
+      text = "Trace of steps %d to %d: %s/plugins/profile"
+      logging.info(text, self._first, self._last, self._folder)

@@ -78,6 +78,8 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
       path = workdir / "metrics.jsonl"
       self._lines = JsonLines(path, resume_step=resume_step)
       self._events = event_files.EventFiles(workdir, resume_step=sampled)
+    files = (self._lines, self._samples, self._events)
+    self._files = [file for file in files if file]
 
   def __exit__(self, *_: object) -> None:
     self.close()
@@ -170,14 +172,12 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
   @property
   def failures(self) -> int:
     """The number of failed writes, none of which stopped the run."""
-    files = (self._lines, self._samples, self._events)
-    return sum(file.failures for file in files if file)
+    return sum(file.failures for file in self._files)
 
   def close(self) -> None:
     """Waits until everything is written and closes the files."""
-    for file in (self._lines, self._samples, self._events):
-      if file:
-        file.close()
+    for file in self._files:
+      file.close()
 
 
 def progress_line(

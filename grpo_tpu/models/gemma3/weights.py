@@ -104,23 +104,21 @@ def random_params(
   return traverse_util.unflatten_dict(tree, sep="/")
 
 
-# Readers of other programs' files, by the scheme of `model.weights`. Each
-# refuses files of another model without a device. Its `load` method takes
-# shapes, types and shardings, and returns the tree.
-OPENERS = {
-  "hf": huggingface.Checkpoint,
-  "gemma": orbax_gemma.Checkpoint,
-  "gguf": gguf.File,
-}
-
-
 def open_files(
   scheme: str, config: gemma3_config.ModelConfig, path: str | os.PathLike[str]
 ) -> huggingface.Checkpoint | orbax_gemma.Checkpoint | gguf.File:
-  """Opens the files that `model.weights` names by a scheme of `OPENERS`.
+  """Opens another program's files, which `model.weights` names as SCHEME:PATH.
+
+  Needs no device. The `load` method of the result takes shapes, types and
+  shardings, and returns the tree.
 
   Raises:
     ValueError: They hold another model than that of `config`.
   """
+  readers = {
+    "hf": huggingface.Checkpoint,
+    "gemma": orbax_gemma.Checkpoint,
+    "gguf": gguf.File,
+  }
   shapes = abstract_params(config, jnp.dtype(jnp.float32))
-  return OPENERS[scheme](path, config, shapes)
+  return readers[scheme](path, config, shapes)

@@ -140,7 +140,8 @@ def borrow(mesh, *folders):
   results = []
   for folder in folders:
     params = state_of(mesh, 0)["params"]
-    _, newest = reader.restore_params(folder, None, params)
+    newest = reader.newest_step(folder)
+    reader.restore_params(folder, newest, params)
     try:
       reader.restore_params(folder, 2, params)
       error = ""

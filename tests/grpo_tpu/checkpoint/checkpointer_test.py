@@ -225,11 +225,11 @@ def test_the_parameters_of_another_run_are_read_alone(tmp_path):
   save_one(tmp_path, state, step=9)
   before = sorted(tmp_path.rglob("*"))
   expected = make_state(seed=3).params
-  params, step = reader.restore_params(tmp_path, None, expected)
-  assert step == 9
+  assert reader.newest_step(tmp_path) == 9
+  params = reader.restore_params(tmp_path, 9, expected)
   assert_trees_equal(params, expected)
-  _, step = reader.restore_params(tmp_path, 5, expected)
-  assert step == 5
+  params = reader.restore_params(tmp_path, 5, expected)
+  assert_trees_equal(params, make_state(seed=1).params)
   assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -240,9 +240,9 @@ def test_parameters_of_another_run_come_in_the_wanted_types(tmp_path):
   kept = {"a": fine["a"] | {"b": optax.MaskedNode()}}
   opt_state = masters.MastersState(kept, ())
   save_one(tmp_path, {"params": rounded, "opt_state": opt_state})
-  got, _ = reader.restore_params(tmp_path, None, rounded)
+  got = reader.restore_params(tmp_path, 1, rounded)
   assert_trees_equal(got, rounded)
-  got, _ = reader.restore_params(tmp_path, None, fine)
+  got = reader.restore_params(tmp_path, 1, fine)
   b = rounded["a"]["b"].astype(jnp.float32)
   assert_trees_equal(got, {"a": {"w": fine["a"]["w"], "b": b}})
 
@@ -251,13 +251,13 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path):
   save_one(tmp_path, make_state())
   wanted = make_state(width=5).params
   with pytest.raises(ValueError, match=r"params/b: saved bfloat16\[8,4\]"):
-    reader.restore_params(tmp_path, None, wanted)
+    reader.restore_params(tmp_path, 1, wanted)
   with pytest.raises(ValueError, match="params/b: .* wanted nothing"):
     reader.restore_params(
-      tmp_path, None, {"attention": make_state().params["attention"]}
+      tmp_path, 1, {"attention": make_state().params["attention"]}
     )
   with pytest.raises(ValueError, match="no checkpoint in .*elsewhere is whole"):
-    reader.restore_params(tmp_path / "elsewhere", None, wanted)
+    reader.newest_step(tmp_path / "elsewhere")
 
 
 def partial_step(updates_done, *, seed=0, mesh=None):

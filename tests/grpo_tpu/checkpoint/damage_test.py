@@ -268,8 +268,8 @@ def test_another_run_s_damaged_checkpoint_is_refused_and_left(folder, kind):
   params = make_state(0)["params"]
   with pytest.raises(ValueError, match="00000002 is damaged: wrong checksum"):
     reader.restore_params(folder, 2, params)
-  got, step = reader.restore_params(folder, None, params)
-  assert step == 1 == reader.newest_step(folder)
+  assert reader.newest_step(folder) == 1
+  got = reader.restore_params(folder, 1, params)
   np.testing.assert_array_equal(got["w"], make_state(1)["params"]["w"])
   assert sorted(folder.rglob("*")) == before
 

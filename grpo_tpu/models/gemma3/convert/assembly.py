@@ -6,6 +6,7 @@ memory holds one tensor of a layer, or the embedding, and never the model. Knows
 nothing of file formats.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -73,8 +74,9 @@ def _fill_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
     return {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
 
   stacks = jax.jit(zeros, out_shardings=shardings)()
+  update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
   write = {
-    path: jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
+    path: jax.jit(update, donate_argnums=0, out_shardings=sharding)
     for path, sharding in shardings.items()
   }
   num_layers = next(iter(shapes.values())).shape[0]
@@ -86,10 +88,6 @@ def _fill_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
         write[path](stacks[path], piece, np.int32(index))
       )
   return stacks
-
-
-def _write_layer(stack: jax.Array, layer: jax.Array, index: Any) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

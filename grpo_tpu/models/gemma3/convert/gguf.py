@@ -231,7 +231,7 @@ def _check_arithmetic(
   )
   key = "attention.layer_norm_rms_epsilon"
   epsilon = metadata.take(key, float)
-  is_close = abs(epsilon - _RMS_EPSILON) < 1e-3 * _RMS_EPSILON
+  is_close = math.isclose(epsilon, _RMS_EPSILON, rel_tol=1e-3)
   require(is_close, f"gemma3.{key}", epsilon, f"{_RMS_EPSILON}")
   only = {
     "attention.value_length": config.head_dim,

@@ -54,8 +54,11 @@ def tokenizer_files(
       merges.append((_NEWLINE, _NEWLINE))
       vocab |= {"\n" * i: number + i for i in range(1, len(_MOST_NEWLINES) + 1)}
   special = source.controls | {vocab.get(_IMAGE_TOKEN)}
+  flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+  # Tokens that are found in a text before any merge.
   added = [
-    _added_token(number, text, is_special=number in special)
+    {"id": number, "content": text, "special": number in special}
+    | {"normalized": number not in special, **flags}
     for text, number in vocab.items()
     if text in found or number in special
   ]
@@ -78,15 +81,6 @@ def processor_files(config: gemma3_config.ModelConfig) -> dict[str, Any]:
   return {
     "preprocessor_config.json": _FIXED["preprocessor_config"] | length | size,
     "processor_config.json": _FIXED["processor_config"] | length,
-  }
-
-
-def _added_token(number: int, text: str, *, is_special: bool) -> dict[str, Any]:
-  """A token that is found in a text before any merge."""
-  ids = {"id": number, "content": text, "special": is_special}
-  return ids | {
-    "normalized": not is_special,
-    **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
   }
 
 

@@ -167,16 +167,12 @@ def _check_size(
 ) -> None:
   """Checks the sizes that tell the released models apart."""
   layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
-  embedding = (*shapes.get("embedder/input_embedding", ()), 0, 0)
+  rows, width, *_ = (*shapes.get("embedder/input_embedding", ()), 0, 0)
   has_tower = any(name.startswith("vision_encoder/") for name in shapes)
   words = "{} layers, {} embeddings of width {} and {} image tower"
-  found, wanted = (
-    words.format(*sizes, "an" if tower else "no")
-    for *sizes, tower in (
-      (len(layers), *embedding[:2], has_tower),
-      (config.num_layers, config.vocab_size, config.embed_dim, config.vision),
-    )
-  )
+  ours = config.num_layers, config.vocab_size, config.embed_dim
+  found = words.format(len(layers), rows, width, "an" if has_tower else "no")
+  wanted = words.format(*ours, "an" if config.vision else "no")
   if found != wanted:
     raise ValueError(
       f"{source} has {found}, but must have those of model.name ({wanted}); "

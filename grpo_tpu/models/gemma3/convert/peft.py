@@ -148,14 +148,10 @@ def check(
       f"of peft for this model, {_SETTINGS} and {_TENSORS}: {error}"
     ) from error
   given = tuple(x for x in LORA_TARGETS if x in lora.targets)
+  settings = {"rank": lora.rank, "alpha": lora.alpha, "targets": given}
+  wanted = {"rank": rank, "alpha": alpha, "targets": targets}
   changes = [
-    f"model.lora.{name}={wanted}"
-    for name, value, wanted in (
-      ("rank", lora.rank, rank),
-      ("alpha", lora.alpha, alpha),
-      ("targets", given, targets),
-    )
-    if value != wanted
+    f"model.lora.{k}={x}" for k, x in wanted.items() if x != settings[k]
   ]
   rule, remedy = "have the settings of model.lora", " and ".join(changes)
   require(not changes, "model.lora.init", lora.init, rule, f"set {remedy}")
