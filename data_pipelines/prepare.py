@@ -23,13 +23,37 @@ from data_pipelines.sources.drawn import reasoning_gym, synthetic
 
 FLAGS = flags.FLAGS
 
-# The flags of sources that are drawn, with what a run without a data dir draws:
-# a test compares them with the defaults of the settings.
 _KINDS = (
   *("color", "shape", "count", "bar_value", "bar_max", "table_value"),
   *("clock_time", "dot_total"),
 )
-_DRAWN = {
+# The default of each flag, and its help.
+_FLAGS = {
+  "source": (
+    build.SYNTHETIC,
+    "'synthetic' to draw problems, or a folder or file of problems, also on "
+    "gs://, or one for each split: train=PATH,eval=PATH,test=PATH. See "
+    "docs/data.md for the formats.",
+  ),
+  "columns": (
+    [],
+    "The source's columns that are not to be guessed, as question=problem,"
+    "answer=reward_model.ground_truth; pid= for no such column.",
+  ),
+  "data_dir": ("", "The folder to build."),
+  "overwrite": (False, "Replace a data dir of another source or other flags."),
+  "seed": (0, "Random seed."),
+  "eval_fraction": (0.1, "Expected share of answered images for eval."),
+  "vocab_size": (1024, "Most pieces of the tokenizer."),
+  "max_reject_fraction": (0.01, "Fail above this share of unusable records."),
+  "split": (
+    [],
+    "The splits to divide into train and eval, or train=NAME,eval=NAME to keep "
+    "them. By default the names of the splits decide.",
+  ),
+  "exclude": ([], "Data dirs; what also stands in one of them never trains."),
+  # Of sources that are drawn, with what a run without a data dir draws: a test
+  # compares them with the defaults of the settings.
   "num_problems": (10_000, "Number of problems to draw."),
   "difficulty": (2, "Difficulty of synthetic problems, 1-5."),
   "kinds": (list(_KINDS), "Kinds of synthetic problems, each equally often."),
@@ -39,27 +63,18 @@ _DRAWN = {
   "max_options": (8, "Most options of a synthetic question."),
 }
 _DEFINE = {
+  str: flags.DEFINE_string,
+  list: flags.DEFINE_list,
+  bool: flags.DEFINE_bool,
   int: flags.DEFINE_integer,
   float: flags.DEFINE_float,
-  list: flags.DEFINE_list,
 }
 
 
 def _define_flags() -> None:
   """Defines the flags, for the command alone and not for importers."""
-  flags.DEFINE_string(
-    "source",
-    build.SYNTHETIC,
-    "'synthetic' to draw problems, or a folder or file of problems, also on "
-    "gs://, or one for each split: train=PATH,eval=PATH,test=PATH. See "
-    "docs/data.md for the formats.",
-  )
-  flags.DEFINE_list(
-    "columns",
-    [],
-    "The source's columns that are not to be guessed, as question=problem,"
-    "answer=reward_model.ground_truth; pid= for no such column.",
-  )
+  for name, (default, text) in _FLAGS.items():
+    _DEFINE[type(default)](name, default, text)
   flags.DEFINE_enum(
     "unchecked_answers",
     "reject",
@@ -72,24 +87,6 @@ def _define_flags() -> None:
     None,
     "Largest relative error of a right number; 0.05 for ChartQA.",
   )
-  flags.DEFINE_string("data_dir", "", "The folder to build.")
-  flags.DEFINE_bool(
-    "overwrite", False, "Replace a data dir of another source or other flags."
-  )
-  flags.DEFINE_integer("seed", 0, "Random seed.")
-  flags.DEFINE_float(
-    "eval_fraction", 0.1, "Expected share of answered images for eval."
-  )
-  flags.DEFINE_integer("vocab_size", 1024, "Most pieces of the tokenizer.")
-  flags.DEFINE_float(
-    "max_reject_fraction", 0.01, "Fail above this share of unusable records."
-  )
-  flags.DEFINE_list(
-    "split",
-    [],
-    "The splits to divide into train and eval, or train=NAME,eval=NAME to keep "
-    "them. By default the names of the splits decide.",
-  )
   flags.DEFINE_enum(
     "near_duplicates",
     "exact",
@@ -97,11 +94,6 @@ def _define_flags() -> None:
     "What train loses to eval: images with equal pixels, also those that look "
     "alike, or nothing.",
   )
-  flags.DEFINE_list(
-    "exclude", [], "Data dirs; what also stands in one of them never trains."
-  )
-  for name, (default, text) in _DRAWN.items():
-    _DEFINE[type(default)](name, default, text)
 
 
 def _from_flags(cls: type, **given: Any) -> Any:

@@ -20,7 +20,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -150,21 +150,26 @@ def _parse_line(line: str) -> tuple[str, Group]:
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-  """Writes the completions of one problem."""
+  """Writes the completions of one problem.
+
+  A method for each of `KINDS` draws a wrong one, or gives None if there is
+  none.
+  """
 
   problem: records.Problem
   template: chat_prompts.Template
   lettered: bool  # True to give an option's letter beside its text.
-
-  def option(self, letter: int, text: int) -> str:
-    """An answer with the letter of one option and the text of another."""
-    choice = self.problem.choices[text]
-    return f"({chr(65 + letter)}) {choice}" if self.lettered else choice
+  rng: np.random.Generator
 
   def write(self, answer: str) -> str:
     """Writes the answer after the worked solution."""
     solution, template = self.problem.solution, self.template
     return chat_prompts.with_answer(solution, answer, template=template)
+
+  def _option(self, letter: int, text: int) -> str:
+    """An answer with the letter of one option and the text of another."""
+    choice = self.problem.choices[text]
+    return f"({chr(65 + letter)}) {choice}" if self.lettered else choice
 
   @property
   def right_completion(self) -> str:
@@ -172,8 +177,66 @@ class _Writer:
     answer = self.problem.answer
     if self.lettered and answer in self.problem.choices:
       right = self.problem.choices.index(answer)
-      answer = self.option(right, right)
+      answer = self._option(right, right)
     return self.write(answer)
+
+  def _wrong_option(self) -> int | None:
+    """Draws the index of a wrong option; None if all options are right."""
+    right, choices = self.problem.answer.strip(), self.problem.choices
+    others = [i for i, x in enumerate(choices) if x.strip() != right]
+    return others[self.rng.integers(len(others))] if others else None
+
+  def distractor(self) -> str | None:
+    wrong = self._wrong_option()
+    return None if wrong is None else self.write(self._option(wrong, wrong))
+
+  def conflict(self) -> str | None:
+    wrong = self._wrong_option()
+    if wrong is None:
+      return None
+    right = self.problem.choices.index(self.problem.answer)
+    pair = (right, wrong) if self.rng.integers(2) else (wrong, right)
+    return self.write(self._option(*pair))
+
+  def perturbation(self) -> str | None:
+    problem, rng = self.problem, self.rng
+    matches = list(_NUMBER.finditer(problem.answer))
+    if not matches:
+      return None
+    match = matches[rng.integers(len(matches))]
+    places = problem.precision if problem.answer_type == "float" else 0
+    unit_in_last_place = decimal.Decimal(1).scaleb(-max(places, 0))
+    changed = _perturb(match[0], unit_in_last_place, rng)
+    before = problem.answer[: match.start()]
+    return self.write(before + changed + problem.answer[match.end() :])
+
+  def refusal(self) -> str:
+    """Draws one of the refusals closest in length to the right completion.
+
+    A refusal longer than the answer shortens the end of the reasoning.
+    """
+    solution, length = self.problem.solution, len(self.right_completion)
+    texts = []
+    for words in _TABLE["refusals"]:
+      kept = solution
+      excess = len(self.write(words)) - length
+      if excess > 0:  # Cut at a word boundary.
+        kept = kept[: max(0, len(kept) - excess) + 1].rpartition(" ")[0]
+        kept = kept.rstrip()
+      text = chat_prompts.with_answer(kept, words, template=self.template)
+      texts.append(text)
+    texts.sort(key=lambda text: (abs(len(text) - length), text))
+    return texts[self.rng.integers(_NUM_NEAREST)]
+
+  def truncation(self) -> str | None:
+    """Repeats the solution or the question up to the right length."""
+    problem, length = self.problem, len(self.right_completion)
+    texts = [text for text in (problem.solution, problem.question) if text]
+    if not texts:
+      return None
+    text = texts[self.rng.integers(len(texts))]
+    repeated = f"{text} " * (length // len(text) + 1)
+    return f"{self.template.reasoning[0]}{repeated}"[:length].rstrip()
 
 
 def _synthesize_group(
@@ -194,7 +257,7 @@ def _synthesize_group(
       f"no wrong ones can be made of its {problem.answer_type} answer; give it "
       "a chosen and a rejected completion, or name a data.preference_file",
     )
-  writer = _Writer(problem, template, "conflict" in kinds and is_choice)
+  writer = _Writer(problem, template, "conflict" in kinds and is_choice, rng)
   chosen = writer.right_completion
   detail = f"{problem.answer!r} of {problem.pid}"
   if not verify.verify(chosen, problem).correct:
@@ -206,7 +269,7 @@ def _synthesize_group(
     if not left or len(rejected) == count - 1:
       break
     kind = left[rng.integers(len(left))]
-    text = _MAKERS[kind](writer, rng)
+    text = getattr(writer, kind)()
     if text is None:
       left.remove(kind)
       continue
@@ -218,80 +281,6 @@ def _synthesize_group(
     raise records.BadRecord("no_wrong_answer", f"none found for {detail}")
   wrong = (records.LabelledCompletion(text, 0.0) for text in rejected)
   return (records.LabelledCompletion(chosen, 1.0), *wrong)
-
-
-def _wrong_option(
-  problem: records.Problem, rng: np.random.Generator
-) -> int | None:
-  """Draws the index of a wrong option; None if all options are right."""
-  right = problem.answer.strip()
-  others = [i for i, x in enumerate(problem.choices) if x.strip() != right]
-  return others[rng.integers(len(others))] if others else None
-
-
-def _distractor(writer: _Writer, rng: np.random.Generator) -> str | None:
-  wrong = _wrong_option(writer.problem, rng)
-  return None if wrong is None else writer.write(writer.option(wrong, wrong))
-
-
-def _perturbation(writer: _Writer, rng: np.random.Generator) -> str | None:
-  problem = writer.problem
-  matches = list(_NUMBER.finditer(problem.answer))
-  if not matches:
-    return None
-  match = matches[rng.integers(len(matches))]
-  places = problem.precision if problem.answer_type == "float" else 0
-  unit_in_last_place = decimal.Decimal(1).scaleb(-max(places, 0))
-  changed = _perturb(match[0], unit_in_last_place, rng)
-  before, after = problem.answer[: match.start()], problem.answer[match.end() :]
-  return writer.write(before + changed + after)
-
-
-def _refusal(writer: _Writer, rng: np.random.Generator) -> str | None:
-  """Draws one of the refusals closest in length to the right completion.
-
-  A refusal longer than the answer shortens the end of the reasoning.
-  """
-  solution, length = writer.problem.solution, len(writer.right_completion)
-  texts = []
-  for words in _TABLE["refusals"]:
-    kept = solution
-    excess = len(writer.write(words)) - length
-    if excess > 0:  # Cut at a word boundary.
-      kept = kept[: max(0, len(kept) - excess) + 1].rpartition(" ")[0].rstrip()
-    text = chat_prompts.with_answer(kept, words, template=writer.template)
-    texts.append(text)
-  texts.sort(key=lambda text: (abs(len(text) - length), text))
-  return texts[rng.integers(_NUM_NEAREST)]
-
-
-def _conflict(writer: _Writer, rng: np.random.Generator) -> str | None:
-  wrong = _wrong_option(writer.problem, rng)
-  if wrong is None:
-    return None
-  right = writer.problem.choices.index(writer.problem.answer)
-  letter, text = (right, wrong) if rng.integers(2) else (wrong, right)
-  return writer.write(writer.option(letter, text))
-
-
-def _truncation(writer: _Writer, rng: np.random.Generator) -> str | None:
-  """Repeats the solution or the question up to the right length."""
-  problem, length = writer.problem, len(writer.right_completion)
-  texts = [text for text in (problem.solution, problem.question) if text]
-  if not texts:
-    return None
-  text = texts[rng.integers(len(texts))]
-  repeated = f"{text} " * (length // len(text) + 1)
-  return f"{writer.template.reasoning[0]}{repeated}"[:length].rstrip()
-
-
-_MAKERS: Mapping[str, Callable[[_Writer, np.random.Generator], str | None]] = {
-  "distractor": _distractor,
-  "perturbation": _perturbation,
-  "refusal": _refusal,
-  "conflict": _conflict,
-  "truncation": _truncation,
-}
 
 
 def _perturb(

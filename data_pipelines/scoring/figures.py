@@ -59,7 +59,8 @@ def table(
   for dimension, name, indices in groups:
     row: dict[str, Any] = {"dimension": dimension, "name": name}
     for way, marks in labels.items():
-      row[way] = _share([marks[i] for i in indices])
+      kept = [mark for i in indices if (mark := marks[i]) is not None]
+      row[way] = statistics.share(sum(kept), len(kept)) if kept else None
     row["multi_choice"] = _above_chance(
       [
         (len(records[i]["choices"]), graded[i])
@@ -99,11 +100,6 @@ def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
   if fields.get("official_rule") != "wemath":
     fields.pop("key", None)  # The name of a record in most other sets.
   return fields | {name: record.get(name) for name in TYPES}
-
-
-def _share(marks: Sequence[bool | None]) -> dict[str, Any] | None:
-  kept = [mark for mark in marks if mark is not None]
-  return statistics.share(sum(kept), len(kept)) if kept else None
 
 
 def _above_chance(

@@ -115,27 +115,20 @@ def read_rows(
     pid = (_pid_of(row) or key) if isinstance(row, dict) else None
     where = f"{unit} {shorten(place)}"
     if pid is None:
-      raise error_in(
-        path,
-        f"hold one JSON object with a pid in each {unit}, but {where} does "
-        f"not: {shorten(row)}",
-        f"correct the {unit}, or give a file of one record per line the "
-        "suffix .jsonl",
-      )
-    if key not in (None, pid):
-      raise error_in(
-        path,
-        f"key each record by its pid, but {where} has pid {shorten(pid)}",
-        "correct one of them",
-      )
-    if pid in found:
-      raise error_in(
-        path,
-        f"hold each pid once, but {shorten(pid)} is in {unit}s "
-        f"{found[pid][0]} and {place}",
-        "use one file per run",
-      )
-    found[pid] = place, row
+      fault = f"hold one JSON object with a pid in each {unit}, but {where} "
+      fault += f"does not: {shorten(row)}"
+      remedy = f"correct the {unit}, or give JSON lines the suffix .jsonl"
+    elif key not in (None, pid):
+      fault = f"key each record by its pid, but {where} has pid {shorten(pid)}"
+      remedy = "correct one of them"
+    elif pid in found:
+      fault = f"hold each pid once, but {shorten(pid)} is in {unit}s "
+      fault += f"{found[pid][0]} and {place}"
+      remedy = "use one file per run"
+    else:
+      found[pid] = place, row
+      continue
+    raise error_in(path, fault, remedy)
   return [(pid, row) for pid, (_, row) in found.items()]
 
 

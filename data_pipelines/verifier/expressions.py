@@ -199,8 +199,7 @@ def _parse(text: str) -> Any:
   odd = {  # The real root: sympy takes a complex cube root of -8.
     each: -((-each.base) ** each.exp)
     for each in found.atoms(sympy.Pow)
-    if each.base.is_negative and (1 / each.exp).is_odd and each.exp != -1
-    if each.exp != 1
+    if each.base.is_negative and (1 / each.exp).is_odd and abs(each.exp) != 1
   }
   # An unknown function has a value of its own for each argument.
   unknown = found.atoms(sympy.core.function.AppliedUndef)
