@@ -137,7 +137,19 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
     body = untrusted.get_field(whole, "body", dict, "it")
     if whole.get("crc32c") != _json_checksum(body):
       raise ValueError("its checksum differs")
-    _check_body(body)
+    # Another program may write a checksum too.
+    untrusted.get_field(body, "name", str, "it")
+    facts = untrusted.get_field(body, "facts", dict, "it")
+    if facts.get("score") is not None:
+      untrusted.get_field(facts, "score", float, "its facts")
+    if "metric" in facts:
+      untrusted.get_field(facts, "metric", str, "its facts")
+    files = untrusted.get_field(body, "files", dict, "it")
+    for name, row in files.items():
+      source = f"its entry of {name}"
+      untrusted.check_kind(row, dict, source)
+      untrusted.get_field(row, "bytes", int, source)
+      untrusted.get_field(row, "crc32c", str, source)
   except FileNotFoundError as error:
     raise ManifestError(f"no manifest: {path.name}") from error
   except (ValueError, RecursionError) as error:
@@ -149,26 +161,6 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
       f"foreign manifest: {path.name} was made for {made_for}"
     )
   return body
-
-
-def _check_body(body: dict[str, Any]) -> None:
-  """Checks the types of a manifest whose checksum is right.
-
-  Raises:
-    ValueError: Another program has written it.
-  """
-  untrusted.get_field(body, "name", str, "it")
-  facts = untrusted.get_field(body, "facts", dict, "it")
-  if facts.get("score") is not None:
-    untrusted.get_field(facts, "score", float, "its facts")
-  if "metric" in facts:
-    untrusted.get_field(facts, "metric", str, "its facts")
-  files = untrusted.get_field(body, "files", dict, "it")
-  for name, row in files.items():
-    source = f"its entry of {name}"
-    untrusted.check_kind(row, dict, source)
-    untrusted.get_field(row, "bytes", int, source)
-    untrusted.get_field(row, "crc32c", str, source)
 
 
 def _list_files(folder: epath.Path) -> dict[str, epath.Path]:

@@ -257,26 +257,22 @@ def read_checkpoint(
   record = _read_record(path)
   _check_leaves(record["leaves"], describe_leaves(abstract_state), path)
   state = _read_arrays(path / "state", abstract_state)
-  unfinished = record["unfinished"]
-  partial_step = _read_partial_step(path, unfinished, partial_step_sharding)
+  partial_step = None
+  if (saved := record["unfinished"]) is not None:
+    assert partial_step_sharding is not None, "a partial step needs a sharding"
+    wanted = {}
+    for name, leaf in saved["leaves"].items():
+      dtype, _, shape = leaf.removesuffix("]").partition("[")
+      wanted[name] = jax.ShapeDtypeStruct(
+        tuple(int(size) for size in shape.split(",") if size),
+        dtype,
+        sharding=partial_step_sharding,
+      )
+    arrays = _read_arrays(path / "unfinished", wanted)
+    partial_step = PartialStepData(
+      saved["updates_done"], arrays, saved["record"]
+    )
   return RestoredCheckpoint(record["step"], state, record["meta"], partial_step)
-
-
-def _read_partial_step(
-  path: epath.Path,
-  saved: dict[str, Any] | None,
-  sharding: jax.sharding.Sharding | None,
-) -> PartialStepData | None:
-  if saved is None:
-    return None
-  assert sharding is not None, "a partial step needs a sharding"
-  wanted = {}
-  for name, leaf in saved["leaves"].items():
-    dtype, _, shape = leaf.removesuffix("]").partition("[")
-    sizes = tuple(int(size) for size in shape.split(",") if size)
-    wanted[name] = jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
-  arrays = _read_arrays(path / "unfinished", wanted)
-  return PartialStepData(saved["updates_done"], arrays, saved["record"])
 
 
 def _read_record(path: epath.Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The layout travels in the event files, so nobody has to set anything up.
 metrics that it has written.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Collection, Sequence
@@ -32,10 +33,10 @@ def sections() -> Charts:
 
 def charts_of(names: Collection[str]) -> Charts:
   """The charts on which metrics of these names have a curve."""
-  shown = {
-    registry.metrics()[registry.row_index(name)].chart
-    for name in filter(registry.is_declared, names)
-  }
+  shown = set()
+  for name in names:
+    with contextlib.suppress(ValueError):  # A name of another version.
+      shown.add(registry.metrics()[registry.row_index(name)].chart)
   found = {
     section: {title: x for title, x in charts.items() if title in shown}
     for section, charts in sections().items()

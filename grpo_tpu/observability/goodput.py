@@ -42,8 +42,17 @@ class Clock:
     self._last: dict[str, float] = {}
 
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
-    """Adds the sums of the earlier processes, whose rows are not cut yet."""
-    rows = _timed_rows(path)
+    """Adds the sums of the earlier processes, whose rows are not cut yet.
+
+    Only rows that hold every time count; the file may be missing.
+    """
+    rows = []
+    for _, row in json_lines.read_rows(path):
+      with contextlib.suppress(ValueError):
+        if row is not None:
+          for name in _TIMES:
+            untrusted.get_field(row, name, float, "a line")
+          rows.append(row)
     kept = [row for row in rows if row["step"] <= resume_step]
     if not kept:
       return
@@ -118,15 +127,3 @@ def summary(shares: Mapping[str, float]) -> str:
   """The shares as text, the largest first, without those below 0.05 %."""
   parts = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
   return ", ".join(f"{p} {100 * x:.1f} %" for p, x in parts if x >= 0.0005)
-
-
-def _timed_rows(path: pathlib.Path) -> list[dict]:
-  """The rows of the file that hold every time; none without the file."""
-  rows = []
-  for _, row in json_lines.read_rows(path):
-    with contextlib.suppress(ValueError):
-      if row is not None:
-        for name in _TIMES:
-          untrusted.get_field(row, name, float, "a line")
-        rows.append(row)
-  return rows

@@ -43,11 +43,10 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
     options.session_id = f"steps-{self._first}-{self._last}"
     try:
       jax.profiler.start_trace(self._folder, profiler_options=options)
+      self._is_tracing = True
     except Exception:
       logging.warning("The trace could not be started.", exc_info=True)
       self._last = 0
-    else:
-      self._is_tracing = True
 
   def _stop(self) -> None:
     if not self._is_tracing:
@@ -55,8 +54,7 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
     self._is_tracing = False
     try:
       jax.profiler.stop_trace()
-    except Exception:
-      logging.warning("The trace could not be written.", exc_info=True)
-    else:
       text = "Trace of steps %d to %d: %s/plugins/profile"
       logging.info(text, self._first, self._last, self._folder)
+    except Exception:
+      logging.warning("The trace could not be written.", exc_info=True)

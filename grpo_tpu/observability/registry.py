@@ -84,15 +84,6 @@ def row_index(name: str) -> int:
   )
 
 
-def is_declared(name: str) -> bool:
-  """True if a metric covers the name."""
-  try:
-    row_index(name)
-  except ValueError:
-    return False
-  return True
-
-
 def page() -> str:
   """The text of `docs/metrics.md`: a table for each prefix of a name."""
   tables: dict[str, list[str]] = {}

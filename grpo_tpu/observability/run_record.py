@@ -85,6 +85,18 @@ class RunRecord:
     accepted = before["accepted_changes"]
     changes = self._changes(before["essence"], essence)
     terms = "accept_mathvista_training_terms"
+    device = jax.devices()[0]
+    attempt = {
+      "started": _now(),
+      "revision": fingerprint.revision(),
+      "code": fingerprint.digest(fingerprint.code_hashes())[:12],
+      "devices": {
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+        "hosts": jax.process_count(),
+      },
+      "ended": None,
+    }
     record = {
       "essence": essence,
       "accepted_changes": [*accepted, changes] if changes else accepted,
@@ -93,7 +105,7 @@ class RunRecord:
       "config": self.resolved or self.settings,
       "data": self.data,
       "packages": fingerprint.package_versions(),
-      "attempts": [*before["attempts"], _new_attempt()],
+      "attempts": [*before["attempts"], attempt | dict.fromkeys(_KEPT)],
       "end": None,
     }
     pathlib.Path(self.workdir).mkdir(parents=True, exist_ok=True)
@@ -193,22 +205,6 @@ def close(workdir: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
   record["attempts"][-1] |= {"ended": _now()} | kept
   record["end"] = dict(facts)
   _replace(workdir, record)
-
-
-def _new_attempt() -> dict[str, Any]:
-  """The start of this process, its code and its devices, without an end."""
-  device = jax.devices()[0]
-  return {
-    "started": _now(),
-    "revision": fingerprint.revision(),
-    "code": fingerprint.digest(fingerprint.code_hashes())[:12],
-    "devices": {
-      "kind": device.device_kind,
-      "count": jax.device_count(),
-      "hosts": jax.process_count(),
-    },
-    "ended": None,
-  } | dict.fromkeys(_KEPT)
 
 
 def _now() -> str:

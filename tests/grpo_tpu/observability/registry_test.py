@@ -66,6 +66,7 @@ def test_the_index_of_a_name_is_the_index_of_its_row():
   assert registry.metrics()[sliced].name == "eval/accuracy/{slice}"
   sampled = registry.row_index("eval/pass_at_16/geo-1")
   assert registry.metrics()[sampled].name == "eval/pass_at_{k}/{slice}"
-  assert not registry.is_declared("eval/pass_at_k")
+  with pytest.raises(ValueError, match="'eval/pass_at_k' is not declared"):
+    registry.row_index("eval/pass_at_k")
   with pytest.raises(ValueError, match="mean 'train/loss'.*metrics.toml"):
     registry.row_index("train/los")
