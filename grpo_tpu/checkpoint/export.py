@@ -24,7 +24,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
   Raises:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
-  huggingface.check_no_checkpoint(_folder(workdir))
+  huggingface.check_no_checkpoint(pathlib.Path(workdir) / "export")
   weights = load.resolve_weights(model.weights)
   _make_files(dataclasses.replace(model, weights=weights), settings)
 
@@ -73,7 +73,7 @@ def run(
         dtype=jnp.dtype(settings.dtype),
       )
   logging.info("Exporting %s.", weights)
-  folder = _folder(workdir)
+  folder = pathlib.Path(workdir) / "export"
   write(folder, files=files)
   return f"open {folder / model_card.NAME}, which says how to load and serve it"
 
@@ -88,7 +88,3 @@ def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:
       model.network, model.weights, origin, settings.tokenizer_dir
     )
   return files
-
-
-def _folder(workdir: str) -> pathlib.Path:
-  return pathlib.Path(workdir) / "export"

@@ -114,7 +114,17 @@ def newest_step(directory: epath.PathLike) -> int:
     SettingError: No step is whole.
   """
   folder = epath.Path(directory).resolve()
-  newest = ask_first_process(lambda: _newest_whole(folder))
+
+  def newest_whole() -> str:
+    for step in reversed(steps(folder)):
+      path = folder / CheckpointInfo(step).name
+      damage = manifest.find_damage(path)
+      if not damage:
+        return str(step)
+      logging.warning("%s is damaged: %s. Trying an older one.", path, damage)
+    return ""
+
+  newest = ask_first_process(newest_whole)
   if not newest:
     raise SettingError(
       f"no checkpoint in {folder} is whole: give the workdir of a run that has"
@@ -169,16 +179,6 @@ def best_step(directory: epath.PathLike) -> int:
       " instead, or none for the newest."
     )
   return int(best)
-
-
-def _newest_whole(folder: epath.Path) -> str:
-  for step in reversed(steps(folder)):
-    path = folder / CheckpointInfo(step).name
-    damage = manifest.find_damage(path)
-    if not damage:
-      return str(step)
-    logging.warning("%s is damaged: %s. Trying an older one.", path, damage)
-  return ""
 
 
 def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:

@@ -26,9 +26,9 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   # Most letters are 0.6 times as wide as the font size.
   size = width / (0.62 * _CHARACTERS_PER_LINE)
   lines = []
-  for index, text in enumerate(texts):
-    is_last = index == len(texts) - 1
-    room = max(_MAX_LINES - len(lines), 1) if is_last else _MAX_LINES // 3
+  for number, text in enumerate(texts, start=1):
+    rest = max(_MAX_LINES - len(lines), 1)
+    room = rest if number == len(texts) else _MAX_LINES // 3
     lines += textwrap.wrap(
       printable(" ".join(text.split())),
       _CHARACTERS_PER_LINE,

@@ -28,10 +28,32 @@ def abstract_params(
     dtype: Type of the decoder. Image tower and projector stay in fp32, as
       released.
   """
-  sizes, tower_sizes = _decoder_sizes(config), {}
-  if config.vision:
-    sizes["w"] = config.vision.width
-    tower_sizes = _tower_sizes(config.vision)
+  # The length of each axis of `leaves.toml`.
+  sizes = {
+    "l": config.num_layers,
+    "n": 2,
+    "d": config.embed_dim,
+    "f": config.hidden_dim,
+    "q": config.num_heads,
+    "k": config.num_kv_heads,
+    "h": config.head_dim,
+    "v": config.vocab_size,
+  }
+  tower_sizes = {}
+  if tower := config.vision:
+    sizes["w"] = tower.width
+    tower_sizes = {
+      "l": tower.depth,
+      "n": 1,
+      "w": tower.width,
+      "f": tower.mlp_dim,
+      "q": tower.num_heads,
+      "h": tower.width // tower.num_heads,
+      "s": (tower.image_size // tower.patch_size) ** 2,
+      "y": tower.patch_size,
+      "x": tower.patch_size,
+      "c": 3,
+    }
   tree = {}
   for path, leaf in leaves.LEAVES.items():
     in_tower, in_projector = path.startswith("vision_encoder/"), "/mm_" in path
@@ -42,36 +64,6 @@ def abstract_params(
         jnp.float32 if in_tower or in_projector else dtype,
       )
   return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def _decoder_sizes(config: gemma3_config.ModelConfig) -> dict[str, int]:
-  """Length of each axis of `leaves.toml` in the decoder."""
-  return {
-    "l": config.num_layers,
-    "n": 2,
-    "d": config.embed_dim,
-    "f": config.hidden_dim,
-    "q": config.num_heads,
-    "k": config.num_kv_heads,
-    "h": config.head_dim,
-    "v": config.vocab_size,
-  }
-
-
-def _tower_sizes(config: gemma3_config.VisionConfig) -> dict[str, int]:
-  """Length of each axis of `leaves.toml` in the image tower."""
-  return {
-    "l": config.depth,
-    "n": 1,
-    "w": config.width,
-    "f": config.mlp_dim,
-    "q": config.num_heads,
-    "h": config.width // config.num_heads,
-    "s": (config.image_size // config.patch_size) ** 2,
-    "y": config.patch_size,
-    "x": config.patch_size,
-    "c": 3,
-  }
 
 
 def random_params(
