@@ -83,12 +83,10 @@ def from_tokenizer_json(content: bytes, name: str) -> bytes:
       )
     rows = untrusted.get_field(tokenizer, "added_tokens", list, "it")
     untrusted.check_items(rows, dict, "its added_tokens")
-    added = {
-      untrusted.get_field(
-        row, "content", str, "an added token"
-      ): untrusted.get_field(row, "id", int, "an added token")
-      for row in rows
-    }
+    added: dict[str, int] = {}
+    for row in rows:
+      text = untrusted.get_field(row, "content", str, "an added token")
+      added[text] = untrusted.get_field(row, "id", int, "an added token")
     ids = untrusted.get_field(model, "vocab", dict, "its model") | added
     untrusted.check_items(ids.values(), int, "its ids")
     merges = untrusted.get_field(model, "merges", list, "its model")

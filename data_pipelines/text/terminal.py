@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-import types
+from typing import Any
 
 from absl import logging
 
@@ -29,10 +29,6 @@ def set_up() -> None:
     os.environ.setdefault(name, value)
 
 
-def _show_error(
-  kind: type[BaseException],
-  error: BaseException,
-  trace: types.TracebackType | None,
-) -> None:
-  text = "".join(traceback.format_exception(kind, error, trace))
+def _show_error(*error: Any) -> None:
+  text = "".join(traceback.format_exception(*error))
   sys.stderr.write(printable(text, keep="\n\t"))

@@ -5,10 +5,10 @@ file, the field and the rule, or an OSError. Imports the standard library alone.
 """
 
 import json
-import math
 import os
 import reprlib
 import stat
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,11 +84,8 @@ def check_kind(value: Any, kind: type, source: str) -> Any:
   """The value, if its JSON type is `kind`; an integer is also a float."""
   kinds = (int, float) if kind is float else kind
   holds = isinstance(value, kinds) and (type(value) is not bool or kind is bool)
-  if holds and kind is float:
-    try:
-      holds = math.isfinite(value)
-    except OverflowError:  # An integer beyond the range of a float.
-      holds = False
+  if holds and kind is float:  # No NaN, and no integer that is too large.
+    holds = abs(value) <= sys.float_info.max
   if not holds:
     raise ValueError(
       f"{printable(source)} must be {_KINDS[kind]}, not {shorten(value)}."

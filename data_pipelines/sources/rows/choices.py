@@ -145,10 +145,8 @@ def right_option(
   for letter in (core, core.upper()):
     if letter in by_letter:
       return by_letter[letter]
-  match, parsed = (
-    _RE.lettered.match(named),
-    options.parse_options(choices.texts),
-  )
+  match = _RE.lettered.match(named)
+  parsed = options.parse_options(choices.texts)
   if match and match[1] in by_letter:
     also = parsed.from_text(named[match.end() :])
     found = by_letter[match[1]]
