@@ -141,11 +141,7 @@ class EvalBatches:
   """
 
   def __init__(
-    self,
-    builder: prompt_rows.RowBuilder,
-    *,
-    num_problems: int,
-    batch_size: int,
+    self, builder: prompt_rows.RowBuilder, *, num_problems: int, batch_size: int
   ):
     _check_batch_size(builder, "eval.batch_size", batch_size)
     self._builder, self._size = builder, batch_size

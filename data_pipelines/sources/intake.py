@@ -214,7 +214,6 @@ def check_records(
 
   `scratch` gets the usable problems, `looks` their perceptual hashes.
   """
-  accepted: list[Record] = []
   rejects: list[Reject] = []
   taken: dict[str, Record] = {}
   with contextlib.closing(_check(readers, checker, num_workers)) as results:
@@ -244,8 +243,7 @@ def check_records(
       record = dataclasses.replace(record, place=scratch.append(example))
       taken[record.pid] = record
       looks.add(hashes, record.place)
-      accepted.append(record)
-  return accepted, rejects
+  return list(taken.values()), rejects
 
 
 def _check(
