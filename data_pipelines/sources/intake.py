@@ -12,7 +12,7 @@ import json
 import re
 import time
 import unicodedata
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from absl import logging
 
@@ -27,7 +27,7 @@ from data_pipelines.verifier import verify
 # So few records are checked sooner than processes start.
 _FEW = 200
 _BATCH = 8
-_LOG_SECONDS = 10.0
+_LOG_EVERY = 10.0  # Seconds.
 # Bytes that an error message quotes, perhaps of an image.
 _QUOTED_BYTES = re.compile(r"""\bb(['"]).*?\\{1,2}x.*""", re.DOTALL)
 
@@ -216,8 +216,14 @@ def check_records(
   """
   rejects: list[Reject] = []
   taken: dict[str, Record] = {}
+  start = time.monotonic()
   with contextlib.closing(_check(readers, checker, num_workers)) as results:
-    for checked in _with_progress(results):
+    for count, checked in enumerate(results, 1):
+      if count > _FEW:
+        speed = count / (time.monotonic() - start)
+        logging.log_every_n_seconds(
+          logging.INFO, "Checked %d records; %.0f/s.", _LOG_EVERY, count, speed
+        )
       if isinstance(checked, Reject):
         rejects.append(checked)
         continue
@@ -267,17 +273,6 @@ def _check(
     yield from processes.map_in_order(
       checker, batches, num_workers=count, lost=lost
     )
-
-
-def _with_progress[T](results: Iterable[T]) -> Iterator[T]:
-  """Passes results on, and logs now and then how many there were."""
-  start = last = time.monotonic()
-  for count, result in enumerate(results, 1):
-    yield result
-    now = time.monotonic()
-    if now - last >= _LOG_SECONDS:
-      last, speed = now, count / (now - start)
-      logging.info("Checked %s records; %.0f/s.", f"{count:,}", speed)
 
 
 def hash_all(
