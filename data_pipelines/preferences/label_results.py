@@ -45,11 +45,7 @@ def label_results(
       problems = mixtures.problems_by_pid(data_dir, texts)
   lines = []
   for pid, responses in texts.items():
-    try:
-      with records.all_faults():
-        reason, group = _group(problems.get(pid), responses)
-    except records.BadRecord:
-      reason, group = "unusable", []
+    reason, group = _group(problems.get(pid), responses)
     counts[reason or "groups"] += 1
     if reason:
       continue

@@ -195,12 +195,7 @@ def _slices(
   problems: Sequence[records.Problem], column: str
 ) -> dict[str, list[int]]:
   """The values of a column, with the indices of the problems of each."""
-  tables = [
-    {**{name: getattr(x, name) for name in figures.TYPES}, **x.metadata}
-    if not figures.is_unreadable(x.pid)
-    else {}
-    for x in problems
-  ]
+  tables = [{**x.metadata, **figures.fields(vars(x))} for x in problems]
   members = figures.members(tables, column)
   if not members:
     known = sorted({name for table in tables for name in table})

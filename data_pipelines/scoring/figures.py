@@ -47,7 +47,7 @@ def table(
     without grades), and for the first way `multi_choice`, the accuracy on
     multiple choice above chance (None where guessing is impossible or certain).
   """
-  tables = [_fields(record) for record in records]
+  tables = [fields(record) for record in records]
   groups = [("overall", "all", list(range(len(records))))]
   groups += [
     (dimension, name, indices)
@@ -61,12 +61,12 @@ def table(
     for way, marks in labels.items():
       kept = [mark for i in indices if (mark := marks[i]) is not None]
       row[way] = statistics.share(sum(kept), len(kept)) if kept else None
+    choices = [
+      i for i in indices if records[i]["question_type"] == "multi_choice"
+    ]
     row["multi_choice"] = _above_chance(
-      [
-        (len(records[i]["choices"]), graded[i])
-        for i in indices
-        if records[i]["question_type"] == "multi_choice"
-      ]
+      [len(records[i]["choices"]) for i in choices],
+      sum(bool(graded[i]) for i in choices),
     )
     rows.append(row)
   return rows
@@ -81,8 +81,8 @@ def members(
   slice.
   """
   found: dict[str, list[int]] = {}
-  for index, fields in enumerate(tables):
-    value = fields.get("skills" if dimension == "skill" else dimension)
+  for index, each in enumerate(tables):
+    value = each.get("skills" if dimension == "skill" else dimension)
     values = value if isinstance(value, list | tuple) else [value]
     kept = [x for x in values if isinstance(x, str | int | float) and x != ""]
     for name in dict.fromkeys(map(str, kept)):
@@ -90,21 +90,19 @@ def members(
   return dict(sorted(found.items()))
 
 
-def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+def fields(record: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a record that slices are named by."""
   if is_unreadable(str(record.get("pid"))):
     return {}
   metadata = record.get("metadata") or {}
   inner = metadata.get("metadata")  # As MathVerse has it.
-  fields = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
-  if fields.get("official_rule") != "wemath":
-    fields.pop("key", None)  # The name of a record in most other sets.
-  return fields | {name: record.get(name) for name in TYPES}
+  found = {**(inner if isinstance(inner, Mapping) else {}), **metadata}
+  if found.get("official_rule") != "wemath":
+    found.pop("key", None)  # The name of a record in most other sets.
+  return found | {name: record.get(name) for name in TYPES}
 
 
-def _above_chance(
-  graded: Sequence[tuple[int, bool | None]],
-) -> dict[str, Any] | None:
+def _above_chance(options: Sequence[int], right: int) -> dict[str, Any] | None:
   """Corrects the accuracy on multiple choice for guessing.
 
   `guess` is the expected share of right guesses, the mean of 1 / options. With
@@ -112,15 +110,14 @@ def _above_chance(
   1 for all right.
 
   Args:
-    graded: For each problem its number of options, and if it is right.
+    options: For each problem its number of options.
+    right: The number of right answers.
   """
-  if not graded:
-    return None
-  guess = float(np.mean(1 / np.array([options for options, _ in graded])))
+  guess = float(np.mean(1 / np.array(options))) if options else 1.0
   if guess == 1:
     return None
-  share = statistics.share(sum(bool(right) for _, right in graded), len(graded))
-  return {"problems": len(graded), "guess": guess} | {
+  share = statistics.share(right, len(options))
+  return {"problems": len(options), "guess": guess} | {
     name: (share[name] - guess) / (1 - guess)
     for name in ("share", "low", "high")
   }

@@ -12,7 +12,7 @@ import fractions
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from latex2sympy2_extended import latex2sympy2
@@ -43,11 +43,10 @@ def is_equal(gold: str, answer: str, tolerance: float) -> bool:
     return False  # Sympy raises these for what has no value.
 
 
-class _Comparison:
+class _Comparison(NamedTuple):
   """Comparisons of a right answer with another one, with a tolerance."""
 
-  def __init__(self, tolerance: float):
-    self._tolerance = tolerance
+  tolerance: float
 
   def matches(self, gold: Shape, answer: Shape) -> bool:
     """True if two shapes mean the same."""
@@ -132,9 +131,8 @@ class _Comparison:
     elif other and not unit:
       value, unit = _with_letter(gold, other)
     if unit and other:
-      if unit[0] != other[0]:
-        return False
-      return self._values(value, found, other[1] / unit[1])
+      factor = other[1] / unit[1]
+      return unit[0] == other[0] and self._values(value, found, factor)
     if unit is other:
       return self._values(value, found)
     dimension, factor = unit or other or (None, fractions.Fraction(1))
@@ -158,7 +156,7 @@ class _Comparison:
     if right is None or other is None:
       return False
     pairs = _sample(right, other * sympy.sympify(factor))
-    error = max(self._tolerance, _MAX_ERROR)
+    error = max(self.tolerance, _MAX_ERROR)
     return bool(pairs) and all(_is_close(*pair, error) for pair in pairs)
 
 
