@@ -60,6 +60,7 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
   marks = rules.columns(
     (x.result.problem.pid, x.rule, x.official) for x in scored
   )
+  steps = [each for each in scored if each.rule == "wemath"]
   strict = [each.verdict.correct for each in scored]
   labels = [each.result.record.get("true_false") for each in scored]
   stored = [x if isinstance(x, bool) else None for x in labels]
@@ -89,21 +90,16 @@ def summary(graded: Sequence[GradedRecord]) -> dict[str, Any]:
       [{**x.result.record, "pid": x.result.problem.pid} for x in scored],
       ways,
     ),
-    "wemath": _wemath([each for each in scored if each.rule == "wemath"]),
-  }
-
-
-def _wemath(graded: Sequence[GradedRecord]) -> dict[str, dict[str, float]]:
-  if not graded:
-    return {}
-  metadata = [each.result.problem.metadata for each in graded]
-  ways = {
-    "strict": [each.verdict.correct for each in graded],
-    "official": [bool(each.official) for each in graded],
-  }
-  return {
-    way: wemath.steps_metric(zip(metadata, marks, strict=True))
-    for way, marks in ways.items()
+    "wemath": {
+      "strict": wemath.steps_metric(
+        (x.result.problem.metadata, x.verdict.correct) for x in steps
+      ),
+      "official": wemath.steps_metric(
+        (x.result.problem.metadata, x.official is True) for x in steps
+      ),
+    }
+    if steps
+    else {},
   }
 
 
