@@ -52,12 +52,14 @@ def divide(
     settings=columns.Settings(options.unchecked_answers, options.tolerance),
     with_looks=near == "perceptual" or look_at_excluded,
   )
+  counts = [source.counts.get(name) for name in places]
   records, rejects = intake.check_records(
     {name: source.readers[name] for name in places},
     checker,
     scratch,
     looks,
     num_workers=num_workers,
+    total=None if None in counts else sum(filter(None, counts)),
   )
   _limit_rejects(options, len(records), rejects)
   if names not in ([""], [origin.SYNTHETIC]):

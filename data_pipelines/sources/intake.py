@@ -209,10 +209,12 @@ def check_records(
   looks: near_duplicates.Looks,
   *,
   num_workers: int = 0,
+  total: int | None = None,
 ) -> tuple[list[Record], list[Reject]]:
   """The usable records and the rejected ones, in the order of the source.
 
-  `scratch` gets the usable problems, `looks` their perceptual hashes.
+  `scratch` gets the usable problems, `looks` their perceptual hashes. `total`
+  is the number of records, if it is known, for the log.
   """
   rejects: list[Reject] = []
   taken: dict[str, Record] = {}
@@ -221,8 +223,14 @@ def check_records(
     for count, checked in enumerate(results, 1):
       if count > _FEW:
         speed = count / (time.monotonic() - start)
+        rest = " records"
+        if total is not None:
+          rest = f" of {total}, {(total - count) / speed:.0f} s left"
         logging.log_every_n_seconds(
-          logging.INFO, "Checked %d records; %.0f/s.", _LOG_EVERY, count, speed
+          logging.INFO,
+          "Checked %d%s; %.0f/s.",
+          _LOG_EVERY,
+          *(count, rest, speed),
         )
       if isinstance(checked, Reject):
         rejects.append(checked)

@@ -59,30 +59,33 @@ class Origin(NamedTuple):
   readers: files.Readers
   parts: list[list[str]]  # The splits of each path, which have equal columns.
   files: dict[str, str]  # The hash of each file's content.
+  counts: dict[str, int] = {}  # The records of each split where that is known.
 
 
 def open_source(source: Source) -> Origin:
   """Opens a source without reading its records."""
   if isinstance(source, synthetic.Spec):
     draw = functools.cache(lambda: list(synthetic.problems(source)))
-    return Origin(SYNTHETIC, {SYNTHETIC: draw}, [], {})
+    counts = {SYNTHETIC: source.num_problems}
+    return Origin(SYNTHETIC, {SYNTHETIC: draw}, [], {}, counts)
   if isinstance(source, reasoning_gym.Spec):
     draw = functools.partial(reasoning_gym.problems, source)
-    return Origin(str(source), {"": draw}, [], {})
+    return Origin(str(source), {"": draw}, [], {}, {"": source.num_problems})
   if isinstance(source, str):
     folder = files.find(source)
     parts = [list(folder.readers)]
-    return Origin(source, folder.readers, parts, folder.files)
-  readers, parts, hashes = {}, [], {}
+    return Origin(source, folder.readers, parts, folder.files, folder.counts)
+  readers, parts, hashes, counts = {}, [], {}, {}
   for ours, path in source.items():
     folder = files.find(path)
     chosen = _matching(ours, list(folder.readers))
     keys = {name: f"{ours}/{name}".rstrip("/") for name in chosen}
     parts.append(list(keys.values()))
     readers |= {key: folder.readers[name] for name, key in keys.items()}
+    counts |= {keys[x]: n for x, n in folder.counts.items() if x in keys}
     hashes |= {f"{ours}/{name}": each for name, each in folder.files.items()}
   name = ",".join(f"{ours}={path}" for ours, path in source.items())
-  return Origin(name, readers, parts, hashes)
+  return Origin(name, readers, parts, hashes, counts)
 
 
 def _matching(ours: str, names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import images, validation
-from data_pipelines.sources import build, stored
+from data_pipelines.sources import build, intake, stored
 from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import tokenizer
 from tests.data_pipelines.sources import layouts
@@ -176,6 +176,19 @@ def test_foreign_files_are_never_replaced(tmp_path, place):
   with pytest.raises(validation.SettingError, match="data_dir"):
     build.build_data_dir(request(data_dir))
   assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_log_says_how_many_records_are_left(
+  tmp_path, snapshot, caplog, monkeypatch
+):
+  monkeypatch.setattr(intake, "_FEW", 20)
+  monkeypatch.setattr(intake, "_LOG_EVERY", 0.0)
+  with caplog.at_level("INFO", logger="absl"):
+    source = snapshot()
+    build.build_data_dir(request(tmp_path / "data", source=source))
+  lines = [x for x in caplog.messages if x.startswith("Checked ")]
+  assert re.fullmatch(r"Checked 21 of 60, \d+ s left; \d+/s\.", lines[0])
+  assert lines[-1].startswith("Checked 60 of 60, 0 s left; ")
 
 
 def test_rejects_are_listed_up_to_the_allowed_share(tmp_path, snapshot):
