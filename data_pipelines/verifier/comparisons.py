@@ -12,7 +12,7 @@ import threading
 from concurrent import futures
 from typing import Any
 
-from data_pipelines.workers import functions, pool
+from data_pipelines.workers import pool
 
 EXPRESSIONS = "data_pipelines.verifier.expressions:is_equal"
 # The functions that a record's `scorer` may name before its colon.
@@ -82,9 +82,9 @@ def _submit(task: str) -> futures.Future[Any]:
 
 
 def is_right(comparison: futures.Future[Any]) -> bool | None:
-  """True if a comparison gave 1; None if it was killed or raised."""
+  """True if a comparison gave 1; None if it was killed or gave no number."""
   result = comparison.result()
-  return None if isinstance(result, functions.Failure) else result == 1
+  return result == 1 if isinstance(result, int | float) else None
 
 
 def close() -> None:
