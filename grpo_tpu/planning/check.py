@@ -37,7 +37,7 @@ def check(argv: Sequence[str]) -> None:
     config = Config.from_config_dict(_without_files(flags.CONFIG.value))
     if flags.MODE.value == "train":
       # The other modes may find all that they read in the workdir.
-      sources.resolve(config, "train", flags.workdir(), has_weights_flag=False)
+      sources.resolve(config, "train", flags.workdir(), flags.has_override)
     if flags.TOPOLOGY.value is not None:
       topology = hardware.parse_topology(flags.TOPOLOGY.value)
       changes.check_mesh(config, topology)
