@@ -82,13 +82,13 @@ def test_an_overlay_is_for_the_slice_in_its_name(path, kind):
 def test_an_overlay_trains_no_noise(path, tmp_path):
   """It asks for weights and data, with the commands; a plan needs neither."""
   config = validated(path)
-  flag = {"has_weights_flag": False}
+  workdir, is_flag = str(tmp_path), lambda _: False
   with pytest.raises(ValueError) as caught:
-    run_sources.resolve(config, "train", str(tmp_path), **flag)
+    run_sources.resolve(config, "train", workdir, is_flag)
   size = config.model.name.removeprefix("gemma3_")
   assert f"hf download google/gemma-3-{size}-it " in str(caught.value)
   assert "\ndata.dir ('') must name the data" in str(caught.value)
-  assert run_sources.resolve(config, "plan", str(tmp_path), **flag) == config
+  assert run_sources.resolve(config, "plan", workdir, is_flag) == config
 
 
 def test_an_overlay_of_another_kind_is_refused():
