@@ -273,7 +273,7 @@ class Trainer:
     Raises:
       FloatingPointError: Too many gradients in a row were not finite.
     """
-    learner, partial, step = self.learner, self.partial, self._step
+    partial, step = self.partial, self._step
     assert partial is not None and step is not None
     if not partial.updates_done:
       num_updates = int(optimizer.num_updates(state.opt_state))
@@ -285,15 +285,9 @@ class Trainer:
       number = f"update {partial.updates_done + 1}"
       total = self.config.train.num_iterations
       with self._clock.phase("update"), activity.doing(f"{number} of {total}"):
-        state, metrics = learner.update(state, batch, learner.frozen)
-        self.state = state  # It has taken over the memory of the old one.
-        self._compile_for_shapes(learner.update, state, batch, learner.frozen)
-        self._shapes = set()  # The first update compiles for all of them.
-        partial.metrics |= {f"train/{name}": x for name, x in metrics.items()}
-        jax.block_until_ready(state)
-        partial.skipped.append(float(metrics["skipped_updates"]))
+        state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
-    lost_fraction = learner.lost_fraction(state)
+    lost_fraction = self.learner.lost_fraction(state)
     end, tokens = time.perf_counter(), float(partial.metrics["train/tokens"])
     partial.metrics |= {
       "perf/update_seconds": end - self._scored,
@@ -306,6 +300,20 @@ class Trainer:
       step=state.step + 1, position=state.position + partial.num_batches
     )
     return state, partial.metrics
+
+  def _update_once(
+    self, state: TrainState, batch: TrainBatch, step: int
+  ) -> TrainState:
+    learner, partial = self.learner, self.partial
+    assert partial is not None
+    state, metrics = learner.update(state, batch, learner.frozen)
+    self.state = state  # The update has taken over the memory of the old one.
+    self._compile_for_shapes(learner.update, state, batch, learner.frozen)
+    self._shapes = set()  # The first update compiles for all of them.
+    partial.metrics |= {f"train/{name}": x for name, x in metrics.items()}
+    jax.block_until_ready(state)
+    partial.skipped.append(float(metrics["skipped_updates"]))
+    return state
 
   def evaluate(self, state: TrainState) -> tuple[writer.Scalars, list[Sample]]:
     """Metrics on held-out data, and completions for people to look at.
