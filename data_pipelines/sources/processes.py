@@ -35,7 +35,7 @@ def map_in_order[T, R](
 ) -> Generator[R, None, None]:
   """The results of a picklable function, record by record.
 
-  What the function raises ends the iteration. `lost` gives the result of a
+  An exception of the function ends the iteration. `lost` gives the result of a
   record whose process died or hung. With 0 workers all is done in this process.
   The iteration must be closed, as by `contextlib.closing`, or ended.
   """

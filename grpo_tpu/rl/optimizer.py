@@ -1,6 +1,6 @@
 """AdamW with a schedule, clipping by global norm, and frozen subtrees.
 
-Of the model it knows the names of leaves: norms end in "scale", biases in
+Knows the names of the model's leaves alone: norms end in "scale", biases in
 "bias". AdamW: Loshchilov and Hutter, arXiv:1711.05101.
 """
 
