@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent import futures
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -128,7 +129,9 @@ class _Worker:
     self.process = context.Process(
       target=_serve, args=(theirs, function), daemon=True
     )
-    # Ctrl-C reaches the whole group; only this process must act on it.
+    # Ctrl-C reaches the whole group; only this process must act on it. Starting
+    # the tracker of resources unblocks it, so that comes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
       self.process.start()
