@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines import flags as command_flags
 from data_pipelines.scoring import comparison
+from data_pipelines.text import flags as command_flags
 from data_pipelines.validation import require, user_errors
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from data_pipelines import flags as command_flags
 from data_pipelines.preferences import label_results
-from data_pipelines.validation import require, to_path, user_errors
+from data_pipelines.storage.paths import to_path
+from data_pipelines.text import flags as command_flags
+from data_pipelines.validation import require, user_errors
 
 
 def main(arguments: Sequence[str]) -> None:

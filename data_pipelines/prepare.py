@@ -16,10 +16,10 @@ from typing import Any
 
 from absl import flags, logging
 
-from data_pipelines import flags as command_flags
 from data_pipelines import validation
 from data_pipelines.sources import build, processes, splits
 from data_pipelines.sources.drawn import reasoning_gym, synthetic
+from data_pipelines.text import flags as command_flags
 
 FLAGS = flags.FLAGS
 

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines import flags as command_flags
 from data_pipelines.scoring import score_file
-from data_pipelines.validation import require, to_path, user_errors
+from data_pipelines.storage.paths import to_path
+from data_pipelines.text import flags as command_flags
+from data_pipelines.validation import require, user_errors
 
 
 def main(arguments: Sequence[str]) -> None:

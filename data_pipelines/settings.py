@@ -9,13 +9,12 @@ from typing import Any
 from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import completions
 from data_pipelines.sources.drawn import synthetic
+from data_pipelines.storage.paths import expand_path, is_path
 from data_pipelines.text import chat_prompts, template_files, untrusted
 from data_pipelines.validation import (
   at_least,
   check_fields,
-  expand_path,
   interval,
-  is_path,
   one_of,
   require_all,
   require_one_of,

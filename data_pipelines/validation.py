@@ -10,7 +10,6 @@ import difflib
 import enum
 import errno
 import operator
-import pathlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -77,33 +76,6 @@ def require(holds: bool, name: str, value: Any, rule: str, remedy: str) -> None:
   if not holds:
     remedy = f"; {remedy}" if remedy else ""
     raise ValueError(f"{name} ({value!r}) must {rule}{remedy}.")
-
-
-def to_path(name: str, value: str) -> pathlib.Path:
-  """The path that a flag or a setting names; a leading `~` is the home."""
-  require(bool(value.strip()), name, value, "name a file or a folder", "")
-  path = pathlib.Path(value)
-  try:
-    path = path.expanduser()
-    path.lstat()
-  except (FileNotFoundError, NotADirectoryError, PermissionError):
-    pass  # Whoever opens it says so.
-  # No such home; a name that is too long, a loop of links; a null character.
-  except (RuntimeError, OSError, ValueError) as error:
-    raise ValueError(
-      f"{name} ({value!r}) must name a file or a folder: {error}."
-    ) from error
-  return path
-
-
-def expand_path(name: str, value: str) -> str:
-  """The text of a path as `to_path` reads it; "" and addresses stay."""
-  return value if not value or "://" in value else str(to_path(name, value))
-
-
-def is_path() -> Mapping[str, Any]:
-  """The metadata of a field that names a file or a folder, or "" for none."""
-  return {"expand": expand_path}
 
 
 def printable(text: str, *, keep: str = "") -> str:

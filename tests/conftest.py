@@ -75,3 +75,22 @@ def peers_python() -> str:
     lacks = ran.stdout.strip() or ran.stderr
     pytest.skip(f"{python} lacks {lacks}; run benchmarks/setup_peers.sh")
   return python
+
+
+@pytest.fixture
+def bucket(tmp_path_factory):
+  """An empty fake bucket; programs find it by `bucket.environment()`."""
+  from tests.gcs import fake, proxy
+
+  folder = tmp_path_factory.mktemp("certificates")
+  with fake.Server() as server, proxy.Proxy(server.port, folder) as tunnel:
+    server.tunnel = tunnel
+    yield server
+
+
+@pytest.fixture
+def bucket_here(bucket, monkeypatch):
+  """The fake bucket, for the test's own process."""
+  for name, value in bucket.environment().items():
+    monkeypatch.setenv(name, value)
+  return bucket

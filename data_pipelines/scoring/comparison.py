@@ -21,8 +21,9 @@ from data_pipelines.scoring import (
   statistics,
 )
 from data_pipelines.sources import mixtures
+from data_pipelines.storage.paths import to_path
 from data_pipelines.text.untrusted import shorten
-from data_pipelines.validation import SettingError, to_path, user_errors
+from data_pipelines.validation import SettingError, user_errors
 
 # Problems in each list of changes on the page.
 _MAX_EXAMPLES = 100

@@ -20,6 +20,7 @@ from data_pipelines.records import IMAGE_MARK
 from data_pipelines.sources import divide, exclusion, origin, splits, stored
 from data_pipelines.sources.origin import Request
 from data_pipelines.sources.rows import mathvista
+from data_pipelines.storage import paths
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
@@ -101,7 +102,7 @@ def _refusal(data_dir: object, rule: str) -> validation.SettingError:
 
 def _find_data_dir(request: Request) -> pathlib.Path:
   """The data dir; refuses one with files that this module did not write."""
-  data_dir = validation.to_path("data_dir", request.data_dir).resolve()
+  data_dir = paths.to_path("data_dir", request.data_dir).resolve()
   if "://" in request.data_dir or not data_dir.name:
     raise _refusal(request.data_dir, "be a local folder, below /")
   try:
@@ -150,7 +151,7 @@ def read_manifest(data_dir: pathlib.Path) -> dict[str, Any] | None:
 
 def find_changes(request: Request) -> list[str]:
   """The changes, in words, since the request that made a data dir, if any."""
-  manifest = read_manifest(validation.to_path("data_dir", request.data_dir))
+  manifest = read_manifest(paths.to_path("data_dir", request.data_dir))
   if manifest is None:
     return []
   return _changes(manifest["request"], _open_source(request)[1])

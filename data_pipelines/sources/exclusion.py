@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from data_pipelines import records, validation
 from data_pipelines.sources import intake, near_duplicates, processes, stored
+from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
 
 _BATCH = 8
@@ -15,7 +16,7 @@ _BATCH = 8
 def fingerprint(folder: str) -> str:
   """The fingerprint of a data dir."""
   with validation.user_errors():
-    path = validation.to_path("exclude", folder) / "manifest.json"
+    path = paths.to_path("exclude", folder) / "manifest.json"
   try:
     manifest = untrusted.read_json(path)
     return untrusted.get_field(manifest, "fingerprint", str, str(path))
@@ -39,7 +40,7 @@ def read(
   """
   found: dict[str, str] = {}
   for folder in folders:
-    sources = stored.sources(validation.to_path("exclude", folder)).values()
+    sources = stored.sources(paths.to_path("exclude", folder)).values()
     read_all = itertools.chain.from_iterable(map(stored.read_all, sources))
     problems, named = itertools.tee(read_all)
     results = processes.map_in_order(

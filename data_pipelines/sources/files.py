@@ -21,6 +21,7 @@ from etils import epath
 
 from data_pipelines import images, records, validation
 from data_pipelines.sources import readers, stored
+from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 
@@ -73,7 +74,7 @@ _KNOWN = ", ".join(readers.KINDS)
 def find(path: epath.PathLike) -> Folder:
   """Finds the data in a folder or a file, locally or on gs://."""
   with validation.user_errors():
-    root = epath.Path(validation.expand_path("source", os.fspath(path)))
+    root = epath.Path(paths.expand_path("source", os.fspath(path)))
   try:
     root = root if "://" in os.fspath(path) else root.resolve()
     if root.is_dir():

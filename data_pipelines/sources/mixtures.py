@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines import records, validation
+from data_pipelines import records
+from data_pipelines.storage import paths
 
 # Shares are whole numbers whose sum is at most this.
 _MAX_PERIOD = 100_000
@@ -138,7 +139,7 @@ def problems_by_pid(
 
   named = os.fspath(data_dirs)
   parts = [named] if os.path.isdir(named) else named.split(",")
-  folders = [validation.to_path("data_dir", part) for part in parts]
+  folders = [paths.to_path("data_dir", part) for part in parts]
   found = {}
   for name, folder in zip(names(folders), folders, strict=True):
     splits = stored.require_sources(folder).values()

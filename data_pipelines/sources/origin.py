@@ -13,6 +13,7 @@ from data_pipelines import validation
 from data_pipelines.sources import files
 from data_pipelines.sources.drawn import reasoning_gym, synthetic
 from data_pipelines.sources.rows import columns
+from data_pipelines.storage import paths
 from data_pipelines.validation import at_least, interval, one_of
 
 SYNTHETIC = "synthetic"
@@ -46,9 +47,9 @@ class Request:
   def __post_init__(self):
     with validation.user_errors():
       validation.check_fields(self)
-      validation.to_path("data_dir", self.data_dir)
+      paths.to_path("data_dir", self.data_dir)
       if isinstance(self.source, str):
-        validation.to_path("source", self.source)
+        paths.to_path("source", self.source)
 
 
 class Origin(NamedTuple):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from data_pipelines.storage.paths import is_path
 from data_pipelines.validation import (
   at_least,
   check_fields,
   interval,
-  is_path,
   one_of,
   require_all,
 )

@@ -1,5 +1,6 @@
 """The command-line flags of the program, and what is wrong with bad ones."""
 
+import pathlib
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines import validation
+from data_pipelines.storage import paths
 from grpo_tpu.config import defaults
 from grpo_tpu.config.parse import describe_unknown
 
@@ -40,14 +42,9 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder for everything that the run writes, as in --workdir=runs/smoke."
+  "Folder for everything that the run writes, on a disk or in a bucket, as in"
+  " --workdir=runs/smoke or --workdir=gs://BUCKET/runs/smoke."
   " --mode=answer needs none if `model.weights` are named.",
-)
-flags.register_validator(
-  "workdir",
-  lambda value: value is None or "://" not in value,
-  "must be a folder, because a run appends to files and renames them: mount the"
-  " bucket, as launch/tpu.sh does with gcsfuse, and name its folder.",
 )
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "One of the modes.")
 TOPOLOGY = flags.DEFINE_string(
@@ -113,7 +110,7 @@ def workdir() -> str:
   """
   if WORKDIR.value is None:
     return ""
-  return str(validation.to_path("--workdir", WORKDIR.value))
+  return str(paths.to_path("--workdir", WORKDIR.value))
 
 
 def has_override(setting: str) -> bool:
@@ -199,7 +196,8 @@ def _read_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if equals and name in ("--config", "-config"):
       path, colon, kind = value.partition(":")
       with validation.user_errors():
-        path = validation.to_path("--config", path)
+        # On a disk; `epath` would take a device for a file.
+        path = pathlib.Path(paths.to_path("--config", path))
         is_file = path.is_file() or not path.exists()
         validation.require(is_file, "--config", str(path), "name a file", "")
       word = f"{name}={path}{colon}{kind}"

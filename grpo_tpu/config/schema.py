@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.settings import DataConfig, ModelInputs
+from data_pipelines.storage.paths import expand_path
 from data_pipelines.text import chat_prompts
-from data_pipelines.validation import expand_path, require, require_all
+from data_pipelines.validation import require, require_all
 from grpo_tpu.checkpoint.settings import CheckpointConfig, ExportConfig
 from grpo_tpu.config import eval_metrics, parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Self
 
 from data_pipelines import records
 from data_pipelines.scoring import ablations
+from data_pipelines.storage.paths import expand_path
 from data_pipelines.validation import (
   at_least,
   check_fields,
-  expand_path,
   interval,
   one_of,
   require_all,

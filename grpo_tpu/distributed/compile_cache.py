@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from jax.sharding import NamedSharding
 
-from data_pipelines.validation import to_path
+from data_pipelines.storage.paths import to_path
 from grpo_tpu.distributed import activity
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

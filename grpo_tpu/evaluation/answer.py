@@ -19,12 +19,12 @@ import jax
 from absl import logging
 
 from data_pipelines import dataset, images, pipeline, records
+from data_pipelines.storage.paths import to_path
 from data_pipelines.text import untrusted
 from data_pipelines.validation import (
   SettingError,
   printable,
   require,
-  to_path,
   user_errors,
 )
 from grpo_tpu.checkpoint import load

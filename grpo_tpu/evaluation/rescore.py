@@ -20,9 +20,10 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from data_pipelines import flags as command_flags
 from data_pipelines import records, validation
 from data_pipelines.sources import mixtures, readers
+from data_pipelines.storage import paths
+from data_pipelines.text import flags as command_flags
 from data_pipelines.text import untrusted
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.observability import sample_files
@@ -104,7 +105,7 @@ def _table(
 
 def read_samples(path: str) -> list[dict[str, Any]]:
   """Reads the samples of a run: their folder, or a file of it."""
-  named = epath.Path(validation.to_path("--samples", path))
+  named = epath.Path(paths.to_path("--samples", path))
   files = sorted(named.glob("*.parquet")) if named.is_dir() else [named]
   try:
     rows = [
@@ -160,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
       config = run_config.Config.from_config_dict(flags.FLAGS.config)
       rows = read_samples(flags.FLAGS.samples)
       problems = read_problems({x["pid"] for x in rows}, flags.FLAGS.data_dir)
-      out = flags.FLAGS.out and validation.to_path("--out", flags.FLAGS.out)
+      out = flags.FLAGS.out and paths.to_path("--out", flags.FLAGS.out)
     result = rescore(rows, problems, config.rewards)
     if out:
       sample_files.write_rows(out, result.rows)

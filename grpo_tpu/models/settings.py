@@ -4,10 +4,10 @@ import dataclasses
 import re
 from dataclasses import field
 
+from data_pipelines.storage.paths import expand_path
 from data_pipelines.validation import (
   at_least,
   check_fields,
-  expand_path,
   interval,
   one_of,
   require,

@@ -59,7 +59,7 @@ def test_a_host_that_is_frozen_is_given_up_after_the_heartbeat_time_out(
     "--config.train.num_steps=1000",
     "--config.eval.every_steps=0",
   )
-  hosts.wait_for("step 1/", host=0)
+  hosts.wait_for("  reward ", host=0)
   hosts.signal(host, signal.SIGSTOP)
   end = hosts.end(without=[host])
   # Of JAX's own, in C++.

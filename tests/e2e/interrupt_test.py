@@ -57,7 +57,7 @@ def test_ctrl_c_saves_a_run_and_the_same_command_goes_on(
 ):
   settings = (*LONG, f"--config.data.worker_processes={readers}")
   run = terminal(*PROGRAM, workdir=tmp_path / "run", settings=settings)
-  run.wait_for("step 1/")
+  run.wait_for("  reward ")
   run.press()
   run.wait_for(SAVING)
   assert run.end() == 75, run.text
@@ -129,7 +129,7 @@ def test_ctrl_c_saves_on_every_host_of_a_pod_on_this_machine(
   pod = ("bash", "launch/local_pod.sh", "-n", "2", "--")
   settings = (*LONG, "--config.mesh.fsdp=2")
   run = terminal(*pod, workdir=tmp_path / "run", settings=settings)
-  run.wait_for("step 1/")
+  run.wait_for("  reward ")
   run.press()
   assert run.end() == 75, run.text
   logs = tmp_path / "run" / "logs"

@@ -56,8 +56,8 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     (["--config=configs/no_such.py", WORKDIR], ["configs/no_such.py"]),
     ([CONFIG], ["--workdir"]),
     (
-      [CONFIG, "--workdir=gs://bucket/run"],
-      ["--workdir=gs://bucket/run", "must be a folder", "mount the bucket"],
+      [CONFIG, "--workdir=s3://bucket/run"],
+      ["--workdir ('s3://bucket/run')", "or gs://BUCKET/PATH", "copy it to"],
     ),
     (
       [CONFIG, WORKDIR, "--config.rollout.temperature=0.0"],

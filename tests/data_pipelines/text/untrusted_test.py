@@ -5,8 +5,9 @@ import tracemalloc
 
 import pytest
 
+from data_pipelines.storage.paths import to_path
 from data_pipelines.text import untrusted
-from data_pipelines.validation import printable, to_path
+from data_pipelines.validation import printable
 
 
 @pytest.mark.parametrize(

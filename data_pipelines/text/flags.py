@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from data_pipelines.storage.paths import to_path
 from data_pipelines.text import terminal
-from data_pipelines.validation import ExitCode, SettingError, to_path
+from data_pipelines.validation import ExitCode, SettingError
 
 # Characters of a reason, which may quote a file.
 _MAX_LENGTH = 4_000
