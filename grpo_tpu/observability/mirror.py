@@ -1,0 +1,222 @@
+"""Copies the files of a run to its workdir, if that is in a bucket.
+
+Nothing can be appended to an object: it appears whole or not at all. So files
+grow in a scratch folder on this machine's disk, and a thread copies those that
+have changed. An error of the bucket never stops the run: the thread tries
+again, and catches up.
+
+References:
+  docs/adr/0012-files-are-copied-to-a-bucket-whole.md
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+import tensorstore as ts
+from absl import logging
+
+from data_pipelines.storage import paths
+
+_SECONDS_BETWEEN_COPIES = 30.0
+_SECONDS_TO_CLOSE = 60.0
+_SECONDS_AFTER_ERROR = 2.0
+# The client's own attempts at a request, for three quarters of a minute.
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
+
+# What a resumed run continues, and may remove. A bucket may hold any name.
+_RESUMED = re.compile(
+  r"metrics\.jsonl|events\.out\.tfevents\.[^/\0]+|samples/step_\d+\.parquet"
+)
+_PREFIXES = ("metrics.jsonl", "events.out.tfevents.", "samples/step_")
+# Files below it do not change. Once copied they leave an empty file here,
+# because all of them may be too large for the disk.
+_SAMPLES = "samples/"
+
+
+class Mirror(contextlib.AbstractContextManager["Mirror"]):
+  """The folder in which one process writes, and the thread that copies it.
+
+  For a workdir on a disk, the folder is the workdir and nothing is copied. Of
+  a process that is killed at any point, the bucket has whole files only.
+
+  Attributes:
+    folder: The workdir on a disk, or a scratch folder.
+    failures: The number of attempts to copy that failed.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    """Makes a scratch folder for a workdir in a bucket; asks nothing of it."""
+    self._workdir, self.failures = os.fspath(workdir), 0
+    self.is_remote = paths.is_remote(workdir)
+    self.folder = pathlib.Path(self._workdir)
+    if not self.is_remote:
+      return
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix="grpo_tpu-"))
+    context = ts.Context({"gcs_request_retries": _RETRIES})
+    store = ts.KvStore.open(f"{self._workdir}/", context=context)
+    self._store = store.result()
+    # What the bucket has, as it was copied: the states of files by name.
+    self._copied: dict[str, tuple[int, ...]] = {}
+    self._copying = threading.Lock()
+    self._changed = threading.Condition()
+    self._num_asked = self._num_done = 0
+    self._is_closed, self._error = False, ""
+    self._thread = threading.Thread(
+      target=self._copy_until_closed, name="mirror", daemon=True
+    )
+    self._thread.start()
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def fetch(self) -> None:
+    """Brings the files of the run that a resumed run continues.
+
+    Of samples the names are enough. What the run then removes or changes here
+    is removed or changed in the bucket too.
+
+    Raises:
+      ValueError: The bucket does not answer, or refuses.
+    """
+    if not self.is_remote:
+      return
+    with self._copying:
+      names = list[str]()
+      for prefix in _PREFIXES:
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        found = self._store.list(ts.KvStore.KeyRange(prefix, end)).result()
+        names += [x.decode("utf-8", "replace") for x in found]
+      names = [name for name in names if _RESUMED.fullmatch(name)]
+      reads = {
+        name: self._store.read(name)
+        for name in names
+        if not name.startswith(_SAMPLES)
+      }
+      for name in names:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(reads[name].result().value if name in reads else b"")
+        self._copied[name] = _state(path.stat())
+
+  def wait(self, seconds: float | None = None) -> None:
+    """Waits until the bucket has all that was written before the call.
+
+    Raises:
+      TimeoutError: It has not, after so many seconds or at the end of the run.
+    """
+    if not self.is_remote:
+      return
+    with self._changed:
+      self._num_asked += 1
+      asked = self._num_asked
+      self._changed.notify_all()
+      self._changed.wait_for(
+        lambda: self._num_done >= asked or self._is_closed, seconds
+      )
+      if self._num_done < asked:
+        raise TimeoutError(
+          f"{self._workdir} lacks the newest metrics, samples and curves, "
+          f"which could not be copied from {self.folder} on this machine"
+          f"{self._error and ': '}{self._error}"
+        )
+
+  def close(self) -> None:
+    """Waits for the bucket, for a minute at most, and ends the thread.
+
+    The scratch folder stays if a file of it could not be copied.
+    """
+    if not self.is_remote or self._is_closed:
+      return
+    try:
+      self.wait(_SECONDS_TO_CLOSE)
+      shutil.rmtree(self.folder, ignore_errors=True)
+    except TimeoutError as error:
+      logging.error("%s.", error)
+    finally:
+      with self._changed:
+        self._is_closed = True
+        self._changed.notify_all()
+
+  def _copy_until_closed(self) -> None:
+    pause = _SECONDS_BETWEEN_COPIES
+    while True:
+      with self._changed:
+        self._changed.wait_for(
+          lambda: self._num_asked > self._num_done or self._is_closed, pause
+        )
+        asked = self._num_asked
+        if self._is_closed:
+          return
+      start = time.monotonic()
+      try:
+        with self._copying:
+          self._copy_changes()
+      except Exception as error:
+        self._count(error)
+        time.sleep(_SECONDS_AFTER_ERROR)
+        continue
+      # Large files are copied less often.
+      seconds = time.monotonic() - start
+      pause = max(_SECONDS_BETWEEN_COPIES, 10 * seconds)
+      with self._changed:
+        self._num_done, self._error = asked, ""
+        self._changed.notify_all()
+
+  def _copy_changes(self) -> None:
+    """Copies files that have changed, and deletes those that are gone.
+
+    Samples come before the metrics of their step.
+    """
+    found = dict(self._files())
+    for name in sorted(found, reverse=True):
+      if self._copied.get(name) != found[name]:
+        with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
+          self._copied[name] = self._copy(name)
+    for name in self._copied.keys() - found.keys():
+      self._store.write(name, None).result()
+      del self._copied[name]
+
+  def _copy(self, name: str) -> tuple[int, ...]:
+    """Copies a file; returns its state before it was read."""
+    with (self.folder / name).open("r+b") as file:
+      state = _state(os.fstat(file.fileno()))
+      content = file.read()
+      if name.endswith(".jsonl"):  # A line may be half written.
+        content = content[: content.rfind(b"\n") + 1]
+      self._store.write(name, content).result()
+      if name.startswith(_SAMPLES):
+        file.truncate(0)
+        state = _state(os.fstat(file.fileno()))
+    return state
+
+  def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The finished files of the folder: their names and states."""
+    for folder, folders, files in os.walk(self.folder):
+      folders[:] = [x for x in folders if not x.startswith(".")]
+      for file in files:
+        path = pathlib.Path(folder, file)
+        if not file.startswith(".") and path.suffix != ".tmp":
+          with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
+            state = _state(path.stat())
+            yield path.relative_to(self.folder).as_posix(), state
+
+  def _count(self, error: Exception) -> None:
+    self.failures += 1
+    self._error = (str(error).splitlines() or [type(error).__name__])[0]
+    if str(self.failures).strip("0") == "1":  # And at ten times the count.
+      logging.warning(
+        "%s lags behind: %d attempts to copy to it failed, last: %s",
+        *(self._workdir, self.failures, self._error),
+      )
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+  """Differs from that of the same file before a change."""
+  return status.st_ino, status.st_size, status.st_mtime_ns
