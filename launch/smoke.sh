@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a tiny multimodal Gemma 3 with GRPO on synthetic problems, on the CPU:
+# Trains a tiny multimodal Gemma 3 with GRPO on synthetic problems, on the TPU of
+# this machine or else, with the reason, on the CPU:
 #
 #   bash launch/smoke.sh [--workdir=DIR] [--config.seed=1 ...]
 #
@@ -7,6 +8,7 @@
 # You can stop or kill the script at any time; the same command resumes the run.
 # Settings (--config...) apply to both training stages, but for the number of steps
 # and the optimizer's, which are for GRPO alone.
+# JAX_PLATFORMS=cpu leaves a TPU alone.
 # The exit code is that of the failing stage; 64 is a wrong command line.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -33,6 +35,8 @@ while (($#)); do
 done
 workdir=$(absolute "$workdir")
 
+# What `launch/tpu.sh setup` has installed on a TPU VM is enough.
+if [[ ! ${GRPO_TPU_EXTRA:-} ]] && extra=tpu venv_is_current; then extra=tpu; fi
 ensure_venv
 cd "$root"
 started=$SECONDS
@@ -45,7 +49,19 @@ fi
 
 # An orphan would write the workdir of the next run.
 run_stage=(${tied[@]+"${tied[@]}"} "$venv/bin/python" -m)
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+if [[ ! ${JAX_PLATFORMS:-} ]]; then
+  read -r devices reason \
+    < <("${run_stage[@]}" grpo_tpu.distributed.tpu_host) || true
+  export JAX_PLATFORMS=cpu
+  if ((devices)); then
+    say "Training on the TPU of this machine: $devices devices."
+    export JAX_PLATFORMS=tpu,cpu
+    [[ ${settings[*]-} == *--config.mesh.* ]] ||
+      settings+=(--config.mesh.fsdp="$devices")
+  elif [[ $reason ]]; then
+    say "Training on the CPU and not on the TPU: $reason."
+  fi
+fi
 
 # The data that configs/smoke.py would draw, once for both stages.
 prepare=(

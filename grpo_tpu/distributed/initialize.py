@@ -10,7 +10,6 @@ References:
 """
 
 import functools
-import glob
 import importlib.util
 import json
 import logging as std_logging
@@ -27,6 +26,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from data_pipelines.validation import require
+from grpo_tpu.distributed import tpu_host
 from grpo_tpu.distributed.settings import DistributedConfig
 
 # A process cannot know whether the others exit now as well. It waits this long
@@ -93,7 +93,8 @@ def initialize(
   Args:
     config: The time limits.
     address: The address from a launcher. None asks the metadata of a TPU host;
-      elsewhere the program is a single process.
+      where the environment names one host, as on Kaggle, and elsewhere the
+      program is a single process.
   """
   _choose_platform()
   join = functools.partial(
@@ -109,7 +110,7 @@ def initialize(
       *(address.coordinator_address, config.initialization_timeout_seconds),
     )
     join(*address)
-  elif _has_tpu():
+  elif _has_tpu() and len(tpu_host.hosts_in_environment()) != 1:
     join()
   else:
     loopback = f"127.0.0.1:{_free_port()}"
@@ -232,8 +233,7 @@ def _has_tpu() -> bool:
   """True on a TPU host, unless the user chose another platform."""
   platforms = jax.config.jax_platforms
   is_wanted = not platforms or "tpu" in platforms.split(",")
-  chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-  return is_wanted and bool(chips)
+  return is_wanted and bool(tpu_host.find_chips())
 
 
 def _free_port() -> int:

@@ -5,9 +5,9 @@
 `-c CODE` runs as it would on that version. `-m venv` makes a venv of copies of
 ITSELF. All else becomes a line of $CALLS, a list in JSON; then pip sleeps
 ($PIP=sleep), kills its caller ($PIP=kill) or writes down its settings
-($PIP=tell). At last it ends with the code that $EXITS has for one of its words
-("word=code word=code"), hangs if $HANGS is one of them, or waits for Ctrl-C and
-ends with 75 if $SAVES is one of them.
+($PIP=tell), and the search for a TPU prints $TPU. At last it ends with the code
+that $EXITS has for one of its words ("word=code word=code"), hangs if $HANGS is
+one of them, or waits for Ctrl-C and ends with 75 if $SAVES is one of them.
 """
 
 import json
@@ -60,6 +60,8 @@ if arguments[:2] == ["-m", "pip"]:
   elif what == "tell":
     settings = {k: v for k, v in os.environ.items() if k.startswith("PIP_")}
     write_down(["settings of pip", *map("=".join, settings.items())])
+if "grpo_tpu.distributed.tpu_host" in arguments:
+  print(os.environ.get("TPU", "0 "))
 for entry in os.environ.get("EXITS", "").split():
   word, _, code = entry.rpartition("=")
   if word in arguments:

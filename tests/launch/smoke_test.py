@@ -78,6 +78,36 @@ def test_steps_and_optimizer_are_for_grpo_alone(machine):
   assert grpo[-2:] == settings
 
 
+def test_the_devices_of_a_tpu_share_the_run(machine):
+  machine.environment["TPU"] = "8"
+  result = machine.run(SMOKE)
+  assert "on the TPU of this machine: 8 devices" in result.stderr
+  machine.called()
+  _, *trainings = stages(machine)[1]
+  assert all("--config.mesh.fsdp=8" in call for call in trainings)
+  _, (_, *trainings) = stages(machine, "--config.mesh.tensor=8")
+  assert not any("--config.mesh.fsdp=8" in call for call in trainings)
+  machine.environment["JAX_PLATFORMS"] = "cpu"
+  assert "TPU" not in machine.run(SMOKE).stderr
+
+
+def test_a_tpu_that_cannot_be_used_is_left_with_the_reason(machine):
+  machine.environment["TPU"] = "0 the chips are in use by process 7"
+  result = machine.run(SMOKE)
+  said = "on the CPU and not on the TPU: the chips are in use by process 7.\n"
+  assert said in result.stderr
+  assert not any("mesh" in word for call in machine.called() for word in call)
+
+
+def test_the_environment_of_a_slice_s_worker_is_enough(machine):
+  machine.environment["GRPO_TPU_EXTRA"] = "tpu"
+  machine.run(SMOKE)
+  del machine.environment["GRPO_TPU_EXTRA"]
+  machine.called()
+  machine.run(SMOKE)
+  assert not any("pip" in call for call in machine.called())
+
+
 def test_a_workdir_in_the_home_folder_is_expanded(machine):
   _, (_, _, grpo) = stages(machine, "--workdir=~/a run")
   assert f"--workdir={machine.home}/a run" in grpo

@@ -125,13 +125,42 @@ def test_jax_uses_the_cpu_if_no_chip_is_there(
     "config",
     types.SimpleNamespace(update=settings.__setitem__, jax_platforms=named),
   )
-  monkeypatch.setattr(
-    initialize.glob,
-    "glob",
-    lambda pattern: chips if "accel" in pattern else [],
-  )
+  monkeypatch.setattr(initialize.tpu_host, "find_chips", lambda: chips)
   monkeypatch.setattr(
     initialize.importlib.util, "find_spec", lambda _: has_libtpu
   )
   initialize._choose_platform()
   assert settings["jax_platforms"] == platform
+
+
+@pytest.mark.parametrize(
+  ("variables", "asks_jax"),
+  [
+    ({"TPU_PROCESS_ADDRESSES": "local"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({}, True),
+  ],
+  ids=["a notebook's only host", "two hosts", "a TPU VM"],
+)
+def test_a_tpu_host_that_is_alone_needs_no_metadata(
+  monkeypatch, variables, asks_jax
+):
+  """JAX would wait five minutes for a host named "local"."""
+  addresses = []
+  for name in ("PROCESS_ADDRESSES", "WORKER_HOSTNAMES", "SKIP_MDS_QUERY"):
+    monkeypatch.delenv(f"TPU_{name}", raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(initialize, "_has_tpu", lambda: True)
+  monkeypatch.setattr(initialize, "_choose_platform", lambda: None)
+  monkeypatch.setattr(
+    initialize.jax.distributed,
+    "initialize",
+    lambda *a, **_: addresses.append(a),
+  )
+  initialize.initialize(TIMEOUTS, None)
+  (address,) = addresses
+  assert (address == ()) == asks_jax
+  assert (
+    asks_jax or address[0].startswith("127.0.0.1:") and address[1:] == (1, 0)
+  )

@@ -1,0 +1,110 @@
+"""The TPU chips of this machine, and whether one process can use them.
+
+    python -m grpo_tpu.distributed.tpu_host
+
+prints the number of devices to `launch/smoke.sh`; without chips 0, and if there
+are chips that cannot be used also why. It needs only the standard library.
+"""
+
+import glob
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import urllib.request
+
+_ENDPOINTS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_PROBE_SECONDS = 300
+_LOCK = "/tmp/libtpu_lockfile"  # Held by a process that uses the chips.
+_PCI_VENDORS = "/sys/bus/pci/devices/*/vendor"
+_GOOGLE = "0x1ae0"
+
+
+def find_chips() -> list[str]:
+  """The device files of the chips.
+
+  A laptop has VFIO groups too, of devices that it lends to virtual machines.
+  """
+  groups = glob.glob("/dev/vfio/[0-9]*")
+  vendors = [pathlib.Path(path).read_text() for path in glob.glob(_PCI_VENDORS)]
+  if vendors and not any(vendor.strip() == _GOOGLE for vendor in vendors):
+    groups = []
+  return sorted(glob.glob("/dev/accel[0-9]*") + groups)
+
+
+def hosts_in_environment() -> list[str]:
+  """The hosts of the run, if GKE or a notebook service names them, else []."""
+  given = os.environ.get
+  names = given("TPU_PROCESS_ADDRESSES") or given("TPU_WORKER_HOSTNAMES")
+  if not names and given("TPU_SKIP_MDS_QUERY"):
+    names = "localhost"  # Nobody could name another.
+  slices = int(given("MEGASCALE_NUM_SLICES") or 1)
+  return (names or "").split(",") * slices if names else []
+
+
+def _hosts_in_metadata() -> list[str]:
+  """The hosts that the metadata server of a TPU VM names; [] without one."""
+  server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+  request = urllib.request.Request(
+    f"http://{server}/{_ENDPOINTS}", headers={"Metadata-Flavor": "Google"}
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=2) as answer:
+      return answer.read().decode().split(",")
+  except OSError:
+    return []
+
+
+def _holders(files: list[str]) -> list[str]:
+  """The processes that have a file open; root alone sees those of others."""
+  found = set()
+  for path in glob.glob("/proc/[0-9]*/fd/*"):
+    try:
+      if os.readlink(path) in files:
+        found.add(path.split("/")[2])
+    except OSError:
+      continue  # It has ended, or is another user's.
+  return sorted(found, key=int)
+
+
+def count_devices(chips: list[str]) -> tuple[int, str]:
+  """The number of devices that one process can use, or 0 and why."""
+  hosts = hosts_in_environment() or _hosts_in_metadata()
+  if len(hosts) > 1:
+    return 0, (
+      f"this machine is one of the {len(hosts)} hosts of a slice, which a run"
+      " must start together (`launch/tpu.sh run`)"
+    )
+  has_libtpu = importlib.util.find_spec("libtpu") is not None
+  if not (has_libtpu or os.environ.get("TPU_LIBRARY_PATH")):
+    pip = f"{sys.executable} -m pip install"
+    return 0, f"libtpu is not installed: `{pip} -c constraints.txt libtpu`"
+  if holders := _holders([*chips, _LOCK]):
+    return 0, f"the chips are in use by process {', '.join(holders)}"
+  try:
+    probe = subprocess.run(
+      [sys.executable, "-c", "import jax; print(jax.device_count())"],
+      env=os.environ | {"JAX_PLATFORMS": "tpu"},
+      capture_output=True,
+      text=True,
+      timeout=_PROBE_SECONDS,
+    )
+  except subprocess.TimeoutExpired:
+    return 0, f"the chips have not answered in {_PROBE_SECONDS} s"
+  if probe.returncode:
+    lines = probe.stderr.strip().splitlines() or [f"exit {probe.returncode}"]
+    return 0, lines[-1].partition(" (set JAX_PLATFORMS")[0]
+  return int(probe.stdout.split()[-1]), ""
+
+
+def main() -> None:
+  """Prints the number of devices and, behind a blank, why there are none."""
+  chips = find_chips()
+  sys.stdout.write(
+    "{} {}\n".format(*count_devices(chips) if chips else (0, ""))
+  )
+
+
+if __name__ == "__main__":
+  main()
