@@ -413,17 +413,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def _split_multipart(kind: str, body: bytes) -> tuple[dict, str, bytes]:
   """The description, content type and data of a multipart/related body."""
-  found = re.search(r'boundary="?([^";]+)"?', kind)
+  found = re.search(r"""boundary=["']?([^"';]+)""", kind)
   assert found
   edge = b"--" + found[1].encode()
-  parts = [p.removeprefix(b"\r\n") for p in body.split(edge)[1:-1]]
-  described, data = parts
-  head, _, rest = described.partition(b"\r\n\r\n")
-  meta = json.loads(rest)
-  head, _, data = data.partition(b"\r\n\r\n")
+  # gcloud ends lines with \n, the others with \r\n.
+  line = b"\r\n" if edge + b"\r\n" in body else b"\n"
+  described, data = (x.removeprefix(line) for x in body.split(edge)[1:-1])
+  meta = json.loads(described.partition(line * 2)[2])
+  head, _, data = data.partition(line * 2)
   own = re.search(rb"(?i)content-type: *([^\r\n]+)", head)
   default = meta.get("contentType", "application/octet-stream")
-  return meta, own[1].decode() if own else default, data.removesuffix(b"\r\n")
+  return meta, own[1].decode() if own else default, data.removesuffix(line)
 
 
 class Server(http.server.ThreadingHTTPServer):
