@@ -80,11 +80,9 @@ def peers_python() -> str:
 @pytest.fixture
 def bucket(tmp_path_factory):
   """An empty fake bucket; programs find it by `bucket.environment()`."""
-  from tests.gcs import fake, proxy
+  from tests.gcs import fake
 
-  folder = tmp_path_factory.mktemp("certificates")
-  with fake.Server() as server, proxy.Proxy(server.port, folder) as tunnel:
-    server.tunnel = tunnel
+  with fake.Server(tmp_path_factory.mktemp("certificates")) as server:
     yield server
 
 

@@ -1,15 +1,14 @@
-"""A proxy that leads TensorFlow's fixed Google hosts to the fake bucket.
+"""TLS for a proxy that leads TensorFlow's fixed Google hosts to the fake.
 
 TensorFlow has no setting for another server, but its HTTP library obeys
-`HTTPS_PROXY` and `CURL_CA_BUNDLE`: the proxy answers for every host, with a
-certificate of an authority of its own, and passes the requests on.
+`HTTPS_PROXY` and `CURL_CA_BUNDLE`: the fake answers CONNECT for these hosts,
+with a certificate of an authority of its own.
 """
 
 import datetime
 import pathlib
 import socket
 import ssl
-import threading
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,85 +17,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 
 
-class Proxy:
-  """Answers CONNECT for `HOSTS`; use as a context manager.
+class Tunnel:
+  """Speaks TLS as any of `HOSTS`.
 
   Attributes:
-    port: The port on the loopback interface.
     authority: The certificate that a client must trust.
   """
 
-  def __init__(self, port: int, folder: pathlib.Path) -> None:
-    """Leads to the fake at `port`; keeps its certificates in the folder."""
-    self._server = port
+  def __init__(self, folder: pathlib.Path) -> None:
+    """Keeps its certificates in the folder."""
     self.authority = folder / "authority.pem"
     self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     self._context.load_cert_chain(_make_certificates(folder, self.authority))
-    self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
-    self.port = self._socket.getsockname()[1]
 
-  def environment(self) -> dict[str, str]:
-    """The variables that lead TensorFlow, and all HTTPS, to this proxy."""
-    return {
-      "HTTPS_PROXY": f"http://127.0.0.1:{self.port}",
-      "https_proxy": f"http://127.0.0.1:{self.port}",
-      "CURL_CA_BUNDLE": str(self.authority),
-      "NO_GCE_CHECK": "true",
-    }
-
-  def __enter__(self) -> "Proxy":
-    threading.Thread(target=self._accept, daemon=True).start()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._socket.close()
-
-  def _accept(self) -> None:
-    while True:
-      try:
-        client, _ = self._socket.accept()
-      except OSError:
-        return
-      threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-  def _serve(self, client: socket.socket) -> None:
-    try:
-      request = b""
-      while b"\r\n\r\n" not in request:
-        received = client.recv(4096)
-        if not received:
-          return
-        request += received
-      host = request.split()[1].decode().rpartition(":")[0]
-      if not request.startswith(b"CONNECT ") or host not in HOSTS:
-        client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
-        return
-      client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-      with self._context.wrap_socket(client, server_side=True) as secure:
-        with socket.create_connection(("127.0.0.1", self._server)) as server:
-          back = threading.Thread(
-            target=_copy, args=(server, secure), daemon=True
-          )
-          back.start()
-          _copy(secure, server)
-          back.join()
-    except OSError:
-      pass
-    finally:
-      client.close()
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-  """Copies bytes until either side ends, then ends the other's reading."""
-  try:
-    while data := source.recv(1 << 18):
-      target.sendall(data)
-  except OSError:
-    pass
-  try:
-    target.shutdown(socket.SHUT_RDWR)
-  except OSError:
-    pass
+  def wrap(self, client: socket.socket) -> ssl.SSLSocket:
+    """The connection of a client that was promised one of `HOSTS`."""
+    return self._context.wrap_socket(client, server_side=True)
 
 
 def _make_certificates(
