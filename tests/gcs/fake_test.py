@@ -188,3 +188,19 @@ def test_the_program_prints_what_leads_a_shell_to_it(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
     process.stdout.close()
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("data", [b"", b"\r\n--edg", b"x\n" * 200_000])
+def test_an_upload_of_two_parts_is_read_as_it_was_sent(bucket, line, data):
+  head = ["--edge", "content-type: application/json", "", '{"name": "a"}']
+  head += ["--edge", "Content-Type: text/x-any", "", ""]
+  body = line.join(head).encode() + data + f"{line}--edge--{line}".encode()
+  made = urllib.request.Request(
+    f"{bucket.url}/upload/storage/v1/b/bucket/o?uploadType=multipart",
+    body,
+    {"Content-Type": "multipart/related; boundary='edge'"},
+  )
+  with urllib.request.urlopen(made) as answer:
+    assert json.load(answer)["contentType"] == "text/x-any"
+  assert bucket.store.objects["bucket", "a"].data == data
