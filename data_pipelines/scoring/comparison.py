@@ -3,13 +3,12 @@
 For the tests see `statistics.paired_comparison`.
 """
 
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from data_pipelines import records
 from data_pipelines.scoring import (
@@ -31,7 +30,7 @@ _MAX_EXAMPLES = 100
 _RULES = ("answer", "aliases", "unit", "precision", "tolerance")
 _CHANGES = {"right_to_wrong": -1, "wrong_to_right": 1}
 
-Files = list[pathlib.Path]  # The results files of one side, one per run.
+Files = list[epath.Path]  # The results files of one side, one per run.
 
 
 def compare_files(
@@ -75,13 +74,11 @@ def compare_files(
 def _find_pairs(before: str, after: str) -> list[list[Files]]:
   """The results files to compare."""
   with user_errors():
-    sides = [
-      [
-        _results_files(name, x)
-        for x in ([value] if os.path.exists(value) else value.split(","))
-      ]
-      for name, value in (("BEFORE", before), ("AFTER", after))
-    ]
+    sides = list[list[dict[str, epath.Path]]]()
+    for name, value in (("BEFORE", before), ("AFTER", after)):
+      is_one = to_path(name, value).exists()
+      named = [value] if is_one else value.split(",")
+      sides.append([_results_files(name, x) for x in named])
   everyone = [*sides[0], *sides[1]]
   if all(len(x) == 1 for x in everyone):
     return [[[y for x in side for y in x.values()] for side in sides]]
@@ -95,7 +92,7 @@ def _find_pairs(before: str, after: str) -> list[list[Files]]:
   return [[[x[name] for x in side] for side in sides] for name in names]
 
 
-def _results_files(side: str, value: str) -> dict[str, pathlib.Path]:
+def _results_files(side: str, value: str) -> dict[str, epath.Path]:
   """A results file, or those of a workdir by their names."""
   path = to_path(side, value)
   if not path.is_dir():
@@ -208,7 +205,7 @@ def _slices(
 
 
 def _same_problems(
-  files: Sequence[pathlib.Path],
+  files: Sequence[epath.Path],
   found: Sequence[Mapping[str, results.Result]],
   data_dir: str,
 ) -> list[records.Problem]:

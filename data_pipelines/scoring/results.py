@@ -10,16 +10,17 @@ References:
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from etils import epath
+
 from data_pipelines import records
 from data_pipelines.scoring import figures
+from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError
@@ -89,7 +90,7 @@ def read_rows(
   Raises:
     SettingError: The file has another layout, or a pid occurs twice.
   """
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   try:
     content = untrusted.read_bytes(path, untrusted.MAX_JSON_BYTES)
     text = content.decode("utf-8-sig")
@@ -173,15 +174,10 @@ def write(flag: str, path: str | os.PathLike[str], text: str) -> None:
   Raises:
     SettingError: The file cannot be written.
   """
-  target = pathlib.Path(path)
-  part = target.parent / f".{target.name}.part"
   try:
     # UTF-8 has no lone surrogates, so they are written as JSON escapes.
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    part.replace(target)
+    paths.write_whole(path, text.encode(errors="backslashreplace"))
   except OSError as error:
-    with contextlib.suppress(OSError):
-      part.unlink(missing_ok=True)
     raise SettingError(
       f"--{flag} ({os.fspath(path)!r}) must be a file that can be written: "
       f"{error}; name another file."
@@ -194,9 +190,9 @@ def write_json(flag: str, path: str | os.PathLike[str], value: Any) -> None:
   write(flag, path, f"{text}\n")
 
 
-def check_different(paths: Iterable[str | os.PathLike[str]]) -> None:
+def check_different(names: Iterable[str | os.PathLike[str]]) -> None:
   """Refuses results files and outputs of which two are one file."""
-  files = [os.path.realpath(path) for path in paths]
+  files = [os.fspath(paths.absolute(name)) for name in names]
   if len(set(files)) < len(files):
     raise SettingError(
       f"the results files and the outputs ({', '.join(files)}) must be "
@@ -212,7 +208,7 @@ def _pid_of(row: Mapping[str, Any]) -> str | None:
   return pid if isinstance(pid, str) and pid.strip() else None
 
 
-def _parse(path: pathlib.Path, text: str, rule: str) -> Any:
+def _parse(path: epath.Path, text: str, rule: str) -> Any:
   try:
     return json.loads(
       text, object_pairs_hook=_unique_keys, parse_constant=lambda name: None

@@ -69,12 +69,22 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
   return epath.Path(text if is_remote(text) else os.path.realpath(text))
 
 
+def make_folder(path: str | os.PathLike[str]) -> epath.Path:
+  """Makes a folder and those above it; a bucket needs none."""
+  folder = epath.Path(path)
+  if not is_remote(path):
+    folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file that appears whole or not at all; its folder must exist."""
   if is_remote(path):
     epath.Path(path).write_bytes(data)
     return
-  unfinished = pathlib.Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp")
+  # Readers of a folder pass over names that begin with a dot.
+  name = f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp"
+  unfinished = pathlib.Path(path).with_name(name)
   try:
     with unfinished.open("wb") as file:
       file.write(data)

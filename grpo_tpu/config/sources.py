@@ -7,13 +7,13 @@ run is read at its newest checkpoint.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
+from data_pipelines.storage import paths
 from data_pipelines.validation import require
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
@@ -83,9 +83,9 @@ def _take_run(
     require(bool(named), "--workdir", workdir, rule, remedy)
     return config
   trained = record["config"] if record else {}
-  is_own = named.startswith("run:") and os.path.realpath(
+  is_own = named.startswith("run:") and paths.absolute(
     load.split_run(named)[0]
-  ) == os.path.realpath(workdir)
+  ) == paths.absolute(workdir)
   if not is_own and named not in ("", trained.get("model", {}).get("weights")):
     logging.warning(
       "Reads model.weights (%r), which are not those of the run in %s.",

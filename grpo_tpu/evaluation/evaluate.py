@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import json
-import pathlib
 import types
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +15,11 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, records, validation
-from data_pipelines.scoring import ablations
+from data_pipelines.scoring import ablations, pages
 from data_pipelines.sources import mixtures
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
@@ -85,10 +85,10 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
         "weights": weights,
         "seed": config.seed,
       }
-      folder = pathlib.Path(workdir) / "eval" / name
+      folder = epath.Path(workdir) / "eval" / name
       problems = mixtures.first(each.eval, config.eval.num_problems)
       outputs.write(evaluation, folder, problems, config.eval, facts)
-  return f"open {pathlib.Path(workdir) / 'eval' / 'report.html'}"
+  return pages.describe_opening(epath.Path(workdir) / "eval" / "report.html")
 
 
 def evaluate_set(

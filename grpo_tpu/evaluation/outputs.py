@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from data_pipelines import records
+from data_pipelines.storage import paths
 from grpo_tpu.config import sections
 from grpo_tpu.evaluation import report, scores
 from grpo_tpu.observability import sample_files
@@ -41,7 +42,7 @@ class Evaluation:
 
 def write(
   evaluation: Evaluation,
-  folder: pathlib.Path,
+  folder: epath.Path,
   problems: records.Source,
   settings: sections.EvalConfig,
   facts: Mapping[str, Any],
@@ -79,7 +80,7 @@ def write(
   ]
   for name in ("report.md", "report.html"):
     page = report.render(name, figures, worst, examples)
-    (folder / name).write_text(page, encoding="utf-8")
+    paths.write_whole(folder / name, page.encode())
   logging.info("%s; report: %s", report.line(figures), folder / "report.html")
   for part in facts["parts"]:
     logging.warning("%s", part)
@@ -110,7 +111,7 @@ def make_example(
   )
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
+def _write_json(path: epath.Path, value: Any) -> None:
+  paths.make_folder(path.parent)
   text = json.dumps(value, indent=2, ensure_ascii=False)
-  path.write_text(f"{text}\n", encoding="utf-8")
+  paths.write_whole(path, f"{text}\n".encode())

@@ -14,6 +14,10 @@ from absl import logging
 
 from grpo_tpu.observability import background
 
+# A larger file is followed by a new one where files are copied whole.
+_ROLLED_BYTES = 8 * 2**20
+_PATTERN = "events.out.tfevents.*"
+
 
 class EventFiles(background.Background):
   """The event files in one folder."""
@@ -24,12 +28,17 @@ class EventFiles(background.Background):
     Files that exist keep the steps up to `resume_step`; None removes the files.
     """
     super().__init__(f"TensorBoard files in {workdir}")
+    self._workdir = workdir
     self._events: Any = None
     self.submit(self._open, workdir, resume_step)
 
   def write(self, call: Callable[[Any], None]) -> None:
     """Queues a call, which the thread makes with the CLU writer."""
     self.submit(self._write, call)
+
+  def roll(self) -> None:
+    """Begins a new file if the newest one is large."""
+    self.write(self._roll)
 
   def close(self) -> None:
     """Waits until everything is on disk and ends the thread."""
@@ -39,6 +48,13 @@ class EventFiles(background.Background):
   def _open(self, workdir: pathlib.Path, resume_step: int | None) -> None:
     self._events = _open_events(workdir, resume_step)
 
+  def _roll(self, events: Any) -> None:
+    files = [path.stat() for path in self._workdir.glob(_PATTERN)]
+    newest = max(files, key=lambda status: status.st_mtime_ns)
+    if newest.st_size > _ROLLED_BYTES:
+      events.close()
+      self._events = _make_writer(self._workdir)
+
   def _write(self, call: Callable[[Any], None]) -> None:
     if self._events is not None:
       call(self._events)
@@ -47,9 +63,7 @@ class EventFiles(background.Background):
 
 def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
   """Makes a CLU writer, after the files that exist are rewound or removed."""
-  from clu import metric_writers
-
-  for path in sorted(workdir.glob("events.out.tfevents.*")):
+  for path in sorted(workdir.glob(_PATTERN)):
     try:
       if resume_step is None:
         path.unlink()
@@ -57,6 +71,12 @@ def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
         _rewind(path, resume_step)
     except OSError as error:  # The new file does not depend on the old ones.
       logging.warning("%s stays as it is: %s", path, error)
+  return _make_writer(workdir)
+
+
+def _make_writer(workdir: pathlib.Path) -> Any:
+  from clu import metric_writers
+
   return metric_writers.SummaryWriter(str(workdir))
 
 

@@ -5,13 +5,13 @@ do next and where the time went.
 """
 
 import contextlib
-import pathlib
 import shlex
 from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
 from absl import logging
+from etils import epath
 
 from data_pipelines.validation import (
   ExitCode,
@@ -21,7 +21,7 @@ from data_pipelines.validation import (
 from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import initialize, interrupt, preemption
-from grpo_tpu.observability import goodput, run_record
+from grpo_tpu.observability import goodput, mirror, run_record
 
 # TensorBoard would open on its first metrics, by name.
 _CURVES = "http://localhost:6006/#custom_scalars"
@@ -41,15 +41,18 @@ class ExitReport:
     self.has_run_record = False  # True once `run.json` lists this attempt.
     self.reason = "done"  # Why a run that is done has ended.
     self.what_next = ""  # Advice on the mode's result, such as "open FILE".
-    self._workdir: pathlib.Path | None = None
+    self._workdir: epath.Path | None = None
+    self._files: mirror.Mirror | None = None
 
-  def attach_run(self, workdir: pathlib.Path) -> None:
-    """Makes this the report of the run in `workdir`."""
+  def attach_run(self, workdir: epath.Path, files: mirror.Mirror) -> None:
+    """Makes this the report of the run that writes these files."""
     self.clock.listen_to_compiler()
-    self._workdir = workdir
+    self._workdir, self._files = workdir, files
 
   def report_stuck(self, reason: str) -> None:
     """Reports that the watchdog ends the process."""
+    if self._files is not None:  # The stacks will be in the workdir.
+      reason = reason.replace(str(self._files.folder), str(self._workdir))
     self._report(ExitCode.STUCK, reason, f"read the stacks, then {_RESUME}")
 
   def report_done(self) -> None:
@@ -99,11 +102,7 @@ class ExitReport:
         newest, best = reader.newest_path(folder), reader.best_path(folder)
     with _logged_errors("The end could not be shown"):
       self._log_end(code, reason, what_next, f"{newest or 'none'}")
-    if self._workdir is None or not self.has_run_record:
-      return
     with _logged_errors("run.json does not say how the run ended"):
-      if jax.process_index():
-        return
       facts = {
         "reason": reason,
         "exit_code": code,
@@ -115,7 +114,11 @@ class ExitReport:
         "wall_seconds": self.clock.scalars()["perf/run_seconds"],
         "goodput": self.clock.shares(),
       }
-      run_record.close(self._workdir, facts)
+      workdir = self._workdir if self.has_run_record else None
+      if workdir is not None and jax.process_index() == 0:
+        run_record.close(workdir, facts)
+    if self._files is not None:
+      self._files.close()
 
   def _log_end(
     self, code: ExitCode, reason: str, what_next: str, newest: str

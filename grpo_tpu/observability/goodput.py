@@ -5,6 +5,7 @@ restarted process reads the sums of the earlier ones from `metrics.jsonl`.
 """
 
 import contextlib
+import json
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import psutil
 
 from data_pipelines.text import untrusted
-from grpo_tpu.distributed import compile_cache
+from grpo_tpu.distributed import collectives, compile_cache
 from grpo_tpu.observability import json_lines
 
 # `restart`: from the last step of a process to the first step of the next; for
@@ -44,7 +45,8 @@ class Clock:
   def resume(self, path: pathlib.Path, resume_step: int) -> None:
     """Adds the sums of the earlier processes, whose rows are not cut yet.
 
-    Only rows that hold every time count; the file may be missing.
+    Only rows that hold every time count; the file may be missing. Process 0
+    reads it, and tells the others.
     """
     rows = []
     for _, row in json_lines.read_rows(path):
@@ -54,9 +56,11 @@ class Clock:
             untrusted.get_field(row, name, float, "a line")
           rows.append(row)
     kept = [row for row in rows if row["step"] <= resume_step]
-    if not kept:
+    found = [kept[-1], rows[-1]["perf/unix_seconds"]] if kept else None
+    found = json.loads(collectives.broadcast_string(json.dumps(found)))
+    if found is None:
       return
-    last, end = kept[-1], rows[-1]["perf/unix_seconds"]
+    last, end = found
     for phase in PHASES:
       share = last[f"perf/goodput_{phase}"]
       self._seconds[phase] += share * last["perf/run_seconds"]

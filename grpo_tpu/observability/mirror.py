@@ -14,11 +14,12 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 
+import jax
 import tensorstore as ts
 from absl import logging
 
@@ -40,27 +41,30 @@ _PREFIXES = ("metrics.jsonl", "events.out.tfevents.", "samples/step_")
 _SAMPLES = "samples/"
 
 
-class Mirror(contextlib.AbstractContextManager["Mirror"]):
+class Mirror:
   """The folder in which one process writes, and the thread that copies it.
 
-  For a workdir on a disk, the folder is the workdir and nothing is copied. Of
-  a process that is killed at any point, the bucket has whole files only.
+  For a workdir on a disk, the folder is the workdir and nothing is copied.
+  A process that is killed at any point leaves whole files in the bucket.
+  `$GRPO_TPU_LOG` names a file anywhere that is copied too, to `logs/`.
 
   Attributes:
+    workdir: On a disk or in a bucket.
+    is_remote: True if it is in a bucket.
     folder: The workdir on a disk, or a scratch folder.
     failures: The number of attempts to copy that failed.
   """
 
   def __init__(self, workdir: str | os.PathLike[str]) -> None:
     """Makes a scratch folder for a workdir in a bucket; asks nothing of it."""
-    self._workdir, self.failures = os.fspath(workdir), 0
+    self.workdir, self.failures = os.fspath(workdir), 0
     self.is_remote = paths.is_remote(workdir)
-    self.folder = pathlib.Path(self._workdir)
+    self.folder = pathlib.Path(self.workdir)
     if not self.is_remote:
       return
     self.folder = pathlib.Path(tempfile.mkdtemp(prefix="grpo_tpu-"))
     context = ts.Context({"gcs_request_retries": _RETRIES})
-    store = ts.KvStore.open(f"{self._workdir}/", context=context)
+    store = ts.KvStore.open(f"{self.workdir}/", context=context)
     self._store = store.result()
     # What the bucket has, as it was copied: the states of files by name.
     self._copied: dict[str, tuple[int, ...]] = {}
@@ -72,9 +76,6 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
       target=self._copy_until_closed, name="mirror", daemon=True
     )
     self._thread.start()
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
 
   def fetch(self) -> None:
     """Brings the files of the run that a resumed run continues.
@@ -122,7 +123,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
       )
       if self._num_done < asked:
         raise TimeoutError(
-          f"{self._workdir} lacks the newest metrics, samples and curves, "
+          f"{self.workdir} lacks the newest metrics, samples and curves, "
           f"which could not be copied from {self.folder} on this machine"
           f"{self._error and ': '}{self._error}"
         )
@@ -174,38 +175,42 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
 
     Samples come before the metrics of their step.
     """
-    found = dict(self._files())
+    found = self._files()
     for name in sorted(found, reverse=True):
-      if self._copied.get(name) != found[name]:
-        with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
-          self._copied[name] = self._copy(name)
+      with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
+        if self._copied.get(name) != _state(found[name].stat()):
+          self._copied[name] = self._copy(name, found[name])
     for name in self._copied.keys() - found.keys():
       self._store.write(name, None).result()
       del self._copied[name]
 
-  def _copy(self, name: str) -> tuple[int, ...]:
+  def _copy(self, name: str, path: pathlib.Path) -> tuple[int, ...]:
     """Copies a file; returns its state before it was read."""
-    with (self.folder / name).open("r+b") as file:
+    is_sample = name.startswith(_SAMPLES)
+    with path.open("r+b" if is_sample else "rb") as file:
       state = _state(os.fstat(file.fileno()))
       content = file.read()
       if name.endswith(".jsonl"):  # A line may be half written.
         content = content[: content.rfind(b"\n") + 1]
       self._store.write(name, content).result()
-      if name.startswith(_SAMPLES):
+      if is_sample:
         file.truncate(0)
         state = _state(os.fstat(file.fileno()))
     return state
 
-  def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The finished files of the folder: their names and states."""
-    for folder, folders, files in os.walk(self.folder):
-      folders[:] = [x for x in folders if not x.startswith(".")]
-      for file in files:
-        path = pathlib.Path(folder, file)
-        if not file.startswith(".") and path.suffix != ".tmp":
-          with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
-            state = _state(path.stat())
-            yield path.relative_to(self.folder).as_posix(), state
+  def _files(self) -> dict[str, pathlib.Path]:
+    """The finished files by their names in the workdir."""
+    found = dict[str, pathlib.Path]()
+    for path in self.folder.rglob("[!.]*"):
+      name = path.relative_to(self.folder).as_posix()
+      is_finished = not name.startswith(".") and path.suffix != ".tmp"
+      if is_finished and path.is_file():
+        found[name] = path
+    if log := os.environ.get("GRPO_TPU_LOG"):
+      # Another machine may continue the run.
+      name = f"worker-{jax.process_index()}-{socket.gethostname()}.log"
+      found[f"logs/{name}"] = pathlib.Path(log)
+    return found
 
   def _count(self, error: Exception) -> None:
     self.failures += 1
@@ -213,7 +218,7 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
     if str(self.failures).strip("0") == "1":  # And at ten times the count.
       logging.warning(
         "%s lags behind: %d attempts to copy to it failed, last: %s",
-        *(self._workdir, self.failures, self._error),
+        *(self.workdir, self.failures, self._error),
       )
 
 

@@ -4,22 +4,25 @@ A setting asks for it, so a restart can examine a slow run.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 
 import jax
 from absl import logging
 
+from grpo_tpu.observability import mirror
+
 
 class Profiler(contextlib.AbstractContextManager["Profiler"]):
   """Traces a range of steps, in a context; its errors never stop the run."""
 
-  def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int]):
+  def __init__(self, files: mirror.Mirror, steps: Sequence[int]):
     """Prepares a trace of the first to the last step; empty `steps` for none.
 
-    It goes to `plugins/profile/steps-FIRST-LAST/` below the folder.
+    It goes to `plugins/profile/steps-FIRST-LAST/` of the workdir.
     """
-    self._folder = folder
+    self._files, self._folder = files, files.folder
+    if files.is_remote:  # Which copies no trace that is half written.
+      self._folder = files.folder / ".trace"
     self._first, self._last = steps or (0, 0)
     self._is_tracing = False
 
@@ -54,7 +57,9 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
     self._is_tracing = False
     try:
       jax.profiler.stop_trace()
+      if self._files.is_remote:
+        (self._folder / "plugins").rename(self._files.folder / "plugins")
       text = "Trace of steps %d to %d: %s/plugins/profile"
-      logging.info(text, self._first, self._last, self._folder)
+      logging.info(text, self._first, self._last, self._files.workdir)
     except Exception:
       logging.warning("The trace could not be written.", exc_info=True)

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from data_pipelines import validation
 from data_pipelines.settings import recorded_dirs
+from data_pipelines.storage import paths
 from data_pipelines.text import chat_prompts, untrusted
-from grpo_tpu.distributed import fingerprint
+from grpo_tpu.distributed import collectives, fingerprint
 
 # Settings and sections that may differ when a run resumes: they change a step's
 # numbers by rounding at most, or are known by contents and not by path. All
@@ -60,11 +62,12 @@ class RunRecord:
   # The settings with the values of presets, to show; None shows `settings`.
   resolved: Mapping[str, Any] | None = None
 
-  def check(self) -> None:
-    """Raises a SettingError that lists changes of settings or data, if any."""
-    record = read(self.workdir)
+  def check(self) -> dict[str, Any] | None:
+    """The record, if any; a SettingError lists changes of settings or data."""
+    record = read_together(self.workdir)
     if record is not None:
       self._refuse(self._changes(record["essence"], self._must_match()))
+    return record
 
   def check_data(self, meta: Mapping[str, Any]) -> None:
     """Raises a SettingError if the `meta` of a checkpoint names other data.
@@ -108,7 +111,6 @@ class RunRecord:
       "attempts": [*before["attempts"], attempt | dict.fromkeys(_KEPT)],
       "end": None,
     }
-    pathlib.Path(self.workdir).mkdir(parents=True, exist_ok=True)
     _replace(self.workdir, record)
 
   def _must_match(self) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class RunRecord:
 
 def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   """The record in `workdir`, or None; a SettingError if it is damaged."""
-  path = pathlib.Path(workdir) / "run.json"
+  path = epath.Path(workdir) / "run.json"
   try:
     record = untrusted.read_json(path, source="it")
     _check_record(record)
@@ -178,6 +180,21 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
       f"{path} must be the record of a run, but cannot be read: {reason}; "
       "restore the file, or choose an empty --workdir."
     ) from error
+
+
+def read_together(workdir: str) -> dict[str, Any] | None:
+  """As `read`, by process 0, which tells the others."""
+  record, error = None, ""
+  if collectives.is_first_process():
+    try:
+      record = read(workdir)
+    except validation.SettingError as refused:
+      error = str(refused)
+  answer = collectives.broadcast_string(json.dumps([record, error]))
+  record, error = json.loads(answer)
+  if error:
+    raise validation.SettingError(error)
+  return record
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -213,7 +230,5 @@ def _now() -> str:
 
 def _replace(workdir: str | os.PathLike[str], record: Mapping) -> None:
   """Replaces the file in one move: a kill leaves the old file."""
-  folder = pathlib.Path(workdir)
-  unfinished = folder / ".run.json.tmp"
-  unfinished.write_text(json.dumps(record, indent=2) + "\n")
-  os.replace(unfinished, folder / "run.json")
+  text = json.dumps(record, indent=2) + "\n"
+  paths.write_whole(paths.make_folder(workdir) / "run.json", text.encode())

@@ -4,6 +4,7 @@ A file is put whole, by a background thread, so that no step waits for it.
 """
 
 import dataclasses
+import io
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.storage import paths
 from grpo_tpu.observability import background
 
 # The columns and their types in a file; one for each reward follows `reward`.
@@ -56,6 +58,8 @@ class SampleFiles(background.Background):
     for path in folder.glob("step_*.parquet"):
       if path.name > kept:
         path.unlink()
+    for path in folder.glob(".step_*.tmp"):  # A kill cut its writing short.
+      path.unlink()
     self._folder = folder
 
   def write(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -65,7 +69,9 @@ class SampleFiles(background.Background):
     self.submit(write_rows, self._folder / _name(step), rows)
 
 
-def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(
+  path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]
+) -> None:
   """Writes or replaces a parquet file of rows with the same columns."""
   import pyarrow as pa  # Imported here: a run starts without it.
   from pyarrow import parquet
@@ -80,13 +86,9 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     kind = pa.type_for_alias(COLUMNS.get(name, "float32"))
     values = [_encodable(row[name]) for row in rows]
     columns[name] = pa.array(values, kind)
-  # Readers of the folder pass over names that begin with a dot.
-  temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("wb") as file:
-    parquet.write_table(pa.table(columns), file, compression="zstd")
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  file = io.BytesIO()
+  parquet.write_table(pa.table(columns), file, compression="zstd")
+  paths.write_whole(path, file.getvalue())
 
 
 def _name(step: int) -> str:

@@ -55,17 +55,20 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
     is_writer: bool,
     resume_step: int | None,
     has_partial_step: bool = False,
+    is_mirrored: bool = False,
   ) -> None:
     """Opens the files and removes what a resumed run will write again.
 
     Steps after the restored `resume_step` are removed, and a last line that a
     kill cut short; None removes everything. Inside of a partial step the next
     step's samples are written already. Without `is_writer` the names of metrics
-    are checked, and nothing is written.
+    are checked, and nothing is written. With `is_mirrored` the event files are
+    kept small, as a `Mirror` copies them.
     """
     self._lines: JsonLines | None = None
     self._samples: SampleFiles | None = None
     self._events: event_files.EventFiles | None = None
+    self._is_mirrored = is_mirrored
     self._last_step = -1 if resume_step is None else resume_step
     self._progress_start: tuple[int, float] | None = None
     self._progress_time = -math.inf
@@ -128,9 +131,15 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
       self._events.write(lambda events: _show(events, step, shown, split))
 
   def flush(self) -> None:
-    """Waits until the completions written so far are on the disk."""
+    """Waits until the completions written so far are on the disk.
+
+    Waits for the curves too if they are mirrored.
+    """
     if self._samples:
       self._samples.flush()
+    if self._events and self._is_mirrored:
+      self._events.roll()
+      self._events.flush()
 
   def write_config(self, config: Mapping[str, Any]) -> None:
     """Writes the settings into the event files."""

@@ -1,11 +1,11 @@
 """The mode "plan": says whether a run fits on a slice before it is booked."""
 
 import json
-import pathlib
 
 import jinja2
 
 from data_pipelines import validation
+from data_pipelines.storage import paths
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.distributed.hardware import Topology
@@ -45,9 +45,8 @@ def run(
     size = sum(programs.resident_bytes(config).values())
     _check_room(config, described, compiler, name, size)
     plan = compiler.plan(config, described)
-  path = pathlib.Path(workdir) / "plan.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
+  text = json.dumps(plan.to_dict(), indent=2) + "\n"
+  paths.write_whole(paths.make_folder(workdir) / "plan.json", text.encode())
   print(table(plan), flush=True)
   name, size = plan.peak["name"], plan.peak["resident_bytes"]
   _check_room(plan.config, described, compiler, name, size)

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from data_pipelines import dataset, validation
 from data_pipelines.text import untrusted
@@ -30,6 +30,7 @@ from grpo_tpu.distributed import (
 from grpo_tpu.observability import (
   alarms,
   exit_report,
+  mirror,
   profiler,
   run_record,
   writer,
@@ -51,7 +52,7 @@ def start(
   Raises:
     SettingError: A setting that only the devices or the workdir can refute.
   """
-  folder = pathlib.Path(workdir)
+  folder = epath.Path(workdir)
   with interrupt.saving(), contextlib.ExitStack() as stack:
     with validation.user_errors():
       record = run_record.RunRecord(
@@ -61,11 +62,11 @@ def start(
         data=data.identity,
         resolved=config.to_resolved_dict(),
       )
-      record.check()
-      saved = run_record.read(workdir)
+      saved = record.check()
       mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+      files = mirror.Mirror(workdir)
       watch = watchdog.Watchdog(
-        folder / f"stacks.{jax.process_index()}.txt",
+        files.folder / f"stacks.{jax.process_index()}.txt",
         seconds=config.distributed.watchdog_seconds,
         start_seconds=config.distributed.watchdog_start_seconds,
         report=report.report_stuck,
@@ -77,7 +78,7 @@ def start(
         poll=preemption.Poll(on_poll=watch.mark),
         clock=report.clock,
       )
-    report.attach_run(folder)
+    report.attach_run(folder, files)
     stack.enter_context(watch)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(activity.reporting())
@@ -90,13 +91,16 @@ def start(
     if jax.process_index() == 0:
       record.write(trainer.config.model.weights)
     report.has_run_record = True
+    if jax.process_index() == 0:
+      files.fetch()
     if step is not None:
-      report.clock.resume(folder / "metrics.jsonl", step)
+      report.clock.resume(files.folder / "metrics.jsonl", step)
     metric_writer = writer.Writer(
-      workdir,
+      files.folder,
       is_writer=jax.process_index() == 0,
       resume_step=step,
       has_partial_step=trainer.partial is not None,
+      is_mirrored=files.is_remote,
     )
     stack.enter_context(metric_writer)
     metric_writer.write_config(config.to_resolved_dict())
@@ -104,11 +108,12 @@ def start(
       metric_writer.write_samples, split="train"
     )
     profile = stack.enter_context(
-      profiler.Profiler(folder, config.profile.steps)
+      profiler.Profiler(files, config.profile.steps)
     )
     stack.enter_context(report.abort_peers_on_error())
     run = Run(
-      trainer, data.identity, checkpoints, metric_writer, watch, report, profile
+      *(trainer, data.identity, checkpoints, files),
+      *(metric_writer, watch, report, profile),
     )
     run.begin(step, evaluation)
     yield run
@@ -122,6 +127,7 @@ class Run:
   trainer: Trainer  # Takes the steps.
   identity: dict[str, str]  # Fingerprints of the data.
   checkpoints: checkpointer.Checkpoints
+  files: mirror.Mirror
   metric_writer: writer.Writer
   watch: watchdog.Watchdog
   report: exit_report.ExitReport
@@ -215,7 +221,8 @@ class Run:
     if jax.process_index() == 0:
       self._alarms.check(step, metrics)
     metrics |= self.checkpoints.scalars()
-    metrics["perf/write_failures"] = self.metric_writer.failures
+    failures = self.metric_writer.failures + self.files.failures
+    metrics["perf/write_failures"] = failures
     self._write(step, metrics)
     self.report.step = step
     self.watch.end_startup()

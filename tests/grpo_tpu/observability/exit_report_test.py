@@ -12,7 +12,7 @@ from data_pipelines.workers import pool
 from grpo_tpu.checkpoint import manifest
 from grpo_tpu.config import schema
 from grpo_tpu.distributed import initialize, interrupt, preemption
-from grpo_tpu.observability import exit_report, run_record
+from grpo_tpu.observability import exit_report, mirror, run_record
 
 CONFIG = schema.Config.from_config_dict(base.get_config())
 ERRORS = {
@@ -47,7 +47,7 @@ def run_report(workdir, *, has_run_record=True):
     str(workdir), CONFIG.to_dict(), {}, {"data.dir: its records": "a"}
   ).write("w")
   report = exit_report.ExitReport()
-  report.attach_run(workdir)
+  report.attach_run(workdir, mirror.Mirror(workdir))
   report.has_run_record, report.step = has_run_record, 7
   return report
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from grpo_tpu.config import sections
-from grpo_tpu.observability import profiler
+from grpo_tpu.observability import mirror, profiler
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def calls(monkeypatch):
 
 
 def run(steps, wanted, told):
-  with profiler.Profiler("W", wanted) as p:
+  with profiler.Profiler(mirror.Mirror("W"), wanted) as p:
     for step in steps:
       with p.step(step):
         told.append(step)
@@ -44,7 +44,7 @@ def test_only_the_requested_steps_are_traced(calls, steps, wanted, expected):
 
 
 def test_a_run_that_fails_in_a_traced_step_keeps_the_trace(calls):
-  p = profiler.Profiler("W", (1, 5))
+  p = profiler.Profiler(mirror.Mirror("W"), (1, 5))
   with pytest.raises(KeyError), p, p.step(1):
     raise KeyError
   assert calls == ["start", "stop"]
@@ -64,7 +64,7 @@ def test_a_failed_trace_is_logged_and_the_run_continues(
 
 
 def test_the_plugin_finds_a_real_trace(tmp_path):
-  with profiler.Profiler(tmp_path, (2, 2)) as p:
+  with profiler.Profiler(mirror.Mirror(tmp_path), (2, 2)) as p:
     for step in (1, 2, 3):
       with p.step(step):
         jnp.ones(4).block_until_ready()

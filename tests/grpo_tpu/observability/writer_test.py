@@ -441,10 +441,12 @@ def test_a_layout_follows_each_metric_that_is_new(tmp_path, events):
 
 def test_a_file_that_cannot_be_written_is_counted(tmp_path, caplog):
   with open_writer(tmp_path) as w:
-    (tmp_path / "samples" / ".step_00000001.parquet.tmp").mkdir()
+    hindrance = tmp_path / "samples" / "step_00000001.parquet"
+    hindrance.mkdir()
     for step in (1, 2):
       w.write_samples(step, [make_sample()], split="train")
     w.flush()
     assert w.failures == 1
+    hindrance.rmdir()
     assert samples_of(tmp_path).step.tolist() == [2]
   assert "Samples in" in caplog.text
