@@ -20,14 +20,16 @@ https://orbax.readthedocs.io/en/latest/guides/checkpoint/.
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint.options import FileOptions
 
+from data_pipelines.storage import paths
 from grpo_tpu.checkpoint import finite, manifest, reader, retention
 from grpo_tpu.checkpoint.directory_lock import DirectoryLock
 from grpo_tpu.checkpoint.retention import CheckpointInfo
@@ -35,6 +37,7 @@ from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
+_COMMITTED = "commit_success.txt"  # Orbax writes it last.
 
 
 class CheckpointError(RuntimeError):
@@ -54,9 +57,19 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   """
 
   def __init__(
-    self, directory: epath.PathLike, config: CheckpointConfig
+    self,
+    directory: epath.PathLike,
+    config: CheckpointConfig,
+    *,
+    before_commit: Callable[[], None] | None = None,
   ) -> None:
     """Creates and locks `directory`, and removes interrupted saves from it.
+
+    Args:
+      directory: Path on a disk or in a bucket.
+      config: The settings.
+      before_commit: Called in a thread of process 0 when the arrays of a save
+        are written. The checkpoint does not count before it has returned.
 
     Raises:
       CheckpointError: The directory cannot be written, or another run holds it.
@@ -66,11 +79,17 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._last_failure = ""
     self._block_seconds = 0.0
     self._config = config
-    self._directory = epath.Path(directory).resolve()
+    self._directory = paths.absolute(directory)
+    self._is_remote = paths.is_remote(self._directory)
     self._lock = DirectoryLock(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
-      async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
+      async_options=ocp.AsyncOptions(
+        timeout_secs=config.timeout_seconds,
+        post_finalization_callback=before_commit,
+      ),
+      # They would wait in `save` for a bucket that does not answer.
+      file_options=FileOptions(skip_sync_file_validations=self._is_remote),
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
     self._pending: concurrent.futures.Future[None] | None = None
@@ -225,8 +244,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       self._directory.mkdir(parents=True, exist_ok=True)
       self._lock.acquire()
       for path in self._directory.iterdir():
-        is_interrupted = ocp.utils.TMP_DIR_SUFFIX in path.name
-        if is_interrupted or path.name.endswith(manifest.UNFINISHED_SUFFIX):
+        if _is_interrupted(path):
           logging.info("Removing %s, an interrupted save.", path)
           _remove(path)
     except OSError as error:
@@ -256,7 +274,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       self.refusals += 1
       self._count_failure(f"the state of {info.name} is not finite")
       return False
-    if self._removal is not None:
+    if self._removal is not None and not self._is_remote:
       self._removal.result()
     if error := reader.ask_first_process(self._write_error):
       self._count_failure(f"{info.name}: {error}")
@@ -293,8 +311,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   def _write_error(self) -> str:
     """Tries to create a folder; returns the error or "".
 
-    Where this fails, Orbax's threads would wait for minutes.
+    Where this fails on a disk, Orbax's threads would wait for minutes.
     """
+    if self._is_remote:
+      return ""
     probe = self._directory / "probe"
     try:
       probe.mkdir(exist_ok=True)
@@ -409,9 +429,24 @@ def _remove_steps(directory: epath.Path, names: list[str]) -> None:
     for path in directory.iterdir():
       if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
         _remove(path)
-  except OSError:
+  except Exception:  # A bucket's errors have many types.
     logging.exception("Could not delete %s in %s.", names, directory)
 
 
 def _remove(path: epath.Path) -> None:
   path.rmtree() if path.is_dir() else path.unlink()
+
+
+def _is_interrupted(path: epath.Path) -> bool:
+  """True for what a killed process left of a save.
+
+  A bucket has no renames, so there a save has its name from the start.
+  """
+  name, suffix = path.name, manifest.SUFFIX
+  if ocp.utils.TMP_DIR_SUFFIX in name:
+    return True
+  if not paths.is_remote(path):
+    return suffix in name and not name.endswith(suffix)
+  is_save = CheckpointInfo.from_name(name) is not None
+  marks = manifest.path_for(path), path / _COMMITTED
+  return is_save and not any(mark.exists() for mark in marks)

@@ -2,23 +2,25 @@
 
 Orbax restores a file with a flipped byte without an error. The manifest of
 folder `00000012` is the file `00000012.manifest.json` beside it. It is written
-last, so a folder without a manifest may be incomplete.
+last, so a folder without a manifest may be incomplete. A bucket knows the
+checksums of its objects, so nothing is read there.
 """
 
+import base64
 import concurrent.futures
 import errno
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 from etils import epath
 
+from data_pipelines.storage import objects, paths
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 
 SUFFIX = ".manifest.json"
-UNFINISHED_SUFFIX = f"{SUFFIX}.tmp"
 _CHUNK_BYTES = 1 << 24
 _THREADS = 4
 
@@ -27,29 +29,36 @@ class ManifestError(Exception):
   """Raised for a manifest that is missing or was changed."""
 
 
+class _File(NamedTuple):
+  """A file of a checkpoint; `stored` describes an object of a bucket."""
+
+  path: epath.Path
+  stored: objects.Object | None = None
+
+  @property
+  def size(self) -> int:
+    return self.stored.size if self.stored else self.path.stat().length
+
+
 def path_for(folder: epath.Path) -> epath.Path:
   """The path of the manifest of `folder`."""
   return folder.with_name(f"{folder.name}{SUFFIX}")
 
 
 def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
-  """Reads all files of a finished `folder` and writes its manifest.
+  """Writes the manifest of a finished `folder`, whose files it reads.
 
   The manifest also stores `facts`, which JSON must be able to hold.
   """
   files = _list_files(folder)
   checksums = _checksums(files.values())
   rows = {
-    name: {"bytes": path.stat().length, "crc32c": checksum}
-    for (name, path), checksum in zip(files.items(), checksums, strict=True)
+    name: {"bytes": file.size, "crc32c": checksum}
+    for (name, file), checksum in zip(files.items(), checksums, strict=True)
   }
   body = {"name": folder.name, "facts": dict(facts), "files": rows}
   text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
-  path = path_for(folder)
-  # Renamed when complete, so that a kill leaves no partial manifest.
-  unfinished = path.with_name(f"{folder.name}{UNFINISHED_SUFFIX}")
-  unfinished.write_text(f"{text}\n")
-  unfinished.replace(path)
+  paths.write_whole(path_for(folder), f"{text}\n".encode())
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
@@ -89,14 +98,14 @@ def find_damage(
       # A name that leads out of the folder is not among those found.
       if name not in found:
         return f"missing file: {printable(name)}"
-      size = found[name].stat().length
+      size = found[name].size
       if size != wanted[name]["bytes"]:
         return (
           f"wrong size: {printable(name)} {size}, not "
           f"{untrusted.shorten(wanted[name]['bytes'])}"
         )
-    paths = [found[name] for name in names]
-    for name, value in zip(names, _checksums(paths), strict=True):
+    values = _checksums([found[name] for name in names])
+    for name, value in zip(names, values, strict=True):
       if value != wanted[name]["crc32c"]:
         return (
           f"wrong checksum: {printable(name)} {value}, not "
@@ -122,7 +131,9 @@ def move_aside(folder: epath.Path, target: epath.Path) -> str:
       number += 1
       free = target.with_name(f"{target.name}-{number}")
     free.parent.mkdir(exist_ok=True)
-    for old, new in ((path_for(folder), path_for(free)), (folder, free)):
+    # In a bucket, each object is copied and deleted. A folder that is moved in
+    # part still has its manifest, so it is not deleted as an interrupted save.
+    for old, new in ((folder, free), (path_for(folder), path_for(free))):
       if old.exists():
         old.rename(new)
   except OSError as error:
@@ -163,25 +174,30 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
   return body
 
 
-def _list_files(folder: epath.Path) -> dict[str, epath.Path]:
+def _list_files(folder: epath.Path) -> dict[str, _File]:
   """All files in the folder and below, by their path within it."""
-  paths = [root / name for root, _, names in folder.walk() for name in names]
-  files = {path.relative_to(folder).as_posix(): path for path in paths}
+  if paths.is_remote(folder):
+    found = objects.list_objects(folder, what="the checkpoint")
+    return {name: _File(folder / name, x) for name, x in found.items()}
+  walk = [root / name for root, _, names in folder.walk() for name in names]
+  files = {path.relative_to(folder).as_posix(): _File(path) for path in walk}
   return dict(sorted(files.items()))
 
 
-def _checksums(paths: Iterable[epath.Path]) -> list[str]:
+def _checksums(files: Iterable[_File]) -> list[str]:
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    return list(threads.map(_checksum, paths))
+    return list(threads.map(_checksum, files))
 
 
-def _checksum(path: epath.Path) -> str:
+def _checksum(file: _File) -> str:
+  if file.stored:
+    return base64.b64decode(file.stored.crc32c).hex()
   value = 0
   # Only what has a size is opened: a pipe or a device would never end.
-  if not path.stat().length:
+  if not file.size:
     return f"{value:08x}"
-  with path.open("rb") as file:
-    while chunk := file.read(_CHUNK_BYTES):
+  with file.path.open("rb") as content:
+    while chunk := content.read(_CHUNK_BYTES):
       value = google_crc32c.extend(value, chunk)
   return f"{value:08x}"
 

@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
 from data_pipelines.validation import SettingError, run_errors
 from grpo_tpu.checkpoint import manifest, retention
@@ -113,7 +114,7 @@ def newest_step(directory: epath.PathLike) -> int:
   Raises:
     SettingError: No step is whole.
   """
-  folder = epath.Path(directory).resolve()
+  folder = paths.absolute(directory)
 
   def newest_whole() -> str:
     for step in reversed(steps(folder)):
@@ -135,7 +136,7 @@ def newest_step(directory: epath.PathLike) -> int:
 
 def steps(directory: epath.PathLike) -> list[int]:
   """The finished steps in a directory, whole or not, in ascending order."""
-  saved = list_checkpoints(epath.Path(directory).resolve())
+  saved = list_checkpoints(paths.absolute(directory))
   return [info.step for info in saved if not info.updates]
 
 
@@ -144,7 +145,7 @@ def newest_path(directory: epath.PathLike) -> epath.Path | None:
 
   A partial step counts too.
   """
-  folder = epath.Path(directory).resolve()
+  folder = paths.absolute(directory)
   whole = [info for info in list_checkpoints(folder) if info.is_whole]
   return folder / whole[-1].name if whole else None
 
@@ -155,7 +156,7 @@ def best_path(directory: epath.PathLike) -> epath.Path | None:
   If the best metric has changed, the newest score decides which one counts. Its
   files may be damaged.
   """
-  folder = epath.Path(directory).resolve()
+  folder = paths.absolute(directory)
   # The score stands in the manifest, so a scored checkpoint is whole.
   scored = [x for x in list_checkpoints(folder) if x.score is not None]
   if not scored:
@@ -183,7 +184,7 @@ def best_step(directory: epath.PathLike) -> int:
 
 def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
   """The folder of a finished step of another run."""
-  folder = epath.Path(directory).resolve()
+  folder = paths.absolute(directory)
   saved = steps(folder)
   if step not in saved:
     raise SettingError(
