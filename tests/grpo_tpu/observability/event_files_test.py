@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from grpo_tpu.observability import event_files, sample_files, writer
+from grpo_tpu.observability import event_files, mirror, sample_files, writer
 
 
 class MemoryEvents:
@@ -134,6 +134,56 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
     "metrics",
     "samples",
   ]
+
+
+def test_tensorboard_sees_a_bucket_grow_and_a_resumed_run_repeats_no_step(
+  bucket_here,
+):
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  workdir = "gs://bucket/runs/one"
+  board = event_accumulator.EventAccumulator(
+    workdir, size_guidance={"tensors": 0}
+  )
+
+  def read(accumulator):
+    accumulator.Reload()
+    events = accumulator.Tensors("train/loss")
+    number = tensor_util.make_ndarray
+    return sorted((x.step, float(number(x.tensor_proto))) for x in events)
+
+  def run(steps, loss, resume_step):
+    files = mirror.Mirror(workdir)
+    files.fetch()
+    with writer.Writer(
+      files.folder, is_writer=True, resume_step=resume_step, is_mirrored=True
+    ) as w:
+      for step in steps:
+        w.write(step, {"train/loss": loss})
+        if step == 2:  # As if the file were large.
+          time.sleep(1.1)  # See above.
+          with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(event_files, "_ROLLED_BYTES", 0)
+            w.flush()
+        w.flush()
+        files.wait()
+        yield
+    files.close()
+
+  expected = []
+  for step, _ in enumerate(run(range(5), 1.0, None)):
+    expected.append((step, 1.0))
+    assert read(board) == expected  # The same reader, while the run is on.
+  time.sleep(1.1)  # See above.
+  list(run(range(3, 6), 2.0, 2))
+  expected = [(step, 1.0 if step < 3 else 2.0) for step in range(6)]
+  fresh = event_accumulator.EventAccumulator(
+    workdir, size_guidance={"tensors": 0}
+  )
+  assert read(fresh) == expected
+  names = [x for _, x in bucket_here.store.objects if "tfevents" in x]
+  assert len(names) == 3
 
 
 @pytest.fixture(scope="module")
