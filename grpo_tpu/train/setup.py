@@ -83,7 +83,13 @@ def start(
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(activity.reporting())
     checkpoints = stack.enter_context(
-      checkpointer.Checkpoints(folder / "checkpoints", config.checkpoint)
+      checkpointer.Checkpoints(
+        folder / "checkpoints",
+        config.checkpoint,
+        before_commit=functools.partial(
+          files.wait, config.checkpoint.timeout_seconds
+        ),
+      )
     )
     with activity.doing("Restoring the run"):
       step, evaluation = _restore_or_init(trainer, checkpoints, record)
