@@ -604,6 +604,9 @@ class Server(http.server.ThreadingHTTPServer):
       "HTTPS_PROXY": self.url,
       "https_proxy": self.url,
       "CURL_CA_BUNDLE": str(self.tunnel.authority),
+      # JAX's processes find each other without a proxy.
+      "NO_PROXY": "127.0.0.1,localhost",
+      "no_proxy": "127.0.0.1,localhost",
       "NO_GCE_CHECK": "true",
       "TENSORSTORE_GCS_HTTP_URL": self.url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",

@@ -161,7 +161,7 @@ def test_the_program_prints_what_leads_a_shell_to_it(tmp_path):
   )
   assert process.stdout
   try:
-    lines = [process.stdout.readline() for _ in range(7)]
+    lines = [process.stdout.readline() for _ in range(9)]
     said = dict(x.removeprefix("export ").strip().split("=", 1) for x in lines)
     url = said["STORAGE_EMULATOR_HOST"]
     data = bytes(range(256)) * (8 << 10)
