@@ -39,7 +39,7 @@ fail() {
 # absolute PATH: prints it from the root. The shell expands no ~ after --workdir=.
 absolute() {
   case $1 in
-    /*) printf '%s\n' "$1" ;;
+    /* | gs://*) printf '%s\n' "$1" ;;
     \~ | \~/*) printf '%s\n' "$HOME${1:1}" ;;
     *) printf '%s\n' "$PWD/$1" ;;
   esac

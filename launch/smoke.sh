@@ -4,7 +4,8 @@
 #
 #   bash launch/smoke.sh [--workdir=DIR] [--config.seed=1 ...]
 #
-# Everything is written to DIR (default runs/smoke), at the end also smoke.json.
+# Everything is written to DIR (default runs/smoke), a folder or gs://BUCKET/PATH, at
+# the end also smoke.json.
 # You can stop or kill the script at any time; the same command resumes the run.
 # Settings (--config...) apply to both training stages, but for the number of steps
 # and the optimizer's, which are for GRPO alone.
@@ -40,8 +41,8 @@ if [[ ! ${GRPO_TPU_EXTRA:-} ]] && extra=tpu venv_is_current; then extra=tpu; fi
 ensure_venv
 cd "$root"
 started=$SECONDS
-mkdir -p "$workdir"
-if command -v flock >/dev/null; then
+# A run locks its workdir in a bucket itself.
+if [[ $workdir != gs://* ]] && mkdir -p "$workdir" && command -v flock >/dev/null; then
   exec 8>"$workdir/.smoke.lock"
   flock -n 8 || fail "Another smoke run uses $workdir: wait for its end, or \
 choose another --workdir=DIR."
@@ -83,4 +84,4 @@ say "3/3 GRPO: sample completions, score them, update the policy."
   --workdir="$workdir" "${common[@]}" \
   ${grpo_settings[@]+"${grpo_settings[@]}"} 8>&-
 
-"$venv/bin/python" launch/smoke_summary.py "$workdir" $((SECONDS - started))
+"${run_stage[@]}" launch.smoke_summary "$workdir" $((SECONDS - started))

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 OVERLAYS = [path for path in CONFIGS if path.stem.startswith("gemma3_")]
 TOPOLOGIES = {
+  "gemma3_4b_v5e_8": "v5e:2x4",
   "gemma3_4b_v5e_16": "v5e:4x4",
   "gemma3_4b_v6e_16": "v6e:4x4",
   "gemma3_4b_v5p_16": "v5p:2x2x2",

@@ -3,12 +3,12 @@
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
 import pytest
 
+from launch import smoke_summary
 from tests.terminal import Terminal
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -76,6 +76,12 @@ def test_steps_and_optimizer_are_for_grpo_alone(machine):
   _, (_, warm_start, grpo) = stages(machine, *settings)
   assert not set(settings) & set(warm_start)
   assert grpo[-2:] == settings
+
+
+def test_a_workdir_in_a_bucket_is_no_folder_here(machine):
+  _, (_, _, grpo) = stages(machine, "--workdir=gs://my-bucket/run")
+  assert "--workdir=gs://my-bucket/run" in grpo
+  assert not list(machine.home.rglob("*bucket*"))
 
 
 def test_the_devices_of_a_tpu_share_the_run(machine):
@@ -177,53 +183,52 @@ def test_two_runs_do_not_share_a_workdir(machine):
   assert "another --workdir=DIR" in result.stderr
 
 
-def summarise(
-  workdir: pathlib.Path, seconds: str = "12"
-) -> subprocess.CompletedProcess[str]:
-  script = ROOT / "launch" / "smoke_summary.py"
-  return subprocess.run(
-    [sys.executable, "-IS", str(script), str(workdir), seconds],
-    capture_output=True,
-    text=True,
-  )
+@pytest.fixture
+def summarise(capsys):
+  """What the summary of a workdir prints."""
+
+  def call(workdir: pathlib.Path, seconds: str = "12") -> str:
+    smoke_summary.main(str(workdir), seconds)
+    return capsys.readouterr().out
+
+  return call
 
 
-def test_the_summary_skips_lines_of_others(tmp_path):
+def test_the_summary_skips_lines_of_others(tmp_path, summarise):
   write_metrics(tmp_path, METRICS)
   foreign = ["5", "[]", '{"note": "x"}', '{"step": "a"}', "[" * 10**6, "{"]
   foreign += ['{"step": 9, "eval/accuracy": null}']
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write("\n".join(foreign))
-  result = summarise(tmp_path)
-  assert result.returncode == 0, result.stderr
-  assert "0.500 before GRPO, 0.750 after" in result.stdout
+  assert "0.500 before GRPO, 0.750 after" in summarise(tmp_path)
 
 
-def test_the_summary_compares_before_the_first_update_with_the_end(tmp_path):
+def test_the_summary_compares_before_the_first_update_with_the_end(
+  tmp_path, summarise
+):
   workdir = tmp_path / "a run"
   write_metrics(workdir, METRICS)
-  result = summarise(workdir)
-  assert result.returncode == 0, result.stderr
+  said = summarise(workdir)
   assert json.loads((workdir / "smoke.json").read_text()) == {
     "warm_start_accuracy": 0.5,
     "final_accuracy": 0.75,
     "wall_seconds": 12,
     "steps": 3,
   }
-  assert "0.500 before GRPO, 0.750 after 3 steps" in result.stdout
+  assert "0.500 before GRPO, 0.750 after 3 steps" in said
   tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
-  assert f"View: {tensorboard} '--logdir={workdir}'  # http" in result.stdout
+  assert f"View: {tensorboard} '--logdir={workdir}'  # http" in said
 
 
-def test_a_finished_run_started_again_keeps_its_seconds(tmp_path):
+def test_a_finished_run_started_again_keeps_its_seconds(tmp_path, summarise):
   write_metrics(tmp_path, METRICS)
   summarise(tmp_path, "12")
-  assert "in 12 s" in summarise(tmp_path, "3").stdout
+  assert "in 12 s" in summarise(tmp_path, "3")
   more = {"step": 4, "eval/accuracy": 0.8}
   write_metrics(tmp_path, [*METRICS, more])
-  assert "in 3 s" in summarise(tmp_path, "3").stdout
+  assert "in 3 s" in summarise(tmp_path, "3")
   (tmp_path / "smoke.json").write_text("[" * 10**5)
-  assert "in 5 s" in summarise(tmp_path, "5").stdout
+  assert "in 5 s" in summarise(tmp_path, "5")
 
 
 @pytest.mark.parametrize(
@@ -231,8 +236,10 @@ def test_a_finished_run_started_again_keeps_its_seconds(tmp_path):
   [METRICS[:2], METRICS[1:], [{"step": 1, "eval/accuracy": 0.5}, METRICS[2]]],
   ids=["only at the start", "only at the end", "not at the start"],
 )
-def test_a_run_not_scored_at_both_ends_has_no_summary(tmp_path, rows):
+def test_a_run_not_scored_at_both_ends_has_no_summary(
+  tmp_path, summarise, rows
+):
   write_metrics(tmp_path, rows)
-  result = summarise(tmp_path)
-  assert result.returncode == 1 and "eval/accuracy" in result.stderr
+  with pytest.raises(ValueError, match="eval/accuracy"):
+    summarise(tmp_path)
   assert not (tmp_path / "smoke.json").exists()

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import notebooks
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 V5E_16 = "--config=configs/gemma3_4b_v5e_16.py"
 NAMED = ("--config.model.weights=hf:~/gemma", "--config.data.dir=/mnt/data")
@@ -51,6 +53,11 @@ ACCEPTED = {
     *(V5E_16, "--mode=evaluate"),
     "--topology=v5e:4x4",
   ),
+}
+ACCEPTED |= {
+  f"{name}, command {index}": words
+  for name in notebooks.NAMES
+  for index, words in enumerate(notebooks.commands(name))
 }
 REFUSED = {
   "optimizer.lr": (V5E_16, *NAMED, "--config.optimizer.lr=1"),

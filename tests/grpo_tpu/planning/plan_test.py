@@ -20,6 +20,7 @@ from tests.grpo_tpu.planning.planning_cases import (
 )
 
 TOPOLOGIES = {
+  "gemma3_4b_v5e_8": "v5e:2x4",
   "gemma3_4b_v5e_16": "v5e:4x4",
   "gemma3_4b_v6e_16": "v6e:4x4",
   "gemma3_4b_v5p_16": "v5p:2x2x2",
