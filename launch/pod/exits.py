@@ -40,6 +40,7 @@ class Exit(enum.IntEnum):
   NO_GCLOUD = 94, "install the Google Cloud CLI; `gcloud version` must work."
   GCLOUD = 95, "read the error of gcloud above."
   NOT_SET_UP = 96, "run `setup`, then `run`."
+  UNAVAILABLE = 97, "wait a minute and rerun; `supervise` does so by itself."
   INTERRUPTED = 130, "a run on the slice continues."
 
 

@@ -69,10 +69,21 @@ class Gcloud:
 
   def tpus(self, *words: str) -> str:
     """Runs a command of `gcloud compute tpus`; returns its output."""
-    result = self._run(self._tpus_call(words))
-    if result.returncode:
-      raise Failure(classify_error(result.stderr), error_tail(result.stderr))
-    return result.stdout
+    return self._output(self._tpus_call(words))
+
+  def call(self, *words: str) -> str:
+    """Runs another command of gcloud in the project; returns its output."""
+    project = f"--project={self.settings.project}"
+    return self._output(["gcloud", *words, project, "--quiet"])
+
+  def _output(self, call: Sequence[str]) -> str:
+    result = self._run(call)
+    if result.returncode == 0:
+      return result.stdout
+    code = classify_error(result.stderr)
+    if code == Exit.ABSENT and "create" in call:
+      code = Exit.BAD_REQUEST  # What it is made of is missing.
+    raise Failure(code, error_tail(result.stderr))
 
   def copy(self, worker: int, files: Sequence[str]) -> None:
     """Copies files to the home folder of a worker."""

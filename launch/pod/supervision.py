@@ -17,10 +17,12 @@ _KILLED = (_LOST, 137, 143)
 
 _RESTART_AFTER = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
 
-# Failures of the launcher that may have passed at the next attempt.
-_TRANSIENT = (
-  *(Exit.NO_CAPACITY, Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
-  *(Exit.TIMEOUT, Exit.WORKER_UNREACHABLE, Exit.WORKER_FAILED, Exit.NETWORK),
+# Time ends these failures. They are no failed starts.
+_WAITING = (*(Exit.NO_CAPACITY, Exit.TIMEOUT, Exit.NETWORK, Exit.UNAVAILABLE),)
+# Another start may succeed after these.
+_FAILED_STARTS = (
+  *(Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
+  *(Exit.WORKER_UNREACHABLE, Exit.WORKER_FAILED),
 )
 _DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
 
@@ -51,11 +53,17 @@ class Supervisor:
   job: workers.Job
   queue_seconds: float  # The longest wait for a slice.
   poll_seconds: float  # The time between two checks.
-  # The pause before the first restart without a new step. It doubles with each
-  # further one, up to 15 minutes.
+  # The pause before the first restart without a new step, and after the first
+  # of some failures that only time ends. It doubles with each further one, up
+  # to 15 minutes.
   pause_seconds: float
   _step: int = -1
-  _restarts: int = 0
+  _restarts: int = 0  # Starts without a new step.
+  _waits: int = 0  # Failures that only time ends, since the last ready slice.
+  _errors: int = 0  # Runs that ended with an error before a new step.
+  _made_step: bool = False  # This attempt made a new step.
+  _has_slice: bool = False  # This attempt has a ready slice.
+  _had_slice: bool = False  # An attempt had one.
 
   def supervise(self) -> int:
     """Keeps the run alive until it is done or a restart cannot help.
@@ -66,32 +74,65 @@ class Supervisor:
     """
     limit = int(self.cloud.settings.max_restarts)
     while True:
+      is_failed_start = True
       try:
         code, was_stopped = self._attempt()
-      except Failure as failure:
-        if failure.exit not in _TRANSIENT:
-          raise
+      except Failure as error:
+        failure = self._explain(error)
         reason = f"{failure} (exit code {failure.exit}, {failure.exit.name})"
+        is_failed_start = failure.exit in (Exit.FAILED, Exit.QUOTA) or (
+          self._has_slice and failure.exit not in _WAITING
+        )
       else:
-        if was_stopped or code not in _RESTART_AFTER:
+        if was_stopped or not self._may_repeat(code):
           return code
         reason = f"The run ended with exit code {code}."
-      if self._restarts >= limit:
-        raise Failure(
-          Exit.RESTARTS_SPENT,
-          f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
+      if is_failed_start:
+        if self._restarts >= limit:
+          raise Failure(
+            Exit.RESTARTS_SPENT,
+            f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
+          )
+        self._restarts += 1
+        words = (
+          f"Restart {self._restarts} of at most {limit} without a new step"
         )
-      self._restarts += 1
-      pause = min(self.pause_seconds * 2.0 ** (self._restarts - 1), 900.0)
-      logging.warning(
-        "%s\nRestart %d of at most %d without a new step, in %.0f s.",
-        *(reason, self._restarts, limit, pause),
-      )
+      else:
+        self._waits += 1
+        words = "The next attempt is"
+      doublings = (self._restarts if is_failed_start else self._waits) - 1
+      pause = min(self.pause_seconds * 2.0 ** min(doublings, 20), 900.0)
+      logging.warning("%s\n%s, in %.0f s.", reason, words, pause)
       time.sleep(pause)
+
+  def _explain(self, failure: Failure) -> Failure:
+    """The failure with a more exact exit code; raises it if it will last."""
+    code = failure.exit
+    if code == Exit.FAILED:
+      # The reason of a request that failed is an error of the API, too.
+      code = gcloud.classify_error(str(failure))
+      code = Exit.FAILED if code == Exit.GCLOUD else code
+    # A slice that was taken away counts for a while.
+    is_short = code == Exit.QUOTA and self._had_slice
+    failure = Failure(code, str(failure))
+    if code in (*_WAITING, *_FAILED_STARTS) or is_short:
+      return failure
+    raise failure
+
+  def _may_repeat(self, code: int) -> bool:
+    """True if another start may do better than a run with this exit code."""
+    if code in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
+      return code in _RESTART_AFTER
+    # A machine may fail at the start, as when its TPU is still held.
+    self._errors += 1
+    return self._errors == 1 and not self._made_step
 
   def _attempt(self) -> tuple[int, bool]:
     """Runs until the run ends: its exit code, and if `stop` ended it."""
+    self._has_slice = self._made_step = False
     num_workers = self._ready_slice().num_workers
+    self._has_slice = self._had_slice = True
+    self._waits = 0
     statuses = workers.status(self.cloud, num_workers)
     if not any(status.state == "running" for status in statuses):
       self._start(statuses)
@@ -101,7 +142,10 @@ class Supervisor:
       slices.require_ready(self.cloud)
       status = workers.worker_status(self.cloud, 0)
       if status.step > self._step:
-        self._step, self._restarts = status.step, 0
+        if self._step >= 0:  # An earlier supervisor may have seen the first.
+          self._made_step = True
+          self._restarts = self._errors = 0
+        self._step = status.step
       if status.state != "running":
         return self._wait_for_end(num_workers)
 
@@ -109,16 +153,19 @@ class Supervisor:
     """Creates the slice if necessary and waits until it is ready."""
     found = slices.find(self.cloud, assumed=State.ABSENT)
     if found.state in _DEAD:
+      self._had_slice = True
       slices.delete(self.cloud)
     if found.state in (*_DEAD, State.ABSENT):
       slices.create(self.cloud)
-    if found.state == State.READY:
-      return found
-    return slices.wait(
-      self.cloud,
-      timeout_seconds=self.queue_seconds,
-      poll_seconds=self.poll_seconds,
-    )
+      found = slices.find(self.cloud, assumed=State.READY)
+    deadline = time.monotonic() + self.queue_seconds
+    while found.state != State.READY:
+      remaining = deadline - time.monotonic()
+      if found.state != State.PENDING or remaining <= 0:
+        raise found.failure(self.cloud.settings.name)
+      time.sleep(min(self.poll_seconds, remaining))
+      found = slices.find(self.cloud, assumed=State.READY)
+    return found
 
   def _start(self, statuses: Sequence[workers.Status]) -> None:
     version = self.cloud.settings.image or workers.commit()

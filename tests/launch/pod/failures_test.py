@@ -251,6 +251,64 @@ def test_supervise_that_ends_says_how_to_stop_paying(laptop, cloud, tmp_path):
       Exit.SUSPENDED,
     ),
     ("ERROR: (gcloud) INVALID_ARGUMENT: no such type", Exit.GCLOUD),
+    (
+      "ERROR: (gcloud.compute.tpus.tpu-vm.create) NOT_FOUND: the accelerator"
+      " v4-128 was not found in zone us-central2-b",
+      Exit.BAD_REQUEST,
+    ),
+    (
+      "NOT_FOUND: Resource 'projects/p/locations/europe-west4-b/nodes/network'"
+      " was not found",
+      Exit.ABSENT,
+    ),
+    (
+      "Quota 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' exhausted."
+      "\n  Limit 10000 in region us-west4",
+      Exit.QUOTA,
+    ),
+    (
+      "HttpError 429 when requesting https://tpu.googleapis.com/v2 returned"
+      " \"Quota limit 'TPUV6EPreemptiblePerProjectPerRegionForTPUAPI' has been"
+      ' exceeded. Limit: 0 in region us-east5."',
+      Exit.QUOTA,
+    ),
+    (
+      "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit"
+      " 'Requests per minute' of service 'tpu.googleapis.com'",
+      Exit.UNAVAILABLE,
+    ),
+    ("Maximum number of CreateNode requests per minute", Exit.UNAVAILABLE),
+    ("INTERNAL: Internal error encountered.", Exit.UNAVAILABLE),
+    ("ABORTED: The operation was aborted.", Exit.UNAVAILABLE),
+    ("UNAVAILABLE: The service is unavailable.", Exit.UNAVAILABLE),
+    ("ERROR: (gcloud) HTTPError 503: Try again.", Exit.UNAVAILABLE),
+    ("ALREADY_EXISTS: Resource 'x' already exists", Exit.UNAVAILABLE),
+    (
+      "FAILED_PRECONDITION: the queued resource is in state SUSPENDING",
+      Exit.UNAVAILABLE,
+    ),
+    (
+      'Error code 8, message: There is no more capacity in the zone "us-c1-c";'
+      " you can queue your request",
+      Exit.NO_CAPACITY,
+    ),
+    (
+      "Insufficient reserved capacity. Contact customer support to increase"
+      " your reservation.",
+      Exit.NO_CAPACITY,
+    ),
+    (
+      "PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before",
+      Exit.NOT_ALLOWED,
+    ),
+    (
+      "ERROR: HTTPError 412: At least one of the pre-conditions did not hold.",
+      Exit.BUSY,
+    ),
+    (
+      "ERROR: (gcloud.storage.objects.describe) gs://b/x not found: 404.",
+      Exit.ABSENT,
+    ),
   ],
 )
 def test_errors_of_gcloud_are_classified(words, kind):

@@ -36,9 +36,11 @@ class World:
     self.done: list[str] = []
     self.pauses: list[float] = []
     self.state = state
+    self.refusals: list = []  # What the next creations raise.
+    self.now = 0.0
     self.script: list = []
     for module, name in (
-      *((slices, name) for name in ("find", "create", "delete", "wait")),
+      *((slices, name) for name in ("find", "create", "delete")),
       *(
         (workers, name) for name in ("status", "worker_status", "setup", "run")
       ),
@@ -46,21 +48,25 @@ class World:
     ):
       monkeypatch.setattr(module, name, getattr(self, name))
     monkeypatch.setattr(workers, "commit", lambda: "a commit")
-    monkeypatch.setattr(supervision.time, "sleep", self.pauses.append)
+    monkeypatch.setattr(supervision.time, "sleep", self.sleep)
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: self.now)
+
+  def sleep(self, seconds):
+    self.pauses.append(seconds)
+    self.now += seconds
 
   def find(self, cloud, assumed):
     return slices.Slice(self.state, "", True, "", 2, True)
 
   def create(self, cloud):
+    if self.refusals:
+      raise self.refusals.pop(0)
     self.done.append("create")
     self.state = READY
 
   def delete(self, cloud):
     self.done.append("delete")
     self.state = slices.State.ABSENT
-
-  def wait(self, cloud, **_):
-    return self.find(cloud, READY)
 
   def setup(self, cloud, num_workers):
     self.done.append("setup")
@@ -111,11 +117,27 @@ def test_failures_that_a_restart_repairs_are_restarted(monkeypatch, code):
   assert world.done == ["run", "run"]
 
 
-@pytest.mark.parametrize("code", [1, 64])
-def test_failures_that_would_repeat_are_not(monkeypatch, code):
-  world = World(monkeypatch, [life(code, code)])
-  assert world.supervise() == code
+def test_a_wrong_setting_is_not_tried_again(monkeypatch):
+  world = World(monkeypatch, [life(64, 64)])
+  assert world.supervise() == 64
   assert world.done == ["run"]
+
+
+@pytest.mark.parametrize("code", [1, 139])
+def test_an_error_at_the_start_is_worth_one_more_try(monkeypatch, code):
+  """Another process may still hold the TPU, or a host was lost in a restore."""
+  world = World(monkeypatch, [life(code, 1)])
+  assert world.supervise() == 0
+  world = World(monkeypatch, [life(code, 1)] * 3)
+  assert world.supervise() == code
+  assert world.done == ["run", "run"]
+
+
+def test_an_error_after_new_steps_would_repeat(monkeypatch):
+  lives = [life(75, 75, step=3), life(1, 1, step=5)]
+  world = World(monkeypatch, lives)
+  assert world.supervise() == 1
+  assert world.done == ["run", "run"]
 
 
 def test_an_error_counts_only_if_the_slice_still_exists(monkeypatch):
@@ -168,8 +190,72 @@ def test_a_lost_network_leaves_the_run_alone(monkeypatch):
   assert world.done == []
 
 
+DRY = exits.Failure(Exit.NO_CAPACITY, "no capacity")
+OFFLINE = exits.Failure(Exit.NETWORK, "no network")
+BUSY = exits.Failure(Exit.UNAVAILABLE, "INTERNAL")
+TAKEN = exits.Failure(Exit.PREEMPTED, "taken away")
+ABSENT = slices.State.ABSENT
+
+
+def test_hours_without_capacity_and_two_preemptions_are_survived(monkeypatch):
+  """Neither counts as a failed start; a pause is 15 minutes at most."""
+  lives = [[TAKEN], [TAKEN]]
+  world = World(monkeypatch, lives, state=ABSENT, MAX_RESTARTS="2")
+  world.refusals = [DRY, OFFLINE, BUSY, *[DRY] * 20]
+  assert world.supervise() == 0
+  assert world.now > 3 * 3600 and max(world.pauses) == 900
+  assert world.done == [
+    *("create", "run", "delete", "create", "run", "delete", "create", "run")
+  ]
+
+
+def test_a_queue_that_fails_for_capacity_is_no_failed_start(monkeypatch):
+  stock = exits.Failure(Exit.FAILED, "the request failed: stockout")
+  world = World(monkeypatch, [], state=ABSENT, MAX_RESTARTS="0")
+  world.refusals = [stock] * 9
+  assert world.supervise() == 0
+  world.state, world.refusals = ABSENT, [exits.Failure(Exit.FAILED, "why")]
+  with pytest.raises(exits.Failure) as raised:
+    world.supervise()
+  assert raised.value.exit == Exit.RESTARTS_SPENT
+
+
+def test_a_slice_that_never_comes_is_waited_for_again(monkeypatch):
+  """The longest wait for a slice is no failed start."""
+  world = World(monkeypatch, [], state=slices.State.PENDING, MAX_RESTARTS="0")
+  find = world.find
+  looks = itertools.count()
+
+  def arrives(cloud, assumed):
+    if next(looks) == 30:
+      world.state = READY
+    return find(cloud, assumed)
+
+  monkeypatch.setattr(slices, "find", arrives)
+  assert world.supervise() == 0
+  assert world.done == ["run"] and world.now > 30 * 7
+
+
+def test_quota_may_be_short_after_a_preemption(monkeypatch):
+  short = exits.Failure(Exit.QUOTA, "exhausted")
+  world = World(monkeypatch, [[TAKEN]], MAX_RESTARTS="3")
+  world.refusals = [short] * 2
+  assert world.supervise() == 0
+  assert world.done == ["run", "delete", "create", "run"]
+  world = World(monkeypatch, [[TAKEN]], MAX_RESTARTS="3")
+  world.refusals = [short] * 9
+  with pytest.raises(exits.Failure) as raised:
+    world.supervise()
+  assert raised.value.exit == Exit.RESTARTS_SPENT
+  world = World(monkeypatch, [], state=ABSENT)
+  world.refusals = [short]
+  with pytest.raises(exits.Failure) as raised:
+    world.supervise()
+  assert raised.value.exit == Exit.QUOTA
+
+
 @pytest.mark.parametrize(
-  "kind", [Exit.QUOTA, Exit.NOT_ALLOWED, Exit.NOT_OURS, Exit.ABSENT]
+  "kind", [Exit.NOT_ALLOWED, Exit.NOT_OURS, Exit.ABSENT, Exit.GCLOUD]
 )
 def test_lasting_failures_end_the_supervision(monkeypatch, kind):
   """A slice that someone deleted is not created again."""
