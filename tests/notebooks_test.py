@@ -19,7 +19,10 @@ SMALL = (
   *("train.microbatch_bundles=2", "train.num_steps=2"),
   *("eval.every_steps=1", "eval.num_problems=8", "eval.batch_size=8"),
 )
-SMOKE = " --config.train.num_steps=2 --config.eval.every_steps=1"
+SMOKE = (
+  " --config.train.num_steps=2 --config.eval.every_steps=2"
+  " --config.eval.num_problems=16"
+)
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)

@@ -2,8 +2,8 @@
 
     python -m grpo_tpu.distributed.tpu_host
 
-prints the number of devices to `launch/smoke.sh`; without chips 0, and if there
-are chips that cannot be used also why. It needs only the standard library.
+tells `launch/smoke.sh` the number of devices, and why there are none although
+there are chips. It needs only the standard library.
 """
 
 import glob
@@ -15,10 +15,10 @@ import sys
 import urllib.request
 
 _ENDPOINTS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_PROBE = "import jax; print(jax.device_count())"
 _PROBE_SECONDS = 300
 _LOCK = "/tmp/libtpu_lockfile"  # Held by a process that uses the chips.
-_PCI_VENDORS = "/sys/bus/pci/devices/*/vendor"
-_GOOGLE = "0x1ae0"
+_GOOGLE = "0x1ae0"  # Its PCI vendor id.
 
 
 def find_chips() -> list[str]:
@@ -27,10 +27,10 @@ def find_chips() -> list[str]:
   A laptop has VFIO groups too, of devices that it lends to virtual machines.
   """
   groups = glob.glob("/dev/vfio/[0-9]*")
-  vendors = [pathlib.Path(path).read_text() for path in glob.glob(_PCI_VENDORS)]
-  if vendors and not any(vendor.strip() == _GOOGLE for vendor in vendors):
-    groups = []
-  return sorted(glob.glob("/dev/accel[0-9]*") + groups)
+  paths = map(pathlib.Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
+  vendors = [path.read_text().strip() for path in paths]
+  is_other = bool(vendors) and _GOOGLE not in vendors
+  return glob.glob("/dev/accel[0-9]*") + ([] if is_other else groups)
 
 
 def hosts_in_environment() -> list[str]:
@@ -40,14 +40,15 @@ def hosts_in_environment() -> list[str]:
   if not names and given("TPU_SKIP_MDS_QUERY"):
     names = "localhost"  # Nobody could name another.
   slices = int(given("MEGASCALE_NUM_SLICES") or 1)
-  return (names or "").split(",") * slices if names else []
+  return names.split(",") * slices if names else []
 
 
 def _hosts_in_metadata() -> list[str]:
   """The hosts that the metadata server of a TPU VM names; [] without one."""
   server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+  headers = {"Metadata-Flavor": "Google"}
   request = urllib.request.Request(
-    f"http://{server}/{_ENDPOINTS}", headers={"Metadata-Flavor": "Google"}
+    f"http://{server}/{_ENDPOINTS}", None, headers
   )
   try:
     with urllib.request.urlopen(request, timeout=2) as answer:
@@ -58,14 +59,13 @@ def _hosts_in_metadata() -> list[str]:
 
 def _holders(files: list[str]) -> list[str]:
   """The processes that have a file open; root alone sees those of others."""
-  found = set()
+  found = []
   for path in glob.glob("/proc/[0-9]*/fd/*"):
     try:
-      if os.readlink(path) in files:
-        found.add(path.split("/")[2])
+      found += [path.split("/")[2]] * (os.readlink(path) in files)
     except OSError:
       continue  # It has ended, or is another user's.
-  return sorted(found, key=int)
+  return sorted(set(found), key=int)
 
 
 def count_devices(chips: list[str]) -> tuple[int, str]:
@@ -78,18 +78,15 @@ def count_devices(chips: list[str]) -> tuple[int, str]:
     )
   has_libtpu = importlib.util.find_spec("libtpu") is not None
   if not (has_libtpu or os.environ.get("TPU_LIBRARY_PATH")):
-    pip = f"{sys.executable} -m pip install"
-    return 0, f"libtpu is not installed: `{pip} -c constraints.txt libtpu`"
+    pip = f"{sys.executable} -m pip install -c constraints.txt"
+    return 0, f"libtpu is not installed: `{pip} libtpu`"
   if holders := _holders([*chips, _LOCK]):
     return 0, f"the chips are in use by process {', '.join(holders)}"
+  command = [sys.executable, "-c", _PROBE]
+  options = {"capture_output": True, "text": True, "timeout": _PROBE_SECONDS}
+  platforms = os.environ | {"JAX_PLATFORMS": "tpu"}
   try:
-    probe = subprocess.run(
-      [sys.executable, "-c", "import jax; print(jax.device_count())"],
-      env=os.environ | {"JAX_PLATFORMS": "tpu"},
-      capture_output=True,
-      text=True,
-      timeout=_PROBE_SECONDS,
-    )
+    probe = subprocess.run(command, env=platforms, **options)
   except subprocess.TimeoutExpired:
     return 0, f"the chips have not answered in {_PROBE_SECONDS} s"
   if probe.returncode:
@@ -98,13 +95,6 @@ def count_devices(chips: list[str]) -> tuple[int, str]:
   return int(probe.stdout.split()[-1]), ""
 
 
-def main() -> None:
-  """Prints the number of devices and, behind a blank, why there are none."""
-  chips = find_chips()
-  sys.stdout.write(
-    "{} {}\n".format(*count_devices(chips) if chips else (0, ""))
-  )
-
-
 if __name__ == "__main__":
-  main()
+  found = find_chips()
+  print(*(count_devices(found) if found else (0, "")))

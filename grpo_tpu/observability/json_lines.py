@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from data_pipelines.text import untrusted
 
@@ -81,7 +82,7 @@ class JsonLines:
 
 
 def read_rows(
-  path: pathlib.Path,
+  path: pathlib.Path | epath.Path,
 ) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
   """Each line of the file and its row; None if the line is no row of a step.
 

@@ -19,10 +19,10 @@ def test_no_step_after_the_second_compiles_anything(program, drawn, tmp_path):
     f"--config.data.dir={drawn}",
     # Given twice, the buckets would add up.
     *(x for x in conftest.TINY if "prompt_buckets" not in x),
-    "--config.train.num_steps=52",
+    "--config.train.num_steps=32",
     "--config.data.prompts_per_step=2",
     "--config.train.microbatch_bundles=2",
-    "--config.data.prompt_buckets=(36,38,40,42,44,48,52,64)",
+    "--config.data.prompt_buckets=(36,40,44,64)",
     "--config.rollout.max_new_tokens=10",
     "--config.rollout.chunk_tokens=3",
     # A policy that knows nothing seldom stops by itself.
@@ -32,7 +32,7 @@ def test_no_step_after_the_second_compiles_anything(program, drawn, tmp_path):
     "--config.samples.every_steps=0",
   ).start()
   compiled = run.column("perf/compilations")[2:]
-  assert len(compiled) == 50 and not any(compiled), compiled
+  assert len(compiled) == 30 and not any(compiled), compiled
   padded = run.column("rollout/padded_prompt_length")
   assert len(set(padded)) >= 2 < len(padded), padded
   assert len(set(run.column("perf/compactions"))) > 1

@@ -51,7 +51,9 @@ def terminal(program, drawn):
 PROGRAM = (sys.executable, "-m", "grpo_tpu")
 
 
-@pytest.mark.parametrize("readers", [0, 1])
+@pytest.mark.parametrize(
+  "readers", [pytest.param(0, marks=pytest.mark.nightly), 1]
+)
 def test_ctrl_c_saves_a_run_and_the_same_command_goes_on(
   terminal, tmp_path, readers
 ):
@@ -127,7 +129,8 @@ def test_ctrl_c_saves_on_every_host_of_a_pod_on_this_machine(
   terminal, tmp_path
 ):
   pod = ("bash", "launch/local_pod.sh", "-n", "2", "--")
-  settings = (*LONG, "--config.mesh.fsdp=2")
+  # The programs that other tests of two hosts have compiled.
+  settings = (*LONG, "--config.mesh.fsdp=2", "--config.rollout.chunk_tokens=2")
   run = terminal(*pod, workdir=tmp_path / "run", settings=settings)
   run.wait_for("  reward ")
   run.press()

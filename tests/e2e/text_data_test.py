@@ -110,8 +110,7 @@ def test_word_problems_train_and_a_killed_run_resumes(program, words, tmp_path):
   unbroken = Run(program, tmp_path / "unbroken", *given).start()
   assert len(set(unbroken.column("train/grad_norm"))) == 5
   assert unbroken.column("data/skipped") == [0] * 5
-  killed = Run(program, tmp_path / "killed", *given)
-  killed.kill_at(3)
+  killed = unbroken.without_checkpoints_after(2)
   assert_same(killed.start(), unbroken)
 
 
