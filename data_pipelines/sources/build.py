@@ -183,7 +183,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
   """Bytes of every file under the folder except the manifest."""
   return {
     path.relative_to(folder).as_posix(): path.stat().st_size
-    for path in sorted(folder.rglob("*"))
+    for path in sorted(pathlib.Path(folder).rglob("*"))
     if path.is_file() and path.name != _MANIFEST
   }
 
