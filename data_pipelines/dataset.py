@@ -1,6 +1,7 @@
 """The problems and the tokenizer of a run, checked before devices start.
 
-Draws the synthetic set under the workdir if the settings name no data dir.
+Draws the synthetic set under the workdir if the settings name no data dir; for
+a workdir in a bucket on this machine's disk.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from absl import logging
 from data_pipelines import pipeline, prompt_rows, record_index, records
 from data_pipelines.preferences import completions as preferences
 from data_pipelines.settings import DataConfig, ModelInputs
-from data_pipelines.sources import build, data_dirs, mixtures
+from data_pipelines.sources import build, data_dirs, mixtures, stored
+from data_pipelines.storage import host_copy, objects, paths
 from data_pipelines.text import (
   chat_prompts,
   own_tokenizer,
@@ -36,6 +38,7 @@ class Dataset:
     train: Problems to train on; None for a run that does not train.
     eval: Problems to evaluate on.
     eval_parts: A sentence for each source of which `eval` has only a part.
+    drawn: The synthetic set that was drawn for the run, if any.
     shares: The share of each data set in the prompts, as whole numbers.
     completions: Labelled completions; None unless for kind "preference".
     identity: Fingerprints of records, tokenizers, files of completions and of a
@@ -55,6 +58,7 @@ class Dataset:
   template: chat_prompts.Template = chat_prompts.TAGGED
   train_index: record_index.RecordIndex | None = None
   eval_parts: tuple[str, ...] = ()
+  drawn: data_dirs.DataDir | None = None
 
   def train_batches(
     self, *, start_step: int, **builder: Any
@@ -119,6 +123,17 @@ class Dataset:
       shown = untrusted.shorten(text)
       raise ValueError(f"--question ({shown}) must {rule}.") from error
     return problem
+
+  def publish(self) -> None:
+    """Puts a set drawn for a workdir in a bucket there, unless it is there.
+
+    One process calls it, for those who read the run later.
+    """
+    if not self.drawn or not self.drawn.bucket:
+      return
+    if build.read_manifest(self.drawn.bucket) != self.drawn.manifest:
+      parts = self.drawn.folder, self.drawn.bucket
+      objects.replace_folder(*parts, last=stored.MANIFEST, what="--workdir")
 
   def measure_train_records(self) -> "Dataset":
     """This with its `train_index`; `identity` has the records left out."""
@@ -187,7 +202,7 @@ def open_dataset(
   if settings.weighted_dirs:
     dirs = data_dirs.open_all(settings)
   else:
-    dirs = [_draw(settings, model, pathlib.Path(workdir))]
+    dirs = [_draw(settings, model, workdir)]
   data_dirs.check(settings, dirs, for_training=for_training)
   of_data = dirs[0].manifest["tokenizer"]["fingerprint"]
   identity = data_dirs.identity(dirs) | {own_tokenizer.OF_DATA_DIR: of_data}
@@ -196,7 +211,7 @@ def open_dataset(
   if not tokenizer:
     tokenizer = own_tokenizer.open_small(model, own, dirs[0])
     if len(dirs) > 1:
-      logging.info("Takes the tokenizer of %s.", dirs[0].folder)
+      logging.info("Takes the tokenizer of %s.", dirs[0].place)
   train, evaluated = None, data_dirs.open_split(dirs, settings.eval_split)
   if for_training or settings.few_shot:
     train = data_dirs.open_split(dirs, settings.train_split)
@@ -218,6 +233,7 @@ def open_dataset(
     identity=identity | file_identity,
     template=template,
     eval_parts=data_dirs.parts(dirs, settings.eval_split),
+    drawn=None if settings.weighted_dirs else dirs[0],
   )
   return data.measure_train_records() if for_training else data
 
@@ -247,10 +263,10 @@ def open_prompts(
 
 
 def _draw(
-  settings: DataConfig, model: ModelInputs, workdir: pathlib.Path
+  settings: DataConfig, model: ModelInputs, workdir: str
 ) -> data_dirs.DataDir:
-  """The synthetic set of a run, drawn in its workdir unless it is there."""
-  folder = workdir / "data"
+  """The synthetic set of a run, drawn unless it is there; see `publish`."""
+  folder = paths.to_path("--workdir", workdir) / "data"
   request = synthetic_request(settings, model.vocab_size, str(folder))
   manifest = build.read_manifest(folder)
   if manifest and manifest["source"] != build.SYNTHETIC:
@@ -260,15 +276,23 @@ def _draw(
       f"were prepared from {source}; set data.dir={folder} to use them, or "
       "choose another --workdir."
     )
-  is_started = (workdir / "run.json").exists()
+  place, bucket = pathlib.Path(folder), ""
+  is_started = (place.parent / "run.json").exists()
+  if paths.is_remote(folder):
+    bucket, run = str(folder), f"{workdir}/run.json"
+    is_started = bool(objects.list_objects(run, what="--workdir"))
+    key = repr((build.FORMAT, dataclasses.replace(request, data_dir="data")))
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    place = host_copy.cache_folder("drawn") / name
   if changes := build.find_changes(request) if is_started else []:
     raise ValueError(
       f"data.synthetic must be what the run in --workdir ({str(workdir)!r}) "
       f"has drawn, but {'; '.join(changes[:3])}. Set it back, name the data in "
       "data.dir, or choose another --workdir."
     )
+  request = dataclasses.replace(request, data_dir=str(place))
   manifest = build.build_data_dir(request, overwrite=True)
-  return data_dirs.DataDir("data.dir", folder.name, folder, 1, manifest)
+  return data_dirs.DataDir("data.dir", "data", place, 1, manifest, bucket)
 
 
 def synthetic_request(
@@ -296,5 +320,6 @@ def _open_completions(
     kinds = settings.preference_kinds
     return preferences.synthesize(count, kinds=kinds, template=template), {}
   completions = preferences.from_file(file, count)
-  digest = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+  content = untrusted.read_bytes(file, untrusted.MAX_JSON_BYTES)
+  digest = hashlib.sha256(content).hexdigest()
   return completions, {"data.preference_file: its contents": digest}

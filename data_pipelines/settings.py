@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines import images, prompt_rows
 from data_pipelines.preferences import completions
 from data_pipelines.sources.drawn import synthetic
-from data_pipelines.storage.paths import expand_path, is_path
+from data_pipelines.storage.paths import absolute, expand_path, is_path
 from data_pipelines.text import chat_prompts, template_files, untrusted
 from data_pipelines.validation import (
   at_least,
@@ -113,7 +113,7 @@ class DataConfig:
   def __post_init__(self):
     check_fields(self, "data")
     weights = [weight for _, weight in self.dirs]
-    folders = {os.path.realpath(folder) for folder, _ in self.dirs}
+    folders = {os.fspath(absolute(folder)) for folder, _ in self.dirs}
     name, known = self.prompt_template, (*chat_prompts.TEMPLATES, "PATH.jinja")
     if not name.endswith(template_files.SUFFIX):
       require_one_of("data.prompt_template", name, known)

@@ -6,29 +6,33 @@ docs/data.md lists its files. A complete one is reused as it is.
 import collections
 import contextlib
 import fcntl
+import hashlib
 import json
+import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from data_pipelines import validation
 from data_pipelines.records import IMAGE_MARK
 from data_pipelines.sources import divide, exclusion, origin, splits, stored
 from data_pipelines.sources.origin import Request
 from data_pipelines.sources.rows import mathvista
-from data_pipelines.storage import paths
+from data_pipelines.storage import host_copy, objects, paths
 from data_pipelines.text import chat_prompts, tokenizer, untrusted
 
 # Raise this when an old request gives new bytes.
 FORMAT = 3
 SYNTHETIC = origin.SYNTHETIC
-_MANIFEST, _REJECTS = "manifest.json", "rejects.jsonl"
-_TOKENIZER = "tokenizer.model"
-_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, stored.NAME}
+_MANIFEST, _REJECTS = stored.MANIFEST, "rejects.jsonl"
+_TOKENIZER, _MARK = "tokenizer.model", ".preparing"
+_OWN_FILES = {_MANIFEST, _REJECTS, _TOKENIZER, _MARK, stored.NAME}
 _MAX_TOKENIZER_TEXTS = 3_000
 
 
@@ -37,40 +41,39 @@ def build_data_dir(
 ) -> dict[str, Any]:
   """Builds the data dir, unless it is complete already; returns its manifest.
 
-  If two processes ask for the same one, the second waits and reuses it. The
-  number of processes that check records changes no file; 0 is this one.
+  If two processes ask for the same one, the second waits and reuses it; of two
+  machines one reuses what the other has built. One in a bucket is built on this
+  machine's disk. The number of processes that check records changes no file; 0
+  is this one.
   """
   data_dir = _find_data_dir(request)
   source, options = _open_source(request)
-  building = data_dir.with_name(f".{data_dir.name}.building")
-  retired = data_dir.with_name(f".{data_dir.name}.retired")
-  with _lock(data_dir):
-    manifest = read_manifest(data_dir)
-    if manifest is not None:
-      changes = _changes(manifest["request"], options)
-      if changes and not overwrite:
-        left = len(changes) - 3
-        more = f" and {left} more changes" if left > 0 else ""
-        raise validation.SettingError(
-          f"data_dir ({str(data_dir)!r}) was made from "
-          f"{untrusted.shorten(manifest['source'])} by another request: "
-          f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
-          "--overwrite to replace it."
-        )
-      if not changes and manifest["files"] == _sizes(data_dir):
-        logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
-        return manifest
-      why = f"{changes[0]}." if changes else "some of its files are damaged."
-      logging.info("Rebuilding %s: %s", data_dir, why)
+  beside = pathlib.Path(data_dir)
+  if is_remote := paths.is_remote(data_dir):
+    name = hashlib.sha256(os.fspath(data_dir).encode()).hexdigest()[:24]
+    beside = host_copy.cache_folder("building") / name
+  # Two machines build in two folders, for a shared disk may know no locks.
+  host = socket.gethostname()
+  building = beside.with_name(f".{beside.name}.building.{host}")
+  retired = beside.with_name(f".{beside.name}.retired.{host}")
+  with _lock(beside):
+    if manifest := _find_whole(data_dir, options, overwrite):
+      logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
+      return manifest
     # A killed process leaves these.
     for leftover in (building, retired):
       shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir()
     try:
+      if is_remote:
+        objects.put(data_dir / _MARK, b"", what="data_dir")  # If it may write.
       manifest = _write(request, source, options, building, num_workers)
-      if data_dir.exists():
-        data_dir.rename(retired)
-      building.rename(data_dir)
+      if is_remote:
+        objects.replace_folder(
+          building, data_dir, last=_MANIFEST, what="data_dir"
+        )
+      else:
+        _replace(pathlib.Path(data_dir), building, retired, options)
     finally:
       for leftover in (building, retired):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -79,6 +82,58 @@ def build_data_dir(
     rejects = f"; rejected, see {_REJECTS}: {manifest['rejects']}"
   logging.info("Prepared %s: %s%s.", data_dir, manifest["counts"], rejects)
   return manifest
+
+
+def _find_whole(
+  data_dir: epath.Path, options: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+  """The manifest of a data dir that need not be built; None to build it.
+
+  Raises:
+    SettingError: It was made by another request, and may not be replaced.
+  """
+  manifest = read_manifest(data_dir)
+  if manifest is None:
+    return None
+  changes = _changes(manifest["request"], options)
+  if changes and not overwrite:
+    left = len(changes) - 3
+    more = f" and {left} more changes" if left > 0 else ""
+    raise validation.SettingError(
+      f"data_dir ({str(data_dir)!r}) was made from "
+      f"{untrusted.shorten(manifest['source'])} by another request: "
+      f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
+      "--overwrite to replace it."
+    )
+  if not changes and manifest["files"] == _sizes(data_dir):
+    return manifest
+  why = f"{changes[0]}." if changes else "some of its files are damaged."
+  logging.info("Rebuilding %s: %s", data_dir, why)
+  return None
+
+
+def _replace(
+  data_dir: pathlib.Path,
+  building: pathlib.Path,
+  retired: pathlib.Path,
+  options: Mapping[str, Any],
+) -> None:
+  """Moves what was built to its place, unless another machine was first."""
+  try:
+    if not _is_whole(data_dir, options):
+      with contextlib.suppress(FileNotFoundError):
+        data_dir.rename(retired)
+      building.rename(data_dir)
+  except OSError:
+    if not _is_whole(data_dir, options):
+      raise
+
+
+def _is_whole(data_dir: pathlib.Path, options: Mapping[str, Any]) -> bool:
+  """True for a data dir of these options that has all its files."""
+  with contextlib.suppress(validation.SettingError, OSError):
+    return _find_whole(epath.Path(data_dir), options, False) is not None
+  return False
 
 
 def _open_source(request: Request) -> tuple[origin.Origin, dict[str, Any]]:
@@ -100,13 +155,17 @@ def _refusal(data_dir: object, rule: str) -> validation.SettingError:
   )
 
 
-def _find_data_dir(request: Request) -> pathlib.Path:
+def _find_data_dir(request: Request) -> epath.Path:
   """The data dir; refuses one with files that this module did not write."""
-  data_dir = paths.to_path("data_dir", request.data_dir).resolve()
-  if "://" in request.data_dir or not data_dir.name:
-    raise _refusal(request.data_dir, "be a local folder, below /")
+  data_dir = paths.absolute(paths.to_path("data_dir", request.data_dir))
+  if not data_dir.name:
+    raise _refusal(request.data_dir, "be a folder below /")
   try:
-    found = {path.name for path in data_dir.iterdir()}
+    if paths.is_remote(data_dir):
+      names = objects.list_objects(data_dir, what="data_dir")
+      found = {name.partition("/")[0] or data_dir.name for name in names}
+    else:
+      found = {path.name for path in data_dir.iterdir()}
   except FileNotFoundError:
     return data_dir
   except OSError as error:
@@ -133,16 +192,16 @@ def _lock(data_dir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def read_manifest(data_dir: pathlib.Path) -> dict[str, Any] | None:
+def read_manifest(data_dir: epath.PathLike) -> dict[str, Any] | None:
   """The manifest of a data dir; None without one, or if it is damaged."""
-  path = data_dir / _MANIFEST
-  if not path.exists():
-    return None
+  path = f"{os.fspath(data_dir)}/{_MANIFEST}"
   try:
     manifest = untrusted.read_json(path)
     for name in ("request", "files", "counts"):
-      untrusted.get_field(manifest, name, dict, str(path))
-    untrusted.get_field(manifest, "source", str, str(path))
+      untrusted.get_field(manifest, name, dict, path)
+    untrusted.get_field(manifest, "source", str, path)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
   except (OSError, ValueError) as error:
     logging.warning("Rebuilding %s: %s", data_dir, error)
     return None
@@ -179,8 +238,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   return changes
 
 
-def _sizes(folder: pathlib.Path) -> dict[str, int]:
+def _sizes(folder: epath.Path | pathlib.Path) -> dict[str, int]:
   """Bytes of every file under the folder except the manifest."""
+  if paths.is_remote(folder):
+    found = objects.list_objects(folder, what="data_dir")
+    return {k: x.size for k, x in found.items() if k != _MANIFEST}
+  folder = pathlib.Path(folder)
   return {
     path.relative_to(folder).as_posix(): path.stat().st_size
     for path in sorted(pathlib.Path(folder).rglob("*"))

@@ -8,8 +8,9 @@ from absl import logging
 from data_pipelines.settings import DataConfig
 from data_pipelines.sources import mixtures, stored
 from data_pipelines.sources.origin import SYNTHETIC
+from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
-from data_pipelines.validation import printable, require
+from data_pipelines.validation import SettingError, printable, require
 
 _TEXTS, _OBJECTS = ("fingerprint", "terms"), ("counts", "tokenizer", "files")
 
@@ -19,14 +20,20 @@ class DataDir(NamedTuple):
 
   setting: str  # That names it.
   name: str  # In metrics, and before the pids of a mixture.
-  folder: pathlib.Path
+  folder: pathlib.Path  # On this machine's disk.
   share: int  # Its part of the prompts, beside those of the others.
   manifest: dict[str, Any]  # The contents of its manifest.json.
+  bucket: str = ""  # The gs:// path of which the folder is a copy, if any.
+
+  @property
+  def place(self) -> str:
+    """The folder as its user knows it."""
+    return self.bucket or str(self.folder)
 
   def refuse_changed(self, change: str) -> NoReturn:
     """Raises a ValueError, because the data are not as they were made."""
     raise ValueError(
-      f"{self.setting} ({str(self.folder)!r}) must be as "
+      f"{self.setting} ({self.place!r}) must be as "
       f"data_pipelines.prepare made it, but {printable(change)}; prepare the "
       "data again, in another folder."
     )
@@ -50,7 +57,13 @@ def open_split(
 ) -> stored.Source | mixtures.Mixture:
   """The problems of a split in those data dirs that have it."""
   having = [each for each in dirs if split in each.manifest["counts"]]
-  sources = {each.name: stored.source(each.folder, split) for each in having}
+  sources = {}
+  for each in having:
+    try:
+      sources[each.name] = stored.source(each.folder, split)
+    except ValueError as error:
+      text = str(error).replace(str(each.folder), each.place)
+      raise type(error)(text) from error
   return mixtures.Mixture(sources) if len(dirs) > 1 else sources[dirs[0].name]
 
 
@@ -58,7 +71,7 @@ def parts(dirs: list[DataDir], split: str) -> tuple[str, ...]:
   """A sentence for each source of which a split holds only a part."""
   found = []
   for each in dirs:
-    source = str(each.folder / "manifest.json")
+    source = f"{each.place}/{stored.MANIFEST}"
     origins = each.manifest.get("source_splits", {})
     for name in untrusted.check_kind(origins, dict, source):
       counts = untrusted.get_field(origins, name, dict, source)
@@ -97,9 +110,9 @@ def check(
     require_split("data.eval_split", settings.eval_split, dirs[0])
   for each in lacking:
     message = "%s has no split %s: it is not evaluated."
-    logging.warning(message, each.folder, settings.eval_split)
+    logging.warning(message, each.place, settings.eval_split)
   accepts = settings.accept_mathvista_training_terms
-  terms = [str(each.folder) for each in dirs if each.manifest["terms"]]
+  terms = [each.place for each in dirs if each.manifest["terms"]]
   require(
     accepts or not (for_training and terms),
     "data.accept_mathvista_training_terms",
@@ -117,7 +130,7 @@ def require_split(setting: str, split: str, data_dir: DataDir) -> None:
     split in counts,
     setting,
     split,
-    f"be one of the splits of the data dir {data_dir.folder}, "
+    f"be one of the splits of the data dir {data_dir.place}, "
     f"{', '.join(counts)}",
     f"correct {setting}, or prepare the data again with such a split",
   )
@@ -125,22 +138,26 @@ def require_split(setting: str, split: str, data_dir: DataDir) -> None:
 
 def open_dir(setting: str, name: str, folder: str, share: int = 1) -> DataDir:
   """A data dir whose files have the sizes that it lists."""
-  source = str(pathlib.Path(folder) / "manifest.json")
+  source = f"{folder}/{stored.MANIFEST}"
   try:
-    manifest = untrusted.read_json(source)
+    here = stored.on_this_host(folder, what=setting)
+    manifest = untrusted.read_json(here / stored.MANIFEST, source=source)
     for kind, fields in ((str, _TEXTS), (dict, _OBJECTS)):
       for field in fields:
         untrusted.get_field(manifest, field, kind, source)
     for field, kind in (("vocab_size", int), ("fingerprint", str)):
       untrusted.get_field(manifest["tokenizer"], field, kind, source)
     untrusted.check_items(manifest["files"].values(), int, source)
+  except SettingError:
+    raise
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{setting} ({folder!r}) must be a folder that data_pipelines.prepare "
       f"has made: {error}; run python -m data_pipelines.prepare "
       f"--data_dir={folder} first."
     ) from error
-  opened = DataDir(setting, name, pathlib.Path(folder), share, manifest)
+  bucket = folder if paths.is_remote(folder) else ""
+  opened = DataDir(setting, name, here, share, manifest, bucket)
   for file, size in manifest["files"].items():
     path = opened.folder / file
     found = path.stat().st_size if path.is_file() else "no"

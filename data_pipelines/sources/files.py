@@ -21,7 +21,7 @@ from etils import epath
 
 from data_pipelines import images, records, validation
 from data_pipelines.sources import readers, stored
-from data_pipelines.storage import paths
+from data_pipelines.storage import objects, paths
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 
@@ -75,19 +75,25 @@ def find(path: epath.PathLike) -> Folder:
   """Finds the data in a folder or a file, locally or on gs://."""
   with validation.user_errors():
     root = epath.Path(paths.expand_path("source", os.fspath(path)))
+  root, is_folder, exists = paths.absolute(root), False, False
   try:
-    root = root if "://" in os.fspath(path) else root.resolve()
-    if root.is_dir():
+    if paths.is_remote(root):
+      exists = "" in (found := objects.list_objects(root, what="source"))
+      is_folder = bool(found) and not exists
+    else:
+      is_folder, exists = root.is_dir(), root.exists()
+    if is_folder:
       return _open_data_dir(root) or _open(root, _choose(root))
-    if root.exists():
+    if exists:
       if file := _file(root, root.name):
         return _open(root.parent, [file])
       rule = f"end in one of {_KNOWN}, or be a folder of such files"
       raise _refusal(root, rule, "unpack or convert it")
   except validation.SettingError:
     raise
-  # A bucket's library may raise anything for a missing name or credential.
   except Exception as error:
+    if validation.is_machine_failure(error):
+      raise
     raise validation.SettingError(
       f"source ({os.fspath(path)!r}) must be readable: {error}; fix the "
       "path or the access to it, or copy it to a local folder."
@@ -157,8 +163,13 @@ def _walk(
   folder: epath.Path, seen: set[str], depth: int = _MAX_DEPTH
 ) -> Iterator[epath.Path]:
   """The files under a folder, except hidden ones and pictures."""
-  place = os.fspath(folder)
-  place = place if "://" in place else os.path.realpath(place)
+  if paths.is_remote(folder):
+    for name in objects.list_objects(folder, what="source"):
+      is_hidden = f"/{name}".count("/.") or name.count("/") > depth
+      if not is_hidden and not name.lower().endswith(readers.PICTURES):
+        yield folder / name
+    return
+  place = os.path.realpath(folder)
   if depth < 0 or place in seen:
     return
   seen.add(place)
@@ -166,12 +177,10 @@ def _walk(
     name = path.name.lower()
     if name.startswith(".") or name.endswith(readers.PICTURES):
       continue
-    # Spark writes folders such as a.parquet. On gs:// each question takes long.
-    is_known = "://" in place and name.endswith(tuple(readers.KINDS))
-    if is_known or not path.is_dir():
-      yield path
-    else:
+    if path.is_dir():  # Spark writes folders such as a.parquet.
       yield from _walk(path, seen, depth - 1)
+    else:
+      yield path
 
 
 def _check_choice(root: epath.Path, files: Sequence[_File]) -> None:
@@ -199,16 +208,20 @@ def _check_choice(root: epath.Path, files: Sequence[_File]) -> None:
 
 def _open_data_dir(root: epath.Path) -> Folder | None:
   """The problems in a data dir; None if the folder is none."""
-  sources = {} if "://" in os.fspath(root) else stored.sources(root)
+  if paths.is_remote(root):
+    names = objects.list_objects(root, what="source")
+    if not any(".array_record-" in name for name in names):
+      return None
+  sources = stored.sources(root)
   if not sources:
     return None
   found = {
     split: functools.partial(stored.read_all, source)
     for split, source in sources.items()
   }
-  paths = [path for source in sources.values() for path in source.paths]
+  every = [path for source in sources.values() for path in source.paths]
   counts = {split: len(source) for split, source in sources.items()}
-  return Folder(found, _hashes(paths, []), counts)
+  return Folder(found, _hashes(every, []), counts)
 
 
 def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
@@ -221,14 +234,14 @@ def _open(root: epath.Path, files: Sequence[_File]) -> Folder:
     split: functools.partial(_read_rows, group, root)
     for split, group in splits.items()
   }
-  paths = [os.fspath(file.path) for file in files]
+  every = [os.fspath(file.path) for file in files]
   counts: dict[str, int] = {}
-  is_local = "://" not in os.fspath(root)
+  is_local = not paths.is_remote(root)
   with contextlib.suppress(Exception):  # Whoever reads a damaged file says so.
     for split, group in splits.items():
       if is_local and {file.kind for file in group} == {".parquet"}:
         counts[split] = sum(pq.read_metadata(x.path).num_rows for x in group)
-  return Folder(found, _hashes(paths, _named_pictures(files, root)), counts)
+  return Folder(found, _hashes(every, _named_pictures(files, root)), counts)
 
 
 def _read_rows(files: Sequence[_File], root: epath.Path) -> Iterator[RawRecord]:
@@ -280,10 +293,9 @@ def _named_pictures(files: Sequence[_File], root: epath.Path) -> list[str]:
 
   @functools.cache
   def list_folder(folder: str) -> frozenset[str]:
-    path = epath.Path(folder)
-    # A bucket's library has errors of its own for a folder that is not there.
-    found = path.iterdir() if path.is_dir() else ()
-    return frozenset(each.name for each in found)
+    if paths.is_remote(folder):
+      return frozenset(objects.list_objects(folder, what="source"))
+    return frozenset(os.listdir(folder) if os.path.isdir(folder) else ())
 
   found: dict[str, None] = {}
   for file in files:
@@ -310,11 +322,15 @@ def _hashes(paths: Sequence[str], pictures: Sequence[str]) -> dict[str, str]:
 def _hash(path: str) -> str:
   """A hash of a file's content; "" if it is no file that can be read."""
   digest = hashlib.sha256()
-  # A name may be too long, hold a NUL, or name a folder.
-  with contextlib.suppress(OSError, ValueError):
-    untrusted.size_of(path)
-    with epath.Path(path).open("rb") as file:
+  try:
+    if not paths.is_remote(path):
+      untrusted.size_of(path)
+    with objects.open_file(path) as file:
       while block := file.read(2**20):
         digest.update(block)
     return digest.hexdigest()[:32]
+  # A name may be too long, hold a NUL, or name a folder.
+  except (OSError, ValueError) as error:
+    if validation.is_machine_failure(error):
+      raise
   return ""

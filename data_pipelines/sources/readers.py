@@ -11,7 +11,6 @@ import gzip
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import IO, Any, cast
 from etils import epath
 
 from data_pipelines import records, validation
+from data_pipelines.storage import objects, paths
 from data_pipelines.text import untrusted
 
 # The columns of a record, or the reason why it cannot be read.
@@ -34,36 +34,14 @@ _BATCH = 8 * 2**20
 _BUFFER = 2**20
 
 
-class _Remote(io.RawIOBase):
-  """A file of a bucket's library, with the methods of Python's own files."""
-
-  def __init__(self, file: Any):
-    self._file = file
-
-  def seekable(self) -> bool:
-    return True
-
-  readable = seekable
-
-  def readinto(self, buffer: Any, /) -> int:
-    content = self._file.read(len(buffer))
-    buffer[: len(content)] = content
-    return len(content)
-
-  def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-    self._file.seek(offset, whence)
-    return self._file.tell()
-
-
 @contextlib.contextmanager
 def _open(path: epath.Path, kind: str) -> Iterator[IO[bytes]]:
   """A file, unpacked if it is gzip; one in which the body fails is refused."""
   try:
-    untrusted.size_of(path)  # Refuses a pipe.
-    with path.open("rb") as file, contextlib.ExitStack() as stack:
+    if not paths.is_remote(path):
+      untrusted.size_of(path)  # Refuses a pipe.
+    with objects.open_file(path) as file, contextlib.ExitStack() as stack:
       opened: Any = file
-      if "://" in os.fspath(path):  # Read in parts too.
-        opened = io.BufferedReader(_Remote(file), _BUFFER)
       if path.name.lower().endswith(".gz"):
         opened = stack.enter_context(gzip.GzipFile(fileobj=opened))
       yield opened
@@ -109,9 +87,12 @@ def arrow(path: epath.Path, *, binary: bool = True) -> Iterator[Values]:
   with _open(path, "Arrow") as opened:
     is_file = opened.read(6) == b"ARROW1"
     opened.seek(0)
-    is_remote = "://" in os.fspath(path)
     # What is mapped is not copied: a batch may hold a thousand pictures.
-    source = pa.PythonFile(opened) if is_remote else pa.memory_map(str(path))
+    source = (
+      pa.PythonFile(opened)
+      if paths.is_remote(path)
+      else pa.memory_map(str(path))
+    )
     if is_file:
       file = pa.ipc.open_file(source)
       batches = map(file.get_batch, range(file.num_record_batches))

@@ -27,8 +27,12 @@ from tensorflow_datasets.core import (
 from tensorflow_datasets.core.utils import shard_utils
 
 from data_pipelines import records, validation
+from data_pipelines.storage import host_copy
+from data_pipelines.storage.paths import is_remote
+from data_pipelines.text import untrusted
 
 NAME, VERSION = "problems", "1.0.0"
+MANIFEST = "manifest.json"
 
 
 @functools.cache
@@ -181,10 +185,30 @@ class Source:
     return type(self), (self.paths,)
 
 
+def on_this_host(
+  data_dir: str | os.PathLike[str], *, what: str
+) -> pathlib.Path:
+  """The folder of a data dir; a bucket's files that prepare made are copied.
+
+  Raises:
+    FileNotFoundError: There is no manifest in the bucket's folder.
+    ValueError: It is damaged, or cannot be read; see `host_copy`.
+  """
+  if not is_remote(data_dir):
+    return pathlib.Path(data_dir)
+  place = f"{os.fspath(data_dir)}/{MANIFEST}"
+  manifest = untrusted.read_json(place)
+  names = untrusted.get_field(manifest, "files", dict, place)
+  return host_copy.host_copy(data_dir, what=what, names={*names, MANIFEST})
+
+
 def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
   """Every split in the folder of a data dir, or in its subfolder."""
-  root = pathlib.Path(data_dir)
   files: dict[str, list[pathlib.Path]] = {}
+  try:
+    root = on_this_host(data_dir, what="data dir")
+  except FileNotFoundError:
+    return {}
   for folder in (root / NAME / VERSION, root):
     names = sorted(folder.glob(f"{NAME}-*.array_record-*"))
     for path in names if not files else ():
@@ -198,11 +222,13 @@ def sources(data_dir: str | os.PathLike[str]) -> dict[str, Source]:
     except Exception as error:  # As for torn bytes, a folder or no access.
       if validation.is_machine_failure(error):
         raise
-      raise validation.SettingError(
+      text = (
         f"split ({split!r}) must have whole files, all of them, in "
         f"{paths[0].parent}: {error}; make them again with 'python -m "
         "data_pipelines.prepare'."
-      ) from error
+      )
+      text = text.replace(str(root), os.fspath(data_dir))
+      raise validation.SettingError(text) from error
   return found
 
 

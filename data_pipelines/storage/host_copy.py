@@ -14,13 +14,11 @@ import itertools
 import math
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import google_crc32c
 from absl import logging
@@ -36,10 +34,6 @@ _LOG_SECONDS = 5.0
 # The copies that this process reads, each with the lock that keeps it.
 _in_use: dict[pathlib.Path, int] = {}
 _one_thread = threading.RLock()
-
-
-class _Changed(Exception):
-  """An object is not the one that was listed."""
 
 
 def host_copy(
@@ -61,7 +55,7 @@ def host_copy(
   Raises:
     SettingError: It is not there, may not be read, keeps changing, or does not
       fit on the disk.
-    RuntimeError: The bucket does not answer.
+    OSError: The bucket does not answer.
   """
   if not paths.is_remote(path):
     return pathlib.Path(path)
@@ -86,8 +80,8 @@ def host_copy(
           _build(text, found, target, what)
         _keep(copy)
         return target
-      except _Changed as error:
-        logging.warning("%s in %s changes; copies it again.", error, text)
+      except objects.Changed as error:
+        logging.warning("%s in %s; copies it again.", error, text)
   raise SettingError(
     f"{what} ({text!r}) must not change while it is copied; wait for what "
     "writes there."
@@ -204,7 +198,7 @@ def _build(
               done = copied / 1e9, size / 1e9, text, copied / 1e6 / seconds
               logging.info(message, what, *done)
         if base64.b64encode(crc.to_bytes(4)).decode() != found[name].crc32c:
-          raise _Changed(name or text)
+          raise objects.Changed(name or text)
     shutil.rmtree(copy, ignore_errors=True)
     building.rename(copy)
   except OSError as error:
@@ -227,14 +221,10 @@ def _read(
   """The pieces of the objects in order; many requests are under way at once.
 
   Raises:
-    _Changed: An object is gone, or is shorter than it was.
+    Changed: An object is gone, or is shorter than it was.
   """
-  import tensorstore as ts
-
   bucket, prefix = objects.split(text)
-  context = ts.Context({"gcs_request_retries": {"max_retries": 8}})
-  spec = {"driver": "gcs", "bucket": bucket}
-  store = ts.KvStore.open(spec, context=context).result()
+  store = objects.store(bucket)
   ranges = (
     (name, slice(start, min(start + _PIECE, each.size)))
     for name, each in found.items()
@@ -249,21 +239,4 @@ def _read(
     if not waiting:
       return
     name, future = waiting.popleft()
-    yield name, _result(future, name or text) if future else b""
-
-
-def _result(future: Any, name: str) -> bytes:
-  """The bytes that TensorStore has read."""
-  from google.api_core import exceptions as api
-
-  try:
-    read = future.result()
-  except Exception as error:  # TensorStore's errors have no classes.
-    if "OUT_OF_RANGE" in str(error):
-      raise _Changed(name) from error
-    refused = re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error))
-    kind = api.Forbidden if refused else api.ServiceUnavailable
-    raise kind(str(error)) from error
-  if read.state != "value":
-    raise _Changed(name)
-  return read.value
+    yield name, objects.value(future, name or text) if future else b""

@@ -30,9 +30,12 @@ _KINDS = {
 def size_of(path: str | os.PathLike) -> int:
   """The bytes of a regular file; a device, a pipe or a folder is refused."""
   if "://" in os.fspath(path):
-    from etils import epath
+    from data_pipelines.storage import objects
 
-    return epath.Path(path).stat().length
+    found = objects.list_objects(path, what="file").get("")
+    if found is None:
+      raise FileNotFoundError(f"There is no {printable(os.fspath(path))}.")
+    return found.size
   status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
     raise ValueError(f"{printable(os.fspath(path))} must be a regular file.")
@@ -48,9 +51,9 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
       f"{max_bytes}."
     )
   if "://" in os.fspath(path):
-    from etils import epath
+    from data_pipelines.storage import objects
 
-    return epath.Path(path).read_bytes()
+    return objects.read(path)
   with open(path, "rb") as file:
     # By its size: Python allocates what it is asked to read.
     return file.read(size)
