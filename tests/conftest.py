@@ -89,6 +89,10 @@ def bucket(tmp_path_factory):
 @pytest.fixture
 def bucket_here(bucket, monkeypatch):
   """The fake bucket, for the test's own process."""
+  from data_pipelines.storage import objects
+
   for name, value in bucket.environment().items():
     monkeypatch.setenv(name, value)
+  for client in (objects.client, objects.store):
+    client.cache_clear()  # Of an earlier test's bucket.
   return bucket

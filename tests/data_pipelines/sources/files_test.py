@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
-from etils.epath import backend
 from PIL import Image
 
 from data_pipelines import images, records, validation
 from data_pipelines.sources import files, readers, stored
 from data_pipelines.sources.rows import mathvista
 from tests.data_pipelines.sources import taken
+from tests.gcs import folders
 
 
 def make_image(shade=0):
@@ -826,7 +826,7 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path, kind, bucket_here):
   WRITERS[kind](tmp_path / "d" / "train", ROWS)
   (tmp_path / "d" / "pics").mkdir()
   (tmp_path / "d" / "pics" / "a.png").write_bytes(b"a picture")
-  upload(bucket_here, tmp_path / "d", "d")
+  folders.upload(bucket_here, tmp_path / "d", "d")
   bucket, local = files.find("gs://bucket/d"), files.find(tmp_path / "d")
   assert values(bucket) == values(local) and len(values(local)["train"]) == 4
   assert bucket.files == local.files
