@@ -1,12 +1,12 @@
 # The program with its pinned dependencies, for a TPU host. The image contains no
-# Gemma weights and no MathVista data: these are mounted.
+# Gemma weights and no MathVista data: these are in a bucket.
 #
 #   docker build -t grpo_tpu .
-#   docker run --privileged --net=host --volume DIR:DIR grpo_tpu \
-#     --config=configs/smoke.py --workdir=DIR
+#   docker run --privileged --net=host --ulimit memlock=-1 --init grpo_tpu \
+#     --config=configs/smoke.py --workdir=gs://BUCKET/RUN
 #
-# `launch/tpu.sh` runs the image on every worker of a slice or on GKE, with DIR in
-# a mounted bucket (docs/on-a-pod.md).
+# `launch/tpu.sh` runs the image on every worker of a slice or on GKE
+# (docs/on-a-pod.md).
 #
 # `--build-arg EXTRA=` (no extra) makes an image for CPUs.
 #
@@ -21,6 +21,7 @@ WORKDIR /opt/grpo_tpu
 ENV PIP_NO_CACHE_DIR=1 \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
   PYTHONUNBUFFERED=1 \
+  TPU_LOG_DIR=disabled \
   TF_CPP_MIN_LOG_LEVEL=3
 
 # The dependencies come first, so that a change of the code keeps their layer.

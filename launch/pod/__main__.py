@@ -104,10 +104,16 @@ def _run(arguments: argparse.Namespace) -> int:
   settings = pod_settings.read(arguments.settings)
   cloud = gcloud.Gcloud(settings, dry_run=arguments.dry_run)
   verb = arguments.verb
+  if verb != "jobset" and settings.accelerator_type.startswith("tpu7x"):
+    raise ValueError(
+      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must not be tpu7x,"
+      " which the TPU API does not offer; print a `jobset` and run it on GKE."
+    )
   if verb in ("run", "supervise", "jobset"):
     job = workers.Job(arguments.config, tuple(arguments.flags))
     if not settings.image:
       workers.require_committed(job.config)
+    job = job.with_defaults(settings)
     if arguments.no_check:
       logging.warning("Not checked: a wrong setting ends the run with 64.")
     else:
@@ -128,7 +134,10 @@ def _run(arguments: argparse.Namespace) -> int:
     found = slices.wait(
       cloud, timeout_seconds=arguments.timeout, poll_seconds=arguments.poll
     )
-    logging.info("%s is ready: %d workers.", settings.name, found.num_workers)
+    details = (settings.name, cloud.zone, found.num_workers)
+    logging.info("%s is ready in %s: %d workers.", *details)
+  elif verb == "tensorboard" and settings.bucket:
+    workers.tensorboard(cloud, arguments.port)
   else:
     _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
   return Exit.DONE
@@ -170,7 +179,7 @@ def _on_workers(
       logging.warning("%d files with uncommitted changes are not sent.", unsent)
     logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
   elif verb == "status":
-    lines = [f"{cloud.settings.name}: ready, {count} workers."]
+    lines = [f"{cloud.settings.name}: ready in {cloud.zone}, {count} workers."]
     for worker, status in enumerate(workers.status(cloud, count)):
       lines.append(f"worker {worker}: {status}")
       # The workers of a run say much the same.

@@ -39,7 +39,8 @@ def check(settings: pod_settings.Settings, job: workers.Job) -> None:
       settings.accelerator_type,
     )
   else:
-    words.append(f"--topology={shape.slice_name}")
+    several = f"*{settings.num_slices}" * (settings.num_slices != "1")
+    words.append(f"--topology={shape.slice_name}{several}")
   code, reason = _run(words)
   if code == Exit.BAD_REQUEST:
     where = f"ACCELERATOR_TYPE ({settings.accelerator_type})"

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.pod import settings as pod_settings
@@ -18,6 +18,12 @@ _ERRORS: dict[str, list[str]] = tomllib.loads(
 )
 # The name of `launch/pod/worker.sh` in the home folder of a worker.
 WORKER_SCRIPT = "grpo_tpu_worker.sh"
+
+# Flags that only gcloud alpha has.
+_ALPHA = (
+  *("--tunnel-through-iap", "--provisioning-model=", "--max-run-duration="),
+  *("--reservation=", "--boot-disk=", "--autocheckpoint-enabled"),
+)
 
 # Progress messages of gcloud's ssh and scp, which are not the worker's output.
 _PROGRESS = re.compile(
@@ -34,6 +40,11 @@ def classify_error(stderr: str) -> Exit:
   return Exit.GCLOUD
 
 
+def is_alpha(words: Sequence[str]) -> bool:
+  """True if only gcloud alpha accepts a call."""
+  return any(word.startswith(_ALPHA) for word in words)
+
+
 def error_tail(stderr: str) -> str:
   """The last lines of an error output, without gcloud's progress messages."""
   lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
@@ -42,19 +53,33 @@ def error_tail(stderr: str) -> str:
 
 
 class Gcloud:
-  """The gcloud command line tool, for one slice.
+  """The gcloud command line tool, for one slice or several of one run.
 
   A dry run prints calls instead of making them.
+
+  Attributes:
+    zone: The zone of the calls: where the slice is, or is tried next.
+    num_workers: The number of workers of all slices, once it is known.
   """
 
   def __init__(self, settings: pod_settings.Settings, *, dry_run: bool):
     self.settings = settings
     self.dry_run = dry_run
+    self.zone = settings.zones[0]
+    self.num_workers = 1
 
-  def describe(self, kind: str) -> dict[str, Any] | None:
-    """Asks the API for the "tpu-vm" or the "queued-resources" of the slice."""
+  def zones_in_turn(self) -> Iterator[str]:
+    """Makes each zone the zone of the calls, the present one first and last."""
+    zones = self.settings.zones
+    start = zones.index(self.zone)
+    for self.zone in zones[start:] + zones[:start]:
+      yield self.zone
+    self.zone = zones[start]
+
+  def describe(self, kind: str, name: str) -> dict[str, Any] | None:
+    """Asks the API for a "tpu-vm" or a "queued-resources"."""
     try:
-      answer = self.tpus(kind, "describe", self.settings.name, "--format=json")
+      answer = self.tpus(kind, "describe", name, "--format=json")
     except Failure as failure:
       if failure.exit == Exit.ABSENT:
         return None
@@ -87,8 +112,9 @@ class Gcloud:
 
   def copy(self, worker: int, files: Sequence[str]) -> None:
     """Copies files to the home folder of a worker."""
-    words = ["tpu-vm", "scp", *files, f"{self.settings.name}:."]
-    words += [f"--worker={worker}", *self._connection_flags("scp")]
+    node, number = self._address(worker)
+    words = ["tpu-vm", "scp", *files, f"{node}:."]
+    words += [f"--worker={number}", *self._connection_flags("scp")]
     result = self._run(self._tpus_call(words))
     self.check_worker(worker, result.returncode, result.stderr)
 
@@ -106,10 +132,17 @@ class Gcloud:
     gcloud splits the command at blanks and ssh joins it with blanks, so words
     that are quoted for the worker's shell arrive unchanged.
     """
-    words = ["tpu-vm", "ssh", self.settings.name, f"--worker={worker}"]
+    node, number = self._address(worker)
+    words = ["tpu-vm", "ssh", node, f"--worker={number}"]
     words += [f"--command={shlex.join(command)}"]
     call = self._tpus_call([*words, *self._connection_flags("ssh")])
     return [*call, "--", *ssh_flags] if ssh_flags else call
+
+  def _address(self, worker: int) -> tuple[str, int]:
+    """The TPU VM of a worker, and the worker's number there."""
+    nodes = self.settings.nodes
+    node, number = divmod(worker, max(self.num_workers // len(nodes), 1))
+    return nodes[node], number
 
   def start(self, call: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
     """Starts a call. A dry run prints the call and starts `true` instead."""
@@ -132,10 +165,8 @@ class Gcloud:
     return subprocess.CompletedProcess(call, process.returncode, out, err)
 
   def _tpus_call(self, words: Sequence[str]) -> list[str]:
-    # Only gcloud alpha has the tunnel.
-    track = ["alpha"] if "--tunnel-through-iap" in words else []
-    location = (f"--project={self.settings.project}",)
-    location += (f"--zone={self.settings.zone}",)
+    track = ["alpha"] * is_alpha(words)
+    location = (f"--project={self.settings.project}", f"--zone={self.zone}")
     return ["gcloud", *track, "compute", "tpus", *words, *location, "--quiet"]
 
   def _connection_flags(self, program: str) -> list[str]:

@@ -1,20 +1,16 @@
-"""The JobSet for GKE that runs the same command as the slice.
-
-References:
-  https://cloud.google.com/kubernetes-engine/docs/how-to/cloud-storage-fuse-csi-driver-setup
-"""
+"""The JobSet for GKE that runs the same command as the slice."""
 
 import json
 import pathlib
+import re
 import string
 from typing import Any
 
 from launch.pod import settings as pod_settings
 from launch.pod import shapes, workers
 
-# Checkpoints become visible when their folder is renamed. The image's user is
-# 10001.
-_MOUNT_OPTIONS = "implicit-dirs,rename-dir-limit=100000,uid=10001,gid=10001"
+# Values of these variables are not printed: they come from a Secret.
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.I)
 
 
 def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
@@ -38,41 +34,52 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
     "cloud.google.com/gke-tpu-accelerator": shape.gke_accelerator,
     "cloud.google.com/gke-tpu-topology": shape.topology,
   }
-  if settings.capacity == "spot":
-    nodes["cloud.google.com/gke-spot"] = "true"
-  volume: dict[str, Any] = {"name": "workdir"}
-  pod_metadata = {}
-  folder = workdir = settings.workdir
-  if settings.bucket:
-    folder = f"/buckets/{settings.bucket}"
-    workdir = f"{folder}/{settings.path_in_bucket}"
-    pod_metadata["annotations"] = {"gke-gcsfuse/volumes": "true"}
-    attributes = {"bucketName": settings.bucket, "mountOptions": _MOUNT_OPTIONS}
-    driver = "gcsfuse.csi.storage.gke.io"
-    volume["csi"] = {"driver": driver, "volumeAttributes": attributes}
-  else:
+  if settings.capacity in ("spot", "flex-start"):
+    nodes[f"cloud.google.com/gke-{settings.capacity}"] = "true"
+  if settings.reservation:
+    name = settings.reservation.rpartition("/")[2]
+    nodes["cloud.google.com/reservation-name"] = name
+  volumes, mounts = [], []
+  if not settings.bucket:
     # Every node has mounted the path already.
-    volume["hostPath"] = {"path": folder, "type": "Directory"}
-  words = [*job.words, f"--workdir={workdir}"]
+    path = {"path": settings.workdir, "type": "Directory"}
+    volumes = [{"name": "workdir", "hostPath": path}]
+    mounts = [{"name": "workdir", "mountPath": settings.workdir}]
+  words = [*job.words, f"--workdir={settings.workdir}"]
   values = {
     "name": settings.name,
     "namespace": settings.kubernetes_namespace,
     "labels": dict(x.split("=") for x in settings.all_labels.split(",")),
     "max_restarts": int(settings.max_restarts),
+    "slices": int(settings.num_slices),
     "hosts": shape.hosts,
-    "pod_metadata": pod_metadata,
     "service_account": settings.kubernetes_service_account,
     "grace_seconds": int(settings.grace_seconds),
     "node_selector": nodes,
     "image": settings.image,
-    # Kubernetes would expand $(NAME) in arguments; $$ stands for $.
-    "args": [word.replace("$", "$$") for word in words],
+    "args": [_escape(word) for word in words],
+    "env": [
+      _variable(settings.name, *item) for item in settings.environment.items()
+    ],
     "chips": {"google.com/tpu": str(shape.chips_per_host)},
-    "folder": folder,
-    "volume": volume,
+    "volumes": volumes,
+    "mounts": mounts,
   }
   template = pathlib.Path(__file__).with_suffix(".yaml")
   # A JSON value is a YAML value.
   return string.Template(template.read_text(encoding="utf-8")).substitute(
     {name: json.dumps(x, ensure_ascii=False) for name, x in values.items()}
   )
+
+
+def _escape(text: str) -> str:
+  """Keeps Kubernetes from expanding $(NAME)."""
+  return text.replace("$", "$$")
+
+
+def _variable(secret: str, name: str, value: str) -> dict[str, Any]:
+  """An environment variable of the container."""
+  if _SECRET.search(name):
+    source = {"secretKeyRef": {"name": secret, "key": name}}
+    return {"name": name, "valueFrom": source}
+  return {"name": name, "value": _escape(value)}

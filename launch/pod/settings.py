@@ -1,7 +1,7 @@
 """The settings file of `launch/tpu.sh`: NAME=VALUE lines, never executed.
 
 A value is the text after the equals sign: no quotes, no variables, no commands.
-The file must name every setting.
+The file must name every setting that has no `absent` value in `settings.toml`.
 """
 
 import dataclasses
@@ -35,15 +35,22 @@ class Settings:
   accelerator_type: str
   runtime_version: str
   capacity: str
+  max_run_duration: str
+  reservation: str
+  num_slices: str
   request: str
   valid_for: str
   network: str
   subnetwork: str
+  network_tags: str
   ssh: str
   service_account: str
   labels: str
+  boot_disk: str
+  autocheckpoint: str
   workdir: str
   image: str
+  env: str
   max_restarts: str
   grace_seconds: str
   kubernetes_namespace: str
@@ -52,29 +59,71 @@ class Settings:
   def __post_init__(self):
     for name, rule in RULES.items():
       value = getattr(self, name.lower())
-      is_valid = re.fullmatch(rule["pattern"], value, re.ASCII) is not None
-      is_quoted = value[:1] in ("'", '"') and value[:1] == value[-1:]
-      validation.require(
-        is_valid or (value == "" and rule.get("optional", False)),
-        name,
-        value,
-        f"be {rule['rule']}",
-        rule["remedy"] + " without quotes" * is_quoted,
-      )
-    validation.require(
-      validation.printable(self.workdir) == self.workdir,
-      "WORKDIR",
-      self.workdir,
-      "have no control characters",
-      "write it again, or choose another path",
-    )
-    validation.require(
-      not self.image or ":" not in self.workdir.removeprefix("gs://"),
-      "WORKDIR",
-      self.workdir,
-      "have no colon if IMAGE is set, because no container can mount it",
-      "choose another path",
-    )
+      parts = value.split(rule["separator"]) if "separator" in rule else [value]
+      for part in parts:
+        is_valid = re.fullmatch(rule["pattern"], part, re.ASCII) is not None
+        is_quoted = part[:1] in ("'", '"') and part[:1] == part[-1:]
+        if rule.get("is_secret"):
+          is_valid = is_valid and validation.printable(part) == part
+          part = part and part[: part.find("=") + 1] + "..."
+        validation.require(
+          is_valid or (part == "" and rule.get("optional", False)),
+          name,
+          part,
+          f"be {rule['rule']}",
+          rule["remedy"] + " without quotes" * is_quoted,
+        )
+    is_flex = self.capacity == "flex-start"
+    for name, holds, rule, remedy in (
+      (
+        "WORKDIR",
+        validation.printable(self.workdir) == self.workdir,
+        "have no control characters",
+        "write it again, or choose another path",
+      ),
+      (
+        "WORKDIR",
+        not self.image or bool(self.bucket) or ":" not in self.workdir,
+        "have no colon if IMAGE is set, because no container can mount it",
+        "choose another path",
+      ),
+      (
+        "REQUEST",
+        self.request == "queued" or not (is_flex or self.num_slices != "1"),
+        "be queued for flex-start and for more than one slice",
+        "write REQUEST=queued",
+      ),
+      (
+        "MAX_RUN_DURATION",
+        bool(self.max_run_duration) == is_flex,
+        "be set with CAPACITY=flex-start, and only then",
+        "write, for example, 2d, or leave it empty",
+      ),
+      (
+        "RESERVATION",
+        not self.reservation or self.capacity == "reserved",
+        "be empty without CAPACITY=reserved",
+        "write CAPACITY=reserved, or leave it empty",
+      ),
+    ):
+      validation.require(holds, name, getattr(self, name.lower()), rule, remedy)
+
+  @property
+  def zones(self) -> list[str]:
+    """The zones in the order in which they are tried."""
+    return self.zone.split(",")
+
+  @property
+  def nodes(self) -> list[str]:
+    """The names of the TPU VMs: one for each slice."""
+    if self.num_slices == "1":
+      return [self.name]
+    return [f"{self.name}-{k}" for k in range(int(self.num_slices))]
+
+  @property
+  def environment(self) -> dict[str, str]:
+    """The environment variables of the run."""
+    return dict(x.split("=", 1) for x in self.env.split("\n") if x)
 
   @property
   def all_labels(self) -> str:
@@ -86,11 +135,6 @@ class Settings:
     """The bucket of the workdir; None if the workdir is a path."""
     match = re.fullmatch(RULES["WORKDIR"]["pattern"], self.workdir)
     return match["bucket"] if match else None
-
-  @property
-  def path_in_bucket(self) -> str:
-    """The path of the workdir inside its bucket."""
-    return self.workdir.removeprefix(f"gs://{self.bucket}/")
 
 
 def parse(text: str) -> Settings:
@@ -116,14 +160,17 @@ def parse(text: str) -> Settings:
       raise ValueError(
         f"{name!r} must be a setting of launch/tpu.env.example; {hint}"
       )
-    if name in values:
+    if name in values and RULES[name].get("separator") != "\n":
       raise ValueError(
         f"{name} must be set once, but line {number} sets it again; remove one"
         " of the lines."
       )
-    values[name] = value.strip()
+    value = value.strip()
+    values[name] = f"{values[name]}\n{value}" if name in values else value
   for name, rule in RULES.items():
-    if name not in values:
+    if name not in values and "absent" in rule:
+      values[name] = rule["absent"]
+    elif name not in values:
       empty = " (it may be empty)" if rule.get("optional") else ""
       raise ValueError(f"{name} must be in the file{empty}; {rule['remedy']}.")
   return Settings(**{name.lower(): value for name, value in values.items()})

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.validation import printable
@@ -13,11 +14,11 @@ from launch.pod.exits import Exit, Failure
 
 
 class State(enum.Enum):
-  """The state of a slice."""
+  """The state of a slice; of several slices, the last in this order counts."""
 
   ABSENT = "absent"
-  PENDING = "pending"
   READY = "ready"
+  PENDING = "pending"
   FAILED = "failed"
   SUSPENDED = "suspended"
   PREEMPTED = "preempted"
@@ -60,9 +61,14 @@ class Slice:
 
 
 def from_api(
-  request: dict[str, Any] | None, node: dict[str, Any] | None, name: str
+  request: dict[str, Any] | None,
+  nodes: Sequence[dict[str, Any] | None],
+  name: str,
 ) -> Slice:
-  """Makes a slice from the API's queued resource and TPU VM, if they exist."""
+  """Makes a slice from the API's queued resource and TPU VMs, if they exist.
+
+  Several slices of one run are one slice here, in the state of the worst.
+  """
   spec: dict[str, Any] = {}
   details = []
   state = State.ABSENT
@@ -72,20 +78,23 @@ def from_api(
     details.append(f"the queued resource is {answer.get('state', 'new')}")
     if reason := answer.get("failedData", {}).get("error", {}).get("message"):
       details.append(reason)
-    if nodes := request.get("tpu", {}).get("nodeSpec"):
-      spec = nodes[0].get("node", {})
-  if node is not None:
-    spec = node
-    details.append(f"the TPU VM is {node.get('state', 'new')}")
+    if specs := request.get("tpu", {}).get("nodeSpec"):
+      spec = specs[0].get("node", {})
+  if found := [node for node in nodes if node is not None]:
+    spec = found[0]
+    names = [node.get("state", "new") for node in found]
+    names += ["missing"] * (len(nodes) - len(found))
+    details += [f"the TPU VM is {x}" for x in dict.fromkeys(names)]
     # A failed or suspended request explains more than its machines do.
     if state in (State.ABSENT, State.PENDING):
-      state = _STATES.get(node.get("state", ""), State.PENDING)
+      states = [_STATES.get(x, State.PENDING) for x in names]
+      state = max(states, key=list(State).index)
   return Slice(
     state=state,
     details=printable("; ".join(details)) or "no slice has this name",
     is_ours=spec.get("labels", {}).get(pod_settings.LABEL) == name,
     accelerator_type=spec.get("acceleratorType", ""),
-    num_workers=len((node or {}).get("networkEndpoints", [])),
+    num_workers=sum(len(node.get("networkEndpoints", [])) for node in found),
     is_queued=request is not None,
   )
 
@@ -93,27 +102,34 @@ def from_api(
 def find(
   cloud: gcloud.Gcloud, *, assumed: State, always_ask_queue: bool = False
 ) -> Slice:
-  """Asks the API for the slice; a dry run assumes its state.
+  """Looks for the slice in each zone; a dry run assumes its state.
 
-  Without `always_ask_queue`, a ready TPU VM makes the second question needless.
+  Without `always_ask_queue`, ready TPU VMs make the second question needless.
   """
   settings = cloud.settings
-  node = cloud.describe("tpu-vm")
-  state = assumed.name if cloud.dry_run else (node or {}).get("state")
-  request = None
-  if always_ask_queue or state != "READY":
-    request = cloud.describe("queued-resources")
-  if not cloud.dry_run:
-    return from_api(request, node, settings.name)
-  shape = shapes.SHAPES.get(settings.accelerator_type)
-  return Slice(
-    state=assumed,
-    details="a dry run",
-    is_ours=True,
-    accelerator_type=settings.accelerator_type,
-    num_workers=shape.hosts if shape else 1,
-    is_queued=settings.request == "queued",
-  )
+  nodes, request = [], None
+  for _ in cloud.zones_in_turn():
+    nodes = [cloud.describe("tpu-vm", name) for name in settings.nodes]
+    ready = {(node or {}).get("state") for node in nodes} == {"READY"}
+    if cloud.dry_run:
+      ready = assumed == State.READY
+    if always_ask_queue or not ready:
+      request = cloud.describe("queued-resources", settings.name)
+    if request or any(nodes) or cloud.dry_run:
+      break
+  found = from_api(request, nodes, settings.name)
+  if cloud.dry_run:
+    shape = shapes.SHAPES.get(settings.accelerator_type)
+    found = Slice(
+      state=assumed,
+      details="a dry run",
+      is_ours=True,
+      accelerator_type=settings.accelerator_type,
+      num_workers=len(settings.nodes) * (shape.hosts if shape else 1),
+      is_queued=settings.request == "queued",
+    )
+  cloud.num_workers = found.num_workers
+  return found
 
 
 def require_ready(cloud: gcloud.Gcloud) -> Slice:
@@ -129,8 +145,8 @@ def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
     label = f"{pod_settings.LABEL}={settings.name}"
     raise Failure(
       Exit.NOT_OURS,
-      f"{settings.name} in {settings.zone} lacks the label {label}, so these"
-      " scripts did not create it.",
+      f"The slice {settings.name} lacks the label {label}, so these scripts did"
+      " not create it.",
     )
 
 
@@ -139,9 +155,7 @@ def create(cloud: gcloud.Gcloud) -> None:
   settings = cloud.settings
   found = find(cloud, assumed=State.ABSENT)
   if found.state == State.ABSENT:
-    cloud.tpus(*_create_words(settings))
-    details = (settings.name, settings.accelerator_type, settings.capacity)
-    logging.info("Requested %s: %s, %s.", *details)
+    _request(cloud)
     return
   _require_ours(settings, found)
   if found.accelerator_type != settings.accelerator_type:
@@ -156,24 +170,61 @@ def create(cloud: gcloud.Gcloud) -> None:
   logging.info("%s already exists: %s.", settings.name, found.details)
 
 
+def _request(cloud: gcloud.Gcloud) -> None:
+  """Requests the slice in the first zone that does not refuse it."""
+  settings = cloud.settings
+  refusals: list[Failure] = []
+  for zone in cloud.zones_in_turn():
+    try:
+      cloud.tpus(*_create_words(settings))
+    except Failure as failure:
+      if failure.exit not in (Exit.NO_CAPACITY, Exit.QUOTA):
+        raise
+      logging.warning("%s refuses the slice: %s", zone, failure)
+      refusals.append(failure)
+    else:
+      details = (settings.name, zone, settings.accelerator_type)
+      logging.info("Requested %s in %s: %s.", *details)
+      return
+  # Capacity may come back; quota does not.
+  raise min(refusals, key=lambda failure: failure.exit == Exit.QUOTA)
+
+
 def _create_words(settings: pod_settings.Settings) -> list[str]:
   name = settings.name
   if settings.request == "queued":
-    words = ["queued-resources", "create", name, f"--node-id={name}"]
+    words = ["queued-resources", "create", name]
+    # The TPU API names several TPU VMs after the queued resource.
+    several = settings.num_slices != "1"
+    count = f"--node-count={settings.num_slices}"
+    words.append(count if several else f"--node-id={name}")
     words.append(f"--runtime-version={settings.runtime_version}")
     words.append(f"--valid-until-duration={settings.valid_for}")
   else:
     words = ["tpu-vm", "create", name, f"--version={settings.runtime_version}"]
   words.append(f"--accelerator-type={settings.accelerator_type}")
-  if settings.capacity != "on-demand":
-    words.append(f"--{settings.capacity}")
   words += [f"--network={settings.network}", f"--labels={settings.all_labels}"]
-  if settings.subnetwork:
-    words.append(f"--subnetwork={settings.subnetwork}")
+  if settings.capacity == "flex-start":
+    words.append("--provisioning-model=flex-start")
+  elif settings.capacity != "on-demand" and not settings.reservation:
+    words.append(f"--{settings.capacity}")
   if settings.ssh != "external":
     words.append("--internal-ips")
-  if settings.service_account:
-    words.append(f"--service-account={settings.service_account}")
+  if settings.autocheckpoint == "yes":
+    words.append("--autocheckpoint-enabled")
+  for flag, value in (
+    ("max-run-duration", settings.max_run_duration),
+    ("reservation", settings.reservation),
+    ("subnetwork", settings.subnetwork),
+    ("tags", settings.network_tags),
+    ("service-account", settings.service_account),
+    ("boot-disk", settings.boot_disk),
+  ):
+    if value:
+      words.append(f"--{flag}={value}")
+  if "--spot" in words and gcloud.is_alpha(words):
+    # gcloud alpha would send "standard" together with --spot.
+    words.append("--provisioning-model=spot")
   return words
 
 
@@ -205,3 +256,6 @@ def delete(cloud: gcloud.Gcloud) -> None:
   else:
     cloud.tpus("tpu-vm", "delete", settings.name)
   logging.info("Deleted %s.", settings.name)
+  # The next slice is tried in the next zone first.
+  zones = settings.zones
+  cloud.zone = zones[(zones.index(cloud.zone) + 1) % len(zones)]

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # The commands that `launch/tpu.sh` runs on each worker, in ~/grpo_tpu:
 #
-#   worker.sh setup COMMIT SHA256 BUCKET    unpack ~/grpo_tpu_code.tar.gz
-#   worker.sh setup-image IMAGE BUCKET      pull an image
+#   worker.sh setup COMMIT SHA256           unpack ~/grpo_tpu_code.tar.gz
+#   worker.sh setup-image IMAGE             pull an image
 #   worker.sh run WORKDIR IMAGE FLAG...     start the program and return
 #   worker.sh status                        print NAME=VALUE lines
 #   worker.sh logs LINES [follow]
 #   worker.sh stop SECONDS [kill]           send SIGTERM, wait for the save
 #   worker.sh tensorboard PORT
 #
-# BUCKET and IMAGE may be empty. Exit codes are those of launch/pod/exits.py: 64
-# for a bad request, 85 if the run did not stop, 92 if a run exists already, 96
-# without setup or run, 1 for anything else.
+# IMAGE may be empty. ~/grpo_tpu_env has the environment of the next run, if it
+# exists. Exit codes are those of launch/pod/exits.py: 64 for a bad request, 85 if
+# the run did not stop, 92 if a run exists already, 96 without setup or run, 1 for
+# anything else.
 set -euo pipefail
 
 home=$HOME/grpo_tpu
@@ -35,38 +36,29 @@ require_no_run() {
   ! is_running || fail 92 "A run exists on this worker."
 }
 
-# Without the mount, the folder would be local to this machine.
-mount_bucket() {
-  local bucket=$1 folder=$home/buckets/$1
-  [[ $bucket ]] || return 0
-  mkdir -p "$folder"
-  if mountpoint -q "$folder"; then return; fi
-  if ! command -v gcsfuse >/dev/null; then
-    sudo -n apt-get install --yes --quiet gcsfuse ||
-      fail 1 "gcsfuse is not installed and apt-get cannot install it; see \
-cloud.google.com/storage/docs/cloud-storage-fuse/install, or choose a WORKDIR \
-on a disk that all workers share."
-  fi
-  # Checkpoints become visible when their folder is renamed.
-  sudo -n gcsfuse -o allow_other --uid "$(id -u)" --gid "$(id -g)" \
-    --implicit-dirs --rename-dir-limit 100000 "$bucket" "$folder" ||
-    fail 1 "The bucket $bucket could not be mounted."
-}
-
 # Most runtimes have an older Python than 3.12.
 ensure_python() {
+  local apt
   # shellcheck source=launch/setup.sh
   if (source "$code/launch/setup.sh" && find_python) >/dev/null 2>&1; then
     return
   fi
-  python3 -m pip install --quiet --user --require-hashes \
-    --only-binary :all: --requirement "$code/locks/uv.txt"
+  if ! python3 -m pip --version >/dev/null 2>&1; then
+    # A new machine installs its updates first, which takes minutes.
+    apt=(sudo -n apt-get -o DPkg::Lock::Timeout=600 --yes --quiet)
+    "${apt[@]}" update || true
+    "${apt[@]}" install python3-pip || fail 1 "This machine has no Python 3.12, \
+and no pip to install one: apt-get cannot install python3-pip."
+  fi
+  # Newer systems let pip change only environments, unless the user insists.
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user \
+    --require-hashes --only-binary :all: --requirement "$code/locks/uv.txt"
   # uv knows the SHA-256 of each version.
   PATH=$HOME/.local/bin:$PATH uv python install 3.12.14
 }
 
 setup() {
-  local commit=$1 sha256=$2 bucket=$3 archive=$HOME/grpo_tpu_code.tar.gz
+  local commit=$1 sha256=$2 archive=$HOME/grpo_tpu_code.tar.gz
   require_no_run
   sha256sum --check --status <<<"$sha256  $archive" ||
     fail 1 "The checksum of $archive is wrong; run setup again."
@@ -84,12 +76,11 @@ setup() {
     # shellcheck source=launch/setup.sh
     (source "$code/launch/setup.sh" && ensure_venv)
   fi
-  mount_bucket "$bucket"
   rm -f "$archive"
 }
 
 setup_image() {
-  local image=$1 bucket=$2 registry=${1%%/*}
+  local image=$1 registry=${1%%/*}
   require_no_run
   if [[ $registry == *.pkg.dev || $registry == *gcr.io ]]; then
     sudo -n gcloud auth configure-docker "$registry" --quiet
@@ -97,32 +88,48 @@ setup_image() {
   sudo -n docker pull "$image"
   mkdir -p "$code"
   printf '%s\n' "$image" >"$code/COMMIT"
-  mount_bucket "$bucket"
+}
+
+# libtpu leaves its lock behind when it is killed, and then refuses to start.
+remove_stale_lock() {
+  sudo -n bash -c 'find /proc/[0-9]*/fd \( -lname "$0" -o -lname "/dev/accel*" \
+    -o -lname "/dev/vfio/[0-9]*" \) 2>/dev/null | grep -q . || rm -f "$0"' \
+    /tmp/libtpu_lockfile 2>/dev/null || true
 }
 
 run() {
-  local workdir=$1 image=$2 path command
+  local workdir=$1 image=$2 command
   shift 2
   [[ -e $code/COMMIT ]] || fail 96 "This worker is not set up."
-  if [[ $workdir == gs://* ]]; then
-    path=${workdir#gs://}
-    mount_bucket "${path%%/*}"
-    workdir=$home/buckets/$path
-  fi
   mkdir -p "$state"
   exec 9>"$state/lock"
   flock -n 9 || fail 92 "A run exists on this worker."
-  rm -f "$state"/{pid,exit_code,stopped}
+  rm -f "$state"/{pid,exit_code,stopped,env}
+  if [[ -e $HOME/grpo_tpu_env ]]; then mv "$HOME/grpo_tpu_env" "$state/env"; fi
   printf '%s\n' "$workdir" >"$state/workdir"
   printf '%s' "$image" >"$state/image"
+  # Otherwise libtpu's logs fill the disk. The program copies its own log.
+  export TPU_LOG_DIR=disabled GRPO_TPU_LOG=$output
   if [[ $image ]]; then
+    mkdir -p "$home/container"
+    touch "$state/env"
     command=(
-      sudo -n docker run --rm --name grpo_tpu --privileged --net=host
-      --user "$(id -u):$(id -g)" --volume "$workdir:$workdir" "$image"
+      sudo -n docker run --rm --init --name grpo_tpu --privileged --net=host
+      --ulimit memlock=-1 --user "$(id -u):$(id -g)"
+      --volume "$home/container:/home/run" --env HOME=/home/run
+      --volume "$state:/grpo_tpu_run" --env GRPO_TPU_LOG=/grpo_tpu_run/log
+      --env-file "$state/env"
     )
-    mkdir -p "$workdir"
+    if [[ $workdir != gs://* ]]; then
+      mkdir -p "$workdir"
+      command+=(--volume "$workdir:$workdir")
+    fi
+    command+=("$image")
+    # A machine that went down may have left it.
+    sudo -n docker rm --force grpo_tpu >/dev/null 2>&1 || true
   else
     command=("${GRPO_TPU_PYTHON:-$code/.venv/bin/python}" -m grpo_tpu.main)
+    remove_stale_lock
   fi
   cd "$code"
   # A session of its own, without a terminal: the end of ssh does not reach it.
@@ -135,13 +142,23 @@ run() {
   fail 1 "The run did not start; read its logs."
 }
 
+# Becomes a command, with the variables of the run's environment.
+with_environment() {
+  local grpo_tpu_env
+  if [[ -s $state/env ]]; then
+    mapfile -t grpo_tpu_env <"$state/env"
+    export "${grpo_tpu_env[@]}"
+  fi
+  exec "$@"
+}
+
 # Runs the program and records its exit code.
 guard() {
   local exit_code pid
   # A machine that shuts down signals every process; the program must save first.
   trap : HUP TERM
   printf '%s the run starts: %s\n' "$(date -u +%FT%TZ)" "${*@Q}"
-  "$@" &
+  (with_environment "$@") &
   pid=$!
   write pid "$pid"
   while
@@ -163,18 +180,19 @@ write() {
 }
 
 # Prints NAME=TEXT for the last log line of this run whose text, behind the
-# logger's prefix with the LEVEL, matches the PATTERN.
+# logger's prefix with the LEVEL, matches the PATTERN. The text is what the first
+# group of the pattern has matched.
 # last_said NAME PATTERN [LEVEL]
 last_said() {
   local line
-  line=$(tail -n 400 "$output" 2>/dev/null | tac |
+  line=$(tail -n 4000 "$output" 2>/dev/null | tac |
     sed '/^[^ ]*Z the run starts: /q' |
-    sed -nE "s/^${3:-[A-Z]}[0-9]{4} [^]]*\] ($2)\$/\1/p" | head -n 1) || true
+    sed -nE "s/^${3:-[A-Z]}[0-9]{4} [^]]*\] $2$/\1/p" | head -n 1) || true
   if [[ $line ]]; then echo "$1=${line:0:500}"; fi
 }
 
 status() {
-  local workdir file name
+  local file name
   if is_running; then
     echo state=running
   elif [[ -s $state/exit_code ]]; then
@@ -191,21 +209,15 @@ status() {
     if [[ -s $file ]]; then echo "${name,,}=$(cat "$file")"; fi
   done
   [[ -s $state/workdir ]] || return 0
-  last_said progress 'step [0-9]*\/[0-9]* .*'
+  last_said progress '(step [0-9]+\/[0-9]+ .*)'
+  last_said step 'step ([0-9]+)\/.*'
+  # A later line counts.
+  last_said checkpoint 'Restoring .*\/0*([0-9]+)[^\/]*'
+  last_said checkpoint 'Saved .*\/0*([0-9]+)[^\/]*'
   if ! is_running; then
-    last_said error '.*' E
-    last_said end '(Finished|Stopped).*'
-    last_said next 'Next: .*'
-  fi
-  workdir=$(cat "$state/workdir")
-  if [[ -s $workdir/metrics.jsonl ]]; then
-    echo "step=$(tail -n 5 "$workdir/metrics.jsonl" |
-      sed -n 's/.*"step": *\([0-9]\{1,\}\)[,}].*/\1/p' | tail -n 1)"
-  fi
-  if [[ -d $workdir/checkpoints ]]; then
-    echo "checkpoint=$(find "$workdir/checkpoints" -mindepth 1 -maxdepth 1 \
-      -type d -printf '%f\n' | sed -n 's/^0*\([0-9]\{1,\}\)$/\1/p' |
-      sort -n | tail -n 1)"
+    last_said error '(.*)' E
+    last_said end '((Finished|Stopped).*)'
+    last_said next '(Next: .*)'
   fi
 }
 

@@ -4,7 +4,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import logging
+import os
 import pathlib
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +17,14 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.validation import printable
 from launch.pod import gcloud
+from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+# Names in the home folder of a worker.
 _ARCHIVE = "grpo_tpu_code.tar.gz"
+_ENVIRONMENT = "grpo_tpu_env"
 
 # Each call of gcloud is a Python process of about 100 MB.
 _MAX_PARALLEL_CALLS = 8
@@ -95,6 +102,22 @@ class Job:
     """The config and the flags, as the program gets them."""
     return [f"--config={self.config}", *self.flags]
 
+  def with_defaults(self, settings: pod_settings.Settings) -> "Job":
+    """Adds the settings of a pod that neither the flags nor the config name."""
+    named = " ".join(self.flags)
+    if is_committed(self.config):
+      named += _config_text(self.config)
+    defaults = {"checkpoint.every_minutes": "10"}
+    if settings.bucket:
+      # A new slice starts with the programs that the last one compiled.
+      defaults["compilation_cache_dir"] = f"{settings.workdir}/compiled"
+    added = [
+      f"--config.{name}={value}"
+      for name, value in defaults.items()
+      if name.rpartition(".")[2] not in named
+    ]
+    return dataclasses.replace(self, flags=(*self.flags, *added))
+
 
 def _git(*words: str, rule: str = "git must succeed") -> str:
   """Runs git; `rule` says what must hold, if it fails."""
@@ -122,12 +145,16 @@ def commit() -> str:
 
 def require_committed(config: str) -> None:
   """Checks that a config is in the last commit."""
+  _config_text(config)
+
+
+def _config_text(config: str) -> str:
   path = config.partition(":")[0]
   rule = (
     f"CONFIG ({config!r}) must be a file of the last commit, because the"
     " committed files are sent (commit it, or correct the name)"
   )
-  _git("cat-file", "-e", f"{commit()}:{path}", rule=rule)
+  return _git("show", f"{commit()}:{path}", rule=rule)
 
 
 def is_committed(config: str) -> bool:
@@ -165,14 +192,22 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
       sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
       words = ["setup", version, sha256]
     on_each(cloud, num_workers, lambda worker: cloud.copy(worker, files))
-    _run_script(cloud, num_workers, *words, settings.bucket or "")
+    _run_script(cloud, num_workers, *words)
   return version
 
 
 def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
   """Starts the same command on every worker, and returns."""
-  words = ["run", cloud.settings.workdir, cloud.settings.image]
-  words += job.words
+  settings = cloud.settings
+  if settings.environment:
+    # A file, because command lines are shown and logged.
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, _ENVIRONMENT)
+      path.touch(mode=0o600)
+      lines = [f"{name}={x}\n" for name, x in settings.environment.items()]
+      path.write_text("".join(lines), encoding="utf-8")
+      on_each(cloud, num_workers, lambda k: cloud.copy(k, [str(path)]))
+  words = ["run", settings.workdir, settings.image, *job.words]
   _run_script(cloud, num_workers, *words)
 
 
@@ -193,9 +228,9 @@ class Status:
   exit_code: int | None  # The exit code of a run that has ended.
   was_stopped: bool  # True if `stop` ended the run.
   commit: str  # The commit or the image that is set up; empty if nothing is.
-  workdir: str  # The path of the workdir on the worker.
-  step: int  # The last step in the workdir's metrics; -1 if there is none.
-  checkpoint: int  # The step of the newest checkpoint; -1 if there is none.
+  workdir: str  # The workdir of the run.
+  step: int  # The last step in the log of the run; -1 if it names none.
+  checkpoint: int  # The newest checkpoint in the log; -1 if it names none.
   details: Sequence[str] = ()  # From its log: the last step, why the run ended.
 
   @classmethod
@@ -227,11 +262,11 @@ class Status:
   def __str__(self) -> str:
     state = _STATES[self.state].format(self.exit_code)
     version = self.commit or "not set up"
-    step = "none" if self.step < 0 else self.step
-    checkpoint = "none" if self.checkpoint < 0 else self.checkpoint
-    return (
-      f"{state}; {version}; last step {step}, newest checkpoint {checkpoint}"
-    )
+    parts = [state, version]
+    # Only the first process logs them.
+    parts += [f"last step {self.step}"] * (self.step >= 0)
+    parts += [f"newest checkpoint {self.checkpoint}"] * (self.checkpoint >= 0)
+    return "; ".join(parts)
 
 
 def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
@@ -300,7 +335,27 @@ def logs(
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
-  """Serves TensorBoard of the run at a local port, until Ctrl-C."""
+  """Serves TensorBoard of the run at a local port, until Ctrl-C.
+
+  This machine reads a bucket itself, if TensorBoard is installed here, and
+  otherwise prints the command. A shared path is read by a worker.
+  """
+  settings = cloud.settings
+  if settings.bucket:
+    python = os.environ.get("GRPO_TPU_PYTHON") or f"{ROOT}/.venv/bin/python"
+    call = [python, "-m", "tensorboard.main", f"--logdir={settings.workdir}"]
+    # The fast loader reads only public buckets.
+    call += ["--load_fast=false", "--host=localhost", f"--port={port}"]
+    probe = [python, "-c", "import tensorboard, tensorflow"]
+    if not shutil.which(python) or subprocess.run(probe).returncode:
+      logging.warning("TensorBoard and TensorFlow are not installed here; run:")
+      call[:3] = ["tensorboard"]
+      sys.stdout.write(shlex.join(call) + "\n")
+      return
+    with cloud.start(call) as process:
+      if process.wait():
+        raise Failure(Exit.BAD_REQUEST, "TensorBoard failed; see above.")
+    return
   forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
   call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
   with cloud.start(call, stderr=subprocess.PIPE) as process:

@@ -85,18 +85,16 @@ def all_calls(capfd, settings_file) -> list[list[str]]:
   return [list(call) for call in dict.fromkeys(map(tuple, calls))]
 
 
-@pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud on PATH")
-def test_gcloud_accepts_every_flag_of_every_call(
-  capfd, settings_file, tmp_path
-):
-  calls = all_calls(capfd, settings_file)
+@pytest.fixture
+def parse(tmp_path):
+  """Parses calls with gcloud's own parser."""
   gcloud = pathlib.Path(shutil.which("gcloud") or "").resolve()
   sdk = gcloud.parents[1]
   bundled = sdk / "platform" / "bundledpythonunix" / "bin" / "python3"
   python = bundled if bundled.exists() else sys.executable
   script = pathlib.Path(fake_cloud.__file__).with_name("gcloud_parser.py")
 
-  def parse(calls: list[list[str]]) -> subprocess.CompletedProcess[str]:
+  def parsed(calls: list[list[str]]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
       [str(python), "-S", "-W", "ignore", str(script), str(sdk)],
       input=json.dumps(calls),
@@ -105,6 +103,17 @@ def test_gcloud_accepts_every_flag_of_every_call(
       env={"CLOUDSDK_CONFIG": str(tmp_path), "HOME": str(tmp_path)},
     )
 
+  return parsed
+
+
+real = pytest.mark.skipif(
+  not shutil.which("gcloud"), reason="no gcloud on PATH"
+)
+
+
+@real
+def test_gcloud_accepts_every_flag_of_every_call(capfd, settings_file, parse):
+  calls = all_calls(capfd, settings_file)
   parsed = parse(calls)
   assert parsed.returncode == 0, parsed.stderr
   flags = {f for line in parsed.stdout.splitlines() for f in json.loads(line)}
@@ -115,6 +124,49 @@ def test_gcloud_accepts_every_flag_of_every_call(
   } <= flags
   wrong = parse([[*calls[0], "--nope"]])
   assert wrong.returncode == 2 and "--nope" in wrong.stderr
+
+
+KEY = "projects/p/locations/global/keyRings/r/cryptoKeys/k"
+# Settings, and the flags that they add to a creation.
+FLAGS = (
+  (
+    {"CAPACITY": "flex-start", "MAX_RUN_DURATION": "2d"},
+    ["--provisioning-model=flex-start", "--max-run-duration=2d"],
+  ),
+  ({"CAPACITY": "reserved", "RESERVATION": "mine"}, ["--reservation=mine"]),
+  ({"NUM_SLICES": "2"}, ["--node-count=2"]),
+  ({"NETWORK_TAGS": "a,b-c"}, ["--tags=a,b-c"]),
+  (
+    {"AUTOCHECKPOINT": "yes"},
+    ["--autocheckpoint-enabled", "--provisioning-model=spot", "--spot"],
+  ),
+  (
+    {"AUTOCHECKPOINT": "yes", "CAPACITY": "on-demand"},
+    ["--autocheckpoint-enabled"],
+  ),
+  (
+    {"BOOT_DISK": f"confidential-compute=true,kms-key={KEY}"},
+    [f"--boot-disk=confidential-compute=true,kms-key={KEY}"],
+  ),
+)
+
+
+@real
+def test_gcloud_accepts_the_flags_of_each_setting(capfd, settings_file, parse):
+  calls = []
+  for changes, flags in FLAGS:
+    for request in ("queued", "direct"):
+      if request == "direct" and {"NUM_SLICES", "MAX_RUN_DURATION"} & {
+        *changes
+      }:
+        continue
+      file = settings_file(**changes | {"REQUEST": request})
+      (create,) = [x for x in dry_run(capfd, file, "create") if "create" in x]
+      assert set(flags) <= set(create)
+      assert "--reserved" not in create  # Which would take any reservation.
+      calls.append(create)
+  parsed = parse(calls)
+  assert parsed.returncode == 0, parsed.stderr
 
 
 WORDS = (
@@ -164,3 +216,27 @@ def test_a_dry_run_calls_the_same_on_every_worker(capfd, settings_file):
   calls = dry_run(capfd, settings_file(), "run", CONFIG)[1:]
   assert [call[5] for call in calls] == [f"--worker={k}" for k in range(4)]
   assert len({call[6] for call in calls}) == 1
+
+
+def test_several_slices_have_their_workers_in_order(capfd, settings_file):
+  calls = dry_run(capfd, settings_file(NUM_SLICES="2"), "run", CONFIG)[2:]
+  assert [call[4:6] for call in calls] == [
+    [f"grpo-1-{node}", f"--worker={k}"] for node in range(2) for k in range(4)
+  ]
+
+
+def test_the_environment_is_in_no_command(capfd, settings_file):
+  file = settings_file(ENV="HF_TOKEN=a-secret")
+  calls = dry_run(capfd, file, "run", CONFIG)
+  assert sum("scp" in call for call in calls) == 4
+  assert "a-secret" not in str(calls)
+
+
+@pytest.mark.parametrize("verb", ["create", "supervise", "status", "delete"])
+def test_a_slice_that_only_gke_has_is_refused(capfd, settings_file, verb):
+  file = settings_file(ACCELERATOR_TYPE="tpu7x-16", IMAGE="an-image")
+  words = [CONFIG] if verb == "supervise" else []
+  assert command_line.main([file, "--dry-run", verb, *words]) == 64
+  assert "jobset" in capfd.readouterr().err
+  assert command_line.main([file, "jobset", CONFIG]) == 0
+  assert "tpu7x" in capfd.readouterr().out

@@ -11,6 +11,10 @@ from tests.launch.pod import fake_cloud
 
 CONFIG = "configs/my config.py"
 WORKDIR = "--workdir=/workdir"
+DEFAULTS = (
+  "--config.checkpoint.every_minutes=10",
+  "--config.compilation_cache_dir=gs://my-bucket/runs/first/compiled",
+)
 TRAPS = "--config.model.weights=hf:~/a $HOME 'b'"
 
 
@@ -44,9 +48,27 @@ def test_the_program_is_asked_with_the_whole_command(laptop, cloud):
   assert done.returncode == 0, done.stderr
   assert checked(cloud) == [
     repr(
-      [f"--config={CONFIG}", TRAPS, "--workdir=/workdir", "--topology=v5e:4x4"]
+      [f"--config={CONFIG}", TRAPS, *DEFAULTS, WORKDIR, "--topology=v5e:4x4"]
     )
   ]
+
+
+def test_several_slices_must_be_the_replicas_of_the_mesh(laptop, cloud):
+  laptop.settings["NUM_SLICES"] = "2"
+  assert laptop.tpu("--dry-run", "run", CONFIG).returncode == 0
+  assert "--topology=v5e:4x4*2" in checked(cloud)[0]
+
+
+def test_flags_and_configs_come_before_the_defaults_of_a_pod(laptop, cloud):
+  flag = "--config.checkpoint.every_minutes=0"
+  assert laptop.tpu("--dry-run", "run", CONFIG, "--", flag).returncode == 0
+  path = laptop.checkout / CONFIG
+  path.write_text("config.compilation_cache_dir = '/ssd'\n")
+  author = ("-c", "user.name=a", "-c", "user.email=a@b")
+  laptop.git(*author, "commit", "--quiet", "--all", "--message=Mine")
+  assert laptop.tpu("--dry-run", "run", CONFIG).returncode == 0
+  assert [line.count("--config.") for line in checked(cloud)] == [2, 1]
+  assert flag in checked(cloud)[0] and DEFAULTS[0] in checked(cloud)[1]
 
 
 def test_the_files_of_the_commit_are_asked_and_not_those_of_the_disk(
@@ -61,7 +83,7 @@ def test_a_type_that_no_table_has_is_checked_without_the_mesh(laptop, cloud):
   laptop.settings["ACCELERATOR_TYPE"] = "v4-16"
   done = laptop.tpu("--dry-run", "run", CONFIG)
   assert "Not checked: the mesh" in done.stderr
-  assert checked(cloud) == [repr([f"--config={CONFIG}", WORKDIR])]
+  assert checked(cloud) == [repr([f"--config={CONFIG}", *DEFAULTS, WORKDIR])]
 
 
 def test_the_check_can_be_left_out_and_says_so(refusing, cloud):

@@ -77,6 +77,8 @@ class Cloud:
     requested_states: The states of a queued resource at each request; the last
       one stays. ACTIVE makes the node.
     refusal: Code, status and message that refuse the next creation; or None.
+    full_zones: Zones that refuse each creation for want of capacity.
+    zones: The zone of each resource by name; europe-west4-b if it is not here.
     failure: The reason of a failed queued resource.
     num_workers: The number of workers of a node.
     looks: The number of requests about a node, without those of ssh.
@@ -88,6 +90,8 @@ class Cloud:
     self.requests: list[tuple[str, str, dict[str, Any]]] = []
     self.requested_states = ["ACTIVE"]
     self.refusal: tuple[int, str, str] | None = None
+    self.full_zones: set[str] = set()
+    self.zones: dict[str, str] = {}
     self.failure = "the machines did not start"
     self.num_workers = 2
     self.looks = 0
@@ -117,7 +121,9 @@ class Cloud:
 
   def add_node(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
     """Adds a TPU VM of this name, with empty machines."""
-    for number in range(self.num_workers):
+    first = len(self.nodes) * self.num_workers
+    numbers = range(first, first + self.num_workers)
+    for number in numbers:
       self.worker(number).mkdir(exist_ok=True)
     self.nodes[name] = body | {
       "name": f"projects/p/locations/z/nodes/{name}",
@@ -130,14 +136,16 @@ class Cloud:
           "ipAddress": f"10.0.0.{number}",
           "accessConfig": {"externalIp": self.worker(number).name},
         }
-        for number in range(self.num_workers)
+        for number in numbers
       ],
     }
     return self.nodes[name]
 
   def take_away(self, name: str) -> None:
     """Preempts a slice: its machines vanish at once."""
-    self.nodes[name]["state"] = "PREEMPTED"
+    for node in self.nodes.values():
+      node["state"] = "PREEMPTED"
+    name = name if name in self.queued else name.rpartition("-")[0]
     self.queued[name]["state"] = {"state": "SUSPENDED"}
     self._remove_workers()
 
@@ -166,8 +174,10 @@ class Cloud:
     """The status and the body; the agent names the command of gcloud."""
     parts = urllib.parse.urlsplit(url)
     query = dict(urllib.parse.parse_qsl(parts.query))
-    *_, kind, last = parts.path.split("/")
+    *_, zone, kind, last = ["", "", "", *parts.path.split("/")]
     name, _, action = last.partition(":")
+    if last in ("nodes", "queuedResources"):
+      zone = kind
     with self._lock:
       if method != "GET" and action == "":
         self.requests.append((method, url, body))
@@ -186,19 +196,29 @@ class Cloud:
           code, status, message = self.refusal
           error = {"code": code, "status": status, "message": message}
           return code, {"error": error}
+        if zone in self.full_zones:
+          message = f"There is no more capacity in the zone {zone}."
+          error = {"code": 429, "status": "RESOURCE_EXHAUSTED"}
+          return 429, {"error": error | {"message": message}}
         if last == "nodes":
+          self.zones[query["nodeId"]] = zone
           return 200, _done(self.add_node(query["nodeId"], body))
         name = query["queuedResourceId"]
+        self.zones[name] = zone
         resource = f"projects/p/locations/z/queuedResources/{name}"
         self.queued[name] = body | {"name": resource, "looks": 0}
         return 200, _done(self.queued[name])
       held = self.nodes if kind == "nodes" else self.queued
-      if kind not in ("nodes", "queuedResources") or name not in held:
+      home = self.zones.get(name, "europe-west4-b")
+      is_known = kind in ("nodes", "queuedResources") and name in held
+      # Answers of this API call each zone z.
+      if not is_known or zone not in (home, "z"):
         error = {"code": 404, "status": "NOT_FOUND", "message": f"no {last}"}
         return 404, {"error": error}
       if method == "DELETE":
         if "force" in query or kind == "nodes":
-          self.nodes.pop(name, None)
+          for node in self._node_names(name):
+            self.nodes.pop(node, None)
           self._remove_workers()
         return 200, _done(held.pop(name, {}))
       if kind == "nodes" and "describe" in agent:
@@ -224,9 +244,21 @@ class Cloud:
       queued["state"]["failedData"] = {"error": {"message": self.failure}}
     answer = dict(queued)
     queued["looks"] = looks + 1
-    if state == "ACTIVE" and name not in self.nodes:
-      self.add_node(name, queued["tpu"]["nodeSpec"][0]["node"])
+    if state == "ACTIVE":
+      for node in self._node_names(name):
+        if node not in self.nodes:
+          self.zones[node] = self.zones.get(name, "europe-west4-b")
+          self.add_node(node, queued["tpu"]["nodeSpec"][0]["node"])
     return answer
+
+  def _node_names(self, name: str) -> list[str]:
+    """The TPU VMs of a queued resource; without one, the TPU VM."""
+    specs = self.queued.get(name, {}).get("tpu", {}).get("nodeSpec", [{}])
+    # Its name in the API's version v2, and in v2alpha1.
+    several = specs[0].get("multisliceParams", specs[0].get("multiNodeParams"))
+    if several is None:
+      return [name]
+    return [f"{name}-{k}" for k in range(several["nodeCount"])]
 
 
 def _done(resource: dict[str, Any]) -> dict[str, Any]:
@@ -277,15 +309,22 @@ SETTINGS = {
   "ACCELERATOR_TYPE": "v5litepod-16",
   "RUNTIME_VERSION": "v2-alpha-tpuv5-lite",
   "CAPACITY": "spot",
+  "MAX_RUN_DURATION": "",
+  "RESERVATION": "",
+  "NUM_SLICES": "1",
   "REQUEST": "queued",
   "VALID_FOR": "6h",
   "NETWORK": "default",
   "SUBNETWORK": "",
+  "NETWORK_TAGS": "",
   "SSH": "external",
   "SERVICE_ACCOUNT": "",
   "LABELS": "",
+  "BOOT_DISK": "",
+  "AUTOCHECKPOINT": "no",
   "WORKDIR": "gs://my-bucket/runs/first",
   "IMAGE": "",
+  "ENV": "",
   "MAX_RESTARTS": "3",
   "GRACE_SECONDS": "20",
   "KUBERNETES_NAMESPACE": "default",
@@ -363,7 +402,11 @@ class Laptop:
 
   def start(self, *words: str) -> subprocess.Popen[str]:
     """Starts `launch/tpu.sh` outside the checkout."""
-    lines = [f"{name}={value}\n" for name, value in self.settings.items()]
+    lines = [
+      f"{name}={line}\n"
+      for name, value in self.settings.items()
+      for line in value.split("\n")
+    ]
     path = self.checkout / "launch" / "tpu.env"
     path.write_text("".join(lines))
     # Ctrl-C and a hang-up reach the script, even if the tests ignore them.

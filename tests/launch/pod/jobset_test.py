@@ -39,7 +39,9 @@ RULE = closed(
   },
 )  # fmt: skip
 REPLICATED_JOB = closed(
-  name=TEXT, replicas={"const": 1}, template=closed(spec={"type": "object"})
+  name=TEXT,
+  replicas={"type": "integer", "minimum": 1},
+  template=closed(spec={"type": "object"}),
 )
 SCHEMA = closed(
   apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
@@ -72,6 +74,9 @@ WAYS = pytest.mark.parametrize(
     {"WORKDIR": "/mnt/a shared disk"},
     {"CAPACITY": "on-demand"},
     {"LABELS": "team=vision", "MAX_RESTARTS": "0"},
+    {"ENV": "HF_TOKEN=secret\nA=$(x)", "NUM_SLICES": "4"},
+    {"CAPACITY": "flex-start", "MAX_RUN_DURATION": "1d"},
+    {"CAPACITY": "reserved", "RESERVATION": "projects/p/reservations/mine"},
     *({"ACCELERATOR_TYPE": name} for name in shapes.SHAPES),
   ],
   ids=str,
@@ -106,24 +111,72 @@ def test_it_runs_the_command_of_the_slice():
     "--config=configs/my config.py:lora",
     # Kubernetes expands $(NAME) in arguments; $$ stands for $.
     "--config.a=$$(x) 'y'",
-    "--workdir=/buckets/my-bucket/runs/first",
+    "--workdir=gs://my-bucket/runs/first",
   ]
-  (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-  assert mount == {"name": volume["name"], "mountPath": "/buckets/my-bucket"}
-  assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+  assert container["volumeMounts"] == pod["volumes"] == []
 
 
 def test_a_workdir_path_is_a_folder_of_the_node():
   pod = pod_of(manifest(WORKDIR="/mnt/a disk"))
-  (volume,) = pod["volumes"]
+  (mount,), (volume,) = pod["containers"][0]["volumeMounts"], pod["volumes"]
+  assert mount == {"name": volume["name"], "mountPath": "/mnt/a disk"}
   assert volume["hostPath"]["path"] == "/mnt/a disk"
   assert pod["containers"][0]["args"][-1] == "--workdir=/mnt/a disk"
 
 
-def test_only_a_spot_slice_asks_for_spot_nodes():
-  for capacity in ("spot", "on-demand", "reserved"):
-    nodes = pod_of(manifest(CAPACITY=capacity))["nodeSelector"]
-    assert ("cloud.google.com/gke-spot" in nodes) == (capacity == "spot")
+def test_a_slice_asks_for_nodes_of_its_capacity():
+  def labels(**changes: str) -> dict[str, str]:
+    nodes = pod_of(manifest(**changes))["nodeSelector"]
+    return {k.partition("/")[2]: x for k, x in nodes.items() if "tpu-" not in k}
+
+  assert labels(CAPACITY="spot") == {"gke-spot": "true"}
+  assert labels(CAPACITY="on-demand") == labels(CAPACITY="reserved") == {}
+  flex = labels(CAPACITY="flex-start", MAX_RUN_DURATION="1d")
+  assert flex == {"gke-flex-start": "true"}
+  full = labels(CAPACITY="reserved", RESERVATION="projects/p/reservations/mine")
+  assert full == {"reservation-name": "mine"}
+
+
+def test_each_slice_is_a_job():
+  (replicated,) = manifest(NUM_SLICES="4")["spec"]["replicatedJobs"]
+  assert replicated["replicas"] == 4
+  assert replicated["template"]["spec"]["parallelism"] == 4  # Its hosts.
+
+
+def test_secrets_come_from_a_secret_and_are_not_printed():
+  lines = "HF_TOKEN=hidden\nWANDB_API_KEY=hidden\nA=$(x)\nEMPTY="
+  made = manifest(ENV=lines)
+  variables = pod_of(made)["containers"][0]["env"]
+  source = {"secretKeyRef": {"name": "grpo-1", "key": "HF_TOKEN"}}
+  assert variables[0] == {"name": "HF_TOKEN", "valueFrom": source}
+  assert variables[2:] == [
+    *({"name": "A", "value": "$$(x)"}, {"name": "EMPTY", "value": ""}),
+  ]
+  assert "hidden" not in str(made)
+
+
+def outcome(made: dict, exit_code: int, *conditions: str) -> str:
+  """What Kubernetes and JobSet do, by their documents, when a pod fails."""
+  for rule in job_of(made)["podFailurePolicy"]["rules"]:
+    codes = rule.get("onExitCodes", {"values": []})["values"]
+    types = [x["type"] for x in rule.get("onPodConditions", [])]
+    if exit_code in codes or set(types) & set(conditions):
+      if rule["action"] == "Ignore":
+        return "another pod"
+      (policy,) = made["spec"]["failurePolicy"]["rules"]
+      assert policy["onJobFailureReasons"] == ["PodFailurePolicy"]
+      return policy["action"]
+  assert job_of(made)["backoffLimit"] == 0
+  return "restart"
+
+
+def test_only_a_wrong_setting_fails_a_jobset_for_good():
+  made = manifest()
+  for code in (1, 75, 76, 134, 137, 139, 143):
+    assert outcome(made, code) == "restart"
+  assert outcome(made, 64) == "FailJobSet"
+  for code in (1, 64, 75, 137):
+    assert outcome(made, code, "DisruptionTarget") == "another pod"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
   assert one["words"] == other["words"]
   assert one["words"] == [
     *("-m", "grpo_tpu.main", f"--config={CONFIG}", *flags),
+    "--config.checkpoint.every_minutes=10",
     f"--workdir={workdir}",
   ]
   assert {one["worker"], other["worker"]} == {"127.0.0.10", "127.0.0.11"}
@@ -88,7 +89,7 @@ def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
   eventually(lambda: (workdir / "checkpoints" / "00000003").exists())
   status = tpu("status")
   assert status.count("running") == 2
-  assert "last step 3, newest checkpoint 3" in status
+  assert "last step 3; newest checkpoint 3" in status
 
   process = laptop.start(
     *("supervise", "--poll=0.3", "--pause=0.1", CONFIG, "--", *flags)

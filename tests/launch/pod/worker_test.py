@@ -75,7 +75,7 @@ class Worker:
 @pytest.fixture
 def worker(tmp_path):
   made = Worker(tmp_path)
-  assert made.do("setup", "abc", made.send(a="1"), "").returncode == 0
+  assert made.do("setup", "abc", made.send(a="1")).returncode == 0
   yield made
   made.do("stop", "1", "kill")
 
@@ -91,7 +91,7 @@ def test_setup_replaces_the_files_and_keeps_the_environment(worker):
   code = worker.home / "grpo_tpu" / "code"
   (code / ".venv").mkdir()
   (code / ".venv" / "made").touch()
-  assert worker.do("setup", "def", worker.send(b="2"), "").returncode == 0
+  assert worker.do("setup", "def", worker.send(b="2")).returncode == 0
   assert not (code / "a").exists()
   assert (code / "b").exists() and (code / ".venv" / "made").exists()
   assert worker.status().commit == "def"
@@ -99,7 +99,7 @@ def test_setup_replaces_the_files_and_keeps_the_environment(worker):
 
 def test_an_archive_with_a_wrong_checksum_is_not_unpacked(worker):
   worker.send(b="2")
-  done = worker.do("setup", "def", "0" * 64, "")
+  done = worker.do("setup", "def", "0" * 64)
   assert done.returncode == 1 and "checksum" in done.stderr
   assert worker.status().commit == "abc"
 
@@ -201,51 +201,91 @@ def test_the_next_run_clears_the_mark_of_stop(worker, tmp_path):
   assert not worker.status().was_stopped and worker.status().exit_code is None
 
 
-@pytest.mark.parametrize("is_mounted", [False, True])
-def test_a_bucket_is_mounted_before_anything_is_written_there(
-  worker, is_mounted
-):
+def test_a_bucket_is_given_to_the_program_as_it_is(worker):
+  worker.add("trainer", "printf '%s\\n' \"$@\"")
+  assert worker.do("run", "gs://my-bucket/a run", "").returncode == 0
+  eventually(lambda: worker.status().exit_code == 0)
+  assert "--workdir=gs://my-bucket/a run" in worker.do("logs", "9").stdout
+  assert worker.status().workdir == "gs://my-bucket/a run"
+
+
+def test_progress_is_read_from_the_log_of_this_run(worker, tmp_path):
+  lines = [
+    *("step 11/20  reward 0.5", "Saved gs://b/w/checkpoints/00000010."),
+    *("step 12/20  reward 0.5", "Removing /w/checkpoints/00000030, a save."),
+  ]
+  log = "".join(f"I1130 08:26:58.7 140 a.py:20] {line}\n" for line in lines)
+  (tmp_path / "log").write_text(log)
+  worker.add("trainer", f"cat '{tmp_path}/log'")
+  worker.do("run", str(tmp_path), "")
+  eventually(lambda: worker.status().exit_code == 0)
+  assert (worker.status().step, worker.status().checkpoint) == (12, 10)
+  restored = "Restoring gs://b/w/checkpoints/00000010-2."
+  (tmp_path / "log").write_text(f"I1130 08:26:58.7 140 a.py:20] {restored}\n")
+  worker.do("run", str(tmp_path), "")
+  eventually(lambda: worker.status().exit_code == 0)
+  assert (worker.status().step, worker.status().checkpoint) == (-1, 10)
+
+
+VARIABLES = {
+  "HF_TOKEN": "hf_$(touch owned) 'a' \\ \"b\"=c",
+  "EMPTY": "",
+  **{name: "mine" for name in ("state", "output", "command", "HOME", "pid")},
+}
+
+
+def test_a_run_has_its_environment_once_and_nothing_prints_it(worker, tmp_path):
+  lines = [f"{name}={value}\n" for name, value in VARIABLES.items()]
+  (worker.home / "grpo_tpu_env").write_text("".join(lines))
+  worker.add("trainer", f"env -0 >'{tmp_path}/env'")
+
+  def run() -> dict[str, str]:
+    assert worker.do("run", str(tmp_path), "").returncode == 0
+    eventually(lambda: worker.status().exit_code == 0)
+    words = (tmp_path / "env").read_text().split("\0")[:-1]
+    return dict(word.split("=", 1) for word in words)
+
+  found = run()
+  assert VARIABLES.items() <= found.items()
+  assert found["GRPO_TPU_LOG"] == str(worker.state / "log")
+  assert found["TPU_LOG_DIR"] == "disabled"
+  assert "hf_" not in worker.do("logs", "99").stdout
+  assert not list(worker.home.rglob("owned"))
+  assert "HF_TOKEN" not in run()
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_only_a_stale_lock_of_libtpu_is_removed(worker, tmp_path, is_held):
+  lock = tmp_path / "libtpu_lockfile"
+  holder = lock.open("w")
+  if not is_held:
+    holder.close()
+  # The real lock may belong to someone.
+  script = f'words=("$@"); words[-1]="{lock}"; "${{words[@]:1}}"'
+  worker.add("sudo", script)
+  assert worker.do("run", str(tmp_path), "").returncode == 0
+  assert lock.exists() == is_held
+  holder.close()
+
+
+def test_python_is_installed_where_pip_is_missing_or_restricted(worker):
   calls = worker.home / "calls"
-  worker.add("sudo", f'printf "%s\\n" "$*" >>"{calls}"')
-  worker.add("gcsfuse", "exit 9")
-  worker.add("mountpoint", f"exit {int(not is_mounted)}")
-  worker.add("trainer", "exit 0")
-  worker.do("run", "gs://my-bucket/a run", "")
-  folder = worker.home / "grpo_tpu" / "buckets" / "my-bucket"
-  assert worker.status().workdir == f"{folder}/a run"
-  assert calls.exists() != is_mounted
-  if not is_mounted:
-    said = calls.read_text()
-    assert said.endswith(f" my-bucket {folder}\n") and "gcsfuse" in said
-
-
-def test_gcsfuse_is_installed_where_it_is_missing(worker):
-  if shutil.which("gcsfuse"):
-    pytest.skip("this machine has gcsfuse")
-  worker.add("sudo", f'printf "%s\\n" "$*" >>"{worker.home}/calls"; exit 1')
-  done = worker.do("run", "gs://my-bucket/a", "")
-  assert done.returncode == 1 and "WORKDIR on a disk" in done.stderr
-  calls = (worker.home / "calls").read_text()
-  assert calls == "-n apt-get install --yes --quiet gcsfuse\n"
-
-
-def test_a_bucket_that_cannot_be_mounted_ends_it(worker):
-  worker.add("sudo", "exit 1")
-  worker.add("gcsfuse", "exit 1")
-  done = worker.do("run", "gs://my-bucket/a", "")
-  assert done.returncode == 1 and "could not be mounted" in done.stderr
-  assert worker.status().state == "none"
-
-
-def test_progress_is_read_from_the_workdir(worker, tmp_path):
-  workdir = tmp_path / "a workdir"
-  for name in ("00000009", "00000010", "00000020", "30.tmp", "quarantine"):
-    (workdir / "checkpoints" / name).mkdir(parents=True)
-  metrics = '{"step": 11, "loss": 1.0}\n{"step": 12}\n{"st'
-  (workdir / "metrics.jsonl").write_text(metrics)
-  worker.do("run", str(workdir), "")
-  status = worker.status()
-  assert (status.step, status.checkpoint) == (12, 20)
+  worker.add(
+    "python3",
+    f'[[ $3 != --version ]] || exit 1; echo "$PIP_BREAK_\
+SYSTEM_PACKAGES $*" >>"{calls}"; exit 1'.replace("\\\n", ""),
+  )
+  worker.add("sudo", f'echo "$*" >>"{calls}"')
+  script = f'source <(sed "/^case /,$ d" "{SCRIPT}"); ensure_python'
+  subprocess.run(
+    ["bash", "-c", script],
+    env={"HOME": str(worker.home), "PATH": f"{worker.bin}:/usr/bin:/bin"},
+    capture_output=True,
+  )
+  update, install, pip = calls.read_text().splitlines()
+  apt = "-n apt-get -o DPkg::Lock::Timeout=600 --yes --quiet"
+  assert (update, install) == (f"{apt} update", f"{apt} install python3-pip")
+  assert pip.startswith("1 -m pip install") and "--require-hashes" in pip
 
 
 def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
@@ -261,13 +301,19 @@ def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
   assert not (worker.home / "read on").exists()
 
 
-def test_an_image_runs_with_the_same_arguments(worker, tmp_path):
+@pytest.mark.parametrize("bucket", [False, True])
+def test_an_image_runs_with_the_same_arguments(worker, tmp_path, bucket):
+  """A bucket needs no volume; a shared path has its own name inside."""
   calls = worker.home / "calls"
   worker.add("sudo", f'printf "%s|" "$@" >>"{calls}"')
-  workdir = tmp_path / "a workdir"
-  worker.do("run", str(workdir), "an/image:1", "--config=a b")
+  workdir = "gs://my-bucket/a" if bucket else str(tmp_path / "a workdir")
+  worker.do("run", workdir, "an/image:1", "--config=a b")
   eventually(lambda: worker.status().exit_code == 0)
-  words = calls.read_text()
-  assert words.endswith(
-    f"|{workdir}:{workdir}|an/image:1|--config=a b|--workdir={workdir}|"
-  )
+  words = calls.read_text().split("|")
+  assert words[-4:-1] == ["an/image:1", "--config=a b", f"--workdir={workdir}"]
+  volumes = [words[at + 1] for at, x in enumerate(words) if x == "--volume"]
+  assert volumes[2:] == ([] if bucket else [f"{workdir}:{workdir}"])
+  home, state = (volume.rpartition(":")[0] for volume in volumes[:2])
+  assert pathlib.Path(home).is_dir() and pathlib.Path(state) == worker.state
+  assert {"--init", "memlock=-1", "--net=host", "--env-file"} <= set(words)
+  assert "HOME=" + volumes[0].rpartition(":")[2] in words
