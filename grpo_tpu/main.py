@@ -49,6 +49,8 @@ def _start_devices(config: Config, address: Any, identity: Mapping) -> None:
   facts = preflight.facts(config.to_dict(), identity, common)
   limit = config.distributed.preflight_timeout_seconds
   preflight.check("start", facts, timeout_seconds=limit)
+  if flags.MODE.value != "answer":
+    preflight.check_workdir("workdir", flags.workdir(), timeout_seconds=limit)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ https://orbax.readthedocs.io/en/latest/guides/checkpoint/.
 
 import concurrent.futures
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,12 +33,17 @@ from orbax.checkpoint.options import FileOptions
 from data_pipelines.storage import paths
 from grpo_tpu.checkpoint import finite, manifest, reader, retention
 from grpo_tpu.checkpoint.directory_lock import DirectoryLock
+from grpo_tpu.checkpoint.lease import Lease
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.distributed import collectives
 
 _RUNNING = "..."
 _COMMITTED = "commit_success.txt"  # Orbax writes it last.
+
+# A bucket may be away for minutes: so long `save` waits for the save before it,
+# so long it pauses after a failed one, and so long all must fail to end a run.
+_WAIT_SECONDS, _PAUSE_SECONDS, _OUTAGE_SECONDS = 20.0, 10.0, 1200.0
 
 
 class CheckpointError(RuntimeError):
@@ -76,12 +82,17 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """
     self.failures = self.refusals = self.quarantined = 0
     self._failures_in_row = 0
+    self._failing_since = 0.0
     self._last_failure = ""
+    self._is_late = False  # A due step was not saved.
+    self._last_save: tuple[Any, ...] = ()  # The arguments, to repeat it.
     self._block_seconds = 0.0
     self._config = config
     self._directory = paths.absolute(directory)
     self._is_remote = paths.is_remote(self._directory)
-    self._lock = DirectoryLock(self._directory)
+    self._pause = _PAUSE_SECONDS if self._is_remote else 0.0
+    lock = Lease if self._is_remote else DirectoryLock
+    self._lock = lock(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.AsyncOptions(
@@ -95,6 +106,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._pending: concurrent.futures.Future[None] | None = None
     self._pending_info: CheckpointInfo | None = None
     self._removal: concurrent.futures.Future[None] | None = None
+    self._to_remove: list[str] = []
     self._save_time = time.monotonic()
     if error := reader.ask_first_process(self._open_directory):
       raise CheckpointError(error)
@@ -134,7 +146,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     in its stead, due or not.
 
     Returns when the values are copied, so the caller may donate `state` at
-    once. A thread writes the files; a second save waits for the first one.
+    once. A thread writes the files; a second save waits for the first one. If
+    a bucket takes long, it waits for seconds and leaves it to a later step.
 
     Args:
       step: Finished steps.
@@ -157,7 +170,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         score=retention.score(metrics or {}, self._config),
         metric=self._config.scored_by,
       )
-      self._collect_pending(is_blocking=False)
+      self._collect_pending(0.0)
       newest = self._pending_info or (self._saved[-1] if self._saved else None)
       if newest is not None and info < newest:
         raise ValueError(
@@ -165,21 +178,33 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           f" {self._directory}: resume from the newest, or move the newer ones"
           " away."
         )
-      is_due = force or partial_step is not None or self._is_due(info)
-      if info == newest or not is_due:
+      is_forced = force or partial_step is not None
+      if info == newest or not (is_forced or self._is_due(info)):
         return False
-      self._collect_pending(is_blocking=True)
+      seconds = 0.0 if self._is_late else _WAIT_SECONDS
+      can_skip = self._is_remote and not is_forced
+      if not self._collect_pending(seconds if can_skip else None):
+        text = "%s is not saved: the save before it waits for the bucket."
+        logging.log_every_n_seconds(logging.WARNING, text, 60, info.name)
+        self._is_late = True
+        return False
       return self._start_save(info, state, meta, partial_step)
     finally:
       self._block_seconds += time.perf_counter() - start
 
   def wait(self) -> None:
-    """Waits until the last save is on disk with its manifest.
+    """Waits until the last save is whole, with its manifest.
+
+    A save that failed in a bucket is repeated, for twenty minutes at least.
 
     Raises:
       CheckpointError: The last save failed.
     """
-    self._collect_pending(is_blocking=True)
+    self._collect_pending()
+    while self._failures_in_row and self._is_remote and self._last_save:
+      time.sleep(self._pause)
+      self._start_save(*self._last_save)
+      self._collect_pending()
     if self._failures_in_row:
       raise CheckpointError(
         f"the last checkpoint could not be saved: {self._last_failure}. "
@@ -219,7 +244,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       SettingError: The newest checkpoint's leaves differ from `abstract_state`.
       CheckpointError: There are checkpoints, but none is whole.
     """
-    self._collect_pending(is_blocking=True)
+    self._collect_pending()
     while self._saved:
       info = self._saved[-1]
       path = self._directory / info.name
@@ -241,27 +266,31 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   def _open_directory(self) -> str:
     """Creates, locks and cleans the directory; returns an error or ""."""
     try:
-      self._directory.mkdir(parents=True, exist_ok=True)
+      if not self._is_remote:
+        self._directory.mkdir(parents=True, exist_ok=True)
       self._lock.acquire()
       for path in self._directory.iterdir():
         if _is_interrupted(path):
           logging.info("Removing %s, an interrupted save.", path)
           _remove(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # TensorStore has the second.
       return f"checkpoints cannot be written in {self._directory}: {error}"
     return ""
 
   def _is_due(self, info: CheckpointInfo) -> bool:
-    if self._failures_in_row or info.score is not None:
+    if info.score is not None or info.step % self._config.every_steps == 0:
       return True
-    if info.step % self._config.every_steps == 0:
-      return True
-    if not self._config.every_minutes:
-      return False
-    seconds = time.monotonic() - self._save_time
-    is_late = seconds >= self._config.every_minutes * 60
+    seconds = self._config.every_minutes * 60 or math.inf
+    if self._is_late:
+      seconds = self._pause
+    return self._have_passed(seconds, self._save_time)
+
+  def _have_passed(self, seconds: float, since: float) -> bool:
+    if seconds in (0.0, math.inf):
+      return not seconds
+    is_over = time.monotonic() - since >= seconds
     # The clocks of the processes differ, so the first one decides.
-    return bool(collectives.broadcast_string("y" * is_late))
+    return bool(collectives.broadcast_string("y" * is_over))
 
   def _start_save(
     self,
@@ -270,15 +299,20 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     meta: Mapping[str, Any],
     partial_step: reader.PartialStepData | None,
   ) -> bool:
+    self._last_save = ()
     if not finite.is_finite(state):
       self.refusals += 1
       self._count_failure(f"the state of {info.name} is not finite")
       return False
-    if self._removal is not None and not self._is_remote:
+    is_remaining = info.name in self._to_remove
+    if self._removal is not None and (is_remaining or not self._is_remote):
       self._removal.result()
+    if info.name in self._to_remove:  # Orbax will remove the remains.
+      self._to_remove.remove(info.name)
     if error := reader.ask_first_process(self._write_error):
       self._count_failure(f"{info.name}: {error}")
       return False
+    self._last_save, self._is_late = (info, state, meta, partial_step), False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
     unfinished = None
     if partial_step is not None:
@@ -330,6 +364,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       self._writer.wait_until_finished()
       if collectives.is_first_process():
         facts = {"score": info.score, "metric": info.metric}
+        self._lock.check()
         manifest.write(path, facts)
     except Exception:
       # Logged now: the other hosts may learn of the failure much later.
@@ -340,24 +375,25 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._writer.wait_until_finished()
       raise
 
-  def _collect_pending(self, *, is_blocking: bool) -> None:
+  def _collect_pending(self, seconds: float | None = None) -> bool:
     """Handles the result of the pending save, if all hosts have finished it.
+
+    Waits for it so many seconds, or for ever. Returns False if it still runs.
 
     Raises:
       CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
     pending, info = self._pending, self._pending_info
     if pending is None or info is None:
-      return
-    if is_blocking:
-      concurrent.futures.wait([pending])
+      return True
+    concurrent.futures.wait([pending], seconds)
     result = _RUNNING
     if pending.done():
       error = pending.exception()
       result = f"{type(error).__name__}: {error}" if error else ""
     results = [x.decode() for x in collectives.gather_bytes(result.encode())]
     if _RUNNING in results:
-      return
+      return False
     self._pending = self._pending_info = None
     failed = [i for i, each in enumerate(results) if each]
     if failed:
@@ -365,25 +401,33 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       host = min(failed, key=lambda i: results[i].startswith("TimeoutError"))
       # The remains may be what fills the disk.
       self._remove_later([info])
-      self._count_failure(f"{info.name}, by process {host}: {results[host]}")
-      return
-    self._failures_in_row = 0
+      seconds = _OUTAGE_SECONDS if self._is_remote else 0.0
+      reason = f"{info.name}, by process {host}: {results[host]}"
+      self._count_failure(reason, seconds)
+      return True
+    self._failures_in_row, self._last_save = 0, ()
     self._saved.append(info)
     to_delete = retention.to_delete(self._saved, self._config)
     self._saved = [each for each in self._saved if each not in to_delete]
     self._remove_later(to_delete)
+    return True
 
-  def _count_failure(self, reason: str) -> None:
+  def _count_failure(self, reason: str, seconds: float = 0.0) -> None:
+    """Counts it; raises if it is one too many, and so long after the first."""
+    if not self._failures_in_row:
+      self._failing_since = time.monotonic()
     self.failures += 1
     self._failures_in_row += 1
-    self._last_failure = reason
+    self._last_failure, self._is_late = reason, True
     limit = self._config.max_failures
     message = (
       f"failed saves in a row: {self._failures_in_row}, of "
       f"checkpoint.max_failures ({limit}); {reason}. {self._newest_good()}"
     )
     logging.error("A checkpoint could not be saved; %s", message)
-    if self._failures_in_row >= limit:
+    if self._failures_in_row < limit:
+      return
+    if self._have_passed(seconds, self._failing_since):
       raise CheckpointError(message)
 
   def _newest_good(self) -> str:
@@ -392,9 +436,27 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     return f"The newest good checkpoint in {self._directory} is {newest}."
 
   def _remove_later(self, checkpoints: list[CheckpointInfo]) -> None:
-    if checkpoints and collectives.is_first_process():
-      names = [info.name for info in checkpoints]
-      self._removal = self._thread.submit(_remove_steps, self._directory, names)
+    self._to_remove += [info.name for info in checkpoints]
+    if self._to_remove and collectives.is_first_process():
+      self._removal = self._thread.submit(self._remove_steps)
+
+  def _remove_steps(self) -> None:
+    """Deletes checkpoints and the remains of failed saves; runs in a thread."""
+    names = list(self._to_remove)
+    try:
+      self._lock.check()
+      for name in names:
+        folder = self._directory / name
+        # The marks go first: without them the rest is not trusted.
+        manifest.path_for(folder).unlink(missing_ok=True)
+        (folder / _COMMITTED).unlink(missing_ok=True)
+      for path in self._directory.iterdir():
+        if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
+          _remove(path)
+      for name in names:
+        self._to_remove.remove(name)
+    except Exception:  # A bucket's errors have many types.
+      logging.exception("Could not delete %s in %s.", names, self._directory)
 
   def _quarantine(self, info: CheckpointInfo, damage: str) -> None:
     """Moves a damaged checkpoint and its manifest into `quarantine/`."""
@@ -418,19 +480,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     folder = self._directory / "quarantine"
     names = [x.name for x in folder.iterdir()] if folder.exists() else []
     return ", ".join(sorted(n for n in names if not n.startswith(f"{0:08}-")))
-
-
-def _remove_steps(directory: epath.Path, names: list[str]) -> None:
-  """Deletes checkpoints and the remains of failed saves."""
-  try:
-    for name in names:
-      # The manifest goes first: without it the rest is not trusted.
-      manifest.path_for(directory / name).unlink(missing_ok=True)
-    for path in directory.iterdir():
-      if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
-        _remove(path)
-  except Exception:  # A bucket's errors have many types.
-    logging.exception("Could not delete %s in %s.", names, directory)
 
 
 def _remove(path: epath.Path) -> None:

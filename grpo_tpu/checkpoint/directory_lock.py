@@ -1,7 +1,7 @@
 """Lock on a directory, so that one run at a time writes to it.
 
 The kernel releases the lock when its process ends, however the process ends, so
-a stale lock cannot exist. Object stores have no locks, and none is taken there.
+a stale lock cannot exist. A bucket has no locks, but a `Lease`.
 
 The `filelock` package does not fit: its `flock` is inherited by forked workers,
 which would keep the lock of a killed run.
@@ -32,8 +32,6 @@ class DirectoryLock:
     Raises:
       OSError: Another process keeps the lock, or the directory is not writable.
     """
-    if "://" in os.fspath(self._path):
-      return
     file = open(self._path, "a+")
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not (is_held := _try_lock(file)) and time.monotonic() < deadline:
@@ -51,6 +49,9 @@ class DirectoryLock:
     file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
     file.flush()
     self._file = file
+
+  def check(self) -> None:
+    """Does nothing: nobody can take the lock away."""
 
   def release(self) -> None:
     """Releases the lock."""

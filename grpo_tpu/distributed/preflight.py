@@ -6,16 +6,26 @@ every host sends what it is about to run, and the error names the host that
 differs and how.
 """
 
+import contextlib
+import functools
+import pathlib
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from absl import logging
+from etils import epath
 
+from data_pipelines.storage import objects, paths
 from data_pipelines.validation import SettingError
 from grpo_tpu.distributed import fingerprint, initialize
 
 _SHOWN = 5
+# A network file system may show a new file late.
+_FILE_PATIENCE_SECONDS = 30.0
 
 # Values by topic ("config", "code"), then by name.
 type Facts = Mapping[str, Mapping[str, Any]]
@@ -78,6 +88,62 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
     f"({hosts[0]['name']}): {'; '.join(shown)}. Start every host with the same "
     "command, from the same code and packages."
   )
+
+
+def check_workdir(key: str, workdir: str, *, timeout_seconds: float) -> None:
+  """Returns if every process sees the file that process 0 puts there.
+
+  Args:
+    key: A name that no other call uses.
+    workdir: A folder, which is made if there is none, or a path in a bucket.
+    timeout_seconds: The longest wait for the others.
+
+  Raises:
+    SettingError: Some host sees another folder, or the bucket refuses.
+    OSError: Process 0 cannot write there.
+    RuntimeError: The bucket, or a process, has not answered in time.
+  """
+  if jax.process_count() == 1 and not paths.is_remote(workdir):
+    return
+  name = f".seen-by-all-hosts-{uuid.uuid4().hex}"
+  exchange = functools.partial(
+    initialize.exchange_json, timeout_seconds=timeout_seconds
+  )
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(_empty_file(workdir, name))
+    path = epath.Path(workdir) / exchange(f"{key}/name", name)[0]
+    wait = min(_FILE_PATIENCE_SECONDS, timeout_seconds / 2)
+    deadline = time.monotonic() + wait
+    while not (is_seen := path.exists()) and time.monotonic() < deadline:
+      time.sleep(0.1)
+    hosts = exchange(f"{key}/seen", [socket.gethostname(), is_seen])
+  blind = [f"{i} ({host[0]})" for i, host in enumerate(hosts) if not host[1]]
+  if blind:
+    raise SettingError(
+      f"--workdir ({workdir!r}) must be one folder for all hosts, but host "
+      f"{', '.join(blind)} does not see what host 0 ({hosts[0][0]}) wrote "
+      "there; set --workdir=gs://BUCKET/PATH, or a folder on a shared file "
+      "system that every host has mounted."
+    )
+
+
+@contextlib.contextmanager
+def _empty_file(folder: str, name: str) -> Iterator[None]:
+  if not paths.is_remote(folder):
+    path = pathlib.Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    yield
+    path.unlink()
+    return
+  bucket, prefix = objects.split(folder)
+  with objects.refusals(folder, what="--workdir"):
+    blob = objects.client().bucket(bucket).blob(f"{prefix}/{name}")
+    blob.upload_from_string(b"")
+  yield
+  with objects.refusals(folder, what="--workdir"):
+    blob.delete()
 
 
 def _differences(here: Facts, there: Facts) -> Iterator[str]:

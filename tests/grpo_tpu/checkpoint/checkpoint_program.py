@@ -18,7 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data_pipelines import validation
 from grpo_tpu.checkpoint import checkpointer, manifest, reader
+from grpo_tpu.distributed import preflight
 from tests.grpo_tpu.checkpoint import checkpointing
 
 
@@ -136,8 +138,17 @@ def restore(mesh, *folders):
 
 
 def borrow(mesh, *folders):
-  """Reads the parameters of the newest good step, and of step 2."""
-  results = []
+  """Reads the parameters of the newest good step, and of step 2.
+
+  First, each process but the first one has a disk of its own.
+  """
+  preflight.check_workdir("common", folders[0], timeout_seconds=60)
+  own = f"{folders[0]}/{jax.process_index() or ''}"
+  try:
+    preflight.check_workdir("own", own, timeout_seconds=2)
+    results = [""]
+  except validation.SettingError as refused:
+    results = [str(refused)]
   for folder in folders:
     params = state_of(mesh, 0)["params"]
     newest = reader.newest_step(folder)

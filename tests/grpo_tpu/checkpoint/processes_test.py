@@ -157,7 +157,9 @@ def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
   for path in nothing.glob("*.json"):
     path.unlink()
   folders = [tmp_path / name for name in (*DAMAGES, "nothing")]
-  borrowed = run(2, "borrow", *folders[:-1], logs=logs)
+  pod = Pod(2, "borrow", *folders[:-1], logs=logs)
+  (refused, *borrowed), (also_refused, *others) = pod.results()
+  assert borrowed == others
   for name, (newest, error) in zip(DAMAGES, borrowed, strict=True):
     assert newest == (2 if name == "whole" else 1)
     assert ("is damaged" in error) == (name != "whole")
@@ -167,6 +169,12 @@ def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
     assert_is(result, 2 if is_whole else 1, quarantined=0 if is_whole else 1)
     assert (tmp_path / name / "quarantine").exists() != is_whole
   assert "is whole: 00000001-no-manifest" in none["error"]
+  # Of a workdir that is not one for all, every host is told.
+  for words in (refused, also_refused):
+    assert "must be one folder for all hosts, but host 1 (" in words
+    assert "host 0 (" in words and "gs://" in words
+  assert str(tmp_path / "whole") in refused
+  assert not [*tmp_path.glob("**/.seen*")]
 
 
 def test_one_host_that_cannot_write_ends_all_within_the_time_out(
