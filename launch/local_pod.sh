@@ -6,8 +6,8 @@
 #     --workdir=DIR --config.mesh.fsdp=2 ...
 #
 # N is 2 and M is 1 by default. All other arguments are flags of the program,
-# whose mesh must have N * M devices. Host K writes DIR/logs/host-K.log; the
-# output of host 0 is also shown here.
+# whose mesh must have N * M devices. Host K writes DIR/logs/host-K.log, or below
+# runs/ if DIR is in a bucket; the output of host 0 is also shown here.
 #
 # When a host fails, the script ends the others within seconds and exits with the
 # code of the first failure, or with 75 if all were preempted. Ctrl-C and SIGTERM
@@ -25,40 +25,36 @@ devices=1
 usage="usage: launch/local_pod.sh -n HOSTS [-m DEVICES] [--] FLAGS OF \
 grpo_tpu.main"
 
+workdir=
+arguments=()
 while (($#)); do
   case $1 in
     -n | -m)
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] ||
         fail "$1 must be followed by a number of at least 1; $usage."
       if [[ $1 == -n ]]; then hosts=$2; else devices=$2; fi
-      shift 2
-      ;;
-    --)
       shift
-      break
       ;;
-    --*) break ;;
-    *) fail "launch/local_pod.sh does not know '$1'; $usage." ;;
-  esac
-done
-
-workdir=
-arguments=()
-while (($#)); do
-  case $1 in
-    --workdir=?*) workdir=${1#*=} ;;
+    --) ;;
+    --workdir=*) workdir=${1#*=} ;;
     --workdir)
       workdir=${2:-}
-      shift $(($# > 1 ? 2 : 1))
-      continue
+      shift
       ;;
-    *) arguments+=("$1") ;;
+    *)
+      # Behind a flag it may be its value.
+      [[ $1 == -* ]] || ((${#arguments[@]})) ||
+        fail "launch/local_pod.sh does not know '$1'; $usage."
+      arguments+=("$1")
+      ;;
   esac
-  shift
+  shift || break
 done
 [[ $workdir ]] || fail "--workdir=DIR must name a folder for the run; $usage."
 workdir=$(absolute "$workdir")
 arguments+=("--workdir=$workdir")
+logs=$workdir/logs
+if [[ $workdir == gs://* ]]; then logs=$root/runs/${workdir##*/}/logs; fi
 
 # Tests set the interpreter and need no venv.
 python=${GRPO_TPU_PYTHON:-}
@@ -67,7 +63,7 @@ if [[ ! $python ]]; then
   python=$venv/bin/python
 fi
 cd "$root"
-mkdir -p "$workdir/logs"
+mkdir -p "$logs"
 
 port=$("$python" -c '
 import socket
@@ -80,7 +76,7 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices
 run_host=(${tied[@]+"${tied[@]}"} "$python" -m grpo_tpu.main)
 pids=()
 for ((host = 0; host < hosts; host++)); do
-  output=$workdir/logs/host-$host.log
+  output=$logs/host-$host.log
   export JAX_PROCESS_ID=$host
   if ((host)); then
     "${run_host[@]}" "${arguments[@]}" >>"$output" 2>&1 &
@@ -91,7 +87,7 @@ for ((host = 0; host < hosts; host++)); do
   fi
   pids+=($!)
 done
-say "Started $hosts hosts of $devices devices; logs: $workdir/logs/host-K.log"
+say "Started $hosts hosts of $devices devices; logs: $logs/host-K.log"
 
 # Bash lists its running children, so a reused process id does not matter.
 is_running() { [[ $'\n'$(jobs -rp)$'\n' == *$'\n'"${pids[$1]}"$'\n'* ]]; }
@@ -121,7 +117,7 @@ while ((${#codes[@]} < hosts)); do
     wait "${pids[$host]}" 2>/dev/null || codes[host]=$?
     ((codes[host])) || continue
     say "Host $host ended with exit code ${codes[$host]}; see \
-$workdir/logs/host-$host.log."
+$logs/host-$host.log."
     # The first failure explains the end of all hosts. Preemption is no failure.
     if ((code == 0 || code == 75)); then code=${codes[$host]}; fi
     if ((codes[host] == 75)); then
