@@ -10,6 +10,8 @@ from pyarrow import parquet
 
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards.settings import COMPONENTS
+from tests.e2e import buckets
+from tests.e2e.conftest import TINY, Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -149,3 +151,23 @@ def test_masters_of_bfloat16_weights_survive_a_kill(new_run):
   assert_same(resumed, unbroken)
   # The masters decide this one, to the bit.
   assert unbroken.column("train/update_below_half_ulp_fraction")[-1] > 0
+
+
+def test_a_run_that_only_a_bucket_keeps_ends_as_the_one_on_a_disk(
+  bucket, program, drawn, unbroken, tmp_path
+):
+  """Killed between two puts, with all of its machine, and started again."""
+  run = buckets.BucketRun(
+    bucket,
+    program.environment,
+    tmp_path / "machines",
+    *("--config=configs/smoke.py", *TINY),
+    f"--config.data.dir={buckets.upload(bucket, drawn, 'data')}",
+  )
+  start = run.start()
+  start.wait_until(lambda: 2 in run.checkpoints())
+  run.kill_at_put(start, 5)
+  run.release()
+  run.finish()
+  local = Run(program, run.copy(tmp_path / "copy"))
+  assert_same(local, unbroken)

@@ -1,0 +1,232 @@
+"""A run whose workdir and data lie in a bucket is the run on a disk."""
+
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.e2e import browser, buckets
+from tests.e2e.conftest import TINY, Run, summary
+from tests.e2e.event_files_test import asked, events_of, points
+from tests.e2e.resume_test import assert_same, lines_but_for_time, samples
+
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
+
+KILLS = 20
+# Every second step is saved, and a start comes a few steps further at most.
+LONG = ("--config.train.num_steps=60", *buckets.WAITING)
+
+
+@pytest.fixture
+def bucket_run(bucket, program, drawn, tmp_path):
+  """Makes a tiny run on the drawn problems, all of it in the bucket."""
+
+  def new(*settings: str) -> buckets.BucketRun:
+    data = buckets.upload(bucket, drawn, "data")
+    return buckets.BucketRun(
+      bucket,
+      program.environment,
+      tmp_path / "machines",
+      *("--config=configs/smoke.py", *TINY, f"--config.data.dir={data}"),
+      *settings,
+    )
+
+  return new
+
+
+@pytest.fixture(scope="session")
+def long(new_run) -> Run:
+  """Sixty steps on a disk, in one go."""
+  return new_run(*LONG).start()
+
+
+def local_copy(run: buckets.BucketRun, tmp_path: pathlib.Path) -> Run:
+  name = f"copy-{time.monotonic_ns()}"
+  copied = object.__new__(Run)
+  copied.workdir = run.copy(tmp_path / name)
+  return copied
+
+
+def curves(run: Run) -> dict[str, list[tuple[int, float]]]:
+  """The points in the event files, but for what a clock decides."""
+  events = events_of(run)
+  return {
+    tag: points(events, tag)
+    for tag in events.PluginTagToContent("scalars")
+    if not tag.startswith(("perf/", "checkpoint/", "goodput/"))
+  }
+
+
+def assert_same_everywhere(run: Run, other: Run) -> None:
+  """Numbers, completions and curves, and the newest checkpoint's arrays."""
+  assert_same(run, other)
+  assert curves(run) == curves(other)
+  newest = summary(other.workdir)["newest_checkpoint"].rpartition("/")[2]
+  found, wanted = (
+    arrays(str(x.workdir / "checkpoints" / newest)) for x in (run, other)
+  )
+  assert found.keys() == wanted.keys()
+  for name, array in wanted.items():
+    np.testing.assert_array_equal(found[name], array)
+
+
+def arrays(checkpoint: str) -> dict[str, np.ndarray]:
+  """The state of a checkpoint, as Orbax's own reader gives it."""
+  import jax
+  import orbax.checkpoint as ocp
+  from etils import epath
+
+  with ocp.StandardCheckpointer() as reader:
+    state = reader.restore(epath.Path(checkpoint) / "state")
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def assert_complete(run: Run, whole: Run, newest: int) -> None:
+  """All is there up to a saved step, and is what the unbroken run wrote."""
+  lines, wanted = lines_but_for_time(run), lines_but_for_time(whole)
+  assert len(lines) > newest
+  assert lines == wanted[: len(lines)]
+  files, whole_files = samples(run), samples(whole)
+  saved = {
+    name for name in whole_files if int(re.findall(r"\d+", name)[0]) <= newest
+  }
+  assert saved <= files.keys()
+  assert all(files[name] == whole_files[name] for name in files)
+  drawn, whole_curves = curves(run), curves(whole)
+  for tag, wanted_points in whole_curves.items():
+    due = [point for point in wanted_points if point[0] <= newest]
+    if due:
+      assert drawn[tag][: len(due)] == due, tag
+
+
+def test_twenty_kills_leave_no_trace(bucket_run, long, tmp_path):
+  """Of each, the bucket alone is left: between two puts, or at any time."""
+  run, rng = bucket_run(*LONG), random.Random(0)
+  for number in range(KILLS):
+    start, kind = run.start(REWARD_SECONDS="1"), rng.choice(["put", "time"])
+    if kind == "put":
+      run.kill_at_put(start, rng.randint(1, 60))
+    else:
+      time.sleep(rng.uniform(0, 15))
+      assert start.kill()
+    newest = max(run.checkpoints(), default=0)
+    print(f"{number:2} {kind:4} newest checkpoint {newest}", flush=True)
+    if newest:
+      assert_complete(local_copy(run, tmp_path), long, newest)
+    if number % 5:
+      run.release()
+  run.finish()
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_refused_and_cut_requests_change_nothing(bucket_run, long, tmp_path):
+  run = bucket_run(*LONG)
+  run.server.store.set_faults(busy=0.05, cut=0.01)
+  start = run.start()
+  start.wait_until(lambda: start.step() >= 20)
+  start.kill()
+  run.finish()
+  run.server.store.set_faults()
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_a_bucket_that_is_gone_for_two_minutes_stops_nothing(
+  bucket_run, long, tmp_path
+):
+  run = bucket_run(*LONG)
+  store = run.server.store
+  start = run.start(REWARD_SECONDS="4")
+  start.wait_until(lambda: start.step() >= 5)
+  before = start.step()
+  store.set_faults(outage=True)
+  time.sleep(120)
+  after = start.step()
+  store.set_faults()
+  assert start.end() == [0], start.log()[-4000:]
+  assert after >= before + 20
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_a_workdir_is_one_run_s(bucket_run, long, tmp_path):
+  """A second start is refused; one after a kill waits until it may."""
+  run = bucket_run(*LONG)
+  first = run.start(REWARD_SECONDS="4")
+  first.wait_until(lambda: first.step() >= 1)
+  second = run.start()
+  (code,) = second.end()
+  assert code != 0
+  assert "another" in second.log().splitlines()[-1] or "end that run" in (
+    second.log()
+  )
+  assert first.is_running()
+  first.wait_until(lambda: run.checkpoints())
+  first.kill()
+  third = run.start()
+  begin = time.monotonic()
+  third.wait_until(lambda: third.step() >= 1)
+  assert time.monotonic() - begin < 60 + 60
+  assert third.end() == [0]
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_readers_see_the_run_while_it_goes_on(
+  bucket_here, bucket_run, long, tmp_path
+):
+  """Orbax's own by gs://, and TensorBoard in a browser."""
+  import orbax.checkpoint as ocp
+
+  run = bucket_run(*LONG)
+  start = run.start(REWARD_SECONDS="3")
+  start.wait_until(lambda: run.checkpoints())
+  (newest, *_) = run.checkpoints()[::-1]
+  place = f"{run.workdir}/checkpoints"
+  found = arrays(f"{place}/{newest:08}")
+  assert len(found) > 10
+  with ocp.CheckpointManager(place) as manager:
+    assert manager.latest_step() >= newest
+  log = tmp_path / "tensorboard.txt"
+  with log.open("wb") as file:
+    process = subprocess.Popen(
+      [sys.executable, "-m", "tensorboard.main", f"--logdir={run.workdir}"]
+      + ["--host=127.0.0.1", "--port=0", "--load_fast=false"]
+      + ["--reload_interval=5"],
+      stdout=file,
+      stderr=subprocess.STDOUT,
+    )
+  try:
+    start.wait_until(lambda: re.search(r"http://\S+/", log.read_text()))
+    found = re.search(r"http://\S+/", log.read_text())
+    assert found
+    address = found[0]
+
+    def shown():
+      runs = asked(address, "data/plugin/scalars/tags")
+      if not any("rollout/reward" in tags for tags in runs.values()):
+        return []
+      answer = asked(
+        address, "data/plugin/scalars/scalars", run=".", tag="rollout/reward"
+      )
+      return [(int(step), value) for _, step, value in answer]
+
+    start.wait_until(lambda: len(shown()) >= newest)
+    seen = shown()
+    wanted = points(events_of(long), "rollout/reward")
+    assert seen == wanted[: len(seen)]
+    program = browser.find()
+    if program:
+      with browser.page(program, tmp_path / "browser.txt") as page:
+        page.open(f"{address}#scalars", width=1280, height=900)
+        page.wait_for("document.querySelector('tb-webapp') != null")
+        page.wait_for("document.body.innerText.includes('rollout')")
+        (tmp_path / "tensorboard.png").write_bytes(page.screenshot())
+    assert start.is_running(), "it was to be looked at while it ran"
+  finally:
+    process.kill()
+    process.wait()
+    start.kill()
