@@ -105,37 +105,6 @@ def assert_complete(run: Run, whole: Run, newest: int) -> None:
       assert drawn[tag][: len(due)] == due, tag
 
 
-def test_twenty_kills_leave_no_trace(bucket_run, long, tmp_path):
-  """Of each, the bucket alone is left: between two puts, or at any time."""
-  run, rng = bucket_run(*LONG), random.Random(0)
-  for number in range(KILLS):
-    start, kind = run.start(REWARD_SECONDS="1"), rng.choice(["put", "time"])
-    if kind == "put":
-      run.kill_at_put(start, rng.randint(1, 60))
-    else:
-      time.sleep(rng.uniform(0, 15))
-      assert start.kill()
-    newest = max(run.checkpoints(), default=0)
-    print(f"{number:2} {kind:4} newest checkpoint {newest}", flush=True)
-    if newest:
-      assert_complete(local_copy(run, tmp_path), long, newest)
-    if number % 5:
-      run.release()
-  run.finish()
-  assert_same_everywhere(local_copy(run, tmp_path), long)
-
-
-def test_refused_and_cut_requests_change_nothing(bucket_run, long, tmp_path):
-  run = bucket_run(*LONG)
-  run.server.store.set_faults(busy=0.05, cut=0.01)
-  start = run.start()
-  start.wait_until(lambda: start.step() >= 20)
-  start.kill()
-  run.finish()
-  run.server.store.set_faults()
-  assert_same_everywhere(local_copy(run, tmp_path), long)
-
-
 def test_a_bucket_that_is_gone_for_two_minutes_stops_nothing(
   bucket_run, long, tmp_path
 ):
@@ -150,28 +119,6 @@ def test_a_bucket_that_is_gone_for_two_minutes_stops_nothing(
   store.set_faults()
   assert start.end() == [0], start.log()[-4000:]
   assert after >= before + 20
-  assert_same_everywhere(local_copy(run, tmp_path), long)
-
-
-def test_a_workdir_is_one_run_s(bucket_run, long, tmp_path):
-  """A second start is refused; one after a kill waits until it may."""
-  run = bucket_run(*LONG)
-  first = run.start(REWARD_SECONDS="4")
-  first.wait_until(lambda: first.step() >= 1)
-  second = run.start()
-  (code,) = second.end()
-  assert code != 0
-  assert "another" in second.log().splitlines()[-1] or "end that run" in (
-    second.log()
-  )
-  assert first.is_running()
-  first.wait_until(lambda: run.checkpoints())
-  first.kill()
-  third = run.start()
-  begin = time.monotonic()
-  third.wait_until(lambda: third.step() >= 1)
-  assert time.monotonic() - begin < 60 + 60
-  assert third.end() == [0]
   assert_same_everywhere(local_copy(run, tmp_path), long)
 
 
@@ -230,3 +177,56 @@ def test_readers_see_the_run_while_it_goes_on(
     process.kill()
     process.wait()
     start.kill()
+
+
+def test_a_workdir_is_one_run_s(bucket_run, long, tmp_path):
+  """A second start is refused; one after a kill waits until it may."""
+  run = bucket_run(*LONG)
+  first = run.start(REWARD_SECONDS="4")
+  first.wait_until(lambda: first.step() >= 1)
+  second = run.start()
+  (code,) = second.end()
+  assert code != 0
+  assert "another" in second.log().splitlines()[-1] or "end that run" in (
+    second.log()
+  )
+  assert first.is_running()
+  first.wait_until(lambda: run.checkpoints())
+  first.kill()
+  third = run.start()
+  begin = time.monotonic()
+  third.wait_until(lambda: third.step() >= 1)
+  assert time.monotonic() - begin < 60 + 60
+  assert third.end() == [0]
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_refused_and_cut_requests_change_nothing(bucket_run, long, tmp_path):
+  run = bucket_run(*LONG)
+  run.server.store.set_faults(busy=0.05, cut=0.01)
+  start = run.start()
+  start.wait_until(lambda: start.step() >= 20)
+  start.kill()
+  run.finish()
+  run.server.store.set_faults()
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_twenty_kills_leave_no_trace(bucket_run, long, tmp_path):
+  """Of each, the bucket alone is left: between two puts, or at any time."""
+  run, rng = bucket_run(*LONG), random.Random(0)
+  for number in range(KILLS):
+    start, kind = run.start(REWARD_SECONDS="1"), rng.choice(["put", "time"])
+    if kind == "put":
+      run.kill_at_put(start, rng.randint(1, 60))
+    else:
+      time.sleep(rng.uniform(0, 15))
+      assert start.kill()
+    newest = max(run.checkpoints(), default=0)
+    print(f"{number:2} {kind:4} newest checkpoint {newest}", flush=True)
+    if newest:
+      assert_complete(local_copy(run, tmp_path), long, newest)
+    if number % 5:
+      run.release()
+  run.finish()
+  assert_same_everywhere(local_copy(run, tmp_path), long)

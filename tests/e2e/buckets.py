@@ -16,8 +16,6 @@ from tests.gcs import fake
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 600
-# A held workdir is free again after a minute.
-LEASE = re.compile(r".*lock.*|.*lease.*")
 # A reward that pays nothing, and takes as long as `$REWARD_SECONDS` says.
 WAITING = (
   "--config.rewards.custom=('tests.e2e.buckets:waiting',)",
@@ -193,10 +191,8 @@ class BucketRun:
 
   def release(self) -> None:
     """Takes the lease of a killed run away, which it would soon lose."""
-    store = self.server.store
-    for name in store.names("bucket", f"{self._name}/checkpoints/"):
-      if LEASE.fullmatch(name.rpartition("/")[2]):
-        store.delete("bucket", name, {})
+    objects = self.server.store.objects
+    objects.pop(("bucket", f"{self._name}/checkpoints/lease"), None)
 
 
 def upload(server: fake.Server, folder: pathlib.Path, name: str) -> str:
