@@ -282,8 +282,7 @@ def _draw(
     bucket, run = str(folder), f"{workdir}/run.json"
     is_started = bool(objects.list_objects(run, what="--workdir"))
     key = repr((build.FORMAT, dataclasses.replace(request, data_dir="data")))
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    place = host_copy.cache_folder("drawn") / name
+    place = host_copy.cache_folder("drawn") / host_copy.digest(key)
   if changes := build.find_changes(request) if is_started else []:
     raise ValueError(
       f"data.synthetic must be what the run in --workdir ({str(workdir)!r}) "

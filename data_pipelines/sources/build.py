@@ -6,7 +6,6 @@ docs/data.md lists its files. A complete one is reused as it is.
 import collections
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -50,16 +49,31 @@ def build_data_dir(
   source, options = _open_source(request)
   beside = pathlib.Path(data_dir)
   if is_remote := paths.is_remote(data_dir):
-    name = hashlib.sha256(os.fspath(data_dir).encode()).hexdigest()[:24]
+    name = host_copy.digest(os.fspath(data_dir))
     beside = host_copy.cache_folder("building") / name
   # Two machines build in two folders, for a shared disk may know no locks.
-  host = socket.gethostname()
-  building = beside.with_name(f".{beside.name}.building.{host}")
-  retired = beside.with_name(f".{beside.name}.retired.{host}")
+  building, retired = (
+    beside.with_name(f".{beside.name}.{word}.{socket.gethostname()}")
+    for word in ("building", "retired")
+  )
   with _lock(beside):
-    if manifest := _find_whole(data_dir, options, overwrite):
-      logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
-      return manifest
+    manifest = read_manifest(data_dir)
+    if manifest is not None:
+      changes = _changes(manifest["request"], options)
+      if changes and not overwrite:
+        left = len(changes) - 3
+        more = f" and {left} more changes" if left > 0 else ""
+        raise validation.SettingError(
+          f"data_dir ({str(data_dir)!r}) was made from "
+          f"{untrusted.shorten(manifest['source'])} by another request: "
+          f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
+          "--overwrite to replace it."
+        )
+      if not changes and manifest["files"] == _sizes(data_dir):
+        logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
+        return manifest
+      why = f"{changes[0]}." if changes else "some of its files are damaged."
+      logging.info("Rebuilding %s: %s", data_dir, why)
     # A killed process leaves these.
     for leftover in (building, retired):
       shutil.rmtree(leftover, ignore_errors=True)
@@ -69,11 +83,16 @@ def build_data_dir(
         objects.put(data_dir / _MARK, b"", what="data_dir")  # If it may write.
       manifest = _write(request, source, options, building, num_workers)
       if is_remote:
-        objects.replace_folder(
-          building, data_dir, last=_MANIFEST, what="data_dir"
-        )
-      else:
-        _replace(pathlib.Path(data_dir), building, retired, options)
+        parts = building, data_dir
+        objects.replace_folder(*parts, last=_MANIFEST, what="data_dir")
+      elif not _holds(data_dir, manifest):
+        with contextlib.suppress(FileNotFoundError):
+          data_dir.rename(retired)
+        try:
+          building.rename(data_dir)
+        except OSError:  # Another machine was first.
+          if not _holds(data_dir, manifest):
+            raise
     finally:
       for leftover in (building, retired):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -84,56 +103,10 @@ def build_data_dir(
   return manifest
 
 
-def _find_whole(
-  data_dir: epath.Path, options: Mapping[str, Any], overwrite: bool
-) -> dict[str, Any] | None:
-  """The manifest of a data dir that need not be built; None to build it.
-
-  Raises:
-    SettingError: It was made by another request, and may not be replaced.
-  """
-  manifest = read_manifest(data_dir)
-  if manifest is None:
-    return None
-  changes = _changes(manifest["request"], options)
-  if changes and not overwrite:
-    left = len(changes) - 3
-    more = f" and {left} more changes" if left > 0 else ""
-    raise validation.SettingError(
-      f"data_dir ({str(data_dir)!r}) was made from "
-      f"{untrusted.shorten(manifest['source'])} by another request: "
-      f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
-      "--overwrite to replace it."
-    )
-  if not changes and manifest["files"] == _sizes(data_dir):
-    return manifest
-  why = f"{changes[0]}." if changes else "some of its files are damaged."
-  logging.info("Rebuilding %s: %s", data_dir, why)
-  return None
-
-
-def _replace(
-  data_dir: pathlib.Path,
-  building: pathlib.Path,
-  retired: pathlib.Path,
-  options: Mapping[str, Any],
-) -> None:
-  """Moves what was built to its place, unless another machine was first."""
-  try:
-    if not _is_whole(data_dir, options):
-      with contextlib.suppress(FileNotFoundError):
-        data_dir.rename(retired)
-      building.rename(data_dir)
-  except OSError:
-    if not _is_whole(data_dir, options):
-      raise
-
-
-def _is_whole(data_dir: pathlib.Path, options: Mapping[str, Any]) -> bool:
-  """True for a data dir of these options that has all its files."""
-  with contextlib.suppress(validation.SettingError, OSError):
-    return _find_whole(epath.Path(data_dir), options, False) is not None
-  return False
+def _holds(data_dir: epath.PathLike, manifest: Mapping[str, Any]) -> bool:
+  """True for a data dir with this manifest and all its files."""
+  is_same = read_manifest(data_dir) == manifest
+  return is_same and _sizes(data_dir) == manifest["files"]
 
 
 def _open_source(request: Request) -> tuple[origin.Origin, dict[str, Any]]:
@@ -238,7 +211,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   return changes
 
 
-def _sizes(folder: epath.Path | pathlib.Path) -> dict[str, int]:
+def _sizes(folder: epath.PathLike) -> dict[str, int]:
   """Bytes of every file under the folder except the manifest."""
   if paths.is_remote(folder):
     found = objects.list_objects(folder, what="data_dir")

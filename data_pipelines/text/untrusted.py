@@ -32,10 +32,7 @@ def size_of(path: str | os.PathLike) -> int:
   if "://" in os.fspath(path):
     from data_pipelines.storage import objects
 
-    found = objects.list_objects(path, what="file").get("")
-    if found is None:
-      raise FileNotFoundError(f"There is no {printable(os.fspath(path))}.")
-    return found.size
+    return objects.size_of(path)
   status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
     raise ValueError(f"{printable(os.fspath(path))} must be a regular file.")
@@ -50,11 +47,9 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
       f"{printable(os.fspath(path))} has {size} bytes, which must be at most "
       f"{max_bytes}."
     )
-  if "://" in os.fspath(path):
-    from data_pipelines.storage import objects
+  from data_pipelines.storage import objects
 
-    return objects.read(path)
-  with open(path, "rb") as file:
+  with objects.open_file(path) as file:
     # By its size: Python allocates what it is asked to read.
     return file.read(size)
 

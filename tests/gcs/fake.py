@@ -94,7 +94,7 @@ class Blob:
 
   def describe(self, bucket: str, name: str) -> dict[str, Any]:
     """The resource that the API returns."""
-    quoted = urllib.parse.quote(name, safe="")
+    urllib.parse.quote(name, safe="")
     return {
       "kind": "storage#object",
       "id": f"{bucket}/{name}/{self.generation}",
@@ -109,7 +109,6 @@ class Blob:
       "crc32c": self.crc32c,
       "etag": f"{self.generation}",
       "storageClass": "STANDARD",
-      "mediaLink": f"/download/storage/v1/b/{bucket}/o/{quoted}?alt=media",
     }
 
 
