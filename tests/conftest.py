@@ -93,6 +93,5 @@ def bucket_here(bucket, monkeypatch):
 
   for name, value in bucket.environment().items():
     monkeypatch.setenv(name, value)
-  for client in (objects.client, objects.store):
-    client.cache_clear()  # Of an earlier test's bucket.
+  objects.client.cache_clear()  # Of an earlier test's bucket.
   return bucket

@@ -94,7 +94,6 @@ class Blob:
 
   def describe(self, bucket: str, name: str) -> dict[str, Any]:
     """The resource that the API returns."""
-    urllib.parse.quote(name, safe="")
     return {
       "kind": "storage#object",
       "id": f"{bucket}/{name}/{self.generation}",
