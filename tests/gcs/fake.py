@@ -211,12 +211,16 @@ class Bucket:
       callback()
     return blob.describe(bucket, name)
 
+  def find(self, bucket: str, name: str, generation: str | None = None) -> Blob:
+    """The object, of this generation if one is given."""
+    blob = self.objects.get((bucket, name))
+    if blob is None or generation not in (None, str(blob.generation)):
+      raise Refused(404, f"No such object: {bucket}/{name}", "notFound")
+    return blob
+
   def get(self, bucket: str, name: str, query: dict[str, str]) -> Blob | None:
     """The object; none if it is the one that the client has already."""
-    blob = self.objects.get((bucket, name))
-    wanted = query.get("generation") or query.get("sourceGeneration")
-    if blob is None or wanted not in (None, str(blob.generation)):
-      raise Refused(404, f"No such object: {bucket}/{name}", "notFound")
+    blob = self.find(bucket, name, query.get("generation"))
     if query.get("ifGenerationNotMatch") == str(blob.generation):
       return None
     self._check(blob, query)
@@ -228,7 +232,7 @@ class Bucket:
         raise Refused(412, "The generation is that one.", "conditionNotMet")
       del self.objects[bucket, name]
 
-  def list(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
+  def list_objects(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
     """A page of a listing, with `prefix`, `delimiter` and page tokens."""
     if "matchGlob" in query:
       raise Refused(400, "The fake has no matchGlob.", "invalid")
@@ -369,10 +373,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if self.command not in ("GET", "HEAD"):
       raise Refused(405, f"The fake has no {self.command} of buckets.")
     if rest == "/o":
-      return self._json(self.store.list(bucket, query))
-    made = {"name": bucket, "id": bucket, "location": "US"}
+      return self._json(self.store.list_objects(bucket, query))
+    made: dict[str, Any] = {"name": bucket, "id": bucket, "location": "US"}
     if rest:
-      layout = {"kind": "storage#storageLayout", "bucket": bucket}
+      layout: dict[str, Any] = {
+        "kind": "storage#storageLayout",
+        "bucket": bucket,
+      }
       layout["hierarchicalNamespace"] = {"enabled": False}
       return self._json(made | layout)
     made |= {"kind": "storage#bucket", "timeCreated": "2026-01-01T00:00:00Z"}
@@ -407,15 +414,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
       names = [x["name"] for x in asked["sourceObjects"]]
       if len(names) > 32:
         raise Refused(400, "More than 32 objects.", "invalid")
-      data = b"".join(store.get(bucket, name, {}).data for name in names)
+      data = b"".join(store.find(bucket, name).data for name in names)
       kind = asked.get("destination", {}).get("contentType", "text/plain")
       return self._json(store.put(bucket, unquote(match[1]), data, kind, query))
     match = re.fullmatch(r"(.+)/(rewriteTo|copyTo)/b/([^/]+)/o/(.+)", rest)
     if not match:
       raise Refused(404, f"The fake has no POST {rest}", "notFound")
-    source = {k: v for k, v in query.items() if k == "sourceGeneration"}
-    blob = store.get(bucket, unquote(match[1]), source)
-    assert blob
+    generation = query.get("sourceGeneration")
+    blob = store.find(bucket, unquote(match[1]), generation)
     there = unquote(match[4])
     made = store.put(match[3], there, blob.data, blob.content_type, query)
     if match[2] == "copyTo":
@@ -542,7 +548,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.connection.sendall(head)
       self.connection.sendall(body)
 
-  def log_message(self, *_: Any) -> None:
+  def log_message(self, format: str, *args: Any) -> None:
     """Logs nothing."""
 
 
@@ -611,7 +617,7 @@ class Server(http.server.ThreadingHTTPServer):
       "STORAGE_EMULATOR_HOST": self.url,
     }
 
-  def handle_error(self, *_: Any) -> None:
+  def handle_error(self, request: Any, client_address: Any) -> None:
     """Prints it, unless a client is gone, which is no error of the bucket."""
     if not isinstance(sys.exception(), OSError):
       traceback.print_exc()
