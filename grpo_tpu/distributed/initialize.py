@@ -114,7 +114,12 @@ def initialize(
     join()
   else:
     loopback = f"127.0.0.1:{_free_port()}"
-    join(loopback, 1, 0, coordinator_bind_address=loopback)
+    join(
+      *(loopback, 1, 0),
+      coordinator_bind_address=loopback,
+      # Otherwise JAX asks the metadata server, which a notebook cannot reach.
+      cluster_detection_method="deactivate",
+    )
   logging.info(
     "Process %d of %d on %s, %d of %d devices: %s",
     jax.process_index(),

@@ -146,7 +146,7 @@ def test_a_tpu_host_that_is_alone_needs_no_metadata(
   monkeypatch, variables, asks_jax
 ):
   """JAX would wait five minutes for a host named "local"."""
-  addresses = []
+  calls = []
   for name in ("PROCESS_ADDRESSES", "WORKER_HOSTNAMES", "SKIP_MDS_QUERY"):
     monkeypatch.delenv(f"TPU_{name}", raising=False)
   for name, value in variables.items():
@@ -156,11 +156,13 @@ def test_a_tpu_host_that_is_alone_needs_no_metadata(
   monkeypatch.setattr(
     initialize.jax.distributed,
     "initialize",
-    lambda *a, **_: addresses.append(a),
+    lambda *a, **k: calls.append((a, k)),
   )
   initialize.initialize(TIMEOUTS, None)
-  (address,) = addresses
-  assert (address == ()) == asks_jax
-  assert (
-    asks_jax or address[0].startswith("127.0.0.1:") and address[1:] == (1, 0)
-  )
+  ((address, options),) = calls
+  if asks_jax:
+    assert address == () and "cluster_detection_method" not in options
+  else:
+    host, *place = address
+    assert host.startswith("127.0.0.1:") and place == [1, 0]
+    assert options["cluster_detection_method"] == "deactivate"
