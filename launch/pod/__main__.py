@@ -136,7 +136,10 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     details = (settings.name, cloud.zone, found.num_workers)
     logging.info("%s is ready in %s: %d workers.", *details)
-  elif verb == "tensorboard" and settings.bucket:
+  elif verb == "tensorboard":
+    if not settings.bucket:
+      slices.require_ready(cloud)
+    logging.info("http://localhost:%d in 30 s; Ctrl-C ends.", arguments.port)
     workers.tensorboard(cloud, arguments.port)
   else:
     _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
@@ -190,9 +193,6 @@ def _on_workers(
   elif verb == "stop":
     workers.stop(cloud, count, kill=arguments.kill)
     logging.info("The run has ended on all workers.")
-  elif verb == "tensorboard":
-    logging.info("http://localhost:%d in 30 s; Ctrl-C ends.", arguments.port)
-    workers.tensorboard(cloud, arguments.port)
   elif verb == "logs":
     chosen = range(count)
     if arguments.worker is not None:

@@ -108,8 +108,15 @@ run() {
   if [[ -e $HOME/grpo_tpu_env ]]; then mv "$HOME/grpo_tpu_env" "$state/env"; fi
   printf '%s\n' "$workdir" >"$state/workdir"
   printf '%s' "$image" >"$state/image"
-  # Otherwise libtpu's logs fill the disk. The program copies its own log.
-  export TPU_LOG_DIR=disabled GRPO_TPU_LOG=$output
+  # Otherwise libtpu's logs fill the disk.
+  export TPU_LOG_DIR=disabled
+  # The log outlives the machine: the program copies it to a bucket.
+  export GRPO_TPU_LOG=$output
+  if [[ -L $output ]]; then rm "$output"; fi
+  if [[ $workdir != gs://* ]]; then
+    mkdir -p "$workdir/logs"
+    ln -sf "$workdir/logs/worker-$HOSTNAME.log" "$output"
+  fi
   if [[ $image ]]; then
     mkdir -p "$home/container"
     touch "$state/env"
@@ -121,7 +128,6 @@ run() {
       --env-file "$state/env"
     )
     if [[ $workdir != gs://* ]]; then
-      mkdir -p "$workdir"
       command+=(--volume "$workdir:$workdir")
     fi
     command+=("$image")

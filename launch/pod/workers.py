@@ -31,6 +31,11 @@ _MAX_PARALLEL_CALLS = 8
 # With a terminal, a command on the worker ends when its ssh ends.
 _TERMINAL = ("-tt",)
 
+# Fails where TensorBoard cannot read buckets.
+_PROBE = """import importlib.util, sys
+sys.exit(not all(map(importlib.util.find_spec, ("tensorboard", "tensorflow"))))
+"""
+
 # If workers fail in different ways, the first of these is the exit code.
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 
@@ -346,8 +351,10 @@ def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
     call = [python, "-m", "tensorboard.main", f"--logdir={settings.workdir}"]
     # The fast loader reads only public buckets.
     call += ["--load_fast=false", "--host=localhost", f"--port={port}"]
-    probe = [python, "-c", "import tensorboard, tensorflow"]
-    if not shutil.which(python) or subprocess.run(probe).returncode:
+    if (
+      not shutil.which(python)
+      or subprocess.run([python, "-c", _PROBE]).returncode
+    ):
       logging.warning("TensorBoard and TensorFlow are not installed here; run:")
       call[:3] = ["tensorboard"]
       sys.stdout.write(shlex.join(call) + "\n")

@@ -32,6 +32,7 @@ remote = subprocess.Popen(
   env=environment
   | {
     "HOME": worker,
+    "HOSTNAME": name,
     "FAKE_WORKER": worker,
     "GRPO_TPU_PYTHON": os.path.join(cloud, "trainer"),
   },

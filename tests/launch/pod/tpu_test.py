@@ -117,3 +117,41 @@ def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
   assert cloud.nodes == cloud.queued == {}
   assert "nothing to delete" in tpu("delete")
   assert laptop.token not in said
+
+
+@pytest.mark.nightly  # Some 40 calls of gcloud.
+def test_two_slices_in_the_second_zone_from_create_to_delete(
+  laptop, cloud, tmp_path
+):
+  """The environment reaches every worker, and nothing prints it."""
+  laptop.settings |= {
+    **{"WORKDIR": str(tmp_path / "a workdir"), "NUM_SLICES": "2"},
+    **{"ZONE": "us-east5-b,europe-west4-a", "AUTOCHECKPOINT": "yes"},
+    **{"ENV": "HF_TOKEN=a-secret $HOME\nB='c'", "NETWORK_TAGS": "a,b"},
+  }
+  cloud.full_zones = {"us-east5-b"}
+  said = ""
+  for words in (
+    *(("create",), ("wait", "--poll=0.1"), ("setup",), ("run", CONFIG)),
+    *(("status",), ("logs",), ("stop",), ("delete",)),
+  ):
+    done = laptop.tpu(*words)
+    assert done.returncode == 0, done.stderr
+    said += done.stdout + done.stderr
+    if words == ("create",):
+      (_, url, body) = cloud.requests[-1]
+      assert "/europe-west4-a/" in url and "/v2alpha1/" in url
+      spec = body["tpu"]["nodeSpec"][0]
+      assert spec["multiNodeParams"] == {"nodeCount": 2}
+      assert spec["node"]["autocheckpointEnabled"] is True
+      assert spec["node"]["tags"] == ["a", "b"]
+      assert body["provisioningModel"] == "SPOT" and "spot" in body
+    if words == ("run", CONFIG):
+      made = starts(cloud)
+      assert len({start["worker"] for start in made}) == len(made) == 4
+      for start in made:
+        assert start["environment"]["HF_TOKEN"] == "a-secret $HOME"
+        assert start["environment"]["B"] == "'c'"
+  assert "4 workers" in said and "us-east5-b refuses the slice" in said
+  assert cloud.nodes == cloud.queued == {}
+  assert "a-secret" not in said

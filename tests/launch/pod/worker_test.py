@@ -118,6 +118,22 @@ def test_a_run_has_its_arguments_its_log_and_its_exit_code(worker, tmp_path):
   assert not list(worker.home.rglob("owned"))
 
 
+def test_the_log_lies_in_a_shared_workdir_and_is_given_to_a_program(
+  worker, tmp_path
+):
+  """The program copies it to a bucket."""
+  worker.add("trainer", 'echo "a line in $GRPO_TPU_LOG"')
+  shared = tmp_path / "shared"
+  for workdir in (str(shared), "gs://my-bucket/a", str(shared)):
+    worker.do("run", workdir, "")
+    eventually(lambda: worker.status().exit_code == 0)
+    log = worker.do("logs", "9").stdout
+    assert f"a line in {worker.state / 'log'}\n" in log
+  (kept,) = (shared / "logs").iterdir()
+  assert kept.name.startswith("worker-") and kept.read_text() == log
+  assert log.count("a line") == 2  # Of both runs with this workdir.
+
+
 LOG = """\
 E1130 08:26:00.044358 140 a.py:20] an error of another run
 2026-11-30T09:00:00Z the run starts: 'x'

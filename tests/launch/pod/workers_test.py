@@ -1,5 +1,7 @@
 """What a worker or a user may say is read, or refused in words."""
 
+import shlex
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -75,3 +77,29 @@ def test_what_gcloud_and_workers_say_obeys_no_terminal():
     cloud.check_worker(0, 1, f"{said}\nand more")
   assert str(raised.value).replace("\n", "").isprintable()
   assert "and more" in str(raised.value)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_tensorboard_reads_a_bucket_from_here(
+  tmp_path, monkeypatch, capfd, is_installed
+):
+  python = tmp_path / "a python"
+  python.write_text(
+    f"#!/bin/bash\nif [[ $1 == -c ]]; then exit {int(not is_installed)}; fi\n"
+    'printf "%s\\n" "$@"\n'
+  )
+  python.chmod(0o755)
+  monkeypatch.setenv("GRPO_TPU_PYTHON", str(python))
+  cloud = gcloud.Gcloud(
+    fake_cloud.settings(WORKDIR="gs://my-bucket/a run"), dry_run=False
+  )
+  workers.tensorboard(cloud, 7000)
+  out = capfd.readouterr().out
+  logdir = "--logdir=gs://my-bucket/a run"
+  if is_installed:
+    words = out.splitlines()
+    assert words[:3] == ["-m", "tensorboard.main", logdir]
+  else:
+    words = shlex.split(out)
+    assert words[:2] == ["tensorboard", logdir]
+  assert "--port=7000" in words
