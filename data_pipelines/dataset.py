@@ -277,10 +277,9 @@ def _draw(
       "choose another --workdir."
     )
   place, bucket = pathlib.Path(folder), ""
-  is_started = (place.parent / "run.json").exists()
+  is_started = objects.exists(folder.parent / "run.json", what="--workdir")
   if paths.is_remote(folder):
-    bucket, run = str(folder), f"{workdir}/run.json"
-    is_started = bool(objects.list_objects(run, what="--workdir"))
+    bucket = str(build.find_data_dir(request))  # Where `publish` puts it.
     key = repr((build.FORMAT, dataclasses.replace(request, data_dir="data")))
     place = host_copy.cache_folder("drawn") / host_copy.digest(key)
   if changes := build.find_changes(request) if is_started else []:

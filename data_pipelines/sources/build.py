@@ -45,7 +45,7 @@ def build_data_dir(
   machine's disk. The number of processes that check records changes no file; 0
   is this one.
   """
-  data_dir = _find_data_dir(request)
+  data_dir = find_data_dir(request)
   source, options = _open_source(request)
   beside = pathlib.Path(data_dir)
   if is_remote := paths.is_remote(data_dir):
@@ -128,7 +128,7 @@ def _refusal(data_dir: object, rule: str) -> validation.SettingError:
   )
 
 
-def _find_data_dir(request: Request) -> epath.Path:
+def find_data_dir(request: Request) -> epath.Path:
   """The data dir; refuses one with files that this module did not write."""
   data_dir = paths.absolute(paths.to_path("data_dir", request.data_dir))
   if not data_dir.name:

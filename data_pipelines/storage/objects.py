@@ -63,6 +63,13 @@ def size_of(path: str | os.PathLike[str]) -> int:
   return found.size
 
 
+def exists(path: str | os.PathLike[str], *, what: str) -> bool:
+  """True if there is such a file or folder, here or in a bucket."""
+  if "://" not in os.fspath(path):
+    return os.path.exists(path)
+  return bool(list_objects(path, what=what))
+
+
 @contextlib.contextmanager
 def open_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """A file to read, or an object as one that is read in parts."""

@@ -1,12 +1,12 @@
 """Finds and opens the tokenizer that belongs to the weights of a run."""
 
-import pathlib
 from typing import NamedTuple
 
 from etils import epath
 
 from data_pipelines.settings import DataConfig, ModelInputs, recorded_dirs
 from data_pipelines.sources import data_dirs
+from data_pipelines.storage import objects
 from data_pipelines.text import tokenizer as tokens
 from data_pipelines.text import untrusted
 from data_pipelines.text.chat_format import GEMMA3
@@ -37,11 +37,11 @@ def find(weights: str) -> Found:
     if scheme != "run":
       return Found(_find_beside(scheme, rest), fingerprint)
     workdir, at, step = rest.rpartition("@")
-    workdir = pathlib.Path(workdir if at and step.isdecimal() else rest)
+    workdir = epath.Path(workdir if at and step.isdecimal() else rest)
     workdir = workdir.expanduser()
-    if not (workdir / "run.json").exists():
-      return Found("", fingerprint)
     source = str(workdir / "run.json")
+    if not objects.exists(source, what="model.weights"):
+      return Found("", fingerprint)
     record = untrusted.read_json(source)
     identity = untrusted.get_field(record, "data", dict, source)
     known = identity.get(OF_TOKENIZER) or identity.get(OF_DATA_DIR) or ""
@@ -52,7 +52,7 @@ def find(weights: str) -> Found:
     if not name and OF_TOKENIZER not in identity:
       folder, dirs = recorded_dirs(settings, source)
       folder = dirs[0][0] if dirs else folder or workdir / "data"
-      name = str(pathlib.Path(folder) / _NAMES[0])
+      name = str(epath.Path(folder) / _NAMES[0])
     if name:
       return Found(name, fingerprint)
     weights = untrusted.get_field(record, "weights", str, source)
@@ -67,7 +67,8 @@ def _find_beside(scheme: str, path: str) -> str:
   # Kaggle's archives of the `gemma` library hold it beside the checkpoint.
   folders = {"hf": [folder], "gemma": [folder, folder.parent]}.get(scheme, ())
   files = (each / name for each in folders for name in _NAMES)
-  return next((str(file) for file in files if file.exists()), "")
+  found = (x for x in files if objects.exists(x, what="model.weights"))
+  return str(next(found, ""))
 
 
 def open_own(
@@ -77,7 +78,10 @@ def open_own(
   size, name = model.vocab_size, settings.tokenizer
   setting, is_exact = f"data.tokenizer ({name!r})", True
   path = epath.Path(own.path).expanduser()
-  if not name and (own.path == tokens.GEMMA or (own.path and path.exists())):
+  found = own.path and (
+    own.path == tokens.GEMMA or objects.exists(path, what="model.weights")
+  )
+  if not name and found:
     name = own.path
     setting = f"the tokenizer of model.weights ({model.weights!r})"
     is_exact = size == GEMMA3.vocab_size  # A small one may have fewer pieces.

@@ -96,6 +96,7 @@ def start(
     # Not before: a run that is refused has not started.
     if jax.process_index() == 0:
       record.write(trainer.config.model.weights)
+      data.publish()
     report.has_run_record = True
     if jax.process_index() == 0:
       files.fetch()
