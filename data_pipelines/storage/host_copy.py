@@ -106,7 +106,7 @@ def _check_names(found: Collection[str], text: str, what: str) -> None:
   fault = "" if found else "there is none"
   for name in filter(None, found):
     above = {str(each) for each in pathlib.PurePath(name).parents}
-    is_path = os.path.normpath(name) == name and name[0] != "/"
+    is_path = os.path.normpath(name) == name != "." and name[0] != "/"
     if not is_path or name.startswith("..") or above & {*found} or "\0" in name:
       fault = f"{printable(name)!r} in it is no path, or also a folder"
   if fault:
@@ -153,6 +153,8 @@ def _build(
       f"{size / 1e9:.2f} GB, and {copy.parents[2]} has {free / 1e9:.2f} GB "
       "free; make room there, or let HOME be on a larger disk."
     ) from error
+  finally:
+    shutil.rmtree(building, ignore_errors=True)
 
 
 def _read(
