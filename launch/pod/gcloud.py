@@ -20,9 +20,9 @@ _ERRORS: dict[str, list[str]] = tomllib.loads(
 WORKER_SCRIPT = "grpo_tpu_worker.sh"
 
 # Flags that only gcloud alpha has.
-_ALPHA = (
-  *("--tunnel-through-iap", "--provisioning-model=", "--max-run-duration="),
-  *("--reservation=", "--boot-disk=", "--autocheckpoint-enabled"),
+_ALPHA = re.compile(
+  "--(tunnel-through-iap|provisioning-model|max-run-duration|reservation"
+  "|boot-disk|autocheckpoint-enabled)(=|$)"
 )
 
 # Progress messages of gcloud's ssh and scp, which are not the worker's output.
@@ -42,7 +42,7 @@ def classify_error(stderr: str) -> Exit:
 
 def is_alpha(words: Sequence[str]) -> bool:
   """True if only gcloud alpha accepts a call."""
-  return any(word.startswith(_ALPHA) for word in words)
+  return any(map(_ALPHA.match, words))
 
 
 def error_tail(stderr: str) -> str:

@@ -57,7 +57,8 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
     "grace_seconds": int(settings.grace_seconds),
     "node_selector": nodes,
     "image": settings.image,
-    "args": [_escape(word) for word in words],
+    # Kubernetes would expand $(NAME) in arguments; $$ stands for $.
+    "args": [word.replace("$", "$$") for word in words],
     "env": [
       _variable(settings.name, *item) for item in settings.environment.items()
     ],
@@ -72,14 +73,9 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
   )
 
 
-def _escape(text: str) -> str:
-  """Keeps Kubernetes from expanding $(NAME)."""
-  return text.replace("$", "$$")
-
-
 def _variable(secret: str, name: str, value: str) -> dict[str, Any]:
   """An environment variable of the container."""
   if _SECRET.search(name):
     source = {"secretKeyRef": {"name": secret, "key": name}}
     return {"name": name, "valueFrom": source}
-  return {"name": name, "value": _escape(value)}
+  return {"name": name, "value": value.replace("$", "$$")}

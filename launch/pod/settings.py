@@ -62,9 +62,9 @@ class Settings:
       parts = value.split(rule["separator"]) if "separator" in rule else [value]
       for part in parts:
         is_valid = re.fullmatch(rule["pattern"], part, re.ASCII) is not None
+        is_valid = is_valid and validation.printable(part) == part
         is_quoted = part[:1] in ("'", '"') and part[:1] == part[-1:]
         if rule.get("is_secret"):
-          is_valid = is_valid and validation.printable(part) == part
           part = part and part[: part.find("=") + 1] + "..."
         validation.require(
           is_valid or (part == "" and rule.get("optional", False)),
@@ -73,40 +73,13 @@ class Settings:
           f"be {rule['rule']}",
           rule["remedy"] + " without quotes" * is_quoted,
         )
-    is_flex = self.capacity == "flex-start"
-    for name, holds, rule, remedy in (
-      (
-        "WORKDIR",
-        validation.printable(self.workdir) == self.workdir,
-        "have no control characters",
-        "write it again, or choose another path",
-      ),
-      (
-        "WORKDIR",
-        not self.image or bool(self.bucket) or ":" not in self.workdir,
-        "have no colon if IMAGE is set, because no container can mount it",
-        "choose another path",
-      ),
-      (
-        "REQUEST",
-        self.request == "queued" or not (is_flex or self.num_slices != "1"),
-        "be queued for flex-start and for more than one slice",
-        "write REQUEST=queued",
-      ),
-      (
-        "MAX_RUN_DURATION",
-        bool(self.max_run_duration) == is_flex,
-        "be set with CAPACITY=flex-start, and only then",
-        "write, for example, 2d, or leave it empty",
-      ),
-      (
-        "RESERVATION",
-        not self.reservation or self.capacity == "reserved",
-        "be empty without CAPACITY=reserved",
-        "write CAPACITY=reserved, or leave it empty",
-      ),
-    ):
-      validation.require(holds, name, getattr(self, name.lower()), rule, remedy)
+      for extra in rule.get("with", ()):
+        other = getattr(self, extra["other"].lower())
+        holds = re.fullmatch(extra["pattern"], value) or not re.fullmatch(
+          extra["matches"], other
+        )
+        words = (f"be {extra['rule']}", extra["remedy"])
+        validation.require(bool(holds), name, value, *words)
 
   @property
   def zones(self) -> list[str]:

@@ -202,8 +202,11 @@ def _create_words(settings: pod_settings.Settings) -> list[str]:
     words.append(f"--valid-until-duration={settings.valid_for}")
   else:
     words = ["tpu-vm", "create", name, f"--version={settings.runtime_version}"]
-  words.append(f"--accelerator-type={settings.accelerator_type}")
-  words += [f"--network={settings.network}", f"--labels={settings.all_labels}"]
+  words.append(f"--labels={settings.all_labels}")
+  for setting, rule in pod_settings.RULES.items():
+    value = getattr(settings, setting.lower())
+    if value and "flag" in rule:
+      words.append(f"--{rule['flag']}={value}")
   if settings.capacity == "flex-start":
     words.append("--provisioning-model=flex-start")
   elif settings.capacity != "on-demand" and not settings.reservation:
@@ -212,16 +215,6 @@ def _create_words(settings: pod_settings.Settings) -> list[str]:
     words.append("--internal-ips")
   if settings.autocheckpoint == "yes":
     words.append("--autocheckpoint-enabled")
-  for flag, value in (
-    ("max-run-duration", settings.max_run_duration),
-    ("reservation", settings.reservation),
-    ("subnetwork", settings.subnetwork),
-    ("tags", settings.network_tags),
-    ("service-account", settings.service_account),
-    ("boot-disk", settings.boot_disk),
-  ):
-    if value:
-      words.append(f"--{flag}={value}")
   if "--spot" in words and gcloud.is_alpha(words):
     # gcloud alpha would send "standard" together with --spot.
     words.append("--provisioning-model=spot")

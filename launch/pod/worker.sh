@@ -47,8 +47,7 @@ ensure_python() {
     # A new machine installs its updates first, which takes minutes.
     apt=(sudo -n apt-get -o DPkg::Lock::Timeout=600 --yes --quiet)
     "${apt[@]}" update || true
-    "${apt[@]}" install python3-pip || fail 1 "This machine has no Python 3.12, \
-and no pip to install one: apt-get cannot install python3-pip."
+    "${apt[@]}" install python3-pip || fail 1 "apt-get cannot install pip."
   fi
   # Newer systems let pip change only environments, unless the user insists.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user \
@@ -98,7 +97,7 @@ remove_stale_lock() {
 }
 
 run() {
-  local workdir=$1 image=$2 command
+  local workdir=$1 image=$2 volume=() command
   shift 2
   [[ -e $code/COMMIT ]] || fail 96 "This worker is not set up."
   mkdir -p "$state"
@@ -116,6 +115,7 @@ run() {
   if [[ $workdir != gs://* ]]; then
     mkdir -p "$workdir/logs"
     ln -sf "$workdir/logs/worker-$HOSTNAME.log" "$output"
+    volume=(--volume "$workdir:$workdir")
   fi
   if [[ $image ]]; then
     mkdir -p "$home/container"
@@ -125,12 +125,8 @@ run() {
       --ulimit memlock=-1 --user "$(id -u):$(id -g)"
       --volume "$home/container:/home/run" --env HOME=/home/run
       --volume "$state:/grpo_tpu_run" --env GRPO_TPU_LOG=/grpo_tpu_run/log
-      --env-file "$state/env"
+      --env-file "$state/env" "${volume[@]}" "$image"
     )
-    if [[ $workdir != gs://* ]]; then
-      command+=(--volume "$workdir:$workdir")
-    fi
-    command+=("$image")
     # A machine that went down may have left it.
     sudo -n docker rm --force grpo_tpu >/dev/null 2>&1 || true
   else

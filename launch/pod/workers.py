@@ -31,11 +31,6 @@ _MAX_PARALLEL_CALLS = 8
 # With a terminal, a command on the worker ends when its ssh ends.
 _TERMINAL = ("-tt",)
 
-# Fails where TensorBoard cannot read buckets.
-_PROBE = """import importlib.util, sys
-sys.exit(not all(map(importlib.util.find_spec, ("tensorboard", "tensorflow"))))
-"""
-
 # If workers fail in different ways, the first of these is the exit code.
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 
@@ -348,18 +343,15 @@ def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
   settings = cloud.settings
   if settings.bucket:
     python = os.environ.get("GRPO_TPU_PYTHON") or f"{ROOT}/.venv/bin/python"
-    call = [python, "-m", "tensorboard.main", f"--logdir={settings.workdir}"]
+    call = ["tensorboard", f"--logdir={settings.workdir}", "--host=localhost"]
     # The fast loader reads only public buckets.
-    call += ["--load_fast=false", "--host=localhost", f"--port={port}"]
-    if (
-      not shutil.which(python)
-      or subprocess.run([python, "-c", _PROBE]).returncode
-    ):
-      logging.warning("TensorBoard and TensorFlow are not installed here; run:")
-      call[:3] = ["tensorboard"]
+    call += [f"--port={port}", "--load_fast=false"]
+    probe = [python, "-c", "import tensorboard"]
+    if not shutil.which(python) or subprocess.run(probe).returncode:
+      logging.warning("TensorBoard is not installed in this checkout; run:")
       sys.stdout.write(shlex.join(call) + "\n")
       return
-    with cloud.start(call) as process:
+    with cloud.start([python, "-m", "tensorboard.main", *call[1:]]) as process:
       if process.wait():
         raise Failure(Exit.BAD_REQUEST, "TensorBoard failed; see above.")
     return
