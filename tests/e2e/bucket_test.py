@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 KILLS = 20
 # Every second step is saved, and a start comes a few steps further at most.
-LONG = ("--config.train.num_steps=60", *buckets.WAITING)
+LONG = ("--config.train.num_steps=50", *buckets.WAITING)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def bucket_run(bucket, program, drawn, tmp_path):
 
 @pytest.fixture(scope="session")
 def long(new_run) -> Run:
-  """Sixty steps on a disk, in one go."""
+  """Fifty steps on a disk, in one go."""
   return new_run(*LONG).start()
 
 
@@ -110,7 +110,7 @@ def test_a_bucket_that_is_gone_for_two_minutes_stops_nothing(
 ):
   run = bucket_run(*LONG)
   store = run.server.store
-  start = run.start(REWARD_SECONDS="4")
+  start = run.start(STEP_SECONDS="4")
   start.wait_until(lambda: start.step() >= 5)
   before = start.step()
   store.set_faults(outage=True)
@@ -118,7 +118,7 @@ def test_a_bucket_that_is_gone_for_two_minutes_stops_nothing(
   after = start.step()
   store.set_faults()
   assert start.end() == [0], start.log()[-4000:]
-  assert after >= before + 20
+  assert after >= before + 10
   assert_same_everywhere(local_copy(run, tmp_path), long)
 
 
@@ -129,7 +129,7 @@ def test_readers_see_the_run_while_it_goes_on(
   import orbax.checkpoint as ocp
 
   run = bucket_run(*LONG)
-  start = run.start(REWARD_SECONDS="3")
+  start = run.start(STEP_SECONDS="4")
   start.wait_until(lambda: run.checkpoints())
   (newest, *_) = run.checkpoints()[::-1]
   place = f"{run.workdir}/checkpoints"
@@ -182,14 +182,12 @@ def test_readers_see_the_run_while_it_goes_on(
 def test_a_workdir_is_one_run_s(bucket_run, long, tmp_path):
   """A second start is refused; one after a kill waits until it may."""
   run = bucket_run(*LONG)
-  first = run.start(REWARD_SECONDS="4")
+  first = run.start(STEP_SECONDS="4")
   first.wait_until(lambda: first.step() >= 1)
   second = run.start()
   (code,) = second.end()
   assert code != 0
-  assert "another" in second.log().splitlines()[-1] or "end that run" in (
-    second.log()
-  )
+  assert "is writing there" in second.log()
   assert first.is_running()
   first.wait_until(lambda: run.checkpoints())
   first.kill()
@@ -216,7 +214,7 @@ def test_twenty_kills_leave_no_trace(bucket_run, long, tmp_path):
   """Of each, the bucket alone is left: between two puts, or at any time."""
   run, rng = bucket_run(*LONG), random.Random(0)
   for number in range(KILLS):
-    start, kind = run.start(REWARD_SECONDS="1"), rng.choice(["put", "time"])
+    start, kind = run.start(STEP_SECONDS="1"), rng.choice(["put", "time"])
     if kind == "put":
       run.kill_at_put(start, rng.randint(1, 60))
     else:

@@ -16,17 +16,18 @@ from tests.gcs import fake
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 600
-# A reward that pays nothing, and takes as long as `$REWARD_SECONDS` says.
+# A reward that pays nothing, and makes a step as long as `$STEP_SECONDS` says.
 WAITING = (
   "--config.rewards.custom=('tests.e2e.buckets:waiting',)",
   "--config.rewards.custom_weights=(0.1,)",
   "--config.rewards.num_workers=0",
-  "--config.rewards.rows_per_call=1000",
 )
+_COMPLETIONS = 32
 
 
 def waiting(completions, problems):
-  time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))
+  seconds = float(os.environ.get("STEP_SECONDS", "0"))
+  time.sleep(seconds * len(completions) / _COMPLETIONS)
   return [0.0] * len(completions)
 
 
