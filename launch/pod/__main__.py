@@ -4,7 +4,9 @@ launch/tpu.sh [--settings=FILE] [--dry-run] VERB ...
 """
 
 import argparse
+import contextlib
 import logging
+import os
 import pathlib
 import shlex
 import sys
@@ -12,7 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from data_pipelines.validation import printable
-from launch.pod import check, gcloud, jobset, slices, supervision, workers
+from launch.pod import (
+  check,
+  cost,
+  gcloud,
+  jobset,
+  lease,
+  slices,
+  supervision,
+  vm,
+  workers,
+)
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
 
@@ -26,12 +38,15 @@ _VERBS = {
   "stop": "make the run save and end",
   "supervise": "do all of it, and again whenever the slice is taken away",
   "tensorboard": "serve TensorBoard of the run at a local port",
-  "delete": "delete the slice, which costs money until then",
+  "delete": "delete the slice and the supervisor's machine, which cost money",
   "jobset": "print a JobSet that runs the same command on GKE",
 }
 
 
 _DRY_RUN = "(dry run) "  # Before whatever a dry run only assumes.
+
+# On the supervisor's machine, the file that tells an end from a crash.
+_ENDED = "GRPO_TPU_ENDED"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
   add("wait supervise", "--poll", between, type=seconds, default=60.0)
   pause = "before a restart, in seconds, doubled each time (default: 30)"
   add("supervise", "--pause", pause, type=seconds, default=30.0)
+  on_vm = "supervise from a small machine in the project"
+  add("supervise", "--on-vm", on_vm, action="store_true")
   add("run supervise jobset", "config", "configs/....py", metavar="CONFIG")
   no_check = "do not check config and flags on this machine first"
   add("run supervise jobset", "--no-check", no_check, action="store_true")
@@ -127,8 +144,12 @@ def _run(arguments: argparse.Namespace) -> int:
       workers.run(cloud, count, job)
       logging.info("Started on %d workers; `logs -f` follows them.", count)
   elif verb == "create":
+    _show_prices(cloud)
     slices.create(cloud)
   elif verb == "delete":
+    # The supervisor would create the slice again. It does not end itself.
+    if _ENDED not in os.environ:
+      vm.delete(cloud)
     slices.delete(cloud)
   elif verb == "wait":
     found = slices.wait(
@@ -141,23 +162,78 @@ def _run(arguments: argparse.Namespace) -> int:
       slices.require_ready(cloud)
     logging.info("http://localhost:%d in 30 s; Ctrl-C ends.", arguments.port)
     workers.tensorboard(cloud, arguments.port)
+  elif verb in ("status", "logs", "stop"):
+    _reach_run(cloud, arguments)
   else:
     _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
   return Exit.DONE
 
 
+def _show_prices(cloud: gcloud.Gcloud) -> None:
+  for zone in cloud.settings.zones:
+    logging.info("%s", cost.describe_hour(cloud.settings, zone))
+
+
+def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
+  """Runs a verb that speaks to the supervisor and to the workers."""
+  record, _ = lease.read(cloud)
+  is_supervised = record is not None and record.exit_code is None
+  lines = []
+  if arguments.verb == "stop":
+    if is_supervised and record:
+      lease.request_stop(cloud, record)
+      logging.info("The supervisor will end within a minute or two.")
+  elif arguments.verb == "logs":
+    if record and arguments.worker is None and arguments.lines:
+      lines = [f"[supervisor] {x}" for x in record.log[-arguments.lines :]]
+  elif record:
+    lines.append(record.describe())
+  found = slices.find(cloud, assumed=slices.State.READY)
+  if arguments.verb == "status":
+    lives = dict(record.slices) if record else {}
+    if found.create_time:
+      life = (cloud.zone, cost.hours_since(found.create_time))
+      lives[found.create_time] = life
+    lines.append(cost.describe_total(cloud.settings, lives.values()))
+    lines.append(f"{cloud.settings.name}: {found.state.value} in {cloud.zone}.")
+  _print(cloud, lines)
+  if found.state == slices.State.READY:
+    _on_workers(cloud, arguments, found.num_workers)
+  elif not is_supervised:
+    raise found.failure(cloud.settings.name)
+
+
+def _print(cloud: gcloud.Gcloud, lines: Sequence[str]) -> None:
+  prefix = _DRY_RUN if cloud.dry_run else ""
+  sys.stdout.writelines(f"{prefix}{printable(line)}\n" for line in lines)
+  sys.stdout.flush()
+
+
 def _supervise(
   cloud: gcloud.Gcloud, job: workers.Job, arguments: argparse.Namespace
 ) -> int:
+  _show_prices(cloud)
+  if arguments.on_vm:
+    words = ["supervise", "--no-check", f"--timeout={arguments.timeout}"]
+    words += [f"--poll={arguments.poll}", f"--pause={arguments.pause}"]
+    words += [job.config, "--", *job.flags]
+    vm.create(cloud, arguments.settings, words)
+    return Exit.DONE
   try:
-    code = supervision.Supervisor(
-      cloud,
-      job,
-      queue_seconds=arguments.timeout,
-      poll_seconds=arguments.poll,
-      pause_seconds=arguments.pause,
-    ).supervise()
-    logging.info("The run ended with exit code %d.", code)
+    has_record = cloud.settings.bucket and not cloud.dry_run
+    context = lease.Lease(cloud) if has_record else contextlib.nullcontext()
+    with context as held:
+      code = supervision.Supervisor(
+        cloud,
+        job,
+        queue_seconds=arguments.timeout,
+        poll_seconds=arguments.poll,
+        pause_seconds=arguments.pause,
+        held=held,
+      ).supervise()
+      logging.info("The run ended with exit code %d.", code)
+      if held:
+        held.record.exit_code = code
     if code == Exit.BAD_REQUEST:
       logging.info("`status` and `logs` say what the program refused.")
     return code
@@ -182,14 +258,13 @@ def _on_workers(
       logging.warning("%d files with uncommitted changes are not sent.", unsent)
     logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
   elif verb == "status":
-    lines = [f"{cloud.settings.name}: ready in {cloud.zone}, {count} workers."]
+    lines: list[str] = []
     for worker, status in enumerate(workers.status(cloud, count)):
       lines.append(f"worker {worker}: {status}")
       # The workers of a run say much the same.
       details = [f"  {line}" for line in status.details]
       lines += [line for line in details if line not in lines]
-    prefix = _DRY_RUN if cloud.dry_run else ""
-    sys.stdout.writelines(f"{prefix}{printable(line)}\n" for line in lines)
+    _print(cloud, lines)
   elif verb == "stop":
     workers.stop(cloud, count, kill=arguments.kill)
     logging.info("The run has ended on all workers.")
@@ -205,8 +280,7 @@ def _on_workers(
     workers.logs(cloud, chosen, arguments.lines, follow=arguments.follow)
 
 
-def main(words: Sequence[str]) -> int:
-  """Runs a verb; returns the exit code."""
+def _main(words: Sequence[str]) -> int:
   try:
     arguments = _parser().parse_args(words)
     prefix = _DRY_RUN if arguments.dry_run else ""
@@ -222,6 +296,14 @@ def main(words: Sequence[str]) -> int:
     code, message = Exit.INTERRUPTED, "Interrupted."
   logging.error("%s", printable(message, keep="\n"))
   logging.error("Exit code %d (%s). Next: %s", code, code.name, code.next_step)
+  return code
+
+
+def main(words: Sequence[str]) -> int:
+  """Runs a verb; returns the exit code."""
+  code = _main(words)
+  if "supervise" in words and _ENDED in os.environ:
+    pathlib.Path(os.environ[_ENDED]).write_text(f"{int(code)}\n")
   return code
 
 

@@ -94,17 +94,17 @@ class Gcloud:
 
   def tpus(self, *words: str) -> str:
     """Runs a command of `gcloud compute tpus`; returns its output."""
-    return self._output(self._tpus_call(words))
+    return self._check(self._tpus_call(words)).stdout
 
-  def call(self, *words: str) -> str:
-    """Runs another command of gcloud in the project; returns its output."""
+  def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs another command of gcloud in the project."""
     project = f"--project={self.settings.project}"
-    return self._output(["gcloud", *words, project, "--quiet"])
+    return self._check(["gcloud", *words, project, "--quiet"])
 
-  def _output(self, call: Sequence[str]) -> str:
+  def _check(self, call: Sequence[str]) -> subprocess.CompletedProcess[str]:
     result = self._run(call)
     if result.returncode == 0:
-      return result.stdout
+      return result
     code = classify_error(result.stderr)
     if code == Exit.ABSENT and "create" in call:
       code = Exit.BAD_REQUEST  # What it is made of is missing.

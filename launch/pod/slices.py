@@ -51,6 +51,7 @@ class Slice:
   accelerator_type: str  # Empty if the API does not say.
   num_workers: int  # The number of machines; 0 until it has any.
   is_queued: bool  # True if the slice belongs to a queued resource.
+  create_time: str = ""  # When its machines were made, in RFC 3339.
 
   def failure(self, name: str) -> Failure:
     """The failure of a verb that needs a ready slice."""
@@ -96,6 +97,7 @@ def from_api(
     accelerator_type=spec.get("acceleratorType", ""),
     num_workers=sum(len(node.get("networkEndpoints", [])) for node in found),
     is_queued=request is not None,
+    create_time=found[0].get("createTime", "") if found else "",
   )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from data_pipelines.validation import ExitCode
-from launch.pod import gcloud, slices, workers
+from launch.pod import cost, gcloud, lease, slices, workers
 from launch.pod.exits import Exit, Failure
 
 State = slices.State
@@ -57,6 +57,7 @@ class Supervisor:
   # of some failures that only time ends. It doubles with each further one, up
   # to 15 minutes.
   pause_seconds: float
+  held: lease.Lease | None = None  # None without a bucket.
   _step: int = -1
   _restarts: int = 0  # Starts without a new step.
   _waits: int = 0  # Failures that only time ends, since the last ready slice.
@@ -72,6 +73,18 @@ class Supervisor:
       The exit code of the run: 0, the code of a failure that a restart would
       repeat, or 75 after `stop`.
     """
+    try:
+      return self._supervise()
+    except lease.Stopped:
+      logging.info("`stop` ends the supervision.")
+    found = slices.find(self.cloud, assumed=State.READY)
+    if found.state == State.READY:
+      statuses = workers.status(self.cloud, found.num_workers)
+      if any(x.state == "running" and not x.was_stopped for x in statuses):
+        workers.stop(self.cloud, found.num_workers, kill=False)
+    return ExitCode.PREEMPTED
+
+  def _supervise(self) -> int:
     limit = int(self.cloud.settings.max_restarts)
     while True:
       is_failed_start = True
@@ -83,6 +96,8 @@ class Supervisor:
         is_failed_start = failure.exit in (Exit.FAILED, Exit.QUOTA) or (
           self._has_slice and failure.exit not in _WAITING
         )
+        if failure.exit == Exit.TIMEOUT and len(self.cloud.settings.zones) > 1:
+          slices.delete(self.cloud)  # The next zone may be quicker.
       else:
         if was_stopped or not self._may_repeat(code):
           return code
@@ -103,7 +118,7 @@ class Supervisor:
       doublings = (self._restarts if is_failed_start else self._waits) - 1
       pause = min(self.pause_seconds * 2.0 ** min(doublings, 20), 900.0)
       logging.warning("%s\n%s, in %.0f s.", reason, words, pause)
-      time.sleep(pause)
+      self._sleep(pause)
 
   def _explain(self, failure: Failure) -> Failure:
     """The failure with a more exact exit code; raises it if it will last."""
@@ -130,6 +145,8 @@ class Supervisor:
   def _attempt(self) -> tuple[int, bool]:
     """Runs until the run ends: its exit code, and if `stop` ended it."""
     self._has_slice = self._made_step = False
+    if self.held:
+      self.held.renew()
     num_workers = self._ready_slice().num_workers
     self._has_slice = self._had_slice = True
     self._waits = 0
@@ -137,9 +154,9 @@ class Supervisor:
     if not any(status.state == "running" for status in statuses):
       self._start(statuses)
     while True:
-      time.sleep(0 if self.cloud.dry_run else self.poll_seconds)
+      self._sleep(0 if self.cloud.dry_run else self.poll_seconds)
       # The API knows of a preemption before ssh fails.
-      slices.require_ready(self.cloud)
+      self._note_cost(slices.require_ready(self.cloud))
       status = workers.worker_status(self.cloud, 0)
       if status.step > self._step:
         if self._step >= 0:  # An earlier supervisor may have seen the first.
@@ -148,6 +165,18 @@ class Supervisor:
         self._step = status.step
       if status.state != "running":
         return self._wait_for_end(num_workers)
+
+  def _sleep(self, seconds: float) -> None:
+    if self.held:
+      self.held.sleep(seconds)
+    else:
+      time.sleep(seconds)
+
+  def _note_cost(self, found: slices.Slice) -> None:
+    if self.held and found.create_time:
+      life = (self.cloud.zone, cost.hours_since(found.create_time))
+      record = self.held.record
+      record.slices = record.slices | {found.create_time: life}
 
   def _ready_slice(self) -> slices.Slice:
     """Creates the slice if necessary and waits until it is ready."""
@@ -163,7 +192,7 @@ class Supervisor:
       remaining = deadline - time.monotonic()
       if found.state != State.PENDING or remaining <= 0:
         raise found.failure(self.cloud.settings.name)
-      time.sleep(min(self.poll_seconds, remaining))
+      self._sleep(min(self.poll_seconds, remaining))
       found = slices.find(self.cloud, assumed=State.READY)
     return found
 
@@ -181,7 +210,7 @@ class Supervisor:
       statuses = workers.status(self.cloud, num_workers)
       if not any(status.state == "running" for status in statuses):
         break
-      time.sleep(self.poll_seconds)
+      self._sleep(self.poll_seconds)
     codes = [_LOST if x.exit_code is None else x.exit_code for x in statuses]
     if self.cloud.dry_run:
       codes = [ExitCode.DONE]
@@ -189,6 +218,6 @@ class Supervisor:
     code = run_exit_code(codes)
     if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
       # A vanishing slice also looks like an error to its last hosts.
-      time.sleep(self.poll_seconds)
+      self._sleep(self.poll_seconds)
       slices.require_ready(self.cloud)
     return code, any(status.was_stopped for status in statuses)

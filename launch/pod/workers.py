@@ -171,6 +171,11 @@ def archive(version: str, path: pathlib.Path) -> None:
   _git("archive", f"--output={path}", version)
 
 
+def clone(path: pathlib.Path) -> None:
+  """Makes a checkout of the last commit, without its history."""
+  _git("clone", "--quiet", "--no-local", "--depth=1", str(ROOT), str(path))
+
+
 def count_uncommitted() -> int:
   """Counts the files with changes that will not be sent."""
   return len(_git("status", "--porcelain").splitlines())

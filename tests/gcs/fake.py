@@ -22,6 +22,7 @@ import base64
 import dataclasses
 import datetime
 import functools
+import hashlib
 import http.server
 import itertools
 import json
@@ -92,9 +93,18 @@ class Blob:
       crc = google_crc32c.extend(crc, bytes(view[start : start + _CHUNK]))
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
+  @functools.cached_property
+  def md5(self) -> str:
+    """The digest that gcloud compares; empty for large objects."""
+    if len(self.data) > 1 << 24:
+      return ""
+    digest = hashlib.md5(bytes(self.data), usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
+
   def describe(self, bucket: str, name: str) -> dict[str, Any]:
     """The resource that the API returns."""
-    return {
+    resource = {"md5Hash": self.md5} if self.md5 else {}
+    return resource | {
       "kind": "storage#object",
       "id": f"{bucket}/{name}/{self.generation}",
       "bucket": bucket,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.gcs import fake
 from tests.launch.pod import fake_cloud
 
 
@@ -12,5 +13,6 @@ def cloud(tmp_path):
 
 @pytest.fixture
 def laptop(tmp_path, cloud):
-  with fake_cloud.served(cloud) as port:
-    yield fake_cloud.Laptop(tmp_path, cloud, port)
+  with fake_cloud.served(cloud) as port, fake.Server(tmp_path) as store:
+    cloud.store = store.store
+    yield fake_cloud.Laptop(tmp_path, cloud, port, store)

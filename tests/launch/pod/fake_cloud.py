@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from launch.pod import settings as pod_settings
+from tests.gcs import fake
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -98,6 +99,7 @@ class Cloud:
     self.will_preempt = False
     self.nodes: dict[str, dict[str, Any]] = {}
     self.queued: dict[str, dict[str, Any]] = {}
+    self.machines: dict[str, dict[str, Any]] = {}
     self._lock = threading.Lock()
     (folder / "workers").mkdir(parents=True)
     (folder / "bin").mkdir()
@@ -181,6 +183,8 @@ class Cloud:
     with self._lock:
       if method != "GET" and action == "":
         self.requests.append((method, url, body))
+      if "/zones/" in parts.path:
+        return self._answer_compute(method, last, body)
       if parts.path.startswith("/compute/"):
         fingerprint = base64.b64encode(b"1").decode()
         metadata = {"fingerprint": fingerprint, "items": []}
@@ -230,6 +234,29 @@ class Cloud:
         held[name] |= body
         return 200, _done(held[name])
       return 200, held[name] if kind == "nodes" else self._look(name)
+
+  def _answer_compute(
+    self, method: str, last: str, body: dict[str, Any]
+  ) -> tuple[int, dict[str, Any]]:
+    """Makes, describes and deletes machines of Compute Engine."""
+    operation = {"kind": "compute#operation", "name": "o", "status": "DONE"}
+    link = "http://127.0.0.1/compute/v1/projects/my-project/zones/z/"
+    operation |= {"selfLink": f"{link}operations/o", "zone": link[:-1]}
+    operation["operationType"] = "delete" if method == "DELETE" else "insert"
+    operation["targetLink"] = f"{link}instances/{last}"
+    if last == "instances":
+      operation["targetLink"] = f"{link}instances/{body['name']}"
+      self.machines[body["name"]] = body | {"status": "RUNNING"}
+      return 200, operation
+    if last in ("o", "wait"):
+      name = next(iter(self.machines), "none")
+      return 200, operation | {"targetLink": f"{link}instances/{name}"}
+    if last not in self.machines:
+      return 404, {"error": {"code": 404, "message": f"{last} was not found"}}
+    if method == "DELETE":
+      del self.machines[last]
+      return 200, operation
+    return 200, self.machines[last]
 
   def _look(self, name: str) -> dict[str, Any]:
     """Describes a queued resource and moves it to its next state."""
@@ -348,7 +375,9 @@ class Laptop:
     token: The secret token of the login.
   """
 
-  def __init__(self, folder: pathlib.Path, cloud: Cloud, port: int):
+  def __init__(
+    self, folder: pathlib.Path, cloud: Cloud, port: int, store: fake.Server
+  ):
     self.checkout = folder / "a checkout"
     self.home = folder / "home"
     self.home.mkdir()
@@ -370,6 +399,7 @@ class Laptop:
       "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"{url}/",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{url}/compute/v1/",
+      "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{store.url}/storage/v1/",
     }
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "launch", self.checkout / "launch", ignore=ignore)

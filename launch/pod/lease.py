@@ -1,0 +1,202 @@
+"""The record of a run's supervisor in the bucket, next to the workdir.
+
+One object is the lease, the state and the log. The supervisor writes it once a
+minute, if nobody else has. Another machine may take over only after it has seen
+the same generation for a while: the clocks of machines are never compared.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import re
+import socket
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from typing import Any
+
+from launch.pod import gcloud
+from launch.pod import settings as pod_settings
+from launch.pod.exits import Exit, Failure
+
+RENEWAL_SECONDS = 60.0
+STALE_SECONDS = 240.0
+_LOG_LINES = 500
+_RECORD, _STOP = "state.json", "stop"
+
+
+class Stopped(Exception):
+  """`stop` asks the supervisor to end the run."""
+
+
+def url(settings: pod_settings.Settings, name: str) -> str:
+  """An object next to the workdir, without characters that gcloud expands."""
+  path = f"{settings.workdir.partition('//')[2]}.supervisor/{name}"
+  return f"gs://{urllib.parse.quote(path)}"
+
+
+def put(cloud: gcloud.Gcloud, name: str, text: str, *flags: str) -> int:
+  """Writes an object; returns its generation."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, name)
+    path.write_text(text, encoding="utf-8")
+    words = ("storage", "cp", str(path), url(cloud.settings, name), *flags)
+    result = cloud.call(*words, "--print-created-message")
+  created = re.search(r"^Created: .*#(\d+)\s*$", result.stderr, re.MULTILINE)
+  return int(created[1]) if created else 0
+
+
+@dataclasses.dataclass
+class Record:
+  """The state of a supervisor."""
+
+  owner: str  # A random name.
+  machine: str
+  exit_code: int | None = None  # None if it is at work, or was killed.
+  # The zone and the hours of each slice, by creation time.
+  slices: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+  log: list[str] = dataclasses.field(default_factory=list)
+
+  def describe(self) -> str:
+    """The state and the last line of the log."""
+    state = "at work"
+    if self.exit_code is not None:
+      state = f"ended with exit code {self.exit_code}"
+    return "; ".join([f"supervisor on {self.machine}: {state}", *self.log[-1:]])
+
+
+def read(cloud: gcloud.Gcloud) -> tuple[Record | None, int]:
+  """The record and its generation; None and 0 if there is none."""
+  if not cloud.settings.bucket or cloud.dry_run:
+    return None, 0
+  name = url(cloud.settings, _RECORD)
+  words = ("storage", "objects", "describe", name)
+  try:
+    described = cloud.call(*words, "--format=value(generation)")
+    text = cloud.call("storage", "cat", name).stdout
+    return Record(**json.loads(text)), int(described.stdout)
+  except Failure as failure:
+    if failure.exit == Exit.ABSENT:
+      return None, 0
+    raise
+  except (TypeError, ValueError) as error:
+    message = f"{name} is no record of a supervisor ({error}); delete it."
+    raise Failure(Exit.GCLOUD, message) from error
+
+
+def request_stop(cloud: gcloud.Gcloud, record: Record) -> None:
+  """Asks the supervisor to stop the run."""
+  put(cloud, _STOP, record.owner)
+
+
+class Lease(logging.Handler):
+  """Holds the record while a supervisor works; use as a context manager."""
+
+  def __init__(self, cloud: gcloud.Gcloud):
+    super().__init__()
+    self._cloud = cloud
+    self.record = Record(uuid.uuid4().hex, socket.gethostname())
+    self._generation = 0
+    self._is_written = threading.Lock()
+    self._end = threading.Event()
+    self._wake = threading.Event()
+    self._reason: Exception | None = None  # Why the supervisor must end.
+    self._thread = threading.Thread(target=self._renew_often, daemon=True)
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Keeps a line of the log."""
+    now = time.strftime("%FT%TZ", time.gmtime(record.created))
+    log = [*self.record.log, f"{now} {record.getMessage()}"]
+    self.record.log = log[-_LOG_LINES:]
+
+  def require_free(self) -> None:
+    """Reads the record; waits until it is stale if its owner did not end.
+
+    Raises:
+      Failure: BUSY if another supervisor is at work.
+    """
+    found, self._generation = read(self._cloud)
+    if found is None:
+      return
+    is_killed = found.exit_code is None
+    if not is_killed or found.machine != self.record.machine:
+      self._take_stop()  # It was meant for another supervisor.
+    self.record.slices, self.record.log = found.slices, found.log
+    if is_killed:
+      logging.info("Watching if %s supervises this run.", found.machine)
+      until = time.monotonic() + STALE_SECONDS
+      while time.monotonic() < until:
+        time.sleep(STALE_SECONDS / 8)
+        if read(self._cloud)[1] != self._generation:
+          raise Failure(Exit.BUSY, f"{found.machine} supervises this run.")
+
+  def __enter__(self) -> "Lease":
+    self.require_free()
+    logging.getLogger().addHandler(self)
+    self.renew()
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
+    self._end.set()
+    self._thread.join()
+    logging.getLogger().removeHandler(self)
+    if isinstance(self._reason, Failure):
+      return  # The record is another's.
+    if isinstance(error, Failure):
+      self.record.exit_code = error.exit
+      self.record.log.append(str(error))
+    elif isinstance(error, KeyboardInterrupt):
+      self.record.exit_code = Exit.INTERRUPTED
+    try:
+      self.renew()
+    except Failure as failure:
+      logging.warning("The bucket does not know of the end: %s", failure)
+
+  def renew(self) -> None:
+    """Writes the record, if nobody else has written it since the last time."""
+    with self._is_written:
+      flag = f"--if-generation-match={self._generation}"
+      text = json.dumps(dataclasses.asdict(self.record))
+      try:
+        self._generation = put(self._cloud, _RECORD, text, flag)
+      except Failure as failure:
+        if failure.exit != Exit.BUSY:
+          raise
+        # The answer to a write of our own may have been lost.
+        found, generation = read(self._cloud)
+        if found is None or found.owner != self.record.owner:
+          message = "Another supervisor has taken over this run."
+          self._reason = Failure(Exit.BUSY, message)
+          self._wake.set()
+          raise self._reason from failure
+        self._generation = generation
+
+  def _renew_often(self) -> None:
+    while not self._end.wait(RENEWAL_SECONDS) and not self._reason:
+      try:
+        self.renew()
+        if self._take_stop():
+          self._reason = Stopped()
+          self._wake.set()
+      except Failure as failure:
+        logging.warning("The lease was not renewed: %s", failure)
+
+  def _take_stop(self) -> bool:
+    """True if `stop` has asked for the end, which is then forgotten."""
+    try:
+      self._cloud.call("storage", "rm", url(self._cloud.settings, _STOP))
+    except Failure as failure:
+      if failure.exit == Exit.ABSENT:
+        return False
+      raise
+    return True
+
+  def sleep(self, seconds: float) -> None:
+    """Sleeps; raises `Stopped` or a failure if the supervisor must end."""
+    self._wake.wait(seconds)
+    if self._reason:
+      raise self._reason
