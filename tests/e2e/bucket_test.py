@@ -214,11 +214,14 @@ def test_twenty_kills_leave_no_trace(bucket_run, long, tmp_path):
   """Of each, the bucket alone is left: between two puts, or at any time."""
   run, rng = bucket_run(*LONG), random.Random(0)
   for number in range(KILLS):
-    start, kind = run.start(STEP_SECONDS="1"), rng.choice(["put", "time"])
+    start = run.start(STEP_SECONDS="1")
+    kind = rng.choice(["start", "step", "step", "put", "put", "put"])
     if kind == "put":
       run.kill_at_put(start, rng.randint(1, 60))
     else:
-      time.sleep(rng.uniform(0, 15))
+      if kind == "step":
+        start.wait_until(lambda start=start: start.step() >= 1)
+      time.sleep(rng.uniform(0, 4 if kind == "step" else 15))
       assert start.kill()
     newest = max(run.checkpoints(), default=0)
     print(f"{number:2} {kind:4} newest checkpoint {newest}", flush=True)
