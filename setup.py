@@ -37,6 +37,7 @@ setuptools.setup(
     "clu",
     "flax",
     "gemma",
+    "google-cloud-storage",
     "google-crc32c",
     "grain",
     "jax",

@@ -13,6 +13,7 @@ from configs import base
 from data_pipelines import dataset, pipeline, prompt_rows
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
+from tests.gcs import folders
 
 
 def settings(**data):
@@ -120,6 +121,64 @@ def test_the_drawn_set_of_a_run_is_not_drawn_anew(workdir, tmp_path):
   # Before there is a run, the settings decide.
   (tmp_path / "run.json").unlink()
   assert opened(other, tmp_path).identity != before
+
+
+def test_data_in_a_bucket_are_those_on_a_disk(
+  workdir, tmp_path, monkeypatch, bucket_here
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  folders.upload(bucket_here, workdir / "data", "data")
+  folders.upload(bucket_here, workdir / "data", "sets/data")
+  local, there = str(workdir / "data"), "gs://bucket/data"
+  data, config = opened(settings(dir=there)), settings(dir=local)
+  assert data.identity == opened(config).identity
+  batches = [next(train_batches(x, config)) for x in (data, opened(config))]
+  np.testing.assert_array_equal(*[x.prompt_ids for x in batches])
+  np.testing.assert_array_equal(*[x.images for x in batches])
+  mixed = settings(dirs=((there, 0.5), ("gs://bucket/sets/data", 0.5)))
+  assert len(opened(mixed).train) == 2 * len(data.train)
+  edited = workdir / "data" / "manifest.json"
+  manifest = json.loads(edited.read_text())
+  manifest["files"]["tokenizer.model"] += 1
+  put = bucket_here.store.put
+  put("bucket", "data/manifest.json", json.dumps(manifest).encode(), "", {})
+  with pytest.raises(
+    ValueError, match=r"^data.dir \('gs://bucket/data'\) must"
+  ):
+    opened(settings(dir=there))
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/none", "gs://bucket/x"])
+def test_what_is_no_data_dir_in_a_bucket_is_refused(bucket_here, place):
+  bucket_here.store.put("bucket", "x/manifest.json", b"{", "", {})
+  with pytest.raises(ValueError, match="prepare has made: .*manifest.json"):
+    opened(settings(dir=place))
+
+
+def test_a_set_of_a_workdir_in_a_bucket_is_drawn_on_each_host(
+  workdir, tmp_path, monkeypatch, bucket_here
+):
+  """It is put into the workdir by one, and never over what is there."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  data = opened(settings(), "gs://bucket/run")
+  assert data.identity == opened(settings(), workdir).identity
+  assert not bucket_here.store.objects
+  data.publish()
+  names = {
+    x.relative_to(workdir).as_posix() for x in workdir.rglob("data/**/*")
+  }
+  published = {name for _, name in bucket_here.store.objects}
+  assert published == {f"run/{x}" for x in names if (workdir / x).is_file()}
+  generations = [x.generation for x in bucket_here.store.objects.values()]
+  opened(settings(), "gs://bucket/run").publish()
+  blobs = bucket_here.store.objects.values()
+  assert generations == [blob.generation for blob in blobs]
+  bucket_here.store.put("bucket", "run/run.json", b"{}", "", {})
+  with pytest.raises(ValueError, match="^data.synthetic must be"):
+    opened(settings(synthetic_eval_fraction=0.4), "gs://bucket/run")
+  bucket_here.store.put("bucket", "2/data/thesis.tex", b"dear", "", {})
+  with pytest.raises(ValueError, match="thesis.tex"):
+    opened(settings(), "gs://bucket/2")
 
 
 def test_data_that_a_user_prepared_are_never_drawn_over(data_dir):

@@ -60,7 +60,7 @@ def test_another_data_dir_is_kept_unless_it_may_be_replaced(tmp_path):
   [
     ["--data_dir="],
     ["--data_dir=/"],
-    ["--data_dir=gs://bucket/data"],
+    ["--data_dir=gs://b"],
     ["--data_dir=~nobody_of_this_name/data"],
     [f"--data_dir={'a' * 300}"],
     ["--data_dir=data", "--source="],

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from data_pipelines.sources import build, intake, stored
 from data_pipelines.sources.drawn import synthetic
 from data_pipelines.text import tokenizer
 from tests.data_pipelines.sources import layouts
+from tests.gcs import folders
 
 SPEC = synthetic.Spec(
   num_problems=60,
@@ -163,6 +165,81 @@ def test_a_killed_run_leaves_the_old_data_dir_and_no_other(
   build.build_data_dir(request(tmp_path / "data", seed=1), overwrite=True)
   assert {path.name for path in tmp_path.iterdir()} == {"data", ".data.lock"}
   assert contents(tmp_path / "data") != whole
+
+
+@pytest.mark.parametrize("other", [{}, {"seed": 1}], ids=["same", "another"])
+def test_machines_that_share_a_folder_without_locks_leave_one_whole_set(
+  tmp_path, monkeypatch, other
+):
+  """The second builds all of it while the first does."""
+  build.build_data_dir(request(tmp_path / "whole"))
+  write, hosts = build._write, ["host-2"]
+  monkeypatch.setattr(build, "_lock", lambda _: contextlib.nullcontext())
+  monkeypatch.setattr(build.socket, "gethostname", lambda: "".join(hosts))
+
+  def interrupted(*arguments):
+    manifest = write(*arguments)
+    if hosts:
+      hosts.pop()
+      late = request(tmp_path / "data", **other)
+      build.build_data_dir(late, overwrite=True)
+    return manifest
+
+  monkeypatch.setattr(build, "_write", interrupted)
+  build.build_data_dir(request(tmp_path / "data"))
+  assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"data", "whole", ".whole.lock"}
+
+
+def test_a_data_dir_in_a_bucket_is_the_one_on_a_disk(
+  tmp_path, monkeypatch, bucket_here
+):
+  """To the byte; and what is in its way is treated alike."""
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  there, local = request("gs://bucket/data"), request(tmp_path / "data")
+  manifest = build.build_data_dir(local)
+  assert build.build_data_dir(there) == manifest
+  assert folders.contents(bucket_here, "data") == contents(tmp_path / "data")
+  copy = stored.on_this_host("gs://bucket/data", what="data.dir")
+  assert contents(copy) == contents(tmp_path / "data")
+  again = request(tmp_path / "again", source="gs://bucket/data")
+  assert build.build_data_dir(again)["rejects"] == {}
+  with pytest.raises(validation.SettingError, match=r"\d of gs://bucket/data"):
+    build.build_data_dir(request(tmp_path / "x", exclude=("gs://bucket/data",)))
+  before = len(bucket_here.store.requests)
+  assert build.build_data_dir(there) == manifest
+  asked = bucket_here.store.requests[before:]
+  assert not [x for x in asked if not x.startswith("GET")]
+  other = request("gs://bucket/data", seed=1)
+  with pytest.raises(validation.SettingError, match="seed was 0 and is 1"):
+    build.build_data_dir(other)
+  assert build.build_data_dir(other, overwrite=True) != manifest
+  assert not list((tmp_path / "home").rglob("*.building*"))
+
+
+def test_an_upload_that_is_killed_is_no_data_set(
+  tmp_path, monkeypatch, bucket_here
+):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  whole = build.build_data_dir(request("gs://bucket/data"))
+  store, other = bucket_here.store, request("gs://bucket/data", seed=1)
+  with monkeypatch.context() as context:
+    context.setattr(build.objects, "PATIENCE_SECONDS", 0.1)
+    store.at_put(4, lambda: store.set_faults(outage=True))
+    with pytest.raises(OSError, match="does not answer"):
+      build.build_data_dir(other, overwrite=True)
+  store.set_faults()
+  assert build.read_manifest("gs://bucket/data") is None
+  assert build.build_data_dir(request("gs://bucket/data")) == whole
+
+
+@pytest.mark.parametrize("name", ["data/thesis.tex", "data"])
+def test_foreign_objects_are_never_replaced(bucket_here, name):
+  bucket_here.store.put(folders.NAME, name, b"dear", "", {})
+  with pytest.raises(validation.SettingError, match="but holds"):
+    build.build_data_dir(request("gs://bucket/data"), overwrite=True)
+  assert [x for _, x in bucket_here.store.objects] == [name]
 
 
 @pytest.mark.parametrize("place", ["file", "folder"])
