@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from data_pipelines.storage import objects
 from data_pipelines.validation import require
 
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/.*)?", re.DOTALL)
@@ -80,7 +81,7 @@ def make_folder(path: str | os.PathLike[str]) -> epath.Path:
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file that appears whole or not at all; its folder must exist."""
   if is_remote(path):
-    epath.Path(path).write_bytes(data)
+    objects.put(path, data, what="file")
     return
   # Readers of a folder pass over names that begin with a dot.
   name = f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp"

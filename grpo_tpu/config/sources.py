@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.settings import recorded_dirs
-from data_pipelines.storage import paths
+from data_pipelines.storage import objects, paths
 from data_pipelines.validation import require
 from grpo_tpu.checkpoint import load, reader
 from grpo_tpu.config.schema import Config
@@ -45,6 +45,9 @@ def resolve(
     ValueError: The settings must name weights or data, or the workdir holds a
       run of another model.
   """
+  if paths.is_remote(workdir):
+    # Nothing is drawn, planned or compiled for a bucket that is closed.
+    objects.exists(f"{workdir}/run.json", what="--workdir")
   if mode == "plan":
     return config
   if mode != "train":

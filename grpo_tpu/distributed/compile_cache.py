@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from jax.sharding import NamedSharding
 
-from data_pipelines.storage.paths import to_path
+from data_pipelines.storage import objects, paths
 from grpo_tpu.distributed import activity
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -17,11 +17,21 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 def enable_persistent_cache(folder: str) -> None:
   """Has JAX keep compiled programs in a folder, unless it is "".
 
-  The environment variable JAX_COMPILATION_CACHE_DIR takes precedence.
+  The environment variable JAX_COMPILATION_CACHE_DIR takes precedence. A bucket
+  that does not answer costs the run its cache, and no more.
+
+  Raises:
+    SettingError: The bucket does not exist, or may not be read.
   """
   if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
-  path = str(to_path("compilation_cache_dir", folder))
+  path = str(paths.to_path("compilation_cache_dir", folder))
+  if paths.is_remote(path):
+    try:  # JAX would try for many minutes.
+      objects.list_objects(path, what="compilation_cache_dir")
+    except OSError as error:
+      logging.warning("No compilation cache: %s", error)
+      return
   logging.info("Compilation cache: %s", path)
   jax.config.update("jax_compilation_cache_dir", path)
 

@@ -174,6 +174,8 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return record
   except FileNotFoundError:
     return None
+  except validation.SettingError:
+    raise
   except (OSError, ValueError) as error:
     reason = str(error).removesuffix(".")
     raise validation.SettingError(

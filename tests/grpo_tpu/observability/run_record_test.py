@@ -433,3 +433,39 @@ def test_a_run_does_not_resume_without_its_file_of_completions(tmp_path):
   check(tmp_path, identity=IDENTITY | file)
   with pytest.raises(ValueError, match="preference_file.*'dddd'"):
     check(tmp_path)
+
+
+def test_a_record_in_a_bucket_is_put_whole_and_read_back(bucket_here):
+  workdir = "gs://bucket/runs/one"
+  record_of(workdir).write("random:0")
+  run_record.close(workdir, {"exit_code": 75, "reason": "", "step": 4})
+  assert [name for _, name in bucket_here.store.objects] == [
+    "runs/one/run.json"
+  ]
+  saved = record_of(workdir).check()
+  assert saved == run_record.read(workdir)
+  assert saved["attempts"][0]["exit_code"] == 75
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"essence": {}}'])
+def test_all_processes_refuse_what_the_first_one_cannot_read(
+  tmp_path, monkeypatch, content
+):
+  (tmp_path / "run.json").write_bytes(content)
+  sent = []
+  send = run_record.collectives.broadcast_string
+  monkeypatch.setattr(
+    run_record.collectives,
+    "broadcast_string",
+    lambda text: send(sent.append(text) or text),
+  )
+  with pytest.raises(SettingError) as first:
+    run_record.read_together(tmp_path)
+  # Another process is sent the same, and has no file to read.
+  monkeypatch.setattr(run_record.collectives, "is_first_process", lambda: False)
+  monkeypatch.setattr(
+    run_record.collectives, "broadcast_string", lambda _: sent[0]
+  )
+  with pytest.raises(SettingError) as other:
+    run_record.read_together(tmp_path / "of no use")
+  assert str(other.value) == str(first.value)
