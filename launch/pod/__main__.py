@@ -20,6 +20,7 @@ from launch.pod import (
   gcloud,
   jobset,
   lease,
+  readiness,
   slices,
   supervision,
   vm,
@@ -29,6 +30,7 @@ from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
 
 _VERBS = {
+  "check": "check all that a run needs, before anything costs money",
   "create": "request the slice, unless it exists",
   "wait": "wait until the slice is ready",
   "setup": "send the committed files and install the pinned set",
@@ -100,11 +102,12 @@ def _parser() -> argparse.ArgumentParser:
   add("supervise", "--pause", pause, type=seconds, default=30.0)
   on_vm = "supervise from a small machine in the project"
   add("supervise", "--on-vm", on_vm, action="store_true")
-  add("run supervise jobset", "config", "configs/....py", metavar="CONFIG")
+  with_config = "check run supervise jobset"
+  add(with_config, "config", "configs/....py", metavar="CONFIG")
   no_check = "do not check config and flags on this machine first"
   add("run supervise jobset", "--no-check", no_check, action="store_true")
   more = "more flags of the program"
-  add("run supervise jobset", "flags", more, nargs="*", metavar="-- FLAG")
+  add(with_config, "flags", more, nargs="*", metavar="-- FLAG")
   count = _number(int, 0, 10**9)
   add("logs", "-w --worker", "only this worker's log", type=count)
   add("logs", "-f --follow", "also print new lines", action="store_true")
@@ -126,6 +129,8 @@ def _run(arguments: argparse.Namespace) -> int:
       f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must not be tpu7x,"
       " which the TPU API does not offer; print a `jobset` and run it on GKE."
     )
+  if verb == "check":
+    return _check(cloud, arguments)
   if verb in ("run", "supervise", "jobset"):
     job = workers.Job(arguments.config, tuple(arguments.flags))
     if not settings.image:
@@ -135,6 +140,8 @@ def _run(arguments: argparse.Namespace) -> int:
       logging.warning("Not checked: a wrong setting ends the run with 64.")
     else:
       check.check(settings, job)
+      if verb != "jobset":
+        _check_cheap(cloud, job)
     if verb == "supervise":
       return _supervise(cloud, job, arguments)
     if verb == "jobset":
@@ -167,6 +174,41 @@ def _run(arguments: argparse.Namespace) -> int:
   else:
     _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
   return Exit.DONE
+
+
+def _check(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
+  """Prints a line for each thing that a run needs."""
+  settings = cloud.settings
+  job = workers.Job(arguments.config, tuple(arguments.flags))
+  results = []
+
+  def report(verdict: str, text: str) -> None:
+    results.append(verdict)
+    _print(cloud, f"{verdict:<11}{text}".split("\n"))
+
+  try:
+    if not settings.image:
+      workers.require_committed(job.config)
+    check.check(settings, job)
+    report("ok", f"{job.config} and its flags")
+    report(*check.check_memory(settings, job))
+  except Failure as failure:
+    report("WRONG", str(failure))
+  if not settings.image and (unsent := workers.count_uncommitted()):
+    text = f"{unsent} files are changed, and are not sent\n  git commit --all"
+    report("WRONG", text)
+  for result in readiness.check_cloud(cloud, job):
+    report(*result)
+  _show_prices(cloud)
+  return Exit.BAD_REQUEST if "WRONG" in results else Exit.DONE
+
+
+def _check_cheap(cloud: gcloud.Gcloud, job: workers.Job) -> None:
+  if not cloud.settings.image and (unsent := workers.count_uncommitted()):
+    logging.warning("%d files with uncommitted changes are not sent.", unsent)
+  for verdict, text in readiness.check_cloud(cloud, job, only_cheap=True):
+    if verdict == "WRONG":
+      raise Failure(Exit.BAD_REQUEST, text)
 
 
 def _show_prices(cloud: gcloud.Gcloud) -> None:

@@ -39,9 +39,8 @@ def check(settings: pod_settings.Settings, job: workers.Job) -> None:
       settings.accelerator_type,
     )
   else:
-    several = f"*{settings.num_slices}" * (settings.num_slices != "1")
-    words.append(f"--topology={shape.slice_name}{several}")
-  code, reason = _run(words)
+    words.append(_topology(settings, shape))
+  code, reason = _run(words, "grpo_tpu.planning.check")
   if code == Exit.BAD_REQUEST:
     where = f"ACCELERATOR_TYPE ({settings.accelerator_type})"
     raise Failure(
@@ -56,8 +55,29 @@ def check(settings: pod_settings.Settings, job: workers.Job) -> None:
     )
 
 
-def _run(words: list[str]) -> tuple[int, str]:
-  """Runs the check in the files of the commit; the exit code and the error."""
+def check_memory(
+  settings: pod_settings.Settings, job: workers.Job
+) -> tuple[str, str]:
+  """Plans the run with libtpu; "ok", "WRONG" or "not tested", and why."""
+  shape = shapes.SHAPES.get(settings.accelerator_type)
+  find = [_python(), "-c", "import libtpu"]
+  if shape is None or subprocess.run(find, capture_output=True).returncode:
+    return "not tested", (
+      "memory: libtpu is not installed here; docs/plan.md says how to plan"
+    )
+  with tempfile.TemporaryDirectory() as folder:
+    words = [*job.words, f"--workdir={folder}", "--mode=plan"]
+    code, reason = _run([*words, _topology(settings, shape)], "grpo_tpu.main")
+  return ("WRONG", f"memory: {reason}") if code else ("ok", "memory of a chip")
+
+
+def _topology(settings: pod_settings.Settings, shape: shapes.Shape) -> str:
+  several = f"*{settings.num_slices}" * (settings.num_slices != "1")
+  return f"--topology={shape.slice_name}{several}"
+
+
+def _run(words: list[str], module: str) -> tuple[int, str]:
+  """Runs a module in the files of the commit; the exit code and the error."""
   python = _python()
   with tempfile.TemporaryDirectory() as folder:
     archive = pathlib.Path(folder, "code.tar")
@@ -66,7 +86,7 @@ def _run(words: list[str]) -> tuple[int, str]:
     with tarfile.open(archive) as tar:
       tar.extractall(code, filter="data")
     result = subprocess.run(
-      [python, "-P", "-m", "grpo_tpu.planning.check", *words],
+      [python, "-P", "-m", module, *words],
       cwd=code,
       env=os.environ | {"PYTHONPATH": str(code)},
       stdin=subprocess.DEVNULL,

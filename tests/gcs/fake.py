@@ -384,7 +384,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       raise Refused(405, f"The fake has no {self.command} of buckets.")
     if rest == "/o":
       return self._json(self.store.list_objects(bucket, query))
-    made: dict[str, Any] = {"name": bucket, "id": bucket, "location": "US"}
+    made: dict[str, Any] = {"name": bucket, "id": bucket, "location": "EU"}
     if rest:
       layout: dict[str, Any] = {
         "kind": "storage#storageLayout",

@@ -100,6 +100,35 @@ class Cloud:
     self.nodes: dict[str, dict[str, Any]] = {}
     self.queued: dict[str, dict[str, Any]] = {}
     self.machines: dict[str, dict[str, Any]] = {}
+    # What a project with everything answers, by the last part of the path.
+    self.described: dict[str, dict[str, Any]] = {
+      "services": {
+        "services": [
+          {"config": {"name": f"{name}.googleapis.com"}, "state": "ENABLED"}
+          for name in ("compute", "storage", "tpu")
+        ]
+      },
+      "consumerQuotaMetrics": {
+        "metrics": [
+          {
+            "metric": "tpu.googleapis.com/tpu-v5s-litepod-preemptible",
+            "consumerQuotaLimits": [
+              {
+                "quotaBuckets": [
+                  {"effectiveLimit": "0"},
+                  {
+                    "effectiveLimit": "32",
+                    "dimensions": {"zone": "europe-west4-b"},
+                  },
+                ]
+              }
+            ],
+          }
+        ]
+      },
+      "v5litepod-16": {"type": "v5litepod-16"},
+      "v2-alpha-tpuv5-lite": {"version": "v2-alpha-tpuv5-lite"},
+    }
     self._lock = threading.Lock()
     (folder / "workers").mkdir(parents=True)
     (folder / "bin").mkdir()
@@ -183,6 +212,8 @@ class Cloud:
     with self._lock:
       if method != "GET" and action == "":
         self.requests.append((method, url, body))
+      if last in self.described:
+        return 200, self.described[last]
       if "/zones/" in parts.path:
         return self._answer_compute(method, last, body)
       if parts.path.startswith("/compute/"):
@@ -399,6 +430,7 @@ class Laptop:
       "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"{url}/",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{url}/compute/v1/",
+      "CLOUDSDK_API_ENDPOINT_OVERRIDES_SERVICEUSAGE": f"{url}/",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{store.url}/storage/v1/",
     }
     ignore = shutil.ignore_patterns("__pycache__")
