@@ -43,7 +43,7 @@ _COMMITTED = "commit_success.txt"  # Orbax writes it last.
 
 # A bucket may be away for minutes: so long `save` waits for the save before it,
 # so long it pauses after a failed one, and so long all must fail to end a run.
-_WAIT_SECONDS, _PAUSE_SECONDS, _OUTAGE_SECONDS = 20.0, 10.0, 1200.0
+_WAIT_SECONDS, _PAUSE_SECONDS, _OUTAGE_SECONDS = 10.0, 10.0, 1200.0
 
 
 class CheckpointError(RuntimeError):
@@ -106,7 +106,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._pending: concurrent.futures.Future[None] | None = None
     self._pending_info: CheckpointInfo | None = None
     self._removal: concurrent.futures.Future[None] | None = None
-    self._to_remove: list[str] = []
     self._save_time = time.monotonic()
     if error := reader.ask_first_process(self._open_directory):
       raise CheckpointError(error)
@@ -188,7 +187,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         logging.log_every_n_seconds(logging.WARNING, text, 60, info.name)
         self._is_late = True
         return False
-      return self._start_save(info, state, meta, partial_step)
+      return self._start_save(
+        info, state, meta, partial_step, is_patient=not can_skip
+      )
     finally:
       self._block_seconds += time.perf_counter() - start
 
@@ -203,7 +204,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._collect_pending()
     while self._failures_in_row and self._is_remote and self._last_save:
       time.sleep(self._pause)
-      self._start_save(*self._last_save)
+      self._start_save(*self._last_save, is_patient=True)
       self._collect_pending()
     if self._failures_in_row:
       raise CheckpointError(
@@ -298,17 +299,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     state: Any,
     meta: Mapping[str, Any],
     partial_step: reader.PartialStepData | None,
+    *,
+    is_patient: bool,
   ) -> bool:
     self._last_save = ()
     if not finite.is_finite(state):
       self.refusals += 1
       self._count_failure(f"the state of {info.name} is not finite")
       return False
-    is_remaining = info.name in self._to_remove
-    if self._removal is not None and (is_remaining or not self._is_remote):
+    if self._removal is not None and is_patient:
       self._removal.result()
-    if info.name in self._to_remove:  # Orbax will remove the remains.
-      self._to_remove.remove(info.name)
     if error := reader.ask_first_process(self._write_error):
       self._count_failure(f"{info.name}: {error}")
       return False
@@ -436,25 +436,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     return f"The newest good checkpoint in {self._directory} is {newest}."
 
   def _remove_later(self, checkpoints: list[CheckpointInfo]) -> None:
-    self._to_remove += [info.name for info in checkpoints]
-    if self._to_remove and collectives.is_first_process():
-      self._removal = self._thread.submit(self._remove_steps)
+    if checkpoints and collectives.is_first_process():
+      names = [info.name for info in checkpoints]
+      self._removal = self._thread.submit(self._remove_steps, names)
 
-  def _remove_steps(self) -> None:
+  def _remove_steps(self, names: list[str]) -> None:
     """Deletes checkpoints and the remains of failed saves; runs in a thread."""
-    names = list(self._to_remove)
     try:
       self._lock.check()
       for name in names:
         folder = self._directory / name
         # The marks go first: without them the rest is not trusted.
-        manifest.path_for(folder).unlink(missing_ok=True)
-        (folder / _COMMITTED).unlink(missing_ok=True)
+        for mark in (manifest.path_for(folder), folder / _COMMITTED):
+          mark.unlink(missing_ok=True)
       for path in self._directory.iterdir():
         if path.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0] in names:
           _remove(path)
-      for name in names:
-        self._to_remove.remove(name)
     except Exception:  # A bucket's errors have many types.
       logging.exception("Could not delete %s in %s.", names, self._directory)
 

@@ -6,7 +6,6 @@ import sys
 import textwrap
 
 import pytest
-from etils import epath
 
 from grpo_tpu.checkpoint import checkpointer, directory_lock
 from tests.grpo_tpu.checkpoint import checkpointing
@@ -69,9 +68,3 @@ def test_a_run_that_has_ended_may_be_resumed(tmp_path):
   for _ in range(2):
     with checkpointing.opened(tmp_path):
       pass
-
-
-def test_an_object_store_has_no_lock():
-  lock = directory_lock.DirectoryLock(epath.Path("gs://bucket/checkpoints"))
-  lock.acquire()
-  lock.release()
