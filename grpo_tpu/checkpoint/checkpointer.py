@@ -60,6 +60,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     failures: Failed saves since this object was made, including `refusals`.
     refusals: Saves refused because the state was not finite.
     quarantined: Damaged checkpoints that were moved aside.
+    lock: Process 0 holds it; its `check` precedes whatever this run writes.
   """
 
   def __init__(
@@ -91,8 +92,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._directory = paths.absolute(directory)
     self._is_remote = paths.is_remote(self._directory)
     self._pause = _PAUSE_SECONDS if self._is_remote else 0.0
-    lock = Lease if self._is_remote else DirectoryLock
-    self._lock = lock(self._directory)
+    self.lock = (Lease if self._is_remote else DirectoryLock)(self._directory)
     self._writer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(),
       async_options=ocp.AsyncOptions(
@@ -126,7 +126,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       if is_over:
         with contextlib.suppress(Exception):  # `wait` has raised the error.
           self._writer.close()
-      self._lock.release()
+      if is_over or self._pending is None:
+        self.lock.release()
 
   def save(
     self,
@@ -269,7 +270,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     try:
       if not self._is_remote:
         self._directory.mkdir(parents=True, exist_ok=True)
-      self._lock.acquire()
+      self.lock.acquire()
       for path in self._directory.iterdir():
         if _is_interrupted(path):
           logging.info("Removing %s, an interrupted save.", path)
@@ -364,7 +365,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       self._writer.wait_until_finished()
       if collectives.is_first_process():
         facts = {"score": info.score, "metric": info.metric}
-        self._lock.check()
+        self.lock.check()
         manifest.write(path, facts)
     except Exception:
       # Logged now: the other hosts may learn of the failure much later.
@@ -443,7 +444,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   def _remove_steps(self, names: list[str]) -> None:
     """Deletes checkpoints and the remains of failed saves; runs in a thread."""
     try:
-      self._lock.check()
+      self.lock.check()
       for name in names:
         folder = self._directory / name
         # The marks go first: without them the rest is not trusted.

@@ -68,14 +68,15 @@ class Lease:
     threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
   def check(self) -> None:
-    """Returns if this process surely holds the lease; else ends the process.
+    """Ends the process if another run has taken the lease from it.
 
     Raises:
       ValueError: The bucket does not answer.
     """
     with self._one_thread:
+      is_held = bool(self._version) and not self._is_over.is_set()
       is_recent = _now() - self._time < _RENEWAL_SECONDS
-      if self._is_over.is_set() or is_recent or self._write(self._version):
+      if not is_held or is_recent or self._write(self._version):
         return
       logging.error(
         "Another run has taken %s while this process stood still or was cut "

@@ -18,6 +18,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import tensorstore as ts
@@ -53,11 +54,13 @@ class Mirror:
     is_remote: True if it is in a bucket.
     folder: The workdir on a disk, or a scratch folder.
     failures: The number of attempts to copy that failed.
+    before_copy: Called before each attempt; raises if nothing may be copied.
   """
 
   def __init__(self, workdir: str | os.PathLike[str]) -> None:
     """Makes a scratch folder for a workdir in a bucket; asks nothing of it."""
     self.workdir, self.failures = os.fspath(workdir), 0
+    self.before_copy: Callable[[], None] = lambda: None
     self.is_remote = paths.is_remote(workdir)
     self.folder = pathlib.Path(self.workdir)
     if not self.is_remote:
@@ -158,6 +161,7 @@ class Mirror:
       start = time.monotonic()
       try:
         with self._copying:
+          self.before_copy()
           self._copy_changes()
       except Exception as error:
         self._count(error)

@@ -91,6 +91,7 @@ def start(
         ),
       )
     )
+    files.before_copy = checkpoints.lock.check
     with activity.doing("Restoring the run"):
       step, evaluation = _restore_or_init(trainer, checkpoints, record)
     # Not before: a run that is refused has not started.
