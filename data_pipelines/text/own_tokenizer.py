@@ -37,7 +37,8 @@ def find(weights: str) -> Found:
     if scheme != "run":
       return Found(_find_beside(scheme, rest), fingerprint)
     workdir, at, step = rest.rpartition("@")
-    workdir = epath.Path(workdir if at and step.isdecimal() else rest)
+    has_step = at and (step.isdecimal() or step == "best")
+    workdir = epath.Path(workdir if has_step else rest)
     workdir = workdir.expanduser()
     source = str(workdir / "run.json")
     if not objects.exists(source, what="model.weights"):

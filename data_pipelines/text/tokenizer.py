@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sentencepiece
 from etils import epath
 
+from data_pipelines.storage.host_copy import host_copy
 from data_pipelines.text import sentencepiece_import, tables, untrusted
 from data_pipelines.text.chat_format import GEMMA3
 
@@ -134,7 +135,8 @@ def _read_model(path: str) -> bytes:
     path = f"{folder}/tokenizer/tokenizer_gemma3.model"
   file = epath.Path(path).expanduser()
   if file.suffix == ".gguf":
-    return sentencepiece_import.from_gguf(file)
+    copy = host_copy(file, what="the tokenizer")
+    return sentencepiece_import.from_gguf(copy)
   try:
     content = untrusted.read_bytes(file, untrusted.MAX_JSON_BYTES)
   except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.storage.host_copy import host_copy
 from data_pipelines.text import own_tokenizer, tokenizer, untrusted
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.convert import huggingface
@@ -46,6 +47,9 @@ def make_files(
   scheme, _, start = origin.partition(":")
   named = tokenizer_dir or (start if scheme == "hf" else "")
   folder = pathlib.Path(named)
+  if named:
+    names = {*_COPIED, huggingface.GENERATION_CONFIG}
+    folder = host_copy(named, what="export.tokenizer_dir", names=names)
   if named and not folder.is_dir():
     reason = f"{weights} started from {origin}, which is gone."
     raise ValueError(_needs_folder(tokenizer_dir, reason))

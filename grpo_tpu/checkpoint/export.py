@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 
 from data_pipelines.validation import user_errors
 from grpo_tpu.checkpoint import companions, load, model_card
@@ -24,7 +24,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
   Raises:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
-  huggingface.check_no_checkpoint(pathlib.Path(workdir) / "export")
+  huggingface.check_no_checkpoint(epath.Path(workdir) / "export")
   weights = load.resolve_weights(model.weights)
   _make_files(dataclasses.replace(model, weights=weights), settings)
 
@@ -73,7 +73,7 @@ def run(
         dtype=jnp.dtype(settings.dtype),
       )
   logging.info("Exporting %s.", weights)
-  folder = pathlib.Path(workdir) / "export"
+  folder = epath.Path(workdir) / "export"
   write(folder, files=files)
   return f"open {folder / model_card.NAME}, which says how to load and serve it"
 

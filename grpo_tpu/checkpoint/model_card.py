@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from data_pipelines.scoring import pages, statistics
 from data_pipelines.settings import recorded_dirs
 from data_pipelines.text import chat_prompts, untrusted
@@ -22,7 +24,7 @@ _MAX_METRICS_BYTES = 2**30
 class Stage(NamedTuple):
   """A run behind some weights."""
 
-  workdir: pathlib.Path
+  workdir: epath.Path
   step: int
   record: Mapping[str, Any]  # Its run.json.
 
@@ -43,11 +45,11 @@ def read_stages(weights: str) -> tuple[list[Stage], str]:
   while weights.startswith("run:") and len(stages) < _MAX_RUNS:
     workdir, step = load.split_run(weights)
     try:
-      record = untrusted.read_json(pathlib.Path(workdir) / "run.json")
+      record = untrusted.read_json(epath.Path(workdir) / "run.json")
       weights = untrusted.get_field(record, "weights", str, "run.json")
     except (OSError, ValueError):
       break
-    stages.append(Stage(pathlib.Path(workdir), step, record))
+    stages.append(Stage(epath.Path(workdir), step, record))
   return stages, weights
 
 
@@ -94,7 +96,7 @@ def _data_sets(stage: Stage) -> list[dict[str, Any]]:
   dirs = dirs or ((folder or str(stage.workdir / "data"), 1.0),)
   sets = []
   for each, weight in dirs:
-    path = pathlib.Path(each)
+    path = epath.Path(each)
     try:
       manifest = untrusted.read_json(path / "manifest.json")
     except (OSError, ValueError):

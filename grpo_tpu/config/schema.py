@@ -6,14 +6,13 @@ settings can be read in a moment; the checks that need it do.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.settings import DataConfig, ModelInputs
-from data_pipelines.storage.paths import expand_path
+from data_pipelines.storage import paths
 from data_pipelines.text import chat_prompts
-from data_pipelines.validation import require, require_all
+from data_pipelines.validation import SettingError, require, require_all
 from grpo_tpu.checkpoint.settings import CheckpointConfig, ExportConfig
 from grpo_tpu.config import eval_metrics, parse, sections
 from grpo_tpu.distributed.settings import DistributedConfig, MeshConfig
@@ -64,7 +63,7 @@ class Config:
     _check_run(self)
     _check_images(self)
     _check_rewards(self)
-    _check_weights(self)
+    check_weights(self, is_remote=False)
     _check_divisions(self)
     _check_mesh(self)
     # Both check their values when they are built.
@@ -180,7 +179,7 @@ class Config:
 def _check_run(config: Config) -> None:
   """Checks the seed, paths, steps and metrics of the run."""
   # Stays as it is written, for run.json: a resume may have another home.
-  expand_path("compilation_cache_dir", config.compilation_cache_dir)
+  paths.expand_path("compilation_cache_dir", config.compilation_cache_dir)
   num_steps = config.train.num_steps
   ends = not config.profile.steps or config.profile.steps[-1] <= num_steps
   rule = f"end by train.num_steps ({num_steps})"
@@ -241,25 +240,36 @@ def _check_rewards(config: Config) -> None:
   )
 
 
-def _check_weights(config: Config) -> None:
-  """Checks that the files of weights and adapters, if any, fit the model."""
-  if config.model.lora.init:
+def check_weights(config: Config, *, is_remote: bool) -> None:
+  """Checks that the files of weights and adapters fit the model.
+
+  Those in a bucket are checked when a mode is about to read them: a plan needs
+  neither them nor the network.
+  """
+  adapters = config.model.lora.init
+  if adapters and paths.is_remote(adapters.removeprefix("peft:")) == is_remote:
     from grpo_tpu.models.gemma3.convert import peft
 
     peft.check(config.model_config, config.model.lora)
   named, name = config.model.weights, config.model.name
   scheme, _, rest = named.partition(":")
-  if scheme in ("", "random", "run"):
+  has_files = scheme not in ("", "random", "run")
+  if not has_files or paths.is_remote(rest) != is_remote:
     return
   from grpo_tpu.models.gemma3 import weights
 
   try:
     weights.open_files(scheme, config.model_config, rest)
+  except SettingError:
+    raise
   except ValueError as error:
     remedy = "Change one of the two."
-    if scheme == "hf" and not pathlib.Path(rest).exists():
+    if scheme == "hf" and isinstance(error.__cause__, FileNotFoundError):
       repository = config.model.hub_name or "google/gemma-3-SIZE-it"
-      remedy = f"Get one by: hf download {repository} --local-dir {rest}"
+      folder = "DIR" if is_remote else rest
+      remedy = f"Get one by: hf download {repository} --local-dir {folder}"
+      if is_remote:
+        remedy += f" && gcloud storage cp DIR/*.* {rest}/"
     raise ValueError(
       f"model.weights ({named!r}) must be a checkpoint of model.name "
       f"({name!r}): {error} {remedy}"

@@ -16,6 +16,7 @@ from data_pipelines.settings import recorded_dirs
 from data_pipelines.storage import objects, paths
 from data_pipelines.validation import require
 from grpo_tpu.checkpoint import load, reader
+from grpo_tpu.config import schema
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import run_record
@@ -50,6 +51,7 @@ def resolve(
     objects.exists(f"{workdir}/run.json", what="--workdir")
   if mode == "plan":
     return config
+  schema.check_weights(config, is_remote=True)
   if mode != "train":
     config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]

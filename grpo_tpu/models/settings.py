@@ -41,8 +41,8 @@ class LoraConfig:
     targets: Weights with an adapter: queries, keys and values, the output of
       attention, gate and up, down, and the projector of the soft tokens, which
       a text model does not have.
-    init: "peft:DIR" starts from the adapter that peft saved in this folder, of
-      the same rank, alpha and targets; "" from new ones.
+    init: "peft:DIR" starts from the adapter that peft saved in this folder,
+      local or on gs://, of the same rank, alpha and targets; "" from new ones.
   """
 
   rank: int = field(metadata=interval("[0, inf)", 16))
@@ -76,13 +76,13 @@ class ModelSettings:
     image_size: Side in pixels that images are resized to; None is the tower's
       own. At half of it the tower reads a quarter of the patches and makes as
       many soft tokens. Exports use the tower's own.
-    weights: "hf:DIR" for a local Hugging Face checkpoint, with config.json and
+    weights: "hf:DIR" for a Hugging Face checkpoint, with config.json and
       *.safetensors; "gemma:DIR" for a checkpoint in the layout of the `gemma`
-      library, local or on gs://; "gguf:FILE" for a text model;
+      library; "gguf:FILE" for a text model;
       "run:WORKDIR" for the newest checkpoint of another run, "run:WORKDIR@STEP"
       for one of its steps or @best for that with its best metric;
       "random:SEED" draws them, for tests. "" names none, which is enough for
-      --mode=plan.
+      --mode=plan. Each path may be on gs://.
     param_dtype: Type of the decoder's parameters. If they are trained in
       bfloat16, the optimizer holds and updates masters in float32, which are in
       the checkpoints too.

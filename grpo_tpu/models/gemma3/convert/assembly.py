@@ -8,7 +8,7 @@ nothing of file formats.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,53 +41,57 @@ def one_by_one(
 
 
 def assemble(abstract: dict, read: Read) -> dict:
-  """Assembles a tree piece by piece.
+  """Assembles a tree piece by piece, in the order of `pieces`.
 
   Args:
     abstract: Shapes, dtypes and shardings of the stacked tree.
     read: Reads pieces. A NumPy array is cast and put on its devices.
   """
   shapes = leaves.by_path(abstract)
+  update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+  write = {
+    path: jax.jit(update, donate_argnums=0, out_shardings=shape.sharding)
+    for path, shape in shapes.items()
+  }
   values: dict[str, jax.Array] = {}
-  for path, shape in shapes.items():
-    if _stack_of(path) is None:
-      ((_, value),) = read(None, {path: shape})
-      values[path] = _device_put(value, shape)
-  for stack in _STACKS:
-    inside = {p: s for p, s in shapes.items() if _stack_of(p) == stack}
-    if inside:
-      values |= _fill_stack(inside, read)
+  for layer, wanted in pieces(abstract):
+    if layer == 0:
+      values |= _zeros({path: shapes[path] for path in wanted})
+    for path, value in read(layer, wanted):
+      piece = _device_put(value, wanted[path])
+      if layer is not None:
+        piece = write[path](values[path], piece, np.int32(layer))
+        # Waits, because the host could read ahead of the devices without bound.
+        jax.block_until_ready(piece)
+      values[path] = piece
   return jax.tree.unflatten(
     jax.tree.structure(abstract), [values[path] for path in shapes]
   )
 
 
-def _stack_of(path: str) -> str | None:
-  return next((s for s in _STACKS if path.startswith(f"{s}/")), None)
+def pieces(
+  abstract: dict,
+) -> Iterator[tuple[int | None, dict[str, jax.ShapeDtypeStruct]]]:
+  """The pieces of a stacked tree by path: each leaf, or its part of a layer."""
+  stacks: dict[str, dict] = {stack: {} for stack in _STACKS}
+  for path, shape in leaves.by_path(abstract).items():
+    stack = next((s for s in _STACKS if path.startswith(f"{s}/")), None)
+    if stack is None:
+      yield None, {path: shape}
+    else:
+      stacks[stack][path] = shape
+  for shapes in filter(None, stacks.values()):
+    layer_shapes = {path: _layer_shape(shape) for path, shape in shapes.items()}
+    for layer in range(next(iter(shapes.values())).shape[0]):
+      yield layer, layer_shapes
 
 
-def _fill_stack(shapes: dict[str, Any], read: Read) -> dict[str, jax.Array]:
-  shardings = {path: shape.sharding for path, shape in shapes.items()}
-  pieces = {path: _layer_shape(shape) for path, shape in shapes.items()}
-
+def _zeros(shapes: dict[str, Any]) -> dict[str, jax.Array]:
   def zeros():
     return {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
 
-  stacks = jax.jit(zeros, out_shardings=shardings)()
-  update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-  write = {
-    path: jax.jit(update, donate_argnums=0, out_shardings=sharding)
-    for path, sharding in shardings.items()
-  }
-  num_layers = next(iter(shapes.values())).shape[0]
-  for index in range(num_layers):
-    for path, value in read(index, pieces):
-      piece = _device_put(value, pieces[path])
-      # Waits, because the host could read ahead of the devices without bound.
-      stacks[path] = jax.block_until_ready(
-        write[path](stacks[path], piece, np.int32(index))
-      )
-  return stacks
+  shardings = {path: shape.sharding for path, shape in shapes.items()}
+  return jax.jit(zeros, out_shardings=shardings)()
 
 
 def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -99,7 +103,7 @@ def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _device_put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
   assert value.shape == shape.shape, (value.shape, shape.shape)
   if isinstance(value, jax.Array):
-    return value
+    return jax.device_put(value, shape.sharding)
   value = value.astype(shape.dtype, copy=False)
   return jax.make_array_from_callback(
     shape.shape, shape.sharding, lambda index: value[index]

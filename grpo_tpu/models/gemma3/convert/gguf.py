@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.storage.host_copy import host_copy
 from data_pipelines.text import gguf_header, untrusted
 from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -45,7 +46,7 @@ class File:
     config: gemma3_config.ModelConfig,
     abstract_params: dict,
   ):
-    """Checks the metadata of a file on this machine; reads no tensor.
+    """Checks the metadata of a file, copied from a bucket; reads no tensor.
 
     Raises:
       ValueError: If the `gguf` package is missing, or the file holds another
@@ -53,8 +54,8 @@ class File:
         missing, extra, misshaped or unreadable.
     """
     source = f"GGUF file {os.fspath(path)}"
-    self._path = path
-    self._library, header = _open(path, source)
+    self._path = host_copy(path, what="model.weights")
+    self._library, header = _open(self._path, source)
     self._tensors = header.tensors
     shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
     found = _read_config(header.metadata, shapes, source)

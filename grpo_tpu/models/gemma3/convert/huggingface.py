@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,18 +24,26 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
+from data_pipelines.storage import objects, paths
 from data_pipelines.text import untrusted
 from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
-from grpo_tpu.models.gemma3.convert import assembly, huggingface_config
+from grpo_tpu.models.gemma3.convert import (
+  assembly,
+  blocks,
+  huggingface_config,
+  remote,
+)
 from grpo_tpu.models.gemma3.convert import huggingface_names as names
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _CONFIG = "config.json"
+_LAST = {_CONFIG, "adapter_config.json"}
 GENERATION_CONFIG = "generation_config.json"
 _SUFFIX = ".safetensors"
 _MAX_LISTED = 10
@@ -42,21 +51,43 @@ _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 # Bytes of a file in host memory at a time, and most bytes of tensors in a file
 # that is written, unless one tensor is larger.
 _CHUNK_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000  # As the library of safetensors has it.
 _SHARD_BYTES = 2 << 30
 
 
 class Tensor(NamedTuple):
   """A tensor in a file, with the header's description."""
 
-  path: pathlib.Path
+  path: epath.Path
   name: str
   shape: tuple[int, ...]
   dtype: str
+  file: remote.File | None = None  # The file, if it is in a bucket,
+  start: int = 0  # and the tensor's first byte in it.
 
-  def read(self, slices: tuple[slice, ...]) -> np.ndarray:
-    """Reads a part. Opens the file each time, which frees mapped pages."""
+  @property
+  def row_bytes(self) -> int:
+    """Bytes of a row of the first axis."""
+    return math.prod(self.shape[1:]) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+  def start_read(
+    self, start: int = 0, stop: int | None = None
+  ) -> Callable[[], np.ndarray]:
+    """Starts to read rows; returns a function that waits for them."""
+    stop = self.shape[0] if stop is None else stop
+    if self.file is None:
+      return lambda: self._read_local(start, stop)
+    size = self.row_bytes
+    read = self.file.start_read(
+      self.start + start * size, self.start + stop * size
+    )
+    dtype, shape = _DTYPES[self.dtype], (-1, *self.shape[1:])
+    return lambda: np.frombuffer(read(), dtype).reshape(shape)
+
+  def _read_local(self, start: int, stop: int) -> np.ndarray:
+    """Opens the file each time, which frees mapped pages."""
     with safetensors.safe_open(self.path, framework="numpy") as file:
-      return file.get_slice(self.name)[slices]
+      return file.get_slice(self.name)[start:stop]
 
 
 class Checkpoint:
@@ -78,7 +109,7 @@ class Checkpoint:
         that is missing, extra, misshaped or of a wrong type.
     """
     huggingface_config.check(directory, config)
-    self._directory = pathlib.Path(directory)
+    self._directory = epath.Path(directory)
     self._tensors: dict[str, Tensor] = {}
     faults = self._read_headers()
     wanted = leaves.file_shapes(abstract_params, "huggingface")
@@ -88,39 +119,32 @@ class Checkpoint:
     """Loads the tree with these shapes, types and shardings.
 
     Beyond the parameters themselves, the host holds at most its own devices'
-    part of one leaf at a time.
+    part of one leaf at a time, and a few blocks of a file.
     """
-    params = assembly.assemble(
-      abstract_params, assembly.one_by_one(self._piece)
+    data = blocks.read_ahead(
+      block
+      for layer, wanted in assembly.pieces(abstract_params)
+      for path, shape in wanted.items()
+      for block in self._piece(layer, path, shape).blocks()
     )
+
+    def read(layer: int | None, path: str, shape: jax.ShapeDtypeStruct):
+      return self._piece(layer, path, shape).make(lambda _: next(data))
+
+    params = assembly.assemble(abstract_params, assembly.one_by_one(read))
     logging.info("Read the parameters of %s.", self._directory)
     return params
 
   def _piece(
     self, layer: int | None, path: str, wanted: jax.ShapeDtypeStruct
-  ) -> jax.Array:
+  ) -> blocks.Piece:
     leaf = leaves.LEAVES[path]
-    axes = leaf.axes if layer is None else leaf.axes.removeprefix("l")
     stacked = () if layer is None else (layer,)
-    sizes = dict(zip(axes, wanted.shape, strict=True))
-
-    @functools.cache  # Devices that hold the same slice read it once.
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-      bounds = {
-        axis: slice(*x.indices(sizes[axis])[:2])
-        for axis, x in zip(axes, index, strict=True)
-      }
-      shape = tuple(x.stop - x.start for x in bounds.values())
-      out = _aligned_empty(shape, np.dtype(wanted.dtype))
-      matrices, matrix = bounds.pop("n", None), stacked
-      for i in np.ndindex(shape[: matrices is not None]):
-        if matrices:
-          matrix = (*stacked, matrices.start + i[0])
-        tensor = self._tensors[leaf.tensor("huggingface", matrix)]
-        _copy(tensor, leaf, sizes, bounds, out[i])
-      return out
-
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+    names = [
+      leaf.tensor("huggingface", (*stacked, matrix))
+      for matrix in range(len(leaf.huggingface))
+    ]
+    return blocks.Piece(leaf, wanted, [self._tensors[name] for name in names])
 
   def _read_headers(self) -> dict[str, str]:
     """Fills in the tensors of all files; returns faults by name."""
@@ -175,9 +199,12 @@ class Checkpoint:
     )
 
 
-def read_headers(path: pathlib.Path) -> list[Tensor]:
+def read_headers(path: epath.Path) -> list[Tensor]:
   """The tensors of a safetensors file; raises an OSError if it is damaged."""
-  if path.exists() and not path.is_file():
+  if paths.is_remote(path):
+    return _read_remote_headers(path)
+  # That of `epath` takes a pipe for a file.
+  if path.exists() and not pathlib.Path(path).is_file():
     raise OSError("it must be a regular file")
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -188,6 +215,26 @@ def read_headers(path: pathlib.Path) -> list[Tensor]:
       ]
   except safetensors.SafetensorError as error:
     raise OSError(str(error)) from error
+
+
+def _read_remote_headers(path: epath.Path) -> list[Tensor]:
+  file = remote.File(path)
+  head = file.start_read(0, min(8, file.size))()
+  length = int.from_bytes(head, "little")
+  if 0 < length <= min(_MAX_HEADER_BYTES, file.size - 8):
+    head += file.start_read(8, 8 + length)()
+  # The library checks a local file without data: a hole, which takes no space.
+  with tempfile.NamedTemporaryFile() as copy:
+    copy.write(head)
+    copy.truncate(file.size)
+    copy.flush()
+    tensors = read_headers(epath.Path(copy.name))
+  entries = json.loads(head[8:])
+  starts = {x.name: entries[x.name]["data_offsets"][0] for x in tensors}
+  return [
+    x._replace(path=path, file=file, start=len(head) + starts[x.name])
+    for x in tensors
+  ]
 
 
 def type_faults(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -223,10 +270,9 @@ def save(
   Raises:
     ValueError: If `directory` holds a checkpoint.
   """
-  directory = pathlib.Path(directory)
   check_no_checkpoint(directory)
   is_writer = jax.process_index() == 0
-  unfinished = make_unfinished(directory) if is_writer else directory
+  unfinished = make_unfinished(directory) if is_writer else None
   kind = np.dtype(dtype)
   shards = list(_shards(params, config, kind))
   weight_map, total = {}, 0
@@ -236,11 +282,9 @@ def save(
     tensors = {tensor: make() for tensor, make in shard.items()}
     weight_map |= dict.fromkeys(tensors, name)
     total += sum(tensor.nbytes for tensor in tensors.values())
-    if is_writer:
-      safetensors.numpy.save_file(
-        tensors, unfinished / name, metadata={"format": "pt"}
-      )
-  if not is_writer:
+    if unfinished:
+      write_tensors(tensors, unfinished / name)
+  if not unfinished:
     return
   values = huggingface_config.to_json(config, kind.name)
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -254,51 +298,81 @@ def save(
   logging.info("Wrote %d bytes of parameters to %s.", total, directory)
 
 
-def make_unfinished(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """An empty folder inside `directory` to write to; see `finish`."""
+def make_unfinished(directory: str | os.PathLike[str]) -> epath.Path:
+  """A folder to write to; see `finish`.
+
+  It is an empty one inside `directory`. In a bucket, where nothing is renamed,
+  it is the directory itself.
+  """
+  if paths.is_remote(directory):
+    return epath.Path(directory)
   unfinished = pathlib.Path(directory) / ".unfinished"
   shutil.rmtree(unfinished, ignore_errors=True)
   unfinished.mkdir(parents=True)
-  return unfinished
+  return epath.Path(unfinished)
 
 
-def finish(unfinished: pathlib.Path, files: Mapping[str, Any]) -> None:
+def write_tensors(tensors: dict[str, np.ndarray], path: epath.Path) -> None:
+  """Writes a file of an unfinished folder."""
+  metadata = {"format": "pt"}
+  if paths.is_remote(path):
+    paths.write_whole(path, safetensors.numpy.save(tensors, metadata))
+  else:
+    safetensors.numpy.save_file(tensors, path, metadata)
+
+
+def finish(unfinished: epath.Path, files: Mapping[str, Any]) -> None:
   """Adds files to an unfinished folder and moves all up, config.json last.
 
   `files`, at least one, are bytes, or values for JSON, by name. All get the
-  permissions of a new file, which safetensors does not give.
+  permissions of a new file, which safetensors does not give. In a bucket they
+  are put in this order.
   """
-  for name, content in files.items():
+  for name in sorted(files, key=lambda x: x == _CONFIG):
+    content = files[name]
     if not isinstance(content, bytes):
       text = json.dumps(content, indent=2, sort_keys=True) + "\n"
       content = text.encode()
-    (unfinished / name).write_bytes(content)
-  mode = (unfinished / next(iter(files))).stat().st_mode & 0o777
-  for path in sorted(unfinished.iterdir(), key=lambda x: x.name == _CONFIG):
+    paths.write_whole(unfinished / name, content)
+  if paths.is_remote(unfinished):
+    return
+  folder = pathlib.Path(unfinished)
+  mode = (folder / next(iter(files))).stat().st_mode & 0o777
+  for path in sorted(folder.iterdir(), key=lambda x: x.name == _CONFIG):
     path.chmod(mode)
-    os.replace(path, unfinished.parent / path.name)
-  unfinished.rmdir()
+    path.replace(folder.parent / path.name)
+  folder.rmdir()
 
 
 def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
-  """Raises a ValueError if a folder already holds a checkpoint."""
-  directory = pathlib.Path(directory)
-  if directory.exists() and not directory.is_dir():
-    raise ValueError(f"{directory} must be a folder; move the file away.")
-  found = [*directory.glob("*.safetensors"), *directory.glob(_CONFIG)]
+  """Raises a ValueError if a folder already holds a checkpoint.
+
+  In a bucket the file of settings comes last: without one it is unfinished, and
+  is written again.
+  """
+  if paths.is_remote(directory):
+    found = objects.list_objects(directory, what="--workdir").keys() & _LAST
+  else:
+    folder = pathlib.Path(directory)
+    if folder.exists() and not folder.is_dir():
+      raise ValueError(f"{folder} must be a folder; move the file away.")
+    found = [
+      x.name for x in (*folder.glob("*.safetensors"), *folder.glob(_CONFIG))
+    ]
   if found:
     raise ValueError(
-      f"{directory} must not hold a checkpoint yet, and has {found[0].name}; "
-      "move it away or delete it."
+      f"{directory} must not hold a checkpoint yet, and has {min(found)}; move "
+      "it away or delete it."
     )
 
 
-def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _files(directory: epath.Path) -> list[epath.Path]:
   """The files with the tensors of a folder."""
-  if not (directory / _INDEX).is_file():
-    return [directory / _SINGLE]
   path = directory / _INDEX
-  index = untrusted.read_json(path)
+  try:
+    index = untrusted.read_json(path)
+  except FileNotFoundError:
+    return [directory / _SINGLE]
   files = untrusted.get_field(index, "weight_map", dict, str(path)).values()
   untrusted.check_items(files, str, f"the weight_map of {path}")
   for name in files:
@@ -316,52 +390,11 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
   """Compares two tensors, a chunk at a time."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
-  rows = max(1, _CHUNK_BYTES // (4 * math.prod(a.shape[1:])))
-  starts = range(0, a.shape[0], rows)
-  parts = [(slice(i, min(i + rows, a.shape[0])),) for i in starts]
-  return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
-
-
-def _copy(
-  tensor: Tensor,
-  leaf: leaves.Leaf,
-  sizes: Mapping[str, int],
-  bounds: Mapping[str, slice],
-  out: np.ndarray,
-) -> None:
-  """Fills `out` with a part of a tensor, with the axes and type of `out`.
-
-  One axis of the file may merge several of ours, which have these lengths
-  (`sizes`) and slices (`bounds`, in the order of `out`).
-  """
-  # Of merged axes the first is cut when read, and the others after that.
-  cuts, shape, inner = [], [], []
-  for first, *others in leaf.file_axes.split():
-    part, tail = bounds[first], math.prod(sizes[axis] for axis in others)
-    cuts.append(slice(part.start * tail, part.stop * tail))
-    shape += [part.stop - part.start, *(sizes[axis] for axis in others)]
-    inner += [slice(None), *(bounds[axis] for axis in others)]
-  # A view with the axes in the order of the file.
-  axes = [*bounds]
-  order = leaf.file_axes.replace(" ", "")
-  by_file = out.transpose([axes.index(axis) for axis in order])
-  length, *others = [cut.stop - cut.start for cut in cuts]
-  tail = length // max(shape[0], 1)
-  rows = max(1, _CHUNK_BYTES // max(4 * tail * math.prod(others), 1))
-  for start in range(0, shape[0], rows):
-    stop = min(start + rows, shape[0])
-    first = cuts[0].start
-    read = slice(first + start * tail, first + stop * tail)
-    block = tensor.read((read, *cuts[1:]))
-    by_file[start:stop] = block.reshape(stop - start, *shape[1:])[tuple(inner)]
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An empty array, aligned so that a CPU device can use it without a copy."""
-  num_bytes = math.prod(shape) * dtype.itemsize
-  memory = np.empty(num_bytes + 64, np.uint8)
-  start = -memory.ctypes.data % 64
-  return memory[start : start + num_bytes].view(dtype).reshape(shape)
+  step = max(1, _CHUNK_BYTES // a.row_bytes)
+  chunks = ((i, min(i + step, a.shape[0])) for i in range(0, a.shape[0], step))
+  return all(
+    np.array_equal(a.start_read(*x)(), b.start_read(*x)()) for x in chunks
+  )
 
 
 def _shards(

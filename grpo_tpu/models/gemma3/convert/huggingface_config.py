@@ -11,8 +11,9 @@ References:
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
+
+from etils import epath
 
 from data_pipelines.text import tables, untrusted
 from grpo_tpu.models.gemma3 import config as gemma3_config
@@ -44,13 +45,13 @@ def read(
     ValueError: If there is no such file, or if its arithmetic is not ours; the
       message names every field at fault.
   """
-  path = pathlib.Path(directory) / "config.json"
+  path = epath.Path(directory) / "config.json"
   try:
     values = untrusted.read_json(path)
   except OSError as error:
     raise ValueError(
-      f"{path} cannot be read ({error.strerror}); give the local folder of a "
-      "Hugging Face checkpoint, with config.json and *.safetensors."
+      f"{path} cannot be read ({error.strerror or error}); give the folder of "
+      "a Hugging Face checkpoint, with config.json and *.safetensors."
     ) from error
   try:
     return _parse(values)

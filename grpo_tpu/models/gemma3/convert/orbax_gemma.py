@@ -21,6 +21,7 @@ import tensorstore
 from etils import epath
 from flax import traverse_util
 
+from data_pipelines.storage import objects, paths
 from data_pipelines.text import untrusted
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
@@ -51,7 +52,7 @@ class Checkpoint:
       ValueError: If there is no checkpoint or it is of another size; or lists
         every tensor that is missing, extra or misshaped.
     """
-    self._path = epath.Path(path).resolve()
+    self._path = paths.absolute(path)
     source = f"checkpoint {self._path}"
     self._keys, shapes = _tensors(self._path, source)
     _check_size(shapes, config, source)
@@ -138,8 +139,8 @@ def _shapes(
   path: epath.Path, keys: Iterable[tuple[str, ...]]
 ) -> dict[tuple[str, ...], tuple[int, ...]]:
   """The shape of each stored array, from Zarr metadata of either version."""
-  url = os.fspath(path) if "://" in os.fspath(path) else f"file://{path}"
-  is_one_store = (path / "manifest.ocdbt").exists()
+  url = os.fspath(path) if paths.is_remote(path) else f"file://{path}"
+  is_one_store = objects.exists(path / "manifest.ocdbt", what="model.weights")
   store = tensorstore.KvStore.open(
     {"driver": "ocdbt", "base": f"{url}/"} if is_one_store else f"{url}/"
   ).result()

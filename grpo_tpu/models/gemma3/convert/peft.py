@@ -8,14 +8,13 @@ References:
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from absl import logging
+from etils import epath
 
 from data_pipelines.text import tables, untrusted
 from data_pipelines.validation import printable, require
@@ -74,7 +73,7 @@ def save(
   config: gemma3_config.ModelConfig,
   lora: LoraConfig,
   adapters: dict,
-  directory: str | pathlib.Path,
+  directory: epath.PathLike,
   *,
   base_model: str = "",
   files: Mapping[str, Any] | None = None,
@@ -99,9 +98,7 @@ def save(
       name = f"{_ROOT}{prefixes[kind]}{dot}{rest}{end}"
       tensors[name] = np.ascontiguousarray(values)
   unfinished = huggingface.make_unfinished(directory)
-  safetensors.numpy.save_file(
-    tensors, unfinished / _TENSORS, metadata={"format": "pt"}
-  )
+  huggingface.write_tensors(tensors, unfinished / _TENSORS)
   alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
   settings = _FIELDS["written"] | _targets(text, modules)
   settings |= {"r": lora.rank, "lora_alpha": alpha}
@@ -134,7 +131,7 @@ def check(
     ValueError: The folder holds no adapter that can be trained, or one of other
       settings; the message has the settings to use.
   """
-  folder = pathlib.Path(lora.init.removeprefix("peft:"))
+  folder = epath.Path(lora.init.removeprefix("peft:"))
   try:
     rank, alpha = _read_settings(folder / _SETTINGS)
     found = {
@@ -175,7 +172,7 @@ def load(
   for module in known:
     for end, values in module.factors(arrays[module.path]).items():
       tensor = found[module.key + end]
-      values[...] = tensor.read((slice(None), slice(None)))
+      values[...] = tensor.start_read()()
       rule = f"hold finite numbers, and {printable(tensor.name)} does not"
       is_finite = bool(np.isfinite(values).all())
       require(is_finite, "model.lora.init", lora.init, rule, "")
@@ -186,7 +183,7 @@ def load(
   return initial
 
 
-def _read_settings(path: pathlib.Path) -> tuple[int, float]:
+def _read_settings(path: epath.Path) -> tuple[int, float]:
   """Rank and alpha, if the rest asks for nothing but the factors' product."""
   settings, fields = untrusted.read_json(path), _FIELDS["read"]
   others = (x for x in settings if settings[x] and x not in fields["free"])

@@ -105,17 +105,16 @@ def test_each_device_gets_the_part_that_the_rules_give_it(tiny, params, whole):
   assert_equal(got, expected)
 
 
-def test_a_device_reads_no_more_than_its_part(tiny, whole, monkeypatch):
-  """Nothing is read twice, and one of two hosts would read half."""
+def test_no_row_is_read_twice(tiny, whole, monkeypatch):
   read = []
-  original = huggingface.Tensor.read
+  original = huggingface.Tensor._read_local
 
-  def counted(tensor, slices):
-    part = original(tensor, slices)
+  def counted(tensor, start, stop):
+    part = original(tensor, start, stop)
     read.append(part.size)
     return part
 
-  monkeypatch.setattr(huggingface.Tensor, "read", counted)
+  monkeypatch.setattr(huggingface.Tensor, "_read_local", counted)
   mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
   wanted = placed(tiny.config, mesh, jnp.float32)
   checkpoint = weights.open_files("hf", tiny.config, whole)
