@@ -27,7 +27,7 @@ from tensorflow_datasets.core import (
 from tensorflow_datasets.core.utils import shard_utils
 
 from data_pipelines import records, validation
-from data_pipelines.storage import host_copy
+from data_pipelines.storage import host_copy, objects
 from data_pipelines.storage.paths import is_remote
 from data_pipelines.text import untrusted
 
@@ -197,6 +197,8 @@ def on_this_host(
   if not is_remote(data_dir):
     return pathlib.Path(data_dir)
   place = f"{os.fspath(data_dir)}/{MANIFEST}"
+  if not objects.exists(place, what=what):
+    raise FileNotFoundError(f"there is no {place}")
   manifest = untrusted.read_json(place)
   names = untrusted.get_field(manifest, "files", dict, place)
   return host_copy.host_copy(data_dir, what=what, names={*names, MANIFEST})

@@ -59,7 +59,7 @@ def size_of(path: str | os.PathLike[str]) -> int:
   """Bytes of an object; raises a FileNotFoundError if there is none."""
   found = list_objects(path, what="file").get("")
   if found is None:
-    raise FileNotFoundError(f"There is no {printable(os.fspath(path))}.")
+    raise FileNotFoundError(f"there is no {printable(os.fspath(path))}")
   return found.size
 
 
@@ -159,6 +159,8 @@ def refusals(path: str | os.PathLike[str], *, what: str) -> Iterator[None]:
   import requests
   from google.api_core import exceptions as api
 
+  missing = api.NotFound, api.BadRequest
+  refused = api.Forbidden, api.Unauthorized, auth.RefreshError
   try:
     yield
   except (
@@ -166,19 +168,14 @@ def refusals(path: str | os.PathLike[str], *, what: str) -> Iterator[None]:
   ) as error:
     bucket, shown = split(path)[0], f"{what} ({os.fspath(path)!r})"
     reason = printable(" ".join(str(error).split()).rstrip("."))[:300]
-    login = "log in by 'gcloud auth application-default login'"
-    remedies = {
-      api.NotFound: "correct the name, or create what is missing",
-      api.Forbidden: f"grant this machine's account roles/storage.objectUser "
-      f"on gs://{bucket}, or {login}",
-      api.Unauthorized: login,
-      api.BadRequest: "correct the name",
-      auth.DefaultCredentialsError: login,
-      auth.RefreshError: login,
-    }
-    for kind, remedy in remedies.items():
-      if isinstance(error, kind):
-        text = f"{shown} must be open to this program: {reason}; {remedy}."
-        raise SettingError(text) from error
+    if isinstance(error, (*missing, *refused, auth.DefaultCredentialsError)):
+      remedy = (
+        "correct the name, or create what is missing"
+        if isinstance(error, missing)
+        else "grant this machine's account roles/storage.objectUser on "
+        f"gs://{bucket}, or run 'gcloud auth application-default login'"
+      )
+      text = f"{shown} must be open to this program: {reason}; {remedy}."
+      raise SettingError(text) from error
     text = f"{shown}: gs://{bucket} does not answer: {reason}"
     raise OSError(errno.ETIMEDOUT, text) from error
