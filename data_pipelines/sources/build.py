@@ -176,6 +176,9 @@ def read_manifest(data_dir: epath.PathLike) -> dict[str, Any] | None:
   except (FileNotFoundError, NotADirectoryError):
     return None
   except (OSError, ValueError) as error:
+    is_refused = isinstance(error, validation.SettingError)
+    if is_refused or validation.is_machine_failure(error):
+      raise
     logging.warning("Rebuilding %s: %s", data_dir, error)
     return None
   return manifest

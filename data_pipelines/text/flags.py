@@ -1,5 +1,6 @@
 """How the commands of this package read their flags, and refuse bad ones."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,9 +29,13 @@ def run(command: Callable[[Sequence[str]], None]) -> None:
 
 
 def paths(*names: str) -> dict[str, str]:
-  """The paths of those flags that are given; a ValueError for a bad one."""
-  given = [name for name in names if flags.FLAGS[name].present]
-  return {x: str(to_path(x, getattr(flags.FLAGS, x))) for x in given}
+  """The paths of those flags that are given; a ValueError for a bad one.
+
+  Several of a bucket may stand in one flag, with commas between them.
+  """
+  given = {x: getattr(flags.FLAGS, x) for x in names if flags.FLAGS[x].present}
+  parts = {x: re.split(",(?=gs://)", value) for x, value in given.items()}
+  return {x: ",".join(str(to_path(x, y)) for y in parts[x]) for x in parts}
 
 
 def print_text(text: str) -> None:
