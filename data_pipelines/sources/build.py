@@ -61,14 +61,7 @@ def build_data_dir(
     if manifest is not None:
       changes = _changes(manifest["request"], options)
       if changes and not overwrite:
-        left = len(changes) - 3
-        more = f" and {left} more changes" if left > 0 else ""
-        raise validation.SettingError(
-          f"data_dir ({str(data_dir)!r}) was made from "
-          f"{untrusted.shorten(manifest['source'])} by another request: "
-          f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
-          "--overwrite to replace it."
-        )
+        raise _other_request(data_dir, manifest, changes)
       if not changes and manifest["files"] == _sizes(data_dir):
         logging.info("Reusing %s: %s.", data_dir, manifest["counts"])
         return manifest
@@ -101,6 +94,19 @@ def build_data_dir(
     rejects = f"; rejected, see {_REJECTS}: {manifest['rejects']}"
   logging.info("Prepared %s: %s%s.", data_dir, manifest["counts"], rejects)
   return manifest
+
+
+def _other_request(
+  data_dir: epath.Path, manifest: Mapping[str, Any], changes: list[str]
+) -> validation.SettingError:
+  left = len(changes) - 3
+  more = f" and {left} more changes" if left > 0 else ""
+  return validation.SettingError(
+    f"data_dir ({str(data_dir)!r}) was made from "
+    f"{untrusted.shorten(manifest['source'])} by another request: "
+    f"{'; '.join(changes[:3])}{more}. Choose another --data_dir, or add "
+    "--overwrite to replace it."
+  )
 
 
 def _holds(data_dir: epath.PathLike, manifest: Mapping[str, Any]) -> bool:

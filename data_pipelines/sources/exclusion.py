@@ -21,6 +21,9 @@ def fingerprint(folder: str) -> str:
     manifest = untrusted.read_json(path)
     return untrusted.get_field(manifest, "fingerprint", str, str(path))
   except (OSError, ValueError) as error:
+    is_refused = isinstance(error, validation.SettingError)
+    if is_refused or validation.is_machine_failure(error):
+      raise
     raise validation.SettingError(
       f"exclude ({folder!r}) must name data dirs that prepare made: {error}."
     ) from error

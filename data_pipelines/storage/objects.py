@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -167,7 +168,8 @@ def refusals(path: str | os.PathLike[str], *, what: str) -> Iterator[None]:
     *(api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException),
   ) as error:
     bucket, shown = split(path)[0], f"{what} ({os.fspath(path)!r})"
-    reason = printable(" ".join(str(error).split()).rstrip("."))[:300]
+    reason = re.sub(r"(GET|POST|PUT|DELETE) \S+: ", "", str(error))  # The URL.
+    reason = printable(" ".join(reason.split()).rstrip("."))[:300]
     if isinstance(error, (*missing, *refused, auth.DefaultCredentialsError)):
       remedy = (
         "correct the name, or create what is missing"
