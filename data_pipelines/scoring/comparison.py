@@ -3,6 +3,7 @@
 For the tests see `statistics.paired_comparison`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ from data_pipelines.scoring import (
   statistics,
 )
 from data_pipelines.sources import mixtures
-from data_pipelines.storage.paths import to_path
+from data_pipelines.storage import objects
+from data_pipelines.storage.paths import is_remote, to_path
 from data_pipelines.text.untrusted import shorten
 from data_pipelines.validation import SettingError, user_errors
 
@@ -28,6 +30,9 @@ from data_pipelines.validation import SettingError, user_errors
 _MAX_EXAMPLES = 100
 # The fields of a problem, besides the question, that decide a verdict.
 _RULES = ("answer", "aliases", "unit", "precision", "tolerance")
+_RESULTS = re.compile(
+  r"eval/(?P<set>[^/]+/)?output_(.*_)?(?P<kind>[^/_]*)\.json"
+)
 _CHANGES = {"right_to_wrong": -1, "wrong_to_right": 1}
 
 Files = list[epath.Path]  # The results files of one side, one per run.
@@ -76,7 +81,7 @@ def _find_pairs(before: str, after: str) -> list[list[Files]]:
   with user_errors():
     sides = list[list[dict[str, epath.Path]]]()
     for name, value in (("BEFORE", before), ("AFTER", after)):
-      is_one = to_path(name, value).exists()
+      is_one = objects.exists(to_path(name, value), what=name)
       named = [value] if is_one else value.split(",")
       sides.append([_results_files(name, x) for x in named])
   everyone = [*sides[0], *sides[1]]
@@ -95,15 +100,24 @@ def _find_pairs(before: str, after: str) -> list[list[Files]]:
 def _results_files(side: str, value: str) -> dict[str, epath.Path]:
   """A results file, or those of a workdir by their names."""
   path = to_path(side, value)
-  if not path.is_dir():
+  if is_remote(path):
+    names = list(objects.list_objects(path, what=side))
+    is_file = "" in names
+  else:
+    names = [x.relative_to(path).as_posix() for x in path.glob("eval/*.json")]
+    names += [
+      x.relative_to(path).as_posix() for x in path.glob("eval/*/*.json")
+    ]
+    is_file = not path.is_dir()
+  if is_file:
     return {"": path}
-  files = sorted(path.glob("eval/output_*.json"))
-  files += sorted(path.glob("eval/*/output_*.json"))
+  # The run's own set comes first.
   found = {
-    x.relative_to(path).as_posix(): x
-    for x in files
-    if x.parent.name != "samples"
-    and x.stem.rpartition("_")[2] not in ablations.KINDS
+    name: path / name
+    for name in sorted(names, key=lambda name: (name.count("/"), name))
+    if (match := _RESULTS.fullmatch(name))
+    and match["set"] != "samples/"
+    and match["kind"] not in ablations.KINDS
   }
   if not found:
     raise SettingError(

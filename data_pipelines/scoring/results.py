@@ -94,6 +94,8 @@ def read_rows(
   try:
     content = untrusted.read_bytes(path, untrusted.MAX_JSON_BYTES)
     text = content.decode("utf-8-sig")
+  except SettingError:
+    raise
   except (OSError, ValueError) as error:
     raise error_in(
       path, f"be a text file, but {error}", "name another file"
