@@ -10,8 +10,9 @@ import os
 import pathlib
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data_pipelines.validation import printable
 from launch.pod import (
@@ -29,22 +30,9 @@ from launch.pod import (
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
 
-_VERBS = {
-  "check": "check all that a run needs, before anything costs money",
-  "create": "request the slice, unless it exists",
-  "wait": "wait until the slice is ready",
-  "setup": "send the committed files and install the pinned set",
-  "run": "start the program on every worker, and return",
-  "logs": "print the last lines of the workers' logs",
-  "status": "print the slice, the processes, the last step and checkpoint",
-  "stop": "make the run save and end",
-  "supervise": "do all of it, and again whenever the slice is taken away",
-  "tensorboard": "serve TensorBoard of the run at a local port",
-  "delete": "delete the slice and the supervisor's machine, which cost money",
-  "jobset": "print a JobSet that runs the same command on GKE",
-}
-
-
+_TABLE: dict[str, Any] = tomllib.loads(
+  pathlib.Path(__file__).with_name("verbs.toml").read_text(encoding="utf-8")
+)
 _DRY_RUN = "(dry run) "  # Before whatever a dry run only assumes.
 
 # On the supervisor's machine, the file that tells an end from a crash.
@@ -57,11 +45,9 @@ class _Parser(argparse.ArgumentParser):
     self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {printable(message)}.\n")
 
 
-def _number(
-  kind: type[float], low: float, high: float
-) -> Callable[[str], float]:
+def _number(low: float, high: float) -> Callable[[str], float]:
   def parse(text: str) -> float:
-    value = kind(text)
+    value = type(low)(text)
     if not low <= value <= high:
       raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
     return value
@@ -86,37 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     name: verbs.add_parser(
       name, help=text, description=text, allow_abbrev=False
     )
-    for name, text in _VERBS.items()
+    for name, text in _TABLE["verbs"].items()
   }
-  seconds = _number(float, 0.001, 1e9)
-
-  def add(names: str, flag: str, text: str, **options) -> None:
-    for name in names.split():
-      verb[name].add_argument(*flag.split(), help=text, **options)
-
-  waiting = "for the slice, in seconds (default: a day)"
-  add("wait supervise", "--timeout", waiting, type=seconds, default=86400.0)
-  between = "between two checks, in seconds (default: 60)"
-  add("wait supervise", "--poll", between, type=seconds, default=60.0)
-  pause = "before a restart, in seconds, doubled each time (default: 30)"
-  add("supervise", "--pause", pause, type=seconds, default=30.0)
-  on_vm = "supervise from a small machine in the project"
-  add("supervise", "--on-vm", on_vm, action="store_true")
-  with_config = "check run supervise jobset"
-  add(with_config, "config", "configs/....py", metavar="CONFIG")
-  no_check = "do not check config and flags on this machine first"
-  add("run supervise jobset", "--no-check", no_check, action="store_true")
-  more = "more flags of the program"
-  add(with_config, "flags", more, nargs="*", metavar="-- FLAG")
-  count = _number(int, 0, 10**9)
-  add("logs", "-w --worker", "only this worker's log", type=count)
-  add("logs", "-f --follow", "also print new lines", action="store_true")
-  number = "lines of each log (default: 50)"
-  add("logs", "-n --lines", number, type=count, default=50)
-  kill = "kill the run if it continues after GRACE_SECONDS"
-  add("stop", "--kill", kill, action="store_true")
-  port = "the local port (default: 6006)"
-  add("tensorboard", "--port", port, type=_number(int, 1, 65535), default=6006)
+  for flag in map(dict, _TABLE["flag"]):
+    users, names = flag.pop("verbs").split(), flag.pop("names").split()
+    if "from" in flag:
+      flag["type"] = _number(flag.pop("from"), flag.pop("to"))
+    for name in users:
+      verb[name].add_argument(*names, **flag)
   return parser
 
 
