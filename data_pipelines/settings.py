@@ -40,8 +40,8 @@ class DataConfig:
   Attributes:
     kind: "online" samples completions; "preference" and "demonstrations" take
       completions from the data pipeline.
-    dir: Folder that `data_pipelines.prepare` wrote; "" draws the synthetic set
-      once, under the workdir.
+    dir: Folder that `data_pipelines.prepare` wrote, also on gs://; "" draws the
+      synthetic set once, under the workdir.
     dirs: Several such folders instead, each with its weight, as in
       (("/data/geo", 0.7), ("/data/gsm8k", 0.3)). The weights are shares of the
       prompts; each set is shuffled by the seed and repeats.

@@ -10,7 +10,12 @@ from data_pipelines.sources import mixtures, stored
 from data_pipelines.sources.origin import SYNTHETIC
 from data_pipelines.storage import paths
 from data_pipelines.text import untrusted
-from data_pipelines.validation import SettingError, printable, require
+from data_pipelines.validation import (
+  SettingError,
+  is_machine_failure,
+  printable,
+  require,
+)
 
 _TEXTS, _OBJECTS = ("fingerprint", "terms"), ("counts", "tokenizer", "files")
 
@@ -148,9 +153,9 @@ def open_dir(setting: str, name: str, folder: str, share: int = 1) -> DataDir:
     for field, kind in (("vocab_size", int), ("fingerprint", str)):
       untrusted.get_field(manifest["tokenizer"], field, kind, source)
     untrusted.check_items(manifest["files"].values(), int, source)
-  except SettingError:
-    raise
   except (OSError, ValueError) as error:
+    if isinstance(error, SettingError) or is_machine_failure(error):
+      raise
     raise ValueError(
       f"{setting} ({folder!r}) must be a folder that data_pipelines.prepare "
       f"has made: {error}; run python -m data_pipelines.prepare "
