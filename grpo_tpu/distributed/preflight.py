@@ -6,9 +6,6 @@ every host sends what it is about to run, and the error names the host that
 differs and how.
 """
 
-import contextlib
-import functools
-import pathlib
 import socket
 import time
 import uuid
@@ -91,7 +88,7 @@ def check(key: str, own: Facts, *, timeout_seconds: float) -> None:
 
 
 def check_workdir(key: str, workdir: str, *, timeout_seconds: float) -> None:
-  """Returns if every process sees the file that process 0 puts there.
+  """Returns if every process sees what process 0 writes in the workdir.
 
   Args:
     key: A name that no other call uses.
@@ -100,50 +97,36 @@ def check_workdir(key: str, workdir: str, *, timeout_seconds: float) -> None:
 
   Raises:
     SettingError: Some host sees another folder, or the bucket refuses.
-    OSError: Process 0 cannot write there.
-    RuntimeError: The bucket, or a process, has not answered in time.
+    OSError: Process 0 cannot write there, or the bucket does not answer.
+    RuntimeError: A process has not answered in time.
   """
   if jax.process_count() == 1 and not paths.is_remote(workdir):
     return
-  name = f".seen-by-all-hosts-{uuid.uuid4().hex}"
-  exchange = functools.partial(
-    initialize.exchange_json, timeout_seconds=timeout_seconds
+  name, is_first = f".{uuid.uuid4().hex}.seen", jax.process_index() == 0
+  if is_first:
+    paths.write_whole(paths.make_folder(workdir) / name, b"")
+  name = initialize.exchange_json(
+    f"{key}/name", name, timeout_seconds=timeout_seconds
+  )[0]
+  patience = min(_FILE_PATIENCE_SECONDS, timeout_seconds / 2)
+  deadline, file = time.monotonic() + patience, epath.Path(workdir) / name
+  while not (is_seen := objects.exists(file, what="--workdir")):
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.1)
+  seen = [socket.gethostname(), is_seen]
+  hosts = initialize.exchange_json(
+    f"{key}/seen", seen, timeout_seconds=timeout_seconds
   )
-  with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      stack.enter_context(_empty_file(workdir, name))
-    path = epath.Path(workdir) / exchange(f"{key}/name", name)[0]
-    wait = min(_FILE_PATIENCE_SECONDS, timeout_seconds / 2)
-    deadline = time.monotonic() + wait
-    while not (is_seen := path.exists()) and time.monotonic() < deadline:
-      time.sleep(0.1)
-    hosts = exchange(f"{key}/seen", [socket.gethostname(), is_seen])
+  if is_first:
+    file.unlink()
   blind = [f"{i} ({host[0]})" for i, host in enumerate(hosts) if not host[1]]
   if blind:
     raise SettingError(
       f"--workdir ({workdir!r}) must be one folder for all hosts, but host "
       f"{', '.join(blind)} does not see what host 0 ({hosts[0][0]}) wrote "
-      "there; set --workdir=gs://BUCKET/PATH, or a folder on a shared file "
-      "system that every host has mounted."
+      "there; name a path in a bucket, or in a file system that all share."
     )
-
-
-@contextlib.contextmanager
-def _empty_file(folder: str, name: str) -> Iterator[None]:
-  if not paths.is_remote(folder):
-    path = pathlib.Path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    yield
-    path.unlink()
-    return
-  bucket, prefix = objects.split(folder)
-  with objects.refusals(folder, what="--workdir"):
-    blob = objects.client().bucket(bucket).blob(f"{prefix}/{name}")
-    blob.upload_from_string(b"")
-  yield
-  with objects.refusals(folder, what="--workdir"):
-    blob.delete()
 
 
 def _differences(here: Facts, there: Facts) -> Iterator[str]:

@@ -172,9 +172,9 @@ def test_two_processes_agree_on_what_is_damaged(two_steps, tmp_path, logs):
   # Of a workdir that is not one for all, every host is told.
   for words in (refused, also_refused):
     assert "must be one folder for all hosts, but host 1 (" in words
-    assert "host 0 (" in words and "gs://" in words
+    assert "host 0 (" in words
   assert str(tmp_path / "whole") in refused
-  assert not [*tmp_path.glob("**/.seen*")]
+  assert not [*tmp_path.glob("**/*.seen")]
 
 
 def test_one_host_that_cannot_write_ends_all_within_the_time_out(
