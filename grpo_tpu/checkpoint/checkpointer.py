@@ -1,19 +1,18 @@
 """Saves checkpoints during training, and restores them onto any mesh.
 
 Knows nothing about the contents of a state: any tree of jax arrays will do,
-typed keys included. Orbax writes a new checkpoint beside the newest good one
-and renames it when it is complete. Then a manifest of sizes and checksums is
-written, and only then are older checkpoints deleted. So a process killed at any
-point leaves a checkpoint to resume from, and damage is found before use.
+typed keys included. Orbax writes a new checkpoint beside the newest good one,
+and renames it when it is complete; in a bucket it writes `commit_success.txt`
+instead. Then a manifest of sizes and checksums is written, and only then are
+older checkpoints deleted. So a process killed at any point leaves a checkpoint
+to resume from, and damage is found before use.
 
 All processes of a run call every method, in the same order, and all learn of
 an error on any of them.
 
 Orbax alone restores a flipped byte, casts a leaf whose dtype has changed, and
 reports a failed save only at the next save; here each of these is an error.
-Orbax's `CheckpointManager` is not used: it deletes older steps before a
-manifest could be written, and it polls for preemption with the step number,
-which would disturb the run's own polls. Orbax is described in
+Its `CheckpointManager` is not used: see docs/adr/0013. Orbax is described in
 https://orbax.readthedocs.io/en/latest/guides/checkpoint/.
 """
 
