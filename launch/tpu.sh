@@ -3,9 +3,9 @@
 #
 #   bash launch/tpu.sh [--settings=FILE] [--dry-run] VERB ...
 #
-# Verbs: create, wait, setup, run CONFIG, logs, status, stop, supervise CONFIG,
-# tensorboard, delete, and jobset CONFIG for GKE. `VERB --help` lists the flags
-# of a verb; `--dry-run` prints every call of gcloud and makes none.
+# Verbs: check CONFIG, create, wait, setup, run CONFIG, logs, status, stop,
+# supervise CONFIG, tensorboard, delete, and jobset CONFIG for GKE. `VERB --help`
+# lists its flags; `--dry-run` prints every call of gcloud and makes none.
 # Settings are in launch/tpu.env, a copy of launch/tpu.env.example.
 # docs/on-a-pod.md has the exit codes; launch/pod/ has the code.
 set -euo pipefail
