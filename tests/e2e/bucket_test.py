@@ -3,6 +3,7 @@
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -199,6 +200,23 @@ def test_a_workdir_is_one_run_s(bucket_run, long, tmp_path):
   third.wait_until(lambda: third.step() >= 1)
   assert time.monotonic() - begin < 60 + 60
   assert third.end() == [0]
+  assert_same_everywhere(local_copy(run, tmp_path), long)
+
+
+def test_a_run_that_stood_still_leaves_the_workdir_to_the_next(
+  bucket_run, long, tmp_path
+):
+  run = bucket_run(*LONG)
+  first = run.start(STEP_SECONDS="4")
+  first.wait_until(lambda: 2 in run.checkpoints())
+  (process,) = first.processes
+  process.send_signal(signal.SIGSTOP)
+  second = run.start(STEP_SECONDS="4")
+  second.wait_until(lambda: second.step() >= 4)
+  process.send_signal(signal.SIGCONT)
+  assert first.end() != [0]
+  assert "Another run has taken" in first.log()
+  assert second.end() == [0]
   assert_same_everywhere(local_copy(run, tmp_path), long)
 
 
