@@ -6,6 +6,7 @@ its objects: it is made again, in place of the older one, when they change.
 
 import base64
 import collections
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,6 +14,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import time
@@ -57,7 +59,8 @@ def host_copy(
   text, fault = os.fspath(path), None
   home = cache_folder("copies") / digest(text)
   with home.with_suffix(".lock").open("a") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # A file system without locks.
+      fcntl.lockf(file, fcntl.LOCK_EX)
     for _ in range(_TRIES):
       found = objects.list_objects(text, what=what)
       if names is not None:
@@ -76,7 +79,7 @@ def host_copy(
         fault = error
   raise SettingError(
     f"{what} ({text!r}) must not change while it is copied: {fault}; wait for "
-    "what writes there."
+    "what writes there, and see that this machine's account may read it all."
   ) from fault
 
 
@@ -125,8 +128,12 @@ def _build(
   building.mkdir(parents=True)
   start, done, report = time.monotonic(), 0, _LOG_SECONDS
   try:
-    if shutil.disk_usage(building).free < size:
-      raise OSError(errno.ENOSPC, "The disk is too small.")
+    if (free := shutil.disk_usage(building).free) < size:
+      raise SettingError(
+        f"{what} ({text!r}) must fit on this machine's disk, but has "
+        f"{size / 1e9:.2f} GB, and {copy.parents[2]} has {free / 1e9:.2f} GB "
+        "free; make room there, or let HOME be on a larger disk."
+      )
     for name, pieces in itertools.groupby(_read(text, found), lambda x: x[0]):
       file, crc = building / copy.name / name, 0
       file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,16 +150,6 @@ def _build(
       if base64.b64encode(crc.to_bytes(4)).decode() != found[name].crc32c:
         raise _Changed(f"{printable(name)} has another checksum")
     building.rename(copy.parent)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    shutil.rmtree(building, ignore_errors=True)
-    free = shutil.disk_usage(copy.parents[2]).free
-    raise SettingError(
-      f"{what} ({text!r}) must fit on this machine's disk, but has "
-      f"{size / 1e9:.2f} GB, and {copy.parents[2]} has {free / 1e9:.2f} GB "
-      "free; make room there, or let HOME be on a larger disk."
-    ) from error
   finally:
     shutil.rmtree(building, ignore_errors=True)
 
@@ -163,8 +160,8 @@ def _read(
   """The pieces of the objects in order; many requests are under way at once.
 
   Raises:
-    _Changed: TensorStore cannot read one, after its retries; why, the next
-      listing says.
+    _Changed: An object is gone, is shorter than it was, or may not be read.
+    OSError: The bucket does not answer.
   """
   import tensorstore as ts
 
@@ -189,7 +186,11 @@ def _read(
     try:
       read = future and future.result()
     except Exception as error:  # TensorStore's errors have no classes.
-      raise _Changed(printable(str(error))[:300]) from error
+      reason = printable(str(error))[:300]
+      if re.search("OUT_OF_RANGE|PERMISSION_DENIED|UNAUTHENTICATED", reason):
+        raise _Changed(reason) from error
+      text = f"gs://{bucket} does not answer: {reason}"
+      raise OSError(errno.ETIMEDOUT, text) from error
     if read and read.state != "value":
       raise _Changed(f"{printable(name)} is gone")
     yield name, read.value if read else b""
