@@ -116,6 +116,7 @@ class Mirror:
       TimeoutError: It has not, after so many seconds or at the end of the run.
     """
     if not self.is_remote:
+      self._copy_log()
       return
     with self._changed:
       self._num_asked += 1
@@ -136,6 +137,8 @@ class Mirror:
 
     The scratch folder stays if a file of it could not be copied.
     """
+    if not self.is_remote:
+      self._copy_log()
     if not self.is_remote or self._is_closed:
       return
     try:
@@ -210,11 +213,15 @@ class Mirror:
       is_finished = not name.startswith(".") and path.suffix != ".tmp"
       if is_finished and path.is_file():
         found[name] = path
-    if log := os.environ.get("GRPO_TPU_LOG"):
-      # Another machine may continue the run.
-      name = f"worker-{jax.process_index()}-{socket.gethostname()}.log"
-      found[f"logs/{name}"] = pathlib.Path(log)
-    return found
+    return found | _log_file()
+
+  def _copy_log(self) -> None:
+    """Copies the log to a workdir on a disk."""
+    for name, log in _log_file().items():
+      with contextlib.suppress(OSError):
+        target = self.folder / name
+        paths.make_folder(target.parent)
+        paths.write_whole(target, log.read_bytes())
 
   def _count(self, error: Exception) -> None:
     self.failures += 1
@@ -224,6 +231,14 @@ class Mirror:
         "%s lags behind: %d attempts to copy to it failed, last: %s",
         *(self.workdir, self.failures, self._error),
       )
+
+
+def _log_file() -> dict[str, pathlib.Path]:
+  """The log of this process, if a launcher names one, by its name here."""
+  log = os.environ.get("GRPO_TPU_LOG")
+  # Another machine may continue the run.
+  name = f"logs/worker-{jax.process_index()}-{socket.gethostname()}.log"
+  return {name: pathlib.Path(log)} if log else {}
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

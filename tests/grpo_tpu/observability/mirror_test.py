@@ -213,3 +213,14 @@ def test_a_workdir_on_a_disk_has_no_scratch_folder_and_no_thread(tmp_path):
   for call in (files.fetch, files.wait, files.close):
     call()
   assert tmp_path.exists() and not any(tmp_path.iterdir())
+
+
+def test_workers_with_a_shared_disk_leave_their_logs_there(
+  tmp_path, monkeypatch
+):
+  log = tmp_path / "log"
+  log.write_text("step 1/2\n")
+  monkeypatch.setenv("GRPO_TPU_LOG", str(log))
+  mirror.Mirror(tmp_path / "run").close()
+  (copied,) = (tmp_path / "run" / "logs").iterdir()
+  assert copied.read_text() == "step 1/2\n"
