@@ -37,8 +37,9 @@ class Config:
 
   Attributes:
     seed: Seed of everything random.
-    compilation_cache_dir: Folder that keeps compiled programs between runs,
-      unless `$JAX_COMPILATION_CACHE_DIR` names another; "" keeps none.
+    compilation_cache_dir: Folder, on a disk or in a bucket, that keeps compiled
+      programs between runs, unless `$JAX_COMPILATION_CACHE_DIR` names another;
+      "" keeps none.
   """
 
   seed: int
