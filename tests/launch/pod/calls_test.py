@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from random import Random
 import pytest
 
 from launch.pod import __main__ as command_line
-from launch.pod import check
+from launch.pod import check, readiness
 from launch.pod.exits import Exit
 from tests.launch.pod import fake_cloud
 
@@ -114,9 +115,25 @@ real = pytest.mark.skipif(
 )
 
 
+def calls_of_the_guide() -> list[list[str]]:
+  """The calls in the guide, and those that `check` proposes."""
+  text = (fake_cloud.ROOT / "docs" / "on-a-pod.md").read_text()
+  text = text.replace("\\\n", " ")
+  blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+  lines = re.findall(r"^gcloud (.*)$", "\n".join(blocks), re.MULTILINE)
+  lines += re.findall(r"`gcloud (\S+ [^`]+)`", text)
+  for item in readiness._TABLE["item"]:
+    remedy = re.sub(r"\{[a-z_]+\}", "europe-west4-b", item["remedy"])
+    lines += [x.strip().removeprefix("gcloud ") for x in remedy.split("&&")]
+  return [shlex.split(line, comments=True) for line in lines]
+
+
 @real
 def test_gcloud_accepts_every_flag_of_every_call(capfd, settings_file, parse):
   calls = all_calls(capfd, settings_file)
+  guide = calls_of_the_guide()
+  assert len(guide) > 15 and ["auth", "login"] in guide
+  calls += guide
   parsed = parse(calls)
   assert parsed.returncode == 0, parsed.stderr
   flags = {f for line in parsed.stdout.splitlines() for f in json.loads(line)}
