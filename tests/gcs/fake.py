@@ -104,6 +104,7 @@ class Blob:
   def describe(self, bucket: str, name: str) -> dict[str, Any]:
     """The resource that the API returns."""
     resource = {"md5Hash": self.md5} if self.md5 else {}
+    path = f"{bucket}/o/{urllib.parse.quote(name, safe='')}"
     return resource | {
       "kind": "storage#object",
       "id": f"{bucket}/{name}/{self.generation}",
@@ -118,6 +119,8 @@ class Blob:
       "crc32c": self.crc32c,
       "etag": f"{self.generation}",
       "storageClass": "STANDARD",
+      # gcloud downloads from there.
+      "mediaLink": f"/download/storage/v1/b/{path}?alt=media",
     }
 
 
