@@ -4,11 +4,11 @@ A value is the text after the equals sign: no quotes, no variables, no commands.
 The file must name every setting that has no `absent` value in `settings.toml`.
 """
 
-import dataclasses
 import difflib
 import pathlib
 import re
 import tomllib
+import types
 from typing import Any
 
 from data_pipelines import validation
@@ -21,42 +21,15 @@ RULES: dict[str, dict[str, Any]] = tomllib.loads(
 LABEL = "grpo-tpu"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """The values of the file; `launch/tpu.env.example` explains each.
+class Settings(types.SimpleNamespace):
+  """The values of the file, by the names in `settings.toml` in lower case.
 
   Raises:
     ValueError: A value breaks its rule in `settings.toml`.
   """
 
-  project: str
-  zone: str
-  name: str
-  accelerator_type: str
-  runtime_version: str
-  capacity: str
-  max_run_duration: str
-  reservation: str
-  num_slices: str
-  request: str
-  valid_for: str
-  network: str
-  subnetwork: str
-  network_tags: str
-  ssh: str
-  service_account: str
-  labels: str
-  boot_disk: str
-  autocheckpoint: str
-  workdir: str
-  image: str
-  env: str
-  max_restarts: str
-  grace_seconds: str
-  kubernetes_namespace: str
-  kubernetes_service_account: str
-
-  def __post_init__(self):
+  def __init__(self, **values: str):
+    super().__init__(**values)
     for name, rule in RULES.items():
       value = getattr(self, name.lower())
       parts = value.split(rule["separator"]) if "separator" in rule else [value]
