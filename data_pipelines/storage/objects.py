@@ -78,9 +78,13 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     with open(path, "rb") as file:
       yield file
   else:
-    size_of(path)
     with refusals(path, what="file"):
-      yield _blob(path).open("rb", chunk_size=_BUFFER, **_patience())
+      blob = _blob(path)
+      # With its generation, so that no parts of two versions are read.
+      blob = blob.bucket.get_blob(blob.name, **_patience())
+      if blob is None:
+        raise FileNotFoundError(f"there is no {printable(os.fspath(path))}")
+      yield blob.open("rb", chunk_size=_BUFFER, **_patience())
 
 
 def put(path: str | os.PathLike[str], data: bytes, *, what: str) -> None:

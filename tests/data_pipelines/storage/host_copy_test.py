@@ -154,37 +154,3 @@ def test_two_processes_of_a_machine_make_one_copy(bucket, tmp_path):
   assert len(read(pathlib.Path(folder))) == len(FILES) + 100
   media = [x for x in bucket.store.requests if "alt=media" in x]
   assert len(media) == len(set(media))
-
-
-def test_a_folder_is_put_whole_with_its_mark_last(bucket_here, tmp_path):
-  """And nothing of the older one stays."""
-  for name, data in (FILES | {"last": b"4"}).items():
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(data)
-  put(bucket_here, {"old": b"1", "last": b"1"})
-  # Its own uploads, after the listing and the removal.
-  bucket_here.store.requests.clear()
-  objects.replace_folder(
-    tmp_path, "gs://bucket/d", last="last", what="--data_dir"
-  )
-  assert folders.contents(bucket_here, "d") == FILES | {"last": b"4"}
-  blobs = bucket_here.store.objects.items()
-  newest = max(blobs, key=lambda item: item[1].generation)
-  assert newest[0][1] == "d/last"
-
-
-def test_a_folder_that_another_process_writes_to_stays_unfinished(
-  bucket_here, tmp_path, monkeypatch
-):
-  (tmp_path / "a").write_bytes(b"1")
-  (tmp_path / "last").write_bytes(b"2")
-  listed = objects.list_objects
-
-  def other(path, *, what):
-    put(bucket_here, {"a": b"another"})
-    return listed(path, what=what)
-
-  monkeypatch.setattr(objects, "list_objects", other)
-  with pytest.raises(OSError, match="another process"):
-    objects.replace_folder(tmp_path, "gs://bucket/d", last="last", what="x")
-  assert "last" not in folders.contents(bucket_here, "d")
