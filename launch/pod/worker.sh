@@ -89,11 +89,15 @@ setup_image() {
   printf '%s\n' "$image" >"$code/COMMIT"
 }
 
-# libtpu leaves its lock behind when it is killed, and then refuses to start.
+# libtpu leaves its lock behind when it is killed, and then refuses to start. Only
+# root sees the files that all processes hold.
 remove_stale_lock() {
-  sudo -n bash -c 'find /proc/[0-9]*/fd \( -lname "$0" -o -lname "/dev/accel*" \
-    -o -lname "/dev/vfio/[0-9]*" \) 2>/dev/null | grep -q . || rm -f "$0"' \
-    /tmp/libtpu_lockfile 2>/dev/null || true
+  local root=(sudo -n)
+  if ! command -v sudo >/dev/null; then root=(); fi
+  # shellcheck disable=SC2016 # The inner shell expands $0.
+  "${root[@]}" bash -c 'find /proc/[0-9]*/fd \( -lname "$0" -o -lname \
+    "/dev/accel*" -o -lname "/dev/vfio/[0-9]*" \) 2>/dev/null | grep -q . ||
+    rm -f "$0"' /tmp/libtpu_lockfile 2>/dev/null || true
 }
 
 run() {
