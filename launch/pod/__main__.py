@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from data_pipelines import validation
 from data_pipelines.validation import printable
 from launch.pod import (
   check,
@@ -118,9 +119,11 @@ def _run(arguments: argparse.Namespace) -> int:
     slices.create(cloud)
   elif verb == "delete":
     # The supervisor would create the slice again. It does not end itself.
-    if _ENDED not in os.environ:
-      vm.delete(cloud)
-    slices.delete(cloud)
+    try:
+      if _ENDED not in os.environ:
+        vm.delete(cloud)
+    finally:
+      slices.delete(cloud)
   elif verb == "wait":
     found = slices.wait(
       cloud, timeout_seconds=arguments.timeout, poll_seconds=arguments.poll
@@ -181,7 +184,11 @@ def _show_prices(cloud: gcloud.Gcloud) -> None:
 
 def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
   """Runs a verb that speaks to the supervisor and to the workers."""
-  record, _ = lease.read(cloud)
+  record = None
+  try:
+    record, _ = lease.read(cloud)
+  except Failure as failure:
+    logging.warning("The supervisor's record was not read: %s", failure)
   is_supervised = record is not None and record.exit_code is None
   lines = []
   if arguments.verb == "stop":
@@ -219,6 +226,11 @@ def _supervise(
 ) -> int:
   _show_prices(cloud)
   if arguments.on_vm:
+    validation.require(
+      cloud.settings.bucket is not None,
+      *("WORKDIR", cloud.settings.workdir, "be in a bucket for --on-vm"),
+      "write gs://BUCKET/PATH, or go without --on-vm",
+    )
     words = ["supervise", "--no-check", f"--timeout={arguments.timeout}"]
     words += [f"--poll={arguments.poll}", f"--pause={arguments.pause}"]
     words += [job.config, "--", *job.flags]

@@ -18,6 +18,7 @@ import urllib.parse
 import uuid
 from typing import Any
 
+from data_pipelines.validation import printable
 from launch.pod import gcloud
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
@@ -59,6 +60,9 @@ class Record:
   # The zone and the hours of each slice, by creation time.
   slices: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
   log: list[str] = dataclasses.field(default_factory=list)
+
+  def __post_init__(self):
+    self.machine = printable(str(self.machine))
 
   def describe(self) -> str:
     """The state and the last line of the log."""
@@ -134,9 +138,17 @@ class Lease(logging.Handler):
           raise Failure(Exit.BUSY, f"{found.machine} supervises this run.")
 
   def __enter__(self) -> "Lease":
-    self.require_free()
+    while True:
+      try:
+        self.require_free()
+        self.renew()
+        break
+      except Failure as failure:
+        if failure.exit not in (Exit.NETWORK, Exit.UNAVAILABLE):
+          raise
+        logging.warning("%s\nThe next attempt is in 30 s.", failure)
+        time.sleep(30)
     logging.getLogger().addHandler(self)
-    self.renew()
     self._thread.start()
     return self
 

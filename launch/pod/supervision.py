@@ -24,6 +24,7 @@ _FAILED_STARTS = (
   *(Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
   *(Exit.WORKER_UNREACHABLE, Exit.WORKER_FAILED),
 )
+_LONG_WAIT_SECONDS = 600.0
 _DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
 
 # The most informative exit code first; None stands for all others (1 and the
@@ -65,6 +66,7 @@ class Supervisor:
   _made_step: bool = False  # This attempt made a new step.
   _has_slice: bool = False  # This attempt has a ready slice.
   _had_slice: bool = False  # An attempt had one.
+  _is_late: bool = False  # The last attempt waited too long for its slice.
 
   def supervise(self) -> int:
     """Keeps the run alive until it is done or a restart cannot help.
@@ -87,17 +89,20 @@ class Supervisor:
   def _supervise(self) -> int:
     limit = int(self.cloud.settings.max_restarts)
     while True:
-      is_failed_start = True
+      is_failed_start, start = True, time.monotonic()
       try:
         code, was_stopped = self._attempt()
       except Failure as error:
         failure = self._explain(error)
         reason = f"{failure} (exit code {failure.exit}, {failure.exit.name})"
-        is_failed_start = failure.exit in (Exit.FAILED, Exit.QUOTA) or (
-          self._has_slice and failure.exit not in _WAITING
+        # A request that fails after a long wait was not served in time.
+        is_quick = time.monotonic() - start < _LONG_WAIT_SECONDS
+        is_failed_start = (
+          failure.exit == Exit.QUOTA
+          or (failure.exit == Exit.FAILED and is_quick)
+          or (self._has_slice and failure.exit not in _WAITING)
         )
-        if failure.exit == Exit.TIMEOUT and len(self.cloud.settings.zones) > 1:
-          slices.delete(self.cloud)  # The next zone may be quicker.
+        self._is_late = failure.exit == Exit.TIMEOUT
       else:
         if was_stopped or not self._may_repeat(code):
           return code
@@ -181,10 +186,14 @@ class Supervisor:
   def _ready_slice(self) -> slices.Slice:
     """Creates the slice if necessary and waits until it is ready."""
     found = slices.find(self.cloud, assumed=State.ABSENT)
-    if found.state in _DEAD:
-      self._had_slice = True
+    # Another zone may be quicker.
+    is_late = self._is_late and len(self.cloud.settings.zones) > 1
+    is_dead = found.state in _DEAD
+    self._had_slice = self._had_slice or is_dead
+    if is_dead or (is_late and found.state == State.PENDING):
       slices.delete(self.cloud)
-    if found.state in (*_DEAD, State.ABSENT):
+      found = dataclasses.replace(found, state=State.ABSENT)
+    if found.state == State.ABSENT:
       slices.create(self.cloud)
       found = slices.find(self.cloud, assumed=State.READY)
     deadline = time.monotonic() + self.queue_seconds

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from launch.pod import exits, slices, supervision, workers
+from launch.pod import exits, lease, slices, supervision, workers
 from tests.launch.pod import fake_cloud
 
 Exit = exits.Exit
@@ -29,6 +29,7 @@ class World:
   """
 
   dry_run = False
+  zone = "europe-west4-b"
 
   def __init__(self, monkeypatch, lives, *, state=READY, **changes):
     self.settings = fake_cloud.settings(**changes)
@@ -81,6 +82,7 @@ class World:
       gone = slices.State.PREEMPTED
       self.state = gone if failure.exit == Exit.PREEMPTED else READY
       raise failure
+    return self.find(cloud, READY)
 
   def worker_status(self, cloud, worker):
     return self.script[0][worker]
@@ -218,6 +220,78 @@ def test_a_queue_that_fails_for_capacity_is_no_failed_start(monkeypatch):
   with pytest.raises(exits.Failure) as raised:
     world.supervise()
   assert raised.value.exit == Exit.RESTARTS_SPENT
+
+
+def test_a_request_that_fails_after_a_long_wait_is_no_failed_start(monkeypatch):
+  world = World(monkeypatch, [], state=ABSENT, MAX_RESTARTS="0")
+  create, left = world.create, [1, 2, 3]
+
+  def expires(cloud):
+    if not left:
+      return create(cloud)
+    left.pop()
+    world.now += 6 * 3600
+    raise exits.Failure(Exit.FAILED, "the request is no longer valid")
+
+  monkeypatch.setattr(slices, "create", expires)
+  assert world.supervise() == 0
+
+
+def test_a_zone_that_is_late_gives_way_to_the_next(monkeypatch):
+  pending = slices.State.PENDING
+  world = World(monkeypatch, [], state=pending, ZONE="a-b1-c,d-e1-f")
+  assert world.supervise() == 0
+  assert world.done == ["delete", "create", "run"]
+
+
+class Held:
+  """A lease whose sleeps end with what the test says."""
+
+  def __init__(self, world, *ends):
+    self.world, self.ends = world, list(ends)
+    self.record = lease.Record("me", "here")
+
+  def renew(self):
+    pass
+
+  def sleep(self, seconds):
+    self.world.sleep(seconds)
+    if self.ends and (end := self.ends.pop(0)):
+      raise end
+
+
+def supervise_held(world, *ends) -> int:
+  job = workers.Job("configs/smoke.py", ())
+  return supervision.Supervisor(
+    world,
+    job,
+    queue_seconds=9.0,
+    poll_seconds=7.0,
+    pause_seconds=30.0,
+    held=Held(world, *ends),
+  ).supervise()
+
+
+def test_a_request_to_stop_ends_the_run_and_the_wait_for_a_slice(monkeypatch):
+  world = World(monkeypatch, [])
+  world.script = [[RUNNING] * 2] * 9
+  stopped: list[bool] = []
+  monkeypatch.setattr(
+    workers, "stop", lambda cloud, count, kill: stopped.append(kill)
+  )
+  assert supervise_held(world, None, lease.Stopped()) == 75
+  assert stopped == [False]
+  world = World(monkeypatch, [], state=slices.State.PENDING)
+  assert supervise_held(world, lease.Stopped()) == 75
+  assert world.done == [] and stopped == [False]
+
+
+def test_a_lease_that_is_lost_ends_the_supervision_alone(monkeypatch):
+  world = World(monkeypatch, [])
+  world.script = [[RUNNING] * 2] * 9
+  with pytest.raises(exits.Failure) as raised:
+    supervise_held(world, exits.Failure(Exit.BUSY, "taken over"))
+  assert raised.value.exit == Exit.BUSY and world.done == []
 
 
 def test_a_slice_that_never_comes_is_waited_for_again(monkeypatch):
