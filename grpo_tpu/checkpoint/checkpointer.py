@@ -407,6 +407,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       return True
     self._failures_in_row, self._last_save = 0, ()
     self._saved.append(info)
+    logging.info("Saved %s.", self._directory / info.name)
     to_delete = retention.to_delete(self._saved, self._config)
     self._saved = [each for each in self._saved if each not in to_delete]
     self._remove_later(to_delete)
