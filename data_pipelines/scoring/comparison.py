@@ -3,6 +3,7 @@
 For the tests see `statistics.paired_comparison`.
 """
 
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -102,14 +103,12 @@ def _results_files(side: str, value: str) -> dict[str, epath.Path]:
   path = to_path(side, value)
   if is_remote(path):
     names = list(objects.list_objects(path, what=side))
-    is_file = "" in names
   else:
-    names = [x.relative_to(path).as_posix() for x in path.glob("eval/*.json")]
-    names += [
-      x.relative_to(path).as_posix() for x in path.glob("eval/*/*.json")
-    ]
-    is_file = not path.is_dir()
-  if is_file:
+    files = (
+      pathlib.Path(path).glob("eval/**/*.json") if path.is_dir() else [path]
+    )
+    names = [x.relative_to(path).as_posix() for x in files]
+  if names in ([""], ["."]):
     return {"": path}
   # The run's own set comes first.
   found = {

@@ -9,17 +9,14 @@ import base64
 import functools
 import io
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import markupsafe
-from etils import epath
 from PIL import Image
 
 from data_pipelines import images
-from data_pipelines.storage import paths
 from data_pipelines.validation import printable
 
 _PACKAGE = "data_pipelines.scoring"
@@ -34,13 +31,6 @@ def render(template: str, *, package: str = _PACKAGE, **values: Any) -> str:
   A template may extend or import this package's `page.html.j2`.
   """
   return _environment(package).get_template(template).render(**values)
-
-
-def describe_opening(page: epath.Path) -> str:
-  """The commands that show a page in a browser."""
-  if not paths.is_remote(page):
-    return f"open {page}"
-  return f"gcloud storage cp {shlex.quote(str(page))} . && open {page.name}"
 
 
 def image_uri(encoded: bytes) -> str:

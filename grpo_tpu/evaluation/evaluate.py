@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import shlex
 import types
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +20,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, records, validation
-from data_pipelines.scoring import ablations, pages
+from data_pipelines.scoring import ablations
 from data_pipelines.sources import mixtures
+from data_pipelines.storage import paths
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, collectives, sharding
@@ -88,7 +90,10 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
       folder = epath.Path(workdir) / "eval" / name
       problems = mixtures.first(each.eval, config.eval.num_problems)
       outputs.write(evaluation, folder, problems, config.eval, facts)
-  return pages.describe_opening(epath.Path(workdir) / "eval" / "report.html")
+  page = epath.Path(workdir) / "eval" / "report.html"
+  is_remote = paths.is_remote(page)
+  copy = f"gcloud storage cp {shlex.quote(str(page))} . && " * is_remote
+  return f"{copy}open {page.name if is_remote else page}"
 
 
 def evaluate_set(

@@ -24,7 +24,7 @@ import jax
 import tensorstore as ts
 from absl import logging
 
-from data_pipelines.storage import paths
+from data_pipelines.storage import host_copy, paths
 
 _SECONDS_BETWEEN_COPIES = 30.0
 _SECONDS_TO_CLOSE = 60.0
@@ -65,20 +65,16 @@ class Mirror:
     self.folder = pathlib.Path(self.workdir)
     if not self.is_remote:
       return
-    self.folder = pathlib.Path(tempfile.mkdtemp(prefix="grpo_tpu-"))
+    # Not in /tmp: nothing may clean it up, and the bucket with it.
+    scratch = host_copy.cache_folder("scratch")
+    self.folder = pathlib.Path(tempfile.mkdtemp(dir=scratch))
     context = ts.Context({"gcs_request_retries": _RETRIES})
     store = ts.KvStore.open(f"{self.workdir}/", context=context)
     self._store = store.result()
     # What the bucket has, as it was copied: the states of files by name.
     self._copied: dict[str, tuple[int, ...]] = {}
-    self._copying = threading.Lock()
-    self._changed = threading.Condition()
-    self._num_asked = self._num_done = 0
-    self._is_closed, self._error = False, ""
-    self._thread = threading.Thread(
-      target=self._copy_until_closed, name="mirror", daemon=True
-    )
-    self._thread.start()
+    self._copying, self._is_closed = threading.Lock(), threading.Event()
+    threading.Thread(target=self._copy_at_times, daemon=True).start()
 
   def fetch(self) -> None:
     """Brings the files of the run that a resumed run continues.
@@ -109,73 +105,63 @@ class Mirror:
         path.write_bytes(reads[name].result().value if name in reads else b"")
         self._copied[name] = _state(path.stat())
 
-  def wait(self, seconds: float | None = None) -> None:
-    """Waits until the bucket has all that was written before the call.
+  def wait(self, seconds: float) -> None:
+    """Copies until the bucket has all that was written before the call.
 
     Raises:
-      TimeoutError: It has not, after so many seconds or at the end of the run.
+      TimeoutError: The bucket has failed for so many seconds.
     """
     if not self.is_remote:
       self._copy_log()
       return
-    with self._changed:
-      self._num_asked += 1
-      asked = self._num_asked
-      self._changed.notify_all()
-      self._changed.wait_for(
-        lambda: self._num_done >= asked or self._is_closed, seconds
-      )
-      if self._num_done < asked:
+    end = time.monotonic() + seconds
+    while error := self._copy():
+      if time.monotonic() >= end:
         raise TimeoutError(
-          f"{self.workdir} lacks the newest metrics, samples and curves, "
-          f"which could not be copied from {self.folder} on this machine"
-          f"{self._error and ': '}{self._error}"
+          f"{self.workdir} lacks the newest metrics, samples and curves, which "
+          f"could not be copied from {self.folder} on this machine: {error}"
         )
+      time.sleep(_SECONDS_AFTER_ERROR)
 
   def close(self) -> None:
-    """Waits for the bucket, for a minute at most, and ends the thread.
+    """Waits for the bucket, for a minute or so, and ends the thread.
 
     The scratch folder stays if a file of it could not be copied.
     """
-    if not self.is_remote:
-      self._copy_log()
-    if not self.is_remote or self._is_closed:
-      return
     try:
       self.wait(_SECONDS_TO_CLOSE)
-      shutil.rmtree(self.folder, ignore_errors=True)
+      if self.is_remote:
+        with self._copying:
+          self._is_closed.set()
+        shutil.rmtree(self.folder, ignore_errors=True)
     except TimeoutError as error:
       logging.error("%s.", error)
-    finally:
-      with self._changed:
-        self._is_closed = True
-        self._changed.notify_all()
 
-  def _copy_until_closed(self) -> None:
+  def _copy_at_times(self) -> None:
     pause = _SECONDS_BETWEEN_COPIES
-    while True:
-      with self._changed:
-        self._changed.wait_for(
-          lambda: self._num_asked > self._num_done or self._is_closed, pause
-        )
-        asked = self._num_asked
-        if self._is_closed:
-          return
+    while not self._is_closed.wait(pause):
       start = time.monotonic()
-      try:
-        with self._copying:
-          self.before_copy()
-          self._copy_changes()
-      except Exception as error:
-        self._count(error)
-        time.sleep(_SECONDS_AFTER_ERROR)
-        continue
+      self._copy()
       # Large files are copied less often.
       seconds = time.monotonic() - start
       pause = max(_SECONDS_BETWEEN_COPIES, 10 * seconds)
-      with self._changed:
-        self._num_done, self._error = asked, ""
-        self._changed.notify_all()
+
+  def _copy(self) -> str:
+    """Copies what has changed; returns the error, if any."""
+    try:
+      with self._copying:
+        if not self._is_closed.is_set():
+          self._copy_changes()
+      return ""
+    except Exception as error:
+      self.failures += 1
+      text = (str(error).splitlines() or [type(error).__name__])[0]
+      if str(self.failures).strip("0") == "1":  # And at ten times the count.
+        logging.warning(
+          "%s lags behind: %d attempts to copy to it failed, last: %s",
+          *(self.workdir, self.failures, text),
+        )
+      return text
 
   def _copy_changes(self) -> None:
     """Copies files that have changed, and deletes those that are gone.
@@ -186,12 +172,12 @@ class Mirror:
     for name in sorted(found, reverse=True):
       with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
         if self._copied.get(name) != _state(found[name].stat()):
-          self._copied[name] = self._copy(name, found[name])
+          self._copied[name] = self._copy_file(name, found[name])
     for name in self._copied.keys() - found.keys():
       self._store.write(name, None).result()
       del self._copied[name]
 
-  def _copy(self, name: str, path: pathlib.Path) -> tuple[int, ...]:
+  def _copy_file(self, name: str, path: pathlib.Path) -> tuple[int, ...]:
     """Copies a file; returns its state before it was read."""
     is_sample = name.startswith(_SAMPLES)
     with path.open("r+b" if is_sample else "rb") as file:
@@ -222,15 +208,6 @@ class Mirror:
         target = self.folder / name
         paths.make_folder(target.parent)
         paths.write_whole(target, log.read_bytes())
-
-  def _count(self, error: Exception) -> None:
-    self.failures += 1
-    self._error = (str(error).splitlines() or [type(error).__name__])[0]
-    if str(self.failures).strip("0") == "1":  # And at ten times the count.
-      logging.warning(
-        "%s lags behind: %d attempts to copy to it failed, last: %s",
-        *(self.workdir, self.failures, self._error),
-      )
 
 
 def _log_file() -> dict[str, pathlib.Path]:

@@ -22,7 +22,8 @@ from data_pipelines import validation
 from data_pipelines.settings import recorded_dirs
 from data_pipelines.storage import paths
 from data_pipelines.text import chat_prompts, untrusted
-from grpo_tpu.distributed import collectives, fingerprint
+from grpo_tpu.checkpoint import reader
+from grpo_tpu.distributed import fingerprint
 
 # Settings and sections that may differ when a run resumes: they change a step's
 # numbers by rounding at most, or are known by contents and not by path. All
@@ -186,14 +187,14 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def read_together(workdir: str) -> dict[str, Any] | None:
   """As `read`, by process 0, which tells the others."""
-  record, error = None, ""
-  if collectives.is_first_process():
+
+  def ask() -> str:
     try:
-      record = read(workdir)
-    except validation.SettingError as refused:
-      error = str(refused)
-  answer = collectives.broadcast_string(json.dumps([record, error]))
-  record, error = json.loads(answer)
+      return json.dumps([read(workdir), ""])
+    except validation.SettingError as error:
+      return json.dumps([None, str(error)])
+
+  record, error = json.loads(reader.ask_first_process(ask))
   if error:
     raise validation.SettingError(error)
   return record

@@ -137,11 +137,12 @@ def test_tensorboard_reads_every_step_once_after_a_kill_and_a_restart(tmp_path):
 
 
 def test_tensorboard_sees_a_bucket_grow_and_a_resumed_run_repeats_no_step(
-  bucket_here,
+  bucket_here, tmp_path, monkeypatch
 ):
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util import tensor_util
 
+  monkeypatch.setenv("HOME", str(tmp_path))
   workdir = "gs://bucket/runs/one"
   board = event_accumulator.EventAccumulator(
     workdir, size_guidance={"tensors": 0}
@@ -167,7 +168,7 @@ def test_tensorboard_sees_a_bucket_grow_and_a_resumed_run_repeats_no_step(
             patch.setattr(event_files, "_ROLLED_BYTES", 0)
             w.flush()
         w.flush()
-        files.wait()
+        files.wait(60)
         yield
     files.close()
 

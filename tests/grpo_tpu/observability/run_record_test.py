@@ -11,6 +11,7 @@ from data_pipelines.text import chat_prompts
 from data_pipelines.validation import SettingError
 from grpo_tpu.config import defaults
 from grpo_tpu.config import schema as run_config
+from grpo_tpu.distributed import collectives
 from grpo_tpu.observability import run_record
 
 DEFAULTS = defaults.get_config().to_dict()
@@ -453,19 +454,17 @@ def test_all_processes_refuse_what_the_first_one_cannot_read(
 ):
   (tmp_path / "run.json").write_bytes(content)
   sent = []
-  send = run_record.collectives.broadcast_string
+  send = collectives.broadcast_string
   monkeypatch.setattr(
-    run_record.collectives,
+    collectives,
     "broadcast_string",
     lambda text: send(sent.append(text) or text),
   )
   with pytest.raises(SettingError) as first:
     run_record.read_together(tmp_path)
   # Another process is sent the same, and has no file to read.
-  monkeypatch.setattr(run_record.collectives, "is_first_process", lambda: False)
-  monkeypatch.setattr(
-    run_record.collectives, "broadcast_string", lambda _: sent[0]
-  )
+  monkeypatch.setattr(collectives, "is_first_process", lambda: False)
+  monkeypatch.setattr(collectives, "broadcast_string", lambda _: sent[0])
   with pytest.raises(SettingError) as other:
     run_record.read_together(tmp_path / "of no use")
   assert str(other.value) == str(first.value)
