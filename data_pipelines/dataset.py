@@ -268,6 +268,7 @@ def _draw(
   """The synthetic set of a run, drawn unless it is there; see `publish`."""
   folder = paths.to_path("--workdir", workdir) / "data"
   request = synthetic_request(settings, model.vocab_size, str(folder))
+  is_started = objects.exists(folder.parent / "run.json", what="--workdir")
   manifest = build.read_manifest(folder)
   if manifest and manifest["source"] != build.SYNTHETIC:
     source = untrusted.shorten(manifest["source"])
@@ -277,7 +278,6 @@ def _draw(
       "choose another --workdir."
     )
   place, bucket = pathlib.Path(folder), ""
-  is_started = objects.exists(folder.parent / "run.json", what="--workdir")
   if paths.is_remote(folder):
     bucket = str(build.find_data_dir(request))  # Where `publish` puts it.
     key = repr((build.FORMAT, dataclasses.replace(request, data_dir="data")))

@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from data_pipelines import dataset, pipeline, prompt_rows
+from data_pipelines.sources import mixtures
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.config import schema as run_config
 from tests.gcs import folders
@@ -135,6 +136,8 @@ def test_data_in_a_bucket_are_those_on_a_disk(
   batches = [next(train_batches(x, config)) for x in (data, opened(config))]
   np.testing.assert_array_equal(*[x.prompt_ids for x in batches])
   np.testing.assert_array_equal(*[x.images for x in batches])
+  first = data.train[0]
+  assert mixtures.problems_by_pid(there, [first.pid]) == {first.pid: first}
   mixed = settings(dirs=((there, 0.5), ("gs://bucket/sets/data", 0.5)))
   assert len(opened(mixed).train) == 2 * len(data.train)
   edited = workdir / "data" / "manifest.json"

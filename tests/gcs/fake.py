@@ -477,9 +477,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     name = query.get("name") or described["name"]
     kind = described.get("contentType") or "application/octet-stream"
     key = store.start_upload(Upload(bucket, name, kind, query))
-    host = self.headers.get("Host", "")
-    scheme = "https" if host.endswith("googleapis.com") else "http"
-    place = f"{scheme}://{host}{self.path}&upload_id={key}"
+    place = f"{self._place()}{self.path}&upload_id={key}"
     return self._answer(
       200, b"", {"Location": place, "X-GUploader-UploadID": key}
     )
@@ -523,9 +521,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return room.toreadonly()
 
   def _json(self, value: dict[str, Any]) -> None:
-    self._answer(
-      200, json.dumps(value).encode(), {"Content-Type": "application/json"}
-    )
+    text = json.dumps(value)
+    # As the real one, absolute: the library follows it as it is.
+    text = text.replace('"mediaLink": "/', f'"mediaLink": "{self._place()}/')
+    self._answer(200, text.encode(), {"Content-Type": "application/json"})
+
+  def _place(self) -> str:
+    host = self.headers.get("Host", "")
+    return f"http{'s' * host.endswith('googleapis.com')}://{host}"
 
   def _error(self, refused: Refused) -> None:
     error = {"message": refused.reason, "domain": "global"}
