@@ -103,6 +103,7 @@ remove_stale_lock() {
 run() {
   local workdir=$1 image=$2 volume=() command
   shift 2
+  trap 'rm -f "$HOME/grpo_tpu_env"' EXIT
   [[ -e $code/COMMIT ]] || fail 96 "This worker is not set up."
   mkdir -p "$state"
   exec 9>"$state/lock"

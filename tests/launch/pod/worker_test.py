@@ -270,6 +270,13 @@ def test_a_run_has_its_environment_once_and_nothing_prints_it(worker, tmp_path):
   assert "HF_TOKEN" not in run()
 
 
+def test_a_refused_run_leaves_no_environment_to_the_next(worker, tmp_path):
+  worker.do("run", str(tmp_path), "")
+  (worker.home / "grpo_tpu_env").write_text("HF_TOKEN=hf_a\n")
+  assert worker.do("run", str(tmp_path), "").returncode == exits.Exit.BUSY
+  assert not (worker.home / "grpo_tpu_env").exists()
+
+
 @pytest.mark.parametrize("is_held", [False, True])
 def test_only_a_stale_lock_of_libtpu_is_removed(worker, tmp_path, is_held):
   lock = tmp_path / "libtpu_lockfile"
