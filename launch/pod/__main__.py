@@ -193,7 +193,7 @@ def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
   lines = []
   if arguments.verb == "stop":
     if is_supervised and record:
-      lease.request_stop(cloud, record)
+      lease.put(cloud, lease.STOP, record.owner)
       logging.info("The supervisor will end within a minute or two.")
   elif arguments.verb == "logs":
     if record and arguments.worker is None and arguments.lines:
@@ -297,7 +297,8 @@ def _on_workers(
     workers.logs(cloud, chosen, arguments.lines, follow=arguments.follow)
 
 
-def _main(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
+  """Runs a verb; returns the exit code."""
   try:
     arguments = _parser().parse_args(words)
     prefix = _DRY_RUN if arguments.dry_run else ""
@@ -313,16 +314,11 @@ def _main(words: Sequence[str]) -> int:
     code, message = Exit.INTERRUPTED, "Interrupted."
   logging.error("%s", printable(message, keep="\n"))
   logging.error("Exit code %d (%s). Next: %s", code, code.name, code.next_step)
-  return code
-
-
-def main(words: Sequence[str]) -> int:
-  """Runs a verb; returns the exit code."""
-  code = _main(words)
-  if "supervise" in words and _ENDED in os.environ:
-    pathlib.Path(os.environ[_ENDED]).write_text(f"{int(code)}\n")
-  return code
+  return int(code)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  exit_code = main(sys.argv[1:])
+  if _ENDED in os.environ:
+    pathlib.Path(os.environ[_ENDED]).write_text(f"{exit_code}\n")
+  sys.exit(exit_code)

@@ -26,7 +26,8 @@ from launch.pod.exits import Exit, Failure
 RENEWAL_SECONDS = 60.0
 STALE_SECONDS = 240.0
 _LOG_LINES = 500
-_RECORD, _STOP = "state.json", "stop"
+STOP = "stop"  # The object that asks the supervisor to stop the run.
+_RECORD = "state.json"
 
 
 class Stopped(Exception):
@@ -89,11 +90,6 @@ def read(cloud: gcloud.Gcloud) -> tuple[Record | None, int]:
   except (TypeError, ValueError) as error:
     message = f"{name} is no record of a supervisor ({error}); delete it."
     raise Failure(Exit.GCLOUD, message) from error
-
-
-def request_stop(cloud: gcloud.Gcloud, record: Record) -> None:
-  """Asks the supervisor to stop the run."""
-  put(cloud, _STOP, record.owner)
 
 
 class Lease(logging.Handler):
@@ -200,7 +196,7 @@ class Lease(logging.Handler):
   def _take_stop(self) -> bool:
     """True if `stop` has asked for the end, which is then forgotten."""
     try:
-      self._cloud.call("storage", "rm", url(self._cloud.settings, _STOP))
+      self._cloud.call("storage", "rm", url(self._cloud.settings, STOP))
     except Failure as failure:
       if failure.exit == Exit.ABSENT:
         return False

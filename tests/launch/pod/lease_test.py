@@ -135,12 +135,12 @@ def test_a_bucket_that_does_not_answer_for_a_while_is_survived(storage):
 
 def test_a_request_to_stop_reaches_its_supervisor_alone(storage):
   with lease.Lease(storage) as held:
-    lease.request_stop(storage, held.record)
+    lease.put(storage, lease.STOP, held.record.owner)
     with pytest.raises(lease.Stopped):
       held.sleep(60)
     held.record.exit_code = 75
   assert storage.record["exit_code"] == 75
-  lease.request_stop(storage, held.record)
+  lease.put(storage, lease.STOP, held.record.owner)
   with lease.Lease(storage) as held:
     held.sleep(0.1)
 
