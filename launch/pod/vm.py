@@ -49,6 +49,22 @@ def delete(cloud: gcloud.Gcloud) -> None:
     logging.info("Deleted %s-supervisor.", cloud.settings.name)
 
 
+def _pack(
+  folder: pathlib.Path, env: pathlib.Path, command: Sequence[str]
+) -> None:
+  """Writes an archive of the last commit, the settings and the command."""
+  workers.clone(folder / "code")
+  shutil.copy(env, folder / "code" / "launch" / "tpu.env")
+  # ssh of the machine and of this one then find the same home on workers.
+  user = getpass.getuser()
+  call = ["env", f"LOGNAME={user}", f"USER={user}"]
+  call += ["bash", "code/launch/tpu.sh", *command]
+  (folder / "command.sh").write_text(shlex.join(call) + "\n")
+  with tarfile.open(folder / "files.tar.gz", "w:gz") as tar:
+    for member in ("code", "command.sh"):
+      tar.add(folder / member, member)
+
+
 def create(
   cloud: gcloud.Gcloud, env: pathlib.Path, command: Sequence[str]
 ) -> None:
@@ -58,23 +74,14 @@ def create(
   if found and found.get("status") not in ("TERMINATED", "STOPPED"):
     message = f"{settings.name}-supervisor exists already."
     raise Failure(Exit.BUSY, message)
-  if not cloud.dry_run:
-    lease.Lease(cloud).require_free()
-  delete(cloud)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    workers.clone(folder / "code")
-    shutil.copy(env, folder / "code" / "launch" / "tpu.env")
-    # ssh of the machine and of this one then find the same home on workers.
-    user = getpass.getuser()
-    call = ["env", f"LOGNAME={user}", f"USER={user}"]
-    call += ["bash", "code/launch/tpu.sh", *command]
-    (folder / "command.sh").write_text(shlex.join(call) + "\n")
+    if not cloud.dry_run:
+      lease.Lease(cloud).require_free()
+      _pack(folder, env, command)
+    delete(cloud)
     url = lease.url(settings, "files.tar.gz")
     (folder / "files").write_text(url)
-    with tarfile.open(folder / "files.tar.gz", "w:gz") as tar:
-      for member in ("code", "command.sh"):
-        tar.add(folder / member, member)
     cloud.call("storage", "cp", str(folder / "files.tar.gz"), url)
     script = pathlib.Path(__file__).with_name("supervisor.sh")
     files = f"startup-script={script},files={folder / 'files'}"

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from launch.pod import __main__ as command_line
-from launch.pod import check, readiness
+from launch.pod import check, readiness, workers
 from launch.pod.exits import Exit
 from tests.launch.pod import fake_cloud
 
@@ -39,6 +39,7 @@ VERBS = (
 def unchecked(monkeypatch):
   """The checks have tests of their own."""
   monkeypatch.setattr(check, "check", lambda settings, job: None)
+  monkeypatch.setattr(workers, "count_uncommitted", lambda: 0)
   monkeypatch.setattr(check, "check_memory", lambda settings, job: ("ok", ""))
 
 
