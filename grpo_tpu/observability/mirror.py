@@ -151,6 +151,7 @@ class Mirror:
     try:
       with self._copying:
         if not self._is_closed.is_set():
+          self.before_copy()
           self._copy_changes()
       return ""
     except Exception as error:

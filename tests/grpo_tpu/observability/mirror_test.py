@@ -125,6 +125,18 @@ def test_an_outage_is_counted_and_caught_up_with(store, caplog):
   assert "runs/one lags behind" in caplog.text
 
 
+def test_a_run_that_may_no_longer_write_copies_nothing(store):
+  def refuse():
+    raise ValueError("another run has the lease")
+
+  files = mirror.Mirror(WORKDIR)
+  files.before_copy = refuse
+  (files.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+  with pytest.raises(TimeoutError, match="another run has the lease"):
+    files.wait(0)
+  assert not contents(store)
+
+
 def test_the_end_of_a_run_waits_no_longer_than_it_says(store, caplog):
   files = mirror.Mirror(WORKDIR)
   store.set_faults(outage=True)
