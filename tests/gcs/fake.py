@@ -120,7 +120,8 @@ class Blob:
       "etag": f"{self.generation}",
       "storageClass": "STANDARD",
       # gcloud downloads from there.
-      "mediaLink": f"/download/storage/v1/b/{path}?alt=media",
+      "mediaLink": f"/download/storage/v1/b/{path}"
+      f"?generation={self.generation}&alt=media",
     }
 
 
