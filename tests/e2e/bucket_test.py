@@ -27,17 +27,23 @@ LONG = ("--config.train.num_steps=50", *buckets.WAITING)
 def bucket_run(bucket, program, drawn, tmp_path):
   """Makes a tiny run on the drawn problems, all of it in the bucket."""
 
+  runs = []
+
   def new(*settings: str) -> buckets.BucketRun:
     data = buckets.upload(bucket, drawn, "data")
-    return buckets.BucketRun(
+    run = buckets.BucketRun(
       bucket,
       program.environment,
       tmp_path / "machines",
       *("--config=configs/smoke.py", *TINY, f"--config.data.dir={data}"),
       *settings,
     )
+    runs.append(run)
+    return run
 
-  return new
+  yield new
+  for run in runs:
+    run.close()
 
 
 @pytest.fixture(scope="session")

@@ -134,17 +134,23 @@ class BucketRun:
       f"--workdir={self.workdir}",
       *settings,
     )
-    self._number = 0
+    self._starts: list[Start] = []
 
   def start(self, *more: str, hosts: int = 1, **environment: str) -> Start:
     """The command, on machines that have nothing."""
-    self._number += 1
-    return Start(
+    start = Start(
       (*self._arguments, *more),
       self._environment | environment,
-      self._folder / f"start-{self._number}",
+      self._folder / f"start-{len(self._starts)}",
       hosts=hosts,
     )
+    self._starts.append(start)
+    return start
+
+  def close(self) -> None:
+    """Ends what still runs."""
+    for start in self._starts:
+      start.kill()
 
   def finish(self, *more: str, hosts: int = 1, **environment: str) -> Start:
     """Trains to the end, which must be a good one."""
