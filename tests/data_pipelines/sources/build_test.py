@@ -173,7 +173,7 @@ def test_machines_that_share_a_folder_without_locks_leave_one_whole_set(
 ):
   """The second builds all of it while the first does."""
   build.build_data_dir(request(tmp_path / "whole"))
-  write, hosts = build._write, ["host-2"]
+  write, hosts, placed = build._write, ["host-2"], []
   monkeypatch.setattr(build, "_lock", lambda _: contextlib.nullcontext())
   monkeypatch.setattr(build.socket, "gethostname", lambda: "".join(hosts))
 
@@ -183,11 +183,14 @@ def test_machines_that_share_a_folder_without_locks_leave_one_whole_set(
       hosts.pop()
       late = request(tmp_path / "data", **other)
       build.build_data_dir(late, overwrite=True)
+      placed.append((tmp_path / "data").stat().st_ino)
     return manifest
 
   monkeypatch.setattr(build, "_write", interrupted)
   build.build_data_dir(request(tmp_path / "data"))
   assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+  # One that is right stays in its place, where the other may be reading it.
+  assert (placed == [(tmp_path / "data").stat().st_ino]) == (not other)
   names = {path.name for path in tmp_path.iterdir()}
   assert names == {"data", "whole", ".whole.lock"}
 
