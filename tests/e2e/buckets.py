@@ -1,5 +1,6 @@
 """Runs on machines of which nothing stays but what lies in a bucket."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -48,6 +49,7 @@ class Start:
       probe.bind(("127.0.0.1", 0))
       port = probe.getsockname()[1]
     self._disks, self._logs, self.processes = [], [], []
+    self._one_thread, self._is_over = threading.Lock(), False
     for index in range(hosts):
       disk, log = folder / f"disk-{index}", folder / f"{index}.txt"
       disk.mkdir()
@@ -91,14 +93,15 @@ class Start:
 
   def kill(self) -> bool:
     """Ends all processes and their disks at once; False if one had ended."""
-    for process in self.processes:
-      try:
-        os.killpg(process.pid, signal.SIGKILL)
-      except ProcessLookupError:
-        pass
-    ends = [process.wait() for process in self.processes]
-    for disk in self._disks:
-      shutil.rmtree(disk, ignore_errors=True)
+    with self._one_thread:
+      if not self._is_over:  # Or a number might be another process's by now.
+        for process in self.processes:
+          with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+      self._is_over = True
+      ends = [process.wait() for process in self.processes]
+      for disk in self._disks:
+        shutil.rmtree(disk, ignore_errors=True)
     return all(end == -signal.SIGKILL for end in ends)
 
   def end(self) -> list[int]:
