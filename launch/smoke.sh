@@ -42,7 +42,8 @@ ensure_venv
 cd "$root"
 started=$SECONDS
 # A run locks its workdir in a bucket itself.
-if [[ $workdir != gs://* ]] && mkdir -p "$workdir" && command -v flock >/dev/null; then
+[[ $workdir == gs://* ]] || mkdir -p "$workdir"
+if [[ -d $workdir ]] && command -v flock >/dev/null; then
   exec 8>"$workdir/.smoke.lock"
   flock -n 8 || fail "Another smoke run uses $workdir: wait for its end, or \
 choose another --workdir=DIR."
@@ -50,19 +51,19 @@ fi
 
 # An orphan would write the workdir of the next run.
 run_stage=(${tied[@]+"${tied[@]}"} "$venv/bin/python" -m)
-if [[ ! ${JAX_PLATFORMS:-} ]]; then
+if [[ ${JAX_PLATFORMS:-tpu} == *tpu* ]]; then
   read -r devices reason \
     < <("${run_stage[@]}" grpo_tpu.distributed.tpu_host) || true
-  export JAX_PLATFORMS=cpu
   if ((devices)); then
     say "Training on the TPU of this machine: $devices devices."
-    export JAX_PLATFORMS=tpu,cpu
+    JAX_PLATFORMS=tpu,cpu
     [[ ${settings[*]-} == *--config.mesh.* ]] ||
       settings+=(--config.mesh.fsdp="$devices")
   elif [[ $reason ]]; then
-    say "Training on the CPU and not on the TPU: $reason."
+    say "The TPU cannot be used: $reason."
   fi
 fi
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 # The data that configs/smoke.py would draw, once for both stages.
 prepare=(

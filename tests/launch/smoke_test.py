@@ -100,7 +100,7 @@ def test_the_devices_of_a_tpu_share_the_run(machine):
 def test_a_tpu_that_cannot_be_used_is_left_with_the_reason(machine):
   machine.environment["TPU"] = "0 the chips are in use by process 7"
   result = machine.run(SMOKE)
-  said = "on the CPU and not on the TPU: the chips are in use by process 7.\n"
+  said = "The TPU cannot be used: the chips are in use by process 7.\n"
   assert said in result.stderr
   assert not any("mesh" in word for call in machine.called() for word in call)
 
