@@ -133,7 +133,7 @@ def test_an_interrupted_save_is_removed_and_a_whole_one_is_not(store):
 
 
 def test_a_bucket_that_fails_now_and_then_loses_nothing(store):
-  store.set_faults(busy=0.05, cut=0.02, seed=1)
+  store.set_faults(busy=0.1)
   save(1, 2, 3, keep=1)
   assert restore() == (3, 0)
   store.set_faults()
