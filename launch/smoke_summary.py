@@ -44,11 +44,13 @@ def main(name: str, seconds: str) -> None:
   result |= {"wall_seconds": wall_seconds, "steps": steps}
   paths.write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
   tensorboard = pathlib.Path(sys.executable).with_name("tensorboard")
+  view = [str(tensorboard), f"--logdir={name}"]
+  # The fast loader reads only public buckets.
+  view += ["--load_fast=false"] * paths.is_remote(name)
   sys.stdout.write(
     f"Eval accuracy: {first:.3f} before GRPO, {last:.3f} after {steps} steps,"
     f" in {wall_seconds} s.\n"
-    f"View: {shlex.join([str(tensorboard), f'--logdir={name}'])}"
-    "  # http://localhost:6006/#custom_scalars\n"
+    f"View: {shlex.join(view)}  # http://localhost:6006/#custom_scalars\n"
   )
 
 
