@@ -31,21 +31,12 @@ Read = Callable[
 ]
 
 
-def one_by_one(
-  read_piece: Callable[[int | None, str, jax.ShapeDtypeStruct], Any],
-) -> Read:
-  """Reads pieces by a function of a layer, a path and the wanted shape."""
-  return lambda layer, pieces: (
-    (path, read_piece(layer, path, piece)) for path, piece in pieces.items()
-  )
-
-
 def assemble(abstract: dict, read: Read) -> dict:
   """Assembles a tree piece by piece, in the order of `pieces`.
 
   Args:
     abstract: Shapes, dtypes and shardings of the stacked tree.
-    read: Reads pieces. A NumPy array is cast and put on its devices.
+    read: Reads pieces, with any sharding.
   """
   shapes = leaves.by_path(abstract)
   update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
@@ -58,9 +49,10 @@ def assemble(abstract: dict, read: Read) -> dict:
     if layer == 0:
       values |= _zeros({path: shapes[path] for path in wanted})
     for path, value in read(layer, wanted):
-      piece = _device_put(value, wanted[path])
-      if layer is not None:
-        piece = write[path](values[path], piece, np.int32(layer))
+      if layer is None:
+        piece = jax.device_put(value, shapes[path].sharding)
+      else:
+        piece = write[path](values[path], value, np.int32(layer))
         # Waits, because the host could read ahead of the devices without bound.
         jax.block_until_ready(piece)
       values[path] = piece
@@ -98,16 +90,6 @@ def _layer_shape(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   spec = PartitionSpec(*shape.sharding.spec[1:])
   sharding = NamedSharding(shape.sharding.mesh, spec)
   return jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype, sharding=sharding)
-
-
-def _device_put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-  assert value.shape == shape.shape, (value.shape, shape.shape)
-  if isinstance(value, jax.Array):
-    return jax.device_put(value, shape.sharding)
-  value = value.astype(shape.dtype, copy=False)
-  return jax.make_array_from_callback(
-    shape.shape, shape.sharding, lambda index: value[index]
-  )
 
 
 def check_tensors(

@@ -11,10 +11,10 @@ References:
 import functools
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from data_pipelines.storage.host_copy import host_copy
@@ -22,7 +22,7 @@ from data_pipelines.text import gguf_header, untrusted
 from data_pipelines.validation import printable
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
-from grpo_tpu.models.gemma3.convert import assembly
+from grpo_tpu.models.gemma3.convert import assembly, blocks
 
 _RMS_EPSILON = 1e-6
 _LAYERS_OF_27B = 62
@@ -33,8 +33,6 @@ _IGNORED_KEYS = (
   "rope.scaling.finetuned",
   "rope.scaling.original_context_length",
 )
-# Number of elements that are dequantized at a time.
-_BLOCK = 1 << 24
 
 
 class File:
@@ -69,41 +67,42 @@ class File:
 
   def load(self, abstract_params: dict) -> dict:
     """Loads the tree with these shapes, types and shardings."""
-    return assembly.assemble(abstract_params, assembly.one_by_one(self._piece))
 
-  def _piece(
-    self, layer: int | None, path: str, piece: jax.ShapeDtypeStruct
-  ) -> np.ndarray:
-    leaf = leaves.LEAVES[path]
-    names = [name.format(layer) for name in leaf.gguf]
-    if path.endswith("/scale"):
-      # Files hold the whole factor; the tree holds its deviation from one.
-      return self._dequantize(names[0], np.dtype(np.float32)) - 1
-    axes, order = leaf.axes.removeprefix("l"), leaf.file_axes.replace(" ", "")
-    sizes = dict(zip(axes, piece.shape, strict=True))
-    matrices = [
-      self._dequantize(name, piece.dtype)
-      .reshape([sizes[axis] for axis in order])
-      .transpose([order.index(axis) for axis in axes.removeprefix("n")])
-      for name in names
-    ]
-    return np.stack(matrices) if axes[0] == "n" else matrices[0]
+    def find(leaf: leaves.Leaf, layer: int | None) -> list[_Tensor]:
+      names = [name.format(layer) for name in leaf.gguf]
+      tensors = (self._tensors[name] for name in names)
+      return [_Tensor(self._path, self._library, *each) for each in tensors]
 
-  def _dequantize(self, name: str, dtype: np.dtype) -> np.ndarray:
-    """Dequantizes a tensor, a block of rows at a time."""
-    tensor = self._tensors[name]
-    kind = self._library.GGMLQuantizationType(tensor.kind)
-    rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-    row_bytes = _row_bytes(self._library, kind, width)
-    data = np.memmap(
-      self._path, mode="r", offset=tensor.start, shape=(rows, row_bytes)
-    )
-    out = np.empty((rows, width), dtype)
-    step = max(1, _BLOCK // width)
-    for start in range(0, rows, step):
-      block = data[start : start + step]
-      out[start : start + step] = self._library.dequantize(block, kind)
-    return out.reshape(tensor.shape)
+    return blocks.load(abstract_params, find)
+
+
+class _Tensor(NamedTuple):
+  """A tensor, which is dequantized a block of rows at a time."""
+
+  path: pathlib.Path
+  library: Any
+  kind: int
+  shape: tuple[int, ...]
+  start: int
+
+  @property
+  def row_bytes(self) -> int:
+    """Bytes of a row in float32."""
+    return 4 * math.prod(self.shape[1:])
+
+  def start_read(self, start: int, stop: int) -> Callable[[], np.ndarray]:
+    """A function that dequantizes these rows."""
+    return lambda: self._dequantize(start, stop)
+
+  def _dequantize(self, start: int, stop: int) -> np.ndarray:
+    kind = self.library.GGMLQuantizationType(self.kind)
+    *rows, width = self.shape
+    shape = math.prod(rows), _row_bytes(self.library, kind, width)
+    data = np.memmap(self.path, mode="r", offset=self.start, shape=shape)
+    if rows:
+      return self.library.dequantize(data[start:stop], kind)
+    # A scale. Files hold the whole factor; the tree its deviation from one.
+    return self.library.dequantize(data, kind)[0, start:stop] - 1
 
 
 def _open(

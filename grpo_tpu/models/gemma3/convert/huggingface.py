@@ -121,30 +121,16 @@ class Checkpoint:
     Beyond the parameters themselves, the host holds at most its own devices'
     part of one leaf at a time, and a few blocks of a file.
     """
-    data = blocks.read_ahead(
-      block
-      for layer, wanted in assembly.pieces(abstract_params)
-      for path, shape in wanted.items()
-      for block in self._piece(layer, path, shape).blocks()
-    )
 
-    def read(layer: int | None, path: str, shape: jax.ShapeDtypeStruct):
-      return self._piece(layer, path, shape).make(lambda _: next(data))
+    def find(leaf: leaves.Leaf, layer: int | None) -> list[Tensor]:
+      stacked = () if layer is None else (layer,)
+      matrices = [(*stacked, n) for n in range(len(leaf.huggingface))]
+      names = [leaf.tensor("huggingface", index) for index in matrices]
+      return [self._tensors[name] for name in names]
 
-    params = assembly.assemble(abstract_params, assembly.one_by_one(read))
+    params = blocks.load(abstract_params, find)
     logging.info("Read the parameters of %s.", self._directory)
     return params
-
-  def _piece(
-    self, layer: int | None, path: str, wanted: jax.ShapeDtypeStruct
-  ) -> blocks.Piece:
-    leaf = leaves.LEAVES[path]
-    stacked = () if layer is None else (layer,)
-    names = [
-      leaf.tensor("huggingface", (*stacked, matrix))
-      for matrix in range(len(leaf.huggingface))
-    ]
-    return blocks.Piece(leaf, wanted, [self._tensors[name] for name in names])
 
   def _read_headers(self) -> dict[str, str]:
     """Fills in the tensors of all files; returns faults by name."""

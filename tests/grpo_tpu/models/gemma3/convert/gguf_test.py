@@ -170,7 +170,9 @@ def test_a_quantized_file_is_within_half_a_step(params, tmp_path):
 
 
 def test_a_large_tensor_is_read_in_blocks(params, tmp_path, monkeypatch):
-  monkeypatch.setattr("grpo_tpu.models.gemma3.convert.gguf._BLOCK", 3 * 64)
+  monkeypatch.setattr(
+    "grpo_tpu.models.gemma3.convert.blocks._BLOCK_BYTES", 3 * 64
+  )
   path = write(
     tmp_path / "tiny.gguf", metadata(CONFIG), tensors_of(CONFIG, params)
   )
