@@ -112,7 +112,10 @@ class Mirror:
       TimeoutError: The bucket has failed for so many seconds.
     """
     if not self.is_remote:
-      self._copy_log()
+      for name, log in _log_file().items():
+        with contextlib.suppress(OSError):
+          paths.make_folder(self.folder / "logs")
+          paths.write_whole(self.folder / name, log.read_bytes())
       return
     end = time.monotonic() + seconds
     while error := self._copy():
@@ -201,14 +204,6 @@ class Mirror:
       if is_finished and path.is_file():
         found[name] = path
     return found | _log_file()
-
-  def _copy_log(self) -> None:
-    """Copies the log to a workdir on a disk."""
-    for name, log in _log_file().items():
-      with contextlib.suppress(OSError):
-        target = self.folder / name
-        paths.make_folder(target.parent)
-        paths.write_whole(target, log.read_bytes())
 
 
 def _log_file() -> dict[str, pathlib.Path]:

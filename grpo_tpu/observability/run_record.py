@@ -190,13 +190,14 @@ def read_together(workdir: str) -> dict[str, Any] | None:
 
   def ask() -> str:
     try:
-      return json.dumps([read(workdir), ""])
+      return json.dumps([read(workdir), "", False])
     except validation.SettingError as error:
-      return json.dumps([None, str(error)])
+      is_machine = validation.is_machine_failure(error)
+      return json.dumps([None, str(error), is_machine])
 
-  record, error = json.loads(reader.ask_first_process(ask))
+  record, error, is_machine = json.loads(reader.ask_first_process(ask))
   if error:
-    raise validation.SettingError(error)
+    raise (OSError if is_machine else validation.SettingError)(error)
   return record
 
 

@@ -69,6 +69,15 @@ def steps_in(content):
   return [untrusted.parse_json(x, "")["step"] for x in content.splitlines()]
 
 
+def check(found, saved):
+  """Whole lines, to the checkpoint's at least, and the samples of all."""
+  kept = steps_in(found.get("metrics.jsonl", b""))
+  assert kept == [*range(len(kept))]
+  assert saved is None or saved in kept
+  names = {sample_files._name(step) for step in kept}
+  assert names <= {name.rpartition("/")[2] for name in found}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(store, seed):
   """Its machines are gone each time; only the bucket is left."""
@@ -86,15 +95,10 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_unbroken_one(store, seed):
         if step % 3 == 0:
           files.wait(0)
           saved = step
-        found = contents(store)
-        if saved is not None:
-          # Whole lines, in order, from the first to the checkpoint's at least.
-          kept = steps_in(found["metrics.jsonl"])
-          assert kept[: saved + 1] == [*range(saved + 1)]
-          names = {sample_files._name(x) for x in range(saved + 1)}
-          assert names <= {x.rpartition("/")[2] for x in found}
+        check(contents(store), saved)
     except TimeoutError:
       num_kills += 1
+      check(contents(store), saved)
     files._is_closed.set()
   assert num_kills > 1
   expected = {
@@ -150,6 +154,9 @@ def test_the_end_of_a_run_waits_no_longer_than_it_says(store, caplog):
 def test_only_what_has_changed_is_copied_and_what_is_gone_is_deleted(store):
   files = mirror.Mirror(WORKDIR)
   list(take_steps(files, 0, 9, None))
+  files.wait(60)
+  # Of all samples of a run, a disk may have no room.
+  assert sum(x.stat().st_size for x in files.folder.glob("samples/*")) == 0
   files.close()
   resumed = mirror.Mirror(WORKDIR)
   resumed.fetch()
@@ -174,7 +181,9 @@ def test_nothing_unfinished_reaches_the_bucket(store, tmp_path, monkeypatch):
   log.write_text("step 1/2\n")
   monkeypatch.setenv("GRPO_TPU_LOG", str(log))
   files = mirror.Mirror(WORKDIR)
-  for name in (".trace/plugins/profile/x.pb", "samples/.step_1.tmp", "a.tmp"):
+  names = [".trace/plugins/profile/x.pb", ".trace/half.pb"]
+  names += ["samples/.step_1.tmp", "a.tmp"]
+  for name in names:
     path = files.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("half a")

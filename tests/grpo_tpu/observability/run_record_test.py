@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from data_pipelines.storage import objects
 from data_pipelines.text import chat_prompts
 from data_pipelines.validation import SettingError
 from grpo_tpu.config import defaults
@@ -446,6 +447,15 @@ def test_a_record_in_a_bucket_is_put_whole_and_read_back(bucket_here):
   saved = record_of(workdir).check()
   assert saved == run_record.read(workdir)
   assert saved["attempts"][0]["exit_code"] == 75
+
+
+def test_a_bucket_that_does_not_answer_is_no_fault_of_a_setting(
+  bucket_here, monkeypatch
+):
+  monkeypatch.setattr(objects, "PATIENCE_SECONDS", 0.1)
+  bucket_here.store.set_faults(busy=1.0)
+  with pytest.raises(OSError, match="does not answer"):
+    record_of("gs://bucket/runs/one").check()
 
 
 @pytest.mark.parametrize("content", [b"[]", b'{"essence": {}}'])
