@@ -152,8 +152,6 @@ class Lease(logging.Handler):
     self._end.set()
     self._thread.join()
     logging.getLogger().removeHandler(self)
-    if isinstance(self._reason, Failure):
-      return  # The record is another's.
     if isinstance(error, Failure):
       self.record.exit_code = error.exit
       self.record.log.append(str(error))
