@@ -13,7 +13,13 @@ import pytest
 
 from tests.e2e import browser, buckets
 from tests.e2e.conftest import TINY, Run, summary
-from tests.e2e.event_files_test import asked, events_of, points
+from tests.e2e.event_files_test import (
+  asked,
+  colourful,
+  events_of,
+  points,
+  script,
+)
 from tests.e2e.resume_test import assert_same, lines_but_for_time, samples
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
@@ -178,10 +184,14 @@ def test_readers_see_the_run_while_it_goes_on(
     program = browser.find()
     if program:
       with browser.page(program, tmp_path / "browser.txt") as page:
-        page.open(f"{address}#scalars", width=1280, height=900)
-        page.wait_for("document.querySelector('tb-webapp') != null")
-        page.wait_for("document.body.innerText.includes('rollout')")
-        (tmp_path / "tensorboard.png").write_bytes(page.screenshot())
+        page.open(f"{address}#custom_scalars", width=1280, height=900)
+        curves = "all('.match-list-entry').map(x => x.innerText).join(' ')"
+        drawn = r"/\brollout\/reward \(\.\)/"
+        page.wait_for(script(f"return {drawn}.test({curves})"))
+        box = page.value(script("return box(all('vz-line-chart2')[0])"))
+        while colourful(page.screenshot(), box) < 100:
+          assert start.is_running(), "no curve is drawn"
+          time.sleep(0.5)
     assert start.is_running(), "it was to be looked at while it ran"
   finally:
     process.kill()
