@@ -1,8 +1,10 @@
 """Checkpoints in a bucket: saved, verified, restored and read by Orbax."""
 
 import re
+import sys
 import threading
 import time
+import uuid
 
 import google_crc32c
 import jax
@@ -16,12 +18,15 @@ from grpo_tpu.checkpoint import checkpointer, manifest, reader
 from grpo_tpu.distributed import preflight
 from tests.grpo_tpu.checkpoint import checkpointing
 
-FOLDER = "gs://a-bucket/runs/a/checkpoints"
+FOLDER = ""  # Another one for each test.
 
 
 @pytest.fixture(autouse=True)
-def store(bucket_here):
+def store(bucket_here, monkeypatch):
+  """The fake bucket; TensorFlow remembers the folders of another test's."""
   objects.client.cache_clear()
+  folder = f"gs://a-bucket/{uuid.uuid4()}/checkpoints"
+  monkeypatch.setattr(sys.modules[__name__], "FOLDER", folder)
   return bucket_here.store
 
 
@@ -37,6 +42,7 @@ def save(*steps, **settings):
     for step in steps:
       assert checkpoints.save(step, state(step), {"is": step})
       checkpoints.wait()
+  assert not checkpoints.failures
 
 
 def restore():
@@ -49,19 +55,19 @@ def restore():
 
 def names(store, pattern=""):
   """The objects below the folder; what a console shows as folders is none."""
-  prefix = FOLDER.removeprefix("gs://a-bucket/") + "/"
+  prefix = objects.split(FOLDER)[1] + "/"
   found = [name.removeprefix(prefix) for _, name in store.objects]
   return [x for x in found if re.match(pattern, x) and not x.endswith("/")]
 
 
 def content(store, name):
-  return store.objects["a-bucket", f"runs/a/checkpoints/{name}"].data
+  return store.objects[objects.split(f"{FOLDER}/{name}")].data
 
 
 def change(name, data=None):
   """Replaces an object by other bytes, or removes it."""
-  blob = objects.client().bucket("a-bucket")
-  blob = blob.blob(f"runs/a/checkpoints/{name}")
+  bucket, key = objects.split(f"{FOLDER}/{name}")
+  blob = objects.client().bucket(bucket).blob(key)
   blob.delete() if data is None else blob.upload_from_string(data)
 
 
@@ -132,8 +138,9 @@ def test_an_interrupted_save_is_removed_and_a_whole_one_is_not(store):
   assert names(store, "quarantine/00000002-no-manifest/")
 
 
+@pytest.mark.nightly
 def test_a_bucket_that_fails_now_and_then_loses_nothing(store):
-  store.set_faults(busy=0.1)
+  store.set_faults(busy=0.05, cut=0.01)
   save(1, 2, 3, keep=1)
   assert restore() == (3, 0)
   store.set_faults()
