@@ -228,7 +228,7 @@ def _sizes(folder: epath.PathLike) -> dict[str, int]:
   folder = pathlib.Path(folder)
   return {
     path.relative_to(folder).as_posix(): path.stat().st_size
-    for path in sorted(pathlib.Path(folder).rglob("*"))
+    for path in sorted(folder.rglob("*"))
     if path.is_file() and path.name != _MANIFEST
   }
 
