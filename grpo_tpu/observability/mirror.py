@@ -29,6 +29,8 @@ from data_pipelines.storage import host_copy, paths
 _SECONDS_BETWEEN_COPIES = 30.0
 _SECONDS_TO_CLOSE = 60.0
 _SECONDS_AFTER_ERROR = 2.0
+# A connection may fall silent; the client itself would wait for ever.
+_SECONDS_PER_REQUEST = 180.0
 # The client's own attempts at a request, for three quarters of a minute.
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 
@@ -178,7 +180,7 @@ class Mirror:
         if self._copied.get(name) != _state(found[name].stat()):
           self._copied[name] = self._copy_file(name, found[name])
     for name in self._copied.keys() - found.keys():
-      self._store.write(name, None).result()
+      self._store.write(name, None).result(_SECONDS_PER_REQUEST)
       del self._copied[name]
 
   def _copy_file(self, name: str, path: pathlib.Path) -> tuple[int, ...]:
@@ -189,7 +191,7 @@ class Mirror:
       content = file.read()
       if name.endswith(".jsonl"):  # A line may be half written.
         content = content[: content.rfind(b"\n") + 1]
-      self._store.write(name, content).result()
+      self._store.write(name, content).result(_SECONDS_PER_REQUEST)
       if is_sample:
         file.truncate(0)
         state = _state(os.fstat(file.fileno()))
