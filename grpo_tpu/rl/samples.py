@@ -164,18 +164,21 @@ def with_advantages(
 def gather(own: list[Sample]) -> list[Sample]:
   """The samples of all processes, by group and generation.
 
+  Processes that share rows have the same samples, and each is given once.
   Images are large: the process that writes has its own, and sends none.
   """
   sent = own
   if collectives.is_first_process():
     sent = [dataclasses.replace(sample, image=None) for sample in own]
   encoded = json.dumps(list(map(vars, sent)), default=_encode_image).encode()
-  everywhere = []
+  found = {}
   for process, data in enumerate(collectives.gather_bytes(encoded)):
     is_own = process == jax.process_index()
-    everywhere += own if is_own else map(_decode, json.loads(data))
-  order = ("group", "generation")
-  return sorted(everywhere, key=lambda x: [x.columns[name] for name in order])
+    for sample in own if is_own else map(_decode, json.loads(data)):
+      key = sample.columns["group"], sample.columns["generation"]
+      if is_own or key not in found:
+        found[key] = sample
+  return [found[key] for key in sorted(found)]
 
 
 def _encode_image(image: np.ndarray) -> tuple[list[int], str]:

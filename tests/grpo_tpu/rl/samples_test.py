@@ -124,3 +124,26 @@ def test_the_host_that_writes_has_all_images(collect):
       continue
     assert sample.image is not None and sample.image.dtype == np.uint8
     np.testing.assert_array_equal(sample.image, pixels(row)[0])
+
+
+def test_hosts_that_share_rows_give_each_sample_once(monkeypatch):
+  """The own one, which alone is sure to have an image."""
+  keys = [(group, generation) for group in (3, 1) for generation in (1, 0)]
+
+  def made(image):
+    return [
+      samples.Sample({"group": x, "generation": y}, "question", image)
+      for x, y in keys
+    ]
+
+  sent = []
+  monkeypatch.setattr(
+    collectives, "gather_bytes", lambda data: sent.append(data) or [data] * 2
+  )
+  monkeypatch.setattr(collectives, "is_first_process", lambda: True)
+  for host in (0, 1):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    image = np.full((2, 2, 3), 7, np.uint8)
+    found = samples.gather(made(image))
+    assert [tuple(x.columns.values()) for x in found] == sorted(keys)
+    assert all(x.image is image for x in found)
