@@ -88,33 +88,16 @@ def _run(arguments: argparse.Namespace) -> int:
   settings = pod_settings.read(arguments.settings)
   cloud = gcloud.Gcloud(settings, dry_run=arguments.dry_run)
   verb = arguments.verb
-  if verb != "jobset" and settings.accelerator_type.startswith("tpu7x"):
-    raise ValueError(
-      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must not be tpu7x,"
-      " which the TPU API does not offer; print a `jobset` and run it on GKE."
-    )
+  validation.require(
+    verb == "jobset" or not settings.accelerator_type.startswith("tpu7x"),
+    *("ACCELERATOR_TYPE", settings.accelerator_type, "not be tpu7x"),
+    "the TPU API has none; print a `jobset` and run it on GKE",
+  )
   if verb == "check":
     return _check(cloud, arguments)
   if verb in ("run", "supervise", "jobset"):
-    job = workers.Job(arguments.config, tuple(arguments.flags))
-    if not settings.image:
-      workers.require_committed(job.config)
-    job = job.with_defaults(settings)
-    if arguments.no_check:
-      logging.warning("Not checked: a wrong setting ends the run with 64.")
-    else:
-      check.check(settings, job)
-      if verb != "jobset":
-        _check_cheap(cloud, job)
-    if verb == "supervise":
-      return _supervise(cloud, job, arguments)
-    if verb == "jobset":
-      sys.stdout.write(jobset.manifest(settings, job))
-    else:
-      count = slices.require_ready(cloud).num_workers
-      workers.run(cloud, count, job)
-      logging.info("Started on %d workers; `logs -f` follows them.", count)
-  elif verb == "create":
+    return _start(cloud, arguments)
+  if verb == "create":
     _show_prices(cloud)
     slices.create(cloud)
   elif verb == "delete":
@@ -130,16 +113,54 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     details = (settings.name, cloud.zone, found.num_workers)
     logging.info("%s is ready in %s: %d workers.", *details)
+  elif verb == "setup":
+    count = slices.require_ready(cloud).num_workers
+    _warn_of_unsent(settings)
+    logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
   elif verb == "tensorboard":
     if not settings.bucket:
       slices.require_ready(cloud)
     logging.info("http://localhost:%d in 30 s; Ctrl-C ends.", arguments.port)
     workers.tensorboard(cloud, arguments.port)
-  elif verb in ("status", "logs", "stop"):
-    _reach_run(cloud, arguments)
   else:
-    _on_workers(cloud, arguments, slices.require_ready(cloud).num_workers)
+    _reach_run(cloud, arguments)
   return Exit.DONE
+
+
+def _start(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
+  """Runs a verb that starts the program, after the checks."""
+  settings, verb = cloud.settings, arguments.verb
+  job = _job(cloud, arguments).with_defaults(settings)
+  if arguments.no_check:
+    logging.warning("Not checked: a wrong setting ends the run with 64.")
+  else:
+    check.check(settings, job)
+    if verb != "jobset":
+      _warn_of_unsent(settings)
+      for verdict, text in readiness.check_cloud(cloud, job, only_cheap=True):
+        if verdict == "WRONG":
+          raise Failure(Exit.BAD_REQUEST, text)
+  if verb == "supervise":
+    return _supervise(cloud, job, arguments)
+  if verb == "jobset":
+    sys.stdout.write(jobset.manifest(settings, job))
+  else:
+    count = slices.require_ready(cloud).num_workers
+    workers.run(cloud, count, job)
+    logging.info("Started on %d workers; `logs -f` follows them.", count)
+  return Exit.DONE
+
+
+def _job(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> workers.Job:
+  job = workers.Job(arguments.config, tuple(arguments.flags))
+  if not cloud.settings.image:
+    workers.require_committed(job.config)
+  return job
+
+
+def _warn_of_unsent(settings: pod_settings.Settings) -> None:
+  if unsent := workers.count_unsent(settings):
+    logging.warning("%d files with uncommitted changes are not sent.", unsent)
 
 
 def _check(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
@@ -153,28 +174,18 @@ def _check(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
     _print(cloud, f"{verdict:<11}{text}".split("\n"))
 
   try:
-    if not settings.image:
-      workers.require_committed(job.config)
-    check.check(settings, job)
+    check.check(settings, _job(cloud, arguments))
     report("ok", f"{job.config} and its flags")
     report(*check.check_memory(settings, job))
   except Failure as failure:
     report("WRONG", str(failure))
-  if not settings.image and (unsent := workers.count_uncommitted()):
+  if unsent := workers.count_unsent(settings):
     text = f"{unsent} files are changed, and are not sent\n  git commit --all"
     report("WRONG", text)
   for result in readiness.check_cloud(cloud, job):
     report(*result)
   _show_prices(cloud)
   return Exit.BAD_REQUEST if "WRONG" in results else Exit.DONE
-
-
-def _check_cheap(cloud: gcloud.Gcloud, job: workers.Job) -> None:
-  if not cloud.settings.image and (unsent := workers.count_uncommitted()):
-    logging.warning("%d files with uncommitted changes are not sent.", unsent)
-  for verdict, text in readiness.check_cloud(cloud, job, only_cheap=True):
-    if verdict == "WRONG":
-      raise Failure(Exit.BAD_REQUEST, text)
 
 
 def _show_prices(cloud: gcloud.Gcloud) -> None:
@@ -190,18 +201,17 @@ def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
   except Failure as failure:
     logging.warning("The supervisor's record was not read: %s", failure)
   is_supervised = record is not None and record.exit_code is None
-  lines = []
-  if arguments.verb == "stop":
-    if is_supervised and record:
-      lease.put(cloud, lease.STOP, record.owner)
-      logging.info("The supervisor will end within a minute or two.")
-  elif arguments.verb == "logs":
-    if record and arguments.worker is None and arguments.lines:
-      lines = [f"[supervisor] {x}" for x in record.log[-arguments.lines :]]
-  elif record:
-    lines.append(record.describe())
+  verb, lines = arguments.verb, []
+  if verb == "stop" and record and is_supervised:
+    lease.put(cloud, lease.STOP, record.owner)
+    logging.info("The supervisor will end within a minute or two.")
+  elif verb == "logs" and record and arguments.worker is None:
+    first = max(len(record.log) - arguments.lines, 0)
+    lines = [f"[supervisor] {x}" for x in record.log[first:]]
+  elif verb == "status" and record:
+    lines = [record.describe()]
   found = slices.find(cloud, assumed=slices.State.READY)
-  if arguments.verb == "status":
+  if verb == "status":
     lives = dict(record.slices) if record else {}
     if found.create_time:
       life = (cloud.zone, cost.hours_since(found.create_time))
@@ -255,26 +265,21 @@ def _supervise(
       logging.info("`status` and `logs` say what the program refused.")
     return code
   finally:
-    delete = ["bash", "launch/tpu.sh", "delete"]
-    if arguments.settings != _parser().get_default("settings"):
-      delete.insert(2, f"--settings={arguments.settings}")
+    path = arguments.settings
+    is_default = path == _parser().get_default("settings")
+    option = [] if is_default else [f"--settings={path}"]
     logging.warning(
       "If %s exists, it costs money until you delete it: %s",
-      *(cloud.settings.name, shlex.join(delete)),
+      cloud.settings.name,
+      shlex.join(["bash", "launch/tpu.sh", *option, "delete"]),
     )
 
 
 def _on_workers(
   cloud: gcloud.Gcloud, arguments: argparse.Namespace, count: int
 ) -> None:
-  """Runs a verb that needs the workers of a ready slice."""
-  verb = arguments.verb
-  if verb == "setup":
-    unsent = 0 if cloud.settings.image else workers.count_uncommitted()
-    if unsent:
-      logging.warning("%d files with uncommitted changes are not sent.", unsent)
-    logging.info("Set up %d workers: %s.", count, workers.setup(cloud, count))
-  elif verb == "status":
+  """Runs `status`, `logs` or `stop` on the workers of a ready slice."""
+  if arguments.verb == "status":
     lines: list[str] = []
     for worker, status in enumerate(workers.status(cloud, count)):
       lines.append(f"worker {worker}: {status}")
@@ -282,17 +287,15 @@ def _on_workers(
       details = [f"  {line}" for line in status.details]
       lines += [line for line in details if line not in lines]
     _print(cloud, lines)
-  elif verb == "stop":
+  elif arguments.verb == "stop":
     workers.stop(cloud, count, kill=arguments.kill)
     logging.info("The run has ended on all workers.")
-  elif verb == "logs":
+  else:
     chosen = range(count)
     if arguments.worker is not None:
-      if arguments.worker >= count:
-        raise ValueError(
-          f"--worker ({arguments.worker}) must be below the number of workers"
-          f" ({count}); choose another."
-        )
+      rule = f"be below the number of workers, {count}"
+      is_worker = arguments.worker < count
+      validation.require(is_worker, "--worker", arguments.worker, rule, "")
       chosen = [arguments.worker]
     workers.logs(cloud, chosen, arguments.lines, follow=arguments.follow)
 
@@ -308,7 +311,7 @@ def main(words: Sequence[str]) -> int:
     return int(_run(arguments))
   except Failure as failure:
     code, message = failure.exit, str(failure)
-  except ValueError as error:
+  except (ValueError, FileNotFoundError) as error:
     code, message = Exit.BAD_REQUEST, str(error)
   except KeyboardInterrupt:
     code, message = Exit.INTERRUPTED, "Interrupted."

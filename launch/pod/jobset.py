@@ -6,6 +6,7 @@ import re
 import string
 from typing import Any
 
+from data_pipelines import validation
 from launch.pod import settings as pod_settings
 from launch.pod import shapes, workers
 
@@ -19,17 +20,16 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
   Raises:
     ValueError: The settings name no image, or a slice that GKE does not offer.
   """
-  if not settings.image:
-    raise ValueError(
-      "IMAGE ('') must name an image, because GKE runs only images; build the"
-      " Dockerfile, push the image, and write its name."
-    )
-  shape = shapes.SHAPES.get(settings.accelerator_type)
-  if shape is None:
-    raise ValueError(
-      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must be one of"
-      f" {', '.join(shapes.SHAPES)} for GKE; choose one of them."
-    )
+  validation.require(
+    bool(settings.image),
+    *("IMAGE", settings.image, "name an image, because GKE runs only images"),
+    "build the Dockerfile, push the image, and write its name",
+  )
+  name, names = settings.accelerator_type, ", ".join(shapes.SHAPES)
+  rule, remedy = f"be one of {names} for GKE", "choose one of them"
+  is_known = name in shapes.SHAPES
+  validation.require(is_known, "ACCELERATOR_TYPE", name, rule, remedy)
+  shape = shapes.SHAPES[name]
   nodes = {
     "cloud.google.com/gke-tpu-accelerator": shape.gke_accelerator,
     "cloud.google.com/gke-tpu-topology": shape.topology,

@@ -36,23 +36,18 @@ class Settings(types.SimpleNamespace):
       for part in parts:
         is_valid = re.fullmatch(rule["pattern"], part, re.ASCII) is not None
         is_valid = is_valid and validation.printable(part) == part
+        is_valid = is_valid or (part == "" and rule.get("optional", False))
         is_quoted = part[:1] in ("'", '"') and part[:1] == part[-1:]
+        remedy = rule["remedy"] + " without quotes" * is_quoted
         if rule.get("is_secret"):
           part = part and part[: part.find("=") + 1] + "..."
-        validation.require(
-          is_valid or (part == "" and rule.get("optional", False)),
-          name,
-          part,
-          f"be {rule['rule']}",
-          rule["remedy"] + " without quotes" * is_quoted,
-        )
+        validation.require(is_valid, name, part, f"be {rule['rule']}", remedy)
       for extra in rule.get("with", ()):
         other = getattr(self, extra["other"].lower())
-        holds = re.fullmatch(extra["pattern"], value) or not re.fullmatch(
-          extra["matches"], other
-        )
+        holds = bool(re.fullmatch(extra["pattern"], value))
+        holds = holds or not re.fullmatch(extra["matches"], other)
         words = (f"be {extra['rule']}", extra["remedy"])
-        validation.require(bool(holds), name, value, *words)
+        validation.require(holds, name, value, *words)
 
   @property
   def zones(self) -> list[str]:
@@ -89,12 +84,12 @@ def parse(text: str) -> Settings:
   Raises:
     ValueError: The message says what is wrong, the rule and the remedy.
   """
-  values: dict[str, str] = {}
+  values = {x: rule["absent"] for x, rule in RULES.items() if "absent" in rule}
+  named = set()
   for number, line in enumerate(map(str.strip, text.split("\n")), 1):
     if not line or line.startswith("#"):
       continue
-    name, equals, value = line.partition("=")
-    name = name.strip()
+    name, equals, value = map(str.strip, line.partition("="))
     if not equals:
       raise ValueError(
         f"Line {number} ({line!r}) must be NAME=VALUE, a comment starting with"
@@ -106,17 +101,15 @@ def parse(text: str) -> Settings:
       raise ValueError(
         f"{name!r} must be a setting of launch/tpu.env.example; {hint}"
       )
-    if name in values and RULES[name].get("separator") != "\n":
+    if name in named and RULES[name].get("separator") != "\n":
       raise ValueError(
         f"{name} must be set once, but line {number} sets it again; remove one"
         " of the lines."
       )
-    value = value.strip()
-    values[name] = f"{values[name]}\n{value}" if name in values else value
+    values[name] = f"{values[name]}\n{value}" if name in named else value
+    named.add(name)
   for name, rule in RULES.items():
-    if name not in values and "absent" in rule:
-      values[name] = rule["absent"]
-    elif name not in values:
+    if name not in values:
       empty = " (it may be empty)" if rule.get("optional") else ""
       raise ValueError(f"{name} must be in the file{empty}; {rule['remedy']}.")
   return Settings(**{name.lower(): value for name, value in values.items()})
@@ -129,14 +122,12 @@ def read(path: pathlib.Path) -> Settings:
     ValueError: The message names the file, what is wrong and the remedy.
   """
   try:
-    text = path.read_text(encoding="utf-8-sig")
+    return parse(path.read_text(encoding="utf-8-sig"))
   except (OSError, UnicodeError) as error:
     raise ValueError(
       f"The settings file {path} must exist and be UTF-8 ({error}); copy"
       " launch/tpu.env.example to it and fill it in, or name another file with"
       " --settings=FILE."
     ) from error
-  try:
-    return parse(text)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error

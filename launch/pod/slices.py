@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.validation import printable
+from data_pipelines import validation
 from launch.pod import gcloud, shapes
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
@@ -27,17 +27,10 @@ class State(enum.Enum):
 
 # States of queued resources and of TPU VMs in the API. All others are PENDING.
 _STATES = {
-  "FAILED": State.FAILED,
-  "READY": State.READY,
-  "PREEMPTED": State.PREEMPTED,
-  "TERMINATED": State.PREEMPTED,
-  "STOPPING": State.SUSPENDED,
-  "STOPPED": State.SUSPENDED,
-  "HIDING": State.SUSPENDED,
-  "HIDDEN": State.SUSPENDED,
-  "SUSPENDING": State.SUSPENDED,
-  "SUSPENDED": State.SUSPENDED,
-  "DELETING": State.DELETING,
+  **{name: State[name] for name in ("FAILED", "READY", "DELETING")},
+  **dict.fromkeys(("PREEMPTED", "TERMINATED"), State.PREEMPTED),
+  **dict.fromkeys(("STOPPING", "STOPPED", "HIDING"), State.SUSPENDED),
+  **dict.fromkeys(("HIDDEN", "SUSPENDING", "SUSPENDED"), State.SUSPENDED),
 }
 
 
@@ -46,7 +39,7 @@ class Slice:
   """A slice as the API describes it."""
 
   state: State
-  details: str  # The states in the API's words, and the reason of a failure.
+  details: str  # In the API's words.
   is_ours: bool  # True if the slice has our label with its own name.
   accelerator_type: str  # Empty if the API does not say.
   num_workers: int  # The number of machines; 0 until it has any.
@@ -77,10 +70,10 @@ def from_api(
     answer = request.get("state", {})
     state = _STATES.get(answer.get("state", ""), State.PENDING)
     details.append(f"the queued resource is {answer.get('state', 'new')}")
-    if reason := answer.get("failedData", {}).get("error", {}).get("message"):
-      details.append(reason)
-    if specs := request.get("tpu", {}).get("nodeSpec"):
-      spec = specs[0].get("node", {})
+    error = answer.get("failedData", {}).get("error", {})
+    details += filter(None, [error.get("message")])
+    specs = request.get("tpu", {}).get("nodeSpec") or [{}]
+    spec = specs[0].get("node", {})
   if found := [node for node in nodes if node is not None]:
     spec = found[0]
     names = [node.get("state", "new") for node in found]
@@ -92,7 +85,8 @@ def from_api(
       state = max(states, key=list(State).index)
   return Slice(
     state=state,
-    details=printable("; ".join(details)) or "no slice has this name",
+    details=validation.printable("; ".join(details))
+    or "no slice has this name",
     is_ours=spec.get("labels", {}).get(pod_settings.LABEL) == name,
     accelerator_type=spec.get("acceleratorType", ""),
     num_workers=sum(len(node.get("networkEndpoints", [])) for node in found),
@@ -122,14 +116,9 @@ def find(
   found = from_api(request, nodes, settings.name)
   if cloud.dry_run:
     shape = shapes.SHAPES.get(settings.accelerator_type)
-    found = Slice(
-      state=assumed,
-      details="a dry run",
-      is_ours=True,
-      accelerator_type=settings.accelerator_type,
-      num_workers=len(settings.nodes) * (shape.hosts if shape else 1),
-      is_queued=settings.request == "queued",
-    )
+    count = len(settings.nodes) * (shape.hosts if shape else 1)
+    kind, is_queued = settings.accelerator_type, settings.request == "queued"
+    found = Slice(assumed, "a dry run", True, kind, count, is_queued)
   cloud.num_workers = found.num_workers
   return found
 
@@ -145,11 +134,8 @@ def require_ready(cloud: gcloud.Gcloud) -> Slice:
 def _require_ours(settings: pod_settings.Settings, found: Slice) -> None:
   if not found.is_ours:
     label = f"{pod_settings.LABEL}={settings.name}"
-    raise Failure(
-      Exit.NOT_OURS,
-      f"The slice {settings.name} lacks the label {label}, so these scripts did"
-      " not create it.",
-    )
+    message = f"The slice {settings.name} lacks the label {label} of ours."
+    raise Failure(Exit.NOT_OURS, message)
 
 
 def create(cloud: gcloud.Gcloud) -> None:
@@ -160,13 +146,12 @@ def create(cloud: gcloud.Gcloud) -> None:
     _request(cloud)
     return
   _require_ours(settings, found)
-  if found.accelerator_type != settings.accelerator_type:
-    raise Failure(
-      Exit.BAD_REQUEST,
-      f"ACCELERATOR_TYPE ({settings.accelerator_type!r}) must be the type of"
-      f" the existing slice {settings.name} ({found.accelerator_type!r});"
-      " change it, choose another NAME, or `delete` the slice.",
-    )
+  validation.require(
+    found.accelerator_type == settings.accelerator_type,
+    *("ACCELERATOR_TYPE", settings.accelerator_type),
+    f"be that of {settings.name}, which exists ({found.accelerator_type!r})",
+    "change it, choose another NAME, or `delete` the slice",
+  )
   if found.state not in (State.READY, State.PENDING):
     raise found.failure(settings.name)
   logging.info("%s already exists: %s.", settings.name, found.details)
@@ -179,44 +164,38 @@ def _request(cloud: gcloud.Gcloud) -> None:
   for zone in cloud.zones_in_turn():
     try:
       cloud.tpus(*_create_words(settings))
+      details = (settings.name, zone, settings.accelerator_type)
+      logging.info("Requested %s in %s: %s.", *details)
+      return
     except Failure as failure:
       if failure.exit not in (Exit.NO_CAPACITY, Exit.QUOTA):
         raise
       logging.warning("%s refuses the slice: %s", zone, failure)
       refusals.append(failure)
-    else:
-      details = (settings.name, zone, settings.accelerator_type)
-      logging.info("Requested %s in %s: %s.", *details)
-      return
   # Capacity may come back; quota does not.
   raise min(refusals, key=lambda failure: failure.exit == Exit.QUOTA)
 
 
 def _create_words(settings: pod_settings.Settings) -> list[str]:
-  name = settings.name
+  name, version = settings.name, settings.runtime_version
   if settings.request == "queued":
-    words = ["queued-resources", "create", name]
     # The TPU API names several TPU VMs after the queued resource.
     several = settings.num_slices != "1"
     count = f"--node-count={settings.num_slices}"
-    words.append(count if several else f"--node-id={name}")
-    words.append(f"--runtime-version={settings.runtime_version}")
-    words.append(f"--valid-until-duration={settings.valid_for}")
+    words = ["queued-resources", "create", name]
+    words += [count if several else f"--node-id={name}"]
+    words += [f"--runtime-version={version}"]
+    words += [f"--valid-until-duration={settings.valid_for}"]
   else:
-    words = ["tpu-vm", "create", name, f"--version={settings.runtime_version}"]
+    words = ["tpu-vm", "create", name, f"--version={version}"]
   words.append(f"--labels={settings.all_labels}")
   for setting, rule in pod_settings.RULES.items():
     value = getattr(settings, setting.lower())
     if value and "flag" in rule:
       words.append(f"--{rule['flag']}={value}")
-  if settings.capacity == "flex-start":
-    words.append("--provisioning-model=flex-start")
-  elif settings.capacity != "on-demand" and not settings.reservation:
-    words.append(f"--{settings.capacity}")
-  if settings.ssh != "external":
-    words.append("--internal-ips")
-  if settings.autocheckpoint == "yes":
-    words.append("--autocheckpoint-enabled")
+    words += rule.get("flags", {}).get(value, [])
+  if settings.reservation:
+    words.remove("--reserved")  # It would take any reservation.
   if "--spot" in words and gcloud.is_alpha(words):
     # gcloud alpha would send "standard" together with --spot.
     words.append("--provisioning-model=spot")

@@ -1,18 +1,18 @@
 """The workers of a slice: their setup, the run on all of them, its logs."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 
 from data_pipelines.validation import printable
@@ -28,6 +28,7 @@ _ENVIRONMENT = "grpo_tpu_env"
 
 # Each call of gcloud is a Python process of about 100 MB.
 _MAX_PARALLEL_CALLS = 8
+_SCRIPT = ("bash", gcloud.WORKER_SCRIPT)
 # With a terminal, a command on the worker ends when its ssh ends.
 _TERMINAL = ("-tt",)
 
@@ -35,37 +36,33 @@ _TERMINAL = ("-tt",)
 _WORST_FIRST = (Exit.NETWORK, Exit.NOT_ALLOWED, Exit.WORKER_UNREACHABLE)
 
 
-def on_each[T](
-  cloud: gcloud.Gcloud, num_workers: int, action: Callable[[int], T]
+def _on_each[T](
+  cloud: gcloud.Gcloud,
+  workers: Sequence[int],
+  action: Callable[[int], T],
+  parallel: int | None = None,
 ) -> list[T]:
   """Calls an action with the number of each worker; returns the results."""
   # gcloud's first ssh creates the key; parallel calls would all create one.
   has_key = pathlib.Path("~/.ssh/google_compute_engine").expanduser().exists()
-  parallel = _MAX_PARALLEL_CALLS if has_key and not cloud.dry_run else 1
+  parallel = parallel or (_MAX_PARALLEL_CALLS if has_key else 1)
+  parallel = 1 if cloud.dry_run else parallel
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-    futures = [pool.submit(action, worker) for worker in range(num_workers)]
-  failures: list[Failure] = []
-  for error in [future.exception() for future in futures]:
-    if isinstance(error, Failure):
-      failures.append(error)
-    elif error is not None:
-      raise error
-  if failures:
-    codes = [failure.exit for failure in failures]
-    worst = next((code for code in _WORST_FIRST if code in codes), codes[0])
-    messages = dict.fromkeys(str(failure) for failure in failures)
-    raise Failure(worst, "\n".join(messages))
-  return [future.result() for future in futures]
+    futures = [pool.submit(action, worker) for worker in workers]
+  errors = [error for future in futures if (error := future.exception())]
+  failures = [error for error in errors if isinstance(error, Failure)]
+  if not failures:
+    return [future.result() for future in futures]
+  codes = [failure.exit for failure in failures]
+  worst = next((code for code in _WORST_FIRST if code in codes), codes[0])
+  raise Failure(worst, "\n".join(dict.fromkeys(map(str, failures))))
 
 
 def _run_script(cloud: gcloud.Gcloud, num_workers: int, *words: str) -> None:
   """Runs `worker.sh` on each worker."""
-  command = _script(*words)
-  on_each(cloud, num_workers, lambda k: cloud.run_on_worker(k, command))
-
-
-def _script(*words: str) -> list[str]:
-  return ["bash", gcloud.WORKER_SCRIPT, *words]
+  command = [*_SCRIPT, *words]
+  each = range(num_workers)
+  _on_each(cloud, each, lambda worker: cloud.run_on_worker(worker, command))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +73,8 @@ class Job:
   flags: Sequence[str]  # More flags of the program.
 
   def __post_init__(self):
-    name = self.config.partition(":")[0]
-    path = pathlib.PurePosixPath(name)
-    is_inside = not path.is_absolute() and ".." not in path.parts
-    is_file = path.suffix == ".py" and not name.startswith("-")
-    if not (self.config.isprintable() and is_inside and is_file):
+    pattern = r"(?![-/]|(?:.*/)?\.\./)[^:]*[^:/]\.py(?::.*)?"
+    if not (self.config.isprintable() and re.fullmatch(pattern, self.config)):
       raise ValueError(
         f"CONFIG ({self.config!r}) must be a Python file inside the checkout;"
         " write, for example, configs/smoke.py."
@@ -106,7 +100,7 @@ class Job:
     """Adds the settings of a pod that neither the flags nor the config name."""
     named = " ".join(self.flags)
     if is_committed(self.config):
-      named += _config_text(self.config)
+      named += require_committed(self.config)
     defaults = {"checkpoint.every_minutes": "10"}
     if settings.bucket:
       # A new slice starts with the programs that the last one compiled.
@@ -121,14 +115,8 @@ class Job:
 
 def _git(*words: str, rule: str = "git must succeed") -> str:
   """Runs git; `rule` says what must hold, if it fails."""
-  try:
-    result = subprocess.run(
-      ["git", "-C", str(ROOT), *words], capture_output=True, text=True
-    )
-  except FileNotFoundError as error:
-    raise Failure(
-      Exit.BAD_REQUEST, "git must be on PATH, to send the committed files."
-    ) from error
+  call = ["git", "-C", str(ROOT), *words]
+  result = subprocess.run(call, capture_output=True, text=True)
   if result.returncode:
     raise Failure(Exit.BAD_REQUEST, f"{rule}: {result.stderr.strip()}")
   return result.stdout.strip()
@@ -136,34 +124,25 @@ def _git(*words: str, rule: str = "git must succeed") -> str:
 
 def commit() -> str:
   """The hash of the last commit."""
-  rule = (
-    f"{ROOT} must be a git checkout with a commit, because the committed files"
-    " are sent"
-  )
+  rule = f"{ROOT} must be a git checkout with a commit, whose files are sent"
   return _git("rev-parse", "--verify", "HEAD^{commit}", rule=rule)
 
 
-def require_committed(config: str) -> None:
-  """Checks that a config is in the last commit."""
-  _config_text(config)
-
-
-def _config_text(config: str) -> str:
-  path = config.partition(":")[0]
+def require_committed(config: str) -> str:
+  """The text of a config in the last commit."""
   rule = (
     f"CONFIG ({config!r}) must be a file of the last commit, because the"
     " committed files are sent (commit it, or correct the name)"
   )
-  return _git("show", f"{commit()}:{path}", rule=rule)
+  return _git("show", f"{commit()}:{config.partition(':')[0]}", rule=rule)
 
 
 def is_committed(config: str) -> bool:
   """True if a config is in the last commit of this checkout, if it is one."""
   try:
-    require_committed(config)
-  except Failure:
+    return require_committed(config) is not None
+  except (Failure, FileNotFoundError):
     return False
-  return True
 
 
 def archive(version: str, path: pathlib.Path) -> None:
@@ -176,9 +155,13 @@ def clone(path: pathlib.Path) -> None:
   _git("clone", "--quiet", "--no-local", "--depth=1", str(ROOT), str(path))
 
 
-def count_uncommitted() -> int:
+def count_unsent(settings: pod_settings.Settings) -> int:
   """Counts the files with changes that will not be sent."""
-  return len(_git("status", "--porcelain").splitlines())
+  return 0 if settings.image else len(_git("status", "-s").splitlines())
+
+
+def _copy(cloud: gcloud.Gcloud, num_workers: int, files: list[str]) -> None:
+  _on_each(cloud, range(num_workers), lambda k: cloud.copy(k, files))
 
 
 def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
@@ -186,9 +169,8 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
   settings = cloud.settings
   version = settings.image or commit()
   with tempfile.TemporaryDirectory() as folder:
-    script = pathlib.Path(folder, gcloud.WORKER_SCRIPT)
-    script.write_bytes((ROOT / "launch/pod/worker.sh").read_bytes())
-    files = [str(script)]
+    files = [f"{folder}/{gcloud.WORKER_SCRIPT}"]
+    shutil.copy(ROOT / "launch/pod/worker.sh", files[0])
     words = ["setup-image", version]
     if not settings.image:
       path = pathlib.Path(folder, _ARCHIVE)
@@ -196,7 +178,7 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
       files.append(str(path))
       sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
       words = ["setup", version, sha256]
-    on_each(cloud, num_workers, lambda worker: cloud.copy(worker, files))
+    _copy(cloud, num_workers, files)
     _run_script(cloud, num_workers, *words)
   return version
 
@@ -211,7 +193,7 @@ def run(cloud: gcloud.Gcloud, num_workers: int, job: Job) -> None:
       path.touch(mode=0o600)
       lines = [f"{name}={x}\n" for name, x in settings.environment.items()]
       path.write_text("".join(lines), encoding="utf-8")
-      on_each(cloud, num_workers, lambda k: cloud.copy(k, [str(path)]))
+      _copy(cloud, num_workers, [str(path)])
   words = ["run", settings.workdir, settings.image, *job.words]
   _run_script(cloud, num_workers, *words)
 
@@ -277,23 +259,21 @@ class Status:
 def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
   """The status of one worker."""
   try:
-    text = cloud.run_on_worker(worker, _script("status"))
+    return Status.parse(cloud.run_on_worker(worker, [*_SCRIPT, "status"]))
   except Failure as failure:
     if failure.exit == Exit.NOT_SET_UP:
       return Status.parse("")
     raise
-  try:
-    return Status.parse(text)
   except ValueError as error:
     name = f"Worker {worker} of {cloud.settings.name}"
-    raise Failure(
-      Exit.WORKER_FAILED, f"{name} gave no valid status: {error}"
-    ) from error
+    message = f"{name} gave no valid status: {error}"
+    raise Failure(Exit.WORKER_FAILED, message) from error
 
 
 def status(cloud: gcloud.Gcloud, num_workers: int) -> list[Status]:
   """The status of each worker."""
-  return on_each(cloud, num_workers, lambda k: worker_status(cloud, k))
+  action = functools.partial(worker_status, cloud)
+  return _on_each(cloud, range(num_workers), action)
 
 
 def stop(cloud: gcloud.Gcloud, num_workers: int, *, kill: bool) -> None:
@@ -306,37 +286,26 @@ def logs(
   cloud: gcloud.Gcloud, workers: Sequence[int], lines: int, *, follow: bool
 ) -> None:
   """Prints the last lines of each log; `follow` adds new lines until Ctrl-C."""
-  command = _script("logs", str(lines), *(["follow"] if follow else []))
-  lock = threading.Lock()
+  command = [*_SCRIPT, "logs", str(lines), *["follow"] * follow]
 
-  def relay(worker: int, process: subprocess.Popen[str]) -> None:
+  def relay(worker: int) -> None:
     prefix = f"[worker {worker}] " if len(workers) > 1 else ""
-    for line in process.stdout or ():
-      with lock:
+    call = cloud.ssh_call(worker, command, _TERMINAL if follow else ())
+    with (
+      tempfile.TemporaryFile("w+") as errors,
+      cloud.start(
+        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+      ) as process,
+    ):
+      for line in process.stdout or ():
         text = printable(line.rstrip("\n"), keep="\t")
         sys.stdout.write(f"{prefix}{text}\n")
         sys.stdout.flush()
-
-  with contextlib.ExitStack() as stack:
-    relays = []
-    for worker in workers:
-      call = cloud.ssh_call(worker, command, _TERMINAL if follow else ())
-      errors = stack.enter_context(tempfile.TemporaryFile("w+"))
-      process = cloud.start(
-        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-      )
-      stack.enter_context(process)
-      stack.callback(process.terminate)
-      arguments = (worker, process)
-      thread = threading.Thread(target=relay, args=arguments, daemon=True)
-      thread.start()
-      relays.append((worker, process, errors, thread))
-    for *_, thread in relays:
-      thread.join()
-    for worker, process, errors, _ in relays:
-      returncode = process.wait()
+      code = process.wait()
       errors.seek(0)
-      cloud.check_worker(worker, returncode, errors.read())
+      cloud.check_worker(worker, code, errors.read())
+
+  _on_each(cloud, workers, relay, parallel=len(workers))
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
@@ -346,22 +315,23 @@ def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
   otherwise prints the command. A shared path is read by a worker.
   """
   settings = cloud.settings
-  if settings.bucket:
-    python = os.environ.get("GRPO_TPU_PYTHON") or f"{ROOT}/.venv/bin/python"
-    call = ["tensorboard", f"--logdir={settings.workdir}", "--host=localhost"]
-    # The fast loader reads only public buckets.
-    call += [f"--port={port}", "--load_fast=false"]
-    probe = [python, "-c", "import tensorboard"]
-    if not shutil.which(python) or subprocess.run(probe).returncode:
-      logging.warning("TensorBoard is not installed in this checkout; run:")
-      sys.stdout.write(shlex.join(call) + "\n")
-      return
-    with cloud.start([python, "-m", "tensorboard.main", *call[1:]]) as process:
-      if process.wait():
-        raise Failure(Exit.BAD_REQUEST, "TensorBoard failed; see above.")
+  if not settings.bucket:
+    forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
+    command = [*_SCRIPT, "tensorboard", str(port)]
+    call = cloud.ssh_call(0, command, forward)
+    with cloud.start(call, stderr=subprocess.PIPE) as process:
+      _, error = process.communicate()
+    cloud.check_worker(0, process.returncode, error)
     return
-  forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
-  call = cloud.ssh_call(0, _script("tensorboard", str(port)), forward)
-  with cloud.start(call, stderr=subprocess.PIPE) as process:
-    _, error = process.communicate()
-  cloud.check_worker(0, process.returncode, error)
+  python = os.environ.get("GRPO_TPU_PYTHON") or f"{ROOT}/.venv/bin/python"
+  # The fast loader reads only public buckets.
+  words = [f"--logdir={settings.workdir}", "--host=localhost"]
+  words += [f"--port={port}", "--load_fast=false"]
+  probe = [python, "-c", "import tensorboard"]
+  if not shutil.which(python) or subprocess.run(probe).returncode:
+    logging.warning("TensorBoard is not installed in this checkout; run:")
+    sys.stdout.write(shlex.join(["tensorboard", *words]) + "\n")
+    return
+  with cloud.start([python, "-m", "tensorboard.main", *words]) as process:
+    if process.wait():
+      raise Failure(Exit.BAD_REQUEST, "TensorBoard failed; see above.")

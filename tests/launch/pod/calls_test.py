@@ -39,7 +39,7 @@ VERBS = (
 def unchecked(monkeypatch):
   """The checks have tests of their own."""
   monkeypatch.setattr(check, "check", lambda settings, job: None)
-  monkeypatch.setattr(workers, "count_uncommitted", lambda: 0)
+  monkeypatch.setattr(workers, "count_unsent", lambda settings: 0)
   monkeypatch.setattr(check, "check_memory", lambda settings, job: ("ok", ""))
 
 
