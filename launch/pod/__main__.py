@@ -209,7 +209,7 @@ def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
     first = max(len(record.log) - arguments.lines, 0)
     lines = [f"[supervisor] {x}" for x in record.log[first:]]
   elif verb == "status" and record:
-    lines = [record.describe()]
+    lines = [str(record)]
   found = slices.find(cloud, assumed=slices.State.READY)
   if verb == "status":
     lives = dict(record.slices) if record else {}

@@ -4,7 +4,7 @@ import datetime
 import math
 import pathlib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from launch.pod import settings as pod_settings
@@ -13,46 +13,42 @@ from launch.pod import shapes
 _PRICES: dict[str, Any] = tomllib.loads(
   pathlib.Path(__file__).with_name("prices.toml").read_text(encoding="utf-8")
 )
-_NOTE = f"(estimate; list prices of {_PRICES['date']})"
-_COLUMNS = {"on-demand": 0, "spot": 1}
 
 
-def price_per_hour(settings: pod_settings.Settings, zone: str) -> float | None:
-  """The price of all slices of a run, in US dollars; None if it is unknown."""
+def _price_per_hour(settings: pod_settings.Settings, zone: str) -> float:
+  """The price of all slices of a run, in US dollars; NaN if it is unknown."""
   shape = shapes.SHAPES.get(settings.accelerator_type)
-  prices = _PRICES.get(shape.chip, {}) if shape else {}
-  price = prices.get(zone.rpartition("-")[0])
-  if shape is None or price is None or settings.capacity not in _COLUMNS:
-    return None
+  if shape is None:
+    return math.nan
+  prices = _PRICES.get(shape.chip, {}).get(zone.rpartition("-")[0], ())
+  by_capacity = dict(zip(("on-demand", "spot"), prices, strict=False))
   chips = shape.hosts * shape.chips_per_host * len(settings.nodes)
-  return price[_COLUMNS[settings.capacity]] * chips
+  return by_capacity.get(settings.capacity, math.nan) * chips
+
+
+def _describe(price: float) -> str:
+  amount = "price unknown" if math.isnan(price) else f"about ${price:.2f}"
+  return f"{amount} (estimate; list prices of {_PRICES['date']})."
 
 
 def describe_hour(settings: pod_settings.Settings, zone: str) -> str:
   """A sentence on the price of an hour."""
-  price = price_per_hour(settings, zone)
-  what = f"{settings.num_slices} x {settings.accelerator_type}"
-  what = f"An hour of {what} ({settings.capacity}) in {zone}"
-  if price is None:
-    return f"{what}: price unknown {_NOTE}."
-  return f"{what} costs about ${price:.2f} {_NOTE}."
+  slices = f"{settings.num_slices} x {settings.accelerator_type}"
+  price = _describe(_price_per_hour(settings, zone))
+  return f"An hour of {slices} ({settings.capacity}) in {zone}: {price}"
 
 
 def describe_total(
-  settings: pod_settings.Settings, slices: Iterable[tuple[str, float]]
+  settings: pod_settings.Settings, slices: Collection[tuple[str, float]]
 ) -> str:
   """A sentence on the cost so far of slices, from zones and hours."""
-  hours = total = 0.0
-  for zone, life in slices:
-    price = price_per_hour(settings, zone)
-    hours += life
-    total += life * (math.nan if price is None else price)
-  amount = "price unknown" if math.isnan(total) else f"about ${total:.2f}"
-  return f"So far: {hours:.1f} hours of slices, {amount} {_NOTE}."
+  hours = sum(life for _, life in slices)
+  price = sum(life * _price_per_hour(settings, zone) for zone, life in slices)
+  return f"So far: {hours:.1f} hours of slices, {_describe(price)}"
 
 
 def hours_since(create_time: str) -> float:
-  """The age of a slice in hours, from a time of the API."""
+  """The age of a slice in hours, from a time of the API; 0 if it is none."""
   try:
     start = datetime.datetime.fromisoformat(create_time)
     age = datetime.datetime.now(datetime.UTC) - start

@@ -18,7 +18,6 @@ import urllib.parse
 import uuid
 from typing import Any
 
-from data_pipelines.validation import printable
 from launch.pod import gcloud
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure
@@ -62,14 +61,9 @@ class Record:
   slices: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
   log: list[str] = dataclasses.field(default_factory=list)
 
-  def __post_init__(self):
-    self.machine = printable(str(self.machine))
-
-  def describe(self) -> str:
-    """The state and the last line of the log."""
-    state = "at work"
-    if self.exit_code is not None:
-      state = f"ended with exit code {self.exit_code}"
+  def __str__(self) -> str:
+    end = f"ended with exit code {self.exit_code}"
+    state = "at work" if self.exit_code is None else end
     return "; ".join([f"supervisor on {self.machine}: {state}", *self.log[-1:]])
 
 
@@ -102,7 +96,6 @@ class Lease(logging.Handler):
     self._generation = 0
     self._is_written = threading.Lock()
     self._end = threading.Event()
-    self._wake = threading.Event()
     self._reason: Exception | None = None  # Why the supervisor must end.
     self._thread = threading.Thread(target=self._renew_often, daemon=True)
 
@@ -126,7 +119,7 @@ class Lease(logging.Handler):
       self._take_stop()  # It was meant for another supervisor.
     self.record.slices, self.record.log = found.slices, found.log
     if is_killed:
-      logging.info("Watching if %s supervises this run.", found.machine)
+      logging.info("Watching if %r supervises this run.", found.machine)
       until = time.monotonic() + STALE_SECONDS
       while time.monotonic() < until:
         time.sleep(STALE_SECONDS / 8)
@@ -177,7 +170,6 @@ class Lease(logging.Handler):
         if found is None or found.owner != self.record.owner:
           message = "Another supervisor has taken over this run."
           self._reason = Failure(Exit.BUSY, message)
-          self._wake.set()
           raise self._reason from failure
         self._generation = generation
 
@@ -187,7 +179,6 @@ class Lease(logging.Handler):
         self.renew()
         if self._take_stop():
           self._reason = Stopped()
-          self._wake.set()
       except Failure as failure:
         logging.warning("The lease was not renewed: %s", failure)
 
@@ -203,6 +194,6 @@ class Lease(logging.Handler):
 
   def sleep(self, seconds: float) -> None:
     """Sleeps; raises `Stopped` or a failure if the supervisor must end."""
-    self._wake.wait(seconds)
+    self._thread.join(seconds)  # It ends early if there is a reason.
     if self._reason:
       raise self._reason

@@ -3,6 +3,7 @@
 `readiness.toml` has the calls of gcloud.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -10,16 +11,12 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launch.pod import gcloud, lease, shapes, workers
+from launch.pod import gcloud, lease, workers
 from launch.pod.exits import Exit, Failure
 
 _TABLE = tomllib.loads(
   pathlib.Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )
-# A run may start in spite of these.
-_PASSING = (Exit.NETWORK, Exit.UNAVAILABLE)
-# Buckets of several regions lie in these.
-_CONTINENTS = {"us": "us", "europe": "eu", "asia": "asia"}
 
 
 def check_cloud(
@@ -28,29 +25,26 @@ def check_cloud(
   """Checks the project; yields "ok", "WRONG" or "not tested", and why."""
   settings = cloud.settings
   values = {**vars(settings), "bucket": settings.bucket or ""}
-  values["file"] = str(pathlib.Path(__file__).with_name("__init__.py"))
-  values["url"] = lease.url(settings, "check") if settings.bucket else ""
-  paths = re.findall(r"gs://[^\s'\",()]+", " ".join(job.flags))
-  for item in _TABLE["item"]:
-    if only_cheap and "is_cheap" not in item:
-      continue
-    results = {}
-    for zone in settings.zones:
-      values["zone"], values["region"] = zone, zone.rpartition("-")[0]
-      continent = zone.partition("-")[0]
-      values["continent"] = _CONTINENTS.get(continent, continent)
-      # Only the last item is about a path.
-      for values["path"] in paths or [""]:
-        name = _fill(item["name"], values)
-        if name not in results:
-          results[name] = _check_item(cloud, item, values, only_cheap)
-    yield from results.values()
+  values |= {"file": __file__, "url": lease.url(settings, "check")}
+  paths = re.findall(r"gs://[^\s'\",()]+", " ".join(job.flags)) or [""]
+  items = [x for x in _TABLE["item"] if "is_cheap" in x or not only_cheap]
+  seen = set()
+  for item, zone, path in itertools.product(items, settings.zones, paths):
+    values |= {"zone": zone, "region": zone.rpartition("-")[0], "path": path}
+    # Buckets of several regions lie in "us", "eu" or "asia".
+    values["continent"] = zone.partition("-")[0].replace("europe", "eu")
+    missing = [x for x in item.get("needs", ()) if not values[x]]
+    name = item["name"].format_map(values)
+    if missing:
+      name = f"{missing[0].replace('_', ' ')}: none is named"
+    if name not in seen:
+      verdict, reason = "not tested", ""
+      if not missing:
+        verdict, reason = _check_item(cloud, item, values, only_cheap)
+      yield verdict, name + reason
+    seen.add(name)
   if not only_cheap:
     yield from (_check_quota(cloud, zone) for zone in settings.zones)
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-  return re.sub(r"\{([a-z_]+)\}", lambda match: values[match[1]], text)
 
 
 def _check_item(
@@ -59,57 +53,51 @@ def _check_item(
   values: Mapping[str, str],
   only_cheap: bool,
 ) -> tuple[str, str]:
-  name = _fill(item["name"], values)
-  if not values[item.get("needs", "project")]:
-    return "not tested", f"{item['name']}: none is named"
-  reason = ""
+  """The verdict, and what follows the name."""
+  pattern, reason = item.get("expects", "").format_map(values), ""
   for call in item["calls"]:
     try:
-      output = cloud.call(*[_fill(x, values) for x in call.split()]).stdout
+      output = cloud.call(*[x.format_map(values) for x in call.split()]).stdout
     except Failure as failure:
-      if "is_private" in item or (only_cheap and failure.exit in _PASSING):
-        return "not tested", f"{name}: {failure}"
+      # A run may start in spite of a network that is away for a moment.
+      is_brief = failure.exit in (Exit.NETWORK, Exit.UNAVAILABLE)
+      if "is_private" in item or (only_cheap and is_brief):
+        return "not tested", f": {failure}"
       reason = str(failure)
     else:
-      pattern = _fill(item.get("expects", ""), values)
       if cloud.dry_run or re.search(pattern, output):
-        return "ok", name
+        return "ok", ""
       reason = " ".join(output.split()) or "nothing is there"
-  return "WRONG", f"{name}: {reason}\n  {_fill(item['remedy'], values)}"
+  return "WRONG", f": {reason}\n  {item['remedy'].format_map(values)}"
 
 
 def _check_quota(cloud: gcloud.Gcloud, zone: str) -> tuple[str, str]:
   """Compares the cores of the slices with the quota of a zone."""
-  settings = cloud.settings
-  shape = shapes.SHAPES.get(settings.accelerator_type)
-  pattern = _TABLE["quota"].get(shape.chip, "$.") if shape else "$."
-  is_spot = settings.capacity == "spot"
-  words = ["alpha", "services", "quota", "list", "--format=json"]
-  words += ["--service=tpu.googleapis.com"]
-  words += [f"--consumer=projects/{settings.project}"]
+  settings, table, name = cloud.settings, _TABLE["quota"], f"quota in {zone}"
+  kind, _, cores = settings.accelerator_type.rpartition("-")
+  needed = int(cores) * len(settings.nodes)
+  call = table["call"].format(project=settings.project).split()
+  places = ({"zone": zone}, {"region": zone.rpartition("-")[0]})
   limits = []
   try:
-    for metric in json.loads(cloud.call(*words).stdout or "[]"):
-      name = str(metric.get("metric")).lower()
-      is_other = "serving" in name or ("preemptible" in name) != is_spot
-      if is_other or not re.search(pattern, name):
+    for quota in json.loads(cloud.call(*call).stdout or "[]"):
+      metric = str(quota.get("metric")).lower()
+      is_ours = re.search(table.get(kind, "$."), metric)
+      is_spot = "preemptible" in metric
+      if "serving" in metric or is_spot != (settings.capacity == "spot"):
         continue
-      for limit in metric.get("consumerQuotaLimits", ()):
-        for bucket in limit.get("quotaBuckets", ()):
-          where = bucket.get("dimensions", {})
-          if where in ({"zone": zone}, {"region": zone.rpartition("-")[0]}):
-            limits.append(int(bucket.get("effectiveLimit", 0)))
+      limits += [
+        int(bucket.get("effectiveLimit", 0))
+        for limit in quota.get("consumerQuotaLimits", ())
+        for bucket in limit.get("quotaBuckets", ())
+        if is_ours and bucket.get("dimensions") in places
+      ]
   except (Failure, TypeError, ValueError, AttributeError) as error:
-    return "not tested", f"quota in {zone}: gcloud cannot tell: {error}"
-  needed = int(settings.accelerator_type.rpartition("-")[2])
-  needed *= len(settings.nodes)
-  known = [limit for limit in limits if limit >= 0]  # -1 is unlimited.
+    return "not tested", f"{name}: gcloud cannot tell: {error}"
   if not limits:
-    return "not tested", f"quota in {zone}: gcloud lists none that is known"
-  if min(known, default=needed) >= needed:
-    return "ok", f"quota in {zone} for {needed} cores, if nothing else runs"
-  page = "https://console.cloud.google.com/iam-admin/quotas?project="
-  return "WRONG", (
-    f"quota in {zone}: {min(known)} of {needed} cores\n  Ask for more at"
-    f" {page}{settings.project}&service=tpu.googleapis.com"
-  )
+    return "not tested", f"{name}: gcloud lists none that is known"
+  limit = min((x for x in limits if x >= 0), default=needed)  # -1: unlimited.
+  if limit >= needed:
+    return "ok", f"{name} for {needed} cores, if nothing else runs"
+  remedy = table["remedy"].format(project=settings.project)
+  return "WRONG", f"{name}: {limit} of {needed} cores\n  {remedy}"

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_pipelines import validation
@@ -203,7 +203,11 @@ def _create_words(settings: pod_settings.Settings) -> list[str]:
 
 
 def wait(
-  cloud: gcloud.Gcloud, *, timeout_seconds: float, poll_seconds: float
+  cloud: gcloud.Gcloud,
+  *,
+  timeout_seconds: float,
+  poll_seconds: float,
+  sleep: Callable[[float], None] = time.sleep,
 ) -> Slice:
   """Waits until the slice is ready."""
   deadline = time.monotonic() + timeout_seconds
@@ -214,7 +218,7 @@ def wait(
     remaining = deadline - time.monotonic()
     if found.state != State.PENDING or remaining <= 0:
       raise found.failure(cloud.settings.name)
-    time.sleep(min(poll_seconds, remaining))
+    sleep(min(poll_seconds, remaining))
 
 
 def delete(cloud: gcloud.Gcloud) -> None:

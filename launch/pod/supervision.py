@@ -11,11 +11,15 @@ from launch.pod.exits import Exit, Failure
 
 State = slices.State
 
-_ABORTED = 134  # SIGABRT: JAX ended the process.
 _LOST = -1  # The process vanished without an exit code.
-_KILLED = (_LOST, 137, 143)
-
-_RESTART_AFTER = (*_KILLED, ExitCode.STUCK, _ABORTED, ExitCode.PREEMPTED)
+# The most informative exit code first; None stands for all others (1 and the
+# like). A killed host takes the others down, whatever they report. A wrong
+# setting explains an error, and an error explains a silent or stuck host, as
+# with SIGABRT (134). Preemption is no failure.
+_PRIORITY = (
+  *(_LOST, 137, 143, ExitCode.BAD_INPUT, None, ExitCode.STUCK, 134),
+  *(ExitCode.PREEMPTED, ExitCode.DONE),
+)
 
 # Time ends these failures. They are no failed starts.
 _WAITING = (*(Exit.NO_CAPACITY, Exit.TIMEOUT, Exit.NETWORK, Exit.UNAVAILABLE),)
@@ -27,23 +31,11 @@ _FAILED_STARTS = (
 _LONG_WAIT_SECONDS = 600.0
 _DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
 
-# The most informative exit code first; None stands for all others (1 and the
-# like). A killed host takes the others down, whatever they report. A wrong
-# setting explains an error, and an error explains a silent or stuck host.
-# Preemption is no failure.
-_PRIORITY = (
-  *(*_KILLED, ExitCode.BAD_INPUT, None, ExitCode.STUCK, _ABORTED),
-  *(ExitCode.PREEMPTED, ExitCode.DONE),
-)
-
 
 def run_exit_code(codes: Sequence[int]) -> int:
   """The code of the host that explains why the run ended."""
-
-  def rank(code: int) -> int:
-    return _PRIORITY.index(code if code in _PRIORITY else None)
-
-  return min(codes, key=rank)
+  ranks = {code: rank for rank, code in enumerate(_PRIORITY)}
+  return min(codes, key=lambda code: ranks.get(code, ranks[None]))
 
 
 @dataclasses.dataclass
@@ -54,9 +46,8 @@ class Supervisor:
   job: workers.Job
   queue_seconds: float  # The longest wait for a slice.
   poll_seconds: float  # The time between two checks.
-  # The pause before the first restart without a new step, and after the first
-  # of some failures that only time ends. It doubles with each further one, up
-  # to 15 minutes.
+  # The first pause before a restart without a new step, and between failures
+  # that only time ends. It doubles each time, up to 15 minutes.
   pause_seconds: float
   held: lease.Lease | None = None  # None without a bucket.
   _step: int = -1
@@ -66,7 +57,6 @@ class Supervisor:
   _made_step: bool = False  # This attempt made a new step.
   _has_slice: bool = False  # This attempt has a ready slice.
   _had_slice: bool = False  # An attempt had one.
-  _is_late: bool = False  # The last attempt waited too long for its slice.
 
   def supervise(self) -> int:
     """Keeps the run alive until it is done or a restart cannot help.
@@ -92,41 +82,36 @@ class Supervisor:
       is_failed_start, start = True, time.monotonic()
       try:
         code, was_stopped = self._attempt()
-      except Failure as error:
-        failure = self._explain(error)
-        reason = f"{failure} (exit code {failure.exit}, {failure.exit.name})"
-        # A request that fails after a long wait was not served in time.
-        is_quick = time.monotonic() - start < _LONG_WAIT_SECONDS
-        is_failed_start = (
-          failure.exit == Exit.QUOTA
-          or (failure.exit == Exit.FAILED and is_quick)
-          or (self._has_slice and failure.exit not in _WAITING)
-        )
-        self._is_late = failure.exit == Exit.TIMEOUT
-      else:
         if was_stopped or not self._may_repeat(code):
           return code
         reason = f"The run ended with exit code {code}."
-      if is_failed_start:
-        if self._restarts >= limit:
-          raise Failure(
-            Exit.RESTARTS_SPENT,
-            f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
-          )
-        self._restarts += 1
-        words = (
-          f"Restart {self._restarts} of at most {limit} without a new step"
+      except Failure as failure:
+        code = self._classify(failure)
+        reason = f"{failure} (exit code {code}, {code.name})"
+        # A request that fails after a long wait was not served in time.
+        is_quick = time.monotonic() - start < _LONG_WAIT_SECONDS
+        is_refused = is_quick and code in (Exit.QUOTA, Exit.FAILED)
+        is_failed_start = code not in _WAITING and (
+          self._has_slice or is_refused
         )
-      else:
-        self._waits += 1
-        words = "The next attempt is"
+      if is_failed_start and self._restarts >= limit:
+        raise Failure(
+          Exit.RESTARTS_SPENT,
+          f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
+        )
+      self._restarts += is_failed_start
+      self._waits += not is_failed_start
       doublings = (self._restarts if is_failed_start else self._waits) - 1
       pause = min(self.pause_seconds * 2.0 ** min(doublings, 20), 900.0)
-      logging.warning("%s\n%s, in %.0f s.", reason, words, pause)
+      logging.warning(
+        "%s\nThe next attempt is in %.0f s, after %d of at most %d failed"
+        " starts without a new step.",
+        *(reason, pause, self._restarts, limit),
+      )
       self._sleep(pause)
 
-  def _explain(self, failure: Failure) -> Failure:
-    """The failure with a more exact exit code; raises it if it will last."""
+  def _classify(self, failure: Failure) -> Exit:
+    """The exact kind of a failure; raises it if it will last."""
     code = failure.exit
     if code == Exit.FAILED:
       # The reason of a request that failed is an error of the API, too.
@@ -134,15 +119,14 @@ class Supervisor:
       code = Exit.FAILED if code == Exit.GCLOUD else code
     # A slice that was taken away counts for a while.
     is_short = code == Exit.QUOTA and self._had_slice
-    failure = Failure(code, str(failure))
     if code in (*_WAITING, *_FAILED_STARTS) or is_short:
-      return failure
-    raise failure
+      return code
+    raise Failure(code, str(failure))
 
   def _may_repeat(self, code: int) -> bool:
     """True if another start may do better than a run with this exit code."""
-    if code in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
-      return code in _RESTART_AFTER
+    if code in _PRIORITY:
+      return code not in (ExitCode.DONE, ExitCode.BAD_INPUT)
     # A machine may fail at the start, as when its TPU is still held.
     self._errors += 1
     return self._errors == 1 and not self._made_step
@@ -161,7 +145,10 @@ class Supervisor:
     while True:
       self._sleep(0 if self.cloud.dry_run else self.poll_seconds)
       # The API knows of a preemption before ssh fails.
-      self._note_cost(slices.require_ready(self.cloud))
+      found = slices.require_ready(self.cloud)
+      if self.held and found.create_time:
+        life = (self.cloud.zone, cost.hours_since(found.create_time))
+        self.held.record.slices |= {found.create_time: life}
       status = workers.worker_status(self.cloud, 0)
       if status.step > self._step:
         if self._step >= 0:  # An earlier supervisor may have seen the first.
@@ -172,38 +159,27 @@ class Supervisor:
         return self._wait_for_end(num_workers)
 
   def _sleep(self, seconds: float) -> None:
-    if self.held:
-      self.held.sleep(seconds)
-    else:
-      time.sleep(seconds)
-
-  def _note_cost(self, found: slices.Slice) -> None:
-    if self.held and found.create_time:
-      life = (self.cloud.zone, cost.hours_since(found.create_time))
-      record = self.held.record
-      record.slices = record.slices | {found.create_time: life}
+    (self.held.sleep if self.held else time.sleep)(seconds)
 
   def _ready_slice(self) -> slices.Slice:
     """Creates the slice if necessary and waits until it is ready."""
     found = slices.find(self.cloud, assumed=State.ABSENT)
-    # Another zone may be quicker.
-    is_late = self._is_late and len(self.cloud.settings.zones) > 1
-    is_dead = found.state in _DEAD
-    self._had_slice = self._had_slice or is_dead
-    if is_dead or (is_late and found.state == State.PENDING):
+    if found.state in _DEAD:
+      self._had_slice = True
       slices.delete(self.cloud)
-      found = dataclasses.replace(found, state=State.ABSENT)
-    if found.state == State.ABSENT:
+    if found.state in (State.ABSENT, *_DEAD):
       slices.create(self.cloud)
-      found = slices.find(self.cloud, assumed=State.READY)
-    deadline = time.monotonic() + self.queue_seconds
-    while found.state != State.READY:
-      remaining = deadline - time.monotonic()
-      if found.state != State.PENDING or remaining <= 0:
-        raise found.failure(self.cloud.settings.name)
-      self._sleep(min(self.poll_seconds, remaining))
-      found = slices.find(self.cloud, assumed=State.READY)
-    return found
+    try:
+      return slices.wait(
+        self.cloud,
+        timeout_seconds=self.queue_seconds,
+        poll_seconds=self.poll_seconds,
+        sleep=self._sleep,
+      )
+    except Failure as failure:
+      if failure.exit == Exit.TIMEOUT and len(self.cloud.settings.zones) > 1:
+        slices.delete(self.cloud)  # Another zone may be quicker.
+      raise
 
   def _start(self, statuses: Sequence[workers.Status]) -> None:
     version = self.cloud.settings.image or workers.commit()
@@ -225,7 +201,7 @@ class Supervisor:
       codes = [ExitCode.DONE]
     logging.info("Exit codes of the workers: %s.", [*map(int, codes)])
     code = run_exit_code(codes)
-    if code not in (ExitCode.DONE, ExitCode.BAD_INPUT, *_RESTART_AFTER):
+    if code not in _PRIORITY:
       # A vanishing slice also looks like an error to its last hosts.
       self._sleep(self.poll_seconds)
       slices.require_ready(self.cloud)

@@ -159,7 +159,7 @@ def test_the_record_keeps_log_and_costs_of_earlier_supervisors(storage):
   assert storage.record["exit_code"] == Exit.QUOTA
   assert storage.record["slices"]["2026-01-01T00:00:00Z"][1] == 2.0
   record, _ = lease.read(storage)
-  assert record and "ended with exit code 80; too small" in record.describe()
+  assert record and "ended with exit code 80; too small" in str(record)
 
 
 def test_a_crash_leaves_the_lease_to_grow_stale(storage):

@@ -10,7 +10,8 @@ from launch.pod import check, exits, readiness, workers
 from tests.launch.pod import fake_cloud
 
 Exit = exits.Exit
-PATH = "--config.data.dir=gs://my-bucket/data"
+DATA = "gs://my-bucket/data"
+PATH = f"--config.data.dir={DATA}"
 CONFIG = "configs/my config.py"
 
 
@@ -164,6 +165,15 @@ def test_the_cheap_part_asks_for_the_bucket_alone():
   project = Project()
   assert project.wrong(only_cheap=True) == []
   assert len(project.calls) == 1 and "buckets describe" in project.calls[0]
+
+
+def test_without_a_bucket_its_items_are_not_tested():
+  account = "a@p.iam.gserviceaccount.com"
+  project = Project(WORKDIR="/shared/run", SERVICE_ACCOUNT=account)
+  assert project.wrong() == []
+  assert ("not tested", "bucket: none is named") in project.results
+  assert not [text for _, text in project.results if "{" in text]
+  assert [x for x in project.calls if "storage" in x] == [f"storage ls {DATA}"]
 
 
 def test_each_zone_is_checked_once():

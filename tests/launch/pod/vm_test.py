@@ -98,7 +98,7 @@ def machine(laptop, cloud, tmp_path):
   flags = ("--poll=0.5", "--pause=0.1", CONFIG, "--", "--config.a=it's $HOME")
   done = laptop.tpu("supervise", "--on-vm", *flags)
   assert done.returncode == 0, done.stderr
-  assert "in europe-west4-b costs about $7.12 (estimate;" in done.stderr
+  assert "in europe-west4-b: about $7.12 (estimate;" in done.stderr
   return Machine(tmp_path, cloud, laptop)
 
 
