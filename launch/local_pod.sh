@@ -92,12 +92,8 @@ say "Started $hosts hosts of $devices devices; logs: $logs/host-K.log"
 # Bash lists its running children, so a reused process id does not matter.
 is_running() { [[ $'\n'$(jobs -rp)$'\n' == *$'\n'"${pids[$1]}"$'\n'* ]]; }
 
-send() {
-  local host
-  for ((host = 0; host < hosts; host++)); do
-    if is_running "$host"; then kill "-$1" "${pids[$host]}" || true; fi
-  done 2>/dev/null
-}
+# shellcheck disable=SC2046 # A word for each process.
+send() { kill "-$1" $(jobs -rp) 2>/dev/null || true; }
 
 # The program treats SIGTERM as a preemption notice.
 # shellcheck disable=SC2329 # Called by the trap.

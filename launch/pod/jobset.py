@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import string
-from typing import Any
 
 from data_pipelines import validation
 from launch.pod import settings as pod_settings
@@ -36,8 +35,7 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
   }
   if settings.capacity in ("spot", "flex-start"):
     nodes[f"cloud.google.com/gke-{settings.capacity}"] = "true"
-  if settings.reservation:
-    name = settings.reservation.rpartition("/")[2]
+  if name := settings.reservation.rpartition("/")[2]:
     nodes["cloud.google.com/reservation-name"] = name
   volumes, mounts = [], []
   if not settings.bucket:
@@ -45,23 +43,22 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
     path = {"path": settings.workdir, "type": "Directory"}
     volumes = [{"name": "workdir", "hostPath": path}]
     mounts = [{"name": "workdir", "mountPath": settings.workdir}]
+  variables = []
+  for name, value in settings.environment.items():
+    source = {"secretKeyRef": {"name": settings.name, "key": name}}
+    plain = {"value": value.replace("$", "$$")}
+    found = {"valueFrom": source} if _SECRET.search(name) else plain
+    variables.append({"name": name} | found)
   words = [*job.words, f"--workdir={settings.workdir}"]
-  values = {
-    "name": settings.name,
-    "namespace": settings.kubernetes_namespace,
+  numbers = ("max_restarts", "num_slices", "grace_seconds")
+  values = vars(settings) | {
+    **{name: int(getattr(settings, name)) for name in numbers},
     "labels": dict(x.split("=") for x in settings.all_labels.split(",")),
-    "max_restarts": int(settings.max_restarts),
-    "slices": int(settings.num_slices),
     "hosts": shape.hosts,
-    "service_account": settings.kubernetes_service_account,
-    "grace_seconds": int(settings.grace_seconds),
     "node_selector": nodes,
-    "image": settings.image,
     # Kubernetes would expand $(NAME) in arguments; $$ stands for $.
     "args": [word.replace("$", "$$") for word in words],
-    "env": [
-      _variable(settings.name, *item) for item in settings.environment.items()
-    ],
+    "env": variables,
     "chips": {"google.com/tpu": str(shape.chips_per_host)},
     "volumes": volumes,
     "mounts": mounts,
@@ -71,11 +68,3 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
   return string.Template(template.read_text(encoding="utf-8")).substitute(
     {name: json.dumps(x, ensure_ascii=False) for name, x in values.items()}
   )
-
-
-def _variable(secret: str, name: str, value: str) -> dict[str, Any]:
-  """An environment variable of the container."""
-  if _SECRET.search(name):
-    source = {"secretKeyRef": {"name": secret, "key": name}}
-    return {"name": name, "valueFrom": source}
-  return {"name": name, "value": value.replace("$", "$$")}

@@ -37,11 +37,10 @@ class Settings(types.SimpleNamespace):
         is_valid = re.fullmatch(rule["pattern"], part, re.ASCII) is not None
         is_valid = is_valid and validation.printable(part) == part
         is_valid = is_valid or (part == "" and rule.get("optional", False))
-        is_quoted = part[:1] in ("'", '"') and part[:1] == part[-1:]
-        remedy = rule["remedy"] + " without quotes" * is_quoted
         if rule.get("is_secret"):
           part = part and part[: part.find("=") + 1] + "..."
-        validation.require(is_valid, name, part, f"be {rule['rule']}", remedy)
+        words = (f"be {rule['rule']}", rule["remedy"])
+        validation.require(is_valid, name, part, *words)
       for extra in rule.get("with", ()):
         other = getattr(self, extra["other"].lower())
         holds = bool(re.fullmatch(extra["pattern"], value))
@@ -74,8 +73,8 @@ class Settings(types.SimpleNamespace):
   @property
   def bucket(self) -> str | None:
     """The bucket of the workdir; None if the workdir is a path."""
-    match = re.fullmatch(RULES["WORKDIR"]["pattern"], self.workdir)
-    return match["bucket"] if match else None
+    is_bucket = self.workdir.startswith("gs://")
+    return self.workdir.split("/")[2] if is_bucket else None
 
 
 def parse(text: str) -> Settings:

@@ -211,14 +211,12 @@ def wait(
 ) -> Slice:
   """Waits until the slice is ready."""
   deadline = time.monotonic() + timeout_seconds
-  while True:
-    found = find(cloud, assumed=State.READY)
-    if found.state == State.READY:
-      return found
+  while (found := find(cloud, assumed=State.READY)).state != State.READY:
     remaining = deadline - time.monotonic()
     if found.state != State.PENDING or remaining <= 0:
       raise found.failure(cloud.settings.name)
     sleep(min(poll_seconds, remaining))
+  return found
 
 
 def delete(cloud: gcloud.Gcloud) -> None:
@@ -229,10 +227,8 @@ def delete(cloud: gcloud.Gcloud) -> None:
     logging.info("%s does not exist: nothing to delete.", settings.name)
     return
   _require_ours(settings, found)
-  if found.is_queued:
-    cloud.tpus("queued-resources", "delete", settings.name, "--force")
-  else:
-    cloud.tpus("tpu-vm", "delete", settings.name)
+  words = ["queued-resources", "delete", settings.name, "--force"]
+  cloud.tpus(*(words if found.is_queued else ["tpu-vm", *words[1:3]]))
   logging.info("Deleted %s.", settings.name)
   # The next slice is tried in the next zone first.
   zones = settings.zones

@@ -32,9 +32,7 @@ is_running() {
   [[ -e $state/lock ]] && ! flock -n "$state/lock" true
 }
 
-require_no_run() {
-  ! is_running || fail 92 "A run exists on this worker."
-}
+require_no_run() { ! is_running || fail 92 "A run exists on this worker."; }
 
 # Most runtimes have an older Python than 3.12.
 ensure_python() {
@@ -92,12 +90,10 @@ setup_image() {
 # libtpu leaves its lock behind when it is killed, and then refuses to start. Only
 # root sees the files that all processes hold.
 remove_stale_lock() {
-  local root=(sudo -n)
-  if ! command -v sudo >/dev/null; then root=(); fi
   # shellcheck disable=SC2016 # The inner shell expands $0.
-  "${root[@]}" bash -c 'find /proc/[0-9]*/fd \( -lname "$0" -o -lname \
-    "/dev/accel*" -o -lname "/dev/vfio/[0-9]*" \) 2>/dev/null | grep -q . ||
-    rm -f "$0"' /tmp/libtpu_lockfile 2>/dev/null || true
+  sudo -n bash -c 'find /proc/[0-9]*/fd \( -lname "$0" -o -lname "/dev/accel*" \
+    -o -lname "/dev/vfio/[0-9]*" \) 2>/dev/null | grep -q . || rm -f "$0"' \
+    /tmp/libtpu_lockfile 2>/dev/null || true
 }
 
 run() {
@@ -149,41 +145,31 @@ run() {
   fail 1 "The run did not start; read its logs."
 }
 
-# Becomes a command, with the variables of the run's environment.
-with_environment() {
-  local grpo_tpu_env
-  if [[ -s $state/env ]]; then
-    mapfile -t grpo_tpu_env <"$state/env"
-    export "${grpo_tpu_env[@]}"
-  fi
-  exec "$@"
-}
-
-# Runs the program and records its exit code.
+# Runs the program, with the variables of its environment; records its exit code.
 guard() {
   local exit_code pid
   # A machine that shuts down signals every process; the program must save first.
   trap : HUP TERM
   printf '%s the run starts: %s\n' "$(date -u +%FT%TZ)" "${*@Q}"
-  (with_environment "$@") &
+  (
+    if [[ -s $state/env ]]; then
+      mapfile -t grpo_tpu_env <"$state/env"
+      export "${grpo_tpu_env[@]}"
+    fi
+    exec "$@"
+  ) &
   pid=$!
-  write pid "$pid"
+  echo "$pid" >"$state/pid"
   while
     exit_code=0
     wait "$pid" || exit_code=$?
     kill -0 "$pid" 2>/dev/null
   do :; done
-  write exit_code "$exit_code"
+  echo "$exit_code" >"$state/exit_code"
   printf '%s the run ended with exit code %s\n' "$(date -u +%FT%TZ)" \
     "$exit_code"
   # Bash reads this file as it runs, and a setup may have replaced the file.
   exit
-}
-
-# Writes a file of the state atomically.
-write() {
-  printf '%s\n' "$2" >"$state/$1.new"
-  mv "$state/$1.new" "$state/$1"
 }
 
 # Prints NAME=TEXT for the last log line of this run whose text, behind the
@@ -207,13 +193,10 @@ status() {
   elif [[ -s $state/pid ]]; then
     # The machine went down, or someone killed the guard too.
     echo state=lost
-  else
-    echo state=none
   fi
-  if [[ -e $state/stopped ]]; then echo stopped=1; fi
-  for file in "$state"/{exit_code,workdir} "$code/COMMIT"; do
+  for file in "$state"/{stopped,exit_code,workdir} "$code/COMMIT"; do
     name=${file##*/}
-    if [[ -s $file ]]; then echo "${name,,}=$(cat "$file")"; fi
+    if [[ -s $file ]]; then echo "${name,,}=$(<"$file")"; fi
   done
   [[ -s $state/workdir ]] || return 0
   last_said progress '(step [0-9]+\/[0-9]+ .*)'
@@ -230,8 +213,7 @@ status() {
 
 logs() {
   [[ -e $output ]] || fail 96 "This worker has no run."
-  if [[ ${2:-} ]]; then exec tail -n "$1" -F "$output"; fi
-  exec tail -n "$1" "$output"
+  exec tail -n "$1" ${2:+-F} "$output"
 }
 
 # Signals the program alone, which ends its own reward workers. The program may
@@ -245,15 +227,11 @@ signal() {
 }
 
 stop() {
-  local seconds=$1
   if ! is_running; then return; fi
   # Tells `supervise` not to restart the run.
-  touch "$state/stopped"
+  echo 1 >"$state/stopped"
   signal TERM
-  for ((; seconds > 0; seconds--)); do
-    sleep 1
-    if ! is_running; then return; fi
-  done
+  if flock --wait "$1" "$state/lock" true; then return; fi
   [[ ${2:-} ]] || fail 85 "The run has not ended after $1 s: wait and \`stop\` \
 again, or \`stop --kill\`, which loses unsaved work."
   signal KILL
