@@ -227,8 +227,8 @@ def delete(cloud: gcloud.Gcloud) -> None:
     logging.info("%s does not exist: nothing to delete.", settings.name)
     return
   _require_ours(settings, found)
-  words = ["queued-resources", "delete", settings.name, "--force"]
-  cloud.tpus(*(words if found.is_queued else ["tpu-vm", *words[1:3]]))
+  kind = "queued-resources" if found.is_queued else "tpu-vm"
+  cloud.tpus(kind, "delete", settings.name, *["--force"] * found.is_queued)
   logging.info("Deleted %s.", settings.name)
   # The next slice is tried in the next zone first.
   zones = settings.zones
