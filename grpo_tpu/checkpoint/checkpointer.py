@@ -1,19 +1,16 @@
 """Saves checkpoints during training, and restores them onto any mesh.
 
-Knows nothing about the contents of a state: any tree of jax arrays will do,
-typed keys included. Orbax writes a new checkpoint beside the newest good one,
-and renames it when it is complete; in a bucket it writes `commit_success.txt`
-instead. Then a manifest of sizes and checksums is written, and only then are
-older checkpoints deleted. So a process killed at any point leaves a checkpoint
-to resume from, and damage is found before use.
+A state is any tree of jax arrays, typed keys included. Orbax writes a new
+checkpoint beside the newest good one, and renames it when it is complete; in a
+bucket it writes `commit_success.txt` instead. Then a manifest of sizes and
+checksums is written, and only then are older checkpoints deleted. So a process
+killed at any point leaves a checkpoint to resume from, and damage is found
+before use. All processes of a run call every method, in the same order, and all
+learn of an error on any of them.
 
-All processes of a run call every method, in the same order, and all learn of
-an error on any of them.
-
-Orbax alone restores a flipped byte, casts a leaf whose dtype has changed, and
-reports a failed save only at the next save; here each of these is an error.
-Its `CheckpointManager` is not used: see docs/adr/0013. Orbax is described in
-https://orbax.readthedocs.io/en/latest/guides/checkpoint/.
+References:
+  https://orbax.readthedocs.io/en/latest/guides/checkpoint/
+  Why not its `CheckpointManager`: docs/adr/0013.
 """
 
 import concurrent.futures
@@ -31,8 +28,7 @@ from orbax.checkpoint.options import FileOptions
 
 from data_pipelines.storage import paths
 from grpo_tpu.checkpoint import finite, manifest, reader, retention
-from grpo_tpu.checkpoint.directory_lock import DirectoryLock
-from grpo_tpu.checkpoint.lease import Lease
+from grpo_tpu.checkpoint.directory_lock import DirectoryLock, Lease
 from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.distributed import collectives
@@ -71,21 +67,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   ) -> None:
     """Creates and locks `directory`, and removes interrupted saves from it.
 
-    Args:
-      directory: Path on a disk or in a bucket.
-      config: The settings.
-      before_commit: Called in a thread of process 0 when the arrays of a save
-        are written. The checkpoint does not count before it has returned.
+    A thread of process 0 calls `before_commit` when the arrays of a save are
+    written. The checkpoint does not count before it has returned.
 
     Raises:
       CheckpointError: The directory cannot be written, or another run holds it.
     """
     self.failures = self.refusals = self.quarantined = 0
-    self._failures_in_row = 0
-    self._failing_since = 0.0
-    self._last_failure = ""
+    # The times and reasons of the last saves, all of which have failed.
+    self._failing: list[tuple[float, str]] = []
     self._is_late = False  # A due step was not saved.
-    self._last_save: tuple[Any, ...] = ()  # The arguments, to repeat it.
+    # The arguments of a save that is pending or failed, to repeat it.
+    self._last_save: tuple[Any, ...] = ()
     self._block_seconds = 0.0
     self._config = config
     self._directory = paths.absolute(directory)
@@ -103,24 +96,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
     self._pending: concurrent.futures.Future[None] | None = None
-    self._pending_info: CheckpointInfo | None = None
     self._removal: concurrent.futures.Future[None] | None = None
     self._save_time = time.monotonic()
-    if error := reader.ask_first_process(self._open_directory):
+    failing = f"checkpoints cannot be written in {self._directory}"
+    if error := _error_of(self._open_directory, failing):
       raise CheckpointError(error)
-    saved = reader.broadcast_checkpoints(self._directory)
-    self._saved = retention.drop_scores(saved, config.scored_by)
+    self._saved = reader.broadcast_checkpoints(self._directory)
 
   def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+    # Several processes could wait forever for one that has failed.
+    is_over = error is None or collectives.num_processes() == 1
     try:
       if error is None:
         self.wait()
-      elif self._pending is not None and collectives.num_processes() == 1:
-        # Several processes could wait here forever for one that has failed.
-        # The error that ends the run is raised; a failed save is only logged.
-        concurrent.futures.wait([self._pending])
     finally:
-      is_over = error is None or collectives.num_processes() == 1
+      # A failed save is only logged if another error ends the run.
       self._thread.shutdown(wait=is_over)
       if is_over:
         with contextlib.suppress(Exception):  # `wait` has raised the error.
@@ -141,8 +131,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """Starts to save `state` if it is due, and returns True if it has started.
 
     Must be called after every step, because this call notices that an earlier
-    save has failed. The failure is logged and counted, and this step is saved
-    in its stead, due or not.
+    save has failed: this step is then saved in its stead, due or not.
 
     Returns when the values are copied, so the caller may donate `state` at
     once. A thread writes the files; a second save waits for the first one. If
@@ -169,27 +158,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         score=retention.score(metrics or {}, self._config),
         metric=self._config.scored_by,
       )
-      self._collect_pending(0.0)
-      newest = self._pending_info or (self._saved[-1] if self._saved else None)
-      if newest is not None and info < newest:
-        raise ValueError(
-          f"step {step} is older than the newest checkpoint ({newest.step}) in"
-          f" {self._directory}: resume from the newest, or move the newer ones"
-          " away."
-        )
       is_forced = force or partial_step is not None
-      if info == newest or not (is_forced or self._is_due(info)):
+      can_skip = self._is_remote and not is_forced
+      if not self._is_wanted(info, is_forced):
         return False
       seconds = 0.0 if self._is_late else _WAIT_SECONDS
-      can_skip = self._is_remote and not is_forced
       if not self._collect_pending(seconds if can_skip else None):
         text = "%s is not saved: the save before it waits for the bucket."
         logging.log_every_n_seconds(logging.WARNING, text, 60, info.name)
         self._is_late = True
         return False
-      return self._start_save(
-        info, state, meta, partial_step, is_patient=not can_skip
-      )
+      save = info, state, meta, partial_step
+      return self._start_save(*save, is_patient=not can_skip)
     finally:
       self._block_seconds += time.perf_counter() - start
 
@@ -202,13 +182,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       CheckpointError: The last save failed.
     """
     self._collect_pending()
-    while self._failures_in_row and self._is_remote and self._last_save:
+    while self._failing and self._is_remote and self._last_save:
       time.sleep(self._pause)
       self._start_save(*self._last_save, is_patient=True)
       self._collect_pending()
-    if self._failures_in_row:
+    if self._failing:
       raise CheckpointError(
-        f"the last checkpoint could not be saved: {self._last_failure}. "
+        f"the last checkpoint could not be saved: {self._failing[-1][1]}. "
         f"{self._newest_good()}"
       )
     if self._removal is not None:
@@ -232,14 +212,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   ) -> reader.RestoredCheckpoint | None:
     """Reads the newest whole checkpoint, sharded as in `abstract_state`.
 
-    Damaged checkpoints that are newer are moved into `quarantine/` and counted.
-    Returns None if nothing has been saved yet.
-
-    Args:
-      abstract_state: The wanted tree: leaves with shape, dtype and sharding
-        (`jax.ShapeDtypeStruct` or arrays). The mesh may differ from the one
-        that saved the checkpoint.
-      partial_step_sharding: Sharding of the arrays of a partial step.
+    Its leaves have shape, dtype and sharding, on any mesh; the arrays of a
+    partial step get `partial_step_sharding`. Damaged checkpoints that are newer
+    are moved into `quarantine/` and counted. Returns None if nothing has been
+    saved yet.
 
     Raises:
       SettingError: The newest checkpoint's leaves differ from `abstract_state`.
@@ -247,15 +223,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """
     self._collect_pending()
     while self._saved:
-      info = self._saved[-1]
-      path = self._directory / info.name
-      damage = reader.find_damage(path)
-      if not damage:
-        logging.info("Restoring %s.", path)
-        return reader.read_checkpoint(
-          path, abstract_state, partial_step_sharding
-        )
-      self._quarantine(info, damage)
+      path = self._directory / self._saved[-1].name
+      if damage := reader.find_damage(path):
+        self._quarantine(path, damage)
+        continue
+      logging.info("Restoring %s.", path)
+      return reader.read_checkpoint(path, abstract_state, partial_step_sharding)
     if lost := reader.ask_first_process(self._lost_steps):
       raise CheckpointError(
         f"no checkpoint in {self._directory} is whole: {lost}. Look into its"
@@ -264,27 +237,33 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       )
     return None
 
-  def _open_directory(self) -> str:
-    """Creates, locks and cleans the directory; returns an error or ""."""
-    try:
-      if not self._is_remote:
-        self._directory.mkdir(parents=True, exist_ok=True)
-      self.lock.acquire()
-      for path in self._directory.iterdir():
-        if _is_interrupted(path):
-          logging.info("Removing %s, an interrupted save.", path)
-          _remove(path)
-    except (OSError, ValueError) as error:  # TensorStore has the second.
-      return f"checkpoints cannot be written in {self._directory}: {error}"
-    return ""
+  def _open_directory(self) -> None:
+    """Creates, locks and cleans the directory."""
+    paths.make_folder(self._directory)
+    self.lock.acquire()
+    for path in self._directory.iterdir():
+      if _is_interrupted(path):
+        logging.info("Removing %s, an interrupted save.", path)
+        _remove(path)
 
-  def _is_due(self, info: CheckpointInfo) -> bool:
+  def _is_wanted(self, info: CheckpointInfo, is_forced: bool) -> bool:
+    self._collect_pending(0.0)
+    started = [self._last_save[0]] if self._pending else []
+    newest = next(reversed(self._saved + started), None)
+    if newest is not None and info < newest:
+      raise ValueError(
+        f"step {info.step} is older than the newest checkpoint ({newest.step}) "
+        f"in {self._directory}: resume from the newest, or move the newer ones "
+        "away."
+      )
+    if info == newest or is_forced:
+      return info != newest
     if info.score is not None or info.step % self._config.every_steps == 0:
       return True
     seconds = self._config.every_minutes * 60 or math.inf
-    if self._is_late:
-      seconds = self._pause
-    return self._have_passed(seconds, self._save_time)
+    return self._have_passed(
+      self._pause if self._is_late else seconds, self._save_time
+    )
 
   def _have_passed(self, seconds: float, since: float) -> bool:
     if seconds in (0.0, math.inf):
@@ -309,29 +288,23 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       return False
     if self._removal is not None and is_patient:
       self._removal.result()
-    if error := reader.ask_first_process(self._write_error):
-      self._count_failure(f"{info.name}: {error}")
+    if error := _error_of(self._probe, info.name):
+      self._count_failure(error)
       return False
     self._last_save, self._is_late = (info, state, meta, partial_step), False
     items: dict[str, Any] = {"state": ocp.args.PyTreeSave(state)}
-    unfinished = None
+    record = {"step": info.step, "meta": dict(meta), "unfinished": None}
+    record["leaves"] = reader.describe_leaves(state)
     if partial_step is not None:
       items["unfinished"] = ocp.args.PyTreeSave(partial_step.arrays)
-      unfinished = {
+      record["unfinished"] = {
         "updates_done": partial_step.updates_done,
         "leaves": reader.describe_leaves(partial_step.arrays),
         "record": partial_step.record,
       }
-    record = {
-      "step": info.step,
-      "leaves": reader.describe_leaves(state),
-      "meta": dict(meta),
-      "unfinished": unfinished,
-    }
     items["meta"] = ocp.args.JsonSave(record)
     path = self._directory / info.name
     self._save_time = time.monotonic()
-    self._pending_info = info
     try:
       self._writer.save(path, args=ocp.args.Composite(**items))
     except Exception as error:
@@ -342,20 +315,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       self._pending = self._thread.submit(self._finish_save, info)
     return True
 
-  def _write_error(self) -> str:
-    """Tries to create a folder; returns the error or "".
-
-    Where this fails on a disk, Orbax's threads would wait for minutes.
-    """
-    if self._is_remote:
-      return ""
-    probe = self._directory / "probe"
-    try:
+  def _probe(self) -> None:
+    """Creates a folder; if a disk fails, Orbax would wait for minutes."""
+    if not self._is_remote:
+      probe = self._directory / "probe"
       probe.mkdir(exist_ok=True)
       probe.rmdir()
-    except OSError as error:
-      return f"{type(error).__name__}: {error}"
-    return ""
 
   def _finish_save(self, info: CheckpointInfo) -> None:
     """Waits for Orbax and writes the manifest; runs in a thread."""
@@ -383,8 +348,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     Raises:
       CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
-    pending, info = self._pending, self._pending_info
-    if pending is None or info is None:
+    if (pending := self._pending) is None:
       return True
     concurrent.futures.wait([pending], seconds)
     result = _RUNNING
@@ -394,41 +358,37 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     results = [x.decode() for x in collectives.gather_bytes(result.encode())]
     if _RUNNING in results:
       return False
-    self._pending = self._pending_info = None
+    self._pending, info = None, self._last_save[0]
     failed = [i for i, each in enumerate(results) if each]
     if failed:
       # Hosts that only waited for the failed one report a TimeoutError.
       host = min(failed, key=lambda i: results[i].startswith("TimeoutError"))
       # The remains may be what fills the disk.
       self._remove_later([info])
-      seconds = _OUTAGE_SECONDS if self._is_remote else 0.0
       reason = f"{info.name}, by process {host}: {results[host]}"
-      self._count_failure(reason, seconds)
+      self._count_failure(reason, _OUTAGE_SECONDS if self._is_remote else 0.0)
       return True
-    self._failures_in_row, self._last_save = 0, ()
-    self._saved.append(info)
+    self._failing, self._last_save = [], ()
     logging.info("Saved %s.", self._directory / info.name)
-    to_delete = retention.to_delete(self._saved, self._config)
-    self._saved = [each for each in self._saved if each not in to_delete]
+    saved = [*self._saved, info]
+    to_delete = retention.to_delete(saved, self._config)
+    self._saved = [each for each in saved if each not in to_delete]
     self._remove_later(to_delete)
     return True
 
   def _count_failure(self, reason: str, seconds: float = 0.0) -> None:
     """Counts it; raises if it is one too many, and so long after the first."""
-    if not self._failures_in_row:
-      self._failing_since = time.monotonic()
     self.failures += 1
-    self._failures_in_row += 1
-    self._last_failure, self._is_late = reason, True
+    self._failing.append((time.monotonic(), reason))
+    self._is_late = True
     limit = self._config.max_failures
     message = (
-      f"failed saves in a row: {self._failures_in_row}, of "
+      f"failed saves in a row: {len(self._failing)}, of "
       f"checkpoint.max_failures ({limit}); {reason}. {self._newest_good()}"
     )
     logging.error("A checkpoint could not be saved; %s", message)
-    if self._failures_in_row < limit:
-      return
-    if self._have_passed(seconds, self._failing_since):
+    is_limit = len(self._failing) >= limit
+    if is_limit and self._have_passed(seconds, self._failing[0][0]):
       raise CheckpointError(message)
 
   def _newest_good(self) -> str:
@@ -437,8 +397,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     return f"The newest good checkpoint in {self._directory} is {newest}."
 
   def _remove_later(self, checkpoints: list[CheckpointInfo]) -> None:
-    if checkpoints and collectives.is_first_process():
-      names = [info.name for info in checkpoints]
+    names = [info.name for info in checkpoints]
+    if names and collectives.is_first_process():
       self._removal = self._thread.submit(self._remove_steps, names)
 
   def _remove_steps(self, names: list[str]) -> None:
@@ -456,11 +416,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     except Exception:  # A bucket's errors have many types.
       logging.exception("Could not delete %s in %s.", names, self._directory)
 
-  def _quarantine(self, info: CheckpointInfo, damage: str) -> None:
-    """Moves a damaged checkpoint and its manifest into `quarantine/`."""
-    self._saved.remove(info)
+  def _quarantine(self, path: epath.Path, damage: str) -> None:
+    """Moves the newest checkpoint and its manifest into `quarantine/`."""
+    del self._saved[-1]
     self.quarantined += 1
-    path = self._directory / info.name
     logging.error(
       "CHECKPOINT %s IS DAMAGED: %s. Moving it into quarantine/ and resuming"
       " from an older checkpoint.",
@@ -469,8 +428,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     )
     label = damage.partition(":")[0].replace(" ", "-")
     target = path.parent / "quarantine" / f"{path.name}-{label}"
-    error = reader.ask_first_process(lambda: manifest.move_aside(path, target))
-    if error:
+    failing = f"{path} is damaged, and cannot be moved aside"
+    if error := _error_of(lambda: manifest.move_aside(path, target), failing):
       raise CheckpointError(error)
 
   def _lost_steps(self) -> str:
@@ -478,6 +437,19 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     folder = self._directory / "quarantine"
     names = [x.name for x in folder.iterdir()] if folder.exists() else []
     return ", ".join(sorted(n for n in names if not n.startswith(f"{0:08}-")))
+
+
+def _error_of(action: Callable[[], None], failing: str) -> str:
+  """The error of process 0, which alone acts, on every process; or ""."""
+
+  def act() -> str:
+    try:
+      action()
+    except (OSError, ValueError) as error:  # TensorStore has the second.
+      return f"{failing}: {error}"
+    return ""
+
+  return reader.ask_first_process(act)
 
 
 def _remove(path: epath.Path) -> None:

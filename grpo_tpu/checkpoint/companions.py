@@ -28,38 +28,30 @@ def make_files(
 ) -> dict[str, Any]:
   """Tokenizer, chat template, processor and sampling defaults of an export.
 
-  Those of `tokenizer_dir`, or of the folder that training started from, are
-  copied. What is not there is made.
-
-  Args:
-    config: Sizes of the network.
-    weights: `model.weights` with its step.
-    origin: The weights that its first run started from.
-    tokenizer_dir: The setting `export.tokenizer_dir`.
-
-  Returns:
-    The files by name, as bytes or as values for JSON.
+  By name, as bytes or as values for JSON. Those of `export.tokenizer_dir`, or
+  of the folder of `origin`, from which the first run started, are copied. What
+  is not there is made. `weights` is `model.weights` with its step.
 
   Raises:
-    ValueError: The folder is gone, a file in it is damaged, or the tokenizer is
-      no longer the one of the run.
+    ValueError: The folder is gone, a file in it is damaged, or the tokenizer
+      is no longer the one of the run.
   """
   scheme, _, start = origin.partition(":")
   named = tokenizer_dir or (start if scheme == "hf" else "")
-  folder = pathlib.Path(named)
+  generation, folder, found = huggingface.GENERATION_CONFIG, pathlib.Path(), []
   if named:
-    names = {*_COPIED, huggingface.GENERATION_CONFIG}
+    names = {*_COPIED, generation}
     folder = host_copy(named, what="export.tokenizer_dir", names=names)
-  if named and not folder.is_dir():
-    reason = f"{weights} started from {origin}, which is gone."
-    raise ValueError(_needs_folder(tokenizer_dir, reason))
-  found = {x.name for x in folder.iterdir() if x.is_file()} if named else set()
+    if not folder.is_dir():
+      reason = f"{weights} started from {origin}, which is gone."
+      raise ValueError(_needs_folder(tokenizer_dir, reason))
+    found = [x for x in names if (folder / x).is_file()]
   copied = {
     name: untrusted.read_bytes(folder / name, untrusted.MAX_JSON_BYTES)
     for name in _COPIED
     if name in found
   }
-  made, generation = {}, huggingface.GENERATION_CONFIG
+  made = {}
   if generation in found:
     made[generation] = untrusted.read_json(folder / generation)
   if not copied.keys() & set(_PROCESSOR):

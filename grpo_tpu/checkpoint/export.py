@@ -58,20 +58,13 @@ def run(
           f"and {model.weights} has none; set export.adapter=False."
         )
       scheme, _, base = saved.base_weights.partition(":")
-      write = functools.partial(
-        peft.save,
-        model.network,
-        saved.config,
-        saved.adapters,
-        base_model=base if scheme == "hf" else "",
-      )
+      base = base if scheme == "hf" else ""
+      parts = model.network, saved.config, saved.adapters
+      write = functools.partial(peft.save, *parts, base_model=base)
     else:
-      write = functools.partial(
-        huggingface.save,
-        model.network,
-        load.load_merged(exported, mesh),
-        dtype=jnp.dtype(settings.dtype),
-      )
+      parts = model.network, load.load_merged(exported, mesh)
+      dtype = jnp.dtype(settings.dtype)
+      write = functools.partial(huggingface.save, *parts, dtype=dtype)
   logging.info("Exporting %s.", weights)
   folder = epath.Path(workdir) / "export"
   write(folder, files=files)
@@ -83,8 +76,7 @@ def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:
   stages, origin = model_card.read_stages(model.weights)
   card = model_card.render(model, stages, origin, settings.adapter)
   files: dict[str, Any] = {model_card.NAME: card.encode()}
-  if not settings.adapter:
-    files |= companions.make_files(
-      model.network, model.weights, origin, settings.tokenizer_dir
-    )
-  return files
+  if settings.adapter:
+    return files
+  parts = model.network, model.weights, origin, settings.tokenizer_dir
+  return files | companions.make_files(*parts)

@@ -1,8 +1,7 @@
 """The parameters that `model.weights` names, on a mesh.
 
-Weights are drawn at random, read from another program's files, or restored
-from a run's checkpoint. Its adapters stay beside the weights they were trained
-on, for in a narrow type a sum would lose them, or are merged on request.
+Adapters of a run stay beside the weights they were trained on, for in a narrow
+type a sum would lose them, or are merged on request.
 """
 
 import dataclasses
@@ -30,11 +29,10 @@ class SavedAdapters(NamedTuple):
 
 
 def load_params(model: ModelSettings, mesh: Mesh) -> dict:
-  """The parameters that `model.weights` names, as the network runs them.
+  """The parameters that `model.weights` names, sharded over the mesh.
 
-  They are sharded over the mesh. Those of a run with adapters hold
-  `lora.AdaptedWeight`s: with its `model.param_dtype`, they are the policy of
-  that run to the bit. For plain arrays, see `load_merged`.
+  Those of a run with adapters hold `lora.AdaptedWeight`s: with its
+  `model.param_dtype`, they are the policy of that run to the bit.
 
   Raises:
     SettingError: The files or the run do not exist, or belong to another model.
@@ -50,9 +48,7 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
       if saved := load_adapters(model, mesh):
         base = _load_base(model, mesh, saved)
         return lora.with_adapters(base, saved.adapters, saved.config)
-      workdir, step = split_run(name)
-      folder = f"{workdir}/checkpoints"
-      return reader.restore_params(folder, step, abstract)
+      return reader.restore_params(*_checkpoint(name), abstract)
     if scheme == "random":
       dtype = np.dtype(model.param_dtype)
       values = weights.random_params(model.network, int(rest), dtype)
@@ -63,10 +59,7 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
 
 
 def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
-  """The parameters of `load_params` with any adapters merged into them.
-
-  Sums are made in fp32, and rounded once to `model.param_dtype`.
-  """
+  """Those of `load_params`, with adapters added in fp32 and rounded once."""
   params = load_params(model, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
   if jax.tree.structure(params) == jax.tree.structure(shardings):
@@ -81,10 +74,7 @@ def abstract_params(model: ModelSettings, mesh: Mesh) -> dict:
 
 
 def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
-  """The adapters of `model.lora.init`, or new ones drawn from `seed`.
-
-  New adapters do not change the network yet.
-  """
+  """The adapters of `model.lora.init`, or new ones, without effect yet."""
   values = lora.initial_adapters(model.network, model.lora, seed)
   if model.lora.init:
     with user_errors():
@@ -109,18 +99,15 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   name = resolve_weights(model.weights)
   if not name.startswith("run:"):
     return None
-  workdir, step = split_run(name)
-  folder = f"{workdir}/checkpoints"
-  saved = reader.read_meta(folder, step).get("lora")
+  saved = reader.read_meta(*_checkpoint(name)).get("lora")
   if saved is None:
     return None
   base_weights = saved.pop("weights")
-  config = LoraConfig(
-    **saved | {"targets": tuple(saved["targets"]), "init": ""}
-  )
+  saved |= {"targets": tuple(saved["targets"]), "init": ""}
+  config = LoraConfig(**saved)
   # Not by the settings of our own adapters: this run may train without any.
   abstract = abstract_adapters(model, mesh, config)
-  adapters = reader.restore_params(folder, step, abstract)
+  adapters = reader.restore_params(*_checkpoint(name), abstract)
   return SavedAdapters(adapters, config, base_weights)
 
 
@@ -132,12 +119,12 @@ def resolve_weights(name: str) -> str:
   """
   if not name.startswith("run:"):
     return name
-  workdir, step = split_run(name)
+  folder, step = _checkpoint(name)
   if step is None:
-    step = reader.newest_step(f"{workdir}/checkpoints")
+    step = reader.newest_step(folder)
   elif step == "best":
-    step = reader.best_step(f"{workdir}/checkpoints")
-  return f"run:{workdir}@{step}"
+    step = reader.best_step(folder)
+  return f"run:{split_run(name)[0]}@{step}"
 
 
 def with_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -177,8 +164,11 @@ def split_run(name: str) -> tuple[str, Any]:
   """Splits `run:WORKDIR[@STEP]` or `@best`; the workdir may contain an @."""
   rest = name.removeprefix("run:")
   workdir, at, step = rest.rpartition("@")
-  if at and step == "best":
-    return workdir, step
-  if at and step.isdecimal():
-    return workdir, int(step)
-  return rest, None
+  if not at or not (step == "best" or step.isdecimal()):
+    return rest, None
+  return workdir, step if step == "best" else int(step)
+
+
+def _checkpoint(name: str) -> tuple[str, Any]:
+  workdir, step = split_run(name)
+  return f"{workdir}/checkpoints", step

@@ -10,8 +10,8 @@ import base64
 import concurrent.futures
 import errno
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import google_crc32c
 from etils import epath
@@ -29,17 +29,6 @@ class ManifestError(Exception):
   """Raised for a manifest that is missing or was changed."""
 
 
-class _File(NamedTuple):
-  """A file of a checkpoint; `stored` describes an object of a bucket."""
-
-  path: epath.Path
-  stored: objects.Object | None = None
-
-  @property
-  def size(self) -> int:
-    return self.stored.size if self.stored else self.path.stat().length
-
-
 def path_for(folder: epath.Path) -> epath.Path:
   """The path of the manifest of `folder`."""
   return folder.with_name(f"{folder.name}{SUFFIX}")
@@ -50,11 +39,10 @@ def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
 
   The manifest also stores `facts`, which JSON must be able to hold.
   """
-  files = _list_files(folder)
-  checksums = _checksums(files.values())
+  found = _list_files(folder)
   rows = {
-    name: {"bytes": file.size, "crc32c": checksum}
-    for (name, file), checksum in zip(files.items(), checksums, strict=True)
+    name: {"bytes": found[name][0], "crc32c": checksum}
+    for name, checksum in _checksums(folder, found).items()
   }
   body = {"name": folder.name, "facts": dict(facts), "files": rows}
   text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
@@ -75,14 +63,9 @@ def find_damage(
 ) -> str:
   """Compares the files of `folder` with its manifest.
 
-  Args:
-    folder: The folder; its manifest lies beside it.
-    part: Index of the share of the files to check, less than `parts`.
-    parts: Number of shares of about equal size.
-    under: Check only files whose path within `folder` starts with this.
-
-  Returns:
-    A kind of damage, a colon and the details; "" if there is no damage.
+  Checks share `part` of `parts` about equal ones, of the files whose path in
+  `folder` starts with `under`. Returns a kind of damage, a colon and the
+  details; "" if there is no damage.
   """
   try:
     wanted = _read_body(folder)["files"]
@@ -98,14 +81,14 @@ def find_damage(
       # A name that leads out of the folder is not among those found.
       if name not in found:
         return f"missing file: {printable(name)}"
-      size = found[name].size
+      size = found[name][0]
       if size != wanted[name]["bytes"]:
         return (
           f"wrong size: {printable(name)} {size}, not "
           f"{untrusted.shorten(wanted[name]['bytes'])}"
         )
-    values = _checksums([found[name] for name in names])
-    for name, value in zip(names, values, strict=True):
+    mine = {name: found[name] for name in names}
+    for name, value in _checksums(folder, mine).items():
       if value != wanted[name]["crc32c"]:
         return (
           f"wrong checksum: {printable(name)} {value}, not "
@@ -120,25 +103,18 @@ def find_damage(
   return ""
 
 
-def move_aside(folder: epath.Path, target: epath.Path) -> str:
-  """Moves a damaged folder and its manifest; returns an error or "".
-
-  If the target exists, a number is added to its name.
-  """
+def move_aside(folder: epath.Path, target: epath.Path) -> None:
+  """Moves a folder and its manifest; a target that exists gets a number."""
   free, number = target, 1
-  try:
-    while free.exists() or path_for(free).exists():
-      number += 1
-      free = target.with_name(f"{target.name}-{number}")
-    free.parent.mkdir(exist_ok=True)
-    # In a bucket, each object is copied and deleted. A folder that is moved in
-    # part still has its manifest, so it is not deleted as an interrupted save.
-    for old, new in ((folder, free), (path_for(folder), path_for(free))):
-      if old.exists():
-        old.rename(new)
-  except OSError as error:
-    return f"{folder} is damaged, and cannot be moved aside: {error}"
-  return ""
+  while free.exists() or path_for(free).exists():
+    number += 1
+    free = target.with_name(f"{target.name}-{number}")
+  free.parent.mkdir(exist_ok=True)
+  # In a bucket, each object is copied and deleted. A folder that is moved in
+  # part still has its manifest, so it is not deleted as an interrupted save.
+  for old, new in ((folder, free), (path_for(folder), path_for(free))):
+    if old.exists():
+      old.rename(new)
 
 
 def _read_body(folder: epath.Path) -> dict[str, Any]:
@@ -149,18 +125,15 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
     if whole.get("crc32c") != _json_checksum(body):
       raise ValueError("its checksum differs")
     # Another program may write a checksum too.
-    untrusted.get_field(body, "name", str, "it")
-    facts = untrusted.get_field(body, "facts", dict, "it")
-    if facts.get("score") is not None:
-      untrusted.get_field(facts, "score", float, "its facts")
-    if "metric" in facts:
-      untrusted.get_field(facts, "metric", str, "its facts")
-    files = untrusted.get_field(body, "files", dict, "it")
-    for name, row in files.items():
-      source = f"its entry of {name}"
-      untrusted.check_kind(row, dict, source)
-      untrusted.get_field(row, "bytes", int, source)
-      untrusted.get_field(row, "crc32c", str, source)
+    for name, kind in (("name", str), ("facts", dict), ("files", dict)):
+      untrusted.get_field(body, name, kind, "it")
+    for name, kind in (("score", float), ("metric", str)):
+      if body["facts"].get(name) is not None:
+        untrusted.get_field(body["facts"], name, kind, "its facts")
+    for file, row in body["files"].items():
+      untrusted.check_kind(row, dict, f"its entry of {file}")
+      for name, kind in (("bytes", int), ("crc32c", str)):
+        untrusted.get_field(row, name, kind, f"its entry of {file}")
   except FileNotFoundError as error:
     raise ManifestError(f"no manifest: {path.name}") from error
   except (ValueError, RecursionError) as error:
@@ -174,31 +147,38 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
   return body
 
 
-def _list_files(folder: epath.Path) -> dict[str, _File]:
-  """All files in the folder and below, by their path within it."""
+def _list_files(folder: epath.Path) -> dict[str, tuple[int, str]]:
+  """Size and checksum of all files below; "" for one that must be read."""
   if paths.is_remote(folder):
     found = objects.list_objects(folder, what="the checkpoint")
-    return {name: _File(folder / name, x) for name, x in found.items()}
+    return {
+      name: (x.size, base64.b64decode(x.crc32c).hex())
+      for name, x in found.items()
+    }
   walk = [root / name for root, _, names in folder.walk() for name in names]
-  files = {path.relative_to(folder).as_posix(): _File(path) for path in walk}
-  return dict(sorted(files.items()))
+  return {
+    path.relative_to(folder).as_posix(): (path.stat().length, "")
+    for path in sorted(walk)
+  }
 
 
-def _checksums(files: Iterable[_File]) -> list[str]:
+def _checksums(
+  folder: epath.Path, files: Mapping[str, tuple[int, str]]
+) -> dict[str, str]:
+  def checksum(name: str) -> str:
+    size, known = files[name]
+    return known or _checksum(folder / name, size)
+
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    return list(threads.map(_checksum, files))
+    return dict(zip(files, threads.map(checksum, files), strict=True))
 
 
-def _checksum(file: _File) -> str:
-  if file.stored:
-    return base64.b64decode(file.stored.crc32c).hex()
+def _checksum(path: epath.Path, size: int) -> str:
   value = 0
-  # Only what has a size is opened: a pipe or a device would never end.
-  if not file.size:
-    return f"{value:08x}"
-  with file.path.open("rb") as content:
-    while chunk := content.read(_CHUNK_BYTES):
-      value = google_crc32c.extend(value, chunk)
+  if size:  # A pipe or a device, which would never end, has none.
+    with path.open("rb") as content:
+      while chunk := content.read(_CHUNK_BYTES):
+        value = google_crc32c.extend(value, chunk)
   return f"{value:08x}"
 
 

@@ -1,15 +1,16 @@
 """Lists, verifies and reads checkpoints of this run or of another run.
 
 Writes nothing, and a run that still trains may be writing in the directory.
-Process 0 lists the files and tells the other processes, so all processes of a
-run call these functions together.
+Process 0 lists the files and tells the others, so all call these functions.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,29 +26,22 @@ from grpo_tpu.checkpoint.retention import CheckpointInfo
 from grpo_tpu.distributed import collectives
 
 _MISMATCHES_SHOWN = 10
+_FIELDS = {"step": int, "leaves": dict, "meta": dict}
 _PARTIAL_STEP_FIELDS = {"updates_done": int, "leaves": dict, "record": dict}
 _FLOATS = {"float32", "bfloat16"}
 _MASTERS = "opt_state/masters"  # Paths of `rl.masters` in a state.
 
 
-@dataclasses.dataclass(frozen=True)
-class PartialStepData:
-  """A training step that was interrupted between two of its updates.
+class PartialStepData(NamedTuple):
+  """A training step that was interrupted between two of its updates."""
 
-  Attributes:
-    updates_done: Finished updates of the step, at least 1.
-    arrays: Global arrays by name that the rest of the step needs, sharded along
-      their first axis.
-    record: Other values that the rest of the step needs, as JSON can hold them.
-  """
-
-  updates_done: int
+  updates_done: int  # At least 1.
+  # What the rest of the step needs: arrays, sharded along their first axis,
   arrays: dict[str, jax.Array]
-  record: dict[str, Any]
+  record: dict[str, Any]  # and values, as JSON can hold them.
 
 
-@dataclasses.dataclass(frozen=True)
-class RestoredCheckpoint:
+class RestoredCheckpoint(NamedTuple):
   """The contents of a checkpoint, as `Checkpoints.save` describes them."""
 
   step: int
@@ -62,19 +56,14 @@ def restore_params(
   """Reads only another run's `params`.
 
   Values get the wanted types. Where float32 is wanted, they come from the
-  masters of a run that has any (`rl.masters`).
-
-  Args:
-    directory: The other run's checkpoints.
-    step: The step to read.
-    abstract_params: The `params` part of what `Checkpoints.restore` takes.
+  masters of a run that has any (`rl.masters`). `abstract_params` is the
+  `params` part of what `Checkpoints.restore` takes.
 
   Raises:
     SettingError: The step is missing or damaged, or its leaves differ from
       `abstract_params` by more than a floating-point type.
   """
-  path = _finished_path(directory, step)
-  _refuse_damage(path, find_damage(path))
+  path = _whole_path(directory, step, find_damage)
   saved = _read_record(path)["leaves"]
   wanted = describe_leaves({"params": abstract_params})
   _check_leaves(_cast_leaves(saved, wanted), wanted, path)
@@ -101,8 +90,8 @@ def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
   Raises:
     SettingError: The step is missing or damaged.
   """
-  path = _finished_path(directory, step)
-  _refuse_damage(path, manifest.find_damage(path, under="meta/"))
+  verify = functools.partial(manifest.find_damage, under="meta/")
+  path = _whole_path(directory, step, verify)
   return _read_record(path)["meta"]
 
 
@@ -161,9 +150,7 @@ def best_path(directory: epath.PathLike) -> epath.Path | None:
   scored = [x for x in list_checkpoints(folder) if x.score is not None]
   if not scored:
     return None
-  same = retention.drop_scores(scored, scored[-1].metric)
-  same = [x for x in same if x.score is not None]
-  return folder / max(same, key=lambda info: (info.score, info)).name
+  return folder / retention.by_score(scored, scored[-1].metric)[-1].name
 
 
 def best_step(directory: epath.PathLike) -> int:
@@ -182,8 +169,10 @@ def best_step(directory: epath.PathLike) -> int:
   return int(best)
 
 
-def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
-  """The folder of a finished step of another run."""
+def _whole_path(
+  directory: epath.PathLike, step: int, verify: Callable[[epath.Path], str]
+) -> epath.Path:
+  """The verified folder of a finished step of another run."""
   folder = paths.absolute(directory)
   saved = steps(folder)
   if step not in saved:
@@ -191,15 +180,13 @@ def _finished_path(directory: epath.PathLike, step: int) -> epath.Path:
       f"no checkpoint of step {step} in {folder}: there are"
       f" {', '.join(map(str, saved)) or 'none'}."
     )
-  return folder / CheckpointInfo(step).name
-
-
-def _refuse_damage(path: epath.Path, damage: str) -> None:
-  if damage:
+  path = folder / CheckpointInfo(step).name
+  if damage := verify(path):
     raise SettingError(
       f"checkpoint {path} is damaged: {damage}; name another step, or no step"
       " for the newest whole one."
     )
+  return path
 
 
 def find_damage(path: epath.Path) -> str:
@@ -263,11 +250,9 @@ def read_checkpoint(
     assert partial_step_sharding is not None, "a partial step needs a sharding"
     wanted = {}
     for name, leaf in saved["leaves"].items():
-      dtype, _, shape = leaf.removesuffix("]").partition("[")
+      dtype, *sizes = re.findall(r"\w+", leaf)
       wanted[name] = jax.ShapeDtypeStruct(
-        tuple(int(size) for size in shape.split(",") if size),
-        dtype,
-        sharding=partial_step_sharding,
+        tuple(map(int, sizes)), dtype, sharding=partial_step_sharding
       )
     arrays = _read_arrays(path / "unfinished", wanted)
     partial_step = PartialStepData(
@@ -277,29 +262,23 @@ def read_checkpoint(
 
 
 def _read_record(path: epath.Path) -> dict[str, Any]:
-  # A `Checkpointer` would synchronize the hosts after each item, and hang if
-  # one of them has failed. A bare handler does not.
-  with run_errors(f"read {path}"):
-    try:
-      found = ocp.JsonCheckpointHandler().restore(path / "meta")
-    except RecursionError:
-      raise ValueError("its record nests too deeply") from None
   try:
-    record: dict[str, Any] = untrusted.check_kind(found, dict, "its record")
-    for name, kind in (("step", int), ("leaves", dict), ("meta", dict)):
-      untrusted.get_field(record, name, kind, "its record")
-    untrusted.check_items(record["leaves"].values(), str, "its leaves")
-    if (partial := record.get("unfinished")) is not None:
-      untrusted.check_kind(partial, dict, "its unfinished step")
-      for name, kind in _PARTIAL_STEP_FIELDS.items():
-        untrusted.get_field(partial, name, kind, "its unfinished step")
-      untrusted.check_items(partial["leaves"].values(), str, "its leaves")
+    file = path / "meta" / "metadata"  # As Orbax writes JSON.
+    record = untrusted.read_json(file, source="its record")
+    parts = [(record, _FIELDS, "its record")]
+    if (partial := record.setdefault("unfinished")) is not None:
+      parts.append((partial, _PARTIAL_STEP_FIELDS, "its unfinished step"))
+    for part, fields, source in parts:
+      untrusted.check_kind(part, dict, source)
+      for name, kind in fields.items():
+        untrusted.get_field(part, name, kind, source)
+      untrusted.check_items(part["leaves"].values(), str, "its leaves")
   except ValueError as error:
     raise SettingError(
       f"checkpoint {path} is whole, but not one of this program: {error} Name "
       "another, or use an empty workdir."
     ) from error
-  return {"unfinished": None} | record
+  return record
 
 
 def _read_arrays(
@@ -317,6 +296,8 @@ def _read_arrays(
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=is_partial,
   )
+  # A `Checkpointer` would synchronize the hosts after each item, and hang if
+  # one of them has failed. A bare handler does not.
   with (
     run_errors(f"read {path}"),
     contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
@@ -353,17 +334,16 @@ def _check_leaves(
   """Raises one SettingError that lists all leaves that differ."""
   differing = {
     name: (saved.get(name, "nothing"), wanted.get(name, "nothing"))
-    for name in sorted(saved.keys() | wanted.keys())
-    if saved.get(name) != wanted.get(name)
+    for name in sorted(dict(saved.items() ^ wanted.items()))
   }
   if not differing:
     return
   lines = [
     f"  {k}: saved {old}, wanted {new}" for k, (old, new) in differing.items()
   ]
-  shown = lines[:_MISMATCHES_SHOWN]
-  if len(lines) > len(shown):
-    shown.append(f"  and {len(lines) - len(shown)} more")
+  if len(lines) > _MISMATCHES_SHOWN:
+    more = f"  and {len(lines) - _MISMATCHES_SHOWN} more"
+    lines[_MISMATCHES_SHOWN:] = [more]
   shapes = [[x.partition("[")[2] for x in pair] for pair in differing.values()]
   if all(old == new for old, new in shapes):
     settings = "model.param_dtype"
@@ -379,7 +359,11 @@ def _check_leaves(
       " an empty"
     )
   raise SettingError(
-    f"checkpoint {path} does not match the state that the settings make:\n"
-    + "\n".join(shown)
-    + f"\n{remedy} workdir."
+    "\n".join(
+      [
+        f"checkpoint {path} does not match the state that the settings make:",
+        *lines,
+        f"{remedy} workdir.",
+      ]
+    )
   )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from grpo_tpu.checkpoint.settings import CheckpointConfig
@@ -43,17 +43,17 @@ class CheckpointInfo:
     return info if info and info.name == name else None
 
 
-def drop_scores(
-  checkpoints: Sequence[CheckpointInfo], metric: str
+def by_score(
+  checkpoints: Iterable[CheckpointInfo], metric: str
 ) -> list[CheckpointInfo]:
-  """The checkpoints without the scores by other metrics.
+  """Those scored by a metric, the best last; of two equals the later one.
 
   Older versions did not record the metric.
   """
-  return [
-    x if x.metric in ("", metric) else dataclasses.replace(x, score=None)
-    for x in checkpoints
+  scored = [
+    x for x in checkpoints if x.score is not None and x.metric in ("", metric)
   ]
+  return sorted(scored, key=lambda x: (x.score, x))
 
 
 def score(metrics: Mapping[str, Any], config: CheckpointConfig) -> float | None:
@@ -78,10 +78,7 @@ def to_delete(
   if not whole:
     return []
   finished = [info for info in whole if not info.updates]
-  scored = [info for info in finished if info.score is not None]
-  # Of two equally good checkpoints the later one stays.
-  scored.sort(key=lambda info: (info.score, info))
   kept = set(finished[-config.keep :])
   if config.best_metric:
-    kept |= set(scored[-config.keep_best :])
+    kept |= set(by_score(finished, config.scored_by)[-config.keep_best :])
   return sorted(x for x in checkpoints if x < whole[-1] and x not in kept)

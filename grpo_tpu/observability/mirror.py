@@ -38,7 +38,6 @@ _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 _RESUMED = re.compile(
   r"metrics\.jsonl|events\.out\.tfevents\.[^/\0]+|samples/step_\d+\.parquet"
 )
-_PREFIXES = ("metrics.jsonl", "events.out.tfevents.", "samples/step_")
 # Files below it do not change. Once copied they leave an empty file here,
 # because all of them may be too large for the disk.
 _SAMPLES = "samples/"
@@ -90,21 +89,16 @@ class Mirror:
     if not self.is_remote:
       return
     with self._copying:
-      names = list[str]()
-      for prefix in _PREFIXES:
-        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        found = self._store.list(ts.KvStore.KeyRange(prefix, end)).result()
-        names += [x.decode("utf-8", "replace") for x in found]
-      names = [name for name in names if _RESUMED.fullmatch(name)]
+      found = [x.decode(errors="replace") for x in self._store.list().result()]
+      names = filter(_RESUMED.fullmatch, found)
       reads = {
-        name: self._store.read(name)
+        name: None if name.startswith(_SAMPLES) else self._store.read(name)
         for name in names
-        if not name.startswith(_SAMPLES)
       }
-      for name in names:
+      for name, read in reads.items():
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(reads[name].result().value if name in reads else b"")
+        path.write_bytes(read.result().value if read else b"")
         self._copied[name] = _state(path.stat())
 
   def wait(self, seconds: float) -> None:
@@ -143,13 +137,12 @@ class Mirror:
       logging.error("%s.", error)
 
   def _copy_at_times(self) -> None:
-    pause = _SECONDS_BETWEEN_COPIES
-    while not self._is_closed.wait(pause):
+    seconds = 0.0
+    # Large files are copied less often.
+    while not self._is_closed.wait(max(_SECONDS_BETWEEN_COPIES, 10 * seconds)):
       start = time.monotonic()
       self._copy()
-      # Large files are copied less often.
       seconds = time.monotonic() - start
-      pause = max(_SECONDS_BETWEEN_COPIES, 10 * seconds)
 
   def _copy(self) -> str:
     """Copies what has changed; returns the error, if any."""
@@ -162,11 +155,9 @@ class Mirror:
     except Exception as error:
       self.failures += 1
       text = (str(error).splitlines() or [type(error).__name__])[0]
+      words = "%s lags behind: %d attempts to copy to it failed, last: %s"
       if str(self.failures).strip("0") == "1":  # And at ten times the count.
-        logging.warning(
-          "%s lags behind: %d attempts to copy to it failed, last: %s",
-          *(self.workdir, self.failures, text),
-        )
+        logging.warning(words, self.workdir, self.failures, text)
       return text
 
   def _copy_changes(self) -> None:
@@ -199,13 +190,12 @@ class Mirror:
 
   def _files(self) -> dict[str, pathlib.Path]:
     """The finished files by their names in the workdir."""
-    found = dict[str, pathlib.Path]()
-    for path in self.folder.rglob("[!.]*"):
-      name = path.relative_to(self.folder).as_posix()
-      is_finished = not name.startswith(".") and path.suffix != ".tmp"
-      if is_finished and path.is_file():
-        found[name] = path
-    return found | _log_file()
+    found = {
+      path.relative_to(self.folder).as_posix(): path
+      for path in self.folder.rglob("[!.]*")
+      if path.suffix != ".tmp" and path.is_file()
+    }
+    return {x: found[x] for x in found if x[0] != "."} | _log_file()
 
 
 def _log_file() -> dict[str, pathlib.Path]:

@@ -32,12 +32,7 @@ Read = Callable[
 
 
 def assemble(abstract: dict, read: Read) -> dict:
-  """Assembles a tree piece by piece, in the order of `pieces`.
-
-  Args:
-    abstract: Shapes, dtypes and shardings of the stacked tree.
-    read: Reads pieces, with any sharding.
-  """
+  """Assembles a stacked tree from pieces with any sharding."""
   shapes = leaves.by_path(abstract)
   update = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
   write = {
@@ -98,25 +93,19 @@ def check_tensors(
   source: str,
   *,
   faults: Mapping[str, str],
-  remedy: str = (
-    "Give the complete, unaltered file of a released or converted Gemma 3 "
-    "model."
-  ),
+  remedy: str = "Give the complete, unaltered file of a Gemma 3 model.",
 ) -> None:
   """Checks the shapes of a file's tensors by the file's names.
 
-  `faults` are other reasons to refuse a tensor, by name; `source` is the file's
-  kind and path.
-
-  Raises:
-    ValueError: Lists the tensors at fault, `_MAX_LISTED` at most.
+  Raises a ValueError with the tensors that differ, and with `faults`, other
+  reasons to refuse a tensor. `source` is the file's kind and path.
   """
   faults = dict(faults)
   for name in (found.keys() | wanted.keys()) - faults.keys():
     old = _brackets(found[name]) if name in found else "missing"
-    new = f", wanted {_brackets(wanted[name])}" if name in wanted else ""
+    new = f"{old}, wanted {_brackets(wanted.get(name, ()))}"
     if found.get(name) != wanted.get(name):
-      faults[name] = f"{old}{new}" if new else f"extra, {old}"
+      faults[name] = new if name in wanted else f"extra, {old}"
   if faults:
     listed = sorted(faults)[:_MAX_LISTED]
     lines = [f"  {printable(name)}: {faults[name]}\n" for name in listed]

@@ -25,8 +25,7 @@ _Block = tuple[Any, int, int, int]
 
 
 def load(
-  abstract_params: dict,
-  find: Callable[[leaves.Leaf, int | None], Sequence],
+  abstract_params: dict, find: Callable[[leaves.Leaf, int | None], Sequence]
 ) -> dict:
   """Loads a tree; `find` gives a leaf's tensors in a layer, None for no layer.
 

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,9 +47,8 @@ class File:
     """Checks the metadata of a file, copied from a bucket; reads no tensor.
 
     Raises:
-      ValueError: If the `gguf` package is missing, or the file holds another
-        model or arithmetic other than ours; or lists every tensor that is
-        missing, extra, misshaped or unreadable.
+      ValueError: If `gguf` is missing, or the file holds another model or other
+        arithmetic; or lists the tensors that differ or cannot be read.
     """
     source = f"GGUF file {os.fspath(path)}"
     self._path = host_copy(path, what="model.weights")
@@ -92,17 +91,18 @@ class _Tensor(NamedTuple):
 
   def start_read(self, start: int, stop: int) -> Callable[[], np.ndarray]:
     """A function that dequantizes these rows."""
-    return lambda: self._dequantize(start, stop)
 
-  def _dequantize(self, start: int, stop: int) -> np.ndarray:
-    kind = self.library.GGMLQuantizationType(self.kind)
-    *rows, width = self.shape
-    shape = math.prod(rows), _row_bytes(self.library, kind, width)
-    data = np.memmap(self.path, mode="r", offset=self.start, shape=shape)
-    if rows:
-      return self.library.dequantize(data[start:stop], kind)
-    # A scale. Files hold the whole factor; the tree its deviation from one.
-    return self.library.dequantize(data, kind)[0, start:stop] - 1
+    def read() -> np.ndarray:
+      kind = self.library.GGMLQuantizationType(self.kind)
+      *rows, width = self.shape
+      shape = math.prod(rows), _row_bytes(self.library, kind, width)
+      data = np.memmap(self.path, mode="r", offset=self.start, shape=shape)
+      if rows:
+        return self.library.dequantize(data[start:stop], kind)
+      # A scale. Files hold the whole factor; the tree its deviation from one.
+      return self.library.dequantize(data, kind)[0, start:stop] - 1
+
+    return read
 
 
 def _open(
@@ -136,18 +136,12 @@ class _Metadata:
   """The keys of a file under `gemma3.`, which `take` removes one by one."""
 
   def __init__(self, fields: Mapping[str, Any], source: str):
-    self._source = source
-    self.rest = {
-      name.removeprefix("gemma3."): value
-      for name, value in fields.items()
-      if name.startswith("gemma3.")
-    }
+    self._source, start = source, "gemma3."
+    names = (name for name in fields if name.startswith(start))
+    self.rest = {name.removeprefix(start): fields[name] for name in names}
 
   def take(self, key: str, kind: type, default: Any = None) -> Any:
-    """Removes a key and returns its value, a size (int) or a factor (float).
-
-    Without a default the key must exist.
-    """
+    """Removes a key and returns its value, a size (int) or a factor."""
     value = self.rest.pop(key, default)
     if value is None:
       raise ValueError(
@@ -172,15 +166,9 @@ class _Metadata:
 
 
 def _read_config(
-  fields: Mapping[str, Any],
-  shapes: Mapping[str, tuple[int, ...]],
-  source: str,
+  fields: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], source: str
 ) -> gemma3_config.ModelConfig:
-  """The sizes in the metadata.
-
-  Raises:
-    ValueError: If a key is missing, or asks for arithmetic other than ours.
-  """
+  """The sizes in the metadata, which must ask for our arithmetic."""
   metadata = _Metadata(fields, source)
   take, name = metadata.take, "general.architecture"
   architecture = fields.get(name)
@@ -190,12 +178,9 @@ def _read_config(
   num_heads = take("attention.head_count", int)
   head_dim = take("attention.key_length", int, embed_dim // num_heads)
   num_kv_heads = take("attention.head_count_kv", int)
-  metadata.require(
-    num_heads % num_kv_heads == 0,
-    "gemma3.attention.head_count_kv",
-    num_kv_heads,
-    f"a divisor of the head_count of {num_heads}",
-  )
+  holds, name = num_heads % num_kv_heads == 0, "gemma3.attention.head_count_kv"
+  rule = f"a divisor of the head_count of {num_heads}"
+  metadata.require(holds, name, num_kv_heads, rule)
   # As in llama.cpp: 27B alone scales by its width per head.
   per_head = embed_dim / num_heads if num_layers == _LAYERS_OF_27B else head_dim
   config = gemma3_config.ModelConfig(
@@ -223,12 +208,9 @@ def _check_arithmetic(
   """Checks all other keys, which must ask for the only arithmetic there is."""
   rest, require = metadata.rest, metadata.require
   kind = rest.pop("rope.scaling.type", "none")
-  require(
-    kind == "linear" or (kind == "none" and config.global_rope_factor == 1),
-    "gemma3.rope.scaling.type",
-    kind,
-    "'linear', or 'none' with a gemma3.rope.scaling.factor of 1",
-  )
+  holds = kind == "linear" or kind == "none" and config.global_rope_factor == 1
+  rule = "'linear', or 'none' with a gemma3.rope.scaling.factor of 1"
+  require(holds, "gemma3.rope.scaling.type", kind, rule)
   key = "attention.layer_norm_rms_epsilon"
   epsilon = metadata.take(key, float)
   is_close = math.isclose(epsilon, _RMS_EPSILON, rel_tol=1e-3)
@@ -255,8 +237,8 @@ def _find_faults(library: Any, header: gguf_header.Header) -> dict[str, str]:
   for name, tensor in header.tensors.items():
     kind = tensor.kind
     if not _is_known(library, kind):
-      kind = names.get(kind, kind)
-      faults[name] = f"of type {kind}, which gguf cannot dequantize"
+      shown = names.get(kind, kind)
+      faults[name] = f"of type {shown}, which gguf cannot dequantize"
       continue
     *rows, width = tensor.shape
     if width % (block := library.GGML_QUANT_SIZES[kind][0]):

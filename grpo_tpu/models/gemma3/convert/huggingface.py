@@ -8,6 +8,7 @@ References:
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -77,10 +78,8 @@ class Tensor(NamedTuple):
     stop = self.shape[0] if stop is None else stop
     if self.file is None:
       return lambda: self._read_local(start, stop)
-    size = self.row_bytes
-    read = self.file.start_read(
-      self.start + start * size, self.start + stop * size
-    )
+    part = (self.start + row * self.row_bytes for row in (start, stop))
+    read = self.file.start_read(*part)
     dtype, shape = _DTYPES[self.dtype], (-1, *self.shape[1:])
     return lambda: np.frombuffer(read(), dtype).reshape(shape)
 
@@ -118,15 +117,11 @@ class Checkpoint:
   def load(self, abstract_params: Any) -> Any:
     """Loads the tree with these shapes, types and shardings.
 
-    Beyond the parameters themselves, the host holds at most its own devices'
-    part of one leaf at a time, and a few blocks of a file.
+    Besides, the host holds its devices' part of a leaf, and a few blocks.
     """
 
     def find(leaf: leaves.Leaf, layer: int | None) -> list[Tensor]:
-      stacked = () if layer is None else (layer,)
-      matrices = [(*stacked, n) for n in range(len(leaf.huggingface))]
-      names = [leaf.tensor("huggingface", index) for index in matrices]
-      return [self._tensors[name] for name in names]
+      return [self._tensors[name.format(layer)] for name in leaf.huggingface]
 
     params = blocks.load(abstract_params, find)
     logging.info("Read the parameters of %s.", self._directory)
@@ -162,26 +157,19 @@ class Checkpoint:
     if embedding:
       rows, *width = wanted[names.EMBEDDING]
       rows = max((rows, *embedding.shape[:1]))  # It may have more than needed.
-      wanted[names.EMBEDDING] = (rows, *width)
+      wanted[names.EMBEDDING] = shape = (rows, *width)
       # One that has another shape or type is refused below.
-      is_readable = (
-        embedding.shape == wanted[names.EMBEDDING]
-        and embedding.dtype in _DTYPES
-      )
+      is_readable = embedding.shape == shape and embedding.dtype in _DTYPES
       if head and is_readable and not _are_equal(head, embedding):
-        faults[head.name] = (
-          "differs from the embedding, to which it must be tied"
-        )
-    faults |= {
-      self._tensors[common].name: fault
-      for common, fault in type_faults(self._tensors).items()
-    }
+        tie = "differs from the embedding, to which it must be tied"
+        faults[head.name] = tie
     in_files = {common: x.name for common, x in self._tensors.items()}
+    tensors = {x.name: x for x in self._tensors.values()}
     assembly.check_tensors(
-      {x.name: x.shape for x in self._tensors.values()},
+      {name: x.shape for name, x in tensors.items()},
       {in_files.get(k, names.released_name(k)): v for k, v in wanted.items()},
       f"checkpoint {self._directory}",
-      faults=faults,
+      faults=faults | type_faults(tensors),
     )
 
 
@@ -243,15 +231,8 @@ def save(
   """Saves a checkpoint that transformers loads and that gives the same logits.
 
   Every process takes part, because each may hold a part of the parameters; the
-  first one writes. config.json comes last.
-
-  Args:
-    config: Sizes of the network.
-    params: The tree, on any devices.
-    directory: A folder without a checkpoint; it is created if missing.
-    dtype: Type of all tensors.
-    files: Files beside the weights by name, as bytes or as values for JSON.
-      The generation settings get our special ids.
+  first one writes. `files` are those beside the weights by name, as bytes or as
+  values for JSON; the generation settings among them get our special ids.
 
   Raises:
     ValueError: If `directory` holds a checkpoint.
@@ -278,18 +259,14 @@ def save(
   generation = files.get(GENERATION_CONFIG, {}) | {x: text[x] for x in ids}
   written = {**files, GENERATION_CONFIG: generation, _CONFIG: values}
   if len(shards) > 1:
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    written[_INDEX] = index
+    size = {"total_size": total}
+    written[_INDEX] = {"metadata": size, "weight_map": weight_map}
   finish(unfinished, written)
   logging.info("Wrote %d bytes of parameters to %s.", total, directory)
 
 
 def make_unfinished(directory: str | os.PathLike[str]) -> epath.Path:
-  """A folder to write to; see `finish`.
-
-  It is an empty one inside `directory`. In a bucket, where nothing is renamed,
-  it is the directory itself.
-  """
+  """An empty folder inside, to write to; in a bucket `directory` itself."""
   if paths.is_remote(directory):
     return epath.Path(directory)
   unfinished = pathlib.Path(directory) / ".unfinished"
@@ -310,9 +287,7 @@ def write_tensors(tensors: dict[str, np.ndarray], path: epath.Path) -> None:
 def finish(unfinished: epath.Path, files: Mapping[str, Any]) -> None:
   """Adds files to an unfinished folder and moves all up, config.json last.
 
-  `files`, at least one, are bytes, or values for JSON, by name. All get the
-  permissions of a new file, which safetensors does not give. In a bucket they
-  are put in this order.
+  All get the permissions of a new file, which safetensors does not give.
   """
   for name in sorted(files, key=lambda x: x == _CONFIG):
     content = files[name]
@@ -342,9 +317,8 @@ def check_no_checkpoint(directory: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(directory)
     if folder.exists() and not folder.is_dir():
       raise ValueError(f"{folder} must be a folder; move the file away.")
-    found = [
-      x.name for x in (*folder.glob("*.safetensors"), *folder.glob(_CONFIG))
-    ]
+    files = *folder.glob("*.safetensors"), *folder.glob(_CONFIG)
+    found = [x.name for x in files]
   if found:
     raise ValueError(
       f"{directory} must not hold a checkpoint yet, and has {min(found)}; move "
@@ -376,11 +350,10 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
   """Compares two tensors, a chunk at a time."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
-  step = max(1, _CHUNK_BYTES // a.row_bytes)
-  chunks = ((i, min(i + step, a.shape[0])) for i in range(0, a.shape[0], step))
-  return all(
-    np.array_equal(a.start_read(*x)(), b.start_read(*x)()) for x in chunks
-  )
+  rows, step = a.shape[0], max(1, _CHUNK_BYTES // a.row_bytes)
+  chunks = ((i, min(i + step, rows)) for i in range(0, rows, step))
+  pairs = ((a.start_read(*x)(), b.start_read(*x)()) for x in chunks)
+  return all(itertools.starmap(np.array_equal, pairs))
 
 
 def _shards(
@@ -390,14 +363,14 @@ def _shards(
   shard, size = {}, 0
   for path, x in leaves.by_path(params).items():
     leaf = leaves.LEAVES[path]
-    num_bytes = math.prod(leaf.file_shape(leaf.sizes(x.shape))) * dtype.itemsize
+    num_bytes = math.prod(x.shape[leaf.num_stacked :]) * dtype.itemsize
     for index in np.ndindex(*x.shape[: leaf.num_stacked]):
       if shard and size + num_bytes > _SHARD_BYTES:
         yield shard
         shard, size = {}, 0
       name = leaf.tensor("huggingface", index)
       is_embedding = name == names.EMBEDDING
-      rows = huggingface_config.num_rows(config) if is_embedding else None
+      rows = huggingface_config.num_rows(config) if is_embedding else 0
       exported = name.replace("text.", "model.", 1)
       exported = names.released_name(name) if config.vision else exported
       shard[exported] = functools.partial(_tensor, leaf, x, index, dtype, rows)
@@ -410,16 +383,14 @@ def _tensor(
   x: Any,
   index: tuple[int, ...],
   dtype: np.dtype,
-  rows: int | None,
+  rows: int,
 ) -> np.ndarray:
   """A tensor of a file, made from its leaf."""
   axes = leaf.axes[leaf.num_stacked :]
-  order = leaf.file_axes.replace(" ", "")
-  piece = on_host(x[index] if index else x)
-  piece = piece.transpose([axes.index(axis) for axis in order])
-  shape = leaf.file_shape(leaf.sizes(x.shape))
-  tensor = piece.reshape(shape).astype(dtype)
-  if rows is not None and rows > len(tensor):
+  order = [axes.index(axis) for axis in leaf.file_axes.replace(" ", "")]
+  piece = on_host(x[index] if index else x).transpose(order)
+  tensor = piece.reshape(leaf.file_shape(leaf.sizes(x.shape))).astype(dtype)
+  if rows > len(tensor):
     # Never learned; their mean gives them the mean likelihood, as released.
     mean = piece.astype(np.float32).mean(axis=0, keepdims=True)
     spare = np.broadcast_to(mean, (rows - len(tensor), tensor.shape[1]))
