@@ -90,8 +90,6 @@ done
 say "Started $hosts hosts of $devices devices; logs: $logs/host-K.log"
 
 # Bash lists its running children, so a reused process id does not matter.
-is_running() { [[ $'\n'$(jobs -rp)$'\n' == *$'\n'"${pids[$1]}"$'\n'* ]]; }
-
 # shellcheck disable=SC2046 # A word for each process.
 send() { kill "-$1" $(jobs -rp) 2>/dev/null || true; }
 
@@ -107,8 +105,11 @@ code=0
 deadline=
 codes=()
 while ((${#codes[@]} < hosts)); do
+  running=$'\n'$(jobs -rp)$'\n'
   for ((host = 0; host < hosts; host++)); do
-    if [[ ${codes[$host]:-} ]] || is_running "$host"; then continue; fi
+    if [[ ${codes[$host]:-} || $running == *$'\n'${pids[$host]}$'\n'* ]]; then
+      continue
+    fi
     codes[host]=0
     wait "${pids[$host]}" 2>/dev/null || codes[host]=$?
     ((codes[host])) || continue

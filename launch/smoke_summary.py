@@ -2,10 +2,8 @@
 
     python -m launch.smoke_summary WORKDIR WALL_SECONDS
 
-`warm_start_accuracy` is `eval/accuracy` before the first update (step 0),
-`final_accuracy` the last one, `steps` the last step. `wall_seconds` counts from
-the end of the installation, and only the last start of a resumed run. A start
-that trains nothing leaves it as it was.
+The seconds count from the end of the installation, and only the last start of a
+resumed run. A start that trains nothing leaves them as they were.
 """
 
 import json
@@ -21,11 +19,10 @@ from grpo_tpu.observability import json_lines
 def main(name: str, seconds: str) -> None:
   """Writes `smoke.json` and prints its content."""
   workdir = paths.to_path("WORKDIR", name)
-  found = json_lines.read_rows(workdir / "metrics.jsonl")
-  rows = [row for _, row in found if row]
-  known = {row["step"]: row.get("eval/accuracy") for row in rows}
-  steps = max(known, default=0)
-  known = {k: x for k, x in known.items() if isinstance(x, int | float)}
+  rows = json_lines.read_rows(workdir / "metrics.jsonl")
+  all_known = {row["step"]: row.get("eval/accuracy") for _, row in rows if row}
+  steps = max(all_known, default=0)
+  known = {k: x for k, x in all_known.items() if isinstance(x, int | float)}
   if 0 not in known or len(known) < 2:
     raise ValueError(
       f"{name}/metrics.jsonl must have eval/accuracy at step 0 and at a later"

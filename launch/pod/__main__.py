@@ -5,13 +5,14 @@ launch/tpu.sh [--settings=FILE] [--dry-run] VERB ...
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pathlib
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from data_pipelines import validation
@@ -46,14 +47,11 @@ class _Parser(argparse.ArgumentParser):
     self.exit(Exit.BAD_REQUEST, f"launch/tpu.sh: {printable(message)}.\n")
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
-  def parse(text: str) -> float:
-    value = type(low)(text)
-    if not low <= value <= high:
-      raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
-    return value
-
-  return parse
+def _number(low: float, high: float, text: str) -> float:
+  with contextlib.suppress(ValueError):
+    if low <= (value := type(low)(text)) <= high:
+      return value
+  raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,16 +67,14 @@ def _parser() -> argparse.ArgumentParser:
   dry_run = "print every call of gcloud and make none"
   parser.add_argument("--dry-run", action="store_true", help=dry_run)
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-  verb = {
-    name: verbs.add_parser(
-      name, help=text, description=text, allow_abbrev=False
-    )
-    for name, text in _TABLE["verbs"].items()
-  }
+  add = functools.partial(verbs.add_parser, allow_abbrev=False)
+  texts = _TABLE["verbs"].items()
+  verb = {name: add(name, help=text, description=text) for name, text in texts}
   for flag in map(dict, _TABLE["flag"]):
     users, names = flag.pop("verbs").split(), flag.pop("names").split()
     if "from" in flag:
-      flag["type"] = _number(flag.pop("from"), flag.pop("to"))
+      bounds = flag.pop("from"), flag.pop("to")
+      flag["type"] = functools.partial(_number, *bounds)
     for name in users:
       verb[name].add_argument(*names, **flag)
   return parser
@@ -226,7 +222,7 @@ def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
 
 
 def _print(cloud: gcloud.Gcloud, lines: Sequence[str]) -> None:
-  prefix = _DRY_RUN if cloud.dry_run else ""
+  prefix = _DRY_RUN * cloud.dry_run
   sys.stdout.writelines(f"{prefix}{printable(line)}\n" for line in lines)
   sys.stdout.flush()
 
@@ -304,10 +300,9 @@ def main(words: Sequence[str]) -> int:
   """Runs a verb; returns the exit code."""
   try:
     arguments = _parser().parse_args(words)
-    prefix = _DRY_RUN if arguments.dry_run else ""
-    logging.basicConfig(
-      format=f"{prefix}%(message)s", level=logging.INFO, force=True
-    )
+    prefix = _DRY_RUN * arguments.dry_run
+    form = f"{prefix}%(message)s"
+    logging.basicConfig(format=form, level=logging.INFO, force=True)
     return int(_run(arguments))
   except Failure as failure:
     code, message = failure.exit, str(failure)

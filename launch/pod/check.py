@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 import subprocess
-import tarfile
 import tempfile
 
 from launch.pod import gcloud, shapes, workers
@@ -81,11 +80,8 @@ def _run(words: list[str], module: str) -> tuple[int, str]:
   """Runs a module in the files of the commit; the exit code and the error."""
   python = _python()
   with tempfile.TemporaryDirectory() as folder:
-    archive = pathlib.Path(folder, "code.tar")
-    workers.archive(workers.commit(), archive)
     code = pathlib.Path(folder, "code")
-    with tarfile.open(archive) as tar:
-      tar.extractall(code, filter="data")
+    workers.clone(code)
     result = subprocess.run(
       [python, "-P", "-m", module, *words],
       cwd=code,

@@ -14,11 +14,7 @@ _SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY", re.I)
 
 
 def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
-  """The JobSet of a run, as YAML.
-
-  Raises:
-    ValueError: The settings name no image, or a slice that GKE does not offer.
-  """
+  """The JobSet of a run, as YAML; a ValueError says what GKE does not offer."""
   validation.require(
     bool(settings.image),
     *("IMAGE", settings.image, "name an image, because GKE runs only images"),

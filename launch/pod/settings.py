@@ -22,11 +22,7 @@ LABEL = "grpo-tpu"
 
 
 class Settings(types.SimpleNamespace):
-  """The values of the file, by the names in `settings.toml` in lower case.
-
-  Raises:
-    ValueError: A value breaks its rule in `settings.toml`.
-  """
+  """The values, by names in lower case; a ValueError names a wrong one."""
 
   def __init__(self, **values: str):
     super().__init__(**values)
@@ -78,11 +74,7 @@ class Settings(types.SimpleNamespace):
 
 
 def parse(text: str) -> Settings:
-  """Parses the text of a settings file.
-
-  Raises:
-    ValueError: The message says what is wrong, the rule and the remedy.
-  """
+  """Parses a settings file; a ValueError has the line, rule and remedy."""
   values = {x: rule["absent"] for x, rule in RULES.items() if "absent" in rule}
   named = set()
   for number, line in enumerate(map(str.strip, text.split("\n")), 1):
@@ -115,11 +107,7 @@ def parse(text: str) -> Settings:
 
 
 def read(path: pathlib.Path) -> Settings:
-  """Reads a settings file.
-
-  Raises:
-    ValueError: The message names the file, what is wrong and the remedy.
-  """
+  """Reads a settings file; a ValueError names it and what is wrong."""
   try:
     return parse(path.read_text(encoding="utf-8-sig"))
   except (OSError, UnicodeError) as error:

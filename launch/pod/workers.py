@@ -80,15 +80,12 @@ class Job:
         " write, for example, configs/smoke.py."
       )
     for flag in self.flags:
-      if not (flag.startswith("--") and flag.isprintable()):
+      is_flag = flag.startswith("--") and flag.isprintable()
+      if not is_flag or flag.partition("=")[0] in ("--workdir", "--config"):
         raise ValueError(
-          f"{flag!r} must be a flag of the program; write --name=value as one"
-          " word."
-        )
-      if flag.partition("=")[0] in ("--workdir", "--config"):
-        raise ValueError(
-          f"{flag!r} must not be among the flags: the workdir is WORKDIR in the"
-          " settings, and the config is the first argument; remove the flag."
+          f"FLAG ({flag!r}) must be a flag of the program, but neither"
+          " --workdir nor --config, which are WORKDIR and the first argument;"
+          " write --name=value as one word, or remove it."
         )
 
   @property
@@ -145,11 +142,6 @@ def is_committed(config: str) -> bool:
     return False
 
 
-def archive(version: str, path: pathlib.Path) -> None:
-  """Writes the files of a commit to a .tar or .tar.gz file."""
-  _git("archive", f"--output={path}", version)
-
-
 def clone(path: pathlib.Path) -> None:
   """Makes a checkout of the last commit, without its history."""
   _git("clone", "--quiet", "--no-local", "--depth=1", str(ROOT), str(path))
@@ -174,7 +166,7 @@ def setup(cloud: gcloud.Gcloud, num_workers: int) -> str:
     words = ["setup-image", version]
     if not settings.image:
       path = pathlib.Path(folder, _ARCHIVE)
-      archive(version, path)
+      _git("archive", f"--output={path}", version)
       files.append(str(path))
       sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
       words = ["setup", version, sha256]
@@ -222,17 +214,12 @@ class Status:
 
   @classmethod
   def parse(cls, text: str) -> "Status":
-    """Parses the output of `worker.sh status`.
-
-    Raises:
-      ValueError: The text is something else.
-    """
+    """Parses the output of `worker.sh status`; any other is a ValueError."""
     # A value may hold what Python, unlike the worker, takes for the end of a
     # line.
     lines = [line.partition("=") for line in text.split("\n")]
     values = {name: value for name, _, value in lines}
-    code = values.get("exit_code", "")
-    state = values.get("state", "none")
+    code, state = values.get("exit_code"), values.get("state", "none")
     if state not in _STATES:
       raise ValueError(f"state is {state!r}")
     return cls(
@@ -248,8 +235,7 @@ class Status:
 
   def __str__(self) -> str:
     state = _STATES[self.state].format(self.exit_code)
-    version = self.commit or "not set up"
-    parts = [state, version]
+    parts = [state, self.commit or "not set up"]
     # Only the first process logs them.
     parts += [f"last step {self.step}"] * (self.step >= 0)
     parts += [f"newest checkpoint {self.checkpoint}"] * (self.checkpoint >= 0)
