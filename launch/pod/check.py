@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 from launch.pod import gcloud, shapes, workers
 from launch.pod import settings as pod_settings
@@ -23,67 +24,55 @@ def check(settings: pod_settings.Settings, job: workers.Job) -> None:
   Raises:
     Failure: The program would refuse them, or the check could not be made.
   """
+  kind = f"ACCELERATOR_TYPE ({settings.accelerator_type})"
   if settings.image and not workers.is_committed(job.config):
-    logging.warning(
-      "Not checked: no commit of this checkout has %s. A wrong setting ends the"
-      " run with 64.",
-      job.config,
-    )
+    logging.warning("Not checked: no commit here has %s.", job.config)
     return
-  words = [*job.words, "--workdir=/workdir"]
-  shape = shapes.SHAPES.get(settings.accelerator_type)
-  if shape is None:
-    logging.warning(
-      "Not checked: the mesh, because no table has ACCELERATOR_TYPE %s.",
-      settings.accelerator_type,
-    )
-  else:
-    words.append(_topology(settings, shape))
-  code, reason = _run(words, "grpo_tpu.planning.check")
+  topology = _topology(settings)
+  if not topology:
+    logging.warning("Not checked: the mesh; no table has %s.", kind)
+  words = [*job.words, "--workdir=/workdir", *topology]
+  code, reason = _run("grpo_tpu.planning.check", words)
   if code == Exit.BAD_REQUEST:
-    where = f"ACCELERATOR_TYPE ({settings.accelerator_type})"
-    raise Failure(
-      Exit.BAD_REQUEST,
-      f"The program would refuse this run on {where}: {reason}",
-    )
+    message = f"The program would refuse this run on {kind}: {reason}"
+    raise Failure(Exit.BAD_REQUEST, message)
   if code:
-    raise Failure(
-      Exit.BAD_REQUEST,
-      f"The check of the run failed with exit code {code}: {reason}\nStart the"
-      " run with --no-check to go without.",
-    )
+    message = f"The check of the run failed with exit code {code}: {reason}"
+    message += "\nStart the run with --no-check to go without."
+    raise Failure(Exit.BAD_REQUEST, message)
 
 
 def check_memory(
   settings: pod_settings.Settings, job: workers.Job
 ) -> tuple[str, str]:
   """Plans the run with libtpu; "ok", "WRONG" or "not tested", and why."""
-  shape = shapes.SHAPES.get(settings.accelerator_type)
+  topology = _topology(settings)
   find = [_python(), "-c", "import libtpu"]
-  if shape is None or subprocess.run(find, capture_output=True).returncode:
+  if not topology or subprocess.run(find, capture_output=True).returncode:
     return "not tested", (
       "memory: libtpu is not installed here; docs/plan.md says how to plan"
     )
   with tempfile.TemporaryDirectory() as folder:
-    words = [*job.words, f"--workdir={folder}", "--mode=plan"]
+    words = [*job.words, f"--workdir={folder}", "--mode=plan", *topology]
     words.append("--config.model.weights=random:0")  # Their files may be away.
-    code, reason = _run([*words, _topology(settings, shape)], "grpo_tpu.main")
+    code, reason = _run("grpo_tpu.main", words)
   return ("WRONG", f"memory: {reason}") if code else ("ok", "memory of a chip")
 
 
-def _topology(settings: pod_settings.Settings, shape: shapes.Shape) -> str:
+def _topology(settings: pod_settings.Settings) -> list[str]:
+  """The flag that names the slices; none if no table has their type."""
+  shape = shapes.SHAPES.get(settings.accelerator_type)
   several = f"*{settings.num_slices}" * (settings.num_slices != "1")
-  return f"--topology={shape.slice_name}{several}"
+  return [f"--topology={shape.slice_name}{several}"] if shape else []
 
 
-def _run(words: list[str], module: str) -> tuple[int, str]:
+def _run(module: str, words: Sequence[str]) -> tuple[int, str]:
   """Runs a module in the files of the commit; the exit code and the error."""
-  python = _python()
   with tempfile.TemporaryDirectory() as folder:
     code = pathlib.Path(folder, "code")
     workers.clone(code)
     result = subprocess.run(
-      [python, "-P", "-m", module, *words],
+      [_python(), "-P", "-m", module, *words],
       cwd=code,
       env=os.environ | {"PYTHONPATH": str(code)},
       stdin=subprocess.DEVNULL,
@@ -99,12 +88,9 @@ def _python() -> str:
   if python := os.environ.get("GRPO_TPU_PYTHON"):
     return python
   script = str(workers.ROOT / "launch" / "setup.sh")
+  call = ["bash", "-euo", "pipefail", "-c", _FIND_PYTHON, script]
   # What it prints to stderr is for the user.
-  made = subprocess.run(
-    ["bash", "-euo", "pipefail", "-c", _FIND_PYTHON, script],
-    stdout=subprocess.PIPE,
-    text=True,
-  )
+  made = subprocess.run(call, stdout=subprocess.PIPE, text=True)
   if made.returncode:
     raise Failure(
       Exit.BAD_REQUEST,

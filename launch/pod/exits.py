@@ -4,7 +4,9 @@
 so the codes of the launcher start at 80.
 """
 
+import contextlib
 import enum
+from collections.abc import Iterator
 
 from data_pipelines.validation import ExitCode, printable
 
@@ -54,3 +56,13 @@ class Failure(Exception):
     # Parts of it come from gcloud and from workers.
     super().__init__(printable(message, keep="\n"))
     self.exit = code
+
+
+@contextlib.contextmanager
+def ignore(code: Exit) -> Iterator[None]:
+  """Ends the block without an error if it fails with this code."""
+  try:
+    yield
+  except Failure as failure:
+    if failure.exit != code:
+      raise

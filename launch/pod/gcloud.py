@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.pod import settings as pod_settings
-from launch.pod.exits import Exit, Failure
+from launch.pod.exits import Exit, Failure, ignore
 
-_ERRORS: dict[str, list[str]] = tomllib.loads(
+_ERRORS: dict[str, Any] = tomllib.loads(
   pathlib.Path(__file__).with_name("errors.toml").read_text(encoding="utf-8")
 )
 # The name of `launch/pod/worker.sh` in the home folder of a worker.
@@ -25,16 +25,10 @@ _ALPHA = re.compile(
   "|boot-disk|autocheckpoint-enabled)(=|$)"
 )
 
-# Progress messages of gcloud's ssh and scp, which are not the worker's output.
-_PROGRESS = re.compile(
-  r"^(Using (ssh|scp) batch size|S(SH|CP): Attempting|SSH key found"
-  r"|WARNING: Cannot|Propagating SSH|Waiting for operation)"
-)
-
 
 def classify_error(stderr: str) -> Exit:
   """Finds the kind of failure that gcloud reports."""
-  for name, patterns in _ERRORS.items():
+  for name, patterns in _ERRORS["exits"].items():
     if any(re.search(pattern, stderr) for pattern in patterns):
       return Exit[name]
   return Exit.GCLOUD
@@ -48,7 +42,7 @@ def is_alpha(words: Sequence[str]) -> bool:
 def error_tail(stderr: str) -> str:
   """The last lines of an error output, without gcloud's progress messages."""
   lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
-  lines = [line for line in lines if not _PROGRESS.match(line)]
+  lines = [line for line in lines if not re.match(_ERRORS["progress"], line)]
   return "\n".join(lines[-12:]) or "no reason given"
 
 
@@ -78,23 +72,14 @@ class Gcloud:
 
   def describe(self, kind: str, name: str) -> dict[str, Any] | None:
     """Asks the API for a "tpu-vm" or a "queued-resources"."""
-    try:
-      answer = self.tpus(kind, "describe", name, "--format=json")
-    except Failure as failure:
-      if failure.exit == Exit.ABSENT:
-        return None
-      raise
-    if not answer:
-      return None
-    try:
-      described = json.loads(answer)
-    except ValueError as error:
-      raise Failure(Exit.GCLOUD, f"gcloud printed no JSON: {error}") from error
-    return described
+    with ignore(Exit.ABSENT):
+      found = self.tpus(kind, "describe", name, "--format=json")
+      return json.loads(found or "null")
+    return None
 
   def tpus(self, *words: str) -> str:
     """Runs a command of `gcloud compute tpus`; returns its output."""
-    return self._check(self._tpus_call(words)).stdout
+    return self._check(self._tpus_call(*words)).stdout
 
   def call(self, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs another command of gcloud in the project."""
@@ -113,14 +98,15 @@ class Gcloud:
   def copy(self, worker: int, files: Sequence[str]) -> None:
     """Copies files to the home folder of a worker."""
     node, number = self._address(worker)
-    words = ["tpu-vm", "scp", *files, f"{node}:."]
-    words += [f"--worker={number}", *self._connection_flags("scp")]
-    result = self._run(self._tpus_call(words))
-    self.check_worker(worker, result.returncode, result.stderr)
+    words = (*files, f"{node}:.", f"--worker={number}")
+    self._run_for(worker, self._worker_call("scp", *words))
 
   def run_on_worker(self, worker: int, command: Sequence[str]) -> str:
     """Runs a command on a worker; returns its output."""
-    result = self._run(self.ssh_call(worker, command))
+    return self._run_for(worker, self.ssh_call(worker, command))
+
+  def _run_for(self, worker: int, call: Sequence[str]) -> str:
+    result = self._run(call)
     self.check_worker(worker, result.returncode, result.stderr)
     return result.stdout
 
@@ -133,9 +119,8 @@ class Gcloud:
     that are quoted for the worker's shell arrive unchanged.
     """
     node, number = self._address(worker)
-    words = ["tpu-vm", "ssh", node, f"--worker={number}"]
-    words += [f"--command={shlex.join(command)}"]
-    call = self._tpus_call([*words, *self._connection_flags("ssh")])
+    words = (f"--worker={number}", f"--command={shlex.join(command)}")
+    call = self._worker_call("ssh", node, *words)
     return [*call, "--", *ssh_flags] if ssh_flags else call
 
   def _address(self, worker: int) -> tuple[str, int]:
@@ -152,28 +137,26 @@ class Gcloud:
     try:
       return subprocess.Popen(call, text=True, errors="replace", **streams)
     except FileNotFoundError as error:
-      raise Failure(
-        Exit.NO_GCLOUD, f"{call[0]} was not found on PATH."
-      ) from error
+      message = f"{call[0]} was not found on PATH."
+      raise Failure(Exit.NO_GCLOUD, message) from error
 
   def _run(self, call: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    pipe = subprocess.PIPE
-    with self.start(
-      call, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
-    ) as process:
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with self.start(call, stdin=none, stdout=pipe, stderr=pipe) as process:
       out, err = process.communicate()
     return subprocess.CompletedProcess(call, process.returncode, out, err)
 
-  def _tpus_call(self, words: Sequence[str]) -> list[str]:
+  def _tpus_call(self, *words: str) -> list[str]:
     track = ["alpha"] * is_alpha(words)
     location = (f"--project={self.settings.project}", f"--zone={self.zone}")
     return ["gcloud", *track, "compute", "tpus", *words, *location, "--quiet"]
 
-  def _connection_flags(self, program: str) -> list[str]:
+  def _worker_call(self, program: str, *words: str) -> list[str]:
     routes = {"internal": ["--internal-ip"], "iap": ["--tunnel-through-iap"]}
-    route = routes.get(self.settings.ssh, [])
-    options = ("ConnectTimeout=20", "ServerAliveInterval=20")
-    return [*route, *(f"--{program}-flag=-o{option}" for option in options)]
+    words += (*routes.get(self.settings.ssh, []),)
+    for option in ("ConnectTimeout=20", "ServerAliveInterval=20"):
+      words += (f"--{program}-flag=-o{option}",)
+    return self._tpus_call("tpu-vm", program, *words)
 
   def check_worker(self, worker: int, returncode: int, stderr: str) -> None:
     """Checks that a call on a worker succeeded."""
@@ -182,9 +165,8 @@ class Gcloud:
     name = f"Worker {worker} of {self.settings.name}"
     tail = error_tail(stderr)
     if returncode == 255 or "return code [255]" in stderr:
-      raise Failure(
-        Exit.WORKER_UNREACHABLE, f"{name} could not be reached by ssh: {tail}"
-      )
+      message = f"{name} could not be reached by ssh: {tail}"
+      raise Failure(Exit.WORKER_UNREACHABLE, message)
     if re.search(r"^ERROR: (\(gcloud|gcloud crashed)", stderr, re.MULTILINE):
       raise Failure(classify_error(stderr), tail)
     # Bash exits with 127 if the script is missing: nothing was sent yet.

@@ -20,11 +20,10 @@ from typing import Any
 
 from launch.pod import gcloud
 from launch.pod import settings as pod_settings
-from launch.pod.exits import Exit, Failure
+from launch.pod.exits import Exit, Failure, ignore
 
 RENEWAL_SECONDS = 60.0
 STALE_SECONDS = 240.0
-_LOG_LINES = 500
 STOP = "stop"  # The object that asks the supervisor to stop the run.
 _RECORD = "state.json"
 
@@ -74,16 +73,14 @@ def read(cloud: gcloud.Gcloud) -> tuple[Record | None, int]:
   name = url(cloud.settings, _RECORD)
   words = ("storage", "objects", "describe", name)
   try:
-    described = cloud.call(*words, "--format=value(generation)")
-    text = cloud.call("storage", "cat", name).stdout
-    return Record(**json.loads(text)), int(described.stdout)
-  except Failure as failure:
-    if failure.exit == Exit.ABSENT:
-      return None, 0
-    raise
+    with ignore(Exit.ABSENT):
+      described = cloud.call(*words, "--format=value(generation)")
+      text = cloud.call("storage", "cat", name).stdout
+      return Record(**json.loads(text)), int(described.stdout)
   except (TypeError, ValueError) as error:
     message = f"{name} is no record of a supervisor ({error}); delete it."
     raise Failure(Exit.GCLOUD, message) from error
+  return None, 0
 
 
 class Lease(logging.Handler):
@@ -103,7 +100,7 @@ class Lease(logging.Handler):
     """Keeps a line of the log."""
     now = time.strftime("%FT%TZ", time.gmtime(record.created))
     log = [*self.record.log, f"{now} {record.getMessage()}"]
-    self.record.log = log[-_LOG_LINES:]
+    self.record.log = log[-500:]
 
   def require_free(self) -> None:
     """Reads the record; waits until it is stale if its owner did not end.
@@ -120,8 +117,7 @@ class Lease(logging.Handler):
     self.record.slices, self.record.log = found.slices, found.log
     if is_killed:
       logging.info("Watching if %r supervises this run.", found.machine)
-      until = time.monotonic() + STALE_SECONDS
-      while time.monotonic() < until:
+      for _ in range(8):
         time.sleep(STALE_SECONDS / 8)
         if read(self._cloud)[1] != self._generation:
           raise Failure(Exit.BUSY, f"{found.machine} supervises this run.")
@@ -174,7 +170,7 @@ class Lease(logging.Handler):
         self._generation = generation
 
   def _renew_often(self) -> None:
-    while not self._end.wait(RENEWAL_SECONDS) and not self._reason:
+    while not self._reason and not self._end.wait(RENEWAL_SECONDS):
       try:
         self.renew()
         if self._take_stop():
@@ -184,13 +180,10 @@ class Lease(logging.Handler):
 
   def _take_stop(self) -> bool:
     """True if `stop` has asked for the end, which is then forgotten."""
-    try:
+    with ignore(Exit.ABSENT):
       self._cloud.call("storage", "rm", url(self._cloud.settings, STOP))
-    except Failure as failure:
-      if failure.exit == Exit.ABSENT:
-        return False
-      raise
-    return True
+      return True
+    return False
 
   def sleep(self, seconds: float) -> None:
     """Sleeps; raises `Stopped` or a failure if the supervisor must end."""

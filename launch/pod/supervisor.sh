@@ -3,8 +3,7 @@
 # at each boot, as root; systemd then runs it with the word `supervise`.
 set -euo pipefail
 
-root=${GRPO_TPU_ROOT:-}  # Tests have another.
-home=$root/var/lib/grpo_tpu
+home=${GRPO_TPU_ROOT:-}/var/lib/grpo_tpu  # Tests have another root.
 export HOME=${HOME:-/root} PATH=$PATH:/snap/bin
 export GRPO_TPU_PYTHON=${GRPO_TPU_PYTHON:-/usr/bin/python3}
 # The launcher writes its exit code there, unless it crashes.
@@ -29,15 +28,5 @@ until
     gcloud storage cp "$url" files.tar.gz &&
     tar --no-same-owner -xzf files.tar.gz
 do sleep 10; done
-cat >"$root/etc/systemd/system/grpo_tpu.service" <<UNIT
-[Unit]
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
-[Service]
-ExecStart=/bin/bash $home/code/launch/pod/supervisor.sh supervise
-Restart=always
-RestartSec=60
-UNIT
-systemctl daemon-reload
-systemctl restart grpo_tpu
+systemd-run --unit=grpo_tpu --property=Restart=always --property=RestartSec=60 \
+  bash "$home/code/launch/pod/supervisor.sh" supervise

@@ -6,14 +6,12 @@ import logging
 import pathlib
 import shlex
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 from launch.pod import gcloud, lease, workers
 from launch.pod import settings as pod_settings
-from launch.pod.exits import Exit, Failure
+from launch.pod.exits import Exit, Failure, ignore
 
 _FLAGS = (
   *("--machine-type=e2-small", "--image-family=ubuntu-2404-lts-amd64"),
@@ -27,32 +25,29 @@ def _call(cloud: gcloud.Gcloud, verb: str, *flags: str) -> str:
   return cloud.call("compute", "instances", *words).stdout
 
 
-def _find(cloud: gcloud.Gcloud) -> dict[str, Any] | None:
-  """The machine as the API describes it; None if there is none."""
-  try:
-    found = json.loads(_call(cloud, "describe", "--format=json") or "null")
-  except Failure as failure:
-    if failure.exit == Exit.ABSENT:
-      return None
-    raise
+def _status(cloud: gcloud.Gcloud) -> str:
+  """The state of the machine in the API's words; empty if there is none."""
+  found = {}
+  with ignore(Exit.ABSENT):
+    found = json.loads(_call(cloud, "describe", "--format=json") or "{}")
   name = cloud.settings.name
   if found and found.get("labels", {}).get(pod_settings.LABEL) != name:
     message = f"The machine {name}-supervisor lacks our label."
     raise Failure(Exit.NOT_OURS, message)
-  return found
+  return found.get("status", "")
 
 
 def delete(cloud: gcloud.Gcloud) -> None:
   """Deletes the machine, if there is one."""
-  if _find(cloud):
+  if _status(cloud):
     _call(cloud, "delete")
     logging.info("Deleted %s-supervisor.", cloud.settings.name)
 
 
 def _pack(
   folder: pathlib.Path, env: pathlib.Path, command: Sequence[str]
-) -> None:
-  """Writes an archive of the last commit, the settings and the command."""
+) -> str:
+  """Packs the last commit, the settings and the command; returns the file."""
   workers.clone(folder / "code")
   shutil.copy(env, folder / "code" / "launch" / "tpu.env")
   # ssh of the machine and of this one then find the same home on workers.
@@ -60,9 +55,7 @@ def _pack(
   call = ["env", f"LOGNAME={user}", f"USER={user}"]
   call += ["bash", "code/launch/tpu.sh", *command]
   (folder / "command.sh").write_text(shlex.join(call) + "\n")
-  with tarfile.open(folder / "files.tar.gz", "w:gz") as tar:
-    for member in ("code", "command.sh"):
-      tar.add(folder / member, member)
+  return shutil.make_archive(f"{folder}.files", "gztar", folder)
 
 
 def create(
@@ -70,31 +63,29 @@ def create(
 ) -> None:
   """Creates the machine, which runs a command of `launch/tpu.sh`."""
   settings = cloud.settings
-  found = _find(cloud)
-  if found and found.get("status") not in ("TERMINATED", "STOPPED"):
+  if _status(cloud) not in ("", "TERMINATED", "STOPPED"):
     message = f"{settings.name}-supervisor exists already."
     raise Failure(Exit.BUSY, message)
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
+  url = lease.url(settings, "files.tar.gz")
+  with tempfile.TemporaryDirectory() as folder:
+    files = "files.tar.gz"
     if not cloud.dry_run:
       lease.Lease(cloud).require_free()
-      _pack(folder, env, command)
+      files = _pack(pathlib.Path(folder, "packed"), env, command)
     delete(cloud)
-    url = lease.url(settings, "files.tar.gz")
-    (folder / "files").write_text(url)
-    cloud.call("storage", "cp", str(folder / "files.tar.gz"), url)
-    script = pathlib.Path(__file__).with_name("supervisor.sh")
-    files = f"startup-script={script},files={folder / 'files'}"
-    flags = [*_FLAGS, f"--metadata-from-file={files}"]
-    flags += [f"--labels={settings.all_labels}"]
-    flags += [f"--network={settings.network}"]
-    if settings.subnetwork:
-      flags.append(f"--subnet={settings.subnetwork}")
-    if settings.ssh != "external":
-      flags.append("--no-address")
-    if settings.service_account:
-      flags.append(f"--service-account={settings.service_account}")
-    _call(cloud, "create", *flags)
+    cloud.call("storage", "cp", files, url)
+  script = pathlib.Path(__file__).with_name("supervisor.sh")
+  flags = {
+    "metadata": f"files={url}",
+    "metadata-from-file": f"startup-script={script}",
+    "labels": settings.all_labels,
+    "network": settings.network,
+    "subnet": settings.subnetwork,
+    "service-account": settings.service_account,
+  }
+  words = [f"--{name}={value}" for name, value in flags.items() if value]
+  words += ["--no-address"] * (settings.ssh != "external")
+  _call(cloud, "create", *_FLAGS, *words)
   logging.info(
     "%s-supervisor supervises the run; `status`, `logs` and `stop` reach it.",
     settings.name,
