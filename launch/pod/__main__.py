@@ -208,11 +208,9 @@ def _reach_run(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> None:
     lines = [str(record)]
   found = slices.find(cloud, assumed=slices.State.READY)
   if verb == "status":
-    lives = dict(record.slices) if record else {}
-    if found.create_time:
-      life = (cloud.zone, cost.hours_since(found.create_time))
-      lives[found.create_time] = life
-    lines.append(cost.describe_total(cloud.settings, lives.values()))
+    record = record or lease.Record("", "")
+    record.note(cloud.zone, found.create_time)
+    lines.append(cost.describe_total(cloud.settings, record.slices.values()))
     lines.append(f"{cloud.settings.name}: {found.state.value} in {cloud.zone}.")
   _print(cloud, lines)
   if found.state == slices.State.READY:

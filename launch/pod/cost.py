@@ -48,10 +48,7 @@ def describe_total(
 
 
 def hours_since(create_time: str) -> float:
-  """The age of a slice in hours, from a time of the API; 0 if it is none."""
-  try:
-    start = datetime.datetime.fromisoformat(create_time)
-    age = datetime.datetime.now(datetime.UTC) - start
-  except (TypeError, ValueError):
-    return 0.0
+  """The age of a slice in hours, from a time of the API."""
+  start = datetime.datetime.fromisoformat(create_time)
+  age = datetime.datetime.now(datetime.UTC) - start
   return max(age.total_seconds(), 0.0) / 3600

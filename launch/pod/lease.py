@@ -18,7 +18,7 @@ import urllib.parse
 import uuid
 from typing import Any
 
-from launch.pod import gcloud
+from launch.pod import cost, gcloud
 from launch.pod import settings as pod_settings
 from launch.pod.exits import Exit, Failure, ignore
 
@@ -59,6 +59,12 @@ class Record:
   # The zone and the hours of each slice, by creation time.
   slices: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
   log: list[str] = dataclasses.field(default_factory=list)
+
+  def note(self, zone: str, create_time: str) -> None:
+    """Notes the age of a slice; its time is empty if there is none."""
+    if create_time:
+      life = (zone, cost.hours_since(create_time))
+      self.slices = {**self.slices, create_time: life}
 
   def __str__(self) -> str:
     end = f"ended with exit code {self.exit_code}"

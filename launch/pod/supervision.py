@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from data_pipelines.validation import ExitCode
-from launch.pod import cost, gcloud, lease, slices, workers
+from launch.pod import gcloud, lease, slices, workers
 from launch.pod.exits import Exit, Failure
 
 State = slices.State
@@ -22,12 +22,12 @@ _PRIORITY = (
 )
 
 # Time ends these failures. They are no failed starts.
-_WAITING = (*(Exit.NO_CAPACITY, Exit.TIMEOUT, Exit.NETWORK, Exit.UNAVAILABLE),)
-# Another start may succeed after these.
-_FAILED_STARTS = (
-  *(Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
+_WAITING = {Exit.NO_CAPACITY, Exit.TIMEOUT, Exit.NETWORK, Exit.UNAVAILABLE}
+# Another start may succeed after these: after QUOTA, once there was a slice.
+_FAILED_STARTS = {
+  *(Exit.QUOTA, Exit.FAILED, Exit.SUSPENDED, Exit.PREEMPTED),
   *(Exit.WORKER_UNREACHABLE, Exit.WORKER_FAILED),
-)
+}
 _LONG_WAIT_SECONDS = 600.0
 _DEAD = (State.FAILED, State.SUSPENDED, State.PREEMPTED)
 
@@ -62,7 +62,7 @@ class Supervisor:
     """Keeps the run alive until it is done or a restart cannot help.
 
     Returns:
-      The exit code of the run: 0, the code of a failure that a restart would
+      The exit code of the run: 0, that of a failure that a restart would
       repeat, or 75 after `stop`.
     """
     try:
@@ -86,19 +86,23 @@ class Supervisor:
           return code
         reason = f"The run ended with exit code {code}."
       except Failure as failure:
-        code = self._classify(failure)
+        code = failure.exit
+        if code == Exit.FAILED:
+          # The reason of a request that failed is an error of the API, too.
+          code = gcloud.classify_error(str(failure))
+          code = Exit.FAILED if code == Exit.GCLOUD else code
+        is_known = code in _WAITING | _FAILED_STARTS
+        if not is_known or (code == Exit.QUOTA and not self._had_slice):
+          raise Failure(code, str(failure)) from failure
         reason = f"{failure} (exit code {code}, {code.name})"
         # A request that fails after a long wait was not served in time.
         is_quick = time.monotonic() - start < _LONG_WAIT_SECONDS
         is_refused = is_quick and code in (Exit.QUOTA, Exit.FAILED)
-        is_failed_start = code not in _WAITING and (
-          self._has_slice or is_refused
-        )
+        is_failed_start = code in _FAILED_STARTS
+        is_failed_start &= self._has_slice or is_refused
       if is_failed_start and self._restarts >= limit:
-        raise Failure(
-          Exit.RESTARTS_SPENT,
-          f"{reason}\nMAX_RESTARTS ({limit}) restarts brought no new step.",
-        )
+        reason += f"\nMAX_RESTARTS ({limit}) restarts brought no new step."
+        raise Failure(Exit.RESTARTS_SPENT, reason)
       self._restarts += is_failed_start
       self._waits += not is_failed_start
       doublings = (self._restarts if is_failed_start else self._waits) - 1
@@ -109,19 +113,6 @@ class Supervisor:
         *(reason, pause, self._restarts, limit),
       )
       self._sleep(pause)
-
-  def _classify(self, failure: Failure) -> Exit:
-    """The exact kind of a failure; raises it if it will last."""
-    code = failure.exit
-    if code == Exit.FAILED:
-      # The reason of a request that failed is an error of the API, too.
-      code = gcloud.classify_error(str(failure))
-      code = Exit.FAILED if code == Exit.GCLOUD else code
-    # A slice that was taken away counts for a while.
-    is_short = code == Exit.QUOTA and self._had_slice
-    if code in (*_WAITING, *_FAILED_STARTS) or is_short:
-      return code
-    raise Failure(code, str(failure))
 
   def _may_repeat(self, code: int) -> bool:
     """True if another start may do better than a run with this exit code."""
@@ -141,14 +132,18 @@ class Supervisor:
     self._waits = 0
     statuses = workers.status(self.cloud, num_workers)
     if not any(status.state == "running" for status in statuses):
-      self._start(statuses)
+      version = self.cloud.settings.image or workers.commit()
+      if any(status.commit != version for status in statuses):
+        logging.info("Setting up %d workers: %s.", num_workers, version)
+        workers.setup(self.cloud, num_workers)
+      workers.run(self.cloud, num_workers, self.job)
+      logging.info("Started the run on %d workers.", num_workers)
     while True:
       self._sleep(0 if self.cloud.dry_run else self.poll_seconds)
       # The API knows of a preemption before ssh fails.
       found = slices.require_ready(self.cloud)
-      if self.held and found.create_time:
-        life = (self.cloud.zone, cost.hours_since(found.create_time))
-        self.held.record.slices |= {found.create_time: life}
+      if self.held:
+        self.held.record.note(self.cloud.zone, found.create_time)
       status = workers.worker_status(self.cloud, 0)
       if status.step > self._step:
         if self._step >= 0:  # An earlier supervisor may have seen the first.
@@ -180,14 +175,6 @@ class Supervisor:
       if failure.exit == Exit.TIMEOUT and len(self.cloud.settings.zones) > 1:
         slices.delete(self.cloud)  # Another zone may be quicker.
       raise
-
-  def _start(self, statuses: Sequence[workers.Status]) -> None:
-    version = self.cloud.settings.image or workers.commit()
-    if any(status.commit != version for status in statuses):
-      logging.info("Setting up %d workers: %s.", len(statuses), version)
-      workers.setup(self.cloud, len(statuses))
-    workers.run(self.cloud, len(statuses), self.job)
-    logging.info("Started the run on %d workers.", len(statuses))
 
   def _wait_for_end(self, num_workers: int) -> tuple[int, bool]:
     """Waits for all workers: the exit code, and if `stop` ended the run."""

@@ -48,11 +48,10 @@ def test_the_table_has_a_date_a_source_and_chips_that_exist():
       assert 0 < spot < on_demand < 10
 
 
-def test_the_age_of_a_slice_never_fails():
+def test_the_age_of_a_slice_is_never_negative():
   now = datetime.datetime.now(datetime.UTC)
   hour_ago = (now - datetime.timedelta(hours=1)).isoformat()
   assert cost.hours_since(hour_ago) == pytest.approx(1, abs=0.01)
   nanoseconds = hour_ago.replace("+00:00", "123Z")
   assert cost.hours_since(nanoseconds) == pytest.approx(1, abs=0.01)
-  for odd in ("", "yesterday", "2026-01-01T00:00:00", "9999-01-01T00:00:00Z"):
-    assert cost.hours_since(odd) == 0.0
+  assert cost.hours_since("9999-01-01T00:00:00Z") == 0.0
