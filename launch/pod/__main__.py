@@ -244,14 +244,8 @@ def _supervise(
     has_record = cloud.settings.bucket and not cloud.dry_run
     context = lease.Lease(cloud) if has_record else contextlib.nullcontext()
     with context as held:
-      code = supervision.Supervisor(
-        cloud,
-        job,
-        queue_seconds=arguments.timeout,
-        poll_seconds=arguments.poll,
-        pause_seconds=arguments.pause,
-        held=held,
-      ).supervise()
+      seconds = (arguments.timeout, arguments.poll, arguments.pause)
+      code = supervision.Supervisor(cloud, job, *seconds, held).supervise()
       logging.info("The run ended with exit code %d.", code)
       if held:
         held.record.exit_code = code

@@ -204,7 +204,6 @@ def _create_words(settings: pod_settings.Settings) -> list[str]:
 
 def wait(
   cloud: gcloud.Gcloud,
-  *,
   timeout_seconds: float,
   poll_seconds: float,
   sleep: Callable[[float], None] = time.sleep,

@@ -165,12 +165,8 @@ class Supervisor:
     if found.state in (State.ABSENT, *_DEAD):
       slices.create(self.cloud)
     try:
-      return slices.wait(
-        self.cloud,
-        timeout_seconds=self.queue_seconds,
-        poll_seconds=self.poll_seconds,
-        sleep=self._sleep,
-      )
+      limits = (self.queue_seconds, self.poll_seconds)
+      return slices.wait(self.cloud, *limits, self._sleep)
     except Failure as failure:
       if failure.exit == Exit.TIMEOUT and len(self.cloud.settings.zones) > 1:
         slices.delete(self.cloud)  # Another zone may be quicker.

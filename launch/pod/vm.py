@@ -67,25 +67,25 @@ def create(
     message = f"{settings.name}-supervisor exists already."
     raise Failure(Exit.BUSY, message)
   url = lease.url(settings, "files.tar.gz")
-  with tempfile.TemporaryDirectory() as folder:
-    files = "files.tar.gz"
+  script = pathlib.Path(__file__).with_name("supervisor.sh")
+  with tempfile.TemporaryDirectory() as name:
+    folder, files = pathlib.Path(name), "files.tar.gz"
     if not cloud.dry_run:
       lease.Lease(cloud).require_free()
-      files = _pack(pathlib.Path(folder, "packed"), env, command)
+      files = _pack(folder / "packed", env, command)
     delete(cloud)
     cloud.call("storage", "cp", files, url)
-  script = pathlib.Path(__file__).with_name("supervisor.sh")
-  flags = {
-    "metadata": f"files={url}",
-    "metadata-from-file": f"startup-script={script}",
-    "labels": settings.all_labels,
-    "network": settings.network,
-    "subnet": settings.subnetwork,
-    "service-account": settings.service_account,
-  }
-  words = [f"--{name}={value}" for name, value in flags.items() if value]
-  words += ["--no-address"] * (settings.ssh != "external")
-  _call(cloud, "create", *_FLAGS, *words)
+    (folder / "url").write_text(url)
+    flags = {
+      "metadata-from-file": f"startup-script={script},files={folder / 'url'}",
+      "labels": settings.all_labels,
+      "network": settings.network,
+      "subnet": settings.subnetwork,
+      "service-account": settings.service_account,
+    }
+    words = [f"--{key}={value}" for key, value in flags.items() if value]
+    words += ["--no-address"] * (settings.ssh != "external")
+    _call(cloud, "create", *_FLAGS, *words)
   logging.info(
     "%s-supervisor supervises the run; `status`, `logs` and `stop` reach it.",
     settings.name,

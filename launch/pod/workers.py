@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from data_pipelines.validation import printable
 from launch.pod import gcloud
 from launch.pod import settings as pod_settings
-from launch.pod.exits import Exit, Failure
+from launch.pod.exits import Exit, Failure, ignore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -245,11 +245,9 @@ class Status:
 def worker_status(cloud: gcloud.Gcloud, worker: int) -> Status:
   """The status of one worker."""
   try:
-    return Status.parse(cloud.run_on_worker(worker, [*_SCRIPT, "status"]))
-  except Failure as failure:
-    if failure.exit == Exit.NOT_SET_UP:
-      return Status.parse("")
-    raise
+    with ignore(Exit.NOT_SET_UP):
+      return Status.parse(cloud.run_on_worker(worker, [*_SCRIPT, "status"]))
+    return Status.parse("")
   except ValueError as error:
     name = f"Worker {worker} of {cloud.settings.name}"
     message = f"{name} gave no valid status: {error}"

@@ -94,11 +94,10 @@ class World:
       return self.script[0]
     return self.script.pop(0)
 
-  def supervise(self) -> int:
+  def supervise(self, held=None) -> int:
     job = workers.Job("configs/smoke.py", ())
-    return supervision.Supervisor(
-      self, job, queue_seconds=9.0, poll_seconds=7.0, pause_seconds=30.0
-    ).supervise()
+    seconds = (9.0, 7.0, 30.0)  # For a slice, between checks, before a start.
+    return supervision.Supervisor(self, job, *seconds, held).supervise()
 
 
 def life(*codes, step=-1):
@@ -261,15 +260,7 @@ class Held:
 
 
 def supervise_held(world, *ends) -> int:
-  job = workers.Job("configs/smoke.py", ())
-  return supervision.Supervisor(
-    world,
-    job,
-    queue_seconds=9.0,
-    poll_seconds=7.0,
-    pause_seconds=30.0,
-    held=Held(world, *ends),
-  ).supervise()
+  return world.supervise(Held(world, *ends))
 
 
 def test_a_request_to_stop_ends_the_run_and_the_wait_for_a_slice(monkeypatch):
