@@ -1,7 +1,9 @@
 """Each failure has its own exit code and a next step."""
 
+import pathlib
 import re
 import shutil
+import tomllib
 
 import pytest
 
@@ -218,101 +220,17 @@ def test_supervise_that_ends_says_how_to_stop_paying(laptop, cloud, tmp_path):
   assert words in fails(laptop, Exit.NOT_OURS, "supervise", CONFIG)
 
 
-# Error output of the real gcloud 528.
+ERRORS = tomllib.loads(
+  pathlib.Path(__file__).with_name("gcloud_errors.toml").read_text()
+)
+
+
 @pytest.mark.parametrize(
   "words, kind",
-  [
-    (
-      "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no grpo-1",
-      Exit.ABSENT,
-    ),
-    (
-      "ERROR: gcloud crashed (ConnectionError): HTTPConnectionPool(host="
-      "'127.0.0.1', port=9): Max retries exceeded with url: /v2/ (Caused by"
-      " NewConnectionError('Failed to establish a new connection: [Errno 111]"
-      " Connection refused'))",
-      Exit.NETWORK,
-    ),
-    (
-      "ERROR: (gcloud.compute.tpus.tpu-vm.describe) You do not currently have"
-      " an active account selected.",
-      Exit.NOT_ALLOWED,
-    ),
-    (f"ERROR: (gcloud) {QUOTA[1]}: {QUOTA[2]}", Exit.QUOTA),
-    (f"ERROR: (gcloud) {NO_CAPACITY[1]}: {NO_CAPACITY[2]}", Exit.NO_CAPACITY),
-    (
-      "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) This TPU has terminal state"
-      ' "PREEMPTED", so it cannot be used anymore.',
-      Exit.PREEMPTED,
-    ),
-    (
-      "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) This TPU has state"
-      ' "STOPPED", so it cannot be currently connected to.',
-      Exit.SUSPENDED,
-    ),
-    ("ERROR: (gcloud) INVALID_ARGUMENT: no such type", Exit.GCLOUD),
-    (
-      "ERROR: (gcloud.compute.tpus.tpu-vm.create) NOT_FOUND: the accelerator"
-      " v4-128 was not found in zone us-central2-b",
-      Exit.BAD_REQUEST,
-    ),
-    (
-      "NOT_FOUND: Resource 'projects/p/locations/europe-west4-b/nodes/network'"
-      " was not found",
-      Exit.ABSENT,
-    ),
-    (
-      "Quota 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' exhausted."
-      "\n  Limit 10000 in region us-west4",
-      Exit.QUOTA,
-    ),
-    (
-      "HttpError 429 when requesting https://tpu.googleapis.com/v2 returned"
-      " \"Quota limit 'TPUV6EPreemptiblePerProjectPerRegionForTPUAPI' has been"
-      ' exceeded. Limit: 0 in region us-east5."',
-      Exit.QUOTA,
-    ),
-    (
-      "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit"
-      " 'Requests per minute' of service 'tpu.googleapis.com'",
-      Exit.UNAVAILABLE,
-    ),
-    ("Maximum number of CreateNode requests per minute", Exit.UNAVAILABLE),
-    ("INTERNAL: Internal error encountered.", Exit.UNAVAILABLE),
-    ("ABORTED: The operation was aborted.", Exit.UNAVAILABLE),
-    ("UNAVAILABLE: The service is unavailable.", Exit.UNAVAILABLE),
-    ("ERROR: (gcloud) HTTPError 503: Try again.", Exit.UNAVAILABLE),
-    ("ALREADY_EXISTS: Resource 'x' already exists", Exit.UNAVAILABLE),
-    (
-      "FAILED_PRECONDITION: the queued resource is in state SUSPENDING",
-      Exit.UNAVAILABLE,
-    ),
-    (
-      'Error code 8, message: There is no more capacity in the zone "us-c1-c";'
-      " you can queue your request",
-      Exit.NO_CAPACITY,
-    ),
-    (
-      "Insufficient reserved capacity. Contact customer support to increase"
-      " your reservation.",
-      Exit.NO_CAPACITY,
-    ),
-    (
-      "PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before",
-      Exit.NOT_ALLOWED,
-    ),
-    (
-      "ERROR: HTTPError 412: At least one of the pre-conditions did not hold.",
-      Exit.BUSY,
-    ),
-    (
-      "ERROR: (gcloud.storage.objects.describe) gs://b/x not found: 404.",
-      Exit.ABSENT,
-    ),
-  ],
+  [(words, kind) for kind, errors in ERRORS.items() for words in errors],
 )
 def test_errors_of_gcloud_are_classified(words, kind):
-  assert gcloud.classify_error(words) == kind
+  assert gcloud.classify_error(words).name == kind
 
 
 def test_every_exit_code_is_unique_and_has_a_next_step():
