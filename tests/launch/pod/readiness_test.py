@@ -13,6 +13,7 @@ Exit = exits.Exit
 DATA = "gs://my-bucket/data"
 PATH = f"--config.data.dir={DATA}"
 CONFIG = "configs/my config.py"
+SPOT = "tpu-v5s-litepod-preemptible"
 
 
 def quota(name: str, limit: int, **where: str) -> dict:
@@ -32,8 +33,7 @@ class Project:
 
   def __init__(self, **changes: str):
     self.settings = fake_cloud.settings(**changes)
-    spot = "tpu-v5s-litepod-preemptible"
-    quotas = [quota(spot, 16, zone="europe-west4-b")]
+    quotas = [quota(SPOT, 16, zone="europe-west4-b")]
     self.answers = {
       "services list": "compute.googleapis.com\nstorage.googleapis.com\n"
       "tpu.googleapis.com\n",
@@ -64,42 +64,28 @@ def test_a_project_that_has_everything_is_ready():
   assert len([x for x, _ in project.results if x == "ok"]) == 7
 
 
+NO = exits.Failure(Exit.NOT_ALLOWED, "no")
+GONE = exits.Failure(Exit.ABSENT, "no")
+SMALL = json.dumps([quota(SPOT, 8, region="europe-west4")])
+
+
 @pytest.mark.parametrize(
   "call, answer, words",
   [
     ("services list", "compute.googleapis.com\n", "gcloud services enable"),
-    ("services list", exits.Failure(Exit.NOT_ALLOWED, "no"), "auth login"),
-    (
-      "compute tpus accelerator-types",
-      exits.Failure(Exit.ABSENT, "no"),
-      "gcloud compute tpus accelerator-types list --zone=europe-west4-b",
-    ),
-    (
-      "storage buckets describe",
-      exits.Failure(Exit.ABSENT, "no"),
-      "buckets create gs://my-bucket --location=europe-west4",
-    ),
+    ("services list", NO, "auth login"),
+    ("compute tpus accelerator-types", GONE, "list --zone=europe-west4-b"),
+    ("storage buckets describe", GONE, "my-bucket --location=europe-west4"),
     ("storage buckets describe", "US-EAST1\n", "in europe-west4: US-EAST1"),
     ("storage buckets describe", "US\n", "in europe-west4: US"),
-    ("storage cp", exits.Failure(Exit.NOT_ALLOWED, "no"), "roles/storage."),
-    (
-      "storage ls",
-      exits.Failure(Exit.ABSENT, "no"),
-      "cp --recursive FOLDER gs://my-bucket/data",
-    ),
-    (
-      "alpha services quota",
-      json.dumps(
-        [quota("tpu-v5s-litepod-preemptible", 8, region="europe-west4")]
-      ),
-      "8 of 16 cores",
-    ),
+    ("storage cp", NO, "roles/storage."),
+    ("storage ls", GONE, "cp --recursive FOLDER gs://my-bucket/data"),
+    ("alpha services quota", SMALL, "8 of 16 cores"),
   ],
 )
 def test_what_is_wrong_comes_with_a_command(call, answer, words):
   project = Project()
-  project.answers = {call: answer} | project.answers
-  project.answers[call] = answer
+  project.answers |= {call: answer}
   (text,) = project.wrong()
   assert words in text
 
@@ -119,7 +105,7 @@ def test_a_bucket_of_the_continent_will_do(location):
     "[1]",
     json.dumps([quota("tpu-v5s-litepod-serving-preemptible", 0)]),
     json.dumps([quota("tpu-v5s-litepod", 0, zone="europe-west4-b")]),
-    json.dumps([quota("tpu-v5s-litepod-preemptible", 0, zone="us-a1-b")]),
+    json.dumps([quota(SPOT, 0, zone="us-a1-b")]),
   ],
 )
 def test_quota_that_gcloud_cannot_tell_is_not_tested(answer):
@@ -132,8 +118,7 @@ def test_quota_that_gcloud_cannot_tell_is_not_tested(answer):
 def test_every_slice_counts_and_no_limit_is_enough():
   project = Project(NUM_SLICES="2")
   assert "16 of 32 cores" in project.wrong()[0]
-  name, zone = "tpu-v5s-litepod-preemptible", "europe-west4-b"
-  answer = json.dumps([quota(name, -1, zone=zone)])
+  answer = json.dumps([quota(SPOT, -1, zone="europe-west4-b")])
   project.answers["alpha services quota"] = answer
   assert project.wrong() == []
 
@@ -157,7 +142,7 @@ def test_the_service_account_is_looked_for_in_both_policies():
   ):
     project.answers |= {call: first, second: then}
     assert (project.wrong() == []) == is_right
-  project.answers |= {second: exits.Failure(Exit.NOT_ALLOWED, "no")}
+  project.answers |= {second: NO}
   assert project.wrong() == []
 
 

@@ -40,14 +40,10 @@ class World:
     self.refusals: list = []  # What the next creations raise.
     self.now = 0.0
     self.script: list = []
-    for module, name in (
-      *((slices, name) for name in ("find", "create", "delete")),
-      *(
-        (workers, name) for name in ("status", "worker_status", "setup", "run")
-      ),
-      (slices, "require_ready"),
-    ):
-      monkeypatch.setattr(module, name, getattr(self, name))
+    for name in ("find", "create", "delete", "require_ready"):
+      monkeypatch.setattr(slices, name, getattr(self, name))
+    for name in ("status", "worker_status", "setup", "run"):
+      monkeypatch.setattr(workers, name, getattr(self, name))
     monkeypatch.setattr(workers, "commit", lambda: "a commit")
     monkeypatch.setattr(supervision.time, "sleep", self.sleep)
     monkeypatch.setattr(supervision.time, "monotonic", lambda: self.now)
@@ -98,6 +94,11 @@ class World:
     job = workers.Job("configs/smoke.py", ())
     seconds = (9.0, 7.0, 30.0)  # For a slice, between checks, before a start.
     return supervision.Supervisor(self, job, *seconds, held).supervise()
+
+  def fails(self) -> Exit:
+    with pytest.raises(exits.Failure) as raised:
+      self.supervise()
+    return raised.value.exit
 
 
 def life(*codes, step=-1):
@@ -216,9 +217,7 @@ def test_a_queue_that_fails_for_capacity_is_no_failed_start(monkeypatch):
   world.refusals = [stock] * 9
   assert world.supervise() == 0
   world.state, world.refusals = ABSENT, [exits.Failure(Exit.FAILED, "why")]
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise()
-  assert raised.value.exit == Exit.RESTARTS_SPENT
+  assert world.fails() == Exit.RESTARTS_SPENT
 
 
 def test_a_request_that_fails_after_a_long_wait_is_no_failed_start(monkeypatch):
@@ -259,10 +258,6 @@ class Held:
       raise end
 
 
-def supervise_held(world, *ends) -> int:
-  return world.supervise(Held(world, *ends))
-
-
 def test_a_request_to_stop_ends_the_run_and_the_wait_for_a_slice(monkeypatch):
   world = World(monkeypatch, [])
   world.script = [[RUNNING] * 2] * 9
@@ -270,10 +265,10 @@ def test_a_request_to_stop_ends_the_run_and_the_wait_for_a_slice(monkeypatch):
   monkeypatch.setattr(
     workers, "stop", lambda cloud, count, kill: stopped.append(kill)
   )
-  assert supervise_held(world, None, lease.Stopped()) == 75
+  assert world.supervise(Held(world, None, lease.Stopped())) == 75
   assert stopped == [False]
   world = World(monkeypatch, [], state=slices.State.PENDING)
-  assert supervise_held(world, lease.Stopped()) == 75
+  assert world.supervise(Held(world, lease.Stopped())) == 75
   assert world.done == [] and stopped == [False]
 
 
@@ -281,7 +276,7 @@ def test_a_lease_that_is_lost_ends_the_supervision_alone(monkeypatch):
   world = World(monkeypatch, [])
   world.script = [[RUNNING] * 2] * 9
   with pytest.raises(exits.Failure) as raised:
-    supervise_held(world, exits.Failure(Exit.BUSY, "taken over"))
+    world.supervise(Held(world, exits.Failure(Exit.BUSY, "taken over")))
   assert raised.value.exit == Exit.BUSY and world.done == []
 
 
@@ -309,14 +304,10 @@ def test_quota_may_be_short_after_a_preemption(monkeypatch):
   assert world.done == ["run", "delete", "create", "run"]
   world = World(monkeypatch, [[TAKEN]], MAX_RESTARTS="3")
   world.refusals = [short] * 9
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise()
-  assert raised.value.exit == Exit.RESTARTS_SPENT
+  assert world.fails() == Exit.RESTARTS_SPENT
   world = World(monkeypatch, [], state=ABSENT)
   world.refusals = [short]
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise()
-  assert raised.value.exit == Exit.QUOTA
+  assert world.fails() == Exit.QUOTA
 
 
 @pytest.mark.parametrize(
@@ -325,9 +316,7 @@ def test_quota_may_be_short_after_a_preemption(monkeypatch):
 def test_lasting_failures_end_the_supervision(monkeypatch, kind):
   """A slice that someone deleted is not created again."""
   world = World(monkeypatch, [[exits.Failure(kind, "no")]])
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise()
-  assert raised.value.exit == kind
+  assert world.fails() == kind
   assert world.done == ["run"]
 
 
@@ -342,9 +331,7 @@ def test_restarts_without_a_new_step_are_limited_and_slower_each_time(
   monkeypatch,
 ):
   world = World(monkeypatch, [life(75, 75, step=4)] * 9, MAX_RESTARTS="3")
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise()
-  assert raised.value.exit == Exit.RESTARTS_SPENT
+  assert world.fails() == Exit.RESTARTS_SPENT
   # The first life reached step 4, the others no new step.
   assert world.done == ["run"] * 4
   assert [p for p in world.pauses if p >= 30] == [30, 60, 120]
