@@ -13,10 +13,7 @@ from tests.launch.pod import fake_cloud
 Exit = exits.Exit
 CONFIG = "configs/my config.py"
 
-real = pytest.mark.skipif(
-  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
-  reason="no gcloud, or no ssh-keygen, on PATH",
-)
+real = fake_cloud.needs_gcloud
 OURS = {
   "labels": {"grpo-tpu": "grpo-1"},
   "acceleratorType": "v5litepod-16",

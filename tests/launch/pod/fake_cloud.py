@@ -14,14 +14,31 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import pytest
 
 from launch.pod import settings as pod_settings
 from tests.gcs import fake
+
+needs_gcloud = pytest.mark.skipif(
+  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
+  reason="no gcloud, or no ssh-keygen, on PATH",
+)
+
+
+def eventually(claim, seconds: float = 300.0):
+  """Waits until a claim is true; a busy machine is slow."""
+  until = time.monotonic() + seconds
+  while not (found := claim()):
+    assert time.monotonic() < until, "the claim stayed false"
+    time.sleep(0.1)
+  return found
+
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]

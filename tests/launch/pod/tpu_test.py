@@ -2,26 +2,14 @@
 
 import json
 import re
-import shutil
-import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
-  reason="no gcloud, or no ssh-keygen, on PATH",
-)
+from tests.launch.pod import fake_cloud
+
+pytestmark = fake_cloud.needs_gcloud
 
 CONFIG = "configs/my config.py"
-
-
-def eventually(claim, seconds: float = 300.0):
-  """Waits until a claim is true; a busy machine is slow."""
-  until = time.monotonic() + seconds
-  while not (found := claim()):
-    assert time.monotonic() < until, "the claim stayed false"
-    time.sleep(0.1)
-  return found
 
 
 def starts(cloud) -> list[dict]:
@@ -86,7 +74,7 @@ def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
   ]
   assert {one["worker"], other["worker"]} == {"127.0.0.10", "127.0.0.11"}
   cloud.tell("step", 3)
-  eventually(lambda: (workdir / "checkpoints" / "00000003").exists())
+  fake_cloud.eventually(lambda: (workdir / "checkpoints" / "00000003").exists())
   status = tpu("status")
   assert status.count("running") == 2
   assert "last step 3; newest checkpoint 3" in status
@@ -95,13 +83,13 @@ def test_a_run_from_create_to_delete_with_a_preemption(laptop, cloud, tmp_path):
     *("supervise", "--poll=0.3", "--pause=0.1", CONFIG, "--", *flags)
   )
   looks = cloud.looks
-  eventually(lambda: cloud.looks > looks + 2)
+  fake_cloud.eventually(lambda: cloud.looks > looks + 2)
   assert len(starts(cloud)) == 2  # It found the run and did not disturb it.
   cloud.will_preempt = True
-  eventually(lambda: len(starts(cloud)) == 4)
+  fake_cloud.eventually(lambda: len(starts(cloud)) == 4)
   assert [start["words"] for start in starts(cloud)] == [one["words"]] * 4
   cloud.tell("step", 5)
-  eventually(lambda: (workdir / "checkpoints" / "00000005").exists())
+  fake_cloud.eventually(lambda: (workdir / "checkpoints" / "00000005").exists())
   cloud.tell("end", 0)
   out, err = process.communicate(timeout=300)
   said += out + err

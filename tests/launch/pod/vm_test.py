@@ -5,19 +5,15 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
-import time
 
 import pytest
 
 from launch.pod import exits
+from tests.launch.pod import fake_cloud
 
 pytestmark = [
-  pytest.mark.skipif(
-    not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
-    reason="no gcloud, or no ssh-keygen, on PATH",
-  ),
+  fake_cloud.needs_gcloud,
   pytest.mark.nightly,  # Each call of gcloud takes a second.
 ]
 
@@ -83,14 +79,6 @@ class Machine:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def eventually(claim, seconds: float = 200.0):
-  until = time.monotonic() + seconds
-  while not (found := claim()):
-    assert time.monotonic() < until, "the claim stayed false"
-    time.sleep(0.2)
-  return found
-
-
 @pytest.fixture
 def machine(laptop, cloud, tmp_path):
   cloud.num_workers = 1
@@ -106,7 +94,7 @@ def test_a_machine_supervises_and_the_laptop_reaches_it(machine, laptop, cloud):
   assert again.returncode == exits.Exit.BUSY
   machine.boot()
   process = machine.start()
-  eventually(lambda: (cloud.folder / "started").exists())
+  fake_cloud.eventually(lambda: (cloud.folder / "started").exists())
   started = json.loads((cloud.folder / "started").read_text().splitlines()[0])
   assert "--config.a=it's $HOME" in started["words"]
   status = laptop.tpu("status").stdout
@@ -127,7 +115,7 @@ def test_a_machine_supervises_and_the_laptop_reaches_it(machine, laptop, cloud):
   process.wait()
   owner = machine.record["owner"]
   process = machine.start()
-  eventually(lambda: machine.record["owner"] != owner)
+  fake_cloud.eventually(lambda: machine.record["owner"] != owner)
   assert len((cloud.folder / "started").read_text().splitlines()) == 1
 
   stopped = laptop.tpu("stop")
@@ -148,7 +136,7 @@ def test_a_run_is_stopped_before_it_has_a_slice(machine, laptop, cloud):
   cloud.requested_states = ["WAITING_FOR_RESOURCES"]
   machine.boot()
   process = machine.start()
-  eventually(lambda: cloud.queued)
+  fake_cloud.eventually(lambda: cloud.queued)
   assert laptop.tpu("stop").returncode == 0
   assert process.wait(timeout=200) == 0
   assert machine.record["exit_code"] == 75

@@ -3,7 +3,6 @@
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +15,9 @@ import pytest
 
 from grpo_tpu.observability import event_files
 from launch.pod import exits
+from tests.launch.pod import fake_cloud
 
-pytestmark = pytest.mark.skipif(
-  not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
-  reason="no gcloud, or no ssh-keygen, on PATH",
-)
+pytestmark = fake_cloud.needs_gcloud
 
 CONFIG = "configs/my config.py"
 

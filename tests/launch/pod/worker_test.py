@@ -12,6 +12,7 @@ import time
 import pytest
 
 from launch.pod import exits, workers
+from tests.launch.pod import fake_cloud
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "launch" / "pod" / "worker.sh"
@@ -80,13 +81,6 @@ def worker(tmp_path):
   made.do("stop", "1", "kill")
 
 
-def eventually(claim) -> None:
-  until = time.monotonic() + 60
-  while not claim():
-    assert time.monotonic() < until, "the claim stayed false"
-    time.sleep(0.05)
-
-
 def test_setup_replaces_the_files_and_keeps_the_environment(worker):
   code = worker.home / "grpo_tpu" / "code"
   (code / ".venv").mkdir()
@@ -109,7 +103,7 @@ def test_a_run_has_its_arguments_its_log_and_its_exit_code(worker, tmp_path):
   words = ("--config=a b", "--x=$(touch owned); 'q'", '--y="*"')
   workdir = tmp_path / "the run's"
   assert worker.do("run", str(workdir), "", *words).returncode == 0
-  eventually(lambda: worker.status().state == "ended")
+  fake_cloud.eventually(lambda: worker.status().state == "ended")
   assert worker.status().exit_code == 76
   log = worker.do("logs", "50").stdout.splitlines()
   expected = ["-m", "grpo_tpu.main", *words, f"--workdir={workdir}"]
@@ -126,7 +120,7 @@ def test_the_log_lies_in_a_shared_workdir_and_is_given_to_a_program(
   shared = tmp_path / "shared"
   for workdir in (str(shared), "gs://my-bucket/a", str(shared)):
     worker.do("run", workdir, "")
-    eventually(lambda: worker.status().exit_code == 0)
+    fake_cloud.eventually(lambda: worker.status().exit_code == 0)
     log = worker.do("logs", "9").stdout
     assert f"a line in {worker.state / 'log'}\n" in log
   (kept,) = (shared / "logs").iterdir()
@@ -149,7 +143,7 @@ def test_the_status_of_a_run_that_has_ended_says_why(worker, tmp_path):
   (tmp_path / "log").write_text(LOG)
   worker.add("trainer", f"cat '{tmp_path}/log'; exit 64")
   worker.do("run", str(tmp_path), "")
-  eventually(lambda: worker.status().state == "ended")
+  fake_cloud.eventually(lambda: worker.status().state == "ended")
   assert worker.status().details == [
     "step 100/100  reward 0.8  ETA 0:00",
     "a ([x] y) must be; set a=/x.",
@@ -158,7 +152,7 @@ def test_the_status_of_a_run_that_has_ended_says_why(worker, tmp_path):
   ]
   worker.add("trainer", "exit 0")
   worker.do("run", str(tmp_path), "")
-  eventually(lambda: worker.status().exit_code == 0)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 0)
   assert worker.status().details == []
 
 
@@ -166,7 +160,7 @@ def test_the_status_of_a_run_has_its_progress(worker, tmp_path):
   (tmp_path / "log").write_text(LOG)
   worker.add("trainer", f"cat '{tmp_path}/log'; exec sleep 60")
   worker.do("run", str(tmp_path), "")
-  eventually(lambda: worker.status().details)
+  fake_cloud.eventually(lambda: worker.status().details)
   assert worker.status().details == ["step 100/100  reward 0.8  ETA 0:00"]
 
 
@@ -179,7 +173,7 @@ def test_a_run_outlives_the_session_that_started_it(worker, tmp_path):
   time.sleep(0.3)
   assert worker.status().state == "running"
   os.kill(worker.pid(), signal.SIGTERM)
-  eventually(lambda: worker.status().exit_code == 143)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 143)
 
 
 def test_a_run_without_its_guard_still_runs_and_then_is_lost(worker, tmp_path):
@@ -189,7 +183,7 @@ def test_a_run_without_its_guard_still_runs_and_then_is_lost(worker, tmp_path):
   assert worker.status().state == "running"
   assert worker.do("run", str(tmp_path), "").returncode == exits.Exit.BUSY
   os.kill(worker.pid(), signal.SIGKILL)
-  eventually(lambda: worker.status().state == "lost")
+  fake_cloud.eventually(lambda: worker.status().state == "lost")
 
 
 def test_a_process_id_from_before_a_restart_is_not_trusted(worker):
@@ -206,7 +200,7 @@ def test_a_run_that_does_not_end_is_killed_only_on_request(worker, tmp_path):
   assert worker.do("stop", "1").returncode == exits.Exit.TIMEOUT
   assert worker.status().state == "running" and worker.status().was_stopped
   assert worker.do("stop", "1", "kill").returncode == 0
-  eventually(lambda: worker.status().exit_code == 137)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 137)
 
 
 def test_the_next_run_clears_the_mark_of_stop(worker, tmp_path):
@@ -220,7 +214,7 @@ def test_the_next_run_clears_the_mark_of_stop(worker, tmp_path):
 def test_a_bucket_is_given_to_the_program_as_it_is(worker):
   worker.add("trainer", "printf '%s\\n' \"$@\"")
   assert worker.do("run", "gs://my-bucket/a run", "").returncode == 0
-  eventually(lambda: worker.status().exit_code == 0)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 0)
   assert "--workdir=gs://my-bucket/a run" in worker.do("logs", "9").stdout
   assert worker.status().workdir == "gs://my-bucket/a run"
 
@@ -234,12 +228,12 @@ def test_progress_is_read_from_the_log_of_this_run(worker, tmp_path):
   (tmp_path / "log").write_text(log)
   worker.add("trainer", f"cat '{tmp_path}/log'")
   worker.do("run", str(tmp_path), "")
-  eventually(lambda: worker.status().exit_code == 0)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 0)
   assert (worker.status().step, worker.status().checkpoint) == (12, 10)
   restored = "Restoring gs://b/w/checkpoints/00000010-2."
   (tmp_path / "log").write_text(f"I1130 08:26:58.7 140 a.py:20] {restored}\n")
   worker.do("run", str(tmp_path), "")
-  eventually(lambda: worker.status().exit_code == 0)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 0)
   assert (worker.status().step, worker.status().checkpoint) == (-1, 10)
 
 
@@ -257,7 +251,7 @@ def test_a_run_has_its_environment_once_and_nothing_prints_it(worker, tmp_path):
 
   def run() -> dict[str, str]:
     assert worker.do("run", str(tmp_path), "").returncode == 0
-    eventually(lambda: worker.status().exit_code == 0)
+    fake_cloud.eventually(lambda: worker.status().exit_code == 0)
     words = (tmp_path / "env").read_text().split("\0")[:-1]
     return dict(word.split("=", 1) for word in words)
 
@@ -319,7 +313,7 @@ def test_a_script_that_is_copied_over_does_not_disturb_a_run(worker, tmp_path):
   text = script.read_text()
   more = f'[[ $verb != guard ]] || touch "{worker.home}/read on"\n'
   script.write_text(text + more)
-  eventually(lambda: worker.status().exit_code == 75)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 75)
   time.sleep(0.3)
   assert not (worker.home / "read on").exists()
 
@@ -331,7 +325,7 @@ def test_an_image_runs_with_the_same_arguments(worker, tmp_path, bucket):
   worker.add("sudo", f'printf "%s|" "$@" >>"{calls}"')
   workdir = "gs://my-bucket/a" if bucket else str(tmp_path / "a workdir")
   worker.do("run", workdir, "an/image:1", "--config=a b")
-  eventually(lambda: worker.status().exit_code == 0)
+  fake_cloud.eventually(lambda: worker.status().exit_code == 0)
   words = calls.read_text().split("|")
   assert words[-4:-1] == ["an/image:1", "--config=a b", f"--workdir={workdir}"]
   volumes = [words[at + 1] for at, x in enumerate(words) if x == "--volume"]
