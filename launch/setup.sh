@@ -64,18 +64,15 @@ print(sys._base_executable or sys.executable)
 # One candidate per line, best first: PATH before other folders, and 3.12, the
 # version of the pins, before 3.13.
 python_candidates() {
-  local name folder
+  local name
   if [[ ${GRPO_TPU_BASE_PYTHON:-} ]]; then
     type -aP "$GRPO_TPU_BASE_PYTHON" || true
     return
   fi
-  for name in python3.12 python3.13 python3 python; do
-    type -aP "$name" || true
-  done
+  type -aP python3.12 python3.13 python3 python || true
   for name in 3.12 3.13; do
-    for folder in "${PYENV_ROOT:-}" "${HOME:-}/.pyenv"; do
-      printf '%s\n' "$folder/versions/$name"*/bin/python
-    done
+    printf '%s\n' "${PYENV_ROOT:-}/versions/$name"*/bin/python \
+      "${HOME:-}/.pyenv/versions/$name"*/bin/python
     uv python find --no-project "$name" 2>/dev/null || true
   done
 }
@@ -88,10 +85,7 @@ find_python() {
       printf '%s\n' "${answer##*$'\n'}"
       return
     fi
-    case $answer in
-      "is "* | "has "*) ;;
-      *) answer="does not start" ;;
-    esac
+    [[ $answer =~ ^(is|has)" " ]] || answer="does not start"
     rejected+="  $candidate $answer"$'\n'
   done < <(python_candidates)
   fail "grpo_tpu needs Python 3.12 or 3.13 (TensorFlow has no build for newer \
@@ -118,9 +112,7 @@ expected_stamp() {
 }
 
 venv_is_current() {
-  local expected
-  [[ -f $stamp ]] && expected=$(expected_stamp) &&
-    [[ $(cat "$stamp") == "$expected" ]]
+  [[ -f $stamp && $(cat "$stamp") == "$(expected_stamp)" ]]
 }
 
 install() {

@@ -13,8 +13,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 # The standard library is enough, so no venv is needed.
-python=${GRPO_TPU_PYTHON:-}
-if [[ ! $python ]]; then python=$(find_python); fi
+python=${GRPO_TPU_PYTHON:-$(find_python)}
 # -P: do not import modules from the current folder.
 export PYTHONPATH=$root PYTHONDONTWRITEBYTECODE=1
 exec "$python" -P -m launch.pod "$@"

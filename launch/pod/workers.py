@@ -293,13 +293,9 @@ def logs(
 
 
 def tensorboard(cloud: gcloud.Gcloud, port: int) -> None:
-  """Serves TensorBoard of the run at a local port, until Ctrl-C.
-
-  This machine reads a bucket itself, if TensorBoard is installed here, and
-  otherwise prints the command. A shared path is read by a worker.
-  """
+  """Serves TensorBoard at a local port, until Ctrl-C, or prints its command."""
   settings = cloud.settings
-  if not settings.bucket:
+  if not settings.bucket:  # A worker reads a shared path.
     forward = [*_TERMINAL, "-L", f"{port}:localhost:{port}"]
     command = [*_SCRIPT, "tensorboard", str(port)]
     call = cloud.ssh_call(0, command, forward)

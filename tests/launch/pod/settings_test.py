@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import shlex
 
 import hypothesis
 import pytest
@@ -257,9 +256,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
   with pytest.raises(ValueError, match=r"launch/tpu\.env\.example") as raised:
     settings.read(tmp_path / name)
   assert str(tmp_path / name) in str(raised.value)
-
-
-def test_a_value_that_a_shell_would_run_is_quoted_where_it_is_printed():
-  """The standard library quotes values of any kind."""
-  words = "/mnt/a b/$(touch owned)"
-  assert shlex.split(shlex.join(["x", words])) == ["x", words]
