@@ -19,11 +19,7 @@ _FIND_PYTHON = 'source "$0"; ensure_check_venv; printf %s "$venv/bin/python"'
 
 
 def check(settings: pod_settings.Settings, job: workers.Job) -> None:
-  """Checks config and flags, and the mesh against ACCELERATOR_TYPE.
-
-  Raises:
-    Failure: The program would refuse them, or the check could not be made.
-  """
+  """Fails if the program would refuse the command, or its mesh the slice."""
   kind = f"ACCELERATOR_TYPE ({settings.accelerator_type})"
   if settings.image and not workers.is_committed(job.config):
     logging.warning("Not checked: no commit here has %s.", job.config)
@@ -33,12 +29,11 @@ def check(settings: pod_settings.Settings, job: workers.Job) -> None:
     logging.warning("Not checked: the mesh; no table has %s.", kind)
   words = [*job.words, "--workdir=/workdir", *topology]
   code, reason = _run("grpo_tpu.planning.check", words)
+  message = f"The check of the run failed with exit code {code}: {reason}"
+  message += "\nStart the run with --no-check to go without."
   if code == Exit.BAD_REQUEST:
     message = f"The program would refuse this run on {kind}: {reason}"
-    raise Failure(Exit.BAD_REQUEST, message)
   if code:
-    message = f"The check of the run failed with exit code {code}: {reason}"
-    message += "\nStart the run with --no-check to go without."
     raise Failure(Exit.BAD_REQUEST, message)
 
 
@@ -92,9 +87,6 @@ def _python() -> str:
   # What it prints to stderr is for the user.
   made = subprocess.run(call, stdout=subprocess.PIPE, text=True)
   if made.returncode:
-    raise Failure(
-      Exit.BAD_REQUEST,
-      "The run cannot be checked without the environment above; start it"
-      " unchecked with --no-check.",
-    )
+    message = "Without the environment above, start the run with --no-check."
+    raise Failure(Exit.BAD_REQUEST, message)
   return made.stdout

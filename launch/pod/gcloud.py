@@ -41,8 +41,8 @@ def is_alpha(words: Sequence[str]) -> bool:
 
 def error_tail(stderr: str) -> str:
   """The last lines of an error output, without gcloud's progress messages."""
-  lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
-  lines = [line for line in lines if not re.match(_ERRORS["progress"], line)]
+  pattern = re.compile(rf"\s*$|{_ERRORS['progress']}")
+  lines = [x.rstrip() for x in stderr.splitlines() if not pattern.match(x)]
   return "\n".join(lines[-12:]) or "no reason given"
 
 
@@ -173,5 +173,5 @@ class Gcloud:
     if returncode == 127 and WORKER_SCRIPT in stderr:
       raise Failure(Exit.NOT_SET_UP, f"{name} is not set up.")
     codes = {Exit.BUSY, Exit.NOT_SET_UP, Exit.BAD_REQUEST, Exit.TIMEOUT}
-    code = returncode if returncode in codes else Exit.WORKER_FAILED
-    raise Failure(Exit(code), f"{name}: {tail}")
+    code = Exit(returncode) if returncode in codes else Exit.WORKER_FAILED
+    raise Failure(code, f"{name}: {tail}")

@@ -109,11 +109,7 @@ class Lease(logging.Handler):
     self.record.log = log[-500:]
 
   def require_free(self) -> None:
-    """Reads the record; waits until it is stale if its owner did not end.
-
-    Raises:
-      Failure: BUSY if another supervisor is at work.
-    """
+    """Waits until the record is stale; fails if its owner is at work."""
     found, self._generation = read(self._cloud)
     if found is None:
       return
@@ -147,11 +143,11 @@ class Lease(logging.Handler):
     self._end.set()
     self._thread.join()
     logging.getLogger().removeHandler(self)
+    if isinstance(error, KeyboardInterrupt):
+      error = Failure(Exit.INTERRUPTED, "Interrupted.")
     if isinstance(error, Failure):
       self.record.exit_code = error.exit
       self.record.log.append(str(error))
-    elif isinstance(error, KeyboardInterrupt):
-      self.record.exit_code = Exit.INTERRUPTED
     try:
       self.renew()
     except Failure as failure:

@@ -59,12 +59,7 @@ class Supervisor:
   _had_slice: bool = False  # An attempt had one.
 
   def supervise(self) -> int:
-    """Keeps the run alive until it is done or a restart cannot help.
-
-    Returns:
-      The exit code of the run: 0, that of a failure that a restart would
-      repeat, or 75 after `stop`.
-    """
+    """Keeps the run alive while a restart may help; returns its exit code."""
     try:
       return self._supervise()
     except lease.Stopped:

@@ -25,23 +25,12 @@ import pytest
 from launch.pod import settings as pod_settings
 from tests.gcs import fake
 
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 needs_gcloud = pytest.mark.skipif(
   not (shutil.which("gcloud") and shutil.which("ssh-keygen")),
   reason="no gcloud, or no ssh-keygen, on PATH",
 )
-
-
-def eventually(claim, seconds: float = 300.0):
-  """Waits until a claim is true; a busy machine is slow."""
-  until = time.monotonic() + seconds
-  while not (found := claim()):
-    assert time.monotonic() < until, "the claim stayed false"
-    time.sleep(0.1)
-  return found
-
-
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
 
 # A value may follow its option as a word or be part of it.
 SCP = """#!/bin/bash
@@ -84,6 +73,15 @@ if (cloud / "refusal").exists():
 SSH = f"""#!/bin/bash
 exec "{sys.executable}" -IS "{HERE}/pretend_ssh.py" "$@"
 """
+
+
+def eventually(claim, seconds: float = 300.0):
+  """Waits until a claim is true; a busy machine is slow."""
+  until = time.monotonic() + seconds
+  while not (found := claim()):
+    assert time.monotonic() < until, "the claim stayed false"
+    time.sleep(0.1)
+  return found
 
 
 class Cloud:
