@@ -1,7 +1,6 @@
 """The small machine in the project that supervises a run."""
 
 import getpass
-import json
 import logging
 import pathlib
 import shlex
@@ -27,14 +26,14 @@ def _call(cloud: gcloud.Gcloud, verb: str, *flags: str) -> str:
 
 def _status(cloud: gcloud.Gcloud) -> str:
   """The state of the machine in the API's words; empty if there is none."""
-  found = {}
+  name, found = cloud.settings.name, []
   with ignore(Exit.ABSENT):
-    found = json.loads(_call(cloud, "describe", "--format=json") or "{}")
-  name = cloud.settings.name
-  if found and found.get("labels", {}).get(pod_settings.LABEL) != name:
+    keys = f"--format=value(status,labels.{pod_settings.LABEL})"
+    found = _call(cloud, "describe", keys).split()
+  if found and found[1:] != [name]:
     message = f"The machine {name}-supervisor lacks our label."
     raise Failure(Exit.NOT_OURS, message)
-  return found.get("status", "")
+  return found[0] if found else ""
 
 
 def delete(cloud: gcloud.Gcloud) -> None:

@@ -14,6 +14,13 @@ STATUS = workers.Status("none", None, False, "a commit", "/w", -1, -1)
 RUNNING = dataclasses.replace(STATUS, state="running")
 
 
+DRY = exits.Failure(Exit.NO_CAPACITY, "no capacity")
+OFFLINE = exits.Failure(Exit.NETWORK, "no network")
+BUSY = exits.Failure(Exit.UNAVAILABLE, "INTERNAL")
+TAKEN = exits.Failure(Exit.PREEMPTED, "taken away")
+ABSENT = slices.State.ABSENT
+
+
 def ended(code: int | None, **changes) -> workers.Status:
   state = "lost" if code is None else "ended"
   return dataclasses.replace(STATUS, state=state, exit_code=code, **changes)
@@ -95,9 +102,9 @@ class World:
     seconds = (9.0, 7.0, 30.0)  # For a slice, between checks, before a start.
     return supervision.Supervisor(self, job, *seconds, held).supervise()
 
-  def fails(self) -> Exit:
+  def fails(self, held=None) -> Exit:
     with pytest.raises(exits.Failure) as raised:
-      self.supervise()
+      self.supervise(held)
     return raised.value.exit
 
 
@@ -106,40 +113,26 @@ def life(*codes, step=-1):
   return [[ended(code, step=step) for code in codes]]
 
 
-def test_a_run_that_ends_well_is_started_once(monkeypatch):
-  world = World(monkeypatch, [life(0, 0)])
-  assert world.supervise() == 0
-  assert world.done == ["run"]
-
-
-@pytest.mark.parametrize("code", [75, 76, 134, 137, None])
-def test_failures_that_a_restart_repairs_are_restarted(monkeypatch, code):
-  world = World(monkeypatch, [life(code, code)])
-  assert world.supervise() == 0
-  assert world.done == ["run", "run"]
-
-
-def test_a_wrong_setting_is_not_tried_again(monkeypatch):
-  world = World(monkeypatch, [life(64, 64)])
-  assert world.supervise() == 64
-  assert world.done == ["run"]
-
-
-@pytest.mark.parametrize("code", [1, 139])
-def test_an_error_at_the_start_is_worth_one_more_try(monkeypatch, code):
-  """Another process may still hold the TPU, or a host was lost in a restore."""
-  world = World(monkeypatch, [life(code, 1)])
-  assert world.supervise() == 0
-  world = World(monkeypatch, [life(code, 1)] * 3)
-  assert world.supervise() == code
-  assert world.done == ["run", "run"]
-
-
-def test_an_error_after_new_steps_would_repeat(monkeypatch):
-  lives = [life(75, 75, step=3), life(1, 1, step=5)]
+@pytest.mark.parametrize(
+  "lives, code, runs",
+  [
+    ([life(0, 0)], 0, 1),
+    *[([life(code, code)], 0, 2) for code in (75, 76, 134, 137, None)],
+    # A wrong setting is not tried again, and a stopped run is not restarted.
+    ([life(64, 64)], 64, 1),
+    ([[[ended(75, was_stopped=True)] * 2]], 75, 1),
+    # At the start, another process may still hold the TPU, or a host was lost
+    # in a restore.
+    *[([life(code, 1)], 0, 2) for code in (1, 139)],
+    *[([life(code, 1)] * 3, code, 2) for code in (1, 139)],
+    # An error after new steps would repeat.
+    ([life(75, 75, step=3), life(1, 1, step=5)], 1, 2),
+  ],
+)
+def test_a_run_is_restarted_if_that_can_help(monkeypatch, lives, code, runs):
   world = World(monkeypatch, lives)
-  assert world.supervise() == 1
-  assert world.done == ["run", "run"]
+  assert world.supervise() == code
+  assert world.done == ["run"] * runs
 
 
 def test_an_error_counts_only_if_the_slice_still_exists(monkeypatch):
@@ -150,53 +143,26 @@ def test_an_error_counts_only_if_the_slice_still_exists(monkeypatch):
   def require_ready(cloud):
     if next(calls) == 1:
       world.state = slices.State.PREEMPTED
-      raise exits.Failure(Exit.PREEMPTED, "taken away")
+      raise TAKEN
 
   monkeypatch.setattr(slices, "require_ready", require_ready)
   assert world.supervise() == 0
   assert world.done == ["run", "delete", "create", "run"]
 
 
-def test_a_stopped_run_is_not_restarted(monkeypatch):
-  world = World(monkeypatch, [[[ended(75, was_stopped=True)] * 2]])
-  assert world.supervise() == 75
-  assert world.done == ["run"]
-
-
-def test_a_preempted_slice_is_created_again(monkeypatch):
-  taken = exits.Failure(Exit.PREEMPTED, "taken away")
-  world = World(monkeypatch, [[taken]])
-  assert world.supervise() == 0
-  assert world.done == ["run", "delete", "create", "run"]
-
-
-@pytest.mark.parametrize("state", [slices.State.FAILED, slices.State.SUSPENDED])
+@pytest.mark.parametrize("state", [*supervision._DEAD])
 def test_the_rest_of_a_dead_slice_is_deleted(monkeypatch, state):
   world = World(monkeypatch, [], state=state)
   assert world.supervise() == 0
   assert world.done == ["delete", "create", "run"]
 
 
-def test_an_existing_run_is_watched_and_not_started(monkeypatch):
+@pytest.mark.parametrize("losses", [[], [OFFLINE, [RUNNING] * 2]])
+def test_an_existing_run_is_watched_and_not_started(monkeypatch, losses):
   world = World(monkeypatch, [])
-  world.script = [[RUNNING] * 2, [ended(0)] * 2]
+  world.script = [[RUNNING] * 2, *losses, [ended(0)] * 2]
   assert world.supervise() == 0
   assert world.done == []
-
-
-def test_a_lost_network_leaves_the_run_alone(monkeypatch):
-  lost = exits.Failure(Exit.NETWORK, "no network")
-  world = World(monkeypatch, [])
-  world.script = [[RUNNING] * 2, lost, [RUNNING] * 2, [ended(0)] * 2]
-  assert world.supervise() == 0
-  assert world.done == []
-
-
-DRY = exits.Failure(Exit.NO_CAPACITY, "no capacity")
-OFFLINE = exits.Failure(Exit.NETWORK, "no network")
-BUSY = exits.Failure(Exit.UNAVAILABLE, "INTERNAL")
-TAKEN = exits.Failure(Exit.PREEMPTED, "taken away")
-ABSENT = slices.State.ABSENT
 
 
 def test_hours_without_capacity_and_two_preemptions_are_survived(monkeypatch):
@@ -275,9 +241,8 @@ def test_a_request_to_stop_ends_the_run_and_the_wait_for_a_slice(monkeypatch):
 def test_a_lease_that_is_lost_ends_the_supervision_alone(monkeypatch):
   world = World(monkeypatch, [])
   world.script = [[RUNNING] * 2] * 9
-  with pytest.raises(exits.Failure) as raised:
-    world.supervise(Held(world, exits.Failure(Exit.BUSY, "taken over")))
-  assert raised.value.exit == Exit.BUSY and world.done == []
+  lost = Held(world, exits.Failure(Exit.BUSY, "taken over"))
+  assert world.fails(lost) == Exit.BUSY and world.done == []
 
 
 def test_a_slice_that_never_comes_is_waited_for_again(monkeypatch):
