@@ -95,13 +95,8 @@ def from_api(
   )
 
 
-def find(
-  cloud: gcloud.Gcloud, *, assumed: State, always_ask_queue: bool = False
-) -> Slice:
-  """Looks for the slice in each zone; a dry run assumes its state.
-
-  Without `always_ask_queue`, ready TPU VMs make the second question needless.
-  """
+def find(cloud: gcloud.Gcloud, *, assumed: State) -> Slice:
+  """Looks for the slice in each zone; a dry run assumes its state."""
   settings = cloud.settings
   nodes, request = [], None
   for _ in cloud.zones_in_turn():
@@ -109,7 +104,7 @@ def find(
     ready = {(node or {}).get("state") for node in nodes} == {"READY"}
     if cloud.dry_run:
       ready = assumed == State.READY
-    if always_ask_queue or not ready:
+    if not ready:
       request = cloud.describe("queued-resources", settings.name)
     if request or any(nodes) or cloud.dry_run:
       break
@@ -221,13 +216,17 @@ def wait(
 def delete(cloud: gcloud.Gcloud) -> None:
   """Deletes the slice, or takes it out of the queue."""
   settings = cloud.settings
-  found = find(cloud, assumed=State.READY, always_ask_queue=True)
+  found = find(cloud, assumed=State.READY)
   if found.state == State.ABSENT:
     logging.info("%s does not exist: nothing to delete.", settings.name)
     return
   _require_ours(settings, found)
-  kind = "queued-resources" if found.is_queued else "tpu-vm"
-  cloud.tpus(kind, "delete", settings.name, *["--force"] * found.is_queued)
+  kind = "queued-resources"
+  # Nobody has asked for the request of a ready slice.
+  if found.is_queued or cloud.describe(kind, settings.name):
+    cloud.tpus(kind, "delete", settings.name, "--force")
+  else:
+    cloud.tpus("tpu-vm", "delete", settings.name)
   logging.info("Deleted %s.", settings.name)
   # The next slice is tried in the next zone first.
   zones = settings.zones

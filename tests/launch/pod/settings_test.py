@@ -13,19 +13,9 @@ from tests.launch.pod import fake_cloud
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 HOSTILE = (
-  "$(touch owned)",
-  "`touch owned`",
-  "a; touch owned",
-  "a b",
-  "'my-project'",
-  '"my-project"',
-  "--impersonate-service-account=x@y",
-  "-x",
-  "my-project\x00",
-  "My-Project",
-  "mÿ-project",
-  "../x",
-  "",
+  *("$(touch owned)", "`touch owned`", "a; touch owned", "a b", "'my-project'"),
+  *('"my-project"', "--impersonate-service-account=x@y", "-x", "../x", ""),
+  *("my-project\x00", "My-Project", "mÿ-project"),
 )
 
 
@@ -81,22 +71,10 @@ def test_a_hostile_value_is_refused_by_name_with_the_rule(name, value):
 @pytest.mark.parametrize(
   "value",
   [
-    "",
-    "runs/first",
-    "gs://",
-    "gs://my-bucket",
-    "gs://my-bucket/",
-    "gs://my-bucket/a/",
-    "gs://my-bucket/../other/a",
-    "gs://My-Bucket/a",
-    "gs://$(x)/a",
-    "gs://goog-mine/a",
-    "gs://not-google/a",
-    "/",
-    "/a/../b",
-    "/a/./b",
-    "/a//b",
-    "/a\x07b",
+    *("", "runs/first", "/", "/a/../b", "/a/./b", "/a//b", "/a\x07b"),
+    *("gs://", "gs://my-bucket", "gs://my-bucket/", "gs://my-bucket/a/"),
+    *("gs://my-bucket/../other/a", "gs://My-Bucket/a", "gs://$(x)/a"),
+    *("gs://goog-mine/a", "gs://not-google/a"),
   ],
 )
 def test_a_workdir_is_a_bucket_path_or_an_absolute_path(value):
@@ -109,16 +87,10 @@ def test_a_workdir_holds_nothing_that_a_terminal_obeys(character):
   assert said.startswith("WORKDIR ('/mnt/a\\") and said.isprintable()
 
 
-@pytest.mark.parametrize(
-  "value, bucket",
-  [
-    ("gs://my-bucket/runs/first", "my-bucket"),
-    ("gs://my-bucket/it's a $(run)", "my-bucket"),
-  ],
-)
-def test_a_bucket_may_hold_names_of_any_kind(value, bucket):
-  found = settings.parse(text(WORKDIR=value))
-  assert found.bucket == bucket
+@pytest.mark.parametrize("path", ["runs/first", "it's a $(run)"])
+def test_a_bucket_may_hold_names_of_any_kind(path):
+  found = settings.parse(text(WORKDIR=f"gs://my-bucket/{path}"))
+  assert found.bucket == "my-bucket"
 
 
 @pytest.mark.parametrize(
