@@ -5,9 +5,9 @@
 #   bash launch/local_pod.sh -n N [-m M] [--] --config=configs/smoke.py \
 #     --workdir=DIR --config.mesh.fsdp=2 ...
 #
-# N is 2 and M is 1 by default. All other arguments are flags of the program,
-# whose mesh must have N * M devices. Host K writes DIR/logs/host-K.log, or below
-# runs/ if DIR is in a bucket; the output of host 0 is also shown here.
+# N is 2 and M is 1 by default; the mesh must have N * M devices. Host K writes
+# DIR/logs/host-K.log, or below runs/ if DIR is in a bucket; the output of host 0 is
+# also shown here.
 #
 # When a host fails, the script ends the others within seconds and exits with the
 # code of the first failure, or with 75 if all were preempted. Ctrl-C and SIGTERM

@@ -6,6 +6,7 @@ The seconds count from the end of the installation, and only the last start of a
 resumed run. A start that trains nothing leaves them as they were.
 """
 
+import contextlib
 import json
 import pathlib
 import shlex
@@ -20,9 +21,9 @@ def main(name: str, seconds: str) -> None:
   """Writes `smoke.json` and prints its content."""
   workdir = paths.to_path("WORKDIR", name)
   rows = json_lines.read_rows(workdir / "metrics.jsonl")
-  all_known = {row["step"]: row.get("eval/accuracy") for _, row in rows if row}
-  steps = max(all_known, default=0)
-  known = {k: x for k, x in all_known.items() if isinstance(x, int | float)}
+  given = {row["step"]: row.get("eval/accuracy") for _, row in rows if row}
+  steps = max(given, default=0)
+  known = {k: x for k, x in given.items() if isinstance(x, int | float)}
   if 0 not in known or len(known) < 2:
     raise ValueError(
       f"{name}/metrics.jsonl must have eval/accuracy at step 0 and at a later"
@@ -30,12 +31,11 @@ def main(name: str, seconds: str) -> None:
       " most config.train.num_steps."
     )
   path, wall_seconds = workdir / "smoke.json", int(seconds)
-  try:
+  # A first start has none; it may be the file of someone else.
+  with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
     earlier = untrusted.parse_json(path.read_bytes(), "smoke.json")
     if earlier["steps"] == steps:
       wall_seconds = int(earlier["wall_seconds"])
-  except (OSError, ValueError, TypeError, KeyError):
-    pass  # The first start, or a file of someone else.
   first, last = known[0], known[max(known)]
   result = {"warm_start_accuracy": first, "final_accuracy": last}
   result |= {"wall_seconds": wall_seconds, "steps": steps}

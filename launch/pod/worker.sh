@@ -9,10 +9,8 @@
 #   worker.sh stop SECONDS [kill]           send SIGTERM, wait for the save
 #   worker.sh tensorboard PORT
 #
-# IMAGE may be empty. ~/grpo_tpu_env has the environment of the next run, if it
-# exists. Exit codes are those of launch/pod/exits.py: 64 for a bad request, 85 if
-# the run did not stop, 92 if a run exists already, 96 without setup or run, 1 for
-# anything else.
+# IMAGE may be empty. ~/grpo_tpu_env may have the environment of the next run.
+# Exit codes are those of launch/pod/exits.py, and 1 for anything else.
 set -euo pipefail
 
 home=$HOME/grpo_tpu
@@ -194,7 +192,7 @@ status() {
     # The machine went down, or someone killed the guard too.
     echo state=lost
   fi
-  for file in "$state"/{stopped,exit_code,workdir} "$code/COMMIT"; do
+  for file in "$state"/{stopped,exit_code} "$code/COMMIT"; do
     name=${file##*/}
     if [[ -s $file ]]; then echo "${name,,}=$(<"$file")"; fi
   done

@@ -60,9 +60,8 @@ def _on_each[T](
 
 def _run_script(cloud: gcloud.Gcloud, num_workers: int, *words: str) -> None:
   """Runs `worker.sh` on each worker."""
-  command = [*_SCRIPT, *words]
-  each = range(num_workers)
-  _on_each(cloud, each, lambda worker: cloud.run_on_worker(worker, command))
+  action = functools.partial(cloud.run_on_worker, command=[*_SCRIPT, *words])
+  _on_each(cloud, range(num_workers), action)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,6 @@ class Status:
   exit_code: int | None  # The exit code of a run that has ended.
   was_stopped: bool  # True if `stop` ended the run.
   commit: str  # The commit or the image that is set up; empty if nothing is.
-  workdir: str  # The workdir of the run.
   step: int  # The last step in the log of the run; -1 if it names none.
   checkpoint: int  # The newest checkpoint in the log; -1 if it names none.
   details: Sequence[str] = ()  # From its log: the last step, why the run ended.
@@ -215,8 +213,7 @@ class Status:
   @classmethod
   def parse(cls, text: str) -> "Status":
     """Parses the output of `worker.sh status`; any other is a ValueError."""
-    # A value may hold what Python, unlike the worker, takes for the end of a
-    # line.
+    # Values may have characters at which `splitlines` splits.
     lines = [line.partition("=") for line in text.split("\n")]
     values = {name: value for name, _, value in lines}
     code, state = values.get("exit_code"), values.get("state", "none")
@@ -227,7 +224,6 @@ class Status:
       exit_code=int(code) if code else None,
       was_stopped="stopped" in values,
       commit=values.get("commit", ""),
-      workdir=values.get("workdir", ""),
       step=int(values.get("step") or -1),
       checkpoint=int(values.get("checkpoint") or -1),
       details=[values[name] for name in _DETAILS if values.get(name)],

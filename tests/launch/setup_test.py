@@ -5,6 +5,7 @@ import pathlib
 import re
 import runpy
 import shutil
+import subprocess
 
 import pytest
 import setuptools
@@ -144,38 +145,23 @@ def is_made_again(checkout) -> bool:
   return len(asked) == 5
 
 
-def vanished_python(root: pathlib.Path) -> None:
-  python = root / ".venv" / "bin" / "python"
-  python.unlink()
-  python.symlink_to("/nowhere/python3.12")
-
-
 DAMAGE = {
-  "killed before the stamp": lambda root: (
-    root / ".venv" / "complete.stamp"
-  ).unlink(),
-  "stamp cut short": lambda root: (
-    root / ".venv" / "complete.stamp"
-  ).write_text("a1"),
-  "its Python vanished": vanished_python,
-  "only a folder": lambda root: (
-    shutil.rmtree(root / ".venv"),
-    (root / ".venv").mkdir(),
-  ),
-  "a requirement added": lambda root: (root / "setup.py").write_text("more"),
-  "a pin moved": lambda root: (root / "locks/base.txt").write_text("a==2"),
-  "an option moved": lambda root: (root / "locks/reasoning.txt").write_text(
-    "a==2"
-  ),
-  "a tool moved": lambda root: (root / "locks/dev.txt").write_text("a==2"),
-  "a builder moved": lambda root: (root / "locks/build.txt").write_text("a"),
+  "killed before the stamp": "rm .venv/complete.stamp",
+  "stamp cut short": "echo a1 >.venv/complete.stamp",
+  "its Python vanished": "ln -sf /nowhere/python3.12 .venv/bin/python",
+  "only a folder": "rm -r .venv; mkdir .venv",
+  "a requirement added": "echo more >setup.py",
+  "a pin moved": "echo a==2 >locks/base.txt",
+  "an option moved": "echo a==2 >locks/reasoning.txt",
+  "a tool moved": "echo a==2 >locks/dev.txt",
+  "a builder moved": "echo a >locks/build.txt",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_an_incomplete_or_old_venv_is_made_again(checkout, damage):
   ready(checkout)
-  damage(checkout.root)
+  subprocess.run(["bash", "-c", damage], cwd=checkout.root, check=True)
   assert is_made_again(checkout)
   assert not is_made_again(checkout)
 

@@ -10,7 +10,7 @@ from tests.launch.pod import fake_cloud
 
 Exit = exits.Exit
 READY = slices.State.READY
-STATUS = workers.Status("none", None, False, "a commit", "/w", -1, -1)
+STATUS = workers.Status("none", None, False, "a commit", -1, -1)
 RUNNING = dataclasses.replace(STATUS, state="running")
 
 

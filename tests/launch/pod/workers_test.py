@@ -14,10 +14,10 @@ NAMES = ("state", "exit_code", "stopped", "commit", "workdir", "step")
 
 def test_a_status_ends_its_lines_as_the_worker_does():
   """Python also ends lines at U+0085 and U+2028, which a path may hold."""
-  text = "state=running\nworkdir=/mnt/a\x85exit_code=0\u2028step=9\ncommit=c\n"
+  text = "state=running\ncommit=a\x85exit_code=0\u2028step=9\nstopped=1\n"
   status = workers.Status.parse(text)
   assert status.exit_code is None and status.step == -1
-  assert status.workdir == "/mnt/a\x85exit_code=0\u2028step=9"
+  assert status.commit == "a\x85exit_code=0\u2028step=9" and status.was_stopped
 
 
 @pytest.mark.parametrize(
