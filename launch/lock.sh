@@ -25,25 +25,24 @@ python=$folder/venv/bin/python
 # no pin supports, such as Windows.
 filter='
 import pathlib, re, sys
-source, *base = map(pathlib.Path, sys.argv[1:])
-pins = re.findall(r"^[\w.-]+==[\w.]+", open("constraints.txt").read(), re.M)
-known = {line for path in base for line in path.read_text().splitlines()}
+source, base, pins = (pathlib.Path(x).read_text() for x in sys.argv[1:])
+pins = re.findall(r"^[\w.-]+==[\w.]+", pins, re.M)
 print("# Written by launch/lock.sh; do not edit.")
-for part in re.split(r"\n(?=\w)", source.read_text().strip()):
+for part in re.split(r"\n(?=\w)", source.strip()):
   first, _, _ = part.partition("\n")
-  if first.split()[0] in pins and first not in known:
+  if first.split()[0] in pins and first not in base.splitlines():
     print(part)
 '
 
 # compile NAME ARGUMENT...: writes the lock of these requirements.
 compile() {
-  local name=$1 base=()
+  local name=$1 base=/dev/null
   shift
   "$folder/venv/bin/uv" --quiet pip compile --universal --python-version 3.12 \
     --generate-hashes --no-annotate --no-header --constraint constraints.txt \
     "$@" >"$folder/$name.txt"
-  case $name in dev | tpu | reasoning) base=(locks/base.txt) ;; esac
-  "$python" -I -c "$filter" "$folder/$name.txt" ${base[@]+"${base[@]}"} \
+  case $name in dev | tpu | reasoning) base=locks/base.txt ;; esac
+  "$python" -I -c "$filter" "$folder/$name.txt" "$base" constraints.txt \
     >"$folder/$name.lock"
   mv "$folder/$name.lock" "locks/$name.txt"
 }

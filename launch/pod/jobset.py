@@ -20,10 +20,8 @@ def manifest(settings: pod_settings.Settings, job: workers.Job) -> str:
     *("IMAGE", settings.image, "name an image, because GKE runs only images"),
     "build the Dockerfile, push the image, and write its name",
   )
-  name, names = settings.accelerator_type, ", ".join(shapes.SHAPES)
-  rule, remedy = f"be one of {names} for GKE", "choose one of them"
-  is_known = name in shapes.SHAPES
-  validation.require(is_known, "ACCELERATOR_TYPE", name, rule, remedy)
+  name = settings.accelerator_type
+  validation.require_one_of("ACCELERATOR_TYPE", name, list(shapes.SHAPES))
   shape = shapes.SHAPES[name]
   nodes = {
     "cloud.google.com/gke-tpu-accelerator": shape.gke_accelerator,

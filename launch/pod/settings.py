@@ -52,9 +52,8 @@ class Settings(types.SimpleNamespace):
   @property
   def nodes(self) -> list[str]:
     """The names of the TPU VMs: one for each slice."""
-    if self.num_slices == "1":
-      return [self.name]
-    return [f"{self.name}-{k}" for k in range(int(self.num_slices))]
+    several = [f"{self.name}-{k}" for k in range(int(self.num_slices))]
+    return several if len(several) > 1 else [self.name]
 
   @property
   def environment(self) -> dict[str, str]:
