@@ -126,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _start(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
   """Runs a verb that starts the program, after the checks."""
   settings, verb = cloud.settings, arguments.verb
-  job = _job(cloud, arguments).with_defaults(settings)
+  job = workers.Job(arguments.config, tuple(arguments.flags))
+  job = job.with_defaults(settings)
   if arguments.no_check:
     logging.warning("Not checked: a wrong setting ends the run with 64.")
   else:
@@ -147,13 +148,6 @@ def _start(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
   return Exit.DONE
 
 
-def _job(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> workers.Job:
-  job = workers.Job(arguments.config, tuple(arguments.flags))
-  if not cloud.settings.image:
-    workers.require_committed(job.config)
-  return job
-
-
 def _warn_of_unsent(settings: pod_settings.Settings) -> None:
   if unsent := workers.count_unsent(settings):
     logging.warning("%d files with uncommitted changes are not sent.", unsent)
@@ -170,7 +164,7 @@ def _check(cloud: gcloud.Gcloud, arguments: argparse.Namespace) -> int:
     _print(cloud, f"{verdict:<11}{text}".split("\n"))
 
   try:
-    check.check(settings, _job(cloud, arguments))
+    check.check(settings, job.with_defaults(settings))
     report("ok", f"{job.config} and its flags")
     report(*check.check_memory(settings, job))
   except Failure as failure:
@@ -280,11 +274,11 @@ def _on_workers(
     logging.info("The run has ended on all workers.")
   else:
     chosen = range(count)
-    if arguments.worker is not None:
+    if (worker := arguments.worker) is not None:
       rule = f"be below the number of workers, {count}"
-      is_worker = arguments.worker < count
-      validation.require(is_worker, "--worker", arguments.worker, rule, "")
-      chosen = [arguments.worker]
+      words = ("--worker", worker, rule, "choose another")
+      validation.require(worker < count, *words)
+      chosen = [worker]
     workers.logs(cloud, chosen, arguments.lines, follow=arguments.follow)
 
 

@@ -95,7 +95,7 @@ class Job:
   def with_defaults(self, settings: pod_settings.Settings) -> "Job":
     """Adds the settings of a pod that neither the flags nor the config name."""
     named = " ".join(self.flags)
-    if is_committed(self.config):
+    if not settings.image or is_committed(self.config):
       named += require_committed(self.config)
     defaults = {"checkpoint.every_minutes": "10"}
     if settings.bucket:
