@@ -37,7 +37,7 @@ def list_objects(
 ) -> dict[str, Object]:
   """The objects of a folder by relative name, in order; that of a file by "".
 
-  `what` is the setting or flag that names the path. Empty if there are none.
+  `what` is the setting or flag that names the path.
 
   Raises:
     SettingError: The bucket does not exist, or may not be read.
@@ -166,11 +166,10 @@ def refusals(path: str | os.PathLike[str], *, what: str) -> Iterator[None]:
 
   missing = api.NotFound, api.BadRequest
   refused = api.Forbidden, api.Unauthorized, auth.RefreshError
+  errors = api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException
   try:
     yield
-  except (
-    *(api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException),
-  ) as error:
+  except errors as error:
     bucket, shown = split(path)[0], f"{what} ({os.fspath(path)!r})"
     reason = re.sub(r"(GET|POST|PUT|DELETE) \S+: ", "", str(error))  # The URL.
     reason = printable(" ".join(reason.split()).rstrip("."))[:300]

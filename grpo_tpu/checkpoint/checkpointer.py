@@ -15,6 +15,7 @@ References:
 
 import concurrent.futures
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -133,9 +134,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     Must be called after every step, because this call notices that an earlier
     save has failed: this step is then saved in its stead, due or not.
 
-    Returns when the values are copied, so the caller may donate `state` at
-    once. A thread writes the files; a second save waits for the first one. If
-    a bucket takes long, it waits for seconds and leaves it to a later step.
+    Returns when the values are copied, so the caller may donate `state`. A
+    thread writes the files; a second save waits for the first one, but in a
+    bucket only for seconds, and is then left to a later step.
 
     Args:
       step: Finished steps.
@@ -224,11 +225,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     self._collect_pending()
     while self._saved:
       path = self._directory / self._saved[-1].name
-      if damage := reader.find_damage(path):
-        self._quarantine(path, damage)
-        continue
-      logging.info("Restoring %s.", path)
-      return reader.read_checkpoint(path, abstract_state, partial_step_sharding)
+      if not (damage := reader.find_damage(path)):
+        logging.info("Restoring %s.", path)
+        parts = abstract_state, partial_step_sharding
+        return reader.read_checkpoint(path, *parts)
+      del self._saved[-1]
+      self.quarantined += 1
+      text = "CHECKPOINT %s IS DAMAGED: %s. Moving it into quarantine/."
+      logging.error(text, path, damage)
+      move = functools.partial(manifest.move_aside, path, damage)
+      failing = f"{path} is damaged, and cannot be moved aside"
+      if error := _error_of(move, failing):
+        raise CheckpointError(error)
     if lost := reader.ask_first_process(self._lost_steps):
       raise CheckpointError(
         f"no checkpoint in {self._directory} is whole: {lost}. Look into its"
@@ -348,19 +356,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     Raises:
       CheckpointError: `checkpoint.max_failures` saves in a row have failed.
     """
-    if (pending := self._pending) is None:
+    if self._pending is None:
       return True
-    concurrent.futures.wait([pending], seconds)
-    result = _RUNNING
-    if pending.done():
-      error = pending.exception()
+    try:
+      error = self._pending.exception(seconds)
       result = f"{type(error).__name__}: {error}" if error else ""
+    except concurrent.futures.TimeoutError:
+      result = _RUNNING
     results = [x.decode() for x in collectives.gather_bytes(result.encode())]
     if _RUNNING in results:
       return False
     self._pending, info = None, self._last_save[0]
-    failed = [i for i, each in enumerate(results) if each]
-    if failed:
+    if failed := [i for i, each in enumerate(results) if each]:
       # Hosts that only waited for the failed one report a TimeoutError.
       host = min(failed, key=lambda i: results[i].startswith("TimeoutError"))
       # The remains may be what fills the disk.
@@ -393,7 +400,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
   def _newest_good(self) -> str:
     whole = [info.name for info in self._saved if info.is_whole]
-    newest = whole[-1] if whole else "none"
+    newest = next(reversed(whole), "none")
     return f"The newest good checkpoint in {self._directory} is {newest}."
 
   def _remove_later(self, checkpoints: list[CheckpointInfo]) -> None:
@@ -415,22 +422,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           _remove(path)
     except Exception:  # A bucket's errors have many types.
       logging.exception("Could not delete %s in %s.", names, self._directory)
-
-  def _quarantine(self, path: epath.Path, damage: str) -> None:
-    """Moves the newest checkpoint and its manifest into `quarantine/`."""
-    del self._saved[-1]
-    self.quarantined += 1
-    logging.error(
-      "CHECKPOINT %s IS DAMAGED: %s. Moving it into quarantine/ and resuming"
-      " from an older checkpoint.",
-      path,
-      damage,
-    )
-    label = damage.partition(":")[0].replace(" ", "-")
-    target = path.parent / "quarantine" / f"{path.name}-{label}"
-    failing = f"{path} is damaged, and cannot be moved aside"
-    if error := _error_of(lambda: manifest.move_aside(path, target), failing):
-      raise CheckpointError(error)
 
   def _lost_steps(self) -> str:
     """Names in quarantine; without step 0, with which every run starts."""

@@ -68,10 +68,7 @@ def make_files(
 
 
 def _open_tokenizer(weights: str, path: str) -> tokenizer.Tokenizer | None:
-  """The tokenizer at the path, or else the one that belongs to the weights.
-
-  None, with a warning, if they have none.
-  """
+  """The tokenizer at the path, or else that of the weights, if any."""
   own = own_tokenizer.find(weights)
   is_own, path = not path, path or own.path
   if not path and not own.fingerprint:

@@ -1,8 +1,8 @@
 """Locks on a directory, so that one run at a time writes to it.
 
-On a disk, the kernel releases the lock when its process ends, however it ends,
-so a stale lock cannot exist. The `filelock` package does not fit: its `flock`
-is inherited by forked workers, which would keep the lock of a killed run.
+On a disk, the kernel releases the lock when its process ends, however it ends.
+The `filelock` package does not fit: its `flock` is inherited by forked workers,
+which would keep the lock of a killed run.
 
 In a bucket, the holder of a lease writes an object again and again, each time
 on condition that nobody else has. Who finds it unchanged for the time of a

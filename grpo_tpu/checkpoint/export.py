@@ -35,9 +35,7 @@ def run(
   mesh_config: MeshConfig,
   workdir: str,
 ) -> str:
-  """Writes `workdir`/export: a transformers checkpoint, or a peft adapter.
-
-  Returns what to do next.
+  """Writes `workdir`/export, for transformers or peft; returns what to do next.
 
   Raises:
     SettingError: A setting that only the devices or the weights can refute.

@@ -82,18 +82,14 @@ def find_damage(
       if name not in found:
         return f"missing file: {printable(name)}"
       size = found[name][0]
-      if size != wanted[name]["bytes"]:
-        return (
-          f"wrong size: {printable(name)} {size}, not "
-          f"{untrusted.shorten(wanted[name]['bytes'])}"
-        )
+      if size != (right := wanted[name]["bytes"]):
+        right = untrusted.shorten(right)
+        return f"wrong size: {printable(name)} {size}, not {right}"
     mine = {name: found[name] for name in names}
     for name, value in _checksums(folder, mine).items():
-      if value != wanted[name]["crc32c"]:
-        return (
-          f"wrong checksum: {printable(name)} {value}, not "
-          f"{printable(wanted[name]['crc32c'][:8])}"
-        )
+      if value != (right := wanted[name]["crc32c"]):
+        right = printable(right[:8])
+        return f"wrong checksum: {printable(name)} {value}, not {right}"
   except FileNotFoundError as error:  # A link to nothing.
     return f"missing file: {error}"
   except OSError as error:
@@ -103,12 +99,13 @@ def find_damage(
   return ""
 
 
-def move_aside(folder: epath.Path, target: epath.Path) -> None:
-  """Moves a folder and its manifest; a target that exists gets a number."""
-  free, number = target, 1
+def move_aside(folder: epath.Path, damage: str) -> None:
+  """Moves a folder and its manifest into `quarantine/`."""
+  name = f"{folder.name}-{damage.partition(':')[0].replace(' ', '-')}"
+  free, number = folder.parent / "quarantine" / name, 1
   while free.exists() or path_for(free).exists():
     number += 1
-    free = target.with_name(f"{target.name}-{number}")
+    free = free.with_name(f"{name}-{number}")
   free.parent.mkdir(exist_ok=True)
   # In a bucket, each object is copied and deleted. A folder that is moved in
   # part still has its manifest, so it is not deleted as an interrupted save.
@@ -140,10 +137,8 @@ def _read_body(folder: epath.Path) -> dict[str, Any]:
     reason = str(error).removesuffix(".")
     raise ManifestError(f"damaged manifest: {path.name}: {reason}") from error
   if body["name"] != folder.name:
-    made_for = untrusted.shorten(body["name"])
-    raise ManifestError(
-      f"foreign manifest: {path.name} was made for {made_for}"
-    )
+    other = untrusted.shorten(body["name"])
+    raise ManifestError(f"foreign manifest: {path.name} was made for {other}")
   return body
 
 

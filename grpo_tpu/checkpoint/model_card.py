@@ -58,8 +58,7 @@ def render(
 ) -> str:
   """The card, as Markdown with the front matter of the Hugging Face Hub.
 
-  `stages` and `origin` are those of `read_stages`; `adapter` is True for
-  adapters alone.
+  `adapter` is True for adapters alone.
   """
   scheme, _, path = origin.partition(":")
   start = origin if scheme == "random" else pathlib.PurePath(path).name

@@ -125,7 +125,7 @@ def newest_step(directory: epath.PathLike) -> int:
 
 def steps(directory: epath.PathLike) -> list[int]:
   """The finished steps in a directory, whole or not, in ascending order."""
-  saved = list_checkpoints(paths.absolute(directory))
+  saved = list_checkpoints(directory)
   return [info.step for info in saved if not info.updates]
 
 
@@ -134,9 +134,8 @@ def newest_path(directory: epath.PathLike) -> epath.Path | None:
 
   A partial step counts too.
   """
-  folder = paths.absolute(directory)
-  whole = [info for info in list_checkpoints(folder) if info.is_whole]
-  return folder / whole[-1].name if whole else None
+  whole = [info for info in list_checkpoints(directory) if info.is_whole]
+  return paths.absolute(directory) / whole[-1].name if whole else None
 
 
 def best_path(directory: epath.PathLike) -> epath.Path | None:
@@ -145,12 +144,12 @@ def best_path(directory: epath.PathLike) -> epath.Path | None:
   If the best metric has changed, the newest score decides which one counts. Its
   files may be damaged.
   """
-  folder = paths.absolute(directory)
   # The score stands in the manifest, so a scored checkpoint is whole.
-  scored = [x for x in list_checkpoints(folder) if x.score is not None]
+  scored = [x for x in list_checkpoints(directory) if x.score is not None]
   if not scored:
     return None
-  return folder / retention.by_score(scored, scored[-1].metric)[-1].name
+  best = retention.by_score(scored, scored[-1].metric)[-1]
+  return paths.absolute(directory) / best.name
 
 
 def best_step(directory: epath.PathLike) -> int:
@@ -212,12 +211,12 @@ def broadcast_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
   return [CheckpointInfo(*row) for row in json.loads(text)]
 
 
-def list_checkpoints(directory: epath.Path) -> list[CheckpointInfo]:
+def list_checkpoints(directory: epath.PathLike) -> list[CheckpointInfo]:
   """All checkpoints in a directory, in ascending order.
 
   A manifest without its folder is listed too: that checkpoint was lost.
   """
-  checkpoints = set()
+  checkpoints, directory = set(), epath.Path(directory)
   for path in directory.iterdir() if directory.exists() else ():
     name = path.name.removesuffix(manifest.SUFFIX)
     if (info := CheckpointInfo.from_name(name)) is None:
@@ -332,22 +331,19 @@ def _check_leaves(
   saved: Mapping[str, str], wanted: Mapping[str, str], path: epath.Path
 ) -> None:
   """Raises one SettingError that lists all leaves that differ."""
-  differing = {
-    name: (saved.get(name, "nothing"), wanted.get(name, "nothing"))
-    for name in sorted(dict(saved.items() ^ wanted.items()))
-  }
-  if not differing:
+  names = sorted(dict(saved.items() ^ wanted.items()))
+  if not names:
     return
-  lines = [
-    f"  {k}: saved {old}, wanted {new}" for k, (old, new) in differing.items()
-  ]
+  sides = [[x.get(name, "nothing") for name in names] for x in (saved, wanted)]
+  triples = zip(names, *sides, strict=True)
+  lines = [f"  {x}: saved {old}, wanted {new}" for x, old, new in triples]
   if len(lines) > _MISMATCHES_SHOWN:
     more = f"  and {len(lines) - _MISMATCHES_SHOWN} more"
     lines[_MISMATCHES_SHOWN:] = [more]
-  shapes = [[x.partition("[")[2] for x in pair] for pair in differing.values()]
-  if all(old == new for old, new in shapes):
+  old, new = ([leaf.partition("[")[2] for leaf in side] for side in sides)
+  if old == new:
     settings = "model.param_dtype"
-  elif any(name.startswith("params/") for name in differing):
+  elif any(name.startswith("params/") for name in names):
     settings = "model.name and model.lora"
   else:
     settings = "model.train_vision, model.lora and optimizer"
@@ -358,12 +354,5 @@ def _check_leaves(
       f" older versions saved it, set model.weights=run:{path.parent.parent} in"
       " an empty"
     )
-  raise SettingError(
-    "\n".join(
-      [
-        f"checkpoint {path} does not match the state that the settings make:",
-        *lines,
-        f"{remedy} workdir.",
-      ]
-    )
-  )
+  first = f"checkpoint {path} does not match the state that the settings make:"
+  raise SettingError("\n".join([first, *lines, f"{remedy} workdir."]))

@@ -58,9 +58,7 @@ def by_score(
 
 def score(metrics: Mapping[str, Any], config: CheckpointConfig) -> float | None:
   """The step's value of the best metric, higher is better; None without one."""
-  if config.best_metric not in metrics:
-    return None
-  value = float(metrics[config.best_metric])
+  value = float(metrics.get(config.best_metric, math.nan))
   if not math.isfinite(value):
     return None
   return value if config.best_mode == "max" else -value

@@ -70,8 +70,7 @@ class Mirror:
     scratch = host_copy.cache_folder("scratch")
     self.folder = pathlib.Path(tempfile.mkdtemp(dir=scratch))
     context = ts.Context({"gcs_request_retries": _RETRIES})
-    store = ts.KvStore.open(f"{self.workdir}/", context=context)
-    self._store = store.result()
+    self._store = ts.KvStore.open(f"{workdir}/", context=context).result()
     # What the bucket has, as it was copied: the states of files by name.
     self._copied: dict[str, tuple[int, ...]] = {}
     self._copying, self._is_closed = threading.Lock(), threading.Event()
@@ -80,8 +79,8 @@ class Mirror:
   def fetch(self) -> None:
     """Brings the files of the run that a resumed run continues.
 
-    Of samples the names are enough. What the run then removes or changes here
-    is removed or changed in the bucket too.
+    Of samples the names are enough. What the run removes here is then removed
+    in the bucket too.
 
     Raises:
       ValueError: The bucket does not answer, or refuses.
@@ -102,11 +101,7 @@ class Mirror:
         self._copied[name] = _state(path.stat())
 
   def wait(self, seconds: float) -> None:
-    """Copies until the bucket has all that was written before the call.
-
-    Raises:
-      TimeoutError: The bucket has failed for so many seconds.
-    """
+    """Copies what was written so far, or raises a TimeoutError at the end."""
     if not self.is_remote:
       for name, log in _log_file().items():
         with contextlib.suppress(OSError):
@@ -123,10 +118,7 @@ class Mirror:
       time.sleep(_SECONDS_AFTER_ERROR)
 
   def close(self) -> None:
-    """Waits for the bucket, for a minute or so, and ends the thread.
-
-    The scratch folder stays if a file of it could not be copied.
-    """
+    """Waits a minute for the bucket, and removes what could all be copied."""
     try:
       self.wait(_SECONDS_TO_CLOSE)
       if self.is_remote:
@@ -161,12 +153,9 @@ class Mirror:
       return text
 
   def _copy_changes(self) -> None:
-    """Copies files that have changed, and deletes those that are gone.
-
-    Samples come before the metrics of their step.
-    """
+    """Copies files that have changed, and deletes those that are gone."""
     found = self._files()
-    for name in sorted(found, reverse=True):
+    for name in sorted(found, reverse=True):  # Samples before their metrics.
       with contextlib.suppress(FileNotFoundError):  # Deleted meanwhile.
         if self._copied.get(name) != _state(found[name].stat()):
           self._copied[name] = self._copy_file(name, found[name])

@@ -13,34 +13,50 @@ from etils import epath
 from grpo_tpu.checkpoint import checkpointer, directory_lock
 from tests.grpo_tpu.checkpoint import checkpointing
 
+FOLDER = epath.Path("gs://a-bucket/runs/a/checkpoints")
+OBJECT = ("a-bucket", "runs/a/checkpoints/lease")
+
+# Holds the lease and says so; renewals and the lease are a tenth as long.
+HOLDER = """
+  import sys, time
+  from etils import epath
+  from grpo_tpu.checkpoint import directory_lock
+  from tests.grpo_tpu.checkpoint import directory_lock_test
+  directory_lock_test.hasten(directory_lock)
+  held = getattr(directory_lock, sys.argv[1])(epath.Path(sys.argv[2]))
+  held.acquire()
+  print("held", flush=True)
+  time.sleep(120)
+"""
+
+
+def hasten(module):
+  module._RENEWAL_SECONDS, module._LEASE_SECONDS = 1.0, 4.0
+  module.Lease._patience_seconds = 6.0
+
 
 @pytest.fixture
 def impatient(monkeypatch):
   monkeypatch.setattr(directory_lock.DirectoryLock, "_patience_seconds", 0.3)
 
 
-@pytest.fixture
-def holder(tmp_path):
-  """Another process that holds the lock of `tmp_path`."""
-  program = """
-    import sys, time
-    from etils import epath
-    from grpo_tpu.checkpoint import directory_lock
-    lock = directory_lock.DirectoryLock(epath.Path(sys.argv[1]))
-    lock.acquire()
-    print("held", flush=True)
-    time.sleep(120)
-  """
+def hold(kind, folder):
+  """Yields another process that holds the lock."""
   process = subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+    [sys.executable, "-c", textwrap.dedent(HOLDER), kind, str(folder)],
     stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
-  assert process.stdout is not None
-  assert process.stdout.readline() == b"held\n"
+  assert process.stdout and process.stdout.readline() == "held\n"
   yield process
   process.kill()
-  process.wait()
-  process.stdout.close()
+  process.communicate()
+
+
+@pytest.fixture
+def holder(tmp_path):
+  yield from hold("DirectoryLock", tmp_path)
 
 
 def test_a_second_run_in_a_workdir_is_refused_by_the_first_s_name(
@@ -73,27 +89,6 @@ def test_a_run_that_has_ended_may_be_resumed(tmp_path):
       pass
 
 
-FOLDER = epath.Path("gs://a-bucket/runs/a/checkpoints")
-OBJECT = ("a-bucket", "runs/a/checkpoints/lease")
-
-# Holds the lease and says so; renewals and the lease are a tenth as long.
-HOLDER = """
-  import time
-  from grpo_tpu.checkpoint import directory_lock
-  from tests.grpo_tpu.checkpoint import directory_lock_test
-  directory_lock_test.hasten(directory_lock)
-  held = directory_lock.Lease(directory_lock_test.FOLDER)
-  held.acquire()
-  print("held", flush=True)
-  time.sleep(120)
-"""
-
-
-def hasten(module):
-  module._RENEWAL_SECONDS, module._LEASE_SECONDS = 1.0, 4.0
-  module.Lease._patience_seconds = 6.0
-
-
 @pytest.fixture
 def hasty(monkeypatch):
   for owner, name in (
@@ -107,18 +102,7 @@ def hasty(monkeypatch):
 
 @pytest.fixture
 def leaseholder(bucket_here, hasty):
-  """Another process that holds the lease of the folder."""
-  process = subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(HOLDER)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout and process.stderr
-  assert process.stdout.readline() == "held\n"
-  yield process
-  process.kill()
-  process.communicate()
+  yield from hold("Lease", FOLDER)
 
 
 @pytest.fixture

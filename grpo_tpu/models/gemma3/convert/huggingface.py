@@ -1,10 +1,6 @@
 """Loads the parameter tree from Hugging Face safetensors, and saves it.
 
-Loading reads one tensor at a time, and only the slices that this host's devices
-hold. `huggingface_config` knows the sizes, `leaves` the tensors of each leaf.
-
-References:
-  safetensors, https://huggingface.co/docs/safetensors
+`huggingface_config` knows the sizes, `leaves` the tensors of each leaf.
 """
 
 import functools
@@ -104,8 +100,7 @@ class Checkpoint:
     adds, are never loaded.
 
     Raises:
-      ValueError: Lists every size that is not that of `config`, or every tensor
-        that is missing, extra, misshaped or of a wrong type.
+      ValueError: Lists the sizes that differ, or the tensors.
     """
     huggingface_config.check(directory, config)
     self._directory = epath.Path(directory)
