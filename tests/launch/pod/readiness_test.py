@@ -190,7 +190,7 @@ def test_the_real_gcloud_is_asked(laptop, cloud):
   del cloud.described["v5litepod-16"]
   done = laptop.tpu("check", CONFIG, "--", f"{PATH}/none")
   assert done.returncode == Exit.BAD_REQUEST
-  for words in ("v5litepod-16 in us-", "my-bucket in us-", "data/none"):
+  for words in ("v5litepod-16 in us-", "bucket my-bucket in us-", "data/none"):
     assert f"WRONG      {words}" in done.stdout.replace("gs://my-bucket/", "")
   assert laptop.token not in done.stdout + done.stderr
 
