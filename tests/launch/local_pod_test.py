@@ -63,9 +63,11 @@ class Machine:
     said, _ = process.communicate(timeout=60)
     return process.returncode, said
 
-  def wait_for(self, host: int) -> None:
-    while not (self.records / str(host)).exists():
+  def wait_for_traps(self) -> None:
+    """Waits until both hosts run, and have set their traps."""
+    while len([*self.records.glob("[01]")]) < 2:
       time.sleep(0.02)
+    time.sleep(0.5)
 
 
 @pytest.fixture
@@ -148,9 +150,7 @@ def test_a_preempted_host_leaves_the_others_time_to_save(machine):
 def test_a_signal_preempts_every_host(machine, number):
   saves = "trap 'exit 75' TERM; while :; do sleep 0.1; done"
   process = machine.start("-n", "2", WORKDIR, ACT_0=saves, ACT_1=saves)
-  machine.wait_for(0)
-  machine.wait_for(1)
-  time.sleep(0.5)  # Both set their traps.
+  machine.wait_for_traps()
   process.send_signal(number)
   process.communicate(timeout=60)
   assert process.returncode == 75
@@ -166,9 +166,7 @@ def test_ctrl_c_on_a_terminal_preempts_every_host(machine):
     folder=machine.home,
   )
   try:
-    machine.wait_for(0)
-    machine.wait_for(1)
-    time.sleep(0.5)  # Both set their traps.
+    machine.wait_for_traps()
     terminal.press()
     assert terminal.end() == 75, terminal.text
   finally:
@@ -180,9 +178,7 @@ def test_ctrl_c_on_a_terminal_preempts_every_host(machine):
 def test_a_second_signal_kills_the_hosts(machine):
   stubborn = "trap : TERM; while :; do sleep 0.1; done"
   process = machine.start("-n", "2", WORKDIR, ACT_0=stubborn, ACT_1=stubborn)
-  machine.wait_for(0)
-  machine.wait_for(1)
-  time.sleep(0.5)
+  machine.wait_for_traps()
   process.send_signal(signal.SIGTERM)
   time.sleep(1)
   assert process.poll() is None

@@ -70,21 +70,17 @@ def all_calls(capfd, settings_file) -> list[list[str]]:
     ("queued", "direct"),
     ("spot", "on-demand", "reserved"),
     ("external", "internal", "iap"),
-    ("", "a registry/an image"),
+    ("", "a-registry/an-image"),
   )
   calls = []
   for request, capacity, ssh, image in ways:
     if image and (request, capacity) != ("queued", "spot"):
       continue
-    settings = settings_file(
-      REQUEST=request,
-      CAPACITY=capacity,
-      SSH=ssh,
-      SUBNETWORK="inner",
-      SERVICE_ACCOUNT="a@my-project.iam.gserviceaccount.com",
-      LABELS="team=vision",
-      IMAGE=image.replace(" ", "-"),
-    )
+    account = "a@my-project.iam.gserviceaccount.com"
+    changes = {"REQUEST": request, "CAPACITY": capacity, "SSH": ssh}
+    changes |= {"SUBNETWORK": "inner", "SERVICE_ACCOUNT": account}
+    changes |= {"LABELS": "team=vision", "IMAGE": image}
+    settings = settings_file(**changes)
     for words in VERBS:
       calls.extend(dry_run(capfd, settings, *words))
   return [list(call) for call in dict.fromkeys(map(tuple, calls))]
