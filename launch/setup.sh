@@ -4,9 +4,8 @@
 # `dev`, or $GRPO_TPU_EXTRA: `tpu` on the workers of a slice. pip installs only
 # files whose SHA-256 is in locks/, which launch/lock.sh writes.
 #
-# A venv is used only if its stamp matches setup.py, the locks, the extra, the
-# interpreter and the folder of the checkout. The stamp is written last. Otherwise
-# (killed set-up, changed pins, upgraded Python, moved folder) the venv is made
+# A venv is used only if its stamp, which is written last, has setup.py, the locks,
+# the extra, the interpreter and the folder of the checkout. Otherwise it is made
 # from scratch. Later changes inside the venv are not noticed.
 #
 # $GRPO_TPU_BASE_PYTHON names the Python to make .venv with. $GRPO_TPU_VENV names

@@ -4,12 +4,11 @@
 #
 #   bash launch/smoke.sh [--workdir=DIR] [--config.seed=1 ...]
 #
-# Everything is written to DIR (default runs/smoke), a folder or gs://BUCKET/PATH, at
-# the end also smoke.json.
-# You can stop or kill the script at any time; the same command resumes the run.
-# Settings (--config...) apply to both training stages, but for the number of steps
-# and the optimizer's, which are for GRPO alone.
-# JAX_PLATFORMS=cpu leaves a TPU alone.
+# Everything is written to DIR (default runs/smoke), a folder or gs://BUCKET/PATH,
+# with smoke.json at the end. The same command resumes a run that was stopped or
+# killed. Settings (--config...) apply to both training stages, but for the number
+# of steps and the optimizer's, which are for GRPO alone. JAX_PLATFORMS=cpu leaves a
+# TPU alone.
 # The exit code is that of the failing stage; 64 is a wrong command line.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
