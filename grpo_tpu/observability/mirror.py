@@ -79,8 +79,8 @@ class Mirror:
   def fetch(self) -> None:
     """Brings the files of the run that a resumed run continues.
 
-    Of samples the names are enough. What the run removes here is then removed
-    in the bucket too.
+    It needs only the names of samples. What the run then removes here is
+    removed in the bucket too.
 
     Raises:
       ValueError: The bucket does not answer, or refuses.
