@@ -171,8 +171,10 @@ def train(done, checkpoints, *, on_poll=lambda: None, is_new=False, **options):
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
   report = exit_report.ExitReport()
+  files = types.SimpleNamespace(failures=0)
   run = setup.Run(
-    arithmetic, IDENTITY, checkpoints, writer, watch, report, profiler
+    *(arithmetic, IDENTITY, checkpoints, files),
+    *(writer, watch, report, profiler),
   )
 
   @contextlib.contextmanager
