@@ -61,8 +61,12 @@ class Config:
   export: ExportConfig
 
   def __post_init__(self):
+    if self.objective.is_reward_model and not self.model.head:
+      model = dataclasses.replace(self.model, head="score")
+      object.__setattr__(self, "model", model)
     _check_run(self)
     _check_images(self)
+    _check_reward_model(self)
     _check_rewards(self)
     check_weights(self, is_remote=False)
     _check_divisions(self)
@@ -88,7 +92,7 @@ class Config:
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       max_new_tokens=self.rollout.max_new_tokens,
-      pays_unchecked=has_labels or any(self.rewards.custom_weights),
+      pays_unchecked=has_labels or self.rewards.pays_unchecked,
     )
 
   @property
@@ -125,9 +129,11 @@ class Config:
   @property
   def learner_config(self) -> LearnerConfig:
     """The settings of an update, besides the network."""
-    is_demonstrations = self.data.kind == "demonstrations"
+    objective = self.objective_config
+    if self.objective.is_reward_model:
+      objective = self.objective.pairs
     return LearnerConfig(
-      objective=None if is_demonstrations else self.objective_config,
+      objective=None if self.data.kind == "demonstrations" else objective,
       optimizer=self.optimizer_config,
       shaping=self.shaping,
       num_microbatches=self.num_microbatches,
@@ -137,6 +143,8 @@ class Config:
   def has_reference(self) -> bool:
     """True if a frozen reference model scores the training batches."""
     kind = self.data.kind
+    if self.objective.is_reward_model:
+      return False
     return kind == "preference" or (
       kind == "online" and self.objective_config.beta > 0
     )
@@ -211,6 +219,17 @@ def _check_images(config: Config) -> None:
     ("data.pan_and_scan.enabled", not has_crops, crops_rule, False),
     ("data.images_per_prompt", data.images_per_prompt <= most, rule, most),
   )
+
+
+def _check_reward_model(config: Config) -> None:
+  """Checks that a model with a score is trained on pairs, and no other is."""
+  trains, kind = config.objective.is_reward_model, config.data.kind
+  remedy = "set data.kind=preference and objective.preset=bradley_terry"
+  rule = f"be preference to train a reward model ({config.objective.preset})"
+  require(not trains or kind == "preference", "data.kind", kind, rule, remedy)
+  rule = "be '' for a language model"
+  head = config.model.head
+  require(trains or not head, "model.head", head, rule, remedy)
 
 
 def _check_rewards(config: Config) -> None:

@@ -25,6 +25,7 @@ BATCH = P(("replica", "fsdp"))
 RULES = (
   (r"embedder/input_embedding", P("tensor", "fsdp")),  # [V, D]
   (r"embedder/mm_input_projection", P("fsdp", None)),  # [width, D]
+  (r"score/w", P()),  # [1, D]
   (r"attn/q_einsum", P(None, "tensor", "fsdp", None)),  # [layers, Q, D, H]
   (r"attn/kv_einsum", P(None, None, "tensor", "fsdp", None)),  # [*, 2, K, D, H]
   (r"attn/attn_vec_einsum", P(None, "tensor", None, "fsdp")),  # [*, Q, H, D]

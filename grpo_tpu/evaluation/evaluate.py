@@ -185,7 +185,7 @@ def _grade_completions(
       )
       columns = grading.metric_columns(
         *(batch, scores, mask[:, number], ended),
-        pays_unchecked=any(config.rewards.custom_weights),
+        pays_unchecked=config.rewards.pays_unchecked,
       )
       # All rows are summed in their order, so the number of hosts is
       # irrelevant.

@@ -76,6 +76,9 @@ class ModelSettings:
     image_size: Side in pixels that images are resized to; None is the tower's
       own. At half of it the tower reads a quarter of the patches and makes as
       many soft tokens. Exports use the tower's own.
+    head: "score" adds a linear layer from the last token's final state to a
+      number, for a reward model; "" is a language model. Set by
+      objective.preset=bradley_terry.
     weights: "hf:DIR" for a Hugging Face checkpoint, with config.json and
       *.safetensors; "gemma:DIR" for a checkpoint in the layout of the `gemma`
       library; "gguf:FILE" for a text model;
@@ -105,6 +108,7 @@ class ModelSettings:
 
   name: str = field(metadata=one_of(gemma3_config.CONFIGS))
   image_size: int | None
+  head: str = field(metadata=one_of(("", "score")))
   weights: str = field(metadata={"expand": _expand_weights})
   param_dtype: str = field(metadata=one_of(DTYPES))
   compute_dtype: str = field(metadata=one_of(DTYPES))
@@ -193,8 +197,9 @@ class ModelSettings:
 
   @property
   def network(self) -> gemma3_config.ModelConfig:
-    """Sizes of the network, with `image_size` applied."""
+    """Sizes of the network, with `image_size` and `head` applied."""
     model, size = gemma3_config.CONFIGS[self.name], self.image_size
+    model = dataclasses.replace(model, has_score=bool(self.head))
     if size is None or model.vision is None:
       return model
     tower = dataclasses.replace(model.vision, input_size=size)

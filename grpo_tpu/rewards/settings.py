@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from data_pipelines.storage.paths import expand_path
 from data_pipelines.validation import (
   at_least,
   check_fields,
@@ -23,6 +24,22 @@ PRESETS: Mapping[str, float] = {
   "gated": 0.02,
   "full": 1.0,  # Up to 0.5, 0.3 and 0.2.
 }
+
+NORMALIZATIONS = ("none", "reference", "running")
+
+
+def _expand_networks(name: str, networks: tuple) -> tuple:
+  """The networks with the home in the place of a leading `~` of their path."""
+
+  def expand(weights: str) -> str:
+    scheme, _, rest = weights.partition(":")
+    return f"{scheme}:{expand_path(name, rest)}" if rest else weights
+
+  return tuple((expand(weights), *rest) for weights, *rest in networks)
+
+
+_MODELS = {"expand": _expand_networks, "like": '(("run:WORKDIR", 1.0),)'}
+_JUDGES = {"expand": _expand_networks, "like": '(("self", "agreement", 1.0),)'}
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,33 @@ class RewardConfig:
     custom: Users' reward functions as "package.module:function". The function's
       name is the component's name.
     custom_weights: Weights of the functions in `custom`, in the same order.
+    models: Reward models, each with its weight: "run:WORKDIR", a run of
+      objective.preset=bradley_terry, with @STEP or @best if not the newest
+      checkpoint, or "hf:DIR". Metrics name them model_1, model_2, and so on.
+    model_normalization: How the scores of each reward model are centered and
+      scaled. "reference": by mean and standard deviation of its scores in the
+      first step, those of the policy at the start; "running": by those of all
+      steps so far; "none": not at all.
+    spread_penalty: Times the standard deviation of the models' normalised
+      scores of a completion, subtracted from its reward.
+    judges: Models that are asked whether a completion is right, each with the
+      template of the question and a weight: "hf:DIR", "run:WORKDIR", or "self"
+      for the model that the run started from. Pays p(yes) / (p(yes) + p(no)).
+      Metrics name them judge_1, judge_2, and so on.
+    judge_vote: "mean" pays each judge's share of yes by its weight, "majority"
+      the sum of the weights if judges with more than half of it say yes.
+    judge_when: "always", or "abstained" for those completions alone on which
+      the rules have no verdict: no answer is known, or the comparison took too
+      long.
+    network_dtype: Type of the matrices of reward models and judges; None is
+      `model.param_dtype`.
+    network_memory: Memory that holds reward models and judges: "device", or
+      "pinned_host", from which they are copied to the devices to score.
+    only_if_accurate: Names of components that pay nothing for a wrong answer to
+      a problem that rules can check.
+    max_concurrent: Calls of an `async` function that wait at the same time, on
+      each host.
+    max_retries: Further tries of an `async` call that has failed.
     num_workers: Processes that call users' functions. With 0, this process
       calls them: without a timeout or a limit of memory, and what ends the
       process ends the run.
@@ -70,6 +114,17 @@ class RewardConfig:
   gate_heuristics: bool | None
   custom: tuple[str, ...]
   custom_weights: tuple[float, ...]
+  models: tuple[tuple[str, float], ...] = field(metadata=_MODELS)
+  model_normalization: str = field(metadata=one_of(NORMALIZATIONS))
+  spread_penalty: float = field(metadata=interval("[0, inf)", 0.0))
+  judges: tuple[tuple[str, str, float], ...] = field(metadata=_JUDGES)
+  judge_vote: str = field(metadata=one_of(("mean", "majority")))
+  judge_when: str = field(metadata=one_of(("always", "abstained")))
+  network_dtype: str | None = field(metadata=one_of(("float32", "bfloat16")))
+  network_memory: str = field(metadata=one_of(("device", "pinned_host")))
+  only_if_accurate: tuple[str, ...]
+  max_concurrent: int = field(metadata=at_least(1))
+  max_retries: int = field(metadata=at_least(0))
   num_workers: int = field(metadata=interval("[0, inf)", 4))
   worker_memory_gib: float = field(metadata=interval("[0.25, inf)", 8.0))
   rows_per_call: int = field(metadata=at_least(1))
@@ -103,8 +158,20 @@ class RewardConfig:
       taken.add(name)
 
   @property
+  def network_weights(self) -> dict[str, float]:
+    """The weight of each reward model and judge, by name, in a fixed order."""
+    models = {f"model_{i}": x for i, (_, x) in enumerate(self.models, 1)}
+    judges = {f"judge_{i}": x for i, (*_, x) in enumerate(self.judges, 1)}
+    return models | judges
+
+  @property
+  def pays_unchecked(self) -> bool:
+    """True if a problem without an answer can be paid."""
+    return any((*self.custom_weights, *self.network_weights.values()))
+
+  @property
   def weights(self) -> dict[str, float]:
-    """The weight of each component, by name, in a fixed order."""
+    """The weight of each component of the host, by name, in a fixed order."""
     preset = {"accuracy": 1.0, "format": 0.1}
     preset |= dict.fromkeys(HEURISTICS, PRESETS[self.preset])
     own = {name: getattr(self, name) for name in COMPONENTS}

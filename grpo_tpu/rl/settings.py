@@ -110,6 +110,31 @@ PRESETS: dict[str, ObjectiveConfig] = {
   "cispo": replace(_DAPO, surrogate="cispo", epsilon_low=1.0, epsilon_high=5.0),
 }
 
+REWARD_MODEL = "bradley_terry"
+
+
+@dataclass(frozen=True)
+class PairLossConfig:
+  """The loss of a reward model; docs/objective.md has the formula.
+
+  Attributes:
+    label_smoothing: Share of the labels taken to be wrong, below 0.5.
+    centering: Weight of the squared sum of a pair's scores, which keeps their
+      mean near 0.
+    margin: Lead that the better completion must have, as a factor of the
+      difference of the two labels; 0 for none.
+    ties: True takes two completions with equal labels for equally good, and
+      pulls their scores together; else such pairs say nothing.
+  """
+
+  label_smoothing: float = field(metadata=interval("[0, 0.5)", 0.1))
+  centering: float = field(metadata=interval("[0, inf)", 0.01))
+  margin: float = field(metadata=interval("[0, inf)", 1.0))
+  ties: bool
+
+  def __post_init__(self):
+    check_fields(self, "objective.pairs")
+
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
@@ -119,7 +144,8 @@ class ObjectiveSettings:
   value.
 
   Attributes:
-    preset: The paper whose loss is the start.
+    preset: The paper whose loss is the start. "bradley_terry" trains a reward
+      model on pairs instead, see `pairs`.
     advantage_scale: Divisor of the advantages: the standard deviation of the
       rewards of the "group" or of the "batch", or "none". None takes "none" for
       dr_grpo and "group" for the other presets.
@@ -127,7 +153,7 @@ class ObjectiveSettings:
       the group, or that of its other completions ("leave_one_out").
   """
 
-  preset: str = field(metadata=one_of(PRESETS))
+  preset: str = field(metadata=one_of((*PRESETS, REWARD_MODEL)))
   advantage_scale: str | None = field(metadata=one_of(ADVANTAGE_SCALES))
   advantage_baseline: str = field(metadata=one_of(ADVANTAGE_BASELINES))
   aggregation: str | None
@@ -141,9 +167,15 @@ class ObjectiveSettings:
   kl_gradient: str | None
   tis_cap: float | None
   max_completion_length: int | None
+  pairs: PairLossConfig
 
   def __post_init__(self):
     check_fields(self, "objective")
+
+  @property
+  def is_reward_model(self) -> bool:
+    """True if a reward model is trained, and no policy."""
+    return self.preset == REWARD_MODEL
 
   def resolve(self, max_new_tokens: int) -> ObjectiveConfig:
     """The preset with this run's changes."""
@@ -153,7 +185,7 @@ class ObjectiveSettings:
     if changes["max_completion_length"] is None:
       changes["max_completion_length"] = max_new_tokens
     changes = {k: v for k, v in changes.items() if v is not None}
-    return replace(PRESETS[self.preset], **changes)
+    return replace(PRESETS.get(self.preset, _DAPO), **changes)
 
   @property
   def scale(self) -> str:
@@ -257,7 +289,8 @@ class OptimizerConfig(OptimizerSettings):
 class LearnerConfig:
   """The settings of an update, besides the network."""
 
-  objective: ObjectiveConfig | None  # None for demonstrations.
+  # None for demonstrations.
+  objective: ObjectiveConfig | PairLossConfig | None
   optimizer: OptimizerConfig
   shaping: ShapingConfig  # Entropy bonus and sampler correction are read.
   num_microbatches: int

@@ -77,6 +77,8 @@ class ModelConfig:
     global_rope_base: RoPE base frequency of global layers.
     global_rope_factor: Positions of global layers are divided by this.
     vision: The image tower, or None for the text sizes.
+    has_score: True if a linear layer makes a number of the last token's final
+      state, as in a reward model.
   """
 
   vocab_size: int
@@ -92,6 +94,7 @@ class ModelConfig:
   global_rope_base: float
   global_rope_factor: float
   vision: VisionConfig | None
+  has_score: bool = False
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:

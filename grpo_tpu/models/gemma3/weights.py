@@ -38,6 +38,7 @@ def abstract_params(
     "k": config.num_kv_heads,
     "h": config.head_dim,
     "v": config.vocab_size,
+    "o": 1,
   }
   tower_sizes = {}
   if tower := config.vision:
@@ -57,6 +58,9 @@ def abstract_params(
   tree = {}
   for path, leaf in leaves.LEAVES.items():
     in_tower, in_projector = path.startswith("vision_encoder/"), "/mm_" in path
+    is_score = path.startswith("score/")
+    if is_score and not config.has_score:
+      continue
     if config.vision or not (in_tower or in_projector):
       length = tower_sizes if in_tower else sizes
       tree[path] = jax.ShapeDtypeStruct(

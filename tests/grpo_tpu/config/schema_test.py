@@ -364,7 +364,7 @@ def test_a_value_that_breaks_a_rule_is_refused(name, value):
     ("data.kind", "preferences", r"; did you mean preference\?$"),
     # SAPO is a surrogate and no preset; GSPO is another algorithm.
     ("objective.preset", "sapo", r"; did you mean gspo\?$"),
-    ("objective.preset", "ppo_and_more", r"gspo, cispo\.$"),
+    ("objective.preset", "ppo_and_more", r"cispo, bradley_terry\.$"),
   ],
 )
 def test_an_error_never_tells_to_set_a_value_by_its_spelling(
