@@ -26,7 +26,7 @@ def abstract_params(
   Args:
     config: Sizes of the network.
     dtype: Type of the decoder. Image tower and projector stay in fp32, as
-      released.
+      released, and so does the head of a reward model.
   """
   # The length of each axis of `leaves.toml`.
   sizes = {
@@ -65,7 +65,7 @@ def abstract_params(
       length = tower_sizes if in_tower else sizes
       tree[path] = jax.ShapeDtypeStruct(
         tuple(length[axis] for axis in leaf.axes),
-        jnp.float32 if in_tower or in_projector else dtype,
+        jnp.float32 if in_tower or in_projector or is_score else dtype,
       )
   return traverse_util.unflatten_dict(tree, sep="/")
 
@@ -77,7 +77,7 @@ def random_params(
 
   Matrices are normal; their variance is one over the number of terms that they
   sum. The embedding has variance `1 / D`, so that its scaled lookups and its
-  logits both have variance one.
+  logits both have variance one. The head of a reward model is zero.
 
   Args:
     config: Sizes of the network.
@@ -88,7 +88,7 @@ def random_params(
   tree = {}
   for path, shape in leaves.by_path(abstract_params(config, dtype)).items():
     leaf = leaves.LEAVES[path]
-    if leaf.summed:
+    if leaf.summed and not path.startswith("score/"):
       rng = np.random.default_rng([seed, *path.encode()])
       std = leaf.fan_in(leaf.sizes(shape.shape)) ** -0.5
       values = rng.standard_normal(shape.shape, np.float32) * std
