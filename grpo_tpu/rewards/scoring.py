@@ -47,6 +47,8 @@ class Scores:
   failed: dict[str, np.ndarray]  # bool [N], True where the component failed.
   errors: dict[str, int]  # The number of failures on all processes together.
   answers: list[str | None]  # The answer extracted from each completion.
+  # bool [N], True where the rules have no verdict; see `raw_scores`.
+  abstained: np.ndarray
 
   @property
   def valid(self) -> np.ndarray:
@@ -63,6 +65,7 @@ class RawScores:
   is_present: np.ndarray  # bool [N]; False for a stand-in, which is no row.
   values: np.ndarray  # float32 [components, N], before weights.
   faults: dict[tuple[int, int], str]  # Reasons of failures by (component, row).
+  abstained: np.ndarray  # bool [N], True where the rules have no verdict.
 
   @property
   def failures(self) -> np.ndarray:
@@ -108,7 +111,12 @@ def raw_scores(
   is_present: np.ndarray | None = None,
   truncated: Sequence[bool] | None = None,
 ) -> RawScores:
-  """The first half of `score`, which may run in a thread, a call at a time."""
+  """The first half of `score`, which may run in a thread, a call at a time.
+
+  The rules have no verdict on the completions of a problem that they cannot
+  check. A comparison that took too long is a failure of the accuracy, unless
+  judges have the say where the rules have none.
+  """
   if len(completions) != len(problems):
     raise ValueError(
       f"{len(completions)} completions need as many problems, not "
@@ -129,6 +137,10 @@ def raw_scores(
   answers: list[str | None] = []
   faults: dict[tuple[int, int], str] = {}
   verdicts = _verdicts(completions, problems, truncated)
+  if not (config.judges and config.judge_when == "abstained"):
+    verdicts = list(map(_refuse_timeout, verdicts, problems))
+  is_open = (isinstance(x, verify.Verdict) and x.abstained for x in verdicts)
+  abstained = np.array([*is_open], bool)
   for row, (text, verdict) in enumerate(
     zip(completions, verdicts, strict=True)
   ):
@@ -142,7 +154,7 @@ def raw_scores(
         faults[component, row] = result.reason
       else:
         values[component, row] = result
-  return RawScores(problems, answers, is_present, values, faults)
+  return RawScores(problems, answers, is_present, values, faults, abstained)
 
 
 def reduce(
@@ -171,6 +183,7 @@ def reduce(
       name: int(rows.sum()) for name, rows in zip(names, counted, strict=True)
     },
     answers=[answer for part in parts for answer in part.answers],
+    abstained=np.concatenate([part.abstained for part in parts]),
   )
   for name, rows in zip(names, counted, strict=True):
     if reason := session.count(name, rows):
@@ -263,19 +276,23 @@ def _verdicts(
 ) -> list[verify.Verdict | str]:
   """The verdict on each completion, or the reason why it has none."""
   try:
-    found = verify.verify_all(completions, problems, truncated)
+    return [*verify.verify_all(completions, problems, truncated)]
   except Exception as error:
     if len(completions) < 2:
       return [functions.one_line(error)]
     flags = [False] * len(completions) if truncated is None else truncated
     rows = zip(completions, problems, flags, strict=True)
     return [_verdicts([x], [y], [z])[0] for x, y, z in rows]
-  return [
-    "the comparison with the right answer took too long, or ended its process"
-    if verdict.abstained and problem.is_checkable
-    else verdict
-    for verdict, problem in zip(found, problems, strict=True)
-  ]
+
+
+def _refuse_timeout(
+  verdict: verify.Verdict | str, problem: records.Problem
+) -> verify.Verdict | str:
+  """The verdict, or the failure of a comparison that can be made."""
+  if isinstance(verdict, str) or not verdict.abstained:
+    return verdict
+  reason = "the comparison with the right answer took too long, or ended "
+  return f"{reason}its process" if problem.is_checkable else verdict
 
 
 def _score_one(

@@ -9,9 +9,12 @@ import pytest
 
 from data_pipelines import records
 from data_pipelines.verifier import verify
+from grpo_tpu.config import defaults
+from grpo_tpu.config.schema import Config
 from grpo_tpu.rewards import heuristics, scoring, settings
 
-CONFIG = settings.RewardConfig(
+CONFIG = dataclasses.replace(
+  Config.from_config_dict(defaults.get_config()).rewards,
   preset="gated",
   accuracy=1.0,
   format=0.5,
@@ -19,12 +22,7 @@ CONFIG = settings.RewardConfig(
   reasoning_words=0.125,
   coherence=2.0,
   gate_heuristics=True,
-  custom=(),
-  custom_weights=(),
   num_workers=0,
-  worker_memory_gib=8.0,
-  rows_per_call=16,
-  timeout_seconds=5.0,
   max_error_fraction=1.0,
   error_window=1000,
 )
@@ -176,6 +174,21 @@ def test_only_a_comparison_that_was_ended_excludes_its_row(monkeypatch):
   assert found.failed["accuracy"].tolist() == [True, False]
   assert found.components["accuracy"].tolist() == [0, 0]
   assert found.answers == [None, "5"]
+  judged = dataclasses.replace(CONFIG, judges=(("self", "agreement", 1.0),))
+  both = ["5", "6"], [make_problem(), unchecked]
+  always = scoring.score(*both, judged)
+  assert always.failed["accuracy"].tolist() == [True, False]
+  found = scoring.score(
+    *both, dataclasses.replace(judged, judge_when="abstained")
+  )
+  assert found.valid.all() and found.abstained.all()
+
+
+def test_an_unreadable_completion_is_wrong_if_its_problem_can_be_checked():
+  """Rules have a verdict on it, so that no judge is asked."""
+  checked, unchecked = make_problem(), make_problem("")
+  found = scoring.score(["no idea"] * 2, [checked, unchecked], CONFIG)
+  assert found.abstained.tolist() == [False, True] and found.valid.all()
 
 
 def test_a_failure_on_a_stand_in_does_not_count(monkeypatch):
