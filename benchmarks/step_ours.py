@@ -15,13 +15,13 @@ import step_workload as workload  # noqa: E402
 from configs import base  # noqa: E402
 from data_pipelines import pipeline, records  # noqa: E402
 from grpo_tpu.checkpoint import load  # noqa: E402
+from grpo_tpu.checkpoint.frozen import Frozen  # noqa: E402
 from grpo_tpu.config import schema as run_config  # noqa: E402
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import config as gemma3_config  # noqa: E402
 from grpo_tpu.rl import score  # noqa: E402
 from grpo_tpu.rl.experience import Collector, Experience  # noqa: E402
 from grpo_tpu.rl.learner import Learner  # noqa: E402
-from grpo_tpu.rl.reference import Reference  # noqa: E402
 from grpo_tpu.rollout.sampler import Sampler  # noqa: E402
 
 
@@ -115,7 +115,13 @@ def main() -> None:
       config.model, sampler.forward, mesh, config.learner_config
     )
     params = load.load_params(config.model, mesh)
-    reference = Reference(params, config.model, mesh)
+    reference = Frozen(
+      params,
+      mesh,
+      dtype=config.model.reference_type,
+      memory=config.model.reference_memory,
+      setting="model.reference_memory",
+    )
     state = learner.init(load.load_params(config.model, mesh))
     del params
     collect = runner.time_phase("rollout", collector.collect, _is_ready)

@@ -10,7 +10,7 @@ import base64
 import concurrent.futures
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import google_crc32c
@@ -39,14 +39,30 @@ def write(folder: epath.Path, facts: Mapping[str, Any]) -> None:
 
   The manifest also stores `facts`, which JSON must be able to hold.
   """
-  found = _list_files(folder)
-  rows = {
+  files = describe_files(folder)
+  body = {"name": folder.name, "facts": dict(facts), "files": files}
+  text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
+  paths.write_whole(path_for(folder), f"{text}\n".encode())
+
+
+def describe_files(
+  folder: epath.Path, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, dict[str, Any]]:
+  """Size and checksum of the files of `folder`, or of a file, by name."""
+  found = {k: x for k, x in _list_files(folder).items() if wanted(k)}
+  return {
     name: {"bytes": found[name][0], "crc32c": checksum}
     for name, checksum in _checksums(folder, found).items()
   }
-  body = {"name": folder.name, "facts": dict(facts), "files": rows}
-  text = json.dumps({"crc32c": _json_checksum(body), "body": body}, indent=1)
-  paths.write_whole(path_for(folder), f"{text}\n".encode())
+
+
+def read_files(folder: epath.Path) -> dict[str, dict[str, Any]]:
+  """The files in the manifest of `folder`, as `describe_files` gives them.
+
+  Raises:
+    ManifestError: As in `read`.
+  """
+  return _read_body(folder)["files"]
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
@@ -150,6 +166,8 @@ def _list_files(folder: epath.Path) -> dict[str, tuple[int, str]]:
       name: (x.size, base64.b64decode(x.crc32c).hex())
       for name, x in found.items()
     }
+  if folder.is_file():
+    return {"": (folder.stat().length, "")}
   walk = [root / name for root, _, names in folder.walk() for name in names]
   return {
     path.relative_to(folder).as_posix(): (path.stat().length, "")

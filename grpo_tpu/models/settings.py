@@ -206,6 +206,11 @@ class ModelSettings:
     return dataclasses.replace(model, vision=tower)
 
   @property
+  def reference_type(self) -> str:
+    """Type of the matrices of the reference."""
+    return self.reference_dtype or self.param_dtype
+
+  @property
   def adapters(self) -> LoraConfig | None:
     """The adapters to train, or None if the whole model is trained."""
     return self.lora if self.lora.rank else None

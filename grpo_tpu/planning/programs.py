@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
 from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint.frozen import abstract_frozen
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rl import learner, masters, pictures, score
-from grpo_tpu.rl.reference import abstract_reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
 from grpo_tpu.rollout import compaction, engine
@@ -186,12 +186,19 @@ def resident_bytes(config: Config) -> dict[str, int]:
   state, frozen = _abstract_state(config, mesh)
   reference = None
   if config.has_reference and not config.lora:
-    reference = abstract_reference(config.model, mesh)
+    reference = _abstract_reference(config, mesh, config.model.reference_memory)
   return {
     "params": device_bytes((state.params, frozen)),
     **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},
     "reference": device_bytes(reference),
   }
+
+
+def _abstract_reference(
+  config: Config, mesh: Mesh, memory: str = "device"
+) -> dict:
+  dtype = config.model.reference_type
+  return abstract_frozen(config.model, mesh, dtype=dtype, memory=memory)
 
 
 def _abstract_state(
@@ -313,7 +320,7 @@ class _AbstractPrograms:
     config, params, part = self._config, self._run_params(), "params"
     if config.has_reference and not config.lora:
       part = "reference"
-      params = abstract_reference(config.model, self._mesh, on_device=True)
+      params = _abstract_reference(config, self._mesh)
     prompts, parts = config.data.prompts_per_step, config.num_microbatches
     if self._is_evaluation:  # Scores its batch in one part.
       prompts, parts = config.eval.batch_size, 1

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from data_pipelines import dataset, pipeline, record_index, validation
 from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint.frozen import Frozen
 from grpo_tpu.config import eval_metrics
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
@@ -28,7 +29,6 @@ from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
 from grpo_tpu.rl.partial_step import PartialStep
-from grpo_tpu.rl.reference import Reference
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
 from grpo_tpu.rollout import generate
@@ -83,7 +83,13 @@ class Trainer:
         if lora_config.init:
           first = load.initial_adapters(config.model, mesh, seed=config.seed)
           start = lora.with_adapters(params, first, lora_config)
-        self._reference = Reference(start, config.model, mesh)
+        self._reference = Frozen(
+          start,
+          mesh,
+          dtype=config.model.reference_type,
+          memory=config.model.reference_memory,
+          setting="model.reference_memory",
+        )
     self.learner = Learner(
       config.model,
       forward,

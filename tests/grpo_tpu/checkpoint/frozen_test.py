@@ -1,4 +1,4 @@
-"""The reference scores as the parameters that it is a copy of."""
+"""A frozen network computes as the parameters that it is a copy of."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ import pytest
 
 from configs import base
 from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint.frozen import Frozen
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.network import make_forward
 from grpo_tpu.rl import score
-from grpo_tpu.rl.reference import Reference
 from grpo_tpu.rl.train_batch import TrainBatch
 
 BASE = dataclasses.replace(
@@ -27,18 +27,23 @@ def mesh():
   return sharding.make_mesh(replica=1, fsdp=8, tensor=1)
 
 
+def keep(params, mesh, *, dtype="float32", memory="device"):
+  setting = "model.reference_memory"
+  return Frozen(params, mesh, dtype=dtype, memory=memory, setting=setting)
+
+
 def load_random(mesh, **changes):
   settings = dataclasses.replace(BASE, **changes)
   return settings, load.load_params(settings, mesh)
 
 
-def test_a_reference_in_bfloat16_keeps_norms_and_the_tower(mesh):
+def test_a_network_in_bfloat16_keeps_norms_and_the_tower(mesh):
   """What the network casts to bf16 anyhow is kept so, and nothing else."""
-  settings, params = load_random(mesh, reference_dtype="bfloat16")
+  _, params = load_random(mesh)
   kept = 0
   for (path, x), y in zip(
     jax.tree_util.tree_leaves_with_path(params),
-    jax.tree.leaves(Reference(params, settings, mesh).params),
+    jax.tree.leaves(keep(params, mesh, dtype="bfloat16").params),
     strict=True,
   ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -48,15 +53,13 @@ def test_a_reference_in_bfloat16_keeps_norms_and_the_tower(mesh):
     assert y.sharding == x.sharding, name
     np.testing.assert_array_equal(x.astype(y.dtype), y)
   assert 0 < kept < len(jax.tree.leaves(params))
-  settings, params = load_random(mesh)
-  assert Reference(params, settings, mesh).params is params
+  same = jax.tree.map(lambda x, y: x is y, params, keep(params, mesh).params)
+  assert all(jax.tree.leaves(same))
 
 
-def test_a_reference_in_bfloat16_scores_alike_under_compute_in_bfloat16(mesh):
+def test_a_network_in_bfloat16_scores_alike_under_compute_in_bfloat16(mesh):
   """To the bit: the network casts the same numbers, only later."""
-  settings, params = load_random(
-    mesh, reference_dtype="bfloat16", compute_dtype="bfloat16"
-  )
+  settings, params = load_random(mesh, compute_dtype="bfloat16")
   forward = make_forward(
     settings, mesh, temperature=1.0, min_new_tokens=0, banned_ids=()
   )
@@ -79,14 +82,14 @@ def test_a_reference_in_bfloat16_scores_alike_under_compute_in_bfloat16(mesh):
       bundles,
       num_microbatches=1,
     )
-    for tree in (params, Reference(params, settings, mesh).params)
+    for tree in (params, keep(params, mesh, dtype="bfloat16").params)
   )
   jax.tree.map(np.testing.assert_array_equal, whole, kept)
 
 
-def test_a_reference_in_host_memory_comes_back_to_the_devices(mesh):
-  settings, params = load_random(mesh, reference_memory="pinned_host")
-  reference = Reference(params, settings, mesh)
+def test_a_network_in_host_memory_comes_back_to_the_devices(mesh):
+  _, params = load_random(mesh)
+  reference = keep(params, mesh, memory="pinned_host")
   for x, away, back in zip(
     *map(jax.tree.leaves, (params, reference._params, reference.params)),
     strict=True,
@@ -99,10 +102,9 @@ def test_a_reference_in_host_memory_comes_back_to_the_devices(mesh):
 
 def test_a_memory_that_the_devices_lack_is_refused():
   """Before anything is moved."""
-  settings = dataclasses.replace(BASE, reference_memory="pinned_host")
   device = type("Device", (), {"addressable_memories": lambda _: []})()
   mesh = type("Mesh", (), {"local_devices": [device]})()
   with pytest.raises(
     ValueError, match=r"^model.reference_memory \('pinned_host'\) must"
   ):
-    Reference({}, settings, mesh)
+    keep({}, mesh, memory="pinned_host")
