@@ -34,7 +34,6 @@ setuptools.setup(
   install_requires=[
     "absl-py",
     "array_record",
-    "clu",
     "flax",
     "gemma",
     "google-cloud-storage",
@@ -57,8 +56,7 @@ setuptools.setup(
     "sentencepiece",
     "tensorboard",
     "tensorstore",
-    # For event files and TFDS alone, so the build without GPU code where
-    # there is one.
+    # For TFDS alone, so the build without GPU code where there is one.
     "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets",

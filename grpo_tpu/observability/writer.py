@@ -212,7 +212,7 @@ def progress_line(
 def _show(
   events: Any, step: int, samples: Sequence[Sample], split: str
 ) -> None:
-  """Writes samples as texts and captioned images, with a CLU writer."""
+  """Writes samples as texts and captioned images."""
   texts, images = {}, {}
   for index, sample in enumerate(samples):
     tag, columns = f"samples/{split}/{index}", sample.columns
