@@ -39,7 +39,9 @@ def evaluate_preferences(
   """
   totals = collections.defaultdict[str, list[float]](lambda: [0.0, 0.0])
   for batch in batches:
-    groups, preferred, _ = collector.preference_groups(params, batch)
+    groups, preferred, _ = collector.preference_groups(
+      params, batch, split="eval/"
+    )
     forward, mesh = collector.sampler.forward, collector.sampler.mesh
     bundles = pictures.with_num_encoded(groups.batch, mesh)
     logps, ref_logps = (

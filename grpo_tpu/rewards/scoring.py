@@ -49,6 +49,9 @@ class Scores:
   answers: list[str | None]  # The answer extracted from each completion.
   # bool [N], True where the rules have no verdict; see `raw_scores`.
   abstained: np.ndarray
+  # float32 [N], what each component pays, before its weight. A network's are
+  # normalised, and NaN in `components` where it was not asked.
+  paid: dict[str, np.ndarray]
 
   @property
   def valid(self) -> np.ndarray:
@@ -175,9 +178,11 @@ def reduce(
   # Row by row, so that a total does not depend on the other rows.
   for weight, component in zip(config.weights.values(), values, strict=True):
     total += np.float32(weight) * component
+  components = dict(zip(names, values, strict=True))
   scores = Scores(
     total=np.where(failures.any(axis=0), np.float32(0), total),
-    components=dict(zip(names, values, strict=True)),
+    components=components,
+    paid=components,
     failed=dict(zip(names, failures, strict=True)),
     errors={
       name: int(rows.sum()) for name, rows in zip(names, counted, strict=True)

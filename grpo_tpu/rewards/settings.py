@@ -17,6 +17,8 @@ from grpo_tpu.rewards import custom
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
 COMPONENTS = ("accuracy", "format", *HEURISTICS)
+# Standard deviation of the reward models' normalised scores.
+SPREAD = "model_spread"
 # The weight of each heuristic. Alone, the heuristics prefer the wrong answer
 # half the time, so their default weights are small.
 PRESETS: Mapping[str, float] = {
@@ -66,9 +68,9 @@ class RewardConfig:
       objective.preset=bradley_terry, with @STEP or @best if not the newest
       checkpoint, or "hf:DIR". Metrics name them model_1, model_2, and so on.
     model_normalization: How the scores of each reward model are centered and
-      scaled. "reference": by mean and standard deviation of its scores in the
-      first step, those of the policy at the start; "running": by those of all
-      steps so far; "none": not at all.
+      scaled. "reference": by mean and standard deviation of its scores of the
+      first batch, those of the policy at the start; "running": by those of all
+      batches so far; "none": not at all.
     spread_penalty: Times the standard deviation of the models' normalised
       scores of a completion, subtracted from its reward.
     judges: Models that are asked whether a completion is right, each with the
@@ -141,18 +143,24 @@ class RewardConfig:
     self._check_custom()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]
+    for name, networks in (("models", self.models), ("judges", self.judges)):
+      weights += [(name, weight) for *_, weight in networks]
     remedy = "set 0 to log the component without adding it to the total"
     for name, weight in weights:
       fits, rule = math.isfinite(weight), "be a finite number"
       require(fits, f"rewards.{name}", weight, rule, remedy)
+    components = (*self.weights, *self.network_weights)
+    fits = set(self.only_if_accurate) <= set(components)
+    rule = f"hold names of components: {', '.join(components)}"
+    require_all(self, "rewards", ("only_if_accurate", fits, rule, ("format",)))
 
   def _check_custom(self) -> None:
-    taken = {*COMPONENTS, "total", "heuristics"}
+    taken = {*COMPONENTS, "total", "heuristics", SPREAD, *self.network_weights}
     for path in self.custom:
       custom.resolve(path)
       name = custom.name(path)
       rule = "name functions whose names differ from each other and from "
-      rule += f"{', '.join(COMPONENTS)}, total and heuristics"
+      rule += ", ".join(sorted(taken))
       remedy = f"give {name} another name"
       require(name not in taken, "rewards.custom", path, rule, remedy)
       taken.add(name)

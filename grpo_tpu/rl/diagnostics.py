@@ -102,6 +102,7 @@ def reward_statistics(
     rewards.keys() - {"total", "heuristics", "length_penalty"}
   ):
     counts = known if name == "accuracy" else valid
+    counts &= jnp.isfinite(rewards[name])  # Nobody may have been asked.
     mean = valid_mean(rewards[name], counts)
     metrics[f"reward/{name}_mean"] = mean
     metrics[f"reward/{name}_std"] = jnp.sqrt(

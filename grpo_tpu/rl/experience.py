@@ -7,7 +7,7 @@ with the data. Metrics are means over the whole batch, on any number of hosts.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool
 from data_pipelines import pipeline
 from grpo_tpu.distributed import activity, sharding
 from grpo_tpu.observability import sample_files, writer
-from grpo_tpu.rewards import background, scoring
+from grpo_tpu.rewards import background, combination, scoring
+from grpo_tpu.rewards.networks import Completed, NetworkReward
 from grpo_tpu.rewards.settings import HEURISTICS
 from grpo_tpu.rl import (
   diagnostics,
@@ -49,9 +50,17 @@ class Experience:
 class Collector:
   """Collects experience."""
 
-  def __init__(self, sampler: Sampler, config: CollectorConfig):
-    """Collects nothing yet."""
+  def __init__(
+    self,
+    sampler: Sampler,
+    config: CollectorConfig,
+    networks: Sequence[NetworkReward] = (),
+  ):
+    """Collects nothing yet; `networks` add to the rewards of the host."""
     self.sampler, self.config = sampler, config
+    self.combination = combination.Combination(
+      config.rewards, networks, self._gather
+    )
 
   def collect(
     self,
@@ -76,6 +85,20 @@ class Collector:
     """
     if self.config.kind != "online":
       return self._collect_offline(params, prompts, num_shown)
+    # A step that is interrupted is collected again from its first batch.
+    with self.combination.transaction():
+      return self._collect_online(
+        params,
+        prompts,
+        key,
+        position=position,
+        num_shown=num_shown,
+        poll=poll,
+      )
+
+  def _collect_online(
+    self, params, prompts, key, *, position, num_shown, poll
+  ) -> Experience:
     resamples = self.config.shaping.zero_variance == "resample"
     limit = self.config.shaping.max_batches if resamples else 1
     groups, metrics, kept = None, [], []
@@ -128,10 +151,16 @@ class Collector:
         on_finished=scorer.submit,
       )
       texts = sampler.texts(sampled.completions)
+      completed = Completed(
+        sampled.completions.ids, sampled.completions.mask, texts
+      )
+      shape = len(texts), settings.num_generations
+      is_present = np.broadcast_to(batch.valid[:, None], shape)
+      join = self.combination.start(batch, completed, is_present)
       rollout_end = time.perf_counter()
       with activity.doing("waiting for rewards"):
         stopped = sharding.local_rows(sampler.mesh, sampled.completions.stopped)
-        scores = scorer.result(texts, (~stopped).tolist())
+        scores = join(scorer.result(texts, (~stopped).tolist()))
     scored = (
       *self.group_rewards(scores, batch),
       batch.prompt_index + first_group,
@@ -232,25 +261,30 @@ class Collector:
     return self._make_batch(prompts, ids, mask, images)
 
   def preference_groups(
-    self, params: dict, prompts: pipeline.Batch
+    self, params: dict, prompts: pipeline.Batch, *, split: str = ""
   ) -> tuple[ScoredGroups, Bool[Array, "U C C"], Metrics]:
     """Labelled completions with their rewards.
 
     Also True at [u, i, j] where completion i is labelled better than j, and the
-    number of completions on which each reward failed.
+    number of completions on which each reward failed. For `split` see
+    `Combination.start`.
     """
     batch = self.labelled_completions(params, prompts)
     assert prompts.completion_ids is not None
     assert prompts.completion_mask is not None and prompts.labels is not None
     texts = self.sampler.decode(prompts.completion_ids, prompts.completion_mask)
     is_labelled = np.isfinite(prompts.labels)
+    is_present = is_labelled & prompts.valid[:, None]
+    completed = Completed(batch.completion_ids, batch.completion_mask, texts)
+    join = self.combination.start(prompts, completed, is_present, split=split)
     scores = scoring.score(
       [text for group in texts for text in group],
       [x for x in prompts.problems for _ in range(is_labelled.shape[1])],
       self.config.rewards,
-      is_present=(is_labelled & prompts.valid[:, None]).ravel(),
+      is_present=is_present.ravel(),
       gather=self._gather,
     )
+    scores = join(scores)
     rewards, valid = self.group_rewards(scores, prompts)
     valid &= is_labelled
     if self.config.label_rewards:
@@ -273,7 +307,7 @@ class Collector:
     shape, weights = (len(prompts.valid), -1), self.config.rewards.weights
     named = scores.components | {
       "total": scores.total,
-      "heuristics": sum(weights[x] * scores.components[x] for x in HEURISTICS),
+      "heuristics": sum(weights[x] * scores.paid[x] for x in HEURISTICS),
     }
     rewards = {
       name: np.asarray(values, np.float32).reshape(shape)

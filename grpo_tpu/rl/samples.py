@@ -94,7 +94,7 @@ def step_samples(
     }
     values |= {"group": groups.group, "valid": groups.valid}
     own = sharding.local_rows(sampler.mesh, values)
-    columns |= {name: x.tolist() for name, x in own.items()}
+    columns |= {name: _cells(x) for name, x in own.items()}
   return make_samples(sampler, prompts, texts, columns, num_shown=num_shown)
 
 
@@ -115,7 +115,7 @@ def first_samples(
     return []
   rewards = {f"reward/{name}": x for name, x in scores.components.items()}
   rewards["reward"] = scores.total
-  columns = {k: x.reshape(len(texts), -1).tolist() for k, x in rewards.items()}
+  columns = {k: _cells(x.reshape(len(texts), -1)) for k, x in rewards.items()}
   made = make_samples(sampler, prompts, texts, columns, num_shown=count)
   return gather([x for x in made if x.question is not None])
 
@@ -179,6 +179,11 @@ def gather(own: list[Sample]) -> list[Sample]:
       if is_own or key not in found:
         found[key] = sample
   return [found[key] for key in sorted(found)]
+
+
+def _cells(values: np.ndarray) -> list:
+  """The values as JSON can hold them: None for NaN."""
+  return np.where(np.isnan(values), None, values).tolist()
 
 
 def _encode_image(image: np.ndarray) -> tuple[list[int], str]:
