@@ -25,8 +25,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(epath.Path(workdir) / "export")
-  weights = load.resolve_weights(model.weights)
-  _make_files(dataclasses.replace(model, weights=weights), settings)
+  _make_files(_resolve(model), settings)
 
 
 def run(
@@ -42,8 +41,7 @@ def run(
   """
   with user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
-    weights = load.resolve_weights(model.weights)
-    exported = dataclasses.replace(model, weights=weights)
+    exported = _resolve(model)
     if settings.dtype == "float32":
       # Reads masters, and merges adapters, without rounding to `param_dtype`.
       exported = dataclasses.replace(exported, param_dtype="float32")
@@ -57,16 +55,23 @@ def run(
         )
       scheme, _, base = saved.base_weights.partition(":")
       base = base if scheme == "hf" else ""
-      parts = model.network, saved.config, saved.adapters
+      parts = exported.network, saved.config, saved.adapters
       write = functools.partial(peft.save, *parts, base_model=base)
     else:
-      parts = model.network, load.load_merged(exported, mesh)
+      parts = exported.network, load.load_merged(exported, mesh)
       dtype = jnp.dtype(settings.dtype)
       write = functools.partial(huggingface.save, *parts, dtype=dtype)
-  logging.info("Exporting %s.", weights)
+  logging.info("Exporting %s.", exported.weights)
   folder = epath.Path(workdir) / "export"
   write(folder, files=files)
   return f"open {folder / model_card.NAME}, which says how to load and serve it"
+
+
+def _resolve(model: ModelSettings) -> ModelSettings:
+  """The settings with the step of the weights, and the head that they have."""
+  weights = load.resolve_weights(model.weights)
+  head = "score" * load.has_head(weights)
+  return dataclasses.replace(model, weights=weights, head=head)
 
 
 def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:

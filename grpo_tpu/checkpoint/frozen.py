@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_tpu.checkpoint import load
+from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.settings import ModelSettings
 
 
@@ -25,7 +26,8 @@ class Frozen:
   ):
     """Keeps `params`, with matrices of the decoder in `dtype`, in `memory`.
 
-    Norms and the image tower stay as they are: small, and computed in fp32.
+    Norms, the image tower and a head stay as they are: small, and computed in
+    fp32.
     `setting` is the one that names the memory, for errors.
     """
     kinds = {m.kind for m in mesh.local_devices[0].addressable_memories()}
@@ -72,7 +74,8 @@ def _cast(params: dict, dtype: str) -> dict:
 
   def cast(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    is_kept = name.endswith("scale") or name.startswith("vision_encoder")
+    is_kept = name.endswith("scale")
+    is_kept |= name.startswith(("vision_encoder", lora.HEAD))
     return x if is_kept or x.dtype == wanted else x.astype(wanted)
 
   return jax.tree_util.tree_map_with_path(cast, params)

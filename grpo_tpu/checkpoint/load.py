@@ -1,7 +1,8 @@
 """The parameters that `model.weights` names, on a mesh.
 
 Adapters of a run stay beside the weights they were trained on, for in a narrow
-type a sum would lose them, or are merged on request.
+type a sum would lose them, or are merged on request. The head of a reward model
+is zero where its source has none.
 """
 
 import dataclasses
@@ -10,9 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines.validation import SettingError, run_errors, user_errors
+from data_pipelines.validation import (
+  SettingError,
+  require,
+  run_errors,
+  user_errors,
+)
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
@@ -40,22 +47,57 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
   """
   if not model.weights:
     raise SettingError(model.describe_weights())
-  abstract = abstract_params(model, mesh)
   with run_errors(f"load {model.weights}"):
-    name = resolve_weights(model.weights)
-    scheme, _, rest = name.partition(":")
-    if scheme == "run":
-      if saved := load_adapters(model, mesh):
-        base = _load_base(model, mesh, saved)
-        return lora.with_adapters(base, saved.adapters, saved.config)
-      return reader.restore_params(*_checkpoint(name), abstract)
-    if scheme == "random":
-      dtype = np.dtype(model.param_dtype)
-      values = weights.random_params(model.network, int(rest), dtype)
-      return _on_mesh(values, abstract)
+    named = dataclasses.replace(model, weights=resolve_weights(model.weights))
     with user_errors():
-      checkpoint = weights.open_files(scheme, model.network, rest)
-    return checkpoint.load(abstract)
+      head = "score" * has_head(named.weights)
+      check_head(model, head)
+    params = _load(dataclasses.replace(named, head=head), mesh)
+  if model.head and not head:
+    logging.info("%s has no head; it starts at zero.", named.weights)
+    shapes = abstract_params(model, mesh)["score"]
+    params["score"] = _on_mesh({"w": np.zeros(shapes["w"].shape)}, shapes)
+  return params
+
+
+def _load(model: ModelSettings, mesh: Mesh) -> dict:
+  """The parameters of resolved weights, which have the head of `model`."""
+  abstract = abstract_params(model, mesh)
+  scheme, _, rest = model.weights.partition(":")
+  if scheme == "run":
+    if saved := load_adapters(model, mesh):
+      base = _load_base(model, mesh, saved)
+      return lora.with_adapters(base, saved.adapters, saved.config)
+    return reader.restore_params(*_checkpoint(model.weights), abstract)
+  if scheme == "random":
+    dtype = np.dtype(model.param_dtype)
+    values = weights.random_params(model.network, int(rest), dtype)
+    return _on_mesh(values, abstract)
+  with user_errors():
+    checkpoint = weights.open_files(scheme, model.network, rest)
+  return checkpoint.load(abstract)
+
+
+def has_head(name: str) -> bool:
+  """True if resolved `model.weights` are those of a reward model."""
+  scheme, _, rest = name.partition(":")
+  if scheme == "run":
+    leaves = reader.read_record(*_checkpoint(name))["leaves"]
+    return f"params/{lora.HEAD}" in leaves
+  return weights.has_head(scheme, rest)
+
+
+def check_head(model: ModelSettings, head: str) -> None:
+  """Refuses weights with a `head` as those of a language model."""
+  require(
+    bool(model.head) or not head,
+    "model.weights",
+    model.weights,
+    "be a language model, and these are those of a reward model",
+    "name other weights, set data.kind=preference and "
+    "objective.preset=bradley_terry to train or evaluate it, or name it in "
+    "rewards.models to pay with it",
+  )
 
 
 def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
@@ -73,9 +115,16 @@ def abstract_params(model: ModelSettings, mesh: Mesh) -> dict:
   return with_shardings(mesh, weights.abstract_params(model.network, dtype))
 
 
-def initial_adapters(model: ModelSettings, mesh: Mesh, *, seed: int) -> dict:
-  """The adapters of `model.lora.init`, or new ones, without effect yet."""
+def initial_adapters(
+  model: ModelSettings, mesh: Mesh, *, seed: int, frozen: dict | None = None
+) -> dict:
+  """The adapters of `model.lora.init`, or new ones, without effect yet.
+
+  The head of a reward model starts from that of `frozen`.
+  """
   values = lora.initial_adapters(model.network, model.lora, seed)
+  if frozen and "score" in frozen:
+    values["score"] = jax.tree.map(np.array, frozen["score"])
   if model.lora.init:
     with user_errors():
       values = peft.load(model.network, model.lora, values)
@@ -99,13 +148,14 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   name = resolve_weights(model.weights)
   if not name.startswith("run:"):
     return None
-  saved = reader.read_meta(*_checkpoint(name)).get("lora")
+  saved = reader.read_record(*_checkpoint(name))["meta"].get("lora")
   if saved is None:
     return None
   base_weights = saved.pop("weights")
   saved |= {"targets": tuple(saved["targets"]), "init": ""}
   config = LoraConfig(**saved)
   # Not by the settings of our own adapters: this run may train without any.
+  model = dataclasses.replace(model, head="score" * has_head(name))
   abstract = abstract_adapters(model, mesh, config)
   adapters = reader.restore_params(*_checkpoint(name), abstract)
   return SavedAdapters(adapters, config, base_weights)
@@ -138,9 +188,11 @@ def with_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def _load_base(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
   """The parameters that saved adapters belong to."""
-  base = dataclasses.replace(model, weights=saved.base_weights)
   try:
-    return load_params(base, mesh)
+    name = resolve_weights(saved.base_weights)
+    head = "score" * has_head(name)
+    base = dataclasses.replace(model, weights=name, head=head)
+    return _load(base, mesh)
   except (OSError, ValueError) as error:
     raise SettingError(
       f"model.weights ({model.weights!r}) is a run that saved adapters only, "

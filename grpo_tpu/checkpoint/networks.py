@@ -125,7 +125,7 @@ def _fingerprint(weights: str) -> str:
     checkpoints = paths.absolute(workdir) / "checkpoints"
     info = reader.CheckpointInfo(step)
     files = manifest.read_files(checkpoints / info.name)
-    base = reader.read_meta(checkpoints, step).get("lora")
+    base = reader.read_record(checkpoints, step)["meta"].get("lora")
     below = _fingerprint(base["weights"]) if base else ""
   elif scheme != "random":
     # The readers of a Hugging Face folder read nothing else.

@@ -84,15 +84,15 @@ def restore_params(
   return traverse_util.unflatten_dict(params, sep="/")["params"]
 
 
-def read_meta(directory: epath.PathLike, step: int) -> dict[str, Any]:
-  """Reads the `meta` that a step of another run was saved with.
+def read_record(directory: epath.PathLike, step: int) -> dict[str, Any]:
+  """Reads `leaves`, types and shapes by path, and `meta` of another run's step.
 
   Raises:
     SettingError: The step is missing or damaged.
   """
   verify = functools.partial(manifest.find_damage, under="meta/")
   path = _whole_path(directory, step, verify)
-  return _read_record(path)["meta"]
+  return _read_record(path)
 
 
 def newest_step(directory: epath.PathLike) -> int:

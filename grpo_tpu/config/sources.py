@@ -60,6 +60,8 @@ def resolve(
     needs.append(_describe_data(config, mode))
   if needs:
     raise ValueError("\n".join(needs))
+  if mode != "export":  # That takes the head that there is.
+    load.check_head(config.model, _recorded_head(config.model.weights))
   if config.model.hub_name and config.model.weights.startswith("random:"):
     logging.warning(
       "model.weights (%r) draws the parameters of %s at random: this model is "
@@ -68,6 +70,17 @@ def resolve(
       config.model.name,
     )
   return as_trained(config, is_flag) if mode == "answer" else config
+
+
+def _recorded_head(weights: str) -> str:
+  """The head of a run by its record, or of other files; "" if none is known.
+
+  Reads no checkpoint: that of a run that resumes may be gone by now.
+  """
+  if not weights.startswith("run:"):
+    return "score" * load.has_head(weights)
+  record = run_record.read(load.split_run(weights)[0])
+  return record["config"].get("model", {}).get("head", "") if record else ""
 
 
 def _take_run(

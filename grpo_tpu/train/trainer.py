@@ -134,7 +134,9 @@ class Trainer:
     """
     model, seed = self.config.model, self.config.seed
     if params is None and self.config.lora:
-      params = load.initial_adapters(model, self.mesh, seed=seed)
+      params = load.initial_adapters(
+        model, self.mesh, seed=seed, frozen=self.learner.frozen
+      )
     elif params is None:
       # Masters start from what the files hold, before it is rounded.
       finest = dataclasses.replace(model, param_dtype="float32")

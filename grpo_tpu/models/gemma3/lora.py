@@ -38,6 +38,8 @@ TARGETS = {
   "linear": "layers/mlp/linear",
   "projector": "embedder/mm_input_projection",
 }
+# The head of a reward model is not adapted but trained whole, beside them.
+HEAD = "score/w"
 
 
 class AdaptedWeight(NamedTuple):
@@ -81,6 +83,8 @@ def abstract_adapters(
 ) -> dict:
   """Shapes of the adapters: `lora_a` and `lora_b` under each weight's path.
 
+  A reward model's head stands beside them, whole.
+
   Raises:
     ValueError: If the model has none of the targets.
   """
@@ -103,6 +107,8 @@ def abstract_adapters(
     for name, axes in zip(("lora_a", "lora_b"), factors, strict=True):
       shape = tuple(sizes[axis] for axis in axes)
       tree[f"{path}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  if HEAD in params:
+    tree[HEAD] = params[HEAD]
   return traverse_util.unflatten_dict(tree, sep="/")
 
 
@@ -112,10 +118,10 @@ def initial_adapters(
   """Adapters that change nothing yet, as NumPy arrays in fp32.
 
   `A` is normal, drawn from its path and the seed; its variance is one over the
-  number of terms that a product with it sums. `B` is zero.
+  number of terms that a product with it sums. `B` is zero, and so is a head.
   """
-  tree = {}
-  for path, factors in flatten(abstract_adapters(config, lora)).items():
+  tree, abstract = {}, abstract_adapters(config, lora)
+  for path, factors in flatten(abstract).items():
     leaf, shape = leaves.LEAVES[path], factors["lora_a"].shape
     a_axes, _ = _factor_axes(leaf.axes, leaf.summed)
     std = leaf.fan_in(dict(zip(a_axes, shape, strict=True))) ** -0.5
@@ -123,12 +129,15 @@ def initial_adapters(
     a = rng.standard_normal(shape, np.float32) * np.float32(std)
     b = np.zeros(factors["lora_b"].shape, np.float32)
     tree[path] = {"lora_a": a, "lora_b": b}
+  if config.has_score:
+    tree[HEAD] = np.zeros(abstract["score"]["w"].shape, np.float32)
   return traverse_util.unflatten_dict(tree, sep="/")
 
 
 def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
   """The parameters with `AdaptedWeight`s in them, as the network runs them.
 
+  A head among the adapters takes the place of that of the parameters, if any.
   Only the second factors are copied, to include the scale. The gradient flows
   to the adapters, and to `params` if asked for.
   """
@@ -137,6 +146,8 @@ def with_adapters(params: dict, adapters: dict, lora: LoraConfig) -> dict:
     flat[path] = AdaptedWeight(
       flat[path], factors["lora_a"], factors["lora_b"] * lora.scale
     )
+  if "score" in adapters:
+    flat[HEAD] = adapters["score"]["w"]
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -175,6 +186,7 @@ def _factor_axes(axes: str, summed: str) -> tuple[str, str]:
 
 def flatten(adapters: dict) -> dict[str, Any]:
   """The two factors `lora_a` and `lora_b` by the path of their weight."""
-  return traverse_util.flatten_dict(
+  flat = traverse_util.flatten_dict(
     adapters, sep="/", is_leaf=lambda _, node: "lora_a" in node
   )
+  return {path: factors for path, factors in flat.items() if path != HEAD}

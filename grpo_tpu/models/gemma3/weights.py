@@ -6,6 +6,7 @@ are those of the `gemma` library; norms hold the deviation of their scale from
 one.
 """
 
+import dataclasses
 import os
 
 import jax
@@ -15,7 +16,12 @@ from flax import traverse_util
 
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import leaves
-from grpo_tpu.models.gemma3.convert import gguf, huggingface, orbax_gemma
+from grpo_tpu.models.gemma3.convert import (
+  gguf,
+  huggingface,
+  huggingface_config,
+  orbax_gemma,
+)
 
 
 def abstract_params(
@@ -106,7 +112,7 @@ def open_files(
   """Opens another program's files, which `model.weights` names as SCHEME:PATH.
 
   Needs no device. The `load` method of the result takes shapes, types and
-  shardings, and returns the tree.
+  shardings, and returns the tree, which has a head if `has_head` is true.
 
   Raises:
     ValueError: They hold another model than that of `config`.
@@ -116,5 +122,11 @@ def open_files(
     "gemma": orbax_gemma.Checkpoint,
     "gguf": gguf.File,
   }
+  config = dataclasses.replace(config, has_score=has_head(scheme, path))
   shapes = abstract_params(config, jnp.dtype(jnp.float32))
   return readers[scheme](path, config, shapes)
+
+
+def has_head(scheme: str, path: str | os.PathLike[str]) -> bool:
+  """True if another program's files hold a reward model."""
+  return scheme == "hf" and huggingface_config.read(path).has_score

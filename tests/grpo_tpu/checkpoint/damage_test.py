@@ -276,10 +276,10 @@ def test_another_run_s_damaged_checkpoint_is_refused_and_left(folder, kind):
 
 def test_the_meta_of_another_run_is_verified_by_itself(folder):
   flip(largest(folder, "arrays"), 100)
-  assert reader.read_meta(folder, 2) == {"is": 2}
+  assert reader.read_record(folder, 2)["meta"] == {"is": 2}
   flip(largest(folder, "meta"), 30)
   with pytest.raises(ValueError, match="meta/metadata"):
-    reader.read_meta(folder, 2)
+    reader.read_record(folder, 2)
 
 
 def test_the_newest_path_is_the_newest_with_a_manifest(folder):

@@ -165,6 +165,9 @@ def test_what_cannot_be_exported_is_refused_at_once(tmp_path):
   config = changed(model=model)
   with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
     export.check(config.model, config.export, workdir)
+  record = {"step": 7, "leaves": {}, "meta": {}}
+  (folder / "meta").mkdir()
+  (folder / "meta" / "metadata").write_text(json.dumps(record))
   manifest.write(folder, {"score": None})
   config = changed(model=model, export={"tokenizer_dir": "/no/such"})
   with pytest.raises(ValueError, match="export.tokenizer_dir .'/no/such'"):

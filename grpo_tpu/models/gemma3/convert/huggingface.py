@@ -253,6 +253,8 @@ def save(
   text = values.get("text_config", values)
   generation = files.get(GENERATION_CONFIG, {}) | {x: text[x] for x in ids}
   written = {**files, GENERATION_CONFIG: generation, _CONFIG: values}
+  if config.has_score:  # It generates nothing.
+    del written[GENERATION_CONFIG]
   if len(shards) > 1:
     size = {"total_size": total}
     written[_INDEX] = {"metadata": size, "weight_map": weight_map}

@@ -26,10 +26,13 @@ _CONSTANTS["text"] |= {
   "final_logit_softcapping": None,
   "attn_logit_softcapping": None,
 }
-_VISION_MODEL, _TEXT_MODEL = _ARCHITECTURES = (
-  "Gemma3ForConditionalGeneration",
-  "Gemma3ForCausalLM",
-)
+# By whether they have an image tower, and a score in place of logits.
+_ARCHITECTURES = {
+  (True, False): "Gemma3ForConditionalGeneration",
+  (False, False): "Gemma3ForCausalLM",
+  (True, True): "Gemma3ForSequenceClassification",
+  (False, True): "Gemma3TextForSequenceClassification",
+}
 # Larger than any model, and small enough to list the tensors of each layer.
 _MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
 # Rows from the placeholder's on, in the embeddings of released checkpoints.
@@ -67,12 +70,14 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
   architectures = values.get("architectures")
   names = untrusted.check_kind(architectures or [], list, "architectures")
   architecture = names[0] if names else None
-  if architecture not in _ARCHITECTURES:
+  kinds = {name: kind for kind, name in _ARCHITECTURES.items()}
+  if architecture not in kinds:
     raise ValueError(
       f"architectures ({untrusted.shorten(architectures)}) must be one of "
-      f"{', '.join(_ARCHITECTURES)}"
+      f"{', '.join(kinds)}"
     )
-  if architecture == _TEXT_MODEL:
+  has_tower, has_score = kinds[architecture]
+  if not has_tower:
     text, tower = values, None
     faults = _faults(text, _CONSTANTS["text"])
   else:
@@ -101,6 +106,7 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
     global_rope_base=_positive_number(far, "rope_theta"),
     global_rope_factor=_positive_number(far, "factor") if has_factor else 1.0,
     vision=vision,
+    has_score=has_score,
   )
 
 
@@ -264,16 +270,15 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
       "vocab_size": num_rows(config),
     }
   )
+  kind = bool(tower), config.has_score
+  top = {"architectures": [_ARCHITECTURES[kind]], "torch_dtype": dtype}
+  top |= _TABLES["written"]["score"] if config.has_score else {}
   if not tower:
-    return text | {"architectures": [_TEXT_MODEL], "torch_dtype": dtype}
+    return text | top
   vision = _sizes_to_json(tower, "vision") | _TABLES["written"]["vision"]
   return (
     _sizes_to_json(tower, "images")
     | _CONSTANTS["top"]
-    | {
-      "architectures": [_VISION_MODEL],
-      "text_config": text,
-      "torch_dtype": dtype,
-      "vision_config": vision | _CONSTANTS["vision"],
-    }
+    | top
+    | {"text_config": text, "vision_config": vision | _CONSTANTS["vision"]}
   )

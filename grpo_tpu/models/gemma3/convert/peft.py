@@ -28,7 +28,7 @@ from grpo_tpu.models.settings import LORA_TARGETS, LoraConfig
 _FIELDS = tables.read(__package__, "peft.toml")
 _TENSORS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _ROOT, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-_MAX_RANK = 2**20
+_HEAD, _MAX_RANK = "score.weight", 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +81,31 @@ def save(
   """Writes the adapters to a folder; every process takes part.
 
   `PeftModel.from_pretrained` loads them onto `Gemma3ForCausalLM` of a text size
-  and `Gemma3ForConditionalGeneration` of one with an image tower. `base_model`
-  is the name or path of the model that the adapters belong to; `files` are
-  those of `huggingface.save`.
+  and `Gemma3ForConditionalGeneration` of one with an image tower; those of a
+  reward model, with its head, onto the classes for sequence classification.
+  `base_model` is the name or path of the model that the adapters belong to;
+  `files` are those of `huggingface.save`.
   """
   text = "model.language_model" if config.vision else "model"
   prefixes = {"text": text, "projector": "model.multi_modal_projector"}
-  arrays = loras.flatten(jax.tree.map(huggingface.on_host, adapters))
+  host = jax.tree.map(huggingface.on_host, adapters)
+  arrays, tensors = loras.flatten(host), {}
   if jax.process_index():
     return
-  tensors = {}
   modules = list(_modules(config, lora))
   for module in modules:
     kind, dot, rest = module.key.partition(".")
     for end, values in module.factors(arrays[module.path]).items():
       name = f"{_ROOT}{prefixes[kind]}{dot}{rest}{end}"
       tensors[name] = np.ascontiguousarray(values)
+  if config.has_score:
+    tensors[_ROOT + _HEAD] = host["score"]["w"]
   unfinished = huggingface.make_unfinished(directory)
   huggingface.write_tensors(tensors, unfinished / _TENSORS)
   alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
   settings = _FIELDS["written"] | _targets(text, modules)
   settings |= {"r": lora.rank, "lora_alpha": alpha}
+  settings |= _FIELDS["score"] if config.has_score else {}
   settings["base_model_name_or_path"] = base_model
   huggingface.finish(unfinished, {**(files or {}), _SETTINGS: settings})
 
@@ -161,7 +165,7 @@ def load(
   """Fills `initial`, NumPy arrays, with the adapters of `model.lora.init`.
 
   Matrices that the folder lacks, as keys where peft adapted queries and values
-  alone, keep theirs.
+  alone, keep theirs, and so does a head.
 
   Raises:
     ValueError: As in `check`, or a factor is not finite.
@@ -169,13 +173,18 @@ def load(
   found, arrays = check(config, lora), loras.flatten(initial)
   modules = list(_modules(config, lora))
   known = [x for x in modules if x.key + _ENDS[0] in found]
-  for module in known:
-    for end, values in module.factors(arrays[module.path]).items():
-      tensor = found[module.key + end]
-      values[...] = tensor.start_read()()
-      rule = f"hold finite numbers, and {printable(tensor.name)} does not"
-      is_finite = bool(np.isfinite(values).all())
-      require(is_finite, "model.lora.init", lora.init, rule, "")
+  filled = {
+    module.key + end: values
+    for module in known
+    for end, values in module.factors(arrays[module.path]).items()
+  }
+  if _HEAD in found:
+    filled[_HEAD] = initial["score"]["w"]
+  for name, values in filled.items():
+    values[...] = found[name].start_read()()
+    rule = f"hold finite numbers, and {printable(found[name].name)} does not"
+    is_finite = bool(np.isfinite(values).all())
+    require(is_finite, "model.lora.init", lora.init, rule, "")
   logging.info(
     "Read %s, which has adapters of %d of the %d matrices; the others are new.",
     *(lora.init, len(known), len(modules)),
@@ -186,6 +195,9 @@ def load(
 def _read_settings(path: epath.Path) -> tuple[int, float]:
   """Rank and alpha, if the rest asks for nothing but the factors' product."""
   settings, fields = untrusted.read_json(path), _FIELDS["read"]
+  whole = settings.get("modules_to_save")
+  if isinstance(whole, list) and all(x in fields["heads"] for x in whole):
+    del settings["modules_to_save"]  # Peft names them all for a reward model.
   others = (x for x in settings if settings[x] and x not in fields["free"])
   only = dict.fromkeys(others, "absent or off") | fields["only"]
   faults = [
@@ -226,11 +238,15 @@ def _check_tensors(
       }
       for end, values in module.factors(shapes).items():
         wanted[module.key + end] = values.shape
+  wanted = wanted or {f"text.layers.0.self_attn.q_proj{_ENDS[0]}": ()}
+  if config.has_score and _HEAD in found:
+    wanted[_HEAD] = (1, config.embed_dim)
   assembly.check_tensors(
     {name: x.shape for name, x in found.items()},
-    wanted or {f"text.layers.0.self_attn.q_proj{_ENDS[0]}": ()},
+    wanted,
     _TENSORS,
     faults=huggingface.type_faults(found),
-    remedy="Give an adapter of the decoder's linear layers and the projector.",
+    remedy="Give an adapter of the decoder's linear layers and the projector, "
+    f"with {_HEAD} for objective.preset=bradley_terry alone.",
   )
   return tuple(x for x in LORA_TARGETS if loras.TARGETS[x] in paths)
