@@ -150,6 +150,12 @@ class Config:
     )
 
   @property
+  def needs_start(self) -> bool:
+    """True if what the policy started from is kept, as reference or judge."""
+    judges = (weights for weights, *_ in self.rewards.judges)
+    return self.has_reference or "self" in judges
+
+  @property
   def num_rollouts(self) -> int:
     """Parts of a step's prompts, which are decoded one after the other."""
     prompts = self.data.prompts_per_step

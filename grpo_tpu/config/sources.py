@@ -20,6 +20,7 @@ from grpo_tpu.config import schema
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import fingerprint
 from grpo_tpu.observability import run_record
+from grpo_tpu.rewards import judge_templates
 
 # The settings of a run that decide what it is asked, and where answers end.
 _OF_PROMPTS = (
@@ -52,6 +53,8 @@ def resolve(
   if mode == "plan":
     return config
   schema.check_weights(config, is_remote=True)
+  for _, template, _ in config.rewards.judges:
+    judge_templates.open_template(template)
   if mode != "train":
     config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]

@@ -13,7 +13,7 @@ from data_pipelines.validation import (
   require,
   require_all,
 )
-from grpo_tpu.rewards import custom
+from grpo_tpu.rewards import custom, judge_templates
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
 COMPONENTS = ("accuracy", "format", *HEURISTICS)
@@ -141,6 +141,7 @@ class RewardConfig:
     weights = (1.0,) * len(self.custom)
     require_all(self, "rewards", ("custom_weights", fits, rule, weights))
     self._check_custom()
+    self._check_judges()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]
     for name, networks in (("models", self.models), ("judges", self.judges)):
@@ -164,6 +165,16 @@ class RewardConfig:
       remedy = f"give {name} another name"
       require(name not in taken, "rewards.custom", path, rule, remedy)
       taken.add(name)
+
+  def _check_judges(self) -> None:
+    for weights, template, _ in self.judges:
+      fits = weights == "self" or bool(weights.partition(":")[2])
+      rule = "name weights: self, run:WORKDIR, hf:DIR, gguf:FILE or gemma:DIR"
+      require(fits, "rewards.judges", weights, rule, "")
+      known = judge_templates.NAMES
+      fits = template in known or "." in template or "/" in template
+      rule = f"be {', '.join(known)}, or a file such as judge.txt"
+      require(fits, "rewards.judges: the template", template, rule, "")
 
   @property
   def network_weights(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from grpo_tpu.evaluation import eval_sets, evaluate, preferences
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
+from grpo_tpu.rewards import judge
 from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
@@ -70,26 +71,37 @@ class Trainer:
     self._key = jax.random.key(config.seed)
     self._schedule = optimizer.make_schedule(config.optimizer_config)
     self.sampler = Sampler(config.model, config.rollout, mesh, data.tokenizer)
-    self.collector = Collector(self.sampler, config.collector_config)
-    params, forward, self._reference = None, self.sampler.forward, None
-    if config.has_reference or config.lora:
+    params, forward, frozen_start = None, self.sampler.forward, None
+    if config.needs_start or config.lora:
       # Adapters of an earlier run stay beside their base, in the base of ours.
       load_start = load.load_params if config.lora else load.load_merged
       params = load_start(config.model, mesh)
-      if config.has_reference:
+      if config.needs_start:
         # With adapters, the reference is their base itself and no copy of it,
         # with those of `model.lora.init`, if any, as they were at the start.
         start, lora_config = params, config.model.lora
         if lora_config.init:
           first = load.initial_adapters(config.model, mesh, seed=config.seed)
           start = lora.with_adapters(params, first, lora_config)
-        self._reference = Frozen(
+        frozen_start = Frozen(
           start,
           mesh,
           dtype=config.model.reference_type,
           memory=config.model.reference_memory,
           setting="model.reference_memory",
         )
+    self._reference = frozen_start if config.has_reference else None
+    limits = judge.Limits(
+      prompt_tokens=config.data.prompt_buckets[-1],
+      completion_tokens=config.rollout.max_new_tokens,
+      bundles=config.train.microbatch_bundles,
+      pan_and_scan=config.data.pan_and_scan,
+    )
+    judges = judge.open_judges(
+      *(config.rewards, config.model, frozen_start),
+      *(data.tokenizer, mesh, limits),
+    )
+    self.collector = Collector(self.sampler, config.collector_config, judges)
     self.learner = Learner(
       config.model,
       forward,

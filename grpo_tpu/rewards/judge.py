@@ -1,0 +1,312 @@
+"""Judges: frozen networks that are asked whether a completion is right.
+
+The reward is p(yes) / (p(yes) + p(no)), read where the answer would begin, in
+one pass over bundles: a prompt with its pictures is read once, with all of its
+completions beside it, and nothing is sampled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from data_pipelines import images, pipeline, prompt_rows, records
+from data_pipelines.text import chat_prompts, own_tokenizer
+from data_pipelines.text import tokenizer as tokens
+from data_pipelines.validation import (
+  SettingError,
+  printable,
+  require,
+  user_errors,
+)
+from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint import networks as files
+from grpo_tpu.checkpoint.frozen import Frozen
+from grpo_tpu.distributed import sharding
+from grpo_tpu.models import logprobs
+from grpo_tpu.models.gemma3 import embedding, text
+from grpo_tpu.models.network import ForwardConfig, make_forward
+from grpo_tpu.models.settings import ModelSettings
+from grpo_tpu.rewards import judge_templates, networks
+from grpo_tpu.rewards.settings import RewardConfig
+
+# Tokens that a reference answer may add to the longest prompt of the policy.
+_ANSWER_TOKENS = 256
+_SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Sizes of what a judge reads, from the settings of the run."""
+
+  prompt_tokens: int  # Of the policy's longest prompt.
+  completion_tokens: int
+  bundles: int  # Prompts, over all hosts, that are read at a time.
+  pan_and_scan: images.PanAndScan
+
+
+class Judge:
+  """A frozen network with the question that it is asked."""
+
+  def __init__(
+    self,
+    name: str,
+    network: Frozen,
+    model: ModelSettings,
+    template: judge_templates.Template,
+    tokenizer: tokens.Tokenizer,
+    mesh: Mesh,
+    limits: Limits,
+  ):
+    """Compiles nothing yet; `model` says how the network runs."""
+    self.names = (name,)
+    self._network, self._template, self._mesh = network, template, mesh
+    self._tokenizer, self._bundles = tokenizer, limits.bundles
+    self._forward = make_forward(
+      model, mesh, temperature=1.0, min_new_tokens=0, banned_ids=()
+    )
+    self._words = answer_ids(tokenizer)
+    chat, fixed = tokenizer.chat, len(tokenizer.encode(template.before))
+    self._turn = [chat.end_of_turn, chat.newline, chat.start_of_turn]
+    self._turn += tokenizer.encode(chat.model)
+    self._ending = [*tokenizer.encode(template.after), *self._turn]
+    self._lengths = lengths(limits.completion_tokens + len(self._ending))
+    vision = model.network.vision
+    self._builder = prompt_rows.RowBuilder(
+      source=(),
+      tokenizer=tokenizer,
+      prompt_buckets=lengths(limits.prompt_tokens + fixed + _ANSWER_TOKENS),
+      image_size=vision.shown_size if vision else 0,
+      soft_tokens=vision.soft_tokens if vision else 0,
+      template=chat_prompts.TEMPLATES["plain"],
+      pan_and_scan=limits.pan_and_scan,
+    )
+
+  def start(
+    self, prompts: pipeline.Batch, completed: networks.Completed
+  ) -> Callable[[], networks.Values]:
+    """Starts the devices on all completions; see `networks.NetworkReward`.
+
+    A completion in which nothing is visible scores 0. One has no score if its
+    prompt or itself is too long, or if the template needs an answer and none is
+    known.
+    """
+    asked = self._ask(prompts)
+    texts = [list(map(self._template.visible, x)) for x in completed.texts]
+    is_judged = np.array([[x != "" for x in group] for group in texts])
+    is_judged &= prompts.valid[:, None]
+    ids = [self._tokenizer.encode(x) + self._ending for x in sum(texts, [])]
+    length = np.array([*map(len, ids)], np.int32).reshape(is_judged.shape)
+    fits = asked.valid[:, None] & (length <= self._lengths[-1])
+    for row in np.flatnonzero((is_judged & ~fits).any(axis=1)):
+      message = "%s cannot judge completions of problem %s: %s."
+      why = self._describe_loss(prompts.problems[row], asked.valid[row])
+      pid = printable(prompts.problems[row].pid)
+      logging.log_first_n(logging.WARNING, message, 3, self.names[0], pid, why)
+    length = np.where(fits, length, 0)
+    # All processes run the same program.
+    own = [asked.prompt_ids.shape[1], asked.images.shape[1], length.max()]
+    every = multihost_utils.process_allgather(np.array(own))
+    num_tokens, num_images, longest = np.reshape(every, (-1, 3)).max(axis=0)
+    longest = next(x for x in self._lengths if x >= longest)
+    ids = np.array([(x + [0] * longest)[:longest] for x in ids], np.int32)
+    parts = self._dispatch(
+      _widen(asked.prompt_ids, num_tokens),
+      asked.prompt_length,
+      _widen(asked.images, num_images),
+      ids.reshape(*length.shape, longest),
+      length,
+    )
+
+    def wait() -> networks.Values:
+      values = np.empty(length.shape, np.float32)
+      for number, part in enumerate(parts):
+        values[number :: len(parts)] = sharding.local_rows(self._mesh, part)
+      values = np.where(fits, values, np.float32(np.nan))
+      return {self.names[0]: np.where(is_judged, values, np.float32(0))}
+
+    return wait
+
+  def _ask(self, prompts: pipeline.Batch) -> pipeline.Batch:
+    """The prompts up to the response; those that cannot be made are invalid."""
+    can_ask = prompts.valid.copy()
+    if self._template.needs_answer:
+      can_ask &= [x.answer != "" for x in prompts.problems]
+    asked = [
+      records.make_question(self._template.prompt(x), x.images)
+      if can
+      else records.make_question("")
+      for x, can in zip(prompts.problems, can_ask, strict=True)
+    ]
+    count, turn = len(asked), len(self._turn)
+    builder = dataclasses.replace(self._builder, source=asked)
+    batches = pipeline.EvalBatches(
+      builder, num_problems=count, batch_size=count
+    )
+    batch = batches[0]
+    # The response follows, and the turn ends after it.
+    ids, length = batch.prompt_ids, batch.prompt_length - turn
+    ids = np.where(np.arange(ids.shape[1]) < length[:, None], ids, 0)
+    return dataclasses.replace(
+      batch, prompt_ids=ids, prompt_length=length, valid=batch.valid & can_ask
+    )
+
+  def _dispatch(self, *rows: np.ndarray) -> list[jax.Array]:
+    """Starts the devices; part `i` of `n` has every `n`-th row from `i` on."""
+    shards, count = sharding.data_shards(self._mesh)
+    per_shard, most = (
+      len(rows[0]) // len(shards),
+      max(1, self._bundles // count),
+    )
+    num_parts = next(
+      n
+      for n in range(1, per_shard + 1)
+      if per_shard % n == 0 and per_shard // n <= most
+    )
+    params, parts = self._network.params, []
+    for part in range(num_parts):
+      own = tuple(x[part::num_parts] for x in rows)
+      own = sharding.device_put_batch(self._mesh, own)
+      parts.append(share_of_yes(self._forward, self._words, params, *own))
+    return parts
+
+  def _describe_loss(self, problem: records.Problem, was_asked: bool) -> str:
+    """Why completions of a problem have no score."""
+    if was_asked:
+      most = self._lengths[-1] - len(self._ending)
+      return f"one has more than {most} tokens"
+    if self._template.needs_answer and not problem.answer:
+      return "its answer is not known, and the template has {answer}"
+    most = self._builder.prompt_buckets[-1]
+    return f"the prompt has more than {most} tokens, or cannot be made"
+
+
+def open_judges(
+  config: RewardConfig,
+  policy: ModelSettings,
+  start: Frozen | None,
+  tokenizer: tokens.Tokenizer,
+  mesh: Mesh,
+  limits: Limits,
+) -> list[Judge]:
+  """The judges of the settings, each network once; all processes call it.
+
+  `start` is what the policy started from, for "self".
+
+  Raises:
+    SettingError: Weights, their tokenizer or a template cannot be used.
+  """
+  opened: dict[str, Any] = {"self": (start, policy)}
+  names = list(config.network_weights)[len(config.models) :]
+  judges = []
+  for name, (weights, template, _) in zip(names, config.judges, strict=True):
+    if weights not in opened:
+      opened[weights] = _open_network(weights, config, policy, tokenizer, mesh)
+    question = judge_templates.open_template(template)
+    network = *opened[weights], question, tokenizer, mesh, limits
+    judges.append(Judge(name, *network))
+  return judges
+
+
+def _open_network(
+  weights: str,
+  config: RewardConfig,
+  policy: ModelSettings,
+  tokenizer: tokens.Tokenizer,
+  mesh: Mesh,
+) -> tuple[Frozen, ModelSettings]:
+  """A network that `rewards.judges` names, and its settings."""
+  setting = "rewards.judges"
+  with user_errors():
+    model = files.read_settings(weights, policy, setting=setting)
+    known = own_tokenizer.find(model.weights).fingerprint
+    rule = "be a run with the tokenizer of this one, whose tokens it reads"
+    holds = known in ("", tokenizer.fingerprint)
+    require(holds, setting, weights, rule, "set data.tokenizer to that of both")
+  network = Frozen(
+    load.load_merged(model, mesh),
+    mesh,
+    dtype=config.network_dtype or policy.param_dtype,
+    memory=config.network_memory,
+    setting="rewards.network_memory",
+  )
+  return network, model
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def share_of_yes(
+  forward: ForwardConfig,
+  words: tuple[tuple[int, ...], tuple[int, ...]],
+  params: dict,
+  prompt_ids: Int[Array, "U P"],
+  prompt_length: Int[Array, " U"],
+  images: text.Images,
+  ids: Int[Array, "U C T"],
+  length: Int[Array, "U C"],
+) -> Float[Array, "U C"]:
+  """p(yes) / (p(yes) + p(no)) after each of `C` continuations, in fp32.
+
+  `words` holds the ids of yes and those of no; ids of one answer add up.
+  """
+  states = text.final_states(
+    *(forward.config, params, prompt_ids, prompt_length, images, ids, length),
+    dtype=forward.dtype,
+    remat="none",
+    implementation=forward.attention,
+  )
+  # The sum over the vocabulary cancels.
+  table = embedding.output_embedding(params)
+  yes, no = (
+    logprobs.output_logits(states, table[np.array(each)], temperature=1.0)
+    for each in words
+  )
+  yes, no = (jax.nn.logsumexp(x, axis=-1) for x in (yes, no))
+  return jax.nn.sigmoid(yes - no)
+
+
+def answer_ids(
+  tokenizer: tokens.Tokenizer,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids of yes and of no, with a capital, in capitals, after a space.
+
+  Those of a word without a token of its own are the first pieces of its
+  spellings.
+
+  Raises:
+    SettingError: Both words begin with the same pieces.
+  """
+
+  def ids(word: str) -> set[int]:
+    forms = (word, word.capitalize(), word.upper())
+    spelled = [tokenizer.encode(s + x) for s in ("", " ") for x in forms]
+    return {x[0] for x in spelled if len(x) == 1} or {x[0] for x in spelled}
+
+  yes, no = ids("yes"), ids("no")
+  if not (yes - no and no - yes):
+    raise SettingError(
+      "rewards.judges need a tokenizer in which yes and no begin with pieces "
+      "that differ; name another in data.tokenizer."
+    )
+  return tuple(sorted(yes - no)), tuple(sorted(no - yes))
+
+
+def lengths(longest: int) -> tuple[int, ...]:
+  """Ascending lengths to pad to; the last holds `longest`."""
+  sizes = [_SHORTEST]
+  while sizes[-1] < longest:  # Powers of two, and the numbers halfway.
+    is_power = sizes[-1].bit_count() == 1
+    sizes.append(sizes[-1] * 3 // 2 if is_power else sizes[-1] * 4 // 3)
+  return tuple(sizes)
+
+
+def _widen(rows: np.ndarray, size: int) -> np.ndarray:
+  """The rows with zeros after the entries of their second axis."""
+  missing = [(0, 0), (0, size - rows.shape[1])]
+  return np.pad(rows, missing + [(0, 0)] * (rows.ndim - 2))
