@@ -37,6 +37,7 @@ def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
     heat, count = flags.TEMPERATURE.value, flags.SAMPLES.value
     return answer.open_answers(config, *asked, heat, count), {}
   from data_pipelines import dataset
+  from grpo_tpu.config import sources
   from grpo_tpu.evaluation import eval_sets, evaluate
   from grpo_tpu.train import loop
 
@@ -52,4 +53,6 @@ def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   if mode == "evaluate":
     return partial(evaluate.run, config, workdir, data), identity
   eval_sets.check_targets(config, sets)
+  data = sources.with_networks(config, data)
+  identity |= data.identity
   return partial(loop.train, config, workdir, data, report), identity

@@ -112,12 +112,8 @@ def _of_files(scheme: str, path: str) -> dict[str, str | None]:
 def fingerprint(weights: str) -> str:
   """A digest of the contents of the files that resolved `weights` name.
 
-  It is the same wherever they are. Process 0 reads them, and tells the others.
+  It is the same wherever they are.
   """
-  return reader.ask_first_process(lambda: _fingerprint(weights))
-
-
-def _fingerprint(weights: str) -> str:
   scheme, _, rest = weights.partition(":")
   files, below = {"": weights}, ""
   if scheme == "run":
@@ -126,7 +122,7 @@ def _fingerprint(weights: str) -> str:
     info = reader.CheckpointInfo(step)
     files = manifest.read_files(checkpoints / info.name)
     base = reader.read_record(checkpoints, step)["meta"].get("lora")
-    below = _fingerprint(base["weights"]) if base else ""
+    below = fingerprint(base["weights"]) if base else ""
   elif scheme != "random":
     # The readers of a Hugging Face folder read nothing else.
     ends = (".safetensors", "config.json") if scheme == "hf" else ("",)

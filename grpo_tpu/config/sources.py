@@ -12,10 +12,11 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.dataset import Dataset
 from data_pipelines.settings import recorded_dirs
 from data_pipelines.storage import objects, paths
 from data_pipelines.validation import require
-from grpo_tpu.checkpoint import load, reader
+from grpo_tpu.checkpoint import load, networks, reader
 from grpo_tpu.config import schema
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import fingerprint
@@ -55,7 +56,9 @@ def resolve(
   schema.check_weights(config, is_remote=True)
   for _, template, _ in config.rewards.judges:
     judge_templates.open_template(template)
-  if mode != "train":
+  if mode == "train":
+    config = _fix_networks(config, workdir)
+  else:
     config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]
   has_data = config.data.weighted_dirs or mode in ("export", "answer")
@@ -76,11 +79,70 @@ def resolve(
 
 
 def _recorded_head(weights: str) -> str:
-  """The head of a run by its record, or of other files; "" if none is known."""
+  """The head of a run by its record, or of other files; "" if none is known.
+
+  Reads no checkpoint: that of a run that resumes may be gone by now.
+  """
   if not weights.startswith("run:"):
     return "score" * load.has_head(weights)
   record = run_record.read(load.split_run(weights)[0])
   return record["config"].get("model", {}).get("head", "") if record else ""
+
+
+def _fix_networks(config: Config, workdir: str) -> Config:
+  """The settings with the steps of reward models and judges.
+
+  They are those that the run in the workdir started with, if there is one.
+  """
+  record = run_record.read(workdir) if workdir else None
+  saved = record["essence"] if record else {}
+
+  def fix(name: str, index: int, weights: str) -> str:
+    if weights == "self":
+      return weights
+    setting = f"rewards.{name}"
+    before = saved.get(setting, [])[index : index + 1]
+    was = str(before[0][0]) if before else ""
+    is_same = load.split_run(was)[0] == load.split_run(weights)[0]
+    if is_same and not weights.rpartition("@")[2].isdecimal():
+      return was
+    return networks.read_settings(
+      weights, config.model, setting=setting
+    ).weights
+
+  rewards = config.rewards
+  fixed = {
+    name: tuple(
+      (fix(name, index, weights), *rest)
+      for index, (weights, *rest) in enumerate(getattr(rewards, name))
+    )
+    for name in ("models", "judges")
+  }
+  rewards = dataclasses.replace(rewards, **fixed)
+  return dataclasses.replace(config, rewards=rewards)
+
+
+def with_networks(config: Config, data: Dataset) -> Dataset:
+  """The data, with fingerprints of the reward models and judges of the run.
+
+  Raises:
+    ValueError: A reward model cannot read the prompts of the data.
+  """
+  if not config.rewards.network_weights:
+    return data
+  from grpo_tpu.rewards import model
+
+  found = model.read_models(config.rewards, config.model)
+  index = data.train_index
+  has_images = index is not None and bool(index.num_images.any())
+  model.check_data(found, data.tokenizer, has_images=has_images)
+  named = [x for x, *_ in (*config.rewards.models, *config.rewards.judges)]
+  identity = {
+    f"rewards: contents of {name}": networks.fingerprint(weights)
+    for name, weights in zip(config.rewards.network_weights, named, strict=True)
+    if weights != "self"
+  }
+  return dataclasses.replace(data, identity=data.identity | identity)
 
 
 def _take_run(

@@ -275,6 +275,23 @@ def all_rows(mesh: Mesh, tree: Any) -> Any:
   return jax.device_get(rows)
 
 
+def microbatches(batch: Any, count: int) -> Any:
+  """`[U, ...]` as `[count, U / count, ...]`; devices keep their own rows."""
+
+  def split(x):
+    # No -1 here: the images of a text model have no elements.
+    rows = x.shape[0] // count
+    return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def whole_batch(parts: jax.Array) -> jax.Array:
+  """The inverse of `microbatches`, for one array."""
+  rows = parts.swapaxes(0, 1)
+  return rows.reshape(-1, *parts.shape[2:])
+
+
 def device_put_whole(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
   """Makes a device array from a NumPy array that every process has in full."""
   sharding = NamedSharding(mesh, spec)

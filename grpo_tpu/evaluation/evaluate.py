@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -30,6 +31,8 @@ from grpo_tpu.evaluation import eval_sets, grading, outputs
 from grpo_tpu.evaluation.scores import GradedCompletion, sample_metrics
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rewards.combination import Combination
+from grpo_tpu.rewards.networks import Completed
 from grpo_tpu.rl import samples
 from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
@@ -106,14 +109,20 @@ def evaluate_set(
   ablated_sources: Mapping[str, records.Source] = types.MappingProxyType({}),
   num_shown: int = 0,
   poll: Callable[[], None] = generate.no_poll,
+  combination: Combination | None = None,
 ) -> outputs.Evaluation:
   """Evaluates one set greedily, with `eval.num_samples` and with ablations.
 
   `num_shown` greedy completions are for people. For `poll` see
-  `Sampler.sample`.
+  `Sampler.sample`. Without a `combination` no network adds to the rewards.
   """
   grade = functools.partial(
-    _grade_completions, sampler, params, config=config, poll=poll
+    _grade_completions,
+    sampler,
+    params,
+    config=config,
+    poll=poll,
+    combination=combination,
   )
   greedy, *drawn = config.eval.ways
   key = sampling_key(config.seed, name)
@@ -149,6 +158,7 @@ def _grade_completions(
   *,
   config: Config,
   poll: Callable[[], None],
+  combination: Combination | None,
   num_shown: int = 0,
 ) -> tuple[
   list[list[GradedCompletion]], dict[str, float], list[sample_files.Sample]
@@ -169,7 +179,14 @@ def _grade_completions(
     completions = sampler.sample(
       params, batch, key, **way, poll=poll
     ).completions
-    groups = sampler.texts(completions)
+    groups, join = sampler.texts(completions), None
+    if combination:
+      join = combination.start(
+        batch,
+        Completed(completions.ids, completions.mask, groups),
+        np.repeat(batch.valid[:, None], len(draws), axis=1),
+        split="eval/",
+      )
     mask, stopped = sharding.local_rows(
       sampler.mesh, (completions.mask, completions.stopped)
     )
@@ -183,6 +200,8 @@ def _grade_completions(
         truncated=(~ended).tolist(),
         gather=all_rows,
       )
+      if join:
+        scores = join(scores, number)
       columns = grading.metric_columns(
         *(batch, scores, mask[:, number], ended),
         pays_unchecked=config.rewards.pays_unchecked,

@@ -196,10 +196,9 @@ class Combination:
     weights = {
       k: w for k, w in self._config.network_weights.items() if k[0] == "j"
     }
-    says_yes = sum(w * (paid[k] > 0.5) for k, w in weights.items())
-    return dict.fromkeys(
-      weights, (2 * says_yes > sum(weights.values())).astype(np.float32)
-    )
+    says_yes = [w * (paid[k] > 0.5) for k, w in weights.items()]
+    share = np.sum(says_yes, axis=0) / (sum(weights.values()) or 1.0)
+    return dict.fromkeys(weights, (share > 0.5).astype(np.float32))
 
   def _count(
     self,

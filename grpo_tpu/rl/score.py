@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import embedding, text
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl import pictures
-from grpo_tpu.rl.train_batch import TrainBatch, microbatches, whole_batch
+from grpo_tpu.rl.train_batch import TrainBatch
 
 
 def token_logps(
@@ -74,6 +75,6 @@ def score_batch(
     return None, token_logps(forward, params, micro)
 
   _, parts = jax.lax.scan(
-    score_part, None, microbatches(batch, num_microbatches)
+    score_part, None, sharding.microbatches(batch, num_microbatches)
   )
-  return jax.tree.map(whole_batch, parts)
+  return jax.tree.map(sharding.whole_batch, parts)

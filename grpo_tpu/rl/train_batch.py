@@ -4,7 +4,6 @@ A bundle is one prompt with its completions.
 """
 
 import flax.struct
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_tpu.models.gemma3 import text
@@ -66,20 +65,3 @@ class ScoredGroups(flax.struct.PyTreeNode):
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]  # False for a malformed prompt or a failed reward.
   group: Int[Array, " U"]  # Its number in the step.
-
-
-def microbatches(batch: TrainBatch, count: int) -> TrainBatch:
-  """`[U, ...]` as `[count, U / count, ...]`; devices keep their own rows."""
-
-  def split(x):
-    # No -1 here: the images of a text model have no elements.
-    rows = x.shape[0] // count
-    return x.reshape(rows, count, *x.shape[1:]).swapaxes(0, 1)
-
-  return jax.tree.map(split, batch)
-
-
-def whole_batch(parts: jax.Array) -> jax.Array:
-  """The inverse of `microbatches`, for one array."""
-  rows = parts.swapaxes(0, 1)
-  return rows.reshape(-1, *parts.shape[2:])

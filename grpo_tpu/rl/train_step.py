@@ -28,7 +28,7 @@ from grpo_tpu.rl import (
   shaping,
 )
 from grpo_tpu.rl.settings import ObjectiveConfig
-from grpo_tpu.rl.train_batch import TrainBatch, microbatches, whole_batch
+from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
 
 
@@ -205,12 +205,12 @@ def _add_up(
     sums = jax.tree.map(jnp.add, sums, new_sums)
     return (sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), rows
 
-  parts = microbatches(batch, num_parts)
+  parts = sharding.microbatches(batch, num_parts)
   shapes, _ = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
   # None of the maxima is ever below 0.
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   totals, rows = jax.lax.scan(accumulate, zeros, parts)
-  return totals, jax.tree.map(whole_batch, rows)
+  return totals, jax.tree.map(sharding.whole_batch, rows)
 
 
 def _apply_if(

@@ -258,6 +258,8 @@ class Run:
       self.metric_writer.flush()  # No saved step lacks its samples.
       # A resumed run must know what this evaluation has met.
       meta = self._meta | {"evaluation": self._evaluation}
+      if moments := self.trainer.collector.combination.state():
+        meta["reward_moments"] = moments
       self.checkpoints.save(step, state, meta, **options)
 
   def _wait_for_checkpoints(self) -> None:
@@ -297,6 +299,8 @@ def _restore_or_init(
     with validation.user_errors():
       untrusted.check_kind(evaluation, dict, "the checkpoint's evaluation")
       untrusted.check_items(evaluation.values(), float, "its evaluation")
+      moments = restored.meta.get("reward_moments", {})
+      trainer.collector.combination.restore(moments)
   else:
     trainer.init()
   updates = trainer.partial.updates_done if trainer.partial else 0

@@ -26,6 +26,7 @@ from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rewards import judge
+from grpo_tpu.rewards.model import open_models
 from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rl.learner import Learner
@@ -101,7 +102,16 @@ class Trainer:
       *(config.rewards, config.model, frozen_start),
       *(data.tokenizer, mesh, limits),
     )
-    self.collector = Collector(self.sampler, config.collector_config, judges)
+    self._reward_models = open_models(
+      config.rewards,
+      config.model,
+      mesh,
+      bundles_at_a_time=config.train.microbatch_bundles,
+      images_per_shard=config.rollout.pictures_per_shard,
+      pan_and_scan=config.data.pan_and_scan,
+    )
+    rewards = [*self._reward_models, *judges]
+    self.collector = Collector(self.sampler, config.collector_config, rewards)
     self.learner = Learner(
       config.model,
       forward,
@@ -196,11 +206,22 @@ class Trainer:
       batch = {"num_prompts": config.eval.batch_size}
       plans += [(shapes, batch | way) for way in config.eval.ways]
     total = sum(self.sampler.num_programs(x, **how) for x, how in plans)
+    total += sum(len({s[:2] for s in x}) for x, _ in plans) * len(
+      self._reward_models
+    )
     folder = compile_cache.describe_folder()
     logging.info("Compiling %d programs (%s).", total, folder)
     with activity.doing("Compiling", total=total, unit="programs"):
       for shapes, how in plans:
         self.sampler.compile_ahead(params, shapes, **how)
+        shown = {shape[:2] for shape in shapes}
+        for each in self._reward_models:
+          each.compile_ahead(
+            shown,
+            how["num_prompts"],
+            how.get("num_completions", 1),
+            config.rollout.max_new_tokens,
+          )
 
   def collect(
     self, state: TrainState, step: int
@@ -351,6 +372,7 @@ class Trainer:
         name=name,
         num_shown=0 if name else self.config.samples.count,
         poll=self._poll,
+        combination=self.collector.combination,
       )
       metrics |= eval_metrics.of_set(result.scalars, name)
       shown += result.shown
