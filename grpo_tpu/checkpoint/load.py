@@ -14,12 +14,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from data_pipelines.validation import (
-  SettingError,
-  require,
-  run_errors,
-  user_errors,
-)
+from data_pipelines import validation
+from data_pipelines.validation import SettingError, run_errors, user_errors
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import sharding
 from grpo_tpu.models.gemma3 import lora, weights
@@ -48,20 +44,20 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
   if not model.weights:
     raise SettingError(model.describe_weights())
   with run_errors(f"load {model.weights}"):
-    named = dataclasses.replace(model, weights=resolve_weights(model.weights))
+    name = resolve_weights(model.weights)
     with user_errors():
-      head = "score" * has_head(named.weights)
+      head = "score" * has_head(name)
       check_head(model, head)
-    params = _load(dataclasses.replace(named, head=head), mesh)
+    source = dataclasses.replace(model, weights=name, head=head)
+    params = _load(source, mesh)
   if model.head and not head:
-    logging.info("%s has no head; it starts at zero.", named.weights)
-    shapes = abstract_params(model, mesh)["score"]
-    params["score"] = _on_mesh({"w": np.zeros(shapes["w"].shape)}, shapes)
+    logging.info("%s has no head; it starts at zero.", name)
+    w = abstract_params(model, mesh)["score"]["w"]
+    params["score"] = {"w": jnp.zeros(w.shape, w.dtype, device=w.sharding)}
   return params
 
 
 def _load(model: ModelSettings, mesh: Mesh) -> dict:
-  """The parameters of resolved weights, which have the head of `model`."""
   abstract = abstract_params(model, mesh)
   scheme, _, rest = model.weights.partition(":")
   if scheme == "run":
@@ -81,23 +77,19 @@ def _load(model: ModelSettings, mesh: Mesh) -> dict:
 def has_head(name: str) -> bool:
   """True if resolved `model.weights` are those of a reward model."""
   scheme, _, rest = name.partition(":")
-  if scheme == "run":
-    leaves = reader.read_record(*_checkpoint(name))["leaves"]
-    return f"params/{lora.HEAD}" in leaves
-  return weights.has_head(scheme, rest)
+  if scheme != "run":
+    return weights.has_head(scheme, rest)
+  saved = reader.read_record(*_checkpoint(name))
+  return f"params/{lora.HEAD}" in saved["leaves"]
 
 
 def check_head(model: ModelSettings, head: str) -> None:
   """Refuses weights with a `head` as those of a language model."""
-  require(
-    bool(model.head) or not head,
-    "model.weights",
-    model.weights,
-    "be a language model, and these are those of a reward model",
-    "name other weights, set data.kind=preference and "
-    "objective.preset=bradley_terry to train or evaluate it, or name it in "
-    "rewards.models to pay with it",
-  )
+  rule = "be those of a language model, and are those of a reward model"
+  remedy = "name them in rewards.models, or set data.kind=preference and "
+  remedy += "objective.preset=bradley_terry to train or evaluate them"
+  holds = bool(model.head) or not head
+  validation.require(holds, "model.weights", model.weights, rule, remedy)
 
 
 def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
@@ -142,6 +134,8 @@ def abstract_adapters(
 def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   """The adapters that `model.weights` names; None if it names a whole model.
 
+  They have the head of `model`.
+
   Raises:
     SettingError: The run has no such checkpoint, or one of another model.
   """
@@ -155,7 +149,6 @@ def load_adapters(model: ModelSettings, mesh: Mesh) -> SavedAdapters | None:
   saved |= {"targets": tuple(saved["targets"]), "init": ""}
   config = LoraConfig(**saved)
   # Not by the settings of our own adapters: this run may train without any.
-  model = dataclasses.replace(model, head="score" * has_head(name))
   abstract = abstract_adapters(model, mesh, config)
   adapters = reader.restore_params(*_checkpoint(name), abstract)
   return SavedAdapters(adapters, config, base_weights)
@@ -191,8 +184,7 @@ def _load_base(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
   try:
     name = resolve_weights(saved.base_weights)
     head = "score" * has_head(name)
-    base = dataclasses.replace(model, weights=name, head=head)
-    return _load(base, mesh)
+    return _load(dataclasses.replace(model, weights=name, head=head), mesh)
   except (OSError, ValueError) as error:
     raise SettingError(
       f"model.weights ({model.weights!r}) is a run that saved adapters only, "

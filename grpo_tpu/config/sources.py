@@ -79,10 +79,7 @@ def resolve(
 
 
 def _recorded_head(weights: str) -> str:
-  """The head of a run by its record, or of other files; "" if none is known.
-
-  Reads no checkpoint: that of a run that resumes may be gone by now.
-  """
+  """The head of a run by its record, or of other files; "" if none is known."""
   if not weights.startswith("run:"):
     return "score" * load.has_head(weights)
   record = run_record.read(load.split_run(weights)[0])

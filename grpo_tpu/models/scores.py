@@ -17,39 +17,25 @@ def scores(
   completion_ids: Int[Array, "U C T"],
   completion_mask: Bool[Array, "U C T"],
 ) -> Float[Array, "U C"]:
-  """The product of the head and the state at the last token, in fp32.
+  """The product of `score/w` and the state after the last token, in fp32.
 
-  Args:
-    forward: How the network runs.
-    params: A tree with the leaf `score/w`; carries the gradient.
-    prompt_ids: Ids, padded on the right, of prompts with an image block each.
-    prompt_length: Number of ids before the padding.
-    images: Pixels or features, as in `text.prompt_states`.
-    completion_ids: Ids, padded on the right.
-    completion_mask: True on tokens, False on padding. A completion without
-      tokens is scored at the prompt's last token.
-
-  Returns:
-    One score per completion, as transformers' `Gemma3ForSequenceClassification`
-    gives it for the whole sequence with one label.
+  As transformers' `Gemma3ForSequenceClassification` scores a whole sequence. A
+  completion without tokens has the score of its prompt. The arrays are those of
+  `text.bundle_states`; the gradient flows to `params`.
   """
   positions = jnp.arange(1, completion_mask.shape[2] + 1)[None, None]
-  states = text.final_states(
-    forward.config,
-    params,
-    prompt_ids,
-    prompt_length,
-    images,
+  states = text.bundle_states(
+    *(forward.config, params, prompt_ids, prompt_length, images),
     completion_ids,
-    jnp.max(positions * completion_mask, axis=2),
     dtype=forward.dtype,
     remat=forward.remat,
     vision_remat=forward.vision_remat,
     implementation=forward.attention,
+    completion_length=jnp.max(positions * completion_mask, axis=2),
   )
   return jnp.einsum(
     "ucd,od->uc",
-    states.astype(jnp.float32),
+    states[:, :, 0].astype(jnp.float32),
     params["score"]["w"].astype(jnp.float32),
     precision=jax.lax.Precision.HIGHEST,
   )

@@ -255,12 +255,13 @@ def share_of_yes(
 
   `words` holds the ids of yes and those of no; ids of one answer add up.
   """
-  states = text.final_states(
-    *(forward.config, params, prompt_ids, prompt_length, images, ids, length),
+  states = text.bundle_states(
+    *(forward.config, params, prompt_ids, prompt_length, images, ids),
     dtype=forward.dtype,
     remat="none",
     implementation=forward.attention,
-  )
+    completion_length=length,
+  )[:, :, 0]
   # The sum over the vocabulary cancels.
   table = embedding.output_embedding(params)
   yes, no = (

@@ -87,8 +87,11 @@ def inputs() -> dict[str, np.ndarray]:
   }
 
 
-def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
-  """At the given tokens, each marker expanded as the processor does it."""
+def expanded(model, given: dict[str, np.ndarray]) -> tuple[dict, list]:
+  """The inputs with each marker expanded as the processor does it.
+
+  And the positions in them of the given tokens.
+  """
   config = model.config
   has_vision = hasattr(config, "vision_config")
   start = config.boi_token_index if has_vision else None
@@ -119,10 +122,17 @@ def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
     pixels = torch.tensor(pictures / 127.5 - 1, dtype=model.dtype)
     extra["pixel_values"] = pixels.permute(0, 3, 1, 2)
     extra["token_type_ids"] = (ids == placeholder).long()
+  return extra | {
+    "input_ids": ids,
+    "attention_mask": (ids != PAD).long(),
+  }, positions
+
+
+def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
+  """At the given tokens."""
+  arrays, positions = expanded(model, given)
   with torch.no_grad():
-    out = model.eval()(
-      input_ids=ids, attention_mask=(ids != PAD).long(), **extra
-    ).logits.float()
+    out = model.eval()(**arrays).logits.float()
   at = torch.tensor(positions)[..., None].expand(-1, -1, out.shape[-1])
   return torch.gather(out, 1, at).numpy()
 

@@ -1,17 +1,17 @@
 """The decoder over bundles: a prompt computed once, with its `C` completions.
 
-`bundle_states` serves training and scoring, `final_states` reward models;
-`prompt_states` reads prompts alone and `decoding` continues from its keys and
-values, with the same parts of a layer. All loop over a stacked parameter tree,
-so compile time does not grow with depth. Final states become log-probabilities
-in `logprobs`, numbers in `scores`, and tokens in `sampling`.
+`bundle_states` serves training and scoring; `prompt_states` reads prompts alone
+and `decoding` continues from its keys and values, with the same parts of a
+layer. All loop over a stacked parameter tree, so compile time does not grow
+with depth. Final states become log-probabilities in `logprobs`, scores in
+`scores` and tokens in `sampling`.
 
 References:
   Gemma 3 Technical Report (arXiv:2503.19786), section 2.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,12 @@ def bundle_states(
   prompt_length: Int[Array, " U"],
   images: Images,
   completion_ids: Int[Array, "U C T"],
-  **kwargs: Any,
+  *,
+  dtype: jnp.dtype,
+  remat: str,
+  vision_remat: str = "full",
+  implementation: str = "einsum",
+  completion_length: Int[Array, "U C"] | None = None,
 ) -> Float[Array, "U C T D"]:
   """The states that predict each completion token.
 
@@ -96,52 +101,10 @@ def bundle_states(
   rows that repeat prompt and images.
 
   The arguments are those of `prompt_states`, ids of completions, padded on the
-  right, and one of `REMAT_POLICIES` for the layers (`remat`) and for the image
-  tower (`vision_remat`).
+  right, and one of `REMAT_POLICIES` for the layers and for the image tower.
+  With `completion_length` the only states are those after the last tokens, or
+  after the prompt where a completion has none: `[U, C, 1, D]`.
   """
-  prompt = prompt_ids, prompt_length, images
-  first, y = _run_bundles(config, params, *prompt, completion_ids, **kwargs)
-  states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
-  return rms_norm(params["final_norm"], states)
-
-
-def final_states(
-  config: gemma3_config.ModelConfig,
-  params: dict,
-  prompt_ids: Int[Array, "U P"],
-  prompt_length: Int[Array, " U"],
-  images: Images,
-  completion_ids: Int[Array, "U C T"],
-  completion_length: Int[Array, "U C"],
-  **kwargs: Any,
-) -> Float[Array, "U C D"]:
-  """The state at the last token of each completion, which it has read.
-
-  That of an empty completion is the state at the prompt's last token. The other
-  arguments are those of `bundle_states`.
-  """
-  prompt = prompt_ids, prompt_length, images
-  first, y = _run_bundles(config, params, *prompt, completion_ids, **kwargs)
-  states = jnp.concatenate([first, y], axis=2)
-  index = completion_length[..., None, None]
-  last = jnp.take_along_axis(states, index, axis=2)[:, :, 0]
-  return rms_norm(params["final_norm"], last)
-
-
-def _run_bundles(
-  config: gemma3_config.ModelConfig,
-  params: dict,
-  prompt_ids: Int[Array, "U P"],
-  prompt_length: Int[Array, " U"],
-  images: Images,
-  completion_ids: Int[Array, "U C T"],
-  *,
-  dtype: jnp.dtype,
-  remat: str,
-  vision_remat: str = "full",
-  implementation: str = "einsum",
-) -> tuple[Float[Array, "U C 1 D"], Float[Array, "U C T D"]]:
-  """States before the last norm, at the prompt's last token and at each."""
   x, blocks = _embed_prompt(
     config, params, prompt_ids, images, dtype, vision_remat
   )
@@ -163,7 +126,13 @@ def _run_bundles(
   (x, y), _ = jax.lax.scan(layer, (x, y), _layer_stack(config, params))
   first = last_token_states(x[:, 0], prompt_length)[:, None, None]
   first = jnp.broadcast_to(first, (*y.shape[:2], 1, y.shape[-1]))
-  return first, y
+  if completion_length is None:
+    states = jnp.concatenate([first, y[:, :, :-1]], axis=2)
+  else:
+    index = completion_length[:, :, None, None]
+    states = jnp.concatenate([first, y], axis=2)
+    states = jnp.take_along_axis(states, index, axis=2)
+  return rms_norm(params["final_norm"], states)
 
 
 def _layer_stack(config: gemma3_config.ModelConfig, params: dict) -> LayerStack:

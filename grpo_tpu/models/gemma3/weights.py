@@ -128,5 +128,5 @@ def open_files(
 
 
 def has_head(scheme: str, path: str | os.PathLike[str]) -> bool:
-  """True if another program's files hold a reward model."""
+  """True if the files of another program hold a reward model."""
   return scheme == "hf" and huggingface_config.read(path).has_score
