@@ -69,6 +69,7 @@ def render(
   template = newest and chat_prompts.TEMPLATES.get(
     newest.get("data.prompt_template")
   )
+  metric = "eval/pairwise_accuracy" if model.head else "eval/accuracy"
   return pages.render(
     "model_card.md.j2",
     package="grpo_tpu.checkpoint",
@@ -79,7 +80,8 @@ def render(
     is_released=is_released,
     adapter=adapter,
     data=[(x.workdir.name, _data_sets(x)) for x in stages[::-1]],
-    accuracies=_accuracies(newest) if newest else {},
+    metric=metric,
+    accuracies=_accuracies(newest, metric) if newest else {},
     instruction=template.instruction if template else "",
     system=newest and newest.get("data.system_prompt"),
   )
@@ -109,17 +111,18 @@ def _data_sets(stage: Stage) -> list[dict[str, Any]]:
   return sets
 
 
-def _accuracies(stage: Stage) -> dict[str, dict[int, str]]:
+def _accuracies(stage: Stage, metric: str) -> dict[str, dict[int, str]]:
   """Accuracy by metric and step: at the start, at this step, last before it."""
   try:
     path = stage.workdir / "metrics.jsonl"
     lines = untrusted.read_bytes(path, _MAX_METRICS_BYTES).splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
     last = stage.step
-    evaluated = [x for x in rows if x <= last and "eval/accuracy" in rows[x]]
+    evaluated = [x for x in rows if x <= last and metric in rows[x]]
     split = stage.get("data.eval_split")
     in_split = sum(x["counts"].get(split, 0) for x in _data_sets(stage))
     problems = min(stage.get("eval.num_problems") or 0, in_split)
+    problems *= metric == "eval/accuracy"  # That of others is not known.
     sets = [f"eval/accuracy/{each[0]}" for each in stage.get("eval.sets") or ()]
     steps = sorted({0, last, max(evaluated, default=0)})
     return {
@@ -127,7 +130,7 @@ def _accuracies(stage: Stage) -> dict[str, dict[int, str]]:
         x: _figure(rows.get(x, {}).get(name), problems * (name not in sets))
         for x in steps
       }
-      for name in ("eval/accuracy", *sets)
+      for name in (metric, *sets)
     }
   except (OSError, ValueError, TypeError, KeyError):  # Gone or damaged.
     return {}

@@ -170,7 +170,8 @@ def _take_run(
       workdir,
     )
     return config
-  _check_model(config, trained, workdir)
+  names = ["name", "image_size"] + ["head"] * (mode != "export")
+  _check_model(config, trained, workdir, names)
   step = _export_step(config, workdir) if mode == "export" else ""
   weights = f"run:{workdir}" + (f"@{step}" if step else "")
   if is_own and not step:
@@ -205,10 +206,10 @@ def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
 
 
 def _check_model(
-  config: Config, trained: Mapping[str, Any], workdir: str
+  config: Config, trained: Mapping[str, Any], workdir: str, names: list[str]
 ) -> None:
   """Refuses to read the run of another model."""
-  for name in ("name", "image_size"):
+  for name in names:
     value = getattr(config.model, name)
     was = trained.get("model", {}).get(name, value)
     require(

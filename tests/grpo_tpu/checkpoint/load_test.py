@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 
 from configs import base
+from data_pipelines.validation import SettingError
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config import schema as run_config
 from grpo_tpu.distributed import sharding
@@ -268,3 +269,59 @@ def test_a_run_without_the_checkpoint_is_refused(params_of, tmp_path, step):
   if not step:
     with pytest.raises(ValueError, match=f"no checkpoint.*{tmp_path}"):
       load.resolve_weights(f"run:{tmp_path}")
+
+
+def head_of(params):
+  return np.asarray(params["score"]["w"])
+
+
+def with_drawn_head(params, seed=0):
+  head = params["score"]["w"]
+  drawn = np.random.default_rng(seed).normal(size=head.shape)
+  return params | {"score": {"w": jax.device_put(drawn, head.sharding)}}
+
+
+def test_a_head_starts_at_zero_unless_its_source_has_one(
+  params_of, tmp_path, caplog
+):
+  save(tmp_path / "policy", params_of("random:1"), (1.0,))
+  with caplog.at_level("INFO"):
+    start = params_of(f"run:{tmp_path}/policy", head="score")
+  assert "policy@1 has no head; it starts at zero." in caplog.text
+  assert not head_of(start).any()
+  trained = with_drawn_head(start)
+  save(tmp_path / "reward_model", trained, (1.0,))
+  name = f"run:{tmp_path}/reward_model"
+  caplog.clear()
+  again = params_of(name, head="score")
+  jax.tree.map(np.testing.assert_array_equal, again, trained)
+  assert "starts at zero" not in caplog.text
+  with pytest.raises(
+    SettingError, match=r"model.weights \('run:.*reward model.*rewards.models"
+  ):
+    params_of(name)
+
+
+def test_a_head_is_trained_beside_adapters_and_comes_back_with_them(
+  params_of, mesh, tmp_path
+):
+  """The second run starts from the first, and from its head."""
+  name, heads = "random:2", {}
+  for step, run in enumerate(("a", "b")):
+    settings = settings_of(name, lora=LORA, head="score")
+    frozen = load.load_params(settings, mesh)
+    adapters = load.initial_adapters(settings, mesh, seed=0, frozen=frozen)
+    np.testing.assert_array_equal(head_of(adapters), head_of(frozen))
+    adapters = heads[run] = with_drawn_head(adapters, seed=step)
+    meta = {"lora": dataclasses.asdict(LORA) | {"weights": name}}
+    folder = tmp_path / run / "checkpoints"
+    with checkpointing.opened(folder, keep=10) as checkpoints:
+      checkpoints.save(1, state_of(1, adapters), meta)
+    name = f"run:{tmp_path}/{run}@1"
+    np.testing.assert_array_equal(
+      head_of(params_of(name, head="score")), head_of(adapters)
+    )
+  merged = load.load_merged(settings_of(name, head="score"), mesh)
+  np.testing.assert_array_equal(head_of(merged), head_of(heads["b"]))
+  with pytest.raises(SettingError, match="reward model"):
+    params_of(name)

@@ -1,5 +1,6 @@
 """The card of an export says what the records say, and shows no path."""
 
+import dataclasses
 import json
 
 import pytest
@@ -116,3 +117,22 @@ def test_runs_are_followed_to_where_they_started(run):
 def test_damaged_records_leave_facts_out(run, name, content):
   (run.parent / name).write_text(content)
   assert "This is step 2 of the run `second`." in card(f"run:{run}@2")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reward_model_says_how_it_scores_and_not_how_it_chats(run, adapter):
+  rows = [{"step": 2, "eval/pairwise_accuracy": 0.875, "eval/accuracy": 0.5}]
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (run / "metrics.jsonl").write_text(lines)
+  stages, origin = model_card.read_stages(f"run:{run}@2")
+  settings = dataclasses.replace(model(), head="score")
+  text = model_card.render(settings, stages, origin, adapter)
+  front = front_matter(text)
+  assert front["pipeline_tag"] == "text-classification"
+  assert front["tags"] == ["gemma3", "reward-model"]
+  assert "| eval/pairwise_accuracy | not measured | 87.5 % |" in text
+  assert "AutoModelForSequenceClassification" in text
+  assert "vllm serve" not in text and "generate" not in text
+  code = text.split("```python\n")[1].split("```")[0]
+  compile(code, "card", "exec")
+  assert ("peft" in code) == adapter

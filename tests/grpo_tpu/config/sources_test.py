@@ -32,9 +32,9 @@ def resolve(config, mode, workdir, *, flag=False):
 def run(tmp_path):
   """A workdir with a run of the smoke config on data of its own."""
 
-  def write(weights="run:START", name="tiny", folder="DATA", **data):
+  def write(weights="run:START", name="tiny", folder="DATA", head="", **data):
     config = changed(SMOKE).to_dict()
-    config["model"] |= {"weights": weights, "name": name}
+    config["model"] |= {"weights": weights, "name": name, "head": head}
     config["data"] |= {"dir": folder} | data
     record = {"config": config, "weights": weights, "essence": {}}
     record |= {"accepted_changes": [], "attempts": [{}]}
@@ -156,6 +156,22 @@ def test_the_run_of_another_model_is_refused(mode, run):
     ValueError, match=rf"^model.name \('tiny'\) .*{workdir}.*'gemma3_1b'"
   ):
     resolve(SMOKE, mode, workdir)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reward_model_is_exported_and_read_as_no_language_model(mode, run):
+  """Neither that of the workdir nor one that is named, before devices start."""
+  workdir = run(head="score")
+  named = changed(SMOKE, model={"weights": f"run:{workdir}@7"})
+  if mode == "export":
+    assert resolve(SMOKE, mode, workdir).model.weights == f"run:{workdir}"
+    assert resolve(named, mode, workdir.parent) == named
+    return
+  with pytest.raises(ValueError, match=r"^model.weights .*@7'.*reward model"):
+    resolve(named, mode, workdir.parent)
+  if mode != "train":
+    with pytest.raises(ValueError, match=r"^model.head \(''\).*'score'"):
+      resolve(SMOKE, mode, workdir)
 
 
 def test_a_step_that_was_not_saved_is_refused(run):

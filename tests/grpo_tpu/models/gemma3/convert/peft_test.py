@@ -183,6 +183,29 @@ def test_adapters_come_back_as_they_went_out(tiny, adapter):
   jax.tree.map(np.testing.assert_array_equal, again, adapters)
 
 
+def test_a_head_goes_with_adapters_to_reward_models_alone(tiny, tmp_path):
+  config = dataclasses.replace(tiny.config, has_score=True)
+  settings = dataclasses.replace(LORA, init=f"peft:{tmp_path}")
+  drawn = lora.initial_adapters(config, LORA, 0)
+  assert not drawn["score"]["w"].any()
+  saved = drawn | {"score": {"w": drawn["score"]["w"] + 0.5}}
+  peft.save(config, LORA, saved, tmp_path)
+  again = peft.load(config, settings, drawn)
+  jax.tree.map(np.testing.assert_array_equal, again, saved)
+  path = tmp_path / "adapter_config.json"
+  fields = json.loads(path.read_text())
+  assert fields["task_type"] == "SEQ_CLS"
+  assert fields["modules_to_save"] == ["score"]
+  path.write_text(json.dumps(fields | {"modules_to_save": [{}]}))
+  with pytest.raises(ValueError, match="modules_to_save"):
+    peft.check(config, settings)
+  path.write_text(json.dumps(fields))
+  with pytest.raises(
+    ValueError, match="(?s)score.weight: extra.*bradley_terry"
+  ):
+    peft.check(tiny.config, settings)
+
+
 def test_other_settings_are_refused_with_those_to_use(tiny, adapter):
   _, settings = adapter
   for change, remedy in (
