@@ -32,6 +32,12 @@ def accuracy(
   valid: Bool[ArrayLike, " B"],
 ) -> Float[Array, ""]:
   """The share of valid pairs whose chosen one scores higher; a tie is half."""
+  return diagnostics.valid_mean(wins(chosen, rejected), jnp.asarray(valid))
+
+
+def wins(
+  chosen: Num[ArrayLike, " B"], rejected: Num[ArrayLike, " B"]
+) -> Float[Array, " B"]:
+  """1 for pairs whose chosen one scores higher, 0.5 for a tie, else 0."""
   difference = jnp.asarray(chosen) - jnp.asarray(rejected)
-  wins = 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))
-  return diagnostics.valid_mean(wins, jnp.asarray(valid))
+  return 0.5 * (1.0 + jnp.sign(difference.astype(jnp.float32)))

@@ -24,7 +24,7 @@ def test_each_metric_is_declared_once_with_all_fields():
   assert len(set(names)) == len(names)
   groups = "train|rollout|reward|eval|perf|data|checkpoint"
   for metric in registry.metrics():
-    word = r"([a-z0-9_]+({k})?(/{slice})?|{slice}[_/][a-z]+)"
+    word = r"([a-z0-9_]+({k})?(/{slice})?|{slice}[_/][a-z_]+)"
     assert re.fullmatch(f"({groups})/{word}", metric.name)
     assert metric.unit and metric.meaning and metric.advice
 

@@ -1,0 +1,124 @@
+"""Measures of what a reward goes with, to see whether the policy games it.
+
+Pure functions over the whole batch; only valid completions count. A measure for
+which the batch holds nothing to compare is NaN.
+
+References:
+  Rewards that go with length: Singhal et al., arXiv:2310.03716
+  Distinct n-grams: Li et al., arXiv:1510.03055
+  Overoptimization: Gao et al., arXiv:2210.10760
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_tpu.rl import diagnostics, preference_metrics
+
+NGRAM = 3  # Tokens.
+
+
+@jax.jit
+def reward_health(
+  rewards: Mapping[str, Float[Array, "U C"]],
+  ids: Int[Array, "U C T"],
+  mask: Bool[Array, "U C T"],
+  correct: Bool[Array, "U C"],
+  known: Bool[Array, "U C"],
+  valid: Bool[Array, "U C"],
+) -> diagnostics.Metrics:
+  """The metrics of each reward, and the repetition in completions.
+
+  `mask` is True on the tokens of completions. Where it is `known`, the rules
+  have checked whether a completion is `correct`. A reward that is not finite
+  was not asked.
+  """
+  repeated = repetition(ids, mask)
+  metrics = {"rollout/repetition": diagnostics.valid_mean(repeated, valid)}
+  for name, values in rewards.items():
+    asked = valid & jnp.isfinite(values)
+    right, wrong = asked & known & correct, asked & known & ~correct
+    cells = jnp.stack([right, wrong, asked & ~known])
+    chosen, rejected, is_pair = preference_metrics.all_pairs(
+      values, right[:, :, None] & wrong[:, None, :]
+    )
+    wins = preference_metrics.wins(chosen, rejected)
+    found = {
+      "length_correlation": correlation(values, mask.sum(axis=-1), cells),
+      "repetition_correlation": correlation(values, repeated, cells),
+      "pair_accuracy": _mean(wins, is_pair),
+      "mean_if_right": _mean(values, right),
+      "mean_if_wrong": _mean(values, wrong),
+    }
+    metrics |= {f"reward/{name}_{key}": x for key, x in found.items()}
+  return metrics
+
+
+def correlation(
+  first: Array, second: Array, cells: Bool[Array, "K U C"]
+) -> Float[Array, ""]:
+  """Pearson's correlation of the differences from the means of the cells.
+
+  Each group has K cells, so what differs between groups or between cells adds
+  nothing. 0 if one of the two never differs within a cell.
+  """
+
+  def center(values: Array) -> Array:
+    values = jnp.where(cells, jnp.asarray(values, jnp.float32), 0.0)
+    highest = jnp.where(cells, values, -jnp.inf).max(axis=-1, keepdims=True)
+    lowest = jnp.where(cells, values, jnp.inf).min(axis=-1, keepdims=True)
+    count = jnp.maximum(cells.sum(axis=-1, keepdims=True), 1)
+    mean = values.sum(axis=-1, keepdims=True) / count
+    # Rounding of the mean would make equal values differ.
+    values = jnp.where(cells & (highest > lowest), values - mean, 0.0)
+    values = _divide(values, jnp.abs(values).max())  # Squares must be finite.
+    return _divide(values, jnp.linalg.norm(values))
+
+  return (center(first) * center(second)).sum()
+
+
+def repetition(
+  ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
+) -> Float[Array, "U C"]:
+  """The share of a completion's n-grams that it has had before.
+
+  0 for a completion without an n-gram, and if all differ.
+  """
+  count = ids.shape[-1] - NGRAM + 1
+  if count < 1:
+    return jnp.zeros(ids.shape[:-1])
+  shifts = [slice(i, i + count) for i in range(NGRAM)]
+  is_ngram = jnp.all(jnp.stack([mask[..., x] for x in shifts]), axis=0)
+  # Of the sort, the first key puts what is no n-gram at the end.
+  keys = (~is_ngram, *(ids[..., x] for x in shifts))
+  keys = jnp.stack(jax.lax.sort(keys, num_keys=len(keys)))
+  equals_last = (keys[..., 1:] == keys[..., :-1]).all(axis=0)
+  repeats = (equals_last & (keys[0, ..., 1:] == 0)).sum(axis=-1)
+  return repeats / jnp.maximum(is_ngram.sum(axis=-1), 1)
+
+
+@jax.jit
+def seen_tokens(
+  seen: Bool[Array, " V"], ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
+) -> Bool[Array, " V"]:
+  """Adds the tokens of completions to the set `seen`."""
+  return seen.at[ids].max(mask)
+
+
+@jax.jit
+def novel_share(
+  seen: Bool[Array, " V"], ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
+) -> Float[Array, ""]:
+  """The share of the completions' tokens that are not in the set `seen`."""
+  return diagnostics.valid_mean(~seen[ids], mask)
+
+
+def _divide(values: Array, scale: Array) -> Array:
+  return values / jnp.where(scale > 0, scale, 1.0)
+
+
+def _mean(values: Array, counts: Array) -> Array:
+  mean = diagnostics.valid_mean(values, counts)
+  return jnp.where(counts.any(), mean, jnp.nan)
