@@ -202,6 +202,12 @@ class RewardConfig:
     return named | dict(zip(names, self.custom_weights, strict=True))
 
   @property
+  def watched(self) -> dict[str, float]:
+    """The weights of the components that pay for more than right answers."""
+    weights = self.weights | self.network_weights
+    return {k: x for k, x in weights.items() if x and k != "accuracy"}
+
+  @property
   def is_gated(self) -> bool:
     """True if the heuristics are 0 for completions without an answer."""
     return self.gate_heuristics is not False

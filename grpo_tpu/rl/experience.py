@@ -25,6 +25,7 @@ from grpo_tpu.rl import (
   diagnostics,
   objective,
   preference_metrics,
+  reward_health,
   samples,
   set_metrics,
   shaping,
@@ -61,6 +62,9 @@ class Collector:
     self.combination = combination.Combination(
       config.rewards, networks, self._gather
     )
+    self.first_tokens = reward_health.FirstTokens(
+      sampler.forward.config.vocab_size, sampler.mesh
+    )
 
   def collect(
     self,
@@ -87,7 +91,7 @@ class Collector:
       return self._collect_offline(params, prompts, num_shown)
     # A step that is interrupted is collected again from its first batch.
     with self.combination.transaction():
-      return self._collect_online(
+      experience = self._collect_online(
         params,
         prompts,
         key,
@@ -95,6 +99,12 @@ class Collector:
         num_shown=num_shown,
         poll=poll,
       )
+    if not self.config.rewards.watched:
+      return experience
+    novelty = self.first_tokens.novelty(
+      experience.batch.completion_ids, experience.batch.completion_mask
+    )
+    return dataclasses.replace(experience, metrics=experience.metrics | novelty)
 
   def _collect_online(
     self, params, prompts, key, *, position, num_shown, poll
@@ -168,7 +178,7 @@ class Collector:
     scored = sharding.device_put_batch(sampler.mesh, scored)
     reward_end = time.perf_counter()
     groups, metrics = self._make_groups(batch, sampled, *scored)
-    metrics |= self._reward_metrics(batch, groups)
+    metrics |= self._reward_metrics(batch, groups, sampled.completions.mask)
     metrics |= _error_counts(scores)
     metrics |= {
       "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
@@ -344,9 +354,15 @@ class Collector:
     return sharding.all_rows(self.sampler.mesh, rows)
 
   def _reward_metrics(
-    self, prompts: pipeline.Batch, groups: ScoredGroups
+    self,
+    prompts: pipeline.Batch,
+    groups: ScoredGroups,
+    sampled: jax.Array | None = None,
   ) -> Metrics:
-    """Metrics of rewards and records; those of accuracy where it is known."""
+    """Metrics of rewards and records; those of accuracy where it is known.
+
+    And what rewards go with, where the policy has sampled the tokens `sampled`.
+    """
     mesh, rewards = self.sampler.mesh, groups.rewards
     is_known = np.array([x.is_checkable for x in prompts.problems])
     has_known = bool(self._gather(is_known & prompts.valid).any())
@@ -354,6 +370,12 @@ class Collector:
     metrics = diagnostics.reward_statistics(rewards, groups.valid, known)
     if not has_known:
       metrics = {k: x for k, x in metrics.items() if k not in _ACCURACIES}
+    watched = {name: rewards[name] for name in self.config.rewards.watched}
+    if watched and sampled is not None:
+      correct, ids = rewards["accuracy"] > 0.5, groups.batch.completion_ids
+      metrics |= reward_health.reward_health(
+        *(watched, ids, sampled, correct, known, groups.valid)
+      )
     rows = {
       "reward": (rewards["total"], groups.valid),
       "accuracy": (rewards["accuracy"], known),

@@ -9,15 +9,22 @@ References:
   Overoptimization: Gao et al., arXiv:2210.10760
 """
 
+import base64
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.text import untrusted
+from grpo_tpu.distributed import sharding
 from grpo_tpu.rl import diagnostics, preference_metrics
 
 NGRAM = 3  # Tokens.
+FIRST_STEPS = 10  # What the policy writes in them is not new.
 
 
 @jax.jit
@@ -97,6 +104,43 @@ def repetition(
   equals_last = (keys[..., 1:] == keys[..., :-1]).all(axis=0)
   repeats = (equals_last & (keys[0, ..., 1:] == 0)).sum(axis=-1)
   return repeats / jnp.maximum(is_ngram.sum(axis=-1), 1)
+
+
+class FirstTokens:
+  """The tokens that the policy wrote in the first steps.
+
+  Call it on all processes; its state belongs to a checkpoint.
+  """
+
+  def __init__(self, vocab_size: int, mesh: Mesh):
+    """Nothing was written yet."""
+    self._steps, self._seen = 0, np.zeros(vocab_size, bool)
+    self._replicated = sharding.replicated_sharding(mesh)
+
+  def novelty(
+    self, ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
+  ) -> diagnostics.Metrics:
+    """Adds the tokens of a first step; later, the share that is new."""
+    if self._steps >= FIRST_STEPS:
+      return {"rollout/novel_token_share": novel_share(self._seen, ids, mask)}
+    seen = seen_tokens(self._seen, ids, mask)
+    self._seen = np.array(jax.device_put(seen, self._replicated))
+    self._steps += 1
+    return {}
+
+  def state(self) -> dict[str, Any]:
+    """The steps and tokens so far, as JSON can hold them."""
+    bits = base64.b64encode(np.packbits(self._seen)).decode()
+    return {"steps": self._steps, "tokens": bits}
+
+  def restore(self, saved: Any) -> None:
+    """Takes over what `state` gave; a ValueError if it is something else."""
+    source = "the first tokens in the checkpoint"
+    untrusted.check_kind(saved, dict, source)
+    self._steps = untrusted.get_field(saved, "steps", int, source)
+    bits = untrusted.get_field(saved, "tokens", str, source)
+    packed = np.frombuffer(base64.b64decode(bits), np.uint8)
+    self._seen = np.unpackbits(packed, count=len(self._seen)).astype(bool)
 
 
 @jax.jit

@@ -32,6 +32,7 @@ from grpo_tpu.observability import (
   exit_report,
   mirror,
   profiler,
+  reward_trends,
   run_record,
   writer,
 )
@@ -152,6 +153,10 @@ class Run:
     self._alarms = alarms.Alarms(
       own_samples=self._config.data.kind != "preference"
     )
+    is_online = self._config.data.kind == "online"
+    self._trends = reward_trends.RewardTrends(
+      self._config.rewards.watched if is_online else {}
+    )
     self._metrics: writer.Scalars = {}
     # The finite metrics of an evaluation after the last finished step, if any.
     self._evaluation: dict[str, float] = {}
@@ -172,6 +177,8 @@ class Run:
       self._write(0, metrics | self._clock.scalars())
       self.save(0, self.state)
       self._clock.start_steps()
+    elif jax.process_index() == 0:
+      self._trends.resume(self.files.folder / "metrics.jsonl", restored_step)
     self.start = self.report.step = restored_step or 0
     if self.start >= num_steps:
       logging.info("Nothing left to do: step %d of %d.", self.start, num_steps)
@@ -228,6 +235,7 @@ class Run:
     metrics = jax.device_get(metrics)
     if jax.process_index() == 0:
       self._alarms.check(step, metrics)
+      metrics |= self._trends.check(step, metrics)
     metrics |= self.checkpoints.scalars()
     failures = self.metric_writer.failures + self.files.failures
     metrics["perf/write_failures"] = failures
@@ -260,6 +268,8 @@ class Run:
       meta = self._meta | {"evaluation": self._evaluation}
       if moments := self.trainer.collector.combination.state():
         meta["reward_moments"] = moments
+      if self._config.rewards.watched:
+        meta["first_tokens"] = self.trainer.collector.first_tokens.state()
       self.checkpoints.save(step, state, meta, **options)
 
   def _wait_for_checkpoints(self) -> None:
@@ -301,6 +311,8 @@ def _restore_or_init(
       untrusted.check_items(evaluation.values(), float, "its evaluation")
       moments = restored.meta.get("reward_moments", {})
       trainer.collector.combination.restore(moments)
+      if first_tokens := restored.meta.get("first_tokens"):
+        trainer.collector.first_tokens.restore(first_tokens)
   else:
     trainer.init()
   updates = trainer.partial.updates_done if trainer.partial else 0
