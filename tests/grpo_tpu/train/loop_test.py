@@ -6,6 +6,7 @@ With arithmetic in the place of a network; the real one is stopped by
 
 import contextlib
 import itertools
+import pathlib
 import types
 
 import jax
@@ -50,6 +51,7 @@ class Arithmetic(trainer.Trainer):
       data=types.SimpleNamespace(kind="online", prompts_per_step=2),
       samples=types.SimpleNamespace(every_steps=0),
       eval=types.SimpleNamespace(every_steps=1),
+      rewards=types.SimpleNamespace(watched={}),
       lora=None,
     )
     self.mesh = None
@@ -171,7 +173,7 @@ def train(done, checkpoints, *, on_poll=lambda: None, is_new=False, **options):
   )
   profiler = types.SimpleNamespace(step=lambda step: contextlib.nullcontext())
   report = exit_report.ExitReport()
-  files = types.SimpleNamespace(failures=0)
+  files = types.SimpleNamespace(failures=0, folder=pathlib.Path("none"))
   run = setup.Run(
     *(arithmetic, IDENTITY, checkpoints, files),
     *(writer, watch, report, profiler),
