@@ -56,6 +56,7 @@ class Arithmetic(trainer.Trainer):
     )
     self.mesh = None
     self.collector = self
+    self.combination = types.SimpleNamespace(state=dict)
     self.learner = types.SimpleNamespace(
       params=lambda state: state.params,
       update=self._update,
