@@ -15,10 +15,7 @@ from data_pipelines.validation import SettingError, is_machine_failure
 from grpo_tpu.checkpoint import load, manifest, reader
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights as model_files
-from grpo_tpu.models.gemma3.convert import huggingface_config
 from grpo_tpu.models.settings import ModelSettings
-
-_SCHEMES = ("run", "hf", "gguf", "gemma", "random")
 
 
 def read_settings(
@@ -27,9 +24,9 @@ def read_settings(
   """The settings of the frozen model that `weights` names.
 
   A run's step is the one that it means now. Size, head and image size are those
-  of the files, and those of `like` for "random:SEED"; types and attention are
-  those of `like`. `setting` is the one that names the weights, for errors.
-  Reads no tensor and needs no device.
+  of the files, and the size for "random:SEED" is that of `like`, as are types
+  and attention. `setting` is the one that names the weights, for errors. Reads
+  no tensor and needs no device.
 
   Raises:
     SettingError: There are no such files, or they hold another model.
@@ -37,21 +34,18 @@ def read_settings(
   """
   scheme, _, rest = weights.partition(":")
   try:
-    if scheme not in _SCHEMES or not rest:
+    if scheme not in ("run", "hf", "gguf", "gemma", "random") or not rest:
       raise ValueError("give run:WORKDIR, hf:DIR, gguf:FILE or gemma:DIR.")
-    found = {"weights": weights, "head": ""}
+    resolved, found = load.resolve_weights(weights), {}
+    head = "score" * load.has_head(resolved)
     if scheme == "run":
-      found = _of_run(weights)
+      found = _recorded_size(load.split_run(resolved)[0])
     elif scheme != "random":
-      found = _of_files(scheme, rest)
-    return dataclasses.replace(
-      like,
-      **found,
-      train_vision=False,
-      lora=dataclasses.replace(like.lora, rank=0, init=""),
-      reference_dtype=None,
-      reference_memory="device",
-    )
+      found = {"name": _size_of(scheme, rest, head), "image_size": None}
+    frozen = {"train_vision": False, "reference_dtype": None}
+    frozen |= {"reference_memory": "device", "weights": resolved, "head": head}
+    lora = dataclasses.replace(like.lora, rank=0, init="")
+    return dataclasses.replace(like, lora=lora, **found, **frozen)
   except (OSError, ValueError) as error:
     if is_machine_failure(error):
       raise
@@ -60,47 +54,34 @@ def read_settings(
     ) from error
 
 
-def _of_run(weights: str) -> dict[str, str | int | None]:
-  """Name, image size, head and weights of the model of a run."""
-  resolved = load.resolve_weights(weights)
-  path = epath.Path(load.split_run(resolved)[0]) / "run.json"
+def _recorded_size(workdir: str) -> dict[str, str | int | None]:
+  """Name and image size of the model of a run."""
+  path = epath.Path(workdir) / "run.json"
   try:
     record = untrusted.read_json(path)
-  except OSError as error:
+    config = untrusted.get_field(record, "config", dict, "it")
+    model = untrusted.get_field(config, "model", dict, "its config")
+    name = untrusted.get_field(model, "name", str, "its model")
+    if (size := model.get("image_size")) is not None:
+      untrusted.check_kind(size, int, "its image_size")
+  except (OSError, ValueError) as error:
     raise ValueError(
-      f"{path} says of what size the run is, and cannot be read ({error}); "
+      f"{path} must tell the size of the model, and cannot be read: {error}; "
       "copy the whole folder of the run."
     ) from error
-  config = untrusted.get_field(record, "config", dict, str(path))
-  model = untrusted.get_field(config, "model", dict, f"config in {path}")
-  name = untrusted.get_field(model, "name", str, f"the model in {path}")
-  if name not in gemma3_config.CONFIGS:
-    raise ValueError(
-      f"{path} is of {untrusted.shorten(name)}, which this version does not "
-      "know; name another run."
-    )
-  size, head = model.get("image_size"), model.get("head", "")
-  for value, kind in ((size, int), (head, str)):
-    if value is not None:
-      untrusted.check_kind(value, kind, f"the model in {path}")
-  found = {"name": name, "image_size": size, "head": head}
-  return found | {"weights": resolved}
+  return {"name": name, "image_size": size}
 
 
-def _of_files(scheme: str, path: str) -> dict[str, str | None]:
-  """Name, head and weights of the model in another program's files."""
-  head, reasons = "", []
-  if scheme == "hf":
-    head = "score" * huggingface_config.read(path).has_score
+def _size_of(scheme: str, path: str, head: str) -> str:
+  """The name of the size of the model in another program's files."""
+  reasons = []
   for name, config in gemma3_config.CONFIGS.items():
     sizes = dataclasses.replace(config, has_score=bool(head))
     try:
       model_files.open_files(scheme, sizes, path)
+      return name
     except ValueError as error:
       reasons.append(error)
-      continue
-    weights = f"{scheme}:{path}"
-    return {"name": name, "image_size": None, "head": head, "weights": weights}
   # A file of the right size may be damaged.
   others = [x for x in reasons if "set model.name" not in str(x)]
   if others:
@@ -118,10 +99,9 @@ def fingerprint(weights: str) -> str:
   files, below = {"": weights}, ""
   if scheme == "run":
     workdir, step = load.split_run(weights)
-    checkpoints = paths.absolute(workdir) / "checkpoints"
-    info = reader.CheckpointInfo(step)
-    files = manifest.read_files(checkpoints / info.name)
-    base = reader.read_record(checkpoints, step)["meta"].get("lora")
+    folder = paths.absolute(workdir) / "checkpoints"
+    files = manifest.read_files(folder / reader.CheckpointInfo(step).name)
+    base = reader.read_record(folder, step)["meta"].get("lora")
     below = fingerprint(base["weights"]) if base else ""
   elif scheme != "random":
     # The readers of a Hugging Face folder read nothing else.

@@ -7,6 +7,7 @@ alone, or all have `data.images_per_prompt`; "mixed" ones show half of these.
 """
 
 import dataclasses
+import functools
 import math
 import types
 from typing import Any, NamedTuple, cast
@@ -17,13 +18,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu.checkpoint import load
+from grpo_tpu.checkpoint import load, networks
 from grpo_tpu.checkpoint.frozen import abstract_frozen
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.planning.changes import data_shards
+from grpo_tpu.rewards import judge, model
 from grpo_tpu.rl import learner, masters, pictures, score
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
@@ -71,7 +74,8 @@ class Program(NamedTuple):
     leaves = jax.tree.leaves(results)
     total = sum(math.prod(x.shape) * _item_bytes(x) for x in leaves)
     sizes = self.bytes_by_class()
-    rest = sum(size for name, size in sizes.items() if name != "params")
+    weights = "params", "rewards"
+    rest = sum(x for name, x in sizes.items() if name not in weights)
     return rest + total // mesh.devices.size
 
 
@@ -103,6 +107,9 @@ def names(config: Config) -> list[str]:
     "results": is_online,
     **{f"score ({x})": is_scored for x in updates},
     **{f"train_step ({x})": True for x in updates},
+    **{
+      f"{name} ({x})": True for name in reward_networks(config) for x in kinds
+    },
     f"evaluation_prefill ({kinds[-1]})": is_evaluated,
     "evaluation_decode": is_evaluated and new > 1,
     f"evaluation_score ({kinds[-1]})": is_evaluated and kind == "preference",
@@ -122,11 +129,30 @@ def part_of(name: str) -> str:
   own decides how much runs together.
   """
   step = step_of(name)
-  if step in ("score", "train_step"):
+  if step in ("score", "train_step") or is_network(name):
     return "update"
   if step.startswith("evaluation"):
     return "evaluation"
   return step if step == "pictures" else "rollout"
+
+
+def is_network(name: str) -> bool:
+  """True for the program of a reward model or a judge, named as it is."""
+  return name.startswith(("model_", "judge_"))
+
+
+@functools.cache
+def reward_networks(config: Config) -> dict[str, ModelSettings]:
+  """The settings of the reward models and the judges by name."""
+  rewards, policy = config.rewards, config.model
+  found = model.read_models(rewards, policy)
+  found += [
+    policy
+    if weights == "self"
+    else networks.read_settings(weights, policy, setting="rewards.judges")
+    for weights, *_ in rewards.judges
+  ]
+  return dict(zip(rewards.network_weights, found, strict=True))
 
 
 def reads_pixels(config: Config, name: str) -> bool:
@@ -185,13 +211,26 @@ def resident_bytes(config: Config) -> dict[str, int]:
   mesh = cast(Mesh, sharding.abstract_mesh(**dataclasses.asdict(config.mesh)))
   state, frozen = _abstract_state(config, mesh)
   reference = None
-  if config.has_reference and not config.lora:
+  if config.needs_start and not config.lora:
     reference = _abstract_reference(config, mesh, config.model.reference_memory)
+  memory = config.rewards.network_memory
+  # Judges with the same weights share them, and "self" is the reference.
+  loaded = {x.weights: x for x in reward_networks(config).values()}
+  loaded.pop(config.model.weights, None)
+  kept = [_abstract_network(config, x, mesh, memory) for x in loaded.values()]
   return {
     "params": device_bytes((state.params, frozen)),
     **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},
     "reference": device_bytes(reference),
+    **({"rewards": device_bytes(kept)} if kept else {}),
   }
+
+
+def _abstract_network(
+  config: Config, network: ModelSettings, mesh: Mesh, memory: str = "device"
+) -> dict:
+  dtype = config.rewards.network_dtype or network.param_dtype
+  return abstract_frozen(network, mesh, dtype=dtype, memory=memory)
 
 
 def _abstract_reference(
@@ -221,6 +260,8 @@ def _optimizer_parts(state: TrainState) -> dict[str, Any]:
 def find(config: Config, mesh: Mesh, name: str) -> Program:
   """The program with this name, one of `names`."""
   programs = _AbstractPrograms(config, mesh, name)
+  if is_network(name):
+    return programs.network()
   match step_of(name).removeprefix("evaluation_"):
     case "pictures":
       return programs.encode_images()
@@ -332,6 +373,38 @@ class _AbstractPrograms:
       kwargs={"num_microbatches": parts},
       parts={part: params, "batch": bundles},
       tokens=math.prod(bundles.completion_ids.shape),
+    )
+
+  def network(self) -> Program:
+    """Scores completions with a reward model or a judge."""
+    config, name = self._config, step_of(self._name)
+    network, data = reward_networks(config)[name], config.data
+    params = _abstract_network(config, network, self._mesh)
+    forward = model.network_forward(network, self._mesh)
+    images = data.images_per_prompt * self._has_images
+    prompts, at_once = data.prompts_per_step, config.train.microbatch_bundles
+    sizes = completions_per_prompt(config), config.rollout.max_new_tokens
+    shape = data.prompt_buckets[-1], images if network.network.vision else 0
+    is_judge, part = name.startswith("judge_"), "rewards"
+    if network == config.model:
+      part = "params" if config.lora else "reference"
+    if is_judge:
+      prompts = at_once
+    bundles = model.abstract_bundles(
+      network, self._mesh, shape, prompts, *sizes
+    )
+    program = jax.jit(functools.partial(model.score_parts, forward, at_once))
+    args = params, *bundles
+    if is_judge:
+      program = judge.share_of_yes
+      length = self._array(jnp.int32, prompts, sizes[0])
+      args = forward, ((1,), (2,)), params, *bundles[:-1], length
+    return Program(
+      self._name,
+      program,
+      args=args,
+      parts={part: params, "batch": bundles},
+      tokens=prompts * math.prod(sizes),
     )
 
   def update(self) -> Program:

@@ -7,6 +7,7 @@ microbatch and per decoded token. The text of a compiled program shows neither
 trip counts nor fusions, so it is searched for defects and never summed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,8 @@ def _step_seconds(
     "train_step": config.train.num_iterations,
     "move": 0,  # If all rows run to full length, no row ever moves.
   }
+  for name in programs.reward_networks(config):
+    calls[name] = config.num_microbatches if name.startswith("judge_") else 1
   return {
     kind: sum(
       calls.get(programs.step_of(row["name"]), 1)
@@ -101,6 +104,8 @@ def sent_bytes(
   config: Config, topology: Topology, program: str
 ) -> dict[str, float]:
   """Bytes that a device sends in one call, within its slice and to others."""
+  if programs.is_network(program):
+    return sent_bytes(_as_network(config, program), topology, "score")
   mesh, step = config.mesh, programs.step_of(program)
   used, trained = _weight_bytes(config)
   batch_tokens = _batch_tokens(config, config.data.prompts_per_step)
@@ -143,6 +148,8 @@ def sent_bytes(
 
 def least_hbm_bytes(config: Config, program: str) -> int:
   """Bytes of weights and caches that a device reads in one call, at least."""
+  if programs.is_network(program):
+    return least_hbm_bytes(_as_network(config, program), "score")
   step = programs.step_of(program)
   sharded, _ = _weight_bytes(config)
   match step:
@@ -159,6 +166,19 @@ def least_hbm_bytes(config: Config, program: str) -> int:
       share = trips / config.rollout.max_new_tokens
       return int(sharded * trips + share * _cache_bytes(config, step))
   return int(sharded)
+
+
+def _as_network(config: Config, program: str) -> Config:
+  """The settings with a reward model or judge in the place of the policy."""
+  network = programs.reward_networks(config)[programs.step_of(program)]
+  network = dataclasses.replace(network, head="", weights="")
+  rewards = dataclasses.replace(config.rewards, models=(), judges=())
+  changes = {"model": network, "rewards": rewards}
+  if program.startswith("judge_"):  # It reads a microbatch at a time.
+    bundles = config.train.microbatch_bundles
+    data = dataclasses.replace(config.data, prompts_per_step=bundles)
+    changes |= {"data": data}
+  return dataclasses.replace(config, **changes)
 
 
 def tokens_per_chunk(config: Config) -> int:
