@@ -1,5 +1,6 @@
 """Opens a mode: checks all that it reads before devices start, then runs it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -53,6 +54,9 @@ def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   if mode == "evaluate":
     return partial(evaluate.run, config, workdir, data), identity
   eval_sets.check_targets(config, sets)
-  data = sources.with_networks(config, data)
-  identity |= data.identity
+  index = data.train_index
+  has_images = index is not None and bool(index.num_images.any())
+  own = sources.network_identity(config, data.tokenizer, has_images=has_images)
+  data = dataclasses.replace(data, identity=data.identity | own)
+  identity |= own
   return partial(loop.train, config, workdir, data, report), identity

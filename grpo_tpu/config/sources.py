@@ -12,7 +12,6 @@ from typing import Any
 
 from absl import logging
 
-from data_pipelines.dataset import Dataset
 from data_pipelines.settings import recorded_dirs
 from data_pipelines.storage import objects, paths
 from data_pipelines.validation import require
@@ -119,27 +118,26 @@ def _fix_networks(config: Config, workdir: str) -> Config:
   return dataclasses.replace(config, rewards=rewards)
 
 
-def with_networks(config: Config, data: Dataset) -> Dataset:
-  """The data, with fingerprints of the reward models and judges of the run.
+def network_identity(
+  config: Config, tokenizer: Any, *, has_images: bool
+) -> dict[str, str]:
+  """Fingerprints of the contents of reward models and judges, by a name.
 
   Raises:
     ValueError: A reward model cannot read the prompts of the data.
   """
   if not config.rewards.network_weights:
-    return data
+    return {}
   from grpo_tpu.rewards import model
 
   found = model.read_models(config.rewards, config.model)
-  index = data.train_index
-  has_images = index is not None and bool(index.num_images.any())
-  model.check_data(found, data.tokenizer, has_images=has_images)
+  model.check_data(found, tokenizer, has_images=has_images)
   named = [x for x, *_ in (*config.rewards.models, *config.rewards.judges)]
-  identity = {
+  return {
     f"rewards: contents of {name}": networks.fingerprint(weights)
     for name, weights in zip(config.rewards.network_weights, named, strict=True)
     if weights != "self"
   }
-  return dataclasses.replace(data, identity=data.identity | identity)
 
 
 def _take_run(
