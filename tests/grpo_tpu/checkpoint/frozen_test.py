@@ -37,9 +37,9 @@ def load_random(mesh, **changes):
   return settings, load.load_params(settings, mesh)
 
 
-def test_a_network_in_bfloat16_keeps_norms_and_the_tower(mesh):
+def test_a_network_in_bfloat16_keeps_norms_the_tower_and_a_head(mesh):
   """What the network casts to bf16 anyhow is kept so, and nothing else."""
-  _, params = load_random(mesh)
+  _, params = load_random(mesh, head="score")
   kept = 0
   for (path, x), y in zip(
     jax.tree_util.tree_leaves_with_path(params),
@@ -47,7 +47,7 @@ def test_a_network_in_bfloat16_keeps_norms_and_the_tower(mesh):
     strict=True,
   ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    is_kept = "vision_encoder" in name or name.endswith("scale")
+    is_kept = "vision_encoder" in name or name.endswith(("scale", "score/w"))
     kept += is_kept
     assert y.dtype == (jnp.float32 if is_kept else jnp.bfloat16), name
     assert y.sharding == x.sharding, name
