@@ -2,6 +2,8 @@
 
 `configs/smoke.py` is online GRPO. `configs/smoke.py:warm_start` is the
 supervised run on demonstrations that `launch/smoke.sh` starts first.
+`configs/smoke.py:reward_model` learns from right and wrong answers to the same
+problems to tell them apart; it starts from the warm start.
 """
 
 import ml_collections
@@ -10,9 +12,10 @@ from configs import base
 
 
 def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
-  """The settings of the stage "warm_start" or "grpo"."""
-  if stage not in ("warm_start", "grpo"):
-    raise ValueError(f"stage ({stage!r}) must be warm_start or grpo.")
+  """The settings of the stage "warm_start", "reward_model" or "grpo"."""
+  stages = ("warm_start", "reward_model", "grpo")
+  if stage not in stages:
+    raise ValueError(f"stage ({stage!r}) must be one of {stages}.")
   config = base.get_config()
   config.data.synthetic.num_problems = 12_000
   config.data.synthetic.difficulty = 1
@@ -47,6 +50,16 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.train.num_steps = 22
     config.eval.every_steps = 22
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 5
+  elif stage == "reward_model":
+    config.data.kind = "preference"
+    config.objective.preset = "bradley_terry"
+    # Right and wrong answers are written with the reasoning, if there is any.
+    config.rollout.max_new_tokens = 16
+    config.train.num_steps = 100
+    config.train.microbatch_bundles = 64
+    config.eval.every_steps = 25
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 5
   else:
     config.train.num_steps = 100

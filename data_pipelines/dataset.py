@@ -92,10 +92,12 @@ class Dataset:
       batch_size=batch_size,
     )
 
-  def preference_batches(self, **options: Any) -> pipeline.EvalBatches:
+  def preference_batches(
+    self, *, split: str = "", **options: Any
+  ) -> pipeline.EvalBatches:
     """The batches of `eval_batches` with labelled completions, if any."""
     kind = "preference" if self.completions else "online"
-    split = f"{self.settings.eval_split}, with labelled completions"
+    split = f"{split or self.settings.eval_split}, with labelled completions"
     return self.eval_batches(kind=kind, split=split, **options)
 
   def make_prompts(

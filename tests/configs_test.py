@@ -111,7 +111,7 @@ def test_the_two_smoke_stages_read_the_same_prompts_with_the_same_model():
 
 
 def test_an_unknown_smoke_stage_is_refused():
-  with pytest.raises(ValueError, match="stage.*'warmup'.*warm_start or grpo"):
+  with pytest.raises(ValueError, match="stage.*'warmup'.*'warm_start'"):
     settings(ROOT / "configs" / "smoke.py", "warmup")
 
 

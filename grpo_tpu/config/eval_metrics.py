@@ -16,6 +16,8 @@ from grpo_tpu.checkpoint.settings import CheckpointConfig
 from grpo_tpu.config.sections import EvalConfig, TrainConfig
 from grpo_tpu.observability import registry
 
+# Beginnings of the names that only a reward model's evaluation writes.
+_OF_REWARD_MODELS = ("eval/pairwise_", "eval/score_")
 # Buckets of reward margins with their lower edges.
 MARGIN_BUCKETS = {
   "margin_0.0_to_0.25": 0.0,
@@ -32,10 +34,21 @@ def of_set(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
   return {f"{k}/{name}": x for k, x in metrics.items() if k.count("/") == 1}
 
 
-def names(evaluation: EvalConfig, data: DataConfig) -> list[str]:
+def names(
+  evaluation: EvalConfig, data: DataConfig, *, is_reward_model: bool = False
+) -> list[str]:
   """All names that the evaluations of a run may write."""
   declared = [metric.name for metric in registry.metrics()]
-  plain = [x for x in declared if x.startswith("eval/") and "{" not in x]
+  plain = [
+    x
+    for x in declared
+    if x.startswith("eval/")
+    and "{" not in x
+    and x.startswith(_OF_REWARD_MODELS) == is_reward_model
+  ]
+  if is_reward_model:
+    of_sets = (of_set(dict.fromkeys(plain), x) for x, *_ in evaluation.sets)
+    return [*plain, *(name for each in of_sets for name in each)]
   pairs = [x for x in plain if "preference" in x]
   plain = [x for x in plain if x not in pairs]
   if count := evaluation.num_samples:
@@ -74,12 +87,16 @@ def check(
   data: DataConfig,
   train: TrainConfig,
   checkpoint: CheckpointConfig,
+  *,
+  is_reward_model: bool,
 ) -> None:
   """Refuses names of sets that mean two things, and metrics never written."""
   taken = {name for name, *_ in evaluation.sets} & {*data_set_names(data)}
   rule = f"not take a name of the data sets of data.dirs, {', '.join(taken)}"
   require(not taken, "eval.sets", evaluation.sets, rule, "rename the set")
-  written = names(evaluation, data) if evaluation.every_steps else []
+  written = []
+  if evaluation.every_steps:
+    written = names(evaluation, data, is_reward_model=is_reward_model)
   for setting, value, metric in targets(train, checkpoint):
     if metric not in written:
       close = difflib.get_close_matches(metric, written, n=1)

@@ -83,7 +83,9 @@ class Config:
   def model_inputs(self) -> ModelInputs:
     """The inputs of the model, for the data pipeline."""
     vision, is_paired = self.model_config.vision, self.data.kind == "preference"
-    has_labels = is_paired and self.data.preference_rewards == "labels"
+    has_labels = is_paired and (
+      self.data.preference_rewards == "labels" or self.objective.is_reward_model
+    )
     return ModelInputs(
       name=self.model.name,
       weights=self.model.weights,
@@ -124,6 +126,7 @@ class Config:
       advantage_baseline=self.objective.advantage_baseline,
       num_parts=self.num_rollouts,
       label_rewards=self.data.preference_rewards == "labels",
+      is_reward_model=self.objective.is_reward_model,
     )
 
   @property
@@ -203,7 +206,10 @@ def _check_run(config: Config) -> None:
     ("seed", config.seed >= 0, "be at least 0", 1),
     ("profile.steps", ends, rule, (num_steps, num_steps)),
   )
-  eval_metrics.check(config.eval, config.data, config.train, config.checkpoint)
+  eval_metrics.check(
+    *(config.eval, config.data, config.train, config.checkpoint),
+    is_reward_model=config.objective.is_reward_model,
+  )
 
 
 def _check_images(config: Config) -> None:

@@ -27,13 +27,14 @@ from data_pipelines.storage import paths
 from grpo_tpu.checkpoint import load
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, collectives, sharding
-from grpo_tpu.evaluation import eval_sets, grading, outputs
+from grpo_tpu.evaluation import eval_sets, grading, outputs, reward_models
 from grpo_tpu.evaluation.scores import GradedCompletion, sample_metrics
 from grpo_tpu.observability import sample_files
 from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.combination import Combination
 from grpo_tpu.rewards.networks import Completed
 from grpo_tpu.rl import samples
+from grpo_tpu.rl.experience import Collector
 from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
 
@@ -57,6 +58,7 @@ def evaluate(
 def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
   """Evaluates `model.weights` on the eval split and on `eval.sets`.
 
+  A policy answers the problems, a reward model scores labelled completions.
   Writes `workdir`/eval, and `workdir`/eval/NAME for each further set. Returns
   what to do next.
 
@@ -72,14 +74,22 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
     model = dataclasses.replace(config.model, weights=weights)
     sampler = Sampler(model, config.rollout, mesh, data.tokenizer)
     params = load.load_params(model, mesh)
-    batches = {k: make_batches(x, config, mesh, k) for k, x in sets.items()}
+    scores_pairs = config.objective.is_reward_model
+    batches = {
+      k: make_batches(x, config, mesh, k, labelled=scores_pairs)
+      for k, x in sets.items()
+    }
+    collector = Collector(sampler, config.collector_config)
   for name, each in sets.items():
     with jax.set_mesh(mesh), activity.reporting():
-      evaluation = evaluate_set(
-        *(sampler, params, batches[name], config),
-        name=name,
-        ablated_sources=sources[name],
-      )
+      if scores_pairs:
+        evaluation = reward_models.evaluate(collector, params, batches[name])
+      else:
+        evaluation = evaluate_set(
+          *(sampler, params, batches[name], config),
+          name=name,
+          ablated_sources=sources[name],
+        )
     if jax.process_index() == 0:
       facts = {
         "set": name,
@@ -91,8 +101,11 @@ def run(config: Config, workdir: str, data: dataset.Dataset) -> str:
         "seed": config.seed,
       }
       folder = epath.Path(workdir) / "eval" / name
-      problems = mixtures.first(each.eval, config.eval.num_problems)
-      outputs.write(evaluation, folder, problems, config.eval, facts)
+      if isinstance(evaluation, outputs.Evaluation):
+        problems = mixtures.first(each.eval, config.eval.num_problems)
+        outputs.write(evaluation, folder, problems, config.eval, facts)
+      else:
+        reward_models.write(evaluation, folder, facts)
   page = epath.Path(workdir) / "eval" / "report.html"
   is_remote = paths.is_remote(page)
   copy = f"gcloud storage cp {shlex.quote(str(page))} . && " * is_remote
@@ -240,18 +253,31 @@ def make_ablated_sources(
 
 
 def make_batches(
-  data: dataset.Dataset, config: Config, mesh: Mesh, name: str = ""
+  data: dataset.Dataset,
+  config: Config,
+  mesh: Mesh,
+  name: str = "",
+  *,
+  labelled: bool = False,
 ) -> pipeline.EvalBatches:
-  """The problems of this process, of the set with this name."""
+  """The problems of this process, of the set with this name.
+
+  With `labelled` completions, a problem with a longer one than the settings
+  allow is skipped.
+  """
   shards, shard_count = sharding.data_shards(mesh)
   split = data.settings.eval_split
-  return data.eval_batches(
-    num_problems=config.eval.num_problems,
-    batch_size=config.eval.batch_size,
-    split=f"{name} ({split})" if name else split,
-    shards=shards,
-    shard_count=shard_count,
-  )
+  options: dict[str, Any] = {
+    "num_problems": config.eval.num_problems,
+    "batch_size": config.eval.batch_size,
+    "split": f"{name} ({split})" if name else split,
+    "shards": shards,
+    "shard_count": shard_count,
+  }
+  if not labelled:
+    return data.eval_batches(**options)
+  length = config.rollout.max_new_tokens
+  return data.preference_batches(max_new_tokens=length, **options)
 
 
 def _gather(completions: list[GradedCompletion]) -> list[GradedCompletion]:

@@ -34,8 +34,10 @@ _PROGRESS = (
   ("rollout/accuracy", "accuracy {:.2f}"),
   ("train/nll", "nll {:.3f}"),
   ("train/implicit_preference_accuracy", "preference {:.2f}"),
+  ("train/pairwise_accuracy", "pairs {:.2f}"),
   ("eval/accuracy", "eval accuracy {:.3f}"),
   ("eval/implicit_preference_accuracy", "eval preference {:.3f}"),
+  ("eval/pairwise_accuracy", "eval pairs {:.3f}"),
   ("perf/tokens_per_second", "{:.0f} tokens/s"),
 )
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0

@@ -89,13 +89,19 @@ def names(config: Config) -> list[str]:
   chunk, new = config.rollout.chunk_tokens, config.rollout.max_new_tokens
   kind = config.data.kind
   is_online, is_evaluated = kind == "online", bool(config.eval.every_steps)
+  is_policy = not config.objective.is_reward_model
+  is_answered = is_evaluated and is_policy
   # Rollouts read encoded images, and so do updates that do not train the tower.
-  reads_features = is_online or is_evaluated or not config.model.train_vision
+  reads_features = is_online or is_answered or not config.model.train_vision
   # A step may score its batch before the first update.
-  is_scored = kind != "demonstrations" and (
-    config.has_reference
-    or config.train.num_iterations > 1
-    or config.shaping.top_entropy_share < 1
+  is_scored = (
+    is_policy
+    and kind != "demonstrations"
+    and (
+      config.has_reference
+      or config.train.num_iterations > 1
+      or config.shaping.top_entropy_share < 1
+    )
   )
   needed = {
     "pictures (image)": has_vision and reads_features,
@@ -110,8 +116,8 @@ def names(config: Config) -> list[str]:
     **{
       f"{name} ({x})": True for name in reward_networks(config) for x in kinds
     },
-    f"evaluation_prefill ({kinds[-1]})": is_evaluated,
-    "evaluation_decode": is_evaluated and new > 1,
+    f"evaluation_prefill ({kinds[-1]})": is_answered,
+    "evaluation_decode": is_answered and new > 1,
     f"evaluation_score ({kinds[-1]})": is_evaluated and kind == "preference",
   }
   return [name for name, is_needed in needed.items() if is_needed]
@@ -457,24 +463,31 @@ class _AbstractPrograms:
       side = vision.shown_size
       shape = (asked.images.shape[1], side, side, 3)
       images = self._array(jnp.uint8, prompts, *shape)
-    logps = self._array(jnp.float32, prompts, width, new)
-    is_old = kind == "preference" or config.train.num_iterations > 1
-    share = config.shaping.top_entropy_share
-    has_weights = share < 1 and kind != "demonstrations"
-    preferred = self._array(jnp.bool_, prompts, width, width)
     batch = TrainBatch(
       prompt_ids=asked.ids,
       prompt_length=asked.length,
       images=images,
       completion_ids=self._array(jnp.int32, prompts, width, new),
       completion_mask=self._array(jnp.bool_, prompts, width, new),
-      advantages=self._array(jnp.float32, prompts, width),
-      old_per_token_logps=logps if is_old else None,
-      ref_per_token_logps=logps if config.has_reference else None,
-      sampler_logps=logps if kind == "online" else None,
-      token_weights=logps if has_weights else None,
-      preferred=preferred if kind == "preference" else None,
     )
+    # One number per completion, and per token.
+    number = self._array(jnp.float32, prompts, width)
+    logps = self._array(jnp.float32, prompts, width, new)
+    is_old = kind == "preference" or config.train.num_iterations > 1
+    share = config.shaping.top_entropy_share
+    has_weights = share < 1 and kind != "demonstrations"
+    preferred = self._array(jnp.bool_, prompts, width, width)
+    if config.objective.is_reward_model:
+      batch = batch.replace(labels=number)
+    else:
+      batch = batch.replace(
+        advantages=number,
+        old_per_token_logps=logps if is_old else None,
+        ref_per_token_logps=logps if config.has_reference else None,
+        sampler_logps=logps if kind == "online" else None,
+        token_weights=logps if has_weights else None,
+        preferred=preferred if kind == "preference" else None,
+      )
     if "(mixed)" not in self._name:
       return batch
     half = prompts * config.data.images_per_prompt // 2

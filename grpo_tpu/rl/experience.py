@@ -231,13 +231,14 @@ class Collector:
   ) -> Experience:
     """Takes the completions that come with the next batch.
 
-    Demonstrations have no advantages. The completions of a preference group are
-    scored by the rewards, as sampled ones are, or by their labels.
+    Demonstrations, and pairs for a reward model, have no advantages. The
+    completions of a preference group are scored by the rewards, as sampled ones
+    are, or by their labels.
     """
     start = time.perf_counter()
     batch = next(prompts)
     metrics: Metrics = {"perf/data_seconds": time.perf_counter() - start}
-    if self.config.kind == "demonstrations":
+    if self.config.kind == "demonstrations" or self.config.is_reward_model:
       metrics |= set_metrics.set_metrics(self._gather, batch)
       labelled = self.labelled_completions(params, batch)
       kept = samples.given_samples(self.sampler, batch, num_shown)
@@ -268,7 +269,12 @@ class Collector:
       self.sampler.mesh, (prompts.completion_ids, mask)
     )
     images = self.sampler.images(params, prompts)
-    return self._make_batch(prompts, ids, mask, images)
+    batch = self._make_batch(prompts, ids, mask, images)
+    if not self.config.is_reward_model:
+      return batch
+    labels = np.where(prompts.valid[:, None], prompts.labels, np.nan)
+    labels = sharding.device_put_batch(self.sampler.mesh, labels)
+    return batch.replace(labels=labels)
 
   def preference_groups(
     self, params: dict, prompts: pipeline.Batch, *, split: str = ""

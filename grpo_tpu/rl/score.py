@@ -1,16 +1,18 @@
 """Log-probabilities of a batch's completions under given parameters.
 
-The policy, the old policy and the reference are all scored here.
+The policy, the old policy and the reference are all scored here, and so are
+completions by a reward model.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_tpu.distributed import sharding
-from grpo_tpu.models import logprobs
+from grpo_tpu.models import logprobs, scores
 from grpo_tpu.models.gemma3 import embedding, text
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.rl import pictures
@@ -55,6 +57,16 @@ def token_logps(
   )
 
 
+def completion_scores(
+  forward: ForwardConfig, params: dict, batch: TrainBatch
+) -> Float[Array, "U C"]:
+  """The reward model's score of each completion, in fp32."""
+  return scores.scores(
+    *(forward, params, batch.prompt_ids, batch.prompt_length, batch.images),
+    *(batch.completion_ids, batch.completion_mask),
+  )
+
+
 @functools.partial(jax.jit, static_argnames=("num_microbatches",))
 def score_batch(
   forward: ForwardConfig,
@@ -62,8 +74,10 @@ def score_batch(
   batch: TrainBatch,
   *,
   num_microbatches: int,
-) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+) -> Any:
   """`token_logps` of a whole batch, without gradient, part after part.
+
+  Of a model with a score, `completion_scores` instead.
 
   The number of bundles must be a multiple of `num_microbatches`. Only prompts,
   images and completions are read, and whether these were sampled.
@@ -72,7 +86,8 @@ def score_batch(
   batch, _ = pictures.encode(forward, params, batch, num_microbatches)
 
   def score_part(_, micro):
-    return None, token_logps(forward, params, micro)
+    of_part = completion_scores if forward.config.has_score else token_logps
+    return None, of_part(forward, params, micro)
 
   _, parts = jax.lax.scan(
     score_part, None, sharding.microbatches(batch, num_microbatches)

@@ -307,3 +307,5 @@ class CollectorConfig:
   advantage_baseline: str
   num_parts: int  # Parts in which a batch is decoded.
   label_rewards: bool  # Labels are the whole reward of preference groups.
+  # Labels are all that is read of them, for no policy is trained.
+  is_reward_model: bool = False

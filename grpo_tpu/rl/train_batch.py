@@ -32,6 +32,8 @@ class TrainBatch(flax.struct.PyTreeNode):
       None stands for all.
     preferred: True at [u, i, j] where completion i is labelled better than j,
       for the implicit preference metrics; None measures nothing.
+    labels: Higher for better completions, NaN for a missing one; for the loss
+      of a reward model alone.
     num_encoded: Number of slots of `images` that the tower encodes, if they
       are pixels; see `pictures`. 0 encodes them all, in their microbatches.
   """
@@ -48,6 +50,7 @@ class TrainBatch(flax.struct.PyTreeNode):
   token_weights: Float[Array, "U C T"] | None = None
   counted: Bool[Array, "U C"] | None = None
   preferred: Bool[Array, "U C C"] | None = None
+  labels: Float[Array, "U C"] | None = None
   num_encoded: int = flax.struct.field(pytree_node=False, default=0)
 
   @property

@@ -22,12 +22,13 @@ from grpo_tpu.rl import (
   diagnostics,
   masters,
   objective,
+  pairs,
   pictures,
   preference_metrics,
   score,
   shaping,
 )
-from grpo_tpu.rl.settings import ObjectiveConfig
+from grpo_tpu.rl.settings import ObjectiveConfig, PairLossConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 from grpo_tpu.rl.train_state import TrainState
 
@@ -36,7 +37,7 @@ def make_train_step(
   forward: ForwardConfig,
   tx: optax.GradientTransformation,
   *,
-  config: ObjectiveConfig | None,
+  config: ObjectiveConfig | PairLossConfig | None,
   entropy_bonus: float = 0.0,
   sampler_correction: str = "token",
   num_microbatches: int,
@@ -49,7 +50,8 @@ def make_train_step(
   caller's to advance, who may update several times on one batch. A gradient
   that is not finite leaves parameters and optimizer unchanged.
 
-  `config` None takes the mean negative log-probability of demonstrations.
+  `config` None takes the mean negative log-probability of demonstrations; with
+  a `PairLossConfig` the state is a reward model's.
   `num_microbatches` divides the bundles of a batch.
   """
   loss = _Loss(forward, config, entropy_bonus, sampler_correction, lora)
@@ -60,7 +62,7 @@ def make_train_step(
     batch, tower_gradient = pictures.encode(
       forward, state.params, batch, num_microbatches
     )
-    ((value, metrics, gradient), maxima), image_gradient = _add_up(
+    ((value, metrics, gradient), maxima), (image_gradient, scores) = _add_up(
       lambda micro: loss.terms(
         state.params, frozen, micro, totals, of_images=bool(tower_gradient)
       ),
@@ -69,6 +71,8 @@ def make_train_step(
     )
     if tower_gradient:
       gradient |= tower_gradient(*image_gradient)
+    if isinstance(config, PairLossConfig):
+      metrics |= pairs.metrics(scores, batch.labels, ties=config.ties)
     if "ratio_squared" in metrics:
       squared = metrics.pop("ratio_squared")
       metrics["effective_sample_share"] = jnp.where(
@@ -93,7 +97,7 @@ class _Loss:
   """The loss of a microbatch, as a part of the whole batch's."""
 
   forward: ForwardConfig
-  config: ObjectiveConfig | None
+  config: ObjectiveConfig | PairLossConfig | None
   entropy_bonus: float
   sampler_correction: str
   lora: LoraConfig | None
@@ -109,21 +113,22 @@ class _Loss:
   ):
     """Loss, metrics and fp32 gradient, which add up; and maxima.
 
-    Beside them the gradient of the images, in a list; [] if it is not wanted.
+    Beside them the gradient of the images, in a list that is empty if it is
+    not wanted, and a reward model's scores.
     """
 
     def loss(trained, images):
       return self(trained, frozen, micro.replace(images=images), totals)
 
     argnums = (0, 1) if of_images else (0,)
-    (value, (metrics, maxima)), (gradient, *image_gradient) = (
+    (value, (metrics, maxima, scores)), (gradient, *image_gradient) = (
       jax.value_and_grad(loss, argnums, has_aux=True)(trained, micro.images)
     )
     # Parts add up in fp32, whatever the type of the parameters.
     gradient = optax.tree.cast(gradient, jnp.float32)
     # Each device adds up its own shard alone.
     gradient = sharding.constrain_params(gradient)
-    return ((value, metrics, gradient), maxima), image_gradient
+    return ((value, metrics, gradient), maxima), (image_gradient, scores)
 
   def __call__(self, trained, frozen, micro, totals):
     forward, lora = self.forward, self.lora
@@ -131,6 +136,10 @@ class _Loss:
     if not forward.train_vision and "vision_encoder" in params:
       tower = jax.lax.stop_gradient(params["vision_encoder"])
       params = params | {"vision_encoder": tower}
+    if isinstance(self.config, PairLossConfig):
+      scores = score.completion_scores(forward, params, micro)
+      loss = pairs.pair_loss(scores, micro.labels, config=self.config)
+      return loss / totals["num_pairs"], ({}, {}, scores)
     logps, entropy = score.token_logps(forward, params, micro)
     mask, num_tokens = micro.completion_mask, totals["num_tokens"]
     entropy = jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens
@@ -146,10 +155,10 @@ class _Loss:
     else:
       loss, loss_metrics = self._policy_loss(micro, logps, totals)
     loss -= self.entropy_bonus * entropy
-    return loss, (metrics | loss_metrics, maxima)
+    return loss, (metrics | loss_metrics, maxima, None)
 
   def _policy_loss(self, micro, logps, totals):
-    assert self.config is not None
+    assert isinstance(self.config, ObjectiveConfig)
     shape, mask = (-1, logps.shape[-1]), micro.completion_mask
     sampler_weights = None
     if self.config.tis_cap is not None and micro.sampler_logps is not None:
@@ -174,9 +183,13 @@ class _Loss:
 
 
 def _totals(
-  batch: TrainBatch, config: ObjectiveConfig | None
+  batch: TrainBatch, config: ObjectiveConfig | PairLossConfig | None
 ) -> dict[str, Array]:
   """Denominators of the whole batch, at least 1 each."""
+  if isinstance(config, PairLossConfig):
+    assert batch.labels is not None
+    found = pairs.find_pairs(batch.labels, ties=config.ties)
+    return {"num_pairs": jnp.maximum(found.sum(dtype=jnp.float32), 1.0)}
   mask = batch.completion_mask
   num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
   totals = {"num_tokens": num_tokens}
@@ -195,7 +208,7 @@ def _totals(
 def _add_up(
   terms: Callable[[TrainBatch], tuple], batch: TrainBatch, num_parts: int
 ) -> tuple:
-  """Sums and maxima of `terms` over microbatches; the gradients of images."""
+  """Sums and maxima of `terms` over microbatches; all rows of the rest."""
   if num_parts == 1:
     # No second gradient to add this one to.
     return terms(batch)

@@ -21,7 +21,12 @@ from grpo_tpu.checkpoint.frozen import Frozen
 from grpo_tpu.config import eval_metrics
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import activity, compile_cache, sharding
-from grpo_tpu.evaluation import eval_sets, evaluate, preferences
+from grpo_tpu.evaluation import (
+  eval_sets,
+  evaluate,
+  preferences,
+  reward_models,
+)
 from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
@@ -126,18 +131,18 @@ class Trainer:
     self._data = data
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
+    sets = eval_sets.open_sets(config, data)
+    with_pairs = {"": data} if config.data.kind == "preference" else {}
+    if config.objective.is_reward_model:
+      sets, with_pairs = {}, sets
     self._eval_batches = {
       name: evaluate.make_batches(each, config, mesh, name)
-      for name, each in eval_sets.open_sets(config, data).items()
+      for name, each in sets.items()
     }
-    self._preference_batches = None
-    if config.data.kind == "preference":
-      self._preference_batches = data.preference_batches(
-        num_problems=config.eval.num_problems,
-        batch_size=config.eval.batch_size,
-        max_new_tokens=config.rollout.max_new_tokens,
-        **self._shards,
-      )
+    self._pair_batches = {
+      name: evaluate.make_batches(each, config, mesh, name, labelled=True)
+      for name, each in with_pairs.items()
+    }
     # Prompt shapes to come, until their programs are compiled.
     self._shapes: set[record_index.BatchShape] = set()
     self._prompts: Iterator[pipeline.Batch] = iter(())
@@ -283,7 +288,8 @@ class Trainer:
         old_per_token_logps=ref_logps if kind == "preference" else None,
       )
     is_off_policy = self.config.train.num_iterations > 1 and kind == "online"
-    weighs_entropy = share < 1 and kind != "demonstrations"
+    is_policy = not self.config.objective.is_reward_model
+    weighs_entropy = share < 1 and kind != "demonstrations" and is_policy
     if is_off_policy or weighs_entropy:
       old_logps, entropy = self._score(self.learner.params(state), batch)
       if is_off_policy:
@@ -376,12 +382,14 @@ class Trainer:
       )
       metrics |= eval_metrics.of_set(result.scalars, name)
       shown += result.shown
-    if self._preference_batches is not None:
-      assert self._reference is not None
-      reference, batches = self._reference.params, self._preference_batches
-      metrics |= preferences.evaluate_preferences(
-        self.collector, params, reference, batches
-      )
+    for name, batches in self._pair_batches.items():
+      if self._reference is None:
+        figures = reward_models.evaluate(self.collector, params, batches)
+        metrics |= eval_metrics.of_set(figures["scalars"], name)
+      else:
+        metrics |= preferences.evaluate_preferences(
+          self.collector, params, self._reference.params, batches
+        )
     return metrics, shown
 
   def _compile_for_shapes(
