@@ -14,7 +14,8 @@ def resolve(config: Config) -> Config:
   from grpo_tpu.config import sources
 
   mode, workdir = flags.MODE.value, flags.workdir()
-  return sources.resolve(config, mode, workdir, flags.has_override)
+  config = sources.resolve(config, mode, workdir, flags.has_override)
+  return sources.fix_networks(config, workdir) if mode == "train" else config
 
 
 def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:

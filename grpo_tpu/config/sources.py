@@ -55,9 +55,7 @@ def resolve(
   schema.check_weights(config, is_remote=True)
   for _, template, _ in config.rewards.judges:
     judge_templates.open_template(template)
-  if mode == "train":
-    config = _fix_networks(config, workdir)
-  else:
+  if mode != "train":
     config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]
   has_data = config.data.weighted_dirs or mode in ("export", "answer")
@@ -85,7 +83,7 @@ def _recorded_head(weights: str) -> str:
   return record["config"].get("model", {}).get("head", "") if record else ""
 
 
-def _fix_networks(config: Config, workdir: str) -> Config:
+def fix_networks(config: Config, workdir: str) -> Config:
   """The settings with the steps of reward models and judges.
 
   They are those that the run in the workdir started with, if there is one.

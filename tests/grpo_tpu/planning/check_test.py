@@ -45,6 +45,10 @@ print(json.dumps(answers))
 """
 ACCEPTED = {
   "trains": (V5E_16, *NAMED, "--topology=v5e:4x4"),
+  "pays by a reward model": (
+    *(V5E_16, *NAMED),
+    "--config.rewards.models=(('run:/nowhere/pairs',1.0),)",
+  ),
   "another format": (
     *(f"{V5E_16}:lora", NAMED[1]),
     "--config.model.weights=gguf:/mnt/x.gguf",
