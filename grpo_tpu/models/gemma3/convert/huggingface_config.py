@@ -26,12 +26,12 @@ _CONSTANTS["text"] |= {
   "final_logit_softcapping": None,
   "attn_logit_softcapping": None,
 }
-# By whether they have an image tower, and a score in place of logits.
+# Whether they have an image tower, and a score in place of logits.
 _ARCHITECTURES = {
-  (True, False): "Gemma3ForConditionalGeneration",
-  (False, False): "Gemma3ForCausalLM",
-  (True, True): "Gemma3ForSequenceClassification",
-  (False, True): "Gemma3TextForSequenceClassification",
+  "Gemma3ForConditionalGeneration": (True, False),
+  "Gemma3ForCausalLM": (False, False),
+  "Gemma3ForSequenceClassification": (True, True),
+  "Gemma3TextForSequenceClassification": (False, True),
 }
 # Larger than any model, and small enough to list the tensors of each layer.
 _MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
@@ -70,13 +70,12 @@ def _parse(values: dict) -> gemma3_config.ModelConfig:
   architectures = values.get("architectures")
   names = untrusted.check_kind(architectures or [], list, "architectures")
   architecture = names[0] if names else None
-  kinds = {name: kind for kind, name in _ARCHITECTURES.items()}
-  if architecture not in kinds:
+  if architecture not in list(_ARCHITECTURES):  # It may be of any type.
     raise ValueError(
       f"architectures ({untrusted.shorten(architectures)}) must be one of "
-      f"{', '.join(kinds)}"
+      f"{', '.join(_ARCHITECTURES)}"
     )
-  has_tower, has_score = kinds[architecture]
+  has_tower, has_score = _ARCHITECTURES[architecture]
   if not has_tower:
     text, tower = values, None
     faults = _faults(text, _CONSTANTS["text"])
@@ -271,7 +270,8 @@ def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
     }
   )
   kind = bool(tower), config.has_score
-  top = {"architectures": [_ARCHITECTURES[kind]], "torch_dtype": dtype}
+  names = [name for name, each in _ARCHITECTURES.items() if each == kind]
+  top = {"architectures": names, "torch_dtype": dtype}
   top |= _TABLES["written"]["score"] if config.has_score else {}
   if not tower:
     return text | top

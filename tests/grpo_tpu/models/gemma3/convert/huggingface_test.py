@@ -333,6 +333,7 @@ def test_a_config_of_other_arithmetic_is_refused_by_field(
   [
     ("architectures", {"a": 1}, "architectures must be a list"),
     ("architectures", 3, "architectures must be a list"),
+    ("architectures", [["a"]], r"architectures \(\[\[.a.\]\]\) must be one"),
     ("text_config", "x", "text_config must be an object"),
     ("vision_config", [1], "vision_config must be an object"),
     ("text_config.num_hidden_layers", 10**9, "an integer of 1 to 1000"),
