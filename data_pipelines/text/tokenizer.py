@@ -81,6 +81,8 @@ class Tokenizer:
     """Encodes plain text, in which "<end_of_turn>" ends no turn."""
     ids: list[int] = []
     start = 0
+    if not text:  # As half the parts of a prompt are.
+      return ids
     # Names of control tokens are cut after the first character: neither half is
     # a name, nor part of another name.
     for match in self._control_names.finditer(text):
