@@ -1,6 +1,7 @@
 """Opens a mode: checks all that it reads before devices start, then runs it."""
 
 import dataclasses
+import gc
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ def open_mode(config: Config, report: Any) -> tuple[Callable, Mapping]:
   from grpo_tpu.evaluation import eval_sets, evaluate
   from grpo_tpu.train import loop
 
+  gc.freeze()  # Modules are no garbage: no collection looks at them again.
   data = dataset.open_dataset(
     config.data,
     config.model_inputs,

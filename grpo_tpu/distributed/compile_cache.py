@@ -32,6 +32,8 @@ def enable_persistent_cache(folder: str) -> None:
     except OSError as error:
       logging.warning("No compilation cache: %s", error)
       return
+  else:  # On a disk a small program is read faster than it is compiled.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   logging.info("Compilation cache: %s", path)
   jax.config.update("jax_compilation_cache_dir", path)
 

@@ -212,6 +212,7 @@ def _add_up(
   if num_parts == 1:
     # No second gradient to add this one to.
     return terms(batch)
+  terms = jax.jit(terms, inline=True)  # Traced once, for shapes and the scan.
 
   def accumulate(carry, micro):
     (sums, maxima), ((new_sums, new_maxima), rows) = carry, terms(micro)
