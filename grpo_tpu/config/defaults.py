@@ -124,6 +124,8 @@ _DEFAULTS = dict(
   ),
   objective=dict(
     preset="dapo",
+    teacher="",
+    reward_aggregation="sum_then_normalize",
     advantage_scale=str,
     advantage_baseline="mean",
     aggregation=str,
@@ -148,6 +150,8 @@ _DEFAULTS = dict(
     top_entropy_share=1.0,
     entropy_bonus=0.0,
     sampler_correction="token",
+    sampler_ratio_bounds=(),  # As in (0.5, 2.0).
+    off_policy_bound=float,
   ),
   optimizer=dict(
     learning_rate=1e-6,

@@ -6,6 +6,7 @@ settings can be read in a moment; the checks that need it do.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,7 +95,7 @@ class Config:
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       max_new_tokens=self.rollout.max_new_tokens,
-      pays_unchecked=has_labels or self.rewards.pays_unchecked,
+      pays_unchecked=has_labels or self.rewards.pays_unchecked or self.distills,
     )
 
   @property
@@ -118,15 +119,27 @@ class Config:
   @property
   def collector_config(self) -> CollectorConfig:
     """How a batch of experience is made."""
+    shaping, paid = self.shaping, {}
+    if self.distills and not self.rewards.paid:
+      # The teacher teaches groups of equal rewards, which are logged only.
+      shaping = dataclasses.replace(shaping, zero_variance="keep")
+    kind, labels = self.data.kind, self.data.preference_rewards == "labels"
+    is_apart = self.objective.reward_aggregation == "normalize_then_sum"
+    if is_apart and not (kind == "preference" and labels):
+      paid = dict(self.rewards.paid)
+      if kind == "online" and shaping.truncated == "penalise":
+        paid["length_penalty"] = 1.0
     return CollectorConfig(
       kind=self.data.kind,
       rewards=self.rewards,
-      shaping=self.shaping,
+      shaping=shaping,
       advantage_scale=self.objective.scale,
       advantage_baseline=self.objective.advantage_baseline,
+      paid_apart=tuple(paid.items()),
       num_parts=self.num_rollouts,
-      label_rewards=self.data.preference_rewards == "labels",
+      label_rewards=labels,
       is_reward_model=self.objective.is_reward_model,
+      keeps_pixels=self.distills and not self.model.train_vision,
     )
 
   @property
@@ -146,11 +159,32 @@ class Config:
   def has_reference(self) -> bool:
     """True if a frozen reference model scores the training batches."""
     kind = self.data.kind
-    if self.objective.is_reward_model:
+    if self.objective.is_reward_model or self.distills:
       return False
     return kind == "preference" or (
       kind == "online" and self.objective_config.beta > 0
     )
+
+  @property
+  def distills(self) -> bool:
+    """True if a teacher teaches."""
+    return bool(self.objective.teacher)
+
+  @functools.cached_property
+  def teacher(self) -> ModelSettings:
+    """The model that `objective.teacher` names, read from its files.
+
+    Unless it is a run, it reads images of the policy's `image_size`.
+    """
+    from grpo_tpu.checkpoint import networks
+
+    name, model = self.objective.teacher, self.model
+    dtype = self.rewards.network_dtype or model.param_dtype
+    like = dataclasses.replace(model, param_dtype=dtype)
+    found = networks.read_settings(name, like, setting="objective.teacher")
+    if found.network.vision and not name.startswith("run:"):
+      return dataclasses.replace(found, image_size=model.image_size)
+    return found
 
   @property
   def needs_start(self) -> bool:
@@ -248,17 +282,31 @@ def _check_rewards(config: Config) -> None:
   """Checks rewards and their shaping against the prompts and completions."""
   length, shaping = config.rollout.max_new_tokens, config.shaping
   is_online = config.data.kind == "online"
-  can_compare = config.rollout.num_generations >= 2 or not is_online
+  teacher, is_paid = config.distills, bool(config.rewards.paid)
+  compares = is_online and (is_paid or not teacher)
+  can_compare = config.rollout.num_generations >= 2 or not compares
+  bounded = shaping.sampler_ratio_bounds or shaping.off_policy_bound is not None
+  bounds_rule = "be () if completions come with the data, as "
+  bounds_rule += "shaping.off_policy_bound be None"
   fits = shaping.soft_tokens <= length or shaping.truncated != "penalise"
   tokens_rule = f"be at most rollout.max_new_tokens ({length})"
   can_draw = is_online or shaping.zero_variance != "resample"
   variance_rule = "not be resample if completions come with the data"
   pair = "be at least 2, for an advantage compares completions of one prompt"
+  has_kl = config.objective_config.beta > 0 or not teacher
+  teaches = (
+    not is_online or is_paid or teacher or config.rewards.preset != "none"
+  )
+  none_rule = "pay a reward where no teacher teaches"
   require_all(
     *(config, ""),
+    ("data.kind", is_online or not teacher, "be online to distill", "online"),
+    ("objective.beta", has_kl, "be above 0 to distill", 1.0),
+    ("rewards.preset", bool(teaches), none_rule, "answer"),
     ("shaping.soft_tokens", fits, tokens_rule, max(1, length // 4)),
     ("shaping.zero_variance", can_draw, variance_rule, "drop"),
     ("rollout.num_generations", can_compare, pair, 8),
+    ("shaping.sampler_ratio_bounds", is_online or not bounded, bounds_rule, ()),
   )
   weight, name = config.rewards.weights["format"], config.data.prompt_template
   asks = chat_prompts.asks_for_tag(name)
@@ -272,8 +320,35 @@ def _check_rewards(config: Config) -> None:
   )
 
 
+def _check_teacher(config: Config) -> None:
+  """Checks that the teacher can score what the policy samples."""
+  named, ours = config.objective.teacher, config.model_config
+  theirs = config.teacher.network
+  size, shown = (x.vision and x.vision.shown_size for x in (ours, theirs))
+  for fits, rule, remedy in (
+    (not theirs.has_score, "be a language model", "name no reward model"),
+    (
+      theirs.vocab_size == ours.vocab_size,
+      f"have the tokenizer of {config.model.name}",
+      "name another teacher",
+    ),
+    (
+      shown or not size,
+      "have an image tower, as the policy has",
+      "name a larger teacher",
+    ),
+    (
+      not size or shown == size,
+      f"read images of the policy's size, {size} pixels, and not of {shown}",
+      f"set model.image_size={config.teacher.image_size}",
+    ),
+  ):
+    require(bool(fits), "objective.teacher", named, rule, remedy)
+  _check_mesh(config, theirs)
+
+
 def check_weights(config: Config, *, is_remote: bool) -> None:
-  """Checks that the files of weights and adapters fit the model.
+  """Checks that the files of weights, adapters and teacher fit the model.
 
   Those in a bucket are checked when a mode is about to read them: a plan needs
   neither them nor the network.
@@ -283,6 +358,9 @@ def check_weights(config: Config, *, is_remote: bool) -> None:
     from grpo_tpu.models.gemma3.convert import peft
 
     peft.check(config.model_config, config.model.lora)
+  teacher = config.objective.teacher.partition(":")[2]
+  if teacher and paths.is_remote(teacher) == is_remote:
+    _check_teacher(config)
   named, name = config.model.weights, config.model.name
   scheme, _, rest = named.partition(":")
   has_files = scheme not in ("", "random", "run")
@@ -308,17 +386,21 @@ def check_weights(config: Config, *, is_remote: bool) -> None:
     ) from error
 
 
-def _check_mesh(config: Config) -> None:
-  """Checks, without devices, that the mesh divides every parameter."""
+def _check_mesh(config: Config, network: ModelConfig | None = None) -> None:
+  """Checks, without devices, that the mesh divides every parameter.
+
+  Those are the policy's, with its adapters, unless another network is given.
+  """
   import numpy as np
 
   from grpo_tpu.distributed import sharding
   from grpo_tpu.models.gemma3 import lora, weights
 
   mesh = sharding.abstract_mesh(**dataclasses.asdict(config.mesh))
-  tree = weights.abstract_params(config.model_config, np.dtype(np.float32))
+  sizes = network or config.model_config
+  tree = weights.abstract_params(sizes, np.dtype(np.float32))
   sharding.param_shardings(mesh, tree)
-  if config.lora:
+  if config.lora and not network:
     adapters = lora.abstract_adapters(config.model_config, config.lora)
     sharding.param_shardings(mesh, adapters)
 

@@ -31,8 +31,11 @@ def per_token_logps(
   banned_ids: tuple[int, ...] = (),
   is_early: Bool[Array, "*batch"] | None = None,
   vocab_axis: str | None = None,
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+  teacher: tuple[Float[Array, "*batch E"], Float[Array, "V E"]] | None = None,
+) -> tuple[Float[Array, "*batch"], ...]:
   """Log-probability of each id and entropy of its distribution, in fp32 nats.
+
+  With a teacher also KL(distribution || teacher's), over the whole vocabulary.
 
   The logits of `chunk_size` tokens exist at a time, in the backward pass too,
   which recomputes them if there is more than one chunk.
@@ -48,6 +51,7 @@ def per_token_logps(
       token is early.
     vocab_axis: In a `shard_map`, the mesh axis whose shards each hold a part of
       the embedding's rows, in order; None if the embedding is whole.
+    teacher: Another model's states and output embedding, without gradient.
   """
   num_tokens = math.prod(ids.shape)
   chunk_size = min(chunk_size, num_tokens)
@@ -62,6 +66,7 @@ def per_token_logps(
     chunks(states, states.shape[-1]),
     chunks(ids),
     None if is_early is None else chunks(is_early),
+    None if teacher is None else chunks(teacher[0], teacher[0].shape[-1]),
   )
   # The backward pass of several chunks recomputes their logits. With one chunk
   # the logits may stay: only the loss stands between forward and backward.
@@ -69,18 +74,16 @@ def per_token_logps(
   spec = _LogitsSpec(temperature, banned_ids, keeps_logits, vocab_axis)
 
   def score_chunk(args):
-    states, ids, is_early = args
-    return _score(spec, states, embedding, ids, is_early)
+    states, ids, is_early, theirs = args
+    pair = None if teacher is None else (theirs, teacher[1])
+    return _score(spec, states, embedding, ids, is_early, pair)
 
   if keeps_logits:
     # A loop of one would add the embedding's gradient to zeros.
-    logps, entropies = score_chunk(jax.tree.map(lambda x: x[0], args))
+    found = score_chunk(jax.tree.map(lambda x: x[0], args))
   else:
-    logps, entropies = jax.lax.map(score_chunk, args)
-  return (
-    logps.reshape(-1)[:num_tokens].reshape(ids.shape),
-    entropies.reshape(-1)[:num_tokens].reshape(ids.shape),
-  )
+    found = jax.lax.map(score_chunk, args)
+  return tuple(x.reshape(-1)[:num_tokens].reshape(ids.shape) for x in found)
 
 
 def sharded_per_token_logps(
@@ -89,8 +92,9 @@ def sharded_per_token_logps(
   embedding: Float[Array, "V D"],
   *,
   is_early: Bool[Array, "U C T"] | None = None,
+  teacher: tuple[Float[Array, "U C T E"], Float[Array, "V E"]] | None = None,
   **kwargs: Any,
-) -> tuple[Float[Array, "U C T"], Float[Array, "U C T"]]:
+) -> tuple[Float[Array, "U C T"], ...]:
   """`per_token_logps`, with each data shard scoring its own bundles.
 
   The compiler alone would split every chunk's logits along `D` and sum them
@@ -102,29 +106,39 @@ def sharded_per_token_logps(
   """
   mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
   shards = 1 if mesh.empty else math.prod(mesh.shape[name] for name in batch)
-  dtype = embedding.dtype
 
-  def score(states, ids, embedding, *early, vocab_axis=None):
-    early = {"is_early": early[0]} if early else {}
+  def score(rows, embeddings, vocab_axis=None):
+    states, ids, is_early, theirs = rows
     return per_token_logps(
-      states, ids, embedding, **kwargs, **early, vocab_axis=vocab_axis
+      states,
+      ids,
+      embeddings[0],
+      is_early=is_early,
+      teacher=None if teacher is None else (theirs, embeddings[1]),
+      vocab_axis=vocab_axis,
+      **kwargs,
     )
 
-  def score_shard(states, ids, embedding, *early):
-    whole = _gather_columns(embedding.astype(states.dtype))
+  def score_shard(rows, embeddings):
+    whole = [_gather_columns(x.astype(states.dtype)) for x in embeddings]
     # Gradients of chunks add up in the type of the parameter.
-    return score(states, ids, whole.astype(dtype), *early, vocab_axis="tensor")
+    types = [x.dtype for x in embeddings]
+    whole = [x.astype(y) for x, y in zip(whole, types, strict=True)]
+    return score(rows, whole, vocab_axis="tensor")
 
-  arrays = (states, ids, embedding, *(() if is_early is None else (is_early,)))
+  theirs, their_embedding = (
+    ((x,) for x in teacher) if teacher else ((None,), ())
+  )
+  rows = (states, ids, is_early, *theirs)
+  embeddings = (embedding, *their_embedding)
   if mesh.empty or mesh.size == 1 or states.shape[0] % shards:
-    return score(*arrays)
-  rows = sharding.BATCH
+    return score(rows, embeddings)
   return jax.shard_map(
     score_shard,
-    in_specs=(rows, rows, P("tensor", "fsdp"), *[rows] * (len(arrays) - 3)),
-    out_specs=(rows, rows),
+    in_specs=(sharding.BATCH, P("tensor", "fsdp")),
+    out_specs=sharding.BATCH,
     check_vma=False,
-  )(*arrays)
+  )(rows, embeddings)
 
 
 @jax.custom_vjp
@@ -186,20 +200,27 @@ class _LogitsSpec(NamedTuple):
     """The maximum over all parts of the vocabulary."""
     return jax.lax.pmax(x, self.vocab_axis) if self.vocab_axis else x
 
+  def log_ratio(self, logps: Array, is_early, teacher) -> Array:
+    """Log-probabilities of all ids less those of the teacher."""
+    logits = self.logits(is_early, *teacher)
+    below = logits - self.largest(logits.max(axis=-1, keepdims=True))
+    total = self.total(jnp.exp(below).sum(axis=-1, keepdims=True))
+    return logps - (below - jnp.log(total))
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _score(spec: _LogitsSpec, states, embedding, ids, is_early):
-  """Log-probabilities and entropies of a chunk.
+def _score(spec: _LogitsSpec, states, embedding, ids, is_early, teacher):
+  """Log-probabilities, entropies and KLs to a teacher, if any, of a chunk.
 
   The backward pass is one exponential and one select per logit. Automatic
   differentiation would turn the gather of the chosen logits into a scatter into
   zeros.
   """
-  outputs, _ = _score_forward(spec, states, embedding, ids, is_early)
+  outputs, _ = _score_forward(spec, states, embedding, ids, is_early, teacher)
   return outputs
 
 
-def _score_forward(spec, states, embedding, ids, is_early):
+def _score_forward(spec, states, embedding, ids, is_early, teacher):
   logits = spec.logits(is_early, states, embedding)
   peak = spec.largest(logits.max(axis=-1, keepdims=True))
   # Logits relative to the peak are small numbers, which round least.
@@ -213,14 +234,22 @@ def _score_forward(spec, states, embedding, ids, is_early):
   chosen = jnp.take_along_axis(logits, column[:, None], axis=1) - peak
   chosen = spec.total(jnp.where(is_own, chosen[:, 0], 0.0))
   kept = logits if spec.keeps_logits else None
-  residuals = states, embedding, ids, is_early, peak, total, mean, kept
-  return (chosen - jnp.log(total), jnp.log(total) - mean), residuals
+  outputs = chosen - jnp.log(total), jnp.log(total) - mean
+  kl = None
+  if teacher is not None:
+    logps = logits - peak - jnp.log(total)[:, None]
+    log_ratio = spec.log_ratio(logps, is_early, teacher)
+    kl = spec.total(jnp.sum(jnp.exp(logps) * log_ratio, axis=-1))
+    outputs += (kl,)
+  given = states, embedding, ids, is_early, teacher
+  return outputs, (*given, peak, total, mean, kept, kl)
 
 
 def _score_backward(spec, residuals, gradients):
-  states, embedding, ids, is_early, peak, total, mean, kept = residuals
+  states, embedding, ids, is_early, teacher, *found = residuals
+  peak, total, mean, kept, kl = found
   # The gradient of a result that shards share arrives in parts, one per shard.
-  d_logps, d_entropies = (spec.total(x)[:, None] for x in gradients)
+  d_logps, d_entropies, *d_kl = (spec.total(x)[:, None] for x in gradients)
   logits, pull = jax.vjp(
     functools.partial(spec.logits, is_early), states, embedding
   )
@@ -228,11 +257,17 @@ def _score_backward(spec, residuals, gradients):
   # d logp / d logit = chosen - p; d entropy / d logit = -p (logit - mean).
   probabilities = jnp.exp(below) / total[:, None]
   slope = d_logps + d_entropies * (below - mean[:, None])
+  if teacher is not None:
+    # d KL / d logit = p (log p / teacher's p - KL).
+    log_ratio = spec.log_ratio(
+      below - jnp.log(total)[:, None], is_early, teacher
+    )
+    slope -= d_kl[0] * (log_ratio - kl[:, None])
   num_ids = below.shape[-1]
   own_ids = jnp.arange(num_ids)[None]
   is_chosen = own_ids == ids[:, None] - spec.first_id(num_ids)
   gradient = jnp.where(is_chosen, d_logps, 0.0) - probabilities * slope
-  return *pull(gradient), None, None
+  return *pull(gradient), None, None, None
 
 
 _score.defvjp(_score_forward, _score_backward)

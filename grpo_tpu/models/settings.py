@@ -23,7 +23,7 @@ LORA_TARGETS = ("q", "kv", "output", "gating", "linear", "projector")
 _WEIGHTS = ("hf", "gguf", "gemma", "run", "random")
 
 
-def _expand_weights(name: str, value: str) -> str:
+def expand_weights(name: str, value: str) -> str:
   """The weights with the home in the place of a leading `~` of their path."""
   scheme, _, rest = value.partition(":")
   if scheme in (*_WEIGHTS, "peft") and scheme != "random":
@@ -48,7 +48,7 @@ class LoraConfig:
   rank: int = field(metadata=interval("[0, inf)", 16))
   alpha: float = field(metadata=interval("(0, inf)", 32.0))
   targets: tuple[str, ...] = field(metadata=one_of(LORA_TARGETS))
-  init: str = field(metadata={"expand": _expand_weights})
+  init: str = field(metadata={"expand": expand_weights})
 
   def __post_init__(self):
     check_fields(self, "model.lora")
@@ -109,7 +109,7 @@ class ModelSettings:
   name: str = field(metadata=one_of(gemma3_config.CONFIGS))
   image_size: int | None
   head: str = field(metadata=one_of(("", "score")))
-  weights: str = field(metadata={"expand": _expand_weights})
+  weights: str = field(metadata={"expand": expand_weights})
   param_dtype: str = field(metadata=one_of(DTYPES))
   compute_dtype: str = field(metadata=one_of(DTYPES))
   attention: str = field(metadata=one_of(ATTENTION_KINDS))

@@ -24,6 +24,7 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import config as gemma3_config
+from grpo_tpu.models.gemma3.embedding import output_embedding
 from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rewards import judge, model
@@ -143,13 +144,13 @@ def part_of(name: str) -> str:
 
 
 def is_network(name: str) -> bool:
-  """True for the program of a reward model or a judge, named as it is."""
-  return name.startswith(("model_", "judge_"))
+  """True for the program of a teacher, reward model or judge, named as it is."""
+  return name.startswith(("model_", "judge_", "teacher"))
 
 
 @functools.cache
 def reward_networks(config: Config) -> dict[str, ModelSettings]:
-  """The settings of the reward models and the judges by name."""
+  """The settings of reward models, judges and the teacher by name."""
   rewards, policy = config.rewards, config.model
   found = model.read_models(rewards, policy)
   found += [
@@ -158,12 +159,13 @@ def reward_networks(config: Config) -> dict[str, ModelSettings]:
     else networks.read_settings(weights, policy, setting="rewards.judges")
     for weights, *_ in rewards.judges
   ]
-  return dict(zip(rewards.network_weights, found, strict=True))
+  named = dict(zip(rewards.network_weights, found, strict=True))
+  return named | ({"teacher": config.teacher} if config.distills else {})
 
 
 def reads_pixels(config: Config, name: str) -> bool:
   """True if a program reads images of `model.image_size`."""
-  if step_of(name) == "pictures":
+  if step_of(name) == "pictures" or name == "teacher (image)":
     return True
   scores = part_of(name) == "update" or step_of(name) == "evaluation_score"
   return scores and config.model.train_vision and "(text)" not in name
@@ -221,14 +223,18 @@ def resident_bytes(config: Config) -> dict[str, int]:
     reference = _abstract_reference(config, mesh, config.model.reference_memory)
   memory = config.rewards.network_memory
   # Judges with the same weights share them, and "self" is the reference.
-  loaded = {x.weights: x for x in reward_networks(config).values()}
+  found = dict(reward_networks(config))
+  teacher = found.pop("teacher", None)
+  loaded = {x.weights: x for x in found.values()}
   loaded.pop(config.model.weights, None)
   kept = [_abstract_network(config, x, mesh, memory) for x in loaded.values()]
+  teachers = [_abstract_network(config, teacher, mesh, memory)] * bool(teacher)
   return {
     "params": device_bytes((state.params, frozen)),
     **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},
     "reference": device_bytes(reference),
     **({"rewards": device_bytes(kept)} if kept else {}),
+    **({"teacher": device_bytes(teachers)} if teachers else {}),
   }
 
 
@@ -394,6 +400,8 @@ class _AbstractPrograms:
     is_judge, part = name.startswith("judge_"), "rewards"
     if network == config.model:
       part = "params" if config.lora else "reference"
+    if name == "teacher":
+      part = "teacher"
     if is_judge:
       prompts = at_once
     bundles = model.abstract_bundles(
@@ -401,6 +409,12 @@ class _AbstractPrograms:
     )
     program = jax.jit(functools.partial(model.score_parts, forward, at_once))
     args = params, *bundles
+    if name == "teacher":
+      kwargs = {"num_microbatches": config.num_microbatches}
+      program = functools.partial(score.score_batch, forward, **kwargs)
+      program = jax.jit(functools.partial(program, gives_states=True))
+      bundles = self._bundles(prompts).replace(teacher_states=None)
+      args = params, bundles
     if is_judge:
       program = judge.share_of_yes
       length = self._array(jnp.int32, prompts, sizes[0])
@@ -417,16 +431,21 @@ class _AbstractPrograms:
     """Updates the parameters once."""
     config, state, frozen = self._config, self._state, self._frozen
     bundles = self._bundles(config.data.prompts_per_step)
+    teacher = None
+    if config.distills:
+      teacher = _abstract_network(config, config.teacher, self._mesh)
+      teacher = output_embedding(teacher)
     trainer = learner.Learner(
       config.model, self._sampler.forward, self._mesh, config.learner_config
     )
     return Program(
       self._name,
       trainer.update,
-      args=(state, bundles, frozen),
+      args=(state, bundles, frozen, teacher),
       parts={
         "params": (state.params, frozen),
         **_optimizer_parts(state),
+        "teacher": teacher,
         "batch": bundles,
       },
       tokens=math.prod(bundles.completion_ids.shape),
@@ -459,7 +478,7 @@ class _AbstractPrograms:
     width, new = completions_per_prompt(config), config.rollout.max_new_tokens
     asked = self._abstract_prompts(prompts)
     images, vision = asked.images, config.model_config.vision
-    if vision and self._has_images and config.model.train_vision:
+    if vision and reads_pixels(config, self._name):
       side = vision.shown_size
       shape = (asked.images.shape[1], side, side, 3)
       images = self._array(jnp.uint8, prompts, *shape)
@@ -476,6 +495,10 @@ class _AbstractPrograms:
     is_old = kind == "preference" or config.train.num_iterations > 1
     share = config.shaping.top_entropy_share
     has_weights = share < 1 and kind != "demonstrations"
+    states = None
+    if config.distills:
+      shape = prompts, width, new, config.teacher.network.embed_dim
+      states = self._array(self._sampler.forward.dtype, *shape)
     preferred = self._array(jnp.bool_, prompts, width, width)
     if config.objective.is_reward_model:
       batch = batch.replace(labels=number)
@@ -486,6 +509,7 @@ class _AbstractPrograms:
         ref_per_token_logps=logps if config.has_reference else None,
         sampler_logps=logps if kind == "online" else None,
         token_weights=logps if has_weights else None,
+        teacher_states=states,
         preferred=preferred if kind == "preference" else None,
       )
     if "(mixed)" not in self._name:

@@ -25,6 +25,7 @@ PRESETS: Mapping[str, float] = {
   "answer": 0.0,  # Logs the heuristics only.
   "gated": 0.02,
   "full": 1.0,  # Up to 0.5, 0.3 and 0.2.
+  "none": 0.0,  # Logs all rewards only, of a policy that a teacher teaches.
 }
 
 NORMALIZATIONS = ("none", "reference", "running")
@@ -192,6 +193,8 @@ class RewardConfig:
   def weights(self) -> dict[str, float]:
     """The weight of each component of the host, by name, in a fixed order."""
     preset = {"accuracy": 1.0, "format": 0.1}
+    if self.preset == "none":
+      preset = dict.fromkeys(preset, 0.0)
     preset |= dict.fromkeys(HEURISTICS, PRESETS[self.preset])
     own = {name: getattr(self, name) for name in COMPONENTS}
     named = {
@@ -206,6 +209,13 @@ class RewardConfig:
     """The weights of the components that pay for more than right answers."""
     weights = self.weights | self.network_weights
     return {k: x for k, x in weights.items() if x and k != "accuracy"}
+
+  @property
+  def paid(self) -> dict[str, float]:
+    """The weights that are not 0, of all components in a fixed order."""
+    weights = self.weights | self.network_weights
+    weights[SPREAD] = -self.spread_penalty
+    return {name: weight for name, weight in weights.items() if weight}
 
   @property
   def is_gated(self) -> bool:

@@ -69,12 +69,14 @@ def reward_statistics(
   rewards: dict[str, Float[Array, "B G"]],
   valid: Bool[Array, "B G"],
   known: Bool[Array, "B G"],
+  compared: dict[str, Float[Array, "B G"]] | None = None,
 ) -> Metrics:
   """Means and spreads of the valid rewards, over the batch and within groups.
 
   The rewards "total" and "heuristics" are sums of the others, and a
   "length_penalty" is no reward. Accuracy counts
-  the rows `known` alone: the valid ones that rules can check.
+  the rows `known` alone: the valid ones that rules can check. Groups are
+  unanimous in the rewards that are `compared`, by default the total.
   """
   total = rewards["total"]
   correct = rewards["accuracy"] > 0.5
@@ -88,7 +90,8 @@ def reward_statistics(
   )
   groups = valid.any(axis=1)
   num_groups = jnp.maximum(groups.sum(), 1)
-  unanimous = groups & ~shaping.has_reward_variance(total, valid)
+  has_signal = shaping.has_signal(compared or {"total": total}, valid)
+  unanimous = groups & ~has_signal
   metrics = {
     "rollout/reward": valid_mean(total, valid),
     "rollout/reward_std": jnp.where(groups, spread, 0.0).sum() / num_groups,

@@ -125,8 +125,7 @@ class Collector:
       kept += new_samples
       groups = _best_groups(self.sampler.mesh, groups, new) if groups else new
       if number < position + limit:
-        total, valid = groups.rewards["total"], groups.valid
-        if jax.jit(shaping.has_reward_variance)(total, valid).all():
+        if jax.jit(shaping.has_signal)(groups.compared, groups.valid).all():
           break
     assert groups is not None
     batch, advantage_metrics = self._add_advantages(groups)
@@ -174,6 +173,7 @@ class Collector:
     scored = (
       *self.group_rewards(scores, batch),
       batch.prompt_index + first_group,
+      self._apart(scores, is_present.shape),
     )
     scored = sharding.device_put_batch(sampler.mesh, scored)
     reward_end = time.perf_counter()
@@ -201,7 +201,7 @@ class Collector:
     return groups, metrics, kept
 
   def _make_groups(
-    self, prompts, sampled, rewards, valid, group
+    self, prompts, sampled, rewards, valid, group, apart
   ) -> tuple[ScoredGroups, Metrics]:
     """Joins completions and rewards; shapes what truncated completions get."""
     completions = sampled.completions
@@ -218,10 +218,12 @@ class Collector:
         max_length=self.sampler.settings.max_new_tokens,
         soft_tokens=self.config.shaping.soft_tokens,
       )
+      if apart:
+        apart |= {"length_penalty": rewards["length_penalty"]}
     elif self.config.shaping.truncated == "mask":
       mask &= completions.stopped[..., None]
     batch = batch.replace(completion_mask=mask, sampler_logps=completions.logps)
-    return ScoredGroups(batch, rewards, valid, group), metrics
+    return ScoredGroups(batch, rewards, valid, group, apart), metrics
 
   def _collect_offline(
     self,
@@ -308,12 +310,13 @@ class Collector:
       rewards["heuristics"] = np.zeros_like(rewards["total"])
     better = prompts.labels[:, :, None] > prompts.labels[:, None, :]
     preferred = better & valid[:, :, None] & valid[:, None, :]
-    rewards, valid, group, preferred = sharding.device_put_batch(
-      self.sampler.mesh, (rewards, valid, prompts.prompt_index, preferred)
-    )
+    apart = self._apart(scores, is_present.shape)
+    rows = rewards, valid, prompts.prompt_index, preferred, apart
+    rows = sharding.device_put_batch(self.sampler.mesh, rows)
+    rewards, valid, group, preferred, apart = rows
     mask = batch.completion_mask & valid[..., None]
     batch = batch.replace(completion_mask=mask)
-    groups = ScoredGroups(batch, rewards, valid, group)
+    groups = ScoredGroups(batch, rewards, valid, group, apart)
     return groups, preferred, _error_counts(scores)
 
   def group_rewards(
@@ -331,6 +334,16 @@ class Collector:
     }
     return rewards, scores.valid.reshape(shape) & prompts.valid[:, None]
 
+  def _apart(
+    self, scores: scoring.Scores, shape: tuple[int, ...]
+  ) -> dict[str, np.ndarray]:
+    """`apart` of `ScoredGroups`, for this process's rows."""
+    return {
+      name: np.asarray(scores.paid[name], np.float32).reshape(shape)
+      for name, _ in self.config.paid_apart
+      if name in scores.paid
+    }
+
   def _make_batch(
     self, prompts: pipeline.Batch, ids: Array, mask: Array, images: Any
   ) -> TrainBatch:
@@ -339,16 +352,22 @@ class Collector:
     prompt_ids, prompt_length = sharding.device_put_batch(
       mesh, (prompts.prompt_ids, prompts.prompt_length)
     )
+    pixels = None
+    if images is None or self.config.keeps_pixels:
+      pixels = sharding.device_put_batch(mesh, prompts.images)
     if images is None:
-      images = sharding.device_put_batch(mesh, prompts.images)
-    return TrainBatch(prompt_ids, prompt_length, images, ids, mask)
+      images, pixels = pixels, None
+    return TrainBatch(
+      prompt_ids, prompt_length, images, ids, mask, pixels=pixels
+    )
 
   def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
     changes, metrics = _advantages(
-      groups.rewards["total"],
+      groups.compared,
       groups.rewards["heuristics"],
       groups.valid,
       groups.batch.completion_mask,
+      paid=self.config.paid_apart,
       scale=self.config.advantage_scale,
       baseline=self.config.advantage_baseline,
       clip=self.config.shaping.advantage_clip,
@@ -373,7 +392,9 @@ class Collector:
     is_known = np.array([x.is_checkable for x in prompts.problems])
     has_known = bool(self._gather(is_known & prompts.valid).any())
     known = sharding.device_put_batch(mesh, is_known)[:, None] & groups.valid
-    metrics = diagnostics.reward_statistics(rewards, groups.valid, known)
+    metrics = diagnostics.reward_statistics(
+      rewards, groups.valid, known, groups.compared
+    )
     if not has_known:
       metrics = {k: x for k, x in metrics.items() if k not in _ACCURACIES}
     watched = {name: rewards[name] for name in self.config.rewards.watched}
@@ -435,7 +456,10 @@ def _best_groups(
     batch = groups.batch
     ids = pad(batch.prompt_ids, other.prompt_ids)
     images = pad(batch.images, other.images)
-    return groups.replace(batch=batch.replace(prompt_ids=ids, images=images))
+    batch = batch.replace(prompt_ids=ids, images=images)
+    if batch.pixels is not None:
+      batch = batch.replace(pixels=pad(batch.pixels, other.pixels))
+    return groups.replace(batch=batch)
 
   both = pad_prompts(groups, more.batch), pad_prompts(more, groups.batch)
   return _merge(sharding.batch_sharding(mesh), *both)
@@ -447,8 +471,8 @@ def _merge(
 ) -> ScoredGroups:
   count = groups.valid.shape[0]
   both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), groups, more)
-  has_variance = shaping.has_reward_variance(both.rewards["total"], both.valid)
-  order = jnp.argsort(~has_variance, stable=True)[:count]
+  has_signal = shaping.has_signal(both.compared, both.valid)
+  order = jnp.argsort(~has_signal, stable=True)[:count]
   return jax.tree.map(
     lambda x: jax.lax.with_sharding_constraint(x[order], row_sharding), both
   )
@@ -466,22 +490,33 @@ def _penalise_length(rewards, mask, valid, *, max_length, soft_tokens):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("scale", "baseline", "clip", "drops")
+  jax.jit, static_argnames=("paid", "scale", "baseline", "clip", "drops")
 )
 def _advantages(
-  total, heuristics, valid, mask, *, scale, baseline, clip, drops
+  compared, heuristics, valid, mask, *, paid, scale, baseline, clip, drops
 ):
   """Changes of a batch that give it advantages, and metrics of these.
 
   Takes no whole batch, so that it compiles once for all prompt lengths.
   """
-  advantages = objective.group_advantages(
-    total.reshape(-1),
-    num_generations=total.shape[1],
+  in_groups = functools.partial(
+    objective.group_advantages,
+    num_generations=valid.shape[1],
     scale=scale,
     baseline=baseline,
     valid=valid.reshape(-1),
-  ).reshape(total.shape)
+  )
+  parts = {
+    name: in_groups(x.reshape(-1)).reshape(valid.shape)
+    for name, x in compared.items()
+  }
+  if "total" not in parts:
+    parts = {name: dict(paid)[name] * x for name, x in parts.items()}
+    total = sum(parts.values())
+    heuristics = sum((parts[x] for x in HEURISTICS if x in parts), 0 * total)
+    advantages = objective.normalized_sum(list(parts.values()), valid=valid)
+  else:
+    total, advantages = compared["total"], parts["total"]
   sample_size = diagnostics.effective_sample_size(advantages)
   share = diagnostics.advantage_share(
     heuristics, total, advantages, valid=valid
@@ -494,7 +529,7 @@ def _advantages(
     advantages = jnp.clip(advantages, -clip, clip)
   changes = {"advantages": advantages}
   if drops:
-    kept = shaping.has_reward_variance(total, valid)[:, None]
-    changes["completion_mask"] = mask & kept[..., None]
-    changes["counted"] = jnp.broadcast_to(kept, total.shape)
+    has_signal = shaping.has_signal(compared, valid)[:, None]
+    changes["completion_mask"] = mask & has_signal[..., None]
+    changes["counted"] = jnp.broadcast_to(has_signal, valid.shape)
   return changes, metrics

@@ -44,6 +44,8 @@ class Learner:
         config=config.objective,
         entropy_bonus=config.shaping.entropy_bonus,
         sampler_correction=config.shaping.sampler_correction,
+        ratio_bounds=config.shaping.sampler_ratio_bounds,
+        off_policy_bound=config.shaping.off_policy_bound,
         num_microbatches=config.num_microbatches,
         lora=model.adapters,
       )

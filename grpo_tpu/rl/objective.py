@@ -12,10 +12,12 @@ References:
   GSPO: Zheng et al., arXiv:2507.18071
   CISPO: MiniMax-M1, arXiv:2506.13585
   SAPO: Gao et al., arXiv:2511.20347
+  GDPO: Liu et al., arXiv:2601.05242
   KL estimators: Schulman, http://joschu.net/blog/kl-approx.html
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,23 @@ def group_advantages(
   return jnp.where(highest > lowest, advantages, 0.0).reshape(-1)
 
 
+def normalized_sum(
+  parts: Sequence[Float[ArrayLike, "*rows"]],
+  *,
+  valid: Bool[ArrayLike, "*rows"],
+  epsilon: float = 1e-4,
+) -> Float[Array, "*rows"]:
+  """The sum of several advantages over its standard deviation in the batch.
+
+  With one weighted `group_advantages` for each reward, GDPO's (equations 4 to
+  7). Every group's advantages sum to 0, so the batch's mean is 0 already.
+  """
+  total = jnp.stack([jnp.asarray(x, jnp.float32) for x in parts]).sum(axis=0)
+  count = jnp.asarray(valid).sum()
+  variance = jnp.square(total).sum() / jnp.maximum(count - 1, 1)
+  return total / (jnp.sqrt(variance) + epsilon)
+
+
 def denominator(
   completion_mask: Bool[ArrayLike, "N T"],
   config: ObjectiveConfig,
@@ -150,6 +169,7 @@ def policy_loss(
   num_tokens: Num[ArrayLike, ""] | None = None,
   sampler_weights: Float[ArrayLike, "N T"] | None = None,
   token_weights: Num[ArrayLike, "N T"] | None = None,
+  kl: Float[ArrayLike, "N T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """The clipped GRPO objective plus the KL term, negated: lower is better.
 
@@ -177,6 +197,8 @@ def policy_loss(
       sampler that differs from the old policy; capped at `config.tis_cap`. The
       KL is not weighted.
     token_weights: Other factors of each token's surrogate, uncapped.
+    kl: The KL term, with its gradient, if the caller knows it exactly: that of
+      each position to a teacher. The reference is not read then.
 
   Returns:
     The loss, averaged as `config.aggregation` says, and metrics averaged over
@@ -211,19 +233,21 @@ def policy_loss(
   advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
   advantages = advantages[:, None]
 
-  ref_log_ratio = jax.lax.stop_gradient(logps) - constant(ref_per_token_logps)
-  estimators = _kl_estimators(ref_log_ratio)
-  weight = token_ratio if config.kl_gradient == "reverse" else ratio
-  kl = _with_gradient(
-    _kl_value(ref_log_ratio, weight, config),
-    _kl_gradient(ref_log_ratio, weight, mask, config),
-    logps,
-  )
+  estimators = {}
+  if kl is None:
+    ref_log_ratio = jax.lax.stop_gradient(logps) - constant(ref_per_token_logps)
+    estimators = _kl_estimators(ref_log_ratio)
+    weight = token_ratio if config.kl_gradient == "reverse" else ratio
+    kl = _with_gradient(
+      _kl_value(ref_log_ratio, weight, config),
+      _kl_gradient(ref_log_ratio, weight, mask, config),
+      logps,
+    )
   per_token_loss = -weights * _surrogate(ratio, logps, advantages, config)
   if token_weights is not None:
     per_token_loss *= constant(token_weights)
   if config.beta:
-    per_token_loss += config.beta * kl
+    per_token_loss += config.beta * zero_padding(kl)
   loss = _aggregate(zero_padding(per_token_loss), mask, config, denominator)
 
   if num_tokens is None:

@@ -9,10 +9,12 @@ from data_pipelines.validation import (
   one_of,
   require_all,
 )
+from grpo_tpu.models.settings import expand_weights
 from grpo_tpu.rewards.scoring import RewardConfig
 
 ADVANTAGE_SCALES = ("group", "batch", "none")
 ADVANTAGE_BASELINES = ("mean", "leave_one_out")
+REWARD_AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ PRESETS: dict[str, ObjectiveConfig] = {
     epsilon_high=4e-4,
   ),
   "cispo": replace(_DAPO, surrogate="cispo", epsilon_low=1.0, epsilon_high=5.0),
+  # The teacher stands in the reference's place.
+  "distill": replace(_DAPO, beta=1.0),
 }
 
 REWARD_MODEL = "bradley_terry"
@@ -144,8 +148,16 @@ class ObjectiveSettings:
   value.
 
   Attributes:
-    preset: The paper whose loss is the start. "bradley_terry" trains a reward
-      model on pairs instead, see `pairs`.
+    preset: The paper whose loss is the start. "distill" adds the KL of the
+      `teacher`. "bradley_terry" trains a reward model on pairs instead, see
+      `pairs`.
+    teacher: The model that "distill" learns from, named as `model.weights` is:
+      any size with the same tokenizer. It scores the sampled completions at
+      `rollout.temperature`. `rewards.network_dtype` and `network_memory` say
+      how it is kept.
+    reward_aggregation: "sum_then_normalize": an advantage compares weighted
+      sums of rewards. "normalize_then_sum": each reward has an advantage of its
+      own; their weighted sum is normalised over the batch (GDPO).
     advantage_scale: Divisor of the advantages: the standard deviation of the
       rewards of the "group" or of the "batch", or "none". None takes "none" for
       dr_grpo and "group" for the other presets.
@@ -154,6 +166,8 @@ class ObjectiveSettings:
   """
 
   preset: str = field(metadata=one_of((*PRESETS, REWARD_MODEL)))
+  teacher: str = field(metadata={"expand": expand_weights})
+  reward_aggregation: str = field(metadata=one_of(REWARD_AGGREGATIONS))
   advantage_scale: str | None = field(metadata=one_of(ADVANTAGE_SCALES))
   advantage_baseline: str = field(metadata=one_of(ADVANTAGE_BASELINES))
   aggregation: str | None
@@ -171,6 +185,11 @@ class ObjectiveSettings:
 
   def __post_init__(self):
     check_fields(self, "objective")
+    distills, named = self.preset == "distill", bool(self.teacher)
+    fits = named == distills
+    rule = "name the weights of a teacher for the preset distill alone"
+    remedy = "hf:DIR" if distills else ""
+    require_all(self, "objective", ("teacher", fits, rule, remedy))
 
   @property
   def is_reward_model(self) -> bool:
@@ -218,6 +237,12 @@ class ShapingConfig:
     sampler_correction: Truncated importance sampling, if `objective.tis_cap` is
       set. "token" weighs each token by its ratio of policy to sampler,
       "sequence" a row by exp of its mean log-ratio.
+    sampler_ratio_bounds: Least and greatest ratio of policy to sampler of a
+      row, as the geometric mean over its tokens; outliers leave the loss, but
+      not its divisor. Empty for no bounds.
+    off_policy_bound: Bound of a row's mean log-ratio of sampler to current
+      policy; rows of negative advantage above it leave the loss in the same way
+      (DeepSeek-V3.2). None for no bound.
   """
 
   truncated: str = field(metadata=one_of(("keep", "mask", "penalise")))
@@ -228,12 +253,25 @@ class ShapingConfig:
   top_entropy_share: float = field(metadata=interval("(0, 1]", 1.0))
   entropy_bonus: float = field(metadata=interval("[0, inf)", 0.0))
   sampler_correction: str = field(metadata=one_of(("token", "sequence")))
+  sampler_ratio_bounds: tuple[float, ...]
+  off_policy_bound: float | None = field(metadata=interval("[0, inf)", 0.1))
 
   def __post_init__(self):
     check_fields(self, "shaping")
+    match self.sampler_ratio_bounds:
+      case (low, high):
+        is_range = 0 <= low <= 1 <= high
+      case bounds:
+        is_range = not bounds
+    bounds_rule = "be empty, or a number up to 1 and one from 1 on"
     fits = self.zero_variance != "resample" or self.max_batches >= 2
     rule = "be at least 2 to resample"
-    require_all(self, "shaping", ("max_batches", fits, rule, 3))
+    require_all(
+      self,
+      "shaping",
+      ("max_batches", fits, rule, 3),
+      ("sampler_ratio_bounds", is_range, bounds_rule, (0.5, 2.0)),
+    )
 
 
 @dataclass(frozen=True)
@@ -292,7 +330,8 @@ class LearnerConfig:
   # None for demonstrations.
   objective: ObjectiveConfig | PairLossConfig | None
   optimizer: OptimizerConfig
-  shaping: ShapingConfig  # Entropy bonus and sampler correction are read.
+  # Entropy bonus, sampler correction and the bounds are read.
+  shaping: ShapingConfig
   num_microbatches: int
 
 
@@ -305,7 +344,10 @@ class CollectorConfig:
   shaping: ShapingConfig
   advantage_scale: str
   advantage_baseline: str
+  # Rewards, with their weights, that have an advantage each; () for the total.
+  paid_apart: tuple[tuple[str, float], ...]
   num_parts: int  # Parts in which a batch is decoded.
   label_rewards: bool  # Labels are the whole reward of preference groups.
   # Labels are all that is read of them, for no policy is trained.
   is_reward_model: bool = False
+  keeps_pixels: bool = False  # Beside a frozen tower's features, to a teacher.

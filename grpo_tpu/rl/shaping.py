@@ -8,7 +8,10 @@ References:
   Soft overlong punishment, dynamic sampling: DAPO, arXiv:2503.14476, section 3
   High-entropy tokens: Wang et al., arXiv:2506.01939
   Truncated importance sampling: Yao et al., 2025
+  Off-policy sequence mask: DeepSeek-V3.2, arXiv:2512.02556, section 3.1
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +38,14 @@ def has_reward_variance(
   highest = jnp.where(is_valid, rewards, -jnp.inf).max(axis=1)
   lowest = jnp.where(is_valid, rewards, jnp.inf).min(axis=1)
   return highest > lowest
+
+
+def has_signal(
+  compared: Mapping[str, Float[Array, "U C"]], valid: Bool[Array, "U C"]
+) -> Bool[Array, " U"]:
+  """True for groups in which any of these rewards has variance."""
+  varies = [has_reward_variance(x, valid) for x in compared.values()]
+  return jnp.stack(varies).any(axis=0)
 
 
 def top_entropy(
@@ -65,8 +76,39 @@ def sampler_weights(
   """
   gap = jnp.where(mask, old - sampler, 0.0)
   if correction == "sequence":
-    count = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
-    gap = jnp.broadcast_to(gap.sum(axis=-1, keepdims=True) / count, gap.shape)
+    gap = jnp.broadcast_to(_row_means(gap, mask)[..., None], gap.shape)
   # As in the loss, a larger gap means that something else is broken.
   weights = jnp.where(mask, jnp.exp(jnp.minimum(gap, 60.0)), 1.0)
   return jax.lax.stop_gradient(weights)
+
+
+def is_outlier(
+  logps: Float[Array, "*rows T"],
+  old: Float[Array, "*rows T"],
+  sampler: Float[Array, "*rows T"],
+  mask: Bool[Array, "*rows T"],
+  advantages: Float[Array, "*rows"],
+  *,
+  ratio_bounds: tuple[float, ...] = (),
+  off_policy_bound: float | None = None,
+) -> Bool[Array, "*rows"]:
+  """True for rows that are too far from the policy that sampled them.
+
+  `logps`, `old` and `sampler` are log-probabilities under the current policy
+  and the old one, and as the sampler computed them. For the bounds see
+  `settings.ShapingConfig`.
+  """
+  found = jnp.zeros(advantages.shape, bool)
+  if ratio_bounds:
+    low, high = ratio_bounds
+    ratio = jnp.exp(_row_means(jnp.where(mask, old - sampler, 0.0), mask))
+    found = (ratio < low) | (ratio > high)
+  if off_policy_bound is not None:
+    drift = _row_means(jnp.where(mask, sampler - logps, 0.0), mask)
+    found |= (advantages < 0) & (drift > off_policy_bound)
+  return found
+
+
+def _row_means(per_token: Array, mask: Array) -> Array:
+  """Each row's mean over unmasked tokens; `per_token` is 0 on the others."""
+  return per_token.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)

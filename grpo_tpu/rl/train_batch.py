@@ -30,6 +30,9 @@ class TrainBatch(flax.struct.PyTreeNode):
     token_weights: Factors of each token's surrogate; None stands for 1.
     counted: True for completions that belong to the batch, masked ones too;
       None stands for all.
+    pixels: The images as a teacher reads them, until it has read the batch;
+      None stands for `images`.
+    teacher_states: Final states of the teacher that predict the completions.
     preferred: True at [u, i, j] where completion i is labelled better than j,
       for the implicit preference metrics; None measures nothing.
     labels: Higher for better completions, NaN for a missing one; for the loss
@@ -49,6 +52,8 @@ class TrainBatch(flax.struct.PyTreeNode):
   sampler_logps: Float[Array, "U C T"] | None = None
   token_weights: Float[Array, "U C T"] | None = None
   counted: Bool[Array, "U C"] | None = None
+  pixels: text.Images | None = None
+  teacher_states: Float[Array, "U C T E"] | None = None
   preferred: Bool[Array, "U C C"] | None = None
   labels: Float[Array, "U C"] | None = None
   num_encoded: int = flax.struct.field(pytree_node=False, default=0)
@@ -68,3 +73,12 @@ class ScoredGroups(flax.struct.PyTreeNode):
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]  # False for a malformed prompt or a failed reward.
   group: Int[Array, " U"]  # Its number in the step.
+  # Rewards that are normalised one by one, as they are paid, before weights.
+  apart: dict[str, Float[Array, "U C"]] = flax.struct.field(
+    default_factory=dict
+  )
+
+  @property
+  def compared(self) -> dict[str, Float[Array, "U C"]]:
+    """The rewards that have advantages: those `apart`, or else the total."""
+    return self.apart or {"total": self.rewards["total"]}

@@ -40,31 +40,37 @@ def make_train_step(
   config: ObjectiveConfig | PairLossConfig | None,
   entropy_bonus: float = 0.0,
   sampler_correction: str = "token",
+  ratio_bounds: tuple[float, ...] = (),
+  off_policy_bound: float | None = None,
   num_microbatches: int,
   lora: LoraConfig | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
   """Makes the jitted update; it donates the state it is given.
 
-  It takes a state, a batch and, for `lora` adapters, the frozen parameters. It
-  gives the new state and metrics named without their group. `state.step` is the
-  caller's to advance, who may update several times on one batch. A gradient
-  that is not finite leaves parameters and optimizer unchanged.
+  It takes a state, a batch and, for `lora` adapters, the frozen parameters; and
+  the output embedding of a teacher whose states are in the batch. It gives the
+  new state and metrics named without their group. `state.step` is the caller's
+  to advance, who may update several times on one batch. A gradient that is not
+  finite leaves parameters and optimizer unchanged.
 
   `config` None takes the mean negative log-probability of demonstrations; with
   a `PairLossConfig` the state is a reward model's.
   `num_microbatches` divides the bundles of a batch.
   """
-  loss = _Loss(forward, config, entropy_bonus, sampler_correction, lora)
+  bounds = {"ratio_bounds": ratio_bounds, "off_policy_bound": off_policy_bound}
+  bounds = {k: x for k, x in bounds.items() if x not in ((), None)}
+  loss = _Loss(forward, config, entropy_bonus, sampler_correction, lora, bounds)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, batch, frozen=None):
+  def train_step(state, batch, frozen=None, teacher=None):
     totals = _totals(batch, config)
     batch, tower_gradient = pictures.encode(
       forward, state.params, batch, num_microbatches
     )
     ((value, metrics, gradient), maxima), (image_gradient, scores) = _add_up(
       lambda micro: loss.terms(
-        state.params, frozen, micro, totals, of_images=bool(tower_gradient)
+        *(state.params, frozen, teacher, micro, totals),
+        of_images=bool(tower_gradient),
       ),
       batch,
       num_microbatches,
@@ -101,11 +107,13 @@ class _Loss:
   entropy_bonus: float
   sampler_correction: str
   lora: LoraConfig | None
+  bounds: dict[str, Any]  # Those that are set, of `shaping.is_outlier`.
 
   def terms(
     self,
     trained: Any,
     frozen: Any,
+    teacher: Array | None,
     micro: TrainBatch,
     totals: dict,
     *,
@@ -118,7 +126,8 @@ class _Loss:
     """
 
     def loss(trained, images):
-      return self(trained, frozen, micro.replace(images=images), totals)
+      shown = micro.replace(images=images)
+      return self(trained, frozen, teacher, shown, totals)
 
     argnums = (0, 1) if of_images else (0,)
     (value, (metrics, maxima, scores)), (gradient, *image_gradient) = (
@@ -130,7 +139,7 @@ class _Loss:
     gradient = sharding.constrain_params(gradient)
     return ((value, metrics, gradient), maxima), (image_gradient, scores)
 
-  def __call__(self, trained, frozen, micro, totals):
+  def __call__(self, trained, frozen, teacher, micro, totals):
     forward, lora = self.forward, self.lora
     params = loras.with_adapters(frozen, trained, lora) if lora else trained
     if not forward.train_vision and "vision_encoder" in params:
@@ -140,7 +149,8 @@ class _Loss:
       scores = score.completion_scores(forward, params, micro)
       loss = pairs.pair_loss(scores, micro.labels, config=self.config)
       return loss / totals["num_pairs"], ({}, {}, scores)
-    logps, entropy = score.token_logps(forward, params, micro)
+    args = () if teacher is None else (teacher,)
+    logps, entropy, *kl = score.token_logps(forward, params, micro, *args)
     mask, num_tokens = micro.completion_mask, totals["num_tokens"]
     entropy = jnp.sum(jnp.where(mask, entropy, 0.0)) / num_tokens
     metrics, maxima = {"entropy": entropy}, {}
@@ -153,14 +163,26 @@ class _Loss:
       loss = -jnp.sum(jnp.where(mask, logps, 0.0)) / num_tokens
       loss_metrics = {"nll": loss}
     else:
-      loss, loss_metrics = self._policy_loss(micro, logps, totals)
+      loss, loss_metrics = self._policy_loss(micro, logps, totals, *kl)
     loss -= self.entropy_bonus * entropy
     return loss, (metrics | loss_metrics, maxima, None)
 
-  def _policy_loss(self, micro, logps, totals):
+  def _policy_loss(self, micro, logps, totals, kl=None):
     assert isinstance(self.config, ObjectiveConfig)
     shape, mask = (-1, logps.shape[-1]), micro.completion_mask
-    sampler_weights = None
+    sampler_weights, outliers = None, {}
+    if self.bounds and micro.sampler_logps is not None:
+      is_outlier = shaping.is_outlier(
+        jax.lax.stop_gradient(logps),
+        _old_logps(micro, logps),
+        micro.sampler_logps,
+        mask,
+        micro.advantages,
+        **self.bounds,
+      )
+      is_outlier &= mask.any(axis=-1)
+      outliers = {"outlier_fraction": is_outlier.sum() / totals["num_rows"]}
+      mask &= ~is_outlier[..., None]
     if self.config.tis_cap is not None and micro.sampler_logps is not None:
       sampler_weights = shaping.sampler_weights(
         _old_logps(micro, logps),
@@ -168,7 +190,7 @@ class _Loss:
         mask,
         correction=self.sampler_correction,
       )
-    return objective.policy_loss(
+    loss, metrics = objective.policy_loss(
       logps.reshape(shape),
       _rows(micro.old_per_token_logps, shape),
       _rows(micro.ref_per_token_logps, shape),
@@ -179,7 +201,9 @@ class _Loss:
       num_tokens=totals["num_tokens"],
       sampler_weights=_rows(sampler_weights, shape),
       token_weights=_rows(micro.token_weights, shape),
+      kl=_rows(kl, shape),
     )
+    return loss, metrics | outliers
 
 
 def _totals(
@@ -192,7 +216,8 @@ def _totals(
     return {"num_pairs": jnp.maximum(found.sum(dtype=jnp.float32), 1.0)}
   mask = batch.completion_mask
   num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
-  totals = {"num_tokens": num_tokens}
+  num_rows = jnp.maximum(mask.any(axis=-1).sum(), 1)
+  totals = {"num_tokens": num_tokens, "num_rows": num_rows}
   if batch.preferred is not None:
     totals["num_pairs"] = jnp.maximum(batch.preferred.sum(), 1)
   if config is not None:

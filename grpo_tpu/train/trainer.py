@@ -28,6 +28,7 @@ from grpo_tpu.evaluation import (
   reward_models,
 )
 from grpo_tpu.models.gemma3 import lora
+from grpo_tpu.models.gemma3.embedding import output_embedding
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
 from grpo_tpu.rewards import judge
@@ -97,6 +98,18 @@ class Trainer:
           setting="model.reference_memory",
         )
     self._reference = frozen_start if config.has_reference else None
+    self._teacher = self._teacher_embedding = None
+    if config.distills:
+      params_of_teacher = load.load_merged(config.teacher, mesh)
+      # Every update reads it, wherever the rest is.
+      self._teacher_embedding = output_embedding(params_of_teacher)
+      self._teacher = Frozen(
+        params_of_teacher,
+        mesh,
+        dtype=config.teacher.param_dtype,
+        memory=config.rewards.network_memory,
+        setting="rewards.network_memory",
+      )
     limits = judge.Limits(
       prompt_tokens=config.data.prompt_buckets[-1],
       completion_tokens=config.rollout.max_new_tokens,
@@ -128,6 +141,14 @@ class Trainer:
       score.score_batch, forward, num_microbatches=config.num_microbatches
     )
     self._score_batch = compile_cache.AotJit(jax.jit(score_batch))
+    if config.distills:
+      score_batch = functools.partial(
+        score.score_batch,
+        forward.replace(config=config.teacher.network),
+        num_microbatches=config.num_microbatches,
+        gives_states=True,
+      )
+      self._read_batch = compile_cache.AotJit(jax.jit(score_batch))
     self._data = data
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
@@ -287,6 +308,9 @@ class Trainer:
         # The frozen start stands for whoever wrote the completions.
         old_per_token_logps=ref_logps if kind == "preference" else None,
       )
+    if self._teacher is not None:
+      states = self._teacher_states(batch)
+      batch = batch.replace(teacher_states=states, pixels=None)
     is_off_policy = self.config.train.num_iterations > 1 and kind == "online"
     is_policy = not self.config.objective.is_reward_model
     weighs_entropy = share < 1 and kind != "demonstrations" and is_policy
@@ -301,6 +325,16 @@ class Trainer:
     # Updates compile for shardings, which must not depend on interruptions. A
     # compiled program would do this once for each shape.
     return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+  def _teacher_states(self, batch: TrainBatch) -> jax.Array:
+    assert self._teacher is not None
+    if batch.pixels is not None:
+      batch = batch.replace(images=batch.pixels, pixels=None)
+      batch = pictures.with_num_encoded(batch, self.mesh)
+    params = self._teacher.params
+    states = self._read_batch(params, batch)
+    self._compile_for_shapes(self._read_batch, params, batch)
+    return states
 
   def _score(
     self, params: dict, batch: TrainBatch
@@ -353,11 +387,15 @@ class Trainer:
   ) -> TrainState:
     learner, partial = self.learner, self.partial
     assert partial is not None
-    state, metrics = learner.update(state, batch, learner.frozen)
+    constants = learner.frozen, self._teacher_embedding
+    state, metrics = learner.update(state, batch, *constants)
     self.state = state  # The update has taken over the memory of the old one.
-    self._compile_for_shapes(learner.update, state, batch, learner.frozen)
+    self._compile_for_shapes(learner.update, state, batch, *constants)
     self._shapes = set()  # The first update compiles for all of them.
     partial.metrics |= {f"train/{name}": x for name, x in metrics.items()}
+    if self._teacher is not None and not partial.updates_done:
+      # Of the policy that sampled.
+      partial.metrics["train/teacher_kl"] = metrics["kl"]
     jax.block_until_ready(state)
     partial.skipped.append(float(metrics["skipped_updates"]))
     return state

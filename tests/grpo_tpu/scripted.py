@@ -168,6 +168,7 @@ def make_run(
   num_devices=1,
   kind="online",
   shaping=(),
+  rewards=(),
   sampler=ScriptedSampler,
   **objective,
 ):
@@ -178,6 +179,7 @@ def make_run(
   values.rollout.max_new_tokens = MAX_NEW_TOKENS
   values.objective.update(objective)
   values.shaping.update(dict(shaping))
+  values.rewards.update(dict(rewards))
   config = Config.from_config_dict(values)
   mesh = mesh_of(num_devices)
   return Run(

@@ -364,7 +364,7 @@ def test_a_value_that_breaks_a_rule_is_refused(name, value):
     ("data.kind", "preferences", r"; did you mean preference\?$"),
     # SAPO is a surrogate and no preset; GSPO is another algorithm.
     ("objective.preset", "sapo", r"; did you mean gspo\?$"),
-    ("objective.preset", "ppo_and_more", r"cispo, bradley_terry\.$"),
+    ("objective.preset", "ppo_and_more", r"cispo, distill, bradley_terry\.$"),
   ],
 )
 def test_an_error_never_tells_to_set_a_value_by_its_spelling(
@@ -576,7 +576,8 @@ def test_an_int_serves_as_a_float_and_a_list_as_a_tuple():
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_none_takes_the_value_of_the_preset(preset):
-  config = built({"objective.preset": preset})
+  teacher = "random:0" if preset == "distill" else ""
+  config = built({"objective.preset": preset, "objective.teacher": teacher})
   wanted = dataclasses.replace(
     PRESETS[preset],
     max_completion_length=config.rollout.max_new_tokens,

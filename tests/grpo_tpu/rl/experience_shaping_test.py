@@ -243,3 +243,34 @@ def test_heuristics_make_the_advantage_of_a_group_that_is_all_right(found):
   assert float(found([0], replies=replies).metrics[share]) == pytest.approx(1)
   assert float(found([1], replies=replies).metrics[share]) == 0
   assert 0 < float(found([0, 1], replies=replies).metrics[share]) < 1
+
+
+def test_rewards_normalised_apart_tell_equal_sums_apart(run_of, tokenizer):
+  """A right answer without its tag against a wrong one in its tag.
+
+  All have the total 1, which teaches nothing: the group is dropped. Apart, of
+  four completions the first alone is right, so it is 1.5 standard deviations
+  above the mean and the others 0.5 below; of their tags the opposite holds.
+  """
+  replies = {"p0": ["it is \\boxed{3}", *["<answer>5</answer>"] * 3]}
+
+  def collect(aggregation, tag):
+    run = run_of(
+      replies,
+      shaping={"zero_variance": "drop"},
+      rewards={"preset": "answer", "format": tag},
+      reward_aggregation=aggregation,
+    )
+    batches = scripted.batches_of(tokenizer, batch_size=1, indices=[0])
+    step = run.collect(batches, jax.random.key(0))
+    unanimous = step.metrics["rollout/unanimous_fraction"]
+    return np.asarray(step.batch.advantages)[0], step.batch, unanimous
+
+  advantages, batch, unanimous = collect("sum_then_normalize", 1.0)
+  assert not advantages.any() and not batch.counted.any() and unanimous == 1
+  advantages, batch, unanimous = collect("normalize_then_sum", 1.0)
+  assert not advantages.any() and batch.counted.all() and unanimous == 0
+  advantages, _, _ = collect("normalize_then_sum", 0.5)
+  assert batch.completion_mask.any(axis=-1).all()
+  # 0.5 * (1.5, -0.5, -0.5, -0.5) over its standard deviation, 0.5.
+  np.testing.assert_allclose(advantages, [1.5, -0.5, -0.5, -0.5], rtol=1e-3)

@@ -94,3 +94,27 @@ def test_advantages_ignore_a_shift_and_a_scale_of_the_rewards():
 def test_advantages_refuse_a_wrong_setting(setting, wrong):
   with pytest.raises(ValueError, match=setting):
     objective.group_advantages(jnp.zeros(8), **{"num_generations": 4} | wrong)
+
+
+def test_rewards_normalised_apart_are_told_apart():
+  """GDPO by hand, two groups of two and two rewards of weights 1 and 0.5.
+
+  The first reward differs in both groups, the second in the second group alone:
+  (1, 0) and (0, 0), then (1, 0) and (0, 1). A group of two different rewards
+  has the advantages +-1/sqrt(2). Sums: +-1/sqrt(2), then +-0.5/sqrt(2), whose
+  squares add up to 1.25, over N - 1 = 3 and under the root 0.6455.
+  """
+  first, second = np.float32([1, 0, 1, 0]), np.float32([0, 0, 0, 1])
+  valid = np.ones(4, bool)
+  parts = [
+    weight * objective.group_advantages(x, num_generations=2, epsilon=0.0)
+    for weight, x in ((1.0, first), (0.5, second))
+  ]
+  got = objective.normalized_sum(parts, valid=valid, epsilon=0.0)
+  expected = np.array([1, -1, 0.5, -0.5]) / np.sqrt(2) / np.sqrt(1.25 / 3)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  # An invalid row has no advantage, and is no row of the batch.
+  padded = [np.append(x, [0.0, 0.0]).astype(np.float32) for x in parts]
+  more = np.append(valid, [False, False])
+  got = objective.normalized_sum(padded, valid=more, epsilon=0.0)
+  np.testing.assert_allclose(got, np.append(expected, [0, 0]), rtol=1e-6)

@@ -299,8 +299,8 @@ def test_two_rewards_combine_as_in_trl(trl):
   assert_close(summed, trl.numbers["adv/two_sum_then_normalize"])
   apart = objective.group_advantages(first, num_generations=4)
   # Weighted after the scaling, then scaled once more over the whole batch.
-  apart += 0.5 * objective.group_advantages(2 * second, num_generations=4)
-  apart = objective.group_advantages(apart, num_generations=apart.size)
+  other = 0.5 * objective.group_advantages(2 * second, num_generations=4)
+  apart = objective.normalized_sum([apart, other], valid=apart < np.inf)
   assert_close(apart, trl.numbers["adv/two_normalize_then_sum"])
 
 

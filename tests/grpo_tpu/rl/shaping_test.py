@@ -20,6 +20,8 @@ NEUTRAL = ShapingConfig(
   top_entropy_share=1.0,
   entropy_bonus=0.0,
   sampler_correction="token",
+  sampler_ratio_bounds=(),
+  off_policy_bound=None,
 )
 
 
@@ -169,3 +171,48 @@ def test_resampling_needs_a_second_batch_and_keeping_does_not():
   dataclasses.replace(NEUTRAL, zero_variance="resample", max_batches=2)
   with pytest.raises(ValueError, match=r"shaping\.max_batches \(1\).*=3\."):
     dataclasses.replace(NEUTRAL, zero_variance="resample", max_batches=1)
+
+
+# --- Rows that are too far from the sampler.
+
+
+def twin_outliers(logps, old, sampler, mask, advantages, bounds, bound):
+  """Row by row, in NumPy."""
+  found = []
+  for row in range(len(mask)):
+    kept = mask[row]
+    gap = (old[row] - sampler[row])[kept]
+    drift = (sampler[row] - logps[row])[kept]
+    gap, drift = (x.mean() if x.size else 0.0 for x in (gap, drift))
+    is_out = bool(bounds) and not bounds[0] <= np.exp(gap) <= bounds[1]
+    is_stale = bound is not None and advantages[row] < 0 and drift > bound
+    found.append(is_out or is_stale)
+  return found
+
+
+@pytest.mark.parametrize(
+  ("bounds", "bound"),
+  [((0.8, 1.25), None), ((), 0.1), ((0.9, np.inf), 0.0), ((), None)],
+)
+def test_outliers_are_those_of_a_plain_twin(bounds, bound):
+  """Padding may hold anything; an empty row is nobody's outlier."""
+  rng = np.random.default_rng(3)
+  logps, old, sampler = rng.normal(-1, 0.6, (3, 64, 5)).astype(np.float32)
+  mask = rng.random((64, 5)) < 0.7
+  mask[:3] = False
+  advantages = rng.normal(0, 1, 64).astype(np.float32)
+  wanted = twin_outliers(logps, old, sampler, mask, advantages, bounds, bound)
+  assert any(wanted) == bool(bounds or bound is not None) and not all(wanted)
+  dirty = np.where(mask, sampler, np.nan)
+  found = shaping.is_outlier(
+    *(jnp.asarray(x) for x in (logps, old, dirty, mask, advantages)),
+    ratio_bounds=bounds,
+    off_policy_bound=bound,
+  )
+  np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("bounds", [(0.5,), (1.1, 2.0), (0.5, 0.9), (2, 0.5)])
+def test_bounds_that_would_mask_every_row_are_refused(bounds):
+  with pytest.raises(ValueError, match="sampler_ratio_bounds"):
+    dataclasses.replace(NEUTRAL, sampler_ratio_bounds=bounds)

@@ -17,7 +17,13 @@ import pytest
 
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.network import ForwardConfig
-from grpo_tpu.rl import diagnostics, score, train_state, train_step
+from grpo_tpu.rl import (
+  diagnostics,
+  score,
+  shaping,
+  train_state,
+  train_step,
+)
 from grpo_tpu.rl.settings import PRESETS
 from grpo_tpu.rl.train_batch import TrainBatch
 
@@ -328,6 +334,28 @@ def test_the_entropy_bonus_descends_along_the_mean_entropy(
   added = jax.tree.map(jnp.subtract, actual, plain)
   expected = jax.tree.map(lambda x: -bonus * x, expected)
   assert_trees_close(added, expected, atol=1e-6)
+
+
+def test_outliers_leave_the_loss_but_stay_rows_of_the_divisor(
+  tiny, bigram, gradient, groups
+):
+  """As rows without a token do, for a loss that divides by the rows."""
+  bounds = {"ratio_bounds": (0.9, 1.1), "off_policy_bound": 0.1}
+  logps, _ = bigram_logps(make_model(tiny, train_vision=True), bigram, groups)
+  mask = groups.completion_mask
+  is_outlier = mask.any(-1) & shaping.is_outlier(
+    *(logps, groups.old_per_token_logps, groups.sampler_logps),
+    *(mask, groups.advantages),
+    **bounds,
+  )
+  assert 4 < is_outlier.sum() < mask.any(-1).sum() - 4
+  without = groups.replace(completion_mask=mask & ~is_outlier[..., None])
+  expected, _ = gradient("grpo", 1, without)
+  for num_microbatches in (1, 3):
+    actual, metrics = gradient("grpo", num_microbatches, groups, **bounds)
+    assert_trees_close(actual, expected, atol=1e-6)
+    share = is_outlier.sum() / mask.any(-1).sum()
+    np.testing.assert_allclose(metrics["outlier_fraction"], share, rtol=1e-6)
 
 
 @pytest.mark.parametrize("correction", ["token", "sequence"])
