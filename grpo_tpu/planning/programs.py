@@ -144,7 +144,7 @@ def part_of(name: str) -> str:
 
 
 def is_network(name: str) -> bool:
-  """True for the program of a teacher, reward model or judge, named as it is."""
+  """True for the program of a reward model, judge or teacher, by its name."""
   return name.startswith(("model_", "judge_", "teacher"))
 
 
@@ -445,7 +445,7 @@ class _AbstractPrograms:
       parts={
         "params": (state.params, frozen),
         **_optimizer_parts(state),
-        "teacher": teacher,
+        **({"teacher": teacher} if config.distills else {}),
         "batch": bundles,
       },
       tokens=math.prod(bundles.completion_ids.shape),
