@@ -188,6 +188,7 @@ def _grade_completions(
   all_rows = functools.partial(sharding.all_rows, sampler.mesh)
   sums, shown = collections.Counter[str](), list[sample_files.Sample]()
   draws = [list[GradedCompletion]() for _ in range(way["num_completions"])]
+  parts = list[dict[str, np.ndarray]]()
   for batch in activity.count_parts("evaluation", batches, unit="batches"):
     completions = sampler.sample(
       params, batch, key, **way, poll=poll
@@ -221,14 +222,15 @@ def _grade_completions(
       )
       # All rows are summed in their order, so the number of hosts is
       # irrelevant.
-      sums.update(
-        {k: rows.sum(dtype=float) for k, rows in all_rows(columns).items()}
-      )
+      rows = all_rows(columns | grading.network_columns(scores, config.rewards))
+      sums.update({k: rows[k].sum(dtype=float) for k in columns})
+      parts.append(rows)
       draw += grading.graded_completions(batch, texts, scores, ended)
       shown += samples.first_samples(
         sampler, batch, groups, scores, count=num_shown - len(shown)
       )
-  return [_gather(draw) for draw in draws], grading.metrics(sums), shown
+  metrics = grading.metrics(sums) | grading.pair_accuracies(parts)
+  return [_gather(draw) for draw in draws], metrics, shown
 
 
 def make_ablated_sources(

@@ -1,6 +1,6 @@
 """Grades the completions of a batch: sums for metrics, records for files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from data_pipelines.scoring import results
 from data_pipelines.scoring.official import rules
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
+from grpo_tpu.rewards.settings import RewardConfig
 
 _TYPES = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
 
@@ -80,6 +81,41 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
     if prefix == "graded" and inside and total:
       scalars[f"eval/accuracy/{inside}"] = sums[f"accuracy/{inside}"] / total
   return scalars
+
+
+def network_columns(
+  rewards: scoring.Scores, config: RewardConfig
+) -> dict[str, np.ndarray]:
+  """The scores of each network by its metric, NaN where there is none."""
+  return {
+    f"eval/reward/{name}_pair_accuracy": np.where(
+      rewards.failed[name] | ~rewards.valid, np.nan, rewards.components[name]
+    ).astype(np.float32)
+    for name in config.network_weights
+    if name in rewards.components
+  }
+
+
+def pair_accuracies(
+  parts: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, float]:
+  """How often a network prefers a right completion to a wrong one.
+
+  The area under the ROC curve over the rows of all parts: ties count half.
+  Missing without a right and a wrong completion.
+  """
+  rows = {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
+  is_counted = (rows["graded"] > 0) & (rows["asked"] > 0)
+  metrics = {}
+  for name in (x for x in rows if x.startswith("eval/")):
+    counts = is_counted & np.isfinite(rows[name])
+    is_right = rows["accuracy"] > 0
+    right = rows[name][counts & is_right]
+    wrong = np.sort(rows[name][counts & ~is_right])
+    if len(right) and len(wrong):
+      ranks = [np.searchsorted(wrong, right, x) for x in ("left", "right")]
+      metrics[name] = float(np.mean(ranks) / len(wrong))
+  return metrics
 
 
 def graded_completions(

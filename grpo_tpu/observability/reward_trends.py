@@ -6,6 +6,7 @@ with the square of the number of steps: over a run, however long, the levels of
 all comparisons add up to `_LEVEL`. `reward_trends.toml` lists the signs.
 
 References:
+  von Neumann et al., "The mean square successive difference", 1941
   Welch, "The generalization of 'Student's' problem", Biometrika 34, 1947
   Overoptimization: Gao et al., arXiv:2210.10760
 """
@@ -23,12 +24,15 @@ from data_pipelines.text import tables
 from grpo_tpu.observability import json_lines
 
 WINDOW = 10  # Steps.
+# Degrees of freedom of the mean square successive difference of a window.
+_FREEDOM = 2 * (WINDOW - 1) ** 2 / (3 * WINDOW - 4)
 _LEVEL = 0.01  # The chance of a false alarm about one sign of one reward.
 _GAIN_LEVEL = 0.05  # At which a rise of the accuracy keeps alarms silent.
 _LEAST_RISE = 0.2  # Of a reward, in its standard deviations.
 _LEAST_CORRELATION = 0.5
-_ACCURACY = "rollout/accuracy"
-_MEAN, _STD = "reward/{name}_mean", "reward/{name}_std"
+_ACCURACY, _MEAN = "rollout/accuracy", "reward/{name}_mean"
+_BY_VERDICT = ("reward/{name}_mean_if_right", "reward/{name}_mean_if_wrong")
+_STD = "reward/{name}_std"
 
 
 class RewardTrends:
@@ -38,14 +42,13 @@ class RewardTrends:
     """Watches the rewards of these names and weights, none of them 0."""
     self._weights = weights
     self._signs = tables.read(__package__, "reward_trends.toml")
-    used = [_ACCURACY, _MEAN, _STD]
+    used = [_ACCURACY, _MEAN, _STD, *_BY_VERDICT]
     for sign in self._signs.values():
       used += [sign["metric"], *sign["correlation"]]
-    self._names = sorted(
-      {x.format(name=name) for x in used for name in weights}
-    )
+    names = (x.format(name=name) for x in used for name in weights)
+    self._names = list(dict.fromkeys(names))
     self._steps: list[int] = []
-    self._rows: list[list[float]] = []  # By `_names`; NaN for no number.
+    self._rows: list[np.ndarray] = []  # By `_names`; NaN for no number.
     # The number of rows when a sign of a reward was last seen.
     self._seen: dict[tuple[str, str], int] = {}
 
@@ -74,16 +77,13 @@ class RewardTrends:
     """Adds the row of a step; False if it has no watched reward."""
     if not any(_MEAN.format(name=x) in row for x in self._weights):
       return False
-    values = {name: _number(row, name) for name in self._names}
-    for name in self._weights:
-      # The mean on the rows whose accuracy is known, if there are any.
-      right = _number(row, f"reward/{name}_mean_if_right") * values[_ACCURACY]
-      wrong = _number(row, f"reward/{name}_mean_if_wrong")
-      wrong *= 1 - values[_ACCURACY]
-      if math.isfinite(right) or math.isfinite(wrong):
-        values[_MEAN.format(name=name)] = np.nansum([right, wrong])
+    try:  # Others may have written into the file.
+      values = np.array([row.get(x) for x in self._names], float)
+    except (TypeError, ValueError):
+      return False
+    values[~np.isfinite(values)] = np.nan  # As a resumed run reads it.
     self._steps.append(row["step"])
-    self._rows.append(list(values.values()))
+    self._rows.append(values)
     return True
 
   def _is_current(self, key: tuple[str, str]) -> bool:
@@ -97,12 +97,13 @@ class RewardTrends:
     starts = [x for x in sorted(starts) if 0 <= x <= last - WINDOW]
     if not starts:
       return
-    windows = [self._rows[x : x + WINDOW] for x in (*starts, last)]
     level = _LEVEL * 2 * WINDOW / len(self._rows) ** 2 / len(starts)
-    compared = _Comparison(self._names, np.array(windows), level)
+    windows = [self._rows[x : x + WINDOW] for x in (*starts, last)]
+    columns = np.moveaxis(np.array(windows), -1, 0)
+    series = dict(zip(self._names, columns, strict=True))
     for name, weight in self._weights.items():
       for key, sign in self._signs.items():
-        found = compared.find(name, math.copysign(1, weight), sign)
+        found = _find(series, name, math.copysign(1, weight), sign, level)
         is_new = found.any() and not self._is_current((name, key))
         if found.any():
           self._seen[name, key] = len(self._rows)
@@ -112,72 +113,77 @@ class RewardTrends:
           new, old = (f"{x[0]} to {x[-1]}" for x in ends)
           yield (
             f"the policy may be gaming the reward {name}: "
-            f"{compared.describe(name, sign, index)} (means of steps {new}, "
-            f"and {old}). {sign['advice'].format(name=name)} See docs/"
-            "reading-the-curves.md#when-the-policy-games-its-reward"
+            f"{_describe(series, name, sign, index)} (means of steps {new}, "
+            f"and {old}). {sign['advice']} See docs/reading-the-curves.md"
+            "#when-the-policy-games-its-reward"
           )
 
 
-class _Comparison:
-  """The last window of steps against K earlier ones, for each metric."""
-
-  def __init__(self, names: list[str], windows: np.ndarray, level: float):
-    """Takes [K + 1, WINDOW, metrics]; a window with a NaN tells nothing."""
-    import scipy.special  # Slow to import.
-
-    means = windows.mean(axis=1)
-    # Rounding is noise as well: it makes no difference significant.
-    noise = windows.var(axis=1, ddof=1) / WINDOW + (1e-6 * means) ** 2
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-      total = noise[:-1] + noise[-1]
-      squares = noise[:-1] ** 2 + noise[-1] ** 2
-      freedom = (WINDOW - 1) * total**2 / squares
-      scores = -np.abs(means[-1] - means[:-1]) / np.sqrt(total)
-      p_values = scipy.special.stdtr(freedom, scores)
-    self._means = dict(zip(names, means.T, strict=True))
-    self._p_values = dict(zip(names, p_values.T, strict=True))
-    self._level = level
-
-  def find(self, name: str, up: float, sign: Mapping[str, Any]) -> np.ndarray:
-    """bool [K], True where a window and the last one show the sign.
-
-    A reward with a negative weight gains by falling: `up` is -1.
-    """
-    metric, mean, deviation = (
-      x.format(name=name) for x in (sign["metric"], _MEAN, _STD)
-    )
-    gain = _LEAST_RISE * self._means[deviation][:-1]
-    direction = sign["direction"] * (up if metric != sign["metric"] else 1)
-    least = sign["share"] * np.abs(self._means[metric][:-1])
-    found = self._changes(mean, up, gain, self._level)
-    found &= ~self._changes(_ACCURACY, 1, 0.0, _GAIN_LEVEL)
-    least = np.maximum(least, sign["least"])
-    found &= self._changes(metric, direction, least, self._level)
-    for correlation in sign["correlation"]:
-      values = up * self._means[correlation.format(name=name)]
-      found &= np.fmax(values[:-1], values[-1]) >= _LEAST_CORRELATION
-    return found
-
-  def _changes(self, metric, direction, least, level) -> np.ndarray:
-    means = self._means[metric]
-    is_large = direction * (means[-1] - means[:-1]) >= least
-    return is_large & (self._p_values[metric] < level)
-
-  def describe(self, name: str, sign: Mapping[str, Any], index: int) -> str:
-    """The values of the sign's metrics, now and in an earlier window."""
-    shown = (_MEAN, sign["metric"], *sign["correlation"], _ACCURACY)
-    shown = dict.fromkeys(x.format(name=name) for x in shown)
-    values = ((x, self._means[x][[-1, index]]) for x in shown)
-    return ", ".join(
-      f"{metric} is {now:.3g} instead of {before:.3g}"
-      for metric, (now, before) in values
-      if math.isfinite(now) and math.isfinite(before)
-    )
+# The values of a metric in K earlier windows and in the last one, [K + 1,
+# WINDOW]. A window with a NaN tells nothing.
+type _Series = Mapping[str, np.ndarray]
 
 
-def _number(row: Mapping[str, Any], name: str) -> float:
-  """A finite number of the row, or NaN."""
-  value = row.get(name)
-  is_number = value is not None and not isinstance(value, str | list | dict)
-  number = float(value) if is_number else math.nan
-  return number if math.isfinite(number) else math.nan
+def _find(
+  series: _Series, name: str, up: float, sign: Mapping[str, Any], level: float
+) -> np.ndarray:
+  """bool [K], True where a window and the last one show the sign.
+
+  A reward with a negative weight gains by falling: `up` is -1.
+  """
+  metric, deviation = (
+    series[x.format(name=name)] for x in (sign["metric"], _STD)
+  )
+  is_own = "{name}" in sign["metric"]
+  direction = sign["direction"] * (up if is_own else 1)
+  least = sign["share"] * np.abs(metric[:-1].mean(-1)) + sign["least"]
+  gain = _LEAST_RISE * deviation[:-1].mean(-1)
+  found = _changes(_reward(series, name), up, gain, level)
+  found &= ~_changes(series[_ACCURACY], 1, 0, _GAIN_LEVEL)
+  found &= _changes(metric, direction, least, level)
+  for correlation in sign["correlation"]:
+    means = up * series[correlation.format(name=name)].mean(-1)
+    found &= np.fmax(means[:-1], means[-1]) >= _LEAST_CORRELATION
+  return found
+
+
+def _reward(series: _Series, name: str) -> np.ndarray:
+  """The reward on the rows whose accuracy is known, or on all rows."""
+  accuracy = series[_ACCURACY]
+  right, wrong = (series[x.format(name=name)] for x in _BY_VERDICT)
+  parts = np.array([right * accuracy, wrong * (1 - accuracy)])
+  has_known = np.isfinite(parts).any(axis=0)
+  every = series[_MEAN.format(name=name)]
+  return np.where(has_known, np.nansum(parts, axis=0), every)
+
+
+def _changes(
+  values: np.ndarray, direction: float, least: Any, level: float
+) -> np.ndarray:
+  """bool [K], True where the last mean is further by `least`, not by chance."""
+  import scipy.special  # Slow to import.
+
+  means = values.mean(axis=-1)
+  # A policy may be gamed within a window: only steps side by side show noise.
+  noise = np.square(np.diff(values)).mean(axis=-1) / 2 / WINDOW
+  noise += (1e-6 * means) ** 2  # Rounding makes no difference significant.
+  difference = direction * (means[-1] - means[:-1])
+  with np.errstate(invalid="ignore", divide="ignore"):
+    total = noise[:-1] + noise[-1]
+    freedom = total**2 * _FREEDOM / (noise[:-1] ** 2 + noise[-1] ** 2)
+    p_values = scipy.special.stdtr(freedom, -difference / np.sqrt(total))
+  return (difference >= least) & (p_values < level)
+
+
+def _describe(
+  series: _Series, name: str, sign: Mapping[str, Any], index: int
+) -> str:
+  """The values of the sign's metrics, now and in an earlier window."""
+  shown = (_MEAN, sign["metric"], *sign["correlation"], _ACCURACY)
+  shown = dict.fromkeys(x.format(name=name) for x in shown)
+  means = {x: series[x].mean(axis=-1)[[-1, index]] for x in shown}
+  return ", ".join(
+    f"{x} is {now:.3g} instead of {before:.3g}"
+    for x, (now, before) in means.items()
+    if math.isfinite(now) and math.isfinite(before)
+  )

@@ -1,12 +1,10 @@
 """Measures of what a reward goes with, to see whether the policy games it.
 
-Pure functions over the whole batch; only valid completions count. A measure for
-which the batch holds nothing to compare is NaN.
+They are over the whole batch. A mean over nothing is NaN.
 
 References:
   Rewards that go with length: Singhal et al., arXiv:2310.03716
   Distinct n-grams: Li et al., arXiv:1510.03055
-  Overoptimization: Gao et al., arXiv:2210.10760
 """
 
 import base64
@@ -36,11 +34,10 @@ def reward_health(
   known: Bool[Array, "U C"],
   valid: Bool[Array, "U C"],
 ) -> diagnostics.Metrics:
-  """The metrics of each reward, and the repetition in completions.
+  """The metrics of each reward, and the repetition in valid completions.
 
-  `mask` is True on the tokens of completions. Where it is `known`, the rules
-  have checked whether a completion is `correct`. A reward that is not finite
-  was not asked.
+  `mask` is True on tokens. Where it is `known`, the rules have checked whether
+  a completion is `correct`. A reward that is not finite was not asked.
   """
   repeated = repetition(ids, mask)
   metrics = {"rollout/repetition": diagnostics.valid_mean(repeated, valid)}
@@ -48,9 +45,8 @@ def reward_health(
     asked = valid & jnp.isfinite(values)
     right, wrong = asked & known & correct, asked & known & ~correct
     cells = jnp.stack([right, wrong, asked & ~known])
-    chosen, rejected, is_pair = preference_metrics.all_pairs(
-      values, right[:, :, None] & wrong[:, None, :]
-    )
+    better = right[:, :, None] & wrong[:, None, :]
+    chosen, rejected, is_pair = preference_metrics.all_pairs(values, better)
     wins = preference_metrics.wins(chosen, rejected)
     found = {
       "length_correlation": correlation(values, mask.sum(axis=-1), cells),
@@ -73,15 +69,17 @@ def correlation(
   """
 
   def center(values: Array) -> Array:
-    values = jnp.where(cells, jnp.asarray(values, jnp.float32), 0.0)
-    highest = jnp.where(cells, values, -jnp.inf).max(axis=-1, keepdims=True)
-    lowest = jnp.where(cells, values, jnp.inf).min(axis=-1, keepdims=True)
+    values = jnp.where(cells, jnp.asarray(values, jnp.float32), -jnp.inf)
+    # Equal values become exactly 0, which their mean would not make them.
+    highest = values.max(axis=-1, keepdims=True)
+    values = jnp.where(cells, values - highest, 0.0)
     count = jnp.maximum(cells.sum(axis=-1, keepdims=True), 1)
     mean = values.sum(axis=-1, keepdims=True) / count
-    # Rounding of the mean would make equal values differ.
-    values = jnp.where(cells & (highest > lowest), values - mean, 0.0)
-    values = _divide(values, jnp.abs(values).max())  # Squares must be finite.
-    return _divide(values, jnp.linalg.norm(values))
+    values = jnp.where(cells, values - mean, 0.0)
+    # So that no square is too large or too small; then the norm is 0 or >= 1.
+    tiny = jnp.finfo(jnp.float32).tiny
+    values /= jnp.maximum(jnp.abs(values).max(), tiny)
+    return values / jnp.maximum(jnp.linalg.norm(values), 1.0)
 
   return (center(first) * center(second)).sum()
 
@@ -91,45 +89,41 @@ def repetition(
 ) -> Float[Array, "U C"]:
   """The share of a completion's n-grams that it has had before.
 
-  0 for a completion without an n-gram, and if all differ.
+  0 for a completion without an n-gram.
   """
-  count = ids.shape[-1] - NGRAM + 1
-  if count < 1:
-    return jnp.zeros(ids.shape[:-1])
+  count = max(ids.shape[-1] - NGRAM + 1, 0)
   shifts = [slice(i, i + count) for i in range(NGRAM)]
-  is_ngram = jnp.all(jnp.stack([mask[..., x] for x in shifts]), axis=0)
-  # Of the sort, the first key puts what is no n-gram at the end.
+  is_ngram = jnp.stack([mask[..., x] for x in shifts]).all(axis=0)
+  # What is no n-gram is sorted to the end.
   keys = (~is_ngram, *(ids[..., x] for x in shifts))
   keys = jnp.stack(jax.lax.sort(keys, num_keys=len(keys)))
-  equals_last = (keys[..., 1:] == keys[..., :-1]).all(axis=0)
-  repeats = (equals_last & (keys[0, ..., 1:] == 0)).sum(axis=-1)
-  return repeats / jnp.maximum(is_ngram.sum(axis=-1), 1)
+  is_repeat = (keys[..., 1:] == keys[..., :-1]).all(0) & (keys[0, ..., 1:] == 0)
+  return is_repeat.sum(axis=-1) / jnp.maximum(is_ngram.sum(axis=-1), 1)
 
 
 class FirstTokens:
-  """The tokens that the policy wrote in the first steps.
-
-  Call it on all processes; its state belongs to a checkpoint.
-  """
+  """The set of tokens that the policy wrote in the first steps."""
 
   def __init__(self, vocab_size: int, mesh: Mesh):
     """Nothing was written yet."""
     self._steps, self._seen = 0, np.zeros(vocab_size, bool)
-    self._replicated = sharding.replicated_sharding(mesh)
+    self._add = jax.jit(
+      lambda seen, ids, mask: seen.at[ids].max(mask),
+      out_shardings=sharding.replicated_sharding(mesh),
+    )
 
   def novelty(
     self, ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
   ) -> diagnostics.Metrics:
     """Adds the tokens of a first step; later, the share that is new."""
     if self._steps >= FIRST_STEPS:
-      return {"rollout/novel_token_share": novel_share(self._seen, ids, mask)}
-    seen = seen_tokens(self._seen, ids, mask)
-    self._seen = np.array(jax.device_put(seen, self._replicated))
+      return {"rollout/novel_token_share": _novel_share(self._seen, ids, mask)}
+    self._seen = np.array(self._add(self._seen, ids, mask))
     self._steps += 1
     return {}
 
   def state(self) -> dict[str, Any]:
-    """The steps and tokens so far, as JSON can hold them."""
+    """The steps and tokens so far, for the record of a checkpoint."""
     bits = base64.b64encode(np.packbits(self._seen)).decode()
     return {"steps": self._steps, "tokens": bits}
 
@@ -138,29 +132,14 @@ class FirstTokens:
     source = "the first tokens in the checkpoint"
     untrusted.check_kind(saved, dict, source)
     self._steps = untrusted.get_field(saved, "steps", int, source)
-    bits = untrusted.get_field(saved, "tokens", str, source)
-    packed = np.frombuffer(base64.b64decode(bits), np.uint8)
-    self._seen = np.unpackbits(packed, count=len(self._seen)).astype(bool)
+    bits = base64.b64decode(untrusted.get_field(saved, "tokens", str, source))
+    seen = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._seen.size)
+    self._seen = seen.astype(bool)
 
 
 @jax.jit
-def seen_tokens(
-  seen: Bool[Array, " V"], ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
-) -> Bool[Array, " V"]:
-  """Adds the tokens of completions to the set `seen`."""
-  return seen.at[ids].max(mask)
-
-
-@jax.jit
-def novel_share(
-  seen: Bool[Array, " V"], ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
-) -> Float[Array, ""]:
-  """The share of the completions' tokens that are not in the set `seen`."""
+def _novel_share(seen: Array, ids: Array, mask: Array) -> Array:
   return diagnostics.valid_mean(~seen[ids], mask)
-
-
-def _divide(values: Array, scale: Array) -> Array:
-  return values / jnp.where(scale > 0, scale, 1.0)
 
 
 def _mean(values: Array, counts: Array) -> Array:

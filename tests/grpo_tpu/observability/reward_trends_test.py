@@ -128,6 +128,17 @@ def test_gaming_that_begins_late_is_compared_with_the_time_before():
   assert 100 < steps[0] <= 150
 
 
+def test_gaming_that_is_over_within_the_first_window_rings():
+  """The level of a window is no noise: only steps side by side are."""
+  rows = history(25, noise=1)
+  for row in rows:
+    left = math.exp(-row["step"] / 3)
+    row["reward/own_mean"] += 1 - left
+    row["rollout/accuracy"] = 0.4 * left + 0.1 * row["rollout/accuracy"]
+    row["rollout/completion_length"] += 50 * (1 - left)
+  assert ring(rows)[0].keys() == {"accuracy", "length"}
+
+
 def test_noise_of_every_size_raises_no_alarm():
   for seed, noise in enumerate([0, 1e-9, 1, 1, 1, 4, 4]):
     assert ring(history(300, seed=seed, noise=noise)) == ({}, 0)

@@ -1,11 +1,13 @@
 """What a reward goes with, against slow loops over the completions."""
 
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_tpu.distributed import sharding
 from grpo_tpu.rl import reward_health
 
 NAMES = (
@@ -122,11 +124,20 @@ def test_length_that_only_right_completions_have_is_no_correlation():
   assert found["reward/own_pair_accuracy"] == 1
 
 
-def test_novel_tokens_are_those_that_were_not_seen():
-  ids = jnp.array([[[1, 2, 3], [4, 4, 9]]])
-  mask = jnp.array([[[True, True, False], [True, False, False]]])
-  seen = reward_health.seen_tokens(jnp.zeros(10, bool), ids, mask)
-  np.testing.assert_array_equal(np.flatnonzero(seen), [1, 2, 4])
+def test_novel_tokens_are_those_that_the_first_steps_did_not_have():
+  mesh = sharding.make_mesh(replica=1, fsdp=8, tensor=1)
+  first = jnp.array([[[1, 2, 3], [4, 4, 9]]])
+  counts = jnp.array([[[True, True, False], [True, False, False]]])
   later = jnp.array([[[1, 3, 4], [9, 0, 0]]])
-  mask = jnp.array([[[True, True, True], [True, False, False]]])
-  assert reward_health.novel_share(seen, later, mask) == 0.5
+  all_but_zeros = later > 0
+  tokens = reward_health.FirstTokens(10, mesh)
+  for _ in range(reward_health.FIRST_STEPS):
+    resumed = reward_health.FirstTokens(10, mesh)
+    resumed.restore(json.loads(json.dumps(tokens.state())))
+    tokens = resumed
+    assert tokens.novelty(first, counts) == {}
+  for each in (tokens, tokens):  # What is new stays new.
+    found = each.novelty(later, all_but_zeros)
+    assert found == {"rollout/novel_token_share": 0.5}
+  with pytest.raises(ValueError, match="first tokens in the checkpoint"):
+    tokens.restore({"steps": 1})
