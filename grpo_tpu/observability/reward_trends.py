@@ -102,8 +102,10 @@ class RewardTrends:
     columns = np.moveaxis(np.array(windows), -1, 0)
     series = dict(zip(self._names, columns, strict=True))
     for name, weight in self._weights.items():
-      for key, sign in self._signs.items():
-        found = _find(series, name, math.copysign(1, weight), sign, level)
+      up = math.copysign(1, weight)  # With a weight < 0 it gains by falling.
+      gains = _gains(series, name, up, level)
+      for key, sign in self._signs.items() if gains.any() else ():
+        found = gains & _shows(series, name, up, sign, level)
         is_new = found.any() and not self._is_current((name, key))
         if found.any():
           self._seen[name, key] = len(self._rows)
@@ -124,37 +126,34 @@ class RewardTrends:
 type _Series = Mapping[str, np.ndarray]
 
 
-def _find(
-  series: _Series, name: str, up: float, sign: Mapping[str, Any], level: float
-) -> np.ndarray:
-  """bool [K], True where a window and the last one show the sign.
+def _gains(series: _Series, name: str, up: float, level: float) -> np.ndarray:
+  """bool [K], True where the reward has risen and the accuracy has not.
 
-  A reward with a negative weight gains by falling: `up` is -1.
+  The reward on the rows whose accuracy is known, or on all rows.
   """
-  metric, deviation = (
-    series[x.format(name=name)] for x in (sign["metric"], _STD)
+  accuracy, every, deviation, right, wrong = (
+    series[x.format(name=name)] for x in (_ACCURACY, _MEAN, _STD, *_BY_VERDICT)
   )
-  is_own = "{name}" in sign["metric"]
-  direction = sign["direction"] * (up if is_own else 1)
-  least = sign["share"] * np.abs(metric[:-1].mean(-1)) + sign["least"]
-  gain = _LEAST_RISE * deviation[:-1].mean(-1)
-  found = _changes(_reward(series, name), up, gain, level)
-  found &= ~_changes(series[_ACCURACY], 1, 0, _GAIN_LEVEL)
-  found &= _changes(metric, direction, least, level)
-  for correlation in sign["correlation"]:
-    means = up * series[correlation.format(name=name)].mean(-1)
-    found &= np.fmax(means[:-1], means[-1]) >= _LEAST_CORRELATION
-  return found
-
-
-def _reward(series: _Series, name: str) -> np.ndarray:
-  """The reward on the rows whose accuracy is known, or on all rows."""
-  accuracy = series[_ACCURACY]
-  right, wrong = (series[x.format(name=name)] for x in _BY_VERDICT)
   parts = np.array([right * accuracy, wrong * (1 - accuracy)])
   has_known = np.isfinite(parts).any(axis=0)
-  every = series[_MEAN.format(name=name)]
-  return np.where(has_known, np.nansum(parts, axis=0), every)
+  reward = np.where(has_known, np.nansum(parts, axis=0), every)
+  least = _LEAST_RISE * deviation[:-1].mean(axis=-1)
+  is_better = _changes(accuracy, 1, 0.0, _GAIN_LEVEL)
+  return _changes(reward, up, least, level) & ~is_better
+
+
+def _shows(
+  series: _Series, name: str, up: float, sign: Mapping[str, Any], level: float
+) -> np.ndarray:
+  """bool [K], True where the metric of the sign has changed."""
+  values = series[sign["metric"].format(name=name)]
+  direction = sign["direction"] * (up if "{name}" in sign["metric"] else 1)
+  least = sign["share"] * np.abs(values[:-1].mean(-1)) + sign["least"]
+  found = _changes(values, direction, least, level)
+  for correlation in sign["correlation"]:
+    means = up * series[correlation.format(name=name)].mean(axis=-1)
+    found &= np.fmax(means[:-1], means[-1]) >= _LEAST_CORRELATION
+  return found
 
 
 def _changes(

@@ -135,7 +135,7 @@ def test_gaming_that_is_over_within_the_first_window_rings():
     left = math.exp(-row["step"] / 3)
     row["reward/own_mean"] += 1 - left
     row["rollout/accuracy"] = 0.4 * left + 0.1 * row["rollout/accuracy"]
-    row["rollout/completion_length"] += 50 * (1 - left)
+    row["rollout/completion_length"] += 150 * (1 - left)
   assert ring(rows)[0].keys() == {"accuracy", "length"}
 
 
