@@ -123,8 +123,8 @@ def scan(
       f"data.train_split ({builder.split!r}) must hold answers that rules can "
       f"check, or a reward must pay without them, but {len(unpaid)} of {count} "
       f"problems have none, the first {printable(unpaid[0])}. Set "
-      "rewards.custom to a function that judges them, with a weight in "
-      f"rewards.custom_weights{labels if builder.kind == 'preference' else ''};"
+      "rewards.judges or rewards.models, or rewards.custom to a function, with "
+      f"a weight{labels if builder.kind == 'preference' else ''};"
       " or train on problems with answers, which are all that "
       "data_pipelines.prepare keeps without --unchecked_answers=keep."
     )

@@ -13,7 +13,7 @@ from grpo_tpu.models.settings import ModelSettings
 
 
 class Frozen:
-  """Parameters that no update changes."""
+  """Parameters that no update changes; `is_copied` to the devices to run."""
 
   def __init__(
     self,
@@ -36,7 +36,7 @@ class Frozen:
         f"{setting} ({memory!r}) must be a memory of the devices, which have "
         f"{', '.join(sorted(kinds))}; set {setting}=device."
       )
-    self._memory = memory
+    self._memory, self.is_copied = memory, memory != "device"
     self._params = self._move(_cast(params, dtype), memory)
 
   @property

@@ -122,19 +122,29 @@ def network_identity(
   """Fingerprints of the contents of reward models and judges, by a name.
 
   Raises:
-    ValueError: A reward model cannot read the prompts of the data.
+    ValueError: A network cannot read the prompts of the data.
   """
   if not config.rewards.network_weights:
     return {}
   from grpo_tpu.rewards import model
 
   found = model.read_models(config.rewards, config.model)
+  for weights, *_ in config.rewards.judges:
+    if weights != "self":
+      judge = weights, config.model
+      found.append(networks.read_settings(*judge, setting="rewards.judges"))
   model.check_data(found, tokenizer, has_images=has_images)
   named = [x for x, *_ in (*config.rewards.models, *config.rewards.judges)]
-  return {
+  contents = {
     f"rewards: contents of {name}": networks.fingerprint(weights)
     for name, weights in zip(config.rewards.network_weights, named, strict=True)
     if weights != "self"
+  }
+  return contents | {
+    f"rewards: template of judge_{number}": judge_templates.open_template(
+      template
+    ).fingerprint
+    for number, (_, template, _) in enumerate(config.rewards.judges, start=1)
   }
 
 

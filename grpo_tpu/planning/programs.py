@@ -23,6 +23,7 @@ from grpo_tpu.checkpoint.frozen import abstract_frozen
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
+from grpo_tpu.models import scores
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.embedding import output_embedding
 from grpo_tpu.models.settings import ModelSettings
@@ -393,21 +394,32 @@ class _AbstractPrograms:
     network, data = reward_networks(config)[name], config.data
     params = _abstract_network(config, network, self._mesh)
     forward = model.network_forward(network, self._mesh)
-    images = data.images_per_prompt * self._has_images
-    prompts, at_once = data.prompts_per_step, config.train.microbatch_bundles
-    sizes = completions_per_prompt(config), config.rollout.max_new_tokens
-    shape = data.prompt_buckets[-1], images if network.network.vision else 0
+    images, prompts = data.images_per_prompt, data.prompts_per_step
     is_judge, part = name.startswith("judge_"), "rewards"
     if network == config.model:
       part = "params" if config.lora else "reference"
     if name == "teacher":
       part = "teacher"
+    vision, scorer = network.network.vision, scores.scores
+    longest = data.prompt_buckets[-1], config.rollout.max_new_tokens
     if is_judge:
-      prompts = at_once
+      scorer = functools.partial(judge.share_of_yes, words=((1,), (2,)))
+      longest = judge.longest(*longest)
+    shape = longest[0], images * self._has_images if vision else 0
+    sizes = completions_per_prompt(config), longest[1]
     bundles = model.abstract_bundles(
       network, self._mesh, shape, prompts, *sizes
     )
-    program = jax.jit(functools.partial(model.score_parts, forward, at_once))
+    if is_judge:  # It reads pixels, and lengths instead of a mask.
+      ids, length, shown, completions, _ = bundles
+      if vision:
+        sides = [vision.shown_size] * 2
+        shown = self._array(jnp.uint8, prompts, shape[1], *sides, 3)
+      each = self._array(jnp.int32, prompts, sizes[0])
+      bundles = ids, length, shown, completions, each
+    scorer = functools.partial(scorer, forward)
+    at_once = config.train.microbatch_bundles
+    program = jax.jit(functools.partial(model.score_parts, scorer, at_once))
     args = params, *bundles
     if name == "teacher":
       kwargs = {"num_microbatches": config.num_microbatches}
@@ -415,10 +427,6 @@ class _AbstractPrograms:
       program = jax.jit(functools.partial(program, gives_states=True))
       bundles = self._bundles(prompts).replace(teacher_states=None)
       args = params, bundles
-    if is_judge:
-      program = judge.share_of_yes
-      length = self._array(jnp.int32, prompts, sizes[0])
-      args = forward, ((1,), (2,)), params, *bundles[:-1], length
     return Program(
       self._name,
       program,

@@ -85,8 +85,6 @@ def _step_seconds(
     "train_step": config.train.num_iterations,
     "move": 0,  # If all rows run to full length, no row ever moves.
   }
-  for name in programs.reward_networks(config):
-    calls[name] = config.num_microbatches if name.startswith("judge_") else 1
   return {
     kind: sum(
       calls.get(programs.step_of(row["name"]), 1)
@@ -173,12 +171,7 @@ def _as_network(config: Config, program: str) -> Config:
   network = programs.reward_networks(config)[programs.step_of(program)]
   network = dataclasses.replace(network, head="", weights="")
   rewards = dataclasses.replace(config.rewards, models=(), judges=())
-  changes = {"model": network, "rewards": rewards}
-  if program.startswith("judge_"):  # It reads a microbatch at a time.
-    bundles = config.train.microbatch_bundles
-    data = dataclasses.replace(config.data, prompts_per_step=bundles)
-    changes |= {"data": data}
-  return dataclasses.replace(config, **changes)
+  return dataclasses.replace(config, model=network, rewards=rewards)
 
 
 def tokens_per_chunk(config: Config) -> int:

@@ -18,38 +18,25 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from data_pipelines import images, pipeline, prompt_rows, records
-from data_pipelines.text import chat_prompts, own_tokenizer
+from data_pipelines.text import chat_prompts
 from data_pipelines.text import tokenizer as tokens
-from data_pipelines.validation import (
-  SettingError,
-  printable,
-  require,
-  user_errors,
-)
-from grpo_tpu.checkpoint import load
+from data_pipelines.validation import SettingError, printable
 from grpo_tpu.checkpoint import networks as files
 from grpo_tpu.checkpoint.frozen import Frozen
-from grpo_tpu.distributed import sharding
+from grpo_tpu.distributed import compile_cache, sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import embedding, text
-from grpo_tpu.models.network import ForwardConfig, make_forward
+from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.rewards import judge_templates, networks
+from grpo_tpu.rewards.model import load_frozen, network_forward, score_parts
 from grpo_tpu.rewards.settings import RewardConfig
 
 # Tokens that a reference answer may add to the longest prompt of the policy.
 _ANSWER_TOKENS = 256
+# Tokens of a built-in template before the response and from it on, about.
+_TEMPLATE_TOKENS = 60, 50
 _SHORTEST = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """Sizes of what a judge reads, from the settings of the run."""
-
-  prompt_tokens: int  # Of the policy's longest prompt.
-  completion_tokens: int
-  bundles: int  # Prompts, over all hosts, that are read at a time.
-  pan_and_scan: images.PanAndScan
 
 
 class Judge:
@@ -63,30 +50,39 @@ class Judge:
     template: judge_templates.Template,
     tokenizer: tokens.Tokenizer,
     mesh: Mesh,
-    limits: Limits,
+    *,
+    longest_prompt: int,
+    longest_completion: int,
+    bundles_at_a_time: int,
+    pan_and_scan: images.PanAndScan,
   ):
-    """Compiles nothing yet; `model` says how the network runs."""
-    self.names = (name,)
+    """Compiles nothing yet; `model` says how the network runs.
+
+    The policy's prompts and completions have at most so many tokens. Of its
+    prompts, over all hosts, `bundles_at_a_time` are read at a time.
+    """
+    self.names, self._tokenizer = (name,), tokenizer
     self._network, self._template, self._mesh = network, template, mesh
-    self._tokenizer, self._bundles = tokenizer, limits.bundles
-    self._forward = make_forward(
-      model, mesh, temperature=1.0, min_new_tokens=0, banned_ids=()
+    score = functools.partial(
+      share_of_yes, network_forward(model, mesh), words=answer_ids(tokenizer)
     )
-    self._words = answer_ids(tokenizer)
+    self.program = compile_cache.AotJit(
+      jax.jit(functools.partial(score_parts, score, bundles_at_a_time))
+    )
     chat, fixed = tokenizer.chat, len(tokenizer.encode(template.before))
     self._turn = [chat.end_of_turn, chat.newline, chat.start_of_turn]
     self._turn += tokenizer.encode(chat.model)
     self._ending = [*tokenizer.encode(template.after), *self._turn]
-    self._lengths = lengths(limits.completion_tokens + len(self._ending))
+    self._lengths = lengths(longest_completion + len(self._ending))
     vision = model.network.vision
     self._builder = prompt_rows.RowBuilder(
       source=(),
       tokenizer=tokenizer,
-      prompt_buckets=lengths(limits.prompt_tokens + fixed + _ANSWER_TOKENS),
+      prompt_buckets=lengths(longest_prompt + fixed + _ANSWER_TOKENS),
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       template=chat_prompts.TEMPLATES["plain"],
-      pan_and_scan=limits.pan_and_scan,
+      pan_and_scan=pan_and_scan,
     )
 
   def start(
@@ -117,18 +113,18 @@ class Judge:
     num_tokens, num_images, longest = np.reshape(every, (-1, 3)).max(axis=0)
     longest = next(x for x in self._lengths if x >= longest)
     ids = np.array([(x + [0] * longest)[:longest] for x in ids], np.int32)
-    parts = self._dispatch(
-      _widen(asked.prompt_ids, num_tokens),
-      asked.prompt_length,
-      _widen(asked.images, num_images),
-      ids.reshape(*length.shape, longest),
+    rows = (
+      *(_widen(asked.prompt_ids, num_tokens), asked.prompt_length),
+      *(_widen(asked.images, num_images), ids.reshape(*length.shape, longest)),
       length,
     )
+    rows = sharding.device_put_batch(self._mesh, rows)
+    found = self.program(self._network.params, *rows)
+    if self._network.is_copied:  # No two networks are on the devices at a time.
+      jax.block_until_ready(found)
 
     def wait() -> networks.Values:
-      values = np.empty(length.shape, np.float32)
-      for number, part in enumerate(parts):
-        values[number :: len(parts)] = sharding.local_rows(self._mesh, part)
+      values = sharding.local_rows(self._mesh, found)
       values = np.where(fits, values, np.float32(np.nan))
       return {self.names[0]: np.where(is_judged, values, np.float32(0))}
 
@@ -158,25 +154,6 @@ class Judge:
       batch, prompt_ids=ids, prompt_length=length, valid=batch.valid & can_ask
     )
 
-  def _dispatch(self, *rows: np.ndarray) -> list[jax.Array]:
-    """Starts the devices; part `i` of `n` has every `n`-th row from `i` on."""
-    shards, count = sharding.data_shards(self._mesh)
-    per_shard, most = (
-      len(rows[0]) // len(shards),
-      max(1, self._bundles // count),
-    )
-    num_parts = next(
-      n
-      for n in range(1, per_shard + 1)
-      if per_shard % n == 0 and per_shard // n <= most
-    )
-    params, parts = self._network.params, []
-    for part in range(num_parts):
-      own = tuple(x[part::num_parts] for x in rows)
-      own = sharding.device_put_batch(self._mesh, own)
-      parts.append(share_of_yes(self._forward, self._words, params, *own))
-    return parts
-
   def _describe_loss(self, problem: records.Problem, was_asked: bool) -> str:
     """Why completions of a problem have no score."""
     if was_asked:
@@ -192,64 +169,36 @@ def open_judges(
   config: RewardConfig,
   policy: ModelSettings,
   start: Frozen | None,
-  tokenizer: tokens.Tokenizer,
-  mesh: Mesh,
-  limits: Limits,
+  *rest: Any,
+  **options: Any,
 ) -> list[Judge]:
-  """The judges of the settings, each network once; all processes call it.
+  """Loads the judges of a run, each network once.
 
-  `start` is what the policy started from, for "self".
-
-  Raises:
-    SettingError: Weights, their tokenizer or a template cannot be used.
+  `start` is what the policy started from, for "self"; `rest` and `options` are
+  the last arguments of `Judge`.
   """
   opened: dict[str, Any] = {"self": (start, policy)}
-  names = list(config.network_weights)[len(config.models) :]
   judges = []
-  for name, (weights, template, _) in zip(names, config.judges, strict=True):
+  for number, (weights, template, _) in enumerate(config.judges, start=1):
     if weights not in opened:
-      opened[weights] = _open_network(weights, config, policy, tokenizer, mesh)
+      model = files.read_settings(weights, policy, setting="rewards.judges")
+      opened[weights] = load_frozen(model, config, rest[-1]), model
     question = judge_templates.open_template(template)
-    network = *opened[weights], question, tokenizer, mesh, limits
-    judges.append(Judge(name, *network))
+    network = *opened[weights], question, *rest
+    judges.append(Judge(f"judge_{number}", *network, **options))
   return judges
 
 
-def _open_network(
-  weights: str,
-  config: RewardConfig,
-  policy: ModelSettings,
-  tokenizer: tokens.Tokenizer,
-  mesh: Mesh,
-) -> tuple[Frozen, ModelSettings]:
-  """A network that `rewards.judges` names, and its settings."""
-  setting = "rewards.judges"
-  with user_errors():
-    model = files.read_settings(weights, policy, setting=setting)
-    known = own_tokenizer.find(model.weights).fingerprint
-    rule = "be a run with the tokenizer of this one, whose tokens it reads"
-    holds = known in ("", tokenizer.fingerprint)
-    require(holds, setting, weights, rule, "set data.tokenizer to that of both")
-  network = Frozen(
-    load.load_merged(model, mesh),
-    mesh,
-    dtype=config.network_dtype or policy.param_dtype,
-    memory=config.network_memory,
-    setting="rewards.network_memory",
-  )
-  return network, model
-
-
-@functools.partial(jax.jit, static_argnums=1)
 def share_of_yes(
   forward: ForwardConfig,
-  words: tuple[tuple[int, ...], tuple[int, ...]],
   params: dict,
   prompt_ids: Int[Array, "U P"],
   prompt_length: Int[Array, " U"],
   images: text.Images,
   ids: Int[Array, "U C T"],
   length: Int[Array, "U C"],
+  *,
+  words: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> Float[Array, "U C"]:
   """p(yes) / (p(yes) + p(no)) after each of `C` continuations, in fp32.
 
@@ -305,6 +254,13 @@ def lengths(longest: int) -> tuple[int, ...]:
     is_power = sizes[-1].bit_count() == 1
     sizes.append(sizes[-1] * 3 // 2 if is_power else sizes[-1] * 4 // 3)
   return tuple(sizes)
+
+
+def longest(longest_prompt: int, longest_completion: int) -> tuple[int, int]:
+  """Lengths that a judge with a built-in template pads to, at most."""
+  before, after = _TEMPLATE_TOKENS
+  prompt = longest_prompt + before + _ANSWER_TOKENS
+  return lengths(prompt)[-1], lengths(longest_completion + after)[-1]
 
 
 def _widen(rows: np.ndarray, size: int) -> np.ndarray:

@@ -14,15 +14,16 @@ from data_pipelines.text.chat_format import GEMMA3
 from data_pipelines.validation import printable, require
 from data_pipelines.verifier import verify
 
-NAMES = tuple(tables.read("grpo_tpu.rewards", "judge_templates.toml"))
+_TABLE = tables.read("grpo_tpu.rewards", "judge_templates.toml")
+NAMES = tuple(_TABLE)
 _MAX_BYTES = 2**16
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-_MARK = re.compile(r"</?([\w-]+)>")
+_PLACEHOLDER, _MARK = re.compile(r"\{([a-z_]+)\}"), re.compile(r"</?([\w-]+)>")
 # Names of control tokens, and the mark that stands for a picture.
 _CONTROL = {
   name.strip("<>")
   for name in (*GEMMA3.names.values(), *GEMMA3.image_names, records.IMAGE_MARK)
-} - {"\n", "\n\n"}
+  if name.strip()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Template:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def prompt(self, problem: records.Problem) -> str:
-    """The text before the response, with an image mark per picture or none."""
+    """The text before the response, with the image marks of the question."""
     answer = problem.answer.replace(records.IMAGE_MARK, "")
     shown = {"question": records.plain_query(problem), "answer": answer}
     # In one pass, so that a question cannot bring placeholders.
@@ -53,16 +54,15 @@ class Template:
   def visible(self, completion: str) -> str:
     """The part of a completion that is judged, without space around it.
 
-    The thinking is left out, and with it a completion that was cut off while
-    it thought. Marks of the template and names of control tokens lose their
-    angle brackets, and control characters are escaped: a response can end
-    neither itself nor the turn.
+    A completion that ends in its thinking has none. Marks of the template and
+    names of control tokens lose their angle brackets, and control characters
+    are escaped: a response can end neither itself nor the turn.
     """
     text = verify.without_thinking(completion) or ""
-    marks = {x.lower() for x in _MARK.findall(self.before + self.after)}
-    names = "|".join(map(re.escape, sorted(marks | _CONTROL)))
-    pattern = rf"<(\s*/?\s*(?:{names})\s*/?\s*)>"
-    text = re.sub(pattern, r"(\1)", text, flags=re.IGNORECASE)
+    marks = _CONTROL.union(_MARK.findall(self.before + self.after))
+    names = "|".join(map(re.escape, sorted(marks)))
+    mark = rf"<(\s*/?\s*(?:{names})\s*/?\s*)>"
+    text = re.sub(mark, r"(\1)", text, flags=re.IGNORECASE)
     # Bytes that are no text would be three tokens each.
     text = text.replace("\N{REPLACEMENT CHARACTER}", "?")
     return printable(text, keep="\n\t").strip()
@@ -74,31 +74,20 @@ def open_template(name: str) -> Template:
   Raises:
     ValueError: There is none, or its text breaks a rule.
   """
-  table = tables.read("grpo_tpu.rewards", "judge_templates.toml")
-  text = table[name]["text"] if name in table else _read(name)
-  found = _PLACEHOLDER.findall(text)
-  unknown = sorted({*found} - {"question", "answer", "response"})
-  is_last = found.count("response") == 1 and found[-1] == "response"
-  marks = sorted({*_MARK.findall(text.lower())} & _CONTROL)
-  _require(
-    not unknown, name, f"use no placeholder {{{unknown and unknown[0]}}}"
-  )
-  _require(is_last, name, "have {response} once, after {question} and {answer}")
-  _require(not marks, name, f"leave out <{marks and marks[0]}>")
-  before, _, after = text.strip().partition("{response}")
-  _require(bool(after.strip()), name, "ask a question after {response}")
-  return Template(before, after)
-
-
-def _read(path: str) -> str:
+  setting, remedy = "rewards.judges: the template", "see docs/rewards.md"
   try:
-    return untrusted.read_bytes(path, _MAX_BYTES).decode("utf-8-sig")
-  except (OSError, ValueError) as error:
+    found = untrusted.read_bytes(name, _MAX_BYTES) if name not in NAMES else b""
+    text = found.decode("utf-8-sig") or _TABLE[name]["text"]
+  except (OSError, ValueError, KeyError) as error:
     rule = f"be {', '.join(NAMES)}, or a file of text in UTF-8"
-    _require(False, path, f"{rule}: {printable(str(error))}")
-    raise
-
-
-def _require(holds: bool, name: str, rule: str) -> None:
-  remedy = "see docs/rewards.md"
-  require(holds, "rewards.judges: the template", name, rule, remedy)
+    raise ValueError(f"{setting} ({name!r}) must {rule}: {error}") from error
+  before, _, after = text.strip().partition("{response}")
+  others = {*_PLACEHOLDER.findall(before)} - {"question", "answer"}
+  others |= {*_PLACEHOLDER.findall(after)}
+  rule = "have {question}, {answer}, both or none, then {response}, then a "
+  rule += "question, and no more placeholders"
+  require(bool(after.strip()) and not others, setting, name, rule, remedy)
+  marks = sorted(_CONTROL.intersection(_MARK.findall(text.lower())))
+  rule = f"leave out names of control tokens: {', '.join(marks)}"
+  require(not marks, setting, name, rule, remedy)
+  return Template(before, after)

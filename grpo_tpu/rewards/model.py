@@ -30,7 +30,7 @@ from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.rewards.networks import Completed, Values
 from grpo_tpu.rewards.settings import RewardConfig
 
-_SETTING = "rewards.models"
+_SETTING, _BOTH = "rewards.models", "rewards.models or rewards.judges"
 
 
 def read_models(
@@ -69,7 +69,7 @@ def check_data(
   *,
   has_images: bool,
 ) -> None:
-  """Refuses models that cannot read the prompts of a run; needs no device.
+  """Refuses networks that cannot read the prompts of a run; needs no device.
 
   Raises:
     ValueError: A model has another tokenizer, or no tower for the images.
@@ -84,14 +84,14 @@ def check_data(
     rule = "have been trained with the tokenizer of the data"
     remedy = "train it on data that were prepared with the same tokenizer"
     holds = known in ("", tokenizer.fingerprint)
-    require(holds, _SETTING, model.weights, rule, remedy)
+    require(holds, _BOTH, model.weights, rule, remedy)
 
 
 def _check_sight(model: ModelSettings, has_images: bool) -> None:
   rule = "see the images of the data, and it is a text model"
   remedy = "name one with an image tower, or data without images"
   sees = not has_images or model.network.vision is not None
-  require(sees, _SETTING, model.weights, rule, remedy)
+  require(sees, _BOTH, model.weights, rule, remedy)
 
 
 def open_models(
@@ -123,18 +123,11 @@ class RewardModel:
     self._model, self._mesh = model, mesh
     self._dtype = config.network_dtype or model.param_dtype
     self._pan_and_scan = pan_and_scan
-    self._frozen = Frozen(
-      load.load_merged(model, mesh),
-      mesh,
-      dtype=self._dtype,
-      memory=config.network_memory,
-      setting="rewards.network_memory",
-    )
-    self._is_copied = config.network_memory != "device"
-    logging.info("Loaded the reward model %s.", model.weights)
+    self._frozen = load_frozen(model, config, mesh)
     forward = network_forward(model, mesh)
+    score = functools.partial(scores.scores, forward)
     self.program = compile_cache.AotJit(
-      jax.jit(functools.partial(score_parts, forward, bundles_at_a_time))
+      jax.jit(functools.partial(score_parts, score, bundles_at_a_time))
     )
     self._encoder = None
     if vision := forward.config.vision:
@@ -163,7 +156,7 @@ class RewardModel:
     rows = ids, prompts.prompt_length, shown
     rows = sharding.device_put_batch(self._mesh, rows)
     found = self.program(params, *rows, completed.ids, completed.mask)
-    if self._is_copied:  # No two networks are on the devices at a time.
+    if self._frozen.is_copied:  # No two networks are on the devices at a time.
       jax.block_until_ready(found)
     (name,) = self.names
     return lambda: sharding.local_rows(self._mesh, {name: found})
@@ -202,6 +195,21 @@ class RewardModel:
     return pixels
 
 
+def load_frozen(
+  model: ModelSettings, config: RewardConfig, mesh: Mesh
+) -> Frozen:
+  """Loads a reward model or a judge, in the type and memory of the settings."""
+  frozen = Frozen(
+    load.load_merged(model, mesh),
+    mesh,
+    dtype=config.network_dtype or model.param_dtype,
+    memory=config.network_memory,
+    setting="rewards.network_memory",
+  )
+  logging.info("Loaded the frozen model %s.", model.weights)
+  return frozen
+
+
 def network_forward(model: ModelSettings, mesh: Mesh) -> ForwardConfig:
   """How a frozen network runs, which samples nothing."""
   sampling = {"temperature": 1.0, "min_new_tokens": 0, "banned_ids": ()}
@@ -209,12 +217,9 @@ def network_forward(model: ModelSettings, mesh: Mesh) -> ForwardConfig:
 
 
 def score_parts(
-  forward: ForwardConfig, bundles_at_a_time: int, params: dict, *bundles: Array
+  score: Callable, bundles_at_a_time: int, params: dict, *bundles: Array
 ) -> Float[Array, "U C"]:
-  """Scores in the fewest equal parts of at most `bundles_at_a_time`.
-
-  `bundles` are the arguments of `scores.scores`.
-  """
+  """`score(params, *bundles)` in the fewest equal parts of so many bundles."""
   rows, mesh = len(bundles[0]), jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else mesh.size // mesh.shape["tensor"]
   count = next(
@@ -224,7 +229,7 @@ def score_parts(
   )
 
   def score_part(_, part):
-    return None, scores.scores(forward, params, *part)
+    return None, score(params, *part)
 
   parts = sharding.microbatches(bundles, count)
   _, found = jax.lax.scan(score_part, None, parts)

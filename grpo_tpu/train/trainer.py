@@ -31,7 +31,7 @@ from grpo_tpu.models.gemma3 import lora
 from grpo_tpu.models.gemma3.embedding import output_embedding
 from grpo_tpu.observability import goodput, writer
 from grpo_tpu.observability.sample_files import Sample
-from grpo_tpu.rewards import judge
+from grpo_tpu.rewards.judge import open_judges
 from grpo_tpu.rewards.model import open_models
 from grpo_tpu.rl import optimizer, pictures, score, shaping
 from grpo_tpu.rl.experience import Collector
@@ -110,23 +110,22 @@ class Trainer:
         memory=config.rewards.network_memory,
         setting="rewards.network_memory",
       )
-    limits = judge.Limits(
-      prompt_tokens=config.data.prompt_buckets[-1],
-      completion_tokens=config.rollout.max_new_tokens,
-      bundles=config.train.microbatch_bundles,
-      pan_and_scan=config.data.pan_and_scan,
-    )
-    judges = judge.open_judges(
-      *(config.rewards, config.model, frozen_start),
-      *(data.tokenizer, mesh, limits),
-    )
+    reads = {
+      "bundles_at_a_time": config.train.microbatch_bundles,
+      "pan_and_scan": config.data.pan_and_scan,
+    }
     self._reward_models = open_models(
       config.rewards,
       config.model,
       mesh,
-      bundles_at_a_time=config.train.microbatch_bundles,
       images_per_shard=config.rollout.pictures_per_shard,
-      pan_and_scan=config.data.pan_and_scan,
+      **reads,
+    )
+    judges = open_judges(
+      *(config.rewards, config.model, frozen_start, data.tokenizer, mesh),
+      longest_prompt=config.data.prompt_buckets[-1],
+      longest_completion=config.rollout.max_new_tokens,
+      **reads,
     )
     rewards = [*self._reward_models, *judges]
     self.collector = Collector(self.sampler, config.collector_config, rewards)

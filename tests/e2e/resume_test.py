@@ -15,6 +15,15 @@ from tests.e2e.conftest import TINY, Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+# Two steps, after which its head is no longer zero.
+REWARD_MODEL = (
+  "--config.data.kind=preference",
+  "--config.objective.preset=bradley_terry",
+  "--config.optimizer.learning_rate=1e-2",
+  "--config.train.num_steps=2",
+  "--config.eval.every_steps=0",
+)
+
 pytestmark = pytest.mark.e2e
 
 
@@ -151,6 +160,28 @@ def test_masters_of_bfloat16_weights_survive_a_kill(new_run):
   assert_same(resumed, unbroken)
   # The masters decide this one, to the bit.
   assert unbroken.column("train/update_below_half_ulp_fraction")[-1] > 0
+
+
+@pytest.mark.nightly
+def test_rewards_of_networks_survive_a_kill(new_run):
+  """A reward model with running statistics, and a judge."""
+  trained = new_run(*REWARD_MODEL).start()
+  settings = (
+    f"--config.rewards.models={((f'run:{trained.workdir}', 0.5),)}",
+    "--config.rewards.model_normalization=running",
+    "--config.rewards.judges=(('self', 'agreement', 2.0),)",
+    "--config.data.prompt_buckets=(64,)",
+    "--config.train.num_steps=4",
+    "--config.eval.every_steps=2",
+  )
+  unbroken = new_run(*settings).start()
+  resumed = new_run(*settings)
+  resumed.kill_at(3)
+  resumed.start()
+  assert_same(resumed, unbroken)
+  for name in ("model_1", "judge_1"):
+    assert min(unbroken.column(f"reward/{name}_std")[1:]) > 0
+    assert sum(unbroken.column(f"reward/{name}_errors")[1:]) == 0
 
 
 def test_a_run_that_only_a_bucket_keeps_ends_as_the_one_on_a_disk(

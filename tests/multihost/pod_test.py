@@ -6,6 +6,12 @@ from tests.multihost import pods
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.e2e]
 
+REWARD_MODEL = (
+  "--config.data.kind=preference",
+  "--config.objective.preset=bradley_terry",
+  "--config.optimizer.learning_rate=1e-2",
+  "--config.train.num_steps=2",
+)
 ALONE = pods.Topology(hosts=1, devices=1, fsdp=1, tensor=1)
 TWO = pods.Topology(hosts=2, devices=2, fsdp=4, tensor=1)
 # Two hosts share each part of the batch, and read the same rows.
@@ -65,6 +71,27 @@ def assert_same_run(pod, other):
 
 def test_two_hosts_train_as_one_does(alone, two):
   assert_same_run(two, alone)
+
+
+@pytest.mark.nightly
+def test_rewards_of_networks_are_the_same_on_two_hosts(new_pod):
+  """And after the second host is killed while both sample."""
+  trained = new_pod(*REWARD_MODEL).finish(ALONE)
+  settings = (
+    f"--config.rewards.models={((f'run:{trained.workdir}', 0.5),)}",
+    "--config.rewards.model_normalization=running",
+    "--config.rewards.judges=(('self', 'agreement', 2.0),)",
+  )
+  alone = new_pod(*settings).finish(ALONE)
+  two = new_pod(*settings).finish(TWO)
+  assert_same_run(two, alone)
+  broken = new_pod(*settings)
+  assert broken.start(TWO, "kill@4:1:rollout+0.2") != 0
+  broken.finish(TWO)
+  assert broken.rows() == two.rows()
+  assert broken.samples() == two.samples()
+  for name in ("model_1", "judge_1"):
+    assert min(row[f"reward/{name}_std"] for row in two.rows()[1:]) > 0
 
 
 @pytest.mark.nightly

@@ -36,13 +36,13 @@ def test_a_users_file_is_a_template(tmp_path):
 @pytest.mark.parametrize(
   ("text", "rule"),
   {
-    "{response} {question} yes?": "after {question} and {answer}",
-    "{question} yes?": "{response} once",
-    "{response} {response} yes?": "{response} once",
-    "{query} {response} yes?": "no placeholder {query}",
-    "{response}\n": "ask a question after",
-    "<end_of_turn>{response} yes?": "leave out <end_of_turn>",
-    "<image>{response} yes?": "leave out <image>",
+    "{response} {question} yes?": "then {response}",
+    "{question} yes?": "then {response}",
+    "{response} {response} yes?": "no more placeholders",
+    "{query} {response} yes?": "no more placeholders",
+    "{response}\n": "then a question",
+    "<end_of_turn>{response} yes?": "control tokens: end_of_turn",
+    "<image>{response} yes?": "control tokens: image",
   }.items(),
 )
 def test_a_text_that_breaks_a_rule_is_refused(text, rule, tmp_path):

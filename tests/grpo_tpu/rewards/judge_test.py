@@ -29,12 +29,12 @@ MODEL = dataclasses.replace(
 TEMPLATE = judge_templates.Template(
   "{question} It is {answer}.\n<said>\n", "\n</said>\nyes or no?"
 )
-LIMITS = judge.Limits(
-  prompt_tokens=64,
-  completion_tokens=8,
-  bundles=8,
-  pan_and_scan=images.WHOLE,
-)
+OPTIONS = {
+  "longest_prompt": 64,
+  "longest_completion": 8,
+  "bundles_at_a_time": 8,
+  "pan_and_scan": images.WHOLE,
+}
 SPEC = synthetic.Spec(
   num_problems=15,
   seed=0,
@@ -71,7 +71,7 @@ def mesh_of(fsdp):
   )
 
 
-def scores(tokenizer, problems, texts, *, fsdp=1, valid=None, **limits):
+def scores(tokenizer, problems, texts, *, fsdp=1, valid=None, bundles=8):
   """The values of a judge whose weights are random, as rows of numbers."""
   mesh = mesh_of(fsdp)
   network = Frozen(
@@ -83,7 +83,7 @@ def scores(tokenizer, problems, texts, *, fsdp=1, valid=None, **limits):
   )
   asks = judge.Judge(
     *("judge_1", network, MODEL, TEMPLATE, tokenizer, mesh),
-    dataclasses.replace(LIMITS, **limits),
+    **OPTIONS | {"bundles_at_a_time": bundles},
   )
   count = len(problems)
   prompts = pipeline.Batch(
