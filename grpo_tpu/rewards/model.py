@@ -188,7 +188,8 @@ class RewardModel:
     for row, problem in enumerate(prompts.problems):
       views = [
         images.views(images.decode(x), size, self._pan_and_scan)
-        for x in problem.images * prompts.valid[row]
+        for x in problem.images
+        if prompts.valid[row]
       ]
       for slot, view in enumerate(x for each in views for x in each):
         pixels[row, slot] = view
