@@ -47,20 +47,26 @@ def resolve(path: str, *, setting: str = "function") -> Callable:
 
 
 def call(function: Callable, arguments: Sequence[Any]) -> Any:
-  """Calls the function; an exception or `sys.exit` becomes a `Failure`.
-
-  The reason ends with the file and line in which the function failed.
-  """
+  """Calls the function; an exception or `sys.exit` becomes a `Failure`."""
   try:
     return function(*arguments)
   except (Exception, SystemExit) as error:  # A user's function may raise any.
-    frames = [
-      (frame.f_code.co_filename, line)
-      for frame, line in traceback.walk_tb(error.__traceback__)
-    ][2:]  # Without this function and the one that it calls.
-    # Not in a library that the file called in turn.
-    own = [f" ({x}:{line})" for x, line in frames if x == frames[0][0]]
-    return Failure(one_line(error) + printable("".join(own[-1:])))
+    # Without this function and the one that it calls.
+    return failure(error, num_callers=2)
+
+
+def failure(error: BaseException, *, num_callers: int) -> Failure:
+  """The failure for an exception, with the file and line of the user's code.
+
+  The first `num_callers` frames of the traceback are the program's own.
+  """
+  frames = [
+    (frame.f_code.co_filename, line)
+    for frame, line in traceback.walk_tb(error.__traceback__)
+  ][num_callers:]
+  # Not in a library that the file called in turn.
+  own = [f" ({x}:{line})" for x, line in frames if x == frames[0][0]]
+  return Failure(one_line(error) + printable("".join(own[-1:])))
 
 
 def one_line(error: BaseException) -> str:

@@ -22,9 +22,12 @@ from data_pipelines.workers.process import Process
 
 # Time for Python to start and to import the users' modules.
 _START_SECONDS = 120.0
+_SET_UP_SECONDS = 600.0
 _MAX_ERROR_CHARACTERS = 1000
 _OPEN_POOLS: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 
+# A function's path and its arguments.
+type Task = tuple[str, tuple]
 # Raises a ValueError for a result that its caller cannot use.
 type Check = Callable[[Any], None]
 
@@ -39,13 +42,15 @@ class Pool:
     num_workers: int,
     timeout_seconds: float,
     memory_gib: float,
+    set_up: Task | None = None,
   ):
     """Creates the pool without starting a process.
 
-    Each worker first imports the functions at `paths`. The limits are those of
-    a call; with 0 workers, calls run in this process without limits.
+    Each worker first imports the functions at `paths`, then calls `set_up`. The
+    limits are those of a call; a set-up has 10 minutes. With 0 workers, calls
+    run in this process, without set-up and limits.
     """
-    limits = (timeout_seconds, memory_gib)
+    limits = (timeout_seconds, memory_gib, set_up)
     self._workers = [_Worker(tuple(paths), *limits) for _ in range(num_workers)]
     # The last to finish is the next to work: others need not start.
     self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
@@ -77,7 +82,7 @@ class Pool:
     done.set_result(result)
     return done
 
-  def _call(self, task: tuple[str, tuple], check: Check) -> Any:
+  def _call(self, task: Task, check: Check) -> Any:
     worker = self._idle.get()
     try:
       return worker.call(task, check)
@@ -106,15 +111,19 @@ class _Worker:
   """One process at a time. Calls come from one thread at a time."""
 
   def __init__(
-    self, paths: tuple[str, ...], timeout_seconds: float, memory_gib: float
+    self,
+    paths: tuple[str, ...],
+    timeout_seconds: float,
+    memory_gib: float,
+    set_up: Task | None,
   ):
-    self._paths, self._memory_gib = paths, memory_gib
+    self._paths, self._memory_gib, self._set_up = paths, memory_gib, set_up
     self._timeout_seconds = timeout_seconds
     self._lock = threading.Lock()
     self._process: Process | None = None
     self._is_closed = False
 
-  def call(self, task: tuple[str, tuple], check: Check) -> Any:
+  def call(self, task: Task, check: Check) -> Any:
     """Runs one call; kills the process unless it answers as it should."""
     process = self._process
     if process is not None and not process.is_idle():
@@ -168,6 +177,9 @@ class _Worker:
         raise RuntimeError(f"a worker cannot be started: {error}.") from error
     message = (self._paths, int(self._memory_gib * 2**30))
     result = self._exchange(process, message, _START_SECONDS, lambda _: None)
+    if self._set_up and not isinstance(result, functions.Failure):
+      message = self._set_up
+      result = self._exchange(process, message, _SET_UP_SECONDS, lambda _: None)
     if not isinstance(result, functions.Failure):
       return process
     self.end()

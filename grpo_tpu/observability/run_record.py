@@ -38,6 +38,7 @@ _MAY_DIFFER = (
   *("model.attention", "model.remat", "model.vision_remat"),
   *("model.logits_chunk", "model.reference_memory"),
   *("rewards.num_workers", "rewards.rows_per_call"),
+  *("rewards.max_concurrent", "rewards.max_retries"),
   *("rewards.timeout_seconds", "rewards.max_error_fraction"),
   *("rewards.error_window", "rewards.worker_memory_gib"),
   *("train.microbatch_bundles", "train.max_skipped_updates"),

@@ -37,6 +37,7 @@ class BackgroundScorer:
   def __enter__(self) -> Self:
     self._thread = futures.ThreadPoolExecutor(max_workers=1)
     verify.start_workers(self._problems)  # While the devices decode.
+    self._set_up = scoring.start_workers(self._config)
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -49,9 +50,15 @@ class BackgroundScorer:
   ) -> None:
     """Starts to score the completions of some prompts, by prompt index."""
     for index, group in texts.items():
-      self._pending[index] = self._thread.submit(
-        self._score, index, group, truncated[index]
+      # Users' rewards of all groups are in flight together.
+      finish = scoring.start(
+        group,
+        [self._problems[index]] * len(group),
+        self._config,
+        is_present=np.full(len(group), self._valid[index]),
+        truncated=truncated[index],
       )
+      self._pending[index] = self._thread.submit(self._score, finish)
 
   def result(
     self, texts: Sequence[list[str]], truncated: Sequence[Sequence[bool]]
@@ -68,16 +75,11 @@ class BackgroundScorer:
     return sum(max(min(end, time_point) - start, 0) for start, end in spans)
 
   def _score(
-    self, index: int, completions: list[str], truncated: Sequence[bool]
+    self, finish: Callable[[], scoring.RawScores]
   ) -> scoring.RawScores:
+    for each in self._set_up:
+      each.result()
     start = time.perf_counter()
-    problems = [self._problems[index]] * len(completions)
-    scores = scoring.raw_scores(
-      completions,
-      problems,
-      self._config,
-      is_present=np.full(len(completions), self._valid[index]),
-      truncated=truncated,
-    )
+    scores = finish()
     self._spans.append((start, time.perf_counter()))
     return scores

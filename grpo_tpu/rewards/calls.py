@@ -1,60 +1,154 @@
-"""Calls of users' rewards on rows, several rows per call.
+"""Calls of users' rewards on rows.
 
-A call that fails is repeated row by row, so that a bad row fails alone. Results
-depend on neither the order nor the speed of the workers.
+A function of lists gets several rows per call, and each worker has one call at
+a time. An `async` one gets one row per call, and one worker has many of them in
+its event loop: a thread hands in calls and collects what has ended, again and
+again. Calls whose worker fails are repeated row by row, so that a bad row fails
+alone. Results depend on neither the order nor the speed of the workers.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import collections
+import contextlib
+import itertools
+from collections.abc import Sequence
 from concurrent import futures
+from typing import Any, NamedTuple
 
 from data_pipelines import records
+from data_pipelines.validation import printable
 from data_pipelines.workers import functions, pool
-from grpo_tpu.rewards import custom
+from grpo_tpu.rewards import custom, worker_side
 from grpo_tpu.rewards.settings import RewardConfig
 
-CALL = "grpo_tpu.rewards.custom:call"
+_LOAD = "grpo_tpu.rewards.worker_side:load"
+_ADVANCE = "grpo_tpu.rewards.worker_side:advance"
+_KEYS = itertools.count()
+
+type Result = futures.Future[float | functions.Failure]
 
 
-def start(
-  workers: pool.Pool,
-  completions: Sequence[str],
-  problems: Sequence[records.Problem],
-  config: RewardConfig,
-) -> Callable[[str], Iterator[float | functions.Failure]]:
-  """Starts to call every function of `custom` on every row.
+class _Row(NamedTuple):
+  completion: str
+  problem: records.Problem
+  result: Result
 
-  Returns a function from a path to the result of each row.
-  """
-  size, count = config.rows_per_call, len(completions)
-  spans = [range(count)[i : i + size] for i in range(0, count, size)]
 
-  def start_call(path: str, rows: range) -> futures.Future:
-    some_completions = [completions[row] for row in rows]
-    encoded = custom.encode([problems[row] for row in rows])
-    check = functools.partial(custom.check, count=len(rows))
-    return workers.submit(CALL, path, some_completions, *encoded, check=check)
+class _Call(NamedTuple):
+  path: str
+  rows: Sequence[_Row]
 
-  calls = {
-    path: [start_call(path, rows) for rows in spans] for path in config.custom
-  }
 
-  def wait_for(path: str) -> Iterator[float | functions.Failure]:
-    results = [call.result() for call in calls[path]]
-    # All repeated calls start before the first one is waited for.
-    repeated = {
-      row: start_call(path, range(row, row + 1))
-      for rows, result in zip(spans, results, strict=True)
-      if isinstance(result, functions.Failure) and len(rows) > 1
-      for row in rows
-    }
-    for rows, result in zip(spans, results, strict=True):
-      for index, row in enumerate(rows):
-        if row in repeated:
-          index, result = 0, repeated[row].result()
-        failed = isinstance(result, functions.Failure)
-        value = result if failed else result[index]
-        is_reason = isinstance(value, str)
-        yield functions.Failure(value) if is_reason else value
+class Calls:
+  """Calls of the rewards that are `async`, or of those that are not."""
 
-  return wait_for
+  def __init__(self, config: RewardConfig, *, is_async: bool):
+    """Starts nothing yet."""
+    self.paths = tuple(
+      path
+      for path in config.custom
+      if custom.is_async(custom.resolve(path)) == is_async
+    )
+    self._rows_per_call = 1 if is_async else config.rows_per_call
+    self._limit = config.max_concurrent if is_async else 1
+    self._options = (config.timeout_seconds, config.max_retries)
+    num_workers = min(config.num_workers, 1) if is_async else config.num_workers
+    self._workers = pool.Pool(
+      (_LOAD, _ADVANCE, *self.paths),
+      num_workers=num_workers,
+      timeout_seconds=config.timeout_seconds,
+      memory_gib=config.worker_memory_gib,
+      set_up=(_LOAD, self.paths),
+    )
+    if not num_workers:
+      failure = functions.call(worker_side.load, self.paths)
+      if isinstance(failure, functions.Failure):
+        raise RuntimeError(f"{self.paths} cannot be loaded: {failure.reason}.")
+    self._waiting = collections.deque[_Call]()
+    self._threads = futures.ThreadPoolExecutor(num_workers or 1)
+
+  def start_worker(self) -> futures.Future[Any]:
+    """Starts a worker; the future raises a RuntimeError if that fails."""
+    return self._threads.submit(self._replace_stuck)
+
+  def start(
+    self,
+    path: str,
+    completions: Sequence[str],
+    problems: Sequence[records.Problem],
+  ) -> list[Result]:
+    """Starts to call a reward; the results are those of the rows."""
+    rows = [
+      _Row(*row, futures.Future())
+      for row in zip(completions, problems, strict=True)
+    ]
+    for some in itertools.batched(rows, self._rows_per_call):
+      self._waiting.append(_Call(path, some))
+      self._threads.submit(self._finish, self._waiting, self._limit)
+    return [row.result for row in rows]
+
+  def close(self) -> None:
+    """Ends all calls."""
+    self._workers.close()
+    self._threads.shutdown()
+
+  def _finish(self, waiting: collections.deque[_Call], limit: int) -> None:
+    """Finishes calls, of which at most `limit` are in flight at a time."""
+    running: dict[str, _Call] = {}
+    try:
+      while waiting or running:
+        new: dict[str, _Call] = {}
+        with contextlib.suppress(IndexError):  # Another thread was faster.
+          while len(running) + len(new) < limit:
+            new[str(next(_KEYS))] = waiting.popleft()
+        running |= new
+        found = self._advance(new, running) if running else {}
+        if isinstance(found, functions.Failure):
+          is_one = limit == 1 and len(running[min(running)].rows) == 1
+          found = dict.fromkeys(running, [found.reason] if is_one else [])
+          self._replace_stuck()
+        for key, values in found.items():
+          call = running.pop(key)
+          for row, value in zip(call.rows, values, strict=bool(values)):
+            is_reason = isinstance(value, str)
+            row.result.set_result(
+              functions.Failure(printable(value)) if is_reason else value
+            )
+          if not values:
+            alone = (_Call(call.path, [row]) for row in call.rows)
+            self._finish(collections.deque(alone), 1)
+    except BaseException as error:  # No worker can be started.
+      for call in (*running.values(), *waiting):
+        for row in call.rows:
+          row.result.set_exception(error)
+      waiting.clear()
+      raise
+
+  def _replace_stuck(self) -> None:
+    """Starts a worker, also in the place of one whose calls will not end."""
+
+    def check(is_stuck: bool) -> None:
+      if is_stuck:
+        raise ValueError("calls go on that should have ended")
+
+    self._workers.submit(_LOAD, check=check).result()
+
+  def _advance(self, new: dict[str, _Call], running: dict[str, _Call]) -> Any:
+    """Hands in new calls; the results of calls that have ended, by key."""
+    calls = [
+      (key, call.path, [row.completion for row in call.rows])
+      for key, call in new.items()
+    ]
+    encoded = custom.encode(
+      [row.problem for call in new.values() for row in call.rows]
+    )
+
+    def check(found: Any) -> None:
+      counts = {key: len(call.rows) for key, call in running.items()}
+      if not isinstance(found, dict) or found.keys() - counts.keys():
+        raise ValueError("its answer is not one of results by call")
+      for key, values in found.items():
+        custom.check(values, counts[key])
+
+    return self._workers.submit(
+      _ADVANCE, calls, *encoded, *self._options, check=check
+    ).result()

@@ -5,26 +5,29 @@
 
 `completions[i]` answers `problems[i]` (`data_pipelines.records.Problem`). The
 reward of a row must not depend on the other rows of the call, because settings
-and failures decide which rows share a call. Worker processes import this
-module, so nothing heavy is imported here.
+and failures decide which rows share a call. An `async def` takes one completion
+and is awaited with others:
+
+    async def judge(completion: str, problem: Problem) -> float: ...
+
+A class is made once per worker, and its `load` is called before the first row;
+its `__call__` is one of both. Worker processes import this module, so nothing
+heavy is imported here.
 """
 
 import base64
 import functools
 import inspect
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import records
 from data_pipelines.validation import require
 from data_pipelines.workers import functions
 
-type Function = Callable[[list[str], list[records.Problem]], Sequence[float]]
-
 _LARGEST = (2 - 2**-23) * 2.0**127  # The largest float32.
-_MAX_REASON_CHARACTERS = 500
+_MAX_REASON_CHARACTERS = 1000
 
 
 def name(path: str) -> str:
@@ -32,38 +35,60 @@ def name(path: str) -> str:
   return path.partition(":")[2]
 
 
-def resolve(path: str) -> Function:
-  """Imports the reward function at "package.module:function".
+def resolve(path: str) -> Callable:
+  """Imports the reward at "package.module:name", a function or a class.
 
-  Raises a ValueError for one that is async or takes other arguments.
+  Raises a ValueError for one that cannot be called as described above.
   """
-  function = functions.resolve(path, setting="rewards.custom")
+  reward = called = functions.resolve(path, setting="rewards.custom")
+  if isinstance(reward, type):
+    is_called = any("__call__" in vars(x) for x in reward.__mro__)
+    rule, remedy = "have a method `__call__`, because it is a class", "write it"
+    require(is_called, "rewards.custom", path, rule, remedy)
+    _check_arguments(path, reward, "no arguments when it is made")
+    called = functools.partial(reward.__call__, None)
+  rule, remedy = "return its reward, because it is async", "write no `yield`"
+  yields = _is(inspect.isasyncgenfunction, reward)
+  require(not yields, "rewards.custom", path, rule, remedy)
+  if is_async(reward):
+    rule = "`completion` and `problem`, one of each, because it is async"
+    _check_arguments(path, called, rule, completion="", problem=None)
+  else:
+    rule = "two arguments, completions and problems"
+    _check_arguments(path, called, rule, [], [])
+  return reward
+
+
+def _check_arguments(
+  path: str, called: Callable, rule: str, *args: Any, **options: Any
+) -> None:
   try:
-    inspect.signature(function).bind([], [])
+    inspect.signature(called).bind(*args, **options)
   except TypeError as error:
     raise ValueError(
-      f"rewards.custom ({path!r}) must take two arguments, completions and "
-      f"problems, but: {functions.one_line(error)}. Change its parameters."
+      f"rewards.custom ({path!r}) must take {rule}, but: "
+      f"{functions.one_line(error)}. Change its parameters."
     ) from error
   except ValueError:
     pass  # Built-in functions may have no signature.
-  rule = "name a function that is not async, because nothing awaits it"
-  remedy = "write a `def` that calls `asyncio.run` on it, and name that"
-  require(not _is_async(function), "rewards.custom", path, rule, remedy)
-  return function
 
 
-def _is_async(function: Callable) -> bool:
-  while isinstance(function, functools.partial):
-    function = function.func
-  kinds = inspect.iscoroutinefunction, inspect.isasyncgenfunction
-  method = inspect.getattr_static(type(function), "__call__", None)
-  return any(is_async(x) for is_async in kinds for x in (function, method))
+def is_async(reward: Callable) -> bool:
+  """True if a reward, or the instance of a class, returns an awaitable."""
+  return _is(inspect.iscoroutinefunction, reward)
+
+
+def _is(kind: Callable[[Any], bool], reward: Callable) -> bool:
+  while isinstance(reward, functools.partial):
+    reward = reward.func
+  return kind(reward) or kind(reward.__call__)
 
 
 def location(path: str) -> str:
   """The file and line of a reward's definition, or its path without one."""
-  function = inspect.unwrap(resolve(path))
+  reward = resolve(path)
+  is_class = isinstance(reward, type)
+  function = inspect.unwrap(reward.__call__ if is_class else reward)
   while isinstance(function, functools.partial):
     function = function.func
   code = getattr(function, "__code__", None)
@@ -84,41 +109,14 @@ def encode(
   return examples, [index[id(problem)] for problem in problems]
 
 
-def call(
-  path: str,
-  completions: Sequence[str],
-  examples: Sequence[Mapping[str, Any]],
-  rows: Sequence[int],
-) -> list[float | str]:
-  """Calls the reward at a path with problems as `encode` gives them.
-
-  Returns for each completion a finite float, or the reason why it has none.
-  Raises any error of the function, or a TypeError for other results.
-  """
-  problems = [
+def decode(examples: Sequence[Mapping[str, Any]]) -> list[records.Problem]:
+  """The problems that `encode` gave."""
+  return [
     records.from_example(
       dict(each) | {"images": [base64.b64decode(x) for x in each["images"]]}
     )
     for each in examples
   ]
-  values = resolve(path)(list(completions), [problems[row] for row in rows])
-  if inspect.iscoroutine(values):
-    values.close()  # Else Python warns that nobody has awaited it.
-  if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(
-    values, "__iter__"
-  ):
-    raise TypeError(
-      "it must return a list of one number per completion, not an object of "
-      f"type {type(values).__name__}"
-    )
-  # One more than there may be, because a generator may never end.
-  found = list(itertools.islice(values, len(completions) + 1))
-  if len(found) != len(completions):
-    count = len(found) if len(found) < len(completions) else "too many"
-    raise TypeError(
-      f"it gave {count} rewards for {len(completions)} completions"
-    )
-  return [to_reward(value) for value in found]
 
 
 def to_reward(value: Any) -> float | str:

@@ -8,6 +8,7 @@ does a reward that fails on every row of a step. Users' rewards run in workers.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import numpy as np
 from absl import logging
@@ -15,7 +16,7 @@ from absl import logging
 from data_pipelines import records
 from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
-from data_pipelines.workers import functions, pool
+from data_pipelines.workers import functions
 from grpo_tpu.rewards import (
   accuracy,
   calls,
@@ -47,7 +48,7 @@ class Scores:
   failed: dict[str, np.ndarray]  # bool [N], True where the component failed.
   errors: dict[str, int]  # The number of failures on all processes together.
   answers: list[str | None]  # The answer extracted from each completion.
-  # bool [N], True where the rules have no verdict; see `raw_scores`.
+  # bool [N], True where the rules have no verdict; see `start`.
   abstained: np.ndarray
   # float32 [N], what each component pays, before its weight. A network's are
   # normalised, and NaN in `components` where it was not asked.
@@ -100,64 +101,73 @@ def score(
       processes together.
     RuntimeError: A worker cannot be started.
   """
-  raw = raw_scores(
+  finish = start(
     completions, problems, config, is_present=is_present, truncated=truncated
   )
-  return reduce([raw], config, gather=gather)
+  return reduce([finish()], config, gather=gather)
 
 
-def raw_scores(
+def start_workers(config: RewardConfig) -> list[futures.Future]:
+  """Starts workers and their set-up; the results raise as `score` does."""
+  return [x.start_worker() for x in _session(config).calls if x.paths]
+
+
+def start(
   completions: Sequence[str],
   problems: Sequence[records.Problem],
   config: RewardConfig,
   *,
   is_present: np.ndarray | None = None,
   truncated: Sequence[bool] | None = None,
-) -> RawScores:
-  """The first half of `score`, which may run in a thread, a call at a time.
+) -> Callable[[], RawScores]:
+  """Starts users' rewards; the result computes the others and waits for all.
 
-  The rules have no verdict on the completions of a problem that they cannot
-  check. A comparison that took too long is a failure of the accuracy, unless
-  judges have the say where the rules have none.
+  The result may be called in a thread. The rules have no verdict on the
+  completions of a problem that they cannot check. A comparison that took too
+  long is a failure of the accuracy, unless judges have the say where the rules
+  have none.
   """
   if len(completions) != len(problems):
     raise ValueError(
       f"{len(completions)} completions need as many problems, not "
       f"{len(problems)}."
     )
-  # Workers start first and run while this process computes its own rewards.
-  workers = _session(config).workers
   if is_present is None:
     is_present = np.ones(len(completions), bool)
   rows = np.flatnonzero(is_present).tolist()
-  wait_for = calls.start(
-    workers,
-    [completions[row] for row in rows],
-    [problems[row] for row in rows],
-    config,
-  )
-  values = np.zeros((len(config.weights), len(completions)), np.float32)
-  answers: list[str | None] = []
-  faults: dict[tuple[int, int], str] = {}
-  verdicts = _verdicts(completions, problems, truncated)
-  if not (config.judges and config.judge_when == "abstained"):
-    verdicts = list(map(_refuse_timeout, verdicts, problems))
-  is_open = (isinstance(x, verify.Verdict) and x.abstained for x in verdicts)
-  abstained = np.array([*is_open], bool)
-  for row, (text, verdict) in enumerate(
-    zip(completions, verdicts, strict=True)
-  ):
-    answer, own, failures = _score_one(text, verdict, config)
-    answers.append(answer)
-    values[: len(COMPONENTS), row] = own
-    faults |= {(COMPONENTS.index(x), row): why for x, why in failures.items()}
-  for component, path in enumerate(config.custom, start=len(COMPONENTS)):
-    for row, result in zip(rows, wait_for(path), strict=True):
-      if isinstance(result, functions.Failure):
-        faults[component, row] = result.reason
-      else:
-        values[component, row] = result
-  return RawScores(problems, answers, is_present, values, faults, abstained)
+  started = {
+    path: each.start(
+      path, [completions[row] for row in rows], [problems[row] for row in rows]
+    )
+    for each in _session(config).calls
+    for path in each.paths
+  }
+
+  def finish() -> RawScores:
+    values = np.zeros((len(config.weights), len(completions)), np.float32)
+    answers: list[str | None] = []
+    faults: dict[tuple[int, int], str] = {}
+    verdicts = _verdicts(completions, problems, truncated)
+    if not (config.judges and config.judge_when == "abstained"):
+      verdicts = list(map(_refuse_timeout, verdicts, problems))
+    is_open = (isinstance(x, verify.Verdict) and x.abstained for x in verdicts)
+    abstained = np.array([*is_open], bool)
+    for row, (text, verdict) in enumerate(
+      zip(completions, verdicts, strict=True)
+    ):
+      answer, own, failures = _score_one(text, verdict, config)
+      answers.append(answer)
+      values[: len(COMPONENTS), row] = own
+      faults |= {(COMPONENTS.index(x), row): y for x, y in failures.items()}
+    for component, path in enumerate(config.custom, start=len(COMPONENTS)):
+      for row, call in zip(rows, started[path], strict=True):
+        if isinstance(result := call.result(), functions.Failure):
+          faults[component, row] = result.reason
+        else:
+          values[component, row] = result
+    return RawScores(problems, answers, is_present, values, faults, abstained)
+
+  return finish
 
 
 def reduce(
@@ -205,19 +215,15 @@ def _session(config: RewardConfig) -> "_Session":
 def close() -> None:
   """Ends the workers of every config and forgets all failures."""
   while _SESSIONS:
-    _SESSIONS.popitem()[1].workers.close()
+    for each in _SESSIONS.popitem()[1].calls:
+      each.close()
 
 
 class _Session:
   """State that lives from batch to batch: the workers and recent failures."""
 
   def __init__(self, config: RewardConfig):
-    self.workers = pool.Pool(
-      (calls.CALL, *config.custom),
-      num_workers=config.num_workers,
-      timeout_seconds=config.timeout_seconds,
-      memory_gib=config.worker_memory_gib,
-    )
+    self.calls = [calls.Calls(config, is_async=x) for x in (False, True)]
     self._errors = {
       name: error_budget.ErrorBudget(
         config.max_error_fraction, config.error_window

@@ -62,8 +62,8 @@ class RewardConfig:
     gate_heuristics: True sets the three heuristics to 0 for a completion
       without an answer. Without the gate, spam can score as much as a right
       answer.
-    custom: Users' reward functions as "package.module:function". The function's
-      name is the component's name.
+    custom: Users' reward functions, or classes of them, as
+      "package.module:name". The name is that of the component.
     custom_weights: Weights of the functions in `custom`, in the same order.
     models: Reward models, each with its weight: "run:WORKDIR", a run of
       objective.preset=bradley_terry, with @STEP or @best if not the newest
@@ -89,9 +89,9 @@ class RewardConfig:
       "pinned_host", from which they are copied to the devices to score.
     only_if_accurate: Names of components that pay nothing for a wrong answer to
       a problem that rules can check.
-    max_concurrent: Calls of an `async` function that wait at the same time, on
-      each host.
-    max_retries: Further tries of an `async` call that has failed.
+    max_concurrent: Calls of `async` functions that wait at the same time, on
+      each host, all functions together.
+    max_retries: Further tries of an `async` call that raised or took too long.
     num_workers: Processes that call users' functions. With 0, this process
       calls them: without a timeout or a limit of memory, and what ends the
       process ends the run.
@@ -100,7 +100,7 @@ class RewardConfig:
     rows_per_call: The most completions per call. A call that fails is repeated
       row by row; a row that fails alone is excluded.
     timeout_seconds: Time after which a worker's call fails, which includes
-      sending it.
+      sending it; of an `async` call, the time of each try.
     max_error_fraction: The run ends when a component has failed on more than
       this share of the last rows. A component that fails on every row of a step
       always ends the run.

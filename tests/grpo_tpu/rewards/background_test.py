@@ -67,11 +67,11 @@ def run(tiny, tmp_path):
 def test_finished_completions_are_scored_while_others_decode(run, monkeypatch):
   """And the metrics tell for how long."""
   handed_out, begun = threading.Event(), threading.Event()
-  raw_scores = scoring.raw_scores
+  start = scoring.start
 
   def told(*arguments, **options):
-    begun.set()
-    return raw_scores(*arguments, **options)
+    finish = start(*arguments, **options)
+    return lambda: begun.set() or finish()
 
   def poll():
     # However busy this machine, a payment that was asked for gets its turn.
@@ -80,7 +80,7 @@ def test_finished_completions_are_scored_while_others_decode(run, monkeypatch):
     else:
       assert begun.wait(60)
 
-  monkeypatch.setattr(scoring, "raw_scores", told)
+  monkeypatch.setattr(scoring, "start", told)
   batches = scripted.batches_of(
     run.tokenizer, batch_size=len(ASKED), indices=ASKED
   )

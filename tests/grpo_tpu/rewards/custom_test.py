@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import records
+from grpo_tpu.config import defaults
+from grpo_tpu.config.schema import Config
 from grpo_tpu.rewards import scoring, settings
 from tests.data_pipelines.workers.pool_test import await_end, is_alive
 from tests.grpo_tpu.rewards import user_rewards
@@ -24,24 +26,18 @@ ROW_FAILS = [text in ("Trap", "A Trap") for text in TRAPPED]
 
 
 def config_of(*names, **changes):
-  config = settings.RewardConfig(
-    preset="answer",
-    accuracy=None,
-    format=None,
-    length=None,
-    reasoning_words=None,
-    coherence=None,
-    gate_heuristics=None,
-    custom=tuple(f"{HERE}:{name}" for name in names),
-    custom_weights=(2.0,) * len(names),
-    num_workers=0,
-    worker_memory_gib=8.0,
-    rows_per_call=4,
-    timeout_seconds=20.0,
-    max_error_fraction=1.0,
-    error_window=100,
-  )
-  return dataclasses.replace(config, **changes)
+  fields = {
+    "preset": "answer",
+    "custom": tuple(f"{HERE}:{name}" for name in names),
+    "custom_weights": (2.0,) * len(names),
+    "num_workers": 0,
+    "rows_per_call": 4,
+    "timeout_seconds": 20.0,
+    "max_error_fraction": 1.0,
+    "error_window": 100,
+  }
+  config = Config.from_config_dict(defaults.get_config()).rewards
+  return dataclasses.replace(config, **fields | changes)
 
 
 def make_problem(index=0):
@@ -301,16 +297,10 @@ def test_failures_are_counted_per_reward():
     ([f"{HERE}:not_callable"], "has no 'not_callable' that can be called"),
     ([f"{HERE}:of_one"], "too many positional arguments"),
     *(
-      ([f"{HERE}:{name}"], "name a function that is not async")
-      for name in (
-        "co",
-        "co_generator",
-        "judge",
-        "judge_method",
-        "partial_co",
-        "partial_judge",
-      )
+      ([f"{HERE}:{name}"], "must take `completion` and `problem`, one of each")
+      for name in ("co", "judge", "judge_method", "partial_co", "partial_judge")
     ),
+    ([f"{HERE}:co_generator"], "must return its reward, because it is async"),
     ([f"{HERE}:accuracy"], "give accuracy another name"),
     ([f"{HERE}:nan", f"{HERE}:nan"], "give nan another name"),
   ],
@@ -399,11 +389,9 @@ def test_all_hosts_count_all_rows():
 
   config = config_of("misspelt")
   with pytest.raises(scoring.RewardError):
-    scoring.reduce(
-      [scoring.raw_scores(["x"], [make_problem()], config)], config
-    )
+    scoring.reduce([scoring.start(["x"], [make_problem()], config)()], config)
   scoring.close()
-  raw = scoring.raw_scores(["x"], [make_problem()], config)
+  raw = scoring.start(["x"], [make_problem()], config)()
   assert scoring.reduce([raw], config, gather=gather).errors["misspelt"] == 1
 
 
