@@ -222,7 +222,12 @@ def _grade_completions(
       )
       # All rows are summed in their order, so the number of hosts is
       # irrelevant.
-      rows = all_rows(columns | grading.network_columns(scores, config.rewards))
+      networks = {
+        f"eval/reward/{k}_pair_accuracy": np.where(scores.valid, x, np.nan)
+        for k, x in scores.components.items()
+        if k in config.rewards.network_weights
+      }
+      rows = all_rows(columns | networks)
       sums.update({k: rows[k].sum(dtype=float) for k in columns})
       parts.append(rows)
       draw += grading.graded_completions(batch, texts, scores, ended)

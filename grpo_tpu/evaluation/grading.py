@@ -9,7 +9,6 @@ from data_pipelines.scoring import results
 from data_pipelines.scoring.official import rules
 from grpo_tpu.evaluation import scores
 from grpo_tpu.rewards import scoring
-from grpo_tpu.rewards.settings import RewardConfig
 
 _TYPES = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
 
@@ -83,35 +82,20 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
   return scalars
 
 
-def network_columns(
-  rewards: scoring.Scores, config: RewardConfig
-) -> dict[str, np.ndarray]:
-  """The scores of each network by its metric, NaN where there is none."""
-  return {
-    f"eval/reward/{name}_pair_accuracy": np.where(
-      rewards.failed[name] | ~rewards.valid, np.nan, rewards.components[name]
-    ).astype(np.float32)
-    for name in config.network_weights
-    if name in rewards.components
-  }
-
-
 def pair_accuracies(
   parts: Sequence[Mapping[str, np.ndarray]],
 ) -> dict[str, float]:
   """How often a network prefers a right completion to a wrong one.
 
-  The area under the ROC curve over the rows of all parts: ties count half.
-  Missing without a right and a wrong completion.
+  The area under the ROC curve, ties half, over the rows of all parts with a
+  finite score. Missing without a right and a wrong completion.
   """
-  rows = {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
-  is_counted = (rows["graded"] > 0) & (rows["asked"] > 0)
-  metrics = {}
-  for name in (x for x in rows if x.startswith("eval/")):
-    counts = is_counted & np.isfinite(rows[name])
-    is_right = rows["accuracy"] > 0
-    right = rows[name][counts & is_right]
-    wrong = np.sort(rows[name][counts & ~is_right])
+  metrics, names = {}, parts[0].keys() if parts else ()
+  rows = {k: np.concatenate([x[k] for x in parts]) for k in names}
+  for name in (x for x in names if x.startswith("eval/")):
+    counts = (rows["graded"] * rows["asked"] > 0) & np.isfinite(rows[name])
+    right = rows[name][counts & (rows["accuracy"] > 0)]
+    wrong = np.sort(rows[name][counts & (rows["accuracy"] <= 0)])
     if len(right) and len(wrong):
       ranks = [np.searchsorted(wrong, right, x) for x in ("left", "right")]
       metrics[name] = float(np.mean(ranks) / len(wrong))

@@ -13,7 +13,7 @@ References:
 
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,14 @@ _STD = "reward/{name}_std"
 class RewardTrends:
   """Watches the rewards that pay for more than right answers."""
 
-  def __init__(self, weights: Mapping[str, float]):
-    """Watches the rewards of these names and weights, none of them 0."""
-    self._weights = weights
+  def __init__(self, rewards: Collection[str]):
+    """Watches the rewards of these names."""
+    self._rewards = rewards
     self._signs = tables.read(__package__, "reward_trends.toml")
     used = [_ACCURACY, _MEAN, _STD, *_BY_VERDICT]
     for sign in self._signs.values():
       used += [sign["metric"], *sign["correlation"]]
-    names = (x.format(name=name) for x in used for name in weights)
+    names = (x.format(name=name) for x in used for name in rewards)
     self._names = list(dict.fromkeys(names))
     self._steps: list[int] = []
     self._rows: list[np.ndarray] = []  # By `_names`; NaN for no number.
@@ -75,7 +75,7 @@ class RewardTrends:
 
   def _append(self, row: Mapping[str, Any]) -> bool:
     """Adds the row of a step; False if it has no watched reward."""
-    if not any(_MEAN.format(name=x) in row for x in self._weights):
+    if not any(_MEAN.format(name=x) in row for x in self._rewards):
       return False
     try:  # Others may have written into the file.
       values = np.array([row.get(x) for x in self._names], float)
@@ -101,11 +101,10 @@ class RewardTrends:
     windows = [self._rows[x : x + WINDOW] for x in (*starts, last)]
     columns = np.moveaxis(np.array(windows), -1, 0)
     series = dict(zip(self._names, columns, strict=True))
-    for name, weight in self._weights.items():
-      up = math.copysign(1, weight)  # With a weight < 0 it gains by falling.
-      gains = _gains(series, name, up, level)
+    for name in self._rewards:
+      gains = _gains(series, name, level)
       for key, sign in self._signs.items() if gains.any() else ():
-        found = gains & _shows(series, name, up, sign, level)
+        found = gains & _shows(series, name, sign, level)
         is_new = found.any() and not self._is_current((name, key))
         if found.any():
           self._seen[name, key] = len(self._rows)
@@ -126,32 +125,31 @@ class RewardTrends:
 type _Series = Mapping[str, np.ndarray]
 
 
-def _gains(series: _Series, name: str, up: float, level: float) -> np.ndarray:
+def _gains(series: _Series, name: str, level: float) -> np.ndarray:
   """bool [K], True where the reward has risen and the accuracy has not.
 
   The reward on the rows whose accuracy is known, or on all rows.
   """
-  accuracy, every, deviation, right, wrong = (
+  accuracy, reward, deviation, right, wrong = (
     series[x.format(name=name)] for x in (_ACCURACY, _MEAN, _STD, *_BY_VERDICT)
   )
   parts = np.array([right * accuracy, wrong * (1 - accuracy)])
   has_known = np.isfinite(parts).any(axis=0)
-  reward = np.where(has_known, np.nansum(parts, axis=0), every)
+  reward = np.where(has_known, np.nansum(parts, axis=0), reward)
   least = _LEAST_RISE * deviation[:-1].mean(axis=-1)
   is_better = _changes(accuracy, 1, 0.0, _GAIN_LEVEL)
-  return _changes(reward, up, least, level) & ~is_better
+  return _changes(reward, 1, least, level) & ~is_better
 
 
 def _shows(
-  series: _Series, name: str, up: float, sign: Mapping[str, Any], level: float
+  series: _Series, name: str, sign: Mapping[str, Any], level: float
 ) -> np.ndarray:
   """bool [K], True where the metric of the sign has changed."""
   values = series[sign["metric"].format(name=name)]
-  direction = sign["direction"] * (up if "{name}" in sign["metric"] else 1)
   least = sign["share"] * np.abs(values[:-1].mean(-1)) + sign["least"]
-  found = _changes(values, direction, least, level)
+  found = _changes(values, sign["direction"], least, level)
   for correlation in sign["correlation"]:
-    means = up * series[correlation.format(name=name)].mean(axis=-1)
+    means = series[correlation.format(name=name)].mean(axis=-1)
     found &= np.fmax(means[:-1], means[-1]) >= _LEAST_CORRELATION
   return found
 

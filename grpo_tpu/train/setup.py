@@ -155,7 +155,7 @@ class Run:
     )
     is_online = self._config.data.kind == "online"
     self._trends = reward_trends.RewardTrends(
-      self._config.rewards.watched if is_online else {}
+      self._config.rewards.watched if is_online else ()
     )
     self._metrics: writer.Scalars = {}
     # The finite metrics of an evaluation after the last finished step, if any.

@@ -51,7 +51,7 @@ class Arithmetic(trainer.Trainer):
       data=types.SimpleNamespace(kind="online", prompts_per_step=2),
       samples=types.SimpleNamespace(every_steps=0),
       eval=types.SimpleNamespace(every_steps=1),
-      rewards=types.SimpleNamespace(watched={}),
+      rewards=types.SimpleNamespace(watched=()),
       lora=None,
     )
     self.mesh = None
