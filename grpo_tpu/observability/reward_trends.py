@@ -149,8 +149,10 @@ def _shows(
   least = sign["share"] * np.abs(values[:-1].mean(-1)) + sign["least"]
   found = _changes(values, sign["direction"], least, level)
   for correlation in sign["correlation"]:
-    means = series[correlation.format(name=name)].mean(axis=-1)
-    found &= np.fmax(means[:-1], means[-1]) >= _LEAST_CORRELATION
+    # It fades once all completions are as long as they can be: half a window.
+    halves = series[correlation.format(name=name)].reshape(-1, 2, WINDOW // 2)
+    highest = halves.mean(axis=-1).max(axis=-1)
+    found &= np.fmax(highest[:-1], highest[-1]) >= _LEAST_CORRELATION
   return found
 
 

@@ -129,6 +129,7 @@ def test_gaming_that_is_over_within_the_first_window_rings():
     row["reward/own_mean"] += 1 - left
     row["rollout/accuracy"] = 0.4 * left + 0.1 * row["rollout/accuracy"]
     row["rollout/completion_length"] += 150 * (1 - left)
+    row["reward/own_length_correlation"] *= left**0.5
   assert ring(rows)[0].keys() == {"accuracy", "length"}
 
 
