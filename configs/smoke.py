@@ -56,10 +56,12 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.objective.preset = "bradley_terry"
     # Right and wrong answers are written with the reasoning, if there is any.
     config.rollout.max_new_tokens = 16
-    config.train.num_steps = 100
+    # A right answer and up to three wrong ones: more pairs for one picture.
+    config.data.preference_completions = 4
+    config.train.num_steps = 120
     config.train.microbatch_bundles = 64
-    config.eval.every_steps = 25
-    config.optimizer.learning_rate = 1e-3
+    config.eval.every_steps = 30
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
     config.train.num_steps = 100

@@ -6,7 +6,6 @@ References:
   pass@k: Chen et al. 2021, https://arxiv.org/abs/2107.03374, section 2.1.
   maj@k: Wang et al. 2022, https://arxiv.org/abs/2203.11171.
   Intervals: Wilson 1927; Newcombe 1998, https://doi.org/10.1002/sim.2779.
-  Intervals of clusters: Korn and Graubard 1998, Survey Methodology 24, 193-201.
   Pairs: McNemar 1947; Bonett and Price 2012,
     https://doi.org/10.3102/1076998611411915, which Fagerland et al. 2014
     recommend, https://doi.org/10.1002/sim.6148.
@@ -101,41 +100,6 @@ def share(right: float, problems: int) -> dict[str, Any]:
     "share": value,
     "low": min(float(interval.low), value),
     "high": max(float(interval.high), value),
-  }
-
-
-def clustered_share(
-  wins: Sequence[float], sizes: Sequence[int]
-) -> dict[str, Any]:
-  """The share of wins among trials that come in clusters, as `share` gives it.
-
-  Trials of a cluster are not independent, so Wilson's interval takes their
-  effective number: as many independent ones as give the variance that the
-  clusters show. Without any, because all trials end alike, that is the number
-  of clusters.
-
-  Args:
-    wins: Wins in each cluster; a half is a tie.
-    sizes: Trials in each cluster, 1 or more.
-  """
-  won, tried = np.asarray(wins, float), np.asarray(sizes, float)
-  total, clusters = tried.sum(), len(tried)
-  value = won.sum() / total
-  squares = np.square(won - value * tried).sum()
-  variance = squares / total**2 * clusters / max(clusters - 1, 1)
-  count = clusters
-  if variance > 0:
-    count = min(max(value * (1 - value) / variance, 1.0), total)
-  z = 1.959963984540054  # The upper 2.5 % of a normal distribution.
-  center = (value + z**2 / (2 * count)) / (1 + z**2 / count)
-  half = np.sqrt(value * (1 - value) / count + z**2 / (4 * count**2))
-  half *= z / (1 + z**2 / count)
-  return {
-    "pairs": int(total),
-    "problems": clusters,
-    "share": float(value),
-    "low": float(max(center - half, 0.0)),
-    "high": float(min(center + half, 1.0)),
   }
 
 

@@ -17,7 +17,7 @@ from grpo_tpu.config.sections import EvalConfig, TrainConfig
 from grpo_tpu.observability import registry
 
 # Beginnings of the names that only a reward model's evaluation writes.
-_OF_REWARD_MODELS = ("eval/pairwise_", "eval/score_")
+_OF_SCORES = ("eval/pairwise_", "eval/score_")
 # Buckets of reward margins with their lower edges.
 MARGIN_BUCKETS = {
   "margin_0.0_to_0.25": 0.0,
@@ -39,24 +39,18 @@ def names(
 ) -> list[str]:
   """All names that the evaluations of a run may write."""
   declared = [metric.name for metric in registry.metrics()]
-  plain = [
-    x
-    for x in declared
-    if x.startswith("eval/")
-    and "{" not in x
-    and x.startswith(_OF_REWARD_MODELS) == is_reward_model
-  ]
-  if is_reward_model:
-    of_sets = (of_set(dict.fromkeys(plain), x) for x, *_ in evaluation.sets)
-    return [*plain, *(name for each in of_sets for name in each)]
+  plain = [x for x in declared if x.startswith("eval/") and "{" not in x]
+  plain = [x for x in plain if x.startswith(_OF_SCORES) == is_reward_model]
   pairs = [x for x in plain if "preference" in x]
   plain = [x for x in plain if x not in pairs]
-  if count := evaluation.num_samples:
+  if (count := evaluation.num_samples) and not is_reward_model:
     plain += [f"eval/mean_at_{count}"]
     plain += [f"eval/pass_at_{k}" for k in evaluation.pass_ks]
   found = list(plain)
   for name, *_ in evaluation.sets:
     found += of_set(dict.fromkeys(plain), name)
+  if is_reward_model:
+    return found
   slices = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
   found += [f"eval/accuracy/{x}" for x in (*slices, *data_set_names(data))]
   if data.kind == "preference":

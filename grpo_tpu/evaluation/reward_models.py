@@ -1,6 +1,7 @@
 """How well a reward model's scores agree with labels, on held-out completions.
 
 References:
+  Clustered shares: Korn and Graubard 1998, Survey Methodology 24, 193-201.
   Calibration: Guo et al. 2017, https://arxiv.org/abs/1706.04599, section 2.
 """
 
@@ -19,8 +20,7 @@ from grpo_tpu.distributed import activity, sharding
 from grpo_tpu.rl import pictures, score
 from grpo_tpu.rl.experience import Collector
 
-# Of the chance that the pair's higher score is the better completion's.
-_BIN_EDGES = np.linspace(0.5, 1.0, 11)
+_NUM_BINS = 10
 
 
 def evaluate(
@@ -31,11 +31,10 @@ def evaluate(
   for batch in activity.count_parts("evaluation", batches, unit="batches"):
     bundles = collector.labelled_completions(params, batch)
     bundles = pictures.with_num_encoded(bundles, sampler.mesh)
-    scores = score.score_batch(
-      sampler.forward, params, bundles, num_microbatches=1
-    )
     own = {
-      "scores": scores,
+      "scores": score.score_batch(
+        sampler.forward, params, bundles, num_microbatches=1
+      ),
       "labels": bundles.labels,
       "lengths": bundles.completion_mask.sum(axis=-1),
     }
@@ -54,112 +53,101 @@ def figures(
 ) -> dict[str, Any]:
   """The figures of an evaluation, and its `eval/` metrics as `scalars`.
 
-  A pair is two completions of a problem with different labels.
-
-  Args:
-    scores: float [problems, C].
-    labels: float [problems, C], NaN for a missing completion.
-    lengths: int [problems, C], in tokens.
-    skipped: bool [problems], True for a problem that could not be read.
+  A pair is two completions of a problem with different labels. Scores, labels
+  (NaN for a missing completion) and lengths are [problems, C]; `skipped`
+  [problems] is True for a problem that could not be read.
   """
-  scores = scores.astype(np.float64)
   problem, better, worse = np.nonzero(labels[:, :, None] > labels[:, None, :])
-  is_present, num_pairs = ~np.isnan(labels), len(problem)
+  is_present = ~np.isnan(labels)
   in_pair = np.zeros_like(is_present)
   in_pair[problem, better] = in_pair[problem, worse] = True
-  scalars = {"eval/pairwise_count": num_pairs}
   found: dict[str, Any] = {
     "skipped": int(skipped.sum()),
     "unpaired_completions": int((is_present & ~in_pair).sum()),
+    "scalars": {"eval/pairwise_count": float(len(problem))},
   }
-  if num_pairs:
-    margin = scores[problem, better] - scores[problem, worse]
-    longer = lengths[problem, better] - lengths[problem, worse]
-    accuracy, longer = (_clustered(_wins(x), problem) for x in (margin, longer))
-    curve = reliability(margin)
-    scalars |= {
-      "eval/pairwise_accuracy": accuracy["share"],
-      "eval/pairwise_accuracy_low": accuracy["low"],
-      "eval/pairwise_accuracy_high": accuracy["high"],
-      "eval/pairwise_longer_accuracy": longer["share"],
-      "eval/pairwise_margin": margin.mean(),
-      "eval/pairwise_calibration_error": calibration_error(curve),
-      "eval/score_mean": scores[is_present].mean(),
-      "eval/score_std": scores[is_present].std(),
-      "eval/score_length_correlation": _correlation(
-        scores, lengths, is_present
-      ),
-    }
-    found |= {"accuracy": accuracy, "longer": longer, "reliability": curve}
-  return found | {"scalars": {k: float(x) for k, x in scalars.items()}}
+  if not len(problem):
+    return found
+  scores = scores.astype(np.float64)
+  margin = scores[problem, better] - scores[problem, worse]
+  longer = (lengths[problem, better] - lengths[problem, worse]).astype(float)
+  norm = np.sqrt(np.square(margin).sum() * np.square(longer).sum())
+  accuracy, curve = _share(margin, problem), reliability(margin)
+  gaps = [x["pairs"] * abs(x["right"] - x["predicted"]) for x in curve]
+  found |= {"accuracy": accuracy, "longer": _share(longer, problem)}
+  scalars = {
+    "pairwise_accuracy": accuracy["share"],
+    "pairwise_accuracy_low": accuracy["low"],
+    "pairwise_accuracy_high": accuracy["high"],
+    "pairwise_longer_accuracy": found["longer"]["share"],
+    "pairwise_margin": margin.mean(),
+    "pairwise_calibration_error": sum(gaps) / len(problem),
+    "score_mean": scores[is_present].mean(),
+    "score_std": scores[is_present].std(),
+    # Of the differences in pairs, whose signs mean nothing.
+    "score_length_correlation": (margin @ longer) / norm if norm else 0.0,
+  }
+  found["scalars"] |= {f"eval/{k}": float(x) for k, x in scalars.items()}
+  return found | {"reliability": curve}
 
 
 def reliability(margin: np.ndarray) -> list[dict[str, float]]:
-  """The reliability curve of pairs: their share right by predicted chance.
+  """The reliability curve of pairs, in ten bins of the predicted chance.
 
   The model gives the higher score of a pair the chance sigmoid(|margin|) to be
-  the better completion's. Each bin that has `pairs` has their mean `predicted`
+  the better completion's. Each bin with `pairs` has their mean `predicted`
   chance, and the share that is `right`, where a tie is a half.
   """
-  predicted = 1.0 / (1.0 + np.exp(-np.abs(margin)))
-  number = np.searchsorted(_BIN_EDGES[1:-1], predicted, side="right")
-  bins = []
-  for index, (low, high) in enumerate(
-    zip(_BIN_EDGES[:-1], _BIN_EDGES[1:], strict=True)
-  ):
-    if (inside := number == index).any():
-      means = predicted[inside].mean(), _wins(margin[inside]).mean()
-      values = low, high, inside.sum(), *means
-      names = ("low", "high", "pairs", "predicted", "right")
-      bins.append(dict(zip(names, map(float, values), strict=True)))
-  return bins
-
-
-def calibration_error(curve: list[dict[str, float]]) -> float:
-  """The expected calibration error of a reliability curve, over its pairs."""
-  gaps = [x["pairs"] * abs(x["right"] - x["predicted"]) for x in curve]
-  return sum(gaps) / sum(x["pairs"] for x in curve)
+  predicted, wins = 1 / (1 + np.exp(-np.abs(margin))), (1 + np.sign(margin)) / 2
+  edges = np.linspace(0.5, 1.0, _NUM_BINS + 1)
+  number = np.searchsorted(edges[1:-1], predicted, side="right")
+  return [
+    {
+      "low": float(edges[i]),
+      "high": float(edges[i + 1]),
+      "pairs": float((number == i).sum()),
+      "predicted": float(predicted[number == i].mean()),
+      "right": float(wins[number == i].mean()),
+    }
+    for i in np.unique(number)
+  ]
 
 
 def write(
   figures: Mapping[str, Any], folder: epath.Path, facts: Mapping[str, Any]
 ) -> None:
   """Writes `scores.json` and the report; see `outputs.write` for `facts`."""
-  paths.make_folder(folder)
   found = {**facts, **figures}
-  text = json.dumps(found, indent=2) + "\n"
-  paths.write_whole(folder / "scores.json", text.encode())
+  pages_by_name = {"scores.json": json.dumps(found, indent=2) + "\n"}
   for name in ("report.md", "report.html"):
-    template = f"reward_model_{name}.j2"
-    page = pages.render(template, package="grpo_tpu.evaluation", scores=found)
-    paths.write_whole(folder / name, page.encode())
+    pages_by_name[name] = pages.render(
+      f"reward_model_{name}.j2", package="grpo_tpu.evaluation", scores=found
+    )
+  paths.make_folder(folder)
+  for name, text in pages_by_name.items():
+    paths.write_whole(folder / name, text.encode())
+  accuracy = found.get("accuracy")
+  shown = pages.figure(accuracy) if accuracy else "none, for want of pairs"
   split = f"{facts['set']} {facts['split']}".strip()
-  accuracy = "no pair of completions with different labels"
-  if "accuracy" in found:
-    accuracy = f"pairwise accuracy {pages.figure(found['accuracy'])}"
-  logging.info("%s: %s; report: %s", split, accuracy, folder / "report.html")
+  text = "%s: pairwise accuracy %s; report: %s"
+  logging.info(text, split, shown, folder / "report.html")
 
 
-def _wins(difference: np.ndarray) -> np.ndarray:
-  """1 where the better completion is ahead, a half for a tie."""
-  return 0.5 * (1.0 + np.sign(difference))
+def _share(difference: np.ndarray, problem: np.ndarray) -> dict[str, Any]:
+  """The share of pairs with a positive difference; 0 is half a win.
 
-
-def _clustered(wins: np.ndarray, problem: np.ndarray) -> dict[str, Any]:
+  Pairs of a problem are not independent, so the 95 % Wilson interval takes
+  their effective number: as many independent ones as have the variance that the
+  problems show; where all end alike, the number of problems.
+  """
+  wins = (1 + np.sign(difference)) / 2
   _, number = np.unique(problem, return_inverse=True)
-  sizes = np.bincount(number)
-  return statistics.clustered_share(np.bincount(number, wins), sizes)
-
-
-def _correlation(
-  scores: np.ndarray, lengths: np.ndarray, is_present: np.ndarray
-) -> float:
-  """Pearson's correlation within problems; 0 if nothing varies."""
-  count = np.maximum(is_present.sum(axis=1, keepdims=True), 1)
-  x, y = (np.where(is_present, each, 0.0) for each in (scores, lengths))
-  x, y = (
-    np.where(is_present, each - each.sum(axis=1, keepdims=True) / count, 0.0)
-    for each in (x, y)
-  )
-  norm = np.sqrt(np.square(x).sum() * np.square(y).sum())
-  return float((x * y).sum() / norm) if norm > 0 else 0.0
+  won, sizes = np.bincount(number, wins), np.bincount(number)
+  value, count = wins.mean(), len(sizes)
+  squares = np.square(won - value * sizes).sum() * count / max(count - 1, 1)
+  if squares > 0:
+    effective = value * (1 - value) * len(wins) ** 2 / squares
+    count = round(np.clip(effective, 1, len(wins)))
+  found = statistics.share(float(value * count), count)
+  about = {"pairs": len(wins), "problems": len(sizes), "share": float(value)}
+  return found | about

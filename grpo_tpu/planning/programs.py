@@ -483,6 +483,7 @@ class _AbstractPrograms:
 
   def _bundles(self, prompts: int) -> TrainBatch:
     config, kind = self._config, self._config.data.kind
+    kind = "pairs" if config.objective.is_reward_model else kind
     width, new = completions_per_prompt(config), config.rollout.max_new_tokens
     asked = self._abstract_prompts(prompts)
     images, vision = asked.images, config.model_config.vision
@@ -490,36 +491,31 @@ class _AbstractPrograms:
       side = vision.shown_size
       shape = (asked.images.shape[1], side, side, 3)
       images = self._array(jnp.uint8, prompts, *shape)
+    number = self._array(jnp.float32, prompts, width)
+    logps = self._array(jnp.float32, prompts, width, new)
+    is_old = kind == "preference" or config.train.num_iterations > 1
+    share = config.shaping.top_entropy_share
+    has_weights = share < 1 and kind in ("online", "preference")
+    states = None
+    if config.distills:
+      shape = prompts, width, new, config.teacher.network.embed_dim
+      states = self._array(self._sampler.forward.dtype, *shape)
+    preferred = self._array(jnp.bool_, prompts, width, width)
     batch = TrainBatch(
       prompt_ids=asked.ids,
       prompt_length=asked.length,
       images=images,
       completion_ids=self._array(jnp.int32, prompts, width, new),
       completion_mask=self._array(jnp.bool_, prompts, width, new),
+      advantages=number if kind != "pairs" else None,
+      old_per_token_logps=logps if is_old and kind != "pairs" else None,
+      ref_per_token_logps=logps if config.has_reference else None,
+      sampler_logps=logps if kind == "online" else None,
+      token_weights=logps if has_weights else None,
+      teacher_states=states,
+      preferred=preferred if kind == "preference" else None,
+      labels=number if kind == "pairs" else None,
     )
-    # One number per completion, and per token.
-    number = self._array(jnp.float32, prompts, width)
-    logps = self._array(jnp.float32, prompts, width, new)
-    is_old = kind == "preference" or config.train.num_iterations > 1
-    share = config.shaping.top_entropy_share
-    has_weights = share < 1 and kind != "demonstrations"
-    states = None
-    if config.distills:
-      shape = prompts, width, new, config.teacher.network.embed_dim
-      states = self._array(self._sampler.forward.dtype, *shape)
-    preferred = self._array(jnp.bool_, prompts, width, width)
-    if config.objective.is_reward_model:
-      batch = batch.replace(labels=number)
-    else:
-      batch = batch.replace(
-        advantages=number,
-        old_per_token_logps=logps if is_old else None,
-        ref_per_token_logps=logps if config.has_reference else None,
-        sampler_logps=logps if kind == "online" else None,
-        token_weights=logps if has_weights else None,
-        teacher_states=states,
-        preferred=preferred if kind == "preference" else None,
-      )
     if "(mixed)" not in self._name:
       return batch
     half = prompts * config.data.images_per_prompt // 2

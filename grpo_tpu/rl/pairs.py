@@ -1,6 +1,6 @@
 """The loss of a reward model on labelled completions, pair by pair.
 
-Pure functions of scores and labels; they know no network.
+Pure functions of scores and labels, which are NaN for a missing completion.
 
 References:
   Bradley and Terry 1952, https://doi.org/10.2307/2334029.
@@ -23,8 +23,7 @@ def find_pairs(
 ) -> Bool[Array, "U C C"]:
   """True at [u, i, j] if completion i is labelled better than j.
 
-  With `ties` also once for each two with equal labels. NaN marks a missing
-  completion, which is in no pair.
+  With `ties` also once for each two with equal labels.
   """
   labels = jnp.asarray(labels)
   first, second = labels[:, :, None], labels[:, None, :]
@@ -40,18 +39,12 @@ def pair_loss(
   *,
   config: PairLossConfig,
 ) -> Float[Array, ""]:
-  """The Bradley-Terry loss, summed over pairs.
+  """The Bradley-Terry loss, summed over pairs; `scores` carry the gradient.
 
-  Args:
-    scores: Scores of the completions; carries the gradient.
-    labels: Higher for better completions, NaN for a missing one.
-    config: Smoothing, centering, margin, and the meaning of equal labels.
-
-  Returns:
-    The sum, which is to be divided by the number of pairs of the whole batch.
+  The sum is to be divided by the number of pairs of the whole batch.
   """
   labels = jnp.asarray(labels, jnp.float32)
-  scores = _present(scores, labels)
+  scores = jnp.where(jnp.isnan(labels), 0.0, jnp.asarray(scores, jnp.float32))
   first, second = scores[:, :, None], scores[:, None, :]
   is_pair = find_pairs(labels, ties=config.ties)
   gap = jnp.where(is_pair, labels[:, :, None] - labels[:, None, :], 0.0)
@@ -75,29 +68,21 @@ def metrics(
   Also the number of pairs, and of completions that are in none. Accuracy and
   margin are 0 in a batch of ties alone.
   """
-  labels = jnp.asarray(labels, jnp.float32)
-  scores, is_present = _present(scores, labels), ~jnp.isnan(labels)
+  scores, is_present = jnp.asarray(scores, jnp.float32), ~jnp.isnan(labels)
   is_pair = find_pairs(labels, ties=ties)
   is_unpaired = is_present & ~is_pair.any(axis=1) & ~is_pair.any(axis=2)
   chosen, rejected, valid = preference_metrics.all_pairs(
     scores, find_pairs(labels, ties=False)
   )
   mean = diagnostics.valid_mean(scores, is_present)
-  variance = diagnostics.valid_mean(jnp.square(scores - mean), is_present)
-  accuracy = preference_metrics.accuracy(chosen, rejected, valid=valid)
+  squares = jnp.square(scores - mean)
   return {
     "pairs": is_pair.sum(dtype=jnp.float32),
     "unpaired_completions": is_unpaired.sum(dtype=jnp.float32),
-    "pairwise_accuracy": accuracy,
+    "pairwise_accuracy": preference_metrics.accuracy(
+      chosen, rejected, valid=valid
+    ),
     "pairwise_margin": diagnostics.valid_mean(chosen - rejected, valid),
     "score_mean": mean,
-    "score_std": jnp.sqrt(variance),
+    "score_std": jnp.sqrt(diagnostics.valid_mean(squares, is_present)),
   }
-
-
-def _present(
-  scores: Float[ArrayLike, "U C"], labels: Float[Array, "U C"]
-) -> Float[Array, "U C"]:
-  """The scores in fp32; 0, without a gradient, for missing completions."""
-  scores = jnp.asarray(scores, jnp.float32)
-  return jnp.where(jnp.isnan(labels), 0.0, scores)

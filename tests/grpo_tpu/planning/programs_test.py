@@ -211,3 +211,28 @@ def test_a_mixed_update_encodes_half_as_many_images():
   # The tower of `smoke` saves its forward pass, and then runs it twice: four
   # passes in place of three for half of the images.
   assert 0.6 < (mixed - text) / (image - text) < 0.8
+
+
+@pytest.mark.parametrize("train_vision", [True, False], ids=["tower", "frozen"])
+def test_a_reward_model_is_planned_without_a_policys_programs(train_vision):
+  changes = {
+    "model.train_vision": train_vision,
+    "shaping.top_entropy_share": 0.5,
+    "train.num_iterations": 2,
+  }
+  config = config_of("smoke", "reward_model", **changes)
+  assert programs.names(config) == [
+    *["pictures (image)"] * (not train_vision),
+    *("train_step (text)", "train_step (image)"),
+    "evaluation_score (image)",
+  ]
+  assert not programs.resident_bytes(config)["reference"]
+  mesh = sharding.make_mesh(
+    replica=1, fsdp=1, tensor=1, devices=jax.devices()[:1]
+  )
+  scored, updated = (
+    programs.find(config, mesh, f"{name} (image)").trace(mesh).out_info
+    for name in ("evaluation_score", "train_step")
+  )
+  assert scored.shape == (256, 4)
+  assert "pairwise_accuracy" in updated[1] and "entropy" not in updated[1]

@@ -24,7 +24,7 @@ from grpo_tpu.rl import (
   train_state,
   train_step,
 )
-from grpo_tpu.rl.settings import PRESETS
+from grpo_tpu.rl.settings import PRESETS, PairLossConfig
 from grpo_tpu.rl.train_batch import TrainBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -34,6 +34,9 @@ OBJECTIVES = {
   "dapo": dataclasses.replace(PRESETS["dapo"], tis_cap=1.1),
   "grpo": dataclasses.replace(PRESETS["grpo"], beta=0.1),
   "demonstrations": None,
+  "pairs": PairLossConfig(
+    label_smoothing=0.1, centering=0.01, margin=0.2, ties=True
+  ),
 }
 
 
@@ -551,3 +554,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
   assert metrics["skipped_updates"] == 0
   moved = jax.tree.map(lambda x, y: (x != y).any(), after.params, before.params)
   assert any(jax.tree.leaves(moved))
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny, bigram):
+  """Twelve groups of three with graded, equal and missing labels."""
+  rng = np.random.default_rng(6)
+  bundles = make_bundles(tiny, bigram, 7, 12, rng.integers(1, 7, (12, 3)))
+  labels = rng.integers(0, 3, (12, 3)).astype(np.float32)
+  labels[rng.random((12, 3)) < 0.2] = np.nan
+  return bundles.replace(labels=jnp.asarray(labels))
+
+
+@pytest.fixture
+def by_mean(monkeypatch):
+  """Scores the mean of a completion's embeddings in place of the network."""
+
+  def completion_scores(model, params, bundles):
+    rows = params["embedder"]["input_embedding"][bundles.completion_ids]
+    rows = jnp.where(bundles.completion_mask[..., None], rows, 0.0)
+    return (rows.mean(axis=2) @ params["mix"]).sum(-1)
+
+  monkeypatch.setattr(score, "completion_scores", completion_scores)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4, 6])
+def test_a_reward_models_update_is_the_same_however_its_batch_is_cut(
+  gradient, labelled, by_mean, num_microbatches
+):
+  want, metrics = gradient("pairs", 1, labelled)
+  got, cut = gradient("pairs", num_microbatches, labelled)
+  assert_trees_close(got, want, atol=1e-6)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(cut[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_reward_model_computes_no_logits(tiny, labelled):
+  """No product with the vocabulary, forward or backward."""
+  config = dataclasses.replace(tiny.config, has_score=True)
+  forward = make_model(tiny, train_vision=False).replace(config=config)
+  params = tiny.params | {"score": {"w": jnp.zeros((1, config.embed_dim))}}
+  update = train_step.make_train_step(
+    forward, TX, config=OBJECTIVES["pairs"], num_microbatches=2
+  )
+  lowered = update.lower(new_state(params), labelled).as_text()
+  products = [x for x in lowered.splitlines() if "dot_general" in x]
+  assert products
+  assert not [x for x in products if f"{config.vocab_size}x" in x]
