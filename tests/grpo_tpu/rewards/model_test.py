@@ -1,6 +1,7 @@
 """Reward models against one sequence at a time, and those that are refused."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -76,6 +77,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def mesh():
+  """Two devices, so that parameters and batches are really sharded."""
   return sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2])
 
 
@@ -114,28 +116,35 @@ def read(folder):
   )
 
 
-def twin(settings, prompts, completed, row, column):
+@functools.partial(jax.jit, static_argnames="config")
+def last_state(config, params, ids, length, pixels):
+  found = text.prompt_states(
+    config, params, ids, length, pixels, dtype=jnp.float32
+  )
+  return found[0][0, length[0] - 1]
+
+
+def twin(settings, params, prompts, completed, row, column):
   """Reads prompt and completion as one sequence, its pixels from the record."""
-  one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  params = load.load_merged(settings, one)
   length = int(prompts.prompt_length[row])
   given = np.asarray(completed.ids)[row, column, : LENGTHS[row, column]]
   ids = np.concatenate([prompts.prompt_ids[row, :length], given])
   size = settings.network.vision.shown_size
   (picture,) = prompts.problems[row].images
   pixels = images.views(images.decode(picture), size, images.WHOLE)
-  states, _, _ = text.prompt_states(
+  state = last_state(
     settings.network,
     params,
-    jnp.asarray(ids)[None],
+    jnp.asarray(np.pad(ids, (0, 160 - len(ids))))[None],
     jnp.array([len(ids)]),
     jnp.asarray(pixels)[None],
-    dtype=jnp.float32,
   )
-  return float(states[0, -1] @ params["score"]["w"][0])
+  return float(state @ params["score"]["w"][0])
 
 
-@pytest.mark.parametrize("image_size", [None, 24])
+@pytest.mark.parametrize(
+  "image_size", [24, pytest.param(None, marks=pytest.mark.nightly)]
+)
 def test_scores_are_those_of_single_sequences(
   folder, mesh, prompts, completed, image_size
 ):
@@ -144,12 +153,15 @@ def test_scores_are_those_of_single_sequences(
   network = opened(settings, mesh)
   found = scored(network, mesh, prompts, completed)
   assert not network.program._is_called  # It ran what was compiled ahead.
+  one = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  params = load.load_merged(settings, one)
   for place in ((0, 0), (0, 1), (5, 0), (14, 1)):
-    wanted = twin(settings, prompts, completed, *place)
+    wanted = twin(settings, params, prompts, completed, *place)
     assert found[place] == pytest.approx(wanted, abs=1e-5), place
   assert np.ptp(found[:15]) > 0.01
 
 
+@pytest.mark.nightly
 def test_batch_mates_padding_and_memory_change_no_score(
   folder, mesh, prompts, completed
 ):
