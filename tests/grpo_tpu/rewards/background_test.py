@@ -94,3 +94,33 @@ def test_finished_completions_are_scored_while_others_decode(run, monkeypatch):
   np.testing.assert_array_equal(
     lengths, [[1] * NUM_COMPLETIONS] * 2 + [[NUM_TOKENS] * NUM_COMPLETIONS]
   )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_async_rewards_of_a_whole_step_wait_together(tmp_path, num_workers):
+  """64 rows of 8 prompts; each call ends when 32 have met, whatever group."""
+  run = scripted.make_run(scripted.make_tokenizer(tmp_path), {})
+  run = dataclasses.replace(
+    run,
+    config=dataclasses.replace(
+      run.config,
+      rewards=dataclasses.replace(
+        run.config.rewards,
+        custom=("tests.grpo_tpu.rewards.async_rewards:by_32",),
+        custom_weights=(1.0,),
+        num_workers=num_workers,
+        timeout_seconds=60.0,
+        max_concurrent=32,
+        max_retries=0,
+      ),
+      rollout=dataclasses.replace(run.config.rollout, num_generations=8),
+    ),
+  )
+  run.sampler.settings = run.config.rollout
+  indices = [i for i in scripted.ASKED if scripted.SCRIPT[i][0] != "list"][:8]
+  batches = scripted.batches_of(run.tokenizer, batch_size=8, indices=indices)
+  found = run.collect(batches, jax.random.key(0))
+  assert found.batch.completion_mask.shape[:2] == (8, 8)
+  assert found.metrics["reward/by_32_errors"] == 0
+  assert found.metrics["reward/by_32_mean"] == 1
+  scoring.close()
