@@ -37,7 +37,7 @@ _MAY_DIFFER = (
   "data.accept_mathvista_training_terms",
   *("model.attention", "model.remat", "model.vision_remat"),
   *("model.logits_chunk", "model.reference_memory"),
-  *("rewards.num_workers", "rewards.rows_per_call"),
+  *("rewards.num_workers", "rewards.rows_per_call", "rewards.network_memory"),
   *("rewards.max_concurrent", "rewards.max_retries"),
   *("rewards.timeout_seconds", "rewards.max_error_fraction"),
   *("rewards.error_window", "rewards.worker_memory_gib"),

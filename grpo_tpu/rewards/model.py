@@ -52,13 +52,11 @@ def _read_model(weights: str, policy: ModelSettings) -> ModelSettings:
   remedy = "train one with data.kind=preference and "
   remedy += "objective.preset=bradley_terry, and name its run"
   require(bool(model.head), _SETTING, weights, rule, remedy)
-  rule = f"have the vocabulary of model.name ({policy.name!r})"
+  rule = f"have the vocabulary and the image tokens of {policy.name}"
   remedy = "name a reward model of the same family"
-  holds = theirs.vocab_size == ours.vocab_size
-  require(holds, _SETTING, weights, rule, remedy)
-  rule = f"read images as the {ours.soft_tokens} tokens of {policy.name}"
-  counts = theirs.soft_tokens, ours.soft_tokens
-  holds = 0 in counts or len(set(counts)) == 1
+  sees_alike = 0 in (ours.soft_tokens, theirs.soft_tokens)
+  sees_alike |= ours.soft_tokens == theirs.soft_tokens
+  holds = ours.vocab_size == theirs.vocab_size and sees_alike
   require(holds, _SETTING, weights, rule, remedy)
   return model
 

@@ -200,7 +200,7 @@ def test_what_is_no_reward_model_of_this_family_is_refused(folder, tmp_path):
   refuse("must name the weights", f"hf:{tmp_path}")
   refuse("give run:WORKDIR", "/somewhere")
   large = dataclasses.replace(POLICY, name="gemma3_4b")
-  refuse("have the vocabulary of model.name", f"hf:{folder}", large)
+  refuse("have the vocabulary and the image tokens of", f"hf:{folder}", large)
 
 
 def test_a_model_that_cannot_read_the_prompts_is_refused(
