@@ -54,7 +54,7 @@ class Arithmetic(trainer.Trainer):
       rewards=types.SimpleNamespace(watched=()),
       lora=None,
     )
-    self.mesh = None
+    self.mesh = self._teacher = self._teacher_embedding = None
     self.collector = self
     self.combination = types.SimpleNamespace(state=dict)
     self.learner = types.SimpleNamespace(
@@ -102,7 +102,7 @@ class Arithmetic(trainer.Trainer):
     metrics = {"train/tokens": float(sum(taken) + 1)}
     return experience.Experience(batch, metrics, ["a sample"], count)
 
-  def _update(self, state, batch, frozen):
+  def _update(self, state, batch, frozen, teacher_embedding):
     number = self.partial.updates_done
     old, learnt = int(state.params["w"]), int(batch.prompt_ids[0, 0])
     new = (31 * old + learnt + number) % 9973
