@@ -205,10 +205,16 @@ class RewardConfig:
     return named | dict(zip(names, self.custom_weights, strict=True))
 
   @property
+  def paid(self) -> dict[str, float]:
+    """The weights that are not 0, of all components in a fixed order."""
+    weights = self.weights | self.network_weights
+    weights[SPREAD] = -self.spread_penalty
+    return {name: weight for name, weight in weights.items() if weight}
+
+  @property
   def watched(self) -> list[str]:
     """The components that pay for more than right answers."""
-    weights = self.weights | self.network_weights
-    return [k for k, x in weights.items() if x > 0 and k != "accuracy"]
+    return [k for k, x in self.paid.items() if x > 0 and k != "accuracy"]
 
   @property
   def is_gated(self) -> bool:
