@@ -321,29 +321,21 @@ def _check_rewards(config: Config) -> None:
 
 
 def _check_teacher(config: Config) -> None:
-  """Checks that the teacher can score what the policy samples."""
-  named, ours = config.objective.teacher, config.model_config
-  theirs = config.teacher.network
+  """Checks that the teacher can read what the policy samples."""
+  ours, teacher = config.model_config, config.teacher
+  theirs = teacher.network
   size, shown = (x.vision and x.vision.shown_size for x in (ours, theirs))
-  for fits, rule, remedy in (
-    (not theirs.has_score, "be a language model", "name no reward model"),
+  is_ours = theirs.vocab_size == ours.vocab_size and not theirs.has_score
+  fits = not (size and shown) or size == shown
+  for holds, rule, remedy in (
+    (is_ours, f"be a language model with the ids of {config.model.name}", ""),
     (
-      theirs.vocab_size == ours.vocab_size,
-      f"have the tokenizer of {config.model.name}",
-      "name another teacher",
-    ),
-    (
-      shown or not size,
-      "have an image tower, as the policy has",
-      "name a larger teacher",
-    ),
-    (
-      not size or shown == size,
-      f"read images of the policy's size, {size} pixels, and not of {shown}",
-      f"set model.image_size={config.teacher.image_size}",
+      fits,
+      f"read images of the policy's {size} pixels, and not of {shown}",
+      f"set model.image_size={teacher.image_size}",
     ),
   ):
-    require(bool(fits), "objective.teacher", named, rule, remedy)
+    require(holds, "objective.teacher", teacher.weights, rule, remedy)
   _check_mesh(config, theirs)
 
 

@@ -84,7 +84,7 @@ def _recorded_head(weights: str) -> str:
 
 
 def fix_networks(config: Config, workdir: str) -> Config:
-  """The settings with the steps of reward models and judges.
+  """The settings with the steps of reward models, judges and the teacher.
 
   They are those that the run in the workdir started with, if there is one.
   """
@@ -92,11 +92,13 @@ def fix_networks(config: Config, workdir: str) -> Config:
   saved = record["essence"] if record else {}
 
   def fix(name: str, index: int, weights: str) -> str:
-    if weights == "self":
-      return weights
-    setting = f"rewards.{name}"
-    before = saved.get(setting, [])[index : index + 1]
+    before = saved.get(f"rewards.{name}", [])[index : index + 1]
     was = str(before[0][0]) if before else ""
+    return fix_one(f"rewards.{name}", was, weights)
+
+  def fix_one(setting: str, was: str, weights: str) -> str:
+    if weights in ("", "self"):
+      return weights
     is_same = load.split_run(was)[0] == load.split_run(weights)[0]
     if is_same and not weights.rpartition("@")[2].isdecimal():
       return was
@@ -113,18 +115,21 @@ def fix_networks(config: Config, workdir: str) -> Config:
     for name in ("models", "judges")
   }
   rewards = dataclasses.replace(rewards, **fixed)
-  return dataclasses.replace(config, rewards=rewards)
+  name, objective = "objective.teacher", config.objective
+  teacher = fix_one(name, str(saved.get(name, "")), objective.teacher)
+  objective = dataclasses.replace(objective, teacher=teacher)
+  return dataclasses.replace(config, rewards=rewards, objective=objective)
 
 
 def network_identity(
   config: Config, tokenizer: Any, *, has_images: bool
 ) -> dict[str, str]:
-  """Fingerprints of the contents of reward models and judges, by a name.
+  """Fingerprints of contents of reward models, judges and teacher, by a name.
 
   Raises:
     ValueError: A network cannot read the prompts of the data.
   """
-  if not config.rewards.network_weights:
+  if not (config.rewards.network_weights or config.distills):
     return {}
   from grpo_tpu.rewards import model
 
@@ -133,6 +138,8 @@ def network_identity(
     if weights != "self":
       judge = weights, config.model
       found.append(networks.read_settings(*judge, setting="rewards.judges"))
+  teachers = [config.teacher] if config.distills else []
+  found += teachers
   model.check_data(found, tokenizer, has_images=has_images)
   named = [x for x, *_ in (*config.rewards.models, *config.rewards.judges)]
   contents = {
@@ -140,6 +147,10 @@ def network_identity(
     for name, weights in zip(config.rewards.network_weights, named, strict=True)
     if weights != "self"
   }
+  for teacher in teachers:
+    contents["objective.teacher: contents"] = networks.fingerprint(
+      teacher.weights
+    )
   return contents | {
     f"rewards: template of judge_{number}": judge_templates.open_template(
       template

@@ -30,7 +30,8 @@ from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.rewards.networks import Completed, Values
 from grpo_tpu.rewards.settings import RewardConfig
 
-_SETTING, _BOTH = "rewards.models", "rewards.models or rewards.judges"
+_SETTING = "rewards.models"
+_ALL = f"objective.teacher, {_SETTING} or rewards.judges"
 
 
 def read_models(
@@ -82,14 +83,14 @@ def check_data(
     rule = "have been trained with the tokenizer of the data"
     remedy = "train it on data that were prepared with the same tokenizer"
     holds = known in ("", tokenizer.fingerprint)
-    require(holds, _BOTH, model.weights, rule, remedy)
+    require(holds, _ALL, model.weights, rule, remedy)
 
 
 def _check_sight(model: ModelSettings, has_images: bool) -> None:
   rule = "see the images of the data, and it is a text model"
   remedy = "name one with an image tower, or data without images"
   sees = not has_images or model.network.vision is not None
-  require(sees, _BOTH, model.weights, rule, remedy)
+  require(sees, _ALL, model.weights, rule, remedy)
 
 
 def open_models(

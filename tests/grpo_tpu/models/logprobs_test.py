@@ -220,3 +220,46 @@ def test_sharded_scores_and_gradients_equal_those_of_one_device(shape):
     )
   for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(cut), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_the_kl_to_a_teacher_and_its_gradient_are_those_of_a_plain_twin(
+  chunk_size,
+):
+  """Banned ids and early stop tokens are in neither distribution."""
+  states, ids, embedding = inputs()
+  rng = np.random.default_rng(2)
+  theirs = jnp.asarray(rng.normal(0, 1, (*SHAPE, 3)), jnp.float32)
+  their_embedding = jnp.asarray(rng.normal(0, 1, (VOCAB, 3)), jnp.float32)
+  early = jnp.asarray(rng.random(SHAPE) < 0.5)
+  stops = np.isin(np.arange(VOCAB), GEMMA3.stop_ids)
+  assert stops.any()
+  out = np.arange(VOCAB) == 3
+  out = out | (stops & np.asarray(early)[..., None])
+  weight = jax.random.normal(jax.random.key(1), SHAPE)
+
+  def ours(states, embedding):
+    *_, kl = logprobs.per_token_logps(
+      *(states, ids, embedding),
+      temperature=TEMPERATURE,
+      chunk_size=chunk_size,
+      banned_ids=(3,),
+      is_early=early,
+      teacher=(theirs, their_embedding),
+    )
+    return jnp.sum(weight * kl), kl
+
+  def twin(states, embedding):
+    both = []
+    for x, matrix in ((states, embedding), (theirs, their_embedding)):
+      logits = jnp.where(out, -jnp.inf, x @ matrix.T / TEMPERATURE)
+      both.append(jax.nn.log_softmax(logits))
+    policy, teacher = (jnp.where(out, 0.0, x) for x in both)
+    kl = jnp.sum(jnp.where(out, 0, jnp.exp(policy)) * (policy - teacher), -1)
+    return jnp.sum(weight * kl), kl
+
+  got, wanted = (
+    jax.grad(x, (0, 1), has_aux=True)(states, embedding) for x in (ours, twin)
+  )
+  for one, other in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
