@@ -89,7 +89,7 @@ def _values(
   reward: Callable, completions: list[str], problems: list[records.Problem]
 ) -> list[float | str]:
   """The rewards of a function of lists; a TypeError for what is no list."""
-  values = reward(completions, problems)
+  values: Any = reward(completions, problems)
   if inspect.iscoroutine(values):
     values.close()  # Else Python warns that nobody has awaited it.
   if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(
