@@ -208,10 +208,9 @@ class Combination:
   ) -> scoring.Scores:
     """The scores with their total and the failures of all processes."""
     config, total = self._config, np.zeros(len(is_present), np.float32)
-    weights = config.weights | config.network_weights
-    weights[SPREAD] = -config.spread_penalty
-    for name, values in scores.paid.items():
-      total += np.float32(weights[name]) * values
+    for name, weight in config.paid.items():
+      if name in scores.paid:  # One reward model alone has no spread.
+        total += np.float32(weight) * scores.paid[name]
     rows = self._gather(np.column_stack([is_present, *failed.values()]))
     counted = dict(zip(failed, rows[rows[:, 0]].T[1:], strict=True))
     errors = {name: int(x.sum()) for name, x in counted.items()}
