@@ -274,6 +274,7 @@ class Collector:
     batch = self._make_batch(prompts, ids, mask, images)
     if not self.config.is_reward_model:
       return batch
+    assert prompts.labels is not None
     labels = np.where(prompts.valid[:, None], prompts.labels, np.nan)
     labels = sharding.device_put_batch(self.sampler.mesh, labels)
     return batch.replace(labels=labels)

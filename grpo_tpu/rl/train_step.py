@@ -78,6 +78,7 @@ def make_train_step(
     if tower_gradient:
       gradient |= tower_gradient(*image_gradient)
     if isinstance(config, PairLossConfig):
+      assert batch.labels is not None
       metrics |= pairs.metrics(scores, batch.labels, ties=config.ties)
     if "ratio_squared" in metrics:
       squared = metrics.pop("ratio_squared")

@@ -116,3 +116,25 @@ def test_evaluate_finds_what_training_found_last(evaluation, unbroken):
     np.mean([accuracy(f"samples/output_eval_00{i}.json") for i in range(2)])
   )
   assert "data:image/" in (folder / "report.html").read_text()
+
+
+@pytest.mark.nightly
+def test_a_reward_model_learns_resumes_and_is_evaluated(new_run):
+  flags = (
+    *PREFERENCE,
+    "--config.objective.preset=bradley_terry",
+    "--config.eval.every_steps=6",
+    "--config.checkpoint.best_metric=eval/pairwise_accuracy",
+  )
+  whole = new_run(*flags).start()
+  assert whole.column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-6)
+  assert whole.column("eval/pairwise_accuracy")[0] == 0.5
+  again = whole.without_checkpoints_after(2).start()
+  for name in ("train/loss", "train/score_std", "eval/pairwise_margin"):
+    assert again.column(name) == whole.column(name)
+  whole.start("--mode=evaluate")
+  scores = json.loads((whole.workdir / "eval" / "scores.json").read_text())
+  last = whole.rows()[-1]
+  found = {k: x for k, x in last.items() if k.startswith("eval/")}
+  assert scores["scalars"] == pytest.approx(found)
+  assert "<svg" in (whole.workdir / "eval" / "report.html").read_text()
