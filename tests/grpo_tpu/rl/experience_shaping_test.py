@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from grpo_tpu.observability import writer as metrics
+from grpo_tpu.rl import reward_health
 from tests.grpo_tpu import scripted
 from tests.grpo_tpu.scripted import GROUPS, MAX_NEW_TOKENS, UNREADABLE
 
 # By scripted.GROUPS: these have right and wrong completions, these have not.
 MIXED, UNANIMOUS = (0, 1, 4, 5), (2, 3)
+IS_HEALTH = re.compile(
+  "rollout/(repetition|novel.*)|reward/.*_(correlation|pair_accuracy|if_.*)"
+).fullmatch
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +279,27 @@ def test_rewards_normalised_apart_tell_equal_sums_apart(run_of, tokenizer):
   assert batch.completion_mask.any(axis=-1).all()
   # 0.5 * (1.5, -0.5, -0.5, -0.5) over its standard deviation, 0.5.
   np.testing.assert_allclose(advantages, [1.5, -0.5, -0.5, -0.5], rtol=1e-3)
+
+
+def test_a_step_measures_rewards_that_pay_for_more_than_right_answers(
+  run_of, tokenizer
+):
+  def metrics(**weights):
+    rewards = {"preset": "answer", "format": 0.0} | weights
+    collector = run_of(GROUPS, rewards=rewards).collector
+    key, how = jax.random.key(0), {"position": 0, "num_shown": None}
+    batches = list(scripted.batches_of(tokenizer, batch_size=4, indices=MIXED))
+    steps = [
+      collector.collect({}, iter(batches), key, **how).metrics
+      for _ in range(reward_health.FIRST_STEPS + 1)
+    ]
+    return [set(filter(IS_HEALTH, names)) for names in steps]
+
+  first, *_, last = metrics(length=0.1, coherence=-0.1)
+  assert {x.split("/")[1] for x in first} == {
+    *("repetition", "length_pair_accuracy", "length_length_correlation"),
+    *("length_repetition_correlation", "length_mean_if_right"),
+    "length_mean_if_wrong",
+  }
+  assert last - first == {"rollout/novel_token_share"}
+  assert not set().union(*metrics())
