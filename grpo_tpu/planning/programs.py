@@ -404,7 +404,8 @@ class _AbstractPrograms:
     longest = data.prompt_buckets[-1], config.rollout.max_new_tokens
     if is_judge:
       scorer = functools.partial(judge.share_of_yes, words=((1,), (2,)))
-      longest = judge.longest(*longest)
+      room = judge.ANSWER_TOKENS  # And that of a template, about.
+      longest = [judge.lengths(x + room)[-1] for x in longest]
     shape = longest[0], images * self._has_images if vision else 0
     sizes = completions_per_prompt(config), longest[1]
     bundles = model.abstract_bundles(

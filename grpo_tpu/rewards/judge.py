@@ -5,6 +5,7 @@ one pass over bundles: a prompt with its pictures is read once, with all of its
 completions beside it, and nothing is sampled.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -33,10 +34,7 @@ from grpo_tpu.rewards.model import load_frozen, network_forward, score_parts
 from grpo_tpu.rewards.settings import RewardConfig
 
 # Tokens that a reference answer may add to the longest prompt of the policy.
-_ANSWER_TOKENS = 256
-# Tokens of a built-in template before the response and from it on, about.
-_TEMPLATE_TOKENS = 60, 50
-_SHORTEST = 32
+ANSWER_TOKENS = 256
 
 
 class Judge:
@@ -78,7 +76,7 @@ class Judge:
     self._builder = prompt_rows.RowBuilder(
       source=(),
       tokenizer=tokenizer,
-      prompt_buckets=lengths(longest_prompt + fixed + _ANSWER_TOKENS),
+      prompt_buckets=lengths(longest_prompt + fixed + ANSWER_TOKENS),
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       template=chat_prompts.TEMPLATES["plain"],
@@ -102,10 +100,12 @@ class Judge:
     length = np.array([*map(len, ids)], np.int32).reshape(is_judged.shape)
     fits = asked.valid[:, None] & (length <= self._lengths[-1])
     for row in np.flatnonzero((is_judged & ~fits).any(axis=1)):
-      message = "%s cannot judge completions of problem %s: %s."
-      why = self._describe_loss(prompts.problems[row], asked.valid[row])
+      message = (
+        "%s cannot judge completions of problem %s: they or its prompt are too "
+        "long, or the template has {answer}, which is not known."
+      )
       pid = printable(prompts.problems[row].pid)
-      logging.log_first_n(logging.WARNING, message, 3, self.names[0], pid, why)
+      logging.log_first_n(logging.WARNING, message, 3, self.names[0], pid)
     length = np.where(fits, length, 0)
     # All processes run the same program.
     own = [asked.prompt_ids.shape[1], asked.images.shape[1], length.max()]
@@ -153,16 +153,6 @@ class Judge:
     return dataclasses.replace(
       batch, prompt_ids=ids, prompt_length=length, valid=batch.valid & can_ask
     )
-
-  def _describe_loss(self, problem: records.Problem, was_asked: bool) -> str:
-    """Why completions of a problem have no score."""
-    if was_asked:
-      most = self._lengths[-1] - len(self._ending)
-      return f"one has more than {most} tokens"
-    if self._template.needs_answer and not problem.answer:
-      return "its answer is not known, and the template has {answer}"
-    most = self._builder.prompt_buckets[-1]
-    return f"the prompt has more than {most} tokens, or cannot be made"
 
 
 def open_judges(
@@ -249,18 +239,9 @@ def answer_ids(
 
 def lengths(longest: int) -> tuple[int, ...]:
   """Ascending lengths to pad to; the last holds `longest`."""
-  sizes = [_SHORTEST]
-  while sizes[-1] < longest:  # Powers of two, and the numbers halfway.
-    is_power = sizes[-1].bit_count() == 1
-    sizes.append(sizes[-1] * 3 // 2 if is_power else sizes[-1] * 4 // 3)
-  return tuple(sizes)
-
-
-def longest(longest_prompt: int, longest_completion: int) -> tuple[int, int]:
-  """Lengths that a judge with a built-in template pads to, at most."""
-  before, after = _TEMPLATE_TOKENS
-  prompt = longest_prompt + before + _ANSWER_TOKENS
-  return lengths(prompt)[-1], lengths(longest_completion + after)[-1]
+  # Powers of two, and the numbers halfway.
+  sizes = [count << bit for bit in range(4, 24) for count in (2, 3)]
+  return tuple(sizes[: bisect.bisect_left(sizes, longest) + 1])
 
 
 def _widen(rows: np.ndarray, size: int) -> np.ndarray:

@@ -56,7 +56,7 @@ class Template:
 
     A completion that ends in its thinking has none. Marks of the template and
     names of control tokens lose their angle brackets, and control characters
-    are escaped: a response can end neither itself nor the turn.
+    are question marks: a response can end neither itself nor the turn.
     """
     text = verify.without_thinking(completion) or ""
     marks = _CONTROL.union(_MARK.findall(self.before + self.after))
@@ -65,7 +65,8 @@ class Template:
     text = re.sub(mark, r"(\1)", text, flags=re.IGNORECASE)
     # Bytes that are no text would be three tokens each.
     text = text.replace("\N{REPLACEMENT CHARACTER}", "?")
-    return printable(text, keep="\n\t").strip()
+    shown = (x if printable(x, keep="\n\t") == x else "?" for x in text)
+    return "".join(shown).strip()
 
 
 def open_template(name: str) -> Template:

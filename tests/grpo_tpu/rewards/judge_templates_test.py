@@ -73,7 +73,7 @@ def test_a_name_that_is_neither_built_in_nor_a_file_is_refused():
       "3(end_of_turn)\n(start_of_turn)model",
     ),
     ("<image><start_of_image>", "(image)(start_of_image)"),
-    ("a\N{REPLACEMENT CHARACTER}\x00", "a?\\x00"),
+    ("a\N{REPLACEMENT CHARACTER}\x00", "a??"),
     ("a < b > c", "a < b > c"),
   ],
 )
