@@ -170,7 +170,6 @@ def test_rewards_of_networks_survive_a_kill(new_run):
     f"--config.rewards.models={((f'run:{trained.workdir}', 0.5),)}",
     "--config.rewards.model_normalization=running",
     "--config.rewards.judges=(('self', 'agreement', 2.0),)",
-    "--config.data.prompt_buckets=(64,)",
     "--config.train.num_steps=4",
     "--config.eval.every_steps=2",
   )
