@@ -23,7 +23,7 @@ class EventFiles(background.Background):
     super().__init__(f"TensorBoard files in {workdir}")
     self._workdir = workdir
     self._events: Any = None
-    self.submit(self._open, workdir, resume_step)
+    self.submit(self._open, resume_step)
 
   def write(self, call: Callable[[Any], None]) -> None:
     """Queues a call, which the thread makes with the writer."""
@@ -38,8 +38,8 @@ class EventFiles(background.Background):
     self.write(lambda events: events.close())
     super().close()
 
-  def _open(self, workdir: pathlib.Path, resume_step: int | None) -> None:
-    self._events = _open_events(workdir, resume_step)
+  def _open(self, resume_step: int | None) -> None:
+    self._events = _open_events(self._workdir, resume_step)
 
   def _roll(self, events: Any) -> None:
     if events.num_bytes > _ROLLED_BYTES:

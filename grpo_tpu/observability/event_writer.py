@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from google.protobuf import message
 from PIL import Image
-from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import summary_v2 as hparams_plugin
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar import metadata as scalar_plugin
@@ -29,64 +29,68 @@ from tensorboard.util import tensor_util
 PATTERN = "events.out.tfevents.*"
 _HEAD = 12  # Bytes of a record's length and its checksum.
 
-_events: Any = event_pb2  # Generated on import, unknown to type checkers.
+# Generated on import, unknown to type checkers.
+_events: Any = event_pb2
+_summaries: Any = summary_pb2
 
 
 class EventWriter:
-  """Writes a new file, which TensorBoard reads after older ones.
-
-  Attributes:
-    num_bytes: The size of the file.
-  """
+  """Writes a new file, which TensorBoard reads after older ones."""
 
   def __init__(self, folder: pathlib.Path):
     """Opens the file in an existing folder."""
-    self.num_bytes = 0
-    path = folder / PATTERN.replace("*", f"{time.time():.6f}")
-    self._file = path.open("xb")
-    self._append(_events.Event(file_version="brain.Event:2"))
+    self._file = (folder / PATTERN.replace("*", f"{time.time():.6f}")).open(
+      "xb"
+    )
+    self._append(file_version="brain.Event:2")
+
+  @property
+  def num_bytes(self) -> int:
+    """The size of the file."""
+    return self._file.tell()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes points of curves."""
-    metadata = scalar_plugin.create_summary_metadata("", "")
     values = {tag: np.float32(x) for tag, x in scalars.items()}
-    self.write_summaries(step, values, dict.fromkeys(values, metadata))
+    self._write(step, values, scalar_plugin)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes texts in Markdown."""
-    metadata = text_plugin.create_summary_metadata("", "")
-    self.write_summaries(step, texts, dict.fromkeys(texts, metadata))
+    self._write(step, texts, text_plugin)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes images, each uint8 [height, width, 3]."""
-    metadata = image_plugin.create_summary_metadata("", "")
     values = {tag: _to_png(image) for tag, image in images.items()}
-    self.write_summaries(step, values, dict.fromkeys(values, metadata))
+    self._write(step, values, image_plugin)
 
-  def write_hparams(self, hparams: Mapping[str, bool | float | str]) -> None:
+  def write_hparams(self, hparams: dict[str, Any]) -> None:
     """Writes the settings for the tab HParams."""
-    self._append(_events.Event(summary=hparams_plugin.hparams_pb(hparams)))
+    self._append(summary=hparams_plugin.hparams_pb(hparams))
 
   def write_summaries(
     self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any]
   ) -> None:
     """Writes values of a step; the metadata of each name its plugin."""
-    event = _events.Event(step=step)
+    summary = _summaries.Summary()
     for tag, value in values.items():
       tensor = tensor_util.make_tensor_proto(value)
-      event.summary.value.add(tag=tag, tensor=tensor, metadata=metadata[tag])
-    self._append(event)
+      summary.value.add(tag=tag, tensor=tensor, metadata=metadata[tag])
+    self._append(step=step, summary=summary)
 
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
 
-  def _append(self, event: Any) -> None:
-    event.wall_time = time.time()
+  def _write(self, step: int, values: Mapping[str, Any], plugin: Any) -> None:
+    metadata = plugin.create_summary_metadata("", "")
+    self.write_summaries(step, values, dict.fromkeys(values, metadata))
+
+  def _append(self, **fields: Any) -> None:
+    event = _events.Event(wall_time=time.time(), **fields)
     content = event.SerializeToString()
     length = len(content).to_bytes(8, "little")
     parts = length, _checksum(length), content, _checksum(content)
-    self.num_bytes += self._file.write(b"".join(parts))
+    self._file.write(b"".join(parts))
     self._file.flush()  # A kill loses little.
 
 
