@@ -138,6 +138,27 @@ def test_noise_of_every_size_raises_no_alarm():
     assert ring(history(300, seed=seed, noise=noise)) == ({}, 0)
 
 
+def test_a_rise_that_is_small_or_due_to_rounding_is_none():
+  assert ring(history(noise=0, mean=(0, 0.15), **GAMED["accuracy"])) == ({}, 0)
+  rows = history(noise=0, std=(0, 0), **GAMED["accuracy"])
+  for row in rows:
+    row["reward/own_mean"] = 0.3 + 1e-8 * (row["step"] > 20)
+  assert ring(rows) == ({}, 0)
+
+
+def test_the_levels_of_all_comparisons_add_up_to_one_percent(monkeypatch):
+  levels = []
+
+  def gains(series, name, level):
+    count = len(series["rollout/accuracy"]) - 1
+    levels.append(level * count)
+    return np.zeros(count, bool)
+
+  monkeypatch.setattr(reward_trends, "_gains", gains)
+  ring(history(400))
+  assert 0.009 < sum(levels) < 0.0105
+
+
 @pytest.mark.parametrize("stop", [15, 22, 25, 33, 60])
 def test_a_resumed_run_neither_forgets_nor_repeats_an_alarm(tmp_path, stop):
   rows = history(80, **UP, **GAMED["length"], **GAMED["accuracy"])
