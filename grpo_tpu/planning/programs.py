@@ -229,7 +229,9 @@ def resident_bytes(config: Config) -> dict[str, int]:
   loaded = {x.weights: x for x in found.values()}
   loaded.pop(config.model.weights, None)
   kept = [_abstract_network(config, x, mesh, memory) for x in loaded.values()]
-  teachers = [_abstract_network(config, teacher, mesh, memory)] * bool(teacher)
+  teachers = [
+    _abstract_network(config, x, mesh, memory) for x in (teacher,) if x
+  ]
   return {
     "params": device_bytes((state.params, frozen)),
     **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},

@@ -458,7 +458,7 @@ def _best_groups(
     ids = pad(batch.prompt_ids, other.prompt_ids)
     images = pad(batch.images, other.images)
     batch = batch.replace(prompt_ids=ids, images=images)
-    if batch.pixels is not None:
+    if batch.pixels is not None and other.pixels is not None:
       batch = batch.replace(pixels=pad(batch.pixels, other.pixels))
     return groups.replace(batch=batch)
 

@@ -60,6 +60,7 @@ def token_logps(
     is_early = jnp.broadcast_to(is_early[None, None], shape)
   teacher = None
   if teacher_embedding is not None:
+    assert batch.teacher_states is not None
     teacher = batch.teacher_states, teacher_embedding
   return logprobs.sharded_per_token_logps(
     token_states(forward, params, batch),
