@@ -174,8 +174,9 @@ def open_judges(
       model = files.read_settings(weights, policy, setting="rewards.judges")
       opened[weights] = load_frozen(model, config, rest[-1]), model
     question = judge_templates.open_template(template)
-    network = *opened[weights], question, *rest
-    judges.append(Judge(f"judge_{number}", *network, **options))
+    network, model = opened[weights]
+    named = f"judge_{number}", network, model
+    judges.append(Judge(*named, question, *rest, **options))
   return judges
 
 
