@@ -34,6 +34,7 @@ setuptools.setup(
   install_requires=[
     "absl-py",
     "array_record",
+    "clu",
     "flax",
     "gemma",
     "google-cloud-storage",
@@ -56,7 +57,8 @@ setuptools.setup(
     "sentencepiece",
     "tensorboard",
     "tensorstore",
-    # For TFDS alone, so the build without GPU code where there is one.
+    # For event files and TFDS alone, so the build without GPU code where
+    # there is one.
     "tensorflow-cpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "tensorflow; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets",

@@ -17,7 +17,7 @@ stamp=$venv/complete.stamp
 log=$venv/install.log
 extra=${GRPO_TPU_EXTRA:-dev}
 
-# TensorFlow's start-up messages are noise.
+# TensorFlow only writes event files here; its start-up messages are noise.
 export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
 export GRPC_VERBOSITY=ERROR GLOG_minloglevel=2
 

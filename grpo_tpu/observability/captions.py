@@ -18,7 +18,7 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   """Puts the texts on a white strip below a uint8 [height, width, 3] image.
 
   Each begins a new line, and has at most a third of the strip unless it is the
-  last one. Lines that do not fit are dropped. Returns [height', width', 3].
+  last one. Lines that do not fit are dropped. Returns [1, height', width', 3].
   """
   scale = -(-_MIN_WIDTH // image.shape[1])
   enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -41,4 +41,4 @@ def add_caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   font = ImageFont.load_default(size)
   for index, line in enumerate(lines):
     draw.text((6, 4 + index * line_height), line, fill="black", font=font)
-  return np.concatenate([enlarged, np.asarray(strip)])
+  return np.concatenate([enlarged, np.asarray(strip)])[None]

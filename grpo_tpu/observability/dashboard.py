@@ -55,7 +55,7 @@ def patterns(metrics: Sequence[registry.Metric]) -> list[str]:
 
 
 def write(events: Any, step: int, charts: Charts) -> None:
-  """Writes the layout into an event file; TensorBoard shows the newest one."""
+  """Writes the layout with a CLU writer; TensorBoard shows the newest one."""
   from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
   messages: Any = layout_pb2  # Generated on import, unknown to type checkers.

@@ -214,7 +214,7 @@ def progress_line(
 def _show(
   events: Any, step: int, samples: Sequence[Sample], split: str
 ) -> None:
-  """Writes samples as texts and captioned images."""
+  """Writes samples as texts and captioned images, with a CLU writer."""
   texts, images = {}, {}
   for index, sample in enumerate(samples):
     tag, columns = f"samples/{split}/{index}", sample.columns

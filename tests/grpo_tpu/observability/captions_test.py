@@ -14,7 +14,7 @@ def random_image(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 1), (48, 48), (30, 321), (300, 896)])
 def test_the_image_is_on_top_pixel_by_pixel(shape):
   image = random_image(*shape)
-  shown = captions.add_caption(image, ["right answer: 3"])
+  (shown,) = captions.add_caption(image, ["right answer: 3"])
   assert shown.dtype == np.uint8 and shown.shape[1] >= 320
   times = shown.shape[1] // shape[1]
   assert shown.shape[1] == times * shape[1]
@@ -25,9 +25,9 @@ def test_the_image_is_on_top_pixel_by_pixel(shape):
 
 def test_other_text_changes_the_strip_and_more_text_makes_it_higher():
   image = random_image(48, 48)
-  three = captions.add_caption(image, ["right answer: 3"])
-  four = captions.add_caption(image, ["right answer: 4"])
-  long = captions.add_caption(image, ["word " * 20])
+  (three,) = captions.add_caption(image, ["right answer: 3"])
+  (four,) = captions.add_caption(image, ["right answer: 4"])
+  (long,) = captions.add_caption(image, ["word " * 20])
   assert three.shape == four.shape and (three != four).any()
   assert long.shape[0] > three.shape[0]
 
@@ -45,6 +45,6 @@ def test_a_long_question_leaves_room_for_what_was_answered():
 
 def test_any_text_gives_a_strip_of_limited_height():
   image = random_image(48, 48)
-  endless = captions.add_caption(image, ["a" * 100_000])
-  hostile = captions.add_caption(image, ["\x00\n\u202e\U0001f600\ud7ff", ""])
+  (endless,) = captions.add_caption(image, ["a" * 100_000])
+  (hostile,) = captions.add_caption(image, ["\x00\n\u202e\U0001f600\ud7ff", ""])
   assert endless.shape[0] < 1000 and hostile.shape[0] < 1000

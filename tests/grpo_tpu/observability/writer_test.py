@@ -26,7 +26,7 @@ SCALARS = {
 
 
 class MemoryEvents:
-  """Stands in for the writer of an event file."""
+  """Stands in for CLU's writer, which takes TensorFlow's import to make."""
 
   def __init__(self):
     self.calls = []
@@ -280,7 +280,7 @@ def test_a_sample_is_a_row_a_text_and_an_image(tmp_path, events):
   )
   step, images = calls["write_images"]
   assert (step, list(images)) == (5, ["samples/eval/1/image"])
-  shown = images["samples/eval/1/image"]
+  (shown,) = images["samples/eval/1/image"]
   # Enlarged by a whole number, with words under it.
   np.testing.assert_array_equal(shown[:320:160, ::160], image)
   assert shown.shape[0] > 320 and shown.shape[1] == 320
