@@ -22,7 +22,7 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3 import weights
 from grpo_tpu.models.gemma3.convert import huggingface
 from grpo_tpu.observability import (
-  event_writer,
+  event_files,
   goodput,
   json_lines,
   run_record,
@@ -315,7 +315,7 @@ def test_event_files_are_rewound(tmp_path, seconds):
 
   def read(content):
     path.write_bytes(content)
-    event_writer.rewind(path, 3)
+    event_files._rewind(path, 3)
     assert whole.startswith(path.read_bytes()[: len(whole) // 6])
 
   harness.fuzz(read, [whole], seconds, allowed=())
