@@ -67,8 +67,12 @@ class TemplateFile:
 
   def try_out(self, rows: Sequence[Mapping[str, Any]]) -> None:
     """Renders the first problems, from variables, within time and memory."""
-    limits = {"timeout_seconds": _TIMEOUT_SECONDS, "memory_gib": _MEMORY_GIB}
-    workers = pool.Pool((_RENDER,), num_workers=1, **limits)
+    workers = pool.Pool(
+      (_RENDER,),
+      num_workers=1,
+      timeout_seconds=_TIMEOUT_SECONDS,
+      memory_gib=_MEMORY_GIB,
+    )
     with contextlib.closing(workers):
       found = workers.submit(_RENDER, self.path, self.source, rows).result()
     if isinstance(found, functions.Failure):

@@ -100,7 +100,8 @@ def _values(
       f"type {type(values).__name__}"
     )
   # One more than there may be, because a generator may never end.
-  found = list(itertools.islice(values, len(completions) + 1))
+  rewards: Any = values
+  found = list(itertools.islice(rewards, len(completions) + 1))
   if len(found) != len(completions):
     count = len(found) if len(found) < len(completions) else "too many"
     raise TypeError(

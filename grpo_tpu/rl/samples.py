@@ -183,7 +183,9 @@ def gather(own: list[Sample]) -> list[Sample]:
 
 def _cells(values: np.ndarray) -> list:
   """The values as JSON can hold them: None for NaN."""
-  return np.where(np.isnan(values), None, values).tolist()
+  cells = values.astype(object)
+  cells[np.isnan(values)] = None
+  return cells.tolist()
 
 
 def _encode_image(image: np.ndarray) -> tuple[list[int], str]:

@@ -116,8 +116,13 @@ def problems(spec: Spec) -> Sequence[_Raw]:
   ]
   entries: dict[str, list] = {task: [] for task in spec.tasks}
   cores = min(os.cpu_count() or 1, len(calls))
-  limits = {"timeout_seconds": _SECONDS, "memory_gib": _MEMORY_GIB}
-  with contextlib.closing(Pool([_DRAW], num_workers=cores, **limits)) as pool:
+  pool = Pool(
+    [_DRAW],
+    num_workers=cores,
+    timeout_seconds=_SECONDS,
+    memory_gib=_MEMORY_GIB,
+  )
+  with contextlib.closing(pool):
     waiting = [pool.submit(_DRAW, *call) for call in calls]
     for (task, _, _, start, stop), future in zip(calls, waiting, strict=True):
       drawn = future.result()
