@@ -107,8 +107,11 @@ class FirstTokens:
   def __init__(self, vocab_size: int, mesh: Mesh):
     """Nothing was written yet."""
     self._steps, self._seen = 0, np.zeros(vocab_size, bool)
-    self._add = jax.jit(
-      lambda seen, ids, mask: seen.at[ids].max(mask),
+    self._look = jax.jit(
+      lambda seen, ids, mask: (
+        seen.at[ids].max(mask),
+        diagnostics.valid_mean(~seen[ids], mask),
+      ),
       out_shardings=sharding.replicated_sharding(mesh),
     )
 
@@ -116,9 +119,11 @@ class FirstTokens:
     self, ids: Int[Array, "U C T"], mask: Bool[Array, "U C T"]
   ) -> diagnostics.Metrics:
     """Adds the tokens of a first step; later, the share that is new."""
+    # One program for both: no later step compiles.
+    seen, new_share = self._look(self._seen, ids, mask)
     if self._steps >= FIRST_STEPS:
-      return {"rollout/novel_token_share": _novel_share(self._seen, ids, mask)}
-    self._seen = np.array(self._add(self._seen, ids, mask))
+      return {"rollout/novel_token_share": new_share}
+    self._seen = np.array(seen)
     self._steps += 1
     return {}
 
@@ -135,11 +140,6 @@ class FirstTokens:
     bits = base64.b64decode(untrusted.get_field(saved, "tokens", str, source))
     seen = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._seen.size)
     self._seen = seen.astype(bool)
-
-
-@jax.jit
-def _novel_share(seen: Array, ids: Array, mask: Array) -> Array:
-  return diagnostics.valid_mean(~seen[ids], mask)
 
 
 def _mean(values: Array, counts: Array) -> Array:
