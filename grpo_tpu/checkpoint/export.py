@@ -25,7 +25,7 @@ def check(model: ModelSettings, settings: ExportConfig, workdir: str) -> None:
     ValueError: There is no such checkpoint or tokenizer, or the export exists.
   """
   huggingface.check_no_checkpoint(epath.Path(workdir) / "export")
-  _make_files(_resolve(model), settings)
+  _make_files(load.resolve(model), settings)
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
   """
   with user_errors():
     mesh = sharding.make_mesh(**dataclasses.asdict(mesh_config))
-    exported = _resolve(model)
+    exported = load.resolve(model)
     if settings.dtype == "float32":
       # Reads masters, and merges adapters, without rounding to `param_dtype`.
       exported = dataclasses.replace(exported, param_dtype="float32")
@@ -65,13 +65,6 @@ def run(
   folder = epath.Path(workdir) / "export"
   write(folder, files=files)
   return f"open {folder / model_card.NAME}, which says how to load and serve it"
-
-
-def _resolve(model: ModelSettings) -> ModelSettings:
-  """The settings with the step of the weights, and the head that they have."""
-  weights = load.resolve_weights(model.weights)
-  head = "score" * load.has_head(weights)
-  return dataclasses.replace(model, weights=weights, head=head)
 
 
 def _make_files(model: ModelSettings, settings: ExportConfig) -> dict[str, Any]:

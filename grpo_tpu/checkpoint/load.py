@@ -44,14 +44,11 @@ def load_params(model: ModelSettings, mesh: Mesh) -> dict:
   if not model.weights:
     raise SettingError(model.describe_weights())
   with run_errors(f"load {model.weights}"):
-    name = resolve_weights(model.weights)
-    with user_errors():
-      head = "score" * has_head(name)
-      check_head(model, head)
-    source = dataclasses.replace(model, weights=name, head=head)
+    source = resolve(model)
+    check_head(model, source.head)
     params = _load(source, mesh)
-  if model.head and not head:
-    logging.info("%s has no head; it starts at zero.", name)
+  if model.head and not source.head:
+    logging.info("%s has no head; it starts at zero.", source.weights)
     w = abstract_params(model, mesh)["score"]["w"]
     params["score"] = {"w": jnp.zeros(w.shape, w.dtype, device=w.sharding)}
   return params
@@ -74,6 +71,14 @@ def _load(model: ModelSettings, mesh: Mesh) -> dict:
   return checkpoint.load(abstract)
 
 
+def resolve(model: ModelSettings) -> ModelSettings:
+  """The settings with the step of the weights, and the head that they have."""
+  weights = resolve_weights(model.weights)
+  with user_errors():
+    head = "score" * has_head(weights)
+  return dataclasses.replace(model, weights=weights, head=head)
+
+
 def has_head(name: str) -> bool:
   """True if resolved `model.weights` are those of a reward model."""
   scheme, _, rest = name.partition(":")
@@ -89,7 +94,8 @@ def check_head(model: ModelSettings, head: str) -> None:
   remedy = "name them in rewards.models, or set data.kind=preference and "
   remedy += "objective.preset=bradley_terry to train or evaluate them"
   holds = bool(model.head) or not head
-  validation.require(holds, "model.weights", model.weights, rule, remedy)
+  with user_errors():
+    validation.require(holds, "model.weights", model.weights, rule, remedy)
 
 
 def load_merged(model: ModelSettings, mesh: Mesh) -> dict:
@@ -182,9 +188,8 @@ def with_shardings(mesh: Mesh, tree: Any) -> Any:
 def _load_base(model: ModelSettings, mesh: Mesh, saved: SavedAdapters) -> dict:
   """The parameters that saved adapters belong to."""
   try:
-    name = resolve_weights(saved.base_weights)
-    head = "score" * has_head(name)
-    return _load(dataclasses.replace(model, weights=name, head=head), mesh)
+    base = dataclasses.replace(model, weights=saved.base_weights)
+    return _load(resolve(base), mesh)
   except (OSError, ValueError) as error:
     raise SettingError(
       f"model.weights ({model.weights!r}) is a run that saved adapters only, "

@@ -13,20 +13,13 @@ _NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
 
 @dataclasses.dataclass(frozen=True, order=True)
 class CheckpointInfo:
-  """Identifies one checkpoint; a later checkpoint compares greater.
+  """Identifies one checkpoint; a later checkpoint compares greater."""
 
-  Attributes:
-    step: Finished steps.
-    updates: Finished updates of the step after them; 0 between two steps.
-    is_whole: False if the manifest is missing or damaged. Only a whole
-      checkpoint can be trusted.
-    score: Value of the best metric, higher is better; None without one.
-    metric: The metric of the score; see `CheckpointConfig.scored_by`.
-  """
-
-  step: int
-  updates: int = 0
+  step: int  # Finished steps.
+  updates: int = 0  # Of the step after them; 0 between two steps.
+  # False if the manifest is missing or damaged: it cannot be trusted.
   is_whole: bool = dataclasses.field(default=True, compare=False)
+  # The best metric, higher is better, and its `CheckpointConfig.scored_by`.
   score: float | None = dataclasses.field(default=None, compare=False)
   metric: str = dataclasses.field(default="", compare=False)
 

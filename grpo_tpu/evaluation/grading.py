@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from data_pipelines import pipeline, records
 from data_pipelines.scoring import results
@@ -16,19 +17,15 @@ _TYPES = (*records.QUESTION_TYPES, *records.ANSWER_TYPES)
 def metric_columns(
   batch: pipeline.Batch,
   rewards: scoring.Scores,
-  mask: np.ndarray,
-  stopped: np.ndarray,
+  mask: Bool[np.ndarray, "rows T"],
+  stopped: Bool[np.ndarray, " rows"],
   *,
   pays_unchecked: bool,
-) -> dict[str, np.ndarray]:
-  """The summands of the metrics, one float32 per row of the batch.
+) -> dict[str, Float[np.ndarray, " rows"]]:
+  """The summands of the metrics, of one completion per problem.
 
-  Args:
-    batch: The problems; padding rows have no pid.
-    rewards: The rewards of one completion per problem.
-    mask: bool [rows, T], True on the completion's tokens.
-    stopped: bool [rows], True if the completion ended by itself.
-    pays_unchecked: True if a user's reward needs no public answer.
+  Padding rows have no pid. `stopped` completions ended by themselves. If it
+  `pays_unchecked`, a user's reward needs no public answer.
   """
   problems = np.array([bool(p.pid) for p in batch.problems])
   # A failure of a user's reward says nothing about the answer.

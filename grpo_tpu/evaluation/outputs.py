@@ -47,16 +47,11 @@ def write(
   settings: sections.EvalConfig,
   facts: Mapping[str, Any],
 ) -> None:
-  """Writes results files, figures and reports.
+  """Writes results files, figures and reports, with images of the problems.
 
-  Args:
-    evaluation: The completions and metrics.
-    folder: The folder to write to, `WORKDIR/eval` or `WORKDIR/eval/SET`.
-    problems: The problems, whose images the report shows.
-    settings: The settings of the evaluation.
-    facts: The first fields of `scores.json`: `set`, "" for the run's own,
-      `split`, `split_size`, `parts` (see `Dataset.eval_parts`), `model`,
-      `weights` with the checkpoint's step, and `seed`.
+  `facts` are the first fields of `scores.json`: `set`, "" for the run's own,
+  `split`, `split_size`, `parts` (see `Dataset.eval_parts`), `model`, `weights`
+  with the checkpoint's step, and `seed`.
   """
   split = facts["split"]
   files = {f"output_{split}.json": evaluation.greedy}
@@ -66,11 +61,11 @@ def write(
     files[f"output_{split}_{name}.json"] = completions
   for name, completions in files.items():
     records_by_pid = {each.record["pid"]: each.record for each in completions}
-    _write_json(folder / name, records_by_pid)
+    write_json(folder / name, records_by_pid)
   temperature = settings.temperature if evaluation.samples else 0.0
   figures = {**facts, "temperature": temperature}
   figures |= evaluation.figures(settings.pass_ks)
-  _write_json(folder / "scores.json", figures)
+  write_json(folder / "scores.json", figures)
   worst = scores.worst_slices(
     figures, count=_WORST_SLICES, min_problems=_MIN_PROBLEMS
   )
@@ -111,7 +106,8 @@ def make_example(
   )
 
 
-def _write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a file, and makes its folder."""
   paths.make_folder(path.parent)
   text = json.dumps(value, indent=2, ensure_ascii=False)
   paths.write_whole(path, f"{text}\n".encode())

@@ -26,16 +26,8 @@ def evaluate_preferences(
 ) -> dict[str, writer.Scalar]:
   """Computes mean accuracies and margins over all pairs of the eval split.
 
-  A pair is two completions of one problem with different labels.
-
-  Args:
-    collector: Rewards the completions and holds the forward pass.
-    params: Parameters of the policy.
-    reference: Parameters that training started from.
-    batches: Prompts with labelled completions.
-
-  Returns:
-    The `eval/` metrics. The buckets in their names are of the reward margin.
+  A pair is two completions of one problem with different labels. The buckets in
+  the names of `eval/` metrics are of the reward margin.
   """
   totals = collections.defaultdict[str, list[float]](lambda: [0.0, 0.0])
   for batch in batches:

@@ -5,7 +5,6 @@ References:
   Calibration: Guo et al. 2017, https://arxiv.org/abs/1706.04599, section 2.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from data_pipelines import pipeline
 from data_pipelines.scoring import pages, statistics
 from data_pipelines.storage import paths
 from grpo_tpu.distributed import activity, sharding
+from grpo_tpu.evaluation import outputs
 from grpo_tpu.rl import pictures, score
 from grpo_tpu.rl.experience import Collector
 
@@ -118,14 +118,12 @@ def write(
 ) -> None:
   """Writes `scores.json` and the report; see `outputs.write` for `facts`."""
   found = {**facts, **figures}
-  pages_by_name = {"scores.json": json.dumps(found, indent=2) + "\n"}
+  outputs.write_json(folder / "scores.json", found)
   for name in ("report.md", "report.html"):
-    pages_by_name[name] = pages.render(
+    page = pages.render(
       f"reward_model_{name}.j2", package="grpo_tpu.evaluation", scores=found
     )
-  paths.make_folder(folder)
-  for name, text in pages_by_name.items():
-    paths.write_whole(folder / name, text.encode())
+    paths.write_whole(folder / name, page.encode())
   accuracy = found.get("accuracy")
   shown = pages.figure(accuracy) if accuracy else "none, for want of pairs"
   split = f"{facts['set']} {facts['split']}".strip()

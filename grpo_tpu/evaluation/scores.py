@@ -66,19 +66,12 @@ def compute(
   ks: Sequence[int],
   ablated: Mapping[str, Sequence[GradedCompletion]],
 ) -> dict[str, Any]:
-  """Computes every figure as a JSON object.
+  """Computes every figure of an `outputs.Evaluation` as a JSON object.
 
-  Args:
-    greedy: The greedy completion of each problem, in the order of the split.
-    samples: Sampled completions of the same problems, one list per draw.
-    ks: The values of k in pass@k and maj@k, at most the number of draws.
-    ablated: Greedy completions with ablated images, by name of the ablation.
-
-  Returns:
-    Counts, `accuracy`, `official` (by rule, with its `title`), `chance`,
-    `outcomes`, `slices`, `sampled` and `ablations`. Each figure is a
-    `statistics.share`. Without public answers `accuracy` is None and `note`
-    gives the reason.
+  Returns counts, `accuracy`, `official` (by rule, with its `title`), `chance`,
+  `outcomes`, `slices`, `sampled` and `ablations`. Each figure is a
+  `statistics.share`. Without public answers `accuracy` is None and `note` gives
+  the reason.
   """
   kept = _select_graded(greedy)
   result: dict[str, Any] = {

@@ -21,29 +21,11 @@ from etils import epath
 from data_pipelines import validation
 from data_pipelines.settings import recorded_dirs
 from data_pipelines.storage import paths
-from data_pipelines.text import chat_prompts, untrusted
+from data_pipelines.text import chat_prompts, tables, untrusted
 from grpo_tpu.checkpoint import reader
 from grpo_tpu.distributed import fingerprint
 
-# Settings and sections that may differ when a run resumes: they change a step's
-# numbers by rounding at most, or are known by contents and not by path. All
-# other settings must match, new ones too.
-_MAY_DIFFER = (
-  *("checkpoint", "eval", "export", "mesh", "samples"),
-  *("distributed", "profile"),
-  *("data.dir", "data.dirs", "data.tokenizer"),
-  *("data.worker_processes", "data.synthetic", "data.images_per_prompt"),
-  *("data.synthetic_eval_fraction", "data.preference_file"),
-  "data.accept_mathvista_training_terms",
-  *("model.attention", "model.remat", "model.vision_remat"),
-  *("model.logits_chunk", "model.reference_memory"),
-  *("rewards.num_workers", "rewards.rows_per_call", "rewards.network_memory"),
-  *("rewards.max_concurrent", "rewards.max_retries"),
-  *("rewards.timeout_seconds", "rewards.max_error_fraction"),
-  *("rewards.error_window", "rewards.worker_memory_gib"),
-  *("train.microbatch_bundles", "train.max_skipped_updates"),
-  "train.stop_when",
-)
+_MAY_DIFFER = tables.read(__package__, "run_record.toml")["may_differ"]
 # The fields of the record that later programs read.
 _FIELDS = {
   **{"essence": dict, "accepted_changes": list, "weights": str},

@@ -13,29 +13,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.storage import paths
+from data_pipelines.text import tables
 from grpo_tpu.observability import background
 
-# The columns and their types in a file; one for each reward follows `reward`.
-COLUMNS = {
-  "step": "int64",
-  "group": "int64",
-  "generation": "int64",
-  "pid": "string",
-  "set": "string",
-  "image": "string",
-  "prompt": "string",
-  "completion": "string",
-  "answer": "string",
-  "read_answer": "string",
-  "finish_reason": "string",
-  "prompt_tokens": "int64",
-  "completion_tokens": "int64",
-  "reward": "float32",
-  "length_penalty": "float32",
-  "label": "float32",
-  "advantage": "float32",
-  "valid": "bool",
-}
+COLUMNS: dict[str, str] = tables.read(__package__, "sample_files.toml")
 
 
 @dataclasses.dataclass(frozen=True)

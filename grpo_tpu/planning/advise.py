@@ -121,13 +121,10 @@ class _Search:
   def largest_step(
     self, base: Changes, prompts: int, bundles: int, policies: Sequence[str]
   ) -> tuple[Changes, planner.Plan] | None:
-    """The changes and their plan, or None if nothing fits.
+    """The changes and their plan, with those of `base`; None if nothing fits.
 
-    Args:
-      base: Changes that are fixed.
-      prompts: The most prompts to decode together.
-      bundles: The most bundles in a microbatch.
-      policies: Remat policies, the preferred one first.
+    Decodes at most so many prompts together, with at most so many bundles in a
+    microbatch. The preferred remat policy comes first.
     """
     new = changing.apply_changes(self.config, base)
     if new is None:

@@ -70,17 +70,11 @@ def compile_buffers(
 ) -> tuple[int, list[Collective]]:
   """Compiles until buffers are assigned; the process must end soon after.
 
-  Args:
-    lowered: A jitted function, lowered for the devices of a described slice.
-    folder: A new folder, for the compiler's files.
-
-  Returns:
-    Bytes of one device, for arguments and temporaries, and the collectives in
-    the program's text.
+  Returns bytes of one device, for arguments and temporaries, and the
+  collectives in the program's text. The compiler's files go to a new folder.
 
   Raises:
-    Exception: The compiler's error, unless the program only needs too much
-      memory.
+    Exception: The compiler's, unless the program only needs too much memory.
   """
   failures: list[Exception] = []
 

@@ -24,14 +24,7 @@ from grpo_tpu.planning import changes
 
 
 def check(argv: Sequence[str]) -> None:
-  """Checks flags, settings, and the mesh against the slice.
-
-  Args:
-    argv: The program's name and its flags.
-
-  Raises:
-    SettingError: The program would refuse them; the message says why.
-  """
+  """Raises a SettingError if the program would refuse its flags or settings."""
   with user_errors():
     flags.parse(argv)
     config = Config.from_config_dict(_without_files(flags.CONFIG.value))

@@ -19,10 +19,8 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 def count_jaxpr(closed: Any, while_trips: tuple[int, ...] = ()) -> float:
   """Operations of a traced program, over all devices.
 
-  Args:
-    closed: A jaxpr from `jax.make_jaxpr` or `jitted.trace(...).jaxpr`.
-    while_trips: Trips of the loops that depend on values, one number for each
-      level of nesting, the outermost first.
+  `while_trips` are those of the loops that depend on values, one number for
+  each level of nesting, the outermost first.
 
   Raises:
     NotImplementedError: The program has a loop with unknown trips, or a kernel

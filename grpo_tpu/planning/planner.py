@@ -27,7 +27,7 @@ from absl import logging
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import hardware
 from grpo_tpu.distributed.hardware import Topology
-from grpo_tpu.planning import aot, flops, programs, roofline
+from grpo_tpu.planning import aot, arrays, flops, programs, roofline
 
 # Each process takes a core and one or two gigabytes of this machine's memory.
 _MAX_PROCESSES = 4
@@ -214,7 +214,7 @@ def _measure(
     "name": program.name,
     "flops": flops.count_jaxpr(traced.jaxpr, while_trips=program.while_trips),
     "bytes_by_class": program.bytes_by_class(),
-    "kept_bytes": programs.device_bytes(program.kept),
+    "kept_bytes": arrays.device_bytes(program.kept),
     "rest_bytes": program.rest_bytes(traced.out_info, mesh),
     "completion_tokens": program.tokens,
   }

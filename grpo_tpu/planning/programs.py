@@ -18,49 +18,35 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from data_pipelines.text import tokenizer as tokens
-from grpo_tpu.checkpoint import load, networks
-from grpo_tpu.checkpoint.frozen import abstract_frozen
 from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models import scores
 from grpo_tpu.models.gemma3 import config as gemma3_config
 from grpo_tpu.models.gemma3.embedding import output_embedding
-from grpo_tpu.models.settings import ModelSettings
+from grpo_tpu.planning import arrays
 from grpo_tpu.planning.changes import data_shards
 from grpo_tpu.rewards import judge, model
-from grpo_tpu.rl import learner, masters, pictures, score
+from grpo_tpu.rl import learner, pictures, score
 from grpo_tpu.rl.train_batch import TrainBatch
-from grpo_tpu.rl.train_state import TrainState
 from grpo_tpu.rollout import compaction, engine
 from grpo_tpu.rollout.sampler import Sampler
 
 
 class Program(NamedTuple):
-  """A jitted function with abstract arguments.
+  """A jitted function with abstract arguments."""
 
-  Attributes:
-    name: The name in the report, one of `names`.
-    function: The jitted function.
-    args: Shapes with shardings, or static values.
-    parts: The shapes among the arguments by class: "params", "masters",
-      "optimizer", "reference", "caches" and "batch".
-    kwargs: Static values.
-    kept: Other shapes that stay on the devices while the program runs, besides
-      the resident ones.
-    while_trips: Trips of loops that end when every row has ended, the outermost
-      first.
-    tokens: Completion tokens of one call, over all rows.
-  """
-
-  name: str
+  name: str  # In the report, one of `names`.
   function: Any
-  args: tuple
+  args: tuple  # Shapes with shardings, or static values.
+  # The shapes among the arguments by class: those of `resident_bytes`, "caches"
+  # and "batch".
   parts: dict[str, Any]
-  kwargs: dict[str, Any] = {}
-  kept: Any = ()
+  kwargs: dict[str, Any] = {}  # Static values.
+  kept: Any = ()  # Other shapes on the devices, besides the resident ones.
+  # Of loops that end when every row has ended, the outermost first.
   while_trips: tuple[int, ...] = ()
-  tokens: int = 0
+  tokens: int = 0  # Completion tokens of one call, over all rows.
 
   def trace(self, mesh: Mesh) -> Any:
     """Traces the function for the devices of a mesh."""
@@ -69,12 +55,14 @@ class Program(NamedTuple):
 
   def bytes_by_class(self) -> dict[str, int]:
     """Bytes of one device that each class of arguments takes."""
-    return {name: device_bytes(tree) for name, tree in self.parts.items()}
+    return {
+      name: arrays.device_bytes(tree) for name, tree in self.parts.items()
+    }
 
   def rest_bytes(self, results: Any, mesh: Mesh) -> int:
     """Bytes of one device for results and for arguments except weights."""
     leaves = jax.tree.leaves(results)
-    total = sum(math.prod(x.shape) * _item_bytes(x) for x in leaves)
+    total = sum(math.prod(x.shape) * arrays.item_bytes(x) for x in leaves)
     sizes = self.bytes_by_class()
     weights = "params", "rewards"
     rest = sum(x for name, x in sizes.items() if name not in weights)
@@ -116,7 +104,9 @@ def names(config: Config) -> list[str]:
     **{f"score ({x})": is_scored for x in updates},
     **{f"train_step ({x})": True for x in updates},
     **{
-      f"{name} ({x})": True for name in reward_networks(config) for x in kinds
+      f"{name} ({x})": True
+      for name in arrays.reward_networks(config)
+      for x in kinds
     },
     f"evaluation_prefill ({kinds[-1]})": is_answered,
     "evaluation_decode": is_answered and new > 1,
@@ -147,21 +137,6 @@ def part_of(name: str) -> str:
 def is_network(name: str) -> bool:
   """True for the program of a reward model, judge or teacher, by its name."""
   return name.startswith(("model_", "judge_", "teacher"))
-
-
-@functools.cache
-def reward_networks(config: Config) -> dict[str, ModelSettings]:
-  """The settings of reward models, judges and the teacher by name."""
-  rewards, policy = config.rewards, config.model
-  found = model.read_models(rewards, policy)
-  found += [
-    policy
-    if weights == "self"
-    else networks.read_settings(weights, policy, setting="rewards.judges")
-    for weights, *_ in rewards.judges
-  ]
-  named = dict(zip(rewards.network_weights, found, strict=True))
-  return named | ({"teacher": config.teacher} if config.distills else {})
 
 
 def reads_pixels(config: Config, name: str) -> bool:
@@ -197,94 +172,40 @@ def described_mesh(config: Config, topology: Topology) -> Mesh:
   return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
 
 
-def device_bytes(tree: Any) -> int:
-  """Bytes of one device's HBM that a tree of sharded shapes takes."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * _item_bytes(x)
-    for x in jax.tree.leaves(tree)
-    if getattr(x, "sharding", None) is not None
-    and x.sharding.memory_kind != "pinned_host"
-  )
-
-
-def _item_bytes(x: Any) -> int:
-  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  return 8 if is_key else x.dtype.itemsize
-
-
 def resident_bytes(config: Config) -> dict[str, int]:
   """Bytes per device that stay between programs, by class; needs no device.
 
   With LoRA the frozen base counts as parameters, and is the reference too.
   """
   mesh = cast(Mesh, sharding.abstract_mesh(**dataclasses.asdict(config.mesh)))
-  state, frozen = _abstract_state(config, mesh)
-  reference = None
+  state, frozen = arrays.abstract_state(config, mesh)
+  reference, kept = None, {}
   if config.needs_start and not config.lora:
-    reference = _abstract_reference(config, mesh, config.model.reference_memory)
-  memory = config.rewards.network_memory
-  # Judges with the same weights share them, and "self" is the reference.
-  found = dict(reward_networks(config))
-  teacher = found.pop("teacher", None)
-  loaded = {x.weights: x for x in found.values()}
-  loaded.pop(config.model.weights, None)
-  kept = [_abstract_network(config, x, mesh, memory) for x in loaded.values()]
-  teachers = [
-    _abstract_network(config, x, mesh, memory) for x in (teacher,) if x
-  ]
-  return {
-    "params": device_bytes((state.params, frozen)),
-    **{k: device_bytes(x) for k, x in _optimizer_parts(state).items()},
-    "reference": device_bytes(reference),
-    **({"rewards": device_bytes(kept)} if kept else {}),
-    **({"teacher": device_bytes(teachers)} if teachers else {}),
-  }
-
-
-def _abstract_network(
-  config: Config, network: ModelSettings, mesh: Mesh, memory: str = "device"
-) -> dict:
-  dtype = config.rewards.network_dtype or network.param_dtype
-  return abstract_frozen(network, mesh, dtype=dtype, memory=memory)
-
-
-def _abstract_reference(
-  config: Config, mesh: Mesh, memory: str = "device"
-) -> dict:
-  dtype = config.model.reference_type
-  return abstract_frozen(config.model, mesh, dtype=dtype, memory=memory)
-
-
-def _abstract_state(
-  config: Config, mesh: Mesh
-) -> tuple[TrainState, dict | None]:
-  """The state, and the frozen base under LoRA's adapters."""
-  tx = learner.policy_optimizer(config.model, config.optimizer_config)
-  state = learner.abstract_state(config.model, mesh, tx)
-  frozen = load.abstract_params(config.model, mesh) if config.lora else None
-  return state, frozen
-
-
-def _optimizer_parts(state: TrainState) -> dict[str, Any]:
-  """The optimizer's state by class; "masters" only if parameters have any."""
-  if isinstance(state.opt_state, masters.MastersState):
-    return state.opt_state._asdict()
-  return {"optimizer": state.opt_state}
+    memory = config.model.reference_memory
+    reference = arrays.abstract_reference(config, mesh, memory)
+  for name, network in arrays.reward_networks(config).items():
+    part = "teacher" if name == "teacher" else "rewards"
+    # Judges with the same weights share them, and "self" is the reference.
+    if part == "teacher" or network.weights != config.model.weights:
+      memory = config.rewards.network_memory
+      params = arrays.abstract_network(config, network, mesh, memory)
+      kept.setdefault(part, {})[network.weights] = params
+  parts = {"params": (state.params, frozen), "reference": reference, **kept}
+  parts |= arrays.optimizer_parts(state)
+  return {name: arrays.device_bytes(tree) for name, tree in parts.items()}
 
 
 def find(config: Config, mesh: Mesh, name: str) -> Program:
   """The program with this name, one of `names`."""
   programs = _AbstractPrograms(config, mesh, name)
-  if is_network(name):
-    return programs.network()
-  match step_of(name).removeprefix("evaluation_"):
-    case "pictures":
-      return programs.encode_images()
-    case "score":
-      return programs.score()
-    case "train_step":
-      return programs.update()
-  return programs.rollout()
+  makers = {
+    "pictures": programs.encode_images,
+    "score": programs.score,
+    "teacher": programs.score,
+    "train_step": programs.update,
+  }
+  others = programs.network if is_network(name) else programs.rollout
+  return makers.get(step_of(name).removeprefix("evaluation_"), others)()
 
 
 class _ScalableShape(jax.ShapeDtypeStruct):
@@ -304,7 +225,7 @@ class _AbstractPrograms:
     self._config, self._mesh, self._name = config, mesh, name
     self._is_evaluation = part_of(name) == "evaluation"
     self._has_images = "(image)" in name or "(mixed)" in name
-    self._state, self._frozen = _abstract_state(config, mesh)
+    self._state, self._frozen = arrays.abstract_state(config, mesh)
     vision = config.model_config.vision
     # The sampler reads nothing else of a tokenizer.
     marks = types.SimpleNamespace(
@@ -372,20 +293,26 @@ class _AbstractPrograms:
     )
 
   def score(self) -> Program:
-    """Scores a batch under the reference or the current parameters."""
+    """Scores a batch under the reference, the policy or the teacher."""
     config, params, part = self._config, self._run_params(), "params"
-    if config.has_reference and not config.lora:
-      part = "reference"
-      params = _abstract_reference(config, self._mesh)
     prompts, parts = config.data.prompts_per_step, config.num_microbatches
     if self._is_evaluation:  # Scores its batch in one part.
       prompts, parts = config.eval.batch_size, 1
-    bundles = self._bundles(prompts)
+    bundles, forward = self._bundles(prompts), self._sampler.forward
+    kwargs: dict[str, Any] = {"num_microbatches": parts}
+    if is_network(self._name):
+      part, kwargs = "teacher", kwargs | {"gives_states": True}
+      params = arrays.abstract_network(config, config.teacher, self._mesh)
+      forward = model.network_forward(config.teacher, self._mesh)
+      bundles = bundles.replace(teacher_states=None)
+    elif config.has_reference and not config.lora:
+      part = "reference"
+      params = arrays.abstract_reference(config, self._mesh)
     return Program(
       self._name,
       score.score_batch,
-      args=(self._sampler.forward, params, bundles),
-      kwargs={"num_microbatches": parts},
+      args=(forward, params, bundles),
+      kwargs=kwargs,
       parts={part: params, "batch": bundles},
       tokens=math.prod(bundles.completion_ids.shape),
     )
@@ -393,49 +320,40 @@ class _AbstractPrograms:
   def network(self) -> Program:
     """Scores completions with a reward model or a judge."""
     config, name = self._config, step_of(self._name)
-    network, data = reward_networks(config)[name], config.data
-    params = _abstract_network(config, network, self._mesh)
-    forward = model.network_forward(network, self._mesh)
-    images, prompts = data.images_per_prompt, data.prompts_per_step
-    is_judge, part = name.startswith("judge_"), "rewards"
+    network, data = arrays.reward_networks(config)[name], config.data
+    params = arrays.abstract_network(config, network, self._mesh)
+    part, scorer = "rewards", scores.scores
     if network == config.model:
       part = "params" if config.lora else "reference"
-    if name == "teacher":
-      part = "teacher"
-    vision, scorer = network.network.vision, scores.scores
-    longest = data.prompt_buckets[-1], config.rollout.max_new_tokens
+    vision, prompts = network.network.vision, data.prompts_per_step
+    longest = [data.prompt_buckets[-1], config.rollout.max_new_tokens]
+    is_judge = name.startswith("judge_")
     if is_judge:
       scorer = functools.partial(judge.share_of_yes, words=((1,), (2,)))
       room = judge.ANSWER_TOKENS  # And that of a template, about.
       longest = [judge.lengths(x + room)[-1] for x in longest]
-    shape = longest[0], images * self._has_images if vision else 0
-    sizes = completions_per_prompt(config), longest[1]
+    images = data.images_per_prompt * self._has_images if vision else 0
+    shape, width = (longest[0], images), completions_per_prompt(config)
     bundles = model.abstract_bundles(
-      network, self._mesh, shape, prompts, *sizes
+      network, self._mesh, shape, prompts, width, longest[1]
     )
     if is_judge:  # It reads pixels, and lengths instead of a mask.
       ids, length, shown, completions, _ = bundles
       if vision:
         sides = [vision.shown_size] * 2
-        shown = self._array(jnp.uint8, prompts, shape[1], *sides, 3)
-      each = self._array(jnp.int32, prompts, sizes[0])
+        shown = self._array(jnp.uint8, prompts, images, *sides, 3)
+      each = self._array(jnp.int32, prompts, width)
       bundles = ids, length, shown, completions, each
-    scorer = functools.partial(scorer, forward)
+    scorer = functools.partial(
+      scorer, model.network_forward(network, self._mesh)
+    )
     at_once = config.train.microbatch_bundles
-    program = jax.jit(functools.partial(model.score_parts, scorer, at_once))
-    args = params, *bundles
-    if name == "teacher":
-      kwargs = {"num_microbatches": config.num_microbatches}
-      program = functools.partial(score.score_batch, forward, **kwargs)
-      program = jax.jit(functools.partial(program, gives_states=True))
-      bundles = self._bundles(prompts).replace(teacher_states=None)
-      args = params, bundles
     return Program(
       self._name,
-      program,
-      args=args,
+      jax.jit(functools.partial(model.score_parts, scorer, at_once)),
+      args=(params, *bundles),
       parts={part: params, "batch": bundles},
-      tokens=prompts * math.prod(sizes),
+      tokens=prompts * width * longest[1],
     )
 
   def update(self) -> Program:
@@ -444,8 +362,9 @@ class _AbstractPrograms:
     bundles = self._bundles(config.data.prompts_per_step)
     teacher = None
     if config.distills:
-      teacher = _abstract_network(config, config.teacher, self._mesh)
-      teacher = output_embedding(teacher)
+      teacher = output_embedding(
+        arrays.abstract_network(config, config.teacher, self._mesh)
+      )
     trainer = learner.Learner(
       config.model, self._sampler.forward, self._mesh, config.learner_config
     )
@@ -455,7 +374,7 @@ class _AbstractPrograms:
       args=(state, bundles, frozen, teacher),
       parts={
         "params": (state.params, frozen),
-        **_optimizer_parts(state),
+        **arrays.optimizer_parts(state),
         **({"teacher": teacher} if config.distills else {}),
         "batch": bundles,
       },

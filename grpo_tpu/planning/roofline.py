@@ -19,7 +19,7 @@ from grpo_tpu.config.schema import Config
 from grpo_tpu.distributed import hardware, sharding
 from grpo_tpu.distributed.hardware import Topology
 from grpo_tpu.models.gemma3 import lora, weights
-from grpo_tpu.planning import programs
+from grpo_tpu.planning import arrays, programs
 from grpo_tpu.planning.changes import data_shards
 
 # Smaller collectives are not worth a line in the report.
@@ -168,7 +168,7 @@ def least_hbm_bytes(config: Config, program: str) -> int:
 
 def _as_network(config: Config, program: str) -> Config:
   """The settings with a reward model or judge in the place of the policy."""
-  network = programs.reward_networks(config)[programs.step_of(program)]
+  network = arrays.reward_networks(config)[programs.step_of(program)]
   network = dataclasses.replace(network, head="", weights="")
   rewards = dataclasses.replace(config.rewards, models=(), judges=())
   return dataclasses.replace(config, model=network, rewards=rewards)
@@ -225,14 +225,13 @@ def _abstract_params(config: Config) -> dict[str, Any]:
 
 def _tower_bytes(config: Config) -> int:
   """Bytes of the image tower's weights, which are kept in fp32, as they run."""
-  leaves = jax.tree.leaves(_abstract_params(config)["vision_encoder"])
-  return sum(math.prod(x.shape) for x in leaves) * _compute_bytes(config)
+  tower = _abstract_params(config)["vision_encoder"]
+  return _whole_bytes(tower) // 4 * _compute_bytes(config)
 
 
 def _whole_bytes(tree: Any) -> int:
   """Bytes of a tree's arrays, unsharded."""
-  leaves = jax.tree.leaves(tree)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _weight_bytes(config: Config) -> tuple[float, float]:

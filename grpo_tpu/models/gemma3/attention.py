@@ -22,23 +22,15 @@ _MASKED = -2.0e38
 
 
 class AttentionSpec(NamedTuple):
-  """The keys that a layer's queries see.
+  """The keys that a layer's queries see."""
 
-  Attributes:
-    prompt_length: Number of tokens of each prompt before its padding.
-    window: Reach of this layer in positions, in both directions.
-    is_global: 1 if the layer has no window, else 0.
-    local_window: Reach of the local layers.
-    soft_tokens: Tokens per image; at most `local_window`.
-    image_block: 1, 2, ... on the soft tokens of a prompt's first, second, ...
-      image; 0 on text. Tokens of one block see each other both ways.
-  """
-
-  prompt_length: Int[Array, " U"]
-  window: Int[Array, ""]
-  is_global: Int[Array, ""]
-  local_window: int
-  soft_tokens: int
+  prompt_length: Int[Array, " U"]  # Tokens of each prompt before its padding.
+  window: Int[Array, ""]  # Reach in positions, in both directions.
+  is_global: Int[Array, ""]  # 1 if the layer has no window, else 0.
+  local_window: int  # Reach of the local layers.
+  soft_tokens: int  # Tokens per image; at most `local_window`.
+  # 1, 2, ... on the soft tokens of a prompt's first, second, ... image; 0 on
+  # text. Tokens of one block see each other both ways.
   image_block: Int[Array, "U P"] | None = None
 
 
@@ -71,14 +63,10 @@ def attend(
   separate rows that each hold a copy of the prompt. It is arbitrary but finite
   on padding.
 
-  Args:
-    q: Queries, scaled and rotated.
-    k: Keys of the row itself, rotated.
-    v: Values of the row itself.
-    spec: The keys that a query sees.
-    prompt: Keys and values of the prompt, shared by the `C` completions of a
-      bundle. Without it the rows are the prompts themselves, and `C` is 1.
-    implementation: The result of `choose_implementation`.
+  Queries are scaled and rotated, keys rotated. `prompt` has the keys and values
+  that the `C` completions of a bundle share; without it the rows are the
+  prompts themselves, and `C` is 1. For `implementation` see
+  `choose_implementation`.
   """
   if implementation != "einsum":
     # Imported here because it loads slowly and few machines need it.
@@ -220,14 +208,9 @@ def completion_masks(
   """Masks of the prompt tokens and own tokens that completion tokens see.
 
   A completion token has position `prompt_length + t`, so its distance to prompt
-  token `p` does not depend on the padding between them.
-
-  Args:
-    prompt_length: Number of tokens of each bundle's prompt before its padding.
-    num_prompt: Padded length of the prompts.
-    t: Index of each query in its completion.
-    num_own: Number of own keys; key `s` is completion token `s`.
-    window: Reach in positions.
+  token `p` does not depend on the padding between them. `num_prompt` is the
+  padded length of the prompts, `t` the index of each query in its completion;
+  own key `s` is completion token `s`.
   """
   p = jnp.arange(num_prompt)[None, None, :]
   length = prompt_length[:, None, None]

@@ -14,34 +14,20 @@ PERIOD = 6
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-  """A SigLIP image tower and the pooling of its output.
+  """A SigLIP image tower and the pooling of its output; sides in pixels."""
 
-  Attributes:
-    image_size: Side in pixels of the images that the tower was trained on.
-    patch_size: Side of a patch in pixels.
-    width: Model width of the tower.
-    depth: Number of encoder blocks.
-    mlp_dim: Hidden width of a block's MLP.
-    num_heads: Number of attention heads; divides `width`.
-    soft_tokens: Tokens per image after average pooling (`S`), a square number.
-    start_of_image: Id that opens an image.
-    end_of_image: Id that closes an image.
-    image_token: Id of a soft token in Hugging Face's inputs; only exports use
-      it.
-    input_size: Side in pixels of the images to encode, if other than
-      `image_size`; positions are then interpolated.
-  """
-
-  image_size: int
+  image_size: int  # Side of the images that the tower was trained on.
   patch_size: int
   width: int
-  depth: int
+  depth: int  # Number of encoder blocks.
   mlp_dim: int
-  num_heads: int
-  soft_tokens: int
+  num_heads: int  # Divides `width`.
+  soft_tokens: int  # Per image after average pooling (`S`), a square number.
+  # Ids that open and close an image, and that of a soft token in exports.
   start_of_image: int = 255_999
   end_of_image: int = 256_000
   image_token: int = 262_144
+  # Side of the images to encode, if other; positions are then interpolated.
   input_size: int | None = None
 
   def __post_init__(self):
@@ -61,39 +47,22 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """One Gemma 3 transformer.
+  """One Gemma 3 transformer."""
 
-  Attributes:
-    vocab_size: Rows of the embedding (`V`).
-    num_layers: Number of blocks; layer `i` is global if `(i + 1) % 6 == 0`.
-    embed_dim: Model width (`D`).
-    hidden_dim: Width of the gated MLP (`F`).
-    num_heads: Number of query heads (`Q`).
-    num_kv_heads: Number of key-value heads (`K`).
-    head_dim: Size of a head (`H`).
-    sliding_window: Reach of a local layer in positions, itself included.
-    query_scale: Factor of queries before the dot product.
-    local_rope_base: RoPE base frequency of local layers.
-    global_rope_base: RoPE base frequency of global layers.
-    global_rope_factor: Positions of global layers are divided by this.
-    vision: The image tower, or None for the text sizes.
-    has_score: True if a linear layer makes a number of the last token's final
-      state, as in a reward model.
-  """
-
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  hidden_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  sliding_window: int
-  query_scale: float
-  local_rope_base: float
+  vocab_size: int  # Rows of the embedding (`V`).
+  num_layers: int  # Layer `i` is global if `(i + 1) % 6 == 0`.
+  embed_dim: int  # Model width (`D`).
+  hidden_dim: int  # Width of the gated MLP (`F`).
+  num_heads: int  # Query heads (`Q`).
+  num_kv_heads: int  # Key-value heads (`K`).
+  head_dim: int  # Size of a head (`H`).
+  sliding_window: int  # Reach of a local layer in positions, itself included.
+  query_scale: float  # Factor of queries before the dot product.
+  local_rope_base: float  # RoPE base frequency of local layers.
   global_rope_base: float
-  global_rope_factor: float
-  vision: VisionConfig | None
+  global_rope_factor: float  # Positions of global layers are divided by this.
+  vision: VisionConfig | None  # None for the text sizes.
+  # A linear layer makes a number of the last token's state: a reward model.
   has_score: bool = False
 
   def __post_init__(self):

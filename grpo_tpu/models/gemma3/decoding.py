@@ -22,25 +22,17 @@ from grpo_tpu.models.gemma3 import config as gemma3_config
 
 
 class Cache(flax.struct.PyTreeNode):
-  """Rotated keys, and values, of bundles; the layers of a kind are stacked.
-
-  Attributes:
-    prompt_k: Keys of prompts, in global layers.
-    prompt_v: Values of prompts, in global layers.
-    k: Keys of completions, in global layers; token `t` is in slot `t`.
-    v: Values of completions, in global layers.
-    local_prompt_k: Keys of each prompt's last tokens, in local layers.
-    local_prompt_v: Values of each prompt's last tokens, in local layers.
-    local_k: Keys of completions, in local layers; token `t` is in slot `t % R`.
-    local_v: Values of completions, in local layers.
-  """
+  """Rotated keys, and values, of bundles; the layers of a kind are stacked."""
 
   prompt_k: Float[Array, "globals U K P H"]
   prompt_v: Float[Array, "globals U K P H"]
+  # Of completions; token `t` is in slot `t`.
   k: Float[Array, "globals U C K T H"]
   v: Float[Array, "globals U C K T H"]
+  # Of each prompt's last tokens.
   local_prompt_k: Float[Array, "locals U K W H"]
   local_prompt_v: Float[Array, "locals U K W H"]
+  # Of completions; token `t` is in slot `t % R`.
   local_k: Float[Array, "locals U C K R H"]
   local_v: Float[Array, "locals U C K R H"]
 
@@ -264,18 +256,9 @@ def cache_masks(
 
   A ring of `num_own` slots holds the newest tokens; slot `s` holds the newest
   one whose index is `s` modulo `num_own`. So everything in it is within the
-  window.
-
-  Args:
-    prompt_length: Number of tokens of each prompt before its padding.
-    num_prompt: Number of cached prompt tokens: the first ones, or, if a prompt
-      has more and there is a window, the last.
-    num_own: Number of slots of the row's own cache.
-    t: Index of the token in its completion.
-    window: Reach in positions; None for no limit.
-
-  Returns:
-    Bools `[U, num_prompt]` and `[num_own]`.
+  window. The first `num_prompt` tokens of a prompt are cached, or, if it has
+  more and there is a window, the last. The masks are `[U, num_prompt]` and
+  `[num_own]`.
   """
   age = (t - jnp.arange(num_own)) % num_own
   length = prompt_length[:, None]

@@ -22,29 +22,20 @@ from data_pipelines.text import tables
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A leaf, and the tensors of files that hold its values.
+  """A leaf, and the tensors of files that hold its values."""
 
-  Attributes:
-    axes: One letter per axis, as in "lqdh". The first may be `l` for layers and
-      `n` for matrices side by side; both are stacked here, and spread over the
-      tensors of Hugging Face and GGUF files.
-    file_axes: Axes of these tensors, as in "qh d": `q` and `h` merged, then
-      `d`.
-    huggingface: Names of these tensors in Hugging Face files, with `{}` for the
-      layer; one for each matrix. `huggingface_names` completes the prefix.
-    gemma: Name in checkpoints of the `gemma` library, which holds the matrices
-      of a layer in one tensor with our axes.
-    gguf: Names in GGUF files; none for a leaf of images.
-    summed: The axes that a product with the leaf sums; none for norms and
-      biases.
-  """
-
+  # One letter per axis, as in "lqdh". The first may be `l` for layers and `n`
+  # for matrices side by side; both are stacked here, and spread over the
+  # tensors of Hugging Face and GGUF files.
   axes: str
-  file_axes: str
+  file_axes: (
+    str  # Of these tensors, as in "qh d": `q` and `h` merged, then `d`.
+  )
+  # Their names without prefix, with `{}` for the layer; one for each matrix.
   huggingface: Sequence[str]
-  gemma: str
-  gguf: Sequence[str] = ()
-  summed: str = ""
+  gemma: str  # The library has all matrices of a layer in one such tensor.
+  gguf: Sequence[str] = ()  # None for a leaf of images.
+  summed: str = ""  # Axes that a product sums; none for norms and biases.
 
   @property
   def num_stacked(self) -> int:

@@ -43,18 +43,11 @@ HEAD = "score/w"
 
 
 class AdaptedWeight(NamedTuple):
-  """A frozen weight with its adapter, in a tree in place of the weight.
+  """A frozen weight with its adapter, in a tree in place of the weight."""
 
-  Attributes:
-    weight: The weight, as in the tree of `weights`, or one with an adapter.
-    a: First factor: the stacked and summed axes, then the rank.
-    b: Second factor: the stacked axes, the rank, then the others; includes the
-      scale.
-  """
-
-  weight: "Array | AdaptedWeight"
-  a: Array
-  b: Array
+  weight: "Array | AdaptedWeight"  # It may have an adapter already.
+  a: Array  # The stacked and summed axes, then the rank.
+  b: Array  # The stacked axes, the rank, then the others; includes the scale.
 
 
 def einsum(equation: str, x: Array, weight: Array | AdaptedWeight) -> Array:

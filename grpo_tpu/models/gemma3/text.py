@@ -54,18 +54,10 @@ def prompt_states(
 ) -> tuple[Float[Array, "U P D"], Array, Array]:
   """Final states of every prompt position, with the keys and values.
 
-  Args:
-    config: Sizes of the network.
-    params: The stacked tree of `weights`, perhaps with `lora` adapters.
-    prompt_ids: Ids, padded on the right; soft tokens are `IMAGE_PLACEHOLDER`.
-    prompt_length: Number of ids before the padding.
-    images: One per block of placeholders, in order; `I` may be 0. Pixels, or
-      the features that `vision.soft_tokens` made of them.
-    dtype: Type of the matrix products; RMSNorm and softmax stay in fp32.
-    implementation: The result of `attention.choose_implementation`.
-
-  Returns:
-    The states, and keys and values `[layers, U, P, K, H]`.
+  `params` is the stacked tree of `weights`, perhaps with `lora` adapters. Ids
+  are padded on the right. There is an image for each block of placeholders, in
+  order; `I` may be 0. RMSNorm and softmax stay in fp32. Keys and values are
+  `[layers, U, P, K, H]`.
   """
   x, blocks = _embed_prompt(config, params, prompt_ids, images, dtype)
   tables = rope_tables(config, jnp.arange(prompt_ids.shape[1])[None])

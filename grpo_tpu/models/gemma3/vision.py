@@ -34,12 +34,8 @@ def soft_tokens(
 ) -> Float[Array, "*batch S width"]:
   """The pooled output of the tower, before the projector.
 
-  Args:
-    config: Sizes of the tower.
-    params: The tree under `vision_encoder`.
-    images: RGB pixels, already resized to `config.shown_size`.
-    dtype: Type of the matrix products; norms and softmax stay in fp32.
-    remat: Rematerialization of the blocks, one of `REMAT_POLICIES`.
+  `params` is the tree under `vision_encoder`. Images have `config.shown_size`.
+  Norms and softmax stay in fp32. `remat` is one of `REMAT_POLICIES`.
   """
   batch = images.shape[:-3]
   x = _patches(config, images.reshape(-1, *images.shape[-3:]))

@@ -27,12 +27,9 @@ from grpo_tpu.models.gemma3.convert import (
 def abstract_params(
   config: gemma3_config.ModelConfig, dtype: jnp.dtype
 ) -> dict:
-  """The tree as shapes; allocates nothing.
+  """The tree as shapes, with the decoder in `dtype`.
 
-  Args:
-    config: Sizes of the network.
-    dtype: Type of the decoder. Image tower and projector stay in fp32, as
-      released, and so does the head of a reward model.
+  Image tower and projector stay in fp32, as released, and so does a head.
   """
   # The length of each axis of `leaves.toml`.
   sizes = {
@@ -84,13 +81,7 @@ def random_params(
   Matrices are normal; their variance is one over the number of terms that they
   sum. The embedding has variance `1 / D`, so that its scaled lookups and its
   logits both have variance one. The head of a reward model is zero.
-
-  Args:
-    config: Sizes of the network.
-    seed: A non-negative integer.
-    dtype: Type of the decoder.
   """
-
   tree = {}
   for path, shape in leaves.by_path(abstract_params(config, dtype)).items():
     leaf = leaves.LEAVES[path]

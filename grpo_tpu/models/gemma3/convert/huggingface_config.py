@@ -239,11 +239,7 @@ def num_rows(config: gemma3_config.ModelConfig) -> int:
 
 
 def to_json(config: gemma3_config.ModelConfig, dtype: str) -> dict[str, Any]:
-  """The `config.json` of a model, with the fields of released checkpoints.
-
-  Args:
-    config: Sizes of the network.
-    dtype: Type in which the model should be loaded.
+  """The `config.json` of a model that should be loaded in `dtype`.
 
   Raises:
     ValueError: If no `query_pre_attn_scalar` gives the query scale.
