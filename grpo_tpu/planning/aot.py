@@ -2,7 +2,7 @@
 
 The compiler writes its buffer assignment before it generates code, which takes
 many times as long. A thread compiles, and the process must end as soon as the
-files exist, so one process compiles one program. Knows nothing of this project.
+files exist, so one process compiles one program.
 """
 
 import collections
@@ -14,20 +14,9 @@ import threading
 import time
 from typing import Any
 
-# Makes libtpu run without a TPU, ask no metadata server, and accept that other
-# processes load libtpu too.
-ENVIRONMENT = {
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "TPU_STDERR_LOG_LEVEL": "3",
-  "TPU_MIN_LOG_LEVEL": "3",
-  "TF_CPP_MIN_LOG_LEVEL": "3",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from data_pipelines.text import tables
 
+ENVIRONMENT: dict[str, str] = tables.read(__package__, "aot.toml")
 _REPORT = "*memory-usage-report.txt"
 _HLO = "*after_optimizations.txt"
 _DEFAULT_SPACE = re.compile(
