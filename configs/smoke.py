@@ -58,9 +58,9 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
     config.rollout.max_new_tokens = 16
     # A right answer and up to three wrong ones: more pairs for one picture.
     config.data.preference_completions = 4
-    config.train.num_steps = 120
+    config.train.num_steps = 240
     config.train.microbatch_bundles = 64
-    config.eval.every_steps = 30
+    config.eval.every_steps = 60
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:
