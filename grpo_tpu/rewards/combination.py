@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from data_pipelines import pipeline
 from data_pipelines.text import untrusted
-from grpo_tpu.rewards import error_budget, scoring
+from grpo_tpu.rewards import scoring
 from grpo_tpu.rewards.networks import Completed, NetworkReward
 from grpo_tpu.rewards.settings import SPREAD, RewardConfig
 
@@ -31,7 +31,7 @@ class Moments:
   mean: float = 0.0
   squares: float = 0.0
 
-  def plus(self, values: np.ndarray) -> Self:
+  def plus(self, values: np.ndarray) -> "Moments":
     """The moments with further scores (Chan, Golub and LeVeque, 1983)."""
     if not values.size:
       return self
@@ -40,8 +40,7 @@ class Moments:
     count, gap = self.count + values.size, mean - self.mean
     share = values.size / count
     squares += self.squares + gap * gap * self.count * share
-    changes = {"mean": self.mean + gap * share, "squares": squares}
-    return dataclasses.replace(self, count=count, **changes)
+    return Moments(count, self.mean + gap * share, squares)
 
   def normalize(self, values: np.ndarray) -> np.ndarray:
     """The scores as standard deviations above the mean; centered if alike."""
@@ -67,12 +66,7 @@ class Combination:
     """`gather` maps the rows of this process to those of all, in one order."""
     self._config, self._networks, self._gather = config, networks, gather
     self.moments: dict[str, Moments] = {}
-    self._budgets = {
-      name: error_budget.ErrorBudget(
-        config.max_error_fraction, config.error_window
-      )
-      for name in config.network_weights
-    }
+    self._budgets = scoring.budgets(config)
 
   def start(
     self,
@@ -125,12 +119,10 @@ class Combination:
     source = "the statistics of rewards in the checkpoint"
     untrusted.check_kind(saved, dict, source)
     untrusted.check_items(saved.values(), dict, source)
-    for each in saved.values():
-      for name in ("count", "mean", "squares"):
-        untrusted.get_field(each, name, float, source)
+    names = [field.name for field in dataclasses.fields(Moments)]
     self.moments = {
-      name: Moments(int(x["count"]), float(x["mean"]), float(x["squares"]))
-      for name, x in saved.items()
+      key: Moments(*(untrusted.get_field(x, k, float, source) for k in names))
+      for key, x in saved.items()
     }
 
   def _join(
@@ -143,41 +135,45 @@ class Combination:
     if not names and not config.only_if_accurate:
       return scores
     is_present = values["present"]
-    asked = {name: is_present for name in names}
+    models, judges = names[: len(config.models)], names[len(config.models) :]
+    asked = dict.fromkeys(names, is_present)
     if config.judge_when == "abstained":
-      own = is_present & scores.abstained
-      asked |= {name: own for name in names if name.startswith("judge")}
+      asked |= dict.fromkeys(judges, is_present & scores.abstained)
     failed = {k: asked[k] & ~np.isfinite(values[k]) for k in names}
+    paid = {k: np.where(asked[k] & ~failed[k], values[k], 0) for k in names}
     # NaN where nobody was asked, which no mean counts.
-    components = {
-      k: np.where(asked[k], np.where(failed[k], 0, values[k]), np.nan)
-      for k in names
-    }
-    paid = {k: np.where(asked[k], x, 0) for k, x in components.items()}
-    models = names[: len(config.models)]
+    components = {k: np.where(asked[k], x, np.nan) for k, x in paid.items()}
     if config.model_normalization != "none":
       for name in models:
-        paid[name] = self._normalize(
-          *(f"{split}{name}", paid[name]), is_present & ~failed[name]
-        )
+        counts = is_present & ~failed[name]
+        paid[name] = self._normalize(split + name, paid[name], counts)
     if len(models) > 1:
       spread = np.std([paid[name] for name in models], axis=0)
       components[SPREAD] = paid[SPREAD] = np.where(is_present, spread, 0)
     if config.judge_vote == "majority":
-      paid |= self._majority(paid)
+      weights = [config.network_weights[name] for name in judges]
+      says_yes = [
+        w * (paid[k] > 0.5) for w, k in zip(weights, judges, strict=True)
+      ]
+      is_yes = np.sum(says_yes, axis=0) / (sum(weights) or 1.0) > 0.5
+      paid |= dict.fromkeys(judges, is_yes.astype(np.float32))
     paid = scores.components | paid
     wrong = values["known"] & (scores.components["accuracy"] <= 0.5)
     for name in config.only_if_accurate:
       paid[name] = np.where(wrong, 0, paid[name])
-    paid = {k: x.astype(np.float32) for k, x in paid.items()}
     found = dataclasses.replace(
       scores,
-      components=scores.components
-      | {k: x.astype(np.float32) for k, x in components.items()},
+      components=scores.components | components,
       failed=scores.failed | failed,
       paid=paid,
     )
-    return self._count(found, failed, is_present)
+    remedy = "Name other weights in rewards.models or rewards.judges."
+    return scoring.add_up(
+      found,
+      config.paid,
+      *(failed, is_present, self._gather, self._budgets),
+      lambda name, rows: f"{name} gave no finite score on {rows}. {remedy}",
+    )
 
   def _normalize(
     self, name: str, values: np.ndarray, counts: np.ndarray
@@ -190,40 +186,3 @@ class Combination:
       moments = moments.plus(rows[rows[:, 1] > 0, 0])
       self.moments[name] = moments
     return moments.normalize(values)
-
-  def _majority(self, paid: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """1 for each judge where the majority says yes, else 0."""
-    weights = {
-      k: w for k, w in self._config.network_weights.items() if k[0] == "j"
-    }
-    says_yes = [w * (paid[k] > 0.5) for k, w in weights.items()]
-    share = np.sum(says_yes, axis=0) / (sum(weights.values()) or 1.0)
-    return dict.fromkeys(weights, (share > 0.5).astype(np.float32))
-
-  def _count(
-    self,
-    scores: scoring.Scores,
-    failed: Mapping[str, np.ndarray],
-    is_present: np.ndarray,
-  ) -> scoring.Scores:
-    """The scores with their total and the failures of all processes."""
-    config, total = self._config, np.zeros(len(is_present), np.float32)
-    for name, weight in config.paid.items():
-      if name in scores.paid:  # One reward model alone has no spread.
-        total += np.float32(weight) * scores.paid[name]
-    rows = self._gather(np.column_stack([is_present, *failed.values()]))
-    counted = dict(zip(failed, rows[rows[:, 0]].T[1:], strict=True))
-    errors = {name: int(x.sum()) for name, x in counted.items()}
-    scores = dataclasses.replace(
-      scores,
-      total=np.where(scores.valid, total, np.float32(0)),
-      errors=scores.errors | errors,
-    )
-    for name, each in counted.items():
-      if reason := self._budgets[name].count(each.tolist()):
-        raise scoring.RewardError(
-          f"reward {name} gave no finite score on {reason}. Name other weights "
-          "in rewards.models or rewards.judges.",
-          scores,
-        )
-    return scores

@@ -7,7 +7,8 @@ does a reward that fails on every row of a step. Users' rewards run in workers.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -17,14 +18,10 @@ from data_pipelines import records
 from data_pipelines.validation import printable
 from data_pipelines.verifier import verify
 from data_pipelines.workers import functions
-from grpo_tpu.rewards import (
-  accuracy,
-  calls,
-  custom,
-  error_budget,
-  heuristics,
-)
-from grpo_tpu.rewards.settings import COMPONENTS, RewardConfig
+from grpo_tpu.rewards import accuracy, calls, custom, error_budget, heuristics
+from grpo_tpu.rewards.settings import COMPONENTS, HEURISTICS, RewardConfig
+
+type Budgets = Mapping[str, error_budget.ErrorBudget]
 
 
 class RewardError(RuntimeError):
@@ -182,27 +179,55 @@ def reduce(
   values = np.concatenate([part.values for part in parts], axis=1)
   failures = np.concatenate([part.failures for part in parts], axis=1)
   is_present = np.concatenate([part.is_present for part in parts])
-  everywhere = gather(np.column_stack([is_present, failures.T]))
-  counted = everywhere[everywhere[:, 0], 1:].T
-  total = np.zeros(values.shape[1], np.float32)
-  # Row by row, so that a total does not depend on the other rows.
-  for weight, component in zip(config.weights.values(), values, strict=True):
-    total += np.float32(weight) * component
   components = dict(zip(names, values, strict=True))
   scores = Scores(
-    total=np.where(failures.any(axis=0), np.float32(0), total),
+    total=np.zeros(len(is_present), np.float32),
     components=components,
     paid=components,
     failed=dict(zip(names, failures, strict=True)),
-    errors={
-      name: int(rows.sum()) for name, rows in zip(names, counted, strict=True)
-    },
+    errors={},
     answers=[answer for part in parts for answer in part.answers],
     abstained=np.concatenate([part.abstained for part in parts]),
   )
-  for name, rows in zip(names, counted, strict=True):
-    if reason := session.count(name, rows):
-      raise RewardError(reason, scores)
+  budgets, describe = session.budgets, session.describe_failures
+  rest = scores.failed, is_present, gather, budgets, describe
+  return add_up(scores, config.weights, *rest)
+
+
+def budgets(config: RewardConfig) -> Budgets:
+  """The error budgets of components by name, made when first asked for."""
+  limits = config.max_error_fraction, config.error_window
+  return collections.defaultdict(lambda: error_budget.ErrorBudget(*limits))
+
+
+def add_up(
+  scores: Scores,
+  weights: Mapping[str, float],
+  failed: Mapping[str, np.ndarray],
+  is_present: np.ndarray,
+  gather: Callable[[np.ndarray], np.ndarray],
+  budgets: Budgets,
+  describe: Callable[[str, str], str],
+) -> Scores:
+  """The scores with their total and the failures on all processes' rows.
+
+  A RewardError has the words of `describe(name, rows)`.
+  """
+  total = np.zeros(len(is_present), np.float32)
+  # Row by row, so that a total does not depend on the other rows.
+  for name, weight in weights.items():
+    if name in scores.paid:  # One reward model alone has no spread.
+      total += np.float32(weight) * scores.paid[name]
+  rows = gather(np.column_stack([is_present, *failed.values()]))
+  counted = dict(zip(failed, rows[rows[:, 0]].T[1:], strict=True))
+  scores = dataclasses.replace(
+    scores,
+    total=np.where(scores.valid, total, np.float32(0)),
+    errors=scores.errors | {k: int(x.sum()) for k, x in counted.items()},
+  )
+  for name, each in counted.items():
+    if reason := budgets[name].count(each.tolist()):
+      raise RewardError(f"reward {describe(name, reason)}", scores)
   return scores
 
 
@@ -224,28 +249,22 @@ class _Session:
 
   def __init__(self, config: RewardConfig):
     self.calls = [calls.Calls(config, is_async=x) for x in (False, True)]
-    self._errors = {
-      name: error_budget.ErrorBudget(
-        config.max_error_fraction, config.error_window
-      )
-      for name in config.weights
-    }
+    self.budgets, self._names = budgets(config), list(config.weights)
     self._paths = {custom.name(path): path for path in config.custom}
     # How often each fault of a reward was seen, and the first of this batch.
-    self._seen: dict[str, collections.Counter[str]] = {
-      name: collections.Counter() for name in config.weights
-    }
+    self._seen = collections.defaultdict[str, collections.Counter[str]](
+      collections.Counter
+    )
     self._first: dict[str, str] = {}
 
   def log(self, parts: Sequence[RawScores]) -> None:
     """Logs each fault when it is new, and again at ten times the count."""
-    names = list(self._errors)
-    found: dict[tuple[str, str], list[str]] = {}
+    found = collections.defaultdict[tuple[str, str], list[str]](list)
     for part in parts:
       for (component, row), fault in part.faults.items():
         if part.is_present[row]:
-          pids = found.setdefault((names[component], fault), [])
-          pids.append(printable(part.problems[row].pid))
+          pid = printable(part.problems[row].pid)
+          found[self._names[component], fault].append(pid)
     self._first = {}
     for (name, fault), pids in found.items():
       self._first.setdefault(name, f", of problem {pids[0]}: {fault}")
@@ -258,16 +277,12 @@ class _Session:
         source = self._describe(name)
         logging.warning(message, source, seen[fault], pids[0], fault)
 
-  def count(self, name: str, failed: np.ndarray) -> str:
-    """Counts failures of one reward; the reason to end the run, or ""."""
-    reason = self._errors[name].count(failed.tolist())
-    if not reason:
-      return ""
+  def describe_failures(self, name: str, rows: str) -> str:
+    """The reason to end the run, because a reward failed on these rows."""
     first = self._first.get(name, " is in the log of another host")
     return (
-      f"reward {self._describe(name)} failed on {reason}; the first "
-      f"error{first}. Fix the reward; if it is only slow, raise "
-      "rewards.timeout_seconds."
+      f"{self._describe(name)} failed on {rows}; the first error{first}. Fix "
+      "the reward; if it is only slow, raise rewards.timeout_seconds."
     )
 
   def _describe(self, name: str) -> str:
@@ -320,9 +335,8 @@ def _score_one(
   }
   if not config.is_gated or verdict.answer is not None:
     rewards |= {
-      "length": lambda: heuristics.length(reasoning),
-      "reasoning_words": lambda: heuristics.reasoning_words(reasoning),
-      "coherence": lambda: heuristics.coherence(reasoning),
+      name: functools.partial(getattr(heuristics, name), reasoning)
+      for name in HEURISTICS
     }
   faults: dict[str, str] = {}
   for name, reward in rewards.items():

@@ -13,19 +13,19 @@ from data_pipelines.validation import (
   require,
   require_all,
 )
-from grpo_tpu.rewards import custom, judge_templates
+from grpo_tpu.rewards import custom
 
 HEURISTICS = ("length", "reasoning_words", "coherence")
 COMPONENTS = ("accuracy", "format", *HEURISTICS)
 # Standard deviation of the reward models' normalised scores.
 SPREAD = "model_spread"
-# The weight of each heuristic. Alone, the heuristics prefer the wrong answer
+# The weight of each component. Alone, the heuristics prefer the wrong answer
 # half the time, so their default weights are small.
-PRESETS: Mapping[str, float] = {
-  "answer": 0.0,  # Logs the heuristics only.
-  "gated": 0.02,
-  "full": 1.0,  # Up to 0.5, 0.3 and 0.2.
-  "none": 0.0,  # Logs all rewards only, of a policy that a teacher teaches.
+PRESETS: Mapping[str, tuple[float, ...]] = {
+  "answer": (1.0, 0.1, 0.0, 0.0, 0.0),  # Logs the heuristics only.
+  "gated": (1.0, 0.1, 0.02, 0.02, 0.02),
+  "full": (1.0, 0.1, 1.0, 1.0, 1.0),  # Up to 0.5, 0.3 and 0.2.
+  "none": (0.0,) * 5,  # Logs all rewards only; a teacher teaches the policy.
 }
 
 NORMALIZATIONS = ("none", "reference", "running")
@@ -142,11 +142,10 @@ class RewardConfig:
     weights = (1.0,) * len(self.custom)
     require_all(self, "rewards", ("custom_weights", fits, rule, weights))
     self._check_custom()
-    self._check_judges()
     weights = [(name, self.weights[name]) for name in COMPONENTS]
     weights += [("custom_weights", weight) for weight in self.custom_weights]
-    for name, networks in (("models", self.models), ("judges", self.judges)):
-      weights += [(name, weight) for *_, weight in networks]
+    for name in ("models", "judges"):
+      weights += [(name, weight) for *_, weight in getattr(self, name)]
     remedy = "set 0 to log the component without adding it to the total"
     for name, weight in weights:
       fits, rule = math.isfinite(weight), "be a finite number"
@@ -167,16 +166,6 @@ class RewardConfig:
       require(name not in taken, "rewards.custom", path, rule, remedy)
       taken.add(name)
 
-  def _check_judges(self) -> None:
-    for weights, template, _ in self.judges:
-      fits = weights == "self" or bool(weights.partition(":")[2])
-      rule = "name weights: self, run:WORKDIR, hf:DIR, gguf:FILE or gemma:DIR"
-      require(fits, "rewards.judges", weights, rule, "")
-      known = judge_templates.NAMES
-      fits = template in known or "." in template or "/" in template
-      rule = f"be {', '.join(known)}, or a file such as judge.txt"
-      require(fits, "rewards.judges: the template", template, rule, "")
-
   @property
   def network_weights(self) -> dict[str, float]:
     """The weight of each reward model and judge, by name, in a fixed order."""
@@ -192,17 +181,11 @@ class RewardConfig:
   @property
   def weights(self) -> dict[str, float]:
     """The weight of each component of the host, by name, in a fixed order."""
-    preset = {"accuracy": 1.0, "format": 0.1}
-    if self.preset == "none":
-      preset = dict.fromkeys(preset, 0.0)
-    preset |= dict.fromkeys(HEURISTICS, PRESETS[self.preset])
+    weights = dict(zip(COMPONENTS, PRESETS[self.preset], strict=True))
     own = {name: getattr(self, name) for name in COMPONENTS}
-    named = {
-      name: float(preset[name] if weight is None else weight)
-      for name, weight in own.items()
-    }
+    weights |= {k: float(x) for k, x in own.items() if x is not None}
     names = map(custom.name, self.custom)
-    return named | dict(zip(names, self.custom_weights, strict=True))
+    return weights | dict(zip(names, self.custom_weights, strict=True))
 
   @property
   def paid(self) -> dict[str, float]:
