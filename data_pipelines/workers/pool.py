@@ -6,7 +6,6 @@ library does this.
 """
 
 import queue
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -73,11 +72,11 @@ class Pool:
     if self._workers:
       return self._threads.submit(self._call, (path, arguments), check)
     result = functions.call(functions.resolve(path), arguments)
-    if not isinstance(result, functions.Failure):
-      try:
+    try:
+      if not isinstance(result, functions.Failure):
         check(result)
-      except ValueError as error:
-        result = functions.Failure(str(error))
+    except ValueError as error:
+      result = functions.Failure(str(error))
     done: futures.Future[Any] = futures.Future()
     done.set_result(result)
     return done
@@ -164,10 +163,6 @@ class _Worker:
     return functions.Failure(reason)
 
   def _start(self) -> Process:
-    if sys.platform != "linux":
-      message = "On this system a worker's memory has no limit, and what it "
-      message += "starts in another session outlives it."
-      logging.log_first_n(logging.WARNING, message, 1)
     with self._lock:
       if self._is_closed:
         raise RuntimeError("the pool is closed, so it starts no worker.")

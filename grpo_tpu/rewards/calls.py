@@ -23,8 +23,10 @@ from grpo_tpu.rewards.settings import RewardConfig
 _LOAD = "grpo_tpu.rewards.worker_side:load"
 _ADVANCE = "grpo_tpu.rewards.worker_side:advance"
 _KEYS = itertools.count()
+_MAX_REASON_CHARACTERS = 1000
 
-type Result = futures.Future[float | functions.Failure]
+# A reward, or the reason why there is none.
+type Result = futures.Future[float | str]
 
 
 class _Row(NamedTuple):
@@ -43,15 +45,14 @@ class Calls:
 
   def __init__(self, config: RewardConfig, *, is_async: bool):
     """Starts nothing yet."""
-    self.paths = tuple(
-      path
-      for path in config.custom
-      if custom.is_async(custom.resolve(path)) == is_async
-    )
-    self._rows_per_call = 1 if is_async else config.rows_per_call
-    self._limit = config.max_concurrent if is_async else 1
-    self._options = (config.timeout_seconds, config.max_retries)
-    num_workers = min(config.num_workers, 1) if is_async else config.num_workers
+    kinds = {x: custom.is_async(custom.resolve(x)) for x in config.custom}
+    self.paths = tuple(x for x, kind in kinds.items() if kind == is_async)
+    self._rows_per_call, self._limit = config.rows_per_call, 1
+    num_workers = config.num_workers
+    if is_async:
+      self._rows_per_call, self._limit = 1, config.max_concurrent
+      num_workers = min(num_workers, 1)
+    self._options = config.timeout_seconds, config.max_retries
     self._workers = pool.Pool(
       (_LOAD, _ADVANCE, *self.paths),
       num_workers=num_workers,
@@ -110,9 +111,7 @@ class Calls:
           call = running.pop(key)
           for row, value in zip(call.rows, values, strict=bool(values)):
             is_reason = isinstance(value, str)
-            row.result.set_result(
-              functions.Failure(printable(value)) if is_reason else value
-            )
+            row.result.set_result(printable(value) if is_reason else value)
           if not values:
             alone = (_Call(call.path, [row]) for row in call.rows)
             self._finish(collections.deque(alone), 1)
@@ -134,21 +133,31 @@ class Calls:
 
   def _advance(self, new: dict[str, _Call], running: dict[str, _Call]) -> Any:
     """Hands in new calls; the results of calls that have ended, by key."""
-    calls = [
-      (key, call.path, [row.completion for row in call.rows])
-      for key, call in new.items()
-    ]
-    encoded = custom.encode(
-      [row.problem for call in new.values() for row in call.rows]
-    )
+    problems: dict[int, records.Problem] = {}  # Each is sent once.
+    calls = []
+    for key, call in new.items():
+      problems |= {id(row.problem): row.problem for row in call.rows}
+      rows = [(row.completion, str(id(row.problem))) for row in call.rows]
+      calls.append((key, call.path, rows))
+    encoded = {str(k): custom.encode(x) for k, x in problems.items()}
 
     def check(found: Any) -> None:
-      counts = {key: len(call.rows) for key, call in running.items()}
-      if not isinstance(found, dict) or found.keys() - counts.keys():
+      if not isinstance(found, dict) or found.keys() - running.keys():
         raise ValueError("its answer is not one of results by call")
       for key, values in found.items():
-        custom.check(values, counts[key])
+        count = len(running[key].rows)
+        if not isinstance(values, list) or len(values) != count:
+          raise ValueError(f"its answer is no list of {count} rewards")
+        if not all(map(_is_result, values)):
+          raise ValueError("its answer holds what is neither reward nor reason")
 
     return self._workers.submit(
-      _ADVANCE, calls, *encoded, *self._options, check=check
+      _ADVANCE, calls, encoded, *self._options, check=check
     ).result()
+
+
+def _is_result(value: Any) -> bool:
+  """True for a finite float32, and for the reason why there is none."""
+  if isinstance(value, str):
+    return len(value) <= _MAX_REASON_CHARACTERS
+  return not isinstance(custom.to_reward(value), str)

@@ -19,7 +19,7 @@ import base64
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipelines import records
@@ -27,7 +27,6 @@ from data_pipelines.validation import require
 from data_pipelines.workers import functions
 
 _LARGEST = (2 - 2**-23) * 2.0**127  # The largest float32.
-_MAX_REASON_CHARACTERS = 1000
 
 
 def name(path: str) -> str:
@@ -40,16 +39,17 @@ def resolve(path: str) -> Callable:
 
   Raises a ValueError for one that cannot be called as described above.
   """
-  reward = called = functions.resolve(path, setting="rewards.custom")
+  setting = "rewards.custom"
+  reward = called = functions.resolve(path, setting=setting)
   if isinstance(reward, type):
     is_called = any("__call__" in vars(x) for x in reward.__mro__)
-    rule, remedy = "have a method `__call__`, because it is a class", "write it"
-    require(is_called, "rewards.custom", path, rule, remedy)
+    rule = "have a method `__call__`, because it is a class"
+    require(is_called, setting, path, rule, "write it")
     _check_arguments(path, reward, "no arguments when it is made")
     called = functools.partial(reward.__call__, None)
-  rule, remedy = "return its reward, because it is async", "write no `yield`"
-  yields = _is(inspect.isasyncgenfunction, reward)
-  require(not yields, "rewards.custom", path, rule, remedy)
+  is_one = not _is(inspect.isasyncgenfunction, reward)
+  rule = "return its reward, because it is async"
+  require(is_one, setting, path, rule, "write no `yield`")
   if is_async(reward):
     rule = "`completion` and `problem`, one of each, because it is async"
     _check_arguments(path, called, rule, completion="", problem=None)
@@ -89,34 +89,20 @@ def location(path: str) -> str:
   reward = resolve(path)
   is_class = isinstance(reward, type)
   function = inspect.unwrap(reward.__call__ if is_class else reward)
-  while isinstance(function, functools.partial):
-    function = function.func
   code = getattr(function, "__code__", None)
   return f"{code.co_filename}:{code.co_firstlineno}" if code else path
 
 
-def encode(
-  problems: Sequence[records.Problem],
-) -> tuple[list[dict[str, Any]], list[int]]:
-  """The problems as JSON, each once, and the index among them of each row."""
-  unique = {id(problem): problem for problem in problems}
-  index = {key: number for number, key in enumerate(unique)}
-  examples = [
-    records.to_example(problem)
-    | {"images": [base64.b64encode(x).decode() for x in problem.images]}
-    for problem in unique.values()
-  ]
-  return examples, [index[id(problem)] for problem in problems]
+def encode(problem: records.Problem) -> dict[str, Any]:
+  """The problem as JSON."""
+  images = [base64.b64encode(each).decode() for each in problem.images]
+  return records.to_example(problem) | {"images": images}
 
 
-def decode(examples: Sequence[Mapping[str, Any]]) -> list[records.Problem]:
-  """The problems that `encode` gave."""
-  return [
-    records.from_example(
-      dict(each) | {"images": [base64.b64decode(x) for x in each["images"]]}
-    )
-    for each in examples
-  ]
+def decode(example: Mapping[str, Any]) -> records.Problem:
+  """The problem that `encode` gave."""
+  images = [base64.b64decode(each) for each in example["images"]]
+  return records.from_example({**example, "images": images})
 
 
 def to_reward(value: Any) -> float | str:
@@ -134,14 +120,3 @@ def to_reward(value: Any) -> float | str:
   elif value is None or isinstance(value, float):
     shown = str(value)
   return f"a reward must be a finite float32, not {shown}"
-
-
-def check(values: Any, count: int) -> None:
-  """Raises a ValueError for what `call` cannot have returned."""
-  if not isinstance(values, list) or len(values) != count:
-    raise ValueError(f"its answer is no list of {count} rewards")
-  for value in values:
-    is_number = type(value) in (int, float) and abs(value) <= _LARGEST
-    is_reason = isinstance(value, str) and len(value) <= _MAX_REASON_CHARACTERS
-    if not is_number and not is_reason:
-      raise ValueError("its answer holds what is neither reward nor reason")

@@ -24,20 +24,20 @@ from data_pipelines.text import tokenizer as tokens
 from data_pipelines.validation import SettingError, printable
 from grpo_tpu.checkpoint import networks as files
 from grpo_tpu.checkpoint.frozen import Frozen
-from grpo_tpu.distributed import compile_cache, sharding
+from grpo_tpu.distributed import sharding
 from grpo_tpu.models import logprobs
 from grpo_tpu.models.gemma3 import embedding, text
 from grpo_tpu.models.network import ForwardConfig
 from grpo_tpu.models.settings import ModelSettings
 from grpo_tpu.rewards import judge_templates, networks
-from grpo_tpu.rewards.model import load_frozen, network_forward, score_parts
+from grpo_tpu.rewards.model import BundleScorer, load_frozen, network_forward
 from grpo_tpu.rewards.settings import RewardConfig
 
 # Tokens that a reference answer may add to the longest prompt of the policy.
 ANSWER_TOKENS = 256
 
 
-class Judge:
+class Judge(BundleScorer):
   """A frozen network with the question that it is asked."""
 
   def __init__(
@@ -59,14 +59,11 @@ class Judge:
     The policy's prompts and completions have at most so many tokens. Of its
     prompts, over all hosts, `bundles_at_a_time` are read at a time.
     """
-    self.names, self._tokenizer = (name,), tokenizer
-    self._network, self._template, self._mesh = network, template, mesh
     score = functools.partial(
       share_of_yes, network_forward(model, mesh), words=answer_ids(tokenizer)
     )
-    self.program = compile_cache.AotJit(
-      jax.jit(functools.partial(score_parts, score, bundles_at_a_time))
-    )
+    super().__init__(score, network, mesh, bundles_at_a_time)
+    self.names, self._tokenizer, self._template = (name,), tokenizer, template
     chat, fixed = tokenizer.chat, len(tokenizer.encode(template.before))
     self._turn = [chat.end_of_turn, chat.newline, chat.start_of_turn]
     self._turn += tokenizer.encode(chat.model)
@@ -119,36 +116,31 @@ class Judge:
       length,
     )
     rows = sharding.device_put_batch(self._mesh, rows)
-    found = self.program(self._network.params, *rows)
-    if self._network.is_copied:  # No two networks are on the devices at a time.
-      jax.block_until_ready(found)
+    wait = self._start(self._network.params, *rows)
 
-    def wait() -> networks.Values:
-      values = sharding.local_rows(self._mesh, found)
-      values = np.where(fits, values, np.float32(np.nan))
-      return {self.names[0]: np.where(is_judged, values, np.float32(0))}
+    def values() -> networks.Values:
+      found = np.where(fits, wait(), np.float32(np.nan))
+      return {self.names[0]: np.where(is_judged, found, np.float32(0))}
 
-    return wait
+    return values
 
   def _ask(self, prompts: pipeline.Batch) -> pipeline.Batch:
     """The prompts up to the response; those that cannot be made are invalid."""
     can_ask = prompts.valid.copy()
     if self._template.needs_answer:
       can_ask &= [x.answer != "" for x in prompts.problems]
-    asked = [
-      records.make_question(self._template.prompt(x), x.images)
-      if can
-      else records.make_question("")
-      for x, can in zip(prompts.problems, can_ask, strict=True)
-    ]
-    count, turn = len(asked), len(self._turn)
+    asked = [records.make_question("")] * len(can_ask)
+    for row in np.flatnonzero(can_ask):
+      problem = prompts.problems[row]
+      text = self._template.prompt(problem)
+      asked[row] = records.make_question(text, problem.images)
+    count = len(asked)
     builder = dataclasses.replace(self._builder, source=asked)
-    batches = pipeline.EvalBatches(
-      builder, num_problems=count, batch_size=count
-    )
-    batch = batches[0]
+    batch = pipeline.EvalBatches(builder, num_problems=count, batch_size=count)[
+      0
+    ]
     # The response follows, and the turn ends after it.
-    ids, length = batch.prompt_ids, batch.prompt_length - turn
+    ids, length = batch.prompt_ids, batch.prompt_length - len(self._turn)
     ids = np.where(np.arange(ids.shape[1]) < length[:, None], ids, 0)
     return dataclasses.replace(
       batch, prompt_ids=ids, prompt_length=length, valid=batch.valid & can_ask

@@ -43,23 +43,21 @@ def read_models(
     ValueError: Weights cannot be found, or are of no reward model of this size
       of vocabulary and of images.
   """
-  return [_read_model(weights, policy) for weights, _ in config.models]
-
-
-def _read_model(weights: str, policy: ModelSettings) -> ModelSettings:
-  model = networks.read_settings(weights, policy, setting=_SETTING)
-  ours, theirs = policy.network, model.network
-  rule = "be a reward model, but it has no head that scores"
-  remedy = "train one with data.kind=preference and "
-  remedy += "objective.preset=bradley_terry, and name its run"
-  require(bool(model.head), _SETTING, weights, rule, remedy)
-  rule = f"have the vocabulary and the image tokens of {policy.name}"
-  remedy = "name a reward model of the same family"
-  sees_alike = 0 in (ours.soft_tokens, theirs.soft_tokens)
-  sees_alike |= ours.soft_tokens == theirs.soft_tokens
-  holds = ours.vocab_size == theirs.vocab_size and sees_alike
-  require(holds, _SETTING, weights, rule, remedy)
-  return model
+  found = []
+  for weights, _ in config.models:
+    model = networks.read_settings(weights, policy, setting=_SETTING)
+    ours, theirs = policy.network, model.network
+    rule = "be a reward model, but it has no head that scores"
+    remedy = "train one with data.kind=preference and "
+    remedy += "objective.preset=bradley_terry, and name its run"
+    require(bool(model.head), _SETTING, weights, rule, remedy)
+    rule = f"have the vocabulary and the image tokens of {policy.name}"
+    remedy = "name a reward model of the same family"
+    holds = theirs.soft_tokens in (0, ours.soft_tokens) or not ours.soft_tokens
+    holds = holds and ours.vocab_size == theirs.vocab_size
+    require(holds, _SETTING, weights, rule, remedy)
+    found.append(model)
+  return found
 
 
 def check_data(
@@ -103,7 +101,26 @@ def open_models(
   ]
 
 
-class RewardModel:
+class BundleScorer:
+  """A frozen network that scores bundles on the mesh, part by part."""
+
+  def __init__(
+    self, score: Callable, network: Frozen, mesh: Mesh, bundles_at_a_time: int
+  ):
+    """`score(params, *bundles)` gives one number per completion."""
+    self._network, self._mesh = network, mesh
+    program = functools.partial(score_parts, score, bundles_at_a_time)
+    self.program = compile_cache.AotJit(jax.jit(program))
+
+  def _start(self, params: dict, *bundles: Array) -> Callable[[], np.ndarray]:
+    """Starts the devices; the result waits for this process's scores."""
+    found = self.program(params, *bundles)
+    if self._network.is_copied:  # No two networks are on the devices at a time.
+      jax.block_until_ready(found)
+    return lambda: sharding.local_rows(self._mesh, found)
+
+
+class RewardModel(BundleScorer):
   """A reward model of a run; see `networks.NetworkReward`."""
 
   def __init__(
@@ -119,15 +136,12 @@ class RewardModel:
   ):
     """Loads the model, whose component has this name."""
     self.names: Sequence[str] = (name,)
-    self._model, self._mesh = model, mesh
+    self._model, self._pan_and_scan = model, pan_and_scan
     self._dtype = config.network_dtype or model.param_dtype
-    self._pan_and_scan = pan_and_scan
-    self._frozen = load_frozen(model, config, mesh)
     forward = network_forward(model, mesh)
     score = functools.partial(scores.scores, forward)
-    self.program = compile_cache.AotJit(
-      jax.jit(functools.partial(score_parts, score, bundles_at_a_time))
-    )
+    network = load_frozen(model, config, mesh)
+    super().__init__(score, network, mesh, bundles_at_a_time)
     self._encoder = None
     if vision := forward.config.vision:
       self._encoder = ImageEncoder(
@@ -142,10 +156,10 @@ class RewardModel:
     self, prompts: pipeline.Batch, completed: Completed
   ) -> Callable[[], Values]:
     """Starts the devices; the result waits for them. All processes call it."""
-    params = self._frozen.params
     ids, vision = prompts.prompt_ids, self._model.network.vision
     with user_errors():
       _check_sight(self._model, bool(prompts.images.shape[1]))
+    params = self._network.params  # Copied once, if they are.
     shown = np.zeros((len(ids), 0, 0, 0, 3), np.uint8)
     if self._encoder and vision:
       is_soft = ids == GEMMA3.image_placeholder
@@ -154,11 +168,8 @@ class RewardModel:
       shown = self._encoder.features(params, pixels, counts)
     rows = ids, prompts.prompt_length, shown
     rows = sharding.device_put_batch(self._mesh, rows)
-    found = self.program(params, *rows, completed.ids, completed.mask)
-    if self._frozen.is_copied:  # No two networks are on the devices at a time.
-      jax.block_until_ready(found)
-    (name,) = self.names
-    return lambda: sharding.local_rows(self._mesh, {name: found})
+    wait = self._start(params, *rows, completed.ids, completed.mask)
+    return lambda: {self.names[0]: wait()}
 
   def compile_ahead(
     self,
@@ -170,13 +181,11 @@ class RewardModel:
     """Compiles for batches with prompts of these lengths and images of each."""
     params = abstract_frozen(self._model, self._mesh, dtype=self._dtype)
     sizes = num_prompts, num_completions, num_tokens
-    for length, num_images in sorted(shapes):
-      if self._encoder and num_images:
+    for shape in sorted(shapes):
+      if self._encoder and shape[1]:
         self._encoder.compile_ahead(params)
-      shape = length, num_images
-      self.program.prepare(
-        params, *abstract_bundles(self._model, self._mesh, shape, *sizes)
-      )
+      bundles = abstract_bundles(self._model, self._mesh, shape, *sizes)
+      self.program.prepare(params, *bundles)
 
   def _pixels(self, prompts: pipeline.Batch, size: int) -> np.ndarray:
     """The images of the prompts at the size of this model's tower."""

@@ -141,27 +141,23 @@ def start(
   }
 
   def finish() -> RawScores:
-    values = np.zeros((len(config.weights), len(completions)), np.float32)
-    answers: list[str | None] = []
-    faults: dict[tuple[int, int], str] = {}
     verdicts = _verdicts(completions, problems, truncated)
     if not (config.judges and config.judge_when == "abstained"):
       verdicts = list(map(_refuse_timeout, verdicts, problems))
     is_open = (isinstance(x, verify.Verdict) and x.abstained for x in verdicts)
     abstained = np.array([*is_open], bool)
-    for row, (text, verdict) in enumerate(
-      zip(completions, verdicts, strict=True)
-    ):
-      answer, own, failures = _score_one(text, verdict, config)
-      answers.append(answer)
-      values[: len(COMPONENTS), row] = own
-      faults |= {(COMPONENTS.index(x), row): y for x, y in failures.items()}
+    answers = [None if isinstance(x, str) else x.answer for x in verdicts]
+    values = np.zeros((len(config.weights), len(completions)), np.float32)
+    found: dict[tuple[int, int], float | str] = {}
+    for row, text in enumerate(completions):
+      own = _score_one(text, verdicts[row], config)
+      found |= {(COMPONENTS.index(x), row): y for x, y in own.items()}
     for component, path in enumerate(config.custom, start=len(COMPONENTS)):
       for row, call in zip(rows, started[path], strict=True):
-        if isinstance(result := call.result(), functions.Failure):
-          faults[component, row] = result.reason
-        else:
-          values[component, row] = result
+        found[component, row] = call.result()
+    faults = {k: x for k, x in found.items() if isinstance(x, str)}
+    for place in found.keys() - faults.keys():
+      values[place] = found[place]
     return RawScores(problems, answers, is_present, values, faults, abstained)
 
   return finish
@@ -323,11 +319,10 @@ def _refuse_timeout(
 
 def _score_one(
   text: str, verdict: verify.Verdict | str, config: RewardConfig
-) -> tuple[str | None, list[float], dict[str, str]]:
-  """The answer of one completion, its components and their failures."""
-  values = [0.0] * len(COMPONENTS)
+) -> dict[str, float | str]:
+  """The rewards of one completion, or the reasons why it has none."""
   if isinstance(verdict, str):
-    return None, values, {"accuracy": verdict}
+    return {"accuracy": verdict}
   reasoning = heuristics.read(accuracy.reasoning(text))
   rewards: dict[str, Callable[[], float]] = {
     "accuracy": lambda: float(verdict.correct),
@@ -338,14 +333,10 @@ def _score_one(
       name: functools.partial(getattr(heuristics, name), reasoning)
       for name in HEURISTICS
     }
-  faults: dict[str, str] = {}
+  found: dict[str, float | str] = {}
   for name, reward in rewards.items():
     try:
-      value = custom.to_reward(reward())
+      found[name] = custom.to_reward(reward())
     except Exception as error:
-      value = functions.one_line(error)
-    if isinstance(value, str):
-      faults[name] = value
-    else:
-      values[COMPONENTS.index(name)] = value
-  return verdict.answer, values, faults
+      found[name] = functions.one_line(error)
+  return found

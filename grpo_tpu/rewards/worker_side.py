@@ -48,34 +48,26 @@ def load(*paths: str) -> functions.Failure | bool:
 
 
 def advance(
-  calls: Sequence[tuple[str, str, Sequence[str]]],
-  examples: Sequence[Mapping[str, Any]],
-  rows: Sequence[int],
+  calls: Sequence[tuple[str, str, Sequence[tuple[str, str]]]],
+  examples: Mapping[str, Mapping[str, Any]],
   seconds: float,
   retries: int,
 ) -> dict[str, list[float | str]] | functions.Failure:
   """Starts calls, and waits a moment for those that are in flight.
 
-  Calls have a key, a path and completions; `examples` and `rows` are what
-  `custom.encode` gives. Returns by key, for each completion of a call that has
-  ended, a finite float or the reason why it has none; or why a function of
-  lists failed.
+  Calls have a key, a path and rows: a completion and the key of its example.
+  Returns by key, for each row of a call that has ended, a finite float or the
+  reason why it has none; or why a function of lists failed.
   """
-  problems = custom.decode(examples)
-  answered = (problems[row] for row in rows)
-  ended = {}
-  for key, path, completions in calls:
-    rewarded = list(itertools.islice(answered, len(completions)))
-    if custom.is_async(reward := _REWARDS[path]):
-      limits = seconds, retries
-      _WAITING.append((key, (reward, *completions, *rewarded, *limits)))
-      continue
-    values = functions.call(_values, (reward, completions, rewarded))
-    if isinstance(values, functions.Failure):
-      return values
-    ended[key] = values
-  if ended:
-    return ended
+  problems = {key: custom.decode(each) for key, each in examples.items()}
+  for key, path, rows in calls:
+    pairs = [(completion, problems[x]) for completion, x in rows]
+    if not custom.is_async(reward := _REWARDS[path]):  # It is called alone.
+      values = functions.call(
+        _values, (reward, *map(list, zip(*pairs, strict=True)))
+      )
+      return values if isinstance(values, functions.Failure) else {key: values}
+    _WAITING.append((key, (reward, *pairs[0], seconds, retries)))
   try:
     return _RUNNER.run(_advance(min(_TURN_SECONDS, seconds / 2)))
   except BaseException:  # The trainer repeats all calls in another worker.
@@ -92,22 +84,19 @@ def _values(
   values: Any = reward(completions, problems)
   if inspect.iscoroutine(values):
     values.close()  # Else Python warns that nobody has awaited it.
-  if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(
-    values, "__iter__"
-  ):
+  unordered = str, bytes, Mapping, Set
+  if isinstance(values, unordered) or not hasattr(values, "__iter__"):
     raise TypeError(
       "it must return a list of one number per completion, not an object of "
       f"type {type(values).__name__}"
     )
   # One more than there may be, because a generator may never end.
-  rewards: Any = values
-  found = list(itertools.islice(rewards, len(completions) + 1))
-  if len(found) != len(completions):
-    count = len(found) if len(found) < len(completions) else "too many"
-    raise TypeError(
-      f"it gave {count} rewards for {len(completions)} completions"
-    )
-  return [custom.to_reward(value) for value in found]
+  count = len(completions)
+  found = list(itertools.islice(values, count + 1))
+  if len(found) != count:
+    given = len(found) if len(found) < count else "too many"
+    raise TypeError(f"it gave {given} rewards for {count} completions")
+  return list(map(custom.to_reward, found))
 
 
 async def _advance(seconds: float) -> dict[str, list[float | str]]:
@@ -139,9 +128,8 @@ async def _reward(
     if attempt:
       await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     # A task of its own, because it may cancel itself or refuse to end.
-    task = asyncio.create_task(
-      _outcome(reward, completion=completion, problem=problem)
-    )
+    call = _outcome(reward, completion=completion, problem=problem)
+    task = asyncio.create_task(call)
     await asyncio.wait([task], timeout=seconds)
     if not task.done():
       reason = f"it took longer than {seconds:g} seconds"
