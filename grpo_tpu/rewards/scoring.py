@@ -65,7 +65,8 @@ class RawScores:
   answers: list[str | None]  # The answer extracted from each completion.
   is_present: np.ndarray  # bool [N]; False for a stand-in, which is no row.
   values: np.ndarray  # float32 [components, N], before weights.
-  faults: dict[tuple[int, int], str]  # Reasons of failures by (component, row).
+  # Reasons of failures by (component, row), but for those of stand-ins.
+  faults: dict[tuple[int, int], str]
   abstained: np.ndarray  # bool [N], True where the rules have no verdict.
 
   @property
@@ -74,7 +75,7 @@ class RawScores:
     failures = np.zeros(self.values.shape, bool)
     for index in self.faults:
       failures[index] = True
-    return failures & self.is_present
+    return failures
 
 
 def score(
@@ -155,9 +156,12 @@ def start(
     for component, path in enumerate(config.custom, start=len(COMPONENTS)):
       for row, call in zip(rows, started[path], strict=True):
         found[component, row] = call.result()
-    faults = {k: x for k, x in found.items() if isinstance(x, str)}
-    for place in found.keys() - faults.keys():
-      values[place] = found[place]
+    faults: dict[tuple[int, int], str] = {}
+    for place, result in found.items():
+      if not isinstance(result, str):
+        values[place] = result
+      elif is_present[place[1]]:
+        faults[place] = result
     return RawScores(problems, answers, is_present, values, faults, abstained)
 
   return finish
@@ -258,9 +262,8 @@ class _Session:
     found = collections.defaultdict[tuple[str, str], list[str]](list)
     for part in parts:
       for (component, row), fault in part.faults.items():
-        if part.is_present[row]:
-          pid = printable(part.problems[row].pid)
-          found[self._names[component], fault].append(pid)
+        pid = printable(part.problems[row].pid)
+        found[self._names[component], fault].append(pid)
     self._first = {}
     for (name, fault), pids in found.items():
       self._first.setdefault(name, f", of problem {pids[0]}: {fault}")

@@ -91,8 +91,9 @@ def _values(
       f"type {type(values).__name__}"
     )
   # One more than there may be, because a generator may never end.
+  rewards: Any = values
   count = len(completions)
-  found = list(itertools.islice(values, count + 1))
+  found = list(itertools.islice(rewards, count + 1))
   if len(found) != count:
     given = len(found) if len(found) < count else "too many"
     raise TypeError(f"it gave {given} rewards for {count} completions")
