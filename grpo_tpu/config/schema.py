@@ -409,10 +409,7 @@ def _check_divisions(config: Config) -> None:
     "eval.batch_size": config.eval.batch_size,
   }
   multiple = f"of mesh.replica * mesh.fsdp ({shards})"
-  for name, size in sizes.items():
-    nearest = max(1, round(size / shards)) * shards
-    rule = (name, size % shards == 0, f"be a multiple {multiple}", nearest)
-    require_all(config, "", rule)
+  rule = f"be a multiple {multiple}"
   divisor = f"divide data.prompts_per_step ({prompts})"
   divides = part is None or (
     part > 0 and part % shards == 0 and prompts % part == 0
@@ -420,6 +417,10 @@ def _check_divisions(config: Config) -> None:
   parts = f"be None, or {divisor} into multiples {multiple}"
   require_all(
     *(config, ""),
+    *(
+      (name, size % shards == 0, rule, max(1, round(size / shards)) * shards)
+      for name, size in sizes.items()
+    ),
     ("train.microbatch_bundles", prompts % bundles == 0, divisor, prompts),
     ("rollout.prompts_at_a_time", divides, parts, shards),
   )

@@ -7,7 +7,8 @@ run is read at its newest checkpoint.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -91,32 +92,30 @@ def fix_networks(config: Config, workdir: str) -> Config:
   record = run_record.read(workdir) if workdir else None
   saved = record["essence"] if record else {}
 
-  def fix(name: str, index: int, weights: str) -> str:
-    before = saved.get(f"rewards.{name}", [])[index : index + 1]
-    was = str(before[0][0]) if before else ""
-    return fix_one(f"rewards.{name}", was, weights)
-
-  def fix_one(setting: str, was: str, weights: str) -> str:
+  def fix(setting: str, was: str, weights: str) -> str:
     if weights in ("", "self"):
       return weights
     is_same = load.split_run(was)[0] == load.split_run(weights)[0]
     if is_same and not weights.rpartition("@")[2].isdecimal():
       return was
-    return networks.read_settings(
-      weights, config.model, setting=setting
-    ).weights
+    found = networks.read_settings(weights, config.model, setting=setting)
+    return found.weights
+
+  def fix_all(setting: str, named: Sequence[Any]) -> tuple[Any, ...]:
+    before = [str(was) for was, *_ in saved.get(setting, [])]
+    pairs = itertools.zip_longest(named, before[: len(named)], fillvalue="")
+    return tuple(
+      (fix(setting, was, weights), *rest) for (weights, *rest), was in pairs
+    )
 
   rewards = config.rewards
-  fixed = {
-    name: tuple(
-      (fix(name, index, weights), *rest)
-      for index, (weights, *rest) in enumerate(getattr(rewards, name))
-    )
-    for name in ("models", "judges")
-  }
-  rewards = dataclasses.replace(rewards, **fixed)
+  rewards = dataclasses.replace(
+    rewards,
+    models=fix_all("rewards.models", rewards.models),
+    judges=fix_all("rewards.judges", rewards.judges),
+  )
   name, objective = "objective.teacher", config.objective
-  teacher = fix_one(name, str(saved.get(name, "")), objective.teacher)
+  teacher = fix(name, str(saved.get(name, "")), objective.teacher)
   objective = dataclasses.replace(objective, teacher=teacher)
   return dataclasses.replace(config, rewards=rewards, objective=objective)
 
@@ -134,23 +133,23 @@ def network_identity(
   from grpo_tpu.rewards import model
 
   found = model.read_models(config.rewards, config.model)
-  for weights, *_ in config.rewards.judges:
-    if weights != "self":
-      judge = weights, config.model
-      found.append(networks.read_settings(*judge, setting="rewards.judges"))
-  teachers = [config.teacher] if config.distills else []
-  found += teachers
+  found += [
+    networks.read_settings(weights, config.model, setting="rewards.judges")
+    for weights, *_ in config.rewards.judges
+    if weights != "self"
+  ]
+  found += [config.teacher] if config.distills else []
   model.check_data(found, tokenizer, has_images=has_images)
   named = [x for x, *_ in (*config.rewards.models, *config.rewards.judges)]
+  named = dict(zip(config.rewards.network_weights, named, strict=True))
+  contents = {f"rewards: contents of {name}": x for name, x in named.items()}
+  teacher = config.teacher.weights if config.distills else ""
+  contents["objective.teacher: contents"] = teacher
   contents = {
-    f"rewards: contents of {name}": networks.fingerprint(weights)
-    for name, weights in zip(config.rewards.network_weights, named, strict=True)
-    if weights != "self"
+    name: networks.fingerprint(weights)
+    for name, weights in contents.items()
+    if weights not in ("", "self")
   }
-  for teacher in teachers:
-    contents["objective.teacher: contents"] = networks.fingerprint(
-      teacher.weights
-    )
   return contents | {
     f"rewards: template of judge_{number}": judge_templates.open_template(
       template

@@ -57,17 +57,14 @@ def per_token_logps(
   chunk_size = min(chunk_size, num_tokens)
   padding = -num_tokens % chunk_size
 
-  def chunks(x, *width):
+  def chunks(x):
+    width = x.shape[ids.ndim :]
     flat = x.reshape(num_tokens, *width)
     flat = jnp.pad(flat, ((0, padding), *[(0, 0)] * len(width)))
     return flat.reshape(-1, chunk_size, *width)
 
-  args = (
-    chunks(states, states.shape[-1]),
-    chunks(ids),
-    None if is_early is None else chunks(is_early),
-    None if teacher is None else chunks(teacher[0], teacher[0].shape[-1]),
-  )
+  theirs, their_embedding = teacher or (None, None)
+  args = jax.tree.map(chunks, (states, ids, is_early, theirs))
   # The backward pass of several chunks recomputes their logits. With one chunk
   # the logits may stay: only the loss stands between forward and backward.
   keeps_logits = num_tokens == chunk_size
@@ -75,7 +72,7 @@ def per_token_logps(
 
   def score_chunk(args):
     states, ids, is_early, theirs = args
-    pair = None if teacher is None else (theirs, teacher[1])
+    pair = None if theirs is None else (theirs, their_embedding)
     return _score(spec, states, embedding, ids, is_early, pair)
 
   if keeps_logits:
@@ -110,27 +107,24 @@ def sharded_per_token_logps(
   def score(rows, embeddings, vocab_axis=None):
     states, ids, is_early, theirs = rows
     return per_token_logps(
-      states,
-      ids,
-      embeddings[0],
+      *(states, ids, embeddings[0]),
       is_early=is_early,
-      teacher=None if teacher is None else (theirs, embeddings[1]),
+      teacher=None if theirs is None else (theirs, embeddings[1]),
       vocab_axis=vocab_axis,
       **kwargs,
     )
 
   def score_shard(rows, embeddings):
-    whole = [_gather_columns(x.astype(states.dtype)) for x in embeddings]
     # Gradients of chunks add up in the type of the parameter.
-    types = [x.dtype for x in embeddings]
-    whole = [x.astype(y) for x, y in zip(whole, types, strict=True)]
+    whole = [
+      _gather_columns(x.astype(states.dtype)).astype(x.dtype)
+      for x in embeddings
+    ]
     return score(rows, whole, vocab_axis="tensor")
 
-  theirs, their_embedding = (
-    ((x,) for x in teacher) if teacher else ((None,), ())
-  )
-  rows = (states, ids, is_early, *theirs)
-  embeddings = (embedding, *their_embedding)
+  theirs, their_embedding = teacher or (None, None)
+  rows = (states, ids, is_early, theirs)
+  embeddings = (embedding, their_embedding)[: 2 if teacher else 1]
   if mesh.empty or mesh.size == 1 or states.shape[0] % shards:
     return score(rows, embeddings)
   return jax.shard_map(

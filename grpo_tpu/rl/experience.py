@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
@@ -23,12 +22,12 @@ from grpo_tpu.rewards.networks import Completed, NetworkReward
 from grpo_tpu.rewards.settings import HEURISTICS
 from grpo_tpu.rl import (
   diagnostics,
-  objective,
   preference_metrics,
   reward_health,
   samples,
   set_metrics,
   shaping,
+  step_groups,
 )
 from grpo_tpu.rl.settings import CollectorConfig
 from grpo_tpu.rl.train_batch import ScoredGroups, TrainBatch
@@ -89,49 +88,33 @@ class Collector:
     """
     if self.config.kind != "online":
       return self._collect_offline(params, prompts, num_shown)
+    shaped, mesh = self.config.shaping, self.sampler.mesh
+    resamples = shaped.zero_variance == "resample"
+    last = position + (shaped.max_batches if resamples else 1)
+    groups, metrics, kept = None, [], []
     # A step that is interrupted is collected again from its first batch.
     with self.combination.transaction():
-      experience = self._collect_online(
-        params,
-        prompts,
-        key,
-        position=position,
-        num_shown=num_shown,
-        poll=poll,
-      )
-    if not self.config.rewards.watched:
-      return experience
-    novelty = self.first_tokens.novelty(
-      experience.batch.completion_ids, experience.batch.completion_mask
-    )
-    return dataclasses.replace(experience, metrics=experience.metrics | novelty)
-
-  def _collect_online(
-    self, params, prompts, key, *, position, num_shown, poll
-  ) -> Experience:
-    resamples = self.config.shaping.zero_variance == "resample"
-    limit = self.config.shaping.max_batches if resamples else 1
-    groups, metrics, kept = None, [], []
-    for number in range(position + 1, position + limit + 1):
-      new, batch_metrics, new_samples = self._sample_batch(
-        params,
-        prompts,
-        jax.random.fold_in(key, number),
-        first_group=len(metrics) * len(groups.group) if groups else 0,
-        num_shown=0 if num_shown and groups else num_shown,
-        poll=poll,
-      )
-      metrics.append(batch_metrics)
-      kept += new_samples
-      groups = _best_groups(self.sampler.mesh, groups, new) if groups else new
-      if number < position + limit:
-        if jax.jit(shaping.has_signal)(groups.compared, groups.valid).all():
-          break
-    assert groups is not None
-    batch, advantage_metrics = self._add_advantages(groups)
-    step_metrics = _combine_metrics(metrics) | advantage_metrics
-    if num_shown is not None:
-      kept = samples.with_advantages(self.sampler, kept, groups.group, batch)
+      for number in range(position + 1, last + 1):
+        new, batch_metrics, new_samples = self._sample_batch(
+          *(params, prompts, jax.random.fold_in(key, number)),
+          first_group=len(metrics) * len(groups.group) if groups else 0,
+          num_shown=0 if num_shown and groups else num_shown,
+          poll=poll,
+        )
+        metrics.append(batch_metrics)
+        kept += new_samples
+        groups = step_groups.best(mesh, groups, new) if groups else new
+        if number < last:
+          if jax.jit(shaping.has_signal)(groups.compared, groups.valid).all():
+            break
+      assert groups is not None
+      batch, advantage_metrics = step_groups.add_advantages(groups, self.config)
+      step_metrics = _combine_metrics(metrics) | advantage_metrics
+      if num_shown is not None:
+        kept = samples.with_advantages(self.sampler, kept, groups.group, batch)
+    if self.config.rewards.watched:
+      tokens = batch.completion_ids, batch.completion_mask
+      step_metrics |= self.first_tokens.novelty(*tokens)
     return Experience(batch, step_metrics, kept, len(metrics))
 
   def _sample_batch(
@@ -246,7 +229,9 @@ class Collector:
       kept = samples.given_samples(self.sampler, batch, num_shown)
       return Experience(labelled, metrics, kept, 1)
     groups, preferred, errors = self.preference_groups(params, batch)
-    train_batch, advantage_metrics = self._add_advantages(groups)
+    train_batch, advantage_metrics = step_groups.add_advantages(
+      groups, self.config
+    )
     chosen, rejected, is_pair = preference_metrics.all_pairs(
       groups.rewards["total"], preferred
     )
@@ -362,20 +347,6 @@ class Collector:
       prompt_ids, prompt_length, images, ids, mask, pixels=pixels
     )
 
-  def _add_advantages(self, groups: ScoredGroups) -> tuple[TrainBatch, Metrics]:
-    changes, metrics = _advantages(
-      groups.compared,
-      groups.rewards["heuristics"],
-      groups.valid,
-      groups.batch.completion_mask,
-      paid=self.config.paid_apart,
-      scale=self.config.advantage_scale,
-      baseline=self.config.advantage_baseline,
-      clip=self.config.shaping.advantage_clip,
-      drops=self.config.shaping.zero_variance != "keep",
-    )
-    return groups.batch.replace(**changes), metrics
-
   def _gather(self, rows: Any) -> Any:
     return sharding.all_rows(self.sampler.mesh, rows)
 
@@ -443,42 +414,6 @@ def _error_counts(scores: scoring.Scores) -> Metrics:
   return counts | {"reward/errors": sum(scores.errors.values())}
 
 
-def _best_groups(
-  mesh: Any, groups: ScoredGroups, more: ScoredGroups
-) -> ScoredGroups:
-  """As many groups as before: first those with reward variance."""
-
-  def pad(x: jax.Array, other: jax.Array) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, max(other.shape[1] - x.shape[1], 0))
-    return jnp.pad(x, padding)
-
-  def pad_prompts(groups: ScoredGroups, other: TrainBatch) -> ScoredGroups:
-    batch = groups.batch
-    ids = pad(batch.prompt_ids, other.prompt_ids)
-    images = pad(batch.images, other.images)
-    batch = batch.replace(prompt_ids=ids, images=images)
-    if batch.pixels is not None and other.pixels is not None:
-      batch = batch.replace(pixels=pad(batch.pixels, other.pixels))
-    return groups.replace(batch=batch)
-
-  both = pad_prompts(groups, more.batch), pad_prompts(more, groups.batch)
-  return _merge(sharding.batch_sharding(mesh), *both)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _merge(
-  row_sharding: Any, groups: ScoredGroups, more: ScoredGroups
-) -> ScoredGroups:
-  count = groups.valid.shape[0]
-  both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), groups, more)
-  has_signal = shaping.has_signal(both.compared, both.valid)
-  order = jnp.argsort(~has_signal, stable=True)[:count]
-  return jax.tree.map(
-    lambda x: jax.lax.with_sharding_constraint(x[order], row_sharding), both
-  )
-
-
 @functools.partial(jax.jit, static_argnames=("max_length", "soft_tokens"))
 def _penalise_length(rewards, mask, valid, *, max_length, soft_tokens):
   """Rewards with the length penalty, and its mean."""
@@ -488,49 +423,3 @@ def _penalise_length(rewards, mask, valid, *, max_length, soft_tokens):
   total = rewards["total"] + penalty
   rewards = rewards | {"total": total, "length_penalty": penalty}
   return rewards, diagnostics.valid_mean(penalty, valid)
-
-
-@functools.partial(
-  jax.jit, static_argnames=("paid", "scale", "baseline", "clip", "drops")
-)
-def _advantages(
-  compared, heuristics, valid, mask, *, paid, scale, baseline, clip, drops
-):
-  """Changes of a batch that give it advantages, and metrics of these.
-
-  Takes no whole batch, so that it compiles once for all prompt lengths.
-  """
-  in_groups = functools.partial(
-    objective.group_advantages,
-    num_generations=valid.shape[1],
-    scale=scale,
-    baseline=baseline,
-    valid=valid.reshape(-1),
-  )
-  parts = {
-    name: in_groups(x.reshape(-1)).reshape(valid.shape)
-    for name, x in compared.items()
-  }
-  if "total" not in parts:
-    parts = {name: dict(paid)[name] * x for name, x in parts.items()}
-    total = sum(parts.values())
-    heuristics = sum((parts[x] for x in HEURISTICS if x in parts), 0 * total)
-    advantages = objective.normalized_sum(list(parts.values()), valid=valid)
-  else:
-    total, advantages = compared["total"], parts["total"]
-  sample_size = diagnostics.effective_sample_size(advantages)
-  share = diagnostics.advantage_share(
-    heuristics, total, advantages, valid=valid
-  )
-  metrics = {
-    "rollout/effective_sample_size": sample_size,
-    "rollout/heuristic_advantage_share": share,
-  }
-  if clip is not None:
-    advantages = jnp.clip(advantages, -clip, clip)
-  changes = {"advantages": advantages}
-  if drops:
-    has_signal = shaping.has_signal(compared, valid)[:, None]
-    changes["completion_mask"] = mask & has_signal[..., None]
-    changes["counted"] = jnp.broadcast_to(has_signal, valid.shape)
-  return changes, metrics

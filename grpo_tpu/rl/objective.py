@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from data_pipelines.validation import require_one_of
+from grpo_tpu.rl import shaping
 from grpo_tpu.rl.settings import (
   ADVANTAGE_BASELINES,
   ADVANTAGE_SCALES,
@@ -106,9 +107,8 @@ def group_advantages(
 
   # The rounded mean of equal numbers may differ from them, and a small epsilon
   # would magnify the difference.
-  highest = jnp.where(is_valid, groups, -jnp.inf).max(axis=1, keepdims=True)
-  lowest = jnp.where(is_valid, groups, jnp.inf).min(axis=1, keepdims=True)
-  return jnp.where(highest > lowest, advantages, 0.0).reshape(-1)
+  varies = shaping.has_reward_variance(groups, is_valid)[:, None]
+  return jnp.where(varies, advantages, 0.0).reshape(-1)
 
 
 def normalized_sum(
@@ -223,7 +223,7 @@ def policy_loss(
   log_ratio = logps - constant(old_per_token_logps)
   token_ratio = ratio = _ratio(log_ratio)
   if config.importance == "sequence":
-    row_ratio = _ratio(_row_means(log_ratio, mask))
+    row_ratio = _ratio(shaping.row_means(log_ratio, mask))
     ratio = jnp.broadcast_to(row_ratio[:, None], logps.shape)
   weights = jnp.ones_like(logps)
   if sampler_weights is not None:
@@ -290,16 +290,11 @@ def _at_least_one(count):
   return jnp.maximum(count, 1.0)
 
 
-def _row_means(per_token, mask):
-  """Each row's mean over unmasked tokens; `per_token` is 0 on the others."""
-  return per_token.sum(axis=1) / _at_least_one(mask.sum(axis=1))
-
-
 def _aggregate(per_token_loss, mask, config, divisor):
   if divisor is None:
     divisor = denominator(mask, config)
   if config.aggregation == "sequence_mean":
-    total = _row_means(per_token_loss, mask).sum()
+    total = shaping.row_means(per_token_loss, mask).sum()
   else:
     total = per_token_loss.sum()
   return total / _at_least_one(divisor)
@@ -394,7 +389,9 @@ def _kl_gradient(log_ratio, weight, mask, config):
     return both
   # Each token of a row moves the row's ratio by its share.
   slope, both = (jnp.where(mask, x, 0.0) for x in (slope, both))
-  mean_slope, mean = (_row_means(x, mask)[:, None] for x in (slope, both))
+  mean_slope, mean = (
+    shaping.row_means(x, mask)[:, None] for x in (slope, both)
+  )
   return mean + (slope - mean_slope)
 
 

@@ -76,7 +76,7 @@ def sampler_weights(
   """
   gap = jnp.where(mask, old - sampler, 0.0)
   if correction == "sequence":
-    gap = jnp.broadcast_to(_row_means(gap, mask)[..., None], gap.shape)
+    gap = jnp.broadcast_to(row_means(gap, mask)[..., None], gap.shape)
   # As in the loss, a larger gap means that something else is broken.
   weights = jnp.where(mask, jnp.exp(jnp.minimum(gap, 60.0)), 1.0)
   return jax.lax.stop_gradient(weights)
@@ -101,14 +101,14 @@ def is_outlier(
   found = jnp.zeros(advantages.shape, bool)
   if ratio_bounds:
     low, high = ratio_bounds
-    ratio = jnp.exp(_row_means(jnp.where(mask, old - sampler, 0.0), mask))
+    ratio = jnp.exp(row_means(jnp.where(mask, old - sampler, 0.0), mask))
     found = (ratio < low) | (ratio > high)
   if off_policy_bound is not None:
-    drift = _row_means(jnp.where(mask, sampler - logps, 0.0), mask)
+    drift = row_means(jnp.where(mask, sampler - logps, 0.0), mask)
     found |= (advantages < 0) & (drift > off_policy_bound)
   return found
 
 
-def _row_means(per_token: Array, mask: Array) -> Array:
+def row_means(per_token: Array, mask: Array) -> Array:
   """Each row's mean over unmasked tokens; `per_token` is 0 on the others."""
   return per_token.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)

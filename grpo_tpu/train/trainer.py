@@ -43,6 +43,8 @@ from grpo_tpu.rollout import generate
 from grpo_tpu.rollout.sampler import Sampler
 from grpo_tpu.train.skipped_updates import SkippedUpdates
 
+_top_entropy = jax.jit(shaping.top_entropy, static_argnames="share")
+
 
 class Trainer:
   """Trains a policy, step by step. Call it inside `jax.set_mesh(mesh)`.
@@ -137,17 +139,14 @@ class Trainer:
       frozen=params if config.lora else None,
     )
     score_batch = functools.partial(
-      score.score_batch, forward, num_microbatches=config.num_microbatches
+      score.score_batch, num_microbatches=config.num_microbatches
     )
-    self._score_batch = compile_cache.AotJit(jax.jit(score_batch))
+    of_policy = functools.partial(score_batch, forward)
+    self._score_batch = compile_cache.AotJit(jax.jit(of_policy))
     if config.distills:
-      score_batch = functools.partial(
-        score.score_batch,
-        forward.replace(config=config.teacher.network),
-        num_microbatches=config.num_microbatches,
-        gives_states=True,
-      )
-      self._read_batch = compile_cache.AotJit(jax.jit(score_batch))
+      theirs = forward.replace(config=config.teacher.network)
+      of_teacher = functools.partial(score_batch, theirs, gives_states=True)
+      self._read_batch = compile_cache.AotJit(jax.jit(of_teacher))
     self._data = data
     shards, shard_count = sharding.data_shards(mesh)
     self._shards = {"shards": shards, "shard_count": shard_count}
@@ -155,14 +154,13 @@ class Trainer:
     with_pairs = {"": data} if config.data.kind == "preference" else {}
     if config.objective.is_reward_model:
       sets, with_pairs = {}, sets
-    self._eval_batches = {
-      name: evaluate.make_batches(each, config, mesh, name)
-      for name, each in sets.items()
-    }
-    self._pair_batches = {
-      name: evaluate.make_batches(each, config, mesh, name, labelled=True)
-      for name, each in with_pairs.items()
-    }
+    self._eval_batches, self._pair_batches = (
+      {
+        name: evaluate.make_batches(each, config, mesh, name, labelled=labelled)
+        for name, each in group.items()
+      }
+      for group, labelled in ((sets, False), (with_pairs, True))
+    )
     # Prompt shapes to come, until their programs are compiled.
     self._shapes: set[record_index.BatchShape] = set()
     self._prompts: Iterator[pipeline.Batch] = iter(())
@@ -301,46 +299,41 @@ class Trainer:
   def _add_logps(self, state: TrainState, batch: TrainBatch) -> TrainBatch:
     kind, share = self.config.data.kind, self.config.shaping.top_entropy_share
     if self._reference is not None:
-      ref_logps, _ = self._score(self._reference.params, batch)
+      params = self._reference.params
+      ref_logps, _ = self._run(self._score_batch, params, batch)
       batch = batch.replace(
         ref_per_token_logps=ref_logps,
         # The frozen start stands for whoever wrote the completions.
         old_per_token_logps=ref_logps if kind == "preference" else None,
       )
     if self._teacher is not None:
-      states = self._teacher_states(batch)
+      shown = batch
+      if batch.pixels is not None:
+        shown = batch.replace(images=batch.pixels, pixels=None)
+        shown = pictures.with_num_encoded(shown, self.mesh)
+      states = self._run(self._read_batch, self._teacher.params, shown)
       batch = batch.replace(teacher_states=states, pixels=None)
     is_off_policy = self.config.train.num_iterations > 1 and kind == "online"
     is_policy = not self.config.objective.is_reward_model
     weighs_entropy = share < 1 and kind != "demonstrations" and is_policy
     if is_off_policy or weighs_entropy:
-      old_logps, entropy = self._score(self.learner.params(state), batch)
+      params = self.learner.params(state)
+      old_logps, entropy = self._run(self._score_batch, params, batch)
       if is_off_policy:
         batch = batch.replace(old_per_token_logps=old_logps)
       if weighs_entropy:
-        mask = batch.completion_mask
-        weights = _top_entropy_weights(entropy, mask, share=share)
-        batch = batch.replace(token_weights=weights)
+        is_top = _top_entropy(entropy, batch.completion_mask, share=share)
+        batch = batch.replace(token_weights=is_top.astype(jnp.float32))
     # Updates compile for shardings, which must not depend on interruptions. A
     # compiled program would do this once for each shape.
     return jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
-  def _teacher_states(self, batch: TrainBatch) -> jax.Array:
-    assert self._teacher is not None
-    if batch.pixels is not None:
-      batch = batch.replace(images=batch.pixels, pixels=None)
-      batch = pictures.with_num_encoded(batch, self.mesh)
-    params = self._teacher.params
-    states = self._read_batch(params, batch)
-    self._compile_for_shapes(self._read_batch, params, batch)
-    return states
-
-  def _score(
-    self, params: dict, batch: TrainBatch
-  ) -> tuple[jax.Array, jax.Array]:
-    logps, entropy = self._score_batch(params, batch)
-    self._compile_for_shapes(self._score_batch, params, batch)
-    return logps, entropy
+  def _run(
+    self, program: compile_cache.AotJit, params: dict, batch: TrainBatch
+  ) -> Any:
+    found = program(params, batch)
+    self._compile_for_shapes(program, params, batch)
+    return found
 
   def update(
     self, state: TrainState, batch: TrainBatch
@@ -362,9 +355,10 @@ class Trainer:
     while partial.updates_done < self.config.train.num_iterations:
       if partial.updates_done:
         self._poll()
-      number = f"update {partial.updates_done + 1}"
-      total = self.config.train.num_iterations
-      with self._clock.phase("update"), activity.doing(f"{number} of {total}"):
+      number = (
+        f"{partial.updates_done + 1} of {self.config.train.num_iterations}"
+      )
+      with self._clock.phase("update"), activity.doing(f"update {number}"):
         state = self._update_once(state, batch, step)
     self.skipped_updates.check(step, partial.skipped)
     lost_fraction = self.learner.lost_fraction(state)
@@ -463,10 +457,3 @@ def _resize(x: jax.Array, length: int) -> Any:
   """Shape and sharding of an array with a second axis of `length`."""
   shape = (x.shape[0], length, *x.shape[2:])
   return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-
-
-@functools.partial(jax.jit, static_argnames=("share",))
-def _top_entropy_weights(
-  entropy: jax.Array, mask: jax.Array, *, share: float
-) -> jax.Array:
-  return shaping.top_entropy(entropy, mask, share=share).astype(jnp.float32)
