@@ -44,7 +44,7 @@ def names(
   pairs = [x for x in plain if "preference" in x]
   plain = [x for x in plain if x not in pairs]
   if (count := evaluation.num_samples) and not is_reward_model:
-    plain += [f"eval/mean_at_{count}"]
+    plain.append(f"eval/mean_at_{count}")
     plain += [f"eval/pass_at_{k}" for k in evaluation.pass_ks]
   found = list(plain)
   for name, *_ in evaluation.sets:

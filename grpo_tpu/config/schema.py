@@ -324,18 +324,14 @@ def _check_teacher(config: Config) -> None:
   """Checks that the teacher can read what the policy samples."""
   ours, teacher = config.model_config, config.teacher
   theirs = teacher.network
-  size, shown = (x.vision and x.vision.shown_size for x in (ours, theirs))
+  named = "objective.teacher", teacher.weights
   is_ours = theirs.vocab_size == ours.vocab_size and not theirs.has_score
+  rule = f"be a language model with the ids of {config.model.name}"
+  require(is_ours, *named, rule, "")
+  size, shown = (x.vision and x.vision.shown_size for x in (ours, theirs))
   fits = not (size and shown) or size == shown
-  for holds, rule, remedy in (
-    (is_ours, f"be a language model with the ids of {config.model.name}", ""),
-    (
-      fits,
-      f"read images of the policy's {size} pixels, and not of {shown}",
-      f"set model.image_size={teacher.image_size}",
-    ),
-  ):
-    require(holds, "objective.teacher", teacher.weights, rule, remedy)
+  rule = f"read images of the policy's {size} pixels, and not of {shown}"
+  require(fits, *named, rule, f"set model.image_size={teacher.image_size}")
   _check_mesh(config, theirs)
 
 

@@ -119,8 +119,8 @@ def normalized_sum(
 ) -> Float[Array, "*rows"]:
   """The sum of several advantages over its standard deviation in the batch.
 
-  With one weighted `group_advantages` for each reward, GDPO's (equations 4 to
-  7). Every group's advantages sum to 0, so the batch's mean is 0 already.
+  Of weighted `group_advantages` it is GDPO's (equations 4 to 7); the batch's
+  mean is 0, because every group's advantages sum to 0.
   """
   total = jnp.stack([jnp.asarray(x, jnp.float32) for x in parts]).sum(axis=0)
   count = jnp.asarray(valid).sum()
@@ -136,10 +136,8 @@ def denominator(
 ) -> Float[Array, ""]:
   """The divisor of the loss over these rows; the divisors of parts add up.
 
-  The number of unmasked tokens for "token_mean", the number of rows (empty ones
-  too) for "sequence_mean", and the number of rows times
-  `config.max_completion_length` for "constant". `row_mask` is False on rows
-  that are not part of the batch, whose tokens are all masked.
+  See `ObjectiveConfig.aggregation`; rows without a token count too. `row_mask`
+  is False on rows that are not part of the batch, whose tokens are all masked.
   """
   completion_mask = jnp.asarray(completion_mask)
   if config.aggregation == "token_mean":
@@ -173,32 +171,28 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
   """The clipped GRPO objective plus the KL term, negated: lower is better.
 
-  Over the microbatches of one optimizer batch, the losses, gradients and
-  metrics ADD UP to those of the whole batch if every call is given the whole
-  batch's `denominator` and `num_tokens`.
+  Losses, gradients and metrics of microbatches ADD UP to those of the batch if
+  each is given the whole batch's `denominator` and `num_tokens`.
 
   Args:
-    per_token_logps: Log-probabilities under the policy being trained; the
-      gradient flows through these alone.
-    old_per_token_logps: The same under the policy that sampled them. None
-      means the current ones, without gradient, so that the ratio is 1.
-    ref_per_token_logps: The same under the frozen reference. None means the
-      current ones, without gradient.
+    per_token_logps: Log-probabilities under the policy being trained; they
+      alone carry the gradient.
+    old_per_token_logps: The same under the policy that sampled; None means the
+      current ones, without gradient, so that the ratio is 1.
+    ref_per_token_logps: The same under the frozen reference, or None.
     advantages: One per completion, from `group_advantages`.
-    completion_mask: True on sampled tokens up to and including the end of
-      turn; False on padding, where the other arrays may hold anything.
+    completion_mask: True on sampled tokens, the end of turn included; elsewhere
+      the other arrays may hold anything.
     config: The terms of the loss.
-    denominator: The whole batch's `objective.denominator`, if this call sees a
-      part of it.
-    num_tokens: The whole batch's number of unmasked tokens, which the metrics
-      are averaged over. None means `denominator` for "token_mean", and
-      otherwise this call's own number.
-    sampler_weights: exp(old - sampler log-probability), which corrects for a
-      sampler that differs from the old policy; capped at `config.tis_cap`. The
-      KL is not weighted.
+    denominator: The whole batch's `objective.denominator`, by default this
+      part's.
+    num_tokens: The whole batch's number of unmasked tokens, the divisor of the
+      metrics. By default `denominator` for "token_mean", else this part's own.
+    sampler_weights: exp(old - sampler log-probability), capped at
+      `config.tis_cap`; the KL is not weighted.
     token_weights: Other factors of each token's surrogate, uncapped.
-    kl: The KL term, with its gradient, if the caller knows it exactly: that of
-      each position to a teacher. The reference is not read then.
+    kl: The exact KL to a teacher at each position, with its gradient, in the
+      place of the reference's.
 
   Returns:
     The loss, averaged as `config.aggregation` says, and metrics averaged over

@@ -68,12 +68,10 @@ def encode(
     return batch, None
   tower = params["vision_encoder"]
   types = jax.tree.map(lambda x: x.dtype, tower)
-
-  def features_of(tower):
-    return _features(forward, batch, num_parts, tower, types)
-
-  tower = jax.tree.map(lambda x: x.astype(jnp.float32), tower)
-  features, pull = jax.vjp(features_of, tower)
+  features, pull = jax.vjp(
+    lambda tower: _features(forward, batch, num_parts, tower, types),
+    jax.tree.map(lambda x: x.astype(jnp.float32), tower),
+  )
 
   def tower_gradient(gradient: Array) -> dict:
     tree = {"vision_encoder": pull(gradient.astype(features.dtype))[0]}

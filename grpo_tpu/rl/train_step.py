@@ -49,13 +49,12 @@ def make_train_step(
 
   It takes a state, a batch and, for `lora` adapters, the frozen parameters; and
   the output embedding of a teacher whose states are in the batch. It gives the
-  new state and metrics named without their group. `state.step` is the caller's
-  to advance, who may update several times on one batch. A gradient that is not
-  finite leaves parameters and optimizer unchanged.
+  new state, whose `step` is the caller's to advance, and metrics named without
+  their group. A gradient that is not finite changes neither parameters nor
+  optimizer.
 
   `config` None takes the mean negative log-probability of demonstrations; with
   a `PairLossConfig` the state is a reward model's.
-  `num_microbatches` divides the bundles of a batch.
   """
   bounds = {"ratio_bounds": ratio_bounds, "off_policy_bound": off_policy_bound}
   bounds = {k: x for k, x in bounds.items() if x not in ((), None)}
@@ -170,7 +169,7 @@ class _Loss:
 
   def _policy_loss(self, micro, logps, totals, kl=None):
     assert isinstance(self.config, ObjectiveConfig)
-    shape, mask = (-1, logps.shape[-1]), micro.completion_mask
+    mask = micro.completion_mask
     sampler_weights, outliers = None, {}
     if self.bounds and micro.sampler_logps is not None:
       is_outlier = shaping.is_outlier(
@@ -191,18 +190,21 @@ class _Loss:
         mask,
         correction=self.sampler_correction,
       )
+    rows = {
+      "per_token_logps": logps,
+      "old_per_token_logps": micro.old_per_token_logps,
+      "ref_per_token_logps": micro.ref_per_token_logps,
+      "completion_mask": mask,
+      "sampler_weights": sampler_weights,
+      "token_weights": micro.token_weights,
+      "kl": kl,
+    }
     loss, metrics = objective.policy_loss(
-      logps.reshape(shape),
-      _rows(micro.old_per_token_logps, shape),
-      _rows(micro.ref_per_token_logps, shape),
-      micro.advantages.reshape(-1),
-      mask.reshape(shape),
+      **jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows),
+      advantages=micro.advantages.reshape(-1),
       config=self.config,
       denominator=totals["denominator"],
       num_tokens=totals["num_tokens"],
-      sampler_weights=_rows(sampler_weights, shape),
-      token_weights=_rows(micro.token_weights, shape),
-      kl=_rows(kl, shape),
     )
     return loss, metrics | outliers
 
@@ -277,10 +279,6 @@ def _apply_if(
   # Sharded as they came, or the next update would be another program.
   params, opt_state = sharding.constrain_params((params, opt_state))
   return state.replace(params=params, opt_state=opt_state)
-
-
-def _rows(logps: Array | None, shape: tuple[int, int]) -> Array | None:
-  return None if logps is None else logps.reshape(shape)
 
 
 def _old_logps(micro: TrainBatch, logps: Array) -> Array:

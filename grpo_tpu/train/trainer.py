@@ -148,8 +148,6 @@ class Trainer:
       of_teacher = functools.partial(score_batch, theirs, gives_states=True)
       self._read_batch = compile_cache.AotJit(jax.jit(of_teacher))
     self._data = data
-    shards, shard_count = sharding.data_shards(mesh)
-    self._shards = {"shards": shards, "shard_count": shard_count}
     sets = eval_sets.open_sets(config, data)
     with_pairs = {"": data} if config.data.kind == "preference" else {}
     if config.objective.is_reward_model:
@@ -196,12 +194,14 @@ class Trainer:
     """Reads data from where `state`, and the step under way, have come to."""
     self.state, self.partial, self._step = state, partial, None
     position = int(state.position) + (partial.num_batches if partial else 0)
+    shards, shard_count = sharding.data_shards(self.mesh)
     with validation.user_errors():
       batches = self._data.train_batches(
         seed=self.config.seed,
         max_new_tokens=self.config.rollout.max_new_tokens,
         start_step=position,
-        **self._shards,
+        shards=shards,
+        shard_count=shard_count,
       )
     num_batches = self.config.train.num_steps
     if self.config.shaping.zero_variance == "resample":
@@ -228,21 +228,18 @@ class Trainer:
       shapes = set().union(*(x.shapes() for x in self._eval_batches.values()))
       batch = {"num_prompts": config.eval.batch_size}
       plans += [(shapes, batch | way) for way in config.eval.ways]
+    models = self._reward_models
     total = sum(self.sampler.num_programs(x, **how) for x, how in plans)
-    total += sum(len({s[:2] for s in x}) for x, _ in plans) * len(
-      self._reward_models
-    )
+    total += sum(len({s[:2] for s in x}) for x, _ in plans) * len(models)
     folder = compile_cache.describe_folder()
     logging.info("Compiling %d programs (%s).", total, folder)
     with activity.doing("Compiling", total=total, unit="programs"):
       for shapes, how in plans:
         self.sampler.compile_ahead(params, shapes, **how)
-        shown = {shape[:2] for shape in shapes}
-        for each in self._reward_models:
+        for each in models:
           each.compile_ahead(
-            shown,
-            how["num_prompts"],
-            how.get("num_completions", 1),
+            {shape[:2] for shape in shapes},
+            *(how["num_prompts"], how["num_completions"]),
             config.rollout.max_new_tokens,
           )
 
@@ -427,16 +424,18 @@ class Trainer:
     self, program: compile_cache.AotJit, first: Any, batch: Any, *rest: Any
   ) -> None:
     """Compiles a program for the prompt shapes to come, after a call of it."""
-    ids, images = batch.prompt_ids, batch.images
-    current = (ids.shape[1], images.shape[1], batch.num_encoded)
-    others = {}
+    abstract, others = _abstract(batch), {}
+    ids, images = abstract.prompt_ids, abstract.images
     for length, per_row, num_images in sorted(self._shapes):
-      other = _abstract(batch).replace(
-        prompt_ids=_resize(ids, length), images=_resize(images, per_row)
+      other = abstract.replace(
+        prompt_ids=ids.update(shape=(len(batch.prompt_ids), length)),
+        images=images.update(
+          shape=(images.shape[0], per_row, *images.shape[2:])
+        ),
       )
       other = pictures.with_num_encoded(other, self.mesh, num_images)
       others[length, per_row, other.num_encoded] = other
-    others.pop(current, None)
+    others.pop((ids.shape[1], images.shape[1], batch.num_encoded), None)
     for other in others.values():
       program.prepare(_abstract(first), other, *_abstract(rest))
       if pictures.has_pixels(other):
@@ -451,9 +450,3 @@ def _abstract(tree: Any) -> Any:
     ),
     tree,
   )
-
-
-def _resize(x: jax.Array, length: int) -> Any:
-  """Shape and sharding of an array with a second axis of `length`."""
-  shape = (x.shape[0], length, *x.shape[2:])
-  return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
