@@ -36,9 +36,7 @@ def per_token_logps(
   """Log-probability of each id and entropy of its distribution, in fp32 nats.
 
   With a teacher also KL(distribution || teacher's), over the whole vocabulary.
-
-  The logits of `chunk_size` tokens exist at a time, in the backward pass too,
-  which recomputes them if there is more than one chunk.
+  The logits of `chunk_size` tokens exist at a time, in the backward pass too.
 
   Args:
     states: Final states that predict `ids`; carries the gradient.
@@ -94,11 +92,10 @@ def sharded_per_token_logps(
 ) -> tuple[Float[Array, "U C T"], ...]:
   """`per_token_logps`, with each data shard scoring its own bundles.
 
-  The compiler alone would split every chunk's logits along `D` and sum them
-  over the devices. Here the embedding is gathered once, and its gradient
-  scattered once, whatever the number of chunks; `chunk_size` counts tokens of a
-  shard. Tensor shards hold the logits of their part of the vocabulary. Uses the
-  mesh of `jax.set_mesh`; without one, or if the mesh does not divide the
+  The compiler alone would sum every chunk's logits over the devices. Here the
+  embedding is gathered once, and its gradient scattered once; `chunk_size`
+  counts tokens of a shard. Tensor shards hold the logits of their part of the
+  vocabulary. Without the mesh of `jax.set_mesh`, or if it does not divide the
   bundles, it is plain `per_token_logps`, whose arguments it takes.
   """
   mesh, (batch,) = jax.sharding.get_abstract_mesh(), sharding.BATCH
@@ -169,14 +166,9 @@ class _LogitsSpec(NamedTuple):
 
   def logits(self, is_early, states, embedding) -> Array:
     """Logits of this shard's part of the vocabulary."""
+    how = {"temperature": self.temperature, "banned_ids": self.banned_ids}
     first = self.first_id(len(embedding))
-    logits = output_logits(
-      states,
-      embedding,
-      temperature=self.temperature,
-      banned_ids=self.banned_ids,
-      first_id=first,
-    )
+    logits = output_logits(states, embedding, first_id=first, **how)
     if is_early is None:
       return logits
     return mask_stop_tokens(logits, is_early, first_id=first)
@@ -240,8 +232,8 @@ def _score_forward(spec, states, embedding, ids, is_early, teacher):
 
 
 def _score_backward(spec, residuals, gradients):
-  states, embedding, ids, is_early, teacher, *found = residuals
-  peak, total, mean, kept, kl = found
+  states, embedding, ids, is_early, teacher, peak, *found = residuals
+  total, mean, kept, kl = found
   # The gradient of a result that shards share arrives in parts, one per shard.
   d_logps, d_entropies, *d_kl = (spec.total(x)[:, None] for x in gradients)
   logits, pull = jax.vjp(
@@ -258,8 +250,8 @@ def _score_backward(spec, residuals, gradients):
     )
     slope -= d_kl[0] * (log_ratio - kl[:, None])
   num_ids = below.shape[-1]
-  own_ids = jnp.arange(num_ids)[None]
-  is_chosen = own_ids == ids[:, None] - spec.first_id(num_ids)
+  column = ids[:, None] - spec.first_id(num_ids)
+  is_chosen = jnp.arange(num_ids)[None] == column
   gradient = jnp.where(is_chosen, d_logps, 0.0) - probabilities * slope
   return *pull(gradient), None, None, None
 
@@ -277,10 +269,8 @@ def output_logits(
 ) -> Float[Array, "*batch V"]:
   """Logits in fp32, whatever the type of states and embedding.
 
-  Sampler and trainer both use this function, so a banned id is in neither's
-  softmax and a sampled token has the probability that is trained. If only one
-  of them banned it, the ratio would start off 1. `first_id` is the id of the
-  first row of an output embedding that is a part.
+  Sampler and trainer both use it: a banned id is in neither's softmax, or the
+  ratio would start off 1. `first_id` is the id of the embedding's first row.
   """
   logits = jnp.einsum(
     "...d,vd->...v",

@@ -37,8 +37,7 @@ def advantage_share(
 
   The part and the rest of the total are centered on their group's mean and
   scaled as the group's advantages were. The share is the part's absolute sum
-  over that of both: 0 if the part never differs within a group, 1 if only the
-  part does, 0 if nothing does. Only valid rows count.
+  over that of both; 0 if nothing differs. Only valid rows count.
   """
   part, total, advantages = (
     jnp.asarray(x, jnp.float32) for x in (part, total, advantages)
@@ -73,10 +72,8 @@ def reward_statistics(
 ) -> Metrics:
   """Means and spreads of the valid rewards, over the batch and within groups.
 
-  The rewards "total" and "heuristics" are sums of the others, and a
-  "length_penalty" is no reward. Accuracy counts
-  the rows `known` alone: the valid ones that rules can check. Groups are
-  unanimous in the rewards that are `compared`, by default the total.
+  Accuracy counts the rows `known` alone: the valid ones that rules can check.
+  Groups are unanimous in the rewards `compared`, by default the total.
   """
   total = rewards["total"]
   correct = rewards["accuracy"] > 0.5

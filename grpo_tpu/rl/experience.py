@@ -77,10 +77,9 @@ class Collector:
   ) -> Experience:
     """Collects the experience of one step.
 
-    With `shaping.zero_variance="resample"` (dynamic sampling, DAPO) further
-    batches are read until all groups of the step have rewards that differ, or
-    `shaping.max_batches` are read. Groups with variance come first, in the
-    order of the data. Metrics are means over all batches, kept or not.
+    To resample (`shaping.zero_variance`; dynamic sampling, DAPO), batches are
+    read until all groups of the step have rewards that differ. Those come
+    first, in the order of the data. Metrics are means over all batches.
 
     `prompts` are the batches from number `position` on, and each batch's key is
     folded from the run's and its number. TensorBoard shows `num_shown` samples;
@@ -208,17 +207,10 @@ class Collector:
     batch = batch.replace(completion_mask=mask, sampler_logps=completions.logps)
     return ScoredGroups(batch, rewards, valid, group, apart), metrics
 
-  def _collect_offline(
-    self,
-    params: dict,
-    prompts: Iterator[pipeline.Batch],
-    num_shown: int | None,
-  ) -> Experience:
+  def _collect_offline(self, params, prompts, num_shown) -> Experience:
     """Takes the completions that come with the next batch.
 
-    Demonstrations, and pairs for a reward model, have no advantages. The
-    completions of a preference group are scored by the rewards, as sampled ones
-    are, or by their labels.
+    Demonstrations, and pairs for a reward model, have no advantages.
     """
     start = time.perf_counter()
     batch = next(prompts)
@@ -267,11 +259,10 @@ class Collector:
   def preference_groups(
     self, params: dict, prompts: pipeline.Batch, *, split: str = ""
   ) -> tuple[ScoredGroups, Bool[Array, "U C C"], Metrics]:
-    """Labelled completions with their rewards.
+    """Labelled completions with their rewards, or with labels as rewards.
 
-    Also True at [u, i, j] where completion i is labelled better than j, and the
-    number of completions on which each reward failed. For `split` see
-    `Combination.start`.
+    Also `TrainBatch.preferred`, and the number of completions on which each
+    reward failed. For `split` see `Combination.start`.
     """
     batch = self.labelled_completions(params, prompts)
     assert prompts.completion_ids is not None
@@ -334,18 +325,14 @@ class Collector:
     self, prompts: pipeline.Batch, ids: Array, mask: Array, images: Any
   ) -> TrainBatch:
     """Puts prompts on the mesh; `images` None stands for their pixels."""
-    mesh = self.sampler.mesh
-    prompt_ids, prompt_length = sharding.device_put_batch(
-      mesh, (prompts.prompt_ids, prompts.prompt_length)
-    )
-    pixels = None
-    if images is None or self.config.keeps_pixels:
-      pixels = sharding.device_put_batch(mesh, prompts.images)
+    put = functools.partial(sharding.device_put_batch, self.sampler.mesh)
+    pixels, shown = None, images
     if images is None:
-      images, pixels = pixels, None
-    return TrainBatch(
-      prompt_ids, prompt_length, images, ids, mask, pixels=pixels
-    )
+      shown = put(prompts.images)
+    elif self.config.keeps_pixels:
+      pixels = put(prompts.images)
+    read = put((prompts.prompt_ids, prompts.prompt_length))
+    return TrainBatch(*read, shown, ids, mask, pixels=pixels)
 
   def _gather(self, rows: Any) -> Any:
     return sharding.all_rows(self.sampler.mesh, rows)
@@ -356,10 +343,7 @@ class Collector:
     groups: ScoredGroups,
     sampled: jax.Array | None = None,
   ) -> Metrics:
-    """Metrics of rewards and records; those of accuracy where it is known.
-
-    And what rewards go with, where the policy has sampled the tokens `sampled`.
-    """
+    """Metrics of rewards and records, and of what `sampled` rewards go with."""
     mesh, rewards = self.sampler.mesh, groups.rewards
     is_known = np.array([x.is_checkable for x in prompts.problems])
     has_known = bool(self._gather(is_known & prompts.valid).any())

@@ -62,13 +62,10 @@ class Learner:
     """
     wanted = self.abstract_state()
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
-    are_finer = [
-      x.dtype != y.dtype
-      for x, y in zip(
-        *map(jax.tree.leaves, (params, wanted.params)), strict=True
-      )
-    ]
-    if any(are_finer):
+    are_finer = jax.tree.map(
+      lambda x, y: x.dtype != y.dtype, params, wanted.params
+    )
+    if any(jax.tree.leaves(are_finer)):
       params, opt_state = jax.jit(
         self._init_from_finer,
         donate_argnums=0,

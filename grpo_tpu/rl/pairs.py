@@ -63,10 +63,9 @@ def metrics(
   *,
   ties: bool,
 ) -> dict[str, Float[Array, ""]]:
-  """Accuracy and margin over pairs with different labels, and the scores' size.
+  """Accuracy and margin over pairs with different labels, 0 without any.
 
-  Also the number of pairs, and of completions that are in none. Accuracy and
-  margin are 0 in a batch of ties alone.
+  Also the scores' size, and the numbers of pairs and of unpaired completions.
   """
   scores, is_present = jnp.asarray(scores, jnp.float32), ~jnp.isnan(labels)
   is_pair = find_pairs(labels, ties=ties)

@@ -35,6 +35,7 @@ class PartialStep:
     """The form that a checkpoint holds."""
     fields = vars(self.batch.replace(num_encoded=None))  # Chosen again.
     fields = {k: v for k, v in fields.items() if v is not None}
+    arrays = {name: array for name, array in fields.items() if array.size}
     record: dict[str, Any] = {
       "num_batches": self.num_batches,
       "scalars": {
@@ -46,10 +47,9 @@ class PartialStep:
       "empty": {
         name: [array.shape, str(array.dtype)]
         for name, array in fields.items()
-        if not array.size
+        if name not in arrays
       },
     }
-    arrays = {name: array for name, array in fields.items() if array.size}
     return reader.PartialStepData(self.updates_done, arrays, record)
 
   @classmethod

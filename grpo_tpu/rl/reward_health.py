@@ -36,8 +36,8 @@ def reward_health(
 ) -> diagnostics.Metrics:
   """The metrics of each reward, and the repetition in valid completions.
 
-  `mask` is True on tokens. Where it is `known`, the rules have checked whether
-  a completion is `correct`. A reward that is not finite was not asked.
+  Where it is `known`, the rules have checked whether a completion is `correct`.
+  A reward that is not finite was not asked.
   """
   repeated = repetition(ids, mask)
   metrics = {"rollout/repetition": diagnostics.valid_mean(repeated, valid)}

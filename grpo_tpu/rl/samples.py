@@ -26,11 +26,10 @@ def make_samples(
   *,
   num_shown: int,
 ) -> list[Sample]:
-  """The samples of this process.
+  """The samples of this process; TensorBoard shows `num_shown` of all.
 
-  TensorBoard shows the first completion of each of the first `num_shown` valid
-  prompts of all processes. Further `columns` have a value of each prompt, or a
-  list with those of its completions.
+  Those are the first completions of the first valid prompts. Further `columns`
+  have a value of each prompt, or a list with those of its completions.
   """
   mesh = sampler.mesh
   is_valid = sharding.all_rows(mesh, prompts.valid)
@@ -51,11 +50,9 @@ def make_samples(
       "answer": problem.answer,
     }
     for generation, text in enumerate(texts[i]):
-      own = {
-        name: x[i][generation] if isinstance(x[i], list) else x[i]
-        for name, x in columns.items()
-      }
-      row = about | {"generation": generation, "completion": text} | own
+      row = about | {"generation": generation, "completion": text}
+      for name, x in columns.items():
+        row[name] = x[i][generation] if isinstance(x[i], list) else x[i]
       if generation or rows[i] not in shown:
         made.append(Sample(row))
         continue
