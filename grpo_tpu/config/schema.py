@@ -233,7 +233,7 @@ def _check_run(config: Config) -> None:
   # Stays as it is written, for run.json: a resume may have another home.
   paths.expand_path("compilation_cache_dir", config.compilation_cache_dir)
   num_steps = config.train.num_steps
-  ends = not config.profile.steps or config.profile.steps[-1] <= num_steps
+  ends = all(step <= num_steps for step in config.profile.steps)
   rule = f"end by train.num_steps ({num_steps})"
   require_all(
     *(config, ""),
@@ -365,9 +365,10 @@ def check_weights(config: Config, *, is_remote: bool) -> None:
     if scheme == "hf" and isinstance(error.__cause__, FileNotFoundError):
       repository = config.model.hub_name or "google/gemma-3-SIZE-it"
       folder = "DIR" if is_remote else rest
-      remedy = f"Get one by: hf download {repository} --local-dir {folder}"
-      if is_remote:
-        remedy += f" && gcloud storage cp DIR/*.* {rest}/"
+      copy = f" && gcloud storage cp DIR/*.* {rest}/" * is_remote
+      remedy = (
+        f"Get one by: hf download {repository} --local-dir {folder}{copy}"
+      )
     raise ValueError(
       f"model.weights ({named!r}) must be a checkpoint of model.name "
       f"({name!r}): {error} {remedy}"
@@ -407,9 +408,7 @@ def _check_divisions(config: Config) -> None:
   multiple = f"of mesh.replica * mesh.fsdp ({shards})"
   rule = f"be a multiple {multiple}"
   divisor = f"divide data.prompts_per_step ({prompts})"
-  divides = part is None or (
-    part > 0 and part % shards == 0 and prompts % part == 0
-  )
+  fits = part and part > 0 and part % shards == 0 and prompts % part == 0
   parts = f"be None, or {divisor} into multiples {multiple}"
   require_all(
     *(config, ""),
@@ -418,5 +417,5 @@ def _check_divisions(config: Config) -> None:
       for name, size in sizes.items()
     ),
     ("train.microbatch_bundles", prompts % bundles == 0, divisor, prompts),
-    ("rollout.prompts_at_a_time", divides, parts, shards),
+    ("rollout.prompts_at_a_time", part is None or fits, parts, shards),
   )

@@ -8,7 +8,7 @@ run is read at its newest checkpoint.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -186,8 +186,15 @@ def _take_run(
       workdir,
     )
     return config
-  names = ["name", "image_size"] + ["head"] * (mode != "export")
-  _check_model(config, trained, workdir, names)
+  for name in ["name", "image_size"] + ["head"] * (mode != "export"):
+    value = getattr(config.model, name)
+    was = trained.get("model", {}).get(name, value)
+    require(
+      *(value == was, f"model.{name}", value),
+      f"be that of the run in --workdir ({workdir!r}), which has {was!r}",
+      "give the --config of that run, another --workdir, or weights of this "
+      "model in model.weights",
+    )
   step = _export_step(config, workdir) if mode == "export" else ""
   weights = f"run:{workdir}" + (f"@{step}" if step else "")
   if is_own and not step:
@@ -221,34 +228,14 @@ def as_trained(config: Config, is_flag: Callable[[str], bool]) -> Config:
   return Config.from_config_dict(values)
 
 
-def _check_model(
-  config: Config, trained: Mapping[str, Any], workdir: str, names: list[str]
-) -> None:
-  """Refuses to read the run of another model."""
-  for name in names:
-    value = getattr(config.model, name)
-    was = trained.get("model", {}).get(name, value)
-    require(
-      value == was,
-      f"model.{name}",
-      value,
-      f"be that of the run in --workdir ({workdir!r}), which has {was!r}",
-      "give the --config of that run, another --workdir, or weights of this "
-      "model in model.weights",
-    )
-
-
 def _export_step(config: Config, workdir: str) -> str:
   """The setting `export.step`, if the run has such a checkpoint; "" if None."""
   step, saved = config.export.step or "", reader.steps(f"{workdir}/checkpoints")
-  require(
-    step in ("", "best") or int(step) in saved,
-    "export.step",
-    step,
-    f"be one of the steps of the run in {workdir} "
-    f"({', '.join(map(str, saved)) or 'none'})",
-    "leave it out for the newest whole one",
-  )
+  listed = ", ".join(map(str, saved)) or "none"
+  rule = f"be one of the steps of the run in {workdir} ({listed})"
+  holds, remedy = step in ("", "best"), "leave it out for the newest whole one"
+  holds = holds or int(step) in saved
+  require(holds, "export.step", step, rule, remedy)
   return step
 
 

@@ -268,8 +268,7 @@ def _with_gradient(value, gradient, x):
   """`value` as a function of `x`, whose derivative is `gradient`.
 
   A limit on a value inside a differentiated function would cut its gradient
-  off, and what is left of a sum may point the wrong way. So values and
-  gradients are limited each on its own.
+  off. So values and gradients are limited each on its own.
   """
   value, gradient = jax.lax.stop_gradient((value, gradient))
   return value + gradient * (x - jax.lax.stop_gradient(x))  # The term is 0.
@@ -337,8 +336,7 @@ def _k3(log_ratio):
 def _kl_estimators(log_ratio):
   """Three values whose mean under the policy estimates KL(policy || reference).
 
-  The mean is exact for k1 and k3, approximate for k2. `log_ratio` is that of
-  the policy over the reference.
+  The mean is exact for k1 and k3, approximate for k2.
   """
   return {
     "k1": log_ratio,

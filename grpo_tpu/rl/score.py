@@ -98,19 +98,15 @@ def score_batch(
   """`token_logps` of a whole batch, without gradient, part after part.
 
   Of a model with a score, `completion_scores` instead; of a teacher that
-  `gives_states`, `token_states`.
-
-  The number of bundles must be a multiple of `num_microbatches`. Only prompts,
-  images and completions are read, and whether these were sampled.
+  `gives_states`, `token_states`. `num_microbatches` divides the bundles.
   """
   batch, _ = pictures.encode(forward, params, batch, num_microbatches)
   of_part = completion_scores if forward.config.has_score else token_logps
   of_part = token_states if gives_states else of_part
 
-  def score_part(_, micro):
-    return None, of_part(forward, params, micro)
-
   _, parts = jax.lax.scan(
-    score_part, None, sharding.microbatches(batch, num_microbatches)
+    lambda _, micro: (None, of_part(forward, params, micro)),
+    None,
+    sharding.microbatches(batch, num_microbatches),
   )
   return jax.tree.map(sharding.whole_batch, parts)

@@ -120,10 +120,8 @@ def start(
       profiler.Profiler(files, config.profile.steps)
     )
     stack.enter_context(report.abort_peers_on_error())
-    run = Run(
-      *(trainer, data.identity, checkpoints, files),
-      *(metric_writer, watch, report, profile),
-    )
+    parts = (trainer, data.identity, checkpoints, files)
+    run = Run(*parts, metric_writer, watch, report, profile)
     run.begin(step, evaluation)
     yield run
     run.finish()
@@ -154,9 +152,8 @@ class Run:
       own_samples=self._config.data.kind != "preference"
     )
     is_online = self._config.data.kind == "online"
-    self._trends = reward_trends.RewardTrends(
-      self._config.rewards.watched if is_online else ()
-    )
+    watched = self._config.rewards.watched if is_online else ()
+    self._trends = reward_trends.RewardTrends(watched)
     self._metrics: writer.Scalars = {}
     # The finite metrics of an evaluation after the last finished step, if any.
     self._evaluation: dict[str, float] = {}
@@ -197,9 +194,9 @@ class Run:
     rule = self._config.train.stop_rule
     if rule is None or not rule.is_met(self._evaluation):
       return ""
-    text = f"{rule.metric} {rule.comparison} {rule.limit:g}"
-    value = self._evaluation[rule.metric]
-    return f"train.stop_when ({text}) is met: {rule.metric} is {value:.6g}"
+    metric, comparison, limit = rule
+    text = f"train.stop_when ({metric} {comparison} {limit:g}) is met"
+    return f"{text}: {metric} is {self._evaluation[metric]:.6g}"
 
   @contextlib.contextmanager
   def step(self, step: int) -> Iterator[None]:

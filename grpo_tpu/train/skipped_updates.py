@@ -19,14 +19,13 @@ class SkippedUpdates:
     Raises:
       FloatingPointError: `limit` updates in a row were skipped.
     """
-    longest = 0
+    longest, count = 0, int(sum(skipped))
     for flag in skipped:
       self._in_a_row = self._in_a_row + 1 if flag else 0
       longest = max(longest, self._in_a_row)
-    count = int(sum(skipped))
+    self.count += count
     if not count:
       return
-    self.count += count
     logging.warning(
       "Step %d skipped %d updates whose gradients were not finite; %d in a row"
       " (train.max_skipped_updates is %d).",

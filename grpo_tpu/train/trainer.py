@@ -50,10 +50,6 @@ class Trainer:
   """Trains a policy, step by step. Call it inside `jax.set_mesh(mesh)`.
 
   Attributes:
-    mesh: The devices.
-    sampler: Samples completions of the policy.
-    learner: Updates the policy.
-    collector: Scores completions and computes advantages.
     state: The newest state, which a preemption saves; after a step's updates,
       still without the step counted.
     partial: The step under way, from its batch on; None between steps.
@@ -246,10 +242,7 @@ class Trainer:
   def collect(
     self, state: TrainState, step: int
   ) -> tuple[TrainBatch, writer.Scalars]:
-    """Samples completions, scores them with the rewards, adds advantages.
-
-    Offline, completions come with the data. A step that resumes has its batch.
-    """
+    """The batch with advantages; a step that resumes has it already."""
     self._start = time.perf_counter()
     if self._step is not None:
       self.partial = None  # The step before is over.
@@ -391,10 +384,7 @@ class Trainer:
     return state
 
   def evaluate(self, state: TrainState) -> tuple[writer.Scalars, list[Sample]]:
-    """Metrics on held-out data, and completions for people to look at.
-
-    The completions are of the run's own eval split.
-    """
+    """Metrics on held-out data, and completions of the run's own eval split."""
     params, metrics = self.learner.params(state), dict[str, writer.Scalar]()
     shown = list[Sample]()
     for name, batches in self._eval_batches.items():
