@@ -138,10 +138,7 @@ def process_address() -> "initialize.ProcessAddress | None":
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """Reads all flags; returns the program's name.
-
-  Args:
-    argv: The program's name and the arguments.
+  """Reads all flags, of the program's name and arguments; returns the name.
 
   Raises:
     ValueError: A flag or a setting is wrong; the message says how.
@@ -159,9 +156,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     flags.FLAGS.mark_as_parsed()
     raise ValueError(_explain(error, argv)) from error
   for word in arguments[1:]:
-    question = "write --name=value"
-    if word in MODES:
-      question = f"did you mean --mode={word}?"
+    mode = f"did you mean --mode={word}?"
+    question = mode if word in MODES else "write --name=value"
     raise ValueError(f"{word!r} is not a flag; {question}")
   _check_mode()
   return arguments
@@ -182,12 +178,8 @@ def _check_mode() -> None:
 def _read_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Checks the names of the settings that flags change.
 
-  Returns:
-    The arguments for absl, with the home in the place of a leading `~` of the
-    config file; and the settings that become None, for which it has no word.
-
-  Raises:
-    ValueError: There is no such setting, or its config file has no name.
+  Returns the arguments for absl, without a `~` before the config file, and the
+  settings that become None, for which it has no word.
   """
   default = defaults.get_config().to_dict()
   words, unset = [], dict[str, None]()

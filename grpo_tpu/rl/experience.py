@@ -125,11 +125,9 @@ class Collector:
     with activity.doing("waiting for data"):
       batch = next(prompts)
     start = time.perf_counter()
+    how = {"valid": batch.valid, "gather": self._gather}
     with background.BackgroundScorer(
-      batch.problems,
-      self.config.rewards,
-      valid=batch.valid,
-      gather=self._gather,
+      batch.problems, self.config.rewards, **how
     ) as scorer:
       sampled = sampler.sample(
         params,
@@ -141,16 +139,15 @@ class Collector:
         poll=poll,
         on_finished=scorer.submit,
       )
-      texts = sampler.texts(sampled.completions)
-      completed = Completed(
-        sampled.completions.ids, sampled.completions.mask, texts
-      )
+      found = sampled.completions
+      texts = sampler.texts(found)
+      completed = Completed(found.ids, found.mask, texts)
       shape = len(texts), settings.num_generations
       is_present = np.broadcast_to(batch.valid[:, None], shape)
       join = self.combination.start(batch, completed, is_present)
       rollout_end = time.perf_counter()
       with activity.doing("waiting for rewards"):
-        stopped = sharding.local_rows(sampler.mesh, sampled.completions.stopped)
+        stopped = sharding.local_rows(sampler.mesh, found.stopped)
         scores = join(scorer.result(texts, (~stopped).tolist()))
     scored = (
       *self.group_rewards(scores, batch),
@@ -160,9 +157,8 @@ class Collector:
     scored = sharding.device_put_batch(sampler.mesh, scored)
     reward_end = time.perf_counter()
     groups, metrics = self._make_groups(batch, sampled, *scored)
-    metrics |= self._reward_metrics(batch, groups, sampled.completions.mask)
-    metrics |= _error_counts(scores)
-    metrics |= {
+    metrics |= self._reward_metrics(batch, groups, found.mask)
+    metrics |= _error_counts(scores) | {
       "rollout/padded_prompt_length": batch.prompt_ids.shape[1],
       "perf/data_seconds": start - wait_start,
       "perf/rollout_seconds": rollout_end - start,
@@ -173,7 +169,7 @@ class Collector:
     if num_shown is None:
       return groups, metrics, []
     answers = np.array(scores.answers, object).reshape(stopped.shape)
-    mask = sharding.local_rows(sampler.mesh, sampled.completions.mask)
+    mask = sharding.local_rows(sampler.mesh, found.mask)
     kept = samples.step_samples(
       *(sampler, batch, texts, mask, groups),
       num_shown=num_shown,

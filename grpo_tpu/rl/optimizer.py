@@ -100,9 +100,8 @@ def lost_fraction(
   """Share of the weights whose last update was lost by rounding.
 
   A lost update is not 0, but smaller than half the distance from the weight, or
-  its master, to the next float32 number. Updates are computed again, from the
-  state after them: another reader of the old weights would have the update
-  itself hold a copy.
+  its master, to the next float32 number. It is computed again from the state
+  after it: another reader of the old weights would hold a copy of them.
   """
   count = jnp.maximum(num_updates(state), 1)
   rate = jnp.asarray(make_schedule(config)(count - 1))

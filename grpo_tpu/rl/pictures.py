@@ -59,10 +59,9 @@ def encode(
 ) -> tuple[TrainBatch, Callable[[Array], dict] | None]:
   """Replaces pixels with features, if the batch says how many to encode.
 
-  With `num_parts` microbatches the tower runs on no more images at a time than
-  a microbatch would. Also returns a function that maps the gradient of the
-  features to that of the tower's parameters, in fp32; None without
-  `num_encoded`.
+  The tower runs on no more images at a time than a microbatch would. Also
+  returns a function that maps the gradient of the features to that of the
+  tower's parameters, in fp32; None without `num_encoded`.
   """
   if not batch.num_encoded:
     return batch, None

@@ -95,8 +95,7 @@ _DAPO = ObjectiveConfig(
   max_completion_length=None,
 )
 
-# "constant" needs the run's own length: dataclasses.replace(preset,
-# max_completion_length=...).
+# "constant" needs the run's own length too: `max_completion_length`.
 PRESETS: dict[str, ObjectiveConfig] = {
   "grpo": replace(_DAPO, aggregation="sequence_mean", epsilon_high=0.2),
   "dr_grpo": replace(_DAPO, aggregation="constant", epsilon_high=0.2),
