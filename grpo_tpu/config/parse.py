@@ -16,8 +16,7 @@ def build_section(cls: type, values: Any, prefix: str = "") -> Any:
   Args:
     cls: The dataclass; every field must have a value.
     values: A mapping, or a ConfigDict.
-    prefix: The section's name and a dot, as in "data.synthetic."; "" for a
-      whole config.
+    prefix: The section's name, as in "data.synthetic."; "" for a whole config.
 
   Raises:
     ValueError: A setting is missing, unknown, of the wrong type, or breaks a

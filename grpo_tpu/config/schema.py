@@ -172,10 +172,7 @@ class Config:
 
   @functools.cached_property
   def teacher(self) -> ModelSettings:
-    """The model that `objective.teacher` names, read from its files.
-
-    Unless it is a run, it reads images of the policy's `image_size`.
-    """
+    """The model that `objective.teacher` names, read from its files."""
     from grpo_tpu.checkpoint import networks
 
     name, model = self.objective.teacher, self.model
@@ -338,8 +335,7 @@ def _check_teacher(config: Config) -> None:
 def check_weights(config: Config, *, is_remote: bool) -> None:
   """Checks that the files of weights, adapters and teacher fit the model.
 
-  Those in a bucket are checked when a mode is about to read them: a plan needs
-  neither them nor the network.
+  Those in a bucket are checked when a mode is about to read them.
   """
   adapters = config.model.lora.init
   if adapters and paths.is_remote(adapters.removeprefix("peft:")) == is_remote:

@@ -46,11 +46,9 @@ def token_logps(
   """Log-probability of each completion token, and the entropy at its position.
 
   With the output embedding of a teacher, whose states the batch has, also the
-  KL to the teacher.
-
-  Sampled completions are scored as the sampler drew them, with its temperature
-  and without early stop tokens. Others, such as demonstrations, were not drawn
-  that way: they are scored at temperature 1. Differentiable in `params`.
+  KL to the teacher. Sampled completions are scored as the sampler drew them,
+  with its temperature and without early stop tokens, others at temperature 1.
+  Differentiable in `params`.
   """
   is_early = None
   if batch.is_sampled and forward.min_new_tokens:

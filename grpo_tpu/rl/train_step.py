@@ -121,8 +121,7 @@ class _Loss:
   ):
     """Loss, metrics and fp32 gradient, which add up; and maxima.
 
-    Beside them the gradient of the images, in a list that is empty if it is
-    not wanted, and a reward model's scores.
+    Beside them a list with the gradient of images, and a reward model's scores.
     """
 
     def loss(trained, images):
@@ -173,11 +172,8 @@ class _Loss:
     sampler_weights, outliers = None, {}
     if self.bounds and micro.sampler_logps is not None:
       is_outlier = shaping.is_outlier(
-        jax.lax.stop_gradient(logps),
-        _old_logps(micro, logps),
-        micro.sampler_logps,
-        mask,
-        micro.advantages,
+        *(jax.lax.stop_gradient(logps), _old_logps(micro, logps)),
+        *(micro.sampler_logps, mask, micro.advantages),
         **self.bounds,
       )
       is_outlier &= mask.any(axis=-1)
@@ -185,9 +181,7 @@ class _Loss:
       mask &= ~is_outlier[..., None]
     if self.config.tis_cap is not None and micro.sampler_logps is not None:
       sampler_weights = shaping.sampler_weights(
-        _old_logps(micro, logps),
-        micro.sampler_logps,
-        mask,
+        *(_old_logps(micro, logps), micro.sampler_logps, mask),
         correction=self.sampler_correction,
       )
     rows = {
@@ -255,12 +249,7 @@ def _add_up(
   return totals, jax.tree.map(sharding.whole_batch, rows)
 
 
-def _apply_if(
-  is_finite: Array,
-  tx: optax.GradientTransformation,
-  gradient: Any,
-  state: TrainState,
-) -> TrainState:
+def _apply_if(is_finite: Array, tx, gradient, state: TrainState) -> TrainState:
   """The state after the update, or as it was if the gradient is not finite."""
 
   def apply(params, opt_state):
@@ -269,15 +258,10 @@ def _apply_if(
 
   # A branch can write in place. A choice between old and new, element by
   # element, has XLA on a CPU hold both: two more copies of the moments.
-  params, opt_state = jax.lax.cond(
-    is_finite,
-    apply,
-    lambda *unchanged: unchanged,
-    state.params,
-    state.opt_state,
-  )
+  old = state.params, state.opt_state
+  new = jax.lax.cond(is_finite, apply, lambda *unchanged: unchanged, *old)
   # Sharded as they came, or the next update would be another program.
-  params, opt_state = sharding.constrain_params((params, opt_state))
+  params, opt_state = sharding.constrain_params(new)
   return state.replace(params=params, opt_state=opt_state)
 
 

@@ -330,8 +330,7 @@ class Trainer:
   ) -> tuple[TrainState, writer.Scalars]:
     """Updates the policy `train.num_iterations` times on one batch.
 
-    Returns:
-      The state after the step, and all metrics of the step so far.
+    Returns the state after the step, and all metrics of the step so far.
 
     Raises:
       FloatingPointError: Too many gradients in a row were not finite.
