@@ -36,13 +36,8 @@ def resolve(
 ) -> Config:
   """The settings with the weights and the data that a mode reads.
 
-  Args:
-    config: The settings of the user.
-    mode: One of the modes of the program.
-    workdir: The flag --workdir.
-    is_flag: True for a setting that the command line sets. The random weights
-      of a config file are where training starts, and nothing to evaluate or to
-      export.
+  `is_flag` is true for a setting that the command line sets: the random weights
+  of a config file are where training starts, and nothing to evaluate.
 
   Raises:
     ValueError: The settings must name weights or data, or the workdir holds a

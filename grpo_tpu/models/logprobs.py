@@ -39,16 +39,15 @@ def per_token_logps(
   The logits of `chunk_size` tokens exist at a time, in the backward pass too.
 
   Args:
-    states: Final states that predict `ids`; carries the gradient.
+    states: Final states that predict `ids`; carry the gradient.
     ids: Tokens whose log-probability is wanted.
-    embedding: Output embedding; carries the gradient.
+    embedding: Output embedding; carries the gradient too.
     temperature: Divisor of the logits, the same as in sampling.
     chunk_size: Tokens per chunk; a chunk costs `chunk_size * V * 4` bytes.
     banned_ids: As in `output_logits`, the same as in sampling.
-    is_early: As in `mask_stop_tokens`, the same as in sampling; None where no
-      token is early.
-    vocab_axis: In a `shard_map`, the mesh axis whose shards each hold a part of
-      the embedding's rows, in order; None if the embedding is whole.
+    is_early: As in `mask_stop_tokens`; None where no token is early.
+    vocab_axis: In a `shard_map`, the mesh axis whose shards hold parts of the
+      embedding's rows, in order; None if it is whole.
     teacher: Another model's states and output embedding, without gradient.
   """
   num_tokens = math.prod(ids.shape)
@@ -198,9 +197,7 @@ class _LogitsSpec(NamedTuple):
 def _score(spec: _LogitsSpec, states, embedding, ids, is_early, teacher):
   """Log-probabilities, entropies and KLs to a teacher, if any, of a chunk.
 
-  The backward pass is one exponential and one select per logit. Automatic
-  differentiation would turn the gather of the chosen logits into a scatter into
-  zeros.
+  Automatic differentiation would scatter the chosen logits into zeros.
   """
   outputs, _ = _score_forward(spec, states, embedding, ids, is_early, teacher)
   return outputs

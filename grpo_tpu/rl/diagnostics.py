@@ -16,10 +16,9 @@ Metrics = dict[str, Float[Array, ""]]
 def effective_sample_size(
   weights: Float[ArrayLike, "*batch"],
 ) -> Float[Array, ""]:
-  """Kish's effective sample size, `(sum |w|)^2 / sum w^2`.
+  """Kish's effective sample size, `(sum |w|)^2 / sum w^2`; 0 if all are 0.
 
-  N for N equal weights, 1 if a single weight is not 0, 0 if all are 0. Of
-  advantages, the number of completions that the gradient rests on.
+  Of advantages, the number of completions that the gradient rests on.
   """
   weights = jnp.abs(jnp.asarray(weights, jnp.float32))
   squares = jnp.square(weights).sum()
@@ -98,9 +97,8 @@ def reward_statistics(
     "rollout/all_wrong_fraction": (some_wrong & ~some_right).sum() / num_known,
     "rollout/mixed_fraction": (some_right & some_wrong).sum() / num_known,
   }
-  for name in sorted(
-    rewards.keys() - {"total", "heuristics", "length_penalty"}
-  ):
+  sums = {"total", "heuristics", "length_penalty"}
+  for name in sorted(rewards.keys() - sums):
     counts = known if name == "accuracy" else valid
     counts &= jnp.isfinite(rewards[name])  # Nobody may have been asked.
     mean = valid_mean(rewards[name], counts)

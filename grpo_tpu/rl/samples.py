@@ -105,13 +105,12 @@ def first_samples(
 ) -> list[Sample]:
   """The first completion of each of the first `count` valid prompts.
 
-  Every process gives its own prompts, with one list of texts each, and gets the
-  same samples. Only the process that writes is sure to have their images.
+  The same on all processes; only the one that writes is sure to have images.
   """
   if not count:
     return []
   rewards = {f"reward/{name}": x for name, x in scores.components.items()}
-  rewards["reward"] = scores.total
+  rewards |= {"reward": scores.total}
   columns = {k: _cells(x.reshape(len(texts), -1)) for k, x in rewards.items()}
   made = make_samples(sampler, prompts, texts, columns, num_shown=count)
   return gather([x for x in made if x.question is not None])
@@ -144,11 +143,7 @@ def given_samples(
 def with_advantages(
   sampler: Sampler, own: list[Sample], group: jax.Array, batch: TrainBatch
 ) -> list[Sample]:
-  """The samples of all processes with the advantages of a batch.
-
-  `group` [U] holds the numbers of the groups in the batch; the advantages of
-  others are None.
-  """
+  """The samples of all processes; those of a `group` [U] have advantages."""
   rows = sharding.local_rows(sampler.mesh, (group, batch.advantages))
   numbers, values = sharding.all_rows(sampler.mesh, rows)
   found = dict(zip(numbers.tolist(), values.tolist(), strict=True))

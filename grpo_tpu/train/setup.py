@@ -287,10 +287,9 @@ def _restore_or_init(
   checkpoints: checkpointer.Checkpoints,
   record: run_record.RunRecord,
 ) -> tuple[int | None, dict[str, float]]:
-  """Gives the trainer the newest state.
+  """Gives the trainer the newest state; returns its step, None if it is new.
 
-  Returns its step, None if it is new, and the metrics of the evaluation after
-  that step, {} if there was none or the next step is under way.
+  Also the metrics of the evaluation after it, if no further step is under way.
   """
   row_sharding = sharding.batch_sharding(trainer.mesh)
   restored = checkpoints.restore(
