@@ -404,7 +404,7 @@ def _check_divisions(config: Config) -> None:
   multiple = f"of mesh.replica * mesh.fsdp ({shards})"
   rule = f"be a multiple {multiple}"
   divisor = f"divide data.prompts_per_step ({prompts})"
-  fits = part and part > 0 and part % shards == 0 and prompts % part == 0
+  fits = bool(part and part > 0 and part % shards == prompts % part == 0)
   parts = f"be None, or {divisor} into multiples {multiple}"
   require_all(
     *(config, ""),

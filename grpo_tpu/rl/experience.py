@@ -327,8 +327,8 @@ class Collector:
       shown = put(prompts.images)
     elif self.config.keeps_pixels:
       pixels = put(prompts.images)
-    read = put((prompts.prompt_ids, prompts.prompt_length))
-    return TrainBatch(*read, shown, ids, mask, pixels=pixels)
+    read, length = put((prompts.prompt_ids, prompts.prompt_length))
+    return TrainBatch(read, length, shown, ids, mask, pixels=pixels)
 
   def _gather(self, rows: Any) -> Any:
     return sharding.all_rows(self.sampler.mesh, rows)
