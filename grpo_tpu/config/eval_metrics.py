@@ -1,7 +1,6 @@
 """The metrics of a run's evaluations, and the settings that may name one.
 
-These are `checkpoint.best_metric` and `train.stop_when`. The names follow from
-the settings alone, so a wrong one is refused before any data are read.
+The names follow from the settings alone, so a wrong one is refused at once.
 """
 
 import difflib

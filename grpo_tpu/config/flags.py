@@ -103,11 +103,7 @@ ALL = (
 
 
 def workdir() -> str:
-  """The folder of the run, without `~`; "" if --mode=answer has none.
-
-  Raises:
-    ValueError: Nothing can have such a name.
-  """
+  """The folder of the run, without `~`; "" if --mode=answer has none."""
   if WORKDIR.value is None:
     return ""
   return str(paths.to_path("--workdir", WORKDIR.value))
@@ -120,11 +116,7 @@ def has_override(setting: str) -> bool:
 
 
 def process_address() -> "initialize.ProcessAddress | None":
-  """The address of this process, from flags or the environment.
-
-  Raises:
-    ValueError: A part is missing or invalid.
-  """
+  """The address of this process, from flags or the environment."""
   from grpo_tpu.distributed import initialize
 
   address = initialize.read_process_address(

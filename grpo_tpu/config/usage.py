@@ -38,10 +38,7 @@ preempted or Ctrl-C, and saved (run the same command again), 76 no progress,
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Prints the page for --help or no arguments; else reads the flags.
-
-  A wrong flag ends the program with exit code 64, where absl would take 1.
-  """
+  """Prints the page for --help or no arguments; else reads the flags."""
   if len(argv) == 1 or {"--help", "-help", "-h"} & set(argv):
     sys.stdout.write(text())
     sys.exit(ExitCode.DONE)

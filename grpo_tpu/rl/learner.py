@@ -19,11 +19,7 @@ from grpo_tpu.rl.train_state import TrainState
 
 
 class Learner:
-  """Updates a policy on batches.
-
-  `update` is what `train_step.make_train_step` makes; `frozen` holds the
-  parameters under the adapters, or None.
-  """
+  """Updates a policy on batches; `frozen` holds what is under adapters."""
 
   def __init__(
     self,

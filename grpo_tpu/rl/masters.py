@@ -23,10 +23,9 @@ class MastersState(NamedTuple):
 
 
 def add_masters(params: PyTree, is_frozen: PyTree, state: Any) -> Any:
-  """The optimizer's state with masters, or as it is if no weight needs one.
+  """The optimizer's state with masters, if a trained weight is not float32.
 
-  A weight needs one if it is trained and its type is not float32. `is_frozen`
-  is a tree of booleans like `params`.
+  `is_frozen` is a tree of booleans like `params`.
   """
   masters = jax.tree.map(
     lambda x, frozen: (

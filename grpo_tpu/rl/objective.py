@@ -56,8 +56,7 @@ def group_advantages(
 ) -> Float[Array, " N"]:
   """How much better each completion is than the others of its prompt.
 
-  A group whose valid rewards are all equal, or that has fewer than two valid
-  rows, gets exactly 0.
+  Exactly 0 in a group without two different valid rewards.
 
   Args:
     rewards: One per completion; the completions of a prompt are adjacent.
@@ -356,8 +355,7 @@ def _kl_value(log_ratio, weight, config):
 def _kl_gradient(log_ratio, weight, mask, config):
   """The derivative of the KL term by each token's log-probability.
 
-  `log_ratio` is that of the policy over the reference, `weight` the importance
-  ratio. For "reverse" it is the token's own: a row's is no importance weight.
+  `weight` is the importance ratio, for "reverse" the token's own.
   """
   if config.kl_gradient == "reverse":
     # grad KL(policy || ref) = E_old[ratio * log(policy/ref) * grad log policy].

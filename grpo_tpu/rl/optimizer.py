@@ -40,9 +40,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clipping and AdamW; the moments are float32 whatever the parameters' type.
 
-  Weights of a shorter type than float32 have masters in the state, to which the
-  updates belong: `masters.apply_updates` applies them.
-
+  Updates are of the masters, if any: `masters.apply_updates` applies them.
   `is_frozen` takes the path of a leaf, as in "vision/norm/scale". A frozen leaf
   has no state, its update is 0, and its gradient does not enter the norm.
   """

@@ -1,9 +1,9 @@
 """Encodes a batch's pixels for an update that trains the image tower.
 
-A batch has as many slots for images in every row as its richest row shows. Here
-the tower encodes the images alone, in chunks that all devices share. The
-backward pass computes them once more, a fifth of the tower's work, so a batch
-that fills more than three quarters of the slots has them all encoded.
+Every row of a batch has as many slots for images as its richest row shows. Here
+the tower encodes the images alone, in chunks that all devices share. They are
+computed once more going backward, so a batch that fills more than three
+quarters of the slots has them all encoded.
 """
 
 import math
@@ -88,8 +88,7 @@ def _features(
 ) -> Float[Array, "U I S tower_width"]:
   """Features of the images, and zeros in slots that are not encoded.
 
-  Each chunk has the parameters of the tower in their `types`; the gradients of
-  chunks add up in fp32.
+  The tower runs in its `types`; the gradients of chunks add up in fp32.
   """
   config = forward.config.vision
   assert config is not None

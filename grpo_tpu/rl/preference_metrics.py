@@ -15,8 +15,7 @@ def all_pairs(
 ) -> tuple[Num[Array, " pairs"], Num[Array, " pairs"], Bool[Array, " pairs"]]:
   """Scores of each ordered pair of a group's completions, chosen and rejected.
 
-  Also True if the pair has such a label: `preferred[u, i, j]` if completion i
-  is preferred to j.
+  Also True where the pair is `preferred` so: [u, i, j] if i is better than j.
   """
   scores, preferred = jnp.asarray(scores), jnp.asarray(preferred)
   shape = preferred.shape

@@ -15,9 +15,8 @@ def set_metrics(
 ) -> dict[str, float]:
   """The `data/` metrics of a step: `gather` gives the rows of all processes.
 
-  The number of unusable rows; for a mixture also each data set's share of the
-  rows, its unusable ones, and its mean `rewards`. These hold the values of this
-  process's completions, and where they count; each [rows, completions].
+  `rewards` hold the values of this process's completions, and where they count;
+  each [rows, completions].
   """
   own = {"valid": prompts.valid, "sets": dict(prompts.sets), "rewards": rewards}
   rows = gather(own)

@@ -24,7 +24,7 @@ def length_penalty(
   """The penalty of a completion's length, to add to its reward: 0 down to -1.
 
   0 up to `max_length - soft_tokens`, then evenly down to -1 at `max_length`
-  (DAPO, equation 13). Lengths are in tokens, the end of turn included.
+  (DAPO, equation 13). The end of turn is a token too.
   """
   over = jnp.asarray(length, jnp.float32) - (max_length - soft_tokens)
   return -jnp.clip(over / soft_tokens, 0.0, 1.0)
@@ -71,8 +71,7 @@ def sampler_weights(
 ) -> Float[Array, "*rows T"]:
   """Ratios of the old policy to the sampler, before any cap; 1 on padding.
 
-  `old` and `sampler` are log-probabilities, as training and as the sampler
-  computed them; for `correction` see `settings.ShapingConfig`.
+  `old` and `sampler` are log-probabilities of training and of the sampler.
   """
   gap = jnp.where(mask, old - sampler, 0.0)
   if correction == "sequence":
@@ -94,9 +93,8 @@ def is_outlier(
 ) -> Bool[Array, "*rows"]:
   """True for rows that are too far from the policy that sampled them.
 
-  `logps`, `old` and `sampler` are log-probabilities under the current policy
-  and the old one, and as the sampler computed them. For the bounds see
-  `settings.ShapingConfig`.
+  Log-probabilities are under the current policy, the old one, and the sampler.
+  For the bounds see `settings.ShapingConfig`.
   """
   found = jnp.zeros(advantages.shape, bool)
   if ratio_bounds:

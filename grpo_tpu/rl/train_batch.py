@@ -24,9 +24,8 @@ class TrainBatch(flax.struct.PyTreeNode):
       stands for the current policy.
     ref_per_token_logps: Log-probabilities under the frozen reference; None
       stands for the current policy.
-    sampler_logps: Log-probabilities as the sampler computed them, to measure
-      its mismatch with training; None says that the completions came with the
-      data, and no temperature shaped them.
+    sampler_logps: Log-probabilities as the sampler computed them; None says
+      that the completions came with the data, and no temperature shaped them.
     token_weights: Factors of each token's surrogate; None stands for 1.
     counted: True for completions that belong to the batch, masked ones too;
       None stands for all.

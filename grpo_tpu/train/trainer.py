@@ -66,10 +66,9 @@ class Trainer:
     poll: Callable[[], None] = generate.no_poll,
     clock: goodput.Clock | None = None,
   ):
-    """Loads the frozen parameters that the settings need.
+    """Loads frozen parameters; `config.model.weights` must name its step.
 
-    `config.model.weights` must name its step. `poll` is called where a step can
-    be interrupted, and raises to interrupt it.
+    `poll` is called where a step can be interrupted, and raises to do so.
     """
     self.config, self.mesh = config, mesh
     self._poll, self._clock = poll, clock or goodput.Clock()
@@ -167,10 +166,7 @@ class Trainer:
     )
 
   def init(self, params: dict | None = None) -> TrainState:
-    """The state before the first step; data are read from their beginning.
-
-    Without `params` it holds those of `model.weights`, or new adapters.
-    """
+    """The state before the first step; data are read from their beginning."""
     model, seed = self.config.model, self.config.seed
     if params is None and self.config.lora:
       params = load.initial_adapters(
