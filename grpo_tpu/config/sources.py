@@ -46,11 +46,11 @@ def resolve(
   if paths.is_remote(workdir):
     # Nothing is drawn, planned or compiled for a bucket that is closed.
     objects.exists(f"{workdir}/run.json", what="--workdir")
+  for _, template, _ in config.rewards.judges:
+    judge_templates.open_template(template)
   if mode == "plan":
     return config
   schema.check_weights(config, is_remote=True)
-  for _, template, _ in config.rewards.judges:
-    judge_templates.open_template(template)
   if mode != "train":
     config = _take_run(config, mode, workdir, is_flag("model.weights"))
   needs = [] if config.model.weights else [config.model.describe_weights()]

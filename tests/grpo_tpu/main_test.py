@@ -82,7 +82,7 @@ def refusal(tmp_path: pathlib.Path, *arguments: str) -> str:
     ),
     (
       ["--config=configs/smoke.py:warmup", WORKDIR],
-      ["stage ('warmup') must be warm_start or grpo"],
+      ["stage ('warmup') must be one of"],
     ),
     (
       ["--config=configs/gemma3_4b_v5e_16.py", WORKDIR],
