@@ -285,7 +285,7 @@ def test_a_head_starts_at_zero_unless_its_source_has_one(
   params_of, tmp_path, caplog
 ):
   save(tmp_path / "policy", params_of("random:1"), (1.0,))
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", "absl"):
     start = params_of(f"run:{tmp_path}/policy", head="score")
   assert "policy@1 has no head; it starts at zero." in caplog.text
   assert not head_of(start).any()
