@@ -54,13 +54,14 @@ def get_config(stage: str = "grpo") -> ml_collections.ConfigDict:
   elif stage == "reward_model":
     config.data.kind = "preference"
     config.objective.preset = "bradley_terry"
-    # Right and wrong answers are written with the reasoning, if there is any.
-    config.rollout.max_new_tokens = 16
+    # As the policy of this config writes. Reasoning would give the answer away
+    # without the picture.
+    config.data.preference_reasoning = False
     # A right answer and up to three wrong ones: more pairs for one picture.
     config.data.preference_completions = 4
-    config.train.num_steps = 240
+    config.train.num_steps = 120
     config.train.microbatch_bundles = 64
-    config.eval.every_steps = 60
+    config.eval.every_steps = 30
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 5
   else:

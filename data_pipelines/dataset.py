@@ -317,8 +317,13 @@ def _open_completions(
     return None, {}
   count, file = settings.preference_completions, settings.preference_file
   if not file:
-    kinds = settings.preference_kinds
-    return preferences.synthesize(count, kinds=kinds, template=template), {}
+    source = preferences.synthesize(
+      count,
+      kinds=settings.preference_kinds,
+      template=template,
+      has_reasoning=settings.preference_reasoning,
+    )
+    return source, {}
   completions = preferences.from_file(file, count)
   content = untrusted.read_bytes(file, untrusted.MAX_JSON_BYTES)
   digest = hashlib.sha256(content).hexdigest()

@@ -76,6 +76,8 @@ class DataConfig:
     preference_file: JSON lines of labelled completions, see
       docs/data.md; "" draws one correct completion and wrong ones.
     preference_kinds: Kinds of the wrong completions that are drawn.
+    preference_reasoning: True draws completions with the worked solution, if
+      there is one; False the answers alone.
     preference_rewards: "functions" scores labelled completions with the reward
       functions; "labels" takes the labels as rewards.
     accept_mathvista_training_terms: MathVista's licence prohibits training on
@@ -102,6 +104,7 @@ class DataConfig:
   preference_completions: int = field(metadata=at_least(2))
   preference_file: str = field(metadata=is_path())
   preference_kinds: tuple[str, ...] = field(metadata=one_of(completions.KINDS))
+  preference_reasoning: bool
   preference_rewards: str = field(metadata=one_of(("functions", "labels")))
   accept_mathvista_training_terms: bool
 

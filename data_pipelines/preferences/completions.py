@@ -54,15 +54,18 @@ def synthesize(
   *,
   kinds: Sequence[str] = DEFAULT_KINDS,
   template: chat_prompts.Template = chat_prompts.TAGGED,
+  has_reasoning: bool = True,
 ) -> Source:
   """Gives the problem's own completions, or makes some from its answer.
 
   It takes the best of its own completions, then the worst, the second best, and
   so on, if their labels differ. Else it makes one right completion and up to
   `count - 1` wrong ones. With "conflict" every completion gives letter and text
-  of an option, because a letter alone would reveal the conflict.
+  of an option, because a letter alone would reveal the conflict. Without
+  reasoning, it makes answers alone.
   """
   options = {"count": count, "kinds": kinds, "template": template}
+  options |= {"has_reasoning": has_reasoning}
   return functools.partial(_synthesize_group, **options)
 
 
@@ -246,9 +249,12 @@ def _synthesize_group(
   count: int,
   kinds: Sequence[str],
   template: chat_prompts.Template,
+  has_reasoning: bool,
 ) -> Group:
   if own := _rank_own(problem, count):
     return own
+  if not has_reasoning:
+    problem = dataclasses.replace(problem, solution="")
   is_choice = problem.question_type == "multi_choice"
   if not is_choice and problem.answer_type not in _ALTERED:
     raise records.BadRecord(

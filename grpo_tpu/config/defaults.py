@@ -49,6 +49,7 @@ _DEFAULTS = dict(
     preference_completions=2,
     preference_file="",
     preference_kinds=("distractor", "perturbation"),
+    preference_reasoning=True,
     preference_rewards="functions",
     accept_mathvista_training_terms=False,
   ),

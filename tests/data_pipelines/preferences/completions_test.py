@@ -229,6 +229,15 @@ def test_default_draws_never_change(name):
   ] == [f"One by one. <answer>{answer}</answer>" for answer in DRAWN[name]]
 
 
+@pytest.mark.parametrize("name", DRAWN)
+def test_without_reasoning_the_same_answers_are_drawn_alone(name):
+  rng = np.random.default_rng([5, 7, 2])
+  source = preferences.synthesize(4, has_reasoning=False)
+  assert [text for text, _ in source(PROBLEMS[name], rng)] == [
+    f"<answer>{answer}</answer>" for answer in DRAWN[name]
+  ]
+
+
 @pytest.fixture(scope="module")
 def problems(fixtures):
   """Published problems with an answer, and synthetic ones."""
