@@ -10,8 +10,15 @@ import time
 
 from tests.grpo_tpu.rewards.user_rewards import brevity
 
-_in_flight, _most, _barrier = 0, 0, None
+_in_flight, _most = 0, 0
+_barriers = {}  # By their size; the calls of a process have one event loop.
 _tries = {}
+
+
+async def _meet(number):
+  """Ends when as many calls have met."""
+  barrier = _barriers.setdefault(number, asyncio.Barrier(number))
+  await barrier.wait()
 
 
 async def of_problem(completion, problem):
@@ -21,11 +28,10 @@ async def of_problem(completion, problem):
 
 async def six_at_once(completion, problem):
   """Ends when six calls have met; the most that were in flight so far."""
-  global _in_flight, _most, _barrier
-  _barrier = _barrier or asyncio.Barrier(6)
+  global _in_flight, _most
   _in_flight += 1
   _most = max(_most, _in_flight)
-  await _barrier.wait()
+  await _meet(6)
   await asyncio.sleep(0.1)
   _in_flight -= 1
   return _most
@@ -38,9 +44,7 @@ async def rubric(completion, problem):
 
 async def by_32(completion, problem):
   """Ends when 32 calls have met."""
-  global _barrier
-  _barrier = _barrier or asyncio.Barrier(32)
-  await _barrier.wait()
+  await _meet(32)
   return 1.0
 
 
