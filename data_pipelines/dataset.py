@@ -165,7 +165,7 @@ class Dataset:
     return prompt_rows.RowBuilder(
       source=source,
       sets=source.sets if isinstance(source, mixtures.Mixture) else {},
-      pays_unchecked=self.model.pays_unchecked,
+      rewards_unchecked=self.model.rewards_unchecked,
       tokenizer=self.tokenizer,
       completion_source=self.completions,
       num_labelled=settings.preference_completions,

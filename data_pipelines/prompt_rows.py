@@ -65,7 +65,7 @@ class RowBuilder:
   model_name: str = ""  # The setting `model.name`, for the log.
   # The records of each data set of a mixture, by name; {} for one.
   sets: Mapping[str, range] = dataclasses.field(default_factory=dict)
-  pays_unchecked: bool = False  # True if a reward needs no checkable answer.
+  rewards_unchecked: bool = False  # True if a reward needs no checkable answer.
 
   def __post_init__(self):
     require_one_of("data.kind", self.kind, KINDS)

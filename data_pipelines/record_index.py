@@ -96,7 +96,7 @@ def scan(
   lengths = np.full(count, prompt_rows.UNUSABLE, np.int32)
   num_images = np.zeros(count, np.int32)
   left_out: collections.Counter[str] = collections.Counter()
-  unpaid: list[str] = []
+  unrewarded: list[str] = []
   num_scored = 0
   for index in range(count):
     try:
@@ -112,17 +112,17 @@ def scan(
       continue
     num_scored += problem.answer_type == "scored"
     # A reward can score a completion, or the record has one.
-    can_teach = builder.pays_unchecked or builder.kind == "demonstrations"
+    can_teach = builder.rewards_unchecked or builder.kind == "demonstrations"
     if for_training and not (problem.is_checkable or can_teach):
-      unpaid.append(problem.pid)
+      unrewarded.append(problem.pid)
   if num_scored:
     reasoning_gym.require_library()
-  if unpaid:
+  if unrewarded:
     labels = ", data.preference_rewards=labels for completions with labels"
     raise ValueError(
       f"data.train_split ({builder.split!r}) must hold answers that rules can "
-      f"check, or a reward must pay without them, but {len(unpaid)} of {count} "
-      f"problems have none, the first {printable(unpaid[0])}. Set "
+      f"check, or a reward must need none, but {len(unrewarded)} of {count} "
+      f"problems have none, the first {printable(unrewarded[0])}. Set "
       "rewards.judges or rewards.models, or rewards.custom to a function, with "
       f"a weight{labels if builder.kind == 'preference' else ''};"
       " or train on problems with answers, which are all that "

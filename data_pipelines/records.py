@@ -20,7 +20,7 @@ from data_pipelines.validation import printable
 
 QUESTION_TYPES = ("multi_choice", "free_form")
 # "scored" answers have a scorer of their own, see `metadata`; "unchecked" ones
-# no rule can check, so that only users' and models' rewards can pay for them.
+# no rule can check, so that only users' and models' rewards can reward them.
 ANSWER_TYPES = (
   *("text", "integer", "float", "list", "expression", "scored", "unchecked"),
 )

@@ -178,8 +178,8 @@ class ModelInputs:
     image_size: Side of an image in pixels; 0 for a model without images.
     soft_tokens: Placeholders for each image.
     max_new_tokens: The setting `rollout.max_new_tokens`.
-    pays_unchecked: True if users' rewards, or labels, can judge completions of
-      problems whose answer rules cannot check.
+    rewards_unchecked: True if users' rewards, or labels, can judge completions
+      of problems whose answer rules cannot check.
   """
 
   name: str
@@ -189,7 +189,7 @@ class ModelInputs:
   image_size: int
   soft_tokens: int
   max_new_tokens: int
-  pays_unchecked: bool = False
+  rewards_unchecked: bool = False
 
 
 def recorded_dirs(

@@ -95,7 +95,9 @@ class Config:
       image_size=vision.shown_size if vision else 0,
       soft_tokens=vision.soft_tokens if vision else 0,
       max_new_tokens=self.rollout.max_new_tokens,
-      pays_unchecked=has_labels or self.rewards.pays_unchecked or self.distills,
+      rewards_unchecked=has_labels
+      or self.rewards.rewards_unchecked
+      or self.distills,
     )
 
   @property
@@ -119,23 +121,23 @@ class Config:
   @property
   def collector_config(self) -> CollectorConfig:
     """How a batch of experience is made."""
-    shaping, paid = self.shaping, {}
-    if self.distills and not self.rewards.paid:
+    shaping, separate = self.shaping, {}
+    if self.distills and not self.rewards.term_weights:
       # The teacher teaches groups of equal rewards, which are logged only.
       shaping = dataclasses.replace(shaping, zero_variance="keep")
     kind, labels = self.data.kind, self.data.preference_rewards == "labels"
     is_apart = self.objective.reward_aggregation == "normalize_then_sum"
     if is_apart and not (kind == "preference" and labels):
-      paid = dict(self.rewards.paid)
+      separate = dict(self.rewards.term_weights)
       if kind == "online" and shaping.truncated == "penalise":
-        paid["length_penalty"] = 1.0
+        separate["length_penalty"] = 1.0
     return CollectorConfig(
       kind=self.data.kind,
       rewards=self.rewards,
       shaping=shaping,
       advantage_scale=self.objective.scale,
       advantage_baseline=self.objective.advantage_baseline,
-      paid_apart=tuple(paid.items()),
+      separate_weights=tuple(separate.items()),
       num_parts=self.num_rollouts,
       label_rewards=labels,
       is_reward_model=self.objective.is_reward_model,
@@ -279,8 +281,8 @@ def _check_rewards(config: Config) -> None:
   """Checks rewards and their shaping against the prompts and completions."""
   length, shaping = config.rollout.max_new_tokens, config.shaping
   is_online = config.data.kind == "online"
-  teacher, is_paid = config.distills, bool(config.rewards.paid)
-  compares = is_online and (is_paid or not teacher)
+  teacher, has_rewards = config.distills, bool(config.rewards.term_weights)
+  compares = is_online and (has_rewards or not teacher)
   can_compare = config.rollout.num_generations >= 2 or not compares
   bounded = shaping.sampler_ratio_bounds or shaping.off_policy_bound is not None
   bounds_rule = "be () if completions come with the data, as "
@@ -292,9 +294,9 @@ def _check_rewards(config: Config) -> None:
   pair = "be at least 2, for an advantage compares completions of one prompt"
   has_kl = config.objective_config.beta > 0 or not teacher
   teaches = (
-    not is_online or is_paid or teacher or config.rewards.preset != "none"
+    not is_online or has_rewards or teacher or config.rewards.preset != "none"
   )
-  none_rule = "pay a reward where no teacher teaches"
+  none_rule = "name a reward where no teacher teaches"
   require_all(
     *(config, ""),
     ("data.kind", is_online or not teacher, "be online to distill", "online"),

@@ -218,7 +218,7 @@ def _grade_completions(
         scores = join(scores, number)
       columns = grading.metric_columns(
         *(batch, scores, mask[:, number], ended),
-        pays_unchecked=config.rewards.pays_unchecked,
+        rewards_unchecked=config.rewards.rewards_unchecked,
       )
       # All rows are summed in their order, so the number of hosts is
       # irrelevant.

@@ -20,12 +20,12 @@ def metric_columns(
   mask: Bool[np.ndarray, "rows T"],
   stopped: Bool[np.ndarray, " rows"],
   *,
-  pays_unchecked: bool,
+  rewards_unchecked: bool,
 ) -> dict[str, Float[np.ndarray, " rows"]]:
   """The summands of the metrics, of one completion per problem.
 
   Padding rows have no pid. `stopped` completions ended by themselves. If it
-  `pays_unchecked`, a user's reward needs no public answer.
+  `rewards_unchecked`, a user's reward needs no public answer.
   """
   problems = np.array([bool(p.pid) for p in batch.problems])
   # A failure of a user's reward says nothing about the answer.
@@ -34,7 +34,7 @@ def metric_columns(
   # An unreadable problem counts as wrong, although its answer is unknown.
   graded = problems & (public | ~_is_readable(batch))
   accuracy = graded & _is_right(batch, rewards)
-  rewarded = problems if pays_unchecked else graded
+  rewarded = problems if rewards_unchecked else graded
   columns = {
     "problems": problems,
     "public": public,

@@ -36,7 +36,7 @@ _STD = "reward/{name}_std"
 
 
 class RewardTrends:
-  """Watches the rewards that pay for more than right answers."""
+  """Watches the rewards that depend on more than the answer."""
 
   def __init__(self, rewards: Collection[str]):
     """Watches the rewards of these names."""

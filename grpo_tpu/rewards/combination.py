@@ -140,37 +140,37 @@ class Combination:
     if config.judge_when == "abstained":
       asked |= dict.fromkeys(judges, is_present & scores.abstained)
     failed = {k: asked[k] & ~np.isfinite(values[k]) for k in names}
-    paid = {k: np.where(asked[k] & ~failed[k], values[k], 0) for k in names}
+    terms = {k: np.where(asked[k] & ~failed[k], values[k], 0) for k in names}
     # NaN where nobody was asked, which no mean counts.
-    components = {k: np.where(asked[k], x, np.nan) for k, x in paid.items()}
+    components = {k: np.where(asked[k], x, np.nan) for k, x in terms.items()}
     if config.model_normalization != "none":
       for name in models:
         counts = is_present & ~failed[name]
-        paid[name] = self._normalize(split + name, paid[name], counts)
+        terms[name] = self._normalize(split + name, terms[name], counts)
     if len(models) > 1:
-      spread = np.std([paid[name] for name in models], axis=0)
-      components[SPREAD] = paid[SPREAD] = np.where(is_present, spread, 0)
+      spread = np.std([terms[name] for name in models], axis=0)
+      components[SPREAD] = terms[SPREAD] = np.where(is_present, spread, 0)
     if config.judge_vote == "majority":
       weights = [config.network_weights[name] for name in judges]
       says_yes = [
-        w * (paid[k] > 0.5) for w, k in zip(weights, judges, strict=True)
+        w * (terms[k] > 0.5) for w, k in zip(weights, judges, strict=True)
       ]
       is_yes = np.sum(says_yes, axis=0) / (sum(weights) or 1.0) > 0.5
-      paid |= dict.fromkeys(judges, is_yes.astype(np.float32))
-    paid = scores.components | paid
+      terms |= dict.fromkeys(judges, is_yes.astype(np.float32))
+    terms = scores.components | terms
     wrong = values["known"] & (scores.components["accuracy"] <= 0.5)
     for name in config.only_if_accurate:
-      paid[name] = np.where(wrong, 0, paid[name])
+      terms[name] = np.where(wrong, 0, terms[name])
     found = dataclasses.replace(
       scores,
       components=scores.components | components,
       failed=scores.failed | failed,
-      paid=paid,
+      terms=terms,
     )
     remedy = "Name other weights in rewards.models or rewards.judges."
     return scoring.add_up(
       found,
-      config.paid,
+      config.term_weights,
       *(failed, is_present, self._gather, self._budgets),
       lambda name, rows: f"{name} gave no finite score on {rows}. {remedy}",
     )

@@ -47,9 +47,9 @@ class Scores:
   answers: list[str | None]  # The answer extracted from each completion.
   # bool [N], True where the rules have no verdict; see `start`.
   abstained: np.ndarray
-  # float32 [N], what each component pays, before its weight. A network's are
+  # float32 [N], the terms of the total before their weights. A network's are
   # normalised, and NaN in `components` where it was not asked.
-  paid: dict[str, np.ndarray]
+  terms: dict[str, np.ndarray]
 
   @property
   def valid(self) -> np.ndarray:
@@ -183,7 +183,7 @@ def reduce(
   scores = Scores(
     total=np.zeros(len(is_present), np.float32),
     components=components,
-    paid=components,
+    terms=components,
     failed=dict(zip(names, failures, strict=True)),
     errors={},
     answers=[answer for part in parts for answer in part.answers],
@@ -216,8 +216,8 @@ def add_up(
   total = np.zeros(len(is_present), np.float32)
   # Row by row, so that a total does not depend on the other rows.
   for name, weight in weights.items():
-    if name in scores.paid:  # One reward model alone has no spread.
-      total += np.float32(weight) * scores.paid[name]
+    if name in scores.terms:  # One reward model alone has no spread.
+      total += np.float32(weight) * scores.terms[name]
   rows = gather(np.column_stack([is_present, *failed.values()]))
   counted = dict(zip(failed, rows[rows[:, 0]].T[1:], strict=True))
   scores = dataclasses.replace(

@@ -78,7 +78,7 @@ class RewardConfig:
       template of the question and a weight: "hf:DIR", "run:WORKDIR", or "self"
       for the model that the run started from. Pays p(yes) / (p(yes) + p(no)).
       Metrics name them judge_1, judge_2, and so on.
-    judge_vote: "mean" pays each judge's share of yes by its weight, "majority"
+    judge_vote: "mean" adds each judge's share of yes by its weight, "majority"
       the sum of the weights if judges with more than half of it say yes.
     judge_when: "always", or "abstained" for those completions alone on which
       the rules have no verdict: no answer is known, or the comparison took too
@@ -87,7 +87,7 @@ class RewardConfig:
       `model.param_dtype`.
     network_memory: Memory that holds reward models and judges: "device", or
       "pinned_host", from which they are copied to the devices to score.
-    only_if_accurate: Names of components that pay nothing for a wrong answer to
+    only_if_accurate: Names of components that are 0 for a wrong answer to
       a problem that rules can check.
     max_concurrent: Calls of `async` functions that wait at the same time, on
       each host, all functions together.
@@ -174,8 +174,8 @@ class RewardConfig:
     return models | judges
 
   @property
-  def pays_unchecked(self) -> bool:
-    """True if a problem without an answer can be paid."""
+  def rewards_unchecked(self) -> bool:
+    """True if a problem without an answer can have a reward."""
     return any((*self.custom_weights, *self.network_weights.values()))
 
   @property
@@ -188,7 +188,7 @@ class RewardConfig:
     return weights | dict(zip(names, self.custom_weights, strict=True))
 
   @property
-  def paid(self) -> dict[str, float]:
+  def term_weights(self) -> dict[str, float]:
     """The weights that are not 0, of all components in a fixed order."""
     weights = self.weights | self.network_weights
     weights[SPREAD] = -self.spread_penalty
@@ -196,8 +196,10 @@ class RewardConfig:
 
   @property
   def watched(self) -> list[str]:
-    """The components that pay for more than right answers."""
-    return [k for k, x in self.paid.items() if x > 0 and k != "accuracy"]
+    """The components that depend on more than the answer."""
+    return [
+      k for k, x in self.term_weights.items() if x > 0 and k != "accuracy"
+    ]
 
   @property
   def is_gated(self) -> bool:

@@ -299,7 +299,7 @@ class Collector:
     shape, weights = (len(prompts.valid), -1), self.config.rewards.weights
     named = scores.components | {
       "total": scores.total,
-      "heuristics": sum(weights[x] * scores.paid[x] for x in HEURISTICS),
+      "heuristics": sum(weights[x] * scores.terms[x] for x in HEURISTICS),
     }
     rewards = {
       name: np.asarray(values, np.float32).reshape(shape)
@@ -312,9 +312,9 @@ class Collector:
   ) -> dict[str, np.ndarray]:
     """`apart` of `ScoredGroups`, for this process's rows."""
     return {
-      name: np.asarray(scores.paid[name], np.float32).reshape(shape)
-      for name, _ in self.config.paid_apart
-      if name in scores.paid
+      name: np.asarray(scores.terms[name], np.float32).reshape(shape)
+      for name, _ in self.config.separate_weights
+      if name in scores.terms
     }
 
   def _make_batch(

@@ -344,7 +344,7 @@ class CollectorConfig:
   advantage_scale: str
   advantage_baseline: str
   # Rewards, with their weights, that have an advantage each; () for the total.
-  paid_apart: tuple[tuple[str, float], ...]
+  separate_weights: tuple[tuple[str, float], ...]
   num_parts: int  # Parts in which a batch is decoded.
   label_rewards: bool  # Labels are the whole reward of preference groups.
   # Labels are all that is read of them, for no policy is trained.

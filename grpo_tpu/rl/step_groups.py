@@ -51,7 +51,7 @@ def add_advantages(
     groups.rewards["heuristics"],
     groups.valid,
     groups.batch.completion_mask,
-    paid=config.paid_apart,
+    weights=config.separate_weights,
     scale=config.advantage_scale,
     baseline=config.advantage_baseline,
     clip=config.shaping.advantage_clip,
@@ -61,10 +61,10 @@ def add_advantages(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("paid", "scale", "baseline", "clip", "drops")
+  jax.jit, static_argnames=("weights", "scale", "baseline", "clip", "drops")
 )
 def _advantages(
-  compared, heuristics, valid, mask, *, paid, scale, baseline, clip, drops
+  compared, heuristics, valid, mask, *, weights, scale, baseline, clip, drops
 ):
   """Changes of a batch that give it advantages, and metrics of these.
 
@@ -82,7 +82,7 @@ def _advantages(
     for name, x in compared.items()
   }
   if "total" not in parts:
-    parts = {name: dict(paid)[name] * x for name, x in parts.items()}
+    parts = {name: dict(weights)[name] * x for name, x in parts.items()}
     total = sum(parts.values())
     heuristics = sum((parts[x] for x in HEURISTICS if x in parts), 0 * total)
     advantages = objective.normalized_sum(list(parts.values()), valid=valid)

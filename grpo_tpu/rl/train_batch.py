@@ -72,7 +72,7 @@ class ScoredGroups(flax.struct.PyTreeNode):
   rewards: dict[str, Float[Array, "U C"]]
   valid: Bool[Array, "U C"]  # False for a malformed prompt or a failed reward.
   group: Int[Array, " U"]  # Its number in the step.
-  # Rewards that are normalised one by one, as they are paid, before weights.
+  # Rewards that are normalised one by one, before weights.
   apart: dict[str, Float[Array, "U C"]] = flax.struct.field(
     default_factory=dict
   )

@@ -883,7 +883,7 @@ def test_training_takes_what_something_pays_for(
     for x in PROBLEMS
   ]
   given = tuple(records.LabelledCompletion(x, float(x)) for x in "12")
-  settings = dict(kind=kind, pays_unchecked=pays, steps=1)
+  settings = dict(kind=kind, rewards_unchecked=pays, steps=1)
   settings["completion_source"] = lambda problem, rng: given
   if not fault:
     assert batches(tokenizer, unchecked, **settings)[0].valid.all()

@@ -687,4 +687,4 @@ OWN = {"rewards.custom": ("tests.grpo_tpu.rewards.user_rewards:without_none",)}
   ],
 )
 def test_own_rewards_and_labels_pay_without_answers(changes, pays):
-  assert built(changes).model_inputs.pays_unchecked == pays
+  assert built(changes).model_inputs.rewards_unchecked == pays

@@ -194,7 +194,7 @@ def test_the_words_of_an_alarm_say_figures_and_what_to_do(caplog):
   steps = r"\(means of steps \d+ to 2\d, and 1 to 10\)"
   assert re.match(
     rf"Step 2\d: the policy may be gaming the reward own: {figures} {steps}\. "
-    r"It pays for length: .* See docs/reading-the-curves\.md#when",
+    r"Length is rewarded: .* See docs/reading-the-curves\.md#when",
     words,
   )
   heading = words.rsplit("#", 1)[1].replace("-", " ").capitalize()

@@ -56,7 +56,7 @@ def host(config, accuracy, abstained=None) -> scoring.Scores:
     errors=dict.fromkeys(parts, 0),
     answers=[""] * count,
     abstained=np.array(abstained or [False] * count),
-    paid=parts,
+    terms=parts,
   )
 
 
