@@ -83,6 +83,9 @@ def fix_networks(config: Config, workdir: str) -> Config:
   """The settings with the steps of reward models, judges and the teacher.
 
   They are those that the run in the workdir started with, if there is one.
+
+  Raises:
+    ValueError: Weights cannot be found, or are of no reward model that fits.
   """
   record = run_record.read(workdir) if workdir else None
   saved = record["essence"] if record else {}
@@ -109,6 +112,11 @@ def fix_networks(config: Config, workdir: str) -> Config:
     models=fix_all("rewards.models", rewards.models),
     judges=fix_all("rewards.judges", rewards.judges),
   )
+  if rewards.models:
+    # Imported here because few runs need it.
+    from grpo_tpu.rewards import model
+
+    model.read_models(rewards, config.model)
   name, objective = "objective.teacher", config.objective
   teacher = fix(name, str(saved.get(name, "")), objective.teacher)
   objective = dataclasses.replace(objective, teacher=teacher)

@@ -174,6 +174,13 @@ def test_a_reward_model_is_exported_and_read_as_no_language_model(mode, run):
       resolve(SMOKE, mode, workdir)
 
 
+def test_a_policy_is_refused_as_a_reward_model_before_data_are_drawn(tmp_path):
+  config = changed(SMOKE, rewards={"models": (("random:1", 1.0),)})
+  with pytest.raises(ValueError, match="no head that scores"):
+    sources.fix_networks(config, str(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_step_that_was_not_saved_is_refused(run):
   config = changed(SMOKE, export={"step": "5"})
   workdir = run()
